@@ -1,0 +1,200 @@
+//! What can go wrong, as callers see it.
+
+use std::path::PathBuf;
+
+use cryptoki::context::Function;
+use cryptoki::error::{Error, RvError};
+
+use crate::fault::{Fate, Fault, Whose};
+use crate::keys::KeyId;
+
+/// Why an operation has no result.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum HsmError {
+    /// A token said no: the return code *and* the call it came from, since one code means different things from different calls.
+    #[error("{call}: {rv}")]
+    Pkcs11 {
+        /// The PKCS#11 function.
+        call: &'static str,
+        /// The return code as the standard spells it.
+        rv: String,
+        /// Who is to blame and what follows.
+        fault: Fault,
+    },
+    /// No key with this id, also after looking again.
+    #[error("no key {0} on the token")]
+    NoSuchKey(KeyId),
+    /// A key with this id is already there.
+    #[error("there is already a key {0} on the token")]
+    KeyExists(KeyId),
+    /// No member could take the call.
+    #[error("no HSM can serve: {0}")]
+    NoMember(String),
+    /// The deadline passed before there was a result.
+    #[error("deadline passed")]
+    Deadline,
+    /// As many calls wait as may wait.
+    #[error("too many calls wait for the HSM")]
+    QueueFull,
+    /// A vendor library could not be loaded or initialised.
+    #[error("module {}: {reason}", path.display())]
+    Module {
+        /// The library.
+        path: PathBuf,
+        /// What went wrong.
+        reason: String,
+    },
+    /// A token could not be found or used.
+    #[error("token {token}: {reason}")]
+    Token {
+        /// Which token.
+        token: String,
+        /// What went wrong.
+        reason: String,
+    },
+}
+
+impl HsmError {
+    /// A return code of a call, judged.
+    pub(crate) fn new(call: &'static str, code: RvError) -> Self {
+        HsmError::Pkcs11 {
+            call,
+            rv: rv_name(code),
+            fault: Fault::of(call, code),
+        }
+    }
+
+    /// The token judged the *input*, as opposed to being unavailable: asking again will not help.
+    #[must_use]
+    pub fn is_data(&self) -> bool {
+        self.fault().whose == Whose::Caller
+    }
+
+    /// Who is to blame and what follows.
+    #[must_use]
+    pub fn fault(&self) -> Fault {
+        let (whose, retry, fate) = match self {
+            HsmError::Pkcs11 { fault, .. } => return *fault,
+            // Members hold the same keys, but replication may lag.
+            HsmError::NoSuchKey(_) => (Whose::Unclear, true, Fate::Keep),
+            HsmError::KeyExists(_) | HsmError::Deadline => (Whose::Unclear, false, Fate::Keep),
+            HsmError::QueueFull => (Whose::Unclear, true, Fate::Keep),
+            HsmError::NoMember(_) | HsmError::Module { .. } | HsmError::Token { .. } => {
+                (Whose::Member, true, Fate::Rebuild)
+            }
+        };
+        Fault { whose, retry, fate }
+    }
+
+    /// `device_error` for CKR_DEVICE_ERROR; a word of our own for what is not a return code.
+    pub(crate) fn metric_name(&self) -> String {
+        match self {
+            HsmError::Pkcs11 { rv, .. } => rv.trim_start_matches("CKR_").to_ascii_lowercase(),
+            HsmError::NoSuchKey(_) => "no_such_key".to_owned(),
+            HsmError::KeyExists(_) => "key_exists".to_owned(),
+            HsmError::NoMember(_) => "no_member".to_owned(),
+            HsmError::Deadline => "deadline".to_owned(),
+            HsmError::QueueFull => "queue_full".to_owned(),
+            HsmError::Module { .. } => "module".to_owned(),
+            HsmError::Token { .. } => "token".to_owned(),
+        }
+    }
+
+    pub(crate) fn is_code(&self, code: RvError) -> bool {
+        matches!(self, HsmError::Pkcs11 { rv, .. } if *rv == rv_name(code))
+    }
+}
+
+impl From<Error> for HsmError {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Pkcs11(code, function) => HsmError::new(call_name(function), code),
+            Error::NullFunctionPointer | Error::NotSupported => {
+                HsmError::new("C_GetFunctionList", RvError::FunctionNotSupported)
+            }
+            // Conversions between integer widths, non-UTF-8 texts: the library answered nonsense.
+            other => HsmError::Token {
+                token: "answer".to_owned(),
+                reason: other.to_string(),
+            },
+        }
+    }
+}
+
+/// `CKR_DEVICE_ERROR` for `DeviceError`: the crate below names its variants after the standard's constants.
+pub(crate) fn rv_name(code: RvError) -> String {
+    match code {
+        RvError::VendorDefined(raw) => return format!("CKR_VENDOR_DEFINED_{raw:#x}"),
+        RvError::UnknownErrorCode(raw) => return format!("CKR_UNKNOWN_{raw:#x}"),
+        _ => {}
+    }
+    let mut name = String::from("CKR");
+    for c in format!("{code:?}").chars() {
+        if c.is_ascii_uppercase() {
+            name.push('_');
+        }
+        name.push(c.to_ascii_uppercase());
+    }
+    name
+}
+
+/// The functions that this crate calls.
+fn call_name(function: Function) -> &'static str {
+    match function {
+        Function::Initialize => "C_Initialize",
+        Function::Finalize => "C_Finalize",
+        Function::GetFunctionList => "C_GetFunctionList",
+        Function::GetSlotList => "C_GetSlotList",
+        Function::GetTokenInfo => "C_GetTokenInfo",
+        Function::InitToken => "C_InitToken",
+        Function::InitPIN => "C_InitPIN",
+        Function::OpenSession => "C_OpenSession",
+        Function::CloseSession => "C_CloseSession",
+        Function::GetSessionInfo => "C_GetSessionInfo",
+        Function::Login => "C_Login",
+        Function::Logout => "C_Logout",
+        Function::CreateObject => "C_CreateObject",
+        Function::DestroyObject => "C_DestroyObject",
+        Function::GetAttributeValue => "C_GetAttributeValue",
+        Function::FindObjectsInit => "C_FindObjectsInit",
+        Function::FindObjects => "C_FindObjects",
+        Function::DecryptInit => "C_DecryptInit",
+        Function::Decrypt => "C_Decrypt",
+        Function::SignInit => "C_SignInit",
+        Function::Sign => "C_Sign",
+        Function::GenerateKeyPair => "C_GenerateKeyPair",
+        Function::GenerateRandom => "C_GenerateRandom",
+        _ => "PKCS#11",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn codes_are_spelt_as_in_the_standard() {
+        for (code, name) in [
+            (RvError::GeneralError, "CKR_GENERAL_ERROR"),
+            (
+                RvError::EncryptedDataLenRange,
+                "CKR_ENCRYPTED_DATA_LEN_RANGE",
+            ),
+            (RvError::RandomNoRng, "CKR_RANDOM_NO_RNG"),
+            (
+                RvError::SessionReadWriteSoExists,
+                "CKR_SESSION_READ_WRITE_SO_EXISTS",
+            ),
+            (
+                RvError::VendorDefined(0x8000_0001),
+                "CKR_VENDOR_DEFINED_0x80000001",
+            ),
+        ] {
+            assert_eq!(rv_name(code), name);
+        }
+        let error = HsmError::new("C_Sign", RvError::DeviceError);
+        assert_eq!(error.to_string(), "C_Sign: CKR_DEVICE_ERROR");
+        assert_eq!(error.metric_name(), "device_error");
+        assert!(error.is_code(RvError::DeviceError));
+    }
+}

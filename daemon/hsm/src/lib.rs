@@ -1,0 +1,57 @@
+//! PKCS#11 tokens for a server.
+//!
+//! A [`Cluster`] is a set of tokens, its *members*, that hold the same RSA keys. It opens sessions, logs in once for each
+//! token, looks keys up once for each session, and sends every operation to a member that can serve it; what failed for a
+//! member's own reasons is tried once more elsewhere.
+//!
+//! From the outside in: [`cluster`](Cluster) picks a member, submits the job and judges what came back (the table is in
+//! `fault.rs`); a member pools sessions; a session is one OS thread, because PKCS#11 calls block; a module is one vendor
+//! library, loaded and initialised once. `ffi.rs` holds all unsafe code there is.
+
+#![deny(unsafe_code)]
+
+mod cluster;
+mod config;
+mod error;
+mod fault;
+#[allow(unsafe_code)]
+mod ffi;
+mod keys;
+mod module;
+mod oaep;
+mod session;
+
+pub use cluster::{Cluster, Done, MemberStatus};
+pub use config::{MemberConfig, Pin, TokenRef};
+pub use error::HsmError;
+pub use fault::{Fate, Fault, Whose};
+pub use ffi::set_env;
+pub use keys::{Hash, KeyId, KeyUsage, NewKey, Oaep, RsaPrivateParts, RsaPublic, SignScheme};
+pub use module::init_token;
+
+use std::sync::Arc;
+
+/// Something that happened at a token, for counters and histograms.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Event<'a> {
+    /// `C_Login` was called.
+    Login,
+    /// A session searched the token for all its RSA private keys.
+    KeySearch,
+    /// A session for operations came up. (The one that holds the login is not counted.)
+    SessionOpened,
+    /// A session for operations ended.
+    SessionClosed,
+    /// A call came back.
+    Call {
+        /// What was asked for: `decrypt`, `sign`, `random`, `keys`, `public_key`, `generate`, `import`, or `open` for a session.
+        op: &'static str,
+        /// `ok`, or the return code without its prefix in lower case: `device_error`.
+        rv: &'a str,
+        /// How long the token took, without any time spent in queues.
+        seconds: f64,
+    },
+}
+
+/// Is told, with the member's name, what happens at the tokens. Called from session threads: it has to be quick.
+pub type Observer = Arc<dyn Fn(&str, Event<'_>) + Send + Sync>;

@@ -1,0 +1,333 @@
+//! One vendor library: loaded once, initialised once.
+//!
+//! The registry is global because the libraries are: whoever names the same path with the same environment gets the same
+//! instance, and `C_Finalize` is called when the last user has left. Libraries are never unloaded; vendors leave threads and
+//! exit handlers behind that would run into unmapped memory.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use cryptoki::context::{CInitializeArgs, CInitializeFlags, Pkcs11};
+use cryptoki::error::{Error, RvError};
+use cryptoki::mechanism::Mechanism;
+use cryptoki::object::ObjectHandle;
+use cryptoki::session::{Session, UserType};
+use cryptoki::slot::Slot;
+use tracing::{info, warn};
+use zeroize::Zeroizing;
+
+use crate::config::{Pin, TokenRef};
+use crate::error::HsmError;
+use crate::ffi::{self, Direct, TokenFacts};
+
+type Env = BTreeMap<String, String>;
+
+static REGISTRY: Mutex<Registry> = Mutex::new(Registry {
+    instances: Vec::new(),
+    original: BTreeMap::new(),
+});
+
+struct Registry {
+    instances: Vec<Instance>,
+    /// What the variables that any table names were before the first table was applied.
+    original: BTreeMap<String, Option<OsString>>,
+}
+
+struct Instance {
+    module: Arc<Module>,
+    users: usize,
+}
+
+/// One instance of a vendor library.
+pub(crate) struct Module {
+    path: PathBuf,
+    env: Env,
+    pkcs11: Pkcs11,
+    /// `None` when only cryptoki's probing calls reach the instance.
+    direct: Option<Direct>,
+    /// Whether `C_Initialize` was ours, and so `C_Finalize` is.
+    ours: AtomicBool,
+}
+
+impl Module {
+    /// Hands out the instance for a path and an environment; loads and initialises it for its first user.
+    pub(crate) fn acquire(path: &Path, env: &Env) -> Result<Arc<Module>, HsmError> {
+        let mut registry = registry();
+        registry.apply(env);
+        let known = registry.instances.iter().position(|instance| {
+            instance.module.path == path && registry.same_env(&instance.module.env, env)
+        });
+        let index = match known {
+            Some(index) => index,
+            None => {
+                let module = Arc::new(Module::load(path, env)?);
+                registry.instances.push(Instance { module, users: 0 });
+                registry.instances.len() - 1
+            }
+        };
+        if registry.instances[index].users == 0 {
+            // A module whose device is away may refuse; that is for the session that needs it to find out, and to retry.
+            let fresh = registry.instances[index]
+                .module
+                .initialize()
+                .unwrap_or_else(|error| {
+                    warn!(%error, "module not initialised, will be tried again");
+                    true
+                });
+            let shared = !fresh
+                && registry
+                    .instances
+                    .iter()
+                    .any(|other| other.users > 0 && other.module.path == path);
+            if shared {
+                return Err(HsmError::Module {
+                    path: path.to_owned(),
+                    reason: "already initialised with another environment, and one file is one \
+                             instance: give this member a copy of the file"
+                        .to_owned(),
+                });
+            }
+        }
+        let instance = &mut registry.instances[index];
+        instance.users += 1;
+        Ok(Arc::clone(&instance.module))
+    }
+
+    /// Gives the instance back; the last user finalises it. May block as long as the vendor likes.
+    pub(crate) fn release(self: &Arc<Self>) {
+        let mut registry = registry();
+        let Some(instance) = registry
+            .instances
+            .iter_mut()
+            .find(|instance| Arc::ptr_eq(&instance.module, self))
+        else {
+            return;
+        };
+        instance.users = instance.users.saturating_sub(1);
+        if instance.users == 0
+            && self.ours.swap(false, Ordering::Relaxed)
+            && let Err(error) = self.pkcs11.clone().finalize()
+        {
+            warn!(module = %self.path.display(), error = %HsmError::from(error), "module not finalised");
+        }
+    }
+
+    /// Initialises an instance that could not be initialised before, or that somebody has finalised behind our back.
+    pub(crate) fn revive(&self) -> Result<(), HsmError> {
+        let _one_at_a_time = registry();
+        self.initialize().map(drop)
+    }
+
+    fn load(path: &Path, env: &Env) -> Result<Module, HsmError> {
+        let pkcs11 = Pkcs11::new(path).map_err(|error| HsmError::Module {
+            path: path.to_owned(),
+            reason: error.to_string(),
+        })?;
+        let direct = Direct::load(path);
+        if direct.is_none() {
+            warn!(
+                module = %path.display(),
+                "module does not let C_Decrypt and C_Sign be called directly: every operation takes two calls"
+            );
+        }
+        Ok(Module {
+            path: path.to_owned(),
+            env: env.clone(),
+            pkcs11,
+            direct,
+            ours: AtomicBool::new(false),
+        })
+    }
+
+    /// Whether the call did anything: `false` when the library was initialised already.
+    fn initialize(&self) -> Result<bool, HsmError> {
+        let args = CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK);
+        match self.pkcs11.initialize(args) {
+            Ok(()) => {
+                self.ours.store(true, Ordering::Relaxed);
+                info!(module = %self.path.display(), "module initialised");
+                Ok(true)
+            }
+            Err(Error::Pkcs11(RvError::CryptokiAlreadyInitialized, _)) => Ok(false),
+            Err(error) => Err(HsmError::Module {
+                path: self.path.clone(),
+                reason: HsmError::from(error).to_string(),
+            }),
+        }
+    }
+
+    pub(crate) fn pkcs11(&self) -> &Pkcs11 {
+        &self.pkcs11
+    }
+
+    /// Looks a token up among the slots there are now.
+    pub(crate) fn find_token(&self, token: &TokenRef) -> Result<Slot, HsmError> {
+        let slots = match self.pkcs11.get_slots_with_token() {
+            Err(Error::Pkcs11(RvError::CryptokiNotInitialized, _)) => {
+                self.revive()?;
+                self.pkcs11.get_slots_with_token()?
+            }
+            slots => slots?,
+        };
+        for slot in slots {
+            // One broken token must not hide the others.
+            let Ok(facts) = self.token_facts(slot) else {
+                continue;
+            };
+            let found = match token {
+                TokenRef::Label(label) => facts.label == *label,
+                TokenRef::Serial(serial) => facts.serial == *serial,
+            };
+            if found && facts.initialized {
+                return Ok(slot);
+            }
+        }
+        Err(HsmError::Token {
+            token: token.to_string(),
+            reason: format!("not in any slot of {}", self.path.display()),
+        })
+    }
+
+    fn token_facts(&self, slot: Slot) -> Result<TokenFacts, HsmError> {
+        if let Some(direct) = &self.direct {
+            return direct
+                .token_facts(slot)
+                .map_err(|code| HsmError::new("C_GetTokenInfo", code));
+        }
+        let info = self.pkcs11.get_token_info(slot)?;
+        Ok(TokenFacts {
+            label: info.label().to_owned(),
+            serial: info.serial_number().to_owned(),
+            initialized: info.token_initialized(),
+            user_pin_set: info.user_pin_initialized(),
+        })
+    }
+
+    /// `C_DecryptInit` and one `C_Decrypt`; `room` is the length of the modulus.
+    pub(crate) fn decrypt(
+        &self,
+        session: &Session,
+        mechanism: &Mechanism<'_>,
+        key: ObjectHandle,
+        ciphertext: &[u8],
+        room: usize,
+    ) -> Result<Zeroizing<Vec<u8>>, HsmError> {
+        let Some(direct) = &self.direct else {
+            return Ok(Zeroizing::new(session.decrypt(mechanism, key, ciphertext)?));
+        };
+        session.decrypt_init(mechanism, key)?;
+        let mut plaintext = Zeroizing::new(vec![0; room]);
+        let len = direct
+            .decrypt(session, ciphertext, &mut plaintext)
+            .map_err(|code| HsmError::new("C_Decrypt", code))?;
+        plaintext.truncate(len);
+        Ok(plaintext)
+    }
+
+    /// `C_SignInit` and one `C_Sign`; `room` is the length of the modulus.
+    pub(crate) fn sign(
+        &self,
+        session: &Session,
+        mechanism: &Mechanism<'_>,
+        key: ObjectHandle,
+        input: &[u8],
+        room: usize,
+    ) -> Result<Vec<u8>, HsmError> {
+        let Some(direct) = &self.direct else {
+            return Ok(session.sign(mechanism, key, input)?);
+        };
+        session.sign_init(mechanism, key)?;
+        let mut signature = vec![0; room];
+        let len = direct
+            .sign(session, input, &mut signature)
+            .map_err(|code| HsmError::new("C_Sign", code))?;
+        signature.truncate(len);
+        Ok(signature)
+    }
+}
+
+impl Registry {
+    /// Makes the process environment what a module with this table has to see: its own variables set, those that only other
+    /// tables name as they were.
+    fn apply(&mut self, env: &Env) {
+        for name in env.keys() {
+            self.original
+                .entry(name.clone())
+                .or_insert_with(|| std::env::var_os(name));
+        }
+        for (name, original) in &self.original {
+            match env.get(name) {
+                Some(value) => ffi::set_var(name, Some(value.as_ref())),
+                None => ffi::set_var(name, original.as_deref()),
+            }
+        }
+    }
+
+    /// Two tables are the same when a module cannot tell them apart: `{}` and `{A = "x"}` are if A is "x" anyway.
+    fn same_env(&self, one: &Env, other: &Env) -> bool {
+        self.original.iter().all(|(name, original)| {
+            let seen_with = |env: &Env| match env.get(name) {
+                Some(value) => Some(OsString::from(value)),
+                None => original.clone(),
+            };
+            seen_with(one) == seen_with(other)
+        })
+    }
+}
+
+fn registry() -> MutexGuard<'static, Registry> {
+    // Nothing in there is left half-done by a panic.
+    REGISTRY.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Initialises the first uninitialised token of a module and sets its user PIN: for labs and tests.
+pub fn init_token(
+    module: &Path,
+    label: &str,
+    so_pin: &Pin,
+    user_pin: &Pin,
+) -> Result<(), HsmError> {
+    let module = Module::acquire(module, &Env::new())?;
+    let result = module.init_token(label, so_pin, user_pin);
+    module.release();
+    result
+}
+
+impl Module {
+    fn init_token(&self, label: &str, so_pin: &Pin, user_pin: &Pin) -> Result<(), HsmError> {
+        // Says why, if it was not initialised.
+        self.revive()?;
+        let find = |wanted: &dyn Fn(&TokenFacts) -> bool| -> Result<Option<Slot>, HsmError> {
+            let slots = self.pkcs11.get_slots_with_token()?;
+            Ok(slots
+                .into_iter()
+                .find(|slot| self.token_facts(*slot).is_ok_and(|facts| wanted(&facts))))
+        };
+        let blank = find(&|facts| !facts.initialized)?;
+        let Some(blank) = blank else {
+            return Err(HsmError::Token {
+                token: format!("label {label:?}"),
+                reason: "no slot with an uninitialised token".to_owned(),
+            });
+        };
+        self.pkcs11.init_token(blank, &so_pin.to_auth(), label)?;
+        // The token may have moved to another slot. Tokens of the same label that are in use have a user PIN.
+        let fresh =
+            find(&|facts| facts.initialized && !facts.user_pin_set && facts.label == label)?;
+        let Some(fresh) = fresh else {
+            return Err(HsmError::Token {
+                token: format!("label {label:?}"),
+                reason: "gone after it was initialised".to_owned(),
+            });
+        };
+        let session = self.pkcs11.open_rw_session(fresh)?;
+        session.login(UserType::So, Some(&so_pin.to_auth()))?;
+        let set = session.init_pin(&user_pin.to_auth());
+        session.logout()?;
+        set?;
+        Ok(())
+    }
+}

@@ -1,0 +1,652 @@
+//! What every token has to do, written once and run for each.
+
+#![allow(clippy::unwrap_used, missing_docs, unreachable_pub, dead_code)]
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use claviger_hsm::{
+    Cluster, Event, Hash, HsmError, KeyId, KeyUsage, MemberConfig, NewKey, Oaep, Observer, Pin,
+    RsaPrivateParts, RsaPublic, SignScheme, TokenRef, Whose,
+};
+use cryptoki::context::Pkcs11;
+use cryptoki::object::Attribute;
+use cryptoki::session::{Session, UserType};
+use ring::signature as verify;
+use rsa::rand_core::{OsRng, RngCore};
+use rsa::traits::{PrivateKeyParts, PublicKeyParts};
+use rsa::{BigUint, RsaPrivateKey, RsaPublicKey, sha2};
+
+pub const SOFTHSM: &str = "/usr/lib/softhsm/libsofthsm2.so";
+pub const USER_PIN: &str = "123456";
+pub const SO_PIN: &str = "76543210";
+/// Marks the objects that the suite makes, so that it can clean up after a run that did not.
+const LABEL: &str = "claviger-hsm suite";
+const HASHES: [Hash; 4] = [Hash::Sha1, Hash::Sha256, Hash::Sha384, Hash::Sha512];
+
+/// Fails, rather than skips, when a token is not installed.
+pub fn expect_installed(path: &str, package: &str) {
+    assert!(
+        Path::new(path).exists(),
+        "{path} is missing. Install it: apt-get install {package}"
+    );
+}
+
+/// A directory with tokens of SoftHSM2, and the process environment pointing there.
+pub fn softhsm_tokens(labels: &[&str]) -> tempfile::TempDir {
+    expect_installed(SOFTHSM, "libsofthsm2");
+    let dir = tempfile::tempdir().unwrap();
+    let tokens = dir.path().join("tokens");
+    std::fs::create_dir(&tokens).unwrap();
+    let conf = dir.path().join("softhsm2.conf");
+    std::fs::write(
+        &conf,
+        format!(
+            "directories.tokendir = {}\nobjectstore.backend = file\nlog.level = ERROR\n",
+            tokens.display()
+        ),
+    )
+    .unwrap();
+    claviger_hsm::set_env(&BTreeMap::from([(
+        "SOFTHSM2_CONF".to_owned(),
+        conf.display().to_string(),
+    )]));
+    for label in labels {
+        claviger_hsm::init_token(SOFTHSM.as_ref(), label, &pin(SO_PIN), &pin(USER_PIN)).unwrap();
+    }
+    dir
+}
+
+pub fn pin(pin: &str) -> Pin {
+    Pin::new(pin.to_owned())
+}
+
+pub fn member(name: &str, module: &str, label: &str) -> MemberConfig {
+    MemberConfig {
+        name: name.to_owned(),
+        module: PathBuf::from(module),
+        token: TokenRef::Label(label.to_owned()),
+        pin: pin(USER_PIN),
+        env: BTreeMap::new(),
+        priority: 0,
+        weight: 1,
+        sessions: 8,
+    }
+}
+
+pub fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .unwrap()
+}
+
+/// What the observer was told.
+#[derive(Default)]
+pub struct Counts {
+    pub logins: AtomicUsize,
+    pub searches: AtomicUsize,
+    pub opened: AtomicUsize,
+    pub closed: AtomicUsize,
+    pub decrypts: AtomicUsize,
+}
+
+impl Counts {
+    pub fn observer(self: &Arc<Self>) -> Observer {
+        let counts = Arc::clone(self);
+        Arc::new(move |_, event| {
+            let counter = match event {
+                Event::Login => &counts.logins,
+                Event::KeySearch => &counts.searches,
+                Event::SessionOpened => &counts.opened,
+                Event::SessionClosed => &counts.closed,
+                Event::Call {
+                    op: "decrypt",
+                    rv: "ok",
+                    ..
+                } => &counts.decrypts,
+                Event::Call { .. } => return,
+            };
+            counter.fetch_add(1, Ordering::Relaxed);
+        })
+    }
+}
+
+pub fn count(counter: &AtomicUsize) -> usize {
+    counter.load(Ordering::Relaxed)
+}
+
+pub fn soon() -> Instant {
+    Instant::now() + Duration::from_secs(30)
+}
+
+pub fn new_id() -> KeyId {
+    let mut id = vec![0; 16];
+    OsRng.fill_bytes(&mut id);
+    KeyId(id)
+}
+
+pub fn new_key(id: &KeyId, usage: KeyUsage) -> NewKey {
+    NewKey {
+        id: id.clone(),
+        label: LABEL.to_owned(),
+        bits: 2048,
+        usage,
+    }
+}
+
+pub fn software_key() -> RsaPrivateKey {
+    RsaPrivateKey::new(&mut OsRng, 2048).unwrap()
+}
+
+pub fn parts(key: &RsaPrivateKey) -> RsaPrivateParts {
+    RsaPrivateParts {
+        n: key.n().to_bytes_be(),
+        e: key.e().to_bytes_be(),
+        d: key.d().to_bytes_be(),
+        p: key.primes()[0].to_bytes_be(),
+        q: key.primes()[1].to_bytes_be(),
+        dp: key.dp().unwrap().to_bytes_be(),
+        dq: key.dq().unwrap().to_bytes_be(),
+        qinv: key.crt_coefficient().unwrap().to_bytes_be(),
+    }
+}
+
+pub fn encrypt(key: &RsaPublicKey, oaep: Oaep, message: &[u8]) -> Vec<u8> {
+    fn with_hash<D>(mgf: Hash) -> rsa::Oaep
+    where
+        D: 'static + sha1::digest::Digest + sha1::digest::DynDigest + Send + Sync,
+    {
+        match mgf {
+            Hash::Sha1 => rsa::Oaep::new_with_mgf_hash::<D, sha1::Sha1>(),
+            Hash::Sha256 => rsa::Oaep::new_with_mgf_hash::<D, sha2::Sha256>(),
+            Hash::Sha384 => rsa::Oaep::new_with_mgf_hash::<D, sha2::Sha384>(),
+            Hash::Sha512 => rsa::Oaep::new_with_mgf_hash::<D, sha2::Sha512>(),
+        }
+    }
+    let padding = match oaep.hash {
+        Hash::Sha1 => with_hash::<sha1::Sha1>(oaep.mgf),
+        Hash::Sha256 => with_hash::<sha2::Sha256>(oaep.mgf),
+        Hash::Sha384 => with_hash::<sha2::Sha384>(oaep.mgf),
+        Hash::Sha512 => with_hash::<sha2::Sha512>(oaep.mgf),
+    };
+    key.encrypt(&mut OsRng, padding, message).unwrap()
+}
+
+fn combinations() -> impl Iterator<Item = Oaep> {
+    HASHES
+        .into_iter()
+        .flat_map(|hash| HASHES.into_iter().map(move |mgf| Oaep { hash, mgf }))
+}
+
+pub const SHA1: Oaep = Oaep {
+    hash: Hash::Sha1,
+    mgf: Hash::Sha1,
+};
+pub const SHA256: Oaep = Oaep {
+    hash: Hash::Sha256,
+    mgf: Hash::Sha256,
+};
+
+fn public(key: &RsaPublic) -> RsaPublicKey {
+    RsaPublicKey::new(
+        BigUint::from_bytes_be(&key.n),
+        BigUint::from_bytes_be(&key.e),
+    )
+    .unwrap()
+}
+
+/// The whole suite. `tested` is the token under test, `other` one that can stand in for it.
+pub fn run(tested: MemberConfig, other: MemberConfig) {
+    let runtime = runtime();
+    one_token(&runtime, &tested);
+    concurrent_callers(&runtime, &tested);
+    two_tokens(&runtime, &tested, &other);
+    clean_up(&tested);
+    clean_up(&other);
+}
+
+fn one_token(runtime: &tokio::runtime::Runtime, tested: &MemberConfig) {
+    let counts = Arc::new(Counts::default());
+    let cluster = Cluster::load(vec![tested.clone()], counts.observer()).unwrap();
+    let name = tested.name.as_str();
+    runtime.block_on(async {
+        cluster.start().await.unwrap();
+        let status = &cluster.members()[0];
+        assert!(status.up, "{status:?}");
+        assert_eq!(status.sessions_open, 1);
+
+        // Imported and generated keys.
+        let key = software_key();
+        let id = new_id();
+        cluster
+            .import_rsa(name, new_key(&id, KeyUsage::Both), parts(&key))
+            .await
+            .unwrap();
+        let again = cluster
+            .import_rsa(name, new_key(&id, KeyUsage::Both), parts(&key))
+            .await;
+        assert!(matches!(again, Err(HsmError::KeyExists(_))), "{again:?}");
+        let found = cluster.public_key_on(name, &id).await.unwrap().unwrap();
+        assert_eq!(found.n, key.n().to_bytes_be());
+        assert_eq!(found.e, key.e().to_bytes_be());
+        let signs = new_id();
+        let made = cluster
+            .generate_rsa(name, new_key(&signs, KeyUsage::Sign))
+            .await
+            .unwrap();
+        assert_eq!(made.n.len(), 256);
+        assert_eq!(made.e, [1, 0, 1]);
+        assert_eq!(
+            cluster.public_key_on(name, &signs).await.unwrap(),
+            Some(made.clone())
+        );
+        let keys = cluster.keys_on(name).await.unwrap();
+        assert!(keys.contains(&id) && keys.contains(&signs));
+        assert_eq!(count(&counts.logins), 1);
+
+        decrypts_everything(&cluster, &id, &key.to_public_key()).await;
+        signs_everything(&cluster, &id, &found).await;
+        signs_everything(&cluster, &signs, &made).await;
+        refuses_nonsense(&cluster, name, &id, &signs, &public(&made)).await;
+
+        let random = cluster.random(64, soon()).await.unwrap();
+        assert_eq!(random.len(), 64);
+        assert_ne!(random, cluster.random(64, soon()).await.unwrap());
+
+        deadlines(&cluster, &id, &key.to_public_key()).await;
+        callers_that_leave(&cluster, &id, &key.to_public_key()).await;
+
+        // A key made by one session is there for all.
+        let late = new_id();
+        let made = cluster
+            .generate_rsa(name, new_key(&late, KeyUsage::Decrypt))
+            .await
+            .unwrap();
+        let ciphertext = encrypt(&public(&made), SHA1, b"late");
+        let all: Vec<_> = (0..32)
+            .map(|_| {
+                let (cluster, late, ciphertext) =
+                    (cluster.clone(), late.clone(), ciphertext.clone());
+                tokio::spawn(async move {
+                    cluster
+                        .decrypt(&late, SHA1, &ciphertext, soon(), None)
+                        .await
+                        .unwrap()
+                })
+            })
+            .collect();
+        for task in all {
+            assert_eq!(*task.await.unwrap().value, b"late");
+        }
+
+        assert_eq!(count(&counts.logins), 1, "one login for the token");
+        cluster.close().await;
+        assert_eq!(count(&counts.opened), count(&counts.closed));
+        let closed = cluster.random(8, soon()).await;
+        assert!(matches!(closed, Err(HsmError::NoMember(_))), "{closed:?}");
+    });
+}
+
+async fn decrypts_everything(cluster: &Cluster, id: &KeyId, key: &RsaPublicKey) {
+    for oaep in combinations() {
+        for message in [&b""[..], b"0123456789abcdef0123456789abcdef"] {
+            let ciphertext = encrypt(key, oaep, message);
+            let done = cluster
+                .decrypt(id, oaep, &ciphertext, soon(), None)
+                .await
+                .unwrap_or_else(|error| panic!("{oaep:?}: {error}"));
+            assert_eq!(*done.value, message, "{oaep:?}");
+            assert_eq!(done.retries, 0);
+        }
+        // The ciphertext is good, the parameters are not.
+        let other = Oaep {
+            hash: if oaep.hash == Hash::Sha1 {
+                Hash::Sha256
+            } else {
+                Hash::Sha1
+            },
+            ..oaep
+        };
+        let mixed = encrypt(key, other, b"mixed");
+        let error = cluster
+            .decrypt(id, oaep, &mixed, soon(), None)
+            .await
+            .unwrap_err();
+        assert!(error.is_data(), "{oaep:?}: {error:?}");
+    }
+}
+
+async fn signs_everything(cluster: &Cluster, id: &KeyId, key: &RsaPublic) {
+    let message = b"signed";
+    let digests: [(Hash, &verify::RsaParameters, &verify::RsaParameters, _); 3] = [
+        (
+            Hash::Sha256,
+            &verify::RSA_PKCS1_2048_8192_SHA256,
+            &verify::RSA_PSS_2048_8192_SHA256,
+            &ring::digest::SHA256,
+        ),
+        (
+            Hash::Sha384,
+            &verify::RSA_PKCS1_2048_8192_SHA384,
+            &verify::RSA_PSS_2048_8192_SHA384,
+            &ring::digest::SHA384,
+        ),
+        (
+            Hash::Sha512,
+            &verify::RSA_PKCS1_2048_8192_SHA512,
+            &verify::RSA_PSS_2048_8192_SHA512,
+            &ring::digest::SHA512,
+        ),
+    ];
+    let key = verify::RsaPublicKeyComponents {
+        n: &key.n,
+        e: &key.e,
+    };
+    for (hash, pkcs1, pss, algorithm) in digests {
+        let digest = ring::digest::digest(algorithm, message);
+        for (scheme, parameters) in [
+            (SignScheme::Pkcs1(hash), pkcs1),
+            (SignScheme::Pss(hash), pss),
+        ] {
+            let done = cluster
+                .sign(id, scheme, digest.as_ref(), soon())
+                .await
+                .unwrap_or_else(|error| panic!("{scheme:?}: {error}"));
+            key.verify(parameters, message, &done.value)
+                .unwrap_or_else(|_| panic!("{scheme:?} does not verify"));
+        }
+        let short = cluster
+            .sign(id, SignScheme::Pss(hash), &[1, 2, 3], soon())
+            .await
+            .unwrap_err();
+        assert!(short.is_data());
+    }
+}
+
+async fn refuses_nonsense(
+    cluster: &Cluster,
+    name: &str,
+    id: &KeyId,
+    signs: &KeyId,
+    signs_public: &RsaPublicKey,
+) {
+    let sessions = cluster.members()[0].sessions_open;
+    for oaep in [SHA1, SHA256] {
+        for ciphertext in [
+            vec![0; 256],
+            vec![1; 256],
+            vec![0xff; 256],
+            vec![1; 255],
+            vec![],
+        ] {
+            let error = cluster
+                .decrypt(id, oaep, &ciphertext, soon(), None)
+                .await
+                .unwrap_err();
+            assert!(
+                error.is_data(),
+                "{} octets, {oaep:?}: {error:?}",
+                ciphertext.len()
+            );
+            let error = cluster
+                .decrypt_on(name, id, oaep, &ciphertext, soon())
+                .await
+                .unwrap_err();
+            assert!(error.is_data(), "{error:?}");
+        }
+    }
+    let unknown = new_id();
+    for _ in 0..5 {
+        let error = cluster
+            .decrypt(&unknown, SHA1, &[0; 256], soon(), None)
+            .await
+            .unwrap_err();
+        assert!(
+            matches!(&error, HsmError::NoSuchKey(key) if *key == unknown),
+            "{error:?}"
+        );
+    }
+    assert_eq!(cluster.public_key_on(name, &unknown).await.unwrap(), None);
+    // A key for signatures does not decrypt, and that is not the ciphertext's fault.
+    let ciphertext = encrypt(signs_public, SHA1, b"no");
+    let error = cluster
+        .decrypt(signs, SHA1, &ciphertext, soon(), None)
+        .await
+        .unwrap_err();
+    assert!(
+        !error.is_data() && error.fault().whose == Whose::Unclear,
+        "{error:?}"
+    );
+    // None of this has cost a session or the member's standing.
+    let status = &cluster.members()[0];
+    assert!(status.up, "{status:?}");
+    assert_eq!(status.sessions_open, sessions);
+    let nobody = cluster.keys_on("nobody").await;
+    assert!(matches!(nobody, Err(HsmError::NoMember(_))));
+}
+
+async fn deadlines(cluster: &Cluster, id: &KeyId, key: &RsaPublicKey) {
+    let ciphertext = encrypt(key, SHA1, b"late");
+    let past = cluster
+        .decrypt(id, SHA1, &ciphertext, Instant::now(), None)
+        .await;
+    assert!(matches!(past, Err(HsmError::Deadline)), "{past:?}");
+    let short: Vec<_> = (0..256)
+        .map(|_| {
+            let (cluster, id, ciphertext) = (cluster.clone(), id.clone(), ciphertext.clone());
+            let deadline = Instant::now() + Duration::from_millis(5);
+            tokio::spawn(async move {
+                cluster
+                    .decrypt(&id, SHA1, &ciphertext, deadline, None)
+                    .await
+            })
+        })
+        .collect();
+    let mut late = 0;
+    for task in short {
+        match task.await.unwrap() {
+            Ok(_) => {}
+            Err(HsmError::Deadline) => late += 1,
+            Err(error) => panic!("{error}"),
+        }
+    }
+    assert!(late > 0, "256 decryptions do not fit into 5 ms");
+    // Callers that did not wait for a session to open have not led to ever more sessions.
+    let status = &cluster.members()[0];
+    assert!(status.up && status.sessions_open <= 8, "{status:?}");
+}
+
+async fn callers_that_leave(cluster: &Cluster, id: &KeyId, key: &RsaPublicKey) {
+    let ciphertext = encrypt(key, SHA1, b"gone");
+    let leaving: Vec<_> = (0..64)
+        .map(|_| {
+            let (cluster, id, ciphertext) = (cluster.clone(), id.clone(), ciphertext.clone());
+            tokio::spawn(async move { cluster.decrypt(&id, SHA1, &ciphertext, soon(), None).await })
+        })
+        .collect();
+    tokio::time::sleep(Duration::from_millis(3)).await;
+    leaving.iter().for_each(tokio::task::JoinHandle::abort);
+    let patience = soon();
+    while cluster.members()[0].in_flight > 0 {
+        assert!(Instant::now() < patience, "{:?}", cluster.members());
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let done = cluster.decrypt(id, SHA1, &ciphertext, soon(), None).await;
+    assert_eq!(*done.unwrap().value, b"gone");
+}
+
+/// One login for a token, one key search for a session, however many call.
+fn concurrent_callers(runtime: &tokio::runtime::Runtime, tested: &MemberConfig) {
+    const CALLERS: usize = 32;
+    const EACH: usize = 200;
+    let key = software_key();
+    let id = new_id();
+    let counts = Arc::new(Counts::default());
+    let cluster = Cluster::load(vec![tested.clone()], Arc::new(|_, _| {})).unwrap();
+    runtime.block_on(async {
+        cluster.start().await.unwrap();
+        cluster
+            .import_rsa(&tested.name, new_key(&id, KeyUsage::Both), parts(&key))
+            .await
+            .unwrap();
+        cluster.close().await;
+    });
+    let cluster = Cluster::load(vec![tested.clone()], counts.observer()).unwrap();
+    runtime.block_on(async {
+        cluster.start().await.unwrap();
+        let ciphertext = encrypt(&key.to_public_key(), SHA1, b"together");
+        let callers: Vec<_> = (0..CALLERS)
+            .map(|_| {
+                let (cluster, id, ciphertext) = (cluster.clone(), id.clone(), ciphertext.clone());
+                tokio::spawn(async move {
+                    for _ in 0..EACH {
+                        let done = cluster.decrypt(&id, SHA1, &ciphertext, soon(), None).await;
+                        let done = done.unwrap();
+                        assert_eq!(*done.value, b"together");
+                        assert_eq!(done.retries, 0);
+                    }
+                })
+            })
+            .collect();
+        for caller in callers {
+            caller.await.unwrap();
+        }
+        let status = &cluster.members()[0];
+        assert_eq!(
+            status.sessions_open, tested.sessions,
+            "load opens all sessions"
+        );
+        assert_eq!(count(&counts.decrypts), CALLERS * EACH);
+        assert_eq!(count(&counts.logins), 1, "one login for the token");
+        assert_eq!(count(&counts.opened), tested.sessions);
+        assert_eq!(
+            count(&counts.searches),
+            tested.sessions,
+            "one search for a session"
+        );
+        cluster.close().await;
+    });
+}
+
+/// A token that loses its login and all its handles behind the cluster's back, and one that takes over.
+fn two_tokens(runtime: &tokio::runtime::Runtime, tested: &MemberConfig, other: &MemberConfig) {
+    let counts = Arc::new(Counts::default());
+    // The other one stands by, so that it is certain who is asked first.
+    let spare = MemberConfig {
+        priority: 1,
+        ..other.clone()
+    };
+    let cluster = Cluster::load(vec![tested.clone(), spare], counts.observer()).unwrap();
+    runtime.block_on(async {
+        cluster.start().await.unwrap();
+        let key = software_key();
+        let id = new_id();
+        for name in [&tested.name, &other.name] {
+            cluster
+                .import_rsa(name, new_key(&id, KeyUsage::Both), parts(&key))
+                .await
+                .unwrap();
+        }
+        let ciphertext = encrypt(&key.to_public_key(), SHA256, b"either");
+        let decrypt = |avoid: Option<&'static str>| {
+            let (cluster, id, ciphertext) = (cluster.clone(), id.clone(), ciphertext.clone());
+            let avoid = avoid.map(|_| tested.name.clone());
+            async move {
+                let done = cluster
+                    .decrypt(&id, SHA256, &ciphertext, soon(), avoid.as_deref())
+                    .await
+                    .unwrap();
+                assert_eq!(*done.value, b"either");
+                (done.member.to_string(), done.retries)
+            }
+        };
+        assert_eq!(decrypt(None).await, (tested.name.clone(), 0));
+        assert_eq!(decrypt(Some("tested")).await, (other.name.clone(), 0));
+
+        log_out(tested);
+        assert_eq!(decrypt(None).await, (other.name.clone(), 1), "taken over");
+        assert!(!cluster.members()[0].up);
+        assert!(cluster.members()[0].last_error.is_some());
+        assert_eq!(decrypt(None).await, (other.name.clone(), 0), "sits out");
+        let patience = soon();
+        while decrypt(None).await.0 != tested.name {
+            assert!(Instant::now() < patience, "{:?}", cluster.members());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        assert!(cluster.members()[0].up, "heals by itself");
+        assert_eq!(
+            count(&counts.logins),
+            3,
+            "one for each token, one for the lost login"
+        );
+
+        // On its own a member rebuilds within the call.
+        log_out(tested);
+        let done = cluster
+            .decrypt_on(&tested.name, &id, SHA256, &ciphertext, soon())
+            .await
+            .unwrap();
+        assert_eq!((&*done.member, done.retries), (tested.name.as_str(), 1));
+
+        // The module itself finalised: nothing of the old state is left.
+        Pkcs11::new(&tested.module).unwrap().finalize().unwrap();
+        let done = cluster
+            .decrypt_on(&tested.name, &id, SHA256, &ciphertext, soon())
+            .await
+            .unwrap();
+        assert_eq!(*done.value, b"either");
+        cluster.close().await;
+    });
+}
+
+/// The token's slot, by label, through cryptoki alone.
+fn side_session(token: &MemberConfig) -> Session {
+    let pkcs11 = Pkcs11::new(&token.module).unwrap();
+    let TokenRef::Label(label) = &token.token else {
+        panic!("the suite names tokens by label");
+    };
+    let slot = pkcs11
+        .get_slots_with_token()
+        .unwrap()
+        .into_iter()
+        // cryptoki cannot read the information of opencryptoki's token, the only one of its module.
+        .find(|slot| {
+            pkcs11
+                .get_token_info(*slot)
+                .map_or(true, |info| info.label() == label)
+        })
+        .unwrap();
+    pkcs11.open_rw_session(slot).unwrap()
+}
+
+/// A login is the process's, not a session's: logging out anywhere takes it, and all private handles, away from everybody.
+fn log_out(token: &MemberConfig) {
+    side_session(token).logout().unwrap();
+}
+
+/// Takes the suite's objects off the token, so that tokens that outlive the test do not fill up.
+fn clean_up(token: &MemberConfig) {
+    use cryptoki::context::{CInitializeArgs, CInitializeFlags};
+    let pkcs11 = Pkcs11::new(&token.module).unwrap();
+    pkcs11
+        .initialize(CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK))
+        .unwrap();
+    {
+        let session = side_session(token);
+        session
+            .login(UserType::User, Some(&USER_PIN.to_owned().into()))
+            .unwrap();
+        let objects = session
+            .find_objects(&[Attribute::Label(LABEL.as_bytes().to_vec())])
+            .unwrap();
+        for object in objects {
+            session.destroy_object(object).unwrap();
+        }
+    }
+    pkcs11.finalize().unwrap();
+}

@@ -1,0 +1,154 @@
+//! What a request is refused with: a code, a message, and the body that carries both (protocol page, section 2.5).
+
+use std::fmt;
+
+use crate::xml::{self, SERVICE_NS};
+
+/// The codes of the protocol. Each has one HTTP status.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Code {
+    /// 400: the request itself is not schema-valid.
+    InvalidRequest,
+    /// 400: the protector is not schema-valid, too large, or a signature over it is wrong.
+    InvalidProtector,
+    /// 400: a certificate or the chain of wrappings is wrong, or no wrapping is for this service.
+    InvalidWrapping,
+    /// 400: an algorithm or its parameters are not known here.
+    UnsupportedAlgorithm,
+    /// 403: the host did not prove its health.
+    HealthCertificate,
+    /// 404: no such resource.
+    NotFound,
+    /// 405: the resource has other methods.
+    MethodNotAllowed,
+    /// 413: the body is too large.
+    RequestTooLarge,
+    /// 415: the body is not XML in UTF-8.
+    UnsupportedMediaType,
+    /// 429: this host asks too often.
+    TooManyRequests,
+    /// 503: no HSM could serve in time, or the decision could not be recorded.
+    ServiceUnavailable,
+    /// 500: the service itself is at fault.
+    Internal,
+}
+
+impl Code {
+    /// Every code, for tables that must be complete.
+    pub const ALL: [Self; 12] = [
+        Self::InvalidRequest,
+        Self::InvalidProtector,
+        Self::InvalidWrapping,
+        Self::UnsupportedAlgorithm,
+        Self::HealthCertificate,
+        Self::NotFound,
+        Self::MethodNotAllowed,
+        Self::RequestTooLarge,
+        Self::UnsupportedMediaType,
+        Self::TooManyRequests,
+        Self::ServiceUnavailable,
+        Self::Internal,
+    ];
+
+    /// The text of the `Code` element.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::InvalidRequest => "InvalidRequestException",
+            Self::InvalidProtector => "InvalidProtectorException",
+            Self::InvalidWrapping => "InvalidWrappingException",
+            Self::UnsupportedAlgorithm => "UnsupportedAlgorithmException",
+            Self::HealthCertificate => "HealthCertificateException",
+            Self::NotFound => "NotFoundException",
+            Self::MethodNotAllowed => "MethodNotAllowedException",
+            Self::RequestTooLarge => "RequestTooLargeException",
+            Self::UnsupportedMediaType => "UnsupportedMediaTypeException",
+            Self::TooManyRequests => "TooManyRequestsException",
+            Self::ServiceUnavailable => "ServiceUnavailableException",
+            Self::Internal => "InternalErrorException",
+        }
+    }
+
+    /// The HTTP status that goes with the code.
+    #[must_use]
+    pub fn status(self) -> u16 {
+        match self {
+            Self::InvalidRequest | Self::InvalidProtector | Self::InvalidWrapping | Self::UnsupportedAlgorithm => 400,
+            Self::HealthCertificate => 403,
+            Self::NotFound => 404,
+            Self::MethodNotAllowed => 405,
+            Self::RequestTooLarge => 413,
+            Self::UnsupportedMediaType => 415,
+            Self::TooManyRequests => 429,
+            Self::Internal => 500,
+            Self::ServiceUnavailable => 503,
+        }
+    }
+}
+
+/// A request refused. The message helps an honest caller and never tells which secret step failed.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Refusal {
+    /// What kind of fault it is.
+    pub code: Code,
+    /// One sentence for a person.
+    pub message: String,
+}
+
+impl Refusal {
+    /// A refusal with `code`, saying `message`.
+    #[must_use]
+    pub fn new(code: Code, message: impl Into<String>) -> Self {
+        Self { code, message: message.into() }
+    }
+
+    /// `InvalidRequestException`.
+    #[must_use]
+    pub fn request(message: impl Into<String>) -> Self {
+        Self::new(Code::InvalidRequest, message)
+    }
+
+    /// `InvalidProtectorException`.
+    #[must_use]
+    pub fn protector(message: impl Into<String>) -> Self {
+        Self::new(Code::InvalidProtector, message)
+    }
+
+    /// `InvalidWrappingException`.
+    #[must_use]
+    pub fn wrapping(message: impl Into<String>) -> Self {
+        Self::new(Code::InvalidWrapping, message)
+    }
+
+    /// `InternalErrorException`. What went wrong belongs into the log, not into the reply.
+    #[must_use]
+    pub fn internal() -> Self {
+        Self::new(Code::Internal, "the service failed to process the request; its log says why")
+    }
+
+    /// The `Error` body (namespace `S`).
+    #[must_use]
+    pub fn to_xml(&self) -> Vec<u8> {
+        let mut out = format!("<?xml version=\"1.0\" encoding=\"utf-8\"?><Error xmlns=\"{SERVICE_NS}\">");
+        self.write_content(&mut out);
+        out.push_str("</Error>");
+        out.into_bytes()
+    }
+
+    /// The content of an `Error` element.
+    pub(crate) fn write_content(&self, out: &mut String) {
+        out.push_str("<Code>");
+        out.push_str(self.code.as_str());
+        out.push_str("</Code><Message>");
+        xml::escape_text(&self.message, out);
+        out.push_str("</Message>");
+    }
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.code.as_str(), self.message)
+    }
+}
+
+impl std::error::Error for Refusal {}

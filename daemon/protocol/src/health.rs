@@ -1,0 +1,341 @@
+//! Health certificates: what attestation issues to a healthy host and what a release asks for.
+
+use data_encoding::HEXLOWER;
+
+use crate::certificate::{
+    BuildError, Certificate, CertificateError, DistinguishedName, KeyUsage, Template, ToBeSigned,
+    key_id, random_serial,
+};
+use crate::rsa_key::RsaPublicKey;
+
+/// The extended key usage of health certificates: system health authentication.
+pub const SYSTEM_HEALTH_AUTHENTICATION: &str = "1.3.6.1.4.1.311.47.1.1";
+/// Seconds that a health certificate is valid before it is issued, for hosts whose clocks are behind.
+pub const BACKDATED_SECONDS: i64 = 5 * 60;
+/// Seconds from a health certificate's notBefore to its notAfter.
+pub const LIFETIME_SECONDS: i64 = 8 * 60 * 60;
+
+/// What a host may ask to have certified, by its number on the wire.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum ResultType {
+    /// 1: a certificate to encrypt to. Releases ask for this one.
+    EncryptionCertificate = 1,
+    /// 2: a certificate to verify signatures with.
+    SigningCertificate = 2,
+}
+
+impl ResultType {
+    /// The number on the wire.
+    #[must_use]
+    pub fn number(self) -> u32 {
+        self as u32
+    }
+
+    fn key_usage(self) -> KeyUsage {
+        match self {
+            Self::EncryptionCertificate => KeyUsage::KEY_ENCIPHERMENT | KeyUsage::DATA_ENCIPHERMENT,
+            Self::SigningCertificate => KeyUsage::DIGITAL_SIGNATURE,
+        }
+    }
+}
+
+/// A health certificate for the host registered as `host_name` with `host_key`, over its identity key. `now` is unix
+/// time in seconds. The signer's key is to sign it.
+///
+/// # Errors
+/// [`BuildError`], and [`BuildError::Name`] for an empty host name.
+pub fn issue(
+    signer: &Certificate,
+    host_name: &str,
+    host_key: &RsaPublicKey,
+    identity_key: &RsaPublicKey,
+    content: ResultType,
+    now: i64,
+) -> Result<ToBeSigned, BuildError> {
+    let not_before = now.saturating_sub(BACKDATED_SECONDS);
+    Template {
+        subject: DistinguishedName {
+            common_name: host_name.to_owned(),
+            serial_number: Some(HEXLOWER.encode(&host_key.spki_sha256())),
+        },
+        issuer_der: Some(signer.subject_der().to_vec()),
+        key: identity_key.clone(),
+        serial: random_serial()?,
+        not_before,
+        not_after: not_before.saturating_add(LIFETIME_SECONDS),
+        key_usage: content.key_usage(),
+        extended_key_usages: vec![SYSTEM_HEALTH_AUTHENTICATION],
+        ca: None,
+        subject_key_id: None,
+        authority_key_id: signer.subject_key_id().map(<[u8]>::to_vec),
+    }
+    .to_be_signed()
+}
+
+/// What the attestation signer's own certificate says: self-signed, and named after its key, so that two signers never
+/// share a name. Times are unix seconds.
+///
+/// # Errors
+/// [`BuildError::Random`].
+pub fn signer_template(
+    key: &RsaPublicKey,
+    not_before: i64,
+    not_after: i64,
+) -> Result<Template, BuildError> {
+    let id = key_id(key);
+    Ok(Template {
+        subject: DistinguishedName::new(format!(
+            "Claviger attestation signer {}",
+            HEXLOWER.encode(&id[..8])
+        )),
+        issuer_der: None,
+        key: key.clone(),
+        serial: random_serial()?,
+        not_before,
+        not_after,
+        key_usage: KeyUsage::KEY_CERT_SIGN,
+        extended_key_usages: Vec::new(),
+        ca: Some(true),
+        subject_key_id: Some(id.to_vec()),
+        authority_key_id: None,
+    })
+}
+
+/// What a valid health certificate says. Whether that host is still registered is the caller's to check.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct HealthClaims {
+    /// The name the host is registered by.
+    pub host_name: String,
+    /// SHA-256 of the host key's SubjectPublicKeyInfo, lower-case hex.
+    pub host_key_sha256: String,
+    /// The host's identity key: what is released is encrypted to it.
+    pub key: RsaPublicKey,
+    /// First second of the validity, unix time.
+    pub not_before: i64,
+    /// Last second of the validity, unix time.
+    pub not_after: i64,
+}
+
+/// Why a health certificate is not accepted.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum HealthError {
+    /// It cannot be read, or its key is not accepted.
+    #[error("the health certificate: {0}")]
+    Certificate(#[from] CertificateError),
+    /// None of the attestation signers issued it.
+    #[error("the health certificate was not issued by this service's attestation")]
+    Issuer,
+    /// Its validity has not begun.
+    #[error("the health certificate is not valid yet")]
+    NotYetValid,
+    /// Its validity is over.
+    #[error("the health certificate has expired")]
+    Expired,
+    /// It lacks the system health authentication usage, or may not be encrypted to.
+    #[error(
+        "the certificate is not for key release: it must have system health authentication and keyEncipherment"
+    )]
+    Usage,
+    /// It names no host or no host key.
+    #[error("the health certificate names no host, or no host key")]
+    Subject,
+}
+
+/// Checks the health certificate in a release request, against the current and previous attestation signers, at `now`
+/// (unix seconds).
+///
+/// # Errors
+/// [`HealthError`].
+pub fn check(der: &[u8], signers: &[Certificate], now: i64) -> Result<HealthClaims, HealthError> {
+    let certificate = Certificate::parse(der)?;
+    // A signer's own validity does not matter: it stays on the list as long as its certificates are to be accepted.
+    let issued = signers.iter().any(|signer| {
+        signer.subject_der() == certificate.issuer_der()
+            && certificate.verify_signed_by(signer.key()).is_ok()
+    });
+    if !issued {
+        return Err(HealthError::Issuer);
+    }
+    if now < certificate.not_before() {
+        return Err(HealthError::NotYetValid);
+    }
+    if now > certificate.not_after() {
+        return Err(HealthError::Expired);
+    }
+    if !certificate.has_extended_key_usage(SYSTEM_HEALTH_AUTHENTICATION)
+        || !certificate.has_key_usage(KeyUsage::KEY_ENCIPHERMENT)
+    {
+        return Err(HealthError::Usage);
+    }
+    let (Some(host_name), Some(host_key)) = (
+        certificate.common_name(),
+        certificate.subject_serial_number(),
+    ) else {
+        return Err(HealthError::Subject);
+    };
+    Ok(HealthClaims {
+        host_name: host_name.to_owned(),
+        host_key_sha256: host_key.to_owned(),
+        key: certificate.key().clone(),
+        not_before: certificate.not_before(),
+        not_after: certificate.not_after(),
+    })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::rsa_key::testing::key;
+
+    const NOW: i64 = 1_800_000_000;
+
+    fn signer(index: usize) -> Certificate {
+        let template = signer_template(key(index).public(), NOW - 1000, NOW - 500).unwrap();
+        Certificate::parse(
+            &template
+                .to_be_signed()
+                .unwrap()
+                .sign_with(key(index))
+                .unwrap(),
+        )
+        .unwrap()
+    }
+
+    fn certificate(content: ResultType) -> Vec<u8> {
+        let to_be_signed = issue(
+            &signer(0),
+            "host-1",
+            key(1).public(),
+            key(2).public(),
+            content,
+            NOW,
+        )
+        .unwrap();
+        to_be_signed.sign_with(key(0)).unwrap()
+    }
+
+    #[test]
+    fn an_issued_certificate_is_accepted() {
+        let der = certificate(ResultType::EncryptionCertificate);
+        let claims = check(&der, &[signer(1), signer(0)], NOW).unwrap();
+        assert_eq!(claims.host_name, "host-1");
+        assert_eq!(
+            claims.host_key_sha256,
+            HEXLOWER.encode(&key(1).public().spki_sha256())
+        );
+        assert_eq!(&claims.key, key(2).public());
+        assert_eq!(
+            (claims.not_before, claims.not_after),
+            (NOW - 300, NOW - 300 + 8 * 3600)
+        );
+        let parsed = Certificate::parse(&der).unwrap();
+        assert!(parsed.has_key_usage(KeyUsage::KEY_ENCIPHERMENT | KeyUsage::DATA_ENCIPHERMENT));
+        assert!(!parsed.has_key_usage(KeyUsage::DIGITAL_SIGNATURE));
+        assert_ne!(der, certificate(ResultType::EncryptionCertificate));
+    }
+
+    #[test]
+    fn the_validity_includes_both_ends() {
+        let der = certificate(ResultType::EncryptionCertificate);
+        let at = |now| check(&der, &[signer(0)], now).err();
+        assert_eq!(at(NOW - 301), Some(HealthError::NotYetValid));
+        assert_eq!(at(NOW - 300), None);
+        assert_eq!(at(NOW - 300 + 8 * 3600), None);
+        assert_eq!(at(NOW - 300 + 8 * 3600 + 1), Some(HealthError::Expired));
+        assert_eq!(at(i64::MIN), Some(HealthError::NotYetValid));
+        assert_eq!(at(i64::MAX), Some(HealthError::Expired));
+    }
+
+    #[test]
+    fn only_the_signers_count() {
+        let der = certificate(ResultType::EncryptionCertificate);
+        assert_eq!(check(&der, &[], NOW), Err(HealthError::Issuer));
+        assert_eq!(check(&der, &[signer(1)], NOW), Err(HealthError::Issuer));
+        // The right name, but another key's signature; the right key, but another name.
+        let other = issue(
+            &signer(0),
+            "host-1",
+            key(1).public(),
+            key(2).public(),
+            ResultType::EncryptionCertificate,
+            NOW,
+        );
+        let forged = other.unwrap().sign_with(key(1)).unwrap();
+        assert_eq!(
+            check(&forged, &[signer(0), signer(1)], NOW),
+            Err(HealthError::Issuer)
+        );
+        let mut renamed = signer_template(key(0).public(), NOW, NOW).unwrap();
+        renamed.subject = DistinguishedName::new("another name");
+        let renamed =
+            Certificate::parse(&renamed.to_be_signed().unwrap().sign_with(key(0)).unwrap())
+                .unwrap();
+        assert_eq!(check(&der, &[renamed], NOW), Err(HealthError::Issuer));
+        let mut flipped = der.clone();
+        *flipped.last_mut().unwrap() ^= 1;
+        assert_eq!(check(&flipped, &[signer(0)], NOW), Err(HealthError::Issuer));
+    }
+
+    #[test]
+    fn what_is_not_for_this_use_is_refused() {
+        let signing = certificate(ResultType::SigningCertificate);
+        assert!(
+            Certificate::parse(&signing)
+                .unwrap()
+                .has_key_usage(KeyUsage::DIGITAL_SIGNATURE)
+        );
+        assert_eq!(check(&signing, &[signer(0)], NOW), Err(HealthError::Usage));
+        // The signer's own certificate is signed by a signer too.
+        let mut own = signer_template(key(0).public(), NOW, NOW).unwrap();
+        own.key_usage = KeyUsage::KEY_ENCIPHERMENT;
+        let own = own.to_be_signed().unwrap().sign_with(key(0)).unwrap();
+        assert_eq!(check(&own, &[signer(0)], NOW), Err(HealthError::Usage));
+
+        let mut nameless = signer_template(key(0).public(), NOW, NOW).unwrap();
+        nameless.key_usage = KeyUsage::KEY_ENCIPHERMENT;
+        nameless.extended_key_usages = vec![SYSTEM_HEALTH_AUTHENTICATION];
+        let nameless = nameless.to_be_signed().unwrap().sign_with(key(0)).unwrap();
+        assert_eq!(
+            check(&nameless, &[signer(0)], NOW),
+            Err(HealthError::Subject)
+        );
+
+        let good = certificate(ResultType::EncryptionCertificate);
+        let longer = [&good[..], &[0]].concat();
+        assert_eq!(
+            check(&longer, &[signer(0)], NOW),
+            Err(CertificateError::TrailingOctets.into())
+        );
+        assert_eq!(
+            check(b"", &[signer(0)], NOW),
+            Err(CertificateError::NotX509.into())
+        );
+    }
+
+    #[test]
+    fn signers_have_names_of_their_own() {
+        assert_ne!(signer(0).subject_der(), signer(1).subject_der());
+        assert!(
+            signer(0)
+                .common_name()
+                .unwrap()
+                .starts_with("Claviger attestation signer ")
+        );
+        assert!(signer(0).has_key_usage(KeyUsage::KEY_CERT_SIGN));
+        assert_eq!(signer(0).verify_signed_by(key(0).public()), Ok(()));
+    }
+
+    #[test]
+    fn a_host_without_a_name_gets_nothing() {
+        let result = issue(
+            &signer(0),
+            "",
+            key(1).public(),
+            key(2).public(),
+            ResultType::EncryptionCertificate,
+            NOW,
+        );
+        assert!(matches!(result, Err(BuildError::Name(_))));
+    }
+}

@@ -1,0 +1,35 @@
+//! The wire protocol of Claviger: [MS-KPS] (key protection) and [MS-HGSA] (attestation).
+//!
+//! Everything here is pure: octets, keys and the time go in, values come out. There is no I/O, no clock and no HSM, so
+//! that every step of a release can be tested by itself. The steps, in the order a release takes them:
+//!
+//! | step | module |
+//! |---|---|
+//! | read the request and its algorithms | [`request`], [`algorithm`] |
+//! | judge the health certificate | [`health`] |
+//! | read the protector, canonical octets included | [`protector`], [`xml`], [`c14n`] |
+//! | check signatures and the chain of wrappings | [`verify`] |
+//! | make the egress protector | [`build`] |
+//! | encrypt both keys to the host | [`payload`] |
+//!
+//! [`owner`] is the tenant's side, [`metadata`] what a tenant builds a guardian's wrapping from, [`attestation`] how a
+//! host gets its health certificate, and [`error`] what a refusal looks like.
+#![forbid(unsafe_code)]
+
+pub mod algorithm;
+pub mod attestation;
+pub mod build;
+pub mod c14n;
+pub mod certificate;
+pub mod error;
+pub mod health;
+pub mod metadata;
+pub mod owner;
+pub mod payload;
+pub mod pkcs7;
+pub mod protector;
+mod random;
+pub mod request;
+pub mod rsa_key;
+pub mod verify;
+pub mod xml;

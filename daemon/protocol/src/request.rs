@@ -1,0 +1,147 @@
+//! Requests and replies of the key-protection service (protocol page, section 2.1).
+
+use data_encoding::BASE64;
+
+use crate::algorithm::{HostAlgorithms, KeyWrapping, OAEP_11, OAEP_MGF1P, Oaep, Sealing};
+use crate::error::{Code, Refusal};
+use crate::payload::EncryptedKeys;
+use crate::xml::{self, SERVICE_NS, Sequence, XmlError, write_base64};
+
+/// A `RollTransportKeyRequest`: its shape and its algorithms are right (step 1 of a release).
+#[derive(Clone, Debug)]
+pub struct RollRequest {
+    /// The protector file.
+    pub ingress_protector: Vec<u8>,
+    /// DER, not judged.
+    pub health_certificate: Vec<u8>,
+    /// How the keys shall travel.
+    pub algorithms: HostAlgorithms,
+}
+
+impl RollRequest {
+    /// Reads a request body.
+    ///
+    /// # Errors
+    /// `InvalidRequestException` for the shape, then `UnsupportedAlgorithmException`.
+    pub fn parse(body: &[u8]) -> Result<Self, Refusal> {
+        let bad = |e: XmlError| Refusal::request(format!("request: {e}"));
+        let text = xml::decode(body).map_err(bad)?;
+        let document = xml::parse(&text).map_err(bad)?;
+        let (ingress_protector, health_certificate, uris) = Self::read(&document).map_err(bad)?;
+        let [transfer, wrapping, transport] = &uris;
+        let algorithms = HostAlgorithms {
+            transfer: Oaep::from_request_uri(transfer)?,
+            wrapping: KeyWrapping::from_uri(wrapping)?,
+            transport: Sealing::from_uri(transport)?,
+        };
+        Ok(Self { ingress_protector, health_certificate, algorithms })
+    }
+
+    fn read(document: &roxmltree::Document<'_>) -> Result<(Vec<u8>, Vec<u8>, [String; 3]), XmlError> {
+        let root = xml::root(document, SERVICE_NS, "RollTransportKeyRequest")?;
+        xml::attributes(root, &[])?;
+        let mut content = Sequence::of(root, SERVICE_NS)?;
+        let ingress_protector = xml::base64(content.required("IngressProtector")?)?;
+        let health_certificate = xml::base64(content.required("HealthCertificate")?)?;
+        let uris = [
+            uri(content.required("TransferKeyEncryptionAlgorithm")?)?,
+            uri(content.required("WrappingKeyEncryptionAlgorithm")?)?,
+            uri(content.required("TransportKeysEncryptionAlgorithm")?)?,
+        ];
+        content.end()?;
+        Ok((ingress_protector, health_certificate, uris))
+    }
+
+    /// The body a host sends.
+    #[must_use]
+    pub fn to_xml(&self) -> Vec<u8> {
+        let mut out =
+            format!("<?xml version=\"1.0\" encoding=\"utf-8\"?><RollTransportKeyRequest xmlns=\"{SERVICE_NS}\">");
+        write_base64("IngressProtector", &self.ingress_protector, &mut out);
+        write_base64("HealthCertificate", &self.health_certificate, &mut out);
+        let transfer = if self.algorithms.transfer == Oaep::SHA1 { OAEP_MGF1P } else { OAEP_11 };
+        out.push_str(&format!(
+            "<TransferKeyEncryptionAlgorithm>{transfer}</TransferKeyEncryptionAlgorithm>\
+             <WrappingKeyEncryptionAlgorithm>{}</WrappingKeyEncryptionAlgorithm>\
+             <TransportKeysEncryptionAlgorithm>{}</TransportKeysEncryptionAlgorithm></RollTransportKeyRequest>",
+            self.algorithms.wrapping.uri(),
+            self.algorithms.transport.uri()
+        ));
+        out.into_bytes()
+    }
+}
+
+/// An `xs:anyURI` that may not be empty.
+fn uri(element: roxmltree::Node<'_, '_>) -> Result<String, XmlError> {
+    xml::attributes(element, &[])?;
+    let text = xml::text(element)?;
+    match xml::token(&text) {
+        "" => Err(XmlError(format!("{} is empty", xml::local(element)))),
+        uri => Ok(uri.to_owned()),
+    }
+}
+
+/// A `RollTransportKeyResponse`.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct RollResponse {
+    /// The new protector file.
+    pub egress_protector: Vec<u8>,
+    /// Both transport keys, for the host alone.
+    pub keys: EncryptedKeys,
+}
+
+impl RollResponse {
+    /// The body of a 200.
+    #[must_use]
+    pub fn to_xml(&self) -> Vec<u8> {
+        let size = BASE64.encode_len(self.egress_protector.len()) + 2048;
+        let mut out = String::with_capacity(size);
+        out.push_str("<?xml version=\"1.0\" encoding=\"utf-8\"?><RollTransportKeyResponse xmlns=\"");
+        out.push_str(SERVICE_NS);
+        out.push_str("\">");
+        write_base64("EgressProtector", &self.egress_protector, &mut out);
+        write_base64("EncryptedTransferKey", &self.keys.transfer_key, &mut out);
+        write_base64("EncryptedWrappingKey", &self.keys.wrapping_key, &mut out);
+        write_base64("EncryptedTransportKeys", &self.keys.transport_keys, &mut out);
+        out.push_str("</RollTransportKeyResponse>");
+        out.into_bytes()
+    }
+
+    /// Reads a reply, as a host does.
+    ///
+    /// # Errors
+    /// The document is not such a reply.
+    pub fn parse(body: &[u8]) -> Result<Self, XmlError> {
+        let text = xml::decode(body)?;
+        let document = xml::parse(&text)?;
+        let root = xml::root(&document, SERVICE_NS, "RollTransportKeyResponse")?;
+        let mut content = Sequence::of(root, SERVICE_NS)?;
+        let egress_protector = xml::base64(content.required("EgressProtector")?)?;
+        let keys = EncryptedKeys {
+            transfer_key: xml::base64(content.required("EncryptedTransferKey")?)?,
+            wrapping_key: xml::base64(content.required("EncryptedWrappingKey")?)?,
+            transport_keys: xml::base64(content.required("EncryptedTransportKeys")?)?,
+        };
+        content.end()?;
+        Ok(Self { egress_protector, keys })
+    }
+}
+
+impl Refusal {
+    /// Reads an `Error` body, as a host does.
+    ///
+    /// # Errors
+    /// The document is not such an error, or its code is not one of the protocol.
+    pub fn parse(body: &[u8]) -> Result<Self, XmlError> {
+        let text = xml::decode(body)?;
+        let document = xml::parse(&text)?;
+        let root = xml::root(&document, SERVICE_NS, "Error")?;
+        let mut content = Sequence::of(root, SERVICE_NS)?;
+        let code = xml::text(content.required("Code")?)?;
+        let message = xml::text(content.required("Message")?)?;
+        content.end()?;
+        let known = Code::ALL.into_iter().find(|c| c.as_str() == code);
+        let code = known.ok_or_else(|| XmlError(format!("unknown code {code}")))?;
+        Ok(Self { code, message: message.into_owned() })
+    }
+}

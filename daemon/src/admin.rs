@@ -1,0 +1,499 @@
+//! The administrators' socket: how `claviger hosts …` and its like reach the daemon that is running.
+//!
+//! A Unix stream socket in the state folder. A request is one JSON object on a line, `{"command": "hosts.list", …}`;
+//! the answer is one, too: `{"ok": …}` or `{"error": "…"}`. A connection carries any number of them, one after the other.
+//! Only root and the daemon's own user may connect: the file's mode says so, and the kernel's word on the peer is checked.
+
+use std::fs::{File, OpenOptions, Permissions};
+use std::future::Future;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+/// Longest request, in octets, with its line break.
+pub const REQUEST_LIMIT: usize = 1024 * 1024;
+
+/// Longest answer that [`call`] reads, in octets.
+pub const ANSWER_LIMIT: usize = 64 * 1024 * 1024;
+
+/// How long a connection may be silent between requests, and how long the writing of an answer may take.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long a command may take. Keys that are made in an HSM take their time.
+const COMMAND_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// How long commands in progress may take when the daemon stops.
+const STOP_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Most connections at once. More is no administrator's doing.
+const MAX_CONNECTIONS: usize = 64;
+
+/// Longest path of a Unix socket: `sun_path` less its NUL.
+const PATH_LIMIT: usize = 107;
+
+/// Who sent a request, as the kernel says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// User id.
+    pub uid: u32,
+    /// Process id, where the kernel tells it.
+    pub pid: Option<i32>,
+}
+
+/// Why the socket could not be served or asked.
+#[derive(Debug, thiserror::Error)]
+pub enum AdminError {
+    /// The operating system allows no socket with so long a path.
+    #[error("{} is {} octets long, and the path of a socket has at most {PATH_LIMIT}; choose a shorter state folder", path.display(), path.as_os_str().len())]
+    PathTooLong {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// Another daemon is running on this folder.
+    #[error("another claviger serves this state directory: it holds {}; stop it first", path.display())]
+    Taken {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// There is something else where the socket should be.
+    #[error("{} is not a socket; move it away", path.display())]
+    NotASocket {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// The socket cannot be made.
+    #[error("the administrators' socket {} cannot be made: {source}", path.display())]
+    Bind {
+        /// The socket.
+        path: PathBuf,
+        /// What the operating system says.
+        source: io::Error,
+    },
+    /// There is no socket.
+    #[error("there is no administrators' socket at {}; is the daemon running, and with this --config?", path.display())]
+    Missing {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// There is a socket, but nobody behind it.
+    #[error("nobody answers at {}: the daemon that made it has ended; start it again", path.display())]
+    Dead {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// This user may not use the socket.
+    #[error("{} may not be used by this user; run this as root or as {owner}", path.display())]
+    Denied {
+        /// The socket.
+        path: PathBuf,
+        /// Whose it is.
+        owner: String,
+    },
+    /// The conversation broke.
+    #[error("the daemon behind {} did not answer: {source}; its log may say why", path.display())]
+    Broken {
+        /// The socket.
+        path: PathBuf,
+        /// What happened.
+        source: io::Error,
+    },
+    /// The daemon answered that it did not do it; the text is its own.
+    #[error("{0}")]
+    Refused(String),
+}
+
+/// The socket of a running daemon. While it exists, no other daemon can bind the same path.
+#[derive(Debug)]
+pub struct AdminSocket {
+    listener: UnixListener,
+    path: PathBuf,
+    /// Locked for as long as it is open. The file stays: removing it would race with the next daemon.
+    _lock: File,
+}
+
+impl AdminSocket {
+    /// Makes the socket, mode 0600, in place of one that a dead daemon left. To be called inside a tokio runtime.
+    ///
+    /// # Errors
+    /// [`AdminError::Taken`] when a daemon is alive on this path; [`AdminError::PathTooLong`],
+    /// [`AdminError::NotASocket`], [`AdminError::Bind`].
+    pub fn bind(path: &Path) -> Result<Self, AdminError> {
+        check_length(path)?;
+        let failed = |source| AdminError::Bind { path: path.to_owned(), source };
+        let taken = || AdminError::Taken { path: path.to_owned() };
+        let mut lock_path = path.as_os_str().to_owned();
+        lock_path.push(".lock");
+        let lock =
+            OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(lock_path).map_err(failed)?;
+        // The lock dies with its process, whatever else is left of it.
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(std::fs::TryLockError::WouldBlock) => return Err(taken()),
+            Err(std::fs::TryLockError::Error(error)) => return Err(failed(error)),
+        }
+        match path.symlink_metadata() {
+            Ok(metadata) if !metadata.file_type().is_socket() => {
+                return Err(AdminError::NotASocket { path: path.to_owned() });
+            }
+            Ok(_) => {
+                if std::os::unix::net::UnixStream::connect(path).is_ok() {
+                    return Err(taken());
+                }
+                std::fs::remove_file(path).map_err(failed)?;
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(failed(error)),
+        }
+        let listener = UnixListener::bind(path).map_err(failed)?;
+        std::fs::set_permissions(path, Permissions::from_mode(0o600)).map_err(failed)?;
+        Ok(Self { listener, path: path.to_owned(), _lock: lock })
+    }
+
+    /// Answers requests with `handler` until `shutdown` ends and the commands in progress are done. Removes the socket.
+    ///
+    /// The handler gets the whole request object; `Err` is a text for the administrator.
+    pub async fn serve<H, F>(self, handler: H, shutdown: impl Future<Output = ()>)
+    where
+        H: Fn(Value, Peer) -> F + Send + Sync + 'static,
+        F: Future<Output = Result<Value, String>> + Send + 'static,
+    {
+        let handler = Arc::new(handler);
+        let (stop, stopping) = watch::channel(false);
+        let mut connections = JoinSet::new();
+        tokio::pin!(shutdown);
+        loop {
+            let room = connections.len() < MAX_CONNECTIONS;
+            tokio::select! {
+                biased;
+                () = &mut shutdown => break,
+                Some(ended) = connections.join_next() => log_panic(ended),
+                accepted = self.listener.accept(), if room => match accepted {
+                    Ok((stream, _)) => {
+                        connections.spawn(converse(stream, handler.clone(), stopping.clone()));
+                    }
+                    Err(error) => {
+                        tracing::error!(%error, "the administrators' socket cannot accept; trying again");
+                        tokio::time::sleep(Duration::from_millis(500)).await;
+                    }
+                },
+            }
+        }
+        // Nobody new: the lock still keeps other daemons away from the path.
+        if let Err(error) = std::fs::remove_file(&self.path) {
+            tracing::warn!(path = %self.path.display(), %error, "the administrators' socket cannot be removed");
+        }
+        let _ = stop.send(true);
+        let finish = async {
+            while let Some(ended) = connections.join_next().await {
+                log_panic(ended);
+            }
+        };
+        if tokio::time::timeout(STOP_TIMEOUT, finish).await.is_err() {
+            tracing::warn!("an administrator's command is cut: it took too long");
+        }
+    }
+}
+
+/// [`AdminSocket::bind`] and [`AdminSocket::serve`] in one.
+///
+/// # Errors
+/// As [`AdminSocket::bind`].
+pub async fn serve<H, F>(path: &Path, handler: H, shutdown: impl Future<Output = ()>) -> Result<(), AdminError>
+where
+    H: Fn(Value, Peer) -> F + Send + Sync + 'static,
+    F: Future<Output = Result<Value, String>> + Send + 'static,
+{
+    AdminSocket::bind(path)?.serve(handler, shutdown).await;
+    Ok(())
+}
+
+fn log_panic(ended: Result<(), tokio::task::JoinError>) {
+    if let Err(error) = ended {
+        tracing::error!(%error, "an administrator's command panicked");
+    }
+}
+
+/// One administrator's connection.
+async fn converse<H, F>(mut stream: UnixStream, handler: Arc<H>, mut stopping: watch::Receiver<bool>)
+where
+    H: Fn(Value, Peer) -> F,
+    F: Future<Output = Result<Value, String>>,
+{
+    let peer = match stream.peer_cred() {
+        Ok(credentials) => Peer { uid: credentials.uid(), pid: credentials.pid() },
+        Err(error) => {
+            tracing::warn!(%error, "the kernel does not say who uses the administrators' socket: refused");
+            return;
+        }
+    };
+    let (reader, mut writer) = stream.split();
+    let mut reader = BufReader::new(reader);
+    // The file's mode is set only after the socket was made; until then others may have come in.
+    let allowed = peer.uid == 0 || peer.uid == rustix::process::geteuid().as_raw();
+    loop {
+        let line = tokio::select! {
+            biased;
+            _ = stopping.wait_for(|stop| *stop) => return,
+            line = tokio::time::timeout(IDLE_TIMEOUT, read_line(&mut reader, REQUEST_LIMIT)) => line,
+        };
+        let (result, more) = match line {
+            Err(_) | Ok(Ok(Line::End) | Err(_)) => return,
+            Ok(Ok(Line::TooLong)) => (Err(format!("a request has at most {REQUEST_LIMIT} octets")), false),
+            Ok(Ok(Line::Whole(_))) if !allowed => {
+                tracing::warn!(?peer, "refused at the administrators' socket");
+                (Err("only root and the daemon's own user may use this socket".to_owned()), false)
+            }
+            Ok(Ok(Line::Whole(line))) => match serde_json::from_slice(&line) {
+                Ok(request @ Value::Object(_)) => {
+                    let result = tokio::time::timeout(COMMAND_TIMEOUT, handler(request, peer)).await;
+                    let late = || format!("the command took more than {} seconds", COMMAND_TIMEOUT.as_secs());
+                    (result.unwrap_or_else(|_| Err(late())), true)
+                }
+                Ok(_) => (Err("a request is a JSON object".to_owned()), true),
+                Err(error) => (Err(format!("the request is not JSON: {error}")), true),
+            },
+        };
+        let mut answer = match result {
+            Ok(value) => json!({ "ok": value }),
+            Err(error) => json!({ "error": error }),
+        }
+        .to_string();
+        answer.push('\n');
+        let written = tokio::time::timeout(IDLE_TIMEOUT, writer.write_all(answer.as_bytes())).await;
+        if !matches!(written, Ok(Ok(()))) || !more {
+            return;
+        }
+    }
+}
+
+/// What came from the other side.
+enum Line {
+    /// A line without its line break. The last one may lack it.
+    Whole(Vec<u8>),
+    /// More octets than allowed.
+    TooLong,
+    /// Nothing more.
+    End,
+}
+
+async fn read_line(reader: &mut (impl AsyncBufRead + Unpin), limit: usize) -> io::Result<Line> {
+    let mut line = Vec::new();
+    loop {
+        let octets = reader.fill_buf().await?;
+        if octets.is_empty() {
+            return Ok(if line.is_empty() { Line::End } else { Line::Whole(line) });
+        }
+        let end = octets.iter().position(|octet| *octet == b'\n');
+        let taken = end.unwrap_or(octets.len());
+        if line.len() + taken >= limit {
+            return Ok(Line::TooLong);
+        }
+        line.extend_from_slice(&octets[..taken]);
+        reader.consume(taken + usize::from(end.is_some()));
+        if end.is_some() {
+            return Ok(Line::Whole(line));
+        }
+    }
+}
+
+/// Sends one request to the daemon behind `path` and returns what it answered.
+///
+/// # Errors
+/// [`AdminError`]; its text says what to do. [`AdminError::Refused`] is the daemon's own.
+pub async fn call(path: &Path, request: &Value) -> Result<Value, AdminError> {
+    check_length(path)?;
+    let broken = |source| AdminError::Broken { path: path.to_owned(), source };
+    let mut stream = UnixStream::connect(path).await.map_err(|source| match source.kind() {
+        io::ErrorKind::NotFound => AdminError::Missing { path: path.to_owned() },
+        io::ErrorKind::ConnectionRefused => AdminError::Dead { path: path.to_owned() },
+        io::ErrorKind::PermissionDenied => AdminError::Denied { path: path.to_owned(), owner: owner(path) },
+        _ => broken(source),
+    })?;
+    let exchange = async {
+        let mut line = request.to_string();
+        line.push('\n');
+        if line.len() > REQUEST_LIMIT {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "the request is too long"));
+        }
+        stream.write_all(line.as_bytes()).await?;
+        let malformed = |text: &str| io::Error::new(io::ErrorKind::InvalidData, text.to_owned());
+        match read_line(&mut BufReader::new(stream), ANSWER_LIMIT).await? {
+            Line::Whole(line) => {
+                serde_json::from_slice::<Value>(&line).map_err(|_| malformed("its answer is not JSON"))
+            }
+            Line::TooLong => Err(malformed("its answer is too long")),
+            Line::End => Err(io::ErrorKind::UnexpectedEof.into()),
+        }
+    };
+    // Longer than the daemon gives a command, so that its own word arrives.
+    let answer = tokio::time::timeout(COMMAND_TIMEOUT + IDLE_TIMEOUT, exchange)
+        .await
+        .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+        .map_err(broken)?;
+    let Value::Object(mut answer) = answer else {
+        return Err(broken(io::Error::new(io::ErrorKind::InvalidData, "its answer is not an object")));
+    };
+    match (answer.remove("ok"), answer.remove("error")) {
+        (Some(value), None) => Ok(value),
+        (None, Some(Value::String(error))) => Err(AdminError::Refused(error)),
+        _ => Err(broken(io::Error::new(io::ErrorKind::InvalidData, "its answer is neither ok nor error"))),
+    }
+}
+
+fn check_length(path: &Path) -> Result<(), AdminError> {
+    if path.as_os_str().as_bytes().len() > PATH_LIMIT {
+        return Err(AdminError::PathTooLong { path: path.to_owned() });
+    }
+    Ok(())
+}
+
+/// Whose the socket is, or the folder that hides it.
+fn owner(path: &Path) -> String {
+    let uid = path.ancestors().find_map(|path| path.metadata().ok()).map(|metadata| metadata.uid());
+    uid.map_or_else(|| "the daemon's user".to_owned(), |uid| format!("the user with id {uid}"))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use tokio::io::AsyncReadExt;
+    use tokio::sync::oneshot;
+    use tokio::task::JoinHandle;
+
+    async fn handler(request: Value, peer: Peer) -> Result<Value, String> {
+        assert_eq!(peer.uid, rustix::process::geteuid().as_raw());
+        assert_eq!(peer.pid, i32::try_from(std::process::id()).ok());
+        match request["command"].as_str() {
+            Some("echo") => Ok(request["value"].clone()),
+            Some("slow") => {
+                tokio::time::sleep(Duration::from_millis(300)).await;
+                Ok(json!("done"))
+            }
+            Some("panic") => panic!("on purpose"),
+            other => Err(format!("no command {other:?}")),
+        }
+    }
+
+    fn start(path: &Path) -> (oneshot::Sender<()>, JoinHandle<()>) {
+        let socket = AdminSocket::bind(path).unwrap();
+        let (stop, stopped) = oneshot::channel();
+        let serving = socket.serve(handler, async {
+            let _ = stopped.await;
+        });
+        (stop, tokio::spawn(serving))
+    }
+
+    async fn stop((stop, serving): (oneshot::Sender<()>, JoinHandle<()>)) {
+        stop.send(()).unwrap();
+        tokio::time::timeout(Duration::from_secs(20), serving).await.unwrap().unwrap();
+    }
+
+    async fn fault(path: &Path, request: Value) -> String {
+        call(path, &request).await.unwrap_err().to_string()
+    }
+
+    #[tokio::test]
+    async fn commands_are_answered_and_refusals_are_the_handlers_own() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("admin.sock");
+        let running = start(&path);
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        let value = json!({ "text": "a\nline", "list": [1, null] });
+        assert_eq!(call(&path, &json!({ "command": "echo", "value": value })).await.unwrap(), value);
+        let large = json!("x".repeat(900_000));
+        assert_eq!(call(&path, &json!({ "command": "echo", "value": large })).await.unwrap(), large);
+        assert_eq!(fault(&path, json!({ "command": "none" })).await, "no command Some(\"none\")");
+        assert_eq!(fault(&path, json!([1])).await, "a request is a JSON object");
+        assert!(fault(&path, json!("x".repeat(2_000_000))).await.contains("the request is too long"));
+        // A panic hurts nobody else.
+        assert!(fault(&path, json!({ "command": "panic" })).await.contains("its log may say why"));
+        assert_eq!(call(&path, &json!({ "command": "echo", "value": 1 })).await.unwrap(), json!(1));
+        stop(running).await;
+        assert!(!path.exists());
+    }
+
+    #[tokio::test]
+    async fn a_connection_carries_many_requests_and_bounds_each() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("admin.sock");
+        let running = start(&path);
+        let mut stream = UnixStream::connect(&path).await.unwrap();
+        stream
+            .write_all(b"{\"command\":\"echo\",\"value\":1}\n{\"command\":\"echo\",\"value\":2}\nno\n")
+            .await
+            .unwrap();
+        let mut reader = BufReader::new(&mut stream);
+        for expected in ["{\"ok\":1}\n", "{\"ok\":2}\n", "{\"error\":\"the request is not JSON: "] {
+            let mut line = String::new();
+            reader.read_line(&mut line).await.unwrap();
+            assert!(line.starts_with(expected), "{line}");
+        }
+        // Written as far as the other side takes it.
+        let _ = stream.write_all(&vec![b'x'; REQUEST_LIMIT + 1]).await;
+        let mut rest = String::new();
+        let _ = stream.read_to_string(&mut rest).await;
+        assert!(rest.contains("at most 1048576 octets"), "{rest}");
+        stop(running).await;
+    }
+
+    #[tokio::test]
+    async fn a_dead_socket_is_replaced_and_a_live_one_is_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("admin.sock");
+        assert!(fault(&path, json!({})).await.contains("is the daemon running, and with this --config?"));
+        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+        assert!(fault(&path, json!({})).await.contains("has ended; start it again"));
+        let running = start(&path);
+        let message = AdminSocket::bind(&path).unwrap_err().to_string();
+        assert!(message.starts_with("another claviger serves this state directory"), "{message}");
+        assert_eq!(call(&path, &json!({ "command": "echo", "value": 1 })).await.unwrap(), json!(1));
+        stop(running).await;
+        stop(start(&path)).await;
+        // One that listens without the lock is alive, too.
+        let other = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        assert!(matches!(AdminSocket::bind(&path), Err(AdminError::Taken { .. })));
+        drop(other);
+        std::fs::remove_file(&path).unwrap();
+        std::fs::write(&path, "precious").unwrap();
+        assert!(matches!(AdminSocket::bind(&path), Err(AdminError::NotASocket { .. })));
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
+    }
+
+    #[tokio::test]
+    async fn a_stop_waits_for_the_command_in_progress_only() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("admin.sock");
+        let running = start(&path);
+        let _idle = UnixStream::connect(&path).await.unwrap();
+        let slow = tokio::spawn({
+            let path = path.clone();
+            async move { call(&path, &json!({ "command": "slow" })).await.unwrap() }
+        });
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let begun = std::time::Instant::now();
+        stop(running).await;
+        assert!(begun.elapsed() < Duration::from_secs(5), "the idle connection kept it");
+        assert_eq!(slow.await.unwrap(), json!("done"));
+    }
+
+    #[tokio::test]
+    async fn a_path_that_is_too_long_is_said_to_be() {
+        let path = Path::new("/tmp").join("x".repeat(120));
+        assert!(fault(&path, json!({})).await.contains("125 octets long, and the path of a socket has at most 107"));
+        assert!(matches!(AdminSocket::bind(&path), Err(AdminError::PathTooLong { .. })));
+        // The longest one that is allowed works.
+        let folder = tempfile::tempdir().unwrap();
+        let room = PATH_LIMIT - folder.path().as_os_str().len() - 1;
+        stop(start(&folder.path().join("x".repeat(room)))).await;
+    }
+}

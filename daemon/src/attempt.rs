@@ -1,0 +1,70 @@
+//! What the audit trail will say of a request: filled in while it is worked on.
+
+use std::time::{Instant, SystemTime};
+
+use data_encoding::HEXLOWER;
+use ring::digest;
+
+use crate::audit::Entry;
+
+/// A request in progress.
+#[derive(Debug)]
+pub struct Attempt {
+    /// The request's id.
+    pub request: String,
+    /// The registered name of the host, once it is known.
+    pub host: Option<String>,
+    /// SHA-256 of the ingress protector, hexadecimal.
+    pub protector: Option<String>,
+    /// Thumbprint of the owner's signing certificate, hexadecimal.
+    pub owner: Option<String>,
+    hsm: Option<String>,
+    started: Instant,
+}
+
+impl Attempt {
+    /// A request that arrives now.
+    #[must_use]
+    pub fn new(request: String) -> Self {
+        Self { request, host: None, protector: None, owner: None, hsm: None, started: Instant::now() }
+    }
+
+    /// When the request arrived.
+    #[must_use]
+    pub fn started(&self) -> Instant {
+        self.started
+    }
+
+    /// Notes the protector that came in.
+    pub fn protector(&mut self, file: &[u8]) {
+        self.protector = Some(HEXLOWER.encode(digest::digest(&digest::SHA256, file).as_ref()));
+    }
+
+    /// Notes a member that worked on the request.
+    pub fn used(&mut self, member: &str) {
+        match &mut self.hsm {
+            Some(used) if used.split(',').any(|m| m == member) => {}
+            Some(used) => {
+                used.push(',');
+                used.push_str(member);
+            }
+            None => self.hsm = Some(member.to_owned()),
+        }
+    }
+
+    /// The audit line, when the request is decided.
+    #[must_use]
+    pub fn entry(&self, event: &str, outcome: &str) -> Entry {
+        Entry {
+            time: SystemTime::now(),
+            request: self.request.clone(),
+            event: event.to_owned(),
+            host: self.host.clone(),
+            outcome: outcome.to_owned(),
+            protector: self.protector.clone(),
+            owner: self.owner.clone(),
+            hsm: self.hsm.clone(),
+            ms: self.started.elapsed().as_secs_f64() * 1e3,
+        }
+    }
+}

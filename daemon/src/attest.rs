@@ -1,0 +1,5 @@
+//! Who is healthy: attestation, and the health certificates it issues (protocol page, section 3).
+
+pub mod health_cache;
+pub mod host_key;
+pub mod signer;

@@ -1,0 +1,59 @@
+//! Host-key attestation: a host proves that it has the key it was registered with, and gets its identity key certified.
+
+use std::time::Instant;
+
+use claviger_hsm::{Hash, SignScheme};
+use claviger_protocol::attestation::{ErrorReply, HealthCertificateReply, HostKeyRequest};
+use claviger_protocol::health;
+use ring::digest;
+
+use crate::attempt::Attempt;
+use crate::service::{Service, unix_now};
+
+/// An attestation refused: the reply, and a sentence for a person.
+pub type Refused = (ErrorReply, String);
+
+/// Answers an `AttestationRequest` in host-key mode.
+///
+/// # Errors
+/// `PayloadErrorReply` for what is wrong with the request, `UnauthorizedErrorReply` for an unknown key or a wrong
+/// signature (the two look the same), `UnavailableErrorReply` when no HSM signs.
+pub async fn attest(service: &Service, body: &[u8], attempt: &mut Attempt) -> Result<HealthCertificateReply, Refused> {
+    let request = HostKeyRequest::parse(body).map_err(|e| (ErrorReply::Payload, e.to_string()))?;
+    let unauthorized = || (ErrorReply::Unauthorized, "the host key is not registered, or did not sign".to_owned());
+    let hosts = service.hosts.load();
+    let host = hosts.by_key(request.host_key.spki_der()).ok_or_else(unauthorized)?;
+    // Known from the key alone; the record says whose key was presented even when the signature is wrong.
+    attempt.host = Some(host.name.clone());
+    request.verify_signature().map_err(|_| unauthorized())?;
+
+    let unavailable = || (ErrorReply::Unavailable, "no HSM can sign now; try again".to_owned());
+    let signers = service.signers.load();
+    let signer = signers.current().ok_or_else(unavailable)?;
+    let deadline = Instant::now() + service.config.release.deadline();
+    let mut content = Vec::with_capacity(request.requested.len());
+    for result in request.requested {
+        let issued = health::issue(
+            &signer.certificate,
+            &host.name,
+            &request.host_key,
+            &request.identity_key,
+            result,
+            unix_now(),
+        );
+        let to_be_signed = issued.map_err(|error| {
+            tracing::error!(%error, host = host.name, request = attempt.request, "a health certificate cannot be built");
+            (ErrorReply::Error { status: 500 }, "the service failed to process the request; its log says why".to_owned())
+        })?;
+        let digest = digest::digest(&digest::SHA256, to_be_signed.octets());
+        let signed =
+            service.cluster.sign(&signer.id, SignScheme::Pkcs1(Hash::Sha256), digest.as_ref(), deadline).await;
+        let signed = signed.map_err(|error| {
+            tracing::warn!(%error, request = attempt.request, "no HSM signed a health certificate");
+            unavailable()
+        })?;
+        attempt.used(&signed.member);
+        content.push((result, to_be_signed.assemble(&signed.value)));
+    }
+    Ok(HealthCertificateReply { content })
+}

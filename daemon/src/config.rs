@@ -1,0 +1,779 @@
+//! Every setting of the daemon: its name, unit, bounds and safe default.
+//!
+//! The configuration is one TOML file. An unknown setting is an error, because a misspelt one would silently leave a
+//! default in force. Relative paths are relative to the folder of the file that names them, so a lab can be moved.
+
+use std::borrow::Cow;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::io::Read;
+use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use toml::de::{DeArray, DeTable, DeValue};
+use zeroize::{Zeroize, Zeroizing};
+
+/// The whole configuration file.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Environment variables that are set before any PKCS#11 module is loaded (vendors' libraries read theirs when
+    /// they are loaded). Values are taken as they stand: paths in them are not resolved. Default: none.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub env: BTreeMap<String, String>,
+    /// Addresses, the state folder, and what connections may cost.
+    pub server: Server,
+    /// The members: one token of one module each. At least one; all hold the same keys.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub hsm: Vec<Hsm>,
+    /// How releases are queued and timed.
+    pub release: Release,
+    /// How the audit trail is written.
+    pub audit: Audit,
+}
+
+/// `[server]`: addresses, the state folder, and what connections may cost.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Server {
+    /// Address and port of `/KeyProtection` and `/Attestation`. Default: `127.0.0.1:8080`.
+    pub listen: SocketAddr,
+    /// Address and port of `/metrics`, `/live` and `/ready`. Default: `127.0.0.1:9464`.
+    pub metrics: SocketAddr,
+    /// Folder of `state.db`, `audit.jsonl` and the administrators' socket; made when missing, with mode 0700.
+    /// Default: `/var/lib/claviger`.
+    pub state: PathBuf,
+    /// Most connections that are open at once, 1 to 1,000,000; more wait in the kernel's backlog. Default: 10,000.
+    pub max_connections: usize,
+    /// Milliseconds from a request's first octet to the end of its header, and for a TLS handshake; 1 to 600,000.
+    /// Default: 10,000.
+    pub header_timeout_ms: u64,
+    /// Milliseconds in which a request's whole body has to arrive, 1 to 600,000. Default: 15,000.
+    pub body_timeout_ms: u64,
+    /// Milliseconds that a connection may stay open with no request in progress, 1 to 3,600,000. Default: 75,000.
+    pub idle_timeout_ms: u64,
+    /// Milliseconds that a stopping daemon waits for the requests in progress, 1 to 600,000. Default: 30,000.
+    pub drain_timeout_ms: u64,
+    /// Certificate and key for TLS on `listen`. Default: none, plain HTTP.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tls: Option<Tls>,
+}
+
+impl Default for Server {
+    fn default() -> Self {
+        Self {
+            listen: SocketAddr::from(([127, 0, 0, 1], 8080)),
+            metrics: SocketAddr::from(([127, 0, 0, 1], 9464)),
+            state: PathBuf::from("/var/lib/claviger"),
+            max_connections: 10_000,
+            header_timeout_ms: 10_000,
+            body_timeout_ms: 15_000,
+            idle_timeout_ms: 75_000,
+            drain_timeout_ms: 30_000,
+            tls: None,
+        }
+    }
+}
+
+impl Server {
+    /// [`Server::header_timeout_ms`] as a duration.
+    pub fn header_timeout(&self) -> Duration {
+        Duration::from_millis(self.header_timeout_ms)
+    }
+
+    /// [`Server::body_timeout_ms`] as a duration.
+    pub fn body_timeout(&self) -> Duration {
+        Duration::from_millis(self.body_timeout_ms)
+    }
+
+    /// [`Server::idle_timeout_ms`] as a duration.
+    pub fn idle_timeout(&self) -> Duration {
+        Duration::from_millis(self.idle_timeout_ms)
+    }
+
+    /// [`Server::drain_timeout_ms`] as a duration.
+    pub fn drain_timeout(&self) -> Duration {
+        Duration::from_millis(self.drain_timeout_ms)
+    }
+
+    /// Where the database of hosts, certificates and attestation signers is.
+    pub fn state_db(&self) -> PathBuf {
+        self.state.join("state.db")
+    }
+
+    /// Where the audit trail is.
+    pub fn audit_file(&self) -> PathBuf {
+        self.state.join("audit.jsonl")
+    }
+
+    /// Where the administrators' socket is.
+    pub fn admin_socket(&self) -> PathBuf {
+        self.state.join("admin.sock")
+    }
+}
+
+/// `[server.tls]`: both files are PEM.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Tls {
+    /// The server's certificate, then the certificates that lead to a root, in one PEM file.
+    pub certificate: PathBuf,
+    /// The certificate's private key, PEM (PKCS#8, PKCS#1 or SEC1).
+    pub key: PathBuf,
+}
+
+/// `[[hsm]]`: one member, which is one token of one PKCS#11 module.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Hsm {
+    /// The member's name in logs, metrics and commands: 1 to 64 letters, digits, `.`, `-` or `_`; unique.
+    pub name: String,
+    /// The vendor's PKCS#11 library. A bare file name, too, is relative to this file's folder.
+    pub module: PathBuf,
+    /// The token's label. Exactly one of `token` and `serial` is needed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub token: Option<String>,
+    /// The token's serial number. Exactly one of `token` and `serial` is needed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial: Option<String>,
+    /// File that holds the user PIN; one trailing newline is not part of it. Exactly one of `pin_file` and `pin_env`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pin_file: Option<PathBuf>,
+    /// Environment variable that holds the user PIN. Exactly one of `pin_file` and `pin_env`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pin_env: Option<String>,
+    /// Tier: members of the smallest number that can serve are used. Default: 0.
+    #[serde(default)]
+    pub priority: u32,
+    /// Share of the load within its tier, 1 to 1,000. Default: 1.
+    #[serde(default = "one")]
+    pub weight: u32,
+    /// Sessions that are opened on the token, and with them its threads, 1 to 1,024. Default: 8.
+    #[serde(default = "eight")]
+    pub sessions: usize,
+    /// Like the file's `[env]`, for this member's module instance. Default: none.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub env: BTreeMap<String, String>,
+}
+
+fn one() -> u32 {
+    1
+}
+
+fn eight() -> usize {
+    8
+}
+
+/// How a member's token is found among the slots of its module.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TokenName<'a> {
+    /// By its label.
+    Label(&'a str),
+    /// By its serial number.
+    Serial(&'a str),
+}
+
+/// Why a member's PIN could not be read. No variant carries any part of the PIN.
+#[derive(Debug, thiserror::Error)]
+pub enum PinError {
+    /// The PIN file cannot be read.
+    #[error(
+        "the PIN of HSM {hsm:?} cannot be read from {}: {source}; check `pin_file` and who may read it", path.display()
+    )]
+    File {
+        /// The member's name.
+        hsm: String,
+        /// Its `pin_file`.
+        path: PathBuf,
+        /// What the operating system says.
+        source: std::io::Error,
+    },
+    /// The environment variable is not set.
+    #[error("the PIN of HSM {hsm:?} is to come from the environment variable {variable}, which is not set; set it")]
+    Unset {
+        /// The member's name.
+        hsm: String,
+        /// Its `pin_env`.
+        variable: String,
+    },
+    /// The place holds no PIN.
+    #[error("the PIN of HSM {hsm:?} in {place} is empty; put the user PIN there")]
+    Empty {
+        /// The member's name.
+        hsm: String,
+        /// The file or variable.
+        place: String,
+    },
+    /// What is there cannot be a PIN.
+    #[error("the PIN of HSM {hsm:?} in {place} is not UTF-8 text of at most 4096 octets; put only the user PIN there")]
+    NotText {
+        /// The member's name.
+        hsm: String,
+        /// The file or variable.
+        place: String,
+    },
+    /// Neither `pin_file` nor `pin_env` is set (a loaded configuration always has one).
+    #[error("HSM {hsm:?} has neither `pin_file` nor `pin_env`; set one of them")]
+    Unconfigured {
+        /// The member's name.
+        hsm: String,
+    },
+}
+
+/// Longest PIN file that is read, in octets; a longer file is certainly not a PIN.
+const PIN_LIMIT: usize = 4096;
+
+impl Hsm {
+    /// How the token is found: by label or by serial number. `None` only in a value that was never validated.
+    pub fn token_name(&self) -> Option<TokenName<'_>> {
+        match (&self.token, &self.serial) {
+            (Some(label), None) => Some(TokenName::Label(label)),
+            (None, Some(serial)) => Some(TokenName::Serial(serial)),
+            _ => None,
+        }
+    }
+
+    /// Reads the user PIN from where the configuration says it is, without its trailing newline.
+    ///
+    /// Warns in the log when others than the file's owner and group may read it. Blocks on the file.
+    ///
+    /// # Errors
+    /// [`PinError`] when it cannot be read or is empty.
+    pub fn read_pin(&self) -> Result<Zeroizing<String>, PinError> {
+        let hsm = || self.name.clone();
+        let (bytes, place) = if let Some(path) = &self.pin_file {
+            let error = |source| PinError::File { hsm: hsm(), path: path.clone(), source };
+            let file = std::fs::File::open(path).map_err(error)?;
+            let mode = file.metadata().map_err(error)?.permissions().mode();
+            if mode & 0o006 != 0 {
+                tracing::warn!(
+                    hsm = self.name, file = %path.display(), mode = format!("{:04o}", mode & 0o7777),
+                    "the PIN file can be read or changed by everyone: chmod 0600 it"
+                );
+            }
+            // The capacity is given at once: a buffer that grows leaves copies of the PIN behind.
+            let mut bytes = Zeroizing::new(Vec::with_capacity(PIN_LIMIT + 1));
+            file.take(PIN_LIMIT as u64 + 1).read_to_end(&mut bytes).map_err(error)?;
+            (bytes, path.display().to_string())
+        } else if let Some(variable) = &self.pin_env {
+            let value =
+                std::env::var_os(variable).ok_or_else(|| PinError::Unset { hsm: hsm(), variable: variable.clone() })?;
+            (Zeroizing::new(value.into_encoded_bytes()), format!("the environment variable {variable}"))
+        } else {
+            return Err(PinError::Unconfigured { hsm: hsm() });
+        };
+        pin_from(bytes, &self.name, &place)
+    }
+}
+
+fn pin_from(mut bytes: Zeroizing<Vec<u8>>, hsm: &str, place: &str) -> Result<Zeroizing<String>, PinError> {
+    if bytes.len() > PIN_LIMIT {
+        return Err(PinError::NotText { hsm: hsm.to_owned(), place: place.to_owned() });
+    }
+    if bytes.last() == Some(&b'\n') {
+        bytes.pop();
+        if bytes.last() == Some(&b'\r') {
+            bytes.pop();
+        }
+    }
+    if bytes.is_empty() {
+        return Err(PinError::Empty { hsm: hsm.to_owned(), place: place.to_owned() });
+    }
+    match String::from_utf8(std::mem::take(&mut *bytes)) {
+        Ok(pin) => Ok(Zeroizing::new(pin)),
+        Err(error) => {
+            error.into_bytes().zeroize();
+            Err(PinError::NotText { hsm: hsm.to_owned(), place: place.to_owned() })
+        }
+    }
+}
+
+/// `[release]`: how releases are queued and timed.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Release {
+    /// Milliseconds within which a release is answered, one way or the other; 1 to 600,000. Default: 5,000.
+    pub deadline_ms: u64,
+    /// Most operations that a free session takes from the queue at once, 1 to 1,024. Default: 16.
+    pub batch: usize,
+    /// Most operations that wait for one member, 1 to 1,000,000; more are refused at once. Default: 4,096.
+    pub queue: usize,
+}
+
+impl Default for Release {
+    fn default() -> Self {
+        Self { deadline_ms: 5_000, batch: 16, queue: 4_096 }
+    }
+}
+
+impl Release {
+    /// [`Release::deadline_ms`] as a duration.
+    pub fn deadline(&self) -> Duration {
+        Duration::from_millis(self.deadline_ms)
+    }
+}
+
+/// `[audit]`: how the audit trail is written.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Audit {
+    /// Whether every group of lines is forced to the disk (`fdatasync`) before its releases are answered. Without
+    /// it a line survives the end of the process but not the loss of power. Default: false.
+    pub sync: bool,
+}
+
+/// Why a configuration cannot be used: where, which setting, what is wrong with it, and what to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConfigError {
+    /// The configuration file.
+    pub file: PathBuf,
+    /// The line in it, counted from 1, where one is to blame.
+    pub line: Option<usize>,
+    /// The setting, like `server.listen` or `hsm[1].pin_file` (members are counted from 1).
+    pub setting: Option<String>,
+    /// What is wrong.
+    pub problem: String,
+    /// What to do.
+    pub advice: String,
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.file.display())?;
+        if let Some(line) = self.line {
+            write!(f, ":{line}")?;
+        }
+        if let Some(setting) = &self.setting {
+            write!(f, ": {setting}")?;
+        }
+        write!(f, ": {}; {}", self.problem, self.advice)
+    }
+}
+
+impl std::error::Error for ConfigError {}
+
+impl Config {
+    /// Reads, resolves and validates a configuration file. Blocks on the file.
+    ///
+    /// # Errors
+    /// [`ConfigError`] names file, line and setting, and says what to do.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path).map_err(|error| ConfigError {
+            file: path.to_owned(),
+            line: None,
+            setting: None,
+            problem: format!("the configuration cannot be read: {error}"),
+            advice: "check the path and who may read it".to_owned(),
+        })?;
+        Self::parse(&text, path)
+    }
+
+    /// Like [`Config::load`], of text that is already here; `path` gives the folder and the name for errors.
+    ///
+    /// # Errors
+    /// As [`Config::load`].
+    pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        let mut config: Self = toml::from_str(text).map_err(|error| from_toml(&error, text, path))?;
+        // An absolute base: a daemon that changes its folder later must not change what the paths mean.
+        let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+        config.resolve(absolute.parent().unwrap_or(Path::new("/")));
+        config.validate().map_err(|fault| ConfigError {
+            file: path.to_owned(),
+            line: line_of(text, &fault.steps),
+            setting: Some(name_of(&fault.steps)),
+            problem: fault.problem,
+            advice: fault.advice,
+        })?;
+        Ok(config)
+    }
+
+    /// The configuration as a TOML document; what [`Config::load`] makes of it equals `self` when paths are absolute.
+    ///
+    /// # Errors
+    /// When a value cannot be written as TOML, such as a path that is not UTF-8.
+    pub fn to_toml(&self) -> Result<String, toml::ser::Error> {
+        toml::to_string(self)
+    }
+
+    fn resolve(&mut self, folder: &Path) {
+        let absolute = |path: &mut PathBuf| *path = folder.join(&*path);
+        absolute(&mut self.server.state);
+        if let Some(tls) = &mut self.server.tls {
+            absolute(&mut tls.certificate);
+            absolute(&mut tls.key);
+        }
+        for hsm in &mut self.hsm {
+            absolute(&mut hsm.module);
+            if let Some(pin_file) = &mut hsm.pin_file {
+                absolute(pin_file);
+            }
+        }
+    }
+
+    fn validate(&self) -> Result<(), Fault> {
+        let server = &self.server;
+        let in_server = |key| setting("server", key);
+        within(in_server("max_connections"), server.max_connections as u64, 1, 1_000_000)?;
+        within(in_server("header_timeout_ms"), server.header_timeout_ms, 1, 600_000)?;
+        within(in_server("body_timeout_ms"), server.body_timeout_ms, 1, 600_000)?;
+        within(in_server("idle_timeout_ms"), server.idle_timeout_ms, 1, 3_600_000)?;
+        within(in_server("drain_timeout_ms"), server.drain_timeout_ms, 1, 600_000)?;
+        if server.listen == server.metrics && server.listen.port() != 0 {
+            return Err(Fault::new(
+                in_server("metrics"),
+                format!("{} is the address of server.listen, too", server.metrics),
+                "give one of them another port",
+            ));
+        }
+        let in_release = |key| setting("release", key);
+        within(in_release("deadline_ms"), self.release.deadline_ms, 1, 600_000)?;
+        within(in_release("batch"), self.release.batch as u64, 1, 1_024)?;
+        within(in_release("queue"), self.release.queue as u64, 1, 1_000_000)?;
+        environment(&self.env, &[Step::Key("env".into())])?;
+        if self.hsm.is_empty() {
+            return Err(Fault::new(
+                vec![Step::Key("hsm".into())],
+                "there is no HSM".to_owned(),
+                "add an [[hsm]] section with name, module, token and pin_file",
+            ));
+        }
+        let mut names = BTreeSet::new();
+        for (index, hsm) in self.hsm.iter().enumerate() {
+            hsm.validate(index)?;
+            if !names.insert(hsm.name.to_ascii_lowercase()) {
+                return Err(Fault::new(
+                    in_hsm(index, "name"),
+                    format!("{:?} is the name of another HSM, too", hsm.name),
+                    "give every HSM a name of its own",
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Hsm {
+    fn validate(&self, index: usize) -> Result<(), Fault> {
+        let at = |key| in_hsm(index, key);
+        let plain = |c: char| c.is_ascii_alphanumeric() || ".-_".contains(c);
+        if !(1..=64).contains(&self.name.len()) || !self.name.chars().all(plain) {
+            return Err(Fault::new(
+                at("name"),
+                format!("{:?} is not a name for an HSM", self.name),
+                "use 1 to 64 letters, digits, '.', '-' or '_'",
+            ));
+        }
+        one_of(&at, ("token", self.token.as_deref()), ("serial", self.serial.as_deref()))?;
+        // Only whether a path is there, and not empty, matters here: it need not be UTF-8.
+        let pin_file = self.pin_file.as_ref().map(|path| if path.as_os_str().is_empty() { "" } else { "set" });
+        one_of(&at, ("pin_file", pin_file), ("pin_env", self.pin_env.as_deref()))?;
+        if let Some(name) = &self.pin_env
+            && name.contains(['=', '\0'])
+        {
+            return Err(bad_variable(at("pin_env"), name));
+        }
+        within(at("weight"), u64::from(self.weight), 1, 1_000)?;
+        within(at("sessions"), self.sessions as u64, 1, 1_024)?;
+        environment(&self.env, &at("env"))
+    }
+}
+
+/// A step into the document, to find the line of a setting again.
+#[derive(Clone, Debug)]
+enum Step {
+    /// A setting, or a name that the file chose, like that of an environment variable.
+    Key(Cow<'static, str>),
+    Index(usize),
+}
+
+/// A setting of a section.
+fn setting(section: &'static str, key: &'static str) -> Vec<Step> {
+    vec![Step::Key(section.into()), Step::Key(key.into())]
+}
+
+/// A setting of the `index`-th member.
+fn in_hsm(index: usize, key: &'static str) -> Vec<Step> {
+    vec![Step::Key("hsm".into()), Step::Index(index), Step::Key(key.into())]
+}
+
+/// What validation found, before file and line are known.
+struct Fault {
+    steps: Vec<Step>,
+    problem: String,
+    advice: String,
+}
+
+impl Fault {
+    fn new(steps: Vec<Step>, problem: String, advice: &str) -> Self {
+        Self { steps, problem, advice: advice.to_owned() }
+    }
+}
+
+fn within(steps: Vec<Step>, value: u64, least: u64, most: u64) -> Result<(), Fault> {
+    if (least..=most).contains(&value) {
+        return Ok(());
+    }
+    Err(Fault {
+        steps,
+        problem: format!("{value} is out of bounds"),
+        advice: format!("use a number from {least} to {most}"),
+    })
+}
+
+fn one_of(
+    at: &dyn Fn(&'static str) -> Vec<Step>,
+    (first, one): (&'static str, Option<&str>),
+    (second, other): (&'static str, Option<&str>),
+) -> Result<(), Fault> {
+    let advice = format!("set exactly one of `{first}` and `{second}`");
+    match (one, other) {
+        (Some(""), _) => Err(Fault::new(at(first), "is empty".to_owned(), &advice)),
+        (_, Some("")) => Err(Fault::new(at(second), "is empty".to_owned(), &advice)),
+        (Some(_), None) | (None, Some(_)) => Ok(()),
+        (Some(_), Some(_)) => Err(Fault::new(at(second), format!("`{first}` is set, too"), &advice)),
+        (None, None) => Err(Fault::new(at(first), format!("neither `{first}` nor `{second}` is set"), &advice)),
+    }
+}
+
+fn environment(env: &BTreeMap<String, String>, steps: &[Step]) -> Result<(), Fault> {
+    for (name, value) in env {
+        if name.is_empty() || name.contains(['=', '\0']) || value.contains('\0') {
+            let mut steps = steps.to_vec();
+            steps.push(Step::Key(name.clone().into()));
+            return Err(bad_variable(steps, name));
+        }
+    }
+    Ok(())
+}
+
+fn bad_variable(steps: Vec<Step>, name: &str) -> Fault {
+    Fault::new(
+        steps,
+        format!("{name:?} cannot be an environment variable"),
+        "a name is not empty and has no '='; neither name nor value has a NUL",
+    )
+}
+
+fn name_of(steps: &[Step]) -> String {
+    let mut name = String::new();
+    for step in steps {
+        match step {
+            Step::Index(index) => name.push_str(&format!("[{}]", index + 1)),
+            Step::Key(key) if name.is_empty() => name.push_str(key),
+            Step::Key(key) => name.push_str(&format!(".{key}")),
+        }
+    }
+    name
+}
+
+/// The line of a setting; where it is not written, that of the section it belongs to.
+fn line_of(text: &str, steps: &[Step]) -> Option<usize> {
+    let document = DeTable::parse(text).ok()?;
+    let (mut table, mut array) = (Some(document.get_ref()), None::<&DeArray<'_>>);
+    let mut offset = None;
+    for step in steps {
+        let value = match step {
+            Step::Index(index) => {
+                let Some(value) = array.and_then(|items| items.get(*index)) else { break };
+                offset = Some(value.span().start);
+                value
+            }
+            Step::Key(key) => {
+                let entry = table.and_then(|table| table.iter().find(|(name, _)| name.get_ref() == key));
+                let Some((name, value)) = entry else { break };
+                offset = Some(name.span().start);
+                value
+            }
+        };
+        (table, array) = (value.get_ref().as_table(), value.get_ref().as_array());
+    }
+    Some(line_at(text, offset?))
+}
+
+fn line_at(text: &str, offset: usize) -> usize {
+    text.bytes().take(offset).filter(|byte| *byte == b'\n').count() + 1
+}
+
+/// The setting that stands at an offset, such as `hsm[2].token`.
+fn setting_at(table: &DeTable<'_>, offset: usize, prefix: &str) -> Option<String> {
+    let mut best: Option<(usize, String)> = None;
+    for (name, value) in table {
+        let path = if prefix.is_empty() { name.get_ref().to_string() } else { format!("{prefix}.{}", name.get_ref()) };
+        let deeper = match value.get_ref() {
+            DeValue::Table(inner) => setting_at(inner, offset, &path),
+            DeValue::Array(items) => items.iter().enumerate().find_map(|(index, item)| {
+                let path = format!("{path}[{}]", index + 1);
+                let inner = item.get_ref().as_table().and_then(|inner| setting_at(inner, offset, &path));
+                inner.or_else(|| item.span().contains(&offset).then_some(path))
+            }),
+            _ => None,
+        };
+        if let Some(deeper) = deeper {
+            return Some(deeper);
+        }
+        let (key, value) = (name.span(), value.span());
+        for span in [key, value] {
+            // The narrowest span that holds the offset: the span of a section may hold all that follows its header.
+            if span.contains(&offset) && best.as_ref().is_none_or(|(length, _)| span.len() < *length) {
+                best = Some((span.len(), path.clone()));
+            }
+        }
+    }
+    best.map(|(_, path)| path)
+}
+
+fn from_toml(error: &toml::de::Error, text: &str, path: &Path) -> ConfigError {
+    let problem = error.message().trim().to_owned();
+    let offset = error.span().map(|span| span.start);
+    let setting = offset.and_then(|offset| setting_at(DeTable::parse(text).ok()?.get_ref(), offset, ""));
+    let advice = if problem.starts_with("unknown field") {
+        "correct its spelling or remove it"
+    } else if problem.starts_with("missing field") {
+        "add it to this section"
+    } else if problem.starts_with("duplicate") {
+        "remove one of the two"
+    } else if setting.is_some() {
+        "write a value of the kind that is expected"
+    } else {
+        "correct the TOML at this line"
+    };
+    ConfigError {
+        file: path.to_owned(),
+        line: offset.map(|offset| line_at(text, offset)),
+        setting,
+        problem,
+        advice: advice.to_owned(),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    const LAB: &str = r#"
+[env]
+SOFTHSM2_CONF = "/lab/softhsm2.conf"
+
+[server]
+listen = "127.0.0.1:0"
+state = "state"
+
+[server.tls]
+certificate = "tls.pem"
+key = "/keys/tls.key"
+
+[[hsm]]
+name = "hsm-a"
+module = "/usr/lib/softhsm/libsofthsm2.so"
+token = "claviger-a"
+pin_file = "a.pin"
+
+[[hsm]]
+name = "hsm-b"
+module = "libhsm.so"
+serial = "0815"
+pin_env = "PIN_B"
+priority = 1
+weight = 3
+sessions = 2
+env = { HSM_CONF = "b.conf" }
+
+[audit]
+sync = true
+"#;
+
+    fn parse(text: &str) -> Result<Config, ConfigError> {
+        Config::parse(text, Path::new("/lab/claviger.toml"))
+    }
+
+    fn refusal(from: &str, to: &str) -> String {
+        assert!(LAB.contains(from), "{from}");
+        parse(&LAB.replacen(from, to, 1)).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn reads_settings_defaults_and_relative_paths() {
+        let config = parse(LAB).unwrap();
+        assert_eq!(config.env["SOFTHSM2_CONF"], "/lab/softhsm2.conf");
+        assert_eq!(config.server.state, Path::new("/lab/state"));
+        assert_eq!(config.server.metrics, SocketAddr::from(([127, 0, 0, 1], 9464)));
+        assert_eq!(config.server.idle_timeout(), Duration::from_secs(75));
+        assert_eq!(config.server.tls.as_ref().unwrap().certificate, Path::new("/lab/tls.pem"));
+        assert_eq!(config.server.tls.as_ref().unwrap().key, Path::new("/keys/tls.key"));
+        let [a, b] = config.hsm.as_slice() else { panic!("two members") };
+        assert_eq!((a.priority, a.weight, a.sessions), (0, 1, 8));
+        assert_eq!(a.token_name(), Some(TokenName::Label("claviger-a")));
+        assert_eq!(a.pin_file.as_deref(), Some(Path::new("/lab/a.pin")));
+        assert_eq!(b.token_name(), Some(TokenName::Serial("0815")));
+        assert_eq!(b.module, Path::new("/lab/libhsm.so"));
+        assert_eq!((b.priority, b.weight, b.sessions), (1, 3, 2));
+        assert_eq!(b.env["HSM_CONF"], "b.conf");
+        assert_eq!(config.release, Release { deadline_ms: 5000, batch: 16, queue: 4096 });
+        assert!(config.audit.sync);
+    }
+
+    #[test]
+    fn what_it_writes_it_reads_again() {
+        let config = parse(LAB).unwrap();
+        assert_eq!(parse(&config.to_toml().unwrap()).unwrap(), config);
+    }
+
+    #[test]
+    fn refusals_name_file_line_setting_and_remedy() {
+        for (from, to, expected) in [
+            ("sync = true", "synk = true", "/lab/claviger.toml:30: audit.synk: unknown field `synk`"),
+            ("priority = 1", "priority = -1", "/lab/claviger.toml:24: hsm[2].priority: invalid value"),
+            ("weight = 3", "weight = 0", "/lab/claviger.toml:25: hsm[2].weight: 0 is out of bounds; use a number"),
+            ("sessions = 2", "sessions = 5000", "/lab/claviger.toml:26: hsm[2].sessions: 5000"),
+            ("\"hsm-b\"", "\"HSM-A\"", "/lab/claviger.toml:20: hsm[2].name: \"HSM-A\" is the name of another HSM"),
+            ("\"hsm-b\"", "\"hsm b\"", "/lab/claviger.toml:20: hsm[2].name: \"hsm b\" is not a name"),
+            ("pin_env = \"PIN_B\"", "", "hsm[2].pin_file: neither `pin_file` nor `pin_env` is set; set exactly one"),
+            ("pin_env", "token = \"x\"\npin_env", "/lab/claviger.toml:22: hsm[2].serial: `token` is set, too"),
+            ("\"0815\"", "\"\"", "/lab/claviger.toml:22: hsm[2].serial: is empty"),
+            ("127.0.0.1:0", "localhost:80", "/lab/claviger.toml:6: server.listen: "),
+            ("127.0.0.1:0", "127.0.0.1:9464", "server.metrics: 127.0.0.1:9464 is the address of server.listen, too"),
+            ("state =", "header_timeout_ms = 0\nstate =", "/lab/claviger.toml:7: server.header_timeout_ms: 0 is out"),
+            ("SOFTHSM2_CONF", "\"A=B\"", "/lab/claviger.toml:3: env.A=B: \"A=B\" cannot be an environment variable"),
+            ("[audit]", "[audit", "/lab/claviger.toml:29: "),
+            ("module = \"libhsm.so\"\n", "", "missing field `module`; add it"),
+        ] {
+            let message = refusal(from, to);
+            assert!(message.contains(expected), "{message}\nlacks\n{expected}");
+        }
+        let message = parse("[server]\n").unwrap_err().to_string();
+        assert!(message.contains("there is no HSM; add an [[hsm]] section"), "{message}");
+        let message = Config::load(Path::new("/nowhere/claviger.toml")).unwrap_err().to_string();
+        assert!(message.starts_with("/nowhere/claviger.toml: the configuration cannot be read"), "{message}");
+    }
+
+    #[test]
+    fn the_pin_is_read_without_its_newline_and_never_empty() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("pin");
+        let mut hsm = parse(LAB).unwrap().hsm.swap_remove(0);
+        hsm.pin_file = Some(path.clone());
+        for (content, expected) in
+            [(&b"1234\n"[..], "1234"), (b"1234\r\n", "1234"), (b" 12 34 ", " 12 34 "), (b"1\n\n", "1\n")]
+        {
+            std::fs::write(&path, content).unwrap();
+            assert_eq!(*hsm.read_pin().unwrap(), expected);
+        }
+        std::fs::write(&path, "\n").unwrap();
+        assert!(matches!(hsm.read_pin(), Err(PinError::Empty { .. })));
+        std::fs::write(&path, [0xff]).unwrap();
+        assert!(matches!(hsm.read_pin(), Err(PinError::NotText { .. })));
+        std::fs::write(&path, "9".repeat(5000)).unwrap();
+        assert!(matches!(hsm.read_pin(), Err(PinError::NotText { .. })));
+        std::fs::remove_file(&path).unwrap();
+        assert!(matches!(hsm.read_pin(), Err(PinError::File { .. })));
+        (hsm.pin_file, hsm.pin_env) = (None, Some("CLAVIGER_TEST_NO_SUCH_PIN".to_owned()));
+        assert!(matches!(hsm.read_pin(), Err(PinError::Unset { .. })));
+        // Cargo sets this one for every test.
+        hsm.pin_env = Some("CARGO_PKG_NAME".to_owned());
+        assert_eq!(*hsm.read_pin().unwrap(), env!("CARGO_PKG_NAME"));
+    }
+}

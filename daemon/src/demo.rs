@@ -1,0 +1,185 @@
+//! `claviger demo`: a lab, served; then what a tenant and a guarded host do, checked and told with times.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use claviger_hsm::Cluster;
+use claviger_protocol::error::Code;
+use claviger_protocol::metadata::Metadata;
+use claviger_protocol::owner::Owner;
+use claviger_protocol::payload::ApiVersion;
+use claviger_protocol::rsa_key::RsaPrivateKey;
+
+use crate::client::Client;
+use crate::daemon::Daemon;
+use crate::host::{Host, HostError};
+use crate::lab::{HOST_NAME, Lab};
+use crate::print::say;
+
+/// How long the daemon may take to get ready: the attestation signer's key has to be made.
+const READY_WITHIN: Duration = Duration::from_secs(30);
+const METADATA: &str = "/KeyProtection/service/metadata/2014-07/metadata.xml";
+
+/// Why a demonstration did not come to its end.
+pub type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+/// Serves the lab and plays the demonstration. Gives the running daemon, and whether all checks passed.
+///
+/// # Errors
+/// When the lab cannot be served, or a step could not be played at all.
+pub async fn run(lab: &Lab, cluster: Cluster, vms: usize, begun: Instant) -> Result<(Daemon, bool), Failure> {
+    lab.fill(&cluster).await?;
+    let members = lab.config.hsm.len();
+    let made = if lab.is_fresh() { "made" } else { "found" };
+    say!("lab        {made} in {}: {members} soft tokens, all holding the same keys{}", lab.dir().display(), took(begun));
+    let daemon = Daemon::start(lab.config.clone(), cluster).await?;
+    say!("listening on {}", daemon.url());
+    say!("metrics on http://{}", daemon.metrics_address);
+    match play(lab, &daemon, vms).await {
+        Ok(passed) => Ok((daemon, passed)),
+        Err(failure) => {
+            daemon.stop().await;
+            Err(failure)
+        }
+    }
+}
+
+/// Counts what was checked.
+#[derive(Default)]
+struct Checks {
+    passed: usize,
+    failed: usize,
+}
+
+impl Checks {
+    fn check(&mut self, right: bool, what: &str, begun: Instant) {
+        if right {
+            self.passed += 1;
+            say!("{what}{}", took(begun));
+        } else {
+            self.failed += 1;
+            say!("{what}: WRONG{}", took(begun));
+        }
+    }
+
+    /// A step that was to be refused in a certain way.
+    fn refused<T>(&mut self, result: Result<T, HostError>, expected: &str, what: &str, begun: Instant) {
+        let said = match &result {
+            Ok(_) => "granted".to_owned(),
+            Err(HostError::Attestation { status, reply }) => format!("{status} {}", reply.name),
+            Err(HostError::Release { status, refusal }) => format!("{status} {}", refusal.code.as_str()),
+            Err(other) => other.to_string(),
+        };
+        self.check(said == expected, &format!("refuse     {what}: {said}"), begun);
+    }
+}
+
+async fn play(lab: &Lab, daemon: &Daemon, vms: usize) -> Result<bool, Failure> {
+    let url = daemon.url();
+    let client = Client::new(&url)?;
+    wait_until_ready(daemon).await?;
+    say!("");
+
+    // The tenant.
+    let begun = Instant::now();
+    let metadata = Metadata::parse(&client.get(METADATA).await?.body)?;
+    let owner = Arc::new(lab.owner()?);
+    let protectors = lab.protectors(vms, &owner, &metadata)?;
+    say!("tenant     {vms} protectors for this guardian in {}/tenant{}", lab.dir().display(), took(begun));
+
+    // The host.
+    let mut checks = Checks::default();
+    let keys = lab.host_keys()?;
+    let host = Host::new(client, keys.host, keys.identity.clone());
+    let begun = Instant::now();
+    let health = host.attest().await?;
+    checks.check(true, &format!("attest     {HOST_NAME} proved its key and holds a health certificate"), begun);
+    for (name, protector) in &protectors {
+        release(&mut checks, &host, &health, &owner, name, protector).await;
+    }
+
+    // Who must not get keys.
+    let begun = Instant::now();
+    let stranger = tokio::task::spawn_blocking(|| RsaPrivateKey::generate(2048)).await??;
+    let unregistered = Host::new(Client::new(&url)?, stranger, keys.identity);
+    let refused = unregistered.attest().await;
+    checks.refused(refused, "403 UnauthorizedErrorReply", "a host that is not registered", begun);
+    if let Some((name, protector)) = protectors.first() {
+        let begun = Instant::now();
+        let expected = format!("400 {}", Code::InvalidProtector.as_str());
+        let refused = host.roll(ApiVersion::V2, &health, &tampered(protector)).await;
+        checks.refused(refused, &expected, &format!("{name}'s protector with one bit changed"), begun);
+    }
+    say!("");
+    let Checks { passed, failed } = checks;
+    if failed == 0 {
+        say!("all {passed} checks passed");
+    } else {
+        say!("{failed} of {} checks FAILED", passed + failed);
+    }
+    Ok(failed == 0)
+}
+
+/// One VM's start, and its next one with the protector it got back.
+async fn release(
+    checks: &mut Checks,
+    host: &Host,
+    health: &[u8],
+    owner: &Arc<Owner>,
+    name: &str,
+    protector: &[u8],
+) {
+    let mut protector = protector.to_vec();
+    for (api, step) in [(ApiVersion::V2, "release    "), (ApiVersion::V1, "next start ")] {
+        let begun = Instant::now();
+        let result = host.roll(api, health, &protector).await;
+        let answered = begun.elapsed();
+        let at = Instant::now().checked_sub(answered).unwrap_or(begun);
+        let unwrapped = match result {
+            Ok(unwrapped) => unwrapped,
+            Err(error) => return checks.check(false, &format!("{step}{name}: {error}"), at),
+        };
+        // What only the owner can say: both keys are those of its protectors.
+        let opener = owner.clone();
+        let (ingress, egress) = (protector, unwrapped.egress_protector.clone());
+        let opened = tokio::task::spawn_blocking(move || (opener.open(&ingress), opener.open(&egress))).await;
+        let right = match opened {
+            Ok((Ok(ingress), Ok(egress))) => *ingress == *unwrapped.keys.ingress && *egress == *unwrapped.keys.egress,
+            _ => false,
+        };
+        let text = format!("{step}{name}: both keys are the owner's [{}, {:.1} ms]", api.as_str(), answered.as_secs_f64() * 1e3);
+        checks.check(right, &text, begun);
+        protector = unwrapped.egress_protector;
+    }
+}
+
+/// The protector with one bit of its first certificate changed.
+fn tampered(protector: &[u8]) -> Vec<u8> {
+    let mut copy = protector.to_vec();
+    let tag = b"<SigningCertificate>";
+    let at = copy.windows(tag.len()).position(|w| w == tag).map_or(0, |at| at + tag.len() + 40);
+    if let Some(octet) = copy.get_mut(at) {
+        *octet = if *octet == b'A' { b'B' } else { b'A' };
+    }
+    copy
+}
+
+async fn wait_until_ready(daemon: &Daemon) -> Result<(), Failure> {
+    let client = Client::new(&format!("http://{}", daemon.metrics_address))?;
+    let begun = Instant::now();
+    loop {
+        let reply = client.get("/ready").await?;
+        let signer = daemon.service.signers.load().current().is_some();
+        if reply.status == 200 && signer {
+            return Ok(());
+        }
+        if begun.elapsed() > READY_WITHIN {
+            return Err(format!("the daemon is not ready: {}", String::from_utf8_lossy(&reply.body).trim()).into());
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+fn took(begun: Instant) -> String {
+    format!("  ({:.1} ms)", begun.elapsed().as_secs_f64() * 1e3)
+}

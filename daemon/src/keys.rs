@@ -1,0 +1,114 @@
+//! The key-protection certificates: which keys serve, which are primary, and the metadata document made of them.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use claviger_hsm::{HsmError, KeyId};
+use claviger_protocol::algorithm::SignatureAlgorithm;
+use claviger_protocol::certificate::{Certificate, CertificateError};
+use claviger_protocol::error::{Code, Refusal};
+use claviger_protocol::metadata::GuardianInformation;
+use claviger_protocol::protector::Signature;
+use claviger_protocol::rsa_key::RsaPublicKey;
+use tokio::sync::OnceCell;
+
+use crate::service::Service;
+use crate::state::{self, Kind};
+
+/// A snapshot of the enabled certificates. Keys are found by SubjectPublicKeyInfo, so that a certificate that was
+/// renewed with the same key goes on working.
+#[derive(Debug, Default)]
+pub struct Keys {
+    encryption: HashMap<RsaPublicKey, KeyId>,
+    signing: HashMap<RsaPublicKey, KeyId>,
+    primary_encryption: Option<Key>,
+    primary_signing: Option<Key>,
+    other_signing: Vec<Vec<u8>>,
+    metadata: OnceCell<Arc<Vec<u8>>>,
+}
+
+/// A certificate, and where its private key is.
+#[derive(Clone, Debug)]
+pub struct Key {
+    /// The certificate.
+    pub certificate: Certificate,
+    /// CKA_ID of the private key.
+    pub id: KeyId,
+}
+
+impl Keys {
+    /// Reads the certificates of the state.
+    ///
+    /// # Errors
+    /// A certificate that is not one, or whose key is weak.
+    pub fn new(certificates: &[state::Certificate]) -> Result<Self, CertificateError> {
+        let mut keys = Self::default();
+        for entry in certificates.iter().filter(|c| c.enabled) {
+            let certificate = Certificate::parse(&entry.der)?;
+            let id = KeyId(entry.key_id.clone());
+            let by_key = match entry.kind {
+                Kind::Encryption => &mut keys.encryption,
+                Kind::Signing => &mut keys.signing,
+            };
+            by_key.insert(certificate.key().clone(), id.clone());
+            match (entry.kind, entry.is_primary) {
+                (Kind::Encryption, true) => keys.primary_encryption = Some(Key { certificate, id }),
+                (Kind::Signing, true) => keys.primary_signing = Some(Key { certificate, id }),
+                (Kind::Signing, false) => keys.other_signing.push(entry.der.clone()),
+                (Kind::Encryption, false) => {}
+            }
+        }
+        Ok(keys)
+    }
+
+    /// The private key that decrypts what was encrypted to `public`.
+    #[must_use]
+    pub fn encryption(&self, public: &RsaPublicKey) -> Option<&KeyId> {
+        self.encryption.get(public)
+    }
+
+    /// The private key that signs what `public` verifies.
+    #[must_use]
+    pub fn signing(&self, public: &RsaPublicKey) -> Option<&KeyId> {
+        self.signing.get(public)
+    }
+
+    /// The certificates that new protectors use: encryption, signing.
+    #[must_use]
+    pub fn primary(&self) -> (Option<&Key>, Option<&Key>) {
+        (self.primary_encryption.as_ref(), self.primary_signing.as_ref())
+    }
+
+    /// The metadata document. Its three signatures are made once for each change of the certificates.
+    ///
+    /// # Errors
+    /// 500 when there is no primary certificate, 503 when no HSM signs.
+    pub async fn metadata(&self, service: &Service) -> Result<Arc<Vec<u8>>, Refusal> {
+        let missing = |kind| Refusal::new(Code::Internal, format!("Primary {kind} Certificate not found"));
+        let encryption = self.primary_encryption.as_ref().ok_or_else(|| missing("Encryption"))?;
+        let signing = self.primary_signing.as_ref().ok_or_else(|| missing("Signing"))?;
+        let document = self.metadata.get_or_try_init(|| self.sign_metadata(service, encryption, signing)).await;
+        document.cloned().map_err(|error| {
+            tracing::warn!(%error, "the metadata document cannot be signed");
+            Refusal::new(Code::ServiceUnavailable, "no HSM can sign now; try again")
+        })
+    }
+
+    async fn sign_metadata(&self, service: &Service, encryption: &Key, signing: &Key) -> Result<Arc<Vec<u8>>, HsmError> {
+        let sign = async |octets: &[u8]| {
+            let value = service.sign(&signing.id, octets).await?;
+            Ok::<_, HsmError>(Signature { algorithm: SignatureAlgorithm::DEFAULT, parameters: None, value })
+        };
+        let information = GuardianInformation {
+            encryption_certificate: encryption.certificate.der().to_vec(),
+            signing_certificate: signing.certificate.der().to_vec(),
+            encryption_certificate_signature: sign(encryption.certificate.der()).await?,
+            signing_certificate_self_signature: sign(signing.certificate.der()).await?,
+            other_signing_certificates: self.other_signing.clone(),
+        };
+        // The communications certificate is the primary signing one.
+        let unsigned = information.unsigned(signing.certificate.der());
+        let signature = service.sign(&signing.id, unsigned.signed_octets()).await?;
+        Ok(Arc::new(unsigned.finish(&signature)))
+    }
+}

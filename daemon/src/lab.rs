@@ -1,0 +1,388 @@
+//! A laboratory on disk: soft tokens that hold the same keys, a registered host, a tenant with VMs.
+//!
+//! ```text
+//! DIR/claviger.toml     serves the lab: claviger serve --config DIR/claviger.toml
+//! DIR/softhsm2.conf     tokens/   pins/
+//! DIR/state/            the daemon's: state.db, audit.jsonl, admin.sock
+//! DIR/host/             hostkey.pem (private), hostkey.pub.pem, identitykey.pem (private)
+//! DIR/tenant/           owner-{signing,encryption}.{key,crt}.pem, vm-0001.protector.xml …
+//! ```
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::Write;
+use std::net::SocketAddr;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use claviger_hsm::{Cluster, HsmError, KeyId, KeyUsage as HsmKeyUsage, NewKey, Pin, init_token, set_env};
+use claviger_protocol::certificate::{
+    BuildError, Certificate, CertificateError, DistinguishedName, KeyUsage, Template, random_serial,
+};
+use claviger_protocol::metadata::Metadata;
+use claviger_protocol::owner::{Owner, OwnerError};
+use claviger_protocol::rsa_key::{KeyError, RsaPrivateKey, RsaPublicKey, SignError};
+use data_encoding::{BASE64, HEXLOWER};
+use ring::rand::{SecureRandom, SystemRandom};
+
+use crate::attest::signer::private_parts;
+use crate::config::{Config, ConfigError, Hsm};
+use crate::service::unix_now;
+use crate::state::{Kind, NewCertificate, State, StateError};
+
+/// The name of the registered host.
+pub const HOST_NAME: &str = "demo-host";
+/// Names the module where it is not in one of the usual places.
+const MODULE_VARIABLE: &str = "CLAVIGER_SOFTHSM2";
+const MODULES: [&str; 5] = [
+    "/usr/lib/softhsm/libsofthsm2.so",
+    "/usr/lib/x86_64-linux-gnu/softhsm/libsofthsm2.so",
+    "/usr/lib/aarch64-linux-gnu/softhsm/libsofthsm2.so",
+    "/usr/lib64/pkcs11/libsofthsm2.so",
+    "/usr/local/lib/softhsm/libsofthsm2.so",
+];
+/// Marks a folder as a lab from its first moment, so that one that was not finished can be made again.
+const MARK: &str = ".claviger-lab";
+const BITS: u32 = 2048;
+/// Sessions of each token. A soft token computes on this machine's processors; more sessions would only queue there.
+const SESSIONS: usize = 4;
+const TEN_YEARS: i64 = 10 * 365 * 24 * 3600;
+/// What key-protection certificates are for: `id-kp-serverAuth`, as the reference service demands.
+const SERVER_AUTHENTICATION: &str = "1.3.6.1.5.5.7.3.1";
+
+/// Why there is no lab.
+#[derive(Debug, thiserror::Error)]
+pub enum LabError {
+    /// SoftHSM2 is not installed.
+    #[error(
+        "SoftHSM2 was not found; install it (Debian: apt-get install softhsm2), or name its module in {MODULE_VARIABLE}"
+    )]
+    NoSoftHsm,
+    /// The folder holds something else.
+    #[error("{} is not empty and holds no lab; choose another --dir", .0.display())]
+    NotALab(PathBuf),
+    /// A file of the lab.
+    #[error("{}: {source}", path.display())]
+    File {
+        /// The file or folder.
+        path: PathBuf,
+        /// What the operating system says.
+        source: std::io::Error,
+    },
+    /// The configuration of an older lab.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The configuration cannot be written.
+    #[error("the configuration cannot be written: {0}")]
+    Toml(#[from] toml::ser::Error),
+    /// A token.
+    #[error("the soft tokens: {0}")]
+    Hsm(#[from] HsmError),
+    /// The state.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// A key file of the lab, or a key that could not be made.
+    #[error("{what}: {source}")]
+    Key {
+        /// Which.
+        what: String,
+        /// What is wrong.
+        source: KeyError,
+    },
+    /// A certificate of the lab.
+    #[error("{what}: {source}")]
+    Certificate {
+        /// Which.
+        what: String,
+        /// What is wrong.
+        source: CertificateError,
+    },
+    /// A certificate could not be made.
+    #[error(transparent)]
+    Build(#[from] BuildError),
+    /// A certificate could not be signed.
+    #[error(transparent)]
+    Sign(#[from] SignError),
+    /// The tenant's work failed.
+    #[error("the tenant: {0}")]
+    Owner(#[from] OwnerError),
+}
+
+/// A lab in a folder.
+pub struct Lab {
+    dir: PathBuf,
+    /// How it is served.
+    pub config: Config,
+    /// Whether its tokens are still without keys.
+    fresh: bool,
+}
+
+/// The registered host's keys.
+pub struct HostKeys {
+    /// What it is registered with.
+    pub host: RsaPrivateKey,
+    /// What health certificates are made over.
+    pub identity: Arc<RsaPrivateKey>,
+}
+
+impl Lab {
+    /// Makes the folder and its tokens, or takes the lab that is there. Sets the environment that SoftHSM2 reads: to be
+    /// called while the process has one thread.
+    ///
+    /// # Errors
+    /// See [`LabError`].
+    pub fn prepare(dir: &Path, listen: SocketAddr, metrics: SocketAddr, hsms: usize) -> Result<Self, LabError> {
+        make_folder(dir)?;
+        let dir = dir.canonicalize().map_err(|source| LabError::File { path: dir.to_owned(), source })?;
+        let mut lab = Self { config: Config::default(), fresh: true, dir };
+        if lab.config_file().exists() {
+            lab.config = Config::load(&lab.config_file())?;
+            lab.fresh = false;
+        } else {
+            lab.clear()?;
+        }
+        lab.config.server.listen = listen;
+        lab.config.server.metrics = metrics;
+        if lab.fresh {
+            lab.make_tokens(hsms)?;
+        } else {
+            lab.write_config()?;
+        }
+        Ok(lab)
+    }
+
+    /// Where the configuration is.
+    #[must_use]
+    pub fn config_file(&self) -> PathBuf {
+        self.dir.join("claviger.toml")
+    }
+
+    /// The lab's folder.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Whether this lab was made just now.
+    #[must_use]
+    pub fn is_fresh(&self) -> bool {
+        self.fresh
+    }
+
+    /// Removes what an interrupted run left; refuses a folder that is not a lab's.
+    fn clear(&self) -> Result<(), LabError> {
+        let mark = self.dir.join(MARK);
+        let error = |source| LabError::File { path: self.dir.clone(), source };
+        let empty = fs::read_dir(&self.dir).map_err(error)?.next().is_none();
+        if !empty && !mark.exists() {
+            return Err(LabError::NotALab(self.dir.clone()));
+        }
+        for part in ["tokens", "pins", "state", "host", "tenant"] {
+            let path = self.dir.join(part);
+            if path.exists() {
+                fs::remove_dir_all(&path).map_err(|source| LabError::File { path: path.clone(), source })?;
+            }
+            make_folder(&path)?;
+        }
+        write(&mark, b"")
+    }
+
+    fn make_tokens(&mut self, hsms: usize) -> Result<(), LabError> {
+        let module = std::env::var_os(MODULE_VARIABLE).map(PathBuf::from);
+        let mut modules = module.into_iter().chain(MODULES.into_iter().map(PathBuf::from));
+        let module = modules.find(|path| path.exists()).ok_or(LabError::NoSoftHsm)?;
+        let softhsm2_conf = self.dir.join("softhsm2.conf");
+        let tokens = self.dir.join("tokens");
+        let text = format!("directories.tokendir = {}\nobjectstore.backend = file\nlog.level = ERROR\n", tokens.display());
+        write(&softhsm2_conf, text.as_bytes())?;
+        self.config.env =
+            BTreeMap::from([("SOFTHSM2_CONF".to_owned(), softhsm2_conf.to_string_lossy().into_owned())]);
+        set_env(&self.config.env);
+        self.config.server.state = self.dir.join("state");
+        for at in 0..hsms {
+            let name = member_name(at);
+            let pin = random_pin()?;
+            let pin_file = self.dir.join("pins").join(format!("{name}.pin"));
+            write(&pin_file, pin.as_bytes())?;
+            let label = format!("claviger-{}", name.trim_start_matches("hsm-"));
+            init_token(&module, &label, &Pin::new(random_pin()?), &Pin::new(pin))?;
+            self.config.hsm.push(Hsm {
+                name,
+                module: module.clone(),
+                token: Some(label),
+                serial: None,
+                pin_file: Some(pin_file),
+                pin_env: None,
+                priority: 0,
+                weight: 1,
+                sessions: SESSIONS,
+                env: BTreeMap::new(),
+            });
+        }
+        Ok(())
+    }
+
+    /// Gives the tokens their keys and the state its certificates and its host, if this lab is new.
+    ///
+    /// # Errors
+    /// See [`LabError`].
+    pub async fn fill(&self, cluster: &Cluster) -> Result<(), LabError> {
+        if !self.fresh {
+            return Ok(());
+        }
+        cluster.start().await?;
+        let state = State::open(&self.config.server.state)?;
+        for (kind, name, usage) in [
+            (Kind::Signing, "Claviger demo guardian signing", HsmKeyUsage::Sign),
+            (Kind::Encryption, "Claviger demo guardian encryption", HsmKeyUsage::Decrypt),
+        ] {
+            let key = new_key(name)?;
+            let certificate = self_signed(name, &key)?;
+            let id = KeyId(key.public().spki_sha256()[..20].to_vec());
+            for hsm in &self.config.hsm {
+                let spec = NewKey { id: id.clone(), label: name.to_owned(), bits: BITS, usage };
+                cluster.import_rsa(&hsm.name, spec, private_parts(&key)).await?;
+            }
+            let spki = key.public().spki_der();
+            let new = NewCertificate { kind, der: certificate.der(), key_id: &id.0, spki, primary: true };
+            state.add_certificate(&new, unix_now())?;
+        }
+        let (host, identity) = (new_key("the host's key")?, new_key("the host's identity key")?);
+        write(&self.dir.join("host/hostkey.pem"), host.to_pkcs8_pem().as_bytes())?;
+        write(&self.dir.join("host/hostkey.pub.pem"), public_pem(host.public()).as_bytes())?;
+        write(&self.dir.join("host/identitykey.pem"), identity.to_pkcs8_pem().as_bytes())?;
+        state.add_host(HOST_NAME, host.public().spki_der(), unix_now())?;
+        for role in OWNER_ROLES {
+            let name = format!("Claviger demo tenant {role}");
+            let key = new_key(&name)?;
+            let file = |end: &str| self.dir.join(format!("tenant/owner-{role}.{end}.pem"));
+            write(&file("crt"), self_signed(&name, &key)?.to_pem().as_bytes())?;
+            write(&file("key"), key.to_pkcs8_pem().as_bytes())?;
+        }
+        // Last: a folder with a configuration is a whole lab.
+        self.write_config()
+    }
+
+    fn write_config(&self) -> Result<(), LabError> {
+        let path = self.config_file();
+        let settings = self.config.to_toml()?;
+        let text = format!("# A laboratory. Serve it with: claviger serve --config {}\n\n{settings}", path.display());
+        write(&path, text.as_bytes())
+    }
+
+    /// The registered host's private keys.
+    ///
+    /// # Errors
+    /// Files that are missing or hold something else.
+    pub fn host_keys(&self) -> Result<HostKeys, LabError> {
+        let identity = Arc::new(read_key(&self.dir.join("host/identitykey.pem"))?);
+        Ok(HostKeys { host: read_key(&self.dir.join("host/hostkey.pem"))?, identity })
+    }
+
+    /// The tenant.
+    ///
+    /// # Errors
+    /// Files that are missing or hold something else.
+    pub fn owner(&self) -> Result<Owner, LabError> {
+        let [signing, encryption] = OWNER_ROLES.map(|role| {
+            let file = |end: &str| self.dir.join(format!("tenant/owner-{role}.{end}.pem"));
+            Ok::<_, LabError>((read_key(&file("key"))?, read_certificate(&file("crt"))?))
+        });
+        let ((signing_key, signing_certificate), (encryption_key, encryption_certificate)) = (signing?, encryption?);
+        Ok(Owner { signing_key, signing_certificate, encryption_key, encryption_certificate })
+    }
+
+    /// The protectors of the tenant's first `vms` machines; those that are missing are made for the guardian that
+    /// `metadata` describes.
+    ///
+    /// # Errors
+    /// See [`LabError`].
+    pub fn protectors(&self, vms: usize, owner: &Owner, metadata: &Metadata) -> Result<Vec<(String, Vec<u8>)>, LabError> {
+        let guardians = std::slice::from_ref(metadata);
+        let mut protectors = Vec::with_capacity(vms);
+        for at in 1..=vms {
+            let name = format!("vm-{at:04}");
+            let path = self.dir.join(format!("tenant/{name}.protector.xml"));
+            if !path.exists() {
+                write(&path, &owner.create(guardians)?.0)?;
+            }
+            let file = fs::read(&path).map_err(|source| LabError::File { path: path.clone(), source })?;
+            protectors.push((name, file));
+        }
+        Ok(protectors)
+    }
+}
+
+/// The two key pairs of a tenant.
+const OWNER_ROLES: [&str; 2] = ["signing", "encryption"];
+
+/// `hsm-a` … `hsm-z`, `hsm-27` …
+fn member_name(at: usize) -> String {
+    match u8::try_from(at) {
+        Ok(at @ 0..26) => format!("hsm-{}", char::from(b'a' + at)),
+        _ => format!("hsm-{}", at + 1),
+    }
+}
+
+/// A PIN that nobody has to remember.
+fn random_pin() -> Result<String, LabError> {
+    let mut octets = [0; 12];
+    SystemRandom::new().fill(&mut octets).map_err(|_| BuildError::Random)?;
+    Ok(HEXLOWER.encode(&octets))
+}
+
+fn new_key(what: &str) -> Result<RsaPrivateKey, LabError> {
+    RsaPrivateKey::generate(BITS).map_err(|source| LabError::Key { what: what.to_owned(), source })
+}
+
+fn self_signed(common_name: &str, key: &RsaPrivateKey) -> Result<Certificate, LabError> {
+    let now = unix_now();
+    let template = Template {
+        subject: DistinguishedName::new(common_name),
+        issuer_der: None,
+        key: key.public().clone(),
+        serial: random_serial()?,
+        not_before: now - 300,
+        not_after: now + TEN_YEARS,
+        key_usage: KeyUsage::DIGITAL_SIGNATURE | KeyUsage::DATA_ENCIPHERMENT,
+        extended_key_usages: vec![SERVER_AUTHENTICATION],
+        ca: None,
+        subject_key_id: None,
+        authority_key_id: None,
+    };
+    let der = template.to_be_signed()?.sign_with(key)?;
+    Certificate::parse(&der).map_err(|source| LabError::Certificate { what: common_name.to_owned(), source })
+}
+
+fn public_pem(key: &RsaPublicKey) -> String {
+    let base64 = BASE64.encode(key.spki_der());
+    let lines: Vec<&str> = (0..base64.len()).step_by(64).map(|at| &base64[at..base64.len().min(at + 64)]).collect();
+    format!("-----BEGIN PUBLIC KEY-----\n{}\n-----END PUBLIC KEY-----\n", lines.join("\n"))
+}
+
+fn read_text(path: &Path) -> Result<String, LabError> {
+    fs::read_to_string(path).map_err(|source| LabError::File { path: path.to_owned(), source })
+}
+
+fn read_key(path: &Path) -> Result<RsaPrivateKey, LabError> {
+    let text = zeroize::Zeroizing::new(read_text(path)?);
+    RsaPrivateKey::from_pkcs8_pem(&text).map_err(|source| LabError::Key { what: path.display().to_string(), source })
+}
+
+fn read_certificate(path: &Path) -> Result<Certificate, LabError> {
+    let what = path.display().to_string();
+    Certificate::from_pem(&read_text(path)?).map_err(|source| LabError::Certificate { what, source })
+}
+
+fn make_folder(path: &Path) -> Result<(), LabError> {
+    let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
+    made.map_err(|source| LabError::File { path: path.to_owned(), source })
+}
+
+/// Writes a file that only its owner may read: most of a lab's are secrets.
+fn write(path: &Path, octets: &[u8]) -> Result<(), LabError> {
+    let open = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path);
+    let written = open.and_then(|mut file| file.write_all(octets));
+    written.map_err(|source| LabError::File { path: path.to_owned(), source })
+}

@@ -1,0 +1,29 @@
+//! Claviger, a key-release daemon: it releases the transport keys of shielded virtual machines to hosts that proved
+//! their health. Private keys stay in HSMs.
+//!
+//! Start with [`release`]: one release from request to reply. [`routes`] leads there, [`service`] is what all requests
+//! share, [`daemon`] starts and stops it all.
+#![forbid(unsafe_code)]
+
+pub mod admin;
+pub mod attempt;
+pub mod attest;
+pub mod audit;
+pub mod cli;
+pub mod client;
+pub mod commands;
+pub mod config;
+pub mod daemon;
+pub mod demo;
+pub mod host;
+pub mod keys;
+pub mod lab;
+pub mod metrics;
+pub mod print;
+pub mod process;
+pub mod ready;
+pub mod release;
+pub mod routes;
+pub mod server;
+pub mod service;
+pub mod state;

@@ -1,0 +1,137 @@
+//! The `claviger` command: command line → configuration → run.
+
+#![forbid(unsafe_code)]
+#![allow(clippy::print_stderr)]
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use clap::{Parser, Subcommand};
+use claviger::cli::{self, Failure};
+use claviger::config::Config;
+use claviger::daemon::{Daemon, load_cluster};
+use claviger::lab::Lab;
+use claviger::{demo, print, process};
+use tracing_subscriber::EnvFilter;
+
+/// Releases the transport keys of shielded virtual machines to hosts that proved their health
+#[derive(Debug, Parser)]
+#[command(version, after_help = "Start here: claviger demo")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve, as the configuration says
+    #[command(after_help = "Example: claviger serve --config /etc/claviger/claviger.toml\n\
+        SIGTERM stops: what was accepted is answered first. RUST_LOG=debug says more.")]
+    Serve {
+        /// The configuration file
+        #[arg(long, value_name = "FILE")]
+        config: PathBuf,
+    },
+    /// Make a lab with soft tokens, serve it, and release keys end to end
+    #[command(after_help = "Example: claviger demo --dir /tmp/lab --listen 127.0.0.1:0 --exit")]
+    Demo {
+        /// Folder of the lab; an existing lab is used again
+        #[arg(long, value_name = "DIR", default_value = "claviger-lab")]
+        dir: PathBuf,
+        /// Address to serve on; port 0 picks one
+        #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8080")]
+        listen: SocketAddr,
+        /// Address of /metrics, /live and /ready
+        #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:9464")]
+        metrics: SocketAddr,
+        /// Soft tokens of a new lab
+        #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=64))]
+        hsms: u16,
+        /// Virtual machines to start
+        #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=10_000))]
+        vms: u16,
+        /// Stop after the checks; the exit status is 0 only if all passed
+        #[arg(long)]
+        exit: bool,
+    },
+    /// Register, show and remove hosts
+    #[command(subcommand)]
+    Hosts(cli::Hosts),
+    /// Show key-protection certificates
+    #[command(subcommand)]
+    Keys(cli::Keys),
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let quiet = matches!(arguments.command, Command::Demo { .. });
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(if quiet { "warn" } else { "info" }));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    match run(arguments.command) {
+        Ok(status) => status,
+        Err(failure) => {
+            eprintln!("claviger: {failure}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// What has to happen while there is one thread (environment variables, loading modules) happens before the runtime.
+fn run(command: Command) -> Result<ExitCode, Failure> {
+    match command {
+        Command::Serve { config } => {
+            process::no_core_dumps()?;
+            let config = Config::load(&config)?;
+            let cluster = load_cluster(&config)?;
+            runtime()?.block_on(async {
+                let stop = process::shutdown_signal()?;
+                let daemon = Daemon::start(config, cluster).await?;
+                print::line(&format!("listening on {}", daemon.url()));
+                print::line(&format!("metrics on http://{}", daemon.metrics_address));
+                tracing::info!(signal = stop.await, "stopping");
+                daemon.stop().await;
+                Ok(ExitCode::SUCCESS)
+            })
+        }
+        Command::Demo { dir, listen, metrics, hsms, vms, exit } => {
+            process::no_core_dumps()?;
+            let begun = Instant::now();
+            print::line("Claviger demo: a guarded host gets the keys of a tenant's virtual machines\n");
+            let lab = Lab::prepare(&dir, listen, metrics, hsms.into())?;
+            let cluster = load_cluster(&lab.config)?;
+            runtime()?.block_on(async {
+                let stop = process::shutdown_signal()?;
+                let (daemon, passed) = demo::run(&lab, cluster, vms.into(), begun).await?;
+                if !exit {
+                    next_steps(&lab, &daemon);
+                    stop.await;
+                }
+                daemon.stop().await;
+                Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+            })
+        }
+        Command::Hosts(command) => runtime()?.block_on(cli::hosts(command)).map(|()| ExitCode::SUCCESS),
+        Command::Keys(command) => runtime()?.block_on(cli::keys(command)).map(|()| ExitCode::SUCCESS),
+    }
+}
+
+fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread().enable_all().build()
+}
+
+fn next_steps(lab: &Lab, daemon: &Daemon) {
+    let config = lab.config_file();
+    print::line(&format!(
+        "\nserving; stop with Ctrl-C. Meanwhile, in another terminal:\n  \
+         curl http://{}/ready\n  \
+         curl http://{}/KeyProtection/service/metadata/2014-07/metadata.xml\n  \
+         claviger hosts list --config {}\n  \
+         tail -f {}",
+        daemon.metrics_address,
+        daemon.address,
+        config.display(),
+        lab.config.server.audit_file().display()
+    ));
+}

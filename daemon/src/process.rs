@@ -1,0 +1,59 @@
+//! What the process as a whole owes to the keys in its memory, and the signals that end it.
+
+use std::future::Future;
+use std::io;
+
+use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Makes sure that no core dump and no debugger of the same user gets to see keys and PINs in this process's memory.
+///
+/// To be called first in `main`, before anything secret is read. Child processes inherit the limit.
+///
+/// # Errors
+/// What the operating system says; it refuses neither step on any Linux that runs this daemon.
+pub fn no_core_dumps() -> io::Result<()> {
+    setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) })?;
+    // The limit does not hold for a core pattern that pipes to a program; not being dumpable does.
+    set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
+    Ok(())
+}
+
+/// A future that ends, with the signal's name, when the process is told to stop by `SIGTERM` or `SIGINT`.
+///
+/// The signals are caught from this call on, not only from the future's first poll. To be called inside a runtime.
+///
+/// # Errors
+/// When the handlers cannot be installed.
+pub fn shutdown_signal() -> io::Result<impl Future<Output = &'static str> + Send + 'static> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => "SIGTERM",
+            _ = interrupt.recv() => "SIGINT",
+        }
+    })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_of_the_process_is_dumped() {
+        no_core_dumps().unwrap();
+        let limit = rustix::process::getrlimit(Resource::Core);
+        assert_eq!((limit.current, limit.maximum), (Some(0), Some(0)));
+        assert_eq!(rustix::process::dumpable_behavior().unwrap(), DumpableBehavior::NotDumpable);
+    }
+
+    #[tokio::test]
+    async fn a_signal_that_came_before_the_first_poll_counts() {
+        let stopped = shutdown_signal().unwrap();
+        rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::TERM).unwrap();
+        let name = tokio::time::timeout(std::time::Duration::from_secs(10), stopped).await.unwrap();
+        assert_eq!(name, "SIGTERM");
+    }
+}

@@ -1,0 +1,203 @@
+//! One release, from request to reply. Reads like section 2.1 of the protocol page.
+//!
+//! What fails first decides the answer. The private keys work in the HSMs, and the two operations a release needs there
+//! do not depend on each other and run at the same time: decrypt the ingress key, and sign the egress protector that was
+//! freshly built beside it. Only when the ingress key proved right does anything leave this function.
+
+use std::time::{Duration, Instant};
+
+use claviger_hsm::{Done, Hash, HsmError, KeyId, Oaep, SignScheme};
+use claviger_protocol::algorithm::{self, SignatureAlgorithm};
+use claviger_protocol::build::{self, Unsigned};
+use claviger_protocol::error::{Code, Refusal};
+use claviger_protocol::health::HealthClaims;
+use claviger_protocol::payload::{ApiVersion, Payload};
+use claviger_protocol::protector::{Protector, TransportKey};
+use claviger_protocol::request::{RollRequest, RollResponse};
+use claviger_protocol::verify::{self, Verified};
+use data_encoding::HEXLOWER;
+use ring::digest;
+use zeroize::Zeroizing;
+
+use crate::attempt::Attempt;
+use crate::keys::Keys;
+use crate::service::{Service, unix_now};
+
+/// A refusal in a secret step leaves at a multiple of this after the request's arrival, so that its time tells nothing
+/// of the step that failed. Honest callers do not meet it.
+const REFUSAL_GRID: Duration = Duration::from_millis(25);
+
+/// Releases the transport keys of one protector to one host.
+///
+/// # Errors
+/// The refusals of the protocol page, section 2.1; `ServiceUnavailableException` when no HSM could serve in time.
+pub async fn roll(
+    service: &Service,
+    api: ApiVersion,
+    body: &[u8],
+    attempt: &mut Attempt,
+) -> Result<RollResponse, Refusal> {
+    let deadline = attempt.started() + service.config.release.deadline();
+
+    // 1. The request is schema-valid and its three algorithms are known.
+    let request = RollRequest::parse(body)?;
+    attempt.protector(&request.ingress_protector);
+
+    // 2. The health certificate is valid.
+    let host = healthy_host(service, &request.health_certificate, attempt)?;
+
+    // 3. The protector is schema-valid within the limits, and its algorithms are known.
+    let protector = Protector::parse(&request.ingress_protector)?;
+
+    // 4. and 5. The guardian signature is right, and every wrapping.
+    let verified = verify::verify(protector)?;
+    attempt.owner = Some(HEXLOWER.encode(&verified.parties[verified.owner].signing.thumbprint()));
+
+    // 6. One wrapping is for this service.
+    let keys = service.keys.load();
+    let ours = Ours::find(&verified, &keys)?;
+
+    // 7. and 8. In the HSMs, at the same time: decrypt the ingress key; sign a fresh egress protector.
+    let egress = build::fresh_transport_key()?;
+    let recipients = verified.parties.iter().map(|party| party.encryption.key());
+    let unsigned = Unsigned::new(&verified.protector.wrappings, recipients, &egress, 0)?;
+    let digest = digest::digest(&digest::SHA256, unsigned.signed_octets());
+    let sign = service.cluster.sign(ours.signing_key, SignScheme::Pkcs1(Hash::Sha256), digest.as_ref(), deadline);
+    let (ingress, signed) = tokio::join!(ingress_key(service, &verified, &ours, deadline, attempt), sign);
+    let ingress = match ingress {
+        Err(refusal) if refusal.code == Code::InvalidProtector => {
+            return Err(refuse_on_the_grid(refusal, attempt.started()).await);
+        }
+        other => other?,
+    };
+    let signed = signed.map_err(|error| unavailable(&error, "sign", &attempt.request))?;
+    attempt.used(&signed.member);
+    let egress_protector = unsigned.finish(ours.wrapping_id, SignatureAlgorithm::DEFAULT, signed.value)?;
+
+    // 9. Both keys are encrypted to the host.
+    let keys = Payload { ingress, egress, max_offline_unwraps: 0 }.seal(api, &host.key, request.algorithms)?;
+    Ok(RollResponse { egress_protector, keys })
+}
+
+/// Step 2: who asks, if it is a registered host that proved its health.
+fn healthy_host(
+    service: &Service,
+    health_certificate: &[u8],
+    attempt: &mut Attempt,
+) -> Result<std::sync::Arc<HealthClaims>, Refusal> {
+    let refused = |why: String| Refusal::new(Code::HealthCertificate, why);
+    let signers = service.signers.load();
+    let claims = service
+        .health
+        .check(health_certificate, signers.certificates(), unix_now())
+        .map_err(|e| refused(format!("health certificate: {e}")))?;
+    attempt.host = Some(claims.host_name.clone());
+    let hosts = service.hosts.load();
+    hosts
+        .by_name_and_key(&claims.host_name, &claims.host_key_sha256)
+        .ok_or_else(|| refused("health certificate: its host is not registered with that key any more".to_owned()))?;
+    Ok(claims)
+}
+
+/// Step 6: the wrapping that is for this service, and the private keys that go with it.
+struct Ours<'a> {
+    wrapping: usize,
+    wrapping_id: u32,
+    decryption_key: &'a KeyId,
+    signing_key: &'a KeyId,
+}
+
+impl<'a> Ours<'a> {
+    /// The first wrapping, in document order, whose encryption key is enabled here. Its signing key has to be, too.
+    fn find(verified: &Verified, keys: &'a Keys) -> Result<Self, Refusal> {
+        let found = verified.parties.iter().enumerate().find_map(|(wrapping, party)| {
+            let decryption_key = keys.encryption(party.encryption.key())?;
+            Some((wrapping, decryption_key, keys.signing(party.signing.key())))
+        });
+        let (wrapping, decryption_key, signing_key) =
+            found.ok_or_else(|| Refusal::wrapping("no wrapping of the protector is for this service"))?;
+        let signing_key = signing_key.ok_or_else(|| {
+            Refusal::wrapping("the wrapping for this service has a signing certificate whose key is not held here")
+        })?;
+        Ok(Self { wrapping, wrapping_id: verified.protector.wrappings[wrapping].id, decryption_key, signing_key })
+    }
+}
+
+/// Step 7: the ingress key, decrypted in an HSM and proved by its own signature.
+///
+/// A ciphertext that does not decrypt and a key whose signature is wrong go the same way: a second member is asked (the
+/// first may be to blame), and then the same refusal is given.
+async fn ingress_key(
+    service: &Service,
+    verified: &Verified,
+    ours: &Ours<'_>,
+    deadline: Instant,
+    attempt: &mut Attempt,
+) -> Result<TransportKey, Refusal> {
+    let wrapping = &verified.protector.wrappings[ours.wrapping];
+    let oaep = hsm_oaep(wrapping.encryption.oaep);
+    let mut avoid = None;
+    for _ in 0..2 {
+        let decrypted = service
+            .cluster
+            .decrypt(ours.decryption_key, oaep, &wrapping.cipher_value, deadline, avoid.as_deref())
+            .await;
+        // The cluster has asked a second member already where the first one's answer left open who is to blame.
+        let asked_twice = match &decrypted {
+            Ok(done) => done.retries > 0,
+            Err(error) => error.fault().retry,
+        };
+        avoid = decrypted.as_ref().ok().map(|done| done.member.to_string());
+        let key = candidate(decrypted, attempt)?;
+        if verified.protector.transport_key_signature.verify(&key, &verified.protector.signed_octets) {
+            return Ok(key);
+        }
+        if asked_twice {
+            break;
+        }
+    }
+    Err(Refusal::protector("the transport key of the wrapping for this service is not right"))
+}
+
+/// What an HSM gave, as a key to try. What is no key is tried as a random one, so that it costs the same.
+fn candidate(
+    decrypted: Result<Done<Zeroizing<Vec<u8>>>, HsmError>,
+    attempt: &mut Attempt,
+) -> Result<TransportKey, Refusal> {
+    let mut key = build::fresh_transport_key()?;
+    match decrypted {
+        Ok(done) => {
+            attempt.used(&done.member);
+            if done.value.len() == key.len() {
+                key.copy_from_slice(&done.value);
+            }
+        }
+        Err(error) if error.is_data() => {}
+        Err(error) => return Err(unavailable(&error, "decrypt", &attempt.request)),
+    }
+    Ok(key)
+}
+
+/// Waits until the next point of the grid.
+async fn refuse_on_the_grid(refusal: Refusal, started: Instant) -> Refusal {
+    let passed = started.elapsed().as_micros() / REFUSAL_GRID.as_micros();
+    let points = u32::try_from(passed + 1).unwrap_or(u32::MAX);
+    tokio::time::sleep_until((started + REFUSAL_GRID * points).into()).await;
+    refusal
+}
+
+/// 503: the fault is on this side, and a second try may well succeed.
+fn unavailable(error: &HsmError, operation: &str, request: &str) -> Refusal {
+    tracing::warn!(%error, operation, request, "no HSM served a release");
+    Refusal::new(Code::ServiceUnavailable, "no HSM can serve the request now; try again")
+}
+
+fn hsm_oaep(oaep: algorithm::Oaep) -> Oaep {
+    let hash = |digest| match digest {
+        algorithm::Digest::Sha1 => Hash::Sha1,
+        algorithm::Digest::Sha256 => Hash::Sha256,
+        algorithm::Digest::Sha384 => Hash::Sha384,
+        algorithm::Digest::Sha512 => Hash::Sha512,
+    };
+    Oaep { hash: hash(oaep.digest), mgf: hash(oaep.mgf) }
+}

@@ -1,0 +1,359 @@
+//! URL → handler, errors → status: the protocol's resources in one table, and the metrics listener's in another.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use claviger_protocol::attestation::{ErrorReply, OperationMode, ServiceInfoReply};
+use claviger_protocol::error::{Code, Refusal};
+use claviger_protocol::payload::ApiVersion;
+use claviger_protocol::pkcs7;
+use http_body_util::Full;
+use hyper::body::Incoming;
+use hyper::header::{ALLOW, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, RETRY_AFTER};
+use hyper::{Method, Request, Response, StatusCode};
+
+use crate::attempt::Attempt;
+use crate::attest::host_key;
+use crate::metrics;
+use crate::ready::Readiness;
+use crate::release;
+use crate::server::{BodyError, read_body};
+use crate::service::{Service, request_id};
+
+/// Largest body of one request, in octets.
+pub const MAX_BODY: usize = 1024 * 1024;
+/// Seconds after which a caller that was told 429 or 503 may come again.
+const RETRY_AFTER_SECONDS: u16 = 1;
+/// The header that carries the request's id.
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+const XML: &str = "application/xml; charset=utf-8";
+const JSON: &str = "application/json; charset=utf-8";
+const TEXT: &str = "text/plain; charset=utf-8";
+const PKCS7: &str = "application/x-pkcs7-certificates";
+
+/// What a resource does.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Endpoint {
+    Roll(ApiVersion),
+    Metadata,
+    HostKeyAttest,
+    /// An endpoint of a mode that is not in use.
+    OtherMode,
+    GetInfo,
+    SigningCertificates,
+}
+
+/// Every resource, in lower case: paths are matched without regard to case.
+const RESOURCES: [(&str, Method, Endpoint); 9] = [
+    ("/keyprotection/service/v1.0/rolltransportkey", Method::POST, Endpoint::Roll(ApiVersion::V1)),
+    ("/keyprotection/service/v2.0/rolltransportkey", Method::POST, Endpoint::Roll(ApiVersion::V2)),
+    ("/keyprotection/service/metadata/2014-07/metadata.xml", Method::GET, Endpoint::Metadata),
+    ("/attestation/v2.0/hostkeyattest", Method::POST, Endpoint::HostKeyAttest),
+    ("/attestation/v1.0/attest", Method::POST, Endpoint::OtherMode),
+    ("/attestation/v2.0/attest", Method::POST, Endpoint::OtherMode),
+    ("/attestation/v1.0/domainattest", Method::POST, Endpoint::OtherMode),
+    ("/attestation/getinfo", Method::GET, Endpoint::GetInfo),
+    ("/attestation/v2.0/signingcertificates", Method::GET, Endpoint::SigningCertificates),
+];
+
+/// The two families of resources; each has its own form of errors.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Family {
+    KeyProtection,
+    Attestation,
+}
+
+impl Family {
+    fn of(path: &str) -> Self {
+        if path == "/attestation" || path.starts_with("/attestation/") { Self::Attestation } else { Self::KeyProtection }
+    }
+
+    fn media_types(self) -> &'static [&'static str] {
+        match self {
+            Self::KeyProtection => &["application/xml", "text/xml"],
+            Self::Attestation => &["application/json"],
+        }
+    }
+
+    /// An error that is about HTTP and not yet about the protocol.
+    fn error(self, code: Code, message: &str) -> Answer {
+        match self {
+            Self::KeyProtection => Answer::refused(&Refusal::new(code, message)),
+            Self::Attestation => Answer::attestation_error(&ErrorReply::Error { status: code.status() }, message),
+        }
+    }
+}
+
+/// What a handler gives back.
+struct Answer {
+    status: u16,
+    media_type: &'static str,
+    body: Bytes,
+    allow: Option<Method>,
+}
+
+impl Answer {
+    fn ok(media_type: &'static str, body: impl Into<Bytes>) -> Self {
+        Self { status: 200, media_type, body: body.into(), allow: None }
+    }
+
+    fn refused(refusal: &Refusal) -> Self {
+        Self { status: refusal.code.status(), media_type: XML, body: refusal.to_xml().into(), allow: None }
+    }
+
+    fn attestation_error(reply: &ErrorReply, message: &str) -> Self {
+        Self { status: reply.status(), media_type: JSON, body: reply.to_json(message).into(), allow: None }
+    }
+
+    fn into_response(self, request: &str) -> Response<Full<Bytes>> {
+        let mut response = Response::new(Full::new(self.body));
+        *response.status_mut() = StatusCode::from_u16(self.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        let headers = response.headers_mut();
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static(self.media_type));
+        if let Ok(id) = HeaderValue::from_str(request) {
+            headers.insert(REQUEST_ID, id);
+        }
+        if matches!(self.status, 429 | 503) {
+            headers.insert(RETRY_AFTER, RETRY_AFTER_SECONDS.into());
+        }
+        if let Some(method) = self.allow.and_then(|m| HeaderValue::from_str(m.as_str()).ok()) {
+            headers.insert(ALLOW, method);
+        }
+        response
+    }
+}
+
+/// Answers one request to the service address.
+///
+/// The work is a task of its own: a caller that goes away does not stop a release between its decision and its audit
+/// line, and a panic costs one request.
+pub async fn serve(service: Arc<Service>, request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
+    let id = request_id();
+    let family = Family::of(&request.uri().path().to_ascii_lowercase());
+    let work = tokio::spawn(answer(service, request, id.clone()));
+    let answer = work.await.unwrap_or_else(|error| {
+        tracing::error!(request = id, %error, "a request failed");
+        family.error(Code::Internal, &Refusal::internal().message)
+    });
+    Ok(answer.into_response(&id))
+}
+
+async fn answer(service: Arc<Service>, request: Request<Incoming>, id: String) -> Answer {
+    let path = request.uri().path().to_ascii_lowercase();
+    let family = Family::of(&path);
+    let Some((_, method, endpoint)) = RESOURCES.iter().find(|(known, ..)| *known == path) else {
+        return family.error(Code::NotFound, "there is no such resource");
+    };
+    // HEAD is GET without the body, which hyper leaves out.
+    let asked = if request.method() == Method::HEAD { &Method::GET } else { request.method() };
+    if asked != method {
+        let answer = family.error(Code::MethodNotAllowed, &format!("this resource has only {method}"));
+        return Answer { allow: Some(method.clone()), ..answer };
+    }
+    if method == Method::GET {
+        return document(&service, *endpoint).await;
+    }
+    if let Err(message) = acceptable(request.headers(), family.media_types()) {
+        return family.error(Code::UnsupportedMediaType, &message);
+    }
+    let timeout = service.config.server.body_timeout();
+    let body = match read_body(request.into_body(), MAX_BODY, timeout).await {
+        Ok(body) => body,
+        Err(BodyError::TooLarge) => {
+            return family.error(Code::RequestTooLarge, &format!("the body is larger than {MAX_BODY} octets"));
+        }
+        Err(error) => return Answer { status: 408, ..Answer::ok(TEXT, error.to_string()) },
+    };
+    match endpoint {
+        Endpoint::Roll(api) => roll(&service, *api, &body, id).await,
+        Endpoint::HostKeyAttest => attest(&service, &body, id).await,
+        _ => other_mode(&service, id).await,
+    }
+}
+
+/// The resources that are read.
+async fn document(service: &Service, endpoint: Endpoint) -> Answer {
+    match endpoint {
+        Endpoint::Metadata => match service.keys.load().metadata(service).await {
+            Ok(document) => Answer::ok(XML, document.to_vec()),
+            Err(refusal) => Answer::refused(&refusal),
+        },
+        Endpoint::SigningCertificates => {
+            let signers = service.signers.load();
+            let ders: Vec<&[u8]> = signers.certificates().iter().map(|c| c.der()).collect();
+            Answer::ok(PKCS7, pkcs7::certificates_only(&ders))
+        }
+        _ => Answer::ok(JSON, ServiceInfoReply::new(OperationMode::HostKey).to_json()),
+    }
+}
+
+/// A release: decided, recorded, counted, answered.
+async fn roll(service: &Service, api: ApiVersion, body: &[u8], id: String) -> Answer {
+    let mut attempt = Attempt::new(id);
+    let result = release::roll(service, api, body, &mut attempt).await;
+    let outcome = result.as_ref().map_or_else(|refusal| refusal.code.as_str(), |_| SUCCESS);
+    let recorded = service.record(&attempt.entry("release", outcome)).await;
+    let (outcome, answer) = match result {
+        _ if !recorded => {
+            let refusal = Refusal::new(Code::ServiceUnavailable, "the decision cannot be recorded now; try again");
+            (refusal.code.as_str(), Answer::refused(&refusal))
+        }
+        Ok(response) => (SUCCESS, Answer::ok(XML, response.to_xml())),
+        Err(refusal) => (outcome, Answer::refused(&refusal)),
+    };
+    metrics::release(outcome, api.as_str());
+    answer
+}
+
+/// An attestation in host-key mode: decided, recorded, counted, answered.
+async fn attest(service: &Service, body: &[u8], id: String) -> Answer {
+    let mut attempt = Attempt::new(id);
+    let result = host_key::attest(service, body, &mut attempt).await;
+    finish_attestation(service, &attempt, result.map(|reply| Answer::ok(JSON, reply.to_json()))).await
+}
+
+async fn other_mode(service: &Service, id: String) -> Answer {
+    let reply = ErrorReply::OperationMode { expected: OperationMode::HostKey };
+    let refused = (reply, "this service attests host keys".to_owned());
+    finish_attestation(service, &Attempt::new(id), Err(refused)).await
+}
+
+async fn finish_attestation(service: &Service, attempt: &Attempt, result: Result<Answer, host_key::Refused>) -> Answer {
+    let outcome = result.as_ref().map_or_else(|(reply, _)| reply.name(), |_| SUCCESS);
+    let recorded = service.record(&attempt.entry("attest", outcome)).await;
+    let (outcome, answer) = match result {
+        _ if !recorded => {
+            let reply = ErrorReply::Unavailable;
+            (reply.name(), Answer::attestation_error(&reply, "the decision cannot be recorded now; try again"))
+        }
+        Ok(answer) => (SUCCESS, answer),
+        Err((reply, message)) => (outcome, Answer::attestation_error(&reply, &message)),
+    };
+    metrics::attestation(outcome);
+    answer
+}
+
+/// The outcome of what was granted.
+pub const SUCCESS: &str = "success";
+
+/// Every outcome a release can have, so that each has a series from the start.
+#[must_use]
+pub fn release_outcomes() -> Vec<&'static str> {
+    let refusals = [
+        Code::InvalidRequest,
+        Code::InvalidProtector,
+        Code::InvalidWrapping,
+        Code::UnsupportedAlgorithm,
+        Code::HealthCertificate,
+        Code::ServiceUnavailable,
+        Code::Internal,
+    ];
+    [SUCCESS].into_iter().chain(refusals.into_iter().map(Code::as_str)).collect()
+}
+
+/// Every outcome an attestation can have.
+#[must_use]
+pub fn attestation_outcomes() -> Vec<&'static str> {
+    let refusals = [
+        ErrorReply::Error { status: 500 },
+        ErrorReply::Payload,
+        ErrorReply::Unauthorized,
+        ErrorReply::OperationMode { expected: OperationMode::HostKey },
+        ErrorReply::Unavailable,
+    ];
+    [SUCCESS].into_iter().chain(refusals.iter().map(ErrorReply::name)).collect()
+}
+
+/// Judges the Content-Type of a body.
+fn acceptable(headers: &HeaderMap, media_types: &[&str]) -> Result<(), String> {
+    let expected = || format!("the body has to be {} in UTF-8", media_types.join(" or "));
+    let mut values = headers.get_all(CONTENT_TYPE).iter();
+    let (Some(value), None) = (values.next(), values.next()) else { return Err(expected()) };
+    let value = value.to_str().map_err(|_| expected())?;
+    let mut parts = value.split(';').map(str::trim);
+    let media_type = parts.next().unwrap_or_default().to_ascii_lowercase();
+    if !media_types.contains(&media_type.as_str()) {
+        return Err(expected());
+    }
+    for parameter in parts {
+        let (name, value) = parameter.split_once('=').unwrap_or((parameter, ""));
+        let value = value.trim().trim_matches('"');
+        if name.trim().eq_ignore_ascii_case("charset") && !value.eq_ignore_ascii_case("utf-8") {
+            return Err(expected());
+        }
+    }
+    Ok(())
+}
+
+/// Answers one request to the metrics address: `/metrics`, `/live`, `/ready`.
+pub async fn serve_metrics(
+    service: Arc<Service>,
+    readiness: Arc<Readiness>,
+    handle: metrics::Handle,
+    request: Request<Incoming>,
+) -> Result<Response<Full<Bytes>>, Infallible> {
+    let plain = |status, text: String| Answer { status, ..Answer::ok(TEXT, text) };
+    let answer = match (request.method(), request.uri().path()) {
+        (&Method::GET | &Method::HEAD, "/metrics") => {
+            for member in service.cluster.members() {
+                metrics::hsm_sessions_open(member.name, member.sessions_open);
+            }
+            Answer::ok(metrics::CONTENT_TYPE, handle.render())
+        }
+        (&Method::GET | &Method::HEAD, "/live") => plain(200, "live\n".to_owned()),
+        (&Method::GET | &Method::HEAD, "/ready") => match readiness.check(&service).await {
+            Ok(member) => plain(200, format!("ready: {member} decrypts and signs\n")),
+            Err(why) => plain(503, format!("not ready: {why}\n")),
+        },
+        (&Method::GET | &Method::HEAD, _) => plain(404, "there are /metrics, /live and /ready\n".to_owned()),
+        _ => Answer { allow: Some(Method::GET), ..plain(405, "only GET\n".to_owned()) },
+    };
+    Ok(answer.into_response(&request_id()))
+}
+
+/// How long a probe of one member may take.
+pub const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn content_type(value: &str) -> HeaderMap {
+        HeaderMap::from_iter([(CONTENT_TYPE, HeaderValue::from_str(value).unwrap())])
+    }
+
+    #[test]
+    fn content_types_are_judged_as_the_page_says() {
+        let xml = Family::KeyProtection.media_types();
+        for good in
+            ["application/xml", "text/xml", "Text/XML; charset=UTF-8", "application/xml;charset=\"utf-8\"", "text/xml; a=b"]
+        {
+            assert!(acceptable(&content_type(good), xml).is_ok(), "{good}");
+        }
+        for bad in ["application/json", "text/xml; charset=latin1", "text/xml; charset=utf-16", "", "text/xmlx"] {
+            assert!(acceptable(&content_type(bad), xml).is_err(), "{bad}");
+        }
+        assert!(acceptable(&HeaderMap::new(), xml).is_err());
+    }
+
+    #[test]
+    fn the_table_is_in_lower_case_and_has_no_path_twice() {
+        for (at, (path, ..)) in RESOURCES.iter().enumerate() {
+            assert_eq!(*path, path.to_ascii_lowercase());
+            assert!(RESOURCES[..at].iter().all(|(other, ..)| other != path));
+        }
+    }
+
+    #[test]
+    fn errors_have_the_form_of_their_family() {
+        let answer = Family::of("/attestation/nothing").error(Code::NotFound, "x");
+        assert_eq!((answer.status, answer.media_type), (404, JSON));
+        assert!(answer.body.starts_with(b"{\"__type\":\"ErrorReply:#"));
+        let answer = Family::of("/attestations").error(Code::NotFound, "x");
+        assert_eq!((answer.status, answer.media_type), (404, XML));
+    }
+}

@@ -1,0 +1,337 @@
+//! Accepting connections and serving HTTP/1.1 and HTTP/2 on them, with limits and a graceful stop.
+//!
+//! The promise of a stop: **no request that was accepted is dropped**. When `shutdown` fires, [`run`]
+//!
+//! 1. takes in what the kernel has accepted already and closes the listening socket;
+//! 2. goes on answering on open connections for [`Limits::grace`]; HTTP/1 answers say `Connection: close`, HTTP/2
+//!    connections get a GOAWAY;
+//! 3. then closes every connection as soon as nothing is in progress on it and nothing waits to be read from it;
+//! 4. returns when all are closed, or cuts the rest after [`Limits::drain_timeout`].
+//!
+//! [`connection`](self) is one connection's life; what it has to know of its requests is in `activity`.
+
+mod activity;
+mod body;
+mod connection;
+#[cfg(test)]
+mod tests;
+mod tls;
+
+use std::convert::Infallible;
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use hyper::body::{Body, Incoming};
+use hyper::service::Service;
+use hyper::{Request, Response};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio::time::Instant;
+
+pub use self::body::{BodyError, read_body};
+pub use self::tls::{TlsError, tls_config};
+
+/// Most connections that the kernel holds for us before we accept them; it may itself allow fewer (`somaxconn`).
+const BACKLOG: u32 = 4096;
+
+/// The error type that hyper allows bodies to have.
+pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+/// The address at the other end of a connection. [`run`] puts it into every request's extensions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Peer(pub SocketAddr);
+
+/// What connections may cost.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Most connections that are open at once; more wait in the kernel's backlog.
+    pub max_connections: usize,
+    /// Longest time for a TLS handshake, and from a request's first octet to the end of its header.
+    pub header_timeout: Duration,
+    /// Longest time without a request in progress, and without progress while an answer is being sent.
+    pub idle_timeout: Duration,
+    /// How long a stopping server goes on taking requests from open connections.
+    pub grace: Duration,
+    /// How long a stopping server waits for the requests in progress before it cuts them.
+    pub drain_timeout: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self::from(&crate::config::Server::default())
+    }
+}
+
+impl From<&crate::config::Server> for Limits {
+    fn from(server: &crate::config::Server) -> Self {
+        Self {
+            max_connections: server.max_connections,
+            header_timeout: server.header_timeout(),
+            idle_timeout: server.idle_timeout(),
+            grace: Duration::from_millis(500),
+            drain_timeout: server.drain_timeout(),
+        }
+    }
+}
+
+/// A bound listening socket.
+#[derive(Debug)]
+pub struct Listener {
+    socket: TcpListener,
+    address: SocketAddr,
+    counted: bool,
+}
+
+impl Listener {
+    /// Binds `address` and starts to listen; port 0 lets the kernel choose. To be called inside a tokio runtime.
+    ///
+    /// # Errors
+    /// What the operating system says, with the address.
+    pub fn bind(address: SocketAddr) -> io::Result<Self> {
+        let bind = || {
+            let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+            // A daemon that is started again must not wait for its former connections' TIME_WAIT.
+            socket.set_reuseaddr(true)?;
+            socket.bind(address)?;
+            let socket = socket.listen(BACKLOG)?;
+            let address = socket.local_addr()?;
+            Ok(Self { socket, address, counted: false })
+        };
+        bind().map_err(|error: io::Error| io::Error::new(error.kind(), format!("cannot listen on {address}: {error}")))
+    }
+
+    /// Makes the connections of this listener count in `claviger_connections_open`.
+    #[must_use]
+    pub fn counted(mut self) -> Self {
+        self.counted = true;
+        self
+    }
+
+    /// The address that it listens on, with the port that the kernel chose.
+    pub fn local_addr(&self) -> SocketAddr {
+        self.address
+    }
+}
+
+/// How a stop went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Drained {
+    /// Connections that were still open when the stop began, with those that the kernel had accepted.
+    pub open: usize,
+    /// Of these, how many were cut because [`Limits::drain_timeout`] had passed.
+    pub cut: usize,
+}
+
+/// What the connections are told about a stop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Serving,
+    /// Requests are taken until this time.
+    Draining(Instant),
+    /// Every connection ends now.
+    Cut,
+}
+
+/// Serves `service` on every connection until `shutdown` ends, then stops as the module says.
+///
+/// The service is called for many requests at once; it answers errors, too, with a response. A connection whose
+/// service panics is closed without an answer.
+pub async fn run<S, B>(
+    listener: Listener,
+    tls: Option<Arc<rustls::ServerConfig>>,
+    limits: Limits,
+    service: S,
+    shutdown: impl Future<Output = ()>,
+) -> Drained
+where
+    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Send + Sync + 'static,
+    S::Future: Send + 'static,
+    B: Body<Data = Bytes> + Send + Unpin + 'static,
+    B::Error: Into<BoxError>,
+{
+    let Listener { socket, address, counted } = listener;
+    let permits = Arc::new(Semaphore::new(limits.max_connections.clamp(1, Semaphore::MAX_PERMITS)));
+    let (phases, phase) = watch::channel(Phase::Serving);
+    // Nothing is ever sent: the channel ends when the last connection has dropped its end.
+    let (alive, mut all_closed) = mpsc::channel::<Infallible>(1);
+    let open = Arc::new(AtomicUsize::new(0));
+    let server = Arc::new(connection::Server::new(limits.clone(), tls, service, phase));
+
+    let start = |stream: TcpStream, peer: SocketAddr, permit: Option<OwnedSemaphorePermit>| {
+        let slot = Slot::new(open.clone(), counted, permit, alive.clone());
+        let server = server.clone();
+        tokio::spawn(async move {
+            server.serve(stream, peer).await;
+            drop(slot);
+        });
+    };
+
+    tokio::pin!(shutdown);
+    let mut backoff = Backoff::default();
+    let mut limit_logged = false;
+    loop {
+        let permit = match permits.clone().try_acquire_owned() {
+            Ok(permit) => permit,
+            Err(_) => {
+                if !limit_logged {
+                    limit_logged = true;
+                    tracing::warn!(
+                        %address, max_connections = limits.max_connections,
+                        "as many connections are open as may be: more wait (this is logged once)"
+                    );
+                }
+                tokio::select! {
+                    biased;
+                    () = &mut shutdown => break,
+                    permit = permits.clone().acquire_owned() => match permit {
+                        Ok(permit) => permit,
+                        // Nobody closes the semaphore.
+                        Err(_) => break,
+                    },
+                }
+            }
+        };
+        let accepted = tokio::select! {
+            biased;
+            () = &mut shutdown => break,
+            accepted = socket.accept() => accepted,
+        };
+        match accepted {
+            Ok((stream, peer)) => {
+                backoff.success();
+                start(stream, peer, Some(permit));
+            }
+            Err(error) => {
+                let Some(pause) = backoff.failure(&error, address) else { continue };
+                tokio::select! {
+                    biased;
+                    () = &mut shutdown => break,
+                    () = tokio::time::sleep(pause) => {}
+                }
+            }
+        }
+    }
+
+    let begun = Instant::now();
+    // A receiver is in `server`, so this cannot fail.
+    let _ = phases.send(Phase::Draining(begun + limits.grace));
+    empty_backlog(socket, begun + limits.grace, &mut backoff, address, |stream, peer| start(stream, peer, None)).await;
+    let at_stop = open.load(Ordering::Relaxed);
+    tracing::info!(%address, connections = at_stop, "no more connections are accepted; finishing what is open");
+    drop(alive);
+    let cut = match tokio::time::timeout_at(begun + limits.drain_timeout, all_closed.recv()).await {
+        Ok(_) => 0,
+        Err(_) => {
+            let cut = open.load(Ordering::Relaxed);
+            tracing::warn!(%address, cut, drain_timeout = ?limits.drain_timeout, "connections are cut: they took too long");
+            let _ = phases.send(Phase::Cut);
+            // Their tasks only have to notice; a service that never yields must not keep the process.
+            let _ = tokio::time::timeout(Duration::from_secs(1), all_closed.recv()).await;
+            cut
+        }
+    };
+    Drained { open: at_stop, cut }
+}
+
+/// Takes in the connections that the kernel has accepted for us, beyond any limit: to their clients they are open, and
+/// requests may be under way on them. Then closes the listening socket.
+async fn empty_backlog(
+    socket: TcpListener,
+    until: Instant,
+    backoff: &mut Backoff,
+    address: SocketAddr,
+    mut start: impl FnMut(TcpStream, SocketAddr),
+) {
+    // tokio's own accept asks the kernel only after the reactor has reported a connection; this one asks the kernel.
+    let socket = match socket.into_std() {
+        Ok(socket) => socket,
+        Err(error) => {
+            tracing::error!(%address, %error, "the backlog cannot be emptied");
+            return;
+        }
+    };
+    loop {
+        let taken = socket.accept().and_then(|(stream, peer)| {
+            stream.set_nonblocking(true)?;
+            Ok((TcpStream::from_std(stream)?, peer))
+        });
+        match taken {
+            Ok((stream, peer)) => start(stream, peer),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+            Err(error) => {
+                let Some(pause) = backoff.failure(&error, address) else { continue };
+                // Descriptors become free as connections end.
+                if Instant::now() + pause > until {
+                    return;
+                }
+                tokio::time::sleep(pause).await;
+            }
+        }
+    }
+}
+
+/// What an open connection occupies, given back when it ends in whatever way.
+struct Slot {
+    open: Arc<AtomicUsize>,
+    counted: bool,
+    _permit: Option<OwnedSemaphorePermit>,
+    _alive: mpsc::Sender<Infallible>,
+}
+
+impl Slot {
+    fn new(
+        open: Arc<AtomicUsize>,
+        counted: bool,
+        permit: Option<OwnedSemaphorePermit>,
+        alive: mpsc::Sender<Infallible>,
+    ) -> Self {
+        open.fetch_add(1, Ordering::Relaxed);
+        if counted {
+            crate::metrics::connection_opened();
+        }
+        Self { open, counted, _permit: permit, _alive: alive }
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.open.fetch_sub(1, Ordering::Relaxed);
+        if self.counted {
+            crate::metrics::connection_closed();
+        }
+    }
+}
+
+/// How long to pause after an accept that failed. None of its errors ends the server.
+#[derive(Debug, Default)]
+struct Backoff {
+    failures: u32,
+}
+
+impl Backoff {
+    fn success(&mut self) {
+        self.failures = 0;
+    }
+
+    /// `None`: that was one connection's own fault, the next may be taken at once.
+    fn failure(&mut self, error: &io::Error, address: SocketAddr) -> Option<Duration> {
+        use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset, Interrupted};
+        if matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset | Interrupted) {
+            return None;
+        }
+        if self.failures == 0 {
+            tracing::error!(
+                %address, %error,
+                "connections cannot be accepted; trying again (is the limit of open files, `ulimit -n`, large enough?)"
+            );
+        }
+        let pause = Duration::from_millis(10 << self.failures.min(6));
+        self.failures += 1;
+        Some(pause)
+    }
+}

@@ -1,0 +1,311 @@
+//! One connection, from its acceptance to its close.
+
+use std::convert::Infallible;
+use std::future::{Future, poll_fn};
+use std::net::SocketAddr;
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::Duration;
+
+use bytes::Bytes;
+use hyper::body::{Body, Incoming};
+use hyper::header::{CONNECTION, HeaderValue};
+use hyper::service::Service;
+use hyper::{Request, Response, Version};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
+use tokio::net::TcpStream;
+use tokio::sync::watch;
+use tokio::time::Instant;
+use tokio_rustls::TlsAcceptor;
+
+use super::activity::{Activity, Answer, Due, InProgress, Watched, unread};
+use super::{BoxError, Limits, Peer, Phase};
+
+/// Largest header of a request, in octets; also how much of a body is read, and of an answer is buffered, at once.
+const BUFFER: usize = 64 * 1024;
+
+/// How soon to look again at octets that the kernel has and the reactor has not reported.
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
+
+/// How long a client may take to read an answer that was sent before its request was read to the end.
+const LINGER: Duration = Duration::from_secs(1);
+
+/// How many octets of such a request are read and thrown away.
+const LINGER_OCTETS: u64 = 16 * 1024 * 1024;
+
+/// What all connections of a listener have in common.
+pub(super) struct Server<S> {
+    limits: Limits,
+    tls: Option<TlsAcceptor>,
+    /// Tells the protocol from the first octets.
+    either: auto::Builder<TokioExecutor>,
+    http1: auto::Builder<TokioExecutor>,
+    http2: auto::Builder<TokioExecutor>,
+    service: Arc<S>,
+    phase: watch::Receiver<Phase>,
+}
+
+impl<S, B> Server<S>
+where
+    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Send + Sync + 'static,
+    S::Future: Send + 'static,
+    B: Body<Data = Bytes> + Send + Unpin + 'static,
+    B::Error: Into<BoxError>,
+{
+    pub(super) fn new(
+        limits: Limits,
+        tls: Option<Arc<rustls::ServerConfig>>,
+        service: S,
+        phase: watch::Receiver<Phase>,
+    ) -> Self {
+        let mut either = auto::Builder::new(TokioExecutor::new());
+        either
+            .http1()
+            .timer(TokioTimer::new())
+            // hyper's own limit runs while a connection is idle, too; `Activity` tells the two apart.
+            .header_read_timeout(None)
+            // A client that has sent its request and closed its side still gets its answer.
+            .half_close(true)
+            .max_buf_size(BUFFER);
+        either
+            .http2()
+            .timer(TokioTimer::new())
+            .max_concurrent_streams(256)
+            .max_header_list_size(BUFFER as u32)
+            // Batches are large, and hosts may be far away.
+            .initial_stream_window_size(512 * 1024)
+            .initial_connection_window_size(2 * 1024 * 1024);
+        Self {
+            limits,
+            tls: tls.map(TlsAcceptor::from),
+            http1: either.clone().http1_only(),
+            http2: either.clone().http2_only(),
+            either,
+            service: Arc::new(service),
+            phase,
+        }
+    }
+
+    /// Serves one connection until it is closed.
+    pub(super) async fn serve(&self, stream: TcpStream, peer: SocketAddr) {
+        // Answers are written whole: waiting for more to send would only delay them.
+        if let Err(error) = stream.set_nodelay(true) {
+            tracing::debug!(%peer, %error, "TCP_NODELAY cannot be set");
+        }
+        let mut phase = self.phase.clone();
+        let Some(acceptor) = &self.tls else {
+            let activity = Activity::new(None);
+            let (stream, returned) = Watched::new(stream, activity.clone());
+            if self.drive(&self.either, stream, &activity, &mut phase, peer).await {
+                self.linger(returned.await.ok()).await;
+            }
+            return;
+        };
+        let activity = Activity::new(Some(false));
+        let (stream, returned) = Watched::new(stream, activity.clone());
+        let mut stop = phase.clone();
+        let handshake = tokio::time::timeout(self.limits.header_timeout, acceptor.accept(stream));
+        let stream = tokio::select! {
+            shaken = handshake => match shaken {
+                Ok(Ok(stream)) => stream,
+                Ok(Err(error)) => return tracing::debug!(%peer, %error, "the TLS handshake failed"),
+                Err(_) => return tracing::debug!(%peer, "the TLS handshake took too long"),
+            },
+            () = cut(&mut stop) => return,
+        };
+        let http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
+        activity.handshake_done(http2);
+        let builder = if http2 { &self.http2 } else { &self.http1 };
+        if self.drive(builder, stream, &activity, &mut phase, peer).await {
+            self.linger(returned.await.ok()).await;
+        }
+    }
+
+    /// Drives hyper's connection, its time limits and its part of a stop. Returns whether hyper ended it, not we.
+    async fn drive(
+        &self,
+        builder: &auto::Builder<TokioExecutor>,
+        stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+        activity: &Arc<Activity>,
+        phase: &mut watch::Receiver<Phase>,
+        peer: SocketAddr,
+    ) -> bool {
+        enum Event {
+            /// hyper is done with it.
+            Ended(Result<(), BoxError>),
+            /// Asked with the kernel: no request is in progress or on its way.
+            Quiet,
+            /// What this waits for has changed.
+            Changed,
+            /// A time limit is reached.
+            Time,
+        }
+
+        let service =
+            Watching { service: self.service.clone(), activity: activity.clone(), phase: phase.clone(), peer };
+        let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), service));
+        let mut timer = pin!(tokio::time::sleep(self.limits.header_timeout));
+        // Set by a stop: until when requests are taken.
+        let mut grace: Option<Instant> = None;
+        // Whether it is to be closed at the next moment that it is quiet.
+        let mut last_call = false;
+        // When hyper was told to close it.
+        let mut closing: Option<Instant> = None;
+        loop {
+            match *phase.borrow_and_update() {
+                Phase::Serving => {}
+                Phase::Draining(until) => grace = Some(until),
+                Phase::Cut => return false,
+            }
+            if grace.is_some() && closing.is_none() && activity.is_http2() {
+                // GOAWAY is safe at any time: HTTP/2 tells the client which requests were taken.
+                connection.as_mut().graceful_shutdown();
+                closing = Some(Instant::now());
+            }
+            if last_call && grace.is_none() && !activity.is_idle() {
+                // It was to be closed for being idle, and no longer is.
+                last_call = false;
+                activity.ask_kernel(false);
+            }
+            let now = Instant::now();
+            let due = activity.due(&self.limits, now).0;
+            let wake = match (closing, grace) {
+                (Some(since), _) => self.closed_by(since, activity, now),
+                (None, _) if last_call && activity.is_idle() => now + LOOK_AGAIN,
+                (None, Some(grace)) if !last_call => due.min(grace),
+                (None, _) => due,
+            };
+            timer.as_mut().reset(wake);
+
+            let event = tokio::select! {
+                biased;
+                event = poll_fn(|cx| match connection.as_mut().poll(cx) {
+                    Poll::Ready(ended) => Poll::Ready(Event::Ended(ended)),
+                    Poll::Pending if closing.is_some() => Poll::Pending,
+                    Poll::Pending if last_call && activity.is_quiet() => Poll::Ready(Event::Quiet),
+                    Poll::Pending if grace.is_some() && activity.is_http2() => Poll::Ready(Event::Changed),
+                    Poll::Pending if activity.due(&self.limits, now).0 < wake => Poll::Ready(Event::Changed),
+                    Poll::Pending => Poll::Pending,
+                }) => event,
+                Ok(()) = phase.changed() => Event::Changed,
+                () = &mut timer => Event::Time,
+            };
+            match event {
+                Event::Ended(ended) => {
+                    if let Err(error) = ended {
+                        tracing::debug!(%peer, %error, "the connection broke");
+                    }
+                    return true;
+                }
+                Event::Quiet => {
+                    connection.as_mut().graceful_shutdown();
+                    closing = Some(Instant::now());
+                }
+                Event::Changed => {}
+                // Anything may have happened since the timer was set: only what is due now counts.
+                Event::Time if let Some(since) = closing => {
+                    let now = Instant::now();
+                    if self.closed_by(since, activity, now) <= now {
+                        tracing::debug!(%peer, "the client did not let the connection end: cut");
+                        return false;
+                    }
+                }
+                Event::Time => {
+                    let now = Instant::now();
+                    let (due, why) = activity.due(&self.limits, now);
+                    match why {
+                        Due::Header | Due::Stalled if due <= now => {
+                            tracing::debug!(%peer, ?why, "the client took too long: cut");
+                            return false;
+                        }
+                        Due::Idle if due <= now => last_call = true,
+                        _ => {}
+                    }
+                    if grace.is_some_and(|grace| grace <= now) {
+                        last_call = true;
+                    }
+                    if last_call {
+                        activity.ask_kernel(true);
+                    }
+                }
+            }
+        }
+    }
+
+    /// When a connection that hyper was told to close at `since` has to be closed.
+    fn closed_by(&self, since: Instant, activity: &Activity, now: Instant) -> Instant {
+        if activity.is_idle() {
+            since.max(activity.last_progress()) + self.limits.header_timeout
+        } else {
+            activity.due(&self.limits, now).0
+        }
+    }
+
+    /// Lets the client read our last answer. Closing a socket with unread octets in it resets the connection, and a
+    /// reset makes the client's kernel throw away what we sent.
+    async fn linger(&self, stream: Option<TcpStream>) {
+        let Some(mut stream) = stream else { return };
+        let stopping = *self.phase.borrow() != Phase::Serving;
+        if stopping && unread(&stream) == 0 {
+            return;
+        }
+        let mut octets = Vec::with_capacity(16 * 1024);
+        let mut left = LINGER_OCTETS;
+        let discard = async {
+            while left > 0 {
+                octets.clear();
+                match stream.read_buf(&mut octets).await {
+                    Ok(0) | Err(_) => return,
+                    Ok(read) => left = left.saturating_sub(read as u64),
+                }
+            }
+        };
+        let _ = tokio::time::timeout(LINGER, discard).await;
+    }
+}
+
+/// Ends when every connection has to.
+async fn cut(phase: &mut watch::Receiver<Phase>) {
+    // An error means that the server is gone.
+    let _ = phase.wait_for(|phase| *phase == Phase::Cut).await;
+}
+
+/// The service as one connection sees it: what it is doing shows in the connection's activity.
+struct Watching<S> {
+    service: Arc<S>,
+    activity: Arc<Activity>,
+    phase: watch::Receiver<Phase>,
+    peer: SocketAddr,
+}
+
+impl<S, B> Service<Request<Incoming>> for Watching<S>
+where
+    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Send + Sync + 'static,
+    S::Future: Send + 'static,
+    B: Body<Data = Bytes> + Send + Unpin + 'static,
+    B::Error: Into<BoxError>,
+{
+    type Response = Response<Answer<B>>;
+    type Error = Infallible;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Infallible>> + Send>>;
+
+    fn call(&self, mut request: Request<Incoming>) -> Self::Future {
+        let mut in_progress = InProgress::new(self.activity.clone());
+        request.extensions_mut().insert(Peer(self.peer));
+        let http1 = request.version() <= Version::HTTP_11;
+        let phase = self.phase.clone();
+        let answer = self.service.call(request);
+        Box::pin(async move {
+            let mut response = answer.await?;
+            in_progress.answered();
+            if http1 && *phase.borrow() != Phase::Serving {
+                // hyper closes the connection after an answer that says so.
+                response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+            }
+            Ok(response.map(|body| Answer { body, _request: in_progress }))
+        })
+    }
+}

@@ -1,0 +1,618 @@
+//! Real sockets, clients that speak HTTP by hand: what they see, octet by octet, is the point.
+
+#![allow(clippy::unwrap_used)]
+
+use super::*;
+use http_body_util::Full;
+use hyper::StatusCode;
+use hyper::service::service_fn;
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::sync::oneshot;
+use tokio::task::{JoinHandle, JoinSet};
+
+/// What no test waits longer for.
+const LONG: Duration = Duration::from_secs(20);
+
+fn limits() -> Limits {
+    Limits { grace: Duration::from_millis(200), drain_timeout: LONG, ..Limits::default() }
+}
+
+/// `/MILLISECONDS` is answered after that time, with the request's body; `/deaf` at once, its body unread.
+async fn answer(request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
+    assert!(request.extensions().get::<Peer>().is_some());
+    if request.uri().path() == "/deaf" {
+        let mut response = Response::new(Full::from("I heard nothing"));
+        *response.status_mut() = StatusCode::PAYLOAD_TOO_LARGE;
+        return Ok(response);
+    }
+    let pause = request.uri().path()[1..].parse().unwrap();
+    let body = read_body(request.into_body(), 1 << 20, LONG).await.unwrap_or_else(|error| error.to_string().into());
+    tokio::time::sleep(Duration::from_millis(pause)).await;
+    Ok(Response::new(Full::from(body)))
+}
+
+struct Running {
+    address: SocketAddr,
+    stop: Option<oneshot::Sender<()>>,
+    run: JoinHandle<Drained>,
+}
+
+impl Running {
+    fn start(limits: Limits, tls: Option<Arc<rustls::ServerConfig>>) -> Self {
+        let listener = Listener::bind(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
+        let address = listener.local_addr();
+        let (stop, stopped) = oneshot::channel();
+        let shutdown = async {
+            let _ = stopped.await;
+        };
+        let run = tokio::spawn(run(listener, tls, limits, service_fn(answer), shutdown));
+        Self { address, stop: Some(stop), run }
+    }
+
+    fn stop(&mut self) {
+        self.stop.take().unwrap().send(()).unwrap();
+    }
+
+    async fn drained(self) -> Drained {
+        tokio::time::timeout(LONG, self.run).await.unwrap().unwrap()
+    }
+
+    async fn connect(&self) -> Connection<TcpStream> {
+        Connection { stream: TcpStream::connect(self.address).await.unwrap(), read: Vec::new() }
+    }
+}
+
+/// A client's end of an HTTP/1.1 connection.
+struct Connection<S> {
+    stream: S,
+    read: Vec<u8>,
+}
+
+#[derive(Debug, PartialEq)]
+struct Answered {
+    status: u16,
+    body: String,
+    close: bool,
+}
+
+/// Why there was no answer.
+#[derive(Debug, PartialEq)]
+enum Silence {
+    /// The connection ended before the first octet of an answer.
+    Nothing,
+    /// It ended in the middle of one.
+    Torn,
+}
+
+fn post(path: &str, body: &str) -> String {
+    format!("POST /{path} HTTP/1.1\r\nHost: test\r\nContent-Length: {}\r\n\r\n{body}", body.len())
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
+    async fn send(&mut self, text: &str) {
+        self.stream.write_all(text.as_bytes()).await.unwrap();
+    }
+
+    async fn receive(&mut self) -> Result<Answered, Silence> {
+        loop {
+            if let Some(end) = self.read.windows(4).position(|octets| octets == b"\r\n\r\n") {
+                let head = String::from_utf8(self.read[..end].to_vec()).unwrap().to_lowercase();
+                let header = |name: &str| {
+                    head.lines().find_map(|line| line.strip_prefix(&format!("{name}: "))).map(str::to_owned)
+                };
+                let length: usize = header("content-length").unwrap().parse().unwrap();
+                if self.read.len() >= end + 4 + length {
+                    let rest = self.read.split_off(end + 4 + length);
+                    let answer = std::mem::replace(&mut self.read, rest);
+                    return Ok(Answered {
+                        status: head.split(' ').nth(1).unwrap().parse().unwrap(),
+                        body: String::from_utf8(answer[end + 4..].to_vec()).unwrap(),
+                        close: header("connection").as_deref() == Some("close"),
+                    });
+                }
+            }
+            let read =
+                tokio::time::timeout(LONG, self.stream.read_buf(&mut self.read)).await.expect("neither answer nor end");
+            if read.unwrap_or(0) == 0 {
+                return Err(if self.read.is_empty() { Silence::Nothing } else { Silence::Torn });
+            }
+        }
+    }
+
+    async fn ask(&mut self, path: &str, body: &str) -> Result<Answered, Silence> {
+        self.send(&post(path, body)).await;
+        self.receive().await
+    }
+}
+
+fn ok(body: &str, close: bool) -> Result<Answered, Silence> {
+    Ok(Answered { status: 200, body: body.to_owned(), close })
+}
+
+#[tokio::test]
+async fn a_connection_serves_many_requests() {
+    let mut server = Running::start(limits(), None);
+    let mut client = server.connect().await;
+    for body in ["one", "", "three"] {
+        assert_eq!(client.ask("0", body).await, ok(body, false));
+    }
+    // Two at once are answered in order.
+    client.send(&format!("{}{}", post("0", "a"), post("0", "b"))).await;
+    assert_eq!((client.receive().await, client.receive().await), (ok("a", false), ok("b", false)));
+    // A client that sends no more still gets its answer.
+    client.send(&post("50", "last")).await;
+    client.stream.shutdown().await.unwrap();
+    assert_eq!(client.receive().await, ok("last", false));
+    assert_eq!(client.receive().await, Err(Silence::Nothing));
+    server.stop();
+    assert_eq!(server.drained().await.cut, 0);
+}
+
+/// The promise: many clients, a stop in their midst, and whoever wrote a whole request gets a whole answer.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_stop_under_load_drops_no_request() {
+    for round in 0..3u64 {
+        let mut server = Running::start(Limits { grace: Duration::from_millis(500), ..limits() }, None);
+        let address = server.address;
+        let stopping = Arc::new(AtomicBool::new(false));
+        let mut clients = JoinSet::new();
+        for client in 0..96u64 {
+            let stopping = stopping.clone();
+            clients.spawn(async move {
+                let (mut answered, mut number, mut answered_late) = (0, 0u64, 0);
+                'connections: loop {
+                    let Ok(stream) = TcpStream::connect(address).await else {
+                        assert!(stopping.load(Ordering::SeqCst), "refused before the stop");
+                        return (answered, answered_late);
+                    };
+                    let mut connection = Connection { stream, read: Vec::new() };
+                    let mut fresh = true;
+                    loop {
+                        // Some clients send the next request at once, some think for a while; some requests take longer.
+                        number += 1;
+                        let dice = (client * 7919 + number * 104_729 + round) % 100;
+                        if dice < 30 {
+                            tokio::time::sleep(Duration::from_millis(dice * 3)).await;
+                        }
+                        let body = format!("{client}-{number}");
+                        let late = stopping.load(Ordering::SeqCst);
+                        let request = post(&(dice % 20).to_string(), &body);
+                        // In two pieces, as a network may deliver it.
+                        let (one, two) = request.split_at(request.len() / 2);
+                        let mut written = connection.stream.write_all(one.as_bytes()).await;
+                        if dice > 90 && written.is_ok() {
+                            tokio::time::sleep(Duration::from_millis(5)).await;
+                        }
+                        if written.is_ok() {
+                            written = connection.stream.write_all(two.as_bytes()).await;
+                        }
+                        match connection.receive().await {
+                            Ok(reply) => {
+                                assert_eq!((reply.status, &reply.body), (200, &body));
+                                (answered, answered_late, fresh) =
+                                    (answered + 1, answered_late + u32::from(late), false);
+                                if reply.close {
+                                    continue 'connections;
+                                }
+                            }
+                            // A connection that the closing socket never took in: not even its first octet was read.
+                            Err(Silence::Nothing) if fresh => {
+                                assert!(stopping.load(Ordering::SeqCst), "dropped before the stop");
+                                continue 'connections;
+                            }
+                            Err(silence) => {
+                                panic!(
+                                    "{body}: {silence:?}, written: {written:?}, stopping: {}",
+                                    stopping.load(Ordering::SeqCst)
+                                );
+                            }
+                        }
+                    }
+                }
+            });
+        }
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        stopping.store(true, Ordering::SeqCst);
+        server.stop();
+        let (mut answered, mut late) = (0, 0);
+        while let Some(client) = clients.join_next().await {
+            let (all, after) = client.unwrap();
+            (answered, late) = (answered + all, late + after);
+        }
+        let drained = server.drained().await;
+        assert_eq!(drained.cut, 0);
+        assert!(drained.open > 0 && answered > 500 && late > 0, "{drained:?}, {answered} answered, {late} late");
+    }
+}
+
+#[tokio::test]
+async fn a_stop_finishes_what_has_begun_and_closes_what_is_idle() {
+    let mut server = Running::start(limits(), None);
+    let (mut slow, mut idle, mut silent) = (server.connect().await, server.connect().await, server.connect().await);
+    let (mut halved, mut late) = (server.connect().await, server.connect().await);
+    assert_eq!(idle.ask("0", "x").await, ok("x", false));
+    assert_eq!(late.ask("0", "x").await, ok("x", false));
+    assert_eq!(halved.ask("0", "x").await, ok("x", false));
+    slow.send(&post("2000", "slow")).await;
+    let request = post("0", "halved");
+    let (one, two) = request.split_at(30);
+    halved.send(one).await;
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let begun = std::time::Instant::now();
+    server.stop();
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert_eq!(late.ask("0", "within the grace").await, ok("within the grace", true));
+    assert_eq!(late.receive().await, Err(Silence::Nothing));
+    assert!(TcpStream::connect(server.address).await.is_err(), "the listening socket is closed");
+    assert_eq!(idle.receive().await, Err(Silence::Nothing));
+    assert_eq!(silent.receive().await, Err(Silence::Nothing));
+    assert!(begun.elapsed() >= Duration::from_millis(200), "they had the grace");
+    // The slow request did not keep them.
+    assert!(begun.elapsed() < Duration::from_millis(1900), "and no more: {:?}", begun.elapsed());
+    // Beyond the grace a request that has begun to arrive is still waited for.
+    halved.send(two).await;
+    assert_eq!(halved.receive().await, ok("halved", true));
+    assert_eq!(slow.receive().await, ok("slow", true));
+    assert_eq!(server.drained().await, Drained { open: 5, cut: 0 });
+}
+
+#[tokio::test]
+async fn a_stop_answers_what_waits_in_the_backlog() {
+    let mut server = Running::start(Limits { max_connections: 1, ..limits() }, None);
+    let mut first = server.connect().await;
+    first.send(&post("300", "first")).await;
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let mut waiting = Vec::new();
+    for _ in 0..20 {
+        let mut client = server.connect().await;
+        client.send(&post("0", "waited")).await;
+        waiting.push(client);
+    }
+    server.stop();
+    for client in &mut waiting {
+        assert_eq!(client.receive().await, ok("waited", true));
+    }
+    assert_eq!(first.receive().await, ok("first", true));
+    assert_eq!(server.drained().await, Drained { open: 21, cut: 0 });
+}
+
+#[tokio::test]
+async fn a_stop_cuts_what_takes_too_long() {
+    let mut server = Running::start(Limits { drain_timeout: Duration::from_millis(400), ..limits() }, None);
+    let mut client = server.connect().await;
+    client.send(&post("60000", "")).await;
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    server.stop();
+    assert_eq!(client.receive().await, Err(Silence::Nothing));
+    assert_eq!(server.drained().await, Drained { open: 1, cut: 1 });
+}
+
+#[tokio::test]
+async fn at_the_limit_connections_wait_for_their_turn() {
+    let mut server = Running::start(Limits { max_connections: 2, ..limits() }, None);
+    let (mut one, mut two, mut three) = (server.connect().await, server.connect().await, server.connect().await);
+    assert_eq!(one.ask("0", "1").await, ok("1", false));
+    assert_eq!(two.ask("0", "2").await, ok("2", false));
+    three.send(&post("0", "3")).await;
+    assert!(
+        tokio::time::timeout(Duration::from_millis(200), three.receive()).await.is_err(),
+        "served beyond the limit"
+    );
+    drop(one);
+    assert_eq!(three.receive().await, ok("3", false));
+    server.stop();
+    assert_eq!(server.drained().await.cut, 0);
+}
+
+#[tokio::test]
+async fn slow_headers_and_idle_connections_are_closed() {
+    let short = |header, idle| Limits {
+        header_timeout: Duration::from_millis(header),
+        idle_timeout: Duration::from_millis(idle),
+        ..limits()
+    };
+    // Idle: closed after its time, but not while a request is in progress, nor by the limit for headers.
+    let server = Running::start(short(50, 600), None);
+    let mut client = server.connect().await;
+    assert_eq!(client.ask("1000", "slow").await, ok("slow", false));
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert_eq!(client.ask("0", "still open").await, ok("still open", false));
+    let begun = std::time::Instant::now();
+    assert_eq!(client.receive().await, Err(Silence::Nothing));
+    assert!(begun.elapsed() > Duration::from_millis(500), "{:?}", begun.elapsed());
+    // Never a request at all.
+    assert_eq!(server.connect().await.receive().await, Err(Silence::Nothing));
+
+    // Headers: every octet in time, and yet too slow.
+    let server = Running::start(short(300, 60_000), None);
+    let mut client = server.connect().await;
+    assert_eq!(client.ask("0", "x").await, ok("x", false));
+    tokio::time::sleep(Duration::from_millis(400)).await;
+    let begun = std::time::Instant::now();
+    for octet in post("0", "").chars() {
+        if client.stream.write_all(octet.to_string().as_bytes()).await.is_err() {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert_eq!(client.receive().await, Err(Silence::Nothing));
+    assert!(begun.elapsed() > Duration::from_millis(250), "{:?}", begun.elapsed());
+}
+
+#[tokio::test]
+async fn a_client_that_is_still_writing_reads_an_early_answer() {
+    let server = Running::start(limits(), None);
+    let mut client = server.connect().await;
+    let body = "x".repeat(4 << 20);
+    assert_eq!(client.ask("deaf", &body).await.unwrap().body, "I heard nothing");
+    let mut client = server.connect().await;
+    assert_eq!(client.ask("0", &body).await, ok("the request's body is too large", false));
+}
+
+#[tokio::test]
+async fn an_open_connection_is_counted_only_where_asked() {
+    let open = || -> f64 {
+        let page = crate::metrics::install().render();
+        let line = page.lines().find(|line| line.starts_with("claviger_connections_open ")).unwrap().to_owned();
+        line.rsplit(' ').next().unwrap().parse().unwrap()
+    };
+    let listener = Listener::bind(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap().counted();
+    let address = listener.local_addr();
+    tokio::spawn(run(listener, None, limits(), service_fn(answer), std::future::pending()));
+    let before = open();
+    let mut clients = Vec::new();
+    for _ in 0..50 {
+        let mut client = Connection { stream: TcpStream::connect(address).await.unwrap(), read: Vec::new() };
+        client.ask("0", "x").await.unwrap();
+        clients.push(client);
+    }
+    // The tests beside this one may hold a few, too.
+    assert!(open() >= before + 40.0, "{} {before}", open());
+    drop(clients);
+    for _ in 0..100 {
+        if open() < before + 40.0 {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    panic!("still counted: {} {before}", open());
+}
+
+#[test]
+fn accept_errors_pause_longer_and_longer() {
+    let address = SocketAddr::from(([127, 0, 0, 1], 1));
+    let mut backoff = Backoff::default();
+    assert_eq!(backoff.failure(&io::ErrorKind::ConnectionAborted.into(), address), None);
+    let files = io::Error::from_raw_os_error(24);
+    let pauses: Vec<_> = (0..9).map(|_| backoff.failure(&files, address).unwrap().as_millis()).collect();
+    assert_eq!(pauses, [10, 20, 40, 80, 160, 320, 640, 640, 640]);
+    backoff.success();
+    assert_eq!(backoff.failure(&files, address), Some(Duration::from_millis(10)));
+}
+
+#[tokio::test]
+async fn an_address_in_use_is_named() {
+    let taken = Listener::bind(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
+    let error = Listener::bind(taken.local_addr()).unwrap_err();
+    assert!(error.to_string().starts_with(&format!("cannot listen on {}: ", taken.local_addr())), "{error}");
+}
+
+/// HTTP/2 by hand: just enough to send requests that need no new header names, and to read frames.
+mod h2 {
+    use super::*;
+
+    pub(super) const DATA: u8 = 0;
+    pub(super) const HEADERS: u8 = 1;
+    pub(super) const GOAWAY: u8 = 7;
+    const SETTINGS: u8 = 4;
+    const PING: u8 = 6;
+    const ACK: u8 = 1;
+
+    pub(super) fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+        let mut frame = (payload.len() as u32).to_be_bytes()[1..].to_vec();
+        frame.extend([kind, flags]);
+        frame.extend(stream.to_be_bytes());
+        frame.extend(payload);
+        frame
+    }
+
+    pub(super) fn hello() -> Vec<u8> {
+        [&b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"[..], &frame(SETTINGS, 0, 0, &[])].concat()
+    }
+
+    pub(super) fn get(stream: u32, path: &str) -> Vec<u8> {
+        // :method GET, :scheme http, :path literal, :authority literal; no Huffman codes.
+        let mut block = vec![0x82, 0x86, 0x04, path.len() as u8];
+        block.extend(path.as_bytes());
+        block.extend([0x01, 4]);
+        block.extend(b"test");
+        frame(HEADERS, 0x4 | 0x1, stream, &block)
+    }
+
+    /// The next frame that is not the connection's own business: kind, stream. `None` at the end.
+    pub(super) async fn next<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S) -> Option<(u8, u32)> {
+        loop {
+            let mut head = [0; 9];
+            tokio::time::timeout(LONG, stream.read_exact(&mut head)).await.unwrap().ok()?;
+            let length = u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize;
+            let mut payload = vec![0; length];
+            stream.read_exact(&mut payload).await.ok()?;
+            let (kind, flags) = (head[3], head[4]);
+            match kind {
+                SETTINGS if flags & ACK == 0 => stream.write_all(&frame(SETTINGS, ACK, 0, &[])).await.unwrap(),
+                PING if flags & ACK == 0 => stream.write_all(&frame(PING, ACK, 0, &payload)).await.unwrap(),
+                DATA | HEADERS | GOAWAY => {
+                    return Some((kind, u32::from_be_bytes([head[5], head[6], head[7], head[8]])));
+                }
+                _ => {}
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn http2_is_spoken_and_stopped_without_loss() {
+    let mut server = Running::start(limits(), None);
+    let mut stream = server.connect().await.stream;
+    stream.write_all(&h2::hello()).await.unwrap();
+    stream.write_all(&h2::get(1, "/0")).await.unwrap();
+    assert_eq!(h2::next(&mut stream).await, Some((h2::HEADERS, 1)));
+    // And an idle one beside it.
+    let mut idle = server.connect().await.stream;
+    idle.write_all(&h2::hello()).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(50)).await;
+
+    stream.write_all(&h2::get(3, "/600")).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let begun = std::time::Instant::now();
+    server.stop();
+    let mut seen = Vec::new();
+    while let Some(frame) = h2::next(&mut stream).await {
+        seen.push(frame);
+    }
+    assert!(seen.contains(&(h2::GOAWAY, 0)) && seen.contains(&(h2::HEADERS, 3)), "{seen:?}");
+    assert!(begun.elapsed() >= Duration::from_millis(500));
+    let mut seen = Vec::new();
+    while let Some(frame) = h2::next(&mut idle).await {
+        seen.push(frame);
+    }
+    assert!(seen.contains(&(h2::GOAWAY, 0)), "{seen:?}");
+    assert_eq!(server.drained().await, Drained { open: 2, cut: 0 });
+}
+
+#[tokio::test]
+async fn an_idle_http2_connection_is_closed_even_if_it_answers_no_ping() {
+    let limits =
+        Limits { header_timeout: Duration::from_millis(200), idle_timeout: Duration::from_millis(200), ..limits() };
+    let server = Running::start(limits, None);
+    let mut stream = server.connect().await.stream;
+    stream.write_all(&h2::hello()).await.unwrap();
+    let mut all = Vec::new();
+    tokio::time::timeout(LONG, stream.read_to_end(&mut all)).await.unwrap().unwrap();
+    assert!(all.windows(9).any(|frame| frame[3] == h2::GOAWAY), "{all:?}");
+}
+
+/// A self-signed certificate for `localhost` and its key, made by hand: (certificate PEM, key PEM, certificate DER).
+fn certificate() -> (String, String, Vec<u8>) {
+    use ring::rand::SystemRandom;
+    use ring::signature::{ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair, KeyPair};
+    let random = SystemRandom::new();
+    let key = EcdsaKeyPair::generate_pkcs8(&ECDSA_P256_SHA256_ASN1_SIGNING, &random).unwrap();
+    let pair = EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_ASN1_SIGNING, key.as_ref(), &random).unwrap();
+    let tlv = |tag: u8, content: &[u8]| {
+        let mut out = vec![tag];
+        match content.len() {
+            length @ 0..0x80 => out.push(length as u8),
+            length @ 0x80..0x100 => out.extend([0x81, length as u8]),
+            length => out.extend([0x82, (length >> 8) as u8, length as u8]),
+        }
+        out.extend(content);
+        out
+    };
+    let sequence = |parts: &[&[u8]]| tlv(0x30, &parts.concat());
+    let ecdsa_sha256 = sequence(&[&tlv(6, &[0x2a, 0x86, 0x48, 0xce, 0x3d, 4, 3, 2])]);
+    let name = sequence(&[&tlv(0x31, &sequence(&[&tlv(6, &[0x55, 4, 3]), &tlv(0x0c, b"localhost")]))]);
+    let public = sequence(&[
+        &sequence(&[&tlv(6, &[0x2a, 0x86, 0x48, 0xce, 0x3d, 2, 1]), &tlv(6, &[0x2a, 0x86, 0x48, 0xce, 0x3d, 3, 1, 7])]),
+        &tlv(3, &[&[0], pair.public_key().as_ref()].concat()),
+    ]);
+    let alternative = sequence(&[&tlv(0x82, b"localhost")]);
+    let extensions = sequence(&[&sequence(&[&tlv(6, &[0x55, 0x1d, 0x11]), &tlv(4, &alternative)])]);
+    let tbs = sequence(&[
+        &tlv(0xa0, &tlv(2, &[2])),
+        &tlv(2, &[1]),
+        &ecdsa_sha256,
+        &name,
+        &sequence(&[&tlv(0x17, b"200101000000Z"), &tlv(0x17, b"491231235959Z")]),
+        &name,
+        &public,
+        &tlv(0xa3, &extensions),
+    ]);
+    let signature = pair.sign(&random, &tbs).unwrap();
+    let der = sequence(&[&tbs, &ecdsa_sha256, &tlv(3, &[&[0], signature.as_ref()].concat())]);
+    let pem = |label: &str, der: &[u8]| {
+        let base64 = data_encoding::BASE64.encode(der);
+        format!("-----BEGIN {label}-----\n{base64}\n-----END {label}-----\n")
+    };
+    (pem("CERTIFICATE", &der), pem("PRIVATE KEY", key.as_ref()), der)
+}
+
+#[tokio::test]
+async fn tls_is_served_with_both_protocols() {
+    let folder = tempfile::tempdir().unwrap();
+    let (certificate, key, der) = certificate();
+    let [certificate_path, key_path] = ["tls.pem", "tls.key"].map(|name| folder.path().join(name));
+    std::fs::write(&certificate_path, &certificate).unwrap();
+    std::fs::write(&key_path, &key).unwrap();
+    let config = tls_config(&certificate_path, &key_path).unwrap();
+    let mut server = Running::start(Limits { header_timeout: Duration::from_millis(1500), ..limits() }, Some(config));
+    let connector = |protocols: &[&[u8]], versions: &[&'static rustls::SupportedProtocolVersion]| {
+        let mut roots = rustls::RootCertStore::empty();
+        roots.add(der.clone().into()).unwrap();
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let config = rustls::ClientConfig::builder_with_provider(provider).with_protocol_versions(versions).unwrap();
+        let mut config = config.with_root_certificates(roots).with_no_client_auth();
+        config.alpn_protocols = protocols.iter().map(|protocol| protocol.to_vec()).collect();
+        tokio_rustls::TlsConnector::from(Arc::new(config))
+    };
+    let localhost = || "localhost".try_into().unwrap();
+
+    let mut idle = Vec::new();
+    for version in [&rustls::version::TLS12, &rustls::version::TLS13] {
+        for protocols in [&[][..], &[&b"http/1.1"[..]]] {
+            let tcp = server.connect().await.stream;
+            let stream = connector(protocols, &[version]).connect(localhost(), tcp).await.unwrap();
+            let mut client = Connection { stream, read: Vec::new() };
+            assert_eq!(client.ask("0", "secret").await, ok("secret", false));
+            idle.push(client);
+        }
+    }
+    let tcp = server.connect().await.stream;
+    let mut stream = connector(&[b"h2"], rustls::DEFAULT_VERSIONS).connect(localhost(), tcp).await.unwrap();
+    assert_eq!(stream.get_ref().1.alpn_protocol(), Some(&b"h2"[..]));
+    stream.write_all(&h2::hello()).await.unwrap();
+    stream.write_all(&h2::get(1, "/0")).await.unwrap();
+    assert_eq!(h2::next(&mut stream).await, Some((h2::HEADERS, 1)));
+    // Shaken hands and said nothing more; and not even that.
+    let tcp = server.connect().await.stream;
+    let mut silent = connector(&[], rustls::DEFAULT_VERSIONS).connect(localhost(), tcp).await.unwrap();
+    assert_eq!(server.connect().await.receive().await, Err(Silence::Nothing));
+
+    let tcp = server.connect().await.stream;
+    let stream_in_progress = connector(&[], rustls::DEFAULT_VERSIONS).connect(localhost(), tcp).await.unwrap();
+    let mut busy = Connection { stream: stream_in_progress, read: Vec::new() };
+    busy.send(&post("400", "busy")).await;
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    server.stop();
+    assert_eq!(busy.receive().await, ok("busy", true));
+    for client in &mut idle {
+        assert_eq!(client.receive().await, Err(Silence::Nothing));
+    }
+    while h2::next(&mut stream).await.is_some() {}
+    assert_eq!(silent.read(&mut [0]).await.unwrap_or(0), 0);
+    assert_eq!(server.drained().await.cut, 0);
+}
+
+#[test]
+fn what_is_wrong_with_tls_files_is_said() {
+    let folder = tempfile::tempdir().unwrap();
+    let (certificate, key, _) = certificate();
+    let (_, other_key, _) = self::certificate();
+    let write = |name: &str, content: &str| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, content).unwrap();
+        path
+    };
+    let (certificate, key) = (write("c", &certificate), write("k", &key));
+    let fault = |certificate: &Path, key: &Path| tls_config(certificate, key).unwrap_err().to_string();
+    let missing = folder.path().join("missing");
+    let empty = write("e", "nothing");
+    assert!(fault(&missing, &key).contains("missing cannot be read"), "{}", fault(&missing, &key));
+    assert!(fault(&empty, &key).contains("/e holds no certificate in PEM"), "{}", fault(&empty, &key));
+    assert!(fault(&certificate, &empty).contains("/e holds no private key"), "{}", fault(&certificate, &empty));
+    let other = write("o", &other_key);
+    assert!(fault(&certificate, &other).contains("cannot be used together"), "{}", fault(&certificate, &other));
+    tls_config(&certificate, &key).unwrap();
+}
