@@ -64,7 +64,7 @@ impl Attempt {
             protector: self.protector.clone(),
             owner: self.owner.clone(),
             hsm: self.hsm.clone(),
-            ms: self.started.elapsed().as_secs_f64() * 1e3,
+            ms: self.started.elapsed().as_micros() as f64 / 1e3,
         }
     }
 }

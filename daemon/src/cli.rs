@@ -91,7 +91,10 @@ pub async fn hosts(command: Hosts) -> Result<(), Failure> {
         Hosts::List { target } => {
             let reply = ask(&target, &Command::ListHosts).await?;
             print(&target, &reply, || {
-                table(&reply, &[("NAME", "name"), ("ENABLED", "enabled"), ("ADDED", "added"), ("KEY (SHA-256)", "key")]);
+                table(
+                    &reply,
+                    &[("NAME", "name"), ("ENABLED", "enabled"), ("ADDED", "added"), ("KEY (SHA-256)", "key")],
+                );
             });
         }
         Hosts::Remove { name, target } => {

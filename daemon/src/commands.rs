@@ -48,7 +48,8 @@ pub async fn handle(service: Arc<Service>, request: Value, peer: Peer) -> Result
     match command {
         Command::AddHost { name, public_key } => {
             let key = BASE64.decode(public_key.as_bytes()).map_err(|_| "the key is not base64".to_owned())?;
-            let key = RsaPublicKey::from_file(&key).map_err(|e| format!("this is no host key that can be used: {e}"))?;
+            let key =
+                RsaPublicKey::from_file(&key).map_err(|e| format!("this is no host key that can be used: {e}"))?;
             record(&service, "hosts.add", &name, peer).await?;
             let host = service.change(move |state| state.add_host(&name, key.spki_der(), now)).await?;
             Ok(json!({"name": host.name, "key": host.spki_sha256}))
@@ -60,9 +61,7 @@ pub async fn handle(service: Arc<Service>, request: Value, peer: Peer) -> Result
         }
         Command::ListHosts => {
             let hosts = read(&service, |state| state.hosts()).await?;
-            let host = |h: crate::state::Host| {
-                json!({"name": h.name, "key": h.spki_sha256, "enabled": h.enabled, "added": h.added})
-            };
+            let host = |h: crate::state::Host| json!({"name": h.name, "key": h.spki_sha256, "enabled": h.enabled, "added": h.added});
             Ok(hosts.into_iter().map(host).collect())
         }
         Command::ListKeys => {

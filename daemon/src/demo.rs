@@ -31,7 +31,11 @@ pub async fn run(lab: &Lab, cluster: Cluster, vms: usize, begun: Instant) -> Res
     lab.fill(&cluster).await?;
     let members = lab.config.hsm.len();
     let made = if lab.is_fresh() { "made" } else { "found" };
-    say!("lab        {made} in {}: {members} soft tokens, all holding the same keys{}", lab.dir().display(), took(begun));
+    say!(
+        "lab        {made} in {}: {members} soft tokens, all holding the same keys{}",
+        lab.dir().display(),
+        took(begun)
+    );
     let daemon = Daemon::start(lab.config.clone(), cluster).await?;
     say!("listening on {}", daemon.url());
     say!("metrics on http://{}", daemon.metrics_address);
@@ -99,9 +103,9 @@ async fn play(lab: &Lab, daemon: &Daemon, vms: usize) -> Result<bool, Failure> {
     }
 
     // Who must not get keys.
-    let begun = Instant::now();
     let stranger = tokio::task::spawn_blocking(|| RsaPrivateKey::generate(2048)).await??;
     let unregistered = Host::new(Client::new(&url)?, stranger, keys.identity);
+    let begun = Instant::now();
     let refused = unregistered.attest().await;
     checks.refused(refused, "403 UnauthorizedErrorReply", "a host that is not registered", begun);
     if let Some((name, protector)) = protectors.first() {
@@ -121,14 +125,7 @@ async fn play(lab: &Lab, daemon: &Daemon, vms: usize) -> Result<bool, Failure> {
 }
 
 /// One VM's start, and its next one with the protector it got back.
-async fn release(
-    checks: &mut Checks,
-    host: &Host,
-    health: &[u8],
-    owner: &Arc<Owner>,
-    name: &str,
-    protector: &[u8],
-) {
+async fn release(checks: &mut Checks, host: &Host, health: &[u8], owner: &Arc<Owner>, name: &str, protector: &[u8]) {
     let mut protector = protector.to_vec();
     for (api, step) in [(ApiVersion::V2, "release    "), (ApiVersion::V1, "next start ")] {
         let begun = Instant::now();
@@ -147,7 +144,11 @@ async fn release(
             Ok((Ok(ingress), Ok(egress))) => *ingress == *unwrapped.keys.ingress && *egress == *unwrapped.keys.egress,
             _ => false,
         };
-        let text = format!("{step}{name}: both keys are the owner's [{}, {:.1} ms]", api.as_str(), answered.as_secs_f64() * 1e3);
+        let text = format!(
+            "{step}{name}: both keys are the owner's [{}, {:.1} ms]",
+            api.as_str(),
+            answered.as_secs_f64() * 1e3
+        );
         checks.check(right, &text, begun);
         protector = unwrapped.egress_protector;
     }

@@ -94,7 +94,12 @@ impl Keys {
         })
     }
 
-    async fn sign_metadata(&self, service: &Service, encryption: &Key, signing: &Key) -> Result<Arc<Vec<u8>>, HsmError> {
+    async fn sign_metadata(
+        &self,
+        service: &Service,
+        encryption: &Key,
+        signing: &Key,
+    ) -> Result<Arc<Vec<u8>>, HsmError> {
         let sign = async |octets: &[u8]| {
             let value = service.sign(&signing.id, octets).await?;
             Ok::<_, HsmError>(Signature { algorithm: SignatureAlgorithm::DEFAULT, parameters: None, value })

@@ -22,8 +22,8 @@ use claviger_protocol::certificate::{
 };
 use claviger_protocol::metadata::Metadata;
 use claviger_protocol::owner::{Owner, OwnerError};
-use claviger_protocol::rsa_key::{KeyError, RsaPrivateKey, RsaPublicKey, SignError};
-use data_encoding::{BASE64, HEXLOWER};
+use claviger_protocol::rsa_key::{KeyError, RsaPrivateKey, SignError};
+use data_encoding::HEXLOWER;
 use ring::rand::{SecureRandom, SystemRandom};
 
 use crate::attest::signer::private_parts;
@@ -194,10 +194,10 @@ impl Lab {
         let module = modules.find(|path| path.exists()).ok_or(LabError::NoSoftHsm)?;
         let softhsm2_conf = self.dir.join("softhsm2.conf");
         let tokens = self.dir.join("tokens");
-        let text = format!("directories.tokendir = {}\nobjectstore.backend = file\nlog.level = ERROR\n", tokens.display());
+        let text =
+            format!("directories.tokendir = {}\nobjectstore.backend = file\nlog.level = ERROR\n", tokens.display());
         write(&softhsm2_conf, text.as_bytes())?;
-        self.config.env =
-            BTreeMap::from([("SOFTHSM2_CONF".to_owned(), softhsm2_conf.to_string_lossy().into_owned())]);
+        self.config.env = BTreeMap::from([("SOFTHSM2_CONF".to_owned(), softhsm2_conf.to_string_lossy().into_owned())]);
         set_env(&self.config.env);
         self.config.server.state = self.dir.join("state");
         for at in 0..hsms {
@@ -250,7 +250,7 @@ impl Lab {
         }
         let (host, identity) = (new_key("the host's key")?, new_key("the host's identity key")?);
         write(&self.dir.join("host/hostkey.pem"), host.to_pkcs8_pem().as_bytes())?;
-        write(&self.dir.join("host/hostkey.pub.pem"), public_pem(host.public()).as_bytes())?;
+        write(&self.dir.join("host/hostkey.pub.pem"), host.public().to_pem().as_bytes())?;
         write(&self.dir.join("host/identitykey.pem"), identity.to_pkcs8_pem().as_bytes())?;
         state.add_host(HOST_NAME, host.public().spki_der(), unix_now())?;
         for role in OWNER_ROLES {
@@ -298,7 +298,12 @@ impl Lab {
     ///
     /// # Errors
     /// See [`LabError`].
-    pub fn protectors(&self, vms: usize, owner: &Owner, metadata: &Metadata) -> Result<Vec<(String, Vec<u8>)>, LabError> {
+    pub fn protectors(
+        &self,
+        vms: usize,
+        owner: &Owner,
+        metadata: &Metadata,
+    ) -> Result<Vec<(String, Vec<u8>)>, LabError> {
         let guardians = std::slice::from_ref(metadata);
         let mut protectors = Vec::with_capacity(vms);
         for at in 1..=vms {
@@ -353,12 +358,6 @@ fn self_signed(common_name: &str, key: &RsaPrivateKey) -> Result<Certificate, La
     };
     let der = template.to_be_signed()?.sign_with(key)?;
     Certificate::parse(&der).map_err(|source| LabError::Certificate { what: common_name.to_owned(), source })
-}
-
-fn public_pem(key: &RsaPublicKey) -> String {
-    let base64 = BASE64.encode(key.spki_der());
-    let lines: Vec<&str> = (0..base64.len()).step_by(64).map(|at| &base64[at..base64.len().min(at + 64)]).collect();
-    format!("-----BEGIN PUBLIC KEY-----\n{}\n-----END PUBLIC KEY-----\n", lines.join("\n"))
 }
 
 fn read_text(path: &Path) -> Result<String, LabError> {

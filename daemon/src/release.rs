@@ -145,7 +145,7 @@ async fn ingress_key(
         // The cluster has asked a second member already where the first one's answer left open who is to blame.
         let asked_twice = match &decrypted {
             Ok(done) => done.retries > 0,
-            Err(error) => error.fault().retry,
+            Err(error) => error.tries() > 1,
         };
         avoid = decrypted.as_ref().ok().map(|done| done.member.to_string());
         let key = candidate(decrypted, attempt)?;

@@ -68,7 +68,11 @@ enum Family {
 
 impl Family {
     fn of(path: &str) -> Self {
-        if path == "/attestation" || path.starts_with("/attestation/") { Self::Attestation } else { Self::KeyProtection }
+        if path == "/attestation" || path.starts_with("/attestation/") {
+            Self::Attestation
+        } else {
+            Self::KeyProtection
+        }
     }
 
     fn media_types(self) -> &'static [&'static str] {
@@ -329,9 +333,13 @@ mod tests {
     #[test]
     fn content_types_are_judged_as_the_page_says() {
         let xml = Family::KeyProtection.media_types();
-        for good in
-            ["application/xml", "text/xml", "Text/XML; charset=UTF-8", "application/xml;charset=\"utf-8\"", "text/xml; a=b"]
-        {
+        for good in [
+            "application/xml",
+            "text/xml",
+            "Text/XML; charset=UTF-8",
+            "application/xml;charset=\"utf-8\"",
+            "text/xml; a=b",
+        ] {
             assert!(acceptable(&content_type(good), xml).is_ok(), "{good}");
         }
         for bad in ["application/json", "text/xml; charset=latin1", "text/xml; charset=utf-16", "", "text/xmlx"] {

@@ -41,20 +41,13 @@ pub struct Done<T> {
 
 impl<T> fmt::Debug for Done<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Done")
-            .field("member", &self.member)
-            .field("retries", &self.retries)
-            .finish_non_exhaustive()
+        f.debug_struct("Done").field("member", &self.member).field("retries", &self.retries).finish_non_exhaustive()
     }
 }
 
 impl<T> Done<T> {
     fn map<U>(self, change: impl FnOnce(T) -> Result<U, HsmError>) -> Result<Done<U>, HsmError> {
-        Ok(Done {
-            value: change(self.value)?,
-            member: self.member,
-            retries: self.retries,
-        })
+        Ok(Done { value: change(self.value)?, member: self.member, retries: self.retries })
     }
 }
 
@@ -98,21 +91,12 @@ impl Cluster {
             return Err(HsmError::NoMember("none is configured".to_owned()));
         }
         // Threads are named after their member, and a name with a zero in it cannot be given to a thread.
-        if let Some(unfit) = members
-            .iter()
-            .find(|m| m.name.is_empty() || m.name.contains('\0'))
-        {
-            return Err(HsmError::NoMember(format!(
-                "one cannot be called {:?}",
-                unfit.name
-            )));
+        if let Some(unfit) = members.iter().find(|m| m.name.is_empty() || m.name.contains('\0')) {
+            return Err(HsmError::NoMember(format!("one cannot be called {:?}", unfit.name)));
         }
         let mut names = BTreeSet::new();
         if let Some(twice) = members.iter().find(|m| !names.insert(m.name.as_str())) {
-            return Err(HsmError::NoMember(format!(
-                "two are called {:?}",
-                twice.name
-            )));
+            return Err(HsmError::NoMember(format!("two are called {:?}", twice.name)));
         }
         let mut modules = Vec::new();
         for config in &members {
@@ -134,10 +118,7 @@ impl Cluster {
                 })
             })
             .collect();
-        Ok(Cluster {
-            members: entries?.into(),
-            turn: Arc::new(AtomicUsize::new(0)),
-        })
+        Ok(Cluster { members: entries?.into(), turn: Arc::new(AtomicUsize::new(0)) })
     }
 
     /// Finds the tokens, logs in once for each, finds out by trial what each can do, and opens one session of each member.
@@ -153,10 +134,7 @@ impl Cluster {
                 match tokio::time::timeout(START_PATIENCE, member.bring_up()).await {
                     Ok(result) => result,
                     Err(_) => {
-                        warn!(
-                            member = member.shared.name,
-                            "member does not come up, going on without it"
-                        );
+                        warn!(member = member.shared.name, "member does not come up, going on without it");
                         Err(HsmError::Deadline)
                     }
                 }
@@ -187,9 +165,7 @@ impl Cluster {
         avoid: Option<&str>,
     ) -> Result<Done<Zeroizing<Vec<u8>>>, HsmError> {
         let avoid = avoid.and_then(|name| self.position(name));
-        self.anywhere(decrypt_request(key, oaep, ciphertext), deadline, avoid)
-            .await?
-            .map(octets)
+        self.anywhere(decrypt_request(key, oaep, ciphertext), deadline, avoid).await?.map(octets)
     }
 
     /// Signs a digest, on any member.
@@ -203,9 +179,7 @@ impl Cluster {
         digest: &[u8],
         deadline: Instant,
     ) -> Result<Done<Vec<u8>>, HsmError> {
-        self.anywhere(sign_request(key, scheme, digest)?, deadline, None)
-            .await?
-            .map(public_octets)
+        self.anywhere(sign_request(key, scheme, digest)?, deadline, None).await?.map(public_octets)
     }
 
     /// Random octets from any member.
@@ -220,10 +194,7 @@ impl Cluster {
     /// How the members are, in the order of the configuration.
     #[must_use]
     pub fn members(&self) -> Vec<MemberStatus> {
-        self.members
-            .iter()
-            .map(|entry| entry.member.shared.status())
-            .collect()
+        self.members.iter().map(|entry| entry.member.shared.status()).collect()
     }
 
     /// [`decrypt`](Self::decrypt) on one member.
@@ -238,9 +209,7 @@ impl Cluster {
         ciphertext: &[u8],
         deadline: Instant,
     ) -> Result<Done<Zeroizing<Vec<u8>>>, HsmError> {
-        self.here(member, decrypt_request(key, oaep, ciphertext), deadline)
-            .await?
-            .map(octets)
+        self.here(member, decrypt_request(key, oaep, ciphertext), deadline).await?.map(octets)
     }
 
     /// [`sign`](Self::sign) on one member.
@@ -255,9 +224,7 @@ impl Cluster {
         digest: &[u8],
         deadline: Instant,
     ) -> Result<Done<Vec<u8>>, HsmError> {
-        self.here(member, sign_request(key, scheme, digest)?, deadline)
-            .await?
-            .map(public_octets)
+        self.here(member, sign_request(key, scheme, digest)?, deadline).await?.map(public_octets)
     }
 
     /// The RSA private keys of a member, from a session's own table.
@@ -286,12 +253,7 @@ impl Cluster {
     ///
     /// # Errors
     /// When the id is taken or the token refuses.
-    pub async fn import_rsa(
-        &self,
-        member: &str,
-        spec: NewKey,
-        key: RsaPrivateParts,
-    ) -> Result<(), HsmError> {
+    pub async fn import_rsa(&self, member: &str, spec: NewKey, key: RsaPrivateParts) -> Result<(), HsmError> {
         match self.manage(member, Request::Import(spec, key)).await? {
             Answer::Done => Ok(()),
             other => Err(mixed_up(&other)),
@@ -302,11 +264,7 @@ impl Cluster {
     ///
     /// # Errors
     /// When the member does not serve.
-    pub async fn public_key_on(
-        &self,
-        member: &str,
-        id: &KeyId,
-    ) -> Result<Option<RsaPublic>, HsmError> {
+    pub async fn public_key_on(&self, member: &str, id: &KeyId) -> Result<Option<RsaPublic>, HsmError> {
         match self.manage(member, Request::PublicKey(id.clone())).await? {
             Answer::Public(key) => Ok(key),
             other => Err(mixed_up(&other)),
@@ -351,12 +309,7 @@ impl Cluster {
     }
 
     /// One call with one retry, on a given member.
-    async fn here(
-        &self,
-        name: &str,
-        request: Request,
-        deadline: Instant,
-    ) -> Result<Done<Answer>, HsmError> {
+    async fn here(&self, name: &str, request: Request, deadline: Instant) -> Result<Done<Answer>, HsmError> {
         let request = Arc::new(request);
         let entry = self.entry(name)?;
         let error = match entry.member.call(&request, deadline).await {
@@ -375,10 +328,7 @@ impl Cluster {
     /// One call, with time, on a given member.
     async fn manage(&self, name: &str, request: Request) -> Result<Answer, HsmError> {
         let deadline = Instant::now() + MANAGEMENT_PATIENCE;
-        self.entry(name)?
-            .member
-            .call(&Arc::new(request), deadline)
-            .await
+        self.entry(name)?.member.call(&Arc::new(request), deadline).await
     }
 
     fn choose(&self, avoid: Option<usize>) -> Result<&Entry, HsmError> {
@@ -391,21 +341,15 @@ impl Cluster {
                 let _ = tokio::time::timeout(START_PATIENCE, member.bring_up()).await;
             });
         }
-        let candidates: Vec<_> = self
-            .members
-            .iter()
-            .map(|entry| entry.member.candidate())
-            .collect();
+        let candidates: Vec<_> = self.members.iter().map(|entry| entry.member.candidate()).collect();
         let turn = self.turn.fetch_add(1, Ordering::Relaxed);
-        pick::pick(&candidates, avoid, now, turn)
-            .and_then(|index| self.members.get(index))
-            .ok_or_else(|| {
-                if self.members.iter().any(|entry| entry.member.is_full()) {
-                    HsmError::QueueFull
-                } else {
-                    HsmError::NoMember("all are closed or shut out".to_owned())
-                }
-            })
+        pick::pick(&candidates, avoid, now, turn).and_then(|index| self.members.get(index)).ok_or_else(|| {
+            if self.members.iter().any(|entry| entry.member.is_full()) {
+                HsmError::QueueFull
+            } else {
+                HsmError::NoMember("all are closed or shut out".to_owned())
+            }
+        })
     }
 
     fn position(&self, name: &str) -> Option<usize> {
@@ -422,11 +366,7 @@ impl Cluster {
 
 impl Entry {
     fn done(&self, value: Answer, retries: u32) -> Done<Answer> {
-        Done {
-            value,
-            member: Arc::clone(&self.name),
-            retries,
-        }
+        Done { value, member: Arc::clone(&self.name), retries }
     }
 }
 
@@ -441,32 +381,22 @@ fn may_repeat(error: &HsmError) -> bool {
 fn judge_both(first: &HsmError, second: HsmError) -> HsmError {
     let earlier = first.fault();
     match second {
-        HsmError::Pkcs11 { call, rv, fault } => HsmError::Pkcs11 {
-            fault: Fault::repeated(call, earlier, fault),
-            call,
-            rv,
-        },
+        HsmError::Pkcs11 { call, rv, fault, tries } => {
+            HsmError::Pkcs11 { fault: Fault::repeated(call, earlier, fault), call, rv, tries: first.tries() + tries }
+        }
         other => other,
     }
 }
 
 fn decrypt_request(key: &KeyId, oaep: Oaep, ciphertext: &[u8]) -> Request {
-    Request::Decrypt {
-        key: key.clone(),
-        oaep,
-        ciphertext: ciphertext.to_vec(),
-    }
+    Request::Decrypt { key: key.clone(), oaep, ciphertext: ciphertext.to_vec() }
 }
 
 fn sign_request(key: &KeyId, scheme: SignScheme, digest: &[u8]) -> Result<Request, HsmError> {
     if digest.len() != scheme.hash().output_len() {
         return Err(HsmError::new("C_Sign", RvError::DataLenRange));
     }
-    Ok(Request::Sign {
-        key: key.clone(),
-        scheme,
-        digest: digest.to_vec(),
-    })
+    Ok(Request::Sign { key: key.clone(), scheme, digest: digest.to_vec() })
 }
 
 fn octets(answer: Answer) -> Result<Zeroizing<Vec<u8>>, HsmError> {

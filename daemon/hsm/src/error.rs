@@ -20,6 +20,8 @@ pub enum HsmError {
         rv: String,
         /// Who is to blame and what follows.
         fault: Fault,
+        /// How often a token was asked.
+        tries: u32,
     },
     /// No key with this id, also after looking again.
     #[error("no key {0} on the token")]
@@ -57,17 +59,22 @@ pub enum HsmError {
 impl HsmError {
     /// A return code of a call, judged.
     pub(crate) fn new(call: &'static str, code: RvError) -> Self {
-        HsmError::Pkcs11 {
-            call,
-            rv: rv_name(code),
-            fault: Fault::of(call, code),
-        }
+        HsmError::Pkcs11 { call, rv: rv_name(code), fault: Fault::of(call, code), tries: 1 }
     }
 
     /// The token judged the *input*, as opposed to being unavailable: asking again will not help.
     #[must_use]
     pub fn is_data(&self) -> bool {
         self.fault().whose == Whose::Caller
+    }
+
+    /// How often a token was asked before this was given up.
+    #[must_use]
+    pub fn tries(&self) -> u32 {
+        match self {
+            HsmError::Pkcs11 { tries, .. } => *tries,
+            _ => 1,
+        }
     }
 
     /// Who is to blame and what follows.
@@ -113,10 +120,7 @@ impl From<Error> for HsmError {
                 HsmError::new("C_GetFunctionList", RvError::FunctionNotSupported)
             }
             // Conversions between integer widths, non-UTF-8 texts: the library answered nonsense.
-            other => HsmError::Token {
-                token: "answer".to_owned(),
-                reason: other.to_string(),
-            },
+            other => HsmError::Token { token: "answer".to_owned(), reason: other.to_string() },
         }
     }
 }
@@ -176,19 +180,10 @@ mod tests {
     fn codes_are_spelt_as_in_the_standard() {
         for (code, name) in [
             (RvError::GeneralError, "CKR_GENERAL_ERROR"),
-            (
-                RvError::EncryptedDataLenRange,
-                "CKR_ENCRYPTED_DATA_LEN_RANGE",
-            ),
+            (RvError::EncryptedDataLenRange, "CKR_ENCRYPTED_DATA_LEN_RANGE"),
             (RvError::RandomNoRng, "CKR_RANDOM_NO_RNG"),
-            (
-                RvError::SessionReadWriteSoExists,
-                "CKR_SESSION_READ_WRITE_SO_EXISTS",
-            ),
-            (
-                RvError::VendorDefined(0x8000_0001),
-                "CKR_VENDOR_DEFINED_0x80000001",
-            ),
+            (RvError::SessionReadWriteSoExists, "CKR_SESSION_READ_WRITE_SO_EXISTS"),
+            (RvError::VendorDefined(0x8000_0001), "CKR_VENDOR_DEFINED_0x80000001"),
         ] {
             assert_eq!(rv_name(code), name);
         }

@@ -45,45 +45,21 @@ pub struct Fault {
     pub fate: Fate,
 }
 
-const BAD_INPUT: Fault = Fault {
-    whose: Whose::Caller,
-    retry: false,
-    fate: Fate::Keep,
-};
-const PERHAPS_INPUT: Fault = Fault {
-    whose: Whose::Unclear,
-    retry: true,
-    fate: Fate::Keep,
-};
-const WRONG_KEY: Fault = Fault {
-    whose: Whose::Unclear,
-    retry: false,
-    fate: Fate::Keep,
-};
-const CANNOT: Fault = Fault {
-    whose: Whose::Unclear,
-    retry: true,
-    fate: Fate::Keep,
-};
-const BROKEN: Fault = Fault {
-    whose: Whose::Member,
-    retry: true,
-    fate: Fate::Rebuild,
-};
+const BAD_INPUT: Fault = Fault { whose: Whose::Caller, retry: false, fate: Fate::Keep };
+const PERHAPS_INPUT: Fault = Fault { whose: Whose::Unclear, retry: true, fate: Fate::Keep };
+const WRONG_KEY: Fault = Fault { whose: Whose::Unclear, retry: false, fate: Fate::Keep };
+const CANNOT: Fault = Fault { whose: Whose::Unclear, retry: true, fate: Fate::Keep };
+const BROKEN: Fault = Fault { whose: Whose::Member, retry: true, fate: Fate::Rebuild };
 
 impl Fault {
     /// Judges a return code of a call.
     pub(crate) fn of(call: &str, code: RvError) -> Fault {
         use RvError::*;
         match (code, call) {
-            (EncryptedDataInvalid | EncryptedDataLenRange | DataInvalid | DataLenRange, _) => {
-                BAD_INPUT
+            (EncryptedDataInvalid | EncryptedDataLenRange | DataInvalid | DataLenRange, _) => BAD_INPUT,
+            (GeneralError | FunctionFailed | ArgumentsBad | VendorDefined(_) | UnknownErrorCode(_), "C_Decrypt") => {
+                PERHAPS_INPUT
             }
-            (
-                GeneralError | FunctionFailed | ArgumentsBad | VendorDefined(_)
-                | UnknownErrorCode(_),
-                "C_Decrypt",
-            ) => PERHAPS_INPUT,
             (
                 KeyFunctionNotPermitted
                 | KeyTypeInconsistent
@@ -104,31 +80,19 @@ impl Fault {
 
     /// The same answer from a second try: what was unclear about a decryption is the input's fault after all.
     pub(crate) fn repeated(call: &str, first: Fault, second: Fault) -> Fault {
-        if call == "C_Decrypt" && first == PERHAPS_INPUT && second == PERHAPS_INPUT {
-            BAD_INPUT
-        } else {
-            second
-        }
+        if call == "C_Decrypt" && first == PERHAPS_INPUT && second == PERHAPS_INPUT { BAD_INPUT } else { second }
     }
 }
 
 /// Codes by which a token refuses OAEP parameters that it does not know.
-pub(crate) const PARAMETER_REFUSALS: [RvError; 4] = [
-    RvError::ArgumentsBad,
-    RvError::MechanismInvalid,
-    RvError::MechanismParamInvalid,
-    RvError::FunctionNotSupported,
-];
+pub(crate) const PARAMETER_REFUSALS: [RvError; 4] =
+    [RvError::ArgumentsBad, RvError::MechanismInvalid, RvError::MechanismParamInvalid, RvError::FunctionNotSupported];
 
 /// Codes after which the same PIN must not be tried again: tokens count, and lock.
 pub(crate) fn refuses_pin(code: RvError) -> bool {
     matches!(
         code,
-        RvError::PinIncorrect
-            | RvError::PinLocked
-            | RvError::PinExpired
-            | RvError::PinInvalid
-            | RvError::PinLenRange
+        RvError::PinIncorrect | RvError::PinLocked | RvError::PinExpired | RvError::PinInvalid | RvError::PinLenRange
     )
 }
 
@@ -138,12 +102,9 @@ mod tests {
 
     #[test]
     fn bad_input_never_touches_a_member() {
-        for code in [
-            RvError::EncryptedDataInvalid,
-            RvError::EncryptedDataLenRange,
-            RvError::DataInvalid,
-            RvError::DataLenRange,
-        ] {
+        for code in
+            [RvError::EncryptedDataInvalid, RvError::EncryptedDataLenRange, RvError::DataInvalid, RvError::DataLenRange]
+        {
             assert_eq!(Fault::of("C_Decrypt", code), BAD_INPUT);
         }
     }
@@ -162,10 +123,7 @@ mod tests {
     fn only_the_same_doubt_twice_is_certainty() {
         let unclear = Fault::of("C_Decrypt", RvError::GeneralError);
         let broken = Fault::of("C_Decrypt", RvError::DeviceError);
-        assert_eq!(
-            Fault::repeated("C_Decrypt", unclear, unclear).whose,
-            Whose::Caller
-        );
+        assert_eq!(Fault::repeated("C_Decrypt", unclear, unclear).whose, Whose::Caller);
         assert_eq!(Fault::repeated("C_Decrypt", broken, unclear), unclear);
         assert_eq!(Fault::repeated("C_Decrypt", unclear, broken), broken);
         let cannot = Fault::of("C_DecryptInit", RvError::MechanismInvalid);

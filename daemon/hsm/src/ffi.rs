@@ -18,13 +18,7 @@ use cryptoki_sys::{
 };
 
 /// `C_Decrypt` and `C_Sign` have the same shape: input, and room for a result.
-type OneCall = unsafe extern "C" fn(
-    CK_SESSION_HANDLE,
-    *mut CK_BYTE,
-    CK_ULONG,
-    *mut CK_BYTE,
-    *mut CK_ULONG,
-) -> CK_RV;
+type OneCall = unsafe extern "C" fn(CK_SESSION_HANDLE, *mut CK_BYTE, CK_ULONG, *mut CK_BYTE, *mut CK_ULONG) -> CK_RV;
 
 type GetTokenInfo = unsafe extern "C" fn(CK_SLOT_ID, *mut CK_TOKEN_INFO) -> CK_RV;
 
@@ -82,19 +76,12 @@ impl Direct {
             (Ok(decrypt), Ok(sign), Ok(get_token_info)) => (*decrypt, *sign, *get_token_info),
             _ => Self::from_function_list(&library)?,
         };
-        Some(Direct {
-            decrypt,
-            sign,
-            get_token_info,
-            _library: library,
-        })
+        Some(Direct { decrypt, sign, get_token_info, _library: library })
     }
 
     /// Some modules (p11-kit's client) make a new, unconnected instance whenever they are asked for their functions. They
     /// are recognised by two lists at different places, and left to cryptoki.
-    fn from_function_list(
-        library: &cryptoki_sys::Pkcs11,
-    ) -> Option<(OneCall, OneCall, GetTokenInfo)> {
+    fn from_function_list(library: &cryptoki_sys::Pkcs11) -> Option<(OneCall, OneCall, GetTokenInfo)> {
         let get = *library.C_GetFunctionList.as_ref().ok()?;
         let mut lists = [ptr::null_mut(); 2];
         for list in &mut lists {
@@ -111,11 +98,7 @@ impl Direct {
         // SAFETY: the call succeeded and the pointer is not null; the standard has the module own the list for as long as the
         // library is loaded. The structure may be packed, so it is copied out rather than referred to.
         let functions = unsafe { ptr::read_unaligned(list) };
-        Some((
-            functions.C_Decrypt?,
-            functions.C_Sign?,
-            functions.C_GetTokenInfo?,
-        ))
+        Some((functions.C_Decrypt?, functions.C_Sign?, functions.C_GetTokenInfo?))
     }
 
     /// `C_GetTokenInfo`, without what nobody asks for.
@@ -127,11 +110,7 @@ impl Direct {
             Rv::Error(code) => return Err(code),
         }
         // Texts are padded with blanks; some tokens pad with zeros.
-        let text = |octets: &[u8]| {
-            String::from_utf8_lossy(octets)
-                .trim_end_matches([' ', '\0'])
-                .to_owned()
-        };
+        let text = |octets: &[u8]| String::from_utf8_lossy(octets).trim_end_matches([' ', '\0']).to_owned();
         Ok(TokenFacts {
             label: text(&info.label),
             serial: text(&info.serialNumber),
@@ -141,51 +120,27 @@ impl Direct {
     }
 
     /// One `C_Decrypt` into `output`; how much of it was filled. `C_DecryptInit` must have succeeded on this session.
-    pub(crate) fn decrypt(
-        &self,
-        session: &Session,
-        input: &[u8],
-        output: &mut [u8],
-    ) -> Result<usize, RvError> {
+    pub(crate) fn decrypt(&self, session: &Session, input: &[u8], output: &mut [u8]) -> Result<usize, RvError> {
         Self::call(self.decrypt, session, input, output)
     }
 
     /// One `C_Sign` into `output`; how much of it was filled. `C_SignInit` must have succeeded on this session.
-    pub(crate) fn sign(
-        &self,
-        session: &Session,
-        input: &[u8],
-        output: &mut [u8],
-    ) -> Result<usize, RvError> {
+    pub(crate) fn sign(&self, session: &Session, input: &[u8], output: &mut [u8]) -> Result<usize, RvError> {
         Self::call(self.sign, session, input, output)
     }
 
-    fn call(
-        function: OneCall,
-        session: &Session,
-        input: &[u8],
-        output: &mut [u8],
-    ) -> Result<usize, RvError> {
+    fn call(function: OneCall, session: &Session, input: &[u8], output: &mut [u8]) -> Result<usize, RvError> {
         let input_len = CK_ULONG::try_from(input.len()).map_err(|_| RvError::DataLenRange)?;
         let mut len = CK_ULONG::try_from(output.len()).map_err(|_| RvError::HostMemory)?;
         // SAFETY: `function` comes from the library that `self` keeps loaded. The session handle is open, and used by this
         // thread alone, since `Session` is not `Sync`. Both buffers are as long as is said; the module only reads the input
         // (the standard's prototype lacks the const) and writes no more than `len` octets of the output.
         let rv = unsafe {
-            function(
-                session.handle(),
-                input.as_ptr().cast_mut(),
-                input_len,
-                output.as_mut_ptr(),
-                &raw mut len,
-            )
+            function(session.handle(), input.as_ptr().cast_mut(), input_len, output.as_mut_ptr(), &raw mut len)
         };
         match Rv::from(rv) {
             // A module that claims more than there was room for is not believed.
-            Rv::Ok => usize::try_from(len)
-                .ok()
-                .filter(|len| *len <= output.len())
-                .ok_or(RvError::BufferTooSmall),
+            Rv::Ok => usize::try_from(len).ok().filter(|len| *len <= output.len()).ok_or(RvError::BufferTooSmall),
             Rv::Error(code) => Err(code),
         }
     }

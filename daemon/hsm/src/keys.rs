@@ -70,15 +70,9 @@ impl Hash {
     fn digest_info_prefix(self) -> &'static [u8] {
         match self {
             Hash::Sha1 => b"\x30\x21\x30\x09\x06\x05\x2b\x0e\x03\x02\x1a\x05\x00\x04\x14",
-            Hash::Sha256 => {
-                b"\x30\x31\x30\x0d\x06\x09\x60\x86\x48\x01\x65\x03\x04\x02\x01\x05\x00\x04\x20"
-            }
-            Hash::Sha384 => {
-                b"\x30\x41\x30\x0d\x06\x09\x60\x86\x48\x01\x65\x03\x04\x02\x02\x05\x00\x04\x30"
-            }
-            Hash::Sha512 => {
-                b"\x30\x51\x30\x0d\x06\x09\x60\x86\x48\x01\x65\x03\x04\x02\x03\x05\x00\x04\x40"
-            }
+            Hash::Sha256 => b"\x30\x31\x30\x0d\x06\x09\x60\x86\x48\x01\x65\x03\x04\x02\x01\x05\x00\x04\x20",
+            Hash::Sha384 => b"\x30\x41\x30\x0d\x06\x09\x60\x86\x48\x01\x65\x03\x04\x02\x02\x05\x00\x04\x30",
+            Hash::Sha512 => b"\x30\x51\x30\x0d\x06\x09\x60\x86\x48\x01\x65\x03\x04\x02\x03\x05\x00\x04\x40",
         }
     }
 }
@@ -97,9 +91,7 @@ impl Oaep {
     pub(crate) const COUNT: usize = Hash::ALL.len() * Hash::ALL.len();
 
     pub(crate) fn all() -> impl Iterator<Item = Oaep> {
-        Hash::ALL
-            .into_iter()
-            .flat_map(|hash| Hash::ALL.into_iter().map(move |mgf| Oaep { hash, mgf }))
+        Hash::ALL.into_iter().flat_map(|hash| Hash::ALL.into_iter().map(move |mgf| Oaep { hash, mgf }))
     }
 
     pub(crate) fn index(self) -> usize {
@@ -107,11 +99,7 @@ impl Oaep {
     }
 
     pub(crate) fn mechanism(self) -> Mechanism<'static> {
-        Mechanism::RsaPkcsOaep(PkcsOaepParams::new(
-            self.hash.mechanism(),
-            self.mgf.mgf(),
-            PkcsOaepSource::empty(),
-        ))
+        Mechanism::RsaPkcsOaep(PkcsOaepParams::new(self.hash.mechanism(), self.mgf.mgf(), PkcsOaepSource::empty()))
     }
 }
 
@@ -245,10 +233,7 @@ mod tests {
         for hash in Hash::ALL {
             let info = SignScheme::Pkcs1(hash).input(&vec![0; hash.output_len()]);
             assert_eq!(usize::from(info[1]), info.len() - 2);
-            assert_eq!(
-                usize::from(*hash.digest_info_prefix().last().unwrap()),
-                hash.output_len()
-            );
+            assert_eq!(usize::from(*hash.digest_info_prefix().last().unwrap()), hash.output_len());
         }
     }
 }

@@ -25,10 +25,7 @@ use crate::ffi::{self, Direct, TokenFacts};
 
 type Env = BTreeMap<String, String>;
 
-static REGISTRY: Mutex<Registry> = Mutex::new(Registry {
-    instances: Vec::new(),
-    original: BTreeMap::new(),
-});
+static REGISTRY: Mutex<Registry> = Mutex::new(Registry { instances: Vec::new(), original: BTreeMap::new() });
 
 struct Registry {
     instances: Vec<Instance>,
@@ -57,9 +54,10 @@ impl Module {
     pub(crate) fn acquire(path: &Path, env: &Env) -> Result<Arc<Module>, HsmError> {
         let mut registry = registry();
         registry.apply(env);
-        let known = registry.instances.iter().position(|instance| {
-            instance.module.path == path && registry.same_env(&instance.module.env, env)
-        });
+        let known = registry
+            .instances
+            .iter()
+            .position(|instance| instance.module.path == path && registry.same_env(&instance.module.env, env));
         let index = match known {
             Some(index) => index,
             None => {
@@ -70,18 +68,11 @@ impl Module {
         };
         if registry.instances[index].users == 0 {
             // A module whose device is away may refuse; that is for the session that needs it to find out, and to retry.
-            let fresh = registry.instances[index]
-                .module
-                .initialize()
-                .unwrap_or_else(|error| {
-                    warn!(%error, "module not initialised, will be tried again");
-                    true
-                });
-            let shared = !fresh
-                && registry
-                    .instances
-                    .iter()
-                    .any(|other| other.users > 0 && other.module.path == path);
+            let fresh = registry.instances[index].module.initialize().unwrap_or_else(|error| {
+                warn!(%error, "module not initialised, will be tried again");
+                true
+            });
+            let shared = !fresh && registry.instances.iter().any(|other| other.users > 0 && other.module.path == path);
             if shared {
                 return Err(HsmError::Module {
                     path: path.to_owned(),
@@ -99,11 +90,7 @@ impl Module {
     /// Gives the instance back; the last user finalises it. May block as long as the vendor likes.
     pub(crate) fn release(self: &Arc<Self>) {
         let mut registry = registry();
-        let Some(instance) = registry
-            .instances
-            .iter_mut()
-            .find(|instance| Arc::ptr_eq(&instance.module, self))
-        else {
+        let Some(instance) = registry.instances.iter_mut().find(|instance| Arc::ptr_eq(&instance.module, self)) else {
             return;
         };
         instance.users = instance.users.saturating_sub(1);
@@ -122,10 +109,8 @@ impl Module {
     }
 
     fn load(path: &Path, env: &Env) -> Result<Module, HsmError> {
-        let pkcs11 = Pkcs11::new(path).map_err(|error| HsmError::Module {
-            path: path.to_owned(),
-            reason: error.to_string(),
-        })?;
+        let pkcs11 =
+            Pkcs11::new(path).map_err(|error| HsmError::Module { path: path.to_owned(), reason: error.to_string() })?;
         let direct = Direct::load(path);
         if direct.is_none() {
             warn!(
@@ -133,13 +118,7 @@ impl Module {
                 "module does not let C_Decrypt and C_Sign be called directly: every operation takes two calls"
             );
         }
-        Ok(Module {
-            path: path.to_owned(),
-            env: env.clone(),
-            pkcs11,
-            direct,
-            ours: AtomicBool::new(false),
-        })
+        Ok(Module { path: path.to_owned(), env: env.clone(), pkcs11, direct, ours: AtomicBool::new(false) })
     }
 
     /// Whether the call did anything: `false` when the library was initialised already.
@@ -152,10 +131,7 @@ impl Module {
                 Ok(true)
             }
             Err(Error::Pkcs11(RvError::CryptokiAlreadyInitialized, _)) => Ok(false),
-            Err(error) => Err(HsmError::Module {
-                path: self.path.clone(),
-                reason: HsmError::from(error).to_string(),
-            }),
+            Err(error) => Err(HsmError::Module { path: self.path.clone(), reason: HsmError::from(error).to_string() }),
         }
     }
 
@@ -185,17 +161,12 @@ impl Module {
                 return Ok(slot);
             }
         }
-        Err(HsmError::Token {
-            token: token.to_string(),
-            reason: format!("not in any slot of {}", self.path.display()),
-        })
+        Err(HsmError::Token { token: token.to_string(), reason: format!("not in any slot of {}", self.path.display()) })
     }
 
     fn token_facts(&self, slot: Slot) -> Result<TokenFacts, HsmError> {
         if let Some(direct) = &self.direct {
-            return direct
-                .token_facts(slot)
-                .map_err(|code| HsmError::new("C_GetTokenInfo", code));
+            return direct.token_facts(slot).map_err(|code| HsmError::new("C_GetTokenInfo", code));
         }
         let info = self.pkcs11.get_token_info(slot)?;
         Ok(TokenFacts {
@@ -220,9 +191,8 @@ impl Module {
         };
         session.decrypt_init(mechanism, key)?;
         let mut plaintext = Zeroizing::new(vec![0; room]);
-        let len = direct
-            .decrypt(session, ciphertext, &mut plaintext)
-            .map_err(|code| HsmError::new("C_Decrypt", code))?;
+        let len =
+            direct.decrypt(session, ciphertext, &mut plaintext).map_err(|code| HsmError::new("C_Decrypt", code))?;
         plaintext.truncate(len);
         Ok(plaintext)
     }
@@ -241,9 +211,7 @@ impl Module {
         };
         session.sign_init(mechanism, key)?;
         let mut signature = vec![0; room];
-        let len = direct
-            .sign(session, input, &mut signature)
-            .map_err(|code| HsmError::new("C_Sign", code))?;
+        let len = direct.sign(session, input, &mut signature).map_err(|code| HsmError::new("C_Sign", code))?;
         signature.truncate(len);
         Ok(signature)
     }
@@ -254,9 +222,7 @@ impl Registry {
     /// tables name as they were.
     fn apply(&mut self, env: &Env) {
         for name in env.keys() {
-            self.original
-                .entry(name.clone())
-                .or_insert_with(|| std::env::var_os(name));
+            self.original.entry(name.clone()).or_insert_with(|| std::env::var_os(name));
         }
         for (name, original) in &self.original {
             match env.get(name) {
@@ -284,12 +250,7 @@ fn registry() -> MutexGuard<'static, Registry> {
 }
 
 /// Initialises the first uninitialised token of a module and sets its user PIN: for labs and tests.
-pub fn init_token(
-    module: &Path,
-    label: &str,
-    so_pin: &Pin,
-    user_pin: &Pin,
-) -> Result<(), HsmError> {
+pub fn init_token(module: &Path, label: &str, so_pin: &Pin, user_pin: &Pin) -> Result<(), HsmError> {
     let module = Module::acquire(module, &Env::new())?;
     let result = module.init_token(label, so_pin, user_pin);
     module.release();
@@ -302,9 +263,7 @@ impl Module {
         self.revive()?;
         let find = |wanted: &dyn Fn(&TokenFacts) -> bool| -> Result<Option<Slot>, HsmError> {
             let slots = self.pkcs11.get_slots_with_token()?;
-            Ok(slots
-                .into_iter()
-                .find(|slot| self.token_facts(*slot).is_ok_and(|facts| wanted(&facts))))
+            Ok(slots.into_iter().find(|slot| self.token_facts(*slot).is_ok_and(|facts| wanted(&facts))))
         };
         let blank = find(&|facts| !facts.initialized)?;
         let Some(blank) = blank else {
@@ -315,8 +274,7 @@ impl Module {
         };
         self.pkcs11.init_token(blank, &so_pin.to_auth(), label)?;
         // The token may have moved to another slot. Tokens of the same label that are in use have a user PIN.
-        let fresh =
-            find(&|facts| facts.initialized && !facts.user_pin_set && facts.label == label)?;
+        let fresh = find(&|facts| facts.initialized && !facts.user_pin_set && facts.label == label)?;
         let Some(fresh) = fresh else {
             return Err(HsmError::Token {
                 token: format!("label {label:?}"),

@@ -50,8 +50,7 @@ pub(crate) fn unpad(oaep: Oaep, block: &[u8]) -> Option<Zeroizing<Vec<u8>>> {
     if good == 0 {
         return None;
     }
-    tail.get(start..)
-        .map(|message| Zeroizing::new(message.to_vec()))
+    tail.get(start..).map(|message| Zeroizing::new(message.to_vec()))
 }
 
 /// All ones when `octet` is zero, else zero; without a branch.
@@ -89,8 +88,7 @@ mod tests {
     use rsa::{BigUint, RsaPrivateKey, RsaPublicKey, sha2};
     use std::sync::LazyLock;
 
-    static KEY: LazyLock<RsaPrivateKey> =
-        LazyLock::new(|| RsaPrivateKey::new(&mut OsRng, 2048).unwrap());
+    static KEY: LazyLock<RsaPrivateKey> = LazyLock::new(|| RsaPrivateKey::new(&mut OsRng, 2048).unwrap());
 
     fn padding(oaep: Oaep) -> rsa::Oaep {
         fn with_hash<D>(mgf: Hash) -> rsa::Oaep
@@ -114,18 +112,14 @@ mod tests {
 
     /// The bare RSA operation, as a token does it with CKM_RSA_X_509.
     fn raw_decrypt(ciphertext: &[u8]) -> Vec<u8> {
-        let block = BigUint::from_bytes_be(ciphertext)
-            .modpow(KEY.d(), KEY.n())
-            .to_bytes_be();
+        let block = BigUint::from_bytes_be(ciphertext).modpow(KEY.d(), KEY.n()).to_bytes_be();
         let mut padded = vec![0; KEY.size() - block.len()];
         padded.extend(block);
         padded
     }
 
     fn encrypt(oaep: Oaep, message: &[u8]) -> Vec<u8> {
-        RsaPublicKey::from(&*KEY)
-            .encrypt(&mut OsRng, padding(oaep), message)
-            .unwrap()
+        RsaPublicKey::from(&*KEY).encrypt(&mut OsRng, padding(oaep), message).unwrap()
     }
 
     #[test]
@@ -142,10 +136,7 @@ mod tests {
 
     #[test]
     fn refuses_every_flipped_bit() {
-        let oaep = Oaep {
-            hash: Hash::Sha256,
-            mgf: Hash::Sha1,
-        };
+        let oaep = Oaep { hash: Hash::Sha256, mgf: Hash::Sha1 };
         let message = [7; 32];
         let block = raw_decrypt(&encrypt(oaep, &message));
         for bit in 0..block.len() * 8 {
@@ -177,41 +168,16 @@ mod tests {
 
     #[test]
     fn looks_at_every_part_of_the_padding() {
-        let oaep = Oaep {
-            hash: Hash::Sha256,
-            mgf: Hash::Sha256,
-        };
+        let oaep = Oaep { hash: Hash::Sha256, mgf: Hash::Sha256 };
         let label = ring::digest::digest(&ring::digest::SHA256, b"");
         let db = |tail: &[u8]| [label.as_ref(), tail].concat();
         let good = db(&[0, 0, 0, 1, 9, 1, 0]);
-        assert_eq!(
-            *unpad(oaep, &block_around(oaep, 0, &good)).unwrap(),
-            [9, 1, 0]
-        );
-        assert!(
-            unpad(oaep, &block_around(oaep, 1, &good)).is_none(),
-            "first octet"
-        );
-        assert!(
-            unpad(oaep, &block_around(oaep, 0, &db(&[0, 0, 2, 1, 9]))).is_none(),
-            "padding"
-        );
-        assert!(
-            unpad(oaep, &block_around(oaep, 0, &db(&[0, 0, 0, 0]))).is_none(),
-            "no separator"
-        );
-        assert!(
-            unpad(
-                oaep,
-                &block_around(oaep, 0, &[&[0; 32][..], &[0, 1, 9]].concat())
-            )
-            .is_none(),
-            "label"
-        );
-        assert_eq!(
-            *unpad(oaep, &block_around(oaep, 0, &db(&[1]))).unwrap(),
-            [0_u8; 0]
-        );
+        assert_eq!(*unpad(oaep, &block_around(oaep, 0, &good)).unwrap(), [9, 1, 0]);
+        assert!(unpad(oaep, &block_around(oaep, 1, &good)).is_none(), "first octet");
+        assert!(unpad(oaep, &block_around(oaep, 0, &db(&[0, 0, 2, 1, 9]))).is_none(), "padding");
+        assert!(unpad(oaep, &block_around(oaep, 0, &db(&[0, 0, 0, 0]))).is_none(), "no separator");
+        assert!(unpad(oaep, &block_around(oaep, 0, &[&[0; 32][..], &[0, 1, 9]].concat())).is_none(), "label");
+        assert_eq!(*unpad(oaep, &block_around(oaep, 0, &db(&[1]))).unwrap(), [0_u8; 0]);
     }
 
     #[test]

@@ -35,16 +35,8 @@ const LARGEST_MODULUS: usize = 2048;
 
 /// What a session is asked to do. Not `Debug`, like its answer: neither belongs into a log.
 pub(crate) enum Request {
-    Decrypt {
-        key: KeyId,
-        oaep: Oaep,
-        ciphertext: Vec<u8>,
-    },
-    Sign {
-        key: KeyId,
-        scheme: SignScheme,
-        digest: Vec<u8>,
-    },
+    Decrypt { key: KeyId, oaep: Oaep, ciphertext: Vec<u8> },
+    Sign { key: KeyId, scheme: SignScheme, digest: Vec<u8> },
     Random(usize),
     Keys,
     PublicKey(KeyId),
@@ -114,12 +106,10 @@ impl Drop for Alive {
 pub(crate) fn spawn(shared: Arc<Shared>, opening: Opening) -> std::io::Result<JoinHandle<()>> {
     // Counted before it runs, so that the limit on threads holds under a storm too.
     let counted = shared.count_thread();
-    thread::Builder::new()
-        .name(format!("hsm {}", shared.name))
-        .spawn(move || {
-            let _counted = counted;
-            run(&shared, opening);
-        })
+    thread::Builder::new().name(format!("hsm {}", shared.name)).spawn(move || {
+        let _counted = counted;
+        run(&shared, opening);
+    })
 }
 
 fn run(shared: &Arc<Shared>, opening: Opening) {
@@ -139,11 +129,7 @@ fn run(shared: &Arc<Shared>, opening: Opening) {
     let (jobs, inbox) = channel::bounded(1);
     let alive = Arc::new(AtomicBool::new(true));
     let _alive = Alive(Arc::clone(&alive));
-    let handle = Handle {
-        jobs,
-        alive,
-        generation,
-    };
+    let handle = Handle { jobs, alive, generation };
     opening.report(Ok(handle));
     if let Some(last) = session.serve(&inbox) {
         // Closed before anybody hears of it, so that a token that counts sessions has room for the next.
@@ -193,14 +179,8 @@ impl<'a> OpenSession<'a> {
             session => session,
         }?;
         shared.session_opened(generation);
-        let mut open = OpenSession {
-            shared,
-            session,
-            generation,
-            keys: HashMap::new(),
-            keys_made: 0,
-            searched_again: None,
-        };
+        let mut open =
+            OpenSession { shared, session, generation, keys: HashMap::new(), keys_made: 0, searched_again: None };
         open.search()?;
         shared.try_out(|| open.find_schemes());
         Ok(open)
@@ -209,12 +189,7 @@ impl<'a> OpenSession<'a> {
     /// Serves until nobody can send jobs any more, or until one spoils the session.
     fn serve(&mut self, inbox: &Receiver<Job>) -> Option<LastJob> {
         while let Ok(job) = inbox.recv() {
-            let Job {
-                request,
-                deadline,
-                reply,
-                lease,
-            } = job;
+            let Job { request, deadline, reply, lease } = job;
             if Instant::now() >= deadline || reply.is_closed() {
                 drop(lease);
                 let _ = reply.send(Err(HsmError::Deadline));
@@ -222,8 +197,7 @@ impl<'a> OpenSession<'a> {
             }
             let started = Instant::now();
             let result = self.perform(&request);
-            self.shared
-                .observe_call(request.op(), result.as_ref().err(), started.elapsed());
+            self.shared.observe_call(request.op(), result.as_ref().err(), started.elapsed());
             let fate = match &result {
                 Ok(_) => {
                     self.shared.succeeded();
@@ -242,11 +216,7 @@ impl<'a> OpenSession<'a> {
                     let _ = reply.send(result);
                 }
                 Fate::Rebuild => {
-                    return Some(LastJob {
-                        lease,
-                        reply,
-                        result,
-                    });
+                    return Some(LastJob { lease, reply, result });
                 }
             }
         }
@@ -255,30 +225,16 @@ impl<'a> OpenSession<'a> {
 
     fn perform(&mut self, request: &Request) -> Result<Answer, HsmError> {
         match request {
-            Request::Decrypt {
-                key,
-                oaep,
-                ciphertext,
-            } => {
+            Request::Decrypt { key, oaep, ciphertext } => {
                 let key = self.key(key)?;
                 self.decrypt(key, *oaep, ciphertext).map(Answer::Octets)
             }
-            Request::Sign {
-                key,
-                scheme,
-                digest,
-            } => {
+            Request::Sign { key, scheme, digest } => {
                 let key = self.key(key)?;
                 let room = key.modulus_len.unwrap_or(LARGEST_MODULUS);
                 self.shared
                     .module
-                    .sign(
-                        &self.session,
-                        &scheme.mechanism(),
-                        key.handle,
-                        &scheme.input(digest),
-                        room,
-                    )
+                    .sign(&self.session, &scheme.mechanism(), key.handle, &scheme.input(digest), room)
                     .map(|signature| Answer::Octets(Zeroizing::new(signature)))
             }
             Request::Random(len) => {
@@ -307,30 +263,21 @@ impl<'a> OpenSession<'a> {
         // Read before the search: a key made meanwhile leads to one search too many, never to one too few.
         let keys_made = self.shared.keys_made();
         self.shared.observe(Event::KeySearch);
-        let handles = self.session.find_objects(&[
-            Attribute::Class(ObjectClass::PRIVATE_KEY),
-            Attribute::KeyType(KeyType::RSA),
-        ])?;
+        let handles = self
+            .session
+            .find_objects(&[Attribute::Class(ObjectClass::PRIVATE_KEY), Attribute::KeyType(KeyType::RSA)])?;
         let mut keys = HashMap::with_capacity(handles.len());
         for handle in handles {
-            let attributes = match self.session.get_attributes(
-                handle,
-                &[
-                    AttributeType::Id,
-                    AttributeType::Modulus,
-                    AttributeType::Decrypt,
-                ],
-            ) {
+            let attributes = match self
+                .session
+                .get_attributes(handle, &[AttributeType::Id, AttributeType::Modulus, AttributeType::Decrypt])
+            {
                 // Destroyed between the search and now.
                 Err(Error::Pkcs11(RvError::ObjectHandleInvalid, _)) => continue,
                 attributes => attributes?,
             };
             let mut id = None;
-            let mut key = Key {
-                handle,
-                modulus_len: None,
-                decrypts: true,
-            };
+            let mut key = Key { handle, modulus_len: None, decrypts: true };
             for attribute in attributes {
                 match attribute {
                     Attribute::Id(octets) if !octets.is_empty() => id = Some(KeyId(octets)),
@@ -366,56 +313,34 @@ impl<'a> OpenSession<'a> {
         }
         // It may have been made elsewhere in the meantime. Whoever asks for keys that do not exist must not turn every call
         // into a search, though.
-        if self
-            .searched_again
-            .is_none_or(|at| at.elapsed() >= SEARCH_PAUSE)
-        {
+        if self.searched_again.is_none_or(|at| at.elapsed() >= SEARCH_PAUSE) {
             self.searched_again = Some(Instant::now());
             self.search()?;
         } else {
             self.refresh()?;
         }
-        self.keys
-            .get(id)
-            .copied()
-            .ok_or_else(|| HsmError::NoSuchKey(id.clone()))
+        self.keys.get(id).copied().ok_or_else(|| HsmError::NoSuchKey(id.clone()))
     }
 
-    fn decrypt(
-        &self,
-        key: Key,
-        oaep: Oaep,
-        ciphertext: &[u8],
-    ) -> Result<Zeroizing<Vec<u8>>, HsmError> {
+    fn decrypt(&self, key: Key, oaep: Oaep, ciphertext: &[u8]) -> Result<Zeroizing<Vec<u8>>, HsmError> {
         let room = key.modulus_len.unwrap_or(ciphertext.len());
         if ciphertext.len() != room {
             // The token would say the same, at the price of an operation.
             return Err(HsmError::new("C_Decrypt", RvError::EncryptedDataLenRange));
         }
         match self.scheme(key, oaep)? {
-            Scheme::Native => self.shared.module.decrypt(
-                &self.session,
-                &oaep.mechanism(),
-                key.handle,
-                ciphertext,
-                room,
-            ),
+            Scheme::Native => {
+                self.shared.module.decrypt(&self.session, &oaep.mechanism(), key.handle, ciphertext, room)
+            }
             Scheme::Raw => {
-                let number = self.shared.module.decrypt(
-                    &self.session,
-                    &Mechanism::RsaX509,
-                    key.handle,
-                    ciphertext,
-                    room,
-                )?;
+                let number =
+                    self.shared.module.decrypt(&self.session, &Mechanism::RsaX509, key.handle, ciphertext, room)?;
                 // Some tokens strip leading zeros, since the result is a number to them.
-                let zeros = room
-                    .checked_sub(number.len())
-                    .ok_or_else(|| HsmError::new("C_Decrypt", RvError::GeneralError))?;
+                let zeros =
+                    room.checked_sub(number.len()).ok_or_else(|| HsmError::new("C_Decrypt", RvError::GeneralError))?;
                 let mut block = Zeroizing::new(vec![0; room]);
                 block.split_at_mut(zeros).1.copy_from_slice(&number);
-                oaep::unpad(oaep, &block)
-                    .ok_or_else(|| HsmError::new("C_Decrypt", RvError::EncryptedDataInvalid))
+                oaep::unpad(oaep, &block).ok_or_else(|| HsmError::new("C_Decrypt", RvError::EncryptedDataInvalid))
             }
         }
     }
@@ -432,12 +357,7 @@ impl<'a> OpenSession<'a> {
 
     /// Tries every combination with some key that may decrypt. Without such a key the trials wait for the first decryption.
     fn find_schemes(&self) -> bool {
-        let Some(key) = self
-            .keys
-            .values()
-            .find(|key| key.decrypts && key.modulus_len.is_some())
-            .copied()
-        else {
+        let Some(key) = self.keys.values().find(|key| key.decrypts && key.modulus_len.is_some()).copied() else {
             return false;
         };
         // What a trial leaves open, the first decryption with those parameters tries again.
@@ -454,13 +374,7 @@ impl<'a> OpenSession<'a> {
             *first = 0;
         }
         let refused = |error: &HsmError| PARAMETER_REFUSALS.iter().any(|code| error.is_code(*code));
-        match self.shared.module.decrypt(
-            &self.session,
-            &oaep.mechanism(),
-            key.handle,
-            &nonsense,
-            room,
-        ) {
+        match self.shared.module.decrypt(&self.session, &oaep.mechanism(), key.handle, &nonsense, room) {
             Err(error) if refused(&error) => Ok(Scheme::Raw),
             Err(error) if error.fault().fate == Fate::Rebuild => Err(error),
             // The key may not decrypt: nothing was learnt about the parameters.
@@ -486,10 +400,8 @@ impl<'a> OpenSession<'a> {
     }
 
     fn read_public(&self, object: ObjectHandle) -> Result<Option<RsaPublic>, HsmError> {
-        let attributes = self.session.get_attributes(
-            object,
-            &[AttributeType::Modulus, AttributeType::PublicExponent],
-        )?;
+        let attributes =
+            self.session.get_attributes(object, &[AttributeType::Modulus, AttributeType::PublicExponent])?;
         let mut n = Vec::new();
         let mut e = Vec::new();
         for attribute in attributes {
@@ -507,11 +419,8 @@ impl<'a> OpenSession<'a> {
         let mut public = public_template(spec);
         public.push(Attribute::ModulusBits(CK_ULONG::from(spec.bits).into()));
         public.push(Attribute::PublicExponent(vec![1, 0, 1]));
-        let (public, private) = self.session.generate_key_pair(
-            &Mechanism::RsaPkcsKeyPairGen,
-            &public,
-            &private_template(spec),
-        )?;
+        let (public, private) =
+            self.session.generate_key_pair(&Mechanism::RsaPkcsKeyPairGen, &public, &private_template(spec))?;
         let key = self.read_public(public)?.ok_or_else(|| HsmError::Token {
             token: self.shared.token.to_string(),
             reason: "does not tell the public key it made".to_owned(),
@@ -556,10 +465,7 @@ impl<'a> OpenSession<'a> {
 
     fn expect_free(&mut self, id: &KeyId) -> Result<(), HsmError> {
         if id.0.is_empty() {
-            return Err(HsmError::new(
-                "C_CreateObject",
-                RvError::AttributeValueInvalid,
-            ));
+            return Err(HsmError::new("C_CreateObject", RvError::AttributeValueInvalid));
         }
         match self.key(id) {
             Ok(_) => Err(HsmError::KeyExists(id.clone())),
@@ -572,14 +478,7 @@ impl<'a> OpenSession<'a> {
     fn add(&mut self, spec: &NewKey, handle: ObjectHandle, n: &[u8]) {
         let up_to_date = self.keys_made == self.shared.keys_made();
         let made = self.shared.key_made();
-        self.keys.insert(
-            spec.id.clone(),
-            Key {
-                handle,
-                modulus_len: modulus_len(n),
-                decrypts: spec.usage.decrypts(),
-            },
-        );
+        self.keys.insert(spec.id.clone(), Key { handle, modulus_len: modulus_len(n), decrypts: spec.usage.decrypts() });
         if up_to_date {
             self.keys_made = made;
         }

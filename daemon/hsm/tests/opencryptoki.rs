@@ -32,10 +32,7 @@ fn opencryptoki() {
     let daemon = SlotDaemon::start();
     prepare_token(&daemon);
     let _tokens = suite::softhsm_tokens(&["stand-in"]);
-    suite::run(
-        member("soft", MODULE, LABEL),
-        member("stand-in", SOFTHSM, "stand-in"),
-    );
+    suite::run(member("soft", MODULE, LABEL), member("stand-in", SOFTHSM, "stand-in"));
 }
 
 /// pkcsslotd, stopped at the end if it did not run before.
@@ -93,9 +90,7 @@ fn running() -> Option<u32> {
 /// Makes the token ours, unless an earlier run has.
 fn prepare_token(daemon: &SlotDaemon) {
     let info = pkcsconf(&["-t", "-c", SLOT], "");
-    let ours = info
-        .lines()
-        .any(|line| line.trim() == format!("Label: {LABEL}"));
+    let ours = info.lines().any(|line| line.trim() == format!("Label: {LABEL}"));
     if info.contains("USER_PIN_INITIALIZED") {
         assert!(
             ours,
@@ -125,10 +120,7 @@ fn prepare_token(daemon: &SlotDaemon) {
     pkcsconf(&["-P", "-c", SLOT, "-S", FACTORY_SO_PIN, "-n", SO_PIN], "");
     pkcsconf(&["-u", "-c", SLOT, "-S", SO_PIN, "-n", USER_PIN], "");
     let info = pkcsconf(&["-t", "-c", SLOT], "");
-    assert!(
-        info.contains("USER_PIN_INITIALIZED") && info.contains(LABEL),
-        "the soft token cannot be set up\n{info}"
-    );
+    assert!(info.contains("USER_PIN_INITIALIZED") && info.contains(LABEL), "the soft token cannot be set up\n{info}");
 }
 
 fn pkcsconf(arguments: &[&str], input: &str) -> String {
@@ -139,15 +131,7 @@ fn pkcsconf(arguments: &[&str], input: &str) -> String {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    child
-        .stdin
-        .take()
-        .unwrap()
-        .write_all(input.as_bytes())
-        .unwrap();
+    child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
     let output = child.wait_with_output().unwrap();
-    [output.stdout, output.stderr]
-        .iter()
-        .map(|text| String::from_utf8_lossy(text).into_owned())
-        .collect()
+    [output.stdout, output.stderr].iter().map(|text| String::from_utf8_lossy(text).into_owned()).collect()
 }

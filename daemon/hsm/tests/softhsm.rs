@@ -40,10 +40,7 @@ fn a_wrong_pin_is_tried_once() {
 
 fn a_token_that_is_not_there() {
     let counts = Arc::new(Counts::default());
-    let members = vec![
-        member("here", SOFTHSM, "one"),
-        member("gone", SOFTHSM, "no such"),
-    ];
+    let members = vec![member("here", SOFTHSM, "one"), member("gone", SOFTHSM, "no such")];
     let cluster = Cluster::load(members, counts.observer()).unwrap();
     suite::runtime().block_on(async {
         cluster.start().await.unwrap();
@@ -65,15 +62,10 @@ fn what_cannot_be_loaded() {
     assert!(matches!(load(vec![nowhere]), HsmError::Module { .. }));
     assert!(matches!(load(vec![]), HsmError::NoMember(_)));
     let one = member("one", SOFTHSM, "one");
-    assert!(matches!(
-        load(vec![one.clone(), one]),
-        HsmError::NoMember(_)
-    ));
+    assert!(matches!(load(vec![one.clone(), one]), HsmError::NoMember(_)));
     // One file is one instance: it cannot have two environments at once.
     let mut other = member("other", SOFTHSM, "one");
-    other
-        .env
-        .insert("SOFTHSM2_CONF".to_owned(), "/elsewhere".to_owned());
+    other.env.insert("SOFTHSM2_CONF".to_owned(), "/elsewhere".to_owned());
     let error = load(vec![member("one", SOFTHSM, "one"), other]);
     assert!(error.to_string().contains("another environment"), "{error}");
 }

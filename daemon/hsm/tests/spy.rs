@@ -19,33 +19,21 @@ fn no_length_probes() {
     let mut spied = member("spied", SPY, "spied");
     spied.sessions = 2;
     spied.env.insert("PKCS11SPY".to_owned(), SOFTHSM.to_owned());
-    spied
-        .env
-        .insert("PKCS11SPY_OUTPUT".to_owned(), log.display().to_string());
+    spied.env.insert("PKCS11SPY_OUTPUT".to_owned(), log.display().to_string());
     let cluster = Cluster::load(vec![spied], Arc::new(|_, _| {})).unwrap();
     let operations = 20;
     suite::runtime().block_on(async {
         cluster.start().await.unwrap();
         let key = suite::software_key();
         let id = suite::new_id();
-        cluster
-            .import_rsa(
-                "spied",
-                suite::new_key(&id, KeyUsage::Both),
-                suite::parts(&key),
-            )
-            .await
-            .unwrap();
+        cluster.import_rsa("spied", suite::new_key(&id, KeyUsage::Both), suite::parts(&key)).await.unwrap();
         for _ in 0..operations {
             for oaep in [SHA1, SHA256] {
                 let ciphertext = suite::encrypt(&key.to_public_key(), oaep, b"spied");
                 let done = cluster.decrypt(&id, oaep, &ciphertext, soon(), None).await;
                 assert_eq!(*done.unwrap().value, b"spied");
             }
-            for scheme in [
-                SignScheme::Pkcs1(Hash::Sha256),
-                SignScheme::Pss(Hash::Sha256),
-            ] {
+            for scheme in [SignScheme::Pkcs1(Hash::Sha256), SignScheme::Pss(Hash::Sha256)] {
                 cluster.sign(&id, scheme, &[7; 32], soon()).await.unwrap();
             }
         }
@@ -54,22 +42,14 @@ fn no_length_probes() {
 
     let log = std::fs::read_to_string(log).unwrap();
     let calls = calls(&log);
-    let of = |name: &str| {
-        calls
-            .iter()
-            .filter(|call| call.name == name)
-            .collect::<Vec<_>>()
-    };
+    let of = |name: &str| calls.iter().filter(|call| call.name == name).collect::<Vec<_>>();
     let succeeded = |name: &str| of(name).iter().filter(|call| call.ok()).count();
     assert!(of("C_Decrypt").len() >= 2 * operations);
     assert_eq!(of("C_Decrypt").len(), succeeded("C_DecryptInit"));
     assert_eq!(of("C_Sign").len(), 2 * operations);
     assert_eq!(of("C_Sign").len(), of("C_SignInit").len());
     for call in [of("C_Decrypt"), of("C_Sign")].concat() {
-        let probes = call
-            .text
-            .lines()
-            .any(|line| line.starts_with("[out]") && line.contains("NULL"));
+        let probes = call.text.lines().any(|line| line.starts_with("[out]") && line.contains("NULL"));
         assert!(!probes, "{}", call.text);
     }
     assert_eq!(of("C_Login").len(), 1);
@@ -97,16 +77,11 @@ fn calls(log: &str) -> Vec<Call<'_>> {
         let name = line
             .split_once(": ")
             .filter(|(number, name)| {
-                !number.is_empty()
-                    && number.bytes().all(|b| b.is_ascii_digit())
-                    && name.starts_with("C_")
+                !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit()) && name.starts_with("C_")
             })
             .map(|(_, name)| name.trim());
         match (name, calls.last_mut()) {
-            (Some(name), _) => calls.push(Call {
-                name,
-                text: String::new(),
-            }),
+            (Some(name), _) => calls.push(Call { name, text: String::new() }),
             (None, Some(call)) => {
                 call.text.push_str(line);
                 call.text.push('\n');

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::algorithm::{SignatureAlgorithm, SignatureDigest};
 pub use crate::health::ResultType;
+use crate::encoding;
 use crate::rsa_key::{BadSignature, RsaPublicKey};
 use strict::{Item, Object};
 
@@ -544,9 +545,7 @@ fn reply<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, ReplyError> {
 }
 
 fn base64(text: &str, name: &str) -> Result<Vec<u8>, PayloadError> {
-    BASE64
-        .decode(text.as_bytes())
-        .map_err(|e| refuse(format!("{name} is not base64: {e}")))
+    encoding::strict_base64(text).ok_or_else(|| refuse(format!("{name} is not base64")))
 }
 
 fn refuse(message: impl Into<String>) -> PayloadError {

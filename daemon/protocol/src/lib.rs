@@ -21,6 +21,7 @@ pub mod attestation;
 pub mod build;
 pub mod c14n;
 pub mod certificate;
+mod encoding;
 pub mod error;
 pub mod health;
 pub mod metadata;

@@ -248,6 +248,12 @@ impl RsaPublicKey {
         &self.0.spki
     }
 
+    /// The key in a PEM file (`PUBLIC KEY`).
+    #[must_use]
+    pub fn to_pem(&self) -> String {
+        pem_encode("PUBLIC KEY", self.spki_der()).to_string()
+    }
+
     /// SHA-256 of [`Self::spki_der`].
     #[must_use]
     pub fn spki_sha256(&self) -> [u8; 32] {

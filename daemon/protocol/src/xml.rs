@@ -9,6 +9,8 @@ use std::borrow::Cow;
 use data_encoding::BASE64;
 use roxmltree::{Document, Node, ParsingOptions};
 
+use crate::encoding;
+
 /// Namespace `K`: protectors, metadata, crypto types.
 pub const KPS_NS: &str = "http://schemas.microsoft.com/kps/2014/07";
 /// Namespace `S`: requests, replies, errors.
@@ -379,7 +381,7 @@ pub(crate) fn base64(node: Node<'_, '_>) -> Result<Vec<u8>> {
     if text.is_empty() {
         return Err(XmlError(format!("{} is empty", local(node))));
     }
-    BASE64.decode(text.as_bytes()).map_err(|_| XmlError(format!("{} is not base64", local(node))))
+    encoding::strict_base64(&text).ok_or_else(|| XmlError(format!("{} is not base64", local(node))))
 }
 
 /// An `xs:unsignedInt`.

@@ -46,8 +46,7 @@ pub async fn attest(service: &Service, body: &[u8], attempt: &mut Attempt) -> Re
             (ErrorReply::Error { status: 500 }, "the service failed to process the request; its log says why".to_owned())
         })?;
         let digest = digest::digest(&digest::SHA256, to_be_signed.octets());
-        let signed =
-            service.cluster.sign(&signer.id, SignScheme::Pkcs1(Hash::Sha256), digest.as_ref(), deadline).await;
+        let signed = service.cluster.sign(&signer.id, SignScheme::Pkcs1(Hash::Sha256), digest.as_ref(), deadline).await;
         let signed = signed.map_err(|error| {
             tracing::warn!(%error, request = attempt.request, "no HSM signed a health certificate");
             unavailable()

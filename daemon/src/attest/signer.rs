@@ -90,7 +90,8 @@ pub async fn renew(service: &Arc<Service>) -> Result<(), SignerError> {
         return Ok(());
     }
     let (id, public) = new_key(&service.cluster).await?;
-    let to_be_signed = health::signer_template(&public, now - health::BACKDATED_SECONDS, now + VALIDITY)?.to_be_signed()?;
+    let to_be_signed =
+        health::signer_template(&public, now - health::BACKDATED_SECONDS, now + VALIDITY)?.to_be_signed()?;
     let der = to_be_signed.assemble(&service.sign(&id, to_be_signed.octets()).await?);
     let not_after = now + VALIDITY;
     service

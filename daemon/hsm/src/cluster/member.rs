@@ -224,11 +224,9 @@ impl managed::Manager for Sessions {
                 None => {}
             }
             if let Some(opening) = shared.begin_open()? {
-                let thread = session::spawn(Arc::clone(shared), opening).map_err(|error| {
-                    HsmError::Token {
-                        token: shared.token.to_string(),
-                        reason: format!("no thread for a session: {error}"),
-                    }
+                let thread = session::spawn(Arc::clone(shared), opening).map_err(|error| HsmError::Token {
+                    token: shared.token.to_string(),
+                    reason: format!("no thread for a session: {error}"),
                 })?;
                 shared.keep_thread(thread);
             }
@@ -246,11 +244,7 @@ impl managed::Manager for Sessions {
 }
 
 impl Member {
-    pub(crate) fn new(
-        config: MemberConfig,
-        module: Arc<Module>,
-        observer: Observer,
-    ) -> Result<Self, HsmError> {
+    pub(crate) fn new(config: MemberConfig, module: Arc<Module>, observer: Observer) -> Result<Self, HsmError> {
         let max_sessions = config.sessions.max(1);
         let shared = Arc::new(Shared {
             name: config.name,
@@ -282,19 +276,11 @@ impl Member {
             max_sessions,
             said_few_sessions: AtomicBool::new(false),
         });
-        let pool = Pool::builder(Sessions {
-            shared: Arc::clone(&shared),
-        })
-        .max_size(max_sessions)
-        .build()
-        .map_err(|error| HsmError::NoMember(error.to_string()))?;
-        Ok(Member {
-            shared,
-            pool,
-            unfilled: Mutex::new(Vec::new()),
-            priority: config.priority,
-            weight: config.weight,
-        })
+        let pool = Pool::builder(Sessions { shared: Arc::clone(&shared) })
+            .max_size(max_sessions)
+            .build()
+            .map_err(|error| HsmError::NoMember(error.to_string()))?;
+        Ok(Member { shared, pool, unfilled: Mutex::new(Vec::new()), priority: config.priority, weight: config.weight })
     }
 
     /// For [`pick`](super::pick::pick).
@@ -314,9 +300,7 @@ impl Member {
             priority: self.priority,
             weight: self.weight,
             in_flight: shared.in_flight.load(Ordering::Relaxed),
-            out: shared.shut_out.load(Ordering::Acquire)
-                || shared.closed.load(Ordering::Acquire)
-                || self.is_full(),
+            out: shared.shut_out.load(Ordering::Acquire) || shared.closed.load(Ordering::Acquire) || self.is_full(),
             rests_until,
         }
     }
@@ -334,8 +318,7 @@ impl Member {
             return false;
         }
         let mut state = lock(&self.shared.state);
-        let due = state.condition == Condition::Down
-            && state.rests_until.is_none_or(|until| until <= now);
+        let due = state.condition == Condition::Down && state.rests_until.is_none_or(|until| until <= now);
         if due {
             state.rests_until = Some(now + REST);
         }
@@ -352,11 +335,7 @@ impl Member {
     }
 
     /// One request to one session.
-    pub(crate) async fn call(
-        &self,
-        request: &Arc<Request>,
-        deadline: Instant,
-    ) -> Result<Answer, HsmError> {
+    pub(crate) async fn call(&self, request: &Arc<Request>, deadline: Instant) -> Result<Answer, HsmError> {
         if Instant::now() >= deadline {
             return Err(HsmError::Deadline);
         }
@@ -379,21 +358,14 @@ impl Member {
             };
             let jobs = handle.sender();
             let (reply, answer) = oneshot::channel();
-            let job = Job {
-                request: Arc::clone(request),
-                deadline,
-                reply,
-                lease: Lease { session, in_flight },
-            };
+            let job = Job { request: Arc::clone(request), deadline, reply, lease: Lease { session, in_flight } };
             // There is room for one job, and only who holds the lease may send one.
             let sent = jobs.try_send(job);
             // The thread ends when all senders are gone; this one must not outlive the job.
             drop(jobs);
             match sent {
                 Ok(()) => {
-                    return answer
-                        .await
-                        .unwrap_or_else(|_| Err(self.shared.thread_died()));
+                    return answer.await.unwrap_or_else(|_| Err(self.shared.thread_died()));
                 }
                 // The thread ended between the pool's check and now.
                 Err(TrySendError::Full(job) | TrySendError::Disconnected(job)) => {
@@ -408,18 +380,14 @@ impl Member {
     async fn checkout(&self) -> Result<Object<Sessions>, HsmError> {
         loop {
             let now = Instant::now();
-            lock(&self.unfilled).retain(|(since, _)| {
-                now.duration_since(*since) < ASK_FOR_MORE && self.shared.usable() > 0
-            });
+            lock(&self.unfilled)
+                .retain(|(since, _)| now.duration_since(*since) < ASK_FOR_MORE && self.shared.usable() > 0);
             match self.pool.get().await {
                 Ok(place) if matches!(*place, Place::Filled(_)) => return Ok(place),
                 Ok(unfilled) => lock(&self.unfilled).push((now, unfilled)),
                 Err(PoolError::Backend(error)) => return Err(error),
                 Err(PoolError::Closed) => {
-                    return Err(HsmError::NoMember(format!(
-                        "{} is closed",
-                        self.shared.name
-                    )));
+                    return Err(HsmError::NoMember(format!("{} is closed", self.shared.name)));
                 }
                 Err(other) => return Err(HsmError::NoMember(other.to_string())),
             }
@@ -449,10 +417,7 @@ impl Member {
         while !shared.join_finished() {
             if Instant::now() >= patience {
                 // Finalising under a call that hangs would take the process down.
-                warn!(
-                    member = shared.name,
-                    "calls hang at the token, its module is not finalised"
-                );
+                warn!(member = shared.name, "calls hang at the token, its module is not finalised");
                 return;
             }
             tokio::time::sleep(Duration::from_millis(5)).await;
@@ -477,16 +442,8 @@ impl Shared {
     pub(crate) fn observe_call(&self, op: &'static str, error: Option<&HsmError>, took: Duration) {
         let seconds = took.as_secs_f64();
         match error {
-            None => self.observe(Event::Call {
-                op,
-                rv: "ok",
-                seconds,
-            }),
-            Some(error) => self.observe(Event::Call {
-                op,
-                rv: &error.metric_name(),
-                seconds,
-            }),
+            None => self.observe(Event::Call { op, rv: "ok", seconds }),
+            Some(error) => self.observe(Event::Call { op, rv: &error.metric_name(), seconds }),
         }
     }
 
@@ -497,10 +454,7 @@ impl Shared {
             return Err(self.pin_refused());
         }
         if let Some(login) = &*login {
-            let state = login
-                .session
-                .get_session_info()
-                .map(|info| info.session_state());
+            let state = login.session.get_session_info().map(|info| info.session_state());
             if matches!(state, Ok(SessionState::RoUser | SessionState::RwUser)) {
                 return Ok(login.slot);
             }
@@ -533,10 +487,7 @@ impl Shared {
     }
 
     pub(crate) fn thread_died(&self) -> HsmError {
-        HsmError::Token {
-            token: self.token.to_string(),
-            reason: "the session's thread died".to_owned(),
-        }
+        HsmError::Token { token: self.token.to_string(), reason: "the session's thread died".to_owned() }
     }
 
     pub(crate) fn generation(&self) -> u64 {
@@ -678,11 +629,7 @@ impl Shared {
                     .filter(|oaep| self.scheme(*oaep) == Some(Scheme::Native))
                     .map(|oaep| format!("{:?}/{:?}", oaep.hash, oaep.mgf))
                     .collect();
-                info!(
-                    member = self.name,
-                    ?native,
-                    "token tried out for OAEP, the rest is unpadded in software"
-                );
+                info!(member = self.name, ?native, "token tried out for OAEP, the rest is unpadded in software");
             }
         }
     }
@@ -697,10 +644,7 @@ impl Shared {
 
     pub(crate) fn remember_scheme(&self, oaep: Oaep, scheme: Scheme) {
         if let Some(entry) = self.schemes.get(oaep.index()) {
-            entry.store(
-                if scheme == Scheme::Native { 1 } else { 2 },
-                Ordering::Relaxed,
-            );
+            entry.store(if scheme == Scheme::Native { 1 } else { 2 }, Ordering::Relaxed);
         }
     }
 
@@ -722,10 +666,7 @@ impl Shared {
         }
         self.may_open(Instant::now())?;
         opens.under_way += 1;
-        Ok(Some(Opening {
-            shared: Arc::clone(self),
-            outcome: None,
-        }))
+        Ok(Some(Opening { shared: Arc::clone(self), outcome: None }))
     }
 
     pub(crate) fn count_thread(self: &Arc<Self>) -> LiveThread {

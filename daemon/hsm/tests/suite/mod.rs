@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use claviger_hsm::{
-    Cluster, Event, Hash, HsmError, KeyId, KeyUsage, MemberConfig, NewKey, Oaep, Observer, Pin,
-    RsaPrivateParts, RsaPublic, SignScheme, TokenRef, Whose,
+    Cluster, Event, Hash, HsmError, KeyId, KeyUsage, MemberConfig, NewKey, Oaep, Observer, Pin, RsaPrivateParts,
+    RsaPublic, SignScheme, TokenRef, Whose,
 };
 use cryptoki::context::Pkcs11;
 use cryptoki::object::Attribute;
@@ -29,10 +29,7 @@ const HASHES: [Hash; 4] = [Hash::Sha1, Hash::Sha256, Hash::Sha384, Hash::Sha512]
 
 /// Fails, rather than skips, when a token is not installed.
 pub fn expect_installed(path: &str, package: &str) {
-    assert!(
-        Path::new(path).exists(),
-        "{path} is missing. Install it: apt-get install {package}"
-    );
+    assert!(Path::new(path).exists(), "{path} is missing. Install it: apt-get install {package}");
 }
 
 /// A directory with tokens of SoftHSM2, and the process environment pointing there.
@@ -44,16 +41,10 @@ pub fn softhsm_tokens(labels: &[&str]) -> tempfile::TempDir {
     let conf = dir.path().join("softhsm2.conf");
     std::fs::write(
         &conf,
-        format!(
-            "directories.tokendir = {}\nobjectstore.backend = file\nlog.level = ERROR\n",
-            tokens.display()
-        ),
+        format!("directories.tokendir = {}\nobjectstore.backend = file\nlog.level = ERROR\n", tokens.display()),
     )
     .unwrap();
-    claviger_hsm::set_env(&BTreeMap::from([(
-        "SOFTHSM2_CONF".to_owned(),
-        conf.display().to_string(),
-    )]));
+    claviger_hsm::set_env(&BTreeMap::from([("SOFTHSM2_CONF".to_owned(), conf.display().to_string())]));
     for label in labels {
         claviger_hsm::init_token(SOFTHSM.as_ref(), label, &pin(SO_PIN), &pin(USER_PIN)).unwrap();
     }
@@ -78,11 +69,7 @@ pub fn member(name: &str, module: &str, label: &str) -> MemberConfig {
 }
 
 pub fn runtime() -> tokio::runtime::Runtime {
-    tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .unwrap()
+    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
 }
 
 /// What the observer was told.
@@ -104,11 +91,7 @@ impl Counts {
                 Event::KeySearch => &counts.searches,
                 Event::SessionOpened => &counts.opened,
                 Event::SessionClosed => &counts.closed,
-                Event::Call {
-                    op: "decrypt",
-                    rv: "ok",
-                    ..
-                } => &counts.decrypts,
+                Event::Call { op: "decrypt", rv: "ok", .. } => &counts.decrypts,
                 Event::Call { .. } => return,
             };
             counter.fetch_add(1, Ordering::Relaxed);
@@ -131,12 +114,7 @@ pub fn new_id() -> KeyId {
 }
 
 pub fn new_key(id: &KeyId, usage: KeyUsage) -> NewKey {
-    NewKey {
-        id: id.clone(),
-        label: LABEL.to_owned(),
-        bits: 2048,
-        usage,
-    }
+    NewKey { id: id.clone(), label: LABEL.to_owned(), bits: 2048, usage }
 }
 
 pub fn software_key() -> RsaPrivateKey {
@@ -178,26 +156,14 @@ pub fn encrypt(key: &RsaPublicKey, oaep: Oaep, message: &[u8]) -> Vec<u8> {
 }
 
 fn combinations() -> impl Iterator<Item = Oaep> {
-    HASHES
-        .into_iter()
-        .flat_map(|hash| HASHES.into_iter().map(move |mgf| Oaep { hash, mgf }))
+    HASHES.into_iter().flat_map(|hash| HASHES.into_iter().map(move |mgf| Oaep { hash, mgf }))
 }
 
-pub const SHA1: Oaep = Oaep {
-    hash: Hash::Sha1,
-    mgf: Hash::Sha1,
-};
-pub const SHA256: Oaep = Oaep {
-    hash: Hash::Sha256,
-    mgf: Hash::Sha256,
-};
+pub const SHA1: Oaep = Oaep { hash: Hash::Sha1, mgf: Hash::Sha1 };
+pub const SHA256: Oaep = Oaep { hash: Hash::Sha256, mgf: Hash::Sha256 };
 
 fn public(key: &RsaPublic) -> RsaPublicKey {
-    RsaPublicKey::new(
-        BigUint::from_bytes_be(&key.n),
-        BigUint::from_bytes_be(&key.e),
-    )
-    .unwrap()
+    RsaPublicKey::new(BigUint::from_bytes_be(&key.n), BigUint::from_bytes_be(&key.e)).unwrap()
 }
 
 /// The whole suite. `tested` is the token under test, `other` one that can stand in for it.
@@ -223,28 +189,17 @@ fn one_token(runtime: &tokio::runtime::Runtime, tested: &MemberConfig) {
         // Imported and generated keys.
         let key = software_key();
         let id = new_id();
-        cluster
-            .import_rsa(name, new_key(&id, KeyUsage::Both), parts(&key))
-            .await
-            .unwrap();
-        let again = cluster
-            .import_rsa(name, new_key(&id, KeyUsage::Both), parts(&key))
-            .await;
+        cluster.import_rsa(name, new_key(&id, KeyUsage::Both), parts(&key)).await.unwrap();
+        let again = cluster.import_rsa(name, new_key(&id, KeyUsage::Both), parts(&key)).await;
         assert!(matches!(again, Err(HsmError::KeyExists(_))), "{again:?}");
         let found = cluster.public_key_on(name, &id).await.unwrap().unwrap();
         assert_eq!(found.n, key.n().to_bytes_be());
         assert_eq!(found.e, key.e().to_bytes_be());
         let signs = new_id();
-        let made = cluster
-            .generate_rsa(name, new_key(&signs, KeyUsage::Sign))
-            .await
-            .unwrap();
+        let made = cluster.generate_rsa(name, new_key(&signs, KeyUsage::Sign)).await.unwrap();
         assert_eq!(made.n.len(), 256);
         assert_eq!(made.e, [1, 0, 1]);
-        assert_eq!(
-            cluster.public_key_on(name, &signs).await.unwrap(),
-            Some(made.clone())
-        );
+        assert_eq!(cluster.public_key_on(name, &signs).await.unwrap(), Some(made.clone()));
         let keys = cluster.keys_on(name).await.unwrap();
         assert!(keys.contains(&id) && keys.contains(&signs));
         assert_eq!(count(&counts.logins), 1);
@@ -263,21 +218,12 @@ fn one_token(runtime: &tokio::runtime::Runtime, tested: &MemberConfig) {
 
         // A key made by one session is there for all.
         let late = new_id();
-        let made = cluster
-            .generate_rsa(name, new_key(&late, KeyUsage::Decrypt))
-            .await
-            .unwrap();
+        let made = cluster.generate_rsa(name, new_key(&late, KeyUsage::Decrypt)).await.unwrap();
         let ciphertext = encrypt(&public(&made), SHA1, b"late");
         let all: Vec<_> = (0..32)
             .map(|_| {
-                let (cluster, late, ciphertext) =
-                    (cluster.clone(), late.clone(), ciphertext.clone());
-                tokio::spawn(async move {
-                    cluster
-                        .decrypt(&late, SHA1, &ciphertext, soon(), None)
-                        .await
-                        .unwrap()
-                })
+                let (cluster, late, ciphertext) = (cluster.clone(), late.clone(), ciphertext.clone());
+                tokio::spawn(async move { cluster.decrypt(&late, SHA1, &ciphertext, soon(), None).await.unwrap() })
             })
             .collect();
         for task in all {
@@ -304,19 +250,9 @@ async fn decrypts_everything(cluster: &Cluster, id: &KeyId, key: &RsaPublicKey) 
             assert_eq!(done.retries, 0);
         }
         // The ciphertext is good, the parameters are not.
-        let other = Oaep {
-            hash: if oaep.hash == Hash::Sha1 {
-                Hash::Sha256
-            } else {
-                Hash::Sha1
-            },
-            ..oaep
-        };
+        let other = Oaep { hash: if oaep.hash == Hash::Sha1 { Hash::Sha256 } else { Hash::Sha1 }, ..oaep };
         let mixed = encrypt(key, other, b"mixed");
-        let error = cluster
-            .decrypt(id, oaep, &mixed, soon(), None)
-            .await
-            .unwrap_err();
+        let error = cluster.decrypt(id, oaep, &mixed, soon(), None).await.unwrap_err();
         assert!(error.is_data(), "{oaep:?}: {error:?}");
     }
 }
@@ -324,104 +260,45 @@ async fn decrypts_everything(cluster: &Cluster, id: &KeyId, key: &RsaPublicKey) 
 async fn signs_everything(cluster: &Cluster, id: &KeyId, key: &RsaPublic) {
     let message = b"signed";
     let digests: [(Hash, &verify::RsaParameters, &verify::RsaParameters, _); 3] = [
-        (
-            Hash::Sha256,
-            &verify::RSA_PKCS1_2048_8192_SHA256,
-            &verify::RSA_PSS_2048_8192_SHA256,
-            &ring::digest::SHA256,
-        ),
-        (
-            Hash::Sha384,
-            &verify::RSA_PKCS1_2048_8192_SHA384,
-            &verify::RSA_PSS_2048_8192_SHA384,
-            &ring::digest::SHA384,
-        ),
-        (
-            Hash::Sha512,
-            &verify::RSA_PKCS1_2048_8192_SHA512,
-            &verify::RSA_PSS_2048_8192_SHA512,
-            &ring::digest::SHA512,
-        ),
+        (Hash::Sha256, &verify::RSA_PKCS1_2048_8192_SHA256, &verify::RSA_PSS_2048_8192_SHA256, &ring::digest::SHA256),
+        (Hash::Sha384, &verify::RSA_PKCS1_2048_8192_SHA384, &verify::RSA_PSS_2048_8192_SHA384, &ring::digest::SHA384),
+        (Hash::Sha512, &verify::RSA_PKCS1_2048_8192_SHA512, &verify::RSA_PSS_2048_8192_SHA512, &ring::digest::SHA512),
     ];
-    let key = verify::RsaPublicKeyComponents {
-        n: &key.n,
-        e: &key.e,
-    };
+    let key = verify::RsaPublicKeyComponents { n: &key.n, e: &key.e };
     for (hash, pkcs1, pss, algorithm) in digests {
         let digest = ring::digest::digest(algorithm, message);
-        for (scheme, parameters) in [
-            (SignScheme::Pkcs1(hash), pkcs1),
-            (SignScheme::Pss(hash), pss),
-        ] {
+        for (scheme, parameters) in [(SignScheme::Pkcs1(hash), pkcs1), (SignScheme::Pss(hash), pss)] {
             let done = cluster
                 .sign(id, scheme, digest.as_ref(), soon())
                 .await
                 .unwrap_or_else(|error| panic!("{scheme:?}: {error}"));
-            key.verify(parameters, message, &done.value)
-                .unwrap_or_else(|_| panic!("{scheme:?} does not verify"));
+            key.verify(parameters, message, &done.value).unwrap_or_else(|_| panic!("{scheme:?} does not verify"));
         }
-        let short = cluster
-            .sign(id, SignScheme::Pss(hash), &[1, 2, 3], soon())
-            .await
-            .unwrap_err();
+        let short = cluster.sign(id, SignScheme::Pss(hash), &[1, 2, 3], soon()).await.unwrap_err();
         assert!(short.is_data());
     }
 }
 
-async fn refuses_nonsense(
-    cluster: &Cluster,
-    name: &str,
-    id: &KeyId,
-    signs: &KeyId,
-    signs_public: &RsaPublicKey,
-) {
+async fn refuses_nonsense(cluster: &Cluster, name: &str, id: &KeyId, signs: &KeyId, signs_public: &RsaPublicKey) {
     let sessions = cluster.members()[0].sessions_open;
     for oaep in [SHA1, SHA256] {
-        for ciphertext in [
-            vec![0; 256],
-            vec![1; 256],
-            vec![0xff; 256],
-            vec![1; 255],
-            vec![],
-        ] {
-            let error = cluster
-                .decrypt(id, oaep, &ciphertext, soon(), None)
-                .await
-                .unwrap_err();
-            assert!(
-                error.is_data(),
-                "{} octets, {oaep:?}: {error:?}",
-                ciphertext.len()
-            );
-            let error = cluster
-                .decrypt_on(name, id, oaep, &ciphertext, soon())
-                .await
-                .unwrap_err();
+        for ciphertext in [vec![0; 256], vec![1; 256], vec![0xff; 256], vec![1; 255], vec![]] {
+            let error = cluster.decrypt(id, oaep, &ciphertext, soon(), None).await.unwrap_err();
+            assert!(error.is_data(), "{} octets, {oaep:?}: {error:?}", ciphertext.len());
+            let error = cluster.decrypt_on(name, id, oaep, &ciphertext, soon()).await.unwrap_err();
             assert!(error.is_data(), "{error:?}");
         }
     }
     let unknown = new_id();
     for _ in 0..5 {
-        let error = cluster
-            .decrypt(&unknown, SHA1, &[0; 256], soon(), None)
-            .await
-            .unwrap_err();
-        assert!(
-            matches!(&error, HsmError::NoSuchKey(key) if *key == unknown),
-            "{error:?}"
-        );
+        let error = cluster.decrypt(&unknown, SHA1, &[0; 256], soon(), None).await.unwrap_err();
+        assert!(matches!(&error, HsmError::NoSuchKey(key) if *key == unknown), "{error:?}");
     }
     assert_eq!(cluster.public_key_on(name, &unknown).await.unwrap(), None);
     // A key for signatures does not decrypt, and that is not the ciphertext's fault.
     let ciphertext = encrypt(signs_public, SHA1, b"no");
-    let error = cluster
-        .decrypt(signs, SHA1, &ciphertext, soon(), None)
-        .await
-        .unwrap_err();
-    assert!(
-        !error.is_data() && error.fault().whose == Whose::Unclear,
-        "{error:?}"
-    );
+    let error = cluster.decrypt(signs, SHA1, &ciphertext, soon(), None).await.unwrap_err();
+    assert!(!error.is_data() && error.fault().whose == Whose::Unclear, "{error:?}");
     // None of this has cost a session or the member's standing.
     let status = &cluster.members()[0];
     assert!(status.up, "{status:?}");
@@ -432,19 +309,13 @@ async fn refuses_nonsense(
 
 async fn deadlines(cluster: &Cluster, id: &KeyId, key: &RsaPublicKey) {
     let ciphertext = encrypt(key, SHA1, b"late");
-    let past = cluster
-        .decrypt(id, SHA1, &ciphertext, Instant::now(), None)
-        .await;
+    let past = cluster.decrypt(id, SHA1, &ciphertext, Instant::now(), None).await;
     assert!(matches!(past, Err(HsmError::Deadline)), "{past:?}");
     let short: Vec<_> = (0..256)
         .map(|_| {
             let (cluster, id, ciphertext) = (cluster.clone(), id.clone(), ciphertext.clone());
             let deadline = Instant::now() + Duration::from_millis(5);
-            tokio::spawn(async move {
-                cluster
-                    .decrypt(&id, SHA1, &ciphertext, deadline, None)
-                    .await
-            })
+            tokio::spawn(async move { cluster.decrypt(&id, SHA1, &ciphertext, deadline, None).await })
         })
         .collect();
     let mut late = 0;
@@ -490,10 +361,7 @@ fn concurrent_callers(runtime: &tokio::runtime::Runtime, tested: &MemberConfig) 
     let cluster = Cluster::load(vec![tested.clone()], Arc::new(|_, _| {})).unwrap();
     runtime.block_on(async {
         cluster.start().await.unwrap();
-        cluster
-            .import_rsa(&tested.name, new_key(&id, KeyUsage::Both), parts(&key))
-            .await
-            .unwrap();
+        cluster.import_rsa(&tested.name, new_key(&id, KeyUsage::Both), parts(&key)).await.unwrap();
         cluster.close().await;
     });
     let cluster = Cluster::load(vec![tested.clone()], counts.observer()).unwrap();
@@ -517,18 +385,11 @@ fn concurrent_callers(runtime: &tokio::runtime::Runtime, tested: &MemberConfig) 
             caller.await.unwrap();
         }
         let status = &cluster.members()[0];
-        assert_eq!(
-            status.sessions_open, tested.sessions,
-            "load opens all sessions"
-        );
+        assert_eq!(status.sessions_open, tested.sessions, "load opens all sessions");
         assert_eq!(count(&counts.decrypts), CALLERS * EACH);
         assert_eq!(count(&counts.logins), 1, "one login for the token");
         assert_eq!(count(&counts.opened), tested.sessions);
-        assert_eq!(
-            count(&counts.searches),
-            tested.sessions,
-            "one search for a session"
-        );
+        assert_eq!(count(&counts.searches), tested.sessions, "one search for a session");
         cluster.close().await;
     });
 }
@@ -537,30 +398,21 @@ fn concurrent_callers(runtime: &tokio::runtime::Runtime, tested: &MemberConfig) 
 fn two_tokens(runtime: &tokio::runtime::Runtime, tested: &MemberConfig, other: &MemberConfig) {
     let counts = Arc::new(Counts::default());
     // The other one stands by, so that it is certain who is asked first.
-    let spare = MemberConfig {
-        priority: 1,
-        ..other.clone()
-    };
+    let spare = MemberConfig { priority: 1, ..other.clone() };
     let cluster = Cluster::load(vec![tested.clone(), spare], counts.observer()).unwrap();
     runtime.block_on(async {
         cluster.start().await.unwrap();
         let key = software_key();
         let id = new_id();
         for name in [&tested.name, &other.name] {
-            cluster
-                .import_rsa(name, new_key(&id, KeyUsage::Both), parts(&key))
-                .await
-                .unwrap();
+            cluster.import_rsa(name, new_key(&id, KeyUsage::Both), parts(&key)).await.unwrap();
         }
         let ciphertext = encrypt(&key.to_public_key(), SHA256, b"either");
         let decrypt = |avoid: Option<&'static str>| {
             let (cluster, id, ciphertext) = (cluster.clone(), id.clone(), ciphertext.clone());
             let avoid = avoid.map(|_| tested.name.clone());
             async move {
-                let done = cluster
-                    .decrypt(&id, SHA256, &ciphertext, soon(), avoid.as_deref())
-                    .await
-                    .unwrap();
+                let done = cluster.decrypt(&id, SHA256, &ciphertext, soon(), avoid.as_deref()).await.unwrap();
                 assert_eq!(*done.value, b"either");
                 (done.member.to_string(), done.retries)
             }
@@ -579,26 +431,16 @@ fn two_tokens(runtime: &tokio::runtime::Runtime, tested: &MemberConfig, other: &
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         assert!(cluster.members()[0].up, "heals by itself");
-        assert_eq!(
-            count(&counts.logins),
-            3,
-            "one for each token, one for the lost login"
-        );
+        assert_eq!(count(&counts.logins), 3, "one for each token, one for the lost login");
 
         // On its own a member rebuilds within the call.
         log_out(tested);
-        let done = cluster
-            .decrypt_on(&tested.name, &id, SHA256, &ciphertext, soon())
-            .await
-            .unwrap();
+        let done = cluster.decrypt_on(&tested.name, &id, SHA256, &ciphertext, soon()).await.unwrap();
         assert_eq!((&*done.member, done.retries), (tested.name.as_str(), 1));
 
         // The module itself finalised: nothing of the old state is left.
         Pkcs11::new(&tested.module).unwrap().finalize().unwrap();
-        let done = cluster
-            .decrypt_on(&tested.name, &id, SHA256, &ciphertext, soon())
-            .await
-            .unwrap();
+        let done = cluster.decrypt_on(&tested.name, &id, SHA256, &ciphertext, soon()).await.unwrap();
         assert_eq!(*done.value, b"either");
         cluster.close().await;
     });
@@ -615,11 +457,7 @@ fn side_session(token: &MemberConfig) -> Session {
         .unwrap()
         .into_iter()
         // cryptoki cannot read the information of opencryptoki's token, the only one of its module.
-        .find(|slot| {
-            pkcs11
-                .get_token_info(*slot)
-                .map_or(true, |info| info.label() == label)
-        })
+        .find(|slot| pkcs11.get_token_info(*slot).map_or(true, |info| info.label() == label))
         .unwrap();
     pkcs11.open_rw_session(slot).unwrap()
 }
@@ -633,17 +471,11 @@ fn log_out(token: &MemberConfig) {
 fn clean_up(token: &MemberConfig) {
     use cryptoki::context::{CInitializeArgs, CInitializeFlags};
     let pkcs11 = Pkcs11::new(&token.module).unwrap();
-    pkcs11
-        .initialize(CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK))
-        .unwrap();
+    pkcs11.initialize(CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK)).unwrap();
     {
         let session = side_session(token);
-        session
-            .login(UserType::User, Some(&USER_PIN.to_owned().into()))
-            .unwrap();
-        let objects = session
-            .find_objects(&[Attribute::Label(LABEL.as_bytes().to_vec())])
-            .unwrap();
+        session.login(UserType::User, Some(&USER_PIN.to_owned().into())).unwrap();
+        let objects = session.find_objects(&[Attribute::Label(LABEL.as_bytes().to_vec())]).unwrap();
         for object in objects {
             session.destroy_object(object).unwrap();
         }

@@ -1,0 +1,41 @@
+# Each target does its own set-up and is safe to repeat.
+.PHONY: demo test lint setup setup-demo help
+
+PACKAGES_DEMO = softhsm2
+PACKAGES_TEST = $(PACKAGES_DEMO) opencryptoki opensc xmlsec1 libxml2-utils openssl curl python3-cryptography python3-lxml
+# C code of the cryptographic and database libraries is compiled.
+PACKAGES_BUILD = gcc libc6-dev make
+
+help:
+	@echo "make demo   build, make a lab with soft tokens, release keys end to end, keep serving"
+	@echo "make test   format check, clippy, documentation and every test"
+	@echo "make lint   the checks without the tests"
+
+# Installs what is missing of the Debian packages $(1); without root it says what to install.
+define install
+	@missing=$$(for p in $(1); do dpkg-query -W -f='$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \
+	if [ -n "$$missing" ]; then \
+	  if ! command -v apt-get >/dev/null; then echo "please install:" $$missing; exit 1; fi; \
+	  if [ "$$(id -u)" != 0 ]; then echo "please run: sudo apt-get install" $$missing; exit 1; fi; \
+	  echo "installing:" $$missing; \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
+	fi
+endef
+
+setup-demo:
+	$(call install,$(PACKAGES_BUILD) $(PACKAGES_DEMO))
+
+setup:
+	$(call install,$(PACKAGES_BUILD) $(PACKAGES_TEST))
+
+demo: setup-demo
+	cargo build --release --locked --bin claviger
+	./target/release/claviger demo --dir target/lab
+
+lint: setup
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked
+
+test: lint
+	cargo test --workspace --locked
