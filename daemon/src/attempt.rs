@@ -29,6 +29,19 @@ impl Attempt {
         Self { request, host: None, protector: None, owner: None, hsm: None, started: Instant::now() }
     }
 
+    /// An item of this request, numbered from 1, that is decided by itself.
+    #[must_use]
+    pub fn item(&self, number: usize) -> Self {
+        Self {
+            request: format!("{}.{number}", self.request),
+            host: self.host.clone(),
+            protector: None,
+            owner: None,
+            hsm: None,
+            started: self.started,
+        }
+    }
+
     /// When the request arrived.
     #[must_use]
     pub fn started(&self) -> Instant {

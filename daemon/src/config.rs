@@ -297,7 +297,8 @@ fn pin_from(mut bytes: Zeroizing<Vec<u8>>, hsm: &str, place: &str) -> Result<Zer
 pub struct Release {
     /// Milliseconds within which a release is answered, one way or the other; 1 to 600,000. Default: 5,000.
     pub deadline_ms: u64,
-    /// Most operations that a free session takes from the queue at once, 1 to 1,024. Default: 16.
+    /// Most operations that a free session may take from the queue at once, 1 to 1,024. Default: 16. Kept for the
+    /// configuration's sake: sessions take one at a time now.
     pub batch: usize,
     /// Most operations that wait for one member, 1 to 1,000,000; more are refused at once. Default: 4,096.
     pub queue: usize,

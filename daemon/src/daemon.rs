@@ -66,6 +66,8 @@ pub enum StartError {
 /// A PIN that cannot be read, a module that cannot be loaded.
 pub fn load_cluster(config: &Config) -> Result<Cluster, StartError> {
     claviger_hsm::set_env(&config.env);
+    // Before the first call to a token, which is to be counted.
+    metrics::install();
     let mut members = Vec::with_capacity(config.hsm.len());
     for hsm in &config.hsm {
         members.push(MemberConfig {
@@ -81,6 +83,7 @@ pub fn load_cluster(config: &Config) -> Result<Cluster, StartError> {
             priority: hsm.priority,
             weight: hsm.weight,
             sessions: hsm.sessions,
+            queue: config.release.queue,
         });
     }
     Ok(Cluster::load(members, observer())?)

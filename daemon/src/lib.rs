@@ -9,6 +9,7 @@ pub mod admin;
 pub mod attempt;
 pub mod attest;
 pub mod audit;
+pub mod batch;
 pub mod cli;
 pub mod client;
 pub mod commands;

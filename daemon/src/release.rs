@@ -7,13 +7,14 @@
 use std::time::{Duration, Instant};
 
 use claviger_hsm::{Done, Hash, HsmError, KeyId, Oaep, SignScheme};
-use claviger_protocol::algorithm::{self, SignatureAlgorithm};
+use claviger_protocol::algorithm::{self, HostAlgorithms, SignatureAlgorithm};
 use claviger_protocol::build::{self, Unsigned};
 use claviger_protocol::error::{Code, Refusal};
 use claviger_protocol::health::HealthClaims;
 use claviger_protocol::payload::{ApiVersion, Payload};
 use claviger_protocol::protector::{Protector, TransportKey};
 use claviger_protocol::request::{RollRequest, RollResponse};
+use claviger_protocol::rsa_key::RsaPublicKey;
 use claviger_protocol::verify::{self, Verified};
 use data_encoding::HEXLOWER;
 use ring::digest;
@@ -37,8 +38,6 @@ pub async fn roll(
     body: &[u8],
     attempt: &mut Attempt,
 ) -> Result<RollResponse, Refusal> {
-    let deadline = attempt.started() + service.config.release.deadline();
-
     // 1. The request is schema-valid and its three algorithms are known.
     let request = RollRequest::parse(body)?;
     attempt.protector(&request.ingress_protector);
@@ -46,8 +45,25 @@ pub async fn roll(
     // 2. The health certificate is valid.
     let host = healthy_host(service, &request.health_certificate, attempt)?;
 
+    roll_protector(service, api, &host.key, request.algorithms, &request.ingress_protector, attempt).await
+}
+
+/// Steps 3 to 9: one protector of a host that proved its health.
+///
+/// # Errors
+/// See [`roll`].
+pub async fn roll_protector(
+    service: &Service,
+    api: ApiVersion,
+    host_key: &RsaPublicKey,
+    algorithms: HostAlgorithms,
+    ingress_protector: &[u8],
+    attempt: &mut Attempt,
+) -> Result<RollResponse, Refusal> {
+    let deadline = attempt.started() + service.config.release.deadline();
+
     // 3. The protector is schema-valid within the limits, and its algorithms are known.
-    let protector = Protector::parse(&request.ingress_protector)?;
+    let protector = Protector::parse(ingress_protector)?;
 
     // 4. and 5. The guardian signature is right, and every wrapping.
     let verified = verify::verify(protector)?;
@@ -75,12 +91,15 @@ pub async fn roll(
     let egress_protector = unsigned.finish(ours.wrapping_id, SignatureAlgorithm::DEFAULT, signed.value)?;
 
     // 9. Both keys are encrypted to the host.
-    let keys = Payload { ingress, egress, max_offline_unwraps: 0 }.seal(api, &host.key, request.algorithms)?;
+    let keys = Payload { ingress, egress, max_offline_unwraps: 0 }.seal(api, host_key, algorithms)?;
     Ok(RollResponse { egress_protector, keys })
 }
 
 /// Step 2: who asks, if it is a registered host that proved its health.
-fn healthy_host(
+///
+/// # Errors
+/// `HealthCertificateException`.
+pub fn healthy_host(
     service: &Service,
     health_certificate: &[u8],
     attempt: &mut Attempt,

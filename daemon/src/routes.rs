@@ -6,9 +6,11 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use claviger_protocol::attestation::{ErrorReply, OperationMode, ServiceInfoReply};
+use claviger_protocol::batch::MAX_BATCH_BODY;
 use claviger_protocol::error::{Code, Refusal};
 use claviger_protocol::payload::ApiVersion;
 use claviger_protocol::pkcs7;
+use claviger_protocol::request::RollResponse;
 use http_body_util::Full;
 use hyper::body::Incoming;
 use hyper::header::{ALLOW, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, RETRY_AFTER};
@@ -16,6 +18,7 @@ use hyper::{Method, Request, Response, StatusCode};
 
 use crate::attempt::Attempt;
 use crate::attest::host_key;
+use crate::batch;
 use crate::metrics;
 use crate::ready::Readiness;
 use crate::release;
@@ -38,6 +41,7 @@ const PKCS7: &str = "application/x-pkcs7-certificates";
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Endpoint {
     Roll(ApiVersion),
+    RollBatch,
     Metadata,
     HostKeyAttest,
     /// An endpoint of a mode that is not in use.
@@ -47,9 +51,10 @@ enum Endpoint {
 }
 
 /// Every resource, in lower case: paths are matched without regard to case.
-const RESOURCES: [(&str, Method, Endpoint); 9] = [
+const RESOURCES: [(&str, Method, Endpoint); 10] = [
     ("/keyprotection/service/v1.0/rolltransportkey", Method::POST, Endpoint::Roll(ApiVersion::V1)),
     ("/keyprotection/service/v2.0/rolltransportkey", Method::POST, Endpoint::Roll(ApiVersion::V2)),
+    ("/keyprotection/service/v2.0/rolltransportkeys", Method::POST, Endpoint::RollBatch),
     ("/keyprotection/service/metadata/2014-07/metadata.xml", Method::GET, Endpoint::Metadata),
     ("/attestation/v2.0/hostkeyattest", Method::POST, Endpoint::HostKeyAttest),
     ("/attestation/v1.0/attest", Method::POST, Endpoint::OtherMode),
@@ -102,6 +107,13 @@ struct Answer {
 impl Answer {
     fn ok(media_type: &'static str, body: impl Into<Bytes>) -> Self {
         Self { status: 200, media_type, body: body.into(), allow: None }
+    }
+
+    fn release(result: Result<RollResponse, Refusal>) -> Self {
+        match result {
+            Ok(response) => Self::ok(XML, response.to_xml()),
+            Err(refusal) => Self::refused(&refusal),
+        }
     }
 
     fn refused(refusal: &Refusal) -> Self {
@@ -164,15 +176,17 @@ async fn answer(service: Arc<Service>, request: Request<Incoming>, id: String) -
         return family.error(Code::UnsupportedMediaType, &message);
     }
     let timeout = service.config.server.body_timeout();
-    let body = match read_body(request.into_body(), MAX_BODY, timeout).await {
+    let limit = if *endpoint == Endpoint::RollBatch { MAX_BATCH_BODY } else { MAX_BODY };
+    let body = match read_body(request.into_body(), limit, timeout).await {
         Ok(body) => body,
         Err(BodyError::TooLarge) => {
-            return family.error(Code::RequestTooLarge, &format!("the body is larger than {MAX_BODY} octets"));
+            return family.error(Code::RequestTooLarge, &format!("the body is larger than {limit} octets"));
         }
         Err(error) => return Answer { status: 408, ..Answer::ok(TEXT, error.to_string()) },
     };
     match endpoint {
         Endpoint::Roll(api) => roll(&service, *api, &body, id).await,
+        Endpoint::RollBatch => roll_batch(&service, &body, id).await,
         Endpoint::HostKeyAttest => attest(&service, &body, id).await,
         _ => other_mode(&service, id).await,
     }
@@ -194,22 +208,43 @@ async fn document(service: &Service, endpoint: Endpoint) -> Answer {
     }
 }
 
-/// A release: decided, recorded, counted, answered.
+/// A release, answered.
 async fn roll(service: &Service, api: ApiVersion, body: &[u8], id: String) -> Answer {
     let mut attempt = Attempt::new(id);
     let result = release::roll(service, api, body, &mut attempt).await;
-    let outcome = result.as_ref().map_or_else(|refusal| refusal.code.as_str(), |_| SUCCESS);
-    let recorded = service.record(&attempt.entry("release", outcome)).await;
-    let (outcome, answer) = match result {
-        _ if !recorded => {
-            let refusal = Refusal::new(Code::ServiceUnavailable, "the decision cannot be recorded now; try again");
-            (refusal.code.as_str(), Answer::refused(&refusal))
-        }
-        Ok(response) => (SUCCESS, Answer::ok(XML, response.to_xml())),
-        Err(refusal) => (outcome, Answer::refused(&refusal)),
+    Answer::release(decide(service, api, &attempt, result).await)
+}
+
+/// Many releases, answered. The items were decided one by one; a refusal of the whole request is decided here.
+async fn roll_batch(service: &Arc<Service>, body: &[u8], id: String) -> Answer {
+    let mut attempt = Attempt::new(id);
+    match batch::roll(service, body, &mut attempt).await {
+        Ok(results) => Answer::ok(XML, claviger_protocol::batch::to_xml(&results)),
+        Err(refusal) => Answer::release(decide(service, ApiVersion::V2, &attempt, Err(refusal)).await),
+    }
+}
+
+/// The decision on a release: recorded, then counted. What cannot be recorded is not released.
+///
+/// # Errors
+/// The refusal that `result` is, or `ServiceUnavailableException` when it cannot be recorded.
+pub(crate) async fn decide(
+    service: &Service,
+    api: ApiVersion,
+    attempt: &Attempt,
+    result: Result<RollResponse, Refusal>,
+) -> Result<RollResponse, Refusal> {
+    let outcome = |result: &Result<RollResponse, Refusal>| match result {
+        Ok(_) => SUCCESS,
+        Err(refusal) => refusal.code.as_str(),
     };
-    metrics::release(outcome, api.as_str());
-    answer
+    let decided = if service.record(&attempt.entry("release", outcome(&result))).await {
+        result
+    } else {
+        Err(Refusal::new(Code::ServiceUnavailable, "the decision cannot be recorded now; try again"))
+    };
+    metrics::release(outcome(&decided), api.as_str());
+    decided
 }
 
 /// An attestation in host-key mode: decided, recorded, counted, answered.

@@ -26,6 +26,8 @@ pub struct MemberConfig {
     pub weight: u32,
     /// How many sessions to open at most; 0 counts as 1.
     pub sessions: usize,
+    /// How many calls may wait or run at most; 0 counts as 1.
+    pub queue: usize,
 }
 
 /// How a token is recognised. Slot numbers are not stable, so they are not offered.

@@ -5,7 +5,7 @@
 //!
 //! | step | module |
 //! |---|---|
-//! | read the request and its algorithms | [`request`], [`algorithm`] |
+//! | read the request and its algorithms | [`request`], [`batch`], [`algorithm`] |
 //! | judge the health certificate | [`health`] |
 //! | read the protector, canonical octets included | [`protector`], [`xml`], [`c14n`] |
 //! | check signatures and the chain of wrappings | [`verify`] |
@@ -18,6 +18,7 @@
 
 pub mod algorithm;
 pub mod attestation;
+pub mod batch;
 pub mod build;
 pub mod c14n;
 pub mod certificate;

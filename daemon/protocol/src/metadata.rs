@@ -142,8 +142,8 @@ impl Metadata {
         };
         let guardian = read_information(*information)?;
         let communications_certificate = check_document(root, *signature)?;
-        let signing = Certificate::parse(&guardian.signing_certificate)
-            .map_err(|e| MetadataError::Certificate("signing", e))?;
+        let signing =
+            Certificate::parse(&guardian.signing_certificate).map_err(|e| MetadataError::Certificate("signing", e))?;
         let encryption = Certificate::parse(&guardian.encryption_certificate)
             .map_err(|e| MetadataError::Certificate("encryption", e))?;
         for (signature, covered, name) in [
@@ -248,8 +248,7 @@ fn check_document(
     if digest::digest(&digest::SHA256, covered.as_bytes()).as_ref() != expected {
         return Err(MetadataError::Signature("digest"));
     }
-    let certificate =
-        Certificate::parse(&certificate).map_err(|e| MetadataError::Certificate("communications", e))?;
+    let certificate = Certificate::parse(&certificate).map_err(|e| MetadataError::Certificate("communications", e))?;
     let signed_info = c14n::element(signed_info)?;
     certificate
         .key()

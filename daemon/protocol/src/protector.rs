@@ -180,6 +180,8 @@ impl<'a> Draft<'a> {
         let guardian_signature = content.required("GuardianSignature")?;
         content.end()?;
 
+        // First of all, because it stops at a bound that holds for what is kept of the signatures' parameters as well.
+        let signed_octets = c14n::element(wrappings_element)?;
         let wrappings = read_wrappings(wrappings_element)?;
         xml::attributes(transport_key_signature, &[])?;
         let mut content = Sequence::of(transport_key_signature, KPS_NS)?;
@@ -201,8 +203,8 @@ impl<'a> Draft<'a> {
             return Err(XmlError(format!("two wrappings have the Id {}", twice.id)));
         }
         let guardian = wrappings.iter().position(|w| w.id == id);
-        let guardian = guardian.ok_or_else(|| XmlError::new("GuardianSignature names no wrapping of this protector"))?;
-        let signed_octets = c14n::element(wrappings_element)?;
+        let guardian =
+            guardian.ok_or_else(|| XmlError::new("GuardianSignature names no wrapping of this protector"))?;
         Ok(Self {
             max_offline_unwraps,
             wrappings,
@@ -323,6 +325,9 @@ pub(crate) fn read_signature<'a>(element: Node<'a, 'a>) -> Result<Signed<'a>, Xm
             let mut inside = String::new();
             for child in xml::child_elements(node)? {
                 inside.push_str(&c14n::element_within(child, KPS_NS)?);
+                if inside.len() > c14n::MAX_OCTETS {
+                    return Err(XmlError::new("the parameters of a signature are too large"));
+                }
             }
             Some(inside)
         }

@@ -28,13 +28,7 @@ impl RollRequest {
         let text = xml::decode(body).map_err(bad)?;
         let document = xml::parse(&text).map_err(bad)?;
         let (ingress_protector, health_certificate, uris) = Self::read(&document).map_err(bad)?;
-        let [transfer, wrapping, transport] = &uris;
-        let algorithms = HostAlgorithms {
-            transfer: Oaep::from_request_uri(transfer)?,
-            wrapping: KeyWrapping::from_uri(wrapping)?,
-            transport: Sealing::from_uri(transport)?,
-        };
-        Ok(Self { ingress_protector, health_certificate, algorithms })
+        Ok(Self { ingress_protector, health_certificate, algorithms: HostAlgorithms::from_uris(&uris)? })
     }
 
     fn read(document: &roxmltree::Document<'_>) -> Result<(Vec<u8>, Vec<u8>, [String; 3]), XmlError> {
@@ -43,11 +37,7 @@ impl RollRequest {
         let mut content = Sequence::of(root, SERVICE_NS)?;
         let ingress_protector = xml::base64(content.required("IngressProtector")?)?;
         let health_certificate = xml::base64(content.required("HealthCertificate")?)?;
-        let uris = [
-            uri(content.required("TransferKeyEncryptionAlgorithm")?)?,
-            uri(content.required("WrappingKeyEncryptionAlgorithm")?)?,
-            uri(content.required("TransportKeysEncryptionAlgorithm")?)?,
-        ];
+        let uris = algorithm_uris(&mut content)?;
         content.end()?;
         Ok((ingress_protector, health_certificate, uris))
     }
@@ -59,15 +49,41 @@ impl RollRequest {
             format!("<?xml version=\"1.0\" encoding=\"utf-8\"?><RollTransportKeyRequest xmlns=\"{SERVICE_NS}\">");
         write_base64("IngressProtector", &self.ingress_protector, &mut out);
         write_base64("HealthCertificate", &self.health_certificate, &mut out);
-        let transfer = if self.algorithms.transfer == Oaep::SHA1 { OAEP_MGF1P } else { OAEP_11 };
+        self.algorithms.write(&mut out);
+        out.push_str("</RollTransportKeyRequest>");
+        out.into_bytes()
+    }
+}
+
+/// The three elements that say how the keys shall travel.
+pub(crate) fn algorithm_uris(content: &mut Sequence<'_, '_>) -> Result<[String; 3], XmlError> {
+    Ok([
+        uri(content.required("TransferKeyEncryptionAlgorithm")?)?,
+        uri(content.required("WrappingKeyEncryptionAlgorithm")?)?,
+        uri(content.required("TransportKeysEncryptionAlgorithm")?)?,
+    ])
+}
+
+impl HostAlgorithms {
+    /// The algorithms of a request: transfer, wrapping, transport keys.
+    pub(crate) fn from_uris([transfer, wrapping, transport]: &[String; 3]) -> Result<Self, Refusal> {
+        Ok(Self {
+            transfer: Oaep::from_request_uri(transfer)?,
+            wrapping: KeyWrapping::from_uri(wrapping)?,
+            transport: Sealing::from_uri(transport)?,
+        })
+    }
+
+    /// Writes the three elements of a request.
+    pub(crate) fn write(self, out: &mut String) {
+        let transfer = if self.transfer == Oaep::SHA1 { OAEP_MGF1P } else { OAEP_11 };
         out.push_str(&format!(
             "<TransferKeyEncryptionAlgorithm>{transfer}</TransferKeyEncryptionAlgorithm>\
              <WrappingKeyEncryptionAlgorithm>{}</WrappingKeyEncryptionAlgorithm>\
-             <TransportKeysEncryptionAlgorithm>{}</TransportKeysEncryptionAlgorithm></RollTransportKeyRequest>",
-            self.algorithms.wrapping.uri(),
-            self.algorithms.transport.uri()
+             <TransportKeysEncryptionAlgorithm>{}</TransportKeysEncryptionAlgorithm>",
+            self.wrapping.uri(),
+            self.transport.uri()
         ));
-        out.into_bytes()
     }
 }
 
@@ -99,12 +115,17 @@ impl RollResponse {
         out.push_str("<?xml version=\"1.0\" encoding=\"utf-8\"?><RollTransportKeyResponse xmlns=\"");
         out.push_str(SERVICE_NS);
         out.push_str("\">");
-        write_base64("EgressProtector", &self.egress_protector, &mut out);
-        write_base64("EncryptedTransferKey", &self.keys.transfer_key, &mut out);
-        write_base64("EncryptedWrappingKey", &self.keys.wrapping_key, &mut out);
-        write_base64("EncryptedTransportKeys", &self.keys.transport_keys, &mut out);
+        self.write_content(&mut out);
         out.push_str("</RollTransportKeyResponse>");
         out.into_bytes()
+    }
+
+    /// The content of the element.
+    pub(crate) fn write_content(&self, out: &mut String) {
+        write_base64("EgressProtector", &self.egress_protector, out);
+        write_base64("EncryptedTransferKey", &self.keys.transfer_key, out);
+        write_base64("EncryptedWrappingKey", &self.keys.wrapping_key, out);
+        write_base64("EncryptedTransportKeys", &self.keys.transport_keys, out);
     }
 
     /// Reads a reply, as a host does.
@@ -114,8 +135,11 @@ impl RollResponse {
     pub fn parse(body: &[u8]) -> Result<Self, XmlError> {
         let text = xml::decode(body)?;
         let document = xml::parse(&text)?;
-        let root = xml::root(&document, SERVICE_NS, "RollTransportKeyResponse")?;
-        let mut content = Sequence::of(root, SERVICE_NS)?;
+        Self::read(xml::root(&document, SERVICE_NS, "RollTransportKeyResponse")?)
+    }
+
+    pub(crate) fn read(element: roxmltree::Node<'_, '_>) -> Result<Self, XmlError> {
+        let mut content = Sequence::of(element, SERVICE_NS)?;
         let egress_protector = xml::base64(content.required("EgressProtector")?)?;
         let keys = EncryptedKeys {
             transfer_key: xml::base64(content.required("EncryptedTransferKey")?)?,
@@ -135,8 +159,11 @@ impl Refusal {
     pub fn parse(body: &[u8]) -> Result<Self, XmlError> {
         let text = xml::decode(body)?;
         let document = xml::parse(&text)?;
-        let root = xml::root(&document, SERVICE_NS, "Error")?;
-        let mut content = Sequence::of(root, SERVICE_NS)?;
+        Self::read(xml::root(&document, SERVICE_NS, "Error")?)
+    }
+
+    pub(crate) fn read(element: roxmltree::Node<'_, '_>) -> Result<Self, XmlError> {
+        let mut content = Sequence::of(element, SERVICE_NS)?;
         let code = xml::text(content.required("Code")?)?;
         let message = xml::text(content.required("Message")?)?;
         content.end()?;

@@ -30,7 +30,7 @@ const MAX_NAME: usize = 1024;
 /// Longest namespace name, in octets. Names are compared, and written again and again.
 const MAX_NAMESPACE_NAME: usize = 256;
 /// Most namespace declarations in scope at one element, and in a document. Resolving names costs their product.
-const MAX_NAMESPACES_IN_SCOPE: usize = 128;
+const MAX_NAMESPACES_IN_SCOPE: usize = 64;
 const MAX_NAMESPACES: usize = 8_192;
 /// Most nodes of a tree.
 const MAX_NODES: u32 = 100_000;
@@ -70,7 +70,8 @@ pub fn decode(octets: &[u8]) -> Result<Cow<'_, str>> {
 pub fn parse(text: &str) -> Result<Document<'_>> {
     guard(text)?;
     let options = ParsingOptions { allow_dtd: false, nodes_limit: MAX_NODES, ..ParsingOptions::default() };
-    Document::parse_with_options(text, options).map_err(|e| XmlError(format!("the document is not well-formed XML: {e}")))
+    Document::parse_with_options(text, options)
+        .map_err(|e| XmlError(format!("the document is not well-formed XML: {e}")))
 }
 
 /// One pass over the octets that refuses what is forbidden or would be expensive, and what the parser that follows

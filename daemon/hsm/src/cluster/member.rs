@@ -23,8 +23,6 @@ use crate::module::Module;
 use crate::session::{self, Answer, Handle, Job, Request};
 use crate::{Event, Observer};
 
-/// How many calls may wait or run at a member.
-pub(crate) const QUEUE: usize = 4096;
 /// How long a member that failed for its own reasons sits out, and how often one that is down is tried.
 const REST: Duration = Duration::from_secs(1);
 /// After how long a token that gave fewer sessions than asked for is asked again.
@@ -83,6 +81,8 @@ pub(crate) struct Shared {
     live_threads: AtomicUsize,
     threads: Mutex<Vec<JoinHandle<()>>>,
     max_sessions: usize,
+    /// How many calls may wait or run.
+    max_queue: usize,
     said_few_sessions: AtomicBool,
 }
 
@@ -274,6 +274,7 @@ impl Member {
             live_threads: AtomicUsize::new(0),
             threads: Mutex::new(Vec::new()),
             max_sessions,
+            max_queue: config.queue.max(1),
             said_few_sessions: AtomicBool::new(false),
         });
         let pool = Pool::builder(Sessions { shared: Arc::clone(&shared) })
@@ -306,7 +307,7 @@ impl Member {
     }
 
     pub(crate) fn is_full(&self) -> bool {
-        self.shared.in_flight.load(Ordering::Relaxed) >= QUEUE
+        self.shared.in_flight.load(Ordering::Relaxed) >= self.shared.max_queue
     }
 
     /// Whether the member is down and it is time to see if it still is. Says so to one caller each second.
@@ -398,7 +399,7 @@ impl Member {
         // Counted first, so that two callers cannot both take the last place.
         let before = self.shared.in_flight.fetch_add(1, Ordering::Relaxed);
         let in_flight = InFlight(Arc::clone(&self.shared));
-        if before >= QUEUE {
+        if before >= self.shared.max_queue {
             return Err(HsmError::QueueFull);
         }
         Ok(in_flight)

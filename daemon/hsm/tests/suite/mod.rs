@@ -65,6 +65,7 @@ pub fn member(name: &str, module: &str, label: &str) -> MemberConfig {
         priority: 0,
         weight: 1,
         sessions: 8,
+        queue: 4096,
     }
 }
 

@@ -1,0 +1,59 @@
+//! Many releases in one request (protocol page, section 2.7): the health certificate is judged once, the protectors are
+//! released side by side over the cluster, and one bad protector does not fail its neighbours.
+
+use std::sync::Arc;
+
+use claviger_protocol::batch::BatchRequest;
+use claviger_protocol::error::Refusal;
+use claviger_protocol::payload::ApiVersion;
+use claviger_protocol::request::RollResponse;
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+
+use crate::attempt::Attempt;
+use crate::release::{healthy_host, roll_protector};
+use crate::routes::decide;
+use crate::service::Service;
+
+/// Releases of one request that run at the same time. Enough to keep a cluster busy; the rest of the memory a request
+/// takes is bounded by its body.
+const SIDE_BY_SIDE: usize = 32;
+
+/// Releases each protector of a request. Every item is decided, recorded and counted like a release of its own; its
+/// request id is the request's with the item's number.
+///
+/// # Errors
+/// What is wrong with the whole request: its shape, its algorithms, its health certificate.
+pub async fn roll(
+    service: &Arc<Service>,
+    body: &[u8],
+    attempt: &mut Attempt,
+) -> Result<Vec<Result<RollResponse, Refusal>>, Refusal> {
+    let request = BatchRequest::parse(body)?;
+    let host = healthy_host(service, &request.health_certificate, attempt)?;
+    let places = Arc::new(Semaphore::new(SIDE_BY_SIDE));
+    let mut items = JoinSet::new();
+    let count = request.ingress_protectors.len();
+    for (at, protector) in request.ingress_protectors.into_iter().enumerate() {
+        let (service, host, places) = (service.clone(), host.clone(), places.clone());
+        let mut attempt = attempt.item(at + 1);
+        items.spawn(async move {
+            // The semaphore is never closed.
+            let _place = places.acquire().await;
+            attempt.protector(&protector);
+            let algorithms = request.algorithms;
+            let result =
+                roll_protector(&service, ApiVersion::V2, &host.key, algorithms, &protector, &mut attempt).await;
+            (at, decide(&service, ApiVersion::V2, &attempt, result).await)
+        });
+    }
+    // What a panic took with it is the service's fault.
+    let mut results: Vec<_> = (0..count).map(|_| Err(Refusal::internal())).collect();
+    while let Some(item) = items.join_next().await {
+        match item {
+            Ok((at, result)) => results[at] = result,
+            Err(error) => tracing::error!(request = attempt.request, %error, "an item of a batch failed"),
+        }
+    }
+    Ok(results)
+}
