@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::print_stderr)]
 
+use std::io::IsTerminal;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -14,6 +15,7 @@ use claviger::config::Config;
 use claviger::daemon::{Daemon, load_cluster};
 use claviger::lab::Lab;
 use claviger::{demo, print, process};
+use claviger_hsm::Cluster;
 use tracing_subscriber::EnvFilter;
 
 /// Releases the transport keys of shielded virtual machines to hosts that proved their health
@@ -69,7 +71,8 @@ fn main() -> ExitCode {
     let quiet = matches!(arguments.command, Command::Demo { .. });
     let filter =
         EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(if quiet { "warn" } else { "info" }));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let ansi = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(ansi).init();
     match run(arguments.command) {
         Ok(status) => status,
         Err(failure) => {
@@ -86,7 +89,7 @@ fn run(command: Command) -> Result<ExitCode, Failure> {
             process::no_core_dumps()?;
             let config = Config::load(&config)?;
             let cluster = load_cluster(&config)?;
-            runtime()?.block_on(async {
+            on_tokens(cluster, async |cluster| {
                 let stop = process::shutdown_signal()?;
                 let daemon = Daemon::start(config, cluster).await?;
                 print::line(&format!("listening on {}", daemon.url()));
@@ -102,7 +105,7 @@ fn run(command: Command) -> Result<ExitCode, Failure> {
             print::line("Claviger demo: a guarded host gets the keys of a tenant's virtual machines\n");
             let lab = Lab::prepare(&dir, listen, metrics, hsms.into())?;
             let cluster = load_cluster(&lab.config)?;
-            runtime()?.block_on(async {
+            on_tokens(cluster, async |cluster| {
                 let stop = process::shutdown_signal()?;
                 let (daemon, passed) = demo::run(&lab, cluster, vms.into(), begun).await?;
                 if !exit {
@@ -116,6 +119,19 @@ fn run(command: Command) -> Result<ExitCode, Failure> {
         Command::Hosts(command) => runtime()?.block_on(cli::hosts(command)).map(|()| ExitCode::SUCCESS),
         Command::Keys(command) => runtime()?.block_on(cli::keys(command)).map(|()| ExitCode::SUCCESS),
     }
+}
+
+/// Runs `work` and closes the sessions on the tokens after it, also when it failed: a vendor's library does not survive
+/// the end of the process with threads inside.
+fn on_tokens(
+    cluster: Cluster,
+    work: impl AsyncFnOnce(Cluster) -> Result<ExitCode, Failure>,
+) -> Result<ExitCode, Failure> {
+    runtime()?.block_on(async {
+        let result = work(cluster.clone()).await;
+        cluster.close().await;
+        result
+    })
 }
 
 fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
