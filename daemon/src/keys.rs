@@ -19,8 +19,9 @@ use crate::state::{self, Kind};
 /// renewed with the same key goes on working.
 #[derive(Debug, Default)]
 pub struct Keys {
-    encryption: HashMap<RsaPublicKey, KeyId>,
-    signing: HashMap<RsaPublicKey, KeyId>,
+    /// By SubjectPublicKeyInfo (DER), like `signing`.
+    encryption: HashMap<Vec<u8>, KeyId>,
+    signing: HashMap<Vec<u8>, KeyId>,
     primary_encryption: Option<Key>,
     primary_signing: Option<Key>,
     other_signing: Vec<Vec<u8>>,
@@ -50,7 +51,7 @@ impl Keys {
                 Kind::Encryption => &mut keys.encryption,
                 Kind::Signing => &mut keys.signing,
             };
-            by_key.insert(certificate.key().clone(), id.clone());
+            by_key.insert(certificate.key().spki_der().to_vec(), id.clone());
             match (entry.kind, entry.is_primary) {
                 (Kind::Encryption, true) => keys.primary_encryption = Some(Key { certificate, id }),
                 (Kind::Signing, true) => keys.primary_signing = Some(Key { certificate, id }),
@@ -64,13 +65,13 @@ impl Keys {
     /// The private key that decrypts what was encrypted to `public`.
     #[must_use]
     pub fn encryption(&self, public: &RsaPublicKey) -> Option<&KeyId> {
-        self.encryption.get(public)
+        self.encryption.get(public.spki_der())
     }
 
     /// The private key that signs what `public` verifies.
     #[must_use]
     pub fn signing(&self, public: &RsaPublicKey) -> Option<&KeyId> {
-        self.signing.get(public)
+        self.signing.get(public.spki_der())
     }
 
     /// The certificates that new protectors use: encryption, signing.

@@ -94,7 +94,9 @@ fn run(command: Command) -> Result<ExitCode, Failure> {
                 let daemon = Daemon::start(config, cluster).await?;
                 print::line(&format!("listening on {}", daemon.url()));
                 print::line(&format!("metrics on http://{}", daemon.metrics_address));
-                tracing::info!(signal = stop.await, "stopping");
+                // Awaited here: the macro does not look at its arguments where its level is switched off.
+                let signal = stop.await;
+                tracing::info!(signal, "stopping");
                 daemon.stop().await;
                 Ok(ExitCode::SUCCESS)
             })

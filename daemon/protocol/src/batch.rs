@@ -2,7 +2,7 @@
 
 use crate::algorithm::HostAlgorithms;
 use crate::error::Refusal;
-use crate::request::{RollResponse, algorithm_uris};
+use crate::request::{AlgorithmUris, RollResponse};
 use crate::xml::{self, SERVICE_NS, Sequence, XmlError, write_base64};
 
 /// Largest body, in octets.
@@ -21,6 +21,9 @@ pub struct BatchRequest {
     pub ingress_protectors: Vec<Vec<u8>>,
 }
 
+/// Health certificate, algorithms, protectors.
+type Parts = (Vec<u8>, AlgorithmUris, Vec<Vec<u8>>);
+
 impl BatchRequest {
     /// Reads a request body.
     ///
@@ -31,15 +34,15 @@ impl BatchRequest {
         let text = xml::decode(body).map_err(bad)?;
         let document = xml::parse(&text).map_err(bad)?;
         let (health_certificate, uris, ingress_protectors) = Self::read(&document).map_err(bad)?;
-        Ok(Self { health_certificate, algorithms: HostAlgorithms::from_uris(&uris)?, ingress_protectors })
+        Ok(Self { health_certificate, algorithms: uris.known()?, ingress_protectors })
     }
 
-    fn read(document: &roxmltree::Document<'_>) -> Result<(Vec<u8>, [String; 3], Vec<Vec<u8>>), XmlError> {
+    fn read(document: &roxmltree::Document<'_>) -> Result<Parts, XmlError> {
         let root = xml::root(document, SERVICE_NS, "RollTransportKeysRequest")?;
         xml::attributes(root, &[])?;
         let mut content = Sequence::of(root, SERVICE_NS)?;
         let health_certificate = xml::base64(content.required("HealthCertificate")?)?;
-        let uris = algorithm_uris(&mut content)?;
+        let uris = AlgorithmUris::read(&mut content)?;
         let mut protectors = vec![xml::base64(content.required("IngressProtector")?)?];
         while let Some(item) = content.optional("IngressProtector") {
             if protectors.len() == MAX_ITEMS {

@@ -132,7 +132,7 @@ impl<'a> Writer<'a> {
 /// The name of an element as it stands in the source: the tree keeps the namespace, canonical XML needs the prefix.
 fn qualified_name<'i>(node: Node<'_, 'i>) -> &'i str {
     let source = &source(node)[node.range().start + 1..];
-    let end = source.find(|c: char| matches!(c, ' ' | '\t' | '\n' | '\r' | '/' | '>')).unwrap_or(source.len());
+    let end = source.find([' ', '\t', '\n', '\r', '/', '>']).unwrap_or(source.len());
     &source[..end]
 }
 

@@ -28,16 +28,16 @@ impl RollRequest {
         let text = xml::decode(body).map_err(bad)?;
         let document = xml::parse(&text).map_err(bad)?;
         let (ingress_protector, health_certificate, uris) = Self::read(&document).map_err(bad)?;
-        Ok(Self { ingress_protector, health_certificate, algorithms: HostAlgorithms::from_uris(&uris)? })
+        Ok(Self { ingress_protector, health_certificate, algorithms: uris.known()? })
     }
 
-    fn read(document: &roxmltree::Document<'_>) -> Result<(Vec<u8>, Vec<u8>, [String; 3]), XmlError> {
+    fn read(document: &roxmltree::Document<'_>) -> Result<(Vec<u8>, Vec<u8>, AlgorithmUris), XmlError> {
         let root = xml::root(document, SERVICE_NS, "RollTransportKeyRequest")?;
         xml::attributes(root, &[])?;
         let mut content = Sequence::of(root, SERVICE_NS)?;
         let ingress_protector = xml::base64(content.required("IngressProtector")?)?;
         let health_certificate = xml::base64(content.required("HealthCertificate")?)?;
-        let uris = algorithm_uris(&mut content)?;
+        let uris = AlgorithmUris::read(&mut content)?;
         content.end()?;
         Ok((ingress_protector, health_certificate, uris))
     }
@@ -55,24 +55,33 @@ impl RollRequest {
     }
 }
 
-/// The three elements that say how the keys shall travel.
-pub(crate) fn algorithm_uris(content: &mut Sequence<'_, '_>) -> Result<[String; 3], XmlError> {
-    Ok([
-        uri(content.required("TransferKeyEncryptionAlgorithm")?)?,
-        uri(content.required("WrappingKeyEncryptionAlgorithm")?)?,
-        uri(content.required("TransportKeysEncryptionAlgorithm")?)?,
-    ])
+/// The three elements that say how the keys shall travel, before anybody asks whether the algorithms are known: what is
+/// wrong with a request's shape is said first.
+pub(crate) struct AlgorithmUris {
+    transfer: String,
+    wrapping: String,
+    transport: String,
+}
+
+impl AlgorithmUris {
+    pub(crate) fn read(content: &mut Sequence<'_, '_>) -> Result<Self, XmlError> {
+        Ok(Self {
+            transfer: uri(content.required("TransferKeyEncryptionAlgorithm")?)?,
+            wrapping: uri(content.required("WrappingKeyEncryptionAlgorithm")?)?,
+            transport: uri(content.required("TransportKeysEncryptionAlgorithm")?)?,
+        })
+    }
+
+    pub(crate) fn known(&self) -> Result<HostAlgorithms, Refusal> {
+        Ok(HostAlgorithms {
+            transfer: Oaep::from_request_uri(&self.transfer)?,
+            wrapping: KeyWrapping::from_uri(&self.wrapping)?,
+            transport: Sealing::from_uri(&self.transport)?,
+        })
+    }
 }
 
 impl HostAlgorithms {
-    /// The algorithms of a request: transfer, wrapping, transport keys.
-    pub(crate) fn from_uris([transfer, wrapping, transport]: &[String; 3]) -> Result<Self, Refusal> {
-        Ok(Self {
-            transfer: Oaep::from_request_uri(transfer)?,
-            wrapping: KeyWrapping::from_uri(wrapping)?,
-            transport: Sealing::from_uri(transport)?,
-        })
-    }
 
     /// Writes the three elements of a request.
     pub(crate) fn write(self, out: &mut String) {

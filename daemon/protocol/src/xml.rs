@@ -1,6 +1,6 @@
 //! XML as this protocol allows it: parsed strictly, within limits that bound the cost before anything is built.
 //!
-//! The tree comes from `roxmltree`. A cheap scan in front of it ([`guard`]) refuses what the protocol forbids (DTD,
+//! The tree comes from `roxmltree`. A cheap scan in front of it (`guard`) refuses what the protocol forbids (DTD,
 //! processing instructions, other encodings, deep nesting) and what would make a parser slow (thousands of attributes
 //! or namespace declarations in scope), so that a hostile document costs one pass over its octets.
 
@@ -366,7 +366,7 @@ pub(crate) fn text<'a>(node: Node<'a, '_>) -> Result<Cow<'a, str>> {
 }
 
 /// Text of a simple type whose white space collapses (anyURI, numbers).
-pub(crate) fn token<'a>(value: &'a str) -> &'a str {
+pub(crate) fn token(value: &str) -> &str {
     value.trim_matches(|c: char| c.is_ascii() && is_space(c as u8))
 }
 
