@@ -20,9 +20,14 @@ pub const HKDF: &str = "http://www.w3.org/2021/04/xmldsig-more#hkdf";
 /// HMAC-SHA-256: the transport-key signature, and HKDF's PRF.
 pub const HMAC_SHA256: &str = "http://www.w3.org/2001/04/xmldsig-more#hmac-sha256";
 
+/// Longest part of an unknown URI that a refusal names, in characters.
+const MAX_NAMED: usize = 500;
+
 /// The refusal of an algorithm: the message names the URI.
 pub(crate) fn unsupported(uri: &str) -> Refusal {
-    Refusal::new(Code::UnsupportedAlgorithm, format!("the algorithm {uri} is not supported here"))
+    // A URI may be as long as a document; a message need not.
+    let named: String = uri.chars().take(MAX_NAMED).collect();
+    Refusal::new(Code::UnsupportedAlgorithm, format!("the algorithm {named} is not supported here"))
 }
 
 /// A hash function.

@@ -8,8 +8,8 @@ use data_encoding::BASE64;
 use serde::{Deserialize, Serialize};
 
 use crate::algorithm::{SignatureAlgorithm, SignatureDigest};
-pub use crate::health::ResultType;
 use crate::encoding;
+pub use crate::health::ResultType;
 use crate::rsa_key::{BadSignature, RsaPublicKey};
 use strict::{Item, Object};
 
@@ -91,18 +91,12 @@ impl HostKeyRequest {
     pub fn parse(body: &[u8]) -> Result<Self, PayloadError> {
         let text = std::str::from_utf8(body).map_err(|_| refuse("the request is not UTF-8"))?;
         strict::check(text).map_err(|e| refuse_json(&e))?;
-        let Object(body) =
-            serde_json::from_str::<Object<RequestBody<'_>>>(text).map_err(|e| refuse_json(&e))?;
-        if body
-            .type_name
-            .is_some_and(|name| name.strip_suffix(TYPE_SUFFIX) != Some(REQUEST))
-        {
+        let Object(body) = serde_json::from_str::<Object<RequestBody<'_>>>(text).map_err(|e| refuse_json(&e))?;
+        if body.type_name.is_some_and(|name| name.strip_suffix(TYPE_SUFFIX) != Some(REQUEST)) {
             return Err(refuse(format!("__type is not {REQUEST}{TYPE_SUFFIX}")));
         }
         let session_id = base64(&body.session_id, "SessionId")?;
-        let session_id = session_id
-            .try_into()
-            .map_err(|_| refuse("SessionId is not 16 octets long"))?;
+        let session_id = session_id.try_into().map_err(|_| refuse("SessionId is not 16 octets long"))?;
 
         let mut requested = Vec::new();
         for number in body.requested {
@@ -110,9 +104,7 @@ impl HostKeyRequest {
                 1 => ResultType::EncryptionCertificate,
                 2 => ResultType::SigningCertificate,
                 3 => {
-                    return Err(refuse(
-                        "RequestedContent 3 (CA certificate) is served in TPM mode only",
-                    ));
+                    return Err(refuse("RequestedContent 3 (CA certificate) is served in TPM mode only"));
                 }
                 _ => return Err(refuse(format!("RequestedContent {number} is not known"))),
             };
@@ -130,30 +122,22 @@ impl HostKeyRequest {
             if let [first, second] = pair
                 && first.0.content_type == second.0.content_type
             {
-                return Err(refuse(format!(
-                    "ProvidedContent {} is there twice",
-                    first.0.content_type
-                )));
+                return Err(refuse(format!("ProvidedContent {} is there twice", first.0.content_type)));
             }
         }
         let content = |content_type: i64, name: &str| {
-            let tuple = provided
-                .iter()
-                .find(|tuple| tuple.0.content_type == content_type);
+            let tuple = provided.iter().find(|tuple| tuple.0.content_type == content_type);
             match tuple.map(|tuple| &tuple.0.item) {
                 Some(Item::Text(text)) => base64(text, name),
                 Some(Item::Other) => Err(refuse(format!("{name} is not a string"))),
-                None => Err(refuse(format!(
-                    "ProvidedContent lacks {content_type} ({name})"
-                ))),
+                None => Err(refuse(format!("ProvidedContent lacks {content_type} ({name})"))),
             }
         };
         let host_key_octets = content(HOST_KEY, "HostKeyPublicKey")?;
         let identity_key_octets = content(IDENTITY_KEY, "VirtualSecureModeIdentityKey")?;
         let signature = content(HOST_KEY_SIGNATURE, "HostKeySignature")?;
-        let key = |octets: &[u8], name: &str| {
-            RsaPublicKey::from_any(octets).map_err(|e| refuse(format!("{name}: {e}")))
-        };
+        let key =
+            |octets: &[u8], name: &str| RsaPublicKey::from_any(octets).map_err(|e| refuse(format!("{name}: {e}")));
         Ok(Self {
             session_id,
             requested,
@@ -177,8 +161,7 @@ impl HostKeyRequest {
     /// [`BadSignature`].
     pub fn verify_signature(&self) -> Result<(), BadSignature> {
         let algorithm = SignatureAlgorithm::Pkcs1(SignatureDigest::Sha256);
-        self.host_key
-            .verify(algorithm, &self.signed_octets(), &self.signature)
+        self.host_key.verify(algorithm, &self.signed_octets(), &self.signature)
     }
 }
 
@@ -209,10 +192,7 @@ pub fn host_key_request(
     json(&Body {
         type_name: type_name(REQUEST),
         session_id: BASE64.encode(&session_id),
-        requested_content: requested
-            .iter()
-            .map(|result_type| result_type.number())
-            .collect(),
+        requested_content: requested.iter().map(|result_type| result_type.number()).collect(),
         provided_content: vec![
             TupleOut::new(IDENTITY_KEY, identity_key_octets),
             TupleOut::new(HOST_KEY, host_key_octets),
@@ -231,10 +211,7 @@ struct TupleOut<N> {
 
 impl<N> TupleOut<N> {
     fn new(number: N, octets: &[u8]) -> Self {
-        Self {
-            number,
-            octets: BASE64.encode(octets),
-        }
+        Self { number, octets: BASE64.encode(octets) }
     }
 }
 
@@ -258,11 +235,7 @@ impl HealthCertificateReply {
         }
         json(&Body {
             type_name: type_name(HEALTH_CERTIFICATE_REPLY),
-            content: self
-                .content
-                .iter()
-                .map(|(what, der)| TupleOut::new(what.number(), der))
-                .collect(),
+            content: self.content.iter().map(|(what, der)| TupleOut::new(what.number(), der)).collect(),
         })
     }
 }
@@ -293,14 +266,10 @@ pub fn parse_health_certificate_reply(body: &[u8]) -> Result<Vec<(u32, Vec<u8>)>
     }
     let Object(body): Object<Body<'_>> = reply(body)?;
     if body.type_name.strip_suffix(TYPE_SUFFIX) != Some(HEALTH_CERTIFICATE_REPLY) {
-        return Err(ReplyError(clip(&format!(
-            "its __type is {}",
-            body.type_name
-        ))));
+        return Err(ReplyError(clip(&format!("its __type is {}", body.type_name))));
     }
     let decode = |Object(tuple): &Object<ReplyTuple<'_>>| {
-        let der = base64(&tuple.certificate, "a certificate")
-            .map_err(|PayloadError(message)| ReplyError(message))?;
+        let der = base64(&tuple.certificate, "a certificate").map_err(|PayloadError(message)| ReplyError(message))?;
         Ok((tuple.result_type, der))
     };
     body.content.iter().map(decode).collect()
@@ -331,11 +300,7 @@ impl ServiceInfoReply {
     /// What a server of this version answers.
     #[must_use]
     pub fn new(mode: OperationMode) -> Self {
-        Self {
-            functional_level: 2,
-            operation_mode: mode as u8,
-            supported_functional_levels: vec![1, 2],
-        }
+        Self { functional_level: 2, operation_mode: mode as u8, supported_functional_levels: vec![1, 2] }
     }
 
     /// The body of the reply.
@@ -356,10 +321,7 @@ impl ServiceInfoReply {
     pub fn parse(body: &[u8]) -> Result<Self, ReplyError> {
         let Object(body): Object<ServiceInfoBody> = reply(body)?;
         if body.type_name.strip_suffix(TYPE_SUFFIX) != Some(SERVICE_INFO_REPLY) {
-            return Err(ReplyError(clip(&format!(
-                "its __type is {}",
-                body.type_name
-            ))));
+            return Err(ReplyError(clip(&format!("its __type is {}", body.type_name))));
         }
         Ok(Self {
             functional_level: body.functional_level,
@@ -521,10 +483,7 @@ pub fn parse_error_reply(body: &[u8]) -> Result<ReceivedError, ReplyError> {
             expected_operation_mode: body.expected_operation_mode,
             reasons: body.reasons.into_iter().map(|reason| reason.0).collect(),
         }),
-        _ => Err(ReplyError(clip(&format!(
-            "its __type is {}",
-            body.type_name
-        )))),
+        _ => Err(ReplyError(clip(&format!("its __type is {}", body.type_name)))),
     }
 }
 
@@ -539,9 +498,7 @@ fn json<T: Serialize>(body: &T) -> Vec<u8> {
 
 fn reply<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, ReplyError> {
     let text = std::str::from_utf8(body).map_err(|_| ReplyError("it is not UTF-8".to_owned()))?;
-    strict::check(text)
-        .and_then(|()| serde_json::from_str(text))
-        .map_err(|e| ReplyError(clip(&e.to_string())))
+    strict::check(text).and_then(|()| serde_json::from_str(text)).map_err(|e| ReplyError(clip(&e.to_string())))
 }
 
 fn base64(text: &str, name: &str) -> Result<Vec<u8>, PayloadError> {

@@ -8,7 +8,8 @@ use ring::{hkdf, hmac, rand::SecureRandom};
 use crate::algorithm::{HKDF, HMAC_SHA256, OAEP_11, OAEP_MGF1P, SignatureAlgorithm};
 use crate::error::Refusal;
 use crate::protector::{
-    Encryption, HKDF_NS, Hkdf, MAX_PROTECTOR, Signature, TRANSPORT_KEY_LEN, TransportKey, TransportKeySignature, Wrapping,
+    Encryption, HKDF_NS, Hkdf, MAX_PROTECTOR, Signature, TRANSPORT_KEY_LEN, TransportKey, TransportKeySignature,
+    Wrapping,
 };
 use crate::rsa_key::RsaPublicKey;
 use crate::xml::{DSIG_NS, KPS_NS, write_base64};

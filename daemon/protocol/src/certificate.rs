@@ -9,9 +9,7 @@ use std::ops::{BitOr, Range};
 use std::time::Duration;
 
 use data_encoding::HEXLOWER;
-use der::asn1::{
-    Any, AnyRef, BitStringRef, Null, ObjectIdentifier, OctetString, PrintableString, SetOfVec, Uint,
-};
+use der::asn1::{Any, AnyRef, BitStringRef, Null, ObjectIdentifier, OctetString, PrintableString, SetOfVec, Uint};
 use der::oid::AssociatedOid;
 use der::{DateTime, Decode, Encode, Sequence, Tag};
 use ring::rand::SecureRandom as _;
@@ -26,9 +24,7 @@ use x509_parser::signature_algorithm::RsaSsaPssParams;
 use x509_parser::x509::{AlgorithmIdentifier as ParsedAlgorithm, X509Name};
 
 use crate::algorithm::{SignatureAlgorithm, SignatureDigest};
-use crate::rsa_key::{
-    KeyError, RsaPrivateKey, RsaPublicKey, SignError, pem_decode, pem_encode, sha256,
-};
+use crate::rsa_key::{KeyError, RsaPrivateKey, RsaPublicKey, SignError, pem_decode, pem_encode, sha256};
 
 const COMMON_NAME: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.5.4.3");
 const SERIAL_NUMBER: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.5.4.5");
@@ -172,27 +168,19 @@ impl Certificate {
         }
         let place = |part: &[u8]| range_of(der, part).ok_or(CertificateError::NotX509);
         let subject_public_key = parsed.public_key().raw;
-        let signature_algorithm = if parsed.signature_algorithm == parsed.tbs_certificate.signature
-        {
+        let signature_algorithm = if parsed.signature_algorithm == parsed.tbs_certificate.signature {
             signature_algorithm(&parsed.signature_algorithm)
         } else {
             None
         };
         let extension = |oid: ObjectIdentifier| {
-            let mut found = parsed
-                .extensions()
-                .iter()
-                .filter(|extension| extension.oid.as_bytes() == oid.as_bytes());
+            let mut found = parsed.extensions().iter().filter(|extension| extension.oid.as_bytes() == oid.as_bytes());
             // RFC 5280 forbids an extension twice; which of the two was meant nobody knows, so neither counts.
-            found
-                .next()
-                .filter(|_| found.next().is_none())
-                .map(|extension| extension.value)
+            found.next().filter(|_| found.next().is_none()).map(|extension| extension.value)
         };
-        let key_usage =
-            extension(pkix::KeyUsage::OID).and_then(|value| pkix::KeyUsage::from_der(value).ok());
-        let extended = extension(pkix::ExtendedKeyUsage::OID)
-            .and_then(|value| pkix::ExtendedKeyUsage::from_der(value).ok());
+        let key_usage = extension(pkix::KeyUsage::OID).and_then(|value| pkix::KeyUsage::from_der(value).ok());
+        let extended =
+            extension(pkix::ExtendedKeyUsage::OID).and_then(|value| pkix::ExtendedKeyUsage::from_der(value).ok());
         let key_id = extension(pkix::SubjectKeyIdentifier::OID)
             .and_then(|value| pkix::SubjectKeyIdentifier::from_der(value).ok());
         Ok(Self {
@@ -308,15 +296,9 @@ impl Certificate {
     /// # Errors
     /// [`CertificateSignatureError`]; SHA-1 is refused.
     pub fn verify_signed_by(&self, issuer: &RsaPublicKey) -> Result<(), CertificateSignatureError> {
-        let algorithm = self
-            .signature_algorithm
-            .ok_or(CertificateSignatureError::Algorithm)?;
+        let algorithm = self.signature_algorithm.ok_or(CertificateSignatureError::Algorithm)?;
         issuer
-            .verify(
-                algorithm,
-                self.part(&self.to_be_signed),
-                self.part(&self.signature),
-            )
+            .verify(algorithm, self.part(&self.to_be_signed), self.part(&self.signature))
             .map_err(|_| CertificateSignatureError::Signature)
     }
 
@@ -343,9 +325,7 @@ fn range_of(whole: &[u8], part: &[u8]) -> Option<Range<usize>> {
 }
 
 fn attribute(name: &X509Name<'_>, oid: ObjectIdentifier) -> Option<String> {
-    let found = name
-        .iter_attributes()
-        .find(|attribute| attribute.attr_type().as_bytes() == oid.as_bytes())?;
+    let found = name.iter_attributes().find(|attribute| attribute.attr_type().as_bytes() == oid.as_bytes())?;
     found.as_str().ok().map(str::to_owned)
 }
 
@@ -353,20 +333,12 @@ fn attribute(name: &X509Name<'_>, oid: ObjectIdentifier) -> Option<String> {
 fn signature_algorithm(identifier: &ParsedAlgorithm<'_>) -> Option<SignatureAlgorithm> {
     let oid = ObjectIdentifier::from_bytes(identifier.algorithm.as_bytes()).ok()?;
     // RFC 4055 wants NULL parameters and tells readers to take absent ones as well.
-    let no_parameters = identifier
-        .parameters
-        .as_ref()
-        .is_none_or(|any| any.tag() == x509_parser::der_parser::asn1_rs::Tag::Null);
+    let no_parameters =
+        identifier.parameters.as_ref().is_none_or(|any| any.tag() == x509_parser::der_parser::asn1_rs::Tag::Null);
     match oid.to_string().as_str() {
-        "1.2.840.113549.1.1.11" if no_parameters => {
-            Some(SignatureAlgorithm::Pkcs1(SignatureDigest::Sha256))
-        }
-        "1.2.840.113549.1.1.12" if no_parameters => {
-            Some(SignatureAlgorithm::Pkcs1(SignatureDigest::Sha384))
-        }
-        "1.2.840.113549.1.1.13" if no_parameters => {
-            Some(SignatureAlgorithm::Pkcs1(SignatureDigest::Sha512))
-        }
+        "1.2.840.113549.1.1.11" if no_parameters => Some(SignatureAlgorithm::Pkcs1(SignatureDigest::Sha256)),
+        "1.2.840.113549.1.1.12" if no_parameters => Some(SignatureAlgorithm::Pkcs1(SignatureDigest::Sha384)),
+        "1.2.840.113549.1.1.13" if no_parameters => Some(SignatureAlgorithm::Pkcs1(SignatureDigest::Sha512)),
         "1.2.840.113549.1.1.10" => {
             let parameters = RsaSsaPssParams::try_from(identifier.parameters.as_ref()?).ok()?;
             let mask = parameters.mask_gen_algorithm().ok()?;
@@ -400,10 +372,7 @@ impl DistinguishedName {
     /// A name of a common name only.
     #[must_use]
     pub fn new(common_name: impl Into<String>) -> Self {
-        Self {
-            common_name: common_name.into(),
-            serial_number: None,
-        }
+        Self { common_name: common_name.into(), serial_number: None }
     }
 
     /// The DER of the name.
@@ -415,16 +384,10 @@ impl DistinguishedName {
             return Err(BuildError::Name("the common name is empty"));
         }
         let mut names = Vec::with_capacity(2);
-        names.push(single(
-            COMMON_NAME,
-            Any::new(Tag::Utf8String, self.common_name.as_bytes())?,
-        )?);
+        names.push(single(COMMON_NAME, Any::new(Tag::Utf8String, self.common_name.as_bytes())?)?);
         if let Some(serial) = &self.serial_number {
-            let serial = PrintableString::new(serial).map_err(|_| {
-                BuildError::Name(
-                    "the serial number has characters that are not printable-string ones",
-                )
-            })?;
+            let serial = PrintableString::new(serial)
+                .map_err(|_| BuildError::Name("the serial number has characters that are not printable-string ones"))?;
             names.push(single(SERIAL_NUMBER, Any::encode_from(&serial)?)?);
         }
         Ok(names.to_der()?)
@@ -432,10 +395,7 @@ impl DistinguishedName {
 }
 
 /// A relative distinguished name of one attribute.
-fn single(
-    oid: ObjectIdentifier,
-    value: Any,
-) -> Result<SetOfVec<AttributeTypeAndValue>, BuildError> {
+fn single(oid: ObjectIdentifier, value: Any) -> Result<SetOfVec<AttributeTypeAndValue>, BuildError> {
     let mut set = SetOfVec::new();
     set.insert(AttributeTypeAndValue { oid, value })?;
     Ok(set)
@@ -508,19 +468,13 @@ impl Template {
             extensions: (!extensions.is_empty()).then_some(extensions),
         }
         .to_der()?;
-        Ok(ToBeSigned {
-            octets,
-            algorithm: signing_algorithm()?.to_der()?,
-        })
+        Ok(ToBeSigned { octets, algorithm: signing_algorithm()?.to_der()? })
     }
 
     fn extensions(&self) -> Result<Vec<Extension>, BuildError> {
         let mut extensions = Vec::new();
         if let Some(ca) = self.ca {
-            let constraints = pkix::BasicConstraints {
-                ca,
-                path_len_constraint: None,
-            };
+            let constraints = pkix::BasicConstraints { ca, path_len_constraint: None };
             extensions.push(extension(&constraints, true)?);
         }
         if self.key_usage != KeyUsage::default() {
@@ -528,13 +482,8 @@ impl Template {
             extensions.push(extension(&usage, true)?);
         }
         if !self.extended_key_usages.is_empty() {
-            let usages = self
-                .extended_key_usages
-                .iter()
-                .map(|oid| ObjectIdentifier::new(oid));
-            let usages = usages
-                .collect::<Result<Vec<_>, _>>()
-                .map_err(der::Error::from)?;
+            let usages = self.extended_key_usages.iter().map(|oid| ObjectIdentifier::new(oid));
+            let usages = usages.collect::<Result<Vec<_>, _>>().map_err(der::Error::from)?;
             extensions.push(extension(&pkix::ExtendedKeyUsage(usages), false)?);
         }
         if let Some(id) = &self.subject_key_id {
@@ -580,10 +529,7 @@ impl ToBeSigned {
     /// # Errors
     /// [`SignError`].
     pub fn sign_with(&self, issuer: &RsaPrivateKey) -> Result<Vec<u8>, SignError> {
-        let signature = issuer.sign(
-            SignatureAlgorithm::Pkcs1(SignatureDigest::Sha256),
-            &self.octets,
-        )?;
+        let signature = issuer.sign(SignatureAlgorithm::Pkcs1(SignatureDigest::Sha256), &self.octets)?;
         Ok(self.assemble(&signature))
     }
 }
@@ -594,9 +540,7 @@ impl ToBeSigned {
 /// [`BuildError::Random`].
 pub fn random_serial() -> Result<[u8; 16], BuildError> {
     let mut serial = [0; 16];
-    ring::rand::SystemRandom::new()
-        .fill(&mut serial)
-        .map_err(|_| BuildError::Random)?;
+    ring::rand::SystemRandom::new().fill(&mut serial).map_err(|_| BuildError::Random)?;
     serial[0] = serial[0] & 0x7f | 0x40;
     Ok(serial)
 }
@@ -610,28 +554,17 @@ pub fn key_id(key: &RsaPublicKey) -> [u8; 20] {
 }
 
 fn signing_algorithm() -> Result<AlgorithmIdentifier<Any>, BuildError> {
-    Ok(AlgorithmIdentifier {
-        oid: SHA256_WITH_RSA,
-        parameters: Some(Any::encode_from(&Null)?),
-    })
+    Ok(AlgorithmIdentifier { oid: SHA256_WITH_RSA, parameters: Some(Any::encode_from(&Null)?) })
 }
 
-fn extension<T: AssociatedOid + Encode>(
-    value: &T,
-    critical: bool,
-) -> Result<Extension, BuildError> {
-    Ok(Extension {
-        extn_id: T::OID,
-        critical,
-        extn_value: OctetString::new(value.to_der()?)?,
-    })
+fn extension<T: AssociatedOid + Encode>(value: &T, critical: bool) -> Result<Extension, BuildError> {
+    Ok(Extension { extn_id: T::OID, critical, extn_value: OctetString::new(value.to_der()?)? })
 }
 
 /// UTCTime through 2049, then GeneralizedTime, as RFC 5280 wants.
 fn time(unix: i64) -> Result<Time, BuildError> {
     let seconds = u64::try_from(unix).map_err(|_| BuildError::Validity)?;
-    let date = DateTime::from_unix_duration(Duration::from_secs(seconds))
-        .map_err(|_| BuildError::Validity)?;
+    let date = DateTime::from_unix_duration(Duration::from_secs(seconds)).map_err(|_| BuildError::Validity)?;
     Ok(Time::from(date))
 }
 
@@ -662,10 +595,7 @@ mod tests {
 
     fn template() -> Template {
         Template {
-            subject: DistinguishedName {
-                common_name: "Näme".to_owned(),
-                serial_number: Some("00ff".to_owned()),
-            },
+            subject: DistinguishedName { common_name: "Näme".to_owned(), serial_number: Some("00ff".to_owned()) },
             issuer_der: None,
             key: key(0).public().clone(),
             serial: random_serial().unwrap(),
@@ -688,44 +618,22 @@ mod tests {
         assert_eq!(certificate.key(), key(0).public());
         assert_eq!(certificate.common_name(), Some("Näme"));
         assert_eq!(certificate.subject_serial_number(), Some("00ff"));
-        assert_eq!(
-            certificate.subject_der(),
-            template.subject.to_der().unwrap()
-        );
+        assert_eq!(certificate.subject_der(), template.subject.to_der().unwrap());
         assert_eq!(certificate.issuer_der(), certificate.subject_der());
-        assert_eq!(
-            (certificate.not_before(), certificate.not_after()),
-            (1_700_000_000, 1_700_000_100)
-        );
+        assert_eq!((certificate.not_before(), certificate.not_after()), (1_700_000_000, 1_700_000_100));
         assert!(certificate.has_key_usage(KeyUsage::KEY_ENCIPHERMENT));
-        assert!(
-            certificate.has_key_usage(KeyUsage::KEY_ENCIPHERMENT | KeyUsage::DATA_ENCIPHERMENT)
-        );
-        assert!(
-            !certificate.has_key_usage(KeyUsage::KEY_ENCIPHERMENT | KeyUsage::DIGITAL_SIGNATURE)
-        );
+        assert!(certificate.has_key_usage(KeyUsage::KEY_ENCIPHERMENT | KeyUsage::DATA_ENCIPHERMENT));
+        assert!(!certificate.has_key_usage(KeyUsage::KEY_ENCIPHERMENT | KeyUsage::DIGITAL_SIGNATURE));
         assert!(!certificate.has_key_usage(KeyUsage::KEY_CERT_SIGN));
         assert!(certificate.has_extended_key_usage("1.3.6.1.4.1.311.47.1.1"));
         assert!(!certificate.has_extended_key_usage("1.3.6.1.4.1.311.47.1"));
         assert!(!certificate.has_extended_key_usage("nonsense"));
-        assert_eq!(
-            certificate.subject_key_id(),
-            Some(&key_id(key(0).public())[..])
-        );
+        assert_eq!(certificate.subject_key_id(), Some(&key_id(key(0).public())[..]));
         assert_eq!(certificate.verify_signed_by(key(0).public()), Ok(()));
-        assert_eq!(
-            certificate.verify_signed_by(key(1).public()),
-            Err(CertificateSignatureError::Signature)
-        );
-        assert_eq!(
-            Certificate::from_pem(&certificate.to_pem()).unwrap(),
-            certificate
-        );
+        assert_eq!(certificate.verify_signed_by(key(1).public()), Err(CertificateSignatureError::Signature));
+        assert_eq!(Certificate::from_pem(&certificate.to_pem()).unwrap(), certificate);
         assert_eq!(&RsaPublicKey::from_any(&der).unwrap(), key(0).public());
-        assert_eq!(
-            &RsaPublicKey::from_file(certificate.to_pem().as_bytes()).unwrap(),
-            key(0).public()
-        );
+        assert_eq!(&RsaPublicKey::from_file(certificate.to_pem().as_bytes()).unwrap(), key(0).public());
     }
 
     #[test]
@@ -763,16 +671,9 @@ mod tests {
                 extensions: Some(extensions.clone()),
             };
             let algorithm = signing_algorithm().unwrap().to_der().unwrap();
-            let der = ToBeSigned {
-                octets: tbs.to_der().unwrap(),
-                algorithm,
-            }
-            .assemble(b"no signature");
+            let der = ToBeSigned { octets: tbs.to_der().unwrap(), algorithm }.assemble(b"no signature");
             let certificate = Certificate::parse(&der).unwrap();
-            assert_eq!(
-                certificate.has_key_usage(KeyUsage::KEY_ENCIPHERMENT),
-                !twice
-            );
+            assert_eq!(certificate.has_key_usage(KeyUsage::KEY_ENCIPHERMENT), !twice);
         }
     }
 
@@ -780,49 +681,22 @@ mod tests {
     fn the_two_names_of_the_algorithm_must_agree() {
         let mut to_be_signed = template().to_be_signed().unwrap();
         to_be_signed.algorithm[12] += 1; // sha384WithRSAEncryption
-        let signature = key(0)
-            .sign(
-                SignatureAlgorithm::Pkcs1(SignatureDigest::Sha384),
-                to_be_signed.octets(),
-            )
-            .unwrap();
+        let signature = key(0).sign(SignatureAlgorithm::Pkcs1(SignatureDigest::Sha384), to_be_signed.octets()).unwrap();
         let certificate = Certificate::parse(&to_be_signed.assemble(&signature)).unwrap();
-        assert_eq!(
-            certificate.verify_signed_by(key(0).public()),
-            Err(CertificateSignatureError::Algorithm)
-        );
+        assert_eq!(certificate.verify_signed_by(key(0).public()), Err(CertificateSignatureError::Algorithm));
     }
 
     #[test]
     fn what_is_not_a_certificate_is_refused() {
-        let der = template()
-            .to_be_signed()
-            .unwrap()
-            .sign_with(key(0))
-            .unwrap();
-        assert_eq!(
-            Certificate::parse(&[&der[..], &[0]].concat()),
-            Err(CertificateError::TrailingOctets)
-        );
+        let der = template().to_be_signed().unwrap().sign_with(key(0)).unwrap();
+        assert_eq!(Certificate::parse(&[&der[..], &[0]].concat()), Err(CertificateError::TrailingOctets));
         for length in 0..der.len() {
-            assert_eq!(
-                Certificate::parse(&der[..length]),
-                Err(CertificateError::NotX509)
-            );
+            assert_eq!(Certificate::parse(&der[..length]), Err(CertificateError::NotX509));
         }
-        assert_eq!(
-            RsaPublicKey::from_any(&[&der[..], &[0]].concat()),
-            Err(KeyError::TrailingOctets)
-        );
+        assert_eq!(RsaPublicKey::from_any(&[&der[..], &[0]].concat()), Err(KeyError::TrailingOctets));
         let pem = Certificate::parse(&der).unwrap().to_pem();
-        assert_eq!(
-            Certificate::from_pem(&[&pem[..], &pem].concat()),
-            Err(CertificateError::TrailingOctets)
-        );
-        assert_eq!(
-            Certificate::from_pem(&pem.replace("CERTIFICATE", "PUBLIC KEY")),
-            Err(CertificateError::NotX509)
-        );
+        assert_eq!(Certificate::from_pem(&[&pem[..], &pem].concat()), Err(CertificateError::TrailingOctets));
+        assert_eq!(Certificate::from_pem(&pem.replace("CERTIFICATE", "PUBLIC KEY")), Err(CertificateError::NotX509));
         assert_eq!(Certificate::from_pem(""), Err(CertificateError::NotX509));
     }
 
@@ -833,30 +707,15 @@ mod tests {
             change(&mut template);
             template.to_be_signed().unwrap_err()
         };
-        assert!(matches!(
-            refused(&|t| t.subject.common_name.clear()),
-            BuildError::Name(_)
-        ));
-        assert!(matches!(
-            refused(&|t| t.subject.serial_number = Some("a*b".to_owned())),
-            BuildError::Name(_)
-        ));
+        assert!(matches!(refused(&|t| t.subject.common_name.clear()), BuildError::Name(_)));
+        assert!(matches!(refused(&|t| t.subject.serial_number = Some("a*b".to_owned())), BuildError::Name(_)));
         assert_eq!(refused(&|t| t.serial = [0; 16]), BuildError::Serial);
         assert_eq!(refused(&|t| t.serial = [0x80; 16]), BuildError::Serial);
-        assert_eq!(
-            refused(&|t| t.not_after = t.not_before - 1),
-            BuildError::Validity
-        );
+        assert_eq!(refused(&|t| t.not_after = t.not_before - 1), BuildError::Validity);
         assert_eq!(refused(&|t| t.not_before = -1), BuildError::Validity);
         assert_eq!(refused(&|t| t.not_after = i64::MAX), BuildError::Validity);
-        assert!(matches!(
-            refused(&|t| t.extended_key_usages = vec!["x"]),
-            BuildError::Encoding(_)
-        ));
-        assert!(matches!(
-            refused(&|t| t.issuer_der = Some(vec![0x30])),
-            BuildError::Encoding(_)
-        ));
+        assert!(matches!(refused(&|t| t.extended_key_usages = vec!["x"]), BuildError::Encoding(_)));
+        assert!(matches!(refused(&|t| t.issuer_der = Some(vec![0x30])), BuildError::Encoding(_)));
     }
 
     #[test]

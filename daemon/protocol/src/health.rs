@@ -3,8 +3,7 @@
 use data_encoding::HEXLOWER;
 
 use crate::certificate::{
-    BuildError, Certificate, CertificateError, DistinguishedName, KeyUsage, Template, ToBeSigned,
-    key_id, random_serial,
+    BuildError, Certificate, CertificateError, DistinguishedName, KeyUsage, Template, ToBeSigned, key_id, random_serial,
 };
 use crate::rsa_key::RsaPublicKey;
 
@@ -77,17 +76,10 @@ pub fn issue(
 ///
 /// # Errors
 /// [`BuildError::Random`].
-pub fn signer_template(
-    key: &RsaPublicKey,
-    not_before: i64,
-    not_after: i64,
-) -> Result<Template, BuildError> {
+pub fn signer_template(key: &RsaPublicKey, not_before: i64, not_after: i64) -> Result<Template, BuildError> {
     let id = key_id(key);
     Ok(Template {
-        subject: DistinguishedName::new(format!(
-            "Claviger attestation signer {}",
-            HEXLOWER.encode(&id[..8])
-        )),
+        subject: DistinguishedName::new(format!("Claviger attestation signer {}", HEXLOWER.encode(&id[..8]))),
         issuer_der: None,
         key: key.clone(),
         serial: random_serial()?,
@@ -132,9 +124,7 @@ pub enum HealthError {
     #[error("the health certificate has expired")]
     Expired,
     /// It lacks the system health authentication usage, or may not be encrypted to.
-    #[error(
-        "the certificate is not for key release: it must have system health authentication and keyEncipherment"
-    )]
+    #[error("the certificate is not for key release: it must have system health authentication and keyEncipherment")]
     Usage,
     /// It names no host or no host key.
     #[error("the health certificate names no host, or no host key")]
@@ -150,8 +140,7 @@ pub fn check(der: &[u8], signers: &[Certificate], now: i64) -> Result<HealthClai
     let certificate = Certificate::parse(der)?;
     // A signer's own validity does not matter: it stays on the list as long as its certificates are to be accepted.
     let issued = signers.iter().any(|signer| {
-        signer.subject_der() == certificate.issuer_der()
-            && certificate.verify_signed_by(signer.key()).is_ok()
+        signer.subject_der() == certificate.issuer_der() && certificate.verify_signed_by(signer.key()).is_ok()
     });
     if !issued {
         return Err(HealthError::Issuer);
@@ -167,10 +156,7 @@ pub fn check(der: &[u8], signers: &[Certificate], now: i64) -> Result<HealthClai
     {
         return Err(HealthError::Usage);
     }
-    let (Some(host_name), Some(host_key)) = (
-        certificate.common_name(),
-        certificate.subject_serial_number(),
-    ) else {
+    let (Some(host_name), Some(host_key)) = (certificate.common_name(), certificate.subject_serial_number()) else {
         return Err(HealthError::Subject);
     };
     Ok(HealthClaims {
@@ -192,26 +178,11 @@ mod tests {
 
     fn signer(index: usize) -> Certificate {
         let template = signer_template(key(index).public(), NOW - 1000, NOW - 500).unwrap();
-        Certificate::parse(
-            &template
-                .to_be_signed()
-                .unwrap()
-                .sign_with(key(index))
-                .unwrap(),
-        )
-        .unwrap()
+        Certificate::parse(&template.to_be_signed().unwrap().sign_with(key(index)).unwrap()).unwrap()
     }
 
     fn certificate(content: ResultType) -> Vec<u8> {
-        let to_be_signed = issue(
-            &signer(0),
-            "host-1",
-            key(1).public(),
-            key(2).public(),
-            content,
-            NOW,
-        )
-        .unwrap();
+        let to_be_signed = issue(&signer(0), "host-1", key(1).public(), key(2).public(), content, NOW).unwrap();
         to_be_signed.sign_with(key(0)).unwrap()
     }
 
@@ -220,15 +191,9 @@ mod tests {
         let der = certificate(ResultType::EncryptionCertificate);
         let claims = check(&der, &[signer(1), signer(0)], NOW).unwrap();
         assert_eq!(claims.host_name, "host-1");
-        assert_eq!(
-            claims.host_key_sha256,
-            HEXLOWER.encode(&key(1).public().spki_sha256())
-        );
+        assert_eq!(claims.host_key_sha256, HEXLOWER.encode(&key(1).public().spki_sha256()));
         assert_eq!(&claims.key, key(2).public());
-        assert_eq!(
-            (claims.not_before, claims.not_after),
-            (NOW - 300, NOW - 300 + 8 * 3600)
-        );
+        assert_eq!((claims.not_before, claims.not_after), (NOW - 300, NOW - 300 + 8 * 3600));
         let parsed = Certificate::parse(&der).unwrap();
         assert!(parsed.has_key_usage(KeyUsage::KEY_ENCIPHERMENT | KeyUsage::DATA_ENCIPHERMENT));
         assert!(!parsed.has_key_usage(KeyUsage::DIGITAL_SIGNATURE));
@@ -253,24 +218,13 @@ mod tests {
         assert_eq!(check(&der, &[], NOW), Err(HealthError::Issuer));
         assert_eq!(check(&der, &[signer(1)], NOW), Err(HealthError::Issuer));
         // The right name, but another key's signature; the right key, but another name.
-        let other = issue(
-            &signer(0),
-            "host-1",
-            key(1).public(),
-            key(2).public(),
-            ResultType::EncryptionCertificate,
-            NOW,
-        );
+        let other =
+            issue(&signer(0), "host-1", key(1).public(), key(2).public(), ResultType::EncryptionCertificate, NOW);
         let forged = other.unwrap().sign_with(key(1)).unwrap();
-        assert_eq!(
-            check(&forged, &[signer(0), signer(1)], NOW),
-            Err(HealthError::Issuer)
-        );
+        assert_eq!(check(&forged, &[signer(0), signer(1)], NOW), Err(HealthError::Issuer));
         let mut renamed = signer_template(key(0).public(), NOW, NOW).unwrap();
         renamed.subject = DistinguishedName::new("another name");
-        let renamed =
-            Certificate::parse(&renamed.to_be_signed().unwrap().sign_with(key(0)).unwrap())
-                .unwrap();
+        let renamed = Certificate::parse(&renamed.to_be_signed().unwrap().sign_with(key(0)).unwrap()).unwrap();
         assert_eq!(check(&der, &[renamed], NOW), Err(HealthError::Issuer));
         let mut flipped = der.clone();
         *flipped.last_mut().unwrap() ^= 1;
@@ -280,11 +234,7 @@ mod tests {
     #[test]
     fn what_is_not_for_this_use_is_refused() {
         let signing = certificate(ResultType::SigningCertificate);
-        assert!(
-            Certificate::parse(&signing)
-                .unwrap()
-                .has_key_usage(KeyUsage::DIGITAL_SIGNATURE)
-        );
+        assert!(Certificate::parse(&signing).unwrap().has_key_usage(KeyUsage::DIGITAL_SIGNATURE));
         assert_eq!(check(&signing, &[signer(0)], NOW), Err(HealthError::Usage));
         // The signer's own certificate is signed by a signer too.
         let mut own = signer_template(key(0).public(), NOW, NOW).unwrap();
@@ -296,46 +246,25 @@ mod tests {
         nameless.key_usage = KeyUsage::KEY_ENCIPHERMENT;
         nameless.extended_key_usages = vec![SYSTEM_HEALTH_AUTHENTICATION];
         let nameless = nameless.to_be_signed().unwrap().sign_with(key(0)).unwrap();
-        assert_eq!(
-            check(&nameless, &[signer(0)], NOW),
-            Err(HealthError::Subject)
-        );
+        assert_eq!(check(&nameless, &[signer(0)], NOW), Err(HealthError::Subject));
 
         let good = certificate(ResultType::EncryptionCertificate);
         let longer = [&good[..], &[0]].concat();
-        assert_eq!(
-            check(&longer, &[signer(0)], NOW),
-            Err(CertificateError::TrailingOctets.into())
-        );
-        assert_eq!(
-            check(b"", &[signer(0)], NOW),
-            Err(CertificateError::NotX509.into())
-        );
+        assert_eq!(check(&longer, &[signer(0)], NOW), Err(CertificateError::TrailingOctets.into()));
+        assert_eq!(check(b"", &[signer(0)], NOW), Err(CertificateError::NotX509.into()));
     }
 
     #[test]
     fn signers_have_names_of_their_own() {
         assert_ne!(signer(0).subject_der(), signer(1).subject_der());
-        assert!(
-            signer(0)
-                .common_name()
-                .unwrap()
-                .starts_with("Claviger attestation signer ")
-        );
+        assert!(signer(0).common_name().unwrap().starts_with("Claviger attestation signer "));
         assert!(signer(0).has_key_usage(KeyUsage::KEY_CERT_SIGN));
         assert_eq!(signer(0).verify_signed_by(key(0).public()), Ok(()));
     }
 
     #[test]
     fn a_host_without_a_name_gets_nothing() {
-        let result = issue(
-            &signer(0),
-            "",
-            key(1).public(),
-            key(2).public(),
-            ResultType::EncryptionCertificate,
-            NOW,
-        );
+        let result = issue(&signer(0), "", key(1).public(), key(2).public(), ResultType::EncryptionCertificate, NOW);
         assert!(matches!(result, Err(BuildError::Name(_))));
     }
 }

@@ -103,7 +103,10 @@ impl Payload {
         let max_offline_unwraps = match (field(1)?, octets.len()) {
             (1, 80) => 0,
             (2, 84) if field(20)? == 0 => 0,
-            (2, 100) if (field(20)?, field(21)?, field(22)?, field(23)?) == (1, POLICY_ID, POLICY_TYPE_OFFLINE_UNWRAPS, 4) => {
+            (2, 100)
+                if (field(20)?, field(21)?, field(22)?, field(23)?)
+                    == (1, POLICY_ID, POLICY_TYPE_OFFLINE_UNWRAPS, 4) =>
+            {
                 field(24)?
             }
             _ => return None,
@@ -172,9 +175,8 @@ fn seal(sealing: Sealing, key: &[u8], plaintext: &[u8]) -> Result<Vec<u8>, Refus
     out.extend_from_slice(&iv);
     out.extend_from_slice(plaintext);
     let nonce = Nonce::assume_unique_for_key(iv);
-    let tag = key
-        .seal_in_place_separate_tag(nonce, Aad::empty(), &mut out[NONCE_LEN..])
-        .map_err(|_| Refusal::internal())?;
+    let tag =
+        key.seal_in_place_separate_tag(nonce, Aad::empty(), &mut out[NONCE_LEN..]).map_err(|_| Refusal::internal())?;
     out.extend_from_slice(tag.as_ref());
     Ok(out)
 }

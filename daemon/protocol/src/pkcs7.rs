@@ -19,10 +19,7 @@ pub fn certificates_only(ders: &[&[u8]]) -> Vec<u8> {
     let nothing = tlv(0x31, &[]);
     let content = tlv(0x30, &[&oid(DATA)]);
     let certificates = tlv(0xa0, &certificates);
-    let signed_data = tlv(
-        0x30,
-        &[&version, &nothing, &content, &certificates, &nothing],
-    );
+    let signed_data = tlv(0x30, &[&version, &nothing, &content, &certificates, &nothing]);
     tlv(0x30, &[&oid(SIGNED_DATA), &tlv(0xa0, &[&signed_data])])
 }
 

@@ -82,7 +82,6 @@ impl AlgorithmUris {
 }
 
 impl HostAlgorithms {
-
     /// Writes the three elements of a request.
     pub(crate) fn write(self, out: &mut String) {
         let transfer = if self.transfer == Oaep::SHA1 { OAEP_MGF1P } else { OAEP_11 };

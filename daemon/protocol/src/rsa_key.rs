@@ -130,9 +130,7 @@ impl RsaPublicKey {
         if exponent.len() > size_of::<u64>() {
             return Err(KeyError::Exponent);
         }
-        let value = exponent
-            .iter()
-            .fold(0_u64, |value, octet| value << 8 | u64::from(*octet));
+        let value = exponent.iter().fold(0_u64, |value, octet| value << 8 | u64::from(*octet));
         if !(MIN_EXPONENT..=MAX_EXPONENT).contains(&value) || value & 1 == 0 {
             return Err(KeyError::Exponent);
         }
@@ -151,16 +149,11 @@ impl RsaPublicKey {
     /// # Errors
     /// [`KeyError`], and [`KeyError::NotRsa`] for any algorithm but `rsaEncryption`.
     pub fn from_spki_der(der: &[u8]) -> Result<Self, KeyError> {
-        let spki = SubjectPublicKeyInfo::<AnyRef<'_>, BitStringRef<'_>>::from_der(der)
-            .map_err(|e| der_error(&e))?;
+        let spki = SubjectPublicKeyInfo::<AnyRef<'_>, BitStringRef<'_>>::from_der(der).map_err(|e| der_error(&e))?;
         if spki.algorithm.oid != RSA_ENCRYPTION {
             return Err(KeyError::NotRsa);
         }
-        if spki
-            .algorithm
-            .parameters
-            .is_some_and(|parameters| !parameters.is_null())
-        {
+        if spki.algorithm.parameters.is_some_and(|parameters| !parameters.is_null()) {
             return Err(KeyError::Format);
         }
         let octets = spki.subject_public_key.as_bytes().ok_or(KeyError::Format)?;
@@ -211,9 +204,7 @@ impl RsaPublicKey {
 
     fn from_bcrypt_blob(blob: &[u8]) -> Result<Self, KeyError> {
         let field = |index: usize| -> Result<usize, KeyError> {
-            let octets = blob
-                .get(index * 4..index * 4 + 4)
-                .and_then(|octets| octets.try_into().ok());
+            let octets = blob.get(index * 4..index * 4 + 4).and_then(|octets| octets.try_into().ok());
             let value = u32::from_le_bytes(octets.ok_or(KeyError::Format)?);
             usize::try_from(value).map_err(|_| KeyError::Format)
         };
@@ -222,15 +213,9 @@ impl RsaPublicKey {
         if field(4)? != 0 || field(5)? != 0 {
             return Err(KeyError::Format);
         }
-        let modulus_at = BCRYPT_HEADER
-            .checked_add(exponent_len)
-            .ok_or(KeyError::Format)?;
-        let end = modulus_at
-            .checked_add(modulus_len)
-            .ok_or(KeyError::Format)?;
-        let exponent = blob
-            .get(BCRYPT_HEADER..modulus_at)
-            .ok_or(KeyError::Format)?;
+        let modulus_at = BCRYPT_HEADER.checked_add(exponent_len).ok_or(KeyError::Format)?;
+        let end = modulus_at.checked_add(modulus_len).ok_or(KeyError::Format)?;
+        let exponent = blob.get(BCRYPT_HEADER..modulus_at).ok_or(KeyError::Format)?;
         let modulus = blob.get(modulus_at..end).ok_or(KeyError::Format)?;
         if blob.len() > end {
             return Err(KeyError::TrailingOctets);
@@ -297,12 +282,7 @@ impl RsaPublicKey {
     ///
     /// # Errors
     /// [`BadSignature`] if it is not, for whatever reason.
-    pub fn verify(
-        &self,
-        algorithm: SignatureAlgorithm,
-        message: &[u8],
-        signature: &[u8],
-    ) -> Result<(), BadSignature> {
+    pub fn verify(&self, algorithm: SignatureAlgorithm, message: &[u8], signature: &[u8]) -> Result<(), BadSignature> {
         use SignatureAlgorithm::{Pkcs1, Pss};
         let parameters = match algorithm {
             Pkcs1(SignatureDigest::Sha256) => &ring_signature::RSA_PKCS1_2048_8192_SHA256,
@@ -312,19 +292,15 @@ impl RsaPublicKey {
             Pss(SignatureDigest::Sha384) => &ring_signature::RSA_PSS_2048_8192_SHA384,
             Pss(SignatureDigest::Sha512) => &ring_signature::RSA_PSS_2048_8192_SHA512,
         };
-        RsaPublicKeyComponents {
-            n: self.modulus(),
-            e: self.exponent(),
-        }
-        .verify(parameters, message, signature)
-        .map_err(|_| BadSignature)
+        RsaPublicKeyComponents { n: self.modulus(), e: self.exponent() }
+            .verify(parameters, message, signature)
+            .map_err(|_| BadSignature)
     }
 
     /// Most octets [`Self::encrypt_oaep`] can carry with these digests.
     #[must_use]
     pub fn max_plaintext_len(&self, oaep: Oaep) -> usize {
-        self.modulus_len()
-            .saturating_sub(2 * digest_len(oaep.digest) + 2)
+        self.modulus_len().saturating_sub(2 * digest_len(oaep.digest) + 2)
     }
 
     /// Encrypts with RSA-OAEP, empty label. The ciphertext has [`Self::modulus_len`] octets.
@@ -354,8 +330,7 @@ impl RsaPublicKey {
                     MAX_MODULUS_BITS,
                 )
                 .map_err(|_| EncryptError::Failed)?;
-                key.encrypt(&mut rsa::rand_core::OsRng, mixed_oaep(oaep), plaintext)
-                    .map_err(|_| EncryptError::Failed)
+                key.encrypt(&mut rsa::rand_core::OsRng, mixed_oaep(oaep), plaintext).map_err(|_| EncryptError::Failed)
             }
         }
     }
@@ -460,8 +435,7 @@ impl RsaPrivateKey {
             let parts = PrivateParts::read(der)?;
             RsaPublicKey::from_components(&parts.n, &parts.e)?
         };
-        let key =
-            Self::from_pair(aws::KeyPair::from_pkcs8(der).map_err(|_| KeyError::Inconsistent)?)?;
+        let key = Self::from_pair(aws::KeyPair::from_pkcs8(der).map_err(|_| KeyError::Inconsistent)?)?;
         if key.public != public {
             return Err(KeyError::Inconsistent);
         }
@@ -484,18 +458,9 @@ impl RsaPrivateKey {
         let pkcs8 = Zeroizing::new(encoded.as_ref().to_vec());
         let parts = PrivateParts::read(&pkcs8)?;
         let public = RsaPublicKey::from_components(&parts.n, &parts.e)?;
-        let decrypter =
-            aws::PrivateDecryptingKey::from_pkcs8(&pkcs8).map_err(|_| KeyError::Inconsistent)?;
-        let decrypter =
-            aws::OaepPrivateDecryptingKey::new(decrypter).map_err(|_| KeyError::Inconsistent)?;
-        Ok(Self {
-            public,
-            pkcs8,
-            parts,
-            signer,
-            decrypter,
-            mixed: OnceLock::new(),
-        })
+        let decrypter = aws::PrivateDecryptingKey::from_pkcs8(&pkcs8).map_err(|_| KeyError::Inconsistent)?;
+        let decrypter = aws::OaepPrivateDecryptingKey::new(decrypter).map_err(|_| KeyError::Inconsistent)?;
+        Ok(Self { public, pkcs8, parts, signer, decrypter, mixed: OnceLock::new() })
     }
 
     /// The key as PKCS#8 in DER, not encrypted.
@@ -520,11 +485,7 @@ impl RsaPrivateKey {
     ///
     /// # Errors
     /// [`SignError`] if the library failed.
-    pub fn sign(
-        &self,
-        algorithm: SignatureAlgorithm,
-        message: &[u8],
-    ) -> Result<Vec<u8>, SignError> {
+    pub fn sign(&self, algorithm: SignatureAlgorithm, message: &[u8]) -> Result<Vec<u8>, SignError> {
         use SignatureAlgorithm::{Pkcs1, Pss};
         use aws_lc_rs::signature as aws_signature;
         let encoding: &'static dyn aws_signature::RsaEncoding = match algorithm {
@@ -537,12 +498,7 @@ impl RsaPrivateKey {
         };
         let mut signature = vec![0; self.public.modulus_len()];
         self.signer
-            .sign(
-                encoding,
-                &aws_lc_rs::rand::SystemRandom::new(),
-                message,
-                &mut signature,
-            )
+            .sign(encoding, &aws_lc_rs::rand::SystemRandom::new(), message, &mut signature)
             .map_err(|_| SignError)?;
         Ok(signature)
     }
@@ -551,11 +507,7 @@ impl RsaPrivateKey {
     ///
     /// # Errors
     /// [`DecryptError`], whatever was wrong.
-    pub fn decrypt_oaep(
-        &self,
-        oaep: Oaep,
-        ciphertext: &[u8],
-    ) -> Result<Zeroizing<Vec<u8>>, DecryptError> {
+    pub fn decrypt_oaep(&self, oaep: Oaep, ciphertext: &[u8]) -> Result<Zeroizing<Vec<u8>>, DecryptError> {
         match aws_oaep(oaep) {
             Some(algorithm) => {
                 let mut plaintext = Zeroizing::new(vec![0; self.decrypter.min_output_size()]);
@@ -572,13 +524,8 @@ impl RsaPrivateKey {
                     let parts = &self.parts;
                     let number = |octets: &[u8]| rsa::BigUint::from_bytes_be(octets);
                     let primes = vec![number(&parts.p), number(&parts.q)];
-                    rsa::RsaPrivateKey::from_components(
-                        number(&parts.n),
-                        number(&parts.e),
-                        number(&parts.d),
-                        primes,
-                    )
-                    .ok()
+                    rsa::RsaPrivateKey::from_components(number(&parts.n), number(&parts.e), number(&parts.d), primes)
+                        .ok()
                 });
                 let key = key.as_ref().ok_or(DecryptError)?;
                 if ciphertext.len() != key.size() {
@@ -600,9 +547,7 @@ impl RsaPrivateKey {
 
 impl fmt::Debug for RsaPrivateKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("RsaPrivateKey")
-            .field("public", &self.public)
-            .finish_non_exhaustive()
+        f.debug_struct("RsaPrivateKey").field("public", &self.public).finish_non_exhaustive()
     }
 }
 
@@ -616,11 +561,8 @@ impl PrivateParts {
             }
             _ => KeyError::Format,
         })?;
-        info.algorithm
-            .assert_algorithm_oid(rsa::pkcs1::ALGORITHM_OID)
-            .map_err(|_| KeyError::NotRsa)?;
-        let key =
-            rsa::pkcs1::RsaPrivateKey::try_from(info.private_key).map_err(|_| KeyError::Format)?;
+        info.algorithm.assert_algorithm_oid(rsa::pkcs1::ALGORITHM_OID).map_err(|_| KeyError::NotRsa)?;
+        let key = rsa::pkcs1::RsaPrivateKey::try_from(info.private_key).map_err(|_| KeyError::Format)?;
         if key.other_prime_infos.is_some() {
             return Err(KeyError::Format);
         }
@@ -650,11 +592,7 @@ fn aws_oaep(oaep: Oaep) -> Option<&'static aws::OaepAlgorithm> {
 }
 
 fn mixed_oaep(oaep: Oaep) -> rsa::Oaep {
-    rsa::Oaep {
-        digest: dyn_digest(oaep.digest),
-        mgf_digest: dyn_digest(oaep.mgf),
-        label: None,
-    }
+    rsa::Oaep { digest: dyn_digest(oaep.digest), mgf_digest: dyn_digest(oaep.mgf), label: None }
 }
 
 fn dyn_digest(digest: Digest) -> Box<dyn DynDigest + Send + Sync> {
@@ -677,16 +615,9 @@ fn digest_len(digest: Digest) -> usize {
 }
 
 fn encode_spki(modulus: &[u8], exponent: &[u8]) -> der::Result<Vec<u8>> {
-    let key = Pkcs1PublicKey {
-        modulus: UintRef::new(modulus)?,
-        public_exponent: UintRef::new(exponent)?,
-    }
-    .to_der()?;
+    let key = Pkcs1PublicKey { modulus: UintRef::new(modulus)?, public_exponent: UintRef::new(exponent)? }.to_der()?;
     SubjectPublicKeyInfo {
-        algorithm: AlgorithmIdentifier {
-            oid: RSA_ENCRYPTION,
-            parameters: Some(AnyRef::NULL),
-        },
+        algorithm: AlgorithmIdentifier { oid: RSA_ENCRYPTION, parameters: Some(AnyRef::NULL) },
         subject_public_key: BitStringRef::from_bytes(&key)?,
     }
     .to_der()
@@ -706,9 +637,7 @@ fn without_leading_zeros(octets: &[u8]) -> &[u8] {
 
 /// Bits of a big-endian number without leading zeros.
 fn bit_length(octets: &[u8]) -> usize {
-    octets
-        .first()
-        .map_or(0, |first| octets.len() * 8 - first.leading_zeros() as usize)
+    octets.first().map_or(0, |first| octets.len() * 8 - first.leading_zeros() as usize)
 }
 
 pub(crate) fn sha256(octets: &[u8]) -> [u8; 32] {
@@ -725,10 +654,7 @@ pub(crate) fn pem_decode(text: &str) -> Result<(&str, Zeroizing<Vec<u8>>), KeyEr
     let (_, rest) = text.split_once(PEM_BEGIN).ok_or(KeyError::Format)?;
     let (label, rest) = rest.split_once("-----").ok_or(KeyError::Format)?;
     let (body, rest) = rest.split_once("-----END ").ok_or(KeyError::Format)?;
-    let rest = rest
-        .strip_prefix(label)
-        .and_then(|rest| rest.strip_prefix("-----"))
-        .ok_or(KeyError::Format)?;
+    let rest = rest.strip_prefix(label).and_then(|rest| rest.strip_prefix("-----")).ok_or(KeyError::Format)?;
     if !rest.trim_ascii().is_empty() {
         return Err(KeyError::TrailingOctets);
     }
@@ -743,9 +669,7 @@ pub(crate) fn pem_decode(text: &str) -> Result<(&str, Zeroizing<Vec<u8>>), KeyEr
 pub(crate) fn pem_encode(label: &str, octets: &[u8]) -> Zeroizing<String> {
     let body = Zeroizing::new(BASE64.encode(octets));
     let lines = body.len().div_ceil(64);
-    let mut text = Zeroizing::new(String::with_capacity(
-        body.len() + lines + 2 * label.len() + 40,
-    ));
+    let mut text = Zeroizing::new(String::with_capacity(body.len() + lines + 2 * label.len() + 40));
     text.push_str(PEM_BEGIN);
     text.push_str(label);
     text.push_str("-----\n");
@@ -801,47 +725,21 @@ mod tests {
             let refused = RsaPublicKey::from_components(&modulus(bits.max(1)), F4).unwrap_err();
             assert_eq!(refused, KeyError::ModulusSize(bits.max(1)));
         }
-        assert_eq!(
-            RsaPublicKey::from_components(&[], F4).unwrap_err(),
-            KeyError::ModulusSize(0)
-        );
+        assert_eq!(RsaPublicKey::from_components(&[], F4).unwrap_err(), KeyError::ModulusSize(0));
         for bits in [2048, 2049, 3072, 8191, 8192] {
             let key = RsaPublicKey::from_components(&modulus(bits), F4).unwrap();
             assert_eq!(key.modulus_len(), bits.div_ceil(8));
         }
         let n = modulus(2048);
-        for e in [
-            &[][..],
-            &[0],
-            &[1],
-            &[3],
-            &[0xff, 0xff],
-            &[1, 0, 0],
-            &[1, 0, 2],
-            &[2, 0, 0, 0, 1],
-            &[0xff; 9],
-        ] {
-            assert_eq!(
-                RsaPublicKey::from_components(&n, e).unwrap_err(),
-                KeyError::Exponent,
-                "{e:?}"
-            );
+        for e in [&[][..], &[0], &[1], &[3], &[0xff, 0xff], &[1, 0, 0], &[1, 0, 2], &[2, 0, 0, 0, 1], &[0xff; 9]] {
+            assert_eq!(RsaPublicKey::from_components(&n, e).unwrap_err(), KeyError::Exponent, "{e:?}");
         }
-        for e in [
-            F4,
-            &[0, 0, 1, 0, 1],
-            &[1, 0, 3],
-            &[1, 0xff, 0xff, 0xff, 0xff],
-            &[0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 1],
-        ] {
+        for e in [F4, &[0, 0, 1, 0, 1], &[1, 0, 3], &[1, 0xff, 0xff, 0xff, 0xff], &[0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 1]] {
             assert!(RsaPublicKey::from_components(&n, e).is_ok(), "{e:?}");
         }
         let mut even = n.clone();
         even[255] = 0xfe;
-        assert_eq!(
-            RsaPublicKey::from_components(&even, F4).unwrap_err(),
-            KeyError::ModulusEven
-        );
+        assert_eq!(RsaPublicKey::from_components(&even, F4).unwrap_err(), KeyError::ModulusEven);
         let padded = [&[0, 0], &n[..]].concat();
         let canonical = RsaPublicKey::from_components(&padded, &[0, 1, 0, 1]).unwrap();
         assert_eq!(canonical, RsaPublicKey::from_components(&n, F4).unwrap());
@@ -855,15 +753,7 @@ mod tests {
             for e in [F4, &[1, 0xff, 0xff, 0xff, 0xff]] {
                 let key = RsaPublicKey::from_components(&modulus(bits), e).unwrap();
                 for mgf in [Digest::Sha1, Digest::Sha256] {
-                    let sealed = key
-                        .encrypt_oaep(
-                            Oaep {
-                                digest: Digest::Sha256,
-                                mgf,
-                            },
-                            b"x",
-                        )
-                        .unwrap();
+                    let sealed = key.encrypt_oaep(Oaep { digest: Digest::Sha256, mgf }, b"x").unwrap();
                     assert_eq!(sealed.len(), key.modulus_len());
                 }
             }
@@ -908,30 +798,15 @@ mod tests {
         let blob = key.to_bcrypt_blob();
         for good in [spki, &blob] {
             let longer = [good, &[0]].concat();
-            assert_eq!(
-                RsaPublicKey::from_any(&longer).unwrap_err(),
-                KeyError::TrailingOctets
-            );
+            assert_eq!(RsaPublicKey::from_any(&longer).unwrap_err(), KeyError::TrailingOctets);
             for length in 0..good.len() {
-                assert_eq!(
-                    RsaPublicKey::from_any(&good[..length]).unwrap_err(),
-                    KeyError::Format
-                );
+                assert_eq!(RsaPublicKey::from_any(&good[..length]).unwrap_err(), KeyError::Format);
             }
         }
         let rsa = tlv(0x06, RSA_ENCRYPTION.as_bytes());
-        let pss = tlv(
-            0x06,
-            ObjectIdentifier::new_unwrap("1.2.840.113549.1.1.10").as_bytes(),
-        );
-        assert_eq!(
-            RsaPublicKey::from_any(&spki_with(&[&pss], spki)).unwrap_err(),
-            KeyError::NotRsa
-        );
-        assert_eq!(
-            RsaPublicKey::from_any(&spki_with(&[&rsa, &tlv(4, b"")], spki)).unwrap_err(),
-            KeyError::Format
-        );
+        let pss = tlv(0x06, ObjectIdentifier::new_unwrap("1.2.840.113549.1.1.10").as_bytes());
+        assert_eq!(RsaPublicKey::from_any(&spki_with(&[&pss], spki)).unwrap_err(), KeyError::NotRsa);
+        assert_eq!(RsaPublicKey::from_any(&spki_with(&[&rsa, &tlv(4, b"")], spki)).unwrap_err(), KeyError::Format);
 
         let changed = |at: usize, value: u8| {
             let mut blob = blob.clone();
@@ -949,10 +824,7 @@ mod tests {
         let file = |text: String| RsaPublicKey::from_file(text.as_bytes()).unwrap_err();
         assert_eq!(file(format!("{}{}", *pem, *pem)), KeyError::TrailingOctets);
         assert_eq!(file(pem.replace("PUBLIC", "PRIVATE")), KeyError::Format);
-        assert_eq!(
-            file(pem.replace("END PUBLIC KEY", "END CERTIFICATE")),
-            KeyError::Format
-        );
+        assert_eq!(file(pem.replace("END PUBLIC KEY", "END CERTIFICATE")), KeyError::Format);
         assert_eq!(file(pem.replace("MII", "M*I")), KeyError::Format);
         assert_eq!(file(pem.split_at(300).0.to_owned()), KeyError::Format);
         assert_eq!(file(String::new()), KeyError::Format);
@@ -962,41 +834,20 @@ mod tests {
     fn signatures() {
         use SignatureDigest::{Sha256, Sha384, Sha512};
         let all = [Sha256, Sha384, Sha512].into_iter();
-        let all = all.flat_map(|digest| {
-            [
-                SignatureAlgorithm::Pkcs1(digest),
-                SignatureAlgorithm::Pss(digest),
-            ]
-        });
+        let all = all.flat_map(|digest| [SignatureAlgorithm::Pkcs1(digest), SignatureAlgorithm::Pss(digest)]);
         let all: Vec<_> = all.collect();
         for algorithm in &all {
             let signature = key(0).sign(*algorithm, b"message").unwrap();
             assert_eq!(signature.len(), key(0).public().modulus_len());
             for verifier in &all {
                 let result = key(0).public().verify(*verifier, b"message", &signature);
-                assert_eq!(
-                    result.is_ok(),
-                    algorithm == verifier,
-                    "{algorithm:?} {verifier:?}"
-                );
+                assert_eq!(result.is_ok(), algorithm == verifier, "{algorithm:?} {verifier:?}");
             }
             let public = key(0).public();
-            assert_eq!(
-                public.verify(*algorithm, b"massage", &signature),
-                Err(BadSignature)
-            );
-            assert_eq!(
-                public.verify(*algorithm, b"message", &signature[1..]),
-                Err(BadSignature)
-            );
-            assert_eq!(
-                public.verify(*algorithm, b"message", b""),
-                Err(BadSignature)
-            );
-            assert_eq!(
-                key(1).public().verify(*algorithm, b"message", &signature),
-                Err(BadSignature)
-            );
+            assert_eq!(public.verify(*algorithm, b"massage", &signature), Err(BadSignature));
+            assert_eq!(public.verify(*algorithm, b"message", &signature[1..]), Err(BadSignature));
+            assert_eq!(public.verify(*algorithm, b"message", b""), Err(BadSignature));
+            assert_eq!(key(1).public().verify(*algorithm, b"message", &signature), Err(BadSignature));
         }
     }
 
@@ -1009,30 +860,14 @@ mod tests {
                 for plaintext in [&b""[..], b"a transport key", &longest] {
                     let sealed = key(0).public().encrypt_oaep(oaep, plaintext).unwrap();
                     assert_eq!(sealed.len(), 256);
-                    assert_ne!(
-                        sealed,
-                        key(0).public().encrypt_oaep(oaep, plaintext).unwrap()
-                    );
-                    assert_eq!(
-                        key(0).decrypt_oaep(oaep, &sealed).unwrap().as_slice(),
-                        plaintext
-                    );
+                    assert_ne!(sealed, key(0).public().encrypt_oaep(oaep, plaintext).unwrap());
+                    assert_eq!(key(0).decrypt_oaep(oaep, &sealed).unwrap().as_slice(), plaintext);
                     assert!(key(1).decrypt_oaep(oaep, &sealed).is_err());
-                    let other = Oaep {
-                        digest,
-                        mgf: if mgf == Digest::Sha1 {
-                            Digest::Sha256
-                        } else {
-                            Digest::Sha1
-                        },
-                    };
+                    let other = Oaep { digest, mgf: if mgf == Digest::Sha1 { Digest::Sha256 } else { Digest::Sha1 } };
                     assert!(key(0).decrypt_oaep(other, &sealed).is_err());
                 }
                 let too_long = [&longest[..], &[7]].concat();
-                assert_eq!(
-                    key(0).public().encrypt_oaep(oaep, &too_long),
-                    Err(EncryptError::TooLong)
-                );
+                assert_eq!(key(0).public().encrypt_oaep(oaep, &too_long), Err(EncryptError::TooLong));
                 for bad in [&[][..], &[0; 256], &[0xff; 256], &[1; 255], &[1; 257]] {
                     assert_eq!(key(0).decrypt_oaep(oaep, bad), Err(DecryptError));
                 }
@@ -1048,46 +883,21 @@ mod tests {
         assert_eq!(again.public(), key.public());
         assert_eq!(again.to_pkcs8_der(), key.to_pkcs8_der());
         let parts = again.parts();
-        assert_eq!(
-            (parts.n.as_slice(), parts.e.as_slice()),
-            (key.public().modulus(), key.public().exponent())
-        );
-        assert!(
-            [&parts.p, &parts.q, &parts.dp, &parts.dq, &parts.qinv]
-                .iter()
-                .all(|part| part.len() <= 128)
-        );
+        assert_eq!((parts.n.as_slice(), parts.e.as_slice()), (key.public().modulus(), key.public().exponent()));
+        assert!([&parts.p, &parts.q, &parts.dp, &parts.dq, &parts.qinv].iter().all(|part| part.len() <= 128));
         let debug = format!("{key:?} {parts:?}");
-        assert!(
-            debug.len() < 300 && !debug.contains(&HEXLOWER.encode(&parts.d[..4])),
-            "{debug}"
-        );
+        assert!(debug.len() < 300 && !debug.contains(&HEXLOWER.encode(&parts.d[..4])), "{debug}");
 
         let der = key.to_pkcs8_der();
-        assert_eq!(
-            RsaPrivateKey::from_pkcs8_der(&[der, &[0]].concat()).unwrap_err(),
-            KeyError::TrailingOctets
-        );
+        assert_eq!(RsaPrivateKey::from_pkcs8_der(&[der, &[0]].concat()).unwrap_err(), KeyError::TrailingOctets);
         for length in [0, 1, 30, der.len() - 1] {
-            assert_eq!(
-                RsaPrivateKey::from_pkcs8_der(&der[..length]).unwrap_err(),
-                KeyError::Format
-            );
+            assert_eq!(RsaPrivateKey::from_pkcs8_der(&der[..length]).unwrap_err(), KeyError::Format);
         }
         // The last octet belongs to q⁻¹ mod p.
         let mut wrong = der.to_vec();
         *wrong.last_mut().unwrap() ^= 1;
-        assert_eq!(
-            RsaPrivateKey::from_pkcs8_der(&wrong).unwrap_err(),
-            KeyError::Inconsistent
-        );
-        assert_eq!(
-            RsaPrivateKey::from_pkcs8_pem("").unwrap_err(),
-            KeyError::Format
-        );
-        assert_eq!(
-            RsaPrivateKey::generate(1024).unwrap_err(),
-            KeyError::CannotGenerate(1024)
-        );
+        assert_eq!(RsaPrivateKey::from_pkcs8_der(&wrong).unwrap_err(), KeyError::Inconsistent);
+        assert_eq!(RsaPrivateKey::from_pkcs8_pem("").unwrap_err(), KeyError::Format);
+        assert_eq!(RsaPrivateKey::generate(1024).unwrap_err(), KeyError::CannotGenerate(1024));
     }
 }

@@ -31,8 +31,11 @@ const MAX_NAME: usize = 1024;
 const MAX_NAMESPACE_NAME: usize = 256;
 /// Most namespace declarations in scope at one element, and in a document. Resolving names costs their product.
 const MAX_NAMESPACES_IN_SCOPE: usize = 64;
-const MAX_NAMESPACES: usize = 8_192;
-/// Most nodes of a tree.
+const MAX_NAMESPACES: usize = 4_096;
+/// Most elements of a document, and attributes. 64 wrappings have less than 2,000 elements with as many attributes.
+const MAX_ELEMENTS: usize = 16_384;
+const MAX_ALL_ATTRIBUTES: usize = 32_768;
+/// Most nodes of a tree: elements, texts and comments.
 const MAX_NODES: u32 = 100_000;
 
 /// Why a document was refused: a sentence for a person.
@@ -90,6 +93,7 @@ fn guard(text: &str) -> Result<()> {
     }
     let mut scopes: Vec<usize> = Vec::with_capacity(MAX_DEPTH);
     let (mut in_scope, mut declared) = (0, 0);
+    let (mut elements, mut attributes) = (0, 0);
     while let Some(next) = octets[at..].iter().position(|b| *b == b'<') {
         let start = at + next;
         references(&octets[at..start])?;
@@ -107,6 +111,11 @@ fn guard(text: &str) -> Result<()> {
                 let tag = tag(octets, start)?;
                 if scopes.len() >= MAX_DEPTH {
                     return Err(XmlError(format!("elements are nested deeper than {MAX_DEPTH}")));
+                }
+                elements += 1;
+                attributes += tag.attributes;
+                if elements > MAX_ELEMENTS || attributes > MAX_ALL_ATTRIBUTES {
+                    return Err(XmlError::new("too many elements or attributes"));
                 }
                 declared += tag.namespaces;
                 if in_scope + tag.namespaces > MAX_NAMESPACES_IN_SCOPE || declared > MAX_NAMESPACES {
@@ -189,6 +198,8 @@ struct Tag {
     /// Where the tag ends, past its `>`.
     end: usize,
     empty: bool,
+    /// Namespace declarations included.
+    attributes: usize,
     namespaces: usize,
 }
 
@@ -201,7 +212,14 @@ fn tag(octets: &[u8], start: usize) -> Result<Tag> {
     let mut namespaces = 0;
     loop {
         match *octets.get(at).ok_or_else(broken)? {
-            b'>' => return Ok(Tag { end: at + 1, empty: octets[at - 1] == b'/', namespaces }),
+            b'>' => {
+                return Ok(Tag {
+                    end: at + 1,
+                    empty: octets[at - 1] == b'/',
+                    attributes: attributes.len(),
+                    namespaces,
+                });
+            }
             b'<' => return Err(broken()),
             quote @ (b'"' | b'\'') => {
                 let end = find(octets, at + 1, &[quote])?;

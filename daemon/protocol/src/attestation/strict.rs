@@ -4,9 +4,7 @@ use std::borrow::Cow;
 use std::fmt;
 
 use serde::de::value::MapAccessDeserializer;
-use serde::de::{
-    Deserialize, DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor,
-};
+use serde::de::{Deserialize, DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
 use super::MAX_DEPTH;
 
@@ -28,9 +26,7 @@ impl Scan {
     fn inner<E: Error>(&self) -> Result<Self, E> {
         match self.levels.checked_sub(1) {
             Some(levels) => Ok(Self { levels }),
-            None => Err(E::custom(format_args!(
-                "nested deeper than {MAX_DEPTH} levels"
-            ))),
+            None => Err(E::custom(format_args!("nested deeper than {MAX_DEPTH} levels"))),
         }
     }
 }
@@ -93,9 +89,7 @@ impl<'de> Visitor<'de> for Scan {
             _ => None,
         });
         match twice {
-            Some(name) => Err(A::Error::custom(format_args!(
-                "member {name:?} is there twice"
-            ))),
+            Some(name) => Err(A::Error::custom(format_args!("member {name:?} is there twice"))),
             None => Ok(()),
         }
     }
@@ -147,9 +141,7 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
             }
         }
 
-        deserializer
-            .deserialize_map(ObjectVisitor(std::marker::PhantomData))
-            .map(Object)
+        deserializer.deserialize_map(ObjectVisitor(std::marker::PhantomData)).map(Object)
     }
 }
 
@@ -218,8 +210,6 @@ impl<'de: 'a, 'a> Deserialize<'de> for Item<'a> {
 }
 
 /// For a member that may be missing but not `null`.
-pub(super) fn present<'de, D: Deserializer<'de>, T: Deserialize<'de>>(
-    deserializer: D,
-) -> Result<Option<T>, D::Error> {
+pub(super) fn present<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> Result<Option<T>, D::Error> {
     T::deserialize(deserializer).map(Some)
 }
