@@ -37,5 +37,7 @@ lint: setup
 	cargo clippy --workspace --all-targets --locked -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked
 
+# The system tests run the program that is built here; by themselves they would build it, too.
 test: lint
-	cargo test --workspace --locked
+	cargo build --workspace --locked
+	CLAVIGER_BIN=$(CURDIR)/target/debug/claviger cargo test --workspace --locked
