@@ -1,0 +1,92 @@
+//! A `claviger` that serves.
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::process::{Command, ExitStatus};
+
+use claviger::client::{Client, Reply};
+
+use crate::{Metrics, PATIENCE, Process, claviger};
+
+/// A running daemon. It is stopped when this is dropped.
+pub struct Daemon {
+    /// The process.
+    pub process: Process,
+    /// The service's URL.
+    pub url: String,
+    /// The URL of `/metrics`, `/live` and `/ready`.
+    pub metrics_url: String,
+}
+
+impl Daemon {
+    /// `claviger serve --config FILE`; returns when it listens.
+    ///
+    /// # Panics
+    /// When it does not come to listen.
+    pub fn serve(config: &Path) -> Self {
+        Self::start(Command::new(claviger()).arg("serve").arg("--config").arg(config))
+    }
+
+    pub(crate) fn start(command: &mut Command) -> Self {
+        // Warnings only: what a failed test shows is to be read by a person.
+        let process = Process::start(command.env("RUST_LOG", "warn"));
+        let url = process.line(|line| Some(line.strip_prefix("listening on ")?.to_owned()));
+        let metrics_url = process.line(|line| Some(line.strip_prefix("metrics on ")?.to_owned()));
+        Self { process, url, metrics_url }
+    }
+
+    /// A client of the service.
+    ///
+    /// # Panics
+    /// When the service speaks TLS.
+    #[must_use]
+    pub fn client(&self) -> Client {
+        Client::new(&self.url).unwrap().with_timeout(PATIENCE)
+    }
+
+    /// The service's address.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        let (_, address) = self.url.split_once("://").unwrap();
+        address.parse().unwrap()
+    }
+
+    /// Asks for `/metrics`, `/live` or `/ready`.
+    ///
+    /// # Panics
+    /// When there is no answer.
+    pub async fn probe(&self, path: &str) -> Reply {
+        Client::new(&self.metrics_url).unwrap().with_timeout(PATIENCE).get(path).await.unwrap()
+    }
+
+    /// What `/metrics` says now.
+    ///
+    /// # Panics
+    /// When it cannot be read.
+    pub async fn metrics(&self) -> Metrics {
+        Metrics::parse(std::str::from_utf8(&self.probe("/metrics").await.body).unwrap())
+    }
+
+    /// Waits until `/ready` has this status.
+    ///
+    /// # Panics
+    /// When it does not come to that within [`PATIENCE`].
+    pub async fn until_ready_is(&self, status: u16) -> Reply {
+        let begun = std::time::Instant::now();
+        loop {
+            let reply = self.probe("/ready").await;
+            if reply.status == status {
+                return reply;
+            }
+            let said = String::from_utf8_lossy(&reply.body);
+            assert!(begun.elapsed() < PATIENCE, "/ready is {} for ever: {said}", reply.status);
+            tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+        }
+    }
+
+    /// SIGTERM, and the status that it ends with.
+    pub fn stop(mut self) -> ExitStatus {
+        self.process.terminate();
+        self.process.wait()
+    }
+}

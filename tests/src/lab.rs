@@ -1,0 +1,220 @@
+//! A laboratory in a folder of its own.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+
+use claviger::client::Client;
+use claviger::config::Config;
+use claviger::host::Host;
+use claviger_protocol::algorithm::{HostAlgorithms, KeyWrapping, Oaep, Sealing};
+use claviger_protocol::certificate::Certificate;
+use claviger_protocol::metadata::Metadata;
+use claviger_protocol::owner::Owner;
+use claviger_protocol::payload::Payload;
+use claviger_protocol::request::{RollRequest, RollResponse};
+use claviger_protocol::rsa_key::RsaPrivateKey;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::{Daemon, METADATA, claviger};
+
+/// The name of the host that a lab comes with.
+pub const HOST: &str = claviger::lab::HOST_NAME;
+
+/// What a new lab has.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// Soft tokens.
+    pub hsms: usize,
+    /// Virtual machines.
+    pub vms: usize,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { hsms: 1, vms: 1 }
+    }
+}
+
+/// Soft tokens, a registered host and a tenant. The folder goes with the value.
+pub struct Lab {
+    folder: TempDir,
+}
+
+/// What a host asks for in this harness.
+pub const ALGORITHMS: HostAlgorithms = HostAlgorithms {
+    transfer: Oaep::SHA256,
+    wrapping: KeyWrapping::Seal(Sealing::Aes256Gcm),
+    transport: Sealing::Aes256Gcm,
+};
+
+impl Lab {
+    /// A lab that nobody serves yet. Its releases have all the time of a slow machine.
+    ///
+    /// # Panics
+    /// When its own checks do not pass.
+    #[must_use]
+    pub fn make(options: Options) -> Self {
+        let lab = Self::folder();
+        let made = lab.demo(options).arg("--exit").output().unwrap();
+        let said = |octets: &[u8]| String::from_utf8_lossy(octets).into_owned();
+        assert!(made.status.success(), "no lab:\n{}\n{}", said(&made.stdout), said(&made.stderr));
+        lab.configure(|config| config.release.deadline_ms = 60_000);
+        lab
+    }
+
+    /// A lab that `claviger demo` serves; its checks have passed.
+    ///
+    /// # Panics
+    /// When they have not.
+    #[must_use]
+    pub fn start(options: Options) -> (Daemon, Self) {
+        let lab = Self::folder();
+        let daemon = Daemon::start(&mut lab.demo(options));
+        daemon.process.line(|line| (line.starts_with("all ") && line.ends_with(" checks passed")).then_some(()));
+        (daemon, lab)
+    }
+
+    /// A folder where no lab is yet.
+    ///
+    /// # Panics
+    /// When there is no room for it.
+    #[must_use]
+    pub fn folder() -> Self {
+        Self { folder: tempfile::Builder::new().prefix("claviger-").tempdir().unwrap() }
+    }
+
+    /// `claviger demo` in this folder, on ports that the kernel chooses.
+    #[must_use]
+    pub fn demo(&self, options: Options) -> Command {
+        let mut command = Command::new(claviger());
+        command.args(["demo", "--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0", "--dir"]).arg(self.path());
+        command.args(["--hsms", &options.hsms.to_string(), "--vms", &options.vms.to_string()]);
+        command
+    }
+
+    /// Serves the lab with `claviger serve`.
+    #[must_use]
+    pub fn serve(&self) -> Daemon {
+        Daemon::serve(&self.config_file())
+    }
+
+    /// The folder.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// A file of the lab.
+    #[must_use]
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.path().join(name)
+    }
+
+    /// Its configuration.
+    #[must_use]
+    pub fn config_file(&self) -> PathBuf {
+        self.file("claviger.toml")
+    }
+
+    /// The administrators' socket.
+    #[must_use]
+    pub fn socket(&self) -> PathBuf {
+        self.file("state/admin.sock")
+    }
+
+    /// Changes the configuration.
+    ///
+    /// # Panics
+    /// When it cannot be read or written.
+    pub fn configure(&self, change: impl FnOnce(&mut Config)) {
+        let mut config = Config::load(&self.config_file()).unwrap();
+        change(&mut config);
+        std::fs::write(self.config_file(), config.to_toml().unwrap()).unwrap();
+    }
+
+    /// The lines of the audit trail.
+    ///
+    /// # Panics
+    /// When one is not JSON.
+    #[must_use]
+    pub fn audit(&self) -> Vec<Value> {
+        let trail = std::fs::read_to_string(self.file("state/audit.jsonl")).unwrap();
+        trail.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {line}"))).collect()
+    }
+
+    /// The registered host.
+    #[must_use]
+    pub fn host(&self, client: Client) -> Host {
+        Host::new(client, self.key("host/hostkey.pem"), self.identity())
+    }
+
+    /// The registered host's identity key.
+    #[must_use]
+    pub fn identity(&self) -> Arc<RsaPrivateKey> {
+        Arc::new(self.key("host/identitykey.pem"))
+    }
+
+    /// A private key of the lab.
+    ///
+    /// # Panics
+    /// When the file is not there or no key.
+    #[must_use]
+    pub fn key(&self, file: &str) -> RsaPrivateKey {
+        RsaPrivateKey::from_pkcs8_pem(&std::fs::read_to_string(self.file(file)).unwrap()).unwrap()
+    }
+
+    /// The tenant.
+    ///
+    /// # Panics
+    /// When a file is missing.
+    #[must_use]
+    pub fn owner(&self) -> Owner {
+        let certificate = |file| Certificate::from_pem(&std::fs::read_to_string(self.file(file)).unwrap()).unwrap();
+        Owner {
+            signing_key: self.key("tenant/owner-signing.key.pem"),
+            signing_certificate: certificate("tenant/owner-signing.crt.pem"),
+            encryption_key: self.key("tenant/owner-encryption.key.pem"),
+            encryption_certificate: certificate("tenant/owner-encryption.crt.pem"),
+        }
+    }
+
+    /// The protector of the first virtual machine.
+    ///
+    /// # Panics
+    /// When it is missing.
+    #[must_use]
+    pub fn protector(&self) -> Vec<u8> {
+        std::fs::read(self.file("tenant/vm-0001.protector.xml")).unwrap()
+    }
+}
+
+/// The service's metadata, checked.
+///
+/// # Panics
+/// When it is not right.
+pub async fn metadata(client: &Client) -> Metadata {
+    let reply = client.get(METADATA).await.unwrap();
+    assert_eq!(reply.status, 200);
+    Metadata::parse(&reply.body).unwrap()
+}
+
+/// The body of a release request.
+#[must_use]
+pub fn roll_request(health: &[u8], protector: &[u8]) -> Vec<u8> {
+    let (ingress_protector, health_certificate) = (protector.to_vec(), health.to_vec());
+    RollRequest { ingress_protector, health_certificate, algorithms: ALGORITHMS }.to_xml()
+}
+
+/// The keys of an answer to [`roll_request`], and the egress protector; says what is wrong otherwise.
+///
+/// # Errors
+/// A sentence.
+pub fn open_release(body: &[u8], identity: &RsaPrivateKey) -> Result<(Payload, Vec<u8>), String> {
+    let response = RollResponse::parse(body).map_err(|e| e.to_string())?;
+    let transfer =
+        identity.decrypt_oaep(ALGORITHMS.transfer, &response.keys.transfer_key).map_err(|e| e.to_string())?;
+    let keys = response.keys.open(&transfer, ALGORITHMS.wrapping, ALGORITHMS.transport).map_err(|e| e.to_string())?;
+    Ok((keys, response.egress_protector))
+}

@@ -1,0 +1,136 @@
+//! A child process that does not outlive its test.
+
+use std::io::{BufRead, BufReader, Read};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::PATIENCE;
+
+/// How long a process that is dropped has for an orderly end.
+const ORDERLY: Duration = Duration::from_secs(5);
+
+/// A running program, its output so far, and its end: it is stopped when this is dropped.
+pub struct Process {
+    child: Child,
+    output: Arc<Lines>,
+}
+
+#[derive(Default)]
+struct Lines {
+    seen: Mutex<Seen>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Seen {
+    lines: Vec<String>,
+    closed: usize,
+}
+
+impl Process {
+    /// Starts it, with both of its outputs read.
+    ///
+    /// # Panics
+    /// When it does not start.
+    pub fn start(command: &mut Command) -> Self {
+        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let output = Arc::new(Lines::default());
+        follow(child.stdout.take().unwrap(), &output);
+        follow(child.stderr.take().unwrap(), &output);
+        Self { child, output }
+    }
+
+    /// Waits for a line of its output of which `wanted` makes something.
+    ///
+    /// # Panics
+    /// When it ends without one, or [`PATIENCE`] is exhausted; with all that it said.
+    pub fn line<T>(&self, wanted: impl Fn(&str) -> Option<T>) -> T {
+        let until = Instant::now() + PATIENCE;
+        let mut seen = self.output.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            if let Some(value) = seen.lines.iter().find_map(|line| wanted(line)) {
+                return value;
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            assert!(seen.closed < 2 && !left.is_zero(), "not said by the program:\n{}", seen.lines.join("\n"));
+            seen = self.output.changed.wait_timeout(seen, left).unwrap().0;
+        }
+    }
+
+    /// All that it has said so far.
+    #[must_use]
+    pub fn output(&self) -> String {
+        self.output.seen.lock().unwrap_or_else(PoisonError::into_inner).lines.join("\n")
+    }
+
+    /// Sends SIGTERM.
+    pub fn terminate(&self) {
+        let _ = kill_process(self.pid(), Signal::TERM);
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Panics
+    /// When it goes on beyond [`PATIENCE`].
+    pub fn wait(&mut self) -> ExitStatus {
+        match self.wait_for(PATIENCE) {
+            Some(status) => status,
+            None => panic!("the program does not end:\n{}", self.output()),
+        }
+    }
+
+    fn wait_for(&mut self, time: Duration) -> Option<ExitStatus> {
+        let until = Instant::now() + time;
+        while Instant::now() < until {
+            if let Ok(Some(status)) = self.child.try_wait() {
+                return Some(status);
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        None
+    }
+
+    /// Its id.
+    #[must_use]
+    pub fn pid(&self) -> Pid {
+        Pid::from_child(&self.child)
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // A child that has been waited for has no id any more, and another process may have it.
+        if !matches!(self.child.try_wait(), Ok(None)) {
+            return;
+        }
+        self.terminate();
+        if self.wait_for(ORDERLY).is_none() {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+        if std::thread::panicking() {
+            // Shown by the test runner, as the test has failed.
+            #[allow(clippy::print_stderr)]
+            {
+                eprintln!("--- the program said:\n{}\n---", self.output());
+            }
+        }
+    }
+}
+
+fn follow(pipe: impl Read + Send + 'static, output: &Arc<Lines>) {
+    let output = output.clone();
+    std::thread::spawn(move || {
+        for line in BufReader::new(pipe).split(b'\n') {
+            let Ok(line) = line else { break };
+            let line = String::from_utf8_lossy(&line).into_owned();
+            output.seen.lock().unwrap_or_else(PoisonError::into_inner).lines.push(line);
+            output.changed.notify_all();
+        }
+        output.seen.lock().unwrap_or_else(PoisonError::into_inner).closed += 1;
+        output.changed.notify_all();
+    });
+}

@@ -1,0 +1,152 @@
+//! HTTP/1.1 by hand, on a blocking socket: for what no well-behaved client does.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+
+use crate::PATIENCE;
+
+/// An answer.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Answer {
+    /// Its status.
+    pub status: u16,
+    /// Its header fields, names in lower case, in the order that they came in.
+    pub headers: Vec<(String, String)>,
+    /// Its body.
+    pub body: Vec<u8>,
+}
+
+impl Answer {
+    /// The first field of this name.
+    #[must_use]
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.headers.iter().find(|(n, _)| n == name).map(|(_, value)| value.as_str())
+    }
+
+    /// Whether the server says that it closes the connection.
+    #[must_use]
+    pub fn closes(&self) -> bool {
+        self.header("connection").is_some_and(|value| value.eq_ignore_ascii_case("close"))
+    }
+
+    /// The body as text.
+    #[must_use]
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.body).into_owned()
+    }
+}
+
+/// Why there is no answer.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Silence {
+    /// The connection ended before the first octet.
+    Closed,
+    /// It ended within an answer, of which this had come; or what came is no answer.
+    Torn(String),
+    /// Nothing came for as long as was waited.
+    Nothing,
+}
+
+/// One connection.
+pub struct Connection {
+    /// The socket.
+    pub stream: TcpStream,
+    read: Vec<u8>,
+}
+
+impl Connection {
+    /// Connects.
+    ///
+    /// # Errors
+    /// What the operating system says.
+    pub fn open(address: SocketAddr) -> std::io::Result<Self> {
+        let stream = TcpStream::connect(address)?;
+        stream.set_nodelay(true)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_write_timeout(Some(PATIENCE))?;
+        Ok(Self { stream, read: Vec::new() })
+    }
+
+    /// Writes.
+    ///
+    /// # Errors
+    /// What the operating system says.
+    pub fn send(&mut self, octets: &[u8]) -> std::io::Result<()> {
+        self.stream.write_all(octets)
+    }
+
+    /// Reads one answer; its length has to be announced.
+    ///
+    /// # Errors
+    /// See [`Silence`].
+    pub fn answer(&mut self) -> Result<Answer, Silence> {
+        loop {
+            if let Some((answer, used)) = parse(&self.read).map_err(Silence::Torn)? {
+                self.read.drain(..used);
+                return Ok(answer);
+            }
+            let mut octets = [0; 16 * 1024];
+            match self.stream.read(&mut octets) {
+                Ok(0) => return Err(self.end("the end".to_owned())),
+                Ok(read) => self.read.extend_from_slice(&octets[..read]),
+                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
+                    return Err(if self.read.is_empty() { Silence::Nothing } else { self.end(error.to_string()) });
+                }
+                Err(error) => return Err(self.end(error.to_string())),
+            }
+        }
+    }
+
+    fn end(&self, why: String) -> Silence {
+        if self.read.is_empty() {
+            return Silence::Closed;
+        }
+        Silence::Torn(format!("{why} after {}", String::from_utf8_lossy(&self.read)))
+    }
+
+    /// Writes a request and reads its answer.
+    ///
+    /// # Errors
+    /// See [`Silence`].
+    pub fn exchange(&mut self, request: &[u8]) -> Result<Answer, Silence> {
+        // A connection that was closed may fail here, too; what was answered before that can still be read.
+        let _ = self.send(request);
+        self.answer()
+    }
+}
+
+/// `None` while it is not whole.
+fn parse(octets: &[u8]) -> Result<Option<(Answer, usize)>, String> {
+    let Some(end) = octets.windows(4).position(|w| w == b"\r\n\r\n") else { return Ok(None) };
+    let head = std::str::from_utf8(&octets[..end]).map_err(|e| e.to_string())?;
+    let mut lines = head.split("\r\n");
+    let first = lines.next().unwrap_or_default();
+    let status = first.strip_prefix("HTTP/1.1 ").and_then(|rest| rest.get(..3)?.parse().ok());
+    let status = status.ok_or_else(|| format!("no status line: {first}"))?;
+    let field = |line: &str| line.split_once(':').map(|(n, v)| (n.to_ascii_lowercase(), v.trim().to_owned()));
+    let headers = lines.map(field).collect::<Option<Vec<_>>>().ok_or_else(|| format!("no fields: {head}"))?;
+    let length = headers.iter().find(|(name, _)| name == "content-length").and_then(|(_, value)| value.parse().ok());
+    let length: usize = length.ok_or_else(|| format!("no length: {head}"))?;
+    let begin = end + 4;
+    let Some(body) = octets.get(begin..begin + length) else { return Ok(None) };
+    Ok(Some((Answer { status, headers, body: body.to_vec() }, begin + length)))
+}
+
+/// The header of a request with a body of `length` octets.
+#[must_use]
+pub fn post_head(path: &str, media_type: &str, length: usize) -> Vec<u8> {
+    format!("POST {path} HTTP/1.1\r\nHost: test\r\nContent-Type: {media_type}\r\nContent-Length: {length}\r\n\r\n")
+        .into_bytes()
+}
+
+/// A request with a body.
+#[must_use]
+pub fn post(path: &str, media_type: &str, body: &[u8]) -> Vec<u8> {
+    [post_head(path, media_type, body.len()), body.to_vec()].concat()
+}
+
+/// A request without one.
+#[must_use]
+pub fn get(path: &str) -> Vec<u8> {
+    format!("GET {path} HTTP/1.1\r\nHost: test\r\n\r\n").into_bytes()
+}

@@ -1,0 +1,223 @@
+//! What administrators do, through the real command line.
+
+#![allow(clippy::unwrap_used)]
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use claviger::host::Host;
+use claviger_protocol::payload::ApiVersion;
+use claviger_protocol::rsa_key::RsaPrivateKey;
+use claviger_tests::{HOST, Lab, Options, run, said, tool};
+use data_encoding::{BASE64, HEXLOWER};
+use serde_json::Value;
+
+struct Administrator<'a>(&'a Lab);
+
+impl Administrator<'_> {
+    fn run(&self, arguments: &[&str]) -> Output {
+        let config = self.0.config_file();
+        run(arguments.iter().copied().chain(["--config", config.to_str().unwrap()]))
+    }
+
+    fn json(&self, arguments: &[&str]) -> Value {
+        let output = self.run(&[arguments, &["--json"]].concat());
+        assert!(output.status.success(), "{arguments:?}: {}", said(&output));
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+
+    /// What it says when it fails.
+    fn fault(&self, arguments: &[&str]) -> String {
+        let output = self.run(arguments);
+        assert!(!output.status.success(), "{arguments:?}: {}", said(&output));
+        assert!(output.stdout.is_empty(), "{arguments:?}: {}", said(&output));
+        String::from_utf8(output.stderr).unwrap()
+    }
+
+    fn add(&self, name: &str, key: &Path) -> Value {
+        self.json(&["hosts", "add", name, "--public-key", key.to_str().unwrap()])
+    }
+
+    fn names(&self) -> Vec<String> {
+        let hosts = self.json(&["hosts", "list"]);
+        hosts.as_array().unwrap().iter().map(|host| host["name"].as_str().unwrap().to_owned()).collect()
+    }
+}
+
+fn write(lab: &Lab, name: &str, octets: &[u8]) -> PathBuf {
+    let path = lab.file(name);
+    std::fs::write(&path, octets).unwrap();
+    path
+}
+
+fn pem(label: &str, der: &[u8]) -> Vec<u8> {
+    let base64 = BASE64.encode(der);
+    let lines: Vec<&str> = (0..base64.len()).step_by(64).map(|at| &base64[at..base64.len().min(at + 64)]).collect();
+    format!("-----BEGIN {label}-----\n{}\n-----END {label}-----\n", lines.join("\n")).into_bytes()
+}
+
+fn key() -> RsaPrivateKey {
+    RsaPrivateKey::generate(2048).unwrap()
+}
+
+/// A self-signed certificate over this key (DER), by OpenSSL.
+fn certificate(lab: &Lab, key: &RsaPrivateKey) -> Vec<u8> {
+    let private = write(lab, "certificate.key", key.to_pkcs8_pem().as_bytes());
+    let made = tool(
+        "openssl",
+        Command::new("openssl").args(["req", "-x509", "-subj", "/CN=host", "-outform", "DER", "-key"]).arg(private),
+    );
+    assert!(made.status.success(), "{}", said(&made));
+    made.stdout
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hosts_come_and_go() {
+    let (daemon, lab) = Lab::start(Options::default());
+    let administrator = Administrator(&lab);
+    assert_eq!(std::fs::metadata(lab.socket()).unwrap().permissions().mode() & 0o777, 0o600);
+    assert_eq!(administrator.names(), [HOST]);
+
+    // Every form of a public key, in a file.
+    let spki = |key: &RsaPrivateKey| key.public().spki_der().to_vec();
+    type Form<'a> = (&'a str, &'a dyn Fn(&RsaPrivateKey) -> Vec<u8>);
+    let forms: [Form<'_>; 5] = [
+        ("spki.der", &spki),
+        ("spki.pem", &|key| pem("PUBLIC KEY", key.public().spki_der())),
+        ("certificate.der", &|key| certificate(&lab, key)),
+        ("certificate.pem", &|key| pem("CERTIFICATE", &certificate(&lab, key))),
+        ("blob", &|key| key.public().to_bcrypt_blob()),
+    ];
+    for (name, form) in forms {
+        let key = key();
+        let file = write(&lab, name, &form(&key));
+        let added = administrator.add(name, &file);
+        assert_eq!(added["name"], name);
+        assert_eq!(added["key"], HEXLOWER.encode(&key.public().spki_sha256()), "{name}");
+        let host = Host::new(daemon.client(), key, lab.identity());
+        let health = host.attest().await.unwrap();
+        host.roll(ApiVersion::V2, &health, &lab.protector()).await.unwrap();
+    }
+    assert_eq!(administrator.names().len(), 1 + forms.len());
+    // For people, too; and by the socket's path.
+    let list = administrator.run(&["hosts", "list"]);
+    let text = said(&list);
+    assert!(text.starts_with("NAME") && text.contains("spki.pem") && text.lines().count() == 2 + forms.len(), "{text}");
+    let by_socket = run(["hosts", "list", "--socket", lab.socket().to_str().unwrap()]);
+    assert_eq!(said(&by_socket), text);
+    let removed = administrator.run(&["hosts", "remove", "blob"]);
+    assert_eq!(said(&removed), "removed host blob\n");
+
+    // What is refused, and what is said then.
+    let good = write(&lab, "good.der", &spki(&key()));
+    let good = good.to_str().unwrap();
+    let garbage = write(&lab, "garbage", b"not a key");
+    let weak = lab.file("weak.pem");
+    let made = Command::new("openssl").args(["genrsa", "1024"]).output().unwrap();
+    let private = write(&lab, "weak.key", &made.stdout);
+    let made =
+        tool("openssl", Command::new("openssl").args(["rsa", "-pubout", "-in"]).arg(private).arg("-out").arg(&weak));
+    assert!(made.status.success(), "{}", said(&made));
+    let registered = lab.file("host/hostkey.pub.pem");
+    let secret = lab.file("host/hostkey.pem");
+    for (arguments, expected) in [
+        (["a b", good], "1 to 64 letters"),
+        (["", good], "1 to 64 letters"),
+        (["x/../y", good], "1 to 64 letters"),
+        (["new", garbage.to_str().unwrap()], "garbage"),
+        (["new", weak.to_str().unwrap()], "1024"),
+        (["new", "/nowhere/key.pem"], "/nowhere/key.pem"),
+        (["new", secret.to_str().unwrap()], "hostkey.pem"),
+        ([HOST, good], "registered already"),
+        (["DEMO-HOST", good], "registered already"),
+        (["new", registered.to_str().unwrap()], HOST),
+    ] {
+        let [name, file] = arguments;
+        let fault = administrator.fault(&["hosts", "add", name, "--public-key", file]);
+        assert!(fault.starts_with("claviger: ") && fault.contains(expected), "{name} {file}: {fault}");
+    }
+    assert!(administrator.fault(&["hosts", "remove", "nobody"]).contains("no host \"nobody\" is registered"));
+    assert_eq!(administrator.names().len(), forms.len());
+
+    // The keys of the lab.
+    let keys = administrator.json(&["keys", "list"]);
+    let kinds: Vec<_> = keys.as_array().unwrap().iter().map(|key| key["kind"].as_str().unwrap()).collect();
+    assert_eq!(kinds.len(), 2);
+    assert!(kinds.contains(&"signing") && kinds.contains(&"encryption"), "{keys}");
+    assert!(keys.as_array().unwrap().iter().all(|key| key["primary"] == true && key["bits"] == 2048), "{keys}");
+    let text = said(&administrator.run(&["keys", "list"]));
+    assert!(text.starts_with("KIND") && text.lines().count() == 3, "{text}");
+    assert!(daemon.stop().success());
+
+    // Nobody there any more.
+    let fault = administrator.fault(&["hosts", "list"]);
+    assert!(fault.contains("is the daemon running, and with this --config?"), "{fault}");
+    let neither = run(["hosts", "list"]);
+    assert_eq!(neither.status.code(), Some(2));
+    assert!(said(&neither).contains("--config"), "{}", said(&neither));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_host_that_was_removed_gets_nothing_more() {
+    let (daemon, lab) = Lab::start(Options::default());
+    let administrator = Administrator(&lab);
+    let [first, second] = [key(), key()];
+    let files = [("first", &first), ("second", &second)].map(|(name, key)| write(&lab, name, key.public().spki_der()));
+    administrator.add("node", &files[0]);
+    let host = Host::new(daemon.client(), first, lab.identity());
+    let old = host.attest().await.unwrap();
+    host.roll(ApiVersion::V2, &old, &lab.protector()).await.unwrap();
+    let refused = async |health: &[u8]| {
+        let error = host.roll(ApiVersion::V2, health, &lab.protector()).await.err().unwrap().to_string();
+        assert!(error.contains("403 HealthCertificateException"), "{error}");
+    };
+
+    // The very next request is refused.
+    assert!(administrator.run(&["hosts", "remove", "node"]).status.success());
+    refused(&old).await;
+    let error = host.attest().await.unwrap_err().to_string();
+    assert!(error.contains("403 UnauthorizedErrorReply"), "{error}");
+
+    // The name with another key: the old certificate does not come back to life, the new host is served.
+    administrator.add("node", &files[1]);
+    refused(&old).await;
+    assert!(host.attest().await.is_err());
+    let replaced = Host::new(daemon.client(), second, lab.identity());
+    let health = replaced.attest().await.unwrap();
+    replaced.roll(ApiVersion::V2, &health, &lab.protector()).await.unwrap();
+
+    // The first key under another name: its certificate is for another name.
+    administrator.add("other", &files[0]);
+    refused(&old).await;
+    // Back under its own name: name and key are what they were.
+    assert!(administrator.run(&["hosts", "remove", "other"]).status.success());
+    assert!(administrator.run(&["hosts", "remove", "NODE"]).status.success());
+    administrator.add("node", &files[0]);
+    host.roll(ApiVersion::V2, &old, &lab.protector()).await.unwrap();
+    assert!(daemon.stop().success());
+
+    // All of this is in the trail, and who was refused by name.
+    let trail = lab.audit();
+    let of = |event: &str, outcome: &str| {
+        trail.iter().filter(|l| l["event"] == event && l["outcome"] == outcome && l["host"] == "node").count()
+    };
+    assert_eq!((of("hosts.add", "requested"), of("hosts.remove", "requested")), (3, 1));
+    assert_eq!(of("release", "HealthCertificateException"), 3);
+}
+
+#[test]
+fn every_command_has_an_example() {
+    for command in
+        [&["serve"][..], &["demo"], &["hosts", "add"], &["hosts", "list"], &["hosts", "remove"], &["keys", "list"]]
+    {
+        let help = run(command.iter().copied().chain(["--help"]));
+        let text = said(&help);
+        let example = format!("Example: claviger {}", command.join(" "));
+        assert!(help.status.success() && text.contains(&example), "{command:?}: {text}");
+    }
+    let text = said(&run(["--help"]));
+    assert!(text.contains("Start here: claviger demo"), "{text}");
+    let text = said(&run(["--version"]));
+    assert!(text.starts_with("claviger "), "{text}");
+}

@@ -1,0 +1,65 @@
+//! A decision that cannot be recorded is not carried out.
+
+#![allow(clippy::unwrap_used)]
+
+use claviger_protocol::attestation::parse_error_reply;
+use claviger_protocol::error::{Code, Refusal};
+use claviger_tests::{ATTEST, Lab, Options, ROLL, open_release, roll_request, run, said};
+
+#[tokio::test]
+async fn nothing_is_released_while_the_trail_cannot_be_written() {
+    let lab = Lab::make(Options::default());
+    let daemon = lab.serve();
+    let health = lab.host(daemon.client()).attest().await.unwrap();
+    assert!(daemon.stop().success());
+    let trail = lab.file("state/audit.jsonl");
+    std::fs::rename(&trail, lab.file("state/audit.old")).unwrap();
+    std::os::unix::fs::symlink("/dev/full", &trail).unwrap();
+
+    // It starts: the trail can be opened, and what can be read is served.
+    let daemon = lab.serve();
+    daemon.until_ready_is(200).await;
+    let client = daemon.client();
+    let request = roll_request(&health, &lab.protector());
+    for turn in 1..=3 {
+        let reply = client.post(ROLL, "application/xml", request.clone()).await.unwrap();
+        assert_eq!(reply.status, 503);
+        assert!(reply.headers["retry-after"].to_str().unwrap().parse::<u32>().unwrap() > 0);
+        let refusal = Refusal::parse(&reply.body).unwrap();
+        assert_eq!(refusal.code, Code::ServiceUnavailable);
+        let text = String::from_utf8_lossy(&reply.body);
+        assert!(!text.contains("EgressProtector") && !text.contains("Encrypted") && reply.body.len() < 1000, "{text}");
+        let metrics = daemon.metrics().await;
+        assert_eq!(metrics.count("claviger_releases_total", &[("outcome", "ServiceUnavailableException")]), turn);
+        assert_eq!(metrics.count("claviger_releases_total", &[("outcome", "success")]), 0);
+        assert_eq!(metrics.count("claviger_audit_errors_total", &[]), turn, "audit errors of {turn} records");
+    }
+    // Refusals are decisions, too.
+    let reply = client.post(ROLL, "application/xml", "<x/>").await.unwrap();
+    assert_eq!((reply.status.as_u16(), Refusal::parse(&reply.body).unwrap().code), (503, Code::ServiceUnavailable));
+
+    let reply = client.post(ATTEST, "application/json", "{}").await.unwrap();
+    assert_eq!(reply.status, 503);
+    assert!(reply.headers.contains_key("retry-after"));
+    assert_eq!(parse_error_reply(&reply.body).unwrap().name, "UnavailableErrorReply");
+    let refused = lab.host(daemon.client()).attest().await.unwrap_err().to_string();
+    assert!(refused.contains("503 UnavailableErrorReply"), "{refused}");
+
+    // Nor is a host registered or removed.
+    let config = lab.config_file();
+    let config = config.to_str().unwrap();
+    let removed = run(["hosts", "remove", "demo-host", "--config", config]);
+    assert!(!removed.status.success() && said(&removed).contains("audit trail"), "{}", said(&removed));
+    assert!(said(&run(["hosts", "list", "--config", config])).contains("demo-host"));
+
+    // The disk has room again: the next one goes through, without a restart.
+    std::fs::remove_file(&trail).unwrap();
+    let reply = client.post(ROLL, "application/xml", request).await.unwrap();
+    assert_eq!(reply.status, 200, "{}", String::from_utf8_lossy(&reply.body));
+    let (keys, _) = open_release(&reply.body, &lab.identity()).unwrap();
+    assert!(*lab.owner().open(&lab.protector()).unwrap() == *keys.ingress);
+    lab.host(daemon.client()).attest().await.unwrap();
+    let told: Vec<String> = lab.audit().iter().map(|line| format!("{} {}", line["event"], line["outcome"])).collect();
+    assert_eq!(told, ["\"release\" \"success\"", "\"attest\" \"success\""]);
+    assert!(daemon.stop().success());
+}

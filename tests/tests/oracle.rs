@@ -1,0 +1,108 @@
+//! The ways in which a transport key can be wrong look the same from outside.
+//!
+//! Times are printed, for information; they never fail the test.
+
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
+
+use std::time::Instant;
+
+use claviger_protocol::algorithm::Oaep;
+use claviger_tests::protector::{with_cipher, with_oaep};
+use claviger_tests::raw::{Answer, Connection, post};
+use claviger_tests::stats::{mann_whitney_z, median};
+use claviger_tests::{Lab, Options, ROLL, block, metadata, open_release, roll_request};
+
+const TRIES: usize = 200;
+/// Refusals wait for points of a grid, so that trying one after the other would take long.
+const AT_ONCE: usize = 4;
+
+/// The answer without what differs between any two.
+fn constant(mut answer: Answer) -> Answer {
+    answer.headers.retain(|(name, _)| name != "x-request-id" && name != "date");
+    answer
+}
+
+#[test]
+fn a_garbled_and_a_wrong_transport_key_are_refused_alike() {
+    let lab = Lab::make(Options { hsms: 2, vms: 1 });
+    let daemon = lab.serve();
+    let (health, guardian) =
+        block(async { (lab.host(daemon.client()).attest().await.unwrap(), metadata(&daemon.client()).await) });
+    let (owner, identity) = (lab.owner(), lab.identity());
+    let address = daemon.address();
+    let mut seen: Vec<Answer> = Vec::new();
+    for (name, oaep) in [("OAEP mgf1p", Oaep::SHA1), ("OAEP SHA-256", Oaep::SHA256)] {
+        let (file, key) = with_oaep(&owner, &guardian, oaep);
+        // As it is, it is served: what follows is refused for its ciphertext alone.
+        let send = |file: &[u8]| {
+            let request = post(ROLL, "application/xml", &roll_request(&health, file));
+            Connection::open(address).unwrap().exchange(&request).unwrap()
+        };
+        let answer = send(&file);
+        assert_eq!(answer.status, 200, "{name}: {}", answer.text());
+        assert!(*open_release(&answer.body, &identity).unwrap().0.ingress == *key);
+        let same = with_cipher(&owner, &file, <[u8]>::to_vec);
+        assert_eq!(send(&same).status, 200, "{name}: the tool of this test is broken");
+
+        let mut samples = [Vec::new(), Vec::new()];
+        let per_worker = TRIES / AT_ONCE;
+        std::thread::scope(|scope| {
+            let workers: Vec<_> = (0..AT_ONCE)
+                .map(|worker| {
+                    let (owner, guardian, health, file) = (&owner, &guardian, &health, &file);
+                    scope.spawn(move || {
+                        let mut connection = Connection::open(address).unwrap();
+                        let mut told = Vec::with_capacity(per_worker);
+                        for turn in 0..per_worker {
+                            let at = (worker * per_worker + turn) % 256;
+                            let flipped = with_cipher(owner, file, |cipher| {
+                                let mut cipher = cipher.to_vec();
+                                // Not the first octet: the number may not exceed the modulus.
+                                cipher[at.max(1)] ^= 1 << (turn % 8);
+                                cipher
+                            });
+                            let wrong = with_cipher(owner, file, |_| {
+                                let other = claviger_protocol::build::fresh_transport_key().unwrap();
+                                guardian.encryption_key.encrypt_oaep(oaep, &other[..]).unwrap()
+                            });
+                            let requests =
+                                [flipped, wrong].map(|f| post(ROLL, "application/xml", &roll_request(health, &f)));
+                            // In turns, and each of them first as often as the other.
+                            for kind in if turn % 2 == 0 { [0, 1] } else { [1, 0] } {
+                                let begun = Instant::now();
+                                let answer = connection.exchange(&requests[kind]).unwrap();
+                                told.push((kind, begun.elapsed().as_secs_f64() * 1e3, constant(answer)));
+                            }
+                        }
+                        told
+                    })
+                })
+                .collect();
+            for (kind, ms, answer) in workers.into_iter().flat_map(|worker| worker.join().unwrap()) {
+                samples[kind].push(ms);
+                seen.push(answer);
+            }
+        });
+        let [flipped, wrong] = &samples;
+        assert_eq!((flipped.len(), wrong.len()), (TRIES, TRIES));
+        println!(
+            "{name}: garbled {:.2} ms, wrong key {:.2} ms, z = {:+.2}",
+            median(flipped),
+            median(wrong),
+            mann_whitney_z(flipped, wrong)
+        );
+    }
+    // All of them, of both paddings.
+    let first = seen[0].clone();
+    assert_eq!(first.status, 400);
+    assert!(first.text().contains("<Code>InvalidProtectorException</Code>"), "{}", first.text());
+    for answer in &seen {
+        assert_eq!(*answer, first);
+    }
+    // Nor does the trail tell them apart.
+    let trail = lab.audit();
+    let refused =
+        trail.iter().filter(|line| line["outcome"] == "InvalidProtectorException" && line["owner"].is_string());
+    assert!(refused.count() >= 4 * TRIES);
+    assert!(daemon.stop().success());
+}

@@ -1,0 +1,98 @@
+//! `/live`, `/ready` and `/metrics` tell the truth.
+
+#![allow(clippy::unwrap_used)]
+
+use claviger_protocol::payload::ApiVersion;
+use claviger_tests::{ATTEST, Lab, METADATA, Options, ROLL, roll_request};
+
+#[tokio::test]
+async fn a_daemon_is_ready_while_a_token_really_works() {
+    let lab = Lab::make(Options { hsms: 2, vms: 1 });
+    let daemon = lab.serve();
+    let ready = daemon.until_ready_is(200).await;
+    assert!(ready.body.starts_with(b"ready: hsm-"), "{ready:?}");
+    let live = daemon.probe("/live").await;
+    assert_eq!((live.status.as_u16(), &live.body[..]), (200, &b"live\n"[..]));
+    let metrics = daemon.probe("/metrics").await;
+    assert_eq!(metrics.status, 200);
+    assert_eq!(metrics.headers["content-type"], "text/plain; version=0.0.4; charset=utf-8");
+    let page = std::str::from_utf8(&metrics.body).unwrap();
+    for line in page.lines().filter(|line| line.starts_with("# TYPE ")) {
+        let name = line.split(' ').nth(2).unwrap();
+        assert!(page.contains(&format!("# HELP {name} ")), "{name} has no help");
+    }
+    // What can be counted is there from the start, at zero.
+    let series = daemon.metrics().await;
+    assert_eq!(
+        series.count("claviger_releases_total", &[("outcome", "HealthCertificateException"), ("api", "v1.0")]),
+        0
+    );
+    assert_eq!(series.count("claviger_build_info", &[]), 1);
+    assert_eq!(daemon.probe("/nothing").await.status, 404);
+    // The two listeners do not mix.
+    assert_eq!(daemon.probe(METADATA).await.status, 404);
+    assert_eq!(daemon.client().get("/metrics").await.unwrap().status, 404);
+    assert!(daemon.stop().success());
+}
+
+#[tokio::test]
+async fn tokens_that_go_away_are_noticed() {
+    let lab = Lab::make(Options { hsms: 2, vms: 1 });
+    let daemon = lab.serve();
+    daemon.until_ready_is(200).await;
+    let health = lab.host(daemon.client()).attest().await.unwrap();
+    let request = roll_request(&health, &lab.protector());
+    std::fs::rename(lab.file("tokens"), lab.file("away")).unwrap();
+    let not_ready = daemon.until_ready_is(503).await;
+    let text = String::from_utf8_lossy(&not_ready.body);
+    assert!(text.starts_with("not ready: hsm-a: ") && text.contains("hsm-b: "), "{text}");
+    assert_eq!(daemon.probe("/live").await.status, 200);
+    let reply = daemon.client().post(ROLL, "application/xml", request.clone()).await.unwrap();
+    assert_eq!(reply.status, 503, "{}", String::from_utf8_lossy(&reply.body));
+    assert!(reply.headers.contains_key("retry-after"));
+    assert!(daemon.stop().success());
+
+    std::fs::rename(lab.file("away"), lab.file("tokens")).unwrap();
+    let daemon = lab.serve();
+    daemon.until_ready_is(200).await;
+    assert_eq!(daemon.client().post(ROLL, "application/xml", request).await.unwrap().status, 200);
+    assert!(daemon.stop().success());
+}
+
+#[tokio::test]
+async fn one_good_token_is_enough_and_none_is_not() {
+    let lab = Lab::make(Options { hsms: 2, vms: 1 });
+    // The first one is asked first.
+    lab.configure(|config| config.hsm[0].token = Some("no such token".to_owned()));
+    let daemon = lab.serve();
+    let ready = daemon.until_ready_is(200).await;
+    assert_eq!(&ready.body[..], b"ready: hsm-b decrypts and signs\n");
+    let host = lab.host(daemon.client());
+    let health = host.attest().await.unwrap();
+    for _ in 0..10 {
+        host.roll(ApiVersion::V2, &health, &lab.protector()).await.unwrap();
+    }
+    let metrics = daemon.metrics().await;
+    assert_eq!(metrics.count("claviger_releases_total", &[("outcome", "success")]), 10);
+    assert_eq!(metrics.count("claviger_hsm_sessions_open", &[("hsm", "hsm-a")]), 0);
+    assert!(daemon.stop().success());
+
+    lab.configure(|config| config.hsm[1].token = Some("nor this one".to_owned()));
+    let daemon = lab.serve();
+    let not_ready = daemon.until_ready_is(503).await;
+    let text = String::from_utf8_lossy(&not_ready.body);
+    assert!(text.contains("no such token") && text.contains("nor this one"), "{text}");
+    assert_eq!(daemon.probe("/live").await.status, 200);
+    let client = daemon.client();
+    let reply = client.post(ROLL, "application/xml", roll_request(&health, &lab.protector())).await.unwrap();
+    assert_eq!(reply.status, 503, "{}", String::from_utf8_lossy(&reply.body));
+    assert!(reply.headers.contains_key("retry-after"));
+    assert_eq!(client.get(METADATA).await.unwrap().status, 503);
+    // What needs no token is judged and served all the same.
+    assert_eq!(client.post(ROLL, "application/xml", "<x/>").await.unwrap().status, 400);
+    assert_eq!(client.post(ATTEST, "application/json", "{}").await.unwrap().status, 400);
+    assert_eq!(client.get("/Attestation/getinfo").await.unwrap().status, 200);
+    let refused = lab.host(daemon.client()).attest().await.unwrap_err().to_string();
+    assert!(refused.contains("503 UnavailableErrorReply"), "{refused}");
+    assert!(daemon.stop().success());
+}

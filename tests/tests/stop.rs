@@ -1,0 +1,135 @@
+//! A daemon that is stopped under load drops nothing that it took.
+
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use claviger_protocol::rsa_key::RsaPrivateKey;
+use claviger_tests::raw::{Connection, Silence, post, post_head};
+use claviger_tests::{Lab, Options, ROLL, block, open_release, roll_request, until};
+
+const CLIENTS: usize = 8;
+
+/// What became of one client's requests.
+#[derive(Default, Debug)]
+struct Told {
+    /// Ids of requests that were answered, whole and right.
+    answered: BTreeSet<String>,
+    /// Whole, but not right.
+    wrong: Vec<String>,
+    /// Half an answer, or none on a connection that stayed open.
+    torn: Vec<String>,
+    /// Connections that ended without an octet of an answer.
+    closed: usize,
+}
+
+/// Sends one release after the other until nobody listens any more.
+fn client(address: SocketAddr, request: &[u8], key: &[u8], identity: &RsaPrivateKey, answers: &AtomicUsize) -> Told {
+    let mut told = Told::default();
+    while let Ok(mut connection) = Connection::open(address) {
+        loop {
+            match connection.exchange(request) {
+                Ok(answer) if answer.status == 200 => {
+                    match open_release(&answer.body, identity) {
+                        Ok((keys, _)) if keys.ingress[..] == *key => {
+                            told.answered.insert(answer.header("x-request-id").unwrap().to_owned());
+                        }
+                        Ok(_) => told.wrong.push("another key".to_owned()),
+                        Err(error) => told.wrong.push(error),
+                    }
+                    answers.fetch_add(1, Ordering::Relaxed);
+                    if answer.closes() {
+                        break;
+                    }
+                }
+                Ok(answer) => {
+                    told.wrong.push(format!("{} {}", answer.status, answer.text()));
+                    break;
+                }
+                Err(Silence::Closed) => {
+                    told.closed += 1;
+                    break;
+                }
+                Err(silence) => {
+                    told.torn.push(format!("{silence:?}"));
+                    break;
+                }
+            }
+        }
+    }
+    told
+}
+
+#[test]
+fn every_request_that_was_taken_is_answered() {
+    let lab = Lab::make(Options { hsms: 2, vms: 1 });
+    lab.configure(|config| {
+        config.server.body_timeout_ms = 120_000;
+        config.server.drain_timeout_ms = 60_000;
+    });
+    let mut daemon = lab.serve();
+    let health = block(lab.host(daemon.client()).attest()).unwrap();
+    let request = Arc::new(post(ROLL, "application/xml", &roll_request(&health, &lab.protector())));
+    let key = Arc::new(lab.owner().open(&lab.protector()).unwrap().to_vec());
+    let lines_before = lab.audit().len();
+    let (identity, answers, address) = (lab.identity(), Arc::new(AtomicUsize::new(0)), daemon.address());
+
+    // One that is in the middle of sending its request when the stop comes.
+    let mut slow = Connection::open(address).unwrap();
+    slow.send(&request[..request.len() / 2]).unwrap();
+
+    let clients: Vec<_> = (0..CLIENTS)
+        .map(|_| {
+            let (request, key, identity, answers) = (request.clone(), key.clone(), identity.clone(), answers.clone());
+            std::thread::spawn(move || client(address, &request, &key, &identity, &answers))
+        })
+        .collect();
+    until("a hundred releases", || (answers.load(Ordering::Relaxed) > 100).then_some(()));
+    daemon.process.terminate();
+    let told: Vec<Told> = clients.into_iter().map(|client| client.join().unwrap()).collect();
+
+    // All others are gone; this one has its time.
+    std::thread::sleep(Duration::from_secs(1));
+    slow.send(&request[request.len() / 2..]).unwrap();
+    let answer = slow.answer().unwrap();
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    assert!(answer.closes());
+    let (keys, _) = open_release(&answer.body, &identity).unwrap();
+    assert_eq!(keys.ingress[..], key[..]);
+
+    let status = daemon.process.wait();
+    assert!(status.success(), "{status}: {}", daemon.process.output());
+    let closed: usize = told.iter().map(|told| told.closed).sum();
+    let mut answered: BTreeSet<String> = told.iter().flat_map(|told| told.answered.clone()).collect();
+    answered.insert(answer.header("x-request-id").unwrap().to_owned());
+    println!("{} answered, {closed} connections closed without an answer", answered.len());
+    for told in &told {
+        assert!(told.wrong.is_empty() && told.torn.is_empty(), "{told:?}");
+    }
+    // What the daemon decided and what was answered are the same requests: none was taken and dropped.
+    let decided: BTreeSet<String> = lab.audit()[lines_before..]
+        .iter()
+        .map(|line| {
+            assert_eq!((&line["event"], &line["outcome"]), (&"release".into(), &"success".into()), "{line}");
+            line["request"].as_str().unwrap().to_owned()
+        })
+        .collect();
+    assert_eq!(decided, answered);
+}
+
+#[test]
+fn a_body_that_never_comes_does_not_keep_the_daemon() {
+    let lab = Lab::make(Options::default());
+    lab.configure(|config| config.server.drain_timeout_ms = 1500);
+    let mut daemon = lab.serve();
+    let mut silent = Connection::open(daemon.address()).unwrap();
+    silent.send(&post_head(ROLL, "application/xml", 1000)).unwrap();
+    let _idle = Connection::open(daemon.address()).unwrap();
+    daemon.process.terminate();
+    let status = daemon.process.wait();
+    assert!(status.success(), "{status}: {}", daemon.process.output());
+}
