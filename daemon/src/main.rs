@@ -59,10 +59,10 @@ enum Command {
         exit: bool,
     },
     /// Register, show and remove hosts
-    #[command(subcommand)]
+    #[command(subcommand, after_help = "Example: claviger hosts list --config /etc/claviger/claviger.toml")]
     Hosts(cli::Hosts),
     /// Show key-protection certificates
-    #[command(subcommand)]
+    #[command(subcommand, after_help = "Example: claviger keys list --config /etc/claviger/claviger.toml")]
     Keys(cli::Keys),
 }
 

@@ -17,6 +17,10 @@ pub fn claviger() -> &'static Path {
     })
 }
 
+/// Variables that cargo sets for the programs that it runs.
+const ABOUT_THE_TEST: [&str; 5] =
+    ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_CRATE_NAME", "CARGO_BIN_", "CARGO_PRIMARY_PACKAGE"];
+
 fn build() -> PathBuf {
     // …/target/debug/deps/test-0123
     let test = std::env::current_exe().unwrap();
@@ -27,7 +31,15 @@ fn build() -> PathBuf {
         name => name,
     };
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let built = Command::new(cargo)
+    let mut command = Command::new(cargo);
+    // What cargo told this test of its own package must not reach the build: build scripts would see another environment
+    // than in a shell, and everything that depends on theirs be built anew, back and forth.
+    for (name, _) in std::env::vars_os() {
+        if name.to_str().is_some_and(|name| ABOUT_THE_TEST.iter().any(|prefix| name.starts_with(prefix))) {
+            command.env_remove(name);
+        }
+    }
+    let built = command
         .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
         // With the tests' package beside it the dependencies have the features that they have here: nothing is built twice.
         .args(["build", "--quiet", "--package", "claviger", "--package", "claviger-tests", "--bin", "claviger"])

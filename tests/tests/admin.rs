@@ -208,9 +208,16 @@ async fn a_host_that_was_removed_gets_nothing_more() {
 
 #[test]
 fn every_command_has_an_example() {
-    for command in
-        [&["serve"][..], &["demo"], &["hosts", "add"], &["hosts", "list"], &["hosts", "remove"], &["keys", "list"]]
-    {
+    for command in [
+        &["serve"][..],
+        &["demo"],
+        &["hosts"],
+        &["keys"],
+        &["hosts", "add"],
+        &["hosts", "list"],
+        &["hosts", "remove"],
+        &["keys", "list"],
+    ] {
         let help = run(command.iter().copied().chain(["--help"]));
         let text = said(&help);
         let example = format!("Example: claviger {}", command.join(" "));
