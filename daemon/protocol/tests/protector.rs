@@ -704,6 +704,10 @@ fn a_single_changed_bit_is_refused() {
         .run(&(0..part.len(), 1..=255_u8), |(at, bits)| {
             let mut changed = file.clone();
             changed[part[at]] ^= bits;
+            // Between attributes one white space is as good as another: the canonical form is the same. (No
+            // single bit makes one of another, so that the loop above needs no exception.)
+            let space = |octet: u8| matches!(octet, b' ' | b'\t' | b'\r' | b'\n');
+            prop_assume!(!(space(file[part[at]]) && space(changed[part[at]])));
             let opened = accept(&changed).map_err(|e| e.to_string()).and_then(|v| open(&v, 1).map_err(str::to_owned));
             prop_assert!(opened.is_err(), "octet {}, {:#x}", part[at], bits);
             Ok(())
