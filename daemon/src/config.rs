@@ -297,8 +297,11 @@ fn pin_from(mut bytes: Zeroizing<Vec<u8>>, hsm: &str, place: &str) -> Result<Zer
 pub struct Release {
     /// Milliseconds within which a release is answered, one way or the other; 1 to 600,000. Default: 5,000.
     pub deadline_ms: u64,
-    /// Most operations that a free session may take from the queue at once, 1 to 1,024. Default: 16. Kept for the
-    /// configuration's sake: sessions take one at a time now.
+    /// Milliseconds after which a call into an HSM counts as hung: its member is closed, and what waited there goes
+    /// elsewhere; 10 to 60,000. Well above what the slowest HSM takes under load. Default: 1,000.
+    pub watchdog_ms: u64,
+    /// Most operations that a free session takes from its member's queue at once, 1 to 1,024; never more than its fair
+    /// share of what waits. Default: 16.
     pub batch: usize,
     /// Most operations that wait for one member, 1 to 1,000,000; more are refused at once. Default: 4,096.
     pub queue: usize,
@@ -306,7 +309,7 @@ pub struct Release {
 
 impl Default for Release {
     fn default() -> Self {
-        Self { deadline_ms: 5_000, batch: 16, queue: 4_096 }
+        Self { deadline_ms: 5_000, watchdog_ms: 1_000, batch: 16, queue: 4_096 }
     }
 }
 
@@ -314,6 +317,11 @@ impl Release {
     /// [`Release::deadline_ms`] as a duration.
     pub fn deadline(&self) -> Duration {
         Duration::from_millis(self.deadline_ms)
+    }
+
+    /// [`Release::watchdog_ms`] as a duration.
+    pub fn watchdog(&self) -> Duration {
+        Duration::from_millis(self.watchdog_ms)
     }
 }
 
@@ -431,6 +439,7 @@ impl Config {
         }
         let in_release = |key| setting("release", key);
         within(in_release("deadline_ms"), self.release.deadline_ms, 1, 600_000)?;
+        within(in_release("watchdog_ms"), self.release.watchdog_ms, 10, 60_000)?;
         within(in_release("batch"), self.release.batch as u64, 1, 1_024)?;
         within(in_release("queue"), self.release.queue as u64, 1, 1_000_000)?;
         environment(&self.env, &[Step::Key("env".into())])?;
@@ -713,7 +722,7 @@ sync = true
         assert_eq!(b.module, Path::new("/lab/libhsm.so"));
         assert_eq!((b.priority, b.weight, b.sessions), (1, 3, 2));
         assert_eq!(b.env["HSM_CONF"], "b.conf");
-        assert_eq!(config.release, Release { deadline_ms: 5000, batch: 16, queue: 4096 });
+        assert_eq!(config.release, Release { deadline_ms: 5000, batch: 16, queue: 4096, ..Release::default() });
         assert!(config.audit.sync);
     }
 

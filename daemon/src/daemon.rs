@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use claviger_hsm::{Cluster, HsmError, MemberConfig, Pin, TokenRef};
+use claviger_hsm::{Cluster, HsmError, MemberConfig, Patience, Pin, TokenRef};
 use hyper::service::service_fn;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -84,9 +84,11 @@ pub fn load_cluster(config: &Config) -> Result<Cluster, StartError> {
             weight: hsm.weight,
             sessions: hsm.sessions,
             queue: config.release.queue,
+            batch: config.release.batch,
         });
     }
-    Ok(Cluster::load(members, observer())?)
+    let patience = Patience { watchdog: config.release.watchdog() };
+    Ok(Cluster::load(members, patience, observer())?)
 }
 
 /// A daemon that serves.

@@ -3,16 +3,19 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use claviger_hsm::{HsmError, KeyId};
-use claviger_protocol::algorithm::SignatureAlgorithm;
+use claviger_hsm::{Hash, HsmError, KeyId, KnownGood, Oaep, SignScheme};
+use claviger_protocol::algorithm::{self, SignatureAlgorithm};
 use claviger_protocol::certificate::{Certificate, CertificateError};
 use claviger_protocol::error::{Code, Refusal};
 use claviger_protocol::metadata::GuardianInformation;
 use claviger_protocol::protector::Signature;
 use claviger_protocol::rsa_key::RsaPublicKey;
+use ring::digest;
+use ring::rand::{SecureRandom, SystemRandom};
 use tokio::sync::OnceCell;
+use zeroize::Zeroizing;
 
-use crate::service::Service;
+use crate::service::{Service, signed_by};
 use crate::state::{self, Kind};
 
 /// A snapshot of the enabled certificates. Keys are found by SubjectPublicKeyInfo, so that a certificate that was
@@ -24,6 +27,8 @@ pub struct Keys {
     signing: HashMap<Vec<u8>, KeyId>,
     primary_encryption: Option<Key>,
     primary_signing: Option<Key>,
+    /// With the primary ones first.
+    all: Vec<(Kind, Key)>,
     other_signing: Vec<Vec<u8>>,
     metadata: OnceCell<Arc<Vec<u8>>>,
 }
@@ -35,6 +40,27 @@ pub struct Key {
     pub certificate: Certificate,
     /// CKA_ID of the private key.
     pub id: KeyId,
+}
+
+impl Key {
+    /// `None` when there is no randomness, or the key is too small to encrypt a secret to.
+    fn known_good(&self, kind: Kind) -> Option<KnownGood> {
+        let mut secret = Zeroizing::new(vec![0; 32]);
+        SystemRandom::new().fill(&mut secret).ok()?;
+        let public = self.certificate.key();
+        Some(match kind {
+            Kind::Encryption => {
+                let ciphertext = public.encrypt_oaep(algorithm::Oaep::SHA1, &secret).ok()?;
+                let oaep = Oaep { hash: Hash::Sha1, mgf: Hash::Sha1 };
+                KnownGood::decrypt(self.id.clone(), oaep, ciphertext, secret)
+            }
+            Kind::Signing => {
+                let digest = digest::digest(&digest::SHA256, &secret).as_ref().to_vec();
+                let scheme = SignScheme::Pkcs1(Hash::Sha256);
+                KnownGood::sign(self.id.clone(), scheme, digest, signed_by(public, &secret))
+            }
+        })
+    }
 }
 
 impl Keys {
@@ -52,6 +78,8 @@ impl Keys {
                 Kind::Signing => &mut keys.signing,
             };
             by_key.insert(certificate.key().spki_der().to_vec(), id.clone());
+            let key = (entry.kind, Key { certificate: certificate.clone(), id: id.clone() });
+            keys.all.insert(if entry.is_primary { 0 } else { keys.all.len() }, key);
             match (entry.kind, entry.is_primary) {
                 (Kind::Encryption, true) => keys.primary_encryption = Some(Key { certificate, id }),
                 (Kind::Signing, true) => keys.primary_signing = Some(Key { certificate, id }),
@@ -80,6 +108,12 @@ impl Keys {
         (self.primary_encryption.as_ref(), self.primary_signing.as_ref())
     }
 
+    /// For each key an operation whose right result is known, the primary ones first: what the HSMs are judged by.
+    #[must_use]
+    pub fn known_good(&self) -> Vec<KnownGood> {
+        self.all.iter().filter_map(|(kind, key)| key.known_good(*kind)).collect()
+    }
+
     /// The metadata document. Its three signatures are made once for each change of the certificates.
     ///
     /// # Errors
@@ -102,7 +136,7 @@ impl Keys {
         signing: &Key,
     ) -> Result<Arc<Vec<u8>>, HsmError> {
         let sign = async |octets: &[u8]| {
-            let value = service.sign(&signing.id, octets).await?;
+            let value = service.sign(&signing.id, signing.certificate.key(), octets).await?.value;
             Ok::<_, HsmError>(Signature { algorithm: SignatureAlgorithm::DEFAULT, parameters: None, value })
         };
         let information = GuardianInformation {
@@ -114,7 +148,7 @@ impl Keys {
         };
         // The communications certificate is the primary signing one.
         let unsigned = information.unsigned(signing.certificate.der());
-        let signature = service.sign(&signing.id, unsigned.signed_octets()).await?;
+        let signature = service.sign(&signing.id, signing.certificate.key(), unsigned.signed_octets()).await?.value;
         Ok(Arc::new(unsigned.finish(&signature)))
     }
 }

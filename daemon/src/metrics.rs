@@ -55,6 +55,14 @@ metrics! {
         "Searches for key objects on a member's token: one for a session, none for a release.";
     HSM_SESSIONS_OPEN: Gauge "claviger_hsm_sessions_open" ["hsm"]
         "Sessions that are open on a member's token.";
+    HSM_CLOSINGS: Counter "claviger_hsm_closings_total" ["hsm"]
+        "How often a member was closed for a fault: its breaker opened.";
+    HSM_RETRIES: Counter "claviger_hsm_retries_total" ["hsm"]
+        "Operations that failed at a member and were tried at another, out of the retry budget.";
+    HSM_STUCK_CALLS: Counter "claviger_hsm_stuck_calls_total" ["hsm"]
+        "Calls that hung at a member for longer than the watchdog allows.";
+    HSM_MODULES_RENEWED: Counter "claviger_hsm_modules_renewed_total" ["hsm"]
+        "How often a member's module was finalised and initialised again.";
     AUDIT_ERRORS: Counter "claviger_audit_errors_total" []
         "Audit records that could not be written; what they would have recorded was refused.";
     CONNECTIONS_OPEN: Gauge "claviger_connections_open" []
@@ -140,7 +148,9 @@ pub fn preregister(known: &Known<'_>) {
             counter!(HSM_CALLS.name, "hsm" => hsm.clone(), "op" => *op, "rv" => "ok").increment(0);
         }
         counter!(HSM_LOGINS.name, "hsm" => hsm.clone()).increment(0);
-        counter!(HSM_KEY_SEARCHES.name, "hsm" => hsm.clone()).increment(0);
+        for metric in [HSM_KEY_SEARCHES, HSM_CLOSINGS, HSM_RETRIES, HSM_STUCK_CALLS, HSM_MODULES_RENEWED] {
+            counter!(metric.name, "hsm" => hsm.clone()).increment(0);
+        }
         gauge!(HSM_SESSIONS_OPEN.name, "hsm" => hsm).increment(0.0);
     }
 }
@@ -169,6 +179,26 @@ pub fn hsm_login(hsm: impl Into<SharedString>) {
 /// Counts a search for a key object on a member's token.
 pub fn hsm_key_search(hsm: impl Into<SharedString>) {
     counter!(HSM_KEY_SEARCHES.name, "hsm" => hsm.into()).increment(1);
+}
+
+/// Counts that a member was closed for a fault.
+pub fn hsm_closed(hsm: impl Into<SharedString>) {
+    counter!(HSM_CLOSINGS.name, "hsm" => hsm.into()).increment(1);
+}
+
+/// Counts an operation that was taken elsewhere after it had failed at a member.
+pub fn hsm_retry(hsm: impl Into<SharedString>) {
+    counter!(HSM_RETRIES.name, "hsm" => hsm.into()).increment(1);
+}
+
+/// Counts a call that hangs at a member.
+pub fn hsm_stuck_call(hsm: impl Into<SharedString>) {
+    counter!(HSM_STUCK_CALLS.name, "hsm" => hsm.into()).increment(1);
+}
+
+/// Counts that a member's module was initialised anew.
+pub fn hsm_module_renewed(hsm: impl Into<SharedString>) {
+    counter!(HSM_MODULES_RENEWED.name, "hsm" => hsm.into()).increment(1);
 }
 
 /// Says how many sessions are open on a member's token.

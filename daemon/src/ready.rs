@@ -2,18 +2,15 @@
 
 use std::time::{Duration, Instant};
 
-use claviger_hsm::{Hash, Oaep, SignScheme};
-use claviger_protocol::algorithm::{self, SignatureAlgorithm};
-use ring::digest;
-use ring::rand::{SecureRandom, SystemRandom};
+use claviger_hsm::MemberState;
 use tokio::sync::Mutex;
 
-use crate::keys::Key;
-use crate::routes::PROBE_TIMEOUT;
 use crate::service::Service;
 
 /// An answer is good for this long; many askers cost the HSMs one probe.
 const FRESH: Duration = Duration::from_secs(1);
+/// How long one member may take.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// The last answer.
 #[derive(Debug, Default)]
@@ -39,38 +36,26 @@ impl Readiness {
     }
 }
 
-/// Asks the members one after the other until one proves that it works.
+/// Asks the members, those that are up first, one after the other until one proves that it works: by a decryption and a
+/// signature with the primary keys, both checked.
 async fn probe(service: &Service) -> Result<String, String> {
-    let keys = service.keys.load();
-    let (Some(encryption), Some(signing)) = keys.primary() else {
+    if let (None, _) | (_, None) = service.keys.load().primary() {
         return Err("there is no primary encryption or signing certificate".to_owned());
-    };
+    }
     let mut why = Vec::new();
-    for member in service.cluster.members() {
-        match probe_member(service, &member.name, encryption, signing).await {
-            Ok(()) => return Ok(member.name),
-            Err(error) => why.push(format!("{}: {error}", member.name)),
+    let (up, others): (Vec<_>, Vec<_>) =
+        service.cluster.members().into_iter().partition(|member| member.state == MemberState::Up);
+    for member in up {
+        match tokio::time::timeout(PATIENCE, service.cluster.probe(&member.name)).await {
+            Ok(Ok(_)) => return Ok(member.name),
+            Ok(Err(error)) => why.push(format!("{}: {error}", member.name)),
+            Err(_) => why.push(format!("{}: does not answer", member.name)),
         }
     }
+    // What is closed is probed as it is due, and what an administrator has drained is not to serve.
+    why.extend(others.into_iter().map(|member| {
+        let error = member.last_error.map(|error| error.text).unwrap_or_default();
+        format!("{}: {} {error}", member.name, member.state)
+    }));
     Err(why.join("; "))
-}
-
-/// One decryption and one signature on one member, both checked.
-async fn probe_member(service: &Service, member: &str, encryption: &Key, signing: &Key) -> Result<(), String> {
-    let deadline = Instant::now() + PROBE_TIMEOUT;
-    let mut secret = [0; 32];
-    SystemRandom::new().fill(&mut secret).map_err(|_| "no randomness".to_owned())?;
-    let ciphertext = encryption.certificate.key().encrypt_oaep(algorithm::Oaep::SHA1, &secret);
-    let ciphertext = ciphertext.map_err(|e| e.to_string())?;
-    let oaep = Oaep { hash: Hash::Sha1, mgf: Hash::Sha1 };
-    let decrypted = service.cluster.decrypt_on(member, &encryption.id, oaep, &ciphertext, deadline).await;
-    if decrypted.map_err(|e| e.to_string())?.value.as_slice() != secret {
-        return Err("it decrypts wrongly".to_owned());
-    }
-    let digest = digest::digest(&digest::SHA256, &secret);
-    let scheme = SignScheme::Pkcs1(Hash::Sha256);
-    let signature = service.cluster.sign_on(member, &signing.id, scheme, digest.as_ref(), deadline).await;
-    let signature = signature.map_err(|e| e.to_string())?.value;
-    let right = signing.certificate.key().verify(SignatureAlgorithm::DEFAULT, &secret, &signature);
-    right.map_err(|_| "it signs wrongly".to_owned())
 }

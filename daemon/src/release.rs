@@ -4,25 +4,25 @@
 //! do not depend on each other and run at the same time: decrypt the ingress key, and sign the egress protector that was
 //! freshly built beside it. Only when the ingress key proved right does anything leave this function.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use claviger_hsm::{Done, Hash, HsmError, KeyId, Oaep, SignScheme};
+use claviger_hsm::{Check, Hash, HsmError, KeyId, Oaep, SignScheme};
 use claviger_protocol::algorithm::{self, HostAlgorithms, SignatureAlgorithm};
 use claviger_protocol::build::{self, Unsigned};
 use claviger_protocol::error::{Code, Refusal};
 use claviger_protocol::health::HealthClaims;
 use claviger_protocol::payload::{ApiVersion, Payload};
-use claviger_protocol::protector::{Protector, TransportKey};
+use claviger_protocol::protector::{Protector, TransportKey, Wrapping};
 use claviger_protocol::request::{RollRequest, RollResponse};
 use claviger_protocol::rsa_key::RsaPublicKey;
 use claviger_protocol::verify::{self, Verified};
 use data_encoding::HEXLOWER;
 use ring::digest;
-use zeroize::Zeroizing;
 
 use crate::attempt::Attempt;
 use crate::keys::Keys;
-use crate::service::{Service, unix_now};
+use crate::service::{Service, signed_by, unix_now};
 
 /// A refusal in a secret step leaves at a multiple of this after the request's arrival, so that its time tells nothing
 /// of the step that failed. Honest callers do not meet it.
@@ -66,7 +66,7 @@ pub async fn roll_protector(
     let protector = Protector::parse(ingress_protector)?;
 
     // 4. and 5. The guardian signature is right, and every wrapping.
-    let verified = verify::verify(protector)?;
+    let verified = Arc::new(verify::verify(protector)?);
     attempt.owner = Some(HEXLOWER.encode(&verified.parties[verified.owner].signing.thumbprint()));
 
     // 6. One wrapping is for this service.
@@ -78,13 +78,25 @@ pub async fn roll_protector(
     let recipients = verified.parties.iter().map(|party| party.encryption.key());
     let unsigned = Unsigned::new(&verified.protector.wrappings, recipients, &egress, 0)?;
     let digest = digest::digest(&digest::SHA256, unsigned.signed_octets());
-    let sign = service.cluster.sign(ours.signing_key, SignScheme::Pkcs1(Hash::Sha256), digest.as_ref(), deadline);
-    let (ingress, signed) = tokio::join!(ingress_key(service, &verified, &ours, deadline, attempt), sign);
+    let right = signed_by(verified.parties[ours.wrapping].signing.key(), unsigned.signed_octets());
+    let scheme = SignScheme::Pkcs1(Hash::Sha256);
+    let (ingress, signed) = tokio::join!(
+        service.cluster.decrypt(
+            ours.decryption_key,
+            hsm_oaep(ours.of(&verified).encryption.oaep),
+            &ours.of(&verified).cipher_value,
+            deadline,
+            Some(proved_by_its_signature(&verified)),
+        ),
+        service.cluster.sign(ours.signing_key, scheme, digest.as_ref(), deadline, Some(right)),
+    );
     let ingress = match ingress {
-        Err(refusal) if refusal.code == Code::InvalidProtector => {
-            return Err(refuse_on_the_grid(refusal, attempt.started()).await);
+        Ok(done) => {
+            attempt.used(&done.member);
+            transport_key(&done.value).ok_or_else(Refusal::internal)?
         }
-        other => other?,
+        Err(error) if error.is_data() => return Err(refuse_on_the_grid(attempt.started()).await),
+        Err(error) => return Err(unavailable(&error, "decrypt", &attempt.request)),
     };
     let signed = signed.map_err(|error| unavailable(&error, "sign", &attempt.request))?;
     attempt.used(&signed.member);
@@ -103,7 +115,7 @@ pub fn healthy_host(
     service: &Service,
     health_certificate: &[u8],
     attempt: &mut Attempt,
-) -> Result<std::sync::Arc<HealthClaims>, Refusal> {
+) -> Result<Arc<HealthClaims>, Refusal> {
     let refused = |why: String| Refusal::new(Code::HealthCertificate, why);
     let signers = service.signers.load();
     let claims = service
@@ -127,6 +139,11 @@ struct Ours<'a> {
 }
 
 impl<'a> Ours<'a> {
+    /// The wrapping itself.
+    fn of<'v>(&self, verified: &'v Verified) -> &'v Wrapping {
+        &verified.protector.wrappings[self.wrapping]
+    }
+
     /// The first wrapping, in document order, whose encryption key is enabled here. Its signing key has to be, too.
     fn find(verified: &Verified, keys: &'a Keys) -> Result<Self, Refusal> {
         let found = verified.parties.iter().enumerate().find_map(|(wrapping, party)| {
@@ -142,67 +159,35 @@ impl<'a> Ours<'a> {
     }
 }
 
-/// Step 7: the ingress key, decrypted in an HSM and proved by its own signature.
+/// Step 7: an ingress key is right when the protector's own signature says so.
 ///
-/// A ciphertext that does not decrypt and a key whose signature is wrong go the same way: a second member is asked (the
-/// first may be to blame), and then the same refusal is given.
-async fn ingress_key(
-    service: &Service,
-    verified: &Verified,
-    ours: &Ours<'_>,
-    deadline: Instant,
-    attempt: &mut Attempt,
-) -> Result<TransportKey, Refusal> {
-    let wrapping = &verified.protector.wrappings[ours.wrapping];
-    let oaep = hsm_oaep(wrapping.encryption.oaep);
-    let mut avoid = None;
-    for _ in 0..2 {
-        let decrypted = service
-            .cluster
-            .decrypt(ours.decryption_key, oaep, &wrapping.cipher_value, deadline, avoid.as_deref())
-            .await;
-        // The cluster has asked a second member already where the first one's answer left open who is to blame.
-        let asked_twice = match &decrypted {
-            Ok(done) => done.retries > 0,
-            Err(error) => error.tries() > 1,
-        };
-        avoid = decrypted.as_ref().ok().map(|done| done.member.to_string());
-        let key = candidate(decrypted, attempt)?;
-        if verified.protector.transport_key_signature.verify(&key, &verified.protector.signed_octets) {
-            return Ok(key);
-        }
-        if asked_twice {
-            break;
-        }
-    }
-    Err(Refusal::protector("the transport key of the wrapping for this service is not right"))
+/// The cluster asks this of whatever a member decrypted. A ciphertext that does not decrypt and a key whose signature is
+/// wrong go the same way there: known-good operations show that the member is not to blame, a second member is asked, and
+/// then the same refusal is given.
+fn proved_by_its_signature(verified: &Arc<Verified>) -> Check {
+    let verified = Arc::clone(verified);
+    Arc::new(move |octets| {
+        let protector = &verified.protector;
+        let proves = |key| protector.transport_key_signature.verify(&key, &protector.signed_octets);
+        transport_key(octets).is_some_and(proves)
+    })
 }
 
-/// What an HSM gave, as a key to try. What is no key is tried as a random one, so that it costs the same.
-fn candidate(
-    decrypted: Result<Done<Zeroizing<Vec<u8>>>, HsmError>,
-    attempt: &mut Attempt,
-) -> Result<TransportKey, Refusal> {
-    let mut key = build::fresh_transport_key()?;
-    match decrypted {
-        Ok(done) => {
-            attempt.used(&done.member);
-            if done.value.len() == key.len() {
-                key.copy_from_slice(&done.value);
-            }
-        }
-        Err(error) if error.is_data() => {}
-        Err(error) => return Err(unavailable(&error, "decrypt", &attempt.request)),
+fn transport_key(octets: &[u8]) -> Option<TransportKey> {
+    let mut key = TransportKey::default();
+    if octets.len() != key.len() {
+        return None;
     }
-    Ok(key)
+    key.copy_from_slice(octets);
+    Some(key)
 }
 
-/// Waits until the next point of the grid.
-async fn refuse_on_the_grid(refusal: Refusal, started: Instant) -> Refusal {
+/// The refusal of a secret step, at the next point of the grid.
+async fn refuse_on_the_grid(started: Instant) -> Refusal {
     let passed = started.elapsed().as_micros() / REFUSAL_GRID.as_micros();
     let points = u32::try_from(passed + 1).unwrap_or(u32::MAX);
     tokio::time::sleep_until((started + REFUSAL_GRID * points).into()).await;
-    refusal
+    Refusal::protector("the transport key of the wrapping for this service is not right")
 }
 
 /// 503: the fault is on this side, and a second try may well succeed.

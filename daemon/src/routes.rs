@@ -2,7 +2,6 @@
 
 use std::convert::Infallible;
 use std::sync::Arc;
-use std::time::Duration;
 
 use bytes::Bytes;
 use claviger_protocol::attestation::{ErrorReply, OperationMode, ServiceInfoReply};
@@ -352,9 +351,6 @@ pub async fn serve_metrics(
     };
     Ok(answer.into_response(&request_id()))
 }
-
-/// How long a probe of one member may take.
-pub const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]

@@ -9,7 +9,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwap;
-use claviger_hsm::{Cluster, Event, Hash, HsmError, KeyId, Observer, SignScheme};
+use claviger_hsm::{Check, Cluster, Done, Event, Hash, HsmError, KeyId, Observer, SignScheme};
+use claviger_protocol::algorithm::SignatureAlgorithm;
+use claviger_protocol::rsa_key::RsaPublicKey;
 use ring::digest;
 
 use crate::attest::health_cache::HealthCache;
@@ -118,6 +120,7 @@ impl Service {
             let keys = Keys::new(&state.certificates()?)?;
             let signers = Signers::new(&state.signers()?)?;
             let hosts = Hosts::new(state.hosts()?);
+            self.cluster.know(keys.known_good());
             self.keys.store(Arc::new(keys));
             self.signers.store(Arc::new(signers));
             self.hosts.store(Arc::new(hosts));
@@ -148,20 +151,29 @@ impl Service {
         changed.await.map_err(|e| format!("the change failed: {e}"))?
     }
 
-    /// Signs `message` with RSASSA-PKCS1-v1_5 and SHA-256 in an HSM, for the daemon's own documents.
+    /// Signs `message` with RSASSA-PKCS1-v1_5 and SHA-256 in an HSM, for the daemon's own documents. `public` is the key's
+    /// other half: no signature that it does not verify leaves.
     ///
     /// # Errors
     /// What the cluster says.
-    pub async fn sign(&self, key: &KeyId, message: &[u8]) -> Result<Vec<u8>, HsmError> {
+    pub async fn sign(&self, key: &KeyId, public: &RsaPublicKey, message: &[u8]) -> Result<Done<Vec<u8>>, HsmError> {
         let digest = digest::digest(&digest::SHA256, message);
         let deadline = Instant::now() + OWN_DEADLINE;
-        Ok(self.cluster.sign(key, SignScheme::Pkcs1(Hash::Sha256), digest.as_ref(), deadline).await?.value)
+        let right = Some(signed_by(public, message));
+        self.cluster.sign(key, SignScheme::Pkcs1(Hash::Sha256), digest.as_ref(), deadline, right).await
     }
 
     /// Writes an audit line; `false` when it could not be written, and then nothing of what it tells may happen.
     pub async fn record(&self, entry: &Entry) -> bool {
         self.audit.record(entry).await.is_ok()
     }
+}
+
+/// Whether a signature of `message` is one: RSASSA-PKCS1-v1_5 with SHA-256, by the key whose other half is `public`.
+#[must_use]
+pub fn signed_by(public: &RsaPublicKey, message: &[u8]) -> Check {
+    let (public, message) = (public.clone(), message.to_vec());
+    Arc::new(move |signature| public.verify(SignatureAlgorithm::DEFAULT, &message, signature).is_ok())
 }
 
 /// Counts what happens at the tokens.
@@ -171,6 +183,10 @@ pub fn observer() -> Observer {
         Event::Login => metrics::hsm_login(member.to_owned()),
         Event::KeySearch => metrics::hsm_key_search(member.to_owned()),
         Event::Call { op, rv, .. } => metrics::hsm_call(member.to_owned(), op, rv.to_owned()),
+        Event::Closed => metrics::hsm_closed(member.to_owned()),
+        Event::Retry => metrics::hsm_retry(member.to_owned()),
+        Event::Stuck => metrics::hsm_stuck_call(member.to_owned()),
+        Event::ModuleRenewed => metrics::hsm_module_renewed(member.to_owned()),
         // The number of sessions is read from the cluster when somebody asks for the metrics.
         Event::SessionOpened | Event::SessionClosed => {}
     })

@@ -1,8 +1,8 @@
 //! The harness of the system tests: real daemons on real soft tokens, looked at from outside.
 //!
 //! [`Lab`] is a folder with tokens, keys, a registered host and a tenant; [`Daemon`] is a `claviger` that serves it, and
-//! ends with the value, also when a test fails. Addresses are always the kernel's choice. No test judges by time: what
-//! waits, waits for [`PATIENCE`].
+//! ends with the value, also when a test fails. [`Lab::behind_faulty`] makes the tokens misbehave on command. Addresses are
+//! always the kernel's choice. No test judges by time: what waits, waits for [`PATIENCE`].
 //!
 //! `CLAVIGER_BIN` names the binary to test; without it, it is built.
 #![forbid(unsafe_code)]
@@ -10,6 +10,7 @@
 
 mod binary;
 mod daemon;
+mod faulty;
 mod lab;
 mod process;
 mod scrape;
@@ -22,6 +23,7 @@ use std::time::Duration;
 
 pub use binary::{claviger, run};
 pub use daemon::Daemon;
+pub use faulty::{Faulty, FaultyMembers, Instances, Stats};
 pub use lab::{ALGORITHMS, HOST, Lab, Options, metadata, open_release, roll_request};
 pub use process::Process;
 pub use scrape::Metrics;

@@ -1,31 +1,37 @@
-//! Many tokens as one: pick a member, submit, judge, and maybe try elsewhere.
+//! Many tokens as one: pick a member, submit, judge, and maybe elsewhere.
 
+pub mod batch;
+pub mod breaker;
+pub mod budget;
+mod health;
 pub(crate) mod member;
-mod pick;
+pub mod pick;
+mod supervisor;
 
 use std::collections::BTreeSet;
 use std::fmt;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use tokio::task::JoinSet;
-use tracing::warn;
+use tokio::task::{AbortHandle, JoinSet};
 use zeroize::Zeroizing;
 
-use crate::Observer;
-use crate::config::MemberConfig;
+use crate::config::{MemberConfig, Patience as Times, Pin};
 use crate::error::HsmError;
-use crate::fault::{Fate, Fault, Whose};
+use crate::fault::Whose;
 use crate::keys::{KeyId, NewKey, Oaep, RsaPrivateParts, RsaPublic, SignScheme};
-use crate::module::Module;
-use crate::session::{Answer, Request};
+use crate::module::{self, Module};
+use crate::request::{Answer, Check, KnownGood, Outcome, Request};
+use crate::{Event, Observer};
+use budget::Budget;
 use cryptoki::error::RvError;
-use member::Member;
+pub use health::{LastError, MemberState};
+pub use member::MemberStatus;
+use member::{Member, Patience};
 
 /// How long key management may take: HSMs search for large primes for a minute and more.
 const MANAGEMENT_PATIENCE: Duration = Duration::from_secs(120);
-/// How long a member may take to come up before the others are not kept waiting any longer.
+/// How long the members together may take to come up before the daemon goes on with those that have.
 const START_PATIENCE: Duration = Duration::from_secs(30);
 
 /// A result, and how it came about. Printing it leaves out the result, which may be a secret.
@@ -35,7 +41,7 @@ pub struct Done<T> {
     pub value: T,
     /// The member that made it.
     pub member: Arc<str>,
-    /// How often the operation had failed before.
+    /// How often other members had failed at the operation before.
     pub retries: u32,
 }
 
@@ -51,27 +57,14 @@ impl<T> Done<T> {
     }
 }
 
-/// How a member is.
-#[derive(Clone, Debug)]
-pub struct MemberStatus {
-    /// Its name.
-    pub name: String,
-    /// Whether the last thing that depended on the member alone went well.
-    pub up: bool,
-    /// Sessions for operations; the one that holds the login is not counted.
-    pub sessions_open: usize,
-    /// Calls that wait or run.
-    pub in_flight: usize,
-    /// Why it was last down, also when it has come up since.
-    pub last_error: Option<String>,
-}
-
 /// Tokens that hold the same keys. A handle: clones share everything.
 #[derive(Clone)]
 pub struct Cluster {
     members: Arc<[Entry]>,
-    /// Lets equal members take turns.
-    turn: Arc<AtomicUsize>,
+    budget: Arc<Mutex<Budget>>,
+    known: Arc<RwLock<Arc<[KnownGood]>>>,
+    watchdog: Duration,
+    supervisor: Arc<Mutex<Option<AbortHandle>>>,
 }
 
 struct Entry {
@@ -86,7 +79,7 @@ impl Cluster {
     /// # Errors
     /// When there are no members, two of one name, or a library that cannot be loaded. A module that loads but cannot be
     /// initialised yet is tried again later, like a token that is away.
-    pub fn load(members: Vec<MemberConfig>, observer: Observer) -> Result<Cluster, HsmError> {
+    pub fn load(members: Vec<MemberConfig>, times: Times, observer: Observer) -> Result<Cluster, HsmError> {
         if members.is_empty() {
             return Err(HsmError::NoMember("none is configured".to_owned()));
         }
@@ -108,51 +101,66 @@ impl Cluster {
                 }
             }
         }
+        module::settle_env();
+        let known: Arc<RwLock<Arc<[KnownGood]>>> = Arc::new(RwLock::new(Arc::new([])));
         let entries: Result<Vec<Entry>, HsmError> = members
             .into_iter()
             .zip(modules)
             .map(|(config, module)| {
                 Ok(Entry {
                     name: config.name.as_str().into(),
-                    member: Arc::new(Member::new(config, module, Arc::clone(&observer))?),
+                    member: Arc::new(Member::new(config, module, Arc::clone(&known), Arc::clone(&observer))?),
                 })
             })
             .collect();
-        Ok(Cluster { members: entries?.into(), turn: Arc::new(AtomicUsize::new(0)) })
+        Ok(Cluster {
+            members: entries?.into(),
+            budget: Arc::new(Mutex::new(Budget::new(budget::Settings::default()))),
+            known,
+            watchdog: times.watchdog,
+            supervisor: Arc::default(),
+        })
     }
 
-    /// Finds the tokens, logs in once for each, finds out by trial what each can do, and opens one session of each member.
+    /// Finds the tokens, logs in once for each, finds out by trial what each can do, and has each prove that it works. Then
+    /// watches over them until [`close`](Self::close).
     ///
     /// # Errors
-    /// Only when no member came up; the error of one of them. Members that failed are logged, and tried again at most once
-    /// a second when there are calls.
+    /// Only when no member came up; the error of one of them. Members that failed are logged, and tried again and again.
     pub async fn start(&self) -> Result<(), HsmError> {
         let mut starting = JoinSet::new();
         for entry in self.members.iter() {
-            let member = Arc::clone(&entry.member);
-            starting.spawn(async move {
-                match tokio::time::timeout(START_PATIENCE, member.bring_up()).await {
-                    Ok(result) => result,
-                    Err(_) => {
-                        warn!(member = member.shared.name, "member does not come up, going on without it");
-                        Err(HsmError::Deadline)
-                    }
-                }
-            });
-        }
-        let mut result = Err(HsmError::NoMember("none came up".to_owned()));
-        while let Some(started) = starting.join_next().await {
-            match started {
-                Ok(Ok(())) => result = Ok(()),
-                Ok(Err(error)) if result.is_err() => result = Err(error),
-                _ => {}
+            let (member, patience) = (Arc::clone(&entry.member), self.probe_patience());
+            member.shared.health().hurry(Instant::now());
+            if member.shared.health().may_probe(Instant::now()) {
+                starting.spawn(async move { member.probe_to_open(patience).await });
             }
         }
-        result
+        self.supervise();
+        let mut result = Err(HsmError::NoMember("none came up".to_owned()));
+        let all = async {
+            while let Some(started) = starting.join_next().await {
+                match started {
+                    Ok(Ok(())) => result = Ok(()),
+                    Ok(Err(error)) if result.is_err() => result = Err(error),
+                    _ => {}
+                }
+            }
+        };
+        let _ = tokio::time::timeout(START_PATIENCE, all).await;
+        // A probe that still runs goes on.
+        starting.detach_all();
+        if self.members.iter().any(|entry| entry.member.shared.health().is_up()) { Ok(()) } else { result }
     }
 
-    /// Decrypts on the member that suits best, and once more elsewhere if that failed for the member's own reasons. `avoid`
-    /// names a member that is not to be asked unless there is no other.
+    /// Operations whose right result is known, by which members are judged. The first decryption and the first signature
+    /// have to go right for a member to be up.
+    pub fn know(&self, known: Vec<KnownGood>) {
+        *self.known.write().unwrap_or_else(PoisonError::into_inner) = known.into();
+    }
+
+    /// Decrypts, on the member that suits best; elsewhere if that failed for the member's own reasons. A result that
+    /// `check` does not accept is asked of a second member, too, and then is the caller's fault.
     ///
     /// # Errors
     /// [`HsmError::is_data`] tells a bad ciphertext from a cluster that cannot serve.
@@ -162,13 +170,13 @@ impl Cluster {
         oaep: Oaep,
         ciphertext: &[u8],
         deadline: Instant,
-        avoid: Option<&str>,
+        check: Option<Check>,
     ) -> Result<Done<Zeroizing<Vec<u8>>>, HsmError> {
-        let avoid = avoid.and_then(|name| self.position(name));
-        self.anywhere(decrypt_request(key, oaep, ciphertext), deadline, avoid).await?.map(octets)
+        let request = Request::Decrypt { key: key.clone(), oaep, ciphertext: ciphertext.to_vec(), check };
+        self.anywhere(request, deadline).await?.map(octets)
     }
 
-    /// Signs a digest, on any member.
+    /// Signs a digest, on any member. A signature that `check` does not accept is the member's fault.
     ///
     /// # Errors
     /// [`HsmError::is_data`] when the digest does not have its hash's length.
@@ -178,8 +186,13 @@ impl Cluster {
         scheme: SignScheme,
         digest: &[u8],
         deadline: Instant,
+        check: Option<Check>,
     ) -> Result<Done<Vec<u8>>, HsmError> {
-        self.anywhere(sign_request(key, scheme, digest)?, deadline, None).await?.map(public_octets)
+        if digest.len() != scheme.hash().output_len() {
+            return Err(HsmError::new("C_Sign", RvError::DataLenRange));
+        }
+        let request = Request::Sign { key: key.clone(), scheme, digest: digest.to_vec(), check };
+        self.anywhere(request, deadline).await?.map(public_octets)
     }
 
     /// Random octets from any member.
@@ -187,44 +200,53 @@ impl Cluster {
     /// # Errors
     /// When no member serves.
     pub async fn random(&self, len: usize, deadline: Instant) -> Result<Vec<u8>, HsmError> {
-        let done = self.anywhere(Request::Random(len), deadline, None).await?;
+        let done = self.anywhere(Request::Random(len), deadline).await?;
         public_octets(done.value)
     }
 
     /// How the members are, in the order of the configuration.
     #[must_use]
     pub fn members(&self) -> Vec<MemberStatus> {
-        self.members.iter().map(|entry| entry.member.shared.status()).collect()
+        self.members.iter().map(|entry| entry.member.status()).collect()
     }
 
-    /// [`decrypt`](Self::decrypt) on one member.
-    ///
-    /// # Errors
-    /// As for `decrypt`, and when there is no such member.
-    pub async fn decrypt_on(
-        &self,
-        member: &str,
-        key: &KeyId,
-        oaep: Oaep,
-        ciphertext: &[u8],
-        deadline: Instant,
-    ) -> Result<Done<Zeroizing<Vec<u8>>>, HsmError> {
-        self.here(member, decrypt_request(key, oaep, ciphertext), deadline).await?.map(octets)
+    /// Retries that the budget has left.
+    #[must_use]
+    pub fn retries_left(&self) -> f64 {
+        self.budget().left(Instant::now())
     }
 
-    /// [`sign`](Self::sign) on one member.
+    /// Has a member do known-good operations now, whatever its state; how long they took. Does not open a closed one.
     ///
     /// # Errors
-    /// As for `sign`, and when there is no such member.
-    pub async fn sign_on(
-        &self,
-        member: &str,
-        key: &KeyId,
-        scheme: SignScheme,
-        digest: &[u8],
-        deadline: Instant,
-    ) -> Result<Done<Vec<u8>>, HsmError> {
-        self.here(member, sign_request(key, scheme, digest)?, deadline).await?.map(public_octets)
+    /// What is wrong with it.
+    pub async fn probe(&self, member: &str) -> Result<Duration, HsmError> {
+        self.entry(member)?.member.probe(self.probe_patience()).await
+    }
+
+    /// Lets a member finish what it has and gives it nothing new, or takes it back into service.
+    ///
+    /// # Errors
+    /// When there is no such member.
+    pub fn drain(&self, member: &str, drain: bool) -> Result<MemberStatus, HsmError> {
+        let entry = self.entry(member)?;
+        if entry.member.shared.health().drain(drain, Instant::now()) {
+            tracing::info!(
+                member,
+                "{}",
+                if drain { "member is drained on request" } else { "member is resumed on request" }
+            );
+        }
+        Ok(entry.member.status())
+    }
+
+    /// Takes a new PIN for a member. One that was refused before may be tried again, once.
+    ///
+    /// # Errors
+    /// When there is no such member.
+    pub fn set_pin(&self, member: &str, pin: Pin) -> Result<(), HsmError> {
+        self.entry(member)?.member.set_pin(pin);
+        Ok(())
     }
 
     /// The RSA private keys of a member, from a session's own table.
@@ -274,6 +296,9 @@ impl Cluster {
     /// Closes all sessions, ends their threads and finalises modules that nobody else uses. Calls that are at a token run to
     /// their end first; a module with calls that hang is left as it is.
     pub async fn close(&self) {
+        if let Some(supervisor) = self.supervisor.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            supervisor.abort();
+        }
         let mut closing = JoinSet::new();
         for entry in self.members.iter() {
             let member = Arc::clone(&entry.member);
@@ -282,78 +307,113 @@ impl Cluster {
         while closing.join_next().await.is_some() {}
     }
 
-    /// One call with one retry, elsewhere if there is an elsewhere.
-    async fn anywhere(
-        &self,
-        request: Request,
-        deadline: Instant,
-        avoid: Option<usize>,
-    ) -> Result<Done<Answer>, HsmError> {
+    /// Until some member has done it, or nobody is left who could.
+    async fn anywhere(&self, request: Request, deadline: Instant) -> Result<Done<Answer>, HsmError> {
         let request = Arc::new(request);
-        let first = self.choose(avoid)?;
-        let error = match first.member.call(&request, deadline).await {
-            Ok(value) => return Ok(first.done(value, 0)),
-            Err(error) => error,
-        };
-        if !error.fault().retry || Instant::now() >= deadline {
-            return Err(error);
-        }
-        let second = self.choose(self.position(&first.name)).unwrap_or(first);
-        if Arc::ptr_eq(&first.name, &second.name) && !may_repeat(&error) {
-            return Err(error);
-        }
-        match second.member.call(&request, deadline).await {
-            Ok(value) => Ok(second.done(value, 1)),
-            Err(again) => Err(judge_both(&error, again)),
-        }
-    }
-
-    /// One call with one retry, on a given member.
-    async fn here(&self, name: &str, request: Request, deadline: Instant) -> Result<Done<Answer>, HsmError> {
-        let request = Arc::new(request);
-        let entry = self.entry(name)?;
-        let error = match entry.member.call(&request, deadline).await {
-            Ok(value) => return Ok(entry.done(value, 0)),
-            Err(error) => error,
-        };
-        if !error.fault().retry || !may_repeat(&error) || Instant::now() >= deadline {
-            return Err(error);
-        }
-        match entry.member.call(&request, deadline).await {
-            Ok(value) => Ok(entry.done(value, 1)),
-            Err(again) => Err(judge_both(&error, again)),
+        let mut tried = vec![false; self.members.len()];
+        let mut second_round = false;
+        // The member that found the input wrong, and its generation then.
+        let mut refused: Option<(usize, u64, HsmError)> = None;
+        let mut failed: Option<HsmError> = None;
+        let mut retries = 0;
+        self.budget().deposit(Instant::now());
+        loop {
+            let now = Instant::now();
+            if now >= deadline {
+                return Err(failed.unwrap_or(HsmError::Deadline));
+            }
+            let Some((index, alone)) = self.choose(&request, &tried, now) else {
+                if let Some((.., error)) = refused {
+                    return Err(error);
+                }
+                // Everybody has been asked. What failed a moment ago may work again, so who is still up is asked once more.
+                if failed.is_some() && !std::mem::replace(&mut second_round, true) {
+                    tried.fill(false);
+                    continue;
+                }
+                let nobody = self.nobody(&request);
+                return Err(failed.unwrap_or(nobody));
+            };
+            let entry = &self.members[index];
+            tried[index] = true;
+            let generation = entry.member.shared.generation();
+            let error = match entry.member.call(&request, deadline, self.patience(now, deadline, alone)).await {
+                Outcome::Ran(Ok(value)) => {
+                    if let Some((index, generation, HsmError::Refused { wrong })) = refused {
+                        self.members[index].member.shared.contradicted(wrong, generation);
+                    }
+                    return Ok(Done { value, member: Arc::clone(&entry.name), retries });
+                }
+                Outcome::Ran(Err(error)) => error,
+                Outcome::NotRun(error) => {
+                    failed = failed.or(Some(error));
+                    continue;
+                }
+            };
+            let fault = error.fault();
+            if !fault.elsewhere {
+                return Err(error);
+            }
+            if matches!(fault.whose, Whose::Caller | Whose::Unclear) {
+                // Two members agree, and neither is to blame.
+                if refused.is_some() {
+                    return Err(error);
+                }
+                refused = Some((index, generation, error));
+                continue;
+            }
+            if !self.budget().withdraw(Instant::now()) {
+                return Err(error);
+            }
+            retries += 1;
+            entry.member.shared.observe(Event::Retry);
+            failed = Some(error);
         }
     }
 
     /// One call, with time, on a given member.
     async fn manage(&self, name: &str, request: Request) -> Result<Answer, HsmError> {
-        let deadline = Instant::now() + MANAGEMENT_PATIENCE;
-        self.entry(name)?.member.call(&Arc::new(request), deadline).await
+        let member = &self.entry(name)?.member;
+        let patience = Patience { share: MANAGEMENT_PATIENCE, watchdog: MANAGEMENT_PATIENCE };
+        member.direct(&Arc::new(request), Instant::now() + MANAGEMENT_PATIENCE, patience).await
     }
 
-    fn choose(&self, avoid: Option<usize>) -> Result<&Entry, HsmError> {
+    /// The member for the next try, and whether there is no other after it.
+    fn choose(&self, request: &Request, tried: &[bool], now: Instant) -> Option<(usize, bool)> {
+        let candidates: Vec<_> = self.members.iter().map(|e| e.member.candidate(request.key(), now)).collect();
+        let fresh = candidates.iter().zip(tried).filter(|(c, tried)| c.able && !**tried).count();
+        let index = pick::pick(&candidates, |index| tried[index], |below| fastrand::usize(..below))?;
+        Some((index, fresh == 1))
+    }
+
+    /// How long a try may take: half of what is left, as long as there is somebody to go to with the other half.
+    fn patience(&self, now: Instant, deadline: Instant, alone: bool) -> Patience {
+        let left = deadline.saturating_duration_since(now);
+        let share = if alone { left } else { left / 2 };
+        Patience { share: share.min(self.watchdog), watchdog: self.watchdog }
+    }
+
+    fn probe_patience(&self) -> Patience {
+        Patience { share: self.watchdog, watchdog: self.watchdog }
+    }
+
+    /// Why nobody can be asked. Closed members are given the chance to show that they serve again.
+    fn nobody(&self, request: &Request) -> HsmError {
         let now = Instant::now();
-        for entry in self.members.iter().filter(|entry| entry.member.is_due(now)) {
-            // In the background, so that no call pays for a member that is still down.
-            let member = Arc::clone(&entry.member);
-            tokio::spawn(async move {
-                // The member itself logs what changed.
-                let _ = tokio::time::timeout(START_PATIENCE, member.bring_up()).await;
-            });
+        if let Some(key) = request.key()
+            && self.members.iter().any(|entry| entry.member.only_lacks(key, now))
+        {
+            return HsmError::NoSuchKey(key.clone());
         }
-        let candidates: Vec<_> = self.members.iter().map(|entry| entry.member.candidate()).collect();
-        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
-        pick::pick(&candidates, avoid, now, turn).and_then(|index| self.members.get(index)).ok_or_else(|| {
-            if self.members.iter().any(|entry| entry.member.is_full()) {
-                HsmError::QueueFull
-            } else {
-                HsmError::NoMember("all are closed or shut out".to_owned())
-            }
-        })
+        if self.members.iter().any(|entry| entry.member.is_full()) {
+            return HsmError::QueueFull;
+        }
+        self.members.iter().for_each(|entry| entry.member.shared.health().hurry(now));
+        HsmError::NoMember("all are closed, drained or shut out".to_owned())
     }
 
-    fn position(&self, name: &str) -> Option<usize> {
-        self.members.iter().position(|entry| &*entry.name == name)
+    fn budget(&self) -> std::sync::MutexGuard<'_, Budget> {
+        self.budget.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn entry(&self, name: &str) -> Result<&Entry, HsmError> {
@@ -362,41 +422,6 @@ impl Cluster {
             .find(|entry| &*entry.name == name)
             .ok_or_else(|| HsmError::NoMember(format!("none is called {name:?}")))
     }
-}
-
-impl Entry {
-    fn done(&self, value: Answer, retries: u32) -> Done<Answer> {
-        Done { value, member: Arc::clone(&self.name), retries }
-    }
-}
-
-/// Whether the same member may answer differently the second time.
-fn may_repeat(error: &HsmError) -> bool {
-    let Fault { whose, fate, .. } = error.fault();
-    // A new session may help; and a token that blamed nobody may blame the input when asked again.
-    fate == Fate::Rebuild || (whose == Whose::Unclear && matches!(error, HsmError::Pkcs11 { .. }))
-}
-
-/// Both tries failed: what the caller is told.
-fn judge_both(first: &HsmError, second: HsmError) -> HsmError {
-    let earlier = first.fault();
-    match second {
-        HsmError::Pkcs11 { call, rv, fault, tries } => {
-            HsmError::Pkcs11 { fault: Fault::repeated(call, earlier, fault), call, rv, tries: first.tries() + tries }
-        }
-        other => other,
-    }
-}
-
-fn decrypt_request(key: &KeyId, oaep: Oaep, ciphertext: &[u8]) -> Request {
-    Request::Decrypt { key: key.clone(), oaep, ciphertext: ciphertext.to_vec() }
-}
-
-fn sign_request(key: &KeyId, scheme: SignScheme, digest: &[u8]) -> Result<Request, HsmError> {
-    if digest.len() != scheme.hash().output_len() {
-        return Err(HsmError::new("C_Sign", RvError::DataLenRange));
-    }
-    Ok(Request::Sign { key: key.clone(), scheme, digest: digest.to_vec() })
 }
 
 fn octets(answer: Answer) -> Result<Zeroizing<Vec<u8>>, HsmError> {

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use cryptoki::types::AuthPin;
 use zeroize::Zeroizing;
@@ -28,6 +29,8 @@ pub struct MemberConfig {
     pub sessions: usize,
     /// How many calls may wait or run at most; 0 counts as 1.
     pub queue: usize,
+    /// How many of the calls that wait a free session takes at once, at most; 0 counts as 1.
+    pub batch: usize,
 }
 
 /// How a token is recognised. Slot numbers are not stable, so they are not offered.
@@ -68,4 +71,11 @@ impl fmt::Debug for Pin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("[pin]")
     }
+}
+
+/// How long calls may take.
+#[derive(Clone, Copy, Debug)]
+pub struct Patience {
+    /// A call that has run for so long hangs: its member is closed.
+    pub watchdog: Duration,
 }

@@ -5,11 +5,11 @@ use std::path::PathBuf;
 use cryptoki::context::Function;
 use cryptoki::error::{Error, RvError};
 
-use crate::fault::{Fate, Fault, Whose};
+use crate::fault::{BROKEN, Fate, Fault, Whose};
 use crate::keys::KeyId;
 
 /// Why an operation has no result.
-#[derive(Clone, Debug, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum HsmError {
     /// A token said no: the return code *and* the call it came from, since one code means different things from different calls.
     #[error("{call}: {rv}")]
@@ -20,8 +20,22 @@ pub enum HsmError {
         rv: String,
         /// Who is to blame and what follows.
         fault: Fault,
-        /// How often a token was asked.
-        tries: u32,
+    },
+    /// The input does not lead to a result that its own check accepts, and the member is not to blame. Says nothing of
+    /// how it failed: a ciphertext that does not decrypt and one that decrypts to the wrong key are the same.
+    #[error("the input is not right")]
+    Refused {
+        /// Whether a token gave a result, which the check refused, rather than an error.
+        wrong: bool,
+    },
+    /// A member's answer is wrong although the input is not: its own check, and the known-good probe, found out.
+    #[error("the member gives wrong answers")]
+    WrongAnswer,
+    /// A call that did not return in time. Its thread is left to itself.
+    #[error("{op} hangs at the token")]
+    Hung {
+        /// What was asked for.
+        op: &'static str,
     },
     /// No key with this id, also after looking again.
     #[error("no key {0} on the token")]
@@ -59,7 +73,7 @@ pub enum HsmError {
 impl HsmError {
     /// A return code of a call, judged.
     pub(crate) fn new(call: &'static str, code: RvError) -> Self {
-        HsmError::Pkcs11 { call, rv: rv_name(code), fault: Fault::of(call, code), tries: 1 }
+        HsmError::Pkcs11 { call, rv: rv_name(code), fault: Fault::of(call, code) }
     }
 
     /// The token judged the *input*, as opposed to being unavailable: asking again will not help.
@@ -68,35 +82,31 @@ impl HsmError {
         self.fault().whose == Whose::Caller
     }
 
-    /// How often a token was asked before this was given up.
-    #[must_use]
-    pub fn tries(&self) -> u32 {
-        match self {
-            HsmError::Pkcs11 { tries, .. } => *tries,
-            _ => 1,
-        }
-    }
-
     /// Who is to blame and what follows.
     #[must_use]
     pub fn fault(&self) -> Fault {
-        let (whose, retry, fate) = match self {
-            HsmError::Pkcs11 { fault, .. } => return *fault,
+        let nobody = |elsewhere| Fault { whose: Whose::Nobody, elsewhere, fate: Fate::Keep };
+        match self {
+            HsmError::Pkcs11 { fault, .. } => *fault,
+            HsmError::Refused { .. } => Fault { whose: Whose::Caller, elsewhere: true, fate: Fate::Keep },
             // Members hold the same keys, but replication may lag.
-            HsmError::NoSuchKey(_) => (Whose::Unclear, true, Fate::Keep),
-            HsmError::KeyExists(_) | HsmError::Deadline => (Whose::Unclear, false, Fate::Keep),
-            HsmError::QueueFull => (Whose::Unclear, true, Fate::Keep),
-            HsmError::NoMember(_) | HsmError::Module { .. } | HsmError::Token { .. } => {
-                (Whose::Member, true, Fate::Rebuild)
-            }
-        };
-        Fault { whose, retry, fate }
+            HsmError::NoSuchKey(_) | HsmError::QueueFull => nobody(true),
+            HsmError::KeyExists(_) | HsmError::Deadline => nobody(false),
+            HsmError::WrongAnswer
+            | HsmError::Hung { .. }
+            | HsmError::NoMember(_)
+            | HsmError::Module { .. }
+            | HsmError::Token { .. } => BROKEN,
+        }
     }
 
     /// `device_error` for CKR_DEVICE_ERROR; a word of our own for what is not a return code.
     pub(crate) fn metric_name(&self) -> String {
         match self {
             HsmError::Pkcs11 { rv, .. } => rv.trim_start_matches("CKR_").to_ascii_lowercase(),
+            HsmError::Refused { .. } => "refused".to_owned(),
+            HsmError::WrongAnswer => "wrong_answer".to_owned(),
+            HsmError::Hung { .. } => "hung".to_owned(),
             HsmError::NoSuchKey(_) => "no_such_key".to_owned(),
             HsmError::KeyExists(_) => "key_exists".to_owned(),
             HsmError::NoMember(_) => "no_member".to_owned(),

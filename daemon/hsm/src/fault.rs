@@ -1,28 +1,34 @@
 //! One table: what a return code means, given the call it came from.
 //!
-//! | codes | calls | whose | elsewhere? | session |
-//! |---|---|---|---|---|
-//! | ENCRYPTED_DATA_INVALID, ENCRYPTED_DATA_LEN_RANGE, DATA_INVALID, DATA_LEN_RANGE | any | caller | no | keep |
-//! | GENERAL_ERROR, FUNCTION_FAILED, ARGUMENTS_BAD, vendor codes | C_Decrypt | unclear: some tokens say so to a bad ciphertext | yes | keep |
-//! | KEY_FUNCTION_NOT_PERMITTED, KEY_TYPE_INCONSISTENT, KEY_SIZE_RANGE, ATTRIBUTE_*, TEMPLATE_* | any | unclear: the key is not made for it | no | keep |
-//! | MECHANISM_INVALID, MECHANISM_PARAM_INVALID, FUNCTION_NOT_SUPPORTED | any | unclear: another vendor may know how | yes | keep |
-//! | SESSION_COUNT, HOST_MEMORY, DEVICE_MEMORY, FUNCTION_CANCELED, CANCEL | any | unclear: busy, not broken | yes | keep |
-//! | everything else: lost sessions and handles, lost logins, lost or broken devices, PINs | any | member | yes | rebuild |
+//! | codes | calls | whose | elsewhere? | session | member |
+//! |---|---|---|---|---|---|
+//! | ENCRYPTED_DATA_INVALID, ENCRYPTED_DATA_LEN_RANGE, DATA_INVALID, DATA_LEN_RANGE | any | caller | for a second opinion | keep | - |
+//! | GENERAL_ERROR, FUNCTION_FAILED, ARGUMENTS_BAD, vendor codes | C_Decrypt | unclear: some tokens say so to a bad ciphertext; the known-good probe decides | for a second opinion | keep | - |
+//! | KEY_FUNCTION_NOT_PERMITTED, KEY_TYPE_INCONSISTENT, KEY_SIZE_RANGE, ATTRIBUTE_*, TEMPLATE_* | any | nobody: the key is not made for it | no | keep | - |
+//! | MECHANISM_INVALID, MECHANISM_PARAM_INVALID, FUNCTION_NOT_SUPPORTED | any | nobody: another vendor may know how | yes | keep | - |
+//! | SESSION_HANDLE_INVALID, SESSION_CLOSED, USER_NOT_LOGGED_IN, KEY_HANDLE_INVALID, OBJECT_HANDLE_INVALID, OPERATION_NOT_INITIALIZED | any | member, but no more than a stale handle | if renewing does not help | renew in place | evidence, if renewing does not help |
+//! | FUNCTION_FAILED, HOST_MEMORY, DEVICE_MEMORY, FUNCTION_CANCELED, CANCEL, SESSION_COUNT, SESSION_EXISTS | any other | member: busy (AWS CloudHSM throttles so) | yes | keep | evidence |
+//! | PIN_INCORRECT, PIN_LOCKED, PIN_EXPIRED, PIN_INVALID, PIN_LEN_RANGE | C_Login | member | yes | end | out, until the configuration is reloaded |
+//! | CRYPTOKI_NOT_INITIALIZED | any | member: somebody finalised the module | yes | end | all members of the module are closed, and it is initialised anew |
+//! | everything else: broken or lost devices, OPERATION_ACTIVE (the session cannot be used again) | any | member | yes | end | evidence |
 //!
-//! What is not in the table counts as the member's fault, because the answer to that, a new session and another member, does
-//! no harm when it was wrong. The other way round it would: a caller's garbage must never close a member.
+//! *Evidence* counts in the member's breaker: enough of it closes the member. What is not in the table counts as the
+//! member's fault, because the answer to that, a new session and another member, does no harm when it was wrong. The other
+//! way round it would: a caller's garbage must never close a member.
 
 use cryptoki::error::RvError;
 
 /// Who is to blame for a failure.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Whose {
-    /// The member: it sits out for a while.
+    /// The member: counts as evidence against it.
     Member,
     /// The caller: its input is bad.
     Caller,
-    /// Cannot be told from one answer, or nobody.
+    /// The member or the caller: the known-good probe decides.
     Unclear,
+    /// Neither: what was asked for is not to be had here.
+    Nobody,
 }
 
 /// What becomes of the session that failed.
@@ -30,8 +36,10 @@ pub enum Whose {
 pub enum Fate {
     /// It goes on.
     Keep,
-    /// It ends, and so do the others of its generation: session → login → handles, all anew.
-    Rebuild,
+    /// Session → login → handles, all anew, in place; then the operation is done again.
+    Renew,
+    /// It ends; another is opened when one is needed.
+    End,
 }
 
 /// A failure, judged.
@@ -40,16 +48,18 @@ pub struct Fault {
     /// Who is to blame.
     pub whose: Whose,
     /// Whether another member may succeed.
-    pub retry: bool,
+    pub elsewhere: bool,
     /// What becomes of the session.
     pub fate: Fate,
 }
 
-const BAD_INPUT: Fault = Fault { whose: Whose::Caller, retry: false, fate: Fate::Keep };
-const PERHAPS_INPUT: Fault = Fault { whose: Whose::Unclear, retry: true, fate: Fate::Keep };
-const WRONG_KEY: Fault = Fault { whose: Whose::Unclear, retry: false, fate: Fate::Keep };
-const CANNOT: Fault = Fault { whose: Whose::Unclear, retry: true, fate: Fate::Keep };
-const BROKEN: Fault = Fault { whose: Whose::Member, retry: true, fate: Fate::Rebuild };
+const BAD_INPUT: Fault = Fault { whose: Whose::Caller, elsewhere: true, fate: Fate::Keep };
+const PERHAPS_INPUT: Fault = Fault { whose: Whose::Unclear, elsewhere: true, fate: Fate::Keep };
+const WRONG_KEY: Fault = Fault { whose: Whose::Nobody, elsewhere: false, fate: Fate::Keep };
+const CANNOT: Fault = Fault { whose: Whose::Nobody, elsewhere: true, fate: Fate::Keep };
+const STALE: Fault = Fault { whose: Whose::Member, elsewhere: true, fate: Fate::Renew };
+const BUSY: Fault = Fault { whose: Whose::Member, elsewhere: true, fate: Fate::Keep };
+pub(crate) const BROKEN: Fault = Fault { whose: Whose::Member, elsewhere: true, fate: Fate::End };
 
 impl Fault {
     /// Judges a return code of a call.
@@ -73,14 +83,21 @@ impl Fault {
                 _,
             ) => WRONG_KEY,
             (MechanismInvalid | MechanismParamInvalid | FunctionNotSupported, _) => CANNOT,
-            (SessionCount | HostMemory | DeviceMemory | FunctionCanceled | Cancel, _) => CANNOT,
+            (
+                SessionHandleInvalid
+                | SessionClosed
+                | UserNotLoggedIn
+                | KeyHandleInvalid
+                | ObjectHandleInvalid
+                | OperationNotInitialized,
+                _,
+            ) => STALE,
+            (
+                FunctionFailed | HostMemory | DeviceMemory | FunctionCanceled | Cancel | SessionCount | SessionExists,
+                _,
+            ) => BUSY,
             _ => BROKEN,
         }
-    }
-
-    /// The same answer from a second try: what was unclear about a decryption is the input's fault after all.
-    pub(crate) fn repeated(call: &str, first: Fault, second: Fault) -> Fault {
-        if call == "C_Decrypt" && first == PERHAPS_INPUT && second == PERHAPS_INPUT { BAD_INPUT } else { second }
     }
 }
 
@@ -101,7 +118,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn bad_input_never_touches_a_member() {
+    fn bad_input_is_the_callers() {
         for code in
             [RvError::EncryptedDataInvalid, RvError::EncryptedDataLenRange, RvError::DataInvalid, RvError::DataLenRange]
         {
@@ -111,47 +128,40 @@ mod tests {
 
     #[test]
     fn a_general_error_depends_on_the_call() {
-        let decrypt = Fault::of("C_Decrypt", RvError::GeneralError);
-        assert_eq!(decrypt.whose, Whose::Unclear);
-        assert_eq!(decrypt.fate, Fate::Keep);
+        for code in [RvError::GeneralError, RvError::FunctionFailed, RvError::ArgumentsBad] {
+            assert_eq!(Fault::of("C_Decrypt", code), PERHAPS_INPUT);
+        }
         for call in ["C_Sign", "C_DecryptInit", "C_FindObjects", "C_OpenSession"] {
             assert_eq!(Fault::of(call, RvError::GeneralError), BROKEN);
+            assert_eq!(Fault::of(call, RvError::FunctionFailed), BUSY);
         }
     }
 
     #[test]
-    fn only_the_same_doubt_twice_is_certainty() {
-        let unclear = Fault::of("C_Decrypt", RvError::GeneralError);
-        let broken = Fault::of("C_Decrypt", RvError::DeviceError);
-        assert_eq!(Fault::repeated("C_Decrypt", unclear, unclear).whose, Whose::Caller);
-        assert_eq!(Fault::repeated("C_Decrypt", broken, unclear), unclear);
-        assert_eq!(Fault::repeated("C_Decrypt", unclear, broken), broken);
-        let cannot = Fault::of("C_DecryptInit", RvError::MechanismInvalid);
-        assert_eq!(Fault::repeated("C_DecryptInit", cannot, cannot), cannot);
-    }
-
-    #[test]
-    fn what_is_lost_is_rebuilt_and_tried_elsewhere() {
+    fn what_went_stale_is_renewed_in_place() {
         for code in [
             RvError::SessionHandleInvalid,
             RvError::SessionClosed,
             RvError::KeyHandleInvalid,
             RvError::ObjectHandleInvalid,
             RvError::UserNotLoggedIn,
+        ] {
+            assert_eq!(Fault::of("C_DecryptInit", code), STALE, "{code:?}");
+        }
+    }
+
+    #[test]
+    fn what_broke_ends() {
+        for code in [
             RvError::DeviceRemoved,
             RvError::DeviceError,
             RvError::TokenNotPresent,
-            RvError::CryptokiNotInitialized,
             RvError::OperationActive,
+            RvError::CryptokiNotInitialized,
             RvError::BufferTooSmall,
             RvError::PinIncorrect,
         ] {
             assert_eq!(Fault::of("C_Decrypt", code), BROKEN, "{code:?}");
         }
-    }
-
-    #[test]
-    fn a_busy_token_is_not_a_broken_one() {
-        assert_eq!(Fault::of("C_OpenSession", RvError::SessionCount), CANNOT);
     }
 }

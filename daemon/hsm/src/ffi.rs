@@ -1,8 +1,9 @@
-//! All unsafe code of the workspace: environment variables, and the PKCS#11 functions that are called past cryptoki.
+//! All unsafe code of the daemon: environment variables, and the PKCS#11 functions that are called past cryptoki.
 //!
 //! `C_GetTokenInfo`: cryptoki refuses the whole answer when the token's clock is not in the standard's format, which
-//! opencryptoki's is not. `C_Decrypt` and `C_Sign`: cryptoki's `decrypt()` and `sign()` ask for the length of the result before they ask for the result: two calls, and on a
-//! network HSM two round trips. RSA results are never longer than the modulus, so one call into a buffer of that size does.
+//! opencryptoki's is not. `C_Decrypt` and `C_Sign`: cryptoki's `decrypt()` and `sign()` ask for the length of the result
+//! before they ask for the result: two calls, and on a network HSM two round trips. RSA results are never longer than the
+//! modulus, so one call into a buffer of that size does.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -53,6 +54,25 @@ pub(crate) fn set_var(name: &str, value: Option<&OsStr>) {
         Some(value) => unsafe { std::env::set_var(name, value) },
         // SAFETY: as above.
         None => unsafe { std::env::remove_var(name) },
+    }
+}
+
+/// Changes the value of a variable that exists, while other threads may live. Whether the variable is as wanted now: making
+/// and removing one moves others around, and is refused.
+pub(crate) fn change_var(name: &str, value: Option<&OsStr>) -> bool {
+    let is = std::env::var_os(name);
+    if is.as_deref() == value {
+        return true;
+    }
+    match (is, value) {
+        (Some(_), Some(value)) if cfg!(target_env = "gnu") && !value.as_encoded_bytes().contains(&0) => {
+            // SAFETY: Rust's own readers are kept out by the standard library's lock. For readers in C, glibc's setenv puts
+            // the new string into the existing variable's place with one pointer store, neither moves the array nor frees
+            // the old string (it keeps every string it ever made), so that a getenv at the same time finds one or the other.
+            unsafe { std::env::set_var(name, value) };
+            true
+        }
+        _ => false,
     }
 }
 

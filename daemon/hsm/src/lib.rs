@@ -2,11 +2,12 @@
 //!
 //! A [`Cluster`] is a set of tokens, its *members*, that hold the same RSA keys. It opens sessions, logs in once for each
 //! token, looks keys up once for each session, and sends every operation to a member that can serve it; what failed for a
-//! member's own reasons is tried once more elsewhere.
+//! member's own reasons is tried elsewhere.
 //!
 //! From the outside in: [`cluster`](Cluster) picks a member, submits the job and judges what came back (the table is in
-//! `fault.rs`); a member pools sessions; a session is one OS thread, because PKCS#11 calls block; a module is one vendor
-//! library, loaded and initialised once. `ffi.rs` holds all unsafe code there is.
+//! `fault.rs`); a member has a queue and pools sessions; a session works on an OS thread of its own (`worker.rs`), because
+//! PKCS#11 calls block; a module is one vendor library, loaded and initialised once. The supervisor finds what hangs and
+//! brings back what was closed. `ffi.rs` holds all unsafe code there is.
 
 #![deny(unsafe_code)]
 
@@ -19,15 +20,23 @@ mod ffi;
 mod keys;
 mod module;
 mod oaep;
+mod request;
 mod session;
+mod worker;
 
-pub use cluster::{Cluster, Done, MemberStatus};
-pub use config::{MemberConfig, Pin, TokenRef};
+pub use cluster::{Cluster, Done, LastError, MemberState, MemberStatus};
+pub use config::{MemberConfig, Patience, Pin, TokenRef};
 pub use error::HsmError;
 pub use fault::{Fate, Fault, Whose};
 pub use ffi::set_env;
 pub use keys::{Hash, KeyId, KeyUsage, NewKey, Oaep, RsaPrivateParts, RsaPublic, SignScheme};
 pub use module::init_token;
+pub use request::{Check, KnownGood};
+
+/// The pure policies of a cluster: plain values that are handed `now`, for whoever wants to simulate one.
+pub mod policy {
+    pub use crate::cluster::{batch, breaker, budget, pick};
+}
 
 use std::sync::Arc;
 
@@ -42,9 +51,18 @@ pub enum Event<'a> {
     SessionOpened,
     /// A session for operations ended.
     SessionClosed,
+    /// The member was closed for a fault.
+    Closed,
+    /// A call hangs, and its thread was given up.
+    Stuck,
+    /// An operation that failed here was taken to another member, out of the retry budget.
+    Retry,
+    /// The member's module was finalised and initialised again.
+    ModuleRenewed,
     /// A call came back.
     Call {
-        /// What was asked for: `decrypt`, `sign`, `random`, `keys`, `public_key`, `generate`, `import`, or `open` for a session.
+        /// What was asked for: `decrypt`, `sign`, `random`, `keys`, `public_key`, `generate`, `import`, `probe`, or `open`
+        /// for a session.
         op: &'static str,
         /// `ok`, or the return code without its prefix in lower case: `device_error`.
         rv: &'a str,

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 
 use cryptoki::context::{CInitializeArgs, CInitializeFlags, Pkcs11};
 use cryptoki::error::{Error, RvError};
@@ -47,6 +47,10 @@ pub(crate) struct Module {
     direct: Option<Direct>,
     /// Whether `C_Initialize` was ours, and so `C_Finalize` is.
     ours: AtomicBool,
+    /// Somebody finalised it behind our back.
+    lost: AtomicBool,
+    /// Held by every thread that may be in a call; for writing by who finalises.
+    gate: RwLock<()>,
 }
 
 impl Module {
@@ -102,10 +106,35 @@ impl Module {
         }
     }
 
-    /// Initialises an instance that could not be initialised before, or that somebody has finalised behind our back.
-    pub(crate) fn revive(&self) -> Result<(), HsmError> {
-        let _one_at_a_time = registry();
-        self.initialize().map(drop)
+    /// To be held around calls: nobody finalises the module meanwhile.
+    pub(crate) fn enter(&self) -> RwLockReadGuard<'_, ()> {
+        // Nothing is in there that a panic could have spoilt.
+        self.gate.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A call said that the module is not initialised. The sessions that its members still believe in have no meaning any
+    /// more, and once it is initialised again their handles may be those of other tokens' sessions.
+    pub(crate) fn lose(&self) {
+        self.lost.store(true, Ordering::Release);
+    }
+
+    pub(crate) fn is_lost(&self) -> bool {
+        self.lost.load(Ordering::Acquire)
+    }
+
+    /// `C_Finalize` and `C_Initialize`: what a module needs whose connection or device went away for good. Only while nobody
+    /// is in a call, and no session is open; `false` when somebody is. May block as long as the vendor likes.
+    pub(crate) fn renew(&self) -> Result<bool, HsmError> {
+        let Ok(_alone) = self.gate.try_write() else { return Ok(false) };
+        let mut registry = registry();
+        registry.reapply(&self.path, &self.env)?;
+        match self.pkcs11.clone().finalize() {
+            Ok(()) | Err(Error::Pkcs11(RvError::CryptokiNotInitialized, _)) => {}
+            // Some modules that lost their device cannot even say goodbye. Initialising tells whether that matters.
+            Err(error) => warn!(module = %self.path.display(), error = %HsmError::from(error), "module not finalised"),
+        }
+        self.initialize()?;
+        Ok(true)
     }
 
     fn load(path: &Path, env: &Env) -> Result<Module, HsmError> {
@@ -118,7 +147,15 @@ impl Module {
                 "module does not let C_Decrypt and C_Sign be called directly: every operation takes two calls"
             );
         }
-        Ok(Module { path: path.to_owned(), env: env.clone(), pkcs11, direct, ours: AtomicBool::new(false) })
+        Ok(Module {
+            path: path.to_owned(),
+            env: env.clone(),
+            pkcs11,
+            direct,
+            ours: AtomicBool::new(false),
+            lost: AtomicBool::new(false),
+            gate: RwLock::new(()),
+        })
     }
 
     /// Whether the call did anything: `false` when the library was initialised already.
@@ -127,6 +164,7 @@ impl Module {
         match self.pkcs11.initialize(args) {
             Ok(()) => {
                 self.ours.store(true, Ordering::Relaxed);
+                self.lost.store(false, Ordering::Release);
                 info!(module = %self.path.display(), "module initialised");
                 Ok(true)
             }
@@ -141,14 +179,7 @@ impl Module {
 
     /// Looks a token up among the slots there are now.
     pub(crate) fn find_token(&self, token: &TokenRef) -> Result<Slot, HsmError> {
-        let slots = match self.pkcs11.get_slots_with_token() {
-            Err(Error::Pkcs11(RvError::CryptokiNotInitialized, _)) => {
-                self.revive()?;
-                self.pkcs11.get_slots_with_token()?
-            }
-            slots => slots?,
-        };
-        for slot in slots {
+        for slot in self.pkcs11.get_slots_with_token()? {
             // One broken token must not hide the others.
             let Ok(facts) = self.token_facts(slot) else {
                 continue;
@@ -232,6 +263,24 @@ impl Registry {
         }
     }
 
+    /// The same for an instance that is initialised again while other threads live. Variables can then be changed but
+    /// neither made nor removed; see [`ffi::change_var`].
+    fn reapply(&mut self, path: &Path, env: &Env) -> Result<(), HsmError> {
+        for (name, original) in &self.original {
+            let wanted = env.get(name).map(OsString::from).or_else(|| original.clone());
+            if !ffi::change_var(name, wanted.as_deref()) {
+                return Err(HsmError::Module {
+                    path: path.to_owned(),
+                    reason: format!(
+                        "cannot be initialised again while the process runs, since other members set {name} and this \
+                         one does not: set it in its env, or restart"
+                    ),
+                });
+            }
+        }
+        Ok(())
+    }
+
     /// Two tables are the same when a module cannot tell them apart: `{}` and `{A = "x"}` are if A is "x" anyway.
     fn same_env(&self, one: &Env, other: &Env) -> bool {
         self.original.iter().all(|(name, original)| {
@@ -249,6 +298,19 @@ fn registry() -> MutexGuard<'static, Registry> {
     REGISTRY.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Lets every variable that any member's table names exist, so that it can be changed later. The last step before other
+/// threads exist.
+pub(crate) fn settle_env() {
+    let registry = registry();
+    for instance in &registry.instances {
+        for (name, value) in &instance.module.env {
+            if std::env::var_os(name).is_none() {
+                ffi::set_var(name, Some(value.as_ref()));
+            }
+        }
+    }
+}
+
 /// Initialises the first uninitialised token of a module and sets its user PIN: for labs and tests.
 pub fn init_token(module: &Path, label: &str, so_pin: &Pin, user_pin: &Pin) -> Result<(), HsmError> {
     let module = Module::acquire(module, &Env::new())?;
@@ -260,7 +322,7 @@ pub fn init_token(module: &Path, label: &str, so_pin: &Pin, user_pin: &Pin) -> R
 impl Module {
     fn init_token(&self, label: &str, so_pin: &Pin, user_pin: &Pin) -> Result<(), HsmError> {
         // Says why, if it was not initialised.
-        self.revive()?;
+        self.initialize()?;
         let find = |wanted: &dyn Fn(&TokenFacts) -> bool| -> Result<Option<Slot>, HsmError> {
             let slots = self.pkcs11.get_slots_with_token()?;
             Ok(slots.into_iter().find(|slot| self.token_facts(*slot).is_ok_and(|facts| wanted(&facts))))

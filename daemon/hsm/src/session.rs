@@ -1,150 +1,33 @@
-//! One logged-in session on its own OS thread, with its table of key handles.
+//! One logged-in session with its table of key handles, and what it can do.
 //!
-//! PKCS#11 calls block, and a session may only do one thing at a time; a thread for each session says both. Jobs come one at
-//! a time over a channel and bring along the pool's lease on the session, which is given back when the call has returned,
-//! whether or not anybody still waits for the result.
+//! The handles belong to the session and die with it.
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use crossbeam::channel::{self, Receiver, Sender};
 use cryptoki::error::{Error, RvError};
 use cryptoki::mechanism::Mechanism;
 use cryptoki::object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHandle};
 use cryptoki::session::Session;
 use cryptoki_sys::CK_ULONG;
-use tokio::sync::oneshot;
+use ring::rand::{SecureRandom, SystemRandom};
 use tracing::warn;
 use zeroize::{Zeroize, Zeroizing};
 
 use crate::Event;
-use crate::cluster::member::{Lease, Opening, Scheme, Shared};
+use crate::cluster::member::{Scheme, Shared};
 use crate::error::HsmError;
-use crate::fault::{Fate, PARAMETER_REFUSALS};
-use crate::keys::{KeyId, NewKey, Oaep, RsaPrivateParts, RsaPublic, SignScheme};
+use crate::fault::{Fate, PARAMETER_REFUSALS, Whose};
+use crate::keys::{KeyId, NewKey, Oaep, RsaPrivateParts, RsaPublic};
 use crate::oaep;
+use crate::request::{Answer, Check, Request, known_for};
 
 /// How long a session that looked for an unknown key in vain waits before it looks again.
 const SEARCH_PAUSE: Duration = Duration::from_secs(2);
 
 /// Room for a signature when a token does not tell a modulus: enough for 16384 bits.
 const LARGEST_MODULUS: usize = 2048;
-
-/// What a session is asked to do. Not `Debug`, like its answer: neither belongs into a log.
-pub(crate) enum Request {
-    Decrypt { key: KeyId, oaep: Oaep, ciphertext: Vec<u8> },
-    Sign { key: KeyId, scheme: SignScheme, digest: Vec<u8> },
-    Random(usize),
-    Keys,
-    PublicKey(KeyId),
-    Generate(NewKey),
-    Import(NewKey, RsaPrivateParts),
-}
-
-impl Request {
-    fn op(&self) -> &'static str {
-        match self {
-            Request::Decrypt { .. } => "decrypt",
-            Request::Sign { .. } => "sign",
-            Request::Random(_) => "random",
-            Request::Keys => "keys",
-            Request::PublicKey(_) => "public_key",
-            Request::Generate(_) => "generate",
-            Request::Import(..) => "import",
-        }
-    }
-}
-
-/// What comes back.
-pub(crate) enum Answer {
-    Octets(Zeroizing<Vec<u8>>),
-    Keys(Vec<KeyId>),
-    Public(Option<RsaPublic>),
-    Done,
-}
-
-/// A request on its way to a session.
-pub(crate) struct Job {
-    pub(crate) request: Arc<Request>,
-    pub(crate) deadline: Instant,
-    pub(crate) reply: oneshot::Sender<Result<Answer, HsmError>>,
-    pub(crate) lease: Lease,
-}
-
-/// The pooled object: the way to a session's thread. The thread ends when its handle is dropped.
-pub(crate) struct Handle {
-    jobs: Sender<Job>,
-    alive: Arc<AtomicBool>,
-    generation: u64,
-}
-
-impl Handle {
-    /// Whether the session may be used: its thread lives, and no fault has made its generation stale.
-    pub(crate) fn is_usable(&self, generation: u64) -> bool {
-        self.alive.load(Ordering::Acquire) && self.generation == generation
-    }
-
-    /// A sender for one job; the handle itself travels inside the job's lease.
-    pub(crate) fn sender(&self) -> Sender<Job> {
-        self.jobs.clone()
-    }
-}
-
-/// Marks the handle when the thread ends, also by a panic.
-struct Alive(Arc<AtomicBool>);
-
-impl Drop for Alive {
-    fn drop(&mut self) {
-        self.0.store(false, Ordering::Release);
-    }
-}
-
-/// Starts a thread that opens a session, tells whether that went well, and then serves jobs.
-pub(crate) fn spawn(shared: Arc<Shared>, opening: Opening) -> std::io::Result<JoinHandle<()>> {
-    // Counted before it runs, so that the limit on threads holds under a storm too.
-    let counted = shared.count_thread();
-    thread::Builder::new().name(format!("hsm {}", shared.name)).spawn(move || {
-        let _counted = counted;
-        run(&shared, opening);
-    })
-}
-
-fn run(shared: &Arc<Shared>, opening: Opening) {
-    let generation = shared.generation();
-    let started = Instant::now();
-    let opened = OpenSession::open(shared, generation);
-    shared.observe_call("open", opened.as_ref().err(), started.elapsed());
-    let mut session = match opened {
-        Ok(session) => session,
-        Err(error) => {
-            shared.open_failed(&error, generation);
-            opening.report(Err(error));
-            return;
-        }
-    };
-    shared.succeeded();
-    let (jobs, inbox) = channel::bounded(1);
-    let alive = Arc::new(AtomicBool::new(true));
-    let _alive = Alive(Arc::clone(&alive));
-    let handle = Handle { jobs, alive, generation };
-    opening.report(Ok(handle));
-    if let Some(last) = session.serve(&inbox) {
-        // Closed before anybody hears of it, so that a token that counts sessions has room for the next.
-        drop(session);
-        last.lease.discard();
-        let _ = last.reply.send(last.result);
-    }
-}
-
-/// A job after which the session cannot go on.
-struct LastJob {
-    lease: Lease,
-    reply: oneshot::Sender<Result<Answer, HsmError>>,
-    result: Result<Answer, HsmError>,
-}
 
 /// A private key as one session knows it.
 #[derive(Clone, Copy)]
@@ -157,10 +40,10 @@ struct Key {
 }
 
 /// The session and all that dies with it.
-struct OpenSession<'a> {
+pub(crate) struct OpenSession<'a> {
     shared: &'a Arc<Shared>,
     session: Session,
-    /// Of sessions: faults end a whole generation.
+    /// Of sessions: a member that is closed ends a whole generation.
     generation: u64,
     keys: HashMap<KeyId, Key>,
     /// How many keys had been made on the member when `keys` was filled.
@@ -170,7 +53,7 @@ struct OpenSession<'a> {
 }
 
 impl<'a> OpenSession<'a> {
-    fn open(shared: &'a Arc<Shared>, generation: u64) -> Result<Self, HsmError> {
+    pub(crate) fn open(shared: &'a Arc<Shared>, generation: u64) -> Result<Self, HsmError> {
         let slot = shared.ensure_login()?;
         let pkcs11 = shared.module.pkcs11();
         let session = match pkcs11.open_rw_session(slot) {
@@ -186,62 +69,19 @@ impl<'a> OpenSession<'a> {
         Ok(open)
     }
 
-    /// Serves until nobody can send jobs any more, or until one spoils the session.
-    fn serve(&mut self, inbox: &Receiver<Job>) -> Option<LastJob> {
-        while let Ok(job) = inbox.recv() {
-            let Job { request, deadline, reply, lease } = job;
-            if Instant::now() >= deadline || reply.is_closed() {
-                drop(lease);
-                let _ = reply.send(Err(HsmError::Deadline));
-                continue;
-            }
-            let started = Instant::now();
-            let result = self.perform(&request);
-            self.shared.observe_call(request.op(), result.as_ref().err(), started.elapsed());
-            let fate = match &result {
-                Ok(_) => {
-                    self.shared.succeeded();
-                    Fate::Keep
-                }
-                Err(error) => {
-                    self.shared.call_failed(error, self.generation);
-                    error.fault().fate
-                }
-            };
-            // The lease goes first, so that whoever reacts to the reply finds the session free. A caller that has left does
-            // not take its result: it is zeroised right here.
-            match fate {
-                Fate::Keep => {
-                    drop(lease);
-                    let _ = reply.send(result);
-                }
-                Fate::Rebuild => {
-                    return Some(LastJob { lease, reply, result });
-                }
-            }
-        }
-        None
-    }
-
-    fn perform(&mut self, request: &Request) -> Result<Answer, HsmError> {
+    /// Does what is asked for.
+    pub(crate) fn perform(&mut self, request: &Request) -> Result<Answer, HsmError> {
         match request {
-            Request::Decrypt { key, oaep, ciphertext } => {
-                let key = self.key(key)?;
-                self.decrypt(key, *oaep, ciphertext).map(Answer::Octets)
-            }
-            Request::Sign { key, scheme, digest } => {
-                let key = self.key(key)?;
-                let room = key.modulus_len.unwrap_or(LARGEST_MODULUS);
-                self.shared
-                    .module
-                    .sign(&self.session, &scheme.mechanism(), key.handle, &scheme.input(digest), room)
-                    .map(|signature| Answer::Octets(Zeroizing::new(signature)))
+            Request::Decrypt { check, .. } | Request::Sign { check, .. } => {
+                let result = self.calculate(request);
+                self.judge(request, result, check.as_ref()).map(Answer::Octets)
             }
             Request::Random(len) => {
                 let mut octets = Zeroizing::new(vec![0; *len]);
                 self.session.generate_random_slice(&mut octets)?;
                 Ok(Answer::Octets(octets))
             }
+            Request::Probe => self.probe().map(|()| Answer::Done),
             Request::Keys => {
                 self.refresh()?;
                 let mut ids: Vec<KeyId> = self.keys.keys().cloned().collect();
@@ -256,6 +96,106 @@ impl<'a> OpenSession<'a> {
             Request::Generate(spec) => self.generate(spec).map(|key| Answer::Public(Some(key))),
             Request::Import(spec, parts) => self.import(spec, parts).map(|()| Answer::Done),
         }
+    }
+
+    /// The private key's work, unjudged. Other requests have none.
+    fn calculate(&mut self, request: &Request) -> Result<Zeroizing<Vec<u8>>, HsmError> {
+        match request {
+            Request::Decrypt { key, oaep, ciphertext, .. } => {
+                let key = self.key(key)?;
+                self.decrypt(key, *oaep, ciphertext)
+            }
+            Request::Sign { key, scheme, digest, .. } => {
+                let key = self.key(key)?;
+                let room = key.modulus_len.unwrap_or(LARGEST_MODULUS);
+                let signature = self.shared.module.sign(
+                    &self.session,
+                    &scheme.mechanism(),
+                    key.handle,
+                    &scheme.input(digest),
+                    room,
+                )?;
+                Ok(Zeroizing::new(signature))
+            }
+            _ => Ok(Zeroizing::default()),
+        }
+    }
+
+    /// A result that its own check accepts is right, whoever made it. Any other way that an operation can have gone wrong
+    /// with its input, an error or a wrong result, is the same from here on, in what is done and in what is said, so that
+    /// nobody learns which it was.
+    fn judge(
+        &mut self,
+        request: &Request,
+        result: Result<Zeroizing<Vec<u8>>, HsmError>,
+        check: Option<&Check>,
+    ) -> Result<Zeroizing<Vec<u8>>, HsmError> {
+        let wrong = match result {
+            Ok(octets) if check.is_none_or(|check| check(&octets)) => return Ok(octets),
+            Ok(_) => true,
+            Err(error) if matches!(error.fault().whose, Whose::Caller | Whose::Unclear) => {
+                // A key that nobody has is checked for nothing, so that this takes as long as a wrong one.
+                let mut nobodys = Zeroizing::new([0; 32]);
+                let _ = SystemRandom::new().fill(&mut *nobodys);
+                let _ = check.is_none_or(|check| check(&*nobodys));
+                false
+            }
+            Err(error) => return Err(error),
+        };
+        // No input of a caller's makes a signature wrong.
+        if wrong && matches!(request, Request::Sign { .. }) {
+            return Err(HsmError::WrongAnswer);
+        }
+        if self.shared.may_probe_for_blame(Instant::now()) {
+            let result = self.known_good(request);
+            self.shared.remember_blame(!matches!(result, Err(HsmError::WrongAnswer)));
+            result?;
+        } else if !self.shared.was_innocent() {
+            return Err(HsmError::WrongAnswer);
+        }
+        Err(HsmError::Refused { wrong })
+    }
+
+    /// Does an operation like `request` whose right result is known. Without one nobody can be blamed.
+    fn known_good(&mut self, request: &Request) -> Result<(), HsmError> {
+        let known = self.shared.known();
+        match known_for(&known, request) {
+            Some(known) => self.prove(known),
+            None => Ok(()),
+        }
+    }
+
+    /// A decryption and a signature whose right results are known; or, as long as there are none, that the session lives.
+    fn probe(&mut self) -> Result<(), HsmError> {
+        let known = self.shared.known();
+        if known.is_empty() {
+            self.session.get_session_info()?;
+        }
+        for op in ["decrypt", "sign"] {
+            if let Some(known) = known.iter().find(|known| known.0.op() == op) {
+                self.prove(&known.0)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whatever goes wrong here is the member's fault.
+    fn prove(&mut self, known: &Request) -> Result<(), HsmError> {
+        let started = Instant::now();
+        let result = match self.calculate(known) {
+            Ok(octets) => match known {
+                Request::Decrypt { check: Some(check), .. } | Request::Sign { check: Some(check), .. }
+                    if !check(&octets) =>
+                {
+                    Err(HsmError::WrongAnswer)
+                }
+                _ => Ok(()),
+            },
+            Err(error) if matches!(error.fault().whose, Whose::Caller | Whose::Unclear) => Err(HsmError::WrongAnswer),
+            Err(error) => Err(error),
+        };
+        self.shared.observe_call("probe", result.as_ref().err(), started.elapsed());
+        result
     }
 
     /// One search for all RSA private keys of the token.
@@ -376,7 +316,7 @@ impl<'a> OpenSession<'a> {
         let refused = |error: &HsmError| PARAMETER_REFUSALS.iter().any(|code| error.is_code(*code));
         match self.shared.module.decrypt(&self.session, &oaep.mechanism(), key.handle, &nonsense, room) {
             Err(error) if refused(&error) => Ok(Scheme::Raw),
-            Err(error) if error.fault().fate == Fate::Rebuild => Err(error),
+            Err(error) if error.fault().fate != Fate::Keep => Err(error),
             // The key may not decrypt: nothing was learnt about the parameters.
             Err(error @ HsmError::Pkcs11 { call, .. }) if call != "C_Decrypt" => Err(error),
             _ => Ok(Scheme::Native),

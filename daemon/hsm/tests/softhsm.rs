@@ -6,8 +6,8 @@ mod suite;
 
 use std::sync::Arc;
 
-use claviger_hsm::{Cluster, HsmError};
-use suite::{Counts, SOFTHSM, count, member, pin, soon};
+use claviger_hsm::HsmError;
+use suite::{Counts, SOFTHSM, count, load, member, pin, soon};
 
 // One test, since the environment and the library belong to the whole process.
 #[test]
@@ -23,7 +23,7 @@ fn a_wrong_pin_is_tried_once() {
     let counts = Arc::new(Counts::default());
     let mut wrong = member("wrong", SOFTHSM, "one");
     wrong.pin = pin("654321");
-    let cluster = Cluster::load(vec![wrong], counts.observer()).unwrap();
+    let cluster = load(vec![wrong], counts.observer()).unwrap();
     suite::runtime().block_on(async {
         let error = cluster.start().await.unwrap_err();
         assert!(error.to_string().contains("CKR_PIN_INCORRECT"), "{error}");
@@ -33,7 +33,7 @@ fn a_wrong_pin_is_tried_once() {
             tokio::time::sleep(std::time::Duration::from_millis(600)).await;
         }
         assert_eq!(count(&counts.logins), 1);
-        assert!(!cluster.members()[0].up);
+        assert!(!suite::is_up(&cluster.members()[0]));
         cluster.close().await;
     });
 }
@@ -41,10 +41,10 @@ fn a_wrong_pin_is_tried_once() {
 fn a_token_that_is_not_there() {
     let counts = Arc::new(Counts::default());
     let members = vec![member("here", SOFTHSM, "one"), member("gone", SOFTHSM, "no such")];
-    let cluster = Cluster::load(members, counts.observer()).unwrap();
+    let cluster = load(members, counts.observer()).unwrap();
     suite::runtime().block_on(async {
         cluster.start().await.unwrap();
-        let up: Vec<bool> = cluster.members().iter().map(|m| m.up).collect();
+        let up: Vec<bool> = cluster.members().iter().map(suite::is_up).collect();
         assert_eq!(up, [true, false]);
         for _ in 0..10 {
             cluster.random(8, soon()).await.unwrap();
@@ -58,7 +58,7 @@ fn a_token_that_is_not_there() {
 fn what_cannot_be_loaded() {
     let counts = Arc::new(Counts::default());
     let nowhere = member("nowhere", "/nonexistent/module.so", "one");
-    let load = |members| Cluster::load(members, counts.observer()).err().unwrap();
+    let load = |members| load(members, counts.observer()).err().unwrap();
     assert!(matches!(load(vec![nowhere]), HsmError::Module { .. }));
     assert!(matches!(load(vec![]), HsmError::NoMember(_)));
     let one = member("one", SOFTHSM, "one");

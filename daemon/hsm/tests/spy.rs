@@ -6,7 +6,7 @@ mod suite;
 
 use std::sync::Arc;
 
-use claviger_hsm::{Cluster, Hash, KeyUsage, SignScheme};
+use claviger_hsm::{Hash, KeyUsage, SignScheme};
 use suite::{SHA1, SHA256, SOFTHSM, member, soon};
 
 const SPY: &str = "/usr/lib/x86_64-linux-gnu/pkcs11-spy.so";
@@ -20,7 +20,7 @@ fn no_length_probes() {
     spied.sessions = 2;
     spied.env.insert("PKCS11SPY".to_owned(), SOFTHSM.to_owned());
     spied.env.insert("PKCS11SPY_OUTPUT".to_owned(), log.display().to_string());
-    let cluster = Cluster::load(vec![spied], Arc::new(|_, _| {})).unwrap();
+    let cluster = suite::load(vec![spied], Arc::new(|_, _| {})).unwrap();
     let operations = 20;
     suite::runtime().block_on(async {
         cluster.start().await.unwrap();
@@ -34,7 +34,7 @@ fn no_length_probes() {
                 assert_eq!(*done.unwrap().value, b"spied");
             }
             for scheme in [SignScheme::Pkcs1(Hash::Sha256), SignScheme::Pss(Hash::Sha256)] {
-                cluster.sign(&id, scheme, &[7; 32], soon()).await.unwrap();
+                cluster.sign(&id, scheme, &[7; 32], soon(), None).await.unwrap();
             }
         }
         cluster.close().await;

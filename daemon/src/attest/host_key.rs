@@ -1,11 +1,8 @@
 //! Host-key attestation: a host proves that it has the key it was registered with, and gets its identity key certified.
 
-use std::time::Instant;
 
-use claviger_hsm::{Hash, SignScheme};
 use claviger_protocol::attestation::{ErrorReply, HealthCertificateReply, HostKeyRequest};
 use claviger_protocol::health;
-use ring::digest;
 
 use crate::attempt::Attempt;
 use crate::service::{Service, unix_now};
@@ -30,7 +27,6 @@ pub async fn attest(service: &Service, body: &[u8], attempt: &mut Attempt) -> Re
     let unavailable = || (ErrorReply::Unavailable, "no HSM can sign now; try again".to_owned());
     let signers = service.signers.load();
     let signer = signers.current().ok_or_else(unavailable)?;
-    let deadline = Instant::now() + service.config.release.deadline();
     let mut content = Vec::with_capacity(request.requested.len());
     for result in request.requested {
         let issued = health::issue(
@@ -45,8 +41,7 @@ pub async fn attest(service: &Service, body: &[u8], attempt: &mut Attempt) -> Re
             tracing::error!(%error, host = host.name, request = attempt.request, "a health certificate cannot be built");
             (ErrorReply::Error { status: 500 }, "the service failed to process the request; its log says why".to_owned())
         })?;
-        let digest = digest::digest(&digest::SHA256, to_be_signed.octets());
-        let signed = service.cluster.sign(&signer.id, SignScheme::Pkcs1(Hash::Sha256), digest.as_ref(), deadline).await;
+        let signed = service.sign(&signer.id, signer.certificate.key(), to_be_signed.octets()).await;
         let signed = signed.map_err(|error| {
             tracing::warn!(%error, request = attempt.request, "no HSM signed a health certificate");
             unavailable()

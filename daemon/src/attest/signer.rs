@@ -92,7 +92,7 @@ pub async fn renew(service: &Arc<Service>) -> Result<(), SignerError> {
     let (id, public) = new_key(&service.cluster).await?;
     let to_be_signed =
         health::signer_template(&public, now - health::BACKDATED_SECONDS, now + VALIDITY)?.to_be_signed()?;
-    let der = to_be_signed.assemble(&service.sign(&id, to_be_signed.octets()).await?);
+    let der = to_be_signed.assemble(&service.sign(&id, &public, to_be_signed.octets()).await?.value);
     let not_after = now + VALIDITY;
     service
         .change(move |state| {

@@ -1,32 +1,45 @@
-//! One token of one module: its login, its pool of sessions, and whether it is up.
+//! One token of one module: its queue, its pool of sessions, its login.
+//!
+//! Calls wait in the member's own bounded queue. Somebody has to get sessions to work at it: a *runner*, a task that takes
+//! free sessions out of the pool and hires them, for as long as more waits than they will take. A hired session goes on
+//! taking from the queue by itself, so under load nobody but session threads touches it.
 
-use std::collections::VecDeque;
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 use std::time::{Duration, Instant};
 
-use crossbeam::channel::TrySendError;
+use crossbeam::channel::{self, Receiver, Sender, TrySendError};
 use cryptoki::error::{Error, RvError};
 use cryptoki::session::{Session, SessionState, UserType};
 use cryptoki::slot::Slot;
 use deadpool::managed::{self, Metrics, Object, Pool, PoolError, RecycleError};
 use tokio::sync::{Notify, oneshot};
-use tracing::{error, info, warn};
+use tracing::{info, warn};
 
+use super::batch;
+use super::health::{Health, LastError, MemberState};
 use super::pick::Candidate;
 use crate::config::{MemberConfig, Pin, TokenRef};
 use crate::error::HsmError;
-use crate::fault::{Fate, Whose, refuses_pin};
-use crate::keys::Oaep;
+use crate::fault::{Whose, refuses_pin};
+use crate::keys::{KeyId, Oaep};
 use crate::module::Module;
-use crate::session::{self, Answer, Handle, Job, Request};
+use crate::request::{Answer, KnownGood, Outcome, Request};
+use crate::worker::{self, Desk, Handle, Job, Look};
 use crate::{Event, Observer};
 
-/// How long a member that failed for its own reasons sits out, and how often one that is down is tried.
-const REST: Duration = Duration::from_secs(1);
+/// How long opening a session may take. Generous: a network HSM may need seconds for a login, and nobody waits for it but
+/// probes and those for whom there is no session at all, who are sent elsewhere earlier.
+const OPEN_PATIENCE: Duration = Duration::from_secs(30);
 /// After how long a token that gave fewer sessions than asked for is asked again.
 const ASK_FOR_MORE: Duration = Duration::from_secs(30);
+/// How often a member may be asked to prove itself because of answers that may be the caller's fault.
+const BLAME_PAUSE: Duration = Duration::from_millis(100);
+/// How long a member that lacked a key is passed over for it. Replication between HSMs takes a moment.
+const LACKS: Duration = Duration::from_secs(2);
+/// Keys that a member is known to lack; beyond, nothing is remembered.
+const MOST_LACKING: usize = 64;
 /// How long to wait at the end for calls that are still at the token.
 const CLOSE_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -39,12 +52,46 @@ pub(crate) enum Scheme {
     Raw,
 }
 
+/// How a member is.
+#[derive(Clone, Debug)]
+pub struct MemberStatus {
+    /// Its name.
+    pub name: String,
+    /// The token that it is.
+    pub token: String,
+    /// What it is doing.
+    pub state: MemberState,
+    /// Since when it is up, or is not.
+    pub since: std::time::SystemTime,
+    /// Smaller serves first.
+    pub priority: u32,
+    /// Share of the load within a priority.
+    pub weight: u32,
+    /// The moving estimate of what a call takes there, queueing included.
+    pub latency: Duration,
+    /// Calls that wait or run.
+    pub in_flight: usize,
+    /// Calls that wait for a session.
+    pub waiting: usize,
+    /// Sessions for operations; the one that holds the login is not counted.
+    pub sessions_open: usize,
+    /// Sessions that the configuration asks for.
+    pub sessions_wanted: usize,
+    /// Sessions that are in a call.
+    pub sessions_busy: usize,
+    /// Threads that were given up in a call that hangs.
+    pub sessions_stuck: usize,
+    /// How often it was closed for a fault.
+    pub closings: u64,
+    /// What it was last blamed for, also when it has come up since.
+    pub last_error: Option<LastError>,
+}
+
 /// A member as the cluster sees it.
 pub(crate) struct Member {
     pub(crate) shared: Arc<Shared>,
     pool: Pool<Sessions>,
-    /// Places in the pool that the token does not fill: held, so that nobody waits for a session there.
-    unfilled: Mutex<Vec<(Instant, Object<Sessions>)>>,
+    runners: AtomicUsize,
     priority: u32,
     weight: u32,
 }
@@ -54,89 +101,52 @@ pub(crate) struct Shared {
     pub(crate) name: String,
     pub(crate) token: TokenRef,
     pub(crate) module: Arc<Module>,
-    pin: Pin,
+    pin: Mutex<Pin>,
     observer: Observer,
-    /// Kept for the life of the member: a token logs out when its last session closes. The lock also makes sure that the PIN
-    /// is tried by one session at a time.
-    login: Mutex<Option<Login>>,
-    state: Mutex<State>,
-    /// Mirrors `state.condition`, so that a call that went well need not lock.
-    up: AtomicBool,
-    shut_out: AtomicBool,
-    closed: AtomicBool,
-    /// Raised when a fault makes all handles stale; older sessions are not used again.
+    known: Arc<RwLock<Arc<[KnownGood]>>>,
+    health: Mutex<Health>,
+    waiting: (Sender<Job>, Receiver<Job>),
+    /// Sessions that were hired and have not looked at the queue yet.
+    on_their_way: AtomicUsize,
+    /// When a session last took something from the queue, or something came into the empty queue.
+    progress: Mutex<Instant>,
+    desks: Mutex<Vec<Weak<Desk>>>,
+    /// Kept for as long as the member is not closed: a token logs out when its last session closes. The inner lock also
+    /// makes sure that the PIN is tried by one session at a time. Another cell for every generation, so that nobody waits
+    /// for a login that hangs.
+    login: Mutex<Arc<Mutex<Option<Login>>>>,
+    /// Raised when the member is closed; older sessions are not used again.
     generation: AtomicU64,
     /// Open sessions of the current generation.
     usable: Mutex<usize>,
+    /// When the token gave fewer sessions than asked for. For a while no more are asked for.
+    short_since: Mutex<Option<Instant>>,
+    /// Told when a session becomes free.
+    freed: Notify,
     /// Open sessions of any generation.
     open: AtomicUsize,
     in_flight: AtomicUsize,
     keys_made: AtomicU64,
+    lacking: Mutex<HashMap<KeyId, Instant>>,
     tried_out: Mutex<bool>,
     /// What trials have found, by [`Oaep::index`]: 0 unknown, 1 native, 2 raw.
     schemes: [AtomicU8; Oaep::COUNT],
-    opens: Mutex<Opens>,
-    /// Raised when an open has an outcome.
-    opened: Notify,
+    blame: Mutex<Blame>,
     live_threads: AtomicUsize,
-    threads: Mutex<Vec<JoinHandle<()>>>,
+    stuck: AtomicUsize,
+    /// A probe failed in a way that a fresh module may help against.
+    wants_module: AtomicBool,
     max_sessions: usize,
+    batch: usize,
     /// How many calls may wait or run.
     max_queue: usize,
     said_few_sessions: AtomicBool,
 }
 
-/// Opening a session outlives the caller it was begun for, since the call into the module cannot be stopped; who comes next
-/// takes what came of it. So there are never more opens under way than the pool has places, however impatient callers are.
-#[derive(Default)]
-struct Opens {
-    outcomes: VecDeque<Result<Handle, HsmError>>,
-    under_way: usize,
-    waiting: usize,
-}
-
-/// A caller that waits for a session to be opened.
-struct Waiting<'a>(&'a Shared);
-
-impl<'a> Waiting<'a> {
-    fn new(shared: &'a Shared) -> Self {
-        lock(&shared.opens).waiting += 1;
-        Waiting(shared)
-    }
-}
-
-impl Drop for Waiting<'_> {
-    fn drop(&mut self) {
-        lock(&self.0.opens).waiting -= 1;
-    }
-}
-
-/// The duty to say how the opening of a session ended.
-pub(crate) struct Opening {
-    shared: Arc<Shared>,
-    outcome: Option<Result<Handle, HsmError>>,
-}
-
-impl Opening {
-    pub(crate) fn report(mut self, outcome: Result<Handle, HsmError>) {
-        self.outcome = Some(outcome);
-    }
-}
-
-impl Drop for Opening {
-    fn drop(&mut self) {
-        let outcome = self.outcome.take();
-        let outcome = outcome.unwrap_or_else(|| Err(self.shared.thread_died()));
-        let mut opens = lock(&self.shared.opens);
-        opens.under_way -= 1;
-        // An error that nobody waits for is old when somebody does. And after `close` nobody ever comes.
-        let wanted = outcome.is_ok() || opens.waiting > 0;
-        if wanted && !self.shared.closed.load(Ordering::Acquire) {
-            opens.outcomes.push_back(outcome);
-        }
-        drop(opens);
-        self.shared.opened.notify_waiters();
-    }
+/// What the known-good probe for doubtful answers last found.
+struct Blame {
+    at: Option<Instant>,
+    innocent: bool,
 }
 
 struct Login {
@@ -144,49 +154,24 @@ struct Login {
     slot: Slot,
 }
 
-struct State {
-    condition: Condition,
-    last_error: Option<String>,
-    rests_until: Option<Instant>,
-    /// No session is opened before this, for this reason.
-    no_open_before: Option<(Instant, HsmError)>,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Condition {
-    New,
-    Up,
-    Down,
-}
-
 /// One call that waits or runs, counted while this lives.
 pub(crate) struct InFlight(Arc<Shared>);
 
 impl Drop for InFlight {
     fn drop(&mut self) {
-        self.0.in_flight.fetch_sub(1, Ordering::Relaxed);
+        self.0.in_flight.fetch_sub(1, Ordering::AcqRel);
     }
 }
 
-/// The right to use a session for one job. Dropping it gives the session back to the pool.
-pub(crate) struct Lease {
-    session: Object<Sessions>,
-    in_flight: InFlight,
-}
-
-impl Lease {
-    /// Takes the session out of the pool for good.
-    pub(crate) fn discard(self) {
-        drop(Object::take(self.session));
-    }
-}
+/// The right to use a session. Dropping it gives the session back to the pool.
+pub(crate) type Lease = Object<Sessions>;
 
 /// Counts a session thread while it lives.
 pub(crate) struct LiveThread(Arc<Shared>);
 
 impl Drop for LiveThread {
     fn drop(&mut self) {
-        self.0.live_threads.fetch_sub(1, Ordering::Relaxed);
+        self.0.live_threads.fetch_sub(1, Ordering::AcqRel);
     }
 }
 
@@ -195,85 +180,77 @@ pub(crate) struct Sessions {
     shared: Arc<Shared>,
 }
 
-/// A place in the pool.
-pub(crate) enum Place {
-    Filled(Handle),
-    /// The token gives no session for this place now, but others work.
-    Unfilled,
-}
-
 impl managed::Manager for Sessions {
-    type Type = Place;
+    type Type = Handle;
     type Error = HsmError;
 
-    async fn create(&self) -> Result<Place, HsmError> {
-        let shared = &self.shared;
-        let _waiting = Waiting::new(shared);
-        loop {
-            let woken = shared.opened.notified();
-            tokio::pin!(woken);
-            // From here on no news is missed.
-            woken.as_mut().enable();
-            match shared.next_open() {
-                Some(Ok(handle)) => return Ok(Place::Filled(handle)),
-                Some(Err(error)) if shared.usable() > 0 => {
-                    shared.say_few_sessions(&error);
-                    return Ok(Place::Unfilled);
-                }
-                Some(Err(error)) => return Err(error),
-                None => {}
-            }
-            if let Some(opening) = shared.begin_open()? {
-                let thread = session::spawn(Arc::clone(shared), opening).map_err(|error| HsmError::Token {
-                    token: shared.token.to_string(),
-                    reason: format!("no thread for a session: {error}"),
-                })?;
-                shared.keep_thread(thread);
-            }
-            woken.await;
+    async fn create(&self) -> Result<Handle, HsmError> {
+        self.shared.may_open()?;
+        let (told, opened) = oneshot::channel();
+        worker::spawn(Arc::clone(&self.shared), told)?;
+        match tokio::time::timeout(OPEN_PATIENCE, opened).await {
+            Ok(Ok(result)) => result,
+            Ok(Err(_)) => Err(self.shared.thread_ended()),
+            Err(_) => Err(HsmError::Hung { op: "open" }),
         }
     }
 
-    async fn recycle(&self, place: &mut Place, _: &Metrics) -> managed::RecycleResult<HsmError> {
-        match place {
-            Place::Filled(handle) if handle.is_usable(self.shared.generation()) => Ok(()),
-            Place::Filled(_) => Err(RecycleError::message("session is stale")),
-            Place::Unfilled => Err(RecycleError::message("ask for a session again")),
+    async fn recycle(&self, handle: &mut Handle, _: &Metrics) -> managed::RecycleResult<HsmError> {
+        if handle.is_usable(self.shared.generation()) {
+            Ok(())
+        } else {
+            Err(RecycleError::message("the session has ended"))
         }
     }
+}
+
+/// How long calls may take.
+#[derive(Clone, Copy)]
+pub(crate) struct Patience {
+    /// Before the caller is sent elsewhere.
+    pub(crate) share: Duration,
+    /// Before the member counts as hung.
+    pub(crate) watchdog: Duration,
 }
 
 impl Member {
-    pub(crate) fn new(config: MemberConfig, module: Arc<Module>, observer: Observer) -> Result<Self, HsmError> {
+    pub(crate) fn new(
+        config: MemberConfig,
+        module: Arc<Module>,
+        known: Arc<RwLock<Arc<[KnownGood]>>>,
+        observer: Observer,
+    ) -> Result<Self, HsmError> {
         let max_sessions = config.sessions.max(1);
+        let now = Instant::now();
         let shared = Arc::new(Shared {
+            health: Mutex::new(Health::new(&config.name, now)),
             name: config.name,
             token: config.token,
             module,
-            pin: config.pin,
+            pin: Mutex::new(config.pin),
             observer,
-            login: Mutex::new(None),
-            state: Mutex::new(State {
-                condition: Condition::New,
-                last_error: None,
-                rests_until: None,
-                no_open_before: None,
-            }),
-            up: AtomicBool::new(false),
-            shut_out: AtomicBool::new(false),
-            closed: AtomicBool::new(false),
+            known,
+            waiting: channel::bounded(config.queue.max(1)),
+            on_their_way: AtomicUsize::new(0),
+            progress: Mutex::new(now),
+            desks: Mutex::new(Vec::new()),
+            login: Mutex::default(),
             generation: AtomicU64::new(0),
             usable: Mutex::new(0),
+            short_since: Mutex::new(None),
+            freed: Notify::new(),
             open: AtomicUsize::new(0),
             in_flight: AtomicUsize::new(0),
             keys_made: AtomicU64::new(0),
+            lacking: Mutex::default(),
             tried_out: Mutex::new(false),
             schemes: Default::default(),
-            opens: Mutex::new(Opens::default()),
-            opened: Notify::new(),
+            blame: Mutex::new(Blame { at: None, innocent: true }),
             live_threads: AtomicUsize::new(0),
-            threads: Mutex::new(Vec::new()),
+            stuck: AtomicUsize::new(0),
+            wants_module: AtomicBool::new(false),
             max_sessions,
+            batch: config.batch.max(1),
             max_queue: config.queue.max(1),
             said_few_sessions: AtomicBool::new(false),
         });
@@ -281,141 +258,327 @@ impl Member {
             .max_size(max_sessions)
             .build()
             .map_err(|error| HsmError::NoMember(error.to_string()))?;
-        Ok(Member { shared, pool, unfilled: Mutex::new(Vec::new()), priority: config.priority, weight: config.weight })
+        Ok(Member { shared, pool, runners: AtomicUsize::new(0), priority: config.priority, weight: config.weight })
     }
 
     /// For [`pick`](super::pick::pick).
-    pub(crate) fn candidate(&self) -> Candidate {
+    pub(crate) fn candidate(&self, key: Option<&KeyId>, now: Instant) -> Candidate {
         let shared = &self.shared;
-        let rests_until = if shared.up.load(Ordering::Acquire) {
-            None
-        } else {
-            let state = lock(&shared.state);
-            // Who is down stays out of the way until a session has come up, however long it takes.
-            match state.condition {
-                Condition::Down => Some(state.rests_until.unwrap_or_else(Instant::now) + REST),
-                Condition::New | Condition::Up => None,
-            }
-        };
+        let in_flight = shared.in_flight.load(Ordering::Acquire);
+        // Only where something runs is it worth a look how long it has run.
+        let oldest = if in_flight == 0 { None } else { shared.oldest(now) };
+        let health = shared.health();
         Candidate {
             priority: self.priority,
             weight: self.weight,
-            in_flight: shared.in_flight.load(Ordering::Relaxed),
-            out: shared.shut_out.load(Ordering::Acquire) || shared.closed.load(Ordering::Acquire) || self.is_full(),
-            rests_until,
+            latency: health.latency.estimate(now),
+            oldest,
+            in_flight,
+            able: health.is_able() && in_flight < shared.max_queue && !key.is_some_and(|key| shared.lacks(key, now)),
         }
+    }
+
+    /// Whether the member would serve if it had the key.
+    pub(crate) fn only_lacks(&self, key: &KeyId, now: Instant) -> bool {
+        self.shared.health().is_able() && self.shared.lacks(key, now)
     }
 
     pub(crate) fn is_full(&self) -> bool {
-        self.shared.in_flight.load(Ordering::Relaxed) >= self.shared.max_queue
+        self.shared.in_flight.load(Ordering::Acquire) >= self.shared.max_queue
     }
 
-    /// Whether the member is down and it is time to see if it still is. Says so to one caller each second.
-    pub(crate) fn is_due(&self, now: Instant) -> bool {
-        if self.shared.up.load(Ordering::Acquire)
-            || self.shared.shut_out.load(Ordering::Acquire)
-            || self.shared.closed.load(Ordering::Acquire)
-        {
-            return false;
-        }
-        let mut state = lock(&self.shared.state);
-        let due = state.condition == Condition::Down && state.rests_until.is_none_or(|until| until <= now);
-        if due {
-            state.rests_until = Some(now + REST);
-        }
-        due
-    }
-
-    /// Gets a session, which opens one where there is none, and so finds out whether the member is up.
-    pub(crate) async fn bring_up(&self) -> Result<(), HsmError> {
-        let session = self.checkout().await?;
-        // A session from before may have been handed out: whether it still works, the next call will tell.
-        self.shared.succeeded();
-        drop(session);
-        Ok(())
-    }
-
-    /// One request to one session.
-    pub(crate) async fn call(&self, request: &Arc<Request>, deadline: Instant) -> Result<Answer, HsmError> {
-        if Instant::now() >= deadline {
-            return Err(HsmError::Deadline);
-        }
-        let in_flight = self.enter()?;
-        tokio::time::timeout_at(deadline.into(), self.exchange(request, deadline, in_flight))
-            .await
-            .unwrap_or(Err(HsmError::Deadline))
-    }
-
-    async fn exchange(
-        &self,
+    /// One request to whichever session is free first.
+    pub(crate) async fn call(
+        self: &Arc<Self>,
         request: &Arc<Request>,
         deadline: Instant,
-        mut in_flight: InFlight,
+        patience: Patience,
+    ) -> Outcome {
+        let shared = &self.shared;
+        let (job, answer) = match shared.job(request, deadline, patience) {
+            Ok(job) => job,
+            Err(error) => return Outcome::NotRun(error),
+        };
+        if shared.waiting.0.is_empty() {
+            *lock(&shared.progress) = Instant::now();
+        }
+        if let Err(TrySendError::Full(job) | TrySendError::Disconnected(job)) = shared.waiting.0.try_send(job) {
+            job.turn_away(&HsmError::QueueFull);
+        } else if shared.health().is_able() {
+            self.call_runner();
+        } else {
+            // It was closed between the pick and now, and its queue may have been emptied before this came.
+            shared.turn_away(&shared.not_serving());
+        }
+        self.wait(answer, deadline).await
+    }
+
+    /// One request to this very member, whatever its state: probes and key management. One that is up has it wait in the
+    /// queue, since under load no session comes back to the pool; a closed one has no queue.
+    pub(crate) async fn direct(
+        self: &Arc<Self>,
+        request: &Arc<Request>,
+        deadline: Instant,
+        patience: Patience,
     ) -> Result<Answer, HsmError> {
+        if self.shared.health().is_able() {
+            match self.call(request, deadline, patience).await {
+                Outcome::Ran(result) => return result,
+                Outcome::NotRun(HsmError::Deadline) => return Err(HsmError::Deadline),
+                // Closed in the meantime.
+                Outcome::NotRun(_) => {}
+            }
+        }
         loop {
-            let session = self.checkout().await?;
-            let Place::Filled(handle) = &*session else {
-                continue;
+            if self.shared.health().pin_refused {
+                return Err(self.shared.pin_refused());
+            }
+            let lease = match tokio::time::timeout_at(deadline.into(), self.pool.get()).await {
+                Ok(lease) => lease.map_err(|error| self.shared.pool_error(error))?,
+                Err(_) => return Err(HsmError::Deadline),
             };
-            let jobs = handle.sender();
-            let (reply, answer) = oneshot::channel();
-            let job = Job { request: Arc::clone(request), deadline, reply, lease: Lease { session, in_flight } };
-            // There is room for one job, and only who holds the lease may send one.
-            let sent = jobs.try_send(job);
-            // The thread ends when all senders are gone; this one must not outlive the job.
-            drop(jobs);
-            match sent {
-                Ok(()) => {
-                    return answer.await.unwrap_or_else(|_| Err(self.shared.thread_died()));
-                }
-                // The thread ended between the pool's check and now.
-                Err(TrySendError::Full(job) | TrySendError::Disconnected(job)) => {
-                    drop(Object::take(job.lease.session));
-                    in_flight = job.lease.in_flight;
-                }
+            let (job, answer) = self.shared.job(request, deadline, patience)?;
+            if worker::hire(lease, Some(job)).is_ok() {
+                return match self.wait(answer, deadline).await {
+                    Outcome::Ran(result) => result,
+                    Outcome::NotRun(error) => Err(error),
+                };
             }
         }
     }
 
-    /// Waits for a session. Holds places aside that the token does not fill, so that callers wait for those that work.
-    async fn checkout(&self) -> Result<Object<Sessions>, HsmError> {
+    async fn wait(&self, answer: oneshot::Receiver<Outcome>, deadline: Instant) -> Outcome {
+        match tokio::time::timeout_at(deadline.into(), answer).await {
+            Ok(Ok(outcome)) => outcome,
+            Ok(Err(_)) => Outcome::Ran(Err(self.shared.thread_ended())),
+            Err(_) => Outcome::NotRun(HsmError::Deadline),
+        }
+    }
+
+    /// Makes sure that somebody gets sessions to work at the queue.
+    fn call_runner(self: &Arc<Self>) {
+        if self.shared.has_unserved() && self.become_runner() {
+            let member = Arc::clone(self);
+            tokio::spawn(async move { member.run().await });
+        }
+    }
+
+    /// As many as there are sessions: each may wait for one to open.
+    fn become_runner(&self) -> bool {
+        let one_more = |runners| (runners < self.shared.max_sessions).then_some(runners + 1);
+        self.runners.fetch_update(Ordering::AcqRel, Ordering::Acquire, one_more).is_ok()
+    }
+
+    async fn run(&self) {
         loop {
-            let now = Instant::now();
-            lock(&self.unfilled)
-                .retain(|(since, _)| now.duration_since(*since) < ASK_FOR_MORE && self.shared.usable() > 0);
-            match self.pool.get().await {
-                Ok(place) if matches!(*place, Place::Filled(_)) => return Ok(place),
-                Ok(unfilled) => lock(&self.unfilled).push((now, unfilled)),
-                Err(PoolError::Backend(error)) => return Err(error),
-                Err(PoolError::Closed) => {
-                    return Err(HsmError::NoMember(format!("{} is closed", self.shared.name)));
+            while self.shared.has_unserved() {
+                match self.pool.get().await {
+                    Ok(lease) => {
+                        self.shared.on_their_way.fetch_add(1, Ordering::AcqRel);
+                        if worker::hire(lease, None).is_err() {
+                            self.shared.arrived();
+                        }
+                    }
+                    Err(error) => {
+                        self.no_session(&self.shared.pool_error(error));
+                        if self.shared.is_short() {
+                            // News of a session that became free between the look into the pool and now is kept.
+                            self.shared.freed.notified().await;
+                        }
+                    }
                 }
-                Err(other) => return Err(HsmError::NoMember(other.to_string())),
+            }
+            self.runners.fetch_sub(1, Ordering::AcqRel);
+            // Something may have come between the last look and now.
+            if !self.shared.has_unserved() || !self.become_runner() {
+                return;
             }
         }
     }
 
-    fn enter(&self) -> Result<InFlight, HsmError> {
-        // Counted first, so that two callers cannot both take the last place.
-        let before = self.shared.in_flight.fetch_add(1, Ordering::Relaxed);
-        let in_flight = InFlight(Arc::clone(&self.shared));
-        if before >= self.shared.max_queue {
-            return Err(HsmError::QueueFull);
+    /// A session could not be opened for calls that wait.
+    fn no_session(&self, error: &HsmError) {
+        if self.shared.is_short() {
+            return;
         }
-        Ok(in_flight)
+        let usable = self.shared.usable();
+        if usable == 0 {
+            self.trip(error);
+            // When it was closed before.
+            self.shared.turn_away(error);
+            return;
+        }
+        // The others go on.
+        *lock(&self.shared.short_since) = Some(Instant::now());
+        if !self.shared.said_few_sessions.swap(true, Ordering::Relaxed) {
+            warn!(
+                member = self.shared.name,
+                sessions = usable,
+                wanted = self.shared.max_sessions,
+                %error,
+                "the token gives fewer sessions than wanted, going on with those"
+            );
+        }
+        if error.fault().whose == Whose::Member && !error.is_code(RvError::SessionCount) {
+            self.failed(error, Duration::ZERO);
+        }
+    }
+
+    fn failed(&self, error: &HsmError, took: Duration) {
+        if self.shared.health().failed(error, took, Instant::now()) {
+            self.retire(error);
+        }
+    }
+
+    /// Closes the member at once.
+    pub(crate) fn trip(&self, error: &HsmError) {
+        if self.shared.health().trip(error, Instant::now()) {
+            self.retire(error);
+        }
+    }
+
+    /// Lets go of everything that a closed member has: what waits goes elsewhere at once, idle sessions close, the others
+    /// when their call returns.
+    fn retire(&self, error: &HsmError) {
+        self.shared.observe(Event::Closed);
+        self.shared.end_generation();
+        self.shared.turn_away(error);
+        let generation = self.shared.generation();
+        self.pool.retain(|handle, _| handle.is_usable(generation));
+    }
+
+    /// Does what threads cannot do for themselves: looks for calls that hang and for a queue that nobody serves, and
+    /// finishes the closing of a member.
+    pub(crate) fn watch(&self, now: Instant, watchdog: Duration) {
+        let shared = &self.shared;
+        for desk in shared.desks() {
+            match desk.look(now) {
+                Look::Fine => {}
+                Look::Late(error) => self.failed(&error, watchdog),
+                Look::Stuck(error) => {
+                    let stuck = shared.stuck.fetch_add(1, Ordering::AcqRel) + 1;
+                    warn!(member = shared.name, stuck, %error, "a call hangs, its thread is left to itself");
+                    shared.observe(Event::Stuck);
+                    self.trip(&error);
+                }
+            }
+        }
+        let unserved = !shared.waiting.1.is_empty() && shared.usable() == 0;
+        if unserved && now.saturating_duration_since(*lock(&shared.progress)) >= watchdog {
+            self.trip(&HsmError::Hung { op: "open" });
+        }
+        // A thread closed the member: it has no pool to clear.
+        let generation = shared.generation();
+        if self.pool.status().available > 0 && !shared.health().is_up() {
+            self.pool.retain(|handle, _| handle.is_usable(generation));
+        }
+    }
+
+    /// Asks for known-good operations on a session of the member.
+    pub(crate) async fn probe(self: &Arc<Self>, patience: Patience) -> Result<Duration, HsmError> {
+        let deadline = Instant::now() + OPEN_PATIENCE;
+        let started = Instant::now();
+        self.direct(&Arc::new(Request::Probe), deadline, patience).await?;
+        Ok(started.elapsed())
+    }
+
+    /// Probes a closed member, and opens it if that went well. Only for who was told to by `may_probe`.
+    pub(crate) async fn probe_to_open(self: &Arc<Self>, patience: Patience) -> Result<(), HsmError> {
+        let result = self.probe(patience).await;
+        let took = *result.as_ref().unwrap_or(&Duration::ZERO);
+        let result = result.map(drop);
+        if let Err(error) = &result
+            && !matches!(error, HsmError::WrongAnswer | HsmError::NoSuchKey(_))
+        {
+            self.shared.wants_module.store(true, Ordering::Release);
+        }
+        self.shared.health().probed(result.as_ref().map(drop), took, Instant::now());
+        if result.is_err() {
+            // The sessions of a failed probe prove nothing, and hold the module.
+            self.shared.end_generation();
+            let generation = self.shared.generation();
+            self.pool.retain(|handle, _| handle.is_usable(generation));
+        }
+        result
+    }
+
+    /// Whether nothing of the member is in the module, nor will be before its next probe.
+    pub(crate) fn is_out_of_module(&self) -> bool {
+        let health = self.shared.health();
+        let idle = self.shared.live_threads.load(Ordering::Acquire) == 0;
+        idle && !health.is_up() && !health.is_probing()
+    }
+
+    /// The module is not initialised any more.
+    pub(crate) fn lost(&self, error: &HsmError) {
+        self.shared.wants_module.store(true, Ordering::Release);
+        if self.shared.health().is_up() {
+            self.trip(error);
+        }
+    }
+
+    pub(crate) fn wants_module(&self) -> bool {
+        self.shared.wants_module.load(Ordering::Acquire)
+    }
+
+    /// Closes the session that holds the login, before its module is finalised. Blocks.
+    pub(crate) fn forget_login(&self) {
+        let cell = std::mem::take(&mut *lock(&self.shared.login));
+        drop(lock(&cell).take());
+    }
+
+    /// The module is as new.
+    pub(crate) fn module_renewed(&self) {
+        self.shared.wants_module.store(false, Ordering::Release);
+        self.shared.health().hurry(Instant::now());
+        self.shared.observe(Event::ModuleRenewed);
+    }
+
+    /// Takes a new PIN, and lets it be tried if the last one was refused.
+    pub(crate) fn set_pin(&self, pin: Pin) {
+        *lock(&self.shared.pin) = pin;
+        self.shared.health().allow_pin(Instant::now());
+    }
+
+    pub(crate) fn status(&self) -> MemberStatus {
+        let shared = &self.shared;
+        let in_flight = shared.in_flight.load(Ordering::Acquire);
+        let stuck = shared.stuck.load(Ordering::Acquire);
+        let busy = shared.desks().iter().filter(|desk| desk.busy_since().is_some()).count();
+        let health = shared.health();
+        MemberStatus {
+            name: shared.name.clone(),
+            token: shared.token.to_string(),
+            state: health.state(in_flight, stuck),
+            since: health.since(),
+            priority: self.priority,
+            weight: self.weight,
+            latency: health.latency.estimate(Instant::now()),
+            in_flight,
+            waiting: shared.waiting.1.len(),
+            sessions_open: shared.open.load(Ordering::Acquire),
+            sessions_wanted: shared.max_sessions,
+            sessions_busy: busy.saturating_sub(stuck),
+            sessions_stuck: stuck,
+            closings: health.closings(),
+            last_error: health.last_error.clone(),
+        }
     }
 
     /// Ends all sessions and gives the module back. Calls that are at the token run to their end.
     pub(crate) async fn close(&self) {
         let shared = &self.shared;
-        if shared.closed.swap(true, Ordering::AcqRel) {
-            return;
+        {
+            let mut health = shared.health();
+            if health.is_closed() {
+                return;
+            }
+            health.close();
         }
+        shared.turn_away(&shared.not_serving());
         self.pool.close();
-        lock(&shared.opens).outcomes.clear();
-        lock(&self.unfilled).clear();
         let patience = Instant::now() + CLOSE_PATIENCE;
-        while !shared.join_finished() {
+        while shared.live_threads.load(Ordering::Acquire) > 0 {
             if Instant::now() >= patience {
                 // Finalising under a call that hangs would take the process down.
                 warn!(member = shared.name, "calls hang at the token, its module is not finalised");
@@ -425,7 +588,7 @@ impl Member {
         }
         let shared = Arc::clone(shared);
         let closing = tokio::task::spawn_blocking(move || {
-            lock(&shared.login).take();
+            drop(lock(&lock(&shared.login)).take());
             shared.module.release();
         });
         if closing.await.is_err() {
@@ -434,8 +597,12 @@ impl Member {
     }
 }
 
-/// What sessions tell and ask.
+/// What threads tell and ask.
 impl Shared {
+    pub(crate) fn health(&self) -> MutexGuard<'_, Health> {
+        lock(&self.health)
+    }
+
     pub(crate) fn observe(&self, event: Event<'_>) {
         (self.observer)(&self.name, event);
     }
@@ -448,10 +615,153 @@ impl Shared {
         }
     }
 
+    fn job(
+        self: &Arc<Self>,
+        request: &Arc<Request>,
+        deadline: Instant,
+        patience: Patience,
+    ) -> Result<(Job, oneshot::Receiver<Outcome>), HsmError> {
+        // Counted first, so that two callers cannot both take the last place.
+        let before = self.in_flight.fetch_add(1, Ordering::AcqRel);
+        let in_flight = InFlight(Arc::clone(self));
+        if before >= self.max_queue {
+            return Err(HsmError::QueueFull);
+        }
+        let (reply, answer) = oneshot::channel();
+        let Patience { share, watchdog } = patience;
+        let submitted = Instant::now();
+        let request = Arc::clone(request);
+        Ok((Job { request, deadline, share, watchdog, submitted, reply, in_flight }, answer))
+    }
+
+    /// Whether more waits than the sessions on their way will take.
+    fn has_unserved(&self) -> bool {
+        self.waiting.1.len() > self.on_their_way.load(Ordering::Acquire)
+    }
+
+    /// A hired session is there.
+    pub(crate) fn arrived(&self) {
+        self.on_their_way.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    /// What a free session takes of what waits.
+    pub(crate) fn share_of_queue(&self) -> Vec<Job> {
+        let share = batch::share(self.waiting.1.len(), self.usable(), self.batch);
+        let jobs: Vec<Job> = self.waiting.1.try_iter().take(share).collect();
+        if !jobs.is_empty() {
+            *lock(&self.progress) = Instant::now();
+        }
+        jobs
+    }
+
+    /// Sends everybody elsewhere who waits.
+    fn turn_away(&self, why: &HsmError) {
+        for job in self.waiting.1.try_iter() {
+            job.turn_away(why);
+        }
+    }
+
+    /// How a session of `generation` did. What the member is to blame for is evidence; enough of it closes the member.
+    pub(crate) fn done(
+        self: &Arc<Self>,
+        request: &Request,
+        result: Result<(), &HsmError>,
+        submitted: Instant,
+        generation: u64,
+    ) {
+        if let Err(error) = result
+            && error.is_code(RvError::CryptokiNotInitialized)
+        {
+            self.module.lose();
+        }
+        // What is heard from sessions of a time before the member was closed says nothing about it now; probes have
+        // their own way, and key management takes as long as it takes.
+        if generation != self.generation() || matches!(request, Request::Probe) || !request.may_repeat() {
+            return;
+        }
+        let now = Instant::now();
+        let took = now.saturating_duration_since(submitted);
+        let closed = match result {
+            Ok(()) => {
+                self.health().succeeded(took, now);
+                false
+            }
+            Err(HsmError::NoSuchKey(key)) => {
+                self.remember_lack(key, now);
+                false
+            }
+            Err(error) if error.fault().whose == Whose::Member => self.health().failed(error, took, now),
+            // Whoever is to blame, the member answered.
+            Err(_) => {
+                self.health().succeeded(took, now);
+                false
+            }
+        };
+        if let (true, Err(error)) = (closed, result) {
+            // The supervisor clears the pool.
+            self.observe(Event::Closed);
+            self.end_generation();
+            self.turn_away(error);
+        }
+    }
+
+    /// Another member's answer proved that this one's was wrong.
+    pub(crate) fn contradicted(self: &Arc<Self>, wrong: bool, generation: u64) {
+        let error = HsmError::WrongAnswer;
+        if generation != self.generation() {
+            return;
+        }
+        let now = Instant::now();
+        // An error may be a busy token's; a wrong result is nothing but wrong.
+        let closed = if wrong {
+            self.health().trip(&error, now)
+        } else {
+            self.health().failed(
+                &self.token_error("refused what another member accepts".to_owned()),
+                Duration::ZERO,
+                now,
+            )
+        };
+        if closed {
+            self.observe(Event::Closed);
+            self.end_generation();
+            self.turn_away(&error);
+        }
+    }
+
+    /// The oldest call that runs now, by its age.
+    fn oldest(&self, now: Instant) -> Option<Duration> {
+        let since = self.desks().iter().filter_map(|desk| desk.busy_since()).min()?;
+        Some(now.saturating_duration_since(since))
+    }
+
+    pub(crate) fn new_desk(&self) -> Arc<Desk> {
+        let desk = Arc::new(Desk::default());
+        let mut desks = lock(&self.desks);
+        desks.retain(|desk| desk.strong_count() > 0);
+        desks.push(Arc::downgrade(&desk));
+        desk
+    }
+
+    fn desks(&self) -> Vec<Arc<Desk>> {
+        lock(&self.desks).iter().filter_map(Weak::upgrade).collect()
+    }
+
+    /// A thread that was given up has returned from its call.
+    pub(crate) fn returned(&self) {
+        let before = self.stuck.fetch_sub(1, Ordering::AcqRel);
+        if before == 1 {
+            info!(member = self.name, "all calls that hung have returned");
+        }
+        // What hung has passed: see at once whether the member serves again.
+        self.health().hurry(Instant::now());
+    }
+
     /// Makes sure that the token is logged in; says in which slot it is.
     pub(crate) fn ensure_login(&self) -> Result<Slot, HsmError> {
-        let mut login = lock(&self.login);
-        if self.shut_out.load(Ordering::Acquire) {
+        let cell = Arc::clone(&lock(&self.login));
+        let mut login = lock(&cell);
+        if self.health().pin_refused {
             return Err(self.pin_refused());
         }
         if let Some(login) = &*login {
@@ -465,18 +775,15 @@ impl Shared {
         let slot = self.module.find_token(&self.token)?;
         let session = self.module.pkcs11().open_ro_session(slot)?;
         self.observe(Event::Login);
-        match session.login(UserType::User, Some(&self.pin.to_auth())) {
+        let pin = lock(&self.pin).to_auth();
+        match session.login(UserType::User, Some(&pin)) {
             Ok(()) | Err(Error::Pkcs11(RvError::UserAlreadyLoggedIn, _)) => {
                 *login = Some(Login { session, slot });
                 Ok(slot)
             }
             Err(Error::Pkcs11(code, function)) if refuses_pin(code) => {
-                self.shut_out.store(true, Ordering::Release);
                 let refused = HsmError::from(Error::Pkcs11(code, function));
-                error!(
-                    member = self.name, token = %self.token, error = %refused,
-                    "THE TOKEN REFUSES THE PIN. It is not tried again: the member stays out until the process is started with the right one"
-                );
+                self.health().refuse_pin(&refused);
                 Err(refused)
             }
             Err(error) => Err(error.into()),
@@ -484,11 +791,27 @@ impl Shared {
     }
 
     fn pin_refused(&self) -> HsmError {
-        HsmError::NoMember(format!("{}: the token refused the PIN", self.name))
+        self.token_error("refused the PIN, which is not tried again until the configuration is reloaded".to_owned())
     }
 
-    pub(crate) fn thread_died(&self) -> HsmError {
-        HsmError::Token { token: self.token.to_string(), reason: "the session's thread died".to_owned() }
+    pub(crate) fn token_error(&self, reason: String) -> HsmError {
+        HsmError::Token { token: self.token.to_string(), reason }
+    }
+
+    pub(crate) fn thread_ended(&self) -> HsmError {
+        self.token_error("the session was closed".to_owned())
+    }
+
+    fn not_serving(&self) -> HsmError {
+        HsmError::NoMember(format!("{} does not serve now", self.name))
+    }
+
+    fn pool_error(&self, error: PoolError<HsmError>) -> HsmError {
+        match error {
+            PoolError::Backend(error) => error,
+            PoolError::Closed => HsmError::NoMember(format!("{} is closed", self.name)),
+            other => HsmError::NoMember(other.to_string()),
+        }
     }
 
     pub(crate) fn generation(&self) -> u64 {
@@ -500,7 +823,7 @@ impl Shared {
         if generation == self.generation() {
             *usable += 1;
         }
-        self.open.fetch_add(1, Ordering::Relaxed);
+        self.open.fetch_add(1, Ordering::AcqRel);
         drop(usable);
         self.observe(Event::SessionOpened);
     }
@@ -510,7 +833,7 @@ impl Shared {
         if generation == self.generation() {
             *usable = usable.saturating_sub(1);
         }
-        self.open.fetch_sub(1, Ordering::Relaxed);
+        self.open.fetch_sub(1, Ordering::AcqRel);
         drop(usable);
         self.observe(Event::SessionClosed);
     }
@@ -520,94 +843,64 @@ impl Shared {
         *lock(&self.usable)
     }
 
-    /// Ends a generation, unless somebody has ended it before.
-    fn end_generation(&self, generation: u64) {
+    fn end_generation(self: &Arc<Self>) {
         let mut usable = lock(&self.usable);
-        if generation == self.generation() {
-            self.generation.store(generation + 1, Ordering::Release);
-            *usable = 0;
+        self.generation.fetch_add(1, Ordering::AcqRel);
+        *usable = 0;
+        let cell = std::mem::take(&mut *lock(&self.login));
+        drop(usable);
+        // Whoever still opens a session with the old cell closes it.
+        if let Some(login) = Arc::into_inner(cell).and_then(|cell| cell.into_inner().ok().flatten()) {
+            self.close_aside(login);
         }
     }
 
-    /// A call went well.
-    pub(crate) fn succeeded(&self) {
-        if self.up.load(Ordering::Acquire) {
-            return;
-        }
-        let mut state = lock(&self.state);
-        if state.condition != Condition::Up {
-            state.condition = Condition::Up;
-            state.rests_until = None;
-            state.no_open_before = None;
-            self.up.store(true, Ordering::Release);
-            info!(member = self.name, token = %self.token, "member is up");
-        }
-    }
-
-    /// A call did not go well; `generation` is that of its session.
-    pub(crate) fn call_failed(&self, error: &HsmError, generation: u64) {
-        let fault = error.fault();
-        if fault.fate == Fate::Rebuild {
-            self.end_generation(generation);
-        }
-        if fault.whose == Whose::Member {
-            self.down(error);
+    /// Closing a session may block, and this may be a thread that must not.
+    fn close_aside(self: &Arc<Self>, login: Login) {
+        let counted = self.count_thread();
+        let module = Arc::clone(&self.module);
+        let closing = std::thread::Builder::new().name(format!("hsm {} close", self.name)).spawn(move || {
+            let _gate = module.enter();
+            drop(login);
+            drop(counted);
+        });
+        if let Err(error) = closing {
+            warn!(member = self.name, %error, "no thread to close a session");
         }
     }
 
-    /// No session came up. While others work that is no reason to be down.
-    pub(crate) fn open_failed(&self, error: &HsmError, generation: u64) {
-        if self.usable() > 0 && !self.shut_out.load(Ordering::Acquire) {
-            return;
+    /// Threads that hang are not answered with ever more threads, and a token that has no more sessions is left alone.
+    fn may_open(&self) -> Result<(), HsmError> {
+        if self.live_threads.load(Ordering::Acquire) > 2 * self.max_sessions + 2 {
+            return Err(self.token_error("too many session threads hang in the module".to_owned()));
         }
-        self.end_generation(generation);
-        lock(&self.state).no_open_before = Some((Instant::now() + REST, error.clone()));
-        self.down(error);
+        if self.is_short() {
+            return Err(HsmError::new("C_OpenSession", RvError::SessionCount));
+        }
+        Ok(())
     }
 
-    fn down(&self, error: &HsmError) {
-        let mut state = lock(&self.state);
-        state.rests_until = Some(Instant::now() + REST);
-        state.last_error = Some(error.to_string());
-        if state.condition != Condition::Down {
-            state.condition = Condition::Down;
-            self.up.store(false, Ordering::Release);
-            warn!(member = self.name, token = %self.token, %error, "member is down");
-        }
+    /// Whether the token gave fewer sessions than asked for not long ago, and some serve.
+    fn is_short(&self) -> bool {
+        let short = lock(&self.short_since).is_some_and(|since| since.elapsed() < ASK_FOR_MORE);
+        short && self.usable() > 0
     }
 
-    /// After an open that failed, the next one waits, and one caller makes it.
-    fn may_open(&self, now: Instant) -> Result<(), HsmError> {
-        if self.shut_out.load(Ordering::Acquire) {
-            return Err(self.pin_refused());
-        }
-        // Threads that hang while they close a session are not answered with ever more threads.
-        if self.live_threads.load(Ordering::Relaxed) > 4 * self.max_sessions + 8 {
-            return Err(HsmError::Token {
-                token: self.token.to_string(),
-                reason: "session threads hang in the module".to_owned(),
-            });
-        }
-        let mut state = lock(&self.state);
-        match &mut state.no_open_before {
-            Some((at, error)) if *at > now => Err(error.clone()),
-            Some((at, _)) => {
-                *at = now + REST;
-                Ok(())
-            }
-            None => Ok(()),
-        }
+    /// A session has been given back to the pool.
+    pub(crate) fn freed(&self) {
+        self.freed.notify_one();
     }
 
-    fn say_few_sessions(&self, error: &HsmError) {
-        if !self.said_few_sessions.swap(true, Ordering::Relaxed) {
-            warn!(
-                member = self.name,
-                sessions = self.usable(),
-                wanted = self.max_sessions,
-                %error,
-                "the token gives fewer sessions than wanted, going on with those"
-            );
+    fn lacks(&self, key: &KeyId, now: Instant) -> bool {
+        let lacking = lock(&self.lacking);
+        !lacking.is_empty() && lacking.get(key).is_some_and(|until| now < *until)
+    }
+
+    fn remember_lack(&self, key: &KeyId, now: Instant) {
+        let mut lacking = lock(&self.lacking);
+        lacking.retain(|_, until| now < *until);
+        if lacking.len() < MOST_LACKING {
+            lacking.insert(key.clone(), now + LACKS);
         }
     }
 
@@ -617,6 +910,7 @@ impl Shared {
 
     /// Says that all key tables but the caller's are old; returns the new count.
     pub(crate) fn key_made(&self) -> u64 {
+        lock(&self.lacking).clear();
         self.keys_made.fetch_add(1, Ordering::AcqRel) + 1
     }
 
@@ -649,57 +943,36 @@ impl Shared {
         }
     }
 
-    /// What came of an open that is over.
-    fn next_open(&self) -> Option<Result<Handle, HsmError>> {
-        let generation = self.generation();
-        let mut opens = lock(&self.opens);
-        std::iter::from_fn(|| opens.outcomes.pop_front()).find(|outcome| match outcome {
-            Ok(handle) => handle.is_usable(generation),
-            Err(_) => true,
-        })
+    pub(crate) fn known(&self) -> Arc<[KnownGood]> {
+        Arc::clone(&self.known.read().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// The right to open one more session; `None` when enough opens are under way for those who wait.
-    fn begin_open(self: &Arc<Self>) -> Result<Option<Opening>, HsmError> {
-        let mut opens = lock(&self.opens);
-        if opens.under_way >= opens.waiting {
-            return Ok(None);
+    /// Whether to find out now who is to blame for a doubtful answer; at most once in a while for a member, so that a flood
+    /// of bad input costs the honest ones little.
+    pub(crate) fn may_probe_for_blame(&self, now: Instant) -> bool {
+        let mut blame = lock(&self.blame);
+        let due = blame.at.is_none_or(|at| now.saturating_duration_since(at) >= BLAME_PAUSE);
+        if due {
+            blame.at = Some(now);
         }
-        self.may_open(Instant::now())?;
-        opens.under_way += 1;
-        Ok(Some(Opening { shared: Arc::clone(self), outcome: None }))
+        due
+    }
+
+    pub(crate) fn remember_blame(&self, innocent: bool) {
+        lock(&self.blame).innocent = innocent;
+    }
+
+    pub(crate) fn was_innocent(&self) -> bool {
+        lock(&self.blame).innocent
     }
 
     pub(crate) fn count_thread(self: &Arc<Self>) -> LiveThread {
-        self.live_threads.fetch_add(1, Ordering::Relaxed);
+        self.live_threads.fetch_add(1, Ordering::AcqRel);
         LiveThread(Arc::clone(self))
-    }
-
-    fn keep_thread(&self, thread: JoinHandle<()>) {
-        let mut threads = lock(&self.threads);
-        threads.retain(|thread| !thread.is_finished());
-        threads.push(thread);
-    }
-
-    /// Whether no thread is left.
-    fn join_finished(&self) -> bool {
-        let mut threads = lock(&self.threads);
-        threads.retain(|thread| !thread.is_finished());
-        threads.is_empty()
-    }
-
-    pub(crate) fn status(&self) -> super::MemberStatus {
-        super::MemberStatus {
-            name: self.name.clone(),
-            up: self.up.load(Ordering::Acquire),
-            sessions_open: self.open.load(Ordering::Relaxed),
-            in_flight: self.in_flight.load(Ordering::Relaxed),
-            last_error: lock(&self.state).last_error.clone(),
-        }
     }
 }
 
 /// A panic under any of these locks leaves nothing half-done that would do harm.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

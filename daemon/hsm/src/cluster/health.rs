@@ -1,0 +1,273 @@
+//! Whether a member gets calls: its breaker, its latency, and what an administrator said. Every change is logged here, once.
+
+use std::fmt;
+use std::time::{Duration, Instant, SystemTime};
+
+use tracing::{error, info, warn};
+
+use super::breaker::{Breaker, Settings, State};
+use super::pick::Latency;
+use crate::error::HsmError;
+
+/// What a member is expected to take for a call before anything is known.
+const FIRST_GUESS: Duration = Duration::from_millis(10);
+
+/// What a member is doing, for people and metrics.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum MemberState {
+    /// Takes calls.
+    Up,
+    /// Closed after faults; a known-good probe will open it again.
+    Down,
+    /// A known-good probe is under way to see whether it can be opened.
+    Probing,
+    /// Closed because calls hang in its module.
+    Hung,
+    /// Finishes what runs, on an administrator's word, and takes nothing new.
+    Draining,
+    /// Nothing runs any more after `Draining`.
+    Drained,
+    /// The token refused the PIN. It is not tried again until the configuration is reloaded.
+    PinRefused,
+    /// Not started yet, or closed for good.
+    Off,
+}
+
+impl MemberState {
+    /// Every state there is.
+    pub const ALL: [MemberState; 8] = [
+        MemberState::Up,
+        MemberState::Down,
+        MemberState::Probing,
+        MemberState::Hung,
+        MemberState::Draining,
+        MemberState::Drained,
+        MemberState::PinRefused,
+        MemberState::Off,
+    ];
+
+    /// A word for tables, JSON and labels: `pin_refused`.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            MemberState::Up => "up",
+            MemberState::Down => "down",
+            MemberState::Probing => "probing",
+            MemberState::Hung => "hung",
+            MemberState::Draining => "draining",
+            MemberState::Drained => "drained",
+            MemberState::PinRefused => "pin_refused",
+            MemberState::Off => "off",
+        }
+    }
+}
+
+impl fmt::Display for MemberState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// What a member was last blamed for.
+#[derive(Clone, Debug)]
+pub struct LastError {
+    /// The call and its return code, or a sentence.
+    pub text: String,
+    /// When.
+    pub at: SystemTime,
+}
+
+/// One member's health. Behind a lock; every method is quick.
+pub(crate) struct Health {
+    member: String,
+    breaker: Breaker,
+    pub(crate) latency: Latency,
+    pub(crate) pin_refused: bool,
+    draining: bool,
+    closed: bool,
+    /// Since when it is what it is: up, or not.
+    since: SystemTime,
+    down_since: Instant,
+    pub(crate) last_error: Option<LastError>,
+    /// How often it was closed for a fault.
+    closings: u64,
+    has_been_up: bool,
+}
+
+impl Health {
+    /// Of a member that has proved nothing yet: it opens with its first good probe.
+    pub(crate) fn new(member: &str, now: Instant) -> Self {
+        let mut breaker = Breaker::new(Settings::default());
+        breaker.trip(now, 0.0);
+        Health {
+            member: member.to_owned(),
+            breaker,
+            latency: Latency::new(FIRST_GUESS),
+            pin_refused: false,
+            draining: false,
+            closed: false,
+            since: SystemTime::now(),
+            down_since: now,
+            last_error: None,
+            closings: 0,
+            has_been_up: false,
+        }
+    }
+
+    pub(crate) fn is_able(&self) -> bool {
+        self.is_up() && !self.draining
+    }
+
+    /// Up, whether or not an administrator wants it used.
+    pub(crate) fn is_up(&self) -> bool {
+        self.breaker.state() == State::Closed && !self.pin_refused && !self.closed
+    }
+
+    pub(crate) fn succeeded(&mut self, took: Duration, now: Instant) {
+        self.latency.observe(took, now);
+        self.breaker.success(now);
+    }
+
+    /// A failure that the member is to blame for; whether that closed it.
+    pub(crate) fn failed(&mut self, error: &HsmError, took: Duration, now: Instant) -> bool {
+        self.latency.observe_failure(took, now);
+        self.blame(error);
+        let closed = if *error == HsmError::WrongAnswer {
+            self.breaker.trip(now, fastrand::f64())
+        } else {
+            self.breaker.failure(now, fastrand::f64())
+        };
+        if closed {
+            self.say_closed(error, now);
+        }
+        closed
+    }
+
+    /// Closes the member at once; whether it was open.
+    pub(crate) fn trip(&mut self, error: &HsmError, now: Instant) -> bool {
+        self.latency.observe_failure(Duration::ZERO, now);
+        self.blame(error);
+        let closed = self.breaker.trip(now, fastrand::f64());
+        if closed {
+            self.say_closed(error, now);
+        }
+        closed
+    }
+
+    fn blame(&mut self, error: &HsmError) {
+        self.last_error = Some(LastError { text: error.to_string(), at: SystemTime::now() });
+    }
+
+    fn say_closed(&mut self, error: &HsmError, now: Instant) {
+        self.since = SystemTime::now();
+        self.down_since = now;
+        self.closings += 1;
+        warn!(member = self.member, %error, "member is closed: it gets no calls until a probe shows that it works");
+    }
+
+    /// Whether the caller is to probe now, and to tell how that ended.
+    pub(crate) fn may_probe(&mut self, now: Instant) -> bool {
+        !self.pin_refused && !self.closed && !self.draining && self.breaker.may_probe(now)
+    }
+
+    /// Lets the next probe come soon: nobody else serves, or something has changed that may help.
+    pub(crate) fn hurry(&mut self, now: Instant) {
+        self.breaker.hurry(now);
+    }
+
+    pub(crate) fn probed(&mut self, result: Result<(), &HsmError>, took: Duration, now: Instant) {
+        match result {
+            Ok(()) => {
+                let was_probing = self.breaker.state() == State::Probing;
+                self.breaker.probe_succeeded(now);
+                if was_probing && self.is_up() {
+                    self.latency = Latency::new(took);
+                    self.since = SystemTime::now();
+                    let down = now.saturating_duration_since(self.down_since);
+                    if std::mem::replace(&mut self.has_been_up, true) {
+                        info!(
+                            member = self.member,
+                            down_ms = down.as_millis(),
+                            "member is open again: its probe passed"
+                        );
+                    } else {
+                        info!(member = self.member, "member is up");
+                    }
+                }
+            }
+            Err(error) => {
+                // The first probe of all tells why a member does not come up; later ones repeat themselves.
+                if !self.has_been_up && self.last_error.is_none() {
+                    warn!(member = self.member, %error, "member does not come up; it is tried again and again");
+                }
+                self.blame(error);
+                self.breaker.probe_failed(now, fastrand::f64());
+            }
+        }
+    }
+
+    pub(crate) fn refuse_pin(&mut self, refused: &HsmError) {
+        if !std::mem::replace(&mut self.pin_refused, true) {
+            self.since = SystemTime::now();
+            self.blame(refused);
+            error!(
+                member = self.member, error = %refused,
+                "THE TOKEN REFUSES THE PIN. It is not tried again, since tokens count and lock: the member is out until \
+                 the configuration is reloaded with the right one"
+            );
+        }
+    }
+
+    /// The configuration was reloaded: the PIN may be tried, once.
+    pub(crate) fn allow_pin(&mut self, now: Instant) {
+        if std::mem::replace(&mut self.pin_refused, false) {
+            self.hurry(now);
+        }
+    }
+
+    /// Whether this changed anything.
+    pub(crate) fn drain(&mut self, drain: bool, now: Instant) -> bool {
+        let changed = self.draining != drain;
+        self.draining = drain;
+        if changed {
+            self.since = SystemTime::now();
+            self.hurry(now);
+        }
+        changed
+    }
+
+    pub(crate) fn close(&mut self) {
+        self.closed = true;
+    }
+
+    pub(crate) fn is_closed(&self) -> bool {
+        self.closed
+    }
+
+    pub(crate) fn closings(&self) -> u64 {
+        self.closings
+    }
+
+    pub(crate) fn since(&self) -> SystemTime {
+        self.since
+    }
+
+    /// Whether a probe is under way.
+    pub(crate) fn is_probing(&self) -> bool {
+        self.breaker.state() == State::Probing
+    }
+
+    /// The state, given how many calls are in flight and how many threads hang.
+    pub(crate) fn state(&self, in_flight: usize, stuck: usize) -> MemberState {
+        match self.breaker.state() {
+            _ if self.closed => MemberState::Off,
+            _ if self.pin_refused => MemberState::PinRefused,
+            _ if self.draining && in_flight > 0 => MemberState::Draining,
+            _ if self.draining => MemberState::Drained,
+            State::Closed => MemberState::Up,
+            _ if stuck > 0 => MemberState::Hung,
+            State::Probing => MemberState::Probing,
+            State::Open { .. } => MemberState::Down,
+        }
+    }
+}

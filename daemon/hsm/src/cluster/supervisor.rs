@@ -1,0 +1,102 @@
+//! The one task that looks after all members: it finds calls that hang, has closed members probed when that is due, and
+//! has a module initialised anew when nothing of it is in use any more.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use cryptoki::error::RvError;
+use tokio::task::{JoinHandle, spawn_blocking};
+use tokio::time::MissedTickBehavior;
+use tracing::warn;
+
+use super::Cluster;
+use super::member::Member;
+use crate::error::HsmError;
+
+/// How often it looks. Also how much later than the watchdog's time a hung call may be found.
+const TICK: Duration = Duration::from_millis(20);
+
+impl Cluster {
+    pub(super) fn supervise(&self) {
+        let cluster = self.clone();
+        let task = tokio::spawn(async move {
+            // Members of one module instance share its fate.
+            let instances = cluster.instances();
+            let mut renewing: Vec<Option<JoinHandle<()>>> = instances.iter().map(|_| None).collect();
+            let mut ticks = tokio::time::interval(TICK);
+            ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            loop {
+                ticks.tick().await;
+                let now = Instant::now();
+                for (members, renewing) in instances.iter().zip(&mut renewing) {
+                    members.iter().for_each(|member| member.watch(now, cluster.watchdog));
+                    if members.iter().any(|member| member.shared.module.is_lost()) {
+                        let lost = HsmError::new("C_Initialize", RvError::CryptokiNotInitialized);
+                        members.iter().for_each(|member| member.lost(&lost));
+                    }
+                    if renewing.as_ref().is_some_and(|task| !task.is_finished()) {
+                        continue;
+                    }
+                    let wanted = members.iter().any(|member| member.wants_module());
+                    if wanted && members.iter().all(|member| member.is_out_of_module()) {
+                        let members = members.clone();
+                        *renewing = Some(spawn_blocking(move || renew(&members)));
+                        continue;
+                    }
+                    for member in members.iter() {
+                        if member.shared.health().may_probe(now) {
+                            tokio::spawn(probe(Arc::clone(member), cluster.clone()));
+                        }
+                    }
+                }
+            }
+        });
+        let mut supervisor = self.supervisor.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if let Some(before) = supervisor.replace(task.abort_handle()) {
+            before.abort();
+        }
+    }
+
+    fn instances(&self) -> Vec<Arc<[Arc<Member>]>> {
+        let mut instances: Vec<Vec<Arc<Member>>> = Vec::new();
+        for entry in self.members.iter() {
+            let member = &entry.member;
+            let same = |group: &&mut Vec<Arc<Member>>| {
+                group.iter().any(|other| Arc::ptr_eq(&other.shared.module, &member.shared.module))
+            };
+            match instances.iter_mut().find(same) {
+                Some(group) => group.push(Arc::clone(member)),
+                None => instances.push(vec![Arc::clone(member)]),
+            }
+        }
+        instances.into_iter().map(Into::into).collect()
+    }
+}
+
+async fn probe(member: Arc<Member>, cluster: Cluster) {
+    let patience = cluster.probe_patience();
+    let probing = tokio::spawn({
+        let member = Arc::clone(&member);
+        async move { member.probe_to_open(patience).await }
+    });
+    // A probe that nobody reported the end of would be the last one.
+    if probing.await.is_err() {
+        let error = HsmError::NoMember("the probe failed".to_owned());
+        member.shared.health().probed(Err(&error), Duration::ZERO, Instant::now());
+    }
+}
+
+/// Finalises and initialises the members' module. Blocks.
+fn renew(members: &[Arc<Member>]) {
+    let Some(first) = members.first() else { return };
+    members.iter().for_each(|member| member.forget_login());
+    match first.shared.module.renew() {
+        Ok(true) => members.iter().for_each(|member| member.module_renewed()),
+        // Somebody came in between; the next look decides anew.
+        Ok(false) => {}
+        Err(error) => {
+            warn!(member = first.shared.name, %error, "the module cannot be initialised anew yet");
+            members.iter().for_each(|member| member.module_renewed());
+        }
+    }
+}

@@ -1,0 +1,254 @@
+//! What one control file is about: its faults as they are now, and what was counted.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::fs::{File, Metadata};
+use std::io::Read;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use cryptoki_sys::CK_RV;
+
+use crate::MODULE_FILE;
+use crate::faults::Faults;
+
+/// How often a hanging call looks whether it may go on.
+const POLL: Duration = Duration::from_millis(5);
+
+/// A mutex that a panic elsewhere does not take away.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A token, or the module as a whole.
+pub(crate) struct Scope {
+    /// `None` for what has no name: it never misbehaves.
+    file: Option<PathBuf>,
+    current: Mutex<Current>,
+    counts: Mutex<Counts>,
+    reporting: Mutex<()>,
+}
+
+struct Current {
+    version: Option<Version>,
+    faults: Arc<Faults>,
+}
+
+/// Tells a file from those that it was renamed over.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Version {
+    inode: u64,
+    size: u64,
+    modified: (i64, i64),
+    changed: (i64, i64),
+}
+
+#[derive(Default)]
+struct Counts {
+    calls: BTreeMap<&'static str, u64>,
+    faults: BTreeMap<&'static str, u64>,
+    sessions: u64,
+    in_progress: u64,
+    most_in_progress: u64,
+    hanging: u64,
+    changed: bool,
+}
+
+/// What is to become of one call.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Plan {
+    /// It is to fail with this.
+    pub(crate) refused: Option<CK_RV>,
+    /// Its result is to be spoilt.
+    pub(crate) corrupt: bool,
+}
+
+/// A call in progress.
+pub(crate) struct Entered<'a>(&'a Scope);
+
+impl Drop for Entered<'_> {
+    fn drop(&mut self) {
+        self.0.count(|counts| counts.in_progress -= 1);
+    }
+}
+
+impl Scope {
+    pub(crate) fn new(control: &Path, name: &str) -> Self {
+        // A label is not trusted to be a file name.
+        let file = (!name.is_empty()).then(|| control.join(name.replace('/', "_")));
+        let current = Mutex::new(Current { version: None, faults: Arc::default() });
+        Self { file, current, counts: Mutex::default(), reporting: Mutex::default() }
+    }
+
+    fn is_module(&self) -> bool {
+        self.file.as_ref().is_some_and(|file| file.ends_with(MODULE_FILE))
+    }
+
+    /// The faults as they are now. `appeared` is called with those that are new, before anyone else sees them.
+    pub(crate) fn faults(&self, appeared: impl FnOnce(&Faults)) -> Arc<Faults> {
+        let mut current = lock(&self.current);
+        let version = self.file.as_ref().and_then(|file| Some(Version::of(&file.metadata().ok()?)));
+        if version != current.version {
+            let read = version.and_then(|_| self.read().ok());
+            current.version = read.as_ref().map(|(version, _)| *version);
+            current.faults = Arc::new(read.map(|(_, faults)| faults).unwrap_or_default());
+            appeared(&current.faults);
+        }
+        current.faults.clone()
+    }
+
+    /// The version comes with the text: what is renamed meanwhile is seen next time.
+    fn read(&self) -> std::io::Result<(Version, Faults)> {
+        let path = self.file.as_deref().unwrap_or(Path::new(""));
+        let mut file = File::open(path)?;
+        let version = Version::of(&file.metadata()?);
+        let mut text = String::new();
+        file.read_to_string(&mut text)?;
+        let faults = Faults::parse(&text, self.is_module()).unwrap_or_else(|error| {
+            // There is nobody else to tell.
+            #[allow(clippy::print_stderr)]
+            {
+                eprintln!("{}: {error}", path.display());
+            }
+            Faults::default()
+        });
+        Ok((version, faults))
+    }
+
+    /// Counts a call, which is in progress until the value is dropped.
+    pub(crate) fn enter(&self, name: &'static str) -> Entered<'_> {
+        self.count(|counts| {
+            *counts.calls.entry(name).or_default() += 1;
+            counts.in_progress += 1;
+            counts.most_in_progress = counts.most_in_progress.max(counts.in_progress);
+        });
+        Entered(self)
+    }
+
+    /// Judges a call that has entered; sleeps and hangs here, as long as it takes. `now` is [`Scope::faults`] with
+    /// whatever has to happen when they change, `has_result` whether there will be something to corrupt, and `absence` the
+    /// code of a token that is not there, for calls that notice.
+    pub(crate) fn plan(
+        &self,
+        name: &'static str,
+        has_result: bool,
+        absence: Option<CK_RV>,
+        now: impl Fn() -> Arc<Faults>,
+    ) -> Plan {
+        let mut plan = Plan::default();
+        let faults = now();
+        if let (Some(absent), Some(rv)) = (faults.absent, absence) {
+            self.fault("absent");
+            plan.refused = Some(absent.rv.unwrap_or(rv));
+        }
+        if let Some(throttle) = faults.throttle
+            && lock(&self.counts).in_progress > throttle.limit
+        {
+            self.fault("throttle");
+            plan.refused.get_or_insert(throttle.rv);
+        }
+        for rule in &faults.rules {
+            if !rule.applies(name, has_result) {
+                continue;
+            }
+            if !rule.delay.is_zero() {
+                self.fault("delay");
+                std::thread::sleep(rule.delay);
+            }
+            if rule.hang {
+                self.hang(|| Arc::ptr_eq(&now(), &faults));
+            }
+            if rule.corrupt {
+                self.fault("corrupt");
+                plan.corrupt = true;
+            }
+            if let Some(rv) = rule.rv {
+                self.fault("rv");
+                plan.refused.get_or_insert(rv);
+            }
+        }
+        plan
+    }
+
+    /// Written down at once, both times: whoever has seen the end of a hanging call must not take it for the next one.
+    fn hang(&self, go_on: impl Fn() -> bool) {
+        self.fault("hang");
+        self.count(|counts| counts.hanging += 1);
+        self.report();
+        while go_on() {
+            std::thread::sleep(POLL);
+        }
+        self.count(|counts| counts.hanging -= 1);
+        self.report();
+    }
+
+    /// Counts a fault.
+    pub(crate) fn fault(&self, kind: &'static str) {
+        self.count(|counts| *counts.faults.entry(kind).or_default() += 1);
+    }
+
+    /// Counts a session that is about to be opened, if there is room.
+    pub(crate) fn reserve_session(&self, most: Option<u64>) -> bool {
+        let mut counts = lock(&self.counts);
+        let room = most.is_none_or(|most| counts.sessions < most);
+        counts.sessions += u64::from(room);
+        counts.changed = true;
+        room
+    }
+
+    /// Sessions that are no more.
+    pub(crate) fn forget_sessions(&self, number: u64) {
+        self.count(|counts| counts.sessions -= number);
+    }
+
+    fn count(&self, change: impl FnOnce(&mut Counts)) {
+        let mut counts = lock(&self.counts);
+        change(&mut counts);
+        counts.changed = true;
+    }
+
+    /// Writes the counts down, if they changed.
+    pub(crate) fn report(&self) {
+        let Some(file) = &self.file else { return };
+        let _one_at_a_time = lock(&self.reporting);
+        let mut counts = lock(&self.counts);
+        if !std::mem::take(&mut counts.changed) {
+            return;
+        }
+        let text = counts.to_json();
+        drop(counts);
+        let name = file.to_string_lossy();
+        let temporary = format!("{name}.stats.new");
+        // The folder may be gone at the end of a test, and that is no reason to fail.
+        let _ = std::fs::write(&temporary, text).and_then(|()| std::fs::rename(&temporary, format!("{name}.stats")));
+    }
+}
+
+impl Version {
+    fn of(metadata: &Metadata) -> Self {
+        Self {
+            inode: metadata.ino(),
+            size: metadata.size(),
+            modified: (metadata.mtime(), metadata.mtime_nsec()),
+            changed: (metadata.ctime(), metadata.ctime_nsec()),
+        }
+    }
+}
+
+impl Counts {
+    fn to_json(&self) -> String {
+        let object = |counts: &BTreeMap<&str, u64>| {
+            let members: Vec<_> = counts.iter().map(|(name, count)| format!("\"{name}\": {count}")).collect();
+            members.join(", ")
+        };
+        let mut json = String::new();
+        let _ = writeln!(json, "{{\"calls\": {{{}}},", object(&self.calls));
+        let _ = writeln!(json, " \"faults\": {{{}}},", object(&self.faults));
+        let _ = writeln!(json, " \"sessions\": {}, \"hanging\": {},", self.sessions, self.hanging);
+        let (now, most) = (self.in_progress, self.most_in_progress);
+        let _ = writeln!(json, " \"in_progress\": {now}, \"most_in_progress\": {most}}}");
+        json
+    }
+}
