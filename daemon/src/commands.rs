@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use claviger_hsm::MemberStatus;
 use claviger_protocol::rsa_key::RsaPublicKey;
 use data_encoding::BASE64;
 use serde::{Deserialize, Serialize};
@@ -9,7 +10,7 @@ use serde_json::{Value, json};
 
 use crate::admin::Peer;
 use crate::attempt::Attempt;
-use crate::service::{Service, request_id, unix_now};
+use crate::service::{Service, request_id, unix, unix_now};
 use crate::state::Kind;
 
 /// A request to a running daemon.
@@ -36,6 +37,27 @@ pub enum Command {
     /// All key-protection certificates.
     #[serde(rename = "keys.list")]
     ListKeys,
+    /// How the HSMs are.
+    #[serde(rename = "hsm.list")]
+    ListHsms,
+    /// Lets a member finish what it has and gives it nothing new.
+    #[serde(rename = "hsm.drain")]
+    DrainHsm {
+        /// Its name.
+        name: String,
+    },
+    /// Takes a drained member back into service.
+    #[serde(rename = "hsm.resume")]
+    ResumeHsm {
+        /// Its name.
+        name: String,
+    },
+    /// Has a member do operations whose right result is known.
+    #[serde(rename = "hsm.probe")]
+    ProbeHsm {
+        /// Its name.
+        name: String,
+    },
 }
 
 /// Answers a request. A change is recorded before it is made.
@@ -68,7 +90,45 @@ pub async fn handle(service: Arc<Service>, request: Value, peer: Peer) -> Result
             let certificates = read(&service, |state| state.certificates()).await?;
             Ok(certificates.into_iter().map(|c| certificate(&c)).collect())
         }
+        Command::ListHsms => Ok(service.cluster.members().iter().map(member).collect()),
+        Command::DrainHsm { name } => drain(&service, &name, true, peer).await,
+        Command::ResumeHsm { name } => drain(&service, &name, false, peer).await,
+        Command::ProbeHsm { name } => {
+            let took = service.cluster.probe(&name).await.map_err(|e| format!("{name} does not work: {e}"))?;
+            Ok(json!({"name": name, "seconds": took.as_secs_f64()}))
+        }
     }
+}
+
+async fn drain(service: &Service, name: &str, drain: bool, peer: Peer) -> Result<Value, String> {
+    if !service.cluster.members().iter().any(|member| member.name == name) {
+        return Err(format!("no HSM is called {name}; `claviger hsm list` shows them"));
+    }
+    record(service, if drain { "hsm.drain" } else { "hsm.resume" }, name, peer).await?;
+    service.cluster.drain(name, drain).map(|status| member(&status)).map_err(|e| e.to_string())
+}
+
+fn member(status: &MemberStatus) -> Value {
+    json!({
+        "name": status.name,
+        "token": status.token,
+        "state": status.state.name(),
+        "since": unix(status.since),
+        "priority": status.priority,
+        "weight": status.weight,
+        "latency_seconds": status.latency.as_secs_f64(),
+        "in_flight": status.in_flight,
+        "waiting": status.waiting,
+        "sessions": {
+            "open": status.sessions_open,
+            "wanted": status.sessions_wanted,
+            "busy": status.sessions_busy,
+            "stuck": status.sessions_stuck,
+        },
+        "closings": status.closings,
+        "last_error": status.last_error.as_ref().map(|error| &error.text),
+        "last_error_at": status.last_error.as_ref().map(|error| unix(error.at)),
+    })
 }
 
 fn certificate(entry: &crate::state::Certificate) -> Value {

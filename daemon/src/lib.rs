@@ -24,6 +24,7 @@ pub mod print;
 pub mod process;
 pub mod ready;
 pub mod release;
+pub mod reload;
 pub mod routes;
 pub mod server;
 pub mod service;

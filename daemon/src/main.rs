@@ -14,7 +14,7 @@ use claviger::cli::{self, Failure};
 use claviger::config::Config;
 use claviger::daemon::{Daemon, load_cluster};
 use claviger::lab::Lab;
-use claviger::{demo, print, process};
+use claviger::{demo, print, process, reload};
 use claviger_hsm::Cluster;
 use tracing_subscriber::EnvFilter;
 
@@ -30,7 +30,8 @@ struct Arguments {
 enum Command {
     /// Serve, as the configuration says
     #[command(after_help = "Example: claviger serve --config /etc/claviger/claviger.toml\n\
-        SIGTERM stops: what was accepted is answered first. RUST_LOG=debug says more.")]
+        SIGTERM stops: what was accepted is answered first. SIGHUP reads PINs again and reopens the audit trail.\n\
+        RUST_LOG=debug says more.")]
     Serve {
         /// The configuration file
         #[arg(long, value_name = "FILE")]
@@ -64,6 +65,9 @@ enum Command {
     /// Show key-protection certificates
     #[command(subcommand, after_help = "Example: claviger keys list --config /etc/claviger/claviger.toml")]
     Keys(cli::Keys),
+    /// Show, drain, resume and probe the HSMs of the cluster
+    #[command(subcommand, after_help = "Example: claviger hsm list --config /etc/claviger/claviger.toml")]
+    Hsm(cli::Hsm),
 }
 
 fn main() -> ExitCode {
@@ -87,15 +91,19 @@ fn run(command: Command) -> Result<ExitCode, Failure> {
     match command {
         Command::Serve { config } => {
             process::no_core_dumps()?;
-            let config = Config::load(&config)?;
+            let file = config;
+            let config = Config::load(&file)?;
             let cluster = load_cluster(&config)?;
             on_tokens(cluster, async |cluster| {
                 let stop = process::shutdown_signal()?;
+                let hangups = reload::hangups()?;
                 let daemon = Daemon::start(config, cluster).await?;
                 print::line(&format!("listening on {}", daemon.url()));
                 print::line(&format!("metrics on http://{}", daemon.metrics_address));
                 // Awaited here: the macro does not look at its arguments where its level is switched off.
+                let reloading = tokio::spawn(reload::follow(hangups, file.clone(), daemon.service.clone()));
                 let signal = stop.await;
+                reloading.abort();
                 tracing::info!(signal, "stopping");
                 daemon.stop().await;
                 Ok(ExitCode::SUCCESS)
@@ -119,6 +127,7 @@ fn run(command: Command) -> Result<ExitCode, Failure> {
             })
         }
         Command::Hosts(command) => runtime()?.block_on(cli::hosts(command)).map(|()| ExitCode::SUCCESS),
+        Command::Hsm(command) => runtime()?.block_on(cli::hsm(command)).map(|()| ExitCode::SUCCESS),
         Command::Keys(command) => runtime()?.block_on(cli::keys(command)).map(|()| ExitCode::SUCCESS),
     }
 }

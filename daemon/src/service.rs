@@ -195,7 +195,13 @@ pub fn observer() -> Observer {
 /// Seconds since 1970.
 #[must_use]
 pub fn unix_now() -> i64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| i64::try_from(d.as_secs()).unwrap_or(i64::MAX))
+    unix(SystemTime::now())
+}
+
+/// A time as seconds since 1970; 0 for what was before.
+#[must_use]
+pub fn unix(time: SystemTime) -> i64 {
+    time.duration_since(UNIX_EPOCH).map_or(0, |d| i64::try_from(d.as_secs()).unwrap_or(i64::MAX))
 }
 
 /// A request's id: 16 hexadecimal digits, as in the log, the audit trail and the answer's header.

@@ -6,6 +6,8 @@ pub mod budget;
 mod health;
 pub(crate) mod member;
 pub mod pick;
+#[cfg(test)]
+mod sim;
 mod supervisor;
 
 use std::collections::BTreeSet;
@@ -130,10 +132,10 @@ impl Cluster {
     pub async fn start(&self) -> Result<(), HsmError> {
         let mut starting = JoinSet::new();
         for entry in self.members.iter() {
-            let (member, patience) = (Arc::clone(&entry.member), self.probe_patience());
+            let member = &entry.member;
             member.shared.health().hurry(Instant::now());
             if member.shared.health().may_probe(Instant::now()) {
-                starting.spawn(async move { member.probe_to_open(patience).await });
+                starting.spawn(supervisor::probe(Arc::clone(member), self.probe_patience()));
             }
         }
         self.supervise();

@@ -1,6 +1,5 @@
 //! Host-key attestation: a host proves that it has the key it was registered with, and gets its identity key certified.
 
-
 use claviger_protocol::attestation::{ErrorReply, HealthCertificateReply, HostKeyRequest};
 use claviger_protocol::health;
 

@@ -1,11 +1,11 @@
 //! How many waiting jobs a free session takes. A plain function: no clock, no threads.
 
-/// What a free session takes of `waiting` jobs, when the member has `sessions` open, itself among them: its fair share, rounded
-/// up, but at most `most`. The others will be free soon, and what one session takes is done one after the other; had it
-/// taken everything, the others would idle.
+/// What a free session takes of `waiting` jobs, when the member has `sessions` open, itself among them: its fair share,
+/// rounded up, but at most `most`. The others will be free soon, and what one session takes is done one after the
+/// other; had it taken everything, the others would idle.
 ///
-/// It takes at least one when anything waits: a batch is what has gathered while all sessions were busy, and nobody ever
-/// waits for one to fill.
+/// It takes at least one when anything waits: a batch is what has gathered while all sessions were busy, and nobody
+/// ever waits for one to fill.
 #[must_use]
 pub fn share(waiting: usize, sessions: usize, most: usize) -> usize {
     waiting.div_ceil(sessions.max(1)).min(most.max(1))
@@ -61,7 +61,8 @@ mod tests {
             prop_assert_eq!(takes.iter().sum::<usize>(), waiting);
             prop_assert!(takes.iter().all(|taken| *taken <= most && *taken <= waiting.div_ceil(sessions)));
             prop_assert!(takes.is_sorted_by(|earlier, later| earlier >= later), "less waits, less is taken");
-            // Work-conserving, and yet few trips: each turn of all sessions takes over 1 - 1/e of what waits, or a full batch each.
+            // Work-conserving, and yet few trips: each turn of all sessions takes over 1 - 1/e of what waits, or a full
+            // batch each.
             let turns = takes.len().div_ceil(sessions);
             let full = waiting / (sessions * most);
             prop_assert!(turns <= full + 3 + waiting.checked_ilog2().unwrap_or(0) as usize, "{} turns", turns);

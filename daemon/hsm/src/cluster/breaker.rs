@@ -1,8 +1,8 @@
 //! Whether a member gets calls at all. A plain value that is handed `now`: no clock, no threads.
 //!
-//! Closed, it lets calls through and gathers evidence. With enough of it, or when tripped, it opens: no calls, until a known-good
-//! probe, the only call that may be made, shows that the member serves again. Probes that fail are repeated with
-//! backoff.
+//! Closed, it lets calls through and gathers evidence. With enough of it, or when tripped, it opens: no calls, until a
+//! known-good probe, the only call that may be made, shows that the member serves again. Probes that fail are repeated
+//! with backoff.
 
 use std::time::{Duration, Instant};
 
@@ -39,8 +39,8 @@ impl Default for Settings {
     }
 }
 
-/// By how much of it jitter shortens the backoff at most, so that several daemons do not probe in step. It never lengthens it:
-/// `backoff_most` is a promise.
+/// By how much of it jitter shortens the backoff at most, so that several daemons do not probe in step. It never
+/// lengthens it: `backoff_most` is a promise.
 const JITTER: f64 = 0.25;
 
 /// What a breaker lets through.
@@ -117,7 +117,8 @@ impl Breaker {
         opens
     }
 
-    /// One look was enough: a call hangs, an answer was wrong, no session could be opened. Returns whether this opened it.
+    /// One look was enough: a call hangs, an answer was wrong, no session could be opened. Returns whether this opened
+    /// it.
     ///
     /// While a probe runs this counts as its failure. One that is open already stays as it is.
     pub fn trip(&mut self, now: Instant, jitter: f64) -> bool {
@@ -130,8 +131,8 @@ impl Breaker {
         opens
     }
 
-    /// Whether to probe now. Whoever is told yes makes the only probe, and must report how it ended, also when it was given up:
-    /// until then there is no other.
+    /// Whether to probe now. Whoever is told yes makes the only probe, and must report how it ended, also when it was
+    /// given up: until then there is no other.
     #[must_use]
     pub fn may_probe(&mut self, now: Instant) -> bool {
         let due = matches!(self.state, State::Open { until } if now >= until);
@@ -184,8 +185,8 @@ impl Breaker {
 
     /// How often it opened; failed probes do not count.
     ///
-    /// This also tells a late result: one of a call that was made when the number was smaller says nothing about the member
-    /// that has recovered since, and should not be reported.
+    /// This also tells a late result: one of a call that was made when the number was smaller says nothing about the
+    /// member that has recovered since, and should not be reported.
     #[must_use]
     pub fn openings(&self) -> u64 {
         self.openings

@@ -1,12 +1,13 @@
 //! How much may be tried again. A plain value that is handed `now`: no clock, no threads.
 //!
-//! A count for each request ("three attempts") multiplies the load just when everything fails. A budget is a share of the
-//! traffic instead: while few operations fail all of them are tried again, and when all fail the load grows by that share.
+//! A count for each request ("three attempts") multiplies the load just when everything fails. A budget is a share of
+//! the traffic instead: while few operations fail all of them are tried again, and when all fail the load grows by that
+//! share.
 
 use std::time::{Duration, Instant};
 
-/// How long first attempts go on paying for retries. Long enough to carry the budget over a member's fault, which comes in
-/// a burst; short enough that what was earned at noon is gone when the storm comes.
+/// How long first attempts go on paying for retries. Long enough to carry the budget over a member's fault, which comes
+/// in a burst; short enough that what was earned at noon is gone when the storm comes.
 const MEMORY: Duration = Duration::from_secs(10);
 
 /// What may be tried again.
@@ -28,10 +29,10 @@ impl Default for Settings {
 
 /// Retries that are left.
 ///
-/// In all, it allows at most `reserve` + `reserve_per_second` × seconds + `share` × first attempts. Never more than `reserve` plus what
-/// ten seconds of traffic earn are left at a time: what is earned melts away with that time constant, and the reserve
-/// is capped. Otherwise a quiet hour, or a busy one in which nothing failed, would save up for a storm, and the retries
-/// would all come when the members can bear them least.
+/// In all, it allows at most `reserve` + `reserve_per_second` × seconds + `share` × first attempts. Never more than
+/// `reserve` plus what ten seconds of traffic earn are left at a time: what is earned melts away with that time
+/// constant, and the reserve is capped. Otherwise a quiet hour, or a busy one in which nothing failed, would save up
+/// for a storm, and the retries would all come when the members can bear them least.
 #[derive(Clone, Debug)]
 pub struct Budget {
     settings: Settings,
@@ -84,7 +85,8 @@ impl Budget {
         self.at = self.at.max(Some(now));
     }
 
-    /// Reserve and earnings by then. Callers on several threads may be a little out of order; that counts as no time at all.
+    /// Reserve and earnings by then. Callers on several threads may be a little out of order; that counts as no time at
+    /// all.
     fn by(&self, now: Instant) -> (f64, f64) {
         let seconds = self.at.map_or(0.0, |at| now.saturating_duration_since(at).as_secs_f64());
         let reserve = (self.reserve + self.settings.reserve_per_second * seconds).min(self.settings.reserve);

@@ -1,29 +1,31 @@
-//! Which member takes the next call. Plain values that are handed `now`: no clock, no threads, no randomness of their own.
+//! Which member takes the next call. Plain values that are handed `now`: no clock, no threads, no randomness of their
+//! own.
 
 use std::time::{Duration, Instant};
 
-/// How fast an estimate follows calls that got faster, when there are few. Two seconds: a few quick answers do not make up for a slow
-/// one, and a member that recovered has its share back within seconds.
+/// How fast an estimate follows calls that got faster, when there are few. Two seconds: a few quick answers do not make
+/// up for a slow one, and a member that recovered has its share back within seconds.
 const TAU: Duration = Duration::from_secs(2);
-/// Of a result at least one part in so many counts, however soon it comes after another. Under load, when calls to a member that had one
-/// bad moment are missed most, dozens of good ones outweigh it within milliseconds. By [`TAU`] alone it would be left idle for
-/// seconds, and at over half of their capacity the others' queues fill up: in simulation one failure in 5,000 at one of two
-/// members took the mean time of all from 1 to 240 ms.
+/// Of a result at least one part in so many counts, however soon it comes after another. Under load, when calls to a
+/// member that had one bad moment are missed most, dozens of good ones outweigh it within milliseconds. By [`TAU`]
+/// alone it would be left idle for seconds while the others' queues fill up: in simulation, with two members at 7/8 of
+/// their capacity, one failure in 1,000 at one of them took the mean time of all from 1 to 235 ms.
 const RESULTS: f64 = 16.0;
-/// After how long without a result an estimate fades by itself, again with [`TAU`]. A member that gets calls at all is heard of more
-/// often; one that is shunned for what it once was has to be tried again some time.
+/// After how long without a result an estimate fades by itself, again with [`TAU`]. A member that gets calls at all is
+/// heard of more often; one that is shunned for what it once was has to be tried again some time.
 const GRACE: Duration = Duration::from_secs(1);
-/// Estimates end here: faster than any private-key operation, so that this never blurs who is faster, and above zero, so that
-/// work in flight always costs something.
+/// Estimates end here: faster than any private-key operation, so that this never blurs who is faster, and above zero,
+/// so that work in flight always costs something.
 const FLOOR: Duration = Duration::from_micros(10);
 /// And here, so that nonsense in does not overflow.
 const CEILING: Duration = Duration::from_secs(3600);
-/// What a failed call counts as. Far above what a call takes: a member that fails at once must not look fast, or it draws all
-/// the traffic.
+/// What a failed call counts as. Far above what a call takes: a member that fails at once must not look fast, or it
+/// draws all the traffic.
 pub const FAILURE_COUNTS_AS: Duration = Duration::from_secs(1);
 
-/// How long an operation takes at a member, as far as one can tell: a moving estimate that jumps to peaks and comes down slowly
-/// (peak-EWMA), because the harm is in the slow calls; and on top of it [`FAILURE_COUNTS_AS`] × the share of calls that fail.
+/// How long an operation takes at a member, as far as one can tell: a moving estimate that jumps to peaks and comes
+/// down slowly (peak-EWMA), because the harm is in the slow calls; and on top of it [`FAILURE_COUNTS_AS`] × the share
+/// of calls that fail.
 #[derive(Clone, Debug)]
 pub struct Latency {
     seconds: f64,
@@ -34,18 +36,20 @@ pub struct Latency {
 }
 
 impl Latency {
-    /// A guess, until there is a result. It does not fade: guess low, or the member is not tried while others serve. For a member
-    /// that comes back, the time its probe took is a good one; what was known from before is of no use then.
+    /// A guess, until there is a result. It does not fade: guess low, or the member is not tried while others serve.
+    /// For a member that comes back, the time its probe took is a good one; what was known from before is of no use
+    /// then.
     #[must_use]
     pub fn new(initial: Duration) -> Self {
         Latency { seconds: bounded(initial), failing: 0.0, at: None }
     }
 
-    /// An operation took that long, from submission to answer, the wait for a session included. That a member's sessions are
-    /// few for its weight, or its token busy for others, shows in the wait first; in simulation, times without it made the mean
-    /// two to five times as long wherever members differed.
+    /// An operation took that long, from submission to answer, the wait for a session included. That a member's
+    /// sessions are few for its weight, or its token busy for others, shows in the wait first; in simulation, times
+    /// without it made the mean 1.5 to 5 times as long where members differed in sessions or one was slow now and then.
     ///
-    /// A peak counts at once; what is below the estimate pulls it down, the more so the longer there was no other result.
+    /// A peak counts at once; what is below the estimate pulls it down, the more so the longer there was no other
+    /// result.
     pub fn observe(&mut self, sample: Duration, now: Instant) {
         let sample = bounded(sample);
         let (seconds, failing) = self.parts(now);
@@ -60,8 +64,8 @@ impl Latency {
 
     /// A call failed for the member's reasons after `elapsed`. That it was quick does not count, that it was slow does.
     ///
-    /// The first failure counts a part in sixteen of [`FAILURE_COUNTS_AS`], enough to be shunned while others idle; when all
-    /// fail it counts in full.
+    /// The first failure counts a part in sixteen of [`FAILURE_COUNTS_AS`], enough to be shunned while others idle;
+    /// when all fail it counts in full.
     pub fn observe_failure(&mut self, elapsed: Duration, now: Instant) {
         let (seconds, failing) = self.parts(now);
         self.seconds = seconds.max(bounded(elapsed));
@@ -102,12 +106,13 @@ fn fade(elapsed: Duration) -> f64 {
 pub struct Candidate {
     /// Smaller goes first.
     pub priority: u32,
-    /// Share of the load within a priority; 0 counts as 1. Where members differ in sessions, their numbers make good weights.
+    /// Share of the load within a priority; 0 counts as 1. Where members differ in sessions, their numbers make good
+    /// weights.
     pub weight: u32,
     /// How long an operation takes there: [`Latency::estimate`].
     pub latency: Duration,
-    /// Age of the oldest call that is running there, or `None`. A call that hangs makes the member expensive at once, long before
-    /// there is a result to learn from. Leave out what may well take minutes, such as generating a key.
+    /// Age of the oldest call that is running there, or `None`. A call that hangs makes the member expensive at once,
+    /// long before there is a result to learn from. Leave out what may well take minutes, such as generating a key.
     pub oldest: Option<Duration>,
     /// Operations that wait or run there now.
     pub in_flight: usize,
@@ -122,10 +127,11 @@ pub fn cost(candidate: &Candidate) -> f64 {
     time * (candidate.in_flight as f64 + 1.0) / f64::from(candidate.weight.max(1))
 }
 
-/// In the lowest priority that has a member that is able and not to be avoided: the cheaper of two such members drawn at random.
-/// `None` if nobody is.
+/// In the lowest priority that has a member that is able and not to be avoided: the cheaper of two such members drawn
+/// at random. `None` if nobody is.
 ///
-/// Two at random are nearly as good as the best of all, and callers that know the same do not all run to the same member.
+/// Two at random are nearly as good as the best of all, and callers that know the same do not all run to the same
+/// member.
 ///
 /// `random(n)` is a number below `n`, all equally likely.
 pub fn pick(
@@ -151,8 +157,8 @@ pub fn pick(
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use super::sim::{Load, Rng, Sim, Spec, Truth};
     use super::*;
+    use crate::cluster::sim::{Load, Rng, Sim, Spec, Truth};
     use crate::policy::breaker;
     use proptest::prelude::*;
     use proptest::test_runner::RngSeed;
@@ -246,7 +252,11 @@ mod tests {
                 // For rounding.
                 let slack = Duration::from_nanos(2);
                 prop_assert!(after + slack >= sample, "peaks count at once");
-                let most = if failed { before.max(sample) + FAILURE_COUNTS_AS } else if index == 0 { sample } else { before + sample };
+                let most = match (failed, index) {
+                    (true, _) => before.max(sample) + FAILURE_COUNTS_AS,
+                    (false, 0) => sample,
+                    (false, _) => before + sample,
+                };
                 prop_assert!(after <= most + slack);
                 if failed {
                     prop_assert!(after + slack >= before.min(FAILURE_COUNTS_AS), "never better for a failure");
@@ -380,21 +390,23 @@ mod tests {
 
     #[test]
     fn a_dead_member_gets_probes_only_and_comes_back() {
-        for (seed, load) in [(3, 4_000.0), (4, 14_000.0)] {
+        for (seed, load) in [(3, 4_000.0), (4, 12_000.0)] {
             let mut sim = warm(seed, Load::Open(load), &[Spec::default(); 3]);
             sim.members[0].truth = DEAD;
-            while sim.members[0].breaker.state() == breaker::State::Closed {
-                sim.run(SECOND);
+            for _ in 0..60 {
+                if sim.members[0].breaker.state() == breaker::State::Closed {
+                    sim.run(SECOND);
+                }
             }
-            let evidence = sim.members[0].calls - sim.members[0].failures;
-            assert!(sim.members[0].failures <= 5 + 8 && evidence <= 30, "never drew traffic: {}", sim.report());
+            assert_eq!(sim.members[0].breaker.openings(), 1, "{}", sim.report());
+            assert!(sim.members[0].failures <= 5 + 8, "never drew traffic: {}", sim.report());
             assert_eq!(sim.lost, 0, "others took over");
             sim.run(10 * MS);
             sim.forget();
-            sim.run(15 * SECOND);
+            sim.run(8 * SECOND);
             assert_eq!(sim.members[0].calls, 0, "{}", sim.report());
             // Every 1.5 to 2 s, and the first few sooner.
-            assert!((7..=15).contains(&sim.members[0].probes), "{}", sim.report());
+            assert!((4..=10).contains(&sim.members[0].probes), "{}", sim.report());
             sim.members[0].truth = Truth::default();
             sim.forget();
             sim.run(3 * SECOND);
@@ -424,8 +436,18 @@ mod tests {
         let mut sim = warm(7, Load::Open(8_000.0), &[truly(moody), Spec::default(), Spec::default()]);
         sim.run(10 * SECOND);
         assert!(sim.steps > 200_000);
-        assert!((0.000_01..0.05).contains(&sim.share(0)), "{}", sim.report());
+        assert!((0.000_01..0.01).contains(&sim.share(0)), "{}", sim.report());
         assert!(sim.mean() < MS.mul_f64(1.05), "{}", sim.report());
+    }
+
+    #[test]
+    fn failing_fast_draws_no_traffic() {
+        // Too rarely for the breaker, mostly.
+        let flaky = Truth { fails_one_in: 4, ..Truth::default() };
+        let mut sim = warm(14, Load::Open(8_000.0), &[truly(flaky), Spec::default(), Spec::default()]);
+        sim.run(5 * SECOND);
+        assert!(sim.steps > 100_000 && sim.lost == 0);
+        assert!(sim.share(0) < 0.01, "{}", sim.report());
     }
 
     #[test]
@@ -500,13 +522,13 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(config(12))]
+        #![proptest_config(config(8))]
 
-        /// Members of all kinds, of which one dies and recovers: 12 runs of over 10,000 steps each.
+        /// Members of all kinds, of which one dies and recovers: 8 runs of over 20,000 steps each.
         #[test]
         fn whatever_the_members(
             specs in proptest::collection::vec(
-                (1..5_u32, 1..17_usize, 1..11_u32).prop_map(|(weight, sessions, service)| {
+                (1..5_u32, 1..17_usize, 2..21_u32).prop_map(|(weight, sessions, service)| {
                     Spec { weight, sessions, truth: slow(service * MS), priority: 0 }
                 }),
                 2..6,
@@ -516,387 +538,20 @@ mod tests {
         ) {
             let each = |spec: &Spec| spec.sessions as f64 / spec.truth.service.as_secs_f64();
             let capacity: f64 = specs.iter().map(each).sum();
-            let mut sim = Sim::new(seed, Load::Open((capacity * load).min(6_000.0)), &specs);
+            let mut sim = Sim::new(seed, Load::Open((capacity * load).min(2_000.0)), &specs);
             sim.run(2 * SECOND);
             sim.members[0].truth = DEAD;
             sim.run(4 * SECOND);
             sim.members[0].truth = specs[0].truth;
             sim.run(3 * SECOND);
             sim.forget();
-            let begun = sim.steps;
-            sim.run(20 * SECOND);
-            prop_assert!(sim.steps - begun > 2_000);
+            sim.run(12 * SECOND);
+            prop_assert!(sim.steps > 10_000);
             prop_assert!(sim.lost == 0, "{}", sim.report());
             for member in &sim.members {
                 prop_assert_eq!(member.breaker.state(), breaker::State::Closed);
-                prop_assert!(member.longest_idle < 15 * SECOND, "starved: {}", sim.report());
+                prop_assert!(member.longest_idle < 10 * SECOND, "starved: {}", sim.report());
             }
-        }
-    }
-}
-
-/// A cluster in simulated time: calls arrive, wait for a session, take their time, fail, and are tried elsewhere.
-#[cfg(test)]
-mod sim {
-    use super::{Candidate, Latency, pick};
-    use crate::policy::breaker::{self, Breaker};
-    use std::cmp::Reverse;
-    use std::collections::{BinaryHeap, VecDeque};
-    use std::time::{Duration, Instant};
-
-    /// SplitMix64: small, seeded, good enough to draw lots.
-    pub(super) struct Rng(pub(super) u64);
-
-    impl Rng {
-        fn next(&mut self) -> u64 {
-            self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-            let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-            let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-            mixed ^ (mixed >> 31)
-        }
-
-        /// From 0 to below 1.
-        pub(super) fn unit(&mut self) -> f64 {
-            (self.next() >> 11) as f64 / (1_u64 << 53) as f64
-        }
-
-        pub(super) fn below(&mut self, n: usize) -> usize {
-            (self.next() % n as u64) as usize
-        }
-    }
-
-    #[derive(Clone, Copy)]
-    pub(super) enum Load {
-        /// So many calls a second, at random times, whatever comes of them.
-        Open(f64),
-        /// So many callers, each of which makes the next call as soon as it has its answer.
-        Closed(usize),
-    }
-
-    /// What is configured.
-    #[derive(Clone, Copy, Debug)]
-    pub(super) struct Spec {
-        pub(super) priority: u32,
-        pub(super) weight: u32,
-        pub(super) sessions: usize,
-        pub(super) truth: Truth,
-    }
-
-    impl Default for Spec {
-        fn default() -> Self {
-            Spec { priority: 0, weight: 1, sessions: 8, truth: Truth::default() }
-        }
-    }
-
-    /// How a member behaves for now; the policies do not see this.
-    #[derive(Clone, Copy, Debug)]
-    pub(super) struct Truth {
-        /// Give or take a fifth.
-        pub(super) service: Duration,
-        /// One call in so many takes `slow` instead; 0 for none.
-        pub(super) slow_one_in: usize,
-        pub(super) slow: Duration,
-        /// One call in so many fails, after 50 µs; 0 for none.
-        pub(super) fails_one_in: usize,
-    }
-
-    impl Default for Truth {
-        fn default() -> Self {
-            let ms = Duration::from_millis(1);
-            Truth { service: ms, slow_one_in: 0, slow: ms, fails_one_in: 0 }
-        }
-    }
-
-    pub(super) struct Member {
-        pub(super) spec: Spec,
-        pub(super) truth: Truth,
-        pub(super) breaker: Breaker,
-        latency: Latency,
-        waiting: VecDeque<Call>,
-        /// When they began, oldest first.
-        running: VecDeque<u64>,
-        /// Calls placed here, without probes.
-        pub(super) calls: u64,
-        pub(super) failures: u64,
-        pub(super) probes: u64,
-        idle_since: u64,
-        /// Without any call, until it got one.
-        pub(super) longest_idle: Duration,
-        pub(super) most_in_flight: usize,
-    }
-
-    #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-    struct Call {
-        arrived: u64,
-        /// When it came to the member.
-        placed: u64,
-        retried: bool,
-        /// The breaker's count when it was placed.
-        openings: u64,
-    }
-
-    #[derive(PartialEq, Eq, PartialOrd, Ord)]
-    enum Event {
-        Arrives,
-        Ends { member: usize, began: u64, call: Call, good: bool },
-        ProbeEnds { member: usize, began: u64, good: bool },
-    }
-
-    pub(super) struct Sim {
-        start: Instant,
-        /// Nanoseconds since the start.
-        now: u64,
-        events: BinaryHeap<Reverse<(u64, u64, Event)>>,
-        /// Events so far; keeps those of one instant in order.
-        pub(super) steps: u64,
-        rng: Rng,
-        load: Load,
-        pub(super) members: Vec<Member>,
-        pub(super) done: u64,
-        seconds: f64,
-        pub(super) slowest: Duration,
-        pub(super) lost: u64,
-    }
-
-    impl Drop for Sim {
-        fn drop(&mut self) {
-            eprintln!("@@ {} steps {} {}", std::thread::current().name().unwrap(), self.steps, self.report());
-        }
-    }
-    impl Sim {
-        pub(super) fn new(seed: u64, load: Load, specs: &[Spec]) -> Self {
-            let member = |spec: &Spec| Member {
-                spec: *spec,
-                truth: spec.truth,
-                breaker: Breaker::new(breaker::Settings::default()),
-                latency: Latency::new(Duration::from_millis(1)),
-                waiting: VecDeque::new(),
-                running: VecDeque::new(),
-                calls: 0,
-                failures: 0,
-                probes: 0,
-                idle_since: 0,
-                longest_idle: Duration::ZERO,
-                most_in_flight: 0,
-            };
-            let mut sim = Sim {
-                start: Instant::now(),
-                now: 0,
-                events: BinaryHeap::new(),
-                steps: 0,
-                rng: Rng(seed),
-                load,
-                members: specs.iter().map(member).collect(),
-                done: 0,
-                seconds: 0.0,
-                slowest: Duration::ZERO,
-                lost: 0,
-            };
-            for _ in 0..if let Load::Closed(callers) = load { callers } else { 1 } {
-                sim.after(Duration::ZERO, Event::Arrives);
-            }
-            sim
-        }
-
-        pub(super) fn run(&mut self, time: Duration) {
-            let end = self.now + time.as_nanos() as u64;
-            while self.events.peek().is_some_and(|Reverse((at, ..))| *at <= end) {
-                let Some(Reverse((at, _, event))) = self.events.pop() else { break };
-                self.now = at;
-                self.handle(event);
-            }
-            self.now = end;
-            for member in &mut self.members {
-                member.note_idle(end);
-            }
-        }
-
-        /// Begins to count anew.
-        pub(super) fn forget(&mut self) {
-            (self.done, self.seconds, self.slowest, self.lost) = (0, 0.0, Duration::ZERO, 0);
-            for member in &mut self.members {
-                (member.calls, member.failures, member.probes, member.most_in_flight) = (0, 0, 0, 0);
-                (member.idle_since, member.longest_idle) = (self.now, Duration::ZERO);
-            }
-        }
-
-        /// Of all calls that were placed.
-        pub(super) fn share(&self, member: usize) -> f64 {
-            self.members[member].calls as f64 / self.members.iter().map(|member| member.calls).sum::<u64>() as f64
-        }
-
-        /// From arrival to the right answer.
-        pub(super) fn mean(&self) -> Duration {
-            Duration::from_secs_f64(self.seconds / self.done.max(1) as f64)
-        }
-
-        pub(super) fn report(&self) -> String {
-            let each = self.members.iter().enumerate().map(|(index, member)| {
-                format!(
-                    "\n  {:5.2} %, {} calls, {} failures, {} probes, idle {:?}, at most {} in flight, estimate {:?}, {:?}",
-                    100.0 * self.share(index),
-                    member.calls,
-                    member.failures,
-                    member.probes,
-                    member.longest_idle,
-                    member.most_in_flight,
-                    member.latency.estimate(self.time()),
-                    member.breaker.state(),
-                )
-            });
-            let (done, lost, mean, slowest) = (self.done, self.lost, self.mean(), self.slowest);
-            format!("{done} done, {lost} lost, mean {mean:?}, slowest {slowest:?}{}", each.collect::<String>())
-        }
-
-        fn time(&self) -> Instant {
-            self.start + Duration::from_nanos(self.now)
-        }
-
-        fn after(&mut self, wait: Duration, event: Event) {
-            self.steps += 1;
-            self.events.push(Reverse((self.now + wait.as_nanos() as u64, self.steps, event)));
-        }
-
-        fn handle(&mut self, event: Event) {
-            let now = self.time();
-            match event {
-                Event::Arrives => {
-                    if let Load::Open(rate) = self.load {
-                        let wait = -(1.0 - self.rng.unit()).ln() / rate;
-                        self.after(Duration::from_secs_f64(wait), Event::Arrives);
-                    }
-                    self.place(Call { arrived: self.now, placed: self.now, retried: false, openings: 0 }, None);
-                }
-                Event::Ends { member: index, began, call, good } => {
-                    let jitter = self.rng.unit();
-                    let took = Duration::from_nanos(self.now - call.placed);
-                    let member = &mut self.members[index];
-                    let position = member.running.iter().position(|start| *start == began);
-                    position.map(|position| member.running.remove(position));
-                    member.idle_since = self.now;
-                    let current = call.openings == member.breaker.openings();
-                    match good {
-                        true if current => {
-                            member.latency.observe(took, now);
-                            member.breaker.success(now);
-                        }
-                        false if current => {
-                            member.latency.observe_failure(took, now);
-                            member.breaker.failure(now, jitter);
-                        }
-                        _ => {}
-                    }
-                    member.failures += u64::from(!good);
-                    self.serve(index);
-                    if good {
-                        let took = Duration::from_nanos(self.now - call.arrived);
-                        self.done += 1;
-                        self.seconds += took.as_secs_f64();
-                        self.slowest = self.slowest.max(took);
-                        self.answered();
-                    } else if call.retried {
-                        self.lost += 1;
-                        self.answered();
-                    } else {
-                        self.place(Call { retried: true, ..call }, Some(index));
-                    }
-                }
-                Event::ProbeEnds { member: index, began, good } => {
-                    let jitter = self.rng.unit();
-                    let member = &mut self.members[index];
-                    if good {
-                        member.latency = Latency::new(Duration::from_nanos(self.now - began));
-                        member.breaker.probe_succeeded(now);
-                    } else {
-                        member.breaker.probe_failed(now, jitter);
-                    }
-                }
-            }
-        }
-
-        fn answered(&mut self) {
-            if let Load::Closed(_) = self.load {
-                self.after(Duration::ZERO, Event::Arrives);
-            }
-        }
-
-        fn place(&mut self, call: Call, avoid: Option<usize>) {
-            self.probe();
-            let now = self.time();
-            let all: Vec<_> = self.members.iter().map(|member| member.candidate(now, self.now)).collect();
-            match pick(&all, |index| Some(index) == avoid, |n| self.rng.below(n)) {
-                Some(index) => {
-                    let member = &mut self.members[index];
-                    member.calls += 1;
-                    member.note_idle(self.now);
-                    member.waiting.push_back(Call { placed: self.now, openings: member.breaker.openings(), ..call });
-                    member.most_in_flight = member.most_in_flight.max(member.in_flight());
-                    self.serve(index);
-                }
-                None => {
-                    self.lost += 1;
-                    self.members.iter_mut().for_each(|member| member.breaker.hurry(now));
-                    if let Load::Closed(_) = self.load {
-                        self.after(Duration::from_millis(1), Event::Arrives);
-                    }
-                }
-            }
-        }
-
-        fn probe(&mut self) {
-            let now = self.time();
-            for index in 0..self.members.len() {
-                if self.members[index].breaker.may_probe(now) {
-                    self.members[index].probes += 1;
-                    let (took, good) = self.members[index].truth.call(&mut self.rng);
-                    self.after(took, Event::ProbeEnds { member: index, began: self.now, good });
-                }
-            }
-        }
-
-        /// Free sessions take what waits.
-        fn serve(&mut self, index: usize) {
-            while self.members[index].running.len() < self.members[index].spec.sessions {
-                let member = &mut self.members[index];
-                let Some(call) = member.waiting.pop_front() else { break };
-                member.running.push_back(self.now);
-                let (took, good) = member.truth.call(&mut self.rng);
-                self.after(took, Event::Ends { member: index, began: self.now, call, good });
-            }
-        }
-    }
-
-    impl Member {
-        fn note_idle(&mut self, now: u64) {
-            if self.in_flight() == 0 {
-                self.longest_idle = self.longest_idle.max(Duration::from_nanos(now - self.idle_since));
-            }
-        }
-
-        fn in_flight(&self) -> usize {
-            self.waiting.len() + self.running.len()
-        }
-
-        fn candidate(&self, now: Instant, nanos: u64) -> Candidate {
-            Candidate {
-                priority: self.spec.priority,
-                weight: self.spec.weight,
-                latency: self.latency.estimate(now),
-                oldest: self.running.front().map(|began| Duration::from_nanos(nanos - began)),
-                in_flight: self.in_flight(),
-                able: self.breaker.state() == breaker::State::Closed && self.in_flight() < 4_096,
-            }
-        }
-    }
-
-    impl Truth {
-        fn call(&self, rng: &mut Rng) -> (Duration, bool) {
-            if self.fails_one_in > 0 && rng.below(self.fails_one_in) == 0 {
-                return (Duration::from_micros(50), false);
-            }
-            let slow = self.slow_one_in > 0 && rng.below(self.slow_one_in) == 0;
-            let time = if slow { self.slow } else { self.service };
-            (time.mul_f64(0.8 + 0.4 * rng.unit()), true)
         }
     }
 }

@@ -10,7 +10,7 @@ use tokio::time::MissedTickBehavior;
 use tracing::warn;
 
 use super::Cluster;
-use super::member::Member;
+use super::member::{Member, Patience};
 use crate::error::HsmError;
 
 /// How often it looks. Also how much later than the watchdog's time a hung call may be found.
@@ -45,7 +45,7 @@ impl Cluster {
                     }
                     for member in members.iter() {
                         if member.shared.health().may_probe(now) {
-                            tokio::spawn(probe(Arc::clone(member), cluster.clone()));
+                            tokio::spawn(probe(Arc::clone(member), cluster.probe_patience()));
                         }
                     }
                 }
@@ -73,17 +73,18 @@ impl Cluster {
     }
 }
 
-async fn probe(member: Arc<Member>, cluster: Cluster) {
-    let patience = cluster.probe_patience();
+/// Probes a member to open it. Only for who was told to by `may_probe`.
+pub(super) async fn probe(member: Arc<Member>, patience: Patience) -> Result<(), HsmError> {
     let probing = tokio::spawn({
         let member = Arc::clone(&member);
         async move { member.probe_to_open(patience).await }
     });
     // A probe that nobody reported the end of would be the last one.
-    if probing.await.is_err() {
+    probing.await.unwrap_or_else(|_| {
         let error = HsmError::NoMember("the probe failed".to_owned());
         member.shared.health().probed(Err(&error), Duration::ZERO, Instant::now());
-    }
+        Err(error)
+    })
 }
 
 /// Finalises and initialises the members' module. Blocks.
