@@ -94,6 +94,7 @@ pub async fn handle(service: Arc<Service>, request: Value, peer: Peer) -> Result
         Command::DrainHsm { name } => drain(&service, &name, true, peer).await,
         Command::ResumeHsm { name } => drain(&service, &name, false, peer).await,
         Command::ProbeHsm { name } => {
+            known(&service, &name)?;
             let took = service.cluster.probe(&name).await.map_err(|e| format!("{name} does not work: {e}"))?;
             Ok(json!({"name": name, "seconds": took.as_secs_f64()}))
         }
@@ -101,11 +102,14 @@ pub async fn handle(service: Arc<Service>, request: Value, peer: Peer) -> Result
 }
 
 async fn drain(service: &Service, name: &str, drain: bool, peer: Peer) -> Result<Value, String> {
-    if !service.cluster.members().iter().any(|member| member.name == name) {
-        return Err(format!("no HSM is called {name}; `claviger hsm list` shows them"));
-    }
+    known(service, name)?;
     record(service, if drain { "hsm.drain" } else { "hsm.resume" }, name, peer).await?;
     service.cluster.drain(name, drain).map(|status| member(&status)).map_err(|e| e.to_string())
+}
+
+fn known(service: &Service, name: &str) -> Result<(), String> {
+    let found = service.config.hsm.iter().any(|hsm| hsm.name == name);
+    if found { Ok(()) } else { Err(format!("no HSM is called {name}; `claviger hsm list` shows them")) }
 }
 
 fn member(status: &MemberStatus) -> Value {

@@ -100,6 +100,11 @@ impl HsmError {
         }
     }
 
+    /// Whether a member that fails a known-good operation like this does not work: not just late, not just busy elsewhere.
+    pub(crate) fn condemns(&self) -> bool {
+        matches!(self, HsmError::NoSuchKey(_)) || self.fault().whose == Whose::Member
+    }
+
     /// `device_error` for CKR_DEVICE_ERROR; a word of our own for what is not a return code.
     pub(crate) fn metric_name(&self) -> String {
         match self {

@@ -92,6 +92,11 @@ pub(crate) fn known_for<'a>(known: &'a [KnownGood], request: &Request) -> Option
     alike().find(|known| known.key() == request.key()).or_else(|| alike().next())
 }
 
+/// The known-good operation of a kind that every member has to be able to do.
+pub(crate) fn first_known<'a>(known: &'a [KnownGood], op: &str) -> Option<&'a Request> {
+    known.iter().map(|known| &*known.0).find(|known| known.op() == op)
+}
+
 /// What became of a request at one member.
 pub(crate) enum Outcome {
     /// A token was asked.

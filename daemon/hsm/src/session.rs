@@ -21,7 +21,7 @@ use crate::error::HsmError;
 use crate::fault::{Fate, PARAMETER_REFUSALS, Whose};
 use crate::keys::{KeyId, NewKey, Oaep, RsaPrivateParts, RsaPublic};
 use crate::oaep;
-use crate::request::{Answer, Check, Request, known_for};
+use crate::request::{Answer, Check, Request, first_known, known_for};
 
 /// How long a session that looked for an unknown key in vain waits before it looks again.
 const SEARCH_PAUSE: Duration = Duration::from_secs(2);
@@ -172,8 +172,8 @@ impl<'a> OpenSession<'a> {
             self.session.get_session_info()?;
         }
         for op in ["decrypt", "sign"] {
-            if let Some(known) = known.iter().find(|known| known.0.op() == op) {
-                self.prove(&known.0)?;
+            if let Some(known) = first_known(&known, op) {
+                self.prove(known)?;
             }
         }
         Ok(())

@@ -92,6 +92,8 @@ pub(crate) struct Health {
     /// How often it was closed for a fault.
     closings: u64,
     has_been_up: bool,
+    /// For which `since` it was said that the module does not come back.
+    said_module: Option<SystemTime>,
 }
 
 impl Health {
@@ -111,6 +113,7 @@ impl Health {
             last_error: None,
             closings: 0,
             has_been_up: false,
+            said_module: None,
         }
     }
 
@@ -204,6 +207,15 @@ impl Health {
                 self.breaker.probe_failed(now, fastrand::f64());
             }
         }
+    }
+
+    /// The module cannot be initialised anew. Said once for each time that the member is closed.
+    pub(crate) fn module_failed(&mut self, error: &HsmError) {
+        if self.said_module != Some(self.since) {
+            self.said_module = Some(self.since);
+            warn!(member = self.member, %error, "the module cannot be initialised anew yet; it is tried again and again");
+        }
+        self.blame(error);
     }
 
     pub(crate) fn refuse_pin(&mut self, refused: &HsmError) {

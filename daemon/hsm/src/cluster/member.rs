@@ -25,7 +25,7 @@ use crate::error::HsmError;
 use crate::fault::{Whose, refuses_pin};
 use crate::keys::{KeyId, Oaep};
 use crate::module::Module;
-use crate::request::{Answer, KnownGood, Outcome, Request};
+use crate::request::{Answer, KnownGood, Outcome, Request, first_known};
 use crate::worker::{self, Desk, Handle, Job, Look};
 use crate::{Event, Observer};
 
@@ -40,6 +40,9 @@ const BLAME_PAUSE: Duration = Duration::from_millis(100);
 const LACKS: Duration = Duration::from_secs(2);
 /// Keys that a member is known to lack; beyond, nothing is remembered.
 const MOST_LACKING: usize = 64;
+/// After how long without a result a member that is up has to prove that it still is: the one that nobody needs now is the one
+/// that is needed when others fail.
+const SILENCE: Duration = Duration::from_secs(10);
 /// How long to wait at the end for calls that are still at the token.
 const CLOSE_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -108,6 +111,8 @@ pub(crate) struct Shared {
     waiting: (Sender<Job>, Receiver<Job>),
     /// Sessions that were hired and have not looked at the queue yet.
     on_their_way: AtomicUsize,
+    /// When there was last a result, good or bad.
+    heard: Mutex<Instant>,
     /// When a session last took something from the queue, or something came into the empty queue.
     progress: Mutex<Instant>,
     desks: Mutex<Vec<Weak<Desk>>>,
@@ -232,6 +237,7 @@ impl Member {
             known,
             waiting: channel::bounded(config.queue.max(1)),
             on_their_way: AtomicUsize::new(0),
+            heard: Mutex::new(now),
             progress: Mutex::new(now),
             desks: Mutex::new(Vec::new()),
             login: Mutex::default(),
@@ -478,8 +484,27 @@ impl Member {
     pub(crate) async fn probe(self: &Arc<Self>, patience: Patience) -> Result<Duration, HsmError> {
         let deadline = Instant::now() + OPEN_PATIENCE;
         let started = Instant::now();
-        self.direct(&Arc::new(Request::Probe), deadline, patience).await?;
-        Ok(started.elapsed())
+        match self.direct(&Arc::new(Request::Probe), deadline, patience).await {
+            Ok(_) => Ok(started.elapsed()),
+            Err(error) => {
+                // Who cannot do this much cannot serve, whatever it looked like.
+                if self.shared.health().is_up() && error.condemns() {
+                    self.trip(&error);
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Whether nothing has been heard of the member for so long that it should be asked whether it still works.
+    pub(crate) fn is_silent(&self, now: Instant) -> bool {
+        let mut heard = lock(&self.shared.heard);
+        let silent = now.saturating_duration_since(*heard) >= SILENCE && self.shared.health().is_able();
+        if silent {
+            // Asked once.
+            *heard = now;
+        }
+        silent
     }
 
     /// Probes a closed member, and opens it if that went well. Only for who was told to by `may_probe`.
@@ -487,9 +512,7 @@ impl Member {
         let result = self.probe(patience).await;
         let took = *result.as_ref().unwrap_or(&Duration::ZERO);
         let result = result.map(drop);
-        if let Err(error) = &result
-            && !matches!(error, HsmError::WrongAnswer | HsmError::NoSuchKey(_))
-        {
+        if result.is_err() {
             self.shared.wants_module.store(true, Ordering::Release);
         }
         self.shared.health().probed(result.as_ref().map(drop), took, Instant::now());
@@ -532,6 +555,12 @@ impl Member {
         self.shared.wants_module.store(false, Ordering::Release);
         self.shared.health().hurry(Instant::now());
         self.shared.observe(Event::ModuleRenewed);
+    }
+
+    /// It cannot be initialised now. The next probe will fail for it, and ask again.
+    pub(crate) fn module_not_renewed(&self, error: &HsmError) {
+        self.shared.wants_module.store(false, Ordering::Release);
+        self.shared.health().module_failed(error);
     }
 
     /// Takes a new PIN, and lets it be tried if the last one was refused.
@@ -680,12 +709,14 @@ impl Shared {
             return;
         }
         let now = Instant::now();
+        *lock(&self.heard) = now;
         let took = now.saturating_duration_since(submitted);
         let closed = match result {
             Ok(()) => {
                 self.health().succeeded(took, now);
                 false
             }
+            Err(error @ HsmError::NoSuchKey(key)) if self.known_good_needs(key) => self.health().trip(error, now),
             Err(HsmError::NoSuchKey(key)) => {
                 self.remember_lack(key, now);
                 false
@@ -703,6 +734,12 @@ impl Shared {
             self.end_generation();
             self.turn_away(error);
         }
+    }
+
+    /// Whether a member without this key is none: the probe could not go right there.
+    fn known_good_needs(&self, key: &KeyId) -> bool {
+        let known = self.known();
+        ["decrypt", "sign"].into_iter().any(|op| first_known(&known, op).is_some_and(|first| first.key() == Some(key)))
     }
 
     /// Another member's answer proved that this one's was wrong.

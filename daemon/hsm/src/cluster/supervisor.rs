@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 use cryptoki::error::RvError;
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::MissedTickBehavior;
-use tracing::warn;
 
 use super::Cluster;
 use super::member::{Member, Patience};
@@ -44,7 +43,11 @@ impl Cluster {
                         continue;
                     }
                     for member in members.iter() {
-                        if member.shared.health().may_probe(now) {
+                        if member.is_silent(now) {
+                            let (member, patience) = (Arc::clone(member), cluster.probe_patience());
+                            // It closes the member if that went wrong.
+                            tokio::spawn(async move { member.probe(patience).await });
+                        } else if member.shared.health().may_probe(now) {
                             tokio::spawn(probe(Arc::clone(member), cluster.probe_patience()));
                         }
                     }
@@ -95,9 +98,6 @@ fn renew(members: &[Arc<Member>]) {
         Ok(true) => members.iter().for_each(|member| member.module_renewed()),
         // Somebody came in between; the next look decides anew.
         Ok(false) => {}
-        Err(error) => {
-            warn!(member = first.shared.name, %error, "the module cannot be initialised anew yet");
-            members.iter().for_each(|member| member.module_renewed());
-        }
+        Err(error) => members.iter().for_each(|member| member.module_not_renewed(&error)),
     }
 }
