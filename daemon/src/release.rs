@@ -66,7 +66,7 @@ pub async fn roll_protector(
     let protector = Protector::parse(ingress_protector)?;
 
     // 4. and 5. The guardian signature is right, and every wrapping.
-    let verified = Arc::new(verify::verify(protector)?);
+    let verified = Arc::new(verify::verify(protector, &service.signatures)?);
     attempt.owner = Some(HEXLOWER.encode(&verified.parties[verified.owner].signing.thumbprint()));
 
     // 6. One wrapping is for this service.

@@ -12,6 +12,7 @@ use arc_swap::ArcSwap;
 use claviger_hsm::{Check, Cluster, Done, Event, Hash, HsmError, KeyId, Observer, SignScheme};
 use claviger_protocol::algorithm::SignatureAlgorithm;
 use claviger_protocol::rsa_key::RsaPublicKey;
+use claviger_protocol::verify::KnownSignatures;
 use ring::digest;
 
 use crate::attest::health_cache::HealthCache;
@@ -25,6 +26,9 @@ use crate::state::{Host, State, StateError};
 /// How long the daemon's own work (metadata, attestation signers) may take at the HSMs.
 const OWN_DEADLINE: Duration = Duration::from_secs(10);
 
+/// Signatures over certificates that are remembered, at least: a tenant has some six of them. Some 3 MiB at most.
+const KNOWN_SIGNATURES: usize = 16_384;
+
 /// Everything a request needs.
 pub struct Service {
     /// The settings the daemon was started with.
@@ -35,6 +39,8 @@ pub struct Service {
     pub audit: Audit,
     /// Health certificates that were found right before.
     pub health: HealthCache,
+    /// Signatures over certificates that were found right before.
+    pub signatures: KnownSignatures,
     /// The key-protection certificates.
     pub keys: ArcSwap<Keys>,
     /// The registered hosts.
@@ -101,6 +107,7 @@ impl Service {
             cluster,
             audit,
             health: HealthCache::default(),
+            signatures: KnownSignatures::new(KNOWN_SIGNATURES),
             keys: ArcSwap::default(),
             hosts: ArcSwap::default(),
             signers: ArcSwap::default(),

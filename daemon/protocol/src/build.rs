@@ -65,7 +65,8 @@ impl Unsigned {
     /// `recipients` are the encryption keys, in the order of `wrappings`; the rest of each wrapping is kept.
     ///
     /// # Errors
-    /// `InternalErrorException` when an encryption fails or the system has no randomness.
+    /// `InternalErrorException` when an encryption fails or the system has no randomness; `InvalidProtectorException` when
+    /// the file would be larger than a protector may be.
     pub fn new<'a>(
         wrappings: &[Wrapping],
         recipients: impl IntoIterator<Item = &'a RsaPublicKey>,
@@ -79,6 +80,8 @@ impl Unsigned {
             write_wrapping(wrapping, &cipher_value, &mut out);
         }
         out.push_str("</Wrappings>");
+        // What is hopeless is refused before anybody signs it.
+        within_limit(out.len())?;
         let derivation = Hkdf::fresh()?;
         let value = hmac::sign(&derivation.key(key), out.as_bytes()).as_ref().to_vec();
         Ok(Self { wrappings: out, signature: TransportKeySignature { derivation, value }, max_offline_unwraps })
@@ -107,11 +110,16 @@ impl Unsigned {
         out.push_str(&format!("<GuardianSignature WrappingId=\"{guardian}\">"));
         write_signature("Signature", &Signature { algorithm, parameters: None, value }, &mut out);
         out.push_str("</GuardianSignature></Protector>");
-        if out.len() > MAX_PROTECTOR {
-            return Err(Refusal::protector(format!("the new protector would be larger than {MAX_PROTECTOR} octets")));
-        }
+        within_limit(out.len())?;
         Ok(out.into_bytes())
     }
+}
+
+fn within_limit(octets: usize) -> Result<(), Refusal> {
+    if octets > MAX_PROTECTOR {
+        return Err(Refusal::protector(format!("the new protector would be larger than {MAX_PROTECTOR} octets")));
+    }
+    Ok(())
 }
 
 fn write_wrapping(wrapping: &Wrapping, cipher_value: &[u8], out: &mut String) {

@@ -9,7 +9,7 @@ use roxmltree::{Document, Node, NodeId};
 use crate::xml::XmlError;
 
 /// Canonical octets at most; the largest honest document (512 KiB of protector) stays far below.
-pub const MAX_OCTETS: usize = 4 * 1024 * 1024;
+pub const MAX_OCTETS: usize = 1024 * 1024;
 
 const XML_NS: &str = "http://www.w3.org/XML/1998/namespace";
 

@@ -26,8 +26,7 @@ pub const MIN_MODULUS_BITS: usize = 2048;
 pub const MAX_MODULUS_BITS: usize = 8192;
 /// Smallest public exponent.
 pub const MIN_EXPONENT: u64 = 65537;
-/// Largest public exponent. The protocol sets no upper bound; this is the largest that ring verifies with, and it keeps
-/// a hostile key from buying more of our time than an honest one.
+/// Largest public exponent. The protocol sets no upper bound; this is the largest that ring verifies with.
 pub const MAX_EXPONENT: u64 = (1 << 33) - 1;
 
 const RSA_ENCRYPTION: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.113549.1.1.1");

@@ -37,6 +37,8 @@ const MAX_ELEMENTS: usize = 16_384;
 const MAX_ALL_ATTRIBUTES: usize = 32_768;
 /// Most nodes of a tree: elements, texts and comments.
 const MAX_NODES: u32 = 100_000;
+/// Most '<', and most '=', in a document: what a document within the other limits can need, and then some.
+const MAX_MARKS: usize = 200_000;
 
 /// Why a document was refused: a sentence for a person.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
@@ -85,6 +87,10 @@ fn guard(text: &str) -> Result<()> {
         return Err(XmlError::new("the document has two byte order marks"));
     }
     let octets = text.as_bytes();
+    // The parser makes room for a node at every one of these, and for an attribute, wherever they stand.
+    if octets.iter().filter(|b| **b == b'<').count().max(octets.iter().filter(|b| **b == b'=').count()) > MAX_MARKS {
+        return Err(XmlError::new("too many '<' or '='"));
+    }
     let mut at = 0;
     if text.starts_with("<?xml") && octets.get(5).is_some_and(|b| is_space(*b)) {
         let end = find(octets, 5, b"?>")?;

@@ -308,6 +308,17 @@ fn weak_keys_are_refused() {
 }
 
 /// XML that no protector, request or metadata needs: refused in each of them, whatever it would mean.
+/// The parser makes room for what it might find, before it finds out.
+#[test]
+fn signs_without_meaning_cost_nothing() {
+    for sign in ["<", "="] {
+        let many = format!("<a><![CDATA[{}]]></a>", sign.repeat(200_001));
+        assert!(claviger_protocol::xml::parse(&many).is_err(), "{sign}");
+        let few = format!("<a><![CDATA[{}]]></a>", sign.repeat(100_000));
+        assert!(claviger_protocol::xml::parse(&few).is_ok(), "{sign}");
+    }
+}
+
 #[test]
 fn forbidden_xml_is_refused_everywhere() {
     let protector = genuine();

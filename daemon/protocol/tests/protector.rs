@@ -11,7 +11,7 @@ use claviger_protocol::error::Code;
 use claviger_protocol::metadata::Metadata;
 use claviger_protocol::owner::OwnerError;
 use claviger_protocol::protector::{MAX_PROTECTOR, MAX_WRAPPINGS, Protector};
-use claviger_protocol::verify::Verified;
+use claviger_protocol::verify::{KnownSignatures, Verified, verify};
 use common::Rng;
 use common::*;
 use data_encoding::{BASE64, HEXLOWER, HEXUPPER};
@@ -657,14 +657,13 @@ fn an_egress_stays_within_the_limit() {
     // Each element grows from 27 octets to 53: there is an end tag.
     draft.parts[0].parameters = Some("<abcdefghijklmnopqrstuvwx/>".repeat(15_000));
     let verified = accept(&draft.build()).unwrap();
-    let unsigned = Unsigned::new(
+    let refusal = Unsigned::new(
         &verified.protector.wrappings,
         verified.parties.iter().map(|p| p.encryption.key()),
         &fresh_transport_key().unwrap(),
         0,
     )
-    .unwrap();
-    let refusal = unsigned.finish(1, SignatureAlgorithm::DEFAULT, vec![0; 256]).unwrap_err();
+    .unwrap_err();
     assert_eq!(refusal.code, Code::InvalidProtector);
 }
 
@@ -713,6 +712,35 @@ fn a_single_changed_bit_is_refused() {
             Ok(())
         })
         .unwrap();
+}
+
+#[test]
+fn known_signatures_are_few_and_never_a_wrong_one() {
+    let file = Draft::new(2).build();
+    let known = KnownSignatures::new(8);
+    for _ in 0..3 {
+        verify(Protector::parse(&file).unwrap(), &known).unwrap();
+        // Two for each wrapping.
+        assert_eq!(known.len(), 4);
+    }
+    // Each of them with another signature's value, or another message: nothing is taken for known.
+    let protector = Protector::parse(&file).unwrap();
+    for wrapping in 0..protector.wrappings.len() {
+        let mut changed = protector.clone();
+        let other = (wrapping + 1) % protector.wrappings.len();
+        changed.wrappings[wrapping].encryption_certificate_signature =
+            protector.wrappings[other].encryption_certificate_signature.clone();
+        assert!(verify(changed, &known).is_err(), "{wrapping}: the value of {other}");
+        let mut changed = protector.clone();
+        changed.wrappings[wrapping].encryption_certificate = protector.wrappings[other].encryption_certificate.clone();
+        assert!(verify(changed, &known).is_err(), "{wrapping}: the certificate of {other}");
+    }
+    // However many come by.
+    let small = KnownSignatures::new(2);
+    for _ in 0..5 {
+        verify(Protector::parse(&file).unwrap(), &small).unwrap();
+        assert!(small.len() <= 4);
+    }
 }
 
 #[test]

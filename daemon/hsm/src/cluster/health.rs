@@ -184,7 +184,10 @@ impl Health {
                 let was_probing = self.breaker.state() == State::Probing;
                 self.breaker.probe_succeeded(now);
                 if was_probing && self.is_up() {
-                    self.latency = Latency::new(took);
+                    // A low guess that fades like any result: the probe opened a session, too, and a member that looks slow
+                    // for that would get no call for long.
+                    self.latency = Latency::new(FIRST_GUESS);
+                    self.latency.observe(took.min(FIRST_GUESS), now);
                     self.since = SystemTime::now();
                     let down = now.saturating_duration_since(self.down_since);
                     if std::mem::replace(&mut self.has_been_up, true) {
