@@ -202,6 +202,8 @@ impl Drop for Leaving<'_> {
         if given_up {
             self.shared.returned();
         }
+        // There is room for another session.
+        self.shared.freed();
     }
 }
 
