@@ -1,13 +1,7 @@
 //! Many tokens as one: pick a member, submit, judge, and maybe elsewhere.
 
-pub mod batch;
-pub mod breaker;
-pub mod budget;
 mod health;
 pub(crate) mod member;
-pub mod pick;
-#[cfg(test)]
-mod sim;
 mod supervisor;
 
 use std::collections::BTreeSet;
@@ -23,9 +17,10 @@ use crate::error::HsmError;
 use crate::fault::Whose;
 use crate::keys::{KeyId, NewKey, Oaep, RsaPrivateParts, RsaPublic, SignScheme};
 use crate::module::{self, Module};
+use crate::policy::budget::{self, Budget};
+use crate::policy::pick;
 use crate::request::{Answer, Check, KnownGood, Outcome, Request};
 use crate::{Event, Observer};
-use budget::Budget;
 use cryptoki::error::RvError;
 pub use health::{LastError, MemberState};
 pub use member::MemberStatus;

@@ -7,36 +7,53 @@
 //! From the outside in: [`cluster`](Cluster) picks a member, submits the job and judges what came back (the table is in
 //! `fault.rs`); a member has a queue and pools sessions; a session works on an OS thread of its own (`worker.rs`), because
 //! PKCS#11 calls block; a module is one vendor library, loaded and initialised once. The supervisor finds what hangs and
-//! brings back what was closed. `ffi.rs` holds all unsafe code there is.
+//! brings back what was closed. What it decides by is in [`policy`], which is all there is of this crate without its feature
+//! `tokens`. `ffi.rs` holds all unsafe code there is.
 
 #![deny(unsafe_code)]
 
+pub mod policy;
+
+#[cfg(feature = "tokens")]
 mod cluster;
+#[cfg(feature = "tokens")]
 mod config;
+#[cfg(feature = "tokens")]
 mod error;
+#[cfg(feature = "tokens")]
 mod fault;
+#[cfg(feature = "tokens")]
 #[allow(unsafe_code)]
 mod ffi;
+#[cfg(feature = "tokens")]
 mod keys;
+#[cfg(feature = "tokens")]
 mod module;
+#[cfg(feature = "tokens")]
 mod oaep;
+#[cfg(feature = "tokens")]
 mod request;
+#[cfg(feature = "tokens")]
 mod session;
+#[cfg(feature = "tokens")]
 mod worker;
 
+#[cfg(feature = "tokens")]
 pub use cluster::{Cluster, Done, LastError, MemberState, MemberStatus};
+#[cfg(feature = "tokens")]
 pub use config::{MemberConfig, Patience, Pin, TokenRef};
+#[cfg(feature = "tokens")]
 pub use error::HsmError;
+#[cfg(feature = "tokens")]
 pub use fault::{Fate, Fault, Whose};
+#[cfg(feature = "tokens")]
 pub use ffi::set_env;
+#[cfg(feature = "tokens")]
 pub use keys::{Hash, KeyId, KeyUsage, NewKey, Oaep, RsaPrivateParts, RsaPublic, SignScheme};
+#[cfg(feature = "tokens")]
 pub use module::init_token;
+#[cfg(feature = "tokens")]
 pub use request::{Check, KnownGood};
-
-/// The pure policies of a cluster: plain values that are handed `now`, for whoever wants to simulate one.
-pub mod policy {
-    pub use crate::cluster::{batch, breaker, budget, pick};
-}
 
 use std::sync::Arc;
 

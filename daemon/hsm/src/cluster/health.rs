@@ -5,9 +5,9 @@ use std::time::{Duration, Instant, SystemTime};
 
 use tracing::{error, info, warn};
 
-use super::breaker::{Breaker, Settings, State};
-use super::pick::Latency;
 use crate::error::HsmError;
+use crate::policy::breaker::{Breaker, Settings, State};
+use crate::policy::pick::Latency;
 
 /// What a member is expected to take for a call before anything is known.
 const FIRST_GUESS: Duration = Duration::from_millis(10);

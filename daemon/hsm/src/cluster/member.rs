@@ -17,14 +17,14 @@ use deadpool::managed::{self, Metrics, Object, Pool, PoolError, RecycleError};
 use tokio::sync::{Notify, oneshot};
 use tracing::{info, warn};
 
-use super::batch;
 use super::health::{Health, LastError, MemberState};
-use super::pick::Candidate;
 use crate::config::{MemberConfig, Pin, TokenRef};
 use crate::error::HsmError;
 use crate::fault::{Whose, refuses_pin};
 use crate::keys::{KeyId, Oaep};
 use crate::module::Module;
+use crate::policy::batch;
+use crate::policy::pick::Candidate;
 use crate::request::{Answer, KnownGood, Outcome, Request, first_known};
 use crate::worker::{self, Desk, Handle, Job, Look};
 use crate::{Event, Observer};
@@ -267,7 +267,7 @@ impl Member {
         Ok(Member { shared, pool, runners: AtomicUsize::new(0), priority: config.priority, weight: config.weight })
     }
 
-    /// For [`pick`](super::pick::pick).
+    /// For [`pick`](crate::policy::pick::pick).
     pub(crate) fn candidate(&self, key: Option<&KeyId>, now: Instant) -> Candidate {
         let shared = &self.shared;
         let in_flight = shared.in_flight.load(Ordering::Acquire);

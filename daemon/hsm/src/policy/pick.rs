@@ -158,8 +158,8 @@ pub fn pick(
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use crate::cluster::sim::{Load, Rng, Sim, Spec, Truth};
     use crate::policy::breaker;
+    use crate::policy::sim::{Load, Rng, Sim, Spec, Truth};
     use proptest::prelude::*;
     use proptest::test_runner::RngSeed;
 
