@@ -4,6 +4,7 @@ use std::time::{Instant, SystemTime};
 
 use data_encoding::HEXLOWER;
 use ring::digest;
+use tokio::sync::watch;
 
 use crate::audit::Entry;
 
@@ -20,13 +21,56 @@ pub struct Attempt {
     pub owner: Option<String>,
     hsm: Option<String>,
     started: Instant,
+    caller: Caller,
+}
+
+/// Whether somebody waits for the answer. By default, nobody goes away.
+#[derive(Clone, Debug, Default)]
+pub struct Caller(Option<watch::Receiver<()>>);
+
+/// The caller is there for as long as this is.
+#[derive(Debug)]
+pub struct Present {
+    _sender: watch::Sender<()>,
+}
+
+impl Caller {
+    /// One that is there until the second value is dropped.
+    #[must_use]
+    pub fn new() -> (Self, Present) {
+        let (sender, receiver) = watch::channel(());
+        (Self(Some(receiver)), Present { _sender: sender })
+    }
+
+    /// Ends when the caller has gone away.
+    pub async fn left(&mut self) {
+        match &mut self.0 {
+            // Nothing is ever sent.
+            Some(present) => while present.changed().await.is_ok() {},
+            None => std::future::pending().await,
+        }
+    }
 }
 
 impl Attempt {
     /// A request that arrives now.
     #[must_use]
     pub fn new(request: String) -> Self {
-        Self { request, host: None, protector: None, owner: None, hsm: None, started: Instant::now() }
+        Self {
+            request,
+            host: None,
+            protector: None,
+            owner: None,
+            hsm: None,
+            started: Instant::now(),
+            caller: Caller::default(),
+        }
+    }
+
+    /// The same, for a caller that may go away.
+    #[must_use]
+    pub fn asked_by(self, caller: Caller) -> Self {
+        Self { caller, ..self }
     }
 
     /// An item of this request, numbered from 1, that is decided by itself.
@@ -39,6 +83,7 @@ impl Attempt {
             owner: None,
             hsm: None,
             started: self.started,
+            caller: self.caller.clone(),
         }
     }
 
@@ -46,6 +91,12 @@ impl Attempt {
     #[must_use]
     pub fn started(&self) -> Instant {
         self.started
+    }
+
+    /// Who waits for the answer.
+    #[must_use]
+    pub fn caller(&self) -> Caller {
+        self.caller.clone()
     }
 
     /// Notes the protector that came in.

@@ -11,12 +11,12 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
 use crate::attempt::Attempt;
-use crate::release::{healthy_host, roll_protector};
+use crate::release::{aside, healthy_host, roll_protector};
 use crate::routes::decide;
 use crate::service::Service;
 
-/// Releases of one request that run at the same time. Enough to keep a cluster busy; the rest of the memory a request
-/// takes is bounded by its body.
+/// Releases of one request that run, or wait for their turn, at the same time. Enough to keep a cluster busy, and few in
+/// the waiting room; the rest of the memory a request takes is bounded by its body.
 const SIDE_BY_SIDE: usize = 32;
 
 /// Releases each protector of a request. Every item is decided, recorded and counted like a release of its own; its
@@ -29,7 +29,7 @@ pub async fn roll(
     body: &[u8],
     attempt: &mut Attempt,
 ) -> Result<Vec<Result<RollResponse, Refusal>>, Refusal> {
-    let request = BatchRequest::parse(body)?;
+    let request = aside(body.len(), || BatchRequest::parse(body))?;
     let host = healthy_host(service, &request.health_certificate, attempt)?;
     let places = Arc::new(Semaphore::new(SIDE_BY_SIDE));
     let mut items = JoinSet::new();
@@ -37,13 +37,19 @@ pub async fn roll(
     for (at, protector) in request.ingress_protectors.into_iter().enumerate() {
         let (service, host, places) = (service.clone(), host.clone(), places.clone());
         let mut attempt = attempt.item(at + 1);
+        // Each item counts: those beyond the host's rate are refused by themselves.
+        let within_rate = service.admission.within_rate(&host.host_name);
         items.spawn(async move {
             // The semaphore is never closed.
             let _place = places.acquire().await;
             attempt.protector(&protector);
-            let algorithms = request.algorithms;
-            let result =
-                roll_protector(&service, ApiVersion::V2, &host.key, algorithms, &protector, &mut attempt).await;
+            let result = async {
+                within_rate?;
+                let _permit = service.admission.turn(&host.host_name, &attempt).await?;
+                let algorithms = request.algorithms;
+                roll_protector(&service, ApiVersion::V2, &host.key, algorithms, &protector, &mut attempt).await
+            };
+            let result = result.await;
             (at, decide(&service, ApiVersion::V2, &attempt, result).await)
         });
     }

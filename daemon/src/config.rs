@@ -303,13 +303,31 @@ pub struct Release {
     /// Most operations that a free session takes from its member's queue at once, 1 to 1,024; never more than its fair
     /// share of what waits. Default: 16.
     pub batch: usize,
-    /// Most operations that wait for one member, 1 to 1,000,000; more are refused at once. Default: 4,096.
+    /// Most releases that wait for their turn, of all hosts together, 1 to 1,000,000. When they are that many, the host
+    /// with the most of them is refused. Default: 4,096.
     pub queue: usize,
+    /// Most releases that run at the same time, 0 to 100,000; the others wait. Default: 0, which is twice the sessions of
+    /// all members, and at least 16.
+    pub concurrency: usize,
+    /// Releases a second that one host may ask for in the long run, 0 to 1,000,000; more are refused at once. 0 is no
+    /// limit. Default: 100.
+    pub host_rate: u32,
+    /// Releases that one host may ask for at once, above its rate, 1 to 1,000,000. Default: 2,048. Hyper-V runs at most
+    /// 1,024 virtual machines on a host: after a power cut each may start, and start once more.
+    pub host_burst: u32,
 }
 
 impl Default for Release {
     fn default() -> Self {
-        Self { deadline_ms: 5_000, watchdog_ms: 1_000, batch: 16, queue: 4_096 }
+        Self {
+            deadline_ms: 5_000,
+            watchdog_ms: 1_000,
+            batch: 16,
+            queue: 4_096,
+            concurrency: 0,
+            host_rate: 100,
+            host_burst: 2_048,
+        }
     }
 }
 
@@ -442,6 +460,9 @@ impl Config {
         within(in_release("watchdog_ms"), self.release.watchdog_ms, 10, 60_000)?;
         within(in_release("batch"), self.release.batch as u64, 1, 1_024)?;
         within(in_release("queue"), self.release.queue as u64, 1, 1_000_000)?;
+        within(in_release("concurrency"), self.release.concurrency as u64, 0, 100_000)?;
+        within(in_release("host_rate"), u64::from(self.release.host_rate), 0, 1_000_000)?;
+        within(in_release("host_burst"), u64::from(self.release.host_burst), 1, 1_000_000)?;
         environment(&self.env, &[Step::Key("env".into())])?;
         if self.hsm.is_empty() {
             return Err(Fault::new(
@@ -722,7 +743,8 @@ sync = true
         assert_eq!(b.module, Path::new("/lab/libhsm.so"));
         assert_eq!((b.priority, b.weight, b.sessions), (1, 3, 2));
         assert_eq!(b.env["HSM_CONF"], "b.conf");
-        assert_eq!(config.release, Release { deadline_ms: 5000, batch: 16, queue: 4096, ..Release::default() });
+        let release = Release { deadline_ms: 5000, batch: 16, queue: 4096, ..Release::default() };
+        assert_eq!(config.release, release);
         assert!(config.audit.sync);
     }
 
@@ -748,6 +770,10 @@ sync = true
             ("127.0.0.1:0", "127.0.0.1:9464", "server.metrics: 127.0.0.1:9464 is the address of server.listen, too"),
             ("state =", "header_timeout_ms = 0\nstate =", "/lab/claviger.toml:7: server.header_timeout_ms: 0 is out"),
             ("SOFTHSM2_CONF", "\"A=B\"", "/lab/claviger.toml:3: env.A=B: \"A=B\" cannot be an environment variable"),
+            ("[audit]", "[release]\nhost_burst = 0\n[audit]", "/lab/claviger.toml:30: release.host_burst: 0 is out"),
+            ("[audit]", "[release]\nhost_rate = -1\n[audit]", "/lab/claviger.toml:30: release.host_rate: invalid"),
+            ("[audit]", "[release]\nconcurrency = 100001\n[audit]", "release.concurrency: 100001 is out of bounds"),
+            ("[audit]", "[release]\nqueue = 0\n[audit]", "release.queue: 0 is out of bounds"),
             ("[audit]", "[audit", "/lab/claviger.toml:29: "),
             ("module = \"libhsm.so\"\n", "", "missing field `module`; add it"),
         ] {

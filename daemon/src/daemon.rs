@@ -11,6 +11,8 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::admin::{AdminError, AdminSocket};
+use crate::admission;
+use crate::admission::Dropped;
 use crate::attest::signer;
 use crate::commands;
 use crate::config::{Config, PinError, TokenName};
@@ -68,6 +70,9 @@ pub fn load_cluster(config: &Config) -> Result<Cluster, StartError> {
     claviger_hsm::set_env(&config.env);
     // Before the first call to a token, which is to be counted.
     metrics::install();
+    // The waiting room is in front of the releases; what runs must always find a place, on any one member, and so must what
+    // else there is to sign.
+    let queue = 4 * admission::concurrency(&config.release, config.hsm.iter().map(|hsm| hsm.sessions).sum()) + 256;
     let mut members = Vec::with_capacity(config.hsm.len());
     for hsm in &config.hsm {
         members.push(MemberConfig {
@@ -83,7 +88,7 @@ pub fn load_cluster(config: &Config) -> Result<Cluster, StartError> {
             priority: hsm.priority,
             weight: hsm.weight,
             sessions: hsm.sessions,
-            queue: config.release.queue,
+            queue,
             batch: config.release.batch,
         });
     }
@@ -119,6 +124,7 @@ impl Daemon {
             release_outcomes: &routes::release_outcomes(),
             apis: &["v1.0", "v2.0"],
             attestation_outcomes: &routes::attestation_outcomes(),
+            drop_reasons: &Dropped::ALL.map(Dropped::as_str),
         });
         let tls = config.server.tls.as_ref().map(|tls| tls_config(&tls.certificate, &tls.key)).transpose()?;
         let listener = Listener::bind(config.server.listen)?.counted();

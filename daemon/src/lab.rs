@@ -141,6 +141,8 @@ impl Lab {
             lab.fresh = false;
         } else {
             lab.clear()?;
+            // One host plays a whole data centre here.
+            lab.config.release.host_rate = 0;
         }
         lab.config.server.listen = listen;
         lab.config.server.metrics = metrics;

@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 pub mod admin;
+pub mod admission;
 pub mod attempt;
 pub mod attest;
 pub mod audit;
@@ -29,3 +30,4 @@ pub mod routes;
 pub mod server;
 pub mod service;
 pub mod state;
+pub mod throttle;

@@ -18,6 +18,11 @@ use claviger::{demo, print, process, reload};
 use claviger_hsm::Cluster;
 use tracing_subscriber::EnvFilter;
 
+/// What is logged unless RUST_LOG says otherwise. cryptoki has an opinion on every session of a token that went away; what
+/// follows from that the cluster says, once.
+const USUAL: &str = "info,cryptoki=off";
+const QUIET: &str = "warn,cryptoki=off";
+
 /// Releases the transport keys of shielded virtual machines to hosts that proved their health
 #[derive(Debug, Parser)]
 #[command(version, after_help = "Start here: claviger demo")]
@@ -74,7 +79,7 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let quiet = matches!(arguments.command, Command::Demo { .. });
     let filter =
-        EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(if quiet { "warn" } else { "info" }));
+        EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(if quiet { QUIET } else { USUAL }));
     let ansi = std::io::stderr().is_terminal();
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(ansi).init();
     match run(arguments.command) {

@@ -47,6 +47,12 @@ metrics! {
         "Releases of transport keys that were answered, by outcome (success or the error's code) and API version.";
     ATTESTATIONS: Counter "claviger_attestations_total" ["outcome"]
         "Attestations that were answered, by outcome.";
+    RELEASES_RUNNING: Gauge "claviger_releases_running" []
+        "Releases that were let in and are worked on.";
+    QUEUE_WAITING: Gauge "claviger_queue_waiting" []
+        "Releases that wait for their turn.";
+    QUEUE_DROPPED: Counter "claviger_queue_dropped_total" ["reason"]
+        "Releases that were not let in: their host asks too fast (rate), no room (full), no time (late, deadline), caller gone (left).";
     HSM_CALLS: Counter "claviger_hsm_calls_total" ["hsm", "op", "rv"]
         "PKCS#11 operations that returned, by member, operation and return code.";
     HSM_LOGINS: Counter "claviger_hsm_logins_total" ["hsm"]
@@ -111,6 +117,8 @@ pub fn install() -> Handle {
             gauge!(BUILD_INFO.name, "version" => env!("CARGO_PKG_VERSION")).set(1.0);
             counter!(AUDIT_ERRORS.name).absolute(0);
             gauge!(CONNECTIONS_OPEN.name).increment(0.0);
+            gauge!(RELEASES_RUNNING.name).increment(0.0);
+            gauge!(QUEUE_WAITING.name).increment(0.0);
             handle
         })
         .clone()
@@ -129,6 +137,8 @@ pub struct Known<'a> {
     pub apis: &'a [&'static str],
     /// The outcomes of an attestation.
     pub attestation_outcomes: &'a [&'static str],
+    /// Why a release may not be let in.
+    pub drop_reasons: &'a [&'static str],
 }
 
 /// Registers every series that can be known in advance at zero, so that its first event is a rise that
@@ -141,6 +151,9 @@ pub fn preregister(known: &Known<'_>) {
     }
     for outcome in known.attestation_outcomes {
         counter!(ATTESTATIONS.name, "outcome" => *outcome).increment(0);
+    }
+    for reason in known.drop_reasons {
+        counter!(QUEUE_DROPPED.name, "reason" => *reason).increment(0);
     }
     for member in known.members {
         let hsm = SharedString::from((*member).to_owned());
@@ -163,6 +176,17 @@ pub fn release(outcome: &'static str, api: &'static str) {
 /// Counts an attestation that was answered.
 pub fn attestation(outcome: &'static str) {
     counter!(ATTESTATIONS.name, "outcome" => outcome).increment(1);
+}
+
+/// Counts a release that was not let in.
+pub fn queue_dropped(reason: &'static str) {
+    counter!(QUEUE_DROPPED.name, "reason" => reason).increment(1);
+}
+
+/// Says how many releases run and how many wait for their turn.
+pub fn load(running: usize, waiting: usize) {
+    gauge!(RELEASES_RUNNING.name).set(running as f64);
+    gauge!(QUEUE_WAITING.name).set(waiting as f64);
 }
 
 /// Counts a PKCS#11 operation that returned `rv`. An `Arc<str>` is the cheapest way to name the member.
@@ -242,6 +266,7 @@ mod tests {
             release_outcomes: &["success"],
             apis: &["v2.0"],
             attestation_outcomes: &["success"],
+            drop_reasons: &["table"],
         };
         preregister(&known);
         let page = install().render();
@@ -278,6 +303,8 @@ mod tests {
         release("recorded", "v1.0");
         release("recorded", "v1.0");
         attestation("recorded");
+        queue_dropped("recorded");
+        load(3, 14);
         hsm_call(hsm.clone(), "sign", "general_error");
         hsm_login(hsm.clone());
         hsm_key_search(hsm.clone());
@@ -285,6 +312,9 @@ mod tests {
         let page = handle.render();
         assert_eq!(value(&page, "claviger_releases_total{outcome=\"recorded\",api=\"v1.0\"}"), 2.0);
         assert_eq!(value(&page, "claviger_attestations_total{outcome=\"recorded\"}"), 1.0);
+        assert_eq!(value(&page, "claviger_queue_dropped_total{reason=\"recorded\"}"), 1.0);
+        assert_eq!(value(&page, "claviger_releases_running"), 3.0);
+        assert_eq!(value(&page, "claviger_queue_waiting"), 14.0);
         assert_eq!(value(&page, "claviger_hsm_calls_total{hsm=\"recorded\",op=\"sign\",rv=\"general_error\"}"), 1.0);
         assert_eq!(value(&page, "claviger_hsm_logins_total{hsm=\"recorded\"}"), 1.0);
         assert_eq!(value(&page, "claviger_hsm_key_searches_total{hsm=\"recorded\"}"), 1.0);

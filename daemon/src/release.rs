@@ -23,27 +23,38 @@ use ring::digest;
 use crate::attempt::Attempt;
 use crate::keys::Keys;
 use crate::service::{Service, signed_by, unix_now};
+use crate::throttle::Throttle;
 
 /// A refusal in a secret step leaves at a multiple of this after the request's arrival, so that its time tells nothing
 /// of the step that failed. Honest callers do not meet it.
 const REFUSAL_GRID: Duration = Duration::from_millis(25);
 
+/// Input of more octets than this is worked on aside. The protector of an owner and three guardians has some 13,000.
+const LARGE: usize = 16 * 1024;
+
 /// Releases the transport keys of one protector to one host.
 ///
 /// # Errors
-/// The refusals of the protocol page, section 2.1; `ServiceUnavailableException` when no HSM could serve in time.
+/// The refusals of the protocol page, section 2.1; `TooManyRequestsException` when the host asks too
+/// fast; `ServiceUnavailableException` when the service is too busy, or no HSM could serve in time.
 pub async fn roll(
     service: &Service,
     api: ApiVersion,
     body: &[u8],
     attempt: &mut Attempt,
 ) -> Result<RollResponse, Refusal> {
+    // A glance: as long as others wait, who would not be let in is told so before anything that costs.
+    glance(service, body, attempt)?;
+
     // 1. The request is schema-valid and its three algorithms are known.
-    let request = RollRequest::parse(body)?;
+    let request = aside(body.len(), || RollRequest::parse(body))?;
     attempt.protector(&request.ingress_protector);
 
     // 2. The health certificate is valid.
     let host = healthy_host(service, &request.health_certificate, attempt)?;
+
+    // Its host is within its rate, and it is its turn. It is until this function ends.
+    let _permit = service.admission.admit(&host.host_name, attempt).await?;
 
     roll_protector(service, api, &host.key, request.algorithms, &request.ingress_protector, attempt).await
 }
@@ -62,11 +73,18 @@ pub async fn roll_protector(
 ) -> Result<RollResponse, Refusal> {
     let deadline = attempt.started() + service.config.release.deadline();
 
-    // 3. The protector is schema-valid within the limits, and its algorithms are known.
-    let protector = Protector::parse(ingress_protector)?;
+    // A batch may have waited for its items before this one.
+    if Instant::now() >= deadline {
+        return Err(Refusal::new(Code::ServiceUnavailable, "the service is too busy now; try again"));
+    }
+    let verified = aside(ingress_protector.len(), || {
+        // 3. The protector is schema-valid within the limits, and its algorithms are known.
+        let protector = Protector::parse(ingress_protector)?;
 
-    // 4. and 5. The guardian signature is right, and every wrapping.
-    let verified = Arc::new(verify::verify(protector, &service.signatures)?);
+        // 4. and 5. The guardian signature is right, and every wrapping.
+        verify::verify(protector, &service.signatures)
+    })?;
+    let verified = Arc::new(verified);
     attempt.owner = Some(HEXLOWER.encode(&verified.parties[verified.owner].signing.thumbprint()));
 
     // 6. One wrapping is for this service.
@@ -76,7 +94,8 @@ pub async fn roll_protector(
     // 7. and 8. In the HSMs, at the same time: decrypt the ingress key; sign a fresh egress protector.
     let egress = build::fresh_transport_key()?;
     let recipients = verified.parties.iter().map(|party| party.encryption.key());
-    let unsigned = Unsigned::new(&verified.protector.wrappings, recipients, &egress, 0)?;
+    let unsigned =
+        aside(ingress_protector.len(), || Unsigned::new(&verified.protector.wrappings, recipients, &egress, 0))?;
     let digest = digest::digest(&digest::SHA256, unsigned.signed_octets());
     let right = signed_by(verified.parties[ours.wrapping].signing.key(), unsigned.signed_octets());
     let scheme = SignScheme::Pkcs1(Hash::Sha256);
@@ -107,6 +126,12 @@ pub async fn roll_protector(
     Ok(RollResponse { egress_protector, keys })
 }
 
+/// Does what takes long when the input of `octets` is large, without keeping a thread of the runtime from other requests. A usual
+/// protector, of a few wrappings, takes less time than it takes to make way.
+pub(crate) fn aside<T>(octets: usize, work: impl FnOnce() -> T) -> T {
+    if octets > LARGE { tokio::task::block_in_place(work) } else { work() }
+}
+
 /// Step 2: who asks, if it is a registered host that proved its health.
 ///
 /// # Errors
@@ -128,6 +153,21 @@ pub fn healthy_host(
         .by_name_and_key(&claims.host_name, &claims.host_key_sha256)
         .ok_or_else(|| refused("health certificate: its host is not registered with that key any more".to_owned()))?;
     Ok(claims)
+}
+
+/// Refuses what [`admission`](crate::admission) would refuse after step 2, at a fraction of the cost: refusing must not
+/// take from what gets done. Only a host that has proved its health before is known at a glance; anybody else goes on.
+fn glance(service: &Service, body: &[u8], attempt: &mut Attempt) -> Result<(), Refusal> {
+    if !service.admission.is_busy() {
+        return Ok(());
+    }
+    let known = RollRequest::glance(body).and_then(|certificate| service.health.known(&certificate, unix_now()));
+    let hosts = service.hosts.load();
+    let Some(host) = known.filter(|host| hosts.by_name_and_key(&host.host_name, &host.host_key_sha256).is_some())
+    else {
+        return Ok(());
+    };
+    service.admission.outlook(&host.host_name, attempt).inspect_err(|_| attempt.host = Some(host.host_name.clone()))
 }
 
 /// Step 6: the wrapping that is for this service, and the private keys that go with it.
@@ -192,7 +232,10 @@ async fn refuse_on_the_grid(started: Instant) -> Refusal {
 
 /// 503: the fault is on this side, and a second try may well succeed.
 fn unavailable(error: &HsmError, operation: &str, request: &str) -> Refusal {
-    tracing::warn!(%error, operation, request, "no HSM served a release");
+    static SAID: Throttle = Throttle::new();
+    if let Some(unsaid) = SAID.due(Instant::now()) {
+        tracing::warn!(%error, operation, request, unsaid, "no HSM served a release");
+    }
     Refusal::new(Code::ServiceUnavailable, "no HSM can serve the request now; try again")
 }
 

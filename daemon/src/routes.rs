@@ -11,11 +11,12 @@ use claviger_protocol::payload::ApiVersion;
 use claviger_protocol::pkcs7;
 use claviger_protocol::request::RollResponse;
 use http_body_util::Full;
-use hyper::body::Incoming;
+use hyper::body::{Body, Incoming};
 use hyper::header::{ALLOW, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, RETRY_AFTER};
 use hyper::{Method, Request, Response, StatusCode};
+use tokio::sync::SemaphorePermit;
 
-use crate::attempt::Attempt;
+use crate::attempt::{Attempt, Caller};
 use crate::attest::host_key;
 use crate::batch;
 use crate::metrics;
@@ -26,7 +27,7 @@ use crate::service::{Service, request_id};
 
 /// Largest body of one request, in octets.
 pub const MAX_BODY: usize = 1024 * 1024;
-/// Seconds after which a caller that was told 429 or 503 may come again.
+/// Seconds after which a caller that was told 429 or 503 may come again, where nothing better is known.
 const RETRY_AFTER_SECONDS: u16 = 1;
 /// The header that carries the request's id.
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -101,11 +102,13 @@ struct Answer {
     media_type: &'static str,
     body: Bytes,
     allow: Option<Method>,
+    /// Seconds, for 429 and 503.
+    retry_after: u16,
 }
 
 impl Answer {
     fn ok(media_type: &'static str, body: impl Into<Bytes>) -> Self {
-        Self { status: 200, media_type, body: body.into(), allow: None }
+        Self { status: 200, media_type, body: body.into(), allow: None, retry_after: RETRY_AFTER_SECONDS }
     }
 
     fn release(result: Result<RollResponse, Refusal>) -> Self {
@@ -116,11 +119,12 @@ impl Answer {
     }
 
     fn refused(refusal: &Refusal) -> Self {
-        Self { status: refusal.code.status(), media_type: XML, body: refusal.to_xml().into(), allow: None }
+        let retry_after = refusal.retry_after.unwrap_or(RETRY_AFTER_SECONDS);
+        Self { status: refusal.code.status(), retry_after, ..Self::ok(XML, refusal.to_xml()) }
     }
 
     fn attestation_error(reply: &ErrorReply, message: &str) -> Self {
-        Self { status: reply.status(), media_type: JSON, body: reply.to_json(message).into(), allow: None }
+        Self { status: reply.status(), ..Self::ok(JSON, reply.to_json(message)) }
     }
 
     fn into_response(self, request: &str) -> Response<Full<Bytes>> {
@@ -132,7 +136,7 @@ impl Answer {
             headers.insert(REQUEST_ID, id);
         }
         if matches!(self.status, 429 | 503) {
-            headers.insert(RETRY_AFTER, RETRY_AFTER_SECONDS.into());
+            headers.insert(RETRY_AFTER, self.retry_after.into());
         }
         if let Some(method) = self.allow.and_then(|m| HeaderValue::from_str(m.as_str()).ok()) {
             headers.insert(ALLOW, method);
@@ -144,11 +148,12 @@ impl Answer {
 /// Answers one request to the service address.
 ///
 /// The work is a task of its own: a caller that goes away does not stop a release between its decision and its audit
-/// line, and a panic costs one request.
+/// line, and a panic costs one request. A release that still waits for its turn notices, and leaves the queue.
 pub async fn serve(service: Arc<Service>, request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
     let id = request_id();
     let family = Family::of(&request.uri().path().to_ascii_lowercase());
-    let work = tokio::spawn(answer(service, request, id.clone()));
+    let (caller, _present) = Caller::new();
+    let work = tokio::spawn(answer(service, request, id.clone(), caller));
     let answer = work.await.unwrap_or_else(|error| {
         tracing::error!(request = id, %error, "a request failed");
         family.error(Code::Internal, &Refusal::internal().message)
@@ -156,7 +161,7 @@ pub async fn serve(service: Arc<Service>, request: Request<Incoming>) -> Result<
     Ok(answer.into_response(&id))
 }
 
-async fn answer(service: Arc<Service>, request: Request<Incoming>, id: String) -> Answer {
+async fn answer(service: Arc<Service>, request: Request<Incoming>, id: String, caller: Caller) -> Answer {
     let path = request.uri().path().to_ascii_lowercase();
     let family = Family::of(&path);
     let Some((_, method, endpoint)) = RESOURCES.iter().find(|(known, ..)| *known == path) else {
@@ -176,6 +181,9 @@ async fn answer(service: Arc<Service>, request: Request<Incoming>, id: String) -
     }
     let timeout = service.config.server.body_timeout();
     let limit = if *endpoint == Endpoint::RollBatch { MAX_BATCH_BODY } else { MAX_BODY };
+    let Some(_room) = room_for(&service, request.body(), limit) else {
+        return family.error(Code::ServiceUnavailable, "too many large requests at the same time; try again");
+    };
     let body = match read_body(request.into_body(), limit, timeout).await {
         Ok(body) => body,
         Err(BodyError::TooLarge) => {
@@ -184,11 +192,18 @@ async fn answer(service: Arc<Service>, request: Request<Incoming>, id: String) -
         Err(error) => return Answer { status: 408, ..Answer::ok(TEXT, error.to_string()) },
     };
     match endpoint {
-        Endpoint::Roll(api) => roll(&service, *api, &body, id).await,
-        Endpoint::RollBatch => roll_batch(&service, &body, id).await,
+        Endpoint::Roll(api) => roll(&service, *api, &body, Attempt::new(id).asked_by(caller)).await,
+        Endpoint::RollBatch => roll_batch(&service, &body, Attempt::new(id).asked_by(caller)).await,
         Endpoint::HostKeyAttest => attest(&service, &body, id).await,
         _ => other_mode(&service, id).await,
     }
+}
+
+/// Sets room for a body aside until the request is answered: what it announces, or else all that it may have.
+fn room_for<'s>(service: &'s Service, body: &Incoming, limit: usize) -> Option<SemaphorePermit<'s>> {
+    let octets = body.size_hint().upper().map_or(limit as u64, |announced| announced.min(limit as u64));
+    let kibibytes = u32::try_from(octets.div_ceil(1024)).unwrap_or(u32::MAX);
+    service.body_kibibytes.try_acquire_many(kibibytes).ok()
 }
 
 /// The resources that are read.
@@ -208,15 +223,13 @@ async fn document(service: &Service, endpoint: Endpoint) -> Answer {
 }
 
 /// A release, answered.
-async fn roll(service: &Service, api: ApiVersion, body: &[u8], id: String) -> Answer {
-    let mut attempt = Attempt::new(id);
+async fn roll(service: &Service, api: ApiVersion, body: &[u8], mut attempt: Attempt) -> Answer {
     let result = release::roll(service, api, body, &mut attempt).await;
     Answer::release(decide(service, api, &attempt, result).await)
 }
 
 /// Many releases, answered. The items were decided one by one; a refusal of the whole request is decided here.
-async fn roll_batch(service: &Arc<Service>, body: &[u8], id: String) -> Answer {
-    let mut attempt = Attempt::new(id);
+async fn roll_batch(service: &Arc<Service>, body: &[u8], mut attempt: Attempt) -> Answer {
     match batch::roll(service, body, &mut attempt).await {
         Ok(results) => Answer::ok(XML, claviger_protocol::batch::to_xml(&results)),
         Err(refusal) => Answer::release(decide(service, ApiVersion::V2, &attempt, Err(refusal)).await),
@@ -286,6 +299,7 @@ pub fn release_outcomes() -> Vec<&'static str> {
         Code::InvalidWrapping,
         Code::UnsupportedAlgorithm,
         Code::HealthCertificate,
+        Code::TooManyRequests,
         Code::ServiceUnavailable,
         Code::Internal,
     ];
@@ -339,6 +353,8 @@ pub async fn serve_metrics(
             for member in service.cluster.members() {
                 metrics::hsm_sessions_open(member.name, member.sessions_open);
             }
+            let load = service.admission.load();
+            metrics::load(load.running, load.waiting);
             Answer::ok(metrics::CONTENT_TYPE, handle.render())
         }
         (&Method::GET | &Method::HEAD, "/live") => plain(200, "live\n".to_owned()),

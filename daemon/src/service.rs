@@ -14,7 +14,9 @@ use claviger_protocol::algorithm::SignatureAlgorithm;
 use claviger_protocol::rsa_key::RsaPublicKey;
 use claviger_protocol::verify::KnownSignatures;
 use ring::digest;
+use tokio::sync::Semaphore;
 
+use crate::admission::Admission;
 use crate::attest::health_cache::HealthCache;
 use crate::attest::signer::Signers;
 use crate::audit::{Audit, Entry};
@@ -26,6 +28,9 @@ use crate::state::{Host, State, StateError};
 /// How long the daemon's own work (metadata, attestation signers) may take at the HSMs.
 const OWN_DEADLINE: Duration = Duration::from_secs(10);
 
+/// Memory for the bodies of requests: ten thousand releases of the usual size, or 32 of the largest batches.
+const BODY_KIBIBYTES: usize = 512 * 1024;
+
 /// Signatures over certificates that are remembered, at least: a tenant has some six of them. Some 3 MiB at most.
 const KNOWN_SIGNATURES: usize = 16_384;
 
@@ -35,10 +40,14 @@ pub struct Service {
     pub config: Config,
     /// The HSMs.
     pub cluster: Cluster,
+    /// Which releases are let in.
+    pub admission: Admission,
     /// Where every decision is recorded.
     pub audit: Audit,
     /// Health certificates that were found right before.
     pub health: HealthCache,
+    /// Room for the bodies of requests, in KiB, of all that are being worked on.
+    pub body_kibibytes: Semaphore,
     /// Signatures over certificates that were found right before.
     pub signatures: KnownSignatures,
     /// The key-protection certificates.
@@ -103,10 +112,13 @@ impl Service {
         let folder: &Path = &config.server.state;
         let state = State::open(folder)?;
         let audit = Audit::open(&config.server.audit_file(), config.audit.sync)?;
+        let sessions = config.hsm.iter().map(|hsm| hsm.sessions).sum();
         let service = Self {
             cluster,
+            admission: Admission::new(&config.release, sessions),
             audit,
             health: HealthCache::default(),
+            body_kibibytes: Semaphore::new(BODY_KIBIBYTES),
             signatures: KnownSignatures::new(KNOWN_SIGNATURES),
             keys: ArcSwap::default(),
             hosts: ArcSwap::default(),

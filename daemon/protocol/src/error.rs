@@ -93,13 +93,22 @@ pub struct Refusal {
     pub code: Code,
     /// One sentence for a person.
     pub message: String,
+    /// In how many seconds the caller may come again, where that is known; for [`Code::TooManyRequests`] and
+    /// [`Code::ServiceUnavailable`]. It travels in the answer's header, not in its body.
+    pub retry_after: Option<u16>,
 }
 
 impl Refusal {
     /// A refusal with `code`, saying `message`.
     #[must_use]
     pub fn new(code: Code, message: impl Into<String>) -> Self {
-        Self { code, message: message.into() }
+        Self { code, message: message.into(), retry_after: None }
+    }
+
+    /// The same, with the seconds after which the caller may come again.
+    #[must_use]
+    pub fn retry_after(self, seconds: u16) -> Self {
+        Self { retry_after: Some(seconds), ..self }
     }
 
     /// `InvalidRequestException`.

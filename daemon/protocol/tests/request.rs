@@ -26,6 +26,28 @@ fn combinations() -> Vec<HostAlgorithms> {
     all
 }
 
+#[test]
+fn a_glance_finds_the_health_certificate_and_never_panics() {
+    assert_eq!(RollRequest::glance(text().as_bytes()).unwrap(), [4, 5, 6]);
+    let prefixed = text().replace("HealthCertificate>", "s:HealthCertificate>");
+    assert_eq!(RollRequest::glance(prefixed.as_bytes()).unwrap(), [4, 5, 6]);
+    for nothing in [
+        "",
+        "HealthCertificate>",
+        "</HealthCertificate>",
+        "<HealthCertificate>",
+        "<a>!!</HealthCertificate>",
+        "<a></HealthCertificate>",
+    ] {
+        assert_eq!(RollRequest::glance(nothing.as_bytes()), None, "{nothing}");
+    }
+    let whole = text();
+    for end in 0..whole.len() {
+        let _ = RollRequest::glance(&whole.as_bytes()[..end]);
+        let _ = RollRequest::glance(&whole.as_bytes()[end..]);
+    }
+}
+
 const TRANSFER: &str = "http://www.w3.org/2001/04/xmlenc#rsa-oaep-mgf1p";
 const WRAPPING: &str = "http://www.w3.org/2001/04/xmlenc#kw-aes256";
 const TRANSPORT: &str = "http://www.w3.org/2009/xmlenc11#aes256-gcm";

@@ -23,10 +23,7 @@ impl HealthCache {
     /// # Errors
     /// As [`health::check`].
     pub fn check(&self, der: &[u8], signers: &[Certificate], now: i64) -> Result<Arc<HealthClaims>, HealthError> {
-        let mut key = [0; 32];
-        key.copy_from_slice(digest::digest(&digest::SHA256, der).as_ref());
-        let known = self.lock().get(&key).cloned();
-        if let Some(claims) = known.filter(|claims| (claims.not_before..=claims.not_after).contains(&now)) {
+        if let Some(claims) = self.known(der, now) {
             return Ok(claims);
         }
         // Also where the known one is outside its validity: the check says how.
@@ -38,8 +35,14 @@ impl HealthCache {
                 verified.clear();
             }
         }
-        verified.insert(key, claims.clone());
+        verified.insert(key(der), claims.clone());
         Ok(claims)
+    }
+
+    /// What the certificate says, if it was found right before and is valid at `now`.
+    pub fn known(&self, der: &[u8], now: i64) -> Option<Arc<HealthClaims>> {
+        let known = self.lock().get(&key(der)).cloned();
+        known.filter(|claims| (claims.not_before..=claims.not_after).contains(&now))
     }
 
     /// Forgets everything: signers changed.
@@ -50,4 +53,10 @@ impl HealthCache {
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<[u8; 32], Arc<HealthClaims>>> {
         self.verified.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn key(der: &[u8]) -> [u8; 32] {
+    let mut key = [0; 32];
+    key.copy_from_slice(digest::digest(&digest::SHA256, der).as_ref());
+    key
 }

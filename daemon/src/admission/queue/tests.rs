@@ -1,0 +1,367 @@
+#![allow(clippy::unwrap_used)]
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
+
+use proptest::prelude::*;
+
+use super::*;
+
+const MILLI: Duration = Duration::from_millis(1);
+const AGES: Duration = Duration::from_secs(3600);
+
+/// A caller of these tests: its host, and its number.
+type Caller = (&'static str, usize);
+
+/// The ticket of one that has to wait and drives nobody out.
+fn waits(arrival: Arrival<Caller>) -> Ticket {
+    match arrival {
+        Arrival::Waits { ticket, evicted: None } => ticket,
+        other => panic!("does not just wait: {other:?}"),
+    }
+}
+
+fn refused(arrival: Arrival<Caller>) -> Dropped {
+    match arrival {
+        Arrival::Refused(reason) => reason,
+        other => panic!("is not refused: {other:?}"),
+    }
+}
+
+/// One place to run, taken; and these callers, waiting.
+fn queue_of(limit: usize, callers: &[Caller], now: Instant) -> (Queue<Caller>, Vec<Ticket>) {
+    let mut queue = Queue::new(1, limit);
+    assert!(matches!(queue.arrive("first", now + AGES, ("first", 0), now), Arrival::Runs));
+    let tickets =
+        callers.iter().map(|caller| waits(queue.arrive(caller.0, now + AGES, *caller, now))).collect::<Vec<_>>();
+    (queue, tickets)
+}
+
+/// Who runs next, and so on, until nobody waits.
+fn order(queue: &mut Queue<Caller>, now: Instant) -> Vec<Caller> {
+    std::iter::from_fn(|| {
+        queue.end(None);
+        let (caller, turn) = queue.next(now)?;
+        assert_eq!(turn, Turn::Runs);
+        assert!(queue.next(now).is_none(), "two for one place");
+        Some(caller)
+    })
+    .collect()
+}
+
+#[test]
+fn hosts_take_turns_and_each_is_first_come_first_served() {
+    let now = Instant::now();
+    let storm = [("a", 1), ("a", 2), ("a", 3), ("b", 1), ("a", 4), ("c", 1), ("c", 2)];
+    let (mut queue, _) = queue_of(100, &storm, now);
+    let expected = [("a", 1), ("b", 1), ("c", 1), ("a", 2), ("c", 2), ("a", 3), ("a", 4)];
+    assert_eq!(order(&mut queue, now), expected);
+    assert_eq!((queue.running(), queue.waiting()), (0, 0));
+}
+
+#[test]
+fn who_left_has_no_turn() {
+    let now = Instant::now();
+    let (mut queue, tickets) = queue_of(100, &[("a", 1), ("a", 2), ("b", 1), ("a", 3), ("c", 1)], now);
+    assert!(queue.leave(&tickets[2]) && queue.leave(&tickets[1]));
+    assert!(!queue.leave(&tickets[1]), "left twice");
+    assert_eq!(order(&mut queue, now), [("a", 1), ("c", 1), ("a", 3)]);
+    assert!(!queue.leave(&tickets[0]), "left while it ran");
+}
+
+#[test]
+fn when_all_is_full_the_longest_queue_pays() {
+    let now = Instant::now();
+    let (mut queue, _) = queue_of(5, &[("a", 1), ("a", 2), ("a", 3), ("b", 1), ("b", 2)], now);
+    assert_eq!(refused(queue.arrive("a", now + AGES, ("a", 4), now)), Dropped::Full);
+    // As long as the longest itself, with the newcomer.
+    assert_eq!(refused(queue.arrive("b", now + AGES, ("b", 3), now)), Dropped::Full);
+    let Arrival::Waits { evicted, .. } = queue.arrive("c", now + AGES, ("c", 1), now) else { panic!("refused") };
+    assert_eq!(evicted, Some(("a", 3)), "not the newest of the longest");
+    let Arrival::Waits { evicted, .. } = queue.arrive("d", now + AGES, ("d", 1), now) else { panic!("refused") };
+    assert_eq!(evicted, Some(("b", 2)), "not the newer one");
+    let Arrival::Waits { evicted, .. } = queue.arrive("e", now + AGES, ("e", 1), now) else { panic!("refused") };
+    assert_eq!(evicted, Some(("a", 2)));
+    assert_eq!(refused(queue.arrive("f", now + AGES, ("f", 1), now)), Dropped::Full, "all are equal");
+    assert_eq!(order(&mut queue, now), [("a", 1), ("b", 1), ("c", 1), ("d", 1), ("e", 1)]);
+}
+
+#[test]
+fn what_cannot_be_done_in_time_is_not_begun() {
+    let now = Instant::now();
+    let mut queue = Queue::new(1, 100);
+    assert_eq!(refused(queue.arrive("a", now, ("a", 0), now)), Dropped::Deadline);
+    assert!(matches!(queue.arrive("a", now + AGES, ("a", 0), now), Arrival::Runs));
+    for _ in 0..100 {
+        queue.pace.ended(100 * MILLI);
+    }
+    // The next place is free in about 100 ms, and the release takes as long again.
+    assert_eq!(refused(queue.arrive("a", now + 150 * MILLI, ("a", 1), now)), Dropped::Late);
+    waits(queue.arrive("a", now + 230 * MILLI, ("a", 1), now));
+    assert_eq!(refused(queue.arrive("a", now + 300 * MILLI, ("a", 2), now)), Dropped::Late, "one is ahead of it");
+    // In fair order nobody is ahead of another host's first but one of `a`.
+    assert_eq!(refused(queue.arrive("b", now + 300 * MILLI, ("b", 1), now)), Dropped::Late);
+    waits(queue.arrive("a", now + 500 * MILLI, ("a", 2), now));
+    waits(queue.arrive("b", now + 500 * MILLI, ("b", 1), now));
+    // It took longer than expected: the first one's time is up, the second one's would be. Neither costs `a` its turn.
+    let later = now + 390 * MILLI;
+    queue.end(None);
+    assert_eq!(queue.next(now + 240 * MILLI), Some((("a", 1), Turn::Refused(Dropped::Deadline))));
+    assert_eq!(queue.next(later), Some((("a", 2), Turn::Runs)));
+    queue.end(None);
+    assert_eq!(queue.next(later + 20 * MILLI), Some((("b", 1), Turn::Refused(Dropped::Late))));
+    assert_eq!(queue.next(later), None);
+    assert_eq!((queue.running(), queue.waiting()), (0, 0));
+}
+
+#[test]
+fn bad_times_are_forgotten() {
+    let mut now = Instant::now();
+    let mut queue = Queue::new(2, 100);
+    for _ in 0..2 {
+        assert!(matches!(queue.arrive("a", now + 500 * MILLI, ("a", 0), now), Arrival::Runs));
+    }
+    // The tokens hung.
+    now += 5000 * MILLI;
+    queue.end(Some(5000 * MILLI));
+    queue.end(Some(5000 * MILLI));
+    assert!(queue.pace.run() > 500 * MILLI);
+    // Nobody may wait, but who finds a place runs; and soon the queue knows better.
+    for _ in 0..200 {
+        while matches!(queue.arrive("a", now + 500 * MILLI, ("a", 0), now), Arrival::Runs) {}
+        now += 10 * MILLI;
+        queue.end(Some(10 * MILLI));
+        while queue.next(now).is_some() {}
+    }
+    waits(queue.arrive("b", now + 500 * MILLI, ("b", 0), now));
+}
+
+#[test]
+fn who_is_refused_is_told_when_there_will_be_room() {
+    let now = Instant::now();
+    let (mut queue, _) = queue_of(100, &[("a", 1), ("a", 2), ("a", 3)], now);
+    assert_eq!(queue.retry_after(), 1, "nothing is known yet");
+    for (held, expected) in [(100, 1), (250, 1), (600, 3), (20_000, 30)] {
+        for _ in 0..200 {
+            queue.pace.ended(held * MILLI);
+        }
+        assert_eq!(queue.retry_after(), expected, "{held} ms");
+    }
+    assert_eq!([0, 1, 1000, 1001, 2500].map(|millis| whole_seconds(millis * MILLI)), [1, 1, 1, 2, 3]);
+}
+
+/// Five times as many releases arrive as can be done. All that is done is done in time, and nothing of what could have
+/// been done is lost.
+#[test]
+fn overload_keeps_what_gets_done() {
+    const CONCURRENCY: usize = 8;
+    // 8 at a time of 40 ms each are 200 a second.
+    const CAPACITY: usize = 200;
+    const SECONDS: usize = 30;
+    let deadline = 500 * MILLI;
+    let begun = Instant::now();
+    let mut queue = Queue::<(usize, Instant)>::new(CONCURRENCY, 4096);
+    let mut running: BinaryHeap<Reverse<(Instant, Instant, Instant)>> = BinaryHeap::new();
+    // A linear congruential generator: the run is the same each time.
+    let mut noise = 7_u64;
+    let mut took = || {
+        noise = noise.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        // 10 to 70 ms.
+        10 * MILLI + Duration::from_micros((noise >> 33) % 60_000)
+    };
+    let (mut in_time, mut late, mut waited_for_nothing) = (0, 0, 0);
+    for arrival in 0..SECONDS * CAPACITY * 5 {
+        let now = begun + Duration::from_secs(1) * arrival as u32 / (5 * CAPACITY) as u32;
+        while let Some(Reverse((ends, since, due))) = running.peek().copied()
+            && ends <= now
+        {
+            running.pop();
+            if ends <= due {
+                in_time += 1
+            } else {
+                late += 1
+            }
+            queue.end(Some(ends - since));
+            while let Some(((_, due), turn)) = queue.next(ends) {
+                match turn {
+                    Turn::Runs => running.push(Reverse((ends + took(), ends, due))),
+                    Turn::Refused(_) => waited_for_nothing += 1,
+                }
+            }
+        }
+        let host = ["a", "b", "c"][arrival % 3];
+        if let Arrival::Runs = queue.arrive(host, now + deadline, (arrival, now + deadline), now) {
+            running.push(Reverse((now + took(), now, now + deadline)));
+        }
+        assert_eq!(queue.running(), running.len());
+    }
+    let ratio = in_time as f64 / (SECONDS * CAPACITY) as f64;
+    assert!(ratio > 0.97, "{ratio} of the capacity");
+    assert!(late * 1000 <= in_time, "{late} were late, {in_time} were not");
+    assert!(waited_for_nothing * 20 < in_time, "{waited_for_nothing} waited for nothing");
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Arrive {
+        host: usize,
+        within: u64,
+    },
+    /// One of those that wait goes away.
+    Leave(prop::sample::Index),
+    /// One of those that run ends.
+    End,
+    Pass(u64),
+}
+
+const HOSTS: [&str; 5] = ["a", "b", "c", "d", "e"];
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let step = prop_oneof![
+        6 => (0..HOSTS.len(), 1..400_u64).prop_map(|(host, within)| Step::Arrive { host, within }),
+        1 => any::<prop::sample::Index>().prop_map(Step::Leave),
+        4 => Just(Step::End),
+        2 => (1..40_u64).prop_map(Step::Pass),
+    ];
+    prop::collection::vec(step, 1..300)
+}
+
+/// What has to be true of a queue, kept beside it.
+struct Model {
+    queue: Queue<Caller>,
+    now: Instant,
+    /// When those that run began.
+    running: VecDeque<Instant>,
+    waiting: BTreeMap<Caller, Ticket>,
+    decided: BTreeSet<Caller>,
+    /// For each host that has somebody waiting: who has been started since its own last start, or since it came.
+    passed_by: BTreeMap<&'static str, BTreeSet<&'static str>>,
+}
+
+impl Model {
+    fn arrive(&mut self, caller: Caller, within: Duration, limit: usize) {
+        let (host, now) = (caller.0, self.now);
+        let lengths: BTreeMap<_, _> = HOSTS.map(|host| (host, self.queue.length(host))).into();
+        match self.queue.arrive(host, now + within, caller, now) {
+            Arrival::Runs => {
+                assert!(self.waiting.is_empty(), "runs while others wait");
+                self.running.push_back(now);
+                self.decide(caller);
+            }
+            Arrival::Waits { ticket, evicted } => {
+                self.waiting.insert(caller, ticket);
+                self.passed_by.entry(host).or_default();
+                assert_eq!(evicted.is_some(), lengths.values().sum::<usize>() == limit);
+                if let Some(evicted) = evicted {
+                    let newest = *self.waiting.keys().rfind(|(of, _)| *of == evicted.0).unwrap();
+                    assert_eq!(evicted, newest, "not the newest");
+                    assert_eq!(Some(&lengths[evicted.0]), lengths.values().max(), "not the longest");
+                    assert!(lengths[evicted.0] > lengths[host] + 1);
+                    self.waiting.remove(&evicted);
+                    self.decide(evicted);
+                }
+            }
+            Arrival::Refused(_) => self.decide(caller),
+        }
+    }
+
+    fn decide(&mut self, caller: Caller) {
+        assert!(self.decided.insert(caller), "{caller:?} is told twice");
+    }
+
+    fn end(&mut self) {
+        let Some(since) = self.running.pop_front() else { return };
+        self.queue.end(Some(self.now - since));
+        while let Some((caller, turn)) = self.queue.next(self.now) {
+            let oldest = *self.waiting.keys().find(|(of, _)| *of == caller.0).unwrap();
+            assert_eq!(caller, oldest, "not first come, first served");
+            self.waiting.remove(&caller);
+            self.decide(caller);
+            if self.queue.length(caller.0) == 0 {
+                self.passed_by.remove(caller.0);
+            }
+            if turn == Turn::Runs {
+                self.running.push_back(self.now);
+                for (host, starts) in &mut self.passed_by {
+                    if *host == caller.0 {
+                        starts.clear();
+                    } else {
+                        assert!(starts.insert(caller.0), "{caller:?} is the second one before one of {host}");
+                    }
+                }
+            }
+        }
+    }
+
+    fn check(&mut self, concurrency: usize, limit: usize, arrived: usize) {
+        let queue = &self.queue;
+        assert_eq!(queue.running(), self.running.len());
+        assert_eq!(queue.waiting(), self.waiting.len());
+        assert!(queue.running() <= concurrency && queue.waiting() <= limit);
+        assert!(queue.waiting() == 0 || queue.running() == concurrency, "a free place while somebody waits");
+        assert_eq!(self.decided.len() + self.waiting.len(), arrived, "somebody is lost");
+        let hosts: BTreeSet<_> = self.waiting.keys().map(|(host, _)| *host).collect();
+        assert!(queue.turns.iter().map(|host| &**host).collect::<BTreeSet<_>>() == hosts);
+        assert_eq!((queue.turns.len(), queue.hosts.len()), (hosts.len(), hosts.len()));
+        self.passed_by.retain(|host, _| hosts.contains(host));
+    }
+}
+
+proptest! {
+    #[test]
+    fn whatever_happens(steps in steps(), concurrency in 1..5_usize, limit in 1..12_usize) {
+        let mut model = Model {
+            queue: Queue::new(concurrency, limit),
+            now: Instant::now(),
+            running: VecDeque::new(),
+            waiting: BTreeMap::new(),
+            decided: BTreeSet::new(),
+            passed_by: BTreeMap::new(),
+        };
+        let mut arrived = 0;
+        for step in steps {
+            match step {
+                Step::Arrive { host, within } => {
+                    model.arrive((HOSTS[host], arrived), within as u32 * MILLI, limit);
+                    arrived += 1;
+                }
+                Step::Leave(_) if model.waiting.is_empty() => {}
+                Step::Leave(which) => {
+                    let caller = *which.get(&model.waiting.keys().collect::<Vec<_>>()).to_owned();
+                    let ticket = model.waiting.remove(&caller).unwrap();
+                    prop_assert!(model.queue.leave(&ticket));
+                    model.decide(caller);
+                }
+                Step::End => model.end(),
+                Step::Pass(millis) => model.now += millis as u32 * MILLI,
+            }
+            model.check(concurrency, limit, arrived);
+        }
+        while !model.running.is_empty() {
+            model.end();
+            model.check(concurrency, limit, arrived);
+        }
+        prop_assert!(model.waiting.is_empty(), "never had a turn");
+    }
+
+    /// The place in the order that a newcomer is judged by is the one that it has.
+    #[test]
+    fn ahead_are_those_that_run_before(
+        arrivals in prop::collection::vec((0..HOSTS.len(), any::<bool>()), 1..60),
+        newcomer in 0..HOSTS.len(),
+    ) {
+        let now = Instant::now();
+        let (mut queue, _) = queue_of(1000, &[], now);
+        for (number, (host, ends)) in arrivals.into_iter().enumerate() {
+            waits(queue.arrive(HOSTS[host], now + AGES, (HOSTS[host], number), now));
+            if ends {
+                queue.end(None);
+                queue.next(now);
+            }
+        }
+        let ahead = queue.ahead(HOSTS[newcomer]);
+        waits(queue.arrive(HOSTS[newcomer], now + AGES, ("newcomer", 0), now));
+        let place = order(&mut queue, now).into_iter().position(|caller| caller.0 == "newcomer");
+        prop_assert_eq!(place, Some(ahead));
+    }
+}
