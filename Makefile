@@ -2,7 +2,8 @@
 .PHONY: demo test lint setup setup-demo help
 
 PACKAGES_DEMO = softhsm2
-PACKAGES_TEST = $(PACKAGES_DEMO) opencryptoki opensc xmlsec1 libxml2-utils openssl curl python3-cryptography python3-lxml
+PACKAGES_TEST = $(PACKAGES_DEMO) opencryptoki opensc p11-kit p11-kit-modules xmlsec1 libxml2-utils openssl curl \
+  python3-cryptography python3-lxml
 # C code of the cryptographic and database libraries is compiled.
 PACKAGES_BUILD = gcc libc6-dev make
 

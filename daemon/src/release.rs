@@ -202,7 +202,7 @@ impl<'a> Ours<'a> {
 /// Step 7: an ingress key is right when the protector's own signature says so.
 ///
 /// The cluster asks this of whatever a member decrypted. A ciphertext that does not decrypt and a key whose signature is
-/// wrong go the same way there: known-good operations show that the member is not to blame, a second member is asked, and
+/// wrong go the same way there: known-good operations show that the member is not to blame, others are asked, and
 /// then the same refusal is given.
 fn proved_by_its_signature(verified: &Arc<Verified>) -> Check {
     let verified = Arc::clone(verified);

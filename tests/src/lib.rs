@@ -1,8 +1,9 @@
 //! The harness of the system tests: real daemons on real soft tokens, looked at from outside.
 //!
 //! [`Lab`] is a folder with tokens, keys, a registered host and a tenant; [`Daemon`] is a `claviger` that serves it, and
-//! ends with the value, also when a test fails. [`Lab::behind_faulty`] makes the tokens misbehave on command. Addresses are
-//! always the kernel's choice. No test judges by time: what waits, waits for [`PATIENCE`].
+//! ends with the value, also when a test fails. [`Lab::behind_faulty`] makes the tokens misbehave on command, and
+//! [`Lab::behind_servers`] puts them behind sockets. Addresses are always the kernel's choice. No test judges by time:
+//! what waits, waits for [`PATIENCE`].
 //!
 //! `CLAVIGER_BIN` names the binary to test; without it, it is built.
 #![forbid(unsafe_code)]
@@ -13,6 +14,7 @@ mod daemon;
 mod faulty;
 mod lab;
 mod process;
+mod remote;
 mod scrape;
 
 pub mod protector;
@@ -26,6 +28,7 @@ pub use daemon::Daemon;
 pub use faulty::{Faulty, FaultyMembers, Instances, Stats};
 pub use lab::{ALGORITHMS, HOST, Lab, Options, metadata, open_release, roll_request};
 pub use process::Process;
+pub use remote::Remote;
 pub use scrape::Metrics;
 
 /// How long a test waits for something that has to happen. Only a failure takes this long.

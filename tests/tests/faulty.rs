@@ -31,7 +31,9 @@ async fn faults_reach_their_member(instances: Instances) {
     release(&daemon, &lab, 10).await;
     assert!(daemon.stop().success());
     assert_eq!(faulty.stats("hsm-a").sessions() + faulty.stats("hsm-b").sessions(), 0);
-    assert_eq!(faulty.module_stats("hsm-a").calls("C_Finalize"), 1);
+    // At the end; and before, when an ill member was all that its instance had and was closed.
+    let finalized = faulty.module_stats("hsm-a").calls("C_Finalize");
+    assert!(finalized == 1 || instances == Instances::Own && finalized > 1, "{finalized}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -26,10 +26,15 @@ pub use health::{LastError, MemberState};
 pub use member::MemberStatus;
 use member::{Member, Patience};
 
+/// How often input has to be found wrong before its caller hears of it; by different members where there are as many. One that
+/// is throttled, or wrong now and then, looks the same for a moment, and the known-good operation after it may go right.
+const OPINIONS: usize = 3;
 /// How long key management may take: HSMs search for large primes for a minute and more.
 const MANAGEMENT_PATIENCE: Duration = Duration::from_secs(120);
 /// How long the members together may take to come up before the daemon goes on with those that have.
 const START_PATIENCE: Duration = Duration::from_secs(30);
+/// The same once one of them serves: the others are not to miss the first requests, nor to hold them up.
+const OTHERS_PATIENCE: Duration = Duration::from_secs(3);
 
 /// A result, and how it came about. Printing it leaves out the result, which may be a secret.
 #[derive(Clone)]
@@ -67,6 +72,13 @@ pub struct Cluster {
 struct Entry {
     name: Arc<str>,
     member: Arc<Member>,
+}
+
+/// A member found the input wrong, and was not to blame itself.
+struct Refusal {
+    index: usize,
+    generation: u64,
+    error: HsmError,
 }
 
 impl Cluster {
@@ -135,16 +147,17 @@ impl Cluster {
         }
         self.supervise();
         let mut result = Err(HsmError::NoMember("none came up".to_owned()));
-        let all = async {
-            while let Some(started) = starting.join_next().await {
-                match started {
-                    Ok(Ok(())) => result = Ok(()),
-                    Ok(Err(error)) if result.is_err() => result = Err(error),
-                    _ => {}
+        let mut until = Instant::now() + START_PATIENCE;
+        while let Ok(Some(started)) = tokio::time::timeout_at(until.into(), starting.join_next()).await {
+            match started {
+                Ok(Ok(())) => {
+                    until = until.min(Instant::now() + OTHERS_PATIENCE);
+                    result = Ok(());
                 }
+                Ok(Err(error)) if result.is_err() => result = Err(error),
+                _ => {}
             }
-        };
-        let _ = tokio::time::timeout(START_PATIENCE, all).await;
+        }
         // A probe that still runs goes on.
         starting.detach_all();
         if self.members.iter().any(|entry| entry.member.shared.health().is_up()) { Ok(()) } else { result }
@@ -157,7 +170,7 @@ impl Cluster {
     }
 
     /// Decrypts, on the member that suits best; elsewhere if that failed for the member's own reasons. A result that
-    /// `check` does not accept is asked of a second member, too, and then is the caller's fault.
+    /// `check` does not accept is asked of other members, too, before it is the caller's fault.
     ///
     /// # Errors
     /// [`HsmError::is_data`] tells a bad ciphertext from a cluster that cannot serve.
@@ -308,9 +321,9 @@ impl Cluster {
     async fn anywhere(&self, request: Request, deadline: Instant) -> Result<Done<Answer>, HsmError> {
         let request = Arc::new(request);
         let mut tried = vec![false; self.members.len()];
-        let mut second_round = false;
-        // The member that found the input wrong, and its generation then.
-        let mut refused: Option<(usize, u64, HsmError)> = None;
+        let mut rounds = 1;
+        // The members that found the input wrong and were not to blame themselves.
+        let mut refusals: Vec<Refusal> = Vec::new();
         let mut failed: Option<HsmError> = None;
         let mut retries = 0;
         self.budget().deposit(Instant::now());
@@ -319,25 +332,25 @@ impl Cluster {
             if now >= deadline {
                 return Err(failed.unwrap_or(HsmError::Deadline));
             }
-            let Some((index, alone)) = self.choose(&request, &tried, now) else {
-                if let Some((.., error)) = refused {
-                    return Err(error);
-                }
-                // Everybody has been asked. What failed a moment ago may work again, so who is still up is asked once more.
-                if failed.is_some() && !std::mem::replace(&mut second_round, true) {
-                    tried.fill(false);
-                    continue;
-                }
+            let mut chosen = self.choose(&request, &tried, now);
+            let most_rounds = if refusals.is_empty() { 2 } else { OPINIONS };
+            if chosen.is_none() && rounds < most_rounds && (failed.is_some() || !refusals.is_empty()) {
+                // Everybody has been asked. What failed a moment ago may work again: who is still up is asked once more.
+                rounds += 1;
+                tried.fill(false);
+                chosen = self.choose(&request, &tried, now);
+            }
+            let Some((index, alone)) = chosen else {
                 let nobody = self.nobody(&request);
-                return Err(failed.unwrap_or(nobody));
+                return Err(refusals.pop().map(|refusal| refusal.error).or(failed).unwrap_or(nobody));
             };
             let entry = &self.members[index];
             tried[index] = true;
             let generation = entry.member.shared.generation();
             let error = match entry.member.call(&request, deadline, self.patience(now, deadline, alone)).await {
                 Outcome::Ran(Ok(value)) => {
-                    if let Some((index, generation, HsmError::Refused { wrong })) = refused {
-                        self.members[index].member.shared.contradicted(wrong, generation);
+                    for refusal in refusals {
+                        self.members[refusal.index].member.shared.contradicted(&refusal.error, refusal.generation);
                     }
                     return Ok(Done { value, member: Arc::clone(&entry.name), retries });
                 }
@@ -352,11 +365,10 @@ impl Cluster {
                 return Err(error);
             }
             if matches!(fault.whose, Whose::Caller | Whose::Unclear) {
-                // Two members agree, and neither is to blame.
-                if refused.is_some() {
+                if refusals.len() + 1 == OPINIONS {
                     return Err(error);
                 }
-                refused = Some((index, generation, error));
+                refusals.push(Refusal { index, generation, error });
                 continue;
             }
             if !self.budget().withdraw(Instant::now()) {

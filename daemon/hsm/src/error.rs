@@ -102,7 +102,8 @@ impl HsmError {
 
     /// Whether a member that fails a known-good operation like this does not work: not just late, not just busy elsewhere.
     pub(crate) fn condemns(&self) -> bool {
-        matches!(self, HsmError::NoSuchKey(_)) || self.fault().whose == Whose::Member
+        let fault = self.fault();
+        matches!(self, HsmError::NoSuchKey(_)) || (fault.whose == Whose::Member && fault.fate != Fate::Keep)
     }
 
     /// `device_error` for CKR_DEVICE_ERROR; a word of our own for what is not a return code.

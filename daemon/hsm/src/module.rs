@@ -8,8 +8,10 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
+use std::time::{Duration, Instant};
 
+use crossbeam::channel;
 use cryptoki::context::{CInitializeArgs, CInitializeFlags, Pkcs11};
 use cryptoki::error::{Error, RvError};
 use cryptoki::mechanism::Mechanism;
@@ -25,10 +27,22 @@ use crate::ffi::{self, Direct, TokenFacts};
 
 type Env = BTreeMap<String, String>;
 
-static REGISTRY: Mutex<Registry> = Mutex::new(Registry { instances: Vec::new(), original: BTreeMap::new() });
+/// How long a module may take to initialise at the start before the others are looked after. It goes on meanwhile.
+const GREETING: Duration = Duration::from_secs(5);
+/// How long who initialises or finalises a module has the environment for itself. Behind a call that takes longer, since its
+/// device does not answer, others go on: what it wanted of the environment it has read by then.
+const TURN: Duration = Duration::from_secs(2);
+
+static REGISTRY: Mutex<Registry> =
+    Mutex::new(Registry { instances: Vec::new(), original: BTreeMap::new(), threaded: false });
+/// Since when somebody has the environment for itself.
+static TAKEN: Mutex<Option<Instant>> = Mutex::new(None);
+static FREE: Condvar = Condvar::new();
 
 struct Registry {
     instances: Vec<Instance>,
+    /// A module hangs in a thread of its own: variables can only be changed from now on.
+    threaded: bool,
     /// What the variables that any table names were before the first table was applied.
     original: BTreeMap<String, Option<OsString>>,
 }
@@ -56,8 +70,9 @@ pub(crate) struct Module {
 impl Module {
     /// Hands out the instance for a path and an environment; loads and initialises it for its first user.
     pub(crate) fn acquire(path: &Path, env: &Env) -> Result<Arc<Module>, HsmError> {
+        let _turn = Turn::take();
         let mut registry = registry();
-        registry.apply(env);
+        registry.apply(path, env)?;
         let known = registry
             .instances
             .iter()
@@ -72,8 +87,9 @@ impl Module {
         };
         if registry.instances[index].users == 0 {
             // A module whose device is away may refuse; that is for the session that needs it to find out, and to retry.
-            let fresh = registry.instances[index].module.initialize().unwrap_or_else(|error| {
-                warn!(%error, "module not initialised, will be tried again");
+            let fresh = registry.instances[index].module.greet().unwrap_or_else(|error| {
+                registry.threaded |= matches!(error, HsmError::Hung { .. });
+                warn!(module = %path.display(), %error, "module not initialised, will be tried again");
                 true
             });
             let shared = !fresh && registry.instances.iter().any(|other| other.users > 0 && other.module.path == path);
@@ -93,13 +109,22 @@ impl Module {
 
     /// Gives the instance back; the last user finalises it. May block as long as the vendor likes.
     pub(crate) fn release(self: &Arc<Self>) {
-        let mut registry = registry();
-        let Some(instance) = registry.instances.iter_mut().find(|instance| Arc::ptr_eq(&instance.module, self)) else {
+        let _turn = Turn::take();
+        {
+            let mut registry = registry();
+            let Some(instance) = registry.instances.iter_mut().find(|other| Arc::ptr_eq(&other.module, self)) else {
+                return;
+            };
+            instance.users = instance.users.saturating_sub(1);
+            if instance.users > 0 {
+                return;
+            }
+        }
+        let Ok(_alone) = self.gate.try_write() else {
+            warn!(module = %self.path.display(), "module not finalised: a call hangs in it");
             return;
         };
-        instance.users = instance.users.saturating_sub(1);
-        if instance.users == 0
-            && self.ours.swap(false, Ordering::Relaxed)
+        if self.ours.swap(false, Ordering::Relaxed)
             && let Err(error) = self.pkcs11.clone().finalize()
         {
             warn!(module = %self.path.display(), error = %HsmError::from(error), "module not finalised");
@@ -110,6 +135,11 @@ impl Module {
     pub(crate) fn enter(&self) -> RwLockReadGuard<'_, ()> {
         // Nothing is in there that a panic could have spoilt.
         self.gate.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether who enters now would wait for somebody who initialises or finalises.
+    pub(crate) fn is_shut(&self) -> bool {
+        self.gate.try_read().is_err()
     }
 
     /// A call said that the module is not initialised. The sessions that its members still believe in have no meaning any
@@ -126,8 +156,8 @@ impl Module {
     /// is in a call, and no session is open; `false` when somebody is. May block as long as the vendor likes.
     pub(crate) fn renew(&self) -> Result<bool, HsmError> {
         let Ok(_alone) = self.gate.try_write() else { return Ok(false) };
-        let mut registry = registry();
-        registry.reapply(&self.path, &self.env)?;
+        let _turn = Turn::take();
+        registry().reapply(&self.path, &self.env)?;
         match self.pkcs11.clone().finalize() {
             Ok(()) | Err(Error::Pkcs11(RvError::CryptokiNotInitialized, _)) => {}
             // Some modules that lost their device cannot even say goodbye. Initialising tells whether that matters.
@@ -156,6 +186,25 @@ impl Module {
             lost: AtomicBool::new(false),
             gate: RwLock::new(()),
         })
+    }
+
+    /// Initialises it in a thread of its own: a device that does not answer keeps neither the others nor the daemon.
+    fn greet(self: &Arc<Self>) -> Result<bool, HsmError> {
+        let module = Arc::clone(self);
+        let (tell, told) = channel::bounded(1);
+        let unable = |error: std::io::Error| HsmError::Module { path: self.path.clone(), reason: error.to_string() };
+        let greeting = std::thread::Builder::new().name("hsm greeting".to_owned()).spawn(move || {
+            // Whoever wants to call the module meanwhile hangs with it.
+            let alone = module.gate.write();
+            let result = module.initialize();
+            drop(alone);
+            let _ = tell.send(result);
+        });
+        let greeting = greeting.map_err(unable)?;
+        let result = told.recv_timeout(GREETING).map_err(|_| HsmError::Hung { op: "C_Initialize" })?;
+        // Variables may be made and removed again only when the thread is gone.
+        let _ = greeting.join();
+        result
     }
 
     /// Whether the call did anything: `false` when the library was initialised already.
@@ -251,9 +300,12 @@ impl Module {
 impl Registry {
     /// Makes the process environment what a module with this table has to see: its own variables set, those that only other
     /// tables name as they were.
-    fn apply(&mut self, env: &Env) {
+    fn apply(&mut self, path: &Path, env: &Env) -> Result<(), HsmError> {
         for name in env.keys() {
             self.original.entry(name.clone()).or_insert_with(|| std::env::var_os(name));
+        }
+        if self.threaded {
+            return self.reapply(path, env);
         }
         for (name, original) in &self.original {
             match env.get(name) {
@@ -261,6 +313,7 @@ impl Registry {
                 None => ffi::set_var(name, original.as_deref()),
             }
         }
+        Ok(())
     }
 
     /// The same for an instance that is initialised again while other threads live. Variables can then be changed but
@@ -298,10 +351,40 @@ fn registry() -> MutexGuard<'static, Registry> {
     REGISTRY.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// The environment for oneself, for a while.
+struct Turn(Instant);
+
+impl Turn {
+    fn take() -> Turn {
+        let mut taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
+        while let Some(left) = taken.and_then(|since| TURN.checked_sub(since.elapsed())).filter(|left| !left.is_zero())
+        {
+            taken = FREE.wait_timeout(taken, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        let now = Instant::now();
+        *taken = Some(now);
+        Turn(now)
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        let mut taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
+        // Somebody else's by now, if it took too long.
+        if *taken == Some(self.0) {
+            *taken = None;
+            FREE.notify_one();
+        }
+    }
+}
+
 /// Lets every variable that any member's table names exist, so that it can be changed later. The last step before other
 /// threads exist.
 pub(crate) fn settle_env() {
     let registry = registry();
+    if registry.threaded {
+        return;
+    }
     for instance in &registry.instances {
         for (name, value) in &instance.module.env {
             if std::env::var_os(name).is_none() {

@@ -12,6 +12,9 @@ use crate::policy::pick::Latency;
 /// What a member is expected to take for a call before anything is known.
 const FIRST_GUESS: Duration = Duration::from_millis(10);
 
+/// How long a member that failed may go unheard of before it is asked how it is.
+const DOUBT: Duration = Duration::from_millis(300);
+
 /// What a member is doing, for people and metrics.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum MemberState {
@@ -94,6 +97,8 @@ pub(crate) struct Health {
     has_been_up: bool,
     /// For which `since` it was said that the module does not come back.
     said_module: Option<SystemTime>,
+    /// When it last failed, if nothing came back since.
+    doubt: Option<Instant>,
 }
 
 impl Health {
@@ -114,6 +119,7 @@ impl Health {
             closings: 0,
             has_been_up: false,
             said_module: None,
+            doubt: None,
         }
     }
 
@@ -129,6 +135,7 @@ impl Health {
     pub(crate) fn succeeded(&mut self, took: Duration, now: Instant) {
         self.latency.observe(took, now);
         self.breaker.success(now);
+        self.doubt = None;
     }
 
     /// A failure that the member is to blame for; whether that closed it.
@@ -140,10 +147,21 @@ impl Health {
         } else {
             self.breaker.failure(now, fastrand::f64())
         };
+        self.doubt = Some(now);
         if closed {
             self.say_closed(error, now);
         }
         closed
+    }
+
+    /// Whether a member that is up is to show that it works: who has failed is avoided as long as others idle, so that it takes
+    /// long until calls find out. Once for a failure.
+    pub(crate) fn is_in_doubt(&mut self, now: Instant) -> bool {
+        let due = self.is_up() && self.doubt.is_some_and(|at| now.saturating_duration_since(at) >= DOUBT);
+        if due {
+            self.doubt = None;
+        }
+        due
     }
 
     /// Closes the member at once; whether it was open.
@@ -184,10 +202,11 @@ impl Health {
                 let was_probing = self.breaker.state() == State::Probing;
                 self.breaker.probe_succeeded(now);
                 if was_probing && self.is_up() {
-                    // A low guess that fades like any result: the probe opened a session, too, and a member that looks slow
-                    // for that would get no call for long.
+                    // A probe opens a session as well, which calls do not, and a guess never fades: as either, its time
+                    // would leave the member idle for as long as others are faster than that.
                     self.latency = Latency::new(FIRST_GUESS);
                     self.latency.observe(took.min(FIRST_GUESS), now);
+                    self.doubt = None;
                     self.since = SystemTime::now();
                     let down = now.saturating_duration_since(self.down_since);
                     if std::mem::replace(&mut self.has_been_up, true) {

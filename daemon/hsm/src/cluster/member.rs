@@ -45,6 +45,8 @@ const MOST_LACKING: usize = 64;
 const SILENCE: Duration = Duration::from_secs(10);
 /// How long to wait at the end for calls that are still at the token.
 const CLOSE_PATIENCE: Duration = Duration::from_secs(10);
+/// The same when there are none that anybody waits for, and only sessions are to be closed.
+const CLOSE_QUICKLY: Duration = Duration::from_secs(1);
 
 /// How a token decrypts with certain OAEP parameters.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -483,12 +485,13 @@ impl Member {
     /// Asks for known-good operations on a session of the member.
     pub(crate) async fn probe(self: &Arc<Self>, patience: Patience) -> Result<Duration, HsmError> {
         let deadline = Instant::now() + OPEN_PATIENCE;
+        let generation = self.shared.generation();
         let started = Instant::now();
         match self.direct(&Arc::new(Request::Probe), deadline, patience).await {
             Ok(_) => Ok(started.elapsed()),
             Err(error) => {
                 // Who cannot do this much cannot serve, whatever it looked like.
-                if self.shared.health().is_up() && error.condemns() {
+                if generation == self.shared.generation() && self.shared.health().is_up() && error.condemns() {
                     self.trip(&error);
                 }
                 Err(error)
@@ -597,30 +600,43 @@ impl Member {
     /// Ends all sessions and gives the module back. Calls that are at the token run to their end.
     pub(crate) async fn close(&self) {
         let shared = &self.shared;
-        {
+        let was_up = {
             let mut health = shared.health();
             if health.is_closed() {
                 return;
             }
+            let was_up = health.is_up();
             health.close();
-        }
+            was_up
+        };
         shared.turn_away(&shared.not_serving());
         self.pool.close();
-        let patience = Instant::now() + CLOSE_PATIENCE;
+        let begun = Instant::now();
         while shared.live_threads.load(Ordering::Acquire) > 0 {
-            if Instant::now() >= patience {
+            let awaited = was_up && shared.desks().iter().any(|desk| desk.busy_since().is_some());
+            if begun.elapsed() >= if awaited { CLOSE_PATIENCE } else { CLOSE_QUICKLY } {
                 // Finalising under a call that hangs would take the process down.
                 warn!(member = shared.name, "calls hang at the token, its module is not finalised");
                 return;
             }
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
+        if shared.module.is_shut() {
+            warn!(member = shared.name, "its module hangs, and is not finalised");
+            return;
+        }
         let shared = Arc::clone(shared);
-        let closing = tokio::task::spawn_blocking(move || {
-            drop(lock(&lock(&shared.login)).take());
+        let (tell, told) = oneshot::channel();
+        // Not one of tokio's threads: the runtime's end would wait for a module that hangs.
+        let closing = std::thread::Builder::new().name(format!("hsm {} close", self.shared.name)).spawn(move || {
+            {
+                let _gate = shared.module.enter();
+                drop(lock(&lock(&shared.login)).take());
+            }
             shared.module.release();
+            let _ = tell.send(());
         });
-        if closing.await.is_err() {
+        if closing.is_err() || !matches!(tokio::time::timeout(CLOSE_PATIENCE, told).await, Ok(Ok(()))) {
             warn!(member = self.shared.name, "closing failed");
         }
     }
@@ -742,22 +758,21 @@ impl Shared {
         ["decrypt", "sign"].into_iter().any(|op| first_known(&known, op).is_some_and(|first| first.key() == Some(key)))
     }
 
-    /// Another member's answer proved that this one's was wrong.
-    pub(crate) fn contradicted(self: &Arc<Self>, wrong: bool, generation: u64) {
-        let error = HsmError::WrongAnswer;
+    /// Another member's answer proved that this one's `refusal` was wrong.
+    pub(crate) fn contradicted(self: &Arc<Self>, refusal: &HsmError, generation: u64) {
         if generation != self.generation() {
             return;
         }
         let now = Instant::now();
         // An error may be a busy token's; a wrong result is nothing but wrong.
-        let closed = if wrong {
-            self.health().trip(&error, now)
+        let (error, closed) = if matches!(refusal, HsmError::Refused { wrong: true }) {
+            let error = HsmError::WrongAnswer;
+            let closed = self.health().trip(&error, now);
+            (error, closed)
         } else {
-            self.health().failed(
-                &self.token_error("refused what another member accepts".to_owned()),
-                Duration::ZERO,
-                now,
-            )
+            let error = self.token_error("refused what another member accepts".to_owned());
+            let closed = self.health().failed(&error, Duration::ZERO, now);
+            (error, closed)
         };
         if closed {
             self.observe(Event::Closed);

@@ -2,11 +2,12 @@
 //! has a module initialised anew when nothing of it is in use any more.
 
 use std::sync::Arc;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use cryptoki::error::RvError;
-use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::MissedTickBehavior;
+use tracing::warn;
 
 use super::Cluster;
 use super::member::{Member, Patience};
@@ -39,13 +40,18 @@ impl Cluster {
                     let wanted = members.iter().any(|member| member.wants_module());
                     if wanted && members.iter().all(|member| member.is_out_of_module()) {
                         let members = members.clone();
-                        *renewing = Some(spawn_blocking(move || renew(&members)));
+                        // Not one of tokio's: the runtime's end would wait for a module that hangs.
+                        let renewal = thread::Builder::new().name("hsm renewal".to_owned());
+                        match renewal.spawn(move || renew(&members)) {
+                            Ok(task) => *renewing = Some(task),
+                            Err(error) => warn!(%error, "no thread to initialise a module anew"),
+                        }
                         continue;
                     }
                     for member in members.iter() {
-                        if member.is_silent(now) {
+                        // A member that is up and failed, or was not heard of for long, is asked; that closes it if it went wrong.
+                        if member.is_silent(now) || member.shared.health().is_in_doubt(now) {
                             let (member, patience) = (Arc::clone(member), cluster.probe_patience());
-                            // It closes the member if that went wrong.
                             tokio::spawn(async move { member.probe(patience).await });
                         } else if member.shared.health().may_probe(now) {
                             tokio::spawn(probe(Arc::clone(member), cluster.probe_patience()));
@@ -93,7 +99,10 @@ pub(super) async fn probe(member: Arc<Member>, patience: Patience) -> Result<(),
 /// Finalises and initialises the members' module. Blocks.
 fn renew(members: &[Arc<Member>]) {
     let Some(first) = members.first() else { return };
-    members.iter().for_each(|member| member.forget_login());
+    {
+        let _gate = first.shared.module.enter();
+        members.iter().for_each(|member| member.forget_login());
+    }
     match first.shared.module.renew() {
         Ok(true) => members.iter().for_each(|member| member.module_renewed()),
         // Somebody came in between; the next look decides anew.
