@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde::Serialize;
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
@@ -41,11 +42,12 @@ const MAX_CONNECTIONS: usize = 64;
 const PATH_LIMIT: usize = 107;
 
 /// Who sent a request, as the kernel says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Peer {
     /// User id.
     pub uid: u32,
     /// Process id, where the kernel tells it.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub pid: Option<i32>,
 }
 
@@ -201,19 +203,6 @@ impl AdminSocket {
             tracing::warn!("an administrator's command is cut: it took too long");
         }
     }
-}
-
-/// [`AdminSocket::bind`] and [`AdminSocket::serve`] in one.
-///
-/// # Errors
-/// As [`AdminSocket::bind`].
-pub async fn serve<H, F>(path: &Path, handler: H, shutdown: impl Future<Output = ()>) -> Result<(), AdminError>
-where
-    H: Fn(Value, Peer) -> F + Send + Sync + 'static,
-    F: Future<Output = Result<Value, String>> + Send + 'static,
-{
-    AdminSocket::bind(path)?.serve(handler, shutdown).await;
-    Ok(())
 }
 
 fn log_panic(ended: Result<(), tokio::task::JoinError>) {

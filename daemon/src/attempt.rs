@@ -6,6 +6,7 @@ use data_encoding::HEXLOWER;
 use ring::digest;
 use tokio::sync::watch;
 
+use crate::admin::Peer;
 use crate::audit::Entry;
 
 /// A request in progress.
@@ -13,8 +14,12 @@ use crate::audit::Entry;
 pub struct Attempt {
     /// The request's id.
     pub request: String,
+    /// The administrator, where it is a command.
+    pub by: Option<Peer>,
     /// The registered name of the host, once it is known.
     pub host: Option<String>,
+    /// SHA-256 of the key of the host that a command is about, hexadecimal.
+    pub key: Option<String>,
     /// SHA-256 of the ingress protector, hexadecimal.
     pub protector: Option<String>,
     /// Thumbprint of the owner's signing certificate, hexadecimal.
@@ -58,7 +63,9 @@ impl Attempt {
     pub fn new(request: String) -> Self {
         Self {
             request,
+            by: None,
             host: None,
+            key: None,
             protector: None,
             owner: None,
             hsm: None,
@@ -76,15 +83,9 @@ impl Attempt {
     /// An item of this request, numbered from 1, that is decided by itself.
     #[must_use]
     pub fn item(&self, number: usize) -> Self {
-        Self {
-            request: format!("{}.{number}", self.request),
-            host: self.host.clone(),
-            protector: None,
-            owner: None,
-            hsm: None,
-            started: self.started,
-            caller: self.caller.clone(),
-        }
+        let caller = self.caller.clone();
+        let request = format!("{}.{number}", self.request);
+        Self { host: self.host.clone(), started: self.started, caller, ..Self::new(request) }
     }
 
     /// When the request arrived.
@@ -123,7 +124,9 @@ impl Attempt {
             time: SystemTime::now(),
             request: self.request.clone(),
             event: event.to_owned(),
+            by: self.by,
             host: self.host.clone(),
+            key: self.key.clone(),
             outcome: outcome.to_owned(),
             protector: self.protector.clone(),
             owner: self.owner.clone(),

@@ -18,6 +18,8 @@ use time::OffsetDateTime;
 use time::macros::format_description;
 use tokio::sync::oneshot;
 
+use crate::admin::Peer;
+
 /// Most records that are written, and forced to the disk, together.
 const GROUP: usize = 256;
 
@@ -34,10 +36,17 @@ pub struct Entry {
     pub request: String,
     /// `release`, `attest`, or an administrator's command.
     pub event: String,
-    /// The registered name of the host that asked, as far as it is known.
+    /// The administrator, as the kernel says.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub by: Option<Peer>,
+    /// The registered name of the host that asked, as far as it is known; or of the one that a command is about.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub host: Option<String>,
-    /// `success` or the error's code.
+    /// SHA-256 of the host key's SubjectPublicKeyInfo, lower-case hexadecimal, where a command is about a host.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub key: Option<String>,
+    /// `success` or the error's code. A command has two lines: `requested` before it is done; after it `success`, `failed`,
+    /// or `stored` for a change that has no effect yet.
     pub outcome: String,
     /// SHA-256 of the ingress protector, lower-case hexadecimal.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -45,7 +54,7 @@ pub struct Entry {
     /// Thumbprint of the owner's certificate.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub owner: Option<String>,
-    /// The members that were used.
+    /// The members that were used, or the one that a command is about.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hsm: Option<String>,
     /// How long it took until this record, milliseconds.
@@ -282,7 +291,9 @@ mod tests {
             time: SystemTime::UNIX_EPOCH + Duration::from_millis(1_700_000_000_007),
             request: request.to_owned(),
             event: "release".to_owned(),
+            by: None,
             host: Some("host\nwith \"break\"".to_owned()),
+            key: None,
             outcome: "success".to_owned(),
             protector: None,
             owner: Some("ab".to_owned()),

@@ -1,6 +1,7 @@
 //! Many releases in one request (protocol page, section 2.7): the health certificate is judged once, the protectors are
 //! released side by side over the cluster, and one bad protector does not fail its neighbours.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use claviger_protocol::batch::BatchRequest;
@@ -33,13 +34,14 @@ pub async fn roll(
     let host = healthy_host(service, &request.health_certificate, attempt)?;
     let places = Arc::new(Semaphore::new(SIDE_BY_SIDE));
     let mut items = JoinSet::new();
+    let mut numbers = HashMap::new();
     let count = request.ingress_protectors.len();
     for (at, protector) in request.ingress_protectors.into_iter().enumerate() {
         let (service, host, places) = (service.clone(), host.clone(), places.clone());
         let mut attempt = attempt.item(at + 1);
         // Each item counts: those beyond the host's rate are refused by themselves.
         let within_rate = service.admission.within_rate(&host.host_name);
-        items.spawn(async move {
+        let task = items.spawn(async move {
             // The semaphore is never closed.
             let _place = places.acquire().await;
             attempt.protector(&protector);
@@ -52,13 +54,20 @@ pub async fn roll(
             let result = result.await;
             (at, decide(&service, ApiVersion::V2, &attempt, result).await)
         });
+        numbers.insert(task.id(), at);
     }
     // What a panic took with it is the service's fault.
     let mut results: Vec<_> = (0..count).map(|_| Err(Refusal::internal())).collect();
     while let Some(item) = items.join_next().await {
         match item {
             Ok((at, result)) => results[at] = result,
-            Err(error) => tracing::error!(request = attempt.request, %error, "an item of a batch failed"),
+            Err(error) => {
+                tracing::error!(request = attempt.request, %error, "an item of a batch failed");
+                if let Some(at) = numbers.get(&error.id()) {
+                    let internal = Err(Refusal::internal());
+                    results[*at] = decide(service, ApiVersion::V2, &attempt.item(at + 1), internal).await;
+                }
+            }
         }
     }
     Ok(results)

@@ -13,10 +13,11 @@ use tokio::task::JoinHandle;
 use crate::admin::{AdminError, AdminSocket};
 use crate::admission;
 use crate::admission::Dropped;
-use crate::attest::signer;
+use crate::attest::signer::Keeper;
 use crate::commands;
 use crate::config::{Config, PinError, TokenName};
 use crate::metrics;
+use crate::process;
 use crate::ready::Readiness;
 use crate::routes;
 use crate::server::{self, Drained, Limits, Listener, TlsError, tls_config};
@@ -24,8 +25,12 @@ use crate::service::{Service, ServiceError, observer};
 
 /// How often the state is looked at for changes that another daemon made.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
-/// How often a daemon without an attestation signer tries to make one.
-const SIGNER_RETRY: Duration = Duration::from_secs(2);
+
+/// Most connections to the metrics address; more is no scraper's doing.
+const METRICS_CONNECTIONS: usize = 64;
+/// Open files that are neither connections nor sessions on tokens: listeners, the administrators' socket with its own
+/// connections, the state, the audit trail, what the runtime and the vendors' libraries hold.
+const OTHER_FILES: usize = 192;
 
 /// Why a daemon does not start.
 #[derive(Debug, thiserror::Error)]
@@ -106,6 +111,7 @@ pub struct Daemon {
     pub metrics_address: SocketAddr,
     stop: watch::Sender<bool>,
     serving: JoinHandle<Drained>,
+    admin: JoinHandle<()>,
     others: Vec<JoinHandle<()>>,
 }
 
@@ -130,7 +136,7 @@ impl Daemon {
         let listener = Listener::bind(config.server.listen)?.counted();
         let metrics_listener = Listener::bind(config.server.metrics)?;
         let (address, metrics_address) = (listener.local_addr(), metrics_listener.local_addr());
-        let limits = Limits::from(&config.server);
+        let limits = affordable(Limits::from(&config.server), &config);
         let admin_path = config.server.admin_socket();
 
         let opening = tokio::task::spawn_blocking(move || Service::open(config, cluster));
@@ -155,16 +161,17 @@ impl Daemon {
             service_fn(move |request| routes::serve_metrics(of.clone(), readiness.clone(), handle.clone(), request));
         let of = service.clone();
         let commands = move |request, peer| commands::handle(of.clone(), request, peer);
+        let admin = tokio::spawn(admin.serve(commands, wait(stopped)));
         let others = vec![
-            tokio::spawn(keep_signer(service.clone())),
+            tokio::spawn(Keeper::new(service.clone()).run()),
             tokio::spawn(follow_state(service.clone())),
-            tokio::spawn(admin.serve(commands, wait(stopped))),
             // Until the very end: an operator wants to see a stop that takes long.
             tokio::spawn(async move {
+                let limits = Limits { max_connections: METRICS_CONNECTIONS, ..limits };
                 server::run(metrics_listener, None, limits, handler, std::future::pending()).await;
             }),
         ];
-        Ok(Self { service, address, metrics_address, stop, serving, others })
+        Ok(Self { service, address, metrics_address, stop, serving, admin, others })
     }
 
     /// The service's URL, for scripts.
@@ -174,12 +181,16 @@ impl Daemon {
         format!("{scheme}://{}", self.address)
     }
 
-    /// Stops: what was accepted is answered, then the HSM sessions are closed.
+    /// Stops: what was accepted is answered, also at the administrators' socket, then the HSM sessions are closed.
     pub async fn stop(self) {
         let _ = self.stop.send(true);
         match self.serving.await {
             Ok(drained) => tracing::info!(open = drained.open, cut = drained.cut, "all requests are answered"),
             Err(error) => tracing::error!(%error, "serving failed"),
+        }
+        // It ends by itself, and soon: when the commands in progress are done.
+        if let Err(error) = self.admin.await {
+            tracing::error!(%error, "the administrators' socket failed");
         }
         for task in self.others {
             task.abort();
@@ -189,32 +200,38 @@ impl Daemon {
     }
 }
 
-/// Makes the attestation signer when there is none, as soon as an HSM lets it; then keeps it renewed.
-async fn keep_signer(service: Arc<Service>) {
-    let mut said = false;
-    while let Err(error) = signer::renew(&service).await {
-        if !std::mem::replace(&mut said, true) {
-            tracing::warn!(%error, "the attestation signer cannot be made yet; trying again every two seconds");
-        }
-        tokio::time::sleep(SIGNER_RETRY).await;
+/// The limits, as far as the open files suffice for them.
+fn affordable(mut limits: Limits, config: &Config) -> Limits {
+    // A vendor's library may have a file of its own for each session.
+    let sessions: usize = config.hsm.iter().map(|hsm| hsm.sessions).sum();
+    let most = process::affordable_connections(limits.max_connections, OTHER_FILES + METRICS_CONNECTIONS + sessions);
+    if most < limits.max_connections {
+        tracing::warn!(
+            wished = limits.max_connections,
+            most,
+            "the limit on open files is too small for server.max_connections: fewer connections are taken; raise it \
+             (LimitNOFILE= of systemd, ulimit -n)"
+        );
+        limits.max_connections = most;
     }
-    signer::keep_renewed(service).await;
+    limits
 }
 
-/// Takes fresh snapshots when another process has changed the state.
+/// Takes fresh snapshots when another process has changed the state, and tries again where that failed.
 async fn follow_state(service: Arc<Service>) {
+    let mut failing = false;
     loop {
         tokio::time::sleep(LOOK_EVERY).await;
         let of = service.clone();
-        let looked = tokio::task::spawn_blocking(move || match of.with_state(|state| state.changed()) {
-            Ok(true) => of.reload(),
-            Ok(false) => Ok(()),
-            Err(error) => Err(error.into()),
-        });
-        match looked.await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::error!(%error, "the state cannot be read again"),
-            Err(error) => tracing::error!(%error, "the state cannot be read again"),
+        let followed = tokio::task::spawn_blocking(move || of.follow().map_err(|error| error.to_string()));
+        let result = followed.await.unwrap_or_else(|error| Err(error.to_string()));
+        if let Err(error) = &result
+            && !failing
+        {
+            tracing::error!(error, "the state cannot be read; trying again every second (this is logged once)");
+        } else if result.is_ok() && failing {
+            tracing::info!("the state is read again");
         }
+        failing = result.is_err();
     }
 }

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use claviger_hsm::{Hash, HsmError, KeyId, KnownGood, Oaep, SignScheme};
 use claviger_protocol::algorithm::{self, SignatureAlgorithm};
@@ -12,11 +13,15 @@ use claviger_protocol::protector::Signature;
 use claviger_protocol::rsa_key::RsaPublicKey;
 use ring::digest;
 use ring::rand::{SecureRandom, SystemRandom};
-use tokio::sync::OnceCell;
+use tokio::sync::Mutex;
 use zeroize::Zeroizing;
 
-use crate::service::{Service, signed_by};
+use crate::service::{OWN_DEADLINE, Service, signed_by};
 use crate::state::{self, Kind};
+
+/// How long nobody tries again to sign the metadata document after no HSM did: in an outage, requests for it must not wait
+/// in line for one failure after the other.
+const FAILURE_HOLDS: Duration = Duration::from_secs(1);
 
 /// A snapshot of the enabled certificates. Keys are found by SubjectPublicKeyInfo, so that a certificate that was
 /// renewed with the same key goes on working.
@@ -30,7 +35,20 @@ pub struct Keys {
     /// With the primary ones first.
     all: Vec<(Kind, Key)>,
     other_signing: Vec<Vec<u8>>,
-    metadata: OnceCell<Arc<Vec<u8>>>,
+    /// What this was read from.
+    rows: Vec<state::Certificate>,
+    /// Locked while it is signed: who comes meanwhile waits for the outcome instead of asking the HSMs, too.
+    metadata: Mutex<Metadata>,
+}
+
+/// The metadata document, as far as it was tried.
+#[derive(Debug, Default)]
+enum Metadata {
+    #[default]
+    Unsigned,
+    Signed(Arc<Vec<u8>>),
+    /// No HSM signed it, at this time.
+    Failed(Instant),
 }
 
 /// A certificate, and where its private key is.
@@ -68,7 +86,7 @@ impl Keys {
     ///
     /// # Errors
     /// A certificate that is not one, or whose key is weak.
-    pub fn new(certificates: &[state::Certificate]) -> Result<Self, CertificateError> {
+    pub fn new(certificates: Vec<state::Certificate>) -> Result<Self, CertificateError> {
         let mut keys = Self::default();
         for entry in certificates.iter().filter(|c| c.enabled) {
             let certificate = Certificate::parse(&entry.der)?;
@@ -87,7 +105,14 @@ impl Keys {
                 (Kind::Encryption, false) => {}
             }
         }
+        keys.rows = certificates;
         Ok(keys)
+    }
+
+    /// Whether this is what [`Keys::new`] would make of `certificates`.
+    #[must_use]
+    pub fn are_of(&self, certificates: &[state::Certificate]) -> bool {
+        self.rows == certificates
     }
 
     /// The private key that decrypts what was encrypted to `public`.
@@ -114,7 +139,8 @@ impl Keys {
         self.all.iter().filter_map(|(kind, key)| key.known_good(*kind)).collect()
     }
 
-    /// The metadata document. Its three signatures are made once for each change of the certificates.
+    /// The metadata document. Its three signatures are made once for each change of the certificates, and after a failure
+    /// not before a moment has passed.
     ///
     /// # Errors
     /// 500 when there is no primary certificate, 503 when no HSM signs.
@@ -122,11 +148,24 @@ impl Keys {
         let missing = |kind| Refusal::new(Code::Internal, format!("Primary {kind} Certificate not found"));
         let encryption = self.primary_encryption.as_ref().ok_or_else(|| missing("Encryption"))?;
         let signing = self.primary_signing.as_ref().ok_or_else(|| missing("Signing"))?;
-        let document = self.metadata.get_or_try_init(|| self.sign_metadata(service, encryption, signing)).await;
-        document.cloned().map_err(|error| {
-            tracing::warn!(%error, "the metadata document cannot be signed");
-            Refusal::new(Code::ServiceUnavailable, "no HSM can sign now; try again")
-        })
+        let unavailable = || Refusal::new(Code::ServiceUnavailable, "no HSM can sign now; try again");
+        let mut metadata = self.metadata.lock().await;
+        match &*metadata {
+            Metadata::Signed(document) => return Ok(document.clone()),
+            Metadata::Failed(at) if at.elapsed() < FAILURE_HOLDS => return Err(unavailable()),
+            Metadata::Failed(_) | Metadata::Unsigned => {}
+        }
+        match self.sign_metadata(service, encryption, signing).await {
+            Ok(document) => {
+                *metadata = Metadata::Signed(document.clone());
+                Ok(document)
+            }
+            Err(error) => {
+                tracing::warn!(%error, "the metadata document cannot be signed");
+                *metadata = Metadata::Failed(Instant::now());
+                Err(unavailable())
+            }
+        }
     }
 
     async fn sign_metadata(
@@ -135,8 +174,9 @@ impl Keys {
         encryption: &Key,
         signing: &Key,
     ) -> Result<Arc<Vec<u8>>, HsmError> {
+        let deadline = Instant::now() + OWN_DEADLINE;
         let sign = async |octets: &[u8]| {
-            let value = service.sign(&signing.id, signing.certificate.key(), octets).await?.value;
+            let value = service.sign(&signing.id, signing.certificate.key(), octets, deadline).await?.value;
             Ok::<_, HsmError>(Signature { algorithm: SignatureAlgorithm::DEFAULT, parameters: None, value })
         };
         let information = GuardianInformation {
@@ -148,7 +188,39 @@ impl Keys {
         };
         // The communications certificate is the primary signing one.
         let unsigned = information.unsigned(signing.certificate.der());
-        let signature = service.sign(&signing.id, signing.certificate.key(), unsigned.signed_octets()).await?.value;
+        let signature = sign(unsigned.signed_octets()).await?.value;
         Ok(Arc::new(unsigned.finish(&signature)))
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn in_an_outage_the_first_failure_answers_all() {
+        let (_folder, service) = crate::service::testing::service();
+        let der = crate::service::testing::certificate();
+        let row = |kind| state::Certificate {
+            thumbprint: String::new(),
+            kind,
+            der: der.clone(),
+            key_id: b"id".to_vec(),
+            spki: b"spki".to_vec(),
+            is_primary: true,
+            enabled: true,
+            added: 1,
+        };
+        let keys = Keys::new(vec![row(Kind::Encryption), row(Kind::Signing)]).unwrap();
+        let failed = async || {
+            assert_eq!(keys.metadata(&service).await.unwrap_err().code, Code::ServiceUnavailable);
+            let Metadata::Failed(at) = *keys.metadata.lock().await else { panic!("signed") };
+            at
+        };
+        let first = failed().await;
+        assert_eq!(failed().await, first, "tried again at once");
+        *keys.metadata.lock().await = Metadata::Failed(first.checked_sub(FAILURE_HOLDS).unwrap());
+        assert!(failed().await > first, "never tried again");
     }
 }

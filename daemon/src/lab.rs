@@ -191,9 +191,7 @@ impl Lab {
     }
 
     fn make_tokens(&mut self, hsms: usize) -> Result<(), LabError> {
-        let module = std::env::var_os(MODULE_VARIABLE).map(PathBuf::from);
-        let mut modules = module.into_iter().chain(MODULES.into_iter().map(PathBuf::from));
-        let module = modules.find(|path| path.exists()).ok_or(LabError::NoSoftHsm)?;
+        let module = softhsm()?;
         let softhsm2_conf = self.dir.join("softhsm2.conf");
         let tokens = self.dir.join("tokens");
         let text =
@@ -234,7 +232,7 @@ impl Lab {
             return Ok(());
         }
         cluster.start().await?;
-        let state = State::open(&self.config.server.state)?;
+        let mut state = State::open(&self.config.server.state)?;
         for (kind, name, usage) in [
             (Kind::Signing, "Claviger demo guardian signing", HsmKeyUsage::Sign),
             (Kind::Encryption, "Claviger demo guardian encryption", HsmKeyUsage::Decrypt),
@@ -323,6 +321,13 @@ impl Lab {
 
 /// The two key pairs of a tenant.
 const OWNER_ROLES: [&str; 2] = ["signing", "encryption"];
+
+/// SoftHSM2's module.
+pub(crate) fn softhsm() -> Result<PathBuf, LabError> {
+    let module = std::env::var_os(MODULE_VARIABLE).map(PathBuf::from);
+    let mut modules = module.into_iter().chain(MODULES.into_iter().map(PathBuf::from));
+    modules.find(|path| path.exists()).ok_or(LabError::NoSoftHsm)
+}
 
 /// `hsm-a` … `hsm-z`, `hsm-27` …
 fn member_name(at: usize) -> String {

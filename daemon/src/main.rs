@@ -96,6 +96,7 @@ fn run(command: Command) -> Result<ExitCode, Failure> {
     match command {
         Command::Serve { config } => {
             process::no_core_dumps()?;
+            process::raise_open_files()?;
             let file = config;
             let config = Config::load(&file)?;
             let cluster = load_cluster(&config)?;
@@ -116,6 +117,7 @@ fn run(command: Command) -> Result<ExitCode, Failure> {
         }
         Command::Demo { dir, listen, metrics, hsms, vms, exit } => {
             process::no_core_dumps()?;
+            process::raise_open_files()?;
             let begun = Instant::now();
             print::line("Claviger demo: a guarded host gets the keys of a tenant's virtual machines\n");
             let lab = Lab::prepare(&dir, listen, metrics, hsms.into())?;

@@ -1,9 +1,9 @@
-//! What the process as a whole owes to the keys in its memory, and the signals that end it.
+//! What the process as a whole owes to the keys in its memory, the files it may open, and the signals that end it.
 
 use std::future::Future;
 use std::io;
 
-use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
+use rustix::process::{DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Makes sure that no core dump and no debugger of the same user gets to see keys and PINs in this process's memory.
@@ -17,6 +17,29 @@ pub fn no_core_dumps() -> io::Result<()> {
     // The limit does not hold for a core pattern that pipes to a program; not being dumpable does.
     set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
     Ok(())
+}
+
+/// Lets this process open as many files as the system allows it: the usual soft limit of 1024 is far below the connections
+/// that a daemon may have, and every one is a file. To be called before anything listens.
+///
+/// # Errors
+/// What the operating system says; raising the soft limit to the hard one needs no privilege.
+pub fn raise_open_files() -> io::Result<()> {
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    Ok(setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum })?)
+}
+
+/// How many connections there can be when that many are wished for and `reserve` files are needed for everything else: fewer
+/// than wished for, but at least one, where the limit on open files says so.
+#[must_use]
+pub fn affordable_connections(wished: usize, reserve: usize) -> usize {
+    affordable(wished, reserve, getrlimit(Resource::Nofile).current)
+}
+
+fn affordable(wished: usize, reserve: usize, limit: Option<u64>) -> usize {
+    // No limit, or one that does not fit, is none.
+    let limit = limit.and_then(|limit| usize::try_from(limit).ok()).unwrap_or(usize::MAX);
+    wished.min(limit.saturating_sub(reserve).max(1))
 }
 
 /// A future that ends, with the signal's name, when the process is told to stop by `SIGTERM` or `SIGINT`.
@@ -44,9 +67,17 @@ mod tests {
     #[test]
     fn nothing_of_the_process_is_dumped() {
         no_core_dumps().unwrap();
-        let limit = rustix::process::getrlimit(Resource::Core);
+        let limit = getrlimit(Resource::Core);
         assert_eq!((limit.current, limit.maximum), (Some(0), Some(0)));
         assert_eq!(rustix::process::dumpable_behavior().unwrap(), DumpableBehavior::NotDumpable);
+    }
+
+    #[test]
+    fn connections_are_what_the_open_files_leave_room_for() {
+        assert_eq!(affordable(10_000, 300, None), 10_000);
+        assert_eq!(affordable(10_000, 300, Some(10_300)), 10_000);
+        assert_eq!(affordable(10_000, 300, Some(1024)), 724);
+        assert_eq!(affordable(10_000, 300, Some(100)), 1);
     }
 
     #[tokio::test]

@@ -161,7 +161,9 @@ fn glance(service: &Service, body: &[u8], attempt: &mut Attempt) -> Result<(), R
     if !service.admission.is_busy() {
         return Ok(());
     }
-    let known = RollRequest::glance(body).and_then(|certificate| service.health.known(&certificate, unix_now()));
+    let signers = service.signers.load();
+    let known = RollRequest::glance(body)
+        .and_then(|certificate| service.health.known(&certificate, signers.certificates(), unix_now()));
     let hosts = service.hosts.load();
     let Some(host) = known.filter(|host| hosts.by_name_and_key(&host.host_name, &host.host_key_sha256).is_some())
     else {

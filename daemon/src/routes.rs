@@ -151,14 +151,34 @@ impl Answer {
 /// line, and a panic costs one request. A release that still waits for its turn notices, and leaves the queue.
 pub async fn serve(service: Arc<Service>, request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
     let id = request_id();
-    let family = Family::of(&request.uri().path().to_ascii_lowercase());
+    let path = request.uri().path().to_ascii_lowercase();
     let (caller, _present) = Caller::new();
-    let work = tokio::spawn(answer(service, request, id.clone(), caller));
-    let answer = work.await.unwrap_or_else(|error| {
-        tracing::error!(request = id, %error, "a request failed");
-        family.error(Code::Internal, &Refusal::internal().message)
-    });
+    let work = tokio::spawn(answer(service.clone(), request, id.clone(), caller));
+    let answer = match work.await {
+        Ok(answer) => answer,
+        Err(error) => {
+            tracing::error!(request = id, %error, "a request failed");
+            failed(&service, &path, id.clone()).await
+        }
+    };
     Ok(answer.into_response(&id))
+}
+
+/// The answer to a request whose task panicked: 500, recorded and counted like any other decision.
+async fn failed(service: &Service, path: &str, id: String) -> Answer {
+    let refusal = Refusal::internal();
+    let endpoint = RESOURCES.iter().find(|(known, ..)| *known == path).map(|(.., endpoint)| *endpoint);
+    match endpoint {
+        Some(Endpoint::Roll(api)) => Answer::release(decide(service, api, &Attempt::new(id), Err(refusal)).await),
+        Some(Endpoint::RollBatch) => {
+            Answer::release(decide(service, ApiVersion::V2, &Attempt::new(id), Err(refusal)).await)
+        }
+        Some(Endpoint::HostKeyAttest | Endpoint::OtherMode) => {
+            let reply = ErrorReply::Error { status: refusal.code.status() };
+            finish_attestation(service, &Attempt::new(id), Err((reply, refusal.message))).await
+        }
+        _ => Family::of(path).error(refusal.code, &refusal.message),
+    }
 }
 
 async fn answer(service: Arc<Service>, request: Request<Incoming>, id: String, caller: Caller) -> Answer {
@@ -189,7 +209,8 @@ async fn answer(service: Arc<Service>, request: Request<Incoming>, id: String, c
         Err(BodyError::TooLarge) => {
             return family.error(Code::RequestTooLarge, &format!("the body is larger than {limit} octets"));
         }
-        Err(error) => return Answer { status: 408, ..Answer::ok(TEXT, error.to_string()) },
+        Err(error @ BodyError::Timeout) => return family.error(Code::RequestTimeout, &error.to_string()),
+        Err(error @ BodyError::Broken) => return family.error(Code::InvalidRequest, &error.to_string()),
     };
     match endpoint {
         Endpoint::Roll(api) => roll(&service, *api, &body, Attempt::new(id).asked_by(caller)).await,
@@ -401,6 +422,27 @@ mod tests {
             assert_eq!(*path, path.to_ascii_lowercase());
             assert!(RESOURCES[..at].iter().all(|(other, ..)| other != path));
         }
+    }
+
+    #[tokio::test]
+    async fn a_request_that_panicked_is_on_record() {
+        let (_folder, service) = crate::service::testing::service();
+        for (number, (path, media_type, event, outcome)) in [
+            ("/keyprotection/service/v1.0/rolltransportkey", XML, "release", "InternalErrorException"),
+            ("/keyprotection/service/v2.0/rolltransportkeys", XML, "release", "InternalErrorException"),
+            ("/attestation/v2.0/hostkeyattest", JSON, "attest", "ErrorReply"),
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let answer = failed(&service, path, number.to_string()).await;
+            assert_eq!((answer.status, answer.media_type), (500, media_type));
+            let line = crate::service::testing::trail(&service).pop().unwrap();
+            assert_eq!((&line["event"], &line["outcome"]), (&event.into(), &outcome.into()), "{line}");
+            assert_eq!(line["request"], number.to_string());
+        }
+        assert_eq!(failed(&service, "/attestation/getinfo", String::new()).await.media_type, JSON);
+        assert_eq!(crate::service::testing::trail(&service).len(), 3);
     }
 
     #[test]

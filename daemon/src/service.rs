@@ -14,7 +14,7 @@ use claviger_protocol::algorithm::SignatureAlgorithm;
 use claviger_protocol::rsa_key::RsaPublicKey;
 use claviger_protocol::verify::KnownSignatures;
 use ring::digest;
-use tokio::sync::Semaphore;
+use tokio::sync::{Notify, Semaphore};
 
 use crate::admission::Admission;
 use crate::attest::health_cache::HealthCache;
@@ -25,8 +25,8 @@ use crate::keys::Keys;
 use crate::metrics;
 use crate::state::{Host, State, StateError};
 
-/// How long the daemon's own work (metadata, attestation signers) may take at the HSMs.
-const OWN_DEADLINE: Duration = Duration::from_secs(10);
+/// How long the daemon's own work (the metadata document, an attestation signer) may take at the HSMs.
+pub const OWN_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Memory for the bodies of requests: ten thousand releases of the usual size, or 32 of the largest batches.
 const BODY_KIBIBYTES: usize = 512 * 1024;
@@ -56,6 +56,8 @@ pub struct Service {
     pub hosts: ArcSwap<Hosts>,
     /// The attestation signers.
     pub signers: ArcSwap<Signers>,
+    /// Wakes who looks after the attestation signer: a signature found its key nowhere.
+    pub signer_missing: Notify,
     state: Mutex<State>,
 }
 
@@ -89,18 +91,35 @@ impl Hosts {
     }
 }
 
-/// Why a service cannot be started.
+/// Why a service cannot be started, or its snapshots are not fresh.
 #[derive(Debug, thiserror::Error)]
 pub enum ServiceError {
     /// The state cannot be read.
     #[error(transparent)]
     State(#[from] StateError),
+    /// The registered hosts cannot be read: those that were removed may go on being served.
+    #[error("the registered hosts cannot be read: {0}")]
+    Hosts(StateError),
     /// The audit trail cannot be opened.
     #[error(transparent)]
     Audit(#[from] crate::audit::AuditError),
     /// Something in the state cannot be used.
     #[error("the state holds a certificate that cannot be read: {0}")]
     Certificate(#[from] claviger_protocol::certificate::CertificateError),
+}
+
+/// Why a change is not made, or has no effect yet.
+#[derive(Debug, thiserror::Error)]
+pub enum ChangeError {
+    /// It was not made.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// It was made.
+    #[error("the change is stored but has no effect yet, and the daemon tries every second to take it in: {0}")]
+    NoEffectYet(StateError),
+    /// It may have been made.
+    #[error("the change failed: {0}")]
+    Task(#[from] tokio::task::JoinError),
 }
 
 impl Service {
@@ -123,6 +142,7 @@ impl Service {
             keys: ArcSwap::default(),
             hosts: ArcSwap::default(),
             signers: ArcSwap::default(),
+            signer_missing: Notify::new(),
             state: Mutex::new(state),
             config,
         };
@@ -130,44 +150,74 @@ impl Service {
         Ok(service)
     }
 
-    /// Takes fresh snapshots of everything in the state. Blocks on files.
+    /// Takes fresh snapshots if anybody changed the state since the last ones were complete. Blocks on files.
     ///
     /// # Errors
-    /// See [`ServiceError`]; the snapshots stay as they were.
-    pub fn reload(&self) -> Result<(), ServiceError> {
+    /// See [`ServiceError`]; what cannot be read stays as it was, and the next call tries again.
+    pub fn follow(&self) -> Result<(), ServiceError> {
+        if self.with_state(|state| state.changed())? { self.reload() } else { Ok(()) }
+    }
+
+    fn reload(&self) -> Result<(), ServiceError> {
         self.with_state(|state| {
-            let keys = Keys::new(&state.certificates()?)?;
-            let signers = Signers::new(&state.signers()?)?;
-            let hosts = Hosts::new(state.hosts()?);
-            self.cluster.know(keys.known_good());
-            self.keys.store(Arc::new(keys));
-            self.signers.store(Arc::new(signers));
-            self.hosts.store(Arc::new(hosts));
-            Ok(())
+            state.snapshot(|state| {
+                // First, and whatever is wrong with the rest: a host that was removed is to get nothing more.
+                let hosts = state.hosts().map(|hosts| self.hosts.store(Arc::new(Hosts::new(hosts))));
+                let signers = self.reload_signers(state);
+                let keys = self.reload_keys(state);
+                hosts.map_err(ServiceError::Hosts)?;
+                signers?;
+                keys
+            })
         })
     }
 
+    fn reload_signers(&self, state: &State) -> Result<(), ServiceError> {
+        self.signers.store(Arc::new(Signers::new(&state.signers()?)?));
+        Ok(())
+    }
+
+    /// Keys that have not changed stay the same value, and with them the metadata document that was signed.
+    fn reload_keys(&self, state: &State) -> Result<(), ServiceError> {
+        let certificates = state.certificates()?;
+        if !self.keys.load().are_of(&certificates) {
+            let keys = Keys::new(certificates)?;
+            self.cluster.know(keys.known_good());
+            self.keys.store(Arc::new(keys));
+        }
+        Ok(())
+    }
+
     /// Works with the state. Blocks on files: not for a thread that serves requests.
-    pub fn with_state<T>(&self, work: impl FnOnce(&State) -> T) -> T {
+    pub fn with_state<T>(&self, work: impl FnOnce(&mut State) -> T) -> T {
         // A panic in the middle of a transaction rolled it back; the connection is sound.
-        work(&self.state.lock().unwrap_or_else(PoisonError::into_inner))
+        work(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// The same on a thread that may block, followed by fresh snapshots.
     ///
     /// # Errors
-    /// What `work` gives, or that the state cannot be read again.
+    /// What `work` gives, or that its change has no effect yet.
     pub async fn change<T: Send + 'static>(
         self: &Arc<Self>,
-        work: impl FnOnce(&State) -> Result<T, StateError> + Send + 'static,
-    ) -> Result<T, String> {
+        work: impl FnOnce(&mut State) -> Result<T, StateError> + Send + 'static,
+    ) -> Result<T, ChangeError> {
         let service = Arc::clone(self);
         let changed = tokio::task::spawn_blocking(move || {
-            let result = service.with_state(work).map_err(|e| e.to_string())?;
-            service.reload().map_err(|e| e.to_string())?;
-            Ok(result)
+            let result = service.with_state(work);
+            // Also when it failed: what was asked for may have been done before, without an effect so far.
+            let followed = service.follow();
+            let value = result?;
+            match followed {
+                Ok(()) => Ok(value),
+                Err(ServiceError::Hosts(error) | ServiceError::State(error)) => Err(ChangeError::NoEffectYet(error)),
+                Err(error) => {
+                    tracing::error!(%error, "the state cannot be read as a whole");
+                    Ok(value)
+                }
+            }
         });
-        changed.await.map_err(|e| format!("the change failed: {e}"))?
+        changed.await?
     }
 
     /// Signs `message` with RSASSA-PKCS1-v1_5 and SHA-256 in an HSM, for the daemon's own documents. `public` is the key's
@@ -175,9 +225,14 @@ impl Service {
     ///
     /// # Errors
     /// What the cluster says.
-    pub async fn sign(&self, key: &KeyId, public: &RsaPublicKey, message: &[u8]) -> Result<Done<Vec<u8>>, HsmError> {
+    pub async fn sign(
+        &self,
+        key: &KeyId,
+        public: &RsaPublicKey,
+        message: &[u8],
+        deadline: Instant,
+    ) -> Result<Done<Vec<u8>>, HsmError> {
         let digest = digest::digest(&digest::SHA256, message);
-        let deadline = Instant::now() + OWN_DEADLINE;
         let right = Some(signed_by(public, message));
         self.cluster.sign(key, SignScheme::Pkcs1(Hash::Sha256), digest.as_ref(), deadline, right).await
     }
@@ -231,4 +286,137 @@ pub fn request_id() -> String {
     // Without randomness nothing else works either; an id of zeros does no harm.
     let _ = SystemRandom::new().fill(&mut octets);
     data_encoding::HEXLOWER.encode(&octets)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+pub(crate) mod testing {
+    //! A service for unit tests.
+
+    use super::*;
+    use std::sync::OnceLock;
+
+    use crate::config::Hsm;
+    use claviger_hsm::{MemberConfig, Patience, Pin, TokenRef};
+    use claviger_protocol::rsa_key::RsaPrivateKey;
+    use serde_json::Value;
+
+    /// The key of all unit tests: making one takes a while.
+    pub(crate) fn key() -> &'static RsaPrivateKey {
+        static KEY: OnceLock<RsaPrivateKey> = OnceLock::new();
+        KEY.get_or_init(|| RsaPrivateKey::generate(2048).unwrap())
+    }
+
+    /// A certificate of that key (DER); no two are the same.
+    pub(crate) fn certificate() -> Vec<u8> {
+        let template = claviger_protocol::health::signer_template(key().public(), 1, 2).unwrap();
+        template.to_be_signed().unwrap().sign_with(key()).unwrap()
+    }
+
+    /// Its only member, `gone`, is never started: no HSM works for it.
+    pub(crate) fn service() -> (tempfile::TempDir, Arc<Service>) {
+        let folder = tempfile::tempdir().unwrap();
+        let mut config = Config::default();
+        config.server.state = folder.path().join("state");
+        let module = crate::lab::softhsm().unwrap();
+        let member = MemberConfig {
+            name: "gone".to_owned(),
+            module: module.clone(),
+            token: TokenRef::Label("gone".to_owned()),
+            pin: Pin::new("1234".to_owned()),
+            env: config.env.clone(),
+            priority: 0,
+            weight: 1,
+            sessions: 1,
+            queue: 1,
+            batch: 1,
+        };
+        config.hsm.push(Hsm {
+            name: member.name.clone(),
+            module,
+            token: Some("gone".to_owned()),
+            serial: None,
+            pin_file: None,
+            pin_env: None,
+            priority: 0,
+            weight: 1,
+            sessions: 1,
+            env: member.env.clone(),
+        });
+        let patience = Patience { watchdog: Duration::from_secs(1) };
+        let cluster = Cluster::load(vec![member], patience, Arc::new(|_, _| {})).unwrap();
+        (folder, Arc::new(Service::open(config, cluster).unwrap()))
+    }
+
+    /// The lines of its audit trail.
+    pub(crate) fn trail(service: &Service) -> Vec<Value> {
+        let text = std::fs::read_to_string(service.config.server.audit_file()).unwrap();
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::testing::{certificate, service};
+    use super::*;
+    use crate::state::{Kind, NewCertificate};
+    use rusqlite::Connection;
+
+    fn sql(service: &Service, sql: &str) {
+        Connection::open(service.config.server.state_db()).unwrap().execute_batch(sql).unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_host_that_was_removed_is_gone_whatever_else_is_wrong() {
+        let (_folder, service) = service();
+        let named = |service: &Service, name: &str| service.hosts.load().by_name.contains_key(name);
+        service.change(|state| state.add_host("a", b"a", 1)).await.unwrap();
+        service.change(|state| state.add_host("b", b"b", 1)).await.unwrap();
+        let first = service.keys.load_full();
+
+        // A certificate that cannot be read is in nobody's way.
+        sql(
+            &service,
+            "INSERT INTO certificates (thumbprint, kind, der, key_id, spki, added)
+             VALUES ('x', 'signing', x'00', x'00', x'00', 1)",
+        );
+        service.change(|state| state.remove_host("a")).await.unwrap();
+        assert!(!named(&service, "a"));
+        assert!(matches!(service.follow(), Err(ServiceError::Certificate(_))), "said each time until it is mended");
+        assert!(matches!(service.follow(), Err(ServiceError::Certificate(_))), "said each time until it is mended");
+        assert!(Arc::ptr_eq(&first, &service.keys.load_full()));
+
+        // Hosts that cannot be read: the change is made, and whoever asks again does not lose it.
+        sql(&service, "ALTER TABLE hosts RENAME COLUMN added TO mislaid");
+        let error = service.change(|state| state.forget_signers_before(1)).await.unwrap_err();
+        assert!(matches!(error, ChangeError::NoEffectYet(_)), "{error}");
+        sql(&service, "ALTER TABLE hosts RENAME COLUMN mislaid TO added; DELETE FROM hosts WHERE name = 'b'");
+        assert!(named(&service, "b"));
+        let error = service.change(|state| state.remove_host("b")).await.unwrap_err();
+        assert!(error.to_string().contains("no host \"b\" is registered"), "{error}");
+        assert!(!named(&service, "b"), "what was asked for before has its effect");
+        sql(&service, "DELETE FROM certificates");
+        service.follow().unwrap();
+    }
+
+    #[tokio::test]
+    async fn certificates_that_have_not_changed_are_not_read_anew() {
+        let (_folder, service) = service();
+        let add = |state: &mut State| {
+            let der = certificate();
+            let new = NewCertificate { kind: Kind::Signing, der: &der, key_id: b"id", spki: b"spki", primary: false };
+            state.add_certificate(&new, 1)
+        };
+        let before = service.keys.load_full();
+        let added = service.change(add).await.unwrap();
+        let keys = service.keys.load_full();
+        assert!(!Arc::ptr_eq(&before, &keys));
+        service.change(|state| state.add_host("a", b"a", 1)).await.unwrap();
+        assert!(Arc::ptr_eq(&keys, &service.keys.load_full()));
+        assert!(!service.with_state(|state| state.changed()).unwrap(), "a change was followed at once");
+        let thumbprint = added.thumbprint;
+        service.change(move |state| state.enable_certificate(Kind::Signing, &thumbprint, false)).await.unwrap();
+        assert!(!Arc::ptr_eq(&keys, &service.keys.load_full()));
+    }
 }

@@ -2,14 +2,14 @@
 //!
 //! One SQLite file, which several daemons of one machine may share: every write is an IMMEDIATE transaction of its own,
 //! and [`State::changed`] tells a daemon when to load its snapshot again. Nothing here is on the path of a release:
-//! callers keep a snapshot in memory. All calls block on the file, so async callers use `spawn_blocking`.
+//! callers keep a snapshot in memory. All calls block on the file, so async callers use `spawn_blocking`; they bring the lock
+//! that makes it one at a time, so that a change and the reading that follows it can be one step.
 //!
 //! Times are seconds since 1970 (UTC) and come from the caller.
 
 use std::fs::{DirBuilder, OpenOptions};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use data_encoding::HEXLOWER;
@@ -218,19 +218,14 @@ pub enum StateError {
     },
 }
 
-/// The open state file. One connection, used by one caller at a time; share it with an `Arc`.
+/// The open state file: one connection, used by one caller at a time.
 #[derive(Debug)]
 pub struct State {
     path: PathBuf,
-    inner: Mutex<Inner>,
-}
-
-#[derive(Debug)]
-struct Inner {
     connection: Connection,
-    /// What `changed` last saw: SQLite's count of others' writes, which leaves out those of this connection.
+    /// SQLite's count of others' writes, which leaves out those of this connection, as the last snapshot saw it.
     seen: i64,
-    /// Whether this connection wrote since `changed` was last asked.
+    /// Whether this connection wrote since the last snapshot.
     wrote: bool,
 }
 
@@ -250,19 +245,28 @@ impl State {
         configure(&connection).map_err(database)?;
         migrate(&mut connection, &path, MIGRATIONS)?;
         let seen = data_version(&connection).map_err(database)?;
-        Ok(Self { path, inner: Mutex::new(Inner { connection, seen, wrote: false }) })
+        Ok(Self { path, connection, seen, wrote: false })
     }
 
-    /// Whether anybody, this value included, wrote since this was last asked (or since the file was opened).
+    /// Whether anybody, this value included, wrote since the last [`State::snapshot`] (or since the file was opened).
+    /// Remains so until a snapshot succeeds.
     ///
     /// # Errors
     /// [`StateError::Database`].
     pub fn changed(&self) -> Result<bool, StateError> {
-        let mut inner = self.lock();
-        let version = data_version(&inner.connection).map_err(|error| self.database(error))?;
-        let changed = version != inner.seen || inner.wrote;
-        (inner.seen, inner.wrote) = (version, false);
-        Ok(changed)
+        Ok(self.wrote || self.version()? != self.seen)
+    }
+
+    /// Reads with `read`; when that succeeds, what was written up to its begin is no change any more.
+    ///
+    /// # Errors
+    /// Those of `read`; [`StateError::Database`].
+    pub fn snapshot<T, E: From<StateError>>(&mut self, read: impl FnOnce(&Self) -> Result<T, E>) -> Result<T, E> {
+        // Others may write while this one reads: that is to be seen as a change afterwards.
+        let version = self.version();
+        let value = read(self)?;
+        (self.seen, self.wrote) = (version?, false);
+        Ok(value)
     }
 
     /// All hosts, by name.
@@ -295,7 +299,7 @@ impl State {
     ///
     /// # Errors
     /// [`StateError::Invalid`] for a name that is none, [`StateError::Conflict`] for a name or a key that is registered.
-    pub fn add_host(&self, name: &str, spki: &[u8], now: i64) -> Result<Host, StateError> {
+    pub fn add_host(&mut self, name: &str, spki: &[u8], now: i64) -> Result<Host, StateError> {
         check_host_name(name)?;
         check_der("a host's public key", spki)?;
         let host = Host {
@@ -331,7 +335,7 @@ impl State {
     ///
     /// # Errors
     /// [`StateError::NotFound`].
-    pub fn remove_host(&self, name: &str) -> Result<Host, StateError> {
+    pub fn remove_host(&mut self, name: &str) -> Result<Host, StateError> {
         self.write(|transaction| {
             let sql = "DELETE FROM hosts WHERE name = ?1 RETURNING name, spki, spki_sha256, enabled, added";
             let removed = transaction.query_row(sql, [name], host).optional()?;
@@ -343,7 +347,7 @@ impl State {
     ///
     /// # Errors
     /// [`StateError::NotFound`].
-    pub fn enable_host(&self, name: &str, enabled: bool) -> Result<(), StateError> {
+    pub fn enable_host(&mut self, name: &str, enabled: bool) -> Result<(), StateError> {
         self.write(|transaction| {
             match transaction.execute("UPDATE hosts SET enabled = ?2 WHERE name = ?1", params![name, enabled])? {
                 0 => Err(no_host(name).into()),
@@ -369,7 +373,7 @@ impl State {
     ///
     /// # Errors
     /// [`StateError::Invalid`] for an empty field, [`StateError::Conflict`] when it is there for this kind already.
-    pub fn add_certificate(&self, new: &NewCertificate<'_>, now: i64) -> Result<Certificate, StateError> {
+    pub fn add_certificate(&mut self, new: &NewCertificate<'_>, now: i64) -> Result<Certificate, StateError> {
         check_der("a certificate", new.der)?;
         check_der("a certificate's public key", new.spki)?;
         check_key_id(new.key_id)?;
@@ -410,7 +414,7 @@ impl State {
     ///
     /// # Errors
     /// [`StateError::NotFound`]; [`StateError::Conflict`] when it is disabled.
-    pub fn set_primary(&self, kind: Kind, thumbprint: &str) -> Result<(), StateError> {
+    pub fn set_primary(&mut self, kind: Kind, thumbprint: &str) -> Result<(), StateError> {
         self.write(|transaction| {
             let (_, enabled) = primary_and_enabled(transaction, kind, thumbprint)?;
             if !enabled {
@@ -433,7 +437,7 @@ impl State {
     ///
     /// # Errors
     /// [`StateError::NotFound`]; [`StateError::Conflict`] for the primary one.
-    pub fn enable_certificate(&self, kind: Kind, thumbprint: &str, enabled: bool) -> Result<(), StateError> {
+    pub fn enable_certificate(&mut self, kind: Kind, thumbprint: &str, enabled: bool) -> Result<(), StateError> {
         self.write(|transaction| {
             let (primary, _) = primary_and_enabled(transaction, kind, thumbprint)?;
             if primary && !enabled {
@@ -451,7 +455,7 @@ impl State {
     ///
     /// # Errors
     /// [`StateError::NotFound`]; [`StateError::Conflict`] for the primary one.
-    pub fn remove_certificate(&self, kind: Kind, thumbprint: &str) -> Result<(), StateError> {
+    pub fn remove_certificate(&mut self, kind: Kind, thumbprint: &str) -> Result<(), StateError> {
         self.write(|transaction| {
             let (primary, _) = primary_and_enabled(transaction, kind, thumbprint)?;
             if primary {
@@ -480,7 +484,7 @@ impl State {
     ///
     /// # Errors
     /// [`StateError::Invalid`] for an empty field or validity, [`StateError::Conflict`] when it is there already.
-    pub fn add_signer(&self, new: &NewSigner<'_>, now: i64) -> Result<Signer, StateError> {
+    pub fn add_signer(&mut self, new: &NewSigner<'_>, now: i64) -> Result<Signer, StateError> {
         check_der("an attestation signer's certificate", new.der)?;
         check_key_id(new.key_id)?;
         if new.not_before >= new.not_after {
@@ -522,15 +526,14 @@ impl State {
     ///
     /// # Errors
     /// [`StateError::Database`].
-    pub fn forget_signers_before(&self, time: i64) -> Result<usize, StateError> {
+    pub fn forget_signers_before(&mut self, time: i64) -> Result<usize, StateError> {
         self.write(|transaction| {
             Ok(transaction.execute("DELETE FROM attestation_signers WHERE NOT current AND replaced < ?1", [time])?)
         })
     }
 
-    fn lock(&self) -> MutexGuard<'_, Inner> {
-        // A panic while it was held rolled the transaction back: the connection is as good as before.
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    fn version(&self) -> Result<i64, StateError> {
+        data_version(&self.connection).map_err(|error| self.database(error))
     }
 
     fn database(&self, source: rusqlite::Error) -> StateError {
@@ -543,8 +546,7 @@ impl State {
         parameters: impl rusqlite::Params,
         row: fn(&Row<'_>) -> rusqlite::Result<T>,
     ) -> Result<Vec<T>, StateError> {
-        let inner = self.lock();
-        let rows = inner
+        let rows = self
             .connection
             .prepare_cached(sql)
             .and_then(|mut statement| statement.query_map(parameters, row)?.collect());
@@ -552,9 +554,8 @@ impl State {
     }
 
     /// Runs `change` in a transaction that holds the write lock from its start, so what it read stays true.
-    fn write<T>(&self, change: impl FnOnce(&Transaction<'_>) -> Result<T, WriteError>) -> Result<T, StateError> {
-        let mut inner = self.lock();
-        let done = inner
+    fn write<T>(&mut self, change: impl FnOnce(&Transaction<'_>) -> Result<T, WriteError>) -> Result<T, StateError> {
+        let done = self
             .connection
             .transaction_with_behavior(TransactionBehavior::Immediate)
             .map_err(WriteError::from)
@@ -563,14 +564,12 @@ impl State {
                 transaction.commit()?;
                 Ok(value)
             });
-        match done {
-            Ok(value) => {
-                inner.wrote = true;
-                Ok(value)
-            }
-            Err(WriteError::State(error)) => Err(error),
-            Err(WriteError::Sqlite(error)) => Err(self.database(error)),
-        }
+        // When SQLite fails nobody knows how far it came; a refusal changed nothing.
+        self.wrote |= !matches!(done, Err(WriteError::State(_)));
+        done.map_err(|error| match error {
+            WriteError::State(error) => error,
+            WriteError::Sqlite(error) => self.database(error),
+        })
     }
 }
 
@@ -699,12 +698,18 @@ fn no_host(name: &str) -> StateError {
     StateError::NotFound(format!("no host {name:?} is registered"))
 }
 
-fn check_host_name(name: &str) -> Result<(), StateError> {
+/// Whether this can name a host.
+///
+/// # Errors
+/// [`StateError::Invalid`].
+pub fn check_host_name(name: &str) -> Result<(), StateError> {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || b".-_".contains(&byte);
     if (1..=64).contains(&name.len()) && name.bytes().all(plain) {
         return Ok(());
     }
-    Err(StateError::Invalid(format!("{name:?} cannot name a host; use 1 to 64 letters, digits, '.', '-' or '_'")))
+    // As much of it as is needed to recognise it: names come from outside and may be of any length.
+    let shown: String = name.chars().take(64).collect();
+    Err(StateError::Invalid(format!("{shown:?} cannot name a host; use 1 to 64 letters, digits, '.', '-' or '_'")))
 }
 
 fn check_der(what: &str, der: &[u8]) -> Result<(), StateError> {
@@ -747,7 +752,7 @@ mod tests {
 
     #[test]
     fn what_it_makes_is_private_and_survives() {
-        let (folder, state) = open();
+        let (folder, mut state) = open();
         let at = folder.path().join("a/state");
         let added = state.add_host("Host-1.example", b"spki", 7).unwrap();
         assert_eq!(mode(&at), 0o700);
@@ -759,10 +764,9 @@ mod tests {
         assert_eq!(state.hosts().unwrap(), std::slice::from_ref(&added));
         assert_eq!(added.spki_sha256, sha256_hex(b"spki"));
         assert_eq!((added.enabled, added.added), (true, 7));
-        let inner = state.lock();
         let pragma = |name: &str| -> String {
             let sql = format!("SELECT CAST(v AS TEXT) FROM (SELECT {name} AS v FROM pragma_{name})");
-            inner.connection.query_row(&sql, [], |row| row.get(0)).unwrap()
+            state.connection.query_row(&sql, [], |row| row.get(0)).unwrap()
         };
         assert_eq!((pragma("journal_mode"), pragma("synchronous")), ("wal".to_owned(), "2".to_owned()));
         assert_eq!(pragma("foreign_keys"), "1");
@@ -770,7 +774,7 @@ mod tests {
 
     #[test]
     fn hosts_are_unique_by_name_and_key() {
-        let (_folder, state) = open();
+        let (_folder, mut state) = open();
         state.add_host("Alpha", b"key-a", 1).unwrap();
         let beta = state.add_host("beta", b"key-b", 2).unwrap();
         assert!(message(state.add_host("ALPHA", b"key-c", 3)).contains("a host \"Alpha\" is registered already"));
@@ -793,28 +797,28 @@ mod tests {
 
     #[test]
     fn a_kind_has_at_most_one_primary_certificate() {
-        let (_folder, state) = open();
+        let (_folder, mut state) = open();
         let new = |kind, der, primary| NewCertificate { kind, der, key_id: b"id", spki: b"spki", primary };
         let one = state.add_certificate(&new(Kind::Signing, b"one", true), 1).unwrap();
         let two = state.add_certificate(&new(Kind::Signing, b"two", true), 2).unwrap();
         let three = state.add_certificate(&new(Kind::Encryption, b"one", true), 3).unwrap();
         assert!(message(state.add_certificate(&new(Kind::Signing, b"two", false), 4)).contains("is there already"));
-        let primaries = || {
+        let primaries = |state: &State| {
             let certificates = state.certificates().unwrap();
             certificates.into_iter().filter(|c| c.is_primary).map(|c| (c.kind, c.thumbprint)).collect::<Vec<_>>()
         };
         assert_eq!(
-            primaries(),
+            primaries(&state),
             [(Kind::Encryption, three.thumbprint.clone()), (Kind::Signing, two.thumbprint.clone())]
         );
         assert!(message(state.enable_certificate(Kind::Signing, &two.thumbprint, false)).contains("is the primary"));
         assert!(message(state.remove_certificate(Kind::Signing, &two.thumbprint)).contains("is the primary"));
         state.enable_certificate(Kind::Signing, &one.thumbprint, false).unwrap();
         assert!(message(state.set_primary(Kind::Signing, &one.thumbprint)).contains("is disabled"));
-        assert_eq!(primaries().len(), 2, "a refusal changes nothing");
+        assert_eq!(primaries(&state).len(), 2, "a refusal changes nothing");
         state.enable_certificate(Kind::Signing, &one.thumbprint, true).unwrap();
         state.set_primary(Kind::Signing, &one.thumbprint).unwrap();
-        assert_eq!(primaries()[1], (Kind::Signing, one.thumbprint.clone()));
+        assert_eq!(primaries(&state)[1], (Kind::Signing, one.thumbprint.clone()));
         state.remove_certificate(Kind::Signing, &two.thumbprint).unwrap();
         assert!(message(state.set_primary(Kind::Signing, &two.thumbprint)).contains("there is no signing certificate"));
         let expected = [three, Certificate { is_primary: true, ..one }];
@@ -823,7 +827,7 @@ mod tests {
 
     #[test]
     fn a_new_signer_replaces_the_current_one() {
-        let (_folder, state) = open();
+        let (_folder, mut state) = open();
         let new = |der| NewSigner { der, key_id: b"id", not_before: 10, not_after: 20 };
         let one = state.add_signer(&new(b"one"), 11).unwrap();
         let two = state.add_signer(&new(b"two"), 12).unwrap();
@@ -839,17 +843,28 @@ mod tests {
     }
 
     #[test]
-    fn a_change_by_anybody_is_noticed_once() {
-        let (folder, ours) = open();
-        let theirs = State::open(&folder.path().join("a/state")).unwrap();
+    fn a_change_by_anybody_is_noticed_until_it_was_read() {
+        let (folder, mut ours) = open();
+        let mut theirs = State::open(&folder.path().join("a/state")).unwrap();
+        let read = |state: &State| state.hosts().map(|hosts| hosts.len());
         assert!(!ours.changed().unwrap());
         theirs.add_host("a", b"a", 1).unwrap();
-        assert_eq!((ours.changed().unwrap(), ours.changed().unwrap()), (true, false));
+        assert_eq!((ours.changed().unwrap(), ours.changed().unwrap()), (true, true));
+        // A reading that fails has seen nothing.
+        assert!(ours.snapshot(|_| Err::<(), _>(StateError::Invalid("on purpose".to_owned()))).is_err());
+        assert!(ours.changed().unwrap());
+        assert_eq!((ours.snapshot(read).unwrap(), ours.changed().unwrap()), (1, false));
         ours.add_host("b", b"b", 1).unwrap();
-        assert_eq!((ours.changed().unwrap(), ours.changed().unwrap()), (true, false));
+        assert_eq!((ours.changed().unwrap(), ours.snapshot(read).unwrap(), ours.changed().unwrap()), (true, 2, false));
         assert!(theirs.changed().unwrap());
         assert!(ours.add_host("b", b"c", 1).is_err());
         assert!(!ours.changed().unwrap(), "a refusal is no change");
+        // What is written while it reads is a change after it.
+        let counted = ours.snapshot(|state| {
+            theirs.add_host("c", b"c", 1)?;
+            read(state)
+        });
+        assert_eq!((counted.unwrap(), ours.changed().unwrap()), (3, true));
     }
 
     #[test]
@@ -859,7 +874,7 @@ mod tests {
             for daemon in 0..4 {
                 let folder = folder.path();
                 scope.spawn(move || {
-                    let state = State::open(folder).unwrap();
+                    let mut state = State::open(folder).unwrap();
                     for number in 0..5 {
                         let name = format!("host-{daemon}-{number}");
                         state.add_host(&name, name.as_bytes(), 1).unwrap();
@@ -872,7 +887,7 @@ mod tests {
 
     #[test]
     fn migrations_run_once_and_a_newer_file_is_refused() {
-        let (folder, state) = open();
+        let (folder, mut state) = open();
         let path = folder.path().join("a/state/state.db");
         state.add_host("kept", b"kept", 1).unwrap();
         let mut steps = MIGRATIONS.to_vec();

@@ -27,7 +27,11 @@ impl Daemon {
         Self::start(Command::new(claviger()).arg("serve").arg("--config").arg(config))
     }
 
-    pub(crate) fn start(command: &mut Command) -> Self {
+    /// The same, of a command that comes to be a `claviger`; returns when it listens.
+    ///
+    /// # Panics
+    /// When it does not come to listen.
+    pub fn start(command: &mut Command) -> Self {
         // Warnings only: what a failed test shows is to be read by a person.
         let process = Process::start(command.env("RUST_LOG", "warn"));
         let url = process.line(|line| Some(line.strip_prefix("listening on ")?.to_owned()));

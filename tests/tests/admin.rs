@@ -203,6 +203,9 @@ async fn a_host_that_was_removed_gets_nothing_more() {
         trail.iter().filter(|l| l["event"] == event && l["outcome"] == outcome && l["host"] == "node").count()
     };
     assert_eq!((of("hosts.add", "requested"), of("hosts.remove", "requested")), (3, 1));
+    assert_eq!((of("hosts.add", "success"), of("hosts.remove", "success")), (3, 1));
+    let added: Vec<_> = trail.iter().filter(|l| l["event"] == "hosts.add" && l["outcome"] == "requested").collect();
+    assert!(added.iter().all(|l| l["key"].as_str().unwrap().len() == 64 && l["by"]["uid"].is_u64()), "{added:?}");
     assert_eq!(of("release", "HealthCertificateException"), 3);
 }
 

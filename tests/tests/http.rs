@@ -6,6 +6,8 @@ use std::io::Read;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use claviger_protocol::attestation::parse_error_reply;
+use claviger_protocol::error::{Code, Refusal};
 use claviger_tests::raw::{Connection, Silence, get, post, post_head};
 use claviger_tests::{ATTEST, Daemon, Lab, METADATA, Options, PATIENCE, ROLL, block, open_release, roll_request};
 use http_body_util::{BodyExt, Full};
@@ -61,11 +63,17 @@ fn who_is_slow_is_cut_and_nobody_else() {
     let mut silent = open();
     let mut idle = open();
     assert_eq!(idle.exchange(&get(METADATA)).unwrap().status, 200);
-    let mut body = open();
-    body.send(&post_head(ROLL, "application/xml", 1000)).unwrap();
-    body.send(b"<x").unwrap();
+    let mut release = open();
+    release.send(&post_head(ROLL, "application/xml", 1000)).unwrap();
+    release.send(b"<x").unwrap();
+    let mut attestation = open();
+    attestation.send(&post_head(ATTEST, "application/json", 1000)).unwrap();
     works(&daemon);
-    assert_eq!(body.answer().unwrap().status, 408);
+    let answer = release.answer().unwrap();
+    assert_eq!((answer.status, Refusal::parse(&answer.body).unwrap().code), (408, Code::RequestTimeout));
+    let answer = attestation.answer().unwrap();
+    let reply = parse_error_reply(&answer.body).unwrap();
+    assert_eq!((answer.status, &*reply.name, reply.retryable), (408, "ErrorReply", true));
     for connection in [&mut stalled, &mut dripping, &mut silent, &mut idle] {
         let rest = until_closed(connection);
         assert!(!rest.starts_with(b"HTTP/1.1 200"), "{}", String::from_utf8_lossy(&rest));

@@ -1,16 +1,19 @@
-//! A daemon that is stopped under load drops nothing that it took.
+//! A daemon that is stopped under load drops nothing that it took, and it takes what its limits allow.
 
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use claviger_protocol::rsa_key::RsaPrivateKey;
-use claviger_tests::raw::{Connection, Silence, post, post_head};
-use claviger_tests::{Lab, Options, ROLL, block, open_release, roll_request, until};
+use claviger_tests::raw::{Connection, Silence, get, post, post_head};
+use claviger_tests::{
+    Daemon, Instances, Lab, METADATA, Options, ROLL, block, claviger, open_release, roll_request, run, said, until,
+};
 
 const CLIENTS: usize = 8;
 
@@ -132,4 +135,59 @@ fn a_body_that_never_comes_does_not_keep_the_daemon() {
     daemon.process.terminate();
     let status = daemon.process.wait();
     assert!(status.success(), "{status}: {}", daemon.process.output());
+}
+
+#[test]
+fn an_administrator_is_answered_before_the_end() {
+    let lab = Lab::make(Options::default());
+    let faulty = lab.behind_faulty(Instances::Own);
+    lab.configure(|config| config.release.watchdog_ms = 60_000);
+    let mut daemon = lab.serve();
+    block(daemon.until_ready_is(200));
+    faulty.set("hsm-a", &["call=C_Decrypt hang"]);
+    let config = lab.config_file();
+    let probe = std::thread::spawn(move || run(["hsm", "probe", "hsm-a", "--config", config.to_str().unwrap()]));
+    faulty.until("hsm-a", "a probe at the token", |stats| stats.hanging() == 1);
+    daemon.process.terminate();
+    // Nothing else keeps the daemon now.
+    std::thread::sleep(Duration::from_millis(1500));
+    faulty.clear("hsm-a");
+    let probed = probe.join().unwrap();
+    assert!(probed.status.success() && said(&probed).contains("decrypts and signs"), "{}", said(&probed));
+    let status = daemon.process.wait();
+    assert!(status.success(), "{status}: {}", daemon.process.output());
+}
+
+#[test]
+fn open_files_are_raised_and_connections_are_no_more_than_they_allow() {
+    let lab = Lab::make(Options::default());
+    let serve = |hard: usize| {
+        let script = format!("ulimit -Sn 100; ulimit -Hn {hard}; exec \"$0\" serve --config \"$1\"");
+        let mut command = Command::new("sh");
+        command.arg("-c").arg(script).arg(claviger()).arg(lab.config_file());
+        let daemon = Daemon::start(&mut command);
+        let limits = std::fs::read_to_string(format!("/proc/{}/limits", daemon.process.pid())).unwrap();
+        let line = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
+        let found: Vec<usize> = line.split_whitespace().filter_map(|word| word.parse().ok()).collect();
+        assert_eq!(found, [hard, hard], "{line}");
+        daemon
+    };
+    // As many at once as in the configuration, which is more than the soft limit was.
+    lab.configure(|config| config.server.max_connections = 200);
+    let daemon = serve(600);
+    let mut connections: Vec<Connection> = (0..200).map(|_| Connection::open(daemon.address()).unwrap()).collect();
+    for connection in &mut connections {
+        assert_eq!(connection.exchange(&get("/Attestation/getinfo")).unwrap().status, 200);
+    }
+    drop(connections);
+    assert!(!daemon.process.output().contains("open files"), "{}", daemon.process.output());
+    assert!(daemon.stop().success());
+
+    let daemon = serve(300);
+    daemon.process.line(|line| line.contains("the limit on open files is too small").then_some(()));
+    // One after the other goes on.
+    for _ in 0..3 {
+        assert_eq!(Connection::open(daemon.address()).unwrap().exchange(&get(METADATA)).unwrap().status, 200);
+    }
+    assert!(daemon.stop().success());
 }

@@ -393,7 +393,7 @@ impl ErrorReply {
     /// Whether the same request may succeed later.
     #[must_use]
     pub fn retryable(&self) -> bool {
-        matches!(self.status(), 429 | 500..)
+        matches!(self.status(), 408 | 429 | 500..)
     }
 
     /// The name of the reply's type, without the suffix all types share.

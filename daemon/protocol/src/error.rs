@@ -21,6 +21,8 @@ pub enum Code {
     NotFound,
     /// 405: the resource has other methods.
     MethodNotAllowed,
+    /// 408: the body did not arrive in time.
+    RequestTimeout,
     /// 413: the body is too large.
     RequestTooLarge,
     /// 415: the body is not XML in UTF-8.
@@ -35,7 +37,7 @@ pub enum Code {
 
 impl Code {
     /// Every code, for tables that must be complete.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::InvalidRequest,
         Self::InvalidProtector,
         Self::InvalidWrapping,
@@ -43,6 +45,7 @@ impl Code {
         Self::HealthCertificate,
         Self::NotFound,
         Self::MethodNotAllowed,
+        Self::RequestTimeout,
         Self::RequestTooLarge,
         Self::UnsupportedMediaType,
         Self::TooManyRequests,
@@ -61,6 +64,7 @@ impl Code {
             Self::HealthCertificate => "HealthCertificateException",
             Self::NotFound => "NotFoundException",
             Self::MethodNotAllowed => "MethodNotAllowedException",
+            Self::RequestTimeout => "RequestTimeoutException",
             Self::RequestTooLarge => "RequestTooLargeException",
             Self::UnsupportedMediaType => "UnsupportedMediaTypeException",
             Self::TooManyRequests => "TooManyRequestsException",
@@ -77,6 +81,7 @@ impl Code {
             Self::HealthCertificate => 403,
             Self::NotFound => 404,
             Self::MethodNotAllowed => 405,
+            Self::RequestTimeout => 408,
             Self::RequestTooLarge => 413,
             Self::UnsupportedMediaType => 415,
             Self::TooManyRequests => 429,

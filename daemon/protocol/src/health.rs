@@ -106,6 +106,8 @@ pub struct HealthClaims {
     pub not_before: i64,
     /// Last second of the validity, unix time.
     pub not_after: i64,
+    /// Thumbprint of the attestation signer that issued it: it is as good as that signer.
+    pub signer: [u8; 32],
 }
 
 /// Why a health certificate is not accepted.
@@ -139,12 +141,10 @@ pub enum HealthError {
 pub fn check(der: &[u8], signers: &[Certificate], now: i64) -> Result<HealthClaims, HealthError> {
     let certificate = Certificate::parse(der)?;
     // A signer's own validity does not matter: it stays on the list as long as its certificates are to be accepted.
-    let issued = signers.iter().any(|signer| {
+    let issuer = signers.iter().find(|signer| {
         signer.subject_der() == certificate.issuer_der() && certificate.verify_signed_by(signer.key()).is_ok()
     });
-    if !issued {
-        return Err(HealthError::Issuer);
-    }
+    let issuer = issuer.ok_or(HealthError::Issuer)?;
     if now < certificate.not_before() {
         return Err(HealthError::NotYetValid);
     }
@@ -165,6 +165,7 @@ pub fn check(der: &[u8], signers: &[Certificate], now: i64) -> Result<HealthClai
         key: certificate.key().clone(),
         not_before: certificate.not_before(),
         not_after: certificate.not_after(),
+        signer: issuer.thumbprint(),
     })
 }
 
@@ -189,11 +190,13 @@ mod tests {
     #[test]
     fn an_issued_certificate_is_accepted() {
         let der = certificate(ResultType::EncryptionCertificate);
-        let claims = check(&der, &[signer(1), signer(0)], NOW).unwrap();
+        let signers = [signer(1), signer(0)];
+        let claims = check(&der, &signers, NOW).unwrap();
         assert_eq!(claims.host_name, "host-1");
         assert_eq!(claims.host_key_sha256, HEXLOWER.encode(&key(1).public().spki_sha256()));
         assert_eq!(&claims.key, key(2).public());
         assert_eq!((claims.not_before, claims.not_after), (NOW - 300, NOW - 300 + 8 * 3600));
+        assert_eq!(claims.signer, signers[1].thumbprint());
         let parsed = Certificate::parse(&der).unwrap();
         assert!(parsed.has_key_usage(KeyUsage::KEY_ENCIPHERMENT | KeyUsage::DATA_ENCIPHERMENT));
         assert!(!parsed.has_key_usage(KeyUsage::DIGITAL_SIGNATURE));

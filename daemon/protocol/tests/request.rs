@@ -272,6 +272,7 @@ fn errors_are_the_protocols() {
         ("HealthCertificateException", 403),
         ("NotFoundException", 404),
         ("MethodNotAllowedException", 405),
+        ("RequestTimeoutException", 408),
         ("RequestTooLargeException", 413),
         ("UnsupportedMediaTypeException", 415),
         ("TooManyRequestsException", 429),

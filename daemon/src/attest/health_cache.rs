@@ -11,7 +11,7 @@ use ring::digest;
 const MOST: usize = 50_000;
 
 /// Verified health certificates by the SHA-256 of their DER, until they expire. Only the certificate's own properties
-/// are remembered; whether its host is still registered is asked each time.
+/// are remembered; whether its signer is still trusted and its host still registered is asked each time.
 #[derive(Default)]
 pub struct HealthCache {
     verified: Mutex<HashMap<[u8; 32], Arc<HealthClaims>>>,
@@ -23,10 +23,10 @@ impl HealthCache {
     /// # Errors
     /// As [`health::check`].
     pub fn check(&self, der: &[u8], signers: &[Certificate], now: i64) -> Result<Arc<HealthClaims>, HealthError> {
-        if let Some(claims) = self.known(der, now) {
+        if let Some(claims) = self.known(der, signers, now) {
             return Ok(claims);
         }
-        // Also where the known one is outside its validity: the check says how.
+        // Also where the known one is outside its validity, or its signer is gone: the check says how.
         let claims = Arc::new(health::check(der, signers, now)?);
         let mut verified = self.lock();
         if verified.len() >= MOST {
@@ -39,15 +39,14 @@ impl HealthCache {
         Ok(claims)
     }
 
-    /// What the certificate says, if it was found right before and is valid at `now`.
-    pub fn known(&self, der: &[u8], now: i64) -> Option<Arc<HealthClaims>> {
+    /// What the certificate says, if it was found right before, is valid at `now`, and its signer is one of `signers`.
+    pub fn known(&self, der: &[u8], signers: &[Certificate], now: i64) -> Option<Arc<HealthClaims>> {
         let known = self.lock().get(&key(der)).cloned();
-        known.filter(|claims| (claims.not_before..=claims.not_after).contains(&now))
-    }
-
-    /// Forgets everything: signers changed.
-    pub fn clear(&self) {
-        self.lock().clear();
+        let still_right = |claims: &Arc<HealthClaims>| {
+            (claims.not_before..=claims.not_after).contains(&now)
+                && signers.iter().any(|signer| signer.thumbprint() == claims.signer)
+        };
+        known.filter(still_right)
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<[u8; 32], Arc<HealthClaims>>> {
@@ -59,4 +58,31 @@ fn key(der: &[u8]) -> [u8; 32] {
     let mut key = [0; 32];
     key.copy_from_slice(digest::digest(&digest::SHA256, der).as_ref());
     key
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::service::testing::{certificate, key};
+    use claviger_protocol::health::{ResultType, issue};
+
+    const NOW: i64 = 1_800_000_000;
+
+    #[test]
+    fn what_is_known_is_as_good_as_its_signer() {
+        // Two certificates of one key, as a signer has that was certified twice.
+        let signers = [(); 2].map(|()| Certificate::parse(&certificate()).unwrap());
+        let public = key().public();
+        let issued = issue(&signers[0], "host", public, public, ResultType::EncryptionCertificate, NOW);
+        let der = issued.unwrap().sign_with(key()).unwrap();
+        let cache = HealthCache::default();
+        let first = cache.check(&der, &signers, NOW).unwrap();
+        assert!(Arc::ptr_eq(&first, &cache.check(&der, &signers, NOW + 1).unwrap()), "not remembered");
+        assert_eq!(cache.check(&der, &[], NOW), Err(HealthError::Issuer));
+        assert_eq!(cache.check(&der, &signers, NOW + 24 * 3600), Err(HealthError::Expired));
+        // One of the two is enough.
+        assert_eq!(cache.check(&der, &signers[1..], NOW).unwrap().signer, signers[1].thumbprint());
+        assert!(cache.check(&der, &signers, NOW).is_ok());
+    }
 }

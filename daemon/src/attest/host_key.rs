@@ -1,5 +1,6 @@
 //! Host-key attestation: a host proves that it has the key it was registered with, and gets its identity key certified.
 
+use claviger_hsm::HsmError;
 use claviger_protocol::attestation::{ErrorReply, HealthCertificateReply, HostKeyRequest};
 use claviger_protocol::health;
 
@@ -16,12 +17,16 @@ pub type Refused = (ErrorReply, String);
 /// signature (the two look the same), `UnavailableErrorReply` when no HSM signs.
 pub async fn attest(service: &Service, body: &[u8], attempt: &mut Attempt) -> Result<HealthCertificateReply, Refused> {
     let request = HostKeyRequest::parse(body).map_err(|e| (ErrorReply::Payload, e.to_string()))?;
-    let unauthorized = || (ErrorReply::Unauthorized, "the host key is not registered, or did not sign".to_owned());
+    let deadline = attempt.started() + service.config.release.deadline();
+    // First, with the key that the request brings: what takes time must not depend on whether that key is registered.
+    let signed = request.verify_signature();
     let hosts = service.hosts.load();
-    let host = hosts.by_key(request.host_key.spki_der()).ok_or_else(unauthorized)?;
+    let host = hosts.by_key(request.host_key.spki_der());
     // Known from the key alone; the record says whose key was presented even when the signature is wrong.
-    attempt.host = Some(host.name.clone());
-    request.verify_signature().map_err(|_| unauthorized())?;
+    attempt.host = host.map(|host| host.name.clone());
+    let (Some(host), Ok(())) = (host, signed) else {
+        return Err((ErrorReply::Unauthorized, "the host key is not registered, or did not sign".to_owned()));
+    };
 
     let unavailable = || (ErrorReply::Unavailable, "no HSM can sign now; try again".to_owned());
     let signers = service.signers.load();
@@ -40,8 +45,11 @@ pub async fn attest(service: &Service, body: &[u8], attempt: &mut Attempt) -> Re
             tracing::error!(%error, host = host.name, request = attempt.request, "a health certificate cannot be built");
             (ErrorReply::Error { status: 500 }, "the service failed to process the request; its log says why".to_owned())
         })?;
-        let signed = service.sign(&signer.id, signer.certificate.key(), to_be_signed.octets()).await;
+        let signed = service.sign(&signer.id, signer.certificate.key(), to_be_signed.octets(), deadline).await;
         let signed = signed.map_err(|error| {
+            if matches!(error, HsmError::NoSuchKey(_)) {
+                service.signer_missing.notify_one();
+            }
             tracing::warn!(%error, request = attempt.request, "no HSM signed a health certificate");
             unavailable()
         })?;

@@ -1,22 +1,34 @@
-//! The attestation signer: the key that health certificates are signed with. The daemon makes and renews it itself.
+//! The attestation signer: the key that health certificates are signed with. The daemon makes and renews it itself, and
+//! sees to it that whichever member remains has a signer's key.
 
+use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use claviger_hsm::{Cluster, HsmError, KeyId, KeyUsage, NewKey, RsaPrivateParts};
+use claviger_hsm::{Cluster, HsmError, KeyId, KeyUsage, MemberState, NewKey, RsaPrivateParts};
 use claviger_protocol::certificate::{BuildError, Certificate, CertificateError};
 use claviger_protocol::health::{self, LIFETIME_SECONDS};
 use claviger_protocol::rsa_key::{KeyError, RsaPrivateKey, RsaPublicKey};
 
 use crate::keys::Key;
-use crate::service::{Service, unix_now};
+use crate::service::{ChangeError, OWN_DEADLINE, Service, unix_now};
 use crate::state::{self, NewSigner};
 
 /// How long a signer's certificate is valid, and how long before its end a new one takes over (seconds).
 const VALIDITY: i64 = 365 * 24 * 3600;
 const RENEWAL: i64 = 30 * 24 * 3600;
-/// How often the daemon looks whether it is time.
-const LOOK_EVERY: Duration = Duration::from_secs(600);
+/// How often the daemon looks whether it is time, and whether the members have the key.
+const LOOK_EVERY: Duration = Duration::from_secs(30);
+/// How long to wait after a try that failed.
+const RETRY: Duration = Duration::from_secs(2);
+/// How long a member has to say whether it has a key.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Looks in a row at which a member lacks the key before that counts: its vendor may replicate keys, which takes a moment.
+const LOOKS: u32 = 2;
+/// The pauses between signers that are made because a member lacks the key of the one before. They double: a member that
+/// never takes a key must not fill the others with them.
+const FIRST_PAUSE: Duration = Duration::from_secs(60);
+const LONGEST_PAUSE: Duration = Duration::from_secs(24 * 3600);
 const BITS: u32 = 2048;
 
 /// A snapshot of the signers that health certificates are accepted from.
@@ -24,6 +36,8 @@ const BITS: u32 = 2048;
 pub struct Signers {
     current: Option<Key>,
     certificates: Vec<Certificate>,
+    /// When the first of those that are not current any more was replaced.
+    first_replaced: Option<i64>,
 }
 
 impl Signers {
@@ -39,6 +53,7 @@ impl Signers {
                 all.current = Some(Key { certificate: certificate.clone(), id: KeyId(signer.key_id.clone()) });
             }
             all.certificates.push(certificate);
+            all.first_replaced = all.first_replaced.into_iter().chain(signer.replaced).min();
         }
         Ok(all)
     }
@@ -70,63 +85,172 @@ pub enum SignerError {
     Build(#[from] BuildError),
     /// The state cannot be written.
     #[error("the state: {0}")]
-    State(String),
+    State(#[from] ChangeError),
 }
 
-/// Makes sure that there is a current signer with enough time left; forgets those that nothing can refer to any more.
-///
-/// # Errors
-/// See [`SignerError`]; the current signer stays as it was.
-pub async fn renew(service: &Arc<Service>) -> Result<(), SignerError> {
-    let now = unix_now();
-    let signers = service.signers.load_full();
-    if signers.current().is_some_and(|key| key.certificate.not_after() - now > RENEWAL) {
-        // A previous signer is trusted until the last health certificate it can have issued has expired.
-        let oldest = now - LIFETIME_SECONDS;
-        let forgotten = service.change(move |state| state.forget_signers_before(oldest)).await;
-        if forgotten.map_err(SignerError::State)? > 0 {
-            service.health.clear();
-        }
-        return Ok(());
+/// Looks after the attestation signer for as long as the daemon runs.
+pub struct Keeper {
+    service: Arc<Service>,
+    /// The key of a signer that could not be finished: the next try goes on with it, since keys on an HSM are never removed.
+    unfinished: Option<(KeyId, RsaPublicKey)>,
+    absence: Absence,
+}
+
+impl Keeper {
+    /// Of this service's signer.
+    #[must_use]
+    pub fn new(service: Arc<Service>) -> Self {
+        Self { service, unfinished: None, absence: Absence::default() }
     }
-    let (id, public) = new_key(&service.cluster).await?;
-    let to_be_signed =
-        health::signer_template(&public, now - health::BACKDATED_SECONDS, now + VALIDITY)?.to_be_signed()?;
-    let der = to_be_signed.assemble(&service.sign(&id, &public, to_be_signed.octets()).await?.value);
-    let not_after = now + VALIDITY;
+
+    /// Looks from time to time, and when a signature found no key.
+    pub async fn run(mut self) {
+        let mut asked = false;
+        let mut failing = false;
+        loop {
+            let result = self.look(asked).await;
+            if let Err(error) = &result {
+                if !failing {
+                    tracing::error!(%error, "no new attestation signer can be made; trying again (this is logged once)");
+                }
+                tokio::time::sleep(RETRY).await;
+            }
+            failing = result.is_err();
+            let pause = if self.service.signers.load().current().is_some() { LOOK_EVERY } else { Duration::ZERO };
+            // No word in time: no signature found its key missing.
+            asked = tokio::time::timeout(pause, self.service.signer_missing.notified()).await.is_ok();
+        }
+    }
+
+    /// Makes a new signer where there is none, its time is over, or members that serve do not have its key; forgets those
+    /// that nothing can refer to any more. With `asked`, tokens are searched, not only what is known of them.
+    ///
+    /// # Errors
+    /// See [`SignerError`]; the current signer stays as it was.
+    pub async fn look(&mut self, asked: bool) -> Result<(), SignerError> {
+        let signers = self.service.signers.load_full();
+        let Some(current) = signers.current() else { return self.renew().await };
+        // It was finished after all.
+        self.unfinished.take_if(|(id, _)| *id == current.id);
+        if current.certificate.not_after() - unix_now() <= RENEWAL {
+            return self.renew().await;
+        }
+        let (held, lacking) = whereabouts(&self.service.cluster, &current.id, asked).await;
+        if self.absence.calls_for_another(held, &lacking, Instant::now()) {
+            tracing::warn!(?lacking, "members lack the attestation signer's key: another signer takes over");
+            self.renew().await?;
+            self.absence.made_another(Instant::now());
+            return Ok(());
+        }
+        // A previous signer is trusted until the last health certificate it can have issued has expired.
+        let oldest = unix_now() - LIFETIME_SECONDS;
+        if signers.first_replaced.is_some_and(|replaced| replaced < oldest) {
+            self.service.change(move |state| state.forget_signers_before(oldest)).await?;
+        }
+        Ok(())
+    }
+
+    async fn renew(&mut self) -> Result<(), SignerError> {
+        let (id, public) = match self.unfinished.take() {
+            Some(key) => key,
+            None => new_key(&self.service.cluster).await?,
+        };
+        let result = install(&self.service, &id, &public).await;
+        // One that is on no member is nothing to go on with.
+        if matches!(&result, Err(error) if !matches!(error, SignerError::Hsm(HsmError::NoSuchKey(_)))) {
+            self.unfinished = Some((id, public));
+        }
+        result
+    }
+}
+
+/// Has a key sign its own certificate, and makes it the current signer.
+async fn install(service: &Arc<Service>, id: &KeyId, public: &RsaPublicKey) -> Result<(), SignerError> {
+    let now = unix_now();
+    let (not_before, not_after) = (now - health::BACKDATED_SECONDS, now + VALIDITY);
+    let to_be_signed = health::signer_template(public, not_before, not_after)?.to_be_signed()?;
+    let signed = service.sign(id, public, to_be_signed.octets(), Instant::now() + OWN_DEADLINE).await?;
+    let (der, id) = (to_be_signed.assemble(&signed.value), id.clone());
     service
-        .change(move |state| {
-            let new = NewSigner { der: &der, key_id: &id.0, not_before: now - health::BACKDATED_SECONDS, not_after };
-            state.add_signer(&new, now)
-        })
-        .await
-        .map_err(SignerError::State)?;
+        .change(move |state| state.add_signer(&NewSigner { der: &der, key_id: &id.0, not_before, not_after }, now))
+        .await?;
     tracing::info!("a new attestation signer issues health certificates");
     Ok(())
 }
 
-/// Looks from time to time whether the signer has to be renewed, for as long as the daemon runs.
-pub async fn keep_renewed(service: Arc<Service>) {
-    loop {
-        tokio::time::sleep(LOOK_EVERY).await;
-        if let Err(error) = renew(&service).await {
-            tracing::error!(%error, "the attestation signer cannot be renewed; trying again in ten minutes");
+/// Which members that serve were seen without the current signer's key, and what follows from that.
+#[derive(Debug, Default)]
+struct Absence {
+    /// How often in a row.
+    looks: HashMap<String, u32>,
+    /// When another signer was last made for such a member, and how long it is to be the last one.
+    last: Option<(Instant, Duration)>,
+}
+
+impl Absence {
+    /// Whether another signer is to take over, after a look at which `held` members had the key and others lacked it.
+    fn calls_for_another(&mut self, held: usize, lacking: &[String], now: Instant) -> bool {
+        if lacking.is_empty() {
+            *self = Self::default();
+            return false;
         }
+        self.looks.retain(|member, _| lacking.contains(member));
+        for member in lacking {
+            *self.looks.entry(member.clone()).or_default() += 1;
+        }
+        // When nobody has it nothing can be signed: that waits neither for replication nor for long.
+        let nobody = held == 0;
+        let rested = self
+            .last
+            .is_none_or(|(at, pause)| now.saturating_duration_since(at) >= if nobody { FIRST_PAUSE } else { pause });
+        rested && (nobody || self.looks.values().any(|looks| *looks >= LOOKS))
+    }
+
+    fn made_another(&mut self, now: Instant) {
+        let pause = self.last.map_or(FIRST_PAUSE, |(_, last)| (last * 2).min(LONGEST_PAUSE));
+        *self = Self { looks: HashMap::new(), last: Some((now, pause)) };
     }
 }
 
-/// A new signing key on every member. One member makes its key itself. For several, whether their vendor replicates
-/// keys between them cannot be known, so the key is made here, given to each, and forgotten.
+/// How many of the members that serve have a key, and which of them do not. Those that do not say are neither.
+async fn whereabouts(cluster: &Cluster, id: &KeyId, search: bool) -> (usize, Vec<String>) {
+    let (mut held, mut lacking) = (0, Vec::new());
+    for member in cluster.members().into_iter().filter(|member| member.state == MemberState::Up) {
+        match tokio::time::timeout(PATIENCE, has(cluster, &member.name, id, search)).await {
+            Ok(Ok(true)) => held += 1,
+            Ok(Ok(false)) => lacking.push(member.name),
+            Ok(Err(_)) | Err(_) => {}
+        }
+    }
+    (held, lacking)
+}
+
+/// A key that is not known to be there is searched on the token: it may have been replicated.
+async fn has(cluster: &Cluster, member: &str, id: &KeyId, search: bool) -> Result<bool, HsmError> {
+    if !search && cluster.keys_on(member).await?.contains(id) {
+        return Ok(true);
+    }
+    Ok(cluster.public_key_on(member, id).await?.is_some())
+}
+
+/// A new signing key on every member that can take one now. One member makes its key itself. For several, whether their
+/// vendor replicates keys between them cannot be known, so the key is made here, given to each, and forgotten.
 async fn new_key(cluster: &Cluster) -> Result<(KeyId, RsaPublicKey), SignerError> {
-    let members: Vec<String> = cluster.members().into_iter().map(|m| m.name).collect();
+    let all = cluster.members();
+    let single = all.len() == 1;
+    let works = |state| matches!(state, MemberState::Up | MemberState::Draining | MemberState::Drained);
+    let members: Vec<String> = all.into_iter().filter(|m| works(m.state)).map(|m| m.name).collect();
+    let Some(first) = members.first() else {
+        return Err(HsmError::NoMember("none is up to be given a key".to_owned()).into());
+    };
     let mut id = [0; 20];
     use ring::rand::SecureRandom;
     ring::rand::SystemRandom::new().fill(&mut id).map_err(|_| SignerError::Build(BuildError::Random))?;
     let id = KeyId(id.to_vec());
     let spec =
         NewKey { id: id.clone(), label: "claviger attestation signer".to_owned(), bits: BITS, usage: KeyUsage::Sign };
-    if let [only] = members.as_slice() {
-        let public = cluster.generate_rsa(only, spec).await?;
+    if single {
+        let public = cluster.generate_rsa(first, spec).await?;
         return Ok((id, RsaPublicKey::from_components(&public.n, &public.e)?));
     }
     let key = tokio::task::spawn_blocking(|| RsaPrivateKey::generate(BITS))
@@ -164,5 +288,42 @@ pub fn private_parts(key: &RsaPrivateKey) -> RsaPrivateParts {
         dp: copy(&p.dp),
         dq: copy(&p.dq),
         qinv: copy(&p.qinv),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_that_a_member_lacks_for_long_is_replaced_but_not_for_ever() {
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let lacking = ["b".to_owned()];
+        let mut absence = Absence::default();
+        // Once may be replication; what comes and goes starts anew.
+        assert!(!absence.calls_for_another(1, &lacking, at(0)));
+        assert!(!absence.calls_for_another(2, &[], at(30)));
+        assert!(!absence.calls_for_another(1, &lacking, at(60)));
+        assert!(!absence.calls_for_another(1, &["c".to_owned()], at(90)));
+        assert!(!absence.calls_for_another(1, &lacking, at(120)));
+        // Until it is made.
+        assert!(absence.calls_for_another(1, &lacking, at(150)));
+        assert!(absence.calls_for_another(1, &lacking, at(180)));
+        absence.made_another(at(180));
+        // A member that never takes one is not tried for ever.
+        let mut made = 0;
+        for look in 1..=3 * 24 * 120 {
+            if absence.calls_for_another(1, &lacking, at(180 + look * 30)) {
+                absence.made_another(at(180 + look * 30));
+                made += 1;
+            }
+        }
+        assert!((8..=13).contains(&made), "{made} signers in three days");
+        // Nobody has it: soon, whatever was before.
+        assert!(absence.calls_for_another(0, &lacking, at(300_000)));
+        absence.made_another(at(300_000));
+        assert!(!absence.calls_for_another(0, &lacking, at(300_030)));
+        assert!(absence.calls_for_another(0, &lacking, at(300_060)));
     }
 }

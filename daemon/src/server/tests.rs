@@ -223,7 +223,7 @@ async fn a_stop_under_load_drops_no_request() {
         }
         let drained = server.drained().await;
         assert_eq!(drained.cut, 0);
-        assert!(drained.open > 0 && answered > 500 && late > 0, "{drained:?}, {answered} answered, {late} late");
+        assert!(drained.open > 0 && answered > 50 && late > 0, "{drained:?}, {answered} answered, {late} late");
     }
 }
 

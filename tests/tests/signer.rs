@@ -1,0 +1,84 @@
+//! The attestation signer outlives the members that know its key, leaves no keys behind that nobody uses, and signs in time
+//! or not at all.
+
+#![allow(clippy::unwrap_used)]
+
+use claviger::host::Host;
+use claviger_protocol::payload::ApiVersion;
+use claviger_tests::{Instances, Lab, METADATA, Options, block, run, until};
+use rusqlite::Connection;
+use serde_json::Value;
+
+/// Works with the state of a lab.
+fn sql(lab: &Lab, sql: &str) {
+    let state = Connection::open(lab.file("state/state.db")).unwrap();
+    state.busy_timeout(claviger_tests::PATIENCE).unwrap();
+    state.execute_batch(sql).unwrap();
+}
+
+fn until_attested(host: &Host) -> Vec<u8> {
+    until("a health certificate", || block(host.attest()).ok())
+}
+
+#[test]
+fn the_member_that_remains_gets_a_key() {
+    let lab = Lab::make(Options { hsms: 2, vms: 1 });
+    let faulty = lab.behind_faulty(Instances::Own);
+    sql(&lab, "DELETE FROM attestation_signers");
+    const ABSENT: &[&str] = &["absent rv=CKR_DEVICE_REMOVED"];
+    faulty.set("hsm-b", ABSENT);
+    let daemon = lab.serve();
+    let host = lab.host(daemon.client());
+    let health = until_attested(&host);
+    faulty.clear("hsm-b");
+    until("hsm-b comes up", || {
+        let listed = run(["hsm", "list", "--json", "--config", lab.config_file().to_str().unwrap()]);
+        let members: Value = serde_json::from_slice(&listed.stdout).unwrap();
+        (members[1]["state"] == "up").then_some(())
+    });
+    faulty.set("hsm-a", ABSENT);
+    let newer = until_attested(&host);
+    // The signer before is still trusted.
+    for health in [health, newer] {
+        block(host.roll(ApiVersion::V2, &health, &lab.protector())).unwrap();
+    }
+    assert!(daemon.stop().success());
+}
+
+#[test]
+fn a_signer_that_cannot_be_stored_leaves_one_key() {
+    let lab = Lab::make(Options::default());
+    let faulty = lab.behind_faulty(Instances::Own);
+    sql(
+        &lab,
+        "DELETE FROM attestation_signers;
+         CREATE TRIGGER full BEFORE INSERT ON attestation_signers BEGIN SELECT RAISE(ABORT, 'on purpose'); END;",
+    );
+    let daemon = lab.serve();
+    // One proves that the member works; the others are tries.
+    faulty.until("hsm-a", "three tries", |stats| stats.calls("C_Sign") >= 4);
+    sql(&lab, "DROP TRIGGER full");
+    until_attested(&lab.host(daemon.client()));
+    assert!(daemon.stop().success());
+    assert_eq!(faulty.stats("hsm-a").calls("C_GenerateKeyPair"), 1);
+}
+
+/// The metadata document has ten seconds of its own; an attestation that begins later has less, and ends earlier.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_attestation_keeps_the_deadline() {
+    let lab = Lab::make(Options::default());
+    let faulty = lab.behind_faulty(Instances::Own);
+    lab.configure(|config| (config.release.deadline_ms, config.release.watchdog_ms) = (1000, 60_000));
+    let daemon = lab.serve();
+    daemon.until_ready_is(200).await;
+    faulty.set("hsm-a", &["call=C_Sign hang"]);
+    let client = daemon.client();
+    let metadata = tokio::spawn(async move { client.get(METADATA).await.unwrap().status });
+    faulty.until("hsm-a", "the metadata at the token", |stats| stats.hanging() >= 1);
+    let refused = lab.host(daemon.client()).attest().await.unwrap_err().to_string();
+    assert!(refused.contains("503 UnavailableErrorReply"), "{refused}");
+    assert!(!metadata.is_finished(), "both took the same time");
+    faulty.clear("hsm-a");
+    assert_eq!(metadata.await.unwrap(), 200);
+    assert!(daemon.stop().success());
+}
