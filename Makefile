@@ -1,5 +1,5 @@
 # Each target does its own set-up and is safe to repeat.
-.PHONY: demo test lint setup setup-demo help
+.PHONY: demo test soak lint setup setup-demo help
 
 PACKAGES_DEMO = softhsm2
 PACKAGES_TEST = $(PACKAGES_DEMO) opencryptoki opensc p11-kit p11-kit-modules xmlsec1 libxml2-utils openssl curl \
@@ -10,6 +10,7 @@ PACKAGES_BUILD = gcc libc6-dev make
 help:
 	@echo "make demo   build, make a lab with soft tokens, release keys end to end, keep serving"
 	@echo "make test   format check, clippy, documentation and every test"
+	@echo "make soak   half an hour of faults of every kind under load; MINUTES=N for another time"
 	@echo "make lint   the checks without the tests"
 
 # Installs what is missing of the Debian packages $(1); without root it says what to install.
@@ -42,3 +43,8 @@ lint: setup
 test: lint
 	cargo build --workspace --locked
 	CLAVIGER_BIN=$(CURDIR)/target/debug/claviger cargo test --workspace --locked
+
+MINUTES = 30
+soak: setup-demo
+	cargo build --locked --workspace --bin claviger --bin soak
+	CLAVIGER_BIN=$(CURDIR)/target/debug/claviger ./target/debug/soak --minutes $(MINUTES)

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use claviger_hsm::MemberState;
 use tokio::sync::Mutex;
+use tokio::task::JoinSet;
 
 use crate::service::Service;
 
@@ -36,26 +37,40 @@ impl Readiness {
     }
 }
 
-/// Asks the members, those that are up first, one after the other until one proves that it works: by a decryption and a
-/// signature with the primary keys, both checked.
+/// Asks the members that are up, all at the same time, until one proves that it works: by a decryption and a signature with
+/// the primary keys, both checked.
 async fn probe(service: &Service) -> Result<String, String> {
     if let (None, _) | (_, None) = service.keys.load().primary() {
         return Err("there is no primary encryption or signing certificate".to_owned());
     }
     let mut why = Vec::new();
-    let (up, others): (Vec<_>, Vec<_>) =
-        service.cluster.members().into_iter().partition(|member| member.state == MemberState::Up);
-    for member in up {
-        match tokio::time::timeout(PATIENCE, service.cluster.probe(&member.name)).await {
-            Ok(Ok(_)) => return Ok(member.name),
-            Ok(Err(error)) => why.push(format!("{}: {error}", member.name)),
-            Err(_) => why.push(format!("{}: does not answer", member.name)),
+    let mut asked = JoinSet::new();
+    for member in service.cluster.members() {
+        // What is closed is probed as it is due, and what an administrator has drained is not to serve.
+        if member.state != MemberState::Up {
+            let error = member.last_error.map(|error| error.text).unwrap_or_default();
+            why.push(format!("{}: {} {error}", member.name, member.state));
+            continue;
+        }
+        let cluster = service.cluster.clone();
+        asked.spawn(async move {
+            match tokio::time::timeout(PATIENCE, cluster.probe(&member.name)).await {
+                Ok(Ok(_)) => Ok(member.name),
+                Ok(Err(error)) => Err(format!("{}: {error}", member.name)),
+                Err(_) => Err(format!("{}: does not answer", member.name)),
+            }
+        });
+    }
+    while let Some(answer) = asked.join_next().await {
+        match answer {
+            Ok(Ok(name)) => {
+                // The others go on for themselves: what they find out matters as well.
+                asked.detach_all();
+                return Ok(name);
+            }
+            Ok(Err(error)) => why.push(error),
+            Err(error) => why.push(error.to_string()),
         }
     }
-    // What is closed is probed as it is due, and what an administrator has drained is not to serve.
-    why.extend(others.into_iter().map(|member| {
-        let error = member.last_error.map(|error| error.text).unwrap_or_default();
-        format!("{}: {} {error}", member.name, member.state)
-    }));
     Err(why.join("; "))
 }

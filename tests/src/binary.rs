@@ -22,9 +22,10 @@ const ABOUT_THE_TEST: [&str; 5] =
     ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_CRATE_NAME", "CARGO_BIN_", "CARGO_PRIMARY_PACKAGE"];
 
 fn build() -> PathBuf {
-    // …/target/debug/deps/test-0123
-    let test = std::env::current_exe().unwrap();
-    let folder = test.parent().and_then(Path::parent).unwrap();
+    // …/target/debug/deps/test-0123, or a program a folder above.
+    let program = std::env::current_exe().unwrap();
+    let folder = program.parent().unwrap();
+    let folder = if folder.ends_with("deps") { folder.parent().unwrap() } else { folder };
     let target = folder.parent().unwrap();
     let profile = match folder.file_name().and_then(OsStr::to_str).unwrap() {
         "debug" => "dev",

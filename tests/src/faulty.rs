@@ -30,9 +30,10 @@ impl Faulty {
         let library = folder.join(format!("{name}.so"));
         let control = folder.join(format!("{name}.control"));
         fs::create_dir_all(&control).unwrap();
-        // …/target/debug/deps/test-0123, and the library that was built with it.
-        let test = std::env::current_exe().unwrap();
-        let built = test.parent().unwrap().join(LIBRARY);
+        // …/target/debug/deps/test-0123, or a program a folder above, and the library that was built with it.
+        let program = std::env::current_exe().unwrap();
+        let folder = program.parent().unwrap();
+        let built = if folder.ends_with("deps") { folder.join(LIBRARY) } else { folder.join("deps").join(LIBRARY) };
         fs::copy(&built, &library).unwrap_or_else(|error| panic!("{}: {error}", built.display()));
         Self { library, control, real: real.to_owned() }
     }

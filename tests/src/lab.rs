@@ -188,6 +188,16 @@ impl Lab {
     pub fn protector(&self) -> Vec<u8> {
         std::fs::read(self.file("tenant/vm-0001.protector.xml")).unwrap()
     }
+
+    /// The protectors of all virtual machines.
+    ///
+    /// # Panics
+    /// When one cannot be read.
+    #[must_use]
+    pub fn protectors(&self) -> Vec<Vec<u8>> {
+        let files = (1..).map(|number| self.file(&format!("tenant/vm-{number:04}.protector.xml")));
+        files.take_while(|file| file.exists()).map(|file| std::fs::read(file).unwrap()).collect()
+    }
 }
 
 /// The service's metadata, checked.

@@ -17,6 +17,7 @@ mod process;
 mod remote;
 mod scrape;
 
+pub mod openloop;
 pub mod protector;
 pub mod raw;
 pub mod stats;

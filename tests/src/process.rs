@@ -93,6 +93,17 @@ impl Process {
         None
     }
 
+    /// A number of `/proc/PID/status`, such as `Threads`, or `VmRSS` in KiB.
+    ///
+    /// # Panics
+    /// When it has none of that name, or does not run any more.
+    #[must_use]
+    pub fn status(&self, name: &str) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid().as_raw_nonzero())).unwrap();
+        let value = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+        value.and_then(|value| value.split_whitespace().next()?.parse().ok()).unwrap_or_else(|| panic!("no {name}"))
+    }
+
     /// Its id.
     #[must_use]
     pub fn pid(&self) -> Pid {

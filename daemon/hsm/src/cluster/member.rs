@@ -330,12 +330,10 @@ impl Member {
         patience: Patience,
     ) -> Result<Answer, HsmError> {
         if self.shared.health().is_able() {
-            match self.call(request, deadline, patience).await {
-                Outcome::Ran(result) => return result,
-                Outcome::NotRun(HsmError::Deadline) => return Err(HsmError::Deadline),
-                // Closed in the meantime.
-                Outcome::NotRun(_) => {}
-            }
+            return match self.call(request, deadline, patience).await {
+                Outcome::Ran(result) => result,
+                Outcome::NotRun(error) => Err(error),
+            };
         }
         loop {
             if self.shared.health().pin_refused {
@@ -418,7 +416,7 @@ impl Member {
         }
         // The others go on.
         *lock(&self.shared.short_since) = Some(Instant::now());
-        if !self.shared.said_few_sessions.swap(true, Ordering::Relaxed) {
+        if error.is_code(RvError::SessionCount) && !self.shared.said_few_sessions.swap(true, Ordering::Relaxed) {
             warn!(
                 member = self.shared.name,
                 sessions = usable,
