@@ -145,6 +145,14 @@ impl Admission {
         taken.map_err(|wait| Dropped::Rate.refusal(whole_seconds(wait)))
     }
 
+    /// Counts `more` releases against the rate of a host, as far as it has them: what it sent cost that much.
+    pub fn charge(&self, host: &str, more: usize) {
+        let Some(buckets) = &self.buckets else { return };
+        let mut buckets = buckets.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        (0..more).map_while(|_| buckets.take(host, now).ok()).count();
+    }
+
     /// Waits until it is a release's turn. Who stops waiting, by dropping this future too, leaves the queue.
     ///
     /// # Errors

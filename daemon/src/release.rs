@@ -7,7 +7,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use claviger_hsm::{Check, Hash, HsmError, KeyId, Oaep, SignScheme};
+use claviger_hsm::{Check, Hash, HsmError, KeyId, OPINIONS, Oaep, SignScheme};
 use claviger_protocol::algorithm::{self, HostAlgorithms, SignatureAlgorithm};
 use claviger_protocol::build::{self, Unsigned};
 use claviger_protocol::error::{Code, Refusal};
@@ -114,7 +114,11 @@ pub async fn roll_protector(
             attempt.used(&done.member);
             transport_key(&done.value).ok_or_else(Refusal::internal)?
         }
-        Err(error) if error.is_data() => return Err(refuse_on_the_grid(attempt.started()).await),
+        Err(error) if error.is_data() => {
+            // It was decrypted again and again before it was refused.
+            attempt.host.iter().for_each(|host| service.admission.charge(host, OPINIONS - 1));
+            return Err(refuse_on_the_grid(attempt.started()).await);
+        }
         Err(error) => return Err(unavailable(&error, "decrypt", &attempt.request)),
     };
     let signed = signed.map_err(|error| unavailable(&error, "sign", &attempt.request))?;

@@ -28,7 +28,8 @@ use member::{Member, Patience};
 
 /// How often input has to be found wrong before its caller hears of it; by different members where there are as many. One that
 /// is throttled, or wrong now and then, looks the same for a moment, and the known-good operation after it may go right.
-const OPINIONS: usize = 3;
+/// Who sends bad input pays for it by its rate.
+pub const OPINIONS: usize = 5;
 /// How long key management may take: HSMs search for large primes for a minute and more.
 const MANAGEMENT_PATIENCE: Duration = Duration::from_secs(120);
 /// How long the members together may take to come up before the daemon goes on with those that have.
@@ -78,6 +79,9 @@ struct Entry {
 struct Refusal {
     index: usize,
     generation: u64,
+    /// It gave a result, which was wrong, rather than an error.
+    wrong: bool,
+    /// What the caller would be told.
     error: HsmError,
 }
 
@@ -342,7 +346,9 @@ impl Cluster {
             }
             let Some((index, alone)) = chosen else {
                 let nobody = self.nobody(&request);
-                return Err(refusals.pop().map(|refusal| refusal.error).or(failed).unwrap_or(nobody));
+                let doubtful = refusals.iter().position(|refusal| !refusal.error.is_data());
+                let refusal = (!refusals.is_empty()).then(|| refusals.swap_remove(doubtful.unwrap_or(0)));
+                return Err(refusal.map(|refusal| refusal.error).or(failed).unwrap_or(nobody));
             };
             let entry = &self.members[index];
             tried[index] = true;
@@ -350,7 +356,7 @@ impl Cluster {
             let error = match entry.member.call(&request, deadline, self.patience(now, deadline, alone)).await {
                 Outcome::Ran(Ok(value)) => {
                     for refusal in refusals {
-                        self.members[refusal.index].member.shared.contradicted(&refusal.error, refusal.generation);
+                        self.members[refusal.index].member.shared.contradicted(refusal.wrong, refusal.generation);
                     }
                     return Ok(Done { value, member: Arc::clone(&entry.name), retries });
                 }
@@ -365,10 +371,19 @@ impl Cluster {
                 return Err(error);
             }
             if matches!(fault.whose, Whose::Caller | Whose::Unclear) {
+                // The opinion of a member that was proved wrong not long ago does not count, whatever it was wrong about: an
+                // honest caller may try again, and a bad one learns nothing.
+                let wrong = matches!(error, HsmError::Refused { wrong: true });
+                let error = if entry.member.shared.is_doubtful(Instant::now()) {
+                    HsmError::NoMember("the members that were asked have been wrong not long ago".to_owned())
+                } else {
+                    error
+                };
                 if refusals.len() + 1 == OPINIONS {
-                    return Err(error);
+                    let doubtful = refusals.into_iter().map(|refusal| refusal.error).find(|error| !error.is_data());
+                    return Err(doubtful.unwrap_or(error));
                 }
-                refusals.push(Refusal { index, generation, error });
+                refusals.push(Refusal { index, generation, wrong, error });
                 continue;
             }
             if !self.budget().withdraw(Instant::now()) {

@@ -39,7 +39,7 @@ mod session;
 mod worker;
 
 #[cfg(feature = "tokens")]
-pub use cluster::{Cluster, Done, LastError, MemberState, MemberStatus};
+pub use cluster::{Cluster, Done, LastError, MemberState, MemberStatus, OPINIONS};
 #[cfg(feature = "tokens")]
 pub use config::{MemberConfig, Patience, Pin, TokenRef};
 #[cfg(feature = "tokens")]

@@ -110,8 +110,8 @@ async fn now_and_then_an_error() {
 /// What some tokens say to a bad ciphertext, and others when they have too much to do.
 #[tokio::test(flavor = "multi_thread")]
 async fn now_and_then_an_error_that_may_be_the_callers() {
-    let fault = "call=C_Decrypt rv=CKR_FUNCTION_FAILED every=4";
-    now_and_then("every 4th C_Decrypt fails everywhere", fault).await;
+    let fault = "call=C_Decrypt rv=CKR_FUNCTION_FAILED every=8";
+    now_and_then("every 8th C_Decrypt fails everywhere", fault).await;
 }
 
 async fn all_gone(setup: Setup, name: &str, fault: &str) {

@@ -36,6 +36,8 @@ const OPEN_PATIENCE: Duration = Duration::from_secs(30);
 const ASK_FOR_MORE: Duration = Duration::from_secs(30);
 /// How often a member may be asked to prove itself because of answers that may be the caller's fault.
 const BLAME_PAUSE: Duration = Duration::from_millis(100);
+/// How long the opinion of a member that was proved wrong does not count.
+const DOUBTFUL: Duration = Duration::from_secs(10);
 /// How long a member that lacked a key is passed over for it. Replication between HSMs takes a moment.
 const LACKS: Duration = Duration::from_secs(2);
 /// Keys that a member is known to lack; beyond, nothing is remembered.
@@ -154,6 +156,8 @@ pub(crate) struct Shared {
 struct Blame {
     at: Option<Instant>,
     innocent: bool,
+    /// Until then its opinion of an input does not count.
+    doubtful_until: Option<Instant>,
 }
 
 struct Login {
@@ -253,7 +257,7 @@ impl Member {
             lacking: Mutex::default(),
             tried_out: Mutex::new(false),
             schemes: Default::default(),
-            blame: Mutex::new(Blame { at: None, innocent: true }),
+            blame: Mutex::new(Blame { at: None, innocent: true, doubtful_until: None }),
             live_threads: AtomicUsize::new(0),
             stuck: AtomicUsize::new(0),
             wants_module: AtomicBool::new(false),
@@ -756,14 +760,20 @@ impl Shared {
         ["decrypt", "sign"].into_iter().any(|op| first_known(&known, op).is_some_and(|first| first.key() == Some(key)))
     }
 
-    /// Another member's answer proved that this one's `refusal` was wrong.
-    pub(crate) fn contradicted(self: &Arc<Self>, refusal: &HsmError, generation: u64) {
+    /// Whether it was proved wrong not long ago.
+    pub(crate) fn is_doubtful(&self, now: Instant) -> bool {
+        lock(&self.blame).doubtful_until.is_some_and(|until| now < until)
+    }
+
+    /// Another answer proved that this member was wrong to refuse an input: with a `wrong` result, or an error.
+    pub(crate) fn contradicted(self: &Arc<Self>, wrong: bool, generation: u64) {
+        lock(&self.blame).doubtful_until = Some(Instant::now() + DOUBTFUL);
         if generation != self.generation() {
             return;
         }
         let now = Instant::now();
         // An error may be a busy token's; a wrong result is nothing but wrong.
-        let (error, closed) = if matches!(refusal, HsmError::Refused { wrong: true }) {
+        let (error, closed) = if wrong {
             let error = HsmError::WrongAnswer;
             let closed = self.health().trip(&error, now);
             (error, closed)
