@@ -42,7 +42,8 @@ lint: setup
 # The system tests run the program that is built here; by themselves they would build it, too.
 test: lint
 	cargo build --workspace --locked
-	CLAVIGER_BIN=$(CURDIR)/target/debug/claviger cargo test --workspace --locked
+	CLAVIGER_BIN=$(CURDIR)/target/debug/claviger CLAVIGER_LOADGEN_BIN=$(CURDIR)/target/debug/claviger-loadgen \
+	  cargo test --workspace --locked
 
 MINUTES = 30
 soak: setup-demo

@@ -1,4 +1,4 @@
-//! The program under test.
+//! The programs under test.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -11,17 +11,26 @@ use std::sync::OnceLock;
 /// When it does not build.
 pub fn claviger() -> &'static Path {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
-    BINARY.get_or_init(|| match std::env::var_os("CLAVIGER_BIN") {
-        Some(path) => path.into(),
-        None => build(),
-    })
+    BINARY.get_or_init(|| std::env::var_os("CLAVIGER_BIN").map_or_else(|| build("claviger"), PathBuf::from))
+}
+
+/// The `claviger-loadgen` binary: that of `CLAVIGER_LOADGEN_BIN`, or the workspace's, built now with the profile of this
+/// test.
+///
+/// # Panics
+/// When it does not build.
+pub fn loadgen() -> &'static Path {
+    static BINARY: OnceLock<PathBuf> = OnceLock::new();
+    let build = || build("claviger-loadgen");
+    BINARY.get_or_init(|| std::env::var_os("CLAVIGER_LOADGEN_BIN").map_or_else(build, PathBuf::from))
 }
 
 /// Variables that cargo sets for the programs that it runs.
 const ABOUT_THE_TEST: [&str; 5] =
     ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_CRATE_NAME", "CARGO_BIN_", "CARGO_PRIMARY_PACKAGE"];
 
-fn build() -> PathBuf {
+/// Builds a binary, which is called like its package.
+fn build(name: &str) -> PathBuf {
     // …/target/debug/deps/test-0123, or a program a folder above.
     let program = std::env::current_exe().unwrap();
     let folder = program.parent().unwrap();
@@ -43,13 +52,13 @@ fn build() -> PathBuf {
     let built = command
         .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
         // With the tests' package beside it the dependencies have the features that they have here: nothing is built twice.
-        .args(["build", "--quiet", "--package", "claviger", "--package", "claviger-tests", "--bin", "claviger"])
+        .args(["build", "--quiet", "--package", name, "--package", "claviger-tests", "--bin", name])
         .args(["--profile", profile, "--target-dir"])
         .arg(target)
         .output()
         .unwrap();
-    assert!(built.status.success(), "claviger does not build:\n{}", String::from_utf8_lossy(&built.stderr));
-    folder.join("claviger")
+    assert!(built.status.success(), "{name} does not build:\n{}", String::from_utf8_lossy(&built.stderr));
+    folder.join(name)
 }
 
 /// Runs `claviger` with these arguments to its end.

@@ -5,7 +5,7 @@
 //! [`Lab::behind_servers`] puts them behind sockets. Addresses are always the kernel's choice. No test judges by time:
 //! what waits, waits for [`PATIENCE`].
 //!
-//! `CLAVIGER_BIN` names the binary to test; without it, it is built.
+//! `CLAVIGER_BIN` and `CLAVIGER_LOADGEN_BIN` name the binaries to test; without them, they are built.
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used)]
 
@@ -24,7 +24,7 @@ pub mod stats;
 
 use std::time::Duration;
 
-pub use binary::{claviger, run};
+pub use binary::{claviger, loadgen, run};
 pub use daemon::Daemon;
 pub use faulty::{Faulty, FaultyMembers, Instances, Stats};
 pub use lab::{ALGORITHMS, HOST, Lab, Options, metadata, open_release, roll_request};

@@ -1,0 +1,470 @@
+//! The `claviger-loadgen` command: command line → run, compare, capacity or plan.
+
+#![forbid(unsafe_code)]
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+use claviger_loadgen::capacity::{self, Question};
+use claviger_loadgen::http::Client;
+use claviger_loadgen::lab::Lab;
+use claviger_loadgen::plan::{self, Hosts};
+use claviger_loadgen::prepare::World;
+use claviger_loadgen::profile::Profile;
+use claviger_loadgen::report::{self, Report};
+use claviger_loadgen::run::{Load, Mode};
+use claviger_loadgen::simulation::Model;
+use claviger_loadgen::threshold::{self, Threshold};
+use claviger_loadgen::units;
+use claviger_loadgen::verify::Verify;
+use claviger_loadgen::{Failure, compare, html, print, run};
+use claviger_protocol::payload::ApiVersion;
+
+/// A threshold failed.
+const THRESHOLD_FAILED: u8 = 99;
+/// The load generator itself was too slow.
+const INVALID: u8 = 98;
+/// A reply was wrong.
+const WRONG: u8 = 97;
+
+/// Plays guarded hosts to a key-release service: how many keys, how fast, and what it would take
+#[derive(Debug, Parser)]
+#[command(
+    version,
+    after_help = "Start here:\n  claviger demo --dir target/lab &\n  \
+    claviger-loadgen run --url http://127.0.0.1:8080 --lab target/lab --profile 10s@100\n\
+    Exit status: 0 good, 1 could not be done, 2 usage, 97 a reply was wrong, 98 invalid (the generator was too slow), \
+    99 a threshold failed."
+)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Make load, and tell how the service bore it
+    #[command(after_help = "Examples:\n  \
+        claviger-loadgen run --url http://127.0.0.1:8080 --lab target/lab --profile 10s@100,30s@100..500 --html run.html\n  \
+        claviger-loadgen run --url http://127.0.0.1:8080 --lab target/lab --profile storm:10000/60s --hosts 100\n  \
+        claviger-loadgen run --url http://127.0.0.1:8080 --lab target/lab --closed 16 --duration 10s --threshold 'p99<50ms'\n\
+        Latency counts from when a request was due, service time from when it was sent. docs/load.md explains.")]
+    Run(Box<RunArguments>),
+    /// Hold two results of `run --json` against each other: what differs, and what is noise
+    #[command(after_help = "Example: claviger-loadgen compare before.json after.json\n\
+        The bounds come from the runs' own seconds: longer runs tell smaller differences.")]
+    Compare {
+        /// The first run
+        before: PathBuf,
+        /// The second run
+        after: PathBuf,
+        /// Print JSON for machines
+        #[arg(long)]
+        json: bool,
+    },
+    /// Find out how much a running service carries, and what limits it
+    #[command(after_help = "Example: claviger-loadgen capacity --url http://127.0.0.1:8080 --lab target/lab \
+        --slo 'p99<100ms,errors<0.1%' --metrics http://127.0.0.1:9464\n\
+        It takes about 15 steps. The load generator needs processors of its own.")]
+    Capacity(Box<CapacityArguments>),
+    /// Reckon what a cluster would carry, without a server: the daemon's own policies in simulated time
+    #[command(
+        after_help = "Example: claviger-loadgen plan --hsm-rate 1100 --rtt 1ms --hsms 4 --sessions 8 --target 3000/s \
+        --slo 'p99<100ms'\n\
+        The rate of an HSM is that of its data sheet: private-key operations a second, for the length of your keys. A release \
+        takes two."
+    )]
+    Plan(PlanArguments),
+}
+
+/// How many hosts a rate is good for.
+#[derive(Debug, Args)]
+struct Assumption {
+    /// Releases of a host in a day, to say how many hosts a rate is good for
+    #[arg(long, value_name = "N", default_value = "200", value_parser = units::rate)]
+    releases_per_day: f64,
+    /// How much more than the mean the busiest minute asks for
+    #[arg(long, value_name = "FACTOR", default_value = "10", value_parser = units::rate)]
+    peak: f64,
+}
+
+impl Assumption {
+    fn hosts(&self) -> Hosts {
+        Hosts { releases_a_day: self.releases_per_day, peak: self.peak }
+    }
+}
+
+#[derive(Debug, Args)]
+struct CapacityArguments {
+    #[command(flatten)]
+    target: Target,
+    /// What has to hold
+    #[arg(long, value_name = "CONDITIONS", default_value = "p99<100ms,errors<0.1%")]
+    slo: Objectives,
+    /// HSMs of the service; asked of it when left out
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
+    hsms: Option<u16>,
+    /// The daemon's metrics address, such as http://127.0.0.1:9464
+    #[arg(long, value_name = "URL")]
+    metrics: Option<String>,
+    /// How long each step is
+    #[arg(long, value_name = "TIME", default_value = "4s", value_parser = units::duration)]
+    step: Duration,
+    #[command(flatten)]
+    shape: Shape,
+    #[command(flatten)]
+    assumption: Assumption,
+    /// Write the whole result as JSON; - is the standard output
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+struct PlanArguments {
+    /// Private-key operations that one HSM does in a second at most
+    #[arg(long, value_name = "RATE", value_parser = units::rate)]
+    hsm_rate: f64,
+    /// What one operation takes inside an idle HSM; by default an HSM does one at a time
+    #[arg(long, value_name = "TIME", value_parser = units::duration)]
+    op_time: Option<Duration>,
+    /// Network round trip to an HSM
+    #[arg(long, value_name = "TIME", default_value = "1ms", value_parser = units::duration)]
+    rtt: Duration,
+    /// HSMs
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=64))]
+    hsms: u16,
+    /// Sessions of each
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    sessions: u16,
+    /// Releases a second that are wanted
+    #[arg(long, value_name = "RATE", value_parser = units::rate)]
+    target: Option<f64>,
+    /// What has to hold
+    #[arg(long, value_name = "CONDITIONS", default_value = "p99<100ms,errors<0.1%")]
+    slo: Objectives,
+    /// Processor time of the daemon for one release; left out by default
+    #[arg(long, value_name = "TIME", default_value = "0s", value_parser = units::duration)]
+    own_cost: Duration,
+    /// Processors of the daemon
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    processors: u16,
+    /// The daemon's release.batch
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    batch: u16,
+    /// The daemon's release.queue
+    #[arg(long, value_name = "N", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    queue: u32,
+    /// The daemon's release.deadline_ms
+    #[arg(long, value_name = "TIME", default_value = "5s", value_parser = units::duration)]
+    deadline: Duration,
+    #[command(flatten)]
+    assumption: Assumption,
+    /// Print JSON for machines
+    #[arg(long)]
+    json: bool,
+}
+
+/// Conditions with commas between them.
+#[derive(Clone, Debug)]
+struct Objectives(Vec<Threshold>);
+
+impl FromStr for Objectives {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        threshold::objectives(text).map(Self)
+    }
+}
+
+/// Where the service is, and its lab.
+#[derive(Debug, Args)]
+struct Target {
+    /// The service
+    #[arg(long, value_name = "URL")]
+    url: String,
+    /// Folder of the lab that it serves
+    #[arg(long, value_name = "DIR")]
+    lab: PathBuf,
+    /// PEM file of the certificate authority to trust, for https
+    #[arg(long, value_name = "FILE")]
+    ca: Option<PathBuf>,
+    /// How long a request may take
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = units::duration)]
+    timeout: Duration,
+}
+
+impl Target {
+    fn client(&self) -> Result<Arc<Client>, Failure> {
+        Ok(Arc::new(Client::new(&self.url, self.ca.as_deref(), self.timeout)?))
+    }
+}
+
+/// What requests are made of.
+#[derive(Debug, Args)]
+struct Shape {
+    /// Hosts; more than one are made and registered through the admin socket of the lab's daemon, and kept for the next run
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    hosts: u32,
+    /// Virtual machines, each with its protector; made before the clock starts, and kept. A storm has as many as it says
+    #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    vms: u32,
+    /// Each release feeds the machine's next one with its egress protector
+    #[arg(long)]
+    roll: bool,
+    /// Releases in one request (RollTransportKeys); rates still count releases
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
+    batch: Option<u16>,
+    /// Version of the interface
+    #[arg(long, value_name = "VERSION", default_value = "v2.0", value_parser = api)]
+    api: ApiVersion,
+    /// Which replies to check: all, or sample:P
+    #[arg(long, value_name = "WHICH", default_value = "sample:0.1")]
+    verify: Verify,
+    /// Most requests in flight; what is due beyond that is dropped, and counted
+    #[arg(long, value_name = "N", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..=60_000))]
+    in_flight: u32,
+    /// Bound of the generator's own lag (p99); a run beyond it is invalid
+    #[arg(long, value_name = "TIME", default_value = "10ms", value_parser = units::duration)]
+    max_lag: Duration,
+    /// Load before the measured time, not counted; storms have none
+    #[arg(long, value_name = "TIME", default_value = "2s", value_parser = units::duration)]
+    warmup: Duration,
+    /// Slow the generator down before each request, to see whether it notices
+    #[arg(long, value_name = "TIME", default_value = "0s", value_parser = units::duration, hide = true)]
+    handicap: Duration,
+}
+
+impl Shape {
+    fn load(&self, mode: Mode) -> Load {
+        Load {
+            mode,
+            warmup: self.warmup,
+            in_flight: self.in_flight as usize,
+            batch: self.batch.map(usize::from),
+            api: self.api,
+            roll: self.roll,
+            verify: self.verify,
+            max_lag: self.max_lag,
+            handicap: self.handicap,
+            show: true,
+        }
+    }
+
+    /// Machines that this load needs.
+    ///
+    /// # Errors
+    /// When there are too few for what was asked.
+    fn machines(&self, mode: &Mode) -> Result<usize, Failure> {
+        let batch = self.batch.map_or(1, usize::from);
+        let machines = match mode {
+            Mode::Open(Profile::Storm { machines, .. }) => *machines,
+            _ => self.vms as usize,
+        };
+        let needed = match mode {
+            Mode::Closed { callers, .. } if self.roll => callers * batch,
+            _ if self.roll => batch,
+            _ => 1,
+        };
+        if machines < needed {
+            return Err(
+                format!("with --roll a machine is asked for once at a time: give --vms {needed} or more").into()
+            );
+        }
+        if matches!(mode, Mode::Open(Profile::Storm { .. })) && (self.roll || batch > 1) {
+            return Err("a storm asks for each machine once: leave out --roll and --batch".into());
+        }
+        Ok(machines)
+    }
+}
+
+#[derive(Debug, Args)]
+struct RunArguments {
+    #[command(flatten)]
+    target: Target,
+    /// When releases are due: TIME@RATE or TIME@FROM..TO, with commas between; or storm:MACHINES/TIME
+    #[arg(long, value_name = "PROFILE", required_unless_present = "closed")]
+    profile: Option<Profile>,
+    /// So many callers instead, each of which asks again when it has its answer
+    #[arg(long, value_name = "N", conflicts_with = "profile", requires = "duration",
+        value_parser = clap::value_parser!(u32).range(1..=60_000))]
+    closed: Option<u32>,
+    /// How long, for --closed
+    #[arg(long, value_name = "TIME", requires = "closed", value_parser = units::duration)]
+    duration: Option<Duration>,
+    #[command(flatten)]
+    shape: Shape,
+    /// Condition on the result; exit status 99 when one fails. May be given several times
+    #[arg(long, value_name = "CONDITION")]
+    threshold: Vec<Threshold>,
+    /// Write the whole result as JSON; - is the standard output
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Write the timeline, a line for each second
+    #[arg(long, value_name = "FILE")]
+    csv: Option<PathBuf>,
+    /// Write the histograms of latency, one for each second (HDR log V2)
+    #[arg(long, value_name = "FILE")]
+    hdr: Option<PathBuf>,
+    /// Write a page with pictures
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+}
+
+fn api(text: &str) -> Result<ApiVersion, String> {
+    let known = [ApiVersion::V1, ApiVersion::V2].into_iter().find(|version| version.as_str() == text);
+    known.ok_or_else(|| format!("{text:?} is not known; there are v1.0 and v2.0"))
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let result = match arguments.command {
+        Command::Run(arguments) => runtime().and_then(|runtime| runtime.block_on(load(&arguments))),
+        Command::Compare { before, after, json } => compared(&before, &after, json),
+        Command::Capacity(arguments) => runtime().and_then(|runtime| runtime.block_on(measured(&arguments))),
+        Command::Plan(arguments) => planned(&arguments),
+    };
+    result.unwrap_or_else(|failure| {
+        print::aside(&format!("claviger-loadgen: {failure}"));
+        ExitCode::FAILURE
+    })
+}
+
+fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
+    Ok(tokio::runtime::Builder::new_multi_thread().enable_all().build()?)
+}
+
+async fn load(arguments: &RunArguments) -> Result<ExitCode, Failure> {
+    let mode = match (&arguments.profile, arguments.closed, arguments.duration) {
+        (Some(profile), ..) => Mode::Open(profile.clone()),
+        (None, Some(callers), Some(duration)) => Mode::Closed { callers: callers as usize, duration },
+        _ => return Err("say what load: --profile 10s@100, or --closed 16 --duration 10s".into()),
+    };
+    let shape = &arguments.shape;
+    let machines = shape.machines(&mode)?;
+    let hosts = shape.hosts as usize;
+    // A file that cannot be written shows before the load, not after it.
+    for file in [&arguments.json, &arguments.csv, &arguments.hdr, &arguments.html].into_iter().flatten() {
+        write(file, b"")?;
+    }
+    let client = arguments.target.client()?;
+    let world = World::prepare(&client, &Lab::open(&arguments.target.lab)?, hosts, machines).await?;
+    let load = shape.load(mode);
+    let outcome = run::run(client, &world, load.clone()).await?;
+    let mut report = Report::new(&arguments.target.url, &load, hosts, machines, &outcome);
+    report.thresholds = arguments.threshold.iter().map(|t| t.judge(&outcome.tally, &report)).collect();
+    if let Some(file) = &arguments.csv {
+        write(file, report.to_csv().as_bytes())?;
+    }
+    if let Some(file) = &arguments.hdr {
+        write(file, &report::hdr_log(&outcome)?)?;
+    }
+    if let Some(file) = &arguments.html {
+        write(file, html::page(&report).as_bytes())?;
+    }
+    let json = arguments.json.as_deref();
+    if json == Some(Path::new("-")) {
+        print::aside(&report.for_people());
+    } else {
+        print::line(&report.for_people());
+    }
+    if let Some(file) = json {
+        write(file, format!("{}\n", serde_json::to_string_pretty(&report)?).as_bytes())?;
+    }
+    Ok(if report.thresholds.iter().any(|judgement| !judgement.passed) {
+        THRESHOLD_FAILED.into()
+    } else if report.verify.wrong > 0 {
+        WRONG.into()
+    } else if !report.valid {
+        INVALID.into()
+    } else {
+        ExitCode::SUCCESS
+    })
+}
+
+fn compared(before: &Path, after: &Path, json: bool) -> Result<ExitCode, Failure> {
+    let read = |file: &Path| {
+        let text = std::fs::read_to_string(file).map_err(|error| format!("{}: {error}", file.display()))?;
+        let report: Result<Report, _> = serde_json::from_str(&text);
+        report.map_err(|error| Failure::from(format!("{} is no result of `run --json`: {error}", file.display())))
+    };
+    let reports = [read(before)?, read(after)?];
+    let differences = compare::compare(&reports[0], &reports[1]);
+    if json {
+        print::line(&serde_json::to_string_pretty(&differences)?);
+    } else {
+        let names = [before, after].map(|file| file.display().to_string());
+        let [one, other] = &reports;
+        print::line(&compare::for_people([&names[0], &names[1]], [one, other], &differences));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn measured(arguments: &CapacityArguments) -> Result<ExitCode, Failure> {
+    let shape = &arguments.shape;
+    let client = arguments.target.client()?;
+    let lab = Lab::open(&arguments.target.lab)?;
+    let metrics =
+        arguments.metrics.as_deref().map(|url| Client::new(url, None, arguments.target.timeout)).transpose()?;
+    // Replaced step by step; the last step needs the most machines.
+    let mode = Mode::Closed { callers: capacity::MOST_CALLERS, duration: arguments.step };
+    let world = World::prepare(&client, &lab, shape.hosts as usize, shape.machines(&mode)?).await?;
+    let question = Question {
+        client,
+        world,
+        load: shape.load(mode),
+        step: arguments.step,
+        objectives: &arguments.slo.0,
+        lab: &lab,
+        metrics,
+        hsms: arguments.hsms.map(usize::from),
+    };
+    let answer = capacity::measure(&question).await?;
+    let text = capacity::for_people(&answer, &arguments.slo.0, &arguments.assumption.hosts());
+    match &arguments.json {
+        Some(file) => {
+            print::aside(&text);
+            write(file, format!("{}\n", serde_json::to_string_pretty(&answer)?).as_bytes())?;
+        }
+        None => print::line(&text),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn planned(arguments: &PlanArguments) -> Result<ExitCode, Failure> {
+    let op_time = arguments.op_time.map_or(1.0 / arguments.hsm_rate, |time| time.as_secs_f64());
+    let model = Model {
+        hsms: arguments.hsms.into(),
+        sessions: arguments.sessions.into(),
+        hsm_rate: arguments.hsm_rate,
+        op_time,
+        rtt: arguments.rtt.as_secs_f64(),
+        own_cost: arguments.own_cost.as_secs_f64(),
+        processors: arguments.processors.into(),
+        batch: arguments.batch.into(),
+        queue: arguments.queue as usize,
+        deadline: arguments.deadline.as_secs_f64(),
+    };
+    let objectives = &arguments.slo.0;
+    let plan = plan::plan(&model, objectives, arguments.target);
+    if arguments.json {
+        print::line(&serde_json::to_string_pretty(&plan)?);
+    } else {
+        print::line(&plan::for_people(&model, objectives, &plan, &arguments.assumption.hosts()));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Writes a file; `-` is the standard output.
+fn write(file: &Path, octets: &[u8]) -> Result<(), Failure> {
+    if file == Path::new("-") {
+        if !octets.is_empty() {
+            print::line(String::from_utf8_lossy(octets).trim_end());
+        }
+        return Ok(());
+    }
+    std::fs::write(file, octets).map_err(|error| format!("{} cannot be written: {error}", file.display()).into())
+}

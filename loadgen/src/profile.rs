@@ -1,0 +1,290 @@
+//! When requests start: a plain value, and an iterator of moments. No clock.
+//!
+//! ```text
+//! 10s@100,1m@500,30s@500..2000,20s@3000     constant, constant, a ramp, constant; releases a second
+//! storm:10000/60s                           10,000 machines, each once, all asked for within 60 s
+//! ```
+
+use std::fmt;
+use std::str::FromStr;
+use std::time::Duration;
+
+use crate::units;
+
+/// Longest run. Health certificates live for eight hours from five minutes ago, and a host here attests once.
+pub const LONGEST: Duration = Duration::from_secs(7 * 3600);
+/// Most starts of a run, so that a typing error shows before a day has passed.
+const MOST: f64 = 1e9;
+
+/// A part of a profile: from one rate to another within some time.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Segment {
+    /// How long it is.
+    pub duration: Duration,
+    /// Releases a second at its beginning.
+    pub from: f64,
+    /// Releases a second at its end; the same as `from` where the rate is constant.
+    pub to: f64,
+}
+
+/// What load is asked for.
+#[derive(Clone, PartialEq, Debug)]
+pub enum Profile {
+    /// So many releases a second, whatever the server does.
+    Rates(Vec<Segment>),
+    /// A boot storm: each machine once, evenly over the time.
+    Storm {
+        /// How many machines.
+        machines: usize,
+        /// Within which time they are all asked for.
+        within: Duration,
+    },
+}
+
+impl Segment {
+    /// Starts in the first `seconds` of it.
+    fn starts_by(&self, seconds: f64) -> f64 {
+        let length = self.duration.as_secs_f64();
+        self.from * seconds + (self.to - self.from) * seconds * seconds / (2.0 * length)
+    }
+
+    fn starts(&self) -> f64 {
+        (self.from + self.to) / 2.0 * self.duration.as_secs_f64()
+    }
+
+    /// When so many have started: [`Self::starts_by`] solved for the time.
+    fn when(&self, starts: f64) -> f64 {
+        let slope = (self.to - self.from) / self.duration.as_secs_f64();
+        if slope == 0.0 {
+            return starts / self.from;
+        }
+        if starts <= 0.0 {
+            return 0.0;
+        }
+        // The form that does not subtract what is nearly equal.
+        let root = (self.from * self.from + 2.0 * slope * starts).max(0.0).sqrt();
+        2.0 * starts / (self.from + root)
+    }
+}
+
+impl Profile {
+    /// A constant rate.
+    #[must_use]
+    pub fn constant(duration: Duration, rate: f64) -> Self {
+        Self::Rates(vec![Segment { duration, from: rate, to: rate }])
+    }
+
+    /// From the first start to the end of the last second that load is asked for.
+    #[must_use]
+    pub fn duration(&self) -> Duration {
+        match self {
+            Self::Rates(segments) => segments.iter().map(|segment| segment.duration).sum(),
+            Self::Storm { within, .. } => *within,
+        }
+    }
+
+    /// The rate it begins with, in releases a second.
+    #[must_use]
+    pub fn first_rate(&self) -> f64 {
+        match self {
+            Self::Rates(segments) => segments.first().map_or(0.0, |segment| segment.from.max(1.0)),
+            Self::Storm { machines, within } => *machines as f64 / within.as_secs_f64(),
+        }
+    }
+
+    /// The moments at which releases start, from the beginning of the profile; when `batch` go in one request, the moments
+    /// of the requests, which are fewer.
+    pub fn starts(&self, batch: usize) -> impl Iterator<Item = Duration> + Send + 'static {
+        let segments = match self {
+            Self::Rates(segments) => segments.clone(),
+            Self::Storm { machines, within } => {
+                let rate = *machines as f64 / within.as_secs_f64();
+                vec![Segment { duration: *within, from: rate, to: rate }]
+            }
+        };
+        let step = batch.max(1) as f64;
+        let (mut at, mut begins, mut before, mut count) = (0, 0.0, 0.0, 0.0);
+        std::iter::from_fn(move || {
+            loop {
+                let segment: &Segment = segments.get(at)?;
+                let within = count - before;
+                // Rounding must neither lose nor add a start at a seam.
+                if within < segment.starts() - 1e-6 {
+                    let moment = begins + segment.when(within);
+                    count += step;
+                    return Some(Duration::from_secs_f64(moment));
+                }
+                begins += segment.duration.as_secs_f64();
+                before += segment.starts();
+                at += 1;
+            }
+        })
+    }
+
+    /// Starts in the first `seconds` of it: what a server that keeps up has to begin by then.
+    #[must_use]
+    pub fn starts_by(&self, seconds: f64) -> f64 {
+        match self {
+            Self::Rates(segments) => {
+                let mut begins = 0.0;
+                let mut sum = 0.0;
+                for segment in segments {
+                    let length = segment.duration.as_secs_f64();
+                    sum += segment.starts_by((seconds - begins).clamp(0.0, length));
+                    begins += length;
+                }
+                sum
+            }
+            Self::Storm { machines, within } => *machines as f64 * (seconds / within.as_secs_f64()).clamp(0.0, 1.0),
+        }
+    }
+}
+
+impl FromStr for Profile {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let help = "write it like 10s@100,30s@500..2000 or storm:10000/60s";
+        let profile = if let Some(storm) = text.trim().strip_prefix("storm:") {
+            let (machines, within) = storm.split_once('/').ok_or_else(|| format!("{text:?} is no storm; {help}"))?;
+            let machines: usize =
+                machines.trim().parse().map_err(|_| format!("{machines:?} is no number of machines; {help}"))?;
+            Self::Storm { machines, within: units::duration(within)? }
+        } else {
+            let segment = |part: &str| {
+                let (duration, rates) = part.split_once('@').ok_or_else(|| format!("{part:?} has no '@'; {help}"))?;
+                let (from, to) = rates.split_once("..").unwrap_or((rates, rates));
+                let ramp = from != to;
+                // A ramp may begin or end at nothing.
+                let bound = |text: &str| if ramp && text.trim() == "0" { Ok(0.0) } else { units::rate(text) };
+                Ok::<_, String>(Segment { duration: units::duration(duration)?, from: bound(from)?, to: bound(to)? })
+            };
+            Self::Rates(text.split(',').map(segment).collect::<Result<_, _>>()?)
+        };
+        let starts = profile.starts_by(f64::MAX);
+        let empty = match &profile {
+            Self::Rates(segments) => segments.iter().any(|segment| segment.duration.is_zero()),
+            Self::Storm { machines, within } => *machines == 0 || within.is_zero(),
+        };
+        if empty {
+            return Err(format!("{text:?} asks for nothing; {help}"));
+        }
+        if profile.duration() > LONGEST {
+            return Err(format!(
+                "{text:?} is longer than 7 hours, and the hosts' health certificates live 8; make it shorter"
+            ));
+        }
+        if starts > MOST {
+            return Err(format!("{text:?} asks for {starts:.0} releases; more than {MOST:.0} is surely a mistake"));
+        }
+        Ok(profile)
+    }
+}
+
+impl fmt::Display for Profile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Storm { machines, within } => write!(f, "storm:{machines}/{}s", within.as_secs_f64()),
+            Self::Rates(segments) => {
+                for (at, segment) in segments.iter().enumerate() {
+                    let comma = if at > 0 { "," } else { "" };
+                    write!(f, "{comma}{}s@{}", segment.duration.as_secs_f64(), segment.from)?;
+                    if segment.from != segment.to {
+                        write!(f, "..{}", segment.to)?;
+                    }
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn profile(text: &str) -> Profile {
+        text.parse().unwrap()
+    }
+
+    fn starts(text: &str, batch: usize) -> Vec<f64> {
+        profile(text).starts(batch).map(|moment| moment.as_secs_f64()).collect()
+    }
+
+    #[test]
+    fn what_is_written_is_what_is_meant() {
+        let second = Duration::from_secs(1);
+        let constant = |seconds: u32, rate| Segment { duration: second * seconds, from: rate, to: rate };
+        let expected = vec![
+            constant(10, 100.0),
+            constant(60, 500.0),
+            Segment { duration: 30 * second, from: 500.0, to: 2000.0 },
+            constant(20, 3000.0),
+        ];
+        let read = profile("10s@100, 1m@500/s,30s@500..2000,20s@3000");
+        assert_eq!(read, Profile::Rates(expected));
+        assert_eq!(read.duration(), 120 * second);
+        assert_eq!(profile(&read.to_string()), read);
+        let storm = profile("storm:10000/60s");
+        assert_eq!(storm, Profile::Storm { machines: 10_000, within: 60 * second });
+        assert_eq!(profile(&storm.to_string()), storm);
+    }
+
+    #[test]
+    fn mistakes_are_explained() {
+        for (text, expected) in [
+            ("", "has no '@'; write it like 10s@100"),
+            ("10s", "has no '@'"),
+            ("10@100", "is not a duration; write it like 50ms"),
+            ("10s@", "is not a rate; write a number of releases a second"),
+            ("10s@0", "is not a rate"),
+            ("0s@10", "asks for nothing"),
+            ("10s@1..x", "is not a rate"),
+            ("storm:10", "is no storm; write it like"),
+            ("storm:x/60s", "is no number of machines"),
+            ("storm:0/60s", "asks for nothing"),
+            ("8h@1", "longer than 7 hours"),
+            ("1h@1000000", "surely a mistake"),
+        ] {
+            let message = text.parse::<Profile>().unwrap_err();
+            assert!(message.contains(expected), "{text}: {message}");
+        }
+    }
+
+    #[test]
+    fn a_constant_rate_is_even() {
+        assert_eq!(starts("1s@4", 1), [0.0, 0.25, 0.5, 0.75]);
+        assert_eq!(starts("1s@4,1s@2", 1), [0.0, 0.25, 0.5, 0.75, 1.0, 1.5]);
+        assert_eq!(starts("1s@8", 4), [0.0, 0.5]);
+        assert_eq!(starts("storm:6/3s", 1), [0.0, 0.5, 1.0, 1.5, 2.0, 2.5]);
+    }
+
+    #[test]
+    fn a_ramp_has_as_many_as_its_area_and_gets_denser() {
+        let starts = starts("10s@0..100", 1);
+        assert_eq!(starts.len(), 500);
+        assert_eq!(starts.iter().filter(|moment| **moment < 5.0).count(), 125);
+        let gaps: Vec<f64> = starts.windows(2).map(|pair| pair[1] - pair[0]).collect();
+        assert!(gaps.is_sorted_by(|a, b| a >= b));
+    }
+
+    proptest! {
+        #[test]
+        fn starts_are_in_order_and_as_many_as_promised(
+            parts in proptest::collection::vec((1_u32..50, 1_u32..500, 1_u32..500), 1..6), batch in 1_usize..9,
+        ) {
+            let segment = |&(tenths, from, to): &(u32, u32, u32)| Segment {
+                duration: Duration::from_millis(100) * tenths, from: f64::from(from), to: f64::from(to),
+            };
+            let profile = Profile::Rates(parts.iter().map(segment).collect());
+            let starts: Vec<f64> = profile.starts(batch).map(|moment| moment.as_secs_f64()).collect();
+            prop_assert!(starts.is_sorted());
+            let end = profile.duration().as_secs_f64();
+            prop_assert!(starts.iter().all(|moment| *moment <= end));
+            let promised = profile.starts_by(end) / batch as f64;
+            prop_assert!((starts.len() as f64 - promised).abs() <= 1.0, "{} for {}", starts.len(), promised);
+        }
+    }
+}

@@ -1,0 +1,291 @@
+//! What happened, counted: on a thread of its own, so that counting delays no request.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::Duration;
+
+use hdrhistogram::Histogram;
+
+use crate::progress::Progress;
+use crate::units;
+
+/// The code of a reply that a check found wrong.
+pub const WRONG_REPLY: &str = "WrongReply";
+/// Three significant digits: an error of 0.1 % at most.
+const DIGITS: u8 = 3;
+/// Between two looks at how it goes.
+const GLANCE: Duration = Duration::from_millis(250);
+
+/// A code and how often.
+pub type Codes = Vec<(Cow<'static, str>, u64)>;
+
+/// Something that happened. Times are in seconds; `due` counts from the beginning of what is measured, so what belongs to
+/// the warm-up is negative.
+#[derive(Debug)]
+pub enum Event {
+    /// Releases that were due and were not asked for: as many requests were in flight as may be.
+    Dropped {
+        /// When they were due.
+        due: f64,
+        /// How late this program was to notice that they were.
+        lag: f64,
+        /// How many.
+        releases: u64,
+    },
+    /// A request came to its end.
+    Done {
+        /// When it was due.
+        due: f64,
+        /// From then until it was sent: what this program is to blame for.
+        lag: f64,
+        /// From sending to the whole answer.
+        service: f64,
+        /// From due to the whole answer.
+        latency: f64,
+        /// Releases that succeeded.
+        released: u64,
+        /// What became of the others.
+        errors: Codes,
+        /// Answers that were "not now", after which it was asked again.
+        retries: Codes,
+    },
+    /// How late this program's runtime was to do what was due.
+    Lag {
+        /// When it was due.
+        due: f64,
+        /// How late.
+        lag: f64,
+    },
+    /// A reply that was counted as a success turned out to be wrong.
+    Wrong {
+        /// When its request was due.
+        due: f64,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// A reply was checked and is right.
+    Right,
+    /// A reply that was to be checked was not: the checks fell too far behind.
+    Unchecked,
+}
+
+/// One second of a run.
+#[derive(Clone, Debug)]
+pub struct Second {
+    /// Releases that were due in it.
+    pub offered: u64,
+    /// Of those, how many were dropped.
+    pub dropped: u64,
+    /// Releases that succeeded in it, whenever they were due.
+    pub achieved: u64,
+    /// Releases that failed in it.
+    pub errors: u64,
+    /// Latency of those due in it that succeeded, in microseconds.
+    pub latency: Histogram<u32>,
+}
+
+/// All that was counted. Histograms are in microseconds.
+#[derive(Clone, Debug)]
+pub struct Tally {
+    /// Releases that were due.
+    pub offered: u64,
+    /// Releases that succeeded.
+    pub achieved: u64,
+    /// Releases that were due and not asked for.
+    pub dropped: u64,
+    /// Releases that failed, by code.
+    pub errors: BTreeMap<String, u64>,
+    /// Answers after which it was asked again, by code.
+    pub retries: BTreeMap<String, u64>,
+    /// From due to answer, of those that succeeded.
+    pub latency: Histogram<u64>,
+    /// From sending to answer, of those that succeeded.
+    pub service: Histogram<u64>,
+    /// From due to sending, of all.
+    pub lag: Histogram<u64>,
+    /// By second.
+    pub seconds: Vec<Second>,
+    /// When the last answer came.
+    pub last: f64,
+    /// Replies that were checked and right.
+    pub right: u64,
+    /// Replies that were checked and wrong; those of the warm-up, too.
+    pub wrong: u64,
+    /// What was wrong with the first.
+    pub first_wrong: Option<String>,
+    /// Replies that were to be checked and were not.
+    pub unchecked: u64,
+}
+
+fn histogram<C: hdrhistogram::Counter>() -> Histogram<C> {
+    // Fails only for more than five digits.
+    Histogram::new(DIGITS).unwrap_or_else(|_| unreachable!("three digits are allowed"))
+}
+
+/// Adds a time to a histogram that grows as needed.
+fn add<C: hdrhistogram::Counter>(histogram: &mut Histogram<C>, seconds: f64, times: u64) {
+    let micros = (seconds * 1e6).round().clamp(1.0, 1e12) as u64;
+    if let Some(times) = C::from_u64(times) {
+        // It grows as needed, and fails only beyond what 64 bits can count.
+        let _ = histogram.record_n(micros, times);
+    }
+}
+
+impl Default for Tally {
+    fn default() -> Self {
+        Self {
+            offered: 0,
+            achieved: 0,
+            dropped: 0,
+            errors: BTreeMap::new(),
+            retries: BTreeMap::new(),
+            latency: histogram(),
+            service: histogram(),
+            lag: histogram(),
+            seconds: Vec::new(),
+            last: 0.0,
+            right: 0,
+            wrong: 0,
+            first_wrong: None,
+            unchecked: 0,
+        }
+    }
+}
+
+impl Tally {
+    /// Counts everything that comes, until all who could tell something are gone; shows how it goes.
+    #[must_use]
+    pub fn of(events: &Receiver<Event>, duration: Duration, show: bool) -> Self {
+        let mut tally = Self::default();
+        let progress = show.then(|| Progress::new("seconds", duration.as_secs_f64().ceil() as u64));
+        loop {
+            match events.recv_timeout(GLANCE) {
+                Ok(event) => {
+                    tally.count(event);
+                    // A burst is taken as one.
+                    while let Ok(event) = events.try_recv() {
+                        tally.count(event);
+                    }
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return tally,
+            }
+            if let Some(progress) = &progress {
+                progress.tell(tally.seconds.len() as u64, || tally.glance());
+            }
+        }
+    }
+
+    fn glance(&self) -> String {
+        let rate = self.seconds.iter().rev().nth(1).map_or(0, |second| second.achieved);
+        let p99 = self.latency.value_at_quantile(0.99) as f64 / 1e6;
+        let (errors, dropped) = (self.failed(), self.dropped);
+        format!("{rate}/s, p99 {}, {errors} errors, {dropped} dropped", units::seconds(p99))
+    }
+
+    /// Counts one event.
+    pub fn count(&mut self, event: Event) {
+        match event {
+            Event::Dropped { due, lag, releases } if due >= 0.0 => {
+                self.offered += releases;
+                self.dropped += releases;
+                add(&mut self.lag, lag, 1);
+                let second = self.second(due);
+                second.offered += releases;
+                second.dropped += releases;
+            }
+            Event::Done { due, lag, service, latency, released, errors, retries } if due >= 0.0 => {
+                let failed: u64 = errors.iter().map(|(_, times)| times).sum();
+                self.offered += released + failed;
+                self.achieved += released;
+                for (code, times) in errors {
+                    *self.errors.entry(code.into_owned()).or_default() += times;
+                }
+                for (code, times) in retries {
+                    *self.retries.entry(code.into_owned()).or_default() += times;
+                }
+                add(&mut self.lag, lag, 1);
+                if released > 0 {
+                    add(&mut self.latency, latency, released);
+                    add(&mut self.service, service, released);
+                    add(&mut self.second(due).latency, latency, released);
+                }
+                self.second(due).offered += released + failed;
+                let ended = due + latency;
+                self.last = self.last.max(ended);
+                let second = self.second(ended);
+                second.achieved += released;
+                second.errors += failed;
+            }
+            Event::Lag { due, lag } if due >= 0.0 => add(&mut self.lag, lag, 1),
+            Event::Wrong { due, problem } => {
+                self.wrong += 1;
+                self.first_wrong.get_or_insert(problem);
+                // It was counted as a success when it came.
+                if due >= 0.0 {
+                    self.achieved = self.achieved.saturating_sub(1);
+                    *self.errors.entry(WRONG_REPLY.to_owned()).or_default() += 1;
+                    let second = self.second(due);
+                    second.achieved = second.achieved.saturating_sub(1);
+                    second.errors += 1;
+                }
+            }
+            Event::Right => self.right += 1,
+            Event::Unchecked => self.unchecked += 1,
+            Event::Dropped { .. } | Event::Done { .. } | Event::Lag { .. } => {}
+        }
+    }
+
+    /// Releases that failed.
+    #[must_use]
+    pub fn failed(&self) -> u64 {
+        self.errors.values().sum()
+    }
+
+    /// Share of the releases that were due and did not succeed.
+    #[must_use]
+    pub fn unsuccessful(&self) -> f64 {
+        if self.offered == 0 { 0.0 } else { (self.failed() + self.dropped) as f64 / self.offered as f64 }
+    }
+
+    fn second(&mut self, at: f64) -> &mut Second {
+        let at = at.max(0.0) as usize;
+        if self.seconds.len() <= at {
+            let empty = Second { offered: 0, dropped: 0, achieved: 0, errors: 0, latency: histogram() };
+            self.seconds.resize(at + 1, empty);
+        }
+        &mut self.seconds[at]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn done(due: f64, latency: f64, released: u64, errors: Codes) -> Event {
+        Event::Done { due, lag: 0.001, service: latency / 2.0, latency, released, errors, retries: Vec::new() }
+    }
+
+    #[test]
+    fn everything_is_counted_where_it_belongs() {
+        let mut tally = Tally::default();
+        tally.count(done(-0.5, 9.0, 1, Vec::new()));
+        tally.count(done(0.2, 0.010, 1, Vec::new()));
+        tally.count(done(0.9, 1.500, 3, vec![("Timeout".into(), 1)]));
+        tally.count(Event::Dropped { due: 1.1, lag: 0.0, releases: 2 });
+        tally.count(Event::Wrong { due: 0.2, problem: "no".to_owned() });
+        assert_eq!((tally.offered, tally.achieved, tally.dropped, tally.failed()), (7, 3, 2, 2));
+        assert_eq!(tally.errors["Timeout"], 1);
+        assert_eq!(tally.errors[WRONG_REPLY], 1);
+        assert_eq!(tally.latency.len(), 4, "the warm-up is not counted");
+        assert!((tally.latency.max() as f64 - 1.5e6).abs() < 2e3);
+        assert!((tally.service.max() as f64 - 0.75e6).abs() < 1e3);
+        let row =
+            |second: &Second| (second.offered, second.dropped, second.achieved, second.errors, second.latency.len());
+        let rows: Vec<_> = tally.seconds.iter().map(row).collect();
+        assert_eq!(rows, [(5, 0, 0, 1, 4), (2, 2, 0, 0, 0), (0, 0, 3, 1, 0)]);
+        assert!((tally.unsuccessful() - 4.0 / 7.0).abs() < 1e-9);
+        assert!((tally.last - 2.4).abs() < 1e-9);
+    }
+}

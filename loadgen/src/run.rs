@@ -1,0 +1,395 @@
+//! Sending: when it is due, whatever the server does.
+//!
+//! A thread of its own keeps the time and does nothing else; what is due becomes a task of the runtime. How late such a
+//! task is to send its request is measured for each: a run in which this program itself was late says nothing about the
+//! server, and is called invalid.
+
+use std::borrow::Cow;
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{self, Sender};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use claviger_protocol::batch::parse_results;
+use claviger_protocol::payload::ApiVersion;
+use claviger_protocol::request::RollResponse;
+
+use crate::Failure;
+use crate::cpu;
+use crate::host::{self, Host};
+use crate::http::{Client, NoReply};
+use crate::prepare::{Machine, World};
+use crate::profile::Profile;
+use crate::record::{Codes, Event, Tally, WRONG_REPLY};
+use crate::verify::{Checker, Job, Reply, Verify};
+
+/// How often the runtime's own lateness is looked at where there is no schedule to be late for.
+const HEARTBEAT: Duration = Duration::from_millis(5);
+/// How long a machine of a storm goes on asking, from when it was due.
+const PATIENCE: Duration = Duration::from_secs(120);
+/// What "not now" without `Retry-After` means.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+/// Share of all processors from which on this program may have been the one that was too slow.
+const STARVED: f64 = 0.9;
+
+/// Who decides when a request starts.
+#[derive(Clone, Debug)]
+pub enum Mode {
+    /// A schedule.
+    Open(Profile),
+    /// So many callers, each of which asks again as soon as it has its answer.
+    Closed {
+        /// How many.
+        callers: usize,
+        /// For how long.
+        duration: Duration,
+    },
+}
+
+impl Mode {
+    /// How long load is asked for.
+    #[must_use]
+    pub fn duration(&self) -> Duration {
+        match self {
+            Self::Open(profile) => profile.duration(),
+            Self::Closed { duration, .. } => *duration,
+        }
+    }
+
+    /// Whether it is a boot storm.
+    #[must_use]
+    pub fn is_storm(&self) -> bool {
+        matches!(self, Self::Open(Profile::Storm { .. }))
+    }
+}
+
+/// How load is made.
+#[derive(Clone, Debug)]
+pub struct Load {
+    /// When requests start.
+    pub mode: Mode,
+    /// Goes before, and is not counted.
+    pub warmup: Duration,
+    /// Most requests in flight.
+    pub in_flight: usize,
+    /// Releases in one request; `None` for plain requests, one each.
+    pub batch: Option<usize>,
+    /// Of plain requests.
+    pub api: ApiVersion,
+    /// Whether each release feeds the machine's next one.
+    pub roll: bool,
+    /// Which replies are checked.
+    pub verify: Verify,
+    /// The bound of this program's own lag, at its 99th percentile.
+    pub max_lag: Duration,
+    /// Makes this program slow on purpose, to see whether it notices.
+    pub handicap: Duration,
+    /// Whether to show progress.
+    pub show: bool,
+}
+
+/// What came of a run.
+pub struct Outcome {
+    /// What was counted.
+    pub tally: Tally,
+    /// How long load was asked for.
+    pub duration: Duration,
+    /// This program's own use of processors, in processors.
+    pub processors: f64,
+    /// Why the run says nothing about the server; empty when it does.
+    pub invalid: Vec<String>,
+    /// Seconds since 1970 at the first measured moment.
+    pub began: u64,
+}
+
+/// The machines, and which is next.
+enum Source {
+    /// In turn; one may be asked for again before its answer is there.
+    Turn(Vec<Machine>, AtomicUsize),
+    /// One at a time: each release feeds the next. Those that are free, and all.
+    Roll(Mutex<VecDeque<usize>>, Vec<Mutex<Machine>>),
+}
+
+impl Source {
+    fn take(&self, count: usize) -> Option<Vec<(usize, Machine)>> {
+        match self {
+            Self::Turn(machines, next) => {
+                let first = next.fetch_add(count, Ordering::Relaxed);
+                Some((first..first + count).map(|at| (at, machines[at % machines.len()].clone())).collect())
+            }
+            Self::Roll(free, machines) => {
+                let mut free = lock(free);
+                if free.len() < count {
+                    return None;
+                }
+                let taken: Vec<usize> = free.drain(..count).collect();
+                Some(taken.into_iter().map(|at| (at, lock(&machines[at]).clone())).collect())
+            }
+        }
+    }
+
+    /// The machine is free again, with the protector that it got where it got one.
+    fn give_back(&self, at: usize, egress: Option<Vec<u8>>) {
+        if let Self::Roll(free, machines) = self {
+            if let Some(egress) = egress {
+                *lock(&machines[at]) = Machine { protector: Arc::new(egress), key: None };
+            }
+            lock(free).push_back(at);
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// All that tasks share. When the last of them is gone, so is the channel, and the counting ends.
+struct Engine {
+    client: Arc<Client>,
+    hosts: Arc<[Host]>,
+    next_host: AtomicUsize,
+    source: Source,
+    load: Load,
+    in_flight: AtomicUsize,
+    checker: Checker,
+    events: Sender<Event>,
+    /// The first measured moment.
+    zero: Instant,
+}
+
+/// Makes load, as it is told, on what was prepared.
+///
+/// # Errors
+/// The system has no threads left.
+pub async fn run(client: Arc<Client>, world: &World, load: Load) -> Result<Outcome, Failure> {
+    let (events, received) = mpsc::channel();
+    let threads = std::thread::available_parallelism().map_or(1, |n| n.get().div_ceil(2));
+    let checker = Checker::start(load.verify, threads, &world.guardian, &events)?;
+    let (show, duration) = (load.show, load.mode.duration());
+    let counting = std::thread::Builder::new().name("counting".to_owned());
+    let counting = counting.spawn(move || Tally::of(&received, duration, show))?;
+    let machines = world.machines.clone();
+    let source = if load.roll {
+        Source::Roll(Mutex::new((0..machines.len()).collect()), machines.into_iter().map(Mutex::new).collect())
+    } else {
+        Source::Turn(machines, AtomicUsize::new(0))
+    };
+    // A moment for everybody to be there.
+    let first = Instant::now() + Duration::from_millis(20);
+    let warmup = if load.mode.is_storm() { Duration::ZERO } else { load.warmup };
+    let zero = first + warmup;
+    let (mode, max_lag) = (load.mode.clone(), load.max_lag);
+    let engine = Arc::new(Engine {
+        client,
+        hosts: world.hosts.clone(),
+        next_host: AtomicUsize::new(0),
+        source,
+        load,
+        in_flight: AtomicUsize::new(0),
+        checker,
+        events,
+        zero,
+    });
+    let meter = tokio::spawn(async move {
+        tokio::time::sleep_until(zero.into()).await;
+        let (before, began) = (cpu::seconds(None), unix_now());
+        tokio::time::sleep(duration).await;
+        // Where the system does not tell, the lag alone decides.
+        (cpu::seconds(None).zip(before).map_or(0.0, |(after, before)| after - before), began)
+    });
+    match mode {
+        Mode::Open(profile) => {
+            let batch = engine.load.batch.unwrap_or(1);
+            let warm = Profile::constant(warmup, profile.first_rate());
+            let warm = (!warmup.is_zero()).then(|| warm.starts(batch)).into_iter().flatten();
+            let due = warm.map(move |at| first + at).chain(profile.starts(batch).map(move |at| zero + at));
+            let runtime = tokio::runtime::Handle::current();
+            let pacing = std::thread::Builder::new().name("pacing".to_owned());
+            let pacing = pacing.spawn(move || due.for_each(|due| start_at(&engine, &runtime, due)))?;
+            tokio::task::spawn_blocking(move || pacing.join()).await?.map_err(|_| "the pacing thread panicked")?;
+        }
+        Mode::Closed { callers, duration } => {
+            let until = zero + duration;
+            tokio::spawn(heartbeat(zero, until, engine.events.clone()));
+            for _ in 0..callers {
+                tokio::spawn(call_until(engine.clone(), first, until));
+            }
+            drop(engine);
+        }
+    }
+    let tally =
+        tokio::task::spawn_blocking(move || counting.join()).await?.map_err(|_| "the counting thread panicked")?;
+    let (cpu, began) = meter.await?;
+    let processors = cpu / duration.as_secs_f64();
+    let mut invalid = Vec::new();
+    let lag = tally.lag.value_at_quantile(0.99) as f64 / 1e6;
+    if lag > max_lag.as_secs_f64() {
+        let (lag, bound) = (lag * 1e3, max_lag.as_secs_f64() * 1e3);
+        invalid.push(format!(
+            "the load generator fell behind: 1 % of its own starts were {lag:.1} ms late or more, and {bound:.1} ms is the bound; \
+             ask for less, or give it more processors"
+        ));
+    }
+    let all = std::thread::available_parallelism().map_or(1.0, |n| n.get() as f64);
+    if processors > STARVED * all {
+        invalid.push(format!(
+            "the load generator used {processors:.1} of {all} processors and could hardly have done more"
+        ));
+    }
+    Ok(Outcome { tally, duration, processors, invalid, began })
+}
+
+fn start_at(engine: &Arc<Engine>, runtime: &tokio::runtime::Handle, due: Instant) {
+    let now = Instant::now();
+    if due > now {
+        std::thread::sleep(due - now);
+    }
+    if !engine.load.handicap.is_zero() {
+        std::thread::sleep(engine.load.handicap);
+    }
+    let batch = engine.load.batch.unwrap_or(1);
+    let room = engine.in_flight.load(Ordering::Relaxed) < engine.load.in_flight;
+    match room.then(|| engine.source.take(batch)).flatten() {
+        Some(machines) => {
+            engine.in_flight.fetch_add(1, Ordering::Relaxed);
+            let engine = engine.clone();
+            runtime.spawn(async move {
+                engine.release(due, machines).await;
+                engine.in_flight.fetch_sub(1, Ordering::Relaxed);
+            });
+        }
+        None => {
+            let lag = due.elapsed().as_secs_f64();
+            let _ = engine.events.send(Event::Dropped { due: engine.seconds(due), lag, releases: batch as u64 });
+        }
+    }
+}
+
+/// One caller of a closed loop.
+async fn call_until(engine: Arc<Engine>, first: Instant, until: Instant) {
+    tokio::time::sleep_until(first.into()).await;
+    while Instant::now() < until {
+        if !engine.load.handicap.is_zero() {
+            std::thread::sleep(engine.load.handicap);
+        }
+        match engine.source.take(engine.load.batch.unwrap_or(1)) {
+            Some(machines) => engine.release(Instant::now(), machines).await,
+            None => tokio::time::sleep(Duration::from_millis(1)).await,
+        }
+    }
+}
+
+/// Where nothing has its time there is nothing to be late for; so something is.
+async fn heartbeat(zero: Instant, until: Instant, events: Sender<Event>) {
+    let mut due = zero;
+    while due < until {
+        tokio::time::sleep_until(due.into()).await;
+        let lag = due.elapsed().as_secs_f64();
+        let _ = events.send(Event::Lag { due: due.duration_since(zero).as_secs_f64(), lag });
+        due = (due + HEARTBEAT).max(Instant::now());
+    }
+}
+
+/// What an exchange brought.
+struct Answer {
+    released: u64,
+    errors: Codes,
+}
+
+impl Engine {
+    /// Seconds from the first measured moment; negative before it.
+    fn seconds(&self, at: Instant) -> f64 {
+        match at.checked_duration_since(self.zero) {
+            Some(after) => after.as_secs_f64(),
+            None => -(self.zero - at).as_secs_f64(),
+        }
+    }
+
+    async fn release(&self, due: Instant, machines: Vec<(usize, Machine)>) {
+        let host = &self.hosts[self.next_host.fetch_add(1, Ordering::Relaxed) % self.hosts.len()];
+        let protectors: Vec<_> = machines.iter().map(|(_, machine)| machine.protector.clone()).collect();
+        let (path, body) = host.request(self.load.api, self.load.batch.is_some(), &protectors);
+        let mut begun = Instant::now();
+        let lag = begun.saturating_duration_since(due).as_secs_f64();
+        let mut retries = Codes::new();
+        let (reply, ended) = loop {
+            let reply = self.client.post(&path, "application/xml", body.clone()).await;
+            let ended = Instant::now();
+            match &reply {
+                Ok(reply)
+                    if self.load.mode.is_storm()
+                        && matches!(reply.status, 429 | 503)
+                        && ended.duration_since(due) < PATIENCE =>
+                {
+                    retries.push((host::error_code(reply.status, &reply.body).into(), 1));
+                    // Who waits is not in flight. Spread over a second, or all would come back at once.
+                    self.in_flight.fetch_sub(1, Ordering::Relaxed);
+                    let pause = reply.retry_after.unwrap_or(RETRY_AFTER);
+                    tokio::time::sleep(pause.mul_f64(1.0 + fastrand::f64())).await;
+                    self.in_flight.fetch_add(1, Ordering::Relaxed);
+                    begun = Instant::now();
+                }
+                _ => break (reply, ended),
+            }
+        };
+        let service = ended.duration_since(begun).as_secs_f64();
+        let latency = ended.duration_since(due).as_secs_f64();
+        let due = self.seconds(due);
+        let Answer { released, errors } = self.answer(due, host, machines, reply).await;
+        let _ = self.events.send(Event::Done { due, lag, service, latency, released, errors, retries });
+    }
+
+    /// Judges what came; the time was taken already. Whatever takes a while is done elsewhere.
+    async fn answer(
+        &self,
+        due: f64,
+        host: &Host,
+        machines: Vec<(usize, Machine)>,
+        reply: Result<crate::http::Reply, NoReply>,
+    ) -> Answer {
+        let all_failed = |code: Cow<'static, str>| {
+            machines.iter().for_each(|(at, _)| self.source.give_back(*at, None));
+            Answer { released: 0, errors: vec![(code, machines.len() as u64)] }
+        };
+        let body = match reply {
+            Ok(reply) if reply.status == 200 => reply.body,
+            Ok(reply) => return all_failed(host::error_code(reply.status, &reply.body).into()),
+            Err(error) => return all_failed(error.code().into()),
+        };
+        let check = |machine: Machine, reply: Reply| {
+            if self.checker.draws() {
+                self.checker.check(Job { due, machine, identity: host.identity.clone(), reply });
+            }
+        };
+        let batch = self.load.batch.is_some();
+        if !batch && !self.load.roll {
+            machines.into_iter().for_each(|(_, machine)| check(machine, Reply::Body(body.clone())));
+            return Answer { released: 1, errors: Codes::new() };
+        }
+        let read = tokio::task::spawn_blocking(move || {
+            if batch { parse_results(&body).ok() } else { Some(vec![Ok(RollResponse::parse(&body).ok()?)]) }
+        });
+        let results = read.await.ok().flatten().filter(|results| results.len() == machines.len());
+        let Some(results) = results else { return all_failed(WRONG_REPLY.into()) };
+        let mut answer = Answer { released: 0, errors: Codes::new() };
+        for ((at, machine), result) in machines.into_iter().zip(results) {
+            match result {
+                Ok(response) => {
+                    answer.released += 1;
+                    self.source.give_back(at, Some(response.egress_protector.clone()));
+                    check(machine, Reply::Read(Box::new(response)));
+                }
+                Err(refusal) => {
+                    self.source.give_back(at, None);
+                    answer.errors.push((refusal.code.as_str().into(), 1));
+                }
+            }
+        }
+        answer
+    }
+}
+
+fn unix_now() -> u64 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}

@@ -1,0 +1,64 @@
+//! A daemon's `/metrics`, as far as it tells what limits it.
+
+use crate::Failure;
+use crate::http::Client;
+
+/// One look. What the daemon does not tell is `None`.
+#[derive(Clone, Copy, PartialEq, Debug, Default)]
+pub struct Look {
+    /// Processor time of the daemon so far, in seconds.
+    pub cpu_seconds: Option<f64>,
+    /// Operations of the HSMs so far.
+    pub hsm_calls: Option<f64>,
+    /// Releases that wait for their turn now.
+    pub waiting: Option<f64>,
+    /// Members of the cluster.
+    pub hsms: Option<usize>,
+}
+
+impl Look {
+    /// Reads a page in the Prometheus text format.
+    #[must_use]
+    pub fn parse(page: &str) -> Self {
+        let series = || page.lines().filter(|line| !line.starts_with('#')).filter_map(|line| line.rsplit_once(' '));
+        let values = |wanted: &str| -> Vec<f64> {
+            let named = series().filter(|(series, _)| series.split('{').next() == Some(wanted));
+            named.filter_map(|(_, value)| value.parse().ok()).collect()
+        };
+        let sum =
+            |wanted: &str| Some(values(wanted)).filter(|values| !values.is_empty()).map(|values| values.iter().sum());
+        Self {
+            cpu_seconds: sum("process_cpu_seconds_total"),
+            hsm_calls: sum("claviger_hsm_calls_total"),
+            waiting: sum("claviger_queue_waiting"),
+            hsms: Some(values("claviger_hsm_sessions_open").len()).filter(|count| *count > 0),
+        }
+    }
+
+    /// Asks the daemon.
+    ///
+    /// # Errors
+    /// There is no such page.
+    pub async fn take(client: &Client) -> Result<Self, Failure> {
+        let reply = client.get("/metrics").await?;
+        if reply.status != 200 {
+            return Err(format!("/metrics answers {}; is --metrics the daemon's metrics address?", reply.status).into());
+        }
+        Ok(Self::parse(&String::from_utf8_lossy(&reply.body)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_told_is_read_and_the_rest_is_unknown() {
+        let page = "# HELP claviger_hsm_calls_total x\nclaviger_hsm_calls_total{hsm=\"a\",op=\"sign\",rv=\"ok\"} 3\n\
+                    claviger_hsm_calls_total{hsm=\"b\",op=\"sign\",rv=\"ok\"} 4\nclaviger_hsm_sessions_open{hsm=\"a\"} 8\n\
+                    claviger_hsm_sessions_open{hsm=\"b\"} 8\nprocess_cpu_seconds_total 1.5\n";
+        let look = Look::parse(page);
+        assert_eq!(look, Look { cpu_seconds: Some(1.5), hsm_calls: Some(7.0), waiting: None, hsms: Some(2) });
+        assert_eq!(Look::parse(""), Look::default());
+    }
+}

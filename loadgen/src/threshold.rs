@@ -1,0 +1,205 @@
+//! What a run has to meet: `p99<50ms`, `errors<0.1%`, `achieved>490/s`.
+
+use std::fmt;
+use std::str::FromStr;
+
+use crate::record::Tally;
+use crate::report::{Judgement, Report};
+use crate::units;
+
+/// What is compared.
+#[derive(Clone, Copy, PartialEq, Debug)]
+enum Measure {
+    /// Latency at a quantile; from 0 to 1.
+    Latency(f64),
+    /// Service time at a quantile.
+    Service(f64),
+    /// Share of those due that failed.
+    Errors,
+    /// Share of those due that were dropped.
+    Dropped,
+    /// Releases that succeeded, a second.
+    Achieved,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Relation {
+    Less,
+    AtMost,
+    More,
+    AtLeast,
+}
+
+/// One condition.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Threshold {
+    text: String,
+    measure: Measure,
+    relation: Relation,
+    /// Seconds, a share, or releases a second.
+    bound: f64,
+}
+
+const HELP: &str = "write it like p99<50ms, service.p99.9<1s, max<2s, errors<0.1%, dropped<1% or achieved>490/s";
+
+impl FromStr for Threshold {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let text = text.trim();
+        let at = text.find(['<', '>']).ok_or_else(|| format!("{text:?} has neither < nor >; {HELP}"))?;
+        let (name, rest) = text.split_at(at);
+        let (relation, bound) =
+            [("<=", Relation::AtMost), (">=", Relation::AtLeast), ("<", Relation::Less), (">", Relation::More)]
+                .into_iter()
+                .find_map(|(sign, relation)| Some((relation, rest.strip_prefix(sign)?)))
+                .ok_or_else(|| format!("{text:?} cannot be read; {HELP}"))?;
+        let measure = match name.trim() {
+            "errors" => Measure::Errors,
+            "dropped" => Measure::Dropped,
+            "achieved" => Measure::Achieved,
+            name => match name.strip_prefix("service.") {
+                Some(name) => quantile(name).map(Measure::Service),
+                None => quantile(name).map(Measure::Latency),
+            }
+            .ok_or_else(|| format!("{name:?} is not measured; {HELP}"))?,
+        };
+        let bound = match measure {
+            Measure::Latency(_) | Measure::Service(_) => units::duration(bound)?.as_secs_f64(),
+            Measure::Errors | Measure::Dropped => units::share(bound)?,
+            Measure::Achieved => units::rate(bound)?,
+        };
+        Ok(Self { text: text.to_owned(), measure, relation, bound })
+    }
+}
+
+/// `p99.9` → 0.999, `max` → 1.
+fn quantile(name: &str) -> Option<f64> {
+    if name == "max" {
+        return Some(1.0);
+    }
+    let percent: f64 = name.strip_prefix('p')?.parse().ok()?;
+    (0.0..=100.0).contains(&percent).then_some(percent / 100.0)
+}
+
+impl fmt::Display for Threshold {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+/// Several, with commas between them.
+///
+/// # Errors
+/// A sentence that says how to write one.
+pub fn list(text: &str) -> Result<Vec<Threshold>, String> {
+    text.split(',').map(str::parse).collect()
+}
+
+/// Several that say what service is good enough: latencies and errors, with commas between them.
+///
+/// # Errors
+/// A sentence that says how to write one.
+pub fn objectives(text: &str) -> Result<Vec<Threshold>, String> {
+    let objectives = list(text)?;
+    match objectives.iter().find(|o| !matches!(o.measure, Measure::Latency(_) | Measure::Errors)) {
+        Some(other) => Err(format!("{other} is no objective; write latencies and errors, like p99<100ms,errors<0.1%")),
+        None => Ok(objectives),
+    }
+}
+
+impl Threshold {
+    /// Whether it holds. What failed or was dropped has no latency: a percentile that reaches into that share is not known,
+    /// and an upper bound of what is not known does not hold.
+    #[must_use]
+    pub fn judge(&self, tally: &Tally, report: &Report) -> Judgement {
+        let share = |part: u64| if report.offered == 0 { 0.0 } else { part as f64 / report.offered as f64 };
+        let known = |quantile: f64| {
+            let unsuccessful = tally.unsuccessful();
+            tally.achieved > 0 && unsuccessful <= 1.0 - quantile + 1e-12
+        };
+        let at =
+            |histogram: &hdrhistogram::Histogram<u64>, quantile| histogram.value_at_quantile(quantile) as f64 / 1e6;
+        let (value, text) = match self.measure {
+            Measure::Latency(quantile) | Measure::Service(quantile) if !known(quantile) => {
+                let share = units::percent(tally.unsuccessful());
+                (None, format!("not known: {share} failed or were dropped"))
+            }
+            Measure::Latency(quantile) => timed(at(&tally.latency, quantile)),
+            Measure::Service(quantile) => timed(at(&tally.service, quantile)),
+            Measure::Errors => shared(share(tally.failed())),
+            Measure::Dropped => shared(share(tally.dropped)),
+            Measure::Achieved => {
+                (Some(report.achieved_per_second), format!("{}/s", units::per_second(report.achieved_per_second)))
+            }
+        };
+        let passed = value.is_some_and(|value| match self.relation {
+            Relation::Less => value < self.bound,
+            Relation::AtMost => value <= self.bound,
+            Relation::More => value > self.bound,
+            Relation::AtLeast => value >= self.bound,
+        });
+        Judgement { threshold: self.text.clone(), measured: text, passed }
+    }
+
+    /// Whether a latency at each quantile, and a share of errors, would meet it: for what was not run but reckoned. Knows
+    /// what [`objectives`] lets through.
+    #[must_use]
+    pub fn holds(&self, latency: impl Fn(f64) -> f64, errors: f64) -> bool {
+        let value = match self.measure {
+            Measure::Latency(quantile) | Measure::Service(quantile) if errors <= 1.0 - quantile + 1e-12 => {
+                latency(quantile)
+            }
+            Measure::Latency(_) | Measure::Service(_) => f64::INFINITY,
+            Measure::Errors | Measure::Dropped => errors,
+            Measure::Achieved => return true,
+        };
+        match self.relation {
+            Relation::Less => value < self.bound,
+            Relation::AtMost => value <= self.bound,
+            Relation::More => value > self.bound,
+            Relation::AtLeast => value >= self.bound,
+        }
+    }
+}
+
+fn timed(seconds: f64) -> (Option<f64>, String) {
+    (Some(seconds), units::seconds(seconds))
+}
+
+fn shared(share: f64) -> (Option<f64>, String) {
+    (Some(share), units::percent(share))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn thresholds_are_read() {
+        let threshold: Threshold = "p99.9<50ms".parse().unwrap();
+        let Measure::Latency(quantile) = threshold.measure else { panic!("{threshold:?}") };
+        assert!((quantile - 0.999).abs() < 1e-12);
+        assert_eq!((threshold.relation, threshold.bound), (Relation::Less, 0.05));
+        assert_eq!("errors<=0.1%".parse::<Threshold>().unwrap().relation, Relation::AtMost);
+        assert_eq!("achieved >= 490/s".parse::<Threshold>().unwrap().bound, 490.0);
+        assert_eq!("service.max<2s".parse::<Threshold>().unwrap().measure, Measure::Service(1.0));
+        assert_eq!(objectives("p99<100ms,errors<0.1%").unwrap().len(), 2);
+        assert!(objectives("p99<100ms,achieved>5").unwrap_err().contains("achieved>5 is no objective"));
+        for wrong in ["", "p99", "p99=5ms", "p101<5ms", "speed>9", "p99<5", "errors<x", "achieved>-1"] {
+            let message = wrong.parse::<Threshold>().unwrap_err();
+            assert!(message.contains("write"), "{wrong}: {message}");
+        }
+    }
+
+    #[test]
+    fn what_failed_is_slower_than_any_bound() {
+        let threshold: Threshold = "p99<50ms".parse().unwrap();
+        assert!(threshold.holds(|_| 0.04, 0.0));
+        assert!(threshold.holds(|_| 0.04, 0.01));
+        assert!(!threshold.holds(|_| 0.04, 0.011), "p99 reaches into what failed");
+        assert!(!threshold.holds(|_| 0.06, 0.0));
+        assert!(!"errors<1%".parse::<Threshold>().unwrap().holds(|_| 0.0, 0.01));
+    }
+}

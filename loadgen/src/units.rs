@@ -1,0 +1,127 @@
+//! Durations, rates and shares, as people write and read them.
+
+use std::time::Duration;
+
+/// Reads `250us`, `50ms`, `2s`, `1.5m`, `1h`. The unit has to be there: a bare number is a mistake more often than not.
+///
+/// # Errors
+/// A sentence that says how to write it.
+pub fn duration(text: &str) -> Result<Duration, String> {
+    let text = text.trim();
+    let split = text.find(|c: char| !(c.is_ascii_digit() || c == '.')).unwrap_or(text.len());
+    let (number, unit) = text.split_at(split);
+    let factor = match unit {
+        "us" | "µs" => 1e-6,
+        "ms" => 1e-3,
+        "s" => 1.0,
+        "m" | "min" => 60.0,
+        "h" => 3600.0,
+        _ => return Err(format!("{text:?} is not a duration; write it like 50ms, 10s or 1m")),
+    };
+    let number: f64 =
+        number.parse().map_err(|_| format!("{text:?} is not a duration; write it like 50ms, 10s or 1m"))?;
+    Duration::try_from_secs_f64(number * factor).map_err(|_| format!("{text:?} is too long"))
+}
+
+/// Reads `500` or `500/s`, a number of releases a second above zero.
+///
+/// # Errors
+/// A sentence that says how to write it.
+pub fn rate(text: &str) -> Result<f64, String> {
+    let number = text.trim();
+    let number = number.strip_suffix("/s").unwrap_or(number);
+    match number.parse::<f64>() {
+        Ok(rate) if rate.is_finite() && rate > 0.0 => Ok(rate),
+        _ => Err(format!("{text:?} is not a rate; write a number of releases a second, like 500 or 500/s")),
+    }
+}
+
+/// Reads a share: `0.1` or `10%`, from 0 to 1.
+///
+/// # Errors
+/// A sentence that says how to write it.
+pub fn share(text: &str) -> Result<f64, String> {
+    let wrong = || format!("{text:?} is not a share; write it like 0.1 or 10%");
+    let (number, factor) = text.trim().strip_suffix('%').map_or((text.trim(), 1.0), |number| (number, 0.01));
+    let share = number.trim().parse::<f64>().map_err(|_| wrong())? * factor;
+    if (0.0..=1.0).contains(&share) { Ok(share) } else { Err(wrong()) }
+}
+
+/// Three digits and the unit that fits: `3.21 ms`.
+#[must_use]
+pub fn seconds(seconds: f64) -> String {
+    match seconds {
+        s if !s.is_finite() => "-".to_owned(),
+        s if s >= 100.0 => format!("{s:.0} s"),
+        s if s >= 10.0 => format!("{s:.1} s"),
+        s if s >= 1.0 => format!("{s:.2} s"),
+        s if s >= 0.1 => format!("{:.0} ms", s * 1e3),
+        s if s >= 0.01 => format!("{:.1} ms", s * 1e3),
+        s if s >= 0.001 => format!("{:.2} ms", s * 1e3),
+        s => format!("{:.0} µs", s * 1e6),
+    }
+}
+
+/// A whole number with a thin gap between thousands: `12 345`.
+#[must_use]
+pub fn count(number: f64) -> String {
+    if !number.is_finite() {
+        return "-".to_owned();
+    }
+    let digits = format!("{:.0}", number.abs());
+    let mut out = String::new();
+    for (at, digit) in digits.chars().enumerate() {
+        if at > 0 && (digits.len() - at).is_multiple_of(3) {
+            out.push('\u{202f}');
+        }
+        out.push(digit);
+    }
+    if number < 0.0 { format!("-{out}") } else { out }
+}
+
+/// A rate: whole numbers where there are enough digits, one decimal below 100.
+#[must_use]
+pub fn per_second(rate: f64) -> String {
+    if rate < 100.0 { format!("{rate:.1}") } else { count(rate) }
+}
+
+/// A share in percent.
+#[must_use]
+pub fn percent(share: f64) -> String {
+    let percent = share * 100.0;
+    if percent == 0.0 {
+        "0 %".to_owned()
+    } else if percent < 0.1 {
+        format!("{percent:.3} %")
+    } else {
+        format!("{percent:.1} %")
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn people_write_and_read_units() {
+        assert_eq!(duration("50ms").unwrap(), Duration::from_millis(50));
+        assert_eq!(duration("1.5m").unwrap(), Duration::from_secs(90));
+        assert_eq!(duration("250us").unwrap(), Duration::from_micros(250));
+        for wrong in ["", "5", "ms", "5 parsecs", "-1s", "1e9s", "1..2s"] {
+            assert!(duration(wrong).unwrap_err().contains("duration"), "{wrong}");
+        }
+        assert_eq!(rate("3000/s").unwrap(), 3000.0);
+        for wrong in ["", "0", "-5", "inf", "many"] {
+            assert!(rate(wrong).is_err(), "{wrong}");
+        }
+        assert_eq!(share("10%").unwrap(), 0.1);
+        assert_eq!(share("0.25").unwrap(), 0.25);
+        assert!(share("110%").is_err());
+        assert_eq!(seconds(0.003_214), "3.21 ms");
+        assert_eq!(seconds(12.34), "12.3 s");
+        assert_eq!(seconds(0.000_05), "50 µs");
+        assert_eq!(count(1_234_567.0), "1\u{202f}234\u{202f}567");
+        assert_eq!(percent(0.000_5), "0.050 %");
+    }
+}

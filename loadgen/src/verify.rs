@@ -1,0 +1,211 @@
+//! Is what came what had to come? On threads of its own, after the time was taken.
+
+use std::str::FromStr;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bytes::Bytes;
+use claviger_protocol::metadata::Metadata;
+use claviger_protocol::protector::Protector;
+use claviger_protocol::request::RollResponse;
+use claviger_protocol::rsa_key::RsaPrivateKey;
+use claviger_protocol::verify::{KnownSignatures, verify};
+
+use crate::host;
+use crate::prepare::Machine;
+use crate::record::Event;
+use crate::units;
+
+/// What may wait to be checked, in octets of replies. Beyond that, replies go unchecked, which the report says.
+const BACKLOG: usize = 256 * 1024 * 1024;
+/// Signatures over certificates that are remembered: all machines are of one tenant.
+const KNOWN: usize = 4096;
+
+/// Which replies are checked.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub enum Verify {
+    /// Every one.
+    All,
+    /// This share of them, drawn by lot.
+    Sample(f64),
+}
+
+impl FromStr for Verify {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.strip_prefix("sample:") {
+            Some(share) => Ok(Self::Sample(units::share(share)?)),
+            None if text == "all" => Ok(Self::All),
+            None => Err(format!("{text:?} is not known; write all, or sample:0.1 for a tenth of the replies")),
+        }
+    }
+}
+
+impl std::fmt::Display for Verify {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::All => f.write_str("all"),
+            Self::Sample(share) => write!(f, "sample:{share}"),
+        }
+    }
+}
+
+/// A reply, as far as it was read already.
+pub enum Reply {
+    /// The body of a 200.
+    Body(Bytes),
+    /// Read.
+    Read(Box<RollResponse>),
+}
+
+/// A reply, and what it has to fit.
+pub struct Job {
+    /// When its request was due, in seconds from the beginning of what is measured.
+    pub due: f64,
+    /// What was sent.
+    pub machine: Machine,
+    /// Whose keys can read the reply.
+    pub identity: Arc<RsaPrivateKey>,
+    /// What came.
+    pub reply: Reply,
+}
+
+impl Job {
+    fn size(&self) -> usize {
+        match &self.reply {
+            Reply::Body(body) => body.len(),
+            Reply::Read(response) => response.egress_protector.len(),
+        }
+    }
+}
+
+/// Checks replies on `threads` threads until it is dropped and nothing waits any more.
+pub struct Checker {
+    which: Verify,
+    jobs: Sender<Job>,
+    waiting: Arc<AtomicUsize>,
+    events: Sender<Event>,
+}
+
+impl Checker {
+    /// Starts the threads; each tells what it finds.
+    ///
+    /// # Errors
+    /// The system has no threads left.
+    pub fn start(
+        which: Verify,
+        threads: usize,
+        guardian: &Metadata,
+        events: &Sender<Event>,
+    ) -> Result<Self, std::io::Error> {
+        let (jobs, queue) = mpsc::channel();
+        let queue = Arc::new(Mutex::new(queue));
+        let waiting = Arc::new(AtomicUsize::new(0));
+        let known = Arc::new((KnownSignatures::new(KNOWN), guardian.guardian.signing_certificate.clone()));
+        for _ in 0..threads.max(1) {
+            let (queue, waiting, known, events) = (queue.clone(), waiting.clone(), known.clone(), events.clone());
+            let work = move || work(&queue, &waiting, &known, &events);
+            std::thread::Builder::new().name("checks".to_owned()).spawn(work)?;
+        }
+        Ok(Self { which, jobs, waiting, events: events.clone() })
+    }
+
+    /// Whether the next reply is to be checked.
+    #[must_use]
+    pub fn draws(&self) -> bool {
+        match self.which {
+            Verify::All => true,
+            Verify::Sample(share) => fastrand::f64() < share,
+        }
+    }
+
+    /// Has a reply checked.
+    pub fn check(&self, job: Job) {
+        let size = job.size();
+        if self.waiting.fetch_add(size, Ordering::Relaxed) > BACKLOG || self.jobs.send(job).is_err() {
+            self.waiting.fetch_sub(size, Ordering::Relaxed);
+            // Nobody is left to be told only when the run is over.
+            let _ = self.events.send(Event::Unchecked);
+        }
+    }
+}
+
+fn work(
+    queue: &Mutex<Receiver<Job>>,
+    waiting: &AtomicUsize,
+    known: &(KnownSignatures, Vec<u8>),
+    events: &Sender<Event>,
+) {
+    loop {
+        let job = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
+        let Ok(job) = job else { return };
+        waiting.fetch_sub(job.size(), Ordering::Relaxed);
+        let event = match check(&job, &known.0, &known.1) {
+            Ok(()) => Event::Right,
+            Err(problem) => Event::Wrong { due: job.due, problem },
+        };
+        if events.send(event).is_err() {
+            return;
+        }
+    }
+}
+
+/// The keys open, the ingress key is the machine's, and the egress protector is whole, for the same parties, signed by the
+/// guardian and by the egress key.
+fn check(job: &Job, known: &KnownSignatures, guardian: &[u8]) -> Result<(), String> {
+    let read;
+    let response = match &job.reply {
+        Reply::Read(response) => response,
+        Reply::Body(body) => {
+            read = Box::new(RollResponse::parse(body).map_err(|error| format!("the reply cannot be read: {error}"))?);
+            &read
+        }
+    };
+    let keys = host::open(response, &job.identity)?;
+    if job.machine.key.as_ref().is_some_and(|key| **key != *keys.ingress) {
+        return Err("the ingress key is not this machine's".to_owned());
+    }
+    let ingress = Protector::parse(&job.machine.protector).map_err(|error| format!("what was sent: {error}"))?;
+    if !ingress.transport_key_signature.verify(&keys.ingress, &ingress.signed_octets) {
+        return Err("the ingress key is not that of the protector".to_owned());
+    }
+    let egress =
+        Protector::parse(&response.egress_protector).map_err(|error| format!("the egress protector: {error}"))?;
+    let egress = verify(egress, known).map_err(|error| format!("the egress protector: {error}"))?.protector;
+    if egress.wrappings[egress.guardian].signing_certificate != guardian {
+        return Err("the egress protector is not signed by the guardian".to_owned());
+    }
+    let parties = |protector: &Protector| {
+        let party = |w: &claviger_protocol::protector::Wrapping| {
+            (w.id, w.signing_certificate.clone(), w.encryption_certificate.clone())
+        };
+        protector.wrappings.iter().map(party).collect::<Vec<_>>()
+    };
+    if parties(&egress) != parties(&ingress) {
+        return Err("the egress protector is for other parties".to_owned());
+    }
+    if *keys.egress == *keys.ingress {
+        return Err("the egress key is the ingress key".to_owned());
+    }
+    if !egress.transport_key_signature.verify(&keys.egress, &egress.signed_octets) {
+        return Err("the egress key is not that of the egress protector".to_owned());
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn which_replies_are_checked_is_written_plainly() {
+        assert_eq!("all".parse::<Verify>().unwrap(), Verify::All);
+        assert_eq!("sample:10%".parse::<Verify>().unwrap(), Verify::Sample(0.1));
+        assert_eq!(Verify::Sample(0.1).to_string().parse::<Verify>().unwrap(), Verify::Sample(0.1));
+        assert!("some".parse::<Verify>().unwrap_err().contains("write all, or sample:0.1"));
+        assert!("sample:2".parse::<Verify>().is_err());
+    }
+}

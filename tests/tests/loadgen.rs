@@ -1,0 +1,295 @@
+//! The load generator must not lie: what a server did shows, and what the generator did is not blamed on it.
+
+#![allow(clippy::unwrap_used)]
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use claviger_protocol::error::{Code, Refusal};
+use claviger_tests::raw::{Answer, Connection, post};
+use claviger_tests::{Daemon, Lab, Options, block, loadgen, said};
+use rustix::process::{Signal, kill_process};
+use serde_json::{Value, json};
+
+/// A lab that is served, and ready.
+fn lab() -> (Lab, Daemon) {
+    let lab = Lab::make(Options::default());
+    let daemon = lab.serve();
+    block(daemon.until_ready_is(200));
+    (lab, daemon)
+}
+
+/// A bound that no machine is too slow for, where lateness is not what is tested.
+const PATIENT: [&str; 2] = ["--max-lag", "1m"];
+
+fn command(lab: &Lab, url: &str, arguments: &[&str]) -> Command {
+    let mut command = Command::new(loadgen());
+    command.args(["run", "--url", url, "--vms", "8", "--json", "-", "--lab"]).arg(lab.path()).args(arguments);
+    command
+}
+
+fn finished(output: &Output) -> (i32, Value) {
+    let report = serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{e}: {}", said(output)));
+    (output.status.code().unwrap(), report)
+}
+
+fn run(lab: &Lab, url: &str, arguments: &[&str]) -> (i32, Value) {
+    finished(&command(lab, url, arguments).output().unwrap())
+}
+
+fn number(report: &Value, pointer: &str) -> f64 {
+    report.pointer(pointer).and_then(Value::as_f64).unwrap_or_else(|| panic!("no {pointer} in {report:#}"))
+}
+
+#[test]
+fn a_run_is_told_whole() {
+    let (lab, daemon) = lab();
+    let file = |name: &str| lab.file(name).display().to_string();
+    let (csv, hdr, html) = (file("run.csv"), file("run.hdr"), file("run.html"));
+    let shape = ["--hosts", "2", "--roll", "--batch", "2", "--verify", "all", "--warmup", "500ms"];
+    let files = ["--csv", &csv, "--hdr", &hdr, "--html", &html];
+    let thresholds = ["--threshold", "errors<=0%", "--threshold", "p99<1m", "--profile", "1s@20,1s@20..40"];
+    let (status, report) = run(&lab, &daemon.url, &[&PATIENT[..], &shape, &files, &thresholds].concat());
+    assert_eq!(status, 0, "{report:#}");
+    assert_eq!(report["valid"], true);
+    assert_eq!((number(&report, "/offered"), number(&report, "/achieved")), (50.0, 50.0));
+    assert_eq!((number(&report, "/dropped"), &report["errors"]), (0.0, &json!({})));
+    // The warm-up's are checked, too.
+    assert_eq!((number(&report, "/verify/right"), number(&report, "/verify/wrong")), (60.0, 0.0));
+    for times in ["latency_seconds", "service_seconds"] {
+        let names = ["p50", "p90", "p99", "p99.9", "p99.99", "max"];
+        let values = names.map(|name| number(&report, &format!("/{times}/{name}")));
+        assert!(values[0] > 0.0 && values.is_sorted(), "{times}: {values:?}");
+    }
+    let seconds = report["timeline"].as_array().unwrap();
+    let offered: u64 = seconds.iter().map(|second| second["offered"].as_u64().unwrap()).sum();
+    assert_eq!(offered, 50);
+    let lines = std::fs::read_to_string(&csv).unwrap();
+    assert!(lines.starts_with("second,offered,achieved,dropped,errors,p50,"));
+    assert_eq!(lines.lines().count(), seconds.len() + 1);
+    let log = std::fs::read_to_string(&hdr).unwrap();
+    assert!(log.lines().filter(|line| line.contains(",HIST")).count() >= 2, "{log}");
+    let page = std::fs::read_to_string(&html).unwrap();
+    assert!(page.starts_with("<!doctype html>") && page.contains("<svg") && !page.contains("<script"));
+    assert!(!page.contains("NaN") && !page.contains("inf"), "a number that is none");
+
+    // Hosts and machines are kept, registered and used again; a closed loop, and the other interface.
+    let registered = || lab.audit().iter().filter(|line| line["event"] == "hosts.add").count();
+    assert_eq!(registered(), 2);
+    let closed = ["--hosts", "2", "--closed", "2", "--duration", "1s", "--warmup", "0s", "--api", "v1.0"];
+    let (status, report) = run(&lab, &daemon.url, &[&PATIENT[..], &closed].concat());
+    assert_eq!((status, &report["mode"]), (0, &json!("closed")));
+    assert!(number(&report, "/achieved") > 0.0);
+    assert_eq!(registered(), 2);
+}
+
+#[test]
+fn tls_is_spoken_to_who_is_trusted() {
+    let lab = Lab::make(Options::default());
+    let file = |name: &str| lab.file(name).display().to_string();
+    let openssl = |arguments: &str| {
+        let made = claviger_tests::tool("openssl", Command::new("openssl").args(arguments.split(' ')));
+        assert!(made.status.success(), "{}", said(&made));
+    };
+    let (ca, ca_key, leaf, key) = (file("ca.pem"), file("ca.key"), file("leaf.pem"), file("leaf.key"));
+    let new = "req -x509 -newkey rsa:2048 -nodes -days 2";
+    openssl(&format!("{new} -subj /CN=ca -addext basicConstraints=critical,CA:TRUE -out {ca} -keyout {ca_key}"));
+    let signed =
+        format!("-CA {ca} -CAkey {ca_key} -addext basicConstraints=CA:FALSE -addext subjectAltName=IP:127.0.0.1");
+    openssl(&format!("{new} -subj /CN=leaf {signed} -out {leaf} -keyout {key}"));
+    lab.configure(|config| {
+        config.server.tls = Some(claviger::config::Tls { certificate: leaf.into(), key: key.into() });
+    });
+    let daemon = lab.serve();
+    block(daemon.until_ready_is(200));
+    let short = ["--profile", "1s@10", "--warmup", "0s", "--verify", "all"];
+    let (status, report) = run(&lab, &daemon.url, &[&PATIENT[..], &short, &["--ca", &ca]].concat());
+    assert_eq!((status, number(&report, "/verify/right")), (0, 10.0), "{report:#}");
+    let output = command(&lab, &daemon.url, &short).output().unwrap();
+    assert!(said(&output).contains("say with --ca FILE"), "{}", said(&output));
+}
+
+#[test]
+fn a_server_that_stands_still_is_not_forgotten() {
+    let (lab, daemon) = lab();
+    let running = command(&lab, &daemon.url, &[&PATIENT[..], &["--profile", "5s@40", "--warmup", "0s"]].concat())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    // Machines are made before the clock starts: what it does first is asked of the audit trail.
+    claviger_tests::until("releases", || {
+        (lab.audit().iter().filter(|line| line["event"] == "release").count() > 20).then_some(())
+    });
+    kill_process(daemon.process.pid(), Signal::STOP).unwrap();
+    std::thread::sleep(Duration::from_secs(2));
+    kill_process(daemon.process.pid(), Signal::CONT).unwrap();
+    let (_, report) = finished(&running.wait_with_output().unwrap());
+    assert_eq!(number(&report, "/offered"), 200.0, "the schedule waits for nobody");
+    assert!(number(&report, "/latency_seconds/p99") > 1.5, "{report:#}");
+    // Two of five seconds: those that were due then waited up to two seconds each.
+    assert!(number(&report, "/latency_seconds/p90") > 1.0, "{report:#}");
+    let still = report["timeline"].as_array().unwrap().iter().filter(|second| second["achieved"] == 0).count();
+    assert!(still >= 1, "a whole second without a release: {report:#}");
+}
+
+#[test]
+fn a_generator_that_is_slow_itself_says_so() {
+    let (lab, daemon) = lab();
+    let slow = ["--profile", "2s@40", "--warmup", "0s", "--handicap", "50ms"];
+    let (status, report) = run(&lab, &daemon.url, &slow);
+    assert_eq!((status, &report["valid"]), (98, &json!(false)), "{report:#}");
+    let reason = report["invalid_because"][0].as_str().unwrap();
+    assert!(reason.contains("the load generator fell behind"), "{reason}");
+    assert!(number(&report, "/generator/lag_seconds/p99") > 0.05);
+}
+
+#[test]
+fn thresholds_decide_the_status_and_errors_have_their_codes() {
+    let (lab, daemon) = lab();
+    let short = ["--profile", "1s@20", "--warmup", "0s", "--threshold", "p99<0.001ms", "--threshold", "errors<50%"];
+    let (status, report) = run(&lab, &daemon.url, &[&PATIENT[..], &short].concat());
+    assert_eq!(status, 99, "{report:#}");
+    let passed: Vec<_> = report["thresholds"].as_array().unwrap().iter().map(|t| t["passed"].clone()).collect();
+    assert_eq!(passed, [json!(false), json!(true)]);
+
+    let before = lab.audit().len();
+    let running = command(&lab, &daemon.url, &[&PATIENT[..], &["--profile", "3s@20", "--warmup", "0s"]].concat())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    claviger_tests::until("releases", || (lab.audit().len() > before + 10).then_some(()));
+    let remove = json!({"command": "hosts.remove", "name": claviger_tests::HOST});
+    block(claviger::admin::call(&lab.socket(), &remove)).unwrap();
+    let (status, report) = finished(&running.wait_with_output().unwrap());
+    let refused = number(&report, "/errors/HealthCertificateException");
+    assert!(refused > 0.0 && number(&report, "/achieved") > 0.0, "{report:#}");
+    assert_eq!((status, number(&report, "/achieved") + refused), (0, 60.0));
+    drop(daemon);
+    let output = command(&lab, "http://127.0.0.1:1", &["--profile", "1s@1"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(said(&output).contains("no connection to 127.0.0.1:1") && said(&output).contains("does it run there?"));
+}
+
+#[test]
+fn a_wrong_reply_is_found() {
+    let (lab, daemon) = lab();
+    let previous = Mutex::new((0, None::<Vec<u8>>));
+    // Each fifth release gets the answer of the one before: it opens, and is another machine's.
+    let proxy = proxy(daemon.address(), move |path, mut answer| {
+        if path.contains("RollTransportKey") && answer.status == 200 {
+            let mut previous = previous.lock().unwrap();
+            previous.0 += 1;
+            let own = answer.body.clone();
+            if let (0, Some(body)) = (previous.0 % 5, &previous.1) {
+                answer.body.clone_from(body);
+            }
+            previous.1 = Some(own);
+        }
+        Some(answer)
+    });
+    let checked = ["--profile", "2s@20", "--warmup", "0s", "--verify", "all"];
+    let (status, report) = run(&lab, &proxy, &[&PATIENT[..], &checked].concat());
+    assert_eq!(status, 97, "{report:#}");
+    assert_eq!((number(&report, "/verify/wrong"), number(&report, "/verify/right")), (8.0, 32.0), "{report:#}");
+    assert_eq!((number(&report, "/errors/WrongReply"), number(&report, "/achieved")), (8.0, 32.0));
+    assert_eq!(report["verify"]["first_wrong"], "the ingress key is not this machine's");
+}
+
+#[test]
+fn a_storm_asks_again_and_silence_is_dropped_and_timed_out() {
+    let (lab, daemon) = lab();
+    let turned_away = Mutex::new(5);
+    let busy = Refusal::new(Code::ServiceUnavailable, "not now").to_xml();
+    let busy_server = proxy(daemon.address(), move |path, answer| {
+        let mut left = turned_away.lock().unwrap();
+        if !path.contains("RollTransportKey") || *left == 0 {
+            return Some(answer);
+        }
+        *left -= 1;
+        let headers = vec![("retry-after".to_owned(), "1".to_owned())];
+        Some(Answer { status: 503, headers, body: busy.clone() })
+    });
+    let (status, report) = run(&lab, &busy_server, &[&PATIENT[..], &["--profile", "storm:20/1s"]].concat());
+    assert_eq!((status, number(&report, "/achieved")), (0, 20.0), "{report:#}");
+    assert_eq!(number(&report, "/retries/ServiceUnavailableException"), 5.0);
+    assert_eq!(report["errors"], json!({}));
+    assert!(number(&report, "/latency_seconds/max") > 1.0, "the wait counts: {report:#}");
+
+    let silent_server = proxy(daemon.address(), |path, answer| (!path.contains("RollTransportKey")).then_some(answer));
+    let few = ["--profile", "1s@20", "--warmup", "0s", "--in-flight", "2", "--timeout", "400ms"];
+    let judged = ["--threshold", "p50<1h"];
+    let (status, report) = run(&lab, &silent_server, &[&PATIENT[..], &few, &judged].concat());
+    assert_eq!(status, 99, "what is not known holds no bound: {report:#}");
+    let (dropped, late) = (number(&report, "/dropped"), number(&report, "/errors/Timeout"));
+    assert!(dropped > 0.0 && late > 0.0, "{report:#}");
+    assert_eq!((dropped + late, number(&report, "/achieved")), (20.0, 0.0));
+}
+
+/// A server in front of another that may change answers, or keep them; its URL.
+fn proxy(behind: SocketAddr, change: impl Fn(&str, Answer) -> Option<Answer> + Send + Sync + 'static) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let change = Arc::new(change);
+    std::thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            let change = change.clone();
+            std::thread::spawn(move || serve(stream, behind, &*change));
+        }
+    });
+    url
+}
+
+/// One connection, until the client leaves.
+fn serve(mut stream: TcpStream, behind: SocketAddr, change: &(dyn Fn(&str, Answer) -> Option<Answer> + Sync)) {
+    let mut reader = BufReader::new(stream.try_clone().unwrap());
+    loop {
+        let mut head = Vec::new();
+        loop {
+            let mut line = String::new();
+            match reader.read_line(&mut line) {
+                Ok(0) | Err(_) => return,
+                Ok(_) if line == "\r\n" => break,
+                Ok(_) => head.push(line.trim_end().to_owned()),
+            }
+        }
+        let field = |name: &str| {
+            let fields = head.iter().filter_map(|line| line.split_once(": "));
+            fields.filter(|(n, _)| n.eq_ignore_ascii_case(name)).map(|(_, value)| value.to_owned()).next()
+        };
+        let mut body = vec![0; field("content-length").map_or(0, |length| length.parse().unwrap())];
+        reader.read_exact(&mut body).unwrap();
+        let mut words = head[0].split(' ');
+        let (method, path) = (words.next().unwrap(), words.next().unwrap());
+        let request = match method {
+            "GET" => claviger_tests::raw::get(path),
+            _ => post(path, &field("content-type").unwrap(), &body),
+        };
+        let answer = Connection::open(behind).unwrap().exchange(&request).unwrap();
+        let Some(answer) = change(path, answer) else { continue };
+        let mut reply = format!("HTTP/1.1 {} x\r\nContent-Length: {}\r\n", answer.status, answer.body.len());
+        for (name, value) in answer.headers.iter().filter(|(name, _)| name != "content-length") {
+            reply.push_str(&format!("{name}: {value}\r\n"));
+        }
+        let reply = [reply.as_bytes(), b"\r\n", &answer.body].concat();
+        if stream.write_all(&reply).is_err() {
+            return;
+        }
+    }
+}
+
+#[test]
+fn without_a_lab_it_says_how_to_make_one() {
+    let output = Command::new(loadgen())
+        .args(["run", "--url", "http://127.0.0.1:1", "--profile", "1s@1", "--lab"])
+        .arg(Path::new("/nowhere"))
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(said(&output).contains("claviger demo --dir /nowhere"), "{}", said(&output));
+}
