@@ -2,6 +2,7 @@
 
 mod health;
 pub(crate) mod member;
+pub(crate) mod shared;
 mod supervisor;
 
 use std::collections::BTreeSet;

@@ -16,7 +16,7 @@ use tracing::warn;
 use zeroize::{Zeroize, Zeroizing};
 
 use crate::Event;
-use crate::cluster::member::{Scheme, Shared};
+use crate::cluster::shared::{Scheme, Shared};
 use crate::error::HsmError;
 use crate::fault::{Fate, PARAMETER_REFUSALS, Whose};
 use crate::keys::{KeyId, NewKey, Oaep, RsaPrivateParts, RsaPublic};

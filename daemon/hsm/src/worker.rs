@@ -17,7 +17,8 @@ use std::time::{Duration, Instant};
 use crossbeam::channel::{self, Receiver, Sender, TrySendError};
 use tokio::sync::oneshot;
 
-use crate::cluster::member::{InFlight, Lease, Shared};
+use crate::cluster::member::Lease;
+use crate::cluster::shared::{InFlight, Shared};
 use crate::error::HsmError;
 use crate::fault::Fate;
 use crate::request::{Answer, Outcome, Request};
