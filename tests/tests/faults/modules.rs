@@ -120,6 +120,13 @@ async fn pin(how: &str) {
     let stats = stage.faulty.stats("hsm-b");
     assert_eq!((stats.calls("C_Login"), stats.faults("rv")), (2, 1), "pin={how}");
     assert_eq!(stage.daemon.process.output().matches("REFUSES THE PIN").count(), 2);
+    // The right one, and the word to read it: both may try it, once.
+    for member in ["hsm-a", "hsm-b"] {
+        stage.faulty.clear(member);
+    }
+    stage.daemon.process.hang_up();
+    stage.until_serves("hsm-a").await;
+    stage.until_serves("hsm-b").await;
     stage.end(&format!("pin={how}"), load).await.assert_all_right();
 }
 
