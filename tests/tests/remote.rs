@@ -2,21 +2,17 @@
 
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use claviger::client::Client;
-use claviger_protocol::owner::Owner;
-use claviger_protocol::protector::TransportKey;
-use claviger_protocol::rsa_key::RsaPrivateKey;
-use claviger_tests::{Daemon, Lab, Options, PATIENCE, ROLL, Remote, open_release, roll_request};
+use claviger_tests::openloop::{Answer, Load, Sample, Traffic};
+use claviger_tests::{Daemon, Lab, Options, PATIENCE, Remote};
 use tokio::sync::{Semaphore, SemaphorePermit};
-use tokio::task::{JoinHandle, JoinSet};
 
 const MEMBERS: [&str; 3] = ["hsm-a", "hsm-b", "hsm-c"];
 /// Releases a second.
-const RATE: u32 = 50;
+const RATE: f64 = 50.0;
+/// Within this a release is answered, as the daemon is configured here; its host waits a little longer.
+const DEADLINE: Duration = Duration::from_secs(5);
 /// How many of a member's decryptions show that it serves again: more than calls that hung may bring when they return.
 const SERVES: u64 = 12;
 /// Load goes on for so long after each event, for what comes late.
@@ -24,89 +20,6 @@ const AFTERWARDS: Duration = Duration::from_secs(1);
 
 /// Two scenarios at a time: processors are few, and a watchdog is impatient.
 static PLACES: Semaphore = Semaphore::const_new(2);
-
-/// What became of one release.
-enum Fate {
-    Right,
-    /// 503 with `Retry-After`.
-    Refused,
-    /// An answer that should never be.
-    Wrong(String),
-    /// No answer, or another refusal.
-    Lost(String),
-}
-
-struct Told {
-    sent: Instant,
-    answered: Instant,
-    fate: Fate,
-}
-
-/// What it takes to ask for a release and to judge the answer.
-struct Tenant {
-    client: Client,
-    request: Vec<u8>,
-    key: TransportKey,
-    identity: Arc<RsaPrivateKey>,
-    owner: Owner,
-}
-
-impl Tenant {
-    async fn release(self: Arc<Self>) -> Told {
-        let sent = Instant::now();
-        let reply = self.client.post(ROLL, "application/xml", self.request.clone()).await;
-        let answered = Instant::now();
-        let fate = match reply {
-            Ok(reply) if reply.status == 200 => {
-                tokio::task::spawn_blocking(move || self.judge(&reply.body)).await.unwrap()
-            }
-            Ok(reply) if reply.status == 503 && reply.headers.contains_key("retry-after") => Fate::Refused,
-            Ok(reply) => Fate::Lost(format!("{} {}", reply.status, String::from_utf8_lossy(&reply.body))),
-            Err(error) => Fate::Lost(error.to_string()),
-        };
-        Told { sent, answered, fate }
-    }
-
-    fn judge(&self, body: &[u8]) -> Fate {
-        let (keys, egress_protector) = match open_release(body, &self.identity) {
-            Ok(released) => released,
-            Err(error) => return Fate::Wrong(error),
-        };
-        match self.owner.open(&egress_protector) {
-            _ if *keys.ingress != *self.key => Fate::Wrong("another ingress key".to_owned()),
-            Ok(egress) if *egress != *keys.egress => Fate::Wrong("not the owner's egress key".to_owned()),
-            Ok(_) => Fate::Right,
-            Err(error) => Fate::Wrong(format!("the egress protector: {error}")),
-        }
-    }
-}
-
-/// Releases at a steady rate, whatever becomes of them.
-struct Load {
-    ended: Arc<AtomicBool>,
-    sending: JoinHandle<Vec<Told>>,
-}
-
-impl Load {
-    fn begin(tenant: Arc<Tenant>) -> Self {
-        let ended = Arc::new(AtomicBool::new(false));
-        let end = ended.clone();
-        let sending = tokio::spawn(async move {
-            let (mut all, mut ticks) = (JoinSet::new(), tokio::time::interval(Duration::from_secs(1) / RATE));
-            while !end.load(Ordering::Relaxed) {
-                ticks.tick().await;
-                all.spawn(tenant.clone().release());
-            }
-            all.join_all().await
-        });
-        Self { ended, sending }
-    }
-
-    async fn end(self) -> Vec<Told> {
-        self.ended.store(true, Ordering::Relaxed);
-        self.sending.await.unwrap()
-    }
-}
 
 /// A daemon before three servers, under load.
 struct Scene {
@@ -125,21 +38,13 @@ impl Scene {
         let lab = Lab::make(Options { hsms: 3, vms: 1 });
         lab.configure(|config| {
             config.release.watchdog_ms = 300;
-            config.release.deadline_ms = 5_000;
+            config.release.deadline_ms = DEADLINE.as_millis() as u64;
         });
         let remote = lab.behind_servers();
         let daemon = lab.serve();
         daemon.until_ready_is(200).await;
         let health = lab.host(daemon.client()).attest().await.unwrap();
-        let (protector, owner) = (lab.protector(), lab.owner());
-        let tenant = Tenant {
-            client: daemon.client(),
-            request: roll_request(&health, &protector),
-            key: owner.open(&protector).unwrap(),
-            identity: lab.identity(),
-            owner,
-        };
-        let load = Load::begin(Arc::new(tenant));
+        let load = Traffic::of_vms(&lab, &health).start(&daemon, RATE, 2 * DEADLINE);
         let mut scene = Self { remote, daemon, load, events: Vec::new(), _lab: lab, _place: place };
         scene.until_all_serve().await;
         scene
@@ -203,51 +108,33 @@ impl Scene {
     /// Ends the load and stops the daemon. Every release that was asked for has to be there, and right; but while nobody
     /// served, which may have been for a time, a refusal was right.
     async fn end(self, nobody_served: Option<(Instant, Instant)>) {
-        let told = self.load.end().await;
+        let report = self.load.stop().await;
         let begun = Instant::now();
         let status = self.daemon.stop();
-        println!("{} releases; the daemon stopped within {} ms", told.len(), begun.elapsed().as_millis());
-        for (at, (when, what)) in self.events.iter().enumerate() {
-            let until = self.events.get(at + 1).map_or(begun, |(next, _)| *next);
-            println!("{what}, {}", sum_up(&told, *when, until));
+        println!("{}; the daemon stopped within {} ms", report.line(), begun.elapsed().as_millis());
+        let mut rest = report.clone();
+        for (when, what) in &self.events {
+            let (before, after) = rest.split(*when);
+            println!("{}\n{what}", before.line());
+            rest = after;
         }
+        println!("{}", rest.line());
         // What was under way when the last one died counts as well.
-        let may_be_refused =
-            |told: &Told| nobody_served.is_some_and(|(from, to)| told.answered >= from && told.sent < to);
-        let bad: Vec<String> = told
-            .iter()
-            .filter_map(|told| {
-                let why = match &told.fate {
-                    Fate::Right => return None,
-                    Fate::Refused if may_be_refused(told) => return None,
-                    Fate::Refused => "refused",
-                    Fate::Wrong(why) | Fate::Lost(why) => why,
-                };
-                let after = self.events.iter().rfind(|(when, _)| *when <= told.sent);
-                let (when, what) = after.map_or((told.sent, "the first"), |(when, what)| (*when, what.as_str()));
-                Some(format!("{what}, +{:?}: {why} after {:?}", told.sent - when, told.answered - told.sent))
+        let may_be_refused = |sample: &Sample| {
+            sample.answer == (Answer::Refused { retry_after: true })
+                && nobody_served.is_some_and(|(from, to)| sample.end >= from && sample.due < to)
+        };
+        let bad = report.samples.iter().filter(|sample| sample.answer != Answer::Right && !may_be_refused(sample));
+        let bad: Vec<String> = bad
+            .map(|sample| {
+                let after = self.events.iter().rfind(|(when, _)| *when <= sample.due);
+                let (when, what) = after.map_or((sample.due, "the first"), |(when, what)| (*when, what.as_str()));
+                format!("{what}, +{:?}: {:?} after {:?}", sample.due - when, sample.answer, sample.took())
             })
             .collect();
-        assert!(bad.is_empty(), "{} of {} releases:\n{}", bad.len(), told.len(), bad.join("\n"));
+        assert!(bad.is_empty(), "{} of {} releases:\n{}", bad.len(), report.samples.len(), bad.join("\n"));
         assert!(status.success(), "{status}");
     }
-}
-
-fn sum_up(told: &[Told], from: Instant, to: Instant) -> String {
-    let right = told.iter().filter(|told| matches!(told.fate, Fate::Right)).map(|told| told.answered);
-    let mut times: Vec<_> = right.filter(|answered| *answered > from && *answered < to).chain([from, to]).collect();
-    times.sort();
-    let gap = times.windows(2).map(|pair| pair[1] - pair[0]).max().unwrap_or_default();
-    let sent = || told.iter().filter(|told| told.sent >= from && told.sent < to);
-    let slowest = sent().map(|told| told.answered - told.sent).max().unwrap_or_default();
-    format!(
-        "for {} ms: {} asked, {} refused, longest gap {} ms, slowest answer {} ms",
-        (to - from).as_millis(),
-        sent().count(),
-        sent().filter(|told| matches!(told.fate, Fate::Refused)).count(),
-        gap.as_millis(),
-        slowest.as_millis()
-    )
 }
 
 #[tokio::test(flavor = "multi_thread")]
