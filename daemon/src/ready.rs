@@ -72,5 +72,7 @@ async fn probe(service: &Service) -> Result<String, String> {
             Err(error) => why.push(error.to_string()),
         }
     }
+    // By name, whoever answered first.
+    why.sort();
     Err(why.join("; "))
 }
