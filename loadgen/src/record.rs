@@ -246,7 +246,7 @@ impl Tally {
     /// Share of the releases that were due and did not succeed.
     #[must_use]
     pub fn unsuccessful(&self) -> f64 {
-        if self.offered == 0 { 0.0 } else { (self.failed() + self.dropped) as f64 / self.offered as f64 }
+        unsuccessful(self.offered, self.failed(), self.dropped)
     }
 
     fn second(&mut self, at: f64) -> &mut Second {
@@ -257,6 +257,11 @@ impl Tally {
         }
         &mut self.seconds[at]
     }
+}
+
+/// Share of `offered` releases that failed or were dropped.
+pub(crate) fn unsuccessful(offered: u64, failed: u64, dropped: u64) -> f64 {
+    if offered == 0 { 0.0 } else { (failed + dropped) as f64 / offered as f64 }
 }
 
 #[cfg(test)]

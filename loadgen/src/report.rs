@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::Failure;
 use crate::print::table;
+use crate::record;
 use crate::run::{Load, Mode, Outcome};
 use crate::units;
 
@@ -262,7 +263,7 @@ impl Report {
     /// Share of those due that did not succeed: dropped and failed. Percentiles above the rest are not known.
     #[must_use]
     pub fn unsuccessful(&self) -> f64 {
-        if self.offered == 0 { 0.0 } else { (self.failed() + self.dropped) as f64 / self.offered as f64 }
+        record::unsuccessful(self.offered, self.failed(), self.dropped)
     }
 
     /// For a person.

@@ -15,7 +15,7 @@ const LIBRARY: &str = "libclaviger_faulty_token.so";
 /// One instance of the faulty module: a copy of its library, with control files of its own.
 #[derive(Clone, Debug)]
 pub struct Faulty {
-    library: PathBuf,
+    file: PathBuf,
     control: PathBuf,
     real: PathBuf,
 }
@@ -27,15 +27,15 @@ impl Faulty {
     /// When it cannot be copied.
     #[must_use]
     pub fn install(folder: &Path, name: &str, real: &Path) -> Self {
-        let library = folder.join(format!("{name}.so"));
+        let file = folder.join(format!("{name}.so"));
         let control = folder.join(format!("{name}.control"));
         fs::create_dir_all(&control).unwrap();
         // …/target/debug/deps/test-0123, or a program a folder above, and the library that was built with it.
         let program = std::env::current_exe().unwrap();
         let folder = program.parent().unwrap();
         let built = if folder.ends_with("deps") { folder.join(LIBRARY) } else { folder.join("deps").join(LIBRARY) };
-        fs::copy(&built, &library).unwrap_or_else(|error| panic!("{}: {error}", built.display()));
-        Self { library, control, real: real.to_owned() }
+        fs::copy(&built, &file).unwrap_or_else(|error| panic!("{}: {error}", built.display()));
+        Self { file, control, real: real.to_owned() }
     }
 
     /// The same, in front of a copy of the real module: nothing is shared with other instances in one process.
@@ -52,8 +52,8 @@ impl Faulty {
 
     /// The library to load.
     #[must_use]
-    pub fn library(&self) -> &Path {
-        &self.library
+    pub fn module_file(&self) -> &Path {
+        &self.file
     }
 
     /// What has to be in the environment when it is loaded.
@@ -192,7 +192,7 @@ impl Lab {
             for hsm in &mut config.hsm {
                 let own = || Faulty::install_alone(&folder, &hsm.name, &hsm.module);
                 let faulty = shared.clone().unwrap_or_else(own);
-                hsm.module = faulty.library().to_owned();
+                hsm.module = faulty.module_file().to_owned();
                 // A member's table says all that its instance needs.
                 hsm.env.extend(config.env.clone());
                 hsm.env.extend(faulty.env());

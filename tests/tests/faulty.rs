@@ -21,7 +21,7 @@ async fn faults_reach_their_member(instances: Instances) {
     daemon.until_ready_is(200).await;
     release(&daemon, &lab, 10).await;
     let (a, b) = (faulty.of("hsm-a").0, faulty.of("hsm-b").0);
-    assert_eq!(a.library() == b.library(), instances == Instances::Shared);
+    assert_eq!(a.module_file() == b.module_file(), instances == Instances::Shared);
     let ill = faulty.until("hsm-a", "a decryption on hsm-a", |stats| stats.faults("rv") > 0);
     assert_eq!(ill.faults("rv"), ill.calls("C_Decrypt"));
     let well = faulty.until("hsm-b", "ten decryptions on hsm-b", |stats| stats.calls("C_Decrypt") >= 10);

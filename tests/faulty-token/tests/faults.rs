@@ -38,7 +38,7 @@ fn calls_are_forwarded() {
     assert!(world.pkcs11.is_fn_supported(Function::DecryptDigestUpdate));
     // Every place of the list is taken, and the list is always the same one.
     // SAFETY: it is loaded already.
-    let direct = unsafe { cryptoki_sys::Pkcs11::new(world.library()) }.unwrap();
+    let direct = unsafe { cryptoki_sys::Pkcs11::new(world.module_file()) }.unwrap();
     let mut lists = [std::ptr::null_mut(); 2];
     for list in &mut lists {
         // SAFETY: the pointer is writable.

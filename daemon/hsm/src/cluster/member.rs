@@ -315,9 +315,12 @@ impl Member {
     /// Lets go of everything that a closed member has: what waits goes elsewhere at once, idle sessions close, the others
     /// when their call returns.
     fn retire(&self, error: &HsmError) {
-        self.shared.observe(Event::Closed);
-        self.shared.end_generation();
-        self.shared.turn_away(error);
+        self.shared.retire(error);
+        self.drop_stale_sessions();
+    }
+
+    /// Sessions that idle in the pool and are not to be used again close.
+    fn drop_stale_sessions(&self) {
         let generation = self.shared.generation();
         self.pool.retain(|handle, _| handle.is_usable(generation));
     }
@@ -343,9 +346,8 @@ impl Member {
             self.trip(&HsmError::Hung { op: "open" });
         }
         // A thread closed the member: it has no pool to clear.
-        let generation = shared.generation();
         if self.pool.status().available > 0 && !shared.health().is_up() {
-            self.pool.retain(|handle, _| handle.is_usable(generation));
+            self.drop_stale_sessions();
         }
     }
 
@@ -389,8 +391,7 @@ impl Member {
         if result.is_err() {
             // The sessions of a failed probe prove nothing, and hold the module.
             self.shared.end_generation();
-            let generation = self.shared.generation();
-            self.pool.retain(|handle, _| handle.is_usable(generation));
+            self.drop_stale_sessions();
         }
         result
     }

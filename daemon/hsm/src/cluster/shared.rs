@@ -226,6 +226,14 @@ impl Shared {
         jobs
     }
 
+    /// Lets go of what a closed member has: what waits goes elsewhere at once, sessions end when their call returns. Those that
+    /// idle in the pool are the member's to clear; the supervisor sees to it.
+    pub(super) fn retire(self: &Arc<Self>, error: &HsmError) {
+        self.observe(Event::Closed);
+        self.end_generation();
+        self.turn_away(error);
+    }
+
     /// Sends everybody elsewhere who waits.
     pub(super) fn turn_away(&self, why: &HsmError) {
         for job in self.waiting.1.try_iter() {
@@ -272,10 +280,7 @@ impl Shared {
             }
         };
         if let (true, Err(error)) = (closed, result) {
-            // The supervisor clears the pool.
-            self.observe(Event::Closed);
-            self.end_generation();
-            self.turn_away(error);
+            self.retire(error);
         }
     }
 
@@ -308,9 +313,7 @@ impl Shared {
             (error, closed)
         };
         if closed {
-            self.observe(Event::Closed);
-            self.end_generation();
-            self.turn_away(&error);
+            self.retire(&error);
         }
     }
 

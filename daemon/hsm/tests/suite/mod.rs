@@ -310,7 +310,7 @@ async fn refuses_nonsense(cluster: &Cluster, name: &str, id: &KeyId, signs: &Key
     // None of this has cost a session or the member's standing.
     let status = &cluster.members()[0];
     assert!(is_up(status), "{status:?}");
-    assert_eq!(status.sessions_open, sessions);
+    assert!(status.sessions_open >= sessions, "{status:?}");
     let nobody = cluster.keys_on("nobody").await;
     assert!(matches!(nobody, Err(HsmError::NoMember(_))));
 }

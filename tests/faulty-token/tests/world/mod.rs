@@ -28,7 +28,7 @@ pub struct World {
     pub pkcs11: Pkcs11,
     /// The same library, by its symbols.
     direct: cryptoki_sys::Pkcs11,
-    library: PathBuf,
+    file: PathBuf,
     control: PathBuf,
 }
 
@@ -83,14 +83,14 @@ impl World {
         let control = dir.join(name);
         fs::create_dir(&control).unwrap();
         let built = std::env::current_exe().unwrap().with_file_name("libclaviger_faulty_token.so");
-        let library = dir.join(format!("{name}.so"));
-        fs::copy(built, &library).unwrap();
+        let file = dir.join(format!("{name}.so"));
+        fs::copy(built, &file).unwrap();
         set_var(MODULE_VARIABLE, real);
         set_var(CONTROL_VARIABLE, &control);
-        let pkcs11 = Pkcs11::new(&library).unwrap();
+        let pkcs11 = Pkcs11::new(&file).unwrap();
         // SAFETY: it is loaded already.
-        let direct = unsafe { cryptoki_sys::Pkcs11::new(&library) }.unwrap();
-        Self { pkcs11, direct, library, control }
+        let direct = unsafe { cryptoki_sys::Pkcs11::new(&file) }.unwrap();
+        Self { pkcs11, direct, file, control }
     }
 
     pub fn initialize(&self) -> Result<()> {
@@ -163,8 +163,8 @@ impl World {
     }
 
     /// The copy of the library.
-    pub fn library(&self) -> &Path {
-        &self.library
+    pub fn module_file(&self) -> &Path {
+        &self.file
     }
 }
 
