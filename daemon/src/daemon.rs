@@ -15,7 +15,7 @@ use crate::admission;
 use crate::admission::Dropped;
 use crate::attest::signer::Keeper;
 use crate::commands;
-use crate::config::{Config, PinError, TokenName};
+use crate::config::{Config, Hsm, PinError, TokenName};
 use crate::metrics;
 use crate::process;
 use crate::ready::Readiness;
@@ -78,27 +78,32 @@ pub fn load_cluster(config: &Config) -> Result<Cluster, StartError> {
     // The waiting room is in front of the releases; what runs must always find a place, on any one member, and so must what
     // else there is to sign.
     let queue = 4 * admission::concurrency(&config.release, config.hsm.iter().map(|hsm| hsm.sessions).sum()) + 256;
-    let mut members = Vec::with_capacity(config.hsm.len());
-    for hsm in &config.hsm {
-        members.push(MemberConfig {
-            name: hsm.name.clone(),
-            module: hsm.module.clone(),
-            token: match hsm.token_name() {
-                Some(TokenName::Serial(serial)) => TokenRef::Serial(serial.to_owned()),
-                Some(TokenName::Label(label)) => TokenRef::Label(label.to_owned()),
-                None => TokenRef::Label(hsm.name.clone()),
-            },
-            pin: Pin::new(hsm.read_pin()?.to_string()),
-            env: hsm.env.clone(),
-            priority: hsm.priority,
-            weight: hsm.weight,
-            sessions: hsm.sessions,
-            queue,
-            batch: config.release.batch,
-        });
-    }
+    let members = config.hsm.iter().map(|hsm| member(hsm, queue, config.release.batch)).collect::<Result<_, _>>()?;
     let patience = Patience { watchdog: config.release.watchdog() };
     Ok(Cluster::load(members, patience, observer())?)
+}
+
+/// A member as the configuration describes it, with its PIN.
+///
+/// # Errors
+/// A PIN that cannot be read.
+pub fn member(hsm: &Hsm, queue: usize, batch: usize) -> Result<MemberConfig, PinError> {
+    Ok(MemberConfig {
+        name: hsm.name.clone(),
+        module: hsm.module.clone(),
+        token: match hsm.token_name() {
+            Some(TokenName::Serial(serial)) => TokenRef::Serial(serial.to_owned()),
+            Some(TokenName::Label(label)) => TokenRef::Label(label.to_owned()),
+            None => TokenRef::Label(hsm.name.clone()),
+        },
+        pin: Pin::new(hsm.read_pin()?.to_string()),
+        env: hsm.env.clone(),
+        priority: hsm.priority,
+        weight: hsm.weight,
+        sessions: hsm.sessions,
+        queue,
+        batch,
+    })
 }
 
 /// A daemon that serves.

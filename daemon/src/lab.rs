@@ -34,7 +34,7 @@ use crate::state::{Kind, NewCertificate, State, StateError};
 /// The name of the registered host.
 pub const HOST_NAME: &str = "demo-host";
 /// Names the module where it is not in one of the usual places.
-const MODULE_VARIABLE: &str = "CLAVIGER_SOFTHSM2";
+pub const MODULE_VARIABLE: &str = "CLAVIGER_SOFTHSM2";
 const MODULES: [&str; 5] = [
     "/usr/lib/softhsm/libsofthsm2.so",
     "/usr/lib/x86_64-linux-gnu/softhsm/libsofthsm2.so",
@@ -44,6 +44,7 @@ const MODULES: [&str; 5] = [
 ];
 /// Marks a folder as a lab from its first moment, so that one that was not finished can be made again.
 const MARK: &str = ".claviger-lab";
+/// Of the keys that are not the guardian's.
 const BITS: u32 = 2048;
 /// Sessions of each token. A soft token computes on this machine's processors; more sessions would only queue there.
 const SESSIONS: usize = 4;
@@ -116,6 +117,17 @@ pub struct Lab {
     pub config: Config,
     /// Whether its tokens are still without keys.
     fresh: bool,
+    /// Of the guardian's keys.
+    bits: u32,
+}
+
+/// What a new lab's tokens are.
+#[derive(Clone, Copy, Debug)]
+pub struct Tokens {
+    /// How many there are.
+    pub hsms: usize,
+    /// The length of the guardian's RSA keys.
+    pub bits: u32,
 }
 
 /// The registered host's keys.
@@ -132,10 +144,10 @@ impl Lab {
     ///
     /// # Errors
     /// See [`LabError`].
-    pub fn prepare(dir: &Path, listen: SocketAddr, metrics: SocketAddr, hsms: usize) -> Result<Self, LabError> {
+    pub fn prepare(dir: &Path, listen: SocketAddr, metrics: SocketAddr, tokens: Tokens) -> Result<Self, LabError> {
         make_folder(dir)?;
         let dir = dir.canonicalize().map_err(|source| LabError::File { path: dir.to_owned(), source })?;
-        let mut lab = Self { config: Config::default(), fresh: true, dir };
+        let mut lab = Self { config: Config::default(), fresh: true, bits: tokens.bits, dir };
         if lab.config_file().exists() {
             lab.config = Config::load(&lab.config_file())?;
             lab.fresh = false;
@@ -147,7 +159,7 @@ impl Lab {
         lab.config.server.listen = listen;
         lab.config.server.metrics = metrics;
         if lab.fresh {
-            lab.make_tokens(hsms)?;
+            lab.make_tokens(tokens.hsms)?;
         } else {
             lab.write_config()?;
         }
@@ -237,25 +249,25 @@ impl Lab {
             (Kind::Signing, "Claviger demo guardian signing", HsmKeyUsage::Sign),
             (Kind::Encryption, "Claviger demo guardian encryption", HsmKeyUsage::Decrypt),
         ] {
-            let key = new_key(name)?;
+            let key = new_key(name, self.bits)?;
             let certificate = self_signed(name, &key)?;
             let id = KeyId(key.public().spki_sha256()[..20].to_vec());
             for hsm in &self.config.hsm {
-                let spec = NewKey { id: id.clone(), label: name.to_owned(), bits: BITS, usage };
+                let spec = NewKey { id: id.clone(), label: name.to_owned(), bits: self.bits, usage };
                 cluster.import_rsa(&hsm.name, spec, private_parts(&key)).await?;
             }
             let spki = key.public().spki_der();
             let new = NewCertificate { kind, der: certificate.der(), key_id: &id.0, spki, primary: true };
             state.add_certificate(&new, unix_now())?;
         }
-        let (host, identity) = (new_key("the host's key")?, new_key("the host's identity key")?);
+        let (host, identity) = (new_key("the host's key", BITS)?, new_key("the host's identity key", BITS)?);
         write(&self.dir.join("host/hostkey.pem"), host.to_pkcs8_pem().as_bytes())?;
         write(&self.dir.join("host/hostkey.pub.pem"), host.public().to_pem().as_bytes())?;
         write(&self.dir.join("host/identitykey.pem"), identity.to_pkcs8_pem().as_bytes())?;
         state.add_host(HOST_NAME, host.public().spki_der(), unix_now())?;
         for role in OWNER_ROLES {
             let name = format!("Claviger demo tenant {role}");
-            let key = new_key(&name)?;
+            let key = new_key(&name, BITS)?;
             let file = |end: &str| self.dir.join(format!("tenant/owner-{role}.{end}.pem"));
             write(&file("crt"), self_signed(&name, &key)?.to_pem().as_bytes())?;
             write(&file("key"), key.to_pkcs8_pem().as_bytes())?;
@@ -344,8 +356,8 @@ fn random_pin() -> Result<String, LabError> {
     Ok(HEXLOWER.encode(&octets))
 }
 
-fn new_key(what: &str) -> Result<RsaPrivateKey, LabError> {
-    RsaPrivateKey::generate(BITS).map_err(|source| LabError::Key { what: what.to_owned(), source })
+fn new_key(what: &str, bits: u32) -> Result<RsaPrivateKey, LabError> {
+    RsaPrivateKey::generate(bits).map_err(|source| LabError::Key { what: what.to_owned(), source })
 }
 
 fn self_signed(common_name: &str, key: &RsaPrivateKey) -> Result<Certificate, LabError> {

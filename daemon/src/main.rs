@@ -13,7 +13,7 @@ use clap::{Parser, Subcommand};
 use claviger::cli::{self, Failure};
 use claviger::config::Config;
 use claviger::daemon::{Daemon, load_cluster};
-use claviger::lab::Lab;
+use claviger::lab::{Lab, Tokens};
 use claviger::{demo, print, process, reload};
 use claviger_hsm::Cluster;
 use tracing_subscriber::EnvFilter;
@@ -57,6 +57,9 @@ enum Command {
         /// Soft tokens of a new lab
         #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=64))]
         hsms: u16,
+        /// Length of the guardian's RSA keys in a new lab
+        #[arg(long, value_name = "BITS", default_value_t = 2048, value_parser = rsa_bits)]
+        rsa: u32,
         /// Virtual machines to start
         #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=10_000))]
         vms: u16,
@@ -115,12 +118,12 @@ fn run(command: Command) -> Result<ExitCode, Failure> {
                 Ok(ExitCode::SUCCESS)
             })
         }
-        Command::Demo { dir, listen, metrics, hsms, vms, exit } => {
+        Command::Demo { dir, listen, metrics, hsms, rsa, vms, exit } => {
             process::no_core_dumps()?;
             process::raise_open_files()?;
             let begun = Instant::now();
             print::line("Claviger demo: a guarded host gets the keys of a tenant's virtual machines\n");
-            let lab = Lab::prepare(&dir, listen, metrics, hsms.into())?;
+            let lab = Lab::prepare(&dir, listen, metrics, Tokens { hsms: hsms.into(), bits: rsa })?;
             let cluster = load_cluster(&lab.config)?;
             on_tokens(cluster, async |cluster| {
                 let stop = process::shutdown_signal()?;
@@ -150,6 +153,16 @@ fn on_tokens(
         cluster.close().await;
         result
     })
+}
+
+/// The lengths of RSA keys that key-protection certificates have.
+fn rsa_bits(text: &str) -> Result<u32, String> {
+    match text {
+        "2048" => Ok(2048),
+        "3072" => Ok(3072),
+        "4096" => Ok(4096),
+        _ => Err("2048, 3072 or 4096".to_owned()),
+    }
 }
 
 fn runtime() -> std::io::Result<tokio::runtime::Runtime> {

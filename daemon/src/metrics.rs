@@ -4,15 +4,20 @@
 //! the process: before [`install`] the functions do nothing, so libraries and tests may call them at any time.
 
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use ::metrics::{SharedString, Unit, counter, describe_counter, describe_gauge, gauge};
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
+
+use crate::process;
 
 /// What kind of number a metric is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// Only ever grows, from zero at the start of the process.
     Counter,
+    /// The same in fractions, which the recorder's counters do not have: read when the page is rendered.
+    Reading,
     /// Goes up and down.
     Gauge,
 }
@@ -33,9 +38,9 @@ pub struct Metric {
 }
 
 macro_rules! metrics {
-    ($($id:ident: $kind:ident $name:literal [$($label:literal),*] $help:literal;)*) => {
+    ($($id:ident: $kind:ident $unit:ident $name:literal [$($label:literal),*] $help:literal;)*) => {
         $(const $id: Metric = Metric {
-            name: $name, kind: Kind::$kind, unit: Unit::Count, help: $help, labels: &[$($label),*],
+            name: $name, kind: Kind::$kind, unit: Unit::$unit, help: $help, labels: &[$($label),*],
         };)*
         /// Every metric that there is.
         pub const ALL: &[Metric] = &[$($id),*];
@@ -43,37 +48,45 @@ macro_rules! metrics {
 }
 
 metrics! {
-    RELEASES: Counter "claviger_releases_total" ["outcome", "api"]
+    RELEASES: Counter Count "claviger_releases_total" ["outcome", "api"]
         "Releases of transport keys that were answered, by outcome (success or the error's code) and API version.";
-    ATTESTATIONS: Counter "claviger_attestations_total" ["outcome"]
+    ATTESTATIONS: Counter Count "claviger_attestations_total" ["outcome"]
         "Attestations that were answered, by outcome.";
-    RELEASES_RUNNING: Gauge "claviger_releases_running" []
+    RELEASES_RUNNING: Gauge Count "claviger_releases_running" []
         "Releases that were let in and are worked on.";
-    QUEUE_WAITING: Gauge "claviger_queue_waiting" []
+    QUEUE_WAITING: Gauge Count "claviger_queue_waiting" []
         "Releases that wait for their turn.";
-    QUEUE_DROPPED: Counter "claviger_queue_dropped_total" ["reason"]
+    QUEUE_DROPPED: Counter Count "claviger_queue_dropped_total" ["reason"]
         "Releases that were not let in: their host asks too fast (rate), no room (full), no time (late, deadline), caller gone (left).";
-    HSM_CALLS: Counter "claviger_hsm_calls_total" ["hsm", "op", "rv"]
+    HSM_CALLS: Counter Count "claviger_hsm_calls_total" ["hsm", "op", "rv"]
         "PKCS#11 operations that returned, by member, operation and return code.";
-    HSM_LOGINS: Counter "claviger_hsm_logins_total" ["hsm"]
+    HSM_LOGINS: Counter Count "claviger_hsm_logins_total" ["hsm"]
         "Logins to a member's token. Steady load needs none.";
-    HSM_KEY_SEARCHES: Counter "claviger_hsm_key_searches_total" ["hsm"]
+    HSM_KEY_SEARCHES: Counter Count "claviger_hsm_key_searches_total" ["hsm"]
         "Searches for key objects on a member's token: one for a session, none for a release.";
-    HSM_SESSIONS_OPEN: Gauge "claviger_hsm_sessions_open" ["hsm"]
+    HSM_SESSIONS_OPEN: Gauge Count "claviger_hsm_sessions_open" ["hsm"]
         "Sessions that are open on a member's token.";
-    HSM_CLOSINGS: Counter "claviger_hsm_closings_total" ["hsm"]
+    HSM_CLOSINGS: Counter Count "claviger_hsm_closings_total" ["hsm"]
         "How often a member was closed for a fault: its breaker opened.";
-    HSM_RETRIES: Counter "claviger_hsm_retries_total" ["hsm"]
+    HSM_RETRIES: Counter Count "claviger_hsm_retries_total" ["hsm"]
         "Operations that failed at a member and were tried at another, out of the retry budget.";
-    HSM_STUCK_CALLS: Counter "claviger_hsm_stuck_calls_total" ["hsm"]
+    HSM_STUCK_CALLS: Counter Count "claviger_hsm_stuck_calls_total" ["hsm"]
         "Calls that hung at a member for longer than the watchdog allows.";
-    HSM_MODULES_RENEWED: Counter "claviger_hsm_modules_renewed_total" ["hsm"]
+    HSM_MODULES_RENEWED: Counter Count "claviger_hsm_modules_renewed_total" ["hsm"]
         "How often a member's module was finalised and initialised again.";
-    AUDIT_ERRORS: Counter "claviger_audit_errors_total" []
+    AUDIT_ERRORS: Counter Count "claviger_audit_errors_total" []
         "Audit records that could not be written; what they would have recorded was refused.";
-    CONNECTIONS_OPEN: Gauge "claviger_connections_open" []
+    CONNECTIONS_OPEN: Gauge Count "claviger_connections_open" []
         "Connections to the service address that are open.";
-    BUILD_INFO: Gauge "claviger_build_info" ["version"]
+    HSM_CPU: Reading Seconds "claviger_hsm_cpu_seconds_total" ["hsm"]
+        "Processor time of this process within operations of a member's token: its library's.";
+    PROCESS_CPU: Reading Seconds "process_cpu_seconds_total" []
+        "Processor time of this process, user and system.";
+    PROCESS_MEMORY: Gauge Bytes "process_resident_memory_bytes" []
+        "Memory of this process that is resident.";
+    PROCESS_THREADS: Gauge Count "process_threads" []
+        "Threads of this process.";
+    BUILD_INFO: Gauge Count "claviger_build_info" ["version"]
         "Always 1; the label says which version runs.";
 }
 
@@ -88,10 +101,32 @@ impl std::fmt::Debug for Handle {
 }
 
 impl Handle {
-    /// The page for `/metrics`, in the Prometheus text format (`text/plain; version=0.0.4`).
-    pub fn render(&self) -> String {
-        self.0.render()
+    /// The page for `/metrics`, in the Prometheus text format (`text/plain; version=0.0.4`). `members` are the names of the
+    /// members and the processor time within their operations.
+    pub fn render(&self, members: &[(String, Duration)]) -> String {
+        let usage = process::usage();
+        gauge!(PROCESS_MEMORY.name).set(usage.resident as f64);
+        gauge!(PROCESS_THREADS.name).set(usage.threads as f64);
+        let mut page = self.0.render();
+        let series = |(name, time): &(String, Duration)| (format!("{{hsm=\"{}\"}}", escaped(name)), *time);
+        write_reading(&mut page, &HSM_CPU, members.iter().map(series));
+        write_reading(&mut page, &PROCESS_CPU, [(String::new(), usage.cpu)]);
+        page
     }
+}
+
+fn write_reading(page: &mut String, metric: &Metric, series: impl IntoIterator<Item = (String, Duration)>) {
+    let Metric { name, help, .. } = metric;
+    page.push_str(&format!("# HELP {name} {help}\n# TYPE {name} counter\n"));
+    for (labels, time) in series {
+        page.push_str(&format!("{name}{labels} {}\n", time.as_secs_f64()));
+    }
+    page.push('\n');
+}
+
+/// A label's value as the text format wants it.
+fn escaped(value: &str) -> String {
+    value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
 }
 
 /// The content type of [`Handle::render`].
@@ -111,6 +146,7 @@ pub fn install() -> Handle {
             for metric in ALL {
                 match metric.kind {
                     Kind::Counter => describe_counter!(metric.name, metric.unit, metric.help),
+                    Kind::Reading => {}
                     Kind::Gauge => describe_gauge!(metric.name, metric.unit, metric.help),
                 }
             }
@@ -269,9 +305,13 @@ mod tests {
             drop_reasons: &["table"],
         };
         preregister(&known);
-        let page = install().render();
-        assert_eq!(handle.render().lines().count(), page.lines().count());
+        let table = [("table \"1\"".to_owned(), Duration::from_millis(1500))];
+        let page = install().render(&table);
+        assert_eq!(handle.render(&table).lines().count(), page.lines().count());
         assert_eq!(value(&page, "claviger_hsm_calls_total{hsm=\"table\",op=\"sign\",rv=\"ok\"}"), 0.0);
+        assert_eq!(value(&page, "claviger_hsm_cpu_seconds_total{hsm=\"table \\\"1\\\"\"}"), 1.5);
+        assert!(value(&page, "process_cpu_seconds_total") > 0.0);
+        assert!(value(&page, "process_resident_memory_bytes") > 1e6 && value(&page, "process_threads") >= 1.0);
         assert_eq!(value(&page, &format!("claviger_build_info{{version=\"{}\"}}", env!("CARGO_PKG_VERSION"))), 1.0);
         for metric in ALL {
             assert!(page.contains(&format!("# HELP {} {}", metric.name, metric.help)), "{}", metric.name);
@@ -309,7 +349,7 @@ mod tests {
         hsm_login(hsm.clone());
         hsm_key_search(hsm.clone());
         hsm_sessions_open(hsm, 7);
-        let page = handle.render();
+        let page = handle.render(&[]);
         assert_eq!(value(&page, "claviger_releases_total{outcome=\"recorded\",api=\"v1.0\"}"), 2.0);
         assert_eq!(value(&page, "claviger_attestations_total{outcome=\"recorded\"}"), 1.0);
         assert_eq!(value(&page, "claviger_queue_dropped_total{reason=\"recorded\"}"), 1.0);
@@ -322,9 +362,9 @@ mod tests {
         // Other tests of this process move these two: they are only sure to be there.
         let before = value(&page, "claviger_audit_errors_total");
         audit_errors(2);
-        assert!(value(&handle.render(), "claviger_audit_errors_total") >= before + 2.0);
+        assert!(value(&handle.render(&[]), "claviger_audit_errors_total") >= before + 2.0);
         connection_opened();
         connection_closed();
-        value(&handle.render(), "claviger_connections_open");
+        value(&handle.render(&[]), "claviger_connections_open");
     }
 }

@@ -2,8 +2,10 @@
 
 use std::future::Future;
 use std::io;
+use std::time::Duration;
 
 use rustix::process::{DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit};
+use rustix::time::{ClockId, clock_gettime};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Makes sure that no core dump and no debugger of the same user gets to see keys and PINs in this process's memory.
@@ -40,6 +42,30 @@ fn affordable(wished: usize, reserve: usize, limit: Option<u64>) -> usize {
     // No limit, or one that does not fit, is none.
     let limit = limit.and_then(|limit| usize::try_from(limit).ok()).unwrap_or(usize::MAX);
     wished.min(limit.saturating_sub(reserve).max(1))
+}
+
+/// What this process uses of the machine.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Usage {
+    /// Processor time so far, user and system.
+    pub cpu: Duration,
+    /// Resident memory, in octets.
+    pub resident: u64,
+    /// Threads.
+    pub threads: u64,
+}
+
+/// Looks at it: clock_gettime(2), and proc_pid_status(5) for the rest, which stays 0 where the system does not tell.
+#[must_use]
+pub fn usage() -> Usage {
+    let time = clock_gettime(ClockId::ProcessCPUTime);
+    let cpu = Duration::new(time.tv_sec.try_into().unwrap_or(0), time.tv_nsec.try_into().unwrap_or(0));
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let field = |name: &str| {
+        let value = status.lines().find_map(|line| line.strip_prefix(name))?;
+        value.split_whitespace().next()?.parse::<u64>().ok()
+    };
+    Usage { cpu, resident: field("VmRSS:").unwrap_or(0) * 1024, threads: field("Threads:").unwrap_or(0) }
 }
 
 /// A future that ends, with the signal's name, when the process is told to stop by `SIGTERM` or `SIGINT`.

@@ -371,12 +371,14 @@ pub async fn serve_metrics(
     let plain = |status, text: String| Answer { status, ..Answer::ok(TEXT, text) };
     let answer = match (request.method(), request.uri().path()) {
         (&Method::GET | &Method::HEAD, "/metrics") => {
-            for member in service.cluster.members() {
-                metrics::hsm_sessions_open(member.name, member.sessions_open);
+            let members = service.cluster.members();
+            for member in &members {
+                metrics::hsm_sessions_open(member.name.clone(), member.sessions_open);
             }
+            let spent: Vec<_> = members.into_iter().map(|member| (member.name, member.spent)).collect();
             let load = service.admission.load();
             metrics::load(load.running, load.waiting);
-            Answer::ok(metrics::CONTENT_TYPE, handle.render())
+            Answer::ok(metrics::CONTENT_TYPE, handle.render(&spent))
         }
         (&Method::GET | &Method::HEAD, "/live") => plain(200, "live\n".to_owned()),
         (&Method::GET | &Method::HEAD, "/ready") => match readiness.check(&service).await {

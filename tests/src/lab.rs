@@ -7,6 +7,7 @@ use std::sync::Arc;
 use claviger::client::Client;
 use claviger::config::Config;
 use claviger::host::Host;
+use claviger::lab::MODULE_VARIABLE;
 use claviger_protocol::algorithm::{HostAlgorithms, KeyWrapping, Oaep, Sealing};
 use claviger_protocol::certificate::Certificate;
 use claviger_protocol::metadata::Metadata;
@@ -29,11 +30,13 @@ pub struct Options {
     pub hsms: usize,
     /// Virtual machines.
     pub vms: usize,
+    /// Length of the guardian's keys.
+    pub bits: u32,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { hsms: 1, vms: 1 }
+        Self { hsms: 1, vms: 1, bits: 2048 }
     }
 }
 
@@ -56,8 +59,19 @@ impl Lab {
     /// When its own checks do not pass.
     #[must_use]
     pub fn make(options: Options) -> Self {
+        Self::make_with(options, None)
+    }
+
+    /// The same on tokens of another `module` than SoftHSM2's usual one.
+    ///
+    /// # Panics
+    /// When its own checks do not pass.
+    #[must_use]
+    pub fn make_with(options: Options, module: Option<&Path>) -> Self {
         let lab = Self::folder();
-        let made = lab.demo(options).arg("--exit").output().unwrap();
+        let mut demo = lab.demo(options);
+        demo.envs(module.map(|module| (MODULE_VARIABLE, module)));
+        let made = demo.arg("--exit").output().unwrap();
         let said = |octets: &[u8]| String::from_utf8_lossy(octets).into_owned();
         assert!(made.status.success(), "no lab:\n{}\n{}", said(&made.stdout), said(&made.stderr));
         lab.configure(|config| config.release.deadline_ms = 60_000);
@@ -91,6 +105,7 @@ impl Lab {
         let mut command = Command::new(claviger());
         command.args(["demo", "--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0", "--dir"]).arg(self.path());
         command.args(["--hsms", &options.hsms.to_string(), "--vms", &options.vms.to_string()]);
+        command.args(["--rsa", &options.bits.to_string()]);
         command
     }
 
@@ -124,12 +139,21 @@ impl Lab {
         self.file("state/admin.sock")
     }
 
+    /// Its configuration.
+    ///
+    /// # Panics
+    /// When it cannot be read.
+    #[must_use]
+    pub fn config(&self) -> Config {
+        Config::load(&self.config_file()).unwrap()
+    }
+
     /// Changes the configuration.
     ///
     /// # Panics
     /// When it cannot be read or written.
     pub fn configure(&self, change: impl FnOnce(&mut Config)) {
-        let mut config = Config::load(&self.config_file()).unwrap();
+        let mut config = self.config();
         change(&mut config);
         std::fs::write(self.config_file(), config.to_toml().unwrap()).unwrap();
     }

@@ -15,7 +15,7 @@ fn demo(lab: &Lab, options: Options) -> Output {
 #[test]
 fn a_lab_is_made_and_used_again_and_what_is_wrong_in_it_is_found() {
     let lab = Lab::folder();
-    let options = Options { hsms: 2, vms: 2 };
+    let options = Options { hsms: 2, vms: 2, ..Options::default() };
     let first = demo(&lab, options);
     let text = said(&first);
     assert!(first.status.success(), "{text}");
@@ -63,7 +63,7 @@ fn a_lab_is_made_and_used_again_and_what_is_wrong_in_it_is_found() {
 
 #[tokio::test]
 async fn one_token_and_one_machine_are_served_and_served_again() {
-    let (daemon, lab) = Lab::start(Options { hsms: 1, vms: 1 });
+    let (daemon, lab) = Lab::start(Options { hsms: 1, vms: 1, ..Options::default() });
     let before = metadata(&daemon.client()).await;
     // Nobody else gets hold of the state meanwhile.
     let other = run(["serve".as_ref(), "--config".as_ref(), lab.config_file().as_os_str()]);

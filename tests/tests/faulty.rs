@@ -14,7 +14,7 @@ async fn release(daemon: &Daemon, lab: &Lab, times: usize) {
 }
 
 async fn faults_reach_their_member(instances: Instances) {
-    let lab = Lab::make(Options { hsms: 2, vms: 1 });
+    let lab = Lab::make(Options { hsms: 2, vms: 1, ..Options::default() });
     let faulty = lab.behind_faulty(instances);
     faulty.set("hsm-a", &["call=C_Decrypt rv=CKR_DEVICE_ERROR"]);
     let daemon = lab.serve();

@@ -16,7 +16,7 @@ fn an_independent_client_is_served_as_the_page_says() {
         packages.is_ok_and(|output| output.status.success()),
         "{PYTHON} or its packages are missing: apt-get install python3-cryptography python3-lxml"
     );
-    let (daemon, lab) = Lab::start(Options { hsms: 2, vms: 1 });
+    let (daemon, lab) = Lab::start(Options { hsms: 2, vms: 1, ..Options::default() });
     let mut command = Command::new(PYTHON);
     command
         .arg("-B")

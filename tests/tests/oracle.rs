@@ -24,7 +24,7 @@ fn constant(mut answer: Answer) -> Answer {
 
 #[test]
 fn a_garbled_and_a_wrong_transport_key_are_refused_alike() {
-    let lab = Lab::make(Options { hsms: 2, vms: 1 });
+    let lab = Lab::make(Options { hsms: 2, vms: 1, ..Options::default() });
     let daemon = lab.serve();
     let (health, guardian) =
         block(async { (lab.host(daemon.client()).attest().await.unwrap(), metadata(&daemon.client()).await) });

@@ -7,7 +7,7 @@ use claviger_tests::{ATTEST, Lab, METADATA, Options, ROLL, roll_request};
 
 #[tokio::test]
 async fn a_daemon_is_ready_while_a_token_really_works() {
-    let lab = Lab::make(Options { hsms: 2, vms: 1 });
+    let lab = Lab::make(Options { hsms: 2, vms: 1, ..Options::default() });
     let daemon = lab.serve();
     let ready = daemon.until_ready_is(200).await;
     assert!(ready.body.starts_with(b"ready: hsm-"), "{ready:?}");
@@ -37,7 +37,7 @@ async fn a_daemon_is_ready_while_a_token_really_works() {
 
 #[tokio::test]
 async fn tokens_that_go_away_are_noticed() {
-    let lab = Lab::make(Options { hsms: 2, vms: 1 });
+    let lab = Lab::make(Options { hsms: 2, vms: 1, ..Options::default() });
     let daemon = lab.serve();
     daemon.until_ready_is(200).await;
     let health = lab.host(daemon.client()).attest().await.unwrap();
@@ -60,7 +60,7 @@ async fn tokens_that_go_away_are_noticed() {
 
 #[tokio::test]
 async fn one_good_token_is_enough_and_none_is_not() {
-    let lab = Lab::make(Options { hsms: 2, vms: 1 });
+    let lab = Lab::make(Options { hsms: 2, vms: 1, ..Options::default() });
     // The first one is asked first.
     lab.configure(|config| config.hsm[0].token = Some("no such token".to_owned()));
     let daemon = lab.serve();

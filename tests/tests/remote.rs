@@ -35,7 +35,7 @@ struct Scene {
 impl Scene {
     async fn begin() -> Self {
         let place = PLACES.acquire().await.unwrap();
-        let lab = Lab::make(Options { hsms: 3, vms: 1 });
+        let lab = Lab::make(Options { hsms: 3, vms: 1, ..Options::default() });
         lab.configure(|config| {
             config.release.watchdog_ms = 300;
             config.release.deadline_ms = DEADLINE.as_millis() as u64;
@@ -240,7 +240,7 @@ async fn a_daemon_is_stopped_while_a_server_does_not_greet() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_daemon_starts_while_a_server_does_not_greet() {
     let _place = PLACES.acquire().await.unwrap();
-    let lab = Lab::make(Options { hsms: 2, vms: 1 });
+    let lab = Lab::make(Options { hsms: 2, vms: 1, ..Options::default() });
     let mut remote = lab.behind_servers();
     remote.mute("hsm-a");
     let begun = Instant::now();

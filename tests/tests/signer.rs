@@ -22,7 +22,7 @@ fn until_attested(host: &Host) -> Vec<u8> {
 
 #[test]
 fn the_member_that_remains_gets_a_key() {
-    let lab = Lab::make(Options { hsms: 2, vms: 1 });
+    let lab = Lab::make(Options { hsms: 2, vms: 1, ..Options::default() });
     let faulty = lab.behind_faulty(Instances::Own);
     sql(&lab, "DELETE FROM attestation_signers");
     const ABSENT: &[&str] = &["absent rv=CKR_DEVICE_REMOVED"];

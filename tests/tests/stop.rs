@@ -69,7 +69,7 @@ fn client(address: SocketAddr, request: &[u8], key: &[u8], identity: &RsaPrivate
 
 #[test]
 fn every_request_that_was_taken_is_answered() {
-    let lab = Lab::make(Options { hsms: 2, vms: 1 });
+    let lab = Lab::make(Options { hsms: 2, vms: 1, ..Options::default() });
     lab.configure(|config| {
         config.server.body_timeout_ms = 120_000;
         config.server.drain_timeout_ms = 60_000;

@@ -33,7 +33,7 @@ async fn keys(count: usize) -> Vec<RsaPrivateKey> {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_hundred_hosts_get_what_is_theirs() {
     // Served by `serve`, whose counters begin with the daemon, unlike those of a lab that is being made.
-    let lab = Lab::make(Options { hsms: 3, vms: 1 });
+    let lab = Lab::make(Options { hsms: 3, vms: 1, ..Options::default() });
     let daemon = lab.serve();
     daemon.until_ready_is(200).await;
     let before = daemon.metrics().await;

@@ -15,6 +15,10 @@
 pub mod policy;
 
 #[cfg(feature = "tokens")]
+mod bare;
+#[cfg(feature = "tokens")]
+mod clock;
+#[cfg(feature = "tokens")]
 mod cluster;
 #[cfg(feature = "tokens")]
 mod config;
@@ -38,6 +42,8 @@ mod session;
 #[cfg(feature = "tokens")]
 mod worker;
 
+#[cfg(feature = "tokens")]
+pub use bare::Bare;
 #[cfg(feature = "tokens")]
 pub use cluster::{Cluster, Done, LastError, MemberState, MemberStatus, OPINIONS};
 #[cfg(feature = "tokens")]

@@ -16,10 +16,12 @@ use tracing::warn;
 use zeroize::{Zeroize, Zeroizing};
 
 use crate::Event;
+use crate::clock::thread_time;
 use crate::cluster::shared::{Scheme, Shared};
 use crate::error::HsmError;
 use crate::fault::{Fate, PARAMETER_REFUSALS, Whose};
 use crate::keys::{KeyId, NewKey, Oaep, RsaPrivateParts, RsaPublic};
+use crate::module::Module;
 use crate::oaep;
 use crate::request::{Answer, Check, Request, first_known, known_for};
 
@@ -31,12 +33,19 @@ const LARGEST_MODULUS: usize = 2048;
 
 /// A private key as one session knows it.
 #[derive(Clone, Copy)]
-struct Key {
-    handle: ObjectHandle,
+pub(crate) struct Key {
+    pub(crate) handle: ObjectHandle,
     /// `None` when the token does not tell.
-    modulus_len: Option<usize>,
+    pub(crate) modulus_len: Option<usize>,
     /// What CKA_DECRYPT says; `true` when the token does not tell.
     decrypts: bool,
+}
+
+impl Key {
+    /// For a signature.
+    pub(crate) fn room(&self) -> usize {
+        self.modulus_len.unwrap_or(LARGEST_MODULUS)
+    }
 }
 
 /// The session and all that dies with it.
@@ -107,18 +116,21 @@ impl<'a> OpenSession<'a> {
             }
             Request::Sign { key, scheme, digest, .. } => {
                 let key = self.key(key)?;
-                let room = key.modulus_len.unwrap_or(LARGEST_MODULUS);
-                let signature = self.shared.module.sign(
-                    &self.session,
-                    &scheme.mechanism(),
-                    key.handle,
-                    &scheme.input(digest),
-                    room,
-                )?;
-                Ok(Zeroizing::new(signature))
+                let room = key.room();
+                let input = scheme.input(digest);
+                let sign = |module: &Module| module.sign(&self.session, &scheme.mechanism(), key.handle, &input, room);
+                self.on_token(sign).map(Zeroizing::new)
             }
             _ => Ok(Zeroizing::default()),
         }
+    }
+
+    /// An operation of the token, and what it takes of a processor: soft tokens work in this very thread.
+    fn on_token<T>(&self, work: impl FnOnce(&Module) -> T) -> T {
+        let before = thread_time();
+        let result = work(&self.shared.module);
+        self.shared.spent(thread_time().saturating_sub(before));
+        result
     }
 
     /// A result that its own check accepts is right, whoever made it. Any other way that an operation can have gone wrong
@@ -203,37 +215,7 @@ impl<'a> OpenSession<'a> {
         // Read before the search: a key made meanwhile leads to one search too many, never to one too few.
         let keys_made = self.shared.keys_made();
         self.shared.observe(Event::KeySearch);
-        let handles = self
-            .session
-            .find_objects(&[Attribute::Class(ObjectClass::PRIVATE_KEY), Attribute::KeyType(KeyType::RSA)])?;
-        let mut keys = HashMap::with_capacity(handles.len());
-        for handle in handles {
-            let attributes = match self
-                .session
-                .get_attributes(handle, &[AttributeType::Id, AttributeType::Modulus, AttributeType::Decrypt])
-            {
-                // Destroyed between the search and now.
-                Err(Error::Pkcs11(RvError::ObjectHandleInvalid, _)) => continue,
-                attributes => attributes?,
-            };
-            let mut id = None;
-            let mut key = Key { handle, modulus_len: None, decrypts: true };
-            for attribute in attributes {
-                match attribute {
-                    Attribute::Id(octets) if !octets.is_empty() => id = Some(KeyId(octets)),
-                    Attribute::Modulus(n) => key.modulus_len = modulus_len(&n),
-                    Attribute::Decrypt(decrypts) => key.decrypts = decrypts,
-                    _ => {}
-                }
-            }
-            // A key without an id cannot be asked for.
-            let Some(id) = id else { continue };
-            if keys.contains_key(&id) {
-                warn!(member = self.shared.name, key = %id, "two keys with one CKA_ID, the second is never used");
-                continue;
-            }
-            keys.insert(id, key);
-        }
+        let keys = private_keys(&self.session, &self.shared.name)?;
         self.keys = keys;
         self.keys_made = keys_made;
         Ok(())
@@ -268,13 +250,16 @@ impl<'a> OpenSession<'a> {
             // The token would say the same, at the price of an operation.
             return Err(HsmError::new("C_Decrypt", RvError::EncryptedDataLenRange));
         }
-        match self.scheme(key, oaep)? {
-            Scheme::Native => {
-                self.shared.module.decrypt(&self.session, &oaep.mechanism(), key.handle, ciphertext, room)
-            }
+        let scheme = self.scheme(key, oaep)?;
+        let mechanism = match scheme {
+            Scheme::Native => oaep.mechanism(),
+            Scheme::Raw => Mechanism::RsaX509,
+        };
+        let decrypt = |module: &Module| module.decrypt(&self.session, &mechanism, key.handle, ciphertext, room);
+        let number = self.on_token(decrypt)?;
+        match scheme {
+            Scheme::Native => Ok(number),
             Scheme::Raw => {
-                let number =
-                    self.shared.module.decrypt(&self.session, &Mechanism::RsaX509, key.handle, ciphertext, room)?;
                 // Some tokens strip leading zeros, since the result is a number to them.
                 let zeros =
                     room.checked_sub(number.len()).ok_or_else(|| HsmError::new("C_Decrypt", RvError::GeneralError))?;
@@ -307,7 +292,7 @@ impl<'a> OpenSession<'a> {
     /// Decrypts nonsense with the native mechanism. The parameters are refused by `C_DecryptInit` on some tokens and by
     /// `C_Decrypt` on others; any other answer is about the nonsense. Either way no operation is left open.
     fn find_scheme(&self, key: Key, oaep: Oaep) -> Result<Scheme, HsmError> {
-        let room = key.modulus_len.unwrap_or(LARGEST_MODULUS);
+        let room = key.room();
         // Smaller than any modulus of its length, whose first bit is set.
         let mut nonsense = vec![0x55; room];
         if let Some(first) = nonsense.first_mut() {
@@ -429,6 +414,40 @@ impl Drop for OpenSession<'_> {
     fn drop(&mut self) {
         self.shared.session_closed(self.generation);
     }
+}
+
+/// All RSA private keys of a token by their ids, in one search.
+pub(crate) fn private_keys(session: &Session, member: &str) -> Result<HashMap<KeyId, Key>, HsmError> {
+    let handles =
+        session.find_objects(&[Attribute::Class(ObjectClass::PRIVATE_KEY), Attribute::KeyType(KeyType::RSA)])?;
+    let mut keys = HashMap::with_capacity(handles.len());
+    for handle in handles {
+        let attributes = match session
+            .get_attributes(handle, &[AttributeType::Id, AttributeType::Modulus, AttributeType::Decrypt])
+        {
+            // Destroyed between the search and now.
+            Err(Error::Pkcs11(RvError::ObjectHandleInvalid, _)) => continue,
+            attributes => attributes?,
+        };
+        let mut id = None;
+        let mut key = Key { handle, modulus_len: None, decrypts: true };
+        for attribute in attributes {
+            match attribute {
+                Attribute::Id(octets) if !octets.is_empty() => id = Some(KeyId(octets)),
+                Attribute::Modulus(n) => key.modulus_len = modulus_len(&n),
+                Attribute::Decrypt(decrypts) => key.decrypts = decrypts,
+                _ => {}
+            }
+        }
+        // A key without an id cannot be asked for.
+        let Some(id) = id else { continue };
+        if keys.contains_key(&id) {
+            warn!(member = member, key = %id, "two keys with one CKA_ID, the second is never used");
+            continue;
+        }
+        keys.insert(id, key);
+    }
+    Ok(keys)
 }
 
 fn public_template(spec: &NewKey) -> Vec<Attribute> {

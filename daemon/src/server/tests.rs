@@ -354,7 +354,7 @@ async fn a_client_that_is_still_writing_reads_an_early_answer() {
 #[tokio::test]
 async fn an_open_connection_is_counted_only_where_asked() {
     let open = || -> f64 {
-        let page = crate::metrics::install().render();
+        let page = crate::metrics::install().render(&[]);
         let line = page.lines().find(|line| line.starts_with("claviger_connections_open ")).unwrap().to_owned();
         line.rsplit(' ').next().unwrap().parse().unwrap()
     };

@@ -181,7 +181,7 @@ async fn main() -> ExitCode {
     let time = Duration::from_secs_f64(60.0 * minutes);
     let seed = seed.unwrap_or_else(|| u64::from(std::process::id()));
 
-    let lab = Lab::make(Options { hsms: MEMBERS.len(), vms: 8 });
+    let lab = Lab::make(Options { hsms: MEMBERS.len(), vms: 8, ..Options::default() });
     let faulty = lab.behind_faulty(Instances::Own);
     lab.configure(|config| {
         config.release.deadline_ms = DEADLINE.as_millis() as u64;

@@ -64,7 +64,7 @@ impl Stage {
     /// With faults that are there when the daemon starts.
     async fn open_with(setup: Setup, faults: impl FnOnce(&FaultyMembers)) -> Self {
         let turn = ROOM.acquire().await.unwrap();
-        let lab = Lab::make(Options { hsms: MEMBERS.len(), vms: VMS });
+        let lab = Lab::make(Options { hsms: MEMBERS.len(), vms: VMS, ..Options::default() });
         // A host asks for its health certificate in good times.
         let daemon = lab.serve();
         let health = lab.host(daemon.client()).attest().await.unwrap();

@@ -68,6 +68,9 @@ pub struct MemberStatus {
     pub sessions_stuck: usize,
     /// How often it was closed for a fault.
     pub closings: u64,
+    /// Processor time of this process within operations of the token: its library's, all of the work where the token is
+    /// software in this process.
+    pub spent: Duration,
     /// What it was last blamed for, also when it has come up since.
     pub last_error: Option<LastError>,
 }
@@ -460,6 +463,7 @@ impl Member {
             sessions_busy: busy.saturating_sub(stuck),
             sessions_stuck: stuck,
             closings: health.closings(),
+            spent: Duration::from_nanos(shared.spent.load(Ordering::Relaxed)),
             last_error: health.last_error.clone(),
         }
     }

@@ -78,6 +78,8 @@ pub(crate) struct Shared {
     /// Open sessions of any generation.
     pub(super) open: AtomicUsize,
     pub(super) in_flight: AtomicUsize,
+    /// Processor time within operations of the token, in nanoseconds.
+    pub(super) spent: AtomicU64,
     pub(super) keys_made: AtomicU64,
     lacking: Mutex<HashMap<KeyId, Instant>>,
     tried_out: Mutex<bool>,
@@ -156,6 +158,7 @@ impl Shared {
             freed: Notify::new(),
             open: AtomicUsize::new(0),
             in_flight: AtomicUsize::new(0),
+            spent: AtomicU64::new(0),
             keys_made: AtomicU64::new(0),
             lacking: Mutex::default(),
             tried_out: Mutex::new(false),
@@ -185,6 +188,11 @@ impl Shared {
             None => self.observe(Event::Call { op, rv: "ok", seconds }),
             Some(error) => self.observe(Event::Call { op, rv: &error.metric_name(), seconds }),
         }
+    }
+
+    /// Counts processor time that a session's thread had within an operation of the token.
+    pub(crate) fn spent(&self, time: Duration) {
+        self.spent.fetch_add(u64::try_from(time.as_nanos()).unwrap_or(0), Ordering::Relaxed);
     }
 
     pub(super) fn job(

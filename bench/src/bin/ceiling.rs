@@ -1,0 +1,99 @@
+//! The daemon beside the raw token, in one run.
+
+#![forbid(unsafe_code)]
+#![allow(clippy::print_stdout, clippy::print_stderr)]
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Parser;
+use claviger_bench::ceiling::{self, Settings, Stage};
+use claviger_bench::{idle, report, scaling};
+use claviger_loadgen::units;
+use serde_json::Value;
+
+/// Holds the daemon against the raw token: alternating rounds of a bare PKCS#11 loop and of the daemon under a closed loop,
+/// in one run on the same tokens
+#[derive(Debug, Parser)]
+#[command(after_help = "Examples:\n  \
+    cargo run --release -p claviger-bench --bin ceiling -- --json ceiling.json\n  \
+    cargo run --release -p claviger-bench --bin ceiling -- --rtt 20ms --sessions 1 --hsms 1,2,4,8,16\n  \
+    cargo run --release -p claviger-bench --bin ceiling -- --idle 10000\n\n\
+    docs/bench.md says what the figures mean.")]
+struct Arguments {
+    /// Soft tokens; several numbers measure how throughput grows with them
+    #[arg(long, value_name = "N[,N…]", default_value = "1", value_delimiter = ',', value_parser = hsms)]
+    hsms: Vec<usize>,
+    /// Sessions of each token
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=256))]
+    sessions: u16,
+    /// How long a round counts
+    #[arg(long, value_name = "S", default_value_t = 3.0, value_parser = seconds)]
+    seconds: f64,
+    /// Rounds of each kind
+    #[arg(long, value_name = "R", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    rounds: u16,
+    /// Length of the guardian's RSA keys
+    #[arg(long, value_name = "BITS", default_value_t = 2048)]
+    rsa: u32,
+    /// What every operation takes longer, as if the HSM were on a network; whole milliseconds
+    #[arg(long, value_name = "TIME", default_value = "0ms", value_parser = units::duration)]
+    rtt: Duration,
+    /// SoftHSM2's module, or another that makes its tokens in the same way
+    #[arg(long, value_name = "PATH")]
+    module: Option<PathBuf>,
+    /// Measure what so many idle connections cost, instead
+    #[arg(long, value_name = "N")]
+    idle: Option<usize>,
+    /// Write the figures here, for machines
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+fn hsms(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|n| (1..=64).contains(n)).ok_or_else(|| "from 1 to 64".to_owned())
+}
+
+fn seconds(text: &str) -> Result<f64, String> {
+    text.parse().ok().filter(|s| (0.1..=3600.0).contains(s)).ok_or_else(|| "from 0.1 to 3600".to_owned())
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let settings = Settings {
+        hsms: arguments.hsms.iter().copied().max().unwrap_or(1),
+        sessions: arguments.sessions.into(),
+        time: Duration::from_secs_f64(arguments.seconds),
+        rounds: arguments.rounds.into(),
+        rsa: arguments.rsa,
+        rtt: arguments.rtt,
+        module: arguments.module,
+    };
+    let stage = Stage::set(&settings);
+    let tell = |line: &str| eprintln!("{line}");
+    let (text, json) = if let Some(connections) = arguments.idle {
+        let found = idle::run(&stage, &settings, connections, tell);
+        (report::idle(&found), serde_json::to_value(found))
+    } else if arguments.hsms.len() > 1 {
+        let found = scaling::run(&stage, &settings, &arguments.hsms, tell);
+        (report::scaling(&found), serde_json::to_value(found))
+    } else {
+        let found = ceiling::run(&stage, &settings, tell);
+        (report::ceiling(&found), serde_json::to_value(found))
+    };
+    print!("\n{text}");
+    match write(arguments.json, json) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn write(file: Option<PathBuf>, json: serde_json::Result<Value>) -> Result<(), String> {
+    let Some(file) = file else { return Ok(()) };
+    let text = json.and_then(|json| serde_json::to_string_pretty(&json)).map_err(|error| error.to_string())?;
+    std::fs::write(&file, text + "\n").map_err(|error| format!("{}: {error}", file.display()))
+}

@@ -1,0 +1,245 @@
+//! The daemon beside the raw token: in one run, in alternating rounds.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use claviger::state::{Kind, State};
+use claviger_hsm::KeyId;
+use claviger_protocol::rsa_key::RsaPublicKey;
+use claviger_tests::stats::median;
+use claviger_tests::{Instances, Lab, Options};
+use serde::Serialize;
+
+use crate::machine::{Machine, processors};
+use crate::raw::{Work, nanoseconds, seconds};
+use crate::service::Service;
+
+/// Virtual machines of the lab: as many different protectors.
+const VMS: usize = 64;
+
+/// What is measured.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Soft tokens.
+    pub hsms: usize,
+    /// Sessions of each.
+    pub sessions: usize,
+    /// How long a round counts.
+    pub time: Duration,
+    /// Rounds of each kind.
+    pub rounds: usize,
+    /// Length of the guardian's keys.
+    pub rsa: u32,
+    /// What every operation of a token takes longer, as if the HSM were on a network.
+    pub rtt: Duration,
+    /// SoftHSM2's module, or one that makes and finds its tokens in the same way.
+    pub module: Option<PathBuf>,
+}
+
+/// A median over the rounds, and its extremes.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Figure {
+    /// The median.
+    pub median: f64,
+    /// The least.
+    pub least: f64,
+    /// The most.
+    pub most: f64,
+}
+
+impl Figure {
+    /// Of the rounds' own figures.
+    #[must_use]
+    pub fn of(values: &[f64]) -> Self {
+        let least = values.iter().copied().fold(f64::INFINITY, f64::min);
+        let most = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        Self { median: median(values), least, most }
+    }
+}
+
+/// Two percentiles, in seconds.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Percentiles {
+    /// The median.
+    pub p50: f64,
+    /// The 99th percentile.
+    pub p99: f64,
+}
+
+/// One caller, and one session of the raw token.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Light {
+    /// Median of a release ÷ (median of a raw decryption + of a raw signature): below 1, since the two run at once.
+    pub ratio: Figure,
+    /// Median of a release, in seconds.
+    pub release_seconds: f64,
+    /// Median of a raw decryption, in seconds.
+    pub decrypt_seconds: f64,
+    /// Median of a raw signature, in seconds.
+    pub sign_seconds: f64,
+}
+
+/// What came out.
+#[derive(Clone, Debug, Serialize)]
+pub struct Ceiling {
+    /// Where and when.
+    pub machine: Machine,
+    /// Soft tokens.
+    pub hsms: usize,
+    /// Sessions of each.
+    pub sessions: usize,
+    /// Length of the guardian's keys.
+    pub rsa: u32,
+    /// What every operation took longer than the soft token itself, in seconds.
+    pub rtt_seconds: f64,
+    /// How long a round counted, in seconds.
+    pub seconds: f64,
+    /// Rounds of each kind.
+    pub rounds: usize,
+    /// Releases ÷ raw pairs in a second, at saturation, medians of rounds beside each other. The callers take their time
+    /// from the same processors.
+    pub ratio: f64,
+    /// Its spread.
+    pub ratio_spread: Figure,
+    /// Processor time within PKCS#11 operations ÷ processor time of the daemon, at saturation.
+    pub efficiency: f64,
+    /// The rest, for a release, in microseconds.
+    pub own_cost_us: f64,
+    /// Processor time within PKCS#11 operations for a release, in microseconds.
+    pub pkcs11_cost_us: f64,
+    /// Pairs of a decryption and a signature that the raw token does in a second.
+    pub raw_pairs_per_second: f64,
+    /// Releases of the daemon in a second.
+    pub releases_per_second: f64,
+    /// A raw pair at saturation.
+    pub raw_pair_seconds: Percentiles,
+    /// A release at saturation.
+    pub release_seconds: Percentiles,
+    /// One at a time.
+    pub light: Light,
+    /// Memory of the daemon, in octets.
+    pub resident_bytes: f64,
+    /// Replies that were opened and held the right keys; a wrong one ends the run.
+    pub checked: usize,
+}
+
+/// A lab, and the way to its raw tokens.
+pub struct Stage {
+    /// The lab.
+    pub lab: Lab,
+    /// The bare loop on its tokens.
+    pub work: Work,
+}
+
+impl Stage {
+    /// Makes a lab and sets the environment that its module wants: to be called while the process has one thread.
+    ///
+    /// # Panics
+    /// When there is no lab.
+    #[must_use]
+    pub fn set(settings: &Settings) -> Self {
+        let options = Options { hsms: settings.hsms, vms: VMS, bits: settings.rsa };
+        let lab = Lab::make_with(options, settings.module.as_deref());
+        lab.configure(|config| {
+            for hsm in &mut config.hsm {
+                hsm.sessions = settings.sessions;
+            }
+        });
+        if !settings.rtt.is_zero() {
+            let delay = format!("call=C_Decrypt,C_Sign delay_ms={}", settings.rtt.as_millis());
+            let faulty = lab.behind_faulty(Instances::Shared);
+            lab.config().hsm.iter().for_each(|hsm| faulty.set(&hsm.name, &[&delay]));
+        }
+        let config = lab.config();
+        claviger_hsm::set_env(&config.env);
+        let certificates = State::open(&config.server.state).unwrap().certificates().unwrap();
+        let of = |kind| certificates.iter().find(|certificate| certificate.kind == kind).unwrap();
+        let (encryption, signing) = (of(Kind::Encryption), of(Kind::Signing));
+        let public = RsaPublicKey::from_spki_der(&encryption.spki).unwrap();
+        let id = |octets: &[u8]| KeyId(octets.to_vec());
+        let work = Work::new(&config, id(&encryption.key_id), &public, id(&signing.key_id));
+        Self { lab, work }
+    }
+}
+
+/// How many callers saturate: those that are at the tokens, as many again that wait, and some for the processors.
+#[must_use]
+pub fn callers(sessions: usize) -> usize {
+    (2 * sessions).max(8 * processors())
+}
+
+/// Runs it; `tell` hears of every round.
+///
+/// # Panics
+/// When anything goes wrong: such figures would mean nothing.
+#[must_use]
+pub fn run(stage: &Stage, settings: &Settings, mut tell: impl FnMut(&str)) -> Ceiling {
+    let service = Service::start(&stage.lab);
+    let callers = callers(settings.hsms * settings.sessions);
+    // Code, connections and caches: the first round of each is not counted.
+    let _ = service.round(callers, settings.time / 4);
+    let (mut ratios, mut lights, mut efficiencies, mut own, mut pkcs11) = (vec![], vec![], vec![], vec![], vec![]);
+    let (mut raw_rates, mut rates) = (vec![], vec![]);
+    let (mut pairs, mut releases) = (nanoseconds(), nanoseconds());
+    let (mut decrypts, mut signs, mut light_releases) = (nanoseconds(), nanoseconds(), nanoseconds());
+    let mut checked = 0;
+    for round in 1..=settings.rounds {
+        let raw = stage.work.round(settings.sessions, settings.time);
+        let served = service.round(callers, settings.time);
+        let raw_light = stage.work.only_first().round(1, settings.time / 2);
+        let light = service.round(1, settings.time / 2);
+        ratios.push(served.per_second / raw.per_second);
+        raw_rates.push(raw.per_second);
+        rates.push(served.per_second);
+        let count = served.after.releases - served.before.releases;
+        let (cpu, inside) = (served.after.cpu - served.before.cpu, served.after.pkcs11 - served.before.pkcs11);
+        efficiencies.push(inside / cpu);
+        own.push((cpu - inside) / count * 1e6);
+        pkcs11.push(inside / count * 1e6);
+        let alone = seconds(&raw_light.decrypts, 0.5) + seconds(&raw_light.signs, 0.5);
+        lights.push(seconds(&light.releases, 0.5) / alone);
+        pairs.add(raw.pairs).unwrap();
+        releases.add(served.releases).unwrap();
+        decrypts.add(raw_light.decrypts).unwrap();
+        signs.add(raw_light.signs).unwrap();
+        light_releases.add(light.releases).unwrap();
+        checked += served.checked + light.checked;
+        tell(&format!(
+            "round {round} of {}: raw {:.0} pairs/s, daemon {:.0} releases/s, ratio {:.3}, efficiency {:.3}, own cost {:.0} µs, \
+             light {:.2}",
+            settings.rounds,
+            raw.per_second,
+            served.per_second,
+            ratios[round - 1],
+            efficiencies[round - 1],
+            own[round - 1],
+            lights[round - 1]
+        ));
+    }
+    Ceiling {
+        machine: Machine::here(),
+        hsms: settings.hsms,
+        sessions: settings.sessions,
+        rsa: settings.rsa,
+        rtt_seconds: settings.rtt.as_secs_f64(),
+        seconds: settings.time.as_secs_f64(),
+        rounds: settings.rounds,
+        ratio: median(&ratios),
+        ratio_spread: Figure::of(&ratios),
+        efficiency: median(&efficiencies),
+        own_cost_us: median(&own),
+        pkcs11_cost_us: median(&pkcs11),
+        raw_pairs_per_second: median(&raw_rates),
+        releases_per_second: median(&rates),
+        raw_pair_seconds: Percentiles { p50: seconds(&pairs, 0.5), p99: seconds(&pairs, 0.99) },
+        release_seconds: Percentiles { p50: seconds(&releases, 0.5), p99: seconds(&releases, 0.99) },
+        light: Light {
+            ratio: Figure::of(&lights),
+            release_seconds: seconds(&light_releases, 0.5),
+            decrypt_seconds: seconds(&decrypts, 0.5),
+            sign_seconds: seconds(&signs, 0.5),
+        },
+        resident_bytes: service.snapshot().resident,
+        checked,
+    }
+}

@@ -1,0 +1,97 @@
+//! The figures, for people: ratios first.
+
+use std::fmt::Write;
+
+use crate::ceiling::Ceiling;
+use crate::idle::Idle;
+use crate::machine::Machine;
+use crate::scaling::Scaling;
+
+/// Where and when, in a line.
+#[must_use]
+pub fn machine(machine: &Machine) -> String {
+    let Machine { processor, processors, memory_bytes, date, optimised } = machine;
+    let warning = if *optimised { "" } else { "; NOT OPTIMISED: these figures say nothing" };
+    format!("{processor}, {processors} processors, {} GiB, {date}{warning}", memory_bytes >> 30)
+}
+
+/// The daemon beside the raw token.
+#[must_use]
+pub fn ceiling(found: &Ceiling) -> String {
+    let mut text = String::new();
+    let mut line = |what: &str, value: String, meaning: &str| {
+        let _ = writeln!(text, "{what:<22} {value:>14}   {meaning}");
+    };
+    let ms = |seconds: f64| format!("{:.2} ms", seconds * 1e3);
+    let spread = |figure: &crate::ceiling::Figure| format!("{:.2} to {:.2} in the rounds", figure.least, figure.most);
+    line("efficiency", format!("{:.3}", found.efficiency), "processor time in PKCS#11 calls ÷ that of the daemon");
+    line("own cost", format!("{:.0} µs", found.own_cost_us), "the rest of the daemon's, for a release");
+    line("ratio", format!("{:.3}", found.ratio), &format!("releases ÷ raw pairs; {}", spread(&found.ratio_spread)));
+    let light = &found.light;
+    line(
+        "light load",
+        format!("{:.2}", light.ratio.median),
+        &format!(
+            "median release {} ÷ raw decrypt {} + sign {}",
+            ms(light.release_seconds),
+            ms(light.decrypt_seconds),
+            ms(light.sign_seconds)
+        ),
+    );
+    line("raw pairs", format!("{:.0} /s", found.raw_pairs_per_second), "of a decryption and a signature");
+    line("releases", format!("{:.0} /s", found.releases_per_second), "with the callers on the same processors");
+    line("raw pair", ms(found.raw_pair_seconds.p50), &format!("p99 {}, saturated", ms(found.raw_pair_seconds.p99)));
+    line("release", ms(found.release_seconds.p50), &format!("p99 {}, saturated", ms(found.release_seconds.p99)));
+    line("memory", format!("{:.0} MiB", found.resident_bytes / 1048576.0), "resident, of the daemon");
+    let _ = writeln!(
+        text,
+        "{} HSMs of {} sessions, RSA-{}, {} rounds of {} s; {} replies opened and right\n{}",
+        found.hsms,
+        found.sessions,
+        found.rsa,
+        found.rounds,
+        found.seconds,
+        found.checked,
+        machine(&found.machine)
+    );
+    text
+}
+
+/// Throughput over members.
+#[must_use]
+pub fn scaling(found: &Scaling) -> String {
+    let mut text = format!("{:>5} {:>12} {:>12} {:>18}\n", "HSMs", "of linear", "releases/s", "daemon processors");
+    for step in &found.steps {
+        let full = if step.daemon_processors >= 1.0 { "  a core is full" } else { "" };
+        let (hsms, linear) = (step.hsms, step.of_linear);
+        let (rate, cpu) = (step.releases_per_second, step.daemon_processors);
+        let _ = writeln!(text, "{hsms:>5} {linear:>12.2} {rate:>12.0} {cpu:>18.2}{full}");
+    }
+    let _ = writeln!(
+        text,
+        "{} sessions each, every operation {:.0} ms longer than the soft token takes\n{}",
+        found.sessions,
+        found.rtt_seconds * 1e3,
+        machine(&found.machine)
+    );
+    text
+}
+
+/// Idle connections.
+#[must_use]
+pub fn idle(found: &Idle) -> String {
+    let mib = |octets: f64| octets / 1048576.0;
+    format!(
+        "p99 beside {} idle connections ÷ without: {:.2} ({:.2} to {:.2} in the rounds; {:.2} ms, {:.2} ms)\n\
+         memory of the daemon: {:.0} MiB, {:.0} MiB without\n{}\n",
+        found.connections,
+        found.p99_ratio.median,
+        found.p99_ratio.least,
+        found.p99_ratio.most,
+        found.p99_seconds * 1e3,
+        found.p99_seconds_without * 1e3,
+        mib(found.resident_bytes),
+        mib(found.resident_bytes_without),
+        machine(&found.machine)
+    )
+}

@@ -1,0 +1,68 @@
+//! Throughput over the number of members, where each is as far away as a network HSM.
+
+use claviger_tests::stats::median;
+use serde::Serialize;
+
+use crate::ceiling::{Settings, Stage, callers};
+use crate::machine::Machine;
+use crate::service::Service;
+
+/// A number of members.
+#[derive(Clone, Debug, Serialize)]
+pub struct Step {
+    /// How many.
+    pub hsms: usize,
+    /// Releases in a second.
+    pub releases_per_second: f64,
+    /// That ÷ what as many times the first step's members would do if nothing else mattered.
+    pub of_linear: f64,
+    /// Processors that the daemon used, its soft tokens among it: from 1 on, a core is full.
+    pub daemon_processors: f64,
+}
+
+/// What came out.
+#[derive(Clone, Debug, Serialize)]
+pub struct Scaling {
+    /// Where and when.
+    pub machine: Machine,
+    /// Sessions of each member.
+    pub sessions: usize,
+    /// What every operation took longer than the soft token itself, in seconds.
+    pub rtt_seconds: f64,
+    /// By the number of members.
+    pub steps: Vec<Step>,
+}
+
+/// Runs it with these numbers of members; the lab has as many as the most. `tell` hears of every step.
+///
+/// # Panics
+/// When anything goes wrong: such figures would mean nothing.
+#[must_use]
+pub fn run(stage: &Stage, settings: &Settings, numbers: &[usize], mut tell: impl FnMut(&str)) -> Scaling {
+    let all = stage.lab.config().hsm;
+    let mut steps: Vec<Step> = Vec::new();
+    for hsms in numbers.iter().copied() {
+        stage.lab.configure(|config| config.hsm = all.iter().take(hsms).cloned().collect());
+        let service = Service::start(&stage.lab);
+        let callers = callers(hsms * settings.sessions);
+        let _ = service.round(callers, settings.time / 4);
+        let rounds: Vec<_> = (0..settings.rounds).map(|_| service.round(callers, settings.time)).collect();
+        let rates: Vec<_> = rounds.iter().map(|round| round.per_second).collect();
+        let cpu: Vec<_> = rounds.iter().map(|r| (r.after.cpu - r.before.cpu) / settings.time.as_secs_f64()).collect();
+        let rate = median(&rates);
+        let one = steps.first().map_or(rate / hsms as f64, |first| first.releases_per_second / first.hsms as f64);
+        let step = Step {
+            hsms,
+            releases_per_second: rate,
+            of_linear: rate / (one * hsms as f64),
+            daemon_processors: median(&cpu),
+        };
+        tell(&format!(
+            "{hsms} HSMs: {rate:.0} releases/s, {:.2} of linear, {:.2} processors",
+            step.of_linear, step.daemon_processors
+        ));
+        steps.push(step);
+    }
+    stage.lab.configure(|config| config.hsm = all);
+    Scaling { machine: Machine::here(), sessions: settings.sessions, rtt_seconds: settings.rtt.as_secs_f64(), steps }
+}

@@ -1,0 +1,159 @@
+//! The daemon, under a closed loop of callers: each asks again as soon as it has its answer.
+//!
+//! Callers are cheap on purpose, since they take their time from the same processors: requests are made beforehand, a caller
+//! is a thread with a connection, and replies are opened after the clock has stopped.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use claviger_protocol::rsa_key::RsaPrivateKey;
+use claviger_tests::raw::{Connection, post};
+use claviger_tests::{Daemon, Lab, Metrics, ROLL, block, open_release, roll_request};
+use hdrhistogram::Histogram;
+
+use crate::raw::{nanoseconds, record};
+
+/// From a round's begin to the begin of its count: for everybody to be there.
+pub const RAMP: Duration = Duration::from_millis(300);
+/// One reply of so many is opened.
+const SAMPLE: usize = 50;
+
+/// A daemon, and what to ask it.
+pub struct Service {
+    /// The process.
+    pub daemon: Daemon,
+    address: SocketAddr,
+    requests: Arc<[Machine]>,
+    identity: Arc<RsaPrivateKey>,
+}
+
+/// A virtual machine: the request for its keys, and the key that the reply has to give.
+struct Machine {
+    request: Vec<u8>,
+    key: [u8; 32],
+}
+
+/// What the daemon says of itself.
+#[derive(Clone, Copy, Debug)]
+pub struct Snapshot {
+    /// Processor time so far, in seconds.
+    pub cpu: f64,
+    /// Of that, within PKCS#11 operations.
+    pub pkcs11: f64,
+    /// Releases so far.
+    pub releases: f64,
+    /// Resident memory, in octets.
+    pub resident: f64,
+}
+
+/// What a round came to.
+pub struct Round {
+    /// Releases in a second, as the callers count them.
+    pub per_second: f64,
+    /// How long a release took, in nanoseconds.
+    pub releases: Histogram<u64>,
+    /// Replies that were opened and held the owner's key.
+    pub checked: usize,
+    /// What the daemon said when the count began.
+    pub before: Snapshot,
+    /// What it said when it ended.
+    pub after: Snapshot,
+}
+
+impl Service {
+    /// Serves a lab; its host attests and gets ready to ask for every machine's keys.
+    #[must_use]
+    pub fn start(lab: &Lab) -> Self {
+        let daemon = lab.serve();
+        block(daemon.until_ready_is(200));
+        let health = block(lab.host(daemon.client()).attest()).unwrap();
+        let owner = lab.owner();
+        let machine = |protector: Vec<u8>| Machine {
+            key: *owner.open(&protector).unwrap(),
+            request: post(ROLL, "application/xml", &roll_request(&health, &protector)),
+        };
+        let requests = lab.protectors().into_iter().map(machine).collect();
+        Self { address: daemon.address(), requests, identity: lab.identity(), daemon }
+    }
+
+    /// `callers` of them for as long as `time`, after a moment for all to begin.
+    ///
+    /// # Panics
+    /// When a request is refused, or a reply is wrong.
+    #[must_use]
+    pub fn round(&self, callers: usize, time: Duration) -> Round {
+        let (counting, stop) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+        let threads: Vec<_> = (0..callers)
+            .map(|caller| {
+                let (requests, address) = (self.requests.clone(), self.address);
+                let (counting, stop) = (counting.clone(), stop.clone());
+                std::thread::spawn(move || call(address, caller, &requests, &counting, &stop))
+            })
+            .collect();
+        std::thread::sleep(RAMP);
+        let before = self.snapshot();
+        let begun = Instant::now();
+        counting.store(true, Ordering::Relaxed);
+        std::thread::sleep(time);
+        let after = self.snapshot();
+        stop.store(true, Ordering::Relaxed);
+        let took = begun.elapsed();
+        let mut releases = nanoseconds();
+        let mut checked = 0;
+        for thread in threads {
+            let (times, replies) = thread.join().unwrap();
+            releases.add(times).unwrap();
+            for (at, body) in replies {
+                let (keys, _) = open_release(&body, &self.identity).unwrap();
+                assert!(*keys.ingress == self.requests[at].key, "a reply gave another machine's key");
+                checked += 1;
+            }
+        }
+        Round { per_second: releases.len() as f64 / took.as_secs_f64(), releases, checked, before, after }
+    }
+
+    /// What the daemon says of itself now.
+    #[must_use]
+    pub fn snapshot(&self) -> Snapshot {
+        let metrics: Metrics = block(self.daemon.metrics());
+        let sum = |name, labels: &[_]| metrics.sum(name, labels).unwrap_or_else(|| panic!("the daemon has no {name}"));
+        Snapshot {
+            cpu: sum("process_cpu_seconds_total", &[]),
+            pkcs11: sum("claviger_hsm_cpu_seconds_total", &[]),
+            releases: sum("claviger_releases_total", &[("outcome", "success")]),
+            resident: sum("process_resident_memory_bytes", &[]),
+        }
+    }
+}
+
+type Replies = Vec<(usize, Vec<u8>)>;
+
+fn call(
+    address: SocketAddr,
+    caller: usize,
+    requests: &[Machine],
+    counting: &AtomicBool,
+    stop: &AtomicBool,
+) -> (Histogram<u64>, Replies) {
+    let mut connection = Connection::open(address).unwrap();
+    let (mut times, mut replies) = (nanoseconds(), Vec::new());
+    for (count, at) in (caller..).enumerate() {
+        let at = at % requests.len();
+        let begun = Instant::now();
+        let answer = connection.exchange(&requests[at].request).unwrap();
+        let took = begun.elapsed();
+        assert!(answer.status == 200, "refused: {} {}", answer.status, answer.text());
+        if counting.load(Ordering::Relaxed) && !stop.load(Ordering::Relaxed) {
+            record(&mut times, took);
+        }
+        if count % SAMPLE == 0 {
+            replies.push((at, answer.body));
+        }
+        if stop.load(Ordering::Relaxed) {
+            break;
+        }
+    }
+    (times, replies)
+}
