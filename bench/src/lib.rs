@@ -10,6 +10,7 @@
 pub mod ceiling;
 pub mod idle;
 pub mod machine;
+pub mod parts;
 pub mod raw;
 pub mod report;
 pub mod scaling;

@@ -82,7 +82,7 @@ pub async fn roll_protector(
         let protector = Protector::parse(ingress_protector)?;
 
         // 4. and 5. The guardian signature is right, and every wrapping.
-        verify::verify(protector, &service.signatures)
+        verify::verify(protector, &service.certificates)
     })?;
     let verified = Arc::new(verified);
     attempt.owner = Some(HEXLOWER.encode(&verified.parties[verified.owner].signing.thumbprint()));

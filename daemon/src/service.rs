@@ -12,7 +12,7 @@ use arc_swap::ArcSwap;
 use claviger_hsm::{Check, Cluster, Done, Event, Hash, HsmError, KeyId, Observer, SignScheme};
 use claviger_protocol::algorithm::SignatureAlgorithm;
 use claviger_protocol::rsa_key::RsaPublicKey;
-use claviger_protocol::verify::KnownSignatures;
+use claviger_protocol::verify::KnownCertificates;
 use ring::digest;
 use tokio::sync::{Notify, Semaphore};
 
@@ -31,8 +31,9 @@ pub const OWN_DEADLINE: Duration = Duration::from_secs(10);
 /// Memory for the bodies of requests: ten thousand releases of the usual size, or 32 of the largest batches.
 const BODY_KIBIBYTES: usize = 512 * 1024;
 
-/// Signatures over certificates that are remembered, at least: a tenant has some six of them. Some 3 MiB at most.
-const KNOWN_SIGNATURES: usize = 16_384;
+/// Parties of protectors that are remembered, at least: a tenant has one of its own, and guardians with others. Some 25 MiB
+/// for as many.
+const KNOWN_PARTIES: usize = 4096;
 
 /// Everything a request needs.
 pub struct Service {
@@ -48,8 +49,8 @@ pub struct Service {
     pub health: HealthCache,
     /// Room for the bodies of requests, in KiB, of all that are being worked on.
     pub body_kibibytes: Semaphore,
-    /// Signatures over certificates that were found right before.
-    pub signatures: KnownSignatures,
+    /// Certificates of protectors that were read and found right before.
+    pub certificates: KnownCertificates,
     /// The key-protection certificates.
     pub keys: ArcSwap<Keys>,
     /// The registered hosts.
@@ -138,7 +139,7 @@ impl Service {
             audit,
             health: HealthCache::default(),
             body_kibibytes: Semaphore::new(BODY_KIBIBYTES),
-            signatures: KnownSignatures::new(KNOWN_SIGNATURES),
+            certificates: KnownCertificates::new(KNOWN_PARTIES),
             keys: ArcSwap::default(),
             hosts: ArcSwap::default(),
             signers: ArcSwap::default(),

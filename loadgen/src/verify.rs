@@ -10,7 +10,7 @@ use claviger_protocol::metadata::Metadata;
 use claviger_protocol::protector::Protector;
 use claviger_protocol::request::RollResponse;
 use claviger_protocol::rsa_key::RsaPrivateKey;
-use claviger_protocol::verify::{KnownSignatures, verify};
+use claviger_protocol::verify::{KnownCertificates, verify};
 
 use crate::host;
 use crate::prepare::Machine;
@@ -103,7 +103,7 @@ impl Checker {
         let (jobs, queue) = mpsc::channel();
         let queue = Arc::new(Mutex::new(queue));
         let waiting = Arc::new(AtomicUsize::new(0));
-        let known = Arc::new((KnownSignatures::new(KNOWN), guardian.guardian.signing_certificate.clone()));
+        let known = Arc::new((KnownCertificates::new(KNOWN), guardian.guardian.signing_certificate.clone()));
         for _ in 0..threads.max(1) {
             let (queue, waiting, known, events) = (queue.clone(), waiting.clone(), known.clone(), events.clone());
             let work = move || work(&queue, &waiting, &known, &events);
@@ -135,7 +135,7 @@ impl Checker {
 fn work(
     queue: &Mutex<Receiver<Job>>,
     waiting: &AtomicUsize,
-    known: &(KnownSignatures, Vec<u8>),
+    known: &(KnownCertificates, Vec<u8>),
     events: &Sender<Event>,
 ) {
     loop {
@@ -154,7 +154,7 @@ fn work(
 
 /// The keys open, the ingress key is the machine's, and the egress protector is whole, for the same parties, signed by the
 /// guardian and by the egress key.
-fn check(job: &Job, known: &KnownSignatures, guardian: &[u8]) -> Result<(), String> {
+fn check(job: &Job, known: &KnownCertificates, guardian: &[u8]) -> Result<(), String> {
     let read;
     let response = match &job.reply {
         Reply::Read(response) => response,

@@ -10,7 +10,7 @@ use claviger_protocol::error::{Code, Refusal};
 use claviger_protocol::owner::Owner;
 use claviger_protocol::protector::{Protector, TransportKey};
 use claviger_protocol::rsa_key::RsaPrivateKey;
-use claviger_protocol::verify::{self, KnownSignatures};
+use claviger_protocol::verify::{self, KnownCertificates};
 use tokio::task::{JoinHandle, JoinSet, spawn_blocking};
 
 use crate::{Daemon, Lab, open_release, roll_request};
@@ -134,7 +134,7 @@ impl Traffic {
             return Err("the same key twice".to_owned());
         }
         let parsed = Protector::parse(&egress).map_err(|error| error.to_string())?;
-        let verified = verify::verify(parsed, &KnownSignatures::default()).map_err(|error| error.to_string())?;
+        let verified = verify::verify(parsed, &KnownCertificates::default()).map_err(|error| error.to_string())?;
         if !verified.protector.transport_key_signature.verify(&keys.egress, &verified.protector.signed_octets) {
             return Err("the egress key did not sign the egress protector".to_owned());
         }

@@ -171,7 +171,12 @@ fn attribute_escape(octet: u8) -> Option<&'static str> {
 }
 
 /// Copies `text` in runs between the octets that need escaping; base64 has none.
-fn escape(text: &str, out: &mut String, escape: fn(u8) -> Option<&'static str>) {
+fn escape(text: &str, out: &mut String, escape: impl Fn(u8) -> Option<&'static str>) {
+    // Without a way out in the middle, which lets the compiler look at many octets at once.
+    if !text.bytes().fold(false, |found, octet| found | escape(octet).is_some()) {
+        out.push_str(text);
+        return;
+    }
     let mut from = 0;
     for (at, octet) in text.bytes().enumerate() {
         if let Some(escaped) = escape(octet) {

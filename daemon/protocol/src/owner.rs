@@ -7,7 +7,7 @@ use crate::error::Refusal;
 use crate::metadata::Metadata;
 use crate::protector::{Encryption, Protector, Signature, TransportKey, Wrapping};
 use crate::rsa_key::{RsaPrivateKey, RsaPublicKey};
-use crate::verify::{self, KnownSignatures, Verified};
+use crate::verify::{self, KnownCertificates, Verified};
 
 /// The owner's Id in the protectors made here.
 const OWNER_ID: u32 = 1;
@@ -63,7 +63,7 @@ impl Owner {
     /// # Errors
     /// See [`OwnerError`].
     pub fn open(&self, protector: &[u8]) -> Result<TransportKey, OwnerError> {
-        self.open_verified(&verify::verify(Protector::parse(protector)?, &KnownSignatures::default())?)
+        self.open_verified(&verify::verify(Protector::parse(protector)?, &KnownCertificates::default())?)
     }
 
     /// The protector with one more guardian: same transport key, the other wrappings kept, signed by the owner.
@@ -71,7 +71,7 @@ impl Owner {
     /// # Errors
     /// See [`OwnerError`].
     pub fn grant(&self, protector: &[u8], guardian: &Metadata) -> Result<Vec<u8>, OwnerError> {
-        let verified = verify::verify(Protector::parse(protector)?, &KnownSignatures::default())?;
+        let verified = verify::verify(Protector::parse(protector)?, &KnownCertificates::default())?;
         if verified.parties[verified.owner].signing.key() != self.signing_key.public() {
             return Err(OwnerError::NotOurs);
         }

@@ -1,14 +1,17 @@
 //! Who wrote a protector, and for whom: steps 4 and 5 of a release.
 
-use std::collections::HashSet;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ring::digest;
 
 use crate::certificate::Certificate;
 use crate::error::Refusal;
 use crate::protector::{MAX_WRAPPINGS, Protector, Signature, Wrapping};
-use crate::rsa_key::{BadSignature, RsaPublicKey};
+use crate::rsa_key::RsaPublicKey;
+
+/// Octets of a party's certificates beyond which it is not remembered: nobody fills the memory with large ones.
+const MOST_REMEMBERED: usize = 16 * 1024;
 
 /// The two certificates of a wrapping, judged: X.509 with strong RSA keys.
 #[derive(Clone, Debug)]
@@ -25,61 +28,55 @@ pub struct Verified {
     /// What was checked.
     pub protector: Protector,
     /// The parties of its wrappings, in the same order.
-    pub parties: Vec<Party>,
+    pub parties: Vec<Arc<Party>>,
     /// The wrapping that is its own parent: an index.
     pub owner: usize,
 }
 
-/// Signatures over certificates that were found right before. A tenant's protectors all carry the same ones, and what was
-/// right once is right for ever. Bounded: what has not been met for long is forgotten.
+/// Certificates that were read before and whose signatures were found right. A tenant's protectors all carry the same ones,
+/// and what was right once is right for ever. Bounded: what has not been met for long is forgotten.
 #[derive(Debug)]
-pub struct KnownSignatures {
-    /// By [`Self::digest`]. When the young ones are full they become the old ones, which are forgotten.
-    lately: Mutex<Lately>,
+pub struct KnownCertificates {
+    /// When the young ones are full they become the old ones, which are forgotten.
+    generations: Mutex<Generations>,
     capacity: usize,
 }
 
-impl Default for KnownSignatures {
+type Digest = [u8; 32];
+
+#[derive(Debug, Default)]
+struct Generations {
+    young: Known,
+    old: Known,
+}
+
+#[derive(Debug, Default)]
+struct Known {
+    /// By [`identity`]. The signing key's signature of the encryption certificate is right.
+    parties: HashMap<Digest, Arc<Party>>,
+    /// By [`vouching`]: a parent's signatures that are right.
+    vouched: HashSet<Digest>,
+}
+
+impl Default for KnownCertificates {
     /// For one protector: its wrappings may repeat certificates, too.
     fn default() -> Self {
-        Self::new(2 * MAX_WRAPPINGS)
+        Self::new(MAX_WRAPPINGS)
     }
 }
 
-impl KnownSignatures {
-    /// Remembers `capacity` signatures at least, and twice as many at most; 32 octets each, and the table's own.
+impl KnownCertificates {
+    /// Remembers `capacity` parties at least, and twice as many at most; some 6 KiB each, and never more than 32.
     #[must_use]
     pub fn new(capacity: usize) -> Self {
-        Self { lately: Mutex::default(), capacity: capacity.max(1) }
+        Self { generations: Mutex::default(), capacity: capacity.max(1) }
     }
 
-    /// Everything that decides whether the signature is right.
-    fn digest(key: &RsaPublicKey, signature: &Signature, message: &[u8]) -> [u8; 32] {
-        let mut context = digest::Context::new(&digest::SHA256);
-        // Each with its length before it, so that no two sets of parts look the same.
-        for part in [key.spki_der(), signature.algorithm.uri().as_bytes(), &signature.value, message] {
-            context.update(&(part.len() as u64).to_le_bytes());
-            context.update(part);
-        }
-        let mut octets = [0; 32];
-        octets.copy_from_slice(context.finish().as_ref());
-        octets
-    }
-
-    fn verify(&self, key: &RsaPublicKey, signature: &Signature, message: &[u8]) -> Result<(), BadSignature> {
-        let digest = Self::digest(key, signature, message);
-        if !self.lock().contains(&digest) {
-            key.verify(signature.algorithm, message, &signature.value)?;
-        }
-        self.lock().insert(digest, self.capacity);
-        Ok(())
-    }
-
-    /// How many it remembers now.
+    /// How many parties it remembers now.
     #[must_use]
     pub fn len(&self) -> usize {
-        let lately = self.lock();
-        lately.young.len() + lately.old.len()
+        let generations = self.lock();
+        generations.young.parties.len() + generations.old.parties.len()
     }
 
     /// Whether it remembers none.
@@ -88,54 +85,126 @@ impl KnownSignatures {
         self.len() == 0
     }
 
-    fn lock(&self) -> MutexGuard<'_, Lately> {
-        // A panic in there leaves two sets.
-        self.lately.lock().unwrap_or_else(PoisonError::into_inner)
+    fn party(&self, identity: &Digest) -> Option<Arc<Party>> {
+        let mut generations = self.lock();
+        if let Some(party) = generations.young.parties.get(identity) {
+            return Some(party.clone());
+        }
+        let party = generations.old.parties.remove(identity)?;
+        generations.remember(*identity, party.clone(), self.capacity);
+        Some(party)
+    }
+
+    fn remember(&self, identity: Digest, wrapping: &Wrapping, party: &Arc<Party>) {
+        if wrapping.signing_certificate.len() + wrapping.encryption_certificate.len() <= MOST_REMEMBERED {
+            self.lock().remember(identity, party.clone(), self.capacity);
+        }
+    }
+
+    fn is_vouched(&self, vouching: &Digest) -> bool {
+        let mut generations = self.lock();
+        if generations.young.vouched.contains(vouching) {
+            return true;
+        }
+        let known = generations.old.vouched.remove(vouching);
+        if known {
+            generations.vouch(*vouching, self.capacity);
+        }
+        known
+    }
+
+    fn vouch(&self, vouching: Digest) {
+        self.lock().vouch(vouching, self.capacity);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Generations> {
+        // A panic in there leaves tables that are whole.
+        self.generations.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-#[derive(Debug, Default)]
-struct Lately {
-    young: HashSet<[u8; 32]>,
-    old: HashSet<[u8; 32]>,
-}
-
-impl Lately {
-    fn contains(&self, digest: &[u8; 32]) -> bool {
-        self.young.contains(digest) || self.old.contains(digest)
+impl Generations {
+    fn remember(&mut self, identity: Digest, party: Arc<Party>, capacity: usize) {
+        self.young.parties.insert(identity, party);
+        self.grow_old(capacity);
     }
 
-    fn insert(&mut self, digest: [u8; 32], capacity: usize) {
-        self.young.insert(digest);
-        if self.young.len() >= capacity {
+    fn vouch(&mut self, vouching: Digest, capacity: usize) {
+        self.young.vouched.insert(vouching);
+        self.grow_old(capacity);
+    }
+
+    fn grow_old(&mut self, capacity: usize) {
+        if self.young.parties.len().max(self.young.vouched.len()) > capacity {
             self.old = std::mem::take(&mut self.young);
         }
     }
 }
 
-/// Checks the guardian signature, then every wrapping; of the wrappings' signatures those that `known` does not know.
+/// Everything that decides who a wrapping's party is, and whether its encryption certificate is its own.
+fn identity(wrapping: &Wrapping) -> Digest {
+    let Wrapping { signing_certificate, encryption_certificate, encryption_certificate_signature, .. } = wrapping;
+    let Signature { algorithm, value, .. } = encryption_certificate_signature;
+    digest_of(&[signing_certificate, encryption_certificate, algorithm.uri().as_bytes(), value])
+}
+
+/// Everything that decides whether the party with the identity `parent` vouches for that with the identity `child`.
+fn vouching(parent: &Digest, child: &Digest, signature: &Signature) -> Digest {
+    digest_of(&[parent, child, signature.algorithm.uri().as_bytes(), &signature.value])
+}
+
+/// Of parts each with its length before it, so that no two sets of parts look the same.
+fn digest_of(parts: &[&[u8]]) -> Digest {
+    let mut context = digest::Context::new(&digest::SHA256);
+    for part in parts {
+        context.update(&(part.len() as u64).to_le_bytes());
+        context.update(part);
+    }
+    let mut octets = [0; 32];
+    octets.copy_from_slice(context.finish().as_ref());
+    octets
+}
+
+/// Checks the guardian signature, then every wrapping; of the wrappings' certificates those that `known` does not know.
 ///
 /// # Errors
 /// `InvalidProtectorException` for the guardian signature (`InvalidWrappingException` when its certificate cannot be
 /// used), `InvalidWrappingException` for the wrappings.
-pub fn verify(protector: Protector, known: &KnownSignatures) -> Result<Verified, Refusal> {
-    let guardian = signing_certificate(&protector.wrappings[protector.guardian])?;
-    guardian
-        .key()
-        .verify(protector.guardian_signature.algorithm, &protector.signed_octets, &protector.guardian_signature.value)
-        .map_err(|_| Refusal::protector("the guardian signature does not fit the wrappings"))?;
-    let parties = parties(&protector.wrappings)?;
+pub fn verify(protector: Protector, known: &KnownCertificates) -> Result<Verified, Refusal> {
+    let wrappings = &protector.wrappings;
+    let identities: Vec<Digest> = wrappings.iter().map(identity).collect();
+    let met: Vec<_> = identities.iter().map(|identity| known.party(identity)).collect();
+    let signature = &protector.guardian_signature;
+    let signed = |key: &RsaPublicKey| key.verify(signature.algorithm, &protector.signed_octets, &signature.value);
+    match &met[protector.guardian] {
+        Some(guardian) => signed(guardian.signing.key()),
+        None => signed(signing_certificate(&wrappings[protector.guardian])?.key()),
+    }
+    .map_err(|_| Refusal::protector("the guardian signature does not fit the wrappings"))?;
+    let parties = wrappings
+        .iter()
+        .zip(&met)
+        .map(|(wrapping, met)| met.clone().map_or_else(|| party(wrapping).map(Arc::new), Ok))
+        .collect::<Result<Vec<_>, _>>()?;
     let owner = owner(&protector)?;
-    for (wrapping, party) in protector.wrappings.iter().zip(&parties) {
-        let parent = protector.index_of(wrapping.parent).map(|at| &parties[at]);
+    for (at, wrapping) in wrappings.iter().enumerate() {
+        let parent = protector.index_of(wrapping.parent);
         let parent = parent.ok_or_else(|| refused(wrapping, "its parent is not in this protector"))?;
-        let Wrapping { signing_certificate_signature, encryption_certificate_signature, .. } = wrapping;
-        known
-            .verify(parent.signing.key(), signing_certificate_signature, &wrapping.signing_certificate)
-            .map_err(|_| refused(wrapping, "the signature of its signing certificate is wrong"))?;
-        known
-            .verify(party.signing.key(), encryption_certificate_signature, &wrapping.encryption_certificate)
-            .map_err(|_| refused(wrapping, "the signature of its encryption certificate is wrong"))?;
+        let signature = &wrapping.signing_certificate_signature;
+        let vouching = vouching(&identities[parent], &identities[at], signature);
+        if !known.is_vouched(&vouching) {
+            let key = parties[parent].signing.key();
+            key.verify(signature.algorithm, &wrapping.signing_certificate, &signature.value)
+                .map_err(|_| refused(wrapping, "the signature of its signing certificate is wrong"))?;
+            known.vouch(vouching);
+        }
+        if met[at].is_none() {
+            let signature = &wrapping.encryption_certificate_signature;
+            let key = parties[at].signing.key();
+            key.verify(signature.algorithm, &wrapping.encryption_certificate, &signature.value)
+                .map_err(|_| refused(wrapping, "the signature of its encryption certificate is wrong"))?;
+            known.remember(identities[at], wrapping, &parties[at]);
+        }
     }
     Ok(Verified { protector, parties, owner })
 }
@@ -149,13 +218,10 @@ fn signing_certificate(wrapping: &Wrapping) -> Result<Certificate, Refusal> {
         .map_err(|e| refused(wrapping, &format!("its signing certificate cannot be used: {e}")))
 }
 
-fn parties(wrappings: &[Wrapping]) -> Result<Vec<Party>, Refusal> {
-    let party = |wrapping: &Wrapping| {
-        let encryption = Certificate::parse(&wrapping.encryption_certificate)
-            .map_err(|e| refused(wrapping, &format!("its encryption certificate cannot be used: {e}")))?;
-        Ok(Party { signing: signing_certificate(wrapping)?, encryption })
-    };
-    wrappings.iter().map(party).collect()
+fn party(wrapping: &Wrapping) -> Result<Party, Refusal> {
+    let encryption = Certificate::parse(&wrapping.encryption_certificate)
+        .map_err(|e| refused(wrapping, &format!("its encryption certificate cannot be used: {e}")))?;
+    Ok(Party { signing: signing_certificate(wrapping)?, encryption })
 }
 
 /// The one wrapping that is its own parent, which every other one leads up to.

@@ -7,6 +7,7 @@
 use std::borrow::Cow;
 
 use data_encoding::BASE64;
+use memchr::{memchr, memchr_iter, memmem};
 use roxmltree::{Document, Node, ParsingOptions};
 
 use crate::encoding;
@@ -88,7 +89,8 @@ fn guard(text: &str) -> Result<()> {
     }
     let octets = text.as_bytes();
     // The parser makes room for a node at every one of these, and for an attribute, wherever they stand.
-    if octets.iter().filter(|b| **b == b'<').count().max(octets.iter().filter(|b| **b == b'=').count()) > MAX_MARKS {
+    let marks = |mark| memchr_iter(mark, octets).count();
+    if marks(b'<').max(marks(b'=')) > MAX_MARKS {
         return Err(XmlError::new("too many '<' or '='"));
     }
     let mut at = 0;
@@ -100,7 +102,7 @@ fn guard(text: &str) -> Result<()> {
     let mut scopes: Vec<usize> = Vec::with_capacity(MAX_DEPTH);
     let (mut in_scope, mut declared) = (0, 0);
     let (mut elements, mut attributes) = (0, 0);
-    while let Some(next) = octets[at..].iter().position(|b| *b == b'<') {
+    while let Some(next) = memchr(b'<', &octets[at..]) {
         let start = at + next;
         references(&octets[at..start])?;
         match octets.get(start + 1) {
@@ -175,7 +177,7 @@ fn declaration(inside: &str) -> Result<()> {
 /// Refuses references to characters that do not exist: the parser puts U+FFFD in their place.
 fn references(text: &[u8]) -> Result<()> {
     let mut rest = text;
-    while let Some(at) = rest.iter().position(|b| *b == b'&') {
+    while let Some(at) = memchr(b'&', rest) {
         rest = &rest[at + 1..];
         let Some(number) = rest.strip_prefix(b"#") else { continue };
         let (number, radix) = number.strip_prefix(b"x").map_or((number, 10), |hex| (hex, 16));
@@ -269,8 +271,7 @@ fn attribute_name(before_value: &[u8]) -> &[u8] {
 
 fn find(octets: &[u8], from: usize, what: &[u8]) -> Result<usize> {
     let rest = octets.get(from..).unwrap_or_default();
-    rest.windows(what.len())
-        .position(|w| w == what)
+    memmem::find(rest, what)
         .map(|at| from + at)
         .ok_or_else(|| XmlError::new("the document ends in the middle of its mark-up"))
 }
@@ -398,15 +399,16 @@ pub(crate) fn token(value: &str) -> &str {
 pub(crate) fn base64(node: Node<'_, '_>) -> Result<Vec<u8>> {
     attributes(node, &[])?;
     let text = text(node)?;
-    let text = if text.bytes().any(is_space) {
-        Cow::Owned(text.chars().filter(|c| !c.is_ascii() || !is_space(*c as u8)).collect())
-    } else {
-        text
-    };
-    if text.is_empty() {
-        return Err(XmlError(format!("{} is empty", local(node))));
+    // As it is usually written, without white space.
+    let octets = encoding::strict_base64(&text).or_else(|| {
+        let dense: String = text.chars().filter(|c| !c.is_ascii() || !is_space(*c as u8)).collect();
+        encoding::strict_base64(&dense)
+    });
+    match octets {
+        Some(octets) if octets.is_empty() => Err(XmlError(format!("{} is empty", local(node)))),
+        Some(octets) => Ok(octets),
+        None => Err(XmlError(format!("{} is not base64", local(node)))),
     }
-    encoding::strict_base64(&text).ok_or_else(|| XmlError(format!("{} is not base64", local(node))))
 }
 
 /// An `xs:unsignedInt`.

@@ -11,7 +11,7 @@ use claviger_protocol::error::Code;
 use claviger_protocol::metadata::Metadata;
 use claviger_protocol::owner::OwnerError;
 use claviger_protocol::protector::{MAX_PROTECTOR, MAX_WRAPPINGS, Protector};
-use claviger_protocol::verify::{KnownSignatures, Verified, verify};
+use claviger_protocol::verify::{KnownCertificates, Verified, verify};
 use common::Rng;
 use common::*;
 use data_encoding::{BASE64, HEXLOWER, HEXUPPER};
@@ -715,13 +715,12 @@ fn a_single_changed_bit_is_refused() {
 }
 
 #[test]
-fn known_signatures_are_few_and_never_a_wrong_one() {
+fn known_certificates_are_few_and_never_wrong_ones() {
     let file = Draft::new(2).build();
-    let known = KnownSignatures::new(8);
+    let known = KnownCertificates::new(8);
     for _ in 0..3 {
         verify(Protector::parse(&file).unwrap(), &known).unwrap();
-        // Two for each wrapping.
-        assert_eq!(known.len(), 4);
+        assert_eq!(known.len(), 2, "one for each wrapping");
     }
     // Each of them with another signature's value, or another message: nothing is taken for known.
     let protector = Protector::parse(&file).unwrap();
@@ -734,9 +733,16 @@ fn known_signatures_are_few_and_never_a_wrong_one() {
         let mut changed = protector.clone();
         changed.wrappings[wrapping].encryption_certificate = protector.wrappings[other].encryption_certificate.clone();
         assert!(verify(changed, &known).is_err(), "{wrapping}: the certificate of {other}");
+        let mut changed = protector.clone();
+        changed.wrappings[wrapping].signing_certificate = protector.wrappings[other].signing_certificate.clone();
+        assert!(verify(changed, &known).is_err(), "{wrapping}: the signing certificate of {other}");
+        let mut changed = protector.clone();
+        changed.wrappings[wrapping].signing_certificate_signature =
+            protector.wrappings[other].signing_certificate_signature.clone();
+        assert!(verify(changed, &known).is_err(), "{wrapping}: the parent's signature of {other}");
     }
     // However many come by.
-    let small = KnownSignatures::new(2);
+    let small = KnownCertificates::new(2);
     for _ in 0..5 {
         verify(Protector::parse(&file).unwrap(), &small).unwrap();
         assert!(small.len() <= 4);

@@ -14,7 +14,7 @@ use claviger_protocol::metadata::{GuardianInformation, Metadata};
 use claviger_protocol::owner::Owner;
 use claviger_protocol::protector::{Protector, Signature, TransportKey};
 use claviger_protocol::rsa_key::RsaPrivateKey;
-use claviger_protocol::verify::{KnownSignatures, Verified, verify};
+use claviger_protocol::verify::{KnownCertificates, Verified, verify};
 use data_encoding::{BASE64, HEXLOWER};
 use ring::{hkdf, hmac};
 
@@ -389,7 +389,7 @@ pub fn every_oaep() -> impl Iterator<Item = Oaep> {
 }
 
 /// Shared by all tests of a program, so that whatever is changed about a protector meets a memory of the right one.
-static KNOWN: std::sync::LazyLock<KnownSignatures> = std::sync::LazyLock::new(|| KnownSignatures::new(1000));
+static KNOWN: std::sync::LazyLock<KnownCertificates> = std::sync::LazyLock::new(|| KnownCertificates::new(1000));
 
 /// Steps 3 to 5, as a release takes them.
 pub fn accept(file: &[u8]) -> Result<Verified, Refusal> {

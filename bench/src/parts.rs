@@ -1,0 +1,42 @@
+//! What the benches of the protocol work on: a tenant's protector as a host sends it, made in software.
+
+use claviger_protocol::certificate::Certificate;
+use claviger_protocol::rsa_key::RsaPrivateKey;
+use claviger_tests::{Daemon, Lab, Options, block, roll_request};
+
+/// A request of an owner and one guardian, and its parts.
+pub struct Parts {
+    /// The body of the request.
+    pub request: Vec<u8>,
+    /// The protector in it.
+    pub protector: Vec<u8>,
+    /// The health certificate in it.
+    pub health: Certificate,
+    /// The owner's signing key.
+    pub owner_key: RsaPrivateKey,
+}
+
+impl Parts {
+    /// Of a lab that is served for as long as it takes to attest.
+    ///
+    /// # Panics
+    /// When there is no lab.
+    #[must_use]
+    pub fn new() -> Self {
+        let (daemon, lab): (Daemon, Lab) = Lab::start(Options::default());
+        let health = block(lab.host(daemon.client()).attest()).unwrap();
+        let protector = lab.protector();
+        Self {
+            request: roll_request(&health, &protector),
+            protector,
+            health: Certificate::parse(&health).unwrap(),
+            owner_key: lab.owner().signing_key,
+        }
+    }
+}
+
+impl Default for Parts {
+    fn default() -> Self {
+        Self::new()
+    }
+}
