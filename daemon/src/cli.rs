@@ -1,5 +1,7 @@
 //! The command line: what is asked of a running daemon, and how the answers look.
 
+pub mod host;
+
 use std::path::{Path, PathBuf};
 
 use claviger_protocol::rsa_key::RsaPublicKey;

@@ -1,6 +1,7 @@
-//! A small HTTP/1.1 client for our own command line. Plain HTTP only.
+//! A small HTTP/1.1 client for our own command line, plain or over TLS.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -9,7 +10,12 @@ use hyper::client::conn::http1::{SendRequest, handshake};
 use hyper::header::{CONTENT_TYPE, HOST, HeaderValue};
 use hyper::{HeaderMap, Method, Request, StatusCode, Uri};
 use hyper_util::rt::TokioIo;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, ServerName};
+use rustls::{ClientConfig, RootCertStore};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
 
 use crate::server::{BodyError, read_body};
 
@@ -43,6 +49,24 @@ pub enum ClientError {
         url: String,
         /// What is wrong with it.
         problem: String,
+    },
+    /// The file of trusted certificates cannot be used.
+    #[error("{file} holds no certificate to trust ({problem}); give --ca a PEM file")]
+    Ca {
+        /// The file.
+        file: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// The server did not prove itself, or does not speak TLS.
+    #[error(
+        "no TLS with {server}: {source}; is its certificate in date, for this name, and one that --ca vouches for?"
+    )]
+    Tls {
+        /// Host and port.
+        server: String,
+        /// What rustls says.
+        source: std::io::Error,
     },
     /// No connection to the server.
     #[error("no connection to {server}: {source}; does it run there?")]
@@ -88,6 +112,7 @@ pub struct Client {
     port: u16,
     /// Goes before every path: empty, or starts with a slash and ends without one.
     prefix: String,
+    tls: Option<(Arc<ClientConfig>, ServerName<'static>)>,
     timeout: Duration,
     idle: Mutex<Vec<SendRequest<Full<Bytes>>>>,
 }
@@ -105,13 +130,22 @@ impl Client {
     /// # Errors
     /// [`ClientError::Url`].
     pub fn new(base_url: &str) -> Result<Self, ClientError> {
+        Self::trusting(base_url, None)
+    }
+
+    /// The same, also for `https://`, where the server has to prove itself to the certificates in `ca` (PEM): there is
+    /// no other trust. Blocks on the file.
+    ///
+    /// # Errors
+    /// [`ClientError::Url`], [`ClientError::Ca`].
+    pub fn trusting(base_url: &str, ca: Option<&Path>) -> Result<Self, ClientError> {
         let bad = |problem: &str| ClientError::Url { url: base_url.to_owned(), problem: problem.to_owned() };
         let uri: Uri = base_url.parse().map_err(|error: hyper::http::uri::InvalidUri| bad(&error.to_string()))?;
-        match uri.scheme_str() {
-            Some("http") => {}
-            Some("https") => return Err(bad("this client does not speak TLS")),
-            _ => return Err(bad("it does not start with http://")),
-        }
+        let secure = match uri.scheme_str() {
+            Some("http") => false,
+            Some("https") => true,
+            _ => return Err(bad("it starts with neither http:// nor https://")),
+        };
         if uri.query().is_some() {
             return Err(bad("it has a query"));
         }
@@ -120,12 +154,22 @@ impl Client {
         if host.is_empty() || authority.as_str().contains('@') {
             return Err(bad("it names no host, or a user"));
         }
+        // An IPv6 address stands in brackets only inside a URL.
+        let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
+        let tls = match (secure, ca) {
+            (false, _) => None,
+            (true, None) => return Err(bad("TLS needs to know whom to trust: say --ca FILE")),
+            (true, Some(ca)) => {
+                let name = ServerName::try_from(host.clone()).map_err(|error| bad(&error.to_string()))?;
+                Some((Arc::new(tls_config(ca)?), name))
+            }
+        };
         Ok(Self {
             authority: authority.to_string(),
-            // An IPv6 address stands in brackets only inside a URL.
-            host: host.trim_start_matches('[').trim_end_matches(']').to_owned(),
-            port: authority.port_u16().unwrap_or(80),
+            port: authority.port_u16().unwrap_or(if secure { 443 } else { 80 }),
+            host,
             prefix: uri.path().trim_end_matches('/').to_owned(),
+            tls,
             timeout: DEFAULT_TIMEOUT,
             idle: Mutex::new(Vec::new()),
         })
@@ -136,6 +180,12 @@ impl Client {
     pub fn with_timeout(mut self, timeout: Duration) -> Self {
         self.timeout = timeout;
         self
+    }
+
+    /// The server's host, and its port if the URL names one: for messages.
+    #[must_use]
+    pub fn server(&self) -> &str {
+        &self.authority
     }
 
     /// Asks for `path` (with its query), which starts with a slash.
@@ -195,6 +245,20 @@ impl Client {
         let failed = |source| ClientError::Connect { server: self.authority.clone(), source };
         let stream = TcpStream::connect((self.host.as_str(), self.port)).await.map_err(failed)?;
         stream.set_nodelay(true).map_err(failed)?;
+        match &self.tls {
+            None => self.shake_hands(stream).await,
+            Some((tls, name)) => {
+                let untrusted = |source| ClientError::Tls { server: self.authority.clone(), source };
+                let stream = TlsConnector::from(tls.clone()).connect(name.clone(), stream).await;
+                self.shake_hands(stream.map_err(untrusted)?).await
+            }
+        }
+    }
+
+    async fn shake_hands(
+        &self,
+        stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    ) -> Result<SendRequest<Full<Bytes>>, ClientError> {
         let (sender, connection) = handshake(TokioIo::new(stream)).await.map_err(|error| self.broken(&error))?;
         tokio::spawn(async move {
             // What goes wrong shows in the exchange, too.
@@ -247,6 +311,23 @@ impl Client {
             idle.push(sender);
         }
     }
+}
+
+/// TLS 1.2 and 1.3 with servers that the certificates in `ca` vouch for.
+fn tls_config(ca: &Path) -> Result<ClientConfig, ClientError> {
+    let bad = |problem: String| ClientError::Ca { file: ca.display().to_string(), problem };
+    let certificates = CertificateDer::pem_file_iter(ca).and_then(Iterator::collect::<Result<Vec<_>, _>>);
+    let mut roots = RootCertStore::empty();
+    for certificate in certificates.map_err(|error| bad(error.to_string()))? {
+        roots.add(certificate).map_err(|error| bad(error.to_string()))?;
+    }
+    if roots.is_empty() {
+        return Err(bad("it has none".to_owned()));
+    }
+    // The provider is named: the process-wide default may be missing, or another one.
+    let builder = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()));
+    let builder = builder.with_safe_default_protocol_versions().map_err(|error| bad(error.to_string()))?;
+    Ok(builder.with_root_certificates(roots).with_no_client_auth())
 }
 
 #[cfg(test)]
@@ -327,7 +408,8 @@ mod tests {
     #[tokio::test]
     async fn failures_say_what_to_do() {
         for (url, expected) in [
-            ("https://host", "does not speak TLS"),
+            ("https://host", "say --ca FILE"),
+            ("ftp://host", "neither http:// nor https://"),
             ("host:80", "write it like http://host:8080"),
             ("http://", "write it like"),
             ("http://user@host", "names no host, or a user"),
@@ -335,6 +417,8 @@ mod tests {
             let message = Client::new(url).unwrap_err().to_string();
             assert!(message.contains(expected), "{url}: {message}");
         }
+        let nowhere = Client::trusting("https://host", Some(Path::new("/nowhere.pem"))).unwrap_err().to_string();
+        assert!(nowhere.starts_with("/nowhere.pem holds no certificate to trust"), "{nowhere}");
         let address = start(Limits::default());
         let client = Client::new(&format!("http://{address}")).unwrap().with_timeout(Duration::from_millis(300));
         let message = client.get("/slow").await.unwrap_err().to_string();

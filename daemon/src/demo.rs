@@ -70,7 +70,7 @@ impl Checks {
     fn refused<T>(&mut self, result: Result<T, HostError>, expected: &str, what: &str, begun: Instant) {
         let said = match &result {
             Ok(_) => "granted".to_owned(),
-            Err(HostError::Attestation { status, reply }) => format!("{status} {}", reply.name),
+            Err(HostError::Attestation { status, reply, .. }) => format!("{status} {}", reply.name),
             Err(HostError::Release { status, refusal }) => format!("{status} {}", refusal.code.as_str()),
             Err(other) => other.to_string(),
         };

@@ -1,4 +1,10 @@
 //! A guarded host, as the service sees one: attests with its host key, then exchanges protectors for keys.
+//!
+//! [`Host`] asks one server. [`services`] asks several, as [`fallback`] says; [`store`] is what a host keeps on disk.
+
+pub mod fallback;
+pub mod services;
+pub mod store;
 
 use std::sync::Arc;
 
@@ -7,17 +13,20 @@ use claviger_protocol::attestation::{self, ReceivedError};
 use claviger_protocol::error::Refusal;
 use claviger_protocol::health::ResultType;
 use claviger_protocol::payload::{ApiVersion, Payload};
+use claviger_protocol::protector::{Protector, TransportKey};
 use claviger_protocol::request::{RollRequest, RollResponse};
 use claviger_protocol::rsa_key::RsaPrivateKey;
+use claviger_protocol::verify::{self, KnownCertificates};
+use hyper::header::RETRY_AFTER;
 use ring::rand::{SecureRandom, SystemRandom};
 
-use crate::client::{Client, ClientError};
+use crate::client::{Client, ClientError, Reply};
 
 /// A host with its two keys.
 pub struct Host {
     client: Client,
     /// What it is registered with.
-    host_key: RsaPrivateKey,
+    host_key: Arc<RsaPrivateKey>,
     /// What its health certificates are made over, and keys are encrypted to.
     identity_key: Arc<RsaPrivateKey>,
 }
@@ -35,6 +44,8 @@ pub enum HostError {
         status: u16,
         /// What the service said.
         reply: ReceivedError,
+        /// In how many seconds the host may come again, if the service said so.
+        retry_after: Option<u16>,
     },
     /// The release was refused.
     #[error("release refused with {status} {refusal}")]
@@ -44,7 +55,17 @@ pub enum HostError {
         /// What the service said.
         refusal: Refusal,
     },
-    /// An answer that cannot be understood, or keys that do not open.
+    /// An error that is none of the protocol's: what answers may be something between the host and the service.
+    #[error("{server} answered with status {status} and no error of the protocol; is it the service's URL?")]
+    Status {
+        /// Who answered.
+        server: String,
+        /// The HTTP status.
+        status: u16,
+        /// In how many seconds the host may come again, if that was said.
+        retry_after: Option<u16>,
+    },
+    /// An answer that cannot be understood, keys that do not open, or that are not the protectors'.
     #[error("the answer is not right: {0}")]
     Answer(String),
     /// The host's own keys do not work.
@@ -63,8 +84,14 @@ pub struct Unwrapped {
 impl Host {
     /// A host that talks to the service behind `client`.
     #[must_use]
-    pub fn new(client: Client, host_key: RsaPrivateKey, identity_key: Arc<RsaPrivateKey>) -> Self {
-        Self { client, host_key, identity_key }
+    pub fn new(client: Client, host_key: impl Into<Arc<RsaPrivateKey>>, identity_key: Arc<RsaPrivateKey>) -> Self {
+        Self { client, host_key: host_key.into(), identity_key }
+    }
+
+    /// Which server it asks: for messages.
+    #[must_use]
+    pub fn server(&self) -> &str {
+        self.client.server()
     }
 
     /// Proves to be the registered host and gets a health certificate (DER).
@@ -84,16 +111,16 @@ impl Host {
         let reply = self.client.post("/Attestation/v2.0/hostkeyattest", "application/json", request).await?;
         let unreadable = |e: attestation::ReplyError| HostError::Answer(e.to_string());
         if reply.status != 200 {
-            let status = reply.status.as_u16();
-            let reply = attestation::parse_error_reply(&reply.body).map_err(unreadable)?;
-            return Err(HostError::Attestation { status, reply });
+            let (status, retry_after) = (reply.status.as_u16(), retry_after(&reply));
+            let error = attestation::parse_error_reply(&reply.body).map_err(|_| self.foreign(&reply))?;
+            return Err(HostError::Attestation { status, reply: error, retry_after });
         }
         let content = attestation::parse_health_certificate_reply(&reply.body).map_err(unreadable)?;
         let certificate = content.into_iter().find(|(kind, _)| *kind == ResultType::EncryptionCertificate.number());
         Ok(certificate.ok_or_else(|| HostError::Answer("no encryption certificate".to_owned()))?.1)
     }
 
-    /// Exchanges a protector for its transport key and a fresh protector.
+    /// Exchanges a protector for its transport key and a fresh protector, and checks that the keys are those of the two.
     ///
     /// # Errors
     /// See [`HostError`].
@@ -117,19 +144,51 @@ impl Host {
         let reply = self.client.post(&path, "application/xml", request.to_xml()).await?;
         let unreadable = |e: claviger_protocol::xml::XmlError| HostError::Answer(e.to_string());
         if reply.status != 200 {
-            let status = reply.status.as_u16();
-            return Err(HostError::Release { status, refusal: Refusal::parse(&reply.body).map_err(unreadable)? });
+            let mut refusal = Refusal::parse(&reply.body).map_err(|_| self.foreign(&reply))?;
+            refusal.retry_after = retry_after(&reply);
+            return Err(HostError::Release { status: reply.status.as_u16(), refusal });
         }
         let response = RollResponse::parse(&reply.body).map_err(unreadable)?;
         // Opening is work for a processor, not for the thread that drives connections.
-        let identity_key = self.identity_key.clone();
+        let (identity_key, ingress) = (self.identity_key.clone(), request.ingress_protector);
         let opened = tokio::task::spawn_blocking(move || {
             let transfer_key = identity_key.decrypt_oaep(algorithms.transfer, &response.keys.transfer_key);
             let transfer_key = transfer_key.map_err(|e| HostError::Answer(e.to_string()))?;
             let keys = response.keys.open(&transfer_key, algorithms.wrapping, algorithms.transport);
             let keys = keys.map_err(|e| HostError::Answer(e.to_string()))?;
+            prove(&ingress, &keys.ingress, &response.egress_protector, &keys.egress).map_err(HostError::Answer)?;
             Ok(Unwrapped { keys, egress_protector: response.egress_protector })
         });
         opened.await.map_err(|e| HostError::Answer(e.to_string()))?
     }
+
+    fn foreign(&self, reply: &Reply) -> HostError {
+        let (server, status) = (self.server().to_owned(), reply.status.as_u16());
+        HostError::Status { server, status, retry_after: retry_after(reply) }
+    }
+}
+
+/// The seconds of a `Retry-After`. The other form, a date, is not of this protocol.
+fn retry_after(reply: &Reply) -> Option<u16> {
+    reply.headers.get(RETRY_AFTER)?.to_str().ok()?.trim().parse().ok()
+}
+
+/// Checks that each key made its protector's transport-key signature, that whoever may open the old protector may open the
+/// new one, and that this was signed by one of them. A host that stored anything else might have lost the machine's secrets.
+fn prove(ingress: &[u8], ingress_key: &TransportKey, egress: &[u8], egress_key: &TransportKey) -> Result<(), String> {
+    let ingress = Protector::parse(ingress).map_err(|e| format!("the protector that was sent: {e}"))?;
+    if !ingress.transport_key_signature.verify(ingress_key, &ingress.signed_octets) {
+        return Err("the ingress key is not that of the protector that was sent".to_owned());
+    }
+    let egress = Protector::parse(egress).and_then(|egress| verify::verify(egress, &KnownCertificates::default()));
+    let egress = egress.map_err(|e| format!("the new protector: {e}"))?.protector;
+    if !egress.transport_key_signature.verify(egress_key, &egress.signed_octets) {
+        return Err("the egress key is not that of the new protector".to_owned());
+    }
+    let same = ingress.wrappings.len() == egress.wrappings.len()
+        && ingress.wrappings.iter().zip(&egress.wrappings).all(|(old, new)| {
+            (old.id, &old.signing_certificate, &old.encryption_certificate)
+                == (new.id, &new.signing_certificate, &new.encryption_certificate)
+        });
+    if same { Ok(()) } else { Err("the new protector is for others than the one that was sent".to_owned()) }
 }

@@ -76,11 +76,18 @@ enum Command {
     /// Show, drain, resume and probe the HSMs of the cluster
     #[command(subcommand, after_help = "Example: claviger hsm list --config /etc/claviger/claviger.toml")]
     Hsm(cli::Hsm),
+    /// Be a guarded host: make its keys, attest, and get the keys of virtual machines
+    #[command(
+        subcommand,
+        after_help = "Example: claviger host attest --url http://hgs.example:8080\n\
+        Exit status: 0 done, 1 refused or failed, 2 wrong usage, 75 worth trying again later."
+    )]
+    Host(cli::host::Command),
 }
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let quiet = matches!(arguments.command, Command::Demo { .. });
+    let quiet = matches!(arguments.command, Command::Demo { .. } | Command::Host(_));
     let filter =
         EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(if quiet { QUIET } else { USUAL }));
     let ansi = std::io::stderr().is_terminal();
@@ -89,7 +96,7 @@ fn main() -> ExitCode {
         Ok(status) => status,
         Err(failure) => {
             eprintln!("claviger: {failure}");
-            ExitCode::FAILURE
+            cli::host::status(&failure)
         }
     }
 }
@@ -139,6 +146,12 @@ fn run(command: Command) -> Result<ExitCode, Failure> {
         Command::Hosts(command) => runtime()?.block_on(cli::hosts(command)).map(|()| ExitCode::SUCCESS),
         Command::Hsm(command) => runtime()?.block_on(cli::hsm(command)).map(|()| ExitCode::SUCCESS),
         Command::Keys(command) => runtime()?.block_on(cli::keys(command)).map(|()| ExitCode::SUCCESS),
+        Command::Host(command) => {
+            process::no_core_dumps()?;
+            // Before the runtime opens files of its own: a descriptor that was not given must not be one of them.
+            let command = cli::host::prepare(command)?;
+            runtime()?.block_on(cli::host::run(command)).map(|()| ExitCode::SUCCESS)
+        }
     }
 }
 

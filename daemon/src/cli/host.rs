@@ -1,0 +1,297 @@
+//! `claviger host …`: a guarded host's side. What it keeps and in which order it writes is in docs/host.md.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use claviger_protocol::payload::Payload;
+use claviger_protocol::protector::{MAX_PROTECTOR, Protector, TRANSPORT_KEY_LEN};
+use data_encoding::HEXLOWER;
+use rustix::fs::OFlags;
+use serde_json::json;
+use zeroize::Zeroizing;
+
+use super::{Failure, date};
+use crate::host::HostError;
+use crate::host::services::{Services, ServicesError};
+use crate::host::store::{self, Folder, StoreError};
+use crate::print::say;
+
+/// `EX_TEMPFAIL` of sysexits.h.
+const TRY_LATER: u8 = 75;
+/// Standard input, output and error are no places for keys.
+const FIRST_FD: u32 = 3;
+
+const STATUSES: &str = "Exit status: 0 done, 1 refused or failed, 2 wrong usage, 75 worth trying again later.";
+
+/// `claviger host …`
+#[derive(Debug, clap::Subcommand)]
+pub enum Command {
+    /// Make this host's keys, and the file to register it by
+    #[command(after_help = "Example: claviger host new-key --dir /var/lib/claviger-host\n\
+        Then, where the service runs: claviger hosts add NAME --public-key hostkey.pub.pem --config FILE")]
+    NewKey {
+        /// Where the keys are kept.
+        #[command(flatten)]
+        place: Place,
+        /// Size of the keys
+        #[arg(long, default_value_t = 3072, value_parser = bits)]
+        bits: u32,
+    },
+    /// Prove to be a registered host, and keep the health certificate
+    #[command(after_help = format!("Example: claviger host attest --url https://hgs.example --ca hgs-ca.pem\n\
+        A certificate that is kept and still good is not asked for again.\n{STATUSES}"))]
+    Attest {
+        /// Where the keys are kept.
+        #[command(flatten)]
+        place: Place,
+        /// Who is asked.
+        #[command(flatten)]
+        service: Service,
+        /// Attest even if the certificate that is kept is still good
+        #[arg(long)]
+        fresh: bool,
+    },
+    /// Exchange a virtual machine's protector for its keys and a fresh protector
+    #[command(after_help = format!(
+        "Example: claviger host unwrap --protector vm.xml --egress vm.next.xml --fd 3 --url http://hgs.example:8080\n\
+        The keys are 64 octets: that of --protector, then that of --egress. Seal the machine's secrets with the second \
+        one, then rename --egress over --protector and sync the folder; until then the first one has to open them.\n\
+        {STATUSES}"))]
+    #[command(group = clap::ArgGroup::new("keys").required(true).args(["fd", "key_file"]))]
+    Unwrap {
+        /// Where the keys are kept.
+        #[command(flatten)]
+        place: Place,
+        /// Who is asked.
+        #[command(flatten)]
+        service: Service,
+        /// The machine's protector; it is not changed
+        #[arg(long, value_name = "FILE")]
+        protector: PathBuf,
+        /// Where the fresh protector goes, replaced at once and whole
+        #[arg(long, value_name = "FILE")]
+        egress: PathBuf,
+        /// Write the keys to this file descriptor, 3 or higher: a pipe's, most often
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(i64::from(FIRST_FD)..))]
+        fd: Option<u32>,
+        /// Write the keys to this file, readable by its owner alone; best on a tmpfs
+        #[arg(long, value_name = "FILE")]
+        key_file: Option<PathBuf>,
+    },
+}
+
+/// Where a host keeps its keys and its health certificate.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Place {
+    /// Folder of this host's keys and its health certificate
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/claviger-host")]
+    dir: PathBuf,
+    /// Print JSON for machines
+    #[arg(long)]
+    json: bool,
+}
+
+/// The servers, and how long they may take.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Service {
+    /// The service's URL; again for each further one, in the order in which they are to be tried
+    #[arg(long = "url", value_name = "URL", required = true)]
+    urls: Vec<String>,
+    /// Certificates to trust for https, PEM
+    #[arg(long, value_name = "FILE")]
+    ca: Option<PathBuf>,
+    /// Seconds for all of it, with every wait and every server
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    timeout: u64,
+}
+
+impl Service {
+    fn of(&self, folder: Folder) -> Result<Services, ServicesError> {
+        Services::new(folder, &self.urls, self.ca.as_deref(), Duration::from_secs(self.timeout))
+    }
+}
+
+fn bits(text: &str) -> Result<u32, String> {
+    match text.parse() {
+        Ok(bits @ (2048 | 3072 | 4096)) => Ok(bits),
+        _ => Err("2048, 3072 or 4096".to_owned()),
+    }
+}
+
+/// Why a command failed that may succeed later.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}; nobody could serve in time, try again later")]
+pub struct TryLater(ServicesError);
+
+/// The exit status that goes with a failure.
+#[must_use]
+pub fn status(failure: &Failure) -> ExitCode {
+    if failure.is::<TryLater>() { ExitCode::from(TRY_LATER) } else { ExitCode::FAILURE }
+}
+
+/// Where the keys go.
+#[derive(Debug)]
+enum KeyTarget {
+    /// Opened before anything was asked.
+    Open(File),
+    File(PathBuf),
+}
+
+/// A command whose files are open.
+#[derive(Debug)]
+pub struct Prepared {
+    command: Command,
+    keys: Option<KeyTarget>,
+}
+
+/// Opens the descriptor that the keys go to; to be called while the process has opened no other files.
+///
+/// # Errors
+/// A descriptor that was not given to this process, or cannot be written to.
+pub fn prepare(command: Command) -> Result<Prepared, Failure> {
+    let keys = match &command {
+        Command::Unwrap { fd: Some(fd), .. } => Some(KeyTarget::Open(descriptor(*fd)?)),
+        Command::Unwrap { key_file: Some(file), .. } => Some(KeyTarget::File(file.clone())),
+        _ => None,
+    };
+    Ok(Prepared { command, keys })
+}
+
+/// The descriptor opened once more: taking it over by its number alone would take unsafe code.
+fn descriptor(fd: u32) -> Result<File, Failure> {
+    // A pipe that nobody reads would hang here, and is an error this way.
+    let flags = OFlags::NONBLOCK.bits().cast_signed();
+    let open = OpenOptions::new().write(true).custom_flags(flags).open(format!("/proc/self/fd/{fd}"));
+    open.map_err(|e| format!("--fd {fd} cannot be written to: {e}; give a pipe that is read, or --key-file").into())
+}
+
+/// Runs `claviger host …`.
+///
+/// # Errors
+/// What is wrong, and what to do; [`TryLater`] where the same may succeed later.
+pub async fn run(prepared: Prepared) -> Result<(), Failure> {
+    match prepared.command {
+        Command::NewKey { place, bits } => new_key(&place, bits),
+        Command::Attest { place, service, fresh } => attest(&place, &service, fresh).await,
+        Command::Unwrap { place, service, protector, egress, .. } => {
+            let keys = prepared.keys.ok_or("say where the keys go: --fd N or --key-file FILE")?;
+            unwrap(&place, &service, &protector, &egress, keys).await
+        }
+    }
+}
+
+fn new_key(place: &Place, bits: u32) -> Result<(), Failure> {
+    let (key, public) = Folder::new(&place.dir).make_keys(bits)?;
+    let digest = HEXLOWER.encode(&key.public().spki_sha256());
+    let public = public.display().to_string();
+    if place.json {
+        say!("{:#}", json!({"key": digest, "public_key": public}));
+    } else {
+        say!("made host key {digest}");
+        say!("register it where the service runs: claviger hosts add NAME --public-key {public}");
+    }
+    Ok(())
+}
+
+async fn attest(place: &Place, service: &Service, fresh: bool) -> Result<(), Failure> {
+    let folder = Folder::new(&place.dir);
+    let mut services = service.of(folder.clone())?;
+    let health = if fresh { services.attest().await } else { services.health().await };
+    let health = health.map_err(|error| explain(error, &folder))?;
+    let name = health.certificate.common_name().unwrap_or("this host");
+    let until = health.certificate.not_after();
+    if place.json {
+        let file = folder.health_file().display().to_string();
+        let report = json!({"host": name, "certificate": file, "not_after": until, "issued_by": health.issued_by});
+        say!("{report:#}");
+    } else {
+        let from = health.issued_by.map_or_else(|| "kept".to_owned(), |server| format!("from {server}"));
+        say!("{name} holds a health certificate until {} ({from})", date(until));
+    }
+    Ok(())
+}
+
+/// The fresh protector is on the disk before anybody can use its key, and the old one is never touched: whatever is
+/// interrupted, what the machine's secrets are sealed with can be had again.
+async fn unwrap(
+    place: &Place,
+    service: &Service,
+    protector: &Path,
+    egress: &Path,
+    keys: KeyTarget,
+) -> Result<(), Failure> {
+    let folder = Folder::new(&place.dir);
+    let clash = match &keys {
+        KeyTarget::File(file) => [protector, egress].into_iter().any(|other| store::same_file(file, other)),
+        KeyTarget::Open(_) => false,
+    };
+    if clash || store::same_file(protector, egress) {
+        return Err(
+            "--protector, --egress and --key-file have to be different files: the old protector is needed until \
+            the machine's secrets are sealed with the new key"
+                .into(),
+        );
+    }
+    let file = read_protector(protector)?;
+    let mut services = service.of(folder.clone())?;
+    let released = services.unwrap(&file).await.map_err(|error| explain(error.into(), &folder))?;
+    store::replace(egress, &released.unwrapped.egress_protector)?;
+    hand_over(&released.unwrapped.keys, keys)?;
+    let (server, api) = (released.server, released.api.as_str());
+    if place.json {
+        let report = json!({
+            "server": server,
+            "api": api,
+            "attested": released.attested,
+            "egress": egress.display().to_string(),
+            "max_offline_unwraps": released.unwrapped.keys.max_offline_unwraps,
+        });
+        say!("{report:#}");
+    } else {
+        say!("{} unwrapped by {server} [{api}]; the fresh protector is {}", protector.display(), egress.display());
+    }
+    Ok(())
+}
+
+fn read_protector(path: &Path) -> Result<Vec<u8>, Failure> {
+    let mut octets = Vec::new();
+    // One octet more than there may be: what is too long is found out without reading all of it.
+    let read = File::open(path).and_then(|file| file.take(MAX_PROTECTOR as u64 + 1).read_to_end(&mut octets));
+    read.map_err(|e| format!("{}: {e}", path.display()))?;
+    Protector::parse(&octets).map_err(|e| format!("{}: {}", path.display(), e.message))?;
+    Ok(octets)
+}
+
+fn hand_over(keys: &Payload, target: KeyTarget) -> Result<(), Failure> {
+    let mut octets = Zeroizing::new([0; 2 * TRANSPORT_KEY_LEN]);
+    octets[..TRANSPORT_KEY_LEN].copy_from_slice(&keys.ingress[..]);
+    octets[TRANSPORT_KEY_LEN..].copy_from_slice(&keys.egress[..]);
+    match target {
+        KeyTarget::Open(mut file) => {
+            let written: io::Result<()> = file.write_all(&octets[..]);
+            written.map_err(|e| format!("the keys could not be handed over: {e}; run it again").into())
+        }
+        KeyTarget::File(path) => Ok(store::replace(&path, &octets[..])?),
+    }
+}
+
+/// The error with what to do about it.
+fn explain(error: ServicesError, folder: &Folder) -> Failure {
+    match error {
+        error if error.is_temporary() => TryLater(error).into(),
+        ServicesError::Host(HostError::Attestation { status: 403, reply, retry_after }) => {
+            let public = folder.public_key_file();
+            let error = HostError::Attestation { status: 403, reply, retry_after };
+            let how = format!("claviger hosts add NAME --public-key {}", public.display());
+            format!("{error}; if this host is to be trusted, register it where the service runs: {how}").into()
+        }
+        ServicesError::Store(error @ StoreError::File { .. }) => {
+            format!("{error}; this host's files have to be readable and writable for this command").into()
+        }
+        error => error.into(),
+    }
+}

@@ -1,0 +1,250 @@
+//! Which of several servers is asked next, and when: a plain value that is handed the time and the dice.
+
+use std::time::{Duration, Instant};
+
+use super::HostError;
+use crate::client::ClientError;
+
+/// A server that failed for the first time in a row is left alone for a random part of this; it doubles each time.
+const FIRST_REST: Duration = Duration::from_millis(200);
+/// The doubling ends here.
+const LONGEST_REST: Duration = Duration::from_secs(10);
+
+/// What an error says about asking again.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Fault {
+    /// The same request would fail again, here and elsewhere.
+    Lasting,
+    /// This server cannot serve now; another may. With the time that it asked for.
+    Server(Option<Duration>),
+    /// The host asks too often, whomever it asks. With the time that it is to wait.
+    Host(Option<Duration>),
+}
+
+impl HostError {
+    /// Whether it is worth asking again, and whom.
+    #[must_use]
+    pub fn fault(&self) -> Fault {
+        let (status, retry_after) = match self {
+            // Another server may have a certificate that is in date.
+            Self::Client(
+                ClientError::Connect { .. }
+                | ClientError::Tls { .. }
+                | ClientError::Timeout { .. }
+                | ClientError::Broken { .. },
+            ) => return Fault::Server(None),
+            // The service itself says which of its errors pass.
+            Self::Attestation { reply, .. } if !reply.retryable => return Fault::Lasting,
+            Self::Attestation { status: 429, retry_after, .. } => (429, retry_after),
+            Self::Attestation { retry_after, .. } => (503, retry_after),
+            Self::Release { status, refusal } => (*status, &refusal.retry_after),
+            Self::Status { status, retry_after, .. } => (*status, retry_after),
+            Self::Client(_) | Self::Answer(_) | Self::Key(_) => return Fault::Lasting,
+        };
+        let rest = retry_after.map(|seconds| Duration::from_secs(seconds.into()));
+        match status {
+            429 => Fault::Host(rest),
+            408 | 500.. => Fault::Server(rest),
+            _ => Fault::Lasting,
+        }
+    }
+}
+
+/// What to do next.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Step {
+    /// Ask this server.
+    Ask(usize),
+    /// Every server rests: wait so long.
+    Wait(Duration),
+    /// The time is up, or would be before any server may be asked again.
+    GiveUp,
+}
+
+/// Several servers, in the order in which they are wanted, and the time until which they may be asked.
+#[derive(Clone, Debug)]
+pub struct Fallback {
+    servers: Vec<Server>,
+    /// The server that answered last: asked first from then on.
+    preferred: usize,
+    deadline: Instant,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Server {
+    rests_until: Option<Instant>,
+    failures: u32,
+}
+
+impl Fallback {
+    /// This many servers; all is over at `deadline`.
+    #[must_use]
+    pub fn new(servers: usize, deadline: Instant) -> Self {
+        Self { servers: vec![Server::default(); servers], preferred: 0, deadline }
+    }
+
+    /// The time that is left at `now`.
+    #[must_use]
+    pub fn left(&self, now: Instant) -> Duration {
+        self.deadline.saturating_duration_since(now)
+    }
+
+    /// What to do at `now`.
+    #[must_use]
+    pub fn next(&self, now: Instant) -> Step {
+        if now >= self.deadline {
+            return Step::GiveUp;
+        }
+        let count = self.servers.len();
+        let rest = |at: usize| {
+            self.servers[at].rests_until.map_or(Duration::ZERO, |until| until.saturating_duration_since(now))
+        };
+        let mut order = (0..count).map(|step| (self.preferred + step) % count);
+        if let Some(ready) = order.find(|at| rest(*at).is_zero()) {
+            return Step::Ask(ready);
+        }
+        match (0..count).map(rest).min() {
+            Some(shortest) if shortest < self.left(now) => Step::Wait(shortest),
+            _ => Step::GiveUp,
+        }
+    }
+
+    /// The server has answered, if only to refuse.
+    pub fn answered(&mut self, server: usize) {
+        self.preferred = server;
+        self.servers[server] = Server::default();
+    }
+
+    /// The server failed at `now`. `luck` is drawn evenly from 0 to 1: hosts that failed together do not come back together.
+    pub fn failed(&mut self, server: usize, fault: Fault, now: Instant, luck: f64) {
+        let asked = match fault {
+            Fault::Lasting => return,
+            Fault::Server(asked) | Fault::Host(asked) => asked.unwrap_or_default(),
+        };
+        let failures = self.servers[server].failures;
+        let longest = FIRST_REST.saturating_mul(2u32.saturating_pow(failures)).min(LONGEST_REST);
+        // Beyond what was asked for, never before it.
+        let until = Some(now + asked + longest.mul_f64(luck.clamp(0.0, 1.0)));
+        self.servers[server] = Server { rests_until: until, failures: failures + 1 };
+        if matches!(fault, Fault::Host(_)) {
+            for other in &mut self.servers {
+                other.rests_until = other.rests_until.max(until);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use claviger_protocol::attestation::ReceivedError;
+    use claviger_protocol::error::{Code, Refusal};
+
+    const SECOND: Duration = Duration::from_secs(1);
+    const MINUTE: Duration = Duration::from_secs(60);
+
+    fn start(servers: usize) -> (Fallback, Instant) {
+        let now = Instant::now();
+        (Fallback::new(servers, now + MINUTE), now)
+    }
+
+    #[test]
+    fn the_next_server_is_asked_at_once_and_the_one_that_answered_first_from_then_on() {
+        let (mut fallback, now) = start(3);
+        assert_eq!(fallback.next(now), Step::Ask(0));
+        fallback.failed(0, Fault::Server(None), now, 1.0);
+        assert_eq!(fallback.next(now), Step::Ask(1));
+        fallback.failed(1, Fault::Server(None), now, 1.0);
+        assert_eq!(fallback.next(now), Step::Ask(2));
+        fallback.answered(2);
+        assert_eq!(fallback.next(now + MINUTE / 2), Step::Ask(2));
+        fallback.failed(2, Fault::Server(None), now + MINUTE / 2, 1.0);
+        assert_eq!(fallback.next(now + MINUTE / 2), Step::Ask(0), "round the corner");
+    }
+
+    #[test]
+    fn rests_double_up_to_a_bound_and_are_drawn_from_their_whole_length() {
+        let (mut fallback, now) = start(1);
+        for milliseconds in [200, 400, 800, 1600, 3200, 6400, 10_000, 10_000] {
+            fallback.failed(0, Fault::Server(None), now, 1.0);
+            assert_eq!(fallback.next(now), Step::Wait(Duration::from_millis(milliseconds)));
+        }
+        fallback.failed(0, Fault::Server(None), now, 0.5);
+        assert_eq!(fallback.next(now), Step::Wait(LONGEST_REST / 2));
+        assert_eq!(fallback.next(now + LONGEST_REST / 2), Step::Ask(0));
+        fallback.failed(0, Fault::Server(None), now, 0.0);
+        assert_eq!(fallback.next(now), Step::Ask(0));
+        fallback.answered(0);
+        fallback.failed(0, Fault::Server(None), now, 1.0);
+        assert_eq!(fallback.next(now), Step::Wait(FIRST_REST), "an answer ends the row of failures");
+    }
+
+    #[test]
+    fn what_a_server_asks_for_is_kept_whatever_the_dice_say() {
+        let (mut fallback, now) = start(2);
+        fallback.failed(0, Fault::Server(Some(7 * SECOND)), now, 0.0);
+        assert_eq!(fallback.next(now), Step::Ask(1), "the other one did not ask for it");
+        fallback.failed(1, Fault::Server(Some(3 * SECOND)), now, 1.0);
+        assert_eq!(fallback.next(now), Step::Wait(3 * SECOND + FIRST_REST));
+        assert_eq!(fallback.next(now + 4 * SECOND), Step::Ask(1));
+    }
+
+    #[test]
+    fn a_host_that_asks_too_often_does_not_ask_elsewhere() {
+        let (mut fallback, now) = start(2);
+        fallback.failed(0, Fault::Host(Some(2 * SECOND)), now, 0.0);
+        assert_eq!(fallback.next(now), Step::Wait(2 * SECOND));
+    }
+
+    #[test]
+    fn nobody_waits_for_what_comes_too_late() {
+        let (mut fallback, now) = start(2);
+        fallback.failed(0, Fault::Server(Some(MINUTE)), now, 0.0);
+        assert_eq!(fallback.next(now), Step::Ask(1));
+        fallback.failed(1, Fault::Server(Some(2 * MINUTE)), now, 0.0);
+        assert_eq!(fallback.next(now), Step::GiveUp);
+        let (fallback, now) = start(1);
+        assert_eq!(fallback.next(now + MINUTE), Step::GiveUp);
+        assert_eq!((fallback.left(now), fallback.left(now + MINUTE * 2)), (MINUTE, Duration::ZERO));
+    }
+
+    #[test]
+    fn errors_say_whether_to_ask_again() {
+        let release = |code: Code, retry_after| HostError::Release {
+            status: code.status(),
+            refusal: Refusal { retry_after, ..Refusal::new(code, "") },
+        };
+        let attestation = |status, retryable| HostError::Attestation {
+            status,
+            reply: ReceivedError {
+                name: String::new(),
+                retryable,
+                message: None,
+                expected_operation_mode: None,
+                reasons: Vec::new(),
+            },
+            retry_after: Some(2),
+        };
+        let foreign = |status| HostError::Status { server: String::new(), status, retry_after: None };
+        let broken = ClientError::Broken { server: String::new(), problem: String::new() };
+        for (error, fault) in [
+            (release(Code::InvalidProtector, Some(1)), Fault::Lasting),
+            (release(Code::HealthCertificate, None), Fault::Lasting),
+            (release(Code::ServiceUnavailable, Some(9)), Fault::Server(Some(9 * SECOND))),
+            (release(Code::Internal, None), Fault::Server(None)),
+            (release(Code::TooManyRequests, Some(4)), Fault::Host(Some(4 * SECOND))),
+            (attestation(403, false), Fault::Lasting),
+            (attestation(503, false), Fault::Lasting),
+            (attestation(503, true), Fault::Server(Some(2 * SECOND))),
+            (attestation(429, true), Fault::Host(Some(2 * SECOND))),
+            (foreign(502), Fault::Server(None)),
+            (foreign(404), Fault::Lasting),
+            (HostError::Client(broken), Fault::Server(None)),
+            (HostError::Client(ClientError::TooLarge { server: String::new() }), Fault::Lasting),
+            (HostError::Answer(String::new()), Fault::Lasting),
+        ] {
+            assert_eq!(error.fault(), fault, "{error:?}");
+        }
+    }
+}
