@@ -1,4 +1,12 @@
-//! The command line: what is asked of a running daemon, and how the answers look.
+//! The command line: what is asked of a running daemon, and how the answers look. [`guardian`] and [`protector`] are the
+//! tenant's commands, which ask nobody and work on files.
+
+mod files;
+pub mod guardian;
+mod own_guardian;
+pub mod protector;
+mod tree;
+pub mod trust;
 
 pub mod host;
 

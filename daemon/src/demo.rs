@@ -18,7 +18,8 @@ use crate::print::say;
 
 /// How long the daemon may take to get ready: the attestation signer's key has to be made.
 const READY_WITHIN: Duration = Duration::from_secs(30);
-const METADATA: &str = "/KeyProtection/service/metadata/2014-07/metadata.xml";
+/// Where a service's metadata document is.
+pub(crate) const METADATA: &str = "/KeyProtection/service/metadata/2014-07/metadata.xml";
 
 /// Why a demonstration did not come to its end.
 pub type Failure = Box<dyn std::error::Error + Send + Sync>;

@@ -332,7 +332,7 @@ impl Lab {
 }
 
 /// The two key pairs of a tenant.
-const OWNER_ROLES: [&str; 2] = ["signing", "encryption"];
+pub(crate) const OWNER_ROLES: [&str; 2] = ["signing", "encryption"];
 
 /// SoftHSM2's module.
 pub(crate) fn softhsm() -> Result<PathBuf, LabError> {
@@ -360,7 +360,8 @@ fn new_key(what: &str, bits: u32) -> Result<RsaPrivateKey, LabError> {
     RsaPrivateKey::generate(bits).map_err(|source| LabError::Key { what: what.to_owned(), source })
 }
 
-fn self_signed(common_name: &str, key: &RsaPrivateKey) -> Result<Certificate, LabError> {
+/// A certificate of a guardian's or an owner's key, by itself.
+pub(crate) fn self_signed(common_name: &str, key: &RsaPrivateKey) -> Result<Certificate, LabError> {
     let now = unix_now();
     let template = Template {
         subject: DistinguishedName::new(common_name),

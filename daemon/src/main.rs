@@ -83,6 +83,15 @@ enum Command {
         Exit status: 0 done, 1 refused or failed, 2 wrong usage, 75 worth trying again later."
     )]
     Host(cli::host::Command),
+    /// For tenants: make an own guardian, import those of services
+    #[command(subcommand, after_help = "Example: claviger guardian new acme --name 'Acme Ltd'")]
+    Guardian(cli::guardian::Guardian),
+    /// For tenants: make, show, check, change and open key protectors
+    #[command(
+        subcommand,
+        after_help = "Example: claviger protector new --owner acme --guardian hgs --out vm.xml --key vm.key"
+    )]
+    Protector(cli::protector::Protector),
 }
 
 fn main() -> ExitCode {
@@ -145,6 +154,8 @@ fn run(command: Command) -> Result<ExitCode, Failure> {
         }
         Command::Hosts(command) => runtime()?.block_on(cli::hosts(command)).map(|()| ExitCode::SUCCESS),
         Command::Hsm(command) => runtime()?.block_on(cli::hsm(command)).map(|()| ExitCode::SUCCESS),
+        Command::Guardian(command) => runtime()?.block_on(cli::guardian::run(command)),
+        Command::Protector(command) => cli::protector::run(command),
         Command::Keys(command) => runtime()?.block_on(cli::keys(command)).map(|()| ExitCode::SUCCESS),
         Command::Host(command) => {
             process::no_core_dumps()?;

@@ -12,8 +12,9 @@
 //! | make the egress protector | [`build`] |
 //! | encrypt both keys to the host | [`payload`] |
 //!
-//! [`owner`] is the tenant's side, [`metadata`] what a tenant builds a guardian's wrapping from, [`attestation`] how a
-//! host gets its health certificate, and [`error`] what a refusal looks like.
+//! [`owner`] is the tenant's side, [`metadata`] what a tenant builds a guardian's wrapping from, [`describe`] what people
+//! are told of a protector, [`attestation`] how a host gets its health certificate, and [`error`] what a refusal looks
+//! like.
 #![forbid(unsafe_code)]
 
 pub mod algorithm;
@@ -22,6 +23,7 @@ pub mod batch;
 pub mod build;
 pub mod c14n;
 pub mod certificate;
+pub mod describe;
 mod encoding;
 pub mod error;
 pub mod health;

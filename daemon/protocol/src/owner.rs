@@ -1,13 +1,13 @@
-//! The tenant's side: making a protector, opening it, and letting a guardian in.
+//! The tenant's side: making a protector, opening it, letting a guardian in, and keeping one out.
 
 use crate::algorithm::{Oaep, SignatureAlgorithm};
 use crate::build::{Unsigned, fresh_transport_key};
 use crate::certificate::Certificate;
 use crate::error::Refusal;
-use crate::metadata::Metadata;
+use crate::metadata::{GuardianInformation, Metadata};
 use crate::protector::{Encryption, Protector, Signature, TransportKey, Wrapping};
 use crate::rsa_key::{RsaPrivateKey, RsaPublicKey};
-use crate::verify::{self, KnownCertificates, Verified};
+use crate::verify::{self, KnownCertificates, Party, Verified};
 
 /// The owner's Id in the protectors made here.
 const OWNER_ID: u32 = 1;
@@ -39,6 +39,25 @@ pub enum OwnerError {
     /// The owner's key cannot sign.
     #[error("the owner's key cannot sign")]
     Sign,
+    /// The protector belongs to somebody else: only its owner may change who is in it.
+    #[error("the owner of this protector is somebody else")]
+    NotOwner,
+    /// No wrapping was chosen to be revoked.
+    #[error("no wrapping of this protector is for that guardian")]
+    NoSuchGuardian,
+    /// The owner's own wrapping was chosen to be revoked.
+    #[error("the owner's own wrapping cannot be revoked")]
+    OwnerStays,
+}
+
+/// What [`Owner::revoke`] gives.
+pub struct Revoked {
+    /// The new protector.
+    pub file: Vec<u8>,
+    /// Its transport key, which no revoked guardian has ever seen.
+    pub key: TransportKey,
+    /// The Ids of the wrappings that are gone.
+    pub gone: Vec<u32>,
 }
 
 impl Owner {
@@ -72,9 +91,7 @@ impl Owner {
     /// See [`OwnerError`].
     pub fn grant(&self, protector: &[u8], guardian: &Metadata) -> Result<Vec<u8>, OwnerError> {
         let verified = verify::verify(Protector::parse(protector)?, &KnownCertificates::default())?;
-        if verified.parties[verified.owner].signing.key() != self.signing_key.public() {
-            return Err(OwnerError::NotOurs);
-        }
+        self.is_owner_of(&verified)?;
         let key = self.open_verified(&verified)?;
         let mut wrappings = verified.protector.wrappings;
         let owner = wrappings[verified.owner].id;
@@ -84,6 +101,78 @@ impl Owner {
         wrappings.push(wrapping);
         let recipients = verified.parties.iter().map(|p| p.encryption.key()).chain([&guardian.encryption_key]);
         self.write(&wrappings, recipients, &key, owner)
+    }
+
+    /// A protector of a *fresh* transport key for the parties of `protector` without those that `chosen` names. The wrappings
+    /// that stay keep their Ids, certificates and certificate signatures; the owner signs.
+    ///
+    /// With a wrapping go those that it vouches for, and those with a key of its own: a service looks for its key, so
+    /// another wrapping of the same key would let it in again.
+    ///
+    /// A guardian that could open the old protector still can, for ever: it is what the old key protects that has to be
+    /// protected anew, with the new key.
+    ///
+    /// # Errors
+    /// See [`OwnerError`].
+    pub fn revoke(&self, protector: &[u8], chosen: impl Fn(u32, &Party) -> bool) -> Result<Revoked, OwnerError> {
+        let verified = verify::verify(Protector::parse(protector)?, &KnownCertificates::default())?;
+        self.is_owner_of(&verified)?;
+        // A protector that the owner cannot open is not one to go on from.
+        self.open_verified(&verified)?;
+        let (wrappings, parties) = (&verified.protector.wrappings, &verified.parties);
+        let mut gone: Vec<bool> = wrappings.iter().zip(parties).map(|(w, party)| chosen(w.id, party)).collect();
+        if gone[verified.owner] {
+            return Err(OwnerError::OwnerStays);
+        }
+        if !gone.contains(&true) {
+            return Err(OwnerError::NoSuchGuardian);
+        }
+        // The owner is left out of the spreading: a guardian that wrote the owner's certificate into a wrapping of its own
+        // shall not become irrevocable.
+        loop {
+            let follows = |at: usize| {
+                let (wrapping, party) = (&wrappings[at], &parties[at]);
+                let lost = |other: usize| {
+                    wrappings[other].id == wrapping.parent
+                        || parties[other].signing.key() == party.signing.key()
+                        || parties[other].encryption.key() == party.encryption.key()
+                };
+                (0..wrappings.len()).any(|other| gone[other] && lost(other))
+            };
+            let Some(next) = (0..wrappings.len()).find(|at| !gone[*at] && *at != verified.owner && follows(*at)) else {
+                break;
+            };
+            gone[next] = true;
+        }
+        let kept: Vec<Wrapping> =
+            wrappings.iter().zip(&gone).filter(|(_, gone)| !**gone).map(|(w, _)| w.clone()).collect();
+        let recipients = parties.iter().zip(&gone).filter(|(_, gone)| !**gone).map(|(party, _)| party.encryption.key());
+        let key = fresh_transport_key()?;
+        let file = self.write(&kept, recipients, &key, wrappings[verified.owner].id)?;
+        let gone = wrappings.iter().zip(&gone).filter(|(_, gone)| **gone).map(|(w, _)| w.id).collect();
+        Ok(Revoked { file, key, gone })
+    }
+
+    /// A metadata document of this owner, for other owners to let it in: signed by its own signing key throughout.
+    ///
+    /// # Errors
+    /// [`OwnerError::Sign`].
+    pub fn metadata(&self) -> Result<Vec<u8>, OwnerError> {
+        let (signing, encryption) = (self.signing_certificate.der(), self.encryption_certificate.der());
+        let information = GuardianInformation {
+            encryption_certificate: encryption.to_vec(),
+            signing_certificate: signing.to_vec(),
+            encryption_certificate_signature: self.sign(encryption)?,
+            signing_certificate_self_signature: self.sign(signing)?,
+            other_signing_certificates: Vec::new(),
+        };
+        let unsigned = information.unsigned(signing);
+        Ok(unsigned.finish(&self.sign(unsigned.signed_octets())?.value))
+    }
+
+    fn is_owner_of(&self, verified: &Verified) -> Result<(), OwnerError> {
+        let owner = verified.parties[verified.owner].signing.key();
+        if owner == self.signing_key.public() { Ok(()) } else { Err(OwnerError::NotOwner) }
     }
 
     fn open_verified(&self, verified: &Verified) -> Result<TransportKey, OwnerError> {

@@ -81,8 +81,65 @@ fn a_guardian_is_granted_access_from_its_metadata() {
     assert_eq!(*open(&verified, 2).unwrap(), draft.key);
     // Somebody else's protector is neither opened nor changed.
     assert!(matches!(owner_of(3).open(&file), Err(OwnerError::NotOurs)));
-    assert!(matches!(owner_of(1).grant(&file, &metadata(2)), Err(OwnerError::NotOurs)));
+    assert!(matches!(owner_of(1).grant(&file, &metadata(2)), Err(OwnerError::NotOwner)));
     assert!(matches!(owner().open(b"<a/>"), Err(OwnerError::Protector(r)) if r.code == Code::InvalidProtector));
+}
+
+#[test]
+fn a_revoked_guardian_cannot_open_and_nobody_else_notices() {
+    let (file, key) = owner().create(&[metadata(1), metadata(2), metadata(3)]).unwrap();
+    let revoked = owner().revoke(&file, |id, _| id == 3).unwrap();
+    assert_eq!(revoked.gone, [3]);
+    assert_ne!(*revoked.key, *key);
+    let (before, after) = (accept(&file).unwrap(), accept(&revoked.file).unwrap());
+    for party in [0, 1, 3] {
+        assert_eq!(*open(&after, party).unwrap(), *revoked.key);
+    }
+    assert!(open(&after, 2).is_err());
+    let kept = [0, 1, 3].map(|at| &before.protector.wrappings[at]);
+    for (kept, new) in kept.into_iter().zip(&after.protector.wrappings) {
+        assert_eq!((kept.id, kept.parent), (new.id, new.parent));
+        assert_eq!(kept.signing_certificate, new.signing_certificate);
+        assert_eq!(kept.signing_certificate_signature.value, new.signing_certificate_signature.value);
+        assert_ne!(kept.cipher_value, new.cipher_value);
+    }
+    // The freed Id is given again.
+    let again = accept(&owner().grant(&revoked.file, &metadata(2)).unwrap()).unwrap();
+    assert_eq!(again.protector.wrappings.iter().map(|w| w.id).collect::<Vec<_>>(), [1, 2, 4, 3]);
+
+    assert!(matches!(owner().revoke(&file, |_, _| false), Err(OwnerError::NoSuchGuardian)));
+    assert!(matches!(owner().revoke(&file, |id, _| id == 1), Err(OwnerError::OwnerStays)));
+    assert!(matches!(owner_of(1).revoke(&file, |id, _| id == 3), Err(OwnerError::NotOwner)));
+    assert!(matches!(owner().revoke(b"<a/>", |_, _| true), Err(OwnerError::Protector(_))));
+}
+
+#[test]
+fn with_a_guardian_go_those_it_let_in_and_its_other_wrappings() {
+    // 2 lets 3 in and 3 lets 4 in; 5 is 4's guardian once more, let in by the owner.
+    let mut draft = Draft::new(4);
+    draft.parts.push(Part { id: "5".to_owned(), ..draft.parts[3].clone() });
+    draft.parts.push(Part { id: "6".to_owned(), party: 4, ..draft.parts[3].clone() });
+    for (at, parent) in [(2, 1), (3, 2)] {
+        draft.parts[at].parent = draft.parts[parent].id.clone();
+        draft.parts[at].parent_party = parent;
+    }
+    let file = draft.build();
+    assert_eq!(owner().revoke(&file, |id, _| id == 2).unwrap().gone, [2, 3, 4, 5]);
+    assert_eq!(owner().revoke(&file, |id, _| id == 5).unwrap().gone, [4, 5]);
+    assert_eq!(owner().revoke(&file, |id, _| id == 6).unwrap().gone, [6]);
+    // A guardian that put the owner's certificates under itself can be revoked all the same.
+    let mut draft = Draft::new(2);
+    draft.parts.push(Part { id: "3".to_owned(), parent: "2".to_owned(), parent_party: 1, ..draft.parts[0].clone() });
+    let revoked = owner().revoke(&draft.build(), |id, _| id == 2).unwrap();
+    assert_eq!(revoked.gone, [2, 3]);
+    assert_eq!(*owner().open(&revoked.file).unwrap(), *revoked.key);
+}
+
+#[test]
+fn an_owner_is_a_guardian_for_others() {
+    let metadata = Metadata::parse(&owner_of(3).metadata().unwrap()).unwrap();
+    let (file, key) = owner().create(&[metadata]).unwrap();
+    assert_eq!(*owner_of(3).open(&file).unwrap(), *key);
 }
 
 #[test]
