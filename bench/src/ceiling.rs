@@ -36,6 +36,20 @@ pub struct Settings {
     pub module: Option<PathBuf>,
 }
 
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            hsms: 1,
+            sessions: 4,
+            time: Duration::from_secs(3),
+            rounds: 5,
+            rsa: 2048,
+            rtt: Duration::ZERO,
+            module: None,
+        }
+    }
+}
+
 /// A median over the rounds, and its extremes.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Figure {

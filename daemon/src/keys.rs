@@ -73,9 +73,9 @@ impl Key {
                 KnownGood::decrypt(self.id.clone(), oaep, ciphertext, secret)
             }
             Kind::Signing => {
-                let digest = digest::digest(&digest::SHA256, &secret).as_ref().to_vec();
+                let digest = digest::digest(&digest::SHA256, &secret);
                 let scheme = SignScheme::Pkcs1(Hash::Sha256);
-                KnownGood::sign(self.id.clone(), scheme, digest, signed_by(public, &secret))
+                KnownGood::sign(self.id.clone(), scheme, digest.as_ref().to_vec(), signed_by(public, digest))
             }
         })
     }

@@ -97,7 +97,7 @@ pub async fn roll_protector(
     let unsigned =
         aside(ingress_protector.len(), || Unsigned::new(&verified.protector.wrappings, recipients, &egress, 0))?;
     let digest = digest::digest(&digest::SHA256, unsigned.signed_octets());
-    let right = signed_by(verified.parties[ours.wrapping].signing.key(), unsigned.signed_octets());
+    let right = signed_by(verified.parties[ours.wrapping].signing.key(), digest);
     let scheme = SignScheme::Pkcs1(Hash::Sha256);
     let (ingress, signed) = tokio::join!(
         service.cluster.decrypt(

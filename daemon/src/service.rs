@@ -10,7 +10,6 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwap;
 use claviger_hsm::{Check, Cluster, Done, Event, Hash, HsmError, KeyId, Observer, SignScheme};
-use claviger_protocol::algorithm::SignatureAlgorithm;
 use claviger_protocol::rsa_key::RsaPublicKey;
 use claviger_protocol::verify::KnownCertificates;
 use ring::digest;
@@ -234,7 +233,7 @@ impl Service {
         deadline: Instant,
     ) -> Result<Done<Vec<u8>>, HsmError> {
         let digest = digest::digest(&digest::SHA256, message);
-        let right = Some(signed_by(public, message));
+        let right = Some(signed_by(public, digest));
         self.cluster.sign(key, SignScheme::Pkcs1(Hash::Sha256), digest.as_ref(), deadline, right).await
     }
 
@@ -244,11 +243,11 @@ impl Service {
     }
 }
 
-/// Whether a signature of `message` is one: RSASSA-PKCS1-v1_5 with SHA-256, by the key whose other half is `public`.
+/// Whether a signature of the message with this SHA-256 is one: RSASSA-PKCS1-v1_5, by the key whose other half is `public`.
 #[must_use]
-pub fn signed_by(public: &RsaPublicKey, message: &[u8]) -> Check {
-    let (public, message) = (public.clone(), message.to_vec());
-    Arc::new(move |signature| public.verify(SignatureAlgorithm::DEFAULT, &message, signature).is_ok())
+pub fn signed_by(public: &RsaPublicKey, digest: digest::Digest) -> Check {
+    let public = public.clone();
+    Arc::new(move |signature| public.verify_digest(digest.as_ref(), signature).is_ok())
 }
 
 /// Counts what happens at the tokens.

@@ -7,7 +7,8 @@ use std::hash::{Hash, Hasher};
 use std::sync::{Arc, OnceLock};
 
 use aws_lc_rs::encoding::AsDer as _;
-use aws_lc_rs::rsa as aws;
+use aws_lc_rs::signature::{ParsedPublicKey, RSA_PKCS1_2048_8192_SHA256};
+use aws_lc_rs::{digest as aws_digest, rsa as aws};
 use data_encoding::{BASE64, HEXLOWER};
 use der::asn1::{AnyRef, BitStringRef, ObjectIdentifier, UintRef};
 use der::{Decode, Encode, Sequence};
@@ -109,6 +110,8 @@ struct PublicKey {
     /// The key as aws-lc wants it, made at the first encryption and shared by all clones: it costs more to make than
     /// one encryption. `None` if aws-lc refuses the key.
     encrypter: OnceLock<Option<aws::OaepPublicEncryptingKey>>,
+    /// The same for signatures by [`SignatureAlgorithm::DEFAULT`].
+    verifier: OnceLock<Option<ParsedPublicKey>>,
 }
 
 impl RsaPublicKey {
@@ -139,6 +142,7 @@ impl RsaPublicKey {
             exponent: exponent.to_vec(),
             spki,
             encrypter: OnceLock::new(),
+            verifier: OnceLock::new(),
         })))
     }
 
@@ -283,6 +287,11 @@ impl RsaPublicKey {
     /// [`BadSignature`] if it is not, for whatever reason.
     pub fn verify(&self, algorithm: SignatureAlgorithm, message: &[u8], signature: &[u8]) -> Result<(), BadSignature> {
         use SignatureAlgorithm::{Pkcs1, Pss};
+        if algorithm == SignatureAlgorithm::DEFAULT
+            && let Some(key) = self.verifier()
+        {
+            return key.verify_sig(message, signature).map_err(|_| BadSignature);
+        }
         let parameters = match algorithm {
             Pkcs1(SignatureDigest::Sha256) => &ring_signature::RSA_PKCS1_2048_8192_SHA256,
             Pkcs1(SignatureDigest::Sha384) => &ring_signature::RSA_PKCS1_2048_8192_SHA384,
@@ -294,6 +303,21 @@ impl RsaPublicKey {
         RsaPublicKeyComponents { n: self.modulus(), e: self.exponent() }
             .verify(parameters, message, signature)
             .map_err(|_| BadSignature)
+    }
+
+    /// Checks that `signature` is this key's, by [`SignatureAlgorithm::DEFAULT`], over the message with this SHA-256.
+    ///
+    /// # Errors
+    /// [`BadSignature`] if it is not, for whatever reason.
+    pub fn verify_digest(&self, digest: &[u8], signature: &[u8]) -> Result<(), BadSignature> {
+        let digest = aws_digest::Digest::import_less_safe(digest, &aws_digest::SHA256).map_err(|_| BadSignature)?;
+        let key = self.verifier().ok_or(BadSignature)?;
+        key.verify_digest_sig(&digest, signature).map_err(|_| BadSignature)
+    }
+
+    fn verifier(&self) -> Option<&ParsedPublicKey> {
+        let make = || ParsedPublicKey::new(&RSA_PKCS1_2048_8192_SHA256, &self.0.spki).ok();
+        self.0.verifier.get_or_init(make).as_ref()
     }
 
     /// Most octets [`Self::encrypt_oaep`] can carry with these digests.

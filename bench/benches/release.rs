@@ -1,0 +1,60 @@
+//! The whole release, in this process: what it takes of the processors beside the PKCS#11 operations, and how long it takes
+//! with them.
+
+#![allow(missing_docs, clippy::unwrap_used)]
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use claviger::attempt::Attempt;
+use claviger::daemon::load_cluster;
+use claviger::process;
+use claviger::release::roll;
+use claviger::service::{Service, request_id};
+use claviger_bench::ceiling::{Settings, Stage};
+use claviger_protocol::payload::ApiVersion;
+use claviger_tests::{block, roll_request};
+use criterion::{Criterion, criterion_group, criterion_main};
+
+fn whole(c: &mut Criterion) {
+    let stage = Stage::set(&Settings::default());
+    let health = {
+        let daemon = stage.lab.serve();
+        block(daemon.until_ready_is(200));
+        block(stage.lab.host(daemon.client()).attest()).unwrap()
+    };
+    let requests: Vec<_> = stage.lab.protectors().iter().map(|file| roll_request(&health, file)).collect();
+    let config = stage.lab.config();
+    let cluster = load_cluster(&config).unwrap();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    let service = Arc::new(Service::open(config, cluster).unwrap());
+    runtime.block_on(service.cluster.start()).unwrap();
+    let release = |at: u64| {
+        let mut attempt = Attempt::new(request_id());
+        let request = &requests[at as usize % requests.len()];
+        let response = runtime.block_on(roll(&service, ApiVersion::V2, request, &mut attempt)).unwrap();
+        response.to_xml()
+    };
+    let spent = || service.cluster.members().iter().map(|member| member.spent).sum::<Duration>();
+    let mut group = c.benchmark_group("release");
+    // The HSMs' time taken out: the processors' time of this process less that within PKCS#11 operations.
+    group.bench_function("without_hsm_time", |b| {
+        b.iter_custom(|count| {
+            let before = (process::usage().cpu, spent());
+            (0..count).for_each(|at| drop(release(at)));
+            (process::usage().cpu - before.0).saturating_sub(spent() - before.1)
+        });
+    });
+    group.bench_function("whole", |b| {
+        let mut at = 0;
+        b.iter(|| {
+            at += 1;
+            release(at)
+        });
+    });
+    group.finish();
+    runtime.block_on(service.cluster.close());
+}
+
+criterion_group!(benches, whole);
+criterion_main!(benches);
