@@ -1,5 +1,5 @@
 # Each target does its own set-up and is safe to repeat.
-.PHONY: demo test soak lint setup setup-demo help
+.PHONY: demo test bench soak lint setup setup-demo help
 
 PACKAGES_DEMO = softhsm2
 PACKAGES_TEST = $(PACKAGES_DEMO) opencryptoki opensc p11-kit p11-kit-modules xmlsec1 libxml2-utils openssl curl \
@@ -10,6 +10,7 @@ PACKAGES_BUILD = gcc libc6-dev make
 help:
 	@echo "make demo   build, make a lab with soft tokens, release keys end to end, keep serving"
 	@echo "make test   format check, clippy, documentation and every test"
+	@echo "make bench  what a release costs, and the daemon beside the raw token, in one table; best on an idle machine"
 	@echo "make soak   half an hour of faults of every kind under load; MINUTES=N for another time"
 	@echo "make lint   the checks without the tests"
 
@@ -44,6 +45,13 @@ test: lint
 	cargo build --workspace --locked
 	CLAVIGER_BIN=$(CURDIR)/target/debug/claviger CLAVIGER_LOADGEN_BIN=$(CURDIR)/target/debug/claviger-loadgen \
 	  cargo test --workspace --locked
+
+# In one go, so that the benches run the very program that is built here.
+bench: setup-demo
+	cargo build --release --locked -p claviger -p claviger-bench --bins
+	CLAVIGER_BIN=$(CURDIR)/target/release/claviger cargo bench --locked -p claviger-bench -- --warm-up-time 1 --measurement-time 3
+	CLAVIGER_BIN=$(CURDIR)/target/release/claviger ./target/release/ceiling --json target/ceiling.json > target/ceiling.txt
+	@echo; ./target/release/table; echo; cat target/ceiling.txt
 
 MINUTES = 30
 soak: setup-demo

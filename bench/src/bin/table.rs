@@ -1,0 +1,62 @@
+//! The last figures of the criterion benches, in one table.
+
+#![forbid(unsafe_code)]
+#![allow(clippy::print_stdout, clippy::print_stderr)]
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::Parser;
+use serde_json::Value;
+
+/// Prints what the criterion benches measured last
+#[derive(Debug, Parser)]
+#[command(after_help = "Example: cargo bench -p claviger-bench && cargo run -p claviger-bench --bin table")]
+struct Arguments {
+    /// Where criterion keeps its results
+    #[arg(long, value_name = "DIR", default_value = "target/criterion")]
+    results: PathBuf,
+}
+
+fn main() -> ExitCode {
+    let folder = Arguments::parse().results;
+    let mut rows = Vec::new();
+    collect(&folder, &mut rows);
+    if rows.is_empty() {
+        eprintln!("error: no results in {}; measure first: cargo bench -p claviger-bench", folder.display());
+        return ExitCode::FAILURE;
+    }
+    rows.sort();
+    println!("{:<34} {:>12} {:>26}", "", "median", "95 % of the medians in");
+    for (name, figures) in rows {
+        println!("{name:<34} {figures}");
+    }
+    ExitCode::SUCCESS
+}
+
+/// Every folder with the results of a run is called `new`.
+fn collect(folder: &Path, rows: &mut Vec<(String, String)>) {
+    if folder.file_name().is_some_and(|name| name == "new") {
+        rows.extend(row(folder));
+        return;
+    }
+    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        if entry.path().is_dir() {
+            collect(&entry.path(), rows);
+        }
+    }
+}
+
+fn row(folder: &Path) -> Option<(String, String)> {
+    let json = |file| serde_json::from_slice::<Value>(&std::fs::read(folder.join(file)).ok()?).ok();
+    let (benchmark, estimates) = (json("benchmark.json")?, json("estimates.json")?);
+    let median = &estimates["median"];
+    let interval = &median["confidence_interval"];
+    let elements = benchmark["throughput"]["Elements"].as_f64().filter(|count| *count > 1.0);
+    let each = |nanoseconds: &Value| Some(nanoseconds.as_f64()? / elements.unwrap_or(1.0) / 1e3);
+    let (from, to) = (each(&interval["lower_bound"])?, each(&interval["upper_bound"])?);
+    let name = benchmark["full_id"].as_str()?;
+    let note = if elements.is_some() { ", each" } else { "" };
+    let range = format!("{from:.2} to {to:.2} µs");
+    Some((format!("{name}{note}"), format!("{:>9.2} µs {range:>26}", each(&median["point_estimate"])?)))
+}
