@@ -1,5 +1,5 @@
 # Each target does its own set-up and is safe to repeat.
-.PHONY: demo test bench soak lint setup setup-demo help
+.PHONY: demo test bench soak lint deb setup setup-demo help
 
 PACKAGES_DEMO = softhsm2
 PACKAGES_TEST = $(PACKAGES_DEMO) opencryptoki opensc p11-kit p11-kit-modules xmlsec1 libxml2-utils openssl curl \
@@ -13,6 +13,7 @@ help:
 	@echo "make bench  what a release costs, and the daemon beside the raw token, in one table; best on an idle machine"
 	@echo "make soak   half an hour of faults of every kind under load; MINUTES=N for another time"
 	@echo "make lint   the checks without the tests"
+	@echo "make deb    a Debian package, in target/debian"
 
 # Installs what is missing of the Debian packages $(1); without root it says what to install.
 define install
@@ -57,3 +58,8 @@ MINUTES = 30
 soak: setup-demo
 	cargo build --locked --workspace --bin claviger --bin soak
 	CLAVIGER_BIN=$(CURDIR)/target/debug/claviger ./target/debug/soak --minutes $(MINUTES)
+
+deb:
+	$(call install,$(PACKAGES_BUILD))
+	command -v cargo-deb >/dev/null || cargo install --locked cargo-deb
+	cargo deb --locked -p claviger

@@ -3,6 +3,9 @@
 //! A Unix stream socket in the state folder. A request is one JSON object on a line, `{"command": "hosts.list", …}`;
 //! the answer is one, too: `{"ok": …}` or `{"error": "…"}`. A connection carries any number of them, one after the other.
 //! Only root and the daemon's own user may connect: the file's mode says so, and the kernel's word on the peer is checked.
+//! With a group its members may, too, by the file's mode alone: the kernel names but one of a peer's groups.
+//!
+//! There are two of them: `admin.sock`, and `review.sock` where only that is answered which changes nothing.
 
 use std::fs::{File, OpenOptions, Permissions};
 use std::future::Future;
@@ -118,17 +121,20 @@ pub enum AdminError {
 pub struct AdminSocket {
     listener: UnixListener,
     path: PathBuf,
+    /// Whoever could connect is allowed to.
+    for_group: bool,
     /// Locked for as long as it is open. The file stays: removing it would race with the next daemon.
     _lock: File,
 }
 
 impl AdminSocket {
-    /// Makes the socket, mode 0600, in place of one that a dead daemon left. To be called inside a tokio runtime.
+    /// Makes the socket, mode 0600, or 0660 for a group, in place of one that a dead daemon left. To be called inside a tokio
+    /// runtime.
     ///
     /// # Errors
     /// [`AdminError::Taken`] when a daemon is alive on this path; [`AdminError::PathTooLong`],
     /// [`AdminError::NotASocket`], [`AdminError::Bind`].
-    pub fn bind(path: &Path) -> Result<Self, AdminError> {
+    pub fn bind(path: &Path, group: Option<u32>) -> Result<Self, AdminError> {
         check_length(path)?;
         let failed = |source| AdminError::Bind { path: path.to_owned(), source };
         let taken = || AdminError::Taken { path: path.to_owned() };
@@ -155,9 +161,15 @@ impl AdminSocket {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(failed(error)),
         }
-        let listener = UnixListener::bind(path).map_err(failed)?;
-        std::fs::set_permissions(path, Permissions::from_mode(0o600)).map_err(failed)?;
-        Ok(Self { listener, path: path.to_owned(), _lock: lock })
+        let listener = std::os::unix::net::UnixListener::bind(path).map_err(failed)?;
+        let mode = if group.is_some() { 0o660 } else { 0o600 };
+        std::os::unix::fs::chown(path, None, group).map_err(failed)?;
+        std::fs::set_permissions(path, Permissions::from_mode(mode)).map_err(failed)?;
+        // Who came in before the mode was set may be anybody.
+        listener.set_nonblocking(true).map_err(failed)?;
+        while listener.accept().is_ok() {}
+        let listener = UnixListener::from_std(listener).map_err(failed)?;
+        Ok(Self { listener, path: path.to_owned(), for_group: group.is_some(), _lock: lock })
     }
 
     /// Answers requests with `handler` until `shutdown` ends and the commands in progress are done. Removes the socket.
@@ -180,7 +192,7 @@ impl AdminSocket {
                 Some(ended) = connections.join_next() => log_panic(ended),
                 accepted = self.listener.accept(), if room => match accepted {
                     Ok((stream, _)) => {
-                        connections.spawn(converse(stream, handler.clone(), stopping.clone()));
+                        connections.spawn(converse(stream, self.for_group, handler.clone(), stopping.clone()));
                     }
                     Err(error) => {
                         tracing::error!(%error, "the administrators' socket cannot accept; trying again");
@@ -212,7 +224,7 @@ fn log_panic(ended: Result<(), tokio::task::JoinError>) {
 }
 
 /// One administrator's connection.
-async fn converse<H, F>(mut stream: UnixStream, handler: Arc<H>, mut stopping: watch::Receiver<bool>)
+async fn converse<H, F>(mut stream: UnixStream, for_group: bool, handler: Arc<H>, mut stopping: watch::Receiver<bool>)
 where
     H: Fn(Value, Peer) -> F,
     F: Future<Output = Result<Value, String>>,
@@ -226,8 +238,7 @@ where
     };
     let (reader, mut writer) = stream.split();
     let mut reader = BufReader::new(reader);
-    // The file's mode is set only after the socket was made; until then others may have come in.
-    let allowed = peer.uid == 0 || peer.uid == rustix::process::geteuid().as_raw();
+    let allowed = for_group || peer.uid == 0 || peer.uid == rustix::process::geteuid().as_raw();
     loop {
         let line = tokio::select! {
             biased;
@@ -374,7 +385,7 @@ mod tests {
     }
 
     fn start(path: &Path) -> (oneshot::Sender<()>, JoinHandle<()>) {
-        let socket = AdminSocket::bind(path).unwrap();
+        let socket = AdminSocket::bind(path, None).unwrap();
         let (stop, stopped) = oneshot::channel();
         let serving = socket.serve(handler, async {
             let _ = stopped.await;
@@ -443,18 +454,18 @@ mod tests {
         drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
         assert!(fault(&path, json!({})).await.contains("has ended; start it again"));
         let running = start(&path);
-        let message = AdminSocket::bind(&path).unwrap_err().to_string();
+        let message = AdminSocket::bind(&path, None).unwrap_err().to_string();
         assert!(message.starts_with("another claviger serves this state directory"), "{message}");
         assert_eq!(call(&path, &json!({ "command": "echo", "value": 1 })).await.unwrap(), json!(1));
         stop(running).await;
         stop(start(&path)).await;
         // One that listens without the lock is alive, too.
         let other = std::os::unix::net::UnixListener::bind(&path).unwrap();
-        assert!(matches!(AdminSocket::bind(&path), Err(AdminError::Taken { .. })));
+        assert!(matches!(AdminSocket::bind(&path, None), Err(AdminError::Taken { .. })));
         drop(other);
         std::fs::remove_file(&path).unwrap();
         std::fs::write(&path, "precious").unwrap();
-        assert!(matches!(AdminSocket::bind(&path), Err(AdminError::NotASocket { .. })));
+        assert!(matches!(AdminSocket::bind(&path, None), Err(AdminError::NotASocket { .. })));
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
     }
 
@@ -479,7 +490,7 @@ mod tests {
     async fn a_path_that_is_too_long_is_said_to_be() {
         let path = Path::new("/tmp").join("x".repeat(120));
         assert!(fault(&path, json!({})).await.contains("125 octets long, and the path of a socket has at most 107"));
-        assert!(matches!(AdminSocket::bind(&path), Err(AdminError::PathTooLong { .. })));
+        assert!(matches!(AdminSocket::bind(&path, None), Err(AdminError::PathTooLong { .. })));
         // The longest one that is allowed works.
         let folder = tempfile::tempdir().unwrap();
         let room = PATH_LIMIT - folder.path().as_os_str().len() - 1;

@@ -21,6 +21,7 @@ mod queue;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use arc_swap::ArcSwap;
 use claviger_protocol::error::{Code, Refusal};
 use tokio::sync::oneshot;
 
@@ -82,11 +83,26 @@ impl Dropped {
 
 /// Lets releases in.
 pub struct Admission {
+    limits: ArcSwap<Limits>,
+    room: Arc<Room>,
+}
+
+/// What can be changed at any time.
+struct Limits {
     /// `None` without a limit.
     buckets: Option<Mutex<Buckets>>,
-    room: Arc<Room>,
+    /// How fast the buckets fill, and how much is in them.
+    rate: (u32, u32),
     /// From a request's arrival to its answer.
     deadline: Duration,
+}
+
+impl Limits {
+    fn new(release: &Release) -> Self {
+        let rate = (release.host_rate, release.host_burst);
+        let buckets = (rate.0 > 0).then(|| Mutex::new(Buckets::new(rate.0, rate.1)));
+        Self { buckets, rate, deadline: release.deadline() }
+    }
 }
 
 /// How a waiting release hears that it is its turn.
@@ -121,9 +137,24 @@ impl Admission {
     #[must_use]
     pub fn new(release: &Release, sessions: usize) -> Self {
         let concurrency = concurrency(release, sessions);
-        let buckets = (release.host_rate > 0).then(|| Mutex::new(Buckets::new(release.host_rate, release.host_burst)));
         let room = Arc::new(Room { queue: Mutex::new(Queue::new(concurrency, release.queue)) });
-        Self { buckets, room, deadline: release.deadline() }
+        Self { limits: ArcSwap::from_pointee(Limits::new(release)), room }
+    }
+
+    /// Takes new limits: the rate of hosts, the deadline, and how many may wait. Those who wait now stay. Where the rate
+    /// changes, every host starts with a full burst.
+    pub fn change(&self, release: &Release) {
+        let before = self.limits.load();
+        let mut limits = Limits::new(release);
+        if limits.rate == before.rate
+            && let (Some(old), Some(new)) = (&before.buckets, &mut limits.buckets)
+        {
+            let mut old = old.lock().unwrap_or_else(PoisonError::into_inner);
+            let new = new.get_mut().unwrap_or_else(PoisonError::into_inner);
+            std::mem::swap(&mut *old, new);
+        }
+        self.limits.store(Arc::new(limits));
+        self.room.lock().set_limit(release.queue);
     }
 
     /// Lets a release of `host` in: within the host's rate, and when it is its turn.
@@ -140,14 +171,16 @@ impl Admission {
     /// # Errors
     /// `TooManyRequestsException`.
     pub fn within_rate(&self, host: &str) -> Result<(), Refusal> {
-        let Some(buckets) = &self.buckets else { return Ok(()) };
+        let limits = self.limits.load();
+        let Some(buckets) = &limits.buckets else { return Ok(()) };
         let taken = buckets.lock().unwrap_or_else(PoisonError::into_inner).take(host, Instant::now());
         taken.map_err(|wait| Dropped::Rate.refusal(whole_seconds(wait)))
     }
 
     /// Counts `more` releases against the rate of a host, as far as it has them: what it sent cost that much.
     pub fn charge(&self, host: &str, more: usize) {
-        let Some(buckets) = &self.buckets else { return };
+        let limits = self.limits.load();
+        let Some(buckets) = &limits.buckets else { return };
         let mut buckets = buckets.lock().unwrap_or_else(PoisonError::into_inner);
         let now = Instant::now();
         (0..more).map_while(|_| buckets.take(host, now).ok()).count();
@@ -158,7 +191,7 @@ impl Admission {
     /// # Errors
     /// `ServiceUnavailableException`.
     pub async fn turn(&self, host: &str, attempt: &Attempt) -> Result<Permit, Refusal> {
-        let deadline = attempt.started() + self.deadline;
+        let deadline = attempt.started() + self.limits.load().deadline;
         let (waiter, answer) = oneshot::channel();
         let place = match self.room.arrive(host, deadline, waiter)? {
             Entry::Permit(permit) => return Ok(permit),
@@ -189,12 +222,13 @@ impl Admission {
     /// As [`Admission::admit`].
     pub fn outlook(&self, host: &str, attempt: &Attempt) -> Result<(), Refusal> {
         let now = Instant::now();
-        if let Some(buckets) = &self.buckets {
+        let limits = self.limits.load();
+        if let Some(buckets) = &limits.buckets {
             let token = buckets.lock().unwrap_or_else(PoisonError::into_inner).with_one_less(host, now);
             token.map_err(|wait| Dropped::Rate.refusal(whole_seconds(wait)))?;
         }
         let queue = self.room.lock();
-        let outlook = queue.outlook(host, attempt.started() + self.deadline, now);
+        let outlook = queue.outlook(host, attempt.started() + limits.deadline, now);
         let retry_after = queue.retry_after();
         drop(queue);
         outlook.map_err(|reason| reason.refusal(retry_after))

@@ -53,6 +53,9 @@ pub enum Command {
         /// Its name.
         name: String,
     },
+    /// Has every member use every registered key, and says what is wrong.
+    #[serde(rename = "doctor")]
+    Doctor,
     /// Has a member do operations whose right result is known.
     #[serde(rename = "hsm.probe")]
     ProbeHsm {
@@ -100,6 +103,10 @@ pub async fn handle(service: Arc<Service>, request: Value, peer: Peer) -> Result
             Ok(certificates.into_iter().map(|c| certificate(&c)).collect())
         }
         Command::ListHsms => Ok(service.cluster.members().iter().map(member).collect()),
+        Command::Doctor => {
+            let findings = crate::doctor::of_daemon(&service).await;
+            serde_json::to_value(findings).map_err(|e| e.to_string())
+        }
         Command::DrainHsm { name } => drain(&service, &name, true, peer).await,
         Command::ResumeHsm { name } => drain(&service, &name, false, peer).await,
         Command::ProbeHsm { name } => {
@@ -108,6 +115,18 @@ pub async fn handle(service: Arc<Service>, request: Value, peer: Peer) -> Result
             Ok(json!({"name": name, "seconds": took.as_secs_f64()}))
         }
     }
+}
+
+/// Answers a request that changes nothing and asks nothing of the HSMs, by the word that its name ends in; refuses others.
+///
+/// # Errors
+/// A sentence for a person.
+pub async fn review(service: Arc<Service>, request: Value, peer: Peer) -> Result<Value, String> {
+    let reads = |name: &str| [".list", ".show", ".status"].iter().any(|end| name.ends_with(end));
+    if !request["command"].as_str().is_some_and(reads) {
+        return Err("this socket only answers what changes nothing; use admin.sock for this".to_owned());
+    }
+    handle(service, request, peer).await
 }
 
 async fn drain(service: &Service, name: &str, drain: bool, peer: Peer) -> Result<Value, String> {
@@ -121,7 +140,7 @@ async fn drain(service: &Service, name: &str, drain: bool, peer: Peer) -> Result
 }
 
 fn known(service: &Service, name: &str) -> Result<(), String> {
-    let found = service.config.hsm.iter().any(|hsm| hsm.name == name);
+    let found = service.config.load().hsm.iter().any(|hsm| hsm.name == name);
     if found { Ok(()) } else { Err(format!("no HSM is called {name}; `claviger hsm list` shows them")) }
 }
 

@@ -33,6 +33,8 @@ pub struct Config {
     pub release: Release,
     /// How the audit trail is written.
     pub audit: Audit,
+    /// How the log is written.
+    pub log: Log,
 }
 
 /// `[server]`: addresses, the state folder, and what connections may cost.
@@ -46,6 +48,16 @@ pub struct Server {
     /// Folder of `state.db`, `audit.jsonl` and the administrators' socket; made when missing, with mode 0700.
     /// Default: `/var/lib/claviger`.
     pub state: PathBuf,
+    /// Folder of `admin.sock` and `review.sock`; it has to be there. Default: none, the state folder.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sockets: Option<PathBuf>,
+    /// Group, by its name in `/etc/group` or its number, that may use `admin.sock` beside root and the daemon's own user.
+    /// Default: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub admin_group: Option<String>,
+    /// The same for `review.sock`, where nothing can be changed. Default: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub review_group: Option<String>,
     /// Most connections that are open at once, 1 to 1,000,000; more wait in the kernel's backlog. Default: 10,000.
     pub max_connections: usize,
     /// Milliseconds from a request's first octet to the end of its header, and for a TLS handshake; 1 to 600,000.
@@ -68,6 +80,9 @@ impl Default for Server {
             listen: SocketAddr::from(([127, 0, 0, 1], 8080)),
             metrics: SocketAddr::from(([127, 0, 0, 1], 9464)),
             state: PathBuf::from("/var/lib/claviger"),
+            sockets: None,
+            admin_group: None,
+            review_group: None,
             max_connections: 10_000,
             header_timeout_ms: 10_000,
             body_timeout_ms: 15_000,
@@ -111,7 +126,16 @@ impl Server {
 
     /// Where the administrators' socket is.
     pub fn admin_socket(&self) -> PathBuf {
-        self.state.join("admin.sock")
+        self.sockets().join("admin.sock")
+    }
+
+    /// Where the socket is that only reads.
+    pub fn review_socket(&self) -> PathBuf {
+        self.sockets().join("review.sock")
+    }
+
+    fn sockets(&self) -> &Path {
+        self.sockets.as_ref().unwrap_or(&self.state)
     }
 }
 
@@ -123,6 +147,13 @@ pub struct Tls {
     pub certificate: PathBuf,
     /// The certificate's private key, PEM (PKCS#8, PKCS#1 or SEC1).
     pub key: PathBuf,
+    /// The authorities of clients' certificates, PEM. A certificate that a client shows has to lead to one of them.
+    /// Default: none, clients are not asked for certificates.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub client_ca: Option<PathBuf>,
+    /// Whether a client without a certificate is turned away; needs `client_ca`. Default: false.
+    #[serde(default)]
+    pub client_required: bool,
 }
 
 /// `[[hsm]]`: one member, which is one token of one PKCS#11 module.
@@ -352,6 +383,25 @@ pub struct Audit {
     pub sync: bool,
 }
 
+/// `[log]`: how the log is written, which goes to the standard error.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Log {
+    /// `text`, or `json`: an object on a line. Default: `text`.
+    pub format: LogFormat,
+}
+
+/// How a line of the log looks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// For machines: a JSON object on a line.
+    Json,
+}
+
 /// Why a configuration cannot be used: where, which setting, what is wrong with it, and what to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConfigError {
@@ -431,7 +481,9 @@ impl Config {
         if let Some(tls) = &mut self.server.tls {
             absolute(&mut tls.certificate);
             absolute(&mut tls.key);
+            tls.client_ca.as_mut().map(absolute);
         }
+        self.server.sockets.as_mut().map(absolute);
         for hsm in &mut self.hsm {
             absolute(&mut hsm.module);
             if let Some(pin_file) = &mut hsm.pin_file {
@@ -453,6 +505,16 @@ impl Config {
                 in_server("metrics"),
                 format!("{} is the address of server.listen, too", server.metrics),
                 "give one of them another port",
+            ));
+        }
+        if let Some(tls) = &server.tls
+            && tls.client_required
+            && tls.client_ca.is_none()
+        {
+            return Err(Fault::new(
+                vec![Step::Key("server".into()), Step::Key("tls".into()), Step::Key("client_required".into())],
+                "clients are to show certificates, and nothing says whose".to_owned(),
+                "name their authorities in server.tls.client_ca",
             ));
         }
         let in_release = |key| setting("release", key);
@@ -772,6 +834,12 @@ sync = true
             ("SOFTHSM2_CONF", "\"A=B\"", "/lab/claviger.toml:3: env.A=B: \"A=B\" cannot be an environment variable"),
             ("[audit]", "[release]\nhost_burst = 0\n[audit]", "/lab/claviger.toml:30: release.host_burst: 0 is out"),
             ("[audit]", "[release]\nhost_rate = -1\n[audit]", "/lab/claviger.toml:30: release.host_rate: invalid"),
+            (
+                "key = \"/keys/tls.key\"",
+                "key = \"/keys/tls.key\"\nclient_required = true",
+                "server.tls.client_required: clients are to show certificates, and nothing says whose",
+            ),
+            ("[audit]", "[log]\nformat = \"xml\"\n[audit]", "log.format"),
             ("[audit]", "[release]\nconcurrency = 100001\n[audit]", "release.concurrency: 100001 is out of bounds"),
             ("[audit]", "[release]\nqueue = 0\n[audit]", "release.queue: 0 is out of bounds"),
             ("[audit]", "[audit", "/lab/claviger.toml:29: "),

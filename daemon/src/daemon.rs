@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use claviger_hsm::{Cluster, HsmError, MemberConfig, Patience, Pin, TokenRef};
 use hyper::service::service_fn;
 use tokio::sync::watch;
@@ -17,10 +18,11 @@ use crate::attest::signer::Keeper;
 use crate::commands;
 use crate::config::{Config, Hsm, PinError, TokenName};
 use crate::metrics;
+use crate::notify;
 use crate::process;
 use crate::ready::Readiness;
 use crate::routes;
-use crate::server::{self, Drained, Limits, Listener, TlsError, tls_config};
+use crate::server::{self, Drained, Limits, Listener, SharedTls, TlsError, tls_config};
 use crate::service::{Service, ServiceError, observer};
 
 /// How often the state is looked at for changes that another daemon made.
@@ -75,12 +77,19 @@ pub fn load_cluster(config: &Config) -> Result<Cluster, StartError> {
     claviger_hsm::set_env(&config.env);
     // Before the first call to a token, which is to be counted.
     metrics::install();
-    // The waiting room is in front of the releases; what runs must always find a place, on any one member, and so must what
-    // else there is to sign.
-    let queue = 4 * admission::concurrency(&config.release, config.hsm.iter().map(|hsm| hsm.sessions).sum()) + 256;
+    let queue = member_queue(config);
     let members = config.hsm.iter().map(|hsm| member(hsm, queue, config.release.batch)).collect::<Result<_, _>>()?;
     let patience = Patience { watchdog: config.release.watchdog() };
     Ok(Cluster::load(members, patience, observer())?)
+}
+
+/// How many calls may wait at one member.
+///
+/// The waiting room is in front of the releases; what runs must always find a place, on any one member, and so must what else
+/// there is to sign.
+#[must_use]
+pub fn member_queue(config: &Config) -> usize {
+    4 * admission::concurrency(&config.release, config.hsm.iter().map(|hsm| hsm.sessions).sum()) + 256
 }
 
 /// A member as the configuration describes it, with its PIN.
@@ -114,9 +123,11 @@ pub struct Daemon {
     pub address: SocketAddr,
     /// The address of `/metrics`, `/live` and `/ready`.
     pub metrics_address: SocketAddr,
+    /// What new connections to the service are encrypted with, where they are.
+    pub tls: Option<SharedTls>,
     stop: watch::Sender<bool>,
     serving: JoinHandle<Drained>,
-    admin: JoinHandle<()>,
+    admin: [JoinHandle<()>; 2],
     others: Vec<JoinHandle<()>>,
 }
 
@@ -137,17 +148,21 @@ impl Daemon {
             attestation_outcomes: &routes::attestation_outcomes(),
             drop_reasons: &Dropped::ALL.map(Dropped::as_str),
         });
-        let tls = config.server.tls.as_ref().map(|tls| tls_config(&tls.certificate, &tls.key)).transpose()?;
+        let tls = config.server.tls.as_ref().map(tls_config).transpose()?.map(|tls| Arc::new(ArcSwap::new(tls)));
         let listener = Listener::bind(config.server.listen)?.counted();
         let metrics_listener = Listener::bind(config.server.metrics)?;
         let (address, metrics_address) = (listener.local_addr(), metrics_listener.local_addr());
         let limits = affordable(Limits::from(&config.server), &config);
         let admin_path = config.server.admin_socket();
+        let review_path = config.server.review_socket();
+        let group = |name: &Option<String>| name.as_deref().map(process::group_id).transpose();
+        let (admin_group, review_group) = (group(&config.server.admin_group)?, group(&config.server.review_group)?);
 
         let opening = tokio::task::spawn_blocking(move || Service::open(config, cluster));
         let service = Arc::new(opening.await??);
         // Only one daemon at a time gets beyond this point with the same state folder.
-        let admin = AdminSocket::bind(&admin_path)?;
+        let admin = AdminSocket::bind(&admin_path, admin_group)?;
+        let review = AdminSocket::bind(&review_path, review_group)?;
         if let Err(error) = service.cluster.start().await {
             tracing::error!(%error, "no HSM serves yet; the daemon goes on trying");
         }
@@ -159,30 +174,34 @@ impl Daemon {
         };
         let of = service.clone();
         let handler = service_fn(move |request| routes::serve(of.clone(), request));
-        let serving = tokio::spawn(server::run(listener, tls, limits.clone(), handler, wait(stopped.clone())));
+        let serving = tokio::spawn(server::run(listener, tls.clone(), limits.clone(), handler, wait(stopped.clone())));
 
         let (of, readiness) = (service.clone(), Arc::new(Readiness::default()));
         let handler =
             service_fn(move |request| routes::serve_metrics(of.clone(), readiness.clone(), handle.clone(), request));
         let of = service.clone();
         let commands = move |request, peer| commands::handle(of.clone(), request, peer);
-        let admin = tokio::spawn(admin.serve(commands, wait(stopped)));
+        let admin = tokio::spawn(admin.serve(commands, wait(stopped.clone())));
+        let of = service.clone();
+        let commands = move |request, peer| commands::review(of.clone(), request, peer);
+        let review = tokio::spawn(review.serve(commands, wait(stopped)));
         let others = vec![
             tokio::spawn(Keeper::new(service.clone()).run()),
             tokio::spawn(follow_state(service.clone())),
+            tokio::spawn(notify::watchdog()),
             // Until the very end: an operator wants to see a stop that takes long.
             tokio::spawn(async move {
                 let limits = Limits { max_connections: METRICS_CONNECTIONS, ..limits };
                 server::run(metrics_listener, None, limits, handler, std::future::pending()).await;
             }),
         ];
-        Ok(Self { service, address, metrics_address, stop, serving, admin, others })
+        Ok(Self { service, address, metrics_address, tls, stop, serving, admin: [admin, review], others })
     }
 
     /// The service's URL, for scripts.
     #[must_use]
     pub fn url(&self) -> String {
-        let scheme = if self.service.config.server.tls.is_some() { "https" } else { "http" };
+        let scheme = if self.tls.is_some() { "https" } else { "http" };
         format!("{scheme}://{}", self.address)
     }
 
@@ -193,9 +212,11 @@ impl Daemon {
             Ok(drained) => tracing::info!(open = drained.open, cut = drained.cut, "all requests are answered"),
             Err(error) => tracing::error!(%error, "serving failed"),
         }
-        // It ends by itself, and soon: when the commands in progress are done.
-        if let Err(error) = self.admin.await {
-            tracing::error!(%error, "the administrators' socket failed");
+        // They end by themselves, and soon: when the commands in progress are done.
+        for socket in self.admin {
+            if let Err(error) = socket.await {
+                tracing::error!(%error, "the administrators' socket failed");
+            }
         }
         for task in self.others {
             task.abort();

@@ -62,7 +62,7 @@ pub struct Key {
 
 impl Key {
     /// `None` when there is no randomness, or the key is too small to encrypt a secret to.
-    fn known_good(&self, kind: Kind) -> Option<KnownGood> {
+    pub(crate) fn known_good(&self, kind: Kind) -> Option<KnownGood> {
         let mut secret = Zeroizing::new(vec![0; 32]);
         SystemRandom::new().fill(&mut secret).ok()?;
         let public = self.certificate.key();

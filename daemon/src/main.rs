@@ -11,10 +11,10 @@ use std::time::Instant;
 
 use clap::{Parser, Subcommand};
 use claviger::cli::{self, Failure};
-use claviger::config::Config;
+use claviger::config::{Config, LogFormat};
 use claviger::daemon::{Daemon, load_cluster};
 use claviger::lab::{Lab, Tokens};
-use claviger::{demo, print, process, reload};
+use claviger::{demo, doctor, notify, print, process, reload};
 use claviger_hsm::Cluster;
 use tracing_subscriber::EnvFilter;
 
@@ -25,7 +25,7 @@ const QUIET: &str = "warn,cryptoki=off";
 
 /// Releases the transport keys of shielded virtual machines to hosts that proved their health
 #[derive(Debug, Parser)]
-#[command(version, after_help = "Start here: claviger demo")]
+#[command(version = env!("CLAVIGER_VERSION"), after_help = "Start here: claviger demo")]
 struct Arguments {
     #[command(subcommand)]
     command: Command,
@@ -35,12 +35,28 @@ struct Arguments {
 enum Command {
     /// Serve, as the configuration says
     #[command(after_help = "Example: claviger serve --config /etc/claviger/claviger.toml\n\
-        SIGTERM stops: what was accepted is answered first. SIGHUP reads PINs again and reopens the audit trail.\n\
+        SIGTERM stops: what was accepted is answered first. SIGHUP reloads the configuration, the certificate for TLS and\n\
+        the PINs, and reopens the audit trail; the log names what needs a restart.\n\
         RUST_LOG=debug says more.")]
     Serve {
         /// The configuration file
         #[arg(long, value_name = "FILE")]
         config: PathBuf,
+        /// How the log looks, instead of log.format of the configuration
+        #[arg(long, value_name = "FORMAT")]
+        log: Option<LogFormat>,
+    },
+    /// Look for what is wrong, whether the daemon runs or not, and say what to do about it
+    #[command(after_help = "Example: claviger doctor --config /etc/claviger/claviger.toml\n\
+        Exit status: 0 all is well, 1 there are warnings, 2 there are errors.\n\
+        Without a daemon every PIN is tried once: tokens count wrong ones.")]
+    Doctor {
+        /// The configuration file
+        #[arg(long, value_name = "FILE")]
+        config: PathBuf,
+        /// Print JSON for machines
+        #[arg(long)]
+        json: bool,
     },
     /// Make a lab with soft tokens, serve it, and release keys end to end
     #[command(after_help = "Example: claviger demo --dir /tmp/lab --listen 127.0.0.1:0 --exit")]
@@ -96,11 +112,15 @@ enum Command {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let quiet = matches!(arguments.command, Command::Demo { .. } | Command::Host(_));
+    let quiet = matches!(arguments.command, Command::Demo { .. } | Command::Doctor { .. } | Command::Host(_));
     let filter =
         EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(if quiet { QUIET } else { USUAL }));
     let ansi = std::io::stderr().is_terminal();
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(ansi).init();
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(ansi);
+    match log_format(&arguments.command) {
+        LogFormat::Text => log.init(),
+        LogFormat::Json => log.json().flatten_event(true).init(),
+    }
     match run(arguments.command) {
         Ok(status) => status,
         Err(failure) => {
@@ -110,10 +130,16 @@ fn main() -> ExitCode {
     }
 }
 
+/// A configuration that cannot be read is complained of when it is to be used.
+fn log_format(command: &Command) -> LogFormat {
+    let Command::Serve { config, log } = command else { return LogFormat::Text };
+    log.unwrap_or_else(|| Config::load(config).map_or(LogFormat::Text, |config| config.log.format))
+}
+
 /// What has to happen while there is one thread (environment variables, loading modules) happens before the runtime.
 fn run(command: Command) -> Result<ExitCode, Failure> {
     match command {
-        Command::Serve { config } => {
+        Command::Serve { config, log: _ } => {
             process::no_core_dumps()?;
             process::raise_open_files()?;
             let file = config;
@@ -126,13 +152,22 @@ fn run(command: Command) -> Result<ExitCode, Failure> {
                 print::line(&format!("listening on {}", daemon.url()));
                 print::line(&format!("metrics on http://{}", daemon.metrics_address));
                 // Awaited here: the macro does not look at its arguments where its level is switched off.
-                let reloading = tokio::spawn(reload::follow(hangups, file.clone(), daemon.service.clone()));
+                let reloading =
+                    tokio::spawn(reload::follow(hangups, file.clone(), daemon.service.clone(), daemon.tls.clone()));
+                notify::ready();
                 let signal = stop.await;
+                notify::stopping();
                 reloading.abort();
                 tracing::info!(signal, "stopping");
                 daemon.stop().await;
                 Ok(ExitCode::SUCCESS)
             })
+        }
+        Command::Doctor { config, json } => {
+            process::no_core_dumps()?;
+            let findings = doctor::examine(&config);
+            doctor::print(&findings, json);
+            Ok(doctor::status(&findings))
         }
         Command::Demo { dir, listen, metrics, hsms, rsa, vms, exit } => {
             process::no_core_dumps()?;

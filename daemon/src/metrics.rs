@@ -86,8 +86,8 @@ metrics! {
         "Memory of this process that is resident.";
     PROCESS_THREADS: Gauge Count "process_threads" []
         "Threads of this process.";
-    BUILD_INFO: Gauge Count "claviger_build_info" ["version"]
-        "Always 1; the label says which version runs.";
+    BUILD_INFO: Gauge Count "claviger_build_info" ["version", "commit"]
+        "Always 1; the labels say which version runs, and the commit it was built from (empty where that is not known).";
 }
 
 /// Access to what the process recorded.
@@ -150,7 +150,8 @@ pub fn install() -> Handle {
                     Kind::Gauge => describe_gauge!(metric.name, metric.unit, metric.help),
                 }
             }
-            gauge!(BUILD_INFO.name, "version" => env!("CARGO_PKG_VERSION")).set(1.0);
+            gauge!(BUILD_INFO.name, "version" => env!("CARGO_PKG_VERSION"), "commit" => env!("CLAVIGER_COMMIT"))
+                .set(1.0);
             counter!(AUDIT_ERRORS.name).absolute(0);
             gauge!(CONNECTIONS_OPEN.name).increment(0.0);
             gauge!(RELEASES_RUNNING.name).increment(0.0);
@@ -312,7 +313,9 @@ mod tests {
         assert_eq!(value(&page, "claviger_hsm_cpu_seconds_total{hsm=\"table \\\"1\\\"\"}"), 1.5);
         assert!(value(&page, "process_cpu_seconds_total") > 0.0);
         assert!(value(&page, "process_resident_memory_bytes") > 1e6 && value(&page, "process_threads") >= 1.0);
-        assert_eq!(value(&page, &format!("claviger_build_info{{version=\"{}\"}}", env!("CARGO_PKG_VERSION"))), 1.0);
+        let version = (env!("CARGO_PKG_VERSION"), env!("CLAVIGER_COMMIT"));
+        let build = format!("claviger_build_info{{version=\"{}\",commit=\"{}\"}}", version.0, version.1);
+        assert_eq!(value(&page, &build), 1.0);
         for metric in ALL {
             assert!(page.contains(&format!("# HELP {} {}", metric.name, metric.help)), "{}", metric.name);
             let lines: Vec<_> = page.lines().filter(|line| line.starts_with(metric.name)).collect();

@@ -44,6 +44,23 @@ fn affordable(wished: usize, reserve: usize, limit: Option<u64>) -> usize {
     wished.min(limit.saturating_sub(reserve).max(1))
 }
 
+/// The number of a group, given by its name in `/etc/group` or as a number.
+///
+/// # Errors
+/// When there is no such group, or the file cannot be read.
+pub fn group_id(name: &str) -> io::Result<u32> {
+    if let Ok(id) = name.parse() {
+        return Ok(id);
+    }
+    let groups = std::fs::read_to_string("/etc/group")?;
+    let found = groups.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        (fields.next() == Some(name)).then(|| fields.nth(1)?.parse().ok()).flatten()
+    });
+    let missing = || io::Error::new(io::ErrorKind::NotFound, format!("/etc/group has no group {name:?}"));
+    found.ok_or_else(missing)
+}
+
 /// What this process uses of the machine.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Usage {
@@ -104,6 +121,13 @@ mod tests {
         assert_eq!(affordable(10_000, 300, Some(10_300)), 10_000);
         assert_eq!(affordable(10_000, 300, Some(1024)), 724);
         assert_eq!(affordable(10_000, 300, Some(100)), 1);
+    }
+
+    #[test]
+    fn groups_have_numbers() {
+        assert_eq!(group_id("root").unwrap(), 0);
+        assert_eq!(group_id("4711").unwrap(), 4711);
+        assert_eq!(group_id("no such group").unwrap_err().kind(), io::ErrorKind::NotFound);
     }
 
     #[tokio::test]

@@ -71,7 +71,7 @@ pub async fn roll_protector(
     ingress_protector: &[u8],
     attempt: &mut Attempt,
 ) -> Result<RollResponse, Refusal> {
-    let deadline = attempt.started() + service.config.release.deadline();
+    let deadline = attempt.started() + service.config.load().release.deadline();
 
     // A batch may have waited for its items before this one.
     if Instant::now() >= deadline {

@@ -1,16 +1,23 @@
 //! `SIGHUP`: what of the configuration takes effect without a restart.
 //!
-//! PINs are read again, and a member whose PIN was refused may try the new one, once. The audit trail is opened anew, which is
-//! what log rotation wants. Everything else needs a restart, and the log says so when it changed.
+//! The whole file is read, with the files for TLS; when one of them is bad nothing changes. PINs are read again, and a member
+//! whose PIN was refused may try the new one, once. The audit trail is opened anew, which is what log rotation wants. What
+//! can be changed while requests are served is, and what needs a restart is named in the log.
 
+use std::collections::BTreeSet;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use claviger_hsm::Pin;
+use serde_json::Value;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use crate::config::Config;
+use crate::config::{Config, Hsm};
+use crate::daemon::{member, member_queue};
+use crate::metrics;
+use crate::notify;
+use crate::server::{SharedTls, tls_config};
 use crate::service::Service;
 
 /// Catches `SIGHUP`, which ends a process that does not, from this call on.
@@ -22,33 +29,159 @@ pub fn hangups() -> io::Result<Signal> {
 }
 
 /// Reloads `file` at every hangup, for as long as the daemon runs.
-pub async fn follow(mut hangups: Signal, file: PathBuf, service: Arc<Service>) {
+pub async fn follow(mut hangups: Signal, file: PathBuf, service: Arc<Service>, tls: Option<SharedTls>) {
     while hangups.recv().await.is_some() {
+        notify::reloading();
         if let Err(error) = service.audit.reopen().await {
             tracing::error!(%error, "the audit trail cannot be opened again");
         }
-        match Config::load(&file) {
-            Ok(config) => reload(&config, &service),
-            Err(error) => {
-                tracing::error!(%error, "the configuration was not reloaded; the daemon goes on with the old one")
+        if let Err(error) = reload(&file, &service, tls.as_ref()).await {
+            tracing::error!(error, "the configuration was not reloaded; the daemon goes on with the old one");
+        }
+        notify::ready();
+    }
+}
+
+async fn reload(file: &Path, service: &Arc<Service>, tls: Option<&SharedTls>) -> Result<(), String> {
+    let path = file.to_owned();
+    let read = tokio::task::spawn_blocking(move || {
+        let config = Config::load(&path).map_err(|error| error.to_string())?;
+        let tls = config.server.tls.as_ref().map(tls_config).transpose().map_err(|error| error.to_string())?;
+        Ok::<_, String>((config, tls))
+    });
+    let (config, fresh) = read.await.map_err(|error| error.to_string())??;
+
+    // From here on every part stands for itself: what fails stays as it is, and is said.
+    let mut next = Config::clone(&service.config.load());
+    if let (Some(shared), Some(fresh)) = (tls, fresh) {
+        shared.store(fresh);
+        next.server.tls.clone_from(&config.server.tls);
+    }
+    next.release.deadline_ms = config.release.deadline_ms;
+    next.release.host_rate = config.release.host_rate;
+    next.release.host_burst = config.release.host_burst;
+    next.release.queue = config.release.queue;
+    next.server.body_timeout_ms = config.server.body_timeout_ms;
+    service.admission.change(&next.release);
+    members(&config, &mut next, service).await;
+    let waiting = differences(&config, &next);
+    service.config.store(Arc::new(next));
+    if waiting.is_empty() {
+        tracing::info!("configuration reloaded");
+    } else {
+        let settings = waiting.into_iter().collect::<Vec<_>>().join(", ");
+        tracing::warn!(settings, "configuration reloaded; these settings have changed and need a restart");
+    }
+    Ok(())
+}
+
+/// Brings the cluster to what `config` says, as far as that goes, and notes in `next` what it is.
+async fn members(config: &Config, next: &mut Config, service: &Arc<Service>) {
+    let cluster = &service.cluster;
+    for hsm in &config.hsm {
+        let failed = |what: &'static str| {
+            move |error: String| tracing::error!(hsm = hsm.name, error, "{what}; it stays as it was")
+        };
+        let Some(known) = next.hsm.iter_mut().find(|known| known.name == hsm.name) else {
+            if config.env != next.env {
+                failed("the HSM is not taken in")("[env] has changed, which needs a restart".to_owned());
+                continue;
             }
+            let (taken_in, of, queue, batch) = (service.clone(), hsm.clone(), member_queue(next), next.release.batch);
+            let added = tokio::task::spawn_blocking(move || {
+                let config = member(&of, queue, batch).map_err(|error| error.to_string())?;
+                metrics::preregister(&metrics::Known {
+                    members: &[&of.name],
+                    operations: &["decrypt", "sign"],
+                    ..metrics::Known::default()
+                });
+                taken_in.cluster.add(config).map_err(|error| error.to_string())
+            });
+            match added.await.unwrap_or_else(|error| Err(error.to_string())) {
+                Ok(()) => {
+                    tracing::info!(hsm = hsm.name, "HSM taken in");
+                    next.hsm.push(hsm.clone());
+                }
+                Err(error) => failed("the HSM is not taken in")(error),
+            }
+            continue;
+        };
+        let pin = hsm.read_pin().map_err(|error| error.to_string());
+        match pin
+            .and_then(|pin| cluster.set_pin(&hsm.name, Pin::new(pin.to_string())).map_err(|error| error.to_string()))
+        {
+            Ok(()) => (known.pin_file, known.pin_env) = (hsm.pin_file.clone(), hsm.pin_env.clone()),
+            Err(error) => failed("the PIN was not taken")(error),
+        }
+        if (known.priority, known.weight) != (hsm.priority, hsm.weight) {
+            match cluster.rank(&hsm.name, hsm.priority, hsm.weight) {
+                Ok(()) => (known.priority, known.weight) = (hsm.priority, hsm.weight),
+                Err(error) => failed("priority and weight were not taken")(error.to_string()),
+            }
+        }
+    }
+    let gone = |hsm: &Hsm| !config.hsm.iter().any(|wanted| wanted.name == hsm.name);
+    let names: Vec<String> = next.hsm.iter().filter(|hsm| gone(hsm)).map(|hsm| hsm.name.clone()).collect();
+    for name in names {
+        match cluster.remove(&name).await {
+            Ok(()) => {
+                tracing::info!(hsm = name, "HSM taken out: it finished what it had, and is closed");
+                next.hsm.retain(|hsm| hsm.name != name);
+            }
+            Err(error) => tracing::error!(hsm = name, %error, "the HSM is not taken out"),
         }
     }
 }
 
-fn reload(config: &Config, service: &Service) {
-    for hsm in &config.hsm {
-        let set = match hsm.read_pin() {
-            Ok(pin) => service.cluster.set_pin(&hsm.name, Pin::new(pin.to_string())).map_err(|e| e.to_string()),
-            Err(error) => Err(error.to_string()),
-        };
-        if let Err(error) = set {
-            tracing::error!(hsm = hsm.name, error, "the PIN was not taken");
+/// The settings that are not the same. Members are told apart by their names; values, which may be secrets, are left out.
+fn differences(wanted: &Config, is: &Config) -> BTreeSet<String> {
+    let settings = |config: &Config| {
+        let mut value = serde_json::to_value(config).unwrap_or_default();
+        let members = value.get_mut("hsm").map(Value::take).unwrap_or_default();
+        let members = members.as_array().cloned().unwrap_or_default();
+        let named = members.into_iter().map(|hsm| (hsm["name"].as_str().unwrap_or_default().to_owned(), hsm));
+        value["hsm"] = Value::Object(named.collect());
+        value
+    };
+    let mut found = BTreeSet::new();
+    compare("", &settings(wanted), &settings(is), &mut found);
+    found
+}
+
+fn compare(name: &str, one: &Value, other: &Value, found: &mut BTreeSet<String>) {
+    if let (Value::Object(one), Value::Object(other)) = (one, other) {
+        for key in one.keys().chain(other.keys()).collect::<BTreeSet<_>>() {
+            let name = if name.is_empty() { key.clone() } else { format!("{name}.{key}") };
+            compare(
+                &name,
+                &one.get(key).cloned().unwrap_or_default(),
+                &other.get(key).cloned().unwrap_or_default(),
+                found,
+            );
         }
+    } else if one != other {
+        found.insert(name.to_owned());
     }
-    if *config == service.config {
-        tracing::info!("configuration reloaded: PINs are read again, nothing else has changed");
-    } else {
-        tracing::warn!("configuration reloaded: PINs are read again; other settings have changed and need a restart");
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_needs_a_restart_is_named() {
+        let parse = |text: &str| Config::parse(text, Path::new("/etc/claviger.toml")).unwrap();
+        let hsm = |name: &str, more: &str| {
+            format!("[[hsm]]\nname = {name:?}\nmodule = \"m\"\ntoken = \"t\"\npin_file = \"p\"\n{more}\n")
+        };
+        let is = parse(&(hsm("a", "") + &hsm("b", "")));
+        assert!(differences(&is, &is).is_empty());
+        // In another order it is the same.
+        assert!(differences(&parse(&(hsm("b", "") + &hsm("a", ""))), &is).is_empty());
+        let wanted =
+            "[server]\nlisten = \"127.0.0.1:1\"\n[env]\nA = \"secret\"\n".to_owned() + &hsm("b", "sessions = 9");
+        let names: Vec<_> = differences(&parse(&wanted), &is).into_iter().collect();
+        assert_eq!(names, ["env", "hsm.a", "hsm.b.sessions", "server.listen"]);
     }
 }

@@ -199,7 +199,7 @@ async fn answer(service: Arc<Service>, request: Request<Incoming>, id: String, c
     if let Err(message) = acceptable(request.headers(), family.media_types()) {
         return family.error(Code::UnsupportedMediaType, &message);
     }
-    let timeout = service.config.server.body_timeout();
+    let timeout = service.config.load().server.body_timeout();
     let limit = if *endpoint == Endpoint::RollBatch { MAX_BATCH_BODY } else { MAX_BODY };
     let Some(_room) = room_for(&service, request.body(), limit) else {
         return family.error(Code::ServiceUnavailable, "too many large requests at the same time; try again");

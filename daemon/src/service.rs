@@ -10,6 +10,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwap;
 use claviger_hsm::{Check, Cluster, Done, Event, Hash, HsmError, KeyId, Observer, SignScheme};
+use claviger_protocol::certificate::Certificate;
 use claviger_protocol::rsa_key::RsaPublicKey;
 use claviger_protocol::verify::KnownCertificates;
 use ring::digest;
@@ -36,8 +37,8 @@ const KNOWN_PARTIES: usize = 4096;
 
 /// Everything a request needs.
 pub struct Service {
-    /// The settings the daemon was started with.
-    pub config: Config,
+    /// The settings that are in force.
+    pub config: ArcSwap<Config>,
     /// The HSMs.
     pub cluster: Cluster,
     /// Which releases are let in.
@@ -144,9 +145,14 @@ impl Service {
             signers: ArcSwap::default(),
             signer_missing: Notify::new(),
             state: Mutex::new(state),
-            config,
+            config: ArcSwap::from_pointee(config),
         };
-        service.reload()?;
+        match service.reload() {
+            Err(ServiceError::Certificate(error)) => {
+                tracing::error!(%error, "a certificate in the state cannot be read; claviger doctor names it");
+            }
+            other => other?,
+        }
         Ok(service)
     }
 
@@ -177,15 +183,24 @@ impl Service {
         Ok(())
     }
 
-    /// Keys that have not changed stay the same value, and with them the metadata document that was signed.
+    /// Keys that have not changed stay the same value, and with them the metadata document that was signed. A certificate that
+    /// cannot be read costs its own key only.
     fn reload_keys(&self, state: &State) -> Result<(), ServiceError> {
-        let certificates = state.certificates()?;
+        let mut certificates = state.certificates()?;
+        let mut broken = None;
+        certificates.retain(|entry| match Certificate::parse(&entry.der) {
+            Err(error) if entry.enabled => {
+                broken = Some(error);
+                false
+            }
+            _ => true,
+        });
         if !self.keys.load().are_of(&certificates) {
             let keys = Keys::new(certificates)?;
             self.cluster.know(keys.known_good());
             self.keys.store(Arc::new(keys));
         }
-        Ok(())
+        broken.map_or(Ok(()), |error| Err(error.into()))
     }
 
     /// Works with the state. Blocks on files: not for a thread that serves requests.
@@ -350,7 +365,7 @@ pub(crate) mod testing {
 
     /// The lines of its audit trail.
     pub(crate) fn trail(service: &Service) -> Vec<Value> {
-        let text = std::fs::read_to_string(service.config.server.audit_file()).unwrap();
+        let text = std::fs::read_to_string(service.config.load().server.audit_file()).unwrap();
         text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
     }
 }
@@ -364,7 +379,7 @@ mod tests {
     use rusqlite::Connection;
 
     fn sql(service: &Service, sql: &str) {
-        Connection::open(service.config.server.state_db()).unwrap().execute_batch(sql).unwrap();
+        Connection::open(service.config.load().server.state_db()).unwrap().execute_batch(sql).unwrap();
     }
 
     #[tokio::test]

@@ -214,6 +214,7 @@ fn every_command_has_an_example() {
     for command in [
         &["serve"][..],
         &["demo"],
+        &["doctor"],
         &["hosts"],
         &["keys"],
         &["hosts", "add"],

@@ -476,7 +476,9 @@ fn tls_is_spoken_with_whom_the_ca_vouches_for() {
         let made = tool("openssl", &mut command);
         assert!(made.status.success(), "{}", said(&made));
     }
-    lab.configure(|config| config.server.tls = Some(Tls { certificate: certificate.clone(), key }));
+    lab.configure(|config| {
+        config.server.tls = Some(Tls { certificate: certificate.clone(), key, client_ca: None, client_required: false })
+    });
     let daemon = lab.serve();
     let host = Host::new(&lab, &[&daemon.url]);
     let with = |ca: &Path| host.unwrap_command(&host.protector()).arg("--ca").arg(ca).output().unwrap();

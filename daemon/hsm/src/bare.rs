@@ -8,12 +8,14 @@ use std::sync::Arc;
 
 use cryptoki::error::{Error, RvError};
 use cryptoki::session::{Session, UserType};
+use cryptoki::slot::Slot;
 use zeroize::Zeroizing;
 
 use crate::config::MemberConfig;
 use crate::error::HsmError;
 use crate::keys::{KeyId, Oaep, SignScheme};
 use crate::module::Module;
+use crate::request::{Check, KnownGood, Request};
 use crate::session::{Key, private_keys};
 
 /// A logged-in session and the token's RSA private keys.
@@ -21,6 +23,7 @@ pub struct Bare {
     // In this order: the session ends before the module is given back.
     session: Session,
     module: Held,
+    slot: Slot,
     keys: HashMap<KeyId, Key>,
 }
 
@@ -49,7 +52,7 @@ impl Bare {
             Err(error) => return Err(error.into()),
         }
         let keys = private_keys(&session, &config.name)?;
-        Ok(Self { session, module, keys })
+        Ok(Self { session, module, slot, keys })
     }
 
     /// `C_DecryptInit` with CKM_RSA_PKCS_OAEP and one `C_Decrypt`.
@@ -69,6 +72,28 @@ impl Bare {
     pub fn sign(&self, key: &KeyId, scheme: SignScheme, digest: &[u8]) -> Result<Vec<u8>, HsmError> {
         let key = self.key(key)?;
         self.module.0.sign(&self.session, &scheme.mechanism(), key.handle, &scheme.input(digest), key.room())
+    }
+
+    /// Does an operation whose right result is known.
+    ///
+    /// # Errors
+    /// What the token says; [`HsmError::NoSuchKey`]; [`HsmError::WrongAnswer`].
+    pub fn prove(&self, known: &KnownGood) -> Result<(), HsmError> {
+        let right = |check: &Option<Check>, octets: &[u8]| check.as_ref().is_none_or(|check| check(octets));
+        let right = match &*known.0 {
+            Request::Decrypt { key, oaep, ciphertext, check } => right(check, &self.decrypt(key, *oaep, ciphertext)?),
+            Request::Sign { key, scheme, digest, check } => right(check, &self.sign(key, *scheme, digest)?),
+            // Nothing else is known.
+            _ => true,
+        };
+        if right { Ok(()) } else { Err(HsmError::WrongAnswer) }
+    }
+
+    /// How many more sessions the token gives, up to `wanted`; they are closed again.
+    #[must_use]
+    pub fn room_for(&self, wanted: usize) -> usize {
+        let open = |_| self.module.0.pkcs11().open_ro_session(self.slot).ok();
+        (0..wanted).map_while(open).collect::<Vec<_>>().len()
     }
 
     fn key(&self, id: &KeyId) -> Result<Key, HsmError> {

@@ -7,6 +7,7 @@ mod supervisor;
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
@@ -33,6 +34,8 @@ use member::{Member, Patience};
 pub const OPINIONS: usize = 5;
 /// How long key management may take: HSMs search for large primes for a minute and more.
 const MANAGEMENT_PATIENCE: Duration = Duration::from_secs(120);
+/// How long a member may take for one operation that it has to prove itself by, or to finish what it has.
+const OWN_PATIENCE: Duration = Duration::from_secs(10);
 /// How long the members together may take to come up before the daemon goes on with those that have.
 const START_PATIENCE: Duration = Duration::from_secs(30);
 /// The same once one of them serves: the others are not to miss the first requests, nor to hold them up.
@@ -64,13 +67,18 @@ impl<T> Done<T> {
 /// Tokens that hold the same keys. A handle: clones share everything.
 #[derive(Clone)]
 pub struct Cluster {
-    members: Arc<[Entry]>,
+    members: Arc<RwLock<Members>>,
     budget: Arc<Mutex<Budget>>,
     known: Arc<RwLock<Arc<[KnownGood]>>>,
     watchdog: Duration,
+    observer: Observer,
     supervisor: Arc<Mutex<Option<AbortHandle>>>,
 }
 
+/// A snapshot: an operation that has begun goes on with the members it began with.
+type Members = Arc<[Entry]>;
+
+#[derive(Clone)]
 struct Entry {
     name: Arc<str>,
     member: Arc<Member>,
@@ -128,10 +136,11 @@ impl Cluster {
             })
             .collect();
         Ok(Cluster {
-            members: entries?.into(),
+            members: Arc::new(RwLock::new(entries?.into())),
             budget: Arc::new(Mutex::new(Budget::new(budget::Settings::default()))),
             known,
             watchdog: times.watchdog,
+            observer,
             supervisor: Arc::default(),
         })
     }
@@ -143,7 +152,8 @@ impl Cluster {
     /// Only when no member came up; the error of one of them. Members that failed are logged, and tried again and again.
     pub async fn start(&self) -> Result<(), HsmError> {
         let mut starting = JoinSet::new();
-        for entry in self.members.iter() {
+        let members = self.snapshot();
+        for entry in members.iter() {
             let member = &entry.member;
             member.shared.health().hurry(Instant::now());
             if member.shared.health().may_probe(Instant::now()) {
@@ -165,7 +175,7 @@ impl Cluster {
         }
         // A probe that still runs goes on.
         starting.detach_all();
-        if self.members.iter().any(|entry| entry.member.shared.health().is_up()) { Ok(()) } else { result }
+        if members.iter().any(|entry| entry.member.shared.health().is_up()) { Ok(()) } else { result }
     }
 
     /// Operations whose right result is known, by which members are judged. The first decryption and the first signature
@@ -222,7 +232,7 @@ impl Cluster {
     /// How the members are, in the order of the configuration.
     #[must_use]
     pub fn members(&self) -> Vec<MemberStatus> {
-        self.members.iter().map(|entry| entry.member.status()).collect()
+        self.snapshot().iter().map(|entry| entry.member.status()).collect()
     }
 
     /// Retries that the budget has left.
@@ -262,6 +272,70 @@ impl Cluster {
     pub fn set_pin(&self, member: &str, pin: Pin) -> Result<(), HsmError> {
         self.entry(member)?.member.set_pin(pin);
         Ok(())
+    }
+
+    /// Has a member do an operation whose right result is known, now and whatever its state. Does not open a closed one.
+    ///
+    /// # Errors
+    /// What is wrong with it; [`HsmError::NoSuchKey`] when it lacks the key.
+    pub async fn prove(&self, member: &str, known: &KnownGood) -> Result<(), HsmError> {
+        let member = self.entry(member)?.member;
+        member.direct(&known.0, Instant::now() + OWN_PATIENCE, self.probe_patience()).await.map(drop)
+    }
+
+    /// Changes a member's place among the others, from the next operation on.
+    ///
+    /// # Errors
+    /// When there is no such member.
+    pub fn rank(&self, member: &str, priority: u32, weight: u32) -> Result<(), HsmError> {
+        self.entry(member)?.member.rank(priority, weight);
+        Ok(())
+    }
+
+    /// Takes a member in while the others serve. It is tried at once, and serves when it has proved that it works. Blocks
+    /// while the module is initialised, for seconds where its device does not answer.
+    ///
+    /// Environment variables cannot be made while there are threads: what the module wants of them has to be there already.
+    ///
+    /// # Errors
+    /// A name that is taken or unfit; a module that cannot be loaded, also for the environment that it wants.
+    pub fn add(&self, config: MemberConfig) -> Result<(), HsmError> {
+        if config.name.is_empty() || config.name.contains('\0') || self.entry(&config.name).is_ok() {
+            return Err(HsmError::NoMember(format!("one more cannot be called {:?}", config.name)));
+        }
+        let module = Module::acquire_late(&config.module, &config.env)?;
+        let name: Arc<str> = config.name.as_str().into();
+        let member = Member::new(config, Arc::clone(&module), Arc::clone(&self.known), Arc::clone(&self.observer));
+        let member = Arc::new(member.inspect_err(|_| module.release())?);
+        member.shared.health().hurry(Instant::now());
+        self.change(|members| members.push(Entry { name, member }));
+        Ok(())
+    }
+
+    /// Takes a member out: it gets nothing new from now on, finishes what it has, and is closed.
+    ///
+    /// # Errors
+    /// When there is no such member, or it is the only one.
+    pub async fn remove(&self, member: &str) -> Result<(), HsmError> {
+        let entry = self.entry(member)?;
+        if self.snapshot().len() == 1 {
+            return Err(HsmError::NoMember(format!("{member} is the only one, and stays")));
+        }
+        entry.member.shared.health().drain(true, Instant::now());
+        self.change(|members| members.retain(|other| other.name != entry.name));
+        let until = Instant::now() + OWN_PATIENCE;
+        while entry.member.shared.in_flight.load(Ordering::Acquire) > 0 && Instant::now() < until {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        entry.member.close().await;
+        Ok(())
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Vec<Entry>)) {
+        let mut members = self.members.write().unwrap_or_else(PoisonError::into_inner);
+        let mut all = members.to_vec();
+        change(&mut all);
+        *members = all.into();
     }
 
     /// The RSA private keys of a member, from a session's own table.
@@ -315,7 +389,7 @@ impl Cluster {
             supervisor.abort();
         }
         let mut closing = JoinSet::new();
-        for entry in self.members.iter() {
+        for entry in self.snapshot().iter() {
             let member = Arc::clone(&entry.member);
             closing.spawn(async move { member.close().await });
         }
@@ -325,7 +399,8 @@ impl Cluster {
     /// Until some member has done it, or nobody is left who could.
     async fn anywhere(&self, request: Request, deadline: Instant) -> Result<Done<Answer>, HsmError> {
         let request = Arc::new(request);
-        let mut tried = vec![false; self.members.len()];
+        let members = self.snapshot();
+        let mut tried = vec![false; members.len()];
         let mut rounds = 1;
         // The members that found the input wrong and were not to blame themselves.
         let mut refusals: Vec<Refusal> = Vec::new();
@@ -337,27 +412,27 @@ impl Cluster {
             if now >= deadline {
                 return Err(failed.unwrap_or(HsmError::Deadline));
             }
-            let mut chosen = self.choose(&request, &tried, now);
+            let mut chosen = choose(&members, &request, &tried, now);
             let most_rounds = if refusals.is_empty() { 2 } else { OPINIONS };
             if chosen.is_none() && rounds < most_rounds && (failed.is_some() || !refusals.is_empty()) {
                 // Everybody has been asked. What failed a moment ago may work again: who is still up is asked once more.
                 rounds += 1;
                 tried.fill(false);
-                chosen = self.choose(&request, &tried, now);
+                chosen = choose(&members, &request, &tried, now);
             }
             let Some((index, alone)) = chosen else {
-                let nobody = self.nobody(&request);
+                let nobody = nobody(&members, &request);
                 let doubtful = refusals.iter().position(|refusal| !refusal.error.is_data());
                 let refusal = (!refusals.is_empty()).then(|| refusals.swap_remove(doubtful.unwrap_or(0)));
                 return Err(refusal.map(|refusal| refusal.error).or(failed).unwrap_or(nobody));
             };
-            let entry = &self.members[index];
+            let entry = &members[index];
             tried[index] = true;
             let generation = entry.member.shared.generation();
             let error = match entry.member.call(&request, deadline, self.patience(now, deadline, alone)).await {
                 Outcome::Ran(Ok(value)) => {
                     for refusal in refusals {
-                        self.members[refusal.index].member.shared.contradicted(refusal.wrong, refusal.generation);
+                        members[refusal.index].member.shared.contradicted(refusal.wrong, refusal.generation);
                     }
                     return Ok(Done { value, member: Arc::clone(&entry.name), retries });
                 }
@@ -398,17 +473,9 @@ impl Cluster {
 
     /// One call, with time, on a given member.
     async fn manage(&self, name: &str, request: Request) -> Result<Answer, HsmError> {
-        let member = &self.entry(name)?.member;
+        let member = self.entry(name)?.member;
         let patience = Patience { share: MANAGEMENT_PATIENCE, watchdog: MANAGEMENT_PATIENCE };
         member.direct(&Arc::new(request), Instant::now() + MANAGEMENT_PATIENCE, patience).await
-    }
-
-    /// The member for the next try, and whether there is no other after it.
-    fn choose(&self, request: &Request, tried: &[bool], now: Instant) -> Option<(usize, bool)> {
-        let candidates: Vec<_> = self.members.iter().map(|e| e.member.candidate(request.key(), now)).collect();
-        let fresh = candidates.iter().zip(tried).filter(|(c, tried)| c.able && !**tried).count();
-        let index = pick::pick(&candidates, |index| tried[index], |below| fastrand::usize(..below))?;
-        Some((index, fresh == 1))
     }
 
     /// How long a try may take: half of what is left, as long as there is somebody to go to with the other half.
@@ -422,31 +489,42 @@ impl Cluster {
         Patience { share: self.watchdog, watchdog: self.watchdog }
     }
 
-    /// Why nobody can be asked. Closed members are given the chance to show that they serve again.
-    fn nobody(&self, request: &Request) -> HsmError {
-        let now = Instant::now();
-        if let Some(key) = request.key()
-            && self.members.iter().any(|entry| entry.member.only_lacks(key, now))
-        {
-            return HsmError::NoSuchKey(key.clone());
-        }
-        if self.members.iter().any(|entry| entry.member.is_full()) {
-            return HsmError::QueueFull;
-        }
-        self.members.iter().for_each(|entry| entry.member.shared.health().hurry(now));
-        HsmError::NoMember("all are closed, drained or shut out".to_owned())
-    }
-
     fn budget(&self) -> std::sync::MutexGuard<'_, Budget> {
         self.budget.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn entry(&self, name: &str) -> Result<&Entry, HsmError> {
-        self.members
-            .iter()
-            .find(|entry| &*entry.name == name)
-            .ok_or_else(|| HsmError::NoMember(format!("none is called {name:?}")))
+    fn snapshot(&self) -> Members {
+        Arc::clone(&self.members.read().unwrap_or_else(PoisonError::into_inner))
     }
+
+    fn entry(&self, name: &str) -> Result<Entry, HsmError> {
+        let members = self.snapshot();
+        let found = members.iter().find(|entry| &*entry.name == name).cloned();
+        found.ok_or_else(|| HsmError::NoMember(format!("none is called {name:?}")))
+    }
+}
+
+/// The member for the next try, and whether there is no other after it.
+fn choose(members: &[Entry], request: &Request, tried: &[bool], now: Instant) -> Option<(usize, bool)> {
+    let candidates: Vec<_> = members.iter().map(|e| e.member.candidate(request.key(), now)).collect();
+    let fresh = candidates.iter().zip(tried).filter(|(c, tried)| c.able && !**tried).count();
+    let index = pick::pick(&candidates, |index| tried[index], |below| fastrand::usize(..below))?;
+    Some((index, fresh == 1))
+}
+
+/// Why nobody can be asked. Closed members are given the chance to show that they serve again.
+fn nobody(members: &[Entry], request: &Request) -> HsmError {
+    let now = Instant::now();
+    if let Some(key) = request.key()
+        && members.iter().any(|entry| entry.member.only_lacks(key, now))
+    {
+        return HsmError::NoSuchKey(key.clone());
+    }
+    if members.iter().any(|entry| entry.member.is_full()) {
+        return HsmError::QueueFull;
+    }
+    members.iter().for_each(|entry| entry.member.shared.health().hurry(now));
+    HsmError::NoMember("all are closed, drained or shut out".to_owned())
 }
 
 fn octets(answer: Answer) -> Result<Zeroizing<Vec<u8>>, HsmError> {

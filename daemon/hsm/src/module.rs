@@ -107,6 +107,12 @@ impl Module {
         Ok(Arc::clone(&instance.module))
     }
 
+    /// The same while there are other threads: what it wants of the environment may be changed, but has to be there.
+    pub(crate) fn acquire_late(path: &Path, env: &Env) -> Result<Arc<Module>, HsmError> {
+        registry().threaded = true;
+        Self::acquire(path, env)
+    }
+
     /// Gives the instance back; the last user finalises it. May block as long as the vendor likes.
     pub(crate) fn release(self: &Arc<Self>) {
         let _turn = Turn::take();
@@ -325,8 +331,8 @@ impl Registry {
                 return Err(HsmError::Module {
                     path: path.to_owned(),
                     reason: format!(
-                        "cannot be initialised again while the process runs, since other members set {name} and this \
-                         one does not: set it in its env, or restart"
+                        "cannot be initialised while the process runs: it and the other members do not all set {name}, \
+                         and variables are made only at the start: set it in the env of each, or restart"
                     ),
                 });
             }

@@ -82,6 +82,11 @@ impl<T> Queue<T> {
         }
     }
 
+    /// How many may wait from now on; nobody who waits has to leave for it.
+    pub(super) fn set_limit(&mut self, limit: usize) {
+        self.limit = limit;
+    }
+
     pub(super) fn running(&self) -> usize {
         self.running
     }

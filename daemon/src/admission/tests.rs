@@ -184,3 +184,21 @@ async fn many_at_once_come_and_go_and_no_place_is_lost() {
     }
     assert_eq!(admission.load(), Load { running: 0, waiting: 0 });
 }
+
+#[test]
+fn limits_change_while_hosts_ask() {
+    let mut release = Release { host_rate: 1, host_burst: 2, ..Release::default() };
+    let admission = Admission::new(&release, 1);
+    let asks = |times: usize| (0..times).filter(|_| admission.within_rate("a").is_ok()).count();
+    assert_eq!(asks(3), 2);
+    // What has nothing to do with the rate leaves the buckets as they are.
+    release.deadline_ms = 1_234;
+    admission.change(&release);
+    assert_eq!((asks(1), admission.limits.load().deadline), (0, Duration::from_millis(1_234)));
+    release.host_burst = 5;
+    admission.change(&release);
+    assert_eq!(asks(6), 5);
+    release.host_rate = 0;
+    admission.change(&release);
+    assert_eq!(asks(100), 100);
+}

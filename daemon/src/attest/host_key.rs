@@ -17,7 +17,7 @@ pub type Refused = (ErrorReply, String);
 /// signature (the two look the same), `UnavailableErrorReply` when no HSM signs.
 pub async fn attest(service: &Service, body: &[u8], attempt: &mut Attempt) -> Result<HealthCertificateReply, Refused> {
     let request = HostKeyRequest::parse(body).map_err(|e| (ErrorReply::Payload, e.to_string()))?;
-    let deadline = attempt.started() + service.config.release.deadline();
+    let deadline = attempt.started() + service.config.load().release.deadline();
     // First, with the key that the request brings: what takes time must not depend on whether that key is registered.
     let signed = request.verify_signature();
     let hosts = service.hosts.load();

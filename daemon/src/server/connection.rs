@@ -22,7 +22,7 @@ use tokio::time::Instant;
 use tokio_rustls::TlsAcceptor;
 
 use super::activity::{Activity, Answer, Due, InProgress, Watched, unread};
-use super::{BoxError, Limits, Peer, Phase};
+use super::{BoxError, Limits, Peer, Phase, SharedTls};
 
 /// Largest header of a request, in octets; also how much of a body is read, and of an answer is buffered, at once.
 const BUFFER: usize = 64 * 1024;
@@ -39,7 +39,7 @@ const LINGER_OCTETS: u64 = 16 * 1024 * 1024;
 /// What all connections of a listener have in common.
 pub(super) struct Server<S> {
     limits: Limits,
-    tls: Option<TlsAcceptor>,
+    tls: Option<SharedTls>,
     /// Tells the protocol from the first octets.
     either: auto::Builder<TokioExecutor>,
     http1: auto::Builder<TokioExecutor>,
@@ -55,12 +55,7 @@ where
     B: Body<Data = Bytes> + Send + Unpin + 'static,
     B::Error: Into<BoxError>,
 {
-    pub(super) fn new(
-        limits: Limits,
-        tls: Option<Arc<rustls::ServerConfig>>,
-        service: S,
-        phase: watch::Receiver<Phase>,
-    ) -> Self {
+    pub(super) fn new(limits: Limits, tls: Option<SharedTls>, service: S, phase: watch::Receiver<Phase>) -> Self {
         let mut either = auto::Builder::new(TokioExecutor::new());
         either
             .http1()
@@ -80,7 +75,7 @@ where
             .initial_connection_window_size(2 * 1024 * 1024);
         Self {
             limits,
-            tls: tls.map(TlsAcceptor::from),
+            tls,
             http1: either.clone().http1_only(),
             http2: either.clone().http2_only(),
             either,
@@ -96,7 +91,7 @@ where
             tracing::debug!(%peer, %error, "TCP_NODELAY cannot be set");
         }
         let mut phase = self.phase.clone();
-        let Some(acceptor) = &self.tls else {
+        let Some(tls) = &self.tls else {
             let activity = Activity::new(None);
             let (stream, returned) = Watched::new(stream, activity.clone());
             if self.drive(&self.either, stream, &activity, &mut phase, peer).await {
@@ -104,6 +99,7 @@ where
             }
             return;
         };
+        let acceptor = TlsAcceptor::from(tls.load_full());
         let activity = Activity::new(Some(false));
         let (stream, returned) = Watched::new(stream, activity.clone());
         let mut stop = phase.clone();

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 use super::*;
+use arc_swap::ArcSwap;
 use http_body_util::Full;
 use hyper::StatusCode;
 use hyper::service::service_fn;
@@ -47,7 +48,13 @@ impl Running {
         let shutdown = async {
             let _ = stopped.await;
         };
-        let run = tokio::spawn(run(listener, tls, limits, service_fn(answer), shutdown));
+        let run = tokio::spawn(run(
+            listener,
+            tls.map(|tls| Arc::new(ArcSwap::new(tls))),
+            limits,
+            service_fn(answer),
+            shutdown,
+        ));
         Self { address, stop: Some(stop), run }
     }
 
@@ -546,7 +553,7 @@ async fn tls_is_served_with_both_protocols() {
     let [certificate_path, key_path] = ["tls.pem", "tls.key"].map(|name| folder.path().join(name));
     std::fs::write(&certificate_path, &certificate).unwrap();
     std::fs::write(&key_path, &key).unwrap();
-    let config = tls_config(&certificate_path, &key_path).unwrap();
+    let config = tls_config(&files(&certificate_path, &key_path)).unwrap();
     let mut server = Running::start(Limits { header_timeout: Duration::from_millis(1500), ..limits() }, Some(config));
     let connector = |protocols: &[&[u8]], versions: &[&'static rustls::SupportedProtocolVersion]| {
         let mut roots = rustls::RootCertStore::empty();
@@ -595,6 +602,15 @@ async fn tls_is_served_with_both_protocols() {
     assert_eq!(server.drained().await.cut, 0);
 }
 
+fn files(certificate: &Path, key: &Path) -> crate::config::Tls {
+    crate::config::Tls {
+        certificate: certificate.to_owned(),
+        key: key.to_owned(),
+        client_ca: None,
+        client_required: false,
+    }
+}
+
 #[test]
 fn what_is_wrong_with_tls_files_is_said() {
     let folder = tempfile::tempdir().unwrap();
@@ -606,7 +622,7 @@ fn what_is_wrong_with_tls_files_is_said() {
         path
     };
     let (certificate, key) = (write("c", &certificate), write("k", &key));
-    let fault = |certificate: &Path, key: &Path| tls_config(certificate, key).unwrap_err().to_string();
+    let fault = |certificate: &Path, key: &Path| tls_config(&files(certificate, key)).unwrap_err().to_string();
     let missing = folder.path().join("missing");
     let empty = write("e", "nothing");
     assert!(fault(&missing, &key).contains("missing cannot be read"), "{}", fault(&missing, &key));
@@ -614,5 +630,5 @@ fn what_is_wrong_with_tls_files_is_said() {
     assert!(fault(&certificate, &empty).contains("/e holds no private key"), "{}", fault(&certificate, &empty));
     let other = write("o", &other_key);
     assert!(fault(&certificate, &other).contains("cannot be used together"), "{}", fault(&certificate, &other));
-    tls_config(&certificate, &key).unwrap();
+    tls_config(&files(&certificate, &key)).unwrap();
 }

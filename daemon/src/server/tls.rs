@@ -1,11 +1,20 @@
-//! The server's TLS configuration, from PEM files.
+//! The server's TLS configuration, from PEM files. A new one is swapped in while connections are open: they go on as they
+//! were agreed, and those that come later get the new one. Sessions of the old one are not resumed: whoever was let in by it
+//! has to show a certificate that the new one accepts.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustls::ServerConfig;
+use arc_swap::ArcSwap;
 use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::server::WebPkiClientVerifier;
+use rustls::{RootCertStore, ServerConfig};
+
+use crate::config::Tls;
+
+/// What new connections are served with; it can be changed at any time.
+pub type SharedTls = Arc<ArcSwap<ServerConfig>>;
 
 /// Why there is no TLS to serve with.
 #[derive(Debug, thiserror::Error)]
@@ -38,32 +47,56 @@ pub enum TlsError {
         /// What rustls says.
         source: rustls::Error,
     },
+    /// The authorities of clients' certificates cannot be used.
+    #[error("clients' certificates cannot be checked with {}: {problem}", path.display())]
+    Authorities {
+        /// The file.
+        path: PathBuf,
+        /// What rustls says.
+        problem: String,
+    },
 }
 
-/// TLS 1.2 and 1.3 with HTTP/2 and HTTP/1.1, without client certificates. Blocks on the files.
-///
-/// `certificate`: PEM, the server's certificate first, then what leads to a root. `key`: PEM, its private key.
+/// TLS 1.2 and 1.3 with HTTP/2 and HTTP/1.1; clients show certificates where the settings say so. Blocks on the files.
 ///
 /// # Errors
 /// [`TlsError`] names the file.
-pub fn tls_config(certificate: &Path, key: &Path) -> Result<Arc<ServerConfig>, TlsError> {
-    let chain = CertificateDer::pem_file_iter(certificate)
-        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
-        .map_err(|error| unusable(certificate, "certificate", error))?;
-    if chain.is_empty() {
-        return Err(unusable(certificate, "certificate", pem::Error::NoItemsFound));
-    }
+pub fn tls_config(settings: &Tls) -> Result<Arc<ServerConfig>, TlsError> {
+    let Tls { certificate, key, client_ca, client_required } = settings;
+    let chain = certificates(certificate)?;
     let private = PrivateKeyDer::from_pem_file(key).map_err(|error| unusable(key, "private key", error))?;
     let pair = |source| TlsError::Pair { certificate: certificate.to_owned(), key: key.to_owned(), source };
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
     // The provider is named: the process-wide default may be missing, or another one.
-    let mut config = ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+    let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
         .with_safe_default_protocol_versions()
-        .map_err(pair)?
-        .with_no_client_auth()
-        .with_single_cert(chain, private)
         .map_err(pair)?;
+    let builder = match client_ca {
+        None => builder.with_no_client_auth(),
+        Some(path) => {
+            let fault = |problem| TlsError::Authorities { path: path.to_owned(), problem };
+            let mut roots = RootCertStore::empty();
+            for authority in certificates(path)? {
+                roots.add(authority).map_err(|error| fault(error.to_string()))?;
+            }
+            let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider);
+            let verifier = if *client_required { verifier } else { verifier.allow_unauthenticated() };
+            builder.with_client_cert_verifier(verifier.build().map_err(|error| fault(error.to_string()))?)
+        }
+    };
+    let mut config = builder.with_single_cert(chain, private).map_err(pair)?;
     config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     Ok(Arc::new(config))
+}
+
+/// The certificates of a PEM file, at least one.
+///
+/// # Errors
+/// [`TlsError`] names the file.
+pub fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+    let found = CertificateDer::pem_file_iter(path).and_then(Iterator::collect::<Result<Vec<_>, _>>);
+    let found = found.map_err(|error| unusable(path, "certificate", error))?;
+    if found.is_empty() { Err(unusable(path, "certificate", pem::Error::NoItemsFound)) } else { Ok(found) }
 }
 
 fn unusable(path: &Path, wanted: &'static str, error: pem::Error) -> TlsError {

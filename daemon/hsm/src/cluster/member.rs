@@ -4,7 +4,7 @@
 //! free sessions out of the pool and hires them, for as long as more waits than they will take. A hired session goes on
 //! taking from the queue by itself, so under load nobody but session threads touches it.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, RwLock};
 use std::time::{Duration, Instant};
 
@@ -80,8 +80,8 @@ pub(crate) struct Member {
     pub(crate) shared: Arc<Shared>,
     pool: Pool<Sessions>,
     runners: AtomicUsize,
-    priority: u32,
-    weight: u32,
+    priority: AtomicU32,
+    weight: AtomicU32,
 }
 
 /// The right to use a session. Dropping it gives the session back to the pool.
@@ -132,7 +132,7 @@ impl Member {
         known: Arc<RwLock<Arc<[KnownGood]>>>,
         observer: Observer,
     ) -> Result<Self, HsmError> {
-        let (priority, weight) = (config.priority, config.weight);
+        let (priority, weight) = (AtomicU32::new(config.priority), AtomicU32::new(config.weight));
         let shared = Arc::new(Shared::new(config, module, known, observer));
         let pool = Pool::builder(Sessions { shared: Arc::clone(&shared) })
             .max_size(shared.max_sessions)
@@ -149,8 +149,8 @@ impl Member {
         let oldest = if in_flight == 0 { None } else { shared.oldest(now) };
         let health = shared.health();
         Candidate {
-            priority: self.priority,
-            weight: self.weight,
+            priority: self.priority.load(Ordering::Relaxed),
+            weight: self.weight.load(Ordering::Relaxed),
             latency: health.latency.estimate(now),
             oldest,
             in_flight,
@@ -442,6 +442,11 @@ impl Member {
         self.shared.health().allow_pin(Instant::now());
     }
 
+    pub(crate) fn rank(&self, priority: u32, weight: u32) {
+        self.priority.store(priority, Ordering::Relaxed);
+        self.weight.store(weight, Ordering::Relaxed);
+    }
+
     pub(crate) fn status(&self) -> MemberStatus {
         let shared = &self.shared;
         let in_flight = shared.in_flight.load(Ordering::Acquire);
@@ -453,8 +458,8 @@ impl Member {
             token: shared.token.to_string(),
             state: health.state(in_flight, stuck),
             since: health.since(),
-            priority: self.priority,
-            weight: self.weight,
+            priority: self.priority.load(Ordering::Relaxed),
+            weight: self.weight.load(Ordering::Relaxed),
             latency: health.latency.estimate(Instant::now()),
             in_flight,
             waiting: shared.waiting.1.len(),

@@ -9,8 +9,8 @@ use cryptoki::error::RvError;
 use tokio::time::MissedTickBehavior;
 use tracing::warn;
 
-use super::Cluster;
 use super::member::{Member, Patience};
+use super::{Cluster, Entry};
 use crate::error::HsmError;
 
 /// How often it looks. Also how much later than the watchdog's time a hung call may be found.
@@ -20,14 +20,23 @@ impl Cluster {
     pub(super) fn supervise(&self) {
         let cluster = self.clone();
         let task = tokio::spawn(async move {
+            let mut members = cluster.snapshot();
             // Members of one module instance share its fate.
-            let instances = cluster.instances();
+            let mut instances = group(&members);
             let mut renewing: Vec<Option<JoinHandle<()>>> = instances.iter().map(|_| None).collect();
             let mut ticks = tokio::time::interval(TICK);
             ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
             loop {
                 ticks.tick().await;
                 let now = Instant::now();
+                let current = cluster.snapshot();
+                // While a module is renewed its members stay together as they were.
+                let idle = renewing.iter().flatten().all(JoinHandle::is_finished);
+                if !Arc::ptr_eq(&current, &members) && idle {
+                    members = current;
+                    instances = group(&members);
+                    renewing = instances.iter().map(|_| None).collect();
+                }
                 for (members, renewing) in instances.iter().zip(&mut renewing) {
                     members.iter().for_each(|member| member.watch(now, cluster.watchdog));
                     if members.iter().any(|member| member.shared.module.is_lost()) {
@@ -65,21 +74,22 @@ impl Cluster {
             before.abort();
         }
     }
+}
 
-    fn instances(&self) -> Vec<Arc<[Arc<Member>]>> {
-        let mut instances: Vec<Vec<Arc<Member>>> = Vec::new();
-        for entry in self.members.iter() {
-            let member = &entry.member;
-            let same = |group: &&mut Vec<Arc<Member>>| {
-                group.iter().any(|other| Arc::ptr_eq(&other.shared.module, &member.shared.module))
-            };
-            match instances.iter_mut().find(same) {
-                Some(group) => group.push(Arc::clone(member)),
-                None => instances.push(vec![Arc::clone(member)]),
-            }
+/// By module instance.
+fn group(members: &[Entry]) -> Vec<Arc<[Arc<Member>]>> {
+    let mut instances: Vec<Vec<Arc<Member>>> = Vec::new();
+    for entry in members {
+        let member = &entry.member;
+        let same = |group: &&mut Vec<Arc<Member>>| {
+            group.iter().any(|other| Arc::ptr_eq(&other.shared.module, &member.shared.module))
+        };
+        match instances.iter_mut().find(same) {
+            Some(group) => group.push(Arc::clone(member)),
+            None => instances.push(vec![Arc::clone(member)]),
         }
-        instances.into_iter().map(Into::into).collect()
     }
+    instances.into_iter().map(Into::into).collect()
 }
 
 /// Probes a member to open it. Only for who was told to by `may_probe`.

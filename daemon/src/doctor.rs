@@ -1,0 +1,121 @@
+//! `claviger doctor`: what is wrong, and what to do about it, whether the daemon runs or not.
+//!
+//! Every check is a plain function that gives findings. Files are looked at here. The HSMs are asked through the daemon when it
+//! runs, with its own sessions; otherwise directly, and each PIN is tried once.
+
+mod files;
+mod hsm;
+mod state;
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::Config;
+use crate::print::say;
+use crate::service::unix_now;
+
+pub use self::hsm::of_daemon;
+
+/// How bad a finding is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Level {
+    /// As it should be.
+    Ok,
+    /// Keys are released, and something is to be done all the same.
+    Warning,
+    /// Keys are not released, not by every HSM, or not safely.
+    Error,
+}
+
+/// What a check found.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Finding {
+    /// The check: `configuration`, `pin`, `tls`, `folder`, `socket`, `state`, `certificate`, `audit`, `clock`, `module`, `token`,
+    /// `login`, `key`, `sessions` or `hsm`.
+    pub check: String,
+    /// How bad it is.
+    pub level: Level,
+    /// What was found.
+    pub what: String,
+    /// What to do; nothing where all is well.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub todo: Option<String>,
+}
+
+impl Finding {
+    fn ok(check: &str, what: impl Into<String>) -> Self {
+        Self { check: check.to_owned(), level: Level::Ok, what: what.into(), todo: None }
+    }
+
+    fn warning(check: &str, what: impl Into<String>, todo: impl Into<String>) -> Self {
+        Self { check: check.to_owned(), level: Level::Warning, what: what.into(), todo: Some(todo.into()) }
+    }
+
+    fn error(check: &str, what: impl Into<String>, todo: impl Into<String>) -> Self {
+        Self { check: check.to_owned(), level: Level::Error, what: what.into(), todo: Some(todo.into()) }
+    }
+}
+
+/// Looks at everything that belongs to the daemon of this configuration. To be called while the process has one thread: where
+/// no daemon runs, the modules are loaded here, with the environment that they want.
+#[must_use]
+pub fn examine(file: &Path) -> Vec<Finding> {
+    let config = match Config::load(file) {
+        Ok(config) => config,
+        Err(error) => {
+            let what = format!("{}: {}", error.setting.as_deref().unwrap_or("the file"), error.problem);
+            let place = error.line.map_or_else(String::new, |line| format!(", line {line}"));
+            let todo = format!("{} ({}{place}); nothing else can be looked at before", error.advice, file.display());
+            return vec![Finding::error("configuration", what, todo)];
+        }
+    };
+    let mut findings =
+        vec![Finding::ok("configuration", format!("{} is read, every setting is known", file.display()))];
+    let now = unix_now();
+    findings.extend(files::pins(&config));
+    findings.extend(files::tls(&config, now));
+    findings.extend(files::folder(&config));
+    let (sockets, running) = files::sockets(&config);
+    findings.extend(sockets);
+    findings.extend(files::audit(&config, now));
+    let (state, registered) = state::examine(&config, now);
+    findings.extend(state);
+    findings.extend(if running { hsm::through_daemon(&config) } else { hsm::directly(&config, &registered) });
+    findings
+}
+
+/// Prints findings, the worst last, where a person looks first.
+pub fn print(findings: &[Finding], json: bool) {
+    if json {
+        let text = serde_json::to_string_pretty(findings).unwrap_or_default();
+        return say!("{text}");
+    }
+    let mut sorted: Vec<&Finding> = findings.iter().collect();
+    sorted.sort_by_key(|finding| finding.level);
+    for finding in sorted {
+        let level = match finding.level {
+            Level::Ok => "ok     ",
+            Level::Warning => "warning",
+            Level::Error => "ERROR  ",
+        };
+        say!("{level}  {:13}  {}", finding.check, finding.what);
+        if let Some(todo) = &finding.todo {
+            say!("{:26}{todo}", "→");
+        }
+    }
+    let count = |level| findings.iter().filter(|finding| finding.level == level).count();
+    say!("{} ok, {} warnings, {} errors", count(Level::Ok), count(Level::Warning), count(Level::Error));
+}
+
+/// The exit status: 0 all is well, 1 there are warnings, 2 there are errors.
+#[must_use]
+pub fn status(findings: &[Finding]) -> ExitCode {
+    match findings.iter().map(|finding| finding.level).max() {
+        None | Some(Level::Ok) => ExitCode::SUCCESS,
+        Some(Level::Warning) => ExitCode::from(1),
+        Some(Level::Error) => ExitCode::from(2),
+    }
+}

@@ -1,0 +1,139 @@
+//! The state: what is registered, and whether its certificates are good.
+
+use claviger_hsm::{KeyId, KnownGood};
+use claviger_protocol::certificate::Certificate;
+
+use super::Finding;
+use crate::config::Config;
+use crate::keys::Key;
+use crate::state::{self, Kind, State, StateError};
+
+/// How long before its end a certificate is worth a word, in seconds.
+const SOON: i64 = 30 * 24 * 3600;
+
+/// A key that every member has to have, and an operation that shows it.
+pub(super) struct Registered {
+    /// For people.
+    pub(super) name: String,
+    pub(super) known: KnownGood,
+}
+
+/// The state of a daemon that may be running; nothing is written.
+pub(super) fn examine(config: &Config, now: i64) -> (Vec<Finding>, Vec<Registered>) {
+    let path = config.server.state_db();
+    if !path.exists() {
+        let what = format!("there is no state {} yet", path.display());
+        let todo = "register keys and hosts once the daemon runs; check server.state if that was done";
+        return (vec![Finding::warning("state", what, todo)], Vec::new());
+    }
+    let opened = State::open(&config.server.state).and_then(|state| Ok((read(&state, now)?, state.hosts()?.len())));
+    match opened {
+        Ok(((mut findings, registered), hosts)) => {
+            findings.push(Finding::ok("state", format!("{} is read, hosts: {hosts}", path.display())));
+            (findings, registered)
+        }
+        Err(error) => {
+            let what = format!("the state cannot be read: {error}");
+            let todo =
+                "the daemon does not start with it: bring state.db back from a backup, or see to who may read it";
+            (vec![Finding::error("state", what, todo)], Vec::new())
+        }
+    }
+}
+
+/// The certificates, and the keys that go with those that are enabled.
+///
+/// # Errors
+/// When the state cannot be read.
+pub(super) fn read(state: &State, now: i64) -> Result<(Vec<Finding>, Vec<Registered>), StateError> {
+    let (mut findings, mut registered) = (Vec::new(), Vec::new());
+    let certificates = state.certificates()?;
+    for entry in &certificates {
+        let name = format!("the {} certificate {}", entry.kind, short(&entry.thumbprint));
+        match judge(&name, entry.kind, &entry.der, &entry.key_id, now) {
+            Ok((found, key)) => {
+                findings.extend(found);
+                registered.extend(key.filter(|_| entry.enabled));
+            }
+            Err(finding) => findings.push(finding),
+        }
+        findings.extend(different_key(&name, entry));
+    }
+    for kind in [Kind::Signing, Kind::Encryption] {
+        if !certificates.iter().any(|entry| entry.kind == kind && entry.is_primary) {
+            let what = format!("there is no primary {kind} certificate: tenants get no metadata");
+            findings.push(Finding::error("certificate", what, "add one, or make another one primary"));
+        }
+    }
+    for signer in state.signers()?.iter().filter(|signer| signer.current) {
+        let name = format!("the attestation signer {}", short(&signer.thumbprint));
+        match judge(&name, Kind::Signing, &signer.der, &signer.key_id, now) {
+            // A running daemon makes the next one in time.
+            Ok((_, key)) => registered.extend(key),
+            Err(finding) => findings.push(finding),
+        }
+    }
+    if findings.is_empty() {
+        findings.push(Finding::ok("certificate", format!("all {} are good", certificates.len())));
+    }
+    Ok((findings, registered))
+}
+
+fn judge(
+    name: &str,
+    kind: Kind,
+    der: &[u8],
+    key_id: &[u8],
+    now: i64,
+) -> Result<(Vec<Finding>, Option<Registered>), Finding> {
+    let broken = |error: String| {
+        let what = format!("{name} is broken: {error}");
+        Finding::error("certificate", what, "remove it and add it anew from the file it came from; its key is not used")
+    };
+    let certificate = Certificate::parse(der).map_err(|error| broken(error.to_string()))?;
+    let todo = "make a new certificate for the same key and make it primary; releases are not kept from going on";
+    // Releases do not look at the validity of these; hosts and tenants may.
+    let validity = (certificate.not_before(), certificate.not_after());
+    let findings = expiry("certificate", name, validity, now, todo, Finding::warning).into_iter().collect();
+    let key = Key { certificate, id: KeyId(key_id.to_vec()) };
+    let known = key.known_good(kind).ok_or_else(|| broken("nothing can be encrypted to its key".to_owned()))?;
+    let name = format!("the key {} of {name}", key.id);
+    Ok((findings, Some(Registered { name, known })))
+}
+
+/// The state says by which key a certificate is found: it has to be the certificate's.
+fn different_key(name: &str, entry: &state::Certificate) -> Option<Finding> {
+    let certificate = Certificate::parse(&entry.der).ok()?;
+    (certificate.key().spki_der() != entry.spki).then(|| {
+        let what = format!("{name} is registered with another key than its own");
+        Finding::error("certificate", what, "remove it and add it anew")
+    })
+}
+
+/// `expired` says how bad it is when it has expired.
+pub(super) fn expiry(
+    check: &'static str,
+    name: &str,
+    (not_before, not_after): (i64, i64),
+    now: i64,
+    todo: &'static str,
+    expired: fn(&str, String, &'static str) -> Finding,
+) -> Option<Finding> {
+    let days = |seconds: i64| seconds / (24 * 3600);
+    if not_before > now {
+        let what = format!("{name} is not valid before {} seconds from now: is the clock right?", not_before - now);
+        return Some(Finding::warning("clock", what, "set the clock (timedatectl), or wait"));
+    }
+    if not_after < now {
+        let what = format!("{name} expired {} days ago", days(now - not_after));
+        return Some(expired(check, what, todo));
+    }
+    (not_after - now < SOON).then(|| {
+        let what = format!("{name} expires in {} days", days(not_after - now));
+        Finding::warning(check, what, todo)
+    })
+}
+
+fn short(thumbprint: &str) -> &str {
+    thumbprint.get(..16).unwrap_or(thumbprint)
+}
