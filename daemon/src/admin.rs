@@ -22,9 +22,10 @@ use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
+use zeroize::Zeroizing;
 
-/// Longest request, in octets, with its line break.
-pub const REQUEST_LIMIT: usize = 1024 * 1024;
+/// Longest request, in octets, with its line break. An import of some ten thousand hosts is the longest there is.
+pub const REQUEST_LIMIT: usize = 16 * 1024 * 1024;
 
 /// Longest answer that [`call`] reads, in octets.
 pub const ANSWER_LIMIT: usize = 64 * 1024 * 1024;
@@ -277,8 +278,8 @@ where
 
 /// What came from the other side.
 enum Line {
-    /// A line without its line break. The last one may lack it.
-    Whole(Vec<u8>),
+    /// A line without its line break. The last one may lack it. It may carry a private key.
+    Whole(Zeroizing<Vec<u8>>),
     /// More octets than allowed.
     TooLong,
     /// Nothing more.
@@ -286,7 +287,7 @@ enum Line {
 }
 
 async fn read_line(reader: &mut (impl AsyncBufRead + Unpin), limit: usize) -> io::Result<Line> {
-    let mut line = Vec::new();
+    let mut line = Zeroizing::new(Vec::new());
     loop {
         let octets = reader.fill_buf().await?;
         if octets.is_empty() {
@@ -296,6 +297,12 @@ async fn read_line(reader: &mut (impl AsyncBufRead + Unpin), limit: usize) -> io
         let taken = end.unwrap_or(octets.len());
         if line.len() + taken >= limit {
             return Ok(Line::TooLong);
+        }
+        if line.capacity() - line.len() < taken {
+            // A vector that grows by itself leaves a copy behind.
+            let mut wider = Zeroizing::new(Vec::with_capacity(2 * (line.len() + taken)));
+            wider.extend_from_slice(&line);
+            line = wider;
         }
         line.extend_from_slice(&octets[..taken]);
         reader.consume(taken + usize::from(end.is_some()));
@@ -309,7 +316,7 @@ async fn read_line(reader: &mut (impl AsyncBufRead + Unpin), limit: usize) -> io
 ///
 /// # Errors
 /// [`AdminError`]; its text says what to do. [`AdminError::Refused`] is the daemon's own.
-pub async fn call(path: &Path, request: &Value) -> Result<Value, AdminError> {
+pub async fn call<T: Serialize + ?Sized>(path: &Path, request: &T) -> Result<Value, AdminError> {
     check_length(path)?;
     let broken = |source| AdminError::Broken { path: path.to_owned(), source };
     let mut stream = UnixStream::connect(path).await.map_err(|source| match source.kind() {
@@ -319,12 +326,14 @@ pub async fn call(path: &Path, request: &Value) -> Result<Value, AdminError> {
         _ => broken(source),
     })?;
     let exchange = async {
-        let mut line = request.to_string();
-        line.push('\n');
+        // Its length is known before it is written: a private key may be in it, and a text that grows leaves copies behind.
+        let mut line = Zeroizing::new(Vec::with_capacity(octets_of(request)));
+        serde_json::to_writer(&mut *line, request).map_err(io::Error::other)?;
+        line.push(b'\n');
         if line.len() > REQUEST_LIMIT {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "the request is too long"));
         }
-        stream.write_all(line.as_bytes()).await?;
+        stream.write_all(&line).await?;
         let malformed = |text: &str| io::Error::new(io::ErrorKind::InvalidData, text.to_owned());
         match read_line(&mut BufReader::new(stream), ANSWER_LIMIT).await? {
             Line::Whole(line) => {
@@ -347,6 +356,25 @@ pub async fn call(path: &Path, request: &Value) -> Result<Value, AdminError> {
         (None, Some(Value::String(error))) => Err(AdminError::Refused(error)),
         _ => Err(broken(io::Error::new(io::ErrorKind::InvalidData, "its answer is neither ok nor error"))),
     }
+}
+
+/// How long a request is as a line.
+fn octets_of<T: Serialize + ?Sized>(request: &T) -> usize {
+    struct Count(usize);
+    impl io::Write for Count {
+        fn write(&mut self, octets: &[u8]) -> io::Result<usize> {
+            self.0 += octets.len();
+            Ok(octets.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    let mut count = Count(1);
+    // Counting does not fail, and what cannot be written fails again where it is.
+    let _ = serde_json::to_writer(&mut count, request);
+    count.0
 }
 
 fn check_length(path: &Path) -> Result<(), AdminError> {
@@ -414,7 +442,7 @@ mod tests {
         assert_eq!(call(&path, &json!({ "command": "echo", "value": large })).await.unwrap(), large);
         assert_eq!(fault(&path, json!({ "command": "none" })).await, "no command Some(\"none\")");
         assert_eq!(fault(&path, json!([1])).await, "a request is a JSON object");
-        assert!(fault(&path, json!("x".repeat(2_000_000))).await.contains("the request is too long"));
+        assert!(fault(&path, json!("x".repeat(REQUEST_LIMIT))).await.contains("the request is too long"));
         // A panic hurts nobody else.
         assert!(fault(&path, json!({ "command": "panic" })).await.contains("its log may say why"));
         assert_eq!(call(&path, &json!({ "command": "echo", "value": 1 })).await.unwrap(), json!(1));
@@ -442,7 +470,7 @@ mod tests {
         let _ = stream.write_all(&vec![b'x'; REQUEST_LIMIT + 1]).await;
         let mut rest = String::new();
         let _ = stream.read_to_string(&mut rest).await;
-        assert!(rest.contains("at most 1048576 octets"), "{rest}");
+        assert!(rest.contains("at most 16777216 octets"), "{rest}");
         stop(running).await;
     }
 

@@ -2,6 +2,7 @@
 
 use std::time::{Instant, SystemTime};
 
+use claviger_hsm::KeyId;
 use data_encoding::HEXLOWER;
 use ring::digest;
 use tokio::sync::watch;
@@ -24,6 +25,12 @@ pub struct Attempt {
     pub protector: Option<String>,
     /// Thumbprint of the owner's signing certificate, hexadecimal.
     pub owner: Option<String>,
+    /// Thumbprint of the certificate that a command is about, hexadecimal.
+    pub certificate: Option<String>,
+    /// What a command changes, for people.
+    pub change: Option<String>,
+    /// The private keys that a release used.
+    pub keys: Vec<KeyId>,
     hsm: Option<String>,
     started: Instant,
     caller: Caller,
@@ -68,6 +75,9 @@ impl Attempt {
             key: None,
             protector: None,
             owner: None,
+            certificate: None,
+            change: None,
+            keys: Vec::new(),
             hsm: None,
             started: Instant::now(),
             caller: Caller::default(),
@@ -130,6 +140,8 @@ impl Attempt {
             outcome: outcome.to_owned(),
             protector: self.protector.clone(),
             owner: self.owner.clone(),
+            certificate: self.certificate.clone(),
+            change: self.change.clone(),
             hsm: self.hsm.clone(),
             ms: self.started.elapsed().as_micros() as f64 / 1e3,
         }

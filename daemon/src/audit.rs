@@ -54,6 +54,12 @@ pub struct Entry {
     /// Thumbprint of the owner's certificate.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub owner: Option<String>,
+    /// Thumbprint of the certificate that a command is about.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub certificate: Option<String>,
+    /// What a command changes, where its name does not say it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub change: Option<String>,
     /// The members that were used, or the one that a command is about.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hsm: Option<String>,
@@ -297,6 +303,8 @@ mod tests {
             outcome: "success".to_owned(),
             protector: None,
             owner: Some("ab".to_owned()),
+            certificate: None,
+            change: None,
             hsm: None,
             ms: 1.25,
         }

@@ -49,7 +49,7 @@ pub async fn roll(
                 within_rate?;
                 let _permit = service.admission.turn(&host.host_name, &attempt).await?;
                 let algorithms = request.algorithms;
-                roll_protector(&service, ApiVersion::V2, &host.key, algorithms, &protector, &mut attempt).await
+                roll_protector(&service, ApiVersion::V2, &host, algorithms, &protector, &mut attempt).await
             };
             let result = result.await;
             (at, decide(&service, ApiVersion::V2, &attempt, result).await)

@@ -1,18 +1,24 @@
 //! What an administrator can ask of a running daemon, through its socket.
 
+mod hosts;
+mod hsm;
+mod keys;
+mod secret;
+mod transfer;
+
 use std::sync::Arc;
 
-use claviger_hsm::MemberStatus;
-use claviger_protocol::rsa_key::RsaPublicKey;
-use data_encoding::{BASE64, HEXLOWER};
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use crate::admin::Peer;
 use crate::attempt::Attempt;
 use crate::routes::SUCCESS;
-use crate::service::{ChangeError, Service, request_id, unix, unix_now};
-use crate::state::{Kind, State, StateError, check_host_name};
+use crate::service::{ChangeError, Service, request_id};
+use crate::state::{Kind, Labels, State, StateError, check_host_name};
+
+pub use secret::Secret;
+pub use transfer::Document;
 
 /// A request to a running daemon.
 #[derive(Debug, Serialize, Deserialize)]
@@ -25,6 +31,9 @@ pub enum Command {
         name: String,
         /// Its public key as it stood in the file: SPKI, certificate or RSA1 blob, DER or PEM; base64.
         public_key: String,
+        /// What is said of it.
+        #[serde(default)]
+        labels: Labels,
     },
     /// Removes a host, which stops its releases at once.
     #[serde(rename = "hosts.remove")]
@@ -32,12 +41,134 @@ pub enum Command {
         /// Its name.
         name: String,
     },
+    /// Lets a host attest and have keys, or stops both at once.
+    #[serde(rename = "hosts.enable")]
+    EnableHost {
+        /// Its name.
+        name: String,
+        /// Which of the two.
+        enabled: bool,
+    },
+    /// Gives a host labels.
+    #[serde(rename = "hosts.label")]
+    LabelHost {
+        /// Its name.
+        name: String,
+        /// Those that it is to have besides its own.
+        #[serde(default)]
+        add: Labels,
+        /// Those that it is to have no more.
+        #[serde(default)]
+        remove: Labels,
+    },
     /// All registered hosts.
     #[serde(rename = "hosts.list")]
     ListHosts,
     /// All key-protection certificates.
     #[serde(rename = "keys.list")]
     ListKeys,
+    /// Makes an RSA key pair in an HSM.
+    #[serde(rename = "keys.generate")]
+    GenerateKey {
+        /// What certificates of it are for.
+        kind: Kind,
+        /// The length of its modulus.
+        bits: u32,
+        /// Its name on the token, for people.
+        #[serde(default)]
+        name: Option<String>,
+        /// The member to make it in; without one, every member has to show it afterwards.
+        #[serde(default)]
+        member: Option<String>,
+    },
+    /// A certificate request, signed in the HSM.
+    #[serde(rename = "keys.csr")]
+    RequestCertificate {
+        /// CKA_ID, hexadecimal.
+        hsm_key: String,
+        /// The common name that is asked for.
+        subject: String,
+    },
+    /// A certificate that the key itself signs, in the HSM.
+    #[serde(rename = "keys.self-sign")]
+    SelfSign {
+        /// CKA_ID, hexadecimal.
+        hsm_key: String,
+        /// Its common name.
+        subject: String,
+        /// How long it is valid.
+        days: u32,
+    },
+    /// Adds a certificate whose key is on all members, or comes with it.
+    #[serde(rename = "keys.add")]
+    AddKey {
+        /// What it is for.
+        kind: Kind,
+        /// PEM or DER as it stood in the file; base64.
+        certificate: String,
+        /// CKA_ID of its key, hexadecimal; without it, the key is looked for.
+        #[serde(default)]
+        hsm_key: Option<String>,
+        /// Its private key, PKCS#8 in DER, base64: it is brought onto every member.
+        #[serde(default)]
+        private_key: Option<Secret>,
+        /// Whether it becomes the primary one of its kind.
+        #[serde(default)]
+        primary: bool,
+        /// Whether members that cannot be asked now are taken to have the key.
+        #[serde(default)]
+        trust_absent: bool,
+    },
+    /// Makes a certificate the primary one of its kind.
+    #[serde(rename = "keys.set-primary")]
+    SetPrimary {
+        /// Its thumbprint, or enough of its beginning.
+        certificate: String,
+        /// Its kind, where it is there for both.
+        #[serde(default)]
+        kind: Option<Kind>,
+    },
+    /// Chooses the certificate that signs the metadata document.
+    #[serde(rename = "keys.set-communications")]
+    SetCommunications {
+        /// Its thumbprint, or enough of its beginning; `None`: the primary signing one.
+        #[serde(default)]
+        certificate: Option<String>,
+    },
+    /// Serves protectors that name a certificate, or refuses them.
+    #[serde(rename = "keys.enable")]
+    EnableKey {
+        /// Its thumbprint, or enough of its beginning.
+        certificate: String,
+        /// Its kind, where it is there for both.
+        #[serde(default)]
+        kind: Option<Kind>,
+        /// Which of the two.
+        enabled: bool,
+    },
+    /// Removes a certificate.
+    #[serde(rename = "keys.remove")]
+    RemoveKey {
+        /// Its thumbprint, or enough of its beginning.
+        certificate: String,
+        /// Its kind, where it is there for both.
+        #[serde(default)]
+        kind: Option<Kind>,
+        /// Also when releases used it not long ago.
+        #[serde(default)]
+        force: bool,
+    },
+    /// Limits the key of a certificate to hosts of some labels.
+    #[serde(rename = "keys.limit")]
+    LimitKey {
+        /// Its thumbprint, or enough of its beginning.
+        certificate: String,
+        /// Its kind, where it is there for both.
+        #[serde(default)]
+        kind: Option<Kind>,
+        /// A host needs all of them; none: every host.
+        labels: Labels,
+    },
     /// How the HSMs are.
     #[serde(rename = "hsm.list")]
     ListHsms,
@@ -62,6 +193,20 @@ pub enum Command {
         /// Its name.
         name: String,
     },
+    /// Hosts, certificates, limits and attestation signers.
+    #[serde(rename = "export")]
+    Export,
+    /// Takes in what an export gave.
+    #[serde(rename = "import")]
+    Import {
+        /// The export.
+        document: Box<Document>,
+        /// Only says what would change.
+        dry_run: bool,
+        /// Whether members that cannot be asked now are taken to have the keys.
+        #[serde(default)]
+        trust_absent: bool,
+    },
 }
 
 /// Answers a request. A change is recorded before it is made.
@@ -70,49 +215,43 @@ pub enum Command {
 /// A sentence for a person.
 pub async fn handle(service: Arc<Service>, request: Value, peer: Peer) -> Result<Value, String> {
     let command = Command::deserialize(request).map_err(|e| format!("the daemon does not know this command: {e}"))?;
-    let now = unix_now();
+    let service = &service;
     match command {
-        Command::AddHost { name, public_key } => {
-            let key = BASE64.decode(public_key.as_bytes()).map_err(|_| "the key is not base64".to_owned())?;
-            let key =
-                RsaPublicKey::from_file(&key).map_err(|e| format!("this is no host key that can be used: {e}"))?;
-            let mut change = Change::of_host("hosts.add", &name, peer)?;
-            change.attempt.key = Some(HEXLOWER.encode(&key.spki_sha256()));
-            change.requested(&service).await?;
-            let added = service.change(move |state| state.add_host(&name, key.spki_der(), now)).await;
-            change.done(&service, outcome(&added)).await;
-            let host = added.map_err(|e| e.to_string())?;
-            Ok(json!({"name": host.name, "key": host.spki_sha256}))
+        Command::AddHost { name, public_key, labels } => hosts::add(service, name, &public_key, labels, peer).await,
+        Command::RemoveHost { name } => hosts::remove(service, name, peer).await,
+        Command::EnableHost { name, enabled } => hosts::enable(service, name, enabled, peer).await,
+        Command::LabelHost { name, add, remove } => hosts::label(service, name, add, remove, peer).await,
+        Command::ListHosts => hosts::list(service).await,
+        Command::ListKeys => keys::list(service).await,
+        Command::GenerateKey { kind, bits, name, member } => {
+            keys::generate(service, kind, bits, name, member, peer).await
         }
-        Command::RemoveHost { name } => {
-            let mut change = Change::of_host("hosts.remove", &name, peer)?;
-            change.requested(&service).await?;
-            let removed = service.change(move |state| state.remove_host(&name)).await;
-            change.attempt.key = removed.as_ref().ok().map(|host| host.spki_sha256.clone());
-            change.done(&service, outcome(&removed)).await;
-            let host = removed.map_err(|e| e.to_string())?;
-            Ok(json!({"name": host.name, "key": host.spki_sha256}))
+        Command::RequestCertificate { hsm_key, subject } => keys::request(service, &hsm_key, subject, peer).await,
+        Command::SelfSign { hsm_key, subject, days } => keys::self_sign(service, &hsm_key, subject, days, peer).await,
+        Command::AddKey { kind, certificate, hsm_key, private_key, primary, trust_absent } => {
+            let new = keys::New { kind, certificate, hsm_key, private_key, primary, trust_absent };
+            keys::add(service, new, peer).await
         }
-        Command::ListHosts => {
-            let hosts = read(&service, |state| state.hosts()).await?;
-            let host = |h: crate::state::Host| json!({"name": h.name, "key": h.spki_sha256, "enabled": h.enabled, "added": h.added});
-            Ok(hosts.into_iter().map(host).collect())
+        Command::SetPrimary { certificate, kind } => keys::set_primary(service, &certificate, kind, peer).await,
+        Command::SetCommunications { certificate } => {
+            keys::set_communications(service, certificate.as_deref(), peer).await
         }
-        Command::ListKeys => {
-            let certificates = read(&service, |state| state.certificates()).await?;
-            Ok(certificates.into_iter().map(|c| certificate(&c)).collect())
+        Command::EnableKey { certificate, kind, enabled } => {
+            keys::enable(service, &certificate, kind, enabled, peer).await
         }
-        Command::ListHsms => Ok(service.cluster.members().iter().map(member).collect()),
+        Command::RemoveKey { certificate, kind, force } => keys::remove(service, &certificate, kind, force, peer).await,
+        Command::LimitKey { certificate, kind, labels } => keys::limit(service, &certificate, kind, labels, peer).await,
         Command::Doctor => {
-            let findings = crate::doctor::of_daemon(&service).await;
+            let findings = crate::doctor::of_daemon(service).await;
             serde_json::to_value(findings).map_err(|e| e.to_string())
         }
-        Command::DrainHsm { name } => drain(&service, &name, true, peer).await,
-        Command::ResumeHsm { name } => drain(&service, &name, false, peer).await,
-        Command::ProbeHsm { name } => {
-            known(&service, &name)?;
-            let took = service.cluster.probe(&name).await.map_err(|e| format!("{name} does not work: {e}"))?;
-            Ok(json!({"name": name, "seconds": took.as_secs_f64()}))
+        Command::ListHsms => Ok(hsm::list(service)),
+        Command::DrainHsm { name } => hsm::drain(service, &name, true, peer).await,
+        Command::ResumeHsm { name } => hsm::drain(service, &name, false, peer).await,
+        Command::ProbeHsm { name } => hsm::probe(service, &name).await,
+        Command::Export => transfer::export(service, peer).await,
+        Command::Import { document, dry_run, trust_absent } => {
+            transfer::import(service, *document, dry_run, trust_absent, peer).await
         }
     }
 }
@@ -127,59 +266,6 @@ pub async fn review(service: Arc<Service>, request: Value, peer: Peer) -> Result
         return Err("this socket only answers what changes nothing; use admin.sock for this".to_owned());
     }
     handle(service, request, peer).await
-}
-
-async fn drain(service: &Service, name: &str, drain: bool, peer: Peer) -> Result<Value, String> {
-    known(service, name)?;
-    let mut change = Change::new(if drain { "hsm.drain" } else { "hsm.resume" }, peer);
-    change.attempt.used(name);
-    change.requested(service).await?;
-    let drained = service.cluster.drain(name, drain);
-    change.done(service, if drained.is_ok() { SUCCESS } else { FAILED }).await;
-    drained.map(|status| member(&status)).map_err(|e| e.to_string())
-}
-
-fn known(service: &Service, name: &str) -> Result<(), String> {
-    let found = service.config.load().hsm.iter().any(|hsm| hsm.name == name);
-    if found { Ok(()) } else { Err(format!("no HSM is called {name}; `claviger hsm list` shows them")) }
-}
-
-fn member(status: &MemberStatus) -> Value {
-    json!({
-        "name": status.name,
-        "token": status.token,
-        "state": status.state.name(),
-        "since": unix(status.since),
-        "priority": status.priority,
-        "weight": status.weight,
-        "latency_seconds": status.latency.as_secs_f64(),
-        "in_flight": status.in_flight,
-        "waiting": status.waiting,
-        "sessions": {
-            "open": status.sessions_open,
-            "wanted": status.sessions_wanted,
-            "busy": status.sessions_busy,
-            "stuck": status.sessions_stuck,
-        },
-        "closings": status.closings,
-        "last_error": status.last_error.as_ref().map(|error| &error.text),
-        "last_error_at": status.last_error.as_ref().map(|error| unix(error.at)),
-    })
-}
-
-fn certificate(entry: &crate::state::Certificate) -> Value {
-    let parsed = claviger_protocol::certificate::Certificate::parse(&entry.der).ok();
-    json!({
-        "kind": entry.kind.as_str(),
-        "thumbprint": entry.thumbprint,
-        "subject": parsed.as_ref().and_then(|c| c.common_name()),
-        "bits": parsed.as_ref().map(|c| c.key().modulus_len() * 8),
-        "not_after": parsed.as_ref().map(|c| c.not_after()),
-        "primary": entry.is_primary,
-        "enabled": entry.enabled,
-        "hsm_key": HEXLOWER.encode(&entry.key_id),
-        "usage": match entry.kind { Kind::Signing => "sign", Kind::Encryption => "decrypt" },
-    })
 }
 
 async fn read<T: Send + 'static>(
@@ -212,12 +298,30 @@ impl Change {
         Ok(change)
     }
 
+    /// Records it, makes it, and records what came of it. `note` completes the record with what was only known then.
+    async fn make<T: Send + 'static>(
+        mut self,
+        service: &Arc<Service>,
+        work: impl FnOnce(&mut State) -> Result<T, StateError> + Send + 'static,
+        note: impl FnOnce(&mut Attempt, &T),
+    ) -> Result<T, String> {
+        self.requested(service).await?;
+        let made = service.change(work).await;
+        if let Ok(value) = &made {
+            note(&mut self.attempt, value);
+        }
+        self.done(service, outcome(&made)).await;
+        made.map_err(|error| error.to_string())
+    }
+
     async fn requested(&self, service: &Service) -> Result<(), String> {
         let entry = self.attempt.entry(self.event, "requested");
         let by = self.attempt.by.map(|peer| peer.uid);
         tracing::info!(
             event = self.event,
             host = entry.host,
+            certificate = entry.certificate,
+            change = entry.change,
             hsm = entry.hsm,
             by,
             request = entry.request,
@@ -257,6 +361,9 @@ fn outcome<T>(result: &Result<T, ChangeError>) -> &'static str {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use data_encoding::{BASE64, HEXLOWER};
+    use serde_json::json;
+
     use crate::service::testing::{key, service, trail};
 
     const PEER: Peer = Peer { uid: 7, pid: Some(8) };
@@ -307,5 +414,58 @@ mod tests {
             assert_eq!(pair[0]["request"], pair[1]["request"]);
             assert_eq!(pair[0]["by"], json!({"uid": 7, "pid": 8}));
         }
+    }
+
+    #[tokio::test]
+    async fn labels_and_standing_of_a_host_are_on_record() {
+        let (_folder, service) = service();
+        let ask = async |request: Value| handle(service.clone(), request, PEER).await;
+        let public = BASE64.encode(key().public().spki_der());
+        // Labels may be left out, as older programs do.
+        ask(json!({"command": "hosts.add", "name": "node", "public_key": public})).await.unwrap();
+        let labelled = ask(json!({"command": "hosts.label", "name": "node", "add": ["b", "a=1"]})).await.unwrap();
+        assert_eq!(labelled["labels"], json!(["a=1", "b"]));
+        assert!(ask(json!({"command": "hosts.label", "name": "node", "add": ["a b"]})).await.is_err());
+        let fewer = ask(json!({"command": "hosts.label", "name": "NODE", "remove": ["b", "c"]})).await.unwrap();
+        assert_eq!(fewer["labels"], json!(["a=1"]));
+        assert!(service.hosts.load().by_key(key().public().spki_der()).is_some());
+        let disabled = ask(json!({"command": "hosts.enable", "name": "node", "enabled": false})).await.unwrap();
+        assert_eq!(disabled["enabled"], json!(false));
+        assert!(service.hosts.load().by_key(key().public().spki_der()).is_none());
+        let lines = trail(&service);
+        let said: Vec<_> = lines.iter().map(|l| (l["event"].as_str().unwrap(), l["change"].as_str())).collect();
+        let label = |change| ("hosts.label", Some(change));
+        assert_eq!(said[2..4], [label("+a=1 +b"); 2]);
+        assert_eq!(said[4..], [label("-b -c"), label("-b -c"), ("hosts.disable", None), ("hosts.disable", None)]);
+    }
+
+    #[tokio::test]
+    async fn certificates_are_named_by_enough_of_their_thumbprint() {
+        let (_folder, service) = service();
+        let der = crate::service::testing::certificate();
+        let add = |state: &mut State, kind| {
+            let new = crate::state::NewCertificate { kind, der: &der, key_id: b"id", spki: b"spki", primary: false };
+            state.add_certificate(&new, 1).map(|added| added.thumbprint)
+        };
+        let thumbprint = service.with_state(|state| {
+            add(state, Kind::Signing)?;
+            add(state, Kind::Encryption)
+        });
+        let thumbprint = thumbprint.unwrap();
+        let ask = async |certificate: &str, kind: Option<&str>| {
+            let limit = json!({"command": "keys.limit", "certificate": certificate, "kind": kind, "labels": ["a"]});
+            handle(service.clone(), limit, PEER).await
+        };
+        assert!(ask(&thumbprint[..7], None).await.unwrap_err().contains("first 8 digits"));
+        assert!(ask("zzzzzzzz", None).await.unwrap_err().contains("first 8 digits"));
+        assert!(ask(&thumbprint[..8], None).await.unwrap_err().contains("--kind"));
+        assert!(ask(&"0".repeat(64), Some("signing")).await.unwrap_err().contains("no signing certificate"));
+        let limited = ask(&thumbprint[..8].to_uppercase(), Some("signing")).await.unwrap();
+        assert_eq!((&limited["kind"], &limited["labels"]), (&json!("signing"), &json!(["a"])));
+        // One key, one limit.
+        assert!(service.with_state(|state| state.certificates()).unwrap().iter().all(|c| !c.labels.is_empty()));
+        let lines = trail(&service);
+        assert_eq!((lines.len(), &lines[1]["certificate"]), (2, &json!(thumbprint)));
+        assert_eq!(lines[0]["change"], json!("hosts with a"));
     }
 }

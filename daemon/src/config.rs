@@ -346,6 +346,9 @@ pub struct Release {
     /// Releases that one host may ask for at once, above its rate, 1 to 1,000,000. Default: 2,048. Hyper-V runs at most
     /// 1,024 virtual machines on a host: after a power cut each may start, and start once more.
     pub host_burst: u32,
+    /// Starts of a machine for which a host may keep what a release gave it, without asking again, 0 to 1,000. As long as
+    /// they last, disabling the host has no effect on that machine. Default: 0, a host asks every time.
+    pub max_offline_unwraps: u32,
 }
 
 impl Default for Release {
@@ -358,6 +361,7 @@ impl Default for Release {
             concurrency: 0,
             host_rate: 100,
             host_burst: 2_048,
+            max_offline_unwraps: 0,
         }
     }
 }
@@ -525,6 +529,7 @@ impl Config {
         within(in_release("concurrency"), self.release.concurrency as u64, 0, 100_000)?;
         within(in_release("host_rate"), u64::from(self.release.host_rate), 0, 1_000_000)?;
         within(in_release("host_burst"), u64::from(self.release.host_burst), 1, 1_000_000)?;
+        within(in_release("max_offline_unwraps"), u64::from(self.release.max_offline_unwraps), 0, 1_000)?;
         environment(&self.env, &[Step::Key("env".into())])?;
         if self.hsm.is_empty() {
             return Err(Fault::new(

@@ -23,7 +23,7 @@ use crate::process;
 use crate::ready::Readiness;
 use crate::routes;
 use crate::server::{self, Drained, Limits, Listener, SharedTls, TlsError, tls_config};
-use crate::service::{Service, ServiceError, observer};
+use crate::service::{Service, ServiceError, observer, unix_now};
 
 /// How often the state is looked at for changes that another daemon made.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -249,7 +249,10 @@ async fn follow_state(service: Arc<Service>) {
     loop {
         tokio::time::sleep(LOOK_EVERY).await;
         let of = service.clone();
-        let followed = tokio::task::spawn_blocking(move || of.follow().map_err(|error| error.to_string()));
+        let followed = tokio::task::spawn_blocking(move || {
+            of.usage.flush(unix_now());
+            of.follow().map_err(|error| error.to_string())
+        });
         let result = followed.await.unwrap_or_else(|error| Err(error.to_string()));
         if let Err(error) = &result
             && !failing

@@ -17,21 +17,26 @@ use tokio::sync::Mutex;
 use zeroize::Zeroizing;
 
 use crate::service::{OWN_DEADLINE, Service, signed_by};
-use crate::state::{self, Kind};
+use crate::state::{self, Kind, Labels};
 
 /// How long nobody tries again to sign the metadata document after no HSM did: in an outage, requests for it must not wait
 /// in line for one failure after the other.
 const FAILURE_HOLDS: Duration = Duration::from_secs(1);
+
+/// What key-protection certificates are for besides their key usage: `id-kp-serverAuth`, as the reference service demands.
+pub(crate) const SERVER_AUTHENTICATION: &str = "1.3.6.1.5.5.7.3.1";
 
 /// A snapshot of the enabled certificates. Keys are found by SubjectPublicKeyInfo, so that a certificate that was
 /// renewed with the same key goes on working.
 #[derive(Debug, Default)]
 pub struct Keys {
     /// By SubjectPublicKeyInfo (DER), like `signing`.
-    encryption: HashMap<Vec<u8>, KeyId>,
-    signing: HashMap<Vec<u8>, KeyId>,
+    encryption: HashMap<Vec<u8>, Held>,
+    signing: HashMap<Vec<u8>, Held>,
     primary_encryption: Option<Key>,
     primary_signing: Option<Key>,
+    /// Signs the metadata document; `None`: the primary signing one does.
+    communications: Option<Key>,
     /// With the primary ones first.
     all: Vec<(Kind, Key)>,
     other_signing: Vec<Vec<u8>>,
@@ -39,6 +44,15 @@ pub struct Keys {
     rows: Vec<state::Certificate>,
     /// Locked while it is signed: who comes meanwhile waits for the outcome instead of asking the HSMs, too.
     metadata: Mutex<Metadata>,
+}
+
+/// A private key that serves.
+#[derive(Clone, Debug)]
+pub struct Held {
+    /// CKA_ID of the private key.
+    pub id: KeyId,
+    /// A host needs all of these to be given what the key opens.
+    pub labels: Labels,
 }
 
 /// The metadata document, as far as it was tried.
@@ -61,7 +75,8 @@ pub struct Key {
 }
 
 impl Key {
-    /// `None` when there is no randomness, or the key is too small to encrypt a secret to.
+    /// An operation with this key whose right result is known. `None` when there is no randomness, or the key is too small
+    /// to encrypt a secret to.
     pub(crate) fn known_good(&self, kind: Kind) -> Option<KnownGood> {
         let mut secret = Zeroizing::new(vec![0; 32]);
         SystemRandom::new().fill(&mut secret).ok()?;
@@ -95,7 +110,14 @@ impl Keys {
                 Kind::Encryption => &mut keys.encryption,
                 Kind::Signing => &mut keys.signing,
             };
-            by_key.insert(certificate.key().spki_der().to_vec(), id.clone());
+            let held = by_key
+                .entry(certificate.key().spki_der().to_vec())
+                .or_insert_with(|| Held { id: id.clone(), labels: Labels::default() });
+            // A key is one key, however many certificates it has: each of their limits holds.
+            held.labels = held.labels.with(&entry.labels);
+            if entry.is_communications {
+                keys.communications = Some(Key { certificate: certificate.clone(), id: id.clone() });
+            }
             let key = (entry.kind, Key { certificate: certificate.clone(), id: id.clone() });
             keys.all.insert(if entry.is_primary { 0 } else { keys.all.len() }, key);
             match (entry.kind, entry.is_primary) {
@@ -117,13 +139,13 @@ impl Keys {
 
     /// The private key that decrypts what was encrypted to `public`.
     #[must_use]
-    pub fn encryption(&self, public: &RsaPublicKey) -> Option<&KeyId> {
+    pub fn encryption(&self, public: &RsaPublicKey) -> Option<&Held> {
         self.encryption.get(public.spki_der())
     }
 
     /// The private key that signs what `public` verifies.
     #[must_use]
-    pub fn signing(&self, public: &RsaPublicKey) -> Option<&KeyId> {
+    pub fn signing(&self, public: &RsaPublicKey) -> Option<&Held> {
         self.signing.get(public.spki_der())
     }
 
@@ -175,10 +197,11 @@ impl Keys {
         signing: &Key,
     ) -> Result<Arc<Vec<u8>>, HsmError> {
         let deadline = Instant::now() + OWN_DEADLINE;
-        let sign = async |octets: &[u8]| {
-            let value = service.sign(&signing.id, signing.certificate.key(), octets, deadline).await?.value;
+        let sign_by = async |key: &Key, octets: &[u8]| {
+            let value = service.sign(&key.id, key.certificate.key(), octets, deadline).await?.value;
             Ok::<_, HsmError>(Signature { algorithm: SignatureAlgorithm::DEFAULT, parameters: None, value })
         };
+        let sign = async |octets: &[u8]| sign_by(signing, octets).await;
         let information = GuardianInformation {
             encryption_certificate: encryption.certificate.der().to_vec(),
             signing_certificate: signing.certificate.der().to_vec(),
@@ -186,9 +209,9 @@ impl Keys {
             signing_certificate_self_signature: sign(signing.certificate.der()).await?,
             other_signing_certificates: self.other_signing.clone(),
         };
-        // The communications certificate is the primary signing one.
-        let unsigned = information.unsigned(signing.certificate.der());
-        let signature = sign(unsigned.signed_octets()).await?.value;
+        let communications = self.communications.as_ref().unwrap_or(signing);
+        let unsigned = information.unsigned(communications.certificate.der());
+        let signature = sign_by(communications, unsigned.signed_octets()).await?.value;
         Ok(Arc::new(unsigned.finish(&signature)))
     }
 }
@@ -211,6 +234,8 @@ mod tests {
             is_primary: true,
             enabled: true,
             added: 1,
+            is_communications: false,
+            labels: Labels::default(),
         };
         let keys = Keys::new(vec![row(Kind::Encryption), row(Kind::Signing)]).unwrap();
         let failed = async || {

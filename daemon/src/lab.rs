@@ -28,8 +28,9 @@ use ring::rand::{SecureRandom, SystemRandom};
 
 use crate::attest::signer::private_parts;
 use crate::config::{Config, ConfigError, Hsm};
+use crate::keys::SERVER_AUTHENTICATION;
 use crate::service::unix_now;
-use crate::state::{Kind, NewCertificate, State, StateError};
+use crate::state::{Kind, Labels, NewCertificate, State, StateError};
 
 /// The name of the registered host.
 pub const HOST_NAME: &str = "demo-host";
@@ -49,8 +50,6 @@ const BITS: u32 = 2048;
 /// Sessions of each token. A soft token computes on this machine's processors; more sessions would only queue there.
 const SESSIONS: usize = 4;
 const TEN_YEARS: i64 = 10 * 365 * 24 * 3600;
-/// What key-protection certificates are for: `id-kp-serverAuth`, as the reference service demands.
-const SERVER_AUTHENTICATION: &str = "1.3.6.1.5.5.7.3.1";
 
 /// Why there is no lab.
 #[derive(Debug, thiserror::Error)]
@@ -264,7 +263,7 @@ impl Lab {
         write(&self.dir.join("host/hostkey.pem"), host.to_pkcs8_pem().as_bytes())?;
         write(&self.dir.join("host/hostkey.pub.pem"), host.public().to_pem().as_bytes())?;
         write(&self.dir.join("host/identitykey.pem"), identity.to_pkcs8_pem().as_bytes())?;
-        state.add_host(HOST_NAME, host.public().spki_der(), unix_now())?;
+        state.add_host(HOST_NAME, host.public().spki_der(), &Labels::default(), unix_now())?;
         for role in OWNER_ROLES {
             let name = format!("Claviger demo tenant {role}");
             let key = new_key(&name, BITS)?;

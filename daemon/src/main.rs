@@ -83,15 +83,22 @@ enum Command {
         #[arg(long)]
         exit: bool,
     },
-    /// Register, show and remove hosts
+    /// Register, show, label, disable and remove hosts
     #[command(subcommand, after_help = "Example: claviger hosts list --config /etc/claviger/claviger.toml")]
     Hosts(cli::Hosts),
-    /// Show key-protection certificates
+    /// Make, add, show and choose key-protection certificates and their keys
     #[command(subcommand, after_help = "Example: claviger keys list --config /etc/claviger/claviger.toml")]
     Keys(cli::Keys),
     /// Show, drain, resume and probe the HSMs of the cluster
     #[command(subcommand, after_help = "Example: claviger hsm list --config /etc/claviger/claviger.toml")]
     Hsm(cli::Hsm),
+    /// Write hosts, certificates, limits and attestation signers to an encrypted file; private keys stay in the HSMs
+    #[command(after_help = "Example: claviger export hgs.age --config /etc/claviger/claviger.toml")]
+    Export(cli::transfer::Export),
+    /// Take in what claviger export wrote; shows first what changes
+    #[command(after_help = "Example: claviger import hgs.age --dry-run --config /etc/claviger/claviger.toml\n\
+        Nothing that is only here goes away. The HSMs have to hold the keys of all its certificates.")]
+    Import(cli::transfer::Import),
     /// Be a guarded host: make its keys, attest, and get the keys of virtual machines
     #[command(
         subcommand,
@@ -191,7 +198,13 @@ fn run(command: Command) -> Result<ExitCode, Failure> {
         Command::Hsm(command) => runtime()?.block_on(cli::hsm(command)).map(|()| ExitCode::SUCCESS),
         Command::Guardian(command) => runtime()?.block_on(cli::guardian::run(command)),
         Command::Protector(command) => cli::protector::run(command),
-        Command::Keys(command) => runtime()?.block_on(cli::keys(command)).map(|()| ExitCode::SUCCESS),
+        Command::Keys(command) => {
+            // The private key of a PFX passes through.
+            process::no_core_dumps()?;
+            runtime()?.block_on(cli::keys(command)).map(|()| ExitCode::SUCCESS)
+        }
+        Command::Export(command) => runtime()?.block_on(cli::transfer::export(command)).map(|()| ExitCode::SUCCESS),
+        Command::Import(command) => runtime()?.block_on(cli::transfer::import(command)).map(|()| ExitCode::SUCCESS),
         Command::Host(command) => {
             process::no_core_dumps()?;
             // Before the runtime opens files of its own: a descriptor that was not given must not be one of them.

@@ -7,7 +7,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use claviger_hsm::{Check, Hash, HsmError, KeyId, OPINIONS, Oaep, SignScheme};
+use claviger_hsm::{Check, Hash, HsmError, OPINIONS, Oaep, SignScheme};
 use claviger_protocol::algorithm::{self, HostAlgorithms, SignatureAlgorithm};
 use claviger_protocol::build::{self, Unsigned};
 use claviger_protocol::error::{Code, Refusal};
@@ -15,13 +15,12 @@ use claviger_protocol::health::HealthClaims;
 use claviger_protocol::payload::{ApiVersion, Payload};
 use claviger_protocol::protector::{Protector, TransportKey, Wrapping};
 use claviger_protocol::request::{RollRequest, RollResponse};
-use claviger_protocol::rsa_key::RsaPublicKey;
 use claviger_protocol::verify::{self, Verified};
 use data_encoding::HEXLOWER;
 use ring::digest;
 
 use crate::attempt::Attempt;
-use crate::keys::Keys;
+use crate::keys::{Held, Keys};
 use crate::service::{Service, signed_by, unix_now};
 use crate::throttle::Throttle;
 
@@ -56,7 +55,7 @@ pub async fn roll(
     // Its host is within its rate, and it is its turn. It is until this function ends.
     let _permit = service.admission.admit(&host.host_name, attempt).await?;
 
-    roll_protector(service, api, &host.key, request.algorithms, &request.ingress_protector, attempt).await
+    roll_protector(service, api, &host, request.algorithms, &request.ingress_protector, attempt).await
 }
 
 /// Steps 3 to 9: one protector of a host that proved its health.
@@ -66,7 +65,7 @@ pub async fn roll(
 pub async fn roll_protector(
     service: &Service,
     api: ApiVersion,
-    host_key: &RsaPublicKey,
+    host: &HealthClaims,
     algorithms: HostAlgorithms,
     ingress_protector: &[u8],
     attempt: &mut Attempt,
@@ -90,24 +89,28 @@ pub async fn roll_protector(
     // 6. One wrapping is for this service.
     let keys = service.keys.load();
     let ours = Ours::find(&verified, &keys)?;
+    ours.may_serve(service, host)?;
+    attempt.keys = vec![ours.decryption_key.id.clone(), ours.signing_key.id.clone()];
 
     // 7. and 8. In the HSMs, at the same time: decrypt the ingress key; sign a fresh egress protector.
     let egress = build::fresh_transport_key()?;
     let recipients = verified.parties.iter().map(|party| party.encryption.key());
-    let unsigned =
-        aside(ingress_protector.len(), || Unsigned::new(&verified.protector.wrappings, recipients, &egress, 0))?;
+    let max_offline_unwraps = service.config.load().release.max_offline_unwraps;
+    let unsigned = aside(ingress_protector.len(), || {
+        Unsigned::new(&verified.protector.wrappings, recipients, &egress, max_offline_unwraps)
+    })?;
     let digest = digest::digest(&digest::SHA256, unsigned.signed_octets());
     let right = signed_by(verified.parties[ours.wrapping].signing.key(), digest);
     let scheme = SignScheme::Pkcs1(Hash::Sha256);
     let (ingress, signed) = tokio::join!(
         service.cluster.decrypt(
-            ours.decryption_key,
+            &ours.decryption_key.id,
             hsm_oaep(ours.of(&verified).encryption.oaep),
             &ours.of(&verified).cipher_value,
             deadline,
             Some(proved_by_its_signature(&verified)),
         ),
-        service.cluster.sign(ours.signing_key, scheme, digest.as_ref(), deadline, Some(right)),
+        service.cluster.sign(&ours.signing_key.id, scheme, digest.as_ref(), deadline, Some(right)),
     );
     let ingress = match ingress {
         Ok(done) => {
@@ -126,7 +129,7 @@ pub async fn roll_protector(
     let egress_protector = unsigned.finish(ours.wrapping_id, SignatureAlgorithm::DEFAULT, signed.value)?;
 
     // 9. Both keys are encrypted to the host.
-    let keys = Payload { ingress, egress, max_offline_unwraps: 0 }.seal(api, host_key, algorithms)?;
+    let keys = Payload { ingress, egress, max_offline_unwraps }.seal(api, &host.key, algorithms)?;
     Ok(RollResponse { egress_protector, keys })
 }
 
@@ -180,8 +183,8 @@ fn glance(service: &Service, body: &[u8], attempt: &mut Attempt) -> Result<(), R
 struct Ours<'a> {
     wrapping: usize,
     wrapping_id: u32,
-    decryption_key: &'a KeyId,
-    signing_key: &'a KeyId,
+    decryption_key: &'a Held,
+    signing_key: &'a Held,
 }
 
 impl<'a> Ours<'a> {
@@ -202,6 +205,21 @@ impl<'a> Ours<'a> {
             Refusal::wrapping("the wrapping for this service has a signing certificate whose key is not held here")
         })?;
         Ok(Self { wrapping, wrapping_id: verified.protector.wrappings[wrapping].id, decryption_key, signing_key })
+    }
+
+    /// A key may be limited to hosts of some labels. Judged like a key that is not held, by what everybody may know, and
+    /// before anything is decrypted: the answer depends on nothing that is secret.
+    fn may_serve(&self, service: &Service, host: &HealthClaims) -> Result<(), Refusal> {
+        let needed = [&self.decryption_key.labels, &self.signing_key.labels];
+        if needed.iter().all(|labels| labels.is_empty()) {
+            return Ok(());
+        }
+        let hosts = service.hosts.load();
+        let labels = hosts.by_name_and_key(&host.host_name, &host.host_key_sha256).map(|host| &host.labels);
+        if labels.is_some_and(|labels| needed.iter().all(|needed| labels.have_all(needed))) {
+            return Ok(());
+        }
+        Err(Refusal::wrapping("the key of the wrapping for this service is limited to other hosts than this one"))
     }
 }
 

@@ -61,6 +61,7 @@ async fn reload(file: &Path, service: &Arc<Service>, tls: Option<&SharedTls>) ->
     next.release.host_rate = config.release.host_rate;
     next.release.host_burst = config.release.host_burst;
     next.release.queue = config.release.queue;
+    next.release.max_offline_unwraps = config.release.max_offline_unwraps;
     next.server.body_timeout_ms = config.server.body_timeout_ms;
     service.admission.change(&next.release);
     members(&config, &mut next, service).await;

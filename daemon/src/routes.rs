@@ -23,7 +23,7 @@ use crate::metrics;
 use crate::ready::Readiness;
 use crate::release;
 use crate::server::{BodyError, read_body};
-use crate::service::{Service, request_id};
+use crate::service::{Service, request_id, unix_now};
 
 /// Largest body of one request, in octets.
 pub const MAX_BODY: usize = 1024 * 1024;
@@ -276,6 +276,9 @@ pub(crate) async fn decide(
     } else {
         Err(Refusal::new(Code::ServiceUnavailable, "the decision cannot be recorded now; try again"))
     };
+    if decided.is_ok() {
+        service.usage.released(attempt.host.as_deref(), &attempt.keys, unix_now());
+    }
     metrics::release(outcome(&decided), api.as_str());
     decided
 }
@@ -301,7 +304,10 @@ async fn finish_attestation(service: &Service, attempt: &Attempt, result: Result
             let reply = ErrorReply::Unavailable;
             (reply.name(), Answer::attestation_error(&reply, "the decision cannot be recorded now; try again"))
         }
-        Ok(answer) => (SUCCESS, answer),
+        Ok(answer) => {
+            attempt.host.iter().for_each(|host| service.usage.attested(host, unix_now()));
+            (SUCCESS, answer)
+        }
         Err((reply, message)) => (outcome, Answer::attestation_error(&reply, &message)),
     };
     metrics::attestation(outcome);

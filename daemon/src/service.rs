@@ -24,6 +24,7 @@ use crate::config::Config;
 use crate::keys::Keys;
 use crate::metrics;
 use crate::state::{Host, State, StateError};
+use crate::usage::Usage;
 
 /// How long the daemon's own work (the metadata document, an attestation signer) may take at the HSMs.
 pub const OWN_DEADLINE: Duration = Duration::from_secs(10);
@@ -57,6 +58,8 @@ pub struct Service {
     pub hosts: ArcSwap<Hosts>,
     /// The attestation signers.
     pub signers: ArcSwap<Signers>,
+    /// How much keys are used, and when hosts were last served.
+    pub usage: Usage,
     /// Wakes who looks after the attestation signer: a signature found its key nowhere.
     pub signer_missing: Notify,
     state: Mutex<State>,
@@ -101,6 +104,9 @@ pub enum ServiceError {
     /// The registered hosts cannot be read: those that were removed may go on being served.
     #[error("the registered hosts cannot be read: {0}")]
     Hosts(StateError),
+    /// How much keys are used cannot be remembered.
+    #[error("usage.db in the state folder cannot be opened: {0}; move it away if it is damaged, it holds only counts")]
+    Usage(#[from] rusqlite::Error),
     /// The audit trail cannot be opened.
     #[error(transparent)]
     Audit(#[from] crate::audit::AuditError),
@@ -132,6 +138,7 @@ impl Service {
         let folder: &Path = &config.server.state;
         let state = State::open(folder)?;
         let audit = Audit::open(&config.server.audit_file(), config.audit.sync)?;
+        let usage = Usage::open(folder)?;
         let sessions = config.hsm.iter().map(|hsm| hsm.sessions).sum();
         let service = Self {
             cluster,
@@ -144,6 +151,7 @@ impl Service {
             hosts: ArcSwap::default(),
             signers: ArcSwap::default(),
             signer_missing: Notify::new(),
+            usage,
             state: Mutex::new(state),
             config: ArcSwap::from_pointee(config),
         };
@@ -375,7 +383,7 @@ pub(crate) mod testing {
 mod tests {
     use super::testing::{certificate, service};
     use super::*;
-    use crate::state::{Kind, NewCertificate};
+    use crate::state::{Kind, Labels, NewCertificate};
     use rusqlite::Connection;
 
     fn sql(service: &Service, sql: &str) {
@@ -386,8 +394,8 @@ mod tests {
     async fn a_host_that_was_removed_is_gone_whatever_else_is_wrong() {
         let (_folder, service) = service();
         let named = |service: &Service, name: &str| service.hosts.load().by_name.contains_key(name);
-        service.change(|state| state.add_host("a", b"a", 1)).await.unwrap();
-        service.change(|state| state.add_host("b", b"b", 1)).await.unwrap();
+        service.change(|state| state.add_host("a", b"a", &Labels::default(), 1)).await.unwrap();
+        service.change(|state| state.add_host("b", b"b", &Labels::default(), 1)).await.unwrap();
         let first = service.keys.load_full();
 
         // A certificate that cannot be read is in nobody's way.
@@ -427,7 +435,7 @@ mod tests {
         let added = service.change(add).await.unwrap();
         let keys = service.keys.load_full();
         assert!(!Arc::ptr_eq(&before, &keys));
-        service.change(|state| state.add_host("a", b"a", 1)).await.unwrap();
+        service.change(|state| state.add_host("a", b"a", &Labels::default(), 1)).await.unwrap();
         assert!(Arc::ptr_eq(&keys, &service.keys.load_full()));
         assert!(!service.with_state(|state| state.changed()).unwrap(), "a change was followed at once");
         let thumbprint = added.thumbprint;

@@ -220,7 +220,23 @@ fn every_command_has_an_example() {
         &["hosts", "add"],
         &["hosts", "list"],
         &["hosts", "remove"],
+        &["hosts", "label"],
+        &["hosts", "unlabel"],
+        &["hosts", "enable"],
+        &["hosts", "disable"],
         &["keys", "list"],
+        &["keys", "generate"],
+        &["keys", "csr"],
+        &["keys", "self-sign"],
+        &["keys", "add"],
+        &["keys", "set-primary"],
+        &["keys", "set-communications"],
+        &["keys", "enable"],
+        &["keys", "disable"],
+        &["keys", "remove"],
+        &["keys", "limit"],
+        &["export"],
+        &["import"],
     ] {
         let help = run(command.iter().copied().chain(["--help"]));
         let text = said(&help);

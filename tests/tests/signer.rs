@@ -63,6 +63,40 @@ fn a_signer_that_cannot_be_stored_leaves_one_key() {
     assert_eq!(faulty.stats("hsm-a").calls("C_GenerateKeyPair"), 1);
 }
 
+/// The certificates that health certificates are issued by.
+fn signers(lab: &Lab) -> i64 {
+    let state = Connection::open(lab.file("state/state.db")).unwrap();
+    state.query_row("SELECT count(*) FROM attestation_signers", [], |row| row.get(0)).unwrap()
+}
+
+#[test]
+fn a_signer_that_was_replaced_is_trusted_as_long_as_what_it_issued_lasts() {
+    const NOW: &str = "CAST(strftime('%s', 'now') AS INTEGER)";
+    let lab = Lab::make(Options::default());
+    let daemon = lab.serve();
+    let health = until_attested(&lab.host(daemon.client()));
+    assert!(daemon.stop().success());
+    // Replaced almost eight hours ago: its last health certificate is good for some minutes.
+    sql(&lab, &format!("UPDATE attestation_signers SET current = 0, replaced = {NOW} - 8 * 3600 + 600"));
+    let daemon = lab.serve();
+    let host = lab.host(daemon.client());
+    let newer = until_attested(&host);
+    for health in [&health, &newer] {
+        block(host.roll(ApiVersion::V2, health, &lab.protector())).unwrap();
+    }
+    assert_eq!(signers(&lab), 2);
+    assert!(daemon.stop().success());
+    // More than eight hours ago: nothing that it issued can be good any more.
+    sql(&lab, &format!("UPDATE attestation_signers SET replaced = {NOW} - 8 * 3600 - 600 WHERE NOT current"));
+    let daemon = lab.serve();
+    until("the signer is forgotten", || (signers(&lab) == 1).then_some(()));
+    let host = lab.host(daemon.client());
+    let refused = block(host.roll(ApiVersion::V2, &health, &lab.protector())).err().unwrap().to_string();
+    assert!(refused.contains("403 HealthCertificateException"), "{refused}");
+    block(host.roll(ApiVersion::V2, &newer, &lab.protector())).unwrap();
+    assert!(daemon.stop().success());
+}
+
 /// The metadata document has ten seconds of its own; an attestation that begins later has less, and ends earlier.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_attestation_keeps_the_deadline() {

@@ -28,6 +28,7 @@ use crate::rsa_key::{KeyError, RsaPrivateKey, RsaPublicKey, SignError, pem_decod
 
 const COMMON_NAME: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.5.4.3");
 const SERIAL_NUMBER: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.5.4.5");
+const EXTENSION_REQUEST: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.113549.1.9.14");
 const SHA256_WITH_RSA: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.113549.1.1.11");
 
 /// Why octets are not a certificate that may be used.
@@ -211,6 +212,15 @@ impl Certificate {
             Err(KeyError::TrailingOctets) => Err(CertificateError::TrailingOctets),
             _ => Err(CertificateError::NotX509),
         }
+    }
+
+    /// Reads a certificate from a file an administrator has: DER, or one PEM block as for [`Self::from_pem`].
+    ///
+    /// # Errors
+    /// As [`Self::parse`] and [`Self::from_pem`].
+    pub fn from_file(octets: &[u8]) -> Result<Self, CertificateError> {
+        // DER of a certificate's size starts with 30 82, which is not UTF-8.
+        std::str::from_utf8(octets).map_or_else(|_| Self::parse(octets), Self::from_pem)
     }
 
     /// The certificate in PEM.
@@ -471,6 +481,20 @@ impl Template {
         Ok(ToBeSigned { octets, algorithm: signing_algorithm()?.to_der()? })
     }
 
+    /// The same as a request to an issuer (PKCS#10, RFC 2986): name, key and, as an extension request, the extensions. Serial
+    /// number, validity and issuer are for the issuer to say. It is signed by the key that is to be certified.
+    ///
+    /// # Errors
+    /// [`BuildError`].
+    pub fn to_be_requested(&self) -> Result<ToBeSigned, BuildError> {
+        let subject = self.subject.to_der()?;
+        let extensions = tlv(0x31, &[&self.extensions()?.to_der()?]);
+        let attribute = tlv(0x30, &[&EXTENSION_REQUEST.to_der()?, &extensions]);
+        let version = tlv(0x02, &[&[0]]);
+        let octets = tlv(0x30, &[&version, &subject, self.key.spki_der(), &tlv(0xa0, &[&attribute])]);
+        Ok(ToBeSigned { octets, algorithm: signing_algorithm()?.to_der()? })
+    }
+
     fn extensions(&self) -> Result<Vec<Extension>, BuildError> {
         let mut extensions = Vec::new();
         if let Some(ca) = self.ca {
@@ -501,7 +525,7 @@ impl Template {
     }
 }
 
-/// A certificate without its signature.
+/// A certificate, or a request for one, without its signature.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ToBeSigned {
     octets: Vec<u8>,
@@ -532,6 +556,12 @@ impl ToBeSigned {
         let signature = issuer.sign(SignatureAlgorithm::Pkcs1(SignatureDigest::Sha256), &self.octets)?;
         Ok(self.assemble(&signature))
     }
+}
+
+/// A certificate request (DER) in PEM.
+#[must_use]
+pub fn request_to_pem(der: &[u8]) -> String {
+    std::mem::take(&mut *pem_encode("CERTIFICATE REQUEST", der))
 }
 
 /// A random serial number: 16 octets, positive, and 16 octets in its DER as well (the top bit is 0, the next is 1).
@@ -592,6 +622,7 @@ pub(crate) fn tlv(tag: u8, content: &[&[u8]]) -> Vec<u8> {
 mod tests {
     use super::*;
     use crate::rsa_key::testing::key;
+    use x509_parser::prelude::FromDer as _;
 
     fn template() -> Template {
         Template {
@@ -632,6 +663,8 @@ mod tests {
         assert_eq!(certificate.verify_signed_by(key(0).public()), Ok(()));
         assert_eq!(certificate.verify_signed_by(key(1).public()), Err(CertificateSignatureError::Signature));
         assert_eq!(Certificate::from_pem(&certificate.to_pem()).unwrap(), certificate);
+        assert_eq!(Certificate::from_file(certificate.to_pem().as_bytes()).unwrap(), certificate);
+        assert_eq!(Certificate::from_file(certificate.der()).unwrap(), certificate);
         assert_eq!(&RsaPublicKey::from_any(&der).unwrap(), key(0).public());
         assert_eq!(&RsaPublicKey::from_file(certificate.to_pem().as_bytes()).unwrap(), key(0).public());
     }
@@ -723,6 +756,23 @@ mod tests {
         let serials: Vec<_> = (0..100).map(|_| random_serial().unwrap()).collect();
         assert!(serials.iter().all(|serial| serial[0] & 0xc0 == 0x40));
         assert!(serials.windows(2).all(|pair| pair[0] != pair[1]));
+    }
+
+    #[test]
+    fn a_request_asks_for_what_the_template_says() {
+        let template = template();
+        let to_be_signed = template.to_be_requested().unwrap();
+        let der = to_be_signed.sign_with(key(0)).unwrap();
+        let (rest, parsed) = x509_parser::certification_request::X509CertificationRequest::from_der(&der).unwrap();
+        assert!(rest.is_empty());
+        assert_eq!(parsed.certification_request_info.raw, to_be_signed.octets());
+        assert_eq!(parsed.certification_request_info.subject.as_raw(), template.subject.to_der().unwrap());
+        assert_eq!(parsed.certification_request_info.subject_pki.raw, key(0).public().spki_der());
+        let asked: Vec<_> = parsed.requested_extensions().unwrap().collect();
+        assert_eq!(asked.len(), template.extensions().unwrap().len());
+        let signature = &parsed.signature_value.data;
+        key(0).public().verify(SignatureAlgorithm::DEFAULT, to_be_signed.octets(), signature).unwrap();
+        assert!(request_to_pem(&der).starts_with("-----BEGIN CERTIFICATE REQUEST-----\n"));
     }
 
     #[test]

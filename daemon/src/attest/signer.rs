@@ -9,10 +9,11 @@ use claviger_hsm::{Cluster, HsmError, KeyId, KeyUsage, MemberState, NewKey, RsaP
 use claviger_protocol::certificate::{BuildError, Certificate, CertificateError};
 use claviger_protocol::health::{self, LIFETIME_SECONDS};
 use claviger_protocol::rsa_key::{KeyError, RsaPrivateKey, RsaPublicKey};
+use data_encoding::HEXLOWER;
 
 use crate::keys::Key;
 use crate::service::{ChangeError, OWN_DEADLINE, Service, unix_now};
-use crate::state::{self, NewSigner};
+use crate::state::{self, NewSigner, StateError};
 
 /// How long a signer's certificate is valid, and how long before its end a new one takes over (seconds).
 const VALIDITY: i64 = 365 * 24 * 3600;
@@ -171,10 +172,20 @@ async fn install(service: &Arc<Service>, id: &KeyId, public: &RsaPublicKey) -> R
     let to_be_signed = health::signer_template(public, not_before, not_after)?.to_be_signed()?;
     let signed = service.sign(id, public, to_be_signed.octets(), Instant::now() + OWN_DEADLINE).await?;
     let (der, id) = (to_be_signed.assemble(&signed.value), id.clone());
-    service
-        .change(move |state| state.add_signer(&NewSigner { der: &der, key_id: &id.0, not_before, not_after }, now))
-        .await?;
-    tracing::info!("a new attestation signer issues health certificates");
+    let seen = service.signers.load().current().map(|key| HEXLOWER.encode(&key.certificate.thumbprint()));
+    let added = service
+        .change(move |state| {
+            state.add_signer(&NewSigner { der: &der, key_id: &id.0, not_before, not_after }, seen.as_deref(), now)
+        })
+        .await;
+    match added {
+        Ok(_) => tracing::info!("a new attestation signer issues health certificates"),
+        // Daemons that share a state share a signer: the change was followed by a look at theirs.
+        Err(ChangeError::State(StateError::Conflict(_))) => {
+            tracing::info!("another daemon has made a new attestation signer, which is used here, too");
+        }
+        Err(error) => return Err(error.into()),
+    }
     Ok(())
 }
 

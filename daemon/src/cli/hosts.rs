@@ -1,0 +1,152 @@
+//! `claviger hosts …`: the registered hosts.
+
+use std::path::PathBuf;
+
+use claviger_protocol::rsa_key::RsaPublicKey;
+use data_encoding::BASE64;
+
+use super::{Failure, Target, ask, labels, print, table, text};
+use crate::commands::Command;
+use crate::print::say;
+use crate::state::Labels;
+
+/// `claviger hosts …`
+#[derive(Debug, clap::Subcommand)]
+pub enum Hosts {
+    /// Register a host by its public key
+    #[command(
+        after_help = "Example: claviger hosts add node-17 --public-key node-17.pub.pem --config /etc/claviger/claviger.toml"
+    )]
+    Add {
+        /// Name of the host: 1 to 64 letters, digits, '.', '-' or '_'
+        name: String,
+        /// Its RSA public key: SubjectPublicKeyInfo or X.509 certificate (DER or PEM), or BCRYPT_RSAPUBLIC_BLOB
+        #[arg(long, value_name = "FILE")]
+        public_key: PathBuf,
+        /// A label, by which keys can be limited to hosts: a word, or KEY=VALUE; may be given several times
+        #[arg(long = "label", value_name = "LABEL")]
+        labels: Vec<String>,
+        /// Where the daemon is.
+        #[command(flatten)]
+        target: Target,
+    },
+    /// Show the registered hosts
+    #[command(after_help = "Example: claviger hosts list --config /etc/claviger/claviger.toml")]
+    List {
+        /// Where the daemon is.
+        #[command(flatten)]
+        target: Target,
+    },
+    /// Remove a host; it gets no keys from this moment
+    #[command(after_help = "Example: claviger hosts remove node-17 --config /etc/claviger/claviger.toml")]
+    Remove {
+        /// Name of the host
+        name: String,
+        /// Where the daemon is.
+        #[command(flatten)]
+        target: Target,
+    },
+    /// Give a host labels, besides those that it has
+    #[command(after_help = "Example: claviger hosts label node-17 tenant=acme --config /etc/claviger/claviger.toml\n\
+        A label is a word or KEY=VALUE, compared as a whole and with regard to case.")]
+    Label {
+        /// Name of the host
+        name: String,
+        /// The labels
+        #[arg(required = true, value_name = "LABEL")]
+        labels: Vec<String>,
+        /// Where the daemon is.
+        #[command(flatten)]
+        target: Target,
+    },
+    /// Take labels from a host
+    #[command(after_help = "Example: claviger hosts unlabel node-17 tenant=acme --config /etc/claviger/claviger.toml")]
+    Unlabel {
+        /// Name of the host
+        name: String,
+        /// The labels
+        #[arg(required = true, value_name = "LABEL")]
+        labels: Vec<String>,
+        /// Where the daemon is.
+        #[command(flatten)]
+        target: Target,
+    },
+    /// Stop a host's attestations and releases from this moment, and keep it registered
+    #[command(after_help = "Example: claviger hosts disable node-17 --config /etc/claviger/claviger.toml")]
+    Disable {
+        /// Name of the host
+        name: String,
+        /// Where the daemon is.
+        #[command(flatten)]
+        target: Target,
+    },
+    /// Let a disabled host attest and have keys again
+    #[command(after_help = "Example: claviger hosts enable node-17 --config /etc/claviger/claviger.toml")]
+    Enable {
+        /// Name of the host
+        name: String,
+        /// Where the daemon is.
+        #[command(flatten)]
+        target: Target,
+    },
+}
+
+/// Runs `claviger hosts …`.
+///
+/// # Errors
+/// What is wrong, and what to do.
+pub async fn hosts(command: Hosts) -> Result<(), Failure> {
+    match command {
+        Hosts::Add { name, public_key, labels: given, target } => {
+            let labels = labels(given)?;
+            let file = std::fs::read(&public_key).map_err(|e| format!("{}: {e}", public_key.display()))?;
+            // Judged here as well, so that the complaint names the file.
+            RsaPublicKey::from_file(&file).map_err(|e| format!("{}: {e}", public_key.display()))?;
+            let command = Command::AddHost { name, public_key: BASE64.encode(&file), labels };
+            let reply = ask(&target, &command).await?;
+            print(&target, &reply, || say!("added host {} with key {}", text(&reply, "name"), text(&reply, "key")));
+        }
+        Hosts::List { target } => {
+            let reply = ask(&target, &Command::ListHosts).await?;
+            print(&target, &reply, || {
+                let columns = [
+                    ("NAME", "name"),
+                    ("ENABLED", "enabled"),
+                    ("ADDED", "added"),
+                    ("LAST ATTESTATION", "last_attestation"),
+                    ("LAST RELEASE", "last_release"),
+                    ("LABELS", "labels"),
+                    ("KEY (SHA-256)", "key"),
+                ];
+                table(&reply, &columns);
+            });
+        }
+        Hosts::Remove { name, target } => {
+            let reply = ask(&target, &Command::RemoveHost { name }).await?;
+            print(&target, &reply, || say!("removed host {}", text(&reply, "name")));
+        }
+        Hosts::Label { name, labels: given, target } => {
+            let add = labels(given)?;
+            label(&target, Command::LabelHost { name, add, remove: Labels::default() }).await?;
+        }
+        Hosts::Unlabel { name, labels: given, target } => {
+            let remove = labels(given)?;
+            label(&target, Command::LabelHost { name, add: Labels::default(), remove }).await?;
+        }
+        Hosts::Disable { name, target } => {
+            let reply = ask(&target, &Command::EnableHost { name, enabled: false }).await?;
+            print(&target, &reply, || say!("host {} is disabled", text(&reply, "name")));
+        }
+        Hosts::Enable { name, target } => {
+            let reply = ask(&target, &Command::EnableHost { name, enabled: true }).await?;
+            print(&target, &reply, || say!("host {} is enabled", text(&reply, "name")));
+        }
+    }
+    Ok(())
+}
+
+async fn label(target: &Target, command: Command) -> Result<(), Failure> {
+    let reply = ask(target, &command).await?;
+    print(target, &reply, || say!("host {} has the labels {}", text(&reply, "name"), text(&reply, "labels")));
+    Ok(())
+}

@@ -1,0 +1,108 @@
+//! `claviger hsm …`: the members of the cluster.
+
+use serde_json::Value;
+
+use super::{Failure, Target, ask, date, print, table, text};
+use crate::commands::Command;
+use crate::print::say;
+
+/// `claviger hsm …`
+#[derive(Debug, clap::Subcommand)]
+pub enum Hsm {
+    /// Show the members of the cluster: state, latency, sessions, last error
+    #[command(after_help = "Example: claviger hsm list --config /etc/claviger/claviger.toml\n\
+        SESSIONS are busy/open/wanted, and +N that hang. docs/cluster.md explains the states.")]
+    List {
+        /// Where the daemon is.
+        #[command(flatten)]
+        target: Target,
+    },
+    /// Let a member finish what it has, and give it nothing new
+    #[command(after_help = "Example: claviger hsm drain hsm-a --config /etc/claviger/claviger.toml\n\
+        It is drained when `claviger hsm list` says so. It stays drained until it is resumed or the daemon restarts.")]
+    Drain {
+        /// The member's name
+        name: String,
+        /// Where the daemon is.
+        #[command(flatten)]
+        target: Target,
+    },
+    /// Take a drained member back into service
+    #[command(after_help = "Example: claviger hsm resume hsm-a --config /etc/claviger/claviger.toml")]
+    Resume {
+        /// The member's name
+        name: String,
+        /// Where the daemon is.
+        #[command(flatten)]
+        target: Target,
+    },
+    /// Have a member decrypt and sign something whose right result is known, whatever its state
+    #[command(after_help = "Example: claviger hsm probe hsm-a --config /etc/claviger/claviger.toml")]
+    Probe {
+        /// The member's name
+        name: String,
+        /// Where the daemon is.
+        #[command(flatten)]
+        target: Target,
+    },
+}
+
+/// Runs `claviger hsm …`.
+///
+/// # Errors
+/// What is wrong, and what to do.
+pub async fn hsm(command: Hsm) -> Result<(), Failure> {
+    match command {
+        Hsm::List { target } => {
+            let reply = ask(&target, &Command::ListHsms).await?;
+            print(&target, &reply, || {
+                let rows = reply.as_array().map(Vec::as_slice).unwrap_or_default();
+                let columns = [
+                    ("NAME", "name"),
+                    ("STATE", "state"),
+                    ("SINCE", "since"),
+                    ("TIER", "priority"),
+                    ("WEIGHT", "weight"),
+                    ("LATENCY", "latency"),
+                    ("IN FLIGHT", "in_flight"),
+                    ("SESSIONS", "sessions"),
+                    ("CLOSED", "closings"),
+                    ("LAST ERROR", "last_error"),
+                ];
+                table(&rows.iter().map(for_people).collect(), &columns);
+            });
+        }
+        Hsm::Drain { name, target } => {
+            let reply = ask(&target, &Command::DrainHsm { name }).await?;
+            print(&target, &reply, || {
+                say!("{} is {}, {} calls in flight", text(&reply, "name"), text(&reply, "state"), reply["in_flight"]);
+            });
+        }
+        Hsm::Resume { name, target } => {
+            let reply = ask(&target, &Command::ResumeHsm { name }).await?;
+            print(&target, &reply, || say!("{} is {}", text(&reply, "name"), text(&reply, "state")));
+        }
+        Hsm::Probe { name, target } => {
+            let reply = ask(&target, &Command::ProbeHsm { name }).await?;
+            print(&target, &reply, || {
+                let milliseconds = reply["seconds"].as_f64().unwrap_or_default() * 1e3;
+                say!("{} decrypts and signs: {milliseconds:.1} ms", text(&reply, "name"));
+            });
+        }
+    }
+    Ok(())
+}
+
+/// A member as a row of a table.
+fn for_people(member: &Value) -> Value {
+    let mut row = member.clone();
+    let sessions = &member["sessions"];
+    let stuck = sessions["stuck"].as_u64().unwrap_or_default();
+    let stuck = if stuck > 0 { format!(" +{stuck}") } else { String::new() };
+    row["sessions"] = format!("{}/{}/{}{stuck}", sessions["busy"], sessions["open"], sessions["wanted"]).into();
+    row["latency"] = format!("{:.1} ms", member["latency_seconds"].as_f64().unwrap_or_default() * 1e3).into();
+    if let (Value::String(error), Some(at)) = (&member["last_error"], member["last_error_at"].as_i64()) {
+        row["last_error"] = format!("{} {error}", date(at)).into();
+    }
+    row
+}

@@ -1,0 +1,363 @@
+//! `claviger keys …`: the key-protection certificates, and the keys behind them.
+
+use std::path::{Path, PathBuf};
+
+use claviger_protocol::certificate::Certificate;
+use data_encoding::BASE64;
+use serde_json::Value;
+use zeroize::Zeroizing;
+
+use super::{Failure, Target, ask, files, labels, pfx, print, secret, table, text, warn};
+use crate::commands::{Command, Secret};
+use crate::print::{note, say};
+use crate::service::unix_now;
+use crate::state::{Kind, Labels};
+
+/// Largest certificate or PFX file that is read, in octets: what an administrator's request has room for.
+const LARGEST: usize = 256 * 1024;
+
+/// How long before its end a certificate is warned of, seconds.
+const SOON: i64 = 30 * 24 * 3600;
+
+/// The kinds of certificates, as they stand on the command line.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub enum GivenKind {
+    /// Signs protectors and the metadata document
+    Signing,
+    /// Opens protectors
+    Encryption,
+}
+
+impl From<GivenKind> for Kind {
+    fn from(kind: GivenKind) -> Self {
+        match kind {
+            GivenKind::Signing => Self::Signing,
+            GivenKind::Encryption => Self::Encryption,
+        }
+    }
+}
+
+/// One certificate of those that the service has.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Chosen {
+    /// Its SHA-256 thumbprint as `claviger keys list` shows it, or at least the first 8 digits
+    #[arg(value_name = "THUMBPRINT")]
+    certificate: String,
+    /// Its kind, where the same certificate is there for both
+    #[arg(long)]
+    kind: Option<GivenKind>,
+    /// Where the daemon is.
+    #[command(flatten)]
+    target: Target,
+}
+
+/// `claviger keys …`
+#[derive(Debug, clap::Subcommand)]
+pub enum Keys {
+    /// Show the key-protection certificates
+    #[command(after_help = "Example: claviger keys list --config /etc/claviger/claviger.toml\n\
+        RELEASES are those of the last 30 days that used the certificate's key.")]
+    List {
+        /// Where the daemon is.
+        #[command(flatten)]
+        target: Target,
+    },
+    /// Make an RSA key pair inside an HSM; the private key never leaves it
+    #[command(after_help = "Example: claviger keys generate --kind signing --config /etc/claviger/claviger.toml\n\
+        A service needs two keys, one of each kind. Where there are several members, the vendor has to replicate the key:\n\
+        the daemon waits until all members show it, and says so if they do not. --member makes it on that one only.\n\
+        What was made is named by its id (CKA_ID) until it has a certificate.")]
+    Generate {
+        /// What certificates of the key are for
+        #[arg(long)]
+        kind: GivenKind,
+        /// Length of the key: 2048, 3072 or 4096
+        #[arg(long, value_name = "N", default_value_t = 3072)]
+        bits: u32,
+        /// The key's name on the token (CKA_LABEL)
+        #[arg(long, value_name = "NAME")]
+        name: Option<String>,
+        /// The member to make it on, though others may never have it
+        #[arg(long, value_name = "NAME")]
+        member: Option<String>,
+        /// Where the daemon is.
+        #[command(flatten)]
+        target: Target,
+    },
+    /// Write a certificate request (PKCS#10) for a key, signed by it in the HSM
+    #[command(
+        after_help = "Example: claviger keys csr --hsm-key 5f1c… --subject 'HGS signing' --out signing.csr --config /etc/claviger/claviger.toml\n\
+        It asks for the key usages digitalSignature and dataEncipherment and the extended key usage serverAuth."
+    )]
+    Csr {
+        /// The key's id, as `claviger keys generate` said it
+        #[arg(long, value_name = "ID")]
+        hsm_key: String,
+        /// The common name to ask for
+        #[arg(long, value_name = "NAME")]
+        subject: String,
+        /// File to write; without it, to the standard output
+        #[arg(long, value_name = "FILE")]
+        out: Option<PathBuf>,
+        /// Where the daemon is.
+        #[command(flatten)]
+        target: Target,
+    },
+    /// Write a certificate that the key signed itself; for laboratories
+    #[command(
+        after_help = "Example: claviger keys self-sign --hsm-key 5f1c… --subject 'lab signing' --out signing.pem --config /etc/claviger/claviger.toml\n\
+        Nobody but the key itself vouches for it: tenants can only pin its thumbprint."
+    )]
+    SelfSign {
+        /// The key's id, as `claviger keys generate` said it
+        #[arg(long, value_name = "ID")]
+        hsm_key: String,
+        /// Its common name
+        #[arg(long, value_name = "NAME")]
+        subject: String,
+        /// How many days it is valid
+        #[arg(long, value_name = "N", default_value_t = 365, value_parser = clap::value_parser!(u32).range(1..=36_500))]
+        days: u32,
+        /// File to write; without it, to the standard output
+        #[arg(long, value_name = "FILE")]
+        out: Option<PathBuf>,
+        /// Where the daemon is.
+        #[command(flatten)]
+        target: Target,
+    },
+    /// Add a certificate whose key is in the HSMs, or a PFX with its key
+    #[command(
+        after_help = "Example: claviger keys add --kind signing --certificate signing.pem --config /etc/claviger/claviger.toml\n\
+        The key has to be on every member. A PFX's key is brought onto all of them and cannot be taken out again; the file's\n\
+        password is asked for. Without --primary the certificate serves the protectors that name it, and no new ones do."
+    )]
+    Add {
+        /// What the certificate is for
+        #[arg(long)]
+        kind: GivenKind,
+        /// The certificate, PEM or DER
+        #[arg(long, value_name = "FILE", required_unless_present = "pfx")]
+        certificate: Option<PathBuf>,
+        /// The id of its key in the HSMs; without it, the key is looked for
+        #[arg(long, value_name = "ID", conflicts_with = "pfx")]
+        hsm_key: Option<String>,
+        /// The certificate and its private key in PKCS#12
+        #[arg(long, value_name = "FILE", conflicts_with = "certificate")]
+        pfx: Option<PathBuf>,
+        /// File that holds the PFX's password; without it, it is asked for
+        #[arg(long, value_name = "FILE", requires = "pfx")]
+        password_file: Option<PathBuf>,
+        /// Make it the primary one of its kind at once
+        #[arg(long)]
+        primary: bool,
+        /// Take members that do not answer now to have the key
+        #[arg(long)]
+        trust_absent: bool,
+        /// Where the daemon is.
+        #[command(flatten)]
+        target: Target,
+    },
+    /// Have new protectors use a certificate; the one before goes on serving old ones
+    #[command(after_help = "Example: claviger keys set-primary 5f1c2d3e --config /etc/claviger/claviger.toml")]
+    SetPrimary(Chosen),
+    /// Choose the signing certificate that signs the metadata document
+    #[command(after_help = "Example: claviger keys set-communications 5f1c2d3e --config /etc/claviger/claviger.toml")]
+    SetCommunications {
+        /// Its SHA-256 thumbprint, or at least the first 8 digits
+        #[arg(value_name = "THUMBPRINT", required_unless_present = "default")]
+        certificate: Option<String>,
+        /// The primary signing certificate, whichever that is
+        #[arg(long, conflicts_with = "certificate")]
+        default: bool,
+        /// Where the daemon is.
+        #[command(flatten)]
+        target: Target,
+    },
+    /// Serve protectors that name a certificate again
+    #[command(after_help = "Example: claviger keys enable 5f1c2d3e --config /etc/claviger/claviger.toml")]
+    Enable(Chosen),
+    /// Serve protectors that name a certificate no more, from this moment
+    #[command(after_help = "Example: claviger keys disable 5f1c2d3e --config /etc/claviger/claviger.toml")]
+    Disable(Chosen),
+    /// Remove a certificate; its key stays in the HSMs
+    #[command(after_help = "Example: claviger keys remove 5f1c2d3e --config /etc/claviger/claviger.toml\n\
+        One whose key releases used in the last 30 days goes only with --force.")]
+    Remove {
+        /// Which.
+        #[command(flatten)]
+        chosen: Chosen,
+        /// Also when releases used it not long ago
+        #[arg(long)]
+        force: bool,
+    },
+    /// Release what a certificate's key opens only to hosts of some labels
+    #[command(
+        after_help = "Example: claviger keys limit 5f1c2d3e --label tenant=acme --config /etc/claviger/claviger.toml\n\
+        A host needs all of the labels. The limit belongs to the key, and holds for all certificates of it."
+    )]
+    Limit {
+        /// Which.
+        #[command(flatten)]
+        chosen: Chosen,
+        /// A label that a host has to have; may be given several times
+        #[arg(long = "label", value_name = "LABEL", required_unless_present = "none")]
+        labels: Vec<String>,
+        /// Every host
+        #[arg(long, conflicts_with = "labels")]
+        none: bool,
+    },
+}
+
+/// Runs `claviger keys …`.
+///
+/// # Errors
+/// What is wrong, and what to do.
+pub async fn keys(command: Keys) -> Result<(), Failure> {
+    match command {
+        Keys::List { target } => list(&target).await,
+        Keys::Generate { kind, bits, name, member, target } => {
+            let reply = ask(&target, &Command::GenerateKey { kind: kind.into(), bits, name, member }).await?;
+            print(&target, &reply, || {
+                say!("made the {} key {} on {}", text(&reply, "kind"), text(&reply, "hsm_key"), text(&reply, "member"));
+            });
+            if reply["lacking"].as_array().is_some_and(|lacking| !lacking.is_empty()) {
+                note(&format!(
+                    "warning: {} do not have it; no certificate of it is accepted until the vendor's tools have replicated it",
+                    text(&reply, "lacking")
+                ));
+            }
+            Ok(())
+        }
+        Keys::Csr { hsm_key, subject, out, target } => {
+            let reply = ask(&target, &Command::RequestCertificate { hsm_key, subject }).await?;
+            write(&target, &reply, out.as_deref())
+        }
+        Keys::SelfSign { hsm_key, subject, days, out, target } => {
+            let reply = ask(&target, &Command::SelfSign { hsm_key, subject, days }).await?;
+            note("warning: this certificate is self-signed: nobody vouches for it, it is for laboratories");
+            write(&target, &reply, out.as_deref())
+        }
+        Keys::Add { kind, certificate, hsm_key, pfx, password_file, primary, trust_absent, target } => {
+            let (certificate, private_key) = match (certificate, pfx) {
+                (Some(file), _) => (read_certificate(&file)?, None),
+                (None, Some(file)) => {
+                    let (certificate, key) = read_pfx(&file, password_file.as_deref())?;
+                    (certificate, Some(key))
+                }
+                (None, None) => return Err("say which certificate: --certificate FILE or --pfx FILE".into()),
+            };
+            let command = Command::AddKey {
+                kind: kind.into(),
+                certificate: BASE64.encode(certificate.der()),
+                hsm_key,
+                private_key,
+                primary,
+                trust_absent,
+            };
+            done(&target, &command, "added").await
+        }
+        Keys::SetPrimary(Chosen { certificate, kind, target }) => {
+            let command = Command::SetPrimary { certificate, kind: kind.map(Into::into) };
+            done(&target, &command, "primary now:").await
+        }
+        Keys::SetCommunications { certificate, default: _, target } => {
+            let reply = ask(&target, &Command::SetCommunications { certificate }).await?;
+            print(&target, &reply, || match reply["thumbprint"].as_str() {
+                Some(thumbprint) => say!("the metadata is signed by {thumbprint}"),
+                None => say!("the metadata is signed by the primary signing certificate"),
+            });
+            Ok(())
+        }
+        Keys::Enable(Chosen { certificate, kind, target }) => {
+            let command = Command::EnableKey { certificate, kind: kind.map(Into::into), enabled: true };
+            done(&target, &command, "enabled").await
+        }
+        Keys::Disable(Chosen { certificate, kind, target }) => {
+            let command = Command::EnableKey { certificate, kind: kind.map(Into::into), enabled: false };
+            done(&target, &command, "disabled").await
+        }
+        Keys::Remove { chosen: Chosen { certificate, kind, target }, force } => {
+            let command = Command::RemoveKey { certificate, kind: kind.map(Into::into), force };
+            done(&target, &command, "removed").await
+        }
+        Keys::Limit { chosen: Chosen { certificate, kind, target }, labels: given, none } => {
+            let labels = if none { Labels::default() } else { labels(given)? };
+            let kind = kind.map(Into::into);
+            let reply = ask(&target, &Command::LimitKey { certificate, kind, labels }).await?;
+            print(&target, &reply, || {
+                let hosts = if reply["labels"].as_array().is_none_or(Vec::is_empty) {
+                    "every host".to_owned()
+                } else {
+                    format!("hosts with {}", text(&reply, "labels"))
+                };
+                say!("what {} opens is released to {hosts}", text(&reply, "thumbprint"));
+            });
+            Ok(())
+        }
+    }
+}
+
+async fn list(target: &Target) -> Result<(), Failure> {
+    let reply = ask(target, &Command::ListKeys).await?;
+    print(target, &reply, || {
+        let columns = [
+            ("KIND", "kind"),
+            ("PRIMARY", "primary"),
+            ("ENABLED", "enabled"),
+            ("METADATA", "communications"),
+            ("BITS", "bits"),
+            ("EXPIRES", "not_after"),
+            ("RELEASES", "releases"),
+            ("ONLY HOSTS WITH", "labels"),
+            ("SUBJECT", "subject"),
+            ("THUMBPRINT (SHA-256)", "thumbprint"),
+        ];
+        table(&reply, &columns);
+    });
+    for row in reply.as_array().into_iter().flatten() {
+        let ends = row["not_after"].as_i64().unwrap_or(i64::MAX);
+        let what = match ends.saturating_sub(unix_now()) {
+            ..0 => "has expired; it serves all the same",
+            0..SOON => "expires soon",
+            SOON.. => continue,
+        };
+        note(&format!("warning: the {} certificate {} {what}", text(row, "kind"), text(row, "thumbprint")));
+    }
+    Ok(())
+}
+
+/// Asks, and says of which certificate something is done.
+async fn done(target: &Target, command: &Command, what: &str) -> Result<(), Failure> {
+    let reply = ask(target, command).await?;
+    warn(&reply);
+    print(target, &reply, || {
+        say!("{what} {} certificate {}", text(&reply, "kind"), text(&reply, "thumbprint"));
+    });
+    Ok(())
+}
+
+/// Writes the PEM of an answer where it is wanted.
+fn write(target: &Target, reply: &Value, out: Option<&Path>) -> Result<(), Failure> {
+    let pem = text(reply, "pem");
+    match out {
+        Some(file) => {
+            files::write_new(file, pem.as_bytes())?;
+            print(target, reply, || say!("{}", file.display()));
+        }
+        None => print(target, reply, || say!("{}", pem.trim_end())),
+    }
+    Ok(())
+}
+
+fn read_certificate(file: &Path) -> Result<Certificate, Failure> {
+    let octets = files::read(file, LARGEST)?;
+    Ok(Certificate::from_file(&octets).map_err(|e| format!("{}: {e}", file.display()))?)
+}
+
+fn read_pfx(file: &Path, password_file: Option<&Path>) -> Result<(Certificate, Secret), Failure> {
+    let octets = files::read(file, LARGEST)?;
+    let prompt = format!("Password of {}", file.display());
+    let password = secret::password(&prompt, "--password-file", password_file, false)?;
+    let (key, certificate) = pfx::open(&octets, &password).map_err(|e| format!("{}: {e}", file.display()))?;
+    Ok((certificate, Secret::new(Zeroizing::new(BASE64.encode(key.to_pkcs8_der())))))
+}

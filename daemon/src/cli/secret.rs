@@ -1,0 +1,64 @@
+//! Passwords: from the terminal, without showing them, or from a file. Never from the command line, which others can read.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+use zeroize::Zeroizing;
+
+use super::{Failure, files};
+
+/// Longest password, in octets.
+const LONGEST: usize = 1024;
+
+/// A password from `file`, without its line break, or else asked for. One that is new is asked for `twice`.
+pub(super) fn password(
+    prompt: &str,
+    option: &str,
+    file: Option<&Path>,
+    twice: bool,
+) -> Result<Zeroizing<String>, Failure> {
+    let Some(file) = file else { return asked(prompt, option, twice) };
+    let metadata = fs::metadata(file).map_err(|error| format!("{}: {error}", file.display()))?;
+    if metadata.is_file() && metadata.permissions().mode() & 0o077 != 0 {
+        let file = file.display();
+        return Err(format!("{file}: others may read this password; run: chmod 600 {file}").into());
+    }
+    let octets = files::read(file, LONGEST)?;
+    let text = std::str::from_utf8(&octets).map_err(|_| format!("{}: not a text", file.display()))?;
+    let text = text.strip_suffix('\n').map_or(text, |text| text.strip_suffix('\r').unwrap_or(text));
+    Ok(Zeroizing::new(text.to_owned()))
+}
+
+fn asked(prompt: &str, option: &str, twice: bool) -> Result<Zeroizing<String>, Failure> {
+    let ask = |prompt: &str| {
+        let answer = rpassword::prompt_password(prompt);
+        answer
+            .map(Zeroizing::new)
+            .map_err(|error| format!("there is no terminal to ask at ({error}); use {option} FILE"))
+    };
+    let first = ask(&format!("{prompt}: "))?;
+    if twice && ask(&format!("{prompt}, again: "))? != first {
+        return Err("the two are not the same".into());
+    }
+    Ok(first)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_password_in_a_file_is_the_owners_and_ends_before_the_line_break() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("password");
+        for (octets, expected) in [("a b\n", "a b"), ("a\r\n", "a"), ("a\n\n", "a\n"), ("", "")] {
+            fs::write(&file, octets).unwrap();
+            fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
+            assert_eq!(*password("", "", Some(&file), true).unwrap(), expected);
+        }
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o640)).unwrap();
+        assert!(password("", "", Some(&file), false).unwrap_err().to_string().contains("chmod 600"));
+    }
+}

@@ -1,0 +1,175 @@
+//! `claviger export` and `claviger import`: what a service is, encrypted, from one daemon to another.
+
+use std::io::{IsTerminal, Write};
+use std::path::{Path, PathBuf};
+
+use age::secrecy::SecretString;
+use serde_json::Value;
+use zeroize::Zeroizing;
+
+use super::{Failure, Target, ask, files, print, secret, warn};
+use crate::commands::{Command, Document};
+use crate::print::say;
+
+/// Largest export that is read, in octets: what the administrators' socket takes.
+const LARGEST: usize = crate::admin::REQUEST_LIMIT;
+
+/// Fewest characters of a passphrase: whoever finds the file may try as many as he likes.
+const FEWEST: usize = 12;
+
+/// `claviger export …`
+#[derive(Debug, clap::Args)]
+pub struct Export {
+    /// File to write; one that is there is not written over
+    file: PathBuf,
+    /// Encrypt to this age recipient (age1…) instead of under a passphrase
+    #[arg(long, value_name = "RECIPIENT", conflicts_with = "passphrase_file")]
+    recipient: Option<String>,
+    /// File that holds the passphrase; without it and --recipient, it is asked for
+    #[arg(long, value_name = "FILE")]
+    passphrase_file: Option<PathBuf>,
+    /// Where the daemon is.
+    #[command(flatten)]
+    target: Target,
+}
+
+/// `claviger import …`
+#[derive(Debug, clap::Args)]
+pub struct Import {
+    /// What claviger export wrote
+    file: PathBuf,
+    /// Only show what would change
+    #[arg(long)]
+    dry_run: bool,
+    /// Do not ask before it is changed
+    #[arg(long)]
+    yes: bool,
+    /// File with the age identity that it was encrypted to
+    #[arg(long, value_name = "FILE", conflicts_with = "passphrase_file")]
+    identity: Option<PathBuf>,
+    /// File that holds the passphrase; without it and --identity, it is asked for
+    #[arg(long, value_name = "FILE")]
+    passphrase_file: Option<PathBuf>,
+    /// Take members that do not answer now to have the keys
+    #[arg(long)]
+    trust_absent: bool,
+    /// Where the daemon is.
+    #[command(flatten)]
+    target: Target,
+}
+
+/// Runs `claviger export`.
+///
+/// # Errors
+/// What is wrong, and what to do.
+pub async fn export(command: Export) -> Result<(), Failure> {
+    let Export { file, recipient, passphrase_file, target } = command;
+    files::must_be_new(&file)?;
+    let recipient: Box<dyn age::Recipient> = match recipient {
+        Some(recipient) => Box::new(
+            recipient.parse::<age::x25519::Recipient>().map_err(|error| format!("--recipient {recipient}: {error}"))?,
+        ),
+        None => {
+            let passphrase = passphrase("Passphrase for the export", passphrase_file.as_deref(), true)?;
+            if passphrase.chars().count() < FEWEST {
+                return Err(format!("the passphrase needs at least {FEWEST} characters").into());
+            }
+            Box::new(age::scrypt::Recipient::new(SecretString::from(passphrase.as_str())))
+        }
+    };
+    let document = ask(&target, &Command::Export).await?;
+    let plain = Zeroizing::new(serde_json::to_vec(&document)?);
+    let sealed = seal(&*recipient, &plain)?;
+    files::write_new(&file, &sealed)?;
+    let count = |what: &str| document[what].as_array().map_or(0, Vec::len);
+    let reply = serde_json::json!({
+        "file": file, "hosts": count("hosts"), "certificates": count("certificates"), "signers": count("signers"),
+    });
+    print(&target, &reply, || {
+        say!(
+            "{}: {} hosts, {} certificates, {} attestation signers, encrypted; the private keys stay in the HSMs",
+            file.display(),
+            reply["hosts"],
+            reply["certificates"],
+            reply["signers"]
+        );
+    });
+    Ok(())
+}
+
+/// Runs `claviger import`.
+///
+/// # Errors
+/// What is wrong, and what to do.
+pub async fn import(command: Import) -> Result<(), Failure> {
+    let Import { file, dry_run, yes, identity, passphrase_file, trust_absent, target } = command;
+    if !dry_run && !yes && !std::io::stdin().is_terminal() {
+        return Err("there is no terminal to ask at; use --dry-run to see what would change, or --yes".into());
+    }
+    let sealed = files::read(&file, LARGEST)?;
+    let of_file = |error: age::DecryptError| format!("{}: cannot be decrypted: {error}", file.display());
+    let plain = Zeroizing::new(match identity {
+        Some(path) => age::decrypt(&read_identity(&path)?, &sealed).map_err(of_file)?,
+        None => {
+            let passphrase = passphrase("Passphrase of the export", passphrase_file.as_deref(), false)?;
+            let identity = age::scrypt::Identity::new(SecretString::from(passphrase.as_str()));
+            age::decrypt(&identity, &sealed).map_err(of_file)?
+        }
+    });
+    let read = || serde_json::from_slice::<Document>(&plain).map_err(|e| format!("{}: no export: {e}", file.display()));
+    let command = |dry_run| Ok::<_, Failure>(Command::Import { document: Box::new(read()?), dry_run, trust_absent });
+    let planned = ask(&target, &command(true)?).await?;
+    warn(&planned);
+    if !target.json {
+        show(&planned);
+    }
+    let nothing = planned["changes"].as_array().is_none_or(Vec::is_empty);
+    if dry_run || nothing {
+        print(&target, &planned, || say!("{}", if nothing { "nothing to change" } else { "nothing was changed" }));
+        return Ok(());
+    }
+    if !yes && !agreed()? {
+        return Err("nothing was changed".into());
+    }
+    let reply = ask(&target, &command(false)?).await?;
+    print(&target, &reply, || say!("done: {} changes", reply["changes"].as_array().map_or(0, Vec::len)));
+    Ok(())
+}
+
+fn show(planned: &Value) {
+    for change in planned["changes"].as_array().into_iter().flatten().filter_map(Value::as_str) {
+        say!("{change}");
+    }
+}
+
+fn agreed() -> Result<bool, Failure> {
+    let mut out = std::io::stderr();
+    write!(out, "Change this? [y/N] ")?;
+    out.flush()?;
+    let mut answer = String::new();
+    std::io::stdin().read_line(&mut answer)?;
+    Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
+}
+
+fn passphrase(prompt: &str, file: Option<&Path>, twice: bool) -> Result<Zeroizing<String>, Failure> {
+    secret::password(prompt, "--passphrase-file", file, twice)
+}
+
+fn seal(recipient: &dyn age::Recipient, plain: &[u8]) -> Result<Vec<u8>, Failure> {
+    let mut sealed = Vec::with_capacity(plain.len() + 1024);
+    let mut writer = age::Encryptor::with_recipients(std::iter::once(recipient))?.wrap_output(&mut sealed)?;
+    writer.write_all(plain)?;
+    writer.finish()?;
+    Ok(sealed)
+}
+
+/// The age identity of a file, among comments.
+fn read_identity(path: &Path) -> Result<age::x25519::Identity, Failure> {
+    let octets = files::read(path, 64 * 1024)?;
+    let text = std::str::from_utf8(&octets).map_err(|_| format!("{}: not a text", path.display()))?;
+    let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
+    let (Some(line), None) = (lines.next(), lines.next()) else {
+        return Err(format!("{}: one age identity (AGE-SECRET-KEY-1…) is needed", path.display()).into());
+    };
+    line.parse().map_err(|error| format!("{}: {error}", path.display()).into())
+}

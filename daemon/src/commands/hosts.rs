@@ -1,0 +1,95 @@
+//! The registered hosts.
+
+use std::sync::Arc;
+
+use claviger_protocol::rsa_key::RsaPublicKey;
+use data_encoding::{BASE64, HEXLOWER};
+use serde_json::{Value, json};
+
+use super::{Change, read};
+use crate::admin::Peer;
+use crate::attempt::Attempt;
+use crate::service::{Service, unix_now};
+use crate::state::{Host, Labels, State};
+use crate::usage::Seen;
+
+pub(super) async fn add(
+    service: &Arc<Service>,
+    name: String,
+    public_key: &str,
+    labels: Labels,
+    peer: Peer,
+) -> Result<Value, String> {
+    let key = BASE64.decode(public_key.as_bytes()).map_err(|_| "the key is not base64".to_owned())?;
+    let key = RsaPublicKey::from_file(&key).map_err(|e| format!("this is no host key that can be used: {e}"))?;
+    let mut change = Change::of_host("hosts.add", &name, peer)?;
+    change.attempt.key = Some(HEXLOWER.encode(&key.spki_sha256()));
+    change.attempt.change = (!labels.is_empty()).then(|| format!("labels {labels}"));
+    let now = unix_now();
+    let work = move |state: &mut State| state.add_host(&name, key.spki_der(), &labels, now);
+    Ok(host(&change.make(service, work, |_, _| ()).await?, Seen::default()))
+}
+
+pub(super) async fn remove(service: &Arc<Service>, name: String, peer: Peer) -> Result<Value, String> {
+    let change = Change::of_host("hosts.remove", &name, peer)?;
+    let removed = change
+        .make(
+            service,
+            move |state| state.remove_host(&name),
+            |attempt, host| attempt.key = Some(host.spki_sha256.clone()),
+        )
+        .await?;
+    let (of, name) = (Arc::clone(service), removed.name.clone());
+    let forgotten = tokio::task::spawn_blocking(move || of.usage.forget_host(&name)).await;
+    if !matches!(forgotten, Ok(Ok(()))) {
+        tracing::warn!(host = removed.name, "when a host that was removed was last served is still remembered");
+    }
+    Ok(host(&removed, Seen::default()))
+}
+
+pub(super) async fn enable(service: &Arc<Service>, name: String, enabled: bool, peer: Peer) -> Result<Value, String> {
+    let change = Change::of_host(if enabled { "hosts.enable" } else { "hosts.disable" }, &name, peer)?;
+    let work = move |state: &mut State| state.enable_host(&name, enabled);
+    Ok(host(&change.make(service, work, note_key).await?, Seen::default()))
+}
+
+pub(super) async fn label(
+    service: &Arc<Service>,
+    name: String,
+    add: Labels,
+    remove: Labels,
+    peer: Peer,
+) -> Result<Value, String> {
+    let mut change = Change::of_host("hosts.label", &name, peer)?;
+    let signed = |sign: char, labels: &Labels| {
+        Vec::from(labels.clone()).into_iter().map(move |label| format!("{sign}{label}")).collect::<Vec<_>>()
+    };
+    change.attempt.change = Some([signed('+', &add), signed('-', &remove)].concat().join(" "));
+    let work = move |state: &mut State| state.label_host(&name, |labels| labels.with(&add).without(&remove));
+    Ok(host(&change.make(service, work, note_key).await?, Seen::default()))
+}
+
+pub(super) async fn list(service: &Arc<Service>) -> Result<Value, String> {
+    let hosts = read(service, |state| state.hosts()).await?;
+    let of = Arc::clone(service);
+    let seen = tokio::task::spawn_blocking(move || of.usage.hosts(unix_now())).await.map_err(|e| e.to_string())?;
+    let seen = seen.map_err(|e| format!("when hosts were last served cannot be read: {e}"))?;
+    let of = |host: &Host| seen.get(&host.name.to_ascii_lowercase()).copied().unwrap_or_default();
+    Ok(hosts.iter().map(|entry| host(entry, of(entry))).collect())
+}
+
+fn note_key(attempt: &mut Attempt, host: &Host) {
+    attempt.key = Some(host.spki_sha256.clone());
+}
+
+fn host(host: &Host, seen: Seen) -> Value {
+    json!({
+        "name": host.name,
+        "key": host.spki_sha256,
+        "enabled": host.enabled,
+        "added": host.added,
+        "labels": host.labels,
+        "last_attestation": seen.attestation,
+        "last_release": seen.release,
+    })
+}

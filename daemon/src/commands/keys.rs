@@ -1,0 +1,664 @@
+//! The key-protection certificates, and the keys behind them.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use claviger_hsm::{Hash, HsmError, KeyId, KeyUsage as HsmKeyUsage, MemberState, NewKey, Oaep};
+use claviger_protocol::algorithm;
+use claviger_protocol::certificate::{
+    Certificate, DistinguishedName, KeyUsage, Template, random_serial, request_to_pem,
+};
+use claviger_protocol::rsa_key::{RsaPrivateKey, RsaPublicKey};
+use data_encoding::{BASE64, HEXLOWER, HEXLOWER_PERMISSIVE};
+use ring::digest;
+use ring::rand::{SecureRandom, SystemRandom};
+use serde_json::{Value, json};
+use zeroize::Zeroizing;
+
+use super::{Change, Secret, hsm, read};
+use crate::admin::Peer;
+use crate::attest::signer::private_parts;
+use crate::keys::SERVER_AUTHENTICATION;
+use crate::service::{OWN_DEADLINE, Service, unix_now};
+use crate::state::{self, Kind, Labels, NewCertificate, State};
+use crate::usage::DAYS;
+
+/// How long a member has to say whether it has a key.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long the members' vendor has to replicate a key that was made on one of them, and how often they are asked.
+const REPLICATION: Duration = Duration::from_secs(20);
+const ASK_EVERY: Duration = Duration::from_secs(1);
+
+/// Fewest digits of a thumbprint that name a certificate.
+const FEWEST_DIGITS: usize = 8;
+
+/// A certificate that is to be added, as it was asked for.
+pub(super) struct New {
+    pub(super) kind: Kind,
+    pub(super) certificate: String,
+    pub(super) hsm_key: Option<String>,
+    pub(super) private_key: Option<Secret>,
+    pub(super) primary: bool,
+    pub(super) trust_absent: bool,
+}
+
+pub(super) async fn list(service: &Arc<Service>) -> Result<Value, String> {
+    let certificates = read(service, |state| state.certificates()).await?;
+    let used = releases(service).await?;
+    Ok(certificates.iter().map(|entry| certificate(entry, &used)).collect())
+}
+
+pub(super) async fn generate(
+    service: &Arc<Service>,
+    kind: Kind,
+    bits: u32,
+    name: Option<String>,
+    member: Option<String>,
+    peer: Peer,
+) -> Result<Value, String> {
+    if !matches!(bits, 2048 | 3072 | 4096) {
+        return Err("an RSA key has 2048, 3072 or 4096 bits".to_owned());
+    }
+    if let Some(member) = &member {
+        hsm::known(service, member)?;
+    }
+    let label = name.unwrap_or_else(|| format!("claviger {kind}"));
+    if !(1..=64).contains(&label.len()) || label.chars().any(char::is_control) {
+        return Err("the key's name has 1 to 64 characters and no control characters".to_owned());
+    }
+    let up = service.cluster.members().into_iter().find(|member| member.state == MemberState::Up);
+    let on = member.clone().or(up.map(|member| member.name)).ok_or("no HSM is up to make a key in")?;
+    let mut id = [0; 20];
+    SystemRandom::new().fill(&mut id).map_err(|_| "no randomness".to_owned())?;
+    let id = KeyId(id.to_vec());
+    let mut change = Change::new("keys.generate", peer);
+    change.attempt.used(&on);
+    change.attempt.change = Some(format!("{kind} key {id} of {bits} bits"));
+    change.requested(service).await?;
+    // One that decrypts also signs: whoever asks for a certificate has to prove that he has the key.
+    let usage = match kind {
+        Kind::Signing => HsmKeyUsage::Sign,
+        Kind::Encryption => HsmKeyUsage::Both,
+    };
+    let spec = NewKey { id: id.clone(), label, bits, usage };
+    let made = service.cluster.generate_rsa(&on, spec).await;
+    change.done(service, if made.is_ok() { crate::routes::SUCCESS } else { super::FAILED }).await;
+    let made = made.map_err(|error| format!("{on} made no key: {error}"))?;
+    let public = RsaPublicKey::from_components(&made.n, &made.e).map_err(|e| format!("{on} made a bad key: {e}"))?;
+
+    let until = Instant::now() + REPLICATION;
+    let mut lacking = lacking(service, &id, &public).await;
+    while member.is_none() && !lacking.is_empty() && Instant::now() < until {
+        tokio::time::sleep(ASK_EVERY).await;
+        lacking = self::lacking(service, &id, &public).await;
+    }
+    if member.is_none() && !lacking.is_empty() {
+        return Err(format!(
+            "the key {id} was made on {on}, but not all members show it: {}. A key that an HSM made cannot be copied by \
+             claviger: replicate it with the vendor's tools and use it as --hsm-key {id}, or bring a key from outside with \
+             claviger keys add --pfx. To make one on a single member anyway, name it with --member",
+            sentence(&lacking)
+        ));
+    }
+    Ok(json!({
+        "hsm_key": id.to_string(),
+        "kind": kind,
+        "bits": bits,
+        "member": on,
+        "public_key": public.to_pem(),
+        "lacking": lacking.iter().map(|lack| &lack.member).collect::<Vec<_>>(),
+    }))
+}
+
+pub(super) async fn request(
+    service: &Arc<Service>,
+    hsm_key: &str,
+    subject: String,
+    peer: Peer,
+) -> Result<Value, String> {
+    let id = key_id(hsm_key)?;
+    let template = template(service, &id, subject, 0).await?;
+    let unsigned = template.to_be_requested().map_err(|e| e.to_string())?;
+    let der = unsigned.assemble(&signed(service, "keys.csr", &id, &template.key, unsigned.octets(), peer).await?);
+    Ok(json!({"hsm_key": id.to_string(), "pem": request_to_pem(&der)}))
+}
+
+pub(super) async fn self_sign(
+    service: &Arc<Service>,
+    hsm_key: &str,
+    subject: String,
+    days: u32,
+    peer: Peer,
+) -> Result<Value, String> {
+    let id = key_id(hsm_key)?;
+    let template = template(service, &id, subject, days).await?;
+    let unsigned = template.to_be_signed().map_err(|e| e.to_string())?;
+    let der = unsigned.assemble(&signed(service, "keys.self-sign", &id, &template.key, unsigned.octets(), peer).await?);
+    let made = Certificate::parse(&der).map_err(|e| e.to_string())?;
+    Ok(json!({"hsm_key": id.to_string(), "pem": made.to_pem(), "thumbprint": HEXLOWER.encode(&made.thumbprint())}))
+}
+
+pub(super) async fn add(service: &Arc<Service>, new: New, peer: Peer) -> Result<Value, String> {
+    let octets = BASE64.decode(new.certificate.as_bytes()).map_err(|_| "the certificate is not base64".to_owned())?;
+    let certificate = Certificate::from_file(&octets).map_err(|e| format!("this certificate cannot be used: {e}"))?;
+    let mut warnings = judge(&certificate, new.kind)?;
+    let mut change = Change::new("keys.add", peer);
+    change.attempt.certificate = Some(HEXLOWER.encode(&certificate.thumbprint()));
+    let with = match (&new.private_key, new.primary) {
+        (None, false) => "",
+        (None, true) => ", primary",
+        (Some(_), false) => ", key imported",
+        (Some(_), true) => ", key imported, primary",
+    };
+    change.attempt.change = Some(format!("{} certificate{with}", new.kind));
+    let id = match (&new.private_key, &new.hsm_key) {
+        (Some(secret), None) => {
+            let key = private_key(secret, &certificate)?;
+            // Before the tokens are changed.
+            change.requested(service).await?;
+            if let Err(error) = import(service, new.kind, &key, &certificate, new.trust_absent).await {
+                change.done(service, super::FAILED).await;
+                return Err(error);
+            }
+            imported_id(new.kind, certificate.key())
+        }
+        (Some(_), Some(_)) => {
+            return Err("a key that is imported gets its id from itself; leave --hsm-key out".to_owned());
+        }
+        (None, Some(hsm_key)) => key_id(hsm_key)?,
+        (None, None) => find(service, new.kind, certificate.key()).await?,
+    };
+    let on_tokens = on_all_members(service, new.kind, &id, &certificate, new.trust_absent).await;
+    if new.private_key.is_some() && on_tokens.is_err() {
+        change.done(service, super::FAILED).await;
+    }
+    warnings.extend(on_tokens?);
+    if new.private_key.is_none() {
+        change.requested(service).await?;
+    }
+    let (kind, primary, now) = (new.kind, new.primary, unix_now());
+    let (der, spki) = (certificate.der().to_vec(), certificate.key().spki_der().to_vec());
+    let work = move |state: &mut State| {
+        state.add_certificate(&NewCertificate { kind, der: &der, key_id: &id.0, spki: &spki, primary }, now)
+    };
+    let added = service.change(work).await;
+    change.done(service, super::outcome(&added)).await;
+    with_warnings(service, &added.map_err(|e| e.to_string())?, &warnings).await
+}
+
+pub(super) async fn set_primary(
+    service: &Arc<Service>,
+    certificate: &str,
+    kind: Option<Kind>,
+    peer: Peer,
+) -> Result<Value, String> {
+    let entry = named(service, certificate, kind).await?;
+    let of = entry.clone();
+    let work = move |state: &mut State| state.set_primary(of.kind, &of.thumbprint);
+    about("keys.set-primary", &entry, peer).make(service, work, |_, ()| ()).await?;
+    again(service, &entry, &[]).await
+}
+
+pub(super) async fn set_communications(
+    service: &Arc<Service>,
+    certificate: Option<&str>,
+    peer: Peer,
+) -> Result<Value, String> {
+    let entry = match certificate {
+        Some(certificate) => Some(named(service, certificate, Some(Kind::Signing)).await?),
+        None => None,
+    };
+    let mut change = Change::new("keys.set-communications", peer);
+    change.attempt.certificate = entry.as_ref().map(|entry| entry.thumbprint.clone());
+    let thumbprint = entry.as_ref().map(|entry| entry.thumbprint.clone());
+    let work = move |state: &mut State| state.set_communications(thumbprint.as_deref());
+    change.make(service, work, |_, ()| ()).await?;
+    match entry {
+        Some(entry) => again(service, &entry, &[]).await,
+        None => Ok(json!({"thumbprint": null})),
+    }
+}
+
+pub(super) async fn enable(
+    service: &Arc<Service>,
+    certificate: &str,
+    kind: Option<Kind>,
+    enabled: bool,
+    peer: Peer,
+) -> Result<Value, String> {
+    let entry = named(service, certificate, kind).await?;
+    let of = entry.clone();
+    let work = move |state: &mut State| state.enable_certificate(of.kind, &of.thumbprint, enabled);
+    let event = if enabled { "keys.enable" } else { "keys.disable" };
+    about(event, &entry, peer).make(service, work, |_, ()| ()).await?;
+    let mut warnings = Vec::new();
+    if !enabled {
+        warnings.extend(missed(service, &entry).await?);
+    }
+    again(service, &entry, &warnings).await
+}
+
+pub(super) async fn remove(
+    service: &Arc<Service>,
+    certificate: &str,
+    kind: Option<Kind>,
+    force: bool,
+    peer: Peer,
+) -> Result<Value, String> {
+    let entry = named(service, certificate, kind).await?;
+    let missed = missed(service, &entry).await?;
+    // The primary one is refused for that reason, whatever else there is to say.
+    if let Some(missed) = missed.as_ref().filter(|_| !force && !entry.is_primary && !entry.is_communications) {
+        return Err(format!("{missed}; it was not removed. If it is to go all the same: --force"));
+    }
+    let of = entry.clone();
+    let work = move |state: &mut State| state.remove_certificate(of.kind, &of.thumbprint);
+    about("keys.remove", &entry, peer).make(service, work, |_, ()| ()).await?;
+    with_warnings(service, &entry, missed.as_slice()).await
+}
+
+pub(super) async fn limit(
+    service: &Arc<Service>,
+    certificate: &str,
+    kind: Option<Kind>,
+    labels: Labels,
+    peer: Peer,
+) -> Result<Value, String> {
+    let entry = named(service, certificate, kind).await?;
+    let mut change = about("keys.limit", &entry, peer);
+    change.attempt.change =
+        Some(if labels.is_empty() { "no limit".to_owned() } else { format!("hosts with {labels}") });
+    let of = entry.clone();
+    let work = move |state: &mut State| state.limit_certificate(of.kind, &of.thumbprint, &labels);
+    change.make(service, work, |_, _| ()).await?;
+    again(service, &entry, &[]).await
+}
+
+/// What of a certificate is wrong for its use, and what an administrator should know of it.
+///
+/// # Errors
+/// What is wrong.
+pub(super) fn judge(certificate: &Certificate, kind: Kind) -> Result<Vec<String>, String> {
+    let (usage, name) = match kind {
+        Kind::Signing => (KeyUsage::DIGITAL_SIGNATURE, "digitalSignature"),
+        Kind::Encryption => (KeyUsage::DATA_ENCIPHERMENT, "dataEncipherment"),
+    };
+    if !certificate.has_key_usage(usage) {
+        return Err(format!("the certificate lacks the key usage {name}, which a {kind} certificate needs"));
+    }
+    let mut warnings = Vec::new();
+    if certificate.not_after() < unix_now() {
+        warnings.push("the certificate has expired; it serves all the same, but guardians may refuse it".to_owned());
+    } else if certificate.not_before() > unix_now() {
+        warnings.push("the certificate is not valid yet; it serves all the same".to_owned());
+    }
+    if !certificate.has_extended_key_usage(SERVER_AUTHENTICATION) {
+        warnings.push("the certificate lacks the extended key usage serverAuth, which others may expect".to_owned());
+    }
+    Ok(warnings)
+}
+
+/// Refuses a key that is not on every member, or is another one there, or does not do what certificates of this kind need.
+///
+/// # Errors
+/// What is wrong; otherwise what could not be found out.
+pub(super) async fn on_all_members(
+    service: &Arc<Service>,
+    kind: Kind,
+    id: &KeyId,
+    certificate: &Certificate,
+    trust_absent: bool,
+) -> Result<Vec<String>, String> {
+    let lacking = lacking(service, id, certificate.key()).await;
+    let (absent, wrong): (Vec<_>, Vec<_>) = lacking.into_iter().partition(|lack| lack.absent);
+    if !wrong.is_empty() {
+        return Err(format!(
+            "the certificate's key {id} is not on every member: {}. Keys are replicated with the vendor's tools, or brought \
+             in with claviger keys add --pfx",
+            sentence(&wrong)
+        ));
+    }
+    if !absent.is_empty() && !trust_absent {
+        return Err(format!(
+            "whether the key {id} is on every member cannot be found out: {}. Try again when they answer; --trust-absent \
+             takes them to have it",
+            sentence(&absent)
+        ));
+    }
+    prove(service, kind, id, certificate.key()).await?;
+    Ok(absent.iter().map(|lack| format!("not checked: {} {}", lack.member, lack.what)).collect())
+}
+
+/// Has the key do, on some member, what it is for.
+async fn prove(service: &Arc<Service>, kind: Kind, id: &KeyId, public: &RsaPublicKey) -> Result<(), String> {
+    let mut secret = Zeroizing::new(vec![0; 32]);
+    SystemRandom::new().fill(&mut secret).map_err(|_| "no randomness".to_owned())?;
+    let deadline = Instant::now() + OWN_DEADLINE;
+    let done = match kind {
+        Kind::Signing => service.sign(id, public, &secret, deadline).await.map(drop),
+        Kind::Encryption => {
+            let ciphertext = public.encrypt_oaep(algorithm::Oaep::SHA1, &secret).map_err(|e| e.to_string())?;
+            let oaep = Oaep { hash: Hash::Sha1, mgf: Hash::Sha1 };
+            let decrypted = service.cluster.decrypt(id, oaep, &ciphertext, deadline, None).await;
+            decrypted.and_then(|done| if done.value == secret { Ok(()) } else { Err(HsmError::WrongAnswer) })
+        }
+    };
+    let does = match kind {
+        Kind::Signing => "sign",
+        Kind::Encryption => "decrypt",
+    };
+    done.map_err(|error| format!("the key {id} does not {does}: {error}"))
+}
+
+/// A member that does not show a key.
+struct Lack {
+    member: String,
+    what: String,
+    /// Whether it could not be asked.
+    absent: bool,
+}
+
+fn sentence(lacking: &[Lack]) -> String {
+    lacking.iter().map(|lack| format!("{} {}", lack.member, lack.what)).collect::<Vec<_>>().join(", ")
+}
+
+/// Which members do not show this key.
+async fn lacking(service: &Arc<Service>, id: &KeyId, public: &RsaPublicKey) -> Vec<Lack> {
+    let mut lacking = Vec::new();
+    for hsm in &service.config.load_full().hsm {
+        let lack = |what: String, absent| Some(Lack { member: hsm.name.clone(), what, absent });
+        let lack = match tokio::time::timeout(PATIENCE, service.cluster.public_key_on(&hsm.name, id)).await {
+            Ok(Ok(Some(key))) => match RsaPublicKey::from_components(&key.n, &key.e) {
+                Ok(key) if key.spki_der() == public.spki_der() => None,
+                _ => lack("has another key of that id".to_owned(), false),
+            },
+            Ok(Ok(None) | Err(HsmError::NoSuchKey(_))) => lack("shows no such key".to_owned(), false),
+            Ok(Err(error)) => lack(format!("does not answer: {error}"), true),
+            Err(_) => lack("does not answer in time".to_owned(), true),
+        };
+        lacking.extend(lack);
+    }
+    lacking
+}
+
+/// The id of the key that a certificate is over, looked for on the members.
+async fn find(service: &Arc<Service>, kind: Kind, public: &RsaPublicKey) -> Result<KeyId, String> {
+    let mut found = Vec::new();
+    for hsm in &service.config.load_full().hsm {
+        let Ok(Ok(ids)) = tokio::time::timeout(PATIENCE, service.cluster.keys_on(&hsm.name)).await else { continue };
+        for id in ids {
+            let key = tokio::time::timeout(PATIENCE, service.cluster.public_key_on(&hsm.name, &id)).await;
+            let Ok(Ok(Some(key))) = key else { continue };
+            let same =
+                RsaPublicKey::from_components(&key.n, &key.e).is_ok_and(|key| key.spki_der() == public.spki_der());
+            if same && !found.contains(&id) {
+                found.push(id);
+            }
+        }
+        if !found.is_empty() {
+            break;
+        }
+    }
+    // A key that was imported for both kinds is there twice.
+    let imported = imported_id(kind, public);
+    if found.contains(&imported) {
+        return Ok(imported);
+    }
+    match found.as_slice() {
+        [id] => Ok(id.clone()),
+        [] => Err("no HSM that answers has the certificate's key; bring it in with --pfx, or name it with --hsm-key"
+            .to_owned()),
+        several => Err(format!(
+            "the certificate's key is there several times; choose one with --hsm-key: {}",
+            several.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+        )),
+    }
+}
+
+/// The private key that came with a certificate.
+fn private_key(secret: &Secret, certificate: &Certificate) -> Result<RsaPrivateKey, String> {
+    let der = BASE64.decode(secret.expose().as_bytes()).map(Zeroizing::new);
+    let der = der.map_err(|_| "the private key is not base64".to_owned())?;
+    let key = RsaPrivateKey::from_pkcs8_der(&der).map_err(|e| format!("the private key cannot be used: {e}"))?;
+    if key.public().spki_der() != certificate.key().spki_der() {
+        return Err("the private key is not the certificate's".to_owned());
+    }
+    Ok(key)
+}
+
+/// Brings a private key onto all members. One that has it already is left as it is.
+async fn import(
+    service: &Arc<Service>,
+    kind: Kind,
+    key: &RsaPrivateKey,
+    certificate: &Certificate,
+    trust_absent: bool,
+) -> Result<(), String> {
+    let id = imported_id(kind, key.public());
+    let usage = match kind {
+        Kind::Signing => HsmKeyUsage::Sign,
+        Kind::Encryption => HsmKeyUsage::Decrypt,
+    };
+    let label: String = certificate.common_name().unwrap_or("claviger").chars().take(64).collect();
+    let bits = u32::try_from(key.public().modulus_len() * 8).unwrap_or(u32::MAX);
+    let spec = NewKey { id: id.clone(), label, bits, usage };
+    // One that does not serve now would keep the administrator waiting for nothing.
+    let serves = |state| matches!(state, MemberState::Up | MemberState::Draining | MemberState::Drained);
+    let (members, absent): (Vec<_>, Vec<_>) = service.cluster.members().into_iter().partition(|m| serves(m.state));
+    if !absent.is_empty() && !trust_absent {
+        let absent: Vec<_> =
+            absent.iter().map(|member| format!("{} is {}", member.name, member.state.name())).collect();
+        return Err(format!("the key was brought to no member: {}; try again when all serve", absent.join(", ")));
+    }
+    let mut failed = Vec::new();
+    for hsm in &members {
+        match service.cluster.import_rsa(&hsm.name, spec.clone(), private_parts(key)).await {
+            Ok(()) | Err(HsmError::KeyExists(_)) => {}
+            Err(error) => failed.push(format!("{} ({error})", hsm.name)),
+        }
+    }
+    if failed.is_empty() {
+        return Ok(());
+    }
+    Err(format!(
+        "the key {id} was not taken by {}; the others keep it, and the same command goes on where this one stopped",
+        failed.join(", ")
+    ))
+}
+
+/// CKA_ID of a key that was imported. One for each kind, so that a key may be there for both.
+fn imported_id(kind: Kind, public: &RsaPublicKey) -> KeyId {
+    let mut context = digest::Context::new(&digest::SHA256);
+    context.update(kind.as_str().as_bytes());
+    context.update(public.spki_der());
+    KeyId(context.finish().as_ref()[..20].to_vec())
+}
+
+fn key_id(hexadecimal: &str) -> Result<KeyId, String> {
+    match HEXLOWER_PERMISSIVE.decode(hexadecimal.as_bytes()) {
+        Ok(id) if (1..=255).contains(&id.len()) => Ok(KeyId(id)),
+        _ => Err("the id of a key in the HSMs is hexadecimal, two digits for each octet".to_owned()),
+    }
+}
+
+/// A template for a certificate of a key that some member has.
+async fn template(service: &Arc<Service>, id: &KeyId, subject: String, days: u32) -> Result<Template, String> {
+    let mut key = None;
+    for hsm in &service.config.load_full().hsm {
+        if let Ok(Ok(Some(found))) = tokio::time::timeout(PATIENCE, service.cluster.public_key_on(&hsm.name, id)).await
+        {
+            key = Some(RsaPublicKey::from_components(&found.n, &found.e).map_err(|e| format!("the key {id}: {e}"))?);
+            break;
+        }
+    }
+    let key = key.ok_or_else(|| format!("no HSM that answers has a key {id}"))?;
+    if subject.len() > 64 || subject.chars().any(char::is_control) {
+        return Err("a common name has at most 64 octets and no control characters".to_owned());
+    }
+    let now = unix_now();
+    Ok(Template {
+        subject: DistinguishedName::new(subject),
+        issuer_der: None,
+        key,
+        serial: random_serial().map_err(|e| e.to_string())?,
+        not_before: now - 300,
+        not_after: now + i64::from(days) * 24 * 3600,
+        key_usage: KeyUsage::DIGITAL_SIGNATURE | KeyUsage::DATA_ENCIPHERMENT,
+        extended_key_usages: vec![SERVER_AUTHENTICATION],
+        ca: None,
+        subject_key_id: None,
+        authority_key_id: None,
+    })
+}
+
+/// A signature that an administrator asked for, recorded like a change.
+async fn signed(
+    service: &Arc<Service>,
+    event: &'static str,
+    id: &KeyId,
+    public: &RsaPublicKey,
+    octets: &[u8],
+    peer: Peer,
+) -> Result<Vec<u8>, String> {
+    let mut change = Change::new(event, peer);
+    change.attempt.change = Some(format!("key {id}"));
+    change.requested(service).await?;
+    let signed = service.sign(id, public, octets, Instant::now() + OWN_DEADLINE).await;
+    if let Ok(done) = &signed {
+        change.attempt.used(&done.member);
+    }
+    change.done(service, if signed.is_ok() { crate::routes::SUCCESS } else { super::FAILED }).await;
+    signed.map(|done| done.value).map_err(|error| {
+        format!("the key {id} does not sign: {error}; a key that may only decrypt cannot prove that it is there")
+    })
+}
+
+/// The one certificate that a thumbprint, or the beginning of one, means.
+async fn named(service: &Arc<Service>, thumbprint: &str, kind: Option<Kind>) -> Result<state::Certificate, String> {
+    let wanted = thumbprint.to_ascii_lowercase();
+    if wanted.len() < FEWEST_DIGITS || !wanted.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+        return Err(format!("a certificate is named by its thumbprint, or at least its first {FEWEST_DIGITS} digits"));
+    }
+    let mut found = read(service, |state| state.certificates()).await?;
+    found.retain(|entry| entry.thumbprint.starts_with(&wanted) && kind.is_none_or(|kind| entry.kind == kind));
+    match found.len() {
+        1 => Ok(found.swap_remove(0)),
+        0 => {
+            let kind = kind.map_or(String::new(), |kind| format!(" {kind}"));
+            Err(format!("there is no{kind} certificate {wanted}; `claviger keys list` shows them"))
+        }
+        _ => Err(format!("{wanted} is not one certificate alone; give more digits, or --kind")),
+    }
+}
+
+/// A change that is about one certificate.
+fn about(event: &'static str, entry: &state::Certificate, peer: Peer) -> Change {
+    let mut change = Change::new(event, peer);
+    change.attempt.certificate = Some(entry.thumbprint.clone());
+    change.attempt.change = Some(entry.kind.to_string());
+    change
+}
+
+/// What is not released any more without a certificate, judged by what was released not long ago.
+async fn missed(service: &Arc<Service>, entry: &state::Certificate) -> Result<Option<String>, String> {
+    let count = releases(service).await?.get(&KeyId(entry.key_id.clone())).copied().unwrap_or_default();
+    let (kind, spki, thumbprint) = (entry.kind, entry.spki.clone(), entry.thumbprint.clone());
+    let others = read(service, |state| state.certificates()).await?;
+    let another = others.iter().any(|c| c.kind == kind && c.spki == spki && c.thumbprint != thumbprint && c.enabled);
+    Ok((count > 0 && !another).then(|| {
+        format!("{count} releases of the last {DAYS} days used its key, and its protectors are not released without it")
+    }))
+}
+
+async fn releases(service: &Arc<Service>) -> Result<HashMap<KeyId, u64>, String> {
+    let of = Arc::clone(service);
+    let counted =
+        tokio::task::spawn_blocking(move || of.usage.releases(unix_now())).await.map_err(|e| e.to_string())?;
+    counted.map_err(|e| format!("how much keys are used cannot be read: {e}"))
+}
+
+/// A certificate as it is after a change.
+async fn again(service: &Arc<Service>, entry: &state::Certificate, warnings: &[String]) -> Result<Value, String> {
+    let (kind, thumbprint) = (entry.kind, entry.thumbprint.clone());
+    let all = read(service, |state| state.certificates()).await?;
+    let now = all.into_iter().find(|c| c.kind == kind && c.thumbprint == thumbprint);
+    with_warnings(service, now.as_ref().unwrap_or(entry), warnings).await
+}
+
+async fn with_warnings(
+    service: &Arc<Service>,
+    entry: &state::Certificate,
+    warnings: &[String],
+) -> Result<Value, String> {
+    let mut value = certificate(entry, &releases(service).await?);
+    value["warnings"] = json!(warnings);
+    Ok(value)
+}
+
+fn certificate(entry: &state::Certificate, used: &HashMap<KeyId, u64>) -> Value {
+    let parsed = Certificate::parse(&entry.der).ok();
+    json!({
+        "kind": entry.kind.as_str(),
+        "thumbprint": entry.thumbprint,
+        "subject": parsed.as_ref().and_then(|c| c.common_name()),
+        "bits": parsed.as_ref().map(|c| c.key().modulus_len() * 8),
+        "not_after": parsed.as_ref().map(|c| c.not_after()),
+        "primary": entry.is_primary,
+        "communications": entry.is_communications,
+        "enabled": entry.enabled,
+        "labels": entry.labels,
+        "releases": used.get(&KeyId(entry.key_id.clone())).copied().unwrap_or_default(),
+        "hsm_key": HEXLOWER.encode(&entry.key_id),
+        "usage": match entry.kind { Kind::Signing => "sign", Kind::Encryption => "decrypt" },
+    })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::service::testing;
+
+    fn template() -> Template {
+        Template {
+            subject: DistinguishedName::new("x"),
+            issuer_der: None,
+            key: testing::key().public().clone(),
+            serial: random_serial().unwrap(),
+            not_before: 1,
+            not_after: unix_now() + 1000,
+            key_usage: KeyUsage::DIGITAL_SIGNATURE,
+            extended_key_usages: vec![SERVER_AUTHENTICATION],
+            ca: None,
+            subject_key_id: None,
+            authority_key_id: None,
+        }
+    }
+
+    #[test]
+    fn usage_decides_and_expiry_only_warns() {
+        let made = |template: Template| {
+            Certificate::parse(&template.to_be_signed().unwrap().sign_with(testing::key()).unwrap()).unwrap()
+        };
+        assert!(judge(&made(template()), Kind::Signing).unwrap().is_empty());
+        assert!(judge(&made(template()), Kind::Encryption).unwrap_err().contains("dataEncipherment"));
+        let encryption = Template { key_usage: KeyUsage::DATA_ENCIPHERMENT, ..template() };
+        assert!(judge(&made(encryption.clone()), Kind::Encryption).unwrap().is_empty());
+        assert!(judge(&made(encryption), Kind::Signing).unwrap_err().contains("digitalSignature"));
+        let expired = Template { not_after: 2, extended_key_usages: Vec::new(), ..template() };
+        let warnings = judge(&made(expired), Kind::Signing).unwrap();
+        assert!(warnings[0].contains("has expired") && warnings[1].contains("serverAuth"), "{warnings:?}");
+    }
+
+    #[test]
+    fn keys_are_named_by_what_they_are() {
+        let public = testing::key().public();
+        assert_ne!(imported_id(Kind::Signing, public), imported_id(Kind::Encryption, public));
+        assert_eq!(key_id("0A0b").unwrap(), KeyId(vec![10, 11]));
+        for wrong in ["", "0", "xy", &"00".repeat(256)] {
+            assert!(key_id(wrong).is_err(), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,211 @@
+//! What one service is, taken to another: hosts, certificates, limits, attestation signers. Private keys stay in the HSMs.
+
+use std::sync::Arc;
+
+use claviger_hsm::KeyId;
+use claviger_protocol::certificate::Certificate;
+use claviger_protocol::rsa_key::RsaPublicKey;
+use data_encoding::{BASE64, HEXLOWER, HEXLOWER_PERMISSIVE};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::keys::{judge, on_all_members};
+use super::{Change, outcome, read};
+use crate::admin::Peer;
+use crate::routes::SUCCESS;
+use crate::service::{Service, unix_now};
+use crate::state::{self, Import, Kind, Labels};
+
+/// The version of the documents that are made and read.
+const VERSION: u32 = 1;
+
+/// A signer that ends sooner than this is not taken over: its own service renews it.
+const SIGNER_REST: i64 = 31 * 24 * 3600;
+
+/// An export. Encrypted by who asked for it, before it is written anywhere.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Document {
+    /// The version of this form.
+    version: u32,
+    /// When it was made, seconds since 1970.
+    created: i64,
+    hosts: Vec<Host>,
+    certificates: Vec<KeyCertificate>,
+    signers: Vec<Signer>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Host {
+    name: String,
+    /// SubjectPublicKeyInfo in DER, base64.
+    public_key: String,
+    enabled: bool,
+    labels: Labels,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct KeyCertificate {
+    kind: Kind,
+    /// DER, base64.
+    certificate: String,
+    /// CKA_ID, hexadecimal.
+    hsm_key: String,
+    primary: bool,
+    communications: bool,
+    enabled: bool,
+    labels: Labels,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Signer {
+    /// DER, base64.
+    certificate: String,
+    /// CKA_ID, hexadecimal.
+    hsm_key: String,
+    current: bool,
+    #[serde(default)]
+    replaced: Option<i64>,
+}
+
+pub(super) async fn export(service: &Arc<Service>, peer: Peer) -> Result<Value, String> {
+    let change = Change::new("export", peer);
+    change.requested(service).await?;
+    let read = read(service, |state| Ok((state.hosts()?, state.certificates()?, state.signers()?))).await;
+    change.done(service, if read.is_ok() { SUCCESS } else { super::FAILED }).await;
+    let (hosts, certificates, signers) = read?;
+    let host = |h: state::Host| Host {
+        name: h.name,
+        public_key: BASE64.encode(&h.spki),
+        enabled: h.enabled,
+        labels: h.labels,
+    };
+    let certificate = |c: state::Certificate| KeyCertificate {
+        kind: c.kind,
+        certificate: BASE64.encode(&c.der),
+        hsm_key: HEXLOWER.encode(&c.key_id),
+        primary: c.is_primary,
+        communications: c.is_communications,
+        enabled: c.enabled,
+        labels: c.labels,
+    };
+    let signer = |s: state::Signer| Signer {
+        certificate: BASE64.encode(&s.der),
+        hsm_key: HEXLOWER.encode(&s.key_id),
+        current: s.current,
+        replaced: s.replaced,
+    };
+    let document = Document {
+        version: VERSION,
+        created: unix_now(),
+        hosts: hosts.into_iter().map(host).collect(),
+        certificates: certificates.into_iter().map(certificate).collect(),
+        signers: signers.into_iter().map(signer).collect(),
+    };
+    serde_json::to_value(document).map_err(|e| e.to_string())
+}
+
+pub(super) async fn import(
+    service: &Arc<Service>,
+    document: Document,
+    dry_run: bool,
+    trust_absent: bool,
+    peer: Peer,
+) -> Result<Value, String> {
+    let mut import = read_document(document)?;
+    let mut warnings = Vec::new();
+    for entry in &import.certificates {
+        let named = |error: String| format!("the {} certificate {}: {error}", entry.kind, entry.thumbprint);
+        let certificate = Certificate::parse(&entry.der).map_err(|e| named(e.to_string()))?;
+        let mut said = judge(&certificate, entry.kind).map_err(named)?;
+        let id = KeyId(entry.key_id.clone());
+        said.extend(on_all_members(service, entry.kind, &id, &certificate, trust_absent).await.map_err(named)?);
+        warnings.extend(said.into_iter().map(named));
+    }
+    if let Some(signer) = import.signers.iter().find(|signer| signer.current) {
+        let certificate = Certificate::parse(&signer.der).map_err(|e| format!("the attestation signer: {e}"))?;
+        let lasts = signer.not_after - unix_now() > SIGNER_REST;
+        let id = KeyId(signer.key_id.clone());
+        let held = on_all_members(service, Kind::Signing, &id, &certificate, false).await;
+        import.adopt_signer = lasts && held.is_ok();
+        if let Err(error) = held {
+            warnings.push(format!(
+                "the attestation signer that issues there cannot issue here: {error}. Its health certificates are trusted \
+                 here for as long as those of a signer that was replaced now"
+            ));
+        }
+    }
+    let (import, now) = (Arc::new(import), unix_now());
+    let of = Arc::clone(&import);
+    let changes = read(service, move |state| state.import(&of, now, false)).await?;
+    if dry_run || changes.is_empty() {
+        return Ok(json!({"changes": changes, "warnings": warnings, "applied": false}));
+    }
+    let mut change = Change::new("import", peer);
+    for text in &changes {
+        change.attempt.change = Some(text.clone());
+        change.requested(service).await?;
+    }
+    let made = service.change(move |state| state.import(&import, now, true)).await;
+    change.attempt.change = Some(format!("{} changes", changes.len()));
+    change.done(service, outcome(&made)).await;
+    Ok(json!({"changes": made.map_err(|e| e.to_string())?, "warnings": warnings, "applied": true}))
+}
+
+/// Reads what an export holds.
+fn read_document(document: Document) -> Result<Import, String> {
+    if document.version != VERSION {
+        return Err(format!("this export is of version {}, and this daemon reads version {VERSION}", document.version));
+    }
+    let bytes = |base64: &str| BASE64.decode(base64.as_bytes()).map_err(|_| "the export holds bad base64".to_owned());
+    let id = |hexadecimal: &str| {
+        HEXLOWER_PERMISSIVE.decode(hexadecimal.as_bytes()).map_err(|_| "the export holds a bad key id".to_owned())
+    };
+    let mut import = Import::default();
+    for host in document.hosts {
+        let key =
+            RsaPublicKey::from_spki_der(&bytes(&host.public_key)?).map_err(|e| format!("host {}: {e}", host.name))?;
+        import.hosts.push(state::Host {
+            name: host.name,
+            spki: key.spki_der().to_vec(),
+            spki_sha256: HEXLOWER.encode(&key.spki_sha256()),
+            enabled: host.enabled,
+            added: document.created,
+            labels: host.labels,
+        });
+    }
+    let parsed = |base64: &str| {
+        Certificate::parse(&bytes(base64)?).map_err(|e| format!("a certificate of the export cannot be used: {e}"))
+    };
+    for entry in document.certificates {
+        let certificate = parsed(&entry.certificate)?;
+        import.certificates.push(state::Certificate {
+            thumbprint: HEXLOWER.encode(&certificate.thumbprint()),
+            kind: entry.kind,
+            der: certificate.der().to_vec(),
+            key_id: id(&entry.hsm_key)?,
+            spki: certificate.key().spki_der().to_vec(),
+            is_primary: entry.primary,
+            enabled: entry.enabled,
+            added: document.created,
+            is_communications: entry.communications,
+            labels: entry.labels,
+        });
+    }
+    for signer in document.signers {
+        let certificate = parsed(&signer.certificate)?;
+        import.signers.push(state::Signer {
+            thumbprint: HEXLOWER.encode(&certificate.thumbprint()),
+            der: certificate.der().to_vec(),
+            key_id: id(&signer.hsm_key)?,
+            not_before: certificate.not_before(),
+            not_after: certificate.not_after(),
+            current: signer.current,
+            replaced: signer.replaced,
+        });
+    }
+    Ok(import)
+}

@@ -1,0 +1,158 @@
+//! Attestation signers.
+
+use rusqlite::{Row, params};
+
+use super::{State, StateError, check_der, check_key_id, one, sha256_hex};
+
+/// A certificate that issues health certificates, or did.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Signer {
+    /// SHA-256 of [`Signer::der`], 64 lower-case hexadecimal digits.
+    pub thumbprint: String,
+    /// The certificate, DER.
+    pub der: Vec<u8>,
+    /// CKA_ID of its private key on every member.
+    pub key_id: Vec<u8>,
+    /// Start of its validity, seconds since 1970.
+    pub not_before: i64,
+    /// End of its validity, seconds since 1970.
+    pub not_after: i64,
+    /// Whether it issues now; exactly one does once there is any.
+    pub current: bool,
+    /// When another one took its place, seconds since 1970; `None` for the current one.
+    pub replaced: Option<i64>,
+}
+
+/// A certificate that is to issue health certificates from now on.
+#[derive(Clone, Copy, Debug)]
+pub struct NewSigner<'a> {
+    /// The certificate, DER.
+    pub der: &'a [u8],
+    /// CKA_ID of its private key on every member.
+    pub key_id: &'a [u8],
+    /// Start of its validity, seconds since 1970.
+    pub not_before: i64,
+    /// End of its validity, seconds since 1970.
+    pub not_after: i64,
+}
+
+impl State {
+    /// All attestation signers, the current one first, then the latest replaced first.
+    ///
+    /// # Errors
+    /// [`StateError::Database`].
+    pub fn signers(&self) -> Result<Vec<Signer>, StateError> {
+        self.read(
+            "SELECT thumbprint, der, key_id, not_before, not_after, current, replaced FROM attestation_signers
+             ORDER BY current DESC, replaced DESC, rowid DESC",
+            [],
+            signer,
+        )
+    }
+
+    /// Adds an attestation signer, which becomes the current one in place of the one that `replaces` names, as of `now`.
+    ///
+    /// # Errors
+    /// [`StateError::Invalid`] for an empty field or validity, [`StateError::Conflict`] when it is there already, or the
+    /// current one is another one: somebody else has made a new one meanwhile, and that one is to be used.
+    pub fn add_signer(&mut self, new: &NewSigner<'_>, replaces: Option<&str>, now: i64) -> Result<Signer, StateError> {
+        check_der("an attestation signer's certificate", new.der)?;
+        check_key_id(new.key_id)?;
+        if new.not_before >= new.not_after {
+            return Err(StateError::Invalid("an attestation signer's validity ends before it starts".to_owned()));
+        }
+        let added = Signer {
+            thumbprint: sha256_hex(new.der),
+            der: new.der.to_owned(),
+            key_id: new.key_id.to_owned(),
+            not_before: new.not_before,
+            not_after: new.not_after,
+            current: true,
+            replaced: None,
+        };
+        self.write(|transaction| {
+            let sql = "SELECT 1 FROM attestation_signers WHERE thumbprint = ?1";
+            if one::<i64>(transaction, sql, [&added.thumbprint])?.is_some() {
+                return Err(StateError::Conflict(format!(
+                    "the attestation signer {} is there already",
+                    added.thumbprint
+                ))
+                .into());
+            }
+            let sql = "SELECT thumbprint FROM attestation_signers WHERE current";
+            if one::<String>(transaction, sql, [])?.as_deref() != replaces {
+                return Err(StateError::Conflict("the attestation signer was replaced meanwhile".to_owned()).into());
+            }
+            transaction.execute("UPDATE attestation_signers SET current = 0, replaced = ?1 WHERE current", [now])?;
+            transaction.execute(
+                "INSERT INTO attestation_signers (thumbprint, der, key_id, not_before, not_after, current, replaced)
+                 VALUES (?1, ?2, ?3, ?4, ?5, 1, NULL)",
+                params![added.thumbprint, added.der, added.key_id, added.not_before, added.not_after],
+            )?;
+            Ok(())
+        })?;
+        Ok(added)
+    }
+
+    /// Forgets the signers that were replaced before `time`, and returns how many those were.
+    ///
+    /// Health certificates of a replaced signer are good until they expire: `time` is to be at least their longest
+    /// validity ago, unless they are to be refused at once.
+    ///
+    /// # Errors
+    /// [`StateError::Database`].
+    pub fn forget_signers_before(&mut self, time: i64) -> Result<usize, StateError> {
+        self.write(|transaction| {
+            Ok(transaction.execute("DELETE FROM attestation_signers WHERE NOT current AND replaced < ?1", [time])?)
+        })
+    }
+}
+
+pub(super) fn signer(row: &Row<'_>) -> rusqlite::Result<Signer> {
+    Ok(Signer {
+        thumbprint: row.get(0)?,
+        der: row.get(1)?,
+        key_id: row.get(2)?,
+        not_before: row.get(3)?,
+        not_after: row.get(4)?,
+        current: row.get(5)?,
+        replaced: row.get(6)?,
+    })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::state::tests::{message, open};
+
+    #[test]
+    fn a_new_signer_replaces_the_current_one() {
+        let (_folder, mut state) = open();
+        let new = |der| NewSigner { der, key_id: b"id", not_before: 10, not_after: 20 };
+        let one = state.add_signer(&new(b"one"), None, 11).unwrap();
+        let two = state.add_signer(&new(b"two"), Some(&one.thumbprint), 12).unwrap();
+        let three = state.add_signer(&new(b"three"), Some(&two.thumbprint), 13).unwrap();
+        assert!(message(state.add_signer(&new(b"one"), Some(&three.thumbprint), 14)).contains("is there already"));
+        let replaced = |signer: &Signer, at| Signer { current: false, replaced: Some(at), ..signer.clone() };
+        assert_eq!(state.signers().unwrap(), [three.clone(), replaced(&two, 13), replaced(&one, 12)]);
+        assert_eq!(state.forget_signers_before(13).unwrap(), 1);
+        assert_eq!(state.signers().unwrap(), [three.clone(), replaced(&two, 13)]);
+        assert_eq!(state.forget_signers_before(i64::MAX).unwrap(), 1, "the current one stays");
+        assert_eq!(state.signers().unwrap(), [three]);
+        assert!(message(state.add_signer(&NewSigner { not_after: 10, ..new(b"four") }, None, 15)).contains("validity"));
+    }
+
+    #[test]
+    fn of_two_that_make_one_at_the_same_time_the_first_wins() {
+        let (folder, mut ours) = open();
+        let mut theirs = State::open(&folder.path().join("a/state")).unwrap();
+        let new = |der| NewSigner { der, key_id: b"id", not_before: 10, not_after: 20 };
+        for (round, (one, two)) in [(b"a", b"b"), (b"c", b"d")].into_iter().enumerate() {
+            let seen = ours.signers().unwrap().first().map(|signer| signer.thumbprint.clone());
+            let won = theirs.add_signer(&new(one), seen.as_deref(), 11).unwrap();
+            assert!(message(ours.add_signer(&new(two), seen.as_deref(), 11)).contains("replaced meanwhile"));
+            assert_eq!((ours.signers().unwrap()[0].clone(), ours.signers().unwrap().len()), (won, round + 1));
+        }
+    }
+}
