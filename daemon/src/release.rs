@@ -92,26 +92,36 @@ pub async fn roll_protector(
     ours.may_serve(service, host)?;
     attempt.keys = vec![ours.decryption_key.id.clone(), ours.signing_key.id.clone()];
 
-    // 7. and 8. In the HSMs, at the same time: decrypt the ingress key; sign a fresh egress protector.
-    let egress = build::fresh_transport_key()?;
-    let recipients = verified.parties.iter().map(|party| party.encryption.key());
-    let max_offline_unwraps = service.config.load().release.max_offline_unwraps;
-    let unsigned = aside(ingress_protector.len(), || {
-        Unsigned::new(&verified.protector.wrappings, recipients, &egress, max_offline_unwraps)
-    })?;
-    let digest = digest::digest(&digest::SHA256, unsigned.signed_octets());
-    let right = signed_by(verified.parties[ours.wrapping].signing.key(), digest);
-    let scheme = SignScheme::Pkcs1(Hash::Sha256);
-    let (ingress, signed) = tokio::join!(
-        service.cluster.decrypt(
-            &ours.decryption_key.id,
-            hsm_oaep(ours.of(&verified).encryption.oaep),
-            &ours.of(&verified).cipher_value,
-            deadline,
-            Some(proved_by_its_signature(&verified)),
-        ),
-        service.cluster.sign(&ours.signing_key.id, scheme, digest.as_ref(), deadline, Some(right)),
+    // 7. In an HSM: decrypt the ingress key.
+    let decrypted = service.cluster.decrypt(
+        &ours.decryption_key.id,
+        hsm_oaep(ours.of(&verified).encryption.oaep),
+        &ours.of(&verified).cipher_value,
+        deadline,
+        Some(proved_by_its_signature(&verified)),
     );
+
+    // 8. At the same time: write an egress protector with a fresh key, and sign it in an HSM.
+    let max_offline_unwraps = service.config.load().release.max_offline_unwraps;
+    let signed = async {
+        let egress = build::fresh_transport_key()?;
+        let recipients = verified.parties.iter().map(|party| party.encryption.key());
+        let unsigned = aside(ingress_protector.len(), || {
+            Unsigned::new(&verified.protector.wrappings, recipients, &egress, max_offline_unwraps)
+        })?;
+        let digest = digest::digest(&digest::SHA256, unsigned.signed_octets());
+        let right = signed_by(verified.parties[ours.wrapping].signing.key(), digest);
+        let scheme = SignScheme::Pkcs1(Hash::Sha256);
+        let key = &ours.signing_key.id;
+        let signed = service.cluster.sign(key, scheme, digest.as_ref(), deadline, Some(right)).await;
+        Ok((egress, unsigned, signed))
+    };
+
+    // In this order: the decryption is under way while the egress protector is written.
+    let (ingress, egress) = tokio::join!(decrypted, signed);
+    let charge = |operations| attempt.host.iter().for_each(|host| service.admission.charge(host, operations));
+    // What was decrypted for a protector that cannot be written is to be paid for, too.
+    let (egress, unsigned, signed) = egress.inspect_err(|_: &Refusal| charge(OPINIONS - 1))?;
     let ingress = match ingress {
         Ok(done) => {
             attempt.used(&done.member);
@@ -119,7 +129,7 @@ pub async fn roll_protector(
         }
         Err(error) if error.is_data() => {
             // It was decrypted again and again before it was refused.
-            attempt.host.iter().for_each(|host| service.admission.charge(host, OPINIONS - 1));
+            charge(OPINIONS - 1);
             return Err(refuse_on_the_grid(attempt.started()).await);
         }
         Err(error) => return Err(unavailable(&error, "decrypt", &attempt.request)),
