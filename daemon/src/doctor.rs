@@ -103,7 +103,7 @@ pub fn print(findings: &[Finding], json: bool) {
         };
         say!("{level}  {:13}  {}", finding.check, finding.what);
         if let Some(todo) = &finding.todo {
-            say!("{:26}{todo}", "→");
+            say!("{:24}→ {todo}", "");
         }
     }
     let count = |level| findings.iter().filter(|finding| finding.level == level).count();
