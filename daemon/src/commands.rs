@@ -206,6 +206,9 @@ pub enum Command {
         /// Whether members that cannot be asked now are taken to have the keys.
         #[serde(default)]
         trust_absent: bool,
+        /// Whether hosts that are here get the labels of the export.
+        #[serde(default)]
+        loosen: bool,
     },
 }
 
@@ -250,8 +253,8 @@ pub async fn handle(service: Arc<Service>, request: Value, peer: Peer) -> Result
         Command::ResumeHsm { name } => hsm::drain(service, &name, false, peer).await,
         Command::ProbeHsm { name } => hsm::probe(service, &name).await,
         Command::Export => transfer::export(service, peer).await,
-        Command::Import { document, dry_run, trust_absent } => {
-            transfer::import(service, *document, dry_run, trust_absent, peer).await
+        Command::Import { document, dry_run, trust_absent, loosen } => {
+            transfer::import(service, *document, dry_run, trust_absent, loosen, peer).await
         }
     }
 }

@@ -97,7 +97,9 @@ enum Command {
     Export(cli::transfer::Export),
     /// Take in what claviger export wrote; shows first what changes
     #[command(after_help = "Example: claviger import hgs.age --dry-run --config /etc/claviger/claviger.toml\n\
-        Nothing that is only here goes away. The HSMs have to hold the keys of all its certificates.")]
+        Nothing that is only here goes away, and what is disabled or limited here stays so. The HSMs have to hold the keys\n\
+        of all its certificates. A file for an age recipient is not authenticated: anyone who knows the recipient can\n\
+        write one. Look at what --dry-run shows, above all at hosts and signers that you do not know.")]
     Import(cli::transfer::Import),
     /// Be a guarded host: make its keys, attest, and get the keys of virtual machines
     #[command(

@@ -24,7 +24,7 @@ use rusqlite::{Connection, ErrorCode, OptionalExtension, Row, Transaction, Trans
 
 pub use certificates::{Certificate, Kind, NewCertificate};
 pub use hosts::{Host, check_host_name};
-pub use import::Import;
+pub use import::{Import, Merged};
 pub use labels::Labels;
 use schema::{MIGRATIONS, migrate};
 pub use signers::{NewSigner, Signer};
@@ -340,7 +340,7 @@ mod tests {
         assert_eq!(state.hosts().unwrap().len(), 1);
         drop(state);
         let text = message(State::open(&folder.path().join("a/state")));
-        assert!(text.contains("has schema version 3, and this program knows only up to 2"), "{text}");
+        assert!(text.contains("has schema version 4, and this program knows only up to 3"), "{text}");
     }
 
     #[test]
@@ -361,6 +361,26 @@ mod tests {
         assert_eq!((hosts.len(), certificates.len()), (1, 1));
         assert!(hosts[0].enabled && hosts[0].labels.is_empty());
         assert!(certificates[0].is_primary && !certificates[0].is_communications && certificates[0].labels.is_empty());
+    }
+
+    #[test]
+    fn limits_of_the_second_version_become_those_of_their_keys() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("state.db");
+        let mut old = Connection::open(&path).unwrap();
+        migrate(&mut old, &path, &MIGRATIONS[..2]).unwrap();
+        old.execute_batch(
+            "INSERT INTO certificates (thumbprint, kind, der, key_id, spki, added, labels)
+             VALUES ('s', 'encryption', x'01', x'02', x'03', 1, 'a b'), ('t', 'encryption', x'04', x'02', x'03', 1, 'a b'),
+                    ('u', 'signing', x'05', x'06', x'07', 1, '');",
+        )
+        .unwrap();
+        drop(old);
+        let labels = |c: Certificate| (c.thumbprint, c.labels.to_string());
+        let found: Vec<_> =
+            State::open(folder.path()).unwrap().certificates().unwrap().into_iter().map(labels).collect();
+        let expected = [("t", "a b"), ("s", "a b"), ("u", "")].map(|(t, l)| (t.to_owned(), l.to_owned()));
+        assert_eq!(found, expected);
     }
 
     #[test]

@@ -22,7 +22,8 @@ const FEWEST: usize = 12;
 pub struct Export {
     /// File to write; one that is there is not written over
     file: PathBuf,
-    /// Encrypt to this age recipient (age1…) instead of under a passphrase
+    /// Encrypt to this age recipient (age1…) instead of under a passphrase; anyone who knows the recipient can write such a
+    /// file
     #[arg(long, value_name = "RECIPIENT", conflicts_with = "passphrase_file")]
     recipient: Option<String>,
     /// File that holds the passphrase; without it and --recipient, it is asked for
@@ -44,7 +45,7 @@ pub struct Import {
     /// Do not ask before it is changed
     #[arg(long)]
     yes: bool,
-    /// File with the age identity that it was encrypted to
+    /// File with the age identity that it was encrypted to; this does not say who wrote it
     #[arg(long, value_name = "FILE", conflicts_with = "passphrase_file")]
     identity: Option<PathBuf>,
     /// File that holds the passphrase; without it and --identity, it is asked for
@@ -53,6 +54,9 @@ pub struct Import {
     /// Take members that do not answer now to have the keys
     #[arg(long)]
     trust_absent: bool,
+    /// Give hosts that are here the labels of the file, too; they may have more keys with them
+    #[arg(long)]
+    loosen: bool,
     /// Where the daemon is.
     #[command(flatten)]
     target: Target,
@@ -102,7 +106,7 @@ pub async fn export(command: Export) -> Result<(), Failure> {
 /// # Errors
 /// What is wrong, and what to do.
 pub async fn import(command: Import) -> Result<(), Failure> {
-    let Import { file, dry_run, yes, identity, passphrase_file, trust_absent, target } = command;
+    let Import { file, dry_run, yes, identity, passphrase_file, trust_absent, loosen, target } = command;
     if !dry_run && !yes && !std::io::stdin().is_terminal() {
         return Err("there is no terminal to ask at; use --dry-run to see what would change, or --yes".into());
     }
@@ -117,7 +121,8 @@ pub async fn import(command: Import) -> Result<(), Failure> {
         }
     });
     let read = || serde_json::from_slice::<Document>(&plain).map_err(|e| format!("{}: no export: {e}", file.display()));
-    let command = |dry_run| Ok::<_, Failure>(Command::Import { document: Box::new(read()?), dry_run, trust_absent });
+    let command =
+        |dry_run| Ok::<_, Failure>(Command::Import { document: Box::new(read()?), dry_run, trust_absent, loosen });
     let planned = ask(&target, &command(true)?).await?;
     warn(&planned);
     if !target.json {
@@ -139,6 +144,9 @@ pub async fn import(command: Import) -> Result<(), Failure> {
 fn show(planned: &Value) {
     for change in planned["changes"].as_array().into_iter().flatten().filter_map(Value::as_str) {
         say!("{change}");
+    }
+    for skipped in planned["skipped"].as_array().into_iter().flatten().filter_map(Value::as_str) {
+        say!("not changed: {skipped}");
     }
 }
 

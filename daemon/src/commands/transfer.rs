@@ -14,7 +14,7 @@ use super::{Change, outcome, read};
 use crate::admin::Peer;
 use crate::routes::SUCCESS;
 use crate::service::{Service, unix_now};
-use crate::state::{self, Import, Kind, Labels};
+use crate::state::{self, Import, Kind, Labels, Merged};
 
 /// The version of the documents that are made and read.
 const VERSION: u32 = 1;
@@ -113,9 +113,10 @@ pub(super) async fn import(
     document: Document,
     dry_run: bool,
     trust_absent: bool,
+    loosen: bool,
     peer: Peer,
 ) -> Result<Value, String> {
-    let mut import = read_document(document)?;
+    let mut import = Import { loosen, ..read_document(document)? };
     let mut warnings = Vec::new();
     for entry in &import.certificates {
         let named = |error: String| format!("the {} certificate {}: {error}", entry.kind, entry.thumbprint);
@@ -125,24 +126,28 @@ pub(super) async fn import(
         said.extend(on_all_members(service, entry.kind, &id, &certificate, trust_absent).await.map_err(named)?);
         warnings.extend(said.into_iter().map(named));
     }
-    if let Some(signer) = import.signers.iter().find(|signer| signer.current) {
-        let certificate = Certificate::parse(&signer.der).map_err(|e| format!("the attestation signer: {e}"))?;
-        let lasts = signer.not_after - unix_now() > SIGNER_REST;
+    let mut adopt = false;
+    for signer in &import.signers {
+        let certificate = Certificate::parse(&signer.der).map_err(|e| format!("an attestation signer: {e}"))?;
         let id = KeyId(signer.key_id.clone());
         let held = on_all_members(service, Kind::Signing, &id, &certificate, false).await;
-        import.adopt_signer = lasts && held.is_ok();
+        adopt |= signer.current && held.is_ok() && signer.not_after - unix_now() > SIGNER_REST;
         if let Err(error) = held {
+            // Nothing vouches for it but the file.
             warnings.push(format!(
-                "the attestation signer that issues there cannot issue here: {error}. Its health certificates are trusted \
-                 here for as long as those of a signer that was replaced now"
+                "the key of the attestation signer {} was not found in these HSMs: {error}. It cannot issue here; whoever \
+                 has its key makes health certificates that are trusted here, for as long as those of a signer that was \
+                 replaced now",
+                signer.thumbprint
             ));
         }
     }
+    import.adopt_signer = adopt;
     let (import, now) = (Arc::new(import), unix_now());
     let of = Arc::clone(&import);
-    let changes = read(service, move |state| state.import(&of, now, false)).await?;
+    let Merged { changes, skipped } = read(service, move |state| state.import(&of, now, false)).await?;
     if dry_run || changes.is_empty() {
-        return Ok(json!({"changes": changes, "warnings": warnings, "applied": false}));
+        return Ok(json!({"changes": changes, "skipped": skipped, "warnings": warnings, "applied": false}));
     }
     let mut change = Change::new("import", peer);
     for text in &changes {
@@ -152,7 +157,8 @@ pub(super) async fn import(
     let made = service.change(move |state| state.import(&import, now, true)).await;
     change.attempt.change = Some(format!("{} changes", changes.len()));
     change.done(service, outcome(&made)).await;
-    Ok(json!({"changes": made.map_err(|e| e.to_string())?, "warnings": warnings, "applied": true}))
+    let Merged { changes, skipped } = made.map_err(|e| e.to_string())?;
+    Ok(json!({"changes": changes, "skipped": skipped, "warnings": warnings, "applied": true}))
 }
 
 /// Reads what an export holds.

@@ -6,8 +6,8 @@ use serde::{Deserialize, Serialize};
 use super::{Labels, State, StateError, WriteError, check_der, check_key_id, one, read_labels, sha256_hex};
 
 /// The columns of [`certificate`].
-pub(super) const COLUMNS: &str =
-    "thumbprint, kind, der, key_id, spki, is_primary, enabled, added, is_communications, labels";
+pub(super) const COLUMNS: &str = "thumbprint, kind, der, key_id, spki, is_primary, enabled, added, is_communications,
+     coalesce((SELECT labels FROM limits WHERE limits.spki = certificates.spki), '')";
 
 /// What a key-protection certificate is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -135,18 +135,9 @@ impl State {
                 transaction.execute("UPDATE certificates SET is_primary = 0 WHERE kind = ?1", [kind])?;
             }
             transaction.execute(
-                "INSERT INTO certificates (thumbprint, kind, der, key_id, spki, is_primary, enabled, added, labels)
-                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, 1, ?7, ?8)",
-                params![
-                    added.thumbprint,
-                    kind,
-                    added.der,
-                    added.key_id,
-                    added.spki,
-                    added.is_primary,
-                    added.added,
-                    added.labels.to_string()
-                ],
+                "INSERT INTO certificates (thumbprint, kind, der, key_id, spki, is_primary, enabled, added)
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, 1, ?7)",
+                params![added.thumbprint, kind, added.der, added.key_id, added.spki, added.is_primary, added.added],
             )?;
             Ok(())
         })?;
@@ -209,12 +200,11 @@ impl State {
         labels.check()?;
         self.write(|transaction| {
             standing(transaction, kind, thumbprint)?;
-            let sql = format!(
-                "UPDATE certificates SET labels = ?3 WHERE spki =
-                 (SELECT spki FROM certificates WHERE kind = ?1 AND thumbprint = ?2) RETURNING {COLUMNS}"
-            );
-            let mut statement = transaction.prepare(&sql)?;
-            let changed = statement.query_map(params![kind.as_str(), thumbprint, labels.to_string()], certificate)?;
+            let sql = "SELECT spki FROM certificates WHERE kind = ?1 AND thumbprint = ?2";
+            let spki: Vec<u8> = transaction.query_row(sql, [kind.as_str(), thumbprint], |row| row.get(0))?;
+            set_limit(transaction, &spki, labels)?;
+            let mut statement = transaction.prepare(&format!("SELECT {COLUMNS} FROM certificates WHERE spki = ?1"))?;
+            let changed = statement.query_map([&spki], certificate)?;
             Ok(changed.collect::<Result<Vec<_>, _>>()?)
         })
     }
@@ -237,7 +227,7 @@ impl State {
         })
     }
 
-    /// Removes a certificate (its key stays in the HSMs). The primary one cannot be removed, nor the one that signs the
+    /// Removes a certificate. Its key stays in the HSMs, and what that is limited to is remembered. The primary one cannot be removed, nor the one that signs the
     /// metadata document.
     ///
     /// # Errors
@@ -301,10 +291,18 @@ fn standing(transaction: &Transaction<'_>, kind: Kind, thumbprint: &str) -> Resu
     found.ok_or_else(|| StateError::NotFound(format!("there is no {kind} certificate {thumbprint}")).into())
 }
 
-/// What the certificates of a key are limited to; all to the same.
-fn limit_of(transaction: &Transaction<'_>, spki: &[u8]) -> Result<Labels, WriteError> {
-    let labels = one::<String>(transaction, "SELECT labels FROM certificates WHERE spki = ?1", [spki])?;
+/// What a key is limited to, whether it has certificates or not.
+pub(super) fn limit_of(transaction: &Transaction<'_>, spki: &[u8]) -> Result<Labels, WriteError> {
+    let labels = one::<String>(transaction, "SELECT labels FROM limits WHERE spki = ?1", [spki])?;
     Ok(labels.unwrap_or_default().parse()?)
+}
+
+pub(super) fn set_limit(transaction: &Transaction<'_>, spki: &[u8], labels: &Labels) -> rusqlite::Result<()> {
+    transaction.execute("DELETE FROM limits WHERE spki = ?1", [spki])?;
+    if !labels.is_empty() {
+        transaction.execute("INSERT INTO limits (spki, labels) VALUES (?1, ?2)", params![spki, labels.to_string()])?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -360,6 +358,12 @@ mod tests {
         assert_eq!(limited(&state), [b"renewed".to_vec(), b"one".to_vec()]);
         let none = state.limit_certificate(Kind::Encryption, &renewed.thumbprint, &Labels::default()).unwrap();
         assert_eq!((none.len(), limited(&state).len()), (2, 0));
+        // It outlives the last certificate of its key.
+        state.limit_certificate(Kind::Encryption, &one.thumbprint, &acme).unwrap();
+        for gone in [&one, &renewed] {
+            state.remove_certificate(Kind::Encryption, &gone.thumbprint).unwrap();
+        }
+        assert_eq!(state.add_certificate(&new(Kind::Encryption, b"again", b"key"), 3).unwrap().labels, acme);
         assert!(
             message(state.limit_certificate(Kind::Signing, &one.thumbprint, &acme)).contains("there is no signing")
         );

@@ -17,31 +17,41 @@ pub struct Import {
     pub signers: Vec<Signer>,
     /// Whether the one of those that issues there is to issue here. Its key has to be here.
     pub adopt_signer: bool,
+    /// Whether hosts that are here get the labels that they have there, with which they may have more keys.
+    pub loosen: bool,
+}
+
+/// What an import changes, a sentence for each.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Merged {
+    /// What becomes different here.
+    pub changes: Vec<String>,
+    /// What is different there and stays here as it is: an import lets nobody have more than he has here.
+    pub skipped: Vec<String>,
 }
 
 impl State {
-    /// Takes in another state's content, all of it or nothing, and returns a sentence for each change. Without `apply` it
-    /// only says what would change.
+    /// Takes in another state's content, all of it or nothing. Without `apply` it only says what would change.
     ///
     /// # Errors
     /// [`StateError::Conflict`] where the two contradict each other; [`StateError::Invalid`].
-    pub fn import(&mut self, import: &Import, now: i64, apply: bool) -> Result<Vec<String>, StateError> {
+    pub fn import(&mut self, import: &Import, now: i64, apply: bool) -> Result<Merged, StateError> {
         let merged = self
             .connection
             .transaction_with_behavior(TransactionBehavior::Immediate)
             .map_err(WriteError::from)
             .and_then(|transaction| {
-                let mut changes = Vec::new();
+                let mut merged = Merged::default();
                 for host in &import.hosts {
-                    merge_host(&transaction, host, now, &mut changes)?;
+                    merge_host(&transaction, host, import.loosen, now, &mut merged)?;
                 }
-                merge_certificates(&transaction, &import.certificates, now, &mut changes)?;
-                merge_signers(&transaction, import, now, &mut changes)?;
+                merge_certificates(&transaction, &import.certificates, now, &mut merged)?;
+                merge_signers(&transaction, import, now, &mut merged.changes)?;
                 // Dropped, it undoes what was only tried.
-                if apply && !changes.is_empty() {
+                if apply && !merged.changes.is_empty() {
                     transaction.commit()?;
                 }
-                Ok(changes)
+                Ok(merged)
             });
         self.wrote |= apply && !matches!(merged, Err(WriteError::State(_)));
         merged.map_err(|error| match error {
@@ -58,8 +68,9 @@ fn conflict(text: String) -> WriteError {
 fn merge_host(
     transaction: &Transaction<'_>,
     new: &Host,
+    loosen: bool,
     now: i64,
-    changes: &mut Vec<String>,
+    merged: &mut Merged,
 ) -> Result<(), WriteError> {
     check_host_name(&new.name)?;
     check_der("a host's public key", &new.spki)?;
@@ -76,25 +87,29 @@ fn merge_host(
         )?;
         let disabled = if new.enabled { "" } else { ", disabled" };
         let labels = if new.labels.is_empty() { String::new() } else { format!(", labels {}", new.labels) };
-        changes.push(format!("host {name} is added{disabled}{labels}"));
+        merged.changes.push(format!("host {name} is added{disabled}{labels}"));
         return Ok(());
     };
     if old.spki != new.spki {
         return Err(conflict(format!("host {name:?} is registered here with another key; remove it first")));
     }
-    if old.enabled != new.enabled {
-        changes.push(format!("host {name} is {}", if new.enabled { "enabled" } else { "disabled" }));
+    match (old.enabled, new.enabled) {
+        (true, false) => merged.changes.push(format!("host {name} is disabled")),
+        (false, true) => merged.skipped.push(format!("host {name} stays disabled; there it is enabled")),
+        _ => {}
     }
+    let labels = if loosen { &new.labels } else { &old.labels };
     if old.labels != new.labels {
-        changes.push(format!(
-            "host {name} has labels {:?} instead of {:?}",
-            new.labels.to_string(),
-            old.labels.to_string()
-        ));
+        let (ours, theirs) = (old.labels.to_string(), new.labels.to_string());
+        if loosen {
+            merged.changes.push(format!("host {name} has labels {theirs:?} instead of {ours:?}"));
+        } else {
+            merged.skipped.push(format!("host {name} keeps its labels {ours:?}; there they are {theirs:?} (--loosen)"));
+        }
     }
     transaction.execute(
         "UPDATE hosts SET enabled = ?2, labels = ?3 WHERE name = ?1",
-        params![name, new.enabled, new.labels.to_string()],
+        params![name, old.enabled && new.enabled, labels.to_string()],
     )?;
     Ok(())
 }
@@ -103,8 +118,9 @@ fn merge_certificates(
     transaction: &Transaction<'_>,
     all: &[Certificate],
     now: i64,
-    changes: &mut Vec<String>,
+    merged: &mut Merged,
 ) -> Result<(), WriteError> {
+    let Merged { changes, skipped } = merged;
     for new in all {
         check_der("a certificate", &new.der)?;
         check_der("a certificate's public key", &new.spki)?;
@@ -126,32 +142,35 @@ fn merge_certificates(
                 changes.push(format!("the {kind} certificate {thumbprint} is added"));
             }
         }
-        let limit = one::<String>(
-            transaction,
-            "SELECT labels FROM certificates WHERE spki = ?1 ORDER BY labels DESC",
-            [&new.spki],
-        )?;
-        if limit.as_deref() != Some(&new.labels.to_string()) {
-            let to = if new.labels.is_empty() { "every host".to_owned() } else { format!("hosts with {}", new.labels) };
-            changes.push(format!("what the key of {thumbprint} opens is released to {to}"));
+        // A host needs the labels of both. Looked up by the key: that of a certificate that is new here may be limited.
+        let ours = certificates::limit_of(transaction, &new.spki)?;
+        let limit = ours.with(&new.labels);
+        limit.check()?;
+        if limit != ours {
+            certificates::set_limit(transaction, &new.spki, &limit)?;
+            changes.push(format!("what the key of {thumbprint} opens is released to hosts with {limit}"));
         }
-        transaction.execute(
-            "UPDATE certificates SET labels = ?2 WHERE spki = ?1",
-            params![new.spki, new.labels.to_string()],
-        )?;
+        if limit != new.labels {
+            let to = if new.labels.is_empty() { "every host".to_owned() } else { format!("hosts with {}", new.labels) };
+            skipped.push(format!("the key of {thumbprint} stays limited to hosts with {limit}; there it is for {to}"));
+        }
         if new.enabled && old.is_some_and(|old| !old.enabled) {
-            changes.push(format!("the {kind} certificate {thumbprint} is enabled"));
-            transaction.execute(
-                "UPDATE certificates SET enabled = 1 WHERE kind = ?1 AND thumbprint = ?2",
-                [kind, thumbprint],
-            )?;
+            skipped.push(format!("the {kind} certificate {thumbprint} stays disabled; there it is enabled"));
         }
     }
     for (column, role) in [("is_primary", "primary"), ("is_communications", "communications")] {
         for new in all.iter().filter(|c| if role == "primary" { c.is_primary } else { c.is_communications }) {
             let (kind, thumbprint) = (new.kind.as_str(), &new.thumbprint);
-            let sql = format!("SELECT {column} FROM certificates WHERE kind = ?1 AND thumbprint = ?2");
-            if one::<bool>(transaction, &sql, [kind, thumbprint])? == Some(true) {
+            let sql = format!("SELECT {column}, enabled FROM certificates WHERE kind = ?1 AND thumbprint = ?2");
+            let (has_it, enabled) = transaction
+                .query_row(&sql, [kind, thumbprint], |row| Ok((row.get::<_, bool>(0)?, row.get::<_, bool>(1)?)))?;
+            if has_it {
+                continue;
+            }
+            if !enabled {
+                skipped.push(format!(
+                    "the {kind} certificate {thumbprint} does not become the {role} one: it is disabled"
+                ));
                 continue;
             }
             transaction.execute(&format!("UPDATE certificates SET {column} = 0 WHERE kind = ?1"), [kind])?;
@@ -190,6 +209,10 @@ fn merge_signers(
     now: i64,
     changes: &mut Vec<String>,
 ) -> Result<(), WriteError> {
+    // Only for one of them it was looked up whether its key is here.
+    if import.signers.iter().filter(|signer| signer.current).count() > 1 {
+        return Err(StateError::Invalid("two attestation signers issue there, and only one can".to_owned()).into());
+    }
     for new in &import.signers {
         check_der("an attestation signer's certificate", &new.der)?;
         check_key_id(&new.key_id)?;
@@ -197,10 +220,12 @@ fn merge_signers(
         let here =
             one::<bool>(transaction, "SELECT current FROM attestation_signers WHERE thumbprint = ?1", [thumbprint])?;
         if here.is_none() {
+            // Whatever is said there, it is forgotten here as soon as one that is replaced now.
+            let replaced = new.replaced.unwrap_or(now).min(now);
             transaction.execute(
                 "INSERT INTO attestation_signers (thumbprint, der, key_id, not_before, not_after, current, replaced)
                  VALUES (?1, ?2, ?3, ?4, ?5, 0, ?6)",
-                params![thumbprint, new.der, new.key_id, new.not_before, new.not_after, new.replaced.unwrap_or(now)],
+                params![thumbprint, new.der, new.key_id, new.not_before, new.not_after, replaced],
             )?;
             changes.push(format!("health certificates of the attestation signer {thumbprint} are trusted"));
         }
@@ -229,7 +254,74 @@ mod tests {
             certificates: state.certificates().unwrap(),
             signers: state.signers().unwrap(),
             adopt_signer: true,
+            loosen: false,
         }
+    }
+
+    fn certificate(der: &'static [u8]) -> NewCertificate<'static> {
+        NewCertificate { kind: Kind::Encryption, der, key_id: b"id", spki: der, primary: false }
+    }
+
+    #[test]
+    fn an_import_lets_nobody_have_more_than_before() {
+        let (_one, mut there) = open();
+        let (_two, mut here) = open();
+        let [acme, north]: [Labels; 2] = ["tenant=acme", "north"].map(|labels| labels.parse().unwrap());
+        there.add_host("a", b"a", &acme, 1).unwrap();
+        here.add_host("a", b"a", &Labels::default(), 1).unwrap();
+        here.enable_host("a", false).unwrap();
+        for state in [&mut there, &mut here] {
+            for der in [&b"one"[..], b"two", b"three"] {
+                state.add_certificate(&certificate(der), 1).unwrap();
+            }
+        }
+        let ids = [&b"one"[..], b"two", b"three"].map(crate::state::sha256_hex);
+        let encryption = Kind::Encryption;
+        there.limit_certificate(encryption, &ids[0], &acme).unwrap();
+        here.limit_certificate(encryption, &ids[0], &north).unwrap();
+        here.limit_certificate(encryption, &ids[1], &north).unwrap();
+        here.enable_certificate(encryption, &ids[2], false).unwrap();
+        there.set_primary(encryption, &ids[2]).unwrap();
+
+        let merged = here.import(&exported(&there), 2, true).unwrap();
+        assert_eq!((merged.changes.len(), merged.skipped.len()), (1, 6), "{merged:#?}");
+        let host = here.host_by_name("a").unwrap().unwrap();
+        assert!(!host.enabled && host.labels.is_empty());
+        let found = here.certificates().unwrap();
+        let of = |thumbprint: &str| found.iter().find(|c| c.thumbprint == thumbprint).unwrap();
+        assert_eq!((&of(&ids[0]).labels, &of(&ids[1]).labels), (&acme.with(&north), &north));
+        assert!(!of(&ids[2]).enabled && !of(&ids[2]).is_primary);
+
+        // A limit is kept for a key that has no certificate now.
+        here.remove_certificate(encryption, &ids[1]).unwrap();
+        here.import(&exported(&there), 3, true).unwrap();
+        assert!(here.certificates().unwrap().iter().any(|c| c.thumbprint == ids[1] && c.labels == north));
+
+        let loosened = here.import(&Import { loosen: true, ..exported(&there) }, 4, true).unwrap();
+        assert_eq!((loosened.changes.len(), loosened.skipped.len()), (1, 5), "{loosened:#?}");
+        let host = here.host_by_name("a").unwrap().unwrap();
+        assert!(!host.enabled && host.labels == acme);
+    }
+
+    #[test]
+    fn a_signer_is_trusted_for_no_longer_than_one_that_is_replaced_now() {
+        let (_folder, mut here) = open();
+        let signer = |der: &[u8], current, replaced| Signer {
+            thumbprint: crate::state::sha256_hex(der),
+            der: der.to_owned(),
+            key_id: b"id".to_vec(),
+            not_before: 1,
+            not_after: 9,
+            current,
+            replaced,
+        };
+        let import = |signers| Import { signers, adopt_signer: true, ..Import::default() };
+        let two = import(vec![signer(b"a", true, None), signer(b"b", true, None)]);
+        assert!(message(here.import(&two, 5, true)).contains("two attestation signers"));
+        let old = [signer(b"c", false, Some(9_000_000_000_000_000_000)), signer(b"d", false, Some(3))];
+        here.import(&import(old.to_vec()), 5, true).unwrap();
+        let replaced: Vec<_> = here.signers().unwrap().into_iter().map(|signer| signer.replaced).collect();
+        assert_eq!(replaced, [Some(5), Some(3)]);
     }
 
     #[test]
@@ -258,8 +350,8 @@ mod tests {
         let planned = here.import(&import, 3, false).unwrap();
         assert_eq!((here.hosts().unwrap().len(), here.certificates().unwrap().len()), (1, 1), "only said");
         assert_eq!(here.import(&import, 3, true).unwrap(), planned);
-        assert_eq!(planned.len(), 13, "{planned:#?}");
-        assert_eq!(here.import(&import, 4, true).unwrap(), Vec::<String>::new());
+        assert_eq!((planned.changes.len(), planned.skipped.len()), (13, 0), "{planned:#?}");
+        assert_eq!(here.import(&import, 4, true).unwrap(), Merged::default());
         let mut hosts = here.hosts().unwrap();
         assert_eq!(hosts.pop().unwrap().name, "c");
         let plain = |hosts: Vec<Host>| hosts.into_iter().map(|h| (h.name, h.enabled, h.labels)).collect::<Vec<_>>();
@@ -278,7 +370,7 @@ mod tests {
         // Without its key here, a signer is only trusted.
         let current = signers[0].thumbprint.clone();
         here.add_signer(&signer(b"u"), Some(&current), 5).unwrap();
-        assert!(here.import(&Import { adopt_signer: false, ..import.clone() }, 6, true).unwrap().is_empty());
+        assert!(here.import(&Import { adopt_signer: false, ..import.clone() }, 6, true).unwrap().changes.is_empty());
         assert_eq!(here.signers().unwrap()[0].der, b"u");
 
         // What contradicts is refused as a whole.

@@ -50,6 +50,15 @@ pub(super) const MIGRATIONS: &[&str] = &[
         CHECK (NOT is_communications OR (enabled AND kind = 'signing'));
     CREATE UNIQUE INDEX one_communications ON certificates (is_communications) WHERE is_communications;
 ",
+    // What keys are limited to, by their public keys: a limit outlives the certificates of its key.
+    "
+    CREATE TABLE limits (
+        spki BLOB NOT NULL UNIQUE,
+        labels TEXT NOT NULL
+    ) STRICT;
+    INSERT INTO limits (spki, labels) SELECT spki, max(labels) FROM certificates WHERE labels <> '' GROUP BY spki;
+    ALTER TABLE certificates DROP COLUMN labels;
+",
 ];
 
 pub(super) fn migrate(connection: &mut Connection, path: &Path, migrations: &[&str]) -> Result<(), StateError> {
