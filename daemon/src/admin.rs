@@ -27,6 +27,9 @@ use zeroize::Zeroizing;
 /// Longest request, in octets, with its line break. An import of some ten thousand hosts is the longest there is.
 pub const REQUEST_LIMIT: usize = 16 * 1024 * 1024;
 
+/// The same where nothing is changed: those requests are short.
+pub const REVIEW_LIMIT: usize = 64 * 1024;
+
 /// Longest answer that [`call`] reads, in octets.
 pub const ANSWER_LIMIT: usize = 64 * 1024 * 1024;
 
@@ -124,6 +127,8 @@ pub struct AdminSocket {
     path: PathBuf,
     /// Whoever could connect is allowed to.
     for_group: bool,
+    /// Longest request, in octets, with its line break.
+    longest: usize,
     /// Locked for as long as it is open. The file stays: removing it would race with the next daemon.
     _lock: File,
 }
@@ -170,7 +175,13 @@ impl AdminSocket {
         listener.set_nonblocking(true).map_err(failed)?;
         while listener.accept().is_ok() {}
         let listener = UnixListener::from_std(listener).map_err(failed)?;
-        Ok(Self { listener, path: path.to_owned(), for_group: group.is_some(), _lock: lock })
+        Ok(Self { listener, path: path.to_owned(), for_group: group.is_some(), longest: REQUEST_LIMIT, _lock: lock })
+    }
+
+    /// Takes no request that has more octets than this, with its line break.
+    #[must_use]
+    pub fn with_longest(self, longest: usize) -> Self {
+        Self { longest, ..self }
     }
 
     /// Answers requests with `handler` until `shutdown` ends and the commands in progress are done. Removes the socket.
@@ -193,7 +204,8 @@ impl AdminSocket {
                 Some(ended) = connections.join_next() => log_panic(ended),
                 accepted = self.listener.accept(), if room => match accepted {
                     Ok((stream, _)) => {
-                        connections.spawn(converse(stream, self.for_group, handler.clone(), stopping.clone()));
+                        let (longest, handler) = (self.longest, handler.clone());
+                        connections.spawn(converse(stream, self.for_group, longest, handler, stopping.clone()));
                     }
                     Err(error) => {
                         tracing::error!(%error, "the administrators' socket cannot accept; trying again");
@@ -225,8 +237,13 @@ fn log_panic(ended: Result<(), tokio::task::JoinError>) {
 }
 
 /// One administrator's connection.
-async fn converse<H, F>(mut stream: UnixStream, for_group: bool, handler: Arc<H>, mut stopping: watch::Receiver<bool>)
-where
+async fn converse<H, F>(
+    mut stream: UnixStream,
+    for_group: bool,
+    longest: usize,
+    handler: Arc<H>,
+    mut stopping: watch::Receiver<bool>,
+) where
     H: Fn(Value, Peer) -> F,
     F: Future<Output = Result<Value, String>>,
 {
@@ -244,11 +261,11 @@ where
         let line = tokio::select! {
             biased;
             _ = stopping.wait_for(|stop| *stop) => return,
-            line = tokio::time::timeout(IDLE_TIMEOUT, read_line(&mut reader, REQUEST_LIMIT)) => line,
+            line = tokio::time::timeout(IDLE_TIMEOUT, read_line(&mut reader, longest)) => line,
         };
         let (result, more) = match line {
             Err(_) | Ok(Ok(Line::End) | Err(_)) => return,
-            Ok(Ok(Line::TooLong)) => (Err(format!("a request has at most {REQUEST_LIMIT} octets")), false),
+            Ok(Ok(Line::TooLong)) => (Err(format!("a request has at most {longest} octets")), false),
             Ok(Ok(Line::Whole(_))) if !allowed => {
                 tracing::warn!(?peer, "refused at the administrators' socket");
                 (Err("only root and the daemon's own user may use this socket".to_owned()), false)

@@ -157,6 +157,13 @@ impl Admission {
         self.room.lock().set_limit(release.queue);
     }
 
+    /// Takes note of members with `sessions` sessions in all. Those who run go on; who has a turn by this runs at once.
+    pub fn resize(&self, release: &Release, sessions: usize) {
+        let mut queue = self.room.lock();
+        queue.set_concurrency(concurrency(release, sessions));
+        self.room.hand_out(queue);
+    }
+
     /// Lets a release of `host` in: within the host's rate, and when it is its turn.
     ///
     /// # Errors
@@ -274,9 +281,14 @@ impl Room {
 
     /// Takes a place back that was held for that long, if it was made use of, and gives it to whom it is the turn of.
     fn end(self: &Arc<Self>, held: Option<Duration>) {
-        let now = Instant::now();
         let mut queue = self.lock();
         queue.end(held);
+        self.hand_out(queue);
+    }
+
+    /// Gives the places that are free to whom it is the turn of.
+    fn hand_out(self: &Arc<Self>, mut queue: MutexGuard<'_, Queue<Waiter>>) {
+        let now = Instant::now();
         let turns: Vec<_> = std::iter::from_fn(|| queue.next(now)).collect();
         let retry_after = queue.retry_after();
         // A permit that cannot be handed over comes back here: the queue must be free by then.

@@ -11,7 +11,7 @@ use hyper::service::service_fn;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use crate::admin::{AdminError, AdminSocket};
+use crate::admin::{AdminError, AdminSocket, REVIEW_LIMIT};
 use crate::admission;
 use crate::admission::Dropped;
 use crate::attest::signer::Keeper;
@@ -162,7 +162,7 @@ impl Daemon {
         let service = Arc::new(opening.await??);
         // Only one daemon at a time gets beyond this point with the same state folder.
         let admin = AdminSocket::bind(&admin_path, admin_group)?;
-        let review = AdminSocket::bind(&review_path, review_group)?;
+        let review = AdminSocket::bind(&review_path, review_group)?.with_longest(REVIEW_LIMIT);
         if let Err(error) = service.cluster.start().await {
             tracing::error!(%error, "no HSM serves yet; the daemon goes on trying");
         }

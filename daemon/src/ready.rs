@@ -54,7 +54,7 @@ async fn probe(service: &Service) -> Result<String, String> {
         }
         let cluster = service.cluster.clone();
         asked.spawn(async move {
-            match tokio::time::timeout(PATIENCE, cluster.probe(&member.name)).await {
+            match tokio::time::timeout(PATIENCE, cluster.check(&member.name)).await {
                 Ok(Ok(_)) => Ok(member.name),
                 Ok(Err(error)) => Err(format!("{}: {error}", member.name)),
                 Err(_) => Err(format!("{}: does not answer", member.name)),

@@ -22,6 +22,7 @@ use ring::digest;
 use crate::attempt::Attempt;
 use crate::keys::{Held, Keys};
 use crate::service::{Service, signed_by, unix_now};
+use crate::state::Host;
 use crate::throttle::Throttle;
 
 /// A refusal in a secret step leaves at a multiple of this after the request's arrival, so that its time tells nothing
@@ -165,11 +166,19 @@ pub fn healthy_host(
         .check(health_certificate, signers.certificates(), unix_now())
         .map_err(|e| refused(format!("health certificate: {e}")))?;
     attempt.host = Some(claims.host_name.clone());
-    let hosts = service.hosts.load();
-    hosts
-        .by_name_and_key(&claims.host_name, &claims.host_key_sha256)
-        .ok_or_else(|| refused("health certificate: its host is not registered with that key any more".to_owned()))?;
+    registered(service, &claims)?;
     Ok(claims)
+}
+
+/// The host of a health certificate, as it is registered now.
+///
+/// # Errors
+/// `HealthCertificateException` when it was removed or disabled, or has another key.
+fn registered(service: &Service, host: &HealthClaims) -> Result<Arc<Host>, Refusal> {
+    let hosts = service.hosts.load();
+    hosts.by_name_and_key(&host.host_name, &host.host_key_sha256).cloned().ok_or_else(|| {
+        Refusal::new(Code::HealthCertificate, "health certificate: its host is not registered with that key any more")
+    })
 }
 
 /// Refuses what [`admission`](crate::admission) would refuse after step 2, at a fraction of the cost: refusing must not
@@ -219,14 +228,12 @@ impl<'a> Ours<'a> {
 
     /// A key may be limited to hosts of some labels. Judged like a key that is not held, by what everybody may know, and
     /// before anything is decrypted: the answer depends on nothing that is secret.
+    ///
+    /// The release may have waited since its host was looked up: one that was removed meanwhile gets nothing.
     fn may_serve(&self, service: &Service, host: &HealthClaims) -> Result<(), Refusal> {
+        let host = registered(service, host)?;
         let needed = [&self.decryption_key.labels, &self.signing_key.labels];
-        if needed.iter().all(|labels| labels.is_empty()) {
-            return Ok(());
-        }
-        let hosts = service.hosts.load();
-        let labels = hosts.by_name_and_key(&host.host_name, &host.host_key_sha256).map(|host| &host.labels);
-        if labels.is_some_and(|labels| needed.iter().all(|needed| labels.have_all(needed))) {
+        if needed.iter().all(|needed| needed.is_empty() || host.labels.have_all(needed)) {
             return Ok(());
         }
         Err(Refusal::wrapping("the key of the wrapping for this service is limited to other hosts than this one"))

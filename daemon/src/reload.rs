@@ -8,8 +8,9 @@ use std::collections::BTreeSet;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use claviger_hsm::Pin;
+use claviger_hsm::{Cluster, MemberState, MemberStatus, Pin};
 use serde_json::Value;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -19,6 +20,9 @@ use crate::metrics;
 use crate::notify;
 use crate::server::{SharedTls, tls_config};
 use crate::service::Service;
+
+/// How long members that go wait until one of those that stay serves.
+const REPLACED_WITHIN: Duration = Duration::from_secs(10);
 
 /// Catches `SIGHUP`, which ends a process that does not, from this call on.
 ///
@@ -65,6 +69,7 @@ async fn reload(file: &Path, service: &Arc<Service>, tls: Option<&SharedTls>) ->
     next.server.body_timeout_ms = config.server.body_timeout_ms;
     service.admission.change(&next.release);
     members(&config, &mut next, service).await;
+    service.admission.resize(&next.release, next.hsm.iter().map(|hsm| hsm.sessions).sum());
     let waiting = differences(&config, &next);
     service.config.store(Arc::new(next));
     if waiting.is_empty() {
@@ -107,12 +112,15 @@ async fn members(config: &Config, next: &mut Config, service: &Arc<Service>) {
             }
             continue;
         };
-        let pin = hsm.read_pin().map_err(|error| error.to_string());
-        match pin
-            .and_then(|pin| cluster.set_pin(&hsm.name, Pin::new(pin.to_string())).map_err(|error| error.to_string()))
-        {
-            Ok(()) => (known.pin_file, known.pin_env) = (hsm.pin_file.clone(), hsm.pin_env.clone()),
-            Err(error) => failed("the PIN was not taken")(error),
+        // Where the file names another token by now, its PIN is for that one: the restart which that needs takes both.
+        if same_token(known, hsm) {
+            let pin = hsm.read_pin().map_err(|error| error.to_string());
+            match pin.and_then(|pin| {
+                cluster.set_pin(&hsm.name, Pin::new(pin.to_string())).map_err(|error| error.to_string())
+            }) {
+                Ok(()) => (known.pin_file, known.pin_env) = (hsm.pin_file.clone(), hsm.pin_env.clone()),
+                Err(error) => failed("the PIN was not taken")(error),
+            }
         }
         if (known.priority, known.weight) != (hsm.priority, hsm.weight) {
             match cluster.rank(&hsm.name, hsm.priority, hsm.weight) {
@@ -123,7 +131,15 @@ async fn members(config: &Config, next: &mut Config, service: &Arc<Service>) {
     }
     let gone = |hsm: &Hsm| !config.hsm.iter().any(|wanted| wanted.name == hsm.name);
     let names: Vec<String> = next.hsm.iter().filter(|hsm| gone(hsm)).map(|hsm| hsm.name.clone()).collect();
+    let until = Instant::now() + REPLACED_WITHIN;
     for name in names {
+        if !serves_without(cluster, config, until).await {
+            tracing::warn!(
+                hsm = name,
+                "the HSM is not taken out: none of those that stay serves; the next reload tries again"
+            );
+            continue;
+        }
         match cluster.remove(&name).await {
             Ok(()) => {
                 tracing::info!(hsm = name, "HSM taken out: it finished what it had, and is closed");
@@ -131,6 +147,25 @@ async fn members(config: &Config, next: &mut Config, service: &Arc<Service>) {
             }
             Err(error) => tracing::error!(hsm = name, %error, "the HSM is not taken out"),
         }
+    }
+}
+
+/// Whether both name the same token of the same module.
+fn same_token(one: &Hsm, other: &Hsm) -> bool {
+    (&one.module, &one.token, &one.serial) == (&other.module, &other.token, &other.serial)
+}
+
+/// Waits until one of the members that stay serves: those that were taken in just now have yet to prove themselves.
+async fn serves_without(cluster: &Cluster, config: &Config, until: Instant) -> bool {
+    let stays = |member: &MemberStatus| config.hsm.iter().any(|hsm| hsm.name == member.name);
+    loop {
+        if cluster.members().iter().any(|member| member.state == MemberState::Up && stays(member)) {
+            return true;
+        }
+        if Instant::now() >= until {
+            return false;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
 
@@ -169,6 +204,21 @@ fn compare(name: &str, one: &Value, other: &Value, found: &mut BTreeSet<String>)
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_pin_is_for_the_token_that_it_is_named_with() {
+        let hsm = |named: &str| {
+            let text = format!("[[hsm]]\nname = \"a\"\npin_file = \"p\"\n{named}\n");
+            Config::parse(&text, Path::new("/etc/claviger.toml")).unwrap().hsm.remove(0)
+        };
+        let is = hsm("module = \"m\"\ntoken = \"t\"");
+        assert!(same_token(&is, &hsm("module = \"m\"\ntoken = \"t\"\nweight = 2")));
+        for other in
+            ["module = \"m\"\ntoken = \"u\"", "module = \"m\"\nserial = \"t\"", "module = \"n\"\ntoken = \"t\""]
+        {
+            assert!(!same_token(&is, &hsm(other)), "{other}");
+        }
+    }
 
     #[test]
     fn what_needs_a_restart_is_named() {

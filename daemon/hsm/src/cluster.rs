@@ -241,11 +241,22 @@ impl Cluster {
         self.budget().left(Instant::now())
     }
 
-    /// Has a member do known-good operations now, whatever its state; how long they took. Does not open a closed one.
+    /// Has a member do known-good operations now, whatever its state; how long they took. Does not open a closed one. On an
+    /// administrator's word: a PIN that was refused is tried again, once, since the token may have been unlocked.
     ///
     /// # Errors
     /// What is wrong with it.
     pub async fn probe(&self, member: &str) -> Result<Duration, HsmError> {
+        let member = self.entry(member)?.member;
+        member.allow_pin();
+        member.probe(self.probe_patience()).await
+    }
+
+    /// Like [`probe`](Self::probe), on nobody's word: a PIN that was refused stays refused.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub async fn check(&self, member: &str) -> Result<Duration, HsmError> {
         self.entry(member)?.member.probe(self.probe_patience()).await
     }
 
@@ -265,7 +276,7 @@ impl Cluster {
         Ok(entry.member.status())
     }
 
-    /// Takes a new PIN for a member. One that was refused before may be tried again, once.
+    /// Takes a PIN for a member. When the last one was refused and this is another, it may be tried, once.
     ///
     /// # Errors
     /// When there is no such member.
@@ -325,6 +336,8 @@ impl Cluster {
         self.change(|members| members.retain(|other| other.name != entry.name));
         let until = Instant::now() + OWN_PATIENCE;
         while entry.member.shared.in_flight.load(Ordering::Acquire) > 0 && Instant::now() < until {
+            // The supervisor does not know it any more: calls that hang are to be found all the same.
+            entry.member.watch(Instant::now(), self.watchdog);
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         entry.member.close().await;

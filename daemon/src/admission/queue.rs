@@ -87,6 +87,11 @@ impl<T> Queue<T> {
         self.limit = limit;
     }
 
+    /// How many run at the same time from now on. Who waits may have a turn by this: see [`Queue::next`].
+    pub(super) fn set_concurrency(&mut self, concurrency: usize) {
+        self.concurrency = concurrency.max(1);
+    }
+
     pub(super) fn running(&self) -> usize {
         self.running
     }

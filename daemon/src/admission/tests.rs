@@ -39,6 +39,18 @@ fn concurrency_follows_the_sessions() {
 }
 
 #[tokio::test]
+async fn more_sessions_let_more_run_at_once() {
+    let admission = Arc::new(admission(|_| {}));
+    let _first = admission.admit("a", &attempt()).await.unwrap();
+    let of = admission.clone();
+    let second = tokio::spawn(async move { of.admit("b", &attempt()).await });
+    until_waiting(&admission, 1).await;
+    admission.resize(&Release { concurrency: 0, ..Release::default() }, 20);
+    let _second = second.await.unwrap().unwrap();
+    assert_eq!(admission.load(), Load { running: 2, waiting: 0 });
+}
+
+#[tokio::test]
 async fn a_permit_goes_to_the_next_one() {
     let admission = Arc::new(admission(|_| {}));
     let first = admission.admit("a", &attempt()).await.unwrap();

@@ -4,8 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use claviger_hsm::{Hash, HsmError, KeyId, KeyUsage as HsmKeyUsage, MemberState, NewKey, Oaep};
-use claviger_protocol::algorithm;
+use claviger_hsm::{HsmError, KeyId, KeyUsage as HsmKeyUsage, MemberState, NewKey};
 use claviger_protocol::certificate::{
     Certificate, DistinguishedName, KeyUsage, Template, random_serial, request_to_pem,
 };
@@ -19,7 +18,7 @@ use zeroize::Zeroizing;
 use super::{Change, Secret, hsm, read};
 use crate::admin::Peer;
 use crate::attest::signer::private_parts;
-use crate::keys::SERVER_AUTHENTICATION;
+use crate::keys::{Key, SERVER_AUTHENTICATION};
 use crate::service::{OWN_DEADLINE, Service, unix_now};
 use crate::state::{self, Kind, Labels, NewCertificate, State};
 use crate::usage::DAYS;
@@ -327,29 +326,28 @@ pub(super) async fn on_all_members(
             sentence(&absent)
         ));
     }
-    prove(service, kind, id, certificate.key()).await?;
+    prove(service, kind, id, certificate).await?;
     Ok(absent.iter().map(|lack| format!("not checked: {} {}", lack.member, lack.what)).collect())
 }
 
-/// Has the key do, on some member, what it is for.
-async fn prove(service: &Arc<Service>, kind: Kind, id: &KeyId, public: &RsaPublicKey) -> Result<(), String> {
-    let mut secret = Zeroizing::new(vec![0; 32]);
-    SystemRandom::new().fill(&mut secret).map_err(|_| "no randomness".to_owned())?;
-    let deadline = Instant::now() + OWN_DEADLINE;
-    let done = match kind {
-        Kind::Signing => service.sign(id, public, &secret, deadline).await.map(drop),
-        Kind::Encryption => {
-            let ciphertext = public.encrypt_oaep(algorithm::Oaep::SHA1, &secret).map_err(|e| e.to_string())?;
-            let oaep = Oaep { hash: Hash::Sha1, mgf: Hash::Sha1 };
-            let decrypted = service.cluster.decrypt(id, oaep, &ciphertext, deadline, None).await;
-            decrypted.and_then(|done| if done.value == secret { Ok(()) } else { Err(HsmError::WrongAnswer) })
-        }
-    };
+/// Has the key do, on each member that is up, what it is for: a member may have it without the right to use it.
+async fn prove(service: &Arc<Service>, kind: Kind, id: &KeyId, certificate: &Certificate) -> Result<(), String> {
     let does = match kind {
         Kind::Signing => "sign",
         Kind::Encryption => "decrypt",
     };
-    done.map_err(|error| format!("the key {id} does not {does}: {error}"))
+    let key = Key { certificate: certificate.clone(), id: id.clone() };
+    let known = key.known_good(kind).ok_or_else(|| format!("nothing can be tried with the key {id}"))?;
+    let mut members = service.cluster.members();
+    members.retain(|member| member.state == MemberState::Up);
+    if members.is_empty() {
+        return Err(format!("no HSM is up to try the key {id} on"));
+    }
+    for member in members {
+        let proved = service.cluster.prove(&member.name, &known).await;
+        proved.map_err(|error| format!("the key {id} does not {does} on {}: {error}", member.name))?;
+    }
+    Ok(())
 }
 
 /// A member that does not show a key.

@@ -120,11 +120,17 @@ async fn pin(how: &str) {
     let stats = stage.faulty.stats("hsm-b");
     assert_eq!((stats.calls("C_Login"), stats.faults("rv")), (2, 1), "pin={how}");
     assert_eq!(stage.daemon.process.output().matches("REFUSES THE PIN").count(), 2);
-    // The right one, and the word to read it: both may try it, once.
+    // Nor when the configuration is reloaded and has the same one.
+    stage.daemon.process.hang_up();
+    seconds(1.0).await;
+    assert_eq!(stage.faulty.stats("hsm-a").calls("C_Login"), tried, "pin={how}");
+    // The token was unlocked, and an administrator says so: both may try it, once.
     for member in ["hsm-a", "hsm-b"] {
         stage.faulty.clear(member);
+        let config = stage.lab.config_file();
+        let probed = claviger_tests::run(["hsm", "probe", member, "--config", config.to_str().unwrap()]);
+        assert!(probed.status.success(), "{}", claviger_tests::said(&probed));
     }
-    stage.daemon.process.hang_up();
     stage.until_serves("hsm-a").await;
     stage.until_serves("hsm-b").await;
     stage.end(&format!("pin={how}"), load).await.assert_all_right();

@@ -30,7 +30,7 @@ pub enum MemberState {
     Draining,
     /// Nothing runs any more after `Draining`.
     Drained,
-    /// The token refused the PIN. It is not tried again until the configuration is reloaded.
+    /// The token refused the PIN. It is not tried again until there is another one, or an administrator says so.
     PinRefused,
     /// Not started yet, or closed for good.
     Off,
@@ -247,12 +247,12 @@ impl Health {
             error!(
                 member = self.member, error = %refused,
                 "THE TOKEN REFUSES THE PIN. It is not tried again, since tokens count and lock: the member is out until \
-                 the configuration is reloaded with the right one"
+                 the configuration is reloaded with another one, or `claviger hsm probe` tries this one again"
             );
         }
     }
 
-    /// The configuration was reloaded: the PIN may be tried, once.
+    /// There is another PIN, or an administrator says so: it may be tried, once.
     pub(crate) fn allow_pin(&mut self, now: Instant) {
         if std::mem::replace(&mut self.pin_refused, false) {
             self.hurry(now);

@@ -436,9 +436,22 @@ impl Member {
         self.shared.health().module_failed(error);
     }
 
-    /// Takes a new PIN, and lets it be tried if the last one was refused.
+    /// Takes a PIN, and lets it be tried if the last one was refused and was another: the same one again would be one step
+    /// nearer to a locked token each time that the log is rotated.
     pub(crate) fn set_pin(&self, pin: Pin) {
-        *lock(&self.shared.pin) = pin;
+        let other = {
+            let mut held = lock(&self.shared.pin);
+            let other = !held.is(&pin);
+            *held = pin;
+            other
+        };
+        if other {
+            self.allow_pin();
+        }
+    }
+
+    /// Lets a PIN that was refused be tried, once.
+    pub(crate) fn allow_pin(&self) {
         self.shared.health().allow_pin(Instant::now());
     }
 

@@ -387,7 +387,7 @@ impl Shared {
     }
 
     pub(super) fn pin_refused(&self) -> HsmError {
-        self.token_error("refused the PIN, which is not tried again until the configuration is reloaded".to_owned())
+        self.token_error("refused the PIN, which is not tried again until there is another one".to_owned())
     }
 
     pub(crate) fn token_error(&self, reason: String) -> HsmError {
