@@ -3,6 +3,7 @@
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use std::hint::black_box;
+use std::sync::LazyLock;
 
 use claviger_bench::parts::Parts;
 use claviger_protocol::algorithm::{Oaep, SignatureAlgorithm};
@@ -15,8 +16,11 @@ use claviger_protocol::{c14n, xml};
 use claviger_tests::ALGORITHMS;
 use criterion::{Criterion, criterion_group, criterion_main};
 
+/// One lab for all.
+static PARTS: LazyLock<Parts> = LazyLock::new(Parts::new);
+
 fn reading(c: &mut Criterion) {
-    let parts = Parts::new();
+    let parts = &*PARTS;
     let mut group = c.benchmark_group("read");
     group.bench_function("request", |b| b.iter(|| RollRequest::parse(black_box(&parts.request)).unwrap()));
     group.bench_function("protector", |b| b.iter(|| Protector::parse(black_box(&parts.protector)).unwrap()));
@@ -28,7 +32,7 @@ fn reading(c: &mut Criterion) {
 }
 
 fn checking(c: &mut Criterion) {
-    let parts = Parts::new();
+    let parts = &*PARTS;
     let mut group = c.benchmark_group("verify");
     let protector = || Protector::parse(&parts.protector).unwrap();
     group.bench_function("cold", |b| {
@@ -58,7 +62,7 @@ fn checking(c: &mut Criterion) {
 }
 
 fn writing(c: &mut Criterion) {
-    let parts = Parts::new();
+    let parts = &*PARTS;
     let verified = verify(Protector::parse(&parts.protector).unwrap(), &KnownCertificates::new(64)).unwrap();
     let mut group = c.benchmark_group("write");
     let public = parts.owner_key.public();

@@ -22,12 +22,24 @@ use serde_json::Value;
 use crate::admin;
 use crate::commands::Command;
 use crate::config::Config;
+use crate::keys::RSA_BITS;
 use crate::print::{note, say};
 use crate::state::{Labels, StateError};
 
 pub use hosts::{Hosts, hosts};
 pub use hsm::{Hsm, hsm};
 pub use keys::{Keys, keys};
+
+/// The length of an RSA key, from the command line.
+///
+/// # Errors
+/// Those that there are.
+pub fn rsa_bits(text: &str) -> Result<u32, String> {
+    match text.parse() {
+        Ok(bits) if RSA_BITS.contains(&bits) => Ok(bits),
+        _ => Err("2048, 3072 or 4096".to_owned()),
+    }
+}
 
 /// Where the running daemon is.
 #[derive(Clone, Debug, clap::Args)]

@@ -26,6 +26,12 @@ const FAILURE_HOLDS: Duration = Duration::from_secs(1);
 /// What key-protection certificates are for besides their key usage: `id-kp-serverAuth`, as the reference service demands.
 pub(crate) const SERVER_AUTHENTICATION: &str = "1.3.6.1.5.5.7.3.1";
 
+/// The lengths of RSA keys that are made.
+pub(crate) const RSA_BITS: [u32; 3] = [2048, 3072, 4096];
+
+/// How long before its end a certificate is worth a word, in seconds.
+pub(crate) const EXPIRES_SOON: i64 = 30 * 24 * 3600;
+
 /// A snapshot of the enabled certificates. Keys are found by SubjectPublicKeyInfo, so that a certificate that was
 /// renewed with the same key goes on working.
 #[derive(Debug, Default)]

@@ -74,7 +74,7 @@ enum Command {
         #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=64))]
         hsms: u16,
         /// Length of the guardian's RSA keys in a new lab
-        #[arg(long, value_name = "BITS", default_value_t = 2048, value_parser = rsa_bits)]
+        #[arg(long, value_name = "BITS", default_value_t = 2048, value_parser = cli::rsa_bits)]
         rsa: u32,
         /// Virtual machines to start
         #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=10_000))]
@@ -227,16 +227,6 @@ fn on_tokens(
         cluster.close().await;
         result
     })
-}
-
-/// The lengths of RSA keys that key-protection certificates have.
-fn rsa_bits(text: &str) -> Result<u32, String> {
-    match text {
-        "2048" => Ok(2048),
-        "3072" => Ok(3072),
-        "4096" => Ok(4096),
-        _ => Err("2048, 3072 or 4096".to_owned()),
-    }
 }
 
 fn runtime() -> std::io::Result<tokio::runtime::Runtime> {

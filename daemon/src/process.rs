@@ -75,8 +75,7 @@ pub struct Usage {
 /// Looks at it: clock_gettime(2), and proc_pid_status(5) for the rest, which stays 0 where the system does not tell.
 #[must_use]
 pub fn usage() -> Usage {
-    let time = clock_gettime(ClockId::ProcessCPUTime);
-    let cpu = Duration::new(time.tv_sec.try_into().unwrap_or(0), time.tv_nsec.try_into().unwrap_or(0));
+    let cpu = clock_gettime(ClockId::ProcessCPUTime).try_into().unwrap_or_default();
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let field = |name: &str| {
         let value = status.lines().find_map(|line| line.strip_prefix(name))?;

@@ -13,7 +13,7 @@ use claviger_protocol::build::{self, Unsigned};
 use claviger_protocol::error::{Code, Refusal};
 use claviger_protocol::health::HealthClaims;
 use claviger_protocol::payload::{ApiVersion, Payload};
-use claviger_protocol::protector::{Protector, TransportKey, Wrapping};
+use claviger_protocol::protector::{Protector, Wrapping, transport_key};
 use claviger_protocol::request::{RollRequest, RollResponse};
 use claviger_protocol::verify::{self, Verified};
 use data_encoding::HEXLOWER;
@@ -144,8 +144,8 @@ pub async fn roll_protector(
     Ok(RollResponse { egress_protector, keys })
 }
 
-/// Does what takes long when the input of `octets` is large, without keeping a thread of the runtime from other requests. A usual
-/// protector, of a few wrappings, takes less time than it takes to make way.
+/// Does what takes long when the input of `octets` is large, without keeping a thread of the runtime from other requests.
+/// A usual protector, of a few wrappings, takes less time than it takes to make way.
 pub(crate) fn aside<T>(octets: usize, work: impl FnOnce() -> T) -> T {
     if octets > LARGE { tokio::task::block_in_place(work) } else { work() }
 }
@@ -252,15 +252,6 @@ fn proved_by_its_signature(verified: &Arc<Verified>) -> Check {
         let proves = |key| protector.transport_key_signature.verify(&key, &protector.signed_octets);
         transport_key(octets).is_some_and(proves)
     })
-}
-
-fn transport_key(octets: &[u8]) -> Option<TransportKey> {
-    let mut key = TransportKey::default();
-    if octets.len() != key.len() {
-        return None;
-    }
-    key.copy_from_slice(octets);
-    Some(key)
 }
 
 /// The refusal of a secret step, at the next point of the grid.

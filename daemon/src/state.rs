@@ -149,17 +149,29 @@ impl State {
 
     /// Runs `change` in a transaction that holds the write lock from its start, so what it read stays true.
     fn write<T>(&mut self, change: impl FnOnce(&Transaction<'_>) -> Result<T, WriteError>) -> Result<T, StateError> {
+        self.transact(true, |transaction| Ok((change(transaction)?, true)))
+    }
+
+    /// The same for a `change` that says whether to keep what it did; when it only tries it is not to `apply` anything.
+    fn transact<T>(
+        &mut self,
+        apply: bool,
+        change: impl FnOnce(&Transaction<'_>) -> Result<(T, bool), WriteError>,
+    ) -> Result<T, StateError> {
         let done = self
             .connection
             .transaction_with_behavior(TransactionBehavior::Immediate)
             .map_err(WriteError::from)
             .and_then(|transaction| {
-                let value = change(&transaction)?;
-                transaction.commit()?;
+                let (value, keep) = change(&transaction)?;
+                // Dropped, it undoes what was only tried.
+                if apply && keep {
+                    transaction.commit()?;
+                }
                 Ok(value)
             });
         // When SQLite fails nobody knows how far it came; a refusal changed nothing.
-        self.wrote |= !matches!(done, Err(WriteError::State(_)));
+        self.wrote |= apply && !matches!(done, Err(WriteError::State(_)));
         done.map_err(|error| match error {
             WriteError::State(error) => error,
             WriteError::Sqlite(error) => self.database(error),

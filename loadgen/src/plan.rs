@@ -255,18 +255,7 @@ mod tests {
     use super::*;
     use crate::threshold::list;
 
-    const MODEL: Model = Model {
-        hsms: 2,
-        sessions: 4,
-        hsm_rate: 500.0,
-        op_time: 0.004,
-        rtt: 0.001,
-        own_cost: 0.0,
-        processors: 1,
-        batch: 16,
-        queue: 4096,
-        deadline: 5.0,
-    };
+    const MODEL: Model = Model { sessions: 4, hsm_rate: 500.0, op_time: 0.004, ..crate::simulation::tests::MODEL };
 
     fn sustainable(model: Model) -> f64 {
         capacity(&model, &list("p99<100ms,errors<0.1%").unwrap(), false).sustainable

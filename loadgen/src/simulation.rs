@@ -462,10 +462,10 @@ impl Member {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    pub(super) const MODEL: Model = Model {
+    pub(crate) const MODEL: Model = Model {
         hsms: 2,
         sessions: 8,
         hsm_rate: 1000.0,

@@ -9,6 +9,7 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used)]
 
+mod administrator;
 mod binary;
 mod daemon;
 mod faulty;
@@ -24,6 +25,7 @@ pub mod stats;
 
 use std::time::Duration;
 
+pub use administrator::Administrator;
 pub use binary::{claviger, loadgen, run};
 pub use daemon::Daemon;
 pub use faulty::{Faulty, FaultyMembers, Instances, Stats};

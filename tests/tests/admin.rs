@@ -4,45 +4,22 @@
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::Command;
 
 use claviger::host::Host;
 use claviger_protocol::payload::ApiVersion;
 use claviger_protocol::rsa_key::RsaPrivateKey;
-use claviger_tests::{HOST, Lab, Options, run, said, tool};
+use claviger_tests::{Administrator, HOST, Lab, Options, run, said, tool};
 use data_encoding::{BASE64, HEXLOWER};
 use serde_json::Value;
 
-struct Administrator<'a>(&'a Lab);
+fn add(administrator: &Administrator<'_>, name: &str, key: &Path) -> Value {
+    administrator.json(&["hosts", "add", name, "--public-key", key.to_str().unwrap()])
+}
 
-impl Administrator<'_> {
-    fn run(&self, arguments: &[&str]) -> Output {
-        let config = self.0.config_file();
-        run(arguments.iter().copied().chain(["--config", config.to_str().unwrap()]))
-    }
-
-    fn json(&self, arguments: &[&str]) -> Value {
-        let output = self.run(&[arguments, &["--json"]].concat());
-        assert!(output.status.success(), "{arguments:?}: {}", said(&output));
-        serde_json::from_slice(&output.stdout).unwrap()
-    }
-
-    /// What it says when it fails.
-    fn fault(&self, arguments: &[&str]) -> String {
-        let output = self.run(arguments);
-        assert!(!output.status.success(), "{arguments:?}: {}", said(&output));
-        assert!(output.stdout.is_empty(), "{arguments:?}: {}", said(&output));
-        String::from_utf8(output.stderr).unwrap()
-    }
-
-    fn add(&self, name: &str, key: &Path) -> Value {
-        self.json(&["hosts", "add", name, "--public-key", key.to_str().unwrap()])
-    }
-
-    fn names(&self) -> Vec<String> {
-        let hosts = self.json(&["hosts", "list"]);
-        hosts.as_array().unwrap().iter().map(|host| host["name"].as_str().unwrap().to_owned()).collect()
-    }
+fn names(administrator: &Administrator<'_>) -> Vec<String> {
+    let hosts = administrator.json(&["hosts", "list"]);
+    hosts.as_array().unwrap().iter().map(|host| host["name"].as_str().unwrap().to_owned()).collect()
 }
 
 fn write(lab: &Lab, name: &str, octets: &[u8]) -> PathBuf {
@@ -77,7 +54,7 @@ async fn hosts_come_and_go() {
     let (daemon, lab) = Lab::start(Options::default());
     let administrator = Administrator(&lab);
     assert_eq!(std::fs::metadata(lab.socket()).unwrap().permissions().mode() & 0o777, 0o600);
-    assert_eq!(administrator.names(), [HOST]);
+    assert_eq!(names(&administrator), [HOST]);
 
     // Every form of a public key, in a file.
     let spki = |key: &RsaPrivateKey| key.public().spki_der().to_vec();
@@ -92,14 +69,14 @@ async fn hosts_come_and_go() {
     for (name, form) in forms {
         let key = key();
         let file = write(&lab, name, &form(&key));
-        let added = administrator.add(name, &file);
+        let added = add(&administrator, name, &file);
         assert_eq!(added["name"], name);
         assert_eq!(added["key"], HEXLOWER.encode(&key.public().spki_sha256()), "{name}");
         let host = Host::new(daemon.client(), key, lab.identity());
         let health = host.attest().await.unwrap();
         host.roll(ApiVersion::V2, &health, &lab.protector()).await.unwrap();
     }
-    assert_eq!(administrator.names().len(), 1 + forms.len());
+    assert_eq!(names(&administrator).len(), 1 + forms.len());
     // For people, too; and by the socket's path.
     let list = administrator.run(&["hosts", "list"]);
     let text = said(&list);
@@ -138,7 +115,7 @@ async fn hosts_come_and_go() {
         assert!(fault.starts_with("claviger: ") && fault.contains(expected), "{name} {file}: {fault}");
     }
     assert!(administrator.fault(&["hosts", "remove", "nobody"]).contains("no host \"nobody\" is registered"));
-    assert_eq!(administrator.names().len(), forms.len());
+    assert_eq!(names(&administrator).len(), forms.len());
 
     // The keys of the lab.
     let keys = administrator.json(&["keys", "list"]);
@@ -164,7 +141,7 @@ async fn a_host_that_was_removed_gets_nothing_more() {
     let administrator = Administrator(&lab);
     let [first, second] = [key(), key()];
     let files = [("first", &first), ("second", &second)].map(|(name, key)| write(&lab, name, key.public().spki_der()));
-    administrator.add("node", &files[0]);
+    add(&administrator, "node", &files[0]);
     let host = Host::new(daemon.client(), first, lab.identity());
     let old = host.attest().await.unwrap();
     host.roll(ApiVersion::V2, &old, &lab.protector()).await.unwrap();
@@ -180,7 +157,7 @@ async fn a_host_that_was_removed_gets_nothing_more() {
     assert!(error.contains("403 UnauthorizedErrorReply"), "{error}");
 
     // The name with another key: the old certificate does not come back to life, the new host is served.
-    administrator.add("node", &files[1]);
+    add(&administrator, "node", &files[1]);
     refused(&old).await;
     assert!(host.attest().await.is_err());
     let replaced = Host::new(daemon.client(), second, lab.identity());
@@ -188,12 +165,12 @@ async fn a_host_that_was_removed_gets_nothing_more() {
     replaced.roll(ApiVersion::V2, &health, &lab.protector()).await.unwrap();
 
     // The first key under another name: its certificate is for another name.
-    administrator.add("other", &files[0]);
+    add(&administrator, "other", &files[0]);
     refused(&old).await;
     // Back under its own name: name and key are what they were.
     assert!(administrator.run(&["hosts", "remove", "other"]).status.success());
     assert!(administrator.run(&["hosts", "remove", "NODE"]).status.success());
-    administrator.add("node", &files[0]);
+    add(&administrator, "node", &files[0]);
     host.roll(ApiVersion::V2, &old, &lab.protector()).await.unwrap();
     assert!(daemon.stop().success());
 

@@ -5,48 +5,27 @@
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::Command;
 
 use claviger::host::Host;
 use claviger_protocol::metadata::Metadata;
 use claviger_protocol::payload::ApiVersion;
 use claviger_protocol::protector::Protector;
 use claviger_protocol::rsa_key::RsaPrivateKey;
-use claviger_tests::{Daemon, HOST, Instances, Lab, Options, metadata, run, said, tool, until};
+use claviger_tests::{Administrator, Daemon, HOST, Instances, Lab, Options, metadata, run, said, tool, until};
 use data_encoding::HEXLOWER;
 use serde_json::Value;
 
-struct Administrator<'a>(&'a Lab);
+/// The primary certificate's thumbprint.
+fn primary(administrator: &Administrator<'_>, kind: &str) -> String {
+    let keys = administrator.json(&["keys", "list"]);
+    let found = keys.as_array().unwrap().iter().find(|key| key["kind"] == kind && key["primary"] == true);
+    found.unwrap()["thumbprint"].as_str().unwrap().to_owned()
+}
 
-impl Administrator<'_> {
-    fn run(&self, arguments: &[&str]) -> Output {
-        let config = self.0.config_file();
-        run(arguments.iter().copied().chain(["--config", config.to_str().unwrap()]))
-    }
-
-    fn json(&self, arguments: &[&str]) -> Value {
-        let output = self.run(&[arguments, &["--json"]].concat());
-        assert!(output.status.success(), "{arguments:?}: {}", said(&output));
-        serde_json::from_slice(&output.stdout).unwrap()
-    }
-
-    fn fault(&self, arguments: &[&str]) -> String {
-        let output = self.run(arguments);
-        assert!(!output.status.success(), "{arguments:?}: {}", said(&output));
-        String::from_utf8(output.stderr).unwrap()
-    }
-
-    /// The primary certificate's thumbprint.
-    fn primary(&self, kind: &str) -> String {
-        let keys = self.json(&["keys", "list"]);
-        let found = keys.as_array().unwrap().iter().find(|key| key["kind"] == kind && key["primary"] == true);
-        found.unwrap()["thumbprint"].as_str().unwrap().to_owned()
-    }
-
-    fn of(&self, thumbprint: &str) -> Value {
-        let keys = self.json(&["keys", "list"]);
-        keys.as_array().unwrap().iter().find(|key| key["thumbprint"] == thumbprint).cloned().unwrap()
-    }
+fn of(administrator: &Administrator<'_>, thumbprint: &str) -> Value {
+    let keys = administrator.json(&["keys", "list"]);
+    keys.as_array().unwrap().iter().find(|key| key["thumbprint"] == thumbprint).cloned().unwrap()
 }
 
 fn openssl(arguments: &[&str]) -> String {
@@ -122,7 +101,7 @@ async fn keys_made_in_the_hsm_take_over_and_the_old_ones_go_on_serving() {
     let host = lab.host(daemon.client());
     let health = host.attest().await.unwrap();
     let ca = authority(&lab);
-    let before = [administrator.primary("signing"), administrator.primary("encryption")];
+    let before = [primary(&administrator, "signing"), primary(&administrator, "encryption")];
     let [signing, encryption] = ["signing", "encryption"].map(|kind| certified(&administrator, kind, &ca));
 
     // Added, they serve; the metadata document changes with the primary ones.
@@ -157,7 +136,7 @@ async fn keys_made_in_the_hsm_take_over_and_the_old_ones_go_on_serving() {
     released(&host, &health, &old).await;
 
     // What releases use is not removed by the way, nor ever what new protectors use.
-    assert!(administrator.of(&before[1])["releases"].as_u64().unwrap() >= 2);
+    assert!(of(&administrator, &before[1])["releases"].as_u64().unwrap() >= 2);
     assert!(administrator.fault(&["keys", "remove", &before[1]]).contains("--force"));
     assert!(administrator.fault(&["keys", "remove", &encryption, "--force"]).contains("is the primary"));
     let gone = administrator.json(&["keys", "remove", &before[1], "--force"]);
@@ -167,7 +146,7 @@ async fn keys_made_in_the_hsm_take_over_and_the_old_ones_go_on_serving() {
 
     // What is refused, and why.
     let list = administrator.json(&["keys", "list"]);
-    let signing_key = administrator.of(&signing)["hsm_key"].as_str().unwrap().to_owned();
+    let signing_key = of(&administrator, &signing)["hsm_key"].as_str().unwrap().to_owned();
     let certificate = lab.file("signing.pem");
     let strange = lab.file("strange.pem");
     let subject = ["-subj", "/CN=x", "-keyout", "/dev/null", "-out", text(&strange)];
@@ -293,7 +272,7 @@ async fn a_limited_key_is_for_hosts_of_its_labels() {
     let other = Host::new(daemon.client(), other, lab.identity());
     let (health, others) = (ours.attest().await.unwrap(), other.attest().await.unwrap());
     let protector = lab.protector();
-    let encryption = administrator.primary("encryption");
+    let encryption = primary(&administrator, "encryption");
     released(&ours, &health, &protector).await;
     released(&other, &others, &protector).await;
 
@@ -349,7 +328,7 @@ async fn a_limited_key_is_for_hosts_of_its_labels() {
 async fn what_one_service_is_another_on_the_same_tokens_becomes() {
     let (daemon, lab) = Lab::start(Options::default());
     let administrator = Administrator(&lab);
-    let encryption = administrator.primary("encryption");
+    let encryption = primary(&administrator, "encryption");
     administrator.json(&["hosts", "label", HOST, "tenant=acme"]);
     administrator.json(&["keys", "limit", &encryption, "--label", "tenant=acme"]);
     let health = lab.host(daemon.client()).attest().await.unwrap();

@@ -15,7 +15,7 @@ use crate::config::MemberConfig;
 use crate::error::HsmError;
 use crate::keys::{KeyId, Oaep, SignScheme};
 use crate::module::Module;
-use crate::request::{Check, KnownGood, Request};
+use crate::request::{KnownGood, Request};
 use crate::session::{Key, private_keys};
 
 /// A logged-in session and the token's RSA private keys.
@@ -79,14 +79,13 @@ impl Bare {
     /// # Errors
     /// What the token says; [`HsmError::NoSuchKey`]; [`HsmError::WrongAnswer`].
     pub fn prove(&self, known: &KnownGood) -> Result<(), HsmError> {
-        let right = |check: &Option<Check>, octets: &[u8]| check.as_ref().is_none_or(|check| check(octets));
-        let right = match &*known.0 {
-            Request::Decrypt { key, oaep, ciphertext, check } => right(check, &self.decrypt(key, *oaep, ciphertext)?),
-            Request::Sign { key, scheme, digest, check } => right(check, &self.sign(key, *scheme, digest)?),
+        let octets = match &*known.0 {
+            Request::Decrypt { key, oaep, ciphertext, .. } => self.decrypt(key, *oaep, ciphertext)?,
+            Request::Sign { key, scheme, digest, .. } => Zeroizing::new(self.sign(key, *scheme, digest)?),
             // Nothing else is known.
-            _ => true,
+            _ => return Ok(()),
         };
-        if right { Ok(()) } else { Err(HsmError::WrongAnswer) }
+        if known.0.accepts(&octets) { Ok(()) } else { Err(HsmError::WrongAnswer) }
     }
 
     /// How many more sessions the token gives, up to `wanted`; they are closed again.

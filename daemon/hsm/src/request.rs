@@ -46,6 +46,14 @@ impl Request {
         }
     }
 
+    /// Whether `octets` can be its result, as far as its own check says.
+    pub(crate) fn accepts(&self, octets: &[u8]) -> bool {
+        match self {
+            Request::Decrypt { check: Some(check), .. } | Request::Sign { check: Some(check), .. } => check(octets),
+            _ => true,
+        }
+    }
+
     /// Whether doing it twice does no harm.
     pub(crate) fn may_repeat(&self) -> bool {
         !matches!(self, Request::Generate(_) | Request::Import(..))

@@ -195,14 +195,8 @@ impl<'a> OpenSession<'a> {
     fn prove(&mut self, known: &Request) -> Result<(), HsmError> {
         let started = Instant::now();
         let result = match self.calculate(known) {
-            Ok(octets) => match known {
-                Request::Decrypt { check: Some(check), .. } | Request::Sign { check: Some(check), .. }
-                    if !check(&octets) =>
-                {
-                    Err(HsmError::WrongAnswer)
-                }
-                _ => Ok(()),
-            },
+            Ok(octets) if known.accepts(&octets) => Ok(()),
+            Ok(_) => Err(HsmError::WrongAnswer),
             Err(error) if matches!(error.fault().whose, Whose::Caller | Whose::Unclear) => Err(HsmError::WrongAnswer),
             Err(error) => Err(error),
         };

@@ -5,7 +5,7 @@ use crate::build::{Unsigned, fresh_transport_key};
 use crate::certificate::Certificate;
 use crate::error::Refusal;
 use crate::metadata::{GuardianInformation, Metadata};
-use crate::protector::{Encryption, Protector, Signature, TransportKey, Wrapping};
+use crate::protector::{Encryption, Protector, Signature, TransportKey, Wrapping, transport_key};
 use crate::rsa_key::{RsaPrivateKey, RsaPublicKey};
 use crate::verify::{self, KnownCertificates, Party, Verified};
 
@@ -179,12 +179,7 @@ impl Owner {
         let ours = verified.parties.iter().position(|p| p.encryption.key() == self.encryption_key.public());
         let wrapping = &verified.protector.wrappings[ours.ok_or(OwnerError::NotOurs)?];
         let plaintext = self.encryption_key.decrypt_oaep(wrapping.encryption.oaep, &wrapping.cipher_value);
-        let mut key = TransportKey::default();
-        let plaintext = plaintext.map_err(|_| OwnerError::Decrypt)?;
-        if plaintext.len() != key.len() {
-            return Err(OwnerError::Decrypt);
-        }
-        key.copy_from_slice(&plaintext);
+        let key = transport_key(&plaintext.map_err(|_| OwnerError::Decrypt)?).ok_or(OwnerError::Decrypt)?;
         let signature = &verified.protector.transport_key_signature;
         if signature.verify(&key, &verified.protector.signed_octets) { Ok(key) } else { Err(OwnerError::Decrypt) }
     }

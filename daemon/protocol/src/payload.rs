@@ -6,7 +6,7 @@ use zeroize::Zeroizing;
 
 use crate::algorithm::{HostAlgorithms, KeyWrapping, Sealing};
 use crate::error::Refusal;
-use crate::protector::{TRANSPORT_KEY_LEN, TransportKey};
+use crate::protector::{TRANSPORT_KEY_LEN, TransportKey, transport_key};
 use crate::random;
 use crate::rsa_key::RsaPublicKey;
 
@@ -94,11 +94,7 @@ impl Payload {
         if shape != (octets.len(), 2, TRANSPORT_KEY_LEN) {
             return None;
         }
-        let key = |at: usize| {
-            let mut key = TransportKey::default();
-            key.copy_from_slice(octets.get(at..at + TRANSPORT_KEY_LEN)?);
-            Some(key)
-        };
+        let key = |at: usize| transport_key(octets.get(at..at + TRANSPORT_KEY_LEN)?);
         let (ingress, egress) = (key(16)?, key(16 + TRANSPORT_KEY_LEN)?);
         let max_offline_unwraps = match (field(1)?, octets.len()) {
             (1, 80) => 0,

@@ -28,6 +28,17 @@ pub(crate) const HKDF_NS: &str = "http://www.w3.org/2021/04/xmldsig-more#";
 /// A transport key. Zeroised when dropped.
 pub type TransportKey = zeroize::Zeroizing<[u8; TRANSPORT_KEY_LEN]>;
 
+/// These octets as a transport key, if there are as many as it has.
+#[must_use]
+pub fn transport_key(octets: &[u8]) -> Option<TransportKey> {
+    let mut key = TransportKey::default();
+    if octets.len() != key.len() {
+        return None;
+    }
+    key.copy_from_slice(octets);
+    Some(key)
+}
+
 /// A protector as it was read: its shape and its algorithms are right, nothing else is known of it yet.
 #[derive(Clone, Debug)]
 pub struct Protector {

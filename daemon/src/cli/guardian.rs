@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::tree::{certificate_for_people, certificate_json, plain};
 use super::trust::{Guardians, Thumbprint, Trust, read_metadata, signing_certificate};
-use super::{Failure, files, own_guardian, table};
+use super::{Failure, files, own_guardian, rsa_bits, table};
 use crate::client::Client;
 use crate::demo::METADATA;
 use crate::print::say;
@@ -29,7 +29,7 @@ pub enum Guardian {
         #[arg(long, value_name = "NAME", default_value = "Claviger tenant", value_parser = owner_name)]
         name: String,
         /// Size of the RSA keys: 2048, 3072 or 4096
-        #[arg(long, value_name = "N", default_value_t = 3072, value_parser = bits)]
+        #[arg(long, value_name = "N", default_value_t = 3072, value_parser = rsa_bits)]
         bits: u32,
         /// Print JSON for machines
         #[arg(long)]
@@ -128,15 +128,6 @@ impl Source {
 fn owner_name(text: &str) -> Result<String, String> {
     let fits = (1..=50).contains(&text.chars().count()) && !text.chars().any(char::is_control);
     if fits { Ok(text.to_owned()) } else { Err("1 to 50 characters, on one line".to_owned()) }
-}
-
-fn bits(text: &str) -> Result<u32, String> {
-    match text {
-        "2048" => Ok(2048),
-        "3072" => Ok(3072),
-        "4096" => Ok(4096),
-        _ => Err("2048, 3072 or 4096".to_owned()),
-    }
 }
 
 /// Runs `claviger guardian …`.

@@ -14,7 +14,7 @@ use rustix::fs::OFlags;
 use serde_json::json;
 use zeroize::Zeroizing;
 
-use super::{Failure, date};
+use super::{Failure, date, rsa_bits};
 use crate::host::HostError;
 use crate::host::services::{Services, ServicesError};
 use crate::host::store::{self, Folder, StoreError};
@@ -38,7 +38,7 @@ pub enum Command {
         #[command(flatten)]
         place: Place,
         /// Size of the keys
-        #[arg(long, default_value_t = 3072, value_parser = bits)]
+        #[arg(long, default_value_t = 3072, value_parser = rsa_bits)]
         bits: u32,
     },
     /// Prove to be a registered host, and keep the health certificate
@@ -112,13 +112,6 @@ pub struct Service {
 impl Service {
     fn of(&self, folder: Folder) -> Result<Services, ServicesError> {
         Services::new(folder, &self.urls, self.ca.as_deref(), Duration::from_secs(self.timeout))
-    }
-}
-
-fn bits(text: &str) -> Result<u32, String> {
-    match text.parse() {
-        Ok(bits @ (2048 | 3072 | 4096)) => Ok(bits),
-        _ => Err("2048, 3072 or 4096".to_owned()),
     }
 }
 

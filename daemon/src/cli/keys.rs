@@ -9,15 +9,13 @@ use zeroize::Zeroizing;
 
 use super::{Failure, Target, ask, files, labels, pfx, print, secret, table, text, warn};
 use crate::commands::{Command, Secret};
+use crate::keys::EXPIRES_SOON;
 use crate::print::{note, say};
 use crate::service::unix_now;
 use crate::state::{Kind, Labels};
 
 /// Largest certificate or PFX file that is read, in octets: what an administrator's request has room for.
 const LARGEST: usize = 256 * 1024;
-
-/// How long before its end a certificate is warned of, seconds.
-const SOON: i64 = 30 * 24 * 3600;
 
 /// The kinds of certificates, as they stand on the command line.
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
@@ -318,8 +316,8 @@ async fn list(target: &Target) -> Result<(), Failure> {
         let ends = row["not_after"].as_i64().unwrap_or(i64::MAX);
         let what = match ends.saturating_sub(unix_now()) {
             ..0 => "has expired; it serves all the same",
-            0..SOON => "expires soon",
-            SOON.. => continue,
+            0..EXPIRES_SOON => "expires soon",
+            EXPIRES_SOON.. => continue,
         };
         note(&format!("warning: the {} certificate {} {what}", text(row, "kind"), text(row, "thumbprint")));
     }

@@ -18,7 +18,7 @@ use zeroize::Zeroizing;
 use super::{Change, Secret, hsm, read};
 use crate::admin::Peer;
 use crate::attest::signer::private_parts;
-use crate::keys::{Key, SERVER_AUTHENTICATION};
+use crate::keys::{Key, RSA_BITS, SERVER_AUTHENTICATION};
 use crate::service::{OWN_DEADLINE, Service, unix_now};
 use crate::state::{self, Kind, Labels, NewCertificate, State};
 use crate::usage::DAYS;
@@ -57,7 +57,7 @@ pub(super) async fn generate(
     member: Option<String>,
     peer: Peer,
 ) -> Result<Value, String> {
-    if !matches!(bits, 2048 | 3072 | 4096) {
+    if !RSA_BITS.contains(&bits) {
         return Err("an RSA key has 2048, 3072 or 4096 bits".to_owned());
     }
     if let Some(member) = &member {

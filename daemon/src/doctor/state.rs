@@ -5,11 +5,8 @@ use claviger_protocol::certificate::Certificate;
 
 use super::Finding;
 use crate::config::Config;
-use crate::keys::Key;
+use crate::keys::{EXPIRES_SOON, Key};
 use crate::state::{self, Kind, State, StateError};
-
-/// How long before its end a certificate is worth a word, in seconds.
-const SOON: i64 = 30 * 24 * 3600;
 
 /// A key that every member has to have, and an operation that shows it.
 pub(super) struct Registered {
@@ -128,7 +125,7 @@ pub(super) fn expiry(
         let what = format!("{name} expired {} days ago", days(now - not_after));
         return Some(expired(check, what, todo));
     }
-    (not_after - now < SOON).then(|| {
+    (not_after - now < EXPIRES_SOON).then(|| {
         let what = format!("{name} expires in {} days", days(not_after - now));
         Finding::warning(check, what, todo)
     })

@@ -227,8 +227,8 @@ impl State {
         })
     }
 
-    /// Removes a certificate. Its key stays in the HSMs, and what that is limited to is remembered. The primary one cannot be removed, nor the one that signs the
-    /// metadata document.
+    /// Removes a certificate. Its key stays in the HSMs, and what that is limited to is remembered. The primary one cannot
+    /// be removed, nor the one that signs the metadata document.
     ///
     /// # Errors
     /// [`StateError::NotFound`]; [`StateError::Conflict`] for one of those.

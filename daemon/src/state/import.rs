@@ -1,6 +1,6 @@
 //! Taking in what another state holds: nothing that is only here goes away.
 
-use rusqlite::{OptionalExtension, Transaction, TransactionBehavior, params};
+use rusqlite::{OptionalExtension, Transaction, params};
 
 use super::certificates::{self, certificate};
 use super::hosts::{self, host};
@@ -36,27 +36,15 @@ impl State {
     /// # Errors
     /// [`StateError::Conflict`] where the two contradict each other; [`StateError::Invalid`].
     pub fn import(&mut self, import: &Import, now: i64, apply: bool) -> Result<Merged, StateError> {
-        let merged = self
-            .connection
-            .transaction_with_behavior(TransactionBehavior::Immediate)
-            .map_err(WriteError::from)
-            .and_then(|transaction| {
-                let mut merged = Merged::default();
-                for host in &import.hosts {
-                    merge_host(&transaction, host, import.loosen, now, &mut merged)?;
-                }
-                merge_certificates(&transaction, &import.certificates, now, &mut merged)?;
-                merge_signers(&transaction, import, now, &mut merged.changes)?;
-                // Dropped, it undoes what was only tried.
-                if apply && !merged.changes.is_empty() {
-                    transaction.commit()?;
-                }
-                Ok(merged)
-            });
-        self.wrote |= apply && !matches!(merged, Err(WriteError::State(_)));
-        merged.map_err(|error| match error {
-            WriteError::State(error) => error,
-            WriteError::Sqlite(error) => self.database(error),
+        self.transact(apply, |transaction| {
+            let mut merged = Merged::default();
+            for host in &import.hosts {
+                merge_host(transaction, host, import.loosen, now, &mut merged)?;
+            }
+            merge_certificates(transaction, &import.certificates, now, &mut merged)?;
+            merge_signers(transaction, import, now, &mut merged.changes)?;
+            let changed = !merged.changes.is_empty();
+            Ok((merged, changed))
         })
     }
 }
