@@ -114,7 +114,7 @@ struct Room {
 }
 
 /// How much is going on.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
 pub struct Load {
     /// Releases that run.
     pub running: usize,
@@ -246,6 +246,13 @@ impl Admission {
     pub fn load(&self) -> Load {
         let queue = self.room.lock();
         Load { running: queue.running(), waiting: queue.waiting() }
+    }
+
+    /// How much may go on.
+    #[must_use]
+    pub fn limits(&self) -> Load {
+        let queue = self.room.lock();
+        Load { running: queue.concurrency(), waiting: queue.limit() }
     }
 }
 

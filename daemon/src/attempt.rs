@@ -1,14 +1,16 @@
 //! What the audit trail will say of a request: filled in while it is worked on.
 
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use claviger_hsm::KeyId;
 use data_encoding::HEXLOWER;
+use metrics::SharedString;
 use ring::digest;
 use tokio::sync::watch;
 
 use crate::admin::Peer;
 use crate::audit::Entry;
+use crate::metrics::Spent;
 
 /// A request in progress.
 #[derive(Debug)]
@@ -31,6 +33,12 @@ pub struct Attempt {
     pub change: Option<String>,
     /// The private keys that a release used.
     pub keys: Vec<KeyId>,
+    /// The encryption certificate whose key served: the first digits of its thumbprint.
+    pub certificate_used: Option<SharedString>,
+    /// How long it waited for its turn.
+    queued: Option<Duration>,
+    /// How long it waited for the HSMs.
+    at_hsms: Option<Duration>,
     hsm: Option<String>,
     started: Instant,
     caller: Caller,
@@ -78,6 +86,9 @@ impl Attempt {
             certificate: None,
             change: None,
             keys: Vec::new(),
+            certificate_used: None,
+            queued: None,
+            at_hsms: None,
             hsm: None,
             started: Instant::now(),
             caller: Caller::default(),
@@ -102,6 +113,22 @@ impl Attempt {
     #[must_use]
     pub fn started(&self) -> Instant {
         self.started
+    }
+
+    /// Notes that it waited for its turn since `asked`.
+    pub fn waited_for_turn(&mut self, asked: Instant) {
+        self.queued = Some(asked.elapsed());
+    }
+
+    /// Notes that it waited for the HSMs since `asked`.
+    pub fn waited_for_hsms(&mut self, asked: Instant) {
+        self.at_hsms = Some(asked.elapsed());
+    }
+
+    /// How long it has taken until now, and what for.
+    #[must_use]
+    pub fn spent(&self) -> Spent {
+        Spent { total: self.started.elapsed(), queue: self.queued, hsm: self.at_hsms }
     }
 
     /// Who waits for the answer.

@@ -9,8 +9,9 @@ use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
 
 use crossbeam::channel::{Receiver, Sender, TrySendError, bounded};
 use serde::{Serialize, Serializer};
@@ -105,6 +106,9 @@ type Reply = oneshot::Sender<Result<(), AuditError>>;
 /// The open audit trail. Share it with an `Arc`; the last one that is dropped writes what waits, and ends the thread.
 #[derive(Debug)]
 pub struct Audit {
+    /// When the writer began with what it is writing, in milliseconds since `epoch`; 0 while it writes nothing.
+    writing: Arc<AtomicU64>,
+    epoch: Instant,
     /// `Some` until dropped: the writer ends when the sender is gone.
     jobs: Option<Sender<Job>>,
     writer: Option<JoinHandle<()>>,
@@ -119,11 +123,13 @@ impl Audit {
     /// [`AuditError::Write`] when the file cannot be opened now: a daemon should not start without its trail.
     pub fn open(path: &Path, sync: bool) -> Result<Self, AuditError> {
         let error = |source| AuditError::Write { path: path.to_owned(), source: Arc::new(source) };
-        let mut writer = Writer { path: path.to_owned(), sync, file: None, torn: false, lost: 0 };
+        let (writing, epoch) = (Arc::new(AtomicU64::new(0)), Instant::now());
+        let now = Arc::clone(&writing);
+        let mut writer = Writer { path: path.to_owned(), sync, file: None, torn: false, lost: 0, writing: now, epoch };
         writer.open().map_err(error)?;
         let (jobs, waiting) = bounded(WAITING);
         let thread = std::thread::Builder::new().name("audit".to_owned()).spawn(move || writer.run(&waiting));
-        Ok(Self { jobs: Some(jobs), writer: Some(thread.map_err(error)?) })
+        Ok(Self { writing, epoch, jobs: Some(jobs), writer: Some(thread.map_err(error)?) })
     }
 
     /// Writes a record. Returns when its line is in the file (and, with `sync`, on the disk).
@@ -145,6 +151,18 @@ impl Audit {
     /// [`AuditError`]; the next record tries again.
     pub async fn reopen(&self) -> Result<(), AuditError> {
         self.submit(Job::Reopen).await
+    }
+
+    /// How many records wait for the disk, and for how long those that are being written have been: more than a moment is a
+    /// disk that hangs.
+    #[must_use]
+    pub fn backlog(&self) -> (usize, Duration) {
+        let waiting = self.jobs.as_ref().map_or(0, Sender::len);
+        let since = match self.writing.load(Ordering::Acquire) {
+            0 => Duration::ZERO,
+            began => self.epoch.elapsed().saturating_sub(Duration::from_millis(began)),
+        };
+        (waiting, since)
     }
 
     async fn submit(&self, job: impl FnOnce(Reply) -> Job) -> Result<(), AuditError> {
@@ -181,6 +199,9 @@ struct Writer {
     torn: bool,
     /// Records that failed since the last one that was written.
     lost: u64,
+    /// See [`Audit`].
+    writing: Arc<AtomicU64>,
+    epoch: Instant,
 }
 
 impl Writer {
@@ -219,7 +240,13 @@ impl Writer {
     }
 
     fn commit(&mut self, lines: &[u8], records: u64) -> Result<(), AuditError> {
-        match self.write(lines) {
+        let began = Instant::now();
+        let since = began.saturating_duration_since(self.epoch).as_millis();
+        self.writing.store(u64::try_from(since).unwrap_or(u64::MAX).max(1), Ordering::Release);
+        let written = self.write(lines);
+        self.writing.store(0, Ordering::Release);
+        crate::metrics::audit_written(began.elapsed());
+        match written {
             Ok(()) => {
                 if self.lost > 0 {
                     tracing::warn!(file = %self.path.display(), lost = self.lost, "the audit trail is written again");
@@ -290,7 +317,6 @@ impl Writer {
 mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt;
-    use std::time::Duration;
 
     fn entry(request: &str) -> Entry {
         Entry {

@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Instant;
 
 use claviger_protocol::batch::BatchRequest;
 use claviger_protocol::error::Refusal;
@@ -10,8 +11,10 @@ use claviger_protocol::payload::ApiVersion;
 use claviger_protocol::request::RollResponse;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
+use tracing::{Instrument, error_span};
 
 use crate::attempt::Attempt;
+use crate::metrics;
 use crate::release::{aside, healthy_host, roll_protector};
 use crate::routes::decide;
 use crate::service::Service;
@@ -36,24 +39,30 @@ pub async fn roll(
     let mut items = JoinSet::new();
     let mut numbers = HashMap::new();
     let count = request.ingress_protectors.len();
+    metrics::batch(count);
     for (at, protector) in request.ingress_protectors.into_iter().enumerate() {
         let (service, host, places) = (service.clone(), host.clone(), places.clone());
         let mut attempt = attempt.item(at + 1);
         // Each item counts: those beyond the host's rate are refused by themselves.
         let within_rate = service.admission.within_rate(&host.host_name);
-        let task = items.spawn(async move {
+        let span = error_span!("item", request = attempt.request);
+        let work = async move {
+            let asked = Instant::now();
             // The semaphore is never closed.
             let _place = places.acquire().await;
             attempt.protector(&protector);
             let result = async {
                 within_rate?;
-                let _permit = service.admission.turn(&host.host_name, &attempt).await?;
+                let admitted = service.admission.turn(&host.host_name, &attempt).await;
+                attempt.waited_for_turn(asked);
+                let _permit = admitted?;
                 let algorithms = request.algorithms;
                 roll_protector(&service, ApiVersion::V2, &host, algorithms, &protector, &mut attempt).await
             };
             let result = result.await;
             (at, decide(&service, ApiVersion::V2, &attempt, result).await)
-        });
+        };
+        let task = items.spawn(work.instrument(span));
         numbers.insert(task.id(), at);
     }
     // What a panic took with it is the service's fault.
@@ -62,7 +71,7 @@ pub async fn roll(
         match item {
             Ok((at, result)) => results[at] = result,
             Err(error) => {
-                tracing::error!(request = attempt.request, %error, "an item of a batch failed");
+                tracing::error!(%error, "an item of a batch failed");
                 if let Some(at) = numbers.get(&error.id()) {
                     let internal = Err(Refusal::internal());
                     results[*at] = decide(service, ApiVersion::V2, &attempt.item(at + 1), internal).await;

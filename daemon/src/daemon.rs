@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
@@ -18,9 +19,9 @@ use crate::attest::signer::Keeper;
 use crate::commands;
 use crate::config::{Config, Hsm, PinError, TokenName};
 use crate::metrics;
+use crate::monitor::{self, Monitor};
 use crate::notify;
 use crate::process;
-use crate::ready::Readiness;
 use crate::routes;
 use crate::server::{self, Drained, Limits, Listener, SharedTls, TlsError, tls_config};
 use crate::service::{Service, ServiceError, observer, unix_now};
@@ -142,13 +143,14 @@ impl Daemon {
         let members: Vec<&str> = config.hsm.iter().map(|h| h.name.as_str()).collect();
         metrics::preregister(&metrics::Known {
             members: &members,
-            operations: &["decrypt", "sign"],
             release_outcomes: &routes::release_outcomes(),
             apis: &["v1.0", "v2.0"],
             attestation_outcomes: &routes::attestation_outcomes(),
             drop_reasons: &Dropped::ALL.map(Dropped::as_str),
+            resources: &routes::resources(),
         });
-        let tls = config.server.tls.as_ref().map(tls_config).transpose()?.map(|tls| Arc::new(ArcSwap::new(tls)));
+        let tls =
+            config.server.tls.as_ref().map(tls_config).transpose()?.map(|tls| Arc::new(ArcSwap::from_pointee(tls)));
         let listener = Listener::bind(config.server.listen)?.counted();
         let metrics_listener = Listener::bind(config.server.metrics)?;
         let (address, metrics_address) = (listener.local_addr(), metrics_listener.local_addr());
@@ -176,9 +178,9 @@ impl Daemon {
         let handler = service_fn(move |request| routes::serve(of.clone(), request));
         let serving = tokio::spawn(server::run(listener, tls.clone(), limits.clone(), handler, wait(stopped.clone())));
 
-        let (of, readiness) = (service.clone(), Arc::new(Readiness::default()));
-        let handler =
-            service_fn(move |request| routes::serve_metrics(of.clone(), readiness.clone(), handle.clone(), request));
+        let monitor = Arc::new(Monitor::new(service.clone(), handle, tls.clone()));
+        let of = monitor.clone();
+        let handler = service_fn(move |request| monitor::serve(of.clone(), request));
         let of = service.clone();
         let commands = move |request, peer| commands::handle(of.clone(), request, peer);
         let admin = tokio::spawn(admin.serve(commands, wait(stopped.clone())));
@@ -189,6 +191,7 @@ impl Daemon {
             tokio::spawn(Keeper::new(service.clone()).run()),
             tokio::spawn(follow_state(service.clone())),
             tokio::spawn(notify::watchdog()),
+            tokio::spawn(monitor::watch(monitor)),
             // Until the very end: an operator wants to see a stop that takes long.
             tokio::spawn(async move {
                 let limits = Limits { max_connections: METRICS_CONNECTIONS, ..limits };
@@ -262,5 +265,6 @@ async fn follow_state(service: Arc<Service>) {
             tracing::info!("the state is read again");
         }
         failing = result.is_err();
+        service.state_stale.store(failing, Ordering::Relaxed);
     }
 }

@@ -11,6 +11,8 @@ use claviger_protocol::error::{Code, Refusal};
 use claviger_protocol::metadata::GuardianInformation;
 use claviger_protocol::protector::Signature;
 use claviger_protocol::rsa_key::RsaPublicKey;
+use data_encoding::HEXLOWER;
+use metrics::SharedString;
 use ring::digest;
 use ring::rand::{SecureRandom, SystemRandom};
 use tokio::sync::Mutex;
@@ -31,6 +33,12 @@ pub(crate) const RSA_BITS: [u32; 3] = [2048, 3072, 4096];
 
 /// How long before its end a certificate is worth a word, in seconds.
 pub(crate) const EXPIRES_SOON: i64 = 30 * 24 * 3600;
+
+/// What a certificate is called in the metrics: the first 8 digits of its thumbprint, as in the commands.
+#[must_use]
+pub fn short_name(certificate: &Certificate) -> String {
+    HEXLOWER.encode(&certificate.thumbprint()[..4])
+}
 
 /// A snapshot of the enabled certificates. Keys are found by SubjectPublicKeyInfo, so that a certificate that was
 /// renewed with the same key goes on working.
@@ -59,6 +67,8 @@ pub struct Held {
     pub id: KeyId,
     /// A host needs all of these to be given what the key opens.
     pub labels: Labels,
+    /// Its first certificate, as it is called in the metrics.
+    pub certificate: SharedString,
 }
 
 /// The metadata document, as far as it was tried.
@@ -116,9 +126,11 @@ impl Keys {
                 Kind::Encryption => &mut keys.encryption,
                 Kind::Signing => &mut keys.signing,
             };
-            let held = by_key
-                .entry(certificate.key().spki_der().to_vec())
-                .or_insert_with(|| Held { id: id.clone(), labels: Labels::default() });
+            let held = by_key.entry(certificate.key().spki_der().to_vec()).or_insert_with(|| Held {
+                id: id.clone(),
+                labels: Labels::default(),
+                certificate: short_name(&certificate).into(),
+            });
             // A key is one key, however many certificates it has: each of their limits holds.
             held.labels = held.labels.with(&entry.labels);
             if entry.is_communications {
@@ -149,6 +161,11 @@ impl Keys {
         self.encryption.get(public.spki_der())
     }
 
+    /// The private keys that decrypt.
+    pub fn decryption_keys(&self) -> impl Iterator<Item = &Held> {
+        self.encryption.values()
+    }
+
     /// The private key that signs what `public` verifies.
     #[must_use]
     pub fn signing(&self, public: &RsaPublicKey) -> Option<&Held> {
@@ -159,6 +176,11 @@ impl Keys {
     #[must_use]
     pub fn primary(&self) -> (Option<&Key>, Option<&Key>) {
         (self.primary_encryption.as_ref(), self.primary_signing.as_ref())
+    }
+
+    /// The enabled certificates, the primary ones first.
+    pub fn certificates(&self) -> impl Iterator<Item = (Kind, &Certificate)> {
+        self.all.iter().map(|(kind, key)| (*kind, &key.certificate))
     }
 
     /// For each key an operation whose right result is known, the primary ones first: what the HSMs are judged by.

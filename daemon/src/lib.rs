@@ -22,6 +22,7 @@ pub mod host;
 pub mod keys;
 pub mod lab;
 pub mod metrics;
+pub mod monitor;
 pub mod notify;
 pub mod print;
 pub mod process;

@@ -1,25 +1,37 @@
-//! Every metric of the daemon: its name, unit, help, labels and the function that records it, once.
+//! Every metric of the daemon, once: its name, unit, help, labels and buckets, and the function that records it.
 //!
 //! Code elsewhere calls the typed functions; a series that is not in [`ALL`] cannot be made. The recorder belongs to
 //! the process: before [`install`] the functions do nothing, so libraries and tests may call them at any time.
+//!
+//! Events are recorded when they happen. What can be looked at at any time - states, sessions, expiry - is a *reading*, taken
+//! when somebody asks for the page (`page.rs`): it is never out of date, and the series of a member that was removed end.
+//!
+//! Labels are bounded: no host, virtual machine or protector is ever one.
+
+mod page;
 
 use std::sync::OnceLock;
 use std::time::Duration;
 
-use ::metrics::{SharedString, Unit, counter, describe_counter, describe_gauge, gauge};
-use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
+use ::metrics::{SharedString, Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
+use claviger_hsm::Event;
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 
-use crate::process;
+pub use page::{CONTENT_TYPE, Readings};
 
 /// What kind of number a metric is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Kind {
     /// Only ever grows, from zero at the start of the process.
     Counter,
-    /// The same in fractions, which the recorder's counters do not have: read when the page is rendered.
-    Reading,
     /// Goes up and down.
     Gauge,
+    /// How many were at most so large, for each of these edges, in ascending order; with sum and count.
+    Histogram(&'static [f64]),
+    /// A counter that is read when the page is rendered.
+    CounterReading,
+    /// A gauge that is read when the page is rendered.
+    GaugeReading,
 }
 
 /// One metric, as `/metrics` and the documentation show it.
@@ -37,10 +49,24 @@ pub struct Metric {
     pub labels: &'static [&'static str],
 }
 
+/// What the service promises: of the releases that succeed, 99 in 100 take no longer than this, in seconds. An edge of
+/// [`RELEASE_SECONDS`], so that the share is exact.
+pub const SLO_SECONDS: f64 = 0.5;
+
+/// Edges for what a caller waits for.
+const RELEASE_SECONDS: &[f64] = &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, SLO_SECONDS, 1.0, 2.5, 5.0, 10.0];
+/// Edges for an operation at a token: soft tokens take less than a millisecond, network HSMs up to tens of them.
+const HSM_SECONDS: &[f64] =
+    &[0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
+/// Edges for writing to the disk.
+const DISK_SECONDS: &[f64] = &[0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0];
+/// Edges for how many come together.
+const SIZES: &[f64] = &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0];
+
 macro_rules! metrics {
-    ($($id:ident: $kind:ident $unit:ident $name:literal [$($label:literal),*] $help:literal;)*) => {
+    ($($id:ident: $kind:ident $(($edges:ident))? $unit:ident $name:literal [$($label:literal),*] $help:literal;)*) => {
         $(const $id: Metric = Metric {
-            name: $name, kind: Kind::$kind, unit: Unit::$unit, help: $help, labels: &[$($label),*],
+            name: $name, kind: Kind::$kind $(($edges))?, unit: Unit::$unit, help: $help, labels: &[$($label),*],
         };)*
         /// Every metric that there is.
         pub const ALL: &[Metric] = &[$($id),*];
@@ -50,43 +76,108 @@ macro_rules! metrics {
 metrics! {
     RELEASES: Counter Count "claviger_releases_total" ["outcome", "api"]
         "Releases of transport keys that were answered, by outcome (success or the error's code) and API version.";
+    RELEASE_DURATION: Histogram(RELEASE_SECONDS) Seconds "claviger_release_duration_seconds" ["class"]
+        "From a release's arrival to its decision, by class: success, refused (the request is at fault), failed (the service is).";
+    RELEASE_PARTS: Histogram(RELEASE_SECONDS) Seconds "claviger_release_part_duration_seconds" ["part"]
+        "What a release spent its time on: queue (waiting for its turn), hsm (waiting for the HSMs), own (everything else).";
+    KEY_RELEASES: Counter Count "claviger_key_releases_total" ["certificate"]
+        "Releases that succeeded, by the encryption certificate of this service that the protector was wrapped for: the first 8 digits of its thumbprint.";
+    BATCH_ITEMS: Histogram(SIZES) Count "claviger_batch_items" []
+        "Protectors in a batch request.";
     ATTESTATIONS: Counter Count "claviger_attestations_total" ["outcome"]
         "Attestations that were answered, by outcome.";
-    RELEASES_RUNNING: Gauge Count "claviger_releases_running" []
+    ATTESTATION_DURATION: Histogram(RELEASE_SECONDS) Seconds "claviger_attestation_duration_seconds" []
+        "From an attestation's arrival to its decision.";
+    RESPONSES: Counter Count "claviger_http_responses_total" ["resource", "code"]
+        "Answers at the service address, by resource and class of the status code (2xx, 4xx, 5xx).";
+    RELEASES_RUNNING: GaugeReading Count "claviger_releases_running" []
         "Releases that were let in and are worked on.";
-    QUEUE_WAITING: Gauge Count "claviger_queue_waiting" []
+    RELEASES_RUNNING_LIMIT: GaugeReading Count "claviger_releases_running_limit" []
+        "Releases that may be worked on at the same time.";
+    QUEUE_WAITING: GaugeReading Count "claviger_queue_waiting" []
         "Releases that wait for their turn.";
+    QUEUE_LIMIT: GaugeReading Count "claviger_queue_limit" []
+        "Releases that may wait for their turn.";
     QUEUE_DROPPED: Counter Count "claviger_queue_dropped_total" ["reason"]
         "Releases that were not let in: their host asks too fast (rate), no room (full), no time (late, deadline), caller gone (left).";
+    CONNECTIONS: Counter Count "claviger_connections_total" []
+        "Connections to the service address that were taken.";
+    CONNECTIONS_OPEN: Gauge Count "claviger_connections_open" []
+        "Connections to the service address that are open.";
+
+    HSM_STATE: GaugeReading Count "claviger_hsm_state" ["hsm", "state"]
+        "1 for the state that a member is in, 0 for the others: up, down, probing, hung, draining, drained, pin_refused, off.";
     HSM_CALLS: Counter Count "claviger_hsm_calls_total" ["hsm", "op", "rv"]
-        "PKCS#11 operations that returned, by member, operation and return code.";
+        "Operations at a token that returned, by class of return code: ok, refused, unable, stale, busy, pin, broken, hung, wrong.";
+    HSM_SERVICE_TIME: Histogram(HSM_SECONDS) Seconds "claviger_hsm_service_time_seconds" ["hsm", "op"]
+        "How long a token took for an operation that returned, without any queueing.";
+    HSM_RESPONSE_TIME: Histogram(HSM_SECONDS) Seconds "claviger_hsm_response_time_seconds" ["hsm", "op"]
+        "How long an operation took at a member from its submission to its result, with queueing.";
+    HSM_BATCH_JOBS: Histogram(SIZES) Count "claviger_hsm_batch_jobs" ["hsm"]
+        "Operations that a session took from its member's queue at once.";
+    HSM_IN_FLIGHT: GaugeReading Count "claviger_hsm_in_flight" ["hsm"]
+        "Operations that wait or run at a member.";
+    HSM_WAITING: GaugeReading Count "claviger_hsm_waiting" ["hsm"]
+        "Operations that wait for a session of a member.";
+    HSM_SESSIONS_OPEN: GaugeReading Count "claviger_hsm_sessions_open" ["hsm"]
+        "Sessions that are open on a member's token.";
+    HSM_SESSIONS_WANTED: GaugeReading Count "claviger_hsm_sessions_wanted" ["hsm"]
+        "Sessions that the configuration asks for.";
+    HSM_SESSIONS_BUSY: GaugeReading Count "claviger_hsm_sessions_busy" ["hsm"]
+        "Sessions that are in an operation.";
+    HSM_SESSIONS_STUCK: GaugeReading Count "claviger_hsm_sessions_stuck" ["hsm"]
+        "Threads that were given up in a call that hangs.";
+    HSM_CLOSINGS: Counter Count "claviger_hsm_closings_total" ["hsm"]
+        "How often a member was closed for a fault: its breaker opened.";
+    HSM_FAILOVERS: Counter Count "claviger_hsm_failovers_total" ["hsm", "to"]
+        "Operations that another member (to) did after this one (hsm) had failed at them or had sent them away.";
+    HSM_RETRIES: Counter Count "claviger_hsm_retries_total" ["hsm"]
+        "Operations that failed at a member and were tried at another, out of the retry budget.";
+    HSM_RETRY_BUDGET: GaugeReading Count "claviger_hsm_retry_budget" []
+        "Retries that the budget has left.";
+    HSM_STUCK_CALLS: Counter Count "claviger_hsm_stuck_calls_total" ["hsm"]
+        "Calls that hung at a member for longer than the watchdog allows.";
+    HSM_WRONG_ANSWERS: Counter Count "claviger_hsm_wrong_answers_total" ["hsm"]
+        "Plaintexts and signatures of a member that were wrong, and its fault. None of them left the service.";
+    HSM_MODULES_RENEWED: Counter Count "claviger_hsm_modules_renewed_total" ["hsm"]
+        "How often a member's module was finalised and initialised again.";
     HSM_LOGINS: Counter Count "claviger_hsm_logins_total" ["hsm"]
         "Logins to a member's token. Steady load needs none.";
     HSM_KEY_SEARCHES: Counter Count "claviger_hsm_key_searches_total" ["hsm"]
         "Searches for key objects on a member's token: one for a session, none for a release.";
-    HSM_SESSIONS_OPEN: Gauge Count "claviger_hsm_sessions_open" ["hsm"]
-        "Sessions that are open on a member's token.";
-    HSM_CLOSINGS: Counter Count "claviger_hsm_closings_total" ["hsm"]
-        "How often a member was closed for a fault: its breaker opened.";
-    HSM_RETRIES: Counter Count "claviger_hsm_retries_total" ["hsm"]
-        "Operations that failed at a member and were tried at another, out of the retry budget.";
-    HSM_STUCK_CALLS: Counter Count "claviger_hsm_stuck_calls_total" ["hsm"]
-        "Calls that hung at a member for longer than the watchdog allows.";
-    HSM_MODULES_RENEWED: Counter Count "claviger_hsm_modules_renewed_total" ["hsm"]
-        "How often a member's module was finalised and initialised again.";
+    HSM_CPU: CounterReading Seconds "claviger_hsm_cpu_seconds_total" ["hsm"]
+        "Processor time of this process within operations of a member's token: its library's.";
+
+    CERTIFICATE_EXPIRY: GaugeReading Seconds "claviger_certificate_expiry_timestamp_seconds" ["kind", "certificate"]
+        "When a certificate ends, in seconds since 1970, by kind (signing, encryption, attestation, tls) and the first 8 digits of its thumbprint.";
+    HOSTS_REGISTERED: GaugeReading Count "claviger_hosts_registered" []
+        "Hosts that are registered and enabled.";
+    STATE_STALE: GaugeReading Count "claviger_state_stale" []
+        "1 while the state file cannot be read: changes have no effect, and hosts that were removed may go on being served.";
     AUDIT_ERRORS: Counter Count "claviger_audit_errors_total" []
         "Audit records that could not be written; what they would have recorded was refused.";
-    CONNECTIONS_OPEN: Gauge Count "claviger_connections_open" []
-        "Connections to the service address that are open.";
-    HSM_CPU: Reading Seconds "claviger_hsm_cpu_seconds_total" ["hsm"]
-        "Processor time of this process within operations of a member's token: its library's.";
-    PROCESS_CPU: Reading Seconds "process_cpu_seconds_total" []
+    AUDIT_WRITE_DURATION: Histogram(DISK_SECONDS) Seconds "claviger_audit_write_duration_seconds" []
+        "How long a group of audit records took to be written, and forced to the disk where that is set.";
+    AUDIT_WAITING: GaugeReading Count "claviger_audit_waiting" []
+        "Audit records that wait for the disk.";
+    AUDIT_WRITING: GaugeReading Seconds "claviger_audit_writing_seconds" []
+        "For how long the audit records that are being written now have been: more than a moment is a disk that hangs.";
+    CLOCK: GaugeReading Seconds "claviger_clock_timestamp_seconds" []
+        "The clock of this machine, in seconds since 1970: certificates are judged by it.";
+
+    PROCESS_CPU: CounterReading Seconds "process_cpu_seconds_total" []
         "Processor time of this process, user and system.";
-    PROCESS_MEMORY: Gauge Bytes "process_resident_memory_bytes" []
+    PROCESS_MEMORY: GaugeReading Bytes "process_resident_memory_bytes" []
         "Memory of this process that is resident.";
-    PROCESS_THREADS: Gauge Count "process_threads" []
+    PROCESS_THREADS: GaugeReading Count "process_threads" []
         "Threads of this process.";
-    BUILD_INFO: Gauge Count "claviger_build_info" ["version", "commit"]
+    PROCESS_FILES: GaugeReading Count "process_open_fds" []
+        "Files that this process has open; every connection is one.";
+    PROCESS_MAX_FILES: GaugeReading Count "process_max_fds" []
+        "Files that this process may have open.";
+    PROCESS_START: GaugeReading Seconds "process_start_time_seconds" []
+        "When this process started, in seconds since 1970.";
+    BUILD_INFO: GaugeReading Count "claviger_build_info" ["version", "commit"]
         "Always 1; the labels say which version runs, and the commit it was built from (empty where that is not known).";
 }
 
@@ -101,43 +192,37 @@ impl std::fmt::Debug for Handle {
 }
 
 impl Handle {
-    /// The page for `/metrics`, in the Prometheus text format (`text/plain; version=0.0.4`). `members` are the names of the
-    /// members and the processor time within their operations.
-    pub fn render(&self, members: &[(String, Duration)]) -> String {
-        let usage = process::usage();
-        gauge!(PROCESS_MEMORY.name).set(usage.resident as f64);
-        gauge!(PROCESS_THREADS.name).set(usage.threads as f64);
+    /// The page for `/metrics`, in the Prometheus text format (`text/plain; version=0.0.4`).
+    #[must_use]
+    pub fn render(&self, readings: &Readings) -> String {
         let mut page = self.0.render();
-        let series = |(name, time): &(String, Duration)| (format!("{{hsm=\"{}\"}}", escaped(name)), *time);
-        write_reading(&mut page, &HSM_CPU, members.iter().map(series));
-        write_reading(&mut page, &PROCESS_CPU, [(String::new(), usage.cpu)]);
+        readings.write(&mut page);
         page
     }
-}
 
-fn write_reading(page: &mut String, metric: &Metric, series: impl IntoIterator<Item = (String, Duration)>) {
-    let Metric { name, help, .. } = metric;
-    page.push_str(&format!("# HELP {name} {help}\n# TYPE {name} counter\n"));
-    for (labels, time) in series {
-        page.push_str(&format!("{name}{labels} {}\n", time.as_secs_f64()));
+    /// Sorts what histograms were told since the last time into their buckets. Until then every value takes memory, also when
+    /// nobody ever asks for the page.
+    pub fn upkeep(&self) {
+        self.0.run_upkeep();
     }
-    page.push('\n');
 }
-
-/// A label's value as the text format wants it.
-fn escaped(value: &str) -> String {
-    value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
-}
-
-/// The content type of [`Handle::render`].
-pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// Makes the process's recorder, once; later calls return the same one.
 pub fn install() -> Handle {
     static INSTALLED: OnceLock<Handle> = OnceLock::new();
     INSTALLED
         .get_or_init(|| {
-            let recorder = PrometheusBuilder::new().build_recorder();
+            let mut builder = PrometheusBuilder::new();
+            for metric in ALL {
+                if let Kind::Histogram(edges) = metric.kind {
+                    builder = match builder.set_buckets_for_metric(Matcher::Full(metric.name.to_owned()), edges) {
+                        Ok(builder) => builder,
+                        // Only a histogram without edges, which none in the table is.
+                        Err(_) => PrometheusBuilder::new(),
+                    };
+                }
+            }
+            let recorder = builder.build_recorder();
             let handle = Handle(recorder.handle());
             if ::metrics::set_global_recorder(recorder).is_err() {
                 // Only another user of the `metrics` crate in this process can have done that.
@@ -146,16 +231,23 @@ pub fn install() -> Handle {
             for metric in ALL {
                 match metric.kind {
                     Kind::Counter => describe_counter!(metric.name, metric.unit, metric.help),
-                    Kind::Reading => {}
                     Kind::Gauge => describe_gauge!(metric.name, metric.unit, metric.help),
+                    Kind::Histogram(_) => describe_histogram!(metric.name, metric.unit, metric.help),
+                    Kind::CounterReading | Kind::GaugeReading => {}
                 }
             }
-            gauge!(BUILD_INFO.name, "version" => env!("CARGO_PKG_VERSION"), "commit" => env!("CLAVIGER_COMMIT"))
-                .set(1.0);
             counter!(AUDIT_ERRORS.name).absolute(0);
+            counter!(CONNECTIONS.name).absolute(0);
             gauge!(CONNECTIONS_OPEN.name).increment(0.0);
-            gauge!(RELEASES_RUNNING.name).increment(0.0);
-            gauge!(QUEUE_WAITING.name).increment(0.0);
+            for metric in [BATCH_ITEMS, ATTESTATION_DURATION, AUDIT_WRITE_DURATION] {
+                let _ = histogram!(metric.name);
+            }
+            for class in [Class::Success, Class::Refused, Class::Failed] {
+                let _ = histogram!(RELEASE_DURATION.name, "class" => class.as_str());
+            }
+            for part in PARTS {
+                let _ = histogram!(RELEASE_PARTS.name, "part" => part);
+            }
             handle
         })
         .clone()
@@ -166,8 +258,6 @@ pub fn install() -> Handle {
 pub struct Known<'a> {
     /// The members' names.
     pub members: &'a [&'a str],
-    /// The operations that members are asked for.
-    pub operations: &'a [&'static str],
     /// The outcomes of a release.
     pub release_outcomes: &'a [&'static str],
     /// The API versions of a release.
@@ -176,7 +266,16 @@ pub struct Known<'a> {
     pub attestation_outcomes: &'a [&'static str],
     /// Why a release may not be let in.
     pub drop_reasons: &'a [&'static str],
+    /// What can be asked for at the service address.
+    pub resources: &'a [&'static str],
 }
+
+/// Operations that every member does; those of key management have no series before they are asked for.
+const OPERATIONS: [&str; 4] = ["decrypt", "sign", "probe", "open"];
+/// The classes of status codes.
+const CODES: [&str; 3] = ["2xx", "4xx", "5xx"];
+/// What a release spends its time on.
+const PARTS: [&str; 3] = ["queue", "hsm", "own"];
 
 /// Registers every series that can be known in advance at zero, so that its first event is a rise that
 /// Prometheus can see, not a new series that starts at 1.
@@ -192,27 +291,120 @@ pub fn preregister(known: &Known<'_>) {
     for reason in known.drop_reasons {
         counter!(QUEUE_DROPPED.name, "reason" => *reason).increment(0);
     }
+    for resource in known.resources {
+        for code in CODES {
+            counter!(RESPONSES.name, "resource" => *resource, "code" => code).increment(0);
+        }
+    }
     for member in known.members {
         let hsm = SharedString::from((*member).to_owned());
-        for op in known.operations {
-            counter!(HSM_CALLS.name, "hsm" => hsm.clone(), "op" => *op, "rv" => "ok").increment(0);
+        for op in OPERATIONS {
+            for rv in claviger_hsm::RV_CLASSES {
+                counter!(HSM_CALLS.name, "hsm" => hsm.clone(), "op" => op, "rv" => rv).increment(0);
+            }
+            let _ = histogram!(HSM_SERVICE_TIME.name, "hsm" => hsm.clone(), "op" => op);
         }
-        counter!(HSM_LOGINS.name, "hsm" => hsm.clone()).increment(0);
-        for metric in [HSM_KEY_SEARCHES, HSM_CLOSINGS, HSM_RETRIES, HSM_STUCK_CALLS, HSM_MODULES_RENEWED] {
+        // Opening a session waits in no queue.
+        for op in OPERATIONS.into_iter().filter(|op| *op != "open") {
+            let _ = histogram!(HSM_RESPONSE_TIME.name, "hsm" => hsm.clone(), "op" => op);
+        }
+        let _ = histogram!(HSM_BATCH_JOBS.name, "hsm" => hsm.clone());
+        for metric in [
+            HSM_CLOSINGS,
+            HSM_RETRIES,
+            HSM_STUCK_CALLS,
+            HSM_WRONG_ANSWERS,
+            HSM_MODULES_RENEWED,
+            HSM_LOGINS,
+            HSM_KEY_SEARCHES,
+        ] {
             counter!(metric.name, "hsm" => hsm.clone()).increment(0);
         }
-        gauge!(HSM_SESSIONS_OPEN.name, "hsm" => hsm).increment(0.0);
+        for other in known.members.iter().filter(|other| *other != member) {
+            counter!(HSM_FAILOVERS.name, "hsm" => hsm.clone(), "to" => (*other).to_owned()).increment(0);
+        }
     }
 }
 
-/// Counts a release that was answered. `outcome` is `success` or the error's code, `api` like `v2.0`.
-pub fn release(outcome: &'static str, api: &'static str) {
+/// Registers the releases of a key at zero.
+pub fn preregister_key(certificate: SharedString) {
+    counter!(KEY_RELEASES.name, "certificate" => certificate).increment(0);
+}
+
+/// Who is to answer for how a release ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Class {
+    /// Nobody has to.
+    Success,
+    /// The request: what is wrong with it, or that it came too fast.
+    Refused,
+    /// The service: it was too busy, or could not.
+    Failed,
+}
+
+impl Class {
+    /// Its name as a label.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Success => "success",
+            Self::Refused => "refused",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+/// How long a release took, and what it spent the time on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Spent {
+    /// From arrival to decision.
+    pub total: Duration,
+    /// Waiting for its turn; `None` when it never asked for one.
+    pub queue: Option<Duration>,
+    /// Waiting for the HSMs; `None` when it did not come that far.
+    pub hsm: Option<Duration>,
+}
+
+/// Counts a release that was answered. `outcome` is `success` or the error's code, `api` like `v2.0`; `certificate` the one
+/// whose key served.
+pub fn release(
+    outcome: &'static str,
+    api: &'static str,
+    class: Class,
+    spent: Spent,
+    certificate: Option<SharedString>,
+) {
     counter!(RELEASES.name, "outcome" => outcome, "api" => api).increment(1);
+    histogram!(RELEASE_DURATION.name, "class" => class.as_str()).record(spent.total);
+    let part = |part: &'static str, time: Duration| histogram!(RELEASE_PARTS.name, "part" => part).record(time);
+    spent.queue.into_iter().for_each(|time| part("queue", time));
+    spent.hsm.into_iter().for_each(|time| part("hsm", time));
+    let elsewhere = spent.queue.unwrap_or_default() + spent.hsm.unwrap_or_default();
+    part("own", spent.total.saturating_sub(elsewhere));
+    if let (Class::Success, Some(certificate)) = (class, certificate) {
+        counter!(KEY_RELEASES.name, "certificate" => certificate).increment(1);
+    }
+}
+
+/// Notes how many protectors a batch request has.
+pub fn batch(items: usize) {
+    histogram!(BATCH_ITEMS.name).record(items as f64);
 }
 
 /// Counts an attestation that was answered.
-pub fn attestation(outcome: &'static str) {
+pub fn attestation(outcome: &'static str, took: Duration) {
     counter!(ATTESTATIONS.name, "outcome" => outcome).increment(1);
+    histogram!(ATTESTATION_DURATION.name).record(took);
+}
+
+/// Counts an answer at the service address.
+pub fn response(resource: &'static str, status: u16) {
+    let code = match status {
+        500.. => "5xx",
+        400.. => "4xx",
+        _ => "2xx",
+    };
+    counter!(RESPONSES.name, "resource" => resource, "code" => code).increment(1);
 }
 
 /// Counts a release that was not let in.
@@ -220,51 +412,32 @@ pub fn queue_dropped(reason: &'static str) {
     counter!(QUEUE_DROPPED.name, "reason" => reason).increment(1);
 }
 
-/// Says how many releases run and how many wait for their turn.
-pub fn load(running: usize, waiting: usize) {
-    gauge!(RELEASES_RUNNING.name).set(running as f64);
-    gauge!(QUEUE_WAITING.name).set(waiting as f64);
-}
-
-/// Counts a PKCS#11 operation that returned `rv`. An `Arc<str>` is the cheapest way to name the member.
-pub fn hsm_call(hsm: impl Into<SharedString>, op: &'static str, rv: impl Into<SharedString>) {
-    let (hsm, rv) = (hsm.into(), rv.into());
-    counter!(HSM_CALLS.name, "hsm" => hsm, "op" => op, "rv" => rv).increment(1);
-}
-
-/// Counts a login to a member's token.
-pub fn hsm_login(hsm: impl Into<SharedString>) {
-    counter!(HSM_LOGINS.name, "hsm" => hsm.into()).increment(1);
-}
-
-/// Counts a search for a key object on a member's token.
-pub fn hsm_key_search(hsm: impl Into<SharedString>) {
-    counter!(HSM_KEY_SEARCHES.name, "hsm" => hsm.into()).increment(1);
-}
-
-/// Counts that a member was closed for a fault.
-pub fn hsm_closed(hsm: impl Into<SharedString>) {
-    counter!(HSM_CLOSINGS.name, "hsm" => hsm.into()).increment(1);
-}
-
-/// Counts an operation that was taken elsewhere after it had failed at a member.
-pub fn hsm_retry(hsm: impl Into<SharedString>) {
-    counter!(HSM_RETRIES.name, "hsm" => hsm.into()).increment(1);
-}
-
-/// Counts a call that hangs at a member.
-pub fn hsm_stuck_call(hsm: impl Into<SharedString>) {
-    counter!(HSM_STUCK_CALLS.name, "hsm" => hsm.into()).increment(1);
-}
-
-/// Counts that a member's module was initialised anew.
-pub fn hsm_module_renewed(hsm: impl Into<SharedString>) {
-    counter!(HSM_MODULES_RENEWED.name, "hsm" => hsm.into()).increment(1);
-}
-
-/// Says how many sessions are open on a member's token.
-pub fn hsm_sessions_open(hsm: impl Into<SharedString>, sessions: usize) {
-    gauge!(HSM_SESSIONS_OPEN.name, "hsm" => hsm.into()).set(sessions as f64);
+/// Counts what happened at a member.
+pub fn hsm(hsm: &str, event: Event<'_>) {
+    let hsm = SharedString::from(hsm.to_owned());
+    let count = |metric: Metric| counter!(metric.name, "hsm" => hsm.clone()).increment(1);
+    match event {
+        Event::Call { op, rv, took } => {
+            counter!(HSM_CALLS.name, "hsm" => hsm.clone(), "op" => op, "rv" => rv).increment(1);
+            histogram!(HSM_SERVICE_TIME.name, "hsm" => hsm.clone(), "op" => op).record(took);
+        }
+        Event::Answered { op, took } => {
+            histogram!(HSM_RESPONSE_TIME.name, "hsm" => hsm.clone(), "op" => op).record(took);
+        }
+        Event::Batch { jobs } => histogram!(HSM_BATCH_JOBS.name, "hsm" => hsm.clone()).record(jobs as f64),
+        Event::FailedOver { to } => {
+            counter!(HSM_FAILOVERS.name, "hsm" => hsm.clone(), "to" => to.to_owned()).increment(1);
+        }
+        Event::Login => count(HSM_LOGINS),
+        Event::KeySearch => count(HSM_KEY_SEARCHES),
+        Event::Closed => count(HSM_CLOSINGS),
+        Event::Retry => count(HSM_RETRIES),
+        Event::Stuck => count(HSM_STUCK_CALLS),
+        Event::WrongAnswer => count(HSM_WRONG_ANSWERS),
+        Event::ModuleRenewed => count(HSM_MODULES_RENEWED),
+        // How many there are is a reading.
+        Event::SessionOpened | Event::SessionClosed => {}
+    }
 }
 
 /// Counts audit records that could not be written.
@@ -272,8 +445,14 @@ pub fn audit_errors(records: u64) {
     counter!(AUDIT_ERRORS.name).increment(records);
 }
 
+/// Notes how long a group of audit records took to be written.
+pub fn audit_written(took: Duration) {
+    histogram!(AUDIT_WRITE_DURATION.name).record(took);
+}
+
 /// Notes that a connection to the service address was opened.
 pub fn connection_opened() {
+    counter!(CONNECTIONS.name).increment(1);
     gauge!(CONNECTIONS_OPEN.name).increment(1.0);
 }
 
@@ -286,88 +465,243 @@ pub fn connection_closed() {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::admission::Load;
+    use claviger_hsm::{MemberState, MemberStatus};
     use std::collections::BTreeSet;
-    use std::sync::Arc;
+    use std::time::SystemTime;
 
     fn value(page: &str, series: &str) -> f64 {
         let line = page.lines().find(|line| line.strip_prefix(series).is_some_and(|rest| rest.starts_with(' ')));
         line.unwrap_or_else(|| panic!("no {series} in\n{page}")).rsplit_once(' ').unwrap().1.parse().unwrap()
     }
 
+    fn readings() -> Readings {
+        Readings {
+            members: vec![MemberStatus {
+                name: "table \"1\"".to_owned(),
+                token: "token".to_owned(),
+                state: MemberState::PinRefused,
+                since: SystemTime::now(),
+                priority: 0,
+                weight: 1,
+                latency: Duration::from_millis(3),
+                in_flight: 5,
+                waiting: 2,
+                sessions_open: 7,
+                sessions_wanted: 8,
+                sessions_busy: 3,
+                sessions_stuck: 1,
+                closings: 4,
+                calls: 100,
+                faults: 10,
+                worked: Duration::ZERO,
+                spent: Duration::from_millis(1500),
+                last_error: None,
+            }],
+            retry_budget: 12.5,
+            load: Load { running: 3, waiting: 14 },
+            limits: Load { running: 16, waiting: 4096 },
+            certificates: vec![("tls", "0a1b2c3d".to_owned(), 1_800_000_000)],
+            hosts: 9,
+            state_stale: true,
+            audit_waiting: 6,
+            audit_writing: Duration::from_millis(250),
+            usage: crate::process::usage(),
+        }
+    }
+
+    /// The names of a series' labels, without the edge of a bucket.
+    fn labels(line: &str) -> BTreeSet<&str> {
+        let Some((_, rest)) = line.split_once('{') else { return BTreeSet::new() };
+        let names = rest.split_once('}').unwrap().0.split(',').map(|label| label.split_once('=').unwrap().0);
+        names.filter(|name| *name != "le").collect()
+    }
+
     #[test]
     fn the_page_shows_every_metric_with_help_and_only_declared_labels() {
         let handle = install();
-        let known = Known {
-            members: &["table"],
-            operations: &["decrypt", "sign"],
+        preregister(&Known {
+            members: &["table", "other"],
             release_outcomes: &["success"],
             apis: &["v2.0"],
             attestation_outcomes: &["success"],
             drop_reasons: &["table"],
-        };
-        preregister(&known);
-        let table = [("table \"1\"".to_owned(), Duration::from_millis(1500))];
-        let page = install().render(&table);
-        assert_eq!(handle.render(&table).lines().count(), page.lines().count());
-        assert_eq!(value(&page, "claviger_hsm_calls_total{hsm=\"table\",op=\"sign\",rv=\"ok\"}"), 0.0);
-        assert_eq!(value(&page, "claviger_hsm_cpu_seconds_total{hsm=\"table \\\"1\\\"\"}"), 1.5);
-        assert!(value(&page, "process_cpu_seconds_total") > 0.0);
-        assert!(value(&page, "process_resident_memory_bytes") > 1e6 && value(&page, "process_threads") >= 1.0);
-        let version = (env!("CARGO_PKG_VERSION"), env!("CLAVIGER_COMMIT"));
-        let build = format!("claviger_build_info{{version=\"{}\",commit=\"{}\"}}", version.0, version.1);
-        assert_eq!(value(&page, &build), 1.0);
+            resources: &["table"],
+        });
+        preregister_key("table".into());
+        let page = handle.render(&readings());
+        assert_eq!(install().render(&readings()).lines().count(), page.lines().count());
         for metric in ALL {
-            assert!(page.contains(&format!("# HELP {} {}", metric.name, metric.help)), "{}", metric.name);
-            let lines: Vec<_> = page.lines().filter(|line| line.starts_with(metric.name)).collect();
-            assert!(!lines.is_empty(), "{} has no series", metric.name);
-            for line in lines {
-                let labels: BTreeSet<_> = match line.split_once('{') {
-                    Some((_, rest)) => rest
-                        .split_once('}')
-                        .unwrap()
-                        .0
-                        .split(',')
-                        .map(|label| label.split_once('=').unwrap().0)
-                        .collect(),
-                    None => BTreeSet::new(),
-                };
-                assert_eq!(labels, metric.labels.iter().copied().collect(), "{line}");
+            assert_eq!(
+                page.matches(&format!("# HELP {} {}\n", metric.name, metric.help)).count(),
+                1,
+                "{}",
+                metric.name
+            );
+            let kind = match metric.kind {
+                Kind::Counter | Kind::CounterReading => "counter",
+                Kind::Gauge | Kind::GaugeReading => "gauge",
+                Kind::Histogram(_) => "histogram",
+            };
+            assert_eq!(page.matches(&format!("# TYPE {} {kind}\n", metric.name)).count(), 1, "{}", metric.name);
+            let suffixes: &[&str] = if kind == "histogram" { &["_bucket", "_sum", "_count"] } else { &[""] };
+            for suffix in suffixes {
+                let name = format!("{}{suffix}", metric.name);
+                let is_its = |rest: &str| rest.starts_with(['{', ' ']);
+                let lines: Vec<_> = page.lines().filter(|line| line.strip_prefix(&*name).is_some_and(is_its)).collect();
+                assert!(!lines.is_empty(), "{name} has no series");
+                for line in lines {
+                    assert_eq!(labels(line), metric.labels.iter().copied().collect(), "{line}");
+                }
+            }
+            if let Kind::Histogram(edges) = metric.kind {
+                assert!(edges.is_sorted(), "{}", metric.name);
+                for edge in edges {
+                    assert!(page.contains(&format!("le=\"{edge}\"}}")), "{}: {edge}", metric.name);
+                }
             }
         }
+        // Nothing else is on it.
+        let described: BTreeSet<_> = page.lines().filter_map(|line| line.strip_prefix("# HELP ")).collect();
+        assert_eq!(described.len(), ALL.len());
         let names: BTreeSet<_> = ALL.iter().map(|metric| metric.name).collect();
         assert_eq!(names.len(), ALL.len(), "a name twice");
     }
 
     #[test]
+    fn the_promise_is_an_edge() {
+        assert!(matches!(RELEASE_DURATION.kind, Kind::Histogram(edges) if edges.contains(&SLO_SECONDS)));
+    }
+
+    #[test]
+    fn readings_are_as_they_were_read() {
+        let page = install().render(&readings());
+        let member = |name: &str, more: &str| value(&page, &format!("{name}{{hsm=\"table \\\"1\\\"\"{more}}}"));
+        for state in MemberState::ALL {
+            let expected = f64::from(state == MemberState::PinRefused);
+            assert_eq!(member("claviger_hsm_state", &format!(",state=\"{state}\"")), expected);
+        }
+        for (name, expected) in [
+            ("claviger_hsm_in_flight", 5.0),
+            ("claviger_hsm_waiting", 2.0),
+            ("claviger_hsm_sessions_open", 7.0),
+            ("claviger_hsm_sessions_wanted", 8.0),
+            ("claviger_hsm_sessions_busy", 3.0),
+            ("claviger_hsm_sessions_stuck", 1.0),
+            ("claviger_hsm_cpu_seconds_total", 1.5),
+        ] {
+            assert_eq!(member(name, ""), expected, "{name}");
+        }
+        for (series, expected) in [
+            ("claviger_hsm_retry_budget", 12.5),
+            ("claviger_releases_running", 3.0),
+            ("claviger_releases_running_limit", 16.0),
+            ("claviger_queue_waiting", 14.0),
+            ("claviger_queue_limit", 4096.0),
+            ("claviger_certificate_expiry_timestamp_seconds{kind=\"tls\",certificate=\"0a1b2c3d\"}", 1.8e9),
+            ("claviger_hosts_registered", 9.0),
+            ("claviger_state_stale", 1.0),
+            ("claviger_audit_waiting", 6.0),
+            ("claviger_audit_writing_seconds", 0.25),
+        ] {
+            assert_eq!(value(&page, series), expected, "{series}");
+        }
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs_f64();
+        assert!((now - value(&page, "claviger_clock_timestamp_seconds")).abs() < 60.0);
+        let started = value(&page, "process_start_time_seconds");
+        assert!(started <= now + 1.0 && started > now - 24.0 * 3600.0, "{started}");
+        assert!(value(&page, "process_cpu_seconds_total") > 0.0);
+        assert!(value(&page, "process_resident_memory_bytes") > 1e6 && value(&page, "process_threads") >= 1.0);
+        assert!(value(&page, "process_open_fds") >= 3.0 && value(&page, "process_max_fds") >= 10.0);
+        let version = (env!("CARGO_PKG_VERSION"), env!("CLAVIGER_COMMIT"));
+        let build = format!("claviger_build_info{{version=\"{}\",commit=\"{}\"}}", version.0, version.1);
+        assert_eq!(value(&page, &build), 1.0);
+    }
+
+    #[test]
     fn every_function_records_its_metric() {
         let handle = install();
-        let hsm: Arc<str> = Arc::from("recorded");
-        preregister(&Known { members: &[&hsm], ..Known::default() });
-        release("recorded", "v1.0");
-        release("recorded", "v1.0");
-        attestation("recorded");
+        preregister(&Known { members: &["recorded", "second"], ..Known::default() });
+        let ms = Duration::from_millis;
+        let spent = Spent { total: ms(500), queue: Some(ms(100)), hsm: Some(ms(300)) };
+        release("recorded", "v1.0", Class::Success, spent, Some("recorded".into()));
+        release(
+            "recorded",
+            "v1.0",
+            Class::Refused,
+            Spent { total: ms(1), ..Spent::default() },
+            Some("recorded".into()),
+        );
+        batch(7);
+        attestation("recorded", ms(2));
+        response("recorded", 200);
+        response("recorded", 403);
+        response("recorded", 503);
         queue_dropped("recorded");
-        load(3, 14);
-        hsm_call(hsm.clone(), "sign", "general_error");
-        hsm_login(hsm.clone());
-        hsm_key_search(hsm.clone());
-        hsm_sessions_open(hsm, 7);
-        let page = handle.render(&[]);
-        assert_eq!(value(&page, "claviger_releases_total{outcome=\"recorded\",api=\"v1.0\"}"), 2.0);
-        assert_eq!(value(&page, "claviger_attestations_total{outcome=\"recorded\"}"), 1.0);
-        assert_eq!(value(&page, "claviger_queue_dropped_total{reason=\"recorded\"}"), 1.0);
-        assert_eq!(value(&page, "claviger_releases_running"), 3.0);
-        assert_eq!(value(&page, "claviger_queue_waiting"), 14.0);
-        assert_eq!(value(&page, "claviger_hsm_calls_total{hsm=\"recorded\",op=\"sign\",rv=\"general_error\"}"), 1.0);
-        assert_eq!(value(&page, "claviger_hsm_logins_total{hsm=\"recorded\"}"), 1.0);
-        assert_eq!(value(&page, "claviger_hsm_key_searches_total{hsm=\"recorded\"}"), 1.0);
-        assert_eq!(value(&page, "claviger_hsm_sessions_open{hsm=\"recorded\"}"), 7.0);
-        // Other tests of this process move these two: they are only sure to be there.
-        let before = value(&page, "claviger_audit_errors_total");
+        for event in [
+            Event::Call { op: "sign", rv: "busy", took: ms(4) },
+            Event::Answered { op: "sign", took: ms(40) },
+            Event::Batch { jobs: 16 },
+            Event::FailedOver { to: "second" },
+            Event::Login,
+            Event::KeySearch,
+            Event::Closed,
+            Event::Retry,
+            Event::Stuck,
+            Event::WrongAnswer,
+            Event::ModuleRenewed,
+            Event::SessionOpened,
+            Event::SessionClosed,
+        ] {
+            hsm("recorded", event);
+        }
+        audit_written(ms(1));
+        let page = handle.render(&Readings::default());
+        let value = |series: &str| value(&page, series);
+        assert_eq!(value("claviger_releases_total{outcome=\"recorded\",api=\"v1.0\"}"), 2.0);
+        assert_eq!(value("claviger_key_releases_total{certificate=\"recorded\"}"), 1.0, "of a refusal no key is used");
+        // Other tests of this process release nothing.
+        assert_eq!(value("claviger_release_duration_seconds_bucket{class=\"success\",le=\"0.5\"}"), 1.0);
+        assert_eq!(value("claviger_release_duration_seconds_bucket{class=\"success\",le=\"0.25\"}"), 0.0);
+        for (part, sum) in [("queue", 0.1), ("hsm", 0.3), ("own", 0.101)] {
+            let found = value(&format!("claviger_release_part_duration_seconds_sum{{part=\"{part}\"}}"));
+            // Of other tests' releases, which take no time to speak of.
+            assert!(found - sum > -1e-9 && found - sum < 0.05, "{part}: {found}");
+        }
+        assert_eq!(value("claviger_batch_items_sum"), 7.0);
+        assert_eq!(value("claviger_attestations_total{outcome=\"recorded\"}"), 1.0);
+        assert!(value("claviger_attestation_duration_seconds_count") >= 1.0);
+        for code in ["2xx", "4xx", "5xx"] {
+            let series = format!("claviger_http_responses_total{{resource=\"recorded\",code=\"{code}\"}}");
+            assert_eq!(value(&series), 1.0);
+        }
+        assert_eq!(value("claviger_queue_dropped_total{reason=\"recorded\"}"), 1.0);
+        assert_eq!(value("claviger_hsm_calls_total{hsm=\"recorded\",op=\"sign\",rv=\"busy\"}"), 1.0);
+        assert_eq!(value("claviger_hsm_service_time_seconds_sum{hsm=\"recorded\",op=\"sign\"}"), 0.004);
+        assert_eq!(value("claviger_hsm_response_time_seconds_sum{hsm=\"recorded\",op=\"sign\"}"), 0.04);
+        assert_eq!(value("claviger_hsm_batch_jobs_sum{hsm=\"recorded\"}"), 16.0);
+        assert_eq!(value("claviger_hsm_failovers_total{hsm=\"recorded\",to=\"second\"}"), 1.0);
+        for name in [
+            "logins_total",
+            "key_searches_total",
+            "closings_total",
+            "retries_total",
+            "stuck_calls_total",
+            "wrong_answers_total",
+            "modules_renewed_total",
+        ] {
+            assert_eq!(value(&format!("claviger_hsm_{name}{{hsm=\"recorded\"}}")), 1.0, "{name}");
+        }
+        assert!(value("claviger_audit_write_duration_seconds_count") >= 1.0);
+        // Other tests of this process move these: they are only sure to rise.
+        let before = value("claviger_audit_errors_total");
+        let connections = value("claviger_connections_total");
         audit_errors(2);
-        assert!(value(&handle.render(&[]), "claviger_audit_errors_total") >= before + 2.0);
         connection_opened();
         connection_closed();
-        value(&handle.render(&[]), "claviger_connections_open");
+        let page = handle.render(&Readings::default());
+        assert!(super::tests::value(&page, "claviger_audit_errors_total") >= before + 2.0);
+        assert!(super::tests::value(&page, "claviger_connections_total") > connections);
+        super::tests::value(&page, "claviger_connections_open");
     }
 }

@@ -70,9 +70,15 @@ pub struct Usage {
     pub resident: u64,
     /// Threads.
     pub threads: u64,
+    /// Files that are open.
+    pub open_files: u64,
+    /// Files that may be open; infinite without a limit.
+    pub max_files: f64,
+    /// When it started, in seconds since 1970.
+    pub started: f64,
 }
 
-/// Looks at it: clock_gettime(2), and proc_pid_status(5) for the rest, which stays 0 where the system does not tell.
+/// Looks at it: clock_gettime(2), getrlimit(2), and proc(5) for the rest, which stays 0 where the system does not tell.
 #[must_use]
 pub fn usage() -> Usage {
     let cpu = clock_gettime(ClockId::ProcessCPUTime).try_into().unwrap_or_default();
@@ -81,7 +87,25 @@ pub fn usage() -> Usage {
         let value = status.lines().find_map(|line| line.strip_prefix(name))?;
         value.split_whitespace().next()?.parse::<u64>().ok()
     };
-    Usage { cpu, resident: field("VmRSS:").unwrap_or(0) * 1024, threads: field("Threads:").unwrap_or(0) }
+    Usage {
+        cpu,
+        resident: field("VmRSS:").unwrap_or(0) * 1024,
+        threads: field("Threads:").unwrap_or(0),
+        open_files: std::fs::read_dir("/proc/self/fd").map_or(0, |files| files.count() as u64),
+        max_files: getrlimit(Resource::Nofile).current.map_or(f64::INFINITY, |most| most as f64),
+        started: started().unwrap_or_default(),
+    }
+}
+
+/// When this process started, in seconds since 1970: proc_pid_stat(5), field 22, counts ticks since the machine did.
+fn started() -> Option<f64> {
+    let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
+    // The program's name is in parentheses and may have anything in it.
+    let (_, after_name) = stat.rsplit_once(") ")?;
+    let ticks: f64 = after_name.split(' ').nth(19)?.parse().ok()?;
+    let boot = std::fs::read_to_string("/proc/stat").ok()?;
+    let boot: f64 = boot.lines().find_map(|line| line.strip_prefix("btime "))?.parse().ok()?;
+    Some(boot + ticks / rustix::param::clock_ticks_per_second() as f64)
 }
 
 /// A future that ends, with the signal's name, when the process is told to stop by `SIGTERM` or `SIGINT`.

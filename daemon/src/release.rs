@@ -54,7 +54,10 @@ pub async fn roll(
     let host = healthy_host(service, &request.health_certificate, attempt)?;
 
     // Its host is within its rate, and it is its turn. It is until this function ends.
-    let _permit = service.admission.admit(&host.host_name, attempt).await?;
+    let asked = Instant::now();
+    let admitted = service.admission.admit(&host.host_name, attempt).await;
+    attempt.waited_for_turn(asked);
+    let _permit = admitted?;
 
     roll_protector(service, api, &host, request.algorithms, &request.ingress_protector, attempt).await
 }
@@ -92,6 +95,7 @@ pub async fn roll_protector(
     let ours = Ours::find(&verified, &keys)?;
     ours.may_serve(service, host)?;
     attempt.keys = vec![ours.decryption_key.id.clone(), ours.signing_key.id.clone()];
+    attempt.certificate_used = Some(ours.decryption_key.certificate.clone());
 
     // 7. In an HSM: decrypt the ingress key.
     let decrypted = service.cluster.decrypt(
@@ -119,7 +123,9 @@ pub async fn roll_protector(
     };
 
     // In this order: the decryption is under way while the egress protector is written.
+    let asked = Instant::now();
     let (ingress, egress) = tokio::join!(decrypted, signed);
+    attempt.waited_for_hsms(asked);
     let charge = |operations| attempt.host.iter().for_each(|host| service.admission.charge(host, operations));
     // What was decrypted for a protector that cannot be written is to be paid for, too.
     let (egress, unsigned, signed) = egress.inspect_err(|_: &Refusal| charge(OPINIONS - 1))?;
@@ -133,9 +139,9 @@ pub async fn roll_protector(
             charge(OPINIONS - 1);
             return Err(refuse_on_the_grid(attempt.started()).await);
         }
-        Err(error) => return Err(unavailable(&error, "decrypt", &attempt.request)),
+        Err(error) => return Err(unavailable(&error, "decrypt")),
     };
-    let signed = signed.map_err(|error| unavailable(&error, "sign", &attempt.request))?;
+    let signed = signed.map_err(|error| unavailable(&error, "sign"))?;
     attempt.used(&signed.member);
     let egress_protector = unsigned.finish(ours.wrapping_id, SignatureAlgorithm::DEFAULT, signed.value)?;
 
@@ -263,10 +269,10 @@ async fn refuse_on_the_grid(started: Instant) -> Refusal {
 }
 
 /// 503: the fault is on this side, and a second try may well succeed.
-fn unavailable(error: &HsmError, operation: &str, request: &str) -> Refusal {
+fn unavailable(error: &HsmError, operation: &str) -> Refusal {
     static SAID: Throttle = Throttle::new();
     if let Some(unsaid) = SAID.due(Instant::now()) {
-        tracing::warn!(%error, operation, request, unsaid, "no HSM served a release");
+        tracing::warn!(%error, operation, unsaid, "no HSM served a release");
     }
     Refusal::new(Code::ServiceUnavailable, "no HSM can serve the request now; try again")
 }

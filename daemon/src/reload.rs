@@ -58,7 +58,7 @@ async fn reload(file: &Path, service: &Arc<Service>, tls: Option<&SharedTls>) ->
     // From here on every part stands for itself: what fails stays as it is, and is said.
     let mut next = Config::clone(&service.config.load());
     if let (Some(shared), Some(fresh)) = (tls, fresh) {
-        shared.store(fresh);
+        shared.store(Arc::new(fresh));
         next.server.tls.clone_from(&config.server.tls);
     }
     next.release.deadline_ms = config.release.deadline_ms;
@@ -96,11 +96,7 @@ async fn members(config: &Config, next: &mut Config, service: &Arc<Service>) {
             let (taken_in, of, queue, batch) = (service.clone(), hsm.clone(), member_queue(next), next.release.batch);
             let added = tokio::task::spawn_blocking(move || {
                 let config = member(&of, queue, batch).map_err(|error| error.to_string())?;
-                metrics::preregister(&metrics::Known {
-                    members: &[&of.name],
-                    operations: &["decrypt", "sign"],
-                    ..metrics::Known::default()
-                });
+                metrics::preregister(&metrics::Known { members: &[&of.name], ..metrics::Known::default() });
                 taken_in.cluster.add(config).map_err(|error| error.to_string())
             });
             match added.await.unwrap_or_else(|error| Err(error.to_string())) {

@@ -1,4 +1,4 @@
-//! URL → handler, errors → status: the protocol's resources in one table, and the metrics listener's in another.
+//! URL → handler, errors → status: the protocol's resources in one table.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -15,12 +15,12 @@ use hyper::body::{Body, Incoming};
 use hyper::header::{ALLOW, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, RETRY_AFTER};
 use hyper::{Method, Request, Response, StatusCode};
 use tokio::sync::SemaphorePermit;
+use tracing::{Instrument, error_span};
 
 use crate::attempt::{Attempt, Caller};
 use crate::attest::host_key;
 use crate::batch;
-use crate::metrics;
-use crate::ready::Readiness;
+use crate::metrics::{self, Class};
 use crate::release;
 use crate::server::{BodyError, read_body};
 use crate::service::{Service, request_id, unix_now};
@@ -34,7 +34,6 @@ const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 const XML: &str = "application/xml; charset=utf-8";
 const JSON: &str = "application/json; charset=utf-8";
-const TEXT: &str = "text/plain; charset=utf-8";
 const PKCS7: &str = "application/x-pkcs7-certificates";
 
 /// What a resource does.
@@ -51,7 +50,7 @@ enum Endpoint {
 }
 
 /// Every resource, in lower case: paths are matched without regard to case.
-const RESOURCES: [(&str, Method, Endpoint); 10] = [
+static RESOURCES: [(&str, Method, Endpoint); 10] = [
     ("/keyprotection/service/v1.0/rolltransportkey", Method::POST, Endpoint::Roll(ApiVersion::V1)),
     ("/keyprotection/service/v2.0/rolltransportkey", Method::POST, Endpoint::Roll(ApiVersion::V2)),
     ("/keyprotection/service/v2.0/rolltransportkeys", Method::POST, Endpoint::RollBatch),
@@ -63,6 +62,38 @@ const RESOURCES: [(&str, Method, Endpoint); 10] = [
     ("/attestation/getinfo", Method::GET, Endpoint::GetInfo),
     ("/attestation/v2.0/signingcertificates", Method::GET, Endpoint::SigningCertificates),
 ];
+
+impl Endpoint {
+    /// What it is called in the metrics.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Roll(ApiVersion::V1) => "release_v1",
+            Self::Roll(ApiVersion::V2) => "release_v2",
+            Self::RollBatch => "release_batch",
+            Self::Metadata => "metadata",
+            Self::HostKeyAttest | Self::OtherMode => "attest",
+            Self::GetInfo => "info",
+            Self::SigningCertificates => "signing_certificates",
+        }
+    }
+
+    /// The one that a path names, in lower case.
+    fn of(path: &str) -> Option<&'static (&'static str, Method, Self)> {
+        RESOURCES.iter().find(|(known, ..)| *known == path)
+    }
+}
+
+/// What a path is called in the metrics that names no resource.
+const NO_RESOURCE: &str = "none";
+
+/// What everything is called that can be asked for.
+#[must_use]
+pub fn resources() -> Vec<&'static str> {
+    let mut names: Vec<_> = RESOURCES.iter().map(|(.., endpoint)| endpoint.name()).chain([NO_RESOURCE]).collect();
+    names.sort_unstable();
+    names.dedup();
+    names
+}
 
 /// The two families of resources; each has its own form of errors.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -97,17 +128,17 @@ impl Family {
 }
 
 /// What a handler gives back.
-struct Answer {
-    status: u16,
-    media_type: &'static str,
-    body: Bytes,
-    allow: Option<Method>,
+pub(crate) struct Answer {
+    pub(crate) status: u16,
+    pub(crate) media_type: &'static str,
+    pub(crate) body: Bytes,
+    pub(crate) allow: Option<Method>,
     /// Seconds, for 429 and 503.
-    retry_after: u16,
+    pub(crate) retry_after: u16,
 }
 
 impl Answer {
-    fn ok(media_type: &'static str, body: impl Into<Bytes>) -> Self {
+    pub(crate) fn ok(media_type: &'static str, body: impl Into<Bytes>) -> Self {
         Self { status: 200, media_type, body: body.into(), allow: None, retry_after: RETRY_AFTER_SECONDS }
     }
 
@@ -127,7 +158,7 @@ impl Answer {
         Self { status: reply.status(), ..Self::ok(JSON, reply.to_json(message)) }
     }
 
-    fn into_response(self, request: &str) -> Response<Full<Bytes>> {
+    pub(crate) fn into_response(self, request: &str) -> Response<Full<Bytes>> {
         let mut response = Response::new(Full::new(self.body));
         *response.status_mut() = StatusCode::from_u16(self.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
         let headers = response.headers_mut();
@@ -153,22 +184,24 @@ pub async fn serve(service: Arc<Service>, request: Request<Incoming>) -> Result<
     let id = request_id();
     let path = request.uri().path().to_ascii_lowercase();
     let (caller, _present) = Caller::new();
-    let work = tokio::spawn(answer(service.clone(), request, id.clone(), caller));
+    // What is logged of the request has its id, wherever it is logged.
+    let span = error_span!("request", request = id);
+    let work = tokio::spawn(answer(service.clone(), request, id.clone(), caller).instrument(span.clone()));
     let answer = match work.await {
         Ok(answer) => answer,
         Err(error) => {
-            tracing::error!(request = id, %error, "a request failed");
+            span.in_scope(|| tracing::error!(%error, "a request failed"));
             failed(&service, &path, id.clone()).await
         }
     };
+    metrics::response(Endpoint::of(&path).map_or(NO_RESOURCE, |(.., endpoint)| endpoint.name()), answer.status);
     Ok(answer.into_response(&id))
 }
 
 /// The answer to a request whose task panicked: 500, recorded and counted like any other decision.
 async fn failed(service: &Service, path: &str, id: String) -> Answer {
     let refusal = Refusal::internal();
-    let endpoint = RESOURCES.iter().find(|(known, ..)| *known == path).map(|(.., endpoint)| *endpoint);
-    match endpoint {
+    match Endpoint::of(path).map(|(.., endpoint)| *endpoint) {
         Some(Endpoint::Roll(api)) => Answer::release(decide(service, api, &Attempt::new(id), Err(refusal)).await),
         Some(Endpoint::RollBatch) => {
             Answer::release(decide(service, ApiVersion::V2, &Attempt::new(id), Err(refusal)).await)
@@ -184,7 +217,7 @@ async fn failed(service: &Service, path: &str, id: String) -> Answer {
 async fn answer(service: Arc<Service>, request: Request<Incoming>, id: String, caller: Caller) -> Answer {
     let path = request.uri().path().to_ascii_lowercase();
     let family = Family::of(&path);
-    let Some((_, method, endpoint)) = RESOURCES.iter().find(|(known, ..)| *known == path) else {
+    let Some((_, method, endpoint)) = Endpoint::of(&path) else {
         return family.error(Code::NotFound, "there is no such resource");
     };
     // HEAD is GET without the body, which hyper leaves out.
@@ -279,7 +312,14 @@ pub(crate) async fn decide(
     if decided.is_ok() {
         service.usage.released(attempt.host.as_deref(), &attempt.keys, unix_now());
     }
-    metrics::release(outcome(&decided), api.as_str());
+    let class = match &decided {
+        Ok(_) => Class::Success,
+        Err(refusal) if refusal.code.status() < 500 => Class::Refused,
+        Err(_) => Class::Failed,
+    };
+    let spent = attempt.spent();
+    service.history.released(class, spent.total);
+    metrics::release(outcome(&decided), api.as_str(), class, spent, attempt.certificate_used.clone());
     decided
 }
 
@@ -310,7 +350,7 @@ async fn finish_attestation(service: &Service, attempt: &Attempt, result: Result
         }
         Err((reply, message)) => (outcome, Answer::attestation_error(&reply, &message)),
     };
-    metrics::attestation(outcome);
+    metrics::attestation(outcome, attempt.spent().total);
     answer
 }
 
@@ -365,36 +405,6 @@ fn acceptable(headers: &HeaderMap, media_types: &[&str]) -> Result<(), String> {
         }
     }
     Ok(())
-}
-
-/// Answers one request to the metrics address: `/metrics`, `/live`, `/ready`.
-pub async fn serve_metrics(
-    service: Arc<Service>,
-    readiness: Arc<Readiness>,
-    handle: metrics::Handle,
-    request: Request<Incoming>,
-) -> Result<Response<Full<Bytes>>, Infallible> {
-    let plain = |status, text: String| Answer { status, ..Answer::ok(TEXT, text) };
-    let answer = match (request.method(), request.uri().path()) {
-        (&Method::GET | &Method::HEAD, "/metrics") => {
-            let members = service.cluster.members();
-            for member in &members {
-                metrics::hsm_sessions_open(member.name.clone(), member.sessions_open);
-            }
-            let spent: Vec<_> = members.into_iter().map(|member| (member.name, member.spent)).collect();
-            let load = service.admission.load();
-            metrics::load(load.running, load.waiting);
-            Answer::ok(metrics::CONTENT_TYPE, handle.render(&spent))
-        }
-        (&Method::GET | &Method::HEAD, "/live") => plain(200, "live\n".to_owned()),
-        (&Method::GET | &Method::HEAD, "/ready") => match readiness.check(&service).await {
-            Ok(member) => plain(200, format!("ready: {member} decrypts and signs\n")),
-            Err(why) => plain(503, format!("not ready: {why}\n")),
-        },
-        (&Method::GET | &Method::HEAD, _) => plain(404, "there are /metrics, /live and /ready\n".to_owned()),
-        _ => Answer { allow: Some(Method::GET), ..plain(405, "only GET\n".to_owned()) },
-    };
-    Ok(answer.into_response(&request_id()))
 }
 
 #[cfg(test)]

@@ -34,7 +34,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::time::Instant;
 
 pub use self::body::{BodyError, read_body};
-pub use self::tls::{SharedTls, TlsError, certificates, tls_config};
+pub use self::tls::{ServerTls, SharedTls, TlsError, certificates, tls_config};
 
 /// Most connections that the kernel holds for us before we accept them; it may itself allow fewer (`somaxconn`).
 const BACKLOG: u32 = 4096;

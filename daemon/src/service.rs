@@ -5,11 +5,12 @@
 
 use std::collections::HashMap;
 use std::path::Path;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwap;
-use claviger_hsm::{Check, Cluster, Done, Event, Hash, HsmError, KeyId, Observer, SignScheme};
+use claviger_hsm::{Check, Cluster, Done, Hash, HsmError, KeyId, Observer, SignScheme};
 use claviger_protocol::certificate::Certificate;
 use claviger_protocol::rsa_key::RsaPublicKey;
 use claviger_protocol::verify::KnownCertificates;
@@ -23,6 +24,7 @@ use crate::audit::{Audit, Entry};
 use crate::config::Config;
 use crate::keys::Keys;
 use crate::metrics;
+use crate::monitor::history::History;
 use crate::state::{Host, State, StateError};
 use crate::usage::Usage;
 
@@ -60,6 +62,10 @@ pub struct Service {
     pub signers: ArcSwap<Signers>,
     /// How much keys are used, and when hosts were last served.
     pub usage: Usage,
+    /// The last hour, for the status page.
+    pub history: History,
+    /// Whether the state could not be read when it was last looked at.
+    pub state_stale: AtomicBool,
     /// Wakes who looks after the attestation signer: a signature found its key nowhere.
     pub signer_missing: Notify,
     state: Mutex<State>,
@@ -80,6 +86,12 @@ impl Hosts {
             all.by_spki.insert(host.spki.clone(), host);
         }
         all
+    }
+
+    /// How many are enabled.
+    #[must_use]
+    pub fn enabled(&self) -> usize {
+        self.by_name.values().filter(|host| host.enabled).count()
     }
 
     /// The host whose key has this SubjectPublicKeyInfo, if it is enabled.
@@ -150,6 +162,8 @@ impl Service {
             keys: ArcSwap::default(),
             hosts: ArcSwap::default(),
             signers: ArcSwap::default(),
+            history: History::default(),
+            state_stale: AtomicBool::new(false),
             signer_missing: Notify::new(),
             usage,
             state: Mutex::new(state),
@@ -206,6 +220,7 @@ impl Service {
         if !self.keys.load().are_of(&certificates) {
             let keys = Keys::new(certificates)?;
             self.cluster.know(keys.known_good());
+            keys.decryption_keys().for_each(|held| metrics::preregister_key(held.certificate.clone()));
             self.keys.store(Arc::new(keys));
         }
         broken.map_or(Ok(()), |error| Err(error.into()))
@@ -276,17 +291,7 @@ pub fn signed_by(public: &RsaPublicKey, digest: digest::Digest) -> Check {
 /// Counts what happens at the tokens.
 #[must_use]
 pub fn observer() -> Observer {
-    Arc::new(|member, event| match event {
-        Event::Login => metrics::hsm_login(member.to_owned()),
-        Event::KeySearch => metrics::hsm_key_search(member.to_owned()),
-        Event::Call { op, rv, .. } => metrics::hsm_call(member.to_owned(), op, rv.to_owned()),
-        Event::Closed => metrics::hsm_closed(member.to_owned()),
-        Event::Retry => metrics::hsm_retry(member.to_owned()),
-        Event::Stuck => metrics::hsm_stuck_call(member.to_owned()),
-        Event::ModuleRenewed => metrics::hsm_module_renewed(member.to_owned()),
-        // The number of sessions is read from the cluster when somebody asks for the metrics.
-        Event::SessionOpened | Event::SessionClosed => {}
-    })
+    Arc::new(metrics::hsm)
 }
 
 /// Seconds since 1970.

@@ -267,11 +267,9 @@ impl Cluster {
     pub fn drain(&self, member: &str, drain: bool) -> Result<MemberStatus, HsmError> {
         let entry = self.entry(member)?;
         if entry.member.shared.health().drain(drain, Instant::now()) {
-            tracing::info!(
-                member,
-                "{}",
-                if drain { "member is drained on request" } else { "member is resumed on request" }
-            );
+            let state = entry.member.status().state;
+            let what = if drain { "member is drained on request" } else { "member is resumed on request" };
+            tracing::info!(member, %state, "{what}");
         }
         Ok(entry.member.status())
     }
@@ -418,6 +416,8 @@ impl Cluster {
         // The members that found the input wrong and were not to blame themselves.
         let mut refusals: Vec<Refusal> = Vec::new();
         let mut failed: Option<HsmError> = None;
+        // The member that failed last.
+        let mut failing: Option<usize> = None;
         let mut retries = 0;
         self.budget().deposit(Instant::now());
         loop {
@@ -447,11 +447,15 @@ impl Cluster {
                     for refusal in refusals {
                         members[refusal.index].member.shared.contradicted(refusal.wrong, refusal.generation);
                     }
+                    if let Some(failing) = failing.filter(|failing| *failing != index) {
+                        members[failing].member.shared.observe(Event::FailedOver { to: &entry.name });
+                    }
                     return Ok(Done { value, member: Arc::clone(&entry.name), retries });
                 }
                 Outcome::Ran(Err(error)) => error,
                 Outcome::NotRun(error) => {
                     failed = failed.or(Some(error));
+                    failing = Some(index);
                     continue;
                 }
             };
@@ -480,6 +484,7 @@ impl Cluster {
             }
             retries += 1;
             entry.member.shared.observe(Event::Retry);
+            failing = Some(index);
             failed = Some(error);
         }
     }

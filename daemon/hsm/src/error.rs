@@ -8,6 +8,11 @@ use cryptoki::error::{Error, RvError};
 use crate::fault::{BROKEN, Fate, Fault, Whose};
 use crate::keys::KeyId;
 
+/// What a return code comes to, in a word for labels: `ok`; `refused`, the input is at fault, or may be; `unable`, this key
+/// or token is not made for it; `stale`, a session or handle is to be renewed; `busy`, the token has no room now; `pin`, it
+/// refuses the PIN; `broken`, the device is ill or away; `hung`, no answer in time; `wrong`, the answer is not right.
+pub const RV_CLASSES: [&str; 9] = ["ok", "refused", "unable", "stale", "busy", "pin", "broken", "hung", "wrong"];
+
 /// Why an operation has no result.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum HsmError {
@@ -106,20 +111,18 @@ impl HsmError {
         matches!(self, HsmError::NoSuchKey(_)) || (fault.whose == Whose::Member && fault.fate != Fate::Keep)
     }
 
-    /// `device_error` for CKR_DEVICE_ERROR; a word of our own for what is not a return code.
-    pub(crate) fn metric_name(&self) -> String {
-        match self {
-            HsmError::Pkcs11 { rv, .. } => rv.trim_start_matches("CKR_").to_ascii_lowercase(),
-            HsmError::Refused { .. } => "refused".to_owned(),
-            HsmError::WrongAnswer => "wrong_answer".to_owned(),
-            HsmError::Hung { .. } => "hung".to_owned(),
-            HsmError::NoSuchKey(_) => "no_such_key".to_owned(),
-            HsmError::KeyExists(_) => "key_exists".to_owned(),
-            HsmError::NoMember(_) => "no_member".to_owned(),
-            HsmError::Deadline => "deadline".to_owned(),
-            HsmError::QueueFull => "queue_full".to_owned(),
-            HsmError::Module { .. } => "module".to_owned(),
-            HsmError::Token { .. } => "token".to_owned(),
+    /// The class of what happened, one of [`RV_CLASSES`]: what follows from a return code, in a word.
+    pub(crate) fn class(&self) -> &'static str {
+        let Fault { whose, fate, .. } = self.fault();
+        match (self, whose, fate) {
+            (HsmError::WrongAnswer, ..) => "wrong",
+            (HsmError::Hung { .. }, ..) => "hung",
+            (HsmError::Pkcs11 { rv, .. }, ..) if rv.starts_with("CKR_PIN_") => "pin",
+            (_, Whose::Caller | Whose::Unclear, _) => "refused",
+            (_, Whose::Nobody, _) => "unable",
+            (_, Whose::Member, Fate::Renew) => "stale",
+            (_, Whose::Member, Fate::Keep) => "busy",
+            (_, Whose::Member, Fate::End) => "broken",
         }
     }
 
@@ -205,7 +208,7 @@ mod tests {
         }
         let error = HsmError::new("C_Sign", RvError::DeviceError);
         assert_eq!(error.to_string(), "C_Sign: CKR_DEVICE_ERROR");
-        assert_eq!(error.metric_name(), "device_error");
+        assert_eq!(error.class(), "broken");
         assert!(error.is_code(RvError::DeviceError));
     }
 }

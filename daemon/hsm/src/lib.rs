@@ -49,7 +49,7 @@ pub use cluster::{Cluster, Done, LastError, MemberState, MemberStatus, OPINIONS}
 #[cfg(feature = "tokens")]
 pub use config::{MemberConfig, Patience, Pin, TokenRef};
 #[cfg(feature = "tokens")]
-pub use error::HsmError;
+pub use error::{HsmError, RV_CLASSES};
 #[cfg(feature = "tokens")]
 pub use fault::{Fate, Fault, Whose};
 #[cfg(feature = "tokens")]
@@ -62,6 +62,7 @@ pub use module::init_token;
 pub use request::{Check, KnownGood};
 
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Something that happened at a token, for counters and histograms.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -80,6 +81,13 @@ pub enum Event<'a> {
     Stuck,
     /// An operation that failed here was taken to another member, out of the retry budget.
     Retry,
+    /// Another member did what had failed here, or had been sent away.
+    FailedOver {
+        /// That member.
+        to: &'a str,
+    },
+    /// A plaintext or a signature was wrong, and the member is to blame.
+    WrongAnswer,
     /// The member's module was finalised and initialised again.
     ModuleRenewed,
     /// A call came back.
@@ -87,10 +95,22 @@ pub enum Event<'a> {
         /// What was asked for: `decrypt`, `sign`, `random`, `keys`, `public_key`, `generate`, `import`, `probe`, or `open`
         /// for a session.
         op: &'static str,
-        /// `ok`, or the return code without its prefix in lower case: `device_error`.
-        rv: &'a str,
+        /// One of [`RV_CLASSES`].
+        rv: &'static str,
         /// How long the token took, without any time spent in queues.
-        seconds: f64,
+        took: Duration,
+    },
+    /// A session has worked off what was asked for, well or not.
+    Answered {
+        /// As in `Call`.
+        op: &'static str,
+        /// How long that took since it was submitted to the member, with all queueing.
+        took: Duration,
+    },
+    /// A session took jobs from its member's queue.
+    Batch {
+        /// How many at once.
+        jobs: usize,
     },
 }
 

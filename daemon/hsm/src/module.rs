@@ -18,7 +18,7 @@ use cryptoki::mechanism::Mechanism;
 use cryptoki::object::ObjectHandle;
 use cryptoki::session::{Session, UserType};
 use cryptoki::slot::Slot;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 use zeroize::Zeroizing;
 
 use crate::config::{Pin, TokenRef};
@@ -63,6 +63,8 @@ pub(crate) struct Module {
     ours: AtomicBool,
     /// Somebody finalised it behind our back.
     lost: AtomicBool,
+    /// Whether it was said that it cannot be finalised.
+    complained: AtomicBool,
     /// Held by every thread that may be in a call; for writing by who finalises.
     gate: RwLock<()>,
 }
@@ -165,9 +167,15 @@ impl Module {
         let _turn = Turn::take();
         registry().reapply(&self.path, &self.env)?;
         match self.pkcs11.clone().finalize() {
-            Ok(()) | Err(Error::Pkcs11(RvError::CryptokiNotInitialized, _)) => {}
+            Ok(()) | Err(Error::Pkcs11(RvError::CryptokiNotInitialized, _)) => {
+                self.complained.store(false, Ordering::Relaxed);
+            }
             // Some modules that lost their device cannot even say goodbye. Initialising tells whether that matters.
-            Err(error) => warn!(module = %self.path.display(), error = %HsmError::from(error), "module not finalised"),
+            Err(error) => {
+                if !self.complained.swap(true, Ordering::Relaxed) {
+                    warn!(module = %self.path.display(), error = %HsmError::from(error), "module not finalised");
+                }
+            }
         }
         self.initialize()?;
         Ok(true)
@@ -190,6 +198,7 @@ impl Module {
             direct,
             ours: AtomicBool::new(false),
             lost: AtomicBool::new(false),
+            complained: AtomicBool::new(false),
             gate: RwLock::new(()),
         })
     }
@@ -203,6 +212,9 @@ impl Module {
             // Whoever wants to call the module meanwhile hangs with it.
             let alone = module.gate.write();
             let result = module.initialize();
+            if let Ok(true) = result {
+                info!(module = %module.path.display(), "module initialised");
+            }
             drop(alone);
             let _ = tell.send(result);
         });
@@ -220,7 +232,7 @@ impl Module {
             Ok(()) => {
                 self.ours.store(true, Ordering::Relaxed);
                 self.lost.store(false, Ordering::Release);
-                info!(module = %self.path.display(), "module initialised");
+                debug!(module = %self.path.display(), "module initialised");
                 Ok(true)
             }
             Err(Error::Pkcs11(RvError::CryptokiAlreadyInitialized, _)) => Ok(false),

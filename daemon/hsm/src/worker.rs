@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use crossbeam::channel::{self, Receiver, Sender, TrySendError};
 use tokio::sync::oneshot;
 
+use crate::Event;
 use crate::cluster::member::Lease;
 use crate::cluster::shared::{InFlight, Shared};
 use crate::error::HsmError;
@@ -278,6 +279,7 @@ fn serve<'a>(
                 Err(error) => error.fault().fate != Fate::Keep,
             };
             let ended = ended || session.is_none();
+            shared.observe(Event::Answered { op: request.op(), took: submitted.elapsed() });
             shared.done(&request, result.as_ref().map(drop), submitted, generation);
             if ended || generation != shared.generation() || desk.lock().given_up {
                 // Closed before anybody hears of it, so that a token that counts sessions has room for the next.

@@ -92,6 +92,14 @@ impl<T> Queue<T> {
         self.concurrency = concurrency.max(1);
     }
 
+    pub(super) fn concurrency(&self) -> usize {
+        self.concurrency
+    }
+
+    pub(super) fn limit(&self) -> usize {
+        self.limit
+    }
+
     pub(super) fn running(&self) -> usize {
         self.running
     }

@@ -42,15 +42,18 @@ pub async fn attest(service: &Service, body: &[u8], attempt: &mut Attempt) -> Re
             unix_now(),
         );
         let to_be_signed = issued.map_err(|error| {
-            tracing::error!(%error, host = host.name, request = attempt.request, "a health certificate cannot be built");
-            (ErrorReply::Error { status: 500 }, "the service failed to process the request; its log says why".to_owned())
+            tracing::error!(%error, host = host.name, "a health certificate cannot be built");
+            (
+                ErrorReply::Error { status: 500 },
+                "the service failed to process the request; its log says why".to_owned(),
+            )
         })?;
         let signed = service.sign(&signer.id, signer.certificate.key(), to_be_signed.octets(), deadline).await;
         let signed = signed.map_err(|error| {
             if matches!(error, HsmError::NoSuchKey(_)) {
                 service.signer_missing.notify_one();
             }
-            tracing::warn!(%error, request = attempt.request, "no HSM signed a health certificate");
+            tracing::warn!(%error, "no HSM signed a health certificate");
             unavailable()
         })?;
         attempt.used(&signed.member);

@@ -99,7 +99,7 @@ where
             }
             return;
         };
-        let acceptor = TlsAcceptor::from(tls.load_full());
+        let acceptor = TlsAcceptor::from(Arc::clone(&tls.load().config));
         let activity = Activity::new(Some(false));
         let (stream, returned) = Watched::new(stream, activity.clone());
         let mut stop = phase.clone();

@@ -41,7 +41,7 @@ struct Running {
 }
 
 impl Running {
-    fn start(limits: Limits, tls: Option<Arc<rustls::ServerConfig>>) -> Self {
+    fn start(limits: Limits, tls: Option<ServerTls>) -> Self {
         let listener = Listener::bind(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
         let address = listener.local_addr();
         let (stop, stopped) = oneshot::channel();
@@ -50,7 +50,7 @@ impl Running {
         };
         let run = tokio::spawn(run(
             listener,
-            tls.map(|tls| Arc::new(ArcSwap::new(tls))),
+            tls.map(|tls| Arc::new(ArcSwap::from_pointee(tls))),
             limits,
             service_fn(answer),
             shutdown,
@@ -361,7 +361,7 @@ async fn a_client_that_is_still_writing_reads_an_early_answer() {
 #[tokio::test]
 async fn an_open_connection_is_counted_only_where_asked() {
     let open = || -> f64 {
-        let page = crate::metrics::install().render(&[]);
+        let page = crate::metrics::install().render(&crate::metrics::Readings::default());
         let line = page.lines().find(|line| line.starts_with("claviger_connections_open ")).unwrap().to_owned();
         line.rsplit(' ').next().unwrap().parse().unwrap()
     };

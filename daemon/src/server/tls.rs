@@ -6,15 +6,29 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
+use data_encoding::HEXLOWER;
+use ring::digest;
 use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{RootCertStore, ServerConfig};
+use x509_parser::prelude::{FromDer, X509Certificate};
 
 use crate::config::Tls;
 
 /// What new connections are served with; it can be changed at any time.
-pub type SharedTls = Arc<ArcSwap<ServerConfig>>;
+pub type SharedTls = Arc<ArcSwap<ServerTls>>;
+
+/// What connections are encrypted with.
+#[derive(Clone, Debug)]
+pub struct ServerTls {
+    /// For rustls.
+    pub config: Arc<ServerConfig>,
+    /// The first 8 digits of the thumbprint of the server's certificate.
+    pub certificate: String,
+    /// When it ends, in seconds since 1970.
+    pub not_after: i64,
+}
 
 /// Why there is no TLS to serve with.
 #[derive(Debug, thiserror::Error)]
@@ -61,9 +75,10 @@ pub enum TlsError {
 ///
 /// # Errors
 /// [`TlsError`] names the file.
-pub fn tls_config(settings: &Tls) -> Result<Arc<ServerConfig>, TlsError> {
+pub fn tls_config(settings: &Tls) -> Result<ServerTls, TlsError> {
     let Tls { certificate, key, client_ca, client_required } = settings;
     let chain = certificates(certificate)?;
+    let (name, not_after) = leaf(certificate, &chain)?;
     let private = PrivateKeyDer::from_pem_file(key).map_err(|error| unusable(key, "private key", error))?;
     let pair = |source| TlsError::Pair { certificate: certificate.to_owned(), key: key.to_owned(), source };
     let provider = Arc::new(rustls::crypto::ring::default_provider());
@@ -86,7 +101,16 @@ pub fn tls_config(settings: &Tls) -> Result<Arc<ServerConfig>, TlsError> {
     };
     let mut config = builder.with_single_cert(chain, private).map_err(pair)?;
     config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-    Ok(Arc::new(config))
+    Ok(ServerTls { config: Arc::new(config), certificate: name, not_after })
+}
+
+/// The name in the metrics, and the end, of a chain's first certificate.
+fn leaf(path: &Path, chain: &[CertificateDer<'_>]) -> Result<(String, i64), TlsError> {
+    let fault = |problem: String| TlsError::Content { path: path.to_owned(), wanted: "certificate", problem };
+    let der = chain.first().ok_or_else(|| fault("it is empty".to_owned()))?;
+    let (_, leaf) = X509Certificate::from_der(der).map_err(|error| fault(error.to_string()))?;
+    let thumbprint = digest::digest(&digest::SHA256, der);
+    Ok((HEXLOWER.encode(thumbprint.as_ref().split_at(4).0), leaf.validity().not_after.timestamp()))
 }
 
 /// The certificates of a PEM file, at least one.

@@ -87,6 +87,7 @@ pub(crate) struct Health {
     pub(crate) latency: Latency,
     pub(crate) pin_refused: bool,
     draining: bool,
+    said_drained: bool,
     closed: bool,
     /// Since when it is what it is: up, or not.
     since: SystemTime,
@@ -97,6 +98,8 @@ pub(crate) struct Health {
     has_been_up: bool,
     /// For which `since` it was said that the module does not come back.
     said_module: Option<SystemTime>,
+    /// For which `since` the module was initialised anew.
+    renewed_for: Option<SystemTime>,
     /// When it last failed, if nothing came back since.
     doubt: Option<Instant>,
 }
@@ -112,6 +115,7 @@ impl Health {
             latency: Latency::new(FIRST_GUESS),
             pin_refused: false,
             draining: false,
+            said_drained: false,
             closed: false,
             since: SystemTime::now(),
             down_since: now,
@@ -119,6 +123,7 @@ impl Health {
             closings: 0,
             has_been_up: false,
             said_module: None,
+            renewed_for: None,
             doubt: None,
         }
     }
@@ -183,7 +188,8 @@ impl Health {
         self.since = SystemTime::now();
         self.down_since = now;
         self.closings += 1;
-        warn!(member = self.member, %error, "member is closed: it gets no calls until a probe shows that it works");
+        let state = if matches!(error, HsmError::Hung { .. }) { MemberState::Hung } else { MemberState::Down };
+        warn!(member = self.member, %state, %error, "member is closed: it gets no calls until a probe shows that it works");
     }
 
     /// Whether the caller is to probe now, and to tell how that ended.
@@ -212,22 +218,34 @@ impl Health {
                     if std::mem::replace(&mut self.has_been_up, true) {
                         info!(
                             member = self.member,
+                            state = %MemberState::Up,
                             down_ms = down.as_millis(),
                             "member is open again: its probe passed"
                         );
                     } else {
-                        info!(member = self.member, "member is up");
+                        info!(member = self.member, state = %MemberState::Up, "member is up");
                     }
                 }
             }
             Err(error) => {
                 // The first probe of all tells why a member does not come up; later ones repeat themselves.
                 if !self.has_been_up && self.last_error.is_none() {
-                    warn!(member = self.member, %error, "member does not come up; it is tried again and again");
+                    warn!(
+                        member = self.member, state = %MemberState::Down, %error,
+                        "member does not come up; it is tried again and again"
+                    );
                 }
                 self.blame(error);
                 self.breaker.probe_failed(now, fastrand::f64());
             }
+        }
+    }
+
+    /// The module is as new. The first time after the member was closed that may be all it takes, and the next probe comes soon;
+    /// when it did not help, renewal and probe keep their distance, or a device that is away would cost a processor.
+    pub(crate) fn module_renewed(&mut self, now: Instant) {
+        if self.renewed_for.replace(self.since) != Some(self.since) {
+            self.hurry(now);
         }
     }
 
@@ -245,7 +263,7 @@ impl Health {
             self.since = SystemTime::now();
             self.blame(refused);
             error!(
-                member = self.member, error = %refused,
+                member = self.member, state = %MemberState::PinRefused, error = %refused,
                 "THE TOKEN REFUSES THE PIN. It is not tried again, since tokens count and lock: the member is out until \
                  the configuration is reloaded with another one, or `claviger hsm probe` tries this one again"
             );
@@ -266,12 +284,21 @@ impl Health {
         if changed {
             self.since = SystemTime::now();
             self.hurry(now);
+            self.said_drained = false;
         }
         changed
     }
 
+    /// Says once that nothing runs any more on a member that is drained.
+    pub(crate) fn say_drained(&mut self, in_flight: usize) {
+        if self.draining && in_flight == 0 && !std::mem::replace(&mut self.said_drained, true) {
+            info!(member = self.member, state = %MemberState::Drained, "member has finished what it had");
+        }
+    }
+
     pub(crate) fn close(&mut self) {
         self.closed = true;
+        info!(member = self.member, state = %MemberState::Off, "member is let go of");
     }
 
     pub(crate) fn is_closed(&self) -> bool {

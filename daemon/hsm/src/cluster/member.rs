@@ -68,6 +68,12 @@ pub struct MemberStatus {
     pub sessions_stuck: usize,
     /// How often it was closed for a fault.
     pub closings: u64,
+    /// Operations of its token that returned.
+    pub calls: u64,
+    /// Those of them that failed by its own fault.
+    pub faults: u64,
+    /// How long its sessions were in operations that returned, together.
+    pub worked: Duration,
     /// Processor time of this process within operations of the token: its library's, all of the work where the token is
     /// software in this process.
     pub spent: Duration,
@@ -344,6 +350,7 @@ impl Member {
                 }
             }
         }
+        shared.health().say_drained(shared.in_flight.load(Ordering::Acquire));
         let unserved = !shared.waiting.1.is_empty() && shared.usable() == 0;
         if unserved && now.saturating_duration_since(*lock(&shared.progress)) >= watchdog {
             self.trip(&HsmError::Hung { op: "open" });
@@ -426,7 +433,7 @@ impl Member {
     /// The module is as new.
     pub(crate) fn module_renewed(&self) {
         self.shared.wants_module.store(false, Ordering::Release);
-        self.shared.health().hurry(Instant::now());
+        self.shared.health().module_renewed(Instant::now());
         self.shared.observe(Event::ModuleRenewed);
     }
 
@@ -481,6 +488,9 @@ impl Member {
             sessions_busy: busy.saturating_sub(stuck),
             sessions_stuck: stuck,
             closings: health.closings(),
+            calls: shared.calls.load(Ordering::Relaxed),
+            faults: shared.faults.load(Ordering::Relaxed),
+            worked: Duration::from_nanos(shared.worked.load(Ordering::Relaxed)),
             spent: Duration::from_nanos(shared.spent.load(Ordering::Relaxed)),
             last_error: health.last_error.clone(),
         }

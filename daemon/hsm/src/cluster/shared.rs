@@ -14,7 +14,7 @@ use deadpool::managed::PoolError;
 use tokio::sync::{Notify, oneshot};
 use tracing::{info, warn};
 
-use super::health::Health;
+use super::health::{Health, MemberState};
 use super::member::Patience;
 use crate::config::{MemberConfig, Pin, TokenRef};
 use crate::error::HsmError;
@@ -80,6 +80,12 @@ pub(crate) struct Shared {
     pub(super) in_flight: AtomicUsize,
     /// Processor time within operations of the token, in nanoseconds.
     pub(super) spent: AtomicU64,
+    /// Operations that returned.
+    pub(super) calls: AtomicU64,
+    /// How long they took together, in nanoseconds, without queueing.
+    pub(super) worked: AtomicU64,
+    /// Those of them whose failure the member is to blame for.
+    pub(super) faults: AtomicU64,
     pub(super) keys_made: AtomicU64,
     lacking: Mutex<HashMap<KeyId, Instant>>,
     tried_out: Mutex<bool>,
@@ -159,6 +165,9 @@ impl Shared {
             open: AtomicUsize::new(0),
             in_flight: AtomicUsize::new(0),
             spent: AtomicU64::new(0),
+            calls: AtomicU64::new(0),
+            worked: AtomicU64::new(0),
+            faults: AtomicU64::new(0),
             keys_made: AtomicU64::new(0),
             lacking: Mutex::default(),
             tried_out: Mutex::new(false),
@@ -183,11 +192,15 @@ impl Shared {
     }
 
     pub(crate) fn observe_call(&self, op: &'static str, error: Option<&HsmError>, took: Duration) {
-        let seconds = took.as_secs_f64();
-        match error {
-            None => self.observe(Event::Call { op, rv: "ok", seconds }),
-            Some(error) => self.observe(Event::Call { op, rv: &error.metric_name(), seconds }),
+        self.calls.fetch_add(1, Ordering::Relaxed);
+        self.worked.fetch_add(u64::try_from(took.as_nanos()).unwrap_or(0), Ordering::Relaxed);
+        if error.is_some_and(|error| error.fault().whose == Whose::Member) {
+            self.faults.fetch_add(1, Ordering::Relaxed);
         }
+        if error == Some(&HsmError::WrongAnswer) {
+            self.observe(Event::WrongAnswer);
+        }
+        self.observe(Event::Call { op, rv: error.map_or("ok", HsmError::class), took });
     }
 
     /// Counts processor time that a session's thread had within an operation of the token.
@@ -230,6 +243,7 @@ impl Shared {
         let jobs: Vec<Job> = self.waiting.1.try_iter().take(share).collect();
         if !jobs.is_empty() {
             *lock(&self.progress) = Instant::now();
+            self.observe(Event::Batch { jobs: jobs.len() });
         }
         jobs
     }
@@ -312,6 +326,7 @@ impl Shared {
         let now = Instant::now();
         // An error may be a busy token's; a wrong result is nothing but wrong.
         let (error, closed) = if wrong {
+            self.observe(Event::WrongAnswer);
             let error = HsmError::WrongAnswer;
             let closed = self.health().trip(&error, now);
             (error, closed)
@@ -347,7 +362,7 @@ impl Shared {
     pub(crate) fn returned(&self) {
         let before = self.stuck.fetch_sub(1, Ordering::AcqRel);
         if before == 1 {
-            info!(member = self.name, "all calls that hung have returned");
+            info!(member = self.name, state = %MemberState::Down, "all calls that hung have returned");
         }
         // What hung has passed: see at once whether the member serves again.
         self.health().hurry(Instant::now());

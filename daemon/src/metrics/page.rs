@@ -1,0 +1,129 @@
+//! What is looked at when somebody asks for the metrics, as Prometheus reads it.
+
+use std::fmt::{Display, Write};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use claviger_hsm::{MemberState, MemberStatus};
+
+use super::{
+    AUDIT_WAITING, AUDIT_WRITING, BUILD_INFO, CERTIFICATE_EXPIRY, CLOCK, HOSTS_REGISTERED, HSM_CPU, HSM_IN_FLIGHT,
+    HSM_RETRY_BUDGET, HSM_SESSIONS_BUSY, HSM_SESSIONS_OPEN, HSM_SESSIONS_STUCK, HSM_SESSIONS_WANTED, HSM_STATE,
+    HSM_WAITING, Kind, Metric, PROCESS_CPU, PROCESS_FILES, PROCESS_MAX_FILES, PROCESS_MEMORY, PROCESS_START,
+    PROCESS_THREADS, QUEUE_LIMIT, QUEUE_WAITING, RELEASES_RUNNING, RELEASES_RUNNING_LIMIT, STATE_STALE,
+};
+use crate::admission::Load;
+use crate::process::Usage;
+
+/// The content type of the page.
+pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
+
+/// How everything is at this moment.
+#[derive(Clone, Debug, Default)]
+pub struct Readings {
+    /// The members.
+    pub members: Vec<MemberStatus>,
+    /// Retries that the budget has left.
+    pub retry_budget: f64,
+    /// How much is going on.
+    pub load: Load,
+    /// How much may.
+    pub limits: Load,
+    /// Kind, short thumbprint, and end in seconds since 1970 of every certificate.
+    pub certificates: Vec<(&'static str, String, i64)>,
+    /// Hosts that are registered and enabled.
+    pub hosts: usize,
+    /// Whether the state file cannot be read.
+    pub state_stale: bool,
+    /// Audit records that wait for the disk.
+    pub audit_waiting: usize,
+    /// For how long those that are being written have been.
+    pub audit_writing: Duration,
+    /// What the process uses.
+    pub usage: Usage,
+}
+
+impl Readings {
+    /// Appends them to a page.
+    pub(super) fn write(&self, page: &mut String) {
+        let members =
+            |value: fn(&MemberStatus) -> f64| self.members.iter().map(move |m| ([("hsm", &*m.name)], value(m)));
+        write(
+            page,
+            &HSM_STATE,
+            self.members.iter().flat_map(|member| {
+                let labels = |state: MemberState| [("hsm", &*member.name), ("state", state.name())];
+                MemberState::ALL.into_iter().map(move |state| (labels(state), f64::from(member.state == state)))
+            }),
+        );
+        write(page, &HSM_IN_FLIGHT, members(|m| m.in_flight as f64));
+        write(page, &HSM_WAITING, members(|m| m.waiting as f64));
+        write(page, &HSM_SESSIONS_OPEN, members(|m| m.sessions_open as f64));
+        write(page, &HSM_SESSIONS_WANTED, members(|m| m.sessions_wanted as f64));
+        write(page, &HSM_SESSIONS_BUSY, members(|m| m.sessions_busy as f64));
+        write(page, &HSM_SESSIONS_STUCK, members(|m| m.sessions_stuck as f64));
+        write(page, &HSM_CPU, members(|m| m.spent.as_secs_f64()));
+        one(page, &HSM_RETRY_BUDGET, self.retry_budget);
+        one(page, &RELEASES_RUNNING, self.load.running as f64);
+        one(page, &RELEASES_RUNNING_LIMIT, self.limits.running as f64);
+        one(page, &QUEUE_WAITING, self.load.waiting as f64);
+        one(page, &QUEUE_LIMIT, self.limits.waiting as f64);
+        let expiry = self.certificates.iter();
+        let expiry = expiry.map(|(kind, name, end)| ([("kind", *kind), ("certificate", name.as_str())], *end as f64));
+        write(page, &CERTIFICATE_EXPIRY, expiry);
+        one(page, &HOSTS_REGISTERED, self.hosts as f64);
+        one(page, &STATE_STALE, f64::from(self.state_stale));
+        one(page, &AUDIT_WAITING, self.audit_waiting as f64);
+        one(page, &AUDIT_WRITING, self.audit_writing.as_secs_f64());
+        one(page, &CLOCK, SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64());
+        one(page, &PROCESS_CPU, self.usage.cpu.as_secs_f64());
+        one(page, &PROCESS_MEMORY, self.usage.resident as f64);
+        one(page, &PROCESS_THREADS, self.usage.threads as f64);
+        one(page, &PROCESS_FILES, self.usage.open_files as f64);
+        one(page, &PROCESS_MAX_FILES, self.usage.max_files);
+        one(page, &PROCESS_START, self.usage.started);
+        let build = [("version", env!("CARGO_PKG_VERSION")), ("commit", env!("CLAVIGER_COMMIT"))];
+        write(page, &BUILD_INFO, [(build, 1.0)]);
+    }
+}
+
+fn one(page: &mut String, metric: &Metric, value: f64) {
+    write(page, metric, [([], value)]);
+}
+
+/// One metric with its series, in the Prometheus text format.
+fn write<'a, const N: usize>(
+    page: &mut String,
+    metric: &Metric,
+    series: impl IntoIterator<Item = ([(&'a str, &'a str); N], f64)>,
+) {
+    let Metric { name, help, kind, .. } = metric;
+    let kind = if *kind == Kind::CounterReading { "counter" } else { "gauge" };
+    line(page, format_args!("# HELP {name} {help}\n# TYPE {name} {kind}"));
+    for (labels, value) in series {
+        page.push_str(name);
+        let mut before = '{';
+        for (label, value) in labels {
+            page.push(before);
+            before = ',';
+            page.push_str(label);
+            page.push_str("=\"");
+            page.push_str(&escaped(value));
+            page.push('"');
+        }
+        if N > 0 {
+            page.push('}');
+        }
+        line(page, format_args!(" {value}"));
+    }
+    page.push('\n');
+}
+
+fn line(page: &mut String, text: impl Display) {
+    // Writing to a string does not fail.
+    let _ = writeln!(page, "{text}");
+}
+
+/// A label's value as the text format wants it.
+fn escaped(value: &str) -> String {
+    value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
+}

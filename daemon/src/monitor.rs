@@ -1,0 +1,173 @@
+//! The metrics listener, for those who watch: a page for people at `/`, `/metrics` for Prometheus, `/live` and `/ready`.
+
+pub mod history;
+mod page;
+mod verdict;
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::SystemTime;
+
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::body::Incoming;
+use hyper::header::{CONTENT_SECURITY_POLICY, HeaderValue};
+use hyper::{Method, Request, Response};
+
+use self::history::INTERVAL;
+use self::verdict::judge;
+use crate::keys::short_name;
+use crate::metrics::{self, Handle, Readings};
+use crate::process;
+use crate::ready::Readiness;
+use crate::routes::Answer;
+use crate::server::SharedTls;
+use crate::service::{Service, request_id, unix_now};
+use crate::state::Kind;
+
+const TEXT: &str = "text/plain; charset=utf-8";
+const HTML: &str = "text/html; charset=utf-8";
+/// The page has its own style and nothing else: a name that is not escaped could do no harm.
+const NOTHING_ELSE: HeaderValue = HeaderValue::from_static("default-src 'none'; style-src 'unsafe-inline'");
+
+/// What the listener answers with.
+pub struct Monitor {
+    service: Arc<Service>,
+    handle: Handle,
+    tls: Option<SharedTls>,
+    readiness: Readiness,
+}
+
+impl Monitor {
+    /// Of a daemon that serves.
+    #[must_use]
+    pub fn new(service: Arc<Service>, handle: Handle, tls: Option<SharedTls>) -> Self {
+        Self { service, handle, tls, readiness: Readiness::default() }
+    }
+
+    /// The status page.
+    fn page(&self) -> String {
+        let (readings, points) = (self.readings(), self.service.history.points());
+        let verdict = judge(&readings, points.last(), unix_now());
+        page::render(&verdict, &readings, &points, SystemTime::now())
+    }
+
+    /// How everything is at this moment.
+    fn readings(&self) -> Readings {
+        let service = &self.service;
+        let (audit_waiting, audit_writing) = service.audit.backlog();
+        let keys = service.keys.load();
+        let signers = service.signers.load();
+        let of = |kind, certificate| (kind, short_name(certificate), certificate.not_after());
+        let mut certificates: Vec<_> = keys
+            .certificates()
+            .map(|(kind, certificate)| {
+                let kind = match kind {
+                    Kind::Encryption => "encryption",
+                    Kind::Signing => "signing",
+                };
+                of(kind, certificate)
+            })
+            .collect();
+        certificates.extend(signers.current().map(|signer| of("attestation", &signer.certificate)));
+        let tls = self.tls.as_ref().map(|tls| tls.load());
+        certificates.extend(tls.map(|tls| ("tls", tls.certificate.clone(), tls.not_after)));
+        // Two certificates may be one: the same text twice would be no page.
+        certificates.sort();
+        certificates.dedup();
+        Readings {
+            members: service.cluster.members(),
+            retry_budget: service.cluster.retries_left(),
+            load: service.admission.load(),
+            limits: service.admission.limits(),
+            certificates,
+            hosts: service.hosts.load().enabled(),
+            state_stale: service.state_stale.load(Ordering::Relaxed),
+            audit_waiting,
+            audit_writing,
+            usage: process::usage(),
+        }
+    }
+}
+
+/// Answers one request to the metrics address.
+pub async fn serve(monitor: Arc<Monitor>, request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
+    let plain = |status, text: String| Answer { status, ..Answer::ok(TEXT, text) };
+    let answer = match (request.method(), request.uri().path()) {
+        (&Method::GET | &Method::HEAD, "/") => {
+            let mut response = Answer::ok(HTML, monitor.page()).into_response(&request_id());
+            response.headers_mut().insert(CONTENT_SECURITY_POLICY, NOTHING_ELSE);
+            return Ok(response);
+        }
+        (&Method::GET | &Method::HEAD, "/metrics") => {
+            Answer::ok(metrics::CONTENT_TYPE, monitor.handle.render(&monitor.readings()))
+        }
+        (&Method::GET | &Method::HEAD, "/live") => plain(200, "live\n".to_owned()),
+        (&Method::GET | &Method::HEAD, "/ready") => match monitor.readiness.check(&monitor.service).await {
+            Ok(member) => plain(200, format!("ready: {member} decrypts and signs\n")),
+            Err(why) => plain(503, format!("not ready: {why}\n")),
+        },
+        (&Method::GET | &Method::HEAD, _) => plain(404, "there are /, /metrics, /live and /ready\n".to_owned()),
+        _ => Answer { allow: Some(Method::GET), ..plain(405, "only GET\n".to_owned()) },
+    };
+    Ok(answer.into_response(&request_id()))
+}
+
+/// Remembers how things are, for as long as the daemon runs.
+pub async fn watch(monitor: Arc<Monitor>) {
+    let mut ticks = tokio::time::interval(INTERVAL);
+    // The first is at once.
+    ticks.tick().await;
+    loop {
+        ticks.tick().await;
+        monitor.handle.upkeep();
+        monitor.service.history.turn(&monitor.service.cluster.members());
+    }
+}
+
+#[cfg(test)]
+mod testing {
+    //! Members and intervals for unit tests.
+
+    use super::history::Point;
+    use claviger_hsm::{MemberState, MemberStatus};
+    use std::time::{Duration, SystemTime};
+
+    pub(super) fn member(name: &str, state: MemberState) -> MemberStatus {
+        MemberStatus {
+            name: name.to_owned(),
+            token: "token".to_owned(),
+            state,
+            since: SystemTime::UNIX_EPOCH,
+            priority: 0,
+            weight: 1,
+            latency: Duration::from_millis(3),
+            in_flight: 0,
+            waiting: 0,
+            sessions_open: 8,
+            sessions_wanted: 8,
+            sessions_busy: 0,
+            sessions_stuck: 0,
+            closings: 0,
+            calls: 0,
+            faults: 0,
+            worked: Duration::ZERO,
+            spent: Duration::ZERO,
+            last_error: None,
+        }
+    }
+
+    /// Ten seconds in which releases took 20 ms, and 100 ms at most.
+    pub(super) fn point(success: u64, failed: u64) -> Point {
+        Point {
+            at: SystemTime::UNIX_EPOCH,
+            lasted: Duration::from_secs(10),
+            success,
+            refused: 0,
+            failed,
+            latency: Some((Duration::from_millis(20), Duration::from_millis(100))),
+            members: Vec::new(),
+        }
+    }
+}

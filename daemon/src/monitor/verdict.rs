@@ -1,0 +1,177 @@
+//! One sentence for those who have ten seconds: are keys released, and if not, why.
+
+use std::time::Duration;
+
+use claviger_hsm::{MemberState, MemberStatus};
+
+use super::history::Point;
+use crate::metrics::Readings;
+
+/// How long audit records may take to be written before the disk is said to hang.
+const DISK_HANGS: Duration = Duration::from_secs(2);
+/// How long before its end a certificate is worth a word, in seconds. The attestation signer renews itself earlier.
+const EXPIRES_SOON: i64 = 14 * 24 * 3600;
+
+/// How the service is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Level {
+    /// As it should be.
+    Good,
+    /// Keys are released, and somebody should look all the same.
+    Degraded,
+    /// Keys are not released.
+    Bad,
+}
+
+/// What is to be said first.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Verdict {
+    /// How bad it is.
+    pub(super) level: Level,
+    /// The sentence.
+    pub(super) headline: String,
+    /// What else deserves a look.
+    pub(super) remarks: Vec<String>,
+}
+
+/// Judges the moment; `last` is the interval before it, `now` in seconds since 1970.
+pub(super) fn judge(readings: &Readings, last: Option<&Point>, now: i64) -> Verdict {
+    let members = &readings.members;
+    let (up, others): (Vec<_>, Vec<_>) = members.iter().partition(|member| member.state == MemberState::Up);
+    // Who was drained is out on an administrator's word.
+    let wanting: Vec<_> = others.iter().filter(|member| !is_drained(member)).collect();
+    let failed = last.map_or(0, |point| point.failed);
+    let success = last.map_or(0, |point| point.success);
+    let seconds = last.map_or(0, |point| point.lasted.as_secs_f64().round() as u64);
+
+    let mut remarks: Vec<String> = wanting.iter().map(|member| ailment(member)).collect();
+    if readings.state_stale {
+        remarks.push("The state file cannot be read: hosts that were removed may go on being served.".to_owned());
+    }
+    for (kind, name, end) in &readings.certificates {
+        let days = (end - now).div_euclid(24 * 3600);
+        if *end < now {
+            remarks.push(format!("The {kind} certificate {name} has expired."));
+        } else if end - now < EXPIRES_SOON {
+            remarks.push(format!("The {kind} certificate {name} expires in {days} days."));
+        }
+    }
+    if failed > 0 && success > 0 {
+        remarks.push(format!("{failed} of {} releases failed in the last {seconds} s.", failed + success));
+    }
+    let bad = |headline: String, remarks| Verdict { level: Level::Bad, headline, remarks };
+    if readings.audit_writing >= DISK_HANGS {
+        let since = readings.audit_writing.as_secs();
+        return bad(format!("No keys are released: the audit log's disk has not answered for {since} s"), remarks);
+    }
+    if up.is_empty() {
+        return bad(format!("No keys are released: {}", none_of(members.len())), remarks);
+    }
+    if failed > 0 && success == 0 {
+        return bad(format!("No keys are released: all {failed} releases of the last {seconds} s failed"), remarks);
+    }
+    let released = if success > 0 { "Keys are being released" } else { "Ready; nobody asks for keys" };
+    let headline = match wanting.as_slice() {
+        [] => released.to_owned(),
+        [one] => format!("{released}; {} of {} HSMs serve, {} does not", up.len(), members.len(), one.name),
+        _ => format!("{released}; {} of {} HSMs serve", up.len(), members.len()),
+    };
+    let level = if remarks.is_empty() { Level::Good } else { Level::Degraded };
+    Verdict { level, headline, remarks }
+}
+
+fn is_drained(member: &MemberStatus) -> bool {
+    matches!(member.state, MemberState::Draining | MemberState::Drained)
+}
+
+fn none_of(members: usize) -> String {
+    if members == 1 { "the HSM does not serve".to_owned() } else { format!("none of the {members} HSMs serves") }
+}
+
+fn ailment(member: &MemberStatus) -> String {
+    let why = member.last_error.as_ref().map(|error| format!(": {}", error.text)).unwrap_or_default();
+    let what = match member.state {
+        MemberState::Hung => "hangs",
+        MemberState::PinRefused => "refuses the PIN",
+        MemberState::Off => "is off",
+        _ => "is down",
+    };
+    format!("{} {what}{why}.", member.name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{member, point};
+    use super::*;
+    use std::time::SystemTime;
+
+    const NOW: i64 = 1_800_000_000;
+
+    fn verdict(states: &[MemberState], last: Option<(u64, u64)>, change: impl FnOnce(&mut Readings)) -> Verdict {
+        let names = ["hsm-a", "hsm-b", "hsm-c"];
+        let members = names.iter().zip(states).map(|(name, state)| member(name, *state)).collect();
+        let mut readings = Readings { members, ..Readings::default() };
+        change(&mut readings);
+        let last = last.map(|(success, failed)| point(success, failed));
+        judge(&readings, last.as_ref(), NOW)
+    }
+
+    #[test]
+    fn all_is_well() {
+        use MemberState::{Drained, Up};
+        let good = verdict(&[Up, Up], Some((10, 0)), |_| ());
+        assert_eq!((good.level, &*good.headline), (Level::Good, "Keys are being released"));
+        assert!(good.remarks.is_empty());
+        assert_eq!(verdict(&[Up], None, |_| ()).headline, "Ready; nobody asks for keys");
+        let drained = verdict(&[Up, Drained], Some((10, 0)), |_| ());
+        assert_eq!((drained.level, &*drained.headline), (Level::Good, "Keys are being released"));
+    }
+
+    #[test]
+    fn a_member_that_is_missing_is_named_with_its_fault() {
+        use MemberState::{Down, Hung, PinRefused, Up};
+        let one = verdict(&[Up, Down, Up], Some((10, 0)), |readings| {
+            let text = "C_Sign: CKR_DEVICE_REMOVED".to_owned();
+            readings.members[1].last_error = Some(claviger_hsm::LastError { text, at: SystemTime::now() });
+        });
+        assert_eq!(one.level, Level::Degraded);
+        assert_eq!(one.headline, "Keys are being released; 2 of 3 HSMs serve, hsm-b does not");
+        assert_eq!(one.remarks, ["hsm-b is down: C_Sign: CKR_DEVICE_REMOVED."]);
+        let two = verdict(&[Hung, PinRefused, Up], Some((10, 0)), |_| ());
+        assert_eq!(two.headline, "Keys are being released; 1 of 3 HSMs serve");
+        assert_eq!(two.remarks, ["hsm-a hangs.", "hsm-b refuses the PIN."]);
+    }
+
+    #[test]
+    fn nothing_is_released_and_why() {
+        use MemberState::{Down, Drained, Up};
+        let none = verdict(&[Down, Drained], Some((0, 3)), |_| ());
+        assert_eq!(none.level, Level::Bad);
+        assert_eq!(none.headline, "No keys are released: none of the 2 HSMs serves");
+        let disk = verdict(&[Up], Some((5, 0)), |readings| readings.audit_writing = Duration::from_secs(7));
+        assert_eq!(disk.headline, "No keys are released: the audit log's disk has not answered for 7 s");
+        let failing = verdict(&[Up], Some((0, 8)), |_| ());
+        assert_eq!(failing.headline, "No keys are released: all 8 releases of the last 10 s failed");
+        assert_eq!(failing.level, Level::Bad);
+    }
+
+    #[test]
+    fn what_deserves_a_look() {
+        use MemberState::Up;
+        let look = verdict(&[Up], Some((90, 10)), |readings| {
+            readings.state_stale = true;
+            let day = 24 * 3600;
+            readings.certificates = vec![
+                ("tls", "aaaaaaaa".to_owned(), NOW + 3 * day + 1),
+                ("signing", "bbbbbbbb".to_owned(), NOW - 1),
+                ("encryption", "cccccccc".to_owned(), NOW + 15 * day),
+            ];
+        });
+        assert_eq!(look.level, Level::Degraded);
+        assert_eq!(look.remarks.len(), 4, "{look:?}");
+        assert!(look.remarks[0].contains("removed may go on being served"));
+        assert_eq!(look.remarks[1], "The tls certificate aaaaaaaa expires in 3 days.");
+        assert_eq!(look.remarks[2], "The signing certificate bbbbbbbb has expired.");
+        assert_eq!(look.remarks[3], "10 of 100 releases failed in the last 10 s.");
+    }
+}
