@@ -7,6 +7,7 @@
 //!
 //! There are two of them: `admin.sock`, and `review.sock` where only that is answered which changes nothing.
 
+use std::convert::Infallible;
 use std::fs::{File, OpenOptions, Permissions};
 use std::future::Future;
 use std::io;
@@ -20,7 +21,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use zeroize::Zeroizing;
 
@@ -36,8 +37,9 @@ pub const ANSWER_LIMIT: usize = 64 * 1024 * 1024;
 /// How long a connection may be silent between requests, and how long the writing of an answer may take.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How long a command may take. Keys that are made in an HSM take their time.
-const COMMAND_TIMEOUT: Duration = Duration::from_secs(120);
+/// How long an administrator waits for a command; it goes on after that. An HSM may take two minutes for a key, each member
+/// takes an imported one after the other, and all have to show it afterwards.
+const COMMAND_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// How long commands in progress may take when the daemon stops.
 const STOP_TIMEOUT: Duration = Duration::from_secs(10);
@@ -67,8 +69,8 @@ pub enum AdminError {
         /// The socket.
         path: PathBuf,
     },
-    /// Another daemon is running on this folder.
-    #[error("another claviger serves this state directory: it holds {}; stop it first", path.display())]
+    /// Another daemon is running with this folder of sockets.
+    #[error("another claviger runs here: it holds {}; stop it first", path.display())]
     Taken {
         /// The socket.
         path: PathBuf,
@@ -129,6 +131,8 @@ pub struct AdminSocket {
     for_group: bool,
     /// Longest request, in octets, with its line break.
     longest: usize,
+    /// How long a command is waited for.
+    patience: Duration,
     /// Locked for as long as it is open. The file stays: removing it would race with the next daemon.
     _lock: File,
 }
@@ -175,7 +179,14 @@ impl AdminSocket {
         listener.set_nonblocking(true).map_err(failed)?;
         while listener.accept().is_ok() {}
         let listener = UnixListener::from_std(listener).map_err(failed)?;
-        Ok(Self { listener, path: path.to_owned(), for_group: group.is_some(), longest: REQUEST_LIMIT, _lock: lock })
+        Ok(Self {
+            listener,
+            path: path.to_owned(),
+            for_group: group.is_some(),
+            longest: REQUEST_LIMIT,
+            patience: COMMAND_TIMEOUT,
+            _lock: lock,
+        })
     }
 
     /// Takes no request that has more octets than this, with its line break.
@@ -186,7 +197,8 @@ impl AdminSocket {
 
     /// Answers requests with `handler` until `shutdown` ends and the commands in progress are done. Removes the socket.
     ///
-    /// The handler gets the whole request object; `Err` is a text for the administrator.
+    /// The handler gets the whole request object; `Err` is a text for the administrator. A command that was begun is done to
+    /// its end, whether the administrator waits for it or not: half of a change, without its outcome on record, helps nobody.
     pub async fn serve<H, F>(self, handler: H, shutdown: impl Future<Output = ()>)
     where
         H: Fn(Value, Peer) -> F + Send + Sync + 'static,
@@ -194,6 +206,8 @@ impl AdminSocket {
     {
         let handler = Arc::new(handler);
         let (stop, stopping) = watch::channel(false);
+        // Every command holds the other end.
+        let (running, mut all_done) = mpsc::channel::<Infallible>(1);
         let mut connections = JoinSet::new();
         tokio::pin!(shutdown);
         loop {
@@ -204,8 +218,13 @@ impl AdminSocket {
                 Some(ended) = connections.join_next() => log_panic(ended),
                 accepted = self.listener.accept(), if room => match accepted {
                     Ok((stream, _)) => {
-                        let (longest, handler) = (self.longest, handler.clone());
-                        connections.spawn(converse(stream, self.for_group, longest, handler, stopping.clone()));
+                        let terms = Terms {
+                            for_group: self.for_group,
+                            longest: self.longest,
+                            patience: self.patience,
+                            running: running.clone(),
+                        };
+                        connections.spawn(converse(stream, terms, handler.clone(), stopping.clone()));
                     }
                     Err(error) => {
                         tracing::error!(%error, "the administrators' socket cannot accept; trying again");
@@ -219,15 +238,24 @@ impl AdminSocket {
             tracing::warn!(path = %self.path.display(), %error, "the administrators' socket cannot be removed");
         }
         let _ = stop.send(true);
+        drop(running);
         let finish = async {
             while let Some(ended) = connections.join_next().await {
                 log_panic(ended);
             }
+            all_done.recv().await;
         };
         if tokio::time::timeout(STOP_TIMEOUT, finish).await.is_err() {
             tracing::warn!("an administrator's command is cut: it took too long");
         }
     }
+}
+
+fn late(patience: Duration) -> String {
+    format!(
+        "the command takes more than {} seconds; it goes on, and the audit trail will say what came of it",
+        patience.as_secs()
+    )
 }
 
 fn log_panic(ended: Result<(), tokio::task::JoinError>) {
@@ -236,17 +264,22 @@ fn log_panic(ended: Result<(), tokio::task::JoinError>) {
     }
 }
 
-/// One administrator's connection.
-async fn converse<H, F>(
-    mut stream: UnixStream,
+/// What holds for a connection.
+struct Terms {
     for_group: bool,
     longest: usize,
-    handler: Arc<H>,
-    mut stopping: watch::Receiver<bool>,
-) where
+    patience: Duration,
+    /// Held by commands for as long as they run.
+    running: mpsc::Sender<Infallible>,
+}
+
+/// One administrator's connection.
+async fn converse<H, F>(mut stream: UnixStream, terms: Terms, handler: Arc<H>, mut stopping: watch::Receiver<bool>)
+where
     H: Fn(Value, Peer) -> F,
-    F: Future<Output = Result<Value, String>>,
+    F: Future<Output = Result<Value, String>> + Send + 'static,
 {
+    let Terms { for_group, longest, patience, running } = terms;
     let peer = match stream.peer_cred() {
         Ok(credentials) => Peer { uid: credentials.uid(), pid: credentials.pid() },
         Err(error) => {
@@ -272,9 +305,18 @@ async fn converse<H, F>(
             }
             Ok(Ok(Line::Whole(line))) => match serde_json::from_slice(&line) {
                 Ok(request @ Value::Object(_)) => {
-                    let result = tokio::time::timeout(COMMAND_TIMEOUT, handler(request, peer)).await;
-                    let late = || format!("the command took more than {} seconds", COMMAND_TIMEOUT.as_secs());
-                    (result.unwrap_or_else(|_| Err(late())), true)
+                    let (work, running) = (handler(request, peer), running.clone());
+                    // A task of its own: it does not end with this connection.
+                    let mut command = tokio::spawn(async move {
+                        let result = work.await;
+                        drop(running);
+                        result
+                    });
+                    match tokio::time::timeout(patience, &mut command).await {
+                        Ok(Ok(result)) => (result, true),
+                        Ok(panicked) => return log_panic(panicked.map(drop)),
+                        Err(_) => (Err(late(patience)), true),
+                    }
                 }
                 Ok(_) => (Err("a request is a JSON object".to_owned()), true),
                 Err(error) => (Err(format!("the request is not JSON: {error}")), true),
@@ -500,7 +542,7 @@ mod tests {
         assert!(fault(&path, json!({})).await.contains("has ended; start it again"));
         let running = start(&path);
         let message = AdminSocket::bind(&path, None).unwrap_err().to_string();
-        assert!(message.starts_with("another claviger serves this state directory"), "{message}");
+        assert!(message.starts_with("another claviger runs here"), "{message}");
         assert_eq!(call(&path, &json!({ "command": "echo", "value": 1 })).await.unwrap(), json!(1));
         stop(running).await;
         stop(start(&path)).await;
@@ -529,6 +571,39 @@ mod tests {
         stop(running).await;
         assert!(begun.elapsed() < Duration::from_secs(5), "the idle connection kept it");
         assert_eq!(slow.await.unwrap(), json!("done"));
+    }
+
+    #[tokio::test]
+    async fn a_command_is_done_to_its_end_whoever_waits_for_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("admin.sock");
+        let socket = AdminSocket { patience: Duration::from_millis(50), ..AdminSocket::bind(&path, None).unwrap() };
+        let (stop, stopped) = oneshot::channel::<()>();
+        let done = Arc::new(std::sync::atomic::AtomicUsize::new(0));
+        let counter = done.clone();
+        let handler = move |_, _| {
+            let counter = counter.clone();
+            async move {
+                tokio::time::sleep(Duration::from_millis(500)).await;
+                counter.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+                Ok(Value::Null)
+            }
+        };
+        let serving = tokio::spawn(socket.serve(handler, async {
+            let _ = stopped.await;
+        }));
+        // One waits in vain, one leaves at once, one is cut by the stop.
+        assert!(fault(&path, json!({})).await.contains("it goes on"));
+        let mut stream = UnixStream::connect(&path).await.unwrap();
+        stream.write_all(b"{}\n").await.unwrap();
+        drop(stream);
+        let mut stream = UnixStream::connect(&path).await.unwrap();
+        stream.write_all(b"{}\n").await.unwrap();
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        assert_eq!(done.load(std::sync::atomic::Ordering::SeqCst), 0);
+        stop.send(()).unwrap();
+        serving.await.unwrap();
+        assert_eq!(done.load(std::sync::atomic::Ordering::SeqCst), 3);
     }
 
     #[tokio::test]

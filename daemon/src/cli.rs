@@ -1,7 +1,6 @@
 //! The command line: what is asked of a running daemon, and how the answers look. [`guardian`] and [`protector`] are the
 //! tenant's commands, which ask nobody and work on files.
 
-mod files;
 pub mod guardian;
 pub mod host;
 mod hosts;
@@ -86,9 +85,10 @@ fn print(target: &Target, reply: &Value, for_people: impl FnOnce()) {
 /// A field as text: times as dates, booleans as words.
 fn text(row: &Value, field: &str) -> String {
     match (field, &row[field]) {
-        ("added" | "not_after" | "since" | "last_attestation" | "last_release", Value::Number(seconds)) => {
-            date(seconds.as_i64().unwrap_or_default())
-        }
+        (
+            "added" | "not_after" | "since" | "counted_since" | "last_attestation" | "last_release",
+            Value::Number(seconds),
+        ) => date(seconds.as_i64().unwrap_or_default()),
         (_, Value::String(text)) => text.clone(),
         (_, Value::Bool(yes)) => if *yes { "yes" } else { "no" }.to_owned(),
         (_, Value::Array(several)) if several.is_empty() => "-".to_owned(),

@@ -368,6 +368,7 @@ mod tests {
     use serde_json::json;
 
     use crate::service::testing::{key, service, trail};
+    use crate::state::NewCertificate;
 
     const PEER: Peer = Peer { uid: 7, pid: Some(8) };
 
@@ -470,5 +471,83 @@ mod tests {
         let lines = trail(&service);
         assert_eq!((lines.len(), &lines[1]["certificate"]), (2, &json!(thumbprint)));
         assert_eq!(lines[0]["change"], json!("hosts with a"));
+    }
+
+    #[tokio::test]
+    async fn what_is_not_known_of_the_use_of_a_key_is_said_and_stops_no_change() {
+        let (_folder, service) = service();
+        let der = [(); 3].map(|()| crate::service::testing::certificate());
+        let added = |at: usize, added: i64| {
+            let (key_id, spki) = ([at as u8], [at as u8]);
+            let new =
+                NewCertificate { kind: Kind::Signing, der: &der[at], key_id: &key_id, spki: &spki, primary: false };
+            service.with_state(|state| state.add_certificate(&new, added)).unwrap().thumbprint
+        };
+        // The service's counts began when it was made, the first key is older than that, the others are not.
+        let now = crate::service::unix_now();
+        let [old, new, used] = [added(0, 1), added(1, now + 1), added(2, now + 1)];
+        let ask = async |command: &str, certificate: &str, more: Value| {
+            let mut request = json!({"command": command, "certificate": certificate});
+            request.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            handle(service.clone(), request, PEER).await
+        };
+        let warning = |answer: &Value| answer["warnings"][0].as_str().unwrap_or_default().to_owned();
+        let [off, none] = [json!({"enabled": false}), json!({})];
+        let disabled = ask("keys.enable", &old, off.clone()).await.unwrap();
+        assert!(warning(&disabled).contains("is not known") && disabled["enabled"] == false, "{disabled}");
+        assert!(disabled["counted_since"].is_i64(), "{disabled}");
+        let refused = ask("keys.remove", &old, none.clone()).await.unwrap_err();
+        assert!(refused.contains("is not known") && refused.contains("--force"), "{refused}");
+        let removed = ask("keys.remove", &old, json!({"force": true})).await.unwrap();
+        assert!(warning(&removed).contains("is not known"), "{removed}");
+        service.usage.released(None, &[claviger_hsm::KeyId(vec![2])], now);
+        let disabled = ask("keys.enable", &used, off.clone()).await.unwrap();
+        assert!(warning(&disabled).starts_with("1 releases of the last 30 days"), "{disabled}");
+        let disabled = ask("keys.enable", &new, off.clone()).await.unwrap();
+        assert_eq!((&disabled["warnings"], &disabled["counted_since"]), (&json!([]), &Value::Null));
+
+        // Counts that cannot be read.
+        let file = rusqlite::Connection::open(service.config.load().server.state.join("usage.db")).unwrap();
+        file.execute_batch("ALTER TABLE releases RENAME TO away").unwrap();
+        for (command, more) in [
+            ("keys.enable", json!({"enabled": true})),
+            ("keys.set-primary", none.clone()),
+            ("keys.limit", json!({"labels": ["a"]})),
+        ] {
+            let answer = ask(command, &used, more).await.unwrap();
+            assert!(warning(&answer).contains("is not known"), "{command}: {answer}");
+            assert_eq!(answer["releases"], Value::Null, "{command}: {answer}");
+        }
+        let standing = ask("keys.limit", &used, json!({"labels": ["b"]})).await.unwrap();
+        assert_eq!(standing["labels"], json!(["b"]));
+        let refused = ask("keys.remove", &new, none).await.unwrap_err();
+        assert!(refused.contains("is not known") && refused.contains("--force"), "{refused}");
+        assert_eq!(handle(service.clone(), json!({"command": "keys.list"}), PEER).await.unwrap()[0]["enabled"], true);
+        let outcomes: Vec<_> = trail(&service).iter().map(|line| line["outcome"].clone()).collect();
+        assert!(outcomes.chunks(2).all(|pair| pair == [json!("requested"), json!("success")]), "{outcomes:?}");
+    }
+
+    #[tokio::test]
+    async fn an_imported_signer_whose_key_is_not_here_is_warned_of_and_never_issues() {
+        let (_folder, service) = service();
+        let now = crate::service::unix_now();
+        let template = claviger_protocol::health::signer_template(key().public(), now - 1, now + 365 * 24 * 3600);
+        let der = template.unwrap().to_be_signed().unwrap().sign_with(key()).unwrap();
+        let thumbprint = HEXLOWER.encode(ring::digest::digest(&ring::digest::SHA256, &der).as_ref());
+        let signer = json!({"certificate": BASE64.encode(&der), "hsm_key": "0a", "current": true});
+        let document = json!({"version": 1, "created": now, "hosts": [], "certificates": [], "signers": [signer]});
+        for dry_run in [true, false] {
+            let request = json!({"command": "import", "document": document, "dry_run": dry_run});
+            let answer = handle(service.clone(), request, PEER).await.unwrap();
+            let warnings = answer["warnings"].as_array().unwrap();
+            let warning = warnings[0].as_str().unwrap();
+            assert_eq!((warnings.len(), &answer["applied"]), (1, &json!(!dry_run)));
+            assert!(warning.contains(&thumbprint) && warning.contains("was not found in these HSMs"), "{warning}");
+            assert!(warning.contains("whoever has its key makes health certificates"), "{warning}");
+        }
+        let signers = service.with_state(|state| state.signers()).unwrap();
+        assert!(signers.len() == 1 && !signers[0].current, "{signers:?}");
+        assert!(signers[0].replaced.is_some_and(|replaced| replaced >= now), "trusted like one that was replaced now");
+        assert_eq!(service.signers.load().certificates().len(), 1);
     }
 }

@@ -162,7 +162,7 @@ impl Daemon {
 
         let opening = tokio::task::spawn_blocking(move || Service::open(config, cluster));
         let service = Arc::new(opening.await??);
-        // Only one daemon at a time gets beyond this point with the same state folder.
+        // Only one daemon at a time gets beyond this point with the same folder of sockets, most often the state's.
         let admin = AdminSocket::bind(&admin_path, admin_group)?;
         let review = AdminSocket::bind(&review_path, review_group)?.with_longest(REVIEW_LIMIT);
         if let Err(error) = service.cluster.start().await {

@@ -10,9 +10,8 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::Write;
 use std::net::SocketAddr;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -28,9 +27,11 @@ use ring::rand::{SecureRandom, SystemRandom};
 
 use crate::attest::signer::private_parts;
 use crate::config::{Config, ConfigError, Hsm};
+use crate::files::{self, Existing, FileError};
 use crate::keys::SERVER_AUTHENTICATION;
 use crate::service::unix_now;
 use crate::state::{Kind, Labels, NewCertificate, State, StateError};
+use crate::usage::{Usage, UsageError};
 
 /// The name of the registered host.
 pub const HOST_NAME: &str = "demo-host";
@@ -63,13 +64,8 @@ pub enum LabError {
     #[error("{} is not empty and holds no lab; choose another --dir", .0.display())]
     NotALab(PathBuf),
     /// A file of the lab.
-    #[error("{}: {source}", path.display())]
-    File {
-        /// The file or folder.
-        path: PathBuf,
-        /// What the operating system says.
-        source: std::io::Error,
-    },
+    #[error(transparent)]
+    File(#[from] FileError),
     /// The configuration of an older lab.
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -82,6 +78,9 @@ pub enum LabError {
     /// The state.
     #[error(transparent)]
     State(#[from] StateError),
+    /// The counts.
+    #[error(transparent)]
+    Usage(#[from] UsageError),
     /// A key file of the lab, or a key that could not be made.
     #[error("{what}: {source}")]
     Key {
@@ -145,7 +144,7 @@ impl Lab {
     /// See [`LabError`].
     pub fn prepare(dir: &Path, listen: SocketAddr, metrics: SocketAddr, tokens: Tokens) -> Result<Self, LabError> {
         make_folder(dir)?;
-        let dir = dir.canonicalize().map_err(|source| LabError::File { path: dir.to_owned(), source })?;
+        let dir = dir.canonicalize().map_err(FileError::of(dir))?;
         let mut lab = Self { config: Config::default(), fresh: true, bits: tokens.bits, dir };
         if lab.config_file().exists() {
             lab.config = Config::load(&lab.config_file())?;
@@ -186,7 +185,7 @@ impl Lab {
     /// Removes what an interrupted run left; refuses a folder that is not a lab's.
     fn clear(&self) -> Result<(), LabError> {
         let mark = self.dir.join(MARK);
-        let error = |source| LabError::File { path: self.dir.clone(), source };
+        let error = FileError::of(&self.dir);
         let empty = fs::read_dir(&self.dir).map_err(error)?.next().is_none();
         if !empty && !mark.exists() {
             return Err(LabError::NotALab(self.dir.clone()));
@@ -194,7 +193,7 @@ impl Lab {
         for part in ["tokens", "pins", "state", "host", "tenant"] {
             let path = self.dir.join(part);
             if path.exists() {
-                fs::remove_dir_all(&path).map_err(|source| LabError::File { path: path.clone(), source })?;
+                fs::remove_dir_all(&path).map_err(FileError::of(&path))?;
             }
             make_folder(&path)?;
         }
@@ -244,6 +243,8 @@ impl Lab {
         }
         cluster.start().await?;
         let mut state = State::open(&self.config.server.state)?;
+        // Before there are keys, so that all that uses them is counted.
+        Usage::open(&self.config.server.state, unix_now())?;
         for (kind, name, usage) in [
             (Kind::Signing, "Claviger demo guardian signing", HsmKeyUsage::Sign),
             (Kind::Encryption, "Claviger demo guardian encryption", HsmKeyUsage::Decrypt),
@@ -323,7 +324,7 @@ impl Lab {
             if !path.exists() {
                 write(&path, &owner.create(guardians)?.0)?;
             }
-            let file = fs::read(&path).map_err(|source| LabError::File { path: path.clone(), source })?;
+            let file = fs::read(&path).map_err(FileError::of(&path))?;
             protectors.push((name, file));
         }
         Ok(protectors)
@@ -379,28 +380,22 @@ pub(crate) fn self_signed(common_name: &str, key: &RsaPrivateKey) -> Result<Cert
     Certificate::parse(&der).map_err(|source| LabError::Certificate { what: common_name.to_owned(), source })
 }
 
-fn read_text(path: &Path) -> Result<String, LabError> {
-    fs::read_to_string(path).map_err(|source| LabError::File { path: path.to_owned(), source })
-}
-
 fn read_key(path: &Path) -> Result<RsaPrivateKey, LabError> {
-    let text = zeroize::Zeroizing::new(read_text(path)?);
+    let text = files::read_secret_pem(path)?;
     RsaPrivateKey::from_pkcs8_pem(&text).map_err(|source| LabError::Key { what: path.display().to_string(), source })
 }
 
 fn read_certificate(path: &Path) -> Result<Certificate, LabError> {
     let what = path.display().to_string();
-    Certificate::from_pem(&read_text(path)?).map_err(|source| LabError::Certificate { what, source })
+    Certificate::from_pem(&files::read_pem(path)?).map_err(|source| LabError::Certificate { what, source })
 }
 
 fn make_folder(path: &Path) -> Result<(), LabError> {
     let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
-    made.map_err(|source| LabError::File { path: path.to_owned(), source })
+    Ok(made.map_err(FileError::of(path))?)
 }
 
 /// Writes a file that only its owner may read: most of a lab's are secrets.
 fn write(path: &Path, octets: &[u8]) -> Result<(), LabError> {
-    let open = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path);
-    let written = open.and_then(|mut file| file.write_all(octets));
-    written.map_err(|source| LabError::File { path: path.to_owned(), source })
+    Ok(files::write(path, octets, Existing::Replace)?)
 }

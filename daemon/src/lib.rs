@@ -18,6 +18,7 @@ pub mod config;
 pub mod daemon;
 pub mod demo;
 pub mod doctor;
+pub mod files;
 pub mod host;
 pub mod keys;
 pub mod lab;

@@ -26,7 +26,7 @@ use crate::keys::Keys;
 use crate::metrics;
 use crate::monitor::history::History;
 use crate::state::{Host, State, StateError};
-use crate::usage::Usage;
+use crate::usage::{Usage, UsageError};
 
 /// How long the daemon's own work (the metadata document, an attestation signer) may take at the HSMs.
 pub const OWN_DEADLINE: Duration = Duration::from_secs(10);
@@ -117,8 +117,8 @@ pub enum ServiceError {
     #[error("the registered hosts cannot be read: {0}")]
     Hosts(StateError),
     /// How much keys are used cannot be remembered.
-    #[error("usage.db in the state folder cannot be opened: {0}; move it away if it is damaged, it holds only counts")]
-    Usage(#[from] rusqlite::Error),
+    #[error(transparent)]
+    Usage(#[from] UsageError),
     /// The audit trail cannot be opened.
     #[error(transparent)]
     Audit(#[from] crate::audit::AuditError),
@@ -150,7 +150,7 @@ impl Service {
         let folder: &Path = &config.server.state;
         let state = State::open(folder)?;
         let audit = Audit::open(&config.server.audit_file(), config.audit.sync)?;
-        let usage = Usage::open(folder)?;
+        let usage = Usage::open(folder, unix_now())?;
         let sessions = config.hsm.iter().map(|hsm| hsm.sessions).sum();
         let service = Self {
             cluster,

@@ -1,8 +1,10 @@
 //! What must survive a restart: registered hosts, key-protection certificates and attestation signers.
 //!
-//! One SQLite file, which several daemons of one machine may share: every write is an IMMEDIATE transaction of its own,
-//! and [`State::changed`] tells a daemon when to load its snapshot again. Nothing here is on the path of a release:
-//! callers keep a snapshot in memory. All calls block on the file, so async callers use `spawn_blocking`; they bring the lock
+//! One SQLite file. Several daemons of one machine may have it open: an old one that has not quite ended and its successor, or
+//! two that share a state folder and have a folder of sockets each (what is locked is the socket, not the state). So every
+//! write is an IMMEDIATE transaction of its own, and [`State::changed`] tells a daemon when to load its snapshot again.
+//! Over a network the file cannot be shared; services on different machines are brought together by export and import.
+//! Nothing here is on the path of a release: callers keep a snapshot in memory. All calls block on the file, so async callers use `spawn_blocking`; they bring the lock
 //! that makes it one at a time, so that a change and the reading that follows it can be one step.
 //!
 //! Times are seconds since 1970 (UTC) and come from the caller.
@@ -13,6 +15,7 @@ mod import;
 mod labels;
 mod schema;
 mod signers;
+mod view;
 
 use std::fs::{DirBuilder, OpenOptions};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
@@ -28,6 +31,7 @@ pub use import::{Import, Merged};
 pub use labels::Labels;
 use schema::{MIGRATIONS, migrate};
 pub use signers::{NewSigner, Signer};
+pub use view::View;
 
 /// How long a call waits for another daemon that is writing.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);

@@ -1,18 +1,22 @@
 //! How much keys are used, and when hosts were last served: what an administrator asks before a key is removed.
 //!
 //! Counted in memory and written once a second, never on the path of a release. In a file of its own beside the state: a
-//! count is no change that anybody has to take in. What a crash loses is one second.
+//! count is no change that anybody has to take in. What a crash loses is one second. A file that is damaged is moved aside and
+//! begun anew: counts keep no daemon from serving. Since when there are counts is in the file, too, so that nobody takes what
+//! was forgotten for what never was.
 
 use std::collections::HashMap;
+use std::ffi::OsString;
 use std::fs::OpenOptions;
+use std::io;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use claviger_hsm::KeyId;
-use rusqlite::{Connection, params};
+use rusqlite::{Connection, ErrorCode, TransactionBehavior, params};
 
 const DAY: i64 = 24 * 3600;
 
@@ -29,6 +33,49 @@ pub struct Seen {
     pub attestation: Option<i64>,
     /// Its last release.
     pub release: Option<i64>,
+}
+
+/// Why the counts cannot be kept.
+#[derive(Debug, thiserror::Error)]
+pub enum UsageError {
+    /// The file cannot be opened, though it is not known to be damaged.
+    #[error("{} cannot be opened: {source}; check that the daemon's user owns it, and that no other program holds it", path.display())]
+    Database {
+        /// The file.
+        path: PathBuf,
+        /// What SQLite says.
+        source: rusqlite::Error,
+    },
+    /// The file is damaged, and in the way.
+    #[error("{} is damaged and cannot be moved aside: {source}; move it away, it holds only counts", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What the operating system says.
+        source: io::Error,
+    },
+}
+
+/// The releases of the last [`DAYS`] days.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Releases {
+    by_key: HashMap<KeyId, u64>,
+    /// When counting began, if that is less than [`DAYS`] days ago.
+    pub since: Option<i64>,
+}
+
+impl Releases {
+    /// How many of them used a key.
+    #[must_use]
+    pub fn of(&self, key: &KeyId) -> u64 {
+        self.by_key.get(key).copied().unwrap_or_default()
+    }
+
+    /// Whether none of them was forgotten that used a key which is here since `added`.
+    #[must_use]
+    pub fn are_all_since(&self, added: i64) -> bool {
+        self.since.is_none_or(|since| since <= added)
+    }
 }
 
 /// What was counted and is not written yet.
@@ -48,26 +95,25 @@ pub struct Usage {
 }
 
 impl Usage {
-    /// Opens `usage.db` in `folder`, which is there. Blocks on the file.
+    /// Opens `usage.db` in `folder`, which is there; begins it anew where it is damaged. Blocks on the file.
     ///
     /// # Errors
-    /// When it cannot be opened or is none.
-    pub fn open(folder: &Path) -> rusqlite::Result<Self> {
+    /// See [`UsageError`].
+    pub fn open(folder: &Path, now: i64) -> Result<Self, UsageError> {
         let path = folder.join("usage.db");
-        // SQLite would make it with the umask's mode. What is wrong with the file, it says itself.
-        let _ = OpenOptions::new().create(true).append(true).mode(0o600).open(&path);
-        let file = Connection::open(path)?;
-        file.busy_timeout(Duration::from_secs(1))?;
-        // The loss of power may take some counts; a file that is damaged nobody wants.
-        file.execute_batch(
-            "PRAGMA synchronous = NORMAL;
-             CREATE TABLE IF NOT EXISTS releases (
-                 key_id BLOB NOT NULL, day INTEGER NOT NULL, count INTEGER NOT NULL, PRIMARY KEY (key_id, day)
-             ) STRICT, WITHOUT ROWID;
-             CREATE TABLE IF NOT EXISTS hosts (
-                 name TEXT NOT NULL COLLATE NOCASE PRIMARY KEY, attestation INTEGER, release INTEGER
-             ) STRICT, WITHOUT ROWID;",
-        )?;
+        let opened = match connect(&path, now) {
+            Err(source) if is_damage(&source) => {
+                let aside =
+                    move_aside(&path, now).map_err(|source| UsageError::Damaged { path: path.clone(), source })?;
+                tracing::warn!(
+                    file = %path.display(), moved_to = %aside.display(), error = %source,
+                    "the counts of releases were damaged and begin anew: how much keys were used before is not known"
+                );
+                connect(&path, now)
+            }
+            other => other,
+        };
+        let file = opened.map_err(|source| UsageError::Database { path, source })?;
         Ok(Self { pending: Mutex::default(), file: Mutex::new(file), failing: AtomicBool::new(false) })
     }
 
@@ -100,7 +146,11 @@ impl Usage {
         let failed = self.failing.swap(written.is_err(), Ordering::Relaxed);
         if let Err(error) = written {
             if !failed {
-                tracing::warn!(%error, "how much keys are used cannot be written; trying again (this is logged once)");
+                tracing::warn!(
+                    %error,
+                    "how much keys are used cannot be written; trying again, and a restart begins a damaged file anew \
+                     (this is logged once)"
+                );
             }
             self.pending().put_back(pending);
         }
@@ -110,15 +160,17 @@ impl Usage {
     ///
     /// # Errors
     /// When it cannot be read.
-    pub fn releases(&self, now: i64) -> rusqlite::Result<HashMap<KeyId, u64>> {
+    pub fn releases(&self, now: i64) -> rusqlite::Result<Releases> {
         self.flush(now);
         let file = self.file();
+        let since: i64 = file.query_row("SELECT coalesce(max(at), 0) FROM begun", [], |row| row.get(0))?;
         let mut statement =
             file.prepare_cached("SELECT key_id, SUM(count) FROM releases WHERE day > ?1 GROUP BY key_id")?;
         let rows = statement.query_map([now / DAY - DAYS], |row| {
             Ok((KeyId(row.get(0)?), u64::try_from(row.get::<_, i64>(1)?).unwrap_or_default()))
         })?;
-        rows.collect()
+        let by_key = rows.collect::<rusqlite::Result<_>>()?;
+        Ok(Releases { by_key, since: Some(since).filter(|since| *since > now - DAYS * DAY) })
     }
 
     /// When hosts were last served, by their names in lower case. Blocks on the file.
@@ -182,6 +234,60 @@ impl Pending {
     }
 }
 
+/// Opens the file and looks whether it can be trusted; makes it where there is none.
+fn connect(path: &Path, now: i64) -> rusqlite::Result<Connection> {
+    // SQLite would make it with the umask's mode. What is wrong with the file, it says itself.
+    let _ = OpenOptions::new().create(true).append(true).mode(0o600).open(path);
+    let mut file = Connection::open(path)?;
+    file.busy_timeout(Duration::from_secs(1))?;
+    // The loss of power may take some counts; a file that is damaged nobody wants.
+    file.execute_batch("PRAGMA synchronous = NORMAL")?;
+    let found: String = file.query_row("PRAGMA quick_check(1)", [], |row| row.get(0))?;
+    if found != "ok" {
+        let damaged = rusqlite::ffi::Error::new(rusqlite::ffi::SQLITE_CORRUPT);
+        return Err(rusqlite::Error::SqliteFailure(damaged, Some(found)));
+    }
+    let transaction = file.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    let is_new = !transaction.table_exists(None, "releases")?;
+    transaction.execute_batch(
+        "CREATE TABLE IF NOT EXISTS releases (
+             key_id BLOB NOT NULL, day INTEGER NOT NULL, count INTEGER NOT NULL, PRIMARY KEY (key_id, day)
+         ) STRICT, WITHOUT ROWID;
+         CREATE TABLE IF NOT EXISTS hosts (
+             name TEXT NOT NULL COLLATE NOCASE PRIMARY KEY, attestation INTEGER, release INTEGER
+         ) STRICT, WITHOUT ROWID;
+         CREATE TABLE IF NOT EXISTS begun (at INTEGER NOT NULL) STRICT;",
+    )?;
+    // A file that is older than this table has counted for long enough.
+    if is_new {
+        transaction.execute("INSERT INTO begun (at) VALUES (?1)", [now])?;
+    }
+    transaction.commit()?;
+    Ok(file)
+}
+
+fn is_damage(error: &rusqlite::Error) -> bool {
+    matches!(error.sqlite_error_code(), Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase))
+}
+
+/// Renames the file, with what SQLite keeps beside it: a journal of the old one must not be rolled into the new one.
+fn move_aside(path: &Path, now: i64) -> io::Result<PathBuf> {
+    let beside = |path: &Path, end: &str| {
+        let mut name = OsString::from(path);
+        name.push(end);
+        PathBuf::from(name)
+    };
+    let aside = beside(path, &format!(".damaged-{now}"));
+    for end in ["-journal", "-wal", "-shm"] {
+        match std::fs::rename(beside(path, end), beside(&aside, end)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+    }
+    std::fs::rename(path, &aside)?;
+    Ok(aside)
+}
+
 fn write(file: &mut Connection, pending: &Pending, today: i64) -> rusqlite::Result<()> {
     let transaction = file.transaction()?;
     for (key, count) in &pending.keys {
@@ -215,16 +321,20 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let keys = [KeyId(vec![1]), KeyId(vec![2])];
         let now = 1000 * DAY;
-        let usage = Usage::open(folder.path()).unwrap();
+        let usage = Usage::open(folder.path(), 0).unwrap();
         usage.released(Some("Node"), &keys, now);
         usage.released(Some("Node"), &keys[..1], now + 1);
         usage.attested("other", now);
         usage.flush(now);
         usage.released(None, &keys[..1], now + DAY);
-        assert_eq!(usage.releases(now + DAY).unwrap(), HashMap::from([(keys[0].clone(), 3), (keys[1].clone(), 1)]));
+        let found = |by_key: &[(&KeyId, u64)]| Releases {
+            by_key: by_key.iter().map(|(key, count)| ((*key).clone(), *count)).collect(),
+            since: None,
+        };
+        assert_eq!(usage.releases(now + DAY).unwrap(), found(&[(&keys[0], 3), (&keys[1], 1)]));
         drop(usage);
-        let usage = Usage::open(folder.path()).unwrap();
-        assert_eq!(usage.releases(now + DAYS * DAY).unwrap(), HashMap::from([(keys[0].clone(), 1)]));
+        let usage = Usage::open(folder.path(), now).unwrap();
+        assert_eq!(usage.releases(now + DAYS * DAY).unwrap(), found(&[(&keys[0], 1)]));
         let hosts = usage.hosts(now).unwrap();
         assert_eq!(hosts["node"], Seen { attestation: None, release: Some(now + 1) });
         assert_eq!(hosts["other"], Seen { attestation: Some(now), release: None });
@@ -237,14 +347,56 @@ mod tests {
     #[test]
     fn what_cannot_be_written_is_not_lost() {
         let folder = tempfile::tempdir().unwrap();
-        let usage = Usage::open(folder.path()).unwrap();
+        let usage = Usage::open(folder.path(), 0).unwrap();
         let key = KeyId(vec![1]);
         usage.file().execute_batch("ALTER TABLE releases RENAME TO away").unwrap();
         usage.released(Some("a"), std::slice::from_ref(&key), 1);
         usage.flush(2);
         usage.released(Some("a"), std::slice::from_ref(&key), 3);
         usage.file().execute_batch("ALTER TABLE away RENAME TO releases").unwrap();
-        assert_eq!(usage.releases(4).unwrap()[&key], 2);
+        assert_eq!(usage.releases(4).unwrap().of(&key), 2);
         assert_eq!(usage.hosts(4).unwrap()["a"].release, Some(3));
+    }
+
+    #[test]
+    fn a_damaged_file_is_moved_aside_and_counts_begin_anew() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, key, now) = (folder.path().join("usage.db"), KeyId(vec![1]), 1000 * DAY + 7);
+        let names = || {
+            let entries = std::fs::read_dir(folder.path()).unwrap();
+            let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+            names.sort();
+            names
+        };
+        let usage = Usage::open(folder.path(), 0).unwrap();
+        for number in 0..2000u32 {
+            usage.released(None, &[KeyId(number.to_be_bytes().to_vec())], now);
+        }
+        drop(usage);
+        let whole = std::fs::read(&path).unwrap();
+        let torn = [&whole[..whole.len() - 5000], &[0xff; 5000][..]].concat();
+        for (at, damaged) in [(1, b"no database at all, but long enough".repeat(50)), (2, torn)] {
+            let at = now + at;
+            std::fs::write(&path, &damaged).unwrap();
+            let usage = Usage::open(folder.path(), at).unwrap();
+            let aside = format!("usage.db.damaged-{at}");
+            assert_eq!(std::fs::read(folder.path().join(&aside)).unwrap(), damaged);
+            usage.released(None, std::slice::from_ref(&key), at);
+            let found = usage.releases(at + DAY).unwrap();
+            assert_eq!((found.of(&key), found.since), (1, Some(at)));
+            assert!(found.are_all_since(at) && !found.are_all_since(at - 1));
+            drop(usage);
+            // What began anew is as good as any other, and says for how long it has counted.
+            let usage = Usage::open(folder.path(), at + DAY).unwrap();
+            assert_eq!(usage.releases(at + DAY).unwrap().since, Some(at));
+            assert_eq!(usage.releases(at + DAYS * DAY).unwrap().since, None);
+        }
+        assert_eq!(names().len(), 1 + 2, "{:?}", names());
+        // Nothing is moved that only cannot be opened.
+        std::fs::remove_file(&path).unwrap();
+        std::fs::create_dir(&path).unwrap();
+        let error = Usage::open(folder.path(), now).err().unwrap().to_string();
+        assert!(error.contains("usage.db cannot be opened"), "{error}");
+        assert!(path.is_dir());
     }
 }

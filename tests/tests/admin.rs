@@ -9,7 +9,7 @@ use std::process::Command;
 use claviger::host::Host;
 use claviger_protocol::payload::ApiVersion;
 use claviger_protocol::rsa_key::RsaPrivateKey;
-use claviger_tests::{Administrator, HOST, Lab, Options, run, said, tool};
+use claviger_tests::{Administrator, Daemon, HOST, Lab, Options, block, run, said, tool, until};
 use data_encoding::{BASE64, HEXLOWER};
 use serde_json::Value;
 
@@ -184,6 +184,56 @@ async fn a_host_that_was_removed_gets_nothing_more() {
     let added: Vec<_> = trail.iter().filter(|l| l["event"] == "hosts.add" && l["outcome"] == "requested").collect();
     assert!(added.iter().all(|l| l["key"].as_str().unwrap().len() == 64 && l["by"]["uid"].is_u64()), "{added:?}");
     assert_eq!(of("release", "HealthCertificateException"), 3);
+}
+
+#[test]
+fn damaged_counts_keep_no_daemon_from_serving() {
+    let lab = Lab::make(Options::default());
+    let administrator = Administrator(&lab);
+    std::fs::write(lab.file("state/usage.db"), "no database, but long enough to be taken for one".repeat(20)).unwrap();
+    let daemon = lab.serve();
+    daemon.process.line(|line| (line.contains("usage.db.damaged-") && line.contains("begin anew")).then_some(()));
+    let health = block(lab.host(daemon.client()).attest()).unwrap();
+    block(lab.host(daemon.client()).roll(ApiVersion::V2, &health, &lab.protector())).unwrap();
+    let keys = administrator.json(&["keys", "list"]);
+    assert!(keys.as_array().unwrap().iter().all(|key| key["counted_since"].is_i64()), "{keys}");
+    assert!(said(&administrator.run(&["keys", "list"])).contains("counted since"));
+    assert!(administrator.json(&["hosts", "list"])[0]["last_release"].is_i64());
+    assert!(daemon.stop().success());
+    // Nothing is wrong with the new ones.
+    let daemon = lab.serve();
+    assert!(!daemon.process.output().contains("begin anew"));
+    assert!(daemon.stop().success());
+}
+
+#[test]
+fn two_daemons_with_sockets_of_their_own_share_a_state() {
+    let lab = Lab::make(Options::default());
+    let (one, config) = (lab.serve(), lab.file("second.toml"));
+    let mut second = lab.config();
+    let sockets = lab.file("second");
+    std::fs::create_dir(&sockets).unwrap();
+    second.server.sockets = Some(sockets.clone());
+    std::fs::write(&config, second.to_toml().unwrap()).unwrap();
+    let two = Daemon::serve(&config);
+    block(one.until_ready_is(200));
+    block(two.until_ready_is(200));
+
+    // What either issues, either accepts, and what is removed at one is gone at the other.
+    let health = block(lab.host(one.client()).attest()).unwrap();
+    let roll = |daemon: &Daemon| block(lab.host(daemon.client()).roll(ApiVersion::V2, &health, &lab.protector()));
+    for daemon in [&one, &two] {
+        roll(daemon).unwrap();
+    }
+    assert!(Administrator(&lab).run(&["hosts", "remove", HOST]).status.success());
+    until("the other daemon has heard of it", || roll(&two).is_err().then_some(()));
+    assert!(roll(&one).is_err());
+    let listed = run(["hosts", "list", "--json", "--socket", sockets.join("admin.sock").to_str().unwrap()]);
+    assert_eq!(serde_json::from_slice::<Value>(&listed.stdout).unwrap(), serde_json::json!([]));
+    assert!(two.stop().success() && one.stop().success());
+    // Both are in one trail.
+    let done = lab.audit().iter().filter(|line| line["event"] == "release" && line["outcome"] == "success").count();
+    assert!(done >= 2, "{done}");
 }
 
 #[test]

@@ -69,7 +69,7 @@ async fn one_token_and_one_machine_are_served_and_served_again() {
     let other = run(["serve".as_ref(), "--config".as_ref(), lab.config_file().as_os_str()]);
     let text = said(&other);
     assert!(!other.status.success(), "{text}");
-    assert!(text.contains("another claviger serves this state directory") && text.contains("stop it first"), "{text}");
+    assert!(text.contains("another claviger runs here") && text.contains("stop it first"), "{text}");
     assert_eq!(daemon.client().get(METADATA).await.unwrap().status, 200);
     assert!(daemon.stop().success());
 

@@ -13,11 +13,12 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use claviger::config::Tls;
+use claviger_protocol::attestation::HealthCertificateReply;
 use claviger_protocol::certificate::Certificate;
 use claviger_protocol::health::{self, ResultType, signer_template};
 use claviger_protocol::rsa_key::RsaPrivateKey;
 use claviger_tests::raw::{Connection, post};
-use claviger_tests::{ATTEST, HOST, Lab, Options, PATIENCE, ROLL, claviger, roll_request, run, said, tool};
+use claviger_tests::{ATTEST, Daemon, HOST, Lab, Options, PATIENCE, ROLL, claviger, roll_request, run, said, tool};
 use serde_json::Value;
 
 /// `claviger host …` in the lab's own host folder.
@@ -110,6 +111,15 @@ struct StandIn {
 
 impl StandIn {
     fn start(daemon: SocketAddr, path: &'static str, answers: Vec<String>) -> Self {
+        Self::answering(daemon, path, move |at| answers.get(at).cloned())
+    }
+
+    /// With answers of its own for as long as there are any.
+    fn answering(
+        daemon: SocketAddr,
+        path: &'static str,
+        answers: impl Fn(usize) -> Option<String> + Send + Sync + 'static,
+    ) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let asked = Arc::new(Mutex::new(Vec::new()));
@@ -123,7 +133,7 @@ impl StandIn {
                     let request = read_request(&mut stream);
                     if request.starts_with(format!("POST {path} ").as_bytes()) {
                         log.lock().unwrap().push(Instant::now());
-                        if let Some(answer) = answers.get(next.fetch_add(1, Ordering::SeqCst)) {
+                        if let Some(answer) = answers(next.fetch_add(1, Ordering::SeqCst)) {
                             let _ = stream.write_all(answer.as_bytes());
                             return;
                         }
@@ -327,7 +337,7 @@ fn a_server_that_cannot_serve_is_passed_over_and_asked_again_when_it_says() {
 
 #[test]
 fn what_is_refused_is_not_asked_again_and_nothing_is_written() {
-    let lab = Lab::make(Options { vms: 2, ..Options::default() });
+    let lab = Lab::make(Options::default());
     let daemon = lab.serve();
     let stand_in = StandIn::start(daemon.address(), ROLL, Vec::new());
     let host = Host::new(&lab, &[&stand_in.url, &daemon.url]);
@@ -354,31 +364,6 @@ fn what_is_refused_is_not_asked_again_and_nothing_is_written() {
     assert!(said(&output).contains("wrong.xml"), "{}", said(&output));
     assert_eq!(stand_in.asked().len(), asked + 1);
 
-    // Answers that are not right: none at all, that to another machine's protector, and a right one with another protector in it.
-    let health = Certificate::from_pem(&fs::read_to_string(host.health()).unwrap()).unwrap();
-    let reply = |protector: &[u8]| {
-        let request = post(ROLL, "application/xml", &roll_request(health.der(), protector));
-        Connection::open(daemon.address()).unwrap().exchange(&request).unwrap().text()
-    };
-    let [first, second] = [&lab.protectors()[0], &lab.protectors()[1]].map(|protector| reply(protector));
-    let egress =
-        |reply: &str| reply.split(['<', '>']).skip_while(|part| *part != "EgressProtector").nth(1).unwrap().to_owned();
-    let exchanged = first.replace(&egress(&first), &egress(&second));
-    for (body, expected) in [
-        ("<RollTransportKeyResponse/>", "RollTransportKeyResponse"),
-        (&second, "the ingress key is not that of the protector that was sent"),
-        (&exchanged, "the egress key is not that of the new protector"),
-    ] {
-        let forged = StandIn::start(daemon.address(), ROLL, vec![answer("200 OK", "", body)]);
-        let output = Host::new(&lab, &[&forged.url]).unwrap_command(&host.protector()).output().unwrap();
-        assert_eq!(output.status.code(), Some(1), "{}", said(&output));
-        assert!(
-            said(&output).contains("the answer is not right") && said(&output).contains(expected),
-            "{}",
-            said(&output)
-        );
-    }
-
     // In place would lose the old protector before its successor is in use.
     let mut command = host.command("unwrap");
     command.arg("--protector").arg(host.protector()).arg("--egress").arg(host.protector());
@@ -389,6 +374,77 @@ fn what_is_refused_is_not_asked_again_and_nothing_is_written() {
 
     assert_eq!(fs::read(host.egress()).unwrap(), before);
     assert!(!host.keys().exists());
+    assert!(daemon.stop().success());
+}
+
+/// Answers 200 to requests for `path`, always with this body.
+fn liar(daemon: &Daemon, path: &'static str, body: &str) -> StandIn {
+    let answer = answer("200 OK", "", body);
+    StandIn::answering(daemon.address(), path, move |_| Some(answer.clone()))
+}
+
+#[test]
+fn who_answers_wrongly_is_passed_over() {
+    let lab = Lab::make(Options { vms: 2, ..Options::default() });
+    let daemon = lab.serve();
+    let host = Host::new(&lab, &[&daemon.url]);
+    host.unwrap(&host.protector());
+    let good = daemon.url.strip_prefix("http://").unwrap();
+
+    // No answer at all, that to another machine's protector, a right one with another protector in it, and one without end.
+    let health = Certificate::from_pem(&fs::read_to_string(host.health()).unwrap()).unwrap();
+    let reply = |protector: &[u8]| {
+        let request = post(ROLL, "application/xml", &roll_request(health.der(), protector));
+        Connection::open(daemon.address()).unwrap().exchange(&request).unwrap().text()
+    };
+    let [first, second] = [&lab.protectors()[0], &lab.protectors()[1]].map(|protector| reply(protector));
+    let egress =
+        |reply: &str| reply.split(['<', '>']).skip_while(|part| *part != "EgressProtector").nth(1).unwrap().to_owned();
+    let exchanged = first.replace(&egress(&first), &egress(&second));
+    let endless = " ".repeat(33 * 1024 * 1024);
+    for (body, expected) in [
+        ("<RollTransportKeyResponse/>", "RollTransportKeyResponse"),
+        (&second, "the ingress key is not that of the protector that was sent"),
+        (&exchanged, "the egress key is not that of the new protector"),
+        (&endless, "is longer than"),
+    ] {
+        let liar = liar(&daemon, ROLL, body);
+        let before = fs::read(host.egress()).unwrap();
+        let alone = Host { timeout: 2, ..Host::new(&lab, &[&liar.url]) };
+        fs::remove_file(host.keys()).unwrap();
+        let output = alone.unwrap_command(&host.protector()).output().unwrap();
+        assert_eq!(output.status.code(), Some(75), "{}", said(&output));
+        assert!(said(&output).contains(expected) && output.stdout.is_empty(), "{}", said(&output));
+        assert!(fs::read(host.egress()).unwrap() == before && !host.keys().exists(), "nothing is written");
+        // With another service, that one's answer is taken.
+        let asked = liar.asked().len();
+        assert!(asked > 0);
+        let report = Host::new(&lab, &[&liar.url, &daemon.url]).unwrap(&host.protector());
+        assert_eq!((report["server"].as_str(), liar.asked().len()), (Some(good), asked + 1));
+    }
+
+    // The same where a health certificate is asked for: none, and one over somebody else's key.
+    let somebody = RsaPrivateKey::generate(2048).unwrap();
+    let template = signer_template(somebody.public(), 1, 2).unwrap().to_be_signed().unwrap();
+    let foreign = template.sign_with(&somebody).unwrap();
+    let kind = ResultType::EncryptionCertificate;
+    let foreign = HealthCertificateReply { content: vec![(kind, foreign)] }.to_json();
+    for (body, expected) in [
+        ("{}", "the answer is not right"),
+        (std::str::from_utf8(&foreign).unwrap(), "not over this host's identity key"),
+    ] {
+        let liar = liar(&daemon, ATTEST, body);
+        let alone = Host { timeout: 2, ..Host::new(&lab, &[&liar.url]) };
+        let output = alone.command("attest").arg("--fresh").output().unwrap();
+        assert_eq!(output.status.code(), Some(75), "{}", said(&output));
+        assert!(said(&output).contains(expected), "{}", said(&output));
+        let both = Host::new(&lab, &[&liar.url, &daemon.url]);
+        let report = json(&both.command("attest").arg("--fresh").output().unwrap());
+        assert_eq!(report["issued_by"].as_str(), Some(good));
+        fs::remove_file(host.health()).unwrap();
+        let report = both.unwrap(&host.protector());
+        assert_eq!(report["attested"], true);
+    }
     assert!(daemon.stop().success());
 }
 

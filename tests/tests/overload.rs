@@ -15,7 +15,7 @@ use claviger_protocol::error::{Code, Refusal};
 use claviger_protocol::protector::TransportKey;
 use claviger_protocol::rsa_key::RsaPrivateKey;
 use claviger_tests::{
-    ALGORITHMS, Daemon, HOST, Lab, Options, PATIENCE, ROLL, open_release, roll_request, stats::median,
+    ALGORITHMS, Daemon, HOST, Instances, Lab, Options, PATIENCE, ROLL, open_release, roll_request, stats::median,
 };
 use data_encoding::BASE64;
 use http_body_util::Full;
@@ -100,6 +100,47 @@ fn lab_with(change: impl FnOnce(&mut claviger::config::Release)) -> (Lab, Daemon
 fn milliseconds(times: &[f64]) -> String {
     let worst = times.iter().copied().fold(0.0, f64::max);
     format!("{:.0} ms, at worst {worst:.0}", median(times))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_waits_of_a_host_that_is_removed_gets_nothing() {
+    const WAITING: usize = 8;
+    let lab = Lab::make(Options::default());
+    let faulty = lab.behind_faulty(Instances::Own);
+    lab.configure(|config| (config.release.watchdog_ms, config.release.concurrency) = (60_000, 1));
+    let daemon = lab.serve();
+    daemon.until_ready_is(200).await;
+    let host = Arc::new(Asker::new(&lab, &daemon, HOST).await);
+    let other = Arc::new(Asker::new(&lab, &daemon, "other").await);
+
+    // One is at the token, and the others behind it.
+    faulty.set("hsm-a", &["call=C_Decrypt hang"]);
+    let ask = |asker: &Arc<Asker>, turn: usize| {
+        let asker = asker.clone();
+        tokio::spawn(async move { asker.ask(turn).await })
+    };
+    let first = ask(&other, 0);
+    faulty.until("hsm-a", "a release at the token", |stats| stats.hanging() == 1);
+    let waiting: Vec<_> = (0..WAITING).map(|turn| ask(&host, turn)).collect();
+    let begun = Instant::now();
+    while daemon.metrics().await.sum("claviger_queue_waiting", &[]) != Some(WAITING as f64) {
+        assert!(begun.elapsed() < PATIENCE, "the releases do not wait");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    admin::call(&lab.socket(), &json!({"command": "hosts.remove", "name": HOST})).await.unwrap();
+    faulty.clear("hsm-a");
+    assert!(other.is_released(&first.await.unwrap()));
+    for reply in waiting {
+        assert_eq!(refused_with(&reply.await.unwrap()), Some(Code::HealthCertificate));
+    }
+    // Who is registered goes on.
+    assert!(other.is_released(&other.ask(0).await));
+    assert!(daemon.stop().success());
+    let released =
+        |line: &&serde_json::Value| line["event"] == "release" && line["outcome"] == "success" && line["host"] == HOST;
+    // The lab's own checks, and none of these.
+    let removed = lab.audit().iter().position(|line| line["event"] == "hosts.remove").unwrap();
+    assert_eq!(lab.audit()[removed..].iter().filter(released).count(), 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]

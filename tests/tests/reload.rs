@@ -11,7 +11,10 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use claviger::config::{Hsm, Tls};
-use claviger_tests::{Daemon, Lab, Options, PATIENCE, ROLL, block, open_release, roll_request, run, said, tool, until};
+use claviger_protocol::payload::ApiVersion;
+use claviger_tests::{
+    Administrator, Daemon, Lab, Options, PATIENCE, ROLL, block, open_release, roll_request, run, said, tool, until,
+};
 use http_body_util::{BodyExt, Full};
 use hyper::client::conn::http1::{SendRequest, handshake};
 use hyper_util::rt::TokioIo;
@@ -272,5 +275,91 @@ fn what_is_bad_changes_nothing_and_what_needs_a_restart_is_named() {
     runtime.block_on(eventually("strangers are turned away", async || asked(&stranger).await.is_err()));
     assert_eq!(runtime.block_on(asked(&known)), Ok(200));
     assert_eq!(runtime.block_on(open.send("POST", ROLL, &body)).unwrap().0, 200);
+    assert!(daemon.stop().success());
+}
+
+/// The state of a member, if there is one of this name.
+fn state(lab: &Lab, name: &str) -> Option<String> {
+    let found = members(lab).into_iter().find(|member| member["name"] == name)?;
+    Some(found["state"].as_str().unwrap().to_owned())
+}
+
+fn until_state(lab: &Lab, name: &str, wanted: &str) {
+    until(&format!("{name} is {wanted}"), || (state(lab, name)? == wanted).then_some(()));
+}
+
+/// One release, as the lab's host.
+fn release(lab: &Lab, daemon: &Daemon, health: &[u8]) {
+    block(lab.host(daemon.client()).roll(ApiVersion::V2, health, &lab.protector())).unwrap();
+}
+
+#[test]
+fn a_pin_that_was_corrected_brings_its_member_back() {
+    let lab = Lab::make(Options { hsms: 2, ..Options::default() });
+    let pin = lab.file("pins/hsm-b.pin");
+    let right = std::fs::read_to_string(&pin).unwrap();
+    std::fs::write(&pin, "wrong\n").unwrap();
+    let daemon = lab.serve();
+    until_state(&lab, "hsm-a", "up");
+    until_state(&lab, "hsm-b", "pin_refused");
+    let refusals = || daemon.process.output().matches("REFUSES THE PIN").count();
+    until("the refusal is said", || (refusals() == 1).then_some(()));
+
+    // The same one is not tried again, another one is, once.
+    for (weight, wrong, refused) in [(2, "wrong\n", 1), (3, "other\n", 2)] {
+        std::fs::write(&pin, wrong).unwrap();
+        // What is taken in after the PIN.
+        lab.configure(|config| config.hsm[1].weight = weight);
+        daemon.process.hang_up();
+        until("the configuration is reloaded", || (members(&lab)[1]["weight"] == weight).then_some(()));
+        until("what there is to refuse is refused", || (refusals() >= refused).then_some(()));
+        std::thread::sleep(Duration::from_secs(1));
+        assert_eq!((refusals(), state(&lab, "hsm-b")), (refused, Some("pin_refused".to_owned())), "{wrong:?}");
+    }
+    std::fs::write(&pin, right).unwrap();
+    daemon.process.hang_up();
+    until_state(&lab, "hsm-b", "up");
+    // It works: alone.
+    lab.configure(|config| config.hsm.retain(|hsm| hsm.name == "hsm-b"));
+    daemon.process.hang_up();
+    until("hsm-a is gone", || state(&lab, "hsm-a").is_none().then_some(()));
+    let health = block(lab.host(daemon.client()).attest()).unwrap();
+    release(&lab, &daemon, &health);
+    assert!(daemon.stop().success());
+}
+
+#[test]
+fn all_other_members_go_at_once_when_the_one_that_stays_serves() {
+    let lab = Lab::make(Options { hsms: 3, ..Options::default() });
+    let all = lab.config().hsm;
+    let daemon = lab.serve();
+    for hsm in &all {
+        until_state(&lab, &hsm.name, "up");
+    }
+    let health = block(lab.host(daemon.client()).attest()).unwrap();
+    let administrator = Administrator(&lab);
+
+    // Not for one that gets nothing itself.
+    administrator.json(&["hsm", "drain", "hsm-c"]);
+    lab.configure(|config| config.hsm.retain(|hsm| hsm.name == "hsm-c"));
+    daemon.process.hang_up();
+    for name in ["hsm-a", "hsm-b"] {
+        daemon.process.line(|line| (line.contains("is not taken out") && line.contains(name)).then_some(()));
+    }
+    assert_eq!(members(&lab).len(), 3);
+    release(&lab, &daemon, &health);
+
+    administrator.json(&["hsm", "resume", "hsm-c"]);
+    until_state(&lab, "hsm-c", "up");
+    daemon.process.hang_up();
+    until("the others are gone", || (members(&lab).len() == 1).then_some(()));
+    assert_eq!(state(&lab, "hsm-c").as_deref(), Some("up"));
+    release(&lab, &daemon, &health);
+
+    // And back: those that were there before take over from it.
+    lab.configure(|config| config.hsm = all[..2].to_vec());
+    daemon.process.hang_up();
+    until("hsm-c is gone", || (members(&lab).len() == 2 && state(&lab, "hsm-c").is_none()).then_some(()));
+    release(&lab, &daemon, &health);
     assert!(daemon.stop().success());
 }

@@ -2,8 +2,9 @@
 
 #![allow(clippy::unwrap_used)]
 
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixDatagram;
+use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::Path;
 use std::process::Command;
 
@@ -82,6 +83,22 @@ fn who_reviews_can_change_nothing() {
         let refused = at(&review, change);
         assert!(!refused.status.success() && said(&refused).contains("use admin.sock"), "{}", said(&refused));
     }
+    // Requests are short there; the administrators' may be an import.
+    let answered = |socket: &Path, octets: usize| {
+        let mut stream = UnixStream::connect(socket).unwrap();
+        let request = format!("{{\"command\":\"hosts.list\",\"x\":\"{}\"}}", "x".repeat(octets));
+        // Written as far as the other side takes it.
+        let _ = stream.write_all(request.as_bytes()).and_then(|()| stream.write_all(b"\n"));
+        let mut line = String::new();
+        let _ = BufReader::new(stream).read_line(&mut line);
+        line
+    };
+    assert!(answered(&review, 64 * 1024).contains("a request has at most 65536 octets"));
+    for (socket, octets) in [(&review, 63 * 1024), (&admin, 64 * 1024)] {
+        let line = answered(socket, octets);
+        assert!(line.contains("demo-host"), "{line}");
+    }
+    assert!(at(&review, &["hosts", "list"]).status.success());
     assert!(at(&admin, &["hosts", "remove", "demo-host"]).status.success());
     assert!(daemon.stop().success());
     assert!(!admin.exists() && !review.exists());

@@ -5,7 +5,7 @@ use crate::build::{Unsigned, fresh_transport_key};
 use crate::certificate::Certificate;
 use crate::error::Refusal;
 use crate::metadata::{GuardianInformation, Metadata};
-use crate::protector::{Encryption, Protector, Signature, TransportKey, Wrapping, transport_key};
+use crate::protector::{Encryption, MAX_WRAPPINGS, Protector, Signature, TransportKey, Wrapping, transport_key};
 use crate::rsa_key::{RsaPrivateKey, RsaPublicKey};
 use crate::verify::{self, KnownCertificates, Party, Verified};
 
@@ -42,6 +42,9 @@ pub enum OwnerError {
     /// The protector belongs to somebody else: only its owner may change who is in it.
     #[error("the owner of this protector is somebody else")]
     NotOwner,
+    /// The protector would have more wrappings than any service reads.
+    #[error("a protector has room for {MAX_WRAPPINGS} parties, the owner and {} guardians", MAX_WRAPPINGS - 1)]
+    Full,
     /// No wrapping was chosen to be revoked.
     #[error("no wrapping of this protector is for that guardian")]
     NoSuchGuardian,
@@ -191,6 +194,9 @@ impl Owner {
         key: &TransportKey,
         owner: u32,
     ) -> Result<Vec<u8>, OwnerError> {
+        if wrappings.len() > MAX_WRAPPINGS {
+            return Err(OwnerError::Full);
+        }
         let unsigned = Unsigned::new(wrappings, recipients, key, 0)?;
         let signature = self.sign(unsigned.signed_octets())?;
         Ok(unsigned.finish(owner, signature.algorithm, signature.value)?)

@@ -61,6 +61,16 @@ fn what_an_owner_creates_opens() {
 }
 
 #[test]
+fn nobody_is_let_in_beyond_what_services_read() {
+    let guardians = vec![metadata(2); MAX_WRAPPINGS];
+    let (full, _) = owner().create(&guardians[1..]).unwrap();
+    assert_eq!(Protector::parse(&full).unwrap().wrappings.len(), MAX_WRAPPINGS);
+    assert!(matches!(owner().create(&guardians), Err(OwnerError::Full)));
+    let error = owner().grant(&full, &guardians[0]).err().unwrap();
+    assert!(error.to_string().contains("room for 64 parties, the owner and 63 guardians"), "{error}");
+}
+
+#[test]
 fn a_guardian_is_granted_access_from_its_metadata() {
     let (file, key) = owner().create(&[metadata(1)]).unwrap();
     let granted = owner().grant(&file, &metadata(2)).unwrap();

@@ -8,10 +8,11 @@ use claviger_protocol::metadata::Metadata;
 use serde_json::{Value, json};
 
 use super::tree::{certificate_for_people, certificate_json, plain};
-use super::trust::{Guardians, Thumbprint, Trust, read_metadata, signing_certificate};
-use super::{Failure, files, own_guardian, rsa_bits, table};
+use super::trust::{Guardians, MAX_METADATA, Thumbprint, Trust, read_metadata, signing_certificate};
+use super::{Failure, own_guardian, rsa_bits, table};
 use crate::client::Client;
 use crate::demo::METADATA;
+use crate::files::{self, Existing};
 use crate::print::say;
 use crate::process;
 
@@ -113,8 +114,8 @@ impl Source {
                     let said = plain(&String::from_utf8_lossy(&reply.body[..reply.body.len().min(500)]));
                     return Err(format!("{url} answered {} instead of its metadata: {said}", reply.status).into());
                 }
-                if reply.body.len() > files::MAX_METADATA {
-                    return Err(format!("the metadata of {url} is larger than {} octets", files::MAX_METADATA).into());
+                if reply.body.len() > MAX_METADATA {
+                    return Err(format!("the metadata of {url} is larger than {} octets", MAX_METADATA).into());
                 }
                 let metadata = Metadata::parse(&reply.body).map_err(|error| format!("{url}: {error}"))?;
                 Ok((reply.body.to_vec(), metadata))
@@ -190,7 +191,7 @@ fn export(dir: &Path, out: Option<&Path>, certificates: bool) -> Result<(), Fail
     };
     match out {
         Some(file) => {
-            files::write_new(file, text.as_bytes())?;
+            files::write(file, text.as_bytes(), Existing::Keep)?;
             say!("wrote {}; its thumbprint, to be told by another way:", file.display());
             say!("  {}", super::trust::thumbprint(&owner.signing_certificate));
         }

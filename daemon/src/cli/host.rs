@@ -15,9 +15,10 @@ use serde_json::json;
 use zeroize::Zeroizing;
 
 use super::{Failure, date, rsa_bits};
+use crate::files::{self, Existing, FileError};
 use crate::host::HostError;
 use crate::host::services::{Services, ServicesError};
-use crate::host::store::{self, Folder, StoreError};
+use crate::host::store::{Folder, StoreError};
 use crate::print::say;
 
 /// `EX_TEMPFAIL` of sysexits.h.
@@ -219,10 +220,10 @@ async fn unwrap(
 ) -> Result<(), Failure> {
     let folder = Folder::new(&place.dir);
     let clash = match &keys {
-        KeyTarget::File(file) => [protector, egress].into_iter().any(|other| store::same_file(file, other)),
+        KeyTarget::File(file) => [protector, egress].into_iter().any(|other| files::same_file(file, other)),
         KeyTarget::Open(_) => false,
     };
-    if clash || store::same_file(protector, egress) {
+    if clash || files::same_file(protector, egress) {
         return Err(
             "--protector, --egress and --key-file have to be different files: the old protector is needed until \
             the machine's secrets are sealed with the new key"
@@ -232,7 +233,7 @@ async fn unwrap(
     let file = read_protector(protector)?;
     let mut services = service.of(folder.clone())?;
     let released = services.unwrap(&file).await.map_err(|error| explain(error.into(), &folder))?;
-    store::replace(egress, &released.unwrapped.egress_protector)?;
+    files::write(egress, &released.unwrapped.egress_protector, Existing::Replace)?;
     hand_over(&released.unwrapped.keys, keys)?;
     let (server, api) = (released.server, released.api.as_str());
     if place.json {
@@ -268,7 +269,7 @@ fn hand_over(keys: &Payload, target: KeyTarget) -> Result<(), Failure> {
             let written: io::Result<()> = file.write_all(&octets[..]);
             written.map_err(|e| format!("the keys could not be handed over: {e}; run it again").into())
         }
-        KeyTarget::File(path) => Ok(store::replace(&path, &octets[..])?),
+        KeyTarget::File(path) => Ok(files::write(&path, &octets[..], Existing::Replace)?),
     }
 }
 
@@ -282,7 +283,7 @@ fn explain(error: ServicesError, folder: &Folder) -> Failure {
             let how = format!("claviger hosts add NAME --public-key {}", public.display());
             format!("{error}; if this host is to be trusted, register it where the service runs: {how}").into()
         }
-        ServicesError::Store(error @ StoreError::File { .. }) => {
+        ServicesError::Store(error @ StoreError::File(FileError::Io { .. })) => {
             format!("{error}; this host's files have to be readable and writable for this command").into()
         }
         error => error.into(),

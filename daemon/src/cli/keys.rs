@@ -7,8 +7,9 @@ use data_encoding::BASE64;
 use serde_json::Value;
 use zeroize::Zeroizing;
 
-use super::{Failure, Target, ask, files, labels, pfx, print, secret, table, text, warn};
+use super::{Failure, Target, ask, labels, pfx, print, secret, table, text, warn};
 use crate::commands::{Command, Secret};
+use crate::files::{self, Existing};
 use crate::keys::EXPIRES_SOON;
 use crate::print::{note, say};
 use crate::service::unix_now;
@@ -312,7 +313,12 @@ async fn list(target: &Target) -> Result<(), Failure> {
         ];
         table(&reply, &columns);
     });
-    for row in reply.as_array().into_iter().flatten() {
+    let rows = || reply.as_array().into_iter().flatten();
+    if let Some(row) = rows().find(|row| row["counted_since"].is_i64()) {
+        let since = text(row, "counted_since");
+        note(&format!("warning: releases of older keys are counted since {since} only; what was before is not known"));
+    }
+    for row in rows() {
         let ends = row["not_after"].as_i64().unwrap_or(i64::MAX);
         let what = match ends.saturating_sub(unix_now()) {
             ..0 => "has expired; it serves all the same",
@@ -339,7 +345,7 @@ fn write(target: &Target, reply: &Value, out: Option<&Path>) -> Result<(), Failu
     let pem = text(reply, "pem");
     match out {
         Some(file) => {
-            files::write_new(file, pem.as_bytes())?;
+            files::write(file, pem.as_bytes(), Existing::Keep)?;
             print(target, reply, || say!("{}", file.display()));
         }
         None => print(target, reply, || say!("{}", pem.trim_end())),

@@ -13,7 +13,8 @@ use claviger_protocol::certificate::Certificate;
 use claviger_protocol::owner::Owner;
 use claviger_protocol::rsa_key::RsaPrivateKey;
 
-use super::{Failure, files};
+use super::Failure;
+use crate::files::{self, Existing};
 use crate::lab::{OWNER_ROLES, self_signed};
 
 /// Makes the folder, which must not be there, and an own guardian in it.
@@ -40,8 +41,8 @@ fn fill(dir: &Path, name: &str, bits: u32) -> Result<Owner, Failure> {
     for role in OWNER_ROLES {
         let key = RsaPrivateKey::generate(bits)?;
         let certificate = self_signed(&format!("{name} {role}"), &key)?;
-        files::write_new(&file(dir, role, "key"), key.to_pkcs8_pem().as_bytes())?;
-        files::write_new(&file(dir, role, "crt"), certificate.to_pem().as_bytes())?;
+        files::write(&file(dir, role, "key"), key.to_pkcs8_pem().as_bytes(), Existing::Keep)?;
+        files::write(&file(dir, role, "crt"), certificate.to_pem().as_bytes(), Existing::Keep)?;
     }
     load(dir)
 }
@@ -60,9 +61,9 @@ pub(super) fn load(dir: &Path) -> Result<Owner, Failure> {
 
 fn load_pair(dir: &Path, role: &str) -> Result<(RsaPrivateKey, Certificate), Failure> {
     let (key_file, certificate_file) = (file(dir, role, "key"), file(dir, role, "crt"));
-    let key = RsaPrivateKey::from_pkcs8_pem(&files::read_pem(&key_file, true)?)
+    let key = RsaPrivateKey::from_pkcs8_pem(&files::read_secret_pem(&key_file)?)
         .map_err(|error| format!("{}: {error}", key_file.display()))?;
-    let certificate = Certificate::from_pem(&files::read_pem(&certificate_file, false)?)
+    let certificate = Certificate::from_pem(&files::read_pem(&certificate_file)?)
         .map_err(|error| format!("{}: {error}", certificate_file.display()))?;
     if certificate.key() != key.public() {
         return Err(format!("{} is not the certificate of {}", certificate_file.display(), key_file.display()).into());

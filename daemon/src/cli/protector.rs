@@ -13,7 +13,8 @@ use serde_json::json;
 
 use super::tree::{self, Opened, plain};
 use super::trust::{Guardians, Trust, read_metadata};
-use super::{Failure, files, own_guardian};
+use super::{Failure, own_guardian};
+use crate::files::{self, Existing};
 use crate::print::say;
 use crate::process;
 
@@ -173,7 +174,7 @@ fn execute(command: Protector) -> Result<ExitCode, Failure> {
                     return Err(format!("{name} has the key of another one that is let in; leave it out").into());
                 }
             }
-            let (file, transport_key) = owner.create(&metadata)?;
+            let (file, transport_key) = owner.create(&metadata).map_err(|error| explain(&out, error))?;
             files::write_both((&key, &transport_key[..]), (&out, &file))?;
             wrote(&file, json, &[("protector", &out), ("transport key, secret", &key)]);
         }
@@ -195,7 +196,7 @@ fn execute(command: Protector) -> Result<ExitCode, Failure> {
                 return Err(format!("{} has a wrapping for that guardian already", file.display()).into());
             }
             let granted = owner.grant(&octets, &guardian).map_err(|error| explain(&file, error))?;
-            files::write_new(&out, &granted)?;
+            files::write(&out, &granted, Existing::Keep)?;
             wrote(&granted, json, &[("protector", &out)]);
         }
         Protector::Revoke { file, owner, guardian, wrapping, guardians, out, key, json } => {
@@ -208,7 +209,7 @@ fn execute(command: Protector) -> Result<ExitCode, Failure> {
             let key = owner.open(&read(&file)?).map_err(|error| explain(&file, error))?;
             match out {
                 Some(out) => {
-                    files::write_new(&out, &key[..])?;
+                    files::write(&out, &key[..], Existing::Keep)?;
                     say!("wrote {} (transport key, secret)", out.display());
                 }
                 None => {
@@ -233,7 +234,7 @@ fn writable(files: &[&Path]) -> Result<(), Failure> {
     {
         return Err("the protector and the transport key need two files".into());
     }
-    files.iter().try_for_each(|file| files::must_be_new(file))
+    Ok(files.iter().try_for_each(|file| files::must_be_new(file))?)
 }
 
 /// What was written: protectors say what they are, too.
@@ -259,6 +260,7 @@ fn explain(file: &Path, error: OwnerError) -> Failure {
         OwnerError::NotOurs | OwnerError::NotOwner => "; is --owner the right folder?",
         OwnerError::Decrypt => "; it was made by somebody who did not have its key: do not use it",
         OwnerError::NoSuchGuardian => "; claviger protector show tells who has one",
+        OwnerError::Full => "; revoke one that is not needed any more, or make another protector for the others",
         OwnerError::Sign | OwnerError::OwnerStays => "",
     };
     format!("{}: {error}{hint}", file.display()).into()

@@ -1,12 +1,11 @@
 //! Passwords: from the terminal, without showing them, or from a file. Never from the command line, which others can read.
 
-use std::fs;
-use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use zeroize::Zeroizing;
 
-use super::{Failure, files};
+use super::Failure;
+use crate::files;
 
 /// Longest password, in octets.
 const LONGEST: usize = 1024;
@@ -19,12 +18,7 @@ pub(super) fn password(
     twice: bool,
 ) -> Result<Zeroizing<String>, Failure> {
     let Some(file) = file else { return asked(prompt, option, twice) };
-    let metadata = fs::metadata(file).map_err(|error| format!("{}: {error}", file.display()))?;
-    if metadata.is_file() && metadata.permissions().mode() & 0o077 != 0 {
-        let file = file.display();
-        return Err(format!("{file}: others may read this password; run: chmod 600 {file}").into());
-    }
-    let octets = files::read(file, LONGEST)?;
+    let octets = files::read_secret(file, LONGEST)?;
     let text = std::str::from_utf8(&octets).map_err(|_| format!("{}: not a text", file.display()))?;
     let text = text.strip_suffix('\n').map_or(text, |text| text.strip_suffix('\r').unwrap_or(text));
     Ok(Zeroizing::new(text.to_owned()))
@@ -48,6 +42,8 @@ fn asked(prompt: &str, option: &str, twice: bool) -> Result<Zeroizing<String>, F
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt;
 
     #[test]
     fn a_password_in_a_file_is_the_owners_and_ends_before_the_line_break() {

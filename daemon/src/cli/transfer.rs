@@ -7,8 +7,9 @@ use age::secrecy::SecretString;
 use serde_json::Value;
 use zeroize::Zeroizing;
 
-use super::{Failure, Target, ask, files, print, secret, warn};
+use super::{Failure, Target, ask, print, secret, warn};
 use crate::commands::{Command, Document};
+use crate::files::{self, Existing};
 use crate::print::say;
 
 /// Largest export that is read, in octets: what the administrators' socket takes.
@@ -84,7 +85,7 @@ pub async fn export(command: Export) -> Result<(), Failure> {
     let document = ask(&target, &Command::Export).await?;
     let plain = Zeroizing::new(serde_json::to_vec(&document)?);
     let sealed = seal(&*recipient, &plain)?;
-    files::write_new(&file, &sealed)?;
+    files::write(&file, &sealed, Existing::Keep)?;
     let count = |what: &str| document[what].as_array().map_or(0, Vec::len);
     let reply = serde_json::json!({
         "file": file, "hosts": count("hosts"), "certificates": count("certificates"), "signers": count("signers"),
@@ -173,7 +174,7 @@ fn seal(recipient: &dyn age::Recipient, plain: &[u8]) -> Result<Vec<u8>, Failure
 
 /// The age identity of a file, among comments.
 fn read_identity(path: &Path) -> Result<age::x25519::Identity, Failure> {
-    let octets = files::read(path, 64 * 1024)?;
+    let octets = files::read_secret(path, 64 * 1024)?;
     let text = std::str::from_utf8(&octets).map_err(|_| format!("{}: not a text", path.display()))?;
     let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
     let (Some(line), None) = (lines.next(), lines.next()) else {

@@ -9,7 +9,11 @@ use claviger_protocol::certificate::Certificate;
 use claviger_protocol::metadata::Metadata;
 use data_encoding::{HEXLOWER, HEXLOWER_PERMISSIVE};
 
-use super::{Failure, files};
+use super::Failure;
+use crate::files::{self, Existing};
+
+/// Largest metadata document that is read, in octets; an honest one has some ten thousand.
+pub(super) const MAX_METADATA: usize = 1024 * 1024;
 
 /// SHA-256 of a certificate.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -77,7 +81,7 @@ pub(super) fn signing_certificate(metadata: &Metadata) -> Result<Certificate, Fa
 
 /// Reads a metadata document and checks its signatures.
 pub(super) fn read_metadata(path: &Path) -> Result<(Vec<u8>, Metadata), Failure> {
-    let octets = files::read(path, files::MAX_METADATA)?.to_vec();
+    let octets = files::read(path, MAX_METADATA)?.to_vec();
     let metadata = Metadata::parse(&octets).map_err(|error| format!("{}: {error}", path.display()))?;
     Ok((octets, metadata))
 }
@@ -101,7 +105,7 @@ impl Guardians {
 
     /// Complains of a name that cannot be had.
     pub(super) fn must_be_free(&self, name: &str) -> Result<(), Failure> {
-        files::must_be_new(&self.file(name)?)
+        Ok(files::must_be_new(&self.file(name)?)?)
     }
 
     /// Keeps a guardian's document, octet for octet.
@@ -109,7 +113,7 @@ impl Guardians {
         let file = self.file(name)?;
         let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.guardians);
         made.map_err(|error| format!("{}: {error}", self.guardians.display()))?;
-        files::write_new(&file, document)?;
+        files::write(&file, document, Existing::Keep)?;
         Ok(file)
     }
 

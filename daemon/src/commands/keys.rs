@@ -1,6 +1,5 @@
 //! The key-protection certificates, and the keys behind them.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -21,7 +20,7 @@ use crate::attest::signer::private_parts;
 use crate::keys::{Key, RSA_BITS, SERVER_AUTHENTICATION};
 use crate::service::{OWN_DEADLINE, Service, unix_now};
 use crate::state::{self, Kind, Labels, NewCertificate, State};
-use crate::usage::DAYS;
+use crate::usage::{DAYS, Releases};
 
 /// How long a member has to say whether it has a key.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -45,8 +44,8 @@ pub(super) struct New {
 
 pub(super) async fn list(service: &Arc<Service>) -> Result<Value, String> {
     let certificates = read(service, |state| state.certificates()).await?;
-    let used = releases(service).await?;
-    Ok(certificates.iter().map(|entry| certificate(entry, &used)).collect())
+    let used = releases(service).await;
+    Ok(certificates.iter().map(|entry| certificate(entry, used.as_ref().ok())).collect())
 }
 
 pub(super) async fn generate(
@@ -184,7 +183,7 @@ pub(super) async fn add(service: &Arc<Service>, new: New, peer: Peer) -> Result<
     };
     let added = service.change(work).await;
     change.done(service, super::outcome(&added)).await;
-    with_warnings(service, &added.map_err(|e| e.to_string())?, &warnings).await
+    Ok(done(service, &added.map_err(|e| e.to_string())?, warnings).await)
 }
 
 pub(super) async fn set_primary(
@@ -197,7 +196,7 @@ pub(super) async fn set_primary(
     let of = entry.clone();
     let work = move |state: &mut State| state.set_primary(of.kind, &of.thumbprint);
     about("keys.set-primary", &entry, peer).make(service, work, |_, ()| ()).await?;
-    again(service, &entry, &[]).await
+    Ok(done(service, &state::Certificate { is_primary: true, ..entry }, Vec::new()).await)
 }
 
 pub(super) async fn set_communications(
@@ -215,7 +214,7 @@ pub(super) async fn set_communications(
     let work = move |state: &mut State| state.set_communications(thumbprint.as_deref());
     change.make(service, work, |_, ()| ()).await?;
     match entry {
-        Some(entry) => again(service, &entry, &[]).await,
+        Some(entry) => Ok(done(service, &state::Certificate { is_communications: true, ..entry }, Vec::new()).await),
         None => Ok(json!({"thumbprint": null})),
     }
 }
@@ -232,11 +231,14 @@ pub(super) async fn enable(
     let work = move |state: &mut State| state.enable_certificate(of.kind, &of.thumbprint, enabled);
     let event = if enabled { "keys.enable" } else { "keys.disable" };
     about(event, &entry, peer).make(service, work, |_, ()| ()).await?;
-    let mut warnings = Vec::new();
-    if !enabled {
-        warnings.extend(missed(service, &entry).await?);
-    }
-    again(service, &entry, &warnings).await
+    let warning = if enabled {
+        None
+    } else {
+        // It is disabled all the same.
+        let unknown = |error| Some(format!("what is not released without it is not known: {error}"));
+        missed(service, &entry).await.unwrap_or_else(unknown)
+    };
+    Ok(done(service, &state::Certificate { enabled, ..entry }, warning.into_iter().collect()).await)
 }
 
 pub(super) async fn remove(
@@ -255,7 +257,7 @@ pub(super) async fn remove(
     let of = entry.clone();
     let work = move |state: &mut State| state.remove_certificate(of.kind, &of.thumbprint);
     about("keys.remove", &entry, peer).make(service, work, |_, ()| ()).await?;
-    with_warnings(service, &entry, missed.as_slice()).await
+    Ok(done(service, &entry, missed.into_iter().collect()).await)
 }
 
 pub(super) async fn limit(
@@ -269,10 +271,10 @@ pub(super) async fn limit(
     let mut change = about("keys.limit", &entry, peer);
     change.attempt.change =
         Some(if labels.is_empty() { "no limit".to_owned() } else { format!("hosts with {labels}") });
-    let of = entry.clone();
-    let work = move |state: &mut State| state.limit_certificate(of.kind, &of.thumbprint, &labels);
+    let (of, limited) = (entry.clone(), labels.clone());
+    let work = move |state: &mut State| state.limit_certificate(of.kind, &of.thumbprint, &limited);
     change.make(service, work, |_, _| ()).await?;
-    again(service, &entry, &[]).await
+    Ok(done(service, &state::Certificate { labels, ..entry }, Vec::new()).await)
 }
 
 /// What of a certificate is wrong for its use, and what an administrator should know of it.
@@ -561,41 +563,48 @@ fn about(event: &'static str, entry: &state::Certificate, peer: Peer) -> Change 
 
 /// What is not released any more without a certificate, judged by what was released not long ago.
 async fn missed(service: &Arc<Service>, entry: &state::Certificate) -> Result<Option<String>, String> {
-    let count = releases(service).await?.get(&KeyId(entry.key_id.clone())).copied().unwrap_or_default();
     let (kind, spki, thumbprint) = (entry.kind, entry.spki.clone(), entry.thumbprint.clone());
     let others = read(service, |state| state.certificates()).await?;
-    let another = others.iter().any(|c| c.kind == kind && c.spki == spki && c.thumbprint != thumbprint && c.enabled);
-    Ok((count > 0 && !another).then(|| {
-        format!("{count} releases of the last {DAYS} days used its key, and its protectors are not released without it")
-    }))
+    if others.iter().any(|c| c.kind == kind && c.spki == spki && c.thumbprint != thumbprint && c.enabled) {
+        return Ok(None);
+    }
+    let without = "its protectors are not released without it";
+    let used = match releases(service).await {
+        Ok(used) => used,
+        Err(error) => return Ok(Some(format!("how many releases used its key is not known ({error}), and {without}"))),
+    };
+    let count = used.of(&KeyId(entry.key_id.clone()));
+    if !used.are_all_since(entry.added) {
+        return Ok(Some(format!(
+            "how many releases of the last {DAYS} days used its key is not known: they are counted for less than that, and \
+             {count} have used it since; {without}"
+        )));
+    }
+    Ok((count > 0).then(|| format!("{count} releases of the last {DAYS} days used its key, and {without}")))
 }
 
-async fn releases(service: &Arc<Service>) -> Result<HashMap<KeyId, u64>, String> {
+async fn releases(service: &Arc<Service>) -> Result<Releases, String> {
     let of = Arc::clone(service);
-    let counted =
-        tokio::task::spawn_blocking(move || of.usage.releases(unix_now())).await.map_err(|e| e.to_string())?;
-    counted.map_err(|e| format!("how much keys are used cannot be read: {e}"))
+    let counted = tokio::task::spawn_blocking(move || of.usage.releases(unix_now())).await;
+    let counted = counted.map_err(|e| e.to_string()).and_then(|counted| counted.map_err(|e| e.to_string()));
+    counted.inspect_err(|error| tracing::warn!(error, "how much keys are used cannot be read"))
 }
 
-/// A certificate as it is after a change.
-async fn again(service: &Arc<Service>, entry: &state::Certificate, warnings: &[String]) -> Result<Value, String> {
-    let (kind, thumbprint) = (entry.kind, entry.thumbprint.clone());
-    let all = read(service, |state| state.certificates()).await?;
-    let now = all.into_iter().find(|c| c.kind == kind && c.thumbprint == thumbprint);
-    with_warnings(service, now.as_ref().unwrap_or(entry), warnings).await
-}
-
-async fn with_warnings(
-    service: &Arc<Service>,
-    entry: &state::Certificate,
-    warnings: &[String],
-) -> Result<Value, String> {
-    let mut value = certificate(entry, &releases(service).await?);
+/// The answer to a change that was made: whatever else cannot be said of the certificate is no failure of the change.
+async fn done(service: &Arc<Service>, entry: &state::Certificate, mut warnings: Vec<String>) -> Value {
+    let used = releases(service).await;
+    if let Err(error) = &used
+        && warnings.is_empty()
+    {
+        warnings.push(format!("how many releases used its key is not known: {error}"));
+    }
+    let mut value = certificate(entry, used.as_ref().ok());
     value["warnings"] = json!(warnings);
-    Ok(value)
+    value
 }
 
-fn certificate(entry: &state::Certificate, used: &HashMap<KeyId, u64>) -> Value {
+/// A certificate for people and machines. Where it is not known how much keys are used, nothing is said of it.
+fn certificate(entry: &state::Certificate, used: Option<&Releases>) -> Value {
     let parsed = Certificate::parse(&entry.der).ok();
     json!({
         "kind": entry.kind.as_str(),
@@ -607,7 +616,8 @@ fn certificate(entry: &state::Certificate, used: &HashMap<KeyId, u64>) -> Value 
         "communications": entry.is_communications,
         "enabled": entry.enabled,
         "labels": entry.labels,
-        "releases": used.get(&KeyId(entry.key_id.clone())).copied().unwrap_or_default(),
+        "releases": used.map(|used| used.of(&KeyId(entry.key_id.clone()))),
+        "counted_since": used.filter(|used| !used.are_all_since(entry.added)).and_then(|used| used.since),
         "hsm_key": HEXLOWER.encode(&entry.key_id),
         "usage": match entry.kind { Kind::Signing => "sign", Kind::Encryption => "decrypt" },
     })

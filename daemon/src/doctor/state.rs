@@ -23,11 +23,22 @@ pub(super) fn examine(config: &Config, now: i64) -> (Vec<Finding>, Vec<Registere
         let todo = "register keys and hosts once the daemon runs; check server.state if that was done";
         return (vec![Finding::warning("state", what, todo)], Vec::new());
     }
-    let opened = State::open(&config.server.state).and_then(|state| Ok((read(&state, now)?, state.hosts()?.len())));
-    match opened {
-        Ok(((mut findings, registered), hosts)) => {
+    let viewed = State::view(&config.server.state)
+        .and_then(|view| Ok((read(&view.state, now)?, view.state.hosts()?.len(), view.older)));
+    match viewed {
+        Ok(((mut findings, registered), hosts, older)) => {
             findings.push(Finding::ok("state", format!("{} is read, hosts: {hosts}", path.display())));
+            if let Some(older) = older {
+                let what = format!("{} was made by an older version (schema {older})", path.display());
+                let todo = "the daemon will bring it up to date when it starts; a copy of before lets you go back";
+                findings.push(Finding::warning("state", what, todo));
+            }
             (findings, registered)
+        }
+        Err(StateError::TooNew { found, known, .. }) => {
+            let what = format!("{} was made by a newer version (schema {found}, known are {known})", path.display());
+            let todo = "the daemon does not start with it: run the version that made it, or a newer one";
+            (vec![Finding::error("state", what, todo)], Vec::new())
         }
         Err(error) => {
             let what = format!("the state cannot be read: {error}");
@@ -133,4 +144,37 @@ pub(super) fn expiry(
 
 fn short(thumbprint: &str) -> &str {
     thumbprint.get(..16).unwrap_or(thumbprint)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::doctor::Level;
+    use rusqlite::Connection;
+
+    #[test]
+    fn a_file_of_another_version_is_said_to_be_one_and_stays_as_it_is() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut config = Config::default();
+        config.server.state = folder.path().to_owned();
+        drop(State::open(folder.path()).unwrap());
+        let file = config.server.state_db();
+        let of_version = |sql: &str, level: Level, expected: &str| {
+            Connection::open(&file).unwrap().execute_batch(sql).unwrap();
+            let before = std::fs::read(&file).unwrap();
+            let (findings, _) = examine(&config, 1);
+            let said = |f: &Finding| {
+                f.level == level && format!("{} {}", f.what, f.todo.as_deref().unwrap_or("")).contains(expected)
+            };
+            assert!(findings.iter().any(said), "{expected}: {findings:?}");
+            assert!(std::fs::read(&file).unwrap() == before, "{expected}");
+        };
+        of_version("", Level::Ok, "is read, hosts: 0");
+        // As the second version had it.
+        let older = "DROP TABLE limits; ALTER TABLE certificates ADD COLUMN labels TEXT NOT NULL DEFAULT '';
+                     PRAGMA user_version = 2";
+        of_version(older, Level::Warning, "the daemon will bring it up to date when it starts");
+        of_version("PRAGMA user_version = 99", Level::Error, "made by a newer version");
+    }
 }

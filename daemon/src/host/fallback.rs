@@ -15,7 +15,7 @@ const LONGEST_REST: Duration = Duration::from_secs(10);
 pub enum Fault {
     /// The same request would fail again, here and elsewhere.
     Lasting,
-    /// This server cannot serve now; another may. With the time that it asked for.
+    /// This server cannot serve now, or does not answer rightly; another may. With the time that it asked for.
     Server(Option<Duration>),
     /// The host asks too often, whomever it asks. With the time that it is to wait.
     Host(Option<Duration>),
@@ -26,20 +26,22 @@ impl HostError {
     #[must_use]
     pub fn fault(&self) -> Fault {
         let (status, retry_after) = match self {
-            // Another server may have a certificate that is in date.
+            // Another server may have a certificate that is in date, or the right answer.
             Self::Client(
                 ClientError::Connect { .. }
                 | ClientError::Tls { .. }
                 | ClientError::Timeout { .. }
-                | ClientError::Broken { .. },
-            ) => return Fault::Server(None),
+                | ClientError::Broken { .. }
+                | ClientError::TooLarge { .. },
+            )
+            | Self::Answer(_) => return Fault::Server(None),
             // The service itself says which of its errors pass.
             Self::Attestation { reply, .. } if !reply.retryable => return Fault::Lasting,
             Self::Attestation { status: 429, retry_after, .. } => (429, retry_after),
             Self::Attestation { retry_after, .. } => (503, retry_after),
             Self::Release { status, refusal } => (*status, &refusal.retry_after),
             Self::Status { status, retry_after, .. } => (*status, retry_after),
-            Self::Client(_) | Self::Answer(_) | Self::Key(_) => return Fault::Lasting,
+            Self::Client(_) | Self::Key(_) => return Fault::Lasting,
         };
         let rest = retry_after.map(|seconds| Duration::from_secs(seconds.into()));
         match status {
@@ -241,8 +243,9 @@ mod tests {
             (foreign(502), Fault::Server(None)),
             (foreign(404), Fault::Lasting),
             (HostError::Client(broken), Fault::Server(None)),
-            (HostError::Client(ClientError::TooLarge { server: String::new() }), Fault::Lasting),
-            (HostError::Answer(String::new()), Fault::Lasting),
+            (HostError::Client(ClientError::TooLarge { server: String::new() }), Fault::Server(None)),
+            (HostError::Answer(String::new()), Fault::Server(None)),
+            (HostError::Key(String::new()), Fault::Lasting),
         ] {
             assert_eq!(error.fault(), fault, "{error:?}");
         }
