@@ -236,11 +236,12 @@ fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
 fn next_steps(lab: &Lab, daemon: &Daemon) {
     let config = lab.config_file();
     print::line(&format!(
-        "\nserving; stop with Ctrl-C. Meanwhile, in another terminal:\n  \
+        "\nserving; stop with Ctrl-C. How it is, in a browser: http://{}/\nMeanwhile, in another terminal:\n  \
          curl http://{}/ready\n  \
          curl http://{}/KeyProtection/service/metadata/2014-07/metadata.xml\n  \
          claviger hosts list --config {}\n  \
          tail -f {}",
+        daemon.metrics_address,
         daemon.metrics_address,
         daemon.address,
         config.display(),

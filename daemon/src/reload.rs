@@ -93,10 +93,13 @@ async fn members(config: &Config, next: &mut Config, service: &Arc<Service>) {
                 failed("the HSM is not taken in")("[env] has changed, which needs a restart".to_owned());
                 continue;
             }
+            // With the others: each may come to do what another one failed at.
+            let names: Vec<_> = next.hsm.iter().chain([hsm]).map(|hsm| hsm.name.clone()).collect();
             let (taken_in, of, queue, batch) = (service.clone(), hsm.clone(), member_queue(next), next.release.batch);
             let added = tokio::task::spawn_blocking(move || {
                 let config = member(&of, queue, batch).map_err(|error| error.to_string())?;
-                metrics::preregister(&metrics::Known { members: &[&of.name], ..metrics::Known::default() });
+                let members: Vec<&str> = names.iter().map(String::as_str).collect();
+                metrics::preregister(&metrics::Known { members: &members, ..metrics::Known::default() });
                 taken_in.cluster.add(config).map_err(|error| error.to_string())
             });
             match added.await.unwrap_or_else(|error| Err(error.to_string())) {

@@ -1,10 +1,13 @@
-//! A decision that cannot be recorded is not carried out.
+//! A decision that cannot be recorded is not carried out, and what is recorded can be found again.
 
 #![allow(clippy::unwrap_used)]
 
+use std::time::Duration;
+
 use claviger_protocol::attestation::parse_error_reply;
+use claviger_protocol::batch::BatchRequest;
 use claviger_protocol::error::{Code, Refusal};
-use claviger_tests::{ATTEST, Lab, Options, ROLL, open_release, roll_request, run, said};
+use claviger_tests::{ALGORITHMS, ATTEST, Instances, Lab, Options, ROLL, open_release, roll_request, run, said};
 
 #[tokio::test]
 async fn nothing_is_released_while_the_trail_cannot_be_written() {
@@ -62,4 +65,36 @@ async fn nothing_is_released_while_the_trail_cannot_be_written() {
     let told: Vec<String> = lab.audit().iter().map(|line| format!("{} {}", line["event"], line["outcome"])).collect();
     assert_eq!(told, ["\"release\" \"success\"", "\"attest\" \"success\""]);
     assert!(daemon.stop().success());
+}
+
+/// In the answer, in the audit line and in every line of the log: one release that no HSM served, and one item of a batch.
+#[tokio::test]
+async fn a_request_has_one_id_everywhere() {
+    let lab = Lab::make(Options { hsms: 1, ..Options::default() });
+    let daemon = lab.serve();
+    let health = lab.host(daemon.client()).attest().await.unwrap();
+    assert!(daemon.stop().success());
+    let faulty = lab.behind_faulty(Instances::Own);
+    let daemon = lab.serve();
+    faulty.set("hsm-a", &["call=* rv=CKR_DEVICE_ERROR"]);
+    let client = daemon.client();
+    let mut ids = Vec::new();
+    let mut requests = vec![(ROLL, roll_request(&health, &lab.protector()))];
+    let (health_certificate, ingress_protectors) = (health, vec![lab.protector()]);
+    let batch = BatchRequest { health_certificate, algorithms: ALGORITHMS, ingress_protectors };
+    requests.push(("/KeyProtection/service/v2.0/RollTransportKeys", batch.to_xml()));
+    for (path, request) in requests {
+        // At most one such line a second.
+        tokio::time::sleep(Duration::from_millis(1100)).await;
+        let reply = client.post(path, "application/xml", request).await.unwrap();
+        ids.push(reply.headers["x-request-id"].to_str().unwrap().to_owned());
+    }
+    let recorded: Vec<_> = lab.audit().iter().map(|line| line["request"].as_str().unwrap().to_owned()).collect();
+    let [single, batch] = ids.as_slice() else { panic!() };
+    assert!(recorded.ends_with(&[single.clone(), format!("{batch}.1")]), "{recorded:?} {ids:?}");
+    for id in [single, batch] {
+        daemon.process.line(|line| (line.contains("no HSM served a release") && line.contains(id)).then_some(()));
+    }
+    let of_item = format!("{batch}.1");
+    daemon.process.line(|line| (line.contains("no HSM served a release") && line.contains(&of_item)).then_some(()));
 }

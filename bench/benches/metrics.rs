@@ -1,0 +1,129 @@
+//! What it costs a release to be measured: alternating rounds with and without, in one process, and the recording alone.
+//!
+//! The rounds say what the processors notice, the recording alone what that is made of; noise is in the first only.
+
+#![allow(missing_docs, clippy::unwrap_used, clippy::print_stdout)]
+
+use std::hint::black_box;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use claviger::attempt::Attempt;
+use claviger::daemon::{member, member_queue};
+use claviger::metrics::{self, Class};
+use claviger::monitor::history::History;
+use claviger::process;
+use claviger::release::roll;
+use claviger::service::{Service, request_id};
+use claviger_bench::ceiling::{Figure, Settings, Stage};
+use claviger_hsm::{Cluster, Event, Observer, Patience};
+use claviger_protocol::payload::ApiVersion;
+use claviger_tests::{block, roll_request};
+use criterion::{Criterion, criterion_group, criterion_main};
+
+/// Releases of a round.
+const RELEASES: usize = 200;
+/// Rounds of each kind.
+const ROUNDS: usize = 40;
+
+/// All that is recorded of one release, at its end.
+fn record(history: &History, attempt: &Attempt) {
+    let spent = attempt.spent();
+    history.released(Class::Success, spent.total);
+    metrics::release("success", "v2.0", Class::Success, spent, attempt.certificate_used.clone());
+    metrics::response("release_v2", 200);
+}
+
+/// What the members tell of one release.
+fn operations(observer: &Observer) {
+    for (hsm, op) in [("hsm-a", "decrypt"), ("hsm-b", "sign")] {
+        let took = black_box(Duration::from_micros(800));
+        observer(hsm, Event::Batch { jobs: 1 });
+        observer(hsm, Event::Call { op, rv: "ok", took });
+        observer(hsm, Event::Answered { op, took });
+    }
+}
+
+fn cost(c: &mut Criterion) {
+    let stage = Stage::set(&Settings::default());
+    let health = {
+        let daemon = stage.lab.serve();
+        block(daemon.until_ready_is(200));
+        block(stage.lab.host(daemon.client()).attest()).unwrap()
+    };
+    let requests: Vec<_> = stage.lab.protectors().iter().map(|file| roll_request(&health, file)).collect();
+    let config = stage.lab.config();
+    claviger_hsm::set_env(&config.env);
+    let handle = metrics::install();
+    let measured = Arc::new(AtomicBool::new(false));
+    let switch = Arc::clone(&measured);
+    let observer: Observer = Arc::new(move |hsm, event| {
+        if switch.load(Ordering::Relaxed) {
+            metrics::hsm(hsm, event);
+        }
+    });
+    let queue = member_queue(&config);
+    let members = config.hsm.iter().map(|hsm| member(hsm, queue, config.release.batch).unwrap()).collect();
+    let patience = Patience { watchdog: config.release.watchdog() };
+    let cluster = Cluster::load(members, patience, observer).unwrap();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    let service = Arc::new(Service::open(config, cluster).unwrap());
+    runtime.block_on(service.cluster.start()).unwrap();
+
+    // The processors' time of this process less that within PKCS#11 operations, in microseconds for a release.
+    let spent = || service.cluster.members().iter().map(|member| member.spent).sum::<Duration>();
+    let round = |with: bool| {
+        measured.store(with, Ordering::Relaxed);
+        let before = (process::usage().cpu, spent());
+        for at in 0..RELEASES {
+            let mut attempt = Attempt::new(request_id());
+            let request = &requests[at % requests.len()];
+            runtime.block_on(roll(&service, ApiVersion::V2, request, &mut attempt)).unwrap();
+            if with {
+                record(&service.history, &attempt);
+            }
+        }
+        if with {
+            // Sorting values into buckets belongs to it.
+            handle.upkeep();
+        }
+        let own = (process::usage().cpu - before.0).saturating_sub(spent() - before.1);
+        own.as_secs_f64() * 1e6 / RELEASES as f64
+    };
+    let _ = (round(false), round(true));
+    let rounds: Vec<_> = (0..ROUNDS)
+        .map(|at| {
+            // Who is first alternates, too.
+            let (first, second) = (round(at % 2 == 0), round(at % 2 == 1));
+            if at % 2 == 0 { (second, first) } else { (first, second) }
+        })
+        .collect();
+    let of = |pick: fn(&(f64, f64)) -> f64| Figure::of(&rounds.iter().map(pick).collect::<Vec<_>>());
+    let (without, with) = (of(|round| round.0), of(|round| round.1));
+    let ratio = of(|round| round.1 / round.0);
+    println!(
+        "own cost of a release: {:.1} µs without metrics, {:.1} µs with; ratio {:.3} (median of {ROUNDS} pairs of rounds)",
+        without.median, with.median, ratio.median
+    );
+
+    measured.store(true, Ordering::Relaxed);
+    let history = History::default();
+    let observer: Observer = Arc::new(metrics::hsm);
+    let attempt = Attempt::new(request_id());
+    let mut recorded = 0_u64;
+    c.bench_function("metrics/of_one_release", |b| {
+        b.iter(|| {
+            operations(&observer);
+            record(&history, &attempt);
+            recorded += 1;
+            if recorded.is_multiple_of(1024) {
+                handle.upkeep();
+            }
+        });
+    });
+    runtime.block_on(service.cluster.close());
+}
+
+criterion_group!(benches, cost);
+criterion_main!(benches);
