@@ -8,6 +8,7 @@
 //!
 //! Labels are bounded: no host, virtual machine or protector is ever one.
 
+mod operations;
 mod page;
 
 use std::sync::OnceLock;
@@ -207,9 +208,10 @@ impl Handle {
     }
 }
 
+static INSTALLED: OnceLock<Handle> = OnceLock::new();
+
 /// Makes the process's recorder, once; later calls return the same one.
 pub fn install() -> Handle {
-    static INSTALLED: OnceLock<Handle> = OnceLock::new();
     INSTALLED
         .get_or_init(|| {
             let mut builder = PrometheusBuilder::new();
@@ -414,17 +416,16 @@ pub fn queue_dropped(reason: &'static str) {
 
 /// Counts what happened at a member.
 pub fn hsm(hsm: &str, event: Event<'_>) {
+    if matches!(event, Event::Call { .. } | Event::Answered { .. } | Event::Batch { .. }) {
+        // Series that were looked up before there is a recorder would be nowhere, for ever.
+        if INSTALLED.get().is_some() {
+            operations::record(hsm, event);
+        }
+        return;
+    }
     let hsm = SharedString::from(hsm.to_owned());
     let count = |metric: Metric| counter!(metric.name, "hsm" => hsm.clone()).increment(1);
     match event {
-        Event::Call { op, rv, took } => {
-            counter!(HSM_CALLS.name, "hsm" => hsm.clone(), "op" => op, "rv" => rv).increment(1);
-            histogram!(HSM_SERVICE_TIME.name, "hsm" => hsm.clone(), "op" => op).record(took);
-        }
-        Event::Answered { op, took } => {
-            histogram!(HSM_RESPONSE_TIME.name, "hsm" => hsm.clone(), "op" => op).record(took);
-        }
-        Event::Batch { jobs } => histogram!(HSM_BATCH_JOBS.name, "hsm" => hsm.clone()).record(jobs as f64),
         Event::FailedOver { to } => {
             counter!(HSM_FAILOVERS.name, "hsm" => hsm.clone(), "to" => to.to_owned()).increment(1);
         }
@@ -435,8 +436,8 @@ pub fn hsm(hsm: &str, event: Event<'_>) {
         Event::Stuck => count(HSM_STUCK_CALLS),
         Event::WrongAnswer => count(HSM_WRONG_ANSWERS),
         Event::ModuleRenewed => count(HSM_MODULES_RENEWED),
-        // How many there are is a reading.
-        Event::SessionOpened | Event::SessionClosed => {}
+        // How many there are is a reading; the rest was recorded above.
+        _ => {}
     }
 }
 
