@@ -178,7 +178,7 @@ impl Daemon {
         let handler = service_fn(move |request| routes::serve(of.clone(), request));
         let serving = tokio::spawn(server::run(listener, tls.clone(), limits.clone(), handler, wait(stopped.clone())));
 
-        let monitor = Arc::new(Monitor::new(service.clone(), handle, tls.clone()));
+        let monitor = Arc::new(Monitor::new(service.clone(), handle, tls.clone(), limits.max_connections));
         let of = monitor.clone();
         let handler = service_fn(move |request| monitor::serve(of.clone(), request));
         let of = service.clone();

@@ -105,9 +105,13 @@ metrics! {
         "Connections to the service address that were taken.";
     CONNECTIONS_OPEN: Gauge Count "claviger_connections_open" []
         "Connections to the service address that are open.";
+    CONNECTIONS_LIMIT: GaugeReading Count "claviger_connections_limit" []
+        "Connections to the service address that may be open.";
 
     HSM_STATE: GaugeReading Count "claviger_hsm_state" ["hsm", "state"]
         "1 for the state that a member is in, 0 for the others: up, down, probing, hung, draining, drained, pin_refused, off.";
+    HSM_PRIORITY: GaugeReading Count "claviger_hsm_priority" ["hsm"]
+        "Priority of a member: of those that are up, the ones with the smallest serve, and the others stand by.";
     HSM_CALLS: Counter Count "claviger_hsm_calls_total" ["hsm", "op", "rv"]
         "Operations at a token that returned, by class of return code: ok, refused, unable, stale, busy, pin, broken, hung, wrong.";
     HSM_SERVICE_TIME: Histogram(HSM_SECONDS) Seconds "claviger_hsm_service_time_seconds" ["hsm", "op"]
@@ -483,7 +487,7 @@ mod tests {
                 token: "token".to_owned(),
                 state: MemberState::PinRefused,
                 since: SystemTime::now(),
-                priority: 0,
+                priority: 2,
                 weight: 1,
                 latency: Duration::from_millis(3),
                 in_flight: 5,
@@ -507,6 +511,7 @@ mod tests {
             state_stale: true,
             audit_waiting: 6,
             audit_writing: Duration::from_millis(250),
+            connections_limit: 10_000,
             usage: crate::process::usage(),
         }
     }
@@ -584,6 +589,7 @@ mod tests {
         }
         for (name, expected) in [
             ("claviger_hsm_in_flight", 5.0),
+            ("claviger_hsm_priority", 2.0),
             ("claviger_hsm_waiting", 2.0),
             ("claviger_hsm_sessions_open", 7.0),
             ("claviger_hsm_sessions_wanted", 8.0),
@@ -603,6 +609,7 @@ mod tests {
             ("claviger_hosts_registered", 9.0),
             ("claviger_state_stale", 1.0),
             ("claviger_audit_waiting", 6.0),
+            ("claviger_connections_limit", 10_000.0),
             ("claviger_audit_writing_seconds", 0.25),
         ] {
             assert_eq!(value(&page, series), expected, "{series}");

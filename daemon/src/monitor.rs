@@ -36,14 +36,15 @@ pub struct Monitor {
     service: Arc<Service>,
     handle: Handle,
     tls: Option<SharedTls>,
+    connections_limit: usize,
     readiness: Readiness,
 }
 
 impl Monitor {
-    /// Of a daemon that serves.
+    /// Of a daemon that serves, to so many connections at once.
     #[must_use]
-    pub fn new(service: Arc<Service>, handle: Handle, tls: Option<SharedTls>) -> Self {
-        Self { service, handle, tls, readiness: Readiness::default() }
+    pub fn new(service: Arc<Service>, handle: Handle, tls: Option<SharedTls>, connections_limit: usize) -> Self {
+        Self { service, handle, tls, connections_limit, readiness: Readiness::default() }
     }
 
     /// The status page.
@@ -86,6 +87,7 @@ impl Monitor {
             state_stale: service.state_stale.load(Ordering::Relaxed),
             audit_waiting,
             audit_writing,
+            connections_limit: self.connections_limit,
             usage: process::usage(),
         }
     }

@@ -19,6 +19,7 @@ mod remote;
 mod scrape;
 
 pub mod openloop;
+pub mod prometheus;
 pub mod protector;
 pub mod raw;
 pub mod stats;

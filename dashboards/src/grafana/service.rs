@@ -1,0 +1,252 @@
+//! Are keys being released? Rates, errors, durations and the promise, for the whole service.
+
+use claviger::metrics::SLO_SECONDS;
+use serde_json::Value;
+
+use super::dashboard::{Dashboard, Row};
+use super::panel::{GREEN, Panel, RED, YELLOW};
+use crate::prometheus::{FAILED, LATENCY_OBJECTIVE, OBJECTIVE};
+
+pub(super) const UID: &str = "claviger-service";
+
+pub(super) fn dashboard() -> Value {
+    let rows = vec![
+        Row::open("Are keys being released?", first()),
+        Row::open("Releases", releases()),
+        Row::open("Attestation and HTTP", surface()),
+        Row::open("Audit log", audit()),
+        Row::closed("Certificates and clock", certificates()),
+        Row::closed("Process", process()),
+    ];
+    Dashboard {
+        uid: UID,
+        title: "Claviger / Service",
+        description: "Are keys being released, how fast, and is the promise kept?",
+        variables: Vec::new(),
+        rows,
+    }
+    .json()
+}
+
+fn first() -> Vec<Panel> {
+    let budget = format!(
+        "1 - (sum(instance:claviger_releases_failed:rate30d{{@}}) / \
+         sum(instance:claviger_releases_decided:rate30d{{@}})) \
+         / {:.3}",
+        1.0 - OBJECTIVE
+    );
+    vec![
+        Panel::stat("Releases", "reqps", "Keys that are released now, a second.")
+            .ask(r#"sum(rate(claviger_releases_total{@, outcome="success"}[~]))"#, "releases")
+            .leads_to("Capacity", super::capacity::UID),
+        Panel::stat(
+            "Success",
+            "percentunit",
+            "Of the releases that are not the caller's fault, the share that succeeded. Refusals are not counted.",
+        )
+        .ask(
+            &format!(
+                "1 - sum(rate(claviger_releases_total{{@, outcome=~\"{FAILED}\"}}[~])) \
+                 / sum(rate(claviger_releases_total{{@, outcome=~\"success|{FAILED}\"}}[~]))"
+            ),
+            "success",
+        )
+        .colours(RED, &[(0.99, YELLOW), (OBJECTIVE, GREEN)]),
+        Panel::stat("p99", "s", "Of the releases that succeeded, 99 in 100 took no longer than this.")
+            .ask(
+                "histogram_quantile(0.99, \
+                 sum by (le) (rate(claviger_release_duration_seconds_bucket{@, class=\"success\"}[~])))",
+                "p99",
+            )
+            .colours(GREEN, &[(SLO_SECONDS / 2.0, YELLOW), (SLO_SECONDS, RED)]),
+        Panel::stat(
+            "Error budget left, 30 d",
+            "percentunit",
+            "What is left of the failures that the promise allows in 30 days; below zero it is broken. From recording \
+             rules.",
+        )
+        .ask(&budget, "left")
+        .colours(RED, &[(0.0, YELLOW), (0.5, GREEN)]),
+        Panel::stat(
+            "Members up",
+            "short",
+            "HSMs that serve; where several daemons are selected, of the one with the \
+         fewest.",
+        )
+        .ask(r#"min(sum by (job, instance) (claviger_hsm_state{@, state="up"}))"#, "up")
+        .colours(RED, &[(1.0, YELLOW), (2.0, GREEN)])
+        .leads_to("Cluster", super::cluster::UID),
+        Panel::stat("Waiting", "short", "Releases that wait for their turn.")
+            .ask("sum(claviger_queue_waiting{@})", "waiting")
+            .colours(GREEN, &[(100.0, YELLOW), (1000.0, RED)])
+            .leads_to("Capacity", super::capacity::UID),
+    ]
+}
+
+fn releases() -> Vec<Panel> {
+    let part = |quantile: &str| {
+        format!(
+            "histogram_quantile({quantile}, \
+             sum by (le) (rate(claviger_release_duration_seconds_bucket{{@, class=\"success\"}}[~])))"
+        )
+    };
+    let within = format!(
+        "sum(rate(claviger_release_duration_seconds_bucket{{@, class=\"success\", le=\"{SLO_SECONDS}\"}}[~])) \
+         / sum(rate(claviger_release_duration_seconds_count{{@, class=\"success\"}}[~]))"
+    );
+    vec![
+        Panel::stacked("Releases by outcome", "reqps", "Success, or the code of the error that was answered.")
+            .ask("sum by (outcome) (rate(claviger_releases_total{@}[~]))", "{{outcome}}"),
+        Panel::lines("Latency", "s", "From a release's arrival to its decision, for those that succeeded.")
+            .ask(&part("0.5"), "p50")
+            .ask(&part("0.9"), "p90")
+            .ask(&part("0.99"), "p99")
+            .colours(GREEN, &[(SLO_SECONDS, RED)]),
+        Panel::lines(
+            "Share within the objective",
+            "percentunit",
+            "Of the releases that succeeded, the share that took no longer than the promise. Exact: the promise is an \
+             edge.",
+        )
+        .ask(&within, "within")
+        .colours(RED, &[(LATENCY_OBJECTIVE, GREEN)])
+        .up_to(1.0),
+        Panel::stacked(
+            "Where the time goes",
+            "s",
+            "What an average release spends its time on: its turn, the HSMs, and everything else.",
+        )
+        .ask(
+            "sum by (part) (rate(claviger_release_part_duration_seconds_sum{@}[~])) \
+             / on () group_left sum(rate(claviger_release_duration_seconds_count{@}[~]))",
+            "{{part}}",
+        ),
+        Panel::lines(
+            "Failures and refusals, p99",
+            "s",
+            "How long those wait who get no key: refused (the request is at fault) and failed (the service is).",
+        )
+        .ask(
+            "histogram_quantile(0.99, \
+             sum by (class, le) (rate(claviger_release_duration_seconds_bucket{@, class!=\"success\"}[~])))",
+            "{{class}}",
+        ),
+        Panel::stacked(
+            "Not let in, by reason",
+            "reqps",
+            "rate: their host asks too fast; full: no room; late, deadline: no time; left: the caller is gone.",
+        )
+        .ask("sum by (reason) (rate(claviger_queue_dropped_total{@}[~]))", "{{reason}}"),
+        Panel::stacked(
+            "Releases by certificate",
+            "reqps",
+            "By the encryption certificate that the protector was wrapped for. One that stays at zero can be retired.",
+        )
+        .ask("sum by (certificate) (rate(claviger_key_releases_total{@}[~]))", "{{certificate}}"),
+        Panel::lines("Batch sizes", "short", "Protectors in a batch request.")
+            .ask("histogram_quantile(0.5, sum by (le) (rate(claviger_batch_items_bucket{@}[~])))", "p50")
+            .ask("histogram_quantile(0.99, sum by (le) (rate(claviger_batch_items_bucket{@}[~])))", "p99"),
+        Panel::stacked("Releases by API version", "reqps", "Which version of the protocol hosts speak.")
+            .ask("sum by (api) (rate(claviger_releases_total{@}[~]))", "{{api}}"),
+    ]
+}
+
+fn surface() -> Vec<Panel> {
+    vec![
+        Panel::stacked("Attestations by outcome", "reqps", "Success, or the type of the error that was answered.")
+            .ask("sum by (outcome) (rate(claviger_attestations_total{@}[~]))", "{{outcome}}"),
+        Panel::lines("Attestation latency", "s", "From an attestation's arrival to its decision.")
+            .ask(
+                "histogram_quantile(0.5, sum by (le) (rate(claviger_attestation_duration_seconds_bucket{@}[~])))",
+                "p50",
+            )
+            .ask(
+                "histogram_quantile(0.99, sum by (le) (rate(claviger_attestation_duration_seconds_bucket{@}[~])))",
+                "p99",
+            ),
+        Panel::stacked("HTTP answers", "reqps", "By resource and class of the status code.")
+            .ask("sum by (resource, code) (rate(claviger_http_responses_total{@}[~]))", "{{resource}} {{code}}"),
+        Panel::lines("Connections open", "short", "Connections to the service address, by daemon.")
+            .ask("sum by (instance) (claviger_connections_open{@})", "{{instance}}"),
+        Panel::lines(
+            "Connections taken",
+            "cps",
+            "New connections a second. As many as requests: the hosts do not keep them open.",
+        )
+        .ask("sum by (instance) (rate(claviger_connections_total{@}[~]))", "{{instance}}"),
+        Panel::lines(
+            "State file",
+            "bool",
+            "1 while the state file cannot be read: removed hosts may go on being served.",
+        )
+        .ask("max by (instance) (claviger_state_stale{@})", "{{instance}}")
+        .colours(GREEN, &[(1.0, RED)])
+        .up_to(1.0),
+    ]
+}
+
+fn audit() -> Vec<Panel> {
+    vec![
+        Panel::lines(
+            "Write time",
+            "s",
+            "How long a group of records took to be written, forced to the disk where that is set.",
+        )
+        .ask("histogram_quantile(0.5, sum by (le) (rate(claviger_audit_write_duration_seconds_bucket{@}[~])))", "p50")
+        .ask("histogram_quantile(0.99, sum by (le) (rate(claviger_audit_write_duration_seconds_bucket{@}[~])))", "p99")
+        .ask("max(claviger_audit_writing_seconds{@})", "the one under way"),
+        Panel::lines("Backlog", "short", "Records that wait for the disk. At 16,384 nothing more is taken.")
+            .ask("sum by (instance) (claviger_audit_waiting{@})", "{{instance}}")
+            .colours(GREEN, &[(1000.0, YELLOW), (16_384.0, RED)]),
+        Panel::lines("Records not written", "ops", "What they would have recorded was refused.")
+            .ask("sum by (instance) (rate(claviger_audit_errors_total{@}[~]))", "{{instance}}")
+            .colours(GREEN, &[(0.001, RED)]),
+    ]
+}
+
+fn certificates() -> Vec<Panel> {
+    vec![
+        Panel::table(
+            "Certificates",
+            "s",
+            "How long each certificate is still good. The signer of attestations renews itself 30 days before its end.",
+        )
+        .ask("min by (kind, certificate) (claviger_certificate_expiry_timestamp_seconds{@}) - time()", "")
+        .columns(&["Time"], &[("kind", "Kind"), ("certificate", "Certificate"), ("Value", "Left")])
+        .unit_of("Left", "s")
+        .wide(12),
+        Panel::lines(
+            "Clock skew",
+            "s",
+            "The daemon's clock against that of Prometheus. Certificates are judged by the daemon's.",
+        )
+        .ask("claviger_clock_timestamp_seconds{@} - timestamp(claviger_clock_timestamp_seconds{@})", "{{instance}}")
+        .signed()
+        .wide(12),
+    ]
+}
+
+fn process() -> Vec<Panel> {
+    vec![
+        Panel::lines("Processor", "short", "Processors in use, and how much of that is in the HSMs' libraries.")
+            .ask("sum by (instance) (rate(process_cpu_seconds_total{@}[~]))", "{{instance}}")
+            .ask("sum by (instance) (rate(claviger_hsm_cpu_seconds_total{@}[~]))", "{{instance}} in libraries"),
+        Panel::lines("Memory", "bytes", "Resident memory.")
+            .ask("sum by (instance) (process_resident_memory_bytes{@})", "{{instance}}"),
+        Panel::lines("Threads", "short", "Threads. They grow when calls hang at a token.")
+            .ask("sum by (instance) (process_threads{@})", "{{instance}}"),
+        Panel::lines("Files", "percentunit", "Files that are open, of those that may be. Every connection is one.")
+            .ask("process_open_fds{@} / process_max_fds{@}", "{{instance}}")
+            .colours(GREEN, &[(0.8, RED)])
+            .up_to(1.0),
+        Panel::table("Versions", "short", "Which version runs where, and for how long.")
+            .ask("max by (instance, version, commit) (claviger_build_info{@})", "")
+            .ask("time() - max by (instance) (process_start_time_seconds{@})", "")
+            .columns(
+                &["Time", "Value #A"],
+                &[("instance", "Instance"), ("version", "Version"), ("commit", "Commit"), ("Value #B", "Runs for")],
+            )
+            .unit_of("Runs for", "s")
+            .wide(16),
+    ]
+}

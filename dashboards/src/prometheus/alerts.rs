@@ -1,0 +1,336 @@
+//! Alerts. A page is something that callers feel or will within the hour; everything else is a ticket.
+
+use super::{Alert, Group, LATENCY_OBJECTIVE, OBJECTIVE, Rule};
+
+pub(super) fn groups() -> Vec<Group> {
+    let group =
+        |name, alerts: Vec<Alert>| Group { name, interval: None, rules: alerts.into_iter().map(Rule::Alert).collect() };
+    vec![
+        group("claviger-promise-alerts", promise()),
+        group("claviger-daemon-alerts", daemon()),
+        group("claviger-cluster-alerts", cluster()),
+        group("claviger-records-alerts", records()),
+        group("claviger-trust-alerts", trust()),
+        group("claviger-limits-alerts", limits()),
+    ]
+}
+
+fn alert(
+    name: &'static str,
+    severity: &'static str,
+    wait: &'static str,
+    expression: &str,
+    summary: &'static str,
+    description: &str,
+) -> Alert {
+    Alert { name, severity, wait, expression: expression.to_owned(), summary, description: description.to_owned() }
+}
+
+/// A burn rate, the long window that makes it matter, and the short one that ends the alert soon after the cause.
+type Burn = (f64, &'static str, &'static str);
+/// Two hundredths of a month's budget in an hour, five in six hours.
+const PAGE: [Burn; 2] = [(14.4, "1h", "5m"), (6.0, "6h", "30m")];
+/// A tenth of it in a day, or in three.
+const TICKET: [Burn; 2] = [(3.0, "1d", "2h"), (1.0, "3d", "6h")];
+
+/// The budget of `objective` is spent faster than one of the burn rates.
+fn burning(part: &str, objective: f64, burns: &[Burn]) -> String {
+    let budget = 1.0 - objective;
+    let either: Vec<_> = burns
+        .iter()
+        .map(|(rate, long, short)| {
+            let ratio = |window| format!("job:claviger_releases_{part}:ratio_rate{window} > {rate} * {budget:.3}");
+            format!("(\n  {}\n  and {}\n)", ratio(long), ratio(short))
+        })
+        .collect();
+    either.join("\nor\n")
+}
+
+fn promise() -> Vec<Alert> {
+    let failed = "{{ $value | humanizePercentage }} of the releases of {{ $labels.job }} that are not their caller's \
+                  fault failed; 0.1 % is allowed.";
+    let slow = "{{ $value | humanizePercentage }} of the releases of {{ $labels.job }} that succeeded took longer than \
+                promised; 1 % may.";
+    vec![
+        alert(
+            "ClavigerReleasesFailFast",
+            "page",
+            "2m",
+            &burning("failed", OBJECTIVE, &PAGE),
+            "Releases fail: the month's error budget will not last",
+            failed,
+        ),
+        alert(
+            "ClavigerReleasesFailSlowly",
+            "ticket",
+            "15m",
+            &burning("failed", OBJECTIVE, &TICKET),
+            "Releases fail now and then: more of the error budget goes than should",
+            failed,
+        ),
+        alert(
+            "ClavigerReleasesSlowFast",
+            "page",
+            "2m",
+            &burning("slow", LATENCY_OBJECTIVE, &PAGE),
+            "Releases are slow: the month's latency budget will not last",
+            slow,
+        ),
+        alert(
+            "ClavigerReleasesSlowSlowly",
+            "ticket",
+            "15m",
+            &burning("slow", LATENCY_OBJECTIVE, &TICKET),
+            "Releases are slow now and then: more of the latency budget goes than should",
+            slow,
+        ),
+    ]
+}
+
+fn daemon() -> Vec<Alert> {
+    vec![
+        alert(
+            "ClavigerDown",
+            "page",
+            "2m",
+            r#"up{job=~"claviger.*"} == 0"#,
+            "A daemon does not answer",
+            "{{ $labels.instance }} of {{ $labels.job }} has not answered Prometheus for two minutes.",
+        ),
+        alert(
+            "ClavigerAbsent",
+            "page",
+            "5m",
+            r#"absent(up{job=~"claviger.*"})"#,
+            "Prometheus knows no daemon",
+            "No target of a job whose name begins with claviger: nobody would notice if keys were not released.",
+        ),
+        alert(
+            "ClavigerRestarts",
+            "ticket",
+            "0m",
+            "changes(process_start_time_seconds[1h]) > 2 and on (job, instance) claviger_build_info",
+            "A daemon starts again and again",
+            "{{ $labels.instance }} was started {{ $value | humanize }} times within an hour.",
+        ),
+    ]
+}
+
+fn cluster() -> Vec<Alert> {
+    vec![
+        alert(
+            "ClavigerMemberDown",
+            "ticket",
+            "5m",
+            r#"sum by (job, instance, hsm) (claviger_hsm_state{state=~"down|probing|hung"}) > 0"#,
+            "An HSM does not serve",
+            "{{ $labels.hsm }} at {{ $labels.instance }} has not been up for five minutes. Others serve.",
+        ),
+        alert(
+            "ClavigerLastMember",
+            "page",
+            "2m",
+            "instance:claviger_hsm_up:sum == 1 and instance:claviger_hsm_members:count > 1",
+            "One HSM is left",
+            "Of several HSMs of {{ $labels.instance }} a single one is up. When it fails, no key is released.",
+        ),
+        alert(
+            "ClavigerNoMember",
+            "page",
+            "1m",
+            "instance:claviger_hsm_up:sum == 0",
+            "No HSM serves",
+            "{{ $labels.instance }} has no HSM that is up: it releases no keys and attests nobody.",
+        ),
+        alert(
+            "ClavigerThreadsHung",
+            "ticket",
+            "5m",
+            "claviger_hsm_sessions_stuck > 0",
+            "Calls into an HSM hang",
+            "{{ $value | humanize }} threads hang in calls into {{ $labels.hsm }} at {{ $labels.instance }}.",
+        ),
+        alert(
+            "ClavigerWrongAnswer",
+            "page",
+            "0m",
+            "increase(claviger_hsm_wrong_answers_total[15m]) > 0",
+            "An HSM calculates wrongly",
+            "{{ $labels.hsm }} at {{ $labels.instance }} gave wrong results within a quarter of an hour. None left \
+             the service.",
+        ),
+        alert(
+            "ClavigerMemberFlapping",
+            "ticket",
+            "0m",
+            "increase(claviger_hsm_closings_total[1h]) > 3.5",
+            "An HSM comes and goes",
+            "{{ $labels.hsm }} at {{ $labels.instance }} was closed for a fault {{ $value | humanize }} times within \
+             an hour.",
+        ),
+        alert(
+            "ClavigerPinRefused",
+            "ticket",
+            "0m",
+            r#"claviger_hsm_state{state="pin_refused"} == 1"#,
+            "An HSM refuses the PIN",
+            "{{ $labels.hsm }} at {{ $labels.instance }} refused its PIN. It is not tried again, since tokens count \
+             and lock.",
+        ),
+        alert(
+            "ClavigerRetryBudgetEmpty",
+            "ticket",
+            "2m",
+            "claviger_hsm_retry_budget < 1",
+            "What fails at an HSM is not tried again",
+            "The retry budget of {{ $labels.instance }} is used up: so much fails that retries would only make it \
+             worse.",
+        ),
+    ]
+}
+
+fn records() -> Vec<Alert> {
+    vec![
+        alert(
+            "ClavigerAuditStuck",
+            "page",
+            "1m",
+            "claviger_audit_writing_seconds > 5 or claviger_audit_waiting > 4096",
+            "The audit log's disk hangs",
+            "The audit log of {{ $labels.instance }} is not written. Nothing is released without its record.",
+        ),
+        alert(
+            "ClavigerAuditFailing",
+            "page",
+            "0m",
+            "increase(claviger_audit_errors_total[5m]) > 0",
+            "The audit log cannot be written",
+            "{{ $value | humanize }} audit records of {{ $labels.instance }} could not be written within five minutes. \
+             What they would have recorded was refused.",
+        ),
+        alert(
+            "ClavigerStateStale",
+            "page",
+            "2m",
+            "claviger_state_stale == 1",
+            "The state file cannot be read",
+            "{{ $labels.instance }} cannot read its state: changes have no effect, and hosts that were removed may go \
+             on \
+             being served.",
+        ),
+    ]
+}
+
+/// The daemon makes a new signer of attestations 30 days before the end of the one before: that one has less than
+/// three weeks
+/// only when it could not for more than a week. A key that opens protectors serves on when its certificate has
+/// ended, as long as
+/// there are machines that need it: a week later nobody is reminded any more. TLS and attestation do not serve on.
+fn trust() -> Vec<Alert> {
+    const LEFT: &str = "claviger_certificate_expiry_timestamp_seconds";
+    const WHICH: &str = "The {{ $labels.kind }} certificate {{ $labels.certificate }} of {{ $labels.instance }} ends \
+     in \
+                         {{ $value | humanizeDuration }}.";
+    vec![
+        alert(
+            "ClavigerCertificateExpiring",
+            "ticket",
+            "1h",
+            &format!("({LEFT}{{kind=~\"signing|encryption|tls\"}} - time() < 30 * 86400) > -7 * 86400"),
+            "A certificate ends within 30 days, or has just ended",
+            WHICH,
+        ),
+        alert(
+            "ClavigerSignerExpiring",
+            "ticket",
+            "1h",
+            &format!("{LEFT}{{kind=\"attestation\"}} - time() < 21 * 86400"),
+            "The signer of attestations was not renewed",
+            &format!("{WHICH} The daemon should have made a new one 30 days before the end."),
+        ),
+        alert(
+            "ClavigerCertificateEnds",
+            "page",
+            "15m",
+            &format!("{LEFT}{{kind=~\"tls|attestation\"}} - time() < 3 * 86400"),
+            "A certificate that hosts check ends within three days",
+            WHICH,
+        ),
+        alert(
+            "ClavigerClockSkew",
+            "ticket",
+            "5m",
+            "abs(timestamp(claviger_clock_timestamp_seconds) - claviger_clock_timestamp_seconds) > 10",
+            "A clock is wrong",
+            "The clock of {{ $labels.instance }} and that of Prometheus are {{ $value | humanizeDuration }} apart. \
+             Certificates are judged by it.",
+        ),
+        alert(
+            "ClavigerAttestationsFail",
+            "page",
+            "5m",
+            "sum by (job) (rate(claviger_attestations_total{outcome=~\"ErrorReply|UnavailableErrorReply\"}[10m]))\n\
+             / (sum by (job) (rate(claviger_attestations_total[10m])) > 0)\n> 0.05",
+            "Hosts cannot attest",
+            "{{ $value | humanizePercentage }} of the attestations at {{ $labels.job }} fail by the service's fault. \
+             Health \
+             certificates last eight hours; then there are no keys.",
+        ),
+        alert(
+            "ClavigerAttestationsRefused",
+            "ticket",
+            "0m",
+            "sum by (job, outcome) \
+             (increase(claviger_attestations_total{outcome!~\"success|ErrorReply|UnavailableErrorReply\"}\
+             [1h])) > 10",
+            "Hosts are refused their attestation",
+            "{{ $labels.job }} refused {{ $value | humanize }} attestations within an hour with {{ $labels.outcome }}.",
+        ),
+        alert(
+            "ClavigerHealthRefused",
+            "ticket",
+            "0m",
+            "sum by (job) (increase(claviger_releases_total{outcome=\"HealthCertificateException\"}[1h])) > 10",
+            "Releases without a valid health certificate",
+            "{{ $labels.job }} refused {{ $value | humanize }} releases within an hour because of their health \
+             certificate.",
+        ),
+    ]
+}
+
+fn limits() -> Vec<Alert> {
+    vec![
+        alert(
+            "ClavigerQueueDropping",
+            "ticket",
+            "5m",
+            "sum by (job, instance) (rate(claviger_queue_dropped_total{reason=~\"full|late|deadline\"}[5m])) > 0.1",
+            "More is asked for than can be done",
+            "{{ $labels.instance }} turns away {{ $value | humanize }} releases a second, for want of room or time.",
+        ),
+        alert(
+            "ClavigerHeadroomLow",
+            "ticket",
+            "30m",
+            "instance:claviger_releases_succeeded:rate5m / instance:claviger_releases:ceiling > 0.7",
+            "Little headroom is left",
+            "{{ $labels.instance }} does {{ $value | humanizePercentage }} of what its HSMs can.",
+        ),
+        alert(
+            "ClavigerMemoryHigh",
+            "ticket",
+            "15m",
+            "process_resident_memory_bytes > 2 * 1024 ^ 3 and on (job, instance) claviger_build_info",
+            "A daemon uses much memory",
+            "{{ $labels.instance }} uses {{ $value | humanize1024 }}B of memory; a few hundred MiB are usual.",
+        ),
+        alert(
+            "ClavigerFilesNearLimit",
+            "ticket",
+            "5m",
+            "process_open_fds / process_max_fds > 0.8 and on (job, instance) claviger_build_info",
+            "A daemon has almost as many files open as it may",
+            "{{ $labels.instance }} has {{ $value | humanizePercentage }} of its files open. Every connection is one.",
+        ),
+    ]
+}

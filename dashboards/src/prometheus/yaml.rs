@@ -1,0 +1,53 @@
+//! Rules → the YAML that Prometheus reads.
+
+use std::fmt::Write;
+
+use super::{Group, Rule};
+
+/// The file.
+pub(crate) fn yaml(groups: &[Group]) -> String {
+    let mut text = format!("# Generated from dashboards/src/prometheus: {}\ngroups:\n", crate::REGENERATE);
+    for group in groups {
+        line(&mut text, 1, &format!("- name: {}", group.name));
+        if let Some(interval) = group.interval {
+            line(&mut text, 2, &format!("interval: {interval}"));
+        }
+        line(&mut text, 2, "rules:");
+        for rule in &group.rules {
+            match rule {
+                Rule::Recording(rule) => {
+                    line(&mut text, 3, &format!("- record: {}", rule.name));
+                    expression(&mut text, &rule.expression);
+                }
+                Rule::Alert(rule) => {
+                    line(&mut text, 3, &format!("- alert: {}", rule.name));
+                    expression(&mut text, &rule.expression);
+                    line(&mut text, 4, &format!("for: {}", rule.wait));
+                    line(&mut text, 4, "labels:");
+                    line(&mut text, 5, &format!("severity: {}", rule.severity));
+                    line(&mut text, 4, "annotations:");
+                    line(&mut text, 5, &format!("summary: {}", quoted(rule.summary)));
+                    line(&mut text, 5, &format!("description: {}", quoted(&rule.description)));
+                    line(&mut text, 5, &format!("runbook_url: {}", rule.runbook()));
+                }
+            }
+        }
+    }
+    text
+}
+
+fn line(text: &mut String, depth: usize, content: &str) {
+    // Writing to a string does not fail.
+    let _ = writeln!(text, "{:indent$}{content}", "", indent = depth * 2);
+}
+
+/// As a block: what is in it needs no quoting.
+fn expression(text: &mut String, expression: &str) {
+    line(text, 4, "expr: |");
+    expression.lines().for_each(|part| line(text, 5, part));
+}
+
+/// A JSON string is a double-quoted string of YAML, too.
+fn quoted(value: &str) -> String {
+    serde_json::Value::from(value).to_string()
+}

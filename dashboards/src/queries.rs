@@ -1,0 +1,112 @@
+//! What the dashboards ask Prometheus, with the variables filled in: for tests against a live one.
+
+use serde_json::Value;
+
+use crate::lint::walk;
+
+/// A panel and what it asks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Query {
+    /// The uid of its dashboard.
+    pub dashboard: String,
+    /// The panel's title.
+    pub title: String,
+    /// Its expressions, with variables.
+    pub expressions: Vec<String>,
+    /// The variables of its dashboard that a reader types, with what stands there at first.
+    pub typed: Vec<(String, String)>,
+}
+
+impl Query {
+    /// Its expressions as Prometheus takes them: everything selected, what is typed as it stands at first, and rates
+    /// over
+    /// `rate_interval`, such as `1m`.
+    #[must_use]
+    pub fn filled(&self, rate_interval: &str) -> Vec<String> {
+        self.expressions.iter().map(|expression| fill(expression, rate_interval, &self.typed)).collect()
+    }
+}
+
+/// A variable whose values Prometheus is asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Variable {
+    /// The uid of its dashboard.
+    pub dashboard: String,
+    /// Its name.
+    pub name: String,
+    /// The selector whose series are looked at.
+    pub selector: String,
+    /// The label whose values are taken.
+    pub label: String,
+}
+
+impl Variable {
+    /// The selector with everything selected in the variables before it.
+    #[must_use]
+    pub fn filled(&self) -> String {
+        fill(&self.selector, "", &[])
+    }
+}
+
+fn fill(expression: &str, rate_interval: &str, typed: &[(String, String)]) -> String {
+    let mut text = expression.replace("$__rate_interval", rate_interval);
+    for name in ["job", "instance", "hsm"] {
+        text = text.replace(&format!("${name}"), ".*");
+    }
+    for (name, value) in typed {
+        text = text.replace(&format!("${name}"), value);
+    }
+    text
+}
+
+/// What every panel of every dashboard asks, those within rows, too.
+#[must_use]
+pub fn panels() -> Vec<Query> {
+    crate::dashboards().iter().flat_map(panels_of).collect()
+}
+
+/// What every panel of this dashboard asks.
+#[must_use]
+pub fn panels_of(dashboard: &Value) -> Vec<Query> {
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let list = |value: &Value| value.as_array().cloned().unwrap_or_default();
+    let typed: Vec<_> = list(&dashboard["templating"]["list"])
+        .iter()
+        .filter(|variable| variable["type"] == "textbox")
+        .map(|variable| (text(&variable["name"]), text(&variable["query"])))
+        .collect();
+    walk(dashboard)
+        .into_iter()
+        .filter(|panel| panel["type"] != "row")
+        .map(|panel| Query {
+            dashboard: text(&dashboard["uid"]),
+            title: text(&panel["title"]),
+            expressions: list(&panel["targets"]).iter().map(|target| text(&target["expr"])).collect(),
+            typed: typed.clone(),
+        })
+        .collect()
+}
+
+/// The variables of every dashboard that Prometheus is asked for.
+#[must_use]
+pub fn variables() -> Vec<Variable> {
+    crate::dashboards().iter().flat_map(variables_of).collect()
+}
+
+/// The variables of this dashboard that Prometheus is asked for.
+#[must_use]
+pub fn variables_of(dashboard: &Value) -> Vec<Variable> {
+    let list = dashboard["templating"]["list"].as_array().cloned().unwrap_or_default();
+    list.iter()
+        .filter_map(|variable| {
+            let query = variable["query"]["query"].as_str()?.strip_prefix("label_values(")?.strip_suffix(')')?;
+            let (selector, label) = query.rsplit_once(',')?;
+            Some(Variable {
+                dashboard: dashboard["uid"].as_str()?.to_owned(),
+                name: variable["name"].as_str()?.to_owned(),
+                selector: selector.trim().to_owned(),
+                label: label.trim().to_owned(),
+            })
+        })
+        .collect()
+}
