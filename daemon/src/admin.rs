@@ -454,7 +454,7 @@ fn owner(path: &Path) -> String {
 mod tests {
     use super::*;
     use tokio::io::AsyncReadExt;
-    use tokio::sync::oneshot;
+    use tokio::sync::{Semaphore, oneshot};
     use tokio::task::JoinHandle;
 
     async fn handler(request: Value, peer: Peer) -> Result<Value, String> {
@@ -581,10 +581,14 @@ mod tests {
         let (stop, stopped) = oneshot::channel::<()>();
         let done = Arc::new(std::sync::atomic::AtomicUsize::new(0));
         let counter = done.clone();
+        let (gate, begun) = (Arc::new(Semaphore::new(0)), Arc::new(Semaphore::new(0)));
+        let (at_gate, has_begun) = (gate.clone(), begun.clone());
         let handler = move |_, _| {
-            let counter = counter.clone();
+            let (counter, gate, begun) = (counter.clone(), at_gate.clone(), has_begun.clone());
             async move {
-                tokio::time::sleep(Duration::from_millis(500)).await;
+                begun.add_permits(1);
+                // The semaphore is never closed.
+                let _ = gate.acquire().await;
                 counter.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
                 Ok(Value::Null)
             }
@@ -599,9 +603,11 @@ mod tests {
         drop(stream);
         let mut stream = UnixStream::connect(&path).await.unwrap();
         stream.write_all(b"{}\n").await.unwrap();
-        tokio::time::sleep(Duration::from_millis(100)).await;
+        let _ = begun.acquire_many(3).await.unwrap();
         assert_eq!(done.load(std::sync::atomic::Ordering::SeqCst), 0);
         stop.send(()).unwrap();
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        gate.add_permits(3);
         serving.await.unwrap();
         assert_eq!(done.load(std::sync::atomic::Ordering::SeqCst), 3);
     }

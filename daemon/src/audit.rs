@@ -231,7 +231,8 @@ impl Writer {
             }
             if let Some(reply) = reopen {
                 self.file = None;
-                let _ = reply.send(self.open().map_err(|error| self.error(error)));
+                let opened = self.at_the_disk(Self::open);
+                let _ = reply.send(opened.map_err(|error| self.error(error)));
             }
             lines.clear();
             // One burst of long records must not hold its memory for ever.
@@ -239,12 +240,18 @@ impl Writer {
         }
     }
 
+    /// Does what may take as long as the disk likes, so that others can see for how long.
+    fn at_the_disk<T>(&mut self, work: impl FnOnce(&mut Self) -> T) -> T {
+        let since = self.epoch.elapsed().as_millis();
+        self.writing.store(u64::try_from(since).unwrap_or(u64::MAX).max(1), Ordering::Release);
+        let result = work(self);
+        self.writing.store(0, Ordering::Release);
+        result
+    }
+
     fn commit(&mut self, lines: &[u8], records: u64) -> Result<(), AuditError> {
         let began = Instant::now();
-        let since = began.saturating_duration_since(self.epoch).as_millis();
-        self.writing.store(u64::try_from(since).unwrap_or(u64::MAX).max(1), Ordering::Release);
-        let written = self.write(lines);
-        self.writing.store(0, Ordering::Release);
+        let written = self.at_the_disk(|writer| writer.write(lines));
         crate::metrics::audit_written(began.elapsed());
         match written {
             Ok(()) => {

@@ -14,6 +14,7 @@ use http_body_util::Full;
 use hyper::body::Incoming;
 use hyper::header::{CONTENT_SECURITY_POLICY, HeaderValue};
 use hyper::{Method, Request, Response};
+use tokio::time::MissedTickBehavior;
 
 use self::history::INTERVAL;
 use self::verdict::judge;
@@ -87,7 +88,9 @@ impl Monitor {
             state_stale: service.state_stale.load(Ordering::Relaxed),
             audit_waiting,
             audit_writing,
+            connections_open: metrics::connections_open(),
             connections_limit: self.connections_limit,
+            primaries: matches!(keys.primary(), (Some(_), Some(_))),
             usage: process::usage(),
         }
     }
@@ -119,6 +122,8 @@ pub async fn serve(monitor: Arc<Monitor>, request: Request<Incoming>) -> Result<
 /// Remembers how things are, for as long as the daemon runs.
 pub async fn watch(monitor: Arc<Monitor>) {
     let mut ticks = tokio::time::interval(INTERVAL);
+    // After a pause of the machine, no intervals of no time.
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     // The first is at once.
     ticks.tick().await;
     loop {
@@ -149,6 +154,7 @@ mod testing {
             waiting: 0,
             sessions_open: 8,
             sessions_wanted: 8,
+            sessions_limit: 8,
             sessions_busy: 0,
             sessions_stuck: 0,
             closings: 0,

@@ -191,23 +191,26 @@ pub async fn serve(service: Arc<Service>, request: Request<Incoming>) -> Result<
         Ok(answer) => answer,
         Err(error) => {
             span.in_scope(|| tracing::error!(%error, "a request failed"));
-            failed(&service, &path, id.clone()).await
+            refuse(&service, &path, id.clone(), Refusal::internal()).await
         }
     };
     metrics::response(Endpoint::of(&path).map_or(NO_RESOURCE, |(.., endpoint)| endpoint.name()), answer.status);
     Ok(answer.into_response(&id))
 }
 
-/// The answer to a request whose task panicked: 500, recorded and counted like any other decision.
-async fn failed(service: &Service, path: &str, id: String) -> Answer {
-    let refusal = Refusal::internal();
+/// The answer to a request that the service could not even read, recorded and counted like any other decision: a task that
+/// panicked (500), no room (503).
+async fn refuse(service: &Service, path: &str, id: String, refusal: Refusal) -> Answer {
     match Endpoint::of(path).map(|(.., endpoint)| *endpoint) {
         Some(Endpoint::Roll(api)) => Answer::release(decide(service, api, &Attempt::new(id), Err(refusal)).await),
         Some(Endpoint::RollBatch) => {
             Answer::release(decide(service, ApiVersion::V2, &Attempt::new(id), Err(refusal)).await)
         }
         Some(Endpoint::HostKeyAttest | Endpoint::OtherMode) => {
-            let reply = ErrorReply::Error { status: refusal.code.status() };
+            let reply = match refusal.code {
+                Code::ServiceUnavailable => ErrorReply::Unavailable,
+                code => ErrorReply::Error { status: code.status() },
+            };
             finish_attestation(service, &Attempt::new(id), Err((reply, refusal.message))).await
         }
         _ => Family::of(path).error(refusal.code, &refusal.message),
@@ -235,7 +238,9 @@ async fn answer(service: Arc<Service>, request: Request<Incoming>, id: String, c
     let timeout = service.config.load().server.body_timeout();
     let limit = if *endpoint == Endpoint::RollBatch { MAX_BATCH_BODY } else { MAX_BODY };
     let Some(_room) = room_for(&service, request.body(), limit) else {
-        return family.error(Code::ServiceUnavailable, "too many large requests at the same time; try again");
+        // The service's own doing, so it counts like any other release or attestation that failed.
+        let refusal = Refusal::new(Code::ServiceUnavailable, "too many large requests at the same time; try again");
+        return refuse(&service, &path, id, refusal).await;
     };
     let body = match read_body(request.into_body(), limit, timeout).await {
         Ok(body) => body,
@@ -453,14 +458,25 @@ mod tests {
         .into_iter()
         .enumerate()
         {
-            let answer = failed(&service, path, number.to_string()).await;
+            let answer = refuse(&service, path, number.to_string(), Refusal::internal()).await;
             assert_eq!((answer.status, answer.media_type), (500, media_type));
             let line = crate::service::testing::trail(&service).pop().unwrap();
             assert_eq!((&line["event"], &line["outcome"]), (&event.into(), &outcome.into()), "{line}");
             assert_eq!(line["request"], number.to_string());
         }
-        assert_eq!(failed(&service, "/attestation/getinfo", String::new()).await.media_type, JSON);
+        let none = Refusal::internal();
+        assert_eq!(refuse(&service, "/attestation/getinfo", String::new(), none).await.media_type, JSON);
         assert_eq!(crate::service::testing::trail(&service).len(), 3);
+
+        let no_room = || Refusal::new(Code::ServiceUnavailable, "no room");
+        for (path, outcome) in [
+            ("/keyprotection/service/v2.0/rolltransportkey", "ServiceUnavailableException"),
+            ("/attestation/v2.0/hostkeyattest", "UnavailableErrorReply"),
+        ] {
+            let answer = refuse(&service, path, "x".to_owned(), no_room()).await;
+            assert_eq!(answer.status, 503, "{path}");
+            assert_eq!(crate::service::testing::trail(&service).pop().unwrap()["outcome"], outcome);
+        }
     }
 
     #[test]

@@ -28,7 +28,7 @@ and alerts for them are in `dashboards/`; [runbook.md](runbook.md) has a section
     for metric in ALL {
         let kind = match metric.kind {
             Kind::Counter | Kind::CounterReading => "counter",
-            Kind::Gauge | Kind::GaugeReading => "gauge",
+            Kind::GaugeReading => "gauge",
             Kind::Histogram(_) => "histogram",
         };
         let labels: Vec<_> = metric.labels.iter().map(|label| format!("`{label}`")).collect();

@@ -116,14 +116,29 @@ fn everything_that_is_exported_is_looked_at() {
 #[test]
 fn pages_name_what_there_is() {
     let exported = Exported::new();
+    let recorded: BTreeSet<_> = groups()
+        .into_iter()
+        .flat_map(|group| group.rules)
+        .filter_map(|rule| match rule {
+            Rule::Recording(recording) => Some(recording.name),
+            Rule::Alert(_) => None,
+        })
+        .collect();
     // The demo's and the tests' crates share the prefix.
     let crates: BTreeSet<_> = ["claviger_hsm", "claviger_protocol", "claviger_dashboards"].into();
     for (path, text) in pages() {
         for (at, _) in text.match_indices("claviger_") {
             let end = text[at..].find(|c: char| !c.is_ascii_alphanumeric() && c != '_').map_or(text.len(), |n| at + n);
             let name = &text[at..end];
-            // Recorded names have colons around, and their own test.
-            if crates.contains(name) || text[..at].ends_with(':') {
+            if crates.contains(name) {
+                continue;
+            }
+            if text[..at].ends_with(':') {
+                let is_part = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == ':';
+                let from = text[..at].rfind(|c| !is_part(c)).map_or(0, |n| n + 1);
+                let to = text[at..].find(|c| !is_part(c)).map_or(text.len(), |n| at + n);
+                let name = &text[from..to];
+                assert!(recorded.contains(name), "{path} names {name}, which no rule records");
                 continue;
             }
             let histogram = format!("{name}_bucket");

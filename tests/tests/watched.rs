@@ -59,7 +59,8 @@ async fn every_query_has_data_every_rule_is_sound_and_a_member_that_fails_is_an_
     let faulty = lab.behind_faulty(Instances::Own);
     lab.configure(|config| {
         config.release.deadline_ms = DEADLINE.as_millis() as u64;
-        config.release.watchdog_ms = 5_000;
+        // A machine that stands still for a moment is no call that hangs.
+        config.release.watchdog_ms = DEADLINE.as_millis() as u64;
     });
     let daemon = lab.serve();
     let prometheus = Prometheus::watch(&daemon, &hasty_rules(), &lab.file("prometheus")).await;
@@ -81,7 +82,8 @@ async fn every_query_has_data_every_rule_is_sound_and_a_member_that_fails_is_an_
     let page = String::from_utf8(page.body.to_vec()).unwrap();
     assert!(page.contains("2 of 3 HSMs serve, hsm-b does not"), "{page}");
     let firing = prometheus.firing().await;
-    assert!(firing.iter().all(|(_, hsm)| hsm.as_deref().is_none_or(|hsm| hsm == "hsm-b")), "{firing:?}");
+    let others: Vec<_> = firing.iter().filter(|(name, hsm)| *name == down.0 && *hsm != down.1).collect();
+    assert!(others.is_empty(), "{others:?}");
 
     // It comes back, and the alert goes.
     faulty.clear("hsm-b");
@@ -97,6 +99,10 @@ async fn every_query_has_data_every_rule_is_sound_and_a_member_that_fails_is_an_
             match prometheus.query(&expression).await {
                 Ok(result) if result.is_empty() => {
                     faults.push(format!("{}, {}: no data\n    {expression}", panel.dashboard, panel.title));
+                }
+                // What is divided by nothing is no number: a gap where one of several series has it, and no answer by itself.
+                Ok(result) if result.iter().all(|series| series["value"][1] == "NaN") => {
+                    faults.push(format!("{}, {}: not a number\n    {expression}", panel.dashboard, panel.title));
                 }
                 Ok(_) => {}
                 Err(error) => {

@@ -10,8 +10,13 @@ use crate::keys::KeyId;
 
 /// What a return code comes to, in a word for labels: `ok`; `refused`, the input is at fault, or may be; `unable`, this key
 /// or token is not made for it; `stale`, a session or handle is to be renewed; `busy`, the token has no room now; `pin`, it
-/// refuses the PIN; `broken`, the device is ill or away; `hung`, no answer in time; `wrong`, the answer is not right.
-pub const RV_CLASSES: [&str; 9] = ["ok", "refused", "unable", "stale", "busy", "pin", "broken", "hung", "wrong"];
+/// refuses the PIN; `broken`, the device is ill or away. For the last four the member is to blame.
+pub const RV_CLASSES: [&str; 7] = ["ok", "refused", "unable", "stale", "busy", "pin", "broken"];
+
+/// The class of how a call went, one of [`RV_CLASSES`].
+pub(crate) fn class<T>(result: &Result<T, HsmError>) -> &'static str {
+    result.as_ref().err().map_or("ok", HsmError::class)
+}
 
 /// Why an operation has no result.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -111,12 +116,9 @@ impl HsmError {
         matches!(self, HsmError::NoSuchKey(_)) || (fault.whose == Whose::Member && fault.fate != Fate::Keep)
     }
 
-    /// The class of what happened, one of [`RV_CLASSES`]: what follows from a return code, in a word.
-    pub(crate) fn class(&self) -> &'static str {
+    fn class(&self) -> &'static str {
         let Fault { whose, fate, .. } = self.fault();
         match (self, whose, fate) {
-            (HsmError::WrongAnswer, ..) => "wrong",
-            (HsmError::Hung { .. }, ..) => "hung",
             (HsmError::Pkcs11 { rv, .. }, ..) if rv.starts_with("CKR_PIN_") => "pin",
             (_, Whose::Caller | Whose::Unclear, _) => "refused",
             (_, Whose::Nobody, _) => "unable",

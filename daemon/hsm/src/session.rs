@@ -18,7 +18,7 @@ use zeroize::{Zeroize, Zeroizing};
 use crate::Event;
 use crate::clock::thread_time;
 use crate::cluster::shared::{Scheme, Shared};
-use crate::error::HsmError;
+use crate::error::{HsmError, class};
 use crate::fault::{Fate, PARAMETER_REFUSALS, Whose};
 use crate::keys::{KeyId, NewKey, Oaep, RsaPrivateParts, RsaPublic};
 use crate::module::Module;
@@ -78,19 +78,34 @@ impl<'a> OpenSession<'a> {
         Ok(open)
     }
 
-    /// Does what is asked for.
+    /// Does what is asked for. What the token did of it is observed once, by its return code: what is thought of it comes
+    /// after.
     pub(crate) fn perform(&mut self, request: &Request) -> Result<Answer, HsmError> {
         match request {
             Request::Decrypt { check, .. } | Request::Sign { check, .. } => {
+                let started = Instant::now();
                 let result = self.calculate(request);
+                self.shared.observe_call(request.op(), class(&result), started.elapsed());
                 self.judge(request, result, check.as_ref()).map(Answer::Octets)
             }
+            Request::Probe => self.probe().map(|()| Answer::Done),
+            _ => {
+                let started = Instant::now();
+                let result = self.other(request);
+                self.shared.observe_call(request.op(), class(&result), started.elapsed());
+                result
+            }
+        }
+    }
+
+    /// What is neither a private key's work nor a probe.
+    fn other(&mut self, request: &Request) -> Result<Answer, HsmError> {
+        match request {
             Request::Random(len) => {
                 let mut octets = Zeroizing::new(vec![0; *len]);
                 self.session.generate_random_slice(&mut octets)?;
                 Ok(Answer::Octets(octets))
             }
-            Request::Probe => self.probe().map(|()| Answer::Done),
             Request::Keys => {
                 self.refresh()?;
                 let mut ids: Vec<KeyId> = self.keys.keys().cloned().collect();
@@ -104,6 +119,8 @@ impl<'a> OpenSession<'a> {
             },
             Request::Generate(spec) => self.generate(spec).map(|key| Answer::Public(Some(key))),
             Request::Import(spec, parts) => self.import(spec, parts).map(|()| Answer::Done),
+            // Each has a way of its own.
+            Request::Decrypt { .. } | Request::Sign { .. } | Request::Probe => Ok(Answer::Done),
         }
     }
 
@@ -154,18 +171,27 @@ impl<'a> OpenSession<'a> {
             }
             Err(error) => return Err(error),
         };
-        // No input of a caller's makes a signature wrong.
-        if wrong && matches!(request, Request::Sign { .. }) {
-            return Err(HsmError::WrongAnswer);
-        }
-        if self.shared.may_probe_for_blame(Instant::now()) {
+        let blamed = if wrong && matches!(request, Request::Sign { .. }) {
+            // No input of a caller's makes a signature wrong.
+            true
+        } else if self.shared.may_probe_for_blame(Instant::now()) {
             let result = self.known_good(request);
-            self.shared.remember_blame(!matches!(result, Err(HsmError::WrongAnswer)));
-            result?;
-        } else if !self.shared.was_innocent() {
-            return Err(HsmError::WrongAnswer);
+            let blamed = matches!(result, Err(HsmError::WrongAnswer));
+            self.shared.remember_blame(!blamed);
+            if !blamed {
+                result?;
+            }
+            blamed
+        } else {
+            !self.shared.was_innocent()
+        };
+        if !blamed {
+            return Err(HsmError::Refused { wrong });
         }
-        Err(HsmError::Refused { wrong })
+        if wrong {
+            self.shared.observe_wrong_answer();
+        }
+        Err(HsmError::WrongAnswer)
     }
 
     /// Does an operation like `request` whose right result is known. Without one nobody can be blamed.
@@ -194,14 +220,19 @@ impl<'a> OpenSession<'a> {
     /// Whatever goes wrong here is the member's fault.
     fn prove(&mut self, known: &Request) -> Result<(), HsmError> {
         let started = Instant::now();
-        let result = match self.calculate(known) {
+        let result = self.calculate(known);
+        // The input is right: a member that refuses it is ill.
+        let rv = Some(class(&result)).filter(|rv| *rv != "refused").unwrap_or("broken");
+        self.shared.observe_call("probe", rv, started.elapsed());
+        match result {
             Ok(octets) if known.accepts(&octets) => Ok(()),
-            Ok(_) => Err(HsmError::WrongAnswer),
+            Ok(_) => {
+                self.shared.observe_wrong_answer();
+                Err(HsmError::WrongAnswer)
+            }
             Err(error) if matches!(error.fault().whose, Whose::Caller | Whose::Unclear) => Err(HsmError::WrongAnswer),
             Err(error) => Err(error),
-        };
-        self.shared.observe_call("probe", result.as_ref().err(), started.elapsed());
-        result
+        }
     }
 
     /// One search for all RSA private keys of the token.

@@ -20,7 +20,7 @@ use tokio::sync::oneshot;
 use crate::Event;
 use crate::cluster::member::Lease;
 use crate::cluster::shared::{InFlight, Shared};
-use crate::error::HsmError;
+use crate::error::{HsmError, class};
 use crate::fault::Fate;
 use crate::request::{Answer, Outcome, Request};
 use crate::session::OpenSession;
@@ -233,7 +233,7 @@ fn run(shared: &Arc<Shared>, opened: oneshot::Sender<Result<Handle, HsmError>>) 
     let generation = shared.generation();
     let started = Instant::now();
     let session = OpenSession::open(shared, generation);
-    shared.observe_call("open", session.as_ref().err(), started.elapsed());
+    shared.observe_call("open", class(&session), started.elapsed());
     let session = match session {
         Ok(session) => session,
         Err(error) => {
@@ -334,11 +334,8 @@ fn perform<'a>(
     request: &Request,
     deadline: Instant,
 ) -> Result<Answer, HsmError> {
-    let started = Instant::now();
     let Some(open) = session else { return Err(shared.thread_ended()) };
-    let result = open.perform(request);
-    shared.observe_call(request.op(), result.as_ref().err(), started.elapsed());
-    let stale = match result {
+    let stale = match open.perform(request) {
         Err(error) if error.fault().fate == Fate::Renew && request.may_repeat() && Instant::now() < deadline => error,
         result => return result,
     };
@@ -346,11 +343,7 @@ fn perform<'a>(
     // Closed first: some tokens count sessions.
     *session = None;
     let renewed = OpenSession::open(shared, generation);
-    shared.observe_call("open", renewed.as_ref().err(), started.elapsed());
+    shared.observe_call("open", class(&renewed), started.elapsed());
     tracing::debug!(member = shared.name, error = %stale, "a stale session is opened anew");
-    let open = session.insert(renewed?);
-    let started = Instant::now();
-    let result = open.perform(request);
-    shared.observe_call(request.op(), result.as_ref().err(), started.elapsed());
-    result
+    session.insert(renewed?).perform(request)
 }

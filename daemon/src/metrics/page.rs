@@ -6,11 +6,11 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use claviger_hsm::{MemberState, MemberStatus};
 
 use super::{
-    AUDIT_WAITING, AUDIT_WRITING, BUILD_INFO, CERTIFICATE_EXPIRY, CLOCK, CONNECTIONS_LIMIT, HOSTS_REGISTERED, HSM_CPU,
-    HSM_IN_FLIGHT, HSM_PRIORITY, HSM_RETRY_BUDGET, HSM_SESSIONS_BUSY, HSM_SESSIONS_OPEN, HSM_SESSIONS_STUCK,
-    HSM_SESSIONS_WANTED, HSM_STATE, HSM_WAITING, Kind, Metric, PROCESS_CPU, PROCESS_FILES, PROCESS_MAX_FILES,
-    PROCESS_MEMORY, PROCESS_START, PROCESS_THREADS, QUEUE_LIMIT, QUEUE_WAITING, RELEASES_RUNNING,
-    RELEASES_RUNNING_LIMIT, STATE_STALE,
+    AUDIT_WAITING, AUDIT_WRITING, BUILD_INFO, CERTIFICATE_EXPIRY, CLOCK, CONNECTIONS_LIMIT, CONNECTIONS_OPEN,
+    HOSTS_REGISTERED, HSM_CPU, HSM_IN_FLIGHT, HSM_PRIORITY, HSM_RETRY_BUDGET, HSM_SESSIONS_BUSY, HSM_SESSIONS_LIMIT,
+    HSM_SESSIONS_OPEN, HSM_SESSIONS_STUCK, HSM_SESSIONS_WANTED, HSM_STATE, HSM_WAITING, Kind, Metric, PROCESS_CPU,
+    PROCESS_FILES, PROCESS_MAX_FILES, PROCESS_MEMORY, PROCESS_START, PROCESS_THREADS, QUEUE_LIMIT, QUEUE_WAITING,
+    RELEASES_RUNNING, RELEASES_RUNNING_LIMIT, STATE_STALE,
 };
 use crate::admission::Load;
 use crate::process::Usage;
@@ -39,8 +39,12 @@ pub struct Readings {
     pub audit_waiting: usize,
     /// For how long those that are being written have been.
     pub audit_writing: Duration,
+    /// Connections to the service that are open.
+    pub connections_open: usize,
     /// Connections to the service that may be open.
     pub connections_limit: usize,
+    /// Whether there are a primary encryption and a primary signing certificate.
+    pub primaries: bool,
     /// What the process uses.
     pub usage: Usage,
 }
@@ -63,6 +67,7 @@ impl Readings {
         write(page, &HSM_WAITING, members(|m| m.waiting as f64));
         write(page, &HSM_SESSIONS_OPEN, members(|m| m.sessions_open as f64));
         write(page, &HSM_SESSIONS_WANTED, members(|m| m.sessions_wanted as f64));
+        write(page, &HSM_SESSIONS_LIMIT, members(|m| m.sessions_limit as f64));
         write(page, &HSM_SESSIONS_BUSY, members(|m| m.sessions_busy as f64));
         write(page, &HSM_SESSIONS_STUCK, members(|m| m.sessions_stuck as f64));
         write(page, &HSM_CPU, members(|m| m.spent.as_secs_f64()));
@@ -70,6 +75,7 @@ impl Readings {
         one(page, &RELEASES_RUNNING, self.load.running as f64);
         one(page, &RELEASES_RUNNING_LIMIT, self.limits.running as f64);
         one(page, &QUEUE_WAITING, self.load.waiting as f64);
+        one(page, &CONNECTIONS_OPEN, self.connections_open as f64);
         one(page, &CONNECTIONS_LIMIT, self.connections_limit as f64);
         one(page, &QUEUE_LIMIT, self.limits.waiting as f64);
         let expiry = self.certificates.iter();

@@ -199,10 +199,14 @@ fn card(member: &MemberStatus, points: &[Point], top: f64, now: SystemTime) -> S
         if up {
             facts.push(format!("{} operations/s", number(per_second(of.calls, point))));
         }
-        if up && let Some(mean) = of.worked.checked_div(u32::try_from(of.calls).unwrap_or(u32::MAX)) {
+        // A call is counted when it returns: after one that hung these would be about another time.
+        let time = point.lasted.as_secs_f64() * member.sessions_limit.max(1) as f64;
+        if up
+            && of.worked.as_secs_f64() <= time
+            && let Some(mean) = of.worked.checked_div(u32::try_from(of.calls).unwrap_or(u32::MAX))
+        {
             facts.push(format!("{} for one", duration(mean)));
-            let busy = of.worked.as_secs_f64() / point.lasted.as_secs_f64() / member.sessions_wanted.max(1) as f64;
-            facts.push(format!("{:.0} % busy", busy * 100.0));
+            facts.push(format!("{:.0} % busy", of.worked.as_secs_f64() / time * 100.0));
         }
         if of.faults > 0 {
             let what = if up { "failed" } else { "tries failed" };
@@ -212,8 +216,8 @@ fn card(member: &MemberStatus, points: &[Point], top: f64, now: SystemTime) -> S
     if up || member.waiting > 0 {
         facts.push(format!("{} waiting", member.waiting));
     }
-    if up && member.sessions_open < member.sessions_wanted {
-        facts.push(format!("{} of {} sessions open", member.sessions_open, member.sessions_wanted));
+    if up && member.sessions_limit < member.sessions_wanted {
+        facts.push(format!("{} sessions of {} wanted", member.sessions_limit, member.sessions_wanted));
     }
     if member.sessions_stuck > 0 {
         facts.push(format!("<strong>{} calls hang</strong>", member.sessions_stuck));

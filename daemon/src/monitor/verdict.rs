@@ -10,7 +10,10 @@ use crate::metrics::Readings;
 /// How long audit records may take to be written before the disk is said to hang.
 const DISK_HANGS: Duration = Duration::from_secs(2);
 /// How long before its end a certificate is worth a word, in seconds. The attestation signer renews itself earlier.
-const EXPIRES_SOON: i64 = 14 * 24 * 3600;
+const EXPIRES_SOON: i64 = 14 * DAY;
+/// For how many days it is said of a key's certificate that it has expired, as the alert does.
+const SAID_FOR: i64 = 7;
+const DAY: i64 = 24 * 3600;
 
 /// How the service is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -40,22 +43,24 @@ pub(super) fn judge(readings: &Readings, last: Option<&Point>, now: i64) -> Verd
     let (up, others): (Vec<_>, Vec<_>) = members.iter().partition(|member| member.state == MemberState::Up);
     // Who was drained is out on an administrator's word.
     let wanting: Vec<_> = others.iter().filter(|member| !is_drained(member)).collect();
-    let failed = last.map_or(0, |point| point.failed);
-    let success = last.map_or(0, |point| point.success);
+    let count = |of: fn(&Point) -> u64| last.map_or(0, of);
+    let (success, failed, refused) =
+        (count(|point| point.success), count(|point| point.failed), count(|point| point.refused));
     let seconds = last.map_or(0, |point| point.lasted.as_secs_f64().round() as u64);
+    let under_way = readings.load.running + readings.load.waiting;
 
     let mut remarks: Vec<String> = wanting.iter().map(|member| ailment(member)).collect();
+    if !readings.primaries {
+        remarks.push("There is no primary certificate of each kind: tenants get no metadata.".to_owned());
+    }
     if readings.state_stale {
         remarks.push("The state file cannot be read: hosts that were removed may go on being served.".to_owned());
     }
-    for (kind, name, end) in &readings.certificates {
-        let days = (end - now).div_euclid(24 * 3600);
-        if *end < now {
-            remarks.push(format!("The {kind} certificate {name} has expired."));
-        } else if end - now < EXPIRES_SOON {
-            remarks.push(format!("The {kind} certificate {name} expires in {days} days."));
-        }
+    if readings.connections_open * 10 >= readings.connections_limit * 9 && readings.connections_limit > 0 {
+        let most = readings.connections_limit;
+        remarks.push(format!("{} of at most {most} connections are open.", readings.connections_open));
     }
+    remarks.extend(readings.certificates.iter().filter_map(|certificate| expiry(certificate, now)));
     if failed > 0 && success > 0 {
         remarks.push(format!("{failed} of {} releases failed in the last {seconds} s.", failed + success));
     }
@@ -70,14 +75,36 @@ pub(super) fn judge(readings: &Readings, last: Option<&Point>, now: i64) -> Verd
     if failed > 0 && success == 0 {
         return bad(format!("No keys are released: all {failed} releases of the last {seconds} s failed"), remarks);
     }
-    let released = if success > 0 { "Keys are being released" } else { "Ready; nobody asks for keys" };
+    let released = if success > 0 {
+        "Keys are being released".to_owned()
+    } else if refused > 0 {
+        remarks.push("What was refused and why is in the audit log.".to_owned());
+        format!("No keys are released: all {refused} requests of the last {seconds} s were refused")
+    } else if under_way > 0 && last.is_some() {
+        remarks.push(format!("{under_way} releases are under way."));
+        format!("No key was released in the last {seconds} s")
+    } else if under_way > 0 {
+        "Keys are asked for".to_owned()
+    } else {
+        "Ready; nobody asks for keys".to_owned()
+    };
     let headline = match wanting.as_slice() {
-        [] => released.to_owned(),
+        [] => released,
         [one] => format!("{released}; {} of {} HSMs serve, {} does not", up.len(), members.len(), one.name),
         _ => format!("{released}; {} of {} HSMs serve", up.len(), members.len()),
     };
     let level = if remarks.is_empty() { Level::Good } else { Level::Degraded };
     Verdict { level, headline, remarks }
+}
+
+/// What there is to say of a certificate's end. One of a key serves on when it has expired, and stays for old protectors.
+fn expiry((kind, name, end): &(&'static str, String, i64), now: i64) -> Option<String> {
+    let (left, past) = ((end - now).div_euclid(DAY), (now - end).div_euclid(DAY));
+    if *end >= now {
+        return (end - now < EXPIRES_SOON).then(|| format!("The {kind} certificate {name} expires in {left} days."));
+    }
+    let serves_on = matches!(*kind, "signing" | "encryption");
+    (!serves_on || past < SAID_FOR).then(|| format!("The {kind} certificate {name} has expired."))
 }
 
 fn is_drained(member: &MemberStatus) -> bool {
@@ -110,7 +137,7 @@ mod tests {
     fn verdict(states: &[MemberState], last: Option<(u64, u64)>, change: impl FnOnce(&mut Readings)) -> Verdict {
         let names = ["hsm-a", "hsm-b", "hsm-c"];
         let members = names.iter().zip(states).map(|(name, state)| member(name, *state)).collect();
-        let mut readings = Readings { members, ..Readings::default() };
+        let mut readings = Readings { members, primaries: true, ..Readings::default() };
         change(&mut readings);
         let last = last.map(|(success, failed)| point(success, failed));
         judge(&readings, last.as_ref(), NOW)
@@ -165,6 +192,7 @@ mod tests {
                 ("tls", "aaaaaaaa".to_owned(), NOW + 3 * day + 1),
                 ("signing", "bbbbbbbb".to_owned(), NOW - 1),
                 ("encryption", "cccccccc".to_owned(), NOW + 15 * day),
+                ("encryption", "dddddddd".to_owned(), NOW - 8 * day),
             ];
         });
         assert_eq!(look.level, Level::Degraded);
@@ -173,5 +201,31 @@ mod tests {
         assert_eq!(look.remarks[1], "The tls certificate aaaaaaaa expires in 3 days.");
         assert_eq!(look.remarks[2], "The signing certificate bbbbbbbb has expired.");
         assert_eq!(look.remarks[3], "10 of 100 releases failed in the last 10 s.");
+    }
+
+    #[test]
+    fn nobody_asks_only_where_nobody_does() {
+        use MemberState::Up;
+        let members = || vec![member("hsm-a", Up)];
+        let readings = |running| Readings {
+            members: members(),
+            primaries: true,
+            load: crate::admission::Load { running, waiting: 0 },
+            ..Readings::default()
+        };
+        let refused = Point { success: 0, refused: 7, ..point(0, 0) };
+        let verdict = judge(&readings(0), Some(&refused), NOW);
+        assert_eq!(verdict.level, Level::Degraded);
+        assert_eq!(verdict.headline, "No keys are released: all 7 requests of the last 10 s were refused");
+        let stuck = judge(&readings(3), Some(&point(0, 0)), NOW);
+        assert_eq!((stuck.level, &*stuck.headline), (Level::Degraded, "No key was released in the last 10 s"));
+        assert_eq!(stuck.remarks, ["3 releases are under way."]);
+        let just_started = judge(&readings(3), None, NOW);
+        assert_eq!((just_started.level, &*just_started.headline), (Level::Good, "Keys are asked for"));
+
+        let none = judge(&Readings { primaries: false, ..readings(0) }, None, NOW);
+        assert_eq!(none.remarks, ["There is no primary certificate of each kind: tenants get no metadata."]);
+        let full = Readings { connections_open: 95, connections_limit: 100, ..readings(0) };
+        assert_eq!(judge(&full, None, NOW).remarks, ["95 of at most 100 connections are open."]);
     }
 }

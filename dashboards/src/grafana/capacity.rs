@@ -46,7 +46,8 @@ fn headroom() -> Vec<Panel> {
             "Ceiling",
             "reqps",
             "Releases a second that the members which serve can do: typed in above, or \
-         reckoned from their sessions and service times.",
+         reckoned from their sessions and service times. Daemons that share HSMs each count them: type in \
+         what was measured.",
         )
         .ask(CEILING, "ceiling")
         .wide(6),
@@ -60,10 +61,12 @@ fn headroom() -> Vec<Panel> {
         Panel::stat(
             "Members that could be lost",
             "short",
-            "How many members could fail at the load of now, if all of them carry the same.",
+            "How many members could fail at the load of now, if all of them carry the same; where several daemons are \
+             selected, of the one with the fewest.",
         )
         .ask(
-            &format!("clamp_min(ceil(sum(instance:claviger_hsm_up:sum{{@}}) * (1 - {LOAD} / {CEILING})) - 1, 0)"),
+            "min(clamp_min(ceil(instance:claviger_hsm_up:sum{@} * (1 - (sum by (job, instance) \
+             (rate(claviger_releases_total{@, outcome=\"success\"}[~])) / instance:claviger_releases:ceiling{@}))) - 1, 0))",
             "members",
         )
         .colours(RED, &[(1.0, YELLOW), (2.0, GREEN)])

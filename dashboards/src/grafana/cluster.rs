@@ -58,7 +58,7 @@ fn utilisation() -> Vec<Panel> {
         )
         .ask(
             "sum by (instance, hsm) (rate(claviger_hsm_service_time_seconds_sum{@hsm}[~])) \
-             / sum by (instance, hsm) (claviger_hsm_sessions_wanted{@hsm})",
+             / sum by (instance, hsm) (claviger_hsm_sessions_limit{@hsm})",
             "{{hsm}} at {{instance}}",
         )
         .colours(GREEN, &[(0.7, YELLOW), (0.9, RED)]),
@@ -125,7 +125,7 @@ fn errors() -> Vec<Panel> {
         Panel::lines(
             "Calls that failed",
             "ops",
-            "By class of return code: refused (the input), unable, stale (renewed), busy, pin, broken, hung, wrong.",
+            "By class of return code: refused (the input), unable, stale (renewed), busy, pin, broken.",
         )
         .ask(r#"sum by (hsm, rv) (rate(claviger_hsm_calls_total{@hsm, rv!="ok"}[~]))"#, "{{hsm}} {{rv}}"),
         Panel::lines(

@@ -31,7 +31,7 @@ pub(super) fn dashboard() -> Value {
 fn first() -> Vec<Panel> {
     let budget = format!(
         "1 - (sum(instance:claviger_releases_failed:rate30d{{@}}) / \
-         sum(instance:claviger_releases_decided:rate30d{{@}})) \
+         (sum(instance:claviger_releases_decided:rate30d{{@}}) > 0)) \
          / {:.3}",
         1.0 - OBJECTIVE
     );
@@ -47,7 +47,7 @@ fn first() -> Vec<Panel> {
         .ask(
             &format!(
                 "1 - sum(rate(claviger_releases_total{{@, outcome=~\"{FAILED}\"}}[~])) \
-                 / sum(rate(claviger_releases_total{{@, outcome=~\"success|{FAILED}\"}}[~]))"
+                 / (sum(rate(claviger_releases_total{{@, outcome=~\"success|{FAILED}\"}}[~])) > 0)"
             ),
             "success",
         )
@@ -140,7 +140,8 @@ fn releases() -> Vec<Panel> {
         Panel::stacked(
             "Releases by certificate",
             "reqps",
-            "By the encryption certificate that the protector was wrapped for. One that stays at zero can be retired.",
+            "By the key that opened the protector, named after its primary or newest encryption certificate. One that \
+             stays at zero can be retired.",
         )
         .ask("sum by (certificate) (rate(claviger_key_releases_total{@}[~]))", "{{certificate}}"),
         Panel::lines("Batch sizes", "short", "Protectors in a batch request.")

@@ -26,21 +26,27 @@ fn alert(
     Alert { name, severity, wait, expression: expression.to_owned(), summary, description: description.to_owned() }
 }
 
-/// A burn rate, the long window that makes it matter, and the short one that ends the alert soon after the cause.
-type Burn = (f64, &'static str, &'static str);
+/// A burn rate, the long window that makes it matter with its hours, and the short one that ends the alert soon after the
+/// cause.
+type Burn = (f64, &'static str, u32, &'static str);
 /// Two hundredths of a month's budget in an hour, five in six hours.
-const PAGE: [Burn; 2] = [(14.4, "1h", "5m"), (6.0, "6h", "30m")];
+const PAGE: [Burn; 2] = [(14.4, "1h", 1, "5m"), (6.0, "6h", 6, "30m")];
 /// A tenth of it in a day, or in three.
-const TICKET: [Burn; 2] = [(3.0, "1d", "2h"), (1.0, "3d", "6h")];
+const TICKET: [Burn; 2] = [(3.0, "1d", 24, "2h"), (1.0, "3d", 72, "6h")];
+/// In a quiet hour one bad release of ten is a tenth, and nobody's night: there have to be three in the long window. Rates
+/// are extrapolated, so that three may come out as a little less.
+const FEWEST: f64 = 2.5;
 
 /// The budget of `objective` is spent faster than one of the burn rates.
 fn burning(part: &str, objective: f64, burns: &[Burn]) -> String {
     let budget = 1.0 - objective;
     let either: Vec<_> = burns
         .iter()
-        .map(|(rate, long, short)| {
+        .map(|(rate, long, hours, short)| {
             let ratio = |window| format!("job:claviger_releases_{part}:ratio_rate{window} > {rate} * {budget:.3}");
-            format!("(\n  {}\n  and {}\n)", ratio(long), ratio(short))
+            let many =
+                format!("sum by (job) (instance:claviger_releases_{part}:rate{long}) * {hours} * 3600 > {FEWEST}");
+            format!("(\n  {}\n  and {}\n  and {many}\n)", ratio(long), ratio(short))
         })
         .collect();
     either.join("\nor\n")
@@ -331,6 +337,14 @@ fn limits() -> Vec<Alert> {
             "process_open_fds / process_max_fds > 0.8 and on (job, instance) claviger_build_info",
             "A daemon has almost as many files open as it may",
             "{{ $labels.instance }} has {{ $value | humanizePercentage }} of its files open. Every connection is one.",
+        ),
+        alert(
+            "ClavigerConnectionsNearLimit",
+            "page",
+            "2m",
+            "claviger_connections_open / claviger_connections_limit > 0.9",
+            "A daemon will soon take no more connections",
+            "{{ $labels.instance }} has {{ $value | humanizePercentage }} of the connections that it may have.",
         ),
     ]
 }

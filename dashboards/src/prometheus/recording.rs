@@ -17,7 +17,7 @@ pub(super) fn groups() -> Vec<Group> {
     let windows = |windows: &[&str]| windows.iter().flat_map(|window| promise(window)).collect();
     vec![
         Group { name: "claviger-promise", interval: None, rules: windows(&SHORT) },
-        Group { name: "claviger-promise-long", interval: Some("5m"), rules: windows(&LONG) },
+        Group { name: "claviger-promise-long", interval: Some("2m"), rules: windows(&LONG) },
         Group { name: "claviger-cluster", interval: None, rules: cluster() },
     ]
 }
@@ -76,7 +76,7 @@ fn cluster() -> Vec<Rule> {
              / (sum by (job, instance, hsm) (rate(claviger_hsm_service_time_seconds_count{{op=\"{op}\"}}[1h])) > 0)"
         )
     };
-    // A member that stands by does nothing but probes: a decryption and a signature, each counted.
+    // A member that stands by does nothing but probes: a decryption and a signature, each counted as one.
     let pair = format!(
         "(\n  (\n    {}\n  ) + (\n    {}\n  )\n)\nor 2 * (\n    {}\n)",
         mean("decrypt"),
@@ -94,14 +94,14 @@ fn cluster() -> Vec<Rule> {
             "hsm:claviger_hsm_sessions:utilisation5m",
             MEMBER,
             "sum by (job, instance, hsm) (rate(claviger_hsm_service_time_seconds_sum[5m]))\n\
-             / sum by (job, instance, hsm) (claviger_hsm_sessions_wanted)",
+             / sum by (job, instance, hsm) (claviger_hsm_sessions_limit)",
         ),
         record("hsm:claviger_hsm_pair_seconds:mean1h", MEMBER, pair),
         // Members of a higher priority than the best one that is up stand by.
         record(
             "hsm:claviger_releases:ceiling",
             MEMBER,
-            "sum by (job, instance, hsm) (claviger_hsm_sessions_wanted)\n\
+            "sum by (job, instance, hsm) (claviger_hsm_sessions_limit)\n\
              * sum by (job, instance, hsm) (claviger_hsm_state{state=\"up\"})\n\
              / hsm:claviger_hsm_pair_seconds:mean1h\n\
              and on (job, instance, hsm) (\n  \

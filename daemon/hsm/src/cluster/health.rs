@@ -273,6 +273,7 @@ impl Health {
     /// There is another PIN, or an administrator says so: it may be tried, once.
     pub(crate) fn allow_pin(&mut self, now: Instant) {
         if std::mem::replace(&mut self.pin_refused, false) {
+            info!(member = self.member, state = %MemberState::Down, "the PIN is tried again, once");
             self.hurry(now);
         }
     }

@@ -62,6 +62,8 @@ pub struct MemberStatus {
     pub sessions_open: usize,
     /// Sessions that the configuration asks for.
     pub sessions_wanted: usize,
+    /// Sessions that there can be: fewer than asked for where the token gave fewer.
+    pub sessions_limit: usize,
     /// Sessions that are in a call.
     pub sessions_busy: usize,
     /// Threads that were given up in a call that hangs.
@@ -292,6 +294,9 @@ impl Member {
             self.shared.turn_away(error);
             return;
         }
+        if error.is_code(RvError::SessionCount) {
+            self.shared.granted.store(usable, Ordering::Release);
+        }
         // The others go on.
         *lock(&self.shared.short_since) = Some(Instant::now());
         if error.is_code(RvError::SessionCount) && !self.shared.said_few_sessions.swap(true, Ordering::Relaxed) {
@@ -485,6 +490,7 @@ impl Member {
             waiting: shared.waiting.1.len(),
             sessions_open: shared.open.load(Ordering::Acquire),
             sessions_wanted: shared.max_sessions,
+            sessions_limit: shared.granted.load(Ordering::Acquire).min(shared.max_sessions),
             sessions_busy: busy.saturating_sub(stuck),
             sessions_stuck: stuck,
             closings: health.closings(),

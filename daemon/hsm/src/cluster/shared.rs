@@ -14,7 +14,7 @@ use deadpool::managed::PoolError;
 use tokio::sync::{Notify, oneshot};
 use tracing::{info, warn};
 
-use super::health::{Health, MemberState};
+use super::health::Health;
 use super::member::Patience;
 use crate::config::{MemberConfig, Pin, TokenRef};
 use crate::error::HsmError;
@@ -73,6 +73,8 @@ pub(crate) struct Shared {
     pub(super) usable: Mutex<usize>,
     /// When the token gave fewer sessions than asked for. For a while no more are asked for.
     pub(super) short_since: Mutex<Option<Instant>>,
+    /// How many sessions the token gave when it gave no more; `max_sessions` as long as it never refused one.
+    pub(super) granted: AtomicUsize,
     /// Told when a session becomes free.
     pub(super) freed: Notify,
     /// Open sessions of any generation.
@@ -161,6 +163,7 @@ impl Shared {
             generation: AtomicU64::new(0),
             usable: Mutex::new(0),
             short_since: Mutex::new(None),
+            granted: AtomicUsize::new(config.sessions.max(1)),
             freed: Notify::new(),
             open: AtomicUsize::new(0),
             in_flight: AtomicUsize::new(0),
@@ -191,16 +194,20 @@ impl Shared {
         (self.observer)(&self.name, event);
     }
 
-    pub(crate) fn observe_call(&self, op: &'static str, error: Option<&HsmError>, took: Duration) {
+    /// An operation came back, with this class of return code.
+    pub(crate) fn observe_call(&self, op: &'static str, rv: &'static str, took: Duration) {
         self.calls.fetch_add(1, Ordering::Relaxed);
         self.worked.fetch_add(u64::try_from(took.as_nanos()).unwrap_or(0), Ordering::Relaxed);
-        if error.is_some_and(|error| error.fault().whose == Whose::Member) {
+        if matches!(rv, "stale" | "busy" | "pin" | "broken") {
             self.faults.fetch_add(1, Ordering::Relaxed);
         }
-        if error == Some(&HsmError::WrongAnswer) {
-            self.observe(Event::WrongAnswer);
-        }
-        self.observe(Event::Call { op, rv: error.map_or("ok", HsmError::class), took });
+        self.observe(Event::Call { op, rv, took });
+    }
+
+    /// A plaintext or signature was wrong, by the member's own fault.
+    pub(crate) fn observe_wrong_answer(&self) {
+        self.faults.fetch_add(1, Ordering::Relaxed);
+        self.observe(Event::WrongAnswer);
     }
 
     /// Counts processor time that a session's thread had within an operation of the token.
@@ -326,7 +333,7 @@ impl Shared {
         let now = Instant::now();
         // An error may be a busy token's; a wrong result is nothing but wrong.
         let (error, closed) = if wrong {
-            self.observe(Event::WrongAnswer);
+            self.observe_wrong_answer();
             let error = HsmError::WrongAnswer;
             let closed = self.health().trip(&error, now);
             (error, closed)
@@ -361,11 +368,13 @@ impl Shared {
     /// A thread that was given up has returned from its call.
     pub(crate) fn returned(&self) {
         let before = self.stuck.fetch_sub(1, Ordering::AcqRel);
+        let mut health = self.health();
         if before == 1 {
-            info!(member = self.name, state = %MemberState::Down, "all calls that hung have returned");
+            let state = health.state(self.in_flight.load(Ordering::Acquire), 0);
+            info!(member = self.name, %state, "all calls that hung have returned");
         }
         // What hung has passed: see at once whether the member serves again.
-        self.health().hurry(Instant::now());
+        health.hurry(Instant::now());
     }
 
     /// Makes sure that the token is logged in; says in which slot it is.
@@ -433,6 +442,8 @@ impl Shared {
         let mut usable = lock(&self.usable);
         if generation == self.generation() {
             *usable += 1;
+            // It gives more than it did.
+            self.granted.fetch_max(*usable, Ordering::AcqRel);
         }
         self.open.fetch_add(1, Ordering::AcqRel);
         drop(usable);
