@@ -19,7 +19,6 @@ use claviger::service::{Service, request_id};
 use claviger_bench::ceiling::{Figure, Settings, Stage};
 use claviger_hsm::{Cluster, Event, Observer, Patience};
 use claviger_protocol::payload::ApiVersion;
-use claviger_tests::{block, roll_request};
 use criterion::{Criterion, criterion_group, criterion_main};
 
 /// Releases of a round.
@@ -47,12 +46,7 @@ fn operations(observer: &Observer) {
 
 fn cost(c: &mut Criterion) {
     let stage = Stage::set(&Settings::default());
-    let health = {
-        let daemon = stage.lab.serve();
-        block(daemon.until_ready_is(200));
-        block(stage.lab.host(daemon.client()).attest()).unwrap()
-    };
-    let requests: Vec<_> = stage.lab.protectors().iter().map(|file| roll_request(&health, file)).collect();
+    let requests = stage.requests();
     let config = stage.lab.config();
     claviger_hsm::set_env(&config.env);
     let handle = metrics::install();

@@ -13,17 +13,11 @@ use claviger::release::roll;
 use claviger::service::{Service, request_id};
 use claviger_bench::ceiling::{Settings, Stage};
 use claviger_protocol::payload::ApiVersion;
-use claviger_tests::{block, roll_request};
 use criterion::{Criterion, criterion_group, criterion_main};
 
 fn whole(c: &mut Criterion) {
     let stage = Stage::set(&Settings::default());
-    let health = {
-        let daemon = stage.lab.serve();
-        block(daemon.until_ready_is(200));
-        block(stage.lab.host(daemon.client()).attest()).unwrap()
-    };
-    let requests: Vec<_> = stage.lab.protectors().iter().map(|file| roll_request(&health, file)).collect();
+    let requests = stage.requests();
     let config = stage.lab.config();
     let cluster = load_cluster(&config).unwrap();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();

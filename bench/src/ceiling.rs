@@ -7,7 +7,7 @@ use claviger::state::{Kind, State};
 use claviger_hsm::KeyId;
 use claviger_protocol::rsa_key::RsaPublicKey;
 use claviger_tests::stats::median;
-use claviger_tests::{Instances, Lab, Options};
+use claviger_tests::{Instances, Lab, Options, block, roll_request};
 use serde::Serialize;
 
 use crate::machine::{Machine, processors};
@@ -173,6 +173,18 @@ impl Stage {
         let id = |octets: &[u8]| KeyId(octets.to_vec());
         let work = Work::new(&config, id(&encryption.key_id), &public, id(&signing.key_id));
         Self { lab, work }
+    }
+
+    /// A release of each virtual machine, by a host that has just proved its health.
+    ///
+    /// # Panics
+    /// When no HSM serves.
+    #[must_use]
+    pub fn requests(&self) -> Vec<Vec<u8>> {
+        let daemon = self.lab.serve();
+        block(daemon.until_ready_is(200));
+        let health = block(self.lab.host(daemon.client()).attest()).unwrap();
+        self.lab.protectors().iter().map(|file| roll_request(&health, file)).collect()
     }
 }
 

@@ -60,8 +60,9 @@ fn throughput_over_members_that_are_far_away() {
     let (_, figures) = ceiling(&folder.path().join("scaling.json"), &arguments);
     let steps = figures["steps"].as_array().unwrap();
     assert_eq!(steps.iter().map(|step| step["hsms"].as_u64().unwrap()).collect::<Vec<_>>(), [1, 2]);
-    // Two operations at once on one session each: no more than one in 30 ms, however fast the machine is.
-    assert!(positive(&figures, "/steps/0/releases_per_second") < 18.0, "the delay has no effect: {figures:#}");
+    // Two operations of 30 ms on one session: 17 a second, and some that were begun before a short round. Without the delay
+    // it is hundreds.
+    assert!(positive(&figures, "/steps/0/releases_per_second") < 60.0, "the delay has no effect: {figures:#}");
     assert!((positive(&figures, "/steps/0/of_linear") - 1.0).abs() < 1e-9);
     positive(&figures, "/steps/1/of_linear");
 }

@@ -207,20 +207,30 @@ pub fn same_file(one: &Path, other: &Path) -> bool {
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
-mod tests {
-    use super::*;
-    use std::os::unix::fs::PermissionsExt;
+pub(crate) mod testing {
+    //! What tests want to know of files.
 
-    fn mode(path: &Path) -> u32 {
+    use super::*;
+
+    pub(crate) fn mode(path: &Path) -> u32 {
         fs::metadata(path).unwrap().mode() & 0o7777
     }
 
-    fn names(dir: &Path) -> Vec<String> {
+    /// The names in a folder, in order.
+    pub(crate) fn names(dir: &Path) -> Vec<String> {
         let mut names: Vec<_> =
             fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
         names.sort();
         names
     }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::testing::{mode, names};
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
 
     #[test]
     fn files_are_new_private_and_whole() {

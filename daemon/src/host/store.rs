@@ -148,24 +148,13 @@ impl Folder {
 mod tests {
     use super::*;
     use std::fs;
-    use std::os::unix::fs::{MetadataExt, PermissionsExt};
-    use std::path::Path;
+    use std::os::unix::fs::PermissionsExt;
 
+    use crate::files::testing::{mode, names};
     use claviger_protocol::health::{self, ResultType, signer_template};
 
     const NOW: i64 = 1_800_000_000;
     const END: i64 = NOW - 300 + 8 * 3600;
-
-    fn mode(path: &Path) -> u32 {
-        fs::metadata(path).unwrap().mode() & 0o7777
-    }
-
-    fn names(dir: &Path) -> Vec<String> {
-        let mut names: Vec<_> =
-            fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
-        names.sort();
-        names
-    }
 
     #[test]
     fn keys_are_made_once_and_are_their_owners_alone() {
