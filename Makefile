@@ -3,7 +3,9 @@
 
 PACKAGES_DEMO = softhsm2
 PACKAGES_TEST = $(PACKAGES_DEMO) opencryptoki opensc p11-kit p11-kit-modules xmlsec1 libxml2-utils openssl curl \
-  python3-cryptography python3-lxml prometheus prometheus-alertmanager
+  python3-cryptography python3-lxml
+# Only their programs are wanted.
+PACKAGES_WATCH = prometheus prometheus-alertmanager
 # C code of the cryptographic and database libraries is compiled.
 PACKAGES_BUILD = gcc libc6-dev make
 
@@ -15,14 +17,20 @@ help:
 	@echo "make lint   the checks without the tests"
 	@echo "make deb    a Debian package, in target/debian"
 
-# Installs what is missing of the Debian packages $(1); without root it says what to install.
+# Says no to every service that a package wants to start (Debian's policy-rc.d).
+POLICY = /usr/sbin/policy-rc.d
+
+# Installs what is missing of the Debian packages $(1); without root it says what to install. The services of $(2) are neither
+# started nor enabled.
 define install
 	@missing=$$(for p in $(1); do dpkg-query -W -f='$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \
 	if [ -n "$$missing" ]; then \
 	  if ! command -v apt-get >/dev/null; then echo "please install:" $$missing; exit 1; fi; \
 	  if [ "$$(id -u)" != 0 ]; then echo "please run: sudo apt-get install" $$missing; exit 1; fi; \
 	  echo "installing:" $$missing; \
-	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
+	  $(if $(2),if [ ! -e $(POLICY) ]; then trap 'rm -f $(POLICY)' EXIT; printf '#!/bin/sh\nexit 101\n' >$(POLICY); chmod 755 $(POLICY); fi;) \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null \
+	  $(if $(2),&& if command -v systemctl >/dev/null; then systemctl disable --quiet $(2) 2>/dev/null || true; fi); \
 	fi
 endef
 
@@ -31,6 +39,7 @@ setup-demo:
 
 setup:
 	$(call install,$(PACKAGES_BUILD) $(PACKAGES_TEST))
+	$(call install,$(PACKAGES_WATCH),$(PACKAGES_WATCH))
 
 demo: setup-demo
 	cargo build --release --locked --bin claviger

@@ -91,7 +91,8 @@ impl Monitor {
             connections_open: metrics::connections_open(),
             connections_limit: self.connections_limit,
             primaries: matches!(keys.primary(), (Some(_), Some(_))),
-            usage: process::usage(),
+            // Counts files: with ten thousand connections that is not for a thread that serves.
+            usage: tokio::task::block_in_place(process::usage),
         }
     }
 }
