@@ -248,7 +248,6 @@ fn affordable(mut limits: Limits, config: &Config) -> Limits {
 
 /// Takes fresh snapshots when another process has changed the state, and tries again where that failed.
 async fn follow_state(service: Arc<Service>) {
-    let mut failing = false;
     loop {
         tokio::time::sleep(LOOK_EVERY).await;
         let of = service.clone();
@@ -257,14 +256,13 @@ async fn follow_state(service: Arc<Service>) {
             of.follow().map_err(|error| error.to_string())
         });
         let result = followed.await.unwrap_or_else(|error| Err(error.to_string()));
+        let was_failing = service.state_stale.swap(result.is_err(), Ordering::Relaxed);
         if let Err(error) = &result
-            && !failing
+            && !was_failing
         {
             tracing::error!(error, "the state cannot be read; trying again every second (this is logged once)");
-        } else if result.is_ok() && failing {
+        } else if result.is_ok() && was_failing {
             tracing::info!("the state is read again");
         }
-        failing = result.is_err();
-        service.state_stale.store(failing, Ordering::Relaxed);
     }
 }

@@ -34,10 +34,10 @@ pub(crate) const RSA_BITS: [u32; 3] = [2048, 3072, 4096];
 /// How long before its end a certificate is worth a word, in seconds.
 pub(crate) const EXPIRES_SOON: i64 = 30 * 24 * 3600;
 
-/// What a certificate is called in the metrics: the first 8 digits of its thumbprint, as in the commands.
+/// What a certificate (DER) is called in the metrics: the first 8 digits of its thumbprint, as in the commands.
 #[must_use]
-pub fn short_name(certificate: &Certificate) -> String {
-    HEXLOWER.encode(&certificate.thumbprint()[..4])
+pub fn short_name(der: &[u8]) -> String {
+    HEXLOWER.encode(digest::digest(&digest::SHA256, der).as_ref().split_at(4).0)
 }
 
 /// A snapshot of the enabled certificates. Keys are found by SubjectPublicKeyInfo, so that a certificate that was
@@ -129,7 +129,7 @@ impl Keys {
             let held = by_key.entry(certificate.key().spki_der().to_vec()).or_insert_with(|| Held {
                 id: id.clone(),
                 labels: Labels::default(),
-                certificate: short_name(&certificate).into(),
+                certificate: short_name(certificate.der()).into(),
             });
             // A key is one key, however many certificates it has: each of their limits holds.
             held.labels = held.labels.with(&entry.labels);

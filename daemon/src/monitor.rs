@@ -10,6 +10,7 @@ use std::sync::atomic::Ordering;
 use std::time::SystemTime;
 
 use bytes::Bytes;
+use claviger_protocol::certificate::Certificate;
 use http_body_util::Full;
 use hyper::body::Incoming;
 use hyper::header::{CONTENT_SECURITY_POLICY, HeaderValue};
@@ -25,7 +26,6 @@ use crate::ready::Readiness;
 use crate::routes::Answer;
 use crate::server::SharedTls;
 use crate::service::{Service, request_id, unix_now};
-use crate::state::Kind;
 
 const TEXT: &str = "text/plain; charset=utf-8";
 const HTML: &str = "text/html; charset=utf-8";
@@ -61,17 +61,9 @@ impl Monitor {
         let (audit_waiting, audit_writing) = service.audit.backlog();
         let keys = service.keys.load();
         let signers = service.signers.load();
-        let of = |kind, certificate| (kind, short_name(certificate), certificate.not_after());
-        let mut certificates: Vec<_> = keys
-            .certificates()
-            .map(|(kind, certificate)| {
-                let kind = match kind {
-                    Kind::Encryption => "encryption",
-                    Kind::Signing => "signing",
-                };
-                of(kind, certificate)
-            })
-            .collect();
+        let of = |kind, certificate: &Certificate| (kind, short_name(certificate.der()), certificate.not_after());
+        let mut certificates: Vec<_> =
+            keys.certificates().map(|(kind, certificate)| of(kind.as_str(), certificate)).collect();
         certificates.extend(signers.current().map(|signer| of("attestation", &signer.certificate)));
         let tls = self.tls.as_ref().map(|tls| tls.load());
         certificates.extend(tls.map(|tls| ("tls", tls.certificate.clone(), tls.not_after)));
@@ -135,14 +127,14 @@ pub async fn watch(monitor: Arc<Monitor>) {
 }
 
 #[cfg(test)]
-mod testing {
+pub(crate) mod testing {
     //! Members and intervals for unit tests.
 
     use super::history::Point;
     use claviger_hsm::{MemberState, MemberStatus};
     use std::time::{Duration, SystemTime};
 
-    pub(super) fn member(name: &str, state: MemberState) -> MemberStatus {
+    pub(crate) fn member(name: &str, state: MemberState) -> MemberStatus {
         MemberStatus {
             name: name.to_owned(),
             token: "token".to_owned(),
@@ -170,7 +162,6 @@ mod testing {
     /// Ten seconds in which releases took 20 ms, and 100 ms at most.
     pub(super) fn point(success: u64, failed: u64) -> Point {
         Point {
-            at: SystemTime::UNIX_EPOCH,
             lasted: Duration::from_secs(10),
             success,
             refused: 0,

@@ -2,6 +2,7 @@
 
 use std::future::Future;
 use std::io;
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use rustix::process::{DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit};
@@ -93,9 +94,11 @@ pub fn usage() -> Usage {
         threads: field("Threads:").unwrap_or(0),
         open_files: std::fs::read_dir("/proc/self/fd").map_or(0, |files| files.count() as u64),
         max_files: getrlimit(Resource::Nofile).current.map_or(f64::INFINITY, |most| most as f64),
-        started: started().unwrap_or_default(),
+        started: *STARTED,
     }
 }
+
+static STARTED: LazyLock<f64> = LazyLock::new(|| started().unwrap_or_default());
 
 /// When this process started, in seconds since 1970: proc_pid_stat(5), field 22, counts ticks since the machine did.
 fn started() -> Option<f64> {

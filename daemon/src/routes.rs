@@ -76,10 +76,26 @@ impl Endpoint {
             Self::SigningCertificates => "signing_certificates",
         }
     }
+}
 
-    /// The one that a path names, in lower case.
-    fn of(path: &str) -> Option<&'static (&'static str, Method, Self)> {
-        RESOURCES.iter().find(|(known, ..)| *known == path)
+/// What a path asks for.
+#[derive(Clone, Copy)]
+struct Asked {
+    family: Family,
+    /// The resource and its method, if there is one.
+    resource: Option<(&'static Method, Endpoint)>,
+}
+
+impl Asked {
+    fn of(path: &str) -> Self {
+        let path = path.to_ascii_lowercase();
+        let found = RESOURCES.iter().find(|(known, ..)| *known == path);
+        Self { family: Family::of(&path), resource: found.map(|(_, method, endpoint)| (method, *endpoint)) }
+    }
+
+    /// What it is called in the metrics.
+    fn name(self) -> &'static str {
+        self.resource.map_or(NO_RESOURCE, |(_, endpoint)| endpoint.name())
     }
 }
 
@@ -182,26 +198,26 @@ impl Answer {
 /// line, and a panic costs one request. A release that still waits for its turn notices, and leaves the queue.
 pub async fn serve(service: Arc<Service>, request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
     let id = request_id();
-    let path = request.uri().path().to_ascii_lowercase();
+    let asked = Asked::of(request.uri().path());
     let (caller, _present) = Caller::new();
     // What is logged of the request has its id, wherever it is logged.
     let span = error_span!("request", request = id);
-    let work = tokio::spawn(answer(service.clone(), request, id.clone(), caller).instrument(span.clone()));
+    let work = tokio::spawn(answer(service.clone(), request, asked, id.clone(), caller).instrument(span.clone()));
     let answer = match work.await {
         Ok(answer) => answer,
         Err(error) => {
             span.in_scope(|| tracing::error!(%error, "a request failed"));
-            refuse(&service, &path, id.clone(), Refusal::internal()).await
+            refuse(&service, asked, id.clone(), Refusal::internal()).await
         }
     };
-    metrics::response(Endpoint::of(&path).map_or(NO_RESOURCE, |(.., endpoint)| endpoint.name()), answer.status);
+    metrics::response(asked.name(), answer.status);
     Ok(answer.into_response(&id))
 }
 
 /// The answer to a request that the service could not even read, recorded and counted like any other decision: a task that
 /// panicked (500), no room (503).
-async fn refuse(service: &Service, path: &str, id: String, refusal: Refusal) -> Answer {
-    match Endpoint::of(path).map(|(.., endpoint)| *endpoint) {
+async fn refuse(service: &Service, asked: Asked, id: String, refusal: Refusal) -> Answer {
+    match asked.resource.map(|(_, endpoint)| endpoint) {
         Some(Endpoint::Roll(api)) => Answer::release(decide(service, api, &Attempt::new(id), Err(refusal)).await),
         Some(Endpoint::RollBatch) => {
             Answer::release(decide(service, ApiVersion::V2, &Attempt::new(id), Err(refusal)).await)
@@ -213,34 +229,33 @@ async fn refuse(service: &Service, path: &str, id: String, refusal: Refusal) -> 
             };
             finish_attestation(service, &Attempt::new(id), Err((reply, refusal.message))).await
         }
-        _ => Family::of(path).error(refusal.code, &refusal.message),
+        _ => asked.family.error(refusal.code, &refusal.message),
     }
 }
 
-async fn answer(service: Arc<Service>, request: Request<Incoming>, id: String, caller: Caller) -> Answer {
-    let path = request.uri().path().to_ascii_lowercase();
-    let family = Family::of(&path);
-    let Some((_, method, endpoint)) = Endpoint::of(&path) else {
+async fn answer(service: Arc<Service>, request: Request<Incoming>, asked: Asked, id: String, caller: Caller) -> Answer {
+    let family = asked.family;
+    let Some((method, endpoint)) = asked.resource else {
         return family.error(Code::NotFound, "there is no such resource");
     };
     // HEAD is GET without the body, which hyper leaves out.
-    let asked = if request.method() == Method::HEAD { &Method::GET } else { request.method() };
-    if asked != method {
+    let with = if request.method() == Method::HEAD { &Method::GET } else { request.method() };
+    if with != method {
         let answer = family.error(Code::MethodNotAllowed, &format!("this resource has only {method}"));
         return Answer { allow: Some(method.clone()), ..answer };
     }
     if method == Method::GET {
-        return document(&service, *endpoint).await;
+        return document(&service, endpoint).await;
     }
     if let Err(message) = acceptable(request.headers(), family.media_types()) {
         return family.error(Code::UnsupportedMediaType, &message);
     }
     let timeout = service.config.load().server.body_timeout();
-    let limit = if *endpoint == Endpoint::RollBatch { MAX_BATCH_BODY } else { MAX_BODY };
+    let limit = if endpoint == Endpoint::RollBatch { MAX_BATCH_BODY } else { MAX_BODY };
     let Some(_room) = room_for(&service, request.body(), limit) else {
         // The service's own doing, so it counts like any other release or attestation that failed.
         let refusal = Refusal::new(Code::ServiceUnavailable, "too many large requests at the same time; try again");
-        return refuse(&service, &path, id, refusal).await;
+        return refuse(&service, asked, id, refusal).await;
     };
     let body = match read_body(request.into_body(), limit, timeout).await {
         Ok(body) => body,
@@ -251,7 +266,7 @@ async fn answer(service: Arc<Service>, request: Request<Incoming>, id: String, c
         Err(error @ BodyError::Broken) => return family.error(Code::InvalidRequest, &error.to_string()),
     };
     match endpoint {
-        Endpoint::Roll(api) => roll(&service, *api, &body, Attempt::new(id).asked_by(caller)).await,
+        Endpoint::Roll(api) => roll(&service, api, &body, Attempt::new(id).asked_by(caller)).await,
         Endpoint::RollBatch => roll_batch(&service, &body, Attempt::new(id).asked_by(caller)).await,
         Endpoint::HostKeyAttest => attest(&service, &body, id).await,
         _ => other_mode(&service, id).await,
@@ -458,14 +473,14 @@ mod tests {
         .into_iter()
         .enumerate()
         {
-            let answer = refuse(&service, path, number.to_string(), Refusal::internal()).await;
+            let answer = refuse(&service, Asked::of(path), number.to_string(), Refusal::internal()).await;
             assert_eq!((answer.status, answer.media_type), (500, media_type));
             let line = crate::service::testing::trail(&service).pop().unwrap();
             assert_eq!((&line["event"], &line["outcome"]), (&event.into(), &outcome.into()), "{line}");
             assert_eq!(line["request"], number.to_string());
         }
         let none = Refusal::internal();
-        assert_eq!(refuse(&service, "/attestation/getinfo", String::new(), none).await.media_type, JSON);
+        assert_eq!(refuse(&service, Asked::of("/attestation/getinfo"), String::new(), none).await.media_type, JSON);
         assert_eq!(crate::service::testing::trail(&service).len(), 3);
 
         let no_room = || Refusal::new(Code::ServiceUnavailable, "no room");
@@ -473,7 +488,7 @@ mod tests {
             ("/keyprotection/service/v2.0/rolltransportkey", "ServiceUnavailableException"),
             ("/attestation/v2.0/hostkeyattest", "UnavailableErrorReply"),
         ] {
-            let answer = refuse(&service, path, "x".to_owned(), no_room()).await;
+            let answer = refuse(&service, Asked::of(path), "x".to_owned(), no_room()).await;
             assert_eq!(answer.status, 503, "{path}");
             assert_eq!(crate::service::testing::trail(&service).pop().unwrap()["outcome"], outcome);
         }

@@ -178,6 +178,7 @@ impl Module {
             }
         }
         self.initialize()?;
+        debug!(module = %self.path.display(), "module initialised anew");
         Ok(true)
     }
 
@@ -232,7 +233,6 @@ impl Module {
             Ok(()) => {
                 self.ours.store(true, Ordering::Relaxed);
                 self.lost.store(false, Ordering::Release);
-                debug!(module = %self.path.display(), "module initialised");
                 Ok(true)
             }
             Err(Error::Pkcs11(RvError::CryptokiAlreadyInitialized, _)) => Ok(false),

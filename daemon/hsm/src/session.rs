@@ -81,46 +81,31 @@ impl<'a> OpenSession<'a> {
     /// Does what is asked for. What the token did of it is observed once, by its return code: what is thought of it comes
     /// after.
     pub(crate) fn perform(&mut self, request: &Request) -> Result<Answer, HsmError> {
+        let (shared, op) = (self.shared, request.op());
         match request {
             Request::Decrypt { check, .. } | Request::Sign { check, .. } => {
-                let started = Instant::now();
-                let result = self.calculate(request);
-                self.shared.observe_call(request.op(), class(&result), started.elapsed());
+                let result = shared.observed(op, || self.calculate(request));
                 self.judge(request, result, check.as_ref()).map(Answer::Octets)
             }
             Request::Probe => self.probe().map(|()| Answer::Done),
-            _ => {
-                let started = Instant::now();
-                let result = self.other(request);
-                self.shared.observe_call(request.op(), class(&result), started.elapsed());
-                result
-            }
-        }
-    }
-
-    /// What is neither a private key's work nor a probe.
-    fn other(&mut self, request: &Request) -> Result<Answer, HsmError> {
-        match request {
-            Request::Random(len) => {
+            Request::Random(len) => shared.observed(op, || {
                 let mut octets = Zeroizing::new(vec![0; *len]);
                 self.session.generate_random_slice(&mut octets)?;
                 Ok(Answer::Octets(octets))
-            }
-            Request::Keys => {
+            }),
+            Request::Keys => shared.observed(op, || {
                 self.refresh()?;
                 let mut ids: Vec<KeyId> = self.keys.keys().cloned().collect();
                 ids.sort();
                 Ok(Answer::Keys(ids))
-            }
-            Request::PublicKey(id) => match self.key(id) {
+            }),
+            Request::PublicKey(id) => shared.observed(op, || match self.key(id) {
                 Ok(key) => self.public_key(id, key).map(Answer::Public),
                 Err(HsmError::NoSuchKey(_)) => Ok(Answer::Public(None)),
                 Err(error) => Err(error),
-            },
-            Request::Generate(spec) => self.generate(spec).map(|key| Answer::Public(Some(key))),
-            Request::Import(spec, parts) => self.import(spec, parts).map(|()| Answer::Done),
-            // Each has a way of its own.
-            Request::Decrypt { .. } | Request::Sign { .. } | Request::Probe => Ok(Answer::Done),
+            }),
+            Request::Generate(spec) => shared.observed(op, || self.generate(spec).map(|key| Answer::Public(Some(key)))),
+            Request::Import(spec, parts) => shared.observed(op, || self.import(spec, parts).map(|()| Answer::Done)),
         }
     }
 

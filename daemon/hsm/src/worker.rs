@@ -20,7 +20,7 @@ use tokio::sync::oneshot;
 use crate::Event;
 use crate::cluster::member::Lease;
 use crate::cluster::shared::{InFlight, Shared};
-use crate::error::{HsmError, class};
+use crate::error::HsmError;
 use crate::fault::Fate;
 use crate::request::{Answer, Outcome, Request};
 use crate::session::OpenSession;
@@ -231,10 +231,7 @@ pub(crate) fn spawn(shared: Arc<Shared>, opened: oneshot::Sender<Result<Handle, 
 
 fn run(shared: &Arc<Shared>, opened: oneshot::Sender<Result<Handle, HsmError>>) {
     let generation = shared.generation();
-    let started = Instant::now();
-    let session = OpenSession::open(shared, generation);
-    shared.observe_call("open", class(&session), started.elapsed());
-    let session = match session {
+    let session = match shared.observed("open", || OpenSession::open(shared, generation)) {
         Ok(session) => session,
         Err(error) => {
             let _ = opened.send(Err(error));
@@ -339,11 +336,11 @@ fn perform<'a>(
         Err(error) if error.fault().fate == Fate::Renew && request.may_repeat() && Instant::now() < deadline => error,
         result => return result,
     };
-    let started = Instant::now();
-    // Closed first: some tokens count sessions.
-    *session = None;
-    let renewed = OpenSession::open(shared, generation);
-    shared.observe_call("open", class(&renewed), started.elapsed());
+    let renewed = shared.observed("open", || {
+        // Closed first: some tokens count sessions.
+        *session = None;
+        OpenSession::open(shared, generation)
+    });
     tracing::debug!(member = shared.name, error = %stale, "a stale session is opened anew");
     session.insert(renewed?).perform(request)
 }

@@ -3,11 +3,11 @@
 
 use std::cell::RefCell;
 use std::sync::Arc;
+use std::time::Duration;
 
 use ::metrics::{Counter, Histogram, counter, histogram};
-use claviger_hsm::Event;
 
-use super::{HSM_BATCH_JOBS, HSM_CALLS, HSM_RESPONSE_TIME, HSM_SERVICE_TIME};
+use super::{HSM_BATCH_JOBS, HSM_CALLS, HSM_RESPONSE_TIME, HSM_SERVICE_TIME, INSTALLED};
 
 thread_local! {
     static MEMBERS: RefCell<Vec<Member>> = const { RefCell::new(Vec::new()) };
@@ -28,14 +28,44 @@ struct Operation {
     response_time: Option<Histogram>,
 }
 
-/// Counts one of the events that come with every operation; the others are none of its business.
-pub(super) fn record(hsm: &str, event: Event<'_>) {
+/// Counts a call that returned.
+pub(super) fn call(hsm: &str, op: &'static str, rv: &'static str, took: Duration) {
+    of(hsm, |member| {
+        let operation = member.op(op);
+        operation.service_time.record(took);
+        if rv == "ok" {
+            operation.ok.increment(1);
+        } else {
+            counter!(HSM_CALLS.name, "hsm" => member.hsm.clone(), "op" => op, "rv" => rv).increment(1);
+        }
+    });
+}
+
+/// Notes how long an operation took, with queueing.
+pub(super) fn answered(hsm: &str, op: &'static str, took: Duration) {
+    of(hsm, |member| {
+        let hsm = member.hsm.clone();
+        let series = || histogram!(HSM_RESPONSE_TIME.name, "hsm" => hsm, "op" => op);
+        member.op(op).response_time.get_or_insert_with(series).record(took);
+    });
+}
+
+/// Notes how many jobs a session took at once.
+pub(super) fn batch(hsm: &str, jobs: usize) {
+    of(hsm, |member| member.batch_jobs.record(jobs as f64));
+}
+
+fn of(hsm: &str, record: impl FnOnce(&mut Member)) {
+    // Series that are looked up before there is a recorder would be nowhere, for ever.
+    if INSTALLED.get().is_none() {
+        return;
+    }
     MEMBERS.with_borrow_mut(|members| {
         let at = members.iter().position(|of| &*of.hsm == hsm).unwrap_or_else(|| {
             members.push(Member::new(hsm));
             members.len() - 1
         });
-        members[at].record(event);
+        record(&mut members[at]);
     });
 }
 
@@ -57,26 +87,5 @@ impl Member {
             self.by_op.len() - 1
         });
         &mut self.by_op[at].1
-    }
-
-    fn record(&mut self, event: Event<'_>) {
-        let hsm = self.hsm.clone();
-        match event {
-            Event::Call { op, rv, took } => {
-                let operation = self.op(op);
-                operation.service_time.record(took);
-                if rv == "ok" {
-                    operation.ok.increment(1);
-                } else {
-                    counter!(HSM_CALLS.name, "hsm" => hsm, "op" => op, "rv" => rv).increment(1);
-                }
-            }
-            Event::Answered { op, took } => {
-                let series = || histogram!(HSM_RESPONSE_TIME.name, "hsm" => hsm, "op" => op);
-                self.op(op).response_time.get_or_insert_with(series).record(took);
-            }
-            Event::Batch { jobs } => self.batch_jobs.record(jobs as f64),
-            _ => {}
-        }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use claviger_hsm::{MemberState, MemberStatus};
 use hdrhistogram::Histogram;
@@ -19,8 +19,6 @@ const LONGEST: u64 = 60_000_000;
 /// What was released in an interval, and how the members were.
 #[derive(Clone, Debug)]
 pub struct Point {
-    /// When it ended.
-    pub at: SystemTime,
     /// How long it was.
     pub lasted: Duration,
     /// Releases that succeeded.
@@ -134,7 +132,6 @@ impl History {
         });
         let quantile = |of: f64| Duration::from_micros(now.success.value_at_quantile(of));
         let point = Point {
-            at: SystemTime::now(),
             lasted: now.since.elapsed(),
             success: now.success.len(),
             refused: now.refused,

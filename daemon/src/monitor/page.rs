@@ -97,10 +97,9 @@ fn tiles(readings: &Readings, last: Option<&Point>) -> String {
 
 /// Releases per second: what succeeded, and on top what failed.
 fn releases(points: &[Point]) -> String {
-    let most = points.iter().map(|point| per_second(point.success + point.failed, point)).fold(0.0, f64::max);
-    let top = round_up(most.max(1.0));
-    let success = |point: &Point| Some(per_second(point.success, point));
-    let all = |point: &Point| Some(per_second(point.success + point.failed, point));
+    let success = |point: &Point| per_second(point.success, point);
+    let all = |point: &Point| per_second(point.success + point.failed, point);
+    let top = round_up(points.iter().map(all).fold(1.0, f64::max));
     let drawing = format!(
         "<path class=\"failed area\" d=\"{}\"/><path class=\"success area\" d=\"{}\"/>",
         area(points, top, all),
@@ -152,10 +151,10 @@ fn height(value: f64, top: f64) -> f64 {
 }
 
 /// Filled steps from the ground.
-fn area(points: &[Point], top: f64, value: impl Fn(&Point) -> Option<f64>) -> String {
+fn area(points: &[Point], top: f64, value: impl Fn(&Point) -> f64) -> String {
     let mut path = format!("M{} {HEIGHT}", place(points, 0));
     for point in points {
-        let y = height(value(point).unwrap_or(0.0), top);
+        let y = height(value(point), top);
         add(&mut path, format_args!("V{y:.1}h1"));
     }
     add(&mut path, format_args!("V{HEIGHT}Z"));
@@ -271,7 +270,7 @@ fn strip(name: &str, points: &[Point], top: f64) -> String {
             format_args!("<rect class=\"{shade}\" x=\"{from}\" y=\"0\" width=\"{width}\" height=\"{HEIGHT}\"/>"),
         );
     }
-    let path = area(points, top, |point| served(name, point));
+    let path = area(points, top, |point| served(name, point).unwrap_or(0.0));
     add(&mut text, format_args!("<path class=\"success\" d=\"{path}\"/></svg>"));
     text
 }
@@ -404,7 +403,7 @@ mod tests {
         let mut points = vec![point(10, 10), point(40, 0)];
         points[0].latency = None;
         // Two intervals of 10 s at the right edge: 1 and 4 releases a second of 5.
-        let success = |point: &Point| Some(per_second(point.success, point));
+        let success = |point: &Point| per_second(point.success, point);
         assert_eq!(area(&points, 5.0, success), "M358 100V80.0h1V20.0h1V100Z");
         let p99 = |point: &Point| point.latency.map(|(_, most)| most.as_secs_f64());
         assert_eq!(line(&points, 0.2, p99), "M359 50.0h1", "a gap where nothing was released");

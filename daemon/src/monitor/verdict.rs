@@ -16,7 +16,7 @@ const SAID_FOR: i64 = 7;
 const DAY: i64 = 24 * 3600;
 
 /// How the service is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Level {
     /// As it should be.
     Good,

@@ -6,8 +6,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
-use data_encoding::HEXLOWER;
-use ring::digest;
 use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
@@ -15,6 +13,7 @@ use rustls::{RootCertStore, ServerConfig};
 use x509_parser::prelude::{FromDer, X509Certificate};
 
 use crate::config::Tls;
+use crate::keys::short_name;
 
 /// What new connections are served with; it can be changed at any time.
 pub type SharedTls = Arc<ArcSwap<ServerTls>>;
@@ -109,8 +108,7 @@ fn leaf(path: &Path, chain: &[CertificateDer<'_>]) -> Result<(String, i64), TlsE
     let fault = |problem: String| TlsError::Content { path: path.to_owned(), wanted: "certificate", problem };
     let der = chain.first().ok_or_else(|| fault("it is empty".to_owned()))?;
     let (_, leaf) = X509Certificate::from_der(der).map_err(|error| fault(error.to_string()))?;
-    let thumbprint = digest::digest(&digest::SHA256, der);
-    Ok((HEXLOWER.encode(thumbprint.as_ref().split_at(4).0), leaf.validity().not_after.timestamp()))
+    Ok((short_name(der), leaf.validity().not_after.timestamp()))
 }
 
 /// The certificates of a PEM file, at least one.

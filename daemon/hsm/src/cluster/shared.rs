@@ -17,7 +17,7 @@ use tracing::{info, warn};
 use super::health::Health;
 use super::member::Patience;
 use crate::config::{MemberConfig, Pin, TokenRef};
-use crate::error::HsmError;
+use crate::error::{HsmError, class};
 use crate::fault::{Whose, refuses_pin};
 use crate::keys::{KeyId, Oaep};
 use crate::module::Module;
@@ -192,6 +192,18 @@ impl Shared {
 
     pub(crate) fn observe(&self, event: Event<'_>) {
         (self.observer)(&self.name, event);
+    }
+
+    /// Does something at the token, and observes how that went.
+    pub(crate) fn observed<T>(
+        &self,
+        op: &'static str,
+        work: impl FnOnce() -> Result<T, HsmError>,
+    ) -> Result<T, HsmError> {
+        let started = Instant::now();
+        let result = work();
+        self.observe_call(op, class(&result), started.elapsed());
+        result
     }
 
     /// An operation came back, with this class of return code.
