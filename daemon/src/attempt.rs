@@ -1,5 +1,6 @@
 //! What the audit trail will say of a request: filled in while it is worked on.
 
+use std::net::IpAddr;
 use std::time::{Duration, Instant, SystemTime};
 
 use claviger_hsm::KeyId;
@@ -19,6 +20,8 @@ pub struct Attempt {
     pub request: String,
     /// The administrator, where it is a command.
     pub by: Option<Peer>,
+    /// The address that a release or an attestation came from, as the connection says.
+    pub address: Option<IpAddr>,
     /// The registered name of the host, once it is known.
     pub host: Option<String>,
     /// SHA-256 of the key of the host that a command is about, hexadecimal.
@@ -79,6 +82,7 @@ impl Attempt {
         Self {
             request,
             by: None,
+            address: None,
             host: None,
             key: None,
             protector: None,
@@ -101,12 +105,19 @@ impl Attempt {
         Self { caller, ..self }
     }
 
+    /// The same, sent from `address`.
+    #[must_use]
+    pub fn sent_from(self, address: Option<IpAddr>) -> Self {
+        Self { address, ..self }
+    }
+
     /// An item of this request, numbered from 1, that is decided by itself.
     #[must_use]
     pub fn item(&self, number: usize) -> Self {
         let caller = self.caller.clone();
         let request = format!("{}.{number}", self.request);
-        Self { host: self.host.clone(), started: self.started, caller, ..Self::new(request) }
+        let (host, address, started) = (self.host.clone(), self.address, self.started);
+        Self { host, address, started, caller, ..Self::new(request) }
     }
 
     /// When the request arrived.

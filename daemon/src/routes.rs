@@ -22,7 +22,7 @@ use crate::attest::host_key;
 use crate::batch;
 use crate::metrics::{self, Class};
 use crate::release;
-use crate::server::{BodyError, read_body};
+use crate::server::{BodyError, Peer, read_body};
 use crate::service::{Service, request_id, unix_now};
 
 /// Largest body of one request, in octets.
@@ -199,15 +199,18 @@ impl Answer {
 pub async fn serve(service: Arc<Service>, request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
     let id = request_id();
     let asked = Asked::of(request.uri().path());
+    let address = request.extensions().get::<Peer>().map(|peer| peer.0.ip());
     let (caller, _present) = Caller::new();
+    let attempt = Attempt::new(id.clone()).sent_from(address).asked_by(caller);
     // What is logged of the request has its id, wherever it is logged.
     let span = error_span!("request", request = id);
-    let work = tokio::spawn(answer(service.clone(), request, asked, id.clone(), caller).instrument(span.clone()));
+    let work = tokio::spawn(answer(service.clone(), request, asked, attempt).instrument(span.clone()));
     let answer = match work.await {
         Ok(answer) => answer,
         Err(error) => {
             span.in_scope(|| tracing::error!(%error, "a request failed"));
-            refuse(&service, asked, id.clone(), Refusal::internal()).await
+            let attempt = Attempt::new(id.clone()).sent_from(address);
+            refuse(&service, asked, &attempt, Refusal::internal()).await
         }
     };
     metrics::response(asked.name(), answer.status);
@@ -216,24 +219,22 @@ pub async fn serve(service: Arc<Service>, request: Request<Incoming>) -> Result<
 
 /// The answer to a request that the service could not even read, recorded and counted like any other decision: a task that
 /// panicked (500), no room (503).
-async fn refuse(service: &Service, asked: Asked, id: String, refusal: Refusal) -> Answer {
+async fn refuse(service: &Service, asked: Asked, attempt: &Attempt, refusal: Refusal) -> Answer {
     match asked.resource.map(|(_, endpoint)| endpoint) {
-        Some(Endpoint::Roll(api)) => Answer::release(decide(service, api, &Attempt::new(id), Err(refusal)).await),
-        Some(Endpoint::RollBatch) => {
-            Answer::release(decide(service, ApiVersion::V2, &Attempt::new(id), Err(refusal)).await)
-        }
+        Some(Endpoint::Roll(api)) => Answer::release(decide(service, api, attempt, Err(refusal)).await),
+        Some(Endpoint::RollBatch) => Answer::release(decide(service, ApiVersion::V2, attempt, Err(refusal)).await),
         Some(Endpoint::HostKeyAttest | Endpoint::OtherMode) => {
             let reply = match refusal.code {
                 Code::ServiceUnavailable => ErrorReply::Unavailable,
                 code => ErrorReply::Error { status: code.status() },
             };
-            finish_attestation(service, &Attempt::new(id), Err((reply, refusal.message))).await
+            finish_attestation(service, attempt, Err((reply, refusal.message))).await
         }
         _ => asked.family.error(refusal.code, &refusal.message),
     }
 }
 
-async fn answer(service: Arc<Service>, request: Request<Incoming>, asked: Asked, id: String, caller: Caller) -> Answer {
+async fn answer(service: Arc<Service>, request: Request<Incoming>, asked: Asked, attempt: Attempt) -> Answer {
     let family = asked.family;
     let Some((method, endpoint)) = asked.resource else {
         return family.error(Code::NotFound, "there is no such resource");
@@ -255,7 +256,7 @@ async fn answer(service: Arc<Service>, request: Request<Incoming>, asked: Asked,
     let Some(_room) = room_for(&service, request.body(), limit) else {
         // The service's own doing, so it counts like any other release or attestation that failed.
         let refusal = Refusal::new(Code::ServiceUnavailable, "too many large requests at the same time; try again");
-        return refuse(&service, asked, id, refusal).await;
+        return refuse(&service, asked, &attempt, refusal).await;
     };
     let body = match read_body(request.into_body(), limit, timeout).await {
         Ok(body) => body,
@@ -266,10 +267,10 @@ async fn answer(service: Arc<Service>, request: Request<Incoming>, asked: Asked,
         Err(error @ BodyError::Broken) => return family.error(Code::InvalidRequest, &error.to_string()),
     };
     match endpoint {
-        Endpoint::Roll(api) => roll(&service, api, &body, Attempt::new(id).asked_by(caller)).await,
-        Endpoint::RollBatch => roll_batch(&service, &body, Attempt::new(id).asked_by(caller)).await,
-        Endpoint::HostKeyAttest => attest(&service, &body, id).await,
-        _ => other_mode(&service, id).await,
+        Endpoint::Roll(api) => roll(&service, api, &body, attempt).await,
+        Endpoint::RollBatch => roll_batch(&service, &body, attempt).await,
+        Endpoint::HostKeyAttest => attest(&service, &body, attempt).await,
+        _ => other_mode(&service, &attempt).await,
     }
 }
 
@@ -344,16 +345,15 @@ pub(crate) async fn decide(
 }
 
 /// An attestation in host-key mode: decided, recorded, counted, answered.
-async fn attest(service: &Service, body: &[u8], id: String) -> Answer {
-    let mut attempt = Attempt::new(id);
+async fn attest(service: &Service, body: &[u8], mut attempt: Attempt) -> Answer {
     let result = host_key::attest(service, body, &mut attempt).await;
     finish_attestation(service, &attempt, result.map(|reply| Answer::ok(JSON, reply.to_json()))).await
 }
 
-async fn other_mode(service: &Service, id: String) -> Answer {
+async fn other_mode(service: &Service, attempt: &Attempt) -> Answer {
     let reply = ErrorReply::OperationMode { expected: OperationMode::HostKey };
     let refused = (reply, "this service attests host keys".to_owned());
-    finish_attestation(service, &Attempt::new(id), Err(refused)).await
+    finish_attestation(service, attempt, Err(refused)).await
 }
 
 async fn finish_attestation(service: &Service, attempt: &Attempt, result: Result<Answer, host_key::Refused>) -> Answer {
@@ -473,14 +473,18 @@ mod tests {
         .into_iter()
         .enumerate()
         {
-            let answer = refuse(&service, Asked::of(path), number.to_string(), Refusal::internal()).await;
+            let answer =
+                refuse(&service, Asked::of(path), &Attempt::new(number.to_string()), Refusal::internal()).await;
             assert_eq!((answer.status, answer.media_type), (500, media_type));
             let line = crate::service::testing::trail(&service).pop().unwrap();
             assert_eq!((&line["event"], &line["outcome"]), (&event.into(), &outcome.into()), "{line}");
             assert_eq!(line["request"], number.to_string());
         }
         let none = Refusal::internal();
-        assert_eq!(refuse(&service, Asked::of("/attestation/getinfo"), String::new(), none).await.media_type, JSON);
+        assert_eq!(
+            refuse(&service, Asked::of("/attestation/getinfo"), &Attempt::new(String::new()), none).await.media_type,
+            JSON
+        );
         assert_eq!(crate::service::testing::trail(&service).len(), 3);
 
         let no_room = || Refusal::new(Code::ServiceUnavailable, "no room");
@@ -488,7 +492,7 @@ mod tests {
             ("/keyprotection/service/v2.0/rolltransportkey", "ServiceUnavailableException"),
             ("/attestation/v2.0/hostkeyattest", "UnavailableErrorReply"),
         ] {
-            let answer = refuse(&service, Asked::of(path), "x".to_owned(), no_room()).await;
+            let answer = refuse(&service, Asked::of(path), &Attempt::new("x".to_owned()), no_room()).await;
             assert_eq!(answer.status, 503, "{path}");
             assert_eq!(crate::service::testing::trail(&service).pop().unwrap()["outcome"], outcome);
         }
