@@ -581,7 +581,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if not attestation:
                 return self.answer(fault.status, "application/xml", error_xml(fault))
             kind = fault.code if fault.code.endswith("Reply") else "ErrorReply"
-            body = {"__type": kind + hgsa.CORE, "Retryable": False}
+            body = {"__type": kind + hgsa.CORE, "Retryable": fault.status == 409}
             if fault.status == 409:
                 body["ExpectedOperationMode"] = 3
             self.answer(fault.status, "application/json", json.dumps(body))

@@ -1475,7 +1475,7 @@ def bad_attest(lab, status, kind, change=None, text=None, path=hgsa.HOST_KEY_ATT
     body = json.dumps(body)
     got = hgsa.expect(hgsa.post(lab.client, text(body) if text else body, path, content_type), status, kind)
     if status == 409:
-        equal(got.get("ExpectedOperationMode"), 3, "ExpectedOperationMode")
+        equal((got.get("ExpectedOperationMode"), got["Retryable"]), (3, True), "ExpectedOperationMode and Retryable")
 
 
 def setting(name, new):

@@ -335,9 +335,9 @@ impl ServiceInfoReply {
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 pub struct PolicyReason {
-    /// The policy's verdict.
-    pub result: u32,
-    /// What it means.
+    /// The policy's verdict; `false` where it refused the host.
+    pub result: bool,
+    /// Which policy: base64 of a GUID's 16 bytes [MS-HGSA 2.2.2.13].
     pub reason: String,
 }
 
@@ -390,10 +390,11 @@ impl ErrorReply {
         }
     }
 
-    /// Whether the same request may succeed later.
+    /// Whether the same request may succeed later. A wrong mode counts: a client changes its mode, and asks again, only
+    /// then [MS-HGSA 3.2.5.4].
     #[must_use]
     pub fn retryable(&self) -> bool {
-        matches!(self.status(), 408 | 429 | 500..)
+        matches!(self, Self::OperationMode { .. }) || matches!(self.status(), 408 | 429 | 500..)
     }
 
     /// The name of the reply's type, without the suffix all types share.

@@ -364,7 +364,7 @@ fn replies_start_with_their_type() {
 
 #[test]
 fn errors_say_what_the_page_says() {
-    let reasons = vec![PolicyReason { result: 2, reason: "no policy".to_owned() }];
+    let reasons = vec![PolicyReason { result: false, reason: "AAAAAAAAAAAAAAAAAAAAAA==".to_owned() }];
     let expected = OperationMode::HostKey;
     for (reply, name, status, retryable) in [
         (ErrorReply::Error { status: 404 }, "ErrorReply", 404, false),
@@ -372,7 +372,7 @@ fn errors_say_what_the_page_says() {
         (ErrorReply::Error { status: 429 }, "ErrorReply", 429, true),
         (ErrorReply::Unauthorized, "UnauthorizedErrorReply", 403, false),
         (ErrorReply::Payload, "PayloadErrorReply", 400, false),
-        (ErrorReply::OperationMode { expected }, "OperationModeErrorReply", 409, false),
+        (ErrorReply::OperationMode { expected }, "OperationModeErrorReply", 409, true),
         (ErrorReply::PolicyEvaluation { reasons: reasons.clone() }, "PolicyEvaluationErrorReply", 403, false),
         (ErrorReply::VirtualSecureMode, "VirtualSecureModeErrorReply", 403, false),
         (ErrorReply::Rtpm, "RtpmErrorReply", 403, false),

@@ -318,6 +318,18 @@ fn the_shape_is_the_schemas() {
                 .is_empty()
         );
     }
+    // The published schema lets attributes and elements follow. They are signed, and change nothing that is read.
+    for text in [
+        sound.replacen(" Version=\"1\"", " Version=\"1\" Id=\"x\" xmlns:y=\"urn:y\" y:z=\"1\"", 1),
+        sound.replacen("</Metadata>", "<Later xmlns=\"urn:x\"><x/>text</Later><Other/></Metadata>", 1),
+    ] {
+        assert_ne!(text, sound);
+        let signed = xmlsec_sign(directory.path(), &text);
+        assert_eq!(Metadata::parse(&signed).unwrap().guardian.other_signing_certificates, [signing_certificate(2)]);
+        let changed =
+            String::from_utf8(signed).unwrap().replacen("</Metadata>", "<Later xmlns=\"urn:x\"/></Metadata>", 1);
+        assert!(matches!(Metadata::parse(changed.as_bytes()), Err(MetadataError::Signature("digest"))));
+    }
     let mut bad = Vec::new();
     for element in [
         "Version",
@@ -347,7 +359,6 @@ fn the_shape_is_the_schemas() {
     bad.push(sound.replacen(" Version=\"1\"", "", 1));
     bad.push(sound.replacen(" Version=\"1\"", " Version=\"2\"", 1));
     bad.push(sound.replacen(" Version=\"1\"", " Version=\"-1\"", 1));
-    bad.push(sound.replacen(" Version=\"1\"", " Version=\"1\" Id=\"x\"", 1));
     bad.push(sound.replace("Metadata", "Metadaten"));
     bad.push(sound.replacen(K, "urn:x", 1));
     for text in bad {

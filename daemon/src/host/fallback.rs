@@ -35,8 +35,11 @@ impl HostError {
                 | ClientError::TooLarge { .. },
             )
             | Self::Answer(_) => return Fault::Server(None),
-            // The service itself says which of its errors pass.
-            Self::Attestation { reply, .. } if !reply.retryable => return Fault::Lasting,
+            // The service itself says which of its errors pass. A service of another mode says that a client may change its
+            // mode; this client has only one.
+            Self::Attestation { reply, .. } if !reply.retryable || reply.expected_operation_mode.is_some() => {
+                return Fault::Lasting;
+            }
             Self::Attestation { status: 429, retry_after, .. } => (429, retry_after),
             Self::Attestation { retry_after, .. } => (503, retry_after),
             Self::Release { status, refusal } => (*status, &refusal.retry_after),
@@ -228,6 +231,10 @@ mod tests {
             },
             retry_after: Some(2),
         };
+        let mut other_mode = attestation(409, true);
+        if let HostError::Attestation { reply, .. } = &mut other_mode {
+            reply.expected_operation_mode = Some(1);
+        }
         let foreign = |status| HostError::Status { server: String::new(), status, retry_after: None };
         let broken = ClientError::Broken { server: String::new(), problem: String::new() };
         for (error, fault) in [
@@ -240,6 +247,7 @@ mod tests {
             (attestation(503, false), Fault::Lasting),
             (attestation(503, true), Fault::Server(Some(2 * SECOND))),
             (attestation(429, true), Fault::Host(Some(2 * SECOND))),
+            (other_mode, Fault::Lasting),
             (foreign(502), Fault::Server(None)),
             (foreign(404), Fault::Lasting),
             (HostError::Client(broken), Fault::Server(None)),
