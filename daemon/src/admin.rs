@@ -63,8 +63,8 @@ pub struct Peer {
 /// Why the socket could not be served or asked.
 #[derive(Debug, thiserror::Error)]
 pub enum AdminError {
-    /// The operating system allows no socket with so long a path.
-    #[error("{} is {} octets long, and the path of a socket has at most {PATH_LIMIT}; choose a shorter state folder", path.display(), path.as_os_str().len())]
+    /// The operating system takes no path of this length for a socket.
+    #[error("the path of the socket {} is too long: {} bytes, and the system takes {PATH_LIMIT} at most", path.display(), path.as_os_str().len())]
     PathTooLong {
         /// The socket.
         path: PathBuf,
@@ -148,10 +148,8 @@ impl AdminSocket {
         check_length(path)?;
         let failed = |source| AdminError::Bind { path: path.to_owned(), source };
         let taken = || AdminError::Taken { path: path.to_owned() };
-        let mut lock_path = path.as_os_str().to_owned();
-        lock_path.push(".lock");
-        let lock =
-            OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(lock_path).map_err(failed)?;
+        let lock = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(lock_file(path));
+        let lock = lock.map_err(failed)?;
         // The lock dies with its process, whatever else is left of it.
         match lock.try_lock() {
             Ok(()) => {}
@@ -436,7 +434,18 @@ fn octets_of<T: Serialize + ?Sized>(request: &T) -> usize {
     count.0
 }
 
-fn check_length(path: &Path) -> Result<(), AdminError> {
+/// The file that a daemon keeps locked while it has the socket.
+pub(crate) fn lock_file(socket: &Path) -> PathBuf {
+    let mut path = socket.as_os_str().to_owned();
+    path.push(".lock");
+    path.into()
+}
+
+/// Checks the length of a socket's path, which the kernel limits.
+///
+/// # Errors
+/// [`AdminError::PathTooLong`].
+pub fn check_length(path: &Path) -> Result<(), AdminError> {
     if path.as_os_str().as_bytes().len() > PATH_LIMIT {
         return Err(AdminError::PathTooLong { path: path.to_owned() });
     }
@@ -615,7 +624,7 @@ mod tests {
     #[tokio::test]
     async fn a_path_that_is_too_long_is_said_to_be() {
         let path = Path::new("/tmp").join("x".repeat(120));
-        assert!(fault(&path, json!({})).await.contains("125 octets long, and the path of a socket has at most 107"));
+        assert!(fault(&path, json!({})).await.contains("125 bytes, and the system takes 107 at most"));
         assert!(matches!(AdminSocket::bind(&path, None), Err(AdminError::PathTooLong { .. })));
         // The longest one that is allowed works.
         let folder = tempfile::tempdir().unwrap();

@@ -134,7 +134,8 @@ impl Server {
         self.sockets().join("review.sock")
     }
 
-    fn sockets(&self) -> &Path {
+    /// The folder of the sockets.
+    pub fn sockets(&self) -> &Path {
         self.sockets.as_ref().unwrap_or(&self.state)
     }
 }

@@ -13,6 +13,7 @@ use std::process::ExitCode;
 use serde::{Deserialize, Serialize};
 
 use crate::config::Config;
+use crate::preflight;
 use crate::print::say;
 use crate::service::unix_now;
 
@@ -33,7 +34,7 @@ pub enum Level {
 /// What a check found.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Finding {
-    /// The check: `configuration`, `pin`, `tls`, `folder`, `socket`, `state`, `certificate`, `audit`, `clock`, `module`, `token`,
+    /// The check: `configuration`, `pin`, `tls`, `folder`, `socket`, `port`, `state`, `certificate`, `audit`, `clock`, `module`, `token`,
     /// `login`, `key`, `sessions` or `hsm`.
     pub check: String,
     /// How bad it is.
@@ -80,11 +81,19 @@ pub fn examine(file: &Path) -> Vec<Finding> {
     findings.extend(files::folder(&config));
     let (sockets, running) = files::sockets(&config);
     findings.extend(sockets);
+    findings.extend(obstacles(&config, running));
     findings.extend(files::audit(&config, now));
     let (state, registered) = state::examine(&config, now);
     findings.extend(state);
     findings.extend(if running { hsm::through_daemon(&config) } else { hsm::directly(&config, &registered) });
     findings
+}
+
+/// What `claviger serve` would refuse to start with.
+fn obstacles(config: &Config, running: bool) -> Vec<Finding> {
+    let problems = preflight::problems(config, running);
+    let findings = problems.into_iter().map(|problem| Finding::error(problem.check, problem.what, problem.remedy));
+    findings.collect()
 }
 
 /// Prints findings, the worst last, where a person looks first.

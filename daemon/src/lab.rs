@@ -25,6 +25,7 @@ use claviger_protocol::rsa_key::{KeyError, RsaPrivateKey, SignError};
 use data_encoding::HEXLOWER;
 use ring::rand::{SecureRandom, SystemRandom};
 
+use crate::admin::{self, AdminError};
 use crate::attest::signer::private_parts;
 use crate::config::{Config, ConfigError, Hsm};
 use crate::files::{self, Existing, FileError};
@@ -63,6 +64,9 @@ pub enum LabError {
     /// The folder holds something else.
     #[error("{} is not empty and holds no lab; choose another --dir", .0.display())]
     NotALab(PathBuf),
+    /// The folder's path is too long for the sockets in it.
+    #[error("{0}; choose a --dir with a shorter path")]
+    Socket(#[from] AdminError),
     /// A file of the lab.
     #[error(transparent)]
     File(#[from] FileError),
@@ -150,6 +154,8 @@ impl Lab {
             lab.config = Config::load(&lab.config_file())?;
             lab.fresh = false;
         } else {
+            // Before the tokens are made, which takes a while.
+            admin::check_length(&lab.dir.join("state/review.sock"))?;
             lab.clear()?;
             // One host plays a whole data centre here.
             lab.config.release.host_rate = 0;

@@ -25,6 +25,7 @@ pub mod lab;
 pub mod metrics;
 pub mod monitor;
 pub mod notify;
+pub mod preflight;
 pub mod print;
 pub mod process;
 pub mod ready;

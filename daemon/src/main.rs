@@ -14,7 +14,7 @@ use claviger::cli::{self, Failure};
 use claviger::config::{Config, LogFormat};
 use claviger::daemon::{Daemon, load_cluster};
 use claviger::lab::{Lab, Tokens};
-use claviger::{demo, doctor, notify, print, process, reload};
+use claviger::{demo, doctor, notify, preflight, print, process, reload};
 use claviger_hsm::Cluster;
 use tracing_subscriber::EnvFilter;
 
@@ -153,6 +153,7 @@ fn run(command: Command) -> Result<ExitCode, Failure> {
             process::raise_open_files()?;
             let file = config;
             let config = Config::load(&file)?;
+            preflight::pass(&config)?;
             let cluster = load_cluster(&config)?;
             on_tokens(cluster, async |cluster| {
                 let stop = process::shutdown_signal()?;
@@ -184,6 +185,7 @@ fn run(command: Command) -> Result<ExitCode, Failure> {
             let begun = Instant::now();
             print::line("Claviger demo: a guarded host gets the keys of a tenant's virtual machines\n");
             let lab = Lab::prepare(&dir, listen, metrics, Tokens { hsms: hsms.into(), bits: rsa })?;
+            preflight::pass(&lab.config)?;
             let cluster = load_cluster(&lab.config)?;
             on_tokens(cluster, async |cluster| {
                 let stop = process::shutdown_signal()?;

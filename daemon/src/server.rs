@@ -79,6 +79,18 @@ impl From<&crate::config::Server> for Limits {
     }
 }
 
+/// A socket that is bound to `address` and does not listen yet.
+///
+/// # Errors
+/// What the operating system says.
+pub(crate) fn bind_socket(address: SocketAddr) -> io::Result<TcpSocket> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    // A daemon that is started again must not wait for its former connections' TIME_WAIT.
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    Ok(socket)
+}
+
 /// A bound listening socket.
 #[derive(Debug)]
 pub struct Listener {
@@ -94,11 +106,7 @@ impl Listener {
     /// What the operating system says, with the address.
     pub fn bind(address: SocketAddr) -> io::Result<Self> {
         let bind = || {
-            let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
-            // A daemon that is started again must not wait for its former connections' TIME_WAIT.
-            socket.set_reuseaddr(true)?;
-            socket.bind(address)?;
-            let socket = socket.listen(BACKLOG)?;
+            let socket = bind_socket(address)?.listen(BACKLOG)?;
             let address = socket.local_addr()?;
             Ok(Self { socket, address, counted: false })
         };

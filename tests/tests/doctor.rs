@@ -202,3 +202,44 @@ fn a_broken_certificate_costs_its_own_key_only() {
     assert!(daemon.stop().success());
     ill(&lab, "certificate", "error", &["signing certificate", "broken"]);
 }
+
+/// The doctor and `claviger serve` find the same, with the same words.
+#[test]
+fn what_keeps_the_daemon_from_starting_is_named_by_both() {
+    let lab = Lab::make(Options::default());
+    let good = fs::read_to_string(lab.config_file()).unwrap();
+    let both = |check: &str, words: &[&str]| {
+        ill(&lab, check, "error", words);
+        let refused = run(["serve", "--config", lab.config_file().to_str().unwrap()]);
+        let text = said(&refused);
+        assert_eq!(refused.status.code(), Some(1), "{text}");
+        assert!(words.iter().all(|word| text.contains(word)), "{words:?} in {text}");
+        fs::write(lab.config_file(), &good).unwrap();
+    };
+
+    let long = lab.file(&"d".repeat(90));
+    fs::rename(lab.file("state"), &long).unwrap();
+    lab.configure(|config| config.server.state.clone_from(&long));
+    both("socket", &["review.sock", "too long", "107"]);
+    // A shorter folder for the sockets is the remedy.
+    let sockets = lab.file("s");
+    lab.configure(|config| {
+        config.server.state.clone_from(&long);
+        config.server.sockets = Some(sockets.clone());
+    });
+    let remedied = fs::read_to_string(lab.config_file()).unwrap();
+    both("socket", &["/s does not exist"]);
+    fs::create_dir(&sockets).unwrap();
+    fs::write(lab.config_file(), remedied).unwrap();
+    assert!(lab.serve().stop().success());
+    fs::write(lab.config_file(), &good).unwrap();
+    fs::rename(&long, lab.file("state")).unwrap();
+
+    let other = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let taken = other.local_addr().unwrap();
+    lab.configure(|config| config.server.listen = taken);
+    both("port", &["server.listen", &taken.to_string(), "in use"]);
+    lab.configure(|config| config.server.admin_group = Some("no-such-group".to_owned()));
+    both("socket", &["server.admin_group", "no-such-group"]);
+    well(&lab);
+}

@@ -1,0 +1,232 @@
+//! What keeps a daemon from starting and can be seen without a token: one list for `claviger serve`, which refuses to start,
+//! and for `claviger doctor`, which reports it before anybody tries.
+//!
+//! A check is a function that gives problems; add it to [`CHECKS`]. It changes nothing on the machine and does not block.
+
+use std::fmt;
+use std::fs::{File, TryLockError};
+use std::io::{self, ErrorKind};
+use std::net::SocketAddr;
+
+use crate::admin;
+use crate::config::Config;
+use crate::process;
+use crate::server::bind_socket;
+
+/// Something that has to be changed before the daemon can start.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problem {
+    /// The name of the check, as the doctor shows it.
+    pub check: &'static str,
+    /// What is wrong.
+    pub what: String,
+    /// What to do.
+    pub remedy: String,
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}; {}", self.what, self.remedy)
+    }
+}
+
+/// All problems at once: an administrator who fixes one of them should know of the others.
+#[derive(Debug, thiserror::Error)]
+pub struct Blocked(pub Vec<Problem>);
+
+impl fmt::Display for Blocked {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the daemon cannot start: ")?;
+        for (at, problem) in self.0.iter().enumerate() {
+            let separator = if at == 0 { "" } else { "\n  also: " };
+            write!(f, "{separator}{problem}")?;
+        }
+        Ok(())
+    }
+}
+
+type Check = fn(&Config) -> Vec<Problem>;
+
+/// Checks that hold whether a daemon runs or not.
+const CHECKS: &[Check] = &[sockets, groups];
+/// Checks that fail while a daemon runs, because it holds what they ask for.
+const CHECKS_WHILE_STOPPED: &[Check] = &[ports];
+
+/// Everything that keeps a daemon with this configuration from starting. `running` says that one runs already, so that what
+/// it holds is no problem.
+#[must_use]
+pub fn problems(config: &Config, running: bool) -> Vec<Problem> {
+    let stopped = if running { &[] } else { CHECKS_WHILE_STOPPED };
+    CHECKS.iter().chain(stopped).flat_map(|check| check(config)).collect()
+}
+
+/// The same for the start itself. A daemon that runs already is the only problem then: it holds the ports.
+///
+/// # Errors
+/// [`Blocked`], with all problems.
+pub fn pass(config: &Config) -> Result<(), Blocked> {
+    let problems = match another(config) {
+        Some(another) => vec![another],
+        None => problems(config, false),
+    };
+    if problems.is_empty() { Ok(()) } else { Err(Blocked(problems)) }
+}
+
+/// Another daemon has locked the socket. Whether it would answer does not matter, so it is not asked.
+fn another(config: &Config) -> Option<Problem> {
+    let socket = config.server.admin_socket();
+    let lock = File::open(admin::lock_file(&socket)).ok()?;
+    let held = matches!(lock.try_lock_shared(), Err(TryLockError::WouldBlock));
+    held.then(|| {
+        let what = admin::AdminError::Taken { path: socket }.to_string();
+        Problem { check: "socket", what, remedy: "or give this one a state folder and ports of its own".to_owned() }
+    })
+}
+
+/// The administrators' sockets can be made.
+fn sockets(config: &Config) -> Vec<Problem> {
+    let mut found = Vec::new();
+    let folder = config.server.sockets();
+    for path in [config.server.admin_socket(), config.server.review_socket()] {
+        if let Err(error) = admin::check_length(&path) {
+            let remedy = "set server.sockets to a folder with a shorter path, such as /run/claviger";
+            found.push(Problem { check: "socket", what: error.to_string(), remedy: remedy.to_owned() });
+        }
+    }
+    // The state folder is made at the start; this one is not.
+    if config.server.sockets.is_some() && !folder.is_dir() {
+        let what = format!("the folder of the sockets {} does not exist", folder.display());
+        let remedy = "create it, for the daemon's user alone, or change server.sockets".to_owned();
+        found.push(Problem { check: "socket", what, remedy });
+    }
+    found
+}
+
+/// The groups that may use the sockets exist.
+fn groups(config: &Config) -> Vec<Problem> {
+    let server = &config.server;
+    let named = [("server.admin_group", &server.admin_group), ("server.review_group", &server.review_group)];
+    let missing = |(setting, group): (&str, &Option<String>)| {
+        let error = process::group_id(group.as_deref()?).err()?;
+        let remedy = format!("create the group, or change {setting}");
+        Some(Problem { check: "socket", what: format!("{setting}: {error}"), remedy })
+    };
+    named.into_iter().filter_map(missing).collect()
+}
+
+/// The addresses can be listened on.
+fn ports(config: &Config) -> Vec<Problem> {
+    let server = &config.server;
+    let named = [("server.listen", server.listen), ("server.metrics", server.metrics)];
+    let mut found: Vec<Problem> =
+        named.into_iter().filter_map(|(setting, address)| Some(port(setting, address, &try_bind(address)?))).collect();
+    if overlap(server.listen, server.metrics) {
+        let what = format!("server.metrics {} takes the same port as server.listen {}", server.metrics, server.listen);
+        let remedy = "give one of them another port".to_owned();
+        found.push(Problem { check: "port", what, remedy });
+    }
+    found
+}
+
+/// Why nobody could listen on this address now. Nothing listens in this trial, so a daemon that starts at the same moment is
+/// not disturbed. Whether a port below 1024 is allowed depends on who starts the daemon, so that is left to its start.
+fn try_bind(address: SocketAddr) -> Option<io::Error> {
+    bind_socket(address).err().filter(|error| error.kind() != ErrorKind::PermissionDenied)
+}
+
+fn port(setting: &str, address: SocketAddr, error: &io::Error) -> Problem {
+    let remedy = match error.kind() {
+        ErrorKind::AddrInUse => format!(
+            "another program has this port (`ss -ltnp 'sport = :{}'` shows it): stop it, or change {setting}",
+            address.port()
+        ),
+        ErrorKind::AddrNotAvailable => format!("no interface has this address: change {setting}, or wait for it"),
+        _ => format!("change {setting}"),
+    };
+    Problem { check: "port", what: format!("{setting}: cannot listen on {address}: {error}"), remedy }
+}
+
+fn overlap(one: SocketAddr, other: SocketAddr) -> bool {
+    let (a, b) = (one.ip(), other.ip());
+    // [::] takes IPv4 as well.
+    let wide = a.is_unspecified() && (a.is_ipv6() || b.is_ipv4()) || b.is_unspecified() && (b.is_ipv6() || a.is_ipv4());
+    one.port() != 0 && one.port() == other.port() && (a == b || wide)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use std::net::TcpListener;
+
+    /// A configuration whose ports the kernel chooses.
+    fn config() -> (tempfile::TempDir, Config) {
+        let folder = tempfile::tempdir().unwrap();
+        let mut config = Config::default();
+        config.server.state = folder.path().to_owned();
+        config.server.listen = SocketAddr::from(([127, 0, 0, 1], 0));
+        config.server.metrics = config.server.listen;
+        (folder, config)
+    }
+
+    /// The only problem has these words.
+    fn only(config: &Config, running: bool, check: &str, words: &[&str]) {
+        let found = problems(config, running);
+        let texts: Vec<_> = found.iter().map(ToString::to_string).collect();
+        assert!(found.iter().all(|problem| problem.check == check) && !found.is_empty(), "{texts:?}");
+        assert!(words.iter().all(|word| texts.iter().any(|text| text.contains(word))), "{words:?} {texts:?}");
+    }
+
+    #[test]
+    fn each_obstacle_is_named_with_its_remedy() {
+        let (folder, good) = config();
+        assert_eq!(problems(&good, false), []);
+        pass(&good).unwrap();
+
+        let mut config = good.clone();
+        config.server.state = folder.path().join("d".repeat(100));
+        only(&config, true, "socket", &["107", "admin.sock", "review.sock", "server.sockets"]);
+        let text = pass(&config).unwrap_err().to_string();
+        assert!(text.contains("admin.sock") && text.contains("also: ") && text.contains("review.sock"), "{text}");
+        config.server.sockets = Some(folder.path().to_owned());
+        assert_eq!(problems(&config, false), []);
+        config.server.sockets = Some(folder.path().join("none"));
+        only(&config, true, "socket", &["none does not exist"]);
+
+        let mut config = good.clone();
+        config.server.review_group = Some("no such group".to_owned());
+        only(&config, true, "socket", &["server.review_group", "no such group"]);
+    }
+
+    #[test]
+    fn a_port_that_another_program_has_is_named() {
+        let (_folder, good) = config();
+        let other = TcpListener::bind("127.0.0.1:0").unwrap();
+        let taken = other.local_addr().unwrap();
+        let mut config = good.clone();
+        config.server.metrics = taken;
+        only(&config, false, "port", &["server.metrics", &taken.to_string(), "another program has this port"]);
+        assert_eq!(problems(&config, true), [], "the daemon that runs has it");
+        drop(other);
+        assert_eq!(problems(&config, false), []);
+        config.server.metrics = SocketAddr::from(([192, 0, 2, 1], 9464));
+        only(&config, false, "port", &["server.metrics", "no interface has this address"]);
+    }
+
+    #[test]
+    fn one_port_for_both_listeners_is_named() {
+        let address = |text: &str| text.parse().unwrap();
+        for (one, other, expected) in [
+            ("127.0.0.1:80", "127.0.0.1:80", true),
+            ("127.0.0.1:80", "127.0.0.1:81", false),
+            ("0.0.0.0:80", "127.0.0.1:80", true),
+            ("127.0.0.1:80", "[::]:80", true),
+            ("[::1]:80", "0.0.0.0:80", false),
+            ("127.0.0.2:80", "127.0.0.1:80", false),
+            ("0.0.0.0:0", "0.0.0.0:0", false),
+        ] {
+            assert_eq!(overlap(address(one), address(other)), expected, "{one} {other}");
+            assert_eq!(overlap(address(other), address(one)), expected, "{other} {one}");
+        }
+    }
+}
