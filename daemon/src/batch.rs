@@ -15,7 +15,7 @@ use tracing::{Instrument, error_span};
 
 use crate::attempt::Attempt;
 use crate::metrics;
-use crate::release::{aside, healthy_host, roll_protector};
+use crate::release::{Grant, aside, healthy_host, roll_protector};
 use crate::routes::decide;
 use crate::service::Service;
 
@@ -60,24 +60,47 @@ pub async fn roll(
                 roll_protector(&service, ApiVersion::V2, &host, algorithms, &protector, &mut attempt).await
             };
             let result = result.await;
-            (at, decide(&service, ApiVersion::V2, &attempt, result).await)
+            (at, attempt, result)
         };
         let task = items.spawn(work.instrument(span));
         numbers.insert(task.id(), at);
     }
-    // What a panic took with it is the service's fault.
-    let mut results: Vec<_> = (0..count).map(|_| Err(Refusal::internal())).collect();
+    let mut done = Vec::with_capacity(count);
     while let Some(item) = items.join_next().await {
         match item {
-            Ok((at, result)) => results[at] = result,
+            Ok(item) => done.push(item),
             Err(error) => {
+                // What a panic took with it is the service's fault.
                 tracing::error!(%error, "an item of a batch failed");
                 if let Some(at) = numbers.get(&error.id()) {
-                    let internal = Err(Refusal::internal());
-                    results[*at] = decide(service, ApiVersion::V2, &attempt.item(at + 1), internal).await;
+                    done.push((*at, attempt.item(at + 1), Err(Refusal::internal())));
                 }
             }
         }
     }
-    Ok(results)
+    Ok(decide_all(service, done, count).await)
+}
+
+/// Decides all items together, when the last one is done: they leave together, and until then an administrator may remove
+/// the host or disable a key.
+async fn decide_all(
+    service: &Arc<Service>,
+    items: Vec<(usize, Attempt, Result<Grant, Refusal>)>,
+    count: usize,
+) -> Vec<Result<RollResponse, Refusal>> {
+    let mut results: Vec<_> = (0..count).map(|_| Err(Refusal::internal())).collect();
+    let mut deciding = JoinSet::new();
+    for (at, attempt, result) in items {
+        let service = Arc::clone(service);
+        let span = error_span!("item", request = attempt.request);
+        let work = async move { (at, decide(&service, ApiVersion::V2, &attempt, result).await) };
+        deciding.spawn(work.instrument(span));
+    }
+    while let Some(decided) = deciding.join_next().await {
+        match decided {
+            Ok((at, result)) => results[at] = result,
+            Err(error) => tracing::error!(%error, "an item of a batch could not be decided"),
+        }
+    }
+    results
 }

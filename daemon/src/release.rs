@@ -2,7 +2,8 @@
 //!
 //! What fails first decides the answer. The private keys work in the HSMs, and the two operations a release needs there
 //! do not depend on each other and run at the same time: decrypt the ingress key, and sign the egress protector that was
-//! freshly built beside it. Only when the ingress key proved right does anything leave this function.
+//! freshly built beside it. Only when the ingress key proved right does anything leave this function, and then as a
+//! [`Grant`]: the last look at what an administrator may have changed meanwhile is taken when the decision is recorded.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -15,6 +16,7 @@ use claviger_protocol::health::HealthClaims;
 use claviger_protocol::payload::{ApiVersion, Payload};
 use claviger_protocol::protector::{Protector, Wrapping, transport_key};
 use claviger_protocol::request::{RollRequest, RollResponse};
+use claviger_protocol::rsa_key::RsaPublicKey;
 use claviger_protocol::verify::{self, Verified};
 use data_encoding::HEXLOWER;
 use ring::digest;
@@ -37,12 +39,7 @@ const LARGE: usize = 16 * 1024;
 /// # Errors
 /// The refusals of the protocol page, section 2.1; `TooManyRequestsException` when the host asks too
 /// fast; `ServiceUnavailableException` when the service is too busy, or no HSM could serve in time.
-pub async fn roll(
-    service: &Service,
-    api: ApiVersion,
-    body: &[u8],
-    attempt: &mut Attempt,
-) -> Result<RollResponse, Refusal> {
+pub async fn roll(service: &Service, api: ApiVersion, body: &[u8], attempt: &mut Attempt) -> Result<Grant, Refusal> {
     // A glance: as long as others wait, who would not be let in is told so before anything that costs.
     glance(service, body, attempt)?;
 
@@ -69,11 +66,11 @@ pub async fn roll(
 pub async fn roll_protector(
     service: &Service,
     api: ApiVersion,
-    host: &HealthClaims,
+    host: &Arc<HealthClaims>,
     algorithms: HostAlgorithms,
     ingress_protector: &[u8],
     attempt: &mut Attempt,
-) -> Result<RollResponse, Refusal> {
+) -> Result<Grant, Refusal> {
     let deadline = attempt.started() + service.config.load().release.deadline();
 
     // A batch may have waited for its items before this one.
@@ -93,7 +90,9 @@ pub async fn roll_protector(
     // 6. One wrapping is for this service.
     let keys = service.keys.load();
     let ours = Ours::find(&verified, &keys)?;
-    ours.may_serve(service, host)?;
+    // Judged by public facts alone, and before anything is decrypted: the answer depends on nothing that is secret. The
+    // release may have waited since its host was looked up.
+    permitted(service, host, [ours.decryption_key, ours.signing_key])?;
     attempt.keys = vec![ours.decryption_key.id.clone(), ours.signing_key.id.clone()];
     attempt.certificate_used = Some(ours.decryption_key.certificate.clone());
 
@@ -147,7 +146,39 @@ pub async fn roll_protector(
 
     // 9. Both keys are encrypted to the host.
     let keys = Payload { ingress, egress, max_offline_unwraps }.seal(api, &host.key, algorithms)?;
-    Ok(RollResponse { egress_protector, keys })
+    Ok(Grant {
+        response: RollResponse { egress_protector, keys },
+        host: Arc::clone(host),
+        encryption: verified.parties[ours.wrapping].encryption.key().clone(),
+        signing: verified.parties[ours.wrapping].signing.key().clone(),
+    })
+}
+
+/// A release that is right as far as the request goes, with the facts about host and keys that it rests on.
+///
+/// The HSMs may have taken seconds, in which an administrator may have removed the host or disabled a key. The answer
+/// leaves only through [`Grant::confirm`], which is called where the decision is recorded.
+#[derive(Debug)]
+pub struct Grant {
+    response: RollResponse,
+    host: Arc<HealthClaims>,
+    /// The public halves of the two private keys of this service that were used.
+    encryption: RsaPublicKey,
+    signing: RsaPublicKey,
+}
+
+impl Grant {
+    /// The answer, if host, keys and the keys' labels still allow it.
+    ///
+    /// # Errors
+    /// What a release that arrived now would be refused with.
+    pub fn confirm(self, service: &Service) -> Result<RollResponse, Refusal> {
+        let keys = service.keys.load();
+        let encryption = keys.encryption(&self.encryption).ok_or_else(not_for_us)?;
+        let signing = keys.signing(&self.signing).ok_or_else(signing_key_missing)?;
+        permitted(service, &self.host, [encryption, signing])?;
+        Ok(self.response)
+    }
 }
 
 /// Does what takes long when the input of `octets` is large, without keeping a thread of the runtime from other requests.
@@ -224,26 +255,30 @@ impl<'a> Ours<'a> {
             let decryption_key = keys.encryption(party.encryption.key())?;
             Some((wrapping, decryption_key, keys.signing(party.signing.key())))
         });
-        let (wrapping, decryption_key, signing_key) =
-            found.ok_or_else(|| Refusal::wrapping("no wrapping of the protector is for this service"))?;
-        let signing_key = signing_key.ok_or_else(|| {
-            Refusal::wrapping("the wrapping for this service has a signing certificate whose key is not held here")
-        })?;
+        let (wrapping, decryption_key, signing_key) = found.ok_or_else(not_for_us)?;
+        let signing_key = signing_key.ok_or_else(signing_key_missing)?;
         Ok(Self { wrapping, wrapping_id: verified.protector.wrappings[wrapping].id, decryption_key, signing_key })
     }
+}
 
-    /// A key may be limited to hosts of some labels. Judged like a key that is not held, by what everybody may know, and
-    /// before anything is decrypted: the answer depends on nothing that is secret.
-    ///
-    /// The release may have waited since its host was looked up: one that was removed meanwhile gets nothing.
-    fn may_serve(&self, service: &Service, host: &HealthClaims) -> Result<(), Refusal> {
-        let host = registered(service, host)?;
-        let needed = [&self.decryption_key.labels, &self.signing_key.labels];
-        if needed.iter().all(|needed| needed.is_empty() || host.labels.have_all(needed)) {
-            return Ok(());
-        }
-        Err(Refusal::wrapping("the key of the wrapping for this service is limited to other hosts than this one"))
+fn not_for_us() -> Refusal {
+    Refusal::wrapping("no wrapping of the protector is for this service")
+}
+
+fn signing_key_missing() -> Refusal {
+    Refusal::wrapping("the wrapping for this service has a signing certificate whose key is not held here")
+}
+
+/// Whether the host is registered now and has the labels that both keys ask for.
+///
+/// # Errors
+/// `HealthCertificateException`; for the labels `InvalidWrappingException`, like a key that is not held.
+fn permitted(service: &Service, host: &HealthClaims, keys: [&Held; 2]) -> Result<(), Refusal> {
+    let host = registered(service, host)?;
+    if keys.iter().all(|key| key.labels.is_empty() || host.labels.have_all(&key.labels)) {
+        return Ok(());
     }
+    Err(Refusal::wrapping("the key of the wrapping for this service is limited to other hosts than this one"))
 }
 
 /// Step 7: an ingress key is right when the protector's own signature says so.

@@ -311,16 +311,19 @@ async fn roll_batch(service: &Arc<Service>, body: &[u8], mut attempt: Attempt) -
     }
 }
 
-/// The decision on a release: recorded, then counted. What cannot be recorded is not released.
+/// The decision on a release: confirmed, recorded, then counted. What cannot be recorded is not released.
 ///
 /// # Errors
-/// The refusal that `result` is, or `ServiceUnavailableException` when it cannot be recorded.
+/// The refusal that `result` is, that of a grant that no longer holds, or `ServiceUnavailableException` when the decision
+/// cannot be recorded.
 pub(crate) async fn decide(
     service: &Service,
     api: ApiVersion,
     attempt: &Attempt,
-    result: Result<RollResponse, Refusal>,
+    result: Result<release::Grant, Refusal>,
 ) -> Result<RollResponse, Refusal> {
+    // Nothing is awaited between this and the record: a removal that an administrator was told of precedes neither.
+    let result = result.and_then(|grant| grant.confirm(service));
     let outcome = |result: &Result<RollResponse, Refusal>| match result {
         Ok(_) => SUCCESS,
         Err(refusal) => refusal.code.as_str(),
@@ -347,6 +350,8 @@ pub(crate) async fn decide(
 /// An attestation in host-key mode: decided, recorded, counted, answered.
 async fn attest(service: &Service, body: &[u8], mut attempt: Attempt) -> Answer {
     let result = host_key::attest(service, body, &mut attempt).await;
+    // Nothing is awaited between this and the record, as in `decide`.
+    let result = result.and_then(|issued| issued.confirm(service));
     finish_attestation(service, &attempt, result.map(|reply| Answer::ok(JSON, reply.to_json()))).await
 }
 

@@ -1,21 +1,59 @@
 //! Host-key attestation: a host proves that it has the key it was registered with, and gets its identity key certified.
 
+use std::sync::Arc;
+
 use claviger_hsm::HsmError;
 use claviger_protocol::attestation::{ErrorReply, HealthCertificateReply, HostKeyRequest};
 use claviger_protocol::health;
 
 use crate::attempt::Attempt;
 use crate::service::{Service, unix_now};
+use crate::state::Host;
 
 /// An attestation refused: the reply, and a sentence for a person.
 pub type Refused = (ErrorReply, String);
+
+/// Health certificates for a host, with the facts that they rest on. The HSMs may have taken seconds, in which an
+/// administrator may have removed the host: the certificates leave only through [`Issued::confirm`], which is called where
+/// the decision is recorded.
+#[derive(Debug)]
+pub struct Issued {
+    reply: HealthCertificateReply,
+    host: Arc<Host>,
+    /// The thumbprint of the attestation signer.
+    signer: [u8; 32],
+}
+
+impl Issued {
+    /// The reply, if the host is still registered with this name and key, and the signer still trusted.
+    ///
+    /// # Errors
+    /// What an attestation that arrived now would be refused with.
+    pub fn confirm(self, service: &Service) -> Result<HealthCertificateReply, Refused> {
+        if service.hosts.load().by_name_and_key(&self.host.name, &self.host.spki_sha256).is_none() {
+            return Err(unauthorized());
+        }
+        if !service.signers.load().certificates().iter().any(|signer| signer.thumbprint() == self.signer) {
+            return Err(unavailable());
+        }
+        Ok(self.reply)
+    }
+}
+
+fn unauthorized() -> Refused {
+    (ErrorReply::Unauthorized, "the host key is not registered, or did not sign".to_owned())
+}
+
+fn unavailable() -> Refused {
+    (ErrorReply::Unavailable, "no HSM can sign now; try again".to_owned())
+}
 
 /// Answers an `AttestationRequest` in host-key mode.
 ///
 /// # Errors
 /// `PayloadErrorReply` for what is wrong with the request, `UnauthorizedErrorReply` for an unknown key or a wrong
 /// signature (the two look the same), `UnavailableErrorReply` when no HSM signs.
-pub async fn attest(service: &Service, body: &[u8], attempt: &mut Attempt) -> Result<HealthCertificateReply, Refused> {
+pub async fn attest(service: &Service, body: &[u8], attempt: &mut Attempt) -> Result<Issued, Refused> {
     let request = HostKeyRequest::parse(body).map_err(|e| (ErrorReply::Payload, e.to_string()))?;
     let deadline = attempt.started() + service.config.load().release.deadline();
     // First, with the key that the request brings: what takes time must not depend on whether that key is registered.
@@ -25,10 +63,9 @@ pub async fn attest(service: &Service, body: &[u8], attempt: &mut Attempt) -> Re
     // Known from the key alone; the record says whose key was presented even when the signature is wrong.
     attempt.host = host.map(|host| host.name.clone());
     let (Some(host), Ok(())) = (host, signed) else {
-        return Err((ErrorReply::Unauthorized, "the host key is not registered, or did not sign".to_owned()));
+        return Err(unauthorized());
     };
 
-    let unavailable = || (ErrorReply::Unavailable, "no HSM can sign now; try again".to_owned());
     let signers = service.signers.load();
     let signer = signers.current().ok_or_else(unavailable)?;
     let mut content = Vec::with_capacity(request.requested.len());
@@ -59,5 +96,9 @@ pub async fn attest(service: &Service, body: &[u8], attempt: &mut Attempt) -> Re
         attempt.used(&signed.member);
         content.push((result, to_be_signed.assemble(&signed.value)));
     }
-    Ok(HealthCertificateReply { content })
+    Ok(Issued {
+        reply: HealthCertificateReply { content },
+        host: Arc::clone(host),
+        signer: signer.certificate.thumbprint(),
+    })
 }
