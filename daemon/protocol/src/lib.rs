@@ -28,6 +28,7 @@ mod encoding;
 pub mod error;
 pub mod health;
 pub mod metadata;
+mod oaep;
 pub mod owner;
 pub mod payload;
 pub mod pkcs7;

@@ -20,6 +20,7 @@ use zeroize::Zeroizing;
 
 use crate::algorithm::{Digest, Oaep, SignatureAlgorithm, SignatureDigest};
 use crate::certificate::{Certificate, CertificateError};
+use crate::oaep::PublicOperation;
 
 /// Fewest bits a modulus may have.
 pub const MIN_MODULUS_BITS: usize = 2048;
@@ -110,6 +111,8 @@ struct PublicKey {
     /// The key as aws-lc wants it, made at the first encryption and shared by all clones: it costs more to make than
     /// one encryption. `None` if aws-lc refuses the key.
     encrypter: OnceLock<Option<aws::OaepPublicEncryptingKey>>,
+    /// For the OAEP combinations that aws-lc lacks.
+    bare_operation: OnceLock<Option<PublicOperation>>,
     /// The same for signatures by [`SignatureAlgorithm::DEFAULT`].
     verifier: OnceLock<Option<ParsedPublicKey>>,
 }
@@ -132,7 +135,7 @@ impl RsaPublicKey {
         if exponent.len() > size_of::<u64>() {
             return Err(KeyError::Exponent);
         }
-        let value = exponent.iter().fold(0_u64, |value, octet| value << 8 | u64::from(*octet));
+        let value = value_of(exponent);
         if !(MIN_EXPONENT..=MAX_EXPONENT).contains(&value) || value & 1 == 0 {
             return Err(KeyError::Exponent);
         }
@@ -142,6 +145,7 @@ impl RsaPublicKey {
             exponent: exponent.to_vec(),
             spki,
             encrypter: OnceLock::new(),
+            bare_operation: OnceLock::new(),
             verifier: OnceLock::new(),
         })))
     }
@@ -346,16 +350,13 @@ impl RsaPublicKey {
                 ciphertext.truncate(written);
                 Ok(ciphertext)
             }
-            None => {
-                let key = rsa::RsaPublicKey::new_with_max_size(
-                    rsa::BigUint::from_bytes_be(self.modulus()),
-                    rsa::BigUint::from_bytes_be(self.exponent()),
-                    MAX_MODULUS_BITS,
-                )
-                .map_err(|_| EncryptError::Failed)?;
-                key.encrypt(&mut rsa::rand_core::OsRng, mixed_oaep(oaep), plaintext).map_err(|_| EncryptError::Failed)
-            }
+            None => self.bare_operation()?.encrypt(oaep, plaintext).ok_or(EncryptError::Failed),
         }
+    }
+
+    fn bare_operation(&self) -> Result<&PublicOperation, EncryptError> {
+        let make = || PublicOperation::new(&self.0.modulus, value_of(&self.0.exponent));
+        self.0.bare_operation.get_or_init(make).as_ref().ok_or(EncryptError::Failed)
     }
 
     fn encrypter(&self) -> Result<&aws::OaepPublicEncryptingKey, EncryptError> {
@@ -635,6 +636,11 @@ fn digest_len(digest: Digest) -> usize {
         Digest::Sha384 => 48,
         Digest::Sha512 => 64,
     }
+}
+
+/// The value of at most 8 octets.
+fn value_of(exponent: &[u8]) -> u64 {
+    exponent.iter().fold(0, |value, octet| value << 8 | u64::from(*octet))
 }
 
 fn encode_spki(modulus: &[u8], exponent: &[u8]) -> der::Result<Vec<u8>> {
