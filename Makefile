@@ -1,5 +1,5 @@
 # Each target does its own set-up and is safe to repeat.
-.PHONY: demo test bench soak lint deb setup setup-demo help
+.PHONY: demo test bench soak fuzz lint deb setup setup-demo help
 
 PACKAGES_DEMO = softhsm2
 PACKAGES_TEST = $(PACKAGES_DEMO) opencryptoki opensc p11-kit p11-kit-modules xmlsec1 libxml2-utils openssl curl \
@@ -14,6 +14,7 @@ help:
 	@echo "make test   format check, clippy, documentation and every test"
 	@echo "make bench  what a release costs, and the daemon beside the raw token, in one table; best on an idle machine"
 	@echo "make soak   half an hour of faults of every kind under load; MINUTES=N for another time"
+	@echo "make fuzz   a minute of each fuzz target; SECONDS=N for another time, FUZZ_JOBS=N at a time, FUZZ_TARGETS=… for some"
 	@echo "make lint   the checks without the tests"
 	@echo "make deb    a Debian package, in target/debian"
 
@@ -67,6 +68,14 @@ MINUTES = 30
 soak: setup-demo
 	cargo build --locked --workspace --bin claviger --bin soak
 	CLAVIGER_BIN=$(CURDIR)/target/debug/claviger ./target/debug/soak --minutes $(MINUTES)
+
+# Ends with an error when a target finds something. libFuzzer is C++.
+SECONDS = 60
+FUZZ_JOBS = 1
+FUZZ_TARGETS =
+fuzz:
+	$(call install,$(PACKAGES_BUILD) g++)
+	tests/fuzz/run --seconds $(SECONDS) --jobs $(FUZZ_JOBS) $(FUZZ_TARGETS)
 
 deb:
 	$(call install,$(PACKAGES_BUILD))

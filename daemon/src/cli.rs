@@ -7,7 +7,7 @@ mod hosts;
 mod hsm;
 mod keys;
 mod own_guardian;
-mod pfx;
+pub mod pfx;
 pub mod protector;
 mod secret;
 pub mod transfer;

@@ -6,8 +6,12 @@ use p12_keystore::Pkcs12Archive;
 
 use super::Failure;
 
-/// The one private key of a file, and its certificate. Other certificates, those that lead to a root, are left out.
-pub(super) fn open(file: &[u8], password: &str) -> Result<(RsaPrivateKey, Certificate), Failure> {
+/// Opens a file under `password`: its one private key, and the certificate of that key. Other certificates, those that
+/// lead to a root, are left out.
+///
+/// # Errors
+/// It is not such a file, the password is another, or it does not hold one private key with its certificate.
+pub fn open(file: &[u8], password: &str) -> Result<(RsaPrivateKey, Certificate), Failure> {
     let archive = Pkcs12Archive::from_pkcs12(file, password)
         .map_err(|error| format!("cannot be opened ({error}); is it a PFX, and the password right?"))?;
     let [bag] = archive.keys.as_slice() else {

@@ -1,0 +1,262 @@
+//! One module for each target: what it may cost, and what it does.
+
+use claviger_protocol::xml;
+
+use crate::Allowance;
+
+/// For what is read as XML: a node of the tree takes some 70 bytes, and can be as short as a byte.
+const XML: Allowance = Allowance { base: 1 << 20, per_byte: 256 };
+/// For what is read into a structure of its own size.
+const FLAT: Allowance = Allowance { base: 1 << 20, per_byte: 64 };
+
+/// A request for one release, and what hosts read: the reply and the error.
+pub mod request {
+    use claviger_protocol::error::Refusal;
+    use claviger_protocol::request::{RollRequest, RollResponse};
+
+    use super::{Allowance, XML};
+
+    /// The most it may take.
+    pub const ALLOWANCE: Allowance = XML;
+
+    /// Reads; writes what was read; reads it again.
+    pub fn run(input: &[u8]) {
+        let _ = RollRequest::glance(input);
+        if let Ok(request) = RollRequest::parse(input) {
+            let written = request.to_xml();
+            let again = RollRequest::parse(&written).expect("what is written can be read");
+            assert_eq!(again.ingress_protector, request.ingress_protector);
+            assert_eq!(again.health_certificate, request.health_certificate);
+            assert_eq!(again.algorithms, request.algorithms);
+            let certificate = Some(request.health_certificate).filter(|der| !der.is_empty());
+            assert_eq!(RollRequest::glance(&written), certificate);
+        }
+        if let Ok(response) = RollResponse::parse(input) {
+            assert_eq!(RollResponse::parse(&response.to_xml()), Ok(response));
+        }
+        if let Ok(refusal) = Refusal::parse(input) {
+            let _ = Refusal::parse(&refusal.to_xml()).expect("what is written can be read");
+        }
+    }
+}
+
+/// A request for many releases, and its reply.
+pub mod batch {
+    use claviger_protocol::batch::{BatchRequest, parse_results, to_xml};
+
+    use super::{Allowance, XML};
+
+    /// The most it may take.
+    pub const ALLOWANCE: Allowance = XML;
+
+    /// Reads; writes what was read; reads it again.
+    pub fn run(input: &[u8]) {
+        if let Ok(request) = BatchRequest::parse(input) {
+            let again = BatchRequest::parse(&request.to_xml()).expect("what is written can be read");
+            assert_eq!(again.ingress_protectors, request.ingress_protectors);
+            assert_eq!(again.health_certificate, request.health_certificate);
+            assert_eq!(again.algorithms, request.algorithms);
+        }
+        if let Ok(results) = parse_results(input) {
+            let again = parse_results(&to_xml(&results)).expect("what is written can be read");
+            assert_eq!(again.len(), results.len());
+        }
+    }
+}
+
+/// A protector: shape, signatures, chain of wrappings.
+pub mod protector {
+    use std::sync::LazyLock;
+
+    use claviger_protocol::describe::describe;
+    use claviger_protocol::protector::{Protector, transport_key};
+    use claviger_protocol::verify::{KnownCertificates, verify};
+
+    use super::{Allowance, XML};
+
+    /// The most it may take. The certificates that are remembered count, too.
+    pub const ALLOWANCE: Allowance = Allowance { base: 8 << 20, ..XML };
+
+    /// Certificates that earlier inputs showed.
+    static KNOWN: LazyLock<KnownCertificates> = LazyLock::new(|| KnownCertificates::new(64));
+
+    /// Verifies it with and without what is remembered: the verdict is the same.
+    pub fn run(input: &[u8]) {
+        let _ = transport_key(input);
+        let described = describe(input);
+        let Ok(protector) = Protector::parse(input) else {
+            assert!(described.verdict.is_err(), "what cannot be read is not described as right");
+            return;
+        };
+        let fresh = verify(protector.clone(), &KnownCertificates::default()).map(|verified| verified.owner);
+        let remembered = verify(protector, &KNOWN).map(|verified| verified.owner);
+        assert_eq!(fresh.is_ok(), remembered.is_ok(), "what is remembered changes no verdict");
+        assert_eq!(fresh.ok(), remembered.ok());
+    }
+}
+
+/// The guard in front of the XML parser, and the canonical form.
+pub mod canonical {
+    use claviger_protocol::c14n;
+
+    use super::{Allowance, XML, xml};
+
+    /// The most it may take. The canonical form has its own bound, however short the input is.
+    pub const ALLOWANCE: Allowance = Allowance { base: 8 << 20, ..XML };
+
+    /// The canonical form of a canonical form is itself, and it is bounded.
+    pub fn run(input: &[u8]) {
+        let Ok(text) = xml::decode(input) else { return };
+        let Ok(document) = xml::parse(&text) else { return };
+        let Ok(canonical) = c14n::document(&document) else { return };
+        // The bound is looked at once for each element; one element adds as much as itself at most.
+        assert!(canonical.len() <= c14n::MAX_OCTETS + 8 * input.len() + 1024, "the canonical form is bounded");
+        // A carriage return is written as a reference, which stays one.
+        let again = xml::decode(canonical.as_bytes()).expect("it is UTF-8");
+        // What is declared where it is used is declared more often: the canonical form can be beyond the limits.
+        let Ok(document) = xml::parse(&again) else { return };
+        assert_eq!(c14n::document(&document).as_ref(), Ok(&canonical));
+    }
+}
+
+/// An X.509 certificate, in DER and PEM, and the judgement of a health certificate.
+pub mod certificate {
+    use claviger_protocol::certificate::Certificate;
+    use claviger_protocol::health;
+
+    use super::{Allowance, FLAT};
+
+    /// The most it may take.
+    pub const ALLOWANCE: Allowance = FLAT;
+
+    /// Reads it; writes it as PEM; reads that.
+    pub fn run(input: &[u8]) {
+        let Ok(certificate) = Certificate::parse(input).or_else(|_| Certificate::from_file(input)) else { return };
+        let pem = certificate.to_pem();
+        let again = Certificate::from_pem(&pem).expect("what is written can be read");
+        assert_eq!(again.der(), certificate.der());
+        assert_eq!(again.thumbprint(), certificate.thumbprint());
+        let self_signed = certificate.verify_signed_by(certificate.key()).is_ok();
+        let now = certificate.not_before();
+        let healthy = health::check(certificate.der(), std::slice::from_ref(&certificate), now).is_ok();
+        assert!(self_signed || !healthy, "what is not signed by a signer is no health certificate");
+        assert!(health::check(certificate.der(), &[], now).is_err(), "without a signer nothing is");
+    }
+}
+
+/// A guardian's metadata document, as tenants read it.
+pub mod metadata {
+    use claviger_protocol::metadata::Metadata;
+
+    use super::{Allowance, XML};
+
+    /// The most it may take.
+    pub const ALLOWANCE: Allowance = Allowance { base: 8 << 20, ..XML };
+
+    /// Reads it and checks its signatures.
+    pub fn run(input: &[u8]) {
+        let _ = Metadata::parse(input);
+    }
+}
+
+/// Every form of a public key: RSA1 blob, SubjectPublicKeyInfo, certificate, PEM. And private keys in PKCS#8.
+pub mod public_key {
+    use claviger_protocol::rsa_key::{RsaPrivateKey, RsaPublicKey};
+
+    use super::{Allowance, FLAT};
+
+    /// The most it may take.
+    pub const ALLOWANCE: Allowance = FLAT;
+
+    /// Reads a key; writes it in all forms; reads those.
+    pub fn run(input: &[u8]) {
+        let any = RsaPublicKey::from_any(input);
+        let file = RsaPublicKey::from_file(input);
+        assert!(any.is_err() || file.is_ok(), "a file may hold whatever hosts send");
+        if let Ok(key) = file {
+            for form in [&key.to_bcrypt_blob()[..], key.spki_der(), key.to_pem().as_bytes()] {
+                let again = RsaPublicKey::from_file(form).expect("what is written can be read");
+                assert_eq!(again.spki_der(), key.spki_der());
+            }
+            let spki = RsaPublicKey::from_spki_der(key.spki_der()).expect("what is written can be read");
+            assert_eq!((spki.modulus(), spki.exponent()), (key.modulus(), key.exponent()));
+        }
+        let _ = RsaPrivateKey::from_pkcs8_der(input);
+        if let Ok(text) = std::str::from_utf8(input) {
+            let _ = RsaPrivateKey::from_pkcs8_pem(text);
+        }
+    }
+}
+
+/// A host's request for a health certificate, and what hosts read: the reply, the service's description, the error.
+pub mod attestation {
+    use claviger_protocol::attestation::{
+        HostKeyRequest, ServiceInfoReply, host_key_request, parse_error_reply, parse_health_certificate_reply,
+    };
+
+    use super::{Allowance, FLAT};
+
+    /// The most it may take.
+    pub const ALLOWANCE: Allowance = FLAT;
+
+    /// Reads; writes what was read; reads it again.
+    pub fn run(input: &[u8]) {
+        if let Ok(request) = HostKeyRequest::parse(input) {
+            let written = host_key_request(
+                request.session_id,
+                &request.requested,
+                &request.host_key_octets,
+                &request.identity_key_octets,
+                &request.signature,
+            );
+            let again = HostKeyRequest::parse(&written).expect("what is written can be read");
+            assert_eq!(again.signed_octets(), request.signed_octets());
+            assert_eq!(again.verify_signature().is_ok(), request.verify_signature().is_ok());
+        }
+        let _ = parse_health_certificate_reply(input);
+        let _ = ServiceInfoReply::parse(input);
+        let _ = parse_error_reply(input);
+    }
+}
+
+/// A PKCS#12 file. The password of the seeds is "fuzz".
+pub mod pfx {
+    use claviger::cli::pfx::open;
+
+    use super::{Allowance, FLAT};
+
+    /// The most it may take.
+    pub const ALLOWANCE: Allowance = FLAT;
+
+    /// Opens it.
+    pub fn run(input: &[u8]) {
+        if let Ok((key, certificate)) = open(input, "fuzz") {
+            assert_eq!(key.public().spki_der(), certificate.key().spki_der(), "the certificate is the key's");
+        }
+    }
+}
+
+/// The daemon's configuration file.
+pub mod config {
+    use std::path::Path;
+
+    use claviger::config::Config;
+
+    use super::{Allowance, FLAT};
+
+    /// The most it may take: a table of one key is a few hundred bytes.
+    pub const ALLOWANCE: Allowance = Allowance { per_byte: 1024, ..FLAT };
+
+    /// Reads; writes what was read; reads it again.
+    pub fn run(input: &[u8]) {
+        let Ok(text) = std::str::from_utf8(input) else { return };
+        let path = Path::new("/etc/claviger/claviger.toml");
+        match Config::parse(text, path) {
+            Ok(config) => {
+                let written = config.to_toml().expect("what was read can be written");
+                assert_eq!(Config::parse(&written, path).expect("and read again"), config);
+            }
+            Err(error) => assert!(!error.to_string().is_empty()),
+        }
+    }
+}
