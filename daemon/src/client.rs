@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
+use claviger_client::{ConnectError, Endpoint};
 use http_body_util::Full;
 use hyper::client::conn::http1::{SendRequest, handshake};
 use hyper::header::{CONTENT_TYPE, HOST, HeaderValue};
@@ -14,7 +15,6 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{ClientConfig, RootCertStore};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 
 use crate::server::{BodyError, read_body};
@@ -73,8 +73,8 @@ pub enum ClientError {
     Connect {
         /// Host and port.
         server: String,
-        /// What the operating system says.
-        source: std::io::Error,
+        /// Why, for each address of the host.
+        source: ConnectError,
     },
     /// The time was up.
     #[error("{server} did not answer within {timeout:?}")]
@@ -108,8 +108,7 @@ pub enum ClientError {
 pub struct Client {
     /// For `Host` and for messages.
     authority: String,
-    host: String,
-    port: u16,
+    endpoint: Endpoint,
     /// Goes before every path: empty, or starts with a slash and ends without one.
     prefix: String,
     tls: Option<(Arc<ClientConfig>, ServerName<'static>)>,
@@ -166,8 +165,7 @@ impl Client {
         };
         Ok(Self {
             authority: authority.to_string(),
-            port: authority.port_u16().unwrap_or(if secure { 443 } else { 80 }),
-            host,
+            endpoint: Endpoint::new(host, authority.port_u16().unwrap_or(if secure { 443 } else { 80 })),
             prefix: uri.path().trim_end_matches('/').to_owned(),
             tls,
             timeout: DEFAULT_TIMEOUT,
@@ -243,8 +241,7 @@ impl Client {
 
     async fn connect(&self) -> Result<SendRequest<Full<Bytes>>, ClientError> {
         let failed = |source| ClientError::Connect { server: self.authority.clone(), source };
-        let stream = TcpStream::connect((self.host.as_str(), self.port)).await.map_err(failed)?;
-        stream.set_nodelay(true).map_err(failed)?;
+        let stream = self.endpoint.connect(self.timeout).await.map_err(failed)?;
         match &self.tls {
             None => self.shake_hands(stream).await,
             Some((tls, name)) => {

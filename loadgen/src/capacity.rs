@@ -11,6 +11,7 @@ use serde::Serialize;
 use crate::Failure;
 use crate::cpu;
 use crate::http::Client;
+use crate::interrupt::Interrupt;
 use crate::lab::{Admin, Lab};
 use crate::plan::{Capacity, Hosts, capacity_table};
 use crate::prepare::World;
@@ -54,6 +55,8 @@ pub struct Question<'a> {
     pub metrics: Option<Client>,
     /// HSMs, where the daemon does not tell.
     pub hsms: Option<usize>,
+    /// Ends the search.
+    pub interrupt: Interrupt,
 }
 
 /// What was seen while load ran.
@@ -99,6 +102,8 @@ pub struct Answer {
     pub trials: Vec<Step>,
     /// The law that fits the steps.
     pub law: Option<Usl>,
+    /// Whether the search was interrupted: steps and trials are those that were done, and no capacity follows from them.
+    pub interrupted: bool,
     /// With all HSMs, and reckoned with one less.
     pub capacities: Vec<Capacity>,
 }
@@ -115,7 +120,7 @@ pub async fn measure(question: &Question<'_>) -> Result<Answer, Failure> {
     let mut steps: Vec<Step> = Vec::new();
     let (mut callers, mut flat) = (1, 0);
     while callers <= MOST_CALLERS && flat < 2 {
-        let step = question.step(Mode::Closed { callers, duration: question.step }).await?;
+        let Some(step) = question.step(Mode::Closed { callers, duration: question.step }).await? else { break };
         aside(&format!(
             "{callers:4} callers: {:>7}/s, p99 {}{}",
             units::per_second(step.achieved),
@@ -134,14 +139,17 @@ pub async fn measure(question: &Question<'_>) -> Result<Answer, Failure> {
     let points: Vec<_> = steps.iter().map(|step| (step.callers as f64, step.achieved)).collect();
     let law = Usl::fit(&points);
     let most = steps.iter().map(|step| step.achieved).fold(0.0, f64::max);
-    if most <= 0.0 {
+    if most <= 0.0 && question.interrupt.since().is_none() {
         return Err("no release succeeded; try `claviger-loadgen run` to see why".into());
     }
     // The first trial is where the knee probably is; then by halves.
     let (mut low, mut high, mut rate) = (0.0, most * 1.05, most * 0.85);
     let mut trials: Vec<Step> = Vec::new();
     for _ in 0..TRIALS {
-        let trial = question.step(Mode::Open(Profile::constant(question.step, rate))).await?;
+        if question.interrupt.since().is_some() {
+            break;
+        }
+        let Some(trial) = question.step(Mode::Open(Profile::constant(question.step, rate))).await? else { break };
         let holds = trial.holds;
         aside(&format!(
             "{:>7}/s due: {:>7}/s, p99 {}: {}",
@@ -167,6 +175,9 @@ pub async fn measure(question: &Question<'_>) -> Result<Answer, Failure> {
             break;
         }
     }
+    if question.interrupt.since().is_some() {
+        return Ok(Answer { steps, trials, law, interrupted: true, capacities: Vec::new() });
+    }
     let knee = trials.iter().filter(|trial| trial.holds).max_by(|a, b| a.offered.total_cmp(&b.offered));
     let seen = knee.or(trials.first()).map(|trial| trial.seen).unwrap_or_default();
     let busiest =
@@ -191,7 +202,7 @@ pub async fn measure(question: &Question<'_>) -> Result<Answer, Failure> {
         let limit = format!("the HSMs, which were {} busy at {}/s", units::percent(busy), units::per_second(low));
         capacities.push(capacity(hsms, true, fewer, limit));
     }
-    Ok(Answer { steps, trials, law, capacities })
+    Ok(Answer { steps, trials, law, interrupted: false, capacities })
 }
 
 impl Question<'_> {
@@ -205,7 +216,8 @@ impl Question<'_> {
         Ok(told.map_err(|error| format!("how many HSMs there are is not known ({error}); say it with --hsms N"))?.len())
     }
 
-    async fn step(&self, mode: Mode) -> Result<Step, Failure> {
+    /// One step; `None` when it was interrupted, since half a step says little.
+    async fn step(&self, mode: Mode) -> Result<Option<Step>, Failure> {
         let callers = if let Mode::Closed { callers, .. } = mode { callers } else { 0 };
         let load = Load { mode, show: false, ..self.load.clone() };
         let looking = Arc::new(AtomicBool::new(true));
@@ -218,7 +230,12 @@ impl Question<'_> {
         let before = self.look().await?;
         let cpu_before = used(&before);
         let begun = std::time::Instant::now();
-        let outcome = run::run(self.client.clone(), &self.world, load).await?;
+        let ran = run::run(self.client.clone(), &self.world, load, &self.interrupt).await;
+        if self.interrupt.since().is_some() {
+            looking.store(false, Ordering::Relaxed);
+            return Ok(None);
+        }
+        let outcome = ran?;
         let seconds = begun.elapsed().as_secs_f64();
         let after = self.look().await?;
         let cpu = used(&after).zip(cpu_before).map(|(after, before)| (after - before) / seconds);
@@ -228,7 +245,7 @@ impl Question<'_> {
             None => (None, None),
         };
         let seen = Seen { sessions_busy, hsm_waiting, daemon_processors: cpu, queue: after.waiting };
-        Ok(self.told(callers, &outcome, seen))
+        Ok(Some(self.told(callers, &outcome, seen)))
     }
 
     fn told(&self, callers: usize, outcome: &Outcome, seen: Seen) -> Step {
@@ -351,6 +368,15 @@ pub fn for_people(answer: &Answer, objectives: &[Threshold], hosts: &Hosts) -> S
             units::per_second(law.ceiling()),
             law.peak().map_or(String::new(), |peak| format!(" at {peak:.0} callers")),
         );
+    }
+    if answer.interrupted {
+        for trial in &answer.trials {
+            let verdict = if trial.holds { "holds" } else { "is missed, or the run was invalid" };
+            let (due, achieved) = (units::per_second(trial.offered), units::per_second(trial.achieved));
+            let _ = writeln!(out, "{due}/s due: {achieved}/s; the objective {verdict}");
+        }
+        out.push_str("\nINTERRUPTED: these are the steps that were done; no capacity follows from them");
+        return out;
     }
     let objectives: Vec<_> = objectives.iter().map(ToString::to_string).collect();
     let _ = writeln!(out, "\nwithin {}:\n", objectives.join(", "));

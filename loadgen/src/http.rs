@@ -6,16 +6,17 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use claviger_client::{ConnectError, Endpoint, Lack};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::client::conn::http1::{SendRequest, handshake};
 use hyper::header::{CONTENT_TYPE, HOST, HeaderValue, RETRY_AFTER};
 use hyper::{HeaderMap, Method, Request, Uri};
 use hyper_util::rt::TokioIo;
+use rustix::process::{Resource, getrlimit};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{ClientConfig, RootCertStore};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 
 /// Largest answer that is read, in octets: 256 items of a batch, with room.
@@ -43,6 +44,9 @@ pub enum NoReply {
         /// What happened.
         problem: String,
     },
+    /// This machine or process has no more of something: the server has no part in it.
+    #[error("{}", lack_text(*.0))]
+    Lack(Lack),
     /// The time was up.
     #[error("{server} did not answer within {timeout:?}")]
     Timeout {
@@ -67,9 +71,31 @@ impl NoReply {
     pub fn code(&self) -> &'static str {
         match self {
             Self::Connect { .. } => "NoConnection",
+            Self::Lack(lack) => lack_code(*lack),
             Self::Timeout { .. } => "Timeout",
             Self::Broken { .. } => "BrokenConnection",
         }
+    }
+}
+
+/// What the load generator itself has no more of: its code, and what to do about it.
+pub(crate) fn lack_code(lack: Lack) -> &'static str {
+    match lack {
+        Lack::Files => "OutOfFiles",
+        Lack::Ports => "OutOfPorts",
+    }
+}
+
+/// The same in a sentence.
+pub(crate) fn lack_text(lack: Lack) -> String {
+    match lack {
+        Lack::Files => {
+            let limit = getrlimit(Resource::Nofile).current.map_or("no limit".to_owned(), |limit| limit.to_string());
+            format!("the load generator has no more open files (its limit is {limit}); raise it with ulimit -n")
+        }
+        Lack::Ports => "the load generator's machine has no more local ports or socket memory for connections to this \
+             server; widen net.ipv4.ip_local_port_range, ask from several machines, or lower --in-flight"
+            .to_owned(),
     }
 }
 
@@ -105,8 +131,7 @@ type Sender = SendRequest<Full<Bytes>>;
 /// may close what is idle at any time.
 pub struct Client {
     authority: String,
-    host: String,
-    port: u16,
+    endpoint: Endpoint,
     /// Goes before every path: empty, or starts with a slash and ends without one.
     prefix: String,
     tls: Option<(TlsConnector, ServerName<'static>)>,
@@ -149,8 +174,7 @@ impl Client {
         };
         Ok(Self {
             authority: authority.to_string(),
-            port: authority.port_u16().unwrap_or(if secure { 443 } else { 80 }),
-            host,
+            endpoint: Endpoint::new(host, authority.port_u16().unwrap_or(if secure { 443 } else { 80 })),
             prefix: uri.path().trim_end_matches('/').to_owned(),
             tls,
             timeout,
@@ -211,13 +235,17 @@ impl Client {
     }
 
     async fn connect(&self) -> Result<Sender, NoReply> {
-        let failed =
-            |error: std::io::Error| NoReply::Connect { server: self.authority.clone(), problem: error.to_string() };
-        let stream = TcpStream::connect((self.host.as_str(), self.port)).await.map_err(failed)?;
-        stream.set_nodelay(true).map_err(failed)?;
+        let failed = |problem: String| NoReply::Connect { server: self.authority.clone(), problem };
+        let stream = self.endpoint.connect(self.timeout).await.map_err(|error: ConnectError| match error.lack() {
+            Some(lack) => NoReply::Lack(lack),
+            None => failed(error.to_string()),
+        })?;
         match &self.tls {
             None => self.shake_hands(stream).await,
-            Some((tls, name)) => self.shake_hands(tls.connect(name.clone(), stream).await.map_err(failed)?).await,
+            Some((tls, name)) => {
+                let stream = tls.connect(name.clone(), stream).await;
+                self.shake_hands(stream.map_err(|error| failed(error.to_string()))?).await
+            }
         }
     }
 

@@ -7,7 +7,7 @@
 //! |---|---|
 //! | when requests start | [`profile`] |
 //! | hosts and virtual machines, made before the clock starts | [`lab`], [`prepare`], [`cache`] |
-//! | sending | [`http`], [`host`], [`run`] |
+//! | sending, and stopping before the time | [`http`], [`host`], [`run`], [`interrupt`] |
 //! | counting, and checking what came | [`record`], [`cpu`], [`verify`] |
 //! | telling | [`report`], [`threshold`], [`html`], [`compare`] |
 //! | what it would take | [`capacity`], [`usl`], [`scrape`], [`plan`], [`simulation`] |
@@ -20,6 +20,7 @@ pub mod cpu;
 pub mod host;
 pub mod html;
 pub mod http;
+pub mod interrupt;
 pub mod lab;
 pub mod plan;
 pub mod prepare;

@@ -11,6 +11,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 use claviger_loadgen::capacity::{self, Question};
 use claviger_loadgen::http::Client;
+use claviger_loadgen::interrupt::{self, Interrupt};
 use claviger_loadgen::lab::Lab;
 use claviger_loadgen::plan::{self, Hosts};
 use claviger_loadgen::prepare::World;
@@ -23,6 +24,7 @@ use claviger_loadgen::units;
 use claviger_loadgen::verify::Verify;
 use claviger_loadgen::{Failure, compare, html, print, run};
 use claviger_protocol::payload::ApiVersion;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 /// A threshold failed.
 const THRESHOLD_FAILED: u8 = 99;
@@ -37,8 +39,8 @@ const WRONG: u8 = 97;
     version,
     after_help = "Start here:\n  claviger demo --dir target/lab &\n  \
     claviger-loadgen run --url http://127.0.0.1:8080 --lab target/lab --profile 10s@100\n\
-    Exit status: 0 good, 1 could not be done, 2 usage, 97 a reply was wrong, 98 invalid (the generator was too slow), \
-    99 a threshold failed."
+    Exit status: 0 good, 1 could not be done, 2 usage, 97 a reply was wrong, 98 invalid (the generator was too slow, or \
+    had too few files or ports), 99 a threshold failed, 130 interrupted: what was measured until then is reported."
 )]
 struct Arguments {
     #[command(subcommand)]
@@ -321,6 +323,7 @@ fn api(text: &str) -> Result<ApiVersion, String> {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    raise_open_files();
     let result = match arguments.command {
         Command::Run(arguments) => runtime().and_then(|runtime| runtime.block_on(load(&arguments))),
         Command::Compare { before, after, json } => compared(&before, &after, json),
@@ -331,6 +334,13 @@ fn main() -> ExitCode {
         print::aside(&format!("claviger-loadgen: {failure}"));
         ExitCode::FAILURE
     })
+}
+
+/// Every connection is a file, and the usual soft limit of 1024 is below the requests that may be in flight. A limit that cannot
+/// be raised is no reason to end: a run that comes up against it says so.
+fn raise_open_files() {
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
 }
 
 fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
@@ -351,9 +361,17 @@ async fn load(arguments: &RunArguments) -> Result<ExitCode, Failure> {
         write(file, b"")?;
     }
     let client = arguments.target.client()?;
-    let world = World::prepare(&client, &Lab::open(&arguments.target.lab)?, hosts, machines).await?;
+    let lab = Lab::open(&arguments.target.lab)?;
+    let interrupt = Interrupt::by_signals()?;
+    let world = prepared(World::prepare(&client, &lab, hosts, machines), &interrupt).await?;
     let load = shape.load(mode);
-    let outcome = run::run(client, &world, load.clone()).await?;
+    let outcome = match run::run(client, &world, load.clone(), &interrupt).await {
+        Err(nothing) if interrupt.since().is_some() => {
+            print::aside(&nothing.to_string());
+            return Ok(interrupt::STATUS.into());
+        }
+        ran => ran?,
+    };
     let mut report = Report::new(&arguments.target.url, &load, hosts, machines, &outcome);
     report.thresholds = arguments.threshold.iter().map(|t| t.judge(&outcome.tally, &report)).collect();
     if let Some(file) = &arguments.csv {
@@ -374,7 +392,9 @@ async fn load(arguments: &RunArguments) -> Result<ExitCode, Failure> {
     if let Some(file) = json {
         write(file, format!("{}\n", serde_json::to_string_pretty(&report)?).as_bytes())?;
     }
-    Ok(if report.thresholds.iter().any(|judgement| !judgement.passed) {
+    Ok(if report.interrupted {
+        interrupt::STATUS.into()
+    } else if report.thresholds.iter().any(|judgement| !judgement.passed) {
         THRESHOLD_FAILED.into()
     } else if report.verify.wrong > 0 {
         WRONG.into()
@@ -383,6 +403,21 @@ async fn load(arguments: &RunArguments) -> Result<ExitCode, Failure> {
     } else {
         ExitCode::SUCCESS
     })
+}
+
+/// What was prepared; an interruption before that ends the process. What is made is kept for the next time as it is made.
+async fn prepared(
+    preparing: impl Future<Output = Result<World, Failure>>,
+    interrupt: &Interrupt,
+) -> Result<World, Failure> {
+    tokio::select! {
+        world = preparing => world,
+        _ = interrupt.wait() => {
+            print::aside("nothing was measured yet");
+            // Work on other threads cannot be stopped, and is not waited for.
+            std::process::exit(interrupt::STATUS.into())
+        }
+    }
 }
 
 fn compared(before: &Path, after: &Path, json: bool) -> Result<ExitCode, Failure> {
@@ -411,7 +446,9 @@ async fn measured(arguments: &CapacityArguments) -> Result<ExitCode, Failure> {
         arguments.metrics.as_deref().map(|url| Client::new(url, None, arguments.target.timeout)).transpose()?;
     // Replaced step by step; the last step needs the most machines.
     let mode = Mode::Closed { callers: capacity::MOST_CALLERS, duration: arguments.step };
-    let world = World::prepare(&client, &lab, shape.hosts as usize, shape.machines(&mode)?).await?;
+    let interrupt = Interrupt::by_signals()?;
+    let machines = shape.machines(&mode)?;
+    let world = prepared(World::prepare(&client, &lab, shape.hosts as usize, machines), &interrupt).await?;
     let question = Question {
         client,
         world,
@@ -421,6 +458,7 @@ async fn measured(arguments: &CapacityArguments) -> Result<ExitCode, Failure> {
         lab: &lab,
         metrics,
         hsms: arguments.hsms.map(usize::from),
+        interrupt,
     };
     let answer = capacity::measure(&question).await?;
     let text = capacity::for_people(&answer, &arguments.slo.0, &arguments.assumption.hosts());
@@ -431,7 +469,7 @@ async fn measured(arguments: &CapacityArguments) -> Result<ExitCode, Failure> {
         }
         None => print::line(&text),
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(if answer.interrupted { interrupt::STATUS.into() } else { ExitCode::SUCCESS })
 }
 
 fn planned(arguments: &PlanArguments) -> Result<ExitCode, Failure> {

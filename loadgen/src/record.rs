@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::Duration;
 
+use claviger_client::Lack;
 use hdrhistogram::Histogram;
 
 use crate::progress::Progress;
@@ -24,12 +25,20 @@ pub type Codes = Vec<(Cow<'static, str>, u64)>;
 /// the warm-up is negative.
 #[derive(Debug)]
 pub enum Event {
-    /// Releases that were due and were not asked for: as many requests were in flight as may be.
+    /// Releases that were due and were not asked for: as many requests were in flight as may be, or this program had no
+    /// more of something that a connection needs.
     Dropped {
         /// When they were due.
         due: f64,
         /// How late this program was to notice that they were.
         lag: f64,
+        /// How many.
+        releases: u64,
+        /// What this program lacked.
+        lack: Option<Lack>,
+    },
+    /// Releases whose answer was not waited for, since the run was interrupted.
+    Abandoned {
         /// How many.
         releases: u64,
     },
@@ -94,6 +103,10 @@ pub struct Tally {
     pub achieved: u64,
     /// Releases that were due and not asked for.
     pub dropped: u64,
+    /// Releases that were not asked for since this program lacked something; those of the warm-up, too.
+    pub lacks: BTreeMap<Lack, u64>,
+    /// Releases whose answer was not waited for.
+    pub abandoned: u64,
     /// Releases that failed, by code.
     pub errors: BTreeMap<String, u64>,
     /// Answers after which it was asked again, by code.
@@ -138,6 +151,8 @@ impl Default for Tally {
             offered: 0,
             achieved: 0,
             dropped: 0,
+            lacks: BTreeMap::new(),
+            abandoned: 0,
             errors: BTreeMap::new(),
             retries: BTreeMap::new(),
             latency: histogram(),
@@ -187,7 +202,13 @@ impl Tally {
     /// Counts one event.
     pub fn count(&mut self, event: Event) {
         match event {
-            Event::Dropped { due, lag, releases } if due >= 0.0 => {
+            Event::Dropped { due, lag, releases, lack } => {
+                if let Some(lack) = lack {
+                    *self.lacks.entry(lack).or_default() += releases;
+                }
+                if due < 0.0 {
+                    return;
+                }
                 self.offered += releases;
                 self.dropped += releases;
                 add(&mut self.lag, lag, 1);
@@ -233,7 +254,8 @@ impl Tally {
             }
             Event::Right => self.right += 1,
             Event::Unchecked => self.unchecked += 1,
-            Event::Dropped { .. } | Event::Done { .. } | Event::Lag { .. } => {}
+            Event::Abandoned { releases } => self.abandoned += releases,
+            Event::Done { .. } | Event::Lag { .. } => {}
         }
     }
 
@@ -278,9 +300,12 @@ mod tests {
         tally.count(done(-0.5, 9.0, 1, Vec::new()));
         tally.count(done(0.2, 0.010, 1, Vec::new()));
         tally.count(done(0.9, 1.500, 3, vec![("Timeout".into(), 1)]));
-        tally.count(Event::Dropped { due: 1.1, lag: 0.0, releases: 2 });
+        tally.count(Event::Dropped { due: 1.1, lag: 0.0, releases: 2, lack: None });
+        tally.count(Event::Dropped { due: -0.1, lag: 0.0, releases: 1, lack: Some(Lack::Files) });
+        tally.count(Event::Abandoned { releases: 3 });
         tally.count(Event::Wrong { due: 0.2, problem: "no".to_owned() });
         assert_eq!((tally.offered, tally.achieved, tally.dropped, tally.failed()), (7, 3, 2, 2));
+        assert_eq!((&tally.lacks, tally.abandoned), (&BTreeMap::from([(Lack::Files, 1)]), 3));
         assert_eq!(tally.errors["Timeout"], 1);
         assert_eq!(tally.errors[WRONG_REPLY], 1);
         assert_eq!(tally.latency.len(), 4, "the warm-up is not counted");

@@ -9,6 +9,7 @@ use hdrhistogram::{Counter, Histogram};
 use serde::{Deserialize, Serialize};
 
 use crate::Failure;
+use crate::http::lack_code;
 use crate::print::table;
 use crate::record;
 use crate::run::{Load, Mode, Outcome};
@@ -158,7 +159,10 @@ pub struct Report {
     pub valid: bool,
     /// Why not.
     pub invalid_because: Vec<String>,
-    /// How long load was asked for.
+    /// Whether the run was interrupted; the rest is what was measured until then.
+    #[serde(default)]
+    pub interrupted: bool,
+    /// How long load was asked for, or until the run was interrupted.
     pub duration_seconds: f64,
     /// Releases that were due.
     pub offered: u64,
@@ -166,6 +170,12 @@ pub struct Report {
     pub achieved: u64,
     /// Releases that were due and not asked for.
     pub dropped: u64,
+    /// Of those, how many the load generator had no file or port for, by code.
+    #[serde(default)]
+    pub lacked: BTreeMap<String, u64>,
+    /// Releases that were in flight when an interrupted run ended; they are counted nowhere else.
+    #[serde(default)]
+    pub abandoned: u64,
     /// `offered` ÷ duration.
     pub offered_per_second: f64,
     /// `achieved` ÷ the time from the first due to the last answer, or the duration if that is longer.
@@ -226,10 +236,13 @@ impl Report {
             },
             valid: outcome.invalid.is_empty(),
             invalid_because: outcome.invalid.clone(),
+            interrupted: outcome.interrupted,
             duration_seconds: seconds,
             offered: tally.offered,
             achieved: tally.achieved,
             dropped: tally.dropped,
+            lacked: tally.lacks.iter().map(|(lack, times)| (lack_code(*lack).to_owned(), *times)).collect(),
+            abandoned: tally.abandoned,
             offered_per_second: tally.offered as f64 / seconds,
             achieved_per_second: tally.achieved as f64 / seconds.max(tally.last),
             errors: tally.errors.clone(),
@@ -287,6 +300,13 @@ impl Report {
             if settings.batch > 1 { format!("{} in a request", settings.batch) } else { settings.api.clone() },
             if settings.roll { ", rolled" } else { "" },
         ));
+        if self.interrupted {
+            let ran = units::seconds(self.duration_seconds);
+            say(&format!(
+                "INTERRUPTED after {ran}: this is what was measured until then ({} were still in flight)",
+                plural(usize::try_from(self.abandoned).unwrap_or(usize::MAX), "release")
+            ));
+        }
         say("");
         let share = |part: u64| if self.offered == 0 { 0.0 } else { part as f64 / self.offered as f64 };
         let number = |what: &str, number: u64, aside: String| vec![what.to_owned(), units::count(number as f64), aside];
@@ -297,6 +317,9 @@ impl Report {
             number("errors", self.failed(), units::percent(share(self.failed()))),
         ]);
         say(counts.trim_end());
+        for (code, times) in &self.lacked {
+            say(&format!("  {code}, by the generator's own fault: {}", units::count(*times as f64)));
+        }
         for (code, times) in &self.errors {
             say(&format!("  {code}: {}", units::count(*times as f64)));
         }

@@ -18,7 +18,8 @@ use claviger_protocol::request::RollResponse;
 use crate::Failure;
 use crate::cpu;
 use crate::host::{self, Host};
-use crate::http::{Client, NoReply};
+use crate::http::{Client, NoReply, lack_text};
+use crate::interrupt::Interrupt;
 use crate::prepare::{Machine, World};
 use crate::profile::Profile;
 use crate::record::{Codes, Event, Tally, WRONG_REPLY};
@@ -30,6 +31,10 @@ const HEARTBEAT: Duration = Duration::from_millis(5);
 const PATIENCE: Duration = Duration::from_secs(120);
 /// What "not now" without `Retry-After` means.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
+/// Pause of a caller of a closed loop for which there was no file or port.
+const LACK_PAUSE: Duration = Duration::from_millis(10);
+/// Longest sleep of the pacing thread: how soon it notices that the run was interrupted.
+const NAP: Duration = Duration::from_millis(50);
 /// Share of all processors from which on this program may have been the one that was too slow.
 const STARVED: f64 = 0.9;
 
@@ -93,8 +98,10 @@ pub struct Load {
 pub struct Outcome {
     /// What was counted.
     pub tally: Tally,
-    /// How long load was asked for.
+    /// How long load was asked for; when the run was interrupted, until then.
     pub duration: Duration,
+    /// Whether it was interrupted.
+    pub interrupted: bool,
     /// This program's own use of processors, in processors.
     pub processors: f64,
     /// Why the run says nothing about the server; empty when it does.
@@ -154,15 +161,16 @@ struct Engine {
     in_flight: AtomicUsize,
     checker: Checker,
     events: Sender<Event>,
+    interrupt: Interrupt,
     /// The first measured moment.
     zero: Instant,
 }
 
-/// Makes load, as it is told, on what was prepared.
+/// Makes load, as it is told, on what was prepared, until it is done or interrupted.
 ///
 /// # Errors
-/// The system has no threads left.
-pub async fn run(client: Arc<Client>, world: &World, load: Load) -> Result<Outcome, Failure> {
+/// The system has no threads left, or the run was interrupted before anything was measured.
+pub async fn run(client: Arc<Client>, world: &World, load: Load, interrupt: &Interrupt) -> Result<Outcome, Failure> {
     let (events, received) = mpsc::channel();
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get().div_ceil(2));
     let checker = Checker::start(load.verify, threads, &world.guardian, &events)?;
@@ -189,12 +197,14 @@ pub async fn run(client: Arc<Client>, world: &World, load: Load) -> Result<Outco
         in_flight: AtomicUsize::new(0),
         checker,
         events,
+        interrupt: interrupt.clone(),
         zero,
     });
+    let interrupted = interrupt.clone();
     let meter = tokio::spawn(async move {
-        tokio::time::sleep_until(zero.into()).await;
+        tokio::select! { () = tokio::time::sleep_until(zero.into()) => {}, _ = interrupted.wait() => {} }
         let (before, began) = (cpu::seconds(None), unix_now());
-        tokio::time::sleep(duration).await;
+        tokio::select! { () = tokio::time::sleep(duration) => {}, _ = interrupted.wait() => {} }
         // Where the system does not tell, the lag alone decides.
         (cpu::seconds(None).zip(before).map_or(0.0, |(after, before)| after - before), began)
     });
@@ -206,12 +216,13 @@ pub async fn run(client: Arc<Client>, world: &World, load: Load) -> Result<Outco
             let due = warm.map(move |at| first + at).chain(profile.starts(batch).map(move |at| zero + at));
             let runtime = tokio::runtime::Handle::current();
             let pacing = std::thread::Builder::new().name("pacing".to_owned());
-            let pacing = pacing.spawn(move || due.for_each(|due| start_at(&engine, &runtime, due)))?;
+            let pacing =
+                pacing.spawn(move || due.take_while(|due| start_at(&engine, &runtime, *due)).for_each(drop))?;
             tokio::task::spawn_blocking(move || pacing.join()).await?.map_err(|_| "the pacing thread panicked")?;
         }
         Mode::Closed { callers, duration } => {
             let until = zero + duration;
-            tokio::spawn(heartbeat(zero, until, engine.events.clone()));
+            tokio::spawn(heartbeat(zero, until, engine.events.clone(), interrupt.clone()));
             for _ in 0..callers {
                 tokio::spawn(call_until(engine.clone(), first, until));
             }
@@ -221,6 +232,11 @@ pub async fn run(client: Arc<Client>, world: &World, load: Load) -> Result<Outco
     let tally =
         tokio::task::spawn_blocking(move || counting.join()).await?.map_err(|_| "the counting thread panicked")?;
     let (cpu, began) = meter.await?;
+    let ran = interrupt.since().map(|at| at.into_std().saturating_duration_since(zero)).filter(|ran| *ran < duration);
+    if ran.is_some_and(|ran| ran.is_zero()) {
+        return Err("interrupted before anything was measured".into());
+    }
+    let (interrupted, duration) = (ran.is_some(), ran.unwrap_or(duration));
     let processors = cpu / duration.as_secs_f64();
     let mut invalid = Vec::new();
     let lag = tally.lag.value_at_quantile(0.99) as f64 / 1e6;
@@ -231,19 +247,28 @@ pub async fn run(client: Arc<Client>, world: &World, load: Load) -> Result<Outco
              ask for less, or give it more processors"
         ));
     }
+    for (lack, releases) in &tally.lacks {
+        invalid.push(format!("{releases} releases were not asked for: {}", lack_text(*lack)));
+    }
     let all = std::thread::available_parallelism().map_or(1.0, |n| n.get() as f64);
     if processors > STARVED * all {
         invalid.push(format!(
             "the load generator used {processors:.1} of {all} processors and could hardly have done more"
         ));
     }
-    Ok(Outcome { tally, duration, processors, invalid, began })
+    Ok(Outcome { tally, duration, interrupted, processors, invalid, began })
 }
 
-fn start_at(engine: &Arc<Engine>, runtime: &tokio::runtime::Handle, due: Instant) {
-    let now = Instant::now();
-    if due > now {
-        std::thread::sleep(due - now);
+/// Waits until `due` and starts a request; `false` when the run was interrupted first.
+fn start_at(engine: &Arc<Engine>, runtime: &tokio::runtime::Handle, due: Instant) -> bool {
+    loop {
+        if engine.interrupt.since().is_some() {
+            return false;
+        }
+        match due.checked_duration_since(Instant::now()) {
+            Some(rest) if !rest.is_zero() => std::thread::sleep(rest.min(NAP)),
+            _ => break,
+        }
     }
     if !engine.load.handicap.is_zero() {
         std::thread::sleep(engine.load.handicap);
@@ -261,15 +286,17 @@ fn start_at(engine: &Arc<Engine>, runtime: &tokio::runtime::Handle, due: Instant
         }
         None => {
             let lag = due.elapsed().as_secs_f64();
-            let _ = engine.events.send(Event::Dropped { due: engine.seconds(due), lag, releases: batch as u64 });
+            let due = engine.seconds(due);
+            let _ = engine.events.send(Event::Dropped { due, lag, releases: batch as u64, lack: None });
         }
     }
+    true
 }
 
 /// One caller of a closed loop.
 async fn call_until(engine: Arc<Engine>, first: Instant, until: Instant) {
     tokio::time::sleep_until(first.into()).await;
-    while Instant::now() < until {
+    while Instant::now() < until && engine.interrupt.since().is_none() {
         if !engine.load.handicap.is_zero() {
             std::thread::sleep(engine.load.handicap);
         }
@@ -281,10 +308,10 @@ async fn call_until(engine: Arc<Engine>, first: Instant, until: Instant) {
 }
 
 /// Where nothing has its time there is nothing to be late for; so something is.
-async fn heartbeat(zero: Instant, until: Instant, events: Sender<Event>) {
+async fn heartbeat(zero: Instant, until: Instant, events: Sender<Event>, interrupt: Interrupt) {
     let mut due = zero;
     while due < until {
-        tokio::time::sleep_until(due.into()).await;
+        tokio::select! { () = tokio::time::sleep_until(due.into()) => {}, _ = interrupt.wait() => return }
         let lag = due.elapsed().as_secs_f64();
         let _ = events.send(Event::Lag { due: due.duration_since(zero).as_secs_f64(), lag });
         due = (due + HEARTBEAT).max(Instant::now());
@@ -314,7 +341,8 @@ impl Engine {
         let lag = begun.saturating_duration_since(due).as_secs_f64();
         let mut retries = Codes::new();
         let (reply, ended) = loop {
-            let reply = self.client.post(&path, "application/xml", body.clone()).await;
+            let asked = self.client.post(&path, "application/xml", body.clone());
+            let reply = tokio::select! { reply = asked => reply, () = self.interrupt.abandon() => return self.abandon(machines) };
             let ended = Instant::now();
             match &reply {
                 Ok(reply)
@@ -326,8 +354,12 @@ impl Engine {
                     // Who waits is not in flight. Spread over a second, or all would come back at once.
                     self.in_flight.fetch_sub(1, Ordering::Relaxed);
                     let pause = reply.retry_after.unwrap_or(RETRY_AFTER);
-                    tokio::time::sleep(pause.mul_f64(1.0 + fastrand::f64())).await;
+                    let pause = tokio::time::sleep(pause.mul_f64(1.0 + fastrand::f64()));
+                    let go_on = tokio::select! { () = pause => true, _ = self.interrupt.wait() => false };
                     self.in_flight.fetch_add(1, Ordering::Relaxed);
+                    if !go_on {
+                        return self.abandon(machines);
+                    }
                     begun = Instant::now();
                 }
                 _ => break (reply, ended),
@@ -336,8 +368,23 @@ impl Engine {
         let service = ended.duration_since(begun).as_secs_f64();
         let latency = ended.duration_since(due).as_secs_f64();
         let due = self.seconds(due);
+        if let Err(NoReply::Lack(lack)) = reply {
+            let releases = machines.len() as u64;
+            machines.iter().for_each(|(at, _)| self.source.give_back(*at, None));
+            let _ = self.events.send(Event::Dropped { due, lag, releases, lack: Some(lack) });
+            if let Mode::Closed { .. } = self.load.mode {
+                // What is lacking comes back when others end. Until then, a caller that asks at once again is busy for nothing.
+                tokio::time::sleep(LACK_PAUSE).await;
+            }
+            return;
+        }
         let Answer { released, errors } = self.answer(due, host, machines, reply).await;
         let _ = self.events.send(Event::Done { due, lag, service, latency, released, errors, retries });
+    }
+
+    /// The run was interrupted, and nobody waits for the answer.
+    fn abandon(&self, machines: Vec<(usize, Machine)>) {
+        let _ = self.events.send(Event::Abandoned { releases: machines.len() as u64 });
     }
 
     /// Judges what came; the time was taken already. Whatever takes a while is done elsewhere.

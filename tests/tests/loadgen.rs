@@ -238,6 +238,69 @@ fn a_storm_asks_again_and_silence_is_dropped_and_timed_out() {
     assert_eq!((dropped + late, number(&report, "/achieved")), (20.0, 0.0));
 }
 
+/// The generator with a limit of open files: soft, hard.
+fn limited(lab: &Lab, url: &str, files: &str, arguments: &[&str]) -> (i32, Value) {
+    let unlimited = command(lab, url, arguments);
+    let mut command = Command::new("prlimit");
+    command.arg(format!("--nofile={files}")).arg(unlimited.get_program()).args(unlimited.get_args());
+    finished(&command.output().unwrap())
+}
+
+#[test]
+fn a_lack_of_files_is_the_generators_own_fault() {
+    let (lab, daemon) = lab();
+    // Each caller needs a connection of its own, and a connection is a file.
+    let many = [&PATIENT[..], &["--closed", "64", "--duration", "1s", "--warmup", "0s"]].concat();
+    for url in [daemon.url.clone(), daemon.url.replace("127.0.0.1", "localhost")] {
+        let (status, report) = limited(&lab, &url, "40:40", &many);
+        assert_eq!((status, &report["valid"]), (98, &json!(false)), "{report:#}");
+        let reasons = report["invalid_because"].as_array().unwrap();
+        let named = |reason: &&Value| reason.as_str().unwrap().contains("no more open files (its limit is 40)");
+        assert_eq!(reasons.iter().filter(named).count(), 1, "{report:#}");
+        let lacked = number(&report, "/lacked/OutOfFiles");
+        assert!(lacked > 0.0 && number(&report, "/dropped") >= lacked, "{report:#}");
+        assert_eq!(report["errors"], json!({}), "the server is not to blame: {report:#}");
+        assert!(number(&report, "/achieved") > 0.0, "the files that there were served: {report:#}");
+    }
+    // The soft limit is raised as far as the hard one allows.
+    let (_, report) = limited(&lab, &daemon.url, "40:4096", &many);
+    assert_eq!((&report["lacked"], &report["errors"]), (&json!({}), &json!({})), "{report:#}");
+}
+
+#[test]
+fn an_interrupted_run_reports_what_was_measured() {
+    let (lab, daemon) = lab();
+    let releases = || lab.audit().iter().filter(|line| line["event"] == "release").count();
+    let interrupted = |mut command: Command| {
+        let before = releases();
+        let running = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        claviger_tests::until("releases", || (releases() > before + 10).then_some(()));
+        // Some more, so that there is a time to report.
+        std::thread::sleep(Duration::from_millis(500));
+        kill_process(rustix::process::Pid::from_child(&running), Signal::INT).unwrap();
+        let output = running.wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(130), "{}", said(&output));
+        output
+    };
+    let loads: [&[&str]; 2] = [&["--profile", "10m@40"], &["--closed", "2", "--duration", "10m"]];
+    for load in loads {
+        let arguments = [&PATIENT[..], &["--warmup", "0s"], load].concat();
+        let output = interrupted(command(&lab, &daemon.url, &arguments));
+        let (_, report) = finished(&output);
+        assert_eq!((&report["interrupted"], &report["errors"]), (&json!(true), &json!({})), "{report:#}");
+        let (seconds, achieved) = (number(&report, "/duration_seconds"), number(&report, "/achieved"));
+        assert!(seconds > 0.1 && seconds < 500.0 && achieved >= 1.0, "{report:#}");
+        assert!(said(&output).contains("INTERRUPTED after "), "{}", said(&output));
+    }
+    let warming_up = [&PATIENT[..], &["--warmup", "10m", "--profile", "1s@40"]].concat();
+    let output = interrupted(command(&lab, &daemon.url, &warming_up));
+    assert!(said(&output).contains("interrupted before anything was measured"), "{}", said(&output));
+    let mut capacity = Command::new(loadgen());
+    capacity.args(["capacity", "--url", &daemon.url, "--step", "10m", "--vms", "8", "--lab"]).arg(lab.path());
+    let output = interrupted(capacity);
+    assert!(said(&output).contains("INTERRUPTED: "), "{}", said(&output));
+}
+
 /// A server in front of another that may change answers, or keep them; its URL.
 fn proxy(behind: SocketAddr, change: impl Fn(&str, Answer) -> Option<Answer> + Send + Sync + 'static) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();

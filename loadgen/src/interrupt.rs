@@ -1,0 +1,95 @@
+//! Ctrl-C: a run ends before its time, and what was measured so far is reported.
+
+use std::time::Duration;
+
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use crate::print;
+
+/// How long requests in flight are waited for once the run was interrupted.
+const GRACE: Duration = Duration::from_secs(2);
+/// The exit status after SIGINT, as a shell has it.
+pub const STATUS: u8 = 130;
+
+/// Whether to stop, for all who have to know. Clones belong together.
+#[derive(Clone, Debug)]
+pub struct Interrupt {
+    at: watch::Sender<Option<Instant>>,
+}
+
+impl Default for Interrupt {
+    fn default() -> Self {
+        Self { at: watch::Sender::new(None) }
+    }
+}
+
+impl Interrupt {
+    /// Set by SIGINT and SIGTERM; the second of them ends the process. Belongs into the runtime.
+    ///
+    /// # Errors
+    /// The system lets no signal be handled.
+    pub fn by_signals() -> std::io::Result<Self> {
+        let interrupt = Self::default();
+        let (mut int, mut term) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+        let setting = interrupt.clone();
+        tokio::spawn(async move {
+            let mut either = async || tokio::select! { _ = int.recv() => {}, _ = term.recv() => {} };
+            either().await;
+            setting.set();
+            print::aside("interrupted: reporting what was measured so far; once more ends at once");
+            either().await;
+            std::process::exit(STATUS.into());
+        });
+        Ok(interrupt)
+    }
+
+    /// Stops what runs.
+    pub fn set(&self) {
+        self.at.send_if_modified(|at| at.is_none() && at.replace(Instant::now()).is_none());
+    }
+
+    /// Whether to stop, and since when.
+    #[must_use]
+    pub fn since(&self) -> Option<Instant> {
+        *self.at.borrow()
+    }
+
+    /// Returns when it is time to stop.
+    pub async fn wait(&self) -> Instant {
+        let mut changes = self.at.subscribe();
+        match changes.wait_for(Option::is_some).await.map(|at| *at) {
+            Ok(Some(at)) => at,
+            // The sender lives as long as this value.
+            _ => std::future::pending().await,
+        }
+    }
+
+    /// Returns when requests in flight are not waited for any longer.
+    pub async fn abandon(&self) {
+        let at = self.wait().await;
+        tokio::time::sleep_until(at + GRACE).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn all_clones_hear_of_it_and_what_is_in_flight_has_a_grace() {
+        let interrupt = Interrupt::default();
+        let (waiting, abandoning) = (interrupt.clone(), interrupt.clone());
+        let begun = Instant::now();
+        let waiting = tokio::spawn(async move { waiting.wait().await });
+        let abandoning = tokio::spawn(async move { abandoning.abandon().await });
+        tokio::time::sleep(Duration::from_secs(5)).await;
+        assert!(!waiting.is_finished() && interrupt.since().is_none());
+        interrupt.set();
+        interrupt.set();
+        assert_eq!(waiting.await.ok(), interrupt.since());
+        assert!(abandoning.await.is_ok());
+        assert_eq!(begun.elapsed(), Duration::from_secs(5) + GRACE);
+    }
+}
