@@ -42,7 +42,11 @@ pub struct Idle {
 pub fn run(stage: &Stage, settings: &Settings, connections: usize, mut tell: impl FnMut(&str)) -> Idle {
     // Its own end of them; as many again are the daemon's.
     claviger::process::raise_open_files().unwrap();
-    stage.lab.configure(|config| config.server.max_connections = connections + 16 + CALLERS);
+    stage.lab.configure(|config| {
+        config.server.max_connections = connections + 16 + CALLERS;
+        // All of them come from one address, and the first are to live as long as the last.
+        config.server.max_connections_per_address = 0;
+    });
     let service = Service::start(&stage.lab);
     let _ = service.round(CALLERS, settings.time);
     let resident_bytes_without = service.snapshot().resident;

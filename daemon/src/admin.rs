@@ -14,16 +14,18 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinSet;
 use zeroize::Zeroizing;
+
+use crate::server::places::{Guest, Places};
 
 /// Longest request, in octets, with its line break. An import of some ten thousand hosts is the longest there is.
 pub const REQUEST_LIMIT: usize = 16 * 1024 * 1024;
@@ -44,7 +46,7 @@ const COMMAND_TIMEOUT: Duration = Duration::from_secs(600);
 /// How long commands in progress may take when the daemon stops.
 const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Most connections at once. More is no administrator's doing.
+/// Most connections at once. For one more, the one that has been silent longest is closed, of the user who has the most.
 const MAX_CONNECTIONS: usize = 64;
 
 /// Longest path of a Unix socket: `sun_path` less its NUL.
@@ -206,23 +208,25 @@ impl AdminSocket {
         let (stop, stopping) = watch::channel(false);
         // Every command holds the other end.
         let (running, mut all_done) = mpsc::channel::<Infallible>(1);
+        let places = Arc::new(Mutex::new(Places::new(MAX_CONNECTIONS, 0)));
         let mut connections = JoinSet::new();
         tokio::pin!(shutdown);
         loop {
-            let room = connections.len() < MAX_CONNECTIONS;
             tokio::select! {
                 biased;
                 () = &mut shutdown => break,
                 Some(ended) = connections.join_next() => log_panic(ended),
-                accepted = self.listener.accept(), if room => match accepted {
+                accepted = self.listener.accept() => match accepted {
                     Ok((stream, _)) => {
+                        let Some((peer, place)) = seat(&stream, &places) else { continue };
                         let terms = Terms {
                             for_group: self.for_group,
                             longest: self.longest,
                             patience: self.patience,
                             running: running.clone(),
+                            place,
                         };
-                        connections.spawn(converse(stream, terms, handler.clone(), stopping.clone()));
+                        connections.spawn(converse(stream, peer, terms, handler.clone(), stopping.clone()));
                     }
                     Err(error) => {
                         tracing::error!(%error, "the administrators' socket cannot accept; trying again");
@@ -262,29 +266,87 @@ fn log_panic(ended: Result<(), tokio::task::JoinError>) {
     }
 }
 
+/// What a connection is doing, as far as its place is concerned.
+struct Doing {
+    /// Since when it waits for its administrator; `None` while a command runs.
+    waiting: Mutex<Option<Instant>>,
+    leave: Notify,
+}
+
+impl Doing {
+    fn waits(&self, since: Option<Instant>) {
+        *self.waiting.lock().unwrap_or_else(PoisonError::into_inner) = since;
+    }
+}
+
+impl Guest for Arc<Doing> {
+    fn waiting_since(&self) -> Option<Instant> {
+        *self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn ask_to_leave(&self) {
+        self.leave.notify_one();
+    }
+}
+
+type AdminPlaces = Mutex<Places<u32, Arc<Doing>>>;
+
+/// The place of a connection, given back when it ends.
+struct Place {
+    places: Arc<AdminPlaces>,
+    uid: u32,
+    number: u64,
+    doing: Arc<Doing>,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.places.lock().unwrap_or_else(PoisonError::into_inner).leave(self.uid, self.number);
+    }
+}
+
+/// Finds out who has connected, and takes a place for the connection.
+fn seat(stream: &UnixStream, places: &Arc<AdminPlaces>) -> Option<(Peer, Place)> {
+    let peer = match stream.peer_cred() {
+        Ok(credentials) => Peer { uid: credentials.uid(), pid: credentials.pid() },
+        Err(error) => {
+            tracing::warn!(%error, "the kernel does not say who uses the administrators' socket: refused");
+            return None;
+        }
+    };
+    let doing = Arc::new(Doing { waiting: Mutex::new(Some(Instant::now())), leave: Notify::new() });
+    let arrived = places.lock().unwrap_or_else(PoisonError::into_inner).arrive(peer.uid, &doing);
+    let Ok((number, _)) = arrived else {
+        // As far as it takes them: it is written to nobody else.
+        let _ = stream.try_write(b"{\"error\":\"too many commands run at the same time; try again\"}\n");
+        return None;
+    };
+    Some((peer, Place { places: places.clone(), uid: peer.uid, number, doing }))
+}
+
 /// What holds for a connection.
 struct Terms {
     for_group: bool,
     longest: usize,
     patience: Duration,
+    place: Place,
     /// Held by commands for as long as they run.
     running: mpsc::Sender<Infallible>,
 }
 
 /// One administrator's connection.
-async fn converse<H, F>(mut stream: UnixStream, terms: Terms, handler: Arc<H>, mut stopping: watch::Receiver<bool>)
-where
+async fn converse<H, F>(
+    mut stream: UnixStream,
+    peer: Peer,
+    terms: Terms,
+    handler: Arc<H>,
+    mut stopping: watch::Receiver<bool>,
+) where
     H: Fn(Value, Peer) -> F,
     F: Future<Output = Result<Value, String>> + Send + 'static,
 {
-    let Terms { for_group, longest, patience, running } = terms;
-    let peer = match stream.peer_cred() {
-        Ok(credentials) => Peer { uid: credentials.uid(), pid: credentials.pid() },
-        Err(error) => {
-            tracing::warn!(%error, "the kernel does not say who uses the administrators' socket: refused");
-            return;
-        }
-    };
+    let Terms { for_group, longest, patience, running, place } = terms;
+    let doing = &place.doing;
     let (reader, mut writer) = stream.split();
     let mut reader = BufReader::new(reader);
     let allowed = for_group || peer.uid == 0 || peer.uid == rustix::process::geteuid().as_raw();
@@ -292,8 +354,10 @@ where
         let line = tokio::select! {
             biased;
             _ = stopping.wait_for(|stop| *stop) => return,
+            () = doing.leave.notified() => return,
             line = tokio::time::timeout(IDLE_TIMEOUT, read_line(&mut reader, longest)) => line,
         };
+        doing.waits(None);
         let (result, more) = match line {
             Err(_) | Ok(Ok(Line::End) | Err(_)) => return,
             Ok(Ok(Line::TooLong)) => (Err(format!("a request has at most {longest} octets")), false),
@@ -326,7 +390,11 @@ where
         }
         .to_string();
         answer.push('\n');
-        let written = tokio::time::timeout(IDLE_TIMEOUT, writer.write_all(answer.as_bytes())).await;
+        doing.waits(Some(Instant::now()));
+        let written = tokio::select! {
+            written = tokio::time::timeout(IDLE_TIMEOUT, writer.write_all(answer.as_bytes())) => written,
+            () = doing.leave.notified() => return,
+        };
         if !matches!(written, Ok(Ok(()))) || !more {
             return;
         }
@@ -563,6 +631,25 @@ mod tests {
         std::fs::write(&path, "precious").unwrap();
         assert!(matches!(AdminSocket::bind(&path, None), Err(AdminError::NotASocket { .. })));
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
+    }
+
+    #[tokio::test]
+    async fn connections_that_say_nothing_keep_nobody_out() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("admin.sock");
+        let running = start(&path);
+        let mut silent = Vec::new();
+        for _ in 0..3 * MAX_CONNECTIONS {
+            silent.push(UnixStream::connect(&path).await.unwrap());
+        }
+        for value in 0..10 {
+            let request = json!({ "command": "echo", "value": value });
+            let answer = tokio::time::timeout(IDLE_TIMEOUT / 2, call(&path, &request)).await.expect("kept out");
+            assert_eq!(answer.unwrap(), json!(value));
+        }
+        // The first ones were closed for it.
+        assert_eq!(silent[0].read(&mut [0]).await.unwrap(), 0);
+        stop(running).await;
     }
 
     #[tokio::test]

@@ -9,7 +9,7 @@ use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -26,6 +26,9 @@ const GROUP: usize = 256;
 
 /// Most records that wait for the writer. More than the release queues let through, so only a stuck disk fills it.
 const WAITING: usize = 16_384;
+
+/// How long records may take to be written before the disk is said to hang.
+const DISK_HANGS: Duration = Duration::from_secs(2);
 
 /// One record. Serialised in this order; what is `None` is left out.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -106,6 +109,8 @@ type Reply = oneshot::Sender<Result<(), AuditError>>;
 /// The open audit trail. Share it with an `Arc`; the last one that is dropped writes what waits, and ends the thread.
 #[derive(Debug)]
 pub struct Audit {
+    /// Whether the last group of records could not be written.
+    failing: Arc<AtomicBool>,
     /// When the writer began with what it is writing, in milliseconds since `epoch`; 0 while it writes nothing.
     writing: Arc<AtomicU64>,
     epoch: Instant,
@@ -124,12 +129,21 @@ impl Audit {
     pub fn open(path: &Path, sync: bool) -> Result<Self, AuditError> {
         let error = |source| AuditError::Write { path: path.to_owned(), source: Arc::new(source) };
         let (writing, epoch) = (Arc::new(AtomicU64::new(0)), Instant::now());
-        let now = Arc::clone(&writing);
-        let mut writer = Writer { path: path.to_owned(), sync, file: None, torn: false, lost: 0, writing: now, epoch };
+        let (now, failing) = (Arc::clone(&writing), Arc::<AtomicBool>::default());
+        let mut writer = Writer {
+            path: path.to_owned(),
+            sync,
+            file: None,
+            torn: false,
+            lost: 0,
+            failing: failing.clone(),
+            writing: now,
+            epoch,
+        };
         writer.open().map_err(error)?;
         let (jobs, waiting) = bounded(WAITING);
         let thread = std::thread::Builder::new().name("audit".to_owned()).spawn(move || writer.run(&waiting));
-        Ok(Self { writing, epoch, jobs: Some(jobs), writer: Some(thread.map_err(error)?) })
+        Ok(Self { failing, writing, epoch, jobs: Some(jobs), writer: Some(thread.map_err(error)?) })
     }
 
     /// Writes a record. Returns when its line is in the file (and, with `sync`, on the disk).
@@ -163,6 +177,20 @@ impl Audit {
             began => self.epoch.elapsed().saturating_sub(Duration::from_millis(began)),
         };
         (waiting, since)
+    }
+
+    /// Why records are refused at the moment, as far as is known without writing one.
+    #[must_use]
+    pub fn refuses(&self) -> Option<String> {
+        let (waiting, writing) = self.backlog();
+        if writing >= DISK_HANGS {
+            Some(format!("the disk of the audit trail has not answered for {} s", writing.as_secs()))
+        } else if waiting >= WAITING {
+            Some("the audit trail is overloaded".to_owned())
+        } else {
+            let failing = self.failing.load(Ordering::Acquire);
+            failing.then(|| "the audit trail cannot be written: the log says why".to_owned())
+        }
     }
 
     async fn submit(&self, job: impl FnOnce(Reply) -> Job) -> Result<(), AuditError> {
@@ -199,6 +227,8 @@ struct Writer {
     torn: bool,
     /// Records that failed since the last one that was written.
     lost: u64,
+    /// See [`Audit`].
+    failing: Arc<AtomicBool>,
     /// See [`Audit`].
     writing: Arc<AtomicU64>,
     epoch: Instant,
@@ -253,6 +283,7 @@ impl Writer {
         let began = Instant::now();
         let written = self.at_the_disk(|writer| writer.write(lines));
         crate::metrics::audit_written(began.elapsed());
+        self.failing.store(written.is_err(), Ordering::Release);
         match written {
             Ok(()) => {
                 if self.lost > 0 {
@@ -418,8 +449,10 @@ mod tests {
             assert!(matches!(&error, AuditError::Write { source, .. } if source.kind() == io::ErrorKind::StorageFull));
             assert!(error.to_string().contains("audit.jsonl cannot be written"), "{error}");
         }
+        assert!(audit.refuses().unwrap().contains("cannot be written"));
         std::fs::remove_file(&path).unwrap();
         audit.record(&entry("healed")).await.unwrap();
+        assert_eq!(audit.refuses(), None);
         assert_eq!(requests(&path), ["healed"]);
         // A folder that is away is no different from a full disk.
         audit.reopen().await.unwrap();

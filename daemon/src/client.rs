@@ -17,7 +17,7 @@ use rustls::{ClientConfig, RootCertStore};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::TlsConnector;
 
-use crate::server::{BodyError, read_body};
+use crate::server::{BodyError, Pace, UpTo, read_body};
 
 /// Largest answer that is read, in octets.
 pub const REPLY_LIMIT: usize = 32 * 1024 * 1024;
@@ -274,12 +274,15 @@ impl Client {
         let unanswered = |error: hyper::Error| Failed::Unanswered(self.broken(&error));
         sender.ready().await.map_err(unanswered)?;
         let (head, body) = sender.send_request(request).await.map_err(unanswered)?.into_parts();
-        let body = read_body(body, REPLY_LIMIT, self.timeout).await.map_err(|error| {
+        let (most, pace) = (REPLY_LIMIT as u64, Pace { within: self.timeout, least: 0 });
+        let body = read_body(body, most, pace, &mut UpTo(most)).await.map_err(|error| {
             let server = self.authority.clone();
             Failed::Answered(match error {
                 BodyError::TooLarge => ClientError::TooLarge { server },
                 BodyError::Timeout => ClientError::Timeout { server, timeout: self.timeout },
-                BodyError::Broken => ClientError::Broken { server, problem: "its answer broke off".to_owned() },
+                BodyError::Broken | BodyError::NotTaken => {
+                    ClientError::Broken { server, problem: "its answer broke off".to_owned() }
+                }
             })
         })?;
         self.keep(sender);

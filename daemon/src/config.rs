@@ -58,13 +58,29 @@ pub struct Server {
     /// The same for `review.sock`, where nothing can be changed. Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub review_group: Option<String>,
-    /// Most connections that are open at once, 1 to 1,000,000; more wait in the kernel's backlog. Default: 10,000.
+    /// Most connections that are open at once, 1 to 1,000,000. For one more, the connection that has waited longest for its
+    /// client is closed, of the address that has the most. Default: 10,000.
     pub max_connections: usize,
-    /// Milliseconds from a request's first octet to the end of its header, and for a TLS handshake; 1 to 600,000.
-    /// Default: 10,000.
+    /// Most connections of one address, or of one /64 network of IPv6, 0 to 1,000,000; 0 is no limit. Beyond, that address's
+    /// longest-waiting connection is closed for the new one; only where the service works for all of them the new one is.
+    /// Default: 4,096, as many as releases may wait for their turn: hosts behind a load balancer or a NAT, which share an
+    /// address, do not come near it, and no address can take all places.
+    pub max_connections_per_address: usize,
+    /// Milliseconds for a TLS handshake, to the first byte of a new connection, and from a request's first byte to the end of
+    /// its header; 1 to 600,000. Default: 10,000.
     pub header_timeout_ms: u64,
     /// Milliseconds in which a request's whole body has to arrive, 1 to 600,000. Default: 15,000.
     pub body_timeout_ms: u64,
+    /// Bytes a second that a request's body has to arrive with, from its sixth second on, 0 to 1,000,000,000; 0 asks for
+    /// nothing. Default: 4,096.
+    pub body_rate: u64,
+    /// MiB of memory for the bodies of requests and the work on them, three bytes for each byte of a body, 64 to 1,048,576.
+    /// A quarter is kept for bodies up to 64 KiB, an eighth is all that one connection gets. Default: 512.
+    pub body_memory_mib: u64,
+    /// The same for all connections of one address, or of one /64 network of IPv6; 0 is no limit. Default: 384, three
+    /// quarters: enough for as many releases as may wait where all hosts share the address of a load balancer or a NAT, and
+    /// a quarter that no address can take from the others.
+    pub body_memory_per_address_mib: u64,
     /// Milliseconds that a connection may stay open with no request in progress, 1 to 3,600,000. Default: 75,000.
     pub idle_timeout_ms: u64,
     /// Milliseconds that a stopping daemon waits for the requests in progress, 1 to 600,000. Default: 30,000.
@@ -84,8 +100,12 @@ impl Default for Server {
             admin_group: None,
             review_group: None,
             max_connections: 10_000,
+            max_connections_per_address: 4_096,
             header_timeout_ms: 10_000,
             body_timeout_ms: 15_000,
+            body_rate: 4_096,
+            body_memory_mib: 512,
+            body_memory_per_address_mib: 384,
             idle_timeout_ms: 75_000,
             drain_timeout_ms: 30_000,
             tls: None,
@@ -501,6 +521,11 @@ impl Config {
         let server = &self.server;
         let in_server = |key| setting("server", key);
         within(in_server("max_connections"), server.max_connections as u64, 1, 1_000_000)?;
+        let per_address = server.max_connections_per_address as u64;
+        within(in_server("max_connections_per_address"), per_address, 0, 1_000_000)?;
+        within(in_server("body_rate"), server.body_rate, 0, 1_000_000_000)?;
+        within(in_server("body_memory_mib"), server.body_memory_mib, 64, 1_048_576)?;
+        within(in_server("body_memory_per_address_mib"), server.body_memory_per_address_mib, 0, 1_048_576)?;
         within(in_server("header_timeout_ms"), server.header_timeout_ms, 1, 600_000)?;
         within(in_server("body_timeout_ms"), server.body_timeout_ms, 1, 600_000)?;
         within(in_server("idle_timeout_ms"), server.idle_timeout_ms, 1, 3_600_000)?;
@@ -837,6 +862,8 @@ sync = true
             ("127.0.0.1:0", "localhost:80", "/lab/claviger.toml:6: server.listen: "),
             ("127.0.0.1:0", "127.0.0.1:9464", "server.metrics: 127.0.0.1:9464 is the address of server.listen, too"),
             ("state =", "header_timeout_ms = 0\nstate =", "/lab/claviger.toml:7: server.header_timeout_ms: 0 is out"),
+            ("state =", "body_memory_mib = 63\nstate =", "/lab/claviger.toml:7: server.body_memory_mib: 63 is out"),
+            ("state =", "body_rate = -1\nstate =", "/lab/claviger.toml:7: server.body_rate: invalid"),
             ("SOFTHSM2_CONF", "\"A=B\"", "/lab/claviger.toml:3: env.A=B: \"A=B\" cannot be an environment variable"),
             ("[audit]", "[release]\nhost_burst = 0\n[audit]", "/lab/claviger.toml:30: release.host_burst: 0 is out"),
             ("[audit]", "[release]\nhost_rate = -1\n[audit]", "/lab/claviger.toml:30: release.host_rate: invalid"),

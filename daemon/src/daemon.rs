@@ -18,11 +18,13 @@ use crate::admission::Dropped;
 use crate::attest::signer::Keeper;
 use crate::commands;
 use crate::config::{Config, Hsm, PinError, TokenName};
+use crate::intake;
 use crate::metrics;
 use crate::monitor::{self, Monitor};
 use crate::notify;
 use crate::process;
 use crate::routes;
+use crate::server::places::LEAVING;
 use crate::server::{self, Drained, Limits, Listener, SharedTls, TlsError, tls_config};
 use crate::service::{Service, ServiceError, observer, unix_now};
 
@@ -31,6 +33,10 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// Most connections to the metrics address; more is no scraper's doing.
 const METRICS_CONNECTIONS: usize = 64;
+/// Most requests on one connection of HTTP/2 to the metrics address.
+const METRICS_STREAMS: u32 = 8;
+/// Longest time for the header of a request to the metrics address.
+const METRICS_HEADER_TIMEOUT: Duration = Duration::from_secs(5);
 /// Open files that are neither connections nor sessions on tokens: listeners, the administrators' socket with its own
 /// connections, the state, the audit trail, what the runtime and the vendors' libraries hold.
 const OTHER_FILES: usize = 192;
@@ -148,10 +154,12 @@ impl Daemon {
             attestation_outcomes: &routes::attestation_outcomes(),
             drop_reasons: &Dropped::ALL.map(Dropped::as_str),
             resources: &routes::resources(),
+            body_refusals: &intake::refusals(),
         });
         let tls =
             config.server.tls.as_ref().map(tls_config).transpose()?.map(|tls| Arc::new(ArcSwap::from_pointee(tls)));
         let listener = Listener::bind(config.server.listen)?.counted();
+        let blocked = listener.blocked();
         let metrics_listener = Listener::bind(config.server.metrics)?;
         let (address, metrics_address) = (listener.local_addr(), metrics_listener.local_addr());
         let limits = affordable(Limits::from(&config.server), &config);
@@ -178,7 +186,7 @@ impl Daemon {
         let handler = service_fn(move |request| routes::serve(of.clone(), request));
         let serving = tokio::spawn(server::run(listener, tls.clone(), limits.clone(), handler, wait(stopped.clone())));
 
-        let monitor = Arc::new(Monitor::new(service.clone(), handle, tls.clone(), limits.max_connections));
+        let monitor = Arc::new(Monitor::new(service.clone(), handle, tls.clone(), limits.max_connections, blocked));
         let of = monitor.clone();
         let handler = service_fn(move |request| monitor::serve(of.clone(), request));
         let of = service.clone();
@@ -194,7 +202,7 @@ impl Daemon {
             tokio::spawn(monitor::watch(monitor)),
             // Until the very end: an operator wants to see a stop that takes long.
             tokio::spawn(async move {
-                let limits = Limits { max_connections: METRICS_CONNECTIONS, ..limits };
+                let limits = metrics_limits(limits);
                 server::run(metrics_listener, None, limits, handler, std::future::pending()).await;
             }),
         ];
@@ -229,11 +237,20 @@ impl Daemon {
     }
 }
 
+/// The limits of the metrics address. They are its own, so that what is done to the service's does not silence it; and few
+/// connections suffice, since the one that has waited longest is closed for the next.
+fn metrics_limits(service: Limits) -> Limits {
+    let header_timeout = service.header_timeout.min(METRICS_HEADER_TIMEOUT);
+    Limits { max_connections: METRICS_CONNECTIONS, per_address: 0, streams: METRICS_STREAMS, header_timeout, ..service }
+}
+
 /// The limits, as far as the open files suffice for them.
 fn affordable(mut limits: Limits, config: &Config) -> Limits {
     // A vendor's library may have a file of its own for each session.
     let sessions: usize = config.hsm.iter().map(|hsm| hsm.sessions).sum();
-    let most = process::affordable_connections(limits.max_connections, OTHER_FILES + METRICS_CONNECTIONS + sessions);
+    // Of each listener, as many again may be about to close.
+    let others = OTHER_FILES + METRICS_CONNECTIONS + 2 * LEAVING + sessions;
+    let most = process::affordable_connections(limits.max_connections, others);
     if most < limits.max_connections {
         tracing::warn!(
             wished = limits.max_connections,

@@ -1,9 +1,9 @@
 //! The key-protection certificates: which keys serve, which are primary, and the metadata document made of them.
 
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use claviger_hsm::{Hash, HsmError, KeyId, KnownGood, Oaep, SignScheme};
 use claviger_protocol::algorithm::{self, SignatureAlgorithm};
 use claviger_protocol::certificate::{Certificate, CertificateError};
@@ -76,7 +76,7 @@ pub struct Held {
 enum Metadata {
     #[default]
     Unsigned,
-    Signed(Arc<Vec<u8>>),
+    Signed(Bytes),
     /// No HSM signed it, at this time.
     Failed(Instant),
 }
@@ -194,7 +194,7 @@ impl Keys {
     ///
     /// # Errors
     /// 500 when there is no primary certificate, 503 when no HSM signs.
-    pub async fn metadata(&self, service: &Service) -> Result<Arc<Vec<u8>>, Refusal> {
+    pub async fn metadata(&self, service: &Service) -> Result<Bytes, Refusal> {
         let missing = |kind| Refusal::new(Code::Internal, format!("Primary {kind} Certificate not found"));
         let encryption = self.primary_encryption.as_ref().ok_or_else(|| missing("Encryption"))?;
         let signing = self.primary_signing.as_ref().ok_or_else(|| missing("Signing"))?;
@@ -218,12 +218,7 @@ impl Keys {
         }
     }
 
-    async fn sign_metadata(
-        &self,
-        service: &Service,
-        encryption: &Key,
-        signing: &Key,
-    ) -> Result<Arc<Vec<u8>>, HsmError> {
+    async fn sign_metadata(&self, service: &Service, encryption: &Key, signing: &Key) -> Result<Bytes, HsmError> {
         let deadline = Instant::now() + OWN_DEADLINE;
         let sign_by = async |key: &Key, octets: &[u8]| {
             let value = service.sign(&key.id, key.certificate.key(), octets, deadline).await?.value;
@@ -240,7 +235,7 @@ impl Keys {
         let communications = self.communications.as_ref().unwrap_or(signing);
         let unsigned = information.unsigned(communications.certificate.der());
         let signature = sign_by(communications, unsigned.signed_octets()).await?.value;
-        Ok(Arc::new(unsigned.finish(&signature)))
+        Ok(unsigned.finish(&signature).into())
     }
 }
 

@@ -19,6 +19,8 @@ use ::metrics::{SharedString, Unit, counter, describe_counter, describe_histogra
 use claviger_hsm::Event;
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 
+use crate::server::Cut;
+
 pub use page::{CONTENT_TYPE, Readings};
 
 /// What kind of number a metric is.
@@ -106,6 +108,14 @@ metrics! {
         "Connections to the service address that are open.";
     CONNECTIONS_LIMIT: GaugeReading Count "claviger_connections_limit" []
         "Connections to the service address that may be open.";
+    CONNECTIONS_CUT: Counter Count "claviger_connections_cut_total" ["reason"]
+        "Connections to the service address that were closed before their client wanted it: its place was needed (room), its address has too many (address), no request (silent), a slow header or handshake (header), answers not read (unread), requests given up (resets).";
+    BODIES_REFUSED: Counter Count "claviger_bodies_refused_total" ["reason"]
+        "Bodies of requests that were not taken: no memory (all), too much of one connection or address (connection, address), gave way to others while it arrived slowly (gave_way), too slow (slow), too long (too_large), a batch beyond the size of a single release before its health certificate was found right (unproven).";
+    BODY_MEMORY: GaugeReading Bytes "claviger_body_memory_bytes" []
+        "Memory that is set aside for bodies of requests and the work on them.";
+    BODY_MEMORY_LIMIT: GaugeReading Bytes "claviger_body_memory_limit_bytes" []
+        "Memory that there is for bodies of requests and the work on them.";
 
     HSM_STATE: GaugeReading Count "claviger_hsm_state" ["hsm", "state"]
         "1 for the state that a member is in, 0 for the others: up, down, probing, hung, draining, drained, pin_refused, off.";
@@ -244,6 +254,9 @@ pub fn install() -> Handle {
             }
             counter!(AUDIT_ERRORS.name).absolute(0);
             counter!(CONNECTIONS.name).absolute(0);
+            for reason in Cut::ALL {
+                counter!(CONNECTIONS_CUT.name, "reason" => reason.as_str()).absolute(0);
+            }
             for metric in [BATCH_ITEMS, ATTESTATION_DURATION, AUDIT_WRITE_DURATION] {
                 let _ = histogram!(metric.name);
             }
@@ -273,6 +286,8 @@ pub struct Known<'a> {
     pub drop_reasons: &'a [&'static str],
     /// What can be asked for at the service address.
     pub resources: &'a [&'static str],
+    /// Why a body may not be taken.
+    pub body_refusals: &'a [&'static str],
 }
 
 /// Operations that every member does; those of key management have no series before they are asked for.
@@ -295,6 +310,9 @@ pub fn preregister(known: &Known<'_>) {
     }
     for reason in known.drop_reasons {
         counter!(QUEUE_DROPPED.name, "reason" => *reason).increment(0);
+    }
+    for reason in known.body_refusals {
+        counter!(BODIES_REFUSED.name, "reason" => *reason).increment(0);
     }
     for resource in known.resources {
         for code in CODES {
@@ -447,6 +465,16 @@ pub fn audit_errors(records: u64) {
 /// Notes how long a group of audit records took to be written.
 pub fn audit_written(took: Duration) {
     histogram!(AUDIT_WRITE_DURATION.name).record(took);
+}
+
+/// Counts a body that was not taken.
+pub fn body_refused(reason: &'static str) {
+    counter!(BODIES_REFUSED.name, "reason" => reason).increment(1);
+}
+
+/// Counts a connection that was closed before its client wanted it.
+pub(crate) fn connection_cut(reason: Cut) {
+    counter!(CONNECTIONS_CUT.name, "reason" => reason.as_str()).increment(1);
 }
 
 static OPEN: AtomicUsize = AtomicUsize::new(0);

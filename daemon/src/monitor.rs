@@ -24,7 +24,7 @@ use crate::metrics::{self, Handle, Readings};
 use crate::process;
 use crate::ready::Readiness;
 use crate::routes::Answer;
-use crate::server::SharedTls;
+use crate::server::{Blocked, SharedTls};
 use crate::service::{Service, request_id, unix_now};
 
 const TEXT: &str = "text/plain; charset=utf-8";
@@ -38,14 +38,21 @@ pub struct Monitor {
     handle: Handle,
     tls: Option<SharedTls>,
     connections_limit: usize,
+    blocked: Arc<Blocked>,
     readiness: Readiness,
 }
 
 impl Monitor {
     /// Of a daemon that serves, to so many connections at once.
     #[must_use]
-    pub fn new(service: Arc<Service>, handle: Handle, tls: Option<SharedTls>, connections_limit: usize) -> Self {
-        Self { service, handle, tls, connections_limit, readiness: Readiness::default() }
+    pub fn new(
+        service: Arc<Service>,
+        handle: Handle,
+        tls: Option<SharedTls>,
+        connections_limit: usize,
+        blocked: Arc<Blocked>,
+    ) -> Self {
+        Self { service, handle, tls, connections_limit, blocked, readiness: Readiness::default() }
     }
 
     /// The status page.
@@ -82,6 +89,7 @@ impl Monitor {
             audit_writing,
             connections_open: metrics::connections_open(),
             connections_limit: self.connections_limit,
+            body_memory: service.bodies.used(),
             primaries: matches!(keys.primary(), (Some(_), Some(_))),
             // Counts files: with ten thousand connections that is not for a thread that serves.
             usage: tokio::task::block_in_place(process::usage),
@@ -102,10 +110,12 @@ pub async fn serve(monitor: Arc<Monitor>, request: Request<Incoming>) -> Result<
             Answer::ok(metrics::CONTENT_TYPE, monitor.handle.render(&monitor.readings()))
         }
         (&Method::GET | &Method::HEAD, "/live") => plain(200, "live\n".to_owned()),
-        (&Method::GET | &Method::HEAD, "/ready") => match monitor.readiness.check(&monitor.service).await {
-            Ok(member) => plain(200, format!("ready: {member} decrypts and signs\n")),
-            Err(why) => plain(503, format!("not ready: {why}\n")),
-        },
+        (&Method::GET | &Method::HEAD, "/ready") => {
+            match monitor.readiness.check(&monitor.service, &monitor.blocked).await {
+                Ok(member) => plain(200, format!("ready: {member} decrypts and signs\n")),
+                Err(why) => plain(503, format!("not ready: {why}\n")),
+            }
+        }
         (&Method::GET | &Method::HEAD, _) => plain(404, "there are /, /metrics, /live and /ready\n".to_owned()),
         _ => Answer { allow: Some(Method::GET), ..plain(405, "only GET\n".to_owned()) },
     };

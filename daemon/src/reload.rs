@@ -67,6 +67,10 @@ async fn reload(file: &Path, service: &Arc<Service>, tls: Option<&SharedTls>) ->
     next.release.queue = config.release.queue;
     next.release.max_offline_unwraps = config.release.max_offline_unwraps;
     next.server.body_timeout_ms = config.server.body_timeout_ms;
+    next.server.body_rate = config.server.body_rate;
+    next.server.body_memory_mib = config.server.body_memory_mib;
+    next.server.body_memory_per_address_mib = config.server.body_memory_per_address_mib;
+    service.bodies.change(&next.server);
     service.admission.change(&next.release);
     members(&config, &mut next, service).await;
     service.admission.resize(&next.release, next.hsm.iter().map(|hsm| hsm.sessions).sum());

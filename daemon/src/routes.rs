@@ -1,32 +1,32 @@
 //! URL → handler, errors → status: the protocol's resources in one table.
 
 use std::convert::Infallible;
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
 use bytes::Bytes;
 use claviger_protocol::attestation::{ErrorReply, OperationMode, ServiceInfoReply};
-use claviger_protocol::batch::MAX_BATCH_BODY;
 use claviger_protocol::error::{Code, Refusal};
 use claviger_protocol::payload::ApiVersion;
 use claviger_protocol::pkcs7;
 use claviger_protocol::request::RollResponse;
 use http_body_util::Full;
-use hyper::body::{Body, Incoming};
+use hyper::body::Incoming;
 use hyper::header::{ALLOW, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, RETRY_AFTER};
 use hyper::{Method, Request, Response, StatusCode};
-use tokio::sync::SemaphorePermit;
 use tracing::{Instrument, error_span};
 
 use crate::attempt::{Attempt, Caller};
 use crate::attest::host_key;
 use crate::batch;
+use crate::bodies::{NoRoom, Room};
+use crate::intake::{self, Taking};
 use crate::metrics::{self, Class};
+use crate::network::Network;
 use crate::release;
-use crate::server::{BodyError, Peer, read_body};
+use crate::server::{BodyError, Origin, Pace, Peer, read_body};
 use crate::service::{Service, request_id, unix_now};
 
-/// Largest body of one request, in octets.
-pub const MAX_BODY: usize = 1024 * 1024;
 /// Seconds after which a caller that was told 429 or 503 may come again, where nothing better is known.
 const RETRY_AFTER_SECONDS: u16 = 1;
 /// The header that carries the request's id.
@@ -234,7 +234,7 @@ async fn refuse(service: &Service, asked: Asked, attempt: &Attempt, refusal: Ref
     }
 }
 
-async fn answer(service: Arc<Service>, request: Request<Incoming>, asked: Asked, attempt: Attempt) -> Answer {
+async fn answer(service: Arc<Service>, request: Request<Incoming>, asked: Asked, mut attempt: Attempt) -> Answer {
     let family = asked.family;
     let Some((method, endpoint)) = asked.resource else {
         return family.error(Code::NotFound, "there is no such resource");
@@ -251,41 +251,82 @@ async fn answer(service: Arc<Service>, request: Request<Incoming>, asked: Asked,
     if let Err(message) = acceptable(request.headers(), family.media_types()) {
         return family.error(Code::UnsupportedMediaType, &message);
     }
-    let timeout = service.config.load().server.body_timeout();
-    let limit = if endpoint == Endpoint::RollBatch { MAX_BATCH_BODY } else { MAX_BODY };
-    let Some(_room) = room_for(&service, request.body(), limit) else {
+    // Held until the request is answered, whether its client waits for that or not.
+    let origin = request.extensions().get::<Origin>().cloned();
+    let room = match room_for(&service, &request, origin.as_ref()) {
+        Ok(room) => room,
         // The service's own doing, so it counts like any other release or attestation that failed.
-        let refusal = Refusal::new(Code::ServiceUnavailable, "too many large requests at the same time; try again");
-        return refuse(&service, asked, &attempt, refusal).await;
+        Err(_) => return refuse(&service, asked, &attempt, intake::no_room()).await,
     };
-    let body = match read_body(request.into_body(), limit, timeout).await {
+    let body = match body_of(&service, request, endpoint, origin.as_ref(), &room, &mut attempt).await {
         Ok(body) => body,
-        Err(BodyError::TooLarge) => {
-            return family.error(Code::RequestTooLarge, &format!("the body is larger than {limit} octets"));
+        Err(refusal) => {
+            return match refusal.code {
+                Code::ServiceUnavailable | Code::HealthCertificate => refuse(&service, asked, &attempt, refusal).await,
+                code => family.error(code, &refusal.message),
+            };
         }
-        Err(error @ BodyError::Timeout) => return family.error(Code::RequestTimeout, &error.to_string()),
-        Err(error @ BodyError::Broken) => return family.error(Code::InvalidRequest, &error.to_string()),
     };
-    match endpoint {
+    let answer = match endpoint {
         Endpoint::Roll(api) => roll(&service, api, &body, attempt).await,
         Endpoint::RollBatch => roll_batch(&service, &body, attempt).await,
         Endpoint::HostKeyAttest => attest(&service, &body, attempt).await,
         _ => other_mode(&service, &attempt).await,
-    }
+    };
+    drop(body);
+    Answer { body: room.for_answer(answer.body), ..answer }
 }
 
-/// Sets room for a body aside until the request is answered: what it announces, or else all that it may have.
-fn room_for<'s>(service: &'s Service, body: &Incoming, limit: usize) -> Option<SemaphorePermit<'s>> {
-    let octets = body.size_hint().upper().map_or(limit as u64, |announced| announced.min(limit as u64));
-    let kibibytes = u32::try_from(octets.div_ceil(1024)).unwrap_or(u32::MAX);
-    service.body_kibibytes.try_acquire_many(kibibytes).ok()
+/// Room for the beginning of a request's body.
+fn room_for(service: &Service, request: &Request<Incoming>, origin: Option<&Origin>) -> Result<Room, NoRoom> {
+    let address = request.extensions().get::<Peer>().map(|peer| peer.0.ip());
+    let network = Network::of(address.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED)));
+    service.bodies.open(network, origin.map_or(0, Origin::connection))
+}
+
+/// Reads a request's body, for which there is room as far as it has come.
+///
+/// # Errors
+/// What a request is refused with whose body is too large, too slow or broken, or finds no room.
+async fn body_of(
+    service: &Service,
+    request: Request<Incoming>,
+    endpoint: Endpoint,
+    origin: Option<&Origin>,
+    room: &Room,
+    attempt: &mut Attempt,
+) -> Result<Bytes, Refusal> {
+    let _reading = origin.map(Origin::reading);
+    let config = service.config.load();
+    let pace = Pace { within: config.server.body_timeout(), least: config.server.body_rate };
+    let mut taking = match endpoint {
+        Endpoint::RollBatch => Taking::batch(room, service, attempt),
+        _ => Taking::single(room),
+    };
+    let most = taking.most();
+    let read = tokio::select! {
+        read = read_body(request.into_body(), most, pace, &mut taking) => read,
+        () = room.summoned() => return Err(intake::no_room()),
+    };
+    let refused = |error: BodyError, taking: Taking<'_>| {
+        intake::count(error);
+        match error {
+            BodyError::TooLarge => Refusal::new(Code::RequestTooLarge, format!("the body is larger than {most} bytes")),
+            BodyError::Timeout => Refusal::new(Code::RequestTimeout, error.to_string()),
+            BodyError::Broken => Refusal::new(Code::InvalidRequest, error.to_string()),
+            BodyError::NotTaken => taking.refusal(),
+        }
+    };
+    let body = read.map_err(|error| refused(error, taking))?;
+    room.arrived().map_err(|_| intake::no_room())?;
+    Ok(body)
 }
 
 /// The resources that are read.
 async fn document(service: &Service, endpoint: Endpoint) -> Answer {
     match endpoint {
         Endpoint::Metadata => match service.keys.load().metadata(service).await {
-            Ok(document) => Answer::ok(XML, document.to_vec()),
+            Ok(document) => Answer::ok(XML, document),
             Err(refusal) => Answer::refused(&refusal),
         },
         Endpoint::SigningCertificates => {

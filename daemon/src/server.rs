@@ -13,6 +13,7 @@
 mod activity;
 mod body;
 mod connection;
+pub(crate) mod places;
 #[cfg(test)]
 mod tests;
 mod tls;
@@ -21,8 +22,8 @@ use std::convert::Infallible;
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -30,14 +31,23 @@ use hyper::body::{Body, Incoming};
 use hyper::service::Service;
 use hyper::{Request, Response};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio::sync::{Notify, OwnedSemaphorePermit, mpsc, watch};
 use tokio::time::Instant;
 
-pub use self::body::{BodyError, read_body};
+use self::activity::{Activity, Reading};
+use self::places::{NoPlace, Places};
+use crate::network::Network;
+use crate::throttle::Throttle;
+
+pub(crate) use self::activity::Cut;
+pub use self::body::{BodyError, Intake, Pace, UpTo, read_body};
 pub use self::tls::{ServerTls, SharedTls, TlsError, certificates, tls_config};
 
 /// Most connections that the kernel holds for us before we accept them; it may itself allow fewer (`somaxconn`).
 const BACKLOG: u32 = 4096;
+
+/// Most requests on a connection of HTTP/2 at once.
+const STREAMS: u32 = 128;
 
 /// The error type that hyper allows bodies to have.
 pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
@@ -46,12 +56,48 @@ pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Peer(pub SocketAddr);
 
+/// The connection that a request came on. [`run`] puts it into every request's extensions; what works on a request holds it
+/// until the work is done, also when the client does not wait for that.
+#[derive(Clone, Debug)]
+pub struct Origin(Arc<Connection>);
+
+#[derive(Debug)]
+struct Connection {
+    number: u64,
+    activity: Arc<Activity>,
+    _work: Option<OwnedSemaphorePermit>,
+}
+
+impl Origin {
+    fn new(number: u64, activity: Arc<Activity>, work: Option<OwnedSemaphorePermit>) -> Self {
+        Self(Arc::new(Connection { number, activity, _work: work }))
+    }
+
+    /// A number that no other open connection has.
+    #[must_use]
+    pub fn connection(&self) -> u64 {
+        self.0.number
+    }
+
+    /// Says that the request's body is being read, for as long as the value lives: meanwhile the service waits for the
+    /// client, and the connection may be closed to make room.
+    #[must_use]
+    pub fn reading(&self) -> impl Drop + Send + use<> {
+        Reading::new(self.0.activity.clone())
+    }
+}
+
 /// What connections may cost.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Most connections that are open at once; more wait in the kernel's backlog.
+    /// Most connections that are open at once. For one more, the one that has waited longest for its client is closed.
     pub max_connections: usize,
-    /// Longest time for a TLS handshake, and from a request's first octet to the end of its header.
+    /// The same for each address, or for each /64 network of IPv6; 0 is no limit.
+    pub per_address: usize,
+    /// Most requests on a connection of HTTP/2 at once.
+    pub streams: u32,
+    /// Longest time for a TLS handshake, for a connection's first byte, and from a request's first byte to the end of its
+    /// header.
     pub header_timeout: Duration,
     /// Longest time without a request in progress, and without progress while an answer is being sent.
     pub idle_timeout: Duration,
@@ -71,6 +117,8 @@ impl From<&crate::config::Server> for Limits {
     fn from(server: &crate::config::Server) -> Self {
         Self {
             max_connections: server.max_connections,
+            per_address: server.max_connections_per_address,
+            streams: STREAMS,
             header_timeout: server.header_timeout(),
             idle_timeout: server.idle_timeout(),
             grace: Duration::from_millis(500),
@@ -97,6 +145,28 @@ pub struct Listener {
     socket: TcpListener,
     address: SocketAddr,
     counted: bool,
+    blocked: Arc<Blocked>,
+}
+
+/// Whether a listener takes no connections at the moment.
+#[derive(Debug, Default)]
+pub struct Blocked {
+    full: AtomicBool,
+    failing: AtomicBool,
+}
+
+impl Blocked {
+    /// Why no connection is taken, if so.
+    #[must_use]
+    pub fn why(&self) -> Option<&'static str> {
+        if self.failing.load(Ordering::Relaxed) {
+            Some("connections cannot be accepted: the log says why")
+        } else if self.full.load(Ordering::Relaxed) {
+            Some("as many connections are open as may be, and all are worked for")
+        } else {
+            None
+        }
+    }
 }
 
 impl Listener {
@@ -108,7 +178,7 @@ impl Listener {
         let bind = || {
             let socket = bind_socket(address)?.listen(BACKLOG)?;
             let address = socket.local_addr()?;
-            Ok(Self { socket, address, counted: false })
+            Ok(Self { socket, address, counted: false, blocked: Arc::default() })
         };
         bind().map_err(|error: io::Error| io::Error::new(error.kind(), format!("cannot listen on {address}: {error}")))
     }
@@ -118,6 +188,12 @@ impl Listener {
     pub fn counted(mut self) -> Self {
         self.counted = true;
         self
+    }
+
+    /// Whether it takes no connections at the moment, for as long as it is served.
+    #[must_use]
+    pub fn blocked(&self) -> Arc<Blocked> {
+        self.blocked.clone()
     }
 
     /// The address that it listens on, with the port that the kernel chose.
@@ -162,48 +238,61 @@ where
     B: Body<Data = Bytes> + Send + Unpin + 'static,
     B::Error: Into<BoxError>,
 {
-    let Listener { socket, address, counted } = listener;
-    let permits = Arc::new(Semaphore::new(limits.max_connections.clamp(1, Semaphore::MAX_PERMITS)));
+    let Listener { socket, address, counted, blocked } = listener;
     let (phases, phase) = watch::channel(Phase::Serving);
     // Nothing is ever sent: the channel ends when the last connection has dropped its end.
     let (alive, mut all_closed) = mpsc::channel::<Infallible>(1);
     let open = Arc::new(AtomicUsize::new(0));
     let server = Arc::new(connection::Server::new(limits.clone(), tls, service, phase));
+    let house = Arc::new(House {
+        places: Mutex::new(Places::new(limits.max_connections, limits.per_address)),
+        freed: Notify::new(),
+    });
 
-    let start = |stream: TcpStream, peer: SocketAddr, permit: Option<OwnedSemaphorePermit>| {
-        let slot = Slot::new(open.clone(), counted, permit, alive.clone());
+    let start = |stream: TcpStream, peer: SocketAddr, place: Option<Place>, activity: Arc<Activity>| {
+        let slot = Slot::new(open.clone(), counted, place, alive.clone());
         let server = server.clone();
         tokio::spawn(async move {
-            server.serve(stream, peer).await;
+            server.serve(stream, peer, activity, &slot).await;
             drop(slot);
         });
     };
 
     tokio::pin!(shutdown);
     let mut backoff = Backoff::default();
-    let mut limit_logged = false;
+    // Accepted, and without a place so far.
+    let mut waiting: Option<(TcpStream, SocketAddr, Arc<Activity>)> = None;
     loop {
-        let permit = match permits.clone().try_acquire_owned() {
-            Ok(permit) => permit,
-            Err(_) => {
-                if !limit_logged {
-                    limit_logged = true;
-                    tracing::warn!(
-                        %address, max_connections = limits.max_connections,
-                        "as many connections are open as may be: more wait (this is logged once)"
-                    );
+        if let Some((stream, peer, activity)) = waiting.take() {
+            // Before the attempt: a place that becomes free from here on is not missed.
+            let freed = house.freed.notified();
+            match house.arrive(peer, &activity) {
+                Ok(place) => {
+                    blocked.full.store(false, Ordering::Relaxed);
+                    start(stream, peer, Some(place), activity);
                 }
-                tokio::select! {
-                    biased;
-                    () = &mut shutdown => break,
-                    permit = permits.clone().acquire_owned() => match permit {
-                        Ok(permit) => permit,
-                        // Nobody closes the semaphore.
-                        Err(_) => break,
-                    },
+                Err(NoPlace::Group) => {
+                    if counted {
+                        crate::metrics::connection_cut(Cut::Address);
+                    }
+                    tracing::debug!(%peer, "a connection is not taken: its address has too many, and all are worked for");
+                }
+                Err(NoPlace::Full) => {
+                    if !blocked.full.swap(true, Ordering::Relaxed) {
+                        log_full(address, limits.max_connections);
+                    }
+                    waiting = Some((stream, peer, activity));
+                    tokio::select! {
+                        biased;
+                        () = &mut shutdown => break,
+                        () = freed => {}
+                        // A connection may have become idle.
+                        () = tokio::time::sleep(LOOK_FOR_PLACE) => {}
+                    }
                 }
             }
-        };
+            continue;
+        }
         let accepted = tokio::select! {
             biased;
             () = &mut shutdown => break,
@@ -212,10 +301,12 @@ where
         match accepted {
             Ok((stream, peer)) => {
                 backoff.success();
-                start(stream, peer, Some(permit));
+                blocked.failing.store(false, Ordering::Relaxed);
+                waiting = Some((stream, peer, server.activity()));
             }
             Err(error) => {
                 let Some(pause) = backoff.failure(&error, address) else { continue };
+                blocked.failing.store(true, Ordering::Relaxed);
                 tokio::select! {
                     biased;
                     () = &mut shutdown => break,
@@ -228,7 +319,9 @@ where
     let begun = Instant::now();
     // A receiver is in `server`, so this cannot fail.
     let _ = phases.send(Phase::Draining(begun + limits.grace));
-    empty_backlog(socket, begun + limits.grace, &mut backoff, address, |stream, peer| start(stream, peer, None)).await;
+    let take = |stream, peer| start(stream, peer, None, server.activity());
+    waiting.into_iter().for_each(|(stream, peer, _)| take(stream, peer));
+    empty_backlog(socket, begun + limits.grace, &mut backoff, address, take).await;
     let at_stop = open.load(Ordering::Relaxed);
     tracing::info!(%address, connections = at_stop, "no more connections are accepted; finishing what is open");
     drop(alive);
@@ -283,26 +376,83 @@ async fn empty_backlog(
     }
 }
 
+fn log_full(address: SocketAddr, max_connections: usize) {
+    static SAID: Throttle = Throttle::new();
+    if let Some(unsaid) = SAID.due(Instant::now().into_std()) {
+        tracing::warn!(
+            %address, max_connections, unsaid,
+            "as many connections are open as may be, and all are worked for: more wait"
+        );
+    }
+}
+
+/// How soon to look again for a connection that may be closed.
+const LOOK_FOR_PLACE: Duration = Duration::from_millis(20);
+
+/// The places of a listener, and who waits for one.
+struct House {
+    places: Mutex<Places<Network, Arc<Activity>>>,
+    freed: Notify,
+}
+
+impl House {
+    fn places(&self) -> MutexGuard<'_, Places<Network, Arc<Activity>>> {
+        self.places.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn arrive(self: &Arc<Self>, peer: SocketAddr, activity: &Arc<Activity>) -> Result<Place, NoPlace> {
+        let network = Network::of(peer.ip());
+        let (number, _) = self.places().arrive(network, activity)?;
+        Ok(Place { house: self.clone(), network, number })
+    }
+}
+
+/// The place of one connection.
+struct Place {
+    house: Arc<House>,
+    network: Network,
+    number: u64,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.house.places().leave(self.network, self.number);
+        self.house.freed.notify_one();
+    }
+}
+
 /// What an open connection occupies, given back when it ends in whatever way.
 struct Slot {
     open: Arc<AtomicUsize>,
     counted: bool,
-    _permit: Option<OwnedSemaphorePermit>,
+    place: Option<Place>,
     _alive: mpsc::Sender<Infallible>,
 }
 
 impl Slot {
-    fn new(
-        open: Arc<AtomicUsize>,
-        counted: bool,
-        permit: Option<OwnedSemaphorePermit>,
-        alive: mpsc::Sender<Infallible>,
-    ) -> Self {
+    fn new(open: Arc<AtomicUsize>, counted: bool, place: Option<Place>, alive: mpsc::Sender<Infallible>) -> Self {
         open.fetch_add(1, Ordering::Relaxed);
         if counted {
             crate::metrics::connection_opened();
         }
-        Self { open, counted, _permit: permit, _alive: alive }
+        Self { open, counted, place, _alive: alive }
+    }
+
+    /// The connection's number. Those that were taken in during a stop share one.
+    fn connection(&self) -> u64 {
+        self.place.as_ref().map_or(u64::MAX, |place| place.number)
+    }
+
+    /// It was told to close, and does not.
+    fn stay(&self) {
+        self.place.iter().for_each(|place| place.house.places().stay(place.network, place.number));
+    }
+
+    /// Counts that it is closed for this reason.
+    fn cut(&self, reason: Cut) {
+        if self.counted {
+            crate::metrics::connection_cut(reason);
+        }
     }
 }
 

@@ -15,12 +15,13 @@ use claviger_protocol::certificate::Certificate;
 use claviger_protocol::rsa_key::RsaPublicKey;
 use claviger_protocol::verify::KnownCertificates;
 use ring::digest;
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::Notify;
 
 use crate::admission::Admission;
 use crate::attest::health_cache::HealthCache;
 use crate::attest::signer::Signers;
 use crate::audit::{Audit, Entry};
+use crate::bodies::Bodies;
 use crate::config::Config;
 use crate::keys::Keys;
 use crate::metrics;
@@ -30,9 +31,6 @@ use crate::usage::{Usage, UsageError};
 
 /// How long the daemon's own work (the metadata document, an attestation signer) may take at the HSMs.
 pub const OWN_DEADLINE: Duration = Duration::from_secs(10);
-
-/// Memory for the bodies of requests: ten thousand releases of the usual size, or 32 of the largest batches.
-const BODY_KIBIBYTES: usize = 512 * 1024;
 
 /// Parties of protectors that are remembered, at least: a tenant has one of its own, and guardians with others. Some 25 MiB
 /// for as many.
@@ -50,8 +48,8 @@ pub struct Service {
     pub audit: Audit,
     /// Health certificates that were found right before.
     pub health: HealthCache,
-    /// Room for the bodies of requests, in KiB, of all that are being worked on.
-    pub body_kibibytes: Semaphore,
+    /// Memory for the bodies of requests.
+    pub bodies: Arc<Bodies>,
     /// Certificates of protectors that were read and found right before.
     pub certificates: KnownCertificates,
     /// The key-protection certificates.
@@ -157,7 +155,7 @@ impl Service {
             admission: Admission::new(&config.release, sessions),
             audit,
             health: HealthCache::default(),
-            body_kibibytes: Semaphore::new(BODY_KIBIBYTES),
+            bodies: Bodies::new(&config.server),
             certificates: KnownCertificates::new(KNOWN_PARTIES),
             keys: ArcSwap::default(),
             hosts: ArcSwap::default(),

@@ -95,3 +95,30 @@ async fn one_good_token_is_enough_and_none_is_not() {
     assert!(refused.contains("503 UnavailableErrorReply"), "{refused}");
     assert!(daemon.stop().success());
 }
+
+#[tokio::test]
+async fn a_daemon_that_cannot_write_its_trail_is_not_ready_until_it_can() {
+    let lab = Lab::make(Options::default());
+    let daemon = lab.serve();
+    daemon.until_ready_is(200).await;
+    let health = lab.host(daemon.client()).attest().await.unwrap();
+    let request = roll_request(&health, &lab.protector());
+    let (trail, away) = (lab.file("state/audit.jsonl"), lab.file("state/audit.jsonl.1"));
+    std::fs::rename(&trail, &away).unwrap();
+    std::os::unix::fs::symlink("/dev/full", &trail).unwrap();
+    daemon.process.hang_up();
+    let refused = async || daemon.client().post(ROLL, "application/xml", request.clone()).await.unwrap().status == 503;
+    let begun = std::time::Instant::now();
+    while !refused().await {
+        assert!(begun.elapsed() < claviger_tests::PATIENCE, "the trail is written all the same");
+    }
+    let not_ready = daemon.until_ready_is(503).await;
+    let text = String::from_utf8_lossy(&not_ready.body);
+    assert!(text.contains("audit trail"), "{text}");
+    // Nobody asks for a key meanwhile: it finds out by itself.
+    std::fs::remove_file(&trail).unwrap();
+    daemon.until_ready_is(200).await;
+    assert!(lab.audit().iter().any(|line| line["event"] == "audit.resumed"), "{:?}", lab.audit());
+    assert_eq!(daemon.client().post(ROLL, "application/xml", request.clone()).await.unwrap().status, 200);
+    assert!(daemon.stop().success());
+}

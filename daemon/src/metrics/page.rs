@@ -6,11 +6,11 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use claviger_hsm::{MemberState, MemberStatus};
 
 use super::{
-    AUDIT_WAITING, AUDIT_WRITING, BUILD_INFO, CERTIFICATE_EXPIRY, CLOCK, CONNECTIONS_LIMIT, CONNECTIONS_OPEN,
-    HOSTS_REGISTERED, HSM_CPU, HSM_IN_FLIGHT, HSM_PRIORITY, HSM_RETRY_BUDGET, HSM_SESSIONS_BUSY, HSM_SESSIONS_LIMIT,
-    HSM_SESSIONS_OPEN, HSM_SESSIONS_STUCK, HSM_SESSIONS_WANTED, HSM_STATE, HSM_WAITING, Kind, Metric, PROCESS_CPU,
-    PROCESS_FILES, PROCESS_MAX_FILES, PROCESS_MEMORY, PROCESS_START, PROCESS_THREADS, QUEUE_LIMIT, QUEUE_WAITING,
-    RELEASES_RUNNING, RELEASES_RUNNING_LIMIT, STATE_STALE,
+    AUDIT_WAITING, AUDIT_WRITING, BODY_MEMORY, BODY_MEMORY_LIMIT, BUILD_INFO, CERTIFICATE_EXPIRY, CLOCK,
+    CONNECTIONS_LIMIT, CONNECTIONS_OPEN, HOSTS_REGISTERED, HSM_CPU, HSM_IN_FLIGHT, HSM_PRIORITY, HSM_RETRY_BUDGET,
+    HSM_SESSIONS_BUSY, HSM_SESSIONS_LIMIT, HSM_SESSIONS_OPEN, HSM_SESSIONS_STUCK, HSM_SESSIONS_WANTED, HSM_STATE,
+    HSM_WAITING, Kind, Metric, PROCESS_CPU, PROCESS_FILES, PROCESS_MAX_FILES, PROCESS_MEMORY, PROCESS_START,
+    PROCESS_THREADS, QUEUE_LIMIT, QUEUE_WAITING, RELEASES_RUNNING, RELEASES_RUNNING_LIMIT, STATE_STALE,
 };
 use crate::admission::Load;
 use crate::process::Usage;
@@ -43,6 +43,8 @@ pub struct Readings {
     pub connections_open: usize,
     /// Connections to the service that may be open.
     pub connections_limit: usize,
+    /// Memory for bodies of requests that is taken, and that there is, in bytes.
+    pub body_memory: (u64, u64),
     /// Whether there are a primary encryption and a primary signing certificate.
     pub primaries: bool,
     /// What the process uses.
@@ -77,6 +79,8 @@ impl Readings {
         one(page, &QUEUE_WAITING, self.load.waiting as f64);
         one(page, &CONNECTIONS_OPEN, self.connections_open as f64);
         one(page, &CONNECTIONS_LIMIT, self.connections_limit as f64);
+        one(page, &BODY_MEMORY, self.body_memory.0 as f64);
+        one(page, &BODY_MEMORY_LIMIT, self.body_memory.1 as f64);
         one(page, &QUEUE_LIMIT, self.limits.waiting as f64);
         let expiry = self.certificates.iter();
         let expiry = expiry.map(|(kind, name, end)| ([("kind", *kind), ("certificate", name.as_str())], *end as f64));

@@ -37,6 +37,7 @@ fn readings() -> Readings {
         audit_writing: Duration::from_millis(250),
         connections_open: 12,
         connections_limit: 10_000,
+        body_memory: (65_536, 536_870_912),
         primaries: true,
         usage: crate::process::usage(),
     }
@@ -59,6 +60,7 @@ fn the_page_shows_every_metric_with_help_and_only_declared_labels() {
         attestation_outcomes: &["success"],
         drop_reasons: &["table"],
         resources: &["table"],
+        body_refusals: &["table"],
     });
     preregister_key("table".into());
     let page = handle.render(&readings());
@@ -132,6 +134,8 @@ fn readings_are_as_they_were_read() {
         ("claviger_audit_waiting", 6.0),
         ("claviger_connections_open", 12.0),
         ("claviger_connections_limit", 10_000.0),
+        ("claviger_body_memory_bytes", 65_536.0),
+        ("claviger_body_memory_limit_bytes", 536_870_912.0),
         ("claviger_audit_writing_seconds", 0.25),
     ] {
         assert_eq!(value(&page, series), expected, "{series}");

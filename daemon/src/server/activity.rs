@@ -14,10 +14,11 @@ use bytes::Bytes;
 use hyper::body::{Body, Frame, SizeHint};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
-use tokio::sync::oneshot;
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::time::Instant;
 
 use super::Limits;
+use super::places::Guest;
 
 /// What an HTTP/2 client sends first.
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -26,14 +27,42 @@ const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 const HTTP1: u8 = 254;
 const HTTP2: u8 = 255;
 
+/// Bytes of answers that a connection of HTTP/2 may have unread before more of its requests are worked on: what a client of
+/// the usual window takes in two turns. HTTP/1.1 has one answer at a time.
+const UNREAD: usize = 128 * 1024;
+
+/// What an answer counts as at least: with it hyper keeps a stream and a task.
+const LEAST_ANSWER: usize = 4 * 1024;
+
+/// Requests of a connection that were given up by their client, beyond those that it let be answered, before the connection
+/// is closed: a client that resets what it asks for costs more than it pays.
+const ABANDONED: usize = 256;
+
 /// The record of one connection. Times are microseconds since `epoch`, plus one; zero is "not".
 #[derive(Debug)]
 pub(super) struct Activity {
     epoch: Instant,
     /// Requests that the service is working on.
     in_service: AtomicUsize,
-    /// These, and requests whose answers are being sent.
+    /// Of these, the ones whose bodies are still arriving.
+    reading: AtomicUsize,
+    /// When the first of these began.
+    reading_since: AtomicU64,
+    /// Requests in service, those whose answers are being sent, and those that wait for answers to be read.
     in_progress: AtomicUsize,
+    /// Whether no request has come yet.
+    fresh: AtomicBool,
+    /// Requests that were answered, and that were given up before.
+    answered: AtomicUsize,
+    abandoned: AtomicUsize,
+    /// Bytes of answers that were not sent yet (HTTP/2 only), and who waits for fewer.
+    unread_answers: AtomicUsize,
+    answers_read: Notify,
+    /// Room for requests that are worked on, whether their client still waits for them or not.
+    work: Arc<Semaphore>,
+    /// Why it has to be closed, and who is told.
+    cut: AtomicU8,
+    told: Notify,
     /// When the first octet came that no request has claimed (HTTP/1 only).
     head_since: AtomicU64,
     /// When the last request ended, or the connection began.
@@ -47,6 +76,41 @@ pub(super) struct Activity {
     unread: AtomicBool,
 }
 
+/// Why a connection is closed before its client wants it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Cut {
+    /// It waited for its client for longer than all others, and its place is needed.
+    Room = 1,
+    /// Its address has too many connections; also said of one that was not taken at all.
+    Address,
+    /// No request came in time.
+    Silent,
+    /// A request's header took too long.
+    Header,
+    /// The client does not read its answers.
+    Unread,
+    /// The client gives up most of what it asks for.
+    Resets,
+}
+
+impl Cut {
+    /// Every reason.
+    pub(crate) const ALL: [Self; 6] =
+        [Self::Room, Self::Address, Self::Silent, Self::Header, Self::Unread, Self::Resets];
+
+    /// Its name in the metrics.
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::Room => "room",
+            Self::Address => "address",
+            Self::Silent => "silent",
+            Self::Header => "header",
+            Self::Unread => "unread",
+            Self::Resets => "resets",
+        }
+    }
+}
+
 /// What a connection's time limit is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Due {
@@ -54,6 +118,8 @@ pub(super) enum Due {
     Nothing,
     /// There was no request for too long.
     Idle,
+    /// There was never a request, for as long as a header may take.
+    Silent,
     /// A request's header takes too long.
     Header,
     /// The client takes no octet of its answer.
@@ -61,17 +127,24 @@ pub(super) enum Due {
 }
 
 impl Activity {
-    /// `http2`: what was agreed during the TLS handshake; `None` to find out from the first octets.
-    pub(super) fn new(http2: Option<bool>) -> Arc<Self> {
-        let protocol = match http2 {
-            None => 0,
-            Some(false) => HTTP1,
-            Some(true) => HTTP2,
-        };
+    /// `tls`: the protocol is agreed during the handshake, not found out from the first bytes. At most `requests` requests
+    /// are worked on at a time.
+    pub(super) fn new(tls: bool, requests: u32) -> Arc<Self> {
+        let protocol = if tls { HTTP1 } else { 0 };
         Arc::new(Self {
             epoch: Instant::now(),
             in_service: AtomicUsize::new(0),
+            reading: AtomicUsize::new(0),
+            reading_since: AtomicU64::new(1),
             in_progress: AtomicUsize::new(0),
+            fresh: AtomicBool::new(true),
+            answered: AtomicUsize::new(0),
+            abandoned: AtomicUsize::new(0),
+            unread_answers: AtomicUsize::new(0),
+            answers_read: Notify::new(),
+            work: Arc::new(Semaphore::new(requests as usize)),
+            cut: AtomicU8::new(0),
+            told: Notify::new(),
             head_since: AtomicU64::new(0),
             last_end: AtomicU64::new(1),
             last_write: AtomicU64::new(1),
@@ -117,6 +190,8 @@ impl Activity {
             (self.at(&self.last_write) + limits.idle_timeout, Due::Stalled)
         } else if head_since > 0 {
             (self.at(&self.head_since) + limits.header_timeout, Due::Header)
+        } else if self.fresh.load(Ordering::Relaxed) {
+            (self.at(&self.last_end) + limits.header_timeout.min(limits.idle_timeout), Due::Silent)
         } else {
             (self.at(&self.last_end) + limits.idle_timeout, Due::Idle)
         }
@@ -125,6 +200,68 @@ impl Activity {
     /// When something last moved.
     pub(super) fn last_progress(&self) -> Instant {
         self.at(&self.last_end).max(self.at(&self.last_write))
+    }
+
+    /// Since when the service has had nothing to do for it but wait for its client.
+    fn waiting_since(&self) -> Option<Instant> {
+        let reading = self.reading.load(Ordering::Acquire);
+        if self.in_service.load(Ordering::Acquire) > reading {
+            None
+        } else if reading > 0 {
+            Some(self.at(&self.reading_since))
+        } else if self.in_progress.load(Ordering::Acquire) > 0 {
+            Some(self.at(&self.last_write))
+        } else if self.head_since.load(Ordering::Relaxed) > 0 {
+            Some(self.at(&self.head_since))
+        } else {
+            Some(self.at(&self.last_end))
+        }
+    }
+
+    /// Closes the connection. A reason that was given before stands.
+    pub(super) fn cut(&self, reason: Cut) {
+        let _ = self.cut.compare_exchange(0, reason as u8, Ordering::AcqRel, Ordering::Relaxed);
+        self.told.notify_one();
+    }
+
+    /// Ends when the connection has to be closed.
+    pub(super) async fn told_to_close(&self) -> Cut {
+        loop {
+            self.told.notified().await;
+            let reason = self.cut.swap(0, Ordering::AcqRel);
+            if let Some(reason) = Cut::ALL.into_iter().find(|known| *known as u8 == reason) {
+                return reason;
+            }
+        }
+    }
+
+    /// Whether it may be closed to make room.
+    pub(super) fn may_be_closed(&self) -> bool {
+        self.waiting_since().is_some()
+    }
+
+    /// Room to work on one more request; waits for it.
+    pub(super) async fn room_to_work(&self) -> Option<OwnedSemaphorePermit> {
+        // It is never closed.
+        Arc::clone(&self.work).acquire_owned().await.ok()
+    }
+
+    /// Whether so many answers are unread that no more should be made.
+    pub(super) fn reads_too_little(&self) -> bool {
+        self.unread_answers.load(Ordering::Acquire) >= UNREAD
+    }
+
+    /// Ends when few enough answers are unread.
+    pub(super) async fn reads(&self) {
+        loop {
+            let read = self.answers_read.notified();
+            let mut read = std::pin::pin!(read);
+            read.as_mut().enable();
+            if !self.reads_too_little() {
+                return;
+            }
+            read.await;
+        }
     }
 
     fn now(&self) -> u64 {
@@ -160,23 +297,69 @@ impl Activity {
     }
 }
 
+impl Guest for Arc<Activity> {
+    fn waiting_since(&self) -> Option<std::time::Instant> {
+        Activity::waiting_since(self).map(Instant::into_std)
+    }
+
+    fn ask_to_leave(&self) {
+        self.cut(Cut::Room);
+    }
+}
+
+/// A body that is being read: meanwhile it is the client that is waited for.
+#[derive(Debug)]
+pub(super) struct Reading(Arc<Activity>);
+
+impl Reading {
+    pub(super) fn new(activity: Arc<Activity>) -> Self {
+        if activity.reading.fetch_add(1, Ordering::AcqRel) == 0 {
+            activity.reading_since.store(activity.now(), Ordering::Relaxed);
+        }
+        Self(activity)
+    }
+}
+
+impl Drop for Reading {
+    fn drop(&mut self) {
+        self.0.reading.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
 /// One request in progress, from its header's last octet until its answer was handed to hyper whole.
 #[derive(Debug)]
 pub(super) struct InProgress {
     activity: Arc<Activity>,
     in_service: bool,
+    was_answered: bool,
 }
 
 impl InProgress {
+    /// The request has come; the service does not work on it yet.
     pub(super) fn new(activity: Arc<Activity>) -> Self {
-        activity.in_progress.fetch_add(1, Ordering::AcqRel);
-        activity.in_service.fetch_add(1, Ordering::AcqRel);
+        if activity.in_progress.fetch_add(1, Ordering::AcqRel) == 0 {
+            // From here, what was written before says nothing about how long the client has been waited for.
+            activity.last_write.store(activity.now(), Ordering::Relaxed);
+        }
+        activity.fresh.store(false, Ordering::Relaxed);
         activity.head_since.store(0, Ordering::Relaxed);
-        Self { activity, in_service: true }
+        Self { activity, in_service: false, was_answered: false }
+    }
+
+    /// The service begins with it.
+    pub(super) fn begin(&mut self) {
+        self.in_service = true;
+        self.activity.in_service.fetch_add(1, Ordering::AcqRel);
     }
 
     /// The service has answered: from here the client is waited for.
     pub(super) fn answered(&mut self) {
+        self.was_answered = true;
+        self.activity.answered.fetch_add(1, Ordering::Relaxed);
+        self.end_service();
+    }
+
+    fn end_service(&mut self) {
         if std::mem::take(&mut self.in_service) {
             self.activity.last_write.store(self.activity.now(), Ordering::Relaxed);
             self.activity.in_service.fetch_sub(1, Ordering::AcqRel);
@@ -186,7 +369,13 @@ impl InProgress {
 
 impl Drop for InProgress {
     fn drop(&mut self) {
-        self.answered();
+        self.end_service();
+        if !self.was_answered && self.activity.is_http2() {
+            let abandoned = self.activity.abandoned.fetch_add(1, Ordering::Relaxed) + 1;
+            if abandoned > ABANDONED + self.activity.answered.load(Ordering::Relaxed) {
+                self.activity.cut(Cut::Resets);
+            }
+        }
         // What was read in the meantime was this request's body. hyper has not sent the answer's last octet yet, so a
         // client that waits for it cannot have begun another request.
         self.activity.head_since.store(0, Ordering::Relaxed);
@@ -195,11 +384,39 @@ impl Drop for InProgress {
     }
 }
 
+/// A part of an answer that was not sent yet. hyper lets go of it when it is.
+struct Unread {
+    part: Bytes,
+    counted: usize,
+    activity: Arc<Activity>,
+}
+
+impl Unread {
+    fn bytes(part: Bytes, activity: &Arc<Activity>) -> Bytes {
+        let counted = part.len().max(LEAST_ANSWER);
+        activity.unread_answers.fetch_add(counted, Ordering::AcqRel);
+        Bytes::from_owner(Self { part, counted, activity: activity.clone() })
+    }
+}
+
+impl AsRef<[u8]> for Unread {
+    fn as_ref(&self) -> &[u8] {
+        &self.part
+    }
+}
+
+impl Drop for Unread {
+    fn drop(&mut self) {
+        self.activity.unread_answers.fetch_sub(self.counted, Ordering::AcqRel);
+        self.activity.answers_read.notify_waiters();
+    }
+}
+
 /// An answer's body that keeps its request in progress.
 #[derive(Debug)]
 pub(super) struct Answer<B> {
     pub(super) body: B,
-    pub(super) _request: InProgress,
+    pub(super) request: InProgress,
 }
 
 impl<B: Body<Data = Bytes> + Unpin> Body for Answer<B> {
@@ -207,7 +424,12 @@ impl<B: Body<Data = Bytes> + Unpin> Body for Answer<B> {
     type Error = B::Error;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
-        Pin::new(&mut self.body).poll_frame(cx)
+        let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
+        let activity = &self.request.activity;
+        if !activity.is_http2() {
+            return Poll::Ready(frame);
+        }
+        Poll::Ready(frame.map(|frame| frame.map(|frame| frame.map_data(|part| Unread::bytes(part, activity)))))
     }
 
     fn is_end_stream(&self) -> bool {
@@ -314,13 +536,14 @@ pub(super) fn unread(stream: &TcpStream) -> u64 {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 
     #[test]
     fn the_preface_is_recognised_in_any_pieces() {
         for piece in 1..=PREFACE.len() {
-            let activity = Activity::new(None);
+            let activity = Activity::new(false, 8);
             for octets in PREFACE.chunks(piece) {
                 assert!(!activity.is_http2());
                 activity.has_read(octets);
@@ -328,7 +551,7 @@ mod tests {
             }
             assert!(activity.is_http2());
         }
-        let activity = Activity::new(None);
+        let activity = Activity::new(false, 8);
         activity.has_read(b"P");
         activity.has_read(b"OST / HTTP/1.1");
         activity.has_read(PREFACE);
@@ -342,7 +565,7 @@ mod tests {
             idle_timeout: Duration::from_secs(1000),
             ..Limits::default()
         };
-        let activity = Activity::new(None);
+        let activity = Activity::new(false, 8);
         // All that happens here happens within a few seconds; limits are counted from what happened last, not from `now`.
         let later = Instant::now() + Duration::from_secs(500);
         let due = |expected: u64, why: Due| {
@@ -350,10 +573,13 @@ mod tests {
             let expected = activity.epoch + Duration::from_secs(expected);
             assert!(due == why && at >= expected && at < expected + Duration::from_secs(60), "{due:?} is not {why:?}");
         };
-        due(1000, Due::Idle);
+        // A connection that says nothing has as long as a header may take.
+        due(100, Due::Silent);
         activity.has_read(b"POST / HTTP/1.1\r\n\r\n");
         due(100, Due::Header);
         let mut request = InProgress::new(activity.clone());
+        due(1000, Due::Stalled);
+        request.begin();
         due(500 + 1000, Due::Nothing);
         activity.has_read(b"body");
         due(500 + 1000, Due::Nothing);
@@ -363,5 +589,63 @@ mod tests {
         drop(request);
         assert!(activity.is_idle());
         due(1000, Due::Idle);
+    }
+
+    #[test]
+    fn a_connection_waits_for_its_client_unless_the_service_works() {
+        let activity = Activity::new(false, 8);
+        assert!(activity.may_be_closed());
+        activity.has_read(b"POST / HTTP/1.1\r\n\r\n");
+        assert!(activity.may_be_closed());
+        let mut request = InProgress::new(activity.clone());
+        request.begin();
+        assert!(!activity.may_be_closed());
+        let reading = Reading::new(activity.clone());
+        let since = activity.waiting_since();
+        assert!(since.is_some());
+        // Another request of the same client is worked on.
+        let mut other = InProgress::new(activity.clone());
+        other.begin();
+        assert!(!activity.may_be_closed());
+        other.answered();
+        assert_eq!(activity.waiting_since(), since);
+        drop((reading, other));
+        assert!(!activity.may_be_closed());
+        request.answered();
+        assert!(activity.may_be_closed());
+    }
+
+    #[tokio::test]
+    async fn answers_that_are_not_read_are_counted_until_they_are_sent() {
+        let activity = Activity::new(false, 8);
+        let mut parts: Vec<_> = (0..100).map(|_| Unread::bytes(Bytes::from_static(b"small"), &activity)).collect();
+        assert!(activity.reads_too_little());
+        let waiting = tokio::spawn({
+            let activity = activity.clone();
+            async move { activity.reads().await }
+        });
+        tokio::task::yield_now().await;
+        parts.truncate(UNREAD / LEAST_ANSWER);
+        tokio::task::yield_now().await;
+        assert!(activity.reads_too_little() && !waiting.is_finished());
+        assert_eq!(parts.pop().unwrap(), "small");
+        waiting.await.unwrap();
+        drop(parts);
+        assert_eq!(activity.unread_answers.load(Ordering::Relaxed), 0);
+    }
+
+    #[tokio::test]
+    async fn a_client_that_gives_up_all_it_asks_for_is_cut() {
+        let activity = Activity::new(false, 8);
+        activity.has_read(PREFACE);
+        for _ in 0..10 {
+            InProgress::new(activity.clone()).answered();
+        }
+        for _ in 0..ABANDONED + 10 {
+            drop(InProgress::new(activity.clone()));
+        }
+        assert_eq!(activity.cut.load(Ordering::Relaxed), 0);
+        drop(InProgress::new(activity.clone()));
+        assert_eq!(activity.told_to_close().await, Cut::Resets);
     }
 }

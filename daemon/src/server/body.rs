@@ -5,6 +5,7 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use http_body_util::BodyExt;
 use hyper::body::Body;
+use tokio::time::Instant;
 
 /// How many octets beyond the limit are read and thrown away. A client that is still writing when we answer and close
 /// gets a reset instead of our answer, so a body that is only somewhat too long is read to its end.
@@ -25,59 +26,109 @@ pub enum BodyError {
     /// The client went away, or sent what is no HTTP body. Nobody may be there to read an answer.
     #[error("the request's body is broken")]
     Broken,
+    /// The [`Intake`] wants no more of it, and knows why.
+    #[error("the request's body is not taken")]
+    NotTaken,
 }
 
-/// Reads a whole body of at most `limit` octets within `timeout`.
+/// How fast a body has to arrive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pace {
+    /// The whole body has to be here after this time.
+    pub within: Duration,
+    /// Bytes a second that it needs in the long run; 0 asks for nothing.
+    pub least: u64,
+}
+
+/// How long a body may be as slow as it likes.
+const GRACE: Duration = Duration::from_secs(5);
+
+impl Pace {
+    /// When more than `received` bytes have to be here.
+    fn due(self, begun: Instant, received: u64) -> Instant {
+        let end = begun + self.within;
+        match received.saturating_mul(1000).checked_div(self.least) {
+            Some(milliseconds) => end.min(begun + GRACE + Duration::from_millis(milliseconds)),
+            None => end,
+        }
+    }
+}
+
+/// What decides, while a body arrives, how much of it is taken.
+pub trait Intake {
+    /// Asks whether `received` bytes may be kept; `so_far` are the ones that are kept already. Returns the limit of the body,
+    /// which may be another one than before.
+    ///
+    /// # Errors
+    /// [`BodyError`], most often [`BodyError::NotTaken`].
+    fn more(&mut self, received: u64, so_far: &[u8]) -> Result<u64, BodyError>;
+}
+
+/// An intake of bodies up to so many bytes.
+#[derive(Clone, Copy, Debug)]
+pub struct UpTo(pub u64);
+
+impl Intake for UpTo {
+    fn more(&mut self, _: u64, _: &[u8]) -> Result<u64, BodyError> {
+        Ok(self.0)
+    }
+}
+
+/// Reads a whole body of at most `most` bytes, or fewer where `intake` says so.
 ///
 /// A longer body is discarded to its end, up to 16 MiB more and within the same time, so that the client gets to read the
 /// answer; one whose `Content-Length` announces more than that is refused at once.
 ///
 /// # Errors
 /// [`BodyError`].
-pub async fn read_body<B>(mut body: B, limit: usize, timeout: Duration) -> Result<Bytes, BodyError>
+pub async fn read_body<B>(mut body: B, most: u64, pace: Pace, intake: &mut impl Intake) -> Result<Bytes, BodyError>
 where
     B: Body<Data = Bytes> + Unpin,
 {
-    let limit = limit as u64;
     // Without a Content-Length there is no exact size before the end.
     let announced = body.size_hint().exact().unwrap_or(0);
-    if announced > limit.saturating_add(DISCARD) {
+    if announced > most.saturating_add(DISCARD) {
         return Err(BodyError::TooLarge);
     }
+    let begun = Instant::now();
     let mut received = 0u64;
+    let mut too_large = announced > most;
+    let mut limit = most;
     let mut first = Bytes::new();
     let mut whole = BytesMut::new();
-    let read = async {
-        while let Some(frame) = body.frame().await {
-            // Trailers mean nothing here.
-            let Ok(data) = frame.map_err(|_| BodyError::Broken)?.into_data() else { continue };
-            received += data.len() as u64;
-            if received > limit.saturating_add(DISCARD) {
-                return Err(BodyError::TooLarge);
-            }
-            if received > limit || announced > limit {
-                whole = BytesMut::new();
-                first = Bytes::new();
-            } else if first.is_empty() && whole.is_empty() {
-                // Most bodies come in one piece, which then need not be copied.
-                first = data;
-            } else {
-                if whole.is_empty() {
-                    whole.reserve(announced.min(AHEAD.max(received.saturating_mul(2))) as usize);
-                    whole.extend_from_slice(&std::mem::take(&mut first));
-                }
-                whole.extend_from_slice(&data);
-            }
+    loop {
+        let frame = tokio::time::timeout_at(pace.due(begun, received), body.frame());
+        let late = if too_large { BodyError::TooLarge } else { BodyError::Timeout };
+        let Some(frame) = frame.await.map_err(|_| late)? else { break };
+        // Trailers mean nothing here.
+        let broken = if too_large { BodyError::TooLarge } else { BodyError::Broken };
+        let Ok(data) = frame.map_err(|_| broken)?.into_data() else { continue };
+        received += data.len() as u64;
+        if !too_large {
+            limit = intake.more(received, if whole.is_empty() { &first } else { &whole })?;
+            too_large = received > limit;
         }
-        Ok(())
-    };
-    let result = tokio::time::timeout(timeout, read).await;
-    match result {
-        _ if received > limit || announced > limit => Err(BodyError::TooLarge),
-        Err(_) => Err(BodyError::Timeout),
-        Ok(Err(error)) => Err(error),
-        Ok(Ok(())) if whole.is_empty() => Ok(first),
-        Ok(Ok(())) => Ok(whole.freeze()),
+        if received > limit.saturating_add(DISCARD) {
+            return Err(BodyError::TooLarge);
+        }
+        if too_large {
+            whole = BytesMut::new();
+            first = Bytes::new();
+        } else if first.is_empty() && whole.is_empty() {
+            // Most bodies come in one piece, which then need not be copied.
+            first = data;
+        } else {
+            if whole.is_empty() {
+                whole.reserve(announced.min(AHEAD.max(received.saturating_mul(2))) as usize);
+                whole.extend_from_slice(&std::mem::take(&mut first));
+            }
+            whole.extend_from_slice(&data);
+        }
+    }
+    match (too_large, whole.is_empty()) {
+        (true, _) => Err(BodyError::TooLarge),
+        (false, true) => Ok(first),
+        (false, false) => Ok(whole.freeze()),
     }
 }
 
@@ -89,6 +140,8 @@ mod tests {
     use std::collections::VecDeque;
     use std::pin::Pin;
     use std::task::{Context, Poll};
+
+    const WITHIN: Pace = Pace { within: Duration::from_millis(50), least: 0 };
 
     /// A body in pieces; `None` never comes, an `Err` is a broken connection.
     struct Pieces {
@@ -124,7 +177,7 @@ mod tests {
     ) -> (Result<Bytes, BodyError>, usize) {
         let taken = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
         let pieces = Pieces { pieces: pieces.iter().copied().collect(), announced, taken: taken.clone() };
-        let result = read_body(pieces, 10, Duration::from_millis(50)).await;
+        let result = read_body(pieces, 10, WITHIN, &mut UpTo(10)).await;
         (result, taken.load(std::sync::atomic::Ordering::Relaxed))
     }
 
@@ -137,7 +190,7 @@ mod tests {
         assert_eq!(read(&pieces, Some(10)).await.0, Ok(Bytes::from("0123456789")));
         // One piece is handed on, not copied.
         let one = Bytes::from(vec![7; 10]);
-        let same = read_body(Full::new(one.clone()), 10, Duration::from_secs(1)).await.map(|body| body.as_ptr());
+        let same = read_body(Full::new(one.clone()), 10, WITHIN, &mut UpTo(10)).await.map(|body| body.as_ptr());
         assert_eq!(same, Ok(one.as_ptr()));
     }
 
@@ -159,5 +212,51 @@ mod tests {
     async fn what_does_not_come_is_told_apart() {
         assert_eq!(read(&[Some(Ok(b"0")), None], None).await.0, Err(BodyError::Timeout));
         assert_eq!(read(&[Some(Ok(b"0")), Some(Err(()))], None).await.0, Err(BodyError::Broken));
+    }
+
+    #[test]
+    fn a_body_that_drips_is_cut_long_before_its_time_is_up() {
+        let begun = Instant::now();
+        let due = |least, received| {
+            let pace = Pace { within: Duration::from_secs(100), least };
+            pace.due(begun, received).duration_since(begun).as_secs()
+        };
+        assert_eq!([0, 1, 1_000_000].map(|received| due(0, received)), [100; 3]);
+        // Some seconds for everybody, and then what the bytes so far are worth.
+        assert_eq!([0, 999, 10_000, 1_000_000].map(|received| due(1000, received)), [5, 5, 15, 100]);
+    }
+
+    #[tokio::test]
+    async fn a_body_has_to_keep_its_pace() {
+        let pieces =
+            || Pieces { pieces: [Some(Ok(&b"x"[..])), None].into(), announced: None, taken: std::sync::Arc::default() };
+        // One that is so fast that the first seconds do not count.
+        let pace = Pace { within: Duration::from_millis(50), least: 1 };
+        assert_eq!(read_body(pieces(), 10, pace, &mut UpTo(10)).await, Err(BodyError::Timeout));
+    }
+
+    #[tokio::test]
+    async fn an_intake_decides_as_the_body_arrives() {
+        /// Looks at the beginning before it takes more.
+        struct Looks(Vec<(u64, Vec<u8>)>);
+        impl Intake for Looks {
+            fn more(&mut self, received: u64, so_far: &[u8]) -> Result<u64, BodyError> {
+                self.0.push((received, so_far.to_vec()));
+                if received > 4 && !so_far.starts_with(b"good") { Err(BodyError::NotTaken) } else { Ok(100) }
+            }
+        }
+        let body = |pieces: &[&'static [u8]]| Pieces {
+            pieces: pieces.iter().map(|piece| Some(Ok(*piece))).collect(),
+            announced: None,
+            taken: std::sync::Arc::default(),
+        };
+        let mut looks = Looks(Vec::new());
+        let read = read_body(body(&[b"good", b"1", b"2"]), 100, WITHIN, &mut looks).await;
+        assert_eq!(read, Ok(Bytes::from("good12")));
+        assert_eq!(looks.0, [(4, b"".to_vec()), (5, b"good".to_vec()), (6, b"good1".to_vec())]);
+        let read = read_body(body(&[b"bad!", b"1", b"2"]), 100, WITHIN, &mut Looks(Vec::new())).await;
+        assert_eq!(read, Err(BodyError::NotTaken));
+        // The limit of the moment, not the largest there is.
+        assert_eq!(read_body(body(&[b"bad!", b"1"]), 100, WITHIN, &mut UpTo(4)).await, Err(BodyError::TooLarge));
     }
 }

@@ -17,15 +17,27 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 use tokio::net::TcpStream;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
 use tokio_rustls::TlsAcceptor;
 
-use super::activity::{Activity, Answer, Due, InProgress, Watched, unread};
-use super::{BoxError, Limits, Peer, Phase, SharedTls};
+use super::activity::{Activity, Answer, Cut, Due, InProgress, Watched, unread};
+use super::{BoxError, Limits, Origin, Peer, Phase, SharedTls, Slot};
 
-/// Largest header of a request, in octets; also how much of a body is read, and of an answer is buffered, at once.
-const BUFFER: usize = 64 * 1024;
+/// Largest header of a request, in bytes; also how much of a body is read, and of an answer is buffered, at once. Every
+/// connection and every stream may take so much before anybody knows who is at its other end.
+const BUFFER: usize = 16 * 1024;
+
+/// Connections whose clients read so little that further requests wait, at most. What these requests have sent of their bodies
+/// waits, too.
+const CONGESTED: usize = 256;
+
+/// Streams that a client may reset before their requests were looked at; beyond, the connection ends. hyper's own default,
+/// named here because the bound matters.
+const RESETS_UNSEEN: usize = 20;
+
+/// The same for streams that are reset here, for what their client did wrong.
+const RESETS_HERE: usize = 64;
 
 /// How soon to look again at octets that the kernel has and the reactor has not reported.
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
@@ -46,6 +58,7 @@ pub(super) struct Server<S> {
     http2: auto::Builder<TokioExecutor>,
     service: Arc<S>,
     phase: watch::Receiver<Phase>,
+    congested: Arc<Semaphore>,
 }
 
 impl<S, B> Server<S>
@@ -68,11 +81,15 @@ where
         either
             .http2()
             .timer(TokioTimer::new())
-            .max_concurrent_streams(256)
+            .max_concurrent_streams(limits.streams)
+            .max_pending_accept_reset_streams(RESETS_UNSEEN)
+            .max_local_error_reset_streams(RESETS_HERE)
             .max_header_list_size(BUFFER as u32)
-            // Batches are large, and hosts may be far away.
-            .initial_stream_window_size(512 * 1024)
-            .initial_connection_window_size(2 * 1024 * 1024);
+            // Of an answer that is not read, no more than this is copied.
+            .max_send_buf_size(BUFFER)
+            // Batches are large, and hosts may be far away. A client may send so much that nobody asked for.
+            .initial_stream_window_size(256 * 1024)
+            .initial_connection_window_size(256 * 1024);
         Self {
             limits,
             tls,
@@ -81,26 +98,30 @@ where
             either,
             service: Arc::new(service),
             phase,
+            congested: Arc::new(Semaphore::new(CONGESTED)),
         }
     }
 
+    /// What is to be known of a connection that begins now.
+    pub(super) fn activity(&self) -> Arc<Activity> {
+        Activity::new(self.tls.is_some(), self.limits.streams)
+    }
+
     /// Serves one connection until it is closed.
-    pub(super) async fn serve(&self, stream: TcpStream, peer: SocketAddr) {
+    pub(super) async fn serve(&self, stream: TcpStream, peer: SocketAddr, activity: Arc<Activity>, slot: &Slot) {
         // Answers are written whole: waiting for more to send would only delay them.
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!(%peer, %error, "TCP_NODELAY cannot be set");
         }
         let mut phase = self.phase.clone();
         let Some(tls) = &self.tls else {
-            let activity = Activity::new(None);
             let (stream, returned) = Watched::new(stream, activity.clone());
-            if self.drive(&self.either, stream, &activity, &mut phase, peer).await {
+            if self.drive(&self.either, stream, &activity, &mut phase, peer, slot).await {
                 self.linger(returned.await.ok()).await;
             }
             return;
         };
         let acceptor = TlsAcceptor::from(Arc::clone(&tls.load().config));
-        let activity = Activity::new(Some(false));
         let (stream, returned) = Watched::new(stream, activity.clone());
         let mut stop = phase.clone();
         let handshake = tokio::time::timeout(self.limits.header_timeout, acceptor.accept(stream));
@@ -108,14 +129,19 @@ where
             shaken = handshake => match shaken {
                 Ok(Ok(stream)) => stream,
                 Ok(Err(error)) => return tracing::debug!(%peer, %error, "the TLS handshake failed"),
-                Err(_) => return tracing::debug!(%peer, "the TLS handshake took too long"),
+                Err(_) => {
+                    slot.cut(Cut::Header);
+                    return tracing::debug!(%peer, "the TLS handshake took too long");
+                }
             },
             () = cut(&mut stop) => return,
+            // During the handshake it is always the client that is waited for.
+            reason = activity.told_to_close() => return slot.cut(reason),
         };
         let http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
         activity.handshake_done(http2);
         let builder = if http2 { &self.http2 } else { &self.http1 };
-        if self.drive(builder, stream, &activity, &mut phase, peer).await {
+        if self.drive(builder, stream, &activity, &mut phase, peer, slot).await {
             self.linger(returned.await.ok()).await;
         }
     }
@@ -128,6 +154,7 @@ where
         activity: &Arc<Activity>,
         phase: &mut watch::Receiver<Phase>,
         peer: SocketAddr,
+        slot: &Slot,
     ) -> bool {
         enum Event {
             /// hyper is done with it.
@@ -138,10 +165,18 @@ where
             Changed,
             /// A time limit is reached.
             Time,
+            /// It was told to close.
+            Told(Cut),
         }
 
-        let service =
-            Watching { service: self.service.clone(), activity: activity.clone(), phase: phase.clone(), peer };
+        let service = Watching {
+            service: self.service.clone(),
+            activity: activity.clone(),
+            phase: phase.clone(),
+            congested: self.congested.clone(),
+            peer,
+            connection: slot.connection(),
+        };
         let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), service));
         let mut timer = pin!(tokio::time::sleep(self.limits.header_timeout));
         // Set by a stop: until when requests are taken.
@@ -187,6 +222,7 @@ where
                     Poll::Pending => Poll::Pending,
                 }) => event,
                 Ok(()) = phase.changed() => Event::Changed,
+                reason = activity.told_to_close() => Event::Told(reason),
                 () = &mut timer => Event::Time,
             };
             match event {
@@ -201,6 +237,13 @@ where
                     closing = Some(Instant::now());
                 }
                 Event::Changed => {}
+                // Its client has sent something meanwhile, and it is another's turn to leave.
+                Event::Told(Cut::Room) if !activity.may_be_closed() => slot.stay(),
+                Event::Told(reason) => {
+                    tracing::debug!(%peer, reason = reason.as_str(), "the connection is cut");
+                    slot.cut(reason);
+                    return false;
+                }
                 // Anything may have happened since the timer was set: only what is due now counts.
                 Event::Time if let Some(since) = closing => {
                     let now = Instant::now();
@@ -215,7 +258,14 @@ where
                     match why {
                         Due::Header | Due::Stalled if due <= now => {
                             tracing::debug!(%peer, ?why, "the client took too long: cut");
+                            slot.cut(if why == Due::Header { Cut::Header } else { Cut::Unread });
                             return false;
+                        }
+                        Due::Silent if due <= now => {
+                            if !last_call {
+                                slot.cut(Cut::Silent);
+                            }
+                            last_call = true;
                         }
                         Due::Idle if due <= now => last_call = true,
                         _ => {}
@@ -274,7 +324,9 @@ struct Watching<S> {
     service: Arc<S>,
     activity: Arc<Activity>,
     phase: watch::Receiver<Phase>,
+    congested: Arc<Semaphore>,
     peer: SocketAddr,
+    connection: u64,
 }
 
 impl<S, B> Service<Request<Incoming>> for Watching<S>
@@ -290,18 +342,32 @@ where
 
     fn call(&self, mut request: Request<Incoming>) -> Self::Future {
         let mut in_progress = InProgress::new(self.activity.clone());
-        request.extensions_mut().insert(Peer(self.peer));
-        let http1 = request.version() <= Version::HTTP_11;
-        let phase = self.phase.clone();
-        let answer = self.service.call(request);
+        let activity = self.activity.clone();
+        let (service, congested, phase) = (self.service.clone(), self.congested.clone(), self.phase.clone());
+        let (peer, connection) = (self.peer, self.connection);
         Box::pin(async move {
-            let mut response = answer.await?;
+            if activity.reads_too_little() {
+                // More answers would only take memory. Nor may too many connections come to this.
+                match congested.try_acquire() {
+                    Ok(_place) => activity.reads().await,
+                    Err(_) => {
+                        activity.cut(Cut::Unread);
+                        std::future::pending::<()>().await;
+                    }
+                }
+            }
+            let work = activity.room_to_work().await;
+            in_progress.begin();
+            request.extensions_mut().insert(Peer(peer));
+            request.extensions_mut().insert(Origin::new(connection, activity, work));
+            let http1 = request.version() <= Version::HTTP_11;
+            let mut response = service.call(request).await?;
             in_progress.answered();
             if http1 && *phase.borrow() != Phase::Serving {
                 // hyper closes the connection after an answer that says so.
                 response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
             }
-            Ok(response.map(|body| Answer { body, _request: in_progress }))
+            Ok(response.map(|body| Answer { body, request: in_progress }))
         })
     }
 }

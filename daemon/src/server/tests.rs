@@ -29,7 +29,11 @@ async fn answer(request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Inf
         return Ok(response);
     }
     let pause = request.uri().path()[1..].parse().unwrap();
-    let body = read_body(request.into_body(), 1 << 20, LONG).await.unwrap_or_else(|error| error.to_string().into());
+    let reading = request.extensions().get::<Origin>().unwrap().reading();
+    let pace = Pace { within: LONG, least: 0 };
+    let body = read_body(request.into_body(), 1 << 20, pace, &mut UpTo(1 << 20)).await;
+    let body = body.unwrap_or_else(|error| error.to_string().into());
+    drop(reading);
     tokio::time::sleep(Duration::from_millis(pause)).await;
     Ok(Response::new(Full::from(body)))
 }
@@ -297,20 +301,91 @@ async fn a_stop_cuts_what_takes_too_long() {
 }
 
 #[tokio::test]
-async fn at_the_limit_connections_wait_for_their_turn() {
+async fn at_the_limit_connections_wait_while_all_others_are_worked_for() {
     let mut server = Running::start(Limits { max_connections: 2, ..limits() }, None);
-    let (mut one, mut two, mut three) = (server.connect().await, server.connect().await, server.connect().await);
-    assert_eq!(one.ask("0", "1").await, ok("1", false));
-    assert_eq!(two.ask("0", "2").await, ok("2", false));
+    let (mut one, mut two) = (server.connect().await, server.connect().await);
+    one.send(&post("2000", "1")).await;
+    two.send(&post("4000", "2")).await;
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    let mut three = server.connect().await;
     three.send(&post("0", "3")).await;
     assert!(
         tokio::time::timeout(Duration::from_millis(200), three.receive()).await.is_err(),
         "served beyond the limit"
     );
-    drop(one);
+    // The first one has its answer, and nothing more to do here.
+    assert_eq!(one.receive().await, ok("1", false));
     assert_eq!(three.receive().await, ok("3", false));
+    assert_eq!(one.receive().await, Err(Silence::Nothing));
+    assert_eq!(two.receive().await, ok("2", false));
     server.stop();
     assert_eq!(server.drained().await.cut, 0);
+}
+
+/// Whatever a connection waits for its client with, it gives up its place for one that has something to say.
+#[tokio::test]
+async fn at_the_limit_the_connection_that_has_waited_longest_for_its_client_is_closed() {
+    let server = Running::start(Limits { max_connections: 60, ..limits() }, None);
+    let mut kept = server.connect().await;
+    for kind in ["", "POST /0 HTTP/1.1\r\nHost:", "POST /0 HTTP/1.1\r\nHost: t\r\nContent-Length: 5\r\n\r\nab"] {
+        let mut silent = Vec::new();
+        for _ in 0..60 {
+            let mut connection = server.connect().await;
+            connection.send(kind).await;
+            silent.push(connection);
+        }
+        for number in 0..3 {
+            let body = number.to_string();
+            assert_eq!(server.connect().await.ask("0", &body).await, ok(&body, false), "beside {kind:?}");
+        }
+        // The oldest of all went first.
+        assert_eq!(kept.receive().await, Err(Silence::Nothing));
+        kept = server.connect().await;
+        assert_eq!(kept.ask("0", "x").await, ok("x", false));
+    }
+}
+
+#[tokio::test]
+async fn an_address_has_a_limit_of_its_own() {
+    let server = Running::start(Limits { per_address: 3, ..limits() }, None);
+    let from = async |address: [u8; 4]| {
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        socket.bind(SocketAddr::from((address, 0))).unwrap();
+        Connection { stream: socket.connect(server.address).await.unwrap(), read: Vec::new() }
+    };
+    let mut other = from([127, 0, 0, 2]).await;
+    assert_eq!(other.ask("0", "x").await, ok("x", false));
+    let mut first = from([127, 0, 0, 1]).await;
+    assert_eq!(first.ask("0", "x").await, ok("x", false));
+    let mut busy = [from([127, 0, 0, 1]).await, from([127, 0, 0, 1]).await];
+    for connection in &mut busy {
+        connection.send(&post("2000", "busy")).await;
+    }
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let mut next = from([127, 0, 0, 1]).await;
+    next.send(&post("2000", "next")).await;
+    assert_eq!(first.receive().await, Err(Silence::Nothing));
+    // All that the address may have are worked for: it gets no more. Others do.
+    assert_eq!(from([127, 0, 0, 1]).await.receive().await, Err(Silence::Nothing));
+    assert_eq!(from([127, 0, 0, 2]).await.ask("0", "y").await, ok("y", false));
+    for connection in &mut busy {
+        assert_eq!(connection.receive().await, ok("busy", false));
+    }
+    assert_eq!(next.receive().await, ok("next", false));
+    assert_eq!(other.ask("0", "z").await, ok("z", false));
+}
+
+#[tokio::test]
+async fn a_connection_has_as_long_for_its_first_byte_as_for_a_header() {
+    let times = Limits { header_timeout: Duration::from_millis(300), idle_timeout: LONG * 10, ..limits() };
+    let server = Running::start(times, None);
+    // Nothing at all; and HTTP/2 that asks for nothing.
+    assert_eq!(server.connect().await.receive().await, Err(Silence::Nothing));
+    let mut stream = server.connect().await.stream;
+    stream.write_all(&h2::hello()).await.unwrap();
+    let mut all = Vec::new();
+    let closed = tokio::time::timeout(LONG, stream.read_to_end(&mut all)).await;
+    assert!(closed.is_ok(), "an HTTP/2 connection without a request stays");
 }
 
 #[tokio::test]
@@ -321,14 +396,14 @@ async fn slow_headers_and_idle_connections_are_closed() {
         ..limits()
     };
     // Idle: closed after its time, but not while a request is in progress, nor by the limit for headers.
-    let server = Running::start(short(50, 600), None);
+    let server = Running::start(short(400, 1500), None);
     let mut client = server.connect().await;
-    assert_eq!(client.ask("1000", "slow").await, ok("slow", false));
-    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert_eq!(client.ask("2000", "slow").await, ok("slow", false));
+    tokio::time::sleep(Duration::from_millis(600)).await;
     assert_eq!(client.ask("0", "still open").await, ok("still open", false));
     let begun = std::time::Instant::now();
     assert_eq!(client.receive().await, Err(Silence::Nothing));
-    assert!(begun.elapsed() > Duration::from_millis(500), "{:?}", begun.elapsed());
+    assert!(begun.elapsed() > Duration::from_millis(1300), "{:?}", begun.elapsed());
     // Never a request at all.
     assert_eq!(server.connect().await.receive().await, Err(Silence::Nothing));
 

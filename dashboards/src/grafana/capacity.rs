@@ -156,11 +156,15 @@ fn cost() -> Vec<Panel> {
         Panel::lines(
             "Connections and files",
             "percentunit",
-            "How many there are of those that may be; every connection is an open file.",
+            "How many there are of those that may be, every connection is an open file; and memory for bodies of requests.",
         )
         .ask(
             "sum by (instance) (claviger_connections_open{@}) / sum by (instance) (claviger_connections_limit{@})",
             "{{instance}} connections",
+        )
+        .ask(
+            "sum by (instance) (claviger_body_memory_bytes{@}) / sum by (instance) (claviger_body_memory_limit_bytes{@})",
+            "{{instance}} memory for bodies",
         )
         .ask("sum by (instance) (process_open_fds{@}) / sum by (instance) (process_max_fds{@})", "{{instance}} files")
         .colours(GREEN, &[(0.7, YELLOW), (0.9, RED)])

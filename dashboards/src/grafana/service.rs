@@ -175,6 +175,20 @@ fn surface() -> Vec<Panel> {
             "New connections a second. As many as requests: the hosts do not keep them open.",
         )
         .ask("sum by (instance) (rate(claviger_connections_total{@}[~]))", "{{instance}}"),
+        Panel::stacked(
+            "Connections cut, by reason",
+            "cps",
+            "room: its place was needed; address: its address has too many; silent: no request; header: slow; unread: \
+             answers not read; resets: requests given up.",
+        )
+        .ask("sum by (reason) (rate(claviger_connections_cut_total{@}[~]))", "{{reason}}"),
+        Panel::stacked(
+            "Bodies not taken, by reason",
+            "reqps",
+            "all, connection, address: no memory; gave_way: slow while memory was short; slow; too_large; unproven: a \
+             large batch without a valid health certificate.",
+        )
+        .ask("sum by (reason) (rate(claviger_bodies_refused_total{@}[~]))", "{{reason}}"),
         Panel::lines(
             "State file",
             "bool",

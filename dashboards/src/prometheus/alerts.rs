@@ -346,5 +346,15 @@ fn limits() -> Vec<Alert> {
             "A daemon will soon take no more connections",
             "{{ $labels.instance }} has {{ $value | humanizePercentage }} of the connections that it may have.",
         ),
+        alert(
+            "ClavigerCrowdedOut",
+            "ticket",
+            "5m",
+            r#"sum by (job, instance) (rate(claviger_connections_cut_total{reason=~"room|address|resets|unread"}[5m]))
++ sum by (job, instance) (rate(claviger_bodies_refused_total[5m])) > 1"#,
+            "Somebody takes connections or memory without asking for keys",
+            "{{ $labels.instance }} cuts connections or refuses bodies of requests, {{ $value | humanize }} a second: \
+             to make room for others, or for what their senders do.",
+        ),
     ]
 }

@@ -1,0 +1,337 @@
+//! Places for connections: how many there are, and which connection gives up its place when there is none left.
+//!
+//! At the limit the connection that has waited longest for its client is closed, of the group (the address, at the
+//! administrators' sockets the user) that has the most connections. Connections that the service works for are never
+//! closed. The newcomer waits only when there is no other connection than those.
+//!
+//! [`Places`] is a plain value; who waits and who is woken is the business of its callers.
+
+use std::collections::HashMap;
+use std::hash::Hash;
+use std::time::Instant;
+
+/// Most connections that were told to close and have not done so: so many more than the limit may be open for a moment.
+pub(crate) const LEAVING: usize = 16;
+
+/// Victims that one search finds. A search looks at every connection, so at the limit it must not happen for each arrival.
+const FOUND: usize = 64;
+
+/// A connection, as far as its place is concerned.
+pub(crate) trait Guest: Clone {
+    /// Since when the connection has waited for its client; `None` while the service works for it.
+    fn waiting_since(&self) -> Option<Instant>;
+
+    /// Tells the connection to close.
+    fn ask_to_leave(&self);
+}
+
+/// Why there is no place.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum NoPlace {
+    /// All places are taken by connections that are worked for. One may become free at any moment.
+    Full,
+    /// The group has as many connections as it may, and all of them are worked for.
+    Group,
+}
+
+/// The open connections.
+pub(crate) struct Places<K, G> {
+    limit: usize,
+    per_group: usize,
+    groups: HashMap<K, Group<G>>,
+    /// Connections that were not told to leave.
+    staying: usize,
+    leaving: usize,
+    next: u64,
+    found: Found<K>,
+}
+
+struct Group<G> {
+    seats: HashMap<u64, Seat<G>>,
+    staying: usize,
+}
+
+struct Seat<G> {
+    guest: G,
+    leaving: bool,
+}
+
+/// The result of a search, the first victim last.
+struct Found<K> {
+    /// The group that was searched, or all of them.
+    within: Option<K>,
+    victims: Vec<(K, u64, Instant)>,
+    /// The victims' groups were larger than this one's, which had the next most connections.
+    next_largest: usize,
+}
+
+impl<K: Copy + Eq + Hash, G: Guest> Places<K, G> {
+    /// At least one place in all, and `per_group` for each group; 0 is no limit.
+    pub(crate) fn new(limit: usize, per_group: usize) -> Self {
+        Self {
+            limit: limit.max(1),
+            per_group: if per_group == 0 { usize::MAX } else { per_group },
+            groups: HashMap::new(),
+            staying: 0,
+            leaving: 0,
+            next: 0,
+            found: Found { within: None, victims: Vec::new(), next_largest: 0 },
+        }
+    }
+
+    /// Takes a place for a connection of `group`; another connection may have to leave for it. Returns the place's number, and
+    /// whether one had to.
+    pub(crate) fn arrive(&mut self, group: K, guest: &G) -> Result<(u64, bool), NoPlace> {
+        let of_group = self.groups.get(&group).map_or(0, |group| group.staying);
+        let mut made_room = false;
+        if of_group >= self.per_group {
+            self.dismiss(Some(group), NoPlace::Group)?;
+            made_room = true;
+        }
+        if self.staying >= self.limit {
+            self.dismiss(None, NoPlace::Full)?;
+            made_room = true;
+        }
+        let id = self.next;
+        self.next += 1;
+        let of_group = self.groups.entry(group).or_insert_with(|| Group { seats: HashMap::new(), staying: 0 });
+        of_group.seats.insert(id, Seat { guest: guest.clone(), leaving: false });
+        of_group.staying += 1;
+        self.staying += 1;
+        Ok((id, made_room))
+    }
+
+    /// Gives a place back.
+    pub(crate) fn leave(&mut self, group: K, id: u64) {
+        let Some(of_group) = self.groups.get_mut(&group) else { return };
+        let Some(seat) = of_group.seats.remove(&id) else { return };
+        if seat.leaving {
+            self.leaving -= 1;
+        } else {
+            of_group.staying -= 1;
+            self.staying -= 1;
+        }
+        if of_group.seats.is_empty() {
+            self.groups.remove(&group);
+        }
+    }
+
+    /// A connection that was told to leave has something to do again, and stays. There may be one too many then.
+    pub(crate) fn stay(&mut self, group: K, id: u64) {
+        let Some(of_group) = self.groups.get_mut(&group) else { return };
+        let Some(seat) = of_group.seats.get_mut(&id) else { return };
+        if std::mem::take(&mut seat.leaving) {
+            of_group.staying += 1;
+            self.staying += 1;
+            self.leaving -= 1;
+        }
+    }
+
+    /// Tells a connection to leave; `without` when all are worked for.
+    fn dismiss(&mut self, within: Option<K>, without: NoPlace) -> Result<(), NoPlace> {
+        if self.leaving >= LEAVING {
+            return Err(NoPlace::Full);
+        }
+        if !self.dismiss_found(within) {
+            self.search(within);
+            if !self.dismiss_found(within) {
+                return Err(without);
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes the next of those that were found and still are what they were.
+    fn dismiss_found(&mut self, within: Option<K>) -> bool {
+        if self.found.within != within {
+            return false;
+        }
+        while let Some((group, id, since)) = self.found.victims.pop() {
+            let Some(of_group) = self.groups.get_mut(&group) else { continue };
+            if within.is_none() && of_group.staying <= self.found.next_largest {
+                // Another group has as many by now.
+                self.found.victims.clear();
+                return false;
+            }
+            let Some(seat) = of_group.seats.get_mut(&id) else { continue };
+            if seat.leaving || seat.guest.waiting_since() != Some(since) {
+                continue;
+            }
+            seat.leaving = true;
+            seat.guest.ask_to_leave();
+            of_group.staying -= 1;
+            self.staying -= 1;
+            self.leaving += 1;
+            return true;
+        }
+        false
+    }
+
+    fn search(&mut self, within: Option<K>) {
+        let searched = |group: &K| within.is_none_or(|within| within == *group);
+        let mut largest = 0;
+        let mut next_largest = 0;
+        let mut victims = Vec::new();
+        for (group, of_group) in self.groups.iter().filter(|(group, _)| searched(group)) {
+            if of_group.staying < largest {
+                next_largest = next_largest.max(of_group.staying);
+                continue;
+            }
+            let waiting = of_group.seats.iter().filter(|(_, seat)| !seat.leaving);
+            let before = victims.len();
+            victims.extend(waiting.filter_map(|(id, seat)| Some((*group, *id, seat.guest.waiting_since()?))));
+            if of_group.staying > largest && victims.len() > before {
+                victims.drain(..before);
+                next_largest = next_largest.max(largest);
+                largest = of_group.staying;
+            }
+        }
+        if victims.len() > FOUND {
+            victims.select_nth_unstable_by_key(FOUND, |(.., since)| *since);
+            victims.truncate(FOUND);
+        }
+        victims.sort_unstable_by_key(|(.., since)| std::cmp::Reverse(*since));
+        self.found = Found { within, victims, next_largest };
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use std::cell::Cell;
+    use std::rc::Rc;
+    use std::time::Duration;
+
+    #[derive(Clone)]
+    struct Client(Rc<(Cell<Option<Instant>>, Cell<bool>)>);
+
+    impl Guest for Client {
+        fn waiting_since(&self) -> Option<Instant> {
+            self.0.0.get()
+        }
+
+        fn ask_to_leave(&self) {
+            self.0.1.set(true);
+        }
+    }
+
+    impl Client {
+        /// Waits since so many milliseconds after `begun`.
+        fn waiting(begun: Instant, since: u64) -> Self {
+            Self(Rc::new((Cell::new(Some(begun + Duration::from_millis(since))), Cell::new(false))))
+        }
+
+        fn is_leaving(&self) -> bool {
+            self.0.1.get()
+        }
+
+        fn work(&self) {
+            self.0.0.set(None);
+        }
+    }
+
+    #[test]
+    fn at_the_limit_the_longest_idle_of_the_largest_group_leaves() {
+        let begun = Instant::now();
+        let mut places = Places::new(4, 0);
+        // The oldest is another's, which has only one.
+        let honest = Client::waiting(begun, 0);
+        places.arrive("honest", &honest).unwrap();
+        let silent: Vec<_> = (1..=3).map(|since| Client::waiting(begun, since)).collect();
+        let ids: Vec<_> = silent.iter().map(|client| places.arrive("silent", client).unwrap()).collect();
+        assert!(ids.iter().all(|(_, made_room)| !made_room));
+        let newcomer = Client::waiting(begun, 9);
+        assert!(places.arrive("honest", &newcomer).unwrap().1);
+        assert_eq!([true, false, false], [0, 1, 2].map(|at: usize| silent[at].is_leaving()));
+        places.leave("silent", ids[0].0);
+        // Both have two now, and those who had the most were found before.
+        assert!(places.arrive("third", &Client::waiting(begun, 10)).unwrap().1);
+        assert!(silent[1].is_leaving() && !honest.is_leaving());
+        // From here the honest one has the most.
+        assert!(places.arrive("third", &Client::waiting(begun, 11)).unwrap().1);
+        assert!(honest.is_leaving() && !silent[2].is_leaving() && !newcomer.is_leaving());
+    }
+
+    #[test]
+    fn a_connection_that_is_worked_for_is_never_closed() {
+        let begun = Instant::now();
+        let mut places = Places::new(2, 0);
+        let (one, two) = (Client::waiting(begun, 0), Client::waiting(begun, 1));
+        let (first, _) = places.arrive(1, &one).unwrap();
+        places.arrive(1, &two).unwrap();
+        one.work();
+        two.work();
+        let newcomer = Client::waiting(begun, 2);
+        assert_eq!(places.arrive(2, &newcomer), Err(NoPlace::Full));
+        places.leave(1, first);
+        assert!(!places.arrive(2, &newcomer).unwrap().1);
+        // The largest group has nothing to give, so the other does.
+        let mut places = Places::new(3, 0);
+        let newcomer = Client::waiting(begun, 2);
+        places.arrive(1, &one).unwrap();
+        places.arrive(1, &two).unwrap();
+        places.arrive(2, &newcomer).unwrap();
+        assert!(places.arrive(1, &Client::waiting(begun, 3)).unwrap().1);
+        assert!(newcomer.is_leaving());
+    }
+
+    #[test]
+    fn a_group_has_a_limit_of_its_own() {
+        let begun = Instant::now();
+        let mut places = Places::new(100, 2);
+        let (one, two) = (Client::waiting(begun, 1), Client::waiting(begun, 0));
+        places.arrive(1, &one).unwrap();
+        places.arrive(1, &two).unwrap();
+        places.arrive(2, &Client::waiting(begun, 2)).unwrap();
+        assert!(places.arrive(1, &Client::waiting(begun, 3)).unwrap().1);
+        assert!(two.is_leaving() && !one.is_leaving());
+        let mut places = Places::new(100, 1);
+        one.work();
+        places.arrive(1, &one).unwrap();
+        assert_eq!(places.arrive(1, &two), Err(NoPlace::Group));
+        assert!(places.arrive(2, &two).is_ok());
+    }
+
+    #[test]
+    fn who_found_something_to_do_stays_and_counts() {
+        let begun = Instant::now();
+        let mut places = Places::new(1, 0);
+        let one = Client::waiting(begun, 0);
+        let (first, _) = places.arrive(1, &one).unwrap();
+        let (second, _) = places.arrive(2, &Client::waiting(begun, 1)).unwrap();
+        assert!(one.is_leaving());
+        one.work();
+        places.stay(1, first);
+        // Two of one: nobody comes in for the second's leaving alone.
+        places.leave(2, second);
+        assert_eq!(places.arrive(2, &Client::waiting(begun, 2)), Err(NoPlace::Full));
+        places.leave(1, first);
+        assert!(places.arrive(2, &Client::waiting(begun, 2)).is_ok());
+        assert_eq!((places.staying, places.leaving, places.groups.len()), (1, 0, 1));
+    }
+
+    #[test]
+    fn a_flood_of_newcomers_moves_the_flood_and_counts_right() {
+        let begun = Instant::now();
+        let mut places = Places::new(500, 0);
+        let mut open = HashMap::new();
+        let honest: Vec<_> = (0..20).map(|since| Client::waiting(begun, since)).collect();
+        for (number, client) in honest.iter().enumerate() {
+            places.arrive(number % 10, client).unwrap();
+        }
+        for number in 0..20_000u64 {
+            let client = Client::waiting(begun, 100 + number);
+            let (id, _) = places.arrive(99, &client).unwrap();
+            open.insert(id, client);
+            open.retain(|id, client| {
+                if client.is_leaving() {
+                    places.leave(99, *id);
+                }
+                !client.is_leaving()
+            });
+        }
+        assert_eq!((open.len(), places.staying, places.leaving), (480, 500, 0));
+        assert!(honest.iter().all(|client| !client.is_leaving()));
+    }
+}
