@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use claviger::keys::key_ref;
 use claviger::state::{Kind, State};
-use claviger_hsm::KeyId;
 use claviger_protocol::rsa_key::RsaPublicKey;
 use claviger_tests::stats::median;
 use claviger_tests::{Instances, Lab, Options, block, roll_request};
@@ -170,8 +170,9 @@ impl Stage {
         let of = |kind| certificates.iter().find(|certificate| certificate.kind == kind).unwrap();
         let (encryption, signing) = (of(Kind::Encryption), of(Kind::Signing));
         let public = RsaPublicKey::from_spki_der(&encryption.spki).unwrap();
-        let id = |octets: &[u8]| KeyId(octets.to_vec());
-        let work = Work::new(&config, id(&encryption.key_id), &public, id(&signing.key_id));
+        let signing_public = RsaPublicKey::from_spki_der(&signing.spki).unwrap();
+        let signing = key_ref(&signing.key_id, &signing_public);
+        let work = Work::new(&config, key_ref(&encryption.key_id, &public), &public, signing);
         Self { lab, work }
     }
 

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use claviger::config::Config;
 use claviger::daemon::member;
-use claviger_hsm::{Bare, Hash, KeyId, MemberConfig, Oaep, SignScheme};
+use claviger_hsm::{Bare, Hash, KeyRef, MemberConfig, Oaep, SignScheme};
 use claviger_protocol::algorithm;
 use claviger_protocol::rsa_key::RsaPublicKey;
 use hdrhistogram::Histogram;
@@ -21,9 +21,9 @@ pub struct Work {
     /// The members, as the daemon is configured with them.
     pub members: Vec<MemberConfig>,
     /// The key that decrypts.
-    pub encryption: KeyId,
+    pub encryption: KeyRef,
     /// The key that signs.
-    pub signing: KeyId,
+    pub signing: KeyRef,
     ciphertext: Vec<u8>,
 }
 
@@ -42,7 +42,7 @@ pub struct Round {
 impl Work {
     /// Of a configuration, with the ids and the public half of its keys.
     #[must_use]
-    pub fn new(config: &Config, encryption: KeyId, public: &RsaPublicKey, signing: KeyId) -> Self {
+    pub fn new(config: &Config, encryption: KeyRef, public: &RsaPublicKey, signing: KeyRef) -> Self {
         let members = config.hsm.iter().map(|hsm| member(hsm, 1, 1).unwrap()).collect();
         let ciphertext = public.encrypt_oaep(algorithm::Oaep::SHA1, &[0x5a; 32]).unwrap();
         Self { members, encryption, signing, ciphertext }

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::time::{Duration, Instant, SystemTime};
 
-use claviger_hsm::KeyId;
+use claviger_hsm::KeyRef;
 use data_encoding::HEXLOWER;
 use metrics::SharedString;
 use ring::digest;
@@ -35,7 +35,7 @@ pub struct Attempt {
     /// What a command changes, for people.
     pub change: Option<String>,
     /// The private keys that a release used.
-    pub keys: Vec<KeyId>,
+    pub keys: Vec<KeyRef>,
     /// The encryption certificate whose key served: the first digits of its thumbprint.
     pub certificate_used: Option<SharedString>,
     /// How long it waited for its turn.

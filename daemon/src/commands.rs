@@ -500,7 +500,7 @@ mod tests {
         assert!(refused.contains("is not known") && refused.contains("--force"), "{refused}");
         let removed = ask("keys.remove", &old, json!({"force": true})).await.unwrap();
         assert!(warning(&removed).contains("is not known"), "{removed}");
-        service.usage.released(None, &[claviger_hsm::KeyId(vec![2])], now);
+        service.usage.released(None, &[claviger_hsm::KeyRef::new(claviger_hsm::KeyId(vec![2]), &[])], now);
         let disabled = ask("keys.enable", &used, off.clone()).await.unwrap();
         assert!(warning(&disabled).starts_with("1 releases of the last 30 days"), "{disabled}");
         let disabled = ask("keys.enable", &new, off.clone()).await.unwrap();

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use claviger_hsm::{Hash, HsmError, KeyId, KnownGood, Oaep, SignScheme};
+use claviger_hsm::{Hash, HsmError, KeyId, KeyRef, KnownGood, Oaep, SignScheme};
 use claviger_protocol::algorithm::{self, SignatureAlgorithm};
 use claviger_protocol::certificate::{Certificate, CertificateError};
 use claviger_protocol::error::{Code, Refusal};
@@ -63,8 +63,8 @@ pub struct Keys {
 /// A private key that serves.
 #[derive(Clone, Debug)]
 pub struct Held {
-    /// CKA_ID of the private key.
-    pub id: KeyId,
+    /// The private key.
+    pub id: KeyRef,
     /// A host needs all of these to be given what the key opens.
     pub labels: Labels,
     /// Its first certificate, as it is called in the metrics.
@@ -86,11 +86,24 @@ enum Metadata {
 pub struct Key {
     /// The certificate.
     pub certificate: Certificate,
-    /// CKA_ID of the private key.
-    pub id: KeyId,
+    /// The private key.
+    pub id: KeyRef,
+}
+
+/// The private key of this `CKA_ID` whose other half is `public`.
+#[must_use]
+pub fn key_ref(id: &[u8], public: &RsaPublicKey) -> KeyRef {
+    KeyRef::new(KeyId(id.to_vec()), public.modulus())
 }
 
 impl Key {
+    /// A certificate, and the private key of this `CKA_ID` that is its own.
+    #[must_use]
+    pub fn new(certificate: Certificate, id: &[u8]) -> Self {
+        let id = key_ref(id, certificate.key());
+        Self { certificate, id }
+    }
+
     /// An operation with this key whose right result is known. `None` when there is no randomness, or the key is too small
     /// to encrypt a secret to.
     pub(crate) fn known_good(&self, kind: Kind) -> Option<KnownGood> {
@@ -121,7 +134,7 @@ impl Keys {
         let mut keys = Self::default();
         for entry in certificates.iter().filter(|c| c.enabled) {
             let certificate = Certificate::parse(&entry.der)?;
-            let id = KeyId(entry.key_id.clone());
+            let id = key_ref(&entry.key_id, certificate.key());
             let by_key = match entry.kind {
                 Kind::Encryption => &mut keys.encryption,
                 Kind::Signing => &mut keys.signing,

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwap;
-use claviger_hsm::{Check, Cluster, Done, Hash, HsmError, KeyId, Observer, SignScheme};
+use claviger_hsm::{Check, Cluster, Done, Hash, HsmError, KeyRef, Observer, SignScheme};
 use claviger_protocol::certificate::Certificate;
 use claviger_protocol::rsa_key::RsaPublicKey;
 use claviger_protocol::verify::KnownCertificates;
@@ -263,7 +263,7 @@ impl Service {
     /// What the cluster says.
     pub async fn sign(
         &self,
-        key: &KeyId,
+        key: &KeyRef,
         public: &RsaPublicKey,
         message: &[u8],
         deadline: Instant,

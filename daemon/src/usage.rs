@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use claviger_hsm::KeyId;
+use claviger_hsm::KeyRef;
 use rusqlite::{Connection, ErrorCode, TransactionBehavior, params};
 
 const DAY: i64 = 24 * 3600;
@@ -59,7 +59,8 @@ pub enum UsageError {
 /// The releases of the last [`DAYS`] days.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Releases {
-    by_key: HashMap<KeyId, u64>,
+    /// By what the file calls a key.
+    by_key: HashMap<Vec<u8>, u64>,
     /// When counting began, if that is less than [`DAYS`] days ago.
     pub since: Option<i64>,
 }
@@ -67,8 +68,10 @@ pub struct Releases {
 impl Releases {
     /// How many of them used a key.
     #[must_use]
-    pub fn of(&self, key: &KeyId) -> u64 {
-        self.by_key.get(key).copied().unwrap_or_default()
+    pub fn of(&self, key: &KeyRef) -> u64 {
+        // Files of before know keys by their CKA_ID alone: what was counted so may have been any key of that id.
+        let counted = |name: &[u8]| self.by_key.get(name).copied().unwrap_or_default();
+        counted(&name_of(key)).saturating_add(counted(&key.id.0))
     }
 
     /// Whether none of them was forgotten that used a key which is here since `added`.
@@ -81,7 +84,7 @@ impl Releases {
 /// What was counted and is not written yet.
 #[derive(Debug, Default)]
 struct Pending {
-    keys: HashMap<KeyId, u64>,
+    keys: HashMap<KeyRef, u64>,
     hosts: HashMap<String, Seen>,
 }
 
@@ -118,7 +121,7 @@ impl Usage {
     }
 
     /// Counts a release to `host` that used these keys.
-    pub fn released(&self, host: Option<&str>, keys: &[KeyId], now: i64) {
+    pub fn released(&self, host: Option<&str>, keys: &[KeyRef], now: i64) {
         let mut pending = self.pending();
         for key in keys {
             match pending.keys.get_mut(key) {
@@ -167,7 +170,7 @@ impl Usage {
         let mut statement =
             file.prepare_cached("SELECT key_id, SUM(count) FROM releases WHERE day > ?1 GROUP BY key_id")?;
         let rows = statement.query_map([now / DAY - DAYS], |row| {
-            Ok((KeyId(row.get(0)?), u64::try_from(row.get::<_, i64>(1)?).unwrap_or_default()))
+            Ok((row.get(0)?, u64::try_from(row.get::<_, i64>(1)?).unwrap_or_default()))
         })?;
         let by_key = rows.collect::<rusqlite::Result<_>>()?;
         Ok(Releases { by_key, since: Some(since).filter(|since| *since > now - DAYS * DAY) })
@@ -234,6 +237,11 @@ impl Pending {
     }
 }
 
+/// What the file calls a key: its `CKA_ID`, which alone is not unique, and what tells its public key from others.
+fn name_of(key: &KeyRef) -> Vec<u8> {
+    [key.id.0.as_slice(), key.public.as_bytes()].concat()
+}
+
 /// Opens the file and looks whether it can be trusted; makes it where there is none.
 fn connect(path: &Path, now: i64) -> rusqlite::Result<Connection> {
     // SQLite would make it with the umask's mode. What is wrong with the file, it says itself.
@@ -296,7 +304,7 @@ fn write(file: &mut Connection, pending: &Pending, today: i64) -> rusqlite::Resu
                 "INSERT INTO releases (key_id, day, count) VALUES (?1, ?2, ?3)
                  ON CONFLICT DO UPDATE SET count = count + excluded.count",
             )?
-            .execute(params![key.0, today, i64::try_from(*count).unwrap_or(i64::MAX)])?;
+            .execute(params![name_of(key), today, i64::try_from(*count).unwrap_or(i64::MAX)])?;
     }
     for (host, seen) in &pending.hosts {
         transaction
@@ -315,11 +323,31 @@ fn write(file: &mut Connection, pending: &Pending, today: i64) -> rusqlite::Resu
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use claviger_hsm::KeyId;
+
+    fn key(id: u8, modulus: &[u8]) -> KeyRef {
+        KeyRef::new(KeyId(vec![id]), modulus)
+    }
+
+    #[test]
+    fn keys_of_one_id_are_counted_apart() {
+        let folder = tempfile::tempdir().unwrap();
+        let usage = Usage::open(folder.path(), 0).unwrap();
+        let [one, other, never] = [b"n", b"m", b"o"].map(|modulus| key(1, modulus));
+        usage.released(None, &[one.clone(), other.clone()], 1);
+        usage.released(None, std::slice::from_ref(&one), 2);
+        let found = usage.releases(3).unwrap();
+        assert_eq!([&one, &other, &never].map(|key| found.of(key)), [2, 1, 0]);
+        // Counted by a version that knew keys by their ids alone.
+        usage.file().execute("INSERT INTO releases (key_id, day, count) VALUES (x'01', 0, 5)", []).unwrap();
+        let found = usage.releases(3).unwrap();
+        assert_eq!([&one, &other, &never].map(|key| found.of(key)), [7, 6, 5]);
+    }
 
     #[test]
     fn counts_survive_and_grow_old() {
         let folder = tempfile::tempdir().unwrap();
-        let keys = [KeyId(vec![1]), KeyId(vec![2])];
+        let keys = [key(1, b"n"), key(2, b"n")];
         let now = 1000 * DAY;
         let usage = Usage::open(folder.path(), 0).unwrap();
         usage.released(Some("Node"), &keys, now);
@@ -327,8 +355,8 @@ mod tests {
         usage.attested("other", now);
         usage.flush(now);
         usage.released(None, &keys[..1], now + DAY);
-        let found = |by_key: &[(&KeyId, u64)]| Releases {
-            by_key: by_key.iter().map(|(key, count)| ((*key).clone(), *count)).collect(),
+        let found = |by_key: &[(&KeyRef, u64)]| Releases {
+            by_key: by_key.iter().map(|(key, count)| (name_of(key), *count)).collect(),
             since: None,
         };
         assert_eq!(usage.releases(now + DAY).unwrap(), found(&[(&keys[0], 3), (&keys[1], 1)]));
@@ -348,7 +376,7 @@ mod tests {
     fn what_cannot_be_written_is_not_lost() {
         let folder = tempfile::tempdir().unwrap();
         let usage = Usage::open(folder.path(), 0).unwrap();
-        let key = KeyId(vec![1]);
+        let key = key(1, b"n");
         usage.file().execute_batch("ALTER TABLE releases RENAME TO away").unwrap();
         usage.released(Some("a"), std::slice::from_ref(&key), 1);
         usage.flush(2);
@@ -361,7 +389,7 @@ mod tests {
     #[test]
     fn a_damaged_file_is_moved_aside_and_counts_begin_anew() {
         let folder = tempfile::tempdir().unwrap();
-        let (path, key, now) = (folder.path().join("usage.db"), KeyId(vec![1]), 1000 * DAY + 7);
+        let (path, key, now) = (folder.path().join("usage.db"), key(1, b"n"), 1000 * DAY + 7);
         let names = || {
             let entries = std::fs::read_dir(folder.path()).unwrap();
             let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
@@ -370,7 +398,7 @@ mod tests {
         };
         let usage = Usage::open(folder.path(), 0).unwrap();
         for number in 0..2000u32 {
-            usage.released(None, &[KeyId(number.to_be_bytes().to_vec())], now);
+            usage.released(None, &[KeyRef::new(KeyId(number.to_be_bytes().to_vec()), b"n")], now);
         }
         drop(usage);
         let whole = std::fs::read(&path).unwrap();

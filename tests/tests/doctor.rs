@@ -10,7 +10,7 @@ use std::process::Command;
 
 use claviger::state::{Kind, NewCertificate, State};
 use claviger_protocol::health::signer_template;
-use claviger_tests::{Lab, METADATA, Options, block, run, said, tool};
+use claviger_tests::{Instances, Lab, METADATA, Options, block, run, said, tool, until};
 use rusqlite::Connection;
 use serde_json::Value;
 
@@ -55,6 +55,91 @@ fn with(path: &Path, content: &str, look: impl FnOnce()) {
     fs::set_permissions(path, mode).unwrap();
 }
 
+fn pkcs11_tool(lab: &Lab, arguments: &[&str]) -> String {
+    let mut command = Command::new("pkcs11-tool");
+    command.env("SOFTHSM2_CONF", lab.file("softhsm2.conf")).arg("--module").arg(&lab.config().hsm[0].module);
+    let output = tool("opensc", command.args(arguments));
+    assert!(output.status.success(), "{}", said(&output));
+    said(&output)
+}
+
+/// Another program logs in with the right PIN.
+fn log_in(lab: &Lab, token: &str, pin: &Path) {
+    let pin = fs::read_to_string(pin).unwrap();
+    pkcs11_tool(lab, &["--token-label", token, "--login", "--pin", pin.trim(), "--list-objects"]);
+}
+
+fn listed(lab: &Lab) -> String {
+    said(&run(["hsm", "list", "--config", lab.config_file().to_str().unwrap()]))
+}
+
+/// Neither the doctor nor the daemon logs in where a wrong PIN would lock the token.
+#[test]
+fn the_last_try_of_a_pin_is_left_alone() {
+    let lab = Lab::make(Options { hsms: 2, ..Options::default() });
+    let faulty = lab.behind_faulty(Instances::Shared);
+    for (tries, flag) in [("final", "CKF_USER_PIN_FINAL_TRY"), ("locked", "CKF_USER_PIN_LOCKED")] {
+        faulty.set("hsm-b", &[&format!("pin_tries={tries}")]);
+        ill(&lab, "login", "error", &["hsm-b", "not tried", flag]);
+        assert_eq!(faulty.stats("hsm-b").calls("C_Login"), 0, "the doctor, {tries}");
+        let daemon = lab.serve();
+        block(daemon.until_ready_is(200));
+        ill(&lab, "hsm", "error", &["hsm-b", "not tried", flag]);
+        faulty.until("hsm-b", "the token was looked at", |stats| stats.calls("C_GetTokenInfo") > 2);
+        assert_eq!(faulty.stats("hsm-b").calls("C_Login"), 0, "the daemon, {tries}");
+        // The flag goes, as after a right login with the vendor's tool: the member comes up by itself.
+        faulty.clear("hsm-b");
+        until("the member is up", || listed(&lab).lines().any(|line| line.starts_with("hsm-b  up")).then_some(()));
+        assert!(daemon.stop().success());
+    }
+    // Only an administrator's word uses the last try.
+    faulty.set("hsm-b", &["pin_tries=final"]);
+    let daemon = lab.serve();
+    block(daemon.until_ready_is(200));
+    let before = faulty.stats("hsm-b").calls("C_Login");
+    let probed = run(["hsm", "probe", "hsm-b", "--config", lab.config_file().to_str().unwrap()]);
+    assert!(probed.status.success(), "{}", said(&probed));
+    faulty.until("hsm-b", "a login", |stats| stats.calls("C_Login") == before + 1);
+    assert!(daemon.stop().success());
+}
+
+#[test]
+fn two_tokens_of_one_label_are_named() {
+    let lab = Lab::make(Options { hsms: 2, ..Options::default() });
+    let mut another = Command::new("softhsm2-util");
+    another.env("SOFTHSM2_CONF", lab.file("softhsm2.conf")).args(["--init-token", "--free", "--label", "claviger-b"]);
+    let made = tool("softhsm2", another.args(["--pin", "987654", "--so-pin", "11223344"]));
+    assert!(made.status.success(), "{}", said(&made));
+    ill(&lab, "token", "error", &["hsm-b", "several tokens of that label: serial "]);
+    let daemon = lab.serve();
+    block(daemon.until_ready_is(200));
+    ill(&lab, "hsm", "error", &["hsm-b", "several tokens of that label: serial "]);
+    let list = listed(&lab);
+    assert!(list.contains("hsm-b: name the token by `serial`"), "{list}");
+    assert!(daemon.stop().success());
+    // Neither of them was given a PIN that is not its own.
+    let slots = pkcs11_tool(&lab, &["--list-token-slots"]);
+    assert_eq!(slots.matches("claviger-b").count(), 2, "{slots}");
+    assert!(!slots.contains("user PIN count low"), "{slots}");
+}
+
+/// Most modules find a token that was made later only when they are initialised again, and another member serves with this one.
+#[test]
+fn a_token_that_comes_later_is_said_to_need_a_restart() {
+    let lab = Lab::make(Options { hsms: 2, ..Options::default() });
+    lab.configure(|config| config.hsm[1].token = Some("later".to_owned()));
+    let daemon = lab.serve();
+    block(daemon.until_ready_is(200));
+    let todo = "restart the daemon: a module finds new tokens when it is initialised, and hsm-a serves with this one";
+    until("hsm list says so", || listed(&lab).contains(todo).then_some(()));
+    let (_, findings) = doctor(&lab);
+    assert!(
+        findings.iter().any(|finding| finding["todo"].as_str().is_some_and(|said| said.contains(todo))),
+        "{findings:#?}"
+    );
+    assert!(daemon.stop().success());
+}
+
 #[test]
 fn what_is_broken_is_named() {
     let lab = Lab::make(Options { hsms: 2, ..Options::default() });
@@ -64,7 +149,14 @@ fn what_is_broken_is_named() {
 
     // Configuration and files.
     with(&lab.config_file(), &format!("unknown = 1\n{config}"), || ill(&lab, "configuration", "error", &["unknown"]));
-    with(&pin, "wrong\n", || ill(&lab, "login", "error", &["hsm-b", "PIN"]));
+    with(&pin, "wrong\n", || {
+        ill(&lab, "login", "error", &["hsm-b", "PIN", "CKR_PIN_INCORRECT"]);
+        // The token tells of the wrong PIN now: it is not tried again, whatever the file says.
+        ill(&lab, "login", "warning", &["hsm-b", "not tried", "CKF_USER_PIN_COUNT_LOW"]);
+    });
+    ill(&lab, "login", "warning", &["hsm-b", "not tried"]);
+    log_in(&lab, "claviger-b", &pin);
+    well(&lab);
     fs::set_permissions(&pin, Permissions::from_mode(0o644)).unwrap();
     ill(&lab, "pin", "error", &["hsm-b.pin", "0644"]);
     fs::set_permissions(&pin, Permissions::from_mode(0o600)).unwrap();

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use claviger::host::Host;
+use claviger_protocol::certificate::Certificate;
 use claviger_protocol::metadata::Metadata;
 use claviger_protocol::payload::ApiVersion;
 use claviger_protocol::protector::Protector;
@@ -433,4 +434,84 @@ fn a_member_that_does_not_answer_is_nobodys_proof() {
     let add = ["keys", "add", "--kind", "signing", "--pfx", text(&pfx), "--password-file", text(&password)];
     assert_eq!(administrator.json(&add)["warnings"], serde_json::json!([]));
     assert!(daemon.stop().success());
+}
+
+/// A key and its self-signed signing certificate, made by openssl.
+fn of_openssl(lab: &Lab, name: &str) -> (PathBuf, PathBuf) {
+    let (key, certificate) = (lab.file(&format!("{name}.key")), lab.file(&format!("{name}.pem")));
+    let extensions = ["-addext", "keyUsage=digitalSignature", "-addext", "extendedKeyUsage=serverAuth"];
+    let subject = format!("/CN={name}");
+    let out = ["-keyout", text(&key), "-out", text(&certificate), "-subj", &subject];
+    openssl(&[&["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "90"][..], &out, &extensions].concat());
+    (key, certificate)
+}
+
+/// Another program brings a private key onto the lab's only token, while the daemon runs.
+fn written_by_another_program(lab: &Lab, key: &Path, attributes: &[&str]) {
+    let der = lab.file("key.der");
+    openssl(&["pkey", "-in", text(key), "-outform", "DER", "-out", text(&der)]);
+    let pin = std::fs::read_to_string(lab.file("pins/hsm-a.pin")).unwrap();
+    let mut command = Command::new("pkcs11-tool");
+    command.env("SOFTHSM2_CONF", lab.file("softhsm2.conf")).arg("--module").arg(&lab.config().hsm[0].module);
+    command.args(["--token-label", "claviger-a", "--login", "--pin", pin.trim(), "--type", "privkey", "--usage-sign"]);
+    let written = tool("opensc", command.arg("--write-object").arg(&der).args(attributes));
+    assert!(written.status.success(), "{}", said(&written));
+}
+
+/// `CKA_ID` is not unique: the public key decides, also when other programs made the keys, and after a restart.
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_of_other_programs_are_told_apart_by_their_public_keys() {
+    let lab = Lab::make(Options::default());
+    let daemon = lab.serve();
+    daemon.until_ready_is(200).await;
+    let administrator = Administrator(&lab);
+    let add = |certificate: &Path, more: &[&str]| {
+        administrator.run(&[&["keys", "add", "--kind", "signing", "--certificate", text(certificate)], more].concat())
+    };
+    // Before there is a key: so that the sessions have looked in vain.
+    let (one_key, one) = of_openssl(&lab, "one");
+    let refused = said(&add(&one, &[]));
+    assert!(refused.contains("no HSM that answers has the certificate's key"), "{refused}");
+    // Two keys of one id, the second one made after the first was found.
+    let (two_key, two) = of_openssl(&lab, "two");
+    for (key, certificate, more) in [(&one_key, &one, &[][..]), (&two_key, &two, &["--primary"][..])] {
+        written_by_another_program(&lab, key, &["--id", "05"]);
+        let added = add(certificate, more);
+        assert!(added.status.success(), "{}", said(&added));
+    }
+    assert!(of(&administrator, &primary(&administrator, "signing"))["subject"] == "two");
+    // An id that means two keys is no name for a request.
+    let refused = said(&administrator.run(&["keys", "csr", "--hsm-key", "05", "--subject", "x"]));
+    assert!(refused.contains("several keys have the CKA_ID 05"), "{refused}");
+    // Another certificate's key is not at that id.
+    let (_, three) = of_openssl(&lab, "three");
+    let refused = said(&add(&three, &["--hsm-key", "05"]));
+    assert!(refused.contains("hsm-a has another key of that id"), "{refused}");
+    // Without an id it is named as such.
+    let (four_key, four) = of_openssl(&lab, "four");
+    written_by_another_program(&lab, &four_key, &["--label", "forgotten"]);
+    let refused = said(&add(&four, &[]));
+    assert!(refused.contains("label \"forgotten\"") && refused.contains("without a CKA_ID"), "{refused}");
+    // One that wants a login for every operation.
+    let (five_key, five) = of_openssl(&lab, "five");
+    written_by_another_program(&lab, &five_key, &["--id", "07", "--always-auth"]);
+    let added = add(&five, &["--primary"]);
+    assert!(added.status.success(), "{}", said(&added));
+    assert_eq!(metadata(&daemon.client()).await.guardian.signing_certificate, certificate_der(&five));
+    let made = administrator.run(&["keys", "set-primary", &thumbprint(&certificate_der(&two))]);
+    assert!(made.status.success(), "{}", said(&made));
+    assert!(daemon.stop().success());
+    // More of them, in whatever order the token lists them.
+    for _ in 0..3 {
+        let (another, _) = of_openssl(&lab, "another");
+        written_by_another_program(&lab, &another, &["--id", "05"]);
+        let daemon = lab.serve();
+        daemon.until_ready_is(200).await;
+        assert_eq!(daemon.metrics().await.sum("claviger_hsm_wrong_answers_total", &[]), Some(0.0));
+        assert!(daemon.stop().success());
+    }
+}
+
+fn certificate_der(file: &Path) -> Vec<u8> {
+    Certificate::from_file(&std::fs::read(file).unwrap()).unwrap().der().to_vec()
 }

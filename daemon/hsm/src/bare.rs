@@ -3,18 +3,21 @@
 //! No queue, no retry, no judgement, nobody who watches. For measuring what a cluster costs beyond its tokens, and for
 //! looking at a token when no daemon runs.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use cryptoki::error::{Error, RvError};
+use cryptoki::object::ObjectHandle;
 use cryptoki::session::{Session, UserType};
 use cryptoki::slot::Slot;
 use zeroize::Zeroizing;
 
-use crate::config::MemberConfig;
+use crate::config::{MemberConfig, Pin};
 use crate::error::HsmError;
-use crate::keys::{KeyId, Oaep, SignScheme};
+use crate::identity::KeyRef;
+use crate::key_table::{KeyTable, Purpose};
+use crate::keys::{Oaep, SignScheme};
 use crate::module::Module;
+use crate::pin_tries::Word;
 use crate::request::{KnownGood, Request};
 use crate::session::{Key, private_keys};
 
@@ -24,7 +27,9 @@ pub struct Bare {
     session: Session,
     module: Held,
     slot: Slot,
-    keys: HashMap<KeyId, Key>,
+    keys: KeyTable<ObjectHandle>,
+    /// For keys that want a login for every operation.
+    pin: Pin,
 }
 
 /// A module in use.
@@ -41,37 +46,44 @@ impl Bare {
     ///
     /// Sets the environment that the module wants: to be called first while the process has one thread.
     ///
+    /// The PIN is not tried on a token that says of wrong PINs before: this is for looking, and a look must not bring a token
+    /// nearer to its lock.
+    ///
     /// # Errors
     /// What the module or the token says; a PIN that is refused has been tried.
     pub fn open(config: &MemberConfig) -> Result<Self, HsmError> {
         let module = Held(Module::acquire(&config.module, &config.env)?);
-        let slot = module.0.find_token(&config.token)?;
+        let (slot, facts) = module.0.find_token(&config.token)?;
+        if !facts.pin_tries.allow(Word::Look) {
+            return Err(HsmError::PinNotTried { token: config.token.to_string(), tries: facts.pin_tries });
+        }
         let session = module.0.pkcs11().open_ro_session(slot)?;
         match session.login(UserType::User, Some(&config.pin.to_auth())) {
             Ok(()) | Err(Error::Pkcs11(RvError::UserAlreadyLoggedIn, _)) => {}
             Err(error) => return Err(error.into()),
         }
-        let keys = private_keys(&session, &config.name)?;
-        Ok(Self { session, module, slot, keys })
+        let keys = private_keys(&session)?;
+        Ok(Self { session, module, slot, keys, pin: config.pin.clone() })
     }
 
     /// `C_DecryptInit` with CKM_RSA_PKCS_OAEP and one `C_Decrypt`.
     ///
     /// # Errors
     /// What the token says; [`HsmError::NoSuchKey`].
-    pub fn decrypt(&self, key: &KeyId, oaep: Oaep, ciphertext: &[u8]) -> Result<Zeroizing<Vec<u8>>, HsmError> {
-        let key = self.key(key)?;
+    pub fn decrypt(&self, key: &KeyRef, oaep: Oaep, ciphertext: &[u8]) -> Result<Zeroizing<Vec<u8>>, HsmError> {
+        let key = self.key(key, Purpose::Decrypt)?;
         let room = key.modulus_len.unwrap_or(ciphertext.len());
-        self.module.0.decrypt(&self.session, &oaep.mechanism(), key.handle, ciphertext, room)
+        self.module.0.decrypt(&self.session, &oaep.mechanism(), key.handle, self.own_login(key), ciphertext, room)
     }
 
     /// `C_SignInit` and one `C_Sign`.
     ///
     /// # Errors
     /// What the token says; [`HsmError::NoSuchKey`].
-    pub fn sign(&self, key: &KeyId, scheme: SignScheme, digest: &[u8]) -> Result<Vec<u8>, HsmError> {
-        let key = self.key(key)?;
-        self.module.0.sign(&self.session, &scheme.mechanism(), key.handle, &scheme.input(digest), key.room())
+    pub fn sign(&self, key: &KeyRef, scheme: SignScheme, digest: &[u8]) -> Result<Vec<u8>, HsmError> {
+        let key = self.key(key, Purpose::Sign)?;
+        let (input, login) = (scheme.input(digest), self.own_login(key));
+        self.module.0.sign(&self.session, &scheme.mechanism(), key.handle, login, &input, key.room())
     }
 
     /// Does an operation whose right result is known.
@@ -95,7 +107,11 @@ impl Bare {
         (0..wanted).map_while(open).collect::<Vec<_>>().len()
     }
 
-    fn key(&self, id: &KeyId) -> Result<Key, HsmError> {
-        self.keys.get(id).copied().ok_or_else(|| HsmError::NoSuchKey(id.clone()))
+    fn own_login(&self, key: Key) -> Option<&Pin> {
+        key.always_authenticate.then_some(&self.pin)
+    }
+
+    fn key(&self, wanted: &KeyRef, purpose: Purpose) -> Result<Key, HsmError> {
+        self.keys.find(wanted, purpose).copied().ok_or_else(|| HsmError::NoSuchKey(wanted.clone()))
     }
 }

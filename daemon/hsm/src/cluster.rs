@@ -17,7 +17,9 @@ use zeroize::Zeroizing;
 use crate::config::{MemberConfig, Patience as Times, Pin};
 use crate::error::HsmError;
 use crate::fault::Whose;
-use crate::keys::{KeyId, NewKey, Oaep, RsaPrivateParts, RsaPublic, SignScheme};
+use crate::identity::KeyRef;
+use crate::key_table::TokenKey;
+use crate::keys::{NewKey, Oaep, RsaPrivateParts, RsaPublic, SignScheme};
 use crate::module::{self, Module};
 use crate::policy::budget::{self, Budget};
 use crate::policy::pick;
@@ -191,7 +193,7 @@ impl Cluster {
     /// [`HsmError::is_data`] tells a bad ciphertext from a cluster that cannot serve.
     pub async fn decrypt(
         &self,
-        key: &KeyId,
+        key: &KeyRef,
         oaep: Oaep,
         ciphertext: &[u8],
         deadline: Instant,
@@ -207,7 +209,7 @@ impl Cluster {
     /// [`HsmError::is_data`] when the digest does not have its hash's length.
     pub async fn sign(
         &self,
-        key: &KeyId,
+        key: &KeyRef,
         scheme: SignScheme,
         digest: &[u8],
         deadline: Instant,
@@ -249,7 +251,10 @@ impl Cluster {
     pub async fn probe(&self, member: &str) -> Result<Duration, HsmError> {
         let member = self.entry(member)?.member;
         member.allow_pin();
-        member.probe(self.probe_patience()).await
+        member.shared.allow_final_try(true);
+        let probed = member.probe(self.probe_patience()).await;
+        member.shared.allow_final_try(false);
+        probed
     }
 
     /// Like [`probe`](Self::probe), on nobody's word: a PIN that was refused stays refused.
@@ -349,13 +354,14 @@ impl Cluster {
         *members = all.into();
     }
 
-    /// The RSA private keys of a member, from a session's own table.
+    /// The RSA private keys of a member, those without a `CKA_ID` last. With `search` the token is asked, so that keys that
+    /// other programs made are found; without, a session's own table is read.
     ///
     /// # Errors
     /// When the member does not serve.
-    pub async fn keys_on(&self, member: &str) -> Result<Vec<KeyId>, HsmError> {
-        match self.manage(member, Request::Keys).await? {
-            Answer::Keys(ids) => Ok(ids),
+    pub async fn keys_on(&self, member: &str, search: bool) -> Result<Vec<TokenKey>, HsmError> {
+        match self.manage(member, Request::Keys { search }).await? {
+            Answer::Keys(keys) => Ok(keys),
             other => Err(mixed_up(&other)),
         }
     }
@@ -366,7 +372,7 @@ impl Cluster {
     /// When the id is taken or the token refuses. Nothing is tried twice: a key too many is worse than an error.
     pub async fn generate_rsa(&self, member: &str, spec: NewKey) -> Result<RsaPublic, HsmError> {
         match self.manage(member, Request::Generate(spec)).await? {
-            Answer::Public(Some(key)) => Ok(key),
+            Answer::Public(key) => Ok(key),
             other => Err(mixed_up(&other)),
         }
     }
@@ -378,17 +384,6 @@ impl Cluster {
     pub async fn import_rsa(&self, member: &str, spec: NewKey, key: RsaPrivateParts) -> Result<(), HsmError> {
         match self.manage(member, Request::Import(spec, key)).await? {
             Answer::Done => Ok(()),
-            other => Err(mixed_up(&other)),
-        }
-    }
-
-    /// The public half of a key; `None` when the token has no such key or does not tell.
-    ///
-    /// # Errors
-    /// When the member does not serve.
-    pub async fn public_key_on(&self, member: &str, id: &KeyId) -> Result<Option<RsaPublic>, HsmError> {
-        match self.manage(member, Request::PublicKey(id.clone())).await? {
-            Answer::Public(key) => Ok(key),
             other => Err(mixed_up(&other)),
         }
     }

@@ -5,8 +5,10 @@ use std::path::PathBuf;
 use cryptoki::context::Function;
 use cryptoki::error::{Error, RvError};
 
-use crate::fault::{BROKEN, Fate, Fault, Whose};
+use crate::fault::{BROKEN, Fate, Fault, PIN_REFUSALS, Whose};
+use crate::identity::KeyRef;
 use crate::keys::KeyId;
+use crate::pin_tries::PinTries;
 
 /// What a return code comes to, in a word for labels: `ok`; `refused`, the input is at fault, or may be; `unable`, this key
 /// or token is not made for it; `stale`, a session or handle is to be renewed; `busy`, the token has no room now; `pin`, it
@@ -47,9 +49,9 @@ pub enum HsmError {
         /// What was asked for.
         op: &'static str,
     },
-    /// No key with this id, also after looking again.
+    /// No key with this id and public key, also after looking again.
     #[error("no key {0} on the token")]
-    NoSuchKey(KeyId),
+    NoSuchKey(KeyRef),
     /// A key with this id is already there.
     #[error("there is already a key {0} on the token")]
     KeyExists(KeyId),
@@ -70,6 +72,39 @@ pub enum HsmError {
         /// What went wrong.
         reason: String,
     },
+    /// No slot holds the token.
+    #[error("token {token}: not in any slot of {}", module.display())]
+    NoSuchToken {
+        /// Which token.
+        token: String,
+        /// The library that was asked.
+        module: PathBuf,
+    },
+    /// Which of several tokens is meant cannot be known. None was logged in to.
+    #[error(
+        "token {token}: several tokens of that label: serial {}; the PIN is tried on none of them",
+        serials.join(", ")
+    )]
+    SeveralTokens {
+        /// Which token was looked for.
+        token: String,
+        /// The serial numbers of those that were found.
+        serials: Vec<String>,
+    },
+    /// The token has so few tries left for its PIN that the PIN was not tried.
+    #[error("token {token}: the PIN is not tried: {}", tries.meaning())]
+    PinNotTried {
+        /// Which token.
+        token: String,
+        /// What it says of its tries.
+        tries: PinTries,
+    },
+    /// The key wants a login for every operation, which this module gives no room for.
+    #[error(
+        "the key has CKA_ALWAYS_AUTHENTICATE, and this module (see its warning at the start) cannot be called in the order \
+         that such keys need"
+    )]
+    OwnLogin,
     /// A token could not be found or used.
     #[error("token {token}: {reason}")]
     Token {
@@ -101,11 +136,15 @@ impl HsmError {
             HsmError::Refused { .. } => Fault { whose: Whose::Caller, elsewhere: true, fate: Fate::Keep },
             // Members hold the same keys, but replication may lag.
             HsmError::NoSuchKey(_) | HsmError::QueueFull => nobody(true),
+            HsmError::OwnLogin => nobody(true),
             HsmError::KeyExists(_) | HsmError::Deadline => nobody(false),
             HsmError::WrongAnswer
             | HsmError::Hung { .. }
             | HsmError::NoMember(_)
             | HsmError::Module { .. }
+            | HsmError::NoSuchToken { .. }
+            | HsmError::SeveralTokens { .. }
+            | HsmError::PinNotTried { .. }
             | HsmError::Token { .. } => BROKEN,
         }
     }
@@ -120,12 +159,29 @@ impl HsmError {
         let Fault { whose, fate, .. } = self.fault();
         match (self, whose, fate) {
             (HsmError::Pkcs11 { rv, .. }, ..) if rv.starts_with("CKR_PIN_") => "pin",
+            (HsmError::PinNotTried { .. }, ..) => "pin",
             (_, Whose::Caller | Whose::Unclear, _) => "refused",
             (_, Whose::Nobody, _) => "unable",
             (_, Whose::Member, Fate::Renew) => "stale",
             (_, Whose::Member, Fate::Keep) => "busy",
             (_, Whose::Member, Fate::End) => "broken",
         }
+    }
+
+    /// What an administrator has to do before the member can serve; `None`: it may pass by itself, or is not known.
+    pub(crate) fn remedy(&self, member: &str) -> Option<String> {
+        match self {
+            HsmError::SeveralTokens { .. } => {
+                Some("name the token by `serial` in place of `token`, or take the others away".to_owned())
+            }
+            HsmError::PinNotTried { tries, .. } => Some(tries.remedy(member)),
+            _ => None,
+        }
+    }
+
+    /// A token refused the PIN, which is not to be tried again.
+    pub(crate) fn refuses_pin(&self) -> bool {
+        PIN_REFUSALS.iter().any(|code| self.is_code(*code))
     }
 
     pub(crate) fn is_code(&self, code: RvError) -> bool {

@@ -106,12 +106,8 @@ pub(crate) const PARAMETER_REFUSALS: [RvError; 4] =
     [RvError::ArgumentsBad, RvError::MechanismInvalid, RvError::MechanismParamInvalid, RvError::FunctionNotSupported];
 
 /// Codes after which the same PIN must not be tried again: tokens count, and lock.
-pub(crate) fn refuses_pin(code: RvError) -> bool {
-    matches!(
-        code,
-        RvError::PinIncorrect | RvError::PinLocked | RvError::PinExpired | RvError::PinInvalid | RvError::PinLenRange
-    )
-}
+pub(crate) const PIN_REFUSALS: [RvError; 5] =
+    [RvError::PinIncorrect, RvError::PinLocked, RvError::PinExpired, RvError::PinInvalid, RvError::PinLenRange];
 
 #[cfg(test)]
 mod tests {

@@ -18,6 +18,8 @@ use cryptoki_sys::{
     CKF_USER_PIN_INITIALIZED, CKR_OK,
 };
 
+use crate::pin_tries::PinTries;
+
 /// `C_Decrypt` and `C_Sign` have the same shape: input, and room for a result.
 type OneCall = unsafe extern "C" fn(CK_SESSION_HANDLE, *mut CK_BYTE, CK_ULONG, *mut CK_BYTE, *mut CK_ULONG) -> CK_RV;
 
@@ -30,6 +32,7 @@ pub(crate) struct TokenFacts {
     pub(crate) serial: String,
     pub(crate) initialized: bool,
     pub(crate) user_pin_set: bool,
+    pub(crate) pin_tries: PinTries,
 }
 
 /// Sets environment variables of the process. Call before any other thread exists.
@@ -136,6 +139,7 @@ impl Direct {
             serial: text(&info.serialNumber),
             initialized: info.flags & CKF_TOKEN_INITIALIZED != 0,
             user_pin_set: info.flags & CKF_USER_PIN_INITIALIZED != 0,
+            pin_tries: PinTries::of(info.flags),
         })
     }
 

@@ -23,6 +23,8 @@ mod cluster;
 #[cfg(feature = "tokens")]
 mod config;
 #[cfg(feature = "tokens")]
+mod discovery;
+#[cfg(feature = "tokens")]
 mod error;
 #[cfg(feature = "tokens")]
 mod fault;
@@ -30,11 +32,17 @@ mod fault;
 #[allow(unsafe_code)]
 mod ffi;
 #[cfg(feature = "tokens")]
+mod identity;
+#[cfg(feature = "tokens")]
+mod key_table;
+#[cfg(feature = "tokens")]
 mod keys;
 #[cfg(feature = "tokens")]
 mod module;
 #[cfg(feature = "tokens")]
 mod oaep;
+#[cfg(feature = "tokens")]
+mod pin_tries;
 #[cfg(feature = "tokens")]
 mod request;
 #[cfg(feature = "tokens")]
@@ -55,9 +63,15 @@ pub use fault::{Fate, Fault, Whose};
 #[cfg(feature = "tokens")]
 pub use ffi::set_env;
 #[cfg(feature = "tokens")]
+pub use identity::{Fingerprint, KeyRef};
+#[cfg(feature = "tokens")]
+pub use key_table::TokenKey;
+#[cfg(feature = "tokens")]
 pub use keys::{Hash, KeyId, KeyUsage, NewKey, Oaep, RsaPrivateParts, RsaPublic, SignScheme};
 #[cfg(feature = "tokens")]
 pub use module::init_token;
+#[cfg(feature = "tokens")]
+pub use pin_tries::PinTries;
 #[cfg(feature = "tokens")]
 pub use request::{Check, KnownGood};
 
@@ -92,7 +106,7 @@ pub enum Event<'a> {
     ModuleRenewed,
     /// A call came back.
     Call {
-        /// What was asked for: `decrypt`, `sign`, `random`, `keys`, `public_key`, `generate`, `import`, `probe`, or `open`
+        /// What was asked for: `decrypt`, `sign`, `random`, `keys`, `generate`, `import`, `probe`, or `open`
         /// for a session.
         op: &'static str,
         /// One of [`RV_CLASSES`].

@@ -22,8 +22,10 @@ use tracing::{debug, info, warn};
 use zeroize::Zeroizing;
 
 use crate::config::{Pin, TokenRef};
+use crate::discovery;
 use crate::error::HsmError;
 use crate::ffi::{self, Direct, TokenFacts};
+use crate::pin_tries::PinTries;
 
 type Env = BTreeMap<String, String>;
 
@@ -244,22 +246,12 @@ impl Module {
         &self.pkcs11
     }
 
-    /// Looks a token up among the slots there are now.
-    pub(crate) fn find_token(&self, token: &TokenRef) -> Result<Slot, HsmError> {
-        for slot in self.pkcs11.get_slots_with_token()? {
-            // One broken token must not hide the others.
-            let Ok(facts) = self.token_facts(slot) else {
-                continue;
-            };
-            let found = match token {
-                TokenRef::Label(label) => facts.label == *label,
-                TokenRef::Serial(serial) => facts.serial == *serial,
-            };
-            if found && facts.initialized {
-                return Ok(slot);
-            }
-        }
-        Err(HsmError::Token { token: token.to_string(), reason: format!("not in any slot of {}", self.path.display()) })
+    /// Looks a token up among the slots there are now. Costs no try of its PIN.
+    pub(crate) fn find_token(&self, token: &TokenRef) -> Result<(Slot, TokenFacts), HsmError> {
+        let slots = self.pkcs11.get_slots_with_token()?;
+        // One broken token must not hide the others.
+        let seen: Vec<_> = slots.into_iter().filter_map(|slot| Some((slot, self.token_facts(slot).ok()?))).collect();
+        discovery::choose(token, &seen, &self.path)
     }
 
     fn token_facts(&self, slot: Slot) -> Result<TokenFacts, HsmError> {
@@ -272,22 +264,27 @@ impl Module {
             serial: info.serial_number().to_owned(),
             initialized: info.token_initialized(),
             user_pin_set: info.user_pin_initialized(),
+            pin_tries: PinTries::of_token(&info),
         })
     }
 
-    /// `C_DecryptInit` and one `C_Decrypt`; `room` is the length of the modulus.
+    /// `C_DecryptInit` and one `C_Decrypt`; `room` is the length of the modulus. A key that wants a login for every
+    /// operation gets it in between, with the PIN in `own_login`.
     pub(crate) fn decrypt(
         &self,
         session: &Session,
         mechanism: &Mechanism<'_>,
         key: ObjectHandle,
+        own_login: Option<&Pin>,
         ciphertext: &[u8],
         room: usize,
     ) -> Result<Zeroizing<Vec<u8>>, HsmError> {
         let Some(direct) = &self.direct else {
+            refuse_own_login(own_login)?;
             return Ok(Zeroizing::new(session.decrypt(mechanism, key, ciphertext)?));
         };
         session.decrypt_init(mechanism, key)?;
+        login_for_operation(session, own_login)?;
         let mut plaintext = Zeroizing::new(vec![0; room]);
         let len =
             direct.decrypt(session, ciphertext, &mut plaintext).map_err(|code| HsmError::new("C_Decrypt", code))?;
@@ -295,24 +292,43 @@ impl Module {
         Ok(plaintext)
     }
 
-    /// `C_SignInit` and one `C_Sign`; `room` is the length of the modulus.
+    /// `C_SignInit` and one `C_Sign`; the rest is as in [`decrypt`](Self::decrypt).
     pub(crate) fn sign(
         &self,
         session: &Session,
         mechanism: &Mechanism<'_>,
         key: ObjectHandle,
+        own_login: Option<&Pin>,
         input: &[u8],
         room: usize,
     ) -> Result<Vec<u8>, HsmError> {
         let Some(direct) = &self.direct else {
+            refuse_own_login(own_login)?;
             return Ok(session.sign(mechanism, key, input)?);
         };
         session.sign_init(mechanism, key)?;
+        login_for_operation(session, own_login)?;
         let mut signature = vec![0; room];
         let len = direct.sign(session, input, &mut signature).map_err(|code| HsmError::new("C_Sign", code))?;
         signature.truncate(len);
         Ok(signature)
     }
+}
+
+/// The login that a key with `CKA_ALWAYS_AUTHENTICATE` wants between the start of an operation and its data.
+fn login_for_operation(session: &Session, pin: Option<&Pin>) -> Result<(), HsmError> {
+    match pin {
+        Some(pin) => Ok(session.login(UserType::ContextSpecific, Some(&pin.to_auth()))?),
+        None => Ok(()),
+    }
+}
+
+/// cryptoki starts and finishes an operation in one function, with no room for a login in between.
+fn refuse_own_login(pin: Option<&Pin>) -> Result<(), HsmError> {
+    if pin.is_some() {
+        return Err(HsmError::OwnLogin);
+    }
+    Ok(())
 }
 
 impl Registry {

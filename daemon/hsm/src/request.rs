@@ -6,7 +6,9 @@ use std::sync::Arc;
 use zeroize::Zeroizing;
 
 use crate::error::HsmError;
-use crate::keys::{KeyId, NewKey, Oaep, RsaPrivateParts, RsaPublic, SignScheme};
+use crate::identity::KeyRef;
+use crate::key_table::TokenKey;
+use crate::keys::{NewKey, Oaep, RsaPrivateParts, RsaPublic, SignScheme};
 
 /// Says whether a result is right, without the token: a key's own signature over what it came with, a signature verified
 /// with the public key. Called on a session's thread: it has to be quick.
@@ -14,12 +16,24 @@ pub type Check = Arc<dyn Fn(&[u8]) -> bool + Send + Sync>;
 
 /// What a session is asked to do. Not `Debug`, like its answer: neither belongs into a log.
 pub(crate) enum Request {
-    Decrypt { key: KeyId, oaep: Oaep, ciphertext: Vec<u8>, check: Option<Check> },
-    Sign { key: KeyId, scheme: SignScheme, digest: Vec<u8>, check: Option<Check> },
+    Decrypt {
+        key: KeyRef,
+        oaep: Oaep,
+        ciphertext: Vec<u8>,
+        check: Option<Check>,
+    },
+    Sign {
+        key: KeyRef,
+        scheme: SignScheme,
+        digest: Vec<u8>,
+        check: Option<Check>,
+    },
     Random(usize),
     Probe,
-    Keys,
-    PublicKey(KeyId),
+    /// The private keys: what the session knows, or after a `search` of the token.
+    Keys {
+        search: bool,
+    },
     Generate(NewKey),
     Import(NewKey, RsaPrivateParts),
 }
@@ -31,15 +45,14 @@ impl Request {
             Request::Sign { .. } => "sign",
             Request::Random(_) => "random",
             Request::Probe => "probe",
-            Request::Keys => "keys",
-            Request::PublicKey(_) => "public_key",
+            Request::Keys { .. } => "keys",
             Request::Generate(_) => "generate",
             Request::Import(..) => "import",
         }
     }
 
     /// The private key that does the work.
-    pub(crate) fn key(&self) -> Option<&KeyId> {
+    pub(crate) fn key(&self) -> Option<&KeyRef> {
         match self {
             Request::Decrypt { key, .. } | Request::Sign { key, .. } => Some(key),
             _ => None,
@@ -63,8 +76,8 @@ impl Request {
 /// What comes back.
 pub(crate) enum Answer {
     Octets(Zeroizing<Vec<u8>>),
-    Keys(Vec<KeyId>),
-    Public(Option<RsaPublic>),
+    Keys(Vec<TokenKey>),
+    Public(RsaPublic),
     Done,
 }
 
@@ -76,14 +89,14 @@ pub struct KnownGood(pub(crate) Arc<Request>);
 impl KnownGood {
     /// A ciphertext and what is in it.
     #[must_use]
-    pub fn decrypt(key: KeyId, oaep: Oaep, ciphertext: Vec<u8>, plaintext: Zeroizing<Vec<u8>>) -> Self {
+    pub fn decrypt(key: KeyRef, oaep: Oaep, ciphertext: Vec<u8>, plaintext: Zeroizing<Vec<u8>>) -> Self {
         let check: Check = Arc::new(move |found| found == plaintext.as_slice());
         KnownGood(Arc::new(Request::Decrypt { key, oaep, ciphertext, check: Some(check) }))
     }
 
     /// A digest, and how to tell a right signature of it.
     #[must_use]
-    pub fn sign(key: KeyId, scheme: SignScheme, digest: Vec<u8>, check: Check) -> Self {
+    pub fn sign(key: KeyRef, scheme: SignScheme, digest: Vec<u8>, check: Check) -> Self {
         KnownGood(Arc::new(Request::Sign { key, scheme, digest, check: Some(check) }))
     }
 }

@@ -2,7 +2,6 @@
 //!
 //! The handles belong to the session and die with it.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -18,8 +17,11 @@ use zeroize::{Zeroize, Zeroizing};
 use crate::Event;
 use crate::clock::thread_time;
 use crate::cluster::shared::{Scheme, Shared};
+use crate::config::Pin;
 use crate::error::{HsmError, class};
 use crate::fault::{Fate, PARAMETER_REFUSALS, Whose};
+use crate::identity::{KeyRef, without_leading_zeros};
+use crate::key_table::{self, FoundKey, FoundPublic, KeyTable, Purpose};
 use crate::keys::{KeyId, NewKey, Oaep, RsaPrivateParts, RsaPublic};
 use crate::module::Module;
 use crate::oaep;
@@ -32,17 +34,10 @@ const SEARCH_PAUSE: Duration = Duration::from_secs(2);
 const LARGEST_MODULUS: usize = 2048;
 
 /// A private key as one session knows it.
-#[derive(Clone, Copy)]
-pub(crate) struct Key {
-    pub(crate) handle: ObjectHandle,
-    /// `None` when the token does not tell.
-    pub(crate) modulus_len: Option<usize>,
-    /// What CKA_DECRYPT says; `true` when the token does not tell.
-    decrypts: bool,
-}
+pub(crate) type Key = key_table::Key<ObjectHandle>;
 
 impl Key {
-    /// For a signature.
+    /// Room for a signature.
     pub(crate) fn room(&self) -> usize {
         self.modulus_len.unwrap_or(LARGEST_MODULUS)
     }
@@ -54,7 +49,7 @@ pub(crate) struct OpenSession<'a> {
     session: Session,
     /// Of sessions: a member that is closed ends a whole generation.
     generation: u64,
-    keys: HashMap<KeyId, Key>,
+    keys: KeyTable<ObjectHandle>,
     /// How many keys had been made on the member when `keys` was filled.
     keys_made: u64,
     /// When a key was last looked for in vain.
@@ -72,7 +67,7 @@ impl<'a> OpenSession<'a> {
         }?;
         shared.session_opened(generation);
         let mut open =
-            OpenSession { shared, session, generation, keys: HashMap::new(), keys_made: 0, searched_again: None };
+            OpenSession { shared, session, generation, keys: KeyTable::default(), keys_made: 0, searched_again: None };
         open.search()?;
         shared.try_out(|| open.find_schemes());
         Ok(open)
@@ -93,18 +88,11 @@ impl<'a> OpenSession<'a> {
                 self.session.generate_random_slice(&mut octets)?;
                 Ok(Answer::Octets(octets))
             }),
-            Request::Keys => shared.observed(op, || {
-                self.refresh()?;
-                let mut ids: Vec<KeyId> = self.keys.keys().cloned().collect();
-                ids.sort();
-                Ok(Answer::Keys(ids))
+            Request::Keys { search } => shared.observed(op, || {
+                if *search { self.search() } else { self.refresh() }?;
+                Ok(Answer::Keys(self.keys.list()))
             }),
-            Request::PublicKey(id) => shared.observed(op, || match self.key(id) {
-                Ok(key) => self.public_key(id, key).map(Answer::Public),
-                Err(HsmError::NoSuchKey(_)) => Ok(Answer::Public(None)),
-                Err(error) => Err(error),
-            }),
-            Request::Generate(spec) => shared.observed(op, || self.generate(spec).map(|key| Answer::Public(Some(key)))),
+            Request::Generate(spec) => shared.observed(op, || self.generate(spec).map(Answer::Public)),
             Request::Import(spec, parts) => shared.observed(op, || self.import(spec, parts).map(|()| Answer::Done)),
         }
     }
@@ -113,14 +101,16 @@ impl<'a> OpenSession<'a> {
     fn calculate(&mut self, request: &Request) -> Result<Zeroizing<Vec<u8>>, HsmError> {
         match request {
             Request::Decrypt { key, oaep, ciphertext, .. } => {
-                let key = self.key(key)?;
+                let key = self.key(key, Purpose::Decrypt)?;
                 self.decrypt(key, *oaep, ciphertext)
             }
             Request::Sign { key, scheme, digest, .. } => {
-                let key = self.key(key)?;
-                let room = key.room();
+                let key = self.key(key, Purpose::Sign)?;
+                let (room, own_login) = (key.room(), self.own_login(key)?);
                 let input = scheme.input(digest);
-                let sign = |module: &Module| module.sign(&self.session, &scheme.mechanism(), key.handle, &input, room);
+                let (session, mechanism) = (&self.session, scheme.mechanism());
+                let sign =
+                    |module: &Module| module.sign(session, &mechanism, key.handle, own_login.as_ref(), &input, room);
                 self.on_token(sign).map(Zeroizing::new)
             }
             _ => Ok(Zeroizing::default()),
@@ -128,11 +118,20 @@ impl<'a> OpenSession<'a> {
     }
 
     /// An operation of the token, and what it takes of a processor: soft tokens work in this very thread.
-    fn on_token<T>(&self, work: impl FnOnce(&Module) -> T) -> T {
+    fn on_token<T>(&self, work: impl FnOnce(&Module) -> Result<T, HsmError>) -> Result<T, HsmError> {
         let before = thread_time();
         let result = work(&self.shared.module);
         self.shared.spent(thread_time().saturating_sub(before));
+        if let Err(error) = &result {
+            // At the login of a key with CKA_ALWAYS_AUTHENTICATE.
+            self.shared.heed_refused_pin(error);
+        }
         result
+    }
+
+    /// The PIN, for a key that wants a login for every operation.
+    fn own_login(&self, key: Key) -> Result<Option<Pin>, HsmError> {
+        if key.always_authenticate { self.shared.pin_for_operation().map(Some) } else { Ok(None) }
     }
 
     /// A result that its own check accepts is right, whoever made it. Any other way that an operation can have gone wrong
@@ -225,8 +224,8 @@ impl<'a> OpenSession<'a> {
         // Read before the search: a key made meanwhile leads to one search too many, never to one too few.
         let keys_made = self.shared.keys_made();
         self.shared.observe(Event::KeySearch);
-        let keys = private_keys(&self.session, &self.shared.name)?;
-        self.keys = keys;
+        self.keys = private_keys(&self.session)?;
+        self.shared.say_oddities(self.keys.oddities());
         self.keys_made = keys_made;
         Ok(())
     }
@@ -239,19 +238,23 @@ impl<'a> OpenSession<'a> {
         self.search()
     }
 
-    fn key(&mut self, id: &KeyId) -> Result<Key, HsmError> {
-        if let Some(key) = self.keys.get(id) {
+    fn key(&mut self, wanted: &KeyRef, purpose: Purpose) -> Result<Key, HsmError> {
+        if let Some(key) = self.keys.find(wanted, purpose) {
             return Ok(*key);
         }
-        // It may have been made elsewhere in the meantime. Whoever asks for keys that do not exist must not turn every call
-        // into a search, though.
+        self.search_again()?;
+        self.keys.find(wanted, purpose).copied().ok_or_else(|| HsmError::NoSuchKey(wanted.clone()))
+    }
+
+    /// A key that is not in the table may have been made elsewhere in the meantime. Calls for keys that do not exist must not
+    /// each lead to a search, though.
+    fn search_again(&mut self) -> Result<(), HsmError> {
         if self.searched_again.is_none_or(|at| at.elapsed() >= SEARCH_PAUSE) {
             self.searched_again = Some(Instant::now());
-            self.search()?;
+            self.search()
         } else {
-            self.refresh()?;
+            self.refresh()
         }
-        self.keys.get(id).copied().ok_or_else(|| HsmError::NoSuchKey(id.clone()))
     }
 
     fn decrypt(&self, key: Key, oaep: Oaep, ciphertext: &[u8]) -> Result<Zeroizing<Vec<u8>>, HsmError> {
@@ -265,7 +268,10 @@ impl<'a> OpenSession<'a> {
             Scheme::Native => oaep.mechanism(),
             Scheme::Raw => Mechanism::RsaX509,
         };
-        let decrypt = |module: &Module| module.decrypt(&self.session, &mechanism, key.handle, ciphertext, room);
+        let own_login = self.own_login(key)?;
+        let decrypt = |module: &Module| {
+            module.decrypt(&self.session, &mechanism, key.handle, own_login.as_ref(), ciphertext, room)
+        };
         let number = self.on_token(decrypt)?;
         match scheme {
             Scheme::Native => Ok(number),
@@ -292,9 +298,7 @@ impl<'a> OpenSession<'a> {
 
     /// Tries every combination with some key that may decrypt. Without such a key the trials wait for the first decryption.
     fn find_schemes(&self) -> bool {
-        let Some(key) = self.keys.values().find(|key| key.decrypts && key.modulus_len.is_some()).copied() else {
-            return false;
-        };
+        let Some(key) = self.keys.any_that_decrypts().copied() else { return false };
         // What a trial leaves open, the first decryption with those parameters tries again.
         Oaep::all().all(|oaep| self.scheme(key, oaep).is_ok())
     }
@@ -309,44 +313,17 @@ impl<'a> OpenSession<'a> {
             *first = 0;
         }
         let refused = |error: &HsmError| PARAMETER_REFUSALS.iter().any(|code| error.is_code(*code));
-        match self.shared.module.decrypt(&self.session, &oaep.mechanism(), key.handle, &nonsense, room) {
+        let own_login = self.own_login(key)?;
+        let decrypt = |module: &Module| {
+            module.decrypt(&self.session, &oaep.mechanism(), key.handle, own_login.as_ref(), &nonsense, room)
+        };
+        match self.on_token(decrypt) {
             Err(error) if refused(&error) => Ok(Scheme::Raw),
             Err(error) if error.fault().fate != Fate::Keep => Err(error),
             // The key may not decrypt: nothing was learnt about the parameters.
             Err(error @ HsmError::Pkcs11 { call, .. }) if call != "C_Decrypt" => Err(error),
             _ => Ok(Scheme::Native),
         }
-    }
-
-    fn public_key(&self, id: &KeyId, key: Key) -> Result<Option<RsaPublic>, HsmError> {
-        if let Some(public) = self.read_public(key.handle)? {
-            return Ok(Some(public));
-        }
-        // Not every token keeps the public exponent beside the private key.
-        let objects = self.session.find_objects(&[
-            Attribute::Class(ObjectClass::PUBLIC_KEY),
-            Attribute::KeyType(KeyType::RSA),
-            Attribute::Id(id.0.clone()),
-        ])?;
-        match objects.first() {
-            Some(object) => self.read_public(*object),
-            None => Ok(None),
-        }
-    }
-
-    fn read_public(&self, object: ObjectHandle) -> Result<Option<RsaPublic>, HsmError> {
-        let attributes =
-            self.session.get_attributes(object, &[AttributeType::Modulus, AttributeType::PublicExponent])?;
-        let mut n = Vec::new();
-        let mut e = Vec::new();
-        for attribute in attributes {
-            match attribute {
-                Attribute::Modulus(octets) => n = without_leading_zeros(&octets).to_vec(),
-                Attribute::PublicExponent(octets) => e = without_leading_zeros(&octets).to_vec(),
-                _ => {}
-            }
-        }
-        Ok((!n.is_empty() && !e.is_empty()).then_some(RsaPublic { n, e }))
     }
 
     fn generate(&mut self, spec: &NewKey) -> Result<RsaPublic, HsmError> {
@@ -356,16 +333,16 @@ impl<'a> OpenSession<'a> {
         public.push(Attribute::PublicExponent(vec![1, 0, 1]));
         let (public, private) =
             self.session.generate_key_pair(&Mechanism::RsaPkcsKeyPairGen, &public, &private_template(spec))?;
-        let key = self.read_public(public)?.ok_or_else(|| HsmError::Token {
+        let key = read_public(&self.session, public)?.ok_or_else(|| HsmError::Token {
             token: self.shared.token.to_string(),
             reason: "does not tell the public key it made".to_owned(),
         })?;
-        self.add(spec, private, &key.n);
+        self.add(spec, private, &key);
         Ok(key)
     }
 
     fn import(&mut self, spec: &NewKey, parts: &RsaPrivateParts) -> Result<(), HsmError> {
-        self.expect_free(&spec.id)?;
+        self.expect_absent(&spec.id, &parts.n)?;
         let mut public = public_template(spec);
         public.extend([
             Attribute::Class(ObjectClass::PUBLIC_KEY),
@@ -394,26 +371,42 @@ impl<'a> OpenSession<'a> {
             }
             return Err(error.into());
         }
-        self.add(spec, private, &parts.n);
+        self.add(spec, private, &RsaPublic { n: parts.n.clone(), e: parts.e.clone() });
         Ok(())
     }
 
+    /// A key that is made gets an id that no other key has.
     fn expect_free(&mut self, id: &KeyId) -> Result<(), HsmError> {
-        if id.0.is_empty() {
-            return Err(HsmError::new("C_CreateObject", RvError::AttributeValueInvalid));
+        expect_id(id)?;
+        if !self.keys.has_id(id) {
+            self.search_again()?;
         }
-        match self.key(id) {
-            Ok(_) => Err(HsmError::KeyExists(id.clone())),
-            Err(HsmError::NoSuchKey(_)) => Ok(()),
-            Err(error) => Err(error),
+        if self.keys.has_id(id) { Err(HsmError::KeyExists(id.clone())) } else { Ok(()) }
+    }
+
+    /// A key that is imported may share its id with other keys, but is not to be there twice.
+    fn expect_absent(&mut self, id: &KeyId, modulus: &[u8]) -> Result<(), HsmError> {
+        expect_id(id)?;
+        if !self.keys.holds(id, modulus) {
+            self.search_again()?;
         }
+        if self.keys.holds(id, modulus) { Err(HsmError::KeyExists(id.clone())) } else { Ok(()) }
     }
 
     /// This session knows the new key at once; the others are told that their tables are old.
-    fn add(&mut self, spec: &NewKey, handle: ObjectHandle, n: &[u8]) {
+    fn add(&mut self, spec: &NewKey, handle: ObjectHandle, key: &RsaPublic) {
         let up_to_date = self.keys_made == self.shared.keys_made();
         let made = self.shared.key_made();
-        self.keys.insert(spec.id.clone(), Key { handle, modulus_len: modulus_len(n), decrypts: spec.usage.decrypts() });
+        self.keys.insert(FoundKey {
+            handle,
+            id: spec.id.0.clone(),
+            label: spec.label.clone(),
+            n: key.n.clone(),
+            e: key.e.clone(),
+            decrypts: spec.usage.decrypts(),
+            signs: spec.usage.signs(),
+            always_authenticate: false,
+        });
         if up_to_date {
             self.keys_made = made;
         }
@@ -426,38 +419,105 @@ impl Drop for OpenSession<'_> {
     }
 }
 
-/// All RSA private keys of a token by their ids, in one search.
-pub(crate) fn private_keys(session: &Session, member: &str) -> Result<HashMap<KeyId, Key>, HsmError> {
+/// All RSA private keys of a token, in one search. The public keys are searched, too, where a private key does not tell its
+/// own.
+pub(crate) fn private_keys(session: &Session) -> Result<KeyTable<ObjectHandle>, HsmError> {
     let handles =
         session.find_objects(&[Attribute::Class(ObjectClass::PRIVATE_KEY), Attribute::KeyType(KeyType::RSA)])?;
-    let mut keys = HashMap::with_capacity(handles.len());
+    let mut found = Vec::with_capacity(handles.len());
     for handle in handles {
-        let attributes = match session
-            .get_attributes(handle, &[AttributeType::Id, AttributeType::Modulus, AttributeType::Decrypt])
-        {
-            // Destroyed between the search and now.
-            Err(Error::Pkcs11(RvError::ObjectHandleInvalid, _)) => continue,
-            attributes => attributes?,
+        let wanted = [
+            AttributeType::Id,
+            AttributeType::Label,
+            AttributeType::Modulus,
+            AttributeType::PublicExponent,
+            AttributeType::Decrypt,
+            AttributeType::Sign,
+            AttributeType::AlwaysAuthenticate,
+        ];
+        let Some(attributes) = attributes_of(session, handle, &wanted)? else { continue };
+        let mut key = FoundKey {
+            handle,
+            id: Vec::new(),
+            label: String::new(),
+            n: Vec::new(),
+            e: Vec::new(),
+            decrypts: true,
+            signs: true,
+            always_authenticate: false,
         };
-        let mut id = None;
-        let mut key = Key { handle, modulus_len: None, decrypts: true };
         for attribute in attributes {
             match attribute {
-                Attribute::Id(octets) if !octets.is_empty() => id = Some(KeyId(octets)),
-                Attribute::Modulus(n) => key.modulus_len = modulus_len(&n),
+                Attribute::Id(id) => key.id = id,
+                Attribute::Label(label) => key.label = String::from_utf8_lossy(&label).into_owned(),
+                Attribute::Modulus(n) => key.n = n,
+                Attribute::PublicExponent(e) => key.e = e,
                 Attribute::Decrypt(decrypts) => key.decrypts = decrypts,
+                Attribute::Sign(signs) => key.signs = signs,
+                Attribute::AlwaysAuthenticate(always) => key.always_authenticate = always,
                 _ => {}
             }
         }
-        // A key without an id cannot be asked for.
-        let Some(id) = id else { continue };
-        if keys.contains_key(&id) {
-            warn!(member = member, key = %id, "two keys with one CKA_ID, the second is never used");
-            continue;
-        }
-        keys.insert(id, key);
+        found.push(key);
     }
-    Ok(keys)
+    let publics =
+        if found.iter().any(|key| key.n.is_empty() || key.e.is_empty()) { public_keys(session)? } else { Vec::new() };
+    Ok(KeyTable::new(found, &publics))
+}
+
+fn public_keys(session: &Session) -> Result<Vec<FoundPublic>, HsmError> {
+    let handles =
+        session.find_objects(&[Attribute::Class(ObjectClass::PUBLIC_KEY), Attribute::KeyType(KeyType::RSA)])?;
+    let mut found = Vec::with_capacity(handles.len());
+    for handle in handles {
+        let Some(attributes) = attributes_of(session, handle, &[AttributeType::Id, AttributeType::Label])? else {
+            continue;
+        };
+        let Some(key) = read_public(session, handle)? else { continue };
+        let mut public = FoundPublic { id: Vec::new(), label: String::new(), key };
+        for attribute in attributes {
+            match attribute {
+                Attribute::Id(id) => public.id = id,
+                Attribute::Label(label) => public.label = String::from_utf8_lossy(&label).into_owned(),
+                _ => {}
+            }
+        }
+        found.push(public);
+    }
+    Ok(found)
+}
+
+/// `None` for an object that was destroyed between the search and now.
+fn attributes_of(
+    session: &Session,
+    object: ObjectHandle,
+    wanted: &[AttributeType],
+) -> Result<Option<Vec<Attribute>>, HsmError> {
+    match session.get_attributes(object, wanted) {
+        Err(Error::Pkcs11(RvError::ObjectHandleInvalid, _)) => Ok(None),
+        attributes => Ok(Some(attributes?)),
+    }
+}
+
+/// `None` when the token does not tell, or the object is gone.
+fn read_public(session: &Session, object: ObjectHandle) -> Result<Option<RsaPublic>, HsmError> {
+    let wanted = [AttributeType::Modulus, AttributeType::PublicExponent];
+    let (mut n, mut e) = (Vec::new(), Vec::new());
+    for attribute in attributes_of(session, object, &wanted)?.into_iter().flatten() {
+        match attribute {
+            Attribute::Modulus(bytes) => n = without_leading_zeros(&bytes).to_vec(),
+            Attribute::PublicExponent(bytes) => e = without_leading_zeros(&bytes).to_vec(),
+            _ => {}
+        }
+    }
+    Ok((!n.is_empty() && !e.is_empty()).then_some(RsaPublic { n, e }))
+}
+
+fn expect_id(id: &KeyId) -> Result<(), HsmError> {
+    if id.0.is_empty() {
+        return Err(HsmError::new("C_CreateObject", RvError::AttributeValueInvalid));
+    }
+    Ok(())
 }
 
 fn public_template(spec: &NewKey) -> Vec<Attribute> {
@@ -501,14 +561,4 @@ impl Drop for SecretTemplate {
             }
         }
     }
-}
-
-fn without_leading_zeros(number: &[u8]) -> &[u8] {
-    let zeros = number.iter().take_while(|octet| **octet == 0).count();
-    number.split_at(zeros).1
-}
-
-/// `None` for an empty modulus, which is how some tokens say that they do not tell.
-fn modulus_len(n: &[u8]) -> Option<usize> {
-    Some(without_leading_zeros(n).len()).filter(|len| *len > 0)
 }

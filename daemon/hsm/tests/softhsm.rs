@@ -6,16 +6,20 @@ mod suite;
 
 use std::sync::Arc;
 
-use claviger_hsm::HsmError;
-use suite::{Counts, SOFTHSM, count, load, member, pin, soon};
+use claviger_hsm::{Hash, HsmError, SignScheme, TokenRef};
+use cryptoki::context::Pkcs11;
+use cryptoki::object::Attribute;
+use suite::{Counts, SHA1, SOFTHSM, count, load, member, pin, soon};
 
 // One test, since the environment and the library belong to the whole process.
 #[test]
 fn softhsm() {
-    let _tokens = suite::softhsm_tokens(&["one", "two"]);
+    let _tokens = suite::softhsm_tokens(&["one", "two", "twin", "twin"]);
     suite::run(member("a", SOFTHSM, "one"), member("b", SOFTHSM, "two"));
     a_wrong_pin_is_tried_once();
     a_token_that_is_not_there();
+    tokens_of_one_label();
+    keys_that_want_a_login_each_time();
     what_cannot_be_loaded();
 }
 
@@ -29,7 +33,7 @@ fn a_wrong_pin_is_tried_once() {
         assert!(error.to_string().contains("CKR_PIN_INCORRECT"), "{error}");
         for _ in 0..3 {
             assert!(cluster.random(8, soon()).await.is_err());
-            assert!(cluster.keys_on("wrong").await.is_err());
+            assert!(cluster.keys_on("wrong", false).await.is_err());
             tokio::time::sleep(std::time::Duration::from_millis(600)).await;
         }
         assert_eq!(count(&counts.logins), 1);
@@ -49,8 +53,74 @@ fn a_token_that_is_not_there() {
         for _ in 0..10 {
             cluster.random(8, soon()).await.unwrap();
         }
-        let error = cluster.keys_on("gone").await.unwrap_err();
-        assert!(matches!(error, HsmError::Token { .. }), "{error:?}");
+        let error = cluster.keys_on("gone", false).await.unwrap_err();
+        assert!(matches!(error, HsmError::NoSuchToken { .. }), "{error:?}");
+        cluster.close().await;
+    });
+}
+
+/// Which of them is meant cannot be known: the PIN is tried on neither.
+fn tokens_of_one_label() {
+    let counts = Arc::new(Counts::default());
+    let cluster = load(vec![member("twin", SOFTHSM, "twin")], counts.observer()).unwrap();
+    let serials = suite::runtime().block_on(async {
+        let error = cluster.start().await.unwrap_err();
+        assert!(error.to_string().contains("several tokens of that label: serial "), "{error}");
+        let HsmError::SeveralTokens { serials, .. } = error else { panic!("{error:?}") };
+        let remedy = cluster.members()[0].last_error.clone().unwrap().remedy.unwrap();
+        assert!(remedy.contains("`serial`"), "{remedy}");
+        cluster.close().await;
+        serials
+    });
+    assert_eq!((serials.len(), count(&counts.logins)), (2, 0));
+    for serial in serials {
+        let mut by_serial = member("twin", SOFTHSM, "");
+        by_serial.token = TokenRef::Serial(serial);
+        let cluster = load(vec![by_serial], counts.observer()).unwrap();
+        suite::runtime().block_on(async {
+            cluster.start().await.unwrap();
+            cluster.close().await;
+        });
+    }
+    assert_eq!(count(&counts.logins), 2);
+}
+
+/// `CKA_ALWAYS_AUTHENTICATE`: a login between the start of each operation and its data.
+fn keys_that_want_a_login_each_time() {
+    let (key, id) = (suite::software_key(), suite::new_id());
+    let named = suite::named(&id, &key.to_public_key());
+    let counts = Arc::new(Counts::default());
+    let cluster = load(vec![member("careful", SOFTHSM, "two")], counts.observer()).unwrap();
+    suite::runtime().block_on(async {
+        cluster.start().await.unwrap();
+        let mut template = suite::others_key(Some(&id), &key);
+        template.push(Attribute::AlwaysAuthenticate(true));
+        suite::side_session(&member("careful", SOFTHSM, "two")).create_object(&template).unwrap();
+        let listed = cluster.keys_on("careful", true).await.unwrap();
+        assert!(listed.iter().any(|key| key.is(&named) && key.always_authenticate), "{listed:?}");
+        for _ in 0..3 {
+            let ciphertext = suite::encrypt(&key.to_public_key(), SHA1, b"careful");
+            let done = cluster.decrypt(&named, SHA1, &ciphertext, soon(), None).await.unwrap();
+            assert_eq!((done.value.as_slice(), done.retries), (&b"careful"[..], 0));
+            cluster.sign(&named, SignScheme::Pkcs1(Hash::Sha256), &[7; 32], soon(), None).await.unwrap();
+        }
+        // A PIN that the token refuses at such a login is tried once.
+        cluster.set_pin("careful", pin("654321")).unwrap();
+        let ciphertext = suite::encrypt(&key.to_public_key(), SHA1, b"careful");
+        assert!(cluster.decrypt(&named, SHA1, &ciphertext, soon(), None).await.is_err());
+        assert_eq!(cluster.members()[0].state.name(), "pin_refused");
+        cluster.close().await;
+    });
+    // What the token counted is gone after a right login.
+    let cluster = load(vec![member("careful", SOFTHSM, "two")], counts.observer()).unwrap();
+    suite::runtime().block_on(async {
+        cluster.start().await.unwrap();
+        let flags = Pkcs11::new(SOFTHSM).unwrap();
+        let low = flags.get_slots_with_token().unwrap().into_iter().any(|slot| {
+            let info = flags.get_token_info(slot).unwrap();
+            info.label() == "two" && info.user_pin_count_low()
+        });
+        assert!(!low);
         cluster.close().await;
     });
 }

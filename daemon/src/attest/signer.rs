@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use claviger_hsm::{Cluster, HsmError, KeyId, KeyUsage, MemberState, NewKey, RsaPrivateParts};
+use claviger_hsm::{Cluster, HsmError, KeyId, KeyRef, KeyUsage, MemberState, NewKey, RsaPrivateParts};
 use claviger_protocol::certificate::{BuildError, Certificate, CertificateError};
 use claviger_protocol::health::{self, LIFETIME_SECONDS};
 use claviger_protocol::rsa_key::{KeyError, RsaPrivateKey, RsaPublicKey};
@@ -51,7 +51,7 @@ impl Signers {
         for signer in signers {
             let certificate = Certificate::parse(&signer.der)?;
             if signer.current {
-                all.current = Some(Key { certificate: certificate.clone(), id: KeyId(signer.key_id.clone()) });
+                all.current = Some(Key::new(certificate.clone(), &signer.key_id));
             }
             all.certificates.push(certificate);
             all.first_replaced = all.first_replaced.into_iter().chain(signer.replaced).min();
@@ -93,7 +93,7 @@ pub enum SignerError {
 pub struct Keeper {
     service: Arc<Service>,
     /// The key of a signer that could not be finished: the next try goes on with it, since keys on an HSM are never removed.
-    unfinished: Option<(KeyId, RsaPublicKey)>,
+    unfinished: Option<(KeyRef, RsaPublicKey)>,
     absence: Absence,
 }
 
@@ -166,7 +166,7 @@ impl Keeper {
 }
 
 /// Has a key sign its own certificate, and makes it the current signer.
-async fn install(service: &Arc<Service>, id: &KeyId, public: &RsaPublicKey) -> Result<(), SignerError> {
+async fn install(service: &Arc<Service>, id: &KeyRef, public: &RsaPublicKey) -> Result<(), SignerError> {
     let now = unix_now();
     let (not_before, not_after) = (now - health::BACKDATED_SECONDS, now + VALIDITY);
     let to_be_signed = health::signer_template(public, not_before, not_after)?.to_be_signed()?;
@@ -175,7 +175,7 @@ async fn install(service: &Arc<Service>, id: &KeyId, public: &RsaPublicKey) -> R
     let seen = service.signers.load().current().map(|key| HEXLOWER.encode(&key.certificate.thumbprint()));
     let added = service
         .change(move |state| {
-            state.add_signer(&NewSigner { der: &der, key_id: &id.0, not_before, not_after }, seen.as_deref(), now)
+            state.add_signer(&NewSigner { der: &der, key_id: &id.id.0, not_before, not_after }, seen.as_deref(), now)
         })
         .await;
     match added {
@@ -224,7 +224,7 @@ impl Absence {
 }
 
 /// How many of the members that serve have a key, and which of them do not. Those that do not say are neither.
-async fn whereabouts(cluster: &Cluster, id: &KeyId, search: bool) -> (usize, Vec<String>) {
+async fn whereabouts(cluster: &Cluster, id: &KeyRef, search: bool) -> (usize, Vec<String>) {
     let (mut held, mut lacking) = (0, Vec::new());
     for member in cluster.members().into_iter().filter(|member| member.state == MemberState::Up) {
         match tokio::time::timeout(PATIENCE, has(cluster, &member.name, id, search)).await {
@@ -237,16 +237,16 @@ async fn whereabouts(cluster: &Cluster, id: &KeyId, search: bool) -> (usize, Vec
 }
 
 /// A key that is not known to be there is searched on the token: it may have been replicated.
-async fn has(cluster: &Cluster, member: &str, id: &KeyId, search: bool) -> Result<bool, HsmError> {
-    if !search && cluster.keys_on(member).await?.contains(id) {
+async fn has(cluster: &Cluster, member: &str, id: &KeyRef, search: bool) -> Result<bool, HsmError> {
+    if !search && cluster.keys_on(member, false).await?.iter().any(|key| key.is(id)) {
         return Ok(true);
     }
-    Ok(cluster.public_key_on(member, id).await?.is_some())
+    Ok(cluster.keys_on(member, true).await?.iter().any(|key| key.is(id)))
 }
 
 /// A new signing key on every member that can take one now. One member makes its key itself. For several, whether their
 /// vendor replicates keys between them cannot be known, so the key is made here, given to each, and forgotten.
-async fn new_key(cluster: &Cluster) -> Result<(KeyId, RsaPublicKey), SignerError> {
+async fn new_key(cluster: &Cluster) -> Result<(KeyRef, RsaPublicKey), SignerError> {
     let all = cluster.members();
     let single = all.len() == 1;
     let works = |state| matches!(state, MemberState::Up | MemberState::Draining | MemberState::Drained);
@@ -262,7 +262,8 @@ async fn new_key(cluster: &Cluster) -> Result<(KeyId, RsaPublicKey), SignerError
         NewKey { id: id.clone(), label: "claviger attestation signer".to_owned(), bits: BITS, usage: KeyUsage::Sign };
     if single {
         let public = cluster.generate_rsa(first, spec).await?;
-        return Ok((id, RsaPublicKey::from_components(&public.n, &public.e)?));
+        let public = RsaPublicKey::from_components(&public.n, &public.e)?;
+        return Ok((KeyRef::new(id, public.modulus()), public));
     }
     let key = tokio::task::spawn_blocking(|| RsaPrivateKey::generate(BITS))
         .await
@@ -281,7 +282,7 @@ async fn new_key(cluster: &Cluster) -> Result<(KeyId, RsaPublicKey), SignerError
     }
     match failed {
         Some(error) if imported == 0 => Err(error.into()),
-        _ => Ok((id, key.public().clone())),
+        _ => Ok((KeyRef::new(id, key.public().modulus()), key.public().clone())),
     }
 }
 

@@ -70,6 +70,9 @@ pub async fn hsm(command: Hsm) -> Result<(), Failure> {
                     ("LAST ERROR", "last_error"),
                 ];
                 table(&rows.iter().map(for_people).collect(), &columns);
+                for member in rows.iter().filter(|member| member["remedy"].is_string() && member["state"] != "up") {
+                    say!("{}: {}", text(member, "name"), text(member, "remedy"));
+                }
             });
         }
         Hsm::Drain { name, target } => {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use claviger_hsm::{HsmError, KeyId, KeyUsage as HsmKeyUsage, MemberState, NewKey};
+use claviger_hsm::{Fingerprint, HsmError, KeyId, KeyRef, KeyUsage as HsmKeyUsage, MemberState, NewKey, TokenKey};
 use claviger_protocol::certificate::{
     Certificate, DistinguishedName, KeyUsage, Template, random_serial, request_to_pem,
 };
@@ -17,7 +17,7 @@ use zeroize::Zeroizing;
 use super::{Change, Secret, hsm, read};
 use crate::admin::Peer;
 use crate::attest::signer::private_parts;
-use crate::keys::{Key, RSA_BITS, SERVER_AUTHENTICATION};
+use crate::keys::{Key, RSA_BITS, SERVER_AUTHENTICATION, key_ref};
 use crate::service::{OWN_DEADLINE, Service, unix_now};
 use crate::state::{self, Kind, Labels, NewCertificate, State};
 use crate::usage::{DAYS, Releases};
@@ -87,10 +87,11 @@ pub(super) async fn generate(
     let public = RsaPublicKey::from_components(&made.n, &made.e).map_err(|e| format!("{on} made a bad key: {e}"))?;
 
     let until = Instant::now() + REPLICATION;
-    let mut lacking = lacking(service, &id, &public).await;
+    let key = key_ref(&id.0, &public);
+    let mut lacking = lacking(service, &key).await;
     while member.is_none() && !lacking.is_empty() && Instant::now() < until {
         tokio::time::sleep(ASK_EVERY).await;
-        lacking = self::lacking(service, &id, &public).await;
+        lacking = self::lacking(service, &key).await;
     }
     if member.is_none() && !lacking.is_empty() {
         return Err(format!(
@@ -119,7 +120,9 @@ pub(super) async fn request(
     let id = key_id(hsm_key)?;
     let template = template(service, &id, subject, 0).await?;
     let unsigned = template.to_be_requested().map_err(|e| e.to_string())?;
-    let der = unsigned.assemble(&signed(service, "keys.csr", &id, &template.key, unsigned.octets(), peer).await?);
+    let der = unsigned.assemble(
+        &signed(service, "keys.csr", &key_ref(&id.0, &template.key), &template.key, unsigned.octets(), peer).await?,
+    );
     Ok(json!({"hsm_key": id.to_string(), "pem": request_to_pem(&der)}))
 }
 
@@ -133,7 +136,10 @@ pub(super) async fn self_sign(
     let id = key_id(hsm_key)?;
     let template = template(service, &id, subject, days).await?;
     let unsigned = template.to_be_signed().map_err(|e| e.to_string())?;
-    let der = unsigned.assemble(&signed(service, "keys.self-sign", &id, &template.key, unsigned.octets(), peer).await?);
+    let der = unsigned.assemble(
+        &signed(service, "keys.self-sign", &key_ref(&id.0, &template.key), &template.key, unsigned.octets(), peer)
+            .await?,
+    );
     let made = Certificate::parse(&der).map_err(|e| e.to_string())?;
     Ok(json!({"hsm_key": id.to_string(), "pem": made.to_pem(), "thumbprint": HEXLOWER.encode(&made.thumbprint())}))
 }
@@ -168,7 +174,7 @@ pub(super) async fn add(service: &Arc<Service>, new: New, peer: Peer) -> Result<
         (None, Some(hsm_key)) => key_id(hsm_key)?,
         (None, None) => find(service, new.kind, certificate.key()).await?,
     };
-    let on_tokens = on_all_members(service, new.kind, &id, &certificate, new.trust_absent).await;
+    let on_tokens = on_all_members(service, new.kind, &id.0, &certificate, new.trust_absent).await;
     if new.private_key.is_some() && on_tokens.is_err() {
         change.done(service, super::FAILED).await;
     }
@@ -308,11 +314,13 @@ pub(super) fn judge(certificate: &Certificate, kind: Kind) -> Result<Vec<String>
 pub(super) async fn on_all_members(
     service: &Arc<Service>,
     kind: Kind,
-    id: &KeyId,
+    id: &[u8],
     certificate: &Certificate,
     trust_absent: bool,
 ) -> Result<Vec<String>, String> {
-    let lacking = lacking(service, id, certificate.key()).await;
+    let key = Key::new(certificate.clone(), id);
+    let id = &key.id.id;
+    let lacking = lacking(service, &key.id).await;
     let (absent, wrong): (Vec<_>, Vec<_>) = lacking.into_iter().partition(|lack| lack.absent);
     if !wrong.is_empty() {
         return Err(format!(
@@ -328,17 +336,17 @@ pub(super) async fn on_all_members(
             sentence(&absent)
         ));
     }
-    prove(service, kind, id, certificate).await?;
+    prove(service, kind, &key).await?;
     Ok(absent.iter().map(|lack| format!("not checked: {} {}", lack.member, lack.what)).collect())
 }
 
 /// Has the key do, on each member that is up, what it is for: a member may have it without the right to use it.
-async fn prove(service: &Arc<Service>, kind: Kind, id: &KeyId, certificate: &Certificate) -> Result<(), String> {
+async fn prove(service: &Arc<Service>, kind: Kind, key: &Key) -> Result<(), String> {
     let does = match kind {
         Kind::Signing => "sign",
         Kind::Encryption => "decrypt",
     };
-    let key = Key { certificate: certificate.clone(), id: id.clone() };
+    let id = &key.id.id;
     let known = key.known_good(kind).ok_or_else(|| format!("nothing can be tried with the key {id}"))?;
     let mut members = service.cluster.members();
     members.retain(|member| member.state == MemberState::Up);
@@ -364,17 +372,13 @@ fn sentence(lacking: &[Lack]) -> String {
     lacking.iter().map(|lack| format!("{} {}", lack.member, lack.what)).collect::<Vec<_>>().join(", ")
 }
 
-/// Which members do not show this key.
-async fn lacking(service: &Arc<Service>, id: &KeyId, public: &RsaPublicKey) -> Vec<Lack> {
+/// Which members do not show this key. Each token is searched: another program may have made the key a moment ago.
+async fn lacking(service: &Arc<Service>, key: &KeyRef) -> Vec<Lack> {
     let mut lacking = Vec::new();
     for hsm in &service.config.load_full().hsm {
         let lack = |what: String, absent| Some(Lack { member: hsm.name.clone(), what, absent });
-        let lack = match tokio::time::timeout(PATIENCE, service.cluster.public_key_on(&hsm.name, id)).await {
-            Ok(Ok(Some(key))) => match RsaPublicKey::from_components(&key.n, &key.e) {
-                Ok(key) if key.spki_der() == public.spki_der() => None,
-                _ => lack("has another key of that id".to_owned(), false),
-            },
-            Ok(Ok(None) | Err(HsmError::NoSuchKey(_))) => lack("shows no such key".to_owned(), false),
+        let lack = match tokio::time::timeout(PATIENCE, service.cluster.keys_on(&hsm.name, true)).await {
+            Ok(Ok(keys)) => what_is_missing(&keys, key).and_then(|what| lack(what, false)),
             Ok(Err(error)) => lack(format!("does not answer: {error}"), true),
             Err(_) => lack("does not answer in time".to_owned(), true),
         };
@@ -383,37 +387,86 @@ async fn lacking(service: &Arc<Service>, id: &KeyId, public: &RsaPublicKey) -> V
     lacking
 }
 
+/// What keeps a token with these keys from using the one that is meant; `None`: nothing.
+fn what_is_missing(keys: &[TokenKey], wanted: &KeyRef) -> Option<String> {
+    let of_id = || keys.iter().filter(|key| key.has_id(&wanted.id));
+    // A key of which the token tells no modulus proves itself by what it does.
+    if of_id().any(|key| key.is(wanted) || key.fingerprint.is_none()) {
+        return None;
+    }
+    let same = keys.iter().find(|key| key.fingerprint == Some(wanted.public));
+    Some(match same {
+        Some(TokenKey { id: Some(id), .. }) => format!("has the key, but with the CKA_ID {id}"),
+        Some(TokenKey { label, .. }) => {
+            format!("has the key (label {label:?}), but without a CKA_ID, by which keys are used")
+        }
+        None if of_id().next().is_some() => "has another key of that id".to_owned(),
+        None => "shows no such key".to_owned(),
+    })
+}
+
 /// The id of the key that a certificate is over, looked for on the members.
 async fn find(service: &Arc<Service>, kind: Kind, public: &RsaPublicKey) -> Result<KeyId, String> {
-    let mut found = Vec::new();
+    let mut nameless = None;
     for hsm in &service.config.load_full().hsm {
-        let Ok(Ok(ids)) = tokio::time::timeout(PATIENCE, service.cluster.keys_on(&hsm.name)).await else { continue };
-        for id in ids {
-            let key = tokio::time::timeout(PATIENCE, service.cluster.public_key_on(&hsm.name, &id)).await;
-            let Ok(Ok(Some(key))) = key else { continue };
-            let same =
-                RsaPublicKey::from_components(&key.n, &key.e).is_ok_and(|key| key.spki_der() == public.spki_der());
-            if same && !found.contains(&id) {
-                found.push(id);
+        let keys = tokio::time::timeout(PATIENCE, service.cluster.keys_on(&hsm.name, true)).await;
+        let Ok(Ok(keys)) = keys else { continue };
+        match choose(&keys, kind, public) {
+            Found::One(id) => return Ok(id),
+            Found::Several(ids) => {
+                return Err(format!(
+                    "the certificate's key is there several times; choose one with --hsm-key: {}",
+                    ids.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+                ));
             }
-        }
-        if !found.is_empty() {
-            break;
+            Found::Nameless(label) => nameless = Some((hsm.name.clone(), label)),
+            Found::Nothing => {}
         }
     }
-    // A key that was imported for both kinds is there twice.
+    Err(match nameless {
+        Some((member, label)) => format!(
+            "{member} has the certificate's key (label {label:?}), but without a CKA_ID, by which keys are used: give it one \
+             with the vendor's tool or with pkcs11-tool --set-id"
+        ),
+        None => "no HSM that answers has the certificate's key; bring it in with --pfx, or name it with --hsm-key"
+            .to_owned(),
+    })
+}
+
+/// Where a certificate's key is on a token.
+#[derive(Debug, PartialEq)]
+enum Found {
+    One(KeyId),
+    Several(Vec<KeyId>),
+    /// It has no `CKA_ID`, but this label.
+    Nameless(String),
+    Nothing,
+}
+
+/// The id of a certificate's key among those of a token. One key may be there with several ids, as when it was imported for
+/// both kinds: the one that may do what the kind needs is meant.
+fn choose(keys: &[TokenKey], kind: Kind, public: &RsaPublicKey) -> Found {
+    let wanted = Fingerprint::of_modulus(public.modulus());
+    let same: Vec<_> = keys.iter().filter(|key| key.fingerprint == Some(wanted)).collect();
+    let ids = |able: &dyn Fn(&TokenKey) -> bool| {
+        let mut ids: Vec<_> = same.iter().filter(|key| able(key)).filter_map(|key| key.id.clone()).collect();
+        ids.dedup();
+        ids
+    };
+    let all = ids(&|_| true);
     let imported = imported_id(kind, public);
-    if found.contains(&imported) {
-        return Ok(imported);
+    if all.contains(&imported) {
+        return Found::One(imported);
     }
-    match found.as_slice() {
-        [id] => Ok(id.clone()),
-        [] => Err("no HSM that answers has the certificate's key; bring it in with --pfx, or name it with --hsm-key"
-            .to_owned()),
-        several => Err(format!(
-            "the certificate's key is there several times; choose one with --hsm-key: {}",
-            several.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
-        )),
+    let able = ids(&|key| match kind {
+        Kind::Signing => key.signs,
+        Kind::Encryption => key.decrypts,
+    });
+    match (able.as_slice(), all.as_slice(), same.as_slice()) {
+        ([id], ..) | ([], [id], _) => Found::One(id.clone()),
+        ([], [], [key, ..]) => Found::Nameless(key.label.clone()),
+        ([], [], []) => Found::Nothing,
+        _ => Found::Several(all),
     }
 }
 
@@ -483,17 +536,35 @@ fn key_id(hexadecimal: &str) -> Result<KeyId, String> {
     }
 }
 
+/// The public key of the one key with this id. A request that names only the id cannot say which of several is meant.
+fn only_of_id(keys: &[TokenKey], id: &KeyId) -> Result<Option<RsaPublicKey>, String> {
+    let of_id: Vec<_> = keys.iter().filter(|key| key.has_id(id)).collect();
+    let Some(first) = of_id.first() else { return Ok(None) };
+    if of_id.iter().any(|key| key.fingerprint != first.fingerprint) {
+        let labels: Vec<_> = of_id.iter().map(|key| format!("{:?}", key.label)).collect();
+        return Err(format!(
+            "several keys have the CKA_ID {id} (labels {}), so that it does not say which is meant; give the key an id of its \
+             own with the vendor's tool",
+            labels.join(", ")
+        ));
+    }
+    let public = of_id.iter().find_map(|key| key.public.as_ref());
+    let public = public.ok_or_else(|| format!("the token does not tell the public key of {id}"))?;
+    RsaPublicKey::from_components(&public.n, &public.e).map(Some).map_err(|e| format!("the key {id}: {e}"))
+}
+
 /// A template for a certificate of a key that some member has.
 async fn template(service: &Arc<Service>, id: &KeyId, subject: String, days: u32) -> Result<Template, String> {
-    let mut key = None;
+    let mut found = None;
     for hsm in &service.config.load_full().hsm {
-        if let Ok(Ok(Some(found))) = tokio::time::timeout(PATIENCE, service.cluster.public_key_on(&hsm.name, id)).await
-        {
-            key = Some(RsaPublicKey::from_components(&found.n, &found.e).map_err(|e| format!("the key {id}: {e}"))?);
+        let keys = tokio::time::timeout(PATIENCE, service.cluster.keys_on(&hsm.name, true)).await;
+        let Ok(Ok(keys)) = keys else { continue };
+        found = only_of_id(&keys, id)?;
+        if found.is_some() {
             break;
         }
     }
-    let key = key.ok_or_else(|| format!("no HSM that answers has a key {id}"))?;
+    let key = found.ok_or_else(|| format!("no HSM that answers has a key {id}"))?;
     if subject.len() > 64 || subject.chars().any(char::is_control) {
         return Err("a common name has at most 64 octets and no control characters".to_owned());
     }
@@ -517,15 +588,16 @@ async fn template(service: &Arc<Service>, id: &KeyId, subject: String, days: u32
 async fn signed(
     service: &Arc<Service>,
     event: &'static str,
-    id: &KeyId,
+    key: &KeyRef,
     public: &RsaPublicKey,
     octets: &[u8],
     peer: Peer,
 ) -> Result<Vec<u8>, String> {
     let mut change = Change::new(event, peer);
+    let id = &key.id;
     change.attempt.change = Some(format!("key {id}"));
     change.requested(service).await?;
-    let signed = service.sign(id, public, octets, Instant::now() + OWN_DEADLINE).await;
+    let signed = service.sign(key, public, octets, Instant::now() + OWN_DEADLINE).await;
     if let Ok(done) = &signed {
         change.attempt.used(&done.member);
     }
@@ -573,7 +645,7 @@ async fn missed(service: &Arc<Service>, entry: &state::Certificate) -> Result<Op
         Ok(used) => used,
         Err(error) => return Ok(Some(format!("how many releases used its key is not known ({error}), and {without}"))),
     };
-    let count = used.of(&KeyId(entry.key_id.clone()));
+    let count = used.of(&key_of(entry));
     if !used.are_all_since(entry.added) {
         return Ok(Some(format!(
             "how many releases of the last {DAYS} days used its key is not known: they are counted for less than that, and \
@@ -603,6 +675,13 @@ async fn done(service: &Arc<Service>, entry: &state::Certificate, mut warnings: 
     value
 }
 
+/// The private key of a certificate.
+fn key_of(entry: &state::Certificate) -> KeyRef {
+    // Only a state that was damaged has a public key that is none; no key is counted for that.
+    let public = RsaPublicKey::from_spki_der(&entry.spki);
+    KeyRef::new(KeyId(entry.key_id.clone()), public.as_ref().map_or(&[], RsaPublicKey::modulus))
+}
+
 /// A certificate for people and machines. Where it is not known how much keys are used, nothing is said of it.
 fn certificate(entry: &state::Certificate, used: Option<&Releases>) -> Value {
     let parsed = Certificate::parse(&entry.der).ok();
@@ -616,7 +695,7 @@ fn certificate(entry: &state::Certificate, used: Option<&Releases>) -> Value {
         "communications": entry.is_communications,
         "enabled": entry.enabled,
         "labels": entry.labels,
-        "releases": used.map(|used| used.of(&KeyId(entry.key_id.clone()))),
+        "releases": used.map(|used| used.of(&key_of(entry))),
         "counted_since": used.filter(|used| !used.are_all_since(entry.added)).and_then(|used| used.since),
         "hsm_key": HEXLOWER.encode(&entry.key_id),
         "usage": match entry.kind { Kind::Signing => "sign", Kind::Encryption => "decrypt" },
@@ -628,6 +707,69 @@ fn certificate(entry: &state::Certificate, used: Option<&Releases>) -> Value {
 mod tests {
     use super::*;
     use crate::service::testing;
+    use claviger_hsm::RsaPublic;
+
+    fn token_key(id: &[u8], label: &str, public: Option<&RsaPublicKey>, signs: bool) -> TokenKey {
+        TokenKey {
+            id: (!id.is_empty()).then(|| KeyId(id.to_vec())),
+            label: label.to_owned(),
+            public: public.map(|key| RsaPublic { n: key.modulus().to_vec(), e: key.exponent().to_vec() }),
+            decrypts: !signs,
+            signs,
+            always_authenticate: false,
+            fingerprint: public.map(|key| Fingerprint::of_modulus(key.modulus())),
+        }
+    }
+
+    #[test]
+    fn a_certificates_key_is_found_by_its_public_key() {
+        let (ours, other) = (testing::key().public(), RsaPrivateKey::generate(2048).unwrap());
+        let found = |keys: &[TokenKey], kind| choose(keys, kind, ours);
+        let one = |id: &[u8]| Found::One(KeyId(id.to_vec()));
+        let stranger = token_key(b"a", "x", Some(other.public()), true);
+        assert_eq!(found(std::slice::from_ref(&stranger), Kind::Signing), Found::Nothing);
+        let same_id = token_key(b"a", "y", Some(ours), true);
+        assert_eq!(found(&[stranger, same_id.clone()], Kind::Signing), one(b"a"));
+        // It is there twice: the one that may do what is needed.
+        let decrypts = token_key(b"b", "z", Some(ours), false);
+        assert_eq!(found(&[same_id.clone(), decrypts.clone()], Kind::Signing), one(b"a"));
+        assert_eq!(found(&[same_id.clone(), decrypts], Kind::Encryption), one(b"b"));
+        let again = token_key(b"c", "z", Some(ours), true);
+        let several = Found::Several(vec![KeyId(b"a".to_vec()), KeyId(b"c".to_vec())]);
+        assert_eq!(found(&[same_id.clone(), again.clone()], Kind::Signing), several);
+        let imported = TokenKey { id: Some(imported_id(Kind::Signing, ours)), ..again };
+        assert_eq!(found(&[same_id, imported.clone()], Kind::Signing), Found::One(imported.id.unwrap()));
+        let nameless = token_key(b"", "forgotten", Some(ours), true);
+        assert_eq!(found(&[nameless], Kind::Signing), Found::Nameless("forgotten".to_owned()));
+    }
+
+    #[test]
+    fn what_a_member_lacks_is_said() {
+        let (ours, other) = (testing::key().public(), RsaPrivateKey::generate(2048).unwrap());
+        let wanted = key_ref(b"a", ours);
+        let missing = |keys: &[TokenKey]| what_is_missing(keys, &wanted).unwrap_or_default();
+        let stranger = token_key(b"a", "x", Some(other.public()), true);
+        assert_eq!(missing(&[stranger.clone(), token_key(b"a", "x", Some(ours), true)]), "");
+        assert_eq!(missing(&[stranger.clone(), token_key(b"a", "x", None, true)]), "", "it proves itself");
+        assert_eq!(missing(&[]), "shows no such key");
+        assert_eq!(missing(std::slice::from_ref(&stranger)), "has another key of that id");
+        assert_eq!(
+            missing(&[stranger.clone(), token_key(b"b", "x", Some(ours), true)]),
+            "has the key, but with the CKA_ID 62"
+        );
+        assert!(missing(&[stranger, token_key(b"", "x", Some(ours), true)]).contains("without a CKA_ID"));
+    }
+
+    #[test]
+    fn an_id_that_means_two_keys_names_none() {
+        let (ours, other) = (testing::key().public(), RsaPrivateKey::generate(2048).unwrap());
+        let id = KeyId(b"a".to_vec());
+        let [one, two] = [ours, other.public()].map(|key| token_key(b"a", "x", Some(key), true));
+        assert_eq!(only_of_id(&[], &id), Ok(None));
+        assert_eq!(only_of_id(&[one.clone(), one.clone()], &id), Ok(Some(ours.clone())));
+        assert!(only_of_id(&[one, two], &id).unwrap_err().contains("several keys have the CKA_ID 61"));
+        assert!(only_of_id(&[token_key(b"a", "x", None, true)], &id).is_err());
+    }
 
     fn template() -> Template {
         Template {

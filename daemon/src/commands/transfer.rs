@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use claviger_hsm::KeyId;
 use claviger_protocol::certificate::Certificate;
 use claviger_protocol::rsa_key::RsaPublicKey;
 use data_encoding::{BASE64, HEXLOWER, HEXLOWER_PERMISSIVE};
@@ -122,15 +121,15 @@ pub(super) async fn import(
         let named = |error: String| format!("the {} certificate {}: {error}", entry.kind, entry.thumbprint);
         let certificate = Certificate::parse(&entry.der).map_err(|e| named(e.to_string()))?;
         let mut said = judge(&certificate, entry.kind).map_err(named)?;
-        let id = KeyId(entry.key_id.clone());
-        said.extend(on_all_members(service, entry.kind, &id, &certificate, trust_absent).await.map_err(named)?);
+        said.extend(
+            on_all_members(service, entry.kind, &entry.key_id, &certificate, trust_absent).await.map_err(named)?,
+        );
         warnings.extend(said.into_iter().map(named));
     }
     let mut adopt = false;
     for signer in &import.signers {
         let certificate = Certificate::parse(&signer.der).map_err(|e| format!("an attestation signer: {e}"))?;
-        let id = KeyId(signer.key_id.clone());
-        let held = on_all_members(service, Kind::Signing, &id, &certificate, false).await;
+        let held = on_all_members(service, Kind::Signing, &signer.key_id, &certificate, false).await;
         adopt |= signer.current && held.is_ok() && signer.not_after - unix_now() > SIGNER_REST;
         if let Err(error) = held {
             // Nothing vouches for it but the file.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use claviger_hsm::{Bare, HsmError, MemberState};
+use claviger_hsm::{Bare, HsmError, MemberState, PinTries};
 use serde_json::json;
 
 use super::Finding;
@@ -12,7 +12,7 @@ use crate::config::{Config, Hsm};
 use crate::daemon::member;
 use crate::service::{Service, unix_now};
 
-/// Without a daemon, with a session on every token. Each PIN is tried once.
+/// Without a daemon, with a session on every token. A PIN is tried only where the token tells of no wrong PIN before.
 pub(super) fn directly(config: &Config, registered: &[Registered]) -> Vec<Finding> {
     claviger_hsm::set_env(&config.env);
     // All at the same time, as the daemon has them: members may be in each other's way.
@@ -83,8 +83,10 @@ pub async fn of_daemon(service: &Arc<Service>) -> Vec<Finding> {
         let (wanted, open) = (status.sessions_wanted, status.sessions_open);
         let state = status.state;
         let why = status.last_error.as_ref().map(|error| error.text.clone()).unwrap_or_default();
+        let remedy = status.last_error.as_ref().and_then(|error| error.remedy.clone());
         asked.spawn(async move {
             let what = format!("{name} does not serve, it is {}: {why}", state.name());
+            let todo = remedy.as_deref();
             match state {
                 MemberState::Up => {}
                 MemberState::Draining | MemberState::Drained => {
@@ -100,8 +102,8 @@ pub async fn of_daemon(service: &Arc<Service>) -> Vec<Finding> {
                     return vec![Finding::error("login", what, todo)];
                 }
                 _ => {
-                    let todo = "`claviger hsm list` and the log say more; it serves again by itself when it can";
-                    return vec![Finding::error("hsm", what, todo)];
+                    let by_itself = "`claviger hsm list` and the log say more; it serves again by itself when it can";
+                    return vec![Finding::error("hsm", what, todo.unwrap_or(by_itself))];
                 }
             }
             let mut findings = Vec::new();
@@ -144,7 +146,9 @@ fn unusable(member: &str, key: &str, error: &HsmError) -> Finding {
         ),
         HsmError::WrongAnswer | HsmError::Refused { .. } => Finding::error(
             "key",
-            format!("{member} gives wrong answers with {key}: it holds another key of that id, or is broken"),
+            format!(
+                "{member} gives wrong answers with {key}: the token is broken, or holds another key and does not tell which"
+            ),
             "compare the key on this token with the other tokens'",
         ),
         error => Finding::error(
@@ -162,7 +166,19 @@ fn failed(member: &str, error: &HsmError) -> Finding {
             format!("{member}: {error}"),
             "see that the module fits this machine, and what it wants in `env`",
         ),
-        HsmError::Token { .. } => Finding::error(
+        HsmError::SeveralTokens { .. } => Finding::error(
+            "token",
+            format!("{member}: {error}"),
+            "name the token by `serial` in place of `token`, or take the others away",
+        ),
+        // The daemon tries the PIN once then.
+        HsmError::PinNotTried { tries: tries @ PinTries::Low, .. } => {
+            Finding::warning("login", format!("{member}: {error}"), tries.remedy(member))
+        }
+        HsmError::PinNotTried { tries, .. } => {
+            Finding::error("login", format!("{member}: {error}"), tries.remedy(member))
+        }
+        HsmError::NoSuchToken { .. } | HsmError::Token { .. } => Finding::error(
             "token",
             format!("{member}: {error}"),
             "see that the HSM is reached and the token called so (pkcs11-tool --module … -L)",

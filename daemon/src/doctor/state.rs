@@ -1,6 +1,6 @@
 //! The state: what is registered, and whether its certificates are good.
 
-use claviger_hsm::{KeyId, KnownGood};
+use claviger_hsm::KnownGood;
 use claviger_protocol::certificate::Certificate;
 
 use super::Finding;
@@ -103,9 +103,9 @@ fn judge(
     // Releases do not look at the validity of these; hosts and tenants may.
     let validity = (certificate.not_before(), certificate.not_after());
     let findings = expiry("certificate", name, validity, now, todo, Finding::warning).into_iter().collect();
-    let key = Key { certificate, id: KeyId(key_id.to_vec()) };
+    let key = Key::new(certificate, key_id);
     let known = key.known_good(kind).ok_or_else(|| broken("nothing can be encrypted to its key".to_owned()))?;
-    let name = format!("the key {} of {name}", key.id);
+    let name = format!("the key {} of {name}", key.id.id);
     Ok((findings, Some(Registered { name, known })))
 }
 

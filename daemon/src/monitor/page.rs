@@ -391,7 +391,8 @@ mod tests {
     #[test]
     fn what_comes_from_outside_is_text() {
         let mut bad = member("<b>&\"", MemberState::Down);
-        bad.last_error = Some(LastError { text: "<script>alert(1)</script>".to_owned(), at: SystemTime::UNIX_EPOCH });
+        bad.last_error =
+            Some(LastError { text: "<script>alert(1)</script>".to_owned(), at: SystemTime::UNIX_EPOCH, remedy: None });
         let page = page(vec![bad], &[]);
         assert!(!page.contains("<script") && !page.contains("<b>&\""));
         assert!(page.contains("&lt;b&gt;&amp;&quot;") && page.contains("&lt;script&gt;"));

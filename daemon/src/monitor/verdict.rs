@@ -159,7 +159,8 @@ mod tests {
         use MemberState::{Down, Hung, PinRefused, Up};
         let one = verdict(&[Up, Down, Up], Some((10, 0)), |readings| {
             let text = "C_Sign: CKR_DEVICE_REMOVED".to_owned();
-            readings.members[1].last_error = Some(claviger_hsm::LastError { text, at: SystemTime::now() });
+            readings.members[1].last_error =
+                Some(claviger_hsm::LastError { text, at: SystemTime::now(), remedy: None });
         });
         assert_eq!(one.level, Level::Degraded);
         assert_eq!(one.headline, "Keys are being released; 2 of 3 HSMs serve, hsm-b does not");

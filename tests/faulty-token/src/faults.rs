@@ -44,6 +44,8 @@ pub(crate) struct Faults {
     pub(crate) absent: Option<Absent>,
     pub(crate) max_sessions: Option<u64>,
     pub(crate) advertise_sessions: Option<CK_ULONG>,
+    /// What `C_GetTokenInfo` says of the tries that the user PIN has left, by its flags.
+    pub(crate) pin_flags: CK_FLAGS,
     pub(crate) no_slots: bool,
     /// The code of a dead module.
     pub(crate) dead: Option<CK_RV>,
@@ -172,6 +174,14 @@ impl Faults {
             ("absent", None) => self.absent = Some(Absent { rv: words.code()? }),
             ("max_sessions", Some(limit)) => self.max_sessions = Some(number(limit)?),
             ("advertise_sessions", Some(limit)) => self.advertise_sessions = Some(number(limit)?),
+            ("pin_tries", Some(left)) => {
+                self.pin_flags = match left {
+                    "low" => CKF_USER_PIN_COUNT_LOW,
+                    "final" => CKF_USER_PIN_COUNT_LOW | CKF_USER_PIN_FINAL_TRY,
+                    "locked" => CKF_USER_PIN_LOCKED,
+                    _ => return Err("unknown".to_owned()),
+                }
+            }
             ("no_slots", None) => self.no_slots = true,
             ("dead", None) => self.dead = Some(words.code()?.unwrap_or(CKR_DEVICE_REMOVED)),
             _ => return Err("unknown".to_owned()),
@@ -277,7 +287,7 @@ mod tests {
     fn lines_are_understood() {
         let text = "# a comment\n\ncall=C_Decrypt,C_Sign rv=0x30 every=20 times=2\ncall=* delay_ms=200 # slow\n\
                     call=C_Decrypt hang rv=CKR_GENERAL_ERROR\ncall=C_Sign corrupt\npin=locked\nthrottle=8\n\
-                    absent\nmax_sessions=2\nadvertise_sessions=0\nstale=objects\nstale=login\n";
+                    absent\nmax_sessions=2\nadvertise_sessions=0\npin_tries=locked\nstale=objects\nstale=login\n";
         let faults = Faults::parse(text, false).unwrap_or_else(|error| panic!("{error}"));
         let [twentieth, slow, stuck, wrong, pin] = &faults.rules[..] else { panic!("{faults:?}") };
         assert_eq!((twentieth.rv, twentieth.every, twentieth.times), (Some(0x30), 20, 2));
@@ -286,6 +296,7 @@ mod tests {
         assert!(wrong.corrupt && pin.rv == Some(CKR_PIN_LOCKED));
         assert_eq!(faults.stale, [Stale::Objects, Stale::Login]);
         assert_eq!((faults.max_sessions, faults.advertise_sessions), (Some(2), Some(0)));
+        assert_eq!(faults.pin_flags, CKF_USER_PIN_LOCKED);
         assert!(faults.throttle.is_some_and(|t| t.limit == 8 && t.rv == CKR_FUNCTION_FAILED));
         let faults = Faults::parse("dead\nno_slots\ninitialize rv=5\n", true).unwrap_or_else(|error| panic!("{error}"));
         assert_eq!((faults.dead, faults.no_slots, faults.rules.len()), (Some(CKR_DEVICE_REMOVED), true, 1));
@@ -305,6 +316,7 @@ mod tests {
             "stale",
             "dead",
             "pin=wrong",
+            "pin_tries=many",
             "max_sessions=many",
             "rv=1",
         ] {

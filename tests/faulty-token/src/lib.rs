@@ -31,6 +31,7 @@
 //! absent rv=CKR_DEVICE_REMOVED            not among the tokens that are present; its calls fail
 //! max_sessions=2                          C_OpenSession beyond that: CKR_SESSION_COUNT
 //! advertise_sessions=2                    what C_GetTokenInfo says, whatever holds
+//! pin_tries=final                         C_GetTokenInfo says that one wrong PIN more locks the token; also low, locked
 //! stale=sessions                          the sessions open now are invalid, for ever
 //! stale=one-session                       the one opened last is
 //! stale=login                             the user is logged out, now

@@ -134,7 +134,7 @@ pub(crate) fn get_slot_info(slot: CK_SLOT_ID, info: CK_SLOT_INFO_PTR) -> CK_RV {
     })
 }
 
-/// `C_GetTokenInfo`, which may advertise another number of sessions.
+/// `C_GetTokenInfo`, which may advertise another number of sessions, and fewer tries of the PIN.
 pub(crate) fn get_token_info(slot: CK_SLOT_ID, info: CK_TOKEN_INFO_PTR) -> CK_RV {
     on_slot("C_GetTokenInfo", slot, Some(CKR_TOKEN_NOT_PRESENT), |module, occupant| {
         let real = module.real.C_GetTokenInfo.ok_or(CKR_FUNCTION_NOT_SUPPORTED)?;
@@ -146,6 +146,10 @@ pub(crate) fn get_token_info(slot: CK_SLOT_ID, info: CK_TOKEN_INFO_PTR) -> CK_RV
                 (*info).ulMaxSessionCount = sessions;
                 (*info).ulMaxRwSessionCount = sessions;
             }
+        }
+        if let Some(occupant) = occupant {
+            // SAFETY: as above.
+            unsafe { (*info).flags |= occupant.faults.pin_flags };
         }
         Ok(())
     })

@@ -78,6 +78,8 @@ pub struct LastError {
     pub text: String,
     /// When.
     pub at: SystemTime,
+    /// What an administrator has to do about it; `None`: it may pass by itself, or is not known.
+    pub remedy: Option<String>,
 }
 
 /// One member's health. Behind a lock; every method is quick.
@@ -98,6 +100,8 @@ pub(crate) struct Health {
     has_been_up: bool,
     /// For which `since` it was said that the module does not come back.
     said_module: Option<SystemTime>,
+    /// For which `since` it was said that other members keep the module from being initialised again.
+    said_in_use: Option<SystemTime>,
     /// For which `since` the module was initialised anew.
     renewed_for: Option<SystemTime>,
     /// When it last failed, if nothing came back since.
@@ -123,6 +127,7 @@ impl Health {
             closings: 0,
             has_been_up: false,
             said_module: None,
+            said_in_use: None,
             renewed_for: None,
             doubt: None,
         }
@@ -181,7 +186,8 @@ impl Health {
     }
 
     fn blame(&mut self, error: &HsmError) {
-        self.last_error = Some(LastError { text: error.to_string(), at: SystemTime::now() });
+        let remedy = error.remedy(&self.member);
+        self.last_error = Some(LastError { text: error.to_string(), at: SystemTime::now(), remedy });
     }
 
     fn say_closed(&mut self, error: &HsmError, now: Instant) {
@@ -256,6 +262,22 @@ impl Health {
             warn!(member = self.member, %error, "the module cannot be initialised anew yet; it is tried again and again");
         }
         self.blame(error);
+    }
+
+    /// The member's token is in no slot, and its module is not initialised again while other members serve with it. Said once
+    /// for each time that the member is closed.
+    pub(crate) fn module_in_use(&mut self, by: &str) {
+        let remedy = format!(
+            "once the token is there, restart the daemon: a module finds new tokens when it is initialised, and {by} serves \
+             with this one"
+        );
+        if self.said_in_use != Some(self.since) {
+            self.said_in_use = Some(self.since);
+            warn!(member = self.member, "the member's token is in no slot of its module; {remedy}");
+        }
+        if let Some(error) = &mut self.last_error {
+            error.remedy = Some(remedy);
+        }
     }
 
     pub(crate) fn refuse_pin(&mut self, refused: &HsmError) {

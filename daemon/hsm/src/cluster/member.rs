@@ -19,7 +19,7 @@ use super::shared::{Shared, lock};
 use crate::config::{MemberConfig, Pin};
 use crate::error::HsmError;
 use crate::fault::Whose;
-use crate::keys::KeyId;
+use crate::identity::KeyRef;
 use crate::module::Module;
 use crate::policy::pick::Candidate;
 use crate::request::{Answer, KnownGood, Outcome, Request};
@@ -150,7 +150,7 @@ impl Member {
     }
 
     /// For [`pick`](crate::policy::pick::pick).
-    pub(crate) fn candidate(&self, key: Option<&KeyId>, now: Instant) -> Candidate {
+    pub(crate) fn candidate(&self, key: Option<&KeyRef>, now: Instant) -> Candidate {
         let shared = &self.shared;
         let in_flight = shared.in_flight.load(Ordering::Acquire);
         // Only where something runs is it worth a look how long it has run.
@@ -167,7 +167,7 @@ impl Member {
     }
 
     /// Whether the member would serve if it had the key.
-    pub(crate) fn only_lacks(&self, key: &KeyId, now: Instant) -> bool {
+    pub(crate) fn only_lacks(&self, key: &KeyRef, now: Instant) -> bool {
         self.shared.health().is_able() && self.shared.lacks(key, now)
     }
 
@@ -428,6 +428,13 @@ impl Member {
 
     pub(crate) fn wants_module(&self) -> bool {
         self.shared.wants_module.load(Ordering::Acquire)
+    }
+
+    /// The module cannot be initialised again, which this member wants, because others serve with it.
+    pub(crate) fn module_in_use(&self, by: &str) {
+        if self.shared.token_missing.load(Ordering::Acquire) {
+            self.shared.health().module_in_use(by);
+        }
     }
 
     /// Closes the session that holds the login, before its module is finalised. Blocks.

@@ -12,15 +12,17 @@ use cryptoki::session::{Session, SessionState, UserType};
 use cryptoki::slot::Slot;
 use deadpool::managed::PoolError;
 use tokio::sync::{Notify, oneshot};
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use super::health::Health;
 use super::member::Patience;
 use crate::config::{MemberConfig, Pin, TokenRef};
 use crate::error::{HsmError, class};
-use crate::fault::{Whose, refuses_pin};
-use crate::keys::{KeyId, Oaep};
+use crate::fault::Whose;
+use crate::identity::KeyRef;
+use crate::keys::Oaep;
 use crate::module::Module;
+use crate::pin_tries::{PinTries, Word};
 use crate::policy::batch;
 use crate::request::{KnownGood, Outcome, Request, first_known};
 use crate::worker::{Desk, Job};
@@ -36,6 +38,8 @@ const DOUBTFUL: Duration = Duration::from_secs(10);
 const LACKS: Duration = Duration::from_secs(2);
 /// Keys that a member is known to lack; beyond, nothing is remembered.
 const MOST_LACKING: usize = 64;
+/// How many oddities of a token's keys the log is told.
+const MOST_ODDITIES: usize = 32;
 
 /// How a token decrypts with certain OAEP parameters.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -89,7 +93,7 @@ pub(crate) struct Shared {
     /// Those of them whose failure the member is to blame for.
     pub(super) faults: AtomicU64,
     pub(super) keys_made: AtomicU64,
-    lacking: Mutex<HashMap<KeyId, Instant>>,
+    lacking: Mutex<HashMap<KeyRef, Instant>>,
     tried_out: Mutex<bool>,
     /// What trials have found, by [`Oaep::index`]: 0 unknown, 1 native, 2 raw.
     schemes: [AtomicU8; Oaep::COUNT],
@@ -103,6 +107,13 @@ pub(crate) struct Shared {
     /// How many calls may wait or run.
     pub(super) max_queue: usize,
     pub(super) said_few_sessions: AtomicBool,
+    /// An administrator said that the last try of the PIN may be used.
+    may_use_final_try: AtomicBool,
+    /// What the log was last told of the PIN's tries.
+    said_tries: Mutex<PinTries>,
+    said_oddities: Mutex<Vec<String>>,
+    /// No slot held the token when it was last looked for.
+    pub(super) token_missing: AtomicBool,
 }
 
 /// What the known-good probe for doubtful answers last found.
@@ -183,6 +194,10 @@ impl Shared {
             batch: config.batch.max(1),
             max_queue: config.queue.max(1),
             said_few_sessions: AtomicBool::new(false),
+            may_use_final_try: AtomicBool::new(false),
+            said_tries: Mutex::new(PinTries::Full),
+            said_oddities: Mutex::default(),
+            token_missing: AtomicBool::new(false),
         }
     }
 
@@ -326,7 +341,7 @@ impl Shared {
     }
 
     /// Whether a member without this key is none: the probe could not go right there.
-    fn known_good_needs(&self, key: &KeyId) -> bool {
+    fn known_good_needs(&self, key: &KeyRef) -> bool {
         let known = self.known();
         ["decrypt", "sign"].into_iter().any(|op| first_known(&known, op).is_some_and(|first| first.key() == Some(key)))
     }
@@ -404,7 +419,7 @@ impl Shared {
         }
         // Logged out, or gone: closed first, since some tokens count sessions.
         *login = None;
-        let slot = self.module.find_token(&self.token)?;
+        let slot = self.find_token()?;
         let session = self.module.pkcs11().open_ro_session(slot)?;
         self.observe(Event::Login);
         let pin = lock(&self.pin).to_auth();
@@ -413,12 +428,58 @@ impl Shared {
                 *login = Some(Login { session, slot });
                 Ok(slot)
             }
-            Err(Error::Pkcs11(code, function)) if refuses_pin(code) => {
-                let refused = HsmError::from(Error::Pkcs11(code, function));
-                self.health().refuse_pin(&refused);
-                Err(refused)
+            Err(error) => {
+                let error = HsmError::from(error);
+                self.heed_refused_pin(&error);
+                Err(error)
             }
-            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// The member's token, if its PIN may be tried now.
+    fn find_token(&self) -> Result<Slot, HsmError> {
+        let found = self.module.find_token(&self.token);
+        self.token_missing.store(matches!(found, Err(HsmError::NoSuchToken { .. })), Ordering::Release);
+        let (slot, facts) = found?;
+        let word = if self.may_use_final_try.swap(false, Ordering::AcqRel) { Word::Administrator } else { Word::Serve };
+        let tries = facts.pin_tries;
+        let allowed = tries.allow(word);
+        if std::mem::replace(&mut *lock(&self.said_tries), tries) != tries && tries != PinTries::Full {
+            let (meaning, remedy) = (tries.meaning(), tries.remedy(&self.name));
+            if allowed {
+                warn!(member = self.name, token = %self.token, "{meaning}; the PIN is tried once");
+            } else {
+                error!(member = self.name, token = %self.token, "THE PIN IS NOT TRIED: {meaning}. {remedy}");
+            }
+        }
+        if allowed { Ok(slot) } else { Err(HsmError::PinNotTried { token: self.token.to_string(), tries }) }
+    }
+
+    /// An administrator's word that the last try of the PIN may be used by the next login.
+    pub(super) fn allow_final_try(&self, allow: bool) {
+        self.may_use_final_try.store(allow, Ordering::Release);
+    }
+
+    /// A key wants a login for every operation: the PIN, if it was not refused.
+    pub(crate) fn pin_for_operation(&self) -> Result<Pin, HsmError> {
+        if self.health().pin_refused { Err(self.pin_refused()) } else { Ok(lock(&self.pin).clone()) }
+    }
+
+    /// Sees to it that a PIN that a token refused, at whatever login, is not tried again.
+    pub(crate) fn heed_refused_pin(&self, error: &HsmError) {
+        if error.refuses_pin() {
+            self.health().refuse_pin(error);
+        }
+    }
+
+    /// Says what is odd about the token's keys, each thing once.
+    pub(crate) fn say_oddities(&self, oddities: Vec<String>) {
+        let mut said = lock(&self.said_oddities);
+        for oddity in oddities {
+            if !said.contains(&oddity) && said.len() < MOST_ODDITIES {
+                warn!(member = self.name, token = %self.token, "{oddity}");
+                said.push(oddity);
+            }
         }
     }
 
@@ -531,12 +592,12 @@ impl Shared {
         self.freed.notify_one();
     }
 
-    pub(super) fn lacks(&self, key: &KeyId, now: Instant) -> bool {
+    pub(super) fn lacks(&self, key: &KeyRef, now: Instant) -> bool {
         let lacking = lock(&self.lacking);
         !lacking.is_empty() && lacking.get(key).is_some_and(|until| now < *until)
     }
 
-    fn remember_lack(&self, key: &KeyId, now: Instant) {
+    fn remember_lack(&self, key: &KeyRef, now: Instant) {
         let mut lacking = lock(&self.lacking);
         lacking.retain(|_, until| now < *until);
         if lacking.len() < MOST_LACKING {

@@ -57,6 +57,9 @@ impl Cluster {
                         }
                         continue;
                     }
+                    if wanted {
+                        tell_in_use(members);
+                    }
                     for member in members.iter() {
                         // A member that is up and failed, or was not heard of for long, is asked; that closes it if it went wrong.
                         if member.is_silent(now) || member.shared.health().is_in_doubt(now) {
@@ -74,6 +77,17 @@ impl Cluster {
             before.abort();
         }
     }
+}
+
+/// Tells the members that want their module initialised again which others keep it from that.
+fn tell_in_use(members: &[Arc<Member>]) {
+    let serving: Vec<_> =
+        members.iter().filter(|member| !member.is_out_of_module()).map(|member| member.shared.name.as_str()).collect();
+    let serving = serving.join(", ");
+    members
+        .iter()
+        .filter(|member| member.wants_module() && member.is_out_of_module())
+        .for_each(|member| member.module_in_use(&serving));
 }
 
 /// By module instance.

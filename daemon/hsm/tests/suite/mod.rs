@@ -9,11 +9,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use claviger_hsm::{
-    Cluster, Event, Hash, HsmError, KeyId, KeyUsage, MemberConfig, MemberState, MemberStatus, NewKey, Oaep, Observer,
-    Patience, Pin, RsaPrivateParts, RsaPublic, SignScheme, TokenRef, Whose,
+    Cluster, Event, Hash, HsmError, KeyId, KeyRef, KeyUsage, MemberConfig, MemberState, MemberStatus, NewKey, Oaep,
+    Observer, Patience, Pin, RsaPrivateParts, RsaPublic, SignScheme, TokenRef, Whose,
 };
 use cryptoki::context::Pkcs11;
-use cryptoki::object::Attribute;
+use cryptoki::object::{Attribute, KeyType, ObjectClass};
 use cryptoki::session::{Session, UserType};
 use ring::signature as verify;
 use rsa::rand_core::{OsRng, RngCore};
@@ -123,6 +123,11 @@ pub fn new_id() -> KeyId {
     KeyId(id)
 }
 
+/// The key of an id whose public half is this.
+pub fn named(id: &KeyId, key: &RsaPublicKey) -> KeyRef {
+    KeyRef::new(id.clone(), &key.n().to_bytes_be())
+}
+
 pub fn new_key(id: &KeyId, usage: KeyUsage) -> NewKey {
     NewKey { id: id.clone(), label: LABEL.to_owned(), bits: 2048, usage }
 }
@@ -181,6 +186,7 @@ pub fn run(tested: MemberConfig, other: MemberConfig) {
     let runtime = runtime();
     one_token(&runtime, &tested);
     concurrent_callers(&runtime, &tested);
+    keys_of_other_programs(&runtime, &tested);
     two_tokens(&runtime, &tested, &other);
     clean_up(&tested);
     clean_up(&other);
@@ -202,16 +208,17 @@ fn one_token(runtime: &tokio::runtime::Runtime, tested: &MemberConfig) {
         cluster.import_rsa(name, new_key(&id, KeyUsage::Both), parts(&key)).await.unwrap();
         let again = cluster.import_rsa(name, new_key(&id, KeyUsage::Both), parts(&key)).await;
         assert!(matches!(again, Err(HsmError::KeyExists(_))), "{again:?}");
-        let found = cluster.public_key_on(name, &id).await.unwrap().unwrap();
+        let id = named(&id, &key.to_public_key());
+        let found = shown(&cluster, name, &id).await.unwrap();
         assert_eq!(found.n, key.n().to_bytes_be());
         assert_eq!(found.e, key.e().to_bytes_be());
         let signs = new_id();
         let made = cluster.generate_rsa(name, new_key(&signs, KeyUsage::Sign)).await.unwrap();
         assert_eq!(made.n.len(), 256);
         assert_eq!(made.e, [1, 0, 1]);
-        assert_eq!(cluster.public_key_on(name, &signs).await.unwrap(), Some(made.clone()));
-        let keys = cluster.keys_on(name).await.unwrap();
-        assert!(keys.contains(&id) && keys.contains(&signs));
+        let signs = named(&signs, &public(&made));
+        assert_eq!(shown(&cluster, name, &signs).await, Some(made.clone()));
+        assert!(shown(&cluster, name, &id).await.is_some());
         assert_eq!(count(&counts.logins), 1);
 
         decrypts_everything(&cluster, &id, &key.to_public_key()).await;
@@ -229,6 +236,7 @@ fn one_token(runtime: &tokio::runtime::Runtime, tested: &MemberConfig) {
         // A key made by one session is there for all.
         let late = new_id();
         let made = cluster.generate_rsa(name, new_key(&late, KeyUsage::Decrypt)).await.unwrap();
+        let late = named(&late, &public(&made));
         let ciphertext = encrypt(&public(&made), SHA1, b"late");
         let all: Vec<_> = (0..32)
             .map(|_| {
@@ -248,7 +256,7 @@ fn one_token(runtime: &tokio::runtime::Runtime, tested: &MemberConfig) {
     });
 }
 
-async fn decrypts_everything(cluster: &Cluster, id: &KeyId, key: &RsaPublicKey) {
+async fn decrypts_everything(cluster: &Cluster, id: &KeyRef, key: &RsaPublicKey) {
     for oaep in combinations() {
         for message in [&b""[..], b"0123456789abcdef0123456789abcdef"] {
             let ciphertext = encrypt(key, oaep, message);
@@ -267,7 +275,7 @@ async fn decrypts_everything(cluster: &Cluster, id: &KeyId, key: &RsaPublicKey) 
     }
 }
 
-async fn signs_everything(cluster: &Cluster, id: &KeyId, key: &RsaPublic) {
+async fn signs_everything(cluster: &Cluster, id: &KeyRef, key: &RsaPublic) {
     let message = b"signed";
     let digests: [(Hash, &verify::RsaParameters, &verify::RsaParameters, _); 3] = [
         (Hash::Sha256, &verify::RSA_PKCS1_2048_8192_SHA256, &verify::RSA_PSS_2048_8192_SHA256, &ring::digest::SHA256),
@@ -289,7 +297,7 @@ async fn signs_everything(cluster: &Cluster, id: &KeyId, key: &RsaPublic) {
     }
 }
 
-async fn refuses_nonsense(cluster: &Cluster, name: &str, id: &KeyId, signs: &KeyId, signs_public: &RsaPublicKey) {
+async fn refuses_nonsense(cluster: &Cluster, name: &str, id: &KeyRef, signs: &KeyRef, signs_public: &RsaPublicKey) {
     let sessions = cluster.members()[0].sessions_open;
     for oaep in [SHA1, SHA256] {
         for ciphertext in [vec![0; 256], vec![1; 256], vec![0xff; 256], vec![1; 255], vec![]] {
@@ -297,12 +305,12 @@ async fn refuses_nonsense(cluster: &Cluster, name: &str, id: &KeyId, signs: &Key
             assert!(error.is_data(), "{} octets, {oaep:?}: {error:?}", ciphertext.len());
         }
     }
-    let unknown = new_id();
+    let unknown = named(&new_id(), signs_public);
     for _ in 0..5 {
         let error = cluster.decrypt(&unknown, SHA1, &[0; 256], soon(), None).await.unwrap_err();
         assert!(matches!(&error, HsmError::NoSuchKey(key) if *key == unknown), "{error:?}");
     }
-    assert_eq!(cluster.public_key_on(name, &unknown).await.unwrap(), None);
+    assert_eq!(shown(cluster, name, &unknown).await, None);
     // A key for signatures does not decrypt, and that is not the ciphertext's fault.
     let ciphertext = encrypt(signs_public, SHA1, b"no");
     let error = cluster.decrypt(signs, SHA1, &ciphertext, soon(), None).await.unwrap_err();
@@ -311,11 +319,11 @@ async fn refuses_nonsense(cluster: &Cluster, name: &str, id: &KeyId, signs: &Key
     let status = &cluster.members()[0];
     assert!(is_up(status), "{status:?}");
     assert!(status.sessions_open >= sessions, "{status:?}");
-    let nobody = cluster.keys_on("nobody").await;
+    let nobody = cluster.keys_on("nobody", false).await;
     assert!(matches!(nobody, Err(HsmError::NoMember(_))));
 }
 
-async fn deadlines(cluster: &Cluster, id: &KeyId, key: &RsaPublicKey) {
+async fn deadlines(cluster: &Cluster, id: &KeyRef, key: &RsaPublicKey) {
     let ciphertext = encrypt(key, SHA1, b"late");
     let past = cluster.decrypt(id, SHA1, &ciphertext, Instant::now(), None).await;
     assert!(matches!(past, Err(HsmError::Deadline)), "{past:?}");
@@ -340,7 +348,7 @@ async fn deadlines(cluster: &Cluster, id: &KeyId, key: &RsaPublicKey) {
     assert!(is_up(status) && status.sessions_open <= 8, "{status:?}");
 }
 
-async fn callers_that_leave(cluster: &Cluster, id: &KeyId, key: &RsaPublicKey) {
+async fn callers_that_leave(cluster: &Cluster, id: &KeyRef, key: &RsaPublicKey) {
     let ciphertext = encrypt(key, SHA1, b"gone");
     let leaving: Vec<_> = (0..64)
         .map(|_| {
@@ -359,6 +367,75 @@ async fn callers_that_leave(cluster: &Cluster, id: &KeyId, key: &RsaPublicKey) {
     assert_eq!(*done.unwrap().value, b"gone");
 }
 
+/// The public half of a key, as the token shows it.
+async fn shown(cluster: &Cluster, member: &str, wanted: &KeyRef) -> Option<RsaPublic> {
+    let keys = cluster.keys_on(member, false).await.unwrap();
+    keys.into_iter().find(|key| key.is(wanted)).and_then(|key| key.public)
+}
+
+/// The attributes of a private key that another program brings onto a token.
+pub fn others_key(id: Option<&KeyId>, key: &RsaPrivateKey) -> Vec<Attribute> {
+    let parts = parts(key);
+    let mut template = vec![
+        Attribute::Class(ObjectClass::PRIVATE_KEY),
+        Attribute::KeyType(KeyType::RSA),
+        Attribute::Token(true),
+        Attribute::Private(true),
+        Attribute::Label(LABEL.as_bytes().to_vec()),
+        Attribute::Sign(true),
+        Attribute::Decrypt(true),
+        Attribute::Modulus(parts.n.clone()),
+        Attribute::PublicExponent(parts.e.clone()),
+        Attribute::PrivateExponent(parts.d.clone()),
+        Attribute::Prime1(parts.p.clone()),
+        Attribute::Prime2(parts.q.clone()),
+        Attribute::Exponent1(parts.dp.clone()),
+        Attribute::Exponent2(parts.dq.clone()),
+        Attribute::Coefficient(parts.qinv.clone()),
+    ];
+    template.extend(id.map(|id| Attribute::Id(id.0.clone())));
+    template
+}
+
+/// Other programs make keys while the cluster runs: with an id that is taken, and with none.
+fn keys_of_other_programs(runtime: &tokio::runtime::Runtime, tested: &MemberConfig) {
+    let [ours, theirs, nameless] = [(); 3].map(|()| software_key());
+    let id = new_id();
+    let name = tested.name.as_str();
+    let [our_id, their_id, no_id] = [&ours, &theirs, &nameless].map(|key| named(&id, &key.to_public_key()));
+    let both_decrypt = async |cluster: &Cluster| {
+        for (key, id) in [(&ours, &our_id), (&theirs, &their_id)] {
+            let ciphertext = encrypt(&key.to_public_key(), SHA1, b"mine");
+            let done = cluster.decrypt(id, SHA1, &ciphertext, soon(), None).await.unwrap();
+            assert_eq!(*done.value, b"mine");
+        }
+    };
+    // After a restart, too: the token may list them in another order then.
+    for restarted in [false, true] {
+        let cluster = load(vec![tested.clone()], Arc::new(|_, _| {})).unwrap();
+        runtime.block_on(async {
+            cluster.start().await.unwrap();
+            if !restarted {
+                cluster.import_rsa(name, new_key(&id, KeyUsage::Both), parts(&ours)).await.unwrap();
+                assert!(shown(&cluster, name, &our_id).await.is_some());
+                let other_program = side_session(tested);
+                other_program.create_object(&others_key(Some(&id), &theirs)).unwrap();
+                other_program.create_object(&others_key(None, &nameless)).unwrap();
+                assert!(shown(&cluster, name, &their_id).await.is_none(), "nobody has searched since");
+            }
+            let found = cluster.keys_on(name, true).await.unwrap();
+            assert_eq!(found.iter().filter(|key| key.has_id(&id)).count(), 2, "{found:?}");
+            let last = found.last().unwrap();
+            assert_eq!((last.id.as_ref(), last.fingerprint), (None, Some(no_id.public)), "{found:?}");
+            both_decrypt(&cluster).await;
+            let missing = cluster.decrypt(&no_id, SHA1, &[0; 256], soon(), None).await.unwrap_err();
+            assert!(matches!(&missing, HsmError::NoSuchKey(key) if *key == no_id), "{missing:?}");
+            assert!(is_up(&cluster.members()[0]), "{:?}", cluster.members());
+            cluster.close().await;
+        });
+    }
+}
+
 /// One login for a token, one key search for a session, however many call.
 fn concurrent_callers(runtime: &tokio::runtime::Runtime, tested: &MemberConfig) {
     const CALLERS: usize = 32;
@@ -372,6 +449,7 @@ fn concurrent_callers(runtime: &tokio::runtime::Runtime, tested: &MemberConfig) 
         cluster.import_rsa(&tested.name, new_key(&id, KeyUsage::Both), parts(&key)).await.unwrap();
         cluster.close().await;
     });
+    let id = named(&id, &key.to_public_key());
     let cluster = load(vec![tested.clone()], counts.observer()).unwrap();
     runtime.block_on(async {
         cluster.start().await.unwrap();
@@ -415,6 +493,7 @@ fn two_tokens(runtime: &tokio::runtime::Runtime, tested: &MemberConfig, other: &
         for name in [&tested.name, &other.name] {
             cluster.import_rsa(name, new_key(&id, KeyUsage::Both), parts(&key)).await.unwrap();
         }
+        let id = named(&id, &key.to_public_key());
         let ciphertext = encrypt(&key.to_public_key(), SHA256, b"either");
         let decrypt = || async {
             let done = cluster.decrypt(&id, SHA256, &ciphertext, soon(), None).await.unwrap();
@@ -456,7 +535,7 @@ fn two_tokens(runtime: &tokio::runtime::Runtime, tested: &MemberConfig, other: &
 }
 
 /// The token's slot, by label, through cryptoki alone.
-fn side_session(token: &MemberConfig) -> Session {
+pub fn side_session(token: &MemberConfig) -> Session {
     let pkcs11 = Pkcs11::new(&token.module).unwrap();
     let TokenRef::Label(label) = &token.token else {
         panic!("the suite names tokens by label");

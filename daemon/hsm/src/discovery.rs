@@ -1,0 +1,81 @@
+//! Which token of a module a member is, among those that its slots hold now.
+//!
+//! A label is not unique: a partition that was made twice, a clone, a card that was left in a second reader. Which of several
+//! tokens is meant cannot be known, and a PIN that is tried on the wrong one brings that token nearer to its lock. So none is
+//! chosen.
+
+use std::path::Path;
+
+use crate::config::TokenRef;
+use crate::error::HsmError;
+use crate::ffi::TokenFacts;
+
+/// The one initialised token that is meant.
+///
+/// # Errors
+/// [`HsmError::NoSuchToken`]; [`HsmError::SeveralTokens`] with their serial numbers.
+pub(crate) fn choose<S: Copy>(
+    wanted: &TokenRef,
+    seen: &[(S, TokenFacts)],
+    module: &Path,
+) -> Result<(S, TokenFacts), HsmError> {
+    let meant = |facts: &TokenFacts| match wanted {
+        TokenRef::Label(label) => facts.label == *label,
+        TokenRef::Serial(serial) => facts.serial == *serial,
+    };
+    let found: Vec<_> = seen.iter().filter(|(_, facts)| facts.initialized && meant(facts)).collect();
+    match found.as_slice() {
+        [(slot, facts)] => Ok((*slot, facts.clone())),
+        [] => Err(HsmError::NoSuchToken { token: wanted.to_string(), module: module.to_owned() }),
+        several => Err(HsmError::SeveralTokens {
+            token: wanted.to_string(),
+            serials: several.iter().map(|(_, facts)| facts.serial.clone()).collect(),
+        }),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::pin_tries::PinTries;
+
+    fn token(label: &str, serial: &str) -> TokenFacts {
+        TokenFacts {
+            label: label.to_owned(),
+            serial: serial.to_owned(),
+            initialized: true,
+            user_pin_set: true,
+            pin_tries: PinTries::Full,
+        }
+    }
+
+    fn chosen(wanted: &TokenRef, seen: &[(u32, TokenFacts)]) -> Result<u32, String> {
+        choose(wanted, seen, Path::new("/lib/x.so")).map(|(slot, _)| slot).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn one_token_is_found_by_label_or_serial() {
+        let blank = TokenFacts { initialized: false, ..token("a", "9") };
+        let seen = [(1, token("a", "1")), (2, token("b", "2")), (3, blank)];
+        assert_eq!(
+            chosen(&TokenRef::Label("a".to_owned()), &seen),
+            Ok(1),
+            "a blank token of that label does not count"
+        );
+        assert_eq!(chosen(&TokenRef::Serial("2".to_owned()), &seen), Ok(2));
+        let error = chosen(&TokenRef::Label("c".to_owned()), &seen).unwrap_err();
+        assert_eq!(error, "token label \"c\": not in any slot of /lib/x.so");
+    }
+
+    #[test]
+    fn several_tokens_are_none() {
+        let seen = [(1, token("a", "1")), (2, token("b", "2")), (3, token("a", "3"))];
+        let error = chosen(&TokenRef::Label("a".to_owned()), &seen).unwrap_err();
+        assert!(error.contains("several tokens of that label: serial 1, 3"), "{error}");
+        assert_eq!(chosen(&TokenRef::Serial("3".to_owned()), &seen), Ok(3));
+        let twice = [(1, token("a", "1")), (2, token("b", "1"))];
+        let error = chosen(&TokenRef::Serial("1".to_owned()), &twice).unwrap_err();
+        assert!(error.contains("several tokens"), "{error}");
+    }
+}

@@ -1,0 +1,124 @@
+//! What a token says of the tries that its user PIN has left, and whether the PIN may be tried then.
+//!
+//! Tokens count wrong PINs and lock themselves. Before every login the flags of `CK_TOKEN_INFO` are looked at: looking costs
+//! no try.
+
+use cryptoki::slot::TokenInfo;
+use cryptoki_sys::{CK_FLAGS, CKF_USER_PIN_COUNT_LOW, CKF_USER_PIN_FINAL_TRY, CKF_USER_PIN_LOCKED};
+
+/// How many wrong PINs the token takes yet, as far as it tells. From most to none.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum PinTries {
+    /// No wrong PIN since the last right one.
+    Full,
+    /// At least one wrong PIN since the last right one (`CKF_USER_PIN_COUNT_LOW`).
+    Low,
+    /// One wrong PIN more locks the token (`CKF_USER_PIN_FINAL_TRY`).
+    Final,
+    /// The PIN is locked (`CKF_USER_PIN_LOCKED`).
+    Locked,
+}
+
+/// On whose word a PIN is tried.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Word {
+    /// Nobody's: somebody only looks.
+    Look,
+    /// The configuration's: the daemon is to serve with this PIN.
+    Serve,
+    /// An administrator's, for this one try.
+    Administrator,
+}
+
+impl PinTries {
+    /// By the flags of `CK_TOKEN_INFO`. Several may be set; the worst one counts.
+    pub(crate) fn of(flags: CK_FLAGS) -> PinTries {
+        if flags & CKF_USER_PIN_LOCKED != 0 {
+            PinTries::Locked
+        } else if flags & CKF_USER_PIN_FINAL_TRY != 0 {
+            PinTries::Final
+        } else if flags & CKF_USER_PIN_COUNT_LOW != 0 {
+            PinTries::Low
+        } else {
+            PinTries::Full
+        }
+    }
+
+    /// As cryptoki tells them.
+    pub(crate) fn of_token(info: &TokenInfo) -> PinTries {
+        let flag = |set, flag| if set { flag } else { 0 };
+        Self::of(
+            flag(info.user_pin_count_low(), CKF_USER_PIN_COUNT_LOW)
+                | flag(info.user_pin_final_try(), CKF_USER_PIN_FINAL_TRY)
+                | flag(info.user_pin_locked(), CKF_USER_PIN_LOCKED),
+        )
+    }
+
+    /// Whether a PIN that is not known to be right may be tried.
+    pub(crate) fn allow(self, word: Word) -> bool {
+        match self {
+            PinTries::Full => true,
+            PinTries::Low => word != Word::Look,
+            PinTries::Final => word == Word::Administrator,
+            PinTries::Locked => false,
+        }
+    }
+
+    /// The flag's meaning, in words.
+    pub(crate) fn meaning(self) -> &'static str {
+        match self {
+            PinTries::Full => "no wrong PIN was tried since the last right one",
+            PinTries::Low => "a wrong PIN was tried since the last right one (CKF_USER_PIN_COUNT_LOW)",
+            PinTries::Final => "one wrong PIN more locks the token (CKF_USER_PIN_FINAL_TRY)",
+            PinTries::Locked => "the token's user PIN is locked (CKF_USER_PIN_LOCKED)",
+        }
+    }
+
+    /// What an administrator can do about it.
+    #[must_use]
+    pub fn remedy(self, member: &str) -> String {
+        match self {
+            PinTries::Full => String::new(),
+            PinTries::Low => {
+                "log in once with the right PIN (start the daemon, or use the vendor's tool): the token counts \
+                              anew after that"
+                    .to_owned()
+            }
+            PinTries::Final => format!(
+                "check the PIN file, log in once with the vendor's tool, and the member comes up; or spend the last try with \
+                 `claviger hsm probe {member}`"
+            ),
+            PinTries::Locked => {
+                "unlock the user PIN with the vendor's tool (the security officer can), and the member comes up"
+                    .to_owned()
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_worst_flag_counts() {
+        assert_eq!(PinTries::of(0), PinTries::Full);
+        assert_eq!(PinTries::of(CKF_USER_PIN_COUNT_LOW), PinTries::Low);
+        assert_eq!(PinTries::of(CKF_USER_PIN_COUNT_LOW | CKF_USER_PIN_FINAL_TRY), PinTries::Final);
+        assert_eq!(PinTries::of(CKF_USER_PIN_FINAL_TRY | CKF_USER_PIN_LOCKED), PinTries::Locked);
+        // Other flags say nothing of tries.
+        assert_eq!(
+            PinTries::of(!(CKF_USER_PIN_COUNT_LOW | CKF_USER_PIN_FINAL_TRY | CKF_USER_PIN_LOCKED)),
+            PinTries::Full
+        );
+    }
+
+    #[test]
+    fn the_fewer_tries_the_stronger_the_word_that_is_needed() {
+        let allowed = |tries: PinTries| [Word::Look, Word::Serve, Word::Administrator].map(|word| tries.allow(word));
+        assert_eq!(allowed(PinTries::Full), [true, true, true]);
+        assert_eq!(allowed(PinTries::Low), [false, true, true]);
+        assert_eq!(allowed(PinTries::Final), [false, false, true]);
+        assert_eq!(allowed(PinTries::Locked), [false, false, false]);
+    }
+}
