@@ -10,6 +10,7 @@ mod own_guardian;
 pub mod pfx;
 pub mod protector;
 mod secret;
+mod signers;
 pub mod transfer;
 mod tree;
 pub mod trust;
@@ -28,6 +29,7 @@ use crate::state::{Labels, StateError};
 pub use hosts::{Hosts, hosts};
 pub use hsm::{Hsm, hsm};
 pub use keys::{Keys, keys};
+pub use signers::{Signers, signers};
 
 /// The length of an RSA key, from the command line.
 ///
@@ -86,7 +88,8 @@ fn print(target: &Target, reply: &Value, for_people: impl FnOnce()) {
 fn text(row: &Value, field: &str) -> String {
     match (field, &row[field]) {
         (
-            "added" | "not_after" | "since" | "counted_since" | "last_attestation" | "last_release",
+            "added" | "not_after" | "replaced" | "trusted_until" | "revoked" | "since" | "counted_since"
+            | "last_attestation" | "last_release",
             Value::Number(seconds),
         ) => date(seconds.as_i64().unwrap_or_default()),
         (_, Value::String(text)) => text.clone(),

@@ -4,6 +4,7 @@ mod hosts;
 mod hsm;
 mod keys;
 mod secret;
+mod signers;
 mod transfer;
 
 use std::sync::Arc;
@@ -18,6 +19,7 @@ use crate::service::{ChangeError, Service, request_id};
 use crate::state::{Kind, Labels, State, StateError, check_host_name};
 
 pub use secret::Secret;
+pub use signers::{Revoked, Rotated, Shown, Standing};
 pub use transfer::Document;
 
 /// A request to a running daemon.
@@ -169,6 +171,21 @@ pub enum Command {
         /// A host needs all of them; none: every host.
         labels: Labels,
     },
+    /// The attestation signers: the current one, those that are still trusted, those that were revoked.
+    #[serde(rename = "signers.list")]
+    ListSigners,
+    /// Makes a new attestation signer.
+    #[serde(rename = "signers.rotate")]
+    RotateSigner,
+    /// Refuses the health certificates of an attestation signer.
+    #[serde(rename = "signers.revoke")]
+    RevokeSigner {
+        /// Its thumbprint, or enough of its beginning.
+        certificate: String,
+        /// Also when no new one can be made in its place.
+        #[serde(default)]
+        force: bool,
+    },
     /// How the HSMs are.
     #[serde(rename = "hsm.list")]
     ListHsms,
@@ -248,6 +265,9 @@ pub async fn handle(service: Arc<Service>, request: Value, peer: Peer) -> Result
             let findings = crate::doctor::of_daemon(service).await;
             serde_json::to_value(findings).map_err(|e| e.to_string())
         }
+        Command::ListSigners => signers::list(service).await,
+        Command::RotateSigner => signers::rotate(service, peer).await,
+        Command::RevokeSigner { certificate, force } => signers::revoke(service, &certificate, force, peer).await,
         Command::ListHsms => Ok(hsm::list(service)),
         Command::DrainHsm { name } => hsm::drain(service, &name, true, peer).await,
         Command::ResumeHsm { name } => hsm::drain(service, &name, false, peer).await,

@@ -89,6 +89,9 @@ enum Command {
     /// Make, add, show and choose key-protection certificates and their keys
     #[command(subcommand, after_help = "Example: claviger keys list --config /etc/claviger/claviger.toml")]
     Keys(cli::Keys),
+    /// Show, replace and revoke the keys that sign health certificates
+    #[command(subcommand, after_help = "Example: claviger signers list --config /etc/claviger/claviger.toml")]
+    Signers(cli::Signers),
     /// Show, drain, resume and probe the HSMs of the cluster
     #[command(subcommand, after_help = "Example: claviger hsm list --config /etc/claviger/claviger.toml")]
     Hsm(cli::Hsm),
@@ -199,6 +202,7 @@ fn run(command: Command) -> Result<ExitCode, Failure> {
             })
         }
         Command::Hosts(command) => runtime()?.block_on(cli::hosts(command)).map(|()| ExitCode::SUCCESS),
+        Command::Signers(command) => runtime()?.block_on(cli::signers(command)).map(|()| ExitCode::SUCCESS),
         Command::Hsm(command) => runtime()?.block_on(cli::hsm(command)).map(|()| ExitCode::SUCCESS),
         Command::Guardian(command) => runtime()?.block_on(cli::guardian::run(command)),
         Command::Protector(command) => cli::protector::run(command),

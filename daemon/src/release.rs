@@ -210,8 +210,12 @@ pub fn healthy_host(
 /// The host of a health certificate, as it is registered now.
 ///
 /// # Errors
-/// `HealthCertificateException` when it was removed or disabled, or has another key.
+/// `HealthCertificateException` when it was removed or disabled, has another key, or its certificate's signer was revoked.
 fn registered(service: &Service, host: &HealthClaims) -> Result<Arc<Host>, Refusal> {
+    // Asked again after the HSMs answered, like the rest: a signer may have been revoked meanwhile.
+    if !service.signers.load().trust(&host.signer) {
+        return Err(Refusal::new(Code::HealthCertificate, "health certificate: its signer is not trusted any more"));
+    }
     let hosts = service.hosts.load();
     hosts.by_name_and_key(&host.host_name, &host.host_key_sha256).cloned().ok_or_else(|| {
         Refusal::new(Code::HealthCertificate, "health certificate: its host is not registered with that key any more")

@@ -18,7 +18,7 @@ use claviger_protocol::rsa_key::RsaPrivateKey;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::{Daemon, METADATA, claviger};
+use crate::{Daemon, METADATA, block, claviger, until};
 
 /// The name of the host that a lab comes with.
 pub const HOST: &str = claviger::lab::HOST_NAME;
@@ -239,6 +239,14 @@ pub async fn metadata(client: &Client) -> Metadata {
 pub fn roll_request(health: &[u8], protector: &[u8]) -> Vec<u8> {
     let (ingress_protector, health_certificate) = (protector.to_vec(), health.to_vec());
     RollRequest { ingress_protector, health_certificate, algorithms: ALGORITHMS }.to_xml()
+}
+
+/// The host's health certificate, as soon as the service has a signer for it.
+///
+/// # Panics
+/// When it gets none.
+pub fn until_attested(host: &Host) -> Vec<u8> {
+    until("a health certificate", || block(host.attest()).ok())
 }
 
 /// The keys of an answer to [`roll_request`], and the egress protector; says what is wrong otherwise.

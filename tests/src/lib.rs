@@ -30,7 +30,7 @@ pub use administrator::Administrator;
 pub use binary::{claviger, loadgen, run};
 pub use daemon::Daemon;
 pub use faulty::{Faulty, FaultyMembers, Instances, Stats};
-pub use lab::{ALGORITHMS, HOST, Lab, Options, metadata, open_release, roll_request};
+pub use lab::{ALGORITHMS, HOST, Lab, Options, metadata, open_release, roll_request, until_attested};
 pub use process::Process;
 pub use remote::Remote;
 pub use scrape::Metrics;

@@ -266,6 +266,9 @@ fn every_command_has_an_example() {
         &["keys", "disable"],
         &["keys", "remove"],
         &["keys", "limit"],
+        &["signers", "list"],
+        &["signers", "rotate"],
+        &["signers", "revoke"],
         &["export"],
         &["import"],
     ] {

@@ -3,9 +3,8 @@
 
 #![allow(clippy::unwrap_used)]
 
-use claviger::host::Host;
 use claviger_protocol::payload::ApiVersion;
-use claviger_tests::{Instances, Lab, METADATA, Options, block, run, until};
+use claviger_tests::{Instances, Lab, METADATA, Options, block, run, until, until_attested};
 use rusqlite::Connection;
 use serde_json::Value;
 
@@ -14,10 +13,6 @@ fn sql(lab: &Lab, sql: &str) {
     let state = Connection::open(lab.file("state/state.db")).unwrap();
     state.busy_timeout(claviger_tests::PATIENCE).unwrap();
     state.execute_batch(sql).unwrap();
-}
-
-fn until_attested(host: &Host) -> Vec<u8> {
-    until("a health certificate", || block(host.attest()).ok())
 }
 
 #[test]

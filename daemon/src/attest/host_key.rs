@@ -33,7 +33,7 @@ impl Issued {
         if service.hosts.load().by_name_and_key(&self.host.name, &self.host.spki_sha256).is_none() {
             return Err(unauthorized());
         }
-        if !service.signers.load().certificates().iter().any(|signer| signer.thumbprint() == self.signer) {
+        if !service.signers.load().trust(&self.signer) {
             return Err(unavailable());
         }
         Ok(self.reply)

@@ -37,6 +37,8 @@ const BITS: u32 = 2048;
 pub struct Signers {
     current: Option<Key>,
     certificates: Vec<Certificate>,
+    /// Of the certificates: asked at every release.
+    thumbprints: Vec<[u8; 32]>,
     /// When the first of those that are not current any more was replaced.
     first_replaced: Option<i64>,
 }
@@ -53,6 +55,7 @@ impl Signers {
             if signer.current {
                 all.current = Some(Key::new(certificate.clone(), &signer.key_id));
             }
+            all.thumbprints.push(certificate.thumbprint());
             all.certificates.push(certificate);
             all.first_replaced = all.first_replaced.into_iter().chain(signer.replaced).min();
         }
@@ -63,6 +66,12 @@ impl Signers {
     #[must_use]
     pub fn current(&self) -> Option<&Key> {
         self.current.as_ref()
+    }
+
+    /// Whether health certificates of the signer with this thumbprint are accepted.
+    #[must_use]
+    pub fn trust(&self, thumbprint: &[u8; 32]) -> bool {
+        self.thumbprints.contains(thumbprint)
     }
 
     /// The current one and those before it.
@@ -165,6 +174,21 @@ impl Keeper {
     }
 }
 
+/// The thumbprint of the signer that issues now, hexadecimal.
+#[must_use]
+pub fn current(service: &Service) -> Option<String> {
+    service.signers.load().current().map(|key| HEXLOWER.encode(&key.certificate.thumbprint()))
+}
+
+/// Makes a new signer with a key of its own, whatever the state of the current one is.
+///
+/// # Errors
+/// See [`SignerError`]; the current signer stays as it was.
+pub async fn replace(service: &Arc<Service>) -> Result<(), SignerError> {
+    let (id, public) = new_key(&service.cluster).await?;
+    install(service, &id, &public).await
+}
+
 /// Has a key sign its own certificate, and makes it the current signer.
 async fn install(service: &Arc<Service>, id: &KeyRef, public: &RsaPublicKey) -> Result<(), SignerError> {
     let now = unix_now();
@@ -172,7 +196,7 @@ async fn install(service: &Arc<Service>, id: &KeyRef, public: &RsaPublicKey) -> 
     let to_be_signed = health::signer_template(public, not_before, not_after)?.to_be_signed()?;
     let signed = service.sign(id, public, to_be_signed.octets(), Instant::now() + OWN_DEADLINE).await?;
     let (der, id) = (to_be_signed.assemble(&signed.value), id.clone());
-    let seen = service.signers.load().current().map(|key| HEXLOWER.encode(&key.certificate.thumbprint()));
+    let seen = current(service);
     let added = service
         .change(move |state| {
             state.add_signer(&NewSigner { der: &der, key_id: &id.id.0, not_before, not_after }, seen.as_deref(), now)

@@ -172,7 +172,7 @@ mod tests {
         };
         of_version("", Level::Ok, "is read, hosts: 0");
         // As the second version had it.
-        let older = "DROP TABLE limits; ALTER TABLE certificates ADD COLUMN labels TEXT NOT NULL DEFAULT '';
+        let older = "DROP TABLE revoked_signers; DROP TABLE limits; ALTER TABLE certificates ADD COLUMN labels TEXT NOT NULL DEFAULT '';
                      PRAGMA user_version = 2";
         of_version(older, Level::Warning, "the daemon will bring it up to date when it starts");
         of_version("PRAGMA user_version = 99", Level::Error, "made by a newer version");

@@ -4,6 +4,7 @@ use rusqlite::{OptionalExtension, Transaction, params};
 
 use super::certificates::{self, certificate};
 use super::hosts::{self, host};
+use super::signers::is_revoked;
 use super::{Certificate, Host, Signer, State, StateError, WriteError, check_der, check_host_name, check_key_id, one};
 
 /// What is to be taken in.
@@ -42,7 +43,7 @@ impl State {
                 merge_host(transaction, host, import.loosen, now, &mut merged)?;
             }
             merge_certificates(transaction, &import.certificates, now, &mut merged)?;
-            merge_signers(transaction, import, now, &mut merged.changes)?;
+            merge_signers(transaction, import, now, &mut merged)?;
             let changed = !merged.changes.is_empty();
             Ok((merged, changed))
         })
@@ -195,8 +196,9 @@ fn merge_signers(
     transaction: &Transaction<'_>,
     import: &Import,
     now: i64,
-    changes: &mut Vec<String>,
+    merged: &mut Merged,
 ) -> Result<(), WriteError> {
+    let Merged { changes, skipped } = merged;
     // Only for one of them it was looked up whether its key is here.
     if import.signers.iter().filter(|signer| signer.current).count() > 1 {
         return Err(StateError::Invalid("two attestation signers issue there, and only one can".to_owned()).into());
@@ -205,6 +207,10 @@ fn merge_signers(
         check_der("an attestation signer's certificate", &new.der)?;
         check_key_id(&new.key_id)?;
         let thumbprint = &new.thumbprint;
+        if is_revoked(transaction, &new.der)? {
+            skipped.push(format!("the attestation signer {thumbprint} is revoked here, and stays so"));
+            continue;
+        }
         let here =
             one::<bool>(transaction, "SELECT current FROM attestation_signers WHERE thumbprint = ?1", [thumbprint])?;
         if here.is_none() {

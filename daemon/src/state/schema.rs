@@ -59,6 +59,16 @@ pub(super) const MIGRATIONS: &[&str] = &[
     INSERT INTO limits (spki, labels) SELECT spki, max(labels) FROM certificates WHERE labels <> '' GROUP BY spki;
     ALTER TABLE certificates DROP COLUMN labels;
 ",
+    // Attestation signers that were revoked. They stay here: an import must not bring them back. By the key, too: what it
+    // signs is refused whatever certificate it has.
+    "
+    CREATE TABLE revoked_signers (
+        thumbprint TEXT NOT NULL UNIQUE,
+        spki_sha256 TEXT NOT NULL,
+        not_after INTEGER NOT NULL,
+        revoked INTEGER NOT NULL
+    ) STRICT;
+",
 ];
 
 pub(super) fn migrate(connection: &mut Connection, path: &Path, migrations: &[&str]) -> Result<(), StateError> {

@@ -1,6 +1,7 @@
 //! Attestation signers.
 
-use rusqlite::{Row, params};
+use claviger_protocol::certificate::Certificate;
+use rusqlite::{Row, Transaction, params};
 
 use super::{State, StateError, check_der, check_key_id, one, sha256_hex};
 
@@ -23,6 +24,17 @@ pub struct Signer {
     pub replaced: Option<i64>,
 }
 
+/// A certificate whose health certificates are refused, though they are in date.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RevokedSigner {
+    /// SHA-256 of its DER, 64 lower-case hexadecimal digits.
+    pub thumbprint: String,
+    /// End of its validity, seconds since 1970.
+    pub not_after: i64,
+    /// When it was revoked, seconds since 1970.
+    pub revoked: i64,
+}
+
 /// A certificate that is to issue health certificates from now on.
 #[derive(Clone, Copy, Debug)]
 pub struct NewSigner<'a> {
@@ -36,18 +48,15 @@ pub struct NewSigner<'a> {
     pub not_after: i64,
 }
 
+const ALL: &str = "SELECT thumbprint, der, key_id, not_before, not_after, current, replaced FROM attestation_signers";
+
 impl State {
     /// All attestation signers, the current one first, then the latest replaced first.
     ///
     /// # Errors
     /// [`StateError::Database`].
     pub fn signers(&self) -> Result<Vec<Signer>, StateError> {
-        self.read(
-            "SELECT thumbprint, der, key_id, not_before, not_after, current, replaced FROM attestation_signers
-             ORDER BY current DESC, replaced DESC, rowid DESC",
-            [],
-            signer,
-        )
+        self.read(&format!("{ALL} ORDER BY current DESC, replaced DESC, rowid DESC"), [], signer)
     }
 
     /// Adds an attestation signer, which becomes the current one in place of the one that `replaces` names, as of `now`.
@@ -94,6 +103,54 @@ impl State {
         Ok(added)
     }
 
+    /// The signers that were revoked, the latest first.
+    ///
+    /// # Errors
+    /// [`StateError::Database`].
+    pub fn revoked_signers(&self) -> Result<Vec<RevokedSigner>, StateError> {
+        let sql = "SELECT thumbprint, not_after, revoked FROM revoked_signers ORDER BY revoked DESC, rowid DESC";
+        self.read(sql, [], |row| {
+            Ok(RevokedSigner { thumbprint: row.get(0)?, not_after: row.get(1)?, revoked: row.get(2)? })
+        })
+    }
+
+    /// All signers that have the key of the one with this thumbprint, itself included: a key may be certified several times.
+    ///
+    /// # Errors
+    /// [`StateError::NotFound`], [`StateError::Database`].
+    pub fn signers_of_key(&self, thumbprint: &str) -> Result<Vec<Signer>, StateError> {
+        of_key(self.signers()?, thumbprint)
+    }
+
+    /// Trusts a signer no longer, and none that has its key; returns their thumbprints. With `force` also the current one,
+    /// and then there is none.
+    ///
+    /// # Errors
+    /// [`StateError::NotFound`]; [`StateError::Conflict`] for the current one without `force`.
+    pub fn revoke_signer(&mut self, thumbprint: &str, force: bool, now: i64) -> Result<Vec<String>, StateError> {
+        self.write(|transaction| {
+            let all = {
+                let mut statement = transaction.prepare_cached(&format!("{ALL} ORDER BY current DESC"))?;
+                statement.query_map([], signer)?.collect::<rusqlite::Result<Vec<_>>>()?
+            };
+            let revoked = of_key(all, thumbprint)?;
+            if !force && revoked.iter().any(|signer| signer.current) {
+                return Err(StateError::Conflict(
+                    "the attestation signer issues health certificates; another one has to take over first".to_owned(),
+                )
+                .into());
+            }
+            for signer in &revoked {
+                transaction.execute(
+                    "INSERT INTO revoked_signers (thumbprint, spki_sha256, not_after, revoked) VALUES (?1, ?2, ?3, ?4)",
+                    params![signer.thumbprint, key_hash(&signer.der), signer.not_after, now],
+                )?;
+                transaction.execute("DELETE FROM attestation_signers WHERE thumbprint = ?1", [&signer.thumbprint])?;
+            }
+            Ok(revoked.into_iter().map(|signer| signer.thumbprint).collect())
+        })
+    }
+
     /// Forgets the signers that were replaced before `time`, and returns how many those were.
     ///
     /// Health certificates of a replaced signer are good until they expire: `time` is to be at least their longest
@@ -106,6 +163,27 @@ impl State {
             Ok(transaction.execute("DELETE FROM attestation_signers WHERE NOT current AND replaced < ?1", [time])?)
         })
     }
+}
+
+/// Whether this certificate, or another one of its key, was revoked.
+pub(super) fn is_revoked(transaction: &Transaction<'_>, der: &[u8]) -> rusqlite::Result<bool> {
+    let sql = "SELECT 1 FROM revoked_signers WHERE thumbprint = ?1 OR spki_sha256 = ?2";
+    Ok(one::<i64>(transaction, sql, [sha256_hex(der), key_hash(der)])?.is_some())
+}
+
+/// The signers that have the key of one of them: the same key of the HSMs, or the same public key.
+fn of_key(mut all: Vec<Signer>, thumbprint: &str) -> Result<Vec<Signer>, StateError> {
+    let Some(named) = all.iter().find(|signer| signer.thumbprint == thumbprint).cloned() else {
+        return Err(StateError::NotFound(format!("there is no attestation signer {thumbprint}")));
+    };
+    let key = key_hash(&named.der);
+    all.retain(|signer| signer.key_id == named.key_id || key_hash(&signer.der) == key);
+    Ok(all)
+}
+
+/// The SHA-256 of the public key; of what is no certificate, that of all of it.
+fn key_hash(der: &[u8]) -> String {
+    Certificate::parse(der).map_or_else(|_| sha256_hex(der), |certificate| sha256_hex(certificate.key().spki_der()))
 }
 
 pub(super) fn signer(row: &Row<'_>) -> rusqlite::Result<Signer> {
@@ -141,6 +219,35 @@ mod tests {
         assert_eq!(state.forget_signers_before(i64::MAX).unwrap(), 1, "the current one stays");
         assert_eq!(state.signers().unwrap(), [three]);
         assert!(message(state.add_signer(&NewSigner { not_after: 10, ..new(b"four") }, None, 15)).contains("validity"));
+    }
+
+    #[test]
+    fn a_revoked_signer_is_gone_with_all_certificates_of_its_key_and_is_remembered() {
+        let (_folder, mut state) = open();
+        let mut current = None;
+        let mut add = |state: &mut State, der: &[u8], key_id: &[u8]| {
+            let new = NewSigner { der, key_id, not_before: 10, not_after: 20 };
+            let added = state.add_signer(&new, current.as_deref(), 11).unwrap().thumbprint;
+            current = Some(added.clone());
+            added
+        };
+        let [one, two, three] = [(b"one", b"a"), (b"two", b"b"), (b"333", b"a")].map(|(d, k)| add(&mut state, d, k));
+        assert!(message(state.revoke_signer(&one, false, 30)).contains("another one has to take over first"));
+        assert_eq!(state.signers().unwrap().len(), 3);
+        let four = add(&mut state, b"four", b"c");
+        let mut revoked = state.revoke_signer(&one, false, 31).unwrap();
+        revoked.sort();
+        let mut expected = [one.clone(), three];
+        expected.sort();
+        assert_eq!(revoked, expected);
+        let left: Vec<_> = state.signers().unwrap().into_iter().map(|signer| signer.thumbprint).collect();
+        assert_eq!(left, [four.clone(), two]);
+        assert!(message(state.revoke_signer(&one, false, 32)).contains("there is no attestation signer"));
+        assert!(state.revoked_signers().unwrap().iter().all(|r| (r.revoked, r.not_after) == (31, 20)));
+        // By force also the current one, and then there is none.
+        assert_eq!(state.revoke_signer(&four, true, 33).unwrap(), std::slice::from_ref(&four));
+        assert!(state.signers().unwrap().iter().all(|signer| !signer.current));
+        assert_eq!(state.revoked_signers().unwrap()[0].thumbprint, four);
     }
 
     #[test]

@@ -1,0 +1,188 @@
+//! The attestation signers: shown, replaced, revoked.
+
+use std::sync::Arc;
+
+use claviger_protocol::health::LIFETIME_SECONDS;
+use data_encoding::HEXLOWER;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::{Change, FAILED, read};
+use crate::admin::Peer;
+use crate::attest::signer::{self, current};
+use crate::routes::SUCCESS;
+use crate::service::{Service, unix_now};
+use crate::state::{self, RevokedSigner};
+
+/// Fewest digits of a thumbprint that name a signer.
+const FEWEST_DIGITS: usize = 8;
+
+/// What a signer is to this service.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Standing {
+    /// It issues health certificates.
+    Current,
+    /// Another one took its place; what it issued is trusted until it expires.
+    Replaced,
+    /// What it issued is refused.
+    Revoked,
+}
+
+/// A signer, for people and machines. Times are in seconds since 1970.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Shown {
+    /// SHA-256 of its certificate, hexadecimal.
+    pub thumbprint: String,
+    /// What it is to this service.
+    pub state: Standing,
+    /// CKA_ID of its key, hexadecimal; not known of one that was revoked.
+    pub hsm_key: Option<String>,
+    /// End of its certificate's validity.
+    pub not_after: i64,
+    /// When another one took its place.
+    pub replaced: Option<i64>,
+    /// When the last health certificate that it can have issued expires; of the current one, that is not known yet.
+    pub trusted_until: Option<i64>,
+    /// When it was revoked.
+    pub revoked: Option<i64>,
+}
+
+impl From<state::Signer> for Shown {
+    fn from(signer: state::Signer) -> Self {
+        Self {
+            thumbprint: signer.thumbprint,
+            state: if signer.current { Standing::Current } else { Standing::Replaced },
+            hsm_key: Some(HEXLOWER.encode(&signer.key_id)),
+            not_after: signer.not_after,
+            replaced: signer.replaced,
+            trusted_until: signer.replaced.map(|replaced| replaced + LIFETIME_SECONDS),
+            revoked: None,
+        }
+    }
+}
+
+impl From<RevokedSigner> for Shown {
+    fn from(signer: RevokedSigner) -> Self {
+        Self {
+            thumbprint: signer.thumbprint,
+            state: Standing::Revoked,
+            hsm_key: None,
+            not_after: signer.not_after,
+            replaced: None,
+            trusted_until: None,
+            revoked: Some(signer.revoked),
+        }
+    }
+}
+
+/// What a rotation did.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Rotated {
+    /// The signer that issues from now on.
+    pub current: String,
+    /// The one before.
+    pub replaced: Option<String>,
+}
+
+/// What a revocation did.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Revoked {
+    /// The signers whose health certificates are refused now: all certificates of one key.
+    pub revoked: Vec<String>,
+    /// The signer that issues now; there is none after a forced revocation for which none could be made.
+    pub current: Option<String>,
+    /// Whether that one was made for this.
+    pub made: bool,
+    /// What else an administrator should know.
+    pub warnings: Vec<String>,
+}
+
+fn reply(value: impl Serialize) -> Result<Value, String> {
+    serde_json::to_value(value).map_err(|e| e.to_string())
+}
+
+pub(super) async fn list(service: &Arc<Service>) -> Result<Value, String> {
+    let (signers, revoked) = read(service, |state| Ok((state.signers()?, state.revoked_signers()?))).await?;
+    let all: Vec<Shown> = signers.into_iter().map(Shown::from).chain(revoked.into_iter().map(Shown::from)).collect();
+    reply(all)
+}
+
+pub(super) async fn rotate(service: &Arc<Service>, peer: Peer) -> Result<Value, String> {
+    let replaced = current(service);
+    let current = make_new(service, peer).await?;
+    reply(Rotated { current, replaced })
+}
+
+/// Makes a new signer, on record; its thumbprint.
+async fn make_new(service: &Arc<Service>, peer: Peer) -> Result<String, String> {
+    let mut change = Change::new("signers.rotate", peer);
+    let before = current(service);
+    change.attempt.certificate.clone_from(&before);
+    change.requested(service).await?;
+    let made = signer::replace(service).await;
+    let now = current(service).filter(|now| Some(now) != before.as_ref());
+    if let Some(now) = &now {
+        change.attempt.change = Some(format!("the attestation signer {now} issues"));
+    }
+    change.done(service, if made.is_ok() && now.is_some() { SUCCESS } else { FAILED }).await;
+    made.map_err(|error| format!("no new attestation signer can be made: {error}"))?;
+    now.ok_or_else(|| "no new attestation signer was made; see the daemon's log".to_owned())
+}
+
+pub(super) async fn revoke(service: &Arc<Service>, wanted: &str, force: bool, peer: Peer) -> Result<Value, String> {
+    let signer = named(service, wanted).await?;
+    let thumbprint = signer.thumbprint.clone();
+    let mut warnings = Vec::new();
+    let same_key = read(service, {
+        let thumbprint = thumbprint.clone();
+        move |state| state.signers_of_key(&thumbprint)
+    })
+    .await?;
+    // Hosts have to be able to attest when what they have is refused.
+    let mut made = false;
+    if same_key.iter().any(|signer| signer.current) {
+        match make_new(service, peer).await {
+            Ok(_) => made = true,
+            Err(error) if force => warnings.push(format!("{error}; until one is made, no host can attest")),
+            Err(error) => {
+                return Err(format!(
+                    "{error}. So {thumbprint} was not revoked: no host could attest. Its health certificates are still \
+                     trusted; --force revokes it all the same"
+                ));
+            }
+        }
+    }
+    let mut change = Change::new("signers.revoke", peer);
+    change.attempt.certificate = Some(thumbprint.clone());
+    let now = unix_now();
+    let work = move |state: &mut state::State| state.revoke_signer(&thumbprint, force, now);
+    let revoked = change
+        .make(service, work, |attempt, revoked: &Vec<String>| {
+            attempt.change = Some(format!("{} certificates of its key", revoked.len()));
+        })
+        .await?;
+    let current = current(service);
+    if current.is_none() {
+        service.signer_missing.notify_one();
+    }
+    reply(Revoked { revoked, current, made, warnings })
+}
+
+/// The one signer that a thumbprint, or the beginning of one, means.
+async fn named(service: &Arc<Service>, thumbprint: &str) -> Result<state::Signer, String> {
+    let wanted = thumbprint.to_ascii_lowercase();
+    if wanted.len() < FEWEST_DIGITS || !wanted.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+        return Err(format!("a signer is named by its thumbprint, or at least its first {FEWEST_DIGITS} digits"));
+    }
+    let (mut found, revoked) = read(service, |state| Ok((state.signers()?, state.revoked_signers()?))).await?;
+    found.retain(|signer| signer.thumbprint.starts_with(&wanted));
+    match found.len() {
+        1 => Ok(found.swap_remove(0)),
+        0 if revoked.iter().any(|signer| signer.thumbprint.starts_with(&wanted)) => {
+            Err(format!("the attestation signer {wanted} is revoked already"))
+        }
+        0 => Err(format!("there is no attestation signer {wanted}; `claviger signers list` shows them")),
+        _ => Err(format!("{wanted} is not one signer alone; give more digits")),
+    }
+}
