@@ -128,15 +128,28 @@ pub enum AdminError {
 #[derive(Debug)]
 pub struct AdminSocket {
     listener: UnixListener,
-    path: PathBuf,
+    name: SocketName,
     /// Whoever could connect is allowed to.
     for_group: bool,
     /// Longest request, in octets, with its line break.
     longest: usize,
     /// How long a command is waited for.
     patience: Duration,
+}
+
+/// The socket's file. It goes with the value, so that a daemon that ends before it serves leaves none behind.
+#[derive(Debug)]
+struct SocketName {
+    path: PathBuf,
     /// Locked for as long as it is open. The file stays: removing it would race with the next daemon.
     _lock: File,
+}
+
+impl Drop for SocketName {
+    fn drop(&mut self) {
+        // The lock is still held.
+        let _ = std::fs::remove_file(&self.path);
+    }
 }
 
 impl AdminSocket {
@@ -181,11 +194,10 @@ impl AdminSocket {
         let listener = UnixListener::from_std(listener).map_err(failed)?;
         Ok(Self {
             listener,
-            path: path.to_owned(),
+            name: SocketName { path: path.to_owned(), _lock: lock },
             for_group: group.is_some(),
             longest: REQUEST_LIMIT,
             patience: COMMAND_TIMEOUT,
-            _lock: lock,
         })
     }
 
@@ -235,9 +247,9 @@ impl AdminSocket {
                 },
             }
         }
-        // Nobody new: the lock still keeps other daemons away from the path.
-        if let Err(error) = std::fs::remove_file(&self.path) {
-            tracing::warn!(path = %self.path.display(), %error, "the administrators' socket cannot be removed");
+        // No new connections: the lock still keeps other daemons away from the path.
+        if let Err(error) = tokio::fs::remove_file(&self.name.path).await {
+            tracing::warn!(path = %self.name.path.display(), %error, "the administrators' socket cannot be removed");
         }
         let _ = stop.send(true);
         drop(running);

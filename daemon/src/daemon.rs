@@ -75,8 +75,8 @@ pub enum StartError {
     Task(#[from] tokio::task::JoinError),
 }
 
-/// Loads the modules of the configured members and sets the environment they want. To be called while the process has
-/// one thread: environment variables cannot be set later.
+/// Loads the modules of the configured members and sets the environment they want. To be called while no other thread may read
+/// the environment (that of the log does not): variables cannot be set later.
 ///
 /// # Errors
 /// A PIN that cannot be read, a module that cannot be loaded.

@@ -1,12 +1,13 @@
 //! The `claviger` command: command line → configuration → run.
 
 #![forbid(unsafe_code)]
-#![allow(clippy::print_stderr)]
 
+use std::ffi::OsStr;
 use std::io::IsTerminal;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Instant;
 
 use clap::{Parser, Subcommand};
@@ -14,9 +15,14 @@ use claviger::cli::{self, Failure};
 use claviger::config::{Config, LogFormat};
 use claviger::daemon::{Daemon, load_cluster};
 use claviger::lab::{Lab, Tokens};
-use claviger::{demo, doctor, notify, preflight, print, process, reload};
+use claviger::log::{self, LogQueue};
+use claviger::{demo, doctor, preflight, print, process, serve};
 use claviger_hsm::Cluster;
+use claviger_process::signals::{self, Starting};
+use claviger_process::{arguments, output, threads};
+use tokio::runtime::Runtime;
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::MakeWriter;
 
 /// What is logged unless RUST_LOG says otherwise. cryptoki has an opinion on every session of a token that went away; what
 /// follows from that the cluster says, once.
@@ -122,60 +128,105 @@ enum Command {
     Protector(cli::protector::Protector),
 }
 
+/// The shell's status of a process that Ctrl-C ended.
+const INTERRUPTED: u8 = 130;
+/// Incomplete output of a doctor: its other statuses say that it was read.
+const DOCTOR_UNREAD: u8 = 2;
+
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
-    let quiet = matches!(arguments.command, Command::Demo { .. } | Command::Doctor { .. } | Command::Host(_));
-    let filter =
-        EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(if quiet { QUIET } else { USUAL }));
+    // Before the command line is parsed: a signal may come at once.
+    let starting = match install_signals() {
+        Ok(starting) => starting,
+        Err(error) => {
+            print::note(&format!("claviger: the signals cannot be handled: {error}"));
+            return ExitCode::FAILURE;
+        }
+    };
+    let arguments: Arguments = match arguments::parse() {
+        Ok(arguments) => arguments,
+        Err(status) => return status,
+    };
+    if let (Command::Serve { config, log }, Some(starting)) = (&arguments.command, &starting) {
+        serve(config, *log, starting);
+    }
+    if starting.is_some() {
+        // A demonstration serves, too.
+        let queue = log_queue();
+        install_log(QUIET, LogFormat::Text, queue.clone());
+        let status = finish(arguments.command, starting);
+        queue.flush();
+        return status;
+    }
+    let quiet = matches!(arguments.command, Command::Doctor { .. } | Command::Host(_));
+    install_log(if quiet { QUIET } else { USUAL }, LogFormat::Text, std::io::stderr);
+    finish(arguments.command, starting)
+}
+
+/// Runs a command and reports what became of it.
+fn finish(command: Command, starting: Option<Starting>) -> ExitCode {
+    let unread = if matches!(command, Command::Doctor { .. }) { DOCTOR_UNREAD } else { 1 };
+    let status = run(command, starting).unwrap_or_else(|failure| {
+        print::note(&format!("claviger: {failure}"));
+        cli::host::status(&failure)
+    });
+    output::exit_status("claviger", status, unread)
+}
+
+/// Installs the handlers of a daemon where the command is one.
+fn install_signals() -> std::io::Result<Option<Starting>> {
+    signals::tame_signals()?;
+    match std::env::args_os().nth(1).as_deref().and_then(OsStr::to_str) {
+        Some("serve") => Starting::new(0).map(Some),
+        Some("demo") => Starting::new(INTERRUPTED).map(Some),
+        _ => Ok(None),
+    }
+}
+
+/// Serves until a signal tells it to stop. The log has a thread of its own, and everything that is written to the standard error
+/// goes through it.
+fn serve(config: &Path, format: Option<LogFormat>, starting: &Starting) -> ! {
+    let queue = log_queue();
+    // A configuration that cannot be read is reported when it is used.
+    let format = format.unwrap_or_else(|| Config::load(config).map_or(LogFormat::Text, |config| config.log.format));
+    install_log(USUAL, format, queue.clone());
+    let status = match serve::run(config.to_owned(), starting) {
+        Ok(()) => 0,
+        Err(failure) => {
+            queue.push(format!("claviger: {failure}\n").as_bytes());
+            1
+        }
+    };
+    queue.flush();
+    signals::exit_at_once(status)
+}
+
+/// The log of a process that serves: neither its lines nor its panics wait for the log's reader.
+fn log_queue() -> Arc<LogQueue> {
+    let queue = LogQueue::start().unwrap_or_else(|error| {
+        print::note(&format!("claviger: {}", threads::no_thread(&error)));
+        signals::exit_at_once(1)
+    });
+    log::log_panics(queue.clone());
+    queue
+}
+
+fn install_log<W>(usual: &str, format: LogFormat, writer: W)
+where
+    W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
+{
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(usual));
     let ansi = std::io::stderr().is_terminal();
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(ansi);
-    match log_format(&arguments.command) {
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(writer).with_ansi(ansi);
+    match format {
         LogFormat::Text => log.init(),
         LogFormat::Json => log.json().flatten_event(true).init(),
     }
-    match run(arguments.command) {
-        Ok(status) => status,
-        Err(failure) => {
-            eprintln!("claviger: {failure}");
-            cli::host::status(&failure)
-        }
-    }
-}
-
-/// A configuration that cannot be read is complained of when it is to be used.
-fn log_format(command: &Command) -> LogFormat {
-    let Command::Serve { config, log } = command else { return LogFormat::Text };
-    log.unwrap_or_else(|| Config::load(config).map_or(LogFormat::Text, |config| config.log.format))
 }
 
 /// What has to happen while there is one thread (environment variables, loading modules) happens before the runtime.
-fn run(command: Command) -> Result<ExitCode, Failure> {
+fn run(command: Command, starting: Option<Starting>) -> Result<ExitCode, Failure> {
     match command {
-        Command::Serve { config, log: _ } => {
-            process::no_core_dumps()?;
-            process::raise_open_files()?;
-            let file = config;
-            let config = Config::load(&file)?;
-            preflight::pass(&config)?;
-            let cluster = load_cluster(&config)?;
-            on_tokens(cluster, async |cluster| {
-                let stop = process::shutdown_signal()?;
-                let hangups = reload::hangups()?;
-                let daemon = Daemon::start(config, cluster).await?;
-                print::line(&format!("listening on {}", daemon.url()));
-                print::line(&format!("metrics on http://{}", daemon.metrics_address));
-                // Awaited here: the macro does not look at its arguments where its level is switched off.
-                let reloading =
-                    tokio::spawn(reload::follow(hangups, file.clone(), daemon.service.clone(), daemon.tls.clone()));
-                notify::ready();
-                let signal = stop.await;
-                notify::stopping();
-                reloading.abort();
-                tracing::info!(signal, "stopping");
-                daemon.stop().await;
-                Ok(ExitCode::SUCCESS)
-            })
-        }
+        Command::Serve { .. } => Err("serve has to be the first argument".into()),
         Command::Doctor { config, json } => {
             process::no_core_dumps()?;
             let findings = doctor::examine(&config);
@@ -189,35 +240,45 @@ fn run(command: Command) -> Result<ExitCode, Failure> {
             print::line("Claviger demo: a guarded host gets the keys of a tenant's virtual machines\n");
             let lab = Lab::prepare(&dir, listen, metrics, Tokens { hsms: hsms.into(), bits: rsa })?;
             preflight::pass(&lab.config)?;
+            let others = serve::needed_threads(&lab.config);
+            threads::ensure_runtime(others)?;
             let cluster = load_cluster(&lab.config)?;
-            on_tokens(cluster, async |cluster| {
+            on_tokens(threads::runtime(others)?, cluster, async |cluster| {
                 let stop = process::shutdown_signal()?;
                 let (daemon, passed) = demo::run(&lab, cluster, vms.into(), begun).await?;
                 if !exit {
                     next_steps(&lab, &daemon);
+                    // Until now a signal ended the demonstration at once.
+                    starting.iter().for_each(Starting::done);
                     stop.await;
                 }
                 daemon.stop().await;
                 Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
             })
         }
-        Command::Hosts(command) => runtime()?.block_on(cli::hosts(command)).map(|()| ExitCode::SUCCESS),
-        Command::Signers(command) => runtime()?.block_on(cli::signers(command)).map(|()| ExitCode::SUCCESS),
-        Command::Hsm(command) => runtime()?.block_on(cli::hsm(command)).map(|()| ExitCode::SUCCESS),
-        Command::Guardian(command) => runtime()?.block_on(cli::guardian::run(command)),
+        Command::Hosts(command) => threads::single_thread()?.block_on(cli::hosts(command)).map(|()| ExitCode::SUCCESS),
+        Command::Signers(command) => {
+            threads::single_thread()?.block_on(cli::signers(command)).map(|()| ExitCode::SUCCESS)
+        }
+        Command::Hsm(command) => threads::single_thread()?.block_on(cli::hsm(command)).map(|()| ExitCode::SUCCESS),
+        Command::Guardian(command) => threads::small_runtime()?.block_on(cli::guardian::run(command)),
         Command::Protector(command) => cli::protector::run(command),
         Command::Keys(command) => {
             // The private key of a PFX passes through.
             process::no_core_dumps()?;
-            runtime()?.block_on(cli::keys(command)).map(|()| ExitCode::SUCCESS)
+            threads::single_thread()?.block_on(cli::keys(command)).map(|()| ExitCode::SUCCESS)
         }
-        Command::Export(command) => runtime()?.block_on(cli::transfer::export(command)).map(|()| ExitCode::SUCCESS),
-        Command::Import(command) => runtime()?.block_on(cli::transfer::import(command)).map(|()| ExitCode::SUCCESS),
+        Command::Export(command) => {
+            threads::single_thread()?.block_on(cli::transfer::export(command)).map(|()| ExitCode::SUCCESS)
+        }
+        Command::Import(command) => {
+            threads::single_thread()?.block_on(cli::transfer::import(command)).map(|()| ExitCode::SUCCESS)
+        }
         Command::Host(command) => {
             process::no_core_dumps()?;
             // Before the runtime opens files of its own: a descriptor that was not given must not be one of them.
             let command = cli::host::prepare(command)?;
-            runtime()?.block_on(cli::host::run(command)).map(|()| ExitCode::SUCCESS)
+            threads::small_runtime()?.block_on(cli::host::run(command)).map(|()| ExitCode::SUCCESS)
         }
     }
 }
@@ -225,18 +286,15 @@ fn run(command: Command) -> Result<ExitCode, Failure> {
 /// Runs `work` and closes the sessions on the tokens after it, also when it failed: a vendor's library does not survive
 /// the end of the process with threads inside.
 fn on_tokens(
+    runtime: Runtime,
     cluster: Cluster,
     work: impl AsyncFnOnce(Cluster) -> Result<ExitCode, Failure>,
 ) -> Result<ExitCode, Failure> {
-    runtime()?.block_on(async {
+    runtime.block_on(async {
         let result = work(cluster.clone()).await;
         cluster.close().await;
         result
     })
-}
-
-fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
-    tokio::runtime::Builder::new_multi_thread().enable_all().build()
 }
 
 fn next_steps(lab: &Lab, daemon: &Daemon) {

@@ -178,6 +178,8 @@ metrics! {
         "Audit records that wait for the disk.";
     AUDIT_WRITING: GaugeReading Seconds "claviger_audit_writing_seconds" []
         "For how long the audit records that are being written now have been: more than a moment is a disk that hangs.";
+    LOG_DROPPED: Counter Count "claviger_log_lines_dropped_total" []
+        "Lines of the log that were dropped, because its reader stood still or it could not be written.";
     CLOCK: GaugeReading Seconds "claviger_clock_timestamp_seconds" []
         "The clock of this machine, in seconds since 1970: certificates are judged by it.";
 
@@ -253,6 +255,7 @@ pub fn install() -> Handle {
                 }
             }
             counter!(AUDIT_ERRORS.name).absolute(0);
+            counter!(LOG_DROPPED.name).absolute(0);
             counter!(CONNECTIONS.name).absolute(0);
             for reason in Cut::ALL {
                 counter!(CONNECTIONS_CUT.name, "reason" => reason.as_str()).absolute(0);
@@ -455,6 +458,11 @@ pub fn hsm(hsm: &str, event: Event<'_>) {
         // How many there are is a reading.
         Event::SessionOpened | Event::SessionClosed => {}
     }
+}
+
+/// Lines of the log were dropped.
+pub fn log_lines_dropped(lines: u64) {
+    counter!(LOG_DROPPED.name).increment(lines);
 }
 
 /// Counts audit records that could not be written.

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use claviger_hsm::{Cluster, MemberState, MemberStatus, Pin};
+use claviger_process::signals::Hangup;
 use serde_json::Value;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -32,17 +33,24 @@ pub fn hangups() -> io::Result<Signal> {
     signal(SignalKind::hangup())
 }
 
-/// Reloads `file` at every hangup, for as long as the daemon runs.
-pub async fn follow(mut hangups: Signal, file: PathBuf, service: Arc<Service>, tls: Option<SharedTls>) {
-    while hangups.recv().await.is_some() {
-        notify::reloading();
+/// Reloads `file` at every hangup, for as long as the daemon runs: `hangup` tells of one, also of one that came while the daemon
+/// started, and `hangups` wakes this task.
+pub async fn follow(mut hangups: Signal, hangup: Hangup, file: PathBuf, service: Arc<Service>, tls: Option<SharedTls>) {
+    loop {
+        if !hangup.take() {
+            match hangups.recv().await {
+                Some(()) => continue,
+                None => return,
+            }
+        }
+        notify::reloading().await;
         if let Err(error) = service.audit.reopen().await {
             tracing::error!(%error, "the audit trail cannot be opened again");
         }
         if let Err(error) = reload(&file, &service, tls.as_ref()).await {
             tracing::error!(error, "the configuration was not reloaded; the daemon goes on with the old one");
         }
-        notify::ready();
+        notify::ready().await;
     }
 }
 
@@ -117,10 +125,8 @@ async fn members(config: &Config, next: &mut Config, service: &Arc<Service>) {
         };
         // Where the file names another token by now, its PIN is for that one: the restart which that needs takes both.
         if same_token(known, hsm) {
-            let pin = hsm.read_pin().map_err(|error| error.to_string());
-            match pin.and_then(|pin| {
-                cluster.set_pin(&hsm.name, Pin::new(pin.to_string())).map_err(|error| error.to_string())
-            }) {
+            match read_pin(hsm).await.and_then(|pin| cluster.set_pin(&hsm.name, pin).map_err(|error| error.to_string()))
+            {
                 Ok(()) => (known.pin_file, known.pin_env) = (hsm.pin_file.clone(), hsm.pin_env.clone()),
                 Err(error) => failed("the PIN was not taken")(error),
             }
@@ -151,6 +157,15 @@ async fn members(config: &Config, next: &mut Config, service: &Arc<Service>) {
             Err(error) => tracing::error!(hsm = name, %error, "the HSM is not taken out"),
         }
     }
+}
+
+/// On a thread that may block: the file may be a pipe, or on a server that does not answer.
+async fn read_pin(hsm: &Hsm) -> Result<Pin, String> {
+    let hsm = hsm.clone();
+    let read = tokio::task::spawn_blocking(move || {
+        hsm.read_pin().map(|pin| Pin::new(pin.to_string())).map_err(|error| error.to_string())
+    });
+    read.await.unwrap_or_else(|error| Err(error.to_string()))
 }
 
 /// Whether both name the same token of the same module.

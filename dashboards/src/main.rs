@@ -1,23 +1,24 @@
 //! Writes the generated files to their places in the repository: table of metrics → dashboards, rules, reference.
 
 #![forbid(unsafe_code)]
-#![allow(clippy::print_stdout, clippy::print_stderr)]
 
 use std::process::ExitCode;
+
+use claviger_process::output;
 
 fn main() -> ExitCode {
     let root = claviger_dashboards::root();
     for file in claviger_dashboards::files() {
         let path = root.join(file.path);
         if std::fs::read_to_string(&path).is_ok_and(|text| text == file.text) {
-            println!("unchanged  {}", file.path);
+            output::line(&format!("unchanged  {}", file.path));
             continue;
         }
-        if let Err(error) = std::fs::write(&path, &file.text) {
-            eprintln!("{}: {error}", path.display());
+        if let Err(error) = output::write_file(&path, file.text.as_bytes()) {
+            output::note(&format!("dashboards: {}: {error}", path.display()));
             return ExitCode::FAILURE;
         }
-        println!("written    {}", file.path);
+        output::line(&format!("written    {}", file.path));
     }
-    ExitCode::SUCCESS
+    output::exit_status("dashboards", ExitCode::SUCCESS, 1)
 }

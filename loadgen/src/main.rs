@@ -23,6 +23,7 @@ use claviger_loadgen::threshold::{self, Threshold};
 use claviger_loadgen::units;
 use claviger_loadgen::verify::Verify;
 use claviger_loadgen::{Failure, compare, html, print, run};
+use claviger_process::{arguments, output, signals, threads};
 use claviger_protocol::payload::ApiVersion;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
@@ -322,7 +323,14 @@ fn api(text: &str) -> Result<ApiVersion, String> {
 }
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
+    if let Err(error) = signals::tame_signals() {
+        print::aside(&format!("claviger-loadgen: the signals cannot be handled: {error}"));
+        return ExitCode::FAILURE;
+    }
+    let arguments: Arguments = match arguments::parse() {
+        Ok(arguments) => arguments,
+        Err(status) => return status,
+    };
     raise_open_files();
     let result = match arguments.command {
         Command::Run(arguments) => runtime().and_then(|runtime| runtime.block_on(load(&arguments))),
@@ -330,10 +338,12 @@ fn main() -> ExitCode {
         Command::Capacity(arguments) => runtime().and_then(|runtime| runtime.block_on(measured(&arguments))),
         Command::Plan(arguments) => planned(&arguments),
     };
-    result.unwrap_or_else(|failure| {
+    let status = result.unwrap_or_else(|failure| {
         print::aside(&format!("claviger-loadgen: {failure}"));
         ExitCode::FAILURE
-    })
+    });
+    // A result that nobody has is none: it could not be done.
+    output::exit_status("claviger-loadgen", status, 1)
 }
 
 /// Every connection is a file, and the usual soft limit of 1024 is below the requests that may be in flight. A limit that cannot
@@ -344,7 +354,9 @@ fn raise_open_files() {
 }
 
 fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
-    Ok(tokio::runtime::Builder::new_multi_thread().enable_all().build()?)
+    // Beside the runtime's: for pacing, for counting, and to check replies.
+    let checks = std::thread::available_parallelism().map_or(1, |n| n.get().div_ceil(2));
+    Ok(threads::runtime(2 + checks)?)
 }
 
 async fn load(arguments: &RunArguments) -> Result<ExitCode, Failure> {
@@ -504,5 +516,5 @@ fn write(file: &Path, octets: &[u8]) -> Result<(), Failure> {
         }
         return Ok(());
     }
-    std::fs::write(file, octets).map_err(|error| format!("{} cannot be written: {error}", file.display()).into())
+    output::write_file(file, octets).map_err(|error| format!("{} cannot be written: {error}", file.display()).into())
 }

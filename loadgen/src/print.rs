@@ -1,17 +1,6 @@
-//! Printing for people. A reader that went away (`claviger-loadgen plan … | head`) is no reason to panic.
+//! Printing for people: see [`claviger_process::output`], which remembers what could not be written until the command ends.
 
-use std::io::Write;
-
-/// Writes a line to the standard output.
-pub fn line(text: &str) {
-    let mut out = std::io::stdout().lock();
-    let _ = writeln!(out, "{text}").and_then(|()| out.flush());
-}
-
-/// Writes a line to the standard error: progress, and reports when the standard output carries JSON.
-pub fn aside(text: &str) {
-    let _ = writeln!(std::io::stderr().lock(), "{text}");
-}
+pub use claviger_process::output::{line, note as aside};
 
 /// Rows in columns as wide as their longest text, numbers to the right.
 #[must_use]

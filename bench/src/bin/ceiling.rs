@@ -1,7 +1,6 @@
 //! The daemon beside the raw token, in one run.
 
 #![forbid(unsafe_code)]
-#![allow(clippy::print_stdout, clippy::print_stderr)]
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -11,6 +10,7 @@ use clap::Parser;
 use claviger_bench::ceiling::{self, Settings, Stage};
 use claviger_bench::{idle, report, scaling};
 use claviger_loadgen::units;
+use claviger_process::{arguments, output};
 use serde_json::Value;
 
 /// Holds the daemon against the raw token: alternating rounds of a bare PKCS#11 loop and of the daemon under a closed loop,
@@ -60,7 +60,10 @@ fn seconds(text: &str) -> Result<f64, String> {
 }
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
+    let arguments: Arguments = match arguments::parse() {
+        Ok(arguments) => arguments,
+        Err(status) => return status,
+    };
     let settings = Settings {
         hsms: arguments.hsms.iter().copied().max().unwrap_or(1),
         sessions: arguments.sessions.into(),
@@ -71,7 +74,7 @@ fn main() -> ExitCode {
         module: arguments.module,
     };
     let stage = Stage::set(&settings);
-    let tell = |line: &str| eprintln!("{line}");
+    let tell = output::note;
     let (text, json) = if let Some(connections) = arguments.idle {
         let found = idle::run(&stage, &settings, connections, tell);
         (report::idle(&found), serde_json::to_value(found))
@@ -82,18 +85,19 @@ fn main() -> ExitCode {
         let found = ceiling::run(&stage, &settings, tell);
         (report::ceiling(&found), serde_json::to_value(found))
     };
-    print!("\n{text}");
-    match write(arguments.json, json) {
+    output::bytes(format!("\n{text}").as_bytes());
+    let status = match write(arguments.json, json) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error}");
+            output::note(&format!("ceiling: {error}"));
             ExitCode::FAILURE
         }
-    }
+    };
+    output::exit_status("ceiling", status, 1)
 }
 
 fn write(file: Option<PathBuf>, json: serde_json::Result<Value>) -> Result<(), String> {
     let Some(file) = file else { return Ok(()) };
     let text = json.and_then(|json| serde_json::to_string_pretty(&json)).map_err(|error| error.to_string())?;
-    std::fs::write(&file, text + "\n").map_err(|error| format!("{}: {error}", file.display()))
+    output::write_file(&file, (text + "\n").as_bytes()).map_err(|error| format!("{}: {error}", file.display()))
 }

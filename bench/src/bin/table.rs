@@ -1,12 +1,12 @@
 //! The last figures of the criterion benches, in one table.
 
 #![forbid(unsafe_code)]
-#![allow(clippy::print_stdout, clippy::print_stderr)]
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Parser;
+use claviger_process::{arguments, output};
 use serde_json::Value;
 
 /// Prints what the criterion benches measured last
@@ -19,19 +19,25 @@ struct Arguments {
 }
 
 fn main() -> ExitCode {
-    let folder = Arguments::parse().results;
+    let folder = match arguments::parse::<Arguments>() {
+        Ok(arguments) => arguments.results,
+        Err(status) => return status,
+    };
     let mut rows = Vec::new();
     collect(&folder, &mut rows);
     if rows.is_empty() {
-        eprintln!("error: no results in {}; measure first: cargo bench -p claviger-bench", folder.display());
+        output::note(&format!(
+            "table: no results in {}; measure first: cargo bench -p claviger-bench",
+            folder.display()
+        ));
         return ExitCode::FAILURE;
     }
     rows.sort();
-    println!("{:<34} {:>12} {:>26}", "", "median", "95 % of the medians in");
+    output::line(&format!("{:<34} {:>12} {:>26}", "", "median", "95 % of the medians in"));
     for (name, figures) in rows {
-        println!("{name:<34} {figures}");
+        output::line(&format!("{name:<34} {figures}"));
     }
-    ExitCode::SUCCESS
+    output::exit_status("table", ExitCode::SUCCESS, 1)
 }
 
 /// Every folder with the results of a run is called `new`.

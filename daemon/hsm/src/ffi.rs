@@ -35,7 +35,8 @@ pub(crate) struct TokenFacts {
     pub(crate) pin_tries: PinTries,
 }
 
-/// Sets environment variables of the process. Call before any other thread exists.
+/// Sets environment variables of the process. Call before any other thread exists that may read the environment: one that only
+/// writes to descriptors, as that of the log does, never looks at it.
 pub fn set_env(vars: &BTreeMap<String, String>) {
     for (name, value) in vars {
         set_var(name, Some(value.as_ref()));
@@ -52,8 +53,8 @@ pub(crate) fn set_var(name: &str, value: Option<&OsStr>) {
         return;
     }
     match value {
-        // SAFETY: callers are told, here and in the documentation of `Cluster::load` and `set_env`, to come before other
-        // threads exist, so nobody reads the environment while it changes.
+        // SAFETY: callers are told, here and in the documentation of `Cluster::load` and `set_env`, to come before threads
+        // exist that may read the environment, so that nothing reads it while it changes.
         Some(value) => unsafe { std::env::set_var(name, value) },
         // SAFETY: as above.
         None => unsafe { std::env::remove_var(name) },

@@ -1,7 +1,7 @@
 //! `claviger host …`: a guarded host's side. What it keeps and in which order it writes is in docs/host.md.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::io::{Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -266,7 +266,11 @@ fn hand_over(keys: &Payload, target: KeyTarget) -> Result<(), Failure> {
     octets[TRANSPORT_KEY_LEN..].copy_from_slice(&keys.egress[..]);
     match target {
         KeyTarget::Open(mut file) => {
-            let written: io::Result<()> = file.write_all(&octets[..]);
+            // A file, unlike a pipe, may find out later that the disk is full.
+            let written = file.write_all(&octets[..]).and_then(|()| match file.metadata()?.is_file() {
+                true => file.sync_all(),
+                false => Ok(()),
+            });
             written.map_err(|e| format!("the keys could not be handed over: {e}; run it again").into())
         }
         KeyTarget::File(path) => Ok(files::write(&path, &octets[..], Existing::Replace)?),

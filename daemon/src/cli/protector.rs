@@ -1,9 +1,9 @@
 //! `claviger protector …`: what an owner does with key protectors.
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use claviger_process::output;
 use claviger_protocol::certificate::Certificate;
 use claviger_protocol::describe::{Description, describe};
 use claviger_protocol::metadata::Metadata;
@@ -213,8 +213,8 @@ fn execute(command: Protector) -> Result<ExitCode, Failure> {
                     say!("wrote {} (transport key, secret)", out.display());
                 }
                 None => {
-                    let mut to = std::io::stdout().lock();
-                    to.write_all(&key[..]).and_then(|()| to.flush())?;
+                    // Not buffered, which would leave a copy of the key in memory.
+                    output::write_all(rustix::stdio::stdout(), &key[..])?;
                 }
             }
         }

@@ -216,6 +216,9 @@ fn audit() -> Vec<Panel> {
         Panel::lines("Records not written", "ops", "What they would have recorded was refused.")
             .ask("sum by (instance) (rate(claviger_audit_errors_total{@}[~]))", "{{instance}}")
             .colours(GREEN, &[(0.001, RED)]),
+        Panel::lines("Log lines dropped", "ops", "The log's reader stands still, or it cannot be written.")
+            .ask("sum by (instance) (rate(claviger_log_lines_dropped_total{@}[~]))", "{{instance}}")
+            .colours(GREEN, &[(0.001, YELLOW)]),
     ]
 }
 

@@ -215,6 +215,15 @@ fn records() -> Vec<Alert> {
              What they would have recorded was refused.",
         ),
         alert(
+            "ClavigerLogDropped",
+            "ticket",
+            "0m",
+            "increase(claviger_log_lines_dropped_total[15m]) > 0",
+            "Lines of the log are lost",
+            "{{ $value | humanize }} lines of the log of {{ $labels.instance }} were dropped within 15 minutes: its \
+             reader stands still, or it cannot be written. Keys are released all the same.",
+        ),
+        alert(
             "ClavigerStateStale",
             "page",
             "2m",

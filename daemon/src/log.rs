@@ -1,0 +1,261 @@
+//! The daemon's log, written by a thread of its own.
+//!
+//! The log goes to the standard error, which is most often a pipe. Its reader may stand still: a frozen journal, a container's
+//! log driver, a terminal after Ctrl-S. A thread that writes to it then hangs, and with it whatever it serves. So threads that
+//! serve put their lines into a queue, which is bounded: lines that do not fit are dropped and counted.
+
+use std::io::{self, Write};
+use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use claviger_process::output::write_all;
+
+use crate::metrics;
+
+/// Most bytes that wait for the reader: some two thousand lines.
+const ROOM: usize = 256 * 1024;
+/// How long the last lines have before the process ends.
+const LAST_LINES: Duration = Duration::from_secs(1);
+
+/// Lines on their way to the reader of the log.
+#[derive(Debug, Default)]
+pub struct LogQueue {
+    state: Mutex<State>,
+    /// There are lines for the writer.
+    arrived: Condvar,
+    /// The writer has written what it took.
+    written: Condvar,
+    dropped: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    waiting: Vec<u8>,
+    /// The writer has lines that it took.
+    writing: bool,
+    /// Lines dropped since the reader was last told.
+    untold: u64,
+    /// A flush was in vain, and nothing was written since.
+    stalled: bool,
+}
+
+impl LogQueue {
+    /// Starts the thread that writes to the standard error.
+    ///
+    /// # Errors
+    /// The system has no thread left.
+    pub fn start() -> io::Result<Arc<Self>> {
+        Self::start_writing(|lines| write_all(rustix::stdio::stderr(), lines))
+    }
+
+    fn start_writing(write: impl Fn(&[u8]) -> io::Result<()> + Send + 'static) -> io::Result<Arc<Self>> {
+        let queue = Arc::new(Self::default());
+        let of = Arc::clone(&queue);
+        // It lives as long as the process.
+        std::thread::Builder::new().name("log".to_owned()).spawn(move || of.run(&write))?;
+        Ok(queue)
+    }
+
+    /// Adds a line, which ends with a line break, if there is room. Never blocks on the reader.
+    pub fn push(&self, line: &[u8]) {
+        let mut state = self.state();
+        if state.waiting.len() + line.len() > ROOM {
+            state.untold += 1;
+            drop(state);
+            self.count_dropped(1);
+            return;
+        }
+        state.waiting.extend_from_slice(line);
+        drop(state);
+        self.arrived.notify_one();
+    }
+
+    /// Lines that were dropped so far.
+    #[must_use]
+    pub fn dropped(&self) -> u64 {
+        self.dropped.load(Ordering::Relaxed)
+    }
+
+    /// Waits until all lines are written, for a moment at most. Whether they are. To be called before the process ends.
+    pub fn flush(&self) -> bool {
+        self.flush_within(LAST_LINES)
+    }
+
+    /// The same, but where the reader was found to stand still, nobody waits for it again until it has read something.
+    fn flush_unless_stalled(&self) {
+        if !self.state().stalled && !self.flush_within(LAST_LINES) {
+            self.state().stalled = true;
+        }
+    }
+
+    fn flush_within(&self, patience: Duration) -> bool {
+        let until = Instant::now() + patience;
+        let mut state = self.state();
+        while state.writing || !state.waiting.is_empty() {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            state = self.written.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        true
+    }
+
+    fn run(&self, write: &impl Fn(&[u8]) -> io::Result<()>) {
+        let mut lines = Vec::new();
+        loop {
+            let mut state = self.state();
+            while state.waiting.is_empty() {
+                state = self.arrived.wait(state).unwrap_or_else(PoisonError::into_inner);
+            }
+            lines.clear();
+            // One burst of lines must not hold its memory for ever.
+            lines.shrink_to(64 * 1024);
+            std::mem::swap(&mut lines, &mut state.waiting);
+            state.writing = true;
+            drop(state);
+            // Blocks for as long as the reader stands still.
+            let result = write(&lines);
+            if result.is_err() {
+                // How many of them arrived is not known.
+                self.count_dropped(lines.iter().filter(|byte| **byte == b'\n').count() as u64);
+            }
+            let mut state = self.state();
+            state.writing = false;
+            state.stalled = false;
+            let untold = if result.is_ok() { std::mem::take(&mut state.untold) } else { 0 };
+            drop(state);
+            self.written.notify_all();
+            if untold > 0 {
+                tracing::warn!(dropped = untold, "the log's reader stood still: these lines were dropped");
+            }
+        }
+    }
+
+    fn count_dropped(&self, lines: u64) {
+        self.dropped.fetch_add(lines, Ordering::Relaxed);
+        metrics::log_lines_dropped(lines);
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// tracing-subscriber writes each line with one call.
+impl Write for &LogQueue {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        self.push(line);
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Makes panics lines of the log. The standard library's own hook writes to the standard error itself, and would hang the thread
+/// that panics, with its lock held, where the reader stands still.
+pub fn log_panics(queue: Arc<LogQueue>) {
+    std::panic::set_hook(Box::new(move |panic| {
+        let thread = std::thread::current();
+        let thread = thread.name().unwrap_or("unnamed");
+        let message = panic.payload_as_str().unwrap_or("a value that is no text");
+        let place = panic.location().map(ToString::to_string).unwrap_or_default();
+        let backtrace = std::backtrace::Backtrace::capture();
+        if backtrace.status() == std::backtrace::BacktraceStatus::Captured {
+            tracing::error!(thread, message, place, %backtrace, "a thread panicked");
+        } else {
+            tracing::error!(thread, message, place, "a thread panicked");
+        }
+        // The process may abort as soon as this returns: where unwinding is not possible.
+        queue.flush_unless_stalled();
+    }));
+}
+
+/// A writer to the standard output for what a daemon announces: its reader may stand still, too, and it is not what the daemon is
+/// for, so that it may as well be missing.
+pub fn announce(lines: Vec<String>) {
+    let print = |stdout: BorrowedFd<'_>, lines: &[String]| {
+        let text = lines.iter().map(|line| format!("{line}\n")).collect::<String>();
+        if let Err(error) = write_all(stdout, text.as_bytes()) {
+            tracing::warn!(%error, "the standard output cannot be written: {}", lines.join(", "));
+        }
+    };
+    let thread = std::thread::Builder::new().name("stdout".to_owned());
+    if let Err(error) = thread.spawn(move || print(rustix::stdio::stdout(), &lines)) {
+        tracing::warn!(%error, "no thread to write to the standard output");
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc::{Receiver, Sender, channel};
+
+    /// A queue whose reader takes lines only when it is told to, and tells what it took.
+    fn queue() -> (Arc<LogQueue>, Sender<io::Result<()>>, Receiver<Vec<u8>>) {
+        let (go, going) = channel();
+        let (tell, told) = channel();
+        let write = move |lines: &[u8]| {
+            let result = going.recv().unwrap_or(Ok(()));
+            let _ = tell.send(lines.to_vec());
+            result
+        };
+        (LogQueue::start_writing(write).unwrap(), go, told)
+    }
+
+    #[test]
+    fn a_reader_that_stands_still_costs_lines_and_nothing_else() {
+        let (queue, go, told) = queue();
+        let line = [b'x'; 1023].iter().chain(b"\n").copied().collect::<Vec<_>>();
+        queue.push(b"first\n");
+        // The writer has it, or will: what follows waits either way.
+        let lines = ROOM / line.len() + 10;
+        let begun = Instant::now();
+        (0..lines).for_each(|_| queue.push(&line));
+        assert!(!queue.flush_within(Duration::from_millis(10)) && begun.elapsed() < Duration::from_secs(10));
+        let dropped = queue.dropped();
+        assert!((9..=11).contains(&dropped), "{dropped}");
+        // It reads again, and gets the oldest.
+        drop(go);
+        assert!(queue.flush_within(Duration::from_secs(10)));
+        let read: Vec<u8> = told.try_iter().flatten().collect();
+        assert!(read.starts_with(b"first\n"));
+        assert_eq!(read.len() as u64, 6 + (lines as u64 - dropped) * line.len() as u64);
+        assert_eq!(queue.state().untold, 0, "it was told how many are missing");
+        queue.push(b"again\n");
+        assert!(queue.flush());
+        assert_eq!(told.try_iter().last().unwrap(), b"again\n");
+    }
+
+    #[test]
+    fn nobody_waits_twice_for_a_reader_that_stands_still() {
+        let (queue, go, _told) = queue();
+        queue.push(b"line\n");
+        queue.flush_unless_stalled();
+        assert!(queue.state().stalled);
+        let begun = Instant::now();
+        (0..100).for_each(|_| queue.flush_unless_stalled());
+        assert!(begun.elapsed() < LAST_LINES * 50);
+        drop(go);
+        assert!(queue.flush_within(Duration::from_secs(10)));
+        assert!(!queue.state().stalled);
+    }
+
+    #[test]
+    fn lines_that_could_not_be_written_are_counted() {
+        let (queue, go, told) = queue();
+        go.send(Err(io::ErrorKind::StorageFull.into())).unwrap();
+        queue.push(b"one\ntwo\n");
+        assert!(queue.flush());
+        assert_eq!(queue.dropped(), 2);
+        drop(go);
+        queue.push(b"three\n");
+        assert!(queue.flush());
+        assert_eq!(told.try_iter().last().unwrap(), b"three\n");
+    }
+}

@@ -1,0 +1,112 @@
+//! `claviger serve`: start, serve, stop.
+//!
+//! Nothing here waits for something without a bound: not for a module that hangs, nor for a disk, a log or a service manager that
+//! does not answer. A signal to stop is acted on at any time.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use claviger_hsm::Cluster;
+use claviger_process::signals::{Hangup, Starting};
+use claviger_process::threads;
+use tokio::time::timeout;
+
+use crate::cli::Failure;
+use crate::config::Config;
+use crate::daemon::{Daemon, load_cluster};
+use crate::{log, notify, preflight, process, reload};
+
+/// Threads of a daemon beside the runtime's and those of its members: the audit trail's, and one to announce its addresses.
+const OWN_THREADS: usize = 2;
+/// Threads that a member cannot do without: one to initialise its module, one for a session.
+const MEMBER_THREADS: usize = 2;
+/// How long an interrupted start may take to clean up.
+const ABANDON: Duration = Duration::from_secs(1);
+/// What a stop may take beyond `server.drain_timeout_ms`: commands of administrators, sessions, the audit trail.
+const STOP_MARGIN: Duration = Duration::from_secs(35);
+/// How long work on files may go on after the stop.
+const LAST_FILES: Duration = Duration::from_secs(2);
+
+/// Serves until a signal tells it to stop.
+///
+/// # Errors
+/// Why it cannot start, or did not stop in time.
+pub fn run(file: PathBuf, starting: &Starting) -> Result<(), Failure> {
+    process::no_core_dumps()?;
+    process::raise_open_files()?;
+    let config = Config::load(&file)?;
+    preflight::pass(&config)?;
+    threads::ensure_runtime(needed_threads(&config))?;
+    let cluster = load_cluster(&config)?;
+    let runtime = threads::runtime(needed_threads(&config))?;
+    let result = runtime.block_on(serve(file, config, cluster, starting));
+    // A thread that hangs in a disk is left behind.
+    runtime.shutdown_timeout(LAST_FILES);
+    result
+}
+
+/// Beside those of the runtime.
+#[must_use]
+pub fn needed_threads(config: &Config) -> usize {
+    OWN_THREADS + MEMBER_THREADS * config.hsm.len()
+}
+
+async fn serve(file: PathBuf, config: Config, cluster: Cluster, starting: &Starting) -> Result<(), Failure> {
+    let stop = process::shutdown_signal()?;
+    tokio::pin!(stop);
+    let hangups = reload::hangups()?;
+    starting.done();
+    let drain = config.server.drain_timeout();
+    // A task of its own: whatever it waits for, the signal is heard here.
+    let mut start = tokio::spawn(Daemon::start(config, cluster.clone()));
+    let daemon = tokio::select! {
+        biased;
+        signal = &mut stop => {
+            tracing::info!(signal, "stopped before the start was complete");
+            start.abort();
+            let _ = timeout(ABANDON, start).await;
+            let _ = timeout(ABANDON, cluster.close()).await;
+            return Ok(());
+        }
+        daemon = &mut start => daemon,
+    };
+    let daemon = match daemon {
+        Ok(Ok(daemon)) => daemon,
+        failed => {
+            // A vendor's library does not survive the end of the process with threads inside.
+            cluster.close().await;
+            return Err(match failed {
+                Ok(Err(error)) => error.into(),
+                Err(error) => error.into(),
+                Ok(Ok(_)) => "the daemon did not start".into(),
+            });
+        }
+    };
+    log::announce(vec![
+        format!("listening on {}", daemon.url()),
+        format!("metrics on http://{}", daemon.metrics_address),
+    ]);
+    let reloading = tokio::spawn(follow(hangups, starting.hangup(), file, &daemon));
+    let signal = stop.await;
+    reloading.abort();
+    tracing::info!(signal, "stopping");
+    let stopped = tokio::spawn(async {
+        tokio::join!(notify::stopping(), daemon.stop());
+    });
+    timeout(drain + STOP_MARGIN, stopped).await.map_err(|_| "the daemon did not stop in time")??;
+    Ok(())
+}
+
+/// Tells the service manager that the daemon serves, and reloads the configuration when told to.
+fn follow(
+    hangups: tokio::signal::unix::Signal,
+    hangup: Hangup,
+    file: PathBuf,
+    daemon: &Daemon,
+) -> impl Future<Output = ()> + Send + 'static {
+    let (service, tls) = (daemon.service.clone(), daemon.tls.clone());
+    async move {
+        notify::ready().await;
+        reload::follow(hangups, hangup, file, service, tls).await;
+    }
+}
