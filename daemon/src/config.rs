@@ -43,7 +43,8 @@ pub struct Config {
 pub struct Server {
     /// Address and port of `/KeyProtection` and `/Attestation`. Default: `127.0.0.1:8080`.
     pub listen: SocketAddr,
-    /// Address and port of `/metrics`, `/live` and `/ready`. Default: `127.0.0.1:9464`.
+    /// Address and port of `/metrics`, `/live` and `/ready`. To be closed to hosts and tenants: it asks for no password.
+    /// Default: `127.0.0.1:9464`.
     pub metrics: SocketAddr,
     /// Folder of `state.db`, `audit.jsonl` and the administrators' socket; made when missing, with mode 0700.
     /// Default: `/var/lib/claviger`.

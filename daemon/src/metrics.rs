@@ -122,11 +122,11 @@ metrics! {
     HSM_PRIORITY: GaugeReading Count "claviger_hsm_priority" ["hsm"]
         "Priority of a member: of those that are up, the ones with the smallest serve, and the others stand by.";
     HSM_CALLS: Counter Count "claviger_hsm_calls_total" ["hsm", "op", "rv"]
-        "Operations at a token that returned, by class of return code: ok, refused, unable, stale, busy, pin, broken.";
+        "Operations at a token that returned, by class of return code: ok, refused, unable, stale, busy, pin, broken. A decryption whose result its check does not accept is refused, whatever the token said.";
     HSM_SERVICE_TIME: Histogram(HSM_SECONDS) Seconds "claviger_hsm_service_time_seconds" ["hsm", "op"]
-        "How long a token took for an operation that returned, without any queueing.";
+        "How long a token took for an operation that returned, without any queueing. A refused decryption is booked with what accepted ones usually take.";
     HSM_RESPONSE_TIME: Histogram(HSM_SECONDS) Seconds "claviger_hsm_response_time_seconds" ["hsm", "op"]
-        "How long an operation took at a member from its submission to its result, with queueing.";
+        "How long an operation took at a member from its submission to its result, with queueing. The token's part of a refused decryption is what accepted ones usually take.";
     HSM_BATCH_JOBS: Histogram(SIZES) Count "claviger_hsm_batch_jobs" ["hsm"]
         "Operations that a session took from its member's queue at once.";
     HSM_IN_FLIGHT: GaugeReading Count "claviger_hsm_in_flight" ["hsm"]
@@ -162,7 +162,7 @@ metrics! {
     HSM_KEY_SEARCHES: Counter Count "claviger_hsm_key_searches_total" ["hsm"]
         "Searches for key objects on a member's token: one for a session, none for a release.";
     HSM_CPU: CounterReading Seconds "claviger_hsm_cpu_seconds_total" ["hsm"]
-        "Processor time of this process within operations of a member's token: its library's.";
+        "Processor time of this process within operations of a member's token: its library's. A refused decryption is booked with what accepted ones usually take.";
 
     CERTIFICATE_EXPIRY: GaugeReading Seconds "claviger_certificate_expiry_timestamp_seconds" ["kind", "certificate"]
         "When a certificate ends, in seconds since 1970, by kind (signing, encryption, attestation, tls) and the first 8 digits of its thumbprint.";

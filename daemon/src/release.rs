@@ -136,7 +136,10 @@ pub async fn roll_protector(
         Err(error) if error.is_data() => {
             // It was decrypted again and again before it was refused.
             charge(OPINIONS - 1);
-            return Err(refuse_on_the_grid(attempt.started()).await);
+            let refusal = refuse_on_the_grid(attempt.started()).await;
+            // The time on record ends on the grid, too.
+            attempt.waited_for_hsms(asked);
+            return Err(refusal);
         }
         Err(error) => return Err(unavailable(&error, "decrypt")),
     };

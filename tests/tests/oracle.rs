@@ -22,6 +22,64 @@ fn constant(mut answer: Answer) -> Answer {
     answer
 }
 
+/// Nor do the metrics tell them apart: neither by class nor by time.
+#[test]
+fn the_metrics_of_a_garbled_and_a_wrong_transport_key_are_alike() {
+    const REFUSALS: usize = 12;
+    const CLASSES: [&str; 7] = ["ok", "refused", "unable", "stale", "busy", "pin", "broken"];
+    let lab = Lab::make(Options { hsms: 1, vms: 1, ..Options::default() });
+    let daemon = lab.serve();
+    let (health, guardian) =
+        block(async { (lab.host(daemon.client()).attest().await.unwrap(), metadata(&daemon.client()).await) });
+    let owner = lab.owner();
+    let (file, _) = with_oaep(&owner, &guardian, Oaep::SHA1);
+    let send = |file: &[u8]| {
+        let request = post(ROLL, "application/xml", &roll_request(&health, file));
+        Connection::open(daemon.address()).unwrap().exchange(&request).unwrap().status
+    };
+    for _ in 0..4 {
+        assert_eq!(send(&file), 200);
+    }
+    // What the page shows of decryptions: by class, how many have a time, and the sum of these times; the latency of the member.
+    let look = || {
+        let page = block(daemon.metrics());
+        let sum = |name: &str, labels: &[(&str, &str)]| page.sum(name, labels).unwrap_or_default();
+        let decrypt = ("op", "decrypt");
+        let mut seen: Vec<f64> =
+            CLASSES.iter().map(|rv| sum("claviger_hsm_calls_total", &[decrypt, ("rv", rv)])).collect();
+        for name in ["claviger_hsm_service_time_seconds", "claviger_hsm_response_time_seconds"] {
+            seen.push(sum(&format!("{name}_count"), &[decrypt]));
+        }
+        (seen, sum("claviger_hsm_service_time_seconds_sum", &[decrypt]))
+    };
+    let refused_by = |change: &dyn Fn(&[u8]) -> Vec<u8>| {
+        let before = look();
+        for _ in 0..REFUSALS {
+            assert_eq!(send(&with_cipher(&owner, &file, change)), 400);
+        }
+        let after = look();
+        let counts: Vec<f64> = after.0.iter().zip(&before.0).map(|(after, before)| after - before).collect();
+        (counts, after.1 - before.1)
+    };
+    let garbled = refused_by(&|cipher| {
+        let mut cipher = cipher.to_vec();
+        cipher[100] ^= 4;
+        cipher
+    });
+    let wrong = refused_by(&|_| {
+        let other = claviger_protocol::build::fresh_transport_key().unwrap();
+        guardian.encryption_key.encrypt_oaep(Oaep::SHA1, &other[..]).unwrap()
+    });
+    println!("garbled {garbled:?}, wrong {wrong:?}");
+    assert_eq!(garbled.0, wrong.0, "{:?}", CLASSES);
+    let decryptions = garbled.0[CLASSES.iter().position(|rv| *rv == "refused").unwrap()];
+    assert!(decryptions >= REFUSALS as f64, "{garbled:?}");
+    assert_eq!(garbled.0.iter().sum::<f64>(), 3.0 * decryptions, "one class, and one time each: {garbled:?}");
+    // Nothing was accepted in between: each was booked with the very same time.
+    assert!((garbled.1 - wrong.1).abs() < 1e-9 * decryptions, "{garbled:?}, {wrong:?}");
+    assert!(daemon.stop().success());
+}
+
 #[test]
 fn a_garbled_and_a_wrong_transport_key_are_refused_alike() {
     let lab = Lab::make(Options { hsms: 2, vms: 1, ..Options::default() });

@@ -10,7 +10,8 @@ use crate::identity::KeyRef;
 use crate::keys::KeyId;
 use crate::pin_tries::PinTries;
 
-/// What a return code comes to, in a word for labels: `ok`; `refused`, the input is at fault, or may be; `unable`, this key
+/// What a return code comes to, in a word for labels: `ok`; `refused`, the input is at
+/// fault, or may be: for a decryption also when the token gave a result that its check refused; `unable`, this key
 /// or token is not made for it; `stale`, a session or handle is to be renewed; `busy`, the token has no room now; `pin`, it
 /// refuses the PIN; `broken`, the device is ill or away. For the last four the member is to blame.
 pub const RV_CLASSES: [&str; 7] = ["ok", "refused", "unable", "stale", "busy", "pin", "broken"];
@@ -155,7 +156,7 @@ impl HsmError {
         matches!(self, HsmError::NoSuchKey(_)) || (fault.whose == Whose::Member && fault.fate != Fate::Keep)
     }
 
-    fn class(&self) -> &'static str {
+    pub(crate) fn class(&self) -> &'static str {
         let Fault { whose, fate, .. } = self.fault();
         match (self, whose, fate) {
             (HsmError::Pkcs11 { rv, .. }, ..) if rv.starts_with("CKR_PIN_") => "pin",

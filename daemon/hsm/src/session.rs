@@ -2,6 +2,7 @@
 //!
 //! The handles belong to the session and die with it.
 
+use std::cell::Cell;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -26,6 +27,7 @@ use crate::keys::{KeyId, NewKey, Oaep, RsaPrivateParts, RsaPublic};
 use crate::module::Module;
 use crate::oaep;
 use crate::request::{Answer, Check, Request, first_known, known_for};
+use crate::usual_cost::Cost;
 
 /// How long a session that looked for an unknown key in vain waits before it looks again.
 const SEARCH_PAUSE: Duration = Duration::from_secs(2);
@@ -54,6 +56,36 @@ pub(crate) struct OpenSession<'a> {
     keys_made: u64,
     /// When a key was last looked for in vain.
     searched_again: Option<Instant>,
+    /// Processor time of operations that is not added to the member's sum yet.
+    unbooked: Cell<Duration>,
+}
+
+/// What an operation came to, before it is known who is to blame.
+enum Finding {
+    Right(Zeroizing<Vec<u8>>),
+    /// The input or the member is at fault: by a `wrong` result, or by an error.
+    Doubtful {
+        wrong: bool,
+    },
+    /// The member's failure, or its lack.
+    Failed(HsmError),
+}
+
+impl Finding {
+    fn of(result: Result<Zeroizing<Vec<u8>>, HsmError>, check: Option<&Check>) -> Self {
+        match result {
+            Ok(octets) if check.is_none_or(|check| check(&octets)) => Finding::Right(octets),
+            Ok(_) => Finding::Doubtful { wrong: true },
+            Err(error) if matches!(error.fault().whose, Whose::Caller | Whose::Unclear) => {
+                // A random key is checked for nothing, so that this takes as long as a wrong one.
+                let mut random = Zeroizing::new([0; 32]);
+                let _ = SystemRandom::new().fill(&mut *random);
+                let _ = check.is_none_or(|check| check(&*random));
+                Finding::Doubtful { wrong: false }
+            }
+            Err(error) => Finding::Failed(error),
+        }
+    }
 }
 
 impl<'a> OpenSession<'a> {
@@ -66,8 +98,15 @@ impl<'a> OpenSession<'a> {
             session => session,
         }?;
         shared.session_opened(generation);
-        let mut open =
-            OpenSession { shared, session, generation, keys: KeyTable::default(), keys_made: 0, searched_again: None };
+        let mut open = OpenSession {
+            shared,
+            session,
+            generation,
+            keys: KeyTable::default(),
+            keys_made: 0,
+            searched_again: None,
+            unbooked: Cell::default(),
+        };
         open.search()?;
         shared.try_out(|| open.find_schemes());
         Ok(open)
@@ -79,8 +118,11 @@ impl<'a> OpenSession<'a> {
         let (shared, op) = (self.shared, request.op());
         match request {
             Request::Decrypt { check, .. } | Request::Sign { check, .. } => {
-                let result = shared.observed(op, || self.calculate(request));
-                self.judge(request, result, check.as_ref()).map(Answer::Octets)
+                let started = Instant::now();
+                let result = self.calculate(request);
+                let finding = Finding::of(result, check.as_ref());
+                self.book(request, &finding, started.elapsed());
+                self.judge(request, finding).map(Answer::Octets)
             }
             Request::Probe => self.probe().map(|()| Answer::Done),
             Request::Random(len) => shared.observed(op, || {
@@ -117,16 +159,34 @@ impl<'a> OpenSession<'a> {
         }
     }
 
-    /// An operation of the token, and what it takes of a processor: soft tokens work in this very thread.
+    /// An operation of the token. What it takes of a processor is noted: soft tokens work in this very thread.
     fn on_token<T>(&self, work: impl FnOnce(&Module) -> Result<T, HsmError>) -> Result<T, HsmError> {
         let before = thread_time();
         let result = work(&self.shared.module);
-        self.shared.spent(thread_time().saturating_sub(before));
+        self.unbooked.set(self.unbooked.get() + thread_time().saturating_sub(before));
         if let Err(error) = &result {
             // At the login of a key with CKA_ALWAYS_AUTHENTICATE.
             self.shared.heed_refused_pin(error);
         }
         result
+    }
+
+    /// Observes an operation, once. A decryption that may be the caller's fault is one class, and one time, whatever the token
+    /// said: metrics are no oracle. The check of its result took place before.
+    fn book(&self, request: &Request, finding: &Finding, took: Duration) {
+        let (shared, op) = (self.shared, request.op());
+        let own = Cost { took, processor: self.unbooked.take() };
+        let (rv, cost) = match (request, finding) {
+            (Request::Decrypt { .. }, Finding::Right(_)) => ("ok", shared.usual_decryption.booked(own, true)),
+            (Request::Decrypt { .. }, Finding::Doubtful { .. }) => {
+                ("refused", shared.usual_decryption.booked(own, false))
+            }
+            (_, Finding::Right(_) | Finding::Doubtful { wrong: true }) => ("ok", own),
+            (_, Finding::Doubtful { wrong: false }) => ("refused", own),
+            (_, Finding::Failed(error)) => (error.class(), own),
+        };
+        shared.spent(cost.processor);
+        shared.observe_call(op, rv, cost.took);
     }
 
     /// The PIN, for a key that wants a login for every operation.
@@ -137,23 +197,11 @@ impl<'a> OpenSession<'a> {
     /// A result that its own check accepts is right, whoever made it. Any other way that an operation can have gone wrong
     /// with its input, an error or a wrong result, is the same from here on, in what is done and in what is said, so that
     /// nobody learns which it was.
-    fn judge(
-        &mut self,
-        request: &Request,
-        result: Result<Zeroizing<Vec<u8>>, HsmError>,
-        check: Option<&Check>,
-    ) -> Result<Zeroizing<Vec<u8>>, HsmError> {
-        let wrong = match result {
-            Ok(octets) if check.is_none_or(|check| check(&octets)) => return Ok(octets),
-            Ok(_) => true,
-            Err(error) if matches!(error.fault().whose, Whose::Caller | Whose::Unclear) => {
-                // A key that nobody has is checked for nothing, so that this takes as long as a wrong one.
-                let mut nobodys = Zeroizing::new([0; 32]);
-                let _ = SystemRandom::new().fill(&mut *nobodys);
-                let _ = check.is_none_or(|check| check(&*nobodys));
-                false
-            }
-            Err(error) => return Err(error),
+    fn judge(&mut self, request: &Request, finding: Finding) -> Result<Zeroizing<Vec<u8>>, HsmError> {
+        let wrong = match finding {
+            Finding::Right(octets) => return Ok(octets),
+            Finding::Doubtful { wrong } => wrong,
+            Finding::Failed(error) => return Err(error),
         };
         let blamed = if wrong && matches!(request, Request::Sign { .. }) {
             // No input of a caller's makes a signature wrong.
@@ -208,6 +256,7 @@ impl<'a> OpenSession<'a> {
         // The input is right: a member that refuses it is ill.
         let rv = Some(class(&result)).filter(|rv| *rv != "refused").unwrap_or("broken");
         self.shared.observe_call("probe", rv, started.elapsed());
+        self.shared.spent(self.unbooked.take());
         match result {
             Ok(octets) if known.accepts(&octets) => Ok(()),
             Ok(_) => {
@@ -317,7 +366,9 @@ impl<'a> OpenSession<'a> {
         let decrypt = |module: &Module| {
             module.decrypt(&self.session, &oaep.mechanism(), key.handle, own_login.as_ref(), &nonsense, room)
         };
-        match self.on_token(decrypt) {
+        let tried = self.on_token(decrypt);
+        self.shared.spent(self.unbooked.take());
+        match tried {
             Err(error) if refused(&error) => Ok(Scheme::Raw),
             Err(error) if error.fault().fate != Fate::Keep => Err(error),
             // The key may not decrypt: nothing was learnt about the parameters.

@@ -17,7 +17,6 @@ use std::time::{Duration, Instant};
 use crossbeam::channel::{self, Receiver, Sender, TrySendError};
 use tokio::sync::oneshot;
 
-use crate::Event;
 use crate::cluster::member::Lease;
 use crate::cluster::shared::{InFlight, Shared};
 use crate::error::HsmError;
@@ -269,6 +268,7 @@ fn serve<'a>(
             take_share(shared, generation, desk);
         }
         while let Some((request, deadline, submitted)) = desk.next() {
+            let begun = Instant::now();
             let result = perform(shared, generation, &mut session, &request, deadline);
             let ended = match &result {
                 Ok(_) => false,
@@ -276,7 +276,7 @@ fn serve<'a>(
                 Err(error) => error.fault().fate != Fate::Keep,
             };
             let ended = ended || session.is_none();
-            shared.observe(Event::Answered { op: request.op(), took: submitted.elapsed() });
+            shared.observe_answer(&request, result.as_ref().map(drop), submitted, begun);
             shared.done(&request, result.as_ref().map(drop), submitted, generation);
             if ended || generation != shared.generation() || desk.lock().given_up {
                 // Closed before anybody hears of it, so that a token that counts sessions has room for the next.

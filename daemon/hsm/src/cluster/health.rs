@@ -144,6 +144,11 @@ impl Health {
 
     pub(crate) fn succeeded(&mut self, took: Duration, now: Instant) {
         self.latency.observe(took, now);
+        self.answered(now);
+    }
+
+    /// The member did what it was asked for, and the input was refused.
+    pub(crate) fn answered(&mut self, now: Instant) {
         self.breaker.success(now);
         self.doubt = None;
     }

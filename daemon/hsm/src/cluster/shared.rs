@@ -25,6 +25,7 @@ use crate::module::Module;
 use crate::pin_tries::{PinTries, Word};
 use crate::policy::batch;
 use crate::request::{KnownGood, Outcome, Request, first_known};
+use crate::usual_cost::{Cost, UsualCost};
 use crate::worker::{Desk, Job};
 use crate::{Event, Observer};
 
@@ -86,6 +87,7 @@ pub(crate) struct Shared {
     pub(super) in_flight: AtomicUsize,
     /// Processor time within operations of the token, in nanoseconds.
     pub(super) spent: AtomicU64,
+    pub(crate) usual_decryption: UsualCost,
     /// Operations that returned.
     pub(super) calls: AtomicU64,
     /// How long they took together, in nanoseconds, without queueing.
@@ -179,6 +181,7 @@ impl Shared {
             open: AtomicUsize::new(0),
             in_flight: AtomicUsize::new(0),
             spent: AtomicU64::new(0),
+            usual_decryption: UsualCost::default(),
             calls: AtomicU64::new(0),
             worked: AtomicU64::new(0),
             faults: AtomicU64::new(0),
@@ -229,6 +232,26 @@ impl Shared {
             self.faults.fetch_add(1, Ordering::Relaxed);
         }
         self.observe(Event::Call { op, rv, took });
+    }
+
+    /// A session has worked off a request that it began at `begun`. For one that was refused the token's part of the time is the
+    /// usual one, as in [`observe_call`](Self::observe_call).
+    pub(crate) fn observe_answer(
+        &self,
+        request: &Request,
+        result: Result<(), &HsmError>,
+        submitted: Instant,
+        begun: Instant,
+    ) {
+        let took = begun.elapsed();
+        let took = match (request, result) {
+            (Request::Decrypt { .. }, Err(error)) if may_be_data(error) => {
+                self.usual_decryption.booked(Cost { took, processor: Duration::ZERO }, false).took
+            }
+            _ => took,
+        };
+        let queued = begun.saturating_duration_since(submitted);
+        self.observe(Event::Answered { op: request.op(), took: queued + took });
     }
 
     /// A plaintext or signature was wrong, by the member's own fault.
@@ -329,9 +352,9 @@ impl Shared {
                 false
             }
             Err(error) if error.fault().whose == Whose::Member => self.health().failed(error, took, now),
-            // Whoever is to blame, the member answered.
+            // The member answered. How fast is told for what was accepted only: see `usual_cost`.
             Err(_) => {
-                self.health().succeeded(took, now);
+                self.health().answered(now);
                 false
             }
         };
@@ -671,6 +694,11 @@ impl Shared {
         self.live_threads.fetch_add(1, Ordering::AcqRel);
         LiveThread(Arc::clone(self))
     }
+}
+
+/// Whether the input may be at fault, or was found to be.
+fn may_be_data(error: &HsmError) -> bool {
+    matches!(error, HsmError::WrongAnswer) || matches!(error.fault().whose, Whose::Caller | Whose::Unclear)
 }
 
 /// A panic under any of these locks leaves nothing half-done that would do harm.
