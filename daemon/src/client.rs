@@ -11,13 +11,13 @@ use hyper::client::conn::http1::{SendRequest, handshake};
 use hyper::header::{CONTENT_TYPE, HOST, HeaderValue};
 use hyper::{HeaderMap, Method, Request, StatusCode, Uri};
 use hyper_util::rt::TokioIo;
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, ServerName};
-use rustls::{ClientConfig, RootCertStore};
+use rustls::ClientConfig;
+use rustls::pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::TlsConnector;
 
 use crate::server::{BodyError, Pace, UpTo, read_body};
+use crate::trust::{self, AuthorityError, TlsFault};
 
 /// Largest answer that is read, in octets.
 pub const REPLY_LIMIT: usize = 32 * 1024 * 1024;
@@ -51,22 +51,18 @@ pub enum ClientError {
         problem: String,
     },
     /// The file of trusted certificates cannot be used.
-    #[error("{file} holds no certificate to trust ({problem}); give --ca a PEM file")]
-    Ca {
-        /// The file.
-        file: String,
-        /// What is wrong with it.
-        problem: String,
-    },
+    #[error("--ca: {0}")]
+    Ca(#[from] AuthorityError),
+    /// TLS cannot be set up.
+    #[error("TLS cannot be set up: {0}")]
+    Setup(rustls::Error),
     /// The server did not prove itself, or does not speak TLS.
-    #[error(
-        "no TLS with {server}: {source}; is its certificate in date, for this name, and one that --ca vouches for?"
-    )]
+    #[error("no TLS with {server}: {fault}")]
     Tls {
         /// Host and port.
         server: String,
-        /// What rustls says.
-        source: std::io::Error,
+        /// What is wrong, and what to do.
+        fault: TlsFault,
     },
     /// No connection to the server.
     #[error("no connection to {server}: {source}; does it run there?")]
@@ -245,7 +241,8 @@ impl Client {
         match &self.tls {
             None => self.shake_hands(stream).await,
             Some((tls, name)) => {
-                let untrusted = |source| ClientError::Tls { server: self.authority.clone(), source };
+                let untrusted =
+                    |error| ClientError::Tls { server: self.authority.clone(), fault: TlsFault::from(error) };
                 let stream = TlsConnector::from(tls.clone()).connect(name.clone(), stream).await;
                 self.shake_hands(stream.map_err(untrusted)?).await
             }
@@ -315,18 +312,10 @@ impl Client {
 
 /// TLS 1.2 and 1.3 with servers that the certificates in `ca` vouch for.
 fn tls_config(ca: &Path) -> Result<ClientConfig, ClientError> {
-    let bad = |problem: String| ClientError::Ca { file: ca.display().to_string(), problem };
-    let certificates = CertificateDer::pem_file_iter(ca).and_then(Iterator::collect::<Result<Vec<_>, _>>);
-    let mut roots = RootCertStore::empty();
-    for certificate in certificates.map_err(|error| bad(error.to_string()))? {
-        roots.add(certificate).map_err(|error| bad(error.to_string()))?;
-    }
-    if roots.is_empty() {
-        return Err(bad("it has none".to_owned()));
-    }
+    let roots = trust::authorities(ca)?;
     // The provider is named: the process-wide default may be missing, or another one.
     let builder = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()));
-    let builder = builder.with_safe_default_protocol_versions().map_err(|error| bad(error.to_string()))?;
+    let builder = builder.with_safe_default_protocol_versions().map_err(ClientError::Setup)?;
     Ok(builder.with_root_certificates(roots).with_no_client_auth())
 }
 
@@ -418,7 +407,7 @@ mod tests {
             assert!(message.contains(expected), "{url}: {message}");
         }
         let nowhere = Client::trusting("https://host", Some(Path::new("/nowhere.pem"))).unwrap_err().to_string();
-        assert!(nowhere.starts_with("/nowhere.pem holds no certificate to trust"), "{nowhere}");
+        assert!(nowhere.starts_with("--ca: /nowhere.pem: No such file"), "{nowhere}");
         let address = start(Limits::default());
         let client = Client::new(&format!("http://{address}")).unwrap().with_timeout(Duration::from_millis(300));
         let message = client.get("/slow").await.unwrap_err().to_string();

@@ -6,15 +6,16 @@
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::io::Read;
 use std::net::SocketAddr;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use claviger_protocol::pem::{self, TextError};
 use serde::{Deserialize, Serialize};
 use toml::de::{DeArray, DeTable, DeValue};
-use zeroize::{Zeroize, Zeroizing};
+use zeroize::Zeroizing;
+
+use crate::files::{self, FileError};
 
 /// The whole configuration file.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -232,17 +233,13 @@ pub enum TokenName<'a> {
 /// Why a member's PIN could not be read. No variant carries any part of the PIN.
 #[derive(Debug, thiserror::Error)]
 pub enum PinError {
-    /// The PIN file cannot be read.
-    #[error(
-        "the PIN of HSM {hsm:?} cannot be read from {}: {source}; check `pin_file` and who may read it", path.display()
-    )]
+    /// The PIN file cannot be read, or others may read it.
+    #[error("the PIN of HSM {hsm:?} cannot be read from {source}")]
     File {
         /// The member's name.
         hsm: String,
-        /// Its `pin_file`.
-        path: PathBuf,
-        /// What the operating system says.
-        source: std::io::Error,
+        /// What is wrong with its `pin_file`.
+        source: FileError,
     },
     /// The environment variable is not set.
     #[error("the PIN of HSM {hsm:?} is to come from the environment variable {variable}, which is not set; set it")]
@@ -260,9 +257,19 @@ pub enum PinError {
         /// The file or variable.
         place: String,
     },
-    /// What is there cannot be a PIN.
-    #[error("the PIN of HSM {hsm:?} in {place} is not UTF-8 text of at most 4096 octets; put only the user PIN there")]
+    /// What is there is no text.
+    #[error("the PIN of HSM {hsm:?} in {place} is {}, and is not tried; {}", source.problem(), source.advice())]
     NotText {
+        /// The member's name.
+        hsm: String,
+        /// The file or variable.
+        place: String,
+        /// What it is instead.
+        source: TextError,
+    },
+    /// What is there is more than a PIN.
+    #[error("the PIN of HSM {hsm:?} in {place} has several lines, and is not tried; put only the user PIN there")]
+    Lines {
         /// The member's name.
         hsm: String,
         /// The file or variable.
@@ -276,8 +283,10 @@ pub enum PinError {
     },
 }
 
-/// Longest PIN file that is read, in octets; a longer file is certainly not a PIN.
+/// Longest PIN file that is read, in bytes; a longer file is certainly not a PIN.
 const PIN_LIMIT: usize = 4096;
+/// Longest configuration file that is read, in bytes.
+const CONFIG_LIMIT: usize = 1024 * 1024;
 
 impl Hsm {
     /// How the token is found: by label or by serial number. `None` only in a value that was never validated.
@@ -289,28 +298,16 @@ impl Hsm {
         }
     }
 
-    /// Reads the user PIN from where the configuration says it is, without its trailing newline.
-    ///
-    /// Warns in the log when others than the file's owner and group may read it. Blocks on the file.
+    /// Reads the user PIN from where the configuration says it is, without a byte-order mark and its line break. Whatever else
+    /// cannot belong to a PIN is an error, because a token counts every wrong one. Blocks on the file.
     ///
     /// # Errors
-    /// [`PinError`] when it cannot be read or is empty.
+    /// [`PinError`] when it cannot be read, may be read by others, or is not one line of text.
     pub fn read_pin(&self) -> Result<Zeroizing<String>, PinError> {
         let hsm = || self.name.clone();
         let (bytes, place) = if let Some(path) = &self.pin_file {
-            let error = |source| PinError::File { hsm: hsm(), path: path.clone(), source };
-            let file = std::fs::File::open(path).map_err(error)?;
-            let mode = file.metadata().map_err(error)?.permissions().mode();
-            if mode & 0o006 != 0 {
-                tracing::warn!(
-                    hsm = self.name, file = %path.display(), mode = format!("{:04o}", mode & 0o7777),
-                    "the PIN file can be read or changed by everyone: chmod 0600 it"
-                );
-            }
-            // The capacity is given at once: a buffer that grows leaves copies of the PIN behind.
-            let mut bytes = Zeroizing::new(Vec::with_capacity(PIN_LIMIT + 1));
-            file.take(PIN_LIMIT as u64 + 1).read_to_end(&mut bytes).map_err(error)?;
-            (bytes, path.display().to_string())
+            let error = |source| PinError::File { hsm: hsm(), source };
+            (files::read_secret(path, PIN_LIMIT).map_err(error)?, path.display().to_string())
         } else if let Some(variable) = &self.pin_env {
             let value =
                 std::env::var_os(variable).ok_or_else(|| PinError::Unset { hsm: hsm(), variable: variable.clone() })?;
@@ -318,30 +315,25 @@ impl Hsm {
         } else {
             return Err(PinError::Unconfigured { hsm: hsm() });
         };
-        pin_from(bytes, &self.name, &place)
+        pin_from(&bytes, &self.name, &place)
     }
 }
 
-fn pin_from(mut bytes: Zeroizing<Vec<u8>>, hsm: &str, place: &str) -> Result<Zeroizing<String>, PinError> {
-    if bytes.len() > PIN_LIMIT {
-        return Err(PinError::NotText { hsm: hsm.to_owned(), place: place.to_owned() });
+fn pin_from(bytes: &[u8], hsm: &str, place: &str) -> Result<Zeroizing<String>, PinError> {
+    let (hsm, place) = (|| hsm.to_owned(), || place.to_owned());
+    let text = pem::text(bytes).map_err(|source| PinError::NotText { hsm: hsm(), place: place(), source })?;
+    let pin = files::one_line(text).ok_or_else(|| PinError::Lines { hsm: hsm(), place: place() })?;
+    if pin.is_empty() {
+        return Err(PinError::Empty { hsm: hsm(), place: place() });
     }
-    if bytes.last() == Some(&b'\n') {
-        bytes.pop();
-        if bytes.last() == Some(&b'\r') {
-            bytes.pop();
-        }
+    if pin.starts_with(char::is_whitespace) || pin.ends_with(char::is_whitespace) {
+        tracing::warn!(
+            hsm = hsm(),
+            place = place(),
+            "the PIN begins or ends with white space, which is taken as a part of it"
+        );
     }
-    if bytes.is_empty() {
-        return Err(PinError::Empty { hsm: hsm.to_owned(), place: place.to_owned() });
-    }
-    match String::from_utf8(std::mem::take(&mut *bytes)) {
-        Ok(pin) => Ok(Zeroizing::new(pin)),
-        Err(error) => {
-            error.into_bytes().zeroize();
-            Err(PinError::NotText { hsm: hsm.to_owned(), place: place.to_owned() })
-        }
-    }
+    Ok(Zeroizing::new(pin.to_owned()))
 }
 
 /// `[release]`: how releases are queued and timed.
@@ -464,12 +456,17 @@ impl Config {
     /// # Errors
     /// [`ConfigError`] names file, line and setting, and says what to do.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
-        let text = std::fs::read_to_string(path).map_err(|error| ConfigError {
-            file: path.to_owned(),
-            line: None,
-            setting: None,
-            problem: format!("the configuration cannot be read: {error}"),
-            advice: "check the path and who may read it".to_owned(),
+        let text = files::read_text(path, CONFIG_LIMIT).map_err(|error| {
+            let (problem, advice) = match error {
+                FileError::Io { source, .. } => {
+                    (format!("the configuration cannot be read: {source}"), "check the path and who may read it")
+                }
+                FileError::Text { source, .. } => {
+                    (format!("the configuration is {}", source.problem()), source.advice())
+                }
+                _ => (format!("the configuration is larger than {CONFIG_LIMIT} bytes"), "is it the right file?"),
+            };
+            ConfigError { file: path.to_owned(), line: None, setting: None, problem, advice: advice.to_owned() }
         })?;
         Self::parse(&text, path)
     }
@@ -884,28 +881,54 @@ sync = true
         }
         let message = parse("[server]\n").unwrap_err().to_string();
         assert!(message.contains("there is no HSM; add an [[hsm]] section"), "{message}");
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("claviger.toml");
+        let dos = format!("\u{feff}{}", LAB.replace('\n', "\r\n"));
+        std::fs::write(&file, &dos).unwrap();
+        assert_eq!(Config::load(&file).unwrap().hsm.len(), 2);
+        std::fs::write(&file, dos.encode_utf16().flat_map(u16::to_le_bytes).collect::<Vec<_>>()).unwrap();
+        let message = Config::load(&file).unwrap_err().to_string();
+        assert!(message.contains("the configuration is text in UTF-16") && message.contains("iconv"), "{message}");
         let message = Config::load(Path::new("/nowhere/claviger.toml")).unwrap_err().to_string();
         assert!(message.starts_with("/nowhere/claviger.toml: the configuration cannot be read"), "{message}");
     }
 
     #[test]
-    fn the_pin_is_read_without_its_newline_and_never_empty() {
+    fn the_pin_is_one_line_of_text_that_only_its_owner_reads() {
+        use std::os::unix::fs::PermissionsExt;
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("pin");
         let mut hsm = parse(LAB).unwrap().hsm.swap_remove(0);
         hsm.pin_file = Some(path.clone());
-        for (content, expected) in
-            [(&b"1234\n"[..], "1234"), (b"1234\r\n", "1234"), (b" 12 34 ", " 12 34 "), (b"1\n\n", "1\n")]
-        {
+        let write = |content: &[u8]| {
             std::fs::write(&path, content).unwrap();
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+        };
+        for (content, expected) in [
+            (&b"1234\n"[..], "1234"),
+            (b"1234\r\n", "1234"),
+            (b" 12 34 ", " 12 34 "),
+            (b"\xef\xbb\xbf1234\r\n", "1234"),
+        ] {
+            write(content);
             assert_eq!(*hsm.read_pin().unwrap(), expected);
         }
-        std::fs::write(&path, "\n").unwrap();
+        write(b"\xef\xbb\xbf\n");
         assert!(matches!(hsm.read_pin(), Err(PinError::Empty { .. })));
-        std::fs::write(&path, [0xff]).unwrap();
-        assert!(matches!(hsm.read_pin(), Err(PinError::NotText { .. })));
-        std::fs::write(&path, "9".repeat(5000)).unwrap();
-        assert!(matches!(hsm.read_pin(), Err(PinError::NotText { .. })));
+        write(&[0xff]);
+        assert!(matches!(hsm.read_pin(), Err(PinError::NotText { source: TextError::NotUtf8, .. })));
+        // Tried, each would be counted as a wrong PIN.
+        write(b"\xff\xfe1\x002\x00");
+        let said = hsm.read_pin().unwrap_err().to_string();
+        assert!(said.contains("UTF-16") && said.contains("is not tried"), "{said}");
+        write(b"1234\n\n");
+        assert!(matches!(hsm.read_pin(), Err(PinError::Lines { .. })));
+        write("9".repeat(5000).as_bytes());
+        assert!(matches!(hsm.read_pin(), Err(PinError::File { source: FileError::TooLong { .. }, .. })));
+        write(b"1234");
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).unwrap();
+        let said = hsm.read_pin().unwrap_err().to_string();
+        assert!(said.contains("others may read") && said.contains("run: chmod 600"), "{said}");
         std::fs::remove_file(&path).unwrap();
         assert!(matches!(hsm.read_pin(), Err(PinError::File { .. })));
         (hsm.pin_file, hsm.pin_env) = (None, Some("CLAVIGER_TEST_NO_SUCH_PIN".to_owned()));

@@ -158,6 +158,9 @@ impl Daemon {
         });
         let tls =
             config.server.tls.as_ref().map(tls_config).transpose()?.map(|tls| Arc::new(ArcSwap::from_pointee(tls)));
+        if let Some(tls) = &tls {
+            tls.load().warn();
+        }
         let listener = Listener::bind(config.server.listen)?.counted();
         let blocked = listener.blocked();
         let metrics_listener = Listener::bind(config.server.metrics)?;

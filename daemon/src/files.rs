@@ -1,5 +1,6 @@
-//! The files that commands read and write: read within bounds, secret ones only where nobody else may, and written for
-//! their owner alone, whole or not at all.
+//! The files that administrators hand over and that commands write. Reading has bounds, secrets are read only where others may
+//! not read them, and text, certificates and keys all go through one reader, [`claviger_protocol::input`]. What is written is
+//! for its owner alone, and is there whole or not at all.
 
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
@@ -7,12 +8,16 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use claviger_protocol::certificate::Certificate;
+use claviger_protocol::input::{self, InputError};
+use claviger_protocol::pem::{self, TextError};
+use claviger_protocol::rsa_key::RsaPrivateKey;
 use data_encoding::HEXLOWER;
 use ring::rand::{SecureRandom, SystemRandom};
 use zeroize::Zeroizing;
 
-/// Largest PEM file that is read, in octets.
-const MAX_PEM: usize = 64 * 1024;
+/// Largest file of certificates or keys that is read, in bytes: what all authorities of a Linux distribution need, four times.
+pub const MAX_PEM: usize = 1024 * 1024;
 /// What is set aside for a file that does not say how long it is, such as a pipe: no secret is longer.
 const UNKNOWN_LENGTH: usize = 64 * 1024;
 
@@ -28,19 +33,45 @@ pub enum FileError {
         source: io::Error,
     },
     /// It is longer than what it should be can be.
-    #[error("{}: larger than {limit} octets; is it the right file?", path.display())]
+    #[error("{}: larger than {limit} bytes; is it the right file?", path.display())]
     TooLong {
         /// The file.
         path: PathBuf,
         /// How many octets there may be.
         limit: usize,
     },
-    /// It is a secret, and no secret any more.
-    #[error("{file}: it is secret, and others may read or change it; run: chmod 600 {file}", file = .0.display())]
-    Exposed(PathBuf),
-    /// It is no text.
-    #[error("{}: not a text", .0.display())]
-    NotText(PathBuf),
+    /// It is a secret that others may read or change.
+    #[error("{file}: it is secret, and others may read or change it (mode {mode:04o}); run: chmod 600 {file}", file = path.display())]
+    Exposed {
+        /// The file.
+        path: PathBuf,
+        /// Who may do what with it.
+        mode: u32,
+    },
+    /// It is not text in UTF-8.
+    #[error("{}: {source}", path.display())]
+    Text {
+        /// The file.
+        path: PathBuf,
+        /// What it is instead.
+        source: TextError,
+    },
+    /// It does not hold the certificate or key that it should.
+    #[error("{}: {source}", path.display())]
+    Content {
+        /// The file.
+        path: PathBuf,
+        /// What it holds instead.
+        source: InputError,
+    },
+    /// It should hold one line, and holds several.
+    #[error("{}: it has several lines, and one is expected; put only the {what} there", path.display())]
+    Lines {
+        /// The file.
+        path: PathBuf,
+        /// What the line is.
+        what: &'static str,
+    },
     /// There is another one, which is not written over.
     #[error("{} is there already and is not written over; move it away or choose another name", .0.display())]
     InTheWay(PathBuf),
@@ -68,38 +99,104 @@ pub fn read(path: &Path, limit: usize) -> Result<Zeroizing<Vec<u8>>, FileError> 
     read_open(path, file, limit)
 }
 
-/// The same for a secret: a private key, a password. One that its group or others may read or change is refused.
+/// The same for a secret: a private key, a PIN, a password. There is one policy for all of them, that of [`is_exposed`].
 ///
 /// # Errors
 /// [`FileError::Exposed`], and those of [`read`].
 pub fn read_secret(path: &Path, limit: usize) -> Result<Zeroizing<Vec<u8>>, FileError> {
     let file = File::open(path).map_err(FileError::of(path))?;
     let metadata = file.metadata().map_err(FileError::of(path))?;
-    // A pipe's mode says nothing of who reads what comes down it.
-    if metadata.is_file() && metadata.mode() & 0o077 != 0 {
-        return Err(FileError::Exposed(path.to_owned()));
+    if is_exposed(&metadata) {
+        return Err(FileError::Exposed { path: path.to_owned(), mode: metadata.mode() & 0o777 });
     }
     read_open(path, file, limit)
 }
 
-/// Reads a PEM file.
-///
-/// # Errors
-/// [`FileError::NotText`], and those of [`read`].
-pub fn read_pem(path: &Path) -> Result<Zeroizing<String>, FileError> {
-    text(path, &read(path, MAX_PEM)?)
+/// Whether a secret in this file is one no more: only its owner may read and write it. The group may read a file of root's,
+/// because that is how root gives a secret to a service that runs as another user (as systemd's credentials and Debian's
+/// `ssl-cert` do).
+#[must_use]
+pub fn is_exposed(metadata: &fs::Metadata) -> bool {
+    let allowed = if metadata.uid() == 0 { 0o740 } else { 0o700 };
+    // The mode of a pipe does not say who reads what comes through it.
+    metadata.is_file() && metadata.mode() & 0o777 & !allowed != 0
 }
 
-/// Reads a PEM file with a private key.
+/// Reads a text in UTF-8; a byte-order mark before it is left out.
 ///
 /// # Errors
-/// [`FileError::NotText`], and those of [`read_secret`].
-pub fn read_secret_pem(path: &Path) -> Result<Zeroizing<String>, FileError> {
-    text(path, &read_secret(path, MAX_PEM)?)
+/// [`FileError::Text`], and those of [`read`].
+pub fn read_text(path: &Path, limit: usize) -> Result<Zeroizing<String>, FileError> {
+    text(path, &read(path, limit)?)
 }
 
-fn text(path: &Path, octets: &[u8]) -> Result<Zeroizing<String>, FileError> {
-    let text = std::str::from_utf8(octets).map_err(|_| FileError::NotText(path.to_owned()))?;
+/// The same for a secret.
+///
+/// # Errors
+/// [`FileError::Text`], and those of [`read_secret`].
+pub fn read_secret_text(path: &Path, limit: usize) -> Result<Zeroizing<String>, FileError> {
+    text(path, &read_secret(path, limit)?)
+}
+
+/// The same for a secret that is one line, such as a password; its line break is left out. `what` it is, for messages.
+///
+/// # Errors
+/// [`FileError::Text`], [`FileError::Lines`], and those of [`read_secret`].
+pub fn read_secret_line(path: &Path, limit: usize, what: &'static str) -> Result<Zeroizing<String>, FileError> {
+    let text = read_secret_text(path, limit)?;
+    match one_line(&text) {
+        Some(line) => Ok(Zeroizing::new(line.to_owned())),
+        None => Err(FileError::Lines { path: path.to_owned(), what }),
+    }
+}
+
+/// A text of one line, without its line break.
+#[must_use]
+pub fn one_line(text: &str) -> Option<&str> {
+    let line = text.strip_suffix('\n').unwrap_or(text);
+    let line = line.strip_suffix('\r').unwrap_or(line);
+    (!line.contains(['\n', '\r'])).then_some(line)
+}
+
+/// Reads the certificates of a file: all of them, or it is refused.
+///
+/// # Errors
+/// [`FileError::Content`], and those of [`read`].
+pub fn read_certificates(path: &Path) -> Result<Vec<input::Entry>, FileError> {
+    input::certificates(&read(path, MAX_PEM)?).map_err(content(path))
+}
+
+/// Reads the one certificate of a file.
+///
+/// # Errors
+/// [`FileError::Content`], and those of [`read`].
+pub fn read_certificate(path: &Path) -> Result<Certificate, FileError> {
+    input::certificate(&read(path, MAX_PEM)?).map_err(content(path))
+}
+
+/// Reads the one private key of a file, of any algorithm.
+///
+/// # Errors
+/// [`FileError::Content`], and those of [`read_secret`].
+pub fn read_private_key(path: &Path) -> Result<input::PrivateKey, FileError> {
+    input::private_key(&read_secret(path, MAX_PEM)?).map_err(content(path))
+}
+
+/// Reads the one RSA private key of a file.
+///
+/// # Errors
+/// [`FileError::Content`], and those of [`read_secret`].
+pub fn read_rsa_private_key(path: &Path) -> Result<RsaPrivateKey, FileError> {
+    input::rsa_private_key(&read_secret(path, MAX_PEM)?).map_err(content(path))
+}
+
+/// Makes an error of what is wrong with the content of `path`.
+pub fn content(path: &Path) -> impl Fn(InputError) -> FileError {
+    |source| FileError::Content { path: path.to_owned(), source }
+}
+
+fn text(path: &Path, bytes: &[u8]) -> Result<Zeroizing<String>, FileError> {
+    let text = pem::text(bytes).map_err(|source| FileError::Text { path: path.to_owned(), source })?;
     Ok(Zeroizing::new(text.to_owned()))
 }
 
@@ -278,7 +375,7 @@ mod tests {
         let file = folder.path().join("file");
         fs::write(&file, [7; 100]).unwrap();
         assert_eq!(read(&file, 100).unwrap().len(), 100);
-        assert!(read(&file, 99).unwrap_err().to_string().contains("larger than 99 octets"));
+        assert!(read(&file, 99).unwrap_err().to_string().contains("larger than 99 bytes"));
         // No length is announced there.
         assert!(read(Path::new("/dev/zero"), 1000).is_err());
         let missing = read(&folder.path().join("none"), 1).unwrap_err();
@@ -290,18 +387,58 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("file");
         fs::write(&file, "secret").unwrap();
-        for open in [0o640, 0o604, 0o620, 0o602] {
+        for open in [0o604, 0o620, 0o602, 0o644, 0o660] {
             fs::set_permissions(&file, fs::Permissions::from_mode(open)).unwrap();
             let said = read_secret(&file, 100).unwrap_err().to_string();
-            assert!(said.contains("others may read") && said.ends_with(&format!("chmod 600 {}", file.display())));
-            assert!(read_secret_pem(&file).is_err() && read_pem(&file).is_ok());
+            assert!(said.contains(&format!("others may read or change it (mode {open:04o})")), "{said}");
+            assert!(said.ends_with(&format!("chmod 600 {}", file.display())), "{said}");
+            assert!(read_secret_line(&file, 100, "secret").is_err() && read_text(&file, 100).is_ok());
+            for refused in [read_private_key(&file).err(), read_rsa_private_key(&file).err()] {
+                assert!(matches!(refused, Some(FileError::Exposed { .. })));
+            }
         }
         for own in [0o600, 0o400] {
             fs::set_permissions(&file, fs::Permissions::from_mode(own)).unwrap();
-            assert_eq!(*read_secret_pem(&file).unwrap(), "secret");
+            assert_eq!(*read_secret_line(&file, 100, "secret").unwrap(), "secret");
         }
-        assert!(read_secret(&file, 5).unwrap_err().to_string().contains("larger than 5 octets"));
+        // Only root may give a file to a group to read.
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o440)).unwrap();
+        let owner = fs::metadata(&file).unwrap().uid();
+        assert_eq!(read_secret(&file, 100).is_ok(), owner == 0);
+        if owner == 0 {
+            std::os::unix::fs::chown(&file, Some(65_534), None).unwrap();
+            assert!(matches!(read_secret(&file, 100), Err(FileError::Exposed { mode: 0o440, .. })));
+            std::os::unix::fs::chown(&file, Some(0), None).unwrap();
+        }
+        assert!(read_secret(&file, 5).unwrap_err().to_string().contains("larger than 5 bytes"));
         assert!(read_secret(Path::new("/dev/null"), 5).unwrap().is_empty(), "no file that could be anybody's");
+    }
+
+    #[test]
+    fn texts_are_read_as_windows_writes_them_or_their_encoding_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("file");
+        let line = |bytes: &[u8]| {
+            fs::write(&file, bytes).unwrap();
+            fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
+            read_secret_line(&file, 100, "password").map(|line| line.to_string()).map_err(|error| error.to_string())
+        };
+        for bytes in [&b"a b"[..], b"a b\n", b"a b\r\n", b"\xef\xbb\xbfa b", b"\xef\xbb\xbfa b\r\n"] {
+            assert_eq!(line(bytes).unwrap(), "a b");
+        }
+        assert_eq!(line(b"").unwrap(), "");
+        let utf16: Vec<u8> = "\u{feff}secret\r\n".encode_utf16().flat_map(u16::to_le_bytes).collect();
+        for (bytes, words) in [
+            (&utf16[..], "UTF-16"),
+            (b"Gr\xfc\xdfe", "not text in UTF-8"),
+            (b"secret\0\0", "NUL bytes"),
+            (b"one\ntwo\n", "several lines, and one is expected; put only the password there"),
+            (b"one\n\n", "several lines"),
+        ] {
+            let said = line(bytes).unwrap_err();
+            assert!(said.starts_with(&file.display().to_string()) && said.contains(words), "{said}");
+            assert!(!said.contains("secret") && !said.contains("one\n"), "{said}");
+        }
     }
 
     #[test]

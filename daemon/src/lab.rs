@@ -387,13 +387,11 @@ pub(crate) fn self_signed(common_name: &str, key: &RsaPrivateKey) -> Result<Cert
 }
 
 fn read_key(path: &Path) -> Result<RsaPrivateKey, LabError> {
-    let text = files::read_secret_pem(path)?;
-    RsaPrivateKey::from_pkcs8_pem(&text).map_err(|source| LabError::Key { what: path.display().to_string(), source })
+    Ok(files::read_rsa_private_key(path)?)
 }
 
 fn read_certificate(path: &Path) -> Result<Certificate, LabError> {
-    let what = path.display().to_string();
-    Certificate::from_pem(&files::read_pem(path)?).map_err(|source| LabError::Certificate { what, source })
+    Ok(files::read_certificate(path)?)
 }
 
 fn make_folder(path: &Path) -> Result<(), LabError> {

@@ -41,4 +41,5 @@ pub mod server;
 pub mod service;
 pub mod state;
 pub mod throttle;
+pub mod trust;
 pub mod usage;

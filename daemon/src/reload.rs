@@ -66,6 +66,7 @@ async fn reload(file: &Path, service: &Arc<Service>, tls: Option<&SharedTls>) ->
     // From here on every part stands for itself: what fails stays as it is, and is said.
     let mut next = Config::clone(&service.config.load());
     if let (Some(shared), Some(fresh)) = (tls, fresh) {
+        fresh.warn();
         shared.store(Arc::new(fresh));
         next.server.tls.clone_from(&config.server.tls);
     }

@@ -41,7 +41,7 @@ use crate::throttle::Throttle;
 
 pub(crate) use self::activity::Cut;
 pub use self::body::{BodyError, Intake, Pace, UpTo, read_body};
-pub use self::tls::{ServerTls, SharedTls, TlsError, certificates, tls_config};
+pub use self::tls::{Doubt, ServerTls, SharedTls, TlsError, tls_config};
 
 /// Most connections that the kernel holds for us before we accept them; it may itself allow fewer (`somaxconn`).
 const BACKLOG: u32 = 4096;

@@ -7,13 +7,13 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use claviger_client::{ConnectError, Endpoint, Lack};
+use claviger_protocol::input;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::client::conn::http1::{SendRequest, handshake};
 use hyper::header::{CONTENT_TYPE, HOST, HeaderValue, RETRY_AFTER};
 use hyper::{HeaderMap, Method, Request, Uri};
 use hyper_util::rt::TokioIo;
 use rustix::process::{Resource, getrlimit};
-use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{ClientConfig, RootCertStore};
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -326,13 +326,11 @@ fn retry_after(headers: &HeaderMap) -> Option<Duration> {
 
 fn trusting(ca: &Path) -> Result<ClientConfig, TargetError> {
     let bad = |problem: String| TargetError::Ca { file: ca.display().to_string(), problem };
+    let file = std::fs::read(ca).map_err(|error| bad(error.to_string()))?;
     let mut roots = RootCertStore::empty();
-    for certificate in CertificateDer::pem_file_iter(ca).map_err(|error| bad(error.to_string()))? {
-        let certificate = certificate.map_err(|error| bad(error.to_string()))?;
-        roots.add(certificate).map_err(|error| bad(error.to_string()))?;
-    }
-    if roots.is_empty() {
-        return Err(bad("the file holds none".to_owned()));
+    for entry in input::certificates(&file).map_err(|error| bad(error.to_string()))? {
+        let added = roots.add(CertificateDer::from(entry.der));
+        added.map_err(|error| bad(format!("{}: {error}; remove it from the file", entry.place)))?;
     }
     // The provider is named: the process-wide default may be missing, or another one.
     let builder = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()));

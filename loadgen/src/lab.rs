@@ -13,7 +13,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use claviger_protocol::certificate::Certificate;
+use claviger_protocol::input;
 use claviger_protocol::owner::Owner;
+use claviger_protocol::pem;
 use claviger_protocol::rsa_key::RsaPrivateKey;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -53,14 +55,13 @@ impl Lab {
         self.dir.join("loadgen")
     }
 
-    fn text(&self, file: &str) -> Result<String, Failure> {
+    fn read(&self, file: &str) -> Result<Vec<u8>, Failure> {
         let path = self.dir.join(file);
-        std::fs::read_to_string(&path)
-            .map_err(|error| format!("{}: {error}; is this the lab's folder?", path.display()).into())
+        std::fs::read(&path).map_err(|error| format!("{}: {error}; is this the lab's folder?", path.display()).into())
     }
 
     fn key(&self, file: &str) -> Result<RsaPrivateKey, Failure> {
-        let key = RsaPrivateKey::from_pkcs8_pem(&self.text(file)?);
+        let key = input::rsa_private_key(&self.read(file)?);
         key.map_err(|error| format!("{}: {error}", self.dir.join(file).display()).into())
     }
 
@@ -78,7 +79,7 @@ impl Lab {
     /// Files that are missing or hold something else.
     pub fn owner(&self) -> Result<Owner, Failure> {
         let certificate = |file: &str| {
-            let certificate = Certificate::from_pem(&self.text(file)?);
+            let certificate = Certificate::from_file(&self.read(file)?);
             certificate.map_err(|error| Failure::from(format!("{}: {error}", self.dir.join(file).display())))
         };
         Ok(Owner {
@@ -112,8 +113,9 @@ impl Lab {
             state: PathBuf,
         }
         let file = self.config_file();
-        let text = self.text("claviger.toml")?;
-        let config: Config = toml::from_str(&text).map_err(|error| format!("{}: {error}", file.display()))?;
+        let bytes = self.read("claviger.toml")?;
+        let text = pem::text(&bytes).map_err(|error| format!("{}: {error}", file.display()))?;
+        let config: Config = toml::from_str(text).map_err(|error| format!("{}: {error}", file.display()))?;
         // A path that is not absolute counts from the configuration's folder, as for the daemon.
         Ok(self.dir.join(config.server.state).join("admin.sock"))
     }

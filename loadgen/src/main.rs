@@ -25,6 +25,7 @@ use claviger_loadgen::verify::Verify;
 use claviger_loadgen::{Failure, compare, html, print, run};
 use claviger_process::{arguments, output, signals, threads};
 use claviger_protocol::payload::ApiVersion;
+use claviger_protocol::pem;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 /// A threshold failed.
@@ -434,8 +435,9 @@ async fn prepared(
 
 fn compared(before: &Path, after: &Path, json: bool) -> Result<ExitCode, Failure> {
     let read = |file: &Path| {
-        let text = std::fs::read_to_string(file).map_err(|error| format!("{}: {error}", file.display()))?;
-        let report: Result<Report, _> = serde_json::from_str(&text);
+        let bytes = std::fs::read(file).map_err(|error| format!("{}: {error}", file.display()))?;
+        let text = pem::text(&bytes).map_err(|error| format!("{}: {error}", file.display()))?;
+        let report: Result<Report, _> = serde_json::from_str(text);
         report.map_err(|error| Failure::from(format!("{} is no result of `run --json`: {error}", file.display())))
     };
     let reports = [read(before)?, read(after)?];

@@ -551,6 +551,30 @@ fn tls_is_spoken_with_whom_the_ca_vouches_for() {
 }
 
 #[test]
+fn a_server_certificate_that_no_host_accepts_is_named_and_not_tried_for_ever() {
+    let lab = Lab::make(Options::default());
+    let [certificate, key] = ["tls.pem", "tls.key"].map(|name| lab.file(name));
+    let mut command = Command::new("openssl");
+    // As it is found in most instructions: openssl makes it an authority's.
+    command.args(["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]);
+    command.args(["-addext", "subjectAltName=IP:127.0.0.1", "-out"]).arg(&certificate).arg("-keyout").arg(&key);
+    assert!(tool("openssl", &mut command).status.success());
+    lab.configure(|config| {
+        config.server.tls = Some(Tls { certificate: certificate.clone(), key, client_ca: None, client_required: false })
+    });
+    let daemon = lab.serve();
+    let host = Host { timeout: 600, ..Host::new(&lab, &[&daemon.url]) };
+    let begun = Instant::now();
+    let output = host.command("attest").arg("--fresh").arg("--ca").arg(&certificate).output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{}", said(&output));
+    assert!(said(&output).contains("that of a certificate authority (CA:TRUE)"), "{}", said(&output));
+    assert!(begun.elapsed() < Duration::from_secs(300), "it is not asked again until the time is up");
+    let doctor = run(["doctor", "--json", "--config", lab.config_file().to_str().unwrap()]);
+    assert!(doctor.status.code() == Some(2) && said(&doctor).contains("CA:TRUE"), "{}", said(&doctor));
+    assert!(daemon.stop().success());
+}
+
+#[test]
 fn every_command_has_an_example_and_says_how_it_ends() {
     for name in ["attest", "unwrap", "new-key"] {
         let text = said(&run(["host", name, "--help"]));

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::algorithm::{SignatureAlgorithm, SignatureDigest};
 use crate::encoding;
 pub use crate::health::ResultType;
+use crate::pem::{self, TextError};
 use crate::rsa_key::{BadSignature, RsaPublicKey};
 use strict::{Item, Object};
 
@@ -89,7 +90,7 @@ impl HostKeyRequest {
     /// # Errors
     /// [`PayloadError`].
     pub fn parse(body: &[u8]) -> Result<Self, PayloadError> {
-        let text = std::str::from_utf8(body).map_err(|_| refuse("the request is not UTF-8"))?;
+        let text = utf8(body).map_err(|problem| refuse(format!("the request is {problem}")))?;
         strict::check(text).map_err(|e| refuse_json(&e))?;
         let Object(body) = serde_json::from_str::<Object<RequestBody<'_>>>(text).map_err(|e| refuse_json(&e))?;
         if body.type_name.is_some_and(|name| name.strip_suffix(TYPE_SUFFIX) != Some(REQUEST)) {
@@ -497,8 +498,16 @@ fn json<T: Serialize>(body: &T) -> Vec<u8> {
     serde_json::to_vec(body).unwrap_or_default()
 }
 
+/// The text of a body, without the byte-order mark that some clients write before it.
+fn utf8(body: &[u8]) -> Result<&str, &'static str> {
+    pem::text(body).map_err(|error| match error {
+        TextError::Utf16 => "UTF-16, not UTF-8",
+        TextError::NotUtf8 | TextError::Nul => "not UTF-8",
+    })
+}
+
 fn reply<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, ReplyError> {
-    let text = std::str::from_utf8(body).map_err(|_| ReplyError("it is not UTF-8".to_owned()))?;
+    let text = utf8(body).map_err(|problem| ReplyError(format!("it is {problem}")))?;
     strict::check(text).and_then(|()| serde_json::from_str(text)).map_err(|e| ReplyError(clip(&e.to_string())))
 }
 

@@ -24,7 +24,9 @@ use x509_parser::signature_algorithm::RsaSsaPssParams;
 use x509_parser::x509::{AlgorithmIdentifier as ParsedAlgorithm, X509Name};
 
 use crate::algorithm::{SignatureAlgorithm, SignatureDigest};
-use crate::rsa_key::{KeyError, RsaPrivateKey, RsaPublicKey, SignError, pem_decode, pem_encode, sha256};
+use crate::input::{self, InputError};
+use crate::pem;
+use crate::rsa_key::{KeyError, RsaPrivateKey, RsaPublicKey, SignError, pem_decode, sha256};
 
 const COMMON_NAME: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.5.4.3");
 const SERIAL_NUMBER: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.5.4.5");
@@ -202,7 +204,7 @@ impl Certificate {
         })
     }
 
-    /// Reads one PEM block `CERTIFICATE`. Text before it is ignored, anything but white space after it refused.
+    /// Reads one PEM block `CERTIFICATE`. Text around it is ignored. For files of administrators see [`crate::input`].
     ///
     /// # Errors
     /// [`CertificateError`]; [`CertificateError::TrailingOctets`] for a chain of several.
@@ -214,19 +216,18 @@ impl Certificate {
         }
     }
 
-    /// Reads a certificate from a file an administrator has: DER, or one PEM block as for [`Self::from_pem`].
+    /// The one certificate of a file of an administrator, in any of the forms that [`input::certificate`] reads.
     ///
     /// # Errors
-    /// As [`Self::parse`] and [`Self::from_pem`].
-    pub fn from_file(octets: &[u8]) -> Result<Self, CertificateError> {
-        // DER of a certificate's size starts with 30 82, which is not UTF-8.
-        std::str::from_utf8(octets).map_or_else(|_| Self::parse(octets), Self::from_pem)
+    /// [`InputError`].
+    pub fn from_file(bytes: &[u8]) -> Result<Self, InputError> {
+        input::certificate(bytes)
     }
 
     /// The certificate in PEM.
     #[must_use]
     pub fn to_pem(&self) -> String {
-        std::mem::take(&mut *pem_encode("CERTIFICATE", &self.der))
+        std::mem::take(&mut *pem::encode("CERTIFICATE", &self.der))
     }
 
     /// The certificate's octets, as they were read.
@@ -561,7 +562,7 @@ impl ToBeSigned {
 /// A certificate request (DER) in PEM.
 #[must_use]
 pub fn request_to_pem(der: &[u8]) -> String {
-    std::mem::take(&mut *pem_encode("CERTIFICATE REQUEST", der))
+    std::mem::take(&mut *pem::encode("CERTIFICATE REQUEST", der))
 }
 
 /// A random serial number: 16 octets, positive, and 16 octets in its DER as well (the top bit is 0, the next is 1).
@@ -663,10 +664,7 @@ mod tests {
         assert_eq!(certificate.verify_signed_by(key(0).public()), Ok(()));
         assert_eq!(certificate.verify_signed_by(key(1).public()), Err(CertificateSignatureError::Signature));
         assert_eq!(Certificate::from_pem(&certificate.to_pem()).unwrap(), certificate);
-        assert_eq!(Certificate::from_file(certificate.to_pem().as_bytes()).unwrap(), certificate);
-        assert_eq!(Certificate::from_file(certificate.der()).unwrap(), certificate);
         assert_eq!(&RsaPublicKey::from_any(&der).unwrap(), key(0).public());
-        assert_eq!(&RsaPublicKey::from_file(certificate.to_pem().as_bytes()).unwrap(), key(0).public());
     }
 
     #[test]

@@ -12,7 +12,7 @@
 //! | make the egress protector | [`build`] |
 //! | encrypt both keys to the host | [`payload`] |
 //!
-//! [`owner`] is the tenant's side, [`metadata`] what a tenant builds a guardian's wrapping from, [`describe`] what people
+//! [`input`] reads the files that administrators hand over, with [`pem`] and [`ber`]. [`owner`] is the tenant's side, [`metadata`] what a tenant builds a guardian's wrapping from, [`describe`] what people
 //! are told of a protector, [`attestation`] how a host gets its health certificate, and [`error`] what a refusal looks
 //! like.
 #![forbid(unsafe_code)]
@@ -20,6 +20,7 @@
 pub mod algorithm;
 pub mod attestation;
 pub mod batch;
+pub mod ber;
 pub mod build;
 pub mod c14n;
 pub mod certificate;
@@ -27,10 +28,12 @@ pub mod describe;
 mod encoding;
 pub mod error;
 pub mod health;
+pub mod input;
 pub mod metadata;
 mod oaep;
 pub mod owner;
 pub mod payload;
+pub mod pem;
 pub mod pkcs7;
 pub mod protector;
 mod random;

@@ -9,7 +9,7 @@ use std::sync::{Arc, OnceLock};
 use aws_lc_rs::encoding::AsDer as _;
 use aws_lc_rs::signature::{ParsedPublicKey, RSA_PKCS1_2048_8192_SHA256};
 use aws_lc_rs::{digest as aws_digest, rsa as aws};
-use data_encoding::{BASE64, HEXLOWER};
+use data_encoding::HEXLOWER;
 use der::asn1::{AnyRef, BitStringRef, ObjectIdentifier, UintRef};
 use der::{Decode, Encode, Sequence};
 use ring::signature::{self as ring_signature, RsaPublicKeyComponents};
@@ -20,7 +20,9 @@ use zeroize::Zeroizing;
 
 use crate::algorithm::{Digest, Oaep, SignatureAlgorithm, SignatureDigest};
 use crate::certificate::{Certificate, CertificateError};
+use crate::input::{self, InputError};
 use crate::oaep::PublicOperation;
+use crate::pem;
 
 /// Fewest bits a modulus may have.
 pub const MIN_MODULUS_BITS: usize = 2048;
@@ -163,9 +165,7 @@ impl RsaPublicKey {
         if spki.algorithm.parameters.is_some_and(|parameters| !parameters.is_null()) {
             return Err(KeyError::Format);
         }
-        let octets = spki.subject_public_key.as_bytes().ok_or(KeyError::Format)?;
-        let key = Pkcs1PublicKey::from_der(octets).map_err(|e| der_error(&e))?;
-        Self::from_components(key.modulus.as_bytes(), key.public_exponent.as_bytes())
+        Self::from_pkcs1_der(spki.subject_public_key.as_bytes().ok_or(KeyError::Format)?)
     }
 
     /// A key from whatever hosts send: the DER of a SubjectPublicKeyInfo or of an X.509 certificate, or a
@@ -189,24 +189,21 @@ impl RsaPublicKey {
         }
     }
 
-    /// A key from a file an administrator has: what [`Self::from_any`] reads, or one PEM block `PUBLIC KEY` or
-    /// `CERTIFICATE`. Text before the block is ignored, anything but white space after it refused.
+    /// A key from a file of an administrator, in any of the forms that [`input::public_key`] reads.
     ///
     /// # Errors
-    /// [`KeyError`]; [`KeyError::Format`] also for a PEM block of another label.
-    pub fn from_file(octets: &[u8]) -> Result<Self, KeyError> {
-        // DER of a key's size starts with 30 82, which is not UTF-8: a text is never DER, and DER never a text.
-        match std::str::from_utf8(octets) {
-            Ok(text) if text.contains(PEM_BEGIN) => {
-                let (label, der) = pem_decode(text)?;
-                match label {
-                    "PUBLIC KEY" => Self::from_spki_der(&der),
-                    "CERTIFICATE" => Self::from_any(&der),
-                    _ => Err(KeyError::Format),
-                }
-            }
-            _ => Self::from_any(octets),
-        }
+    /// [`InputError`].
+    pub fn from_file(bytes: &[u8]) -> Result<Self, InputError> {
+        input::public_key(bytes)
+    }
+
+    /// A key from the DER of an `RSAPublicKey` (PKCS#1), as `openssl rsa -RSAPublicKey_out` writes it.
+    ///
+    /// # Errors
+    /// [`KeyError`].
+    pub fn from_pkcs1_der(der: &[u8]) -> Result<Self, KeyError> {
+        let key = Pkcs1PublicKey::from_der(der).map_err(|e| der_error(&e))?;
+        Self::from_components(key.modulus.as_bytes(), key.public_exponent.as_bytes())
     }
 
     fn from_bcrypt_blob(blob: &[u8]) -> Result<Self, KeyError> {
@@ -243,7 +240,7 @@ impl RsaPublicKey {
     /// The key in a PEM file (`PUBLIC KEY`).
     #[must_use]
     pub fn to_pem(&self) -> String {
-        pem_encode("PUBLIC KEY", self.spki_der()).to_string()
+        pem::encode("PUBLIC KEY", self.spki_der()).to_string()
     }
 
     /// SHA-256 of [`Self::spki_der`].
@@ -496,7 +493,7 @@ impl RsaPrivateKey {
     /// The key as PKCS#8 in PEM, not encrypted.
     #[must_use]
     pub fn to_pkcs8_pem(&self) -> Zeroizing<String> {
-        pem_encode("PRIVATE KEY", &self.pkcs8)
+        pem::encode("PRIVATE KEY", &self.pkcs8)
     }
 
     /// The public half.
@@ -675,45 +672,14 @@ pub(crate) fn sha256(octets: &[u8]) -> [u8; 32] {
     out
 }
 
-const PEM_BEGIN: &str = "-----BEGIN ";
-
-/// The label and content of the one PEM block of `text`. Text before the block is ignored, as every tool does; after it
-/// there may be white space only, so that nobody believes a second block was read.
+/// The one PEM block of a text: its label and its content.
 pub(crate) fn pem_decode(text: &str) -> Result<(&str, Zeroizing<Vec<u8>>), KeyError> {
-    let (_, rest) = text.split_once(PEM_BEGIN).ok_or(KeyError::Format)?;
-    let (label, rest) = rest.split_once("-----").ok_or(KeyError::Format)?;
-    let (body, rest) = rest.split_once("-----END ").ok_or(KeyError::Format)?;
-    let rest = rest.strip_prefix(label).and_then(|rest| rest.strip_prefix("-----")).ok_or(KeyError::Format)?;
-    if !rest.trim_ascii().is_empty() {
-        return Err(KeyError::TrailingOctets);
+    let mut blocks = pem::blocks(text).map_err(|_| KeyError::Format)?;
+    match &mut blocks[..] {
+        [block] if !block.encrypted => Ok((block.label, std::mem::take(&mut block.bytes))),
+        [] | [_] => Err(KeyError::Format),
+        _ => Err(KeyError::TrailingOctets),
     }
-    // The capacity is enough from the start: growing would leave copies of a secret behind.
-    let mut characters = Zeroizing::new(Vec::with_capacity(body.len()));
-    characters.extend(body.bytes().filter(|octet| !octet.is_ascii_whitespace()));
-    let octets = BASE64.decode(&characters).map_err(|_| KeyError::Format)?;
-    Ok((label, Zeroizing::new(octets)))
-}
-
-/// One PEM block with lines of 64 characters.
-pub(crate) fn pem_encode(label: &str, octets: &[u8]) -> Zeroizing<String> {
-    let body = Zeroizing::new(BASE64.encode(octets));
-    let lines = body.len().div_ceil(64);
-    let mut text = Zeroizing::new(String::with_capacity(body.len() + lines + 2 * label.len() + 40));
-    text.push_str(PEM_BEGIN);
-    text.push_str(label);
-    text.push_str("-----\n");
-    let mut rest = body.as_str();
-    while !rest.is_empty() {
-        // Base64 is ASCII: every index is a character boundary.
-        let (line, tail) = rest.split_at(rest.len().min(64));
-        text.push_str(line);
-        text.push('\n');
-        rest = tail;
-    }
-    text.push_str("-----END ");
-    text.push_str(label);
-    text.push_str("-----\n");
-    text
 }
 
 #[cfg(test)]
@@ -801,11 +767,6 @@ mod tests {
             &blob[..24],
             b"RSA1\x00\x08\x00\x00\x03\x00\x00\x00\x00\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00"
         );
-        let pem = pem_encode("PUBLIC KEY", spki);
-        assert_eq!(&RsaPublicKey::from_file(pem.as_bytes()).unwrap(), key);
-        let dos = format!("Some words\r\n{}\r\n\r\n", pem.replace('\n', "\r\n"));
-        assert_eq!(&RsaPublicKey::from_file(dos.as_bytes()).unwrap(), key);
-        assert_eq!(&RsaPublicKey::from_file(&blob).unwrap(), key);
         let without_null = spki_with(&[&tlv(0x06, RSA_ENCRYPTION.as_bytes())], spki);
         assert_eq!(&RsaPublicKey::from_any(&without_null).unwrap(), key);
     }
@@ -848,15 +809,6 @@ mod tests {
         assert_eq!(changed(15, 0xff), KeyError::Format, "a modulus of 4 GB");
         assert_eq!(changed(16, 1), KeyError::Format, "a prime");
         assert_eq!(changed(26, 0), KeyError::Exponent);
-
-        let pem = pem_encode("PUBLIC KEY", spki);
-        let file = |text: String| RsaPublicKey::from_file(text.as_bytes()).unwrap_err();
-        assert_eq!(file(format!("{}{}", *pem, *pem)), KeyError::TrailingOctets);
-        assert_eq!(file(pem.replace("PUBLIC", "PRIVATE")), KeyError::Format);
-        assert_eq!(file(pem.replace("END PUBLIC KEY", "END CERTIFICATE")), KeyError::Format);
-        assert_eq!(file(pem.replace("MII", "M*I")), KeyError::Format);
-        assert_eq!(file(pem.split_at(300).0.to_owned()), KeyError::Format);
-        assert_eq!(file(String::new()), KeyError::Format);
     }
 
     #[test]

@@ -11,6 +11,7 @@ use memchr::{memchr, memchr_iter, memmem};
 use roxmltree::{Document, Node, ParsingOptions};
 
 use crate::encoding;
+use crate::pem;
 
 /// Namespace `K`: protectors, metadata, crypto types.
 pub const KPS_NS: &str = "http://schemas.microsoft.com/kps/2014/07";
@@ -59,7 +60,13 @@ type Result<T> = std::result::Result<T, XmlError>;
 /// # Errors
 /// Octets that are not UTF-8.
 pub fn decode(octets: &[u8]) -> Result<Cow<'_, str>> {
-    let text = std::str::from_utf8(octets).map_err(|_| XmlError::new("the document is not UTF-8"))?;
+    let text = std::str::from_utf8(octets).map_err(|_| {
+        XmlError::new(if pem::is_utf16(octets) {
+            "the document is UTF-16, not UTF-8"
+        } else {
+            "the document is not UTF-8"
+        })
+    })?;
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     // Done here and not left to the parser: a carriage return in front of a character reference is easy to get wrong.
     if text.contains('\r') {

@@ -276,7 +276,16 @@ fn text_is_utf_8() {
     octets[6] = 0xff;
     refused(HostKeyRequest::parse(&octets).map_err(|e| e.to_string()), "UTF-8");
     let wide: Vec<u8> = text.encode_utf16().flat_map(u16::to_le_bytes).collect();
-    assert!(HostKeyRequest::parse(&wide).is_err());
+    refused(HostKeyRequest::parse(&wide).map_err(|e| e.to_string()), "UTF-16");
+}
+
+#[test]
+fn a_byte_order_mark_may_stand_before_requests_and_replies() {
+    let marked = |body: &[u8]| [b"\xef\xbb\xbf", body].concat();
+    assert_eq!(HostKeyRequest::parse(&marked(good_body())), HostKeyRequest::parse(good_body()));
+    assert!(HostKeyRequest::parse(&marked(&marked(good_body()))).is_err(), "one is enough");
+    let reply = HealthCertificateReply { content: vec![(ResultType::EncryptionCertificate, vec![1, 2, 3])] };
+    assert_eq!(parse_health_certificate_reply(&marked(&reply.to_json())).unwrap(), [(1, vec![1, 2, 3])]);
 }
 
 #[test]

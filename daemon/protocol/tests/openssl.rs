@@ -12,6 +12,7 @@ use claviger_protocol::certificate::{
     random_serial,
 };
 use claviger_protocol::health::{self, HealthError, ResultType, SYSTEM_HEALTH_AUTHENTICATION};
+use claviger_protocol::input::InputError;
 use claviger_protocol::pkcs7;
 use claviger_protocol::rsa_key::{KeyError, RsaPrivateKey, RsaPublicKey};
 use tempfile::TempDir;
@@ -92,9 +93,10 @@ fn keys_that_are_too_weak_are_refused() {
         openssl.run(&format!("genpkey -quiet -algorithm RSA {options} -out key.pem"));
         openssl.run("pkey -in key.pem -pubout -out public.pem");
         let private = RsaPrivateKey::from_pkcs8_pem(std::str::from_utf8(&openssl.read("key.pem")).unwrap());
-        let public = RsaPublicKey::from_file(&openssl.read("public.pem"));
-        assert_eq!(public.as_ref().err(), private.as_ref().err());
-        public.unwrap_err()
+        let public = RsaPublicKey::from_file(&openssl.read("public.pem")).unwrap_err();
+        let private = private.unwrap_err();
+        assert_eq!(public, InputError::Key(private));
+        private
     };
     assert_eq!(weak("-pkeyopt rsa_keygen_bits:1024"), KeyError::ModulusSize(1024));
     assert_eq!(weak("-pkeyopt rsa_keygen_bits:2047"), KeyError::ModulusSize(2047));
@@ -107,7 +109,7 @@ fn keys_that_are_too_weak_are_refused() {
     assert_eq!(curve, Err(CertificateError::Key(KeyError::NotRsa)));
     openssl.run("genpkey -quiet -algorithm RSA-PSS -pkeyopt rsa_keygen_bits:2048 -out key.pem");
     openssl.run("pkey -in key.pem -pubout -out public.pem");
-    assert_eq!(RsaPublicKey::from_file(&openssl.read("public.pem")), Err(KeyError::NotRsa));
+    assert_eq!(RsaPublicKey::from_file(&openssl.read("public.pem")), Err(InputError::Key(KeyError::NotRsa)));
     openssl
         .run("genpkey -quiet -algorithm RSA -pkeyopt rsa_keygen_bits:2048 -pkeyopt rsa_keygen_primes:3 -out key.pem");
     let three = RsaPrivateKey::from_pkcs8_pem(std::str::from_utf8(&openssl.read("key.pem")).unwrap());

@@ -1,7 +1,7 @@
 //! `claviger host …`: a guarded host's side. What it keeps and in which order it writes is in docs/host.md.
 
 use std::fs::{File, OpenOptions};
-use std::io::{Read, Write};
+use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -252,12 +252,9 @@ async fn unwrap(
 }
 
 fn read_protector(path: &Path) -> Result<Vec<u8>, Failure> {
-    let mut octets = Vec::new();
-    // One octet more than there may be: what is too long is found out without reading all of it.
-    let read = File::open(path).and_then(|file| file.take(MAX_PROTECTOR as u64 + 1).read_to_end(&mut octets));
-    read.map_err(|e| format!("{}: {e}", path.display()))?;
-    Protector::parse(&octets).map_err(|e| format!("{}: {}", path.display(), e.message))?;
-    Ok(octets)
+    let bytes = files::read(path, MAX_PROTECTOR)?.to_vec();
+    Protector::parse(&bytes).map_err(|e| format!("{}: {}", path.display(), e.message))?;
+    Ok(bytes)
 }
 
 fn hand_over(keys: &Payload, target: KeyTarget) -> Result<(), Failure> {

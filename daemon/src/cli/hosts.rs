@@ -7,6 +7,7 @@ use data_encoding::BASE64;
 
 use super::{Failure, Target, ask, labels, print, table, text};
 use crate::commands::Command;
+use crate::files;
 use crate::print::say;
 use crate::state::Labels;
 
@@ -20,7 +21,7 @@ pub enum Hosts {
     Add {
         /// Name of the host: 1 to 64 letters, digits, '.', '-' or '_'
         name: String,
-        /// Its RSA public key: SubjectPublicKeyInfo or X.509 certificate (DER or PEM), or BCRYPT_RSAPUBLIC_BLOB
+        /// Its RSA public key: SubjectPublicKeyInfo, PKCS#1 or X.509 certificate (PEM or DER), .p7b, or BCRYPT_RSAPUBLIC_BLOB
         #[arg(long, value_name = "FILE")]
         public_key: PathBuf,
         /// A label, by which keys can be limited to hosts: a word, or KEY=VALUE; may be given several times
@@ -99,10 +100,10 @@ pub async fn hosts(command: Hosts) -> Result<(), Failure> {
     match command {
         Hosts::Add { name, public_key, labels: given, target } => {
             let labels = labels(given)?;
-            let file = std::fs::read(&public_key).map_err(|e| format!("{}: {e}", public_key.display()))?;
-            // Judged here as well, so that the complaint names the file.
-            RsaPublicKey::from_file(&file).map_err(|e| format!("{}: {e}", public_key.display()))?;
-            let command = Command::AddHost { name, public_key: BASE64.encode(&file), labels };
+            // Read here, so that the complaint names the file; the daemon judges it again.
+            let file = files::read(&public_key, files::MAX_PEM)?;
+            let key = RsaPublicKey::from_file(&file).map_err(files::content(&public_key))?;
+            let command = Command::AddHost { name, public_key: BASE64.encode(key.spki_der()), labels };
             let reply = ask(&target, &command).await?;
             print(&target, &reply, || say!("added host {} with key {}", text(&reply, "name"), text(&reply, "key")));
         }

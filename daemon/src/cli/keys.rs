@@ -134,7 +134,7 @@ pub enum Keys {
         /// What the certificate is for
         #[arg(long)]
         kind: GivenKind,
-        /// The certificate, PEM or DER
+        /// The certificate: PEM, DER or .p7b
         #[arg(long, value_name = "FILE", required_unless_present = "pfx")]
         certificate: Option<PathBuf>,
         /// The id of its key in the HSMs; without it, the key is looked for
@@ -238,7 +238,7 @@ pub async fn keys(command: Keys) -> Result<(), Failure> {
         }
         Keys::Add { kind, certificate, hsm_key, pfx, password_file, primary, trust_absent, target } => {
             let (certificate, private_key) = match (certificate, pfx) {
-                (Some(file), _) => (read_certificate(&file)?, None),
+                (Some(file), _) => (files::read_certificate(&file)?, None),
                 (None, Some(file)) => {
                     let (certificate, key) = read_pfx(&file, password_file.as_deref())?;
                     (certificate, Some(key))
@@ -351,11 +351,6 @@ fn write(target: &Target, reply: &Value, out: Option<&Path>) -> Result<(), Failu
         None => print(target, reply, || say!("{}", pem.trim_end())),
     }
     Ok(())
-}
-
-fn read_certificate(file: &Path) -> Result<Certificate, Failure> {
-    let octets = files::read(file, LARGEST)?;
-    Ok(Certificate::from_file(&octets).map_err(|e| format!("{}: {e}", file.display()))?)
 }
 
 fn read_pfx(file: &Path, password_file: Option<&Path>) -> Result<(Certificate, Secret), Failure> {

@@ -61,10 +61,8 @@ pub(super) fn load(dir: &Path) -> Result<Owner, Failure> {
 
 fn load_pair(dir: &Path, role: &str) -> Result<(RsaPrivateKey, Certificate), Failure> {
     let (key_file, certificate_file) = (file(dir, role, "key"), file(dir, role, "crt"));
-    let key = RsaPrivateKey::from_pkcs8_pem(&files::read_secret_pem(&key_file)?)
-        .map_err(|error| format!("{}: {error}", key_file.display()))?;
-    let certificate = Certificate::from_pem(&files::read_pem(&certificate_file)?)
-        .map_err(|error| format!("{}: {error}", certificate_file.display()))?;
+    let key = files::read_rsa_private_key(&key_file)?;
+    let certificate = files::read_certificate(&certificate_file)?;
     if certificate.key() != key.public() {
         return Err(format!("{} is not the certificate of {}", certificate_file.display(), key_file.display()).into());
     }

@@ -1,24 +1,268 @@
-//! PKCS#12: a private key and its certificate in one file under a password, as Windows and OpenSSL write them.
+//! PKCS#12 (RFC 7292): a private key and its certificate in one file under a password, as Windows, openssl, Java and NSS write
+//! it, in DER or BER.
+//!
+//! Every layer is read here and not by a library, because the libraries that exist read DER alone and answer most of what they
+//! cannot read with the same error. What is not read is named.
 
+mod crypt;
+
+use claviger_protocol::ber::{BerError, Element, tag};
 use claviger_protocol::certificate::Certificate;
-use claviger_protocol::rsa_key::RsaPrivateKey;
-use p12_keystore::Pkcs12Archive;
+use claviger_protocol::input::{self, InputError};
+use claviger_protocol::rsa_key::{KeyError, RsaPrivateKey};
+use zeroize::Zeroizing;
 
-use super::Failure;
+use self::crypt::{Opener, dotted};
 
-/// Opens a file under `password`: its one private key, and the certificate of that key. Other certificates, those that
-/// lead to a root, are left out.
+const DATA: &str = "1.2.840.113549.1.7.1";
+const SIGNED_DATA: &str = "1.2.840.113549.1.7.2";
+const ENVELOPED_DATA: &str = "1.2.840.113549.1.7.3";
+const ENCRYPTED_DATA: &str = "1.2.840.113549.1.7.6";
+
+const KEY_BAG: &str = "1.2.840.113549.1.12.10.1.1";
+const SHROUDED_KEY_BAG: &str = "1.2.840.113549.1.12.10.1.2";
+const CERTIFICATE_BAG: &str = "1.2.840.113549.1.12.10.1.3";
+const NESTED_BAG: &str = "1.2.840.113549.1.12.10.1.6";
+const X509_CERTIFICATE: &str = "1.2.840.113549.1.9.22.1";
+
+/// Deepest nesting of bags in bags; nobody nests them more than once.
+const MAX_NESTING: usize = 4;
+
+/// Why a file is not opened. Each message is to stand after the file's name.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum PfxError {
+    /// It is something else.
+    #[error("it is no PFX (PKCS#12): {0}")]
+    Other(String),
+    /// It is damaged.
+    #[error("it is a damaged PFX: {part}: {source}; copy or export it again")]
+    Damaged {
+        /// Which part of it.
+        part: &'static str,
+        /// What is wrong with it.
+        source: BerError,
+    },
+    /// The MAC is another one than that of this password.
+    #[error("the password is wrong: the MAC of the file is not that of this password (or somebody changed the file)")]
+    Password,
+    /// There is no MAC, and what comes out of the decryption is nothing.
+    #[error(
+        "{part} is not decrypted by this password; the file has no MAC, so it may be the password that is wrong, or the file \
+         that is damaged"
+    )]
+    Unauthenticated {
+        /// Which part of it.
+        part: &'static str,
+    },
+    /// The MAC is right, and the decryption gives nothing.
+    #[error(
+        "the password is right for the file, but {part} is not decrypted by it: it has a password of its own, or is damaged; \
+         export the file again, with one password"
+    )]
+    OtherPassword {
+        /// Which part of it.
+        part: &'static str,
+    },
+    /// An algorithm or a mode that is not read.
+    #[error("{part} is protected by {name}, which is not read; {}", EXPORT_AGAIN)]
+    Unsupported {
+        /// Which part of it.
+        part: &'static str,
+        /// Name and object identifier.
+        name: String,
+    },
+    /// More work than an honest file makes.
+    #[error(
+        "its password is to be hashed {0} times, which is more than is done here; export it again, with fewer iterations"
+    )]
+    TooMuchWork(u64),
+    /// Another number of private keys than one.
+    #[error("it holds {0} private keys, and exactly one is needed; export the one that is meant, with its certificate")]
+    Keys(usize),
+    /// The private key.
+    #[error("its private key: {0}")]
+    Key(KeyError),
+    /// No certificate is that of the key.
+    #[error(
+        "it holds no certificate of its private key (certificates: {found}, of which unreadable: {unreadable}); export it again, with the certificate"
+    )]
+    NoCertificate {
+        /// How many there are.
+        found: usize,
+        /// How many of them are none.
+        unreadable: usize,
+    },
+}
+
+/// What to do about an algorithm that is not read.
+const EXPORT_AGAIN: &str = "export it again with AES: in Windows choose \"AES256-SHA256\"; with openssl: openssl pkcs12 -in FILE \
+                            -nodes | openssl pkcs12 -export -out NEW";
+
+/// Opens a file under `password`: its one private key, and the certificate of that key. Other certificates, those that lead to
+/// a root, are left out.
 ///
 /// # Errors
-/// It is not such a file, the password is another, or it does not hold one private key with its certificate.
-pub fn open(file: &[u8], password: &str) -> Result<(RsaPrivateKey, Certificate), Failure> {
-    let archive = Pkcs12Archive::from_pkcs12(file, password)
-        .map_err(|error| format!("cannot be opened ({error}); is it a PFX, and the password right?"))?;
-    let [bag] = archive.keys.as_slice() else {
-        return Err(format!("holds {} private keys; one is needed", archive.keys.len()).into());
-    };
-    let key = RsaPrivateKey::from_pkcs8_der(bag.key.as_der()).map_err(|e| format!("its private key: {e}"))?;
-    let certificates = archive.certs.iter().filter_map(|bag| Certificate::parse(bag.cert.as_der()).ok());
-    let own = certificates.into_iter().find(|certificate| certificate.key().spki_der() == key.public().spki_der());
-    Ok((key, own.ok_or("holds no certificate of its private key")?))
+/// [`PfxError`] names what is wrong. That it may be the password is only said where it may be.
+pub fn open(file: &[u8], password: &str) -> Result<(RsaPrivateKey, Certificate), PfxError> {
+    let (pfx, content) = outer(file)?;
+    let opener = Opener::new(password, pfx.get(2).is_some());
+    if let Some(mac) = pfx.get(2) {
+        opener.check_mac(*mac, &content)?;
+    }
+    let part = "the list of its parts";
+    let damaged = damaged(part);
+    let safes = Element::parse(&content).and_then(|safes| safes.expect(tag::SEQUENCE)?.children()).map_err(&damaged)?;
+    let mut bags = Bags::default();
+    for safe in safes {
+        let (kind, content) = content_info(safe).map_err(&damaged)?;
+        let contents = match kind.as_str() {
+            DATA => content.octet_string().map_err(&damaged)?,
+            ENCRYPTED_DATA => encrypted(content, &opener)?,
+            ENVELOPED_DATA => {
+                return Err(unsupported(part, "a certificate of its reader instead of a password", &kind));
+            }
+            _ => return Err(unsupported(part, "a kind of content", &kind)),
+        };
+        bags.read(&contents, &opener, MAX_NESTING)?;
+    }
+    bags.pair()
 }
+
+/// The parts of the outermost structure, and the octets that its MAC is over.
+fn outer(file: &[u8]) -> Result<(Vec<Element<'_>>, Zeroizing<Vec<u8>>), PfxError> {
+    let part = "its outermost structure";
+    let outer = match Element::parse(file) {
+        Ok(outer) if outer.tag == tag::SEQUENCE => outer,
+        // The end may be missing of what began as a PFX.
+        Err(source @ (BerError::CutOff | BerError::Trailing)) if file.first() == Some(&tag::SEQUENCE) => {
+            return Err(PfxError::Damaged { part, source });
+        }
+        _ => return Err(other(file)),
+    };
+    let children = outer.children().map_err(damaged(part))?;
+    let [version, info, ..] = children[..] else { return Err(other(file)) };
+    if version.number() != Ok(3) || info.tag != tag::SEQUENCE || children.len() > 3 {
+        return Err(other(file));
+    }
+    let (kind, content) = content_info(info).map_err(damaged(part))?;
+    match kind.as_str() {
+        DATA => Ok((children, content.octet_string().map_err(damaged(part))?)),
+        SIGNED_DATA => Err(unsupported(part, "a signature instead of a password", &kind)),
+        _ => Err(unsupported(part, "a kind of content", &kind)),
+    }
+}
+
+/// What a file is that is no PFX.
+fn other(file: &[u8]) -> PfxError {
+    PfxError::Other(match input::private_key(file) {
+        Ok(_) => {
+            "it holds a private key by itself; put it and its certificate into one: openssl pkcs12 -export -inkey KEY \
+                  -in CERTIFICATE -out NEW"
+                .to_owned()
+        }
+        Err(error @ (InputError::Other { .. } | InputError::Empty | InputError::Text(_) | InputError::Pem(_))) => {
+            error.to_string()
+        }
+        Err(_) => "is it the right file?".to_owned(),
+    })
+}
+
+fn damaged(part: &'static str) -> impl Fn(BerError) -> PfxError {
+    move |source| PfxError::Damaged { part, source }
+}
+
+fn unsupported(part: &'static str, what: &str, oid: &str) -> PfxError {
+    PfxError::Unsupported { part, name: format!("{what} ({oid})") }
+}
+
+/// A `ContentInfo`: its type, and the element inside its `[0]`.
+fn content_info(info: Element<'_>) -> Result<(String, Element<'_>), BerError> {
+    let [kind, content] = info.expect(tag::SEQUENCE)?.children()?[..] else { return Err(BerError::Structure) };
+    Ok((dotted(kind)?, content.expect(tag::CONTEXT_0)?.only_child()?))
+}
+
+/// What an `EncryptedData` holds.
+fn encrypted(content: Element<'_>, opener: &Opener<'_>) -> Result<Zeroizing<Vec<u8>>, PfxError> {
+    let part = "its encrypted part";
+    let read = || {
+        let [_, info, ..] = content.expect(tag::SEQUENCE)?.children()?[..] else { return Err(BerError::Structure) };
+        let [_, algorithm, sealed] = info.expect(tag::SEQUENCE)?.children()?[..] else {
+            return Err(BerError::Structure);
+        };
+        // The tag stands in place of that of an OCTET STRING, which may be in pieces.
+        if !matches!(sealed.tag, tag::CONTEXT_0 | tag::CONTEXT_0_PRIMITIVE) {
+            return Err(BerError::Structure);
+        }
+        Ok((algorithm, sealed.octet_string()?))
+    };
+    let (algorithm, sealed) = read().map_err(damaged(part))?;
+    opener.decrypt(part, algorithm, &sealed)
+}
+
+/// What the bags hold.
+#[derive(Default)]
+struct Bags {
+    /// PKCS#8.
+    keys: Vec<Zeroizing<Vec<u8>>>,
+    certificates: Vec<Vec<u8>>,
+}
+
+impl Bags {
+    /// Reads a `SafeContents`.
+    fn read(&mut self, contents: &[u8], opener: &Opener<'_>, nesting: usize) -> Result<(), PfxError> {
+        let damaged = damaged("one of its bags");
+        let bags =
+            Element::parse(contents).and_then(|bags| bags.expect(tag::SEQUENCE)?.children()).map_err(&damaged)?;
+        for bag in bags {
+            let (kind, value) = Self::bag(bag).map_err(&damaged)?;
+            match kind.as_str() {
+                KEY_BAG => self.keys.push(value.to_der().map_err(&damaged)?),
+                SHROUDED_KEY_BAG => {
+                    let [algorithm, sealed] = value.children().map_err(&damaged)?[..] else {
+                        return Err(damaged(BerError::Structure));
+                    };
+                    let sealed = sealed.octet_string().map_err(&damaged)?;
+                    let key = opener.decrypt("its private key", algorithm, &sealed)?;
+                    let key = Element::parse(&key).and_then(|key| key.to_der()).map_err(&damaged)?;
+                    self.keys.push(key);
+                }
+                CERTIFICATE_BAG => self.certificates.extend(Self::certificate(value).map_err(&damaged)?),
+                NESTED_BAG => {
+                    let nesting = nesting.checked_sub(1).ok_or_else(|| damaged(BerError::TooDeep))?;
+                    self.read(value.raw, opener, nesting)?;
+                }
+                // Revocation lists, secrets of other kinds, and what others made up.
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn bag(bag: Element<'_>) -> Result<(String, Element<'_>), BerError> {
+        let [kind, value, ..] = bag.expect(tag::SEQUENCE)?.children()?[..] else { return Err(BerError::Structure) };
+        Ok((dotted(kind)?, value.expect(tag::CONTEXT_0)?.only_child()?))
+    }
+
+    fn certificate(value: Element<'_>) -> Result<Option<Vec<u8>>, BerError> {
+        let (kind, certificate) = content_info(value)?;
+        Ok(if kind == X509_CERTIFICATE { Some(certificate.octet_string()?.to_vec()) } else { None })
+    }
+
+    /// The one key, and its certificate.
+    fn pair(self) -> Result<(RsaPrivateKey, Certificate), PfxError> {
+        let [key] = &self.keys[..] else { return Err(PfxError::Keys(self.keys.len())) };
+        let key = RsaPrivateKey::from_pkcs8_der(key).map_err(PfxError::Key)?;
+        let mut unreadable = 0;
+        for der in &self.certificates {
+            match Certificate::parse(der) {
+                Ok(certificate) if certificate.key() == key.public() => return Ok((key, certificate)),
+                Ok(_) => {}
+                Err(_) => unreadable += 1,
+            }
+        }
+        Err(PfxError::NoCertificate { found: self.certificates.len(), unreadable })
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -7,7 +7,7 @@ use zeroize::Zeroizing;
 use super::Failure;
 use crate::files;
 
-/// Longest password, in octets.
+/// Longest password, in bytes.
 const LONGEST: usize = 1024;
 
 /// A password from `file`, without its line break, or else asked for. One that is new is asked for `twice`.
@@ -18,10 +18,7 @@ pub(super) fn password(
     twice: bool,
 ) -> Result<Zeroizing<String>, Failure> {
     let Some(file) = file else { return asked(prompt, option, twice) };
-    let octets = files::read_secret(file, LONGEST)?;
-    let text = std::str::from_utf8(&octets).map_err(|_| format!("{}: not a text", file.display()))?;
-    let text = text.strip_suffix('\n').map_or(text, |text| text.strip_suffix('\r').unwrap_or(text));
-    Ok(Zeroizing::new(text.to_owned()))
+    Ok(files::read_secret_line(file, LONGEST, "password")?)
 }
 
 fn asked(prompt: &str, option: &str, twice: bool) -> Result<Zeroizing<String>, Failure> {
@@ -49,12 +46,12 @@ mod tests {
     fn a_password_in_a_file_is_the_owners_and_ends_before_the_line_break() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("password");
-        for (octets, expected) in [("a b\n", "a b"), ("a\r\n", "a"), ("a\n\n", "a\n"), ("", "")] {
+        for (octets, expected) in [("a b\n", "a b"), ("a\r\n", "a"), ("\u{feff}a\r\n", "a"), ("", "")] {
             fs::write(&file, octets).unwrap();
             fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
             assert_eq!(*password("", "", Some(&file), true).unwrap(), expected);
         }
-        fs::set_permissions(&file, fs::Permissions::from_mode(0o640)).unwrap();
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o644)).unwrap();
         assert!(password("", "", Some(&file), false).unwrap_err().to_string().contains("chmod 600"));
     }
 }

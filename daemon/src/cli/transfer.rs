@@ -4,6 +4,7 @@ use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 
 use age::secrecy::SecretString;
+use claviger_protocol::pem;
 use serde_json::Value;
 use zeroize::Zeroizing;
 
@@ -112,7 +113,10 @@ pub async fn import(command: Import) -> Result<(), Failure> {
         return Err("there is no terminal to ask at; use --dry-run to see what would change, or --yes".into());
     }
     let sealed = files::read(&file, LARGEST)?;
-    let of_file = |error: age::DecryptError| format!("{}: cannot be decrypted: {error}", file.display());
+    if let Some(problem) = no_export(&sealed) {
+        return Err(format!("{}: {problem}", file.display()).into());
+    }
+    let of_file = |error: age::DecryptError| format!("{}: cannot be decrypted: {}", file.display(), cause(&error));
     let plain = Zeroizing::new(match identity {
         Some(path) => age::decrypt(&read_identity(&path)?, &sealed).map_err(of_file)?,
         None => {
@@ -121,7 +125,11 @@ pub async fn import(command: Import) -> Result<(), Failure> {
             age::decrypt(&identity, &sealed).map_err(of_file)?
         }
     });
-    let read = || serde_json::from_slice::<Document>(&plain).map_err(|e| format!("{}: no export: {e}", file.display()));
+    let json = pem::text(&plain).map_err(|error| format!("{}: its content: {error}", file.display()))?;
+    let read = || {
+        let document = serde_json::from_str::<Document>(json);
+        document.map_err(|e| format!("{}: its content is no export of this version: {e}", file.display()))
+    };
     let command =
         |dry_run| Ok::<_, Failure>(Command::Import { document: Box::new(read()?), dry_run, trust_absent, loosen });
     let planned = ask(&target, &command(true)?).await?;
@@ -140,6 +148,43 @@ pub async fn import(command: Import) -> Result<(), Failure> {
     let reply = ask(&target, &command(false)?).await?;
     print(&target, &reply, || say!("done: {} changes", reply["changes"].as_array().map_or(0, Vec::len)));
     Ok(())
+}
+
+/// What a file is that no export can be.
+fn no_export(sealed: &[u8]) -> Option<&'static str> {
+    if sealed.starts_with(b"age-encryption.org/v1\n") {
+        return None;
+    }
+    let text = pem::text(sealed).unwrap_or_default().trim_start();
+    Some(if sealed.is_empty() {
+        "it is empty; copy it again"
+    } else if text.starts_with("-----BEGIN AGE ENCRYPTED FILE") {
+        "it is in age's text form (armored), and the binary form is needed; run: age -d FILE | age -p -o NEW"
+    } else if text.starts_with('{') {
+        "it is not encrypted, so nothing says who wrote or changed it; encrypt it: age -p -o NEW FILE"
+    } else if text.starts_with("age-encryption.org") {
+        "it was changed on its way, as mail programs and text editors do; copy it again, as a binary file"
+    } else {
+        "it is not what claviger export writes (an age file); is it the right file?"
+    })
+}
+
+/// Why age does not decrypt, in words.
+fn cause(error: &age::DecryptError) -> String {
+    use age::DecryptError::{DecryptionFailed, ExcessiveWork, InvalidMac, KeyDecryptionFailed, NoMatchingKeys};
+    match error {
+        DecryptionFailed | KeyDecryptionFailed => {
+            "the passphrase is not the one that it was encrypted under".to_owned()
+        }
+        NoMatchingKeys => {
+            "it was encrypted in another way: for a recipient (--identity FILE), for another one than this \
+                           identity, or under a passphrase (without --identity)"
+                .to_owned()
+        }
+        InvalidMac => "it is damaged, or was changed by somebody; copy it again".to_owned(),
+        ExcessiveWork { .. } => format!("{error}; it was not made by claviger export"),
+        error => format!("{error}; the file is damaged, copy it again"),
+    }
 }
 
 fn show(planned: &Value) {
@@ -174,8 +219,7 @@ fn seal(recipient: &dyn age::Recipient, plain: &[u8]) -> Result<Vec<u8>, Failure
 
 /// The age identity of a file, among comments.
 fn read_identity(path: &Path) -> Result<age::x25519::Identity, Failure> {
-    let octets = files::read_secret(path, 64 * 1024)?;
-    let text = std::str::from_utf8(&octets).map_err(|_| format!("{}: not a text", path.display()))?;
+    let text = files::read_secret_text(path, 64 * 1024)?;
     let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
     let (Some(line), None) = (lines.next(), lines.next()) else {
         return Err(format!("{}: one age identity (AGE-SECRET-KEY-1…) is needed", path.display()).into());

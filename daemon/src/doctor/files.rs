@@ -11,8 +11,9 @@ use time::format_description::well_known::Rfc3339;
 
 use super::Finding;
 use super::state::expiry;
-use crate::config::Config;
-use crate::server::{certificates, tls_config};
+use crate::config::{Config, PinError};
+use crate::files::FileError;
+use crate::server::{Doubt, TlsError, tls_config};
 
 /// Free space on the disk below which it is time to do something, and below which it is too late.
 const LITTLE_SPACE: u64 = 1024 * 1024 * 1024;
@@ -24,26 +25,17 @@ const SKEW: i64 = 300;
 
 pub(super) fn pins(config: &Config) -> Vec<Finding> {
     let mut findings = Vec::new();
-    for hsm in &config.hsm {
-        if let Err(error) = hsm.read_pin() {
-            findings.push(Finding::error("pin", error.to_string(), "without its PIN the HSM does not serve"));
-        }
-        let Some(path) = &hsm.pin_file else { continue };
-        let Ok(metadata) = path.metadata() else { continue };
-        let (mode, path) = (metadata.mode() & 0o777, path.display());
-        if mode & 0o007 != 0 {
-            findings.push(Finding::error(
-                "pin",
-                format!("the PIN file {path} is open to everyone (mode {mode:04o})"),
-                format!("chmod 0600 {path}; then change the PIN, which others may have read"),
-            ));
-        } else if mode & 0o020 != 0 {
-            let what = format!("the PIN file {path} can be changed by its group (mode {mode:04o})");
-            findings.push(Finding::warning("pin", what, format!("chmod g-w {path}")));
-        }
+    for error in config.hsm.iter().filter_map(|hsm| hsm.read_pin().err()) {
+        let todo = match &error {
+            PinError::File { source: FileError::Exposed { .. }, .. } => {
+                "after that, change the PIN, which others may have read; without its PIN the HSM does not serve"
+            }
+            _ => "without its PIN the HSM does not serve",
+        };
+        findings.push(Finding::error("pin", error.to_string(), todo));
     }
     if findings.is_empty() {
-        findings.push(Finding::ok("pin", "every PIN can be read, and by nobody else"));
+        findings.push(Finding::ok("pin", "every PIN can be read, and others cannot read it"));
     }
     findings
 }
@@ -51,27 +43,24 @@ pub(super) fn pins(config: &Config) -> Vec<Finding> {
 pub(super) fn tls(config: &Config, now: i64) -> Vec<Finding> {
     let Some(tls) = &config.server.tls else { return Vec::new() };
     let mut findings = Vec::new();
-    if let Err(error) = tls_config(tls) {
-        let todo = "mend the files, or the paths in [server.tls]; a running daemon goes on with what it has";
-        findings.push(Finding::error("tls", error.to_string(), todo));
-    }
-    for certificate in certificates(&tls.certificate).unwrap_or_default().iter().take(1) {
-        let Ok((_, parsed)) = x509_parser::parse_x509_certificate(certificate) else { continue };
-        let validity = parsed.validity();
-        let name = format!("the TLS certificate {}", tls.certificate.display());
-        let todo = "put a new one in its place and send SIGHUP";
-        let (from, to) = (validity.not_before.timestamp(), validity.not_after.timestamp());
-        findings.extend(expiry("tls", &name, (from, to), now, todo, Finding::error));
-    }
-    if let Ok(metadata) = tls.key.metadata()
-        && metadata.mode() & 0o007 != 0
-    {
-        let path = tls.key.display();
-        let what = format!("the TLS key {path} is open to everyone (mode {:04o})", metadata.mode() & 0o777);
-        findings.push(Finding::error("tls", what, format!("chmod 0600 {path}; then use a new key")));
+    match tls_config(tls) {
+        Ok(served) => {
+            let name = format!("the TLS certificate {}", tls.certificate.display());
+            let error = |doubt: &Doubt| Finding::error("tls", format!("{name}: {}", doubt.what), doubt.todo);
+            findings.extend(served.doubts.iter().map(error));
+            let todo = "put a new one in its place and send SIGHUP";
+            findings.extend(expiry("tls", &name, (served.not_before, served.not_after), now, todo, Finding::error));
+        }
+        Err(error) => {
+            let todo = match &error {
+                TlsError::File(FileError::Exposed { .. }) => "after that, use a new key: others may have read this one",
+                _ => "a running daemon goes on with what it has; none starts with these files",
+            };
+            findings.push(Finding::error("tls", error.to_string(), todo));
+        }
     }
     if findings.is_empty() {
-        findings.push(Finding::ok("tls", "certificate and key belong together"));
+        findings.push(Finding::ok("tls", "certificate and key belong together, and hosts can accept them"));
     }
     findings
 }

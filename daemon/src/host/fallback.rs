@@ -19,6 +19,8 @@ pub enum Fault {
     Server(Option<Duration>),
     /// The host asks too often, whomever it asks. With the time that it is to wait.
     Host(Option<Duration>),
+    /// This server will not serve before an administrator has changed something there; another may.
+    Unusable,
 }
 
 impl HostError {
@@ -26,6 +28,7 @@ impl HostError {
     #[must_use]
     pub fn fault(&self) -> Fault {
         let (status, retry_after) = match self {
+            Self::Client(ClientError::Tls { fault, .. }) if fault.lasting => return Fault::Unusable,
             // Another server may have a certificate that is in date, or the right answer.
             Self::Client(
                 ClientError::Connect { .. }
@@ -79,6 +82,8 @@ pub struct Fallback {
 struct Server {
     rests_until: Option<Instant>,
     failures: u32,
+    /// It is not asked again.
+    unusable: bool,
 }
 
 impl Fallback {
@@ -104,11 +109,12 @@ impl Fallback {
         let rest = |at: usize| {
             self.servers[at].rests_until.map_or(Duration::ZERO, |until| until.saturating_duration_since(now))
         };
-        let mut order = (0..count).map(|step| (self.preferred + step) % count);
+        let usable = |at: &usize| !self.servers[*at].unusable;
+        let mut order = (0..count).map(|step| (self.preferred + step) % count).filter(usable);
         if let Some(ready) = order.find(|at| rest(*at).is_zero()) {
             return Step::Ask(ready);
         }
-        match (0..count).map(rest).min() {
+        match (0..count).filter(usable).map(rest).min() {
             Some(shortest) if shortest < self.left(now) => Step::Wait(shortest),
             _ => Step::GiveUp,
         }
@@ -124,13 +130,17 @@ impl Fallback {
     pub fn failed(&mut self, server: usize, fault: Fault, now: Instant, luck: f64) {
         let asked = match fault {
             Fault::Lasting => return,
+            Fault::Unusable => {
+                self.servers[server].unusable = true;
+                return;
+            }
             Fault::Server(asked) | Fault::Host(asked) => asked.unwrap_or_default(),
         };
         let failures = self.servers[server].failures;
         let longest = FIRST_REST.saturating_mul(2u32.saturating_pow(failures)).min(LONGEST_REST);
         // Beyond what was asked for, never before it.
         let until = Some(now + asked + longest.mul_f64(luck.clamp(0.0, 1.0)));
-        self.servers[server] = Server { rests_until: until, failures: failures + 1 };
+        self.servers[server] = Server { rests_until: until, failures: failures + 1, unusable: false };
         if matches!(fault, Fault::Host(_)) {
             for other in &mut self.servers {
                 other.rests_until = other.rests_until.max(until);
@@ -257,5 +267,18 @@ mod tests {
         ] {
             assert_eq!(error.fault(), fault, "{error:?}");
         }
+    }
+
+    #[test]
+    fn a_server_that_cannot_be_used_is_not_asked_again_and_others_are() {
+        let now = Instant::now();
+        let mut fallback = Fallback::new(2, now + Duration::from_secs(60));
+        assert_eq!(fallback.next(now), Step::Ask(0));
+        fallback.failed(0, Fault::Unusable, now, 0.5);
+        assert_eq!(fallback.next(now), Step::Ask(1));
+        fallback.failed(1, Fault::Server(None), now, 0.5);
+        assert!(matches!(fallback.next(now), Step::Wait(_)), "only the other one is waited for");
+        fallback.failed(1, Fault::Unusable, now, 0.5);
+        assert_eq!(fallback.next(now), Step::GiveUp, "no time is spent on servers that will not serve");
     }
 }

@@ -36,7 +36,7 @@ impl ServicesError {
     /// Whether the same may succeed later.
     #[must_use]
     pub fn is_temporary(&self) -> bool {
-        matches!(self, Self::Host(error) if error.fault() != Fault::Lasting)
+        matches!(self, Self::Host(error) if !matches!(error.fault(), Fault::Lasting | Fault::Unusable))
     }
 }
 
@@ -208,7 +208,10 @@ impl Services {
             }
             tracing::warn!(server = self.hosts[server].server(), %error, "asking elsewhere or again");
             self.fallback.failed(server, fault, Instant::now(), luck());
-            last = Some(error);
+            // While one server may serve later, that is what the caller is told.
+            if fault != Fault::Unusable || last.is_none() {
+                last = Some(error);
+            }
         }
     }
 

@@ -37,7 +37,7 @@ pub enum StoreError {
     /// The host has keys, which are not overwritten.
     #[error("{} is there already; its public half is in {HOST_KEY_PUBLIC} beside it. To replace it, move it away first", .0.display())]
     KeyExists(PathBuf),
-    /// A key that cannot be used or made.
+    /// A key that cannot be made.
     #[error("{}: {source}", path.display())]
     Key {
         /// Its file.
@@ -114,11 +114,10 @@ impl Folder {
 
     fn key(&self, name: &str) -> Result<RsaPrivateKey, StoreError> {
         let path = self.0.join(name);
-        let text = match files::read_secret_pem(&path) {
-            Err(error) if error.is_missing() => return Err(StoreError::NoKey(path)),
-            other => other?,
-        };
-        RsaPrivateKey::from_pkcs8_pem(&text).map_err(|source| StoreError::Key { path, source })
+        match files::read_rsa_private_key(&path) {
+            Err(error) if error.is_missing() => Err(StoreError::NoKey(path)),
+            other => Ok(other?),
+        }
     }
 
     /// The health certificate that is kept, if it is over these keys and will do for a release at `now` (unix seconds).
@@ -126,7 +125,7 @@ impl Folder {
     pub fn health(&self, keys: &Keys, now: i64) -> Option<Certificate> {
         let path = self.health_file();
         // What cannot be read is made anew; writing it will say what is wrong.
-        let certificate = Certificate::from_pem(&files::read_pem(&path).ok()?).ok()?;
+        let certificate = files::read_certificate(&path).ok()?;
         let host_key = HEXLOWER.encode(&keys.host.public().spki_sha256());
         let ours =
             certificate.key() == keys.identity.public() && certificate.subject_serial_number() == Some(&host_key);
@@ -171,12 +170,12 @@ mod tests {
         assert!(matches!(folder.make_keys(2048), Err(StoreError::KeyExists(_))));
         assert!(folder.keys().unwrap().host.public() == host.public());
         let key = folder.0.join(HOST_KEY);
-        fs::set_permissions(&key, fs::Permissions::from_mode(0o640)).unwrap();
+        fs::set_permissions(&key, fs::Permissions::from_mode(0o644)).unwrap();
         let said = folder.keys().err().unwrap().to_string();
         assert!(said.contains("others may read") && said.contains("chmod 600"), "{said}");
         fs::set_permissions(&key, fs::Permissions::from_mode(0o600)).unwrap();
         fs::write(folder.0.join(HOST_KEY), "no key").unwrap();
-        assert!(matches!(folder.keys(), Err(StoreError::Key { .. })));
+        assert!(matches!(folder.keys(), Err(StoreError::File(FileError::Content { .. }))));
     }
 
     #[test]

@@ -6,14 +6,16 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
-use rustls::pki_types::pem::{self, PemObject};
+use claviger_protocol::input::{Found, PrivateKey};
+use rustls::ServerConfig;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use rustls::server::WebPkiClientVerifier;
-use rustls::{RootCertStore, ServerConfig};
-use x509_parser::prelude::{FromDer, X509Certificate};
+use rustls::server::{VerifierBuilderError, WebPkiClientVerifier};
+use x509_parser::prelude::{FromDer, X509Certificate, X509Version};
 
 use crate::config::Tls;
+use crate::files::{self, FileError};
 use crate::keys::short_name;
+use crate::trust::{self, AuthorityError};
 
 /// What new connections are served with; it can be changed at any time.
 pub type SharedTls = Arc<ArcSwap<ServerTls>>;
@@ -25,33 +27,59 @@ pub struct ServerTls {
     pub config: Arc<ServerConfig>,
     /// The first 8 digits of the thumbprint of the server's certificate.
     pub certificate: String,
+    /// When it begins to be valid, in seconds since 1970.
+    pub not_before: i64,
     /// When it ends, in seconds since 1970.
     pub not_after: i64,
+    /// What keeps hosts from accepting it.
+    pub doubts: Vec<Doubt>,
+}
+
+/// A reason for which hosts do not accept a certificate.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Doubt {
+    /// What is wrong with it.
+    pub what: String,
+    /// What to do.
+    pub todo: &'static str,
+}
+
+impl ServerTls {
+    /// Logs what keeps hosts from accepting the certificate.
+    pub fn warn(&self) {
+        for Doubt { what, todo } in &self.doubts {
+            tracing::warn!(certificate = self.certificate, "the server's certificate for TLS: {what}; {todo}");
+        }
+    }
 }
 
 /// Why there is no TLS to serve with.
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
-    /// A file cannot be read.
-    #[error("{} cannot be read: {source}; check the path and who may read it", path.display())]
-    Read {
+    /// A file cannot be read, holds something else, or is a secret that others may read.
+    #[error("TLS: {0}")]
+    File(#[from] FileError),
+    /// The server's certificate cannot be used.
+    #[error("TLS: {}: the first certificate cannot be used: {problem}; issue it again, for this server and with a subjectAltName", path.display())]
+    Certificate {
         /// The file.
         path: PathBuf,
-        /// What the operating system says.
-        source: std::io::Error,
-    },
-    /// A file has not what it should have.
-    #[error("{} holds no {wanted} in PEM ({problem})", path.display())]
-    Content {
-        /// The file.
-        path: PathBuf,
-        /// What was looked for.
-        wanted: &'static str,
-        /// What was found instead.
+        /// What is wrong with it.
         problem: String,
     },
-    /// Certificate and key cannot be used, most often because they do not belong together.
-    #[error("the certificate in {} and the key in {} cannot be used together: {source}", certificate.display(), key.display())]
+    /// The key is another one than that of the certificate.
+    #[error(
+        "TLS: the key in {} is not that of the certificate in {}; give both from the same request", key.display(),
+        certificate.display()
+    )]
+    Mismatch {
+        /// The certificate's file.
+        certificate: PathBuf,
+        /// The key's file.
+        key: PathBuf,
+    },
+    /// Certificate and key cannot be used for another reason.
+    #[error("TLS: the certificate in {} and the key in {} cannot be used: {source}", certificate.display(), key.display())]
     Pair {
         /// The certificate's file.
         certificate: PathBuf,
@@ -61,12 +89,15 @@ pub enum TlsError {
         source: rustls::Error,
     },
     /// The authorities of clients' certificates cannot be used.
-    #[error("clients' certificates cannot be checked with {}: {problem}", path.display())]
-    Authorities {
+    #[error("clients' certificates cannot be checked: {0}")]
+    Authorities(#[from] AuthorityError),
+    /// No verifier can be made of them.
+    #[error("clients' certificates cannot be checked with {}: {source}", path.display())]
+    Verifier {
         /// The file.
         path: PathBuf,
         /// What rustls says.
-        problem: String,
+        source: VerifierBuilderError,
     },
 }
 
@@ -77,9 +108,16 @@ pub enum TlsError {
 pub fn tls_config(settings: &Tls) -> Result<ServerTls, TlsError> {
     let Tls { certificate, key, client_ca, client_required } = settings;
     let chain = certificates(certificate)?;
-    let (name, not_after) = leaf(certificate, &chain)?;
-    let private = PrivateKeyDer::from_pem_file(key).map_err(|error| unusable(key, "private key", error))?;
-    let pair = |source| TlsError::Pair { certificate: certificate.to_owned(), key: key.to_owned(), source };
+    let (name, (not_before, not_after)) = leaf(certificate, &chain)?;
+    let doubts = doubts(&chain);
+    let private = private_key(key)?;
+    let pair = |source| {
+        let (certificate, key) = (certificate.to_owned(), key.to_owned());
+        match source {
+            rustls::Error::InconsistentKeys(_) => TlsError::Mismatch { certificate, key },
+            source => TlsError::Pair { certificate, key, source },
+        }
+    };
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     // The provider is named: the process-wide default may be missing, or another one.
     let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
@@ -88,42 +126,190 @@ pub fn tls_config(settings: &Tls) -> Result<ServerTls, TlsError> {
     let builder = match client_ca {
         None => builder.with_no_client_auth(),
         Some(path) => {
-            let fault = |problem| TlsError::Authorities { path: path.to_owned(), problem };
-            let mut roots = RootCertStore::empty();
-            for authority in certificates(path)? {
-                roots.add(authority).map_err(|error| fault(error.to_string()))?;
-            }
-            let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider);
+            let roots = Arc::new(trust::authorities(path)?);
+            let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider);
             let verifier = if *client_required { verifier } else { verifier.allow_unauthenticated() };
-            builder.with_client_cert_verifier(verifier.build().map_err(|error| fault(error.to_string()))?)
+            let verifier = verifier.build().map_err(|source| TlsError::Verifier { path: path.to_owned(), source })?;
+            builder.with_client_cert_verifier(verifier)
         }
     };
     let mut config = builder.with_single_cert(chain, private).map_err(pair)?;
     config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-    Ok(ServerTls { config: Arc::new(config), certificate: name, not_after })
+    Ok(ServerTls { config: Arc::new(config), certificate: name, not_before, not_after, doubts })
 }
 
-/// The name in the metrics, and the end, of a chain's first certificate.
-fn leaf(path: &Path, chain: &[CertificateDer<'_>]) -> Result<(String, i64), TlsError> {
-    let fault = |problem: String| TlsError::Content { path: path.to_owned(), wanted: "certificate", problem };
-    let der = chain.first().ok_or_else(|| fault("it is empty".to_owned()))?;
+/// The name in the metrics, and the validity, of a chain's first certificate.
+fn leaf(path: &Path, chain: &[CertificateDer<'_>]) -> Result<(String, (i64, i64)), TlsError> {
+    let fault = |problem: String| TlsError::Certificate { path: path.to_owned(), problem };
+    let der = chain.first().ok_or_else(|| fault("there is none".to_owned()))?;
     let (_, leaf) = X509Certificate::from_der(der).map_err(|error| fault(error.to_string()))?;
-    Ok((short_name(der), leaf.validity().not_after.timestamp()))
+    // rustls would say so in the words of its code.
+    if leaf.version() != X509Version::V3 {
+        return Err(fault("it is of X.509 version 1, without extensions, which is not accepted".to_owned()));
+    }
+    let validity = leaf.validity();
+    Ok((short_name(der), (validity.not_before.timestamp(), validity.not_after.timestamp())))
 }
 
-/// The certificates of a PEM file, at least one.
-///
-/// # Errors
-/// [`TlsError`] names the file.
-pub fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
-    let found = CertificateDer::pem_file_iter(path).and_then(Iterator::collect::<Result<Vec<_>, _>>);
-    let found = found.map_err(|error| unusable(path, "certificate", error))?;
-    if found.is_empty() { Err(unusable(path, "certificate", pem::Error::NoItemsFound)) } else { Ok(found) }
+/// What keeps hosts from accepting a server's certificate, though it can be served with.
+fn doubts(chain: &[CertificateDer<'_>]) -> Vec<Doubt> {
+    let Some((_, leaf)) = chain.first().and_then(|der| X509Certificate::from_der(der).ok()) else { return Vec::new() };
+    let mut doubts = Vec::new();
+    let mut doubt = |what: &str, todo| doubts.push(Doubt { what: what.to_owned(), todo });
+    if leaf.is_ca() {
+        doubt(
+            "it is that of a certificate authority (CA:TRUE), which no host accepts from a server",
+            "issue one for the server (openssl req -x509 … -addext basicConstraints=critical,CA:FALSE)",
+        );
+    }
+    if !matches!(leaf.subject_alternative_name(), Ok(Some(_))) {
+        doubt(
+            "it has no subjectAltName, and hosts look for the server's name nowhere else",
+            "issue it again, with one",
+        );
+    }
+    if let Ok(Some(usage)) = leaf.extended_key_usage()
+        && !usage.value.server_auth
+        && !usage.value.any
+    {
+        doubt("it is not for servers: its extended key usages lack serverAuth", "issue it again, with serverAuth");
+    }
+    if let Some((_, next)) = chain.get(1).and_then(|der| X509Certificate::from_der(der).ok())
+        && next.subject() != leaf.issuer()
+    {
+        let what = format!("the certificate after it is not its issuer's ({}) but {}", leaf.issuer(), next.subject());
+        let what: String = what.chars().filter(|c| !c.is_control()).collect();
+        doubt(&what, "put the server's own certificate first in the file, then its issuer's");
+    }
+    doubts
 }
 
-fn unusable(path: &Path, wanted: &'static str, error: pem::Error) -> TlsError {
-    match error {
-        pem::Error::Io(source) => TlsError::Read { path: path.to_owned(), source },
-        error => TlsError::Content { path: path.to_owned(), wanted, problem: error.to_string() },
+/// The certificates of a file, at least one.
+fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, FileError> {
+    Ok(files::read_certificates(path)?.into_iter().map(|entry| CertificateDer::from(entry.der)).collect())
+}
+
+fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, FileError> {
+    let PrivateKey { found, bytes } = files::read_private_key(path)?;
+    // rustls does not wipe it, and keeps it for as long as it serves.
+    let der = bytes.to_vec();
+    Ok(match found {
+        Found::Pkcs1PrivateKey => PrivateKeyDer::Pkcs1(der.into()),
+        Found::EcPrivateKey => PrivateKeyDer::Sec1(der.into()),
+        _ => PrivateKeyDer::Pkcs8(der.into()),
+    })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt;
+    use std::process::Command;
+
+    use super::*;
+
+    struct Files(tempfile::TempDir);
+
+    impl Files {
+        fn openssl(&self, arguments: &str) {
+            let output =
+                Command::new("openssl").args(arguments.split(' ')).current_dir(self.0.path()).output().unwrap();
+            assert!(output.status.success(), "openssl {arguments}: {}", String::from_utf8_lossy(&output.stderr));
+        }
+
+        /// A certificate NAME.pem that signed itself, of key.pem.
+        fn certificate(&self, name: &str, options: &str) {
+            self.openssl(&format!("req -x509 -key key.pem -days 30 -subj /CN=localhost -out {name}.pem {options}"));
+        }
+
+        fn settings(&self, certificate: &str, key: &str) -> Tls {
+            let [certificate, key] = [certificate, key].map(|name| self.0.path().join(name));
+            Tls { certificate, key, client_ca: None, client_required: false }
+        }
+
+        fn doubts(&self, name: &str) -> Vec<String> {
+            let served = tls_config(&self.settings(name, "key.pem")).unwrap();
+            served.doubts.into_iter().map(|doubt| doubt.what).collect()
+        }
+
+        fn refused(&self, certificate: &str, key: &str) -> String {
+            tls_config(&self.settings(certificate, key)).unwrap_err().to_string()
+        }
+    }
+
+    const SERVER: &str = "-addext subjectAltName=IP:127.0.0.1 -addext basicConstraints=critical,CA:FALSE";
+
+    fn files() -> Files {
+        let files = Files(tempfile::tempdir().unwrap());
+        files.openssl("genpkey -quiet -algorithm RSA -out key.pem");
+        files.certificate("good", SERVER);
+        files
+    }
+
+    #[test]
+    fn certificates_that_no_host_accepts_are_served_and_doubted() {
+        let files = files();
+        assert_eq!(files.doubts("good.pem"), Vec::<String>::new());
+        files.certificate("ca", "-addext subjectAltName=IP:127.0.0.1");
+        assert!(files.doubts("ca.pem")[0].contains("certificate authority (CA:TRUE)"));
+        files.certificate("nameless", "-addext basicConstraints=critical,CA:FALSE");
+        assert!(files.doubts("nameless.pem")[0].contains("no subjectAltName"));
+        files.certificate("client", &format!("{SERVER} -addext extendedKeyUsage=clientAuth"));
+        assert!(files.doubts("client.pem")[0].contains("lack serverAuth"));
+        files.openssl("req -new -key key.pem -subj /CN=old -out old.csr");
+        files.openssl("x509 -req -in old.csr -signkey key.pem -days 30 -out old.pem");
+        let both = ["good.pem", "old.pem"].map(|name| fs::read_to_string(files.0.path().join(name)).unwrap());
+        fs::write(files.0.path().join("both.pem"), both.concat()).unwrap();
+        assert!(files.doubts("both.pem")[0].contains("is not its issuer's (CN=localhost) but CN=old"));
+    }
+
+    #[test]
+    fn files_are_read_as_other_programs_write_them_or_the_cause_is_named() {
+        let files = files();
+        files.openssl("pkcs8 -topk8 -in key.pem -passout pass:secret -out sealed.pem");
+        files.openssl("rsa -in key.pem -traditional -aes256 -passout pass:secret -out old.pem");
+        files.openssl("rsa -in key.pem -traditional -out pkcs1.pem");
+        files.openssl("pkey -in key.pem -outform DER -out key.der");
+        files.openssl("x509 -in good.pem -outform DER -out good.der");
+        files.openssl("req -new -key key.pem -subj /CN=x -out request.pem");
+        files.openssl("x509 -req -in request.pem -signkey key.pem -days 30 -out old.crt");
+        files.openssl("genpkey -quiet -algorithm RSA -out other.pem");
+        files.openssl("pkcs12 -export -inkey key.pem -in good.pem -passout pass:secret -out both.pfx");
+        let path = |name: &str| files.0.path().join(name);
+        let text = |name: &str| fs::read_to_string(path(name)).unwrap();
+        let marked = format!("\u{feff}{}{}", text("good.pem"), text("key.pem")).replace('\n', "\r\n");
+        fs::write(path("all.pem"), marked).unwrap();
+        for name in ["all.pem", "key.der"] {
+            fs::set_permissions(path(name), fs::Permissions::from_mode(0o600)).unwrap();
+        }
+        for (certificate, key) in
+            [("all.pem", "all.pem"), ("good.der", "key.der"), ("good.pem", "pkcs1.pem"), ("good.pem", "key.pem")]
+        {
+            assert_eq!(files.settings(certificate, key).certificate, path(certificate));
+            tls_config(&files.settings(certificate, key)).unwrap_or_else(|e| panic!("{certificate} {key}: {e}"));
+        }
+        for (certificate, key, words) in [
+            ("good.pem", "sealed.pem", "encrypted under a passphrase, and a private key is needed; decrypt it"),
+            ("good.pem", "old.pem", "encrypted under a passphrase"),
+            ("good.pem", "good.pem", "it is a certificate, and a private key is needed"),
+            ("good.pem", "both.pfx", "openssl pkcs12 -in FILE -nocerts -nodes"),
+            ("request.pem", "key.pem", "it is a certificate request"),
+            ("old.crt", "key.pem", "X.509 version 1"),
+            ("good.pem", "other.pem", "other.pem is not that of the certificate in"),
+            ("key.pem", "key.pem", "give the certificate of that key"),
+            ("both.pfx", "key.pem", "openssl pkcs12 -in FILE -nokeys"),
+            ("none.pem", "key.pem", "none.pem: No such file"),
+        ] {
+            // Certificates have no secret in them, keys do.
+            for name in [certificate, key] {
+                let _ = fs::set_permissions(path(name), fs::Permissions::from_mode(0o600));
+            }
+            let said = files.refused(certificate, key);
+            assert!(said.contains(words), "{said}\nlacks\n{words}");
+        }
+        fs::set_permissions(path("key.pem"), fs::Permissions::from_mode(0o644)).unwrap();
+        let said = files.refused("good.pem", "key.pem");
+        assert!(said.contains("others may read") && said.contains("chmod 600"), "{said}");
     }
 }

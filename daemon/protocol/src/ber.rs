@@ -1,0 +1,271 @@
+//! A bounded reader for BER, the encoding with lengths left open and strings cut into pieces that NSS, Java libraries and older
+//! Windows programs write where others write DER.
+//!
+//! The reader works on bytes that an administrator hands over (PKCS#7 and PKCS#12 files). What goes over the wire is DER
+//! and read by stricter parsers.
+
+use zeroize::Zeroizing;
+
+/// Deepest nesting of elements; honest PKCS#12 files have about twelve levels.
+const MAX_DEPTH: u8 = 32;
+
+/// The bit of an identifier byte that says that the content is elements again.
+const CONSTRUCTED: u8 = 0x20;
+
+/// Identifier bytes that the readers of this workspace ask for.
+pub mod tag {
+    /// INTEGER.
+    pub const INTEGER: u8 = 0x02;
+    /// BIT STRING.
+    pub const BIT_STRING: u8 = 0x03;
+    /// OCTET STRING in one piece.
+    pub const OCTET_STRING: u8 = 0x04;
+    /// NULL.
+    pub const NULL: u8 = 0x05;
+    /// OBJECT IDENTIFIER.
+    pub const OBJECT_IDENTIFIER: u8 = 0x06;
+    /// SEQUENCE, SEQUENCE OF.
+    pub const SEQUENCE: u8 = 0x30;
+    /// SET, SET OF.
+    pub const SET: u8 = 0x31;
+    /// `[0]` around other elements.
+    pub const CONTEXT_0: u8 = 0xa0;
+    /// `[0]` in place of a primitive type's own tag.
+    pub const CONTEXT_0_PRIMITIVE: u8 = 0x80;
+}
+
+/// Octets that are not BER, or deeper than what is read.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum BerError {
+    /// An element says that it is longer than what is there.
+    #[error("it is cut off")]
+    CutOff,
+    /// There is something after the element.
+    #[error("there are bytes after its end")]
+    Trailing,
+    /// Nested deeper than 32 levels.
+    #[error("it is nested deeper than any honest file")]
+    TooDeep,
+    /// Another element than what has to stand here, or none that BER knows.
+    #[error("its structure is damaged")]
+    Structure,
+}
+
+/// One element.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Element<'a> {
+    /// The identifier byte: class, whether the content is elements, and number.
+    pub tag: u8,
+    /// The content, without the two bytes that end an open length.
+    pub content: &'a [u8],
+    /// The whole element as it stands.
+    pub raw: &'a [u8],
+}
+
+impl<'a> Element<'a> {
+    /// The one element that `bytes` are.
+    ///
+    /// # Errors
+    /// [`BerError`].
+    pub fn parse(bytes: &'a [u8]) -> Result<Self, BerError> {
+        let (element, rest) = next(bytes, MAX_DEPTH)?;
+        if rest.is_empty() { Ok(element) } else { Err(BerError::Trailing) }
+    }
+
+    /// The element itself, if its identifier byte is this one.
+    ///
+    /// # Errors
+    /// [`BerError::Structure`].
+    pub fn expect(self, tag: u8) -> Result<Self, BerError> {
+        if self.tag == tag { Ok(self) } else { Err(BerError::Structure) }
+    }
+
+    /// The elements inside.
+    ///
+    /// # Errors
+    /// [`BerError`]; [`BerError::Structure`] if the content is no elements.
+    pub fn children(&self) -> Result<Vec<Element<'a>>, BerError> {
+        if self.tag & CONSTRUCTED == 0 {
+            return Err(BerError::Structure);
+        }
+        let mut children = Vec::new();
+        let mut rest = self.content;
+        while !rest.is_empty() {
+            let (child, after) = next(rest, MAX_DEPTH)?;
+            children.push(child);
+            rest = after;
+        }
+        Ok(children)
+    }
+
+    /// The one element inside.
+    ///
+    /// # Errors
+    /// [`BerError`]; [`BerError::Structure`] if there is none, or more.
+    pub fn only_child(&self) -> Result<Element<'a>, BerError> {
+        match self.children()?[..] {
+            [child] => Ok(child),
+            _ => Err(BerError::Structure),
+        }
+    }
+
+    /// Whether this is an OCTET STRING by its tag, in one piece or in several.
+    #[must_use]
+    pub fn is_octet_string(&self) -> bool {
+        self.tag & !CONSTRUCTED == tag::OCTET_STRING
+    }
+
+    /// The bytes of an OCTET STRING, whatever tag stands in place of its own: in one piece, or put together from pieces.
+    ///
+    /// # Errors
+    /// [`BerError`].
+    pub fn octet_string(&self) -> Result<Zeroizing<Vec<u8>>, BerError> {
+        // The pieces cannot be longer than the whole: no growing, which would leave copies of a secret behind.
+        let mut whole = Zeroizing::new(Vec::with_capacity(self.content.len()));
+        self.collect(&mut whole, MAX_DEPTH)?;
+        Ok(whole)
+    }
+
+    fn collect(&self, whole: &mut Vec<u8>, depth: u8) -> Result<(), BerError> {
+        if self.tag & CONSTRUCTED == 0 {
+            whole.extend_from_slice(self.content);
+            return Ok(());
+        }
+        let depth = depth.checked_sub(1).ok_or(BerError::TooDeep)?;
+        for piece in self.children()? {
+            if !piece.is_octet_string() {
+                return Err(BerError::Structure);
+            }
+            piece.collect(whole, depth)?;
+        }
+        Ok(())
+    }
+
+    /// The value of an INTEGER that is not negative and fits.
+    ///
+    /// # Errors
+    /// [`BerError::Structure`].
+    pub fn number(&self) -> Result<u64, BerError> {
+        let content = self.expect(tag::INTEGER)?.content;
+        if content.is_empty() || content.len() > 9 || content[0] & 0x80 != 0 || (content.len() == 9 && content[0] != 0)
+        {
+            return Err(BerError::Structure);
+        }
+        Ok(content.iter().fold(0, |value, byte| value << 8 | u64::from(*byte)))
+    }
+
+    /// The element in DER: every length is written, every OCTET STRING is in one piece.
+    ///
+    /// # Errors
+    /// [`BerError`].
+    pub fn to_der(&self) -> Result<Zeroizing<Vec<u8>>, BerError> {
+        self.der(MAX_DEPTH)
+    }
+
+    fn der(&self, depth: u8) -> Result<Zeroizing<Vec<u8>>, BerError> {
+        let depth = depth.checked_sub(1).ok_or(BerError::TooDeep)?;
+        let (tag, content) = if self.tag == tag::OCTET_STRING | CONSTRUCTED {
+            (tag::OCTET_STRING, self.octet_string()?)
+        } else if self.tag & CONSTRUCTED != 0 {
+            let children = self.children()?.iter().map(|child| child.der(depth)).collect::<Result<Vec<_>, _>>()?;
+            let mut content = Zeroizing::new(Vec::with_capacity(children.iter().map(|child| child.len()).sum()));
+            children.iter().for_each(|child| content.extend_from_slice(child));
+            (self.tag, content)
+        } else {
+            (self.tag, Zeroizing::new(self.content.to_vec()))
+        };
+        Ok(Zeroizing::new(crate::certificate::tlv(tag, &[&content])))
+    }
+}
+
+/// The first element, and what is after it.
+fn next(bytes: &[u8], depth: u8) -> Result<(Element<'_>, &[u8]), BerError> {
+    let depth = depth.checked_sub(1).ok_or(BerError::TooDeep)?;
+    let [tag, length, after @ ..] = bytes else { return Err(BerError::CutOff) };
+    // Numbers of 31 and more, of which these formats have none, and the end of an open length.
+    if tag & 0x1f == 0x1f || *tag == 0 {
+        return Err(BerError::Structure);
+    }
+    if *length == 0x80 {
+        if tag & CONSTRUCTED == 0 {
+            return Err(BerError::Structure);
+        }
+        let mut at = after;
+        while !at.starts_with(&[0, 0]) {
+            (_, at) = next(at, depth)?;
+        }
+        let content = &after[..after.len() - at.len()];
+        let rest = &at[2..];
+        return Ok((Element { tag: *tag, content, raw: &bytes[..bytes.len() - rest.len()] }, rest));
+    }
+    let (length, after) = match usize::from(*length) {
+        short @ ..0x80 => (short, after),
+        long => {
+            let count = long & 0x7f;
+            let bytes = after.get(..count).ok_or(BerError::CutOff)?;
+            let zeros = bytes.iter().take_while(|byte| **byte == 0).count();
+            if count - zeros > size_of::<u32>() {
+                return Err(BerError::CutOff);
+            }
+            (bytes.iter().fold(0, |length, byte| length << 8 | usize::from(*byte)), &after[count..])
+        }
+    };
+    let content = after.get(..length).ok_or(BerError::CutOff)?;
+    let rest = &after[length..];
+    Ok((Element { tag: *tag, content, raw: &bytes[..bytes.len() - rest.len()] }, rest))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// An element with an open length.
+    fn open(tag: u8, content: &[&[u8]]) -> Vec<u8> {
+        [&[tag, 0x80], &content.concat()[..], &[0, 0]].concat()
+    }
+
+    #[test]
+    fn open_lengths_and_strings_in_pieces_become_der() {
+        let pieces = open(0x24, &[&[4, 2, 1, 2], &open(0x24, &[&[4, 1, 3]]), &[4, 0], &[4, 0x81, 1, 4]]);
+        let ber = open(0x30, &[&[2, 0x83, 0, 0, 1, 7], &pieces, &open(0xa0, &[&[5, 0]])]);
+        let element = Element::parse(&ber).unwrap();
+        assert_eq!(element.raw, ber);
+        assert_eq!(*element.to_der().unwrap(), [0x30, 13, 2, 1, 7, 4, 4, 1, 2, 3, 4, 0xa0, 2, 5, 0]);
+        let children = element.children().unwrap();
+        assert_eq!(*children[1].octet_string().unwrap(), [1, 2, 3, 4]);
+        assert_eq!((children[0].number(), children[2].only_child().unwrap().tag), (Ok(7), tag::NULL));
+        // DER stays as it is.
+        let der = element.to_der().unwrap();
+        assert_eq!(Element::parse(&der).unwrap().to_der().unwrap(), der);
+    }
+
+    #[test]
+    fn what_is_not_whole_is_refused() {
+        let ber = open(0x30, &[&open(0x24, &[&[4, 2, 1, 2]]), &[2, 1, 7]]);
+        for length in 0..ber.len() {
+            assert_eq!(Element::parse(&ber[..length]), Err(BerError::CutOff), "{length}");
+        }
+        assert_eq!(Element::parse(&[&ber[..], &[0]].concat()), Err(BerError::Trailing));
+        // No content can be as long as that, a primitive has no open length, and numbers are small.
+        assert_eq!(Element::parse(&[0x30, 0x89, 1, 0, 0, 0, 0, 0, 0, 0, 0]), Err(BerError::CutOff));
+        assert_eq!(Element::parse(&[4, 0x80, 0, 0]), Err(BerError::Structure));
+        assert_eq!(Element::parse(&[0x3f, 1, 0]), Err(BerError::Structure));
+        let deep = (0..40).fold(vec![5, 0], |inner, _| open(0x30, &[&inner]));
+        assert_eq!(Element::parse(&deep), Err(BerError::TooDeep));
+        let deep = (0..40).fold(vec![5, 0], |inner, _| [&[0x30, 0x82, 0, inner.len() as u8], &inner[..]].concat());
+        assert_eq!(Element::parse(&deep).unwrap().to_der(), Err(BerError::TooDeep));
+        let text = open(0x24, &[&[12, 1, b'a']]);
+        assert_eq!(Element::parse(&text).unwrap().octet_string(), Err(BerError::Structure));
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_read_or_refused(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            if let Ok(element) = Element::parse(&bytes) {
+                let _ = (element.to_der(), element.octet_string(), element.number());
+            }
+        }
+    }
+}

@@ -1,0 +1,242 @@
+//! Text files and PEM (RFC 7468), as people and programs really write them: with a byte-order mark, with CRLF, with words
+//! around the blocks. Every `-----BEGIN` is a block that is read, or an error that says which one is not.
+
+use data_encoding::BASE64;
+use zeroize::Zeroizing;
+
+const BEGIN: &str = "-----BEGIN ";
+const END: &str = "-----END ";
+const DASHES: &str = "-----";
+
+/// What a byte-order mark is in UTF-8.
+const MARK: &[u8] = b"\xef\xbb\xbf";
+
+/// Bytes that are not the text they should be.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("it is {}; {}", self.problem(), self.advice())]
+pub enum TextError {
+    /// UTF-16, with or without a byte-order mark.
+    Utf16,
+    /// Some other encoding, or no text at all.
+    NotUtf8,
+    /// A NUL byte: a file that was damaged, or no text.
+    Nul,
+}
+
+impl TextError {
+    /// What the bytes are instead.
+    #[must_use]
+    pub fn problem(self) -> &'static str {
+        match self {
+            Self::Utf16 => "text in UTF-16, as Windows programs and the > of PowerShell 5 write it",
+            Self::NotUtf8 => "not text in UTF-8",
+            Self::Nul => "not text: it has NUL bytes in it",
+        }
+    }
+
+    /// What to do.
+    #[must_use]
+    pub fn advice(self) -> &'static str {
+        match self {
+            Self::Utf16 => "save it as UTF-8 (iconv -f UTF-16 -t UTF-8 FILE)",
+            Self::NotUtf8 => "save it as UTF-8 (iconv -f LATIN1 -t UTF-8 FILE), or give the right file",
+            Self::Nul => "the file is damaged, or the wrong one",
+        }
+    }
+}
+
+/// The text that `bytes` are, without a byte-order mark before it.
+///
+/// # Errors
+/// [`TextError`] names the encoding where it is a known one.
+pub fn text(bytes: &[u8]) -> Result<&str, TextError> {
+    if is_utf16(bytes) {
+        return Err(TextError::Utf16);
+    }
+    let text = std::str::from_utf8(bytes.strip_prefix(MARK).unwrap_or(bytes)).map_err(|_| TextError::NotUtf8)?;
+    if text.contains('\0') { Err(TextError::Nul) } else { Ok(text) }
+}
+
+/// Whether these bytes are UTF-16: they start with its mark, or every other one of the first few is zero.
+pub(crate) fn is_utf16(bytes: &[u8]) -> bool {
+    if bytes.starts_with(b"\xff\xfe") || bytes.starts_with(b"\xfe\xff") {
+        return true;
+    }
+    let start = bytes.get(..bytes.len().min(64)).unwrap_or_default();
+    let every_other = |first: usize| {
+        let (zero, other) = (start.iter().skip(first).step_by(2), start.iter().skip(1 - first).step_by(2));
+        zero.clone().all(|byte| *byte == 0) && other.clone().all(|byte| (b'\t'..0x7f).contains(byte))
+    };
+    start.len() >= 2 && start.len().is_multiple_of(2) && (every_other(0) || every_other(1))
+}
+
+/// A text that has a block which cannot be read. The number of the line is that of its first one.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum PemError {
+    /// A first line of a block, and no last one.
+    #[error("the block {label} of line {line} has no -----END {label}-----; the file is cut off or damaged")]
+    NoEnd {
+        /// What it says it is.
+        label: String,
+        /// Where it begins.
+        line: usize,
+    },
+    /// A last line of a block without a first one.
+    #[error("line {line} ends a block that no -----BEGIN line begins; the file is damaged at its start")]
+    NoBegin {
+        /// Where that line is.
+        line: usize,
+    },
+    /// What is between is not base64.
+    #[error("the block {label} of line {line} is not base64; it was damaged on its way, copy the file again")]
+    NotBase64 {
+        /// What it says it is.
+        label: String,
+        /// Where it begins.
+        line: usize,
+    },
+}
+
+/// A block.
+pub struct Block<'a> {
+    /// What it says it is, such as `CERTIFICATE`.
+    pub label: &'a str,
+    /// Where it begins; the first line of the text is 1.
+    pub line: usize,
+    /// Whether it is encrypted in the way of old versions of openssl (`Proc-Type: 4,ENCRYPTED`); then `bytes` are not DER.
+    pub encrypted: bool,
+    /// Its content.
+    pub bytes: Zeroizing<Vec<u8>>,
+}
+
+/// All blocks of a text, in its order. Words before, between and after them are passed over.
+///
+/// # Errors
+/// [`PemError`] for the first block that cannot be read.
+pub fn blocks(text: &str) -> Result<Vec<Block<'_>>, PemError> {
+    let line_of = |rest: &str| {
+        let before = &text.as_bytes()[..text.len() - rest.len()];
+        before.iter().filter(|byte| **byte == b'\n').count() + 1
+    };
+    let mut blocks = Vec::new();
+    let mut rest = text;
+    while let Some(start) = rest.find(BEGIN) {
+        let from = &rest[start..];
+        if let Some(end) = rest[..start].find(END) {
+            return Err(PemError::NoBegin { line: line_of(&rest[end..]) });
+        }
+        let line = line_of(from);
+        let header = from[BEGIN.len()..].split(['\n', '\r']).next().unwrap_or_default();
+        let Some((label, _)) = header.split_once(DASHES) else {
+            return Err(PemError::NoEnd { label: shown(header), line });
+        };
+        let no_end = || PemError::NoEnd { label: shown(label), line };
+        let body = &from[BEGIN.len() + label.len() + DASHES.len()..];
+        let (body, after) = body.split_once(END).ok_or_else(no_end)?;
+        let after = after.strip_prefix(label).and_then(|after| after.strip_prefix(DASHES)).ok_or_else(no_end)?;
+        // The capacity is enough from the start: growing would leave copies of a secret behind.
+        let mut characters = Zeroizing::new(Vec::with_capacity(body.len()));
+        let mut encrypted = false;
+        for line in body.lines() {
+            // Base64 has no colon: this is a header (RFC 1421).
+            if line.contains(':') {
+                encrypted |= line.contains("ENCRYPTED");
+            } else {
+                characters.extend(line.bytes().filter(|byte| !byte.is_ascii_whitespace()));
+            }
+        }
+        let bytes = BASE64.decode(&characters).map_err(|_| PemError::NotBase64 { label: shown(label), line })?;
+        blocks.push(Block { label, line, encrypted, bytes: Zeroizing::new(bytes) });
+        rest = after;
+    }
+    match rest.find(END) {
+        Some(end) => Err(PemError::NoBegin { line: line_of(&rest[end..]) }),
+        None => Ok(blocks),
+    }
+}
+
+/// A label as it may stand in a message.
+fn shown(label: &str) -> String {
+    label.chars().filter(|c| c.is_ascii_graphic() || *c == ' ').take(40).collect()
+}
+
+/// One block with lines of 64 characters.
+pub(crate) fn encode(label: &str, bytes: &[u8]) -> Zeroizing<String> {
+    let body = Zeroizing::new(BASE64.encode(bytes));
+    let lines = body.len().div_ceil(64);
+    let mut text = Zeroizing::new(String::with_capacity(body.len() + lines + 2 * label.len() + 40));
+    text.push_str(BEGIN);
+    text.push_str(label);
+    text.push_str("-----\n");
+    let mut rest = body.as_str();
+    while !rest.is_empty() {
+        // Base64 is ASCII: every index is a character boundary.
+        let (line, tail) = rest.split_at(rest.len().min(64));
+        text.push_str(line);
+        text.push('\n');
+        rest = tail;
+    }
+    text.push_str(END);
+    text.push_str(label);
+    text.push_str("-----\n");
+    text
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn utf16(text: &str, mark: bool) -> Vec<u8> {
+        text.encode_utf16().fold(if mark { vec![0xff, 0xfe] } else { Vec::new() }, |mut bytes, unit| {
+            bytes.extend(unit.to_le_bytes());
+            bytes
+        })
+    }
+
+    #[test]
+    fn encodings_of_text_are_told_apart() {
+        assert_eq!(text(b"\xef\xbb\xbfa = 1\r\n"), Ok("a = 1\r\n"));
+        assert_eq!((text(b""), text("Größe".as_bytes())), (Ok(""), Ok("Größe")));
+        for mark in [false, true] {
+            assert_eq!(text(&utf16("1234\r\n", mark)), Err(TextError::Utf16));
+        }
+        let big: Vec<u8> = "[server]".encode_utf16().flat_map(u16::to_be_bytes).collect();
+        assert_eq!(text(&big), Err(TextError::Utf16));
+        assert_eq!(text(b"Gr\xfc\xdfe"), Err(TextError::NotUtf8));
+        assert_eq!(text(b"a\0b"), Err(TextError::Nul));
+    }
+
+    #[test]
+    fn every_block_is_read() {
+        let [one, two] = ["one", "two"].map(|content| encode("CERTIFICATE", content.as_bytes()));
+        let found = |text: &str| {
+            let blocks = blocks(text).unwrap();
+            blocks.iter().map(|block| String::from_utf8(block.bytes.to_vec()).unwrap()).collect::<Vec<_>>()
+        };
+        let both = ["one", "two"];
+        assert_eq!(found(&format!("{}{}", *one, *two)), both);
+        assert_eq!(found(&format!("\u{feff}{}\u{feff}{}", *one, *two)), both, "two files with a mark each");
+        assert_eq!(found(&format!("{}{}", one.trim_end(), *two)), both, "without a line break between them");
+        assert_eq!(found(&format!("# ours\n{}\n  {}", *one, *two).replace('\n', "\r\n")), both);
+        assert_eq!(found("no block"), Vec::<String>::new());
+        let lines: Vec<_> = blocks(&format!("# ours\n{}{}", *one, *two)).unwrap().iter().map(|b| b.line).collect();
+        assert_eq!(lines, [2, 5]);
+        let old = one.replace("-----\nb", "-----\nProc-Type: 4,ENCRYPTED\nDEK-Info: AES-256-CBC,00\n\nb");
+        let old = blocks(&old).unwrap();
+        assert!(old[0].encrypted && *old[0].bytes == b"one"[..]);
+    }
+
+    #[test]
+    fn a_block_that_is_not_whole_is_an_error_and_not_skipped() {
+        let [one, two] = ["one", "two"].map(|content| encode("CERTIFICATE", content.as_bytes()));
+        let error = |text: &str| blocks(text).err().unwrap().to_string();
+        let cut = format!("{}{}", *one, two.split_at(40).0);
+        assert!(error(&cut).contains("CERTIFICATE of line 4 has no -----END"), "{}", error(&cut));
+        assert!(error(&format!("-{}{}", &one[2..], *two)).contains("line 3 ends a block"), "a damaged first line");
+        assert!(error(&format!("{}-{}", *one, &two[2..])).contains("line 6 ends a block"));
+        assert!(error(&two.replace("dHdv", "d*dv")).contains("of line 1 is not base64"));
+        assert!(error(&two.replace("END CERTIFICATE", "END KEY")).contains("has no -----END CERTIFICATE"));
+        assert!(error("-----BEGIN \x1b[2J").contains("the block [2J of line 1"), "nothing that moves the cursor");
+    }
+}

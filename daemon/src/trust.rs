@@ -1,0 +1,180 @@
+//! Whom TLS trusts, and why a handshake failed: read from files of authorities, and said in words that name the cause.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use rustls::pki_types::CertificateDer;
+use rustls::{CertificateError, OtherError, RootCertStore};
+use x509_parser::prelude::{FromDer, X509Certificate};
+
+use crate::files::{self, FileError};
+
+/// Why a file of authorities cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum AuthorityError {
+    /// It cannot be read, or holds no certificates.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// One of its certificates cannot be an authority's. The others are not used without it: that would be a change nobody sees.
+    #[error("{}: {certificate}: {problem}; replace it or remove it from the file", path.display())]
+    Unusable {
+        /// The file.
+        path: PathBuf,
+        /// Which: its number, line and subject.
+        certificate: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+}
+
+/// The authorities of a file (PEM, DER or .p7b): all of its certificates, at least one. Blocks on the file.
+///
+/// # Errors
+/// [`AuthorityError`].
+pub fn authorities(path: &Path) -> Result<RootCertStore, AuthorityError> {
+    let mut roots = RootCertStore::empty();
+    for entry in files::read_certificates(path)? {
+        let der = CertificateDer::from(entry.der);
+        let subject = subject(&der).map_or_else(String::new, |subject| format!(", {subject}"));
+        roots.add(der).map_err(|error| AuthorityError::Unusable {
+            path: path.to_owned(),
+            certificate: format!("{}{subject}", entry.place),
+            problem: match error {
+                rustls::Error::InvalidCertificate(error) => certificate_fault(&error).problem,
+                error => error.to_string(),
+            },
+        })?;
+    }
+    Ok(roots)
+}
+
+/// The subject's name, where the certificate can be read.
+fn subject(der: &[u8]) -> Option<String> {
+    let (_, certificate) = X509Certificate::from_der(der).ok()?;
+    // It goes to terminals and logs.
+    Some(certificate.subject().to_string().chars().filter(|c| !c.is_control()).take(200).collect())
+}
+
+/// Why there is no TLS with a server.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{problem}")]
+pub struct TlsFault {
+    /// What is wrong, and what to do.
+    pub problem: String,
+    /// Whether it stays so until somebody changes the server's certificate.
+    pub lasting: bool,
+}
+
+impl From<io::Error> for TlsFault {
+    fn from(error: io::Error) -> Self {
+        let cause = error.get_ref().and_then(|cause| cause.downcast_ref::<rustls::Error>());
+        match cause {
+            Some(rustls::Error::InvalidCertificate(error)) => certificate_fault(error),
+            Some(rustls::Error::InvalidMessage(_)) => {
+                passing(format!("it does not answer in TLS ({error}); is it served as http:// there?"))
+            }
+            _ => passing(format!("the handshake failed: {error}; the server's log may say why")),
+        }
+    }
+}
+
+fn passing(problem: impl Into<String>) -> TlsFault {
+    TlsFault { problem: problem.into(), lasting: false }
+}
+
+fn lasting(problem: impl Into<String>) -> TlsFault {
+    TlsFault { problem: problem.into(), lasting: true }
+}
+
+/// What is wrong with the other side's certificate.
+fn certificate_fault(error: &CertificateError) -> TlsFault {
+    use webpki::Error;
+    let of_webpki = match error {
+        CertificateError::Other(OtherError(cause)) => cause.downcast_ref::<Error>(),
+        _ => None,
+    };
+    match (error, of_webpki) {
+        // The signature is wrong where an authority has the right name and another key, as after a change of its key.
+        (CertificateError::UnknownIssuer | CertificateError::BadSignature, _) => passing(
+            "its certificate is none that --ca vouches for: give --ca the authority that issued it, and see that the server \
+             sends the certificates in between",
+        ),
+        (CertificateError::Expired | CertificateError::ExpiredContext { .. }, _) => {
+            passing(format!("its certificate has expired ({error}); renew it, or set the clock of this machine"))
+        }
+        (CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. }, _) => {
+            passing(format!("its certificate is not valid yet ({error}); set the clocks"))
+        }
+        (CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. }, _) => lasting(format!(
+            "its certificate is for another name ({error}); use a URL with a name of the certificate, or give it this one as \
+             subjectAltName"
+        )),
+        (CertificateError::InvalidPurpose | CertificateError::InvalidPurposeContext { .. }, _) => lasting(format!(
+            "its certificate is not for servers ({error}); have one issued with the extended key usage serverAuth"
+        )),
+        (CertificateError::BadEncoding, _) => {
+            lasting("the certificate cannot be read, its encoding is damaged; issue it again")
+        }
+        (_, Some(Error::CaUsedAsEndEntity)) => lasting(
+            "its certificate is that of a certificate authority (CA:TRUE), which no server may show; issue one for the server \
+             (openssl req -x509 … -addext basicConstraints=critical,CA:FALSE)",
+        ),
+        (_, Some(Error::UnsupportedCertVersion)) => {
+            lasting("the certificate is of X.509 version 1, without extensions; issue it again with a subjectAltName")
+        }
+        _ => lasting(format!("the certificate cannot be used: {error}")),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::lab::self_signed;
+    use claviger_protocol::rsa_key::RsaPrivateKey;
+    use std::fs;
+
+    #[test]
+    fn one_bad_authority_among_others_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("ca.pem");
+        let good = self_signed("the good one", &RsaPrivateKey::generate(2048).unwrap()).unwrap();
+        let found = |text: &[u8]| {
+            fs::write(&file, text).unwrap();
+            authorities(&file).map(|roots| roots.len()).map_err(|error| error.to_string())
+        };
+        let pem = good.to_pem();
+        assert_eq!(found(pem.as_bytes()), Ok(1));
+        assert_eq!(found(good.der()), Ok(1), "DER");
+        assert_eq!(found(format!("\u{feff}{pem}\n{pem}").replace('\n', "\r\n").as_bytes()), Ok(2));
+        let bad = pem.lines().nth(1).unwrap();
+        let bad = format!("-----BEGIN CERTIFICATE-----\n{bad}\n-----END CERTIFICATE-----\n");
+        let said = found(format!("{pem}{bad}{pem}").as_bytes()).unwrap_err();
+        assert!(said.contains("ca.pem: certificate 2 of 3 (line ") && said.contains("remove it"), "{said}");
+        let said = found(b"no certificate").unwrap_err();
+        assert!(said.contains("text without a PEM block"), "{said}");
+    }
+
+    #[test]
+    fn the_cause_of_a_failed_handshake_is_named() {
+        let of = |error: CertificateError| {
+            TlsFault::from(io::Error::new(io::ErrorKind::InvalidData, rustls::Error::InvalidCertificate(error)))
+        };
+        let other = |error| CertificateError::Other(OtherError(std::sync::Arc::new(error)));
+        for (error, words, lasting) in [
+            (CertificateError::UnknownIssuer, "--ca vouches for", false),
+            (CertificateError::BadSignature, "--ca vouches for", false),
+            (CertificateError::Expired, "has expired", false),
+            (CertificateError::NotValidForName, "for another name", true),
+            (CertificateError::InvalidPurpose, "not for servers", true),
+            (other(webpki::Error::CaUsedAsEndEntity), "certificate authority (CA:TRUE)", true),
+            (other(webpki::Error::UnsupportedCertVersion), "version 1", true),
+        ] {
+            let fault = of(error);
+            assert!(fault.problem.contains(words) && fault.lasting == lasting, "{fault:?}");
+        }
+        let plain = rustls::Error::InvalidMessage(rustls::InvalidMessage::InvalidContentType);
+        let fault = TlsFault::from(io::Error::new(io::ErrorKind::InvalidData, plain));
+        assert!(fault.problem.contains("does not answer in TLS") && !fault.lasting, "{fault:?}");
+    }
+}
