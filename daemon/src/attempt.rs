@@ -4,6 +4,7 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant, SystemTime};
 
 use claviger_hsm::KeyRef;
+use claviger_protocol::health::HealthClaims;
 use data_encoding::HEXLOWER;
 use metrics::SharedString;
 use ring::digest;
@@ -24,10 +25,20 @@ pub struct Attempt {
     pub address: Option<IpAddr>,
     /// The registered name of the host, once it is known.
     pub host: Option<String>,
+    /// Whether that host is registered and has proved that it is the one.
+    pub known: bool,
     /// SHA-256 of the key of the host that a command is about, hexadecimal.
     pub key: Option<String>,
+    /// SHA-256 of the host's identity key, hexadecimal.
+    pub identity_key: Option<String>,
+    /// Serial number of the health certificate that was shown or issued, hexadecimal.
+    pub health_serial: Option<String>,
     /// SHA-256 of the ingress protector, hexadecimal.
     pub protector: Option<String>,
+    /// SHA-256 of the egress protector, hexadecimal.
+    pub egress: Option<String>,
+    /// Thumbprint of the encryption certificate of this service's wrapping, hexadecimal.
+    pub guardian_key: Option<String>,
     /// Thumbprint of the owner's signing certificate, hexadecimal.
     pub owner: Option<String>,
     /// Thumbprint of the certificate that a command is about, hexadecimal.
@@ -84,8 +95,13 @@ impl Attempt {
             by: None,
             address: None,
             host: None,
+            known: false,
             key: None,
+            identity_key: None,
+            health_serial: None,
             protector: None,
+            egress: None,
+            guardian_key: None,
             owner: None,
             certificate: None,
             change: None,
@@ -116,8 +132,9 @@ impl Attempt {
     pub fn item(&self, number: usize) -> Self {
         let caller = self.caller.clone();
         let request = format!("{}.{number}", self.request);
-        let (host, address, started) = (self.host.clone(), self.address, self.started);
-        Self { host, address, started, caller, ..Self::new(request) }
+        let (host, known, address, started) = (self.host.clone(), self.known, self.address, self.started);
+        let (identity_key, health_serial) = (self.identity_key.clone(), self.health_serial.clone());
+        Self { host, known, address, identity_key, health_serial, started, caller, ..Self::new(request) }
     }
 
     /// When the request arrived.
@@ -150,7 +167,19 @@ impl Attempt {
 
     /// Notes the protector that came in.
     pub fn protector(&mut self, file: &[u8]) {
-        self.protector = Some(HEXLOWER.encode(digest::digest(&digest::SHA256, file).as_ref()));
+        self.protector = Some(sha256(file));
+    }
+
+    /// Notes the protector that goes out.
+    pub fn egress(&mut self, file: &[u8]) {
+        self.egress = Some(sha256(file));
+    }
+
+    /// Notes what a health certificate says; whether its host is still registered, it does not.
+    pub fn health(&mut self, claims: &HealthClaims) {
+        self.host = Some(claims.host_name.clone());
+        self.identity_key = Some(claims.key_sha256.clone());
+        self.health_serial = Some(claims.serial.clone());
     }
 
     /// Notes a member that worked on the request.
@@ -172,16 +201,26 @@ impl Attempt {
             time: SystemTime::now(),
             request: self.request.clone(),
             event: event.to_owned(),
+            api: None,
             by: self.by,
+            address: self.address.map(|address| address.to_canonical()),
             host: self.host.clone(),
             key: self.key.clone(),
+            identity_key: self.identity_key.clone(),
+            health_serial: self.health_serial.clone(),
             outcome: outcome.to_owned(),
             protector: self.protector.clone(),
+            egress: self.egress.clone(),
             owner: self.owner.clone(),
+            guardian_key: self.guardian_key.clone(),
             certificate: self.certificate.clone(),
             change: self.change.clone(),
             hsm: self.hsm.clone(),
             ms: self.started.elapsed().as_micros() as f64 / 1e3,
         }
     }
+}
+
+fn sha256(bytes: &[u8]) -> String {
+    HEXLOWER.encode(digest::digest(&digest::SHA256, bytes).as_ref())
 }

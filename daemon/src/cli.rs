@@ -1,6 +1,7 @@
 //! The command line: what is asked of a running daemon, and how the answers look. [`guardian`] and [`protector`] are the
 //! tenant's commands, which ask nobody and work on files.
 
+pub mod audit;
 pub mod guardian;
 pub mod host;
 mod hosts;

@@ -210,6 +210,9 @@ pub enum Command {
         /// Its name.
         name: String,
     },
+    /// How far the audit trail has come.
+    #[serde(rename = "audit.status")]
+    AuditStatus,
     /// Hosts, certificates, limits and attestation signers.
     #[serde(rename = "export")]
     Export,
@@ -272,6 +275,7 @@ pub async fn handle(service: Arc<Service>, request: Value, peer: Peer) -> Result
         Command::DrainHsm { name } => hsm::drain(service, &name, true, peer).await,
         Command::ResumeHsm { name } => hsm::drain(service, &name, false, peer).await,
         Command::ProbeHsm { name } => hsm::probe(service, &name).await,
+        Command::AuditStatus => Ok(audit_status(service)),
         Command::Export => transfer::export(service, peer).await,
         Command::Import { document, dry_run, trust_absent, loosen } => {
             transfer::import(service, *document, dry_run, trust_absent, loosen, peer).await
@@ -289,6 +293,18 @@ pub async fn review(service: Arc<Service>, request: Value, peer: Peer) -> Result
         return Err("this socket only answers what changes nothing; use admin.sock for this".to_owned());
     }
     handle(service, request, peer).await
+}
+
+fn audit_status(service: &Service) -> Value {
+    let head = service.audit.head();
+    serde_json::json!({
+        "file": service.config.load().server.audit_file(),
+        "line": head.link.n,
+        "hash": head.link.hex(),
+        "checkpoint": head.checkpoint,
+        "unsigned": head.unsigned(),
+        "reserve_missing": head.reserve_missing,
+    })
 }
 
 async fn read<T: Send + 'static>(

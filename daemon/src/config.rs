@@ -60,6 +60,9 @@ pub struct Server {
     /// The same for `review.sock`, where nothing can be changed. Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub review_group: Option<String>,
+    /// Name of this machine in the audit trail: 1 to 64 printable characters of ASCII. Default: none, the host name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub node: Option<String>,
     /// Most connections that are open at once, 1 to 1,000,000. For one more, the connection that has waited longest for its
     /// client is closed, of the address that has the most. Default: 10,000.
     pub max_connections: usize,
@@ -101,6 +104,7 @@ impl Default for Server {
             sockets: None,
             admin_group: None,
             review_group: None,
+            node: None,
             max_connections: 10_000,
             max_connections_per_address: 4_096,
             header_timeout_ms: 10_000,
@@ -134,6 +138,12 @@ impl Server {
     /// [`Server::drain_timeout_ms`] as a duration.
     pub fn drain_timeout(&self) -> Duration {
         Duration::from_millis(self.drain_timeout_ms)
+    }
+
+    /// The name of this machine in the audit trail.
+    pub fn node(&self) -> String {
+        let host_name = || rustix::system::uname().nodename().to_string_lossy().into_owned();
+        self.node.clone().unwrap_or_else(host_name)
     }
 
     /// Where the database of hosts, certificates and attestation signers is.
@@ -393,12 +403,39 @@ impl Release {
 }
 
 /// `[audit]`: how the audit trail is written.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Audit {
     /// Whether every group of lines is forced to the disk (`fdatasync`) before its releases are answered. Without
     /// it a line survives the end of the process but not the loss of power. Default: false.
     pub sync: bool,
+    /// MiB of the disk that are allocated ahead, in `audit.reserve` beside the trail, 0 to 65,536: when the disk is full,
+    /// they are given to the lines of grants and of administrators' changes, and refusals have none. 0: no reserve.
+    /// Default: 16.
+    pub reserve_mib: u64,
+    /// Lines after which an HSM signs the trail, with the primary signing key, 1 to 10,000,000. Default: 10,000.
+    pub checkpoint_lines: u64,
+    /// Seconds after the first line that is not signed until an HSM signs it, 1 to 86,400. 0: the trail is never signed.
+    /// Default: 60.
+    pub checkpoint_seconds: u64,
+}
+
+impl Default for Audit {
+    fn default() -> Self {
+        Self { sync: false, reserve_mib: 16, checkpoint_lines: 10_000, checkpoint_seconds: 60 }
+    }
+}
+
+impl Audit {
+    /// [`Audit::reserve_mib`] in bytes.
+    pub fn reserve(&self) -> u64 {
+        self.reserve_mib * 1024 * 1024
+    }
+
+    /// After how many lines, and after how long, the trail is signed; `None`: never.
+    pub fn checkpoints(&self) -> Option<(u64, Duration)> {
+        (self.checkpoint_seconds > 0).then(|| (self.checkpoint_lines, Duration::from_secs(self.checkpoint_seconds)))
+    }
 }
 
 /// `[log]`: how the log is written, which goes to the standard error.
@@ -554,6 +591,18 @@ impl Config {
         within(in_release("host_rate"), u64::from(self.release.host_rate), 0, 1_000_000)?;
         within(in_release("host_burst"), u64::from(self.release.host_burst), 1, 1_000_000)?;
         within(in_release("max_offline_unwraps"), u64::from(self.release.max_offline_unwraps), 0, 1_000)?;
+        within(setting("audit", "reserve_mib"), self.audit.reserve_mib, 0, 65_536)?;
+        within(setting("audit", "checkpoint_lines"), self.audit.checkpoint_lines, 1, 10_000_000)?;
+        within(setting("audit", "checkpoint_seconds"), self.audit.checkpoint_seconds, 0, 86_400)?;
+        if let Some(node) = &server.node
+            && (!(1..=64).contains(&node.len()) || !node.bytes().all(|byte| byte.is_ascii_graphic()))
+        {
+            return Err(Fault::new(
+                in_server("node"),
+                format!("{node:?} is not a name for a machine"),
+                "use 1 to 64 printable characters of ASCII without spaces",
+            ));
+        }
         environment(&self.env, &[Step::Key("env".into())])?;
         if self.hsm.is_empty() {
             return Err(Fault::new(

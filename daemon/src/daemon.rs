@@ -16,6 +16,7 @@ use crate::admin::{AdminError, AdminSocket, REVIEW_LIMIT};
 use crate::admission;
 use crate::admission::Dropped;
 use crate::attest::signer::Keeper;
+use crate::audit::keeper;
 use crate::commands;
 use crate::config::{Config, Hsm, PinError, TokenName};
 use crate::intake;
@@ -201,6 +202,8 @@ impl Daemon {
         let others = vec![
             tokio::spawn(Keeper::new(service.clone()).run()),
             tokio::spawn(follow_state(service.clone())),
+            tokio::spawn(keeper::sum_up(service.clone())),
+            tokio::spawn(keeper::sign(service.clone())),
             tokio::spawn(notify::watchdog()),
             tokio::spawn(monitor::watch(monitor)),
             // Until the very end: an operator wants to see a stop that takes long.
@@ -236,6 +239,7 @@ impl Daemon {
             task.abort();
             let _ = task.await;
         }
+        keeper::finish(&self.service).await;
         self.service.cluster.close().await;
     }
 }

@@ -6,18 +6,18 @@
 mod files;
 mod hsm;
 mod state;
+mod trail;
 
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
 use crate::config::Config;
 use crate::preflight;
 use crate::print::say;
-use crate::service::unix_now;
-
-pub use self::hsm::of_daemon;
+use crate::service::{Service, unix_now};
 
 /// How bad a finding is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -94,6 +94,16 @@ fn obstacles(config: &Config, running: bool) -> Vec<Finding> {
     let problems = preflight::problems(config, running);
     let findings = problems.into_iter().map(|problem| Finding::error(problem.check, problem.what, problem.remedy));
     findings.collect()
+}
+
+/// Within the daemon: its HSMs, by its own sessions, and its audit trail.
+pub async fn of_daemon(service: &Arc<Service>) -> Vec<Finding> {
+    let mut findings = hsm::of_daemon(service).await;
+    // Read before the file: what is written meanwhile is more.
+    let (path, written) = (service.config.load().server.audit_file(), service.audit.head().link.n);
+    let looked = tokio::task::spawn_blocking(move || trail::of_daemon(&path, written));
+    findings.extend(looked.await.ok().flatten());
+    findings
 }
 
 /// Prints findings, the worst last, where a person looks first.

@@ -101,6 +101,9 @@ enum Command {
     /// Show, drain, resume and probe the HSMs of the cluster
     #[command(subcommand, after_help = "Example: claviger hsm list --config /etc/claviger/claviger.toml")]
     Hsm(cli::Hsm),
+    /// Check the audit trail, and show how far it has come
+    #[command(subcommand, after_help = "Example: claviger audit verify --config /etc/claviger/claviger.toml")]
+    Audit(cli::audit::Audit),
     /// Write hosts, certificates, limits and attestation signers to an encrypted file; private keys stay in the HSMs
     #[command(after_help = "Example: claviger export hgs.age --config /etc/claviger/claviger.toml")]
     Export(cli::transfer::Export),
@@ -261,6 +264,7 @@ fn run(command: Command, starting: Option<Starting>) -> Result<ExitCode, Failure
             threads::single_thread()?.block_on(cli::signers(command)).map(|()| ExitCode::SUCCESS)
         }
         Command::Hsm(command) => threads::single_thread()?.block_on(cli::hsm(command)).map(|()| ExitCode::SUCCESS),
+        Command::Audit(command) => threads::single_thread()?.block_on(cli::audit::run(command)),
         Command::Guardian(command) => threads::small_runtime()?.block_on(cli::guardian::run(command)),
         Command::Protector(command) => cli::protector::run(command),
         Command::Keys(command) => {

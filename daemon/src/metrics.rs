@@ -180,6 +180,20 @@ metrics! {
         "For how long the audit records that are being written now have been: more than a moment is a disk that hangs.";
     LOG_DROPPED: Counter Count "claviger_log_lines_dropped_total" []
         "Lines of the log that were dropped, because its reader stood still or it could not be written.";
+    AUDIT_COUNTED: Counter Count "claviger_audit_counted_refusals_total" []
+        "Refusals that have no audit line of their own: they are counted in a summary, a line a second.";
+    AUDIT_FILE_CHANGES: Counter Count "claviger_audit_file_changes_total" ["how"]
+        "How often the audit file was not what it was any more, and no reload said so: deleted, renamed, replaced (by a rotation, as a rule), shortened.";
+    AUDIT_LINE: GaugeReading Count "claviger_audit_last_line" []
+        "Number of the last line of the audit trail: what Prometheus keeps of it shows when lines are missing at its end.";
+    AUDIT_UNSIGNED: GaugeReading Count "claviger_audit_unsigned_records" []
+        "Audit records that no checkpoint covers yet.";
+    AUDIT_UNSIGNED_FOR: GaugeReading Seconds "claviger_audit_unsigned_seconds" []
+        "Age of the oldest audit record that no checkpoint covers.";
+    AUDIT_RESERVE_MISSING: GaugeReading Bytes "claviger_audit_reserve_missing_bytes" []
+        "How much of the audit trail's reserve is used, or could not be allocated: the disk is full.";
+    IDENTITY_CHANGES: Counter Count "claviger_host_identity_changes_total" []
+        "Attestations that certified another identity key than the one before of the same host.";
     CLOCK: GaugeReading Seconds "claviger_clock_timestamp_seconds" []
         "The clock of this machine, in seconds since 1970: certificates are judged by it.";
 
@@ -254,9 +268,12 @@ pub fn install() -> Handle {
                     Kind::CounterReading | Kind::GaugeReading => {}
                 }
             }
-            counter!(AUDIT_ERRORS.name).absolute(0);
-            counter!(LOG_DROPPED.name).absolute(0);
-            counter!(CONNECTIONS.name).absolute(0);
+            for metric in [AUDIT_ERRORS, AUDIT_COUNTED, IDENTITY_CHANGES, LOG_DROPPED, CONNECTIONS] {
+                counter!(metric.name).absolute(0);
+            }
+            for how in AUDIT_FILE_CHANGED {
+                counter!(AUDIT_FILE_CHANGES.name, "how" => how).absolute(0);
+            }
             for reason in Cut::ALL {
                 counter!(CONNECTIONS_CUT.name, "reason" => reason.as_str()).absolute(0);
             }
@@ -468,6 +485,24 @@ pub fn log_lines_dropped(lines: u64) {
 /// Counts audit records that could not be written.
 pub fn audit_errors(records: u64) {
     counter!(AUDIT_ERRORS.name).increment(records);
+}
+
+/// What becomes of the audit file without the daemon.
+const AUDIT_FILE_CHANGED: [&str; 4] = ["deleted", "renamed", "replaced", "shortened"];
+
+/// Counts that the audit file is not what it was, by one of [`AUDIT_FILE_CHANGED`].
+pub fn audit_file_changed(how: &'static str) {
+    counter!(AUDIT_FILE_CHANGES.name, "how" => how).increment(1);
+}
+
+/// Counts a refusal that has no audit line of its own.
+pub fn audit_counted() {
+    counter!(AUDIT_COUNTED.name).increment(1);
+}
+
+/// Counts a host that has got another identity key.
+pub fn identity_changed() {
+    counter!(IDENTITY_CHANGES.name).increment(1);
 }
 
 /// Notes how long a group of audit records took to be written.

@@ -87,6 +87,7 @@ impl Monitor {
             state_stale: service.state_stale.load(Ordering::Relaxed),
             audit_waiting,
             audit_writing,
+            audit: service.audit.head(),
             connections_open: metrics::connections_open(),
             connections_limit: self.connections_limit,
             body_memory: service.bodies.used(),

@@ -93,6 +93,7 @@ pub async fn roll_protector(
     // Judged by public facts alone, and before anything is decrypted: the answer depends on nothing that is secret. The
     // release may have waited since its host was looked up.
     permitted(service, host, [ours.decryption_key, ours.signing_key])?;
+    attempt.guardian_key = Some(HEXLOWER.encode(&verified.parties[ours.wrapping].encryption.thumbprint()));
     attempt.keys = vec![ours.decryption_key.id.clone(), ours.signing_key.id.clone()];
     attempt.certificate_used = Some(ours.decryption_key.certificate.clone());
 
@@ -146,6 +147,7 @@ pub async fn roll_protector(
     let signed = signed.map_err(|error| unavailable(&error, "sign"))?;
     attempt.used(&signed.member);
     let egress_protector = unsigned.finish(ours.wrapping_id, SignatureAlgorithm::DEFAULT, signed.value)?;
+    attempt.egress(&egress_protector);
 
     // 9. Both keys are encrypted to the host.
     let keys = Payload { ingress, egress, max_offline_unwraps }.seal(api, &host.key, algorithms)?;
@@ -205,8 +207,9 @@ pub fn healthy_host(
         .health
         .check(health_certificate, signers.certificates(), unix_now())
         .map_err(|e| refused(format!("health certificate: {e}")))?;
-    attempt.host = Some(claims.host_name.clone());
+    attempt.health(&claims);
     registered(service, &claims)?;
+    attempt.known = true;
     Ok(claims)
 }
 
@@ -239,7 +242,10 @@ fn glance(service: &Service, body: &[u8], attempt: &mut Attempt) -> Result<(), R
     else {
         return Ok(());
     };
-    service.admission.outlook(&host.host_name, attempt).inspect_err(|_| attempt.host = Some(host.host_name.clone()))
+    service.admission.outlook(&host.host_name, attempt).inspect_err(|_| {
+        attempt.health(&host);
+        attempt.known = true;
+    })
 }
 
 /// Step 6: the wrapping that is for this service, and the private keys that go with it.

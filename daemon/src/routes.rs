@@ -3,6 +3,7 @@
 use std::convert::Infallible;
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
+use std::time::Instant;
 
 use bytes::Bytes;
 use claviger_protocol::attestation::{ErrorReply, OperationMode, ServiceInfoReply};
@@ -18,6 +19,7 @@ use tracing::{Instrument, error_span};
 
 use crate::attempt::{Attempt, Caller};
 use crate::attest::host_key;
+use crate::audit::Decision;
 use crate::batch;
 use crate::bodies::{NoRoom, Room};
 use crate::intake::{self, Taking};
@@ -26,6 +28,7 @@ use crate::network::Network;
 use crate::release;
 use crate::server::{BodyError, Origin, Pace, Peer, read_body};
 use crate::service::{Service, request_id, unix_now};
+use crate::throttle::Throttle;
 
 /// Seconds after which a caller that was told 429 or 503 may come again, where nothing better is known.
 const RETRY_AFTER_SECONDS: u16 = 1;
@@ -369,10 +372,16 @@ pub(crate) async fn decide(
         Ok(_) => SUCCESS,
         Err(refusal) => refusal.code.as_str(),
     };
-    let decided = if service.record(&attempt.entry("release", outcome(&result))).await {
+    let what = decision(result.as_ref().err().map(|refusal| refusal.code.status()), attempt);
+    let mut entry = attempt.entry("release", outcome(&result));
+    entry.api = Some(api.as_str());
+    let decided = if service.audit.decided(&entry, what, deadline(service, attempt)).await {
         result
     } else {
-        Err(Refusal::new(Code::ServiceUnavailable, "the decision cannot be recorded now; try again"))
+        let refusal = Refusal::new(Code::ServiceUnavailable, NOT_RECORDED);
+        entry.outcome = refusal.code.as_str().to_owned();
+        service.audit.count(&entry);
+        Err(refusal)
     };
     if decided.is_ok() {
         service.usage.released(attempt.host.as_deref(), &attempt.keys, unix_now());
@@ -404,20 +413,62 @@ async fn other_mode(service: &Service, attempt: &Attempt) -> Answer {
 
 async fn finish_attestation(service: &Service, attempt: &Attempt, result: Result<Answer, host_key::Refused>) -> Answer {
     let outcome = result.as_ref().map_or_else(|(reply, _)| reply.name(), |_| SUCCESS);
-    let recorded = service.record(&attempt.entry("attest", outcome)).await;
+    let what = decision(result.as_ref().err().map(|(reply, _)| reply.status()), attempt);
+    let mut entry = attempt.entry("attest", outcome);
+    let recorded = service.audit.decided(&entry, what, deadline(service, attempt)).await;
     let (outcome, answer) = match result {
         _ if !recorded => {
             let reply = ErrorReply::Unavailable;
-            (reply.name(), Answer::attestation_error(&reply, "the decision cannot be recorded now; try again"))
+            entry.outcome = reply.name().to_owned();
+            service.audit.count(&entry);
+            (reply.name(), Answer::attestation_error(&reply, NOT_RECORDED))
         }
         Ok(answer) => {
-            attempt.host.iter().for_each(|host| service.usage.attested(host, unix_now()));
+            note_identity(service, attempt);
             (SUCCESS, answer)
         }
         Err((reply, message)) => (outcome, Answer::attestation_error(&reply, &message)),
     };
     metrics::attestation(outcome, attempt.spent().total);
     answer
+}
+
+/// What a caller is told whose request was not recorded.
+const NOT_RECORDED: &str = "the decision cannot be recorded now; try again";
+
+/// Until when a request is answered.
+fn deadline(service: &Service, attempt: &Attempt) -> Instant {
+    attempt.started() + service.config.load().release.deadline()
+}
+
+/// What the trail has to say of a decision with this status. What anybody may cause, and what a host may cause as often as
+/// it likes, is counted.
+fn decision(status: Option<u16>, attempt: &Attempt) -> Decision {
+    match status {
+        None => Decision::Granted,
+        Some(429 | 503) => Decision::Counted,
+        Some(_) if attempt.known => Decision::Refused,
+        Some(_) => Decision::Counted,
+    }
+}
+
+/// Remembers which identity key a host got certified, and says when it is another one than before.
+fn note_identity(service: &Service, attempt: &Attempt) {
+    static SAID: Throttle = Throttle::new();
+    let Some(host) = &attempt.host else { return };
+    let before = service.usage.attested(host, attempt.identity_key.as_deref(), unix_now());
+    if let Some(before) = before {
+        metrics::identity_changed();
+        if let Some(unsaid) = SAID.due(Instant::now()) {
+            tracing::warn!(
+                host,
+                before,
+                now = attempt.identity_key,
+                unsaid,
+                "a host has another identity key than before"
+            );
+        }
+    }
 }
 
 /// The outcome of what was granted.
@@ -511,10 +562,10 @@ mod tests {
     #[tokio::test]
     async fn a_request_that_panicked_is_on_record() {
         let (_folder, service) = crate::service::testing::service();
-        for (number, (path, media_type, event, outcome)) in [
-            ("/keyprotection/service/v1.0/rolltransportkey", XML, "release", "InternalErrorException"),
-            ("/keyprotection/service/v2.0/rolltransportkeys", XML, "release", "InternalErrorException"),
-            ("/attestation/v2.0/hostkeyattest", JSON, "attest", "ErrorReply"),
+        for (number, (path, media_type)) in [
+            ("/keyprotection/service/v1.0/rolltransportkey", XML),
+            ("/keyprotection/service/v2.0/rolltransportkeys", XML),
+            ("/attestation/v2.0/hostkeyattest", JSON),
         ]
         .into_iter()
         .enumerate()
@@ -522,26 +573,59 @@ mod tests {
             let answer =
                 refuse(&service, Asked::of(path), &Attempt::new(number.to_string()), Refusal::internal()).await;
             assert_eq!((answer.status, answer.media_type), (500, media_type));
-            let line = crate::service::testing::trail(&service).pop().unwrap();
-            assert_eq!((&line["event"], &line["outcome"]), (&event.into(), &outcome.into()), "{line}");
-            assert_eq!(line["request"], number.to_string());
         }
         let none = Refusal::internal();
         assert_eq!(
             refuse(&service, Asked::of("/attestation/getinfo"), &Attempt::new(String::new()), none).await.media_type,
             JSON
         );
-        assert_eq!(crate::service::testing::trail(&service).len(), 3);
-
         let no_room = || Refusal::new(Code::ServiceUnavailable, "no room");
-        for (path, outcome) in [
-            ("/keyprotection/service/v2.0/rolltransportkey", "ServiceUnavailableException"),
-            ("/attestation/v2.0/hostkeyattest", "UnavailableErrorReply"),
-        ] {
+        for path in ["/keyprotection/service/v2.0/rolltransportkey", "/attestation/v2.0/hostkeyattest"] {
             let answer = refuse(&service, Asked::of(path), &Attempt::new("x".to_owned()), no_room()).await;
             assert_eq!(answer.status, 503, "{path}");
-            assert_eq!(crate::service::testing::trail(&service).pop().unwrap()["outcome"], outcome);
         }
+        // Nobody knows who asked: they are counted together.
+        assert!(crate::service::testing::trail(&service).is_empty());
+        service.audit.write_summary().await;
+        let line = crate::service::testing::trail(&service).pop().unwrap();
+        let outcomes = serde_json::json!({
+            "InternalErrorException": 2, "ErrorReply": 1, "ServiceUnavailableException": 1, "UnavailableErrorReply": 1,
+        });
+        assert_eq!((&line["event"], &line["outcomes"]), (&"refusals".into(), &outcomes), "{line}");
+        assert_eq!(line["requests"], serde_json::json!(["0", "1", "2", "x", "x"]));
+    }
+
+    #[tokio::test]
+    async fn only_what_a_known_host_does_has_a_line_of_its_own() {
+        let (_folder, service) = crate::service::testing::service();
+        let refused = async |host: Option<&str>, code: Code| {
+            let mut attempt = Attempt::new("r".to_owned());
+            attempt.host = host.map(str::to_owned);
+            attempt.known = host.is_some();
+            decide(&service, ApiVersion::V2, &attempt, Err(Refusal::new(code, "x"))).await.unwrap_err().code
+        };
+        for code in Code::ALL {
+            assert_eq!(refused(None, code).await, code);
+        }
+        assert!(crate::service::testing::trail(&service).is_empty());
+        for code in [Code::TooManyRequests, Code::ServiceUnavailable] {
+            assert_eq!(refused(Some("node"), code).await, code);
+        }
+        assert!(crate::service::testing::trail(&service).is_empty());
+        for code in [Code::InvalidProtector, Code::InvalidWrapping, Code::HealthCertificate, Code::Internal] {
+            assert_eq!(refused(Some("node"), code).await, code);
+            let line = crate::service::testing::trail(&service).pop().unwrap();
+            assert_eq!((&line["host"], &line["outcome"]), (&"node".into(), &code.as_str().into()));
+            assert_eq!((&line["event"], &line["api"]), (&"release".into(), &"v2.0".into()));
+        }
+        service.audit.write_summary().await;
+        let lines = crate::service::testing::trail(&service);
+        let count = |host: &str| {
+            let of =
+                lines.iter().find(|line| line["event"] == "refusals" && line["host"].as_str().unwrap_or("") == host);
+            of.unwrap()["count"].as_u64().unwrap()
+        };
+        assert_eq!((count(""), count("node"), lines.len()), (Code::ALL.len() as u64, 2, 4 + 2));
     }
 
     #[test]

@@ -20,7 +20,7 @@ use tokio::sync::Notify;
 use crate::admission::Admission;
 use crate::attest::health_cache::HealthCache;
 use crate::attest::signer::Signers;
-use crate::audit::{Audit, Entry};
+use crate::audit::{self, Audit, Class, Entry};
 use crate::bodies::Bodies;
 use crate::config::Config;
 use crate::keys::Keys;
@@ -147,7 +147,7 @@ impl Service {
     pub fn open(config: Config, cluster: Cluster) -> Result<Self, ServiceError> {
         let folder: &Path = &config.server.state;
         let state = State::open(folder)?;
-        let audit = Audit::open(&config.server.audit_file(), config.audit.sync)?;
+        let audit = Audit::open(&config.server.audit_file(), &config.audit, &config.server.node())?;
         let usage = Usage::open(folder, unix_now())?;
         let sessions = config.hsm.iter().map(|hsm| hsm.sessions).sum();
         let service = Self {
@@ -273,9 +273,9 @@ impl Service {
         self.cluster.sign(key, SignScheme::Pkcs1(Hash::Sha256), digest.as_ref(), deadline, right).await
     }
 
-    /// Writes an audit line; `false` when it could not be written, and then nothing of what it tells may happen.
+    /// Records an administrator's change; `false` when that could not be done, and then it must not be made.
     pub async fn record(&self, entry: &Entry) -> bool {
-        self.audit.record(entry).await.is_ok()
+        self.audit.record(entry, Class::Administration, Instant::now() + audit::PATIENCE).await.is_ok()
     }
 }
 
@@ -374,10 +374,13 @@ pub(crate) mod testing {
         (folder, Arc::new(Service::open(config, cluster).unwrap()))
     }
 
-    /// The lines of its audit trail.
+    /// The lines of its audit trail, without those that it says of itself.
     pub(crate) fn trail(service: &Service) -> Vec<Value> {
         let text = std::fs::read_to_string(service.config.load().server.audit_file()).unwrap();
-        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+        let lines = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        lines
+            .filter(|line| ![audit::TRAIL_EVENT, audit::checkpoint::EVENT].map(Value::from).contains(&line["event"]))
+            .collect()
     }
 }
 

@@ -86,6 +86,7 @@ impl Releases {
 struct Pending {
     keys: HashMap<KeyRef, u64>,
     hosts: HashMap<String, Seen>,
+    identities: HashMap<String, String>,
 }
 
 /// The counts.
@@ -93,6 +94,8 @@ struct Pending {
 pub struct Usage {
     pending: Mutex<Pending>,
     file: Mutex<Connection>,
+    /// The identity key that each host had certified last, by its name in lower case: SHA-256, hexadecimal.
+    identities: Mutex<HashMap<String, String>>,
     /// Whether the last writing failed.
     failing: AtomicBool,
 }
@@ -116,8 +119,10 @@ impl Usage {
             }
             other => other,
         };
-        let file = opened.map_err(|source| UsageError::Database { path, source })?;
-        Ok(Self { pending: Mutex::default(), file: Mutex::new(file), failing: AtomicBool::new(false) })
+        let failed = |source| UsageError::Database { path: path.clone(), source };
+        let file = opened.map_err(failed)?;
+        let identities = Mutex::new(identities(&file).map_err(failed)?);
+        Ok(Self { pending: Mutex::default(), file: Mutex::new(file), identities, failing: AtomicBool::new(false) })
     }
 
     /// Counts a release to `host` that used these keys.
@@ -134,15 +139,24 @@ impl Usage {
         }
     }
 
-    /// Notes that `host` got a health certificate.
-    pub fn attested(&self, host: &str, now: i64) {
+    /// Notes that `host` got a health certificate over this identity key. The key before it, where that was another one.
+    pub fn attested(&self, host: &str, identity_key: Option<&str>, now: i64) -> Option<String> {
         self.pending().note(host, |seen| seen.attestation = Some(now));
+        let key = identity_key?;
+        let mut known = self.identities.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = match known.get_mut(&host.to_ascii_lowercase()) {
+            Some(before) if before == key => return None,
+            Some(before) => Some(std::mem::replace(before, key.to_owned())),
+            None => known.insert(host.to_ascii_lowercase(), key.to_owned()),
+        };
+        self.pending().identities.insert(host.to_ascii_lowercase(), key.to_owned());
+        before
     }
 
     /// Writes what was counted. Blocks on the file; what cannot be written is kept for the next time.
     pub fn flush(&self, now: i64) {
         let pending = std::mem::take(&mut *self.pending());
-        if pending.keys.is_empty() && pending.hosts.is_empty() {
+        if pending.keys.is_empty() && pending.hosts.is_empty() && pending.identities.is_empty() {
             return;
         }
         let written = write(&mut self.file(), &pending, now / DAY);
@@ -196,8 +210,14 @@ impl Usage {
     /// # Errors
     /// When it cannot be written.
     pub fn forget_host(&self, name: &str) -> rusqlite::Result<()> {
-        self.pending().hosts.retain(|pending, _| !pending.eq_ignore_ascii_case(name));
-        self.file().execute("DELETE FROM hosts WHERE name = ?1", [name]).map(drop)
+        let mut pending = self.pending();
+        pending.hosts.retain(|pending, _| !pending.eq_ignore_ascii_case(name));
+        pending.identities.retain(|pending, _| !pending.eq_ignore_ascii_case(name));
+        drop(pending);
+        self.identities.lock().unwrap_or_else(PoisonError::into_inner).remove(&name.to_ascii_lowercase());
+        let file = self.file();
+        file.execute("DELETE FROM identities WHERE name = ?1", [name])?;
+        file.execute("DELETE FROM hosts WHERE name = ?1", [name]).map(drop)
     }
 
     fn pending(&self) -> MutexGuard<'_, Pending> {
@@ -234,6 +254,9 @@ impl Pending {
             newer.attestation = newer.attestation.or(seen.attestation);
             newer.release = newer.release.or(seen.release);
         }
+        for (host, identity) in older.identities {
+            self.identities.entry(host).or_insert(identity);
+        }
     }
 }
 
@@ -264,6 +287,9 @@ fn connect(path: &Path, now: i64) -> rusqlite::Result<Connection> {
          CREATE TABLE IF NOT EXISTS hosts (
              name TEXT NOT NULL COLLATE NOCASE PRIMARY KEY, attestation INTEGER, release INTEGER
          ) STRICT, WITHOUT ROWID;
+         CREATE TABLE IF NOT EXISTS identities (
+             name TEXT NOT NULL COLLATE NOCASE PRIMARY KEY, sha256 TEXT NOT NULL
+         ) STRICT, WITHOUT ROWID;
          CREATE TABLE IF NOT EXISTS begun (at INTEGER NOT NULL) STRICT;",
     )?;
     // A file that is older than this table has counted for long enough.
@@ -272,6 +298,13 @@ fn connect(path: &Path, now: i64) -> rusqlite::Result<Connection> {
     }
     transaction.commit()?;
     Ok(file)
+}
+
+/// The identity keys that hosts had certified last.
+fn identities(file: &Connection) -> rusqlite::Result<HashMap<String, String>> {
+    let mut statement = file.prepare("SELECT name, sha256 FROM identities")?;
+    let rows = statement.query_map([], |row| Ok((row.get::<_, String>(0)?.to_ascii_lowercase(), row.get(1)?)))?;
+    rows.collect()
 }
 
 fn is_damage(error: &rusqlite::Error) -> bool {
@@ -315,6 +348,13 @@ fn write(file: &mut Connection, pending: &Pending, today: i64) -> rusqlite::Resu
             )?
             .execute(params![host, seen.attestation, seen.release])?;
     }
+    for (host, identity) in &pending.identities {
+        transaction
+            .prepare_cached(
+                "INSERT INTO identities (name, sha256) VALUES (?1, ?2) ON CONFLICT DO UPDATE SET sha256 = excluded.sha256",
+            )?
+            .execute([host, identity])?;
+    }
     transaction.execute("DELETE FROM releases WHERE day < ?1", [today - KEPT_DAYS])?;
     transaction.commit()
 }
@@ -352,7 +392,7 @@ mod tests {
         let usage = Usage::open(folder.path(), 0).unwrap();
         usage.released(Some("Node"), &keys, now);
         usage.released(Some("Node"), &keys[..1], now + 1);
-        usage.attested("other", now);
+        assert_eq!(usage.attested("other", Some("a"), now), None);
         usage.flush(now);
         usage.released(None, &keys[..1], now + DAY);
         let found = |by_key: &[(&KeyRef, u64)]| Releases {
@@ -366,10 +406,25 @@ mod tests {
         let hosts = usage.hosts(now).unwrap();
         assert_eq!(hosts["node"], Seen { attestation: None, release: Some(now + 1) });
         assert_eq!(hosts["other"], Seen { attestation: Some(now), release: None });
-        usage.attested("node", now + 5);
+        assert_eq!(usage.attested("node", None, now + 5), None);
         assert_eq!(usage.hosts(now).unwrap()["node"], Seen { attestation: Some(now + 5), release: Some(now + 1) });
         usage.forget_host("NODE").unwrap();
         assert_eq!(usage.hosts(now).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn another_identity_key_is_noticed_also_after_a_restart() {
+        let folder = tempfile::tempdir().unwrap();
+        let usage = Usage::open(folder.path(), 0).unwrap();
+        assert_eq!(usage.attested("Node", Some("a"), 1), None, "the first one is no change");
+        assert_eq!(usage.attested("node", Some("a"), 2), None);
+        assert_eq!(usage.attested("node", Some("b"), 3), Some("a".to_owned()));
+        drop(usage);
+        let usage = Usage::open(folder.path(), 0).unwrap();
+        assert_eq!(usage.attested("NODE", Some("b"), 4), None);
+        assert_eq!(usage.attested("node", Some("c"), 5), Some("b".to_owned()));
+        usage.forget_host("node").unwrap();
+        assert_eq!(usage.attested("node", Some("d"), 6), None, "another host got the name");
     }
 
     #[test]

@@ -15,7 +15,7 @@ use claviger_protocol::owner::Owner;
 use claviger_protocol::payload::Payload;
 use claviger_protocol::request::{RollRequest, RollResponse};
 use claviger_protocol::rsa_key::RsaPrivateKey;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::{Daemon, METADATA, block, claviger, until};
@@ -158,12 +158,42 @@ impl Lab {
         std::fs::write(self.config_file(), config.to_toml().unwrap()).unwrap();
     }
 
-    /// The lines of the audit trail.
+    /// The decisions and changes of the audit trail. A refusal that is only counted there is a line here, too, with its event,
+    /// host and outcome; it is in the trail about a second after it was answered, and when the daemon has stopped.
+    ///
+    /// # Panics
+    /// When a line is not JSON.
+    #[must_use]
+    pub fn audit(&self) -> Vec<Value> {
+        let mut decisions = Vec::new();
+        for line in self.trail() {
+            match line["event"].as_str().unwrap() {
+                "trail" | "checkpoint" => {}
+                "refusals" => {
+                    // Which request had which outcome is not told.
+                    let mut requests = line["requests"].as_array().unwrap().iter();
+                    for (outcome, count) in line["outcomes"].as_object().unwrap() {
+                        let event = if outcome.ends_with("Exception") { "release" } else { "attest" };
+                        for _ in 0..count.as_u64().unwrap() {
+                            decisions.push(json!({
+                                "event": event, "host": line["host"], "outcome": outcome, "time": line["time"],
+                                "request": requests.next().unwrap_or(&line["request"]),
+                            }));
+                        }
+                    }
+                }
+                _ => decisions.push(line),
+            }
+        }
+        decisions
+    }
+
+    /// All lines of the audit trail, as they are.
     ///
     /// # Panics
     /// When one is not JSON.
     #[must_use]
-    pub fn audit(&self) -> Vec<Value> {
+    pub fn trail(&self) -> Vec<Value> {
         let trail = std::fs::read_to_string(self.file("state/audit.jsonl")).unwrap();
         trail.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {line}"))).collect()
     }

@@ -254,9 +254,12 @@ async fn a_host_that_asks_too_fast_is_told_so_and_no_other() {
     assert_eq!(metrics.count("claviger_queue_dropped_total", &[("reason", "rate")]), too_many);
     let outcome = [("outcome", Code::TooManyRequests.as_str())];
     assert_eq!(metrics.count("claviger_releases_total", &outcome), too_many);
+    assert!(daemon.stop().success());
     let told = lab.audit().iter().filter(|line| line["outcome"] == Code::TooManyRequests.as_str()).count();
     assert_eq!(told as u64, too_many, "the trail tells of another number");
-    assert!(daemon.stop().success());
+    // And takes a line a second for them, not one for each.
+    let lines = lab.trail().iter().filter(|line| line["event"] == "refusals").count() as u64;
+    assert!(lines <= 2 * (begun.elapsed().as_secs() + 2), "{lines} lines");
 }
 
 /// As many as can be done, for some time, by callers that wait for their answers. How many that is in a second.

@@ -133,7 +133,7 @@ async fn no_health_certificate_leaves_after_its_host_was_removed() {
     faulty.until("hsm-a", "an attestation at the token", |stats| stats.hanging() == 1);
     administrator.json(&["hosts", "remove", HOST]);
     faulty.clear("hsm-a");
-    let error = asked.await.unwrap().err().expect("a certificate for a host that was removed").to_string();
+    let error = asked.await.unwrap().expect_err("a certificate for a host that was removed").to_string();
     assert!(error.contains("UnauthorizedErrorReply"), "{error}");
     assert_eq!(lines(&lab, from, "attest", "success"), 0);
     assert_eq!(lines(&lab, from, "attest", "UnauthorizedErrorReply"), 1);

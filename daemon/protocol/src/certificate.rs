@@ -142,6 +142,7 @@ pub struct Certificate {
     issuer: Range<usize>,
     not_before: i64,
     not_after: i64,
+    serial: Vec<u8>,
     common_name: Option<String>,
     subject_serial_number: Option<String>,
     key_usage: KeyUsage,
@@ -195,6 +196,7 @@ impl Certificate {
             issuer: place(parsed.issuer().as_raw())?,
             not_before: parsed.validity().not_before.timestamp(),
             not_after: parsed.validity().not_after.timestamp(),
+            serial: parsed.raw_serial().to_vec(),
             common_name: attribute(parsed.subject(), COMMON_NAME),
             subject_serial_number: attribute(parsed.subject(), SERIAL_NUMBER),
             key_usage: key_usage.map_or(KeyUsage::default(), |usage| KeyUsage(usage.0.bits())),
@@ -264,6 +266,12 @@ impl Certificate {
     #[must_use]
     pub fn not_after(&self) -> i64 {
         self.not_after
+    }
+
+    /// The serial number, as its issuer wrote it.
+    #[must_use]
+    pub fn serial(&self) -> &[u8] {
+        &self.serial
     }
 
     /// The subject's (first) common name, if it has one that is a UTF-8, printable, numeric or IA5 string.

@@ -102,6 +102,10 @@ pub struct HealthClaims {
     pub host_key_sha256: String,
     /// The host's identity key: what is released is encrypted to it.
     pub key: RsaPublicKey,
+    /// SHA-256 of that key's SubjectPublicKeyInfo, lower-case hex.
+    pub key_sha256: String,
+    /// The certificate's serial number, lower-case hex.
+    pub serial: String,
     /// First second of the validity, unix time.
     pub not_before: i64,
     /// Last second of the validity, unix time.
@@ -163,6 +167,8 @@ pub fn check(der: &[u8], signers: &[Certificate], now: i64) -> Result<HealthClai
         host_name: host_name.to_owned(),
         host_key_sha256: host_key.to_owned(),
         key: certificate.key().clone(),
+        key_sha256: HEXLOWER.encode(&certificate.key().spki_sha256()),
+        serial: HEXLOWER.encode(certificate.serial()),
         not_before: certificate.not_before(),
         not_after: certificate.not_after(),
         signer: issuer.thumbprint(),
@@ -195,6 +201,9 @@ mod tests {
         assert_eq!(claims.host_name, "host-1");
         assert_eq!(claims.host_key_sha256, HEXLOWER.encode(&key(1).public().spki_sha256()));
         assert_eq!(&claims.key, key(2).public());
+        assert_eq!(claims.key_sha256, HEXLOWER.encode(&key(2).public().spki_sha256()));
+        assert_eq!(claims.serial, HEXLOWER.encode(Certificate::parse(&der).unwrap().serial()));
+        assert!(claims.serial.len() >= 16, "{}", claims.serial);
         assert_eq!((claims.not_before, claims.not_after), (NOW - 300, NOW - 300 + 8 * 3600));
         assert_eq!(claims.signer, signers[1].thumbprint());
         let parsed = Certificate::parse(&der).unwrap();

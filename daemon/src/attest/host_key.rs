@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use claviger_hsm::HsmError;
 use claviger_protocol::attestation::{ErrorReply, HealthCertificateReply, HostKeyRequest};
+use claviger_protocol::certificate::Certificate;
 use claviger_protocol::health;
+use data_encoding::HEXLOWER;
 
 use crate::attempt::Attempt;
 use crate::service::{Service, unix_now};
@@ -66,6 +68,9 @@ pub async fn attest(service: &Service, body: &[u8], attempt: &mut Attempt) -> Re
         return Err(unauthorized());
     };
 
+    attempt.known = true;
+    let identity_key = HEXLOWER.encode(&request.identity_key.spki_sha256());
+    attempt.identity_key = Some(identity_key);
     let signers = service.signers.load();
     let signer = signers.current().ok_or_else(unavailable)?;
     let mut content = Vec::with_capacity(request.requested.len());
@@ -94,7 +99,12 @@ pub async fn attest(service: &Service, body: &[u8], attempt: &mut Attempt) -> Re
             unavailable()
         })?;
         attempt.used(&signed.member);
-        content.push((result, to_be_signed.assemble(&signed.value)));
+        let certificate = to_be_signed.assemble(&signed.value);
+        // Of two, the one that releases ask for comes first.
+        if attempt.health_serial.is_none() {
+            attempt.health_serial = Certificate::parse(&certificate).ok().map(|made| HEXLOWER.encode(made.serial()));
+        }
+        content.push((result, certificate));
     }
     Ok(Issued {
         reply: HealthCertificateReply { content },

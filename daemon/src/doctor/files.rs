@@ -158,7 +158,10 @@ pub(super) fn audit(config: &Config, now: i64) -> Vec<Finding> {
     // Opened as the daemon does it, and not made: the owner would be the doctor's user.
     match OpenOptions::new().append(true).read(true).open(&path) {
         Ok(mut file) => match file.metadata().and_then(|metadata| Ok((last_line(&mut file, &metadata)?, metadata))) {
-            Ok((line, metadata)) => findings.extend(trail(&path, &line, &metadata, now)),
+            Ok((line, metadata)) => {
+                findings.extend(trail(&path, &line, &metadata, now));
+                findings.extend(super::trail::chain(config, &path, &metadata));
+            }
             Err(error) => {
                 let what = format!("the audit trail {name} cannot be read: {error}");
                 findings.push(Finding::error("audit", what, "check the disk"));

@@ -68,7 +68,7 @@ pub(super) fn through_daemon(config: &Config) -> Vec<Finding> {
 }
 
 /// Within the daemon, with its own sessions: nobody logs in anew.
-pub async fn of_daemon(service: &Arc<Service>) -> Vec<Finding> {
+pub(super) async fn of_daemon(service: &Arc<Service>) -> Vec<Finding> {
     let of = Arc::clone(service);
     let read = tokio::task::spawn_blocking(move || of.with_state(|state| state::read(state, unix_now())));
     // What is wrong with the state itself, the doctor sees with its own eyes.

@@ -6,11 +6,12 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use claviger_hsm::{MemberState, MemberStatus};
 
 use super::{
-    AUDIT_WAITING, AUDIT_WRITING, BODY_MEMORY, BODY_MEMORY_LIMIT, BUILD_INFO, CERTIFICATE_EXPIRY, CLOCK,
-    CONNECTIONS_LIMIT, CONNECTIONS_OPEN, HOSTS_REGISTERED, HSM_CPU, HSM_IN_FLIGHT, HSM_PRIORITY, HSM_RETRY_BUDGET,
-    HSM_SESSIONS_BUSY, HSM_SESSIONS_LIMIT, HSM_SESSIONS_OPEN, HSM_SESSIONS_STUCK, HSM_SESSIONS_WANTED, HSM_STATE,
-    HSM_WAITING, Kind, Metric, PROCESS_CPU, PROCESS_FILES, PROCESS_MAX_FILES, PROCESS_MEMORY, PROCESS_START,
-    PROCESS_THREADS, QUEUE_LIMIT, QUEUE_WAITING, RELEASES_RUNNING, RELEASES_RUNNING_LIMIT, STATE_STALE,
+    AUDIT_LINE, AUDIT_RESERVE_MISSING, AUDIT_UNSIGNED, AUDIT_UNSIGNED_FOR, AUDIT_WAITING, AUDIT_WRITING, BODY_MEMORY,
+    BODY_MEMORY_LIMIT, BUILD_INFO, CERTIFICATE_EXPIRY, CLOCK, CONNECTIONS_LIMIT, CONNECTIONS_OPEN, HOSTS_REGISTERED,
+    HSM_CPU, HSM_IN_FLIGHT, HSM_PRIORITY, HSM_RETRY_BUDGET, HSM_SESSIONS_BUSY, HSM_SESSIONS_LIMIT, HSM_SESSIONS_OPEN,
+    HSM_SESSIONS_STUCK, HSM_SESSIONS_WANTED, HSM_STATE, HSM_WAITING, Kind, Metric, PROCESS_CPU, PROCESS_FILES,
+    PROCESS_MAX_FILES, PROCESS_MEMORY, PROCESS_START, PROCESS_THREADS, QUEUE_LIMIT, QUEUE_WAITING, RELEASES_RUNNING,
+    RELEASES_RUNNING_LIMIT, STATE_STALE,
 };
 use crate::admission::Load;
 use crate::process::Usage;
@@ -39,6 +40,8 @@ pub struct Readings {
     pub audit_waiting: usize,
     /// For how long those that are being written have been.
     pub audit_writing: Duration,
+    /// How far the audit trail has come.
+    pub audit: crate::audit::Head,
     /// Connections to the service that are open.
     pub connections_open: usize,
     /// Connections to the service that may be open.
@@ -89,6 +92,11 @@ impl Readings {
         one(page, &STATE_STALE, f64::from(self.state_stale));
         one(page, &AUDIT_WAITING, self.audit_waiting as f64);
         one(page, &AUDIT_WRITING, self.audit_writing.as_secs_f64());
+        one(page, &AUDIT_LINE, self.audit.link.n as f64);
+        one(page, &AUDIT_UNSIGNED, self.audit.unsigned() as f64);
+        let unsigned_for = self.audit.unsigned_since.map_or(Duration::ZERO, |since| since.elapsed());
+        one(page, &AUDIT_UNSIGNED_FOR, unsigned_for.as_secs_f64());
+        one(page, &AUDIT_RESERVE_MISSING, self.audit.reserve_missing as f64);
         one(page, &CLOCK, SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64());
         one(page, &PROCESS_CPU, self.usage.cpu.as_secs_f64());
         one(page, &PROCESS_MEMORY, self.usage.resident as f64);

@@ -219,6 +219,38 @@ fn audit() -> Vec<Panel> {
         Panel::lines("Log lines dropped", "ops", "The log's reader stands still, or it cannot be written.")
             .ask("sum by (instance) (rate(claviger_log_lines_dropped_total{@}[~]))", "{{instance}}")
             .colours(GREEN, &[(0.001, YELLOW)]),
+        Panel::lines(
+            "Lines",
+            "ops",
+            "Lines that are written, and refusals of anybody that are only counted. Lines go on over restarts.",
+        )
+        .ask("sum by (instance) (deriv(claviger_audit_last_line{@}[~]))", "{{instance}}: lines")
+        .ask("sum by (instance) (rate(claviger_audit_counted_refusals_total{@}[~]))", "{{instance}}: counted"),
+        Panel::lines(
+            "Not signed",
+            "s",
+            "Age of the oldest record that no checkpoint covers; an HSM signs the trail every minute while it grows.",
+        )
+        .ask("max by (instance) (claviger_audit_unsigned_seconds{@})", "{{instance}}")
+        .colours(GREEN, &[(600.0, YELLOW), (3600.0, RED)]),
+        Panel::lines("Records not signed", "short", "Records that no checkpoint covers.")
+            .ask("sum by (instance) (claviger_audit_unsigned_records{@})", "{{instance}}"),
+        Panel::lines(
+            "File not what it was",
+            "short",
+            "How often the audit file was found deleted, renamed, replaced or shortened within the time shown; a rotation \
+             replaces it.",
+        )
+        .ask("sum by (how) (increase(claviger_audit_file_changes_total{@}[~]))", "{{how}}"),
+        Panel::lines("Reserve used", "bytes", "How much of the reserve is used: above zero the disk is full.")
+            .ask("sum by (instance) (claviger_audit_reserve_missing_bytes{@})", "{{instance}}")
+            .colours(GREEN, &[(1.0, RED)]),
+        Panel::lines(
+            "Other identity keys",
+            "short",
+            "Hosts that got another identity key certified than before; the log names them.",
+        )
+        .ask("sum by (instance) (increase(claviger_host_identity_changes_total{@}[~]))", "{{instance}}"),
     ]
 }
 

@@ -224,6 +224,33 @@ fn records() -> Vec<Alert> {
              reader stands still, or it cannot be written. Keys are released all the same.",
         ),
         alert(
+            "ClavigerAuditFileLost",
+            "page",
+            "0m",
+            "increase(claviger_audit_file_changes_total{how=~\"deleted|shortened\"}[15m]) > 0",
+            "The audit log was deleted or cut",
+            "The audit log of {{ $labels.instance }} was {{ $labels.how }} while it was written. Lines of it are lost.",
+        ),
+        alert(
+            "ClavigerAuditDiskFull",
+            "page",
+            "1m",
+            "claviger_audit_reserve_missing_bytes > 0",
+            "The audit log's disk is full",
+            "The disk of the audit log of {{ $labels.instance }} is full: {{ $value | humanize1024 }}B of the reserve are \
+             used, \
+             and when it is at its end nothing is released.",
+        ),
+        alert(
+            "ClavigerAuditUnsigned",
+            "ticket",
+            "15m",
+            "claviger_audit_unsigned_seconds > 3600",
+            "The audit log is not signed",
+            "The audit log of {{ $labels.instance }} has had no checkpoint for {{ $value | humanizeDuration }}. What is \
+             not signed can be changed without a trace by who has the files.",
+        ),
+        alert(
             "ClavigerStateStale",
             "page",
             "2m",

@@ -1,0 +1,80 @@
+//! What is done for the trail beside the requests: summaries are written, and checkpoints are signed. No request waits for it.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use claviger_hsm::HsmError;
+
+use super::AuditError;
+use super::checkpoint::Draft;
+use crate::service::{OWN_DEADLINE, Service};
+use crate::throttle::Throttle;
+
+/// How often refusals are summed up, and how often it is seen whether a checkpoint is due.
+const EVERY: Duration = Duration::from_secs(1);
+/// How long to wait after a checkpoint that could not be made.
+const RETRY: Duration = Duration::from_secs(10);
+/// How long the last checkpoint of a process may take.
+const AT_STOP: Duration = Duration::from_secs(2);
+
+/// Why there is no checkpoint.
+#[derive(Debug, thiserror::Error)]
+enum CheckpointError {
+    #[error("there is no primary signing certificate")]
+    NoKey,
+    #[error("the HSMs: {0}")]
+    Hsm(#[from] HsmError),
+    #[error(transparent)]
+    Audit(#[from] AuditError),
+}
+
+/// Writes what was counted, for as long as the daemon runs.
+pub async fn sum_up(service: Arc<Service>) {
+    loop {
+        tokio::time::sleep(EVERY).await;
+        service.audit.try_again().await;
+        service.audit.write_summary().await;
+    }
+}
+
+/// Has the trail signed when it is due, for as long as the daemon runs.
+pub async fn sign(service: Arc<Service>) {
+    static SAID: Throttle = Throttle::new();
+    let mut failing = false;
+    loop {
+        tokio::time::sleep(if failing { RETRY } else { EVERY }).await;
+        let Some(draft) = service.audit.due_checkpoint(Instant::now(), false) else {
+            failing = false;
+            continue;
+        };
+        let signed = checkpoint(&service, &draft, Instant::now() + OWN_DEADLINE).await;
+        if let Err(error) = &signed
+            && !failing
+            && SAID.due(Instant::now()).is_some()
+        {
+            tracing::warn!(%error, "the audit trail is not signed now; trying again (this is logged once)");
+        }
+        failing = signed.is_err();
+    }
+}
+
+/// Writes and signs what there is, before the process ends; a checkpoint only if that is quick.
+pub async fn finish(service: &Arc<Service>) {
+    service.audit.write_summary().await;
+    if let Some(draft) = service.audit.due_checkpoint(Instant::now(), true) {
+        let signing = checkpoint(service, &draft, Instant::now() + AT_STOP);
+        if !matches!(tokio::time::timeout(AT_STOP, signing).await, Ok(Ok(()))) {
+            tracing::info!("the last lines of the audit trail are not signed; the next start does it");
+        }
+    }
+    if service.audit.head().records > 0 {
+        service.audit.keep_head().await;
+    }
+}
+
+async fn checkpoint(service: &Service, draft: &Draft, deadline: Instant) -> Result<(), CheckpointError> {
+    let keys = service.keys.load_full();
+    let (_, Some(key)) = keys.primary() else { return Err(CheckpointError::NoKey) };
+    let signed = service.sign(&key.id, key.certificate.key(), &draft.message(), deadline).await?;
+    Ok(service.audit.checkpoint(draft, &key.certificate, &signed.value).await?)
+}

@@ -1,0 +1,184 @@
+//! Room on the disk that only grants and administration may use: a file that is allocated ahead and shortened when the disk is
+//! full. Others fill a disk as well as the trail does, so a look at the free space would not keep any.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, ErrorKind, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::fs::{FallocateFlags, fallocate, fstatvfs};
+
+/// How much is given at a time.
+const STEP: u64 = 1024 * 1024;
+/// What stays free beside the reserve when it is made whole again: filling the disk to the brim would only empty it again.
+const MARGIN: u64 = 4 * STEP;
+/// What an administrator's change needs besides its lines: the state file and its journal.
+const ROOM_FOR_A_CHANGE: u64 = 2 * STEP;
+/// How long to wait before trying to make it whole again.
+const PAUSE: Duration = Duration::from_secs(5);
+
+/// The reserve. All of it blocks on the disk.
+#[derive(Debug)]
+pub(super) struct Reserve {
+    path: PathBuf,
+    file: Option<File>,
+    wanted: u64,
+    has: u64,
+    next_try: Option<Instant>,
+}
+
+impl Reserve {
+    /// Takes `wanted` bytes of the disk that `path` is on, or what of them was taken before.
+    pub(super) fn open(path: &Path, wanted: u64, now: Instant) -> Self {
+        let mut reserve = Self { path: path.to_owned(), file: None, wanted, has: 0, next_try: None };
+        if wanted == 0 {
+            // A former configuration may have had one.
+            let _ = std::fs::remove_file(path);
+            return reserve;
+        }
+        if let Err(error) = reserve.fill() {
+            tracing::warn!(
+                file = %path.display(), %error,
+                "the reserve of the audit trail cannot be allocated: when the disk is full, nothing is released"
+            );
+            reserve.next_try = Some(now + PAUSE);
+        }
+        reserve
+    }
+
+    /// How much of it is missing, in bytes.
+    pub(super) fn missing(&self) -> u64 {
+        self.wanted.saturating_sub(self.has)
+    }
+
+    /// Whether it is whole: while it is not, the disk is full, and only grants and administration are written.
+    pub(super) fn is_whole(&self) -> bool {
+        self.missing() == 0
+    }
+
+    /// Gives a part of it back to the disk; `false` when there is none.
+    pub(super) fn give(&mut self, now: Instant) -> bool {
+        let Some(file) = self.file.as_ref().filter(|_| self.has > 0) else { return false };
+        let rest = self.has.saturating_sub(STEP);
+        if file.set_len(rest).is_err() {
+            return false;
+        }
+        if self.is_whole() {
+            tracing::error!(
+                file = %self.path.display(),
+                "the audit trail's disk is full: its reserve is used for grants and administration; make room"
+            );
+        }
+        self.has = rest;
+        self.next_try = Some(now + PAUSE);
+        true
+    }
+
+    /// Whether the disk is full: where it has room, what failed did not fail for want of the reserve.
+    pub(super) fn could_help(&self) -> bool {
+        self.file.as_ref().and_then(free).is_some_and(|free| free < MARGIN)
+    }
+
+    /// Sees to it that the disk has room for an administrator's change.
+    pub(super) fn make_room(&mut self, now: Instant) {
+        while let Some(free) = self.file.as_ref().and_then(free)
+            && free < ROOM_FOR_A_CHANGE
+            && self.give(now)
+        {}
+    }
+
+    /// Takes back what was given, when the disk has room again; from time to time only.
+    pub(super) fn restore(&mut self, now: Instant) {
+        if self.is_whole() || self.next_try.is_some_and(|at| now < at) {
+            return;
+        }
+        self.next_try = Some(now + PAUSE);
+        // One that was removed is made again.
+        let is_ours = |file: &File| file.metadata().is_ok_and(|metadata| metadata.nlink() > 0);
+        if !self.file.as_ref().is_some_and(is_ours) {
+            (self.file, self.has) = (None, 0);
+        }
+        if self.file.as_ref().and_then(free).is_some_and(|free| free < self.missing() + MARGIN) {
+            return;
+        }
+        if self.fill().is_ok() {
+            tracing::info!(file = %self.path.display(), "the reserve of the audit trail is whole again");
+        }
+    }
+
+    fn fill(&mut self) -> io::Result<()> {
+        let file = match self.file.take() {
+            Some(file) => file,
+            None => OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&self.path)?,
+        };
+        self.has = file.metadata()?.len().min(self.wanted);
+        file.set_len(self.has)?;
+        let filled = allocate(&file, self.has, self.wanted - self.has);
+        if filled.is_ok() {
+            self.has = self.wanted;
+        } else {
+            // What was allocated of it does not help: it is not known how much that is.
+            let _ = file.set_len(self.has);
+        }
+        self.file = Some(file);
+        filled
+    }
+}
+
+fn allocate(file: &File, from: u64, bytes: u64) -> io::Result<()> {
+    if bytes == 0 {
+        return Ok(());
+    }
+    // From the start: what is there may have holes.
+    match fallocate(file, FallocateFlags::empty(), 0, from + bytes).map_err(io::Error::from) {
+        // A file system without it: what is written is there, too.
+        Err(error) if matches!(error.kind(), ErrorKind::Unsupported | ErrorKind::InvalidInput) => {
+            let (zeros, mut file, mut left) = ([0; 64 * 1024], file, bytes);
+            io::Seek::seek(&mut file, io::SeekFrom::Start(from))?;
+            while left > 0 {
+                let part = left.min(zeros.len() as u64);
+                file.write_all(&zeros[..usize::try_from(part).unwrap_or(zeros.len())])?;
+                left -= part;
+            }
+            Ok(())
+        }
+        done => done,
+    }
+}
+
+fn free(file: &File) -> Option<u64> {
+    let disk = fstatvfs(file).ok()?;
+    Some(disk.f_bavail.saturating_mul(disk.f_frsize))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_is_given_in_steps_and_taken_back() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("audit.reserve");
+        let now = Instant::now();
+        let mut reserve = Reserve::open(&path, 2 * STEP + 1, now);
+        let allocated = || std::fs::metadata(&path).unwrap().blocks() * 512;
+        assert!(reserve.is_whole() && allocated() > 2 * STEP, "{reserve:?}");
+        for missing in [STEP, 2 * STEP, 2 * STEP + 1] {
+            assert!(reserve.give(now));
+            assert_eq!(reserve.missing(), missing);
+        }
+        assert!(!reserve.give(now) && allocated() == 0);
+        reserve.restore(now);
+        assert!(!reserve.is_whole(), "too early");
+        reserve.restore(now + PAUSE);
+        assert!(reserve.is_whole() && allocated() > 2 * STEP);
+        // Another size, and none.
+        drop(reserve);
+        assert!(Reserve::open(&path, STEP, now).is_whole());
+        assert_eq!(std::fs::metadata(&path).unwrap().len(), STEP);
+        assert!(Reserve::open(&path, 0, now).is_whole());
+        assert!(!path.exists());
+    }
+}

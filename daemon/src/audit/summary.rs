@@ -1,0 +1,202 @@
+//! Refusals that have no line of their own: anybody can cause them, as many as the network carries, and a line for each would
+//! fill the disk without which nothing is released. They are counted, and a line a second tells of them.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::{IpAddr, Ipv6Addr};
+use std::time::SystemTime;
+
+use serde_json::{Map, Value, json};
+
+use super::entry::{Entry, timestamp};
+
+/// The event of such a line.
+pub const EVENT: &str = "refusals";
+
+/// Addresses that a line names; more are counted together.
+const ADDRESSES: usize = 16;
+/// Requests that a line names.
+const REQUESTS: usize = 8;
+/// Lines that are written at a time; the others go on counting.
+const LINES: usize = 256;
+/// Hosts that are counted by themselves; what more there are, is counted with the refusals of nobody.
+const HOSTS: usize = 20_000;
+
+/// What was refused since the last lines.
+#[derive(Debug, Default)]
+pub(super) struct Summary {
+    /// By host; `None`: before it was known who asks.
+    by_host: HashMap<Option<String>, Counts>,
+}
+
+/// The refusals of one host, or of nobody.
+#[derive(Clone, Debug)]
+pub(super) struct Counts {
+    since: SystemTime,
+    outcomes: BTreeMap<String, u64>,
+    addresses: BTreeMap<String, u64>,
+    other_addresses: u64,
+    requests: Vec<String>,
+}
+
+impl Counts {
+    fn new(since: SystemTime) -> Self {
+        Self { since, outcomes: BTreeMap::new(), addresses: BTreeMap::new(), other_addresses: 0, requests: Vec::new() }
+    }
+
+    fn count(&mut self, address: Option<String>, times: u64) {
+        let Some(address) = address else { return };
+        if let Some(known) = self.addresses.get_mut(&address) {
+            *known += times;
+        } else if self.addresses.len() < ADDRESSES {
+            self.addresses.insert(address, times);
+        } else {
+            self.other_addresses += times;
+        }
+    }
+
+    /// Adds what was counted before.
+    fn merge(&mut self, older: Self) {
+        self.since = self.since.min(older.since);
+        for (outcome, count) in older.outcomes {
+            *self.outcomes.entry(outcome).or_default() += count;
+        }
+        for (address, count) in older.addresses {
+            self.count(Some(address), count);
+        }
+        self.other_addresses += older.other_addresses;
+        self.requests.splice(0..0, older.requests);
+        self.requests.truncate(REQUESTS);
+    }
+}
+
+impl Summary {
+    /// Counts a refusal.
+    pub(super) fn add(&mut self, entry: &Entry) {
+        let host = entry.host.clone().filter(|_| self.by_host.len() < HOSTS || self.by_host.contains_key(&entry.host));
+        let counts = self.by_host.entry(host).or_insert_with(|| Counts::new(entry.time));
+        *counts.outcomes.entry(entry.outcome.clone()).or_default() += 1;
+        counts.count(entry.address.map(network), 1);
+        if counts.requests.len() < REQUESTS {
+            counts.requests.push(entry.request.clone());
+        }
+    }
+
+    /// What is to be written now, and is no longer counted here.
+    pub(super) fn take(&mut self) -> Vec<(Option<String>, Counts)> {
+        if self.by_host.len() <= LINES {
+            return self.by_host.drain().collect();
+        }
+        // Those of nobody come first: of them there may be most.
+        let names: Vec<_> = std::iter::once(&None).chain(self.by_host.keys().filter(|host| host.is_some())).collect();
+        let names: Vec<_> = names.into_iter().take(LINES).cloned().collect();
+        names.into_iter().filter_map(|name| Some((name.clone(), self.by_host.remove(&name)?))).collect()
+    }
+
+    /// Takes back what could not be written.
+    pub(super) fn put_back(&mut self, host: Option<String>, older: Counts) {
+        self.by_host.entry(host).or_insert_with(|| Counts::new(older.since)).merge(older);
+    }
+}
+
+/// The line, as a JSON object.
+pub(super) fn line(host: Option<&str>, counts: &Counts, request: &str, now: SystemTime) -> Value {
+    let mut line = Map::new();
+    let time = |time| timestamp(time).unwrap_or_default();
+    line.insert("time".into(), time(now).into());
+    line.insert("request".into(), request.into());
+    line.insert("event".into(), EVENT.into());
+    line.extend(host.map(|host| ("host".into(), host.into())));
+    line.insert("outcome".into(), "refused".into());
+    line.insert("count".into(), counts.outcomes.values().sum::<u64>().into());
+    line.insert("outcomes".into(), json!(counts.outcomes));
+    line.insert("addresses".into(), json!(counts.addresses));
+    if counts.other_addresses > 0 {
+        line.insert("other_addresses".into(), counts.other_addresses.into());
+    }
+    line.insert("requests".into(), json!(counts.requests));
+    line.insert("since".into(), time(counts.since).into());
+    Value::Object(line)
+}
+
+/// An address as it is counted: of IPv6 the network, since one machine has as many addresses in it as it likes.
+fn network(address: IpAddr) -> String {
+    match address.to_canonical() {
+        IpAddr::V4(address) => address.to_string(),
+        IpAddr::V6(address) => {
+            let [a, b, c, d, ..] = address.segments();
+            format!("{}/64", Ipv6Addr::new(a, b, c, d, 0, 0, 0, 0))
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::attempt::Attempt;
+
+    fn refusal(host: Option<&str>, address: &str, outcome: &str, request: usize) -> Entry {
+        let mut attempt = Attempt::new(request.to_string()).sent_from(Some(address.parse().unwrap()));
+        attempt.host = host.map(str::to_owned);
+        attempt.entry("release", outcome)
+    }
+
+    fn written(summary: &mut Summary) -> Vec<Value> {
+        let now = SystemTime::UNIX_EPOCH;
+        summary.take().iter().map(|(host, counts)| line(host.as_deref(), counts, "id", now)).collect()
+    }
+
+    #[test]
+    fn a_flood_is_one_short_line() {
+        let mut summary = Summary::default();
+        for at in 0..100_000usize {
+            let address = format!("10.0.{}.{}", at / 250 % 250, at % 250);
+            summary.add(&refusal(None, &address, ["A", "B"][at % 2], at));
+        }
+        let [line] = written(&mut summary).try_into().unwrap();
+        assert_eq!((&line["count"], &line["outcomes"]), (&json!(100_000), &json!({"A": 50_000, "B": 50_000})));
+        let named = line["addresses"].as_object().unwrap();
+        let counted: u64 = named.values().map(|count| count.as_u64().unwrap()).sum();
+        assert_eq!((named.len(), counted + line["other_addresses"].as_u64().unwrap()), (ADDRESSES, 100_000));
+        assert_eq!(line["requests"].as_array().unwrap().len(), REQUESTS);
+        assert!(line["host"].is_null() && line.to_string().len() < 1000, "{line}");
+        assert!(written(&mut summary).is_empty());
+    }
+
+    #[test]
+    fn each_host_has_its_own_and_nothing_is_lost() {
+        let mut summary = Summary::default();
+        for host in 0..LINES + 10 {
+            summary.add(&refusal(Some(&format!("node-{host}")), "::ffff:10.0.0.1", "A", host));
+        }
+        summary.add(&refusal(None, "2001:db8:1:2:3::4", "A", 0));
+        summary.add(&refusal(None, "2001:db8:1:2:ffff::", "A", 1));
+        let first = written(&mut summary);
+        assert_eq!(first.len(), LINES);
+        let nobody = first.iter().find(|line| line["host"].is_null()).unwrap();
+        assert_eq!(nobody["addresses"], json!({"2001:db8:1:2::/64": 2}));
+        let taken = summary.take();
+        assert_eq!(taken.len(), 11);
+        for (host, counts) in taken {
+            assert_eq!(counts.addresses, BTreeMap::from([("10.0.0.1".to_owned(), 1)]));
+            summary.add(&refusal(host.as_deref(), "10.0.0.2", "B", 7));
+            summary.put_back(host, counts);
+        }
+        let lines = written(&mut summary);
+        assert_eq!(lines.len(), 11);
+        for line in lines {
+            assert_eq!((&line["outcomes"], &line["count"]), (&json!({"A": 1, "B": 1}), &json!(2)));
+            assert_eq!(line["requests"].as_array().unwrap().len(), 2);
+        }
+    }
+
+    #[test]
+    fn more_hosts_than_there_can_be_take_no_more_memory() {
+        let mut summary = Summary::default();
+        for host in 0..HOSTS + 100 {
+            summary.add(&refusal(Some(&host.to_string()), "10.0.0.1", "A", host));
+        }
+        assert_eq!(summary.by_host.len(), HOSTS + 1);
+        assert_eq!(summary.by_host[&None].outcomes["A"], 100);
+    }
+}

@@ -1,0 +1,336 @@
+//! Reads a trail again and says what it proves: that its lines are one chain, and up to which of them an HSM has signed.
+//!
+//! Needs nothing but the files, and for the signatures the certificates that the reader trusts. Stops at the first fault.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Read};
+use std::path::Path;
+
+use claviger_protocol::algorithm::SignatureAlgorithm;
+use claviger_protocol::certificate::Certificate;
+use data_encoding::{BASE64, HEXLOWER};
+use flate2::bufread::MultiGzDecoder;
+use serde::Serialize;
+
+use super::chain::{Hash, Links, hash, torn_hash};
+use super::{checkpoint, file};
+
+/// Longest line that is read. Far more than any that is written.
+const LONGEST: u64 = 16 * 1024 * 1024;
+/// Lines back that a checkpoint may sign: it is made while others are written.
+const REMEMBERED: usize = 256 * 1024;
+
+/// What is wrong, and where.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Fault {
+    /// The file.
+    pub file: String,
+    /// The line in it, counted from 1.
+    pub line: u64,
+    /// What is wrong with it.
+    pub what: String,
+}
+
+/// The last checkpoint that holds.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Signed {
+    /// The number of the line that it covers, with all before it.
+    pub line: u64,
+    /// When it was made.
+    pub time: String,
+    /// Thumbprint of the signer's certificate.
+    pub signer: String,
+    /// Whether that certificate is one that was given.
+    pub trusted: bool,
+}
+
+/// What was found.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Report {
+    /// The files, in the order in which they were read.
+    pub files: Vec<String>,
+    /// Number of the first line of the chain.
+    pub first: Option<u64>,
+    /// Number of its last line.
+    pub last: Option<u64>,
+    /// SHA-256 of that line.
+    pub last_hash: Option<String>,
+    /// The machines that wrote it.
+    pub nodes: Vec<String>,
+    /// Lines before the chain, of a version that had none: nothing is proven of them.
+    pub unchained: u64,
+    /// Checkpoints that hold, by the thumbprint of their signer.
+    pub checkpoints: BTreeMap<String, u64>,
+    /// The last checkpoint that holds, of a given certificate where any were given.
+    pub signed: Option<Signed>,
+    /// Records after the line that it covers.
+    pub unsigned: u64,
+    /// Lines that a crash or a full disk left unfinished, and that the trail tells of.
+    pub torn: u64,
+    /// Whether the last file ends in an unfinished line, which the next record will tell of.
+    pub ends_torn: bool,
+    /// The first fault.
+    pub fault: Option<Fault>,
+}
+
+/// Where in the files the reader is.
+#[derive(Clone, Debug, Default)]
+struct Place {
+    file: String,
+    line: u64,
+}
+
+/// Reads files of a trail, one after the other.
+#[derive(Debug, Default)]
+pub struct Verifier {
+    trusted: BTreeMap<String, Certificate>,
+    /// Those that checkpoints bring along.
+    brought: BTreeMap<String, Certificate>,
+    report: Report,
+    last: Option<(u64, Hash)>,
+    /// The last line before the chain.
+    before: Option<Hash>,
+    /// What is no line, and waits for the line that tells of it.
+    torn: Vec<u8>,
+    torn_at: Place,
+    /// Hashes of the last lines, and whether they are records.
+    recent: VecDeque<(Hash, bool)>,
+}
+
+impl Verifier {
+    /// Trusts signatures of these certificates. Without any, a signature shows only that somebody made it.
+    #[must_use]
+    pub fn new(trusted: Vec<Certificate>) -> Self {
+        let named = |certificate: Certificate| (HEXLOWER.encode(&certificate.thumbprint()), certificate);
+        Self { trusted: trusted.into_iter().map(named).collect(), ..Self::default() }
+    }
+
+    /// Reads one file, which follows the one before.
+    ///
+    /// # Errors
+    /// What the operating system says. What is wrong with the trail is no error, and will be in the report.
+    pub fn read(&mut self, name: &str, mut reader: impl BufRead) -> io::Result<()> {
+        if self.report.fault.is_some() {
+            return Ok(());
+        }
+        self.report.files.push(name.to_owned());
+        let mut place = Place { file: name.to_owned(), line: 0 };
+        let mut line = Vec::new();
+        loop {
+            line.clear();
+            let length = reader.by_ref().take(LONGEST).read_until(b'\n', &mut line)?;
+            if length == 0 {
+                break;
+            }
+            place.line += 1;
+            let checked = if length as u64 == LONGEST && !line.ends_with(b"\n") {
+                Err("the line is far too long".to_owned())
+            } else {
+                self.line(&line, &place)
+            };
+            if let Err(what) = checked {
+                self.fault(&place, what);
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// What was found in all of them.
+    #[must_use]
+    pub fn finish(mut self) -> Report {
+        if !self.torn.is_empty() {
+            // The end of the last file: of a daemon that is writing, or of a crash that nothing was written after.
+            if self.torn.ends_with(b"\n") && self.last.is_some() {
+                let place = self.torn_at.clone();
+                self.fault(&place, "is no record".to_owned());
+            }
+            self.report.ends_torn = true;
+        }
+        self.report.last = self.last.map(|(n, _)| n);
+        self.report.last_hash = self.last.map(|(_, hash)| HEXLOWER.encode(&hash));
+        self.report.unsigned = match &self.report.signed {
+            Some(signed) => self.records_after(signed.line),
+            None => self.recent.iter().filter(|(_, is_record)| *is_record).count() as u64,
+        };
+        self.report
+    }
+
+    fn fault(&mut self, place: &Place, what: String) {
+        if self.report.fault.is_none() {
+            self.report.fault = Some(Fault { file: place.file.clone(), line: place.line, what });
+        }
+    }
+
+    fn line(&mut self, line: &[u8], place: &Place) -> Result<(), String> {
+        let body = line.strip_suffix(b"\n").unwrap_or(line);
+        let Some(links) = Links::read(body) else {
+            if self.torn.is_empty() {
+                self.torn_at = place.clone();
+            }
+            self.torn.extend_from_slice(line);
+            return Ok(());
+        };
+        let Some(n) = links.n else { return self.unchained(body) };
+        let own = hash(body);
+        let torn_at = if self.torn.is_empty() { place.clone() } else { self.torn_at.clone() };
+        if let Err(what) = self.torn(&links) {
+            self.fault(&torn_at, what.clone());
+            return Err(what);
+        }
+        self.follows(n, &links)?;
+        self.last = Some((n, own));
+        self.report.first.get_or_insert(n);
+        if let Some(node) = links.node.as_ref().filter(|node| !self.report.nodes.contains(node)) {
+            self.report.nodes.push(node.clone());
+        }
+        let is_checkpoint = links.event.as_deref() == Some(checkpoint::EVENT);
+        if self.recent.len() == REMEMBERED {
+            self.recent.pop_front();
+        }
+        self.recent.push_back((own, !is_checkpoint));
+        if is_checkpoint { self.checkpoint(n, &links) } else { Ok(()) }
+    }
+
+    fn unchained(&mut self, body: &[u8]) -> Result<(), String> {
+        if self.last.is_some() {
+            return Err("the line has no number: it was not written by this trail".to_owned());
+        }
+        self.torn.clear();
+        self.before = Some(hash(body));
+        self.report.unchained += 1;
+        Ok(())
+    }
+
+    /// What is no line has to be told of by the next one.
+    fn torn(&mut self, links: &Links) -> Result<(), String> {
+        let torn = std::mem::take(&mut self.torn);
+        let told = links.torn.as_deref().filter(|_| links.event.as_deref() == Some(file::EVENT));
+        // Before the first line nothing is known of what should be there.
+        if self.last.is_none() || torn.is_empty() && told.is_none() {
+            return Ok(());
+        }
+        if torn.is_empty() {
+            return Err("the trail tells of an unfinished line before this one, and there is none".to_owned());
+        }
+        if told != Some(HEXLOWER.encode(&torn_hash(&torn)).as_str()) {
+            return Err("is no record, and not what the trail tells of".to_owned());
+        }
+        self.report.torn += 1;
+        Ok(())
+    }
+
+    fn follows(&self, n: u64, links: &Links) -> Result<(), String> {
+        let prev = links.prev.as_deref().unwrap_or_default();
+        let Some((last, hash)) = self.last else {
+            return match self.before {
+                Some(before) if prev != HEXLOWER.encode(&before) => {
+                    Err("the chain does not begin after the line before it: that was changed".to_owned())
+                }
+                _ => Ok(()),
+            };
+        };
+        if n > last + 1 {
+            return Err(format!("its number is {n} after {last}: lines are missing before it"));
+        }
+        if n <= last {
+            return Err(format!(
+                "its number is {n} after {last}: it was inserted, moved or copied, or another chain begins"
+            ));
+        }
+        if prev != HEXLOWER.encode(&hash) {
+            return Err(format!(
+                "line {n} of the chain does not follow line {last} as it is here: one of them was changed"
+            ));
+        }
+        Ok(())
+    }
+
+    fn checkpoint(&mut self, n: u64, links: &Links) -> Result<(), String> {
+        let (Some(line), Some(signed), Some(time), Some(node), Some(signer), Some(signature)) =
+            (links.line, &links.hash, &links.time, &links.node, &links.signer, &links.signature)
+        else {
+            return Err("the checkpoint is not whole".to_owned());
+        };
+        if line >= n {
+            return Err(format!("the checkpoint covers line {line}, which comes after it"));
+        }
+        if let Some(seen) = self.recent(line)
+            && *signed != HEXLOWER.encode(&seen)
+        {
+            return Err(format!("the checkpoint signs another line {line} than the one that is here"));
+        }
+        if let Some(der) = &links.signer_certificate {
+            let certificate = BASE64.decode(der.as_bytes()).ok().and_then(|der| Certificate::parse(&der).ok());
+            let certificate = certificate.filter(|known| HEXLOWER.encode(&known.thumbprint()) == *signer);
+            let certificate = certificate.ok_or("the checkpoint's certificate is not the one that it names")?;
+            self.brought.insert(signer.clone(), certificate);
+        }
+        let trusted = self.trusted.get(signer);
+        let Some(certificate) = trusted.or_else(|| self.brought.get(signer)) else {
+            return Err(format!("the checkpoint's certificate {signer} is not known; give it"));
+        };
+        let message = checkpoint::message(node, line, signed, time);
+        let signature = BASE64.decode(signature.as_bytes()).map_err(|_| "the checkpoint's signature is not base64")?;
+        if certificate.key().verify(SignatureAlgorithm::DEFAULT, &message, &signature).is_err() {
+            return Err("the checkpoint's signature is wrong".to_owned());
+        }
+        *self.report.checkpoints.entry(signer.clone()).or_default() += 1;
+        let is_trusted = trusted.is_some();
+        // What is signed by others does not replace what is proven.
+        if (is_trusted || self.trusted.is_empty())
+            && self.report.signed.as_ref().is_none_or(|known| known.line < line)
+            && self.report.first.is_some_and(|first| line >= first)
+        {
+            let signer = signer.clone();
+            self.report.signed = Some(Signed { line, time: time.clone(), signer, trusted: is_trusted });
+        }
+        Ok(())
+    }
+
+    /// The hash of a line that was read not long ago.
+    fn recent(&self, n: u64) -> Option<Hash> {
+        let (last, _) = self.last?;
+        let back = usize::try_from(last.checked_sub(n)?).ok()?;
+        self.recent.get(self.recent.len().checked_sub(back + 1)?).map(|(hash, _)| *hash)
+    }
+
+    fn records_after(&self, n: u64) -> u64 {
+        let after = self.last.map_or(0, |(last, _)| last.saturating_sub(n));
+        let after = usize::try_from(after).unwrap_or(usize::MAX);
+        if after > self.recent.len() {
+            // Longer ago than is remembered.
+            return after as u64;
+        }
+        self.recent.iter().rev().take(after).filter(|(_, is_record)| *is_record).count() as u64
+    }
+}
+
+/// Opens a file of the trail; one that rotation has compressed with gzip, too.
+///
+/// # Errors
+/// What the operating system says.
+pub fn open(path: &Path) -> io::Result<Box<dyn BufRead>> {
+    let mut reader = BufReader::with_capacity(256 * 1024, File::open(path)?);
+    let is_compressed = reader.fill_buf()?.starts_with(&[0x1f, 0x8b]);
+    Ok(if is_compressed { Box::new(BufReader::new(MultiGzDecoder::new(reader))) } else { Box::new(reader) })
+}
+
+/// The number of a file's first line in the chain: files are read in the order of these. `None` where it has none.
+///
+/// # Errors
+/// What the operating system says.
+pub fn first_number(mut reader: impl BufRead) -> io::Result<Option<u64>> {
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        if reader.by_ref().take(LONGEST).read_until(b'\n', &mut line)? == 0 {
+            return Ok(None);
+        }
+        let body = line.strip_suffix(b"\n").unwrap_or(&line);
+        if let Some(n) = Links::read(body).and_then(|links| links.n) {
+            return Ok(Some(n));
+        }
+    }
+}

@@ -1,0 +1,215 @@
+//! `claviger audit …`: what the audit trail proves, and how far it has come.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use claviger_protocol::certificate::Certificate;
+use serde_json::json;
+
+use super::{Failure, Target, ask, print, text};
+use crate::audit::verify::{Report, Verifier, first_number, open};
+use crate::commands::Command;
+use crate::config::Config;
+use crate::files;
+use crate::print::say;
+use crate::state::{Kind, State};
+
+/// Largest file with a certificate.
+const MAX_CERTIFICATE: usize = 64 * 1024;
+
+/// `claviger audit …`
+#[derive(Debug, clap::Subcommand)]
+pub enum Audit {
+    /// Check that files of the trail are one chain, and up to which line it is signed
+    #[command(after_help = "Example: claviger audit verify --certificate signing.pem audit.jsonl audit.jsonl-*\n\
+        Exit status: 0 nothing is wrong, 1 something is, 2 wrong usage or a file that cannot be read,\n\
+        3 nothing is wrong, and no signature of a given certificate proves it.\n\
+        Needs no daemon. Files are read in the order of their lines, gzip is read, - is the standard input.")]
+    Verify(Verify),
+    /// Show how far the trail of a running daemon has come
+    #[command(after_help = "Example: claviger audit status --config /etc/claviger/claviger.toml")]
+    Status {
+        /// Where the daemon is.
+        #[command(flatten)]
+        target: Target,
+    },
+}
+
+/// `claviger audit verify`
+#[derive(Debug, clap::Args)]
+pub struct Verify {
+    /// Files of one trail; without any, those of --config
+    #[arg(value_name = "FILE", required_unless_present = "config")]
+    files: Vec<PathBuf>,
+    /// A signing certificate of the service, PEM or DER; may be given several times
+    #[arg(long = "certificate", value_name = "FILE")]
+    certificates: Vec<PathBuf>,
+    /// The configuration of the daemon whose trail it is: its state has the certificates
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Print JSON for machines
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs `claviger audit …`.
+///
+/// # Errors
+/// What is wrong, and what to do.
+pub async fn run(command: Audit) -> Result<ExitCode, Failure> {
+    match command {
+        Audit::Verify(command) => Ok(match verify(&command) {
+            Ok(status) => status,
+            Err(error) => {
+                crate::print::note(&format!("claviger: {error}"));
+                ExitCode::from(2)
+            }
+        }),
+        Audit::Status { target } => {
+            let reply = ask(&target, &Command::AuditStatus).await?;
+            print(&target, &reply, || {
+                say!("{}", text(&reply, "file"));
+                say!("last line: {} ({})", reply["line"], text(&reply, "hash"));
+                match reply["checkpoint"].as_u64() {
+                    Some(line) => say!("signed up to line {line}, {} records after it are not", reply["unsigned"]),
+                    None => say!("not signed since the daemon started, {} records are not", reply["unsigned"]),
+                }
+                if reply["reserve_missing"].as_u64().is_some_and(|missing| missing > 0) {
+                    say!("the disk is full: {} bytes of the reserve are used", reply["reserve_missing"]);
+                }
+            });
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+fn verify(command: &Verify) -> Result<ExitCode, Failure> {
+    let config = command.config.as_deref().map(Config::load).transpose()?;
+    let mut trusted = command.certificates.iter().map(|path| certificate(path)).collect::<Result<Vec<_>, _>>()?;
+    if let Some(config) = &config {
+        trusted.extend(signing(config)?);
+    }
+    let files = match (&command.files, &config) {
+        (files, Some(config)) if files.is_empty() => all_of(&config.server.audit_file())?,
+        (files, _) => files.clone(),
+    };
+    let are_given = !trusted.is_empty();
+    let report = read(&in_order(files)?, trusted)?;
+    if command.json {
+        say!("{:#}", json!(report));
+    } else {
+        tell(&report, are_given);
+    }
+    Ok(ExitCode::from(match (&report.fault, &report.signed) {
+        (Some(_), _) => 1,
+        (None, Some(_)) => 0,
+        (None, None) if !are_given => 0,
+        (None, None) => 3,
+    }))
+}
+
+fn certificate(path: &Path) -> Result<Certificate, Failure> {
+    let file = files::read(path, MAX_CERTIFICATE)?;
+    Certificate::from_file(&file).map_err(|error| format!("{}: {error}", path.display()).into())
+}
+
+/// The signing certificates of the state, disabled ones too: they have signed before.
+fn signing(config: &Config) -> Result<Vec<Certificate>, Failure> {
+    let view = State::view(&config.server.state)?;
+    let signing = view.state.certificates()?.into_iter().filter(|entry| entry.kind == Kind::Signing);
+    Ok(signing.filter_map(|entry| Certificate::parse(&entry.der).ok()).collect())
+}
+
+/// The trail, and what rotation made of it.
+fn all_of(trail: &Path) -> Result<Vec<PathBuf>, Failure> {
+    let name = trail.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let folder = files::folder(trail);
+    let failed = |error: std::io::Error| format!("{}: {error}", folder.display());
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(folder).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        if entry.file_name().to_string_lossy().starts_with(&name) {
+            found.push(entry.path());
+        }
+    }
+    if found.is_empty() { Err(format!("{}: there is no trail", trail.display()).into()) } else { Ok(found) }
+}
+
+const STDIN: &str = "-";
+
+/// Sorted by their first lines; those without numbers, which are older than the chain, come first, as they were given.
+fn in_order(files: Vec<PathBuf>) -> Result<Vec<PathBuf>, Failure> {
+    if files.iter().any(|file| file.as_os_str() == STDIN) {
+        return Ok(files);
+    }
+    let mut numbered = Vec::with_capacity(files.len());
+    for file in files {
+        let failed = |error| format!("{}: {error}", file.display());
+        let number = open(&file).and_then(first_number).map_err(failed)?;
+        // An empty one, which a rotation has just made, is the last.
+        let is_empty = number.is_none() && file.metadata().is_ok_and(|metadata| metadata.len() == 0);
+        numbered.push((if is_empty { u64::MAX } else { number.unwrap_or(0) }, file));
+    }
+    numbered.sort_by_key(|(number, _)| *number);
+    Ok(numbered.into_iter().map(|(_, file)| file).collect())
+}
+
+fn read(files: &[PathBuf], trusted: Vec<Certificate>) -> Result<Report, Failure> {
+    let mut verifier = Verifier::new(trusted);
+    for file in files {
+        let name = file.display().to_string();
+        let failed = |error| format!("{name}: {error}");
+        if file.as_os_str() == STDIN {
+            verifier.read("standard input", std::io::stdin().lock()).map_err(failed)?;
+        } else {
+            verifier.read(&name, open(file).map_err(failed)?).map_err(failed)?;
+        }
+    }
+    Ok(verifier.finish())
+}
+
+fn tell(report: &Report, are_given: bool) {
+    if let Some(fault) = &report.fault {
+        say!("WRONG  {}, line {}: {}", fault.file, fault.line, fault.what);
+    }
+    let until = if report.fault.is_some() { ", up to there" } else { "" };
+    match (report.first, report.last) {
+        (Some(first), Some(last)) => {
+            let nodes = report.nodes.join(", ");
+            say!("lines {first} to {last} of {nodes} are one chain{until}");
+            if first > 1 {
+                say!("lines 1 to {} are not in these files", first - 1);
+            }
+        }
+        _ => say!("there is no line of a chain{until}"),
+    }
+    if report.unchained > 0 {
+        say!("{} lines before the chain are of a version that had none: nothing is proven of them", report.unchained);
+    }
+    if report.torn > 0 {
+        say!("{} times a crash or a full disk left a line unfinished, which the trail tells of", report.torn);
+    }
+    match &report.signed {
+        Some(signed) => {
+            let (line, time, signer) = (signed.line, &signed.time, &signed.signer);
+            say!("signed up to line {line} at {time} by the certificate {signer}");
+            if !signed.trusted {
+                say!("whose certificate that is was not checked: give yours with --certificate");
+            }
+            say!("{} records after it are not signed", report.unsigned);
+        }
+        None if are_given && !report.checkpoints.is_empty() => {
+            for (signer, count) in &report.checkpoints {
+                say!("{count} checkpoints are by the certificate {signer}, which was not given");
+            }
+            say!("nothing is proven by a signature");
+        }
+        None => say!("nothing is signed"),
+    }
+    if report.ends_torn {
+        say!("the last line is not whole: a daemon is writing it, or ended while it did");
+    }
+    if let Some(hash) = &report.last_hash {
+        say!("hash of the last line: {hash}");
+    }
+}

@@ -1,0 +1,77 @@
+//! The audit trail: whether the end of it is one chain, signed, and what the daemon has written.
+
+use std::fs::{File, Metadata};
+use std::io::{BufRead, BufReader, Seek, SeekFrom};
+use std::path::Path;
+
+use super::Finding;
+use crate::audit;
+use crate::audit::verify::{Report, Verifier};
+use crate::config::Config;
+use crate::state::{Kind, State};
+use claviger_protocol::certificate::Certificate;
+
+/// How much of the trail is read, from its end: a trail may have many gigabytes. `claviger audit verify` reads all.
+const WINDOW: u64 = 64 * 1024 * 1024;
+/// Records without a signature that are worth a word: some more than there are between two checkpoints.
+const MANY_UNSIGNED: u64 = 2;
+
+/// The chain of a trail that can be read.
+pub(super) fn chain(config: &Config, path: &Path, metadata: &Metadata) -> Vec<Finding> {
+    let name = path.display();
+    if !metadata.is_file() {
+        return Vec::new();
+    }
+    let report = match verify(config, path, metadata.len()) {
+        Ok(report) => report,
+        Err(error) => {
+            let what = format!("the audit trail {name} cannot be read: {error}");
+            return vec![Finding::error("audit", what, "check the disk")];
+        }
+    };
+    if let Some(fault) = &report.fault {
+        let what = format!("the audit trail {name} is not one chain any more: {}", fault.what);
+        let todo = "somebody changed it, or lines were lost with the machine's power: keep the file, and compare it with \
+                    `claviger audit verify` and with copies of it";
+        return vec![Finding::error("audit", what, todo)];
+    }
+    let Some(last) = report.last else { return Vec::new() };
+    let first = report.first.unwrap_or(last);
+    let mut findings = vec![Finding::ok("audit", format!("lines {first} to {last} of {name} are one chain"))];
+    let every = config.audit.checkpoint_lines.saturating_mul(MANY_UNSIGNED);
+    if config.audit.checkpoints().is_some() && report.unsigned > every {
+        let what = format!("{} records of {name} are not signed", report.unsigned);
+        let todo = "the log says why: the primary signing key has to be there and an HSM has to serve";
+        findings.push(Finding::warning("audit", what, todo));
+    }
+    findings
+}
+
+fn verify(config: &Config, path: &Path, length: u64) -> std::io::Result<Report> {
+    let mut reader = BufReader::with_capacity(256 * 1024, File::open(path)?);
+    if let Some(start) = length.checked_sub(WINDOW).filter(|start| *start > 0) {
+        reader.seek(SeekFrom::Start(start))?;
+        reader.skip_until(b'\n')?;
+    }
+    // Signatures of others are no fault here: a certificate may have been removed since.
+    let mut verifier = Verifier::new(trusted(config));
+    verifier.read(&path.display().to_string(), reader)?;
+    Ok(verifier.finish())
+}
+
+fn trusted(config: &Config) -> Vec<Certificate> {
+    let certificates = State::view(&config.server.state).and_then(|view| view.state.certificates()).unwrap_or_default();
+    let signing = certificates.iter().filter(|entry| entry.kind == Kind::Signing);
+    signing.filter_map(|entry| Certificate::parse(&entry.der).ok()).collect()
+}
+
+/// Within the daemon: whether what it has written is where one looks for it.
+pub(super) fn of_daemon(path: &Path, written: u64) -> Option<Finding> {
+    let name = path.display();
+    let there = audit::last_line(path).unwrap_or(0);
+    (there < written).then(|| {
+        let what = format!("the daemon has written line {written} of the audit trail, and {name} ends with line {there}");
+        let todo = "somebody removed, replaced or cut it: look for the old file; the next record goes on with the number after";
+        Finding::error("audit", what, todo)
+    })
+}

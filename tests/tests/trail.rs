@@ -1,0 +1,373 @@
+//! The audit trail seen from outside: it cannot be filled by anybody, lost without notice, or changed without a trace.
+
+#![allow(clippy::unwrap_used)]
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use claviger::host::Host;
+use claviger_protocol::rsa_key::RsaPrivateKey;
+use claviger_tests::{
+    ATTEST, Administrator, Daemon, HOST, Lab, Options, ROLL, block, claviger, open_release, roll_request, run, said,
+    tool, until,
+};
+use data_encoding::BASE64;
+use serde_json::Value;
+
+const XML: &str = "application/xml";
+
+/// What `claviger audit verify` says of files, as JSON, and its status.
+fn verify(arguments: &[&str], files: &[&Path]) -> (Value, i32) {
+    let output =
+        Command::new(claviger()).args(["audit", "verify", "--json"]).args(arguments).args(files).output().unwrap();
+    let report = serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {}", said(&output)));
+    (report, output.status.code().unwrap())
+}
+
+/// A release by the lab's own host.
+fn release(lab: &Lab, daemon: &Daemon, health: &[u8]) -> u16 {
+    let client = daemon.client();
+    let reply = block(client.post(ROLL, XML, roll_request(health, &lab.protector()))).unwrap();
+    if reply.status == 200 {
+        open_release(&reply.body, &lab.identity()).unwrap();
+    }
+    reply.status.as_u16()
+}
+
+/// The certificate of the lab's signing key, as the state has it.
+fn signing_certificate(lab: &Lab) -> PathBuf {
+    let state = rusqlite::Connection::open(lab.file("state/state.db")).unwrap();
+    let der: Vec<u8> =
+        state.query_row("SELECT der FROM certificates WHERE kind = 'signing'", [], |row| row.get(0)).unwrap();
+    let path = lab.file("signing.der");
+    fs::write(&path, der).unwrap();
+    path
+}
+
+fn openssl(arguments: &[&str]) -> Output {
+    tool("openssl", Command::new("openssl").args(arguments))
+}
+
+#[test]
+fn nobody_fills_the_trail() {
+    const ANYBODY: usize = 400;
+    let lab = Lab::make(Options::default());
+    let daemon = lab.serve();
+    let client = daemon.client();
+    let before = lab.trail().len();
+    let begun = Instant::now();
+    // A registered host's public key is no secret: refused in its name, by whoever has it.
+    let stranger = Host::new(daemon.client(), RsaPrivateKey::generate(2048).unwrap(), lab.identity());
+    block(async {
+        for at in 0..ANYBODY {
+            let (path, media_type, body) = match at % 4 {
+                0 => (ROLL, XML, "<x/>".to_owned()),
+                1 => (ATTEST, "application/json", "{}".to_owned()),
+                2 => ("/Attestation/v1.0/attest", "application/json", "{}".to_owned()),
+                _ => (ROLL, XML, String::from_utf8(roll_request(b"no certificate", &lab.protector())).unwrap()),
+            };
+            assert!(client.post(path, media_type, body).await.unwrap().status.is_client_error());
+        }
+        stranger.attest().await.unwrap_err();
+    });
+    let seconds = begun.elapsed().as_secs();
+    let metrics = block(daemon.metrics());
+    assert_eq!(metrics.count("claviger_audit_counted_refusals_total", &[]), ANYBODY as u64 + 1);
+    assert!(daemon.stop().success());
+    let trail = lab.trail();
+    let lines: Vec<_> = trail[before..].iter().filter(|line| line["event"] == "refusals").collect();
+    let counted: u64 = lines.iter().map(|line| line["count"].as_u64().unwrap()).sum();
+    assert_eq!(counted, ANYBODY as u64 + 1);
+    assert!(lines.len() as u64 <= seconds + 3, "{} lines in {seconds} s", lines.len());
+    for line in &lines {
+        assert_eq!(line["addresses"].as_object().unwrap().keys().collect::<Vec<_>>(), ["127.0.0.1"], "{line}");
+        assert!(line.to_string().len() < 1500, "{line}");
+    }
+    let of = |outcome: &str| lab.audit()[..].iter().filter(|line| line["outcome"] == outcome).count();
+    assert!(of("InvalidRequestException") >= ANYBODY / 4 && of("HealthCertificateException") >= ANYBODY / 4);
+}
+
+#[test]
+fn a_line_says_who_got_what() {
+    let lab = Lab::make(Options::default());
+    lab.configure(|config| config.server.node = Some("hgs-7".to_owned()));
+    let daemon = lab.serve();
+    let health = block(lab.host(daemon.client()).attest()).unwrap();
+    let reply = block(daemon.client().post(ROLL, XML, roll_request(&health, &lab.protector()))).unwrap();
+    let (_, egress) = open_release(&reply.body, &lab.identity()).unwrap();
+    // Another identity key of the same host.
+    let metrics = block(daemon.metrics());
+    assert_eq!(metrics.count("claviger_host_identity_changes_total", &[]), 0);
+    let identity = Arc::new(RsaPrivateKey::generate(2048).unwrap());
+    block(Host::new(daemon.client(), lab.key("host/hostkey.pem"), identity.clone()).attest()).unwrap();
+    assert_eq!(block(daemon.metrics()).count("claviger_host_identity_changes_total", &[]), 1);
+    daemon.process.line(|line| (line.contains("another identity key") && line.contains(HOST)).then_some(()));
+    assert!(daemon.stop().success());
+
+    let trail = lab.audit();
+    let [.., attested, released, again] = trail.as_slice() else { panic!() };
+    let certificate = claviger_protocol::certificate::Certificate::parse(&health).unwrap();
+    let hex = |bytes: &[u8]| data_encoding::HEXLOWER.encode(bytes);
+    let sha256 = |bytes: &[u8]| hex(ring::digest::digest(&ring::digest::SHA256, bytes).as_ref());
+    let own = hex(&lab.identity().public().spki_sha256());
+    for line in [attested, released] {
+        assert_eq!(
+            (&line["node"], &line["address"], &line["host"]),
+            (&"hgs-7".into(), &"127.0.0.1".into(), &HOST.into())
+        );
+        assert_eq!(
+            (&line["identity_key"], &line["health_serial"]),
+            (&own.clone().into(), &hex(certificate.serial()).into())
+        );
+    }
+    assert_eq!((&released["api"], &released["egress"]), (&"v2.0".into(), &sha256(&egress).into()));
+    let state = rusqlite::Connection::open(lab.file("state/state.db")).unwrap();
+    let sql = "SELECT thumbprint FROM certificates WHERE kind = 'encryption'";
+    let guardian: String = state.query_row(sql, [], |row| row.get(0)).unwrap();
+    assert_eq!(released["guardian_key"], guardian);
+    assert_eq!(again["identity_key"], hex(&identity.public().spki_sha256()));
+}
+
+#[test]
+fn the_chain_survives_a_kill_and_its_signature_is_anybodys_to_check() {
+    let lab = Lab::make(Options::default());
+    lab.configure(|config| config.audit.checkpoint_seconds = 1);
+    let trail = lab.file("state/audit.jsonl");
+    let certificate = signing_certificate(&lab);
+    let certificate = ["--certificate", certificate.to_str().unwrap()];
+    let mut daemon = lab.serve();
+    let health = block(lab.host(daemon.client()).attest()).unwrap();
+    // Killed in the middle of releases, twice.
+    for _ in 0..2 {
+        let url = daemon.url.clone();
+        let ask = || {
+            let client = claviger::client::Client::new(&url).unwrap();
+            let reply = block(client.post(ROLL, XML, roll_request(&health, &lab.protector()))).ok()?;
+            assert_eq!(reply.status, 200);
+            Some(reply.headers["x-request-id"].to_str().unwrap().to_owned())
+        };
+        let answered: Vec<String> = std::thread::scope(|scope| {
+            let clients: Vec<_> = (0..3).map(|_| scope.spawn(|| std::iter::from_fn(ask).collect::<Vec<_>>())).collect();
+            let before = lab.trail().len();
+            let count = || fs::read_to_string(&trail).unwrap().lines().count();
+            until("releases", || (count() > before + 50).then_some(()));
+            rustix::process::kill_process(daemon.process.pid(), rustix::process::Signal::KILL).unwrap();
+            clients.into_iter().flat_map(|client| client.join().unwrap()).collect()
+        });
+        // What was answered is on record.
+        assert!(!daemon.process.wait().success() && !answered.is_empty());
+        let text = fs::read_to_string(&trail).unwrap();
+        for id in answered {
+            assert!(text.contains(&format!("\"request\":\"{id}\"")), "{id} was answered, and is not on record");
+        }
+        let (report, _) = verify(&certificate, &[&trail]);
+        assert_eq!(report["fault"], Value::Null, "{report}");
+        daemon = lab.serve();
+    }
+    // What the one before left unsigned is signed, and what comes after it.
+    assert_eq!(release(&lab, &daemon, &health), 200);
+    until("a checkpoint", || {
+        let (report, status) = verify(&certificate, &[&trail]);
+        assert_eq!(report["fault"], Value::Null, "{report}");
+        (status == 0 && report["unsigned"] == 0).then_some(())
+    });
+    assert!(daemon.stop().success());
+
+    // With openssl, by what the documentation says.
+    let checkpoint = lab.trail().into_iter().rfind(|line| line["event"] == "checkpoint").unwrap();
+    let text = |field: &str| checkpoint[field].as_str().unwrap().to_owned();
+    let signed = format!("{}\n{}\n{}\n{}\n", text("node"), checkpoint["line"], text("hash"), text("time"));
+    let files = ["message", "signature", "key.pem"].map(|name| lab.file(name));
+    let [message, signature, key] = files.each_ref().map(|path| path.to_str().unwrap());
+    fs::write(message, format!("claviger audit checkpoint 1\n{signed}")).unwrap();
+    fs::write(signature, BASE64.decode(text("signature").as_bytes()).unwrap()).unwrap();
+    let made = openssl(&["x509", "-in", certificate[1], "-pubkey", "-noout", "-out", key]);
+    assert!(made.status.success(), "{}", said(&made));
+    let checked = openssl(&["dgst", "-sha256", "-verify", key, "-signature", signature, message]);
+    assert!(said(&checked).contains("Verified OK"), "{}", said(&checked));
+    // And the hash is that of the line: n numbers the lines of this one file.
+    let lines = fs::read_to_string(&trail).unwrap();
+    let line = lines.lines().find(|line| line.starts_with(&format!("{{\"n\":{},", checkpoint["line"]))).unwrap();
+    fs::write(message, line).unwrap();
+    let hashed = openssl(&["dgst", "-sha256", "-r", message]);
+    assert!(said(&hashed).starts_with(&text("hash")), "{}", said(&hashed));
+    // Nothing is proven to who trusts another certificate.
+    let other = lab.file("tenant/owner-signing.crt.pem");
+    assert_eq!(verify(&["--certificate", other.to_str().unwrap()], &[&trail]).1, 3);
+    assert_eq!(verify(&[], &[&trail]).1, 0);
+    let own = Administrator(&lab).run(&["audit", "verify"]);
+    assert!(own.status.success() && said(&own).contains("signed up to line"), "{}", said(&own));
+}
+
+#[test]
+fn logrotate_keeps_one_chain_over_all_files() {
+    let lab = Lab::make(Options::default());
+    let daemon = lab.serve();
+    let health = block(lab.host(daemon.client()).attest()).unwrap();
+    let trail = lab.file("state/audit.jsonl");
+    // The package's own file, for this trail and without another user.
+    let package = concat!(env!("CARGO_MANIFEST_DIR"), "/../daemon/packaging/logrotate.d/claviger");
+    let pid = daemon.process.pid().as_raw_nonzero();
+    let (kept, signalled) = (lab.file("logrotate.conf"), format!("kill -HUP {pid}"));
+    let text = fs::read_to_string(package).unwrap();
+    let systemctl = text.lines().find(|line| line.contains("systemctl")).unwrap().trim();
+    let text = text.replace("/var/lib/claviger/audit.jsonl", trail.to_str().unwrap()).replace(systemctl, &signalled);
+    let text: Vec<&str> = text.lines().filter(|line| !line.trim().starts_with("su ")).collect();
+    fs::write(&kept, text.join("\n").replace("create 0640 claviger claviger", "create 0640") + "\n").unwrap();
+    for _ in 0..3 {
+        assert_eq!(release(&lab, &daemon, &health), 200);
+        // File names have seconds.
+        std::thread::sleep(Duration::from_millis(1100));
+        let status = lab.file("logrotate.state");
+        let rotated = tool("logrotate", Command::new("logrotate").arg("-f").arg("-s").arg(&status).arg(&kept));
+        assert!(rotated.status.success(), "{}", said(&rotated));
+        assert_eq!(release(&lab, &daemon, &health), 200);
+    }
+    assert!(daemon.stop().success());
+    let names = fs::read_dir(lab.file("state")).unwrap().map(|entry| entry.unwrap().path());
+    let files: Vec<PathBuf> =
+        names.filter(|path| path.file_name().unwrap().to_str().unwrap().starts_with("audit.jsonl")).collect();
+    assert_eq!(files.len(), 4, "{files:?}");
+    assert!(files.iter().any(|path| path.extension().is_some_and(|end| end == "gz")), "{files:?}");
+    // In any order, compressed or not; and from the standard input.
+    let paths: Vec<&Path> = files.iter().map(PathBuf::as_path).collect();
+    let certificate = signing_certificate(&lab);
+    let (report, status) = verify(&["--certificate", certificate.to_str().unwrap()], &paths);
+    assert_eq!((status, &report["first"], &report["fault"]), (0, &1.into(), &Value::Null), "{report}");
+    let mut piped = Command::new(claviger())
+        .args(["audit", "verify", "-"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    piped.stdin.take().unwrap().write_all(&fs::read(&trail).unwrap()).unwrap();
+    assert!(piped.wait_with_output().unwrap().status.success());
+    let all = Administrator(&lab).run(&["audit", "verify"]);
+    assert!(all.status.success(), "{}", said(&all));
+    // One that is missing in the middle is missed.
+    let mut names = paths.clone();
+    names.sort();
+    names.remove(2);
+    let (report, status) = verify(&[], &names);
+    assert!(status == 1 && report["fault"]["what"].as_str().unwrap().contains("missing"), "{names:?}: {report}");
+}
+
+#[test]
+fn what_is_changed_is_found_by_the_command_and_by_the_doctor() {
+    let lab = Lab::make(Options::default());
+    let daemon = lab.serve();
+    let health = block(lab.host(daemon.client()).attest()).unwrap();
+    for _ in 0..3 {
+        assert_eq!(release(&lab, &daemon, &health), 200);
+    }
+    let trail = lab.file("state/audit.jsonl");
+    let doctor = || said(&Administrator(&lab).run(&["doctor"]));
+    until("a whole trail", || doctor().contains("are one chain").then_some(()));
+    // Removed while the daemon runs: nobody has to wait for the next record to hear of it.
+    let kept = fs::read(&trail).unwrap();
+    fs::remove_file(&trail).unwrap();
+    let told = doctor();
+    assert!(told.contains("ERROR    audit") && told.contains("the daemon has written line"), "{told}");
+    let status = Administrator(&lab).json(&["audit", "status"]);
+    assert!(status["line"].as_u64().unwrap() > 3 && status["hash"].as_str().unwrap().len() == 64, "{status}");
+    // The next release is on record, under the trail's name.
+    assert_eq!(release(&lab, &daemon, &health), 200);
+    assert!(fs::read_to_string(&trail).unwrap().contains("\"event\":\"release\""));
+    assert_eq!(block(daemon.metrics()).count("claviger_audit_file_changes_total", &[("how", "deleted")]), 1);
+    daemon.process.line(|line| line.contains("the audit trail was deleted").then_some(()));
+    assert!(daemon.stop().success());
+    let rest = fs::read(&trail).unwrap();
+    fs::write(&trail, [&kept[..], &rest].concat()).unwrap();
+    let (report, status) = verify(&[], &[&trail]);
+    assert_eq!((status, &report["fault"]), (0, &Value::Null), "one chain: {report}");
+
+    let text = fs::read_to_string(&trail).unwrap();
+    let lines: Vec<&str> = text.lines().collect();
+    let at = lines.iter().position(|line| line.contains("\"event\":\"release\"")).unwrap();
+    let edited = lines[at].replace("\"outcome\":\"success\"", "\"outcome\":\"failed\"");
+    assert_ne!(edited, lines[at]);
+    let mut cases: Vec<(&str, Vec<&str>)> =
+        vec![("edit", lines.clone()), ("delete", lines.clone()), ("insert", lines.clone())];
+    cases[0].1[at] = &edited;
+    cases[1].1.remove(at);
+    cases[2].1.insert(at, lines[at - 1]);
+    let mut swapped = lines.clone();
+    swapped.swap(at, at + 1);
+    cases.push(("reorder", swapped));
+    for (kind, lines) in cases {
+        fs::write(&trail, lines.join("\n") + "\n").unwrap();
+        let (report, status) = verify(&[], &[&trail]);
+        let line = report["fault"]["line"].as_u64().unwrap_or_default() as usize;
+        assert!(status == 1 && (at..=at + 2).contains(&line), "{kind}: {report}");
+        let told = doctor();
+        assert!(told.contains("ERROR    audit") && told.contains("not one chain"), "{kind}: {told}");
+    }
+    // Cut before a line that was signed: the next daemon says so, and the trail keeps the gap.
+    fs::write(&trail, lines[..at].join("\n") + "\n").unwrap();
+    assert_eq!(verify(&[], &[&trail]).1, 0, "the end of a file proves nothing of what came after it");
+    let daemon = lab.serve();
+    daemon.process.line(|line| line.contains("ends before a line that was there").then_some(()));
+    assert_eq!(release(&lab, &daemon, &health), 200);
+    assert!(daemon.stop().success());
+    let (report, status) = verify(&[], &[&trail]);
+    assert!(status == 1 && report["fault"]["what"].as_str().unwrap().contains("missing"), "{report}");
+    // What cannot be read is no fault of the trail.
+    let output = run(["audit", "verify", lab.file("nothing").to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(2), "{}", said(&output));
+}
+
+/// A pipe that nobody reads stands for a disk that does not answer: the write does not return.
+#[test]
+fn nothing_leaves_while_the_disk_hangs_and_everybody_is_told_in_time() {
+    let lab = Lab::make(Options::default());
+    lab.configure(|config| config.release.deadline_ms = 2_000);
+    let daemon = lab.serve();
+    let health = block(lab.host(daemon.client()).attest()).unwrap();
+    assert!(daemon.stop().success());
+    let (trail, pipe) = (lab.file("state/audit.jsonl"), lab.file("pipe"));
+    fs::rename(&trail, lab.file("state/audit.old")).unwrap();
+    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    symlink(&pipe, &trail).unwrap();
+    let mut reader = fs::OpenOptions::new().read(true).write(true).open(&pipe).unwrap();
+    let mut daemon = lab.serve();
+    block(daemon.until_ready_is(200));
+    // It fills with 64 KiB; some releases are recorded there before.
+    let mut released = 0;
+    let begun = until("a release that is refused", || {
+        let begun = Instant::now();
+        let status = release(&lab, &daemon, &health);
+        released += u32::from(status == 200);
+        (status == 503).then_some(begun)
+    });
+    assert!(released > 0);
+    assert!(begun.elapsed() >= Duration::from_millis(1_500), "refused before the deadline");
+    // Nobody waits for ever, also not who administers.
+    let metrics = block(daemon.metrics());
+    let before = metrics.count("claviger_releases_total", &[("outcome", "success")]);
+    let refused = Administrator(&lab).run(&["hosts", "disable", HOST]);
+    assert!(!refused.status.success() && said(&refused).contains("audit trail"), "{}", said(&refused));
+    assert_eq!(release(&lab, &daemon, &health), 503);
+    let metrics = block(daemon.metrics());
+    assert_eq!(metrics.count("claviger_releases_total", &[("outcome", "success")]), before);
+    assert!(metrics.sum("claviger_audit_writing_seconds", &[]).unwrap() > 1.0);
+    // It answers again, and all goes on.
+    let reading = std::thread::spawn(move || {
+        let mut part = [0; 65_536];
+        while reader.read(&mut part).is_ok_and(|length| !String::from_utf8_lossy(&part[..length]).contains("the-end")) {
+        }
+        reader
+    });
+    until("a release again", || (release(&lab, &daemon, &health) == 200).then_some(()));
+    fs::OpenOptions::new().write(true).open(&pipe).unwrap().write_all(b"the-end\n").unwrap();
+    let reader = reading.join().unwrap();
+    // A stop does not wait for a disk that hangs for good.
+    until("the pipe is full again", || (release(&lab, &daemon, &health) == 503).then_some(()));
+    daemon.process.terminate();
+    assert!(daemon.process.wait().success());
+    drop(reader);
+}
