@@ -39,5 +39,6 @@ pub mod protector;
 mod random;
 pub mod request;
 pub mod rsa_key;
+mod transport_key;
 pub mod verify;
 pub mod xml;

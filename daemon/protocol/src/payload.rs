@@ -209,7 +209,8 @@ mod tests {
     use super::*;
 
     fn payload(max_offline_unwraps: u32) -> Payload {
-        Payload { ingress: TransportKey::new([7; 32]), egress: TransportKey::new([9; 32]), max_offline_unwraps }
+        let key = |byte| transport_key(&[byte; 32]).unwrap();
+        Payload { ingress: key(7), egress: key(9), max_offline_unwraps }
     }
 
     #[test]

@@ -13,31 +13,17 @@ use crate::c14n;
 use crate::error::{Code, Refusal};
 use crate::xml::{self, DSIG_NS, KPS_NS, Sequence, XmlError};
 
+pub use crate::transport_key::{TRANSPORT_KEY_LEN, TransportKey, transport_key};
+
 /// Largest protector file, in octets.
 pub const MAX_PROTECTOR: usize = 512 * 1024;
 /// Most wrappings of a protector.
 pub const MAX_WRAPPINGS: usize = 64;
-/// Length of a transport key, in octets.
-pub const TRANSPORT_KEY_LEN: usize = 32;
 /// Longest salt of a key derivation, in octets.
 const MAX_SALT: usize = 1024;
 
 const XENC11_NS: &str = "http://www.w3.org/2009/xmlenc11#";
 pub(crate) const HKDF_NS: &str = "http://www.w3.org/2021/04/xmldsig-more#";
-
-/// A transport key. Zeroised when dropped.
-pub type TransportKey = zeroize::Zeroizing<[u8; TRANSPORT_KEY_LEN]>;
-
-/// These octets as a transport key, if there are as many as it has.
-#[must_use]
-pub fn transport_key(octets: &[u8]) -> Option<TransportKey> {
-    let mut key = TransportKey::default();
-    if octets.len() != key.len() {
-        return None;
-    }
-    key.copy_from_slice(octets);
-    Some(key)
-}
 
 /// A protector as it was read: its shape and its algorithms are right, nothing else is known of it yet.
 #[derive(Clone, Debug)]

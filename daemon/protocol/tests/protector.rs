@@ -10,7 +10,7 @@ use claviger_protocol::build::{Unsigned, fresh_transport_key};
 use claviger_protocol::error::Code;
 use claviger_protocol::metadata::Metadata;
 use claviger_protocol::owner::OwnerError;
-use claviger_protocol::protector::{MAX_PROTECTOR, MAX_WRAPPINGS, Protector};
+use claviger_protocol::protector::{MAX_PROTECTOR, MAX_WRAPPINGS, Protector, transport_key};
 use claviger_protocol::verify::{KnownCertificates, Verified, verify};
 use common::Rng;
 use common::*;
@@ -240,7 +240,12 @@ fn the_ingress_key_and_another_guardian_do_not_fit_an_egress() {
     let file = unsigned.finish(2, SignatureAlgorithm::ALL[1], value).unwrap();
     assert_eq!(code(&file), Some(Code::InvalidProtector));
     let verified = accept(&Draft::new(1).build()).unwrap();
-    assert!(!verified.protector.transport_key_signature.verify(&[7; 32].into(), &verified.protector.signed_octets));
+    assert!(
+        !verified
+            .protector
+            .transport_key_signature
+            .verify(&transport_key(&[7; 32]).unwrap(), &verified.protector.signed_octets)
+    );
 }
 
 fn styles() -> Vec<Style> {

@@ -6,7 +6,7 @@ mod common;
 use claviger_protocol::algorithm::{HostAlgorithms, KeyWrapping, Oaep, Sealing};
 use claviger_protocol::error::{Code, Refusal};
 use claviger_protocol::payload::{ApiVersion, EncryptedKeys, OpenError, Payload};
-use claviger_protocol::protector::TransportKey;
+use claviger_protocol::protector::transport_key;
 use claviger_protocol::request::{RollRequest, RollResponse};
 use common::{S, key, run};
 use proptest::prelude::*;
@@ -341,7 +341,8 @@ fn messages_cannot_break_out() {
 }
 
 fn payload(max_offline_unwraps: u32) -> Payload {
-    Payload { ingress: TransportKey::new([7; 32]), egress: TransportKey::new([9; 32]), max_offline_unwraps }
+    let key = |byte| transport_key(&[byte; 32]).unwrap();
+    Payload { ingress: key(7), egress: key(9), max_offline_unwraps }
 }
 
 #[test]
