@@ -1,5 +1,5 @@
 # Each target does its own set-up and is safe to repeat.
-.PHONY: demo test bench soak fuzz lint deb setup setup-demo help
+.PHONY: demo test bench soak fuzz lint deny deb setup setup-demo help
 
 PACKAGES_DEMO = softhsm2
 PACKAGES_TEST = $(PACKAGES_DEMO) opencryptoki opensc p11-kit p11-kit-modules xmlsec1 libxml2-utils openssl curl \
@@ -16,6 +16,7 @@ help:
 	@echo "make soak   half an hour of faults of every kind under load; MINUTES=N for another time"
 	@echo "make fuzz   a minute of each fuzz target; SECONDS=N for another time, FUZZ_JOBS=N at a time, FUZZ_TARGETS=… for some"
 	@echo "make lint   the checks without the tests"
+	@echo "make deny   licences, origins and known advisories of the dependencies; a part of make lint"
 	@echo "make deb    a Debian package, in target/debian"
 
 # Says no to every service that a package wants to start (Debian's policy-rc.d).
@@ -46,10 +47,22 @@ demo: setup-demo
 	cargo build --release --locked --bin claviger
 	./target/release/claviger demo --dir target/lab
 
-lint: setup
+lint: setup deny
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked
+
+# Licences, origins and banned crates are always judged. The advisories are judged by a database that has to be fetched: where it
+# cannot be, and none was fetched before, they are skipped, and that is said.
+deny:
+	cargo deny --version >/dev/null 2>&1 || cargo install --locked cargo-deny
+	cargo deny --locked check bans licenses sources
+	@if cargo deny --locked fetch db >/dev/null 2>&1 || cargo deny --offline fetch db >/dev/null 2>&1; then \
+	  echo "cargo deny --offline check advisories"; cargo deny --offline check advisories; \
+	else \
+	  echo "SKIPPED: advisories were not checked, because the RustSec advisory database cannot be fetched from here;"; \
+	  echo "         run make deny where it can be"; \
+	fi
 
 # The system tests run the program that is built here; by themselves they would build it, too.
 test: lint
