@@ -76,6 +76,7 @@ pub fn examine(file: &Path) -> Vec<Finding> {
     let mut findings =
         vec![Finding::ok("configuration", format!("{} is read, every setting is known", file.display()))];
     let now = unix_now();
+    findings.extend(files::code(file, &config));
     findings.extend(files::pins(&config));
     findings.extend(files::tls(&config, now));
     findings.extend(files::folder(&config));

@@ -30,6 +30,7 @@ use crate::attest::signer::private_parts;
 use crate::config::{Config, ConfigError, Hsm};
 use crate::files::{self, Existing, FileError};
 use crate::keys::SERVER_AUTHENTICATION;
+use crate::ownership::{self, Untrusted};
 use crate::service::unix_now;
 use crate::state::{Kind, Labels, NewCertificate, State, StateError};
 use crate::usage::{Usage, UsageError};
@@ -64,6 +65,9 @@ pub enum LabError {
     /// The folder holds something else.
     #[error("{} is not empty and holds no lab; choose another --dir", .0.display())]
     NotALab(PathBuf),
+    /// Somebody else may choose what is loaded from the folder.
+    #[error("{0}; choose a --dir that only this user can write to")]
+    Untrusted(#[from] Untrusted),
     /// The folder's path is too long for the sockets in it.
     #[error("{0}; choose a --dir with a shorter path")]
     Socket(#[from] AdminError),
@@ -147,10 +151,15 @@ impl Lab {
     /// # Errors
     /// See [`LabError`].
     pub fn prepare(dir: &Path, listen: SocketAddr, metrics: SocketAddr, tokens: Tokens) -> Result<Self, LabError> {
+        ownership::check_parents(dir)?;
         make_folder(dir)?;
         let dir = dir.canonicalize().map_err(FileError::of(dir))?;
+        // The configuration names a library, which this process loads.
+        ownership::check(&dir)?;
+        ownership::check_entries(&dir)?;
         let mut lab = Self { config: Config::default(), fresh: true, bits: tokens.bits, dir };
         if lab.config_file().exists() {
+            ownership::check(&lab.config_file())?;
             lab.config = Config::load(&lab.config_file())?;
             lab.fresh = false;
         } else {

@@ -29,6 +29,7 @@ pub mod metrics;
 pub mod monitor;
 pub mod network;
 pub mod notify;
+pub mod ownership;
 pub mod preflight;
 pub mod print;
 pub mod process;

@@ -65,9 +65,9 @@ enum Command {
         json: bool,
     },
     /// Make a lab with soft tokens, serve it, and release keys end to end
-    #[command(after_help = "Example: claviger demo --dir /tmp/lab --listen 127.0.0.1:0 --exit")]
+    #[command(after_help = "Example: claviger demo --dir lab --listen 127.0.0.1:0 --exit")]
     Demo {
-        /// Folder of the lab; an existing lab is used again
+        /// Folder of the lab, which only this user can write to; an existing lab is used again
         #[arg(long, value_name = "DIR", default_value = "claviger-lab")]
         dir: PathBuf,
         /// Address to serve on; port 0 picks one

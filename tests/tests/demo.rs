@@ -2,6 +2,9 @@
 
 #![allow(clippy::unwrap_used)]
 
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::process::{Command, Output};
 
 use claviger_protocol::payload::ApiVersion;
@@ -115,6 +118,42 @@ fn what_stands_in_the_way_is_said() {
     let output = run(["serve", "--config", "/nowhere/claviger.toml"]);
     let text = said(&output);
     assert!(!output.status.success() && text.contains("/nowhere/claviger.toml"), "{text}");
+}
+
+/// A lab's configuration names a library that is loaded: nobody else is to choose it.
+#[test]
+fn a_folder_that_others_may_write_is_refused() {
+    let lab = Lab::make(Options::default());
+    let chmod = |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    let refused = |expected: &str| {
+        let output = demo(&lab, Options::default());
+        let text = said(&output);
+        assert_eq!(output.status.code(), Some(1), "{text}");
+        assert!(text.contains(expected) && text.contains("choose a --dir"), "{expected:?} in {text}");
+    };
+    for (path, mode) in [(lab.path().to_owned(), 0o700), (lab.config_file(), 0o600)] {
+        for open in [0o1777, 0o707, 0o770] {
+            chmod(&path, open);
+            refused("can be changed by others");
+        }
+        chmod(&path, mode);
+    }
+    let parent = tempfile::tempdir().unwrap();
+    chmod(parent.path(), 0o777);
+    let inside = parent.path().join("lab");
+    let output = run(["demo".as_ref(), "--exit".as_ref(), "--dir".as_ref(), inside.as_os_str()]);
+    assert!(said(&output).contains("can be changed by others") && !inside.exists(), "{}", said(&output));
+
+    // A stranger's folder, or a file of a stranger in ours; only root can make either.
+    if rustix::process::geteuid().is_root() {
+        for path in [lab.path().to_owned(), lab.config_file(), lab.file("tokens")] {
+            std::os::unix::fs::chown(&path, Some(54321), None).unwrap();
+            refused("belongs to the user with id 54321");
+            std::os::unix::fs::chown(&path, Some(0), None).unwrap();
+        }
+    }
+    let output = demo(&lab, Options::default());
+    assert!(output.status.success(), "{}", said(&output));
 }
 
 /// Where SoftHSM2 is not installed. The usual places are hidden by a mount namespace; where this user may make none, the

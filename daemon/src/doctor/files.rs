@@ -1,5 +1,6 @@
 //! Files and folders: PINs, TLS, sockets, the audit trail.
 
+use std::collections::BTreeSet;
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -13,6 +14,7 @@ use super::Finding;
 use super::state::expiry;
 use crate::config::{Config, PinError};
 use crate::files::FileError;
+use crate::ownership::{self, Untrusted};
 use crate::server::{Doubt, TlsError, tls_config};
 
 /// Free space on the disk below which it is time to do something, and below which it is too late.
@@ -22,6 +24,21 @@ const NO_SPACE: u64 = 64 * 1024 * 1024;
 const LINE: u64 = 64 * 1024;
 /// How far clocks may be apart before it is worth a word, in seconds.
 const SKEW: i64 = 300;
+
+/// What decides which code runs in the daemon: the configuration and the modules that it names.
+pub(super) fn code(file: &Path, config: &Config) -> Vec<Finding> {
+    let modules: BTreeSet<&Path> = config.hsm.iter().map(|hsm| hsm.module.as_path()).collect();
+    let named = std::iter::once(("configuration", file)).chain(modules.into_iter().map(|module| ("module", module)));
+    let open = |(check, path): (&'static str, &Path)| match ownership::check_closed(path) {
+        Err(error @ Untrusted::Writable { .. }) => {
+            let todo = "anybody can have the daemon run other code: change the mode, and check what was changed";
+            Some(Finding::error(check, format!("{}: {error}", path.display()), todo))
+        }
+        // Whether it is there is another check's.
+        _ => None,
+    };
+    named.filter_map(open).collect()
+}
 
 pub(super) fn pins(config: &Config) -> Vec<Finding> {
     let mut findings = Vec::new();

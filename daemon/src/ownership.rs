@@ -1,0 +1,188 @@
+//! Whether a folder or file is this user's alone: what is read from it may name a library to load, and nobody else is to choose
+//! that.
+//!
+//! A path is as safe as every folder on the way to it: whoever may write to one of them can put another file in this one's place.
+//! A folder with the sticky bit, such as `/tmp`, is no danger to what is ours in it.
+
+use std::fs::{self, Metadata};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+const GROUP_WRITES: u32 = 0o020;
+const OTHERS_WRITE: u32 = 0o002;
+const STICKY: u32 = 0o1000;
+
+/// Why it is not.
+#[derive(Debug, thiserror::Error)]
+pub enum Untrusted {
+    /// Somebody else's.
+    #[error("{} belongs to the user with id {owner}, and not to this user (id {own}) or root", path.display())]
+    Owner {
+        /// The file or folder.
+        path: PathBuf,
+        /// Whose it is.
+        owner: u32,
+        /// Who this is.
+        own: u32,
+    },
+    /// Others may change it.
+    #[error("{} can be changed by others (mode {mode:04o}); run: chmod go-w {}", path.display(), path.display())]
+    Writable {
+        /// The file or folder.
+        path: PathBuf,
+        /// Its mode.
+        mode: u32,
+    },
+    /// It cannot be examined.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// What the operating system says.
+        source: io::Error,
+    },
+}
+
+/// Checks a folder or file, and every folder on the way to it. The path has no symbolic links: see [`fs::canonicalize`].
+///
+/// # Errors
+/// [`Untrusted`].
+pub fn check(path: &Path) -> Result<(), Untrusted> {
+    check_as(path, own())
+}
+
+/// Checks the folders on the way to something that does not exist yet, as far as they exist.
+///
+/// # Errors
+/// [`Untrusted`].
+pub fn check_parents(path: &Path) -> Result<(), Untrusted> {
+    let absolute = std::path::absolute(path).map_err(|source| Untrusted::Io { path: path.to_owned(), source })?;
+    let existing = absolute.ancestors().skip(1).find_map(|folder| fs::canonicalize(folder).ok());
+    existing.map_or(Ok(()), |folder| folder.ancestors().try_for_each(|folder| way(folder, own())))
+}
+
+/// Checks that everything in a folder is this user's or root's: it may have been open to others before.
+///
+/// # Errors
+/// [`Untrusted`].
+pub fn check_entries(folder: &Path) -> Result<(), Untrusted> {
+    let failed = |source| Untrusted::Io { path: folder.to_owned(), source };
+    for entry in fs::read_dir(folder).map_err(failed)? {
+        let path = entry.map_err(failed)?.path();
+        owned(&path, &metadata(&path)?, own())?;
+    }
+    Ok(())
+}
+
+/// Checks only that not everybody may change a file, or replace it in one of the folders on the way to it: whose it is, and which
+/// group may write, is the administrator's choice.
+///
+/// # Errors
+/// [`Untrusted`].
+pub fn check_closed(path: &Path) -> Result<(), Untrusted> {
+    let path = fs::canonicalize(path).map_err(|source| Untrusted::Io { path: path.to_owned(), source })?;
+    for (at, part) in path.ancestors().enumerate() {
+        let found = metadata(part)?;
+        // In a folder with the sticky bit nobody replaces what others own.
+        let kept = at > 0 && found.mode() & STICKY != 0;
+        if found.mode() & OTHERS_WRITE != 0 && !kept {
+            return Err(writable(part, &found));
+        }
+    }
+    Ok(())
+}
+
+fn own() -> u32 {
+    rustix::process::geteuid().as_raw()
+}
+
+fn check_as(path: &Path, own: u32) -> Result<(), Untrusted> {
+    let found = metadata(path)?;
+    owned(path, &found, own)?;
+    if found.mode() & (GROUP_WRITES | OTHERS_WRITE) != 0 {
+        return Err(writable(path, &found));
+    }
+    path.ancestors().skip(1).try_for_each(|folder| way(folder, own))
+}
+
+/// A folder on the way.
+fn way(folder: &Path, own: u32) -> Result<(), Untrusted> {
+    let found = metadata(folder)?;
+    owned(folder, &found, own)?;
+    if found.mode() & STICKY != 0 {
+        return Ok(());
+    }
+    // Many systems give each user a group of the same number, and a umask that lets it write.
+    let private_group = found.gid() == 0 || found.gid() == found.uid();
+    let group = found.mode() & GROUP_WRITES != 0 && !private_group;
+    if group || found.mode() & OTHERS_WRITE != 0 { Err(writable(folder, &found)) } else { Ok(()) }
+}
+
+fn owned(path: &Path, found: &Metadata, own: u32) -> Result<(), Untrusted> {
+    match found.uid() {
+        owner if owner != own && owner != 0 => Err(Untrusted::Owner { path: path.to_owned(), owner, own }),
+        _ => Ok(()),
+    }
+}
+
+fn writable(path: &Path, found: &Metadata) -> Untrusted {
+    Untrusted::Writable { path: path.to_owned(), mode: found.mode() & 0o7777 }
+}
+
+/// Of the path itself, not of what a symbolic link leads to.
+fn metadata(path: &Path) -> Result<Metadata, Untrusted> {
+    fs::symlink_metadata(path).map_err(|source| Untrusted::Io { path: path.to_owned(), source })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    fn chmod(path: &Path, mode: u32) {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    }
+
+    #[test]
+    fn what_others_may_write_is_refused_with_the_way_to_it() {
+        let temporary = tempfile::tempdir().unwrap();
+        let base = temporary.path().canonicalize().unwrap();
+        let (outer, inner) = (base.join("outer"), base.join("outer/inner"));
+        fs::create_dir_all(&inner).unwrap();
+        chmod(&outer, 0o755);
+        chmod(&inner, 0o755);
+        check(&inner).unwrap();
+        for open in [0o775, 0o757, 0o1777] {
+            chmod(&inner, open);
+            let text = check(&inner).unwrap_err().to_string();
+            assert!(text.contains("inner can be changed by others") && text.contains("chmod go-w"), "{text}");
+        }
+        chmod(&inner, 0o770);
+        check_closed(&inner).unwrap();
+        chmod(&inner, 0o702);
+        assert!(check_closed(&inner).is_err());
+        chmod(&inner, 0o700);
+        chmod(&outer, 0o757);
+        assert!(check_closed(&inner).is_err());
+        assert!(matches!(check(&inner), Err(Untrusted::Writable { path, .. }) if path == outer));
+        assert!(matches!(check_parents(&inner.join("a/b")), Err(Untrusted::Writable { path, .. }) if path == outer));
+        // Nobody else can rename what is ours in there.
+        chmod(&outer, 0o1777);
+        check(&inner).unwrap();
+        check_parents(&outer.join("new/newer")).unwrap();
+        check_entries(&base).unwrap();
+    }
+
+    #[test]
+    fn what_belongs_to_another_user_is_refused() {
+        let temporary = tempfile::tempdir().unwrap();
+        let folder = temporary.path().canonicalize().unwrap();
+        let owner = fs::metadata(&folder).unwrap().uid();
+        check_as(&folder, owner).unwrap();
+        // Root's are trusted by all; as root, this folder is one.
+        let stranger = check_as(&folder, owner + 1);
+        assert!(matches!(stranger, Err(Untrusted::Owner { .. })) || owner == 0, "{stranger:?}");
+    }
+}
