@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use claviger_hsm::standstill;
 use serde::Serialize;
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncWriteExt, BufReader};
@@ -259,7 +260,7 @@ impl AdminSocket {
             }
             all_done.recv().await;
         };
-        if tokio::time::timeout(STOP_TIMEOUT, finish).await.is_err() {
+        if standstill::timeout(STOP_TIMEOUT, finish).await.is_err() {
             tracing::warn!("an administrator's command is cut: it took too long");
         }
     }
@@ -326,7 +327,7 @@ fn seat(stream: &UnixStream, places: &Arc<AdminPlaces>) -> Option<(Peer, Place)>
             return None;
         }
     };
-    let doing = Arc::new(Doing { waiting: Mutex::new(Some(Instant::now())), leave: Notify::new() });
+    let doing = Arc::new(Doing { waiting: Mutex::new(Some(standstill::now())), leave: Notify::new() });
     let arrived = places.lock().unwrap_or_else(PoisonError::into_inner).arrive(peer.uid, &doing);
     let Ok((number, _)) = arrived else {
         // As far as it takes them: it is written to nobody else.
@@ -367,7 +368,7 @@ async fn converse<H, F>(
             biased;
             _ = stopping.wait_for(|stop| *stop) => return,
             () = doing.leave.notified() => return,
-            line = tokio::time::timeout(IDLE_TIMEOUT, read_line(&mut reader, longest)) => line,
+            line = standstill::timeout(IDLE_TIMEOUT, read_line(&mut reader, longest)) => line,
         };
         doing.waits(None);
         let (result, more) = match line {
@@ -386,7 +387,7 @@ async fn converse<H, F>(
                         drop(running);
                         result
                     });
-                    match tokio::time::timeout(patience, &mut command).await {
+                    match standstill::timeout(patience, &mut command).await {
                         Ok(Ok(result)) => (result, true),
                         Ok(panicked) => return log_panic(panicked.map(drop)),
                         Err(_) => (Err(late(patience)), true),
@@ -402,9 +403,9 @@ async fn converse<H, F>(
         }
         .to_string();
         answer.push('\n');
-        doing.waits(Some(Instant::now()));
+        doing.waits(Some(standstill::now()));
         let written = tokio::select! {
-            written = tokio::time::timeout(IDLE_TIMEOUT, writer.write_all(answer.as_bytes())) => written,
+            written = standstill::timeout(IDLE_TIMEOUT, writer.write_all(answer.as_bytes())) => written,
             () = doing.leave.notified() => return,
         };
         if !matches!(written, Ok(Ok(()))) || !more {
@@ -481,7 +482,7 @@ pub async fn call<T: Serialize + ?Sized>(path: &Path, request: &T) -> Result<Val
         }
     };
     // Longer than the daemon gives a command, so that its own word arrives.
-    let answer = tokio::time::timeout(COMMAND_TIMEOUT + IDLE_TIMEOUT, exchange)
+    let answer = standstill::timeout(COMMAND_TIMEOUT + IDLE_TIMEOUT, exchange)
         .await
         .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
         .map_err(broken)?;

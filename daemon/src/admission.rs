@@ -22,6 +22,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
+use claviger_hsm::standstill;
 use claviger_protocol::error::{Code, Refusal};
 use tokio::sync::oneshot;
 
@@ -180,7 +181,7 @@ impl Admission {
     pub fn within_rate(&self, host: &str) -> Result<(), Refusal> {
         let limits = self.limits.load();
         let Some(buckets) = &limits.buckets else { return Ok(()) };
-        let taken = buckets.lock().unwrap_or_else(PoisonError::into_inner).take(host, Instant::now());
+        let taken = buckets.lock().unwrap_or_else(PoisonError::into_inner).take(host, standstill::now());
         taken.map_err(|wait| Dropped::Rate.refusal(whole_seconds(wait)))
     }
 
@@ -189,7 +190,7 @@ impl Admission {
         let limits = self.limits.load();
         let Some(buckets) = &limits.buckets else { return };
         let mut buckets = buckets.lock().unwrap_or_else(PoisonError::into_inner);
-        let now = Instant::now();
+        let now = standstill::now();
         (0..more).map_while(|_| buckets.take(host, now).ok()).count();
     }
 
@@ -207,7 +208,7 @@ impl Admission {
         let mut caller = attempt.caller();
         let answer = tokio::select! {
             answer = answer => answer,
-            () = tokio::time::sleep_until(deadline.into()) => return Err(place.leave(Dropped::Deadline)),
+            () = standstill::sleep_until(deadline) => return Err(place.leave(Dropped::Deadline)),
             () = caller.left() => return Err(place.leave(Dropped::Left)),
         };
         place.answered();
@@ -228,7 +229,7 @@ impl Admission {
     /// # Errors
     /// As [`Admission::admit`].
     pub fn outlook(&self, host: &str, attempt: &Attempt) -> Result<(), Refusal> {
-        let now = Instant::now();
+        let now = standstill::now();
         let limits = self.limits.load();
         if let Some(buckets) = &limits.buckets {
             let token = buckets.lock().unwrap_or_else(PoisonError::into_inner).with_one_less(host, now);
@@ -268,7 +269,7 @@ impl Room {
     }
 
     fn arrive(self: &Arc<Self>, host: &str, deadline: Instant, waiter: Waiter) -> Result<Entry, Refusal> {
-        let now = Instant::now();
+        let now = standstill::now();
         let mut queue = self.lock();
         let arrival = queue.arrive(host, deadline, waiter, now);
         let retry_after = queue.retry_after();
@@ -295,7 +296,7 @@ impl Room {
 
     /// Gives the places that are free to whom it is the turn of.
     fn hand_out(self: &Arc<Self>, mut queue: MutexGuard<'_, Queue<Waiter>>) {
-        let now = Instant::now();
+        let now = standstill::now();
         let turns: Vec<_> = std::iter::from_fn(|| queue.next(now)).collect();
         let retry_after = queue.retry_after();
         // A permit that cannot be handed over comes back here: the queue must be free by then.
@@ -354,7 +355,7 @@ pub struct Permit {
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        let held = self.used.then(|| self.since.elapsed());
+        let held = self.used.then(|| standstill::since(self.since));
         self.room.end(held);
     }
 }

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::time::{Duration, Instant, SystemTime};
 
-use claviger_hsm::KeyRef;
+use claviger_hsm::{KeyRef, standstill};
 use claviger_protocol::health::HealthClaims;
 use data_encoding::HEXLOWER;
 use metrics::SharedString;
@@ -110,7 +110,7 @@ impl Attempt {
             queued: None,
             at_hsms: None,
             hsm: None,
-            started: Instant::now(),
+            started: standstill::now(),
             caller: Caller::default(),
         }
     }
@@ -145,18 +145,18 @@ impl Attempt {
 
     /// Notes that it waited for its turn since `asked`.
     pub fn waited_for_turn(&mut self, asked: Instant) {
-        self.queued = Some(asked.elapsed());
+        self.queued = Some(standstill::since(asked));
     }
 
     /// Notes that it waited for the HSMs since `asked`.
     pub fn waited_for_hsms(&mut self, asked: Instant) {
-        self.at_hsms = Some(asked.elapsed());
+        self.at_hsms = Some(standstill::since(asked));
     }
 
     /// How long it has taken until now, and what for.
     #[must_use]
     pub fn spent(&self) -> Spent {
-        Spent { total: self.started.elapsed(), queue: self.queued, hsm: self.at_hsms }
+        Spent { total: standstill::since(self.started), queue: self.queued, hsm: self.at_hsms }
     }
 
     /// Who waits for the answer.
@@ -216,7 +216,7 @@ impl Attempt {
             certificate: self.certificate.clone(),
             change: self.change.clone(),
             hsm: self.hsm.clone(),
-            ms: self.started.elapsed().as_micros() as f64 / 1e3,
+            ms: standstill::since(self.started).as_micros() as f64 / 1e3,
         }
     }
 }

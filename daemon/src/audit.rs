@@ -20,6 +20,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
+use claviger_hsm::standstill;
 use claviger_protocol::certificate::Certificate;
 use crossbeam::channel::{Receiver, Sender, TrySendError, bounded};
 use tokio::sync::oneshot;
@@ -129,7 +130,7 @@ impl Audit {
     pub fn open(path: &Path, config: &config::Audit, node: &str) -> Result<Self, AuditError> {
         let error = |source| AuditError::Write { path: path.to_owned(), source: Arc::new(source) };
         let trail = Trail::open(path, config.sync, node).map_err(error)?;
-        let reserve = Reserve::open(&path.with_extension("reserve"), config.reserve(), Instant::now());
+        let reserve = Reserve::open(&path.with_extension("reserve"), config.reserve(), standstill::now());
         let (writer, shown) = Writer::new(trail, reserve);
         let (jobs, waiting) = bounded(WAITING);
         let (end, ended) = bounded(0);
@@ -161,7 +162,7 @@ impl Audit {
     ///
     /// Nothing is given out with a refusal, so it does not fail for want of its line: it is counted then.
     pub async fn decided(&self, entry: &Entry, decision: Decision, deadline: Instant) -> bool {
-        let until = deadline.max(Instant::now() + LEAST);
+        let until = deadline.max(standstill::now() + LEAST);
         match decision {
             Decision::Granted => self.record(entry, Class::Grant, until).await.is_ok(),
             Decision::Refused => {
@@ -186,7 +187,7 @@ impl Audit {
     /// Writes what was counted. What cannot be written is kept for the next time.
     pub async fn write_summary(&self) {
         let counted = self.summary().take();
-        let until = Instant::now() + PATIENCE;
+        let until = standstill::now() + PATIENCE;
         // All of them are with the writer before the first is waited for.
         let lines: Vec<_> = counted
             .into_iter()
@@ -225,7 +226,7 @@ impl Audit {
     ) -> Result<(), AuditError> {
         let line = draft.line(&request_id(), certificate, signature).to_string().into_bytes();
         let covers = Some((draft.records, draft.link.n));
-        self.write(line, Class::Own, covers, Instant::now() + PATIENCE).await?;
+        self.write(line, Class::Own, covers, standstill::now() + PATIENCE).await?;
         self.keep_head().await;
         Ok(())
     }
@@ -234,7 +235,7 @@ impl Audit {
     pub async fn keep_head(&self) {
         let (path, link) = (self.path.clone(), self.head().link);
         let kept = tokio::task::spawn_blocking(move || file::write_head(&path, link));
-        match tokio::time::timeout(PATIENCE, kept).await {
+        match standstill::timeout(PATIENCE, kept).await {
             Ok(Ok(Ok(()))) => {}
             failed => tracing::warn!(?failed, "how far the audit trail has come cannot be kept beside it"),
         }
@@ -245,7 +246,7 @@ impl Audit {
     /// # Errors
     /// [`AuditError`]; the next record tries again.
     pub async fn reopen(&self) -> Result<(), AuditError> {
-        self.submit(Job::Reopen, Instant::now() + PATIENCE).await
+        self.submit(Job::Reopen, standstill::now() + PATIENCE).await
     }
 
     /// How many records wait for the disk, and for how long those that are being written have been: more than a moment is a
@@ -255,7 +256,7 @@ impl Audit {
         let waiting = self.jobs.as_ref().map_or(0, Sender::len);
         let since = match self.shown.writing.load(Ordering::Acquire) {
             0 => Duration::ZERO,
-            began => self.shown.epoch.elapsed().saturating_sub(Duration::from_millis(began)),
+            began => standstill::since(self.shown.epoch).saturating_sub(Duration::from_millis(began)),
         };
         (waiting, since)
     }
@@ -277,7 +278,7 @@ impl Audit {
     /// requests, and so nothing to write.
     pub async fn try_again(&self) {
         if self.head().failing {
-            let _ = self.write(file::written_again(), Class::Trial, None, Instant::now() + PATIENCE).await;
+            let _ = self.write(file::written_again(), Class::Trial, None, standstill::now() + PATIENCE).await;
         }
     }
 
@@ -323,7 +324,7 @@ impl Audit {
 type Sent = Result<oneshot::Receiver<Result<(), AuditError>>, AuditError>;
 
 async fn wait(sent: Sent, until: Instant) -> Result<(), AuditError> {
-    match tokio::time::timeout_at(until.into(), sent?).await {
+    match standstill::timeout_at(until, sent?).await {
         Ok(answer) => answer.unwrap_or(Err(AuditError::Closed)),
         Err(_) => {
             metrics::audit_errors(1);

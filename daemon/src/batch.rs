@@ -3,8 +3,8 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Instant;
 
+use claviger_hsm::standstill;
 use claviger_protocol::batch::BatchRequest;
 use claviger_protocol::error::Refusal;
 use claviger_protocol::payload::ApiVersion;
@@ -47,7 +47,7 @@ pub async fn roll(
         let within_rate = service.admission.within_rate(&host.host_name);
         let span = error_span!("item", request = attempt.request);
         let work = async move {
-            let asked = Instant::now();
+            let asked = standstill::now();
             // The semaphore is never closed.
             let _place = places.acquire().await;
             attempt.protector(&protector);

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use claviger_hsm::standstill;
 use tokio::sync::Notify;
 
 use crate::config::Server;
@@ -285,7 +286,7 @@ impl Bodies {
     /// [`NoRoom`]; counted.
     pub fn open(self: &Arc<Self>, network: Network, connection: u64) -> Result<Room, NoRoom> {
         let summons = Arc::new(Summons::default());
-        let opened = self.ledger().open(network, connection, summons.clone(), Instant::now());
+        let opened = self.ledger().open(network, connection, summons.clone(), standstill::now());
         let (id, gave_way) = opened.inspect_err(count)?;
         summon(gave_way);
         Ok(Room { bodies: self.clone(), id, summons })
@@ -294,7 +295,7 @@ impl Bodies {
     /// Whether a request of the usual size would be taken now.
     #[must_use]
     pub fn has_room(&self) -> bool {
-        self.ledger().has_room(Instant::now())
+        self.ledger().has_room(standstill::now())
     }
 
     /// Bytes of memory that are taken, and that there are.
@@ -329,7 +330,7 @@ impl Room {
     /// # Errors
     /// [`NoRoom`]; counted.
     pub fn grow(&self, bytes: u64) -> Result<(), NoRoom> {
-        let grown = self.bodies.ledger().grow(self.id, bytes.saturating_mul(COST), Instant::now());
+        let grown = self.bodies.ledger().grow(self.id, bytes.saturating_mul(COST), standstill::now());
         summon(grown.inspect_err(count)?);
         Ok(())
     }

@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use claviger_hsm::{Cluster, HsmError, MemberConfig, Patience, Pin, TokenRef};
+use claviger_hsm::{Cluster, HsmError, MemberConfig, Patience, Pin, TokenRef, standstill};
 use hyper::service::service_fn;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -172,6 +172,8 @@ impl Daemon {
         let group = |name: &Option<String>| name.as_deref().map(process::group_id).transpose();
         let (admin_group, review_group) = (group(&config.server.admin_group)?, group(&config.server.review_group)?);
 
+        // The environment is settled by now: there may be threads.
+        standstill::watch();
         let opening = tokio::task::spawn_blocking(move || Service::open(config, cluster));
         let service = Arc::new(opening.await??);
         // Only one daemon at a time gets beyond this point with the same folder of sockets, most often the state's.

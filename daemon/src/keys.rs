@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use claviger_hsm::{Hash, HsmError, KeyId, KeyRef, KnownGood, Oaep, SignScheme};
+use claviger_hsm::{Hash, HsmError, KeyId, KeyRef, KnownGood, Oaep, SignScheme, standstill};
 use claviger_protocol::algorithm::{self, SignatureAlgorithm};
 use claviger_protocol::certificate::{Certificate, CertificateError};
 use claviger_protocol::error::{Code, Refusal};
@@ -215,7 +215,7 @@ impl Keys {
         let mut metadata = self.metadata.lock().await;
         match &*metadata {
             Metadata::Signed(document) => return Ok(document.clone()),
-            Metadata::Failed(at) if at.elapsed() < FAILURE_HOLDS => return Err(unavailable()),
+            Metadata::Failed(at) if standstill::since(*at) < FAILURE_HOLDS => return Err(unavailable()),
             Metadata::Failed(_) | Metadata::Unsigned => {}
         }
         match self.sign_metadata(service, encryption, signing).await {
@@ -225,14 +225,14 @@ impl Keys {
             }
             Err(error) => {
                 tracing::warn!(%error, "the metadata document cannot be signed");
-                *metadata = Metadata::Failed(Instant::now());
+                *metadata = Metadata::Failed(standstill::now());
                 Err(unavailable())
             }
         }
     }
 
     async fn sign_metadata(&self, service: &Service, encryption: &Key, signing: &Key) -> Result<Bytes, HsmError> {
-        let deadline = Instant::now() + OWN_DEADLINE;
+        let deadline = standstill::now() + OWN_DEADLINE;
         let sign_by = async |key: &Key, octets: &[u8]| {
             let value = service.sign(&key.id, key.certificate.key(), octets, deadline).await?.value;
             Ok::<_, HsmError>(Signature { algorithm: SignatureAlgorithm::DEFAULT, parameters: None, value })

@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use claviger_hsm::MemberState;
+use claviger_hsm::{MemberState, standstill};
 use tokio::sync::Mutex;
 use tokio::task::JoinSet;
 
@@ -34,7 +34,7 @@ impl Readiness {
     pub async fn check(&self, service: &Service, blocked: &Blocked) -> Result<String, String> {
         // Held over the probe: a caller that comes meanwhile waits for its answer instead of probing too.
         let mut last = self.last.lock().await;
-        if let Some((at, answer)) = last.as_ref().filter(|(at, _)| at.elapsed() < FRESH) {
+        if let Some((at, answer)) = last.as_ref().filter(|(at, _)| standstill::since(*at) < FRESH) {
             let _ = at;
             return answer.clone();
         }
@@ -50,7 +50,7 @@ impl Readiness {
             (Some(member), []) => Ok(member),
             _ => Err(reasons.join("; ")),
         };
-        *last = Some((Instant::now(), answer.clone()));
+        *last = Some((standstill::now(), answer.clone()));
         answer
     }
 }
@@ -61,14 +61,14 @@ async fn probe_trail(service: &Service) -> Result<(), String> {
         // Without a release nothing would be written, and nobody sends releases to a daemon that is not ready: so this is
         // tried. Where it succeeds, the trail says that there was a gap.
         let entry = Attempt::new(request_id()).entry("audit.resumed", "success");
-        let written = tokio::time::timeout(PATIENCE, service.record(&entry));
+        let written = standstill::timeout(PATIENCE, service.record(&entry));
         if !written.await.unwrap_or(false) {
             return Err(why);
         }
     }
     let file = service.config.load().server.audit_file();
     let room = tokio::task::spawn_blocking(move || room_at(file));
-    match tokio::time::timeout(PATIENCE, room).await {
+    match standstill::timeout(PATIENCE, room).await {
         Ok(Ok(Some(room))) if room < LEAST_ROOM => {
             Err(format!("the disk of the audit trail is full: {room} bytes are free"))
         }
@@ -104,7 +104,7 @@ async fn probe(service: &Service) -> Result<String, String> {
         }
         let cluster = service.cluster.clone();
         asked.spawn(async move {
-            match tokio::time::timeout(PATIENCE, cluster.check(&member.name)).await {
+            match standstill::timeout(PATIENCE, cluster.check(&member.name)).await {
                 Ok(Ok(_)) => Ok(member.name),
                 Ok(Err(error)) => Err(format!("{}: {error}", member.name)),
                 Err(_) => Err(format!("{}: does not answer", member.name)),

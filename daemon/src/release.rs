@@ -8,7 +8,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use claviger_hsm::{Check, Hash, HsmError, OPINIONS, Oaep, SignScheme};
+use claviger_hsm::{Check, Hash, HsmError, OPINIONS, Oaep, SignScheme, standstill};
 use claviger_protocol::algorithm::{self, HostAlgorithms, SignatureAlgorithm};
 use claviger_protocol::build::{self, Unsigned};
 use claviger_protocol::error::{Code, Refusal};
@@ -51,7 +51,7 @@ pub async fn roll(service: &Service, api: ApiVersion, body: &[u8], attempt: &mut
     let host = healthy_host(service, &request.health_certificate, attempt)?;
 
     // Its host is within its rate, and it is its turn. It is until this function ends.
-    let asked = Instant::now();
+    let asked = standstill::now();
     let admitted = service.admission.admit(&host.host_name, attempt).await;
     attempt.waited_for_turn(asked);
     let _permit = admitted?;
@@ -74,7 +74,7 @@ pub async fn roll_protector(
     let deadline = attempt.started() + service.config.load().release.deadline();
 
     // A batch may have waited for its items before this one.
-    if Instant::now() >= deadline {
+    if standstill::now() >= deadline {
         return Err(Refusal::new(Code::ServiceUnavailable, "the service is too busy now; try again"));
     }
     let verified = aside(ingress_protector.len(), || {
@@ -123,7 +123,7 @@ pub async fn roll_protector(
     };
 
     // In this order: the decryption is under way while the egress protector is written.
-    let asked = Instant::now();
+    let asked = standstill::now();
     let (ingress, egress) = tokio::join!(decrypted, signed);
     attempt.waited_for_hsms(asked);
     let charge = |operations| attempt.host.iter().for_each(|host| service.admission.charge(host, operations));
@@ -310,9 +310,9 @@ fn proved_by_its_signature(verified: &Arc<Verified>) -> Check {
 
 /// The refusal of a secret step, at the next point of the grid.
 async fn refuse_on_the_grid(started: Instant) -> Refusal {
-    let passed = started.elapsed().as_micros() / REFUSAL_GRID.as_micros();
+    let passed = standstill::since(started).as_micros() / REFUSAL_GRID.as_micros();
     let points = u32::try_from(passed + 1).unwrap_or(u32::MAX);
-    tokio::time::sleep_until((started + REFUSAL_GRID * points).into()).await;
+    standstill::sleep_until(started + REFUSAL_GRID * points).await;
     Refusal::protector("the transport key of the wrapping for this service is not right")
 }
 

@@ -27,6 +27,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
+use claviger_hsm::standstill;
 use hyper::body::{Body, Incoming};
 use hyper::service::Service;
 use hyper::{Request, Response};
@@ -316,7 +317,7 @@ where
         }
     }
 
-    let begun = Instant::now();
+    let begun = Instant::from_std(standstill::now());
     // A receiver is in `server`, so this cannot fail.
     let _ = phases.send(Phase::Draining(begun + limits.grace));
     let take = |stream, peer| start(stream, peer, None, server.activity());
@@ -325,7 +326,7 @@ where
     let at_stop = open.load(Ordering::Relaxed);
     tracing::info!(%address, connections = at_stop, "no more connections are accepted; finishing what is open");
     drop(alive);
-    let cut = match tokio::time::timeout_at(begun + limits.drain_timeout, all_closed.recv()).await {
+    let cut = match standstill::timeout_at((begun + limits.drain_timeout).into_std(), all_closed.recv()).await {
         Ok(_) => 0,
         Err(_) => {
             let cut = open.load(Ordering::Relaxed);
@@ -367,7 +368,7 @@ async fn empty_backlog(
             Err(error) => {
                 let Some(pause) = backoff.failure(&error, address) else { continue };
                 // Descriptors become free as connections end.
-                if Instant::now() + pause > until {
+                if standstill::now() + pause > until.into_std() {
                     return;
                 }
                 tokio::time::sleep(pause).await;
@@ -378,7 +379,7 @@ async fn empty_backlog(
 
 fn log_full(address: SocketAddr, max_connections: usize) {
     static SAID: Throttle = Throttle::new();
-    if let Some(unsaid) = SAID.due(Instant::now().into_std()) {
+    if let Some(unsaid) = SAID.due(standstill::now()) {
         tracing::warn!(
             %address, max_connections, unsaid,
             "as many connections are open as may be, and all are worked for: more wait"

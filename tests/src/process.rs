@@ -76,6 +76,16 @@ impl Process {
         let _ = kill_process(self.pid(), Signal::HUP);
     }
 
+    /// Has it stand still (SIGSTOP).
+    pub fn freeze(&self) {
+        let _ = kill_process(self.pid(), Signal::STOP);
+    }
+
+    /// Has it go on after [`freeze`](Self::freeze) (SIGCONT).
+    pub fn thaw(&self) {
+        let _ = kill_process(self.pid(), Signal::CONT);
+    }
+
     /// Waits for its end.
     ///
     /// # Panics

@@ -24,6 +24,7 @@ use crate::module::{self, Module};
 use crate::policy::budget::{self, Budget};
 use crate::policy::pick;
 use crate::request::{Answer, Check, KnownGood, Outcome, Request};
+use crate::standstill;
 use crate::{Event, Observer};
 use cryptoki::error::RvError;
 pub use health::{LastError, MemberState};
@@ -157,18 +158,18 @@ impl Cluster {
         let members = self.snapshot();
         for entry in members.iter() {
             let member = &entry.member;
-            member.shared.health().hurry(Instant::now());
-            if member.shared.health().may_probe(Instant::now()) {
+            member.shared.health().hurry(standstill::now());
+            if member.shared.health().may_probe(standstill::now()) {
                 starting.spawn(supervisor::probe(Arc::clone(member), self.probe_patience()));
             }
         }
         self.supervise();
         let mut result = Err(HsmError::NoMember("none came up".to_owned()));
-        let mut until = Instant::now() + START_PATIENCE;
-        while let Ok(Some(started)) = tokio::time::timeout_at(until.into(), starting.join_next()).await {
+        let mut until = standstill::now() + START_PATIENCE;
+        while let Ok(Some(started)) = standstill::timeout_at(until, starting.join_next()).await {
             match started {
                 Ok(Ok(())) => {
-                    until = until.min(Instant::now() + OTHERS_PATIENCE);
+                    until = until.min(standstill::now() + OTHERS_PATIENCE);
                     result = Ok(());
                 }
                 Ok(Err(error)) if result.is_err() => result = Err(error),
@@ -240,7 +241,7 @@ impl Cluster {
     /// Retries that the budget has left.
     #[must_use]
     pub fn retries_left(&self) -> f64 {
-        self.budget().left(Instant::now())
+        self.budget().left(standstill::now())
     }
 
     /// Has a member do known-good operations now, whatever its state; how long they took. Does not open a closed one. On an
@@ -271,7 +272,7 @@ impl Cluster {
     /// When there is no such member.
     pub fn drain(&self, member: &str, drain: bool) -> Result<MemberStatus, HsmError> {
         let entry = self.entry(member)?;
-        if entry.member.shared.health().drain(drain, Instant::now()) {
+        if entry.member.shared.health().drain(drain, standstill::now()) {
             let state = entry.member.status().state;
             let what = if drain { "member is drained on request" } else { "member is resumed on request" };
             tracing::info!(member, %state, "{what}");
@@ -294,7 +295,7 @@ impl Cluster {
     /// What is wrong with it; [`HsmError::NoSuchKey`] when it lacks the key.
     pub async fn prove(&self, member: &str, known: &KnownGood) -> Result<(), HsmError> {
         let member = self.entry(member)?.member;
-        member.direct(&known.0, Instant::now() + OWN_PATIENCE, self.probe_patience()).await.map(drop)
+        member.direct(&known.0, standstill::now() + OWN_PATIENCE, self.probe_patience()).await.map(drop)
     }
 
     /// Changes a member's place among the others, from the next operation on.
@@ -321,7 +322,7 @@ impl Cluster {
         let name: Arc<str> = config.name.as_str().into();
         let member = Member::new(config, Arc::clone(&module), Arc::clone(&self.known), Arc::clone(&self.observer));
         let member = Arc::new(member.inspect_err(|_| module.release())?);
-        member.shared.health().hurry(Instant::now());
+        member.shared.health().hurry(standstill::now());
         self.change(|members| members.push(Entry { name, member }));
         Ok(())
     }
@@ -335,12 +336,12 @@ impl Cluster {
         if self.snapshot().len() == 1 {
             return Err(HsmError::NoMember(format!("{member} is the only one, and stays")));
         }
-        entry.member.shared.health().drain(true, Instant::now());
+        entry.member.shared.health().drain(true, standstill::now());
         self.change(|members| members.retain(|other| other.name != entry.name));
-        let until = Instant::now() + OWN_PATIENCE;
-        while entry.member.shared.in_flight.load(Ordering::Acquire) > 0 && Instant::now() < until {
+        let until = standstill::now() + OWN_PATIENCE;
+        while entry.member.shared.in_flight.load(Ordering::Acquire) > 0 && standstill::now() < until {
             // The supervisor does not know it any more: calls that hang are to be found all the same.
-            entry.member.watch(Instant::now(), self.watchdog);
+            entry.member.watch(standstill::now(), self.watchdog);
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         entry.member.close().await;
@@ -414,9 +415,9 @@ impl Cluster {
         // The member that failed last.
         let mut failing: Option<usize> = None;
         let mut retries = 0;
-        self.budget().deposit(Instant::now());
+        self.budget().deposit(standstill::now());
         loop {
-            let now = Instant::now();
+            let now = standstill::now();
             if now >= deadline {
                 return Err(failed.unwrap_or(HsmError::Deadline));
             }
@@ -462,7 +463,7 @@ impl Cluster {
                 // The opinion of a member that was proved wrong not long ago does not count, whatever it was wrong about: an
                 // honest caller may try again, and a bad one learns nothing.
                 let wrong = matches!(error, HsmError::Refused { wrong: true });
-                let error = if entry.member.shared.is_doubtful(Instant::now()) {
+                let error = if entry.member.shared.is_doubtful(standstill::now()) {
                     HsmError::NoMember("the members that were asked have been wrong not long ago".to_owned())
                 } else {
                     error
@@ -474,7 +475,7 @@ impl Cluster {
                 refusals.push(Refusal { index, generation, wrong, error });
                 continue;
             }
-            if !self.budget().withdraw(Instant::now()) {
+            if !self.budget().withdraw(standstill::now()) {
                 return Err(error);
             }
             retries += 1;
@@ -488,7 +489,7 @@ impl Cluster {
     async fn manage(&self, name: &str, request: Request) -> Result<Answer, HsmError> {
         let member = self.entry(name)?.member;
         let patience = Patience { share: MANAGEMENT_PATIENCE, watchdog: MANAGEMENT_PATIENCE };
-        member.direct(&Arc::new(request), Instant::now() + MANAGEMENT_PATIENCE, patience).await
+        member.direct(&Arc::new(request), standstill::now() + MANAGEMENT_PATIENCE, patience).await
     }
 
     /// How long a try may take: half of what is left, as long as there is somebody to go to with the other half.
@@ -527,7 +528,7 @@ fn choose(members: &[Entry], request: &Request, tried: &[bool], now: Instant) ->
 
 /// Why nobody can be asked. Closed members are given the chance to show that they serve again.
 fn nobody(members: &[Entry], request: &Request) -> HsmError {
-    let now = Instant::now();
+    let now = standstill::now();
     if let Some(key) = request.key()
         && members.iter().any(|entry| entry.member.only_lacks(key, now))
     {

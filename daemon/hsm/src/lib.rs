@@ -48,6 +48,8 @@ mod request;
 #[cfg(feature = "tokens")]
 mod session;
 #[cfg(feature = "tokens")]
+pub mod standstill;
+#[cfg(feature = "tokens")]
 mod usual_cost;
 #[cfg(feature = "tokens")]
 mod worker;

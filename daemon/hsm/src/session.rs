@@ -27,6 +27,7 @@ use crate::keys::{KeyId, NewKey, Oaep, RsaPrivateParts, RsaPublic};
 use crate::module::Module;
 use crate::oaep;
 use crate::request::{Answer, Check, Request, first_known, known_for};
+use crate::standstill;
 use crate::usual_cost::Cost;
 
 /// How long a session that looked for an unknown key in vain waits before it looks again.
@@ -118,10 +119,10 @@ impl<'a> OpenSession<'a> {
         let (shared, op) = (self.shared, request.op());
         match request {
             Request::Decrypt { check, .. } | Request::Sign { check, .. } => {
-                let started = Instant::now();
+                let started = standstill::now();
                 let result = self.calculate(request);
                 let finding = Finding::of(result, check.as_ref());
-                self.book(request, &finding, started.elapsed());
+                self.book(request, &finding, standstill::since(started));
                 self.judge(request, finding).map(Answer::Octets)
             }
             Request::Probe => self.probe().map(|()| Answer::Done),
@@ -206,7 +207,7 @@ impl<'a> OpenSession<'a> {
         let blamed = if wrong && matches!(request, Request::Sign { .. }) {
             // No input of a caller's makes a signature wrong.
             true
-        } else if self.shared.may_probe_for_blame(Instant::now()) {
+        } else if self.shared.may_probe_for_blame(standstill::now()) {
             let result = self.known_good(request);
             let blamed = matches!(result, Err(HsmError::WrongAnswer));
             self.shared.remember_blame(!blamed);
@@ -251,11 +252,11 @@ impl<'a> OpenSession<'a> {
 
     /// Whatever goes wrong here is the member's fault.
     fn prove(&mut self, known: &Request) -> Result<(), HsmError> {
-        let started = Instant::now();
+        let started = standstill::now();
         let result = self.calculate(known);
         // The input is right: a member that refuses it is ill.
         let rv = Some(class(&result)).filter(|rv| *rv != "refused").unwrap_or("broken");
-        self.shared.observe_call("probe", rv, started.elapsed());
+        self.shared.observe_call("probe", rv, standstill::since(started));
         self.shared.spent(self.unbooked.take());
         match result {
             Ok(octets) if known.accepts(&octets) => Ok(()),
@@ -298,8 +299,8 @@ impl<'a> OpenSession<'a> {
     /// A key that is not in the table may have been made elsewhere in the meantime. Calls for keys that do not exist must not
     /// each lead to a search, though.
     fn search_again(&mut self) -> Result<(), HsmError> {
-        if self.searched_again.is_none_or(|at| at.elapsed() >= SEARCH_PAUSE) {
-            self.searched_again = Some(Instant::now());
+        if self.searched_again.is_none_or(|at| standstill::since(at) >= SEARCH_PAUSE) {
+            self.searched_again = Some(standstill::now());
             self.search()
         } else {
             self.refresh()

@@ -23,6 +23,7 @@ use crate::error::HsmError;
 use crate::fault::Fate;
 use crate::request::{Answer, Outcome, Request};
 use crate::session::OpenSession;
+use crate::standstill;
 
 /// A request on its way to a session.
 pub(crate) struct Job {
@@ -151,7 +152,7 @@ impl Desk {
         let mut desk = self.lock();
         loop {
             let job = desk.waiting.pop_front()?;
-            let now = Instant::now();
+            let now = standstill::now();
             if job.reply.is_closed() {
                 continue;
             }
@@ -268,7 +269,7 @@ fn serve<'a>(
             take_share(shared, generation, desk);
         }
         while let Some((request, deadline, submitted)) = desk.next() {
-            let begun = Instant::now();
+            let begun = standstill::now();
             let result = perform(shared, generation, &mut session, &request, deadline);
             let ended = match &result {
                 Ok(_) => false,
@@ -333,7 +334,9 @@ fn perform<'a>(
 ) -> Result<Answer, HsmError> {
     let Some(open) = session else { return Err(shared.thread_ended()) };
     let stale = match open.perform(request) {
-        Err(error) if error.fault().fate == Fate::Renew && request.may_repeat() && Instant::now() < deadline => error,
+        Err(error) if error.fault().fate == Fate::Renew && request.may_repeat() && standstill::now() < deadline => {
+            error
+        }
         result => return result,
     };
     let renewed = shared.observed("open", || {

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use claviger_hsm::{Cluster, HsmError, KeyId, KeyRef, KeyUsage, MemberState, NewKey, RsaPrivateParts};
+use claviger_hsm::{Cluster, HsmError, KeyId, KeyRef, KeyUsage, MemberState, NewKey, RsaPrivateParts, standstill};
 use claviger_protocol::certificate::{BuildError, Certificate, CertificateError};
 use claviger_protocol::health::{self, LIFETIME_SECONDS};
 use claviger_protocol::rsa_key::{KeyError, RsaPrivateKey, RsaPublicKey};
@@ -146,10 +146,10 @@ impl Keeper {
             return self.renew().await;
         }
         let (held, lacking) = whereabouts(&self.service.cluster, &current.id, asked).await;
-        if self.absence.calls_for_another(held, &lacking, Instant::now()) {
+        if self.absence.calls_for_another(held, &lacking, standstill::now()) {
             tracing::warn!(?lacking, "members lack the attestation signer's key: another signer takes over");
             self.renew().await?;
-            self.absence.made_another(Instant::now());
+            self.absence.made_another(standstill::now());
             return Ok(());
         }
         // A previous signer is trusted until the last health certificate it can have issued has expired.
@@ -194,7 +194,7 @@ async fn install(service: &Arc<Service>, id: &KeyRef, public: &RsaPublicKey) -> 
     let now = unix_now();
     let (not_before, not_after) = (now - health::BACKDATED_SECONDS, now + VALIDITY);
     let to_be_signed = health::signer_template(public, not_before, not_after)?.to_be_signed()?;
-    let signed = service.sign(id, public, to_be_signed.octets(), Instant::now() + OWN_DEADLINE).await?;
+    let signed = service.sign(id, public, to_be_signed.octets(), standstill::now() + OWN_DEADLINE).await?;
     let (der, id) = (to_be_signed.assemble(&signed.value), id.clone());
     let seen = current(service);
     let added = service
@@ -251,7 +251,7 @@ impl Absence {
 async fn whereabouts(cluster: &Cluster, id: &KeyRef, search: bool) -> (usize, Vec<String>) {
     let (mut held, mut lacking) = (0, Vec::new());
     for member in cluster.members().into_iter().filter(|member| member.state == MemberState::Up) {
-        match tokio::time::timeout(PATIENCE, has(cluster, &member.name, id, search)).await {
+        match standstill::timeout(PATIENCE, has(cluster, &member.name, id, search)).await {
             Ok(Ok(true)) => held += 1,
             Ok(Ok(false)) => lacking.push(member.name),
             Ok(Err(_)) | Err(_) => {}

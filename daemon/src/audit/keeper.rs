@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use claviger_hsm::HsmError;
+use claviger_hsm::{HsmError, standstill};
 
 use super::AuditError;
 use super::checkpoint::Draft;
@@ -43,14 +43,14 @@ pub async fn sign(service: Arc<Service>) {
     let mut failing = false;
     loop {
         tokio::time::sleep(if failing { RETRY } else { EVERY }).await;
-        let Some(draft) = service.audit.due_checkpoint(Instant::now(), false) else {
+        let Some(draft) = service.audit.due_checkpoint(standstill::now(), false) else {
             failing = false;
             continue;
         };
-        let signed = checkpoint(&service, &draft, Instant::now() + OWN_DEADLINE).await;
+        let signed = checkpoint(&service, &draft, standstill::now() + OWN_DEADLINE).await;
         if let Err(error) = &signed
             && !failing
-            && SAID.due(Instant::now()).is_some()
+            && SAID.due(standstill::now()).is_some()
         {
             tracing::warn!(%error, "the audit trail is not signed now; trying again (this is logged once)");
         }
@@ -61,9 +61,9 @@ pub async fn sign(service: Arc<Service>) {
 /// Writes and signs what there is, before the process ends; a checkpoint only if that is quick.
 pub async fn finish(service: &Arc<Service>) {
     service.audit.write_summary().await;
-    if let Some(draft) = service.audit.due_checkpoint(Instant::now(), true) {
-        let signing = checkpoint(service, &draft, Instant::now() + AT_STOP);
-        if !matches!(tokio::time::timeout(AT_STOP, signing).await, Ok(Ok(()))) {
+    if let Some(draft) = service.audit.due_checkpoint(standstill::now(), true) {
+        let signing = checkpoint(service, &draft, standstill::now() + AT_STOP);
+        if !matches!(standstill::timeout(AT_STOP, signing).await, Ok(Ok(()))) {
             tracing::info!("the last lines of the audit trail are not signed; the next start does it");
         }
     }

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
+use claviger_hsm::standstill;
 use crossbeam::channel::Receiver;
 use tokio::sync::oneshot;
 
@@ -102,7 +103,7 @@ pub(super) struct Writer {
 
 impl Writer {
     pub(super) fn new(trail: Trail, reserve: Reserve) -> (Self, Arc<Shown>) {
-        let epoch = Instant::now();
+        let epoch = standstill::now();
         let mut head = Head { link: trail.link(), reserve_missing: reserve.missing(), ..Head::default() };
         if trail.is_unsigned() {
             // How many there are is not known; that there are some is what matters.
@@ -139,7 +140,7 @@ impl Writer {
 
     /// Does what may take as long as the disk likes, so that others can see for how long.
     fn at_the_disk<T>(&mut self, work: impl FnOnce(&mut Self) -> T) -> T {
-        let since = self.shown.epoch.elapsed().as_millis();
+        let since = standstill::since(self.shown.epoch).as_millis();
         self.shown.writing.store(u64::try_from(since).unwrap_or(u64::MAX).max(1), Ordering::Release);
         let result = work(self);
         self.shown.writing.store(0, Ordering::Release);
@@ -147,9 +148,9 @@ impl Writer {
     }
 
     fn commit(&mut self, lines: Vec<Line>) {
-        let began = Instant::now();
+        let began = standstill::now();
         let (lines, written) = self.at_the_disk(|writer| writer.write(lines, began));
-        metrics::audit_written(began.elapsed());
+        metrics::audit_written(standstill::since(began));
         // None are left where all were refused for want of room: nothing was tried.
         if !lines.is_empty() {
             self.head.failing = written.is_err();

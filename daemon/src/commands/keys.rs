@@ -1,9 +1,11 @@
 //! The key-protection certificates, and the keys behind them.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use claviger_hsm::{Fingerprint, HsmError, KeyId, KeyRef, KeyUsage as HsmKeyUsage, MemberState, NewKey, TokenKey};
+use claviger_hsm::{
+    Fingerprint, HsmError, KeyId, KeyRef, KeyUsage as HsmKeyUsage, MemberState, NewKey, TokenKey, standstill,
+};
 use claviger_protocol::certificate::{
     Certificate, DistinguishedName, KeyUsage, Template, random_serial, request_to_pem,
 };
@@ -86,10 +88,10 @@ pub(super) async fn generate(
     let made = made.map_err(|error| format!("{on} made no key: {error}"))?;
     let public = RsaPublicKey::from_components(&made.n, &made.e).map_err(|e| format!("{on} made a bad key: {e}"))?;
 
-    let until = Instant::now() + REPLICATION;
+    let until = standstill::now() + REPLICATION;
     let key = key_ref(&id.0, &public);
     let mut lacking = lacking(service, &key).await;
-    while member.is_none() && !lacking.is_empty() && Instant::now() < until {
+    while member.is_none() && !lacking.is_empty() && standstill::now() < until {
         tokio::time::sleep(ASK_EVERY).await;
         lacking = self::lacking(service, &key).await;
     }
@@ -377,7 +379,7 @@ async fn lacking(service: &Arc<Service>, key: &KeyRef) -> Vec<Lack> {
     let mut lacking = Vec::new();
     for hsm in &service.config.load_full().hsm {
         let lack = |what: String, absent| Some(Lack { member: hsm.name.clone(), what, absent });
-        let lack = match tokio::time::timeout(PATIENCE, service.cluster.keys_on(&hsm.name, true)).await {
+        let lack = match standstill::timeout(PATIENCE, service.cluster.keys_on(&hsm.name, true)).await {
             Ok(Ok(keys)) => what_is_missing(&keys, key).and_then(|what| lack(what, false)),
             Ok(Err(error)) => lack(format!("does not answer: {error}"), true),
             Err(_) => lack("does not answer in time".to_owned(), true),
@@ -409,7 +411,7 @@ fn what_is_missing(keys: &[TokenKey], wanted: &KeyRef) -> Option<String> {
 async fn find(service: &Arc<Service>, kind: Kind, public: &RsaPublicKey) -> Result<KeyId, String> {
     let mut nameless = None;
     for hsm in &service.config.load_full().hsm {
-        let keys = tokio::time::timeout(PATIENCE, service.cluster.keys_on(&hsm.name, true)).await;
+        let keys = standstill::timeout(PATIENCE, service.cluster.keys_on(&hsm.name, true)).await;
         let Ok(Ok(keys)) = keys else { continue };
         match choose(&keys, kind, public) {
             Found::One(id) => return Ok(id),
@@ -557,7 +559,7 @@ fn only_of_id(keys: &[TokenKey], id: &KeyId) -> Result<Option<RsaPublicKey>, Str
 async fn template(service: &Arc<Service>, id: &KeyId, subject: String, days: u32) -> Result<Template, String> {
     let mut found = None;
     for hsm in &service.config.load_full().hsm {
-        let keys = tokio::time::timeout(PATIENCE, service.cluster.keys_on(&hsm.name, true)).await;
+        let keys = standstill::timeout(PATIENCE, service.cluster.keys_on(&hsm.name, true)).await;
         let Ok(Ok(keys)) = keys else { continue };
         found = only_of_id(&keys, id)?;
         if found.is_some() {
@@ -597,7 +599,7 @@ async fn signed(
     let id = &key.id;
     change.attempt.change = Some(format!("key {id}"));
     change.requested(service).await?;
-    let signed = service.sign(key, public, octets, Instant::now() + OWN_DEADLINE).await;
+    let signed = service.sign(key, public, octets, standstill::now() + OWN_DEADLINE).await;
     if let Ok(done) = &signed {
         change.attempt.used(&done.member);
     }

@@ -11,6 +11,7 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
+use claviger_hsm::standstill;
 use hyper::body::{Body, Frame, SizeHint};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
@@ -132,7 +133,7 @@ impl Activity {
     pub(super) fn new(tls: bool, requests: u32) -> Arc<Self> {
         let protocol = if tls { HTTP1 } else { 0 };
         Arc::new(Self {
-            epoch: Instant::now(),
+            epoch: standstill::now().into(),
             in_service: AtomicUsize::new(0),
             reading: AtomicUsize::new(0),
             reading_since: AtomicU64::new(1),
@@ -265,7 +266,7 @@ impl Activity {
     }
 
     fn now(&self) -> u64 {
-        u64::try_from(self.epoch.elapsed().as_micros()).unwrap_or(u64::MAX - 1) + 1
+        u64::try_from(standstill::since(self.epoch.into_std()).as_micros()).unwrap_or(u64::MAX - 1) + 1
     }
 
     fn at(&self, time: &AtomicU64) -> Instant {

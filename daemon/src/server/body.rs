@@ -1,11 +1,11 @@
 //! Reading a request's body within bounds.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
+use claviger_hsm::standstill;
 use http_body_util::BodyExt;
 use hyper::body::Body;
-use tokio::time::Instant;
 
 /// How many octets beyond the limit are read and thrown away. A client that is still writing when we answer and close
 /// gets a reset instead of our answer, so a body that is only somewhat too long is read to its end.
@@ -90,14 +90,14 @@ where
     if announced > most.saturating_add(DISCARD) {
         return Err(BodyError::TooLarge);
     }
-    let begun = Instant::now();
+    let begun = standstill::now();
     let mut received = 0u64;
     let mut too_large = announced > most;
     let mut limit = most;
     let mut first = Bytes::new();
     let mut whole = BytesMut::new();
     loop {
-        let frame = tokio::time::timeout_at(pace.due(begun, received), body.frame());
+        let frame = standstill::timeout_at(pace.due(begun, received), body.frame());
         let late = if too_large { BodyError::TooLarge } else { BodyError::Timeout };
         let Some(frame) = frame.await.map_err(|_| late)? else { break };
         // Trailers mean nothing here.

@@ -9,6 +9,7 @@ use std::task::Poll;
 use std::time::Duration;
 
 use bytes::Bytes;
+use claviger_hsm::standstill;
 use hyper::body::{Body, Incoming};
 use hyper::header::{CONNECTION, HeaderValue};
 use hyper::service::Service;
@@ -124,7 +125,7 @@ where
         let acceptor = TlsAcceptor::from(Arc::clone(&tls.load().config));
         let (stream, returned) = Watched::new(stream, activity.clone());
         let mut stop = phase.clone();
-        let handshake = tokio::time::timeout(self.limits.header_timeout, acceptor.accept(stream));
+        let handshake = standstill::timeout(self.limits.header_timeout, acceptor.accept(stream));
         let stream = tokio::select! {
             shaken = handshake => match shaken {
                 Ok(Ok(stream)) => stream,
@@ -194,14 +195,14 @@ where
             if grace.is_some() && closing.is_none() && activity.is_http2() {
                 // GOAWAY is safe at any time: HTTP/2 tells the client which requests were taken.
                 connection.as_mut().graceful_shutdown();
-                closing = Some(Instant::now());
+                closing = Some(clock());
             }
             if last_call && grace.is_none() && !activity.is_idle() {
                 // It was to be closed for being idle, and no longer is.
                 last_call = false;
                 activity.ask_kernel(false);
             }
-            let now = Instant::now();
+            let now = clock();
             let due = activity.due(&self.limits, now).0;
             let wake = match (closing, grace) {
                 (Some(since), _) => self.closed_by(since, activity, now),
@@ -209,7 +210,8 @@ where
                 (None, Some(grace)) if !last_call => due.min(grace),
                 (None, _) => due,
             };
-            timer.as_mut().reset(wake);
+            // The timer's clock is the system's.
+            timer.as_mut().reset(Instant::now() + wake.saturating_duration_since(now));
 
             let event = tokio::select! {
                 biased;
@@ -234,7 +236,7 @@ where
                 }
                 Event::Quiet => {
                     connection.as_mut().graceful_shutdown();
-                    closing = Some(Instant::now());
+                    closing = Some(clock());
                 }
                 Event::Changed => {}
                 // Its client has sent something meanwhile, and it is another's turn to leave.
@@ -246,14 +248,14 @@ where
                 }
                 // Anything may have happened since the timer was set: only what is due now counts.
                 Event::Time if let Some(since) = closing => {
-                    let now = Instant::now();
+                    let now = clock();
                     if self.closed_by(since, activity, now) <= now {
                         tracing::debug!(%peer, "the client did not let the connection end: cut");
                         return false;
                     }
                 }
                 Event::Time => {
-                    let now = Instant::now();
+                    let now = clock();
                     let (due, why) = activity.due(&self.limits, now);
                     match why {
                         Due::Header | Due::Stalled if due <= now => {
@@ -309,8 +311,13 @@ where
                 }
             }
         };
-        let _ = tokio::time::timeout(LINGER, discard).await;
+        let _ = standstill::timeout(LINGER, discard).await;
     }
+}
+
+/// The clock of all time limits here.
+fn clock() -> Instant {
+    standstill::now().into()
 }
 
 /// Ends when every connection has to.

@@ -23,6 +23,7 @@ use crate::identity::KeyRef;
 use crate::module::Module;
 use crate::policy::pick::Candidate;
 use crate::request::{Answer, KnownGood, Outcome, Request};
+use crate::standstill;
 use crate::worker::{self, Handle, Look};
 use crate::{Event, Observer};
 
@@ -108,7 +109,7 @@ impl managed::Manager for Sessions {
         self.shared.may_open()?;
         let (told, opened) = oneshot::channel();
         worker::spawn(Arc::clone(&self.shared), told)?;
-        match tokio::time::timeout(OPEN_PATIENCE, opened).await {
+        match standstill::timeout(OPEN_PATIENCE, opened).await {
             Ok(Ok(result)) => result,
             Ok(Err(_)) => Err(self.shared.thread_ended()),
             Err(_) => Err(HsmError::Hung { op: "open" }),
@@ -188,7 +189,7 @@ impl Member {
             Err(error) => return Outcome::NotRun(error),
         };
         if shared.waiting.0.is_empty() {
-            *lock(&shared.progress) = Instant::now();
+            *lock(&shared.progress) = standstill::now();
         }
         if let Err(TrySendError::Full(job) | TrySendError::Disconnected(job)) = shared.waiting.0.try_send(job) {
             job.turn_away(&HsmError::QueueFull);
@@ -219,7 +220,7 @@ impl Member {
             if self.shared.health().pin_refused {
                 return Err(self.shared.pin_refused());
             }
-            let lease = match tokio::time::timeout_at(deadline.into(), self.pool.get()).await {
+            let lease = match standstill::timeout_at(deadline, self.pool.get()).await {
                 Ok(lease) => lease.map_err(|error| self.shared.pool_error(error))?,
                 Err(_) => return Err(HsmError::Deadline),
             };
@@ -234,7 +235,7 @@ impl Member {
     }
 
     async fn wait(&self, answer: oneshot::Receiver<Outcome>, deadline: Instant) -> Outcome {
-        match tokio::time::timeout_at(deadline.into(), answer).await {
+        match standstill::timeout_at(deadline, answer).await {
             Ok(Ok(outcome)) => outcome,
             Ok(Err(_)) => Outcome::Ran(Err(self.shared.thread_ended())),
             Err(_) => Outcome::NotRun(HsmError::Deadline),
@@ -298,7 +299,7 @@ impl Member {
             self.shared.granted.store(usable, Ordering::Release);
         }
         // The others go on.
-        *lock(&self.shared.short_since) = Some(Instant::now());
+        *lock(&self.shared.short_since) = Some(standstill::now());
         if error.is_code(RvError::SessionCount) && !self.shared.said_few_sessions.swap(true, Ordering::Relaxed) {
             warn!(
                 member = self.shared.name,
@@ -314,14 +315,14 @@ impl Member {
     }
 
     fn failed(&self, error: &HsmError, took: Duration) {
-        if self.shared.health().failed(error, took, Instant::now()) {
+        if self.shared.health().failed(error, took, standstill::now()) {
             self.retire(error);
         }
     }
 
     /// Closes the member at once.
     pub(crate) fn trip(&self, error: &HsmError) {
-        if self.shared.health().trip(error, Instant::now()) {
+        if self.shared.health().trip(error, standstill::now()) {
             self.retire(error);
         }
     }
@@ -368,11 +369,11 @@ impl Member {
 
     /// Asks for known-good operations on a session of the member.
     pub(crate) async fn probe(self: &Arc<Self>, patience: Patience) -> Result<Duration, HsmError> {
-        let deadline = Instant::now() + OPEN_PATIENCE;
+        let deadline = standstill::now() + OPEN_PATIENCE;
         let generation = self.shared.generation();
-        let started = Instant::now();
+        let started = standstill::now();
         match self.direct(&Arc::new(Request::Probe), deadline, patience).await {
-            Ok(_) => Ok(started.elapsed()),
+            Ok(_) => Ok(standstill::since(started)),
             Err(error) => {
                 // Who cannot do this much cannot serve, whatever it looked like.
                 if generation == self.shared.generation() && self.shared.health().is_up() && error.condemns() {
@@ -402,7 +403,7 @@ impl Member {
         if result.is_err() {
             self.shared.wants_module.store(true, Ordering::Release);
         }
-        self.shared.health().probed(result.as_ref().map(drop), took, Instant::now());
+        self.shared.health().probed(result.as_ref().map(drop), took, standstill::now());
         if result.is_err() {
             // The sessions of a failed probe prove nothing, and hold the module.
             self.shared.end_generation();
@@ -445,7 +446,7 @@ impl Member {
     /// The module is as new.
     pub(crate) fn module_renewed(&self) {
         self.shared.wants_module.store(false, Ordering::Release);
-        self.shared.health().module_renewed(Instant::now());
+        self.shared.health().module_renewed(standstill::now());
         self.shared.observe(Event::ModuleRenewed);
     }
 
@@ -471,7 +472,7 @@ impl Member {
 
     /// Lets a PIN that was refused be tried, once.
     pub(crate) fn allow_pin(&self) {
-        self.shared.health().allow_pin(Instant::now());
+        self.shared.health().allow_pin(standstill::now());
     }
 
     pub(crate) fn rank(&self, priority: u32, weight: u32) {
@@ -492,7 +493,7 @@ impl Member {
             since: health.since(),
             priority: self.priority.load(Ordering::Relaxed),
             weight: self.weight.load(Ordering::Relaxed),
-            latency: health.latency.estimate(Instant::now()),
+            latency: health.latency.estimate(standstill::now()),
             in_flight,
             waiting: shared.waiting.1.len(),
             sessions_open: shared.open.load(Ordering::Acquire),
@@ -523,10 +524,10 @@ impl Member {
         };
         shared.turn_away(&shared.not_serving());
         self.pool.close();
-        let begun = Instant::now();
+        let begun = standstill::now();
         while shared.live_threads.load(Ordering::Acquire) > 0 {
             let awaited = was_up && shared.desks().iter().any(|desk| desk.busy_since().is_some());
-            if begun.elapsed() >= if awaited { CLOSE_PATIENCE } else { CLOSE_QUICKLY } {
+            if standstill::since(begun) >= if awaited { CLOSE_PATIENCE } else { CLOSE_QUICKLY } {
                 // Finalising under a call that hangs would take the process down.
                 warn!(member = shared.name, "calls hang at the token, its module is not finalised");
                 return;
@@ -548,7 +549,7 @@ impl Member {
             shared.module.release();
             let _ = tell.send(());
         });
-        if closing.is_err() || !matches!(tokio::time::timeout(CLOSE_PATIENCE, told).await, Ok(Ok(()))) {
+        if closing.is_err() || !matches!(standstill::timeout(CLOSE_PATIENCE, told).await, Ok(Ok(()))) {
             warn!(member = self.shared.name, "closing failed");
         }
     }

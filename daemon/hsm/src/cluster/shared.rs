@@ -25,6 +25,7 @@ use crate::module::Module;
 use crate::pin_tries::{PinTries, Word};
 use crate::policy::batch;
 use crate::request::{KnownGood, Outcome, Request, first_known};
+use crate::standstill;
 use crate::usual_cost::{Cost, UsualCost};
 use crate::worker::{Desk, Job};
 use crate::{Event, Observer};
@@ -158,7 +159,7 @@ impl Shared {
         known: Arc<RwLock<Arc<[KnownGood]>>>,
         observer: Observer,
     ) -> Self {
-        let now = Instant::now();
+        let now = standstill::now();
         Shared {
             health: Mutex::new(Health::new(&config.name, now)),
             name: config.name,
@@ -218,9 +219,9 @@ impl Shared {
         op: &'static str,
         work: impl FnOnce() -> Result<T, HsmError>,
     ) -> Result<T, HsmError> {
-        let started = Instant::now();
+        let started = standstill::now();
         let result = work();
-        self.observe_call(op, class(&result), started.elapsed());
+        self.observe_call(op, class(&result), standstill::since(started));
         result
     }
 
@@ -243,7 +244,7 @@ impl Shared {
         submitted: Instant,
         begun: Instant,
     ) {
-        let took = begun.elapsed();
+        let took = standstill::since(begun);
         let took = match (request, result) {
             (Request::Decrypt { .. }, Err(error)) if may_be_data(error) => {
                 self.usual_decryption.booked(Cost { took, processor: Duration::ZERO }, false).took
@@ -279,7 +280,7 @@ impl Shared {
         }
         let (reply, answer) = oneshot::channel();
         let Patience { share, watchdog } = patience;
-        let submitted = Instant::now();
+        let submitted = standstill::now();
         let request = Arc::clone(request);
         Ok((Job { request, deadline, share, watchdog, submitted, reply, in_flight }, answer))
     }
@@ -299,7 +300,7 @@ impl Shared {
         let share = batch::share(self.waiting.1.len(), self.usable(), self.batch);
         let jobs: Vec<Job> = self.waiting.1.try_iter().take(share).collect();
         if !jobs.is_empty() {
-            *lock(&self.progress) = Instant::now();
+            *lock(&self.progress) = standstill::now();
             self.observe(Event::Batch { jobs: jobs.len() });
         }
         jobs
@@ -338,7 +339,7 @@ impl Shared {
         if generation != self.generation() || matches!(request, Request::Probe) || !request.may_repeat() {
             return;
         }
-        let now = Instant::now();
+        let now = standstill::now();
         *lock(&self.heard) = now;
         let took = now.saturating_duration_since(submitted);
         let closed = match result {
@@ -376,11 +377,11 @@ impl Shared {
 
     /// Another answer proved that this member was wrong to refuse an input: with a `wrong` result, or an error.
     pub(crate) fn contradicted(self: &Arc<Self>, wrong: bool, generation: u64) {
-        lock(&self.blame).doubtful_until = Some(Instant::now() + DOUBTFUL);
+        lock(&self.blame).doubtful_until = Some(standstill::now() + DOUBTFUL);
         if generation != self.generation() {
             return;
         }
-        let now = Instant::now();
+        let now = standstill::now();
         // An error may be a busy token's; a wrong result is nothing but wrong.
         let (error, closed) = if wrong {
             self.observe_wrong_answer();
@@ -424,7 +425,7 @@ impl Shared {
             info!(member = self.name, %state, "all calls that hung have returned");
         }
         // What hung has passed: see at once whether the member serves again.
-        health.hurry(Instant::now());
+        health.hurry(standstill::now());
     }
 
     /// Makes sure that the token is logged in; says in which slot it is.
@@ -606,7 +607,7 @@ impl Shared {
 
     /// Whether the token gave fewer sessions than asked for not long ago, and some serve.
     pub(super) fn is_short(&self) -> bool {
-        let short = lock(&self.short_since).is_some_and(|since| since.elapsed() < ASK_FOR_MORE);
+        let short = lock(&self.short_since).is_some_and(|since| standstill::since(since) < ASK_FOR_MORE);
         short && self.usable() > 0
     }
 

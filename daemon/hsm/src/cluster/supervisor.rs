@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use cryptoki::error::RvError;
 use tokio::time::MissedTickBehavior;
@@ -12,6 +12,7 @@ use tracing::warn;
 use super::member::{Member, Patience};
 use super::{Cluster, Entry};
 use crate::error::HsmError;
+use crate::standstill;
 
 /// How often it looks. Also how much later than the watchdog's time a hung call may be found.
 const TICK: Duration = Duration::from_millis(20);
@@ -28,7 +29,7 @@ impl Cluster {
             ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
             loop {
                 ticks.tick().await;
-                let now = Instant::now();
+                let now = standstill::now();
                 let current = cluster.snapshot();
                 // While a module is renewed its members stay together as they were.
                 let idle = renewing.iter().flatten().all(JoinHandle::is_finished);
@@ -115,7 +116,7 @@ pub(super) async fn probe(member: Arc<Member>, patience: Patience) -> Result<(),
     // A probe that nobody reported the end of would be the last one.
     probing.await.unwrap_or_else(|_| {
         let error = HsmError::NoMember("the probe failed".to_owned());
-        member.shared.health().probed(Err(&error), Duration::ZERO, Instant::now());
+        member.shared.health().probed(Err(&error), Duration::ZERO, standstill::now());
         Err(error)
     })
 }

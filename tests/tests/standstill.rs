@@ -1,0 +1,51 @@
+//! A process that is stopped for a while, as by a migration of its virtual machine, goes on as if nothing had been.
+
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
+
+use std::time::Duration;
+
+use claviger_tests::openloop::Traffic;
+use claviger_tests::{Instances, Lab, Options};
+
+/// Longer than a release may take, and than a call may before it hangs.
+const STANDSTILL: Duration = Duration::from_secs(6);
+/// What the clients allow: as if they had been stopped, too.
+const PATIENCE: Duration = Duration::from_secs(90);
+
+#[tokio::test(flavor = "multi_thread")]
+async fn time_in_which_the_process_stood_still_is_counted_for_nobody() {
+    let lab = Lab::make(Options { hsms: 2, vms: 4, ..Options::default() });
+    let faulty = lab.behind_faulty(Instances::Own);
+    lab.configure(|config| {
+        config.release.deadline_ms = 5_000;
+        config.release.watchdog_ms = 2_000;
+        // Slow enough, below, that calls are at the tokens and releases wait whenever it stops.
+        config.hsm.iter_mut().for_each(|hsm| hsm.sessions = 2);
+    });
+    let daemon = lab.serve();
+    daemon.until_ready_is(200).await;
+    let health = lab.host(daemon.client()).attest().await.unwrap();
+    for member in ["hsm-a", "hsm-b"] {
+        faulty.set(member, &["call=C_Decrypt,C_Sign delay_ms=60"]);
+    }
+    let traffic = Traffic::of_vms(&lab, &health);
+    // What comes in 6 s is worked off well within the deadline afterwards.
+    let load = traffic.start(&daemon, 8.0, PATIENCE);
+    for _ in 0..3 {
+        tokio::time::sleep(Duration::from_millis(800)).await;
+        daemon.process.freeze();
+        tokio::time::sleep(STANDSTILL).await;
+        daemon.process.thaw();
+    }
+    daemon.until_ready_is(200).await;
+    let report = load.stop().await;
+    println!("{}", report.line());
+    let metrics = daemon.metrics().await;
+    assert_eq!(metrics.sum("claviger_hsm_closings_total", &[]), Some(0.0));
+    assert_eq!(metrics.sum("claviger_hsm_stuck_calls_total", &[]), Some(0.0));
+    for reason in ["late", "deadline", "full"] {
+        assert_eq!(metrics.sum("claviger_queue_dropped_total", &[("reason", reason)]), Some(0.0), "{reason}");
+    }
+    report.assert_all_right();
+    assert!(daemon.stop().success());
+}
