@@ -1,13 +1,15 @@
 //! One module for each target: what it may cost, and what it does.
 
+use std::time::Duration;
+
 use claviger_protocol::xml;
 
 use crate::Allowance;
 
 /// For what is read as XML: a node of the tree takes some 70 bytes, and can be as short as a byte.
-const XML: Allowance = Allowance { base: 1 << 20, per_byte: 256 };
+const XML: Allowance = Allowance { base: 1 << 20, per_byte: 256, time: Duration::from_secs(2) };
 /// For what is read into a structure of its own size.
-const FLAT: Allowance = Allowance { base: 1 << 20, per_byte: 64 };
+const FLAT: Allowance = Allowance { base: 1 << 20, per_byte: 64, time: Duration::from_secs(2) };
 
 /// A request for one release, and what hosts read: the reply and the error.
 pub mod request {
@@ -172,7 +174,9 @@ pub mod public_key {
     pub fn run(input: &[u8]) {
         let any = RsaPublicKey::from_any(input);
         let file = RsaPublicKey::from_file(input);
-        assert!(any.is_err() || file.is_ok(), "a file may hold whatever hosts send");
+        // In a file, whatever looks like PEM is PEM.
+        let pem = input.windows(5).any(|part| part == b"-----");
+        assert!(any.is_err() || file.is_ok() || pem, "a file may hold whatever hosts send");
         if let Ok(key) = file {
             for form in [&key.to_bcrypt_blob()[..], key.spki_der(), key.to_pem().as_bytes()] {
                 let again = RsaPublicKey::from_file(form).expect("what is written can be read");
@@ -219,14 +223,53 @@ pub mod attestation {
     }
 }
 
-/// A PKCS#12 file. The password of the seeds is "fuzz".
-pub mod pfx {
-    use claviger::cli::pfx::open;
+/// The files that administrators hand over: certificates, keys, bundles, in PEM, DER, BER and PKCS#7.
+pub mod input {
+    use claviger_protocol::ber::Element;
+    use claviger_protocol::input;
 
     use super::{Allowance, FLAT};
 
     /// The most it may take.
     pub const ALLOWANCE: Allowance = FLAT;
+
+    /// Asks for everything that a file may be asked for.
+    pub fn run(input: &[u8]) {
+        let certificates = input::certificates(input);
+        if let Ok(entries) = &certificates {
+            let begun = input.windows(BEGIN.len()).filter(|part| part == &BEGIN).count();
+            assert!(entries.len() >= begun.max(1), "each BEGIN line is a certificate, or the file is refused");
+        }
+        match (input::certificate(input), &certificates) {
+            (Ok(certificate), Ok(entries)) => {
+                assert_eq!(entries.len(), 1);
+                assert_eq!(certificate.der(), entries[0].der);
+            }
+            (Ok(_), Err(_)) => panic!("one certificate, and no certificates"),
+            (Err(error), _) => assert!(!error.to_string().is_empty()),
+        }
+        let _ = input::public_key(input);
+        let _ = input::private_key(input);
+        let _ = input::rsa_private_key(input);
+        if let Ok(der) = Element::parse(input).and_then(|element| element.to_der()) {
+            let again = Element::parse(&der).and_then(|element| element.to_der()).expect("DER is BER");
+            assert_eq!(*again, *der, "the DER of DER is itself");
+        }
+    }
+
+    const BEGIN: &[u8] = b"-----BEGIN CERTIFICATE-----";
+}
+
+/// A PKCS#12 file. The password of the seeds is "fuzz".
+pub mod pfx {
+    use claviger::cli::pfx::open;
+
+    use std::time::Duration;
+
+    use super::{Allowance, FLAT};
+
+    /// The most it may take: a file says how often its password is hashed, within a bound.
+    pub const ALLOWANCE: Allowance = Allowance { time: Duration::from_secs(20), ..FLAT };
 
     /// Opens it.
     pub fn run(input: &[u8]) {
