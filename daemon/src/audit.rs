@@ -62,8 +62,6 @@ pub enum Class {
     Administration,
     /// What the trail says of itself, and sums up.
     Own,
-    /// Whether the trail can be written again.
-    Trial,
 }
 
 /// How a request was decided, and so what the trail has to say of it.
@@ -111,6 +109,7 @@ pub struct Audit {
     path: PathBuf,
     node: String,
     pace: Option<Pace>,
+    reserve: u64,
     shown: Arc<Shown>,
     summary: Mutex<Summary>,
     /// `Some` until dropped: the writer ends when the sender is gone.
@@ -141,7 +140,16 @@ impl Audit {
         std::thread::Builder::new().name("audit".to_owned()).spawn(run).map_err(error)?;
         let pace = config.checkpoints().map(|(lines, time)| Pace { lines, time });
         let (path, node) = (path.to_owned(), node.to_owned());
-        Ok(Self { path, node, pace, shown, summary: Mutex::default(), jobs: Some(jobs), ended })
+        Ok(Self {
+            path,
+            node,
+            pace,
+            reserve: config.reserve(),
+            shown,
+            summary: Mutex::default(),
+            jobs: Some(jobs),
+            ended,
+        })
     }
 
     /// Writes a record. Returns when its line is in the file (and, with `sync`, on the disk), or at `until`.
@@ -184,10 +192,10 @@ impl Audit {
         self.summary().add(entry);
     }
 
-    /// Writes what was counted. What cannot be written is kept for the next time.
+    /// Writes what was counted. What cannot be written is kept for the next time. Waits for as long as the disk takes: lines
+    /// that were given up could be written all the same, and counted twice. When this is cancelled, they are still written.
     pub async fn write_summary(&self) {
         let counted = self.summary().take();
-        let until = standstill::now() + PATIENCE;
         // All of them are with the writer before the first is waited for.
         let lines: Vec<_> = counted
             .into_iter()
@@ -199,7 +207,11 @@ impl Audit {
             })
             .collect();
         for (host, counts, sent) in lines {
-            if wait(sent, until).await.is_err() {
+            let written = match sent {
+                Ok(answer) => answer.await.unwrap_or(Err(AuditError::Closed)),
+                Err(error) => Err(error),
+            };
+            if written.is_err() {
                 self.summary().put_back(host, counts);
             }
         }
@@ -274,12 +286,10 @@ impl Audit {
         }
     }
 
-    /// Tries whether the trail can be written again, where the last records could not: a service that is taken for ill gets no
-    /// requests, and so nothing to write.
-    pub async fn try_again(&self) {
-        if self.head().failing {
-            let _ = self.write(file::written_again(), Class::Trial, None, standstill::now() + PATIENCE).await;
-        }
+    /// How much of the reserve is left, in bytes.
+    #[must_use]
+    pub fn reserve_left(&self) -> u64 {
+        self.reserve.saturating_sub(self.head().reserve_missing)
     }
 
     /// How far the trail has come.

@@ -69,7 +69,8 @@ async fn probe_trail(service: &Service) -> Result<(), String> {
     let file = service.config.load().server.audit_file();
     let room = tokio::task::spawn_blocking(move || room_at(file));
     match standstill::timeout(PATIENCE, room).await {
-        Ok(Ok(Some(room))) if room < LEAST_ROOM => {
+        // Grants have a reserve besides.
+        Ok(Ok(Some(room))) if room.saturating_add(service.audit.reserve_left()) < LEAST_ROOM => {
             Err(format!("the disk of the audit trail is full: {room} bytes are free"))
         }
         // Not every file system says how much room it has.

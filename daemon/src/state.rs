@@ -18,7 +18,7 @@ mod signers;
 mod view;
 
 use std::fs::{DirBuilder, OpenOptions};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -69,6 +69,12 @@ pub enum StateError {
         /// What the operating system says.
         source: std::io::Error,
     },
+    /// Another file stands in the place of the one that is open, or none: what is written to the open one is lost.
+    #[error("{} is not the file that this daemon opened: it was removed or replaced; start the daemon again", path.display())]
+    Replaced {
+        /// The database file.
+        path: PathBuf,
+    },
     /// SQLite refused a call: disk full, file damaged, or locked by another process for more than 5 seconds.
     #[error("the state in {} cannot be used: {source}; check the disk, and that no other program holds the file", path.display())]
     Database {
@@ -88,6 +94,8 @@ pub struct State {
     seen: i64,
     /// Whether this connection wrote since the last snapshot.
     wrote: bool,
+    /// Device and inode of the open file; `None` where nothing is written.
+    identity: Option<(u64, u64)>,
 }
 
 impl State {
@@ -100,21 +108,24 @@ impl State {
         DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(|error| file(folder, error))?;
         let path = folder.join("state.db");
         // SQLite would make it with the umask's mode, and gives its journal files the mode of this one.
-        OpenOptions::new().create(true).append(true).mode(0o600).open(&path).map_err(|error| file(&path, error))?;
+        let made = OpenOptions::new().create(true).append(true).mode(0o600).open(&path);
+        let metadata = made.and_then(|made| made.metadata()).map_err(|error| file(&path, error))?;
+        let identity = Some((metadata.dev(), metadata.ino()));
         let database = |source| StateError::Database { path: path.clone(), source };
         let mut connection = Connection::open(&path).map_err(database)?;
         configure(&connection).map_err(database)?;
         migrate(&mut connection, &path, MIGRATIONS)?;
         let seen = data_version(&connection).map_err(database)?;
-        Ok(Self { path, connection, seen, wrote: false })
+        Ok(Self { path, connection, seen, wrote: false, identity })
     }
 
     /// Whether anybody, this value included, wrote since the last [`State::snapshot`] (or since the file was opened).
     /// Remains so until a snapshot succeeds.
     ///
     /// # Errors
-    /// [`StateError::Database`].
+    /// [`StateError::Replaced`], [`StateError::Database`].
     pub fn changed(&self) -> Result<bool, StateError> {
+        self.must_be_in_place()?;
         Ok(self.wrote || self.version()? != self.seen)
     }
 
@@ -128,6 +139,16 @@ impl State {
         let value = read(self)?;
         (self.seen, self.wrote) = (version?, false);
         Ok(value)
+    }
+
+    /// SQLite goes on with a file that has no name any more, and a host that was removed there would be back after a restart.
+    fn must_be_in_place(&self) -> Result<(), StateError> {
+        let Some(identity) = self.identity else { return Ok(()) };
+        let there = self.path.metadata().map(|metadata| (metadata.dev(), metadata.ino()));
+        if there.is_ok_and(|there| there == identity) {
+            return Ok(());
+        }
+        Err(StateError::Replaced { path: self.path.clone() })
     }
 
     fn version(&self) -> Result<i64, StateError> {
@@ -162,6 +183,7 @@ impl State {
         apply: bool,
         change: impl FnOnce(&Transaction<'_>) -> Result<(T, bool), WriteError>,
     ) -> Result<T, StateError> {
+        self.must_be_in_place()?;
         let done = self
             .connection
             .transaction_with_behavior(TransactionBehavior::Immediate)
@@ -323,6 +345,23 @@ mod tests {
             read(state)
         });
         assert_eq!((counted.unwrap(), ours.changed().unwrap()), (3, true));
+    }
+
+    #[test]
+    fn a_file_that_was_removed_or_replaced_takes_no_change() {
+        let (folder, mut state) = open();
+        let at = folder.path().join("a/state");
+        state.add_host("a", b"a", &Labels::default(), 1).unwrap();
+        let (file, aside) = (at.join("state.db"), at.join("aside"));
+        std::fs::rename(&file, &aside).unwrap();
+        assert!(message(state.remove_host("a")).contains("was removed or replaced"));
+        assert!(message(state.changed()).contains("was removed or replaced"));
+        std::fs::copy(&aside, &file).unwrap();
+        assert!(message(state.remove_host("a")).contains("was removed or replaced"));
+        // The same file in its place again.
+        std::fs::rename(&aside, &file).unwrap();
+        state.remove_host("a").unwrap();
+        assert!(state.changed().unwrap());
     }
 
     #[test]

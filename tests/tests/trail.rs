@@ -371,3 +371,119 @@ fn nothing_leaves_while_the_disk_hangs_and_everybody_is_told_in_time() {
     assert!(daemon.process.wait().success());
     drop(reader);
 }
+
+/// Root can make a small disk, which ends with the value.
+struct Disk(PathBuf);
+
+impl Disk {
+    fn mount(at: PathBuf, mib: u32) -> Option<Self> {
+        fs::create_dir(&at).unwrap();
+        let size = format!("size={mib}m,mode=0700");
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "tmpfs", "-o", &size, "tmpfs"]).arg(&at).stderr(Stdio::null());
+        mount.status().is_ok_and(|status| status.success()).then_some(Self(at))
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn on_a_full_disk_keys_are_released_and_hosts_can_be_shut_out() {
+    let lab = Lab::make(Options::default());
+    let Some(disk) = Disk::mount(lab.file("small"), 48) else { return };
+    let copied = Command::new("cp").arg("-a").arg(lab.file("state/.")).arg(&disk.0).status().unwrap();
+    assert!(copied.success());
+    lab.configure(|config| {
+        config.server.state = lab.file("small");
+        config.audit.reserve_mib = 8;
+    });
+    let daemon = lab.serve();
+    let health = block(lab.host(daemon.client()).attest()).unwrap();
+    assert_eq!(release(&lab, &daemon, &health), 200);
+    let filler = lab.file("small/filler");
+    let mut file = fs::File::create(&filler).unwrap();
+    while file.write(&[1; 4096]).is_ok_and(|written| written > 0) {}
+    // What refuses, what grants, and what an administrator does.
+    for _ in 0..30 {
+        assert_eq!(release(&lab, &daemon, &health), 200);
+    }
+    let missing = block(daemon.metrics()).sum("claviger_audit_reserve_missing_bytes", &[]).unwrap();
+    assert!(missing > 0.0, "the disk was not full");
+    assert_eq!(block(daemon.probe("/ready")).status, 200);
+    let reply = block(daemon.client().post(ROLL, XML, "<x/>")).unwrap();
+    assert_eq!(reply.status, 400);
+    let junk = block(daemon.client().post(ROLL, XML, roll_request(&health, b"<x/>"))).unwrap();
+    assert_eq!(junk.status, 400);
+    let disabled = Administrator(&lab).run(&["hosts", "disable", HOST]);
+    assert!(disabled.status.success(), "{}", said(&disabled));
+    assert_eq!(release(&lab, &daemon, &health), 403);
+    // Room again: the reserve is made whole, and what was only counted is told.
+    drop(file);
+    fs::remove_file(filler).unwrap();
+    assert!(Administrator(&lab).run(&["hosts", "enable", HOST]).status.success());
+    until("the reserve is whole again", || {
+        assert_eq!(release(&lab, &daemon, &health), 200);
+        let missing = block(daemon.metrics()).sum("claviger_audit_reserve_missing_bytes", &[]).unwrap();
+        (missing == 0.0).then_some(())
+    });
+    assert!(daemon.stop().success());
+    let trail = lab.file("small/audit.jsonl");
+    let (report, _) = verify(&[], &[&trail]);
+    assert_eq!(report["fault"], Value::Null, "{report}");
+    let text = fs::read_to_string(&trail).unwrap();
+    for outcome in ["InvalidRequestException", "InvalidProtectorException", "HealthCertificateException"] {
+        assert!(text.contains(outcome), "{outcome} is not told of");
+    }
+}
+
+#[test]
+fn a_limit_on_the_size_of_files_is_a_full_disk() {
+    let lab = Lab::make(Options::default());
+    let mut daemon = lab.serve();
+    let health = block(lab.host(daemon.client()).attest()).unwrap();
+    assert_eq!(release(&lab, &daemon, &health), 200);
+    let limit = |bytes: &str| {
+        let pid = daemon.process.pid().as_raw_nonzero().to_string();
+        let set = tool("util-linux", Command::new("prlimit").args(["--pid", &pid, &format!("--fsize={bytes}:")]));
+        assert!(set.status.success(), "{}", said(&set));
+    };
+    let trail = lab.file("state/audit.jsonl");
+    // In the middle of the next line.
+    limit(&(fs::metadata(&trail).unwrap().len() + 100).to_string());
+    for _ in 0..3 {
+        assert_eq!(release(&lab, &daemon, &health), 503);
+    }
+    assert!(daemon.process.output().contains("audit trail cannot be written"));
+    limit("unlimited");
+    // It heals without a request.
+    block(daemon.until_ready_is(200));
+    assert_eq!(release(&lab, &daemon, &health), 200);
+    daemon.process.terminate();
+    assert!(daemon.process.wait().success());
+    let (report, status) = verify(&[], &[&trail]);
+    assert_eq!((status, &report["fault"], &report["torn"]), (0, &Value::Null, &1.into()), "{report}");
+}
+
+/// The same kind, in the file beside it: SQLite writes on to a file that has no name.
+#[test]
+fn a_state_file_that_was_replaced_takes_no_change() {
+    let lab = Lab::make(Options::default());
+    let daemon = lab.serve();
+    let file = lab.file("state/state.db");
+    let copy = lab.file("state/copy.db");
+    fs::copy(&file, &copy).unwrap();
+    fs::rename(&copy, &file).unwrap();
+    let refused = Administrator(&lab).run(&["hosts", "disable", HOST]);
+    assert!(!refused.status.success() && said(&refused).contains("removed or replaced"), "{}", said(&refused));
+    until("the metric says so", || {
+        (block(daemon.metrics()).sum("claviger_state_stale", &[]) == Some(1.0)).then_some(())
+    });
+    assert!(daemon.stop().success());
+    let daemon = lab.serve();
+    assert!(Administrator(&lab).run(&["hosts", "disable", HOST]).status.success());
+    assert!(daemon.stop().success());
+}

@@ -68,7 +68,11 @@ struct Marker {
 
 impl Marker {
     fn body(&self, link: Link) -> Vec<u8> {
-        let mut line = own_line(self.outcome);
+        let mut line = Map::new();
+        line.insert("time".into(), timestamp(SystemTime::now()).unwrap_or_default().into());
+        line.insert("request".into(), request_id().into());
+        line.insert("event".into(), EVENT.into());
+        line.insert("outcome".into(), self.outcome.into());
         line.insert("version".into(), env!("CARGO_PKG_VERSION").into());
         if link.n > 0 {
             line.insert("after".into(), link.n.into());
@@ -77,20 +81,6 @@ impl Marker {
         line.extend(self.torn.map(|torn| ("torn".into(), HEXLOWER.encode(&torn).into())));
         Value::Object(line).to_string().into_bytes()
     }
-}
-
-fn own_line(outcome: &str) -> Map<String, Value> {
-    let mut line = Map::new();
-    line.insert("time".into(), timestamp(SystemTime::now()).unwrap_or_default().into());
-    line.insert("request".into(), request_id().into());
-    line.insert("event".into(), EVENT.into());
-    line.insert("outcome".into(), outcome.into());
-    line
-}
-
-/// The line that is tried where records could not be written, as a JSON object.
-pub(super) fn written_again() -> Vec<u8> {
-    Value::Object(own_line("written-again")).to_string().into_bytes()
 }
 
 impl Trail {

@@ -14,7 +14,7 @@ use crate::throttle::Throttle;
 const EVERY: Duration = Duration::from_secs(1);
 /// How long to wait after a checkpoint that could not be made.
 const RETRY: Duration = Duration::from_secs(10);
-/// How long the last checkpoint of a process may take.
+/// How long the last summary of a process may take, and its last checkpoint.
 const AT_STOP: Duration = Duration::from_secs(2);
 
 /// Why there is no checkpoint.
@@ -32,7 +32,6 @@ enum CheckpointError {
 pub async fn sum_up(service: Arc<Service>) {
     loop {
         tokio::time::sleep(EVERY).await;
-        service.audit.try_again().await;
         service.audit.write_summary().await;
     }
 }
@@ -60,7 +59,7 @@ pub async fn sign(service: Arc<Service>) {
 
 /// Writes and signs what there is, before the process ends; a checkpoint only if that is quick.
 pub async fn finish(service: &Arc<Service>) {
-    service.audit.write_summary().await;
+    let _ = standstill::timeout(AT_STOP, service.audit.write_summary()).await;
     if let Some(draft) = service.audit.due_checkpoint(standstill::now(), true) {
         let signing = checkpoint(service, &draft, standstill::now() + AT_STOP);
         if !matches!(standstill::timeout(AT_STOP, signing).await, Ok(Ok(()))) {

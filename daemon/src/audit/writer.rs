@@ -38,15 +38,15 @@ pub(super) struct Line {
 }
 
 impl Line {
-    /// Grants and administration, which may use the reserve, and what shows that there is some.
+    /// Grants and administration, which may use the reserve.
     fn is_essential(&self) -> bool {
-        matches!(self.class, Class::Grant | Class::Administration | Class::Trial)
+        matches!(self.class, Class::Grant | Class::Administration)
     }
 
-    /// The caller has given up, and refused or counted again: a line would tell of what did not happen. What an
-    /// administrator changed has happened.
+    /// The caller has given up and refused: a line would tell of what did not happen. What an administrator changed has
+    /// happened, and what was counted, too.
     fn is_abandoned(&self) -> bool {
-        self.class != Class::Administration && self.reply.is_closed()
+        matches!(self.class, Class::Grant | Class::Refusal) && self.reply.is_closed()
     }
 }
 
@@ -164,13 +164,14 @@ impl Writer {
                 self.note(&lines, began);
             }
             Err(error) => {
-                if self.lost == 0 && lines.iter().any(|line| line.class != Class::Trial) {
+                // A summary is kept and tried again: nothing was refused for it.
+                let records = lines.iter().filter(|line| line.class != Class::Own).count() as u64;
+                if self.lost == 0 && records > 0 {
                     tracing::error!(
                         file = %self.trail.path().display(), %error,
                         "the audit trail cannot be written; nothing is released until it can: check the disk"
                     );
                 }
-                let records = lines.iter().filter(|line| line.class != Class::Trial).count() as u64;
                 self.lost += records;
                 metrics::audit_errors(records);
             }

@@ -14,9 +14,6 @@ use crate::files;
 use crate::print::say;
 use crate::state::{Kind, State};
 
-/// Largest file with a certificate.
-const MAX_CERTIFICATE: usize = 64 * 1024;
-
 /// `claviger audit …`
 #[derive(Debug, clap::Subcommand)]
 pub enum Audit {
@@ -85,7 +82,8 @@ pub async fn run(command: Audit) -> Result<ExitCode, Failure> {
 
 fn verify(command: &Verify) -> Result<ExitCode, Failure> {
     let config = command.config.as_deref().map(Config::load).transpose()?;
-    let mut trusted = command.certificates.iter().map(|path| certificate(path)).collect::<Result<Vec<_>, _>>()?;
+    let given = command.certificates.iter().map(|path| files::read_certificate(path));
+    let mut trusted = given.collect::<Result<Vec<_>, _>>()?;
     if let Some(config) = &config {
         trusted.extend(signing(config)?);
     }
@@ -106,11 +104,6 @@ fn verify(command: &Verify) -> Result<ExitCode, Failure> {
         (None, None) if !are_given => 0,
         (None, None) => 3,
     }))
-}
-
-fn certificate(path: &Path) -> Result<Certificate, Failure> {
-    let file = files::read(path, MAX_CERTIFICATE)?;
-    Certificate::from_file(&file).map_err(|error| format!("{}: {error}", path.display()).into())
 }
 
 /// The signing certificates of the state, disabled ones too: they have signed before.

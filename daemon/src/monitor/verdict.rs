@@ -56,6 +56,10 @@ pub(super) fn judge(readings: &Readings, last: Option<&Point>, now: i64) -> Verd
     if readings.state_stale {
         remarks.push("The state file cannot be read: hosts that were removed may go on being served.".to_owned());
     }
+    if readings.audit.reserve_missing > 0 {
+        let used = readings.audit.reserve_missing.div_ceil(1024 * 1024);
+        remarks.push(format!("The audit log's disk is full: {used} MiB of its reserve are used."));
+    }
     if readings.connections_open * 10 >= readings.connections_limit * 9 && readings.connections_limit > 0 {
         let most = readings.connections_limit;
         remarks.push(format!("{} of at most {most} connections are open.", readings.connections_open));
@@ -176,6 +180,9 @@ mod tests {
         let none = verdict(&[Down, Drained], Some((0, 3)), |_| ());
         assert_eq!(none.level, Level::Bad);
         assert_eq!(none.headline, "No keys are released: none of the 2 HSMs serves");
+        let full = verdict(&[Up], Some((5, 0)), |readings| readings.audit.reserve_missing = 1);
+        assert_eq!(full.level, Level::Degraded);
+        assert_eq!(full.remarks, ["The audit log's disk is full: 1 MiB of its reserve are used."]);
         let disk = verdict(&[Up], Some((5, 0)), |readings| readings.audit_writing = Duration::from_secs(7));
         assert_eq!(disk.headline, "No keys are released: the audit log's disk has not answered for 7 s");
         let failing = verdict(&[Up], Some((0, 8)), |_| ());

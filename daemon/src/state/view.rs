@@ -37,7 +37,7 @@ impl State {
             connection = copy(&connection).map_err(database)?;
             migrate(&mut connection, &path, MIGRATIONS)?;
         }
-        Ok(View { state: Self { path, connection, seen: 0, wrote: false }, older })
+        Ok(View { state: Self { path, connection, seen: 0, wrote: false, identity: None }, older })
     }
 }
 
