@@ -10,6 +10,7 @@ use std::net::TcpStream;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::{Arc, Mutex};
 
 use claviger::client::Client;
 use claviger_protocol::payload::ApiVersion;
@@ -88,17 +89,23 @@ fn a_log_that_nobody_reads_stops_nothing() {
     let listed = run(["hosts", "list", "--config", lab.config_file().to_str().unwrap()]);
     assert!(listed.status.success(), "{}", said(&listed));
 
-    // Its reader reads again: the oldest lines are there, and how many are missing.
-    let reading = std::thread::spawn(move || {
-        let mut text = Vec::new();
-        reader.read_to_end(&mut text).unwrap();
-        String::from_utf8_lossy(&text).into_owned()
+    // Its reader reads again: it gets the oldest lines, and is told how many are missing.
+    let text = Arc::new(Mutex::new(Vec::new()));
+    let reading = std::thread::spawn({
+        let text = text.clone();
+        move || {
+            let mut bytes = [0; 4096];
+            while let Ok(read @ 1..) = reader.read(&mut bytes) {
+                text.lock().unwrap().extend_from_slice(&bytes[..read]);
+            }
+        }
     });
+    let has = |words: &str| String::from_utf8_lossy(&text.lock().unwrap()).contains(words);
+    until("the missing lines are reported", || (has("these lines were dropped") && dropped > 0).then_some(()));
     signal(&child.0, Signal::TERM);
     assert_eq!(ended(&mut child.0), Some(0));
-    let text = reading.join().unwrap();
-    assert!(text.contains("these lines were dropped") && dropped > 0, "{} bytes", text.len());
-    assert!(text.contains("all requests are answered"), "the last lines of an orderly stop are missing");
+    reading.join().unwrap();
+    assert!(has("all requests are answered"), "the last lines of an orderly stop are missing");
 }
 
 /// What a stop needs, too: nobody ever reads the log.
@@ -291,7 +298,9 @@ fn output_that_was_not_written_is_a_failure() {
         "--lab",
         lab_folder,
         "--profile",
-        "1s@10",
+        "200ms@20",
+        "--vms",
+        "2",
         "--warmup",
         "0s",
         "--max-lag",
@@ -426,7 +435,17 @@ fn too_few_threads_give_a_message() {
             until("it is ready", || (ready() == 200).then_some(()));
             let host = lab.host(Client::new(&url).unwrap().with_timeout(PATIENCE));
             let health = block(host.attest()).unwrap();
-            block(host.roll(ApiVersion::V2, &health, &lab.protector())).unwrap();
+            // Nor does it need more of them later: what waits for a thread gets one of those that there are.
+            let mut limit = Command::new("setpriv");
+            limit.args(["--reuid", USER, "--clear-groups", "prlimit", "--nproc=1:1", "--pid"]);
+            let limited = tool("util-linux", limit.arg(process.pid().as_raw_nonzero().to_string()));
+            assert!(limited.status.success(), "{}", said(&limited));
+            for _ in 0..3 {
+                block(host.roll(ApiVersion::V2, &health, &lab.protector())).unwrap();
+                assert_eq!(ready(), 200);
+                let listed = run(list);
+                assert!(listed.status.success(), "{}", said(&listed));
+            }
             process.terminate();
             assert!(process.wait().success(), "{threads}: {}", process.output());
         } else {
