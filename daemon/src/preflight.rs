@@ -7,11 +7,14 @@ use std::fmt;
 use std::fs::{File, TryLockError};
 use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
+use std::os::unix::fs::FileTypeExt;
+use std::path::Path;
 
 use crate::admin;
-use crate::config::Config;
+use crate::config::{Config, PinError};
+use crate::files::FileError;
 use crate::process;
-use crate::server::bind_socket;
+use crate::server::{TlsError, bind_socket, tls_config};
 
 /// Something that has to be changed before the daemon can start.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,7 +51,7 @@ impl fmt::Display for Blocked {
 type Check = fn(&Config) -> Vec<Problem>;
 
 /// Checks that hold whether a daemon runs or not.
-const CHECKS: &[Check] = &[sockets, groups];
+const CHECKS: &[Check] = &[pins, tls, folder, sockets, groups];
 /// Checks that fail while a daemon runs, because it holds what they ask for.
 const CHECKS_WHILE_STOPPED: &[Check] = &[ports];
 
@@ -83,6 +86,50 @@ fn another(config: &Config) -> Option<Problem> {
     })
 }
 
+/// Whether this is a pipe or a device. It is left alone: what is read from it here would be gone when it is needed.
+fn is_pipe(path: &Path) -> bool {
+    path.metadata().is_ok_and(|metadata| !metadata.is_file() && !metadata.is_dir())
+}
+
+/// Every member has a PIN that others cannot read.
+fn pins(config: &Config) -> Vec<Problem> {
+    let readable = config.hsm.iter().filter(|hsm| !hsm.pin_file.as_deref().is_some_and(is_pipe));
+    let problem = |error: PinError| {
+        let remedy = match &error {
+            PinError::File { source: FileError::Exposed { .. }, .. } => {
+                "then change the PIN, which others may have read"
+            }
+            _ => "without its PIN the HSM does not serve",
+        };
+        Problem { check: "pin", what: error.to_string(), remedy: remedy.to_owned() }
+    };
+    readable.filter_map(|hsm| hsm.read_pin().err()).map(problem).collect()
+}
+
+/// Certificate, key and authorities of TLS can be used.
+fn tls(config: &Config) -> Vec<Problem> {
+    let Some(settings) = &config.server.tls else { return Vec::new() };
+    if [&settings.certificate, &settings.key].into_iter().chain(&settings.client_ca).any(|path| is_pipe(path)) {
+        return Vec::new();
+    }
+    let Err(error) = tls_config(settings) else { return Vec::new() };
+    let remedy = match &error {
+        TlsError::File(FileError::Exposed { .. }) => "then use a new key, because others may have read this one",
+        _ => "a daemon that runs already goes on with the files that it has read",
+    };
+    vec![Problem { check: "tls", what: error.to_string(), remedy: remedy.to_owned() }]
+}
+
+/// The state folder is a folder, if it is there: it is made at the start.
+fn folder(config: &Config) -> Vec<Problem> {
+    let path = &config.server.state;
+    if path.metadata().map_or(true, |metadata| metadata.is_dir()) {
+        return Vec::new();
+    }
+    let what = format!("the state folder {} is not a folder", path.display());
+    vec![Problem { check: "folder", what, remedy: "move it away, or change server.state".to_owned() }]
+}
+
 /// The administrators' sockets can be made.
 fn sockets(config: &Config) -> Vec<Problem> {
     let mut found = Vec::new();
@@ -91,6 +138,11 @@ fn sockets(config: &Config) -> Vec<Problem> {
         if let Err(error) = admin::check_length(&path) {
             let remedy = "set server.sockets to a folder with a shorter path, such as /run/claviger";
             found.push(Problem { check: "socket", what: error.to_string(), remedy: remedy.to_owned() });
+        }
+        // A socket that an earlier daemon left is replaced; anything else there is somebody's.
+        if path.symlink_metadata().is_ok_and(|metadata| !metadata.file_type().is_socket()) {
+            let what = format!("{} is in the place of the socket, and is none", path.display());
+            found.push(Problem { check: "socket", what, remedy: "move it away".to_owned() });
         }
     }
     // The state folder is made at the start; this one is not.
@@ -157,7 +209,9 @@ fn overlap(one: SocketAddr, other: SocketAddr) -> bool {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::config::Tls;
     use std::net::TcpListener;
+    use std::os::unix::fs::PermissionsExt;
 
     /// A configuration whose ports the kernel chooses.
     fn config() -> (tempfile::TempDir, Config) {
@@ -196,6 +250,45 @@ mod tests {
         let mut config = good.clone();
         config.server.review_group = Some("no such group".to_owned());
         only(&config, true, "socket", &["server.review_group", "no such group"]);
+    }
+
+    #[test]
+    fn files_that_cannot_be_used_are_named_all_at_once() {
+        let (folder, good) = config();
+        let write = |name: &str, bytes: &[u8], mode: u32| {
+            let path = folder.path().join(name);
+            std::fs::write(&path, bytes).unwrap();
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+            path
+        };
+        let hsm = |name: &str, pin: std::path::PathBuf| {
+            let text = format!("[[hsm]]\nname = {name:?}\nmodule = \"m\"\ntoken = \"t\"\npin_file = {pin:?}\n");
+            Config::parse(&text, Path::new("/claviger.toml")).unwrap().hsm.remove(0)
+        };
+        let mut config = good.clone();
+        config.hsm = vec![
+            hsm("good", write("good.pin", b"1234\n", 0o600)),
+            hsm("open", write("open.pin", b"1234\n", 0o644)),
+            hsm("wide", write("wide.pin", b"\xff\xfe1\x002\x00", 0o600)),
+            hsm("none", folder.path().join("none.pin")),
+            hsm("pipe", "/dev/null".into()),
+        ];
+        only(&config, true, "pin", &["open.pin", "chmod 600", "wide.pin", "UTF-16", "none.pin", "No such file"]);
+        assert_eq!(problems(&config, true).len(), 3, "a pipe is not read, it would be empty afterwards");
+        let text = pass(&config).unwrap_err().to_string();
+        assert!(text.contains("open.pin") && text.contains("also: ") && text.contains("none.pin"), "{text}");
+
+        let mut config = good.clone();
+        let [certificate, key] = ["tls.pem", "tls.key"].map(|name| write(name, b"nothing", 0o600));
+        config.server.tls = Some(Tls { certificate, key, client_ca: None, client_required: false });
+        only(&config, true, "tls", &["tls.pem", "text without a PEM block"]);
+
+        let mut config = good.clone();
+        write("admin.sock", b"precious", 0o600);
+        only(&config, true, "socket", &["admin.sock is in the place of the socket"]);
+        config.server.state = folder.path().join("admin.sock");
+        config.server.sockets = Some(std::env::temp_dir());
+        only(&config, true, "folder", &["admin.sock is not a folder"]);
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Files and folders: PINs, TLS, sockets, the audit trail.
+//! Files and folders: TLS, sockets, the audit trail.
 
 use std::collections::BTreeSet;
 use std::fs::{File, Metadata, OpenOptions};
@@ -12,10 +12,9 @@ use time::format_description::well_known::Rfc3339;
 
 use super::Finding;
 use super::state::expiry;
-use crate::config::{Config, PinError};
-use crate::files::FileError;
+use crate::config::Config;
 use crate::ownership::{self, Untrusted};
-use crate::server::{Doubt, TlsError, tls_config};
+use crate::server::{Doubt, tls_config};
 
 /// Free space on the disk below which it is time to do something, and below which it is too late.
 const LITTLE_SPACE: u64 = 1024 * 1024 * 1024;
@@ -40,42 +39,15 @@ pub(super) fn code(file: &Path, config: &Config) -> Vec<Finding> {
     named.filter_map(open).collect()
 }
 
-pub(super) fn pins(config: &Config) -> Vec<Finding> {
-    let mut findings = Vec::new();
-    for error in config.hsm.iter().filter_map(|hsm| hsm.read_pin().err()) {
-        let todo = match &error {
-            PinError::File { source: FileError::Exposed { .. }, .. } => {
-                "after that, change the PIN, which others may have read; without its PIN the HSM does not serve"
-            }
-            _ => "without its PIN the HSM does not serve",
-        };
-        findings.push(Finding::error("pin", error.to_string(), todo));
-    }
-    if findings.is_empty() {
-        findings.push(Finding::ok("pin", "every PIN can be read, and others cannot read it"));
-    }
-    findings
-}
-
+/// What the certificate of TLS is worth, where it can be used; that it cannot, the list of obstacles says.
 pub(super) fn tls(config: &Config, now: i64) -> Vec<Finding> {
     let Some(tls) = &config.server.tls else { return Vec::new() };
-    let mut findings = Vec::new();
-    match tls_config(tls) {
-        Ok(served) => {
-            let name = format!("the TLS certificate {}", tls.certificate.display());
-            let error = |doubt: &Doubt| Finding::error("tls", format!("{name}: {}", doubt.what), doubt.todo);
-            findings.extend(served.doubts.iter().map(error));
-            let todo = "put a new one in its place and send SIGHUP";
-            findings.extend(expiry("tls", &name, (served.not_before, served.not_after), now, todo, Finding::error));
-        }
-        Err(error) => {
-            let todo = match &error {
-                TlsError::File(FileError::Exposed { .. }) => "after that, use a new key: others may have read this one",
-                _ => "a running daemon goes on with what it has; none starts with these files",
-            };
-            findings.push(Finding::error("tls", error.to_string(), todo));
-        }
-    }
+    let Ok(served) = tls_config(tls) else { return Vec::new() };
+    let name = format!("the TLS certificate {}", tls.certificate.display());
+    let error = |doubt: &Doubt| Finding::error("tls", format!("{name}: {}", doubt.what), doubt.todo);
+    let mut findings: Vec<Finding> = served.doubts.iter().map(error).collect();
+    let todo = "put a new one in its place and send SIGHUP";
+    findings.extend(expiry("tls", &name, (served.not_before, served.not_after), now, todo, Finding::error));
     if findings.is_empty() {
         findings.push(Finding::ok("tls", "certificate and key belong together, and hosts can accept them"));
     }
@@ -85,10 +57,8 @@ pub(super) fn tls(config: &Config, now: i64) -> Vec<Finding> {
 pub(super) fn folder(config: &Config) -> Vec<Finding> {
     let path = &config.server.state;
     match path.metadata() {
-        Ok(metadata) if !metadata.is_dir() => {
-            let what = format!("the state folder {} is no folder", path.display());
-            vec![Finding::error("folder", what, "move it away, or change server.state")]
-        }
+        // Among the obstacles.
+        Ok(metadata) if !metadata.is_dir() => Vec::new(),
         Ok(metadata) if metadata.mode() & 0o022 != 0 => {
             let mode = metadata.mode() & 0o777;
             let what = format!("the state folder {} can be changed by others (mode {mode:04o})", path.display());
@@ -135,12 +105,8 @@ fn socket(path: &Path, for_group: bool, findings: &mut Vec<Finding>) -> bool {
             return false;
         }
     };
+    // Among the obstacles.
     if !metadata.file_type().is_socket() {
-        findings.push(Finding::error(
-            "socket",
-            format!("{name} is no socket"),
-            "move it away: the daemon cannot start",
-        ));
         return false;
     }
     let mode = metadata.mode() & 0o777;

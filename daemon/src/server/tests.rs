@@ -7,6 +7,7 @@ use arc_swap::ArcSwap;
 use http_body_util::Full;
 use hyper::StatusCode;
 use hyper::service::service_fn;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
@@ -624,6 +625,7 @@ async fn tls_is_served_with_both_protocols() {
     let [certificate_path, key_path] = ["tls.pem", "tls.key"].map(|name| folder.path().join(name));
     std::fs::write(&certificate_path, &certificate).unwrap();
     std::fs::write(&key_path, &key).unwrap();
+    std::fs::set_permissions(&key_path, std::fs::Permissions::from_mode(0o600)).unwrap();
     let config = tls_config(&files(&certificate_path, &key_path)).unwrap();
     let mut server = Running::start(Limits { header_timeout: Duration::from_millis(1500), ..limits() }, Some(config));
     let connector = |protocols: &[&[u8]], versions: &[&'static rustls::SupportedProtocolVersion]| {
@@ -690,16 +692,18 @@ fn what_is_wrong_with_tls_files_is_said() {
     let write = |name: &str, content: &str| {
         let path = folder.path().join(name);
         std::fs::write(&path, content).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
         path
     };
     let (certificate, key) = (write("c", &certificate), write("k", &key));
     let fault = |certificate: &Path, key: &Path| tls_config(&files(certificate, key)).unwrap_err().to_string();
     let missing = folder.path().join("missing");
     let empty = write("e", "nothing");
-    assert!(fault(&missing, &key).contains("missing cannot be read"), "{}", fault(&missing, &key));
-    assert!(fault(&empty, &key).contains("/e holds no certificate in PEM"), "{}", fault(&empty, &key));
-    assert!(fault(&certificate, &empty).contains("/e holds no private key"), "{}", fault(&certificate, &empty));
-    let other = write("o", &other_key);
-    assert!(fault(&certificate, &other).contains("cannot be used together"), "{}", fault(&certificate, &other));
+    assert!(fault(&missing, &key).contains("missing: No such file"), "{}", fault(&missing, &key));
+    assert!(fault(&empty, &key).contains("/e: it is text without a PEM block"), "{}", fault(&empty, &key));
+    let said = fault(&certificate, &empty);
+    assert!(said.contains("/e: it is text") && said.contains("a private key is needed"), "{said}");
+    let said = fault(&certificate, &write("o", &other_key));
+    assert!(said.contains("cannot be used together: the key is that of another certificate"), "{said}");
     tls_config(&files(&certificate, &key)).unwrap();
 }

@@ -69,8 +69,8 @@ pub enum TlsError {
     },
     /// The key is another one than that of the certificate.
     #[error(
-        "TLS: the key in {} is not that of the certificate in {}; give both from the same request", key.display(),
-        certificate.display()
+        "TLS: the certificate in {} and the key in {} cannot be used together: the key is that of another certificate; give \
+         both from the same request", certificate.display(), key.display()
     )]
     Mismatch {
         /// The certificate's file.
@@ -296,7 +296,7 @@ mod tests {
             ("good.pem", "both.pfx", "openssl pkcs12 -in FILE -nocerts -nodes"),
             ("request.pem", "key.pem", "it is a certificate request"),
             ("old.crt", "key.pem", "X.509 version 1"),
-            ("good.pem", "other.pem", "other.pem is not that of the certificate in"),
+            ("good.pem", "other.pem", "other.pem cannot be used together: the key is that of another"),
             ("key.pem", "key.pem", "give the certificate of that key"),
             ("both.pfx", "key.pem", "openssl pkcs12 -in FILE -nokeys"),
             ("none.pem", "key.pem", "none.pem: No such file"),
