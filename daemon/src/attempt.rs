@@ -76,6 +76,12 @@ impl Caller {
         (Self(Some(receiver)), Present { _sender: sender })
     }
 
+    /// Whether the caller has gone away.
+    #[must_use]
+    pub fn is_gone(&self) -> bool {
+        self.0.as_ref().is_some_and(|present| present.has_changed().is_err())
+    }
+
     /// Ends when the caller has gone away.
     pub async fn left(&mut self) {
         match &mut self.0 {

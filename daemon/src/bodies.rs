@@ -2,11 +2,12 @@
 //!
 //! Room is taken as bytes arrive, in steps: what a request announces costs nothing. Four bounds hold: of all bodies
 //! together, of one connection, of one network, and a share of it all that is kept for small bodies, which are what single
-//! releases and attestations have. Where room is short, bodies that have been arriving for a while give theirs up, first
-//! those of the network that holds the most: honest bodies arrive within moments.
+//! releases and attestations have. Where room is short, bodies that are still arriving give theirs up: first those of the
+//! network, and of the connection, that holds the most, and of these the oldest. Honest bodies arrive within moments.
 //!
 //! [`Ledger`] is a plain value that is handed `now`; [`Bodies`] shares one, and [`Room`] is what a request holds.
 
+use std::cmp::Reverse;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -28,8 +29,8 @@ const STEP: u64 = 32 * 1024;
 /// A body is small up to this cost: a release with the protector of an owner and three guardians takes a third of it.
 const SMALL: u64 = 64 * 1024 * COST;
 
-/// How long a body may have been arriving before it may have to give up its room.
-const ARRIVES_WITHIN: Duration = Duration::from_secs(1);
+/// How long a body may be arriving before it may have to give up its room: most come in one go.
+const ARRIVES_WITHIN: Duration = Duration::from_millis(20);
 
 /// What is freed at once where room is short, as a part of all: a search looks at every body.
 const FREED_PART: u64 = 64;
@@ -221,7 +222,7 @@ impl<T: Clone> Ledger<T> {
         }
     }
 
-    /// Closes accounts of bodies that have been arriving for a while, until `short` bytes, counted by `worth`, and some more
+    /// Closes accounts of bodies that are still arriving, until `short` bytes, counted by `worth`, and some more
     /// are free. `None`, and nothing is closed, where all of them are not enough.
     fn free(&mut self, short: u64, but: u64, now: Instant, worth: impl Fn(&Account<T>) -> u64) -> Option<Vec<T>> {
         let may_give_way = |id: &u64, account: &Account<T>| {
@@ -233,7 +234,8 @@ impl<T: Clone> Ledger<T> {
             .filter(|(id, account)| may_give_way(id, account))
             .map(|(id, account)| {
                 let of_network = self.networks.get(&account.network).copied().unwrap_or_default();
-                (std::cmp::Reverse(of_network), account.since, *id, worth(account))
+                let of_connection = self.connections.get(&account.connection).copied().unwrap_or_default();
+                (Reverse(of_network), Reverse(of_connection), account.since, *id, worth(account))
             })
             .collect();
         if candidates.iter().map(|(.., worth)| worth).sum::<u64>() < short {
@@ -476,18 +478,35 @@ mod tests {
         assert_eq!(ledger.used, ledger.accounts.values().map(|account| account.held).sum::<u64>());
     }
 
+    #[test]
+    fn of_a_network_the_connection_that_holds_most_gives_way_first() {
+        let (mut ledger, now) = ledger();
+        let later = now + ARRIVES_WITHIN;
+        // Two that send one body each, of which one is the oldest of all, and one with many streams.
+        ledger.open(network(1), 1, 1, now).unwrap();
+        while ledger.open(network(1), 2, 2, later).is_ok() && ledger.used < 40 * STEP {}
+        ledger.open(network(1), 3, 3, later).unwrap();
+        while ledger.used < BOUNDS.network {
+            ledger.open(network(1), 4, 4, later).unwrap();
+        }
+        let (_, gave_way) = ledger.open(network(1), 5, 5, later + ARRIVES_WITHIN).unwrap();
+        assert_eq!(gave_way, [2]);
+    }
+
     #[tokio::test]
     async fn a_body_that_has_to_give_way_hears_of_it_and_an_answer_keeps_its_room() {
         let server = Server { body_memory_mib: 64, body_memory_per_address_mib: 0, ..Server::default() };
         let bodies = Bodies::new(&server);
         let slow = bodies.open(network(1), 0).unwrap();
+        bodies.ledger().bounds.connection = u64::MAX;
         slow.grow(1024 * 1024).unwrap();
         // As if it had begun some time ago.
         let since = Instant::now().checked_sub(ARRIVES_WITHIN).unwrap();
         bodies.ledger().accounts.get_mut(&slow.id).unwrap().since = since;
         let mut rooms = Vec::new();
         while bodies.ledger().accounts.contains_key(&slow.id) {
-            rooms.push(bodies.open(network(2), rooms.len() as u64).unwrap());
+            // Each of a network of its own, so that it is the slow one's that holds the most.
+            rooms.push(bodies.open(Network::of(std::net::Ipv4Addr::from_bits(rooms.len() as u32).into()), 7).unwrap());
         }
         slow.summoned().await;
         assert_eq!(slow.arrived(), Err(NoRoom::GaveWay));

@@ -15,6 +15,7 @@ use http_body_util::Full;
 use hyper::body::Incoming;
 use hyper::header::{ALLOW, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, RETRY_AFTER};
 use hyper::{Method, Request, Response, StatusCode};
+use tokio::task::JoinHandle;
 use tracing::{Instrument, error_span};
 
 use crate::attempt::{Attempt, Caller};
@@ -207,7 +208,7 @@ pub async fn serve(service: Arc<Service>, request: Request<Incoming>) -> Result<
     let attempt = Attempt::new(id.clone()).sent_from(address).asked_by(caller);
     // What is logged of the request has its id, wherever it is logged.
     let span = error_span!("request", request = id);
-    let work = tokio::spawn(answer(service.clone(), request, asked, attempt).instrument(span.clone()));
+    let work = spawn(answer(service.clone(), request, asked, attempt).instrument(span.clone()));
     let answer = match work.await {
         Ok(answer) => answer,
         Err(error) => {
@@ -218,6 +219,12 @@ pub async fn serve(service: Arc<Service>, request: Request<Incoming>) -> Result<
     };
     metrics::response(asked.name(), answer.status);
     Ok(answer.into_response(&id))
+}
+
+/// Makes a task of the work on a request. The future is never part of the one that waits for the task, which there may be
+/// thousands of.
+fn spawn(work: impl Future<Output = Answer> + Send + 'static) -> JoinHandle<Answer> {
+    tokio::spawn(work)
 }
 
 /// The answer to a request that the service could not even read, recorded and counted like any other decision: a task that
@@ -239,6 +246,10 @@ async fn refuse(service: &Service, asked: Asked, attempt: &Attempt, refusal: Ref
 
 async fn answer(service: Arc<Service>, request: Request<Incoming>, asked: Asked, mut attempt: Attempt) -> Answer {
     let family = asked.family;
+    if attempt.caller().is_gone() {
+        // Nobody will read it: what a client takes back at once is not to cost more than that.
+        return family.error(Code::ServiceUnavailable, "the caller went away");
+    }
     let Some((method, endpoint)) = asked.resource else {
         return family.error(Code::NotFound, "there is no such resource");
     };

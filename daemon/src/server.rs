@@ -22,7 +22,7 @@ use std::convert::Infallible;
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -149,25 +149,55 @@ pub struct Listener {
     blocked: Arc<Blocked>,
 }
 
-/// Whether a listener takes no connections at the moment.
+/// Whether a listener takes no connections, for longer than a moment.
 #[derive(Debug, Default)]
 pub struct Blocked {
-    full: AtomicBool,
-    failing: AtomicBool,
+    full: Since,
+    failing: Since,
 }
+
+/// When something that still holds began.
+type Since = Mutex<Option<std::time::Instant>>;
+
+/// How long no connection may be taken before it is more than a moment.
+const MOMENT: Duration = Duration::from_secs(2);
 
 impl Blocked {
     /// Why no connection is taken, if so.
     #[must_use]
     pub fn why(&self) -> Option<&'static str> {
-        if self.failing.load(Ordering::Relaxed) {
+        if lasts(&self.failing) {
             Some("connections cannot be accepted: the log says why")
-        } else if self.full.load(Ordering::Relaxed) {
+        } else if lasts(&self.full) {
             Some("as many connections are open as may be, and all are worked for")
         } else {
             None
         }
     }
+
+    /// Notes whether a newcomer has to wait although all places are worked for. Returns whether that has lasted.
+    fn is_full(&self, full: bool) -> bool {
+        note(&self.full, full)
+    }
+
+    /// Notes whether the last attempt to accept failed.
+    fn is_failing(&self, failing: bool) {
+        note(&self.failing, failing);
+    }
+}
+
+fn note(since: &Since, holds: bool) -> bool {
+    let mut at = since.lock().unwrap_or_else(PoisonError::into_inner);
+    *at = holds.then(|| at.unwrap_or_else(standstill::now));
+    at.is_some_and(is_past)
+}
+
+fn lasts(since: &Since) -> bool {
+    since.lock().unwrap_or_else(PoisonError::into_inner).is_some_and(is_past)
+}
+
+fn is_past(at: std::time::Instant) -> bool {
+    standstill::since(at) >= MOMENT
 }
 
 impl Listener {
@@ -269,7 +299,7 @@ where
             let freed = house.freed.notified();
             match house.arrive(peer, &activity) {
                 Ok(place) => {
-                    blocked.full.store(false, Ordering::Relaxed);
+                    blocked.is_full(false);
                     start(stream, peer, Some(place), activity);
                 }
                 Err(NoPlace::Group) => {
@@ -278,8 +308,8 @@ where
                     }
                     tracing::debug!(%peer, "a connection is not taken: its address has too many, and all are worked for");
                 }
-                Err(NoPlace::Full) => {
-                    if !blocked.full.swap(true, Ordering::Relaxed) {
+                Err(why @ (NoPlace::Full | NoPlace::Leaving)) => {
+                    if why == NoPlace::Full && blocked.is_full(true) {
                         log_full(address, limits.max_connections);
                     }
                     waiting = Some((stream, peer, activity));
@@ -302,12 +332,12 @@ where
         match accepted {
             Ok((stream, peer)) => {
                 backoff.success();
-                blocked.failing.store(false, Ordering::Relaxed);
+                blocked.is_failing(false);
                 waiting = Some((stream, peer, server.activity()));
             }
             Err(error) => {
                 let Some(pause) = backoff.failure(&error, address) else { continue };
-                blocked.failing.store(true, Ordering::Relaxed);
+                blocked.is_failing(true);
                 tokio::select! {
                     biased;
                     () = &mut shutdown => break,

@@ -18,6 +18,7 @@ mod process;
 mod remote;
 mod scrape;
 
+pub mod attackers;
 pub mod openloop;
 pub mod prometheus;
 pub mod protector;

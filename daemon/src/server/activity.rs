@@ -176,6 +176,11 @@ impl Activity {
         self.is_idle() && !self.unread.load(Ordering::Relaxed)
     }
 
+    /// Whether something waits to be read, as far as the kernel was asked.
+    pub(super) fn has_unread(&self) -> bool {
+        self.unread.load(Ordering::Relaxed)
+    }
+
     /// From now on, let [`Activity::is_quiet`] be the kernel's word.
     pub(super) fn ask_kernel(&self, ask: bool) {
         self.ask_kernel.store(ask, Ordering::Relaxed);

@@ -239,9 +239,21 @@ where
                     closing = Some(clock());
                 }
                 Event::Changed => {}
-                // Its client has sent something meanwhile, and it is another's turn to leave.
-                Event::Told(Cut::Room) if !activity.may_be_closed() => slot.stay(),
                 Event::Told(reason) => {
+                    if reason == Cut::Room {
+                        // It may be the server that is behind: what the kernel has is asked for once more.
+                        activity.ask_kernel(true);
+                        let polled = poll_fn(|cx| Poll::Ready(connection.as_mut().poll(cx).is_ready())).await;
+                        let stays = !activity.may_be_closed() || activity.has_unread();
+                        activity.ask_kernel(last_call);
+                        if polled {
+                            return true;
+                        }
+                        if stays {
+                            slot.stay();
+                            continue;
+                        }
+                    }
                     tracing::debug!(%peer, reason = reason.as_str(), "the connection is cut");
                     slot.cut(reason);
                     return false;
@@ -368,7 +380,8 @@ where
             request.extensions_mut().insert(Peer(peer));
             request.extensions_mut().insert(Origin::new(connection, activity, work));
             let http1 = request.version() <= Version::HTTP_11;
-            let mut response = service.call(request).await?;
+            // On the heap: as long as a request waits here, it is not to take what the work on it will.
+            let mut response = Box::pin(service.call(request)).await?;
             in_progress.answered();
             if http1 && *phase.borrow() != Phase::Serving {
                 // hyper closes the connection after an answer that says so.

@@ -30,6 +30,8 @@ pub(crate) trait Guest: Clone {
 pub(crate) enum NoPlace {
     /// All places are taken by connections that are worked for. One may become free at any moment.
     Full,
+    /// So many connections were told to leave that more have to wait until some have.
+    Leaving,
     /// The group has as many connections as it may, and all of them are worked for.
     Group,
 }
@@ -127,10 +129,10 @@ impl<K: Copy + Eq + Hash, G: Guest> Places<K, G> {
         }
     }
 
-    /// Tells a connection to leave; `without` when all are worked for.
+    /// Tells a connection to leave; `without` is the error when all are worked for.
     fn dismiss(&mut self, within: Option<K>, without: NoPlace) -> Result<(), NoPlace> {
         if self.leaving >= LEAVING {
-            return Err(NoPlace::Full);
+            return Err(NoPlace::Leaving);
         }
         if !self.dismiss_found(within) {
             self.search(within);

@@ -323,6 +323,20 @@ async fn at_the_limit_connections_wait_while_all_others_are_worked_for() {
     assert_eq!(server.drained().await.cut, 0);
 }
 
+#[test]
+fn a_listener_is_blocked_when_it_is_for_longer_than_a_moment() {
+    let blocked = Blocked::default();
+    assert!(!blocked.is_full(true) && blocked.why().is_none());
+    *blocked.full.lock().unwrap() = standstill::now().checked_sub(MOMENT);
+    assert!(blocked.is_full(true) && blocked.why().unwrap().contains("all are worked for"));
+    blocked.is_full(false);
+    assert_eq!(blocked.why(), None);
+    *blocked.failing.lock().unwrap() = standstill::now().checked_sub(MOMENT);
+    assert!(blocked.why().unwrap().contains("cannot be accepted"));
+    blocked.is_failing(false);
+    assert_eq!(blocked.why(), None);
+}
+
 /// Whatever a connection waits for its client with, it gives up its place for one that has something to say.
 #[tokio::test]
 async fn at_the_limit_the_connection_that_has_waited_longest_for_its_client_is_closed() {

@@ -1,0 +1,409 @@
+//! Callers that are nobody and cost something: what each kind of attacker on the service does, again and again, until it is
+//! stopped. They run on threads of their own; beside them a test runs honest load.
+
+use std::future::Future;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use claviger_protocol::algorithm::SignatureAlgorithm;
+use claviger_protocol::attestation::{self, ResultType};
+use claviger_protocol::rsa_key::{RsaPrivateKey, RsaPublicKey};
+use ring::rand::{SecureRandom, SystemRandom};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
+use tokio::net::TcpStream;
+use tokio::runtime::Runtime;
+
+use crate::{ATTEST, Daemon, Lab, METADATA, ROLL};
+
+const BATCH: &str = "/KeyProtection/service/v2.0/RollTransportKeys";
+const MIB: usize = 1024 * 1024;
+/// Connections of one attacker that does nothing but hold them.
+const HELD: usize = 5;
+/// Streams that an attacker opens at once; the server may allow fewer.
+const STREAMS: u32 = 128;
+
+/// What an attacker does.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Kind {
+    /// Connects and says nothing.
+    Silent,
+    /// The same at the metrics address.
+    SilentAtMetrics,
+    /// Sends a header, a byte now and then.
+    Header,
+    /// Announces the body of a release, and sends a byte of it.
+    Announced,
+    /// Announces the largest batch, and sends a byte of it.
+    AnnouncedBatch,
+    /// Sends a body just fast enough.
+    Dripping,
+    /// Sends a batch of 16 MiB without any certificate.
+    LargeBatch,
+    /// Opens as many streams of HTTP/2 as it can, each with a body that does not come.
+    Streams,
+    /// Asks over HTTP/2 and takes each request back at once.
+    Resets,
+    /// Asks for documents over HTTP/2 and reads no answer.
+    Unread,
+    /// The same with HTTP/1.1.
+    UnreadPipeline,
+    /// Attests with a mebibyte of JSON.
+    LargeJson,
+    /// Attests with a host key of 8192 bits.
+    LargeKeys,
+    /// Sends a release of a mebibyte of XML.
+    LargeXml,
+    /// Sends again what a registered host once sent to attest.
+    Replay,
+    /// Sends junk to every endpoint.
+    Junk,
+}
+
+impl Kind {
+    /// Every kind.
+    pub const ALL: [Self; 16] = [
+        Self::Silent,
+        Self::SilentAtMetrics,
+        Self::Header,
+        Self::Announced,
+        Self::AnnouncedBatch,
+        Self::Dripping,
+        Self::LargeBatch,
+        Self::Streams,
+        Self::Resets,
+        Self::Unread,
+        Self::UnreadPipeline,
+        Self::LargeJson,
+        Self::LargeKeys,
+        Self::LargeXml,
+        Self::Replay,
+        Self::Junk,
+    ];
+
+    /// A line for people.
+    #[must_use]
+    pub fn describe(self) -> &'static str {
+        match self {
+            Self::Silent => "silent connections",
+            Self::SilentAtMetrics => "silent connections to the metrics address",
+            Self::Header => "headers, byte by byte",
+            Self::Announced => "bodies announced, not sent",
+            Self::AnnouncedBatch => "batches announced, not sent",
+            Self::Dripping => "bodies just fast enough",
+            Self::LargeBatch => "batches of 16 MiB without a certificate",
+            Self::Streams => "HTTP/2 streams without bodies",
+            Self::Resets => "HTTP/2 requests taken back",
+            Self::Unread => "HTTP/2 answers not read",
+            Self::UnreadPipeline => "HTTP/1.1 answers not read",
+            Self::LargeJson => "attestations of 1 MiB",
+            Self::LargeKeys => "attestations with 8192-bit keys",
+            Self::LargeXml => "releases of 1 MiB",
+            Self::Replay => "attestation replayed",
+            Self::Junk => "junk to every endpoint",
+        }
+    }
+
+    /// Whether the attackers ask as fast as answers come, less a pause, and so cost processor time above all.
+    #[must_use]
+    pub fn is_busy(self) -> bool {
+        matches!(
+            self,
+            Self::LargeBatch
+                | Self::Resets
+                | Self::LargeJson
+                | Self::LargeKeys
+                | Self::LargeXml
+                | Self::Replay
+                | Self::Junk
+        )
+    }
+}
+
+/// Where attackers go, and what they have prepared.
+pub struct Target {
+    service: SocketAddr,
+    metrics: SocketAddr,
+    requests: Requests,
+}
+
+struct Requests {
+    replay: Vec<u8>,
+    large_keys: Vec<u8>,
+    large_json: Vec<u8>,
+    large_xml: Vec<u8>,
+    large_batch: Vec<u8>,
+    junk: Vec<Vec<u8>>,
+}
+
+impl Target {
+    /// A daemon that serves a lab.
+    ///
+    /// # Panics
+    /// When the daemon's addresses cannot be read.
+    #[must_use]
+    pub fn new(lab: &Lab, daemon: &Daemon) -> Arc<Self> {
+        let metrics = daemon.metrics_url.split_once("://").unwrap().1.parse().unwrap();
+        Arc::new(Self { service: daemon.address(), metrics, requests: Requests::of(lab) })
+    }
+}
+
+impl Requests {
+    fn of(lab: &Lab) -> Self {
+        let (host, identity) = (lab.key("host/hostkey.pem"), lab.identity());
+        let json = |body: &[u8]| post(ATTEST, "application/json", body.len(), body);
+        let xml = |path, body: &[u8]| post(path, "application/xml", body.len(), body);
+        // No private key is needed for a public one that verifies nothing.
+        let mut modulus = vec![0; 1024];
+        SystemRandom::new().fill(&mut modulus).unwrap();
+        modulus[0] |= 0x80;
+        modulus[1023] |= 1;
+        let large = RsaPublicKey::from_components(&modulus, &[1, 0, 1]).unwrap();
+        let item = format!("{{\"m_Item1\":77,\"m_Item2\":\"{}\"}},", "A".repeat(40));
+        let items = item.repeat((MIB - 4096) / item.len());
+        let large_json = format!(
+            "{{\"__type\":\"AttestationRequest:#Microsoft.Windows.RemoteAttestation.Core\",\"SessionId\":\"x\",\
+             \"RequestedContent\":[1],\"ProvidedContent\":[{}]}}",
+            items.trim_end_matches(',')
+        );
+        let elements = "<a b=\"c\">d</a>".repeat((MIB - 4096) / 14 / 16);
+        let padding = "x".repeat(MIB - 8192 - elements.len());
+        let large_xml = format!(
+            "<RollTransportKeyRequest xmlns=\"http://schemas.microsoft.com/kps/2014/07\"><IngressProtector>{elements}\
+             {padding}</IngressProtector></RollTransportKeyRequest>"
+        );
+        let get = |path: &str| format!("GET {path} HTTP/1.1\r\nHost: t\r\n\r\n").into_bytes();
+        let rubbish = b"<Envelope>{}[]".repeat(64);
+        Self {
+            replay: json(&attest(&host, host.public(), identity.public())),
+            large_keys: json(&attest(&host, &large, &large)),
+            large_json: json(large_json.as_bytes()),
+            large_xml: xml(ROLL, large_xml.as_bytes()),
+            large_batch: xml(BATCH, &vec![b' '; 16 * MIB]),
+            junk: vec![
+                xml(ROLL, &rubbish),
+                xml("/KeyProtection/service/v1.0/RollTransportKey", b"<RollTransportKeyRequest/>"),
+                xml(BATCH, &rubbish),
+                json(&rubbish),
+                json(b"{\"__type\":\"AttestationRequest:#Microsoft.Windows.RemoteAttestation.Core\"}"),
+                xml("/Attestation/v2.0/attest", &rubbish),
+                get(METADATA),
+                get("/Attestation/getinfo"),
+                get("/Attestation/v2.0/signingcertificates"),
+                get("/nothing"),
+            ],
+        }
+    }
+}
+
+/// An attestation's body, with a signature of `signer`.
+fn attest(signer: &RsaPrivateKey, host: &RsaPublicKey, identity: &RsaPublicKey) -> Vec<u8> {
+    let (host, identity) = (host.spki_der(), identity.spki_der());
+    let signed = attestation::signed_octets(host, identity);
+    let mut signature = signer.sign(SignatureAlgorithm::DEFAULT, &signed).unwrap();
+    if host.len() > 1000 {
+        // As long as the key's own would be, and below its modulus.
+        signature = vec![1; 1024];
+    }
+    attestation::host_key_request([7; 16], &[ResultType::EncryptionCertificate], host, identity, &signature)
+}
+
+/// A request whose body is announced to have `length` bytes.
+fn post(path: &str, media_type: &str, length: usize, body: &[u8]) -> Vec<u8> {
+    let head =
+        format!("POST {path} HTTP/1.1\r\nHost: t\r\nContent-Type: {media_type}\r\nContent-Length: {length}\r\n\r\n");
+    [head.as_bytes(), body].concat()
+}
+
+/// Attackers at work. They stop when it is dropped.
+pub struct Attack {
+    runtime: Option<Runtime>,
+}
+
+impl Attack {
+    /// Lets loose so many of a kind. Those that ask again and again pause for so long between two requests.
+    ///
+    /// # Panics
+    /// When the system gives no threads.
+    #[must_use]
+    pub fn start(kind: Kind, target: &Arc<Target>, attackers: usize, pause: Duration) -> Self {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+        for _ in 0..attackers {
+            let target = target.clone();
+            runtime.spawn(async move {
+                loop {
+                    // Whatever it comes to: the next attempt.
+                    let _ = once(kind, &target, pause).await;
+                    tokio::time::sleep(pause.max(Duration::from_millis(20))).await;
+                }
+            });
+        }
+        Self { runtime: Some(runtime) }
+    }
+}
+
+impl Drop for Attack {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+type Done<'a> = Pin<Box<dyn Future<Output = std::io::Result<()>> + Send + 'a>>;
+
+/// What an attacker does until it is cut.
+fn once(kind: Kind, target: &Target, pause: Duration) -> Done<'_> {
+    let Target { service, metrics, requests } = target;
+    let body = |path: &str, length, sent: &[u8]| post(path, "application/xml", length, sent);
+    match kind {
+        Kind::Silent => Box::pin(hold(*service, HELD, Vec::new())),
+        Kind::SilentAtMetrics => Box::pin(hold(*metrics, HELD, Vec::new())),
+        Kind::Header => Box::pin(drip(*service, b"GET / HTTP/1.1\r\nHost: t\r\nX: ".to_vec(), 1, 200)),
+        Kind::Announced => Box::pin(hold(*service, HELD, body(ROLL, MIB, b"<"))),
+        Kind::AnnouncedBatch => Box::pin(hold(*service, HELD, body(BATCH, 16 * MIB, b"<"))),
+        Kind::Dripping => Box::pin(drip(*service, body(ROLL, MIB, &[b' '; 16 * 1024]), 1024, 100)),
+        Kind::LargeBatch => Box::pin(ask(*service, std::slice::from_ref(&requests.large_batch), pause)),
+        Kind::Streams => Box::pin(streams(*service)),
+        Kind::Resets => Box::pin(resets(*service, pause)),
+        Kind::Unread => Box::pin(unread(*service)),
+        Kind::UnreadPipeline => {
+            let get = format!("GET {METADATA} HTTP/1.1\r\nHost: t\r\n\r\n");
+            Box::pin(hold(*service, 1, get.repeat(400).into_bytes()))
+        }
+        Kind::LargeJson => Box::pin(ask(*service, std::slice::from_ref(&requests.large_json), pause)),
+        Kind::LargeKeys => Box::pin(ask(*service, std::slice::from_ref(&requests.large_keys), pause)),
+        Kind::LargeXml => Box::pin(ask(*service, std::slice::from_ref(&requests.large_xml), pause)),
+        Kind::Replay => Box::pin(ask(*service, std::slice::from_ref(&requests.replay), pause)),
+        Kind::Junk => Box::pin(ask(*service, &requests.junk, pause)),
+    }
+}
+
+/// Opens some connections, writes the same on each, and holds them until the first is closed.
+async fn hold(address: SocketAddr, connections: usize, written: Vec<u8>) -> std::io::Result<()> {
+    let mut held = Vec::new();
+    for _ in 0..connections {
+        let mut stream = TcpStream::connect(address).await?;
+        // As much of it as is taken without waiting.
+        let _ = tokio::time::timeout(Duration::from_millis(100), stream.write_all(&written)).await;
+        held.push(stream);
+    }
+    loop {
+        for stream in &held {
+            if is_closed(stream).await {
+                return Ok(());
+            }
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+/// Whether the other side has closed the connection. Nothing of what it sent is read.
+async fn is_closed(stream: &TcpStream) -> bool {
+    let ready = tokio::time::timeout(Duration::from_millis(1), stream.ready(Interest::READABLE)).await;
+    ready.is_ok_and(|ready| ready.is_ok_and(|ready| ready.is_read_closed()))
+}
+
+/// Writes a beginning, and then some bytes again and again.
+async fn drip(address: SocketAddr, begin: Vec<u8>, bytes: usize, milliseconds: u64) -> std::io::Result<()> {
+    let mut stream = TcpStream::connect(address).await?;
+    stream.write_all(&begin).await?;
+    loop {
+        stream.write_all(&vec![b'x'; bytes]).await?;
+        tokio::time::sleep(Duration::from_millis(milliseconds)).await;
+    }
+}
+
+/// Sends one request after the other on a connection, and reads the answers.
+async fn ask(address: SocketAddr, requests: &[Vec<u8>], pause: Duration) -> std::io::Result<()> {
+    let mut stream = TcpStream::connect(address).await?;
+    let mut read = vec![0; 64 * 1024];
+    for request in requests.iter().cycle() {
+        let (mut reader, mut writer) = stream.split();
+        // An early answer stops the writing.
+        let answered = tokio::select! {
+            written = writer.write_all(request) => {
+                written?;
+                reader.read(&mut read).await?
+            }
+            answered = reader.read(&mut read) => answered?,
+        };
+        if answered == 0 || !read.starts_with(b"HTTP/1.1 200") && request.len() > MIB {
+            return Ok(());
+        }
+        tokio::time::sleep(pause).await;
+    }
+    Ok(())
+}
+
+fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let mut frame = (payload.len() as u32).to_be_bytes()[1..].to_vec();
+    frame.extend([kind, flags]);
+    frame.extend(stream.to_be_bytes());
+    frame.extend(payload);
+    frame
+}
+
+fn hello() -> Vec<u8> {
+    [&b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"[..], &frame(4, 0, 0, &[]), &frame(4, 1, 0, &[])].concat()
+}
+
+/// The header of a request that ends with it.
+fn h2_get(stream: u32, path: &str) -> Vec<u8> {
+    let mut block = vec![0x82, 0x86, 0x04, path.len() as u8];
+    block.extend(path.as_bytes());
+    block.extend(b"\x01\x01t");
+    frame(1, 0x5, stream, &block)
+}
+
+/// The header of a request whose body is to come.
+fn h2_post(stream: u32, path: &str) -> Vec<u8> {
+    let mut block = vec![0x83, 0x86, 0x04, path.len() as u8];
+    block.extend(path.as_bytes());
+    block.extend(b"\x01\x01t");
+    // content-type, which is not in the list of what needs no number.
+    block.extend(b"\x0f\x10\x0fapplication/xml");
+    frame(1, 0x4, stream, &block)
+}
+
+/// Reads what comes, until the end.
+async fn swallow(mut stream: TcpStream) -> std::io::Result<()> {
+    let mut read = vec![0; 64 * 1024];
+    while stream.read(&mut read).await? > 0 {}
+    Ok(())
+}
+
+async fn streams(address: SocketAddr) -> std::io::Result<()> {
+    let mut stream = TcpStream::connect(address).await?;
+    let requests = (0..STREAMS).flat_map(|number| h2_post(2 * number + 1, BATCH));
+    stream.write_all(&hello().into_iter().chain(requests).collect::<Vec<_>>()).await?;
+    swallow(stream).await
+}
+
+async fn resets(address: SocketAddr, pause: Duration) -> std::io::Result<()> {
+    let stream = TcpStream::connect(address).await?;
+    let (mut reader, mut writer) = stream.into_split();
+    let reading = tokio::spawn(async move {
+        let mut read = vec![0; 64 * 1024];
+        while reader.read(&mut read).await.is_ok_and(|read| read > 0) {}
+    });
+    writer.write_all(&hello()).await?;
+    for number in 0..1_000_000 {
+        let stream = 2 * number + 1;
+        let request = [h2_get(stream, METADATA), frame(3, 0, stream, &[0, 0, 0, 8])].concat();
+        writer.write_all(&request).await?;
+        if reading.is_finished() {
+            break;
+        }
+        if number % 8 == 7 {
+            tokio::time::sleep(pause).await;
+        }
+    }
+    Ok(())
+}
+
+async fn unread(address: SocketAddr) -> std::io::Result<()> {
+    let requests: Vec<u8> = (0..STREAMS).flat_map(|number| h2_get(2 * number + 1, METADATA)).collect();
+    hold(address, 1, [hello(), requests].concat()).await
+}

@@ -1,0 +1,114 @@
+//! A hundred anonymous callers of each kind, and honest hosts beside them: every release succeeds, `/ready` stays true, memory is
+//! bounded. How much slower honest hosts become is measured by the binary `attackers`, not here.
+
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
+
+use std::time::Duration;
+
+use claviger_protocol::batch::{BatchRequest, parse_results};
+use claviger_protocol::error::{Code, Refusal};
+use claviger_tests::attackers::{Attack, Kind, Target};
+use claviger_tests::{ALGORITHMS, Daemon, Lab, Options, PATIENCE, ROLL, open_release, roll_request};
+
+const ATTACKERS: usize = 100;
+const BATCH: &str = "/KeyProtection/service/v2.0/RollTransportKeys";
+const XML: &str = "application/xml";
+/// What attackers may add to the daemon's memory, in MiB: the budget for bodies, and half of it for everything else. Before
+/// there were bounds, it was gigabytes.
+const MEMORY: u64 = 768;
+
+fn lab() -> Lab {
+    let lab = Lab::make(Options::default());
+    lab.configure(|config| {
+        // Fewer places than the attackers want, and a budget that they could use up.
+        config.server.max_connections = 2 * ATTACKERS;
+        config.server.body_memory_mib = 64;
+        config.server.body_memory_per_address_mib = 0;
+    });
+    lab
+}
+
+async fn ready(daemon: &Daemon, beside: Kind) {
+    let reply = daemon.probe("/ready").await;
+    assert_eq!(reply.status, 200, "beside {beside:?}: {}", String::from_utf8_lossy(&reply.body));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn honest_hosts_are_served_beside_a_hundred_attackers_of_each_kind() {
+    let lab = lab();
+    let daemon = lab.serve();
+    daemon.until_ready_is(200).await;
+    let health = lab.host(daemon.client()).attest().await.unwrap();
+    let (protector, identity) = (lab.protector(), lab.identity());
+    let key = lab.owner().open(&protector).unwrap();
+    let request = roll_request(&health, &protector);
+    let target = Target::new(&lab, &daemon);
+    let idle = daemon.process.status("VmRSS") / 1024;
+    for kind in Kind::ALL {
+        let attack = Attack::start(kind, &target, ATTACKERS, Duration::from_millis(100));
+        // As many as they come to.
+        tokio::time::sleep(Duration::from_millis(2500)).await;
+        let kept = daemon.client();
+        for turn in 0..10 {
+            // A connection of its own each time, or the one of the time before.
+            let fresh = daemon.client();
+            let client = if turn % 2 == 0 { &fresh } else { &kept };
+            let reply = client.post(ROLL, XML, request.clone()).await.unwrap();
+            assert_eq!(reply.status, 200, "beside {kind:?}: {}", String::from_utf8_lossy(&reply.body));
+            assert!(*open_release(&reply.body, &identity).unwrap().0.ingress == *key);
+            ready(&daemon, kind).await;
+        }
+        let memory = daemon.process.status("VmRSS") / 1024;
+        println!("{:42} {memory} MiB, {idle} before all", kind.describe());
+        assert!(memory < idle + MEMORY, "{kind:?}: {memory} MiB, {idle} before");
+        drop(attack);
+    }
+    let metrics = daemon.metrics().await;
+    for (name, reasons) in [
+        ("claviger_connections_cut_total", &["room"][..]),
+        ("claviger_bodies_refused_total", &["unproven", "gave_way"]),
+    ] {
+        for reason in reasons {
+            assert!(metrics.count(name, &[("reason", reason)]) > 0, "{name}: {reason}");
+        }
+    }
+    assert!(daemon.stop().success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_large_batch_has_to_begin_with_a_certificate_that_is_right() {
+    let lab = Lab::make(Options::default());
+    let daemon = lab.serve();
+    daemon.until_ready_is(200).await;
+    let health = lab.host(daemon.client()).attest().await.unwrap();
+    let protector = lab.protector();
+    let items = 2 * 1024 * 1024 / protector.len();
+    let batch = |health_certificate: &[u8], items| BatchRequest {
+        health_certificate: health_certificate.to_vec(),
+        algorithms: ALGORITHMS,
+        ingress_protectors: vec![protector.clone(); items],
+    };
+    let send = async |body: Vec<u8>| {
+        let reply = daemon.client().with_timeout(PATIENCE).post(BATCH, XML, body).await.unwrap();
+        let code = (reply.status != 200).then(|| Refusal::parse(&reply.body).unwrap().code);
+        (reply, code)
+    };
+    // An honest one of more than two mebibytes.
+    let body = batch(&health, items).to_xml();
+    assert!(body.len() > 2 * 1024 * 1024);
+    let (reply, _) = send(body).await;
+    let results = parse_results(&reply.body).unwrap();
+    assert_eq!((results.len(), results.iter().filter(|item| item.is_ok()).count()), (items, items));
+    // A certificate that is not right, and none.
+    let mut forged = health.clone();
+    *forged.last_mut().unwrap() ^= 1;
+    assert_eq!(send(batch(&forged, items).to_xml()).await.1, Some(Code::HealthCertificate));
+    let spaces = vec![b' '; 2 * 1024 * 1024];
+    assert_eq!(send(spaces).await.1, Some(Code::RequestTooLarge));
+    // Small ones are judged as ever: the shape first.
+    assert_eq!(send(batch(&forged, 1).to_xml()).await.1, Some(Code::HealthCertificate));
+    assert_eq!(send(b"<x/>".to_vec()).await.1, Some(Code::InvalidRequest));
+    let metrics = daemon.metrics().await;
+    assert_eq!(metrics.count("claviger_bodies_refused_total", &[("reason", "unproven")]), 2);
+    assert!(daemon.stop().success());
+}
