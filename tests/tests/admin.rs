@@ -269,6 +269,9 @@ fn every_command_has_an_example() {
         &["signers", "list"],
         &["signers", "rotate"],
         &["signers", "revoke"],
+        &["audit"],
+        &["audit", "verify"],
+        &["audit", "status"],
         &["export"],
         &["import"],
     ] {

@@ -239,7 +239,9 @@ fn what_is_bad_changes_nothing_and_what_needs_a_restart_is_named() {
     std::fs::write(lab.config_file(), &good).unwrap();
     lab.configure(|config| config.server.tls = Some(tls(&(files[1].0.clone(), files[0].1.clone()))));
     daemon.process.hang_up();
-    daemon.process.line(|line| (line.contains("was not reloaded") && line.contains("together")).then_some(()));
+    daemon
+        .process
+        .line(|line| (line.contains("was not reloaded") && line.contains("not that of the certificate")).then_some(()));
     assert_eq!(runtime.block_on(shown(address, &stranger)).unwrap(), der(&files[0].0));
 
     // A member that wants a variable which nobody made at the start.
