@@ -527,6 +527,48 @@ async fn every_kind_of_tampering_is_found() {
     assert!(fault.line == 5 && fault.what.contains("missing"), "{fault:?}");
 }
 
+#[tokio::test]
+async fn no_byte_that_is_signed_can_be_changed() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("audit.jsonl");
+    let certificate = signer();
+    let audit = open(&path);
+    records(&audit, &["1", "2"]).await;
+    // In the middle of a line that a crash left, too.
+    drop(audit);
+    let text = std::fs::read(&path).unwrap();
+    std::fs::write(&path, [&text[..], b"{\"n\":4,\"pr"].concat()).unwrap();
+    let audit = open(&path);
+    records(&audit, &["3", "4"]).await;
+    sign(&audit, &certificate).await;
+    drop(audit);
+    let text = std::fs::read(&path).unwrap();
+    let checkpoint = text.windows(12).rposition(|part| part == b"\"checkpoint\"").unwrap();
+    let covered = text[..checkpoint].iter().rposition(|byte| *byte == b'\n').unwrap();
+    let verify = |bytes: &[u8]| {
+        let mut verifier = Verifier::new(vec![certificate.clone()]);
+        verifier.read("trail", bytes).unwrap();
+        verifier.finish()
+    };
+    let report = verify(&text);
+    assert_eq!((&report.fault, report.unsigned, report.torn), (&None, 0, 1), "{report:?}");
+    for at in 0..=covered {
+        for other in [text[at] ^ 1, b'\n', b' '] {
+            let mut changed = text.clone();
+            changed[at] = other;
+            let is_same = changed == text;
+            assert_eq!(verify(&changed).fault.is_none(), is_same, "byte {at} as {other}");
+        }
+        let mut shorter = text.clone();
+        shorter.remove(at);
+        assert!(verify(&shorter).fault.is_some(), "without byte {at}");
+    }
+    // Whatever is read, it is judged.
+    for at in 0..text.len() {
+        let _ = verify(&text[at..]);
+    }
+}
+
 /// Makes the chain again from the line `from` (counted from 0) on, as one could who has only the files.
 fn remake(lines: &mut [String], from: usize) {
     for at in from..lines.len() {

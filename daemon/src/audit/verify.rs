@@ -207,8 +207,9 @@ impl Verifier {
     fn torn(&mut self, links: &Links) -> Result<(), String> {
         let torn = std::mem::take(&mut self.torn);
         let told = links.torn.as_deref().filter(|_| links.event.as_deref() == Some(file::EVENT));
-        // Before the first line nothing is known of what should be there.
-        if self.last.is_none() || torn.is_empty() && told.is_none() {
+        // What is before the chain is not proven at all, and of what is before these files nothing is known.
+        let is_before = self.last.is_none() && (links.n == Some(1) || torn.is_empty());
+        if is_before || torn.is_empty() && told.is_none() {
             return Ok(());
         }
         if torn.is_empty() {
