@@ -221,7 +221,7 @@ impl AdminSocket {
         let (stop, stopping) = watch::channel(false);
         // Every command holds the other end.
         let (running, mut all_done) = mpsc::channel::<Infallible>(1);
-        let places = Arc::new(Mutex::new(Places::new(MAX_CONNECTIONS, 0)));
+        let places = Arc::new(Mutex::new(Places::new(MAX_CONNECTIONS, 0, Duration::ZERO)));
         let mut connections = JoinSet::new();
         tokio::pin!(shutdown);
         loop {
@@ -327,8 +327,9 @@ fn seat(stream: &UnixStream, places: &Arc<AdminPlaces>) -> Option<(Peer, Place)>
             return None;
         }
     };
-    let doing = Arc::new(Doing { waiting: Mutex::new(Some(standstill::now())), leave: Notify::new() });
-    let arrived = places.lock().unwrap_or_else(PoisonError::into_inner).arrive(peer.uid, &doing);
+    let now = standstill::now();
+    let doing = Arc::new(Doing { waiting: Mutex::new(Some(now)), leave: Notify::new() });
+    let arrived = places.lock().unwrap_or_else(PoisonError::into_inner).arrive(peer.uid, &doing, now);
     let Ok((number, _)) = arrived else {
         // As far as it takes them: it is written to nobody else.
         let _ = stream.try_write(b"{\"error\":\"too many commands run at the same time; try again\"}\n");

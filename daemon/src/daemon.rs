@@ -32,8 +32,9 @@ use crate::service::{Service, ServiceError, observer, unix_now};
 /// How often the state is looked at for changes that another daemon made.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
-/// Most connections to the metrics address; more is no scraper's doing.
-const METRICS_CONNECTIONS: usize = 64;
+/// Most connections to the metrics address, a 64th of the open files between these bounds. Scrapers need a few: the others are
+/// for whoever only holds them, so that there is time to ask before the next one is closed.
+const METRICS_CONNECTIONS: std::ops::RangeInclusive<usize> = 64..=1024;
 /// Most requests on one connection of HTTP/2 to the metrics address.
 const METRICS_STREAMS: u32 = 8;
 /// Longest time for the header of a request to the metrics address.
@@ -246,11 +247,22 @@ impl Daemon {
     }
 }
 
+fn metrics_connections() -> usize {
+    let (least, most) = (*METRICS_CONNECTIONS.start(), *METRICS_CONNECTIONS.end());
+    (process::affordable_connections(64 * most, 0) / 64).clamp(least, most)
+}
+
 /// The limits of the metrics address. They are its own, so that what is done to the service's does not silence it; and few
 /// connections suffice, since the one that has waited longest is closed for the next.
 fn metrics_limits(service: Limits) -> Limits {
     let header_timeout = service.header_timeout.min(METRICS_HEADER_TIMEOUT);
-    Limits { max_connections: METRICS_CONNECTIONS, per_address: 0, streams: METRICS_STREAMS, header_timeout, ..service }
+    Limits {
+        max_connections: metrics_connections(),
+        per_address: 0,
+        streams: METRICS_STREAMS,
+        header_timeout,
+        ..service
+    }
 }
 
 /// The limits, as far as the open files suffice for them.
@@ -258,7 +270,7 @@ fn affordable(mut limits: Limits, config: &Config) -> Limits {
     // A vendor's library may have a file of its own for each session.
     let sessions: usize = config.hsm.iter().map(|hsm| hsm.sessions).sum();
     // Of each listener, as many again may be about to close.
-    let others = OTHER_FILES + METRICS_CONNECTIONS + 2 * LEAVING + sessions;
+    let others = OTHER_FILES + metrics_connections() + 2 * LEAVING + sessions;
     let most = process::affordable_connections(limits.max_connections, others);
     if most < limits.max_connections {
         tracing::warn!(

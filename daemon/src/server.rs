@@ -276,7 +276,7 @@ where
     let open = Arc::new(AtomicUsize::new(0));
     let server = Arc::new(connection::Server::new(limits.clone(), tls, service, phase));
     let house = Arc::new(House {
-        places: Mutex::new(Places::new(limits.max_connections, limits.per_address)),
+        places: Mutex::new(Places::new(limits.max_connections, limits.per_address, places::GRACE)),
         freed: Notify::new(),
     });
 
@@ -433,7 +433,7 @@ impl House {
 
     fn arrive(self: &Arc<Self>, peer: SocketAddr, activity: &Arc<Activity>) -> Result<Place, NoPlace> {
         let network = Network::of(peer.ip());
-        let (number, _) = self.places().arrive(network, activity)?;
+        let (number, _) = self.places().arrive(network, activity, standstill::now())?;
         Ok(Place { house: self.clone(), network, number })
     }
 }

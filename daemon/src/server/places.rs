@@ -8,13 +8,17 @@
 
 use std::collections::HashMap;
 use std::hash::Hash;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Most connections that were told to close and have not done so: so many more than the limit may be open for a moment.
 pub(crate) const LEAVING: usize = 16;
 
 /// Victims that one search finds. A search looks at every connection, so at the limit it must not happen for each arrival.
 const FOUND: usize = 64;
+
+/// How long a connection has waited for its client at least before it is closed: in a flood of connections an honest one needs
+/// a moment to say what it wants.
+pub(crate) const GRACE: Duration = Duration::from_millis(100);
 
 /// A connection, as far as its place is concerned.
 pub(crate) trait Guest: Clone {
@@ -30,7 +34,7 @@ pub(crate) trait Guest: Clone {
 pub(crate) enum NoPlace {
     /// All places are taken by connections that are worked for. One may become free at any moment.
     Full,
-    /// So many connections were told to leave that more have to wait until some have.
+    /// So many connections were told to leave that more have to wait until some have; or those that could came just now.
     Leaving,
     /// The group has as many connections as it may, and all of them are worked for.
     Group,
@@ -40,6 +44,7 @@ pub(crate) enum NoPlace {
 pub(crate) struct Places<K, G> {
     limit: usize,
     per_group: usize,
+    grace: Duration,
     groups: HashMap<K, Group<G>>,
     /// Connections that were not told to leave.
     staying: usize,
@@ -68,11 +73,13 @@ struct Found<K> {
 }
 
 impl<K: Copy + Eq + Hash, G: Guest> Places<K, G> {
-    /// At least one place in all, and `per_group` for each group; 0 is no limit.
-    pub(crate) fn new(limit: usize, per_group: usize) -> Self {
+    /// At least one place in all, and `per_group` for each group; 0 is no limit. A connection is not closed before it has waited
+    /// for its client for `grace`.
+    pub(crate) fn new(limit: usize, per_group: usize, grace: Duration) -> Self {
         Self {
             limit: limit.max(1),
             per_group: if per_group == 0 { usize::MAX } else { per_group },
+            grace,
             groups: HashMap::new(),
             staying: 0,
             leaving: 0,
@@ -83,15 +90,15 @@ impl<K: Copy + Eq + Hash, G: Guest> Places<K, G> {
 
     /// Takes a place for a connection of `group`; another connection may have to leave for it. Returns the place's number, and
     /// whether one had to.
-    pub(crate) fn arrive(&mut self, group: K, guest: &G) -> Result<(u64, bool), NoPlace> {
+    pub(crate) fn arrive(&mut self, group: K, guest: &G, now: Instant) -> Result<(u64, bool), NoPlace> {
         let of_group = self.groups.get(&group).map_or(0, |group| group.staying);
         let mut made_room = false;
         if of_group >= self.per_group {
-            self.dismiss(Some(group), NoPlace::Group)?;
+            self.dismiss(Some(group), NoPlace::Group, now)?;
             made_room = true;
         }
         if self.staying >= self.limit {
-            self.dismiss(None, NoPlace::Full)?;
+            self.dismiss(None, NoPlace::Full, now)?;
             made_room = true;
         }
         let id = self.next;
@@ -130,14 +137,14 @@ impl<K: Copy + Eq + Hash, G: Guest> Places<K, G> {
     }
 
     /// Tells a connection to leave; `without` is the error when all are worked for.
-    fn dismiss(&mut self, within: Option<K>, without: NoPlace) -> Result<(), NoPlace> {
+    fn dismiss(&mut self, within: Option<K>, without: NoPlace, now: Instant) -> Result<(), NoPlace> {
         if self.leaving >= LEAVING {
             return Err(NoPlace::Leaving);
         }
         if !self.dismiss_found(within) {
-            self.search(within);
+            let waits = self.search(within, now);
             if !self.dismiss_found(within) {
-                return Err(without);
+                return Err(if waits { NoPlace::Leaving } else { without });
             }
         }
         Ok(())
@@ -169,11 +176,13 @@ impl<K: Copy + Eq + Hash, G: Guest> Places<K, G> {
         false
     }
 
-    fn search(&mut self, within: Option<K>) {
+    /// Finds the next victims. Returns whether there are connections that wait for their clients and may soon be some.
+    fn search(&mut self, within: Option<K>, now: Instant) -> bool {
         let searched = |group: &K| within.is_none_or(|within| within == *group);
         let mut largest = 0;
         let mut next_largest = 0;
         let mut victims = Vec::new();
+        let mut others_wait = false;
         for (group, of_group) in self.groups.iter().filter(|(group, _)| searched(group)) {
             if of_group.staying < largest {
                 next_largest = next_largest.max(of_group.staying);
@@ -181,7 +190,13 @@ impl<K: Copy + Eq + Hash, G: Guest> Places<K, G> {
             }
             let waiting = of_group.seats.iter().filter(|(_, seat)| !seat.leaving);
             let before = victims.len();
-            victims.extend(waiting.filter_map(|(id, seat)| Some((*group, *id, seat.guest.waiting_since()?))));
+            for (id, seat) in waiting {
+                match seat.guest.waiting_since() {
+                    Some(since) if since + self.grace <= now => victims.push((*group, *id, since)),
+                    Some(_) => others_wait = true,
+                    None => {}
+                }
+            }
             if of_group.staying > largest && victims.len() > before {
                 victims.drain(..before);
                 next_largest = next_largest.max(largest);
@@ -194,6 +209,7 @@ impl<K: Copy + Eq + Hash, G: Guest> Places<K, G> {
         }
         victims.sort_unstable_by_key(|(.., since)| std::cmp::Reverse(*since));
         self.found = Found { within, victims, next_largest };
+        others_wait
     }
 }
 
@@ -236,95 +252,100 @@ mod tests {
     #[test]
     fn at_the_limit_the_longest_idle_of_the_largest_group_leaves() {
         let begun = Instant::now();
-        let mut places = Places::new(4, 0);
+        let later = begun + Duration::from_secs(60);
+        let mut places = Places::new(4, 0, GRACE);
         // The oldest is another's, which has only one.
         let honest = Client::waiting(begun, 0);
-        places.arrive("honest", &honest).unwrap();
+        places.arrive("honest", &honest, later).unwrap();
         let silent: Vec<_> = (1..=3).map(|since| Client::waiting(begun, since)).collect();
-        let ids: Vec<_> = silent.iter().map(|client| places.arrive("silent", client).unwrap()).collect();
+        let ids: Vec<_> = silent.iter().map(|client| places.arrive("silent", client, later).unwrap()).collect();
         assert!(ids.iter().all(|(_, made_room)| !made_room));
         let newcomer = Client::waiting(begun, 9);
-        assert!(places.arrive("honest", &newcomer).unwrap().1);
+        assert!(places.arrive("honest", &newcomer, later).unwrap().1);
         assert_eq!([true, false, false], [0, 1, 2].map(|at: usize| silent[at].is_leaving()));
         places.leave("silent", ids[0].0);
         // Both have two now, and those who had the most were found before.
-        assert!(places.arrive("third", &Client::waiting(begun, 10)).unwrap().1);
+        assert!(places.arrive("third", &Client::waiting(begun, 10), later).unwrap().1);
         assert!(silent[1].is_leaving() && !honest.is_leaving());
         // From here the honest one has the most.
-        assert!(places.arrive("third", &Client::waiting(begun, 11)).unwrap().1);
+        assert!(places.arrive("third", &Client::waiting(begun, 11), later).unwrap().1);
         assert!(honest.is_leaving() && !silent[2].is_leaving() && !newcomer.is_leaving());
     }
 
     #[test]
     fn a_connection_that_is_worked_for_is_never_closed() {
         let begun = Instant::now();
-        let mut places = Places::new(2, 0);
+        let later = begun + Duration::from_secs(60);
+        let mut places = Places::new(2, 0, GRACE);
         let (one, two) = (Client::waiting(begun, 0), Client::waiting(begun, 1));
-        let (first, _) = places.arrive(1, &one).unwrap();
-        places.arrive(1, &two).unwrap();
+        let (first, _) = places.arrive(1, &one, later).unwrap();
+        places.arrive(1, &two, later).unwrap();
         one.work();
         two.work();
         let newcomer = Client::waiting(begun, 2);
-        assert_eq!(places.arrive(2, &newcomer), Err(NoPlace::Full));
+        assert_eq!(places.arrive(2, &newcomer, later), Err(NoPlace::Full));
         places.leave(1, first);
-        assert!(!places.arrive(2, &newcomer).unwrap().1);
+        assert!(!places.arrive(2, &newcomer, later).unwrap().1);
         // The largest group has nothing to give, so the other does.
-        let mut places = Places::new(3, 0);
+        let mut places = Places::new(3, 0, GRACE);
         let newcomer = Client::waiting(begun, 2);
-        places.arrive(1, &one).unwrap();
-        places.arrive(1, &two).unwrap();
-        places.arrive(2, &newcomer).unwrap();
-        assert!(places.arrive(1, &Client::waiting(begun, 3)).unwrap().1);
+        places.arrive(1, &one, later).unwrap();
+        places.arrive(1, &two, later).unwrap();
+        places.arrive(2, &newcomer, later).unwrap();
+        assert!(places.arrive(1, &Client::waiting(begun, 3), later).unwrap().1);
         assert!(newcomer.is_leaving());
     }
 
     #[test]
     fn a_group_has_a_limit_of_its_own() {
         let begun = Instant::now();
-        let mut places = Places::new(100, 2);
+        let later = begun + Duration::from_secs(60);
+        let mut places = Places::new(100, 2, GRACE);
         let (one, two) = (Client::waiting(begun, 1), Client::waiting(begun, 0));
-        places.arrive(1, &one).unwrap();
-        places.arrive(1, &two).unwrap();
-        places.arrive(2, &Client::waiting(begun, 2)).unwrap();
-        assert!(places.arrive(1, &Client::waiting(begun, 3)).unwrap().1);
+        places.arrive(1, &one, later).unwrap();
+        places.arrive(1, &two, later).unwrap();
+        places.arrive(2, &Client::waiting(begun, 2), later).unwrap();
+        assert!(places.arrive(1, &Client::waiting(begun, 3), later).unwrap().1);
         assert!(two.is_leaving() && !one.is_leaving());
-        let mut places = Places::new(100, 1);
+        let mut places = Places::new(100, 1, GRACE);
         one.work();
-        places.arrive(1, &one).unwrap();
-        assert_eq!(places.arrive(1, &two), Err(NoPlace::Group));
-        assert!(places.arrive(2, &two).is_ok());
+        places.arrive(1, &one, later).unwrap();
+        assert_eq!(places.arrive(1, &two, later), Err(NoPlace::Group));
+        assert!(places.arrive(2, &two, later).is_ok());
     }
 
     #[test]
     fn who_found_something_to_do_stays_and_counts() {
         let begun = Instant::now();
-        let mut places = Places::new(1, 0);
+        let later = begun + Duration::from_secs(60);
+        let mut places = Places::new(1, 0, GRACE);
         let one = Client::waiting(begun, 0);
-        let (first, _) = places.arrive(1, &one).unwrap();
-        let (second, _) = places.arrive(2, &Client::waiting(begun, 1)).unwrap();
+        let (first, _) = places.arrive(1, &one, later).unwrap();
+        let (second, _) = places.arrive(2, &Client::waiting(begun, 1), later).unwrap();
         assert!(one.is_leaving());
         one.work();
         places.stay(1, first);
         // Two of one: nobody comes in for the second's leaving alone.
         places.leave(2, second);
-        assert_eq!(places.arrive(2, &Client::waiting(begun, 2)), Err(NoPlace::Full));
+        assert_eq!(places.arrive(2, &Client::waiting(begun, 2), later), Err(NoPlace::Full));
         places.leave(1, first);
-        assert!(places.arrive(2, &Client::waiting(begun, 2)).is_ok());
+        assert!(places.arrive(2, &Client::waiting(begun, 2), later).is_ok());
         assert_eq!((places.staying, places.leaving, places.groups.len()), (1, 0, 1));
     }
 
     #[test]
     fn a_flood_of_newcomers_moves_the_flood_and_counts_right() {
         let begun = Instant::now();
-        let mut places = Places::new(500, 0);
+        let later = begun + Duration::from_secs(60);
+        let mut places = Places::new(500, 0, GRACE);
         let mut open = HashMap::new();
         let honest: Vec<_> = (0..20).map(|since| Client::waiting(begun, since)).collect();
         for (number, client) in honest.iter().enumerate() {
-            places.arrive(number % 10, client).unwrap();
+            places.arrive(number % 10, client, later).unwrap();
         }
         for number in 0..20_000u64 {
             let client = Client::waiting(begun, 100 + number);
-            let (id, _) = places.arrive(99, &client).unwrap();
+            let (id, _) = places.arrive(99, &client, later).unwrap();
             open.insert(id, client);
             open.retain(|id, client| {
                 if client.is_leaving() {
@@ -335,5 +356,19 @@ mod tests {
         }
         assert_eq!((open.len(), places.staying, places.leaving), (480, 500, 0));
         assert!(honest.iter().all(|client| !client.is_leaving()));
+    }
+
+    #[test]
+    fn a_connection_has_a_moment_to_say_what_it_wants() {
+        let begun = Instant::now();
+        let mut places = Places::new(1, 1, GRACE);
+        let one = Client::waiting(begun, 0);
+        places.arrive(1, &one, begun).unwrap();
+        let newcomer = Client::waiting(begun, 10);
+        for group in [1, 2] {
+            assert_eq!(places.arrive(group, &newcomer, begun + GRACE / 2), Err(NoPlace::Leaving));
+        }
+        assert!(places.arrive(2, &newcomer, begun + GRACE).unwrap().1);
+        assert!(one.is_leaving());
     }
 }

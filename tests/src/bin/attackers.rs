@@ -11,6 +11,7 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
+use claviger::client::Client;
 use claviger_tests::attackers::{Attack, Kind, Target};
 use claviger_tests::openloop::Traffic;
 use claviger_tests::stats::median;
@@ -51,7 +52,8 @@ fn settings() -> Settings {
 async fn watch_readiness(daemon: &Daemon) -> (usize, usize) {
     let (mut asked, mut not_ready) = (0, 0);
     loop {
-        if daemon.probe("/ready").await.status != 200 {
+        let client = Client::new(&daemon.metrics_url).unwrap().with_timeout(DEADLINE);
+        if !client.get("/ready").await.is_ok_and(|reply| reply.status == 200) {
             not_ready += 1;
         }
         asked += 1;
