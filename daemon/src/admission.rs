@@ -1,45 +1,94 @@
-//! Back-pressure: which releases are let in, in which order, and who is told at once to come again later.
+//! Back-pressure: which releases and attestations are let in, in which order, and which are told at once to come again.
 //!
-//! Work that cannot be done in time is not begun, so that under any load the HSMs do only what still helps somebody:
+//! Work that cannot be done in time is not begun, so that under any load the HSMs do only what still helps a host:
 //!
-//! 1. A host asks at most as fast as `release.host_rate` and `release.host_burst` say: 429.
-//! 2. At most `release.concurrency` releases run. At most `release.queue` others wait, in one queue for each host, and
-//!    the hosts that have something waiting take turns: a host's storm is its own to wait out. In a full queue the
-//!    longest host queue pays: 503.
-//! 3. Who cannot expect to be done within `release.deadline_ms` is not let wait, and who waited for too long is not
-//!    started: 503.
+//! 1. What was found wrong before its sender was known as a host is charged to the address it came from
+//!    (`server.stranger_rate`). Beyond that, an address is served only as far as a health certificate proves a host: 429.
+//! 2. A host asks at most as fast as `release.host_rate` and `release.host_burst` say, from each address: 429. Who has seen
+//!    a host's health certificate uses up the rate of its own address with it, not that of the host's. What fails before
+//!    anything is decrypted costs no HSM, and is charged to a bucket of its own first (`release.refused_rate`).
+//! 3. At most `release.concurrency` releases run. At most `release.queue` others wait, in one line for each host. Hosts take
+//!    turns, and so do the addresses of one host: a host's storm is its own to wait out. In a full queue the longest line
+//!    pays: 503.
+//! 4. A release that cannot expect to be done within `release.deadline_ms` is not let wait, and one that waited for too long
+//!    is not started: 503.
 //!
-//! A release may be refused at a glance, before it is read, when it is clear already that it would not be let in: most of
-//! what a storm costs is the refusing.
+//! Attestations have rates of their own (`[attest]`), and a queue with a small share of the HSMs' sessions.
 //!
-//! Every refusal says when to come again. `queue` and `buckets` decide, as plain values; here is what waits and wakes.
+//! A release may be refused early, before it is read, when it is clear already that it would not be let in: most of what a
+//! storm costs is the refusing.
+//!
+//! Every refusal says when to come again. `queue` and `buckets` decide, as plain values; `turns` waits and wakes.
 
 mod buckets;
 mod pace;
 mod queue;
+mod rate;
+mod turns;
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
-use claviger_hsm::standstill;
 use claviger_protocol::error::{Code, Refusal};
-use tokio::sync::oneshot;
+use claviger_protocol::work::Work;
+use tokio::sync::Semaphore;
 
-use self::buckets::Buckets;
-use self::queue::{Arrival, Queue, Ticket, Turn, whole_seconds};
+use self::queue::whole_seconds;
+use self::rate::Rate;
+pub use self::turns::Permit;
+use self::turns::Turns;
 use crate::attempt::Attempt;
-use crate::config::Release;
+use crate::config::Config;
 use crate::metrics;
+use crate::network::Network;
 
 /// Fewest releases that run at the same time when the number is computed: whatever the tokens, what a release does
 /// outside of them is worth overlapping.
 const LEAST_CONCURRENCY: usize = 16;
 
-/// Why a release was not let in.
+/// Of how many sessions one signs health certificates, where `attest.concurrency` leaves it open.
+const SESSIONS_FOR_ONE_ATTESTATION: usize = 8;
+
+/// How long releases are looked at early after one was refused for its rate.
+const ALERT: Duration = Duration::from_secs(1);
+
+/// How long an answer is held back that tells a caller it asks too fast. It may come again after a second at the soonest; a
+/// caller that asks again as soon as it is answered takes little with so few answers.
+const HELD_BACK: Duration = Duration::from_millis(250);
+
+/// Most answers that are held back at the same time; more are given at once.
+const MOST_HELD_BACK: usize = 4_096;
+
+/// RSA operations that one token of a bucket covers, those of a usual protector: an owner and three guardians with keys of
+/// 4096 bits.
+const OPERATIONS_FOR_A_TOKEN: u32 = 32;
+
+/// Bytes that one token covers.
+const BYTES_FOR_A_TOKEN: usize = 64 * 1024;
+
+/// A host as it asks from one network. Its rate is that of the pair: who got hold of its health certificate and shows it
+/// elsewhere does not ask in its place.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub struct HostAt {
+    host: Arc<str>,
+    /// `None` where it is not known, as in a program that has no connections.
+    network: Option<Network>,
+}
+
+impl HostAt {
+    /// The host of this name, as the sender of `attempt`.
+    #[must_use]
+    pub fn new(host: &str, attempt: &Attempt) -> Self {
+        Self { host: Arc::from(host), network: attempt.network() }
+    }
+}
+
+/// Why a request was not let in.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Dropped {
-    /// The waiting room was full, and its host's queue the longest.
+    /// The queue was full, and its host's line the longest.
     Full,
     /// Its deadline passed.
     Deadline,
@@ -47,13 +96,15 @@ pub enum Dropped {
     Late,
     /// Its host asks too fast.
     Rate,
+    /// Too much that came from its address was refused, and it does not come from a known host.
+    Address,
     /// Its caller went away.
     Left,
 }
 
 impl Dropped {
     /// Every reason.
-    pub const ALL: [Self; 5] = [Self::Full, Self::Deadline, Self::Late, Self::Rate, Self::Left];
+    pub const ALL: [Self; 6] = [Self::Full, Self::Deadline, Self::Late, Self::Rate, Self::Address, Self::Left];
 
     /// Its name in the metrics.
     #[must_use]
@@ -63,55 +114,82 @@ impl Dropped {
             Self::Deadline => "deadline",
             Self::Late => "late",
             Self::Rate => "rate",
+            Self::Address => "address",
             Self::Left => "left",
         }
     }
+}
 
-    /// What the caller is told, and in how many seconds it may come again. Counts it.
-    fn refusal(self, retry_after: u16) -> Refusal {
-        metrics::queue_dropped(self.as_str());
-        let (code, message) = match self {
-            Self::Rate => (Code::TooManyRequests, "this host asks for more releases than it may; try again"),
-            Self::Full => (Code::ServiceUnavailable, "too many releases are waiting; try again"),
-            Self::Deadline | Self::Late => {
+/// A request that was not let in.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Declined {
+    /// Why.
+    pub reason: Dropped,
+    /// In how many seconds its caller may come again.
+    pub retry_after: u16,
+}
+
+impl Declined {
+    fn rate(reason: Dropped, wait: Duration) -> Self {
+        Self { reason, retry_after: whole_seconds(wait) }
+    }
+
+    /// The refusal of a release. Counts it.
+    #[must_use]
+    pub fn release(self) -> Refusal {
+        metrics::queue_dropped(self.reason.as_str());
+        let (code, message) = match self.reason {
+            Dropped::Rate => (Code::TooManyRequests, "this host asks for more releases than it may; try again"),
+            Dropped::Address => (Code::TooManyRequests, "too many requests from this address were refused; try again"),
+            Dropped::Full => (Code::ServiceUnavailable, "too many releases are waiting; try again"),
+            Dropped::Deadline | Dropped::Late => {
                 (Code::ServiceUnavailable, "the service is too busy to do the release in time; try again")
             }
-            Self::Left => (Code::ServiceUnavailable, "the caller went away before it was its turn"),
+            Dropped::Left => (Code::ServiceUnavailable, "the caller went away before it was its turn"),
         };
-        Refusal::new(code, message).retry_after(retry_after)
+        Refusal::new(code, message).retry_after(self.retry_after)
+    }
+
+    /// The same for an attestation. Counts it.
+    fn attestation(self) -> Self {
+        metrics::attestation_dropped(self.reason.as_str());
+        self
     }
 }
 
-/// Lets releases in.
+/// Lets releases and attestations in.
 pub struct Admission {
     limits: ArcSwap<Limits>,
-    room: Arc<Room>,
+    releases: Turns,
+    attestations: Turns,
+    /// When a release was last refused for its rate, in milliseconds since `began`; 0 is never.
+    refused: AtomicU64,
+    began: Instant,
+    held_back: Semaphore,
 }
 
 /// What can be changed at any time.
 struct Limits {
-    /// `None` without a limit.
-    buckets: Option<Mutex<Buckets>>,
-    /// How fast the buckets fill, and how much is in them.
-    rate: (u32, u32),
+    hosts: Rate<HostAt>,
+    /// What fails before anything is decrypted.
+    early: Rate<HostAt>,
+    attesting: Rate<HostAt>,
+    strangers: Rate<Network>,
     /// From a request's arrival to its answer.
     deadline: Duration,
 }
 
 impl Limits {
-    fn new(release: &Release) -> Self {
-        let rate = (release.host_rate, release.host_burst);
-        let buckets = (rate.0 > 0).then(|| Mutex::new(Buckets::new(rate.0, rate.1)));
-        Self { buckets, rate, deadline: release.deadline() }
+    fn new(config: &Config) -> Self {
+        let (release, attest) = (&config.release, &config.attest);
+        Self {
+            hosts: Rate::new(release.host_rate, release.host_burst),
+            early: Rate::new(release.refused_rate, release.refused_burst),
+            attesting: Rate::new(attest.host_rate, attest.host_burst),
+            strangers: Rate::new(config.server.stranger_rate, config.server.stranger_burst),
+            deadline: release.deadline(),
+        }
     }
-}
-
-/// How a waiting release hears that it is its turn.
-type Waiter = oneshot::Sender<Result<Permit, Refusal>>;
-
-/// What permits share.
-struct Room {
-    queue: Mutex<Queue<Waiter>>,
 }
 
 /// How much is going on.
@@ -125,238 +203,194 @@ pub struct Load {
 
 /// How many releases run at the same time, given the sessions of all members.
 #[must_use]
-pub fn concurrency(release: &Release, sessions: usize) -> usize {
-    match release.concurrency {
+pub fn concurrency(config: &Config, sessions: usize) -> usize {
+    match config.release.concurrency {
         // A release has two operations at the tokens at the same time, so this keeps every session's next one ready.
         0 => sessions.saturating_mul(2).max(LEAST_CONCURRENCY),
         set => set,
     }
 }
 
+/// How many attestations may be at the HSMs at the same time.
+fn attestation_share(config: &Config, sessions: usize) -> usize {
+    match config.attest.concurrency {
+        0 => sessions / SESSIONS_FOR_ONE_ATTESTATION,
+        set => set,
+    }
+    .max(1)
+}
+
+/// What a request of so many bytes costs of a bucket, at least 1.
+fn tokens(bytes: usize, work: Work) -> u32 {
+    let bytes = u32::try_from(bytes / BYTES_FOR_A_TOKEN).unwrap_or(u32::MAX);
+    work.operations().div_ceil(OPERATIONS_FOR_A_TOKEN).max(1).saturating_add(bytes)
+}
+
 impl Admission {
-    /// For the settings of `release`, and members with `sessions` sessions in all.
+    /// For these settings, and members with `sessions` sessions in all.
     #[must_use]
-    pub fn new(release: &Release, sessions: usize) -> Self {
-        let concurrency = concurrency(release, sessions);
-        let room = Arc::new(Room { queue: Mutex::new(Queue::new(concurrency, release.queue)) });
-        Self { limits: ArcSwap::from_pointee(Limits::new(release)), room }
+    pub fn new(config: &Config, sessions: usize) -> Self {
+        let queue = config.release.queue;
+        Self {
+            limits: ArcSwap::from_pointee(Limits::new(config)),
+            releases: Turns::new(concurrency(config, sessions), queue, metrics::queue_dropped),
+            attestations: Turns::new(attestation_share(config, sessions), queue, metrics::attestation_dropped),
+            refused: AtomicU64::new(0),
+            began: Instant::now(),
+            held_back: Semaphore::new(MOST_HELD_BACK),
+        }
     }
 
-    /// Takes new limits: the rate of hosts, the deadline, and how many may wait. Those who wait now stay. Where the rate
-    /// changes, every host starts with a full burst.
-    pub fn change(&self, release: &Release) {
+    /// Takes new limits: rates, the deadline, and how many may wait. Those who wait now stay. Where a rate changes, every
+    /// caller starts with a full burst.
+    pub fn change(&self, config: &Config) {
         let before = self.limits.load();
-        let mut limits = Limits::new(release);
-        if limits.rate == before.rate
-            && let (Some(old), Some(new)) = (&before.buckets, &mut limits.buckets)
-        {
-            let mut old = old.lock().unwrap_or_else(PoisonError::into_inner);
-            let new = new.get_mut().unwrap_or_else(PoisonError::into_inner);
-            std::mem::swap(&mut *old, new);
-        }
+        let mut limits = Limits::new(config);
+        limits.hosts.inherit(&before.hosts);
+        limits.early.inherit(&before.early);
+        limits.attesting.inherit(&before.attesting);
+        limits.strangers.inherit(&before.strangers);
         self.limits.store(Arc::new(limits));
-        self.room.lock().set_limit(release.queue);
+        self.releases.set_limit(config.release.queue);
+        self.attestations.set_limit(config.release.queue);
     }
 
     /// Takes note of members with `sessions` sessions in all. Those who run go on; who has a turn by this runs at once.
-    pub fn resize(&self, release: &Release, sessions: usize) {
-        let mut queue = self.room.lock();
-        queue.set_concurrency(concurrency(release, sessions));
-        self.room.hand_out(queue);
+    pub fn resize(&self, config: &Config, sessions: usize) {
+        self.releases.set_concurrency(concurrency(config, sessions));
+        self.attestations.set_concurrency(attestation_share(config, sessions));
     }
 
-    /// Lets a release of `host` in: within the host's rate, and when it is its turn.
+    /// Lets a release in: within its host's rate, and when it is its turn.
     ///
     /// # Errors
     /// `TooManyRequestsException`, `ServiceUnavailableException`.
-    pub async fn admit(&self, host: &str, attempt: &Attempt) -> Result<Permit, Refusal> {
-        self.within_rate(host)?;
-        self.turn(host, attempt).await
+    pub async fn admit(&self, from: &HostAt, attempt: &Attempt) -> Result<Permit, Refusal> {
+        self.within_rate(from)?;
+        self.turn(from, attempt).await
     }
 
-    /// Whether `host` may ask for one more release now; it counts against its rate.
+    /// Whether a host may ask for one more release now; it counts against its rate.
     ///
     /// # Errors
     /// `TooManyRequestsException`.
-    pub fn within_rate(&self, host: &str) -> Result<(), Refusal> {
-        let limits = self.limits.load();
-        let Some(buckets) = &limits.buckets else { return Ok(()) };
-        let taken = buckets.lock().unwrap_or_else(PoisonError::into_inner).take(host, standstill::now());
-        taken.map_err(|wait| Dropped::Rate.refusal(whole_seconds(wait)))
+    pub fn within_rate(&self, from: &HostAt) -> Result<(), Refusal> {
+        self.limits.load().hosts.take(from).map_err(|wait| self.too_fast(wait))
     }
 
-    /// Counts `more` releases against the rate of a host, as far as it has them: what it sent cost that much.
-    pub fn charge(&self, host: &str, more: usize) {
-        let limits = self.limits.load();
-        let Some(buckets) = &limits.buckets else { return };
-        let mut buckets = buckets.lock().unwrap_or_else(PoisonError::into_inner);
-        let now = standstill::now();
-        (0..more).map_while(|_| buckets.take(host, now).ok()).count();
+    fn too_fast(&self, wait: Duration) -> Refusal {
+        let now = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.refused.store(now.max(1), Ordering::Relaxed);
+        Declined::rate(Dropped::Rate, wait).release()
     }
 
-    /// Waits until it is a release's turn. Who stops waiting, by dropping this future too, leaves the queue.
+    /// Charges what a release costs beyond the one token that it was let in with: the bytes and the keys of its protector.
+    pub fn charge(&self, from: &HostAt, bytes: usize, work: Work) {
+        self.limits.load().hosts.debit(from, tokens(bytes, work) - 1);
+    }
+
+    /// Charges for a protector that was found wrong only after it was decrypted again and again.
+    pub fn charge_decryptions(&self, from: &HostAt, decryptions: usize) {
+        self.limits.load().hosts.debit(from, u32::try_from(decryptions).unwrap_or(u32::MAX));
+    }
+
+    /// A release that was let in failed before anything was decrypted: it is charged to the bucket for that, and the token
+    /// that it was let in with is given back; only where that bucket is empty it is charged like a release.
+    pub fn failed_early(&self, from: &HostAt, bytes: usize, work: Work) {
+        let (limits, tokens) = (self.limits.load(), tokens(bytes, work));
+        if limits.early.take(from).is_ok() {
+            limits.early.debit(from, tokens - 1);
+            limits.hosts.give_back(from);
+        } else {
+            limits.hosts.debit(from, tokens - 1);
+        }
+    }
+
+    /// Whether anybody at the sender's address may still ask without being known as a host.
+    ///
+    /// # Errors
+    /// Too much that came from there was refused.
+    pub fn stranger_may_ask(&self, attempt: &Attempt) -> Result<(), Declined> {
+        let look = |network| self.limits.load().strangers.look(&network);
+        attempt.network().map_or(Ok(()), look).map_err(|wait| Declined::rate(Dropped::Address, wait))
+    }
+
+    /// Charges the sender's address for a request that was refused before its sender was known as a host.
+    pub fn charge_stranger(&self, attempt: &Attempt, bytes: usize, work: Work) {
+        if let Some(network) = attempt.network() {
+            self.limits.load().strangers.debit(&network, tokens(bytes, work));
+        }
+    }
+
+    /// Waits until it is a release's turn. A future that is dropped leaves the queue.
     ///
     /// # Errors
     /// `ServiceUnavailableException`.
-    pub async fn turn(&self, host: &str, attempt: &Attempt) -> Result<Permit, Refusal> {
+    pub async fn turn(&self, from: &HostAt, attempt: &Attempt) -> Result<Permit, Refusal> {
         let deadline = attempt.started() + self.limits.load().deadline;
-        let (waiter, answer) = oneshot::channel();
-        let place = match self.room.arrive(host, deadline, waiter)? {
-            Entry::Permit(permit) => return Ok(permit),
-            Entry::Place(place) => place,
-        };
-        let mut caller = attempt.caller();
-        let answer = tokio::select! {
-            answer = answer => answer,
-            () = standstill::sleep_until(deadline) => return Err(place.leave(Dropped::Deadline)),
-            () = caller.left() => return Err(place.leave(Dropped::Left)),
-        };
-        place.answered();
-        // Nobody throws a waiter away without an answer.
-        let mut permit = answer.unwrap_or_else(|_| Err(Refusal::internal()))?;
-        permit.used = true;
-        Ok(permit)
+        self.releases.turn(from, deadline, attempt.caller()).await.map_err(Declined::release)
     }
 
-    /// Whether others wait, so that a newcomer might not be let in.
+    /// Lets an attestation in: within the rate of its host's key, without a turn at the HSMs.
+    ///
+    /// # Errors
+    /// The host asks too fast, or too much was refused at its address; counted.
+    pub fn attestation_within_rate(&self, from: &HostAt) -> Result<(), Declined> {
+        let taken = self.limits.load().attesting.take(from);
+        taken.map_err(|wait| Declined::rate(Dropped::Rate, wait).attestation())
+    }
+
+    /// As [`Admission::stranger_may_ask`], for an attestation; counted.
+    ///
+    /// # Errors
+    /// Too much that came from there was refused.
+    pub fn stranger_may_attest(&self, attempt: &Attempt) -> Result<(), Declined> {
+        self.stranger_may_ask(attempt).map_err(Declined::attestation)
+    }
+
+    /// Waits until it is an attestation's turn at its share of the HSMs.
+    ///
+    /// # Errors
+    /// There is none in time; counted.
+    pub async fn attestation_turn(&self, from: &HostAt, attempt: &Attempt) -> Result<Permit, Declined> {
+        let deadline = attempt.started() + self.limits.load().deadline;
+        self.attestations.turn(from, deadline, attempt.caller()).await.map_err(Declined::attestation)
+    }
+
+    /// Holds back the answer to a caller that asks too fast.
+    pub async fn hold_back(&self) {
+        if let Ok(_held) = self.held_back.try_acquire() {
+            tokio::time::sleep(HELD_BACK).await;
+        }
+    }
+
+    /// Whether releases are refused or wait, so that a newcomer is worth a look before it is read.
     #[must_use]
-    pub fn is_busy(&self) -> bool {
-        self.load().waiting > 0
+    pub fn is_pressed(&self) -> bool {
+        let refused = self.refused.load(Ordering::Relaxed);
+        (refused > 0 && self.began.elapsed() < Duration::from_millis(refused) + ALERT) || self.load().waiting > 0
     }
 
-    /// Whether a release of `host` would be let in, as far as can be said now. It does not count against its rate.
+    /// Whether a release would be let in, as far as can be said now. It does not count against its host's rate.
     ///
     /// # Errors
     /// As [`Admission::admit`].
-    pub fn outlook(&self, host: &str, attempt: &Attempt) -> Result<(), Refusal> {
-        let now = standstill::now();
+    pub fn outlook(&self, from: &HostAt, attempt: &Attempt) -> Result<(), Refusal> {
         let limits = self.limits.load();
-        if let Some(buckets) = &limits.buckets {
-            let token = buckets.lock().unwrap_or_else(PoisonError::into_inner).with_one_less(host, now);
-            token.map_err(|wait| Dropped::Rate.refusal(whole_seconds(wait)))?;
-        }
-        let queue = self.room.lock();
-        let outlook = queue.outlook(host, attempt.started() + limits.deadline, now);
-        let retry_after = queue.retry_after();
-        drop(queue);
-        outlook.map_err(|reason| reason.refusal(retry_after))
+        limits.hosts.look(from).map_err(|wait| self.too_fast(wait))?;
+        self.releases.outlook(from, attempt.started() + limits.deadline).map_err(Declined::release)
     }
 
     /// How much is going on now.
     #[must_use]
     pub fn load(&self) -> Load {
-        let queue = self.room.lock();
-        Load { running: queue.running(), waiting: queue.waiting() }
+        self.releases.load()
     }
 
     /// How much may go on.
     #[must_use]
     pub fn limits(&self) -> Load {
-        let queue = self.room.lock();
-        Load { running: queue.concurrency(), waiting: queue.limit() }
-    }
-}
-
-/// What a newcomer has got.
-enum Entry {
-    Permit(Permit),
-    Place(Place),
-}
-
-impl Room {
-    fn lock(&self) -> MutexGuard<'_, Queue<Waiter>> {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn arrive(self: &Arc<Self>, host: &str, deadline: Instant, waiter: Waiter) -> Result<Entry, Refusal> {
-        let now = standstill::now();
-        let mut queue = self.lock();
-        let arrival = queue.arrive(host, deadline, waiter, now);
-        let retry_after = queue.retry_after();
-        drop(queue);
-        match arrival {
-            Arrival::Runs => Ok(Entry::Permit(Permit { room: Arc::clone(self), since: now, used: true })),
-            Arrival::Waits { ticket, evicted } => {
-                if let Some(evicted) = evicted {
-                    // It may have gone away at this moment; nothing was kept for it.
-                    let _ = evicted.send(Err(Dropped::Full.refusal(retry_after)));
-                }
-                Ok(Entry::Place(Place { room: Arc::clone(self), ticket: Some(ticket) }))
-            }
-            Arrival::Refused(reason) => Err(reason.refusal(retry_after)),
-        }
-    }
-
-    /// Takes a place back that was held for that long, if it was made use of, and gives it to whom it is the turn of.
-    fn end(self: &Arc<Self>, held: Option<Duration>) {
-        let mut queue = self.lock();
-        queue.end(held);
-        self.hand_out(queue);
-    }
-
-    /// Gives the places that are free to whom it is the turn of.
-    fn hand_out(self: &Arc<Self>, mut queue: MutexGuard<'_, Queue<Waiter>>) {
-        let now = standstill::now();
-        let turns: Vec<_> = std::iter::from_fn(|| queue.next(now)).collect();
-        let retry_after = queue.retry_after();
-        // A permit that cannot be handed over comes back here: the queue must be free by then.
-        drop(queue);
-        for (waiter, turn) in turns {
-            let answer = match turn {
-                Turn::Runs => Ok(Permit { room: Arc::clone(self), since: now, used: false }),
-                Turn::Refused(reason) => Err(reason.refusal(retry_after)),
-            };
-            // Who went away at this moment does not take its permit: dropped, it goes to the next one.
-            let _ = waiter.send(answer);
-        }
-    }
-}
-
-/// A place in the waiting room. Dropped, it is given up.
-struct Place {
-    room: Arc<Room>,
-    ticket: Option<Ticket>,
-}
-
-impl Place {
-    /// The answer has come: there is nothing to give up.
-    fn answered(mut self) {
-        self.ticket = None;
-    }
-
-    /// Gives it up, and says what to tell the caller.
-    fn leave(mut self, reason: Dropped) -> Refusal {
-        let mut queue = self.room.lock();
-        // When it does not wait any more, it was let in at this moment: its permit goes back with its receiver.
-        let _ = self.ticket.take().is_some_and(|ticket| queue.leave(&ticket));
-        let retry_after = queue.retry_after();
-        drop(queue);
-        reason.refusal(retry_after)
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        if let Some(ticket) = self.ticket.take()
-            && self.room.lock().leave(&ticket)
-        {
-            metrics::queue_dropped(Dropped::Left.as_str());
-        }
-    }
-}
-
-/// One of the places to run. Dropped, it goes to the next one.
-pub struct Permit {
-    room: Arc<Room>,
-    since: Instant,
-    /// Whether it has reached a release. One that never did says nothing about how long they take.
-    used: bool,
-}
-
-impl Drop for Permit {
-    fn drop(&mut self) {
-        let held = self.used.then(|| standstill::since(self.since));
-        self.room.end(held);
+        self.releases.limits()
     }
 }
 

@@ -1,6 +1,7 @@
 //! What the audit trail will say of a request: filled in while it is worked on.
 
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use claviger_hsm::{KeyRef, standstill};
@@ -13,6 +14,8 @@ use tokio::sync::watch;
 use crate::admin::Peer;
 use crate::audit::Entry;
 use crate::metrics::Spent;
+use crate::network::Network;
+use crate::server::ClientCertificate;
 
 /// A request in progress.
 #[derive(Debug)]
@@ -23,6 +26,8 @@ pub struct Attempt {
     pub by: Option<Peer>,
     /// The address that a release or an attestation came from, as the connection says.
     pub address: Option<IpAddr>,
+    /// The certificate that the client showed in its TLS handshake.
+    pub client: Option<Arc<ClientCertificate>>,
     /// The registered name of the host, once it is known.
     pub host: Option<String>,
     /// Whether that host is registered and has proved that it is the one.
@@ -100,6 +105,7 @@ impl Attempt {
             request,
             by: None,
             address: None,
+            client: None,
             host: None,
             known: false,
             key: None,
@@ -133,6 +139,12 @@ impl Attempt {
         Self { address, ..self }
     }
 
+    /// The same, from a client with this certificate.
+    #[must_use]
+    pub fn with_client(self, client: Option<Arc<ClientCertificate>>) -> Self {
+        Self { client, ..self }
+    }
+
     /// An item of this request, numbered from 1, that is decided by itself.
     #[must_use]
     pub fn item(&self, number: usize) -> Self {
@@ -141,6 +153,12 @@ impl Attempt {
         let (host, known, address, started) = (self.host.clone(), self.known, self.address, self.started);
         let (identity_key, health_serial) = (self.identity_key.clone(), self.health_serial.clone());
         Self { host, known, address, identity_key, health_serial, started, caller, ..Self::new(request) }
+    }
+
+    /// The network that it came from.
+    #[must_use]
+    pub fn network(&self) -> Option<Network> {
+        self.address.map(Network::of)
     }
 
     /// When the request arrived.

@@ -2,4 +2,5 @@
 
 pub mod health_cache;
 pub mod host_key;
+pub mod issued;
 pub mod signer;

@@ -9,13 +9,15 @@ use claviger_protocol::batch::BatchRequest;
 use claviger_protocol::error::Refusal;
 use claviger_protocol::payload::ApiVersion;
 use claviger_protocol::request::RollResponse;
+use claviger_protocol::work::Work;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tracing::{Instrument, error_span};
 
+use crate::admission::HostAt;
 use crate::attempt::Attempt;
 use crate::metrics;
-use crate::release::{Grant, aside, healthy_host, roll_protector};
+use crate::release::{Grant, aside, healthy_host, known_host_or_address_within_rate, roll_protector};
 use crate::routes::decide;
 use crate::service::Service;
 
@@ -33,18 +35,21 @@ pub async fn roll(
     body: &[u8],
     attempt: &mut Attempt,
 ) -> Result<Vec<Result<RollResponse, Refusal>>, Refusal> {
-    let request = aside(body.len(), || BatchRequest::parse(body))?;
-    let host = healthy_host(service, &request.health_certificate, attempt)?;
+    known_host_or_address_within_rate(service, body, attempt)?;
+    let stranger = |attempt: &Attempt| service.admission.charge_stranger(attempt, body.len(), Work::default());
+    let request = aside(body.len(), || BatchRequest::parse(body)).inspect_err(|_| stranger(attempt))?;
+    let host = healthy_host(service, &request.health_certificate, attempt).inspect_err(|_| stranger(attempt))?;
+    let from = HostAt::new(&host.host_name, attempt);
     let places = Arc::new(Semaphore::new(SIDE_BY_SIDE));
     let mut items = JoinSet::new();
     let mut numbers = HashMap::new();
     let count = request.ingress_protectors.len();
     metrics::batch(count);
     for (at, protector) in request.ingress_protectors.into_iter().enumerate() {
-        let (service, host, places) = (service.clone(), host.clone(), places.clone());
+        let (service, host, places, from) = (service.clone(), host.clone(), places.clone(), from.clone());
         let mut attempt = attempt.item(at + 1);
         // Each item counts: those beyond the host's rate are refused by themselves.
-        let within_rate = service.admission.within_rate(&host.host_name);
+        let within_rate = service.admission.within_rate(&from);
         let span = error_span!("item", request = attempt.request);
         let work = async move {
             let asked = standstill::now();
@@ -53,7 +58,7 @@ pub async fn roll(
             attempt.protector(&protector);
             let result = async {
                 within_rate?;
-                let admitted = service.admission.turn(&host.host_name, &attempt).await;
+                let admitted = service.admission.turn(&from, &attempt).await;
                 attempt.waited_for_turn(asked);
                 let _permit = admitted?;
                 let algorithms = request.algorithms;

@@ -32,6 +32,8 @@ pub struct Config {
     pub hsm: Vec<Hsm>,
     /// How releases are queued and timed.
     pub release: Release,
+    /// What attestations may cost.
+    pub attest: Attest,
     /// How the audit trail is written.
     pub audit: Audit,
     /// How the log is written.
@@ -90,6 +92,14 @@ pub struct Server {
     pub idle_timeout_ms: u64,
     /// Milliseconds that a stopping daemon waits for the requests in progress, 1 to 600,000. Default: 30,000.
     pub drain_timeout_ms: u64,
+    /// Requests a second of one address (IPv6: of one /64 network) that may be refused before their sender is known as a
+    /// host, 0 to 1,000,000: with a broken body, without a valid health certificate, with an unknown host key or a wrong
+    /// signature. Large ones count several times. Beyond, the address is served only as far as a valid health certificate
+    /// proves a host, and its attestations get 429. What hosts do right is not charged, so any number of them may share the
+    /// address of a load balancer or a NAT. 0 is no limit. Default: 500.
+    pub stranger_rate: u32,
+    /// As many at once, above that rate, 1 to 1,000,000. Default: 10,000.
+    pub stranger_burst: u32,
     /// Certificate and key for TLS on `listen`. Default: none, plain HTTP.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tls: Option<Tls>,
@@ -114,6 +124,8 @@ impl Default for Server {
             body_memory_per_address_mib: 384,
             idle_timeout_ms: 75_000,
             drain_timeout_ms: 30_000,
+            stranger_rate: 500,
+            stranger_burst: 10_000,
             tls: None,
         }
     }
@@ -187,6 +199,11 @@ pub struct Tls {
     /// Whether a client without a certificate is turned away; needs `client_ca`. Default: false.
     #[serde(default)]
     pub client_required: bool,
+    /// Whether a client acts only for the host that its certificate names: a DNS name of its subjectAltName, or where it
+    /// has none its CN, has to be the host's registered name, without regard to case. With any other health certificate or
+    /// host key the client is refused. Needs `client_required`. Default: false.
+    #[serde(default)]
+    pub client_is_host: bool,
 }
 
 /// `[[hsm]]`: one member, which is one token of one PKCS#11 module.
@@ -364,12 +381,18 @@ pub struct Release {
     /// Most releases that run at the same time, 0 to 100,000; the others wait. Default: 0, which is twice the sessions of
     /// all members, and at least 16.
     pub concurrency: usize,
-    /// Releases a second that one host may ask for in the long run, 0 to 1,000,000; more are refused at once. 0 is no
-    /// limit. Default: 100.
+    /// Releases a second that one host may ask for from one address (IPv6: from one /64 network) in the long run, 0 to
+    /// 1,000,000; more are refused at once. A protector that takes much more work than usual, or was decrypted again and
+    /// again before it was refused, counts as several; a host may come to owe them. 0 is no limit. Default: 100.
     pub host_rate: u32,
     /// Releases that one host may ask for at once, above its rate, 1 to 1,000,000. Default: 2,048. Hyper-V runs at most
     /// 1,024 virtual machines on a host: after a power cut each may start, and start once more.
     pub host_burst: u32,
+    /// Releases a second, of one host from one address, that may fail before anything is decrypted without being counted
+    /// against `host_rate`, 0 to 1,000,000: they cost no HSM. 0 is no limit. Default: 500.
+    pub refused_rate: u32,
+    /// As many at once, above that rate, 1 to 1,000,000. Default: 2,048.
+    pub refused_burst: u32,
     /// Starts of a machine for which a host may keep what a release gave it, without asking again, 0 to 1,000. As long as
     /// they last, disabling the host has no effect on that machine. Default: 0, a host asks every time.
     pub max_offline_unwraps: u32,
@@ -385,6 +408,8 @@ impl Default for Release {
             concurrency: 0,
             host_rate: 100,
             host_burst: 2_048,
+            refused_rate: 500,
+            refused_burst: 2_048,
             max_offline_unwraps: 0,
         }
     }
@@ -399,6 +424,28 @@ impl Release {
     /// [`Release::watchdog_ms`] as a duration.
     pub fn watchdog(&self) -> Duration {
         Duration::from_millis(self.watchdog_ms)
+    }
+}
+
+/// `[attest]`: what attestations may cost.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Attest {
+    /// Attestations a second that one host may ask for from one address (IPv6: from one /64 network) in the long run, 0 to
+    /// 1,000,000; more are refused at once. A host attests when it starts, and once in eight hours. 0 is no limit.
+    /// Default: 5.
+    pub host_rate: u32,
+    /// Attestations that one host may ask for at once, above its rate, 1 to 1,000,000. Default: 1,000.
+    pub host_burst: u32,
+    /// Most health certificates that are signed at the same time, 0 to 100,000; the others wait, hosts taking turns, so
+    /// that attestations never take the HSMs from releases. Default: 0, which is one for each eight sessions of all members,
+    /// and at least 1.
+    pub concurrency: usize,
+}
+
+impl Default for Attest {
+    fn default() -> Self {
+        Self { host_rate: 5, host_burst: 1_000, concurrency: 0 }
     }
 }
 
@@ -582,7 +629,25 @@ impl Config {
                 "name their authorities in server.tls.client_ca",
             ));
         }
+        if let Some(tls) = &server.tls
+            && tls.client_is_host
+            && !tls.client_required
+        {
+            return Err(Fault::new(
+                vec![Step::Key("server".into()), Step::Key("tls".into()), Step::Key("client_is_host".into())],
+                "clients are bound to hosts by their certificates, and need not show one".to_owned(),
+                "set server.tls.client_required = true",
+            ));
+        }
+        within(in_server("stranger_rate"), u64::from(server.stranger_rate), 0, 1_000_000)?;
+        within(in_server("stranger_burst"), u64::from(server.stranger_burst), 1, 1_000_000)?;
+        let in_attest = |key| setting("attest", key);
+        within(in_attest("host_rate"), u64::from(self.attest.host_rate), 0, 1_000_000)?;
+        within(in_attest("host_burst"), u64::from(self.attest.host_burst), 1, 1_000_000)?;
+        within(in_attest("concurrency"), self.attest.concurrency as u64, 0, 100_000)?;
         let in_release = |key| setting("release", key);
+        within(in_release("refused_rate"), u64::from(self.release.refused_rate), 0, 1_000_000)?;
+        within(in_release("refused_burst"), u64::from(self.release.refused_burst), 1, 1_000_000)?;
         within(in_release("deadline_ms"), self.release.deadline_ms, 1, 600_000)?;
         within(in_release("watchdog_ms"), self.release.watchdog_ms, 10, 60_000)?;
         within(in_release("batch"), self.release.batch as u64, 1, 1_024)?;

@@ -98,7 +98,7 @@ pub fn load_cluster(config: &Config) -> Result<Cluster, StartError> {
 /// there is to sign.
 #[must_use]
 pub fn member_queue(config: &Config) -> usize {
-    4 * admission::concurrency(&config.release, config.hsm.iter().map(|hsm| hsm.sessions).sum()) + 256
+    4 * admission::concurrency(config, config.hsm.iter().map(|hsm| hsm.sessions).sum()) + 256
 }
 
 /// A member as the configuration describes it, with its PIN.

@@ -2,6 +2,7 @@
 
 use claviger_protocol::batch::{BatchRequest, MAX_BATCH_BODY};
 use claviger_protocol::error::{Code, Refusal};
+use claviger_protocol::work::Work;
 
 use crate::attempt::Attempt;
 use crate::bodies::{NoRoom, Room};
@@ -85,6 +86,7 @@ impl Intake for Taking<'_> {
                 )),
             };
             if let Err(refusal) = judged {
+                service.admission.charge_stranger(attempt, so_far.len(), Work::default());
                 metrics::body_refused(UNPROVEN);
                 self.refusal = Some(refusal);
                 return Err(BodyError::NotTaken);

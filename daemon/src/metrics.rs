@@ -101,7 +101,9 @@ metrics! {
     QUEUE_LIMIT: GaugeReading Count "claviger_queue_limit" []
         "Releases that may wait for their turn.";
     QUEUE_DROPPED: Counter Count "claviger_queue_dropped_total" ["reason"]
-        "Releases that were not let in: their host asks too fast (rate), no room (full), no time (late, deadline), caller gone (left).";
+        "Releases that were not let in: their host asks too fast (rate), too much from their address was refused (address), no room (full), no time (late, deadline), caller gone (left).";
+    ATTESTATIONS_DROPPED: Counter Count "claviger_attestations_dropped_total" ["reason"]
+        "Attestations that were not let in: their host asks too fast (rate), too much from their address was refused (address), no room (full) or no time (late, deadline) in the attestations' share of the HSMs, caller gone (left).";
     CONNECTIONS: Counter Count "claviger_connections_total" []
         "Connections to the service address that were taken.";
     CONNECTIONS_OPEN: GaugeReading Count "claviger_connections_open" []
@@ -302,7 +304,7 @@ pub struct Known<'a> {
     pub apis: &'a [&'static str],
     /// The outcomes of an attestation.
     pub attestation_outcomes: &'a [&'static str],
-    /// Why a release may not be let in.
+    /// Why a release or an attestation may not be let in.
     pub drop_reasons: &'a [&'static str],
     /// What can be asked for at the service address.
     pub resources: &'a [&'static str],
@@ -330,6 +332,7 @@ pub fn preregister(known: &Known<'_>) {
     }
     for reason in known.drop_reasons {
         counter!(QUEUE_DROPPED.name, "reason" => *reason).increment(0);
+        counter!(ATTESTATIONS_DROPPED.name, "reason" => *reason).increment(0);
     }
     for reason in known.body_refusals {
         counter!(BODIES_REFUSED.name, "reason" => *reason).increment(0);
@@ -453,6 +456,11 @@ pub fn response(resource: &'static str, status: u16) {
 /// Counts a release that was not let in.
 pub fn queue_dropped(reason: &'static str) {
     counter!(QUEUE_DROPPED.name, "reason" => reason).increment(1);
+}
+
+/// Counts an attestation that was not let in.
+pub fn attestation_dropped(reason: &'static str) {
+    counter!(ATTESTATIONS_DROPPED.name, "reason" => reason).increment(1);
 }
 
 /// Counts what happened at a member.

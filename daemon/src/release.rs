@@ -18,9 +18,11 @@ use claviger_protocol::protector::{Protector, Wrapping, transport_key};
 use claviger_protocol::request::{RollRequest, RollResponse};
 use claviger_protocol::rsa_key::RsaPublicKey;
 use claviger_protocol::verify::{self, Verified};
+use claviger_protocol::work::Work;
 use data_encoding::HEXLOWER;
 use ring::digest;
 
+use crate::admission::HostAt;
 use crate::attempt::Attempt;
 use crate::keys::{Held, Keys};
 use crate::service::{Service, signed_by, unix_now};
@@ -40,19 +42,19 @@ const LARGE: usize = 16 * 1024;
 /// The refusals of the protocol page, section 2.1; `TooManyRequestsException` when the host asks too
 /// fast; `ServiceUnavailableException` when the service is too busy, or no HSM could serve in time.
 pub async fn roll(service: &Service, api: ApiVersion, body: &[u8], attempt: &mut Attempt) -> Result<Grant, Refusal> {
-    // A glance: as long as others wait, who would not be let in is told so before anything that costs.
-    glance(service, body, attempt)?;
+    fast_reject(service, body, attempt)?;
+    let stranger = |attempt: &Attempt| service.admission.charge_stranger(attempt, body.len(), Work::default());
 
     // 1. The request is schema-valid and its three algorithms are known.
-    let request = aside(body.len(), || RollRequest::parse(body))?;
+    let request = aside(body.len(), || RollRequest::parse(body)).inspect_err(|_| stranger(attempt))?;
     attempt.protector(&request.ingress_protector);
 
     // 2. The health certificate is valid.
-    let host = healthy_host(service, &request.health_certificate, attempt)?;
+    let host = healthy_host(service, &request.health_certificate, attempt).inspect_err(|_| stranger(attempt))?;
 
     // Its host is within its rate, and it is its turn. It is until this function ends.
     let asked = standstill::now();
-    let admitted = service.admission.admit(&host.host_name, attempt).await;
+    let admitted = service.admission.admit(&HostAt::new(&host.host_name, attempt), attempt).await;
     attempt.waited_for_turn(asked);
     let _permit = admitted?;
 
@@ -77,23 +79,15 @@ pub async fn roll_protector(
     if standstill::now() >= deadline {
         return Err(Refusal::new(Code::ServiceUnavailable, "the service is too busy now; try again"));
     }
-    let verified = aside(ingress_protector.len(), || {
-        // 3. The protector is schema-valid within the limits, and its algorithms are known.
-        let protector = Protector::parse(ingress_protector)?;
-
-        // 4. and 5. The guardian signature is right, and every wrapping.
-        verify::verify(protector, &service.certificates)
-    })?;
-    let verified = Arc::new(verified);
-    attempt.owner = Some(HEXLOWER.encode(&verified.parties[verified.owner].signing.thumbprint()));
-
-    // 6. One wrapping is for this service.
+    let from = HostAt::new(&host.host_name, attempt);
     let keys = service.keys.load();
-    let ours = Ours::find(&verified, &keys)?;
-    // Judged by public facts alone, and before anything is decrypted: the answer depends on nothing that is secret. The
-    // release may have waited since its host was looked up.
-    permitted(service, host, [ours.decryption_key, ours.signing_key])?;
-    attempt.guardian_key = Some(HEXLOWER.encode(&verified.parties[ours.wrapping].encryption.thumbprint()));
+    let mut work = Work::default();
+    let judged = judge(service, host, ingress_protector, &keys, &mut work, attempt);
+    let (verified, ours) =
+        judged.inspect_err(|_| service.admission.failed_early(&from, ingress_protector.len(), work))?;
+    // What is about to be encrypted counts, too.
+    verified.parties.iter().for_each(|party| work.add(party.encryption.key()));
+    service.admission.charge(&from, ingress_protector.len(), work);
     attempt.keys = vec![ours.decryption_key.id.clone(), ours.signing_key.id.clone()];
     attempt.certificate_used = Some(ours.decryption_key.certificate.clone());
 
@@ -126,7 +120,7 @@ pub async fn roll_protector(
     let asked = standstill::now();
     let (ingress, egress) = tokio::join!(decrypted, signed);
     attempt.waited_for_hsms(asked);
-    let charge = |operations| attempt.host.iter().for_each(|host| service.admission.charge(host, operations));
+    let charge = |decryptions| service.admission.charge_decryptions(&from, decryptions);
     // What was decrypted for a protector that cannot be written is to be paid for, too.
     let (egress, unsigned, signed) = egress.inspect_err(|_: &Refusal| charge(OPINIONS - 1))?;
     let ingress = match ingress {
@@ -157,6 +151,34 @@ pub async fn roll_protector(
         encryption: verified.parties[ours.wrapping].encryption.key().clone(),
         signing: verified.parties[ours.wrapping].signing.key().clone(),
     })
+}
+
+/// Steps 3 to 6: all that can be said about a protector from public facts alone, before anything is decrypted.
+///
+/// # Errors
+/// See [`roll`].
+fn judge<'k>(
+    service: &Service,
+    host: &HealthClaims,
+    ingress_protector: &[u8],
+    keys: &'k Keys,
+    work: &mut Work,
+    attempt: &mut Attempt,
+) -> Result<(Arc<Verified>, Ours<'k>), Refusal> {
+    let verified = aside(ingress_protector.len(), || {
+        // 3. The protector is schema-valid within the limits, and its algorithms are known.
+        let protector = Protector::parse(ingress_protector)?;
+
+        // 4. and 5. The guardian signature is right, and every wrapping.
+        verify::verify_counting(protector, &service.certificates, work)
+    })?;
+    attempt.owner = Some(HEXLOWER.encode(&verified.parties[verified.owner].signing.thumbprint()));
+
+    // 6. One wrapping is for this service. The release may have waited since its host was looked up.
+    let ours = Ours::find(&verified, keys)?;
+    permitted(service, host, [ours.decryption_key, ours.signing_key])?;
+    attempt.guardian_key = Some(HEXLOWER.encode(&verified.parties[ours.wrapping].encryption.thumbprint()));
+    Ok((Arc::new(verified), ours))
 }
 
 /// A release that is right as far as the request goes, with the facts about host and keys that it rests on.
@@ -209,6 +231,11 @@ pub fn healthy_host(
         .map_err(|e| refused(format!("health certificate: {e}")))?;
     attempt.health(&claims);
     registered(service, &claims)?;
+    if !service.may_act_as(&claims.host_name, attempt) {
+        return Err(refused(
+            "health certificate: it is not that of the host which the client certificate names".to_owned(),
+        ));
+    }
     attempt.known = true;
     Ok(claims)
 }
@@ -228,24 +255,47 @@ fn registered(service: &Service, host: &HealthClaims) -> Result<Arc<Host>, Refus
     })
 }
 
-/// Refuses what [`admission`](crate::admission) would refuse after step 2, at a fraction of the cost: refusing must not
-/// take from what gets done. Only a host that has proved its health before is known at a glance; anybody else goes on.
-fn glance(service: &Service, body: &[u8], attempt: &mut Attempt) -> Result<(), Refusal> {
-    if !service.admission.is_busy() {
-        return Ok(());
+/// Fast path under load: refuses what [`admission`](crate::admission) would refuse after step 2, at a fraction of the cost,
+/// because refusing must not take from what gets done. Only a host whose health certificate was found right before is
+/// known at this point; any other request goes on.
+///
+/// An address from which too much was refused is served as far as a health certificate proves a host, so that no host pays
+/// for its neighbours behind a NAT or a load balancer.
+fn fast_reject(service: &Service, body: &[u8], attempt: &mut Attempt) -> Result<(), Refusal> {
+    known_host_or_address_within_rate(service, body, attempt)?.map_or(Ok(()), |host| {
+        let outlook = service.admission.outlook(&HostAt::new(&host.host_name, attempt), attempt);
+        outlook.inspect_err(|_| {
+            attempt.health(&host);
+            attempt.known = true;
+        })
+    })
+}
+
+/// The host that sent a request, where it is worth knowing before the request is read, and can be known at little cost.
+///
+/// # Errors
+/// `TooManyRequestsException` for an address from which too much was refused, where no host is known to have sent it.
+pub(crate) fn known_host_or_address_within_rate(
+    service: &Service,
+    body: &[u8],
+    attempt: &Attempt,
+) -> Result<Option<Arc<HealthClaims>>, Refusal> {
+    let stranger = service.admission.stranger_may_ask(attempt);
+    if stranger.is_ok() && !service.admission.is_pressed() {
+        return Ok(None);
     }
     let signers = service.signers.load();
-    let known = RollRequest::glance(body)
-        .and_then(|certificate| service.health.known(&certificate, signers.certificates(), unix_now()));
-    let hosts = service.hosts.load();
-    let Some(host) = known.filter(|host| hosts.by_name_and_key(&host.host_name, &host.host_key_sha256).is_some())
-    else {
-        return Ok(());
-    };
-    service.admission.outlook(&host.host_name, attempt).inspect_err(|_| {
-        attempt.health(&host);
-        attempt.known = true;
-    })
+    let signers = signers.certificates();
+    let claims = RollRequest::glance(body).and_then(|certificate| match stranger {
+        Ok(()) => service.health.known(&certificate, signers, unix_now()),
+        Err(_) => service.health.check(&certificate, signers, unix_now()).ok(),
+    });
+    let host =
+        claims.filter(|claims| registered(service, claims).is_ok() && service.may_act_as(&claims.host_name, attempt));
+    match stranger {
+        Err(declined) if host.is_none() => Err(declined.release()),
+        _ => Ok(host),
+    }
 }
 
 /// Step 6: the wrapping that is for this service, and the private keys that go with it.

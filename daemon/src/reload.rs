@@ -73,6 +73,11 @@ async fn reload(file: &Path, service: &Arc<Service>, tls: Option<&SharedTls>) ->
     next.release.deadline_ms = config.release.deadline_ms;
     next.release.host_rate = config.release.host_rate;
     next.release.host_burst = config.release.host_burst;
+    next.release.refused_rate = config.release.refused_rate;
+    next.release.refused_burst = config.release.refused_burst;
+    next.attest.clone_from(&config.attest);
+    next.server.stranger_rate = config.server.stranger_rate;
+    next.server.stranger_burst = config.server.stranger_burst;
     next.release.queue = config.release.queue;
     next.release.max_offline_unwraps = config.release.max_offline_unwraps;
     next.server.body_timeout_ms = config.server.body_timeout_ms;
@@ -80,9 +85,9 @@ async fn reload(file: &Path, service: &Arc<Service>, tls: Option<&SharedTls>) ->
     next.server.body_memory_mib = config.server.body_memory_mib;
     next.server.body_memory_per_address_mib = config.server.body_memory_per_address_mib;
     service.bodies.change(&next.server);
-    service.admission.change(&next.release);
+    service.admission.change(&next);
     members(&config, &mut next, service).await;
-    service.admission.resize(&next.release, next.hsm.iter().map(|hsm| hsm.sessions).sum());
+    service.admission.resize(&next, next.hsm.iter().map(|hsm| hsm.sessions).sum());
     let waiting = differences(&config, &next);
     service.config.store(Arc::new(next));
     if waiting.is_empty() {

@@ -19,7 +19,7 @@ use tokio::task::JoinHandle;
 use tracing::{Instrument, error_span};
 
 use crate::attempt::{Attempt, Caller};
-use crate::attest::host_key;
+use crate::attest::host_key::{self, Refused};
 use crate::audit::Decision;
 use crate::batch;
 use crate::bodies::{NoRoom, Room};
@@ -27,7 +27,7 @@ use crate::intake::{self, Taking};
 use crate::metrics::{self, Class};
 use crate::network::Network;
 use crate::release;
-use crate::server::{BodyError, Origin, Pace, Peer, read_body};
+use crate::server::{BodyError, ClientCertificate, Origin, Pace, Peer, read_body};
 use crate::service::{Service, request_id, unix_now};
 use crate::throttle::Throttle;
 
@@ -204,8 +204,9 @@ pub async fn serve(service: Arc<Service>, request: Request<Incoming>) -> Result<
     let id = request_id();
     let asked = Asked::of(request.uri().path());
     let address = request.extensions().get::<Peer>().map(|peer| peer.0.ip());
+    let client = request.extensions().get::<Arc<ClientCertificate>>().cloned();
     let (caller, _present) = Caller::new();
-    let attempt = Attempt::new(id.clone()).sent_from(address).asked_by(caller);
+    let attempt = Attempt::new(id.clone()).sent_from(address).asked_by(caller).with_client(client);
     // What is logged of the request has its id, wherever it is logged.
     let span = error_span!("request", request = id);
     let work = spawn(answer(service.clone(), request, asked, attempt).instrument(span.clone()));
@@ -218,6 +219,10 @@ pub async fn serve(service: Arc<Service>, request: Request<Incoming>) -> Result<
         }
     };
     metrics::response(asked.name(), answer.status);
+    if answer.status == 429 {
+        // Everything that the request held is free by now.
+        service.admission.hold_back().await;
+    }
     Ok(answer.into_response(&id))
 }
 
@@ -238,7 +243,8 @@ async fn refuse(service: &Service, asked: Asked, attempt: &Attempt, refusal: Ref
                 Code::ServiceUnavailable => ErrorReply::Unavailable,
                 code => ErrorReply::Error { status: code.status() },
             };
-            finish_attestation(service, attempt, Err((reply, refusal.message))).await
+            let refused = Refused { retry_after: refusal.retry_after, ..Refused::new(reply, refusal.message) };
+            finish_attestation(service, attempt, Err(refused)).await
         }
         _ => asked.family.error(refusal.code, &refusal.message),
     }
@@ -418,13 +424,13 @@ async fn attest(service: &Service, body: &[u8], mut attempt: Attempt) -> Answer 
 
 async fn other_mode(service: &Service, attempt: &Attempt) -> Answer {
     let reply = ErrorReply::OperationMode { expected: OperationMode::HostKey };
-    let refused = (reply, "this service attests host keys".to_owned());
+    let refused = Refused::new(reply, "this service attests host keys");
     finish_attestation(service, attempt, Err(refused)).await
 }
 
-async fn finish_attestation(service: &Service, attempt: &Attempt, result: Result<Answer, host_key::Refused>) -> Answer {
-    let outcome = result.as_ref().map_or_else(|(reply, _)| reply.name(), |_| SUCCESS);
-    let what = decision(result.as_ref().err().map(|(reply, _)| reply.status()), attempt);
+async fn finish_attestation(service: &Service, attempt: &Attempt, result: Result<Answer, Refused>) -> Answer {
+    let outcome = result.as_ref().map_or_else(|refused| refused.reply.name(), |_| SUCCESS);
+    let what = decision(result.as_ref().err().map(|refused| refused.reply.status()), attempt);
     let mut entry = attempt.entry("attest", outcome);
     let recorded = service.audit.decided(&entry, what, deadline(service, attempt)).await;
     let (outcome, answer) = match result {
@@ -438,7 +444,10 @@ async fn finish_attestation(service: &Service, attempt: &Attempt, result: Result
             note_identity(service, attempt);
             (SUCCESS, answer)
         }
-        Err((reply, message)) => (outcome, Answer::attestation_error(&reply, &message)),
+        Err(Refused { reply, message, retry_after }) => {
+            let answer = Answer::attestation_error(&reply, &message);
+            (outcome, Answer { retry_after: retry_after.unwrap_or(answer.retry_after), ..answer })
+        }
     };
     metrics::attestation(outcome, attempt.spent().total);
     answer

@@ -12,6 +12,7 @@
 
 mod activity;
 mod body;
+mod client_certificate;
 mod connection;
 pub(crate) mod places;
 #[cfg(test)]
@@ -42,6 +43,7 @@ use crate::throttle::Throttle;
 
 pub(crate) use self::activity::Cut;
 pub use self::body::{BodyError, Intake, Pace, UpTo, read_body};
+pub use self::client_certificate::ClientCertificate;
 pub use self::tls::{Doubt, ServerTls, SharedTls, TlsError, tls_config};
 
 /// Most connections that the kernel holds for us before we accept them; it may itself allow fewer (`somaxconn`).

@@ -18,7 +18,9 @@ use ring::digest;
 use tokio::sync::Notify;
 
 use crate::admission::Admission;
+use crate::attempt::Attempt;
 use crate::attest::health_cache::HealthCache;
+use crate::attest::issued::RecentlyIssued;
 use crate::attest::signer::Signers;
 use crate::audit::{self, Audit, Class, Entry};
 use crate::bodies::Bodies;
@@ -48,6 +50,8 @@ pub struct Service {
     pub audit: Audit,
     /// Health certificates that were found right before.
     pub health: HealthCache,
+    /// Health certificates that were issued a moment ago.
+    pub issued: RecentlyIssued,
     /// Memory for the bodies of requests.
     pub bodies: Arc<Bodies>,
     /// Certificates of protectors that were read and found right before.
@@ -152,9 +156,10 @@ impl Service {
         let sessions = config.hsm.iter().map(|hsm| hsm.sessions).sum();
         let service = Self {
             cluster,
-            admission: Admission::new(&config.release, sessions),
+            admission: Admission::new(&config, sessions),
             audit,
             health: HealthCache::default(),
+            issued: RecentlyIssued::default(),
             bodies: Bodies::new(&config.server),
             certificates: KnownCertificates::new(KNOWN_PARTIES),
             keys: ArcSwap::default(),
@@ -271,6 +276,14 @@ impl Service {
         let digest = digest::digest(&digest::SHA256, message);
         let right = Some(signed_by(public, digest));
         self.cluster.sign(key, SignScheme::Pkcs1(Hash::Sha256), digest.as_ref(), deadline, right).await
+    }
+
+    /// Whether the sender of `attempt` may act as the host of this name: always, unless the client certificates of TLS are
+    /// bound to hosts. Then only with a certificate of that name.
+    #[must_use]
+    pub fn may_act_as(&self, host: &str, attempt: &Attempt) -> bool {
+        let bound = self.config.load().server.tls.as_ref().is_some_and(|tls| tls.client_is_host);
+        !bound || attempt.client.as_ref().is_some_and(|client| client.is_for(host))
     }
 
     /// Records an administrator's change; `false` when that could not be done, and then it must not be made.

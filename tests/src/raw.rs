@@ -1,9 +1,11 @@
 //! HTTP/1.1 by hand, on a blocking socket: for what no well-behaved client does.
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 
-use crate::PATIENCE;
+use tokio::net::TcpSocket;
+
+use crate::{PATIENCE, block};
 
 /// An answer.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -60,7 +62,24 @@ impl Connection {
     /// # Errors
     /// What the operating system says.
     pub fn open(address: SocketAddr) -> std::io::Result<Self> {
-        let stream = TcpStream::connect(address)?;
+        Self::over(TcpStream::connect(address)?)
+    }
+
+    /// Connects from an address of this machine: all of 127.0.0.0/8 are its own.
+    ///
+    /// # Errors
+    /// What the operating system says.
+    pub fn open_from(source: Ipv4Addr, address: SocketAddr) -> std::io::Result<Self> {
+        let stream = block(async {
+            let socket = TcpSocket::new_v4()?;
+            socket.bind((source, 0).into())?;
+            socket.connect(address).await?.into_std()
+        })?;
+        stream.set_nonblocking(false)?;
+        Self::over(stream)
+    }
+
+    fn over(stream: TcpStream) -> std::io::Result<Self> {
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))?;

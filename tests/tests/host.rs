@@ -535,7 +535,13 @@ fn tls_is_spoken_with_whom_the_ca_vouches_for() {
         assert!(made.status.success(), "{}", said(&made));
     }
     lab.configure(|config| {
-        config.server.tls = Some(Tls { certificate: certificate.clone(), key, client_ca: None, client_required: false })
+        config.server.tls = Some(Tls {
+            certificate: certificate.clone(),
+            key,
+            client_ca: None,
+            client_required: false,
+            client_is_host: false,
+        })
     });
     let daemon = lab.serve();
     let host = Host::new(&lab, &[&daemon.url]);
@@ -562,7 +568,13 @@ fn a_server_certificate_that_no_host_accepts_is_named_and_not_tried_for_ever() {
     command.args(["-addext", "subjectAltName=IP:127.0.0.1", "-out"]).arg(&certificate).arg("-keyout").arg(&key);
     assert!(tool("openssl", &mut command).status.success());
     lab.configure(|config| {
-        config.server.tls = Some(Tls { certificate: certificate.clone(), key, client_ca: None, client_required: false })
+        config.server.tls = Some(Tls {
+            certificate: certificate.clone(),
+            key,
+            client_ca: None,
+            client_required: false,
+            client_is_host: false,
+        })
     });
     let daemon = lab.serve();
     let host = Host { timeout: 600, ..Host::new(&lab, &[&daemon.url]) };

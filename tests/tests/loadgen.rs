@@ -109,6 +109,7 @@ fn tls_is_spoken_to_who_is_trusted() {
             key: key.into(),
             client_ca: None,
             client_required: false,
+            client_is_host: false,
         });
     });
     let daemon = lab.serve();

@@ -118,7 +118,13 @@ fn members(lab: &Lab) -> Vec<Value> {
 }
 
 fn tls(files: &(PathBuf, PathBuf)) -> Tls {
-    Tls { certificate: files.0.clone(), key: files.1.clone(), client_ca: None, client_required: false }
+    Tls {
+        certificate: files.0.clone(),
+        key: files.1.clone(),
+        client_ca: None,
+        client_required: false,
+        client_is_host: false,
+    }
 }
 
 /// Serves the lab with TLS; what a release sends, as the lab's host.

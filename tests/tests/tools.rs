@@ -116,7 +116,13 @@ fn tls_is_served() {
     let made = tool("openssl", &mut command);
     assert!(made.status.success(), "{}", said(&made));
     lab.configure(|config| {
-        config.server.tls = Some(Tls { certificate: certificate.clone(), key, client_ca: None, client_required: false })
+        config.server.tls = Some(Tls {
+            certificate: certificate.clone(),
+            key,
+            client_ca: None,
+            client_required: false,
+            client_is_host: false,
+        })
     });
     let daemon = lab.serve();
     let address = daemon.url.strip_prefix("https://").unwrap();

@@ -41,4 +41,5 @@ pub mod request;
 pub mod rsa_key;
 mod transport_key;
 pub mod verify;
+pub mod work;
 pub mod xml;

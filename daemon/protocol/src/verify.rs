@@ -9,6 +9,7 @@ use crate::certificate::Certificate;
 use crate::error::Refusal;
 use crate::protector::{MAX_WRAPPINGS, Protector, Signature, Wrapping};
 use crate::rsa_key::RsaPublicKey;
+use crate::work::Work;
 
 /// Octets of a party's certificates beyond which it is not remembered: nobody fills the memory with large ones.
 const MOST_REMEMBERED: usize = 16 * 1024;
@@ -171,11 +172,22 @@ fn digest_of(parts: &[&[u8]]) -> Digest {
 /// `InvalidProtectorException` for the guardian signature (`InvalidWrappingException` when its certificate cannot be
 /// used), `InvalidWrappingException` for the wrappings.
 pub fn verify(protector: Protector, known: &KnownCertificates) -> Result<Verified, Refusal> {
+    verify_counting(protector, known, &mut Work::default())
+}
+
+/// The same; `work` tells which operations it took, also when it fails.
+///
+/// # Errors
+/// As [`verify`].
+pub fn verify_counting(protector: Protector, known: &KnownCertificates, work: &mut Work) -> Result<Verified, Refusal> {
     let wrappings = &protector.wrappings;
     let identities: Vec<Digest> = wrappings.iter().map(identity).collect();
     let met: Vec<_> = identities.iter().map(|identity| known.party(identity)).collect();
     let signature = &protector.guardian_signature;
-    let signed = |key: &RsaPublicKey| key.verify(signature.algorithm, &protector.signed_octets, &signature.value);
+    let mut signed = |key: &RsaPublicKey| {
+        work.add(key);
+        key.verify(signature.algorithm, &protector.signed_octets, &signature.value)
+    };
     match &met[protector.guardian] {
         Some(guardian) => signed(guardian.signing.key()),
         None => signed(signing_certificate(&wrappings[protector.guardian])?.key()),
@@ -194,6 +206,7 @@ pub fn verify(protector: Protector, known: &KnownCertificates) -> Result<Verifie
         let vouching = vouching(&identities[parent], &identities[at], signature);
         if !known.is_vouched(&vouching) {
             let key = parties[parent].signing.key();
+            work.add(key);
             key.verify(signature.algorithm, &wrapping.signing_certificate, &signature.value)
                 .map_err(|_| refused(wrapping, "the signature of its signing certificate is wrong"))?;
             known.vouch(vouching);
@@ -201,6 +214,7 @@ pub fn verify(protector: Protector, known: &KnownCertificates) -> Result<Verifie
         if met[at].is_none() {
             let signature = &wrapping.encryption_certificate_signature;
             let key = parties[at].signing.key();
+            work.add(key);
             key.verify(signature.algorithm, &wrapping.encryption_certificate, &signature.value)
                 .map_err(|_| refused(wrapping, "the signature of its encryption certificate is wrong"))?;
             known.remember(identities[at], wrapping, &parties[at]);

@@ -1,57 +1,93 @@
-//! How fast one host may ask: a token bucket for each, a plain value that is handed `now`.
+//! How fast each caller may ask: token buckets, a plain value that is handed `now`.
 
 use std::collections::HashMap;
+use std::hash::Hash;
 use std::time::{Duration, Instant};
 
-/// A token bucket for each host.
+/// A token bucket for each caller.
 ///
 /// A bucket is written as the time at which it will be full again, which a token taken puts off by the time that one
 /// takes to come back. A bucket that is full is no different from one that was never there, and is forgotten.
+///
+/// A bucket may owe: what has been spent already is charged also where there is too little in the bucket, and nothing more
+/// is taken from it until that came back. It owes at most what a full one holds, or [`LEAST_CREDIT`] where that is more.
+///
+/// The number of buckets is bounded, whatever callers there are. Where it would be exceeded, the fullest buckets are
+/// forgotten: their callers may ask for a burst too many, and no caller is refused for it.
 #[derive(Debug)]
-pub(super) struct Buckets {
+pub(super) struct Buckets<K> {
     /// In which time one token comes back.
     interval: Duration,
     /// In which time an empty bucket is full again.
     capacity: Duration,
-    full_at: HashMap<String, Instant>,
+    most: usize,
+    full_at: HashMap<K, Instant>,
     /// When full buckets were last forgotten.
     swept: Option<Instant>,
 }
 
+/// Tokens that any bucket may owe: as many as the releases that run at the same time on a small cluster may come to cost.
+const LEAST_CREDIT: u32 = 256;
+
 /// Shortest time between two looks at all buckets.
 const SWEEP_EVERY: Duration = Duration::from_secs(1);
 
-impl Buckets {
-    /// Buckets of `burst` tokens, of which `rate` come back each second. Both are at least 1.
-    pub(super) fn new(rate: u32, burst: u32) -> Self {
+impl<K: Clone + Eq + Hash> Buckets<K> {
+    /// At most `most` buckets of `burst` tokens, of which `rate` come back each second. All are at least 1.
+    pub(super) fn new(rate: u32, burst: u32, most: usize) -> Self {
         let interval = Duration::from_secs(1) / rate.max(1);
-        Self { interval, capacity: interval * burst.max(1), full_at: HashMap::new(), swept: None }
+        let (capacity, most) = (interval * burst.max(1), most.max(1));
+        Self { interval, capacity, most, full_at: HashMap::new(), swept: None }
     }
 
-    /// Takes one token of `host`'s bucket.
+    /// Takes one token of `key`'s bucket.
     ///
     /// # Errors
     /// The bucket is empty: the time until there is one in it.
-    pub(super) fn take(&mut self, host: &str, now: Instant) -> Result<(), Duration> {
-        self.sweep(now);
-        let full_at = self.with_one_less(host, now)?;
-        match self.full_at.get_mut(host) {
-            Some(known) => *known = full_at,
-            None => {
-                self.full_at.insert(host.to_owned(), full_at);
-            }
-        }
+    pub(super) fn take(&mut self, key: &K, now: Instant) -> Result<(), Duration> {
+        let full_at = self.with_one_less(key, now)?;
+        self.set(key, full_at, now);
         Ok(())
     }
 
-    /// When `host`'s bucket would be full again if one token were taken now.
+    /// When `key`'s bucket would be full again if one token were taken now.
     ///
     /// # Errors
     /// See [`Buckets::take`].
-    pub(super) fn with_one_less(&self, host: &str, now: Instant) -> Result<Instant, Duration> {
-        let full_at = self.full_at.get(host).map_or(now, |at| now.max(*at)) + self.interval;
+    pub(super) fn with_one_less(&self, key: &K, now: Instant) -> Result<Instant, Duration> {
+        let full_at = self.full_at(key, now) + self.interval;
         let missing = full_at.saturating_duration_since(now + self.capacity);
         if missing.is_zero() { Ok(full_at) } else { Err(missing) }
+    }
+
+    /// Charges `tokens` to `key`'s bucket, which may owe.
+    pub(super) fn debit(&mut self, key: &K, tokens: u32, now: Instant) {
+        let full_at = self.full_at(key, now) + self.interval.saturating_mul(tokens);
+        let credit = self.capacity.max(self.interval.saturating_mul(LEAST_CREDIT));
+        self.set(key, full_at.min(now + self.capacity + credit), now);
+    }
+
+    /// Gives one token back to `key`'s bucket.
+    pub(super) fn give_back(&mut self, key: &K, now: Instant) {
+        if let Some(full_at) = self.full_at.get_mut(key) {
+            *full_at = full_at.checked_sub(self.interval).unwrap_or(now);
+        }
+    }
+
+    fn full_at(&self, key: &K, now: Instant) -> Instant {
+        self.full_at.get(key).map_or(now, |at| now.max(*at))
+    }
+
+    fn set(&mut self, key: &K, full_at: Instant, now: Instant) {
+        self.sweep(now);
+        if let Some(known) = self.full_at.get_mut(key) {
+            *known = full_at;
+            return;
+        }
+        if self.full_at.len() >= self.most {
+            self.make_room(now);
+        }
+        self.full_at.insert(key.clone(), full_at);
     }
 
     /// Forgets what is full. Not more often than a bucket takes to fill, so that it costs each call next to nothing.
@@ -61,6 +97,19 @@ impl Buckets {
             self.full_at.retain(|_, full_at| *full_at > now);
             self.swept = Some(now);
         }
+    }
+
+    /// Forgets at least half of the buckets, the fullest ones: seldom enough to cost each call next to nothing.
+    fn make_room(&mut self, now: Instant) {
+        self.full_at.retain(|_, full_at| *full_at > now);
+        if self.full_at.len() <= self.most / 2 {
+            return;
+        }
+        let mut times: Vec<_> = self.full_at.values().copied().collect();
+        let middle = times.len() / 2;
+        let (_, median, _) = times.select_nth_unstable(middle);
+        let median = *median;
+        self.full_at.retain(|_, full_at| *full_at > median);
     }
 }
 
@@ -72,43 +121,98 @@ mod tests {
 
     const SECOND: Duration = Duration::from_secs(1);
 
+    fn buckets(rate: u32, burst: u32) -> Buckets<&'static str> {
+        Buckets::new(rate, burst, 1000)
+    }
+
     #[test]
     fn a_burst_then_the_rate_and_each_host_for_itself() {
-        let mut buckets = Buckets::new(10, 5);
+        let mut buckets = buckets(10, 5);
         let begun = Instant::now();
         for _ in 0..5 {
-            buckets.take("a", begun).unwrap();
+            buckets.take(&"a", begun).unwrap();
         }
-        assert_eq!(buckets.take("a", begun), Err(SECOND / 10));
-        buckets.take("b", begun).unwrap();
-        // Who only asks takes nothing, and neither
-        assert_eq!(buckets.with_one_less("a", begun), Err(SECOND / 10));
-        // what is refused takes nothing.
-        assert_eq!(buckets.take("a", begun + SECOND / 20), Err(SECOND / 20));
-        buckets.take("a", begun + SECOND / 10).unwrap();
-        assert_eq!(buckets.take("a", begun + SECOND / 10), Err(SECOND / 10));
+        assert_eq!(buckets.take(&"a", begun), Err(SECOND / 10));
+        buckets.take(&"b", begun).unwrap();
+        // Neither a look nor a refusal takes anything.
+        assert_eq!(buckets.with_one_less(&"a", begun), Err(SECOND / 10));
+        assert_eq!(buckets.take(&"a", begun + SECOND / 20), Err(SECOND / 20));
+        buckets.take(&"a", begun + SECOND / 10).unwrap();
+        assert_eq!(buckets.take(&"a", begun + SECOND / 10), Err(SECOND / 10));
         // It fills up to the burst and no further.
         let later = begun + 60 * SECOND;
         for _ in 0..5 {
-            buckets.take("a", later).unwrap();
+            buckets.take(&"a", later).unwrap();
         }
-        assert!(buckets.take("a", later).is_err());
+        assert!(buckets.take(&"a", later).is_err());
+    }
+
+    #[test]
+    fn a_bucket_owes_what_was_spent_and_no_more_than_it_holds() {
+        let mut buckets = buckets(10, 5);
+        let begun = Instant::now();
+        buckets.debit(&"a", 7, begun);
+        // Two are owed, and one has to be there.
+        assert_eq!(buckets.take(&"a", begun), Err(3 * SECOND / 10));
+        buckets.take(&"a", begun + 3 * SECOND / 10).unwrap();
+        buckets.debit(&"a", u32::MAX, begun + SECOND);
+        assert_eq!(buckets.take(&"a", begun + SECOND), Err(SECOND / 10 * (LEAST_CREDIT + 1)), "it owes without an end");
+        buckets.take(&"b", begun + SECOND).unwrap();
+        // A large bucket may owe as much as it holds.
+        let mut large = Buckets::new(10, 1000, 1000);
+        large.debit(&"a", u32::MAX, begun);
+        assert_eq!(large.take(&"a", begun), Err(SECOND / 10 * 1001));
+    }
+
+    #[test]
+    fn what_is_given_back_can_be_taken_again_and_nothing_beyond() {
+        let mut buckets = buckets(10, 2);
+        let begun = Instant::now();
+        for _ in 0..100 {
+            buckets.take(&"a", begun).unwrap();
+            buckets.give_back(&"a", begun);
+            buckets.give_back(&"never asked", begun);
+        }
+        buckets.take(&"a", begun).unwrap();
+        buckets.take(&"a", begun).unwrap();
+        assert!(buckets.take(&"a", begun).is_err());
+        // Not above the burst, however much is given back.
+        for _ in 0..10 {
+            buckets.give_back(&"a", begun);
+        }
+        let granted = (0..10).filter(|_| buckets.take(&"a", begun).is_ok()).count();
+        assert_eq!(granted, 2);
     }
 
     #[test]
     fn full_buckets_are_forgotten() {
-        let mut buckets = Buckets::new(10, 5);
+        let mut buckets = Buckets::new(10, 5, 10_000);
         let begun = Instant::now();
         for host in 0..1000 {
-            buckets.take(&host.to_string(), begun).unwrap();
+            buckets.take(&host, begun).unwrap();
         }
         assert_eq!(buckets.full_at.len(), 1000);
         for _ in 0..5 {
-            buckets.take("busy", begun + SECOND * 9 / 10).unwrap();
+            buckets.take(&5000, begun + SECOND * 9 / 10).unwrap();
         }
-        buckets.take("late", begun + SECOND).unwrap();
+        buckets.take(&6000, begun + SECOND).unwrap();
         assert_eq!(buckets.full_at.len(), 2);
-        assert!(buckets.full_at.contains_key("busy"));
+        assert!(buckets.full_at.contains_key(&5000));
+    }
+
+    #[test]
+    fn the_number_of_buckets_is_bounded_and_the_emptiest_are_kept() {
+        const MOST: usize = 64;
+        let mut buckets = Buckets::new(1, 10, MOST);
+        let begun = Instant::now();
+        for _ in 0..10 {
+            buckets.take(&u32::MAX, begun).unwrap();
+        }
+        for host in 0..10_000 {
+            buckets.take(&host, begun).expect("a newcomer pays for the others");
+            assert!(buckets.full_at.len() <= MOST);
+        }
+        assert!(buckets.take(&u32::MAX, begun).is_err(), "the emptiest bucket was forgotten");
     }
 
     proptest! {
@@ -116,21 +220,26 @@ mod tests {
         fn never_more_than_the_burst_and_the_rate(
             rate in 1..1000_u32,
             burst in 1..100_u32,
-            steps in proptest::collection::vec(0..50_u64, 1..400),
+            steps in proptest::collection::vec((0..50_u64, 0..4_u32), 1..400),
         ) {
-            let mut buckets = Buckets::new(rate, burst);
+            let mut buckets = buckets(rate, burst);
             let begun = Instant::now();
             let (mut now, mut taken) = (begun, 0_u32);
-            for millis in steps {
+            for (millis, charged) in steps {
                 now += Duration::from_millis(millis);
-                if let Err(wait) = buckets.take("a", now) {
-                    prop_assert!(wait <= Duration::from_secs(1) / rate);
+                if let Err(wait) = buckets.take(&"a", now) {
+                    prop_assert!(wait <= Duration::from_secs(1) / rate * (burst + 1));
                     now += wait;
-                    prop_assert_eq!(buckets.take("a", now), Ok(()));
+                    prop_assert_eq!(buckets.take(&"a", now), Ok(()));
                 }
                 taken += 1;
                 let most = f64::from(burst) + (now - begun).as_secs_f64() * f64::from(rate) * 1.001;
                 prop_assert!(f64::from(taken) <= most + 1e-6, "{} taken, {} allowed", taken, most);
+                // What is charged counts as long as no more is owed than a bucket holds.
+                if charged <= burst {
+                    buckets.debit(&"a", charged, now);
+                    taken += charged;
+                }
             }
         }
     }

@@ -1,16 +1,20 @@
 //! Who runs, who waits, and whose turn it is: a plain value that is handed `now`.
+//!
+//! Turns are fair in two levels. Hosts take turns; and where a host asks from several networks, as one does whose health
+//! certificate somebody else got hold of, its networks take turns for its turns.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::Dropped;
 use super::pace::Pace;
+use super::{Dropped, HostAt};
+use crate::network::Network;
 
 /// Bounds of what a caller is told to wait before it comes again, in seconds.
 const RETRY_AFTER: (u64, u64) = (1, 30);
 
-/// At most `concurrency` run. The others wait, at most `limit` of them, in a queue for each host; the hosts that have
+/// At most `concurrency` run. The others wait, at most `limit` of them, in a line for each host; the hosts that have
 /// somebody waiting take turns. As long as somebody waits, all places to run are taken.
 ///
 /// `T` is how a waiting caller is reached.
@@ -20,27 +24,61 @@ pub(super) struct Queue<T> {
     limit: usize,
     running: usize,
     waiting: usize,
-    /// The tickets so far. In a host's queue they ascend.
+    /// The tickets so far.
     tickets: u64,
-    /// No queue in it is empty.
-    hosts: HashMap<Arc<str>, VecDeque<Waiting<T>>>,
+    /// No line in it is empty.
+    hosts: HashMap<Arc<str>, Line<T>>,
     /// Each host of `hosts` once; the first one has the next turn.
     turns: VecDeque<Arc<str>>,
     pace: Pace,
 }
 
+/// Those of one host that wait, in the order of their places.
+#[derive(Debug)]
+struct Line<T> {
+    waiting: VecDeque<Waiting<T>>,
+    /// The round that was served last.
+    served: u64,
+}
+
+/// A place in a line: its round, of which each network has one release, and the number of its ticket.
+type Place = (u64, u64);
+
 #[derive(Debug)]
 struct Waiting<T> {
-    ticket: u64,
+    place: Place,
+    network: Option<Network>,
     deadline: Instant,
     caller: T,
+}
+
+impl<T> Line<T> {
+    fn new() -> Self {
+        Self { waiting: VecDeque::new(), served: 0 }
+    }
+
+    /// The round of a newcomer from `network`: after all of the same network, and not before any round that has begun.
+    fn round(&self, network: Option<Network>) -> u64 {
+        // The last one in the line is of the same network wherever a host asks from one.
+        let last = self.waiting.iter().rev().find(|waiting| waiting.network == network);
+        last.map_or(self.served, |waiting| waiting.place.0) + 1
+    }
+
+    /// How many stay ahead of a newcomer with this round.
+    fn ahead_of(&self, round: u64) -> usize {
+        self.waiting.partition_point(|waiting| waiting.place.0 <= round)
+    }
+
+    fn last(&self) -> Option<Place> {
+        self.waiting.back().map(|waiting| waiting.place)
+    }
 }
 
 /// Says which waiting caller is meant.
 #[derive(Debug)]
 pub(super) struct Ticket {
     host: Arc<str>,
-    number: u64,
+    place: Place,
 }
 
 /// What becomes of a newcomer.
@@ -108,61 +146,62 @@ impl<T> Queue<T> {
         self.waiting
     }
 
-    /// A release of `host` arrives that has to be done by `deadline`.
+    /// A release arrives that has to be done by `deadline`.
     ///
     /// While there is a place to run it runs, whatever was learned before: so a pace that was learned in bad times cannot
     /// keep everybody out for ever.
-    pub(super) fn arrive(&mut self, host: &str, deadline: Instant, caller: T, now: Instant) -> Arrival<T> {
-        if let Err(reason) = self.outlook(host, deadline, now) {
+    pub(super) fn arrive(&mut self, from: &HostAt, deadline: Instant, caller: T, now: Instant) -> Arrival<T> {
+        if let Err(reason) = self.outlook(from, deadline, now) {
             return Arrival::Refused(reason);
         }
         if self.running < self.concurrency {
             self.running += 1;
             return Arrival::Runs;
         }
-        let evicted = if self.waiting < self.limit { None } else { self.evict_for(host) };
-        let host = match self.hosts.get_key_value(host) {
+        let evicted = if self.waiting < self.limit { None } else { self.evict_for(from) };
+        let host = match self.hosts.get_key_value(&from.host) {
             Some((host, _)) => Arc::clone(host),
             None => {
-                let host: Arc<str> = Arc::from(host);
-                self.turns.push_back(Arc::clone(&host));
-                host
+                self.turns.push_back(Arc::clone(&from.host));
+                Arc::clone(&from.host)
             }
         };
         self.tickets += 1;
         self.waiting += 1;
-        let waiting = Waiting { ticket: self.tickets, deadline, caller };
-        self.hosts.entry(Arc::clone(&host)).or_default().push_back(waiting);
-        Arrival::Waits { ticket: Ticket { host, number: self.tickets }, evicted }
+        let line = self.hosts.entry(Arc::clone(&host)).or_insert_with(Line::new);
+        let round = line.round(from.network);
+        let place = (round, self.tickets);
+        line.waiting.insert(line.ahead_of(round), Waiting { place, network: from.network, deadline, caller });
+        Arrival::Waits { ticket: Ticket { host, place }, evicted }
     }
 
-    /// Whether a release of `host` that arrived now, to be done by `deadline`, would run or wait.
-    pub(super) fn outlook(&self, host: &str, deadline: Instant, now: Instant) -> Result<(), Dropped> {
+    /// Whether a release that arrived now, to be done by `deadline`, would run or wait.
+    pub(super) fn outlook(&self, from: &HostAt, deadline: Instant, now: Instant) -> Result<(), Dropped> {
         if deadline <= now {
             Err(Dropped::Deadline)
         } else if self.running < self.concurrency {
             Ok(())
-        } else if now + self.pace.wait(self.ahead(host), self.concurrency) + self.pace.run() > deadline {
+        } else if now + self.pace.wait(self.ahead(from), self.concurrency) + self.pace.run() > deadline {
             Err(Dropped::Late)
-        } else if self.waiting >= self.limit && self.longest_for(host).is_none() {
+        } else if self.waiting >= self.limit && self.line_to_shorten(from).is_none() {
             Err(Dropped::Full)
         } else {
             Ok(())
         }
     }
 
-    /// How many of those that wait now would run before a newcomer of `host`.
-    fn ahead(&self, host: &str) -> usize {
-        let own = self.length(host);
-        if own == 0 {
+    /// How many of those that wait now would run before a newcomer.
+    fn ahead(&self, from: &HostAt) -> usize {
+        let Some(line) = self.hosts.get(&from.host) else {
             // The last turn of the first round.
             return self.turns.len();
-        }
+        };
+        let own = line.ahead_of(line.round(from.network));
         // Each round serves one of every host that still has one. Hosts with an earlier turn are a round ahead.
         let mut rounds = own + 1;
         let mut ahead = own;
         for other in &self.turns {
-            if **other == *host {
+            if *other == from.host {
                 rounds = own;
             } else {
                 ahead += self.length(other).min(rounds);
@@ -172,32 +211,36 @@ impl<T> Queue<T> {
     }
 
     fn length(&self, host: &str) -> usize {
-        self.hosts.get(host).map_or(0, VecDeque::len)
+        self.hosts.get(host).map_or(0, |line| line.waiting.len())
     }
 
-    /// Who makes room for a newcomer of `host`: the longest queue, unless the newcomer's would then be the longest. Of
-    /// several the one that was joined last.
-    fn longest_for(&self, host: &str) -> Option<Arc<str>> {
-        let newest = |queue: &VecDeque<Waiting<T>>| queue.back().map(|waiting| waiting.ticket);
-        let (longest, queue) = self.hosts.iter().max_by_key(|(_, queue)| (queue.len(), newest(queue)))?;
-        (queue.len() > self.length(host) + 1).then(|| Arc::clone(longest))
+    /// The line that makes room for a newcomer: the longest one, unless the newcomer's would then be the longest; of
+    /// several the one that was joined last. Else its own, where a network has more in it than the newcomer's.
+    fn line_to_shorten(&self, from: &HostAt) -> Option<Arc<str>> {
+        let (longest, line) =
+            self.hosts.iter().max_by_key(|(_, line)| (line.waiting.len(), line.last().map(|(_, ticket)| ticket)))?;
+        if line.waiting.len() > self.length(&from.host) + 1 {
+            return Some(Arc::clone(longest));
+        }
+        let (host, own) = self.hosts.get_key_value(&from.host)?;
+        own.last().is_some_and(|(round, _)| round > own.round(from.network)).then(|| Arc::clone(host))
     }
 
-    /// The newest of that queue makes room. At least one stays, so its host keeps its turn.
-    fn evict_for(&mut self, host: &str) -> Option<T> {
-        let longest = self.longest_for(host)?;
-        let evicted = self.hosts.get_mut(&longest)?.pop_back()?;
+    /// The last of that line makes room. A line that becomes empty is the newcomer's own, which keeps its turn.
+    fn evict_for(&mut self, from: &HostAt) -> Option<T> {
+        let shortened = self.line_to_shorten(from)?;
+        let evicted = self.hosts.get_mut(&shortened)?.waiting.pop_back()?;
         self.waiting -= 1;
         Some(evicted.caller)
     }
 
     /// A waiting caller goes away. `false` when it does not wait any more.
     pub(super) fn leave(&mut self, ticket: &Ticket) -> bool {
-        let Some(queue) = self.hosts.get_mut(&ticket.host) else { return false };
-        let Ok(at) = queue.binary_search_by_key(&ticket.number, |waiting| waiting.ticket) else { return false };
-        queue.remove(at);
+        let Some(line) = self.hosts.get_mut(&ticket.host) else { return false };
+        let Ok(at) = line.waiting.binary_search_by_key(&ticket.place, |waiting| waiting.place) else { return false };
+        line.waiting.remove(at);
         self.waiting -= 1;
-        if queue.is_empty() {
+        if line.waiting.is_empty() {
             self.hosts.remove(&ticket.host);
             self.turns.retain(|host| *host != ticket.host);
         }
@@ -220,8 +263,9 @@ impl<T> Queue<T> {
             return None;
         }
         let host = self.turns.pop_front()?;
-        let queue = self.hosts.get_mut(&host)?;
-        let Waiting { deadline, caller, .. } = queue.pop_front()?;
+        let line = self.hosts.get_mut(&host)?;
+        let Waiting { place, deadline, caller, .. } = line.waiting.pop_front()?;
+        line.served = place.0;
         self.waiting -= 1;
         let turn = if deadline <= now {
             Turn::Refused(Dropped::Deadline)
@@ -231,7 +275,7 @@ impl<T> Queue<T> {
             self.running += 1;
             Turn::Runs
         };
-        if queue.is_empty() {
+        if line.waiting.is_empty() {
             self.hosts.remove(&host);
         } else if turn == Turn::Runs {
             self.turns.push_back(host);

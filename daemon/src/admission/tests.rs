@@ -2,15 +2,34 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use tokio::sync::oneshot;
 use tokio::task::{JoinSet, yield_now};
 
+use super::queue::{Arrival, Queue};
+use super::turns::Waiter;
 use super::*;
 use crate::attempt::Caller;
+use crate::config::{Attest, Release, Server};
+
+fn config(release: Release) -> Config {
+    Config { release, ..Config::default() }
+}
 
 fn admission(change: impl FnOnce(&mut Release)) -> Admission {
     let mut release = Release { concurrency: 1, deadline_ms: 60_000, host_rate: 0, ..Release::default() };
     change(&mut release);
-    Admission::new(&release, 1)
+    Admission::new(&config(release), 1)
+}
+
+/// A host as it asks from nowhere in particular.
+fn at(host: &str) -> HostAt {
+    HostAt::new(host, &attempt())
+}
+
+/// The same from an address.
+fn from(host: &str, address: &str) -> (HostAt, Attempt) {
+    let attempt = attempt().sent_from(Some(address.parse().unwrap()));
+    (HostAt::new(host, &attempt), attempt)
 }
 
 fn attempt() -> Attempt {
@@ -28,10 +47,10 @@ async fn until_waiting(admission: &Admission, waiting: usize) {
 fn concurrency_follows_the_sessions() {
     let concurrency = |set, sessions| {
         let release = Release { concurrency: set, ..Release::default() };
-        let admission = Admission::new(&release, sessions);
-        let mut queue = admission.room.lock();
+        let admission = Admission::new(&config(release), sessions);
+        let mut queue = admission.releases.0.lock();
         let deadline = Instant::now() + Duration::from_secs(60);
-        let arrive = |queue: &mut Queue<Waiter>| queue.arrive("a", deadline, oneshot::channel().0, Instant::now());
+        let arrive = |queue: &mut Queue<Waiter>| queue.arrive(&at("a"), deadline, oneshot::channel().0, Instant::now());
         while matches!(arrive(&mut queue), Arrival::Runs) {}
         queue.running()
     };
@@ -41,11 +60,11 @@ fn concurrency_follows_the_sessions() {
 #[tokio::test]
 async fn more_sessions_let_more_run_at_once() {
     let admission = Arc::new(admission(|_| {}));
-    let _first = admission.admit("a", &attempt()).await.unwrap();
+    let _first = admission.admit(&at("a"), &attempt()).await.unwrap();
     let of = admission.clone();
-    let second = tokio::spawn(async move { of.admit("b", &attempt()).await });
+    let second = tokio::spawn(async move { of.admit(&at("b"), &attempt()).await });
     until_waiting(&admission, 1).await;
-    admission.resize(&Release { concurrency: 0, ..Release::default() }, 20);
+    admission.resize(&config(Release { concurrency: 0, ..Release::default() }), 20);
     let _second = second.await.unwrap().unwrap();
     assert_eq!(admission.load(), Load { running: 2, waiting: 0 });
 }
@@ -53,9 +72,9 @@ async fn more_sessions_let_more_run_at_once() {
 #[tokio::test]
 async fn a_permit_goes_to_the_next_one() {
     let admission = Arc::new(admission(|_| {}));
-    let first = admission.admit("a", &attempt()).await.unwrap();
+    let first = admission.admit(&at("a"), &attempt()).await.unwrap();
     let of = admission.clone();
-    let second = tokio::spawn(async move { of.admit("b", &attempt()).await });
+    let second = tokio::spawn(async move { of.admit(&at("b"), &attempt()).await });
     until_waiting(&admission, 1).await;
     assert_eq!(admission.load(), Load { running: 1, waiting: 1 });
     drop(first);
@@ -68,10 +87,10 @@ async fn a_permit_goes_to_the_next_one() {
 #[tokio::test]
 async fn who_goes_away_leaves_its_place() {
     let admission = Arc::new(admission(|_| {}));
-    let permit = admission.admit("a", &attempt()).await.unwrap();
+    let permit = admission.admit(&at("a"), &attempt()).await.unwrap();
     // Its future is dropped.
     let of = admission.clone();
-    let waiting = tokio::spawn(async move { of.admit("a", &attempt()).await.map(drop) });
+    let waiting = tokio::spawn(async move { of.admit(&at("a"), &attempt()).await.map(drop) });
     until_waiting(&admission, 1).await;
     waiting.abort();
     assert!(waiting.await.unwrap_err().is_cancelled());
@@ -79,7 +98,7 @@ async fn who_goes_away_leaves_its_place() {
     // Its caller is gone.
     let (caller, present) = Caller::new();
     let of = admission.clone();
-    let waiting = tokio::spawn(async move { of.admit("a", &attempt().asked_by(caller)).await.map(drop) });
+    let waiting = tokio::spawn(async move { of.admit(&at("a"), &attempt().asked_by(caller)).await.map(drop) });
     until_waiting(&admission, 1).await;
     drop(present);
     assert_eq!(waiting.await.unwrap().unwrap_err().code, Code::ServiceUnavailable);
@@ -91,7 +110,7 @@ async fn who_goes_away_leaves_its_place() {
 #[tokio::test]
 async fn a_permit_for_somebody_who_just_went_away_is_not_lost() {
     let admission = Arc::new(admission(|_| {}));
-    let permit = admission.admit("a", &attempt()).await.unwrap();
+    let permit = admission.admit(&at("a"), &attempt()).await.unwrap();
     let mut waiting: Vec<_> = (0..3).map(|_| Box::pin(attempt_in(&admission))).collect();
     for future in &mut waiting {
         assert!(std::future::poll_fn(|cx| std::task::Poll::Ready(future.as_mut().poll(cx).is_pending())).await);
@@ -109,31 +128,31 @@ async fn a_permit_for_somebody_who_just_went_away_is_not_lost() {
 }
 
 async fn attempt_in(admission: &Admission) -> Result<Permit, Refusal> {
-    admission.admit("a", &attempt()).await
+    admission.admit(&at("a"), &attempt()).await
 }
 
 #[tokio::test]
 async fn refusals_say_why_and_when_to_come_again() {
     let limited = admission(|release| (release.host_rate, release.host_burst) = (1, 2));
     for _ in 0..2 {
-        limited.within_rate("a").unwrap();
+        limited.within_rate(&at("a")).unwrap();
     }
-    let refusal = limited.within_rate("a").unwrap_err();
+    let refusal = limited.within_rate(&at("a")).unwrap_err();
     assert_eq!((refusal.code, refusal.retry_after), (Code::TooManyRequests, Some(1)));
-    assert_eq!(limited.outlook("a", &attempt()).unwrap_err().code, Code::TooManyRequests);
+    assert_eq!(limited.outlook(&at("a"), &attempt()).unwrap_err().code, Code::TooManyRequests);
     for _ in 0..2 {
-        limited.outlook("b", &attempt()).unwrap();
-        limited.within_rate("b").unwrap();
+        limited.outlook(&at("b"), &attempt()).unwrap();
+        limited.within_rate(&at("b")).unwrap();
     }
 
     let full = Arc::new(admission(|release| (release.queue, release.deadline_ms) = (1, 300)));
-    let permit = full.admit("a", &attempt()).await.unwrap();
+    let permit = full.admit(&at("a"), &attempt()).await.unwrap();
     let begun = Instant::now();
     let of = full.clone();
-    let waiting = tokio::spawn(async move { of.admit("a", &attempt()).await.map(drop) });
+    let waiting = tokio::spawn(async move { of.admit(&at("a"), &attempt()).await.map(drop) });
     until_waiting(&full, 1).await;
-    assert_eq!(full.outlook("a", &attempt()).unwrap_err().code, Code::ServiceUnavailable);
-    let refusal = full.admit("a", &attempt()).await.err().unwrap();
+    assert_eq!(full.outlook(&at("a"), &attempt()).unwrap_err().code, Code::ServiceUnavailable);
+    let refusal = full.admit(&at("a"), &attempt()).await.err().unwrap();
     assert_eq!((refusal.code, refusal.retry_after), (Code::ServiceUnavailable, Some(1)));
     // The other one waits in vain, but not for ever.
     let refusal = waiting.await.unwrap().unwrap_err();
@@ -170,7 +189,7 @@ async fn many_at_once_come_and_go_and_no_place_is_lost() {
             let host = format!("host-{}", number % 7);
             let attempt = attempt();
             let work = async {
-                let Ok(_permit) = admission.admit(&host, &attempt).await else { return };
+                let Ok(_permit) = admission.admit(&at(&host), &attempt).await else { return };
                 let _running = Running::new(&running);
                 for _ in 0..number % 5 {
                     yield_now().await;
@@ -200,17 +219,135 @@ async fn many_at_once_come_and_go_and_no_place_is_lost() {
 #[test]
 fn limits_change_while_hosts_ask() {
     let mut release = Release { host_rate: 1, host_burst: 2, ..Release::default() };
-    let admission = Admission::new(&release, 1);
-    let asks = |times: usize| (0..times).filter(|_| admission.within_rate("a").is_ok()).count();
+    let admission = Admission::new(&config(release.clone()), 1);
+    let asks = |times: usize| (0..times).filter(|_| admission.within_rate(&at("a")).is_ok()).count();
     assert_eq!(asks(3), 2);
     // What has nothing to do with the rate leaves the buckets as they are.
     release.deadline_ms = 1_234;
-    admission.change(&release);
+    admission.change(&config(release.clone()));
     assert_eq!((asks(1), admission.limits.load().deadline), (0, Duration::from_millis(1_234)));
     release.host_burst = 5;
-    admission.change(&release);
+    admission.change(&config(release.clone()));
     assert_eq!(asks(6), 5);
     release.host_rate = 0;
-    admission.change(&release);
+    admission.change(&config(release.clone()));
     assert_eq!(asks(100), 100);
+}
+
+#[test]
+fn a_host_pays_for_nothing_that_is_sent_from_elsewhere() {
+    let admission = admission(|release| (release.host_rate, release.host_burst) = (1, 10));
+    let (host, _) = from("a", "192.0.2.1");
+    for thief in ["192.0.2.2", "2001:db8::1"] {
+        let (thief, _) = from("a", thief);
+        let granted = (0..1000).filter(|_| admission.within_rate(&thief).is_ok()).count();
+        assert!((10..=12).contains(&granted), "{granted}");
+        admission.charge_decryptions(&thief, 1_000_000);
+    }
+    let granted = (0..1000).filter(|_| admission.within_rate(&host).is_ok()).count();
+    assert!((10..=12).contains(&granted), "{granted}");
+    // All addresses of one /64 are one sender.
+    let (neighbour, _) = from("a", "2001:db8::2");
+    assert!(admission.within_rate(&neighbour).is_err());
+}
+
+#[test]
+fn what_fails_before_a_decryption_is_paid_from_a_bucket_of_its_own() {
+    let admission = admission(|release| {
+        (release.host_rate, release.host_burst, release.refused_rate, release.refused_burst) = (1, 10, 1, 100);
+    });
+    let fails = |times: usize| {
+        (0..times)
+            .filter(|_| {
+                let let_in = admission.within_rate(&at("a")).is_ok();
+                if let_in {
+                    admission.failed_early(&at("a"), 10_000, Work::default());
+                }
+                let_in
+            })
+            .count()
+    };
+    assert_eq!(fails(100), 100);
+    // The releases are still all there; and only now junk is charged against them.
+    let granted = fails(1000);
+    assert!((10..=13).contains(&granted), "{granted}");
+    assert!(admission.within_rate(&at("a")).is_err());
+}
+
+#[test]
+fn a_protector_is_charged_by_its_bytes_and_its_keys() {
+    let mut work = Work::default();
+    assert_eq!(tokens(13_000, work), 1);
+    assert_eq!(tokens(512 * 1024, work), 9);
+    // Four parties with keys of 4096 bits, whose certificates are known: the guardian's signature and four encryptions.
+    let key =
+        |bits: usize| claviger_protocol::rsa_key::RsaPublicKey::from_components(&vec![0xff; bits / 8], &[1, 0, 1]);
+    (0..5).for_each(|_| work.add(&key(4096).unwrap()));
+    assert_eq!(tokens(13_000, work), 1);
+    (0..52).for_each(|_| work.add(&key(7168).unwrap()));
+    assert_eq!(tokens(200_000, work), 24);
+    // Paid, also where the bucket holds less than that.
+    let admission = admission(|release| (release.host_rate, release.host_burst) = (1, 20));
+    admission.within_rate(&at("a")).unwrap();
+    admission.charge(&at("a"), 200_000, work);
+    let refusal = admission.within_rate(&at("a")).unwrap_err();
+    assert_eq!((refusal.code, refusal.retry_after), (Code::TooManyRequests, Some(5)));
+}
+
+#[test]
+fn strangers_are_limited_by_their_address_and_attesting_hosts_by_theirs() {
+    let admission = Admission::new(
+        &Config {
+            server: Server { stranger_rate: 1, stranger_burst: 10, ..Server::default() },
+            attest: Attest { host_rate: 1, host_burst: 2, concurrency: 0 },
+            ..Config::default()
+        },
+        40,
+    );
+    assert_eq!(admission.attestations.limits().running, 5);
+    let (host, stranger) = from("a", "192.0.2.1");
+    let (elsewhere, other) = from("a", "192.0.2.2");
+    for _ in 0..10 {
+        admission.stranger_may_ask(&stranger).unwrap();
+        admission.charge_stranger(&stranger, 100, Work::default());
+    }
+    let declined = admission.stranger_may_attest(&stranger).unwrap_err();
+    assert_eq!(declined, Declined { reason: Dropped::Address, retry_after: 1 });
+    admission.stranger_may_ask(&other).unwrap();
+    // Without an address there is none to charge.
+    admission.charge_stranger(&attempt(), usize::MAX, Work::default());
+    admission.stranger_may_ask(&attempt()).unwrap();
+
+    for _ in 0..2 {
+        admission.attestation_within_rate(&host).unwrap();
+    }
+    assert_eq!(admission.attestation_within_rate(&host).unwrap_err().reason, Dropped::Rate);
+    admission.attestation_within_rate(&elsewhere).unwrap();
+    // Releases have a rate of their own.
+    admission.within_rate(&host).unwrap();
+}
+
+#[tokio::test]
+async fn attestations_wait_for_their_share_and_keep_no_release_waiting() {
+    let admission = Arc::new(admission(|release| release.concurrency = 1));
+    let first = admission.attestation_turn(&at("a"), &attempt()).await.unwrap();
+    let of = admission.clone();
+    let second = tokio::spawn(async move { of.attestation_turn(&at("b"), &attempt()).await });
+    while admission.attestations.load().waiting != 1 {
+        yield_now().await;
+    }
+    let _release = admission.admit(&at("c"), &attempt()).await.unwrap();
+    assert!(!second.is_finished());
+    drop(first);
+    let _second = second.await.unwrap().unwrap();
+}
+
+#[test]
+fn releases_are_looked_at_early_while_some_are_refused() {
+    let admission = admission(|release| (release.host_rate, release.host_burst) = (1, 1));
+    assert!(!admission.is_pressed());
+    admission.within_rate(&at("a")).unwrap();
+    assert!(!admission.is_pressed());
+    admission.within_rate(&at("a")).unwrap_err();
+    assert!(admission.is_pressed());
 }

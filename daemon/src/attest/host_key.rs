@@ -1,19 +1,59 @@
 //! Host-key attestation: a host proves that it has the key it was registered with, and gets its identity key certified.
 
 use std::sync::Arc;
+use std::time::Instant;
 
+use bytes::Bytes;
 use claviger_hsm::HsmError;
 use claviger_protocol::attestation::{ErrorReply, HealthCertificateReply, HostKeyRequest};
 use claviger_protocol::certificate::Certificate;
-use claviger_protocol::health;
+use claviger_protocol::health::{self, ResultType};
+use claviger_protocol::work::Work;
 use data_encoding::HEXLOWER;
 
+use super::issued::IssuedFor;
+use crate::admission::{Declined, Dropped, HostAt};
 use crate::attempt::Attempt;
+use crate::keys::Key;
+use crate::release::aside;
 use crate::service::{Service, unix_now};
 use crate::state::Host;
+use crate::throttle::Throttle;
 
-/// An attestation refused: the reply, and a sentence for a person.
-pub type Refused = (ErrorReply, String);
+/// An attestation refused.
+#[derive(Clone, Debug)]
+pub struct Refused {
+    /// The reply.
+    pub reply: ErrorReply,
+    /// A sentence for a person.
+    pub message: String,
+    /// In how many seconds the caller may come again, where that is known; for 429 and 503.
+    pub retry_after: Option<u16>,
+}
+
+impl Refused {
+    /// With a reply, and a sentence for a person.
+    #[must_use]
+    pub fn new(reply: ErrorReply, message: impl Into<String>) -> Self {
+        Self { reply, message: message.into(), retry_after: None }
+    }
+}
+
+impl From<Declined> for Refused {
+    fn from(declined: Declined) -> Self {
+        let refused = match declined.reason {
+            Dropped::Rate => Self::new(TOO_MANY, "this host asks for more attestations than it may; try again"),
+            Dropped::Address => Self::new(TOO_MANY, "too many requests from this address were refused; try again"),
+            Dropped::Full | Dropped::Deadline | Dropped::Late | Dropped::Left => {
+                Self::new(ErrorReply::Unavailable, "too many attestations wait for an HSM; try again")
+            }
+        };
+        Self { retry_after: Some(declined.retry_after), ..refused }
+    }
+}
+
+/// A rate is exceeded: an error that is about HTTP, and not about the host's health.
+const TOO_MANY: ErrorReply = ErrorReply::Error { status: 429 };
 
 /// Health certificates for a host, with the facts that they rest on. The HSMs may have taken seconds, in which an
 /// administrator may have removed the host: the certificates leave only through [`Issued::confirm`], which is called where
@@ -43,72 +83,119 @@ impl Issued {
 }
 
 fn unauthorized() -> Refused {
-    (ErrorReply::Unauthorized, "the host key is not registered, or did not sign".to_owned())
+    Refused::new(ErrorReply::Unauthorized, "the host key is not registered, or did not sign")
 }
 
 fn unavailable() -> Refused {
-    (ErrorReply::Unavailable, "no HSM can sign now; try again".to_owned())
+    Refused::new(ErrorReply::Unavailable, "no HSM can sign now; try again")
 }
 
 /// Answers an `AttestationRequest` in host-key mode.
 ///
 /// # Errors
 /// `PayloadErrorReply` for what is wrong with the request, `UnauthorizedErrorReply` for an unknown key or a wrong
-/// signature (the two look the same), `UnavailableErrorReply` when no HSM signs.
+/// signature (the two look the same), `UnavailableErrorReply` when no HSM signs; 429 for a host or an address that asks too
+/// fast.
 pub async fn attest(service: &Service, body: &[u8], attempt: &mut Attempt) -> Result<Issued, Refused> {
-    let request = HostKeyRequest::parse(body).map_err(|e| (ErrorReply::Payload, e.to_string()))?;
-    let deadline = attempt.started() + service.config.load().release.deadline();
+    service.admission.stranger_may_attest(attempt)?;
+    let mut work = Work::default();
+    let (host, request) = proved(service, body, &mut work, attempt)
+        .inspect_err(|_| service.admission.charge_stranger(attempt, body.len(), work))?;
+
+    attempt.known = true;
+    attempt.identity_key = Some(HEXLOWER.encode(&request.identity_key.spki_sha256()));
+    let from = HostAt::new(&host.name, attempt);
+    // Also what a host sends beyond its rate is checked before it is refused: its address pays for that.
+    let within_rate = service.admission.attestation_within_rate(&from);
+    within_rate.inspect_err(|_| service.admission.charge_stranger(attempt, body.len(), work))?;
+
+    let signers = service.signers.load();
+    let signer = signers.current().ok_or_else(unavailable)?;
+    let thumbprint = signer.certificate.thumbprint();
+    let mut turn = None;
+    let mut content = Vec::with_capacity(request.requested.len());
+    for result in &request.requested {
+        let of = IssuedFor::new(&thumbprint, &host, &request.identity_key, *result);
+        let mut issued = service.issued.get(&of, unix_now());
+        if issued.is_none() && turn.is_none() {
+            turn = Some(service.admission.attestation_turn(&from, attempt).await?);
+            // A request for the same certificate may have been ahead of this one.
+            issued = service.issued.get(&of, unix_now());
+        }
+        let certificate = match issued {
+            Some(certificate) => certificate,
+            None => issue(service, signer, &host, &request, *result, of, attempt).await?,
+        };
+        // Of two, the one that releases ask for comes first.
+        if attempt.health_serial.is_none() {
+            attempt.health_serial = Certificate::parse(&certificate).ok().map(|made| HEXLOWER.encode(made.serial()));
+        }
+        content.push((*result, certificate.to_vec()));
+    }
+    Ok(Issued { reply: HealthCertificateReply { content }, host, signer: thumbprint })
+}
+
+/// The registered host that a request comes from, as its signature proves.
+///
+/// # Errors
+/// `PayloadErrorReply`, `UnauthorizedErrorReply`.
+fn proved(
+    service: &Service,
+    body: &[u8],
+    work: &mut Work,
+    attempt: &mut Attempt,
+) -> Result<(Arc<Host>, HostKeyRequest), Refused> {
+    let request = aside(body.len(), || HostKeyRequest::parse(body))
+        .map_err(|error| Refused::new(ErrorReply::Payload, error.to_string()))?;
+    work.add(&request.host_key);
     // First, with the key that the request brings: what takes time must not depend on whether that key is registered.
     let signed = request.verify_signature();
     let hosts = service.hosts.load();
     let host = hosts.by_key(request.host_key.spki_der());
     // Known from the key alone; the record says whose key was presented even when the signature is wrong.
     attempt.host = host.map(|host| host.name.clone());
-    let (Some(host), Ok(())) = (host, signed) else {
-        return Err(unauthorized());
-    };
-
-    attempt.known = true;
-    let identity_key = HEXLOWER.encode(&request.identity_key.spki_sha256());
-    attempt.identity_key = Some(identity_key);
-    let signers = service.signers.load();
-    let signer = signers.current().ok_or_else(unavailable)?;
-    let mut content = Vec::with_capacity(request.requested.len());
-    for result in request.requested {
-        let issued = health::issue(
-            &signer.certificate,
-            &host.name,
-            &request.host_key,
-            &request.identity_key,
-            result,
-            unix_now(),
-        );
-        let to_be_signed = issued.map_err(|error| {
-            tracing::error!(%error, host = host.name, "a health certificate cannot be built");
-            (
-                ErrorReply::Error { status: 500 },
-                "the service failed to process the request; its log says why".to_owned(),
-            )
-        })?;
-        let signed = service.sign(&signer.id, signer.certificate.key(), to_be_signed.octets(), deadline).await;
-        let signed = signed.map_err(|error| {
-            if matches!(error, HsmError::NoSuchKey(_)) {
-                service.signer_missing.notify_one();
-            }
-            tracing::warn!(%error, "no HSM signed a health certificate");
-            unavailable()
-        })?;
-        attempt.used(&signed.member);
-        let certificate = to_be_signed.assemble(&signed.value);
-        // Of two, the one that releases ask for comes first.
-        if attempt.health_serial.is_none() {
-            attempt.health_serial = Certificate::parse(&certificate).ok().map(|made| HEXLOWER.encode(made.serial()));
-        }
-        content.push((result, certificate));
+    match (host, signed) {
+        (Some(host), Ok(())) if service.may_act_as(&host.name, attempt) => Ok((Arc::clone(host), request)),
+        _ => Err(unauthorized()),
     }
-    Ok(Issued {
-        reply: HealthCertificateReply { content },
-        host: Arc::clone(host),
-        signer: signer.certificate.thumbprint(),
-    })
+}
+
+/// A fresh certificate, signed in an HSM.
+///
+/// # Errors
+/// `UnavailableErrorReply` when no HSM signs.
+async fn issue(
+    service: &Service,
+    signer: &Key,
+    host: &Host,
+    request: &HostKeyRequest,
+    result: ResultType,
+    of: IssuedFor,
+    attempt: &mut Attempt,
+) -> Result<Bytes, Refused> {
+    static NOT_BUILT: Throttle = Throttle::new();
+    static NOT_SIGNED: Throttle = Throttle::new();
+    let now = unix_now();
+    let deadline = attempt.started() + service.config.load().release.deadline();
+    let built = health::issue(&signer.certificate, &host.name, &request.host_key, &request.identity_key, result, now);
+    let to_be_signed = built.map_err(|error| {
+        if let Some(unsaid) = NOT_BUILT.due(Instant::now()) {
+            tracing::error!(%error, host = host.name, unsaid, "a health certificate cannot be built");
+        }
+        Refused::new(ErrorReply::Error { status: 500 }, "the service failed to process the request; its log says why")
+    })?;
+    let signed = service.sign(&signer.id, signer.certificate.key(), to_be_signed.octets(), deadline).await;
+    let signed = signed.map_err(|error| {
+        if matches!(error, HsmError::NoSuchKey(_)) {
+            service.signer_missing.notify_one();
+        }
+        if let Some(unsaid) = NOT_SIGNED.due(Instant::now()) {
+            tracing::warn!(%error, unsaid, "no HSM signed a health certificate");
+        }
+        unavailable()
+    })?;
+    attempt.used(&signed.member);
+    let certificate = Bytes::from(to_be_signed.assemble(&signed.value));
+    service.issued.remember(of, certificate.clone(), now);
+    Ok(certificate)
 }

@@ -23,7 +23,7 @@ use tokio::time::Instant;
 use tokio_rustls::TlsAcceptor;
 
 use super::activity::{Activity, Answer, Cut, Due, InProgress, Watched, unread};
-use super::{BoxError, Limits, Origin, Peer, Phase, SharedTls, Slot};
+use super::{BoxError, ClientCertificate, Limits, Origin, Peer, Phase, SharedTls, Slot};
 
 /// Largest header of a request, in bytes; also how much of a body is read, and of an answer is buffered, at once. Every
 /// connection and every stream may take so much before anybody knows who is at its other end.
@@ -117,7 +117,8 @@ where
         let mut phase = self.phase.clone();
         let Some(tls) = &self.tls else {
             let (stream, returned) = Watched::new(stream, activity.clone());
-            if self.drive(&self.either, stream, &activity, &mut phase, peer, slot).await {
+            let client = Client { peer, certificate: None };
+            if self.drive(&self.either, stream, &activity, &mut phase, client, slot).await {
                 self.linger(returned.await.ok()).await;
             }
             return;
@@ -141,8 +142,11 @@ where
         };
         let http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
         activity.handshake_done(http2);
+        let shown = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);
+        let certificate = shown.map(|certificate| Arc::new(ClientCertificate::read(certificate)));
+        let client = Client { peer, certificate };
         let builder = if http2 { &self.http2 } else { &self.http1 };
-        if self.drive(builder, stream, &activity, &mut phase, peer, slot).await {
+        if self.drive(builder, stream, &activity, &mut phase, client, slot).await {
             self.linger(returned.await.ok()).await;
         }
     }
@@ -154,7 +158,7 @@ where
         stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
         activity: &Arc<Activity>,
         phase: &mut watch::Receiver<Phase>,
-        peer: SocketAddr,
+        client: Client,
         slot: &Slot,
     ) -> bool {
         enum Event {
@@ -170,12 +174,13 @@ where
             Told(Cut),
         }
 
+        let peer = client.peer;
         let service = Watching {
             service: self.service.clone(),
             activity: activity.clone(),
             phase: phase.clone(),
             congested: self.congested.clone(),
-            peer,
+            client,
             connection: slot.connection(),
         };
         let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), service));
@@ -338,13 +343,20 @@ async fn cut(phase: &mut watch::Receiver<Phase>) {
     let _ = phase.wait_for(|phase| *phase == Phase::Cut).await;
 }
 
+/// Who is at the other end of a connection.
+#[derive(Clone)]
+struct Client {
+    peer: SocketAddr,
+    certificate: Option<Arc<ClientCertificate>>,
+}
+
 /// The service as one connection sees it: what it is doing shows in the connection's activity.
 struct Watching<S> {
     service: Arc<S>,
     activity: Arc<Activity>,
     phase: watch::Receiver<Phase>,
     congested: Arc<Semaphore>,
-    peer: SocketAddr,
+    client: Client,
     connection: u64,
 }
 
@@ -363,7 +375,7 @@ where
         let mut in_progress = InProgress::new(self.activity.clone());
         let activity = self.activity.clone();
         let (service, congested, phase) = (self.service.clone(), self.congested.clone(), self.phase.clone());
-        let (peer, connection) = (self.peer, self.connection);
+        let (client, connection) = (self.client.clone(), self.connection);
         Box::pin(async move {
             if activity.reads_too_little() {
                 // More answers would only take memory. Nor may too many connections come to this.
@@ -377,7 +389,10 @@ where
             }
             let work = activity.room_to_work().await;
             in_progress.begin();
-            request.extensions_mut().insert(Peer(peer));
+            request.extensions_mut().insert(Peer(client.peer));
+            if let Some(certificate) = client.certificate {
+                request.extensions_mut().insert(certificate);
+            }
             request.extensions_mut().insert(Origin::new(connection, activity, work));
             let http1 = request.version() <= Version::HTTP_11;
             // On the heap: as long as a request waits here, it is not to take what the work on it will.

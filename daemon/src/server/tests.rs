@@ -695,6 +695,7 @@ fn files(certificate: &Path, key: &Path) -> crate::config::Tls {
         key: key.to_owned(),
         client_ca: None,
         client_required: false,
+        client_is_host: false,
     }
 }
 

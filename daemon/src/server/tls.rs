@@ -106,7 +106,7 @@ pub enum TlsError {
 /// # Errors
 /// [`TlsError`] names the file.
 pub fn tls_config(settings: &Tls) -> Result<ServerTls, TlsError> {
-    let Tls { certificate, key, client_ca, client_required } = settings;
+    let Tls { certificate, key, client_ca, client_required, .. } = settings;
     let chain = certificates(certificate)?;
     let (name, (not_before, not_after)) = leaf(certificate, &chain)?;
     let doubts = doubts(&chain);
@@ -225,7 +225,7 @@ mod tests {
 
         fn settings(&self, certificate: &str, key: &str) -> Tls {
             let [certificate, key] = [certificate, key].map(|name| self.0.path().join(name));
-            Tls { certificate, key, client_ca: None, client_required: false }
+            Tls { certificate, key, client_ca: None, client_required: false, client_is_host: false }
         }
 
         fn doubts(&self, name: &str) -> Vec<String> {

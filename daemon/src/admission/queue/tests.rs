@@ -13,6 +13,16 @@ const AGES: Duration = Duration::from_secs(3600);
 /// A caller of these tests: its host, and its number.
 type Caller = (&'static str, usize);
 
+/// A host that asks from one place.
+fn at(host: &str) -> HostAt {
+    HostAt { host: Arc::from(host), network: None }
+}
+
+/// A host that asks from one of several addresses.
+fn from(host: &str, address: u8) -> HostAt {
+    HostAt { host: Arc::from(host), network: Some(Network::of([192, 0, 2, address].into())) }
+}
+
 /// The ticket of one that has to wait and drives nobody out.
 fn waits(arrival: Arrival<Caller>) -> Ticket {
     match arrival {
@@ -31,9 +41,9 @@ fn refused(arrival: Arrival<Caller>) -> Dropped {
 /// One place to run, taken; and these callers, waiting.
 fn queue_of(limit: usize, callers: &[Caller], now: Instant) -> (Queue<Caller>, Vec<Ticket>) {
     let mut queue = Queue::new(1, limit);
-    assert!(matches!(queue.arrive("first", now + AGES, ("first", 0), now), Arrival::Runs));
+    assert!(matches!(queue.arrive(&at("first"), now + AGES, ("first", 0), now), Arrival::Runs));
     let tickets =
-        callers.iter().map(|caller| waits(queue.arrive(caller.0, now + AGES, *caller, now))).collect::<Vec<_>>();
+        callers.iter().map(|caller| waits(queue.arrive(&at(caller.0), now + AGES, *caller, now))).collect::<Vec<_>>();
     (queue, tickets)
 }
 
@@ -73,16 +83,16 @@ fn who_left_has_no_turn() {
 fn when_all_is_full_the_longest_queue_pays() {
     let now = Instant::now();
     let (mut queue, _) = queue_of(5, &[("a", 1), ("a", 2), ("a", 3), ("b", 1), ("b", 2)], now);
-    assert_eq!(refused(queue.arrive("a", now + AGES, ("a", 4), now)), Dropped::Full);
+    assert_eq!(refused(queue.arrive(&at("a"), now + AGES, ("a", 4), now)), Dropped::Full);
     // As long as the longest itself, with the newcomer.
-    assert_eq!(refused(queue.arrive("b", now + AGES, ("b", 3), now)), Dropped::Full);
-    let Arrival::Waits { evicted, .. } = queue.arrive("c", now + AGES, ("c", 1), now) else { panic!("refused") };
+    assert_eq!(refused(queue.arrive(&at("b"), now + AGES, ("b", 3), now)), Dropped::Full);
+    let Arrival::Waits { evicted, .. } = queue.arrive(&at("c"), now + AGES, ("c", 1), now) else { panic!("refused") };
     assert_eq!(evicted, Some(("a", 3)), "not the newest of the longest");
-    let Arrival::Waits { evicted, .. } = queue.arrive("d", now + AGES, ("d", 1), now) else { panic!("refused") };
+    let Arrival::Waits { evicted, .. } = queue.arrive(&at("d"), now + AGES, ("d", 1), now) else { panic!("refused") };
     assert_eq!(evicted, Some(("b", 2)), "not the newer one");
-    let Arrival::Waits { evicted, .. } = queue.arrive("e", now + AGES, ("e", 1), now) else { panic!("refused") };
+    let Arrival::Waits { evicted, .. } = queue.arrive(&at("e"), now + AGES, ("e", 1), now) else { panic!("refused") };
     assert_eq!(evicted, Some(("a", 2)));
-    assert_eq!(refused(queue.arrive("f", now + AGES, ("f", 1), now)), Dropped::Full, "all are equal");
+    assert_eq!(refused(queue.arrive(&at("f"), now + AGES, ("f", 1), now)), Dropped::Full, "all are equal");
     assert_eq!(order(&mut queue, now), [("a", 1), ("b", 1), ("c", 1), ("d", 1), ("e", 1)]);
 }
 
@@ -90,19 +100,19 @@ fn when_all_is_full_the_longest_queue_pays() {
 fn what_cannot_be_done_in_time_is_not_begun() {
     let now = Instant::now();
     let mut queue = Queue::new(1, 100);
-    assert_eq!(refused(queue.arrive("a", now, ("a", 0), now)), Dropped::Deadline);
-    assert!(matches!(queue.arrive("a", now + AGES, ("a", 0), now), Arrival::Runs));
+    assert_eq!(refused(queue.arrive(&at("a"), now, ("a", 0), now)), Dropped::Deadline);
+    assert!(matches!(queue.arrive(&at("a"), now + AGES, ("a", 0), now), Arrival::Runs));
     for _ in 0..100 {
         queue.pace.ended(100 * MILLI);
     }
     // The next place is free in about 100 ms, and the release takes as long again.
-    assert_eq!(refused(queue.arrive("a", now + 150 * MILLI, ("a", 1), now)), Dropped::Late);
-    waits(queue.arrive("a", now + 230 * MILLI, ("a", 1), now));
-    assert_eq!(refused(queue.arrive("a", now + 300 * MILLI, ("a", 2), now)), Dropped::Late, "one is ahead of it");
+    assert_eq!(refused(queue.arrive(&at("a"), now + 150 * MILLI, ("a", 1), now)), Dropped::Late);
+    waits(queue.arrive(&at("a"), now + 230 * MILLI, ("a", 1), now));
+    assert_eq!(refused(queue.arrive(&at("a"), now + 300 * MILLI, ("a", 2), now)), Dropped::Late, "one is ahead of it");
     // In fair order nobody is ahead of another host's first but one of `a`.
-    assert_eq!(refused(queue.arrive("b", now + 300 * MILLI, ("b", 1), now)), Dropped::Late);
-    waits(queue.arrive("a", now + 500 * MILLI, ("a", 2), now));
-    waits(queue.arrive("b", now + 500 * MILLI, ("b", 1), now));
+    assert_eq!(refused(queue.arrive(&at("b"), now + 300 * MILLI, ("b", 1), now)), Dropped::Late);
+    waits(queue.arrive(&at("a"), now + 500 * MILLI, ("a", 2), now));
+    waits(queue.arrive(&at("b"), now + 500 * MILLI, ("b", 1), now));
     // It took longer than expected: the first one's time is up, the second one's would be. Neither costs `a` its turn.
     let later = now + 390 * MILLI;
     queue.end(None);
@@ -119,7 +129,7 @@ fn bad_times_are_forgotten() {
     let mut now = Instant::now();
     let mut queue = Queue::new(2, 100);
     for _ in 0..2 {
-        assert!(matches!(queue.arrive("a", now + 500 * MILLI, ("a", 0), now), Arrival::Runs));
+        assert!(matches!(queue.arrive(&at("a"), now + 500 * MILLI, ("a", 0), now), Arrival::Runs));
     }
     // The tokens hung.
     now += 5000 * MILLI;
@@ -128,12 +138,12 @@ fn bad_times_are_forgotten() {
     assert!(queue.pace.run() > 500 * MILLI);
     // Nobody may wait, but who finds a place runs; and soon the queue knows better.
     for _ in 0..200 {
-        while matches!(queue.arrive("a", now + 500 * MILLI, ("a", 0), now), Arrival::Runs) {}
+        while matches!(queue.arrive(&at("a"), now + 500 * MILLI, ("a", 0), now), Arrival::Runs) {}
         now += 10 * MILLI;
         queue.end(Some(10 * MILLI));
         while queue.next(now).is_some() {}
     }
-    waits(queue.arrive("b", now + 500 * MILLI, ("b", 0), now));
+    waits(queue.arrive(&at("b"), now + 500 * MILLI, ("b", 0), now));
 }
 
 #[test]
@@ -190,7 +200,7 @@ fn overload_keeps_what_gets_done() {
             }
         }
         let host = ["a", "b", "c"][arrival % 3];
-        if let Arrival::Runs = queue.arrive(host, now + deadline, (arrival, now + deadline), now) {
+        if let Arrival::Runs = queue.arrive(&at(host), now + deadline, (arrival, now + deadline), now) {
             running.push(Reverse((now + took(), now, now + deadline)));
         }
         assert_eq!(queue.running(), running.len());
@@ -199,6 +209,60 @@ fn overload_keeps_what_gets_done() {
     assert!(ratio > 0.97, "{ratio} of the capacity");
     assert!(late * 1000 <= in_time, "{late} were late, {in_time} were not");
     assert!(waited_for_nothing * 20 < in_time, "{waited_for_nothing} waited for nothing");
+}
+
+#[test]
+fn networks_of_one_host_take_turns_for_its_turns() {
+    let now = Instant::now();
+    let (mut queue, _) = queue_of(100, &[], now);
+    let mut arrive = |host, address, number| waits(queue.arrive(&from(host, address), now + AGES, (host, number), now));
+    // A thief's storm from one address, the host's own releases from another, and another host.
+    (10..14).for_each(|number| drop(arrive("a", 1, number)));
+    drop(arrive("b", 3, 1));
+    drop(arrive("a", 2, 20));
+    let left = arrive("a", 2, 21);
+    drop(arrive("a", 2, 22));
+    assert!(queue.leave(&left));
+    let expected = [("a", 10), ("b", 1), ("a", 20), ("a", 11), ("a", 12), ("a", 22), ("a", 13)];
+    assert_eq!(order(&mut queue, now), expected);
+}
+
+#[test]
+fn one_release_at_a_time_does_not_pass_a_line_by() {
+    let now = Instant::now();
+    let (mut queue, _) = queue_of(100, &[], now);
+    for number in 10..20 {
+        waits(queue.arrive(&from("a", 1), now + AGES, ("a", number), now));
+    }
+    // The other address asks again as soon as it is served: it has every second turn, not every turn.
+    let mut served = Vec::new();
+    waits(queue.arrive(&from("a", 2), now + AGES, ("a", 0), now));
+    for _ in 0..8 {
+        queue.end(None);
+        let ((_, number), _) = queue.next(now).unwrap();
+        served.push(number);
+        if number == 0 {
+            waits(queue.arrive(&from("a", 2), now + AGES, ("a", 0), now));
+        }
+    }
+    assert_eq!(served, [10, 0, 11, 0, 12, 0, 13, 0]);
+}
+
+#[test]
+fn a_full_line_makes_room_for_another_address_of_its_host() {
+    let now = Instant::now();
+    let (mut queue, _) = queue_of(4, &[], now);
+    for number in 10..14 {
+        waits(queue.arrive(&from("a", 1), now + AGES, ("a", number), now));
+    }
+    assert_eq!(refused(queue.arrive(&from("a", 1), now + AGES, ("a", 14), now)), Dropped::Full);
+    for (number, out) in [(20, 13), (21, 12)] {
+        let arrival = queue.arrive(&from("a", 2), now + AGES, ("a", number), now);
+        let Arrival::Waits { evicted, .. } = arrival else { panic!("refused") };
+        assert_eq!(evicted, Some(("a", out)));
+    }
+    assert_eq!(refused(queue.arrive(&from("a", 2), now + AGES, ("a", 22), now)), Dropped::Full);
+    assert_eq!(order(&mut queue, now), [("a", 10), ("a", 20), ("a", 11), ("a", 21)]);
 }
 
 #[derive(Clone, Debug)]
@@ -242,7 +306,7 @@ impl Model {
     fn arrive(&mut self, caller: Caller, within: Duration, limit: usize) {
         let (host, now) = (caller.0, self.now);
         let lengths: BTreeMap<_, _> = HOSTS.map(|host| (host, self.queue.length(host))).into();
-        match self.queue.arrive(host, now + within, caller, now) {
+        match self.queue.arrive(&at(host), now + within, caller, now) {
             Arrival::Runs => {
                 assert!(self.waiting.is_empty(), "runs while others wait");
                 self.running.push_back(now);
@@ -347,20 +411,21 @@ proptest! {
     /// The place in the order that a newcomer is judged by is the one that it has.
     #[test]
     fn ahead_are_those_that_run_before(
-        arrivals in prop::collection::vec((0..HOSTS.len(), any::<bool>()), 1..60),
-        newcomer in 0..HOSTS.len(),
+        arrivals in prop::collection::vec((0..HOSTS.len(), 1..4_u8, any::<bool>()), 1..60),
+        newcomer in (0..HOSTS.len(), 1..4_u8),
     ) {
         let now = Instant::now();
         let (mut queue, _) = queue_of(1000, &[], now);
-        for (number, (host, ends)) in arrivals.into_iter().enumerate() {
-            waits(queue.arrive(HOSTS[host], now + AGES, (HOSTS[host], number), now));
+        for (number, (host, address, ends)) in arrivals.into_iter().enumerate() {
+            waits(queue.arrive(&from(HOSTS[host], address), now + AGES, (HOSTS[host], number), now));
             if ends {
                 queue.end(None);
                 queue.next(now);
             }
         }
-        let ahead = queue.ahead(HOSTS[newcomer]);
-        waits(queue.arrive(HOSTS[newcomer], now + AGES, ("newcomer", 0), now));
+        let newcomer = from(HOSTS[newcomer.0], newcomer.1);
+        let ahead = queue.ahead(&newcomer);
+        waits(queue.arrive(&newcomer, now + AGES, ("newcomer", 0), now));
         let place = order(&mut queue, now).into_iter().position(|caller| caller.0 == "newcomer");
         prop_assert_eq!(place, Some(ahead));
     }

@@ -1,0 +1,50 @@
+//! What verifying and encrypting costs, so that its cause can be charged for it.
+
+use crate::rsa_key::RsaPublicKey;
+
+/// Bits of the keys that are the unit.
+const UNIT_BITS: u64 = 2048;
+
+/// Public-key operations that were done, or are about to be. The time of one grows with the square of the key's length.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub struct Work {
+    /// Sum of the squares of the keys' lengths, in bits.
+    squares: u64,
+}
+
+impl Work {
+    /// Adds one operation with `key`.
+    pub fn add(&mut self, key: &RsaPublicKey) {
+        let bits = 8 * key.modulus_len() as u64;
+        self.squares = self.squares.saturating_add(bits * bits);
+    }
+
+    /// As many operations with keys of 2048 bits take as long, rounded up.
+    #[must_use]
+    pub fn operations(self) -> u32 {
+        u32::try_from(self.squares.div_ceil(UNIT_BITS * UNIT_BITS)).unwrap_or(u32::MAX)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_operation_counts_by_the_square_of_its_key() {
+        let key = |bits: usize| RsaPublicKey::from_components(&vec![0xff; bits / 8], &[1, 0, 1]).unwrap();
+        let mut work = Work::default();
+        assert_eq!(work.operations(), 0);
+        work.add(&key(2048));
+        assert_eq!(work.operations(), 1);
+        work.add(&key(4096));
+        assert_eq!(work.operations(), 5);
+        work.add(&key(8192));
+        assert_eq!(work.operations(), 21);
+        // The protector that costs as much as sixty honest ones.
+        let mut heavy = Work::default();
+        (0..52).for_each(|_| heavy.add(&key(7168)));
+        assert_eq!(heavy.operations(), 637);
+    }
+}

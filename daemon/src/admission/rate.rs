@@ -1,0 +1,72 @@
+//! A rate that holds for each caller, shared by all requests; it may be no limit at all.
+
+use std::hash::Hash;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use claviger_hsm::standstill;
+
+use super::buckets::Buckets;
+
+/// Most callers whose buckets are kept; some 100 bytes each.
+const MOST_BUCKETS: usize = 65_536;
+
+/// A rate and a burst, and the callers' buckets.
+#[derive(Debug)]
+pub(super) struct Rate<K> {
+    settings: (u32, u32),
+    /// `None` without a limit.
+    buckets: Option<Mutex<Buckets<K>>>,
+}
+
+impl<K: Clone + Eq + Hash> Rate<K> {
+    /// `rate` a second in the long run and `burst` at once; a rate of 0 is no limit.
+    pub(super) fn new(rate: u32, burst: u32) -> Self {
+        let buckets = (rate > 0).then(|| Mutex::new(Buckets::new(rate, burst, MOST_BUCKETS)));
+        Self { settings: (rate, burst), buckets }
+    }
+
+    /// Takes over what callers have used of `before`, where that has the same settings; else all start with a full burst.
+    pub(super) fn inherit(&mut self, before: &Self) {
+        if self.settings == before.settings
+            && let (Some(old), Some(new)) = (&before.buckets, &mut self.buckets)
+        {
+            std::mem::swap(&mut *lock(old), new.get_mut().unwrap_or_else(PoisonError::into_inner));
+        }
+    }
+
+    /// Takes one token.
+    ///
+    /// # Errors
+    /// There is none: the time until there is.
+    pub(super) fn take(&self, key: &K) -> Result<(), Duration> {
+        self.buckets.as_ref().map_or(Ok(()), |buckets| lock(buckets).take(key, standstill::now()))
+    }
+
+    /// Whether a token could be taken.
+    ///
+    /// # Errors
+    /// As [`Rate::take`].
+    pub(super) fn look(&self, key: &K) -> Result<(), Duration> {
+        let look = |buckets| lock(buckets).with_one_less(key, standstill::now()).map(drop);
+        self.buckets.as_ref().map_or(Ok(()), look)
+    }
+
+    /// Charges what has been spent already; the bucket may owe.
+    pub(super) fn debit(&self, key: &K, tokens: u32) {
+        if let Some(buckets) = self.buckets.as_ref().filter(|_| tokens > 0) {
+            lock(buckets).debit(key, tokens, standstill::now());
+        }
+    }
+
+    /// Gives one token back.
+    pub(super) fn give_back(&self, key: &K) {
+        if let Some(buckets) = &self.buckets {
+            lock(buckets).give_back(key, standstill::now());
+        }
+    }
+}
+
+fn lock<K>(buckets: &Mutex<Buckets<K>>) -> MutexGuard<'_, Buckets<K>> {
+    buckets.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,191 @@
+//! Where releases and attestations wait for their turn: the waiting and the waking around [`Queue`].
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use claviger_hsm::standstill;
+use tokio::sync::oneshot;
+
+use super::queue::{Arrival, Queue, Ticket, Turn};
+use super::{Declined, Dropped, HostAt, Load};
+use crate::attempt::Caller;
+
+/// How a waiting request hears that it is its turn.
+pub(super) type Waiter = oneshot::Sender<Result<Permit, Declined>>;
+
+/// A queue for one kind of work. Clones of the inner part are what permits share.
+pub(super) struct Turns(pub(super) Arc<Room>);
+
+pub(super) struct Room {
+    queue: Mutex<Queue<Waiter>>,
+    /// Counts a request that left the queue without an answer.
+    left: fn(&'static str),
+}
+
+impl Turns {
+    /// At most `concurrency` run, and at most `limit` wait. `left` counts those that went away.
+    pub(super) fn new(concurrency: usize, limit: usize, left: fn(&'static str)) -> Self {
+        Self(Arc::new(Room { queue: Mutex::new(Queue::new(concurrency, limit)), left }))
+    }
+
+    /// Waits until it is a request's turn. A future that is dropped leaves the queue.
+    ///
+    /// # Errors
+    /// Why the request has no turn.
+    pub(super) async fn turn(&self, from: &HostAt, deadline: Instant, mut caller: Caller) -> Result<Permit, Declined> {
+        let (waiter, answer) = oneshot::channel();
+        let place = match self.0.arrive(from, deadline, waiter)? {
+            Entry::Permit(permit) => return Ok(permit),
+            Entry::Place(place) => place,
+        };
+        let answer = tokio::select! {
+            answer = answer => answer,
+            () = standstill::sleep_until(deadline) => return Err(place.leave(Dropped::Deadline)),
+            () = caller.left() => return Err(place.leave(Dropped::Left)),
+        };
+        place.answered();
+        // No waiter is thrown away without an answer.
+        let mut permit = answer.unwrap_or(Err(Declined { reason: Dropped::Left, retry_after: 1 }))?;
+        permit.used = true;
+        Ok(permit)
+    }
+
+    /// Whether a request that arrived now would run or wait.
+    ///
+    /// # Errors
+    /// Why it would not.
+    pub(super) fn outlook(&self, from: &HostAt, deadline: Instant) -> Result<(), Declined> {
+        let queue = self.0.lock();
+        let outlook = queue.outlook(from, deadline, standstill::now());
+        let retry_after = queue.retry_after();
+        drop(queue);
+        outlook.map_err(|reason| Declined { reason, retry_after })
+    }
+
+    /// How many may wait from now on; those that wait stay.
+    pub(super) fn set_limit(&self, limit: usize) {
+        self.0.lock().set_limit(limit);
+    }
+
+    /// How many may run from now on. Those that run go on; those that have a turn by this run at once.
+    pub(super) fn set_concurrency(&self, concurrency: usize) {
+        let mut queue = self.0.lock();
+        queue.set_concurrency(concurrency);
+        self.0.hand_out(queue);
+    }
+
+    /// How many run and wait now.
+    pub(super) fn load(&self) -> Load {
+        let queue = self.0.lock();
+        Load { running: queue.running(), waiting: queue.waiting() }
+    }
+
+    /// How many may.
+    pub(super) fn limits(&self) -> Load {
+        let queue = self.0.lock();
+        Load { running: queue.concurrency(), waiting: queue.limit() }
+    }
+}
+
+/// What a newcomer has got.
+enum Entry {
+    Permit(Permit),
+    Place(Place),
+}
+
+impl Room {
+    pub(super) fn lock(&self) -> MutexGuard<'_, Queue<Waiter>> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn arrive(self: &Arc<Self>, from: &HostAt, deadline: Instant, waiter: Waiter) -> Result<Entry, Declined> {
+        let now = standstill::now();
+        let mut queue = self.lock();
+        let arrival = queue.arrive(from, deadline, waiter, now);
+        let retry_after = queue.retry_after();
+        drop(queue);
+        match arrival {
+            Arrival::Runs => Ok(Entry::Permit(Permit { room: Arc::clone(self), since: now, used: true })),
+            Arrival::Waits { ticket, evicted } => {
+                if let Some(evicted) = evicted {
+                    // It may have gone away at this moment; nothing was kept for it.
+                    let _ = evicted.send(Err(Declined { reason: Dropped::Full, retry_after }));
+                }
+                Ok(Entry::Place(Place { room: Arc::clone(self), ticket: Some(ticket) }))
+            }
+            Arrival::Refused(reason) => Err(Declined { reason, retry_after }),
+        }
+    }
+
+    /// Takes back a place to run. `held` is for how long it was held, where it was made use of.
+    fn end(self: &Arc<Self>, held: Option<Duration>) {
+        let mut queue = self.lock();
+        queue.end(held);
+        self.hand_out(queue);
+    }
+
+    /// Hands out the places that are free.
+    fn hand_out(self: &Arc<Self>, mut queue: MutexGuard<'_, Queue<Waiter>>) {
+        let now = standstill::now();
+        let turns: Vec<_> = std::iter::from_fn(|| queue.next(now)).collect();
+        let retry_after = queue.retry_after();
+        // A permit that cannot be handed over comes back here: the queue must be free by then.
+        drop(queue);
+        for (waiter, turn) in turns {
+            let answer = match turn {
+                Turn::Runs => Ok(Permit { room: Arc::clone(self), since: now, used: false }),
+                Turn::Refused(reason) => Err(Declined { reason, retry_after }),
+            };
+            // A caller that went away at this moment does not take its permit: dropped, it goes to the next one.
+            let _ = waiter.send(answer);
+        }
+    }
+}
+
+/// A place in the queue. Dropped, it is given up.
+struct Place {
+    room: Arc<Room>,
+    ticket: Option<Ticket>,
+}
+
+impl Place {
+    /// The answer has come: there is nothing to give up.
+    fn answered(mut self) {
+        self.ticket = None;
+    }
+
+    /// Gives it up, and says what to tell the caller.
+    fn leave(mut self, reason: Dropped) -> Declined {
+        let mut queue = self.room.lock();
+        // When it does not wait any more, it was let in at this moment: its permit goes back with its receiver.
+        let _ = self.ticket.take().is_some_and(|ticket| queue.leave(&ticket));
+        let retry_after = queue.retry_after();
+        drop(queue);
+        Declined { reason, retry_after }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if let Some(ticket) = self.ticket.take()
+            && self.room.lock().leave(&ticket)
+        {
+            (self.room.left)(Dropped::Left.as_str());
+        }
+    }
+}
+
+/// One of the places to run. Dropped, it goes to the next one.
+pub struct Permit {
+    room: Arc<Room>,
+    since: Instant,
+    /// Whether it has reached its request. One that never did says nothing about how long they take.
+    used: bool,
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        let held = self.used.then(|| standstill::since(self.since));
+        self.room.end(held);
+    }
+}

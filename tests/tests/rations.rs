@@ -1,0 +1,275 @@
+//! What is spent for callers that did not earn it: replayed attestations, health certificates in other hands, protectors that
+//! are made to cost, and requests of strangers.
+//!
+//! Figures are printed, for information. What fails a test is a count.
+
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use claviger::config::Config;
+use claviger::host::Host;
+use claviger_protocol::algorithm::{Oaep, SignatureAlgorithm};
+use claviger_protocol::attestation::{host_key_request, signed_octets};
+use claviger_protocol::health::ResultType;
+use claviger_protocol::rsa_key::RsaPrivateKey;
+use claviger_tests::protector::{with_cipher, with_oaep};
+use claviger_tests::raw::{Answer, Connection, post};
+use claviger_tests::{ATTEST, Daemon, Lab, Options, ROLL, block, metadata, open_release, roll_request};
+use serde_json::Value;
+
+const OWN: Ipv4Addr = Ipv4Addr::LOCALHOST;
+const OTHER: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
+
+fn served(change: impl FnOnce(&mut Config)) -> (Lab, Daemon) {
+    let lab = Lab::make(Options::default());
+    lab.configure(change);
+    let daemon = lab.serve();
+    block(daemon.until_ready_is(200));
+    (lab, daemon)
+}
+
+/// The octets of an attestation request, as anybody on its way can record them.
+fn attestation(host_key: &RsaPrivateKey, identity: &RsaPrivateKey) -> Vec<u8> {
+    let [host, own] = [host_key, identity].map(|key| key.public().spki_der());
+    let signature = host_key.sign(SignatureAlgorithm::DEFAULT, &signed_octets(host, own)).unwrap();
+    let body = host_key_request([7; 16], &[ResultType::EncryptionCertificate], host, own, &signature);
+    post(ATTEST, "application/json", &body)
+}
+
+fn ask(source: Ipv4Addr, address: SocketAddr, request: &[u8]) -> Answer {
+    Connection::open_from(source, address).unwrap().exchange(request).unwrap()
+}
+
+/// The form of a refusal for a rate, in attestation.
+fn assert_too_many_attestations(answer: &Answer) {
+    assert_eq!(answer.status, 429, "{}", answer.text());
+    let seconds: u64 = answer.header("retry-after").expect("no Retry-After").parse().unwrap();
+    assert!((1..=30).contains(&seconds), "come again in {seconds} s");
+    let body: Value = serde_json::from_slice(&answer.body).unwrap();
+    assert_eq!(body["__type"], "ErrorReply:#Microsoft.Windows.RemoteAttestation.Core");
+    assert_eq!(body["Retryable"], true);
+    assert!(answer.body.starts_with(b"{\"__type\""), "__type is not first");
+}
+
+/// Releases one after the other until the time is over; how many in a second. Every one has to succeed.
+fn honest(address: SocketAddr, request: &[u8], identity: &RsaPrivateKey, time: Duration) -> f64 {
+    let (begun, mut released) = (Instant::now(), 0);
+    let mut connection = Connection::open_from(OWN, address).unwrap();
+    while begun.elapsed() < time || released == 0 {
+        let answer = connection.exchange(request).unwrap();
+        assert_eq!(answer.status, 200, "an honest release: {}", answer.text());
+        if released == 0 {
+            open_release(&answer.body, identity).unwrap();
+        }
+        released += 1;
+    }
+    f64::from(released) / begun.elapsed().as_secs_f64()
+}
+
+#[test]
+fn a_replayed_attestation_costs_no_hsm_and_is_told_to_come_again() {
+    const CONNECTIONS: usize = 64;
+    let (lab, daemon) = served(|config| config.attest.host_burst = 100);
+    let address = daemon.address();
+    let health = block(lab.host(daemon.client()).attest()).unwrap();
+    let release = post(ROLL, "application/xml", &roll_request(&health, &lab.protector()));
+    let identity = lab.identity();
+    let recorded = attestation(&lab.key("host/hostkey.pem"), &identity);
+    let quiet = honest(address, &release, &identity, Duration::from_secs(2));
+
+    let before = block(daemon.metrics());
+    let over = AtomicBool::new(false);
+    let begun = Instant::now();
+    let (stormy, answers) = std::thread::scope(|scope| {
+        let replaying: Vec<_> = (0..CONNECTIONS)
+            .map(|_| {
+                scope.spawn(|| {
+                    let mut connection = Connection::open_from(OTHER, address).unwrap();
+                    let mut answers = Vec::new();
+                    while !over.load(Ordering::Relaxed) {
+                        answers.push(connection.exchange(&recorded).unwrap());
+                    }
+                    answers
+                })
+            })
+            .collect();
+        let stormy = honest(address, &release, &identity, Duration::from_secs(3));
+        over.store(true, Ordering::Relaxed);
+        let answers: Vec<_> = replaying.into_iter().flat_map(|thread| thread.join().unwrap()).collect();
+        (stormy, answers)
+    });
+    let seconds = begun.elapsed().as_secs_f64();
+    let (granted, refused): (Vec<_>, Vec<_>) = answers.iter().partition(|answer| answer.status == 200);
+    println!(
+        "releases a second: {quiet:.0} without, {stormy:.0} with a replay from {CONNECTIONS} connections ({:.2}); {} replays in \
+         {seconds:.1} s, {} of them granted",
+        stormy / quiet,
+        answers.len(),
+        granted.len()
+    );
+    refused.iter().for_each(|answer| assert_too_many_attestations(answer));
+    assert!(!refused.is_empty(), "never a 429");
+    let most = 100.0 + 5.0 * (seconds + 1.0);
+    assert!((granted.len() as f64) <= most, "{} granted", granted.len());
+
+    // A certificate in two seconds is signed for it, and not one for each of those that were granted.
+    let after = block(daemon.metrics());
+    let rise = |name: &str, labels: &[(&str, &str)]| after.count(name, labels) - before.count(name, labels);
+    let signed = rise("claviger_hsm_calls_total", &[("op", "sign")]);
+    let releases = rise("claviger_releases_total", &[("outcome", "success")]);
+    let certificates = signed.saturating_sub(releases);
+    println!("{certificates} certificates signed");
+    assert!(certificates as f64 <= seconds + 3.0, "{certificates} certificates signed in {seconds} s");
+    assert_eq!(rise("claviger_attestations_dropped_total", &[]), refused.len() as u64);
+
+    // The host itself attests from its own address as it likes, and elsewhere nobody does it any harm.
+    assert_eq!(ask(OWN, address, &recorded).status, 200);
+    let other = Arc::new(RsaPrivateKey::generate(2048).unwrap());
+    block(Host::new(daemon.client(), lab.key("host/hostkey.pem"), other).attest()).unwrap();
+    assert!(daemon.stop().success());
+}
+
+#[test]
+fn a_certificate_that_was_issued_a_moment_ago_is_handed_out_again() {
+    let (lab, daemon) = served(|_| {});
+    let address = daemon.address();
+    let (host_key, identity) = (lab.key("host/hostkey.pem"), lab.identity());
+    let content = |request: &[u8]| -> String {
+        let answer = ask(OWN, address, request);
+        assert_eq!(answer.status, 200, "{}", answer.text());
+        serde_json::from_slice::<Value>(&answer.body).unwrap()["Content"].to_string()
+    };
+    let request = attestation(&host_key, &identity);
+    // On a machine that is slow for a moment, more than that may lie between two.
+    let again = claviger_tests::until("the same certificate twice", || {
+        let first = content(&request);
+        (first == content(&request)).then_some(first)
+    });
+    // For another identity key it is another one.
+    assert_ne!(content(&attestation(&host_key, &RsaPrivateKey::generate(2048).unwrap())), again);
+    // And a moment later a fresh one.
+    claviger_tests::until("a fresh certificate", || (content(&request) != again).then_some(()));
+    assert!(daemon.stop().success());
+}
+
+#[test]
+fn a_host_does_not_pay_for_its_health_certificate_in_other_hands() {
+    const JUNK: usize = 300;
+    let (lab, daemon) = served(|config| {
+        let release = &mut config.release;
+        (release.host_rate, release.host_burst, release.refused_rate, release.refused_burst) = (1, 60, 1, 50);
+    });
+    let address = daemon.address();
+    let health = block(lab.host(daemon.client()).attest()).unwrap();
+    let protector = lab.protector();
+    let honest = post(ROLL, "application/xml", &roll_request(&health, &protector));
+    // A protector with a broken guardian signature: it fails before anything is decrypted.
+    let broken = String::from_utf8(protector).unwrap();
+    let at = broken.find("<GuardianSignature").unwrap();
+    let at = at + broken[at..].find("<SignatureValue>").unwrap() + "<SignatureValue>".len();
+    let digit = if broken.as_bytes()[at] == b'A' { "B" } else { "A" };
+    let broken = format!("{}{digit}{}", &broken[..at], &broken[at + 1..]);
+    let junk = post(ROLL, "application/xml", &roll_request(&health, broken.as_bytes()));
+
+    let mut connection = Connection::open_from(OTHER, address).unwrap();
+    let statuses: Vec<_> = (0..JUNK).map(|_| connection.exchange(&junk).unwrap().status).collect();
+    let told = statuses.iter().filter(|status| **status == 429).count();
+    assert!(statuses.iter().all(|status| [400, 429].contains(status)), "{statuses:?}");
+    assert!(told > 0, "junk has no end");
+    let mut connection = Connection::open_from(OWN, address).unwrap();
+    for turn in 0..50 {
+        let answer = connection.exchange(&honest).unwrap();
+        assert_eq!(answer.status, 200, "release {turn}: {}", answer.text());
+    }
+    // Junk in measure does not cost the releases of the same address either.
+    let (lab, daemon) = {
+        assert!(daemon.stop().success());
+        lab.configure(|config| config.release.host_burst = 10);
+        let daemon = lab.serve();
+        block(daemon.until_ready_is(200));
+        (lab, daemon)
+    };
+    let mut connection = Connection::open_from(OWN, daemon.address()).unwrap();
+    for turn in 0..40 {
+        assert_eq!(connection.exchange(&junk).unwrap().status, 400, "junk {turn}");
+    }
+    for turn in 0..10 {
+        assert_eq!(connection.exchange(&honest).unwrap().status, 200, "release {turn}");
+    }
+    drop(lab);
+    assert!(daemon.stop().success());
+}
+
+#[test]
+fn a_bad_protector_is_paid_for_also_by_an_empty_bucket() {
+    const RATE: f64 = 20.0;
+    let (lab, daemon) = served(|config| (config.release.host_rate, config.release.host_burst) = (RATE as u32, 1));
+    let address = daemon.address();
+    let (health, guardian) =
+        block(async { (lab.host(daemon.client()).attest().await.unwrap(), metadata(&daemon.client()).await) });
+    let (file, _) = with_oaep(&lab.owner(), &guardian, Oaep::SHA256);
+    let garbled = with_cipher(&lab.owner(), &file, |cipher| cipher.iter().map(|byte| byte ^ 1).collect());
+    let request = post(ROLL, "application/xml", &roll_request(&health, &garbled));
+    let before = block(daemon.metrics());
+    let begun = Instant::now();
+    let mut connection = Connection::open(address).unwrap();
+    let mut decrypted = 0_u32;
+    while begun.elapsed() < Duration::from_secs(4) {
+        match connection.exchange(&request).unwrap().status {
+            400 => decrypted += 1,
+            429 => std::thread::sleep(Duration::from_millis(5)),
+            other => panic!("status {other}"),
+        }
+    }
+    let tokens = RATE * begun.elapsed().as_secs_f64() + 1.0;
+    let after = block(daemon.metrics());
+    let calls = after.count("claviger_hsm_calls_total", &[]) - before.count("claviger_hsm_calls_total", &[]);
+    println!(
+        "{decrypted} bad protectors for {tokens:.0} tokens, {:.1} HSM calls each",
+        calls as f64 / f64::from(decrypted)
+    );
+    assert!(decrypted > 0);
+    // Each costs five, and one may be on credit.
+    assert!(f64::from(decrypted - 1) * 5.0 <= tokens, "{decrypted} for {tokens} tokens");
+    assert!(daemon.stop().success());
+}
+
+#[test]
+fn strangers_use_up_the_patience_with_their_address_and_no_host_pays_for_it() {
+    let (lab, daemon) = served(|config| (config.server.stranger_rate, config.server.stranger_burst) = (1, 30));
+    let address = daemon.address();
+    let health = block(lab.host(daemon.client()).attest()).unwrap();
+    let honest = post(ROLL, "application/xml", &roll_request(&health, &lab.protector()));
+    let unknown = attestation(&RsaPrivateKey::generate(2048).unwrap(), &lab.identity());
+    let forged = post(ROLL, "application/xml", &roll_request(b"no certificate", &lab.protector()));
+
+    let mut connection = Connection::open_from(OWN, address).unwrap();
+    let refused: Vec<_> = (0..60).map(|_| connection.exchange(&unknown).unwrap()).collect();
+    let (told, judged): (Vec<_>, Vec<_>) = refused.iter().partition(|answer| answer.status == 429);
+    assert!(judged.iter().all(|answer| answer.status == 403) && judged.len() >= 30);
+    assert!(!told.is_empty(), "strangers may go on for ever");
+    told.iter().for_each(|answer| assert_too_many_attestations(answer));
+    // A release without a health certificate is a stranger's, too; one with a certificate is a host's.
+    let answer = connection.exchange(&forged).unwrap();
+    assert_eq!(answer.status, 429, "{}", answer.text());
+    assert!(answer.text().contains("<Code>TooManyRequestsException</Code>") && answer.header("retry-after").is_some());
+    for turn in 0..10 {
+        let answer = connection.exchange(&honest).unwrap();
+        assert_eq!(answer.status, 200, "release {turn}: {}", answer.text());
+    }
+    // Elsewhere nothing has happened.
+    assert_eq!(ask(OTHER, address, &unknown).status, 403);
+    assert_eq!(ask(OTHER, address, &forged).status, 403);
+    // Nor does a health certificate that the daemon has not met yet have to be refused.
+    assert!(daemon.stop().success());
+    let daemon = lab.serve();
+    block(daemon.until_ready_is(200));
+    let mut connection = Connection::open_from(OWN, daemon.address()).unwrap();
+    while connection.exchange(&unknown).unwrap().status != 429 {}
+    assert_eq!(connection.exchange(&honest).unwrap().status, 200);
+    assert!(daemon.stop().success());
+}
