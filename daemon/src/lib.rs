@@ -41,6 +41,7 @@ pub mod serve;
 pub mod server;
 pub mod service;
 pub mod state;
+mod strangers;
 pub mod throttle;
 pub mod trust;
 pub mod usage;

@@ -15,9 +15,9 @@ use super::issued::IssuedFor;
 use crate::admission::{Declined, Dropped, HostAt};
 use crate::attempt::Attempt;
 use crate::keys::Key;
-use crate::release::aside;
 use crate::service::{Service, unix_now};
 use crate::state::Host;
+use crate::strangers;
 use crate::throttle::Throttle;
 
 /// An attestation refused.
@@ -99,7 +99,8 @@ fn unavailable() -> Refused {
 pub async fn attest(service: &Service, body: &[u8], attempt: &mut Attempt) -> Result<Issued, Refused> {
     service.admission.stranger_may_attest(attempt)?;
     let mut work = Work::default();
-    let (host, request) = proved(service, body, &mut work, attempt)
+    let (host, request) = strangers::aside(|| proved(service, body, &mut work, attempt))
+        .await
         .inspect_err(|_| service.admission.charge_stranger(attempt, body.len(), work))?;
 
     attempt.known = true;
@@ -145,8 +146,7 @@ fn proved(
     work: &mut Work,
     attempt: &mut Attempt,
 ) -> Result<(Arc<Host>, HostKeyRequest), Refused> {
-    let request = aside(body.len(), || HostKeyRequest::parse(body))
-        .map_err(|error| Refused::new(ErrorReply::Payload, error.to_string()))?;
+    let request = HostKeyRequest::parse(body).map_err(|error| Refused::new(ErrorReply::Payload, error.to_string()))?;
     work.add(&request.host_key);
     // First, with the key that the request brings: what takes time must not depend on whether that key is registered.
     let signed = request.verify_signature();
