@@ -364,6 +364,11 @@ fn live(members: &[&str], keys: Keys) {
         life.ill(2, "configuration", &["dead_line_ms"]);
     });
     life.with(&pin, "wrong\n", || life.ill(2, "login", &[&name, "PIN"]));
+    // The token says so: the doctor tries no PIN there until somebody has logged in with the right one.
+    life.ill(1, "login", &[&name, "CKF_USER_PIN_COUNT_LOW"]);
+    let daemon = life.serve();
+    block(daemon.until_ready_is(200));
+    assert!(daemon.stop().success());
     let trail = life.text("second/audit.jsonl");
     life.with("second/audit.jsonl", &trail[..trail.len() - 5], || life.ill(1, "audit", &["not whole"]));
     life.well();
