@@ -5,7 +5,7 @@
 //! releases and attestations have. Where room is short, bodies that are still arriving give theirs up: first those of the
 //! network, and of the connection, that holds the most, and of these the oldest. Honest bodies arrive within moments.
 //!
-//! [`Ledger`] is a plain value that is handed `now`; [`Bodies`] shares one, and [`Room`] is what a request holds.
+//! `Ledger` is a plain value that is handed `now`; [`Bodies`] shares one, and [`Room`] is what a request holds.
 
 use std::cmp::Reverse;
 use std::collections::HashMap;

@@ -498,7 +498,7 @@ pub fn audit_errors(records: u64) {
 /// What becomes of the audit file without the daemon.
 const AUDIT_FILE_CHANGED: [&str; 4] = ["deleted", "renamed", "replaced", "shortened"];
 
-/// Counts that the audit file is not what it was, by one of [`AUDIT_FILE_CHANGED`].
+/// Counts that the audit file is not what it was, by one of `AUDIT_FILE_CHANGED`.
 pub fn audit_file_changed(how: &'static str) {
     counter!(AUDIT_FILE_CHANGES.name, "how" => how).increment(1);
 }

@@ -1,7 +1,7 @@
 //! What keeps a daemon from starting and can be seen without a token: one list for `claviger serve`, which refuses to start,
 //! and for `claviger doctor`, which reports it before anybody tries.
 //!
-//! A check is a function that gives problems; add it to [`CHECKS`]. It changes nothing on the machine and does not block.
+//! A check is a function that gives problems; add it to `CHECKS`. It changes nothing on the machine and does not block.
 
 use std::fmt;
 use std::fs::{File, TryLockError};

@@ -247,7 +247,7 @@ fn what_is_bad_changes_nothing_and_what_needs_a_restart_is_named() {
     daemon.process.hang_up();
     daemon
         .process
-        .line(|line| (line.contains("was not reloaded") && line.contains("not that of the certificate")).then_some(()));
+        .line(|line| (line.contains("was not reloaded") && line.contains("that of another certificate")).then_some(()));
     assert_eq!(runtime.block_on(shown(address, &stranger)).unwrap(), der(&files[0].0));
 
     // A member that wants a variable which nobody made at the start.

@@ -1,7 +1,7 @@
 //! Health certificates that were issued a moment ago, and are handed out again for the same host and identity key.
 //!
 //! A host whose reply was lost asks again at once, and a request that was recorded on its way can be sent again as it is.
-//! Neither is worth an operation of an HSM. A certificate that is handed out again is at most [`AGAIN_SECONDS`] older than
+//! Neither is worth an operation of an HSM. A certificate that is handed out again is at most `AGAIN_SECONDS` older than
 //! a fresh one would be, and so are its validity's two ends.
 
 use std::collections::HashMap;
