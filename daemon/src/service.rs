@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwap;
-use claviger_hsm::{Check, Cluster, Done, Hash, HsmError, KeyRef, Observer, SignScheme};
+use claviger_hsm::{Check, Cluster, Done, Hash, HsmError, KeyRef, Observer, SignScheme, standstill};
 use claviger_protocol::certificate::Certificate;
 use claviger_protocol::rsa_key::RsaPublicKey;
 use claviger_protocol::verify::KnownCertificates;
@@ -288,7 +288,7 @@ impl Service {
 
     /// Records an administrator's change; `false` when that could not be done, and then it must not be made.
     pub async fn record(&self, entry: &Entry) -> bool {
-        self.audit.record(entry, Class::Administration, Instant::now() + audit::PATIENCE).await.is_ok()
+        self.audit.record(entry, Class::Administration, standstill::now() + audit::PATIENCE).await.is_ok()
     }
 }
 

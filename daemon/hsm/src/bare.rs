@@ -16,7 +16,7 @@ use crate::error::HsmError;
 use crate::identity::KeyRef;
 use crate::key_table::{KeyTable, Purpose};
 use crate::keys::{Oaep, SignScheme};
-use crate::module::Module;
+use crate::module::{Module, OwnLogin, login_for_operation};
 use crate::pin_tries::Word;
 use crate::request::{KnownGood, Request};
 use crate::session::{Key, private_keys};
@@ -73,7 +73,9 @@ impl Bare {
     pub fn decrypt(&self, key: &KeyRef, oaep: Oaep, ciphertext: &[u8]) -> Result<Zeroizing<Vec<u8>>, HsmError> {
         let key = self.key(key, Purpose::Decrypt)?;
         let room = key.modulus_len.unwrap_or(ciphertext.len());
-        self.module.0.decrypt(&self.session, &oaep.mechanism(), key.handle, self.own_login(key), ciphertext, room)
+        let login = |session: &Session| login_for_operation(session, &self.pin);
+        let login: Option<OwnLogin<'_>> = if key.always_authenticate { Some(&login) } else { None };
+        self.module.0.decrypt(&self.session, &oaep.mechanism(), key.handle, login, ciphertext, room)
     }
 
     /// `C_SignInit` and one `C_Sign`.
@@ -82,7 +84,9 @@ impl Bare {
     /// What the token says; [`HsmError::NoSuchKey`].
     pub fn sign(&self, key: &KeyRef, scheme: SignScheme, digest: &[u8]) -> Result<Vec<u8>, HsmError> {
         let key = self.key(key, Purpose::Sign)?;
-        let (input, login) = (scheme.input(digest), self.own_login(key));
+        let login = |session: &Session| login_for_operation(session, &self.pin);
+        let login: Option<OwnLogin<'_>> = if key.always_authenticate { Some(&login) } else { None };
+        let input = scheme.input(digest);
         self.module.0.sign(&self.session, &scheme.mechanism(), key.handle, login, &input, key.room())
     }
 
@@ -105,10 +109,6 @@ impl Bare {
     pub fn room_for(&self, wanted: usize) -> usize {
         let open = |_| self.module.0.pkcs11().open_ro_session(self.slot).ok();
         (0..wanted).map_while(open).collect::<Vec<_>>().len()
-    }
-
-    fn own_login(&self, key: Key) -> Option<&Pin> {
-        key.always_authenticate.then_some(&self.pin)
     }
 
     fn key(&self, wanted: &KeyRef, purpose: Purpose) -> Result<Key, HsmError> {

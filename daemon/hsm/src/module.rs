@@ -269,13 +269,13 @@ impl Module {
     }
 
     /// `C_DecryptInit` and one `C_Decrypt`; `room` is the length of the modulus. A key that wants a login for every
-    /// operation gets it in between, with the PIN in `own_login`.
+    /// operation gets it in between, by `own_login`.
     pub(crate) fn decrypt(
         &self,
         session: &Session,
         mechanism: &Mechanism<'_>,
         key: ObjectHandle,
-        own_login: Option<&Pin>,
+        own_login: Option<OwnLogin<'_>>,
         ciphertext: &[u8],
         room: usize,
     ) -> Result<Zeroizing<Vec<u8>>, HsmError> {
@@ -284,7 +284,7 @@ impl Module {
             return Ok(Zeroizing::new(session.decrypt(mechanism, key, ciphertext)?));
         };
         session.decrypt_init(mechanism, key)?;
-        login_for_operation(session, own_login)?;
+        own_login.map_or(Ok(()), |login| login(session))?;
         let mut plaintext = Zeroizing::new(vec![0; room]);
         let len =
             direct.decrypt(session, ciphertext, &mut plaintext).map_err(|code| HsmError::new("C_Decrypt", code))?;
@@ -298,7 +298,7 @@ impl Module {
         session: &Session,
         mechanism: &Mechanism<'_>,
         key: ObjectHandle,
-        own_login: Option<&Pin>,
+        own_login: Option<OwnLogin<'_>>,
         input: &[u8],
         room: usize,
     ) -> Result<Vec<u8>, HsmError> {
@@ -307,7 +307,7 @@ impl Module {
             return Ok(session.sign(mechanism, key, input)?);
         };
         session.sign_init(mechanism, key)?;
-        login_for_operation(session, own_login)?;
+        own_login.map_or(Ok(()), |login| login(session))?;
         let mut signature = vec![0; room];
         let len = direct.sign(session, input, &mut signature).map_err(|code| HsmError::new("C_Sign", code))?;
         signature.truncate(len);
@@ -316,16 +316,16 @@ impl Module {
 }
 
 /// The login that a key with `CKA_ALWAYS_AUTHENTICATE` wants between the start of an operation and its data.
-fn login_for_operation(session: &Session, pin: Option<&Pin>) -> Result<(), HsmError> {
-    match pin {
-        Some(pin) => Ok(session.login(UserType::ContextSpecific, Some(&pin.to_auth()))?),
-        None => Ok(()),
-    }
+pub(crate) type OwnLogin<'a> = &'a dyn Fn(&Session) -> Result<(), HsmError>;
+
+/// Logs in for the operation that was started in `session`.
+pub(crate) fn login_for_operation(session: &Session, pin: &Pin) -> Result<(), HsmError> {
+    Ok(session.login(UserType::ContextSpecific, Some(&pin.to_auth()))?)
 }
 
 /// cryptoki starts and finishes an operation in one function, with no room for a login in between.
-fn refuse_own_login(pin: Option<&Pin>) -> Result<(), HsmError> {
-    if pin.is_some() {
+fn refuse_own_login(login: Option<OwnLogin<'_>>) -> Result<(), HsmError> {
+    if login.is_some() {
         return Err(HsmError::OwnLogin);
     }
     Ok(())

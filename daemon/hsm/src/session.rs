@@ -18,13 +18,12 @@ use zeroize::{Zeroize, Zeroizing};
 use crate::Event;
 use crate::clock::thread_time;
 use crate::cluster::shared::{Scheme, Shared};
-use crate::config::Pin;
 use crate::error::{HsmError, class};
 use crate::fault::{Fate, PARAMETER_REFUSALS, Whose};
 use crate::identity::{KeyRef, without_leading_zeros};
 use crate::key_table::{self, FoundKey, FoundPublic, KeyTable, Purpose};
 use crate::keys::{KeyId, NewKey, Oaep, RsaPrivateParts, RsaPublic};
-use crate::module::Module;
+use crate::module::{Module, OwnLogin};
 use crate::oaep;
 use crate::request::{Answer, Check, Request, first_known, known_for};
 use crate::standstill;
@@ -149,11 +148,11 @@ impl<'a> OpenSession<'a> {
             }
             Request::Sign { key, scheme, digest, .. } => {
                 let key = self.key(key, Purpose::Sign)?;
-                let (room, own_login) = (key.room(), self.own_login(key)?);
+                let login = |session: &Session| self.shared.login_for_operation(session);
+                let (room, own_login) = (key.room(), self.own_login(key, &login)?);
                 let input = scheme.input(digest);
                 let (session, mechanism) = (&self.session, scheme.mechanism());
-                let sign =
-                    |module: &Module| module.sign(session, &mechanism, key.handle, own_login.as_ref(), &input, room);
+                let sign = |module: &Module| module.sign(session, &mechanism, key.handle, own_login, &input, room);
                 self.on_token(sign).map(Zeroizing::new)
             }
             _ => Ok(Zeroizing::default()),
@@ -165,10 +164,6 @@ impl<'a> OpenSession<'a> {
         let before = thread_time();
         let result = work(&self.shared.module);
         self.unbooked.set(self.unbooked.get() + thread_time().saturating_sub(before));
-        if let Err(error) = &result {
-            // At the login of a key with CKA_ALWAYS_AUTHENTICATE.
-            self.shared.heed_refused_pin(error);
-        }
         result
     }
 
@@ -190,9 +185,13 @@ impl<'a> OpenSession<'a> {
         shared.observe_call(op, rv, cost.took);
     }
 
-    /// The PIN, for a key that wants a login for every operation.
-    fn own_login(&self, key: Key) -> Result<Option<Pin>, HsmError> {
-        if key.always_authenticate { self.shared.pin_for_operation().map(Some) } else { Ok(None) }
+    /// `login`, for a key that wants a login for every operation. Judged before anything is begun in the session.
+    fn own_login<'l>(&self, key: Key, login: OwnLogin<'l>) -> Result<Option<OwnLogin<'l>>, HsmError> {
+        if !key.always_authenticate {
+            return Ok(None);
+        }
+        self.shared.pin_may_be_tried()?;
+        Ok(Some(login))
     }
 
     /// A result that its own check accepts is right, whoever made it. Any other way that an operation can have gone wrong
@@ -318,10 +317,10 @@ impl<'a> OpenSession<'a> {
             Scheme::Native => oaep.mechanism(),
             Scheme::Raw => Mechanism::RsaX509,
         };
-        let own_login = self.own_login(key)?;
-        let decrypt = |module: &Module| {
-            module.decrypt(&self.session, &mechanism, key.handle, own_login.as_ref(), ciphertext, room)
-        };
+        let login = |session: &Session| self.shared.login_for_operation(session);
+        let own_login = self.own_login(key, &login)?;
+        let decrypt =
+            |module: &Module| module.decrypt(&self.session, &mechanism, key.handle, own_login, ciphertext, room);
         let number = self.on_token(decrypt)?;
         match scheme {
             Scheme::Native => Ok(number),
@@ -363,10 +362,10 @@ impl<'a> OpenSession<'a> {
             *first = 0;
         }
         let refused = |error: &HsmError| PARAMETER_REFUSALS.iter().any(|code| error.is_code(*code));
-        let own_login = self.own_login(key)?;
-        let decrypt = |module: &Module| {
-            module.decrypt(&self.session, &oaep.mechanism(), key.handle, own_login.as_ref(), &nonsense, room)
-        };
+        let login = |session: &Session| self.shared.login_for_operation(session);
+        let own_login = self.own_login(key, &login)?;
+        let decrypt =
+            |module: &Module| module.decrypt(&self.session, &oaep.mechanism(), key.handle, own_login, &nonsense, room);
         let tried = self.on_token(decrypt);
         self.shared.spent(self.unbooked.take());
         match tried {
@@ -374,6 +373,8 @@ impl<'a> OpenSession<'a> {
             Err(error) if error.fault().fate != Fate::Keep => Err(error),
             // The key may not decrypt: nothing was learnt about the parameters.
             Err(error @ HsmError::Pkcs11 { call, .. }) if call != "C_Decrypt" => Err(error),
+            // The module has no call for a login in between: nothing was learnt either.
+            Err(error @ HsmError::OwnLogin) => Err(error),
             _ => Ok(Scheme::Native),
         }
     }

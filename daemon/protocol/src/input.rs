@@ -257,7 +257,13 @@ pub fn certificates(bytes: &[u8]) -> Result<Vec<Entry>, InputError> {
             for block in &blocks {
                 match Found::of_label(block.label) {
                     Found::Certificate => ders.push((block.bytes.to_vec(), Some(block.line))),
-                    Found::Pkcs7 => ders.extend(pkcs7(&block.bytes).into_iter().map(|der| (der, Some(block.line)))),
+                    found @ Found::Pkcs7 => {
+                        let inner = pkcs7(&block.bytes);
+                        if inner.is_empty() {
+                            return Err(InputError::Other { found, wanted });
+                        }
+                        ders.extend(inner.into_iter().map(|der| (der, Some(block.line))));
+                    }
                     found @ Found::TrustedCertificate => return Err(InputError::Other { found, wanted }),
                     _ => {}
                 }

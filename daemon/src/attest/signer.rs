@@ -126,7 +126,13 @@ impl Keeper {
                 tokio::time::sleep(RETRY).await;
             }
             failing = result.is_err();
-            let pause = if self.service.signers.load().current().is_some() { LOOK_EVERY } else { Duration::ZERO };
+            let pause = match (self.service.signers.load().current().is_some(), failing) {
+                (true, _) => LOOK_EVERY,
+                // The pause after a failure was made above.
+                (false, true) => Duration::ZERO,
+                // The state has one that is not seen here yet: a key on an HSM is never removed, so none is made meanwhile.
+                (false, false) => RETRY,
+            };
             // No word in time: no signature found its key missing.
             asked = tokio::time::timeout(pause, self.service.signer_missing.notified()).await.is_ok();
         }

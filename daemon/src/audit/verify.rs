@@ -257,10 +257,16 @@ impl Verifier {
         if line >= n {
             return Err(format!("the checkpoint covers line {line}, which comes after it"));
         }
-        if let Some(seen) = self.recent(line)
-            && *signed != HEXLOWER.encode(&seen)
-        {
-            return Err(format!("the checkpoint signs another line {line} than the one that is here"));
+        match self.recent(line) {
+            Some(seen) if *signed != HEXLOWER.encode(&seen) => {
+                return Err(format!("the checkpoint signs another line {line} than the one that is here"));
+            }
+            // A daemon signs what it wrote seconds before. A line that cannot be compared any more is not proven by it.
+            None if self.report.first.is_some_and(|first| line >= first) => {
+                return Err(format!("the checkpoint covers line {line}, too far back to be compared with it"));
+            }
+            // Of a file before these.
+            Some(_) | None => {}
         }
         if let Some(der) = &links.signer_certificate {
             let certificate = BASE64.decode(der.as_bytes()).ok().and_then(|der| Certificate::parse(&der).ok());

@@ -33,6 +33,9 @@ const BUFFER: usize = 16 * 1024;
 /// waits, too.
 const CONGESTED: usize = 256;
 
+/// How long a client has to catch up with reading when there are as many of these as there may be.
+const CATCH_UP: Duration = Duration::from_secs(1);
+
 /// Streams that a client may reset before their requests were looked at; beyond, the connection ends. hyper's own default,
 /// named here because the bound matters.
 const RESETS_UNSEEN: usize = 20;
@@ -119,7 +122,7 @@ where
             let (stream, returned) = Watched::new(stream, activity.clone());
             let client = Client { peer, certificate: None };
             if self.drive(&self.either, stream, &activity, &mut phase, client, slot).await {
-                self.linger(returned.await.ok()).await;
+                self.linger(returned.await.ok(), &activity).await;
             }
             return;
         };
@@ -147,7 +150,7 @@ where
         let client = Client { peer, certificate };
         let builder = if http2 { &self.http2 } else { &self.http1 };
         if self.drive(builder, stream, &activity, &mut phase, client, slot).await {
-            self.linger(returned.await.ok()).await;
+            self.linger(returned.await.ok(), &activity).await;
         }
     }
 
@@ -225,7 +228,13 @@ where
                     Poll::Pending if closing.is_some() => Poll::Pending,
                     Poll::Pending if last_call && activity.is_quiet() => Poll::Ready(Event::Quiet),
                     Poll::Pending if grace.is_some() && activity.is_http2() => Poll::Ready(Event::Changed),
-                    Poll::Pending if activity.due(&self.limits, now).0 < wake => Poll::Ready(Event::Changed),
+                    // A connection that is past its time is looked at again when the timer says so: what is due lies in the past,
+                    // and would be found again and again without a pause.
+                    Poll::Pending
+                        if !(last_call && activity.is_idle()) && activity.due(&self.limits, now).0 < wake =>
+                    {
+                        Poll::Ready(Event::Changed)
+                    }
                     Poll::Pending => Poll::Pending,
                 }) => event,
                 Ok(()) = phase.changed() => Event::Changed,
@@ -310,8 +319,8 @@ where
     }
 
     /// Lets the client read our last answer. Closing a socket with unread octets in it resets the connection, and a
-    /// reset makes the client's kernel throw away what we sent.
-    async fn linger(&self, stream: Option<TcpStream>) {
+    /// reset makes the client's kernel throw away what we sent. A connection that has to make room does not linger.
+    async fn linger(&self, stream: Option<TcpStream>, activity: &Activity) {
         let Some(mut stream) = stream else { return };
         let stopping = *self.phase.borrow() != Phase::Serving;
         if stopping && unread(&stream) == 0 {
@@ -328,7 +337,10 @@ where
                 }
             }
         };
-        let _ = standstill::timeout(LINGER, discard).await;
+        tokio::select! {
+            _ = standstill::timeout(LINGER, discard) => {}
+            _ = activity.told_to_close() => {}
+        }
     }
 }
 
@@ -381,10 +393,12 @@ where
                 // More answers would only take memory. Nor may too many connections come to this.
                 match congested.try_acquire() {
                     Ok(_place) => activity.reads().await,
-                    Err(_) => {
+                    // A client that only reads slowly gets a moment before its requests are cut with the connection.
+                    Err(_) if standstill::timeout(CATCH_UP, activity.reads()).await.is_err() => {
                         activity.cut(Cut::Unread);
                         std::future::pending::<()>().await;
                     }
+                    Err(_) => {}
                 }
             }
             let work = activity.room_to_work().await;

@@ -94,7 +94,8 @@ impl<K: Copy + Eq + Hash, G: Guest> Places<K, G> {
         let of_group = self.groups.get(&group).map_or(0, |group| group.staying);
         let mut made_room = false;
         if of_group >= self.per_group {
-            self.dismiss(Some(group), NoPlace::Group, now)?;
+            // A group that is over its own limit never makes others wait.
+            self.dismiss(Some(group), NoPlace::Group, now).map_err(|_| NoPlace::Group)?;
             made_room = true;
         }
         if self.staying >= self.limit {
@@ -365,8 +366,8 @@ mod tests {
         let one = Client::waiting(begun, 0);
         places.arrive(1, &one, begun).unwrap();
         let newcomer = Client::waiting(begun, 10);
-        for group in [1, 2] {
-            assert_eq!(places.arrive(group, &newcomer, begun + GRACE / 2), Err(NoPlace::Leaving));
+        for (group, refused) in [(1, NoPlace::Group), (2, NoPlace::Leaving)] {
+            assert_eq!(places.arrive(group, &newcomer, begun + GRACE / 2), Err(refused));
         }
         assert!(places.arrive(2, &newcomer, begun + GRACE).unwrap().1);
         assert!(one.is_leaving());

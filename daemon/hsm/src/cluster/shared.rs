@@ -21,7 +21,7 @@ use crate::error::{HsmError, class};
 use crate::fault::Whose;
 use crate::identity::KeyRef;
 use crate::keys::Oaep;
-use crate::module::Module;
+use crate::module::{self, Module};
 use crate::pin_tries::{PinTries, Word};
 use crate::policy::batch;
 use crate::request::{KnownGood, Outcome, Request, first_known};
@@ -432,9 +432,7 @@ impl Shared {
     pub(crate) fn ensure_login(&self) -> Result<Slot, HsmError> {
         let cell = Arc::clone(&lock(&self.login));
         let mut login = lock(&cell);
-        if self.health().pin_refused {
-            return Err(self.pin_refused());
-        }
+        self.pin_may_be_tried()?;
         if let Some(login) = &*login {
             let state = login.session.get_session_info().map(|info| info.session_state());
             if matches!(state, Ok(SessionState::RoUser | SessionState::RwUser)) {
@@ -446,15 +444,15 @@ impl Shared {
         let slot = self.find_token()?;
         let session = self.module.pkcs11().open_ro_session(slot)?;
         self.observe(Event::Login);
-        let pin = lock(&self.pin).to_auth();
-        match session.login(UserType::User, Some(&pin)) {
+        let pin = lock(&self.pin).clone();
+        match session.login(UserType::User, Some(&pin.to_auth())) {
             Ok(()) | Err(Error::Pkcs11(RvError::UserAlreadyLoggedIn, _)) => {
                 *login = Some(Login { session, slot });
                 Ok(slot)
             }
             Err(error) => {
                 let error = HsmError::from(error);
-                self.heed_refused_pin(&error);
+                self.heed_refused_pin(&error, &pin);
                 Err(error)
             }
         }
@@ -484,14 +482,31 @@ impl Shared {
         self.may_use_final_try.store(allow, Ordering::Release);
     }
 
-    /// A key wants a login for every operation: the PIN, if it was not refused.
-    pub(crate) fn pin_for_operation(&self) -> Result<Pin, HsmError> {
-        if self.health().pin_refused { Err(self.pin_refused()) } else { Ok(lock(&self.pin).clone()) }
+    /// A key wants a login for every operation: whether the PIN may be tried.
+    ///
+    /// # Errors
+    /// The token refused it.
+    pub(crate) fn pin_may_be_tried(&self) -> Result<(), HsmError> {
+        if self.health().pin_refused { Err(self.pin_refused()) } else { Ok(()) }
     }
 
-    /// Sees to it that a PIN that a token refused, at whatever login, is not tried again.
-    pub(crate) fn heed_refused_pin(&self, error: &HsmError) {
-        if error.refuses_pin() {
+    /// Logs in for one operation, one session at a time: where the token refuses the PIN, the next session has to know that
+    /// before it tries, since tokens count wrong PINs.
+    ///
+    /// # Errors
+    /// What the token says, now or before.
+    pub(crate) fn login_for_operation(&self, session: &Session) -> Result<(), HsmError> {
+        let cell = Arc::clone(&lock(&self.login));
+        let _one_at_a_time = lock(&cell);
+        self.pin_may_be_tried()?;
+        let pin = lock(&self.pin).clone();
+        module::login_for_operation(session, &pin).inspect_err(|error| self.heed_refused_pin(error, &pin))
+    }
+
+    /// Sees to it that a PIN that the token refused is not tried again. One that was replaced meanwhile says nothing of the
+    /// new one.
+    fn heed_refused_pin(&self, error: &HsmError, tried: &Pin) {
+        if error.refuses_pin() && lock(&self.pin).is(tried) {
             self.health().refuse_pin(error);
         }
     }
