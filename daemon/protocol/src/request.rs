@@ -19,6 +19,9 @@ pub struct RollRequest {
     pub algorithms: HostAlgorithms,
 }
 
+/// Longest text that may be a health certificate at a glance, in bytes.
+const GLANCED: usize = 64 * 1024;
+
 impl RollRequest {
     /// Reads a request body.
     ///
@@ -41,7 +44,12 @@ impl RollRequest {
         let name = memmem::rfind(body, b"HealthCertificate>")?;
         let end = memrchr(b'<', &body[..name])?;
         let begin = memrchr(b'>', &body[..end])? + 1;
-        BASE64.decode(&body[begin..end]).ok().filter(|der| !der.is_empty())
+        if end - begin > GLANCED {
+            return None;
+        }
+        // Some writers break long lines.
+        let base64: Vec<u8> = body[begin..end].iter().copied().filter(|byte| !byte.is_ascii_whitespace()).collect();
+        BASE64.decode(&base64).ok().filter(|der| !der.is_empty())
     }
 
     fn read(document: &roxmltree::Document<'_>) -> Result<(Vec<u8>, Vec<u8>, AlgorithmUris), XmlError> {

@@ -31,6 +31,9 @@ fn a_glance_finds_the_health_certificate_and_never_panics() {
     assert_eq!(RollRequest::glance(text().as_bytes()).unwrap(), [4, 5, 6]);
     let prefixed = text().replace("HealthCertificate>", "s:HealthCertificate>");
     assert_eq!(RollRequest::glance(prefixed.as_bytes()).unwrap(), [4, 5, 6]);
+    let broken = text().replace("BAUG", " BA\r\n UG\t");
+    assert_ne!(broken, text());
+    assert_eq!(RollRequest::glance(broken.as_bytes()).unwrap(), [4, 5, 6]);
     for nothing in [
         "",
         "HealthCertificate>",
