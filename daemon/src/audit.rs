@@ -4,6 +4,7 @@
 //! line its place in a chain of hashes (`chain`) that an HSM signs now and then (`checkpoint`). What anybody can cause without
 //! being known is counted, and told in a line a second (`summary`). [`verify`] reads all of it again.
 
+mod allowance;
 mod chain;
 pub mod checkpoint;
 mod entry;
@@ -30,6 +31,7 @@ pub use self::entry::Entry;
 pub use self::file::{EVENT as TRAIL_EVENT, last_line};
 pub use self::writer::Head;
 
+use self::allowance::Allowance;
 use self::checkpoint::{Draft, Pace};
 use self::file::Trail;
 use self::reserve::Reserve;
@@ -112,6 +114,7 @@ pub struct Audit {
     reserve: u64,
     shown: Arc<Shown>,
     summary: Mutex<Summary>,
+    refusals: Mutex<Allowance>,
     /// `Some` until dropped: the writer ends when the sender is gone.
     jobs: Option<Sender<Job>>,
     /// Disconnected when the writer has ended.
@@ -147,6 +150,7 @@ impl Audit {
             reserve: config.reserve(),
             shown,
             summary: Mutex::default(),
+            refusals: Mutex::new(Allowance::new(standstill::now())),
             jobs: Some(jobs),
             ended,
         })
@@ -168,13 +172,16 @@ impl Audit {
     /// Records how a request was decided, until the request's deadline. `false`: what was granted cannot be recorded, and
     /// must not leave.
     ///
-    /// Nothing is given out with a refusal, so it does not fail for want of its line: it is counted then.
+    /// Nothing is given out with a refusal, so it does not fail for want of its line: it is counted then, and so are refusals
+    /// that come faster than they may have lines.
     pub async fn decided(&self, entry: &Entry, decision: Decision, deadline: Instant) -> bool {
         let until = deadline.max(standstill::now() + LEAST);
         match decision {
             Decision::Granted => self.record(entry, Class::Grant, until).await.is_ok(),
             Decision::Refused => {
-                if self.record(entry, Class::Refusal, until).await.is_err() {
+                let now = standstill::now();
+                let may = self.refusals.lock().unwrap_or_else(PoisonError::into_inner).take(now);
+                if !may || self.record(entry, Class::Refusal, until).await.is_err() {
                     self.count(entry);
                 }
                 true
