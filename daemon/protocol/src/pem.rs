@@ -133,13 +133,17 @@ pub fn blocks(text: &str) -> Result<Vec<Block<'_>>, PemError> {
         let no_end = || PemError::NoEnd { label: shown(label), line };
         let body = &from[BEGIN.len() + label.len() + DASHES.len()..];
         let (body, after) = body.split_once(END).ok_or_else(no_end)?;
+        // Another block begins before this one ends: one of the two would be lost.
+        if body.contains(BEGIN) {
+            return Err(no_end());
+        }
         let after = after.strip_prefix(label).and_then(|after| after.strip_prefix(DASHES)).ok_or_else(no_end)?;
         // The capacity is enough from the start: growing would leave copies of a secret behind.
         let mut characters = Zeroizing::new(Vec::with_capacity(body.len()));
         let mut encrypted = false;
         for line in body.lines() {
-            // Base64 has no colon: this is a header (RFC 1421).
-            if line.contains(':') {
+            // Base64 has no colon: before the data, this is a header (RFC 1421). Behind it, it is damage.
+            if characters.is_empty() && line.contains(':') {
                 encrypted |= line.contains("ENCRYPTED");
             } else {
                 characters.extend(line.bytes().filter(|byte| !byte.is_ascii_whitespace()));
@@ -192,6 +196,24 @@ mod tests {
             bytes.extend(unit.to_le_bytes());
             bytes
         })
+    }
+
+    #[test]
+    fn nothing_inside_a_block_is_passed_over() {
+        let block = |inside: &str| format!("-----BEGIN X-----\n{inside}\n-----END X-----\n");
+        assert_eq!(
+            *blocks(&block("Proc-Type: 4,ENCRYPTED\nDEK-Info: AES-256-CBC,00\n\nAAAA")).unwrap()[0].bytes,
+            [0; 3]
+        );
+        for (inside, wrong) in [
+            ("AAAA\nnote: a line that is no base64\nAAAA", "NotBase64"),
+            ("AAAA\nx:-----BEGIN X-----:\nAAAA", "NoEnd"),
+            ("x:-----BEGIN X-----:\nAAAA", "NoEnd"),
+            ("AAAA\n-----BEGIN X-----\nAAAA", "NoEnd"),
+        ] {
+            let error = format!("{:?}", blocks(&block(inside)).err().unwrap());
+            assert!(error.starts_with(wrong), "{inside}: {error}");
+        }
     }
 
     #[test]
