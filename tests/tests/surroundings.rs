@@ -392,12 +392,20 @@ fn too_few_threads_give_a_message() {
         let changed = Command::new("chown").args(["-R", USER]).arg(path).status().unwrap();
         assert!(changed.success());
     };
+    // The other user may not be able to reach the folder that the programs were built in.
+    let copied = |program: &Path| {
+        let copy = lab.file(program.file_name().unwrap().to_str().unwrap());
+        std::fs::copy(program, &copy).unwrap();
+        copy
+    };
+    let (claviger, loadgen) = (copied(claviger()), copied(loadgen()));
+    let (claviger, loadgen) = (claviger.as_path(), loadgen.as_path());
     mine(lab.path());
     let load = ["run", "--url", &daemon.url, "--lab", &folder, "--profile", "1s@10", "--warmup", "0s"];
     let attest = ["host", "attest", "--fresh", "--dir", host.to_str().unwrap(), "--url", &daemon.url];
     let list = ["hosts", "list", "--socket", socket.to_str().unwrap()];
     for threads in 1..=3 {
-        for (program, arguments) in [(claviger(), &attest[..]), (loadgen(), &load), (claviger(), &list)] {
+        for (program, arguments) in [(claviger, &attest[..]), (loadgen, &load), (claviger, &list)] {
             let output = limited(threads, program, arguments).output().unwrap();
             let text = said(&output);
             assert!(!text.contains("panicked"), "{threads} {arguments:?}: {text}");
@@ -412,7 +420,7 @@ fn too_few_threads_give_a_message() {
     mine(lab.path());
     let start = ["serve", "--config", config];
     for threads in 1..=3 {
-        let output = limited(threads, claviger(), &start).output().unwrap();
+        let output = limited(threads, claviger, &start).output().unwrap();
         let text = said(&output);
         assert_eq!(output.status.code(), Some(1), "{threads}: {text}");
         assert!(text.contains("more threads, and it needs") && text.contains("TasksMax="), "{threads}: {text}");
@@ -421,7 +429,7 @@ fn too_few_threads_give_a_message() {
     // With more it either says so, too, or it serves.
     let mut serves = 0;
     for threads in [5, 8, 11, 14, 40] {
-        let mut process = Process::start(&mut limited(threads, claviger(), &start));
+        let mut process = Process::start(&mut limited(threads, claviger, &start));
         let listens = until("it listens or ends", || {
             let text = process.output();
             if text.contains("metrics on ") { Some(true) } else { text.contains("it needs").then_some(false) }
