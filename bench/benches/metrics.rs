@@ -73,7 +73,7 @@ fn cost(c: &mut Criterion) {
         for at in 0..RELEASES {
             let mut attempt = Attempt::new(request_id());
             let request = &requests[at % requests.len()];
-            runtime.block_on(roll(&service, ApiVersion::V2, request, &mut attempt)).unwrap();
+            runtime.block_on(roll(&service, &service.cluster, ApiVersion::V2, request, &mut attempt)).unwrap();
             if with {
                 record(&service.history, &attempt);
             }

@@ -26,7 +26,7 @@ fn whole(c: &mut Criterion) {
     let release = |at: u64| {
         let mut attempt = Attempt::new(request_id());
         let request = &requests[at as usize % requests.len()];
-        let grant = runtime.block_on(roll(&service, ApiVersion::V2, request, &mut attempt)).unwrap();
+        let grant = runtime.block_on(roll(&service, &service.cluster, ApiVersion::V2, request, &mut attempt)).unwrap();
         grant.confirm(&service).unwrap().to_xml()
     };
     let spent = || service.cluster.members().iter().map(|member| member.spent).sum::<Duration>();

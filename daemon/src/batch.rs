@@ -17,6 +17,7 @@ use tracing::{Instrument, error_span};
 use crate::admission::HostAt;
 use crate::attempt::Attempt;
 use crate::metrics;
+use crate::release::hsm::Hsm;
 use crate::release::{Grant, aside, healthy_host, known_host_or_address_within_rate, roll_protector};
 use crate::routes::decide;
 use crate::service::Service;
@@ -30,8 +31,9 @@ const SIDE_BY_SIDE: usize = 32;
 ///
 /// # Errors
 /// What is wrong with the whole request: its shape, its algorithms, its health certificate.
-pub async fn roll(
+pub async fn roll<H: Hsm>(
     service: &Arc<Service>,
+    hsm: &H,
     body: &[u8],
     attempt: &mut Attempt,
 ) -> Result<Vec<Result<RollResponse, Refusal>>, Refusal> {
@@ -46,7 +48,8 @@ pub async fn roll(
     let count = request.ingress_protectors.len();
     metrics::batch(count);
     for (at, protector) in request.ingress_protectors.into_iter().enumerate() {
-        let (service, host, places, from) = (service.clone(), host.clone(), places.clone(), from.clone());
+        let (service, hsm) = (service.clone(), hsm.clone());
+        let (host, places, from) = (host.clone(), places.clone(), from.clone());
         let mut attempt = attempt.item(at + 1);
         // Each item counts: those beyond the host's rate are refused by themselves.
         let within_rate = service.admission.within_rate(&from);
@@ -62,7 +65,7 @@ pub async fn roll(
                 attempt.waited_for_turn(asked);
                 let _permit = admitted?;
                 let algorithms = request.algorithms;
-                roll_protector(&service, ApiVersion::V2, &host, algorithms, &protector, &mut attempt).await
+                roll_protector(&service, &hsm, ApiVersion::V2, &host, algorithms, &protector, &mut attempt).await
             };
             let result = result.await;
             (at, attempt, result)

@@ -5,11 +5,15 @@
 //! freshly built beside it. Only when the ingress key proved right does anything leave this function, and then as a
 //! [`Grant`]: the last look at what an administrator may have changed meanwhile is taken when the decision is recorded.
 
+pub mod hsm;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use claviger_hsm::{Check, Hash, HsmError, OPINIONS, Oaep, SignScheme, standstill};
-use claviger_protocol::algorithm::{self, HostAlgorithms, SignatureAlgorithm};
+use claviger_hsm::{Check, OPINIONS, standstill};
+use claviger_protocol::algorithm::{HostAlgorithms, SignatureAlgorithm};
 use claviger_protocol::build::{self, Unsigned};
 use claviger_protocol::error::{Code, Refusal};
 use claviger_protocol::health::HealthClaims;
@@ -22,6 +26,7 @@ use claviger_protocol::work::Work;
 use data_encoding::HEXLOWER;
 use ring::digest;
 
+use self::hsm::{DecryptError, Hsm, Unavailable};
 use crate::admission::HostAt;
 use crate::attempt::Attempt;
 use crate::keys::{Held, Keys};
@@ -41,7 +46,13 @@ const LARGE: usize = 16 * 1024;
 /// # Errors
 /// The refusals of the protocol page, section 2.1; `TooManyRequestsException` when the host asks too
 /// fast; `ServiceUnavailableException` when the service is too busy, or no HSM could serve in time.
-pub async fn roll(service: &Service, api: ApiVersion, body: &[u8], attempt: &mut Attempt) -> Result<Grant, Refusal> {
+pub async fn roll<H: Hsm>(
+    service: &Service,
+    hsm: &H,
+    api: ApiVersion,
+    body: &[u8],
+    attempt: &mut Attempt,
+) -> Result<Grant, Refusal> {
     fast_reject(service, body, attempt)?;
     let stranger = |attempt: &Attempt| service.admission.charge_stranger(attempt, body.len(), Work::default());
 
@@ -58,15 +69,16 @@ pub async fn roll(service: &Service, api: ApiVersion, body: &[u8], attempt: &mut
     attempt.waited_for_turn(asked);
     let _permit = admitted?;
 
-    roll_protector(service, api, &host, request.algorithms, &request.ingress_protector, attempt).await
+    roll_protector(service, hsm, api, &host, request.algorithms, &request.ingress_protector, attempt).await
 }
 
 /// Steps 3 to 9: one protector of a host that proved its health.
 ///
 /// # Errors
 /// See [`roll`].
-pub async fn roll_protector(
+pub async fn roll_protector<H: Hsm>(
     service: &Service,
+    hsm: &H,
     api: ApiVersion,
     host: &Arc<HealthClaims>,
     algorithms: HostAlgorithms,
@@ -92,12 +104,12 @@ pub async fn roll_protector(
     attempt.certificate_used = Some(ours.decryption_key.certificate.clone());
 
     // 7. In an HSM: decrypt the ingress key.
-    let decrypted = service.cluster.decrypt(
+    let decrypted = hsm.decrypt(
         &ours.decryption_key.id,
-        hsm_oaep(ours.of(&verified).encryption.oaep),
+        ours.of(&verified).encryption.oaep,
         &ours.of(&verified).cipher_value,
         deadline,
-        Some(proved_by_its_signature(&verified)),
+        proved_by_its_signature(&verified),
     );
 
     // 8. At the same time: write an egress protector with a fresh key, and sign it in an HSM.
@@ -110,9 +122,7 @@ pub async fn roll_protector(
         })?;
         let digest = digest::digest(&digest::SHA256, unsigned.signed_octets());
         let right = signed_by(verified.parties[ours.wrapping].signing.key(), digest);
-        let scheme = SignScheme::Pkcs1(Hash::Sha256);
-        let key = &ours.signing_key.id;
-        let signed = service.cluster.sign(key, scheme, digest.as_ref(), deadline, Some(right)).await;
+        let signed = hsm.sign(&ours.signing_key.id, digest.as_ref(), deadline, right).await;
         Ok((egress, unsigned, signed))
     };
 
@@ -128,7 +138,7 @@ pub async fn roll_protector(
             attempt.used(&done.member);
             transport_key(&done.value).ok_or_else(Refusal::internal)?
         }
-        Err(error) if error.is_data() => {
+        Err(DecryptError::Rejected) => {
             // It was decrypted again and again before it was refused.
             charge(OPINIONS - 1);
             let refusal = refuse_on_the_grid(attempt.started()).await;
@@ -136,7 +146,7 @@ pub async fn roll_protector(
             attempt.waited_for_hsms(asked);
             return Err(refusal);
         }
-        Err(error) => return Err(unavailable(&error, "decrypt")),
+        Err(DecryptError::Unavailable(error)) => return Err(unavailable(&error, "decrypt")),
     };
     let signed = signed.map_err(|error| unavailable(&error, "sign"))?;
     attempt.used(&signed.member);
@@ -367,20 +377,10 @@ async fn refuse_on_the_grid(started: Instant) -> Refusal {
 }
 
 /// 503: the fault is on this side, and a second try may well succeed.
-fn unavailable(error: &HsmError, operation: &str) -> Refusal {
+fn unavailable(error: &Unavailable, operation: &str) -> Refusal {
     static SAID: Throttle = Throttle::new();
     if let Some(unsaid) = SAID.due(Instant::now()) {
         tracing::warn!(%error, operation, unsaid, "no HSM served a release");
     }
     Refusal::new(Code::ServiceUnavailable, "no HSM can serve the request now; try again")
-}
-
-fn hsm_oaep(oaep: algorithm::Oaep) -> Oaep {
-    let hash = |digest| match digest {
-        algorithm::Digest::Sha1 => Hash::Sha1,
-        algorithm::Digest::Sha256 => Hash::Sha256,
-        algorithm::Digest::Sha384 => Hash::Sha384,
-        algorithm::Digest::Sha512 => Hash::Sha512,
-    };
-    Oaep { hash: hash(oaep.digest), mgf: hash(oaep.mgf) }
 }

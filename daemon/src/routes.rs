@@ -360,13 +360,13 @@ async fn document(service: &Service, endpoint: Endpoint) -> Answer {
 
 /// A release, answered.
 async fn roll(service: &Service, api: ApiVersion, body: &[u8], mut attempt: Attempt) -> Answer {
-    let result = release::roll(service, api, body, &mut attempt).await;
+    let result = release::roll(service, &service.cluster, api, body, &mut attempt).await;
     Answer::release(decide(service, api, &attempt, result).await)
 }
 
 /// Many releases, answered. The items were decided one by one; a refusal of the whole request is decided here.
 async fn roll_batch(service: &Arc<Service>, body: &[u8], mut attempt: Attempt) -> Answer {
-    match batch::roll(service, body, &mut attempt).await {
+    match batch::roll(service, &service.cluster, body, &mut attempt).await {
         Ok(results) => Answer::ok(XML, claviger_protocol::batch::to_xml(&results)),
         Err(refusal) => Answer::release(decide(service, ApiVersion::V2, &attempt, Err(refusal)).await),
     }

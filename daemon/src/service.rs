@@ -327,36 +327,49 @@ pub fn request_id() -> String {
     data_encoding::HEXLOWER.encode(&octets)
 }
 
-#[cfg(test)]
+#[cfg(any(test, feature = "testing"))]
 #[allow(clippy::unwrap_used)]
 pub(crate) mod testing {
-    //! A service for unit tests.
+    //! A service for unit tests and benches.
 
     use super::*;
+    #[cfg(test)]
     use std::sync::OnceLock;
 
     use crate::config::Hsm;
     use claviger_hsm::{MemberConfig, Patience, Pin, TokenRef};
+    #[cfg(test)]
     use claviger_protocol::rsa_key::RsaPrivateKey;
+    #[cfg(test)]
     use serde_json::Value;
 
     /// The key of all unit tests: making one takes a while.
+    #[cfg(test)]
     pub(crate) fn key() -> &'static RsaPrivateKey {
         static KEY: OnceLock<RsaPrivateKey> = OnceLock::new();
         KEY.get_or_init(|| RsaPrivateKey::generate(2048).unwrap())
     }
 
     /// A certificate of that key (DER); no two are the same.
+    #[cfg(test)]
     pub(crate) fn certificate() -> Vec<u8> {
         let template = claviger_protocol::health::signer_template(key().public(), 1, 2).unwrap();
         template.to_be_signed().unwrap().sign_with(key()).unwrap()
     }
 
-    /// Its only member, `gone`, is never started: no HSM works for it.
+    /// A service with a folder of its own, and the default settings.
+    #[cfg(test)]
     pub(crate) fn service() -> (tempfile::TempDir, Arc<Service>) {
         let folder = tempfile::tempdir().unwrap();
+        let service = service_in(folder.path(), |_| {});
+        (folder, service)
+    }
+
+    /// A service whose only member, `gone`, is never started: no HSM works for it.
+    pub(crate) fn service_in(folder: &Path, configure: impl FnOnce(&mut Config)) -> Arc<Service> {
         let mut config = Config::default();
-        config.server.state = folder.path().join("state");
+        config.server.state = folder.join("state");
+        configure(&mut config);
         let module = crate::lab::softhsm().unwrap();
         let member = MemberConfig {
             name: "gone".to_owned(),
@@ -384,10 +397,11 @@ pub(crate) mod testing {
         });
         let patience = Patience { watchdog: Duration::from_secs(1) };
         let cluster = Cluster::load(vec![member], patience, Arc::new(|_, _| {})).unwrap();
-        (folder, Arc::new(Service::open(config, cluster).unwrap()))
+        Arc::new(Service::open(config, cluster).unwrap())
     }
 
     /// The lines of its audit trail, without those that it says of itself.
+    #[cfg(test)]
     pub(crate) fn trail(service: &Service) -> Vec<Value> {
         let text = std::fs::read_to_string(service.config.load().server.audit_file()).unwrap();
         let lines = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());

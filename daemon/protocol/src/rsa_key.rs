@@ -524,6 +524,18 @@ impl RsaPrivateKey {
         Ok(signature)
     }
 
+    /// Signs the message with this SHA-256, by [`SignatureAlgorithm::DEFAULT`].
+    ///
+    /// # Errors
+    /// [`SignError`] if `digest` is no SHA-256, or the library failed.
+    pub fn sign_digest(&self, digest: &[u8]) -> Result<Vec<u8>, SignError> {
+        let digest = aws_digest::Digest::import_less_safe(digest, &aws_digest::SHA256).map_err(|_| SignError)?;
+        let mut signature = vec![0; self.public.modulus_len()];
+        let encoding = &aws_lc_rs::signature::RSA_PKCS1_SHA256;
+        self.signer.sign_digest(encoding, &digest, &mut signature).map_err(|_| SignError)?;
+        Ok(signature)
+    }
+
     /// Decrypts RSA-OAEP, empty label.
     ///
     /// # Errors

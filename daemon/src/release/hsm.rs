@@ -1,0 +1,89 @@
+//! What a release asks of the HSMs. Everything below this trait is the cluster's business: which member works, how often an
+//! operation is tried, whose fault an error is.
+
+use std::error::Error;
+use std::time::Instant;
+
+use claviger_hsm::{Check, Cluster, Done, Hash, KeyRef, Oaep, SignScheme};
+use claviger_protocol::algorithm;
+use zeroize::Zeroizing;
+
+/// The two operations of a release. A handle: clones work with the same private keys.
+pub trait Hsm: Clone + Send + Sync + 'static {
+    /// Decrypts `ciphertext` with RSA-OAEP, until `deadline`. Returns only a plaintext that `check` accepts.
+    ///
+    /// # Errors
+    /// See [`DecryptError`].
+    fn decrypt(
+        &self,
+        key: &KeyRef,
+        oaep: algorithm::Oaep,
+        ciphertext: &[u8],
+        deadline: Instant,
+        check: Check,
+    ) -> impl Future<Output = Result<Done<Zeroizing<Vec<u8>>>, DecryptError>> + Send;
+
+    /// Signs the message with this SHA-256 `digest` by RSASSA-PKCS1-v1_5, until `deadline`. Returns only a signature that
+    /// `check` accepts.
+    ///
+    /// # Errors
+    /// [`Unavailable`].
+    fn sign(
+        &self,
+        key: &KeyRef,
+        digest: &[u8],
+        deadline: Instant,
+        check: Check,
+    ) -> impl Future<Output = Result<Done<Vec<u8>>, Unavailable>> + Send;
+}
+
+/// Why nothing was decrypted.
+#[derive(Debug, thiserror::Error)]
+pub enum DecryptError {
+    /// The input is at fault: it does not decrypt, or not to a plaintext that its check accepts. Does not tell which.
+    #[error("the input is not right")]
+    Rejected,
+    /// The HSMs are at fault.
+    #[error(transparent)]
+    Unavailable(#[from] Unavailable),
+}
+
+/// No HSM gave a right result before the deadline.
+#[derive(Debug, thiserror::Error)]
+#[error(transparent)]
+pub struct Unavailable(pub(super) Box<dyn Error + Send + Sync>);
+
+impl Hsm for Cluster {
+    async fn decrypt(
+        &self,
+        key: &KeyRef,
+        oaep: algorithm::Oaep,
+        ciphertext: &[u8],
+        deadline: Instant,
+        check: Check,
+    ) -> Result<Done<Zeroizing<Vec<u8>>>, DecryptError> {
+        let done = Cluster::decrypt(self, key, pkcs11_oaep(oaep), ciphertext, deadline, Some(check)).await;
+        done.map_err(|error| if error.is_data() { DecryptError::Rejected } else { Unavailable(error.into()).into() })
+    }
+
+    async fn sign(
+        &self,
+        key: &KeyRef,
+        digest: &[u8],
+        deadline: Instant,
+        check: Check,
+    ) -> Result<Done<Vec<u8>>, Unavailable> {
+        let scheme = SignScheme::Pkcs1(Hash::Sha256);
+        Cluster::sign(self, key, scheme, digest, deadline, Some(check)).await.map_err(|error| Unavailable(error.into()))
+    }
+}
+
+fn pkcs11_oaep(oaep: algorithm::Oaep) -> Oaep {
+    let hash = |digest| match digest {
+        algorithm::Digest::Sha1 => Hash::Sha1,
+        algorithm::Digest::Sha256 => Hash::Sha256,
+        algorithm::Digest::Sha384 => Hash::Sha384,
+        algorithm::Digest::Sha512 => Hash::Sha512,
+    };
+    Oaep { hash: hash(oaep.digest), mgf: hash(oaep.mgf) }
+}
