@@ -7,21 +7,20 @@ use std::time::{Duration, Instant};
 
 use claviger::daemon::member;
 use claviger_bench::ceiling::{Settings, Stage};
-use claviger_hsm::policy::pick::{Candidate, pick};
+use claviger_hsm::policy::pick::{Candidate, Tiers, pick};
 use claviger_hsm::{Cluster, Patience};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use tokio::task::JoinSet;
 
 fn choosing(c: &mut Criterion) {
     let candidate = |at: usize| Candidate {
-        priority: 0,
         weight: 1,
         latency: Duration::from_micros(900 + 10 * at as u64),
         oldest: None,
         in_flight: at % 5,
-        able: at % 7 != 3,
     };
     let candidates: Vec<_> = (0..16).map(candidate).collect();
+    let tiers = Tiers::new(&[0; 16]);
     let mut drawn = 0;
     c.bench_function("hsm/pick_of_16", |b| {
         b.iter(|| {
@@ -29,7 +28,7 @@ fn choosing(c: &mut Criterion) {
                 drawn = (drawn + 7) % 1021;
                 drawn % below
             };
-            pick(&candidates, |at| at == 5, random).unwrap()
+            pick(&tiers, |at| (at % 7 != 3).then(|| candidates[at]), random).unwrap()
         });
     });
 }

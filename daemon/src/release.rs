@@ -12,7 +12,7 @@ pub mod testing;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use claviger_hsm::{Check, OPINIONS, standstill};
+use claviger_hsm::{Check, REJECTION_QUORUM, standstill};
 use claviger_protocol::algorithm::{HostAlgorithms, SignatureAlgorithm};
 use claviger_protocol::build::{self, Unsigned};
 use claviger_protocol::error::{Code, Refusal};
@@ -132,7 +132,7 @@ pub async fn roll_protector<H: Hsm>(
     attempt.waited_for_hsms(asked);
     let charge = |decryptions| service.admission.charge_decryptions(&from, decryptions);
     // What was decrypted for a protector that cannot be written is to be paid for, too.
-    let (egress, unsigned, signed) = egress.inspect_err(|_: &Refusal| charge(OPINIONS - 1))?;
+    let (egress, unsigned, signed) = egress.inspect_err(|_: &Refusal| charge(REJECTION_QUORUM - 1))?;
     let ingress = match ingress {
         Ok(done) => {
             attempt.used(&done.member);
@@ -140,7 +140,7 @@ pub async fn roll_protector<H: Hsm>(
         }
         Err(DecryptError::Rejected) => {
             // It was decrypted again and again before it was refused.
-            charge(OPINIONS - 1);
+            charge(REJECTION_QUORUM - 1);
             let refusal = refuse_on_the_grid(attempt.started()).await;
             // The time on record ends on the grid, too.
             attempt.waited_for_hsms(asked);

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use claviger_hsm::policy::batch::share;
 use claviger_hsm::policy::breaker::{self, Breaker};
 use claviger_hsm::policy::budget::{self, Budget};
-use claviger_hsm::policy::pick::{Candidate, Latency, pick};
+use claviger_hsm::policy::pick::{Candidate, Latency, Tiers, pick};
 
 /// What is simulated. Times in seconds.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -177,6 +177,7 @@ struct Simulation<'a> {
     steps: u64,
     lots: fastrand::Rng,
     members: Vec<Member>,
+    tiers: Tiers,
     budget: Budget,
     releases: Vec<Release>,
     processors_free: usize,
@@ -216,6 +217,7 @@ pub fn simulate(model: &Model, rate: f64, seconds: f64, one_fails: bool) -> Simu
         steps: 0,
         lots: fastrand::Rng::with_seed(7),
         members: (0..model.hsms).map(|_| member()).collect(),
+        tiers: Tiers::new(&vec![0; model.hsms]),
         budget: Budget::new(budget::Settings::default()),
         releases: Vec::new(),
         processors_free: model.processors,
@@ -339,17 +341,19 @@ impl Simulation<'_> {
     fn place(&mut self, operation: Operation) {
         self.probe();
         let (now, nanos) = (self.time(), self.now);
-        let candidate = |member: &Member| Candidate {
-            priority: 0,
-            weight: 1,
-            latency: member.latency.estimate(now),
-            oldest: member.oldest().map(|since| Duration::from_nanos(nanos - since)),
-            in_flight: member.in_flight,
-            able: member.breaker.state() == breaker::State::Closed && member.in_flight < self.model.queue,
+        let candidate = |index: usize| {
+            let member = &self.members[index];
+            let able = member.breaker.state() == breaker::State::Closed
+                && member.in_flight < self.model.queue
+                && operation.tried & (1 << index) == 0;
+            able.then(|| Candidate {
+                weight: 1,
+                latency: member.latency.estimate(now),
+                oldest: member.oldest().map(|since| Duration::from_nanos(nanos - since)),
+                in_flight: member.in_flight,
+            })
         };
-        let candidates: Vec<_> = self.members.iter().map(candidate).collect();
-        let tried = |index: usize| operation.tried & (1 << index) != 0;
-        match pick(&candidates, tried, |n| self.lots.usize(..n)) {
+        match pick(&self.tiers, candidate, |n| self.lots.usize(..n)).map(|choice| choice.member) {
             Some(index) => {
                 let member = &mut self.members[index];
                 member.in_flight += 1;
@@ -358,7 +362,7 @@ impl Simulation<'_> {
                 self.serve(index);
             }
             None => {
-                self.members.iter_mut().for_each(|member| member.breaker.hurry(now));
+                self.members.iter_mut().for_each(|member| member.breaker.probe_now(now));
                 self.ended(operation, false);
             }
         }

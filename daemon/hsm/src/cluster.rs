@@ -7,6 +7,7 @@ mod supervisor;
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::ops::Deref;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
@@ -22,7 +23,8 @@ use crate::key_table::TokenKey;
 use crate::keys::{NewKey, Oaep, RsaPrivateParts, RsaPublic, SignScheme};
 use crate::module::{self, Module};
 use crate::policy::budget::{self, Budget};
-use crate::policy::pick;
+use crate::policy::failover::{Failover, GaveUp, Rejection, Reply, Standing, Step};
+use crate::policy::pick::Tiers;
 use crate::request::{Answer, Check, KnownGood, Outcome, Request};
 use crate::standstill;
 use crate::{Event, Observer};
@@ -31,10 +33,6 @@ pub use health::{LastError, MemberState};
 pub use member::MemberStatus;
 use member::{Member, Patience};
 
-/// How often input has to be found wrong before its caller hears of it; by different members where there are as many. One that
-/// is throttled, or wrong now and then, looks the same for a moment, and the known-good operation after it may go right.
-/// Who sends bad input pays for it by its rate.
-pub const OPINIONS: usize = 5;
 /// How long key management may take: HSMs search for large primes for a minute and more.
 const MANAGEMENT_PATIENCE: Duration = Duration::from_secs(120);
 /// How long a member may take for one operation that it has to prove itself by, or to finish what it has.
@@ -78,23 +76,33 @@ pub struct Cluster {
     supervisor: Arc<Mutex<Option<AbortHandle>>>,
 }
 
-/// A snapshot: an operation that has begun goes on with the members it began with.
-type Members = Arc<[Entry]>;
+/// A snapshot: in-flight operations finish on the members they started with.
+type Members = Arc<Snapshot>;
+
+struct Snapshot {
+    entries: Vec<Entry>,
+    tiers: Tiers,
+}
+
+impl Snapshot {
+    fn new(entries: Vec<Entry>) -> Members {
+        let priorities: Vec<_> = entries.iter().map(|entry| entry.member.priority()).collect();
+        Arc::new(Snapshot { entries, tiers: Tiers::new(&priorities) })
+    }
+}
+
+impl Deref for Snapshot {
+    type Target = [Entry];
+
+    fn deref(&self) -> &[Entry] {
+        &self.entries
+    }
+}
 
 #[derive(Clone)]
 struct Entry {
     name: Arc<str>,
     member: Arc<Member>,
-}
-
-/// A member found the input wrong, and was not to blame itself.
-struct Refusal {
-    index: usize,
-    generation: u64,
-    /// It gave a result, which was wrong, rather than an error.
-    wrong: bool,
-    /// What the caller would be told.
-    error: HsmError,
 }
 
 impl Cluster {
@@ -139,7 +147,7 @@ impl Cluster {
             })
             .collect();
         Ok(Cluster {
-            members: Arc::new(RwLock::new(entries?.into())),
+            members: Arc::new(RwLock::new(Snapshot::new(entries?))),
             budget: Arc::new(Mutex::new(Budget::new(budget::Settings::default()))),
             known,
             watchdog: times.watchdog,
@@ -158,7 +166,7 @@ impl Cluster {
         let members = self.snapshot();
         for entry in members.iter() {
             let member = &entry.member;
-            member.shared.health().hurry(standstill::now());
+            member.shared.health().probe_now(standstill::now());
             if member.shared.health().may_probe(standstill::now()) {
                 starting.spawn(supervisor::probe(Arc::clone(member), self.probe_patience()));
             }
@@ -201,7 +209,7 @@ impl Cluster {
         check: Option<Check>,
     ) -> Result<Done<Zeroizing<Vec<u8>>>, HsmError> {
         let request = Request::Decrypt { key: key.clone(), oaep, ciphertext: ciphertext.to_vec(), check };
-        self.anywhere(request, deadline).await?.map(octets)
+        self.with_failover(request, deadline).await?.map(octets)
     }
 
     /// Signs a digest, on any member. A signature that `check` does not accept is the member's fault.
@@ -220,7 +228,7 @@ impl Cluster {
             return Err(HsmError::new("C_Sign", RvError::DataLenRange));
         }
         let request = Request::Sign { key: key.clone(), scheme, digest: digest.to_vec(), check };
-        self.anywhere(request, deadline).await?.map(public_octets)
+        self.with_failover(request, deadline).await?.map(public_octets)
     }
 
     /// Random octets from any member.
@@ -228,7 +236,7 @@ impl Cluster {
     /// # Errors
     /// When no member serves.
     pub async fn random(&self, len: usize, deadline: Instant) -> Result<Vec<u8>, HsmError> {
-        let done = self.anywhere(Request::Random(len), deadline).await?;
+        let done = self.with_failover(Request::Random(len), deadline).await?;
         public_octets(done.value)
     }
 
@@ -304,6 +312,7 @@ impl Cluster {
     /// When there is no such member.
     pub fn rank(&self, member: &str, priority: u32, weight: u32) -> Result<(), HsmError> {
         self.entry(member)?.member.rank(priority, weight);
+        self.change(|_| {});
         Ok(())
     }
 
@@ -322,7 +331,7 @@ impl Cluster {
         let name: Arc<str> = config.name.as_str().into();
         let member = Member::new(config, Arc::clone(&module), Arc::clone(&self.known), Arc::clone(&self.observer));
         let member = Arc::new(member.inspect_err(|_| module.release())?);
-        member.shared.health().hurry(standstill::now());
+        member.shared.health().probe_now(standstill::now());
         self.change(|members| members.push(Entry { name, member }));
         Ok(())
     }
@@ -352,7 +361,7 @@ impl Cluster {
         let mut members = self.members.write().unwrap_or_else(PoisonError::into_inner);
         let mut all = members.to_vec();
         change(&mut all);
-        *members = all.into();
+        *members = Snapshot::new(all);
     }
 
     /// The RSA private keys of a member, those without a `CKA_ID` last. With `search` the token is asked, so that keys that
@@ -403,85 +412,53 @@ impl Cluster {
         while closing.join_next().await.is_some() {}
     }
 
-    /// Until some member has done it, or nobody is left who could.
-    async fn anywhere(&self, request: Request, deadline: Instant) -> Result<Done<Answer>, HsmError> {
+    /// Asks members until one of them has done it, or [`Failover`] gives up.
+    async fn with_failover(&self, request: Request, deadline: Instant) -> Result<Done<Answer>, HsmError> {
         let request = Arc::new(request);
         let members = self.snapshot();
-        let mut tried = vec![false; members.len()];
-        let mut rounds = 1;
-        // The members that found the input wrong and were not to blame themselves.
-        let mut refusals: Vec<Refusal> = Vec::new();
-        let mut failed: Option<HsmError> = None;
-        // The member that failed last.
-        let mut failing: Option<usize> = None;
-        let mut retries = 0;
-        self.budget().deposit(standstill::now());
+        let mut failover = Failover::new(deadline, self.watchdog, &mut self.budget(), standstill::now());
         loop {
             let now = standstill::now();
-            if now >= deadline {
-                return Err(failed.unwrap_or(HsmError::Deadline));
-            }
-            let mut chosen = choose(&members, &request, &tried, now);
-            let most_rounds = if refusals.is_empty() { 2 } else { OPINIONS };
-            if chosen.is_none() && rounds < most_rounds && (failed.is_some() || !refusals.is_empty()) {
-                // Everybody has been asked. What failed a moment ago may work again: who is still up is asked once more.
-                rounds += 1;
-                tried.fill(false);
-                chosen = choose(&members, &request, &tried, now);
-            }
-            let Some((index, alone)) = chosen else {
-                let nobody = nobody(&members, &request);
-                let doubtful = refusals.iter().position(|refusal| !refusal.error.is_data());
-                let refusal = (!refusals.is_empty()).then(|| refusals.swap_remove(doubtful.unwrap_or(0)));
-                return Err(refusal.map(|refusal| refusal.error).or(failed).unwrap_or(nobody));
+            let standing = |index: usize| {
+                members[index].member.candidate(request.key(), now).map_or(Standing::Unable, Standing::Able)
             };
-            let entry = &members[index];
-            tried[index] = true;
-            let generation = entry.member.shared.generation();
-            let error = match entry.member.call(&request, deadline, self.patience(now, deadline, alone)).await {
-                Outcome::Ran(Ok(value)) => {
-                    for refusal in refusals {
-                        members[refusal.index].member.shared.contradicted(refusal.wrong, refusal.generation);
-                    }
-                    if let Some(failing) = failing.filter(|failing| *failing != index) {
-                        members[failing].member.shared.observe(Event::FailedOver { to: &entry.name });
-                    }
-                    return Ok(Done { value, member: Arc::clone(&entry.name), retries });
-                }
-                Outcome::Ran(Err(error)) => error,
-                Outcome::NotRun(error) => {
-                    failed = failed.or(Some(error));
-                    failing = Some(index);
+            let step = failover.next(now, &members.tiers, standing, |below| fastrand::usize(..below));
+            let (index, share) = match step {
+                Ok(Step::Ask { member, share }) => (member, share),
+                Ok(Step::Wait { until }) => {
+                    standstill::sleep_until(until).await;
                     continue;
                 }
-            };
-            let fault = error.fault();
-            if !fault.elsewhere {
-                return Err(error);
-            }
-            if matches!(fault.whose, Whose::Caller | Whose::Unclear) {
-                // The opinion of a member that was proved wrong not long ago does not count, whatever it was wrong about: an
-                // honest caller may try again, and a bad one learns nothing.
-                let wrong = matches!(error, HsmError::Refused { wrong: true });
-                let error = if entry.member.shared.is_doubtful(standstill::now()) {
-                    HsmError::NoMember("the members that were asked have been wrong not long ago".to_owned())
-                } else {
-                    error
-                };
-                if refusals.len() + 1 == OPINIONS {
-                    let doubtful = refusals.into_iter().map(|refusal| refusal.error).find(|error| !error.is_data());
-                    return Err(doubtful.unwrap_or(error));
+                Err(GaveUp::Deadline) => return Err(HsmError::Deadline),
+                Err(GaveUp::NoCandidate) => return Err(no_candidate_error(&members, &request)),
+                Err(GaveUp::Error(error)) => {
+                    // Members that are down are to be probed soon in this case, too.
+                    let _ = no_candidate_error(&members, &request);
+                    return Err(error);
                 }
-                refusals.push(Refusal { index, generation, wrong, error });
-                continue;
+            };
+            let Entry { name, member } = &members[index];
+            let generation = member.shared.generation();
+            let patience = Patience { share, watchdog: self.watchdog };
+            let reply = match member.call(&request, deadline, patience).await {
+                Outcome::Ran(Ok(value)) => {
+                    let success = failover.succeeded();
+                    for (rejecting, rejection) in success.contradicted {
+                        members[rejecting].member.shared.contradicted(rejection.wrong, rejection.generation);
+                    }
+                    if let Some(failing) = success.failed_over_from {
+                        members[failing].member.shared.observe(Event::FailedOver { to: name });
+                    }
+                    return Ok(Done { value, member: Arc::clone(name), retries: success.retries });
+                }
+                Outcome::Ran(Err(error)) => reply(error, generation, member.shared.is_doubtful(standstill::now())),
+                Outcome::NotRun(error) => Reply::NotRun(error),
+            };
+            let failed = matches!(reply, Reply::Failed(_));
+            failover.replied(reply, &mut self.budget(), standstill::now())?;
+            if failed {
+                member.shared.observe(Event::Retry);
             }
-            if !self.budget().withdraw(standstill::now()) {
-                return Err(error);
-            }
-            retries += 1;
-            entry.member.shared.observe(Event::Retry);
-            failing = Some(index);
-            failed = Some(error);
         }
     }
 
@@ -490,13 +467,6 @@ impl Cluster {
         let member = self.entry(name)?.member;
         let patience = Patience { share: MANAGEMENT_PATIENCE, watchdog: MANAGEMENT_PATIENCE };
         member.direct(&Arc::new(request), standstill::now() + MANAGEMENT_PATIENCE, patience).await
-    }
-
-    /// How long a try may take: half of what is left, as long as there is somebody to go to with the other half.
-    fn patience(&self, now: Instant, deadline: Instant, alone: bool) -> Patience {
-        let left = deadline.saturating_duration_since(now);
-        let share = if alone { left } else { left / 2 };
-        Patience { share: share.min(self.watchdog), watchdog: self.watchdog }
     }
 
     fn probe_patience(&self) -> Patience {
@@ -518,16 +488,28 @@ impl Cluster {
     }
 }
 
-/// The member for the next try, and whether there is no other after it.
-fn choose(members: &[Entry], request: &Request, tried: &[bool], now: Instant) -> Option<(usize, bool)> {
-    let candidates: Vec<_> = members.iter().map(|e| e.member.candidate(request.key(), now)).collect();
-    let fresh = candidates.iter().zip(tried).filter(|(c, tried)| c.able && !**tried).count();
-    let index = pick::pick(&candidates, |index| tried[index], |below| fastrand::usize(..below))?;
-    Some((index, fresh == 1))
+/// What an error means for the operation: the fault table decides.
+fn reply(error: HsmError, generation: u64, doubtful: bool) -> Reply<HsmError> {
+    let fault = error.fault();
+    if !fault.elsewhere {
+        return Reply::Final(error);
+    }
+    if !matches!(fault.whose, Whose::Caller | Whose::Unclear) {
+        return Reply::Failed(error);
+    }
+    let rejection = Rejection { wrong: matches!(error, HsmError::Refused { wrong: true }), generation };
+    // The opinion of a member that was proved wrong not long ago does not count, whatever it was wrong about: an honest
+    // caller may try again, and an attacker learns nothing.
+    let error = if doubtful {
+        HsmError::NoMember("the members that were asked have been wrong not long ago".to_owned())
+    } else {
+        error
+    };
+    Reply::Rejected { credible: error.is_data(), error, rejection }
 }
 
-/// Why nobody can be asked. Closed members are given the chance to show that they serve again.
-fn nobody(members: &[Entry], request: &Request) -> HsmError {
+/// Why no member can be asked. Members that are down are probed soon.
+fn no_candidate_error(members: &[Entry], request: &Request) -> HsmError {
     let now = standstill::now();
     if let Some(key) = request.key()
         && members.iter().any(|entry| entry.member.only_lacks(key, now))
@@ -537,7 +519,7 @@ fn nobody(members: &[Entry], request: &Request) -> HsmError {
     if members.iter().any(|entry| entry.member.is_full()) {
         return HsmError::QueueFull;
     }
-    members.iter().for_each(|entry| entry.member.shared.health().hurry(now));
+    members.iter().for_each(|entry| entry.member.shared.health().probe_now(now));
     HsmError::NoMember("all are closed, drained or shut out".to_owned())
 }
 

@@ -57,7 +57,7 @@ mod worker;
 #[cfg(feature = "tokens")]
 pub use bare::Bare;
 #[cfg(feature = "tokens")]
-pub use cluster::{Cluster, Done, LastError, MemberState, MemberStatus, OPINIONS};
+pub use cluster::{Cluster, Done, LastError, MemberState, MemberStatus};
 #[cfg(feature = "tokens")]
 pub use config::{MemberConfig, Patience, Pin, TokenRef};
 #[cfg(feature = "tokens")]
@@ -76,6 +76,7 @@ pub use keys::{Hash, KeyId, KeyUsage, NewKey, Oaep, RsaPrivateParts, RsaPublic, 
 pub use module::init_token;
 #[cfg(feature = "tokens")]
 pub use pin_tries::PinTries;
+pub use policy::failover::REJECTION_QUORUM;
 #[cfg(feature = "tokens")]
 pub use request::{Check, KnownGood};
 

@@ -5,6 +5,7 @@
 pub mod batch;
 pub mod breaker;
 pub mod budget;
+pub mod failover;
 pub mod pick;
 #[cfg(test)]
 mod sim;

@@ -112,7 +112,7 @@ impl Health {
     /// Of a member that has proved nothing yet: it opens with its first good probe.
     pub(crate) fn new(member: &str, now: Instant) -> Self {
         let mut breaker = Breaker::new(Settings::default());
-        breaker.trip(now, 0.0);
+        breaker.force_open(now, 0.0);
         Health {
             member: member.to_owned(),
             breaker,
@@ -158,7 +158,7 @@ impl Health {
         self.latency.observe_failure(took, now);
         self.blame(error);
         let closed = if *error == HsmError::WrongAnswer {
-            self.breaker.trip(now, fastrand::f64())
+            self.breaker.force_open(now, fastrand::f64())
         } else {
             self.breaker.failure(now, fastrand::f64())
         };
@@ -180,10 +180,10 @@ impl Health {
     }
 
     /// Closes the member at once; whether it was open.
-    pub(crate) fn trip(&mut self, error: &HsmError, now: Instant) -> bool {
+    pub(crate) fn force_open(&mut self, error: &HsmError, now: Instant) -> bool {
         self.latency.observe_failure(Duration::ZERO, now);
         self.blame(error);
-        let closed = self.breaker.trip(now, fastrand::f64());
+        let closed = self.breaker.force_open(now, fastrand::f64());
         if closed {
             self.say_closed(error, now);
         }
@@ -209,8 +209,8 @@ impl Health {
     }
 
     /// Lets the next probe come soon: nobody else serves, or something has changed that may help.
-    pub(crate) fn hurry(&mut self, now: Instant) {
-        self.breaker.hurry(now);
+    pub(crate) fn probe_now(&mut self, now: Instant) {
+        self.breaker.probe_now(now);
     }
 
     pub(crate) fn probed(&mut self, result: Result<(), &HsmError>, took: Duration, now: Instant) {
@@ -256,7 +256,7 @@ impl Health {
     /// when it did not help, renewal and probe keep their distance, or a device that is away would cost a processor.
     pub(crate) fn module_renewed(&mut self, now: Instant) {
         if self.renewed_for.replace(self.since) != Some(self.since) {
-            self.hurry(now);
+            self.probe_now(now);
         }
     }
 
@@ -301,7 +301,7 @@ impl Health {
     pub(crate) fn allow_pin(&mut self, now: Instant) {
         if std::mem::replace(&mut self.pin_refused, false) {
             info!(member = self.member, state = %MemberState::Down, "the PIN is tried again, once");
-            self.hurry(now);
+            self.probe_now(now);
         }
     }
 
@@ -311,7 +311,7 @@ impl Health {
         self.draining = drain;
         if changed {
             self.since = SystemTime::now();
-            self.hurry(now);
+            self.probe_now(now);
             self.said_drained = false;
         }
         changed

@@ -150,21 +150,24 @@ impl Member {
         Ok(Member { shared, pool, runners: AtomicUsize::new(0), priority, weight })
     }
 
-    /// For [`pick`](crate::policy::pick::pick).
-    pub(crate) fn candidate(&self, key: Option<&KeyRef>, now: Instant) -> Candidate {
+    /// What [`pick`](crate::policy::pick::pick) compares; `None` when the member cannot take an operation with this key.
+    pub(crate) fn candidate(&self, key: Option<&KeyRef>, now: Instant) -> Option<Candidate> {
         let shared = &self.shared;
         let in_flight = shared.in_flight.load(Ordering::Acquire);
         // Only where something runs is it worth a look how long it has run.
         let oldest = if in_flight == 0 { None } else { shared.oldest(now) };
         let health = shared.health();
-        Candidate {
-            priority: self.priority.load(Ordering::Relaxed),
+        let able = health.is_able() && in_flight < shared.max_queue && !key.is_some_and(|key| shared.lacks(key, now));
+        able.then(|| Candidate {
             weight: self.weight.load(Ordering::Relaxed),
             latency: health.latency.estimate(now),
             oldest,
             in_flight,
-            able: health.is_able() && in_flight < shared.max_queue && !key.is_some_and(|key| shared.lacks(key, now)),
-        }
+        })
+    }
+
+    pub(crate) fn priority(&self) -> u32 {
+        self.priority.load(Ordering::Relaxed)
     }
 
     /// Whether the member would serve if it had the key.
@@ -290,7 +293,7 @@ impl Member {
         }
         let usable = self.shared.usable();
         if usable == 0 {
-            self.trip(error);
+            self.force_open(error);
             // When it was closed before.
             self.shared.turn_away(error);
             return;
@@ -321,8 +324,8 @@ impl Member {
     }
 
     /// Closes the member at once.
-    pub(crate) fn trip(&self, error: &HsmError) {
-        if self.shared.health().trip(error, standstill::now()) {
+    pub(crate) fn force_open(&self, error: &HsmError) {
+        if self.shared.health().force_open(error, standstill::now()) {
             self.retire(error);
         }
     }
@@ -352,14 +355,14 @@ impl Member {
                     let stuck = shared.stuck.fetch_add(1, Ordering::AcqRel) + 1;
                     warn!(member = shared.name, stuck, %error, "a call hangs, its thread is left to itself");
                     shared.observe(Event::Stuck);
-                    self.trip(&error);
+                    self.force_open(&error);
                 }
             }
         }
         shared.health().say_drained(shared.in_flight.load(Ordering::Acquire));
         let unserved = !shared.waiting.1.is_empty() && shared.usable() == 0;
         if unserved && now.saturating_duration_since(*lock(&shared.progress)) >= watchdog {
-            self.trip(&HsmError::Hung { op: "open" });
+            self.force_open(&HsmError::Hung { op: "open" });
         }
         // A thread closed the member: it has no pool to clear.
         if self.pool.status().available > 0 && !shared.health().is_up() {
@@ -377,7 +380,7 @@ impl Member {
             Err(error) => {
                 // Who cannot do this much cannot serve, whatever it looked like.
                 if generation == self.shared.generation() && self.shared.health().is_up() && error.condemns() {
-                    self.trip(&error);
+                    self.force_open(&error);
                 }
                 Err(error)
             }
@@ -423,7 +426,7 @@ impl Member {
     pub(crate) fn lost(&self, error: &HsmError) {
         self.shared.wants_module.store(true, Ordering::Release);
         if self.shared.health().is_up() {
-            self.trip(error);
+            self.force_open(error);
         }
     }
 

@@ -347,7 +347,7 @@ impl Shared {
                 self.health().succeeded(took, now);
                 false
             }
-            Err(error @ HsmError::NoSuchKey(key)) if self.known_good_needs(key) => self.health().trip(error, now),
+            Err(error @ HsmError::NoSuchKey(key)) if self.known_good_needs(key) => self.health().force_open(error, now),
             Err(HsmError::NoSuchKey(key)) => {
                 self.remember_lack(key, now);
                 false
@@ -386,7 +386,7 @@ impl Shared {
         let (error, closed) = if wrong {
             self.observe_wrong_answer();
             let error = HsmError::WrongAnswer;
-            let closed = self.health().trip(&error, now);
+            let closed = self.health().force_open(&error, now);
             (error, closed)
         } else {
             let error = self.token_error("refused what another member accepts".to_owned());
@@ -425,7 +425,7 @@ impl Shared {
             info!(member = self.name, %state, "all calls that hung have returned");
         }
         // What hung has passed: see at once whether the member serves again.
-        health.hurry(standstill::now());
+        health.probe_now(standstill::now());
     }
 
     /// Makes sure that the token is logged in; says in which slot it is.

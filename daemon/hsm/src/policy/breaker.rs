@@ -1,6 +1,6 @@
 //! Whether a member gets calls at all. A plain value that is handed `now`: no clock, no threads.
 //!
-//! Closed, it lets calls through and gathers evidence. With enough of it, or when tripped, it opens: no calls, until a
+//! Closed, it lets calls through and gathers evidence. With enough of it, or when forced, it opens: no calls, until a
 //! known-good probe, the only call that may be made, shows that the member serves again. Probes that fail are repeated
 //! with backoff.
 
@@ -22,7 +22,7 @@ pub struct Settings {
     /// Once it has been closed for so long, the backoff starts anew; one that opens again earlier goes on doubling.
     pub calm: Duration,
     /// From the end of one probe to the next while nobody else serves.
-    pub hurry: Duration,
+    pub pause: Duration,
 }
 
 impl Default for Settings {
@@ -34,7 +34,7 @@ impl Default for Settings {
             backoff_first: Duration::from_millis(100),
             backoff_most: Duration::from_secs(2),
             calm: Duration::from_secs(10),
-            hurry: Duration::from_millis(50),
+            pause: Duration::from_millis(50),
         }
     }
 }
@@ -121,7 +121,7 @@ impl Breaker {
     /// it.
     ///
     /// While a probe runs this counts as its failure. One that is open already stays as it is.
-    pub fn trip(&mut self, now: Instant, jitter: f64) -> bool {
+    pub fn force_open(&mut self, now: Instant, jitter: f64) -> bool {
         let opens = self.state == State::Closed;
         if opens {
             self.open(now, jitter);
@@ -163,10 +163,10 @@ impl Breaker {
         }
     }
 
-    /// Nobody else serves: the next probe is due now, or `hurry` after the latest one. Never later than it was.
-    pub fn hurry(&mut self, now: Instant) {
+    /// Nobody else serves: the next probe is due now, or `pause` after the latest one. Never later than it was.
+    pub fn probe_now(&mut self, now: Instant) {
         if let State::Open { until } = &mut self.state {
-            let earliest = self.probed_at.map_or(now, |at| at + self.settings.hurry);
+            let earliest = self.probed_at.map_or(now, |at| at + self.settings.pause);
             *until = earliest.max(now).min(*until);
         }
     }
@@ -342,9 +342,9 @@ mod tests {
         assert!(breaker.may_probe(now));
         breaker.probe_succeeded(now);
         let mut soon = breaker.clone();
-        assert!(soon.trip(now + 9_999 * MS, 0.0));
+        assert!(soon.force_open(now + 9_999 * MS, 0.0));
         assert_eq!(until(&soon) - (now + 9_999 * MS), 2_000 * MS, "it flaps");
-        assert!(breaker.trip(now + 10_000 * MS, 0.0));
+        assert!(breaker.force_open(now + 10_000 * MS, 0.0));
         assert_eq!(until(&breaker) - (now + 10_000 * MS), 100 * MS, "it was calm");
     }
 
@@ -353,7 +353,7 @@ mod tests {
         let now = Instant::now();
         for (jitter, wait) in [(0.0, 100), (0.4, 90), (1.0, 75), (7.0, 100), (-1.0, 100), (f64::NAN, 100)] {
             let mut breaker = Breaker::new(Settings::default());
-            assert!(breaker.trip(now, jitter));
+            assert!(breaker.force_open(now, jitter));
             assert_eq!(until(&breaker) - now, wait * MS, "{jitter}");
         }
     }
@@ -365,7 +365,7 @@ mod tests {
         let before = breaker.state();
         breaker.success(now + MS);
         assert!(!breaker.failure(now + MS, 0.0));
-        assert!(!breaker.trip(now + MS, 0.0));
+        assert!(!breaker.force_open(now + MS, 0.0));
         breaker.probe_succeeded(now + MS);
         breaker.probe_failed(now + MS, 0.0);
         assert_eq!((breaker.state(), breaker.openings()), (before, 1));
@@ -376,29 +376,29 @@ mod tests {
     }
 
     #[test]
-    fn a_trip_ends_a_probe() {
+    fn a_forced_opening_ends_a_probe() {
         let now = Instant::now();
         let mut breaker = opened(now);
         assert!(breaker.may_probe(now + 100 * MS));
-        assert!(!breaker.trip(now + 150 * MS, 0.0), "it was not closed");
+        assert!(!breaker.force_open(now + 150 * MS, 0.0), "it was not closed");
         assert_eq!(breaker.state(), State::Open { until: now + 350 * MS });
         breaker.probe_succeeded(now + 160 * MS);
         assert_ne!(breaker.state(), State::Closed, "the probe has been written off");
     }
 
     #[test]
-    fn hurry_brings_the_probe_forward() {
+    fn probe_now_brings_the_probe_forward() {
         let now = Instant::now();
         let mut breaker = opened(now);
-        breaker.hurry(now + MS);
+        breaker.probe_now(now + MS);
         assert!(breaker.may_probe(now + MS));
-        breaker.hurry(now + 2 * MS);
+        breaker.probe_now(now + 2 * MS);
         assert_eq!(breaker.state(), State::Probing);
         breaker.probe_failed(now + 11 * MS, 0.0);
-        breaker.hurry(now + 12 * MS);
+        breaker.probe_now(now + 12 * MS);
         assert_eq!(until(&breaker), now + 61 * MS, "50 ms after the latest probe");
         let mut later = breaker.clone();
-        later.hurry(now + 13 * MS);
+        later.probe_now(now + 13 * MS);
         assert_eq!(until(&later), now + 61 * MS);
         assert!(!breaker.may_probe(now + 60 * MS));
         assert!(breaker.may_probe(now + 61 * MS));
@@ -431,22 +431,22 @@ mod tests {
     enum Step {
         Success,
         Failure,
-        Trip,
+        ForceOpen,
         MayProbe,
         ProbeSucceeded,
         ProbeFailed,
-        Hurry,
+        ProbeNow,
     }
 
     fn step() -> impl Strategy<Value = Step> {
         prop_oneof![
             8 => Just(Step::Success),
             5 => Just(Step::Failure),
-            1 => Just(Step::Trip),
+            1 => Just(Step::ForceOpen),
             4 => Just(Step::MayProbe),
             2 => Just(Step::ProbeSucceeded),
             2 => Just(Step::ProbeFailed),
-            1 => Just(Step::Hurry),
+            1 => Just(Step::ProbeNow),
         ]
     }
 
@@ -488,8 +488,8 @@ mod tests {
                         prop_assert_eq!(breaker.failure(now, jitter), opens);
                         wait = opens.then_some(reopening);
                     }
-                    (Step::Trip, _) => {
-                        prop_assert_eq!(breaker.trip(now, jitter), before == State::Closed);
+                    (Step::ForceOpen, _) => {
+                        prop_assert_eq!(breaker.force_open(now, jitter), before == State::Closed);
                         wait = match before {
                             State::Closed => Some(reopening),
                             State::Probing => Some((2 * backoff.unwrap()).min(settings.backoff_most)),
@@ -501,7 +501,7 @@ mod tests {
                         prop_assert_eq!(breaker.may_probe(now), may);
                         if may {
                             prop_assert_eq!(breaker.state(), State::Probing);
-                            prop_assert!(probe_ended.is_none_or(|at| now - at >= settings.hurry));
+                            prop_assert!(probe_ended.is_none_or(|at| now - at >= settings.pause));
                         }
                     }
                     (Step::ProbeSucceeded, _) => breaker.probe_succeeded(now),
@@ -509,12 +509,12 @@ mod tests {
                         breaker.probe_failed(now, jitter);
                         wait = (before == State::Probing).then(|| (2 * backoff.unwrap()).min(settings.backoff_most));
                     }
-                    (Step::Hurry, State::Open { until: was }) => {
-                        breaker.hurry(now);
-                        let earliest = probe_ended.map_or(now, |at| (at + settings.hurry).max(now));
+                    (Step::ProbeNow, State::Open { until: was }) => {
+                        breaker.probe_now(now);
+                        let earliest = probe_ended.map_or(now, |at| (at + settings.pause).max(now));
                         prop_assert_eq!(until(&breaker), earliest.min(was));
                     }
-                    (Step::Hurry, _) => breaker.hurry(now),
+                    (Step::ProbeNow, _) => breaker.probe_now(now),
                 }
                 let after = breaker.state();
                 if let Some(wait) = wait {
@@ -522,7 +522,7 @@ mod tests {
                     prop_assert!((least..=most).contains(&until(&breaker)), "{:?} {:?}", wait, until(&breaker) - now);
                     prop_assert!(wait >= settings.backoff_first && wait <= settings.backoff_most);
                     backoff = Some(wait);
-                } else if !matches!(step, Step::MayProbe | Step::ProbeSucceeded | Step::Hurry) {
+                } else if !matches!(step, Step::MayProbe | Step::ProbeSucceeded | Step::ProbeNow) {
                     prop_assert_eq!(before, after, "nothing else changes it");
                 }
                 if before == State::Probing && after != State::Probing {

@@ -101,11 +101,9 @@ fn fade(elapsed: Duration) -> f64 {
     (-elapsed.as_secs_f64() / TAU.as_secs_f64()).exp()
 }
 
-/// What is known about a member when a call has to be placed.
+/// What is known about a member that can take an operation now.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Candidate {
-    /// Smaller goes first.
-    pub priority: u32,
     /// Share of the load within a priority; 0 counts as 1. Where members differ in sessions, their numbers make good
     /// weights.
     pub weight: u32,
@@ -116,8 +114,6 @@ pub struct Candidate {
     pub oldest: Option<Duration>,
     /// Operations that wait or run there now.
     pub in_flight: usize,
-    /// Can take a call: its breaker is closed and its queue has room.
-    pub able: bool,
 }
 
 /// What one more operation costs there, in seconds: time for one × those before it and itself ÷ weight.
@@ -127,31 +123,99 @@ pub fn cost(candidate: &Candidate) -> f64 {
     time * (candidate.in_flight as f64 + 1.0) / f64::from(candidate.weight.max(1))
 }
 
-/// In the lowest priority that has a member that is able and not to be avoided: the cheaper of two such members drawn
-/// at random. `None` if nobody is.
+/// Members grouped by priority. Computed when members or priorities change, so that a pick does not have to.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Tiers {
+    /// Members, those of the lowest priority first.
+    order: Vec<usize>,
+    /// Where each tier ends in `order`.
+    ends: Vec<usize>,
+}
+
+impl Tiers {
+    /// The priorities of members 0, 1, 2, …; smaller serves first.
+    #[must_use]
+    pub fn new(priorities: &[u32]) -> Self {
+        let mut order: Vec<usize> = (0..priorities.len()).collect();
+        // Stable: equals stay in the order of the configuration.
+        order.sort_by_key(|member| priorities[*member]);
+        let ends = order
+            .chunk_by(|one, next| priorities[*one] == priorities[*next])
+            .scan(0, |end, tier| {
+                *end += tier.len();
+                Some(*end)
+            })
+            .collect();
+        Tiers { order, ends }
+    }
+
+    /// Number of members.
+    #[must_use]
+    pub fn members(&self) -> usize {
+        self.order.len()
+    }
+
+    /// The members of each tier, lowest priority first.
+    fn iter(&self) -> impl Iterator<Item = &[usize]> {
+        let starts = std::iter::once(0).chain(self.ends.iter().copied());
+        starts.zip(&self.ends).map(|(start, end)| &self.order[start..*end])
+    }
+}
+
+/// A member that was picked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Choice {
+    /// Its index.
+    pub member: usize,
+    /// No other member could have been picked, of any priority.
+    pub alone: bool,
+}
+
+/// In the lowest priority that has a candidate: the cheaper of two candidates drawn at random. `None` if there is no
+/// candidate at all.
 ///
 /// Two at random are nearly as good as the best of all, and callers that know the same do not all run to the same
-/// member.
+/// member. As long as both can take the operation, exactly these two are looked at; else all of the tier are, and the
+/// following tiers up to the first candidate.
 ///
-/// `random(n)` is a number below `n`, all equally likely.
+/// `candidate(member)` is `None` for a member that cannot take the operation or is to be avoided. `random(n)` is a number
+/// below `n`, all equally likely.
 pub fn pick(
-    candidates: &[Candidate],
-    avoid: impl Fn(usize) -> bool,
+    tiers: &Tiers,
+    candidate: impl Fn(usize) -> Option<Candidate>,
     mut random: impl FnMut(usize) -> usize,
-) -> Option<usize> {
-    let able = || candidates.iter().enumerate().filter(|(index, candidate)| candidate.able && !avoid(*index));
-    let priority = able().map(|(_, candidate)| candidate.priority).min()?;
-    let tier = || able().filter(|(_, candidate)| candidate.priority == priority);
-    let count = tier().count();
-    let first = random(count) % count;
-    let (index, candidate) = tier().nth(first)?;
-    if count == 1 {
-        return Some(index);
+) -> Option<Choice> {
+    if let Some(tier) = tiers.iter().next()
+        && tier.len() > 1
+    {
+        let (first, second) = two_of(tier.len(), &mut random);
+        let (first, second) = (tier[first], tier[second]);
+        if let (Some(one), Some(other)) = (candidate(first), candidate(second)) {
+            return Some(Choice { member: cheaper((first, one), (second, other)), alone: false });
+        }
     }
-    // One of the others: a step of 1 to count - 1 further round.
-    let second = (first + 1 + random(count - 1) % (count - 1)) % count;
-    let (other_index, other) = tier().nth(second)?;
-    Some(if cost(other) < cost(candidate) { other_index } else { index })
+    let mut rest = tiers.iter();
+    let found = rest.by_ref().find_map(|tier| {
+        let able: Vec<_> = tier.iter().filter_map(|member| Some((*member, candidate(*member)?))).collect();
+        (!able.is_empty()).then_some(able)
+    })?;
+    if let [(member, _)] = found[..] {
+        return Some(Choice { member, alone: !rest.flatten().any(|member| candidate(*member).is_some()) });
+    }
+    let (first, second) = two_of(found.len(), &mut random);
+    Some(Choice { member: cheaper(found[first], found[second]), alone: false })
+}
+
+/// Two different numbers below `n`, which is at least 2; every pair is equally likely in either order.
+fn two_of(n: usize, random: &mut impl FnMut(usize) -> usize) -> (usize, usize) {
+    let first = random(n) % n;
+    // One of the others: a step of 1 to n - 1 further round.
+    (first, (first + 1 + random(n - 1) % (n - 1)) % n)
+}
+
+/// Of equals the one that was drawn first.
+fn cheaper((member, candidate): (usize, Candidate), (other_member, other): (usize, Candidate)) -> usize {
+    if cost(&other) < cost(&candidate) { other_member } else { member }
 }
 
 #[cfg(test)]
@@ -167,7 +231,7 @@ mod tests {
     const SECOND: Duration = Duration::from_secs(1);
 
     fn idle() -> Candidate {
-        Candidate { priority: 0, weight: 1, latency: MS, oldest: None, in_flight: 0, able: true }
+        Candidate { weight: 1, latency: MS, oldest: None, in_flight: 0 }
     }
 
     fn config(cases: u32) -> ProptestConfig {
@@ -273,29 +337,67 @@ mod tests {
     // The choice.
 
     #[test]
-    fn nobody_is_nobody() {
-        let out = Candidate { able: false, ..idle() };
-        assert_eq!(pick(&[], |_| false, |_| 0), None);
-        assert_eq!(pick(&[out, out], |_| false, |_| 0), None);
-        assert_eq!(pick(&[idle(), out], |index| index == 0, |_| 0), None, "not even the avoided one");
+    fn tiers_hold_every_member_once_lowest_priority_first() {
+        let tiers = Tiers::new(&[7, 0, 7, 3, 0]);
+        assert_eq!(tiers.iter().collect::<Vec<_>>(), [&[1, 4][..], &[3], &[0, 2]]);
+        assert_eq!(tiers.members(), 5);
+        assert_eq!(Tiers::new(&[]).iter().count(), 0);
     }
 
     #[test]
-    fn the_cheaper_of_two_whichever_comes_first() {
+    fn without_a_candidate_nothing_is_picked() {
+        assert_eq!(pick(&Tiers::new(&[]), |_| Some(idle()), |_| 0), None);
+        assert_eq!(pick(&Tiers::new(&[0, 0, 1]), |_| None, |_| 0), None);
+    }
+
+    #[test]
+    fn the_cheaper_of_two_is_picked_whichever_is_drawn_first() {
         let all = [Candidate { in_flight: 9, ..idle() }, idle()];
         for first in 0..2 {
-            assert_eq!(pick(&all, |_| false, |n| first % n), Some(1));
+            let choice = pick(&Tiers::new(&[0, 0]), |member| Some(all[member]), |n| first % n);
+            assert_eq!(choice, Some(Choice { member: 1, alone: false }));
         }
     }
 
     #[test]
     fn equals_share_evenly() {
         let mut rng = Rng(1);
-        let mut counts = [0; 5];
-        for _ in 0..50_000 {
-            counts[pick(&[idle(); 5], |_| false, |n| rng.below(n)).unwrap()] += 1;
+        // All of them are able; or one is not, so that it is drawn in vain.
+        for (able, expected) in [(5, 10_000), (4, 12_500_i32)] {
+            let mut counts = [0; 5];
+            for _ in 0..50_000 {
+                let candidate = |member| (member < able).then(idle);
+                counts[pick(&Tiers::new(&[0; 5]), candidate, |n| rng.below(n)).unwrap().member] += 1;
+            }
+            assert!(counts[..able].iter().all(|count| (count - expected).abs() < 500), "{counts:?}");
         }
-        assert!(counts.iter().all(|count| (9_500..10_500).contains(count)), "{counts:?}");
+    }
+
+    #[test]
+    fn while_members_are_well_two_are_looked_at() {
+        let mut rng = Rng(2);
+        let looked = std::cell::Cell::new(0);
+        for _ in 0..1_000 {
+            looked.set(0);
+            let candidate = |_| {
+                looked.set(looked.get() + 1);
+                Some(idle())
+            };
+            pick(&Tiers::new(&[1, 0, 0, 0, 2, 0]), candidate, |n| rng.below(n)).unwrap();
+            assert_eq!(looked.get(), 2);
+        }
+    }
+
+    #[test]
+    fn who_is_alone_is_told_so() {
+        let choice = |able: &[usize], priorities: &[u32]| {
+            pick(&Tiers::new(priorities), |member| able.contains(&member).then(idle), |_| 0).unwrap()
+        };
+        assert!(choice(&[0], &[0]).alone);
+        assert!(choice(&[1], &[0, 0, 1]).alone);
+        assert!(choice(&[2], &[0, 0, 1]).alone);
+        assert!(!choice(&[0, 1], &[0, 0]).alone);
+        assert!(!choice(&[0, 1], &[0, 1]).alone, "the other tier could take it");
     }
 
     #[test]
@@ -321,25 +423,29 @@ mod tests {
             avoided: u16,
             seed: u64,
         ) {
-            let all: Vec<_> = members.iter().map(|&(priority, weight, latency, oldest, in_flight, able)| Candidate {
-                priority, weight, in_flight, able,
+            let priorities: Vec<_> = members.iter().map(|member| member.0).collect();
+            let all: Vec<_> = members.iter().map(|&(_, weight, latency, oldest, in_flight, able)| able.then(|| Candidate {
+                weight, in_flight,
                 latency: Duration::from_millis(latency),
                 oldest: oldest.map(Duration::from_millis),
-            }).collect();
-            let avoid = |index: usize| avoided >> index & 1 == 1;
-            let may: Vec<_> = (0..all.len()).filter(|index| all[*index].able && !avoid(*index)).collect();
-            let lowest = may.iter().map(|index| all[*index].priority).min();
-            let tier: Vec<_> = may.into_iter().filter(|index| Some(all[*index].priority) == lowest).collect();
-            let dearest = tier.iter().map(|index| cost(&all[*index])).fold(0.0, f64::max);
+            })).collect();
+            let candidate = |index: usize| all[index].filter(|_| avoided >> index & 1 == 0);
+            let may: Vec<_> = (0..all.len()).filter(|index| candidate(*index).is_some()).collect();
+            let lowest = may.iter().map(|index| priorities[*index]).min();
+            let tier: Vec<_> = may.iter().copied().filter(|index| Some(priorities[*index]) == lowest).collect();
+            let cost = |index: usize| cost(&candidate(index).unwrap());
+            let dearest = tier.iter().map(|index| cost(*index)).fold(0.0, f64::max);
+            let tiers = Tiers::new(&priorities);
             let mut rng = Rng(seed);
             for _ in 0..5 {
-                let picked = pick(&all, avoid, |n| { assert!(n > 0); rng.below(n) });
+                let picked = pick(&tiers, candidate, |n| { assert!(n > 0); rng.below(n) });
                 prop_assert_eq!(picked.is_some(), !tier.is_empty());
-                let Some(index) = picked else { continue };
-                prop_assert!(tier.contains(&index), "{} of {:?}", index, tier);
+                let Some(Choice { member, alone }) = picked else { continue };
+                prop_assert!(tier.contains(&member), "{} of {:?}", member, tier);
+                prop_assert_eq!(alone, may.len() == 1);
                 // The dearest loses to any other.
-                let alike = tier.iter().filter(|other| cost(&all[**other]) >= dearest).count();
-                prop_assert!(cost(&all[index]) < dearest || alike > 1 || tier.len() == 1);
+                let alike = tier.iter().filter(|other| cost(**other) >= dearest).count();
+                prop_assert!(cost(member) < dearest || alike > 1 || tier.len() == 1);
             }
         }
     }

@@ -1,6 +1,6 @@
 //! A cluster in simulated time, for tests: calls arrive, wait for a session, take their time, fail, and are tried elsewhere.
 
-use super::pick::{Candidate, Latency, pick};
+use super::pick::{Candidate, Latency, Tiers, pick};
 use crate::policy::breaker::{self, Breaker};
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
@@ -114,6 +114,7 @@ pub(super) struct Sim {
     rng: Rng,
     load: Load,
     pub(super) members: Vec<Member>,
+    tiers: Tiers,
     pub(super) done: u64,
     seconds: f64,
     pub(super) slowest: Duration,
@@ -144,6 +145,7 @@ impl Sim {
             rng: Rng(seed),
             load,
             members: specs.iter().map(member).collect(),
+            tiers: Tiers::new(&specs.iter().map(|spec| spec.priority).collect::<Vec<_>>()),
             done: 0,
             seconds: 0.0,
             slowest: Duration::ZERO,
@@ -280,8 +282,11 @@ impl Sim {
     fn place(&mut self, call: Call, avoid: Option<usize>) {
         self.probe();
         let now = self.time();
-        let all: Vec<_> = self.members.iter().map(|member| member.candidate(now, self.now)).collect();
-        match pick(&all, |index| Some(index) == avoid, |n| self.rng.below(n)) {
+        let candidate = |index: usize| {
+            let member = &self.members[index];
+            if Some(index) == avoid { None } else { member.candidate(now, self.now) }
+        };
+        match pick(&self.tiers, candidate, |n| self.rng.below(n)).map(|choice| choice.member) {
             Some(index) => {
                 let member = &mut self.members[index];
                 member.calls += 1;
@@ -292,7 +297,7 @@ impl Sim {
             }
             None => {
                 self.lost += 1;
-                self.members.iter_mut().for_each(|member| member.breaker.hurry(now));
+                self.members.iter_mut().for_each(|member| member.breaker.probe_now(now));
                 if let Load::Closed(_) = self.load {
                     self.after(Duration::from_millis(1), Event::Arrives);
                 }
@@ -334,15 +339,14 @@ impl Member {
         self.waiting.len() + self.running.len()
     }
 
-    fn candidate(&self, now: Instant, nanos: u64) -> Candidate {
-        Candidate {
-            priority: self.spec.priority,
+    fn candidate(&self, now: Instant, nanos: u64) -> Option<Candidate> {
+        let able = self.breaker.state() == breaker::State::Closed && self.in_flight() < 4_096;
+        able.then(|| Candidate {
             weight: self.spec.weight,
             latency: self.latency.estimate(now),
             oldest: self.running.front().map(|began| Duration::from_nanos(nanos - began)),
             in_flight: self.in_flight(),
-            able: self.breaker.state() == breaker::State::Closed && self.in_flight() < 4_096,
-        }
+        })
     }
 }
 
