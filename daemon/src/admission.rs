@@ -175,8 +175,6 @@ struct Limits {
     early: Rate<HostAt>,
     attesting: Rate<HostAt>,
     strangers: Rate<Network>,
-    /// From a request's arrival to its answer.
-    deadline: Duration,
 }
 
 impl Limits {
@@ -187,7 +185,6 @@ impl Limits {
             early: Rate::new(release.refused_rate, release.refused_burst),
             attesting: Rate::new(attest.host_rate, attest.host_burst),
             strangers: Rate::new(config.server.stranger_rate, config.server.stranger_burst),
-            deadline: release.deadline(),
         }
     }
 }
@@ -241,7 +238,7 @@ impl Admission {
         }
     }
 
-    /// Takes new limits: rates, the deadline, and how many may wait. Those who wait now stay. Where a rate changes, every
+    /// Takes new limits: rates, and how many may wait. Those who wait now stay. Where a rate changes, every
     /// caller starts with a full burst.
     pub fn change(&self, config: &Config) {
         let before = self.limits.load();
@@ -327,8 +324,7 @@ impl Admission {
     /// # Errors
     /// `ServiceUnavailableException`.
     pub async fn turn(&self, from: &HostAt, attempt: &Attempt) -> Result<Permit, Refusal> {
-        let deadline = attempt.started() + self.limits.load().deadline;
-        self.releases.turn(from, deadline, attempt.caller()).await.map_err(Declined::release)
+        self.releases.turn(from, attempt.deadline(), attempt.caller()).await.map_err(Declined::release)
     }
 
     /// Lets an attestation in: within the rate of its host's key, without a turn at the HSMs.
@@ -353,8 +349,7 @@ impl Admission {
     /// # Errors
     /// There is none in time; counted.
     pub async fn attestation_turn(&self, from: &HostAt, attempt: &Attempt) -> Result<Permit, Declined> {
-        let deadline = attempt.started() + self.limits.load().deadline;
-        self.attestations.turn(from, deadline, attempt.caller()).await.map_err(Declined::attestation)
+        self.attestations.turn(from, attempt.deadline(), attempt.caller()).await.map_err(Declined::attestation)
     }
 
     /// Holds back the answer to a caller that asks too fast.
@@ -376,9 +371,8 @@ impl Admission {
     /// # Errors
     /// As [`Admission::admit`].
     pub fn outlook(&self, from: &HostAt, attempt: &Attempt) -> Result<(), Refusal> {
-        let limits = self.limits.load();
-        limits.hosts.look(from).map_err(|wait| self.too_fast(wait))?;
-        self.releases.outlook(from, attempt.started() + limits.deadline).map_err(Declined::release)
+        self.limits.load().hosts.look(from).map_err(|wait| self.too_fast(wait))?;
+        self.releases.outlook(from, attempt.deadline()).map_err(Declined::release)
     }
 
     /// How much is going on now.

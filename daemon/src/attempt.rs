@@ -13,6 +13,7 @@ use tokio::sync::watch;
 
 use crate::admin::Peer;
 use crate::audit::Entry;
+use crate::config::Release;
 use crate::metrics::Spent;
 use crate::network::Network;
 use crate::server::ClientCertificate;
@@ -60,6 +61,7 @@ pub struct Attempt {
     at_hsms: Option<Duration>,
     hsm: Option<String>,
     started: Instant,
+    deadline: Instant,
     caller: Caller,
 }
 
@@ -98,9 +100,10 @@ impl Caller {
 }
 
 impl Attempt {
-    /// A request that arrives now.
+    /// A request that arrives now, to be answered within the default time of a release.
     #[must_use]
     pub fn new(request: String) -> Self {
+        let started = standstill::now();
         Self {
             request,
             by: None,
@@ -122,7 +125,8 @@ impl Attempt {
             queued: None,
             at_hsms: None,
             hsm: None,
-            started: standstill::now(),
+            started,
+            deadline: started + Release::default().deadline(),
             caller: Caller::default(),
         }
     }
@@ -145,14 +149,20 @@ impl Attempt {
         Self { client, ..self }
     }
 
+    /// Sets how long after its arrival the request is answered at the latest.
+    pub fn answer_within(&mut self, time: Duration) {
+        self.deadline = self.started + time;
+    }
+
     /// An item of this request, numbered from 1, that is decided by itself.
     #[must_use]
     pub fn item(&self, number: usize) -> Self {
         let caller = self.caller.clone();
         let request = format!("{}.{number}", self.request);
-        let (host, known, address, started) = (self.host.clone(), self.known, self.address, self.started);
+        let (host, known, address) = (self.host.clone(), self.known, self.address);
+        let (started, deadline) = (self.started, self.deadline);
         let (identity_key, health_serial) = (self.identity_key.clone(), self.health_serial.clone());
-        Self { host, known, address, identity_key, health_serial, started, caller, ..Self::new(request) }
+        Self { host, known, address, identity_key, health_serial, started, deadline, caller, ..Self::new(request) }
     }
 
     /// The network that it came from.
@@ -165,6 +175,12 @@ impl Attempt {
     #[must_use]
     pub fn started(&self) -> Instant {
         self.started
+    }
+
+    /// Until when the request is answered.
+    #[must_use]
+    pub fn deadline(&self) -> Instant {
+        self.deadline
     }
 
     /// Notes that it waited for its turn since `asked`.

@@ -18,7 +18,7 @@ use crate::admission::HostAt;
 use crate::attempt::Attempt;
 use crate::metrics;
 use crate::release::hsm::Hsm;
-use crate::release::{Grant, aside, healthy_host, known_host_or_address_within_rate, roll_protector};
+use crate::release::{Grant, Release, aside, healthy_host, known_host_or_address_within_rate, roll_protector};
 use crate::routes::decide;
 use crate::service::Service;
 
@@ -37,10 +37,12 @@ pub async fn roll<H: Hsm>(
     body: &[u8],
     attempt: &mut Attempt,
 ) -> Result<Vec<Result<RollResponse, Refusal>>, Refusal> {
-    known_host_or_address_within_rate(service, body, attempt)?;
+    let release = Release::begin(service, hsm, ApiVersion::V2, attempt);
+    known_host_or_address_within_rate(&release, body, attempt)?;
     let stranger = |attempt: &Attempt| service.admission.charge_stranger(attempt, body.len(), Work::default());
     let request = aside(body.len(), || BatchRequest::parse(body)).inspect_err(|_| stranger(attempt))?;
-    let host = healthy_host(service, &request.health_certificate, attempt).inspect_err(|_| stranger(attempt))?;
+    let host = healthy_host(service, release.in_force(), &request.health_certificate, attempt);
+    let host = host.inspect_err(|_| stranger(attempt))?;
     let from = HostAt::new(&host.host_name, attempt);
     let places = Arc::new(Semaphore::new(SIDE_BY_SIDE));
     let mut items = JoinSet::new();
@@ -48,7 +50,7 @@ pub async fn roll<H: Hsm>(
     let count = request.ingress_protectors.len();
     metrics::batch(count);
     for (at, protector) in request.ingress_protectors.into_iter().enumerate() {
-        let (service, hsm) = (service.clone(), hsm.clone());
+        let (service, hsm, in_force) = (service.clone(), hsm.clone(), release.in_force().clone());
         let (host, places, from) = (host.clone(), places.clone(), from.clone());
         let mut attempt = attempt.item(at + 1);
         // Each item counts: those beyond the host's rate are refused by themselves.
@@ -65,7 +67,8 @@ pub async fn roll<H: Hsm>(
                 attempt.waited_for_turn(asked);
                 let _permit = admitted?;
                 let algorithms = request.algorithms;
-                roll_protector(&service, &hsm, ApiVersion::V2, &host, algorithms, &protector, &mut attempt).await
+                let release = Release::with(&service, &hsm, ApiVersion::V2, in_force);
+                roll_protector(&release, &host, algorithms, &protector, &mut attempt).await
             };
             let result = result.await;
             (at, attempt, result)

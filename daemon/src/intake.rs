@@ -79,7 +79,7 @@ impl Intake for Taking<'_> {
         {
             // The certificate is the first element of a batch.
             let judged = match BatchRequest::peek_health_certificate(so_far) {
-                Some(certificate) => healthy_host(service, &certificate, attempt).map(drop),
+                Some(certificate) => healthy_host(service, &service.snapshot(), &certificate, attempt).map(drop),
                 None => Err(Refusal::new(
                     Code::RequestTooLarge,
                     format!("the body is larger than {MAX_BODY} bytes and does not begin with a health certificate"),

@@ -3,7 +3,10 @@
 //! What fails first decides the answer. The private keys work in the HSMs, and the two operations a release needs there
 //! do not depend on each other and run at the same time: decrypt the ingress key, and sign the egress protector that was
 //! freshly built beside it. Only when the ingress key proved right does anything leave this function, and then as a
-//! [`Grant`]: the last look at what an administrator may have changed meanwhile is taken when the decision is recorded.
+//! [`Grant`].
+//!
+//! A release goes by one snapshot of the settings and the registry from its start to its end. What an administrator
+//! withdraws meanwhile is found when the decision is recorded: a grant leaves only if it still holds then.
 
 pub mod hsm;
 #[cfg(any(test, feature = "testing"))]
@@ -30,7 +33,7 @@ use self::hsm::{DecryptError, Hsm, Unavailable};
 use crate::admission::HostAt;
 use crate::attempt::Attempt;
 use crate::keys::{Held, Keys};
-use crate::service::{Service, signed_by, unix_now};
+use crate::service::{Service, Snapshot, signed_by, unix_now};
 use crate::state::Host;
 use crate::throttle::Throttle;
 
@@ -40,6 +43,36 @@ const REFUSAL_GRID: Duration = Duration::from_millis(25);
 
 /// Input of more octets than this is worked on aside. The protector of an owner and three guardians has some 13,000.
 const LARGE: usize = 16 * 1024;
+
+/// What a release works with.
+pub struct Release<'a, H> {
+    service: &'a Service,
+    hsm: &'a H,
+    api: ApiVersion,
+    in_force: Snapshot,
+}
+
+impl<'a, H: Hsm> Release<'a, H> {
+    /// A release that begins now, whose decryptions and signatures are made by `hsm`. Its settings say until when `attempt`
+    /// is answered.
+    pub fn begin(service: &'a Service, hsm: &'a H, api: ApiVersion, attempt: &mut Attempt) -> Self {
+        let in_force = service.snapshot();
+        attempt.answer_within(in_force.config.release.deadline());
+        Self::with(service, hsm, api, in_force)
+    }
+
+    /// A part of a release that has begun with this snapshot.
+    #[must_use]
+    pub fn with(service: &'a Service, hsm: &'a H, api: ApiVersion, in_force: Snapshot) -> Self {
+        Self { service, hsm, api, in_force }
+    }
+
+    /// The settings and the registry that it goes by.
+    #[must_use]
+    pub fn in_force(&self) -> &Snapshot {
+        &self.in_force
+    }
+}
 
 /// Releases the transport keys of one protector to one host.
 ///
@@ -53,7 +86,8 @@ pub async fn roll<H: Hsm>(
     body: &[u8],
     attempt: &mut Attempt,
 ) -> Result<Grant, Refusal> {
-    fast_reject(service, body, attempt)?;
+    let release = Release::begin(service, hsm, api, attempt);
+    fast_reject(&release, body, attempt)?;
     let stranger = |attempt: &Attempt| service.admission.charge_stranger(attempt, body.len(), Work::default());
 
     // 1. The request is schema-valid and its three algorithms are known.
@@ -61,7 +95,8 @@ pub async fn roll<H: Hsm>(
     attempt.protector(&request.ingress_protector);
 
     // 2. The health certificate is valid.
-    let host = healthy_host(service, &request.health_certificate, attempt).inspect_err(|_| stranger(attempt))?;
+    let host = healthy_host(service, &release.in_force, &request.health_certificate, attempt);
+    let host = host.inspect_err(|_| stranger(attempt))?;
 
     // Its host is within its rate, and it is its turn. It is until this function ends.
     let asked = standstill::now();
@@ -69,7 +104,7 @@ pub async fn roll<H: Hsm>(
     attempt.waited_for_turn(asked);
     let _permit = admitted?;
 
-    roll_protector(service, hsm, api, &host, request.algorithms, &request.ingress_protector, attempt).await
+    roll_protector(&release, &host, request.algorithms, &request.ingress_protector, attempt).await
 }
 
 /// Steps 3 to 9: one protector of a host that proved its health.
@@ -77,24 +112,22 @@ pub async fn roll<H: Hsm>(
 /// # Errors
 /// See [`roll`].
 pub async fn roll_protector<H: Hsm>(
-    service: &Service,
-    hsm: &H,
-    api: ApiVersion,
+    release: &Release<'_, H>,
     host: &Arc<HealthClaims>,
     algorithms: HostAlgorithms,
     ingress_protector: &[u8],
     attempt: &mut Attempt,
 ) -> Result<Grant, Refusal> {
-    let deadline = attempt.started() + service.config.load().release.deadline();
+    let Release { service, hsm, api, in_force } = release;
+    let deadline = attempt.deadline();
 
     // A batch may have waited for its items before this one.
     if standstill::now() >= deadline {
         return Err(Refusal::new(Code::ServiceUnavailable, "the service is too busy now; try again"));
     }
     let from = HostAt::new(&host.host_name, attempt);
-    let keys = service.keys.load();
     let mut work = Work::default();
-    let judged = judge(service, host, ingress_protector, &keys, &mut work, attempt);
+    let judged = judge(release, host, ingress_protector, &mut work, attempt);
     let (verified, ours) =
         judged.inspect_err(|_| service.admission.failed_early(&from, ingress_protector.len(), work))?;
     // What is about to be encrypted counts, too.
@@ -113,7 +146,7 @@ pub async fn roll_protector<H: Hsm>(
     );
 
     // 8. At the same time: write an egress protector with a fresh key, and sign it in an HSM.
-    let max_offline_unwraps = service.config.load().release.max_offline_unwraps;
+    let max_offline_unwraps = in_force.config.release.max_offline_unwraps;
     let signed = async {
         let egress = build::fresh_transport_key()?;
         let recipients = verified.parties.iter().map(|party| party.encryption.key());
@@ -154,7 +187,7 @@ pub async fn roll_protector<H: Hsm>(
     attempt.egress(&egress_protector);
 
     // 9. Both keys are encrypted to the host.
-    let keys = Payload { ingress, egress, max_offline_unwraps }.seal(api, &host.key, algorithms)?;
+    let keys = Payload { ingress, egress, max_offline_unwraps }.seal(*api, &host.key, algorithms)?;
     Ok(Grant {
         response: RollResponse { egress_protector, keys },
         host: Arc::clone(host),
@@ -167,26 +200,25 @@ pub async fn roll_protector<H: Hsm>(
 ///
 /// # Errors
 /// See [`roll`].
-fn judge<'k>(
-    service: &Service,
+fn judge<'r, H: Hsm>(
+    release: &'r Release<'_, H>,
     host: &HealthClaims,
     ingress_protector: &[u8],
-    keys: &'k Keys,
     work: &mut Work,
     attempt: &mut Attempt,
-) -> Result<(Arc<Verified>, Ours<'k>), Refusal> {
+) -> Result<(Arc<Verified>, Ours<'r>), Refusal> {
     let verified = aside(ingress_protector.len(), || {
         // 3. The protector is schema-valid within the limits, and its algorithms are known.
         let protector = Protector::parse(ingress_protector)?;
 
         // 4. and 5. The guardian signature is right, and every wrapping.
-        verify::verify_counting(protector, &service.certificates, work)
+        verify::verify_counting(protector, &release.service.certificates, work)
     })?;
     attempt.owner = Some(HEXLOWER.encode(&verified.parties[verified.owner].signing.thumbprint()));
 
-    // 6. One wrapping is for this service. The release may have waited since its host was looked up.
-    let ours = Ours::find(&verified, keys)?;
-    permitted(service, host, [ours.decryption_key, ours.signing_key])?;
+    // 6. One wrapping is for this service, and its keys are for this host.
+    let ours = Ours::find(&verified, &release.in_force.keys)?;
+    permitted(&release.in_force, host, [ours.decryption_key, ours.signing_key])?;
     attempt.guardian_key = Some(HEXLOWER.encode(&verified.parties[ours.wrapping].encryption.thumbprint()));
     Ok((Arc::new(verified), ours))
 }
@@ -210,10 +242,10 @@ impl Grant {
     /// # Errors
     /// What a release that arrived now would be refused with.
     pub fn confirm(self, service: &Service) -> Result<RollResponse, Refusal> {
-        let keys = service.keys.load();
-        let encryption = keys.encryption(&self.encryption).ok_or_else(not_for_us)?;
-        let signing = keys.signing(&self.signing).ok_or_else(signing_key_missing)?;
-        permitted(service, &self.host, [encryption, signing])?;
+        let in_force = service.snapshot();
+        let encryption = in_force.keys.encryption(&self.encryption).ok_or_else(not_for_us)?;
+        let signing = in_force.keys.signing(&self.signing).ok_or_else(signing_key_missing)?;
+        permitted(&in_force, &self.host, [encryption, signing])?;
         Ok(self.response)
     }
 }
@@ -230,18 +262,18 @@ pub(crate) fn aside<T>(octets: usize, work: impl FnOnce() -> T) -> T {
 /// `HealthCertificateException`.
 pub fn healthy_host(
     service: &Service,
+    in_force: &Snapshot,
     health_certificate: &[u8],
     attempt: &mut Attempt,
 ) -> Result<Arc<HealthClaims>, Refusal> {
     let refused = |why: String| Refusal::new(Code::HealthCertificate, why);
-    let signers = service.signers.load();
     let claims = service
         .health
-        .check(health_certificate, signers.certificates(), unix_now())
+        .check(health_certificate, in_force.signers.certificates(), unix_now())
         .map_err(|e| refused(format!("health certificate: {e}")))?;
     attempt.health(&claims);
-    registered(service, &claims)?;
-    if !service.may_act_as(&claims.host_name, attempt) {
+    registered(in_force, &claims)?;
+    if !in_force.may_act_as(&claims.host_name, attempt) {
         return Err(refused(
             "health certificate: it is not that of the host which the client certificate names".to_owned(),
         ));
@@ -250,17 +282,17 @@ pub fn healthy_host(
     Ok(claims)
 }
 
-/// The host of a health certificate, as it is registered now.
+/// The host of a health certificate, as it is registered.
 ///
 /// # Errors
 /// `HealthCertificateException` when it was removed or disabled, has another key, or its certificate's signer was revoked.
-fn registered(service: &Service, host: &HealthClaims) -> Result<Arc<Host>, Refusal> {
+fn registered<'s>(in_force: &'s Snapshot, host: &HealthClaims) -> Result<&'s Host, Refusal> {
     // Asked again after the HSMs answered, like the rest: a signer may have been revoked meanwhile.
-    if !service.signers.load().trust(&host.signer) {
+    if !in_force.signers.trust(&host.signer) {
         return Err(Refusal::new(Code::HealthCertificate, "health certificate: its signer is not trusted any more"));
     }
-    let hosts = service.hosts.load();
-    hosts.by_name_and_key(&host.host_name, &host.host_key_sha256).cloned().ok_or_else(|| {
+    let registered = in_force.hosts.by_name_and_key(&host.host_name, &host.host_key_sha256);
+    registered.map(Arc::as_ref).ok_or_else(|| {
         Refusal::new(Code::HealthCertificate, "health certificate: its host is not registered with that key any more")
     })
 }
@@ -271,9 +303,9 @@ fn registered(service: &Service, host: &HealthClaims) -> Result<Arc<Host>, Refus
 ///
 /// An address from which too much was refused is served as far as a health certificate proves a host, so that no host pays
 /// for its neighbours behind a NAT or a load balancer.
-fn fast_reject(service: &Service, body: &[u8], attempt: &mut Attempt) -> Result<(), Refusal> {
-    known_host_or_address_within_rate(service, body, attempt)?.map_or(Ok(()), |host| {
-        let outlook = service.admission.outlook(&HostAt::new(&host.host_name, attempt), attempt);
+fn fast_reject<H: Hsm>(release: &Release<'_, H>, body: &[u8], attempt: &mut Attempt) -> Result<(), Refusal> {
+    known_host_or_address_within_rate(release, body, attempt)?.map_or(Ok(()), |host| {
+        let outlook = release.service.admission.outlook(&HostAt::new(&host.host_name, attempt), attempt);
         outlook.inspect_err(|_| {
             attempt.health(&host);
             attempt.known = true;
@@ -285,23 +317,23 @@ fn fast_reject(service: &Service, body: &[u8], attempt: &mut Attempt) -> Result<
 ///
 /// # Errors
 /// `TooManyRequestsException` for an address from which too much was refused, where no host is known to have sent it.
-pub(crate) fn known_host_or_address_within_rate(
-    service: &Service,
+pub(crate) fn known_host_or_address_within_rate<H: Hsm>(
+    release: &Release<'_, H>,
     body: &[u8],
     attempt: &Attempt,
 ) -> Result<Option<Arc<HealthClaims>>, Refusal> {
+    let Release { service, in_force, .. } = release;
     let stranger = service.admission.stranger_may_ask(attempt);
     if stranger.is_ok() && !service.admission.is_pressed() {
         return Ok(None);
     }
-    let signers = service.signers.load();
-    let signers = signers.certificates();
+    let signers = in_force.signers.certificates();
     let claims = RollRequest::glance(body).and_then(|certificate| match stranger {
         Ok(()) => service.health.known(&certificate, signers, unix_now()),
         Err(_) => service.health.check(&certificate, signers, unix_now()).ok(),
     });
     let host =
-        claims.filter(|claims| registered(service, claims).is_ok() && service.may_act_as(&claims.host_name, attempt));
+        claims.filter(|claims| registered(in_force, claims).is_ok() && in_force.may_act_as(&claims.host_name, attempt));
     match stranger {
         Err(declined) if host.is_none() => Err(declined.release()),
         _ => Ok(host),
@@ -342,12 +374,12 @@ fn signing_key_missing() -> Refusal {
     Refusal::wrapping("the wrapping for this service has a signing certificate whose key is not held here")
 }
 
-/// Whether the host is registered now and has the labels that both keys ask for.
+/// Whether the host is registered and has the labels that both keys ask for.
 ///
 /// # Errors
 /// `HealthCertificateException`; for the labels `InvalidWrappingException`, like a key that is not held.
-fn permitted(service: &Service, host: &HealthClaims, keys: [&Held; 2]) -> Result<(), Refusal> {
-    let host = registered(service, host)?;
+fn permitted(in_force: &Snapshot, host: &HealthClaims, keys: [&Held; 2]) -> Result<(), Refusal> {
+    let host = registered(in_force, host)?;
     if keys.iter().all(|key| key.labels.is_empty() || host.labels.have_all(&key.labels)) {
         return Ok(());
     }

@@ -206,7 +206,8 @@ pub async fn serve(service: Arc<Service>, request: Request<Incoming>) -> Result<
     let address = request.extensions().get::<Peer>().map(|peer| peer.0.ip());
     let client = request.extensions().get::<Arc<ClientCertificate>>().cloned();
     let (caller, _present) = Caller::new();
-    let attempt = Attempt::new(id.clone()).sent_from(address).asked_by(caller).with_client(client);
+    let mut attempt = Attempt::new(id.clone()).sent_from(address).asked_by(caller).with_client(client);
+    attempt.answer_within(service.config.load().release.deadline());
     // What is logged of the request has its id, wherever it is logged.
     let span = error_span!("request", request = id);
     let work = spawn(answer(service.clone(), request, asked, attempt).instrument(span.clone()));
@@ -392,7 +393,7 @@ pub(crate) async fn decide(
     let what = decision(result.as_ref().err().map(|refusal| refusal.code.status()), attempt);
     let mut entry = attempt.entry("release", outcome(&result));
     entry.api = Some(api.as_str());
-    let decided = if service.audit.decided(&entry, what, deadline(service, attempt)).await {
+    let decided = if service.audit.decided(&entry, what, attempt.deadline()).await {
         result
     } else {
         let refusal = Refusal::new(Code::ServiceUnavailable, NOT_RECORDED);
@@ -432,7 +433,7 @@ async fn finish_attestation(service: &Service, attempt: &Attempt, result: Result
     let outcome = result.as_ref().map_or_else(|refused| refused.reply.name(), |_| SUCCESS);
     let what = decision(result.as_ref().err().map(|refused| refused.reply.status()), attempt);
     let mut entry = attempt.entry("attest", outcome);
-    let recorded = service.audit.decided(&entry, what, deadline(service, attempt)).await;
+    let recorded = service.audit.decided(&entry, what, attempt.deadline()).await;
     let (outcome, answer) = match result {
         _ if !recorded => {
             let reply = ErrorReply::Unavailable;
@@ -455,11 +456,6 @@ async fn finish_attestation(service: &Service, attempt: &Attempt, result: Result
 
 /// What a caller is told whose request was not recorded.
 const NOT_RECORDED: &str = "the decision cannot be recorded now; try again";
-
-/// Until when a request is answered.
-fn deadline(service: &Service, attempt: &Attempt) -> Instant {
-    attempt.started() + service.config.load().release.deadline()
-}
 
 /// What the trail has to say of a decision with this status. What anybody may cause, and what a host may cause as often as
 /// it likes, is counted.

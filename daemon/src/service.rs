@@ -73,6 +73,29 @@ pub struct Service {
     state: Mutex<State>,
 }
 
+/// The settings and the registry as one request sees them from its start to its end, whatever changes meanwhile.
+#[derive(Clone, Debug)]
+pub struct Snapshot {
+    /// The settings.
+    pub config: Arc<Config>,
+    /// The key-protection certificates.
+    pub keys: Arc<Keys>,
+    /// The registered hosts.
+    pub hosts: Arc<Hosts>,
+    /// The attestation signers.
+    pub signers: Arc<Signers>,
+}
+
+impl Snapshot {
+    /// Whether the sender of `attempt` may act as the host of this name: always, unless the client certificates of TLS are
+    /// bound to hosts. Then only with a certificate of that name.
+    #[must_use]
+    pub fn may_act_as(&self, host: &str, attempt: &Attempt) -> bool {
+        let bound = self.config.server.tls.as_ref().is_some_and(|tls| tls.client_is_host);
+        !bound || attempt.client.as_ref().is_some_and(|client| client.is_for(host))
+    }
+}
+
 /// The registered hosts, by name and by key.
 #[derive(Debug, Default)]
 pub struct Hosts {
@@ -278,12 +301,15 @@ impl Service {
         self.cluster.sign(key, SignScheme::Pkcs1(Hash::Sha256), digest.as_ref(), deadline, right).await
     }
 
-    /// Whether the sender of `attempt` may act as the host of this name: always, unless the client certificates of TLS are
-    /// bound to hosts. Then only with a certificate of that name.
+    /// What is in force now.
     #[must_use]
-    pub fn may_act_as(&self, host: &str, attempt: &Attempt) -> bool {
-        let bound = self.config.load().server.tls.as_ref().is_some_and(|tls| tls.client_is_host);
-        !bound || attempt.client.as_ref().is_some_and(|client| client.is_for(host))
+    pub fn snapshot(&self) -> Snapshot {
+        Snapshot {
+            config: self.config.load_full(),
+            keys: self.keys.load_full(),
+            hosts: self.hosts.load_full(),
+            signers: self.signers.load_full(),
+        }
     }
 
     /// Records an administrator's change; `false` when that could not be done, and then it must not be made.

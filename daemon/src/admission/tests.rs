@@ -16,7 +16,7 @@ fn config(release: Release) -> Config {
 }
 
 fn admission(change: impl FnOnce(&mut Release)) -> Admission {
-    let mut release = Release { concurrency: 1, deadline_ms: 60_000, host_rate: 0, ..Release::default() };
+    let mut release = Release { concurrency: 1, host_rate: 0, ..Release::default() };
     change(&mut release);
     Admission::new(&config(release), 1)
 }
@@ -33,7 +33,13 @@ fn from(host: &str, address: &str) -> (HostAt, Attempt) {
 }
 
 fn attempt() -> Attempt {
-    Attempt::new("0".repeat(16))
+    attempt_within(Duration::from_secs(60))
+}
+
+fn attempt_within(time: Duration) -> Attempt {
+    let mut attempt = Attempt::new("0".repeat(16));
+    attempt.answer_within(time);
+    attempt
 }
 
 /// Lets other tasks go on until so many wait.
@@ -145,11 +151,12 @@ async fn refusals_say_why_and_when_to_come_again() {
         limited.within_rate(&at("b")).unwrap();
     }
 
-    let full = Arc::new(admission(|release| (release.queue, release.deadline_ms) = (1, 300)));
+    let full = Arc::new(admission(|release| release.queue = 1));
     let permit = full.admit(&at("a"), &attempt()).await.unwrap();
     let begun = Instant::now();
     let of = full.clone();
-    let waiting = tokio::spawn(async move { of.admit(&at("a"), &attempt()).await.map(drop) });
+    let short = attempt_within(Duration::from_millis(300));
+    let waiting = tokio::spawn(async move { of.admit(&at("a"), &short).await.map(drop) });
     until_waiting(&full, 1).await;
     assert_eq!(full.outlook(&at("a"), &attempt()).unwrap_err().code, Code::ServiceUnavailable);
     let refusal = full.admit(&at("a"), &attempt()).await.err().unwrap();
@@ -223,9 +230,9 @@ fn limits_change_while_hosts_ask() {
     let asks = |times: usize| (0..times).filter(|_| admission.within_rate(&at("a")).is_ok()).count();
     assert_eq!(asks(3), 2);
     // What has nothing to do with the rate leaves the buckets as they are.
-    release.deadline_ms = 1_234;
+    release.queue = 17;
     admission.change(&config(release.clone()));
-    assert_eq!((asks(1), admission.limits.load().deadline), (0, Duration::from_millis(1_234)));
+    assert_eq!((asks(1), admission.limits().waiting), (0, 17));
     release.host_burst = 5;
     admission.change(&config(release.clone()));
     assert_eq!(asks(6), 5);

@@ -150,12 +150,12 @@ fn proved(
     work.add(&request.host_key);
     // First, with the key that the request brings: what takes time must not depend on whether that key is registered.
     let signed = request.verify_signature();
-    let hosts = service.hosts.load();
-    let host = hosts.by_key(request.host_key.spki_der());
+    let in_force = service.snapshot();
+    let host = in_force.hosts.by_key(request.host_key.spki_der());
     // Known from the key alone; the record says whose key was presented even when the signature is wrong.
     attempt.host = host.map(|host| host.name.clone());
     match (host, signed) {
-        (Some(host), Ok(())) if service.may_act_as(&host.name, attempt) => Ok((Arc::clone(host), request)),
+        (Some(host), Ok(())) if in_force.may_act_as(&host.name, attempt) => Ok((Arc::clone(host), request)),
         _ => Err(unauthorized()),
     }
 }
@@ -176,7 +176,6 @@ async fn issue(
     static NOT_BUILT: Throttle = Throttle::new();
     static NOT_SIGNED: Throttle = Throttle::new();
     let now = unix_now();
-    let deadline = attempt.started() + service.config.load().release.deadline();
     let built = health::issue(&signer.certificate, &host.name, &request.host_key, &request.identity_key, result, now);
     let to_be_signed = built.map_err(|error| {
         if let Some(unsaid) = NOT_BUILT.due(Instant::now()) {
@@ -184,7 +183,7 @@ async fn issue(
         }
         Refused::new(ErrorReply::Error { status: 500 }, "the service failed to process the request; its log says why")
     })?;
-    let signed = service.sign(&signer.id, signer.certificate.key(), to_be_signed.octets(), deadline).await;
+    let signed = service.sign(&signer.id, signer.certificate.key(), to_be_signed.octets(), attempt.deadline()).await;
     let signed = signed.map_err(|error| {
         if matches!(error, HsmError::NoSuchKey(_)) {
             service.signer_missing.notify_one();
