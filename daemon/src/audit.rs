@@ -77,6 +77,26 @@ pub enum Decision {
     Counted,
 }
 
+impl Decision {
+    /// The decision on a request that was answered with the error of this `status`, or granted, where the sender is `known`
+    /// as a host. What anybody may cause, and what a host may cause as often as it likes, is counted.
+    #[must_use]
+    pub fn of(status: Option<u16>, known: bool) -> Self {
+        match status {
+            None => Self::Granted,
+            Some(429 | 503) => Self::Counted,
+            Some(_) if known => Self::Refused,
+            Some(_) => Self::Counted,
+        }
+    }
+}
+
+/// The outcome in a line of what was granted or done.
+pub const SUCCESS: &str = "success";
+
+/// What a caller is told whose request was not recorded.
+pub(crate) const NOT_RECORDED: &str = "the decision cannot be recorded now; try again";
+
 /// Why a record is not in the file (or not surely). What it was to record must not happen then.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum AuditError {

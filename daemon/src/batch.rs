@@ -18,8 +18,7 @@ use crate::admission::HostAt;
 use crate::attempt::Attempt;
 use crate::metrics;
 use crate::release::hsm::Hsm;
-use crate::release::{Grant, Release, aside, healthy_host, known_host_or_address_within_rate, roll_protector};
-use crate::routes::decide;
+use crate::release::{Grant, Release, aside, decide, healthy_host, known_host_or_address_within_rate, roll_protector};
 use crate::service::Service;
 
 /// Releases of one request that run, or wait for their turn, at the same time. Enough to keep a cluster busy, and few in

@@ -24,6 +24,7 @@ use crate::metrics;
 use crate::monitor::{self, Monitor};
 use crate::notify;
 use crate::process;
+use crate::release;
 use crate::routes;
 use crate::server::places::LEAVING;
 use crate::server::{self, Drained, Limits, Listener, SharedTls, TlsError, tls_config};
@@ -151,7 +152,7 @@ impl Daemon {
         let members: Vec<&str> = config.hsm.iter().map(|h| h.name.as_str()).collect();
         metrics::preregister(&metrics::Known {
             members: &members,
-            release_outcomes: &routes::release_outcomes(),
+            release_outcomes: &release::outcomes(),
             apis: &["v1.0", "v2.0"],
             attestation_outcomes: &routes::attestation_outcomes(),
             drop_reasons: &Dropped::ALL.map(Dropped::as_str),

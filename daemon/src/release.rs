@@ -8,6 +8,7 @@
 //! A release goes by one snapshot of the settings and the registry from its start to its end. What an administrator
 //! withdraws meanwhile is found when the decision is recorded: a grant leaves only if it still holds then.
 
+mod decision;
 pub mod hsm;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
@@ -29,6 +30,7 @@ use claviger_protocol::work::Work;
 use data_encoding::HEXLOWER;
 use ring::digest;
 
+pub use self::decision::{decide, outcomes};
 use self::hsm::{DecryptError, Hsm, Unavailable};
 use crate::admission::HostAt;
 use crate::attempt::Attempt;

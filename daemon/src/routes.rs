@@ -20,13 +20,13 @@ use tracing::{Instrument, error_span};
 
 use crate::attempt::{Attempt, Caller};
 use crate::attest::host_key::{self, Refused};
-use crate::audit::Decision;
+use crate::audit::{Decision, NOT_RECORDED, SUCCESS};
 use crate::batch;
 use crate::bodies::{NoRoom, Room};
 use crate::intake::{self, Taking};
-use crate::metrics::{self, Class};
+use crate::metrics;
 use crate::network::Network;
-use crate::release;
+use crate::release::{self, decide};
 use crate::server::{BodyError, ClientCertificate, Origin, Pace, Peer, read_body};
 use crate::service::{Service, request_id, unix_now};
 use crate::throttle::Throttle;
@@ -373,48 +373,6 @@ async fn roll_batch(service: &Arc<Service>, body: &[u8], mut attempt: Attempt) -
     }
 }
 
-/// The decision on a release: confirmed, recorded, then counted. What cannot be recorded is not released.
-///
-/// # Errors
-/// The refusal that `result` is, that of a grant that no longer holds, or `ServiceUnavailableException` when the decision
-/// cannot be recorded.
-pub(crate) async fn decide(
-    service: &Service,
-    api: ApiVersion,
-    attempt: &Attempt,
-    result: Result<release::Grant, Refusal>,
-) -> Result<RollResponse, Refusal> {
-    // Nothing is awaited between this and the record: a removal that an administrator was told of precedes neither.
-    let result = result.and_then(|grant| grant.confirm(service));
-    let outcome = |result: &Result<RollResponse, Refusal>| match result {
-        Ok(_) => SUCCESS,
-        Err(refusal) => refusal.code.as_str(),
-    };
-    let what = decision(result.as_ref().err().map(|refusal| refusal.code.status()), attempt);
-    let mut entry = attempt.entry("release", outcome(&result));
-    entry.api = Some(api.as_str());
-    let decided = if service.audit.decided(&entry, what, attempt.deadline()).await {
-        result
-    } else {
-        let refusal = Refusal::new(Code::ServiceUnavailable, NOT_RECORDED);
-        entry.outcome = refusal.code.as_str().to_owned();
-        service.audit.count(&entry);
-        Err(refusal)
-    };
-    if decided.is_ok() {
-        service.usage.released(attempt.host.as_deref(), &attempt.keys, unix_now());
-    }
-    let class = match &decided {
-        Ok(_) => Class::Success,
-        Err(refusal) if refusal.code.status() < 500 => Class::Refused,
-        Err(_) => Class::Failed,
-    };
-    let spent = attempt.spent();
-    service.history.released(class, spent.total);
-    metrics::release(outcome(&decided), api.as_str(), class, spent, attempt.certificate_used.clone());
-    decided
-}
-
 /// An attestation in host-key mode: decided, recorded, counted, answered.
 async fn attest(service: &Service, body: &[u8], mut attempt: Attempt) -> Answer {
     let result = host_key::attest(service, body, &mut attempt).await;
@@ -431,7 +389,7 @@ async fn other_mode(service: &Service, attempt: &Attempt) -> Answer {
 
 async fn finish_attestation(service: &Service, attempt: &Attempt, result: Result<Answer, Refused>) -> Answer {
     let outcome = result.as_ref().map_or_else(|refused| refused.reply.name(), |_| SUCCESS);
-    let what = decision(result.as_ref().err().map(|refused| refused.reply.status()), attempt);
+    let what = Decision::of(result.as_ref().err().map(|refused| refused.reply.status()), attempt.known);
     let mut entry = attempt.entry("attest", outcome);
     let recorded = service.audit.decided(&entry, what, attempt.deadline()).await;
     let (outcome, answer) = match result {
@@ -454,20 +412,6 @@ async fn finish_attestation(service: &Service, attempt: &Attempt, result: Result
     answer
 }
 
-/// What a caller is told whose request was not recorded.
-const NOT_RECORDED: &str = "the decision cannot be recorded now; try again";
-
-/// What the trail has to say of a decision with this status. What anybody may cause, and what a host may cause as often as
-/// it likes, is counted.
-fn decision(status: Option<u16>, attempt: &Attempt) -> Decision {
-    match status {
-        None => Decision::Granted,
-        Some(429 | 503) => Decision::Counted,
-        Some(_) if attempt.known => Decision::Refused,
-        Some(_) => Decision::Counted,
-    }
-}
-
 /// Remembers which identity key a host got certified, and says when it is another one than before.
 fn note_identity(service: &Service, attempt: &Attempt) {
     static SAID: Throttle = Throttle::new();
@@ -485,25 +429,6 @@ fn note_identity(service: &Service, attempt: &Attempt) {
             );
         }
     }
-}
-
-/// The outcome of what was granted.
-pub const SUCCESS: &str = "success";
-
-/// Every outcome a release can have, so that each has a series from the start.
-#[must_use]
-pub fn release_outcomes() -> Vec<&'static str> {
-    let refusals = [
-        Code::InvalidRequest,
-        Code::InvalidProtector,
-        Code::InvalidWrapping,
-        Code::UnsupportedAlgorithm,
-        Code::HealthCertificate,
-        Code::TooManyRequests,
-        Code::ServiceUnavailable,
-        Code::Internal,
-    ];
-    [SUCCESS].into_iter().chain(refusals.into_iter().map(Code::as_str)).collect()
 }
 
 /// Every outcome an attestation can have.
@@ -609,39 +534,6 @@ mod tests {
         });
         assert_eq!((&line["event"], &line["outcomes"]), (&"refusals".into(), &outcomes), "{line}");
         assert_eq!(line["requests"], serde_json::json!(["0", "1", "2", "x", "x"]));
-    }
-
-    #[tokio::test]
-    async fn only_what_a_known_host_does_has_a_line_of_its_own() {
-        let (_folder, service) = crate::service::testing::service();
-        let refused = async |host: Option<&str>, code: Code| {
-            let mut attempt = Attempt::new("r".to_owned());
-            attempt.host = host.map(str::to_owned);
-            attempt.known = host.is_some();
-            decide(&service, ApiVersion::V2, &attempt, Err(Refusal::new(code, "x"))).await.unwrap_err().code
-        };
-        for code in Code::ALL {
-            assert_eq!(refused(None, code).await, code);
-        }
-        assert!(crate::service::testing::trail(&service).is_empty());
-        for code in [Code::TooManyRequests, Code::ServiceUnavailable] {
-            assert_eq!(refused(Some("node"), code).await, code);
-        }
-        assert!(crate::service::testing::trail(&service).is_empty());
-        for code in [Code::InvalidProtector, Code::InvalidWrapping, Code::HealthCertificate, Code::Internal] {
-            assert_eq!(refused(Some("node"), code).await, code);
-            let line = crate::service::testing::trail(&service).pop().unwrap();
-            assert_eq!((&line["host"], &line["outcome"]), (&"node".into(), &code.as_str().into()));
-            assert_eq!((&line["event"], &line["api"]), (&"release".into(), &"v2.0".into()));
-        }
-        service.audit.write_summary().await;
-        let lines = crate::service::testing::trail(&service);
-        let count = |host: &str| {
-            let of =
-                lines.iter().find(|line| line["event"] == "refusals" && line["host"].as_str().unwrap_or("") == host);
-            of.unwrap()["count"].as_u64().unwrap()
-        };
-        assert_eq!((count(""), count("node"), lines.len()), (Code::ALL.len() as u64, 2, 4 + 2));
     }
 
     #[test]

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::keys::{judge, on_all_members};
 use super::{Change, outcome, read};
 use crate::admin::Peer;
-use crate::routes::SUCCESS;
+use crate::audit::SUCCESS;
 use crate::service::{Service, unix_now};
 use crate::state::{self, Import, Kind, Labels, Merged};
 
