@@ -68,6 +68,9 @@ const OPERATIONS_FOR_A_TOKEN: u32 = 32;
 /// Bytes that one token covers.
 const BYTES_FOR_A_TOKEN: usize = 64 * 1024;
 
+/// The same of strangers: XML that is made to cost takes as long for so many bytes as a signature takes to verify.
+const BYTES_FOR_A_STRANGERS_TOKEN: usize = 16 * 1024;
+
 /// A host as it asks from one network. Its rate is that of the pair: who got hold of its health certificate and shows it
 /// elsewhere does not ask in its place.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
@@ -151,7 +154,8 @@ impl Declined {
     }
 
     /// The same for an attestation. Counts it.
-    fn attestation(self) -> Self {
+    #[must_use]
+    pub fn attestation(self) -> Self {
         metrics::attestation_dropped(self.reason.as_str());
         self
     }
@@ -217,9 +221,13 @@ fn attestation_share(config: &Config, sessions: usize) -> usize {
     .max(1)
 }
 
-/// What a request of so many bytes costs of a bucket, at least 1.
+/// What a request of so many bytes costs of a host's bucket, at least 1.
 fn tokens(bytes: usize, work: Work) -> u32 {
-    let bytes = u32::try_from(bytes / BYTES_FOR_A_TOKEN).unwrap_or(u32::MAX);
+    tokens_of(bytes / BYTES_FOR_A_TOKEN, work)
+}
+
+fn tokens_of(large: usize, work: Work) -> u32 {
+    let bytes = u32::try_from(large).unwrap_or(u32::MAX);
     work.operations().div_ceil(OPERATIONS_FOR_A_TOKEN).max(1).saturating_add(bytes)
 }
 
@@ -303,6 +311,15 @@ impl Admission {
         }
     }
 
+    /// The same for a request with a host's health certificate that was refused before it was let in.
+    pub fn failed_unread(&self, from: &HostAt, bytes: usize) {
+        let (limits, tokens) = (self.limits.load(), tokens(bytes, Work::default()));
+        match limits.early.take(from) {
+            Ok(()) => limits.early.debit(from, tokens - 1),
+            Err(_) => limits.hosts.debit(from, tokens),
+        }
+    }
+
     /// Whether anybody at the sender's address may still ask without being known as a host.
     ///
     /// # Errors
@@ -315,7 +332,8 @@ impl Admission {
     /// Charges the sender's address for a request that was refused before its sender was known as a host.
     pub fn charge_stranger(&self, attempt: &Attempt, bytes: usize, work: Work) {
         if let Some(network) = attempt.network() {
-            self.limits.load().strangers.debit(&network, tokens(bytes, work));
+            let tokens = tokens_of(bytes / BYTES_FOR_A_STRANGERS_TOKEN, work);
+            self.limits.load().strangers.debit(&network, tokens);
         }
     }
 

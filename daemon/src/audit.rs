@@ -35,7 +35,7 @@ use self::allowance::Allowance;
 use self::checkpoint::{Draft, Pace};
 use self::file::Trail;
 use self::reserve::Reserve;
-use self::summary::Summary;
+use self::summary::{Summary, What};
 use self::writer::{Job, Line, Reply, Shown, Writer};
 use crate::config;
 use crate::metrics;
@@ -75,6 +75,9 @@ pub enum Decision {
     Refused,
     /// Refused to anybody, or as often as anybody likes: counted.
     Counted,
+    /// What was given out with its line a moment ago is given out once more: counted, since anybody who recorded the request
+    /// can send it again.
+    Repeated,
 }
 
 impl Decision {
@@ -210,13 +213,18 @@ impl Audit {
                 self.count(entry);
                 true
             }
+            Decision::Repeated => {
+                metrics::audit_counted();
+                self.summary().add(What::Repeated, entry);
+                true
+            }
         }
     }
 
     /// Counts a refusal, for the next summary.
     pub fn count(&self, entry: &Entry) {
         metrics::audit_counted();
-        self.summary().add(entry);
+        self.summary().add(What::Refused, entry);
     }
 
     /// Writes what was counted. What cannot be written is kept for the next time. Waits for as long as the disk takes: lines
@@ -226,20 +234,20 @@ impl Audit {
         // All of them are with the writer before the first is waited for.
         let lines: Vec<_> = counted
             .into_iter()
-            .map(|(host, counts)| {
-                let line = summary::line(host.as_deref(), &counts, &request_id(), SystemTime::now());
+            .map(|(of, counts)| {
+                let line = summary::line(&of, &counts, &request_id(), SystemTime::now());
                 let line = line.to_string().into_bytes();
                 let sent = self.send(|reply| Job::Line(Line { body: line, class: Class::Own, covers: None, reply }));
-                (host, counts, sent)
+                (of, counts, sent)
             })
             .collect();
-        for (host, counts, sent) in lines {
+        for (of, counts, sent) in lines {
             let written = match sent {
                 Ok(answer) => answer.await.unwrap_or(Err(AuditError::Closed)),
                 Err(error) => Err(error),
             };
             if written.is_err() {
-                self.summary().put_back(host, counts);
+                self.summary().put_back(of, counts);
             }
         }
     }

@@ -9,7 +9,6 @@ use claviger_protocol::batch::BatchRequest;
 use claviger_protocol::error::Refusal;
 use claviger_protocol::payload::ApiVersion;
 use claviger_protocol::request::RollResponse;
-use claviger_protocol::work::Work;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tracing::{Instrument, error_span};
@@ -18,7 +17,7 @@ use crate::admission::HostAt;
 use crate::attempt::Attempt;
 use crate::metrics;
 use crate::release::hsm::Hsm;
-use crate::release::{Grant, Release, aside, decide, healthy_host, known_host_or_address_within_rate, roll_protector};
+use crate::release::{Grant, Release, decide, fast_reject, healthy_host, roll_protector};
 use crate::service::Service;
 
 /// Releases of one request that run, or wait for their turn, at the same time. Enough to keep a cluster busy, and few in
@@ -37,11 +36,11 @@ pub async fn roll<H: Hsm>(
     attempt: &mut Attempt,
 ) -> Result<Vec<Result<RollResponse, Refusal>>, Refusal> {
     let release = Release::begin(service, hsm, ApiVersion::V2, attempt);
-    known_host_or_address_within_rate(&release, body, attempt)?;
-    let stranger = |attempt: &Attempt| service.admission.charge_stranger(attempt, body.len(), Work::default());
-    let request = aside(body.len(), || BatchRequest::parse(body)).inspect_err(|_| stranger(attempt))?;
+    let sender = fast_reject(&release, body, BatchRequest::peek_health_certificate, attempt)?;
+    let request = sender.aside(body.len(), || BatchRequest::parse(body)).await;
+    let request = request.inspect_err(|_| sender.charge(service, body.len(), attempt))?;
     let host = healthy_host(service, release.in_force(), &request.health_certificate, attempt);
-    let host = host.inspect_err(|_| stranger(attempt))?;
+    let host = host.inspect_err(|_| sender.charge(service, body.len(), attempt))?;
     let from = HostAt::new(&host.host_name, attempt);
     let places = Arc::new(Semaphore::new(SIDE_BY_SIDE));
     let mut items = JoinSet::new();

@@ -95,7 +95,7 @@ pub struct Server {
     /// Requests a second of one address (IPv6: of one /64 network) that may be refused before their sender is known as a
     /// host, 0 to 1,000,000: with a broken body, without a valid health certificate, with an unknown host key or a wrong
     /// signature. Large ones count several times. Beyond, the address is served only as far as a valid health certificate
-    /// proves a host, and its attestations get 429. What hosts do right is not charged, so any number of them may share the
+    /// or the signature of an attestation proves a host. What hosts do right is not charged, so any number of them may share the
     /// address of a load balancer or a NAT. 0 is no limit. Default: 500.
     pub stranger_rate: u32,
     /// As many at once, above that rate, 1 to 1,000,000. Default: 10,000.

@@ -2,8 +2,8 @@
 
 use claviger_protocol::batch::{BatchRequest, MAX_BATCH_BODY};
 use claviger_protocol::error::{Code, Refusal};
-use claviger_protocol::work::Work;
 
+use crate::admission::{Declined, HostAt};
 use crate::attempt::Attempt;
 use crate::bodies::{NoRoom, Room};
 use crate::metrics;
@@ -13,6 +13,10 @@ use crate::service::Service;
 
 /// Largest body of a single request, in bytes, and of a batch whose health certificate was not found right yet.
 pub const MAX_BODY: usize = 1024 * 1024;
+
+/// What an address may send in one body, in bytes, from which too much was refused, before a host is known to have sent it:
+/// an attestation, or the beginning of a batch.
+const SMALL_BODY: u64 = 64 * 1024;
 
 /// Why bodies are refused in this module and where they are read; [`NoRoom::ALL`] has the other reasons.
 const SLOW: &str = "slow";
@@ -34,24 +38,45 @@ pub(crate) fn count(error: BodyError) {
     }
 }
 
+/// How many bytes of a refused body of this size are read in the end.
+pub(crate) fn discarded(announced: u64) -> usize {
+    usize::try_from(announced).unwrap_or(MAX_BATCH_BODY).min(MAX_BATCH_BODY)
+}
+
 /// The intake of one body.
 pub(crate) struct Taking<'a> {
     room: &'a Room,
-    /// Whose request it is, where it is a batch that nobody has answered for yet.
-    unproven: Option<(&'a Service, &'a mut Attempt)>,
+    /// What has to be known before more bytes are taken than these.
+    condition: Option<(u64, Condition<'a>)>,
     most: u64,
     refusal: Option<Refusal>,
 }
 
+/// What has to be known before a large body is taken.
+enum Condition<'a> {
+    /// The health certificate at the beginning of a batch is right.
+    Certificate(&'a Service, &'a mut Attempt),
+    /// The sender's address may still send what no host answers for.
+    Stranger(&'a Service, &'a Attempt),
+}
+
 impl<'a> Taking<'a> {
-    /// A body with one release, or an attestation.
+    /// A body with one release.
     pub(crate) fn single(room: &'a Room) -> Self {
-        Self { room, unproven: None, most: MAX_BODY as u64, refusal: None }
+        Self { room, condition: None, most: MAX_BODY as u64, refusal: None }
     }
 
-    /// A batch.
+    /// An attestation, which is short where it is honest: from an address from which too much was refused no other one is
+    /// taken.
+    pub(crate) fn attestation(room: &'a Room, service: &'a Service, attempt: &'a Attempt) -> Self {
+        Self { condition: Some((SMALL_BODY, Condition::Stranger(service, attempt))), ..Self::single(room) }
+    }
+
+    /// A batch. From an address from which too much was refused its certificate is judged as soon as it has come.
     pub(crate) fn batch(room: &'a Room, service: &'a Service, attempt: &'a mut Attempt) -> Self {
-        Self { unproven: Some((service, attempt)), most: MAX_BATCH_BODY as u64, ..Self::single(room) }
+        let unjudged = if service.admission.stranger_may_ask(attempt).is_ok() { MAX_BODY as u64 } else { SMALL_BODY };
+        let condition = Some((unjudged, Condition::Certificate(service, attempt)));
+        Self { condition, most: MAX_BATCH_BODY as u64, ..Self::single(room) }
     }
 
     /// The most bytes that it may come to.
@@ -65,6 +90,31 @@ impl<'a> Taking<'a> {
     }
 }
 
+impl Condition<'_> {
+    /// # Errors
+    /// What the request is refused with of which this is the beginning.
+    fn holds(&mut self, beginning: &[u8]) -> Result<(), Refusal> {
+        match self {
+            // The certificate is the first element of a batch.
+            Self::Certificate(service, attempt) => match BatchRequest::peek_health_certificate(beginning) {
+                Some(certificate) => {
+                    let host = healthy_host(service, &service.snapshot(), &certificate, attempt)?;
+                    service.admission.outlook(&HostAt::new(&host.host_name, attempt), attempt)
+                }
+                None => {
+                    service.admission.stranger_may_ask(attempt).map_err(Declined::release)?;
+                    let what = "bytes and does not begin with a health certificate";
+                    Err(Refusal::new(Code::RequestTooLarge, format!("the body is larger than {MAX_BODY} {what}")))
+                }
+            },
+            Self::Stranger(service, attempt) => service.admission.stranger_may_attest(attempt).map_err(|declined| {
+                Refusal::new(Code::TooManyRequests, "too many requests from this address were refused; try again")
+                    .retry_after(declined.retry_after)
+            }),
+        }
+    }
+}
+
 /// The refusal of a request for whose body there is no memory.
 pub(crate) fn no_room() -> Refusal {
     Refusal::new(Code::ServiceUnavailable, "too many large requests at the same time; try again")
@@ -73,25 +123,13 @@ pub(crate) fn no_room() -> Refusal {
 impl Intake for Taking<'_> {
     fn more(&mut self, received: u64, so_far: &[u8]) -> Result<u64, BodyError> {
         let most = self.most;
-        if received > MAX_BODY as u64
-            && received <= most
-            && let Some((service, attempt)) = &mut self.unproven
+        if received <= most
+            && let Some((_, mut condition)) = self.condition.take_if(|(unasked, _)| received > *unasked)
+            && let Err(refusal) = condition.holds(so_far)
         {
-            // The certificate is the first element of a batch.
-            let judged = match BatchRequest::peek_health_certificate(so_far) {
-                Some(certificate) => healthy_host(service, &service.snapshot(), &certificate, attempt).map(drop),
-                None => Err(Refusal::new(
-                    Code::RequestTooLarge,
-                    format!("the body is larger than {MAX_BODY} bytes and does not begin with a health certificate"),
-                )),
-            };
-            if let Err(refusal) = judged {
-                service.admission.charge_stranger(attempt, so_far.len(), Work::default());
-                metrics::body_refused(UNPROVEN);
-                self.refusal = Some(refusal);
-                return Err(BodyError::NotTaken);
-            }
-            self.unproven = None;
+            metrics::body_refused(UNPROVEN);
+            self.refusal = Some(refusal);
+            return Err(BodyError::NotTaken);
         }
         // What is too large is thrown away, and takes no room.
         if received <= most && self.room.grow(received).is_err() {

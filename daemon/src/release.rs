@@ -32,11 +32,12 @@ use ring::digest;
 
 pub use self::decision::{decide, outcomes};
 use self::hsm::{DecryptError, Hsm, Unavailable};
-use crate::admission::HostAt;
+use crate::admission::{Declined, HostAt};
 use crate::attempt::Attempt;
 use crate::keys::{Held, Keys};
 use crate::service::{Service, Snapshot, signed_by, unix_now};
 use crate::state::Host;
+use crate::strangers;
 use crate::throttle::Throttle;
 
 /// A refusal in a secret step leaves at a multiple of this after the request's arrival, so that its time tells nothing
@@ -89,16 +90,16 @@ pub async fn roll<H: Hsm>(
     attempt: &mut Attempt,
 ) -> Result<Grant, Refusal> {
     let release = Release::begin(service, hsm, api, attempt);
-    fast_reject(&release, body, attempt)?;
-    let stranger = |attempt: &Attempt| service.admission.charge_stranger(attempt, body.len(), Work::default());
+    let sender = fast_reject(&release, body, RollRequest::peek_health_certificate, attempt)?;
 
     // 1. The request is schema-valid and its three algorithms are known.
-    let request = aside(body.len(), || RollRequest::parse(body)).inspect_err(|_| stranger(attempt))?;
+    let request = sender.aside(body.len(), || RollRequest::parse(body)).await;
+    let request = request.inspect_err(|_| sender.charge(service, body.len(), attempt))?;
     attempt.protector(&request.ingress_protector);
 
     // 2. The health certificate is valid.
     let host = healthy_host(service, &release.in_force, &request.health_certificate, attempt);
-    let host = host.inspect_err(|_| stranger(attempt))?;
+    let host = host.inspect_err(|_| sender.charge(service, body.len(), attempt))?;
 
     // Its host is within its rate, and it is its turn. It is until this function ends.
     let asked = standstill::now();
@@ -299,47 +300,73 @@ fn registered<'s>(in_force: &'s Snapshot, host: &HealthClaims) -> Result<&'s Hos
     })
 }
 
+/// Who sent a request, as far as that can be said at little cost before the request is read.
+#[derive(Debug)]
+pub(crate) enum Sender {
+    /// The host whose health certificate the request seems to bring; that was found right before.
+    Host(Arc<HealthClaims>),
+    /// Only the address is known.
+    Stranger,
+}
+
+impl Sender {
+    /// Does what takes long when the input of so many bytes is large, apart from the other requests. Strangers have a
+    /// share of the processors.
+    pub(crate) async fn aside<T>(&self, bytes: usize, work: impl FnOnce() -> T) -> T {
+        match self {
+            Self::Stranger if bytes > LARGE => strangers::aside(work).await,
+            _ => aside(bytes, work),
+        }
+    }
+
+    /// Charges a request of so many bytes that is refused before steps 1 and 2 show who sent it.
+    pub(crate) fn charge(&self, service: &Service, bytes: usize, attempt: &Attempt) {
+        match self {
+            Self::Host(host) => service.admission.failed_unread(&HostAt::new(&host.host_name, attempt), bytes),
+            Self::Stranger => service.admission.charge_stranger(attempt, bytes, Work::default()),
+        }
+    }
+}
+
 /// Fast path under load: refuses what [`admission`](crate::admission) would refuse after step 2, at a fraction of the cost,
-/// because refusing must not take from what gets done. Only a host whose health certificate was found right before is
-/// known at this point; any other request goes on.
+/// because refusing must not take from what gets done. `peek` finds the health certificate. Only a host whose health
+/// certificate was found right before is known at this point; any other request goes on.
 ///
 /// An address from which too much was refused is served as far as a health certificate proves a host, so that no host pays
 /// for its neighbours behind a NAT or a load balancer.
-fn fast_reject<H: Hsm>(release: &Release<'_, H>, body: &[u8], attempt: &mut Attempt) -> Result<(), Refusal> {
-    known_host_or_address_within_rate(release, body, attempt)?.map_or(Ok(()), |host| {
-        let outlook = release.service.admission.outlook(&HostAt::new(&host.host_name, attempt), attempt);
-        outlook.inspect_err(|_| {
-            attempt.health(&host);
-            attempt.known = true;
-        })
-    })
-}
-
-/// The host that sent a request, where it is worth knowing before the request is read, and can be known at little cost.
 ///
 /// # Errors
-/// `TooManyRequestsException` for an address from which too much was refused, where no host is known to have sent it.
-pub(crate) fn known_host_or_address_within_rate<H: Hsm>(
+/// `TooManyRequestsException`, `ServiceUnavailableException` for a host that would not be let in;
+/// `TooManyRequestsException` for an address from which too much was refused, where no host is known to have sent the request.
+pub(crate) fn fast_reject<H: Hsm>(
     release: &Release<'_, H>,
     body: &[u8],
-    attempt: &Attempt,
-) -> Result<Option<Arc<HealthClaims>>, Refusal> {
+    peek: impl FnOnce(&[u8]) -> Option<Vec<u8>>,
+    attempt: &mut Attempt,
+) -> Result<Sender, Refusal> {
     let Release { service, in_force, .. } = release;
     let stranger = service.admission.stranger_may_ask(attempt);
-    if stranger.is_ok() && !service.admission.is_pressed() {
-        return Ok(None);
+    // Reading a large body costs more than looking into it.
+    if stranger.is_ok() && !service.admission.is_pressed() && body.len() <= LARGE {
+        return Ok(Sender::Stranger);
     }
     let signers = in_force.signers.certificates();
-    let claims = RollRequest::glance(body).and_then(|certificate| match stranger {
+    let claims = peek(body).and_then(|certificate| match stranger {
         Ok(()) => service.health.known(&certificate, signers, unix_now()),
         Err(_) => service.health.check(&certificate, signers, unix_now()).ok(),
     });
-    let host =
-        claims.filter(|claims| registered(in_force, claims).is_ok() && in_force.may_act_as(&claims.host_name, attempt));
-    match stranger {
-        Err(declined) if host.is_none() => Err(declined.release()),
-        _ => Ok(host),
-    }
+    let is_host = |claims: &Arc<HealthClaims>| {
+        registered(in_force, claims).is_ok() && in_force.may_act_as(&claims.host_name, attempt)
+    };
+    let Some(host) = claims.filter(is_host) else {
+        return stranger.map(|()| Sender::Stranger).map_err(Declined::release);
+    };
+    let outlook = service.admission.outlook(&HostAt::new(&host.host_name, attempt), attempt);
+    outlook.inspect_err(|_| {
+        attempt.health(&host);
+        attempt.known = true;
+    })?;
+    Ok(Sender::Host(host))
 }
 
 /// Step 6: the wrapping that is for this service, and the private keys that go with it.

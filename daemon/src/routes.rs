@@ -11,8 +11,9 @@ use claviger_protocol::error::{Code, Refusal};
 use claviger_protocol::payload::ApiVersion;
 use claviger_protocol::pkcs7;
 use claviger_protocol::request::RollResponse;
+use claviger_protocol::work::Work;
 use http_body_util::Full;
-use hyper::body::Incoming;
+use hyper::body::{Body, Incoming};
 use hyper::header::{ALLOW, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, RETRY_AFTER};
 use hyper::{Method, Request, Response, StatusCode};
 use tokio::task::JoinHandle;
@@ -20,6 +21,7 @@ use tracing::{Instrument, error_span};
 
 use crate::attempt::{Attempt, Caller};
 use crate::attest::host_key::{self, Refused};
+use crate::attest::issued::IssuedFor;
 use crate::audit::{Decision, NOT_RECORDED, SUCCESS};
 use crate::batch;
 use crate::bodies::{NoRoom, Room};
@@ -283,7 +285,9 @@ async fn answer(service: Arc<Service>, request: Request<Incoming>, asked: Asked,
         Ok(body) => body,
         Err(refusal) => {
             return match refusal.code {
-                Code::ServiceUnavailable | Code::HealthCertificate => refuse(&service, asked, &attempt, refusal).await,
+                Code::ServiceUnavailable | Code::HealthCertificate | Code::TooManyRequests => {
+                    refuse(&service, asked, &attempt, refusal).await
+                }
                 code => family.error(code, &refusal.message),
             };
         }
@@ -322,9 +326,11 @@ async fn body_of(
     let pace = Pace { within: config.server.body_timeout(), least: config.server.body_rate };
     let mut taking = match endpoint {
         Endpoint::RollBatch => Taking::batch(room, service, attempt),
-        _ => Taking::single(room),
+        Endpoint::Roll(_) => Taking::single(room),
+        _ => Taking::attestation(room, service, attempt),
     };
     let most = taking.most();
+    let announced = request.body().size_hint().exact().unwrap_or(most);
     let read = tokio::select! {
         read = read_body(request.into_body(), most, pace, &mut taking) => read,
         () = room.summoned() => return Err(intake::no_room()),
@@ -338,7 +344,17 @@ async fn body_of(
             BodyError::NotTaken => taking.refusal(),
         }
     };
-    let body = read.map_err(|error| refused(error, taking))?;
+    let body = match read {
+        Ok(body) => body,
+        Err(error) => {
+            let refusal = refused(error, taking);
+            if !attempt.known && refusal.code != Code::ServiceUnavailable {
+                // Also for what is read and thrown away, so that its sender gets to read the answer.
+                service.admission.charge_stranger(attempt, intake::discarded(announced), Work::default());
+            }
+            return Err(refusal);
+        }
+    };
     room.arrived().map_err(|_| intake::no_room())?;
     Ok(body)
 }
@@ -378,7 +394,8 @@ async fn attest(service: &Service, body: &[u8], mut attempt: Attempt) -> Answer 
     let result = host_key::attest(service, body, &mut attempt).await;
     // Nothing is awaited between this and the record, as in `decide`.
     let result = result.and_then(|issued| issued.confirm(service));
-    finish_attestation(service, &attempt, result.map(|reply| Answer::ok(JSON, reply.to_json()))).await
+    let granted = result.map(|(reply, unrecorded)| (Answer::ok(JSON, reply.to_json()), unrecorded));
+    finish_attestation(service, &attempt, granted).await
 }
 
 async fn other_mode(service: &Service, attempt: &Attempt) -> Answer {
@@ -387,9 +404,18 @@ async fn other_mode(service: &Service, attempt: &Attempt) -> Answer {
     finish_attestation(service, attempt, Err(refused)).await
 }
 
-async fn finish_attestation(service: &Service, attempt: &Attempt, result: Result<Answer, Refused>) -> Answer {
+/// The decision on an attestation: recorded, counted, answered. What is granted comes with those of its certificates that the
+/// audit trail does not tell of yet.
+async fn finish_attestation(
+    service: &Service,
+    attempt: &Attempt,
+    result: Result<(Answer, Vec<IssuedFor>), Refused>,
+) -> Answer {
     let outcome = result.as_ref().map_or_else(|refused| refused.reply.name(), |_| SUCCESS);
-    let what = Decision::of(result.as_ref().err().map(|refused| refused.reply.status()), attempt.known);
+    let what = match &result {
+        Ok((_, unrecorded)) if unrecorded.is_empty() => Decision::Repeated,
+        _ => Decision::of(result.as_ref().err().map(|refused| refused.reply.status()), attempt.known),
+    };
     let mut entry = attempt.entry("attest", outcome);
     let recorded = service.audit.decided(&entry, what, attempt.deadline()).await;
     let (outcome, answer) = match result {
@@ -399,7 +425,8 @@ async fn finish_attestation(service: &Service, attempt: &Attempt, result: Result
             service.audit.count(&entry);
             (reply.name(), Answer::attestation_error(&reply, NOT_RECORDED))
         }
-        Ok(answer) => {
+        Ok((answer, unrecorded)) => {
+            unrecorded.iter().for_each(|of| service.issued.recorded(of));
             note_identity(service, attempt);
             (SUCCESS, answer)
         }

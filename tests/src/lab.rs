@@ -158,8 +158,8 @@ impl Lab {
         std::fs::write(self.config_file(), config.to_toml().unwrap()).unwrap();
     }
 
-    /// The decisions and changes of the audit trail. A refusal that is only counted there is a line here, too, with its event,
-    /// host and outcome; it is in the trail about a second after it was answered, and when the daemon has stopped.
+    /// The decisions and changes of the audit trail. What is only counted there is a line here, too, with its event, host and
+    /// outcome; it is in the trail about a second after it was answered, and when the daemon has stopped.
     ///
     /// # Panics
     /// When a line is not JSON.
@@ -169,7 +169,7 @@ impl Lab {
         for line in self.trail() {
             match line["event"].as_str().unwrap() {
                 "trail" | "checkpoint" => {}
-                "refusals" => {
+                "refusals" | "repeats" => {
                     // Which request had which outcome is not told.
                     let mut requests = line["requests"].as_array().unwrap().iter();
                     for (outcome, count) in line["outcomes"].as_object().unwrap() {

@@ -19,10 +19,12 @@ use claviger_protocol::rsa_key::RsaPrivateKey;
 use claviger_tests::protector::{with_cipher, with_oaep};
 use claviger_tests::raw::{Answer, Connection, post};
 use claviger_tests::{ATTEST, Daemon, Lab, Options, ROLL, block, metadata, open_release, roll_request};
+use data_encoding::BASE64;
 use serde_json::Value;
 
 const OWN: Ipv4Addr = Ipv4Addr::LOCALHOST;
 const OTHER: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
+const BATCH: &str = "/KeyProtection/service/v2.0/RollTransportKeys";
 
 fn served(change: impl FnOnce(&mut Config)) -> (Lab, Daemon) {
     let lab = Lab::make(Options::default());
@@ -131,6 +133,17 @@ fn a_replayed_attestation_costs_no_hsm_and_is_told_to_come_again() {
     let other = Arc::new(RsaPrivateKey::generate(2048).unwrap());
     block(Host::new(daemon.client(), lab.key("host/hostkey.pem"), other).attest()).unwrap();
     assert!(daemon.stop().success());
+
+    // A certificate has its line; that it was handed out again is counted.
+    let (trail, other) = (lab.trail(), OTHER.to_string());
+    let lines = trail.iter().filter(|line| line["event"] == "attest" && line["outcome"] == "success");
+    let lines = lines.filter(|line| line["address"] == other).count();
+    let repeats = trail.iter().filter(|line| line["event"] == "repeats");
+    let repeats: u64 = repeats.filter_map(|line| line["addresses"][&other].as_u64()).sum();
+    println!("{lines} lines, {repeats} repeats");
+    assert_eq!(lines as u64 + repeats, granted.len() as u64);
+    // Each of those that come before the first line of a certificate is written has one of its own.
+    assert!(repeats > 0 && lines <= CONNECTIONS * certificates as usize, "{lines} lines, {repeats} repeats");
 }
 
 #[test]
@@ -253,6 +266,13 @@ fn strangers_use_up_the_patience_with_their_address_and_no_host_pays_for_it() {
     assert!(judged.iter().all(|answer| answer.status == 403) && judged.len() >= 30);
     assert!(!told.is_empty(), "strangers may go on for ever");
     told.iter().for_each(|answer| assert_too_many_attestations(answer));
+    // A host's own attestation is served; one that only shows the host's key is not told from the others.
+    let host_key = lab.key("host/hostkey.pem");
+    let answer = connection.exchange(&attestation(&host_key, &lab.identity())).unwrap();
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    let [host, own] = [host_key.public(), lab.identity().public()].map(|key| key.spki_der().to_vec());
+    let body = host_key_request([7; 16], &[ResultType::EncryptionCertificate], &host, &own, &[1; 256]);
+    assert_too_many_attestations(&connection.exchange(&post(ATTEST, "application/json", &body)).unwrap());
     // A release without a health certificate is a stranger's, too; one with a certificate is a host's.
     let answer = connection.exchange(&forged).unwrap();
     assert_eq!(answer.status, 429, "{}", answer.text());
@@ -271,5 +291,44 @@ fn strangers_use_up_the_patience_with_their_address_and_no_host_pays_for_it() {
     let mut connection = Connection::open_from(OWN, daemon.address()).unwrap();
     while connection.exchange(&unknown).unwrap().status != 429 {}
     assert_eq!(connection.exchange(&honest).unwrap().status, 200);
+    assert!(daemon.stop().success());
+}
+
+#[test]
+fn junk_with_a_health_certificate_that_was_seen_is_paid_for_by_that_host_at_that_address() {
+    const ALLOWED: usize = 40;
+    let (lab, daemon) = served(|config| {
+        (config.server.stranger_rate, config.server.stranger_burst) = (1, 10);
+        let release = &mut config.release;
+        (release.host_rate, release.host_burst, release.refused_rate, release.refused_burst) = (1, 20, 1, 20);
+    });
+    let address = daemon.address();
+    let health = block(lab.host(daemon.client()).attest()).unwrap();
+    let seen = BASE64.encode(&health);
+    let element = format!("<HealthCertificate>{seen}</HealthCertificate>");
+    for (at, (path, junk)) in [
+        (ROLL, format!("<RollTransportKeyRequest>{element}</RollTransportKeyRequest>")),
+        (BATCH, format!("<RollTransportKeysRequest>{element}</RollTransportKeysRequest>")),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let source = Ipv4Addr::new(127, 0, 0, 3 + at as u8);
+        let nothing = post(path, "application/xml", b"<x/>");
+        let junk = post(path, "application/xml", junk.as_bytes());
+        claviger_tests::until("an address that is over its rate", || {
+            (ask(source, address, &nothing).status == 429).then_some(())
+        });
+        let statuses: Vec<_> = (0..ALLOWED + 20).map(|_| ask(source, address, &junk).status).collect();
+        let read = statuses.iter().filter(|status| **status == 400).count();
+        assert!(statuses.iter().all(|status| [400, 429].contains(status)), "{statuses:?}");
+        // As many as both buckets hold, and what comes back meanwhile.
+        assert!((1..=ALLOWED + 10).contains(&read) && read < statuses.len(), "{path}: {read} were read");
+    }
+    // Where it did not ask, the host has all that it may have.
+    let honest = post(ROLL, "application/xml", &roll_request(&health, &lab.protector()));
+    for turn in 0..20 {
+        assert_eq!(ask(OWN, address, &honest).status, 200, "release {turn}");
+    }
     assert!(daemon.stop().success());
 }

@@ -1,17 +1,14 @@
 //! Many protectors in one request (protocol page, section 2.7; an extension of this project).
 
-use data_encoding::BASE64;
 use memchr::{memchr, memmem};
 
 use crate::algorithm::HostAlgorithms;
 use crate::error::Refusal;
-use crate::request::{AlgorithmUris, RollResponse};
+use crate::request::{AlgorithmUris, PEEKED, RollResponse, peeked};
 use crate::xml::{self, SERVICE_NS, Sequence, XmlError, write_base64};
 
 /// Largest body, in octets.
 pub const MAX_BATCH_BODY: usize = 16 * 1024 * 1024;
-/// How far into a batch its health certificate is looked for, in bytes.
-const PEEKED: usize = 64 * 1024;
 /// Most protectors of one request.
 pub const MAX_ITEMS: usize = 256;
 
@@ -43,8 +40,8 @@ impl BatchRequest {
     }
 
     /// What looks like the health certificate of a batch of which only the beginning is here: the content of the first element
-    /// of that name. Like [`RollRequest::glance`](crate::request::RollRequest::glance), good for a guess at who asks, and
-    /// for nothing that has to be right.
+    /// of that name. Like [`RollRequest::peek_health_certificate`](crate::request::RollRequest::peek_health_certificate),
+    /// good for a guess at who asks, and for nothing that has to be right.
     #[must_use]
     pub fn peek_health_certificate(beginning: &[u8]) -> Option<Vec<u8>> {
         // "<HealthCertificate>…</", or with a prefix. An honest one is at the very beginning.
@@ -52,8 +49,7 @@ impl BatchRequest {
         let name = memmem::find(beginning, b"HealthCertificate>")?;
         let content = &beginning[name + b"HealthCertificate>".len()..];
         let end = memchr(b'<', content)?;
-        let base64: Vec<u8> = content[..end].iter().copied().filter(|byte| !byte.is_ascii_whitespace()).collect();
-        BASE64.decode(&base64).ok().filter(|der| !der.is_empty())
+        peeked(&content[..end])
     }
 
     fn read(document: &roxmltree::Document<'_>) -> Result<Parts, XmlError> {

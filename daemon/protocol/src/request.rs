@@ -19,8 +19,15 @@ pub struct RollRequest {
     pub algorithms: HostAlgorithms,
 }
 
-/// Longest text that may be a health certificate at a glance, in bytes.
-const GLANCED: usize = 64 * 1024;
+/// Longest text that may be a peeked health certificate, in bytes; also how far into a batch it is looked for.
+pub(crate) const PEEKED: usize = 64 * 1024;
+
+/// What a peeked element holds, if that looks like a certificate at all.
+pub(crate) fn peeked(content: &[u8]) -> Option<Vec<u8>> {
+    // Some writers break long lines.
+    let base64: Vec<u8> = content.iter().copied().filter(|byte| !byte.is_ascii_whitespace()).collect();
+    BASE64.decode(&base64).ok().filter(|der| !der.is_empty())
+}
 
 impl RollRequest {
     /// Reads a request body.
@@ -39,17 +46,12 @@ impl RollRequest {
     /// of that name, as it is usually written. Costs next to nothing. Good for a guess at who asks, and for nothing that
     /// has to be right.
     #[must_use]
-    pub fn glance(body: &[u8]) -> Option<Vec<u8>> {
+    pub fn peek_health_certificate(body: &[u8]) -> Option<Vec<u8>> {
         // "…</HealthCertificate>", or with a prefix.
         let name = memmem::rfind(body, b"HealthCertificate>")?;
         let end = memrchr(b'<', &body[..name])?;
         let begin = memrchr(b'>', &body[..end])? + 1;
-        if end - begin > GLANCED {
-            return None;
-        }
-        // Some writers break long lines.
-        let base64: Vec<u8> = body[begin..end].iter().copied().filter(|byte| !byte.is_ascii_whitespace()).collect();
-        BASE64.decode(&base64).ok().filter(|der| !der.is_empty())
+        if end - begin > PEEKED { None } else { peeked(&body[begin..end]) }
     }
 
     fn read(document: &roxmltree::Document<'_>) -> Result<(Vec<u8>, Vec<u8>, AlgorithmUris), XmlError> {

@@ -27,13 +27,13 @@ fn combinations() -> Vec<HostAlgorithms> {
 }
 
 #[test]
-fn a_glance_finds_the_health_certificate_and_never_panics() {
-    assert_eq!(RollRequest::glance(text().as_bytes()).unwrap(), [4, 5, 6]);
+fn a_peek_finds_the_health_certificate_and_never_panics() {
+    assert_eq!(RollRequest::peek_health_certificate(text().as_bytes()).unwrap(), [4, 5, 6]);
     let prefixed = text().replace("HealthCertificate>", "s:HealthCertificate>");
-    assert_eq!(RollRequest::glance(prefixed.as_bytes()).unwrap(), [4, 5, 6]);
+    assert_eq!(RollRequest::peek_health_certificate(prefixed.as_bytes()).unwrap(), [4, 5, 6]);
     let broken = text().replace("BAUG", " BA\r\n UG\t");
     assert_ne!(broken, text());
-    assert_eq!(RollRequest::glance(broken.as_bytes()).unwrap(), [4, 5, 6]);
+    assert_eq!(RollRequest::peek_health_certificate(broken.as_bytes()).unwrap(), [4, 5, 6]);
     for nothing in [
         "",
         "HealthCertificate>",
@@ -42,12 +42,12 @@ fn a_glance_finds_the_health_certificate_and_never_panics() {
         "<a>!!</HealthCertificate>",
         "<a></HealthCertificate>",
     ] {
-        assert_eq!(RollRequest::glance(nothing.as_bytes()), None, "{nothing}");
+        assert_eq!(RollRequest::peek_health_certificate(nothing.as_bytes()), None, "{nothing}");
     }
     let whole = text();
     for end in 0..whole.len() {
-        let _ = RollRequest::glance(&whole.as_bytes()[..end]);
-        let _ = RollRequest::glance(&whole.as_bytes()[end..]);
+        let _ = RollRequest::peek_health_certificate(&whole.as_bytes()[..end]);
+        let _ = RollRequest::peek_health_certificate(&whole.as_bytes()[end..]);
     }
 }
 

@@ -52,6 +52,11 @@ impl From<Declined> for Refused {
     }
 }
 
+/// From an address from which too much was refused: the longest request that is read, in bytes (an honest one has some 3,000),
+const LARGE: usize = 16 * 1024;
+/// and the longest host key with which a signature is verified.
+const LONGEST_KEY: usize = 4096 / 8;
+
 /// A rate is exceeded: an error that is about HTTP, and not about the host's health.
 const TOO_MANY: ErrorReply = ErrorReply::Error { status: 429 };
 
@@ -61,24 +66,27 @@ const TOO_MANY: ErrorReply = ErrorReply::Error { status: 429 };
 #[derive(Debug)]
 pub struct Issued {
     reply: HealthCertificateReply,
+    /// Those of the certificates that the audit trail does not tell of yet.
+    unrecorded: Vec<IssuedFor>,
     host: Arc<Host>,
     /// The thumbprint of the attestation signer.
     signer: [u8; 32],
 }
 
 impl Issued {
-    /// The reply, if the host is still registered with this name and key, and the signer still trusted.
+    /// The reply, if the host is still registered with this name and key, and the signer still trusted; with those of its
+    /// certificates that the audit trail does not tell of yet.
     ///
     /// # Errors
     /// What an attestation that arrived now would be refused with.
-    pub fn confirm(self, service: &Service) -> Result<HealthCertificateReply, Refused> {
+    pub fn confirm(self, service: &Service) -> Result<(HealthCertificateReply, Vec<IssuedFor>), Refused> {
         if service.hosts.load().by_name_and_key(&self.host.name, &self.host.spki_sha256).is_none() {
             return Err(unauthorized());
         }
         if !service.signers.load().trust(&self.signer) {
             return Err(unavailable());
         }
-        Ok(self.reply)
+        Ok((self.reply, self.unrecorded))
     }
 }
 
@@ -97,11 +105,22 @@ fn unavailable() -> Refused {
 /// signature (the two look the same), `UnavailableErrorReply` when no HSM signs; 429 for a host or an address that asks too
 /// fast.
 pub async fn attest(service: &Service, body: &[u8], attempt: &mut Attempt) -> Result<Issued, Refused> {
-    service.admission.stranger_may_attest(attempt)?;
+    // From an address from which too much was refused an attestation is served as far as its signature proves a host, so
+    // that no host pays for its neighbours. Anything else gets the same 429, whatever is wrong with it.
+    let over_rate = service.admission.stranger_may_ask(attempt).err();
+    if let Some(declined) = over_rate.filter(|_| body.len() > LARGE) {
+        return Err(declined.attestation().into());
+    }
     let mut work = Work::default();
-    let (host, request) = strangers::aside(|| proved(service, body, &mut work, attempt))
-        .await
-        .inspect_err(|_| service.admission.charge_stranger(attempt, body.len(), work))?;
+    let longest = if over_rate.is_some() { LONGEST_KEY } else { usize::MAX };
+    let proved = strangers::aside(|| proved(service, body, longest, &mut work, attempt)).await;
+    let (host, request) = proved.map_err(|refused| {
+        service.admission.charge_stranger(attempt, body.len(), work);
+        over_rate.map_or(refused, |declined| {
+            attempt.host = None;
+            declined.attestation().into()
+        })
+    })?;
 
     attempt.known = true;
     attempt.identity_key = Some(HEXLOWER.encode(&request.identity_key.spki_sha256()));
@@ -115,6 +134,7 @@ pub async fn attest(service: &Service, body: &[u8], attempt: &mut Attempt) -> Re
     let thumbprint = signer.certificate.thumbprint();
     let mut turn = None;
     let mut content = Vec::with_capacity(request.requested.len());
+    let mut unrecorded = Vec::new();
     for result in &request.requested {
         let of = IssuedFor::new(&thumbprint, &host, &request.identity_key, *result);
         let mut issued = service.issued.get(&of, unix_now());
@@ -124,8 +144,16 @@ pub async fn attest(service: &Service, body: &[u8], attempt: &mut Attempt) -> Re
             issued = service.issued.get(&of, unix_now());
         }
         let certificate = match issued {
-            Some(certificate) => certificate,
-            None => issue(service, signer, &host, &request, *result, of, attempt).await?,
+            Some(again) => {
+                if !again.is_recorded {
+                    unrecorded.push(of);
+                }
+                again.certificate
+            }
+            None => {
+                unrecorded.push(of);
+                issue(service, signer, &host, &request, *result, of, attempt).await?
+            }
         };
         // Of two, the one that releases ask for comes first.
         if attempt.health_serial.is_none() {
@@ -133,20 +161,24 @@ pub async fn attest(service: &Service, body: &[u8], attempt: &mut Attempt) -> Re
         }
         content.push((*result, certificate.to_vec()));
     }
-    Ok(Issued { reply: HealthCertificateReply { content }, host, signer: thumbprint })
+    Ok(Issued { reply: HealthCertificateReply { content }, unrecorded, host, signer: thumbprint })
 }
 
-/// The registered host that a request comes from, as its signature proves.
+/// The registered host that a request comes from, as its signature proves, with a key of at most `longest` bytes.
 ///
 /// # Errors
 /// `PayloadErrorReply`, `UnauthorizedErrorReply`.
 fn proved(
     service: &Service,
     body: &[u8],
+    longest: usize,
     work: &mut Work,
     attempt: &mut Attempt,
 ) -> Result<(Arc<Host>, HostKeyRequest), Refused> {
     let request = HostKeyRequest::parse(body).map_err(|error| Refused::new(ErrorReply::Payload, error.to_string()))?;
+    if request.host_key.modulus_len() > longest {
+        return Err(unauthorized());
+    }
     work.add(&request.host_key);
     // First, with the key that the request brings: what takes time must not depend on whether that key is registered.
     let signed = request.verify_signature();

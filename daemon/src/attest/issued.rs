@@ -41,37 +41,70 @@ impl IssuedFor {
     }
 }
 
-/// The certificates (DER), with the second in which each was issued.
+/// A certificate that was issued a moment ago.
+#[derive(Clone, Debug)]
+struct Recent {
+    /// When, in seconds since 1970.
+    at: i64,
+    certificate: Bytes,
+    is_recorded: bool,
+}
+
+/// A certificate to be handed out again.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Again {
+    /// The certificate, DER.
+    pub certificate: Bytes,
+    /// Whether the audit trail has a line about it.
+    pub is_recorded: bool,
+}
+
+/// The certificates that were issued a moment ago.
 #[derive(Debug, Default)]
-pub struct RecentlyIssued(Mutex<HashMap<IssuedFor, (i64, Bytes)>>);
+pub struct RecentlyIssued(Mutex<HashMap<IssuedFor, Recent>>);
 
 impl RecentlyIssued {
     /// The certificate that was issued for the same a moment before `now`, in seconds since 1970.
     #[must_use]
-    pub fn get(&self, of: &IssuedFor, now: i64) -> Option<Bytes> {
-        // A clock that was set back is no reason to hand out what is not valid yet.
-        let recent = |at: i64| (0..=AGAIN_SECONDS).contains(&now.saturating_sub(at));
-        self.lock().get(of).filter(|(at, _)| recent(*at)).map(|(_, certificate)| certificate.clone())
+    pub fn get(&self, of: &IssuedFor, now: i64) -> Option<Again> {
+        let issued = self.lock();
+        let recent = issued.get(of).filter(|recent| recent.is_recent(now))?;
+        Some(Again { certificate: recent.certificate.clone(), is_recorded: recent.is_recorded })
     }
 
-    /// Remembers a certificate that was issued at `now`.
+    /// Notes that the audit trail has a line about a certificate.
+    pub fn recorded(&self, of: &IssuedFor) {
+        if let Some(recent) = self.lock().get_mut(of) {
+            recent.is_recorded = true;
+        }
+    }
+
+    /// Remembers a certificate that was issued at `now`, and has no line in the audit trail so far.
     pub fn remember(&self, of: IssuedFor, certificate: Bytes, now: i64) {
         let mut issued = self.lock();
         if issued.len() >= MOST {
-            issued.retain(|_, (at, _)| (0..=AGAIN_SECONDS).contains(&now.saturating_sub(*at)));
+            issued.retain(|_, recent| recent.is_recent(now));
             if issued.len() >= MOST {
                 issued.clear();
             }
         }
-        issued.insert(of, (now, certificate));
+        issued.insert(of, Recent { at: now, certificate, is_recorded: false });
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<IssuedFor, (i64, Bytes)>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<IssuedFor, Recent>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
+impl Recent {
+    /// A clock that was set back is no reason to hand out what is not valid yet.
+    fn is_recent(&self, now: i64) -> bool {
+        (0..=AGAIN_SECONDS).contains(&now.saturating_sub(self.at))
+    }
+}
+
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
     use crate::service::testing::key;
@@ -92,8 +125,11 @@ mod tests {
         let of = IssuedFor::new(&[1; 32], &host("a", "0"), identity, one);
         issued.remember(of, Bytes::from_static(b"der"), NOW);
         for now in [NOW, NOW + AGAIN_SECONDS] {
-            assert_eq!(issued.get(&of, now).as_deref(), Some(&b"der"[..]));
+            let again = issued.get(&of, now).unwrap();
+            assert_eq!((&again.certificate[..], again.is_recorded), (&b"der"[..], false));
         }
+        issued.recorded(&of);
+        assert!(issued.get(&of, NOW).unwrap().is_recorded);
         for now in [NOW - 1, NOW + AGAIN_SECONDS + 1] {
             assert_eq!(issued.get(&of, now), None, "{now}");
         }
@@ -105,6 +141,9 @@ mod tests {
         ] {
             assert_eq!(issued.get(&different, NOW), None);
         }
+        // One that is made in its place is not on record.
+        issued.remember(of, Bytes::from_static(b"new"), NOW);
+        assert!(!issued.get(&of, NOW).unwrap().is_recorded);
     }
 
     #[test]

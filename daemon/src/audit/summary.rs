@@ -1,5 +1,5 @@
-//! Refusals that have no line of their own: anybody can cause them, as many as the network carries, and a line for each would
-//! fill the disk without which nothing is released. They are counted, and a line a second tells of them.
+//! Refusals and repeats that have no line of their own: anybody can cause them, as many as the network carries, and a line for
+//! each would fill the disk without which nothing is released. They are counted, and a line a second tells of them.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, Ipv6Addr};
@@ -9,8 +9,10 @@ use serde_json::{Map, Value, json};
 
 use super::entry::{Entry, timestamp};
 
-/// The event of such a line.
+/// The event of a line about refusals.
 pub const EVENT: &str = "refusals";
+/// The event of a line about health certificates that were handed out again.
+const REPEATS: &str = "repeats";
 
 /// Addresses that a line names; more are counted together.
 const ADDRESSES: usize = 16;
@@ -21,14 +23,25 @@ const LINES: usize = 256;
 /// Hosts that are counted by themselves; what more there are, is counted with the refusals of nobody.
 const HOSTS: usize = 20_000;
 
-/// What was refused since the last lines.
-#[derive(Debug, Default)]
-pub(super) struct Summary {
-    /// By host; `None`: before it was known who asks.
-    by_host: HashMap<Option<String>, Counts>,
+/// What is counted.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub(super) enum What {
+    /// Requests that were refused.
+    Refused,
+    /// Requests that got once more what has its line already.
+    Repeated,
 }
 
-/// The refusals of one host, or of nobody.
+/// What a line is about: also the host; `None`: before it was known who asks.
+pub(super) type Of = (What, Option<String>);
+
+/// What was counted since the last lines.
+#[derive(Debug, Default)]
+pub(super) struct Summary {
+    counts: HashMap<Of, Counts>,
+}
+
+/// What was counted of one host, or of callers that are not known.
 #[derive(Clone, Debug)]
 pub(super) struct Counts {
     since: SystemTime,
@@ -70,10 +83,13 @@ impl Counts {
 }
 
 impl Summary {
-    /// Counts a refusal.
-    pub(super) fn add(&mut self, entry: &Entry) {
-        let host = entry.host.clone().filter(|_| self.by_host.len() < HOSTS || self.by_host.contains_key(&entry.host));
-        let counts = self.by_host.entry(host).or_insert_with(|| Counts::new(entry.time));
+    /// Counts a request.
+    pub(super) fn add(&mut self, what: What, entry: &Entry) {
+        let mut of = (what, entry.host.clone());
+        if self.counts.len() >= HOSTS && !self.counts.contains_key(&of) {
+            of.1 = None;
+        }
+        let counts = self.counts.entry(of).or_insert_with(|| Counts::new(entry.time));
         *counts.outcomes.entry(entry.outcome.clone()).or_default() += 1;
         counts.count(entry.address.map(network), 1);
         if counts.requests.len() < REQUESTS {
@@ -82,31 +98,36 @@ impl Summary {
     }
 
     /// What is to be written now, and is no longer counted here.
-    pub(super) fn take(&mut self) -> Vec<(Option<String>, Counts)> {
-        if self.by_host.len() <= LINES {
-            return self.by_host.drain().collect();
+    pub(super) fn take(&mut self) -> Vec<(Of, Counts)> {
+        if self.counts.len() <= LINES {
+            return self.counts.drain().collect();
         }
-        // Those of nobody come first: of them there may be most.
-        let names: Vec<_> = std::iter::once(&None).chain(self.by_host.keys().filter(|host| host.is_some())).collect();
-        let names: Vec<_> = names.into_iter().take(LINES).cloned().collect();
-        names.into_iter().filter_map(|name| Some((name.clone(), self.by_host.remove(&name)?))).collect()
+        // Those of unknown callers come first: of them there may be most.
+        let mut all: Vec<_> = self.counts.keys().cloned().collect();
+        all.sort_by_key(|(_, host)| host.is_some());
+        all.truncate(LINES);
+        all.into_iter().filter_map(|of| self.counts.remove_entry(&of)).collect()
     }
 
     /// Takes back what could not be written.
-    pub(super) fn put_back(&mut self, host: Option<String>, older: Counts) {
-        self.by_host.entry(host).or_insert_with(|| Counts::new(older.since)).merge(older);
+    pub(super) fn put_back(&mut self, of: Of, older: Counts) {
+        self.counts.entry(of).or_insert_with(|| Counts::new(older.since)).merge(older);
     }
 }
 
 /// The line, as a JSON object.
-pub(super) fn line(host: Option<&str>, counts: &Counts, request: &str, now: SystemTime) -> Value {
+pub(super) fn line((what, host): &Of, counts: &Counts, request: &str, now: SystemTime) -> Value {
+    let (event, outcome) = match what {
+        What::Refused => (EVENT, "refused"),
+        What::Repeated => (REPEATS, "repeated"),
+    };
     let mut line = Map::new();
     let time = |time| timestamp(time).unwrap_or_default();
     line.insert("time".into(), time(now).into());
     line.insert("request".into(), request.into());
-    line.insert("event".into(), EVENT.into());
-    line.extend(host.map(|host| ("host".into(), host.into())));
-    line.insert("outcome".into(), "refused".into());
+    line.insert("event".into(), event.into());
+    line.extend(host.as_deref().map(|host| ("host".into(), host.into())));
+    line.insert("outcome".into(), outcome.into());
     line.insert("count".into(), counts.outcomes.values().sum::<u64>().into());
     line.insert("outcomes".into(), json!(counts.outcomes));
     line.insert("addresses".into(), json!(counts.addresses));
@@ -143,7 +164,7 @@ mod tests {
 
     fn written(summary: &mut Summary) -> Vec<Value> {
         let now = SystemTime::UNIX_EPOCH;
-        summary.take().iter().map(|(host, counts)| line(host.as_deref(), counts, "id", now)).collect()
+        summary.take().iter().map(|(of, counts)| line(of, counts, "id", now)).collect()
     }
 
     #[test]
@@ -151,7 +172,7 @@ mod tests {
         let mut summary = Summary::default();
         for at in 0..100_000usize {
             let address = format!("10.0.{}.{}", at / 250 % 250, at % 250);
-            summary.add(&refusal(None, &address, ["A", "B"][at % 2], at));
+            summary.add(What::Refused, &refusal(None, &address, ["A", "B"][at % 2], at));
         }
         let [line] = written(&mut summary).try_into().unwrap();
         assert_eq!((&line["count"], &line["outcomes"]), (&json!(100_000), &json!({"A": 50_000, "B": 50_000})));
@@ -167,20 +188,20 @@ mod tests {
     fn each_host_has_its_own_and_nothing_is_lost() {
         let mut summary = Summary::default();
         for host in 0..LINES + 10 {
-            summary.add(&refusal(Some(&format!("node-{host}")), "::ffff:10.0.0.1", "A", host));
+            summary.add(What::Refused, &refusal(Some(&format!("node-{host}")), "::ffff:10.0.0.1", "A", host));
         }
-        summary.add(&refusal(None, "2001:db8:1:2:3::4", "A", 0));
-        summary.add(&refusal(None, "2001:db8:1:2:ffff::", "A", 1));
+        summary.add(What::Refused, &refusal(None, "2001:db8:1:2:3::4", "A", 0));
+        summary.add(What::Refused, &refusal(None, "2001:db8:1:2:ffff::", "A", 1));
         let first = written(&mut summary);
         assert_eq!(first.len(), LINES);
         let nobody = first.iter().find(|line| line["host"].is_null()).unwrap();
         assert_eq!(nobody["addresses"], json!({"2001:db8:1:2::/64": 2}));
         let taken = summary.take();
         assert_eq!(taken.len(), 11);
-        for (host, counts) in taken {
+        for (of, counts) in taken {
             assert_eq!(counts.addresses, BTreeMap::from([("10.0.0.1".to_owned(), 1)]));
-            summary.add(&refusal(host.as_deref(), "10.0.0.2", "B", 7));
-            summary.put_back(host, counts);
+            summary.add(What::Refused, &refusal(of.1.as_deref(), "10.0.0.2", "B", 7));
+            summary.put_back(of, counts);
         }
         let lines = written(&mut summary);
         assert_eq!(lines.len(), 11);
@@ -194,9 +215,25 @@ mod tests {
     fn more_hosts_than_there_can_be_take_no_more_memory() {
         let mut summary = Summary::default();
         for host in 0..HOSTS + 100 {
-            summary.add(&refusal(Some(&host.to_string()), "10.0.0.1", "A", host));
+            summary.add(What::Refused, &refusal(Some(&host.to_string()), "10.0.0.1", "A", host));
         }
-        assert_eq!(summary.by_host.len(), HOSTS + 1);
-        assert_eq!(summary.by_host[&None].outcomes["A"], 100);
+        assert_eq!(summary.counts.len(), HOSTS + 1);
+        assert_eq!(summary.counts[&(What::Refused, None)].outcomes["A"], 100);
+    }
+
+    #[test]
+    fn what_was_handed_out_again_is_no_refusal() {
+        let mut summary = Summary::default();
+        summary.add(What::Refused, &refusal(Some("node"), "10.0.0.1", "A", 1));
+        for request in 2..5 {
+            summary.add(What::Repeated, &refusal(Some("node"), "10.0.0.2", "success", request));
+        }
+        let mut lines = written(&mut summary);
+        lines.sort_by_key(|line| line["event"].to_string());
+        let [refused, repeated] = lines.try_into().unwrap();
+        assert_eq!((&refused["event"], &refused["count"]), (&json!("refusals"), &json!(1)));
+        assert_eq!((&repeated["event"], &repeated["outcome"]), (&json!("repeats"), &json!("repeated")));
+        assert_eq!((&repeated["host"], &repeated["count"]), (&json!("node"), &json!(3)));
+        assert_eq!(repeated["addresses"], json!({"10.0.0.2": 3}));
     }
 }

@@ -23,7 +23,7 @@ pub mod request {
 
     /// Reads; writes what was read; reads it again.
     pub fn run(input: &[u8]) {
-        let _ = RollRequest::glance(input);
+        let _ = RollRequest::peek_health_certificate(input);
         if let Ok(request) = RollRequest::parse(input) {
             let written = request.to_xml();
             let again = RollRequest::parse(&written).expect("what is written can be read");
@@ -31,7 +31,7 @@ pub mod request {
             assert_eq!(again.health_certificate, request.health_certificate);
             assert_eq!(again.algorithms, request.algorithms);
             let certificate = Some(request.health_certificate).filter(|der| !der.is_empty());
-            assert_eq!(RollRequest::glance(&written), certificate);
+            assert_eq!(RollRequest::peek_health_certificate(&written), certificate);
         }
         if let Ok(response) = RollResponse::parse(input) {
             assert_eq!(RollResponse::parse(&response.to_xml()), Ok(response));
