@@ -156,8 +156,8 @@ struct PlanArguments {
     /// Processors of the daemon
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=1024))]
     processors: u16,
-    /// The daemon's release.batch
-    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    /// Without effect: a session takes one operation at a time
+    #[arg(long, hide = true, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=1024))]
     batch: u16,
     /// The daemon's release.queue
     #[arg(long, value_name = "N", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
@@ -496,7 +496,6 @@ fn planned(arguments: &PlanArguments) -> Result<ExitCode, Failure> {
         rtt: arguments.rtt.as_secs_f64(),
         own_cost: arguments.own_cost.as_secs_f64(),
         processors: arguments.processors.into(),
-        batch: arguments.batch.into(),
         queue: arguments.queue as usize,
         deadline: arguments.deadline.as_secs_f64(),
     };

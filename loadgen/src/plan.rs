@@ -1,4 +1,4 @@
-//! What a cluster that nobody has built yet will carry: the simulation asked again and again.
+//! What a planned cluster will carry: repeated simulations.
 
 use std::fmt::Write;
 
@@ -9,7 +9,7 @@ use crate::simulation::{Model, Simulated, simulate};
 use crate::threshold::Threshold;
 use crate::units;
 
-/// Releases that one simulation is to have at least: fewer tell little of a p99.
+/// Fewest releases of one simulation: fewer say little about a p99.
 const RELEASES: f64 = 20_000.0;
 /// Shortest and longest simulation, in seconds. Short ones do not show that a queue grows.
 const SECONDS: (f64, f64) = (4.0, 60.0);

@@ -1,11 +1,10 @@
-//! The pure policies of a cluster: plain values that are handed `now`. No clock, no threads, no tokens, so that tests, and whoever
-//! wants to know what a cluster will do, can step them through simulated time. They need no PKCS#11: without the feature
-//! `tokens` they are all there is of this crate.
+//! The pure policies of a cluster: plain values that are handed `now`. No clock, no threads, no tokens, so that tests and
+//! capacity plans can step them through simulated time ([`simulation`]). They need no PKCS#11: without the feature
+//! `tokens` this crate consists of them.
 
 pub mod batch;
 pub mod breaker;
 pub mod budget;
 pub mod failover;
 pub mod pick;
-#[cfg(test)]
-mod sim;
+pub mod simulation;

@@ -19,9 +19,10 @@ pub struct Settings {
     pub backoff_first: Duration,
     /// Between probes at most. It doubles up to this; it is also how long a member that recovered may go unnoticed.
     pub backoff_most: Duration,
-    /// Once it has been closed for so long, the backoff starts anew; one that opens again earlier goes on doubling.
+    /// After it has been closed for so long, the backoff starts again at `backoff_first`; when it opens earlier, the backoff
+    /// goes on doubling.
     pub calm: Duration,
-    /// From the end of one probe to the next while nobody else serves.
+    /// From the end of one probe to the next while no other member serves.
     pub pause: Duration,
 }
 
@@ -131,7 +132,7 @@ impl Breaker {
         opens
     }
 
-    /// Whether to probe now. Whoever is told yes makes the only probe, and must report how it ended, also when it was
+    /// Whether to probe now. A caller that is told yes makes the only probe and must report how it ended, also when it was
     /// given up: until then there is no other.
     #[must_use]
     pub fn may_probe(&mut self, now: Instant) -> bool {
@@ -163,7 +164,7 @@ impl Breaker {
         }
     }
 
-    /// Nobody else serves: the next probe is due now, or `pause` after the latest one. Never later than it was.
+    /// No other member serves: the next probe is due now, or `pause` after the latest one. Never later than it was.
     pub fn probe_now(&mut self, now: Instant) {
         if let State::Open { until } = &mut self.state {
             let earliest = self.probed_at.map_or(now, |at| at + self.settings.pause);
@@ -326,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn probes_back_off_and_start_anew_after_calm() {
+    fn the_backoff_of_probes_starts_again_after_calm() {
         let mut now = Instant::now();
         let mut breaker = opened(now);
         let mut waits = Vec::new();

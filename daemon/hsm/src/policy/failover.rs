@@ -69,7 +69,7 @@ pub enum Reply<E> {
         /// The member is believed. Otherwise it may be the member that is wrong, because it was not long ago or could not
         /// prove itself, and `error` must not blame the input.
         credible: bool,
-        /// See [`Contradicted`].
+        /// Given back in [`Success::contradicted`] if another member accepts the input.
         rejection: Rejection,
     },
     /// The member failed; another one may succeed, out of the retry budget.
@@ -302,7 +302,7 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
     use crate::policy::budget::Settings;
-    use crate::policy::sim::Rng;
+    use crate::policy::simulation::Rng;
     use Standing::{Able, Returning, Unable};
     use proptest::prelude::*;
     use proptest::test_runner::RngSeed;

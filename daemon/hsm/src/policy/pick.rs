@@ -14,7 +14,7 @@ const RESULTS: f64 = 16.0;
 /// After how long without a result an estimate fades by itself, again with [`TAU`]. A member that gets calls at all is
 /// heard of more often; one that is shunned for what it once was has to be tried again some time.
 const GRACE: Duration = Duration::from_secs(1);
-/// Estimates end here: faster than any private-key operation, so that this never blurs who is faster, and above zero,
+/// Estimates end here: faster than any private-key operation, so that this never blurs which member is faster, and above zero,
 /// so that work in flight always costs something.
 const FLOOR: Duration = Duration::from_micros(10);
 /// And here, so that nonsense in does not overflow.
@@ -222,8 +222,7 @@ fn cheaper((member, candidate): (usize, Candidate), (other_member, other): (usiz
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use crate::policy::breaker;
-    use crate::policy::sim::{Load, Rng, Sim, Spec, Truth};
+    use crate::policy::simulation::Rng;
     use proptest::prelude::*;
     use proptest::test_runner::RngSeed;
 
@@ -268,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn who_is_not_heard_of_is_forgiven() {
+    fn an_estimate_without_results_fades() {
         let now = Instant::now();
         let mut latency = Latency::new(MS);
         latency.observe(SECOND, now);
@@ -389,7 +388,7 @@ mod tests {
     }
 
     #[test]
-    fn who_is_alone_is_told_so() {
+    fn the_only_candidate_is_alone() {
         let choice = |able: &[usize], priorities: &[u32]| {
             pick(&Tiers::new(priorities), |member| able.contains(&member).then(idle), |_| 0).unwrap()
         };
@@ -446,217 +445,6 @@ mod tests {
                 // The dearest loses to any other.
                 let alike = tier.iter().filter(|other| cost(**other) >= dearest).count();
                 prop_assert!(cost(member) < dearest || alike > 1 || tier.len() == 1);
-            }
-        }
-    }
-
-    // Estimate, choice and breaker together, in simulated time. What a healthy member takes: 1 ms, 8 sessions.
-
-    fn truly(truth: Truth) -> Spec {
-        Spec { truth, ..Spec::default() }
-    }
-
-    fn slow(service: Duration) -> Truth {
-        Truth { service, ..Truth::default() }
-    }
-
-    const DEAD: Truth = Truth { service: MS, slow_one_in: 0, slow: MS, fails_one_in: 1 };
-
-    /// Warmed up for three seconds, which do not count.
-    fn warm(seed: u64, load: Load, specs: &[Spec]) -> Sim {
-        let mut sim = Sim::new(seed, load, specs);
-        sim.run(3 * SECOND);
-        sim.forget();
-        sim
-    }
-
-    #[test]
-    fn equals_carry_equal_shares() {
-        let mut sim = warm(1, Load::Open(14_000.0), &[Spec::default(); 3]);
-        sim.run(8 * SECOND);
-        assert!(sim.done > 100_000 && sim.lost == 0);
-        assert!((0..3).all(|member| (0.32..0.35).contains(&sim.share(member))), "{}", sim.report());
-    }
-
-    #[test]
-    fn who_was_slow_once_is_used_again() {
-        let mut sim = warm(2, Load::Open(6_000.0), &[Spec::default(); 3]);
-        sim.members[0].truth = slow(SECOND);
-        sim.run(10 * MS);
-        sim.members[0].truth = Truth::default();
-        sim.run(20 * SECOND);
-        assert!(sim.steps > 100_000);
-        // 1.2 s for the call, grace, and then down from 1.2 s to what the others cost.
-        let bound = Duration::from_secs_f64(1.2 + 1.0 + 2.0 * 1_200_f64.ln());
-        assert!(sim.members[0].longest_idle < bound, "{}", sim.report());
-        sim.forget();
-        sim.run(5 * SECOND);
-        assert!((0.28..0.38).contains(&sim.share(0)), "{}", sim.report());
-    }
-
-    #[test]
-    fn a_dead_member_gets_probes_only_and_comes_back() {
-        for (seed, load) in [(3, 4_000.0), (4, 12_000.0)] {
-            let mut sim = warm(seed, Load::Open(load), &[Spec::default(); 3]);
-            sim.members[0].truth = DEAD;
-            for _ in 0..60 {
-                if sim.members[0].breaker.state() == breaker::State::Closed {
-                    sim.run(SECOND);
-                }
-            }
-            assert_eq!(sim.members[0].breaker.openings(), 1, "{}", sim.report());
-            assert!(sim.members[0].failures <= 5 + 8, "never drew traffic: {}", sim.report());
-            assert_eq!(sim.lost, 0, "others took over");
-            sim.run(10 * MS);
-            sim.forget();
-            sim.run(8 * SECOND);
-            assert_eq!(sim.members[0].calls, 0, "{}", sim.report());
-            // Every 1.5 to 2 s, and the first few sooner.
-            assert!((4..=10).contains(&sim.members[0].probes), "{}", sim.report());
-            sim.members[0].truth = Truth::default();
-            sim.forget();
-            sim.run(3 * SECOND);
-            assert!(sim.members[0].longest_idle < Duration::from_millis(2_100), "{}", sim.report());
-            sim.forget();
-            sim.run(SECOND);
-            assert!((0.28..0.38).contains(&sim.share(0)), "{}", sim.report());
-        }
-    }
-
-    #[test]
-    fn a_slow_member_gets_no_more_than_it_is_worth() {
-        // The two others can do 16,000 a second, it can do 800.
-        let mut half = warm(5, Load::Open(8_000.0), &[truly(slow(10 * MS)), Spec::default(), Spec::default()]);
-        half.run(7 * SECOND);
-        assert!((0.000_5..0.01).contains(&half.share(0)), "not idle, not forgotten: {}", half.report());
-        assert!(half.mean() < MS.mul_f64(1.05), "{}", half.report());
-        let mut full = warm(6, Load::Closed(400), &[truly(slow(10 * MS)), Spec::default(), Spec::default()]);
-        full.run(3 * SECOND);
-        assert!((0.04..0.055).contains(&full.share(0)), "by its speed, 1 in 21: {}", full.report());
-        assert!(half.steps + full.steps > 200_000 && half.lost + full.lost == 0);
-    }
-
-    #[test]
-    fn now_and_then_slow_is_slow() {
-        let moody = Truth { slow_one_in: 20, slow: 50 * MS, ..Truth::default() };
-        let mut sim = warm(7, Load::Open(8_000.0), &[truly(moody), Spec::default(), Spec::default()]);
-        sim.run(10 * SECOND);
-        assert!(sim.steps > 200_000);
-        assert!((0.000_01..0.01).contains(&sim.share(0)), "{}", sim.report());
-        assert!(sim.mean() < MS.mul_f64(1.05), "{}", sim.report());
-    }
-
-    #[test]
-    fn failing_fast_draws_no_traffic() {
-        // Too rarely for the breaker, mostly.
-        let flaky = Truth { fails_one_in: 4, ..Truth::default() };
-        let mut sim = warm(14, Load::Open(8_000.0), &[truly(flaky), Spec::default(), Spec::default()]);
-        sim.run(5 * SECOND);
-        assert!(sim.steps > 100_000 && sim.lost == 0);
-        assert!(sim.share(0) < 0.01, "{}", sim.report());
-    }
-
-    #[test]
-    fn a_rare_failure_costs_little_even_under_load() {
-        let rare = Truth { fails_one_in: 1_000, ..Truth::default() };
-        let mut sim = warm(8, Load::Open(14_000.0), &[truly(rare), Spec::default()]);
-        sim.run(8 * SECOND);
-        assert!(sim.done > 100_000 && sim.lost == 0 && sim.members[0].failures > 20, "{}", sim.report());
-        assert!((0.4..0.52).contains(&sim.share(0)) && sim.mean() < 5 * MS, "{}", sim.report());
-        assert_eq!(sim.members[0].breaker.openings(), 0);
-    }
-
-    #[test]
-    fn who_hangs_is_left_alone_at_once() {
-        let mut sim = warm(9, Load::Open(14_000.0), &[Spec::default(); 3]);
-        sim.members[0].truth = slow(60 * SECOND);
-        sim.run(8 * SECOND);
-        assert!(sim.done > 100_000);
-        assert!(sim.members[0].calls <= 16, "{}", sim.report());
-        assert!(sim.mean() < MS.mul_f64(1.5), "{}", sim.report());
-    }
-
-    #[test]
-    fn load_follows_weight() {
-        let specs = [3, 1].map(|weight| Spec { weight, sessions: 64, ..Spec::default() });
-        for (seed, load) in [(10, Load::Open(30_000.0)), (11, Load::Closed(48))] {
-            let mut sim = warm(seed, load, &specs);
-            sim.run(Duration::from_millis(1_500));
-            let ratio = sim.share(0) / sim.share(1);
-            assert!((2.4..3.6).contains(&ratio), "{ratio}: {}", sim.report());
-            assert!(sim.steps > 100_000);
-        }
-    }
-
-    #[test]
-    fn tiers_stand_in_and_step_back() {
-        let spare = Spec { priority: 1, ..Spec::default() };
-        let mut sim = warm(12, Load::Open(5_000.0), &[Spec::default(), Spec::default(), spare]);
-        let only = |sim: &mut Sim, time: Duration, first: bool| {
-            sim.forget();
-            sim.run(time);
-            let (first_tier, second_tier) = (sim.members[0].calls + sim.members[1].calls, sim.members[2].calls);
-            let (busy, idle) = if first { (first_tier, second_tier) } else { (second_tier, first_tier) };
-            assert!(busy > 10_000 && idle == 0 && sim.lost == 0, "{}", sim.report());
-        };
-        only(&mut sim, 5 * SECOND, true);
-        sim.members[0].truth = DEAD;
-        sim.run(5 * SECOND);
-        only(&mut sim, 5 * SECOND, true);
-        sim.members[1].truth = DEAD;
-        sim.forget();
-        sim.run(SECOND / 10);
-        assert!(sim.members[1].failures <= 13 && sim.lost <= 13, "few calls prove it: {}", sim.report());
-        only(&mut sim, 5 * SECOND, false);
-        sim.members[0].truth = Truth::default();
-        sim.run(Duration::from_millis(2_100));
-        only(&mut sim, 5 * SECOND, true);
-        assert!(sim.steps > 200_000);
-    }
-
-    #[test]
-    fn when_nobody_serves_the_first_to_recover_does_soon() {
-        let mut sim = warm(13, Load::Open(2_000.0), &[Spec::default(); 2]);
-        sim.members.iter_mut().for_each(|member| member.truth = DEAD);
-        sim.run(20 * SECOND);
-        sim.members[1].truth = Truth::default();
-        sim.forget();
-        sim.run(10 * SECOND);
-        // 50 ms between probes in a hurry, where the backoff would be 2 s by now.
-        assert!(sim.lost < 140, "{}", sim.report());
-        assert_eq!(sim.members[0].calls, 0);
-    }
-
-    proptest! {
-        #![proptest_config(config(8))]
-
-        /// Members of all kinds, of which one dies and recovers: 8 runs of over 20,000 steps each.
-        #[test]
-        fn whatever_the_members(
-            specs in proptest::collection::vec(
-                (1..5_u32, 1..17_usize, 2..21_u32).prop_map(|(weight, sessions, service)| {
-                    Spec { weight, sessions, truth: slow(service * MS), priority: 0 }
-                }),
-                2..6,
-            ),
-            load in 0.2..0.8_f64,
-            seed: u64,
-        ) {
-            let each = |spec: &Spec| spec.sessions as f64 / spec.truth.service.as_secs_f64();
-            let capacity: f64 = specs.iter().map(each).sum();
-            let mut sim = Sim::new(seed, Load::Open((capacity * load).min(2_000.0)), &specs);
-            sim.run(2 * SECOND);
-            sim.members[0].truth = DEAD;
-            sim.run(4 * SECOND);
-            sim.members[0].truth = specs[0].truth;
-            sim.run(3 * SECOND);
-            sim.forget();
-            sim.run(12 * SECOND);
-            prop_assert!(sim.steps > 10_000);
-            prop_assert!(sim.lost == 0, "{}", sim.report());
-            for member in &sim.members {
-                prop_assert_eq!(member.breaker.state(), breaker::State::Closed);
-                prop_assert!(member.longest_idle < 10 * SECOND, "starved: {}", sim.report());
             }
         }
     }
