@@ -18,12 +18,10 @@
 //! A release may be refused early, before it is read, when it is clear already that it would not be let in: most of what a
 //! storm costs is the refusing.
 //!
-//! Every refusal says when to come again. `queue` and `buckets` decide, as plain values; `turns` waits and wakes.
+//! Every refusal says when to come again. `queue` and [`Rate`] decide, as plain values; `turns` waits and wakes.
 
-mod buckets;
 mod pace;
 mod queue;
-mod rate;
 mod turns;
 
 use std::sync::Arc;
@@ -36,13 +34,13 @@ use claviger_protocol::work::Work;
 use tokio::sync::Semaphore;
 
 use self::queue::whole_seconds;
-use self::rate::Rate;
 pub use self::turns::Permit;
 use self::turns::Turns;
 use crate::attempt::Attempt;
 use crate::config::Config;
 use crate::metrics;
 use crate::network::Network;
+use crate::rate::Rate;
 
 /// Fewest releases that run at the same time when the number is computed: whatever the tokens, what a release does
 /// outside of them is worth overlapping.

@@ -4,7 +4,6 @@
 //! line its place in a chain of hashes (`chain`) that an HSM signs now and then (`checkpoint`). What anybody can cause without
 //! being known is counted, and told in a line a second (`summary`). [`verify`] reads all of it again.
 
-mod allowance;
 mod chain;
 pub mod checkpoint;
 mod entry;
@@ -31,7 +30,6 @@ pub use self::entry::Entry;
 pub use self::file::{EVENT as TRAIL_EVENT, last_line};
 pub use self::writer::Head;
 
-use self::allowance::Allowance;
 use self::checkpoint::{Draft, Pace};
 use self::file::Trail;
 use self::reserve::Reserve;
@@ -39,6 +37,7 @@ use self::summary::{Summary, What};
 use self::writer::{Job, Line, Reply, Shown, Writer};
 use crate::config;
 use crate::metrics;
+use crate::rate::Rate;
 use crate::service::request_id;
 
 /// Most records that wait for the writer. More than the release queues let through, so only a stuck disk fills it.
@@ -50,6 +49,10 @@ pub const PATIENCE: Duration = Duration::from_secs(10);
 const LEAST: Duration = Duration::from_millis(100);
 /// How long records may take to be written before the disk is said to hang.
 const DISK_HANGS: Duration = Duration::from_secs(2);
+/// Lines a second that refusals may have in the long run: some 1 GB a day, at 600 bytes for a line.
+const REFUSALS: u32 = 20;
+/// Lines that they may have at once.
+const REFUSALS_AT_ONCE: u32 = 4096;
 /// How long the end of the process waits for a disk that hangs.
 const END: Duration = Duration::from_secs(5);
 
@@ -137,7 +140,8 @@ pub struct Audit {
     reserve: u64,
     shown: Arc<Shown>,
     summary: Mutex<Summary>,
-    refusals: Mutex<Allowance>,
+    /// Lines that refusals to known hosts may have: a health certificate that was seen on its way lets anybody cause one.
+    refusals: Rate<()>,
     /// `Some` until dropped: the writer ends when the sender is gone.
     jobs: Option<Sender<Job>>,
     /// Disconnected when the writer has ended.
@@ -173,7 +177,7 @@ impl Audit {
             reserve: config.reserve(),
             shown,
             summary: Mutex::default(),
-            refusals: Mutex::new(Allowance::new(standstill::now())),
+            refusals: Rate::new(REFUSALS, REFUSALS_AT_ONCE),
             jobs: Some(jobs),
             ended,
         })
@@ -202,9 +206,7 @@ impl Audit {
         match decision {
             Decision::Granted => self.record(entry, Class::Grant, until).await.is_ok(),
             Decision::Refused => {
-                let now = standstill::now();
-                let may = self.refusals.lock().unwrap_or_else(PoisonError::into_inner).take(now);
-                if !may || self.record(entry, Class::Refusal, until).await.is_err() {
+                if self.refusals.take(&()).is_err() || self.record(entry, Class::Refusal, until).await.is_err() {
                     self.count(entry);
                 }
                 true

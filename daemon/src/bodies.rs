@@ -130,31 +130,36 @@ impl<T: Clone> Ledger<T> {
         }
     }
 
-    /// Opens an account with room for the first step. Also returns the tags of the bodies that gave way.
-    fn open(&mut self, network: Network, connection: u64, tag: T, now: Instant) -> Result<(u64, Vec<T>), NoRoom> {
+    /// Opens an account with room for the first step. The tags of the bodies that gave way are added to `gave_way`, also where
+    /// that was not enough.
+    fn open(
+        &mut self,
+        network: Network,
+        connection: u64,
+        tag: T,
+        now: Instant,
+        gave_way: &mut Vec<T>,
+    ) -> Result<u64, NoRoom> {
         let id = self.next;
         self.next += 1;
         self.accounts.insert(id, Account { network, connection, held: 0, since: now, arriving: true, tag });
-        match self.grow(id, STEP, now) {
-            Ok(gave_way) => Ok((id, gave_way)),
-            Err(error) => {
-                self.accounts.remove(&id);
-                Err(error)
-            }
+        let grown = self.grow(id, STEP, now, gave_way);
+        if grown.is_err() {
+            self.accounts.remove(&id);
         }
+        grown.map(|()| id)
     }
 
-    /// Brings an account up to `wanted` bytes of memory, in whole steps. Returns the tags of the bodies that gave way.
-    fn grow(&mut self, id: u64, wanted: u64, now: Instant) -> Result<Vec<T>, NoRoom> {
+    /// Brings an account up to `wanted` bytes of memory, in whole steps; the rest as [`Ledger::open`].
+    fn grow(&mut self, id: u64, wanted: u64, now: Instant, gave_way: &mut Vec<T>) -> Result<(), NoRoom> {
         let account = self.accounts.get(&id).ok_or(NoRoom::GaveWay)?;
         let wanted = wanted.next_multiple_of(STEP);
-        let Some(more) = wanted.checked_sub(account.held).filter(|more| *more > 0) else { return Ok(Vec::new()) };
+        let Some(more) = wanted.checked_sub(account.held).filter(|more| *more > 0) else { return Ok(()) };
         let more_large = beyond(wanted) - beyond(account.held);
         let (network, connection) = (account.network, account.connection);
         if self.connections.get(&connection).unwrap_or(&0) + more > self.bounds.connection {
             return Err(NoRoom::Connection);
         }
-        let mut gave_way = Vec::new();
         let of_network = self.networks.get(&network).unwrap_or(&0) + more;
         if let Some(short) = of_network.checked_sub(self.bounds.network).filter(|short| *short > 0) {
             let freed = self.free(short, id, now, |account| if account.network == network { account.held } else { 0 });
@@ -170,7 +175,7 @@ impl<T: Clone> Ledger<T> {
             gave_way.extend(self.free(short, id, now, |account| beyond(account.held)).ok_or(NoRoom::All)?);
         }
         self.set(id, wanted);
-        Ok(gave_way)
+        Ok(())
     }
 
     /// The body has arrived: from here its room is safe.
@@ -288,9 +293,10 @@ impl Bodies {
     /// [`NoRoom`]; counted.
     pub fn open(self: &Arc<Self>, network: Network, connection: u64) -> Result<Room, NoRoom> {
         let summons = Arc::new(Summons::default());
-        let opened = self.ledger().open(network, connection, summons.clone(), standstill::now());
-        let (id, gave_way) = opened.inspect_err(count)?;
+        let mut gave_way = Vec::new();
+        let opened = self.ledger().open(network, connection, summons.clone(), standstill::now(), &mut gave_way);
         summon(gave_way);
+        let id = opened.inspect_err(count)?;
         Ok(Room { bodies: self.clone(), id, summons })
     }
 
@@ -332,9 +338,10 @@ impl Room {
     /// # Errors
     /// [`NoRoom`]; counted.
     pub fn grow(&self, bytes: u64) -> Result<(), NoRoom> {
-        let grown = self.bodies.ledger().grow(self.id, bytes.saturating_mul(COST), standstill::now());
-        summon(grown.inspect_err(count)?);
-        Ok(())
+        let mut gave_way = Vec::new();
+        let grown = self.bodies.ledger().grow(self.id, bytes.saturating_mul(COST), standstill::now(), &mut gave_way);
+        summon(gave_way);
+        grown.inspect_err(count)
     }
 
     /// The body is here as a whole.
@@ -389,8 +396,56 @@ mod tests {
         Network::of([192, 0, 2, number].into())
     }
 
-    fn ledger() -> (Ledger<u64>, Instant) {
-        (Ledger::new(BOUNDS), Instant::now())
+    fn ledger() -> (Tested, Instant) {
+        (Tested(Ledger::new(BOUNDS)), Instant::now())
+    }
+
+    /// A ledger that returns the bodies that gave way where there was room.
+    struct Tested(Ledger<u64>);
+
+    impl Tested {
+        fn open(&mut self, of: Network, connection: u64, tag: u64, now: Instant) -> Result<(u64, Vec<u64>), NoRoom> {
+            let mut gave_way = Vec::new();
+            self.0.open(of, connection, tag, now, &mut gave_way).map(|id| (id, gave_way))
+        }
+
+        fn grow(&mut self, id: u64, wanted: u64, now: Instant) -> Result<Vec<u64>, NoRoom> {
+            let mut gave_way = Vec::new();
+            self.0.grow(id, wanted, now, &mut gave_way).map(|()| gave_way)
+        }
+    }
+
+    impl std::ops::Deref for Tested {
+        type Target = Ledger<u64>;
+
+        fn deref(&self) -> &Ledger<u64> {
+            &self.0
+        }
+    }
+
+    impl std::ops::DerefMut for Tested {
+        fn deref_mut(&mut self) -> &mut Ledger<u64> {
+            &mut self.0
+        }
+    }
+
+    #[test]
+    fn who_gave_way_in_vain_hears_of_it_too() {
+        let (mut ledger, now) = ledger();
+        ledger.bounds.kept = 44 * STEP;
+        let (large, _) = ledger.open(network(2), 2, 2, now).unwrap();
+        ledger.grow(large, 26 * STEP, now).unwrap();
+        ledger.arrived(large).unwrap();
+        ledger.bounds.network = 7 * STEP;
+        ledger.open(network(1), 1, 1, now).unwrap();
+        let later = now + ARRIVES_WITHIN;
+        let (grows, _) = ledger.open(network(1), 3, 3, later).unwrap();
+        assert_eq!(ledger.grow(grows, 6 * STEP, later), Ok(Vec::new()));
+        // Its network has room again without the slow one; what large bodies may have is taken, and none of them gives way.
+        let mut gave_way = Vec::new();
+        assert_eq!(ledger.0.grow(grows, 7 * STEP, later, &mut gave_way), Err(NoRoom::All));
+        assert_eq!(gave_way, [1]);
+        assert_eq!(ledger.used, ledger.accounts.values().map(|account| account.held).sum::<u64>());
     }
 
     #[test]

@@ -391,7 +391,7 @@ const FAILED: &str = "failed";
 fn outcome<T>(result: &Result<T, ChangeError>) -> &'static str {
     match result {
         Ok(_) => SUCCESS,
-        Err(ChangeError::NoEffectYet(_)) => "stored",
+        Err(ChangeError::NoEffectYet(_) | ChangeError::Unreadable(_)) => "stored",
         Err(_) => FAILED,
     }
 }

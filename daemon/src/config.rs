@@ -206,6 +206,14 @@ pub struct Tls {
     pub client_is_host: bool,
 }
 
+impl Tls {
+    /// With this certificate and key, and clients that are not asked for certificates.
+    pub fn new(certificate: impl Into<PathBuf>, key: impl Into<PathBuf>) -> Self {
+        let (certificate, key) = (certificate.into(), key.into());
+        Self { certificate, key, client_ca: None, client_required: false, client_is_host: false }
+    }
+}
+
 /// `[[hsm]]`: one member, which is one token of one PKCS#11 module.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

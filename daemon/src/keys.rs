@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use claviger_hsm::{Hash, HsmError, KeyId, KeyRef, KnownGood, Oaep, SignScheme, standstill};
 use claviger_protocol::algorithm::{self, SignatureAlgorithm};
-use claviger_protocol::certificate::{Certificate, CertificateError};
+use claviger_protocol::certificate::Certificate;
 use claviger_protocol::error::{Code, Refusal};
 use claviger_protocol::metadata::GuardianInformation;
 use claviger_protocol::protector::Signature;
@@ -126,14 +126,12 @@ impl Key {
 }
 
 impl Keys {
-    /// Reads the certificates of the state.
-    ///
-    /// # Errors
-    /// A certificate that is not one, or whose key is weak.
-    pub fn new(certificates: Vec<state::Certificate>) -> Result<Self, CertificateError> {
+    /// Reads the certificates of the state; those that cannot be read are left out.
+    #[must_use]
+    pub fn new(certificates: Vec<state::Certificate>) -> Self {
         let mut keys = Self::default();
         for entry in certificates.iter().filter(|c| c.enabled) {
-            let certificate = Certificate::parse(&entry.der)?;
+            let Ok(certificate) = Certificate::parse(&entry.der) else { continue };
             let id = key_ref(&entry.key_id, certificate.key());
             let by_key = match entry.kind {
                 Kind::Encryption => &mut keys.encryption,
@@ -159,7 +157,7 @@ impl Keys {
             }
         }
         keys.rows = certificates;
-        Ok(keys)
+        keys
     }
 
     /// Whether this is what [`Keys::new`] would make of `certificates`.
@@ -273,7 +271,7 @@ mod tests {
             is_communications: false,
             labels: Labels::default(),
         };
-        let keys = Keys::new(vec![row(Kind::Encryption), row(Kind::Signing)]).unwrap();
+        let keys = Keys::new(vec![row(Kind::Encryption), row(Kind::Signing)]);
         let failed = async || {
             assert_eq!(keys.metadata(&service).await.unwrap_err().code, Code::ServiceUnavailable);
             let Metadata::Failed(at) = *keys.metadata.lock().await else { panic!("signed") };

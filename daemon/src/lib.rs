@@ -33,6 +33,7 @@ pub mod ownership;
 pub mod preflight;
 pub mod print;
 pub mod process;
+mod rate;
 pub mod ready;
 pub mod release;
 pub mod reload;

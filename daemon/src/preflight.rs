@@ -280,8 +280,7 @@ mod tests {
 
         let mut config = good.clone();
         let [certificate, key] = ["tls.pem", "tls.key"].map(|name| write(name, b"nothing", 0o600));
-        config.server.tls =
-            Some(Tls { certificate, key, client_ca: None, client_required: false, client_is_host: false });
+        config.server.tls = Some(Tls::new(certificate, key));
         only(&config, true, "tls", &["tls.pem", "text without a PEM block"]);
 
         let mut config = good.clone();

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use claviger_hsm::{MemberState, standstill};
 use tokio::sync::Mutex;
-use tokio::task::JoinSet;
+use tokio::task::{JoinHandle, JoinSet};
 
 use crate::attempt::Attempt;
 use crate::server::Blocked;
@@ -21,8 +21,13 @@ const LEAST_ROOM: u64 = 64 * 1024;
 
 /// The last answer.
 #[derive(Debug, Default)]
-pub struct Readiness {
-    last: Mutex<Option<(Instant, Result<String, String>)>>,
+pub struct Readiness(Mutex<Last>);
+
+#[derive(Debug, Default)]
+struct Last {
+    answer: Option<(Instant, Result<String, String>)>,
+    /// A look at the disk that has not come back.
+    look: Option<JoinHandle<Option<u64>>>,
 }
 
 impl Readiness {
@@ -33,12 +38,11 @@ impl Readiness {
     /// A sentence for a person.
     pub async fn check(&self, service: &Service, blocked: &Blocked) -> Result<String, String> {
         // Held over the probe: a caller that comes meanwhile waits for its answer instead of probing too.
-        let mut last = self.last.lock().await;
-        if let Some((at, answer)) = last.as_ref().filter(|(at, _)| standstill::since(*at) < FRESH) {
-            let _ = at;
+        let mut last = self.0.lock().await;
+        if let Some((_, answer)) = last.answer.as_ref().filter(|(at, _)| standstill::since(*at) < FRESH) {
             return answer.clone();
         }
-        let (hsms, trail) = tokio::join!(probe(service), probe_trail(service));
+        let (hsms, trail) = tokio::join!(probe(service), probe_trail(service, &mut last.look));
         let no_memory = || "there is no memory for the bodies of requests".to_owned();
         let others = [trail.err(), blocked.why().map(str::to_owned), (!service.bodies.has_room()).then(no_memory)];
         let (member, why) = match hsms {
@@ -50,13 +54,13 @@ impl Readiness {
             (Some(member), []) => Ok(member),
             _ => Err(reasons.join("; ")),
         };
-        *last = Some((standstill::now(), answer.clone()));
+        last.answer = Some((standstill::now(), answer.clone()));
         answer
     }
 }
 
 /// Whether the next line of the audit trail would be written.
-async fn probe_trail(service: &Service) -> Result<(), String> {
+async fn probe_trail(service: &Service, look: &mut Option<JoinHandle<Option<u64>>>) -> Result<(), String> {
     if let Some(why) = service.audit.refuses() {
         // Without a release nothing would be written, and nobody sends releases to a daemon that is not ready: so this is
         // tried. Where it succeeds, the trail says that there was a gap.
@@ -67,16 +71,28 @@ async fn probe_trail(service: &Service) -> Result<(), String> {
         }
     }
     let file = service.config.load().server.audit_file();
-    let room = tokio::task::spawn_blocking(move || room_at(file));
-    match standstill::timeout(PATIENCE, room).await {
+    match one_at_a_time(look, PATIENCE, move || room_at(file)).await {
         // Grants have a reserve besides.
-        Ok(Ok(Some(room))) if room.saturating_add(service.audit.reserve_left()) < LEAST_ROOM => {
+        Some(Some(room)) if room.saturating_add(service.audit.reserve_left()) < LEAST_ROOM => {
             Err(format!("the disk of the audit trail is full: {room} bytes are free"))
         }
         // Not every file system says how much room it has.
-        Ok(_) => Ok(()),
-        Err(_) => Err("the disk of the audit trail does not answer".to_owned()),
+        Some(_) => Ok(()),
+        None => Err("the disk of the audit trail does not answer".to_owned()),
     }
+}
+
+/// Does `work` on a thread that may block, unless what was begun before has not come back: a disk that hangs is to keep one
+/// thread, and not one for each that asks. `None`: not within `patience`.
+async fn one_at_a_time<T: Default + Send + 'static>(
+    begun: &mut Option<JoinHandle<T>>,
+    patience: Duration,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Option<T> {
+    let handle = begun.get_or_insert_with(|| tokio::task::spawn_blocking(work));
+    let done = standstill::timeout(patience, handle).await.ok()?;
+    *begun = None;
+    Some(done.unwrap_or_default())
 }
 
 /// How many bytes this process may still write to the file system of `file`, where that is known.
@@ -126,4 +142,39 @@ async fn probe(service: &Service) -> Result<String, String> {
     // By name, whoever answered first.
     why.sort();
     Err(why.join("; "))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::mpsc;
+
+    #[tokio::test]
+    async fn a_disk_that_hangs_keeps_one_thread_however_often_it_is_asked() {
+        let begun = Arc::new(AtomicUsize::new(0));
+        let mut look = None;
+        let (answer, hangs) = mpsc::channel::<u64>();
+        let hangs = Arc::new(std::sync::Mutex::new(hangs));
+        let mut ask = async |patience| {
+            let (begun, hangs) = (begun.clone(), hangs.clone());
+            one_at_a_time(&mut look, patience, move || {
+                begun.fetch_add(1, Ordering::SeqCst);
+                hangs.lock().unwrap().recv().ok()
+            })
+            .await
+        };
+        for _ in 0..5 {
+            assert_eq!(ask(Duration::from_millis(5)).await, None);
+        }
+        answer.send(7).unwrap();
+        assert_eq!(ask(Duration::from_secs(60)).await, Some(Some(7)));
+        assert_eq!(begun.load(Ordering::SeqCst), 1);
+        // It is asked anew when it has answered.
+        answer.send(8).unwrap();
+        assert_eq!(ask(Duration::from_secs(60)).await, Some(Some(8)));
+        assert_eq!(begun.load(Ordering::SeqCst), 2);
+    }
 }

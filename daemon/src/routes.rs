@@ -9,7 +9,6 @@ use bytes::Bytes;
 use claviger_protocol::attestation::{ErrorReply, OperationMode, ServiceInfoReply};
 use claviger_protocol::error::{Code, Refusal};
 use claviger_protocol::payload::ApiVersion;
-use claviger_protocol::pkcs7;
 use claviger_protocol::request::RollResponse;
 use claviger_protocol::work::Work;
 use http_body_util::Full;
@@ -366,11 +365,7 @@ async fn document(service: &Service, endpoint: Endpoint) -> Answer {
             Ok(document) => Answer::ok(XML, document),
             Err(refusal) => Answer::refused(&refusal),
         },
-        Endpoint::SigningCertificates => {
-            let signers = service.signers.load();
-            let ders: Vec<&[u8]> = signers.certificates().iter().map(|c| c.der()).collect();
-            Answer::ok(PKCS7, pkcs7::certificates_only(&ders))
-        }
+        Endpoint::SigningCertificates => Answer::ok(PKCS7, service.signers.load().published()),
         _ => Answer::ok(JSON, ServiceInfoReply::new(OperationMode::HostKey).to_json()),
     }
 }

@@ -3,10 +3,10 @@
 //! Hosts, keys and signers are read from the state once and kept as immutable snapshots behind an `ArcSwap` each. A
 //! change writes the state first and then swaps the snapshot, so that it takes effect with the next request.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwap;
@@ -21,7 +21,7 @@ use crate::admission::Admission;
 use crate::attempt::Attempt;
 use crate::attest::health_cache::HealthCache;
 use crate::attest::issued::RecentlyIssued;
-use crate::attest::signer::Signers;
+use crate::attest::signer::{Signers, Unreadable};
 use crate::audit::{self, Audit, Class, Entry};
 use crate::bodies::Bodies;
 use crate::config::Config;
@@ -70,6 +70,8 @@ pub struct Service {
     pub state_stale: AtomicBool,
     /// Wakes who looks after the attestation signer: a signature found its key nowhere.
     pub signer_missing: Notify,
+    /// Thumbprints of the certificates that could not be read when the state was last taken in.
+    unreadable: Mutex<BTreeSet<String>>,
     state: Mutex<State>,
 }
 
@@ -147,9 +149,13 @@ pub enum ServiceError {
     /// The audit trail cannot be opened.
     #[error(transparent)]
     Audit(#[from] crate::audit::AuditError),
-    /// Something in the state cannot be used.
-    #[error("the state holds a certificate that cannot be read: {0}")]
-    Certificate(#[from] claviger_protocol::certificate::CertificateError),
+    /// Certificates of the state that cannot be read. Everything else in it has been taken in.
+    #[error("the state holds certificates that cannot be read: {}", list(.0))]
+    Unreadable(Vec<Unreadable>),
+}
+
+fn list(unreadable: &[Unreadable]) -> String {
+    unreadable.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
 }
 
 /// Why a change is not made, or has no effect yet.
@@ -161,6 +167,9 @@ pub enum ChangeError {
     /// It was made.
     #[error("the change is stored but has no effect yet, and the daemon tries every second to take it in: {0}")]
     NoEffectYet(StateError),
+    /// It was made, and brought certificates that cannot be read.
+    #[error("the change is stored, but what it brought cannot be read and has no effect: {}", list(.0))]
+    Unreadable(Vec<Unreadable>),
     /// It may have been made.
     #[error("the change failed: {0}")]
     Task(#[from] tokio::task::JoinError),
@@ -192,12 +201,13 @@ impl Service {
             state_stale: AtomicBool::new(false),
             signer_missing: Notify::new(),
             usage,
+            unreadable: Mutex::default(),
             state: Mutex::new(state),
             config: ArcSwap::from_pointee(config),
         };
         match service.reload() {
-            Err(ServiceError::Certificate(error)) => {
-                tracing::error!(%error, "a certificate in the state cannot be read; claviger doctor names it");
+            Err(error @ ServiceError::Unreadable(_)) => {
+                tracing::error!(%error, "not all of the state can be used; claviger doctor says what to do");
             }
             other => other?,
         }
@@ -220,36 +230,43 @@ impl Service {
                 let signers = self.reload_signers(state);
                 let keys = self.reload_keys(state);
                 hosts.map_err(ServiceError::Hosts)?;
-                signers?;
-                keys
+                let unreadable: Vec<_> = signers?.into_iter().chain(keys?).collect();
+                *self.unreadable() = unreadable.iter().map(|of| of.thumbprint.clone()).collect();
+                if unreadable.is_empty() { Ok(()) } else { Err(ServiceError::Unreadable(unreadable)) }
             })
         })
     }
 
-    fn reload_signers(&self, state: &State) -> Result<(), ServiceError> {
-        self.signers.store(Arc::new(Signers::new(&state.signers()?)?));
-        Ok(())
+    /// Returns the certificates that cannot be read.
+    fn reload_signers(&self, state: &State) -> Result<Vec<Unreadable>, ServiceError> {
+        let (signers, unreadable) = Signers::new(&state.signers()?);
+        self.signers.store(Arc::new(signers));
+        Ok(unreadable)
     }
 
     /// Keys that have not changed stay the same value, and with them the metadata document that was signed. A certificate that
-    /// cannot be read costs its own key only.
-    fn reload_keys(&self, state: &State) -> Result<(), ServiceError> {
+    /// cannot be read costs its own key only; those are returned.
+    fn reload_keys(&self, state: &State) -> Result<Vec<Unreadable>, ServiceError> {
         let mut certificates = state.certificates()?;
-        let mut broken = None;
+        let mut unreadable = Vec::new();
         certificates.retain(|entry| match Certificate::parse(&entry.der) {
             Err(error) if entry.enabled => {
-                broken = Some(error);
+                unreadable.push(Unreadable { thumbprint: entry.thumbprint.clone(), error });
                 false
             }
             _ => true,
         });
         if !self.keys.load().are_of(&certificates) {
-            let keys = Keys::new(certificates)?;
+            let keys = Keys::new(certificates);
             self.cluster.know(keys.known_good());
             keys.decryption_keys().for_each(|held| metrics::preregister_key(held.certificate.clone()));
             self.keys.store(Arc::new(keys));
         }
-        broken.map_or(Ok(()), |error| Err(error.into()))
+        Ok(unreadable)
+    }
+
+    fn unreadable(&self) -> MutexGuard<'_, BTreeSet<String>> {
+        self.unreadable.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Works with the state. Blocks on files: not for a thread that serves requests.
@@ -268,6 +285,9 @@ impl Service {
     ) -> Result<T, ChangeError> {
         let service = Arc::clone(self);
         let changed = tokio::task::spawn_blocking(move || {
+            // What others wrote is not this change's.
+            let _ = service.follow();
+            let known = service.unreadable().clone();
             let result = service.with_state(work);
             // Also when it failed: what was asked for may have been done before, without an effect so far.
             let followed = service.follow();
@@ -275,7 +295,13 @@ impl Service {
             match followed {
                 Ok(()) => Ok(value),
                 Err(ServiceError::Hosts(error) | ServiceError::State(error)) => Err(ChangeError::NoEffectYet(error)),
-                Err(error) => {
+                Err(ServiceError::Unreadable(mut unreadable)) => {
+                    // What could not be read before is not this change's.
+                    unreadable.retain(|of| !known.contains(&of.thumbprint));
+                    if unreadable.is_empty() { Ok(value) } else { Err(ChangeError::Unreadable(unreadable)) }
+                }
+                // Neither is opened again by a look at the state.
+                Err(error @ (ServiceError::Usage(_) | ServiceError::Audit(_))) => {
                     tracing::error!(%error, "the state cannot be read as a whole");
                     Ok(value)
                 }
@@ -442,7 +468,7 @@ pub(crate) mod testing {
 mod tests {
     use super::testing::{certificate, service};
     use super::*;
-    use crate::state::{Kind, Labels, NewCertificate};
+    use crate::state::{Kind, Labels, NewCertificate, NewSigner};
     use rusqlite::Connection;
 
     fn sql(service: &Service, sql: &str) {
@@ -465,8 +491,8 @@ mod tests {
         );
         service.change(|state| state.remove_host("a")).await.unwrap();
         assert!(!named(&service, "a"));
-        assert!(matches!(service.follow(), Err(ServiceError::Certificate(_))), "said each time until it is mended");
-        assert!(matches!(service.follow(), Err(ServiceError::Certificate(_))), "said each time until it is mended");
+        assert!(matches!(service.follow(), Err(ServiceError::Unreadable(_))), "said each time until it is mended");
+        assert!(matches!(service.follow(), Err(ServiceError::Unreadable(_))), "said each time until it is mended");
         assert!(Arc::ptr_eq(&first, &service.keys.load_full()));
 
         // Hosts that cannot be read: the change is made, and whoever asks again does not lose it.
@@ -480,6 +506,35 @@ mod tests {
         assert!(!named(&service, "b"), "what was asked for before has its effect");
         sql(&service, "DELETE FROM certificates");
         service.follow().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_signer_that_cannot_be_read_keeps_no_other_from_being_revoked() {
+        let (_folder, service) = service();
+        let [one, two] = [(); 2].map(|()| certificate());
+        let (first, second) = (Certificate::parse(&one).unwrap(), Certificate::parse(&two).unwrap());
+        let add = |der: Vec<u8>, id: &'static [u8]| {
+            let seen = service.signers.load().current_thumbprint().map(str::to_owned);
+            service.change(move |state| {
+                let new = NewSigner { der: &der, key_id: id, not_before: 1, not_after: 2 };
+                state.add_signer(&new, seen.as_deref(), 1)
+            })
+        };
+        let added = add(one, b"one").await.unwrap();
+        // A change that brings what cannot be read is no success.
+        let error = add(b"broken".to_vec(), b"two").await.unwrap_err();
+        assert!(matches!(error, ChangeError::Unreadable(_)), "{error}");
+        assert!(service.signers.load().trust(&first.thumbprint()));
+        // Another one takes the place of the one that cannot be read; a change that has nothing to do with it is a success.
+        add(two, b"three").await.unwrap();
+        assert!(service.signers.load().current().is_some());
+        let revoke = |service: &Arc<Service>, thumbprint: String| {
+            let service = Arc::clone(service);
+            async move { service.change(move |state| state.revoke_signer(&thumbprint, true, 9)).await }
+        };
+        revoke(&service, added.thumbprint).await.unwrap();
+        let signers = service.signers.load();
+        assert!([first, second].iter().all(|of| !signers.trust(&of.thumbprint())), "they have one key");
     }
 
     #[tokio::test]

@@ -51,6 +51,9 @@ pub enum StateError {
     /// What was named is not there.
     #[error("{0}")]
     NotFound(String),
+    /// What was given was revoked here.
+    #[error("{0}")]
+    Revoked(String),
     /// The file was written by a newer version of this program.
     #[error("{} has schema version {found}, and this program knows only up to {known}; run the version that wrote it, or a newer one", path.display())]
     TooNew {

@@ -91,11 +91,10 @@ fn a_client_acts_only_for_the_host_that_its_certificate_names() {
     let others = authority.certificate("others", &format!("/CN={HOST}"), "DNS:other,DNS:*");
     lab.configure(|config| {
         config.server.tls = Some(Tls {
-            certificate: server.0.clone(),
-            key: server.1.clone(),
             client_ca: Some(lab.file("ca.pem")),
             client_required: true,
             client_is_host: true,
+            ..Tls::new(&server.0, &server.1)
         });
     });
     let daemon = lab.serve();

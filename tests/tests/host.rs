@@ -534,15 +534,7 @@ fn tls_is_spoken_with_whom_the_ca_vouches_for() {
         let made = tool("openssl", &mut command);
         assert!(made.status.success(), "{}", said(&made));
     }
-    lab.configure(|config| {
-        config.server.tls = Some(Tls {
-            certificate: certificate.clone(),
-            key,
-            client_ca: None,
-            client_required: false,
-            client_is_host: false,
-        })
-    });
+    lab.configure(|config| config.server.tls = Some(Tls::new(&certificate, key)));
     let daemon = lab.serve();
     let host = Host::new(&lab, &[&daemon.url]);
     let with = |ca: &Path| host.unwrap_command(&host.protector()).arg("--ca").arg(ca).output().unwrap();
@@ -567,15 +559,7 @@ fn a_server_certificate_that_no_host_accepts_is_named_and_not_tried_for_ever() {
     command.args(["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]);
     command.args(["-addext", "subjectAltName=IP:127.0.0.1", "-out"]).arg(&certificate).arg("-keyout").arg(&key);
     assert!(tool("openssl", &mut command).status.success());
-    lab.configure(|config| {
-        config.server.tls = Some(Tls {
-            certificate: certificate.clone(),
-            key,
-            client_ca: None,
-            client_required: false,
-            client_is_host: false,
-        })
-    });
+    lab.configure(|config| config.server.tls = Some(Tls::new(&certificate, key)));
     let daemon = lab.serve();
     let host = Host { timeout: 600, ..Host::new(&lab, &[&daemon.url]) };
     let begun = Instant::now();

@@ -104,13 +104,7 @@ fn tls_is_spoken_to_who_is_trusted() {
         format!("-CA {ca} -CAkey {ca_key} -addext basicConstraints=CA:FALSE -addext subjectAltName=IP:127.0.0.1");
     openssl(&format!("{new} -subj /CN=leaf {signed} -out {leaf} -keyout {key}"));
     lab.configure(|config| {
-        config.server.tls = Some(claviger::config::Tls {
-            certificate: leaf.into(),
-            key: key.into(),
-            client_ca: None,
-            client_required: false,
-            client_is_host: false,
-        });
+        config.server.tls = Some(claviger::config::Tls::new(leaf, key));
     });
     let daemon = lab.serve();
     block(daemon.until_ready_is(200));

@@ -118,13 +118,7 @@ fn members(lab: &Lab) -> Vec<Value> {
 }
 
 fn tls(files: &(PathBuf, PathBuf)) -> Tls {
-    Tls {
-        certificate: files.0.clone(),
-        key: files.1.clone(),
-        client_ca: None,
-        client_required: false,
-        client_is_host: false,
-    }
+    Tls::new(&files.0, &files.1)
 }
 
 /// Serves the lab with TLS; what a release sends, as the lab's host.

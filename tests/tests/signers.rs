@@ -6,7 +6,7 @@ use claviger::host::{Host, HostError};
 use claviger_protocol::certificate::Certificate;
 use claviger_protocol::payload::ApiVersion;
 use claviger_tests::{
-    Administrator, HOST, Instances, Lab, Options, ROLL, block, roll_request, run, said, until_attested,
+    Administrator, Daemon, HOST, Instances, Lab, Options, ROLL, block, roll_request, run, said, until_attested,
 };
 use serde_json::{Value, json};
 
@@ -34,6 +34,16 @@ fn refused(host: &Host, health: &[u8], lab: &Lab) {
     assert!(error.contains("403 HealthCertificateException"), "{error}");
 }
 
+/// A lab that is served: the daemon, its host with a health certificate, and the signer that issued that.
+fn begin(lab: &Lab) -> (Daemon, Host, Vec<u8>, String) {
+    let daemon = lab.serve();
+    block(daemon.until_ready_is(200));
+    let host = lab.host(daemon.client());
+    let health = until_attested(&host);
+    let signer = current(&Administrator(lab));
+    (daemon, host, health, signer)
+}
+
 /// What the service publishes.
 fn published(client: &claviger::client::Client) -> Vec<u8> {
     block(client.get("/attestation/v2.0/signingcertificates")).unwrap().body.to_vec()
@@ -46,11 +56,8 @@ fn contains(all: &[u8], part: &[u8]) -> bool {
 #[test]
 fn a_revoked_signer_is_refused_at_once_and_hosts_find_their_way() {
     let lab = Lab::make(Options::default());
-    let daemon = lab.serve();
-    let administrator = Administrator(&lab);
-    let (client, host) = (daemon.client(), lab.host(daemon.client()));
-    let first_health = until_attested(&host);
-    let first = current(&administrator);
+    let (daemon, host, first_health, first) = begin(&lab);
+    let (administrator, client) = (Administrator(&lab), daemon.client());
     release(&host, &first_health, &lab).unwrap();
 
     // Rotated: both are good.
@@ -131,9 +138,7 @@ fn a_revoked_signer_is_refused_at_once_and_hosts_find_their_way() {
 #[test]
 fn the_host_command_attests_again_by_itself() {
     let lab = Lab::make(Options::default());
-    let daemon = lab.serve();
-    block(daemon.until_ready_is(200));
-    block(lab.host(daemon.client()).attest()).unwrap();
+    let (daemon, _, _, signer) = begin(&lab);
     let file = |name: &str| lab.file(name).display().to_string();
     let unwrap = |egress: &str| {
         let (folder, protector) = (file("host"), file("tenant/vm-0001.protector.xml"));
@@ -143,9 +148,7 @@ fn the_host_command_attests_again_by_itself() {
     };
     unwrap("one.xml");
     let kept = std::fs::read(lab.file("host/health.pem")).unwrap();
-    let administrator = Administrator(&lab);
-    let thumbprint = current(&administrator);
-    administrator.json(&["signers", "revoke", &thumbprint]);
+    Administrator(&lab).json(&["signers", "revoke", &signer]);
     std::fs::remove_file(lab.file("keys.bin")).unwrap();
     unwrap("two.xml");
     assert_ne!(std::fs::read(lab.file("host/health.pem")).unwrap(), kept, "a new health certificate");
@@ -155,12 +158,8 @@ fn the_host_command_attests_again_by_itself() {
 #[test]
 fn an_import_does_not_bring_a_revoked_signer_back() {
     let lab = Lab::make(Options::default());
-    let daemon = lab.serve();
-    block(daemon.until_ready_is(200));
-    let host = lab.host(daemon.client());
-    let health = until_attested(&host);
+    let (daemon, host, health, thumbprint) = begin(&lab);
     let administrator = Administrator(&lab);
-    let thumbprint = current(&administrator);
     let (export, passphrase) = (lab.file("export.age"), lab.file("passphrase"));
     std::fs::write(&passphrase, "correct horse battery staple").unwrap();
     use std::os::unix::fs::PermissionsExt;
@@ -182,12 +181,8 @@ fn an_import_does_not_bring_a_revoked_signer_back() {
 fn without_a_new_signer_nothing_is_revoked_unless_forced() {
     let lab = Lab::make(Options::default());
     let faulty = lab.behind_faulty(Instances::Own);
-    let daemon = lab.serve();
-    block(daemon.until_ready_is(200));
-    let host = lab.host(daemon.client());
-    let health = until_attested(&host);
+    let (daemon, host, health, thumbprint) = begin(&lab);
     let administrator = Administrator(&lab);
-    let thumbprint = current(&administrator);
     faulty.set("hsm-a", &["call=C_GenerateKeyPair rv=CKR_DEVICE_MEMORY"]);
     let fault = administrator.fault(&["signers", "revoke", &thumbprint]);
     assert!(fault.contains("was not revoked") && fault.contains("--force"), "{fault}");

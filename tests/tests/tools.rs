@@ -115,15 +115,7 @@ fn tls_is_served() {
     command.args(["-addext", "subjectAltName=DNS:localhost", "-out"]).arg(&certificate).arg("-keyout").arg(&key);
     let made = tool("openssl", &mut command);
     assert!(made.status.success(), "{}", said(&made));
-    lab.configure(|config| {
-        config.server.tls = Some(Tls {
-            certificate: certificate.clone(),
-            key,
-            client_ca: None,
-            client_required: false,
-            client_is_host: false,
-        })
-    });
+    lab.configure(|config| config.server.tls = Some(Tls::new(&certificate, key)));
     let daemon = lab.serve();
     let address = daemon.url.strip_prefix("https://").unwrap();
 

@@ -5,11 +5,12 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use claviger_hsm::{Cluster, HsmError, KeyId, KeyRef, KeyUsage, MemberState, NewKey, RsaPrivateParts, standstill};
 use claviger_protocol::certificate::{BuildError, Certificate, CertificateError};
 use claviger_protocol::health::{self, LIFETIME_SECONDS};
+use claviger_protocol::pkcs7;
 use claviger_protocol::rsa_key::{KeyError, RsaPrivateKey, RsaPublicKey};
-use data_encoding::HEXLOWER;
 
 use crate::keys::Key;
 use crate::service::{ChangeError, OWN_DEADLINE, Service, unix_now};
@@ -36,30 +37,52 @@ const BITS: u32 = 2048;
 #[derive(Debug, Default)]
 pub struct Signers {
     current: Option<Key>,
+    /// Also where its certificate cannot be read.
+    current_thumbprint: Option<String>,
     certificates: Vec<Certificate>,
     /// Of the certificates: asked at every release.
     thumbprints: Vec<[u8; 32]>,
+    /// The certificates, as hosts and tenants are given them.
+    published: Bytes,
     /// When the first of those that are not current any more was replaced.
     first_replaced: Option<i64>,
 }
 
+/// A certificate of the state that cannot be read.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("the certificate {thumbprint}: {error}")]
+pub struct Unreadable {
+    /// SHA-256 of what is stored in its place, hexadecimal.
+    pub thumbprint: String,
+    /// What is wrong with it.
+    pub error: CertificateError,
+}
+
 impl Signers {
-    /// Reads the signers of the state.
-    ///
-    /// # Errors
-    /// A certificate that cannot be read.
-    pub fn new(signers: &[state::Signer]) -> Result<Self, CertificateError> {
-        let mut all = Self::default();
+    /// Reads the signers of the state. A certificate that cannot be read costs its own signer only; it is returned with the
+    /// others of its kind.
+    #[must_use]
+    pub fn new(signers: &[state::Signer]) -> (Self, Vec<Unreadable>) {
+        let (mut all, mut unreadable) = (Self::default(), Vec::new());
         for signer in signers {
-            let certificate = Certificate::parse(&signer.der)?;
             if signer.current {
-                all.current = Some(Key::new(certificate.clone(), &signer.key_id));
+                all.current_thumbprint = Some(signer.thumbprint.clone());
             }
-            all.thumbprints.push(certificate.thumbprint());
-            all.certificates.push(certificate);
             all.first_replaced = all.first_replaced.into_iter().chain(signer.replaced).min();
+            match Certificate::parse(&signer.der) {
+                Ok(certificate) => {
+                    if signer.current {
+                        all.current = Some(Key::new(certificate.clone(), &signer.key_id));
+                    }
+                    all.thumbprints.push(certificate.thumbprint());
+                    all.certificates.push(certificate);
+                }
+                Err(error) => unreadable.push(Unreadable { thumbprint: signer.thumbprint.clone(), error }),
+            }
         }
-        Ok(all)
+        let ders: Vec<&[u8]> = all.certificates.iter().map(Certificate::der).collect();
+        all.published = pkcs7::certificates_only(&ders).into();
+        (all, unreadable)
     }
 
     /// The one that signs now.
@@ -72,6 +95,18 @@ impl Signers {
     #[must_use]
     pub fn trust(&self, thumbprint: &[u8; 32]) -> bool {
         self.thumbprints.contains(thumbprint)
+    }
+
+    /// The thumbprint of the current one, hexadecimal, also where its certificate cannot be read.
+    #[must_use]
+    pub fn current_thumbprint(&self) -> Option<&str> {
+        self.current_thumbprint.as_deref()
+    }
+
+    /// The certificates as a PKCS#7 file without a signature.
+    #[must_use]
+    pub fn published(&self) -> Bytes {
+        self.published.clone()
     }
 
     /// The current one and those before it.
@@ -172,18 +207,29 @@ impl Keeper {
             None => new_key(&self.service.cluster).await?,
         };
         let result = install(&self.service, &id, &public).await;
-        // One that is on no member is nothing to go on with.
-        if matches!(&result, Err(error) if !matches!(error, SignerError::Hsm(HsmError::NoSuchKey(_)))) {
+        if result.as_ref().is_err_and(SignerError::leaves_the_key_good) {
             self.unfinished = Some((id, public));
         }
         result
     }
 }
 
+impl SignerError {
+    /// Whether the next try may go on with the key of this one.
+    fn leaves_the_key_good(&self) -> bool {
+        match self {
+            // It is on no member.
+            Self::Hsm(HsmError::NoSuchKey(_)) => false,
+            Self::State(ChangeError::State(StateError::Revoked(_))) => false,
+            Self::Hsm(_) | Self::Key(_) | Self::Build(_) | Self::State(_) => true,
+        }
+    }
+}
+
 /// The thumbprint of the signer that issues now, hexadecimal.
 #[must_use]
 pub fn current(service: &Service) -> Option<String> {
-    service.signers.load().current().map(|key| HEXLOWER.encode(&key.certificate.thumbprint()))
+    service.signers.load().current_thumbprint().map(str::to_owned)
 }
 
 /// Makes a new signer with a key of its own, whatever the state of the current one is.
@@ -336,6 +382,37 @@ pub fn private_parts(key: &RsaPrivateKey) -> RsaPrivateParts {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use data_encoding::HEXLOWER;
+
+    #[test]
+    fn a_revoked_key_is_nothing_to_go_on_with() {
+        let error = |state| SignerError::State(ChangeError::State(state));
+        assert!(!error(StateError::Revoked("x".to_owned())).leaves_the_key_good());
+        assert!(error(StateError::Invalid("x".to_owned())).leaves_the_key_good());
+    }
+
+    #[test]
+    fn a_certificate_that_cannot_be_read_costs_its_own_signer_only() {
+        let signer = |der: Vec<u8>, current, replaced| state::Signer {
+            thumbprint: HEXLOWER.encode(ring::digest::digest(&ring::digest::SHA256, &der).as_ref()),
+            der,
+            key_id: b"id".to_vec(),
+            not_before: 1,
+            not_after: 2,
+            current,
+            replaced,
+        };
+        let [one, two] = [(); 2].map(|()| crate::service::testing::certificate());
+        let broken = signer(b"broken".to_vec(), true, None);
+        let all = [broken.clone(), signer(one.clone(), false, Some(7)), signer(two, false, Some(9))];
+        let (signers, unreadable) = Signers::new(&all);
+        assert_eq!(unreadable.iter().map(|of| &of.thumbprint).collect::<Vec<_>>(), [&broken.thumbprint]);
+        assert_eq!(signers.certificates().len(), 2);
+        assert!(signers.published().windows(one.len()).any(|part| part == one));
+        // No signature can be made with it, and the next one takes its place.
+        assert!(signers.current().is_none());
+        assert_eq!((signers.current_thumbprint(), signers.first_replaced), (Some(&*broken.thumbprint), Some(7)));
+    }
 
     #[test]
     fn a_key_that_a_member_lacks_for_long_is_replaced_but_not_for_ever() {

@@ -17,6 +17,12 @@ const MARGIN: u64 = 4 * STEP;
 const ROOM_FOR_A_CHANGE: u64 = 2 * STEP;
 /// How long to wait before trying to make it whole again.
 const PAUSE: Duration = Duration::from_secs(5);
+/// How long it is worked on at a time, in steps, while lines wait for the disk; where that is not enough, it goes on after a
+/// shorter pause.
+const AT_A_TIME: Duration = Duration::from_millis(10);
+const SHORT_PAUSE: Duration = Duration::from_millis(100);
+/// How long the start of the daemon is held up by it.
+const AT_THE_START: Duration = Duration::from_secs(2);
 
 /// The reserve. All of it blocks on the disk.
 #[derive(Debug)]
@@ -37,12 +43,15 @@ impl Reserve {
             let _ = std::fs::remove_file(path);
             return reserve;
         }
-        if let Err(error) = reserve.fill() {
-            tracing::warn!(
-                file = %path.display(), %error,
-                "the reserve of the audit trail cannot be allocated: when the disk is full, nothing is released"
-            );
-            reserve.next_try = Some(now + PAUSE);
+        match reserve.fill(AT_THE_START) {
+            Ok(()) => reserve.next_try = (!reserve.is_whole()).then(|| now + SHORT_PAUSE),
+            Err(error) => {
+                tracing::warn!(
+                    file = %path.display(), %error,
+                    "the reserve of the audit trail cannot be allocated: when the disk is full, nothing is released"
+                );
+                reserve.next_try = Some(now + PAUSE);
+            }
         }
         reserve
     }
@@ -88,8 +97,18 @@ impl Reserve {
         {}
     }
 
-    /// Takes back what was given, when the disk has room again; from time to time only.
+    /// When there is something to do for [`Reserve::restore`].
+    pub(super) fn due(&self) -> Option<Instant> {
+        self.next_try.filter(|_| !self.is_whole())
+    }
+
+    /// Takes back what was given, when the disk has room again; from time to time only, and for a moment only: grants wait
+    /// meanwhile.
     pub(super) fn restore(&mut self, now: Instant) {
+        self.restore_within(AT_A_TIME, now);
+    }
+
+    fn restore_within(&mut self, time: Duration, now: Instant) {
         if self.is_whole() || self.next_try.is_some_and(|at| now < at) {
             return;
         }
@@ -102,24 +121,37 @@ impl Reserve {
         if self.file.as_ref().and_then(free).is_some_and(|free| free < self.missing() + MARGIN) {
             return;
         }
-        if self.fill().is_ok() {
-            tracing::info!(file = %self.path.display(), "the reserve of the audit trail is whole again");
+        match self.fill(time) {
+            Ok(()) if self.is_whole() => {
+                tracing::info!(file = %self.path.display(), "the reserve of the audit trail is whole again");
+            }
+            Ok(()) => self.next_try = Some(now + SHORT_PAUSE),
+            Err(_) => {}
         }
     }
 
-    fn fill(&mut self) -> io::Result<()> {
+    /// Allocates step by step until it is whole or the time is over; at least one step.
+    fn fill(&mut self, time: Duration) -> io::Result<()> {
         let file = match self.file.take() {
             Some(file) => file,
             None => OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&self.path)?,
         };
         self.has = file.metadata()?.len().min(self.wanted);
         file.set_len(self.has)?;
-        let filled = allocate(&file, self.has, self.wanted - self.has);
-        if filled.is_ok() {
-            self.has = self.wanted;
-        } else {
-            // What was allocated of it does not help: it is not known how much that is.
-            let _ = file.set_len(self.has);
+        let begun = Instant::now();
+        let mut filled = Ok(());
+        while filled.is_ok() && self.missing() > 0 {
+            let step = self.missing().min(STEP);
+            filled = allocate(&file, self.has, step);
+            if filled.is_ok() {
+                self.has += step;
+            } else {
+                // What was allocated of it does not help: it is not known how much that is.
+                let _ = file.set_len(self.has);
+            }
+            if begun.elapsed() >= time {
+                break;
+            }
         }
         self.file = Some(file);
         filled
@@ -130,8 +162,7 @@ fn allocate(file: &File, from: u64, bytes: u64) -> io::Result<()> {
     if bytes == 0 {
         return Ok(());
     }
-    // From the start: what is there may have holes.
-    match fallocate(file, FallocateFlags::empty(), 0, from + bytes).map_err(io::Error::from) {
+    match fallocate(file, FallocateFlags::empty(), from, bytes).map_err(io::Error::from) {
         // A file system without it: what is written is there, too.
         Err(error) if matches!(error.kind(), ErrorKind::Unsupported | ErrorKind::InvalidInput) => {
             let (zeros, mut file, mut left) = ([0; 64 * 1024], file, bytes);
@@ -172,8 +203,18 @@ mod tests {
         assert!(!reserve.give(now) && allocated() == 0);
         reserve.restore(now);
         assert!(!reserve.is_whole(), "too early");
-        reserve.restore(now + PAUSE);
+        reserve.restore_within(Duration::from_secs(60), now + PAUSE);
         assert!(reserve.is_whole() && allocated() > 2 * STEP);
+        // A step at a time, where there is no time for more; grants are written between two.
+        let mut now = now + PAUSE;
+        while reserve.give(now) {}
+        for missing in [STEP + 1, 1, 0] {
+            now = reserve.due().unwrap();
+            reserve.restore_within(Duration::ZERO, now);
+            assert_eq!((reserve.missing(), std::fs::metadata(&path).unwrap().len()), (missing, 2 * STEP + 1 - missing));
+        }
+        assert_eq!(reserve.due(), None);
+        assert!(allocated() > 2 * STEP);
         // Another size, and none.
         drop(reserve);
         assert!(Reserve::open(&path, STEP, now).is_whole());

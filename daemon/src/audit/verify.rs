@@ -341,3 +341,54 @@ pub fn first_number(mut reader: impl BufRead) -> io::Result<Option<u64>> {
         }
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::audit::chain::Link;
+    use crate::audit::checkpoint::Draft;
+    use crate::service::testing::{certificate, key};
+    use std::time::SystemTime;
+
+    /// A trail of so many records, with the links of its lines.
+    fn trail(records: usize) -> (Vec<u8>, Vec<Link>) {
+        let (mut lines, mut link) = (Vec::new(), Link::default());
+        let links = (0..records).map(|_| {
+            link = link.extend("\"node\"", b"{\"event\":\"release\"}", &mut lines);
+            link
+        });
+        let links = links.collect();
+        (lines, links)
+    }
+
+    /// What is found when a checkpoint follows that covers the line `covered`.
+    fn report((lines, links): &(Vec<u8>, Vec<Link>), covered: u64, certificate: &Certificate) -> Report {
+        let draft = Draft::new(links[covered as usize - 1], covered, "node", SystemTime::now());
+        let signature = key().sign(SignatureAlgorithm::DEFAULT, &draft.message()).unwrap();
+        let (body, mut trail) = (draft.line("request", certificate, &signature).to_string(), lines.clone());
+        links[links.len() - 1].extend("\"node\"", body.as_bytes(), &mut trail);
+        let mut verifier = Verifier::new(vec![certificate.clone()]);
+        verifier.read("audit.jsonl", &trail[..]).unwrap();
+        verifier.finish()
+    }
+
+    #[test]
+    fn a_checkpoint_covers_a_line_as_far_back_as_is_remembered_and_no_further() {
+        let certificate = Certificate::parse(&certificate()).unwrap();
+        // The checkpoint itself is remembered, too.
+        let records = REMEMBERED + 9;
+        let oldest = (records + 2 - REMEMBERED) as u64;
+        let trail = trail(records);
+        let found = report(&trail, oldest, &certificate);
+        assert_eq!((&found.fault, found.last), (&None, Some(records as u64 + 1)), "{found:?}");
+        assert_eq!(found.signed.unwrap().line, oldest);
+        assert_eq!(found.unsigned, records as u64 - oldest);
+
+        // One line before that cannot be compared with what was signed: it is not proven, and that is said.
+        let found = report(&trail, oldest - 1, &certificate);
+        let fault = found.fault.unwrap();
+        assert!(fault.what.contains("too far back"), "{fault:?}");
+        assert_eq!((found.signed, fault.line), (None, records as u64 + 1));
+    }
+}

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use claviger_hsm::standstill;
-use crossbeam::channel::Receiver;
+use crossbeam::channel::{Receiver, RecvTimeoutError};
 use tokio::sync::oneshot;
 
 use super::chain::Link;
@@ -114,7 +114,21 @@ impl Writer {
     }
 
     pub(super) fn run(mut self, waiting: &Receiver<Job>) {
-        while let Ok(first) = waiting.recv() {
+        loop {
+            let first = match self.reserve.due() {
+                Some(due) => waiting.recv_timeout(due.saturating_duration_since(standstill::now())),
+                None => waiting.recv().map_err(RecvTimeoutError::from),
+            };
+            let first = match first {
+                Ok(first) => first,
+                Err(RecvTimeoutError::Timeout) => {
+                    self.at_the_disk(|writer| writer.reserve.restore(standstill::now()));
+                    self.head.reserve_missing = self.reserve.missing();
+                    *self.shown.head.lock().unwrap_or_else(PoisonError::into_inner) = self.head;
+                    continue;
+                }
+                Err(RecvTimeoutError::Disconnected) => return,
+            };
             let (mut lines, mut reopen) = (Vec::new(), None);
             for job in std::iter::once(first).chain(waiting.try_iter()) {
                 match job {

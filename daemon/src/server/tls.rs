@@ -225,7 +225,7 @@ mod tests {
 
         fn settings(&self, certificate: &str, key: &str) -> Tls {
             let [certificate, key] = [certificate, key].map(|name| self.0.path().join(name));
-            Tls { certificate, key, client_ca: None, client_required: false, client_is_host: false }
+            Tls::new(certificate, key)
         }
 
         fn doubts(&self, name: &str) -> Vec<String> {

@@ -62,7 +62,8 @@ impl State {
     /// Adds an attestation signer, which becomes the current one in place of the one that `replaces` names, as of `now`.
     ///
     /// # Errors
-    /// [`StateError::Invalid`] for an empty field or validity, [`StateError::Conflict`] when it is there already, or the
+    /// [`StateError::Invalid`] for an empty field or validity, [`StateError::Revoked`] when it or another one of its key was
+    /// revoked, [`StateError::Conflict`] when it is there already, or the
     /// current one is another one: somebody else has made a new one meanwhile, and that one is to be used.
     pub fn add_signer(&mut self, new: &NewSigner<'_>, replaces: Option<&str>, now: i64) -> Result<Signer, StateError> {
         check_der("an attestation signer's certificate", new.der)?;
@@ -80,6 +81,13 @@ impl State {
             replaced: None,
         };
         self.write(|transaction| {
+            if is_revoked(transaction, &added.der)? {
+                return Err(StateError::Revoked(format!(
+                    "the attestation signer {}, or another one of its key, is revoked",
+                    added.thumbprint
+                ))
+                .into());
+            }
             let sql = "SELECT 1 FROM attestation_signers WHERE thumbprint = ?1";
             if one::<i64>(transaction, sql, [&added.thumbprint])?.is_some() {
                 return Err(StateError::Conflict(format!(
@@ -248,6 +256,15 @@ mod tests {
         assert_eq!(state.revoke_signer(&four, true, 33).unwrap(), std::slice::from_ref(&four));
         assert!(state.signers().unwrap().iter().all(|signer| !signer.current));
         assert_eq!(state.revoked_signers().unwrap()[0].thumbprint, four);
+        // None of them comes back, nor does another certificate of the same key.
+        let again = |state: &mut State, der: &[u8]| {
+            state.add_signer(&NewSigner { der, key_id: b"d", not_before: 10, not_after: 20 }, None, 34)
+        };
+        assert!(matches!(again(&mut state, b"four"), Err(StateError::Revoked(_))));
+        let [one, two] = [(); 2].map(|()| crate::service::testing::certificate());
+        let added = again(&mut state, &one).unwrap().thumbprint;
+        state.revoke_signer(&added, true, 35).unwrap();
+        assert!(matches!(again(&mut state, &two), Err(StateError::Revoked(_))), "a certificate of a revoked key");
     }
 
     #[test]
