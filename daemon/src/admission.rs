@@ -368,6 +368,15 @@ impl Admission {
         self.attestations.turn(from, attempt.deadline(), attempt.caller()).await.map_err(Declined::attestation)
     }
 
+    /// What the buckets of a host at its network lack: for its releases, for what failed early, and the network's own for
+    /// strangers.
+    #[cfg(test)]
+    pub(crate) fn charged(&self, from: &HostAt) -> [u32; 3] {
+        let limits = self.limits.load();
+        let strangers = from.network.as_ref().map_or(0, |network| limits.strangers.missing(network));
+        [limits.hosts.missing(from), limits.early.missing(from), strangers]
+    }
+
     /// Holds back the answer to a caller that asks too fast.
     pub async fn hold_back(&self) {
         if let Ok(_held) = self.held_back.try_acquire() {

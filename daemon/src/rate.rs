@@ -61,6 +61,12 @@ impl<K: Clone + Eq + Hash> Rate<K> {
         }
     }
 
+    /// How many tokens the bucket lacks, those that it owes included.
+    #[cfg(test)]
+    pub(super) fn missing(&self, key: &K) -> u32 {
+        self.buckets.as_ref().map_or(0, |buckets| lock(buckets).missing(key, standstill::now()))
+    }
+
     /// Gives one token back.
     pub(crate) fn give_back(&self, key: &K) {
         if let Some(buckets) = &self.buckets {

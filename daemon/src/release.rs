@@ -12,6 +12,8 @@ mod decision;
 pub mod hsm;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -256,7 +258,7 @@ impl Grant {
 /// Does what takes long when the input of `octets` is large, without keeping a thread of the runtime from other requests.
 /// A usual protector, of a few wrappings, takes less time than it takes to make way.
 pub(crate) fn aside<T>(octets: usize, work: impl FnOnce() -> T) -> T {
-    if octets > LARGE { tokio::task::block_in_place(work) } else { work() }
+    if octets > LARGE { strangers::in_place(work) } else { work() }
 }
 
 /// Step 2: who asks, if it is a registered host that proved its health.

@@ -412,6 +412,10 @@ async fn finish_attestation(
         _ => Decision::of(result.as_ref().err().map(|refused| refused.reply.status()), attempt.known),
     };
     let mut entry = attempt.entry("attest", outcome);
+    if result.is_err() {
+        // It may have been issued for a host that is not registered any more.
+        entry.health_serial = None;
+    }
     let recorded = service.audit.decided(&entry, what, attempt.deadline()).await;
     let (outcome, answer) = match result {
         _ if !recorded => {

@@ -15,6 +15,11 @@ static TURNS: LazyLock<Semaphore> =
 pub(crate) async fn aside<T>(work: impl FnOnce() -> T) -> T {
     // Never closed, so an error cannot come.
     let _turn = TURNS.acquire().await;
+    in_place(work)
+}
+
+/// Does `work` at once, without keeping a thread of the runtime from other requests where it has others.
+pub(crate) fn in_place<T>(work: impl FnOnce() -> T) -> T {
     match Handle::current().runtime_flavor() {
         RuntimeFlavor::CurrentThread => work(),
         _ => tokio::task::block_in_place(work),

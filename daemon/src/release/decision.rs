@@ -30,6 +30,10 @@ pub async fn decide(
     let what = Decision::of(result.as_ref().err().map(|refusal| refusal.code.status()), attempt.known);
     let mut entry = attempt.entry("release", outcome(&result));
     entry.api = Some(api.as_str());
+    if result.is_err() {
+        // It may have been made for a grant that no longer holds.
+        entry.egress = None;
+    }
     let decided = if service.audit.decided(&entry, what, attempt.deadline()).await {
         result
     } else {

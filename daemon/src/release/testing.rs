@@ -128,17 +128,10 @@ impl SoftwareHsm {
         desk.asked.fetch_add(1, Ordering::Relaxed);
         let incident = desk.planned.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
         let key = self.0.keys.get(key).ok_or_else(|| unavailable("there is no such key"))?;
-        let mut value = work(key).ok_or(DecryptError::Rejected)?;
+        let mut is_wrong = false;
         match incident {
             Some(Incident::Fails) => return Err(unavailable("the failure that was planned").into()),
-            Some(Incident::IsWrong) => {
-                value[0] ^= 1;
-                // A cluster would find out that its member is to blame.
-                return match check(&value) {
-                    true => Ok(done(value)),
-                    false => Err(unavailable("the HSM gives wrong answers").into()),
-                };
-            }
+            Some(Incident::IsWrong) => is_wrong = true,
             Some(Incident::Takes(time)) => {
                 let slept = standstill::timeout_at(deadline, tokio::time::sleep(time)).await;
                 slept.map_err(|_| unavailable("deadline passed"))?;
@@ -146,7 +139,14 @@ impl SoftwareHsm {
             Some(Incident::Meanwhile(happens)) => happens(),
             None => {}
         }
-        if check(&value) { Ok(done(value)) } else { Err(DecryptError::Rejected) }
+        let mut value = work(key).ok_or(DecryptError::Rejected)?;
+        value[0] ^= u8::from(is_wrong);
+        match check(&value) {
+            true => Ok(done(value)),
+            // A cluster finds out that its member is to blame.
+            false if is_wrong => Err(unavailable("the HSM gives wrong answers").into()),
+            false => Err(DecryptError::Rejected),
+        }
     }
 }
 
@@ -207,6 +207,12 @@ static PARTIES: LazyLock<Parties> = LazyLock::new(|| {
     Parties { owner, guardian, signer, signer_certificate, host: generate(), identity: generate() }
 });
 
+/// The keys of every [`Stage`]'s service.
+#[must_use]
+pub fn guardian() -> &'static Owner {
+    &PARTIES.guardian
+}
+
 fn generate() -> RsaPrivateKey {
     RsaPrivateKey::generate(2048).unwrap()
 }
@@ -246,7 +252,8 @@ impl Stage {
         service.with_state(|state| {
             for (kind, key, certificate) in keys {
                 let (key_id, spki) = (&key_id(key.public()), key.public().spki_der());
-                let new = NewCertificate { kind, der: certificate.der(), key_id, spki, primary: true };
+                // Not primary: nobody asks for metadata, and tests disable them.
+                let new = NewCertificate { kind, der: certificate.der(), key_id, spki, primary: false };
                 state.add_certificate(&new, unix_now()).unwrap();
             }
             let new = NewSigner {
@@ -275,7 +282,7 @@ impl Stage {
     /// The service's own keys, as a tenant has its own.
     #[must_use]
     pub fn guardian(&self) -> &'static Owner {
-        &PARTIES.guardian
+        guardian()
     }
 
     /// What the service publishes of itself.
