@@ -300,8 +300,13 @@ impl Stage {
     /// A health certificate (DER) of the registered host that was issued at `now`.
     #[must_use]
     pub fn health_certificate(&self, now: i64) -> Vec<u8> {
+        self.health_certificate_of(ResultType::EncryptionCertificate, now)
+    }
+
+    /// The same with another use of the identity key.
+    #[must_use]
+    pub fn health_certificate_of(&self, content: ResultType, now: i64) -> Vec<u8> {
         let Parties { signer, signer_certificate, host, identity, .. } = &*PARTIES;
-        let content = ResultType::EncryptionCertificate;
         let issued = health::issue(signer_certificate, HOST, host.public(), identity.public(), content, now);
         issued.unwrap().sign_with(signer).unwrap()
     }

@@ -62,6 +62,11 @@ fn host() -> HostAt {
     HostAt::new(HOST, &attempt())
 }
 
+/// Lets the host owe so many tokens that none comes back while a test runs. The host's rate has to be 1.
+fn exhaust_rate(service: &Service) {
+    service.admission.charge_decryptions(&host(), usize::MAX);
+}
+
 /// One release, not decided yet.
 async fn asked(stage: &Stage, body: &[u8], attempt: &mut Attempt) -> Result<Grant, Refusal> {
     roll(&stage.service, &stage.hsm, ApiVersion::V2, body, attempt).await

@@ -1,6 +1,8 @@
 //! What fails first decides the answer, as section 2.1 of the protocol page says.
 
 use super::*;
+use crate::config::Tls;
+use claviger_protocol::health::ResultType;
 
 /// Something that is wrong with a request, or with the service at its time.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -71,7 +73,7 @@ const AT_THE_HSMS: usize = 9;
 /// The refusal of a request with these defects, and how often the HSMs were asked to decrypt and to sign.
 async fn refusal(defects: &[Defect]) -> (Refusal, [usize; 2]) {
     let has = |defect| defects.contains(&defect);
-    let (_folder, stage) = stage_with(|config| config.release.host_burst = 1);
+    let (_folder, stage) = stage_with(|config| config.release.host_rate = 1);
     let Stage { service, hsm, .. } = &stage;
 
     let protector = protector(&stage, &has);
@@ -96,7 +98,7 @@ async fn refusal(defects: &[Defect]) -> (Refusal, [usize; 2]) {
         }
     }
     if has(Rate) {
-        service.admission.within_rate(&host()).unwrap();
+        exhaust_rate(service);
     }
     if has(NotDecrypted) {
         hsm.plan(Operation::Decrypt, Incident::Fails);
@@ -168,4 +170,57 @@ async fn of_two_defects_the_first_one_decides() {
 #[tokio::test]
 async fn the_ways_in_which_a_transport_key_is_wrong_are_told_alike() {
     assert_eq!(refusal(&[Garbled]).await, refusal(&[WrongKey]).await);
+}
+
+#[tokio::test]
+async fn a_health_certificate_is_refused_before_the_protector_is_read() {
+    let now = unix_now();
+    type Change = fn(&Stage);
+    let cases: [(&str, i64, ResultType, Change); 7] = [
+        ("is out of date", now - 9 * 3600, ResultType::EncryptionCertificate, |_| {}),
+        ("is not valid yet", now + 3600, ResultType::EncryptionCertificate, |_| {}),
+        ("is for signatures", now, ResultType::SigningCertificate, |_| {}),
+        ("has a signer that was revoked", now, ResultType::EncryptionCertificate, |stage| {
+            Withdrawal::Signer.set(&stage.service, true);
+        }),
+        ("is of a host that was disabled", now, ResultType::EncryptionCertificate, |stage| {
+            Withdrawal::Host.set(&stage.service, true);
+        }),
+        ("is of a host that has another key by now", now, ResultType::EncryptionCertificate, |stage| {
+            change(&stage.service, |state| state.remove_host(HOST));
+            change(&stage.service, |state| state.add_host(HOST, b"another key", &Labels::default(), 1));
+        }),
+        ("is of another host than the client certificate", now, ResultType::EncryptionCertificate, |stage| {
+            configure(&stage.service, |config| {
+                config.server.tls = Some(Tls { client_is_host: true, ..Tls::new("certificate", "key") });
+            });
+        }),
+    ];
+    for (what, issued, content, change) in cases {
+        let (_folder, stage) = stage();
+        change(&stage);
+        let health_certificate = stage.health_certificate_of(content, issued);
+        let request = RollRequest { health_certificate, ..stage.request(b"no protector") };
+        let mut attempt = attempt();
+        let refusal = asked(&stage, &request.to_xml(), &mut attempt).await.unwrap_err();
+        assert_eq!(refusal.code, Code::HealthCertificate, "{what}: {refusal:?}");
+        assert!(!attempt.known, "{what}");
+    }
+}
+
+#[tokio::test]
+async fn a_known_host_is_refused_for_its_rate_before_a_large_request_is_read() {
+    let (_folder, stage) = stage_with(|config| config.release.host_rate = 1);
+    let request = stage.request(&stage.protector()).to_xml();
+    assert!(released(&stage, &request).await.is_ok(), "the host is not known");
+    exhaust_rate(&stage.service);
+    // What is not read may be anything, as long as the health certificate can be found.
+    let unread = "junk ".repeat(4_000) + std::str::from_utf8(&request).unwrap();
+    let charged = stage.service.admission.charged(&host());
+    let mut attempt = attempt();
+    let refusal = asked(&stage, unread.as_bytes(), &mut attempt).await.unwrap_err();
+    assert_eq!(refusal.code, Code::TooManyRequests);
+    assert_eq!((attempt.host.as_deref(), attempt.known), (Some(HOST), true));
+    assert_eq!(stage.service.admission.charged(&host())[1..], charged[1..], "a refusal for its rate costs nothing");
+    assert_eq!(stage.hsm.asked(Operation::Decrypt), 1);
 }

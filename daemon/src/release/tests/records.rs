@@ -128,15 +128,18 @@ async fn a_refusal_to_a_host_has_one_line_that_says_how_far_it_came() {
 
 #[tokio::test]
 async fn what_fails_or_comes_from_strangers_is_counted_once() {
-    let (_folder, stage) = stage_with(|config| config.release.host_burst = 1);
+    let (_folder, stage) = stage_with(|config| config.release.host_rate = 1);
     let request = stage.request(&stage.protector()).to_xml();
     let mut requests = Vec::new();
     stage.hsm.plan(Operation::Decrypt, Incident::Fails);
     for (body, code) in [
         (&request[..], Code::ServiceUnavailable),
-        (&request[..], Code::TooManyRequests),
         (&b"<nothing/>"[..], Code::InvalidRequest),
+        (&request[..], Code::TooManyRequests),
     ] {
+        if code == Code::TooManyRequests {
+            exhaust_rate(&stage.service);
+        }
         let (result, attempt) = decided(&stage, body).await;
         assert_eq!(result.unwrap_err().code, code);
         requests.push(attempt.request);
