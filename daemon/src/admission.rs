@@ -18,7 +18,7 @@
 //! A release may be refused early, before it is read, when it is clear already that it would not be let in: most of what a
 //! storm costs is the refusing.
 //!
-//! Every refusal says when to come again. `queue` and [`Rate`] decide, as plain values; `turns` waits and wakes.
+//! Every refusal says when to come again. `queue` and the rates decide, as plain values; `turns` waits and wakes.
 
 mod pace;
 mod queue;
