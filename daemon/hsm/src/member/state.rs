@@ -174,6 +174,8 @@ pub(crate) struct Machine {
     /// How often a fault took it down.
     closings: u64,
     has_been_up: bool,
+    /// An attempt has failed since it went down.
+    attempted_in_vain: bool,
     /// When it last failed, if nothing came back since.
     doubt: Option<Instant>,
 }
@@ -194,6 +196,7 @@ impl Machine {
             last_error: None,
             closings: 0,
             has_been_up: false,
+            attempted_in_vain: false,
             doubt: None,
         }
     }
@@ -215,10 +218,11 @@ impl Machine {
         matches!(self.state, State::Starting | State::Up | State::Draining | State::Drained)
     }
 
-    /// Since when a member that has served is on its way back after a fault.
+    /// Since when a member that has served is on its way back after a fault. Not any more once a fresh worker has failed, too: the
+    /// fault was not the worker's.
     pub(crate) fn returning_since(&self) -> Option<Instant> {
-        let returning = self.has_been_up && matches!(self.state, State::Down { .. } | State::Starting);
-        returning.then_some(self.down_since)
+        let coming = matches!(self.state, State::Down { .. } | State::Starting);
+        (self.has_been_up && coming && !self.attempted_in_vain).then_some(self.down_since)
     }
 
     /// Applies an event; whether it changed the state.
@@ -270,6 +274,7 @@ impl Machine {
         }
         self.since = SystemTime::now();
         self.down_since = now;
+        self.attempted_in_vain = false;
         self.closings += 1;
         let state = self.state(0);
         warn!(
@@ -353,6 +358,7 @@ impl Machine {
             );
         }
         self.blame(failure);
+        self.attempted_in_vain = true;
         self.breaker.probe_failed(now, fastrand::f64());
         self.step(Event::AttemptFailed);
     }
