@@ -177,6 +177,8 @@ struct Limits {
     early: Rate<HostAt>,
     attesting: Rate<HostAt>,
     strangers: Rate<Network>,
+    /// Documents, and answers that need no look at who asks.
+    documents: Rate<Network>,
 }
 
 impl Limits {
@@ -187,6 +189,7 @@ impl Limits {
             early: Rate::new(release.refused_rate, release.refused_burst),
             attesting: Rate::new(attest.host_rate, attest.host_burst),
             strangers: Rate::new(config.server.stranger_rate, config.server.stranger_burst),
+            documents: Rate::new(config.server.document_rate, config.server.document_burst),
         }
     }
 }
@@ -253,6 +256,7 @@ impl Admission {
         limits.early.inherit(&before.early);
         limits.attesting.inherit(&before.attesting);
         limits.strangers.inherit(&before.strangers);
+        limits.documents.inherit(&before.documents);
         self.limits.store(Arc::new(limits));
         self.releases.set_limit(config.release.queue);
         self.attestations.set_limit(config.release.queue);
@@ -335,11 +339,12 @@ impl Admission {
         }
     }
 
-    /// Waits until it is a release's turn. A future that is dropped leaves the queue.
+    /// Waits until it is the turn of a release that is within its host's rate. A future that is dropped leaves the queue.
     ///
     /// # Errors
     /// `ServiceUnavailableException`.
     pub async fn turn(&self, from: &HostAt, attempt: &Attempt) -> Result<Permit, Refusal> {
+        attempt.proved();
         self.releases.turn(from, attempt.deadline(), attempt.caller()).await.map_err(Declined::release)
     }
 
@@ -366,6 +371,14 @@ impl Admission {
     /// There is none in time; counted.
     pub async fn attestation_turn(&self, from: &HostAt, attempt: &Attempt) -> Result<Permit, Declined> {
         self.attestations.turn(from, attempt.deadline(), attempt.caller()).await.map_err(Declined::attestation)
+    }
+
+    /// Whether one more document may be given to an address; it counts.
+    ///
+    /// # Errors
+    /// It asks too fast: in how many seconds it may come again.
+    pub fn document(&self, network: Network) -> Result<(), u16> {
+        self.limits.load().documents.take(&network).map_err(whole_seconds)
     }
 
     /// What the buckets of a host at its network lack: for its releases, for what failed early, and the network's own for

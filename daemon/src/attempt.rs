@@ -16,7 +16,7 @@ use crate::audit::Entry;
 use crate::config::Release;
 use crate::metrics::Spent;
 use crate::network::Network;
-use crate::server::ClientCertificate;
+use crate::server::{ClientCertificate, Origin};
 
 /// A request in progress.
 #[derive(Debug)]
@@ -27,6 +27,8 @@ pub struct Attempt {
     pub by: Option<Peer>,
     /// The address that a release or an attestation came from, as the connection says.
     pub address: Option<IpAddr>,
+    /// The connection that it came on.
+    connection: Option<Origin>,
     /// The certificate that the client showed in its TLS handshake.
     pub client: Option<Arc<ClientCertificate>>,
     /// The registered name of the host, once it is known.
@@ -108,6 +110,7 @@ impl Attempt {
             request,
             by: None,
             address: None,
+            connection: None,
             client: None,
             host: None,
             known: false,
@@ -143,6 +146,19 @@ impl Attempt {
         Self { address, ..self }
     }
 
+    /// The same, on a connection.
+    #[must_use]
+    pub fn on(self, connection: Option<Origin>) -> Self {
+        Self { connection, ..self }
+    }
+
+    /// Its host has proved itself, and is within its rate: the connection is a host's.
+    pub fn proved(&self) {
+        if let Some(connection) = &self.connection {
+            connection.proved();
+        }
+    }
+
     /// The same, from a client with this certificate.
     #[must_use]
     pub fn with_client(self, client: Option<Arc<ClientCertificate>>) -> Self {
@@ -157,12 +173,13 @@ impl Attempt {
     /// An item of this request, numbered from 1, that is decided by itself.
     #[must_use]
     pub fn item(&self, number: usize) -> Self {
-        let caller = self.caller.clone();
+        let (caller, connection) = (self.caller.clone(), self.connection.clone());
         let request = format!("{}.{number}", self.request);
         let (host, known, address) = (self.host.clone(), self.known, self.address);
         let (started, deadline) = (self.started, self.deadline);
         let (identity_key, health_serial) = (self.identity_key.clone(), self.health_serial.clone());
-        Self { host, known, address, identity_key, health_serial, started, deadline, caller, ..Self::new(request) }
+        let of_caller = Self { known, address, connection, caller, ..Self::new(request) };
+        Self { host, identity_key, health_serial, started, deadline, ..of_caller }
     }
 
     /// The network that it came from.

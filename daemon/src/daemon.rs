@@ -190,6 +190,7 @@ impl Daemon {
         };
         let of = service.clone();
         let handler = service_fn(move |request| routes::serve(of.clone(), request));
+        let listener = listener.behind(service.gate.clone());
         let serving = tokio::spawn(server::run(listener, tls.clone(), limits.clone(), handler, wait(stopped.clone())));
 
         let monitor = Arc::new(Monitor::new(service.clone(), handle, tls.clone(), limits.max_connections, blocked));

@@ -111,7 +111,7 @@ metrics! {
     CONNECTIONS_LIMIT: GaugeReading Count "claviger_connections_limit" []
         "Connections to the service address that may be open.";
     CONNECTIONS_CUT: Counter Count "claviger_connections_cut_total" ["reason"]
-        "Connections to the service address that were closed before their client wanted it: its place was needed (room), its address has too many (address), no request (silent), a slow header or handshake (header), answers not read (unread), requests given up (resets).";
+        "Connections to the service address that were closed before their client wanted it: its place was needed (room), its address has too many (address), no request (silent), a slow header or handshake (header), answers not read (unread), requests given up (resets), its address opens connections or asks for documents too fast (rate).";
     BODIES_REFUSED: Counter Count "claviger_bodies_refused_total" ["reason"]
         "Bodies of requests that were not taken: no memory (all), too much of one connection or address (connection, address), gave way to others while it arrived slowly (gave_way), too slow (slow), too long (too_large), a batch beyond the size of a single release before its health certificate was found right (unproven).";
     BODY_MEMORY: GaugeReading Bytes "claviger_body_memory_bytes" []

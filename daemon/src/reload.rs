@@ -78,6 +78,10 @@ async fn reload(file: &Path, service: &Arc<Service>, tls: Option<&SharedTls>) ->
     next.attest.clone_from(&config.attest);
     next.server.stranger_rate = config.server.stranger_rate;
     next.server.stranger_burst = config.server.stranger_burst;
+    next.server.document_rate = config.server.document_rate;
+    next.server.document_burst = config.server.document_burst;
+    next.server.connection_rate = config.server.connection_rate;
+    next.server.connection_burst = config.server.connection_burst;
     next.release.queue = config.release.queue;
     next.release.max_offline_unwraps = config.release.max_offline_unwraps;
     next.server.body_timeout_ms = config.server.body_timeout_ms;
@@ -86,6 +90,7 @@ async fn reload(file: &Path, service: &Arc<Service>, tls: Option<&SharedTls>) ->
     next.server.body_memory_per_address_mib = config.server.body_memory_per_address_mib;
     service.bodies.change(&next.server);
     service.admission.change(&next);
+    service.gate.change(next.server.connection_rate, next.server.connection_burst);
     members(&config, &mut next, service).await;
     service.admission.resize(&next, next.hsm.iter().map(|hsm| hsm.sessions).sum());
     let waiting = differences(&config, &next);

@@ -2,7 +2,7 @@
 
 use std::convert::Infallible;
 use std::net::{IpAddr, Ipv4Addr};
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -96,6 +96,10 @@ impl Asked {
         let path = path.to_ascii_lowercase();
         let found = RESOURCES.iter().find(|(known, ..)| *known == path);
         Self { family: Family::of(&path), resource: found.map(|(_, method, endpoint)| (method, *endpoint)) }
+    }
+
+    fn is(self, endpoint: Endpoint) -> bool {
+        self.resource.is_some_and(|(_, resource)| resource == endpoint)
     }
 
     /// What it is called in the metrics.
@@ -205,9 +209,19 @@ pub async fn serve(service: Arc<Service>, request: Request<Incoming>) -> Result<
     let id = request_id();
     let asked = Asked::of(request.uri().path());
     let address = request.extensions().get::<Peer>().map(|peer| peer.0.ip());
+    let origin = request.extensions().get::<Origin>().cloned();
+    let quick = match quick(&service, asked, &request) {
+        Some(quick) => rationed(&service, asked, address, origin.as_ref(), quick).await,
+        None => None,
+    };
+    if let Some(answer) = quick {
+        metrics::response(asked.name(), answer.status);
+        return Ok(answer.into_response(&id));
+    }
     let client = request.extensions().get::<Arc<ClientCertificate>>().cloned();
     let (caller, _present) = Caller::new();
-    let mut attempt = Attempt::new(id.clone()).sent_from(address).asked_by(caller).with_client(client);
+    let mut attempt =
+        Attempt::new(id.clone()).sent_from(address).asked_by(caller).with_client(client).on(origin.clone());
     attempt.answer_within(service.config.load().release.deadline());
     // What is logged of the request has its id, wherever it is logged.
     let span = error_span!("request", request = id);
@@ -222,11 +236,77 @@ pub async fn serve(service: Arc<Service>, request: Request<Incoming>) -> Result<
     };
     metrics::response(asked.name(), answer.status);
     if answer.status == 429 {
+        origin.iter().for_each(Origin::turn_away);
         // Everything that the request held is free by now.
         service.admission.hold_back().await;
     }
     Ok(answer.into_response(&id))
 }
+
+/// A request that needs no look at who asks.
+enum Quick {
+    /// Its answer costs next to nothing.
+    Answer(Answer),
+    /// The metadata document has to be signed first.
+    Unsigned,
+}
+
+/// What is answered without a task of its own: documents, and what is wrong with a request before its body. `None`: it is work.
+fn quick(service: &Service, asked: Asked, request: &Request<Incoming>) -> Option<Quick> {
+    let family = asked.family;
+    let Some((method, endpoint)) = asked.resource else {
+        return Some(Quick::Answer(family.error(Code::NotFound, "there is no such resource")));
+    };
+    // HEAD is GET without the body, which hyper leaves out.
+    let with = if request.method() == Method::HEAD { &Method::GET } else { request.method() };
+    if with != method {
+        let answer = family.error(Code::MethodNotAllowed, &format!("this resource has only {method}"));
+        return Some(Quick::Answer(Answer { allow: Some(method.clone()), ..answer }));
+    }
+    let document = match endpoint {
+        Endpoint::Metadata => match service.keys.load().signed_metadata() {
+            Some(document) => Answer::ok(XML, document),
+            None => return Some(Quick::Unsigned),
+        },
+        Endpoint::SigningCertificates => Answer::ok(PKCS7, service.signers.load().published()),
+        Endpoint::GetInfo => Answer::ok(JSON, INFORMATION.clone()),
+        Endpoint::Roll(_) | Endpoint::RollBatch | Endpoint::HostKeyAttest | Endpoint::OtherMode => {
+            let message = acceptable(request.headers(), family.media_types()).err()?;
+            family.error(Code::UnsupportedMediaType, &message)
+        }
+    };
+    Some(Quick::Answer(document))
+}
+
+/// The answer to such a request, as far as its address may have it. `None`: it may, and there is work to do for it. Beyond its
+/// rate, information, which load balancers ask for, comes a moment later, and anything else is refused.
+async fn rationed(
+    service: &Service,
+    asked: Asked,
+    address: Option<IpAddr>,
+    origin: Option<&Origin>,
+    quick: Quick,
+) -> Option<Answer> {
+    let within = address.map_or(Ok(()), |address| service.admission.document(Network::of(address)));
+    let Err(retry_after) = within else {
+        return match quick {
+            Quick::Answer(answer) => Some(answer),
+            Quick::Unsigned => None,
+        };
+    };
+    origin.into_iter().for_each(Origin::turn_away);
+    service.admission.hold_back().await;
+    match quick {
+        Quick::Answer(answer) if asked.is(Endpoint::GetInfo) => Some(answer),
+        _ => {
+            let refusal = asked.family.error(Code::TooManyRequests, "this address asks for too much; try again");
+            Some(Answer { retry_after, ..refusal })
+        }
+    }
+}
+
+/// What the service is, as it is told to everybody.
+static INFORMATION: LazyLock<Bytes> = LazyLock::new(|| ServiceInfoReply::new(OperationMode::HostKey).to_json().into());
 
 /// Makes a task of the work on a request. The future is never part of the one that waits for the task, which there may be
 /// thousands of.
@@ -258,21 +338,12 @@ async fn answer(service: Arc<Service>, request: Request<Incoming>, asked: Asked,
         // Nobody will read it: what a client takes back at once is not to cost more than that.
         return family.error(Code::ServiceUnavailable, "the caller went away");
     }
-    let Some((method, endpoint)) = asked.resource else {
-        return family.error(Code::NotFound, "there is no such resource");
+    let endpoint = match asked.resource {
+        Some((_, Endpoint::Metadata)) => return metadata(&service).await,
+        Some((_, endpoint)) => endpoint,
+        // Answered before.
+        None => return family.error(Code::NotFound, "there is no such resource"),
     };
-    // HEAD is GET without the body, which hyper leaves out.
-    let with = if request.method() == Method::HEAD { &Method::GET } else { request.method() };
-    if with != method {
-        let answer = family.error(Code::MethodNotAllowed, &format!("this resource has only {method}"));
-        return Answer { allow: Some(method.clone()), ..answer };
-    }
-    if method == Method::GET {
-        return document(&service, endpoint).await;
-    }
-    if let Err(message) = acceptable(request.headers(), family.media_types()) {
-        return family.error(Code::UnsupportedMediaType, &message);
-    }
     // Held until the request is answered, whether its client waits for that or not.
     let origin = request.extensions().get::<Origin>().cloned();
     let room = match room_for(&service, &request, origin.as_ref()) {
@@ -295,7 +366,7 @@ async fn answer(service: Arc<Service>, request: Request<Incoming>, asked: Asked,
         Endpoint::Roll(api) => roll(&service, api, &body, attempt).await,
         Endpoint::RollBatch => roll_batch(&service, &body, attempt).await,
         Endpoint::HostKeyAttest => attest(&service, &body, attempt).await,
-        _ => other_mode(&service, &attempt).await,
+        _ => other_mode(&service, body.len(), &attempt).await,
     };
     drop(body);
     Answer { body: room.for_answer(answer.body), ..answer }
@@ -358,15 +429,11 @@ async fn body_of(
     Ok(body)
 }
 
-/// The resources that are read.
-async fn document(service: &Service, endpoint: Endpoint) -> Answer {
-    match endpoint {
-        Endpoint::Metadata => match service.keys.load().metadata(service).await {
-            Ok(document) => Answer::ok(XML, document),
-            Err(refusal) => Answer::refused(&refusal),
-        },
-        Endpoint::SigningCertificates => Answer::ok(PKCS7, service.signers.load().published()),
-        _ => Answer::ok(JSON, ServiceInfoReply::new(OperationMode::HostKey).to_json()),
+/// The metadata document, for which HSMs may have to sign.
+async fn metadata(service: &Service) -> Answer {
+    match service.keys.load().metadata(service).await {
+        Ok(document) => Answer::ok(XML, document),
+        Err(refusal) => Answer::refused(&refusal),
     }
 }
 
@@ -393,9 +460,13 @@ async fn attest(service: &Service, body: &[u8], mut attempt: Attempt) -> Answer 
     finish_attestation(service, &attempt, granted).await
 }
 
-async fn other_mode(service: &Service, attempt: &Attempt) -> Answer {
+async fn other_mode(service: &Service, bytes: usize, attempt: &Attempt) -> Answer {
     let reply = ErrorReply::OperationMode { expected: OperationMode::HostKey };
-    let refused = Refused::new(reply, "this service attests host keys");
+    let refused = match service.admission.stranger_may_attest(attempt) {
+        Ok(()) => Refused::new(reply, "this service attests host keys"),
+        Err(declined) => declined.into(),
+    };
+    service.admission.charge_stranger(attempt, bytes, Work::default());
     finish_attestation(service, attempt, Err(refused)).await
 }
 

@@ -13,7 +13,9 @@
 mod activity;
 mod body;
 mod client_certificate;
+mod congestion;
 mod connection;
+mod gate;
 pub(crate) mod places;
 #[cfg(test)]
 mod tests;
@@ -44,6 +46,7 @@ use crate::throttle::Throttle;
 pub(crate) use self::activity::Cut;
 pub use self::body::{BodyError, Intake, Pace, UpTo, read_body};
 pub use self::client_certificate::ClientCertificate;
+pub use self::gate::Gate;
 pub use self::tls::{Doubt, ServerTls, SharedTls, TlsError, tls_config};
 
 /// Most connections that the kernel holds for us before we accept them; it may itself allow fewer (`somaxconn`).
@@ -74,6 +77,18 @@ struct Connection {
 impl Origin {
     fn new(number: u64, activity: Arc<Activity>, work: Option<OwnedSemaphorePermit>) -> Self {
         Self(Arc::new(Connection { number, activity, _work: work }))
+    }
+
+    /// A host has proved itself on the connection, and is within its rate: the connection does not count among those of
+    /// strangers any more.
+    pub fn proved(&self) {
+        self.0.activity.proved();
+    }
+
+    /// The request asked for more than its sender may have. Unless a host has proved itself on the connection, it is closed
+    /// with the answer: the next one has to wait for its turn at the gate. With many such requests it is closed at once.
+    pub fn turn_away(&self) {
+        self.0.activity.turn_away();
     }
 
     /// A number that no other open connection has.
@@ -148,6 +163,7 @@ pub struct Listener {
     socket: TcpListener,
     address: SocketAddr,
     counted: bool,
+    gate: Option<Arc<Gate>>,
     blocked: Arc<Blocked>,
 }
 
@@ -211,7 +227,7 @@ impl Listener {
         let bind = || {
             let socket = bind_socket(address)?.listen(BACKLOG)?;
             let address = socket.local_addr()?;
-            Ok(Self { socket, address, counted: false, blocked: Arc::default() })
+            Ok(Self { socket, address, counted: false, gate: None, blocked: Arc::default() })
         };
         bind().map_err(|error: io::Error| io::Error::new(error.kind(), format!("cannot listen on {address}: {error}")))
     }
@@ -220,6 +236,13 @@ impl Listener {
     #[must_use]
     pub fn counted(mut self) -> Self {
         self.counted = true;
+        self
+    }
+
+    /// Lets the connections of this listener in through a gate.
+    #[must_use]
+    pub fn behind(mut self, gate: Arc<Gate>) -> Self {
+        self.gate = Some(gate);
         self
     }
 
@@ -271,12 +294,12 @@ where
     B: Body<Data = Bytes> + Send + Unpin + 'static,
     B::Error: Into<BoxError>,
 {
-    let Listener { socket, address, counted, blocked } = listener;
+    let Listener { socket, address, counted, gate, blocked } = listener;
     let (phases, phase) = watch::channel(Phase::Serving);
     // Nothing is ever sent: the channel ends when the last connection has dropped its end.
     let (alive, mut all_closed) = mpsc::channel::<Infallible>(1);
     let open = Arc::new(AtomicUsize::new(0));
-    let server = Arc::new(connection::Server::new(limits.clone(), tls, service, phase));
+    let server = Arc::new(connection::Server::new(limits.clone(), tls, gate, service, phase));
     let house = Arc::new(House {
         places: Mutex::new(Places::new(limits.max_connections, limits.per_address, places::GRACE)),
         freed: Notify::new(),
@@ -335,7 +358,7 @@ where
             Ok((stream, peer)) => {
                 backoff.success();
                 blocked.is_failing(false);
-                waiting = Some((stream, peer, server.activity()));
+                waiting = Some((stream, peer, server.activity(peer)));
             }
             Err(error) => {
                 let Some(pause) = backoff.failure(&error, address) else { continue };
@@ -352,7 +375,7 @@ where
     let begun = Instant::from_std(standstill::now());
     // A receiver is in `server`, so this cannot fail.
     let _ = phases.send(Phase::Draining(begun + limits.grace));
-    let take = |stream, peer| start(stream, peer, None, server.activity());
+    let take = |stream, peer| start(stream, peer, None, server.activity(peer));
     waiting.into_iter().for_each(|(stream, peer, _)| take(stream, peer));
     empty_backlog(socket, begun + limits.grace, &mut backoff, address, take).await;
     let at_stop = open.load(Ordering::Relaxed);

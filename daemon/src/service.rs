@@ -28,6 +28,7 @@ use crate::config::Config;
 use crate::keys::Keys;
 use crate::metrics;
 use crate::monitor::history::History;
+use crate::server::Gate;
 use crate::state::{Host, State, StateError};
 use crate::usage::{Usage, UsageError};
 
@@ -52,6 +53,8 @@ pub struct Service {
     pub health: HealthCache,
     /// Health certificates that were issued a moment ago.
     pub issued: RecentlyIssued,
+    /// How fast addresses may open connections.
+    pub gate: Arc<Gate>,
     /// Memory for the bodies of requests.
     pub bodies: Arc<Bodies>,
     /// Certificates of protectors that were read and found right before.
@@ -192,6 +195,7 @@ impl Service {
             audit,
             health: HealthCache::default(),
             issued: RecentlyIssued::default(),
+            gate: Gate::new(config.server.connection_rate, config.server.connection_burst),
             bodies: Bodies::new(&config.server),
             certificates: KnownCertificates::new(KNOWN_PARTIES),
             keys: ArcSwap::default(),

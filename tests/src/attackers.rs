@@ -59,11 +59,13 @@ pub enum Kind {
     Replay,
     /// Sends junk to every endpoint.
     Junk,
+    /// Opens connections of HTTP/2, asks for as many documents as it can, and comes back at once.
+    Churn,
 }
 
 impl Kind {
     /// Every kind.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::Silent,
         Self::SilentAtMetrics,
         Self::Header,
@@ -80,6 +82,7 @@ impl Kind {
         Self::LargeXml,
         Self::Replay,
         Self::Junk,
+        Self::Churn,
     ];
 
     /// A line for people.
@@ -102,6 +105,7 @@ impl Kind {
             Self::LargeXml => "releases of 1 MiB",
             Self::Replay => "attestation replayed",
             Self::Junk => "junk to every endpoint",
+            Self::Churn => "HTTP/2 documents on ever new connections",
         }
     }
 
@@ -117,6 +121,7 @@ impl Kind {
                 | Self::LargeXml
                 | Self::Replay
                 | Self::Junk
+                | Self::Churn
         )
     }
 }
@@ -277,6 +282,7 @@ fn once(kind: Kind, target: &Target, pause: Duration) -> Done<'_> {
         Kind::LargeXml => Box::pin(ask(*service, std::slice::from_ref(&requests.large_xml), pause)),
         Kind::Replay => Box::pin(ask(*service, std::slice::from_ref(&requests.replay), pause)),
         Kind::Junk => Box::pin(ask(*service, &requests.junk, pause)),
+        Kind::Churn => Box::pin(churn(*service)),
     }
 }
 
@@ -406,4 +412,50 @@ async fn resets(address: SocketAddr, pause: Duration) -> std::io::Result<()> {
 async fn unread(address: SocketAddr) -> std::io::Result<()> {
     let requests: Vec<u8> = (0..STREAMS).flat_map(|number| h2_get(2 * number + 1, METADATA)).collect();
     hold(address, 1, [hello(), requests].concat()).await
+}
+
+/// Five connections at the same time, each of which is opened again as soon as it has its answers or is closed.
+async fn churn(address: SocketAddr) -> std::io::Result<()> {
+    let mut all = tokio::task::JoinSet::new();
+    for _ in 0..HELD {
+        all.spawn(async move {
+            loop {
+                if let Err(error) = documents(address).await
+                    && error.kind() != std::io::ErrorKind::ConnectionReset
+                {
+                    return Err::<(), _>(error);
+                }
+            }
+        });
+    }
+    // It ends with the first that fails; the others are dropped with it.
+    all.join_next().await.map_or(Ok(()), |ended| ended.unwrap_or(Ok(())))
+}
+
+/// Asks for as many documents as one connection may have at once, and reads until all are there or the connection is closed.
+async fn documents(address: SocketAddr) -> std::io::Result<()> {
+    const PATHS: [&str; 3] = [METADATA, "/Attestation/getinfo", "/Attestation/v2.0/signingcertificates"];
+    let mut stream = TcpStream::connect(address).await?;
+    let requests = (0..STREAMS).flat_map(|at| h2_get(2 * at + 1, PATHS[at as usize % PATHS.len()]));
+    // All answers fit into the window.
+    let window = frame(8, 0, 0, &(1_u32 << 30).to_be_bytes());
+    stream.write_all(&hello().into_iter().chain(window).chain(requests).collect::<Vec<_>>()).await?;
+    let (mut read, mut answered) = (Vec::new(), 0);
+    while answered < STREAMS {
+        if stream.read_buf(&mut read).await? == 0 {
+            break;
+        }
+        let mut at = 0;
+        while let Some(head) = read.get(at..at + 9) {
+            let length = u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize;
+            if read.len() < at + 9 + length {
+                break;
+            }
+            // DATA and HEADERS that end a stream.
+            answered += u32::from(head[3] <= 1 && head[4] & 1 == 1);
+            at += 9 + length;
+        }
+        read.drain(..at);
+    }
+    Ok(())
 }

@@ -17,8 +17,8 @@ use claviger_protocol::attestation::{host_key_request, signed_octets};
 use claviger_protocol::health::ResultType;
 use claviger_protocol::rsa_key::RsaPrivateKey;
 use claviger_tests::protector::{with_cipher, with_oaep};
-use claviger_tests::raw::{Answer, Connection, post};
-use claviger_tests::{ATTEST, Daemon, Lab, Options, ROLL, block, metadata, open_release, roll_request};
+use claviger_tests::raw::{Answer, Connection, get, post};
+use claviger_tests::{ATTEST, Daemon, Lab, METADATA, Options, ROLL, block, metadata, open_release, roll_request};
 use data_encoding::BASE64;
 use serde_json::Value;
 
@@ -44,6 +44,27 @@ fn attestation(host_key: &RsaPrivateKey, identity: &RsaPrivateKey) -> Vec<u8> {
 
 fn ask(source: Ipv4Addr, address: SocketAddr, request: &[u8]) -> Answer {
     Connection::open_from(source, address).unwrap().exchange(request).unwrap()
+}
+
+/// A client that opens another connection when the last one was closed with an answer.
+struct Client {
+    source: Ipv4Addr,
+    address: SocketAddr,
+    connection: Option<Connection>,
+}
+
+impl Client {
+    fn new(source: Ipv4Addr, address: SocketAddr) -> Self {
+        Self { source, address, connection: None }
+    }
+
+    fn exchange(&mut self, request: &[u8]) -> Answer {
+        let kept = self.connection.take();
+        let mut connection = kept.unwrap_or_else(|| Connection::open_from(self.source, self.address).unwrap());
+        let answer = connection.exchange(request).unwrap();
+        self.connection = (!answer.closes()).then_some(connection);
+        answer
+    }
 }
 
 /// The form of a refusal for a rate, in attestation.
@@ -260,25 +281,25 @@ fn strangers_use_up_the_patience_with_their_address_and_no_host_pays_for_it() {
     let unknown = attestation(&RsaPrivateKey::generate(2048).unwrap(), &lab.identity());
     let forged = post(ROLL, "application/xml", &roll_request(b"no certificate", &lab.protector()));
 
-    let mut connection = Connection::open_from(OWN, address).unwrap();
-    let refused: Vec<_> = (0..60).map(|_| connection.exchange(&unknown).unwrap()).collect();
+    let mut connection = Client::new(OWN, address);
+    let refused: Vec<_> = (0..60).map(|_| connection.exchange(&unknown)).collect();
     let (told, judged): (Vec<_>, Vec<_>) = refused.iter().partition(|answer| answer.status == 429);
     assert!(judged.iter().all(|answer| answer.status == 403) && judged.len() >= 30);
     assert!(!told.is_empty(), "strangers may go on for ever");
     told.iter().for_each(|answer| assert_too_many_attestations(answer));
     // A host's own attestation is served; one that only shows the host's key is not told from the others.
     let host_key = lab.key("host/hostkey.pem");
-    let answer = connection.exchange(&attestation(&host_key, &lab.identity())).unwrap();
+    let answer = connection.exchange(&attestation(&host_key, &lab.identity()));
     assert_eq!(answer.status, 200, "{}", answer.text());
     let [host, own] = [host_key.public(), lab.identity().public()].map(|key| key.spki_der().to_vec());
     let body = host_key_request([7; 16], &[ResultType::EncryptionCertificate], &host, &own, &[1; 256]);
-    assert_too_many_attestations(&connection.exchange(&post(ATTEST, "application/json", &body)).unwrap());
+    assert_too_many_attestations(&connection.exchange(&post(ATTEST, "application/json", &body)));
     // A release without a health certificate is a stranger's, too; one with a certificate is a host's.
-    let answer = connection.exchange(&forged).unwrap();
+    let answer = connection.exchange(&forged);
     assert_eq!(answer.status, 429, "{}", answer.text());
     assert!(answer.text().contains("<Code>TooManyRequestsException</Code>") && answer.header("retry-after").is_some());
     for turn in 0..10 {
-        let answer = connection.exchange(&honest).unwrap();
+        let answer = connection.exchange(&honest);
         assert_eq!(answer.status, 200, "release {turn}: {}", answer.text());
     }
     // Elsewhere nothing has happened.
@@ -288,9 +309,9 @@ fn strangers_use_up_the_patience_with_their_address_and_no_host_pays_for_it() {
     assert!(daemon.stop().success());
     let daemon = lab.serve();
     block(daemon.until_ready_is(200));
-    let mut connection = Connection::open_from(OWN, daemon.address()).unwrap();
-    while connection.exchange(&unknown).unwrap().status != 429 {}
-    assert_eq!(connection.exchange(&honest).unwrap().status, 200);
+    let mut connection = Client::new(OWN, daemon.address());
+    while connection.exchange(&unknown).status != 429 {}
+    assert_eq!(connection.exchange(&honest).status, 200);
     assert!(daemon.stop().success());
 }
 
@@ -330,5 +351,63 @@ fn junk_with_a_health_certificate_that_was_seen_is_paid_for_by_that_host_at_that
     for turn in 0..20 {
         assert_eq!(ask(OWN, address, &honest).status, 200, "release {turn}");
     }
+    assert!(daemon.stop().success());
+}
+
+#[test]
+fn documents_have_a_rate_for_each_address_and_information_is_always_given() {
+    const INFORMATION: &str = "/Attestation/getinfo";
+    let (lab, daemon) = served(|config| (config.server.document_rate, config.server.document_burst) = (1, 20));
+    let address = daemon.address();
+    let health = block(lab.host(daemon.client()).attest()).unwrap();
+    let honest = post(ROLL, "application/xml", &roll_request(&health, &lab.protector()));
+    for path in [METADATA, "/Attestation/v2.0/signingcertificates", "/nothing"] {
+        claviger_tests::until("a document too many", || {
+            let answer = ask(OTHER, address, &get(path));
+            (answer.status == 429).then(|| {
+                assert!(answer.header("retry-after").is_some(), "{path}");
+                // The next connection has to come through the gate.
+                assert_eq!(answer.header("connection"), Some("close"), "{path}");
+            })
+        });
+    }
+    claviger_tests::until("information beyond the rate", || {
+        let information = ask(OTHER, address, &get(INFORMATION));
+        assert_eq!(information.status, 200);
+        (information.header("connection") == Some("close")).then_some(())
+    });
+    // Elsewhere nothing has happened, and a connection on which a host has proved itself stays.
+    assert_eq!(ask(OWN, address, &get(METADATA)).status, 200);
+    let mut connection = Connection::open_from(OTHER, address).unwrap();
+    assert_eq!(connection.exchange(&honest).unwrap().status, 200);
+    claviger_tests::until("a document too many on a host's connection", || {
+        let answer = connection.exchange(&get(METADATA)).unwrap();
+        assert_eq!(answer.header("connection"), None, "{}", answer.text());
+        (answer.status == 429).then_some(())
+    });
+    assert_eq!(connection.exchange(&honest).unwrap().status, 200);
+    assert!(daemon.stop().success());
+}
+
+#[test]
+fn strangers_wait_at_the_gate_and_hosts_of_their_address_come_through() {
+    let (lab, daemon) = served(|config| (config.server.connection_rate, config.server.connection_burst) = (5, 10));
+    let address = daemon.address();
+    let health = block(lab.host(daemon.client()).attest()).unwrap();
+    let honest = post(ROLL, "application/xml", &roll_request(&health, &lab.protector()));
+    // More than are let in at once; all of them are in the end.
+    let begun = Instant::now();
+    let mut strangers: Vec<_> = (0..25).map(|_| Connection::open_from(OTHER, address).unwrap()).collect();
+    strangers.iter_mut().for_each(|stranger| stranger.send(&get(METADATA)).unwrap());
+    for turn in 0..30 {
+        // Each on a connection of its own, which does not count any more when it has proved itself.
+        let answer = ask(OTHER, address, &honest);
+        assert_eq!(answer.status, 200, "release {turn}: {}", answer.text());
+    }
+    for stranger in &mut strangers {
+        assert_eq!(stranger.answer().unwrap().status, 200);
+    }
+    // 25 connections, of which 10 have a token at once.
+    assert!(begun.elapsed() >= Duration::from_secs(2), "{:?}", begun.elapsed());
     assert!(daemon.stop().success());
 }

@@ -128,6 +128,7 @@ pub async fn attest(service: &Service, body: &[u8], attempt: &mut Attempt) -> Re
     // Also what a host sends beyond its rate is checked before it is refused: its address pays for that.
     let within_rate = service.admission.attestation_within_rate(&from);
     within_rate.inspect_err(|_| service.admission.charge_stranger(attempt, body.len(), work))?;
+    attempt.proved();
 
     let signers = service.signers.load();
     let signer = signers.current().ok_or_else(unavailable)?;

@@ -5,8 +5,8 @@
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -19,7 +19,10 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::time::Instant;
 
 use super::Limits;
+use super::congestion::Own;
+use super::gate::Gate;
 use super::places::Guest;
+use crate::network::Network;
 
 /// What an HTTP/2 client sends first.
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -38,6 +41,9 @@ const LEAST_ANSWER: usize = 4 * 1024;
 /// Requests of a connection that were given up by their client, beyond those that it let be answered, before the connection
 /// is closed: a client that resets what it asks for costs more than it pays.
 const ABANDONED: usize = 256;
+
+/// Requests for more than a stranger may have that a connection gets answers to; with one more it is closed at once.
+const TURNED_AWAY: usize = 8;
 
 /// The record of one connection. Times are microseconds since `epoch`, plus one; zero is "not".
 #[derive(Debug)]
@@ -59,6 +65,12 @@ pub(super) struct Activity {
     /// Bytes of answers that were not sent yet (HTTP/2 only), and who waits for fewer.
     unread_answers: AtomicUsize,
     answers_read: Notify,
+    /// Its place among those that read too little.
+    pub(super) congestion: Own,
+    /// The gate that it came through, and its address, until a host has proved itself on it.
+    pass: Mutex<Option<(Arc<Gate>, Network)>>,
+    /// Requests that asked for more than a stranger may have.
+    turned_away: AtomicUsize,
     /// Room for requests that are worked on, whether their client still waits for them or not.
     work: Arc<Semaphore>,
     /// Why it has to be closed, and who is told.
@@ -92,12 +104,14 @@ pub(crate) enum Cut {
     Unread,
     /// The client gives up most of what it asks for.
     Resets,
+    /// Its address opens connections or asks for documents faster than it may.
+    Rate,
 }
 
 impl Cut {
     /// Every reason.
-    pub(crate) const ALL: [Self; 6] =
-        [Self::Room, Self::Address, Self::Silent, Self::Header, Self::Unread, Self::Resets];
+    pub(crate) const ALL: [Self; 7] =
+        [Self::Room, Self::Address, Self::Silent, Self::Header, Self::Unread, Self::Resets, Self::Rate];
 
     /// Its name in the metrics.
     pub(crate) fn as_str(self) -> &'static str {
@@ -108,6 +122,7 @@ impl Cut {
             Self::Header => "header",
             Self::Unread => "unread",
             Self::Resets => "resets",
+            Self::Rate => "rate",
         }
     }
 }
@@ -130,7 +145,7 @@ pub(super) enum Due {
 impl Activity {
     /// `tls`: the protocol is agreed during the handshake, not found out from the first bytes. At most `requests` requests
     /// are worked on at a time.
-    pub(super) fn new(tls: bool, requests: u32) -> Arc<Self> {
+    pub(super) fn new(tls: bool, requests: u32, pass: Option<(Arc<Gate>, Network)>) -> Arc<Self> {
         let protocol = if tls { HTTP1 } else { 0 };
         Arc::new(Self {
             epoch: standstill::now().into(),
@@ -143,6 +158,9 @@ impl Activity {
             abandoned: AtomicUsize::new(0),
             unread_answers: AtomicUsize::new(0),
             answers_read: Notify::new(),
+            congestion: Own::default(),
+            pass: Mutex::new(pass),
+            turned_away: AtomicUsize::new(0),
             work: Arc::new(Semaphore::new(requests as usize)),
             cut: AtomicU8::new(0),
             told: Notify::new(),
@@ -153,6 +171,45 @@ impl Activity {
             ask_kernel: AtomicBool::new(false),
             unread: AtomicBool::new(false),
         })
+    }
+
+    /// Waits until the connection is let in.
+    pub(super) async fn enter(&self) {
+        let pass = self.pass().clone();
+        if let Some((gate, network)) = pass {
+            gate.enter(network).await;
+            // From here it is the client that is waited for.
+            self.last_end.store(self.now(), Ordering::Relaxed);
+        }
+    }
+
+    /// A host has proved itself on the connection.
+    pub(super) fn proved(&self) {
+        let pass = self.pass().take();
+        if let Some((gate, network)) = pass {
+            gate.give_back(network);
+        }
+    }
+
+    /// A request asked for more than a stranger may have.
+    pub(super) fn turn_away(&self) {
+        if self.pass().is_some() && self.turned_away.fetch_add(1, Ordering::AcqRel) >= TURNED_AWAY {
+            self.cut(Cut::Rate);
+        }
+    }
+
+    /// Whether that happened, so that the connection ends with its answers.
+    pub(super) fn is_turned_away(&self) -> bool {
+        self.turned_away.load(Ordering::Acquire) > 0
+    }
+
+    /// Whether it is about to be closed without any more answers.
+    pub(super) fn is_given_up(&self) -> bool {
+        self.turned_away.load(Ordering::Acquire) > TURNED_AWAY
+    }
+
+    fn pass(&self) -> MutexGuard<'_, Option<(Arc<Gate>, Network)>> {
+        self.pass.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The TLS handshake is over: its octets are no request's.
@@ -549,7 +606,7 @@ mod tests {
     #[test]
     fn the_preface_is_recognised_in_any_pieces() {
         for piece in 1..=PREFACE.len() {
-            let activity = Activity::new(false, 8);
+            let activity = Activity::new(false, 8, None);
             for octets in PREFACE.chunks(piece) {
                 assert!(!activity.is_http2());
                 activity.has_read(octets);
@@ -557,7 +614,7 @@ mod tests {
             }
             assert!(activity.is_http2());
         }
-        let activity = Activity::new(false, 8);
+        let activity = Activity::new(false, 8, None);
         activity.has_read(b"P");
         activity.has_read(b"OST / HTTP/1.1");
         activity.has_read(PREFACE);
@@ -571,7 +628,7 @@ mod tests {
             idle_timeout: Duration::from_secs(1000),
             ..Limits::default()
         };
-        let activity = Activity::new(false, 8);
+        let activity = Activity::new(false, 8, None);
         // All that happens here happens within a few seconds; limits are counted from what happened last, not from `now`.
         let later = Instant::now() + Duration::from_secs(500);
         let due = |expected: u64, why: Due| {
@@ -599,7 +656,7 @@ mod tests {
 
     #[test]
     fn a_connection_waits_for_its_client_unless_the_service_works() {
-        let activity = Activity::new(false, 8);
+        let activity = Activity::new(false, 8, None);
         assert!(activity.may_be_closed());
         activity.has_read(b"POST / HTTP/1.1\r\n\r\n");
         assert!(activity.may_be_closed());
@@ -623,7 +680,7 @@ mod tests {
 
     #[tokio::test]
     async fn answers_that_are_not_read_are_counted_until_they_are_sent() {
-        let activity = Activity::new(false, 8);
+        let activity = Activity::new(false, 8, None);
         let mut parts: Vec<_> = (0..100).map(|_| Unread::bytes(Bytes::from_static(b"small"), &activity)).collect();
         assert!(activity.reads_too_little());
         let waiting = tokio::spawn({
@@ -642,7 +699,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_client_that_gives_up_all_it_asks_for_is_cut() {
-        let activity = Activity::new(false, 8);
+        let activity = Activity::new(false, 8, None);
         activity.has_read(PREFACE);
         for _ in 0..10 {
             InProgress::new(activity.clone()).answered();

@@ -18,22 +18,20 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 use tokio::net::TcpStream;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_rustls::TlsAcceptor;
 
 use super::activity::{Activity, Answer, Cut, Due, InProgress, Watched, unread};
-use super::{BoxError, ClientCertificate, Limits, Origin, Peer, Phase, SharedTls, Slot};
+use super::congestion::Congestion;
+use super::{BoxError, ClientCertificate, Gate, Limits, Origin, Peer, Phase, SharedTls, Slot};
+use crate::network::Network;
 
 /// Largest header of a request, in bytes; also how much of a body is read, and of an answer is buffered, at once. Every
 /// connection and every stream may take so much before anybody knows who is at its other end.
 const BUFFER: usize = 16 * 1024;
 
-/// Connections whose clients read so little that further requests wait, at most. What these requests have sent of their bodies
-/// waits, too.
-const CONGESTED: usize = 256;
-
-/// How long a client has to catch up with reading when there are as many of these as there may be.
+/// How long a client has to catch up with reading when as many read too little as may.
 const CATCH_UP: Duration = Duration::from_secs(1);
 
 /// Streams that a client may reset before their requests were looked at; beyond, the connection ends. hyper's own default,
@@ -52,6 +50,9 @@ const LINGER: Duration = Duration::from_secs(1);
 /// How many octets of such a request are read and thrown away.
 const LINGER_OCTETS: u64 = 16 * 1024 * 1024;
 
+/// The same for a client that asked for more than it may have.
+const LINGER_TURNED_AWAY: u64 = 64 * 1024;
+
 /// What all connections of a listener have in common.
 pub(super) struct Server<S> {
     limits: Limits,
@@ -62,7 +63,8 @@ pub(super) struct Server<S> {
     http2: auto::Builder<TokioExecutor>,
     service: Arc<S>,
     phase: watch::Receiver<Phase>,
-    congested: Arc<Semaphore>,
+    gate: Option<Arc<Gate>>,
+    congestion: Arc<Congestion>,
 }
 
 impl<S, B> Server<S>
@@ -72,7 +74,13 @@ where
     B: Body<Data = Bytes> + Send + Unpin + 'static,
     B::Error: Into<BoxError>,
 {
-    pub(super) fn new(limits: Limits, tls: Option<SharedTls>, service: S, phase: watch::Receiver<Phase>) -> Self {
+    pub(super) fn new(
+        limits: Limits,
+        tls: Option<SharedTls>,
+        gate: Option<Arc<Gate>>,
+        service: S,
+        phase: watch::Receiver<Phase>,
+    ) -> Self {
         let mut either = auto::Builder::new(TokioExecutor::new());
         either
             .http1()
@@ -102,13 +110,15 @@ where
             either,
             service: Arc::new(service),
             phase,
-            congested: Arc::new(Semaphore::new(CONGESTED)),
+            gate,
+            congestion: Arc::default(),
         }
     }
 
     /// What is to be known of a connection that begins now.
-    pub(super) fn activity(&self) -> Arc<Activity> {
-        Activity::new(self.tls.is_some(), self.limits.streams)
+    pub(super) fn activity(&self, peer: SocketAddr) -> Arc<Activity> {
+        let pass = self.gate.as_ref().map(|gate| (Arc::clone(gate), Network::of(peer.ip())));
+        Activity::new(self.tls.is_some(), self.limits.streams, pass)
     }
 
     /// Serves one connection until it is closed.
@@ -118,6 +128,15 @@ where
             tracing::debug!(%peer, %error, "TCP_NODELAY cannot be set");
         }
         let mut phase = self.phase.clone();
+        let mut stop = phase.clone();
+        tokio::select! {
+            biased;
+            () = activity.enter() => {}
+            // Everything that was accepted is served by a server that stops.
+            _ = stop.wait_for(|phase| *phase != Phase::Serving) => {}
+            reason = activity.told_to_close() => return slot.cut(reason),
+            () = standstill::sleep_until(standstill::now() + self.limits.header_timeout) => return slot.cut(Cut::Rate),
+        }
         let Some(tls) = &self.tls else {
             let (stream, returned) = Watched::new(stream, activity.clone());
             let client = Client { peer, certificate: None };
@@ -128,7 +147,6 @@ where
         };
         let acceptor = TlsAcceptor::from(Arc::clone(&tls.load().config));
         let (stream, returned) = Watched::new(stream, activity.clone());
-        let mut stop = phase.clone();
         let handshake = standstill::timeout(self.limits.header_timeout, acceptor.accept(stream));
         let stream = tokio::select! {
             shaken = handshake => match shaken {
@@ -182,7 +200,7 @@ where
             service: self.service.clone(),
             activity: activity.clone(),
             phase: phase.clone(),
-            congested: self.congested.clone(),
+            congestion: self.congestion.clone(),
             client,
             connection: slot.connection(),
         };
@@ -200,7 +218,7 @@ where
                 Phase::Draining(until) => grace = Some(until),
                 Phase::Cut => return false,
             }
-            if grace.is_some() && closing.is_none() && activity.is_http2() {
+            if (grace.is_some() || activity.is_turned_away()) && closing.is_none() && activity.is_http2() {
                 // GOAWAY is safe at any time: HTTP/2 tells the client which requests were taken.
                 connection.as_mut().graceful_shutdown();
                 closing = Some(clock());
@@ -227,7 +245,9 @@ where
                     Poll::Ready(ended) => Poll::Ready(Event::Ended(ended)),
                     Poll::Pending if closing.is_some() => Poll::Pending,
                     Poll::Pending if last_call && activity.is_quiet() => Poll::Ready(Event::Quiet),
-                    Poll::Pending if grace.is_some() && activity.is_http2() => Poll::Ready(Event::Changed),
+                    Poll::Pending if (grace.is_some() || activity.is_turned_away()) && activity.is_http2() => {
+                        Poll::Ready(Event::Changed)
+                    }
                     // A connection that is past its time is looked at again when the timer says so: what is due lies in the past,
                     // and would be found again and again without a pause.
                     Poll::Pending
@@ -327,7 +347,7 @@ where
             return;
         }
         let mut octets = Vec::with_capacity(16 * 1024);
-        let mut left = LINGER_OCTETS;
+        let mut left = if activity.is_turned_away() { LINGER_TURNED_AWAY } else { LINGER_OCTETS };
         let discard = async {
             while left > 0 {
                 octets.clear();
@@ -367,7 +387,7 @@ struct Watching<S> {
     service: Arc<S>,
     activity: Arc<Activity>,
     phase: watch::Receiver<Phase>,
-    congested: Arc<Semaphore>,
+    congestion: Arc<Congestion>,
     client: Client,
     connection: u64,
 }
@@ -386,19 +406,23 @@ where
     fn call(&self, mut request: Request<Incoming>) -> Self::Future {
         let mut in_progress = InProgress::new(self.activity.clone());
         let activity = self.activity.clone();
-        let (service, congested, phase) = (self.service.clone(), self.congested.clone(), self.phase.clone());
+        let (service, congestion, phase) = (self.service.clone(), self.congestion.clone(), self.phase.clone());
         let (client, connection) = (self.client.clone(), self.connection);
         Box::pin(async move {
+            if activity.is_given_up() {
+                // The connection is about to go, and with it whatever it asked for.
+                std::future::pending::<()>().await;
+            }
             if activity.reads_too_little() {
                 // More answers would only take memory. Nor may too many connections come to this.
-                match congested.try_acquire() {
-                    Ok(_place) => activity.reads().await,
+                match congestion.place(&activity.congestion, Network::of(client.peer.ip())) {
+                    Some(_place) => activity.reads().await,
                     // A client that only reads slowly gets a moment before its requests are cut with the connection.
-                    Err(_) if standstill::timeout(CATCH_UP, activity.reads()).await.is_err() => {
+                    None if standstill::timeout(CATCH_UP, activity.reads()).await.is_err() => {
                         activity.cut(Cut::Unread);
                         std::future::pending::<()>().await;
                     }
-                    Err(_) => {}
+                    None => {}
                 }
             }
             let work = activity.room_to_work().await;
@@ -407,12 +431,12 @@ where
             if let Some(certificate) = client.certificate {
                 request.extensions_mut().insert(certificate);
             }
-            request.extensions_mut().insert(Origin::new(connection, activity, work));
+            request.extensions_mut().insert(Origin::new(connection, activity.clone(), work));
             let http1 = request.version() <= Version::HTTP_11;
             // On the heap: as long as a request waits here, it is not to take what the work on it will.
             let mut response = Box::pin(service.call(request)).await?;
             in_progress.answered();
-            if http1 && *phase.borrow() != Phase::Serving {
+            if http1 && (*phase.borrow() != Phase::Serving || activity.is_turned_away()) {
                 // hyper closes the connection after an answer that says so.
                 response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
             }

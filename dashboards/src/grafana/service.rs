@@ -179,7 +179,7 @@ fn surface() -> Vec<Panel> {
             "Connections cut, by reason",
             "cps",
             "room: its place was needed; address: its address has too many; silent: no request; header: slow; unread: \
-             answers not read; resets: requests given up.",
+             answers not read; resets: requests given up; rate: its address asks too fast.",
         )
         .ask("sum by (reason) (rate(claviger_connections_cut_total{@}[~]))", "{{reason}}"),
         Panel::stacked(

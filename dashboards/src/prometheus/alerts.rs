@@ -386,7 +386,7 @@ fn limits() -> Vec<Alert> {
             "ClavigerCrowdedOut",
             "ticket",
             "5m",
-            r#"sum by (job, instance) (rate(claviger_connections_cut_total{reason=~"room|address|resets|unread"}[5m]))
+            r#"sum by (job, instance) (rate(claviger_connections_cut_total{reason=~"room|address|resets|unread|rate"}[5m]))
 + sum by (job, instance) (rate(claviger_bodies_refused_total[5m])) > 1"#,
             "Somebody takes connections or memory without asking for keys",
             "{{ $labels.instance }} cuts connections or refuses bodies of requests, {{ $value | humanize }} a second: \
