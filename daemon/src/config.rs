@@ -106,9 +106,9 @@ pub struct Server {
     pub document_rate: u32,
     /// As many at once, above that rate, 1 to 1,000,000. Default: 4,096.
     pub document_burst: u32,
-    /// Connections a second that one address (IPv6: one /64 network) may open, 0 to 1,000,000, not counting those on which a
-    /// host proves itself; beyond, they wait to be let in, the newest first. Where all callers come through a load balancer
-    /// that opens a connection for each of their requests, 0, which is no limit, is right. Default: 100.
+    /// Connections a second of one address (IPv6: of one /64 network) that may be closed with a 429, because no host proved
+    /// itself on them, 0 to 1,000,000; beyond, new connections of that address wait to be let in, the newest first, and so many
+    /// a second are. 0 is no limit. Default: 100.
     pub connection_rate: u32,
     /// As many at once, above that rate, 1 to 1,000,000. Default: 1,024.
     pub connection_burst: u32,

@@ -35,7 +35,7 @@ use hyper::body::{Body, Incoming};
 use hyper::service::Service;
 use hyper::{Request, Response};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
-use tokio::sync::{Notify, OwnedSemaphorePermit, mpsc, watch};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::time::Instant;
 
 use self::activity::{Activity, Reading};
@@ -54,6 +54,10 @@ const BACKLOG: u32 = 4096;
 
 /// Most requests on a connection of HTTP/2 at once.
 const STREAMS: u32 = 128;
+
+/// Most connections that wait at the gate. They have no places: an address whose callers are turned away is not to take
+/// those of others meanwhile.
+pub(crate) const LOBBY: usize = 1024;
 
 /// The error type that hyper allows bodies to have.
 pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
@@ -305,14 +309,8 @@ where
         freed: Notify::new(),
     });
 
-    let start = |stream: TcpStream, peer: SocketAddr, place: Option<Place>, activity: Arc<Activity>| {
-        let slot = Slot::new(open.clone(), counted, place, alive.clone());
-        let server = server.clone();
-        tokio::spawn(async move {
-            server.serve(stream, peer, activity, &slot).await;
-            drop(slot);
-        });
-    };
+    let front = Arc::new(Front { server, house, open: open.clone(), counted, alive });
+    let lobby = Arc::new(Semaphore::new(LOBBY));
 
     tokio::pin!(shutdown);
     let mut backoff = Backoff::default();
@@ -321,16 +319,14 @@ where
     loop {
         if let Some((stream, peer, activity)) = waiting.take() {
             // Before the attempt: a place that becomes free from here on is not missed.
-            let freed = house.freed.notified();
-            match house.arrive(peer, &activity) {
+            let freed = front.house.freed.notified();
+            match front.house.arrive(peer, &activity) {
                 Ok(place) => {
                     blocked.is_full(false);
-                    start(stream, peer, Some(place), activity);
+                    front.start(stream, peer, Some(place), activity);
                 }
                 Err(NoPlace::Group) => {
-                    if counted {
-                        crate::metrics::connection_cut(Cut::Address);
-                    }
+                    front.cut(Cut::Address);
                     tracing::debug!(%peer, "a connection is not taken: its address has too many, and all are worked for");
                 }
                 Err(why @ (NoPlace::Full | NoPlace::Leaving)) => {
@@ -358,7 +354,14 @@ where
             Ok((stream, peer)) => {
                 backoff.success();
                 blocked.is_failing(false);
-                waiting = Some((stream, peer, server.activity(peer)));
+                let activity = front.server.activity(peer);
+                if front.server.is_open_for(peer) {
+                    waiting = Some((stream, peer, activity));
+                } else if let Ok(chair) = Arc::clone(&lobby).try_acquire_owned() {
+                    tokio::spawn(Arc::clone(&front).receive(stream, peer, activity, chair));
+                } else {
+                    front.cut(Cut::Rate);
+                }
             }
             Err(error) => {
                 let Some(pause) = backoff.failure(&error, address) else { continue };
@@ -375,12 +378,12 @@ where
     let begun = Instant::from_std(standstill::now());
     // A receiver is in `server`, so this cannot fail.
     let _ = phases.send(Phase::Draining(begun + limits.grace));
-    let take = |stream, peer| start(stream, peer, None, server.activity(peer));
+    let take = |stream, peer| front.start(stream, peer, None, front.server.activity(peer));
     waiting.into_iter().for_each(|(stream, peer, _)| take(stream, peer));
     empty_backlog(socket, begun + limits.grace, &mut backoff, address, take).await;
     let at_stop = open.load(Ordering::Relaxed);
     tracing::info!(%address, connections = at_stop, "no more connections are accepted; finishing what is open");
-    drop(alive);
+    drop(front);
     let cut = match standstill::timeout_at((begun + limits.drain_timeout).into_std(), all_closed.recv()).await {
         Ok(_) => 0,
         Err(_) => {
@@ -393,6 +396,62 @@ where
         }
     };
     Drained { open: at_stop, cut }
+}
+
+/// What a connection needs to be served.
+struct Front<S> {
+    server: Arc<connection::Server<S>>,
+    house: Arc<House>,
+    open: Arc<AtomicUsize>,
+    counted: bool,
+    alive: mpsc::Sender<Infallible>,
+}
+
+impl<S, B> Front<S>
+where
+    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Send + Sync + 'static,
+    S::Future: Send + 'static,
+    B: Body<Data = Bytes> + Send + Unpin + 'static,
+    B::Error: Into<BoxError>,
+{
+    fn start(&self, stream: TcpStream, peer: SocketAddr, place: Option<Place>, activity: Arc<Activity>) {
+        let slot = Slot::new(self.open.clone(), self.counted, place, self.alive.clone());
+        let server = self.server.clone();
+        tokio::spawn(async move {
+            server.serve(stream, peer, activity, &slot).await;
+            drop(slot);
+        });
+    }
+
+    /// Lets a connection wait in the lobby, where it has no place yet, until it is let in.
+    async fn receive(
+        self: Arc<Self>,
+        stream: TcpStream,
+        peer: SocketAddr,
+        activity: Arc<Activity>,
+        _chair: OwnedSemaphorePermit,
+    ) {
+        if !self.server.let_in(&activity).await {
+            return self.cut(Cut::Rate);
+        }
+        loop {
+            if self.server.is_stopping() {
+                return self.start(stream, peer, None, activity);
+            }
+            match self.house.arrive(peer, &activity) {
+                Ok(place) => return self.start(stream, peer, Some(place), activity),
+                Err(NoPlace::Group) => return self.cut(Cut::Address),
+                Err(NoPlace::Full | NoPlace::Leaving) => tokio::time::sleep(LOOK_FOR_PLACE).await,
+            }
+        }
+    }
+
+    /// Counts a connection that is not taken.
+    fn cut(&self, reason: Cut) {
+        if self.counted {
+            crate::metrics::connection_cut(reason);
+        }
+    }
 }
 
 /// Takes in the connections that the kernel has accepted for us, beyond any limit: to their clients they are open, and

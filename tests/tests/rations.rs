@@ -391,23 +391,32 @@ fn documents_have_a_rate_for_each_address_and_information_is_always_given() {
 
 #[test]
 fn strangers_wait_at_the_gate_and_hosts_of_their_address_come_through() {
-    let (lab, daemon) = served(|config| (config.server.connection_rate, config.server.connection_burst) = (5, 10));
+    let (lab, daemon) = served(|config| {
+        (config.server.document_rate, config.server.document_burst) = (1, 1);
+        (config.server.connection_rate, config.server.connection_burst) = (2, 2);
+    });
     let address = daemon.address();
     let health = block(lab.host(daemon.client()).attest()).unwrap();
     let honest = post(ROLL, "application/xml", &roll_request(&health, &lab.protector()));
-    // More than are let in at once; all of them are in the end.
+    // All at once: those that are turned away use up what their address may have.
+    let strangers = || {
+        let mut strangers: Vec<_> = (0..10).map(|_| Connection::open_from(OTHER, address).unwrap()).collect();
+        strangers.iter_mut().for_each(|stranger| stranger.send(&get(METADATA)).unwrap());
+        strangers
+    };
+    let answers = |strangers: Vec<Connection>| -> Vec<Answer> {
+        strangers.into_iter().map(|mut stranger| stranger.answer().unwrap()).collect()
+    };
     let begun = Instant::now();
-    let mut strangers: Vec<_> = (0..25).map(|_| Connection::open_from(OTHER, address).unwrap()).collect();
-    strangers.iter_mut().for_each(|stranger| stranger.send(&get(METADATA)).unwrap());
-    for turn in 0..30 {
-        // Each on a connection of its own, which does not count any more when it has proved itself.
+    assert!(answers(strangers()).iter().filter(|answer| answer.closes()).count() >= 5);
+    let waiting = strangers();
+    for turn in 0..20 {
+        // Each on a connection of its own.
         let answer = ask(OTHER, address, &honest);
         assert_eq!(answer.status, 200, "release {turn}: {}", answer.text());
     }
-    for stranger in &mut strangers {
-        assert_eq!(stranger.answer().unwrap().status, 200);
-    }
-    // 25 connections, of which 10 have a token at once.
-    assert!(begun.elapsed() >= Duration::from_secs(2), "{:?}", begun.elapsed());
+    println!("20 releases through the gate in {:?}", begun.elapsed());
+    // Those that waited are answered in the end.
+    assert!(answers(waiting).iter().all(|answer| [200, 429].contains(&answer.status)));
     assert!(daemon.stop().success());
 }

@@ -67,8 +67,8 @@ pub(super) struct Activity {
     answers_read: Notify,
     /// Its place among those that read too little.
     pub(super) congestion: Own,
-    /// The gate that it came through, and its address, until a host has proved itself on it.
-    pass: Mutex<Option<(Arc<Gate>, Network)>>,
+    /// How it came through the gate, until a host has proved itself on it.
+    pass: Mutex<Option<Pass>>,
     /// Requests that asked for more than a stranger may have.
     turned_away: AtomicUsize,
     /// Room for requests that are worked on, whether their client still waits for them or not.
@@ -145,7 +145,7 @@ pub(super) enum Due {
 impl Activity {
     /// `tls`: the protocol is agreed during the handshake, not found out from the first bytes. At most `requests` requests
     /// are worked on at a time.
-    pub(super) fn new(tls: bool, requests: u32, pass: Option<(Arc<Gate>, Network)>) -> Arc<Self> {
+    pub(super) fn new(tls: bool, requests: u32, pass: Option<Pass>) -> Arc<Self> {
         let protocol = if tls { HTTP1 } else { 0 };
         Arc::new(Self {
             epoch: standstill::now().into(),
@@ -175,9 +175,10 @@ impl Activity {
 
     /// Waits until the connection is let in.
     pub(super) async fn enter(&self) {
-        let pass = self.pass().clone();
-        if let Some((gate, network)) = pass {
-            gate.enter(network).await;
+        let way = self.pass().as_ref().map(|pass| (pass.gate.clone(), pass.network));
+        if let Some((gate, network)) = way {
+            let has_token = gate.enter(network).await;
+            self.pass().iter_mut().for_each(|pass| pass.has_token = has_token);
             // From here it is the client that is waited for.
             self.last_end.store(self.now(), Ordering::Relaxed);
         }
@@ -185,15 +186,18 @@ impl Activity {
 
     /// A host has proved itself on the connection.
     pub(super) fn proved(&self) {
-        let pass = self.pass().take();
-        if let Some((gate, network)) = pass {
-            gate.give_back(network);
-        }
+        drop(self.pass().take());
     }
 
     /// A request asked for more than a stranger may have.
     pub(super) fn turn_away(&self) {
-        if self.pass().is_some() && self.turned_away.fetch_add(1, Ordering::AcqRel) >= TURNED_AWAY {
+        let mut pass = self.pass();
+        let Some(pass) = pass.as_mut() else { return };
+        let before = self.turned_away.fetch_add(1, Ordering::AcqRel);
+        if before == 0 {
+            pass.spend();
+        }
+        if before >= TURNED_AWAY {
             self.cut(Cut::Rate);
         }
     }
@@ -208,7 +212,7 @@ impl Activity {
         self.turned_away.load(Ordering::Acquire) > TURNED_AWAY
     }
 
-    fn pass(&self) -> MutexGuard<'_, Option<(Arc<Gate>, Network)>> {
+    fn pass(&self) -> MutexGuard<'_, Option<Pass>> {
         self.pass.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -356,6 +360,34 @@ impl Activity {
         } else {
             let now = self.now();
             let _ = self.head_since.compare_exchange(0, now, Ordering::Relaxed, Ordering::Relaxed);
+        }
+    }
+}
+
+/// How a connection came through the gate. Dropped, it gives back the token that was not spent.
+#[derive(Debug)]
+pub(super) struct Pass {
+    gate: Arc<Gate>,
+    network: Network,
+    has_token: bool,
+}
+
+impl Pass {
+    pub(super) fn new(gate: Arc<Gate>, network: Network) -> Self {
+        Self { gate, network, has_token: false }
+    }
+
+    fn spend(&mut self) {
+        if !std::mem::take(&mut self.has_token) {
+            self.gate.spend(self.network);
+        }
+    }
+}
+
+impl Drop for Pass {
+    fn drop(&mut self) {
+        if self.has_token {
+            self.gate.give_back(self.network);
         }
     }
 }

@@ -22,7 +22,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_rustls::TlsAcceptor;
 
-use super::activity::{Activity, Answer, Cut, Due, InProgress, Watched, unread};
+use super::activity::{Activity, Answer, Cut, Due, InProgress, Pass, Watched, unread};
 use super::congestion::Congestion;
 use super::{BoxError, ClientCertificate, Gate, Limits, Origin, Peer, Phase, SharedTls, Slot};
 use crate::network::Network;
@@ -117,8 +117,29 @@ where
 
     /// What is to be known of a connection that begins now.
     pub(super) fn activity(&self, peer: SocketAddr) -> Arc<Activity> {
-        let pass = self.gate.as_ref().map(|gate| (Arc::clone(gate), Network::of(peer.ip())));
+        let pass = self.gate.as_ref().map(|gate| Pass::new(Arc::clone(gate), Network::of(peer.ip())));
         Activity::new(self.tls.is_some(), self.limits.streams, pass)
+    }
+
+    /// Whether a connection is let in as soon as it comes.
+    pub(super) fn is_open_for(&self, peer: SocketAddr) -> bool {
+        self.gate.as_ref().is_none_or(|gate| gate.is_open_for(Network::of(peer.ip())))
+    }
+
+    /// Waits until a connection is let in; `false`: not in time. A server that stops serves everything that was accepted.
+    pub(super) async fn let_in(&self, activity: &Activity) -> bool {
+        let mut stop = self.phase.clone();
+        tokio::select! {
+            biased;
+            () = activity.enter() => true,
+            _ = stop.wait_for(|phase| *phase != Phase::Serving) => true,
+            () = standstill::sleep_until(standstill::now() + self.limits.header_timeout) => false,
+        }
+    }
+
+    /// Whether the server stops.
+    pub(super) fn is_stopping(&self) -> bool {
+        *self.phase.borrow() != Phase::Serving
     }
 
     /// Serves one connection until it is closed.
@@ -128,15 +149,6 @@ where
             tracing::debug!(%peer, %error, "TCP_NODELAY cannot be set");
         }
         let mut phase = self.phase.clone();
-        let mut stop = phase.clone();
-        tokio::select! {
-            biased;
-            () = activity.enter() => {}
-            // Everything that was accepted is served by a server that stops.
-            _ = stop.wait_for(|phase| *phase != Phase::Serving) => {}
-            reason = activity.told_to_close() => return slot.cut(reason),
-            () = standstill::sleep_until(standstill::now() + self.limits.header_timeout) => return slot.cut(Cut::Rate),
-        }
         let Some(tls) = &self.tls else {
             let (stream, returned) = Watched::new(stream, activity.clone());
             let client = Client { peer, certificate: None };
@@ -147,6 +159,7 @@ where
         };
         let acceptor = TlsAcceptor::from(Arc::clone(&tls.load().config));
         let (stream, returned) = Watched::new(stream, activity.clone());
+        let mut stop = phase.clone();
         let handshake = standstill::timeout(self.limits.header_timeout, acceptor.accept(stream));
         let stream = tokio::select! {
             shaken = handshake => match shaken {

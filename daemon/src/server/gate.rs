@@ -1,9 +1,10 @@
-//! The gate in front of the service: how fast one address may open connections.
+//! The gate in front of the service: how fast an address whose callers are turned away may come again.
 //!
 //! Accepting a connection, shaking hands and looking at its first requests costs processor time before anything is known
-//! of the caller. A connection takes a token of its address (IPv6: of its /64 network), and gives it back as soon as a host
-//! has proved itself on it: hosts that share an address may be as many as they like. Without a token the connection waits,
-//! unread. Nothing is refused, so a caller that comes back at once gains nothing by it.
+//! of the caller. A connection that ends because it asked for more than a stranger may have costs its address (IPv6: its /64
+//! network) a token. While the address has none, its new connections wait, unread, until each of them has got one; it is
+//! given back unless the connection is turned away, so hosts of that address pass. Nothing is refused, so a caller that comes
+//! back at once gains nothing by it.
 //!
 //! The newest connection is let in first: those that an attacker left waiting are old, and a host's has come just now.
 
@@ -36,7 +37,8 @@ struct Lane {
 }
 
 impl Gate {
-    /// Of each address `rate` connections a second are let in, and `burst` at once; a rate of 0 is no limit.
+    /// Of each address `rate` connections a second may be turned away, and `burst` at once, before new ones wait; a rate of 0 is
+    /// no limit.
     #[must_use]
     pub fn new(rate: u32, burst: u32) -> Arc<Self> {
         Arc::new(Self { rate: ArcSwap::from_pointee(Rate::new(rate, burst)), lanes: Mutex::default() })
@@ -50,13 +52,18 @@ impl Gate {
         self.lanes().values().for_each(|lane| lane.given_back.notify_one());
     }
 
-    /// Waits until a connection is let in.
-    pub(super) async fn enter(self: &Arc<Self>, network: Network) {
+    /// Whether a connection that comes now does not have to wait.
+    pub(super) fn is_open_for(&self, network: Network) -> bool {
+        !self.lanes().contains_key(&network) && self.rate.load().look(&network).is_ok()
+    }
+
+    /// Waits until a connection is let in. Returns whether it got a token, to be spent or given back.
+    pub(super) async fn enter(self: &Arc<Self>, network: Network) -> bool {
         let turn = {
             let mut lanes = self.lanes();
             if !lanes.contains_key(&network) {
-                if self.rate.load().take(&network).is_ok() {
-                    return;
+                if self.rate.load().look(&network).is_ok() {
+                    return false;
                 }
                 let given_back = Arc::new(Notify::new());
                 let lane = Lane { waiting: Vec::new(), most: FEW, given_back: given_back.clone() };
@@ -68,10 +75,16 @@ impl Gate {
             turn
         };
         // An error would mean that the lane is gone, and with it the reason to wait.
-        let _ = turn.await;
+        turn.await.is_ok()
     }
 
-    /// A connection turned out to be a host's.
+    /// A connection that came without a token is turned away.
+    pub(super) fn spend(&self, network: Network) {
+        // What an address has not got, it need not pay later: its next connections wait as it is.
+        let _ = self.rate.load().take(&network);
+    }
+
+    /// A connection with a token was not turned away.
     pub(super) fn give_back(&self, network: Network) {
         self.rate.load().give_back(&network);
         if let Some(lane) = self.lanes().get(&network) {
@@ -143,23 +156,25 @@ mod tests {
         // A token comes back after more time than the test takes.
         let gate = Gate::new(1, 2);
         gate.change(1, 3);
-        for _ in 0..3 {
-            gate.enter(network(1)).await;
+        // Whoever comes is let in until some are turned away.
+        for _ in 0..10 {
+            assert!(!gate.enter(network(1)).await);
         }
+        (0..10).for_each(|_| gate.spend(network(1)));
         let turns = Arc::new(Mutex::new(Vec::new()));
         let mut waiting = Vec::new();
         for number in 0..4usize {
             let (gate, turns) = (gate.clone(), turns.clone());
             let of = gate.clone();
             waiting.push(tokio::spawn(async move {
-                gate.enter(network(1)).await;
+                assert!(gate.enter(network(1)).await);
                 turns.lock().unwrap().push(number);
-                // A host: the next one follows.
+                // It is not turned away: the next one follows.
                 gate.give_back(network(1));
             }));
             until_waiting(&of, network(1), number + 1).await;
         }
-        gate.enter(network(2)).await;
+        assert!(!gate.enter(network(2)).await);
         // One of those that wait is closed.
         waiting.remove(1).abort();
         gate.give_back(network(1));
@@ -173,12 +188,12 @@ mod tests {
     #[tokio::test]
     async fn what_was_closed_while_it_waited_is_forgotten() {
         let gate = Gate::new(1, 1);
-        gate.enter(network(1)).await;
+        gate.spend(network(1));
         let closed = AtomicUsize::new(0);
         for _ in 0..10 * FEW {
             tokio::select! {
                 biased;
-                () = gate.enter(network(1)) => {}
+                _ = gate.enter(network(1)) => {}
                 () = std::future::ready(()) => { closed.fetch_add(1, Ordering::Relaxed); }
             }
             assert!(gate.lanes().get(&network(1)).map_or(0, |lane| lane.waiting.len()) <= FEW);
@@ -189,11 +204,10 @@ mod tests {
     #[tokio::test]
     async fn without_a_limit_all_are_let_in_and_a_limit_that_goes_lets_in_who_waits() {
         let gate = Gate::new(0, 1);
-        for _ in 0..10_000 {
-            gate.enter(network(1)).await;
-        }
+        (0..10_000).for_each(|_| gate.spend(network(1)));
+        assert!(!gate.enter(network(1)).await);
         gate.change(1, 1);
-        gate.enter(network(1)).await;
+        gate.spend(network(1));
         let waiting = (
             gate.clone(),
             tokio::spawn({
