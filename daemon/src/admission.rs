@@ -139,6 +139,11 @@ impl Declined {
     #[must_use]
     pub fn release(self) -> Refusal {
         metrics::queue_dropped(self.reason.as_str());
+        self.refusal()
+    }
+
+    /// What its caller is told. Counts nothing.
+    pub(crate) fn refusal(self) -> Refusal {
         let (code, message) = match self.reason {
             Dropped::Rate => (Code::TooManyRequests, "this host asks for more releases than it may; try again"),
             Dropped::Address => (Code::TooManyRequests, "too many requests from this address were refused; try again"),

@@ -107,10 +107,9 @@ impl Condition<'_> {
                     Err(Refusal::new(Code::RequestTooLarge, format!("the body is larger than {MAX_BODY} {what}")))
                 }
             },
-            Self::Stranger(service, attempt) => service.admission.stranger_may_attest(attempt).map_err(|declined| {
-                Refusal::new(Code::TooManyRequests, "too many requests from this address were refused; try again")
-                    .retry_after(declined.retry_after)
-            }),
+            Self::Stranger(service, attempt) => {
+                service.admission.stranger_may_attest(attempt).map_err(Declined::refusal)
+            }
         }
     }
 }
