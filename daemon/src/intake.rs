@@ -14,8 +14,8 @@ use crate::service::Service;
 /// Largest body of a single request, in bytes, and of a batch whose health certificate was not found right yet.
 pub const MAX_BODY: usize = 1024 * 1024;
 
-/// What an address may send in one body, in bytes, from which too much was refused, before a host is known to have sent it:
-/// an attestation, or the beginning of a batch.
+/// Most bytes of one body that are taken from an address over its rate before a host is known to have sent it: an
+/// attestation, or the beginning of a batch.
 const SMALL_BODY: u64 = 64 * 1024;
 
 /// Why bodies are refused in this module and where they are read; [`NoRoom::ALL`] has the other reasons.

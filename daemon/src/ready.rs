@@ -172,7 +172,7 @@ mod tests {
         answer.send(7).unwrap();
         assert_eq!(ask(Duration::from_secs(60)).await, Some(Some(7)));
         assert_eq!(begun.load(Ordering::SeqCst), 1);
-        // It is asked anew when it has answered.
+        // Once the disk has answered, the next question is asked again.
         answer.send(8).unwrap();
         assert_eq!(ask(Duration::from_secs(60)).await, Some(Some(8)));
         assert_eq!(begun.load(Ordering::SeqCst), 2);

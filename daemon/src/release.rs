@@ -46,7 +46,7 @@ use crate::throttle::Throttle;
 /// of the step that failed. Honest callers do not meet it.
 const REFUSAL_GRID: Duration = Duration::from_millis(25);
 
-/// Input of more octets than this is worked on aside. The protector of an owner and three guardians has some 13,000.
+/// Input of more bytes than this is worked on aside. The protector of an owner and three guardians has some 13,000.
 const LARGE: usize = 16 * 1024;
 
 /// What a release works with.
@@ -255,10 +255,10 @@ impl Grant {
     }
 }
 
-/// Does what takes long when the input of `octets` is large, without keeping a thread of the runtime from other requests.
+/// Does what takes long when an input of so many bytes is large, without keeping a thread of the runtime from other requests.
 /// A usual protector, of a few wrappings, takes less time than it takes to make way.
-pub(crate) fn aside<T>(octets: usize, work: impl FnOnce() -> T) -> T {
-    if octets > LARGE { strangers::in_place(work) } else { work() }
+pub(crate) fn aside<T>(bytes: usize, work: impl FnOnce() -> T) -> T {
+    if bytes > LARGE { strangers::in_place(work) } else { work() }
 }
 
 /// Step 2: who asks, if it is a registered host that proved its health.

@@ -525,7 +525,7 @@ mod tests {
         let error = add(b"broken".to_vec(), b"two").await.unwrap_err();
         assert!(matches!(error, ChangeError::Unreadable(_)), "{error}");
         assert!(service.signers.load().trust(&first.thumbprint()));
-        // Another one takes the place of the one that cannot be read; a change that has nothing to do with it is a success.
+        // A new signer replaces the unreadable one. A change that does not concern the unreadable one succeeds.
         add(two, b"three").await.unwrap();
         assert!(service.signers.load().current().is_some());
         let revoke = |service: &Arc<Service>, thumbprint: String| {

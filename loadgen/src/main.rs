@@ -156,7 +156,7 @@ struct PlanArguments {
     /// Processors of the daemon
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=1024))]
     processors: u16,
-    /// Without effect: a session takes one operation at a time
+    /// Without effect: simulated sessions take one operation at a time
     #[arg(long, hide = true, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=1024))]
     batch: u16,
     /// The daemon's release.queue

@@ -425,6 +425,7 @@ impl Cluster {
             let step = failover.next(now, &members.tiers, standing, |below| fastrand::usize(..below));
             let (index, share) = match step {
                 Ok(Step::Ask { member, share }) => (member, share),
+                // Does not happen yet: no member of this cluster is ever said to be returning.
                 Ok(Step::Wait { until }) => {
                     standstill::sleep_until(until).await;
                     continue;

@@ -52,9 +52,9 @@ impl From<Declined> for Refused {
     }
 }
 
-/// From an address from which too much was refused: the longest request that is read, in bytes (an honest one has some 3,000),
+/// Longest attestation in bytes that is read from an address over its rate. An honest one has some 3,000.
 const LARGE: usize = 16 * 1024;
-/// and the longest host key with which a signature is verified.
+/// Longest host key in bytes with which a signature is verified for such an address.
 const LONGEST_KEY: usize = 4096 / 8;
 
 /// A rate is exceeded: an error that is about HTTP, and not about the host's health.
@@ -105,8 +105,9 @@ fn unavailable() -> Refused {
 /// signature (the two look the same), `UnavailableErrorReply` when no HSM signs; 429 for a host or an address that asks too
 /// fast.
 pub async fn attest(service: &Service, body: &[u8], attempt: &mut Attempt) -> Result<Issued, Refused> {
-    // From an address from which too much was refused an attestation is served as far as its signature proves a host, so
-    // that no host pays for its neighbours. Anything else gets the same 429, whatever is wrong with it.
+    // An address is over its rate when too much that came from it was refused. Attestations from there are still served if
+    // their signature proves a registered host, so that no host pays for its neighbours. All others get the same 429,
+    // whatever is wrong with them.
     let over_rate = service.admission.stranger_may_ask(attempt).err();
     if let Some(declined) = over_rate.filter(|_| body.len() > LARGE) {
         return Err(declined.attestation().into());

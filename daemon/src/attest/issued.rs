@@ -141,7 +141,7 @@ mod tests {
         ] {
             assert_eq!(issued.get(&different, NOW), None);
         }
-        // One that is made in its place is not on record.
+        // A new certificate that replaces a recorded one is not recorded yet.
         issued.remember(of, Bytes::from_static(b"new"), NOW);
         assert!(!issued.get(&of, NOW).unwrap().is_recorded);
     }

@@ -252,7 +252,8 @@ impl Stage {
         service.with_state(|state| {
             for (kind, key, certificate) in keys {
                 let (key_id, spki) = (&key_id(key.public()), key.public().spki_der());
-                // Not primary: nobody asks for metadata, and tests disable them.
+                // Not primary, because primary certificates cannot be disabled, which the tests do. Metadata, which needs them, is
+                // not asked for.
                 let new = NewCertificate { kind, der: certificate.der(), key_id, spki, primary: false };
                 state.add_certificate(&new, unix_now()).unwrap();
             }

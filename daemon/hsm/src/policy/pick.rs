@@ -213,7 +213,7 @@ fn two_of(n: usize, random: &mut impl FnMut(usize) -> usize) -> (usize, usize) {
     (first, (first + 1 + random(n - 1) % (n - 1)) % n)
 }
 
-/// Of equals the one that was drawn first.
+/// The member that costs less; the first if both cost the same.
 fn cheaper((member, candidate): (usize, Candidate), (other_member, other): (usize, Candidate)) -> usize {
     if cost(&other) < cost(&candidate) { other_member } else { member }
 }

@@ -167,7 +167,7 @@ fn nanos(time: Duration) -> Nanos {
 #[derive(Debug)]
 pub struct Member {
     spec: Spec,
-    /// How it behaves; change it to break or mend the member.
+    /// How it behaves; change it to break or repair the member.
     pub behaviour: Behaviour,
     breaker: Breaker,
     latency: Latency,

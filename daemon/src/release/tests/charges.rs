@@ -174,9 +174,9 @@ fn that_grows_beyond_the_limit(stage: &Stage) -> Vec<u8> {
     wrappings[1].signing_certificate_signature.parameters = Some("<p xmlns=\"urn:x\">here</p>".to_owned());
     let recipients = [owner, stage.guardian()].map(|party| party.encryption_key.public());
     let unsigned = Unsigned::new(&wrappings, recipients, &key, 0).unwrap();
-    let filled = |octets: &[u8], element: &str| {
+    let filled = |bytes: &[u8], element: &str| {
         let filling = element.repeat(EMPTY) + &"x".repeat(MAX_PROTECTOR - 40_000 - file.len());
-        String::from_utf8(octets.to_vec()).unwrap().replace("here", &filling).into_bytes()
+        String::from_utf8(bytes.to_vec()).unwrap().replace("here", &filling).into_bytes()
     };
     let signature = owner.signing_key.sign(algorithm, &filled(unsigned.signed_octets(), "<a></a>")).unwrap();
     filled(&unsigned.finish(1, algorithm, signature).unwrap(), "<a/>")

@@ -35,7 +35,7 @@ enum Defect {
     NotDecrypted,
     /// The ciphertext does not decrypt.
     Garbled,
-    /// It decrypts to another key than the one that signed.
+    /// The ciphertext decrypts to a key that did not sign the protector.
     WrongKey,
     /// No HSM signs.
     NotSigned,
