@@ -1,5 +1,5 @@
-//! What the cluster costs beside its tokens: choosing a member, handing a call to a session's thread and back, alone and with
-//! others. The call asks a soft token for a few random octets, which is next to nothing.
+//! What the cluster costs beside its tokens: choosing a member, handing a call to a member's worker process and back, alone and
+//! with others. The call asks a soft token for a few random bytes, which is next to nothing.
 
 #![allow(missing_docs, clippy::unwrap_used)]
 
@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use claviger::daemon::member;
 use claviger_bench::ceiling::{Settings, Stage};
 use claviger_hsm::policy::pick::{Candidate, Tiers, pick};
-use claviger_hsm::{Cluster, Patience};
+use claviger_hsm::{CallTimeouts, Cluster};
+use claviger_tests::worker;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use tokio::task::JoinSet;
 
@@ -36,37 +37,33 @@ fn choosing(c: &mut Criterion) {
 fn handing_over(c: &mut Criterion) {
     let stage = Stage::set(&Settings::default());
     let mut group = c.benchmark_group("hsm");
-    for batch in [1, 4, 16] {
-        let config = stage.lab.config();
-        let members = config.hsm.iter().map(|hsm| member(hsm, 4096, batch).unwrap()).collect();
-        let patience = Patience { watchdog: Duration::from_secs(10) };
-        let cluster = Cluster::load(members, patience, std::sync::Arc::new(|_, _| {})).unwrap();
-        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
-        runtime.block_on(cluster.start()).unwrap();
-        let deadline = || Instant::now() + Duration::from_secs(10);
-        if batch == 1 {
-            group.throughput(Throughput::Elements(1));
-            group.bench_function("hand_off", |b| {
-                b.iter(|| runtime.block_on(cluster.random(8, deadline())).unwrap());
-            });
-        }
-        // Sixteen times the sessions: there is always something to take.
-        let calls = 64;
-        group.throughput(Throughput::Elements(calls));
-        group.bench_function(format!("{calls}_calls_batch_{batch}"), |b| {
-            b.iter(|| {
-                runtime.block_on(async {
-                    let mut running = JoinSet::new();
-                    for _ in 0..calls {
-                        let cluster = cluster.clone();
-                        running.spawn(async move { cluster.random(8, deadline()).await.unwrap() });
-                    }
-                    running.join_all().await
-                })
-            });
+    let config = stage.lab.config();
+    let members = config.hsm.iter().map(|hsm| member(&config.env, hsm, 4096).unwrap()).collect();
+    let timeouts = CallTimeouts { watchdog: Duration::from_secs(10) };
+    let cluster = Cluster::new(members, timeouts, worker(), std::sync::Arc::new(|_, _| {})).unwrap();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    runtime.block_on(cluster.start()).unwrap();
+    let deadline = || Instant::now() + Duration::from_secs(10);
+    group.throughput(Throughput::Elements(1));
+    group.bench_function("hand_off", |b| {
+        b.iter(|| runtime.block_on(cluster.random(8, deadline())).unwrap());
+    });
+    // Sixteen times the sessions: there is always something to take.
+    let calls = 64;
+    group.throughput(Throughput::Elements(calls));
+    group.bench_function(format!("{calls}_calls"), |b| {
+        b.iter(|| {
+            runtime.block_on(async {
+                let mut running = JoinSet::new();
+                for _ in 0..calls {
+                    let cluster = cluster.clone();
+                    running.spawn(async move { cluster.random(8, deadline()).await.unwrap() });
+                }
+                running.join_all().await
+            })
         });
-        runtime.block_on(cluster.close());
-    }
+    });
+    runtime.block_on(cluster.close());
     group.finish();
 }
 

@@ -17,8 +17,9 @@ use claviger::process;
 use claviger::release::roll;
 use claviger::service::{Service, request_id};
 use claviger_bench::ceiling::{Figure, Settings, Stage};
-use claviger_hsm::{Cluster, Event, Observer, Patience};
+use claviger_hsm::{CallTimeouts, Cluster, Event, Observer, Operation};
 use claviger_protocol::payload::ApiVersion;
+use claviger_tests::worker;
 use criterion::{Criterion, criterion_group, criterion_main};
 
 /// Releases of a round.
@@ -36,7 +37,7 @@ fn record(history: &History, attempt: &Attempt) {
 
 /// What the members tell of one release.
 fn operations(observer: &Observer) {
-    for (hsm, op) in [("hsm-a", "decrypt"), ("hsm-b", "sign")] {
+    for (hsm, op) in [("hsm-a", Operation::Decrypt), ("hsm-b", Operation::Sign)] {
         let took = black_box(Duration::from_micros(800));
         observer(hsm, Event::Batch { jobs: 1 });
         observer(hsm, Event::Call { op, rv: "ok", took });
@@ -48,7 +49,6 @@ fn cost(c: &mut Criterion) {
     let stage = Stage::set(&Settings::default());
     let requests = stage.requests();
     let config = stage.lab.config();
-    claviger_hsm::set_env(&config.env);
     let handle = metrics::install();
     let measured = Arc::new(AtomicBool::new(false));
     let switch = Arc::clone(&measured);
@@ -58,9 +58,9 @@ fn cost(c: &mut Criterion) {
         }
     });
     let queue = member_queue(&config);
-    let members = config.hsm.iter().map(|hsm| member(hsm, queue, config.release.batch).unwrap()).collect();
-    let patience = Patience { watchdog: config.release.watchdog() };
-    let cluster = Cluster::load(members, patience, observer).unwrap();
+    let members = config.hsm.iter().map(|hsm| member(&config.env, hsm, queue).unwrap()).collect();
+    let timeouts = CallTimeouts { watchdog: config.release.watchdog() };
+    let cluster = Cluster::new(members, timeouts, worker(), observer).unwrap();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
     let service = Arc::new(Service::open(config, cluster).unwrap());
     runtime.block_on(service.cluster.start()).unwrap();

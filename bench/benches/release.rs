@@ -13,13 +13,14 @@ use claviger::release::roll;
 use claviger::service::{Service, request_id};
 use claviger_bench::ceiling::{Settings, Stage};
 use claviger_protocol::payload::ApiVersion;
+use claviger_tests::worker;
 use criterion::{Criterion, criterion_group, criterion_main};
 
 fn whole(c: &mut Criterion) {
     let stage = Stage::set(&Settings::default());
     let requests = stage.requests();
     let config = stage.lab.config();
-    let cluster = load_cluster(&config).unwrap();
+    let cluster = load_cluster(&config, worker()).unwrap();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
     let service = Arc::new(Service::open(config, cluster).unwrap());
     runtime.block_on(service.cluster.start()).unwrap();

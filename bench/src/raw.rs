@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use claviger::config::Config;
 use claviger::daemon::member;
-use claviger_hsm::{Bare, Hash, KeyRef, MemberConfig, Oaep, SignScheme};
+use claviger_hsm::{Hash, KeyRef, MemberConfig, Oaep, RawSession, SignScheme};
 use claviger_protocol::algorithm;
 use claviger_protocol::rsa_key::RsaPublicKey;
 use hdrhistogram::Histogram;
@@ -43,7 +43,7 @@ impl Work {
     /// Of a configuration, with the ids and the public half of its keys.
     #[must_use]
     pub fn new(config: &Config, encryption: KeyRef, public: &RsaPublicKey, signing: KeyRef) -> Self {
-        let members = config.hsm.iter().map(|hsm| member(hsm, 1, 1).unwrap()).collect();
+        let members = config.hsm.iter().map(|hsm| member(&config.env, hsm, 1).unwrap()).collect();
         let ciphertext = public.encrypt_oaep(algorithm::Oaep::SHA1, &[0x5a; 32]).unwrap();
         Self { members, encryption, signing, ciphertext }
     }
@@ -63,9 +63,9 @@ impl Work {
         let threads: Vec<_> = (0..sessions)
             .flat_map(|_| &self.members)
             .map(|member| {
-                let bare = Bare::open(member).unwrap();
+                let session = RawSession::open(member).unwrap();
                 let (work, counting, stop) = (self.clone(), counting.clone(), stop.clone());
-                std::thread::spawn(move || work.pairs(&bare, &counting, &stop))
+                std::thread::spawn(move || work.pairs(&session, &counting, &stop))
             })
             .collect();
         std::thread::sleep(crate::service::RAMP);
@@ -87,16 +87,16 @@ impl Work {
 
     fn pairs(
         &self,
-        bare: &Bare,
+        session: &RawSession,
         counting: &AtomicBool,
         stop: &AtomicBool,
     ) -> (Histogram<u64>, Histogram<u64>, Histogram<u64>) {
         let (mut pairs, mut decrypts, mut signs) = (nanoseconds(), nanoseconds(), nanoseconds());
         while !stop.load(Ordering::Relaxed) {
             let begun = Instant::now();
-            let plaintext = bare.decrypt(&self.encryption, OAEP, &self.ciphertext).unwrap();
+            let plaintext = session.decrypt(&self.encryption, OAEP, &self.ciphertext).unwrap();
             let decrypted = begun.elapsed();
-            let signature = bare.sign(&self.signing, SCHEME, &plaintext).unwrap();
+            let signature = session.sign(&self.signing, SCHEME, &plaintext).unwrap();
             let both = begun.elapsed();
             assert!(plaintext.len() == 32 && !signature.is_empty(), "the token gives nonsense");
             // Those that end after the time are not counted, nor are those that began before it.

@@ -1,5 +1,6 @@
 //! A running daemon: its listeners, its background work, and its stop.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -7,7 +8,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use claviger_hsm::{Cluster, HsmError, MemberConfig, Patience, Pin, TokenRef, standstill};
+use claviger_hsm::{CallTimeouts, Cluster, HsmError, MemberConfig, Pin, TokenRef, WorkerProgram, standstill};
 use hyper::service::service_fn;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -78,19 +79,17 @@ pub enum StartError {
     Task(#[from] tokio::task::JoinError),
 }
 
-/// Loads the modules of the configured members and sets the environment they want. To be called while no other thread may read
-/// the environment (that of the log does not): variables cannot be set later.
+/// The cluster of the configured members, of which none has been started.
 ///
 /// # Errors
-/// A PIN that cannot be read, a module that cannot be loaded.
-pub fn load_cluster(config: &Config) -> Result<Cluster, StartError> {
-    claviger_hsm::set_env(&config.env);
+/// A PIN that cannot be read, unfit names.
+pub fn load_cluster(config: &Config, worker: WorkerProgram) -> Result<Cluster, StartError> {
     // Before the first call to a token, which is to be counted.
     metrics::install();
     let queue = member_queue(config);
-    let members = config.hsm.iter().map(|hsm| member(hsm, queue, config.release.batch)).collect::<Result<_, _>>()?;
-    let patience = Patience { watchdog: config.release.watchdog() };
-    Ok(Cluster::load(members, patience, observer())?)
+    let members = config.hsm.iter().map(|hsm| member(&config.env, hsm, queue)).collect::<Result<_, _>>()?;
+    let timeouts = CallTimeouts { watchdog: config.release.watchdog() };
+    Ok(Cluster::new(members, timeouts, worker, observer())?)
 }
 
 /// How many calls may wait at one member.
@@ -106,7 +105,7 @@ pub fn member_queue(config: &Config) -> usize {
 ///
 /// # Errors
 /// A PIN that cannot be read.
-pub fn member(hsm: &Hsm, queue: usize, batch: usize) -> Result<MemberConfig, PinError> {
+pub fn member(env: &BTreeMap<String, String>, hsm: &Hsm, queue: usize) -> Result<MemberConfig, PinError> {
     Ok(MemberConfig {
         name: hsm.name.clone(),
         module: hsm.module.clone(),
@@ -116,12 +115,11 @@ pub fn member(hsm: &Hsm, queue: usize, batch: usize) -> Result<MemberConfig, Pin
             None => TokenRef::Label(hsm.name.clone()),
         },
         pin: Pin::new(hsm.read_pin()?.to_string()),
-        env: hsm.env.clone(),
+        env: env.iter().chain(&hsm.env).map(|(name, value)| (name.clone(), value.clone())).collect(),
         priority: hsm.priority,
         weight: hsm.weight,
         sessions: hsm.sessions,
         queue,
-        batch,
     })
 }
 

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use claviger_hsm::{Hash, HsmError, KeyId, KeyRef, KnownGood, Oaep, SignScheme, standstill};
+use claviger_hsm::{Hash, HsmError, KeyId, KeyRef, KnownAnswerTest, Oaep, SignScheme, standstill};
 use claviger_protocol::algorithm::{self, SignatureAlgorithm};
 use claviger_protocol::certificate::Certificate;
 use claviger_protocol::error::{Code, Refusal};
@@ -106,22 +106,23 @@ impl Key {
 
     /// An operation with this key whose right result is known. `None` when there is no randomness, or the key is too small
     /// to encrypt a secret to.
-    pub(crate) fn known_good(&self, kind: Kind) -> Option<KnownGood> {
+    pub(crate) fn known_answer(&self, kind: Kind) -> Option<KnownAnswerTest> {
         let mut secret = Zeroizing::new(vec![0; 32]);
         SystemRandom::new().fill(&mut secret).ok()?;
         let public = self.certificate.key();
-        Some(match kind {
+        let known = match kind {
             Kind::Encryption => {
                 let ciphertext = public.encrypt_oaep(algorithm::Oaep::SHA1, &secret).ok()?;
                 let oaep = Oaep { hash: Hash::Sha1, mgf: Hash::Sha1 };
-                KnownGood::decrypt(self.id.clone(), oaep, ciphertext, secret)
+                KnownAnswerTest::decrypt(&self.id, oaep, &ciphertext, secret)
             }
             Kind::Signing => {
                 let digest = digest::digest(&digest::SHA256, &secret);
                 let scheme = SignScheme::Pkcs1(Hash::Sha256);
-                KnownGood::sign(self.id.clone(), scheme, digest.as_ref().to_vec(), signed_by(public, digest))
+                KnownAnswerTest::sign(&self.id, scheme, digest.as_ref(), signed_by(public, digest))
             }
-        })
+        };
+        known.ok()
     }
 }
 
@@ -196,8 +197,8 @@ impl Keys {
 
     /// For each key an operation whose right result is known, the primary ones first: what the HSMs are judged by.
     #[must_use]
-    pub fn known_good(&self) -> Vec<KnownGood> {
-        self.all.iter().filter_map(|(kind, key)| key.known_good(*kind)).collect()
+    pub fn known_answers(&self) -> Vec<KnownAnswerTest> {
+        self.all.iter().filter_map(|(kind, key)| key.known_answer(*kind)).collect()
     }
 
     /// The metadata document. Its three signatures are made once for each change of the certificates, and after a failure

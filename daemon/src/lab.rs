@@ -15,7 +15,7 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use claviger_hsm::{Cluster, HsmError, KeyId, KeyUsage as HsmKeyUsage, NewKey, Pin, init_token, set_env};
+use claviger_hsm::{Cluster, KeyId, KeyUsage as HsmKeyUsage, NewKey, Pin, init_token, set_env};
 use claviger_protocol::certificate::{
     BuildError, Certificate, CertificateError, DistinguishedName, KeyUsage, Template, random_serial,
 };
@@ -82,7 +82,7 @@ pub enum LabError {
     Toml(#[from] toml::ser::Error),
     /// A token.
     #[error("the soft tokens: {0}")]
-    Hsm(#[from] HsmError),
+    Hsm(#[from] claviger_hsm::Failure),
     /// The state.
     #[error(transparent)]
     State(#[from] StateError),

@@ -17,7 +17,7 @@ use claviger::daemon::{Daemon, load_cluster};
 use claviger::lab::{Lab, Tokens};
 use claviger::log::{self, LogQueue};
 use claviger::{demo, doctor, preflight, print, process, serve};
-use claviger_hsm::Cluster;
+use claviger_hsm::{Cluster, WorkerProgram};
 use claviger_process::signals::{self, Starting};
 use claviger_process::{arguments, output, threads};
 use tokio::runtime::Runtime;
@@ -129,6 +129,9 @@ enum Command {
         after_help = "Example: claviger protector new --owner acme --guardian hgs --out vm.xml --key vm.key"
     )]
     Protector(cli::protector::Protector),
+    /// Serve one HSM, as a process that the daemon starts
+    #[command(hide = true)]
+    HsmWorker,
 }
 
 /// The shell's status of a process that Ctrl-C ended.
@@ -149,6 +152,10 @@ fn main() -> ExitCode {
         Ok(arguments) => arguments,
         Err(status) => return status,
     };
+    if matches!(arguments.command, Command::HsmWorker) {
+        // Before there are threads, a log or descriptors.
+        return claviger_hsm::worker::run();
+    }
     if let (Command::Serve { config, log }, Some(starting)) = (&arguments.command, &starting) {
         serve(config, *log, starting);
     }
@@ -230,6 +237,7 @@ where
 fn run(command: Command, starting: Option<Starting>) -> Result<ExitCode, Failure> {
     match command {
         Command::Serve { .. } => Err("serve has to be the first argument".into()),
+        Command::HsmWorker => Err("hsm-worker is started by the daemon".into()),
         Command::Doctor { config, json } => {
             process::no_core_dumps()?;
             let findings = doctor::examine(&config);
@@ -245,7 +253,7 @@ fn run(command: Command, starting: Option<Starting>) -> Result<ExitCode, Failure
             preflight::pass(&lab.config)?;
             let others = serve::needed_threads(&lab.config);
             threads::ensure_runtime(others)?;
-            let cluster = load_cluster(&lab.config)?;
+            let cluster = load_cluster(&lab.config, WorkerProgram::this_executable())?;
             on_tokens(threads::runtime(others)?, cluster, async |cluster| {
                 let stop = process::shutdown_signal()?;
                 let (daemon, passed) = demo::run(&lab, cluster, vms.into(), begun).await?;

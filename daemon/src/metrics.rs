@@ -467,8 +467,8 @@ pub fn attestation_dropped(reason: &'static str) {
 pub fn hsm(hsm: &str, event: Event<'_>) {
     let count = |metric: Metric| counter!(metric.name, "hsm" => hsm.to_owned()).increment(1);
     match event {
-        Event::Call { op, rv, took } => operations::call(hsm, op, rv, took),
-        Event::Answered { op, took } => operations::answered(hsm, op, took),
+        Event::Call { op, rv, took } => operations::call(hsm, op.name(), rv, took),
+        Event::Answered { op, took } => operations::answered(hsm, op.name(), took),
         Event::Batch { jobs } => operations::batch(hsm, jobs),
         Event::FailedOver { to } => {
             counter!(HSM_FAILOVERS.name, "hsm" => hsm.to_owned(), "to" => to.to_owned()).increment(1);

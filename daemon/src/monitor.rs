@@ -166,6 +166,9 @@ pub(crate) mod testing {
             faults: 0,
             worked: Duration::ZERO,
             spent: Duration::ZERO,
+            worker: None,
+            worker_processor: Duration::ZERO,
+            worker_resident: 0,
             last_error: None,
         }
     }

@@ -113,9 +113,9 @@ async fn members(config: &Config, next: &mut Config, service: &Arc<Service>) {
             }
             // With the others: each may come to do what another one failed at.
             let names: Vec<_> = next.hsm.iter().chain([hsm]).map(|hsm| hsm.name.clone()).collect();
-            let (taken_in, of, queue, batch) = (service.clone(), hsm.clone(), member_queue(next), next.release.batch);
+            let (taken_in, of, env, queue) = (service.clone(), hsm.clone(), config.env.clone(), member_queue(next));
             let added = tokio::task::spawn_blocking(move || {
-                let config = member(&of, queue, batch).map_err(|error| error.to_string())?;
+                let config = member(&env, &of, queue).map_err(|error| error.to_string())?;
                 let members: Vec<&str> = names.iter().map(String::as_str).collect();
                 metrics::preregister(&metrics::Known { members: &members, ..metrics::Known::default() });
                 taken_in.cluster.add(config).map_err(|error| error.to_string())
@@ -131,8 +131,11 @@ async fn members(config: &Config, next: &mut Config, service: &Arc<Service>) {
         };
         // Where the file names another token by now, its PIN is for that one: the restart which that needs takes both.
         if same_token(known, hsm) {
-            match read_pin(hsm).await.and_then(|pin| cluster.set_pin(&hsm.name, pin).map_err(|error| error.to_string()))
-            {
+            let taken = match read_pin(hsm).await {
+                Ok(pin) => cluster.set_pin(&hsm.name, pin).await.map_err(|error| error.to_string()),
+                Err(error) => Err(error),
+            };
+            match taken {
                 Ok(()) => (known.pin_file, known.pin_env) = (hsm.pin_file.clone(), hsm.pin_env.clone()),
                 Err(error) => failed("the PIN was not taken")(error),
             }

@@ -6,7 +6,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use claviger_hsm::Cluster;
+use claviger_hsm::{Cluster, WorkerProgram};
 use claviger_process::signals::{Hangup, Starting};
 use claviger_process::threads;
 use tokio::time::timeout;
@@ -37,7 +37,7 @@ pub fn run(file: PathBuf, starting: &Starting) -> Result<(), Failure> {
     let config = Config::load(&file)?;
     preflight::pass(&config)?;
     threads::ensure_runtime(needed_threads(&config))?;
-    let cluster = load_cluster(&config)?;
+    let cluster = load_cluster(&config, WorkerProgram::this_executable())?;
     let runtime = threads::runtime(needed_threads(&config))?;
     let result = runtime.block_on(serve(file, config, cluster, starting));
     // A thread that hangs in a disk is left behind.

@@ -258,7 +258,7 @@ impl Service {
         });
         if !self.keys.load().are_of(&certificates) {
             let keys = Keys::new(certificates);
-            self.cluster.know(keys.known_good());
+            self.cluster.set_known_answers(keys.known_answers());
             keys.decryption_keys().for_each(|held| metrics::preregister_key(held.certificate.clone()));
             self.keys.store(Arc::new(keys));
         }
@@ -389,7 +389,7 @@ pub(crate) mod testing {
     use std::sync::OnceLock;
 
     use crate::config::Hsm;
-    use claviger_hsm::{MemberConfig, Patience, Pin, TokenRef};
+    use claviger_hsm::{CallTimeouts, MemberConfig, Pin, TokenRef, WorkerProgram};
     #[cfg(test)]
     use claviger_protocol::rsa_key::RsaPrivateKey;
     #[cfg(test)]
@@ -433,7 +433,6 @@ pub(crate) mod testing {
             weight: 1,
             sessions: 1,
             queue: 1,
-            batch: 1,
         };
         config.hsm.push(Hsm {
             name: member.name.clone(),
@@ -447,8 +446,9 @@ pub(crate) mod testing {
             sessions: 1,
             env: member.env.clone(),
         });
-        let patience = Patience { watchdog: Duration::from_secs(1) };
-        let cluster = Cluster::load(vec![member], patience, Arc::new(|_, _| {})).unwrap();
+        let timeouts = CallTimeouts { watchdog: Duration::from_secs(1) };
+        let cluster =
+            Cluster::new(vec![member], timeouts, WorkerProgram::this_executable(), Arc::new(|_, _| {})).unwrap();
         Arc::new(Service::open(config, cluster).unwrap())
     }
 

@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::OnceLock;
 
+use claviger_hsm::WorkerProgram;
+
 /// The `claviger` binary: that of `CLAVIGER_BIN`, or the workspace's, built now with the profile of this test.
 ///
 /// # Panics
@@ -12,6 +14,12 @@ use std::sync::OnceLock;
 pub fn claviger() -> &'static Path {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
     BINARY.get_or_init(|| std::env::var_os("CLAVIGER_BIN").map_or_else(|| build("claviger"), PathBuf::from))
+}
+
+/// The program that a cluster in a test or bench runs for each member.
+#[must_use]
+pub fn worker() -> WorkerProgram {
+    WorkerProgram { path: claviger().to_owned(), arguments: vec!["hsm-worker".into()] }
 }
 
 /// The `claviger-loadgen` binary: that of `CLAVIGER_LOADGEN_BIN`, or the workspace's, built now with the profile of this

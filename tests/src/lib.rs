@@ -28,7 +28,7 @@ pub mod stats;
 use std::time::Duration;
 
 pub use administrator::Administrator;
-pub use binary::{claviger, loadgen, run};
+pub use binary::{claviger, loadgen, run, worker};
 pub use daemon::Daemon;
 pub use faulty::{Faulty, FaultyMembers, Instances, Stats};
 pub use lab::{ALGORITHMS, HOST, Lab, Options, metadata, open_release, roll_request, until_attested};

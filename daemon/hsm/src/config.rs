@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use cryptoki::types::AuthPin;
+use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
 /// One token of one module.
@@ -30,12 +31,10 @@ pub struct MemberConfig {
     pub sessions: usize,
     /// How many calls may wait or run at most; 0 counts as 1.
     pub queue: usize,
-    /// How many of the calls that wait a free session takes at once, at most; 0 counts as 1.
-    pub batch: usize,
 }
 
 /// How a token is recognised. Slot numbers are not stable, so they are not offered.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum TokenRef {
     /// By `CKA_LABEL` of the token, without its padding.
     Label(String),
@@ -53,7 +52,7 @@ impl fmt::Display for TokenRef {
 }
 
 /// A PIN. It is zeroised when dropped and never printed.
-#[derive(Clone)]
+#[derive(Clone, Serialize, Deserialize)]
 pub struct Pin(Zeroizing<String>);
 
 impl Pin {
@@ -82,7 +81,7 @@ impl fmt::Debug for Pin {
 
 /// How long calls may take.
 #[derive(Clone, Copy, Debug)]
-pub struct Patience {
+pub struct CallTimeouts {
     /// A call that has run for so long hangs: its member is closed.
     pub watchdog: Duration,
 }

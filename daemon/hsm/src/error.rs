@@ -1,252 +1,275 @@
-//! What can go wrong, as callers see it.
+//! What can go wrong, as callers see it: small `Copy` values. What a person has to read beside them, such as a path or a
+//! library's own words, travels in a [`Failure`].
 
-use std::path::PathBuf;
+use std::fmt;
 
-use cryptoki::context::Function;
 use cryptoki::error::{Error, RvError};
+use serde::{Deserialize, Serialize};
 
-use crate::fault::{BROKEN, Fate, Fault, PIN_REFUSALS, Whose};
-use crate::identity::KeyRef;
-use crate::keys::KeyId;
+use crate::code::{Function, ReturnCode};
+use crate::fault::{BROKEN, Fault, FaultOwner, PIN_REFUSALS, SessionAction};
+use crate::operation::Operation;
 use crate::pin_tries::PinTries;
 
-/// What a return code comes to, in a word for labels: `ok`; `refused`, the input is at
-/// fault, or may be: for a decryption also when the token gave a result that its check refused; `unable`, this key
-/// or token is not made for it; `stale`, a session or handle is to be renewed; `busy`, the token has no room now; `pin`, it
-/// refuses the PIN; `broken`, the device is ill or away. For the last four the member is to blame.
+/// The classes of return codes, used as metric labels: `ok`; `refused`, the input is at fault, or may be (for a decryption also when
+/// the token gave a result that its check rejected); `unable`, this key or token is not made for it; `stale`, a session or
+/// handle has to be renewed; `busy`, the token has no room now; `pin`, the token refuses the PIN; `broken`, the device is
+/// ill or away. The last four are faults of the member.
 pub const RV_CLASSES: [&str; 7] = ["ok", "refused", "unable", "stale", "busy", "pin", "broken"];
 
-/// The class of how a call went, one of [`RV_CLASSES`].
+/// The class of a call's result, one of [`RV_CLASSES`].
 pub(crate) fn class<T>(result: &Result<T, HsmError>) -> &'static str {
-    result.as_ref().err().map_or("ok", HsmError::class)
+    result.as_ref().err().map_or("ok", |error| error.class())
 }
 
 /// Why an operation has no result.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error, Serialize, Deserialize)]
 pub enum HsmError {
-    /// A token said no: the return code *and* the call it came from, since one code means different things from different calls.
-    #[error("{call}: {rv}")]
-    Pkcs11 {
-        /// The PKCS#11 function.
-        call: &'static str,
-        /// The return code as the standard spells it.
-        rv: String,
-        /// Who is to blame and what follows.
-        fault: Fault,
-    },
-    /// The input does not lead to a result that its own check accepts, and the member is not to blame. Says nothing of
-    /// how it failed: a ciphertext that does not decrypt and one that decrypts to the wrong key are the same.
+    /// A token said no: the function *and* its return code, since one code means different things from different functions.
+    #[error("{}: {_1}", _0.name())]
+    Pkcs11(Function, ReturnCode),
+    /// The input does not lead to a result that its own check accepts, and the member is not to blame. The text is the same for a
+    /// ciphertext that does not decrypt and for one that decrypts to a wrong key.
     #[error("the input is not right")]
     Refused {
-        /// Whether a token gave a result, which the check refused, rather than an error.
+        /// Whether a token gave a result, which the check rejected, rather than an error.
         wrong: bool,
     },
-    /// A member's answer is wrong although the input is not: its own check, and the known-good probe, found out.
+    /// A member's answer is wrong although the input is right: the answer's check and a known-answer test say so.
     #[error("the member gives wrong answers")]
     WrongAnswer,
-    /// A call that did not return in time. Its thread is left to itself.
-    #[error("{op} hangs at the token")]
-    Hung {
-        /// What was asked for.
-        op: &'static str,
-    },
-    /// No key with this id and public key, also after looking again.
-    #[error("no key {0} on the token")]
-    NoSuchKey(KeyRef),
-    /// A key with this id is already there.
-    #[error("there is already a key {0} on the token")]
-    KeyExists(KeyId),
-    /// No member could take the call.
-    #[error("no HSM can serve: {0}")]
-    NoMember(String),
+    /// A call did not return in time. Its worker process is killed.
+    #[error("{} hangs at the token", _0.name())]
+    Hung(Operation),
+    /// The worker process of the member ended or broke off the conversation.
+    #[error("{0}")]
+    Worker(WorkerFault),
+    /// The token holds no key with this id and public key, also after a fresh search.
+    #[error("no such key on the token")]
+    NoSuchKey,
+    /// The token already holds a key with this id.
+    #[error("the token already has a key with this id")]
+    KeyExists,
     /// The deadline passed before there was a result.
     #[error("deadline passed")]
     Deadline,
     /// As many calls wait as may wait.
     #[error("too many calls wait for the HSM")]
     QueueFull,
-    /// A vendor library could not be loaded or initialised.
-    #[error("module {}: {reason}", path.display())]
-    Module {
-        /// The library.
-        path: PathBuf,
-        /// What went wrong.
-        reason: String,
-    },
+    /// Every member is down, drained or out.
+    #[error("no HSM can serve: all members are down or drained")]
+    NoneServing,
+    /// This member is down, drained or removed.
+    #[error("the member does not serve now")]
+    NotServing,
+    /// The members that rejected the input were proved wrong a short time ago, so their opinion says nothing.
+    #[error("no HSM can serve: the members that answered have given wrong answers not long ago")]
+    NotCredible,
+    /// A cluster needs at least one member.
+    #[error("no HSM is configured")]
+    NoMembers,
+    /// No member has this name.
+    #[error("no HSM has this name")]
+    UnknownMember,
+    /// Two members cannot have one name, and a name is neither empty nor has it a zero byte.
+    #[error("an HSM's name must be unique and must not be empty")]
+    UnfitName,
+    /// The last member cannot be removed.
+    #[error("the only HSM cannot be removed")]
+    LastMember,
+    /// The reply does not belong to the request.
+    #[error("unexpected reply")]
+    UnexpectedReply,
+    /// The vendor's library could not be loaded or initialised.
+    #[error("the module cannot be used")]
+    Module,
     /// No slot holds the token.
-    #[error("token {token}: not in any slot of {}", module.display())]
-    NoSuchToken {
-        /// Which token.
-        token: String,
-        /// The library that was asked.
-        module: PathBuf,
-    },
-    /// Which of several tokens is meant cannot be known. None was logged in to.
-    #[error(
-        "token {token}: several tokens of that label: serial {}; the PIN is tried on none of them",
-        serials.join(", ")
-    )]
-    SeveralTokens {
-        /// Which token was looked for.
-        token: String,
-        /// The serial numbers of those that were found.
-        serials: Vec<String>,
-    },
+    #[error("the token is not in any slot of the module")]
+    NoSuchToken,
+    /// Several tokens have the label, so the PIN is tried on none of them.
+    #[error("several tokens of that label; the PIN is tried on none of them")]
+    SeveralTokens,
     /// The token has so few tries left for its PIN that the PIN was not tried.
-    #[error("token {token}: the PIN is not tried: {}", tries.meaning())]
-    PinNotTried {
-        /// Which token.
-        token: String,
-        /// What it says of its tries.
-        tries: PinTries,
-    },
+    #[error("the PIN is not tried: {}", _0.meaning())]
+    PinNotTried(PinTries),
+    /// The token refused the PIN earlier. It is not tried again until there is another one.
+    #[error("the token refused the PIN, which is not tried again until there is another one")]
+    PinRefused,
     /// The key wants a login for every operation, which this module gives no room for.
     #[error(
         "the key has CKA_ALWAYS_AUTHENTICATE, and this module (see its warning at the start) cannot be called in the order \
          that such keys need"
     )]
-    OwnLogin,
-    /// A token could not be found or used.
-    #[error("token {token}: {reason}")]
-    Token {
-        /// Which token.
-        token: String,
-        /// What went wrong.
-        reason: String,
-    },
+    LoginPerOperation,
+    /// The library answered something that the standard does not allow.
+    #[error("the module gave an answer that makes no sense")]
+    Nonsense,
+}
+
+/// How a worker process failed its member.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum WorkerFault {
+    /// It could not be started.
+    NotStarted,
+    /// It did not come up in time: the module hangs while it is loaded, initialised or logged in to.
+    StartHangs,
+    /// Its socket closed; how it ended is not known yet.
+    Gone,
+    /// It ended by itself with this status.
+    Exited(i32),
+    /// A signal ended it: a crash in the vendor's library, or a kill from outside.
+    Signal(i32),
+    /// It sent a frame that cannot be read.
+    Unreadable,
+    /// It does not read what it is sent.
+    Deaf,
+}
+
+impl fmt::Display for WorkerFault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            WorkerFault::NotStarted => f.write_str("the worker process cannot be started"),
+            WorkerFault::StartHangs => f.write_str("the module hangs at its start"),
+            WorkerFault::Gone => f.write_str("the worker process ended"),
+            WorkerFault::Exited(status) => write!(f, "the worker process exited with status {status}"),
+            WorkerFault::Signal(signal) => write!(f, "the worker process was ended by signal {signal}"),
+            WorkerFault::Unreadable => f.write_str("the worker process sent a frame that cannot be read"),
+            WorkerFault::Deaf => f.write_str("the worker process does not read its socket"),
+        }
+    }
 }
 
 impl HsmError {
-    /// A return code of a call, judged.
-    pub(crate) fn new(call: &'static str, code: RvError) -> Self {
-        HsmError::Pkcs11 { call, rv: rv_name(code), fault: Fault::of(call, code) }
+    /// A return code of a function.
+    pub(crate) fn new(function: Function, code: RvError) -> Self {
+        HsmError::Pkcs11(function, code.into())
     }
 
     /// The token judged the *input*, as opposed to being unavailable: asking again will not help.
     #[must_use]
-    pub fn is_data(&self) -> bool {
-        self.fault().whose == Whose::Caller
+    pub fn is_data(self) -> bool {
+        self.fault().owner == FaultOwner::Caller
     }
 
-    /// Who is to blame and what follows.
+    /// Whose fault it is and what follows.
     #[must_use]
-    pub fn fault(&self) -> Fault {
-        let nobody = |elsewhere| Fault { whose: Whose::Nobody, elsewhere, fate: Fate::Keep };
+    pub fn fault(self) -> Fault {
+        let nobody = |elsewhere| Fault { owner: FaultOwner::Nobody, elsewhere, session: SessionAction::Keep };
         match self {
-            HsmError::Pkcs11 { fault, .. } => *fault,
-            HsmError::Refused { .. } => Fault { whose: Whose::Caller, elsewhere: true, fate: Fate::Keep },
+            HsmError::Pkcs11(function, code) => Fault::of(function, code.rv()),
+            HsmError::Refused { .. } => {
+                Fault { owner: FaultOwner::Caller, elsewhere: true, session: SessionAction::Keep }
+            }
             // Members hold the same keys, but replication may lag.
-            HsmError::NoSuchKey(_) | HsmError::QueueFull => nobody(true),
-            HsmError::OwnLogin => nobody(true),
-            HsmError::KeyExists(_) | HsmError::Deadline => nobody(false),
+            HsmError::NoSuchKey | HsmError::QueueFull | HsmError::LoginPerOperation => nobody(true),
+            HsmError::KeyExists
+            | HsmError::Deadline
+            | HsmError::NoMembers
+            | HsmError::UnknownMember
+            | HsmError::UnfitName
+            | HsmError::LastMember => nobody(false),
             HsmError::WrongAnswer
-            | HsmError::Hung { .. }
-            | HsmError::NoMember(_)
-            | HsmError::Module { .. }
-            | HsmError::NoSuchToken { .. }
-            | HsmError::SeveralTokens { .. }
-            | HsmError::PinNotTried { .. }
-            | HsmError::Token { .. } => BROKEN,
+            | HsmError::Hung(_)
+            | HsmError::Worker(_)
+            | HsmError::NoneServing
+            | HsmError::NotServing
+            | HsmError::NotCredible
+            | HsmError::UnexpectedReply
+            | HsmError::Module
+            | HsmError::NoSuchToken
+            | HsmError::SeveralTokens
+            | HsmError::PinNotTried(_)
+            | HsmError::PinRefused
+            | HsmError::Nonsense => BROKEN,
         }
     }
 
-    /// Whether a member that fails a known-good operation like this does not work: not just late, not just busy elsewhere.
-    pub(crate) fn condemns(&self) -> bool {
+    /// Whether a member that fails a known-answer test with this error does not work: neither just late nor just busy.
+    pub(crate) fn condemns(self) -> bool {
         let fault = self.fault();
-        matches!(self, HsmError::NoSuchKey(_)) || (fault.whose == Whose::Member && fault.fate != Fate::Keep)
+        self == HsmError::NoSuchKey || (fault.owner == FaultOwner::Member && fault.session != SessionAction::Keep)
     }
 
-    pub(crate) fn class(&self) -> &'static str {
-        let Fault { whose, fate, .. } = self.fault();
-        match (self, whose, fate) {
-            (HsmError::Pkcs11 { rv, .. }, ..) if rv.starts_with("CKR_PIN_") => "pin",
-            (HsmError::PinNotTried { .. }, ..) => "pin",
-            (_, Whose::Caller | Whose::Unclear, _) => "refused",
-            (_, Whose::Nobody, _) => "unable",
-            (_, Whose::Member, Fate::Renew) => "stale",
-            (_, Whose::Member, Fate::Keep) => "busy",
-            (_, Whose::Member, Fate::End) => "broken",
+    pub(crate) fn class(self) -> &'static str {
+        let Fault { owner, session, .. } = self.fault();
+        match (self, owner, session) {
+            _ if self.refuses_pin() => "pin",
+            (HsmError::PinNotTried(_) | HsmError::PinRefused, ..) => "pin",
+            (_, FaultOwner::Caller | FaultOwner::Unclear, _) => "refused",
+            (_, FaultOwner::Nobody, _) => "unable",
+            (_, FaultOwner::Member, SessionAction::Renew) => "stale",
+            (_, FaultOwner::Member, SessionAction::Keep) => "busy",
+            (_, FaultOwner::Member, SessionAction::End) => "broken",
         }
     }
 
     /// What an administrator has to do before the member can serve; `None`: it may pass by itself, or is not known.
-    pub(crate) fn remedy(&self, member: &str) -> Option<String> {
+    pub(crate) fn remedy(self, member: &str) -> Option<String> {
         match self {
-            HsmError::SeveralTokens { .. } => {
+            HsmError::SeveralTokens => {
                 Some("name the token by `serial` in place of `token`, or take the others away".to_owned())
             }
-            HsmError::PinNotTried { tries, .. } => Some(tries.remedy(member)),
+            HsmError::PinNotTried(tries) => Some(tries.remedy(member)),
             _ => None,
         }
     }
 
-    /// A token refused the PIN, which is not to be tried again.
-    pub(crate) fn refuses_pin(&self) -> bool {
+    /// A token refused the PIN, which must not be tried again.
+    pub(crate) fn refuses_pin(self) -> bool {
         PIN_REFUSALS.iter().any(|code| self.is_code(*code))
     }
 
-    pub(crate) fn is_code(&self, code: RvError) -> bool {
-        matches!(self, HsmError::Pkcs11 { rv, .. } if *rv == rv_name(code))
+    pub(crate) fn is_code(self, wanted: RvError) -> bool {
+        matches!(self, HsmError::Pkcs11(_, code) if code.rv() == wanted)
     }
 }
 
 impl From<Error> for HsmError {
     fn from(error: Error) -> Self {
         match error {
-            Error::Pkcs11(code, function) => HsmError::new(call_name(function), code),
+            Error::Pkcs11(code, function) => HsmError::new(function.into(), code),
             Error::NullFunctionPointer | Error::NotSupported => {
-                HsmError::new("C_GetFunctionList", RvError::FunctionNotSupported)
+                HsmError::new(Function::GetFunctionList, RvError::FunctionNotSupported)
             }
-            // Conversions between integer widths, non-UTF-8 texts: the library answered nonsense.
-            other => HsmError::Token { token: "answer".to_owned(), reason: other.to_string() },
+            // Integers that do not fit, texts that are not UTF-8.
+            _ => HsmError::Nonsense,
         }
     }
 }
 
-/// `CKR_DEVICE_ERROR` for `DeviceError`: the crate below names its variants after the standard's constants.
-pub(crate) fn rv_name(code: RvError) -> String {
-    match code {
-        RvError::VendorDefined(raw) => return format!("CKR_VENDOR_DEFINED_{raw:#x}"),
-        RvError::UnknownErrorCode(raw) => return format!("CKR_UNKNOWN_{raw:#x}"),
-        _ => {}
-    }
-    let mut name = String::from("CKR");
-    for c in format!("{code:?}").chars() {
-        if c.is_ascii_uppercase() {
-            name.push('_');
-        }
-        name.push(c.to_ascii_uppercase());
-    }
-    name
+/// An error with what a person needs to know beside it: a path, serial numbers, a library's own words.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error, Serialize, Deserialize)]
+#[error("{error}{}", Detail(detail))]
+pub struct Failure {
+    /// What went wrong.
+    pub error: HsmError,
+    /// More about it; may be empty.
+    pub detail: String,
 }
 
-/// The functions that this crate calls.
-fn call_name(function: Function) -> &'static str {
-    match function {
-        Function::Initialize => "C_Initialize",
-        Function::Finalize => "C_Finalize",
-        Function::GetFunctionList => "C_GetFunctionList",
-        Function::GetSlotList => "C_GetSlotList",
-        Function::GetTokenInfo => "C_GetTokenInfo",
-        Function::InitToken => "C_InitToken",
-        Function::InitPIN => "C_InitPIN",
-        Function::OpenSession => "C_OpenSession",
-        Function::CloseSession => "C_CloseSession",
-        Function::GetSessionInfo => "C_GetSessionInfo",
-        Function::Login => "C_Login",
-        Function::Logout => "C_Logout",
-        Function::CreateObject => "C_CreateObject",
-        Function::DestroyObject => "C_DestroyObject",
-        Function::GetAttributeValue => "C_GetAttributeValue",
-        Function::FindObjectsInit => "C_FindObjectsInit",
-        Function::FindObjects => "C_FindObjects",
-        Function::DecryptInit => "C_DecryptInit",
-        Function::Decrypt => "C_Decrypt",
-        Function::SignInit => "C_SignInit",
-        Function::Sign => "C_Sign",
-        Function::GenerateKeyPair => "C_GenerateKeyPair",
-        Function::GenerateRandom => "C_GenerateRandom",
-        _ => "PKCS#11",
+struct Detail<'a>(&'a str);
+
+impl fmt::Display for Detail<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0.is_empty() { Ok(()) } else { write!(f, ": {}", self.0) }
+    }
+}
+
+impl Failure {
+    pub(crate) fn new(error: HsmError, detail: impl Into<String>) -> Self {
+        Failure { error, detail: detail.into() }
+    }
+}
+
+impl From<HsmError> for Failure {
+    fn from(error: HsmError) -> Self {
+        Failure { error, detail: String::new() }
+    }
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        HsmError::from(error).into()
     }
 }
 
@@ -255,19 +278,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn codes_are_spelt_as_in_the_standard() {
-        for (code, name) in [
-            (RvError::GeneralError, "CKR_GENERAL_ERROR"),
-            (RvError::EncryptedDataLenRange, "CKR_ENCRYPTED_DATA_LEN_RANGE"),
-            (RvError::RandomNoRng, "CKR_RANDOM_NO_RNG"),
-            (RvError::SessionReadWriteSoExists, "CKR_SESSION_READ_WRITE_SO_EXISTS"),
-            (RvError::VendorDefined(0x8000_0001), "CKR_VENDOR_DEFINED_0x80000001"),
-        ] {
-            assert_eq!(rv_name(code), name);
-        }
-        let error = HsmError::new("C_Sign", RvError::DeviceError);
+    fn an_error_names_function_and_code() {
+        let error = HsmError::new(Function::Sign, RvError::DeviceError);
         assert_eq!(error.to_string(), "C_Sign: CKR_DEVICE_ERROR");
         assert_eq!(error.class(), "broken");
         assert!(error.is_code(RvError::DeviceError));
+        assert_eq!(
+            Failure::new(HsmError::Module, "/lib/x.so: not found").to_string(),
+            "the module cannot be used: /lib/x.so: not found"
+        );
+    }
+
+    #[test]
+    fn a_refused_pin_has_its_own_class() {
+        for code in PIN_REFUSALS {
+            let error = HsmError::new(Function::Login, code);
+            assert!(error.refuses_pin() && error.class() == "pin", "{error}");
+        }
     }
 }

@@ -9,18 +9,22 @@
 //! | SESSION_HANDLE_INVALID, SESSION_CLOSED, USER_NOT_LOGGED_IN, KEY_HANDLE_INVALID, OBJECT_HANDLE_INVALID, OPERATION_NOT_INITIALIZED | any | member, but no more than a stale handle | if renewing does not help | renew in place | evidence, if renewing does not help |
 //! | FUNCTION_FAILED, HOST_MEMORY, DEVICE_MEMORY, FUNCTION_CANCELED, CANCEL, SESSION_COUNT, SESSION_EXISTS | any other | member: busy (AWS CloudHSM throttles so) | yes | keep | evidence |
 //! | PIN_INCORRECT, PIN_LOCKED, PIN_EXPIRED, PIN_INVALID, PIN_LEN_RANGE | C_Login | member | yes | end | out, until the configuration is reloaded |
-//! | CRYPTOKI_NOT_INITIALIZED | any | member: somebody finalised the module | yes | end | all members of the module are closed, and it is initialised anew |
+//! | CRYPTOKI_NOT_INITIALIZED | any | member: the module was finalised behind our back | yes | end | down at once; a fresh worker process initialises it |
+//! | (worker) not started, start hangs, gone, exited, killed by a signal, unreadable frame, does not read | - | member | yes | - | down at once; a fresh worker process is started with backoff |
+//! | (worker) a call runs longer than the watchdog | any | member | yes | - | down at once; the worker is killed when its other calls are done or late |
 //! | everything else: broken or lost devices, OPERATION_ACTIVE (the session cannot be used again) | any | member | yes | end | evidence |
 //!
-//! *Evidence* counts in the member's breaker: enough of it closes the member. What is not in the table counts as the
-//! member's fault, because the answer to that, a new session and another member, does no harm when it was wrong. The other
-//! way round it would: a caller's garbage must never close a member.
+//! *Evidence* counts in the member's breaker: enough of it takes the member down. A code that is not in the table counts as the
+//! member's fault, because the consequence, a new session and another member, does no harm when that is wrong. The opposite
+//! would: a caller's garbage must never take a member down.
 
 use cryptoki::error::RvError;
 
-/// Who is to blame for a failure.
+use crate::code::Function;
+
+/// Whose fault a failure is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Whose {
+pub enum FaultOwner {
     /// The member: counts as evidence against it.
     Member,
     /// The caller: its input is bad.
@@ -33,7 +37,7 @@ pub enum Whose {
 
 /// What becomes of the session that failed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Fate {
+pub enum SessionAction {
     /// It goes on.
     Keep,
     /// Session → login → handles, all anew, in place; then the operation is done again.
@@ -45,31 +49,32 @@ pub enum Fate {
 /// A failure, judged.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Fault {
-    /// Who is to blame.
-    pub whose: Whose,
+    /// Whose fault it is.
+    pub owner: FaultOwner,
     /// Whether another member may succeed.
     pub elsewhere: bool,
     /// What becomes of the session.
-    pub fate: Fate,
+    pub session: SessionAction,
 }
 
-const BAD_INPUT: Fault = Fault { whose: Whose::Caller, elsewhere: true, fate: Fate::Keep };
-const PERHAPS_INPUT: Fault = Fault { whose: Whose::Unclear, elsewhere: true, fate: Fate::Keep };
-const WRONG_KEY: Fault = Fault { whose: Whose::Nobody, elsewhere: false, fate: Fate::Keep };
-const CANNOT: Fault = Fault { whose: Whose::Nobody, elsewhere: true, fate: Fate::Keep };
-const STALE: Fault = Fault { whose: Whose::Member, elsewhere: true, fate: Fate::Renew };
-const BUSY: Fault = Fault { whose: Whose::Member, elsewhere: true, fate: Fate::Keep };
-pub(crate) const BROKEN: Fault = Fault { whose: Whose::Member, elsewhere: true, fate: Fate::End };
+const BAD_INPUT: Fault = Fault { owner: FaultOwner::Caller, elsewhere: true, session: SessionAction::Keep };
+const PERHAPS_INPUT: Fault = Fault { owner: FaultOwner::Unclear, elsewhere: true, session: SessionAction::Keep };
+const WRONG_KEY: Fault = Fault { owner: FaultOwner::Nobody, elsewhere: false, session: SessionAction::Keep };
+const CANNOT: Fault = Fault { owner: FaultOwner::Nobody, elsewhere: true, session: SessionAction::Keep };
+const STALE: Fault = Fault { owner: FaultOwner::Member, elsewhere: true, session: SessionAction::Renew };
+const BUSY: Fault = Fault { owner: FaultOwner::Member, elsewhere: true, session: SessionAction::Keep };
+pub(crate) const BROKEN: Fault = Fault { owner: FaultOwner::Member, elsewhere: true, session: SessionAction::End };
 
 impl Fault {
     /// Judges a return code of a call.
-    pub(crate) fn of(call: &str, code: RvError) -> Fault {
+    pub(crate) fn of(function: Function, code: RvError) -> Fault {
         use RvError::*;
-        match (code, call) {
+        match (code, function) {
             (EncryptedDataInvalid | EncryptedDataLenRange | DataInvalid | DataLenRange, _) => BAD_INPUT,
-            (GeneralError | FunctionFailed | ArgumentsBad | VendorDefined(_) | UnknownErrorCode(_), "C_Decrypt") => {
-                PERHAPS_INPUT
-            }
+            (
+                GeneralError | FunctionFailed | ArgumentsBad | VendorDefined(_) | UnknownErrorCode(_),
+                Function::Decrypt,
+            ) => PERHAPS_INPUT,
             (
                 KeyFunctionNotPermitted
                 | KeyTypeInconsistent
@@ -118,16 +123,16 @@ mod tests {
         for code in
             [RvError::EncryptedDataInvalid, RvError::EncryptedDataLenRange, RvError::DataInvalid, RvError::DataLenRange]
         {
-            assert_eq!(Fault::of("C_Decrypt", code), BAD_INPUT);
+            assert_eq!(Fault::of(Function::Decrypt, code), BAD_INPUT);
         }
     }
 
     #[test]
     fn a_general_error_depends_on_the_call() {
         for code in [RvError::GeneralError, RvError::FunctionFailed, RvError::ArgumentsBad] {
-            assert_eq!(Fault::of("C_Decrypt", code), PERHAPS_INPUT);
+            assert_eq!(Fault::of(Function::Decrypt, code), PERHAPS_INPUT);
         }
-        for call in ["C_Sign", "C_DecryptInit", "C_FindObjects", "C_OpenSession"] {
+        for call in [Function::Sign, Function::DecryptInit, Function::FindObjects, Function::OpenSession] {
             assert_eq!(Fault::of(call, RvError::GeneralError), BROKEN);
             assert_eq!(Fault::of(call, RvError::FunctionFailed), BUSY);
         }
@@ -142,7 +147,7 @@ mod tests {
             RvError::ObjectHandleInvalid,
             RvError::UserNotLoggedIn,
         ] {
-            assert_eq!(Fault::of("C_DecryptInit", code), STALE, "{code:?}");
+            assert_eq!(Fault::of(Function::DecryptInit, code), STALE, "{code:?}");
         }
     }
 
@@ -157,7 +162,7 @@ mod tests {
             RvError::BufferTooSmall,
             RvError::PinIncorrect,
         ] {
-            assert_eq!(Fault::of("C_Decrypt", code), BROKEN, "{code:?}");
+            assert_eq!(Fault::of(Function::Decrypt, code), BROKEN, "{code:?}");
         }
     }
 }

@@ -7,11 +7,20 @@ use std::fmt;
 use std::fmt::Write as _;
 
 use ring::digest::{SHA256, digest};
+use serde::{Deserialize, Serialize};
 
-use crate::keys::KeyId;
+/// A key's `CKA_ID`. The same on every member, unlike object handles.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+pub struct KeyId(pub Vec<u8>);
+
+impl fmt::Display for KeyId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|octet| write!(f, "{octet:02x}"))
+    }
+}
 
 /// SHA-256 of an RSA modulus, big-endian and without leading zeros: tells a public key from all others.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Serialize, Deserialize)]
 pub struct Fingerprint([u8; 32]);
 
 impl Fingerprint {
@@ -31,7 +40,7 @@ impl Fingerprint {
 }
 
 /// Names one private key on every member.
-#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Serialize, Deserialize)]
 pub struct KeyRef {
     /// Its `CKA_ID`.
     pub id: KeyId,
@@ -65,6 +74,11 @@ pub(crate) fn without_leading_zeros(number: &[u8]) -> &[u8] {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn key_ids_print_as_lower_hex() {
+        assert_eq!(KeyId(vec![0, 0xab, 0x10]).to_string(), "00ab10");
+    }
 
     #[test]
     fn leading_zeros_do_not_make_another_key() {

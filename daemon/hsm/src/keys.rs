@@ -2,23 +2,13 @@
 
 use std::fmt;
 
-use cryptoki::mechanism::rsa::{PkcsMgfType, PkcsOaepParams, PkcsOaepSource, PkcsPssParams};
-use cryptoki::mechanism::{Mechanism, MechanismType};
-use cryptoki_sys::CK_ULONG;
+use serde::{Deserialize, Serialize};
 use zeroize::{Zeroize, ZeroizeOnDrop};
 
-/// A key's `CKA_ID`. The same on every member, unlike object handles.
-#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
-pub struct KeyId(pub Vec<u8>);
-
-impl fmt::Display for KeyId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.iter().try_for_each(|octet| write!(f, "{octet:02x}"))
-    }
-}
+use crate::identity::{Fingerprint, KeyId, KeyRef};
 
 /// A hash function.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
 pub enum Hash {
     /// SHA-1: what older peers use inside OAEP, where its collisions do no harm.
     Sha1,
@@ -33,7 +23,7 @@ pub enum Hash {
 impl Hash {
     pub(crate) const ALL: [Hash; 4] = [Hash::Sha1, Hash::Sha256, Hash::Sha384, Hash::Sha512];
 
-    /// Length of a digest in octets.
+    /// Length of a digest in bytes.
     #[must_use]
     pub fn output_len(self) -> usize {
         self.digest_algorithm().output_len()
@@ -47,38 +37,10 @@ impl Hash {
             Hash::Sha512 => &ring::digest::SHA512,
         }
     }
-
-    fn mechanism(self) -> MechanismType {
-        match self {
-            Hash::Sha1 => MechanismType::SHA1,
-            Hash::Sha256 => MechanismType::SHA256,
-            Hash::Sha384 => MechanismType::SHA384,
-            Hash::Sha512 => MechanismType::SHA512,
-        }
-    }
-
-    fn mgf(self) -> PkcsMgfType {
-        match self {
-            Hash::Sha1 => PkcsMgfType::MGF1_SHA1,
-            Hash::Sha256 => PkcsMgfType::MGF1_SHA256,
-            Hash::Sha384 => PkcsMgfType::MGF1_SHA384,
-            Hash::Sha512 => PkcsMgfType::MGF1_SHA512,
-        }
-    }
-
-    /// The DER of a `DigestInfo` up to the digest itself (RFC 8017, section 9.2, note 1).
-    fn digest_info_prefix(self) -> &'static [u8] {
-        match self {
-            Hash::Sha1 => b"\x30\x21\x30\x09\x06\x05\x2b\x0e\x03\x02\x1a\x05\x00\x04\x14",
-            Hash::Sha256 => b"\x30\x31\x30\x0d\x06\x09\x60\x86\x48\x01\x65\x03\x04\x02\x01\x05\x00\x04\x20",
-            Hash::Sha384 => b"\x30\x41\x30\x0d\x06\x09\x60\x86\x48\x01\x65\x03\x04\x02\x02\x05\x00\x04\x30",
-            Hash::Sha512 => b"\x30\x51\x30\x0d\x06\x09\x60\x86\x48\x01\x65\x03\x04\x02\x03\x05\x00\x04\x40",
-        }
-    }
 }
 
 /// The parameters of RSAES-OAEP. The label is always empty.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
 pub struct Oaep {
     /// The hash of the label.
     pub hash: Hash,
@@ -97,14 +59,10 @@ impl Oaep {
     pub(crate) fn index(self) -> usize {
         self.hash as usize * Hash::ALL.len() + self.mgf as usize
     }
-
-    pub(crate) fn mechanism(self) -> Mechanism<'static> {
-        Mechanism::RsaPkcsOaep(PkcsOaepParams::new(self.hash.mechanism(), self.mgf.mgf(), PkcsOaepSource::empty()))
-    }
 }
 
 /// How a digest is signed.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
 pub enum SignScheme {
     /// RSASSA-PKCS1-v1_5 over a digest by this hash.
     Pkcs1(Hash),
@@ -120,30 +78,10 @@ impl SignScheme {
             SignScheme::Pkcs1(hash) | SignScheme::Pss(hash) => hash,
         }
     }
-
-    pub(crate) fn mechanism(self) -> Mechanism<'static> {
-        match self {
-            SignScheme::Pkcs1(_) => Mechanism::RsaPkcs,
-            SignScheme::Pss(hash) => Mechanism::RsaPkcsPss(PkcsPssParams {
-                hash_alg: hash.mechanism(),
-                mgf: hash.mgf(),
-                // At most 64.
-                s_len: CK_ULONG::from(hash.output_len() as u32).into(),
-            }),
-        }
-    }
-
-    /// What the token is handed: CKM_RSA_PKCS pads but does not build the DigestInfo, CKM_RSA_PKCS_PSS takes the digest.
-    pub(crate) fn input(self, digest: &[u8]) -> Vec<u8> {
-        match self {
-            SignScheme::Pkcs1(hash) => [hash.digest_info_prefix(), digest].concat(),
-            SignScheme::Pss(_) => digest.to_vec(),
-        }
-    }
 }
 
 /// What a new key may be used for.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub enum KeyUsage {
     /// Signatures only.
     Sign,
@@ -164,7 +102,7 @@ impl KeyUsage {
 }
 
 /// A key to be made or imported.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct NewKey {
     /// Its `CKA_ID`, which must be free on the token.
     pub id: KeyId,
@@ -177,7 +115,7 @@ pub struct NewKey {
 }
 
 /// An RSA public key; big-endian, without leading zeros.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct RsaPublic {
     /// The modulus.
     pub n: Vec<u8>,
@@ -186,7 +124,7 @@ pub struct RsaPublic {
 }
 
 /// An RSA private key in its CRT form, all numbers big-endian. Zeroised on drop.
-#[derive(Clone, Zeroize, ZeroizeOnDrop)]
+#[derive(Clone, Zeroize, ZeroizeOnDrop, Serialize, Deserialize)]
 pub struct RsaPrivateParts {
     /// The modulus.
     pub n: Vec<u8>,
@@ -212,28 +150,46 @@ impl fmt::Debug for RsaPrivateParts {
     }
 }
 
+/// An RSA private key of a token, for administrators.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct TokenKey {
+    /// Its `CKA_ID`; `None`: it has none, and cannot be used.
+    pub id: Option<KeyId>,
+    /// Its `CKA_LABEL`.
+    pub label: String,
+    /// Its public key; `None` when the token tells it neither of the private key nor by a public key object.
+    pub public: Option<RsaPublic>,
+    /// Whether `CKA_DECRYPT` is set.
+    pub decrypts: bool,
+    /// Whether `CKA_SIGN` is set.
+    pub signs: bool,
+    /// Whether `CKA_ALWAYS_AUTHENTICATE` is set: every operation wants a login of its own.
+    pub always_authenticate: bool,
+    /// Of its modulus; `None` when the token does not tell it.
+    pub fingerprint: Option<Fingerprint>,
+}
+
+impl TokenKey {
+    /// Whether it has this `CKA_ID` and this modulus.
+    #[must_use]
+    pub fn is(&self, wanted: &KeyRef) -> bool {
+        self.has_id(&wanted.id) && self.fingerprint == Some(wanted.public)
+    }
+
+    /// Whether it has this `CKA_ID`.
+    #[must_use]
+    pub fn has_id(&self, id: &KeyId) -> bool {
+        self.id.as_ref() == Some(id)
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
     use super::*;
-
-    #[test]
-    fn key_ids_print_as_lower_hex() {
-        assert_eq!(KeyId(vec![0, 0xab, 0x10]).to_string(), "00ab10");
-    }
 
     #[test]
     fn every_oaep_combination_has_its_own_index() {
         let indices: Vec<usize> = Oaep::all().map(Oaep::index).collect();
         assert_eq!(indices, (0..Oaep::COUNT).collect::<Vec<_>>());
-    }
-
-    #[test]
-    fn digest_info_says_its_own_length() {
-        for hash in Hash::ALL {
-            let info = SignScheme::Pkcs1(hash).input(&vec![0; hash.output_len()]);
-            assert_eq!(usize::from(info[1]), info.len() - 2);
-            assert_eq!(usize::from(*hash.digest_info_prefix().last().unwrap()), hash.output_len());
-        }
     }
 }

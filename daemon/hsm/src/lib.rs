@@ -1,137 +1,72 @@
-//! PKCS#11 tokens for a server.
+//! Many PKCS#11 tokens as one, each in a process of its own.
 //!
-//! A [`Cluster`] is a set of tokens, its *members*, that hold the same RSA keys. It opens sessions, logs in once for each
-//! token, looks keys up once for each session, and sends every operation to a member that can serve it; what failed for a
-//! member's own reasons is tried elsewhere.
+//! A [`Cluster`] is a set of tokens, its *members*, which hold the same RSA keys. It sends every operation to a member that can
+//! serve it; what failed for a member's own reasons is tried elsewhere.
 //!
-//! From the outside in: [`cluster`](Cluster) picks a member, submits the job and judges what came back (the table is in
-//! `fault.rs`); a member has a queue and pools sessions; a session works on an OS thread of its own (`worker.rs`), because
-//! PKCS#11 calls block; a module is one vendor library, loaded and initialised once. The supervisor finds what hangs and
-//! brings back what was closed. What it decides by is in [`policy`], which is all there is of this crate without its feature
-//! `tokens`. `ffi.rs` holds all unsafe code there is.
+//! From the outside in: [`cluster`](Cluster) picks a member, submits the operation and judges the reply (the table of return codes is in `fault.rs`).
+//! A *member* is one token as the daemon sees it: its state, its queue, the operations in flight. `link.rs` has the frames between the
+//! daemon and the *worker*, the process that loads the vendor's library, logs in and calls PKCS#11. The decisions are pure values in
+//! [`policy`], which is the whole crate without its feature `tokens`. `worker/ffi.rs` has all unsafe code.
 
 #![deny(unsafe_code)]
 
 pub mod policy;
 
 #[cfg(feature = "tokens")]
-mod bare;
-#[cfg(feature = "tokens")]
-mod clock;
-#[cfg(feature = "tokens")]
 mod cluster;
+#[cfg(feature = "tokens")]
+mod code;
 #[cfg(feature = "tokens")]
 mod config;
 #[cfg(feature = "tokens")]
-mod discovery;
-#[cfg(feature = "tokens")]
 mod error;
+#[cfg(feature = "tokens")]
+mod event;
 #[cfg(feature = "tokens")]
 mod fault;
 #[cfg(feature = "tokens")]
-#[allow(unsafe_code)]
-mod ffi;
-#[cfg(feature = "tokens")]
 mod identity;
 #[cfg(feature = "tokens")]
-mod key_table;
+mod job;
 #[cfg(feature = "tokens")]
 mod keys;
 #[cfg(feature = "tokens")]
-mod module;
+mod link;
 #[cfg(feature = "tokens")]
-mod oaep;
+mod member;
+#[cfg(feature = "tokens")]
+mod operation;
 #[cfg(feature = "tokens")]
 mod pin_tries;
 #[cfg(feature = "tokens")]
-mod request;
-#[cfg(feature = "tokens")]
-mod session;
-#[cfg(feature = "tokens")]
 pub mod standstill;
 #[cfg(feature = "tokens")]
-mod usual_cost;
-#[cfg(feature = "tokens")]
-mod worker;
+pub mod worker;
 
 #[cfg(feature = "tokens")]
-pub use bare::Bare;
+pub use cluster::{Cluster, Done};
 #[cfg(feature = "tokens")]
-pub use cluster::{Cluster, Done, LastError, MemberState, MemberStatus};
+pub use code::{Function, ReturnCode};
 #[cfg(feature = "tokens")]
-pub use config::{MemberConfig, Patience, Pin, TokenRef};
+pub use config::{CallTimeouts, MemberConfig, Pin, TokenRef};
 #[cfg(feature = "tokens")]
-pub use error::{HsmError, RV_CLASSES};
+pub use error::{Failure, HsmError, RV_CLASSES, WorkerFault};
 #[cfg(feature = "tokens")]
-pub use fault::{Fate, Fault, Whose};
+pub use event::{Event, Observer};
 #[cfg(feature = "tokens")]
-pub use ffi::set_env;
+pub use fault::{Fault, FaultOwner, SessionAction};
 #[cfg(feature = "tokens")]
-pub use identity::{Fingerprint, KeyRef};
+pub use identity::{Fingerprint, KeyId, KeyRef};
 #[cfg(feature = "tokens")]
-pub use key_table::TokenKey;
+pub use job::{Check, KnownAnswerTest};
 #[cfg(feature = "tokens")]
-pub use keys::{Hash, KeyId, KeyUsage, NewKey, Oaep, RsaPrivateParts, RsaPublic, SignScheme};
+pub use keys::{Hash, KeyUsage, NewKey, Oaep, RsaPrivateParts, RsaPublic, SignScheme, TokenKey};
 #[cfg(feature = "tokens")]
-pub use module::init_token;
+pub use member::{LastError, MemberState, MemberStatus, WorkerProgram};
+#[cfg(feature = "tokens")]
+pub use operation::Operation;
 #[cfg(feature = "tokens")]
 pub use pin_tries::PinTries;
 pub use policy::failover::REJECTION_QUORUM;
 #[cfg(feature = "tokens")]
-pub use request::{Check, KnownGood};
-
-use std::sync::Arc;
-use std::time::Duration;
-
-/// Something that happened at a token, for counters and histograms.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Event<'a> {
-    /// `C_Login` was called.
-    Login,
-    /// A session searched the token for all its RSA private keys.
-    KeySearch,
-    /// A session for operations came up. (The one that holds the login is not counted.)
-    SessionOpened,
-    /// A session for operations ended.
-    SessionClosed,
-    /// The member was closed for a fault.
-    Closed,
-    /// A call hangs, and its thread was given up.
-    Stuck,
-    /// An operation that failed here was taken to another member, out of the retry budget.
-    Retry,
-    /// Another member did what had failed here, or had been sent away.
-    FailedOver {
-        /// That member.
-        to: &'a str,
-    },
-    /// A plaintext or a signature was wrong, and the member is to blame.
-    WrongAnswer,
-    /// The member's module was finalised and initialised again.
-    ModuleRenewed,
-    /// A call came back.
-    Call {
-        /// What was asked for: `decrypt`, `sign`, `random`, `keys`, `generate`, `import`, `probe`, or `open`
-        /// for a session.
-        op: &'static str,
-        /// One of [`RV_CLASSES`].
-        rv: &'static str,
-        /// How long the token took, without any time spent in queues.
-        took: Duration,
-    },
-    /// A session has worked off what was asked for, well or not.
-    Answered {
-        /// As in `Call`.
-        op: &'static str,
-        /// How long that took since it was submitted to the member, with all queueing.
-        took: Duration,
-    },
-    /// A session took jobs from its member's queue.
-    Batch {
-        /// How many at once.
-        jobs: usize,
-    },
-}
-
-/// Is told, with the member's name, what happens at the tokens. Called from session threads: it has to be quick.
-pub type Observer = Arc<dyn Fn(&str, Event<'_>) + Send + Sync>;
+pub use worker::{RawSession, init_token, set_env};

@@ -3,11 +3,10 @@
 //! Tokens count wrong PINs and lock themselves. Before every login the flags of `CK_TOKEN_INFO` are looked at: looking costs
 //! no try.
 
-use cryptoki::slot::TokenInfo;
-use cryptoki_sys::{CK_FLAGS, CKF_USER_PIN_COUNT_LOW, CKF_USER_PIN_FINAL_TRY, CKF_USER_PIN_LOCKED};
+use serde::{Deserialize, Serialize};
 
 /// How many wrong PINs the token takes yet, as far as it tells. From most to none.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
 pub enum PinTries {
     /// No wrong PIN since the last right one.
     Full,
@@ -31,29 +30,6 @@ pub(crate) enum Word {
 }
 
 impl PinTries {
-    /// By the flags of `CK_TOKEN_INFO`. Several may be set; the worst one counts.
-    pub(crate) fn of(flags: CK_FLAGS) -> PinTries {
-        if flags & CKF_USER_PIN_LOCKED != 0 {
-            PinTries::Locked
-        } else if flags & CKF_USER_PIN_FINAL_TRY != 0 {
-            PinTries::Final
-        } else if flags & CKF_USER_PIN_COUNT_LOW != 0 {
-            PinTries::Low
-        } else {
-            PinTries::Full
-        }
-    }
-
-    /// As cryptoki tells them.
-    pub(crate) fn of_token(info: &TokenInfo) -> PinTries {
-        let flag = |set, flag| if set { flag } else { 0 };
-        Self::of(
-            flag(info.user_pin_count_low(), CKF_USER_PIN_COUNT_LOW)
-                | flag(info.user_pin_final_try(), CKF_USER_PIN_FINAL_TRY)
-                | flag(info.user_pin_locked(), CKF_USER_PIN_LOCKED),
-        )
-    }
-
     /// Whether a PIN that is not known to be right may be tried.
     pub(crate) fn allow(self, word: Word) -> bool {
         match self {
@@ -99,19 +75,6 @@ impl PinTries {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_worst_flag_counts() {
-        assert_eq!(PinTries::of(0), PinTries::Full);
-        assert_eq!(PinTries::of(CKF_USER_PIN_COUNT_LOW), PinTries::Low);
-        assert_eq!(PinTries::of(CKF_USER_PIN_COUNT_LOW | CKF_USER_PIN_FINAL_TRY), PinTries::Final);
-        assert_eq!(PinTries::of(CKF_USER_PIN_FINAL_TRY | CKF_USER_PIN_LOCKED), PinTries::Locked);
-        // Other flags say nothing of tries.
-        assert_eq!(
-            PinTries::of(!(CKF_USER_PIN_COUNT_LOW | CKF_USER_PIN_FINAL_TRY | CKF_USER_PIN_LOCKED)),
-            PinTries::Full
-        );
-    }
 
     #[test]
     fn the_fewer_tries_the_stronger_the_word_that_is_needed() {

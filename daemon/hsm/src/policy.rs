@@ -2,7 +2,6 @@
 //! capacity plans can step them through simulated time ([`simulation`]). They need no PKCS#11: without the feature
 //! `tokens` this crate consists of them.
 
-pub mod batch;
 pub mod breaker;
 pub mod budget;
 pub mod failover;

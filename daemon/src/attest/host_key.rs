@@ -218,7 +218,7 @@ async fn issue(
     })?;
     let signed = service.sign(&signer.id, signer.certificate.key(), to_be_signed.octets(), attempt.deadline()).await;
     let signed = signed.map_err(|error| {
-        if matches!(error, HsmError::NoSuchKey(_)) {
+        if matches!(error, HsmError::NoSuchKey) {
             service.signer_missing.notify_one();
         }
         if let Some(unsaid) = NOT_SIGNED.due(Instant::now()) {

@@ -6,7 +6,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use claviger_hsm::{Cluster, HsmError, KeyId, KeyRef, KeyUsage, MemberState, NewKey, RsaPrivateParts, standstill};
+use claviger_hsm::{
+    Cluster, Failure, HsmError, KeyId, KeyRef, KeyUsage, MemberState, NewKey, RsaPrivateParts, standstill,
+};
 use claviger_protocol::certificate::{BuildError, Certificate, CertificateError};
 use claviger_protocol::health::{self, LIFETIME_SECONDS};
 use claviger_protocol::pkcs7;
@@ -121,7 +123,7 @@ impl Signers {
 pub enum SignerError {
     /// The HSMs did not make or take the key, or do not sign with it.
     #[error("the HSMs: {0}")]
-    Hsm(#[from] HsmError),
+    Hsm(#[from] Failure),
     /// A key that was made here is not one.
     #[error("the key: {0}")]
     Key(#[from] KeyError),
@@ -219,7 +221,7 @@ impl SignerError {
     fn leaves_the_key_good(&self) -> bool {
         match self {
             // It is on no member.
-            Self::Hsm(HsmError::NoSuchKey(_)) => false,
+            Self::Hsm(Failure { error: HsmError::NoSuchKey, .. }) => false,
             Self::State(ChangeError::State(StateError::Revoked(_))) => false,
             Self::Hsm(_) | Self::Key(_) | Self::Build(_) | Self::State(_) => true,
         }
@@ -246,7 +248,8 @@ async fn install(service: &Arc<Service>, id: &KeyRef, public: &RsaPublicKey) -> 
     let now = unix_now();
     let (not_before, not_after) = (now - health::BACKDATED_SECONDS, now + VALIDITY);
     let to_be_signed = health::signer_template(public, not_before, not_after)?.to_be_signed()?;
-    let signed = service.sign(id, public, to_be_signed.octets(), standstill::now() + OWN_DEADLINE).await?;
+    let signed = service.sign(id, public, to_be_signed.octets(), standstill::now() + OWN_DEADLINE).await;
+    let signed = signed.map_err(Failure::from)?;
     let (der, id) = (to_be_signed.assemble(&signed.value), id.clone());
     let seen = current(service);
     let added = service
@@ -313,7 +316,7 @@ async fn whereabouts(cluster: &Cluster, id: &KeyRef, search: bool) -> (usize, Ve
 }
 
 /// A key that is not known to be there is searched on the token: it may have been replicated.
-async fn has(cluster: &Cluster, member: &str, id: &KeyRef, search: bool) -> Result<bool, HsmError> {
+async fn has(cluster: &Cluster, member: &str, id: &KeyRef, search: bool) -> Result<bool, Failure> {
     if !search && cluster.keys_on(member, false).await?.iter().any(|key| key.is(id)) {
         return Ok(true);
     }
@@ -328,7 +331,7 @@ async fn new_key(cluster: &Cluster) -> Result<(KeyRef, RsaPublicKey), SignerErro
     let works = |state| matches!(state, MemberState::Up | MemberState::Draining | MemberState::Drained);
     let members: Vec<String> = all.into_iter().filter(|m| works(m.state)).map(|m| m.name).collect();
     let Some(first) = members.first() else {
-        return Err(HsmError::NoMember("none is up to be given a key".to_owned()).into());
+        return Err(Failure::from(HsmError::NoneServing).into());
     };
     let mut id = [0; 20];
     use ring::rand::SecureRandom;

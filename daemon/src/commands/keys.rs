@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use claviger_hsm::{
-    Fingerprint, HsmError, KeyId, KeyRef, KeyUsage as HsmKeyUsage, MemberState, NewKey, TokenKey, standstill,
+    Failure, Fingerprint, HsmError, KeyId, KeyRef, KeyUsage as HsmKeyUsage, MemberState, NewKey, TokenKey, standstill,
 };
 use claviger_protocol::certificate::{
     Certificate, DistinguishedName, KeyUsage, Template, random_serial, request_to_pem,
@@ -349,14 +349,14 @@ async fn prove(service: &Arc<Service>, kind: Kind, key: &Key) -> Result<(), Stri
         Kind::Encryption => "decrypt",
     };
     let id = &key.id.id;
-    let known = key.known_good(kind).ok_or_else(|| format!("nothing can be tried with the key {id}"))?;
+    let known = key.known_answer(kind).ok_or_else(|| format!("nothing can be tried with the key {id}"))?;
     let mut members = service.cluster.members();
     members.retain(|member| member.state == MemberState::Up);
     if members.is_empty() {
         return Err(format!("no HSM is up to try the key {id} on"));
     }
     for member in members {
-        let proved = service.cluster.prove(&member.name, &known).await;
+        let proved = service.cluster.self_test(&member.name, &known).await;
         proved.map_err(|error| format!("the key {id} does not {does} on {}: {error}", member.name))?;
     }
     Ok(())
@@ -510,7 +510,7 @@ async fn import(
     let mut failed = Vec::new();
     for hsm in &members {
         match service.cluster.import_rsa(&hsm.name, spec.clone(), private_parts(key)).await {
-            Ok(()) | Err(HsmError::KeyExists(_)) => {}
+            Ok(()) | Err(Failure { error: HsmError::KeyExists, .. }) => {}
             Err(error) => failed.push(format!("{} ({error})", hsm.name)),
         }
     }

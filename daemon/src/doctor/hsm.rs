@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use claviger_hsm::{Bare, HsmError, MemberState, PinTries};
+use claviger_hsm::{Failure, Function, HsmError, MemberState, PinTries, RawSession};
 use serde_json::json;
 
 use super::Finding;
@@ -14,20 +14,19 @@ use crate::service::{Service, unix_now};
 
 /// Without a daemon, with a session on every token. A PIN is tried only where the token tells of no wrong PIN before.
 pub(super) fn directly(config: &Config, registered: &[Registered]) -> Vec<Finding> {
-    claviger_hsm::set_env(&config.env);
     // All at the same time, as the daemon has them: members may be in each other's way.
-    let opened: Vec<_> = config.hsm.iter().map(|hsm| (hsm, open(hsm))).collect();
+    let opened: Vec<_> = config.hsm.iter().map(|hsm| (hsm, open(config, hsm))).collect();
     opened
         .iter()
-        .flat_map(|(hsm, bare)| match bare {
-            Ok(bare) => by_hand(hsm, bare, registered),
+        .flat_map(|(hsm, session)| match session {
+            Ok(session) => by_hand(hsm, session, registered),
             Err(finding) => vec![finding.clone()],
         })
         .collect()
 }
 
-fn open(hsm: &Hsm) -> Result<Bare, Finding> {
-    let config = member(hsm, 1, 1).map_err(|error| {
+fn open(config: &Config, hsm: &Hsm) -> Result<RawSession, Finding> {
+    let config = member(&config.env, hsm, 1).map_err(|error| {
         Finding::error("hsm", format!("{} was not asked: its PIN cannot be read", hsm.name), error.to_string())
     })?;
     // Trying to load what is not there leaves nobody wiser than this.
@@ -35,16 +34,18 @@ fn open(hsm: &Hsm) -> Result<Bare, Finding> {
         let what = format!("the module {} of {} does not exist", hsm.module.display(), hsm.name);
         return Err(Finding::error("module", what, "install the vendor's package, or mend `module`"));
     }
-    Bare::open(&config).map_err(|error| failed(&hsm.name, &error))
+    RawSession::open(&config).map_err(|error| failed(&hsm.name, &error))
 }
 
-fn by_hand(hsm: &Hsm, bare: &Bare, registered: &[Registered]) -> Vec<Finding> {
+fn by_hand(hsm: &Hsm, session: &RawSession, registered: &[Registered]) -> Vec<Finding> {
     let mut findings: Vec<Finding> = registered
         .iter()
-        .filter_map(|key| bare.prove(&key.known).err().map(|error| unusable(&hsm.name, &key.name, &error)))
+        .filter_map(|key| {
+            session.self_test(&key.known).err().map(|error| unusable(&hsm.name, &key.name, &error.into()))
+        })
         .collect();
     // One is open already.
-    let room = bare.room_for(hsm.sessions) + 1;
+    let room = session.room_for(hsm.sessions) + 1;
     if room < hsm.sessions {
         findings.push(few_sessions(&hsm.name, room, hsm.sessions));
     }
@@ -108,7 +109,7 @@ pub(super) async fn of_daemon(service: &Arc<Service>) -> Vec<Finding> {
             }
             let mut findings = Vec::new();
             for key in registered.iter() {
-                if let Err(error) = service.cluster.prove(&name, &key.known).await {
+                if let Err(error) = service.cluster.self_test(&name, &key.known).await {
                     findings.push(unusable(&name, &key.name, &error));
                 }
             }
@@ -137,9 +138,9 @@ fn few_sessions(name: &str, room: usize, wanted: usize) -> Finding {
     Finding::warning("sessions", what, "lower `sessions`, or see who else has sessions on this token")
 }
 
-fn unusable(member: &str, key: &str, error: &HsmError) -> Finding {
-    match error {
-        HsmError::NoSuchKey(_) => Finding::error(
+fn unusable(member: &str, key: &str, error: &Failure) -> Finding {
+    match error.error {
+        HsmError::NoSuchKey => Finding::error(
             "key",
             format!("{member} does not have {key}"),
             "replicate the key to this token with the vendor's tools, or take the certificate out",
@@ -151,7 +152,7 @@ fn unusable(member: &str, key: &str, error: &HsmError) -> Finding {
             ),
             "compare the key on this token with the other tokens'",
         ),
-        error => Finding::error(
+        _ => Finding::error(
             "key",
             format!("{member} cannot use {key}: {error}"),
             "see in the vendor's log why; the key needs CKA_DECRYPT or CKA_SIGN",
@@ -159,35 +160,33 @@ fn unusable(member: &str, key: &str, error: &HsmError) -> Finding {
     }
 }
 
-fn failed(member: &str, error: &HsmError) -> Finding {
-    match error {
-        HsmError::Module { .. } => Finding::error(
+fn failed(member: &str, error: &Failure) -> Finding {
+    match error.error {
+        HsmError::Module => Finding::error(
             "module",
             format!("{member}: {error}"),
             "see that the module fits this machine, and what it wants in `env`",
         ),
-        HsmError::SeveralTokens { .. } => Finding::error(
+        HsmError::SeveralTokens => Finding::error(
             "token",
             format!("{member}: {error}"),
             "name the token by `serial` in place of `token`, or take the others away",
         ),
         // The daemon tries the PIN once then.
-        HsmError::PinNotTried { tries: tries @ PinTries::Low, .. } => {
+        HsmError::PinNotTried(tries @ PinTries::Low) => {
             Finding::warning("login", format!("{member}: {error}"), tries.remedy(member))
         }
-        HsmError::PinNotTried { tries, .. } => {
-            Finding::error("login", format!("{member}: {error}"), tries.remedy(member))
-        }
-        HsmError::NoSuchToken { .. } | HsmError::Token { .. } => Finding::error(
+        HsmError::PinNotTried(tries) => Finding::error("login", format!("{member}: {error}"), tries.remedy(member)),
+        HsmError::NoSuchToken | HsmError::Nonsense => Finding::error(
             "token",
             format!("{member}: {error}"),
             "see that the HSM is reached and the token called so (pkcs11-tool --module … -L)",
         ),
-        HsmError::Pkcs11 { call: "C_Login", .. } => Finding::error(
+        HsmError::Pkcs11(Function::Login, _) => Finding::error(
             "login",
             format!("{member}: the PIN is refused: {error}"),
             "mend the PIN file before anything tries again: tokens lock themselves after a few wrong PINs",
         ),
-        error => Finding::error("hsm", format!("{member}: {error}"), "see in the vendor's log why"),
+        _ => Finding::error("hsm", format!("{member}: {error}"), "see in the vendor's log why"),
     }
 }

@@ -1,6 +1,6 @@
 //! The state: what is registered, and whether its certificates are good.
 
-use claviger_hsm::KnownGood;
+use claviger_hsm::KnownAnswerTest;
 use claviger_protocol::certificate::Certificate;
 
 use super::Finding;
@@ -12,7 +12,7 @@ use crate::state::{self, Kind, State, StateError};
 pub(super) struct Registered {
     /// For people.
     pub(super) name: String,
-    pub(super) known: KnownGood,
+    pub(super) known: KnownAnswerTest,
 }
 
 /// The state of a daemon that may be running; nothing is written.
@@ -104,7 +104,7 @@ fn judge(
     let validity = (certificate.not_before(), certificate.not_after());
     let findings = expiry("certificate", name, validity, now, todo, Finding::warning).into_iter().collect();
     let key = Key::new(certificate, key_id);
-    let known = key.known_good(kind).ok_or_else(|| broken("nothing can be encrypted to its key".to_owned()))?;
+    let known = key.known_answer(kind).ok_or_else(|| broken("nothing can be encrypted to its key".to_owned()))?;
     let name = format!("the key {} of {name}", key.id.id);
     Ok((findings, Some(Registered { name, known })))
 }

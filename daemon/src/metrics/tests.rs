@@ -178,8 +178,8 @@ fn every_function_records_its_metric() {
     response("recorded", 503);
     queue_dropped("recorded");
     for event in [
-        Event::Call { op: "sign", rv: "busy", took: ms(4) },
-        Event::Answered { op: "sign", took: ms(40) },
+        Event::Call { op: claviger_hsm::Operation::Sign, rv: "busy", took: ms(4) },
+        Event::Answered { op: claviger_hsm::Operation::Sign, took: ms(40) },
         Event::Batch { jobs: 16 },
         Event::FailedOver { to: "second" },
         Event::Login,

@@ -1,4 +1,5 @@
-//! All unsafe code of the daemon: environment variables, and the PKCS#11 functions that are called past cryptoki.
+//! All unsafe code of the daemon: environment variables, inherited descriptors, and the PKCS#11 functions that are called past
+//! cryptoki.
 //!
 //! `C_GetTokenInfo`: cryptoki refuses the whole answer when the token's clock is not in the standard's format, which
 //! opencryptoki's is not. `C_Decrypt` and `C_Sign`: cryptoki's `decrypt()` and `sign()` ask for the length of the result
@@ -7,6 +8,7 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
+use std::os::fd::{BorrowedFd, RawFd};
 use std::path::Path;
 use std::ptr;
 
@@ -17,8 +19,10 @@ use cryptoki_sys::{
     CK_BYTE, CK_RV, CK_SESSION_HANDLE, CK_SLOT_ID, CK_TOKEN_INFO, CK_ULONG, CKF_TOKEN_INITIALIZED,
     CKF_USER_PIN_INITIALIZED, CKR_OK,
 };
+use rustix::process::{Resource, getrlimit};
 
 use crate::pin_tries::PinTries;
+use crate::worker::pin_flags;
 
 /// `C_Decrypt` and `C_Sign` have the same shape: input, and room for a result.
 type OneCall = unsafe extern "C" fn(CK_SESSION_HANDLE, *mut CK_BYTE, CK_ULONG, *mut CK_BYTE, *mut CK_ULONG) -> CK_RV;
@@ -39,44 +43,42 @@ pub(crate) struct TokenFacts {
 /// writes to descriptors, as that of the log does, never looks at it.
 pub fn set_env(vars: &BTreeMap<String, String>) {
     for (name, value) in vars {
-        set_var(name, Some(value.as_ref()));
+        set_var(name, value.as_ref());
     }
 }
 
-/// Sets or removes one variable, if that changes anything. The same rule holds: no other threads.
-pub(crate) fn set_var(name: &str, value: Option<&OsStr>) {
+fn set_var(name: &str, value: &OsStr) {
     // The standard library panics at these, so they cannot name a variable anyway.
-    let unusable = name.is_empty()
-        || name.contains(['=', '\0'])
-        || value.is_some_and(|value| value.as_encoded_bytes().contains(&0));
-    if unusable || std::env::var_os(name).as_deref() == value {
+    let unusable = name.is_empty() || name.contains(['=', '\0']) || value.as_encoded_bytes().contains(&0);
+    if unusable || std::env::var_os(name).as_deref() == Some(value) {
         return;
     }
-    match value {
-        // SAFETY: callers are told, here and in the documentation of `Cluster::load` and `set_env`, to come before threads
-        // exist that may read the environment, so that nothing reads it while it changes.
-        Some(value) => unsafe { std::env::set_var(name, value) },
-        // SAFETY: as above.
-        None => unsafe { std::env::remove_var(name) },
-    }
+    // SAFETY: callers of `set_env` are told to come before threads exist that may read the environment, so that nothing reads it
+    // while it changes.
+    unsafe { std::env::set_var(name, value) };
 }
 
-/// Changes the value of a variable that exists, while other threads may live. Whether the variable is as wanted now: making
-/// and removing one moves others around, and is refused.
-pub(crate) fn change_var(name: &str, value: Option<&OsStr>) -> bool {
-    let is = std::env::var_os(name);
-    if is.as_deref() == value {
-        return true;
-    }
-    match (is, value) {
-        (Some(_), Some(value)) if cfg!(target_env = "gnu") && !value.as_encoded_bytes().contains(&0) => {
-            // SAFETY: Rust's own readers are kept out by the standard library's lock. For readers in C, glibc's setenv puts
-            // the new string into the existing variable's place with one pointer store, neither moves the array nor frees
-            // the old string (it keeps every string it ever made), so that a getenv at the same time finds one or the other.
-            unsafe { std::env::set_var(name, value) };
-            true
+/// The first descriptor after the standard ones.
+const FIRST_OTHER: RawFd = 3;
+
+/// Closes all descriptors but the standard ones. Only for the very start of a process, before anything in it has opened any.
+pub(crate) fn close_inherited() {
+    let listed = std::fs::read_dir("/proc/self/fd").map(|entries| {
+        let number = |entry: std::io::Result<std::fs::DirEntry>| entry.ok()?.file_name().to_str()?.parse().ok();
+        entries.filter_map(number).collect::<Vec<RawFd>>()
+    });
+    let descriptors = listed.unwrap_or_else(|_| {
+        let most = getrlimit(Resource::Nofile).current.and_then(|most| RawFd::try_from(most).ok());
+        (FIRST_OTHER..most.unwrap_or(RawFd::MAX).min(1 << 20)).collect()
+    });
+    for descriptor in descriptors.into_iter().filter(|descriptor| *descriptor >= FIRST_OTHER) {
+        // The listing's own descriptor is closed by now, and closing it again is an error.
+        // SAFETY: the number is only asked about.
+        if rustix::io::fcntl_getfd(unsafe { BorrowedFd::borrow_raw(descriptor) }).is_err() {
+            continue;
         }
-        _ => false,
+        // SAFETY: at this point of the process's life no value owns a descriptor: those that there are were inherited.
+        unsafe { rustix::io::close(descriptor) };
     }
 }
 
@@ -134,13 +136,13 @@ impl Direct {
             Rv::Error(code) => return Err(code),
         }
         // Texts are padded with blanks; some tokens pad with zeros.
-        let text = |octets: &[u8]| String::from_utf8_lossy(octets).trim_end_matches([' ', '\0']).to_owned();
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim_end_matches([' ', '\0']).to_owned();
         Ok(TokenFacts {
             label: text(&info.label),
             serial: text(&info.serialNumber),
             initialized: info.flags & CKF_TOKEN_INITIALIZED != 0,
             user_pin_set: info.flags & CKF_USER_PIN_INITIALIZED != 0,
-            pin_tries: PinTries::of(info.flags),
+            pin_tries: pin_flags::tries_of(info.flags),
         })
     }
 
@@ -159,7 +161,7 @@ impl Direct {
         let mut len = CK_ULONG::try_from(output.len()).map_err(|_| RvError::HostMemory)?;
         // SAFETY: `function` comes from the library that `self` keeps loaded. The session handle is open, and used by this
         // thread alone, since `Session` is not `Sync`. Both buffers are as long as is said; the module only reads the input
-        // (the standard's prototype lacks the const) and writes no more than `len` octets of the output.
+        // (the standard's prototype lacks the const) and writes no more than `len` bytes of the output.
         let rv = unsafe {
             function(session.handle(), input.as_ptr().cast_mut(), input_len, output.as_mut_ptr(), &raw mut len)
         };
@@ -171,6 +173,15 @@ impl Direct {
     }
 }
 
+/// `C_CloseAllSessions`, which cryptoki does not have: what a token does that resets its connections.
+#[cfg(test)]
+pub(crate) fn close_all_sessions(path: &Path, slot: Slot) -> bool {
+    // SAFETY: as in `Direct::load`, of a library that is loaded already.
+    let Ok(library) = (unsafe { cryptoki_sys::Pkcs11::new(path) }) else { return false };
+    // SAFETY: the function takes a number and comes from a library that is loaded.
+    library.C_CloseAllSessions.as_ref().is_ok_and(|close| unsafe { close(slot.into()) } == CKR_OK)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -178,9 +189,9 @@ mod tests {
     #[test]
     fn names_that_cannot_be_set_are_passed_over() {
         for name in ["", "A=B", "A\0B"] {
-            set_var(name, Some(OsStr::new("x")));
+            set_var(name, OsStr::new("x"));
         }
-        set_var("CLAVIGER_HSM_TEST", Some(OsStr::new("a\0b")));
+        set_var("CLAVIGER_HSM_TEST", OsStr::new("a\0b"));
         assert!(std::env::var_os("CLAVIGER_HSM_TEST").is_none());
     }
 }

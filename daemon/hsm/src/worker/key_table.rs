@@ -1,4 +1,4 @@
-//! The RSA private keys of a token as one session found them, and which of them is meant by a [`KeyRef`].
+//! The RSA private keys of a token as one session found them, and which of them is meant by an id and a public key.
 //!
 //! Several private keys may have one `CKA_ID`. The modulus decides; where the token does not tell the modulus of a private
 //! key, the public key object that belongs to it does. A private key whose modulus stays unknown is used only when it is the
@@ -6,8 +6,8 @@
 
 use std::collections::HashMap;
 
-use crate::identity::{Fingerprint, KeyRef, without_leading_zeros};
-use crate::keys::{KeyId, RsaPublic};
+use crate::identity::{Fingerprint, KeyId, without_leading_zeros};
+use crate::keys::{RsaPublic, TokenKey};
 
 /// What a private key is needed for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -42,39 +42,6 @@ pub(crate) struct FoundPublic {
     pub(crate) key: RsaPublic,
 }
 
-/// An RSA private key of a token, for administrators.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct TokenKey {
-    /// Its `CKA_ID`; `None`: it has none, and cannot be used.
-    pub id: Option<KeyId>,
-    /// Its `CKA_LABEL`.
-    pub label: String,
-    /// Its public key; `None` when the token tells it neither of the private key nor by a public key object.
-    pub public: Option<RsaPublic>,
-    /// Whether `CKA_DECRYPT` is set.
-    pub decrypts: bool,
-    /// Whether `CKA_SIGN` is set.
-    pub signs: bool,
-    /// Whether `CKA_ALWAYS_AUTHENTICATE` is set: every operation wants a login of its own.
-    pub always_authenticate: bool,
-    /// Of its modulus; `None` when the token does not tell it.
-    pub fingerprint: Option<Fingerprint>,
-}
-
-impl TokenKey {
-    /// Whether it has this `CKA_ID` and this modulus.
-    #[must_use]
-    pub fn is(&self, wanted: &KeyRef) -> bool {
-        self.has_id(&wanted.id) && self.fingerprint == Some(wanted.public)
-    }
-
-    /// Whether it has this `CKA_ID`.
-    #[must_use]
-    pub fn has_id(&self, id: &KeyId) -> bool {
-        self.id.as_ref() == Some(id)
-    }
-}
-
 /// A key of the table: all that an operation needs to know of it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Key<H> {
@@ -99,7 +66,7 @@ impl<H> Key<H> {
 /// The private keys of a token.
 #[derive(Debug)]
 pub(crate) struct KeyTable<H> {
-    by_id: HashMap<KeyId, Vec<Key<H>>>,
+    by_id: HashMap<Vec<u8>, Vec<Key<H>>>,
     /// In the order of the token's answer, those without an id too.
     found: Vec<FoundKey<H>>,
 }
@@ -129,7 +96,7 @@ impl<H: Copy> KeyTable<H> {
     pub(crate) fn insert(&mut self, found: FoundKey<H>) {
         if !found.id.is_empty() {
             let n = without_leading_zeros(&found.n);
-            self.by_id.entry(KeyId(found.id.clone())).or_default().push(Key {
+            self.by_id.entry(found.id.clone()).or_default().push(Key {
                 handle: found.handle,
                 modulus_len: Some(n.len()).filter(|len| *len > 0),
                 decrypts: found.decrypts,
@@ -143,9 +110,9 @@ impl<H: Copy> KeyTable<H> {
 
     /// The private key that is meant. One key may be there several times, as the halves of which one signs and the other
     /// decrypts: the object that may do what is needed is preferred.
-    pub(crate) fn find(&self, wanted: &KeyRef, purpose: Purpose) -> Option<&Key<H>> {
-        let of_id = self.by_id.get(&wanted.id)?;
-        let exact = || of_id.iter().filter(|key| key.public == Some(wanted.public));
+    pub(crate) fn find(&self, id: &[u8], public: Fingerprint, purpose: Purpose) -> Option<&Key<H>> {
+        let of_id = self.by_id.get(id)?;
+        let exact = || of_id.iter().filter(|key| key.public == Some(public));
         if let Some(key) = exact().find(|key| key.serves(purpose)).or_else(|| exact().next()) {
             return Some(key);
         }
@@ -159,12 +126,12 @@ impl<H: Copy> KeyTable<H> {
     /// Whether the key with this id and modulus is there, for any purpose.
     pub(crate) fn holds(&self, id: &KeyId, modulus: &[u8]) -> bool {
         let public = Some(Fingerprint::of_modulus(modulus));
-        self.by_id.get(id).is_some_and(|keys| keys.iter().any(|key| key.public == public))
+        self.by_id.get(&id.0).is_some_and(|keys| keys.iter().any(|key| key.public == public))
     }
 
     /// Whether any key has this id.
     pub(crate) fn has_id(&self, id: &KeyId) -> bool {
-        self.by_id.contains_key(id)
+        self.by_id.contains_key(&id.0)
     }
 
     /// A key that may decrypt and whose length is known, whichever.
@@ -204,9 +171,10 @@ impl<H: Copy> KeyTable<H> {
             let unknown = keys.iter().filter(|key| key.public.is_none()).count();
             if unknown > 1 {
                 said.push(format!(
-                    "{} private keys have the CKA_ID {id}, and of {unknown} the token does not tell the public key: these \
+                    "{} private keys have the CKA_ID {}, and of {unknown} the token does not tell the public key: these \
                      are not used",
-                    keys.len()
+                    keys.len(),
+                    KeyId(id.clone())
                 ));
             }
         }
@@ -272,7 +240,7 @@ mod tests {
     }
 
     fn handle(table: &KeyTable<u32>, id: &[u8], n: &[u8]) -> Option<u32> {
-        table.find(&KeyRef::new(KeyId(id.to_vec()), n), Purpose::Sign).map(|key| key.handle)
+        table.find(id, Fingerprint::of_modulus(n), Purpose::Sign).map(|key| key.handle)
     }
 
     #[test]
@@ -292,13 +260,13 @@ mod tests {
         let decrypts = FoundKey { signs: false, ..key(2, b"id", "a", b"n") };
         for order in [[signs.clone(), decrypts.clone()], [decrypts, signs.clone()]] {
             let table = KeyTable::new(order.to_vec(), &[]);
-            let wanted = KeyRef::new(KeyId(b"id".to_vec()), b"n");
-            assert_eq!(table.find(&wanted, Purpose::Sign).unwrap().handle, 1);
-            assert_eq!(table.find(&wanted, Purpose::Decrypt).unwrap().handle, 2);
+            let public = Fingerprint::of_modulus(b"n");
+            assert_eq!(table.find(b"id", public, Purpose::Sign).unwrap().handle, 1);
+            assert_eq!(table.find(b"id", public, Purpose::Decrypt).unwrap().handle, 2);
         }
         // The token refuses then, with its own code.
         let table = KeyTable::new(vec![signs], &[]);
-        assert!(table.find(&KeyRef::new(KeyId(b"id".to_vec()), b"n"), Purpose::Decrypt).is_some());
+        assert!(table.find(b"id", Fingerprint::of_modulus(b"n"), Purpose::Decrypt).is_some());
     }
 
     #[test]

@@ -35,9 +35,9 @@ pub(crate) fn unpad(oaep: Oaep, block: &[u8]) -> Option<Zeroizing<Vec<u8>>> {
     // 0x00 … 0x00 0x01 message: `searching` is all ones until the 0x01 has been seen.
     let mut searching = 0xff_u8;
     let mut start = 0_usize;
-    for (index, &octet) in tail.iter().enumerate() {
-        let zero = mask_zero(octet);
-        let one = mask_zero(octet ^ 1);
+    for (index, &byte) in tail.iter().enumerate() {
+        let zero = mask_zero(byte);
+        let one = mask_zero(byte ^ 1);
         start |= (index + 1) & widen(searching & one);
         // Neither zero nor one while searching: the padding is broken.
         difference |= searching & !zero & !one;
@@ -53,14 +53,14 @@ pub(crate) fn unpad(oaep: Oaep, block: &[u8]) -> Option<Zeroizing<Vec<u8>>> {
     tail.get(start..).map(|message| Zeroizing::new(message.to_vec()))
 }
 
-/// All ones when `octet` is zero, else zero; without a branch.
-fn mask_zero(octet: u8) -> u8 {
+/// All ones when `byte` is zero, else zero; without a branch.
+fn mask_zero(byte: u8) -> u8 {
     // Only zero borrows from the upper half.
-    let [mask, _] = black_box(u16::from(octet)).wrapping_sub(1).to_be_bytes();
+    let [mask, _] = black_box(u16::from(byte)).wrapping_sub(1).to_be_bytes();
     mask
 }
 
-/// All ones or zero, from one octet to a whole word.
+/// All ones or zero, from one byte to a whole word.
 fn widen(mask: u8) -> usize {
     usize::from(black_box(mask) & 1).wrapping_neg()
 }
@@ -72,8 +72,8 @@ fn xor_mgf1(hash: Hash, seed: &[u8], target: &mut [u8]) {
         let mut context = ring::digest::Context::new(algorithm);
         context.update(seed);
         context.update(&counter.to_be_bytes());
-        for (octet, mask) in chunk.iter_mut().zip(context.finish().as_ref()) {
-            *octet ^= mask;
+        for (byte, mask) in chunk.iter_mut().zip(context.finish().as_ref()) {
+            *byte ^= mask;
         }
     }
 }
@@ -173,7 +173,7 @@ mod tests {
         let db = |tail: &[u8]| [label.as_ref(), tail].concat();
         let good = db(&[0, 0, 0, 1, 9, 1, 0]);
         assert_eq!(*unpad(oaep, &block_around(oaep, 0, &good)).unwrap(), [9, 1, 0]);
-        assert!(unpad(oaep, &block_around(oaep, 1, &good)).is_none(), "first octet");
+        assert!(unpad(oaep, &block_around(oaep, 1, &good)).is_none(), "first byte");
         assert!(unpad(oaep, &block_around(oaep, 0, &db(&[0, 0, 2, 1, 9]))).is_none(), "padding");
         assert!(unpad(oaep, &block_around(oaep, 0, &db(&[0, 0, 0, 0]))).is_none(), "no separator");
         assert!(unpad(oaep, &block_around(oaep, 0, &[&[0; 32][..], &[0, 1, 9]].concat())).is_none(), "label");
@@ -181,9 +181,9 @@ mod tests {
     }
 
     #[test]
-    fn masks_are_right_for_every_octet() {
-        for octet in 0..=255 {
-            assert_eq!(mask_zero(octet), if octet == 0 { 0xff } else { 0 });
+    fn masks_are_right_for_every_byte() {
+        for byte in 0..=255 {
+            assert_eq!(mask_zero(byte), if byte == 0 { 0xff } else { 0 });
         }
         assert_eq!(widen(0xff), usize::MAX);
         assert_eq!(widen(0), 0);

@@ -7,8 +7,8 @@
 use std::path::Path;
 
 use crate::config::TokenRef;
-use crate::error::HsmError;
-use crate::ffi::TokenFacts;
+use crate::error::{Failure, HsmError};
+use crate::worker::ffi::TokenFacts;
 
 /// The one initialised token that is meant.
 ///
@@ -18,7 +18,7 @@ pub(crate) fn choose<S: Copy>(
     wanted: &TokenRef,
     seen: &[(S, TokenFacts)],
     module: &Path,
-) -> Result<(S, TokenFacts), HsmError> {
+) -> Result<(S, TokenFacts), Failure> {
     let meant = |facts: &TokenFacts| match wanted {
         TokenRef::Label(label) => facts.label == *label,
         TokenRef::Serial(serial) => facts.serial == *serial,
@@ -26,11 +26,14 @@ pub(crate) fn choose<S: Copy>(
     let found: Vec<_> = seen.iter().filter(|(_, facts)| facts.initialized && meant(facts)).collect();
     match found.as_slice() {
         [(slot, facts)] => Ok((*slot, facts.clone())),
-        [] => Err(HsmError::NoSuchToken { token: wanted.to_string(), module: module.to_owned() }),
-        several => Err(HsmError::SeveralTokens {
-            token: wanted.to_string(),
-            serials: several.iter().map(|(_, facts)| facts.serial.clone()).collect(),
-        }),
+        [] => Err(Failure::new(HsmError::NoSuchToken, format!("{wanted} in {}", module.display()))),
+        several => {
+            let serials: Vec<_> = several.iter().map(|(_, facts)| facts.serial.as_str()).collect();
+            Err(Failure::new(
+                HsmError::SeveralTokens,
+                format!("{wanted} in {}, serials {}", module.display(), serials.join(", ")),
+            ))
+        }
     }
 }
 
@@ -65,14 +68,14 @@ mod tests {
         );
         assert_eq!(chosen(&TokenRef::Serial("2".to_owned()), &seen), Ok(2));
         let error = chosen(&TokenRef::Label("c".to_owned()), &seen).unwrap_err();
-        assert_eq!(error, "token label \"c\": not in any slot of /lib/x.so");
+        assert_eq!(error, "the token is not in any slot of the module: label \"c\" in /lib/x.so");
     }
 
     #[test]
     fn several_tokens_are_none() {
         let seen = [(1, token("a", "1")), (2, token("b", "2")), (3, token("a", "3"))];
         let error = chosen(&TokenRef::Label("a".to_owned()), &seen).unwrap_err();
-        assert!(error.contains("several tokens of that label: serial 1, 3"), "{error}");
+        assert!(error.contains("several tokens of that label") && error.ends_with("serials 1, 3"), "{error}");
         assert_eq!(chosen(&TokenRef::Serial("3".to_owned()), &seen), Ok(3));
         let twice = [(1, token("a", "1")), (2, token("b", "1"))];
         let error = chosen(&TokenRef::Serial("1".to_owned()), &twice).unwrap_err();

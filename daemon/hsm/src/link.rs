@@ -1,0 +1,278 @@
+//! What daemon and worker say to each other, and the two ends of the socket between them.
+//!
+//! The socket is a pair of type `SOCK_SEQPACKET`: a packet is a frame, whole or not at all. The daemon sends [`Call`]s, the
+//! worker [`Report`]s; both are encoded by postcard. A call's id comes back in its reply; the worker answers in any order. The
+//! first call is [`Request::Start`]; the worker serves nothing else before it has answered that.
+//!
+//! Frames carry PINs, private keys and plaintexts: every buffer here is overwritten when it is done with.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, socketpair};
+use serde::{Deserialize, Serialize};
+use tokio::net::UnixDatagram;
+use zeroize::{Zeroize, Zeroizing};
+
+use crate::config::{Pin, TokenRef};
+use crate::error::{Failure, HsmError};
+use crate::identity::Fingerprint;
+use crate::keys::{NewKey, Oaep, RsaPrivateParts, RsaPublic, SignScheme, TokenKey};
+
+/// Bytes of the largest frame. Lists of keys are cut into several.
+pub(crate) const MAX_FRAME: usize = 64 * 1024;
+/// Bytes of the call's id, little-endian, before its request: the request is encoded once and sent under another id at the
+/// next member.
+const ID: usize = 4;
+
+/// What the daemon asks for, as it lies in a frame after the call's id.
+#[derive(Serialize, Deserialize)]
+pub(crate) enum Request<'a> {
+    /// The first call: load the module, log in, open the first session. Answered by [`Answer::Done`] or, for the sake of its
+    /// details, by [`Report::StartFailed`].
+    Start(Start),
+    /// From now on this PIN is used for logins.
+    SetPin(Pin),
+    /// `CKM_RSA_PKCS_OAEP`, by the token or with the padding removed in software.
+    Decrypt {
+        #[serde(borrow)]
+        id: &'a [u8],
+        public: Fingerprint,
+        oaep: Oaep,
+        ciphertext: &'a [u8],
+    },
+    /// Signs a digest.
+    Sign {
+        #[serde(borrow)]
+        id: &'a [u8],
+        public: Fingerprint,
+        scheme: SignScheme,
+        digest: &'a [u8],
+    },
+    /// So many random bytes.
+    Random(u16),
+    /// Whether the session lives (`C_GetSessionInfo`).
+    Ping,
+    /// The private keys: what the session knows, or after a `search` of the token. Answered by one or more [`Answer::Keys`].
+    Keys { search: bool },
+    /// Makes a key pair on the token.
+    Generate(NewKey),
+    /// Brings a private key onto the token.
+    Import(NewKey, RsaPrivateParts),
+}
+
+/// What a worker needs to know to serve its token. The module's environment is the process's.
+#[derive(Clone, Serialize, Deserialize)]
+pub(crate) struct Start {
+    /// The vendor's library.
+    pub(crate) module: PathBuf,
+    pub(crate) token: TokenRef,
+    pub(crate) pin: Pin,
+    /// How many sessions to open, at least one.
+    pub(crate) sessions: u32,
+    /// An administrator said that the last try of the PIN may be used.
+    pub(crate) may_use_final_try: bool,
+}
+
+/// What the worker says.
+#[derive(Serialize, Deserialize)]
+pub(crate) enum Report<'a> {
+    /// The answer to a call.
+    Reply {
+        id: u32,
+        /// How long the token took, in nanoseconds, without any waiting in the socket.
+        took: u64,
+        /// Processor time of the worker's thread within PKCS#11 calls, in nanoseconds.
+        processor: u64,
+        #[serde(borrow)]
+        result: Result<Answer<'a>, HsmError>,
+    },
+    /// The answer to [`Request::Start`] when it went wrong. The worker ends after it.
+    StartFailed(Failure),
+    /// `C_Login` was called.
+    Login,
+    /// A session searched the token for its private keys.
+    KeySearch,
+    /// A session is open, or could not be opened, after so many nanoseconds.
+    SessionOpened { took: u64, result: Result<(), HsmError> },
+    /// A session is closed.
+    SessionClosed,
+    /// The token gives no more sessions than these for now.
+    FewSessions { given: u32 },
+    /// Something that an administrator should know.
+    Note { level: Level, text: &'a str },
+}
+
+/// How loud a note is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub(crate) enum Level {
+    Info,
+    Warn,
+    Error,
+}
+
+/// A result.
+#[derive(Serialize, Deserialize)]
+pub(crate) enum Answer<'a> {
+    Bytes(#[serde(borrow)] &'a [u8]),
+    /// A part of a list.
+    Keys {
+        keys: Vec<TokenKey>,
+        more: bool,
+    },
+    Public(RsaPublic),
+    Done,
+}
+
+/// Encodes without leaving copies behind: the buffer is as large as it has to be from the start.
+pub(crate) fn encode<T: Serialize>(value: &T) -> Result<Zeroizing<Vec<u8>>, HsmError> {
+    let len = postcard::experimental::serialized_size(value).map_err(|_| HsmError::UnexpectedReply)?;
+    let mut bytes = Zeroizing::new(vec![0; len]);
+    postcard::to_slice(value, &mut bytes).map_err(|_| HsmError::UnexpectedReply)?;
+    Ok(bytes)
+}
+
+/// A call as the worker reads it.
+pub(crate) struct Call<'a> {
+    pub(crate) id: u32,
+    pub(crate) request: Request<'a>,
+}
+
+impl<'a> Call<'a> {
+    /// `None` when the frame cannot be read.
+    pub(crate) fn decode(frame: &'a [u8]) -> Option<Self> {
+        let (id, request) = frame.split_first_chunk::<ID>()?;
+        Some(Call { id: u32::from_le_bytes(*id), request: postcard::from_bytes(request).ok()? })
+    }
+}
+
+/// A report as the daemon reads it; `None` when the frame cannot be read.
+pub(crate) fn decode_report(frame: &[u8]) -> Option<Report<'_>> {
+    postcard::from_bytes(frame).ok()
+}
+
+/// Both ends of a new link: the daemon's does not block, the worker's does. Neither survives an `exec`.
+pub(crate) fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
+    let (daemon, worker) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+    rustix::io::ioctl_fionbio(&daemon, true)?;
+    Ok((daemon, worker))
+}
+
+/// The daemon's end. To the runtime a sequence of packets is like datagrams, but that it ends.
+pub(crate) struct DaemonEnd(UnixDatagram);
+
+impl DaemonEnd {
+    /// Within a tokio runtime.
+    pub(crate) fn new(socket: OwnedFd) -> io::Result<Self> {
+        Ok(DaemonEnd(UnixDatagram::from_std(socket.into())?))
+    }
+
+    /// Sends an encoded [`Request`] under an id. Does not block: a worker reads what its daemon may send, or is ill.
+    pub(crate) fn send(&self, id: u32, request: &[u8]) -> Result<(), Errno> {
+        let id = id.to_le_bytes();
+        let parts = [io::IoSlice::new(&id), io::IoSlice::new(request)];
+        let mut none = rustix::net::SendAncillaryBuffer::default();
+        rustix::net::sendmsg(&self.0, &parts, &mut none, SendFlags::NOSIGNAL | SendFlags::DONTWAIT).map(drop)
+    }
+
+    /// Reads the next frame, if there is one; its length, 0 for the end. `None`: [wait](Self::readable).
+    pub(crate) fn try_recv(&self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
+        match self.0.try_recv(buffer) {
+            Ok(len) => Ok(Some(len)),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Waits until there is something to read, or the end.
+    pub(crate) async fn readable(&self) -> io::Result<()> {
+        self.0.readable().await
+    }
+
+    /// Tells the worker that nothing more comes: it ends when its calls have.
+    pub(crate) fn finish(&self) {
+        let _ = rustix::net::shutdown(&self.0, rustix::net::Shutdown::Write);
+    }
+}
+
+/// The worker's end. All of its threads wait on it.
+pub(crate) struct WorkerEnd(OwnedFd);
+
+impl WorkerEnd {
+    pub(crate) fn new(socket: OwnedFd) -> Self {
+        WorkerEnd(socket)
+    }
+
+    /// Waits for the next frame; its length, 0 for the end.
+    pub(crate) fn recv(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            match rustix::net::recv(&self.0, &mut *buffer, RecvFlags::empty()) {
+                Ok((len, _)) => return Ok(len),
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// Blocks while the daemon does not read.
+    pub(crate) fn send(&self, report: &Report<'_>) -> io::Result<()> {
+        let bytes = encode(report).map_err(io::Error::other)?;
+        loop {
+            match rustix::net::send(&self.0, &bytes, SendFlags::NOSIGNAL) {
+                Ok(_) => return Ok(()),
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// Waits until the daemon has closed its end, or finished; needs no frame to be read.
+    pub(crate) fn wait_for_end(&self) -> io::Result<()> {
+        use rustix::event::{PollFd, PollFlags, poll};
+        loop {
+            let mut ends = [PollFd::new(&self.0, PollFlags::RDHUP)];
+            match poll(&mut ends, None) {
+                Ok(_) if !ends[0].revents().is_empty() => return Ok(()),
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+}
+
+impl AsFd for WorkerEnd {
+    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// A buffer for received frames, overwritten after each and at its end.
+pub(crate) struct FrameBuffer(Zeroizing<Vec<u8>>);
+
+impl FrameBuffer {
+    pub(crate) fn new() -> Self {
+        FrameBuffer(Zeroizing::new(vec![0; MAX_FRAME]))
+    }
+
+    pub(crate) fn room(&mut self) -> &mut [u8] {
+        &mut self.0
+    }
+
+    pub(crate) fn frame(&self, len: usize) -> &[u8] {
+        self.0.get(..len).unwrap_or_default()
+    }
+
+    pub(crate) fn wipe(&mut self, len: usize) {
+        if let Some(used) = self.0.get_mut(..len) {
+            used.zeroize();
+        }
+    }
+}
+
+/// Nanoseconds for a frame.
+pub(crate) fn nanos(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
+}

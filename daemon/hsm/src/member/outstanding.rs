@@ -1,0 +1,194 @@
+//! The calls that a worker has been sent and has not answered. A plain value that is handed `now`.
+//!
+//! The worker's threads take calls out of the socket in the order in which they were sent, so with N sessions the N oldest
+//! outstanding calls run and the others wait in the socket. That is how the daemon knows for how long a call has run without
+//! being told.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use crate::operation::Operation;
+
+/// How long a call may run.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Limits {
+    /// Before its caller is sent elsewhere.
+    pub(crate) share: Duration,
+    /// Before the member counts as hung.
+    pub(crate) watchdog: Duration,
+}
+
+/// A call that was sent.
+#[derive(Debug)]
+pub(crate) struct Entry<T> {
+    id: u32,
+    operation: Operation,
+    limits: Limits,
+    running_since: Option<Instant>,
+    late: bool,
+    /// Whose call it is.
+    pub(crate) owner: T,
+}
+
+/// Invariant: entries are in the order in which they were sent; exactly the first `sessions` of them have `running_since`.
+#[derive(Debug)]
+pub(crate) struct Outstanding<T> {
+    entries: VecDeque<Entry<T>>,
+    next_id: u32,
+    sessions: usize,
+}
+
+impl<T> Outstanding<T> {
+    /// For a worker that has opened no session yet: its first call is answered by its main thread.
+    pub(crate) fn new() -> Self {
+        Outstanding { entries: VecDeque::new(), next_id: 1, sessions: 1 }
+    }
+
+    /// Adds the call that is sent next; its id.
+    pub(crate) fn add(&mut self, operation: Operation, limits: Limits, owner: T, now: Instant) -> u32 {
+        let id = self.next_id;
+        self.next_id = id.wrapping_add(1);
+        self.entries.push_back(Entry { id, operation, limits, running_since: None, late: false, owner });
+        self.mark_running(now);
+        id
+    }
+
+    /// The call with this id, if it is outstanding.
+    pub(crate) fn get(&mut self, id: u32) -> Option<&mut Entry<T>> {
+        self.entries.iter_mut().find(|entry| entry.id == id)
+    }
+
+    /// Takes out the call with this id: it was answered, or could not be sent.
+    pub(crate) fn take(&mut self, id: u32, now: Instant) -> Option<Entry<T>> {
+        let at = self.entries.iter().position(|entry| entry.id == id)?;
+        let entry = self.entries.remove(at);
+        self.mark_running(now);
+        entry
+    }
+
+    /// Takes out everything: the worker has ended.
+    pub(crate) fn take_all(&mut self) -> impl Iterator<Item = Entry<T>> + use<T> {
+        std::mem::take(&mut self.entries).into_iter()
+    }
+
+    /// The worker has so many sessions now.
+    pub(crate) fn set_sessions(&mut self, sessions: usize, now: Instant) {
+        self.sessions = sessions.max(1);
+        self.mark_running(now);
+    }
+
+    fn mark_running(&mut self, now: Instant) {
+        for entry in self.entries.iter_mut().take(self.sessions) {
+            entry.running_since.get_or_insert(now);
+        }
+    }
+
+    /// Looks for calls that take too long. `late` is called once for each whose caller has to be sent elsewhere. The operation
+    /// that hangs, if one does.
+    pub(crate) fn look(&mut self, now: Instant, mut late: impl FnMut(Operation, &mut T)) -> Option<Operation> {
+        let mut hung = None;
+        for entry in &mut self.entries {
+            let Some(since) = entry.running_since else { continue };
+            let took = now.saturating_duration_since(since);
+            let hangs = took >= entry.limits.watchdog;
+            if hangs {
+                hung = hung.or(Some(entry.operation));
+            }
+            if !entry.late && (hangs || took >= entry.limits.share) {
+                entry.late = true;
+                late(entry.operation, &mut entry.owner);
+            }
+        }
+        hung
+    }
+
+    /// How long the oldest running call that is repeatable has run: making a key may well take minutes.
+    pub(crate) fn oldest(&self, now: Instant) -> Option<Duration> {
+        let running = self.entries.iter().filter(|entry| entry.operation.may_repeat());
+        let since = running.filter_map(|entry| entry.running_since).min()?;
+        Some(now.saturating_duration_since(since))
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// How many run.
+    pub(crate) fn running(&self) -> usize {
+        self.entries.len().min(self.sessions)
+    }
+
+    /// How many run past their caller's patience.
+    pub(crate) fn late(&self) -> usize {
+        self.entries.iter().filter(|entry| entry.late).count()
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+    const LIMITS: Limits = Limits { share: Duration::from_millis(50), watchdog: Duration::from_millis(100) };
+
+    fn late(calls: &mut Outstanding<u32>, now: Instant) -> (Vec<u32>, Option<Operation>) {
+        let mut late = Vec::new();
+        let hung = calls.look(now, |_, owner| late.push(*owner));
+        (late, hung)
+    }
+
+    #[test]
+    fn a_call_that_waits_in_the_socket_does_not_run() {
+        let start = Instant::now();
+        let mut calls = Outstanding::new();
+        calls.set_sessions(2, start);
+        let ids: Vec<_> = (0..4).map(|owner| calls.add(Operation::Sign, LIMITS, owner, start)).collect();
+        assert_eq!((calls.len(), calls.running()), (4, 2));
+        assert_eq!(late(&mut calls, start + 49 * MS), (vec![], None));
+        // One that ran is answered: the next one runs from then on.
+        assert_eq!(calls.take(ids[1], start + 30 * MS).unwrap().owner, 1);
+        assert_eq!(late(&mut calls, start + 50 * MS), (vec![0], None));
+        assert_eq!(late(&mut calls, start + 79 * MS), (vec![], None), "said once");
+        assert_eq!(late(&mut calls, start + 80 * MS), (vec![2], None));
+        assert_eq!(late(&mut calls, start + 100 * MS), (vec![], Some(Operation::Sign)));
+        assert_eq!((calls.late(), calls.oldest(start + 100 * MS)), (2, Some(100 * MS)));
+        // The last one still waits: both sessions hang.
+        assert!(calls.get(ids[3]).is_some_and(|entry| entry.running_since.is_none()));
+    }
+
+    #[test]
+    fn more_sessions_take_more_calls() {
+        let start = Instant::now();
+        let mut calls = Outstanding::new();
+        for owner in 0..3 {
+            calls.add(Operation::Decrypt, LIMITS, owner, start);
+        }
+        assert_eq!(calls.running(), 1);
+        calls.set_sessions(3, start + 40 * MS);
+        assert_eq!(calls.running(), 3);
+        assert_eq!(late(&mut calls, start + 60 * MS).0, vec![0]);
+        assert_eq!(late(&mut calls, start + 90 * MS).0, vec![1, 2]);
+    }
+
+    #[test]
+    fn making_a_key_is_no_sign_of_a_slow_member() {
+        let start = Instant::now();
+        let mut calls = Outstanding::new();
+        calls.add(Operation::Generate, LIMITS, 0, start);
+        assert_eq!(calls.oldest(start + 5 * MS), None);
+    }
+
+    #[test]
+    fn unknown_ids_are_nothing() {
+        let start = Instant::now();
+        let mut calls = Outstanding::new();
+        let id = calls.add(Operation::Random, LIMITS, 7, start);
+        assert!(calls.take(id.wrapping_add(1), start).is_none());
+        assert_eq!(calls.take(id, start).unwrap().owner, 7);
+        assert!(calls.take(id, start).is_none(), "answered twice");
+        calls.add(Operation::Random, LIMITS, 8, start);
+        assert_eq!(calls.take_all().map(|entry| entry.owner).collect::<Vec<_>>(), [8]);
+        assert_eq!(calls.len(), 0);
+    }
+}

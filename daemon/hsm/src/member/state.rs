@@ -1,0 +1,561 @@
+//! What a member is doing: an explicit state, and the events that change it. Every change is logged here, once.
+//!
+//! ```text
+//!               attempt due                    test passed
+//!    ┌─▶ Down ───────────────▶ Starting ─────────────────────▶ Up ──┬── fault ──▶ Down
+//!    │    ▲                       │ attempt failed                  │
+//!    │    └───────────────────────┘                                 │ drain
+//!    │                                                              ▼
+//!    │ resume, without a worker                                 Draining ── nothing in flight ──▶ Drained
+//!    └──────────────────────────────────────────────────────────────┴──────── resume ───────────────┘ ──▶ Up
+//!
+//!    Starting, Up, Draining, Drained ── the token refuses the PIN ──▶ PinRefused ── another PIN, an administrator's word ──▶ Down
+//!    Down, Starting ── drain ──▶ Drained                 any ── remove ──▶ Removed
+//! ```
+//!
+//! An *attempt* starts a worker process if there is none, and has it pass the known-answer tests. The breaker says when the
+//! next attempt is due and when the evidence against a member that is up suffices to take it down.
+
+use std::fmt;
+use std::time::{Duration, Instant, SystemTime};
+
+use tracing::{error, info, warn};
+
+use crate::error::{Failure, HsmError};
+use crate::policy::breaker::{Breaker, Settings};
+use crate::policy::pick::Latency;
+
+/// What a member is expected to take for a call before anything is known.
+const FIRST_GUESS: Duration = Duration::from_millis(10);
+/// How long a member that failed may go without a further result before it is tested.
+const DOUBT: Duration = Duration::from_millis(300);
+
+/// What a member is doing, for people and metrics.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum MemberState {
+    /// Takes calls.
+    Up,
+    /// Gets no calls after a fault; a fresh worker that passes the known-answer tests will bring it up again.
+    Down,
+    /// A worker process is being started and tested.
+    Probing,
+    /// Down because a call hung in its module.
+    Hung,
+    /// Finishes what runs, on an administrator's word, and takes nothing new.
+    Draining,
+    /// Nothing runs any more after `Draining`.
+    Drained,
+    /// The token refused the PIN. It is not tried again until there is another one, or an administrator says so.
+    PinRefused,
+    /// Removed, or not started yet.
+    Off,
+}
+
+impl MemberState {
+    /// Every state there is.
+    pub const ALL: [MemberState; 8] = [
+        MemberState::Up,
+        MemberState::Down,
+        MemberState::Probing,
+        MemberState::Hung,
+        MemberState::Draining,
+        MemberState::Drained,
+        MemberState::PinRefused,
+        MemberState::Off,
+    ];
+
+    /// A word for tables, JSON and labels: `pin_refused`.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            MemberState::Up => "up",
+            MemberState::Down => "down",
+            MemberState::Probing => "probing",
+            MemberState::Hung => "hung",
+            MemberState::Draining => "draining",
+            MemberState::Drained => "drained",
+            MemberState::PinRefused => "pin_refused",
+            MemberState::Off => "off",
+        }
+    }
+}
+
+impl fmt::Display for MemberState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// What a member was last blamed for.
+#[derive(Clone, Debug)]
+pub struct LastError {
+    /// The call and its return code, or a sentence.
+    pub text: String,
+    /// When.
+    pub at: SystemTime,
+    /// What an administrator has to do about it; `None`: it may pass by itself, or is not known.
+    pub remedy: Option<String>,
+}
+
+/// See the drawing above.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum State {
+    /// `hung`: because a call hung.
+    Down {
+        hung: bool,
+    },
+    Starting,
+    Up,
+    Draining,
+    Drained,
+    PinRefused,
+    Removed,
+}
+
+/// What can happen to a member.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Event {
+    /// The breaker says that an attempt is due.
+    AttemptDue,
+    /// A worker passed the known-answer tests.
+    Passed,
+    /// An attempt failed.
+    AttemptFailed,
+    /// A fault took the member out. `hung`: a call hangs.
+    Fault { hung: bool },
+    /// The token refused the PIN.
+    PinRefused,
+    /// There is another PIN, or an administrator allows one more try.
+    PinAllowed,
+    /// An administrator's word.
+    Drain,
+    /// An administrator's word. `worker`: the member's worker lives and passed its tests.
+    Resume { worker: bool },
+    /// Nothing is in flight.
+    Idle,
+    /// The member leaves the cluster.
+    Remove,
+}
+
+/// The state after an event; `None`: the event changes nothing in this state.
+pub(crate) fn next(state: State, event: Event) -> Option<State> {
+    use Event as E;
+    use State as S;
+    match (state, event) {
+        (S::Removed, _) => None,
+        (_, E::Remove) => Some(S::Removed),
+        (S::Down { .. }, E::AttemptDue) => Some(S::Starting),
+        (S::Starting, E::Passed) => Some(S::Up),
+        (S::Starting, E::AttemptFailed) => Some(S::Down { hung: false }),
+        (S::Starting | S::Up, E::Fault { hung }) => Some(S::Down { hung }),
+        (S::Draining, E::Fault { .. }) => Some(S::Drained),
+        (S::Starting | S::Up | S::Draining | S::Drained, E::PinRefused) => Some(S::PinRefused),
+        (S::PinRefused, E::PinAllowed) => Some(S::Down { hung: false }),
+        (S::Up, E::Drain) => Some(S::Draining),
+        (S::Down { .. } | S::Starting, E::Drain) => Some(S::Drained),
+        (S::Draining, E::Resume { .. }) | (S::Drained, E::Resume { worker: true }) => Some(S::Up),
+        (S::Drained, E::Resume { worker: false }) => Some(S::Down { hung: false }),
+        (S::Draining, E::Idle) => Some(S::Drained),
+        _ => None,
+    }
+}
+
+/// One member's state with what is known about its health. Behind a lock; every method is quick.
+pub(crate) struct Machine {
+    member: String,
+    state: State,
+    breaker: Breaker,
+    pub(crate) latency: Latency,
+    /// Since when it is in its state, for people; tries do not count.
+    since: SystemTime,
+    /// Since when it has not served.
+    down_since: Instant,
+    last_error: Option<LastError>,
+    /// How often a fault took it down.
+    closings: u64,
+    has_been_up: bool,
+    /// When it last failed, if nothing came back since.
+    doubt: Option<Instant>,
+}
+
+impl Machine {
+    /// Of a member that has proved nothing yet: its first attempt is due at once.
+    pub(crate) fn new(member: &str, now: Instant) -> Self {
+        let mut breaker = Breaker::new(Settings::default());
+        breaker.force_open(now, 0.0);
+        breaker.probe_now(now);
+        Machine {
+            member: member.to_owned(),
+            state: State::Down { hung: false },
+            breaker,
+            latency: Latency::new(FIRST_GUESS),
+            since: SystemTime::now(),
+            down_since: now,
+            last_error: None,
+            closings: 0,
+            has_been_up: false,
+            doubt: None,
+        }
+    }
+
+    pub(crate) fn is_up(&self) -> bool {
+        self.state == State::Up
+    }
+
+    pub(crate) fn is_removed(&self) -> bool {
+        self.state == State::Removed
+    }
+
+    pub(crate) fn is_pin_refused(&self) -> bool {
+        self.state == State::PinRefused
+    }
+
+    /// Whether a worker is to be kept: the member serves, or would if an administrator let it.
+    pub(crate) fn keeps_worker(&self) -> bool {
+        matches!(self.state, State::Starting | State::Up | State::Draining | State::Drained)
+    }
+
+    /// Since when a member that has served is on its way back after a fault.
+    pub(crate) fn returning_since(&self) -> Option<Instant> {
+        let returning = self.has_been_up && matches!(self.state, State::Down { .. } | State::Starting);
+        returning.then_some(self.down_since)
+    }
+
+    /// Applies an event; whether it changed the state.
+    fn step(&mut self, event: Event) -> bool {
+        let next = next(self.state, event);
+        if let Some(next) = next {
+            self.state = next;
+        }
+        next.is_some()
+    }
+
+    /// The caller's call was answered well.
+    pub(crate) fn succeeded(&mut self, took: Duration, now: Instant) {
+        self.latency.observe(took, now);
+        self.answered(now);
+    }
+
+    /// The member did what it was asked for, and the input was rejected.
+    pub(crate) fn answered(&mut self, now: Instant) {
+        self.breaker.success(now);
+        self.doubt = None;
+    }
+
+    /// A failure that is the member's fault; whether that took the member down.
+    pub(crate) fn failed(&mut self, error: HsmError, took: Duration, now: Instant) -> bool {
+        if error == HsmError::WrongAnswer {
+            return self.fault(&error.into(), now);
+        }
+        self.latency.observe_failure(took, now);
+        self.blame(&error.into());
+        self.doubt = Some(now);
+        // The breaker counts for every state that has a worker; only `Up` and `Draining` change by it.
+        self.breaker.failure(now, fastrand::f64()) && self.went_down(&error.into(), now)
+    }
+
+    /// Takes the member down at once; whether it was up.
+    pub(crate) fn fault(&mut self, failure: &Failure, now: Instant) -> bool {
+        self.latency.observe_failure(Duration::ZERO, now);
+        self.blame(failure);
+        self.breaker.force_open(now, fastrand::f64());
+        self.went_down(failure, now)
+    }
+
+    fn went_down(&mut self, failure: &Failure, now: Instant) -> bool {
+        let served = matches!(self.state, State::Up | State::Draining);
+        let hung = matches!(failure.error, HsmError::Hung(_));
+        if !self.step(Event::Fault { hung }) || !served {
+            return false;
+        }
+        self.since = SystemTime::now();
+        self.down_since = now;
+        self.closings += 1;
+        let state = self.state(0);
+        warn!(
+            member = self.member, %state, error = %failure,
+            "member is down: it gets no calls until a fresh worker process passes the known-answer tests"
+        );
+        true
+    }
+
+    fn blame(&mut self, failure: &Failure) {
+        let remedy = failure.error.remedy(&self.member);
+        self.last_error = Some(LastError { text: failure.to_string(), at: SystemTime::now(), remedy });
+    }
+
+    /// Whether a member that is up has to pass a test, since its last result was a failure and other members are preferred:
+    /// callers would take long to find out. Once for a failure.
+    pub(crate) fn is_in_doubt(&mut self, now: Instant) -> bool {
+        let due = self.is_up() && self.doubt.is_some_and(|at| now.saturating_duration_since(at) >= DOUBT);
+        if due {
+            self.doubt = None;
+        }
+        due
+    }
+
+    /// When the next attempt is due, if one will be.
+    pub(crate) fn attempt_due(&self) -> Option<Instant> {
+        match (self.state, self.breaker.state()) {
+            (State::Down { .. }, crate::policy::breaker::State::Open { until }) => Some(until),
+            _ => None,
+        }
+    }
+
+    /// Begins an attempt if one is due.
+    pub(crate) fn begin_attempt(&mut self, now: Instant) -> bool {
+        self.attempt_due().is_some() && self.breaker.may_probe(now) && self.step(Event::AttemptDue)
+    }
+
+    /// Makes the next attempt come soon: nobody else serves, or something has changed that may help.
+    pub(crate) fn probe_now(&mut self, now: Instant) {
+        self.breaker.probe_now(now);
+    }
+
+    /// A worker passed the tests, which took so long; whether the member came up by it.
+    pub(crate) fn passed(&mut self, took: Duration, now: Instant) -> bool {
+        self.breaker.probe_succeeded(now);
+        if !self.step(Event::Passed) {
+            return false;
+        }
+        // The first operation of a worker takes longer than the next ones, and a guess never fades: either would leave the
+        // member idle as long as others are faster than that.
+        self.latency = Latency::new(FIRST_GUESS);
+        self.latency.observe(took.min(FIRST_GUESS), now);
+        self.doubt = None;
+        self.since = SystemTime::now();
+        let down = now.saturating_duration_since(self.down_since);
+        if std::mem::replace(&mut self.has_been_up, true) {
+            info!(
+                member = self.member,
+                state = %MemberState::Up,
+                down_ms = down.as_millis(),
+                "member is up again: it passed the known-answer tests"
+            );
+        } else {
+            info!(member = self.member, state = %MemberState::Up, "member is up");
+        }
+        true
+    }
+
+    /// Whether it has been up before.
+    pub(crate) fn has_been_up(&self) -> bool {
+        self.has_been_up
+    }
+
+    /// An attempt failed.
+    pub(crate) fn attempt_failed(&mut self, failure: &Failure, now: Instant) {
+        if self.state == State::Starting && !self.has_been_up && self.last_error.is_none() {
+            // Later attempts fail for the same reason.
+            warn!(
+                member = self.member, state = %MemberState::Down, error = %failure,
+                "member does not come up; it is tried again and again"
+            );
+        }
+        self.blame(failure);
+        self.breaker.probe_failed(now, fastrand::f64());
+        self.step(Event::AttemptFailed);
+    }
+
+    /// The token refused the PIN; whether that is news.
+    pub(crate) fn pin_refused(&mut self, refused: HsmError) -> bool {
+        let news = self.step(Event::PinRefused);
+        if news {
+            self.since = SystemTime::now();
+            self.blame(&refused.into());
+            error!(
+                member = self.member, state = %MemberState::PinRefused, error = %refused,
+                "THE TOKEN REFUSES THE PIN. It is not tried again, since tokens count and lock: the member is out until \
+                 the configuration is reloaded with another one, or `claviger hsm probe` tries this one again"
+            );
+        }
+        news
+    }
+
+    /// There is another PIN, or an administrator says so: it may be tried, once.
+    pub(crate) fn allow_pin(&mut self, now: Instant) -> bool {
+        let changed = self.step(Event::PinAllowed);
+        if changed {
+            info!(member = self.member, state = %MemberState::Down, "the PIN is tried again, once");
+            self.breaker.force_open(now, 0.0);
+            self.breaker.probe_now(now);
+        }
+        changed
+    }
+
+    /// Drains, or with `worker` (a worker that passed its tests) takes back into service; whether that changed anything.
+    pub(crate) fn drain(&mut self, drain: bool, worker: bool, now: Instant) -> bool {
+        let changed = self.step(if drain { Event::Drain } else { Event::Resume { worker } });
+        if changed {
+            self.since = SystemTime::now();
+            if !self.is_up() {
+                self.breaker.force_open(now, 0.0);
+                self.breaker.probe_now(now);
+            }
+        }
+        changed
+    }
+
+    /// Nothing is in flight: a member that drains is drained.
+    pub(crate) fn idle(&mut self) {
+        if self.step(Event::Idle) {
+            info!(member = self.member, state = %MemberState::Drained, "member has finished what it had");
+        }
+    }
+
+    /// Leaves the cluster; whether that is news.
+    pub(crate) fn remove(&mut self) -> bool {
+        let news = self.step(Event::Remove);
+        if news {
+            info!(member = self.member, state = %MemberState::Off, "member removed");
+        }
+        news
+    }
+
+    pub(crate) fn closings(&self) -> u64 {
+        self.closings
+    }
+
+    pub(crate) fn since(&self) -> SystemTime {
+        self.since
+    }
+
+    pub(crate) fn last_error(&self) -> Option<&LastError> {
+        self.last_error.as_ref()
+    }
+
+    /// The state, given how many calls hang in its worker.
+    pub(crate) fn state(&self, stuck: usize) -> MemberState {
+        match self.state {
+            State::Down { hung } if hung || stuck > 0 => MemberState::Hung,
+            State::Down { .. } => MemberState::Down,
+            State::Starting => MemberState::Probing,
+            State::Up => MemberState::Up,
+            State::Draining => MemberState::Draining,
+            State::Drained => MemberState::Drained,
+            State::PinRefused => MemberState::PinRefused,
+            State::Removed => MemberState::Off,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::code::Function;
+    use cryptoki::error::RvError;
+
+    /// Every state × every event, as drawn.
+    #[test]
+    fn every_event_in_every_state() {
+        use State as S;
+        let states = [
+            S::Down { hung: false },
+            S::Down { hung: true },
+            S::Starting,
+            S::Up,
+            S::Draining,
+            S::Drained,
+            S::PinRefused,
+            S::Removed,
+        ];
+        let down = Some(S::Down { hung: false });
+        let removed = Some(S::Removed);
+        let table: [(Event, [Option<State>; 8]); 12] = [
+            (Event::AttemptDue, [Some(S::Starting), Some(S::Starting), None, None, None, None, None, None]),
+            (Event::Passed, [None, None, Some(S::Up), None, None, None, None, None]),
+            (Event::AttemptFailed, [None, None, down, None, None, None, None, None]),
+            (Event::Fault { hung: false }, [None, None, down, down, Some(S::Drained), None, None, None]),
+            (
+                Event::Fault { hung: true },
+                [
+                    None,
+                    None,
+                    Some(S::Down { hung: true }),
+                    Some(S::Down { hung: true }),
+                    Some(S::Drained),
+                    None,
+                    None,
+                    None,
+                ],
+            ),
+            (
+                Event::PinRefused,
+                [
+                    None,
+                    None,
+                    Some(S::PinRefused),
+                    Some(S::PinRefused),
+                    Some(S::PinRefused),
+                    Some(S::PinRefused),
+                    None,
+                    None,
+                ],
+            ),
+            (Event::PinAllowed, [None, None, None, None, None, None, down, None]),
+            (
+                Event::Drain,
+                [Some(S::Drained), Some(S::Drained), Some(S::Drained), Some(S::Draining), None, None, None, None],
+            ),
+            (Event::Resume { worker: true }, [None, None, None, None, Some(S::Up), Some(S::Up), None, None]),
+            (Event::Resume { worker: false }, [None, None, None, None, Some(S::Up), down, None, None]),
+            (Event::Idle, [None, None, None, None, Some(S::Drained), None, None, None]),
+            (Event::Remove, [removed, removed, removed, removed, removed, removed, removed, None]),
+        ];
+        for (event, expected) in table {
+            for (state, expected) in states.into_iter().zip(expected) {
+                assert_eq!(next(state, event), expected, "{event:?} in {state:?}");
+            }
+        }
+    }
+
+    fn up(now: Instant) -> Machine {
+        let mut machine = Machine::new("m", now);
+        assert!(machine.begin_attempt(now) && machine.passed(Duration::from_millis(1), now));
+        machine
+    }
+
+    #[test]
+    fn a_fault_is_followed_by_an_attempt_soon() {
+        let start = Instant::now();
+        let mut machine = up(start);
+        let now = start + Duration::from_secs(20);
+        let crash = Failure::from(HsmError::Worker(crate::error::WorkerFault::Signal(11)));
+        assert!(machine.fault(&crash, now) && !machine.fault(&crash, now), "it goes down once");
+        assert_eq!((machine.state(0), machine.closings()), (MemberState::Down, 1));
+        assert!(!machine.begin_attempt(now), "not at once: a module that crashes at its start would cost a processor");
+        let due = machine.attempt_due();
+        assert!(due.is_some_and(|due| due <= now + Duration::from_millis(100)));
+        assert_eq!(machine.returning_since(), Some(now));
+        assert!(due.is_some_and(|due| machine.begin_attempt(due)));
+        assert_eq!(machine.state(0), MemberState::Probing);
+    }
+
+    #[test]
+    fn a_refused_pin_is_not_tried_by_itself() {
+        let now = Instant::now();
+        let mut machine = Machine::new("m", now);
+        assert!(machine.begin_attempt(now));
+        let refused = HsmError::new(Function::Login, RvError::PinIncorrect);
+        assert!(machine.pin_refused(refused) && !machine.pin_refused(refused));
+        machine.attempt_failed(&refused.into(), now);
+        assert_eq!(machine.state(0), MemberState::PinRefused);
+        let later = now + Duration::from_secs(3600);
+        machine.probe_now(later);
+        assert!(machine.attempt_due().is_none() && !machine.begin_attempt(later));
+        assert!(!machine.drain(true, false, later), "draining does not make it forget");
+        assert!(machine.allow_pin(later) && machine.begin_attempt(later));
+    }
+
+    #[test]
+    fn a_drained_member_whose_worker_died_is_started_when_it_is_resumed() {
+        let now = Instant::now();
+        let mut machine = up(now);
+        assert!(machine.drain(true, true, now));
+        assert_eq!(machine.state(0), MemberState::Draining);
+        assert!(machine.fault(&HsmError::Worker(crate::error::WorkerFault::Gone).into(), now));
+        assert_eq!(machine.state(0), MemberState::Drained);
+        assert!(machine.attempt_due().is_none());
+        assert!(machine.drain(false, false, now) && machine.begin_attempt(now + Duration::from_millis(50)));
+    }
+}

@@ -1,0 +1,44 @@
+//! What the process does with itself before it looks at its socket: descriptors, signals, core dumps.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use rustix::net::{AddressFamily, SocketType, sockopt};
+use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
+use signal_hook::consts::{SIGINT, SIGTERM};
+
+use crate::worker::ffi;
+
+/// Takes the socket, which the daemon gives as standard input, to descriptor 3, and closes all others but the standard output
+/// and error. Afterwards neither a core dump nor another process of the same user shows this process's memory, and signals
+/// for the daemon's whole service do not end it: it ends with its socket.
+pub(crate) fn settle() -> io::Result<OwnedFd> {
+    let stdin = rustix::stdio::stdin();
+    let is_link = sockopt::socket_domain(stdin).is_ok_and(|domain| domain == AddressFamily::UNIX)
+        && sockopt::socket_type(stdin).is_ok_and(|kind| kind == SocketType::SEQPACKET);
+    if !is_link {
+        return Err(io::Error::other(
+            "claviger hsm-worker is started by the daemon, which talks to it over its standard input",
+        ));
+    }
+    ffi::close_inherited();
+    // The lowest one that is free is 3 now.
+    let socket = rustix::io::fcntl_dupfd_cloexec(stdin, 3)?;
+    rustix::stdio::dup2_stdin(File::open("/dev/null")?)?;
+    set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
+    setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) })?;
+    for signal in [SIGINT, SIGTERM] {
+        // Not ignored: programs that a vendor's library starts would inherit that.
+        signal_hook::flag::register(signal, Arc::new(AtomicBool::new(false)))?;
+    }
+    Ok(socket)
+}
+
+/// Ends the process without the handlers of `exit(3)`: those of a vendor's library may wait for a thread that hangs in it, or
+/// crash under it.
+pub(crate) fn exit_at_once(status: u8) -> ! {
+    signal_hook::low_level::exit(status.into())
+}

@@ -1,0 +1,341 @@
+//! One logged-in session with its table of key handles, and what it can do.
+//!
+//! The handles belong to the session and die with it.
+
+use std::cell::Cell;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use cryptoki::error::{Error, RvError};
+use cryptoki::mechanism::Mechanism;
+use cryptoki::object::{Attribute, KeyType, ObjectClass, ObjectHandle};
+use cryptoki::session::Session;
+use cryptoki_sys::CK_ULONG;
+use zeroize::Zeroizing;
+
+use crate::code::Function;
+use crate::error::{Failure, HsmError};
+use crate::fault::{PARAMETER_REFUSALS, SessionAction};
+use crate::identity::{Fingerprint, KeyId};
+use crate::keys::{NewKey, Oaep, RsaPrivateParts, RsaPublic, TokenKey};
+use crate::link::{Level, Report, Request};
+use crate::worker::clock::thread_time;
+use crate::worker::key_table::{FoundKey, KeyTable, Purpose};
+use crate::worker::module::OwnLogin;
+use crate::worker::objects::{
+    Key, SecretTemplate, expect_id, private_keys, private_template, public_template, read_public,
+};
+use crate::worker::token::{Scheme, Token};
+use crate::worker::{mechanism, oaep};
+
+/// How long a session that looked for an unknown key in vain waits before it looks again.
+const SEARCH_PAUSE: Duration = Duration::from_secs(2);
+
+/// The session and all that dies with it.
+pub(crate) struct OpenSession {
+    token: Arc<Token>,
+    session: Session,
+    keys: KeyTable<ObjectHandle>,
+    /// How many keys had been made on the token when `keys` was filled.
+    keys_made: u64,
+    /// When a key was last looked for in vain.
+    searched_again: Option<Instant>,
+    cost: Cell<Cost>,
+}
+
+/// What PKCS#11 calls took.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub(crate) struct Cost {
+    pub(crate) took: Duration,
+    /// Of this thread: soft tokens work in it.
+    pub(crate) processor: Duration,
+}
+
+/// What an operation came to.
+pub(crate) enum Output {
+    Bytes(Zeroizing<Vec<u8>>),
+    Keys(Vec<TokenKey>),
+    Public(RsaPublic),
+    Done,
+}
+
+impl OpenSession {
+    /// Logs in if necessary, opens a session, searches the keys.
+    pub(crate) fn open(token: &Arc<Token>) -> Result<Self, Failure> {
+        let slot = token.ensure_login()?;
+        let pkcs11 = token.module.pkcs11();
+        let session = match pkcs11.open_rw_session(slot) {
+            // A token that is write-protected can still decrypt and sign.
+            Err(Error::Pkcs11(RvError::TokenWriteProtected, _)) => pkcs11.open_ro_session(slot),
+            session => session,
+        }?;
+        let mut open = OpenSession {
+            token: Arc::clone(token),
+            session,
+            keys: KeyTable::default(),
+            keys_made: 0,
+            searched_again: None,
+            cost: Cell::default(),
+        };
+        open.search()?;
+        token.try_out(|| open.find_schemes());
+        Ok(open)
+    }
+
+    /// Does what is asked for, and says what the token's part of it took.
+    pub(crate) fn perform(&mut self, request: &Request<'_>) -> (Result<Output, HsmError>, Cost) {
+        self.cost.take();
+        let result = self.dispatch(request);
+        (result, self.cost.take())
+    }
+
+    fn dispatch(&mut self, request: &Request<'_>) -> Result<Output, HsmError> {
+        match request {
+            Request::Decrypt { id, public, oaep, ciphertext } => {
+                let key = self.key(id, *public, Purpose::Decrypt)?;
+                self.decrypt(key, *oaep, ciphertext).map(Output::Bytes)
+            }
+            Request::Sign { id, public, scheme, digest } => {
+                let key = self.key(id, *public, Purpose::Sign)?;
+                let login = |session: &Session| self.token.login_for_operation(session);
+                let (room, own_login) = (key.room(), self.own_login(key, &login)?);
+                let input = mechanism::signed_input(*scheme, digest);
+                let (module, mechanism) = (&self.token.module, mechanism::signature(*scheme));
+                self.timed(|| module.sign(&self.session, &mechanism, key.handle, own_login, &input, room))
+                    .map(|signature| Output::Bytes(Zeroizing::new(signature)))
+            }
+            Request::Random(len) => {
+                let mut bytes = Zeroizing::new(vec![0; usize::from(*len)]);
+                self.timed(|| self.session.generate_random_slice(&mut bytes))?;
+                Ok(Output::Bytes(bytes))
+            }
+            Request::Ping => {
+                self.timed(|| self.session.get_session_info())?;
+                Ok(Output::Done)
+            }
+            Request::Keys { search } => {
+                if *search { self.search() } else { self.refresh() }?;
+                Ok(Output::Keys(self.keys.list()))
+            }
+            Request::Generate(spec) => self.generate(spec).map(Output::Public),
+            Request::Import(spec, parts) => self.import(spec, parts).map(|()| Output::Done),
+            // Not a session's business.
+            Request::Start(_) | Request::SetPin(_) => Err(HsmError::UnexpectedReply),
+        }
+    }
+
+    /// Does PKCS#11 calls and notes what they take.
+    fn timed<T>(&self, calls: impl FnOnce() -> T) -> T {
+        let (started, before) = (Instant::now(), thread_time());
+        let result = calls();
+        let spent = Cost { took: started.elapsed(), processor: thread_time().saturating_sub(before) };
+        let sum = self.cost.get();
+        self.cost.set(Cost { took: sum.took + spent.took, processor: sum.processor + spent.processor });
+        result
+    }
+
+    /// `login`, for a key that wants a login for every operation. Judged before anything is begun in the session.
+    fn own_login<'l>(&self, key: Key, login: OwnLogin<'l>) -> Result<Option<OwnLogin<'l>>, HsmError> {
+        if !key.always_authenticate {
+            return Ok(None);
+        }
+        self.token.pin_may_be_tried()?;
+        Ok(Some(login))
+    }
+
+    /// One search for all RSA private keys of the token.
+    fn search(&mut self) -> Result<(), HsmError> {
+        // Read before the search: a key made meanwhile leads to one search too many, never to one too few.
+        let keys_made = self.token.keys_made();
+        self.token.report(&Report::KeySearch);
+        self.keys = self.timed(|| private_keys(&self.session))?;
+        self.token.say_oddities(self.keys.oddities());
+        self.keys_made = keys_made;
+        Ok(())
+    }
+
+    /// Searches again if the table is known to be old.
+    fn refresh(&mut self) -> Result<(), HsmError> {
+        if self.keys_made == self.token.keys_made() {
+            return Ok(());
+        }
+        self.search()
+    }
+
+    fn key(&mut self, id: &[u8], public: Fingerprint, purpose: Purpose) -> Result<Key, HsmError> {
+        if let Some(key) = self.keys.find(id, public, purpose) {
+            return Ok(*key);
+        }
+        self.search_again()?;
+        self.keys.find(id, public, purpose).copied().ok_or(HsmError::NoSuchKey)
+    }
+
+    /// A key that is not in the table may have been made elsewhere in the meantime. Calls for keys that do not exist must not
+    /// each lead to a search, though.
+    fn search_again(&mut self) -> Result<(), HsmError> {
+        if self.searched_again.is_none_or(|at| at.elapsed() >= SEARCH_PAUSE) {
+            self.searched_again = Some(Instant::now());
+            self.search()
+        } else {
+            self.refresh()
+        }
+    }
+
+    fn decrypt(&self, key: Key, oaep: Oaep, ciphertext: &[u8]) -> Result<Zeroizing<Vec<u8>>, HsmError> {
+        let room = key.modulus_len.unwrap_or(ciphertext.len());
+        if ciphertext.len() != room {
+            // The token would say the same, at the price of an operation.
+            return Err(HsmError::new(Function::Decrypt, RvError::EncryptedDataLenRange));
+        }
+        let scheme = self.scheme(key, oaep)?;
+        let mechanism = match scheme {
+            Scheme::Native => mechanism::decryption(oaep),
+            Scheme::Raw => Mechanism::RsaX509,
+        };
+        let login = |session: &Session| self.token.login_for_operation(session);
+        let own_login = self.own_login(key, &login)?;
+        let module = &self.token.module;
+        let number =
+            self.timed(|| module.decrypt(&self.session, &mechanism, key.handle, own_login, ciphertext, room))?;
+        match scheme {
+            Scheme::Native => Ok(number),
+            Scheme::Raw => {
+                // Some tokens strip leading zeros, since the result is a number to them.
+                let zeros = room
+                    .checked_sub(number.len())
+                    .ok_or_else(|| HsmError::new(Function::Decrypt, RvError::GeneralError))?;
+                let mut block = Zeroizing::new(vec![0; room]);
+                block.split_at_mut(zeros).1.copy_from_slice(&number);
+                oaep::unpad(oaep, &block).ok_or_else(|| HsmError::new(Function::Decrypt, RvError::EncryptedDataInvalid))
+            }
+        }
+    }
+
+    /// How this token decrypts with these parameters: what was found out before, or else a trial with this key.
+    fn scheme(&self, key: Key, oaep: Oaep) -> Result<Scheme, HsmError> {
+        if let Some(scheme) = self.token.scheme(oaep) {
+            return Ok(scheme);
+        }
+        let scheme = self.find_scheme(key, oaep)?;
+        self.token.remember_scheme(oaep, scheme);
+        Ok(scheme)
+    }
+
+    /// Tries every combination with some key that may decrypt. Without such a key the trials wait for the first decryption.
+    fn find_schemes(&self) -> bool {
+        let Some(key) = self.keys.any_that_decrypts().copied() else { return false };
+        // What a trial leaves open, the first decryption with those parameters tries again.
+        Oaep::all().all(|oaep| self.scheme(key, oaep).is_ok())
+    }
+
+    /// Decrypts nonsense with the native mechanism. The parameters are refused by `C_DecryptInit` on some tokens and by
+    /// `C_Decrypt` on others; any other answer is about the nonsense. Either way no operation is left open.
+    fn find_scheme(&self, key: Key, oaep: Oaep) -> Result<Scheme, HsmError> {
+        let room = key.room();
+        // Smaller than any modulus of its length, whose first bit is set.
+        let mut nonsense = vec![0x55; room];
+        if let Some(first) = nonsense.first_mut() {
+            *first = 0;
+        }
+        let refused = |error: &HsmError| PARAMETER_REFUSALS.iter().any(|code| error.is_code(*code));
+        let login = |session: &Session| self.token.login_for_operation(session);
+        let own_login = self.own_login(key, &login)?;
+        let (module, mechanism) = (&self.token.module, mechanism::decryption(oaep));
+        let tried = self.timed(|| module.decrypt(&self.session, &mechanism, key.handle, own_login, &nonsense, room));
+        match tried {
+            Err(error) if refused(&error) => Ok(Scheme::Raw),
+            Err(error) if error.fault().session != SessionAction::Keep => Err(error),
+            // The key may not decrypt: nothing was learnt about the parameters.
+            Err(error @ HsmError::Pkcs11(function, _)) if function != Function::Decrypt => Err(error),
+            // The module has no call for a login in between: nothing was learnt either.
+            Err(error @ HsmError::LoginPerOperation) => Err(error),
+            _ => Ok(Scheme::Native),
+        }
+    }
+
+    fn generate(&mut self, spec: &NewKey) -> Result<RsaPublic, HsmError> {
+        self.expect_free(&spec.id)?;
+        let mut public = public_template(spec);
+        public.push(Attribute::ModulusBits(CK_ULONG::from(spec.bits).into()));
+        public.push(Attribute::PublicExponent(vec![1, 0, 1]));
+        let (public, private) = self.timed(|| {
+            self.session.generate_key_pair(&Mechanism::RsaPkcsKeyPairGen, &public, &private_template(spec))
+        })?;
+        // A token that does not tell the public key it made is of no use.
+        let key = self.timed(|| read_public(&self.session, public))?.ok_or(HsmError::Nonsense)?;
+        self.add(spec, private, &key);
+        Ok(key)
+    }
+
+    fn import(&mut self, spec: &NewKey, parts: &RsaPrivateParts) -> Result<(), HsmError> {
+        self.expect_absent(&spec.id, &parts.n)?;
+        let mut public = public_template(spec);
+        public.extend([
+            Attribute::Class(ObjectClass::PUBLIC_KEY),
+            Attribute::KeyType(KeyType::RSA),
+            Attribute::Modulus(parts.n.clone()),
+            Attribute::PublicExponent(parts.e.clone()),
+        ]);
+        let mut private = SecretTemplate(private_template(spec));
+        private.0.extend([
+            Attribute::Class(ObjectClass::PRIVATE_KEY),
+            Attribute::KeyType(KeyType::RSA),
+            Attribute::Modulus(parts.n.clone()),
+            Attribute::PublicExponent(parts.e.clone()),
+            Attribute::PrivateExponent(parts.d.clone()),
+            Attribute::Prime1(parts.p.clone()),
+            Attribute::Prime2(parts.q.clone()),
+            Attribute::Exponent1(parts.dp.clone()),
+            Attribute::Exponent2(parts.dq.clone()),
+            Attribute::Coefficient(parts.qinv.clone()),
+        ]);
+        let private = self.timed(|| self.session.create_object(&private.0))?;
+        if let Err(error) = self.timed(|| self.session.create_object(&public)) {
+            // Half a key would be in the way of the next attempt.
+            if let Err(left) = self.session.destroy_object(private) {
+                let left = HsmError::from(left);
+                self.token.note(Level::Error, &format!("half an imported key is left, key {}: {left}", spec.id));
+            }
+            return Err(error.into());
+        }
+        self.add(spec, private, &RsaPublic { n: parts.n.clone(), e: parts.e.clone() });
+        Ok(())
+    }
+
+    /// A key that is made gets an id that no other key has.
+    fn expect_free(&mut self, id: &KeyId) -> Result<(), HsmError> {
+        expect_id(id)?;
+        if !self.keys.has_id(id) {
+            self.search_again()?;
+        }
+        if self.keys.has_id(id) { Err(HsmError::KeyExists) } else { Ok(()) }
+    }
+
+    /// A key that is imported may share its id with other keys, but is not to be there twice.
+    fn expect_absent(&mut self, id: &KeyId, modulus: &[u8]) -> Result<(), HsmError> {
+        expect_id(id)?;
+        if !self.keys.holds(id, modulus) {
+            self.search_again()?;
+        }
+        if self.keys.holds(id, modulus) { Err(HsmError::KeyExists) } else { Ok(()) }
+    }
+
+    /// This session knows the new key at once; the others are told that their tables are old.
+    fn add(&mut self, spec: &NewKey, handle: ObjectHandle, key: &RsaPublic) {
+        let up_to_date = self.keys_made == self.token.keys_made();
+        let made = self.token.key_made();
+        self.keys.insert(FoundKey {
+            handle,
+            id: spec.id.0.clone(),
+            label: spec.label.clone(),
+            n: key.n.clone(),
+            e: key.e.clone(),
+            decrypts: spec.usage.decrypts(),
+            signs: spec.usage.signs(),
+            always_authenticate: false,
+        });
+        if up_to_date {
+            self.keys_made = made;
+        }
+    }
+}

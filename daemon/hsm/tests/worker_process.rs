@@ -1,0 +1,171 @@
+//! The worker as a process: what it inherits, what ends it, and what does not. `examples/worker.rs` is the process; `cargo test`
+//! builds it when it builds all targets of the crate.
+
+#![allow(clippy::unwrap_used)]
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Read};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use claviger_hsm::Pin;
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair};
+use rustix::process::{Pid, Signal, kill_process};
+
+const SOFTHSM: &str = "/usr/lib/softhsm/libsofthsm2.so";
+const USER_PIN: &str = "123456";
+/// Makes this program the parent of a worker.
+const PARENT: &str = "CLAVIGER_TEST_WORKERS_PARENT";
+
+fn program() -> PathBuf {
+    let deps = std::env::current_exe().unwrap();
+    let program = deps.parent().unwrap().parent().unwrap().join("examples/worker");
+    assert!(program.exists(), "{} is missing: cargo build -p claviger-hsm --examples", program.display());
+    program
+}
+
+/// A worker and the daemon's end of its socket.
+fn start(configure: impl FnOnce(&mut Command)) -> (Child, OwnedFd) {
+    let (daemon, worker) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+    let mut command = Command::new(program());
+    command.stdin(Stdio::from(worker)).stderr(Stdio::piped());
+    configure(&mut command);
+    (command.spawn().unwrap(), daemon)
+}
+
+/// The exit status, and what the process printed.
+fn end(mut child: Child) -> (Option<i32>, String) {
+    let mut said = String::new();
+    child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+    (child.wait().unwrap().code(), said)
+}
+
+/// The frame of a start, by hand: call 1, the first kind of request, module, token by label, PIN, sessions, no final try.
+fn start_frame(label: &str, sessions: u8) -> Vec<u8> {
+    let text = |text: &str| [&[text.len() as u8], text.as_bytes()].concat();
+    [&[1, 0, 0, 0, 0][..], &text(SOFTHSM), &[0], &text(label), &text(USER_PIN), &[sessions, 0]].concat()
+}
+
+/// Reads reports until that on this call is there: a reply is the first kind of report.
+fn await_reply(daemon: &OwnedFd, id: u8) -> Vec<u8> {
+    let mut buffer = [0; 65536];
+    loop {
+        let (len, _) = recv(daemon, &mut buffer, RecvFlags::empty()).unwrap();
+        assert_ne!(len, 0, "the worker ended");
+        if buffer.starts_with(&[0, id]) {
+            return buffer[..len].to_vec();
+        }
+    }
+}
+
+/// A token, and the process environment pointing there. Called once: the test that needs it is one.
+fn softhsm(label: &str) -> tempfile::TempDir {
+    assert!(Path::new(SOFTHSM).exists(), "{SOFTHSM} is missing. Install it: apt-get install libsofthsm2");
+    let dir = tempfile::tempdir().unwrap();
+    let conf = dir.path().join("softhsm2.conf");
+    fs::write(&conf, format!("directories.tokendir = {}\nobjectstore.backend = file\n", dir.path().display())).unwrap();
+    claviger_hsm::set_env(&BTreeMap::from([("SOFTHSM2_CONF".to_owned(), conf.display().to_string())]));
+    let pin = |pin: &str| Pin::new(pin.to_owned());
+    claviger_hsm::init_token(SOFTHSM.as_ref(), label, &pin("76543210"), &pin(USER_PIN)).unwrap();
+    dir
+}
+
+#[test]
+fn started_by_hand_it_says_what_it_is_for() {
+    let child = Command::new(program()).stdin(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let (status, said) = end(child);
+    assert_eq!(status, Some(2));
+    assert!(said.starts_with("claviger hsm-worker is started by the daemon"), "{said}");
+}
+
+#[test]
+fn garbage_in_place_of_a_start_ends_it() {
+    let (child, daemon) = start(|_| ());
+    send(&daemon, b"\x01\0\0\0\xffgarbage", SendFlags::NOSIGNAL).unwrap();
+    let (status, said) = end(child);
+    assert_eq!(status, Some(2));
+    assert!(said.contains("the first frame does not say what to serve"), "{said}");
+}
+
+#[test]
+fn a_socket_that_closes_before_the_start_ends_it() {
+    let (child, daemon) = start(|_| ());
+    drop(daemon);
+    assert_eq!(end(child), (Some(0), String::new()));
+}
+
+#[test]
+fn serving_it_has_only_its_socket_outlives_signals_and_ends_with_the_socket() {
+    let tokens = softhsm("process");
+    // A descriptor that is left open across exec, as vendors' libraries do.
+    let inherited = File::create(tokens.path().join("inherited")).unwrap();
+    rustix::io::fcntl_setfd(&inherited, rustix::io::FdFlags::empty()).unwrap();
+    let (child, daemon) = start(|_| ());
+    drop(inherited);
+    send(&daemon, &start_frame("process", 3), SendFlags::NOSIGNAL).unwrap();
+    await_reply(&daemon, 1);
+
+    let proc = PathBuf::from(format!("/proc/{}", child.id()));
+    let link = |number: &str| fs::read_link(proc.join("fd").join(number)).unwrap().display().to_string();
+    assert_eq!(link("0"), "/dev/null");
+    assert!(link("3").starts_with("socket:"));
+    let open = fs::read_dir(proc.join("fd")).unwrap().map(|entry| entry.unwrap().file_name());
+    let links: Vec<_> = open.map(|number| link(number.to_str().unwrap())).collect();
+    assert!(!links.iter().any(|link| link.contains("inherited")), "{links:?}");
+    assert_eq!(links.iter().filter(|link| link.starts_with("socket:")).count(), 1, "{links:?}");
+    let limits = fs::read_to_string(proc.join("limits")).unwrap();
+    let core = limits.lines().find(|line| line.starts_with("Max core file size")).unwrap();
+    assert_eq!(core.split_whitespace().skip(4).take(2).collect::<Vec<_>>(), ["0", "0"]);
+    // Environment and arguments are readable by others.
+    for file in ["cmdline", "environ"] {
+        let text = fs::read(proc.join(file)).unwrap_or_default();
+        assert!(!text.windows(USER_PIN.len()).any(|part| part == USER_PIN.as_bytes()), "{file}");
+    }
+
+    let pid = Pid::from_child(&child);
+    for (id, signal) in [(2, Signal::TERM), (3, Signal::INT)] {
+        kill_process(pid, signal).unwrap();
+        // Whether the session lives is the sixth kind of request.
+        send(&daemon, &[id, 0, 0, 0, 5], SendFlags::NOSIGNAL).unwrap();
+        await_reply(&daemon, id);
+    }
+    drop(daemon);
+    assert_eq!(end(child), (Some(0), String::new()));
+}
+
+#[test]
+fn it_ends_when_its_parent_is_killed() {
+    let mut parent = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "the_parent_of_a_worker", "--nocapture"])
+        .env(PARENT, "1")
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(parent.stdout.take().unwrap()).lines().map(Result::unwrap);
+    let pid = lines.find_map(|line| line.split("worker ").nth(1).map(str::to_owned)).unwrap();
+    parent.kill().unwrap();
+    parent.wait().unwrap();
+    // Gone, or dead and not yet reaped by the process that inherits orphans.
+    let stat = PathBuf::from(format!("/proc/{pid}/stat"));
+    while fs::read_to_string(&stat).is_ok_and(|stat| !stat.contains(") Z ")) {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Not a test of its own: the parent that the test above kills.
+#[test]
+#[allow(clippy::print_stdout)]
+fn the_parent_of_a_worker() {
+    if std::env::var_os(PARENT).is_none() {
+        return;
+    }
+    let (child, daemon) = start(|command| {
+        command.stderr(Stdio::inherit());
+    });
+    println!("worker {}", child.id());
+    // Until it is killed.
+    let _ = recv(&daemon, &mut [0; 16], RecvFlags::empty());
+}
