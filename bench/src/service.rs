@@ -120,10 +120,10 @@ impl Service {
         let metrics: Metrics = block(self.daemon.metrics());
         let sum = |name, labels: &[_]| metrics.sum(name, labels).unwrap_or_else(|| panic!("the daemon has no {name}"));
         Snapshot {
-            cpu: sum("process_cpu_seconds_total", &[]),
+            cpu: sum("process_cpu_seconds_total", &[]) + sum("claviger_hsm_worker_cpu_seconds_total", &[]),
             pkcs11: sum("claviger_hsm_cpu_seconds_total", &[]),
             releases: sum("claviger_releases_total", &[("outcome", "success")]),
-            resident: sum("process_resident_memory_bytes", &[]),
+            resident: sum("process_resident_memory_bytes", &[]) + sum("claviger_hsm_worker_resident_memory_bytes", &[]),
         }
     }
 }

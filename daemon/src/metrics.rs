@@ -130,7 +130,7 @@ metrics! {
     HSM_RESPONSE_TIME: Histogram(HSM_SECONDS) Seconds "claviger_hsm_response_time_seconds" ["hsm", "op"]
         "How long an operation took at a member from its submission to its result, with queueing. The token's part of a refused decryption is what accepted ones usually take.";
     HSM_BATCH_JOBS: Histogram(SIZES) Count "claviger_hsm_batch_jobs" ["hsm"]
-        "Operations that a session took from its member's queue at once.";
+        "Replies of a member's worker process that the daemon read at one wake-up.";
     HSM_IN_FLIGHT: GaugeReading Count "claviger_hsm_in_flight" ["hsm"]
         "Operations that wait or run at a member.";
     HSM_WAITING: GaugeReading Count "claviger_hsm_waiting" ["hsm"]
@@ -144,9 +144,9 @@ metrics! {
     HSM_SESSIONS_BUSY: GaugeReading Count "claviger_hsm_sessions_busy" ["hsm"]
         "Sessions that are in an operation.";
     HSM_SESSIONS_STUCK: GaugeReading Count "claviger_hsm_sessions_stuck" ["hsm"]
-        "Threads that were given up in a call that hangs.";
+        "Calls that have hung for longer than their caller waited; they end with their worker process.";
     HSM_CLOSINGS: Counter Count "claviger_hsm_closings_total" ["hsm"]
-        "How often a member was closed for a fault: its breaker opened.";
+        "How often a fault took a member down.";
     HSM_FAILOVERS: Counter Count "claviger_hsm_failovers_total" ["hsm", "to"]
         "Operations that another member (to) did after this one (hsm) had failed at them or had sent them away.";
     HSM_RETRIES: Counter Count "claviger_hsm_retries_total" ["hsm"]
@@ -158,13 +158,17 @@ metrics! {
     HSM_WRONG_ANSWERS: Counter Count "claviger_hsm_wrong_answers_total" ["hsm"]
         "Plaintexts and signatures of a member that were wrong, and its fault. None of them left the service.";
     HSM_MODULES_RENEWED: Counter Count "claviger_hsm_modules_renewed_total" ["hsm"]
-        "How often a member's module was finalised and initialised again.";
+        "How often a fresh worker process brought a member up again after a fault: it initialises the module anew.";
     HSM_LOGINS: Counter Count "claviger_hsm_logins_total" ["hsm"]
         "Logins to a member's token. Steady load needs none.";
     HSM_KEY_SEARCHES: Counter Count "claviger_hsm_key_searches_total" ["hsm"]
         "Searches for key objects on a member's token: one for a session, none for a release.";
     HSM_CPU: CounterReading Seconds "claviger_hsm_cpu_seconds_total" ["hsm"]
-        "Processor time of this process within operations of a member's token: its library's. A refused decryption is booked with what accepted ones usually take.";
+        "Processor time of a member's worker processes within operations of its token: the vendor's library. A refused decryption is booked with what accepted ones usually take.";
+    HSM_WORKER_CPU: CounterReading Seconds "claviger_hsm_worker_cpu_seconds_total" ["hsm"]
+        "Processor time of a member's worker processes, all of it. Less claviger_hsm_cpu_seconds_total it is what they cost outside PKCS#11.";
+    HSM_WORKER_MEMORY: GaugeReading Bytes "claviger_hsm_worker_resident_memory_bytes" ["hsm"]
+        "Resident memory of a member's worker process; 0 while there is none.";
 
     CERTIFICATE_EXPIRY: GaugeReading Seconds "claviger_certificate_expiry_timestamp_seconds" ["kind", "certificate"]
         "When a certificate ends, in seconds since 1970, by kind (signing, encryption, attestation, tls) and the first 8 digits of its thumbprint.";

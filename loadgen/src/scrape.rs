@@ -28,7 +28,9 @@ impl Look {
         let sum =
             |wanted: &str| Some(values(wanted)).filter(|values| !values.is_empty()).map(|values| values.iter().sum());
         Self {
-            cpu_seconds: sum("process_cpu_seconds_total"),
+            // Worker processes of the HSMs are a part of the daemon.
+            cpu_seconds: sum("process_cpu_seconds_total")
+                .map(|daemon| daemon + sum("claviger_hsm_worker_cpu_seconds_total").unwrap_or(0.0)),
             hsm_calls: sum("claviger_hsm_calls_total"),
             waiting: sum("claviger_queue_waiting"),
             hsms: Some(values("claviger_hsm_sessions_open").len()).filter(|count| *count > 0),

@@ -25,6 +25,8 @@ fn readings() -> Readings {
             sessions_busy: 3,
             sessions_stuck: 1,
             spent: Duration::from_millis(1500),
+            worker_processor: Duration::from_millis(1750),
+            worker_resident: 4096,
             ..member("table \"1\"", MemberState::PinRefused)
         }],
         retry_budget: 12.5,
@@ -126,6 +128,8 @@ fn readings_are_as_they_were_read() {
         ("claviger_hsm_sessions_limit", 6.0),
         ("claviger_hsm_sessions_stuck", 1.0),
         ("claviger_hsm_cpu_seconds_total", 1.5),
+        ("claviger_hsm_worker_cpu_seconds_total", 1.75),
+        ("claviger_hsm_worker_resident_memory_bytes", 4096.0),
     ] {
         assert_eq!(member(name, ""), expected, "{name}");
     }

@@ -140,12 +140,12 @@ fn cost() -> Vec<Panel> {
         Panel::lines(
             "Own processor time of a release",
             "s",
-            "What the daemon itself spends on a release, without the HSMs' libraries.",
+            "What the daemon and its worker processes spend on a release, without the HSMs' libraries.",
         )
         .ask(
             &format!(
-                "(sum(rate(process_cpu_seconds_total{{@}}[~])) - sum(rate(claviger_hsm_cpu_seconds_total{{@}}[~]))) \
-                     / ({LOAD} > 0)"
+                "(sum(rate(process_cpu_seconds_total{{@}}[~])) + sum(rate(claviger_hsm_worker_cpu_seconds_total{{@}}[~])) \
+                 - sum(rate(claviger_hsm_cpu_seconds_total{{@}}[~]))) / ({LOAD} > 0)"
             ),
             "own",
         ),

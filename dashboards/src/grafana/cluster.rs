@@ -67,22 +67,24 @@ fn utilisation() -> Vec<Panel> {
         Panel::lines(
             "Sessions",
             "short",
-            "Sessions: wanted by the configuration, open, in an operation, given up in a call that hangs.",
+            "Sessions: wanted by the configuration, open, in an operation, in a call that hangs.",
         )
         .ask("sum by (hsm) (claviger_hsm_sessions_wanted{@hsm})", "{{hsm}} wanted")
         .ask("sum by (hsm) (claviger_hsm_sessions_open{@hsm})", "{{hsm}} open")
         .ask("sum by (hsm) (claviger_hsm_sessions_busy{@hsm})", "{{hsm}} busy")
         .ask("sum by (hsm) (claviger_hsm_sessions_stuck{@hsm})", "{{hsm}} stuck"),
         Panel::lines(
-            "Processor time in libraries",
+            "Processor time of workers",
             "short",
-            "Processors of the daemon's machine that a member's library uses: soft tokens calculate there.",
+            "Processors of the daemon's machine that a member's worker process uses, and how much of that is in the vendor's \
+             library: soft tokens calculate there.",
         )
-        .ask("sum by (hsm) (rate(claviger_hsm_cpu_seconds_total{@hsm}[~]))", "{{hsm}}"),
+        .ask("sum by (hsm) (rate(claviger_hsm_worker_cpu_seconds_total{@hsm}[~]))", "{{hsm}}")
+        .ask("sum by (hsm) (rate(claviger_hsm_cpu_seconds_total{@hsm}[~]))", "{{hsm}} in the library"),
         Panel::lines(
-            "Operations taken at once",
+            "Replies at once",
             "short",
-            "How many operations a session takes from its member's queue at once: the average. 1: nothing has to wait.",
+            "How many replies of a worker process the daemon reads at one wake-up: the average.",
         )
         .ask(
             "sum by (hsm) (rate(claviger_hsm_batch_jobs_sum{@hsm}[~])) \

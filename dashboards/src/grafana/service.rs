@@ -278,12 +278,18 @@ fn certificates() -> Vec<Panel> {
 
 fn process() -> Vec<Panel> {
     vec![
-        Panel::lines("Processor", "short", "Processors in use, and how much of that is in the HSMs' libraries.")
-            .ask("sum by (instance) (rate(process_cpu_seconds_total{@}[~]))", "{{instance}}")
-            .ask("sum by (instance) (rate(claviger_hsm_cpu_seconds_total{@}[~]))", "{{instance}} in libraries"),
-        Panel::lines("Memory", "bytes", "Resident memory.")
-            .ask("sum by (instance) (process_resident_memory_bytes{@})", "{{instance}}"),
-        Panel::lines("Threads", "short", "Threads. They grow when calls hang at a token.")
+        Panel::lines(
+            "Processor",
+            "short",
+            "Processors that the daemon and its worker processes use, and how much of the latter is in the HSMs' libraries.",
+        )
+        .ask("sum by (instance) (rate(process_cpu_seconds_total{@}[~]))", "{{instance}} daemon")
+        .ask("sum by (instance) (rate(claviger_hsm_worker_cpu_seconds_total{@}[~]))", "{{instance}} workers")
+        .ask("sum by (instance) (rate(claviger_hsm_cpu_seconds_total{@}[~]))", "{{instance}} in libraries"),
+        Panel::lines("Memory", "bytes", "Resident memory of the daemon, and of the worker processes of its HSMs together.")
+            .ask("sum by (instance) (process_resident_memory_bytes{@})", "{{instance}}")
+            .ask("sum by (instance) (claviger_hsm_worker_resident_memory_bytes{@})", "{{instance}} workers"),
+        Panel::lines("Threads", "short", "Threads of the daemon.")
             .ask("sum by (instance) (process_threads{@})", "{{instance}}"),
         Panel::lines("Files", "percentunit", "Files that are open, of those that may be. Every connection is one.")
             .ask("process_open_fds{@} / process_max_fds{@}", "{{instance}}")

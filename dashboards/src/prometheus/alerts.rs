@@ -149,12 +149,13 @@ fn cluster() -> Vec<Alert> {
             "{{ $labels.instance }} has no HSM that is up: it releases no keys and attests nobody.",
         ),
         alert(
-            "ClavigerThreadsHung",
+            "ClavigerCallsHung",
             "ticket",
-            "5m",
-            "claviger_hsm_sessions_stuck > 0",
+            "0m",
+            "increase(claviger_hsm_stuck_calls_total[15m]) > 1.5",
             "Calls into an HSM hang",
-            "{{ $value | humanize }} threads hang in calls into {{ $labels.hsm }} at {{ $labels.instance }}.",
+            "Calls into {{ $labels.hsm }} at {{ $labels.instance }} hung {{ $value | humanize }} times within a quarter of an \
+             hour.",
         ),
         alert(
             "ClavigerWrongAnswer",
