@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::fmt;
 use std::ops::Deref;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 use std::time::{Duration, Instant};
 
 use cryptoki::error::RvError;
@@ -20,7 +20,8 @@ use crate::fault::FaultOwner;
 use crate::identity::KeyRef;
 use crate::job::{Check, Job, KnownAnswerTest, Value};
 use crate::keys::{NewKey, Oaep, RsaPrivateParts, RsaPublic, SignScheme, TokenKey};
-use crate::member::{Limits, Member, MemberStatus, Outcome, Surroundings, WorkerProgram};
+use crate::member::{Limits, Member, MemberStatus, Outcome, Surroundings, WorkerProgram, launch};
+use crate::policy::breaker;
 use crate::policy::budget::{self, Budget};
 use crate::policy::failover::{Failover, GaveUp, Rejection, Reply, Standing, Step};
 use crate::policy::pick::Tiers;
@@ -103,8 +104,8 @@ struct Entry {
 }
 
 impl Entry {
-    fn new(config: MemberConfig, surroundings: &Surroundings) -> Result<Self, HsmError> {
-        Ok(Entry { member: Arc::new(Member::new(config, surroundings)?), life: Arc::default() })
+    fn new(config: MemberConfig, surroundings: &Surroundings) -> Self {
+        Entry { member: Arc::new(Member::new(config, surroundings)), life: Arc::default() }
     }
 
     fn start(&self) {
@@ -140,19 +141,24 @@ impl Cluster {
             return Err(HsmError::UnfitName);
         }
         let surroundings = Surroundings {
-            program: worker,
+            launch: launch(worker),
+            breaker: breaker::Settings::default(),
             watchdog: timeouts.watchdog,
             known: Arc::new(RwLock::new(Arc::new([]))),
             observer,
             somebody_up: Arc::new(Notify::new()),
         };
-        let entries: Result<Vec<_>, _> = members.into_iter().map(|config| Entry::new(config, &surroundings)).collect();
-        Ok(Cluster(Arc::new(Inner {
-            members: RwLock::new(Snapshot::new(entries?)),
+        Ok(Cluster::of(members, surroundings))
+    }
+
+    pub(crate) fn of(members: Vec<MemberConfig>, surroundings: Surroundings) -> Cluster {
+        let entries = members.into_iter().map(|config| Entry::new(config, &surroundings)).collect();
+        Cluster(Arc::new(Inner {
+            members: RwLock::new(Snapshot::new(entries)),
             budget: Mutex::new(Budget::new(budget::Settings::default())),
             surroundings,
             supervisor: Mutex::default(),
-        })))
+        }))
     }
 
     /// Starts a worker for each member, which loads the module, finds the token, logs in once and passes the known-answer
@@ -185,18 +191,13 @@ impl Cluster {
     }
 
     fn supervise(&self) {
-        let cluster = self.clone();
+        // Weak: the task must not keep a cluster that is used no more.
+        let inner = Arc::downgrade(&self.0);
         let task = tokio::spawn(async move {
-            let mut ticks = tokio::time::interval(TICK);
-            ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-            loop {
-                ticks.tick().await;
-                for Entry { member, .. } in cluster.snapshot().iter() {
-                    if member.tick(standstill::now()) {
-                        let member = Arc::clone(member);
-                        tokio::spawn(async move { member.test().await });
-                    }
-                }
+            // In a task of its own: a panic in one look at the members must not end all further ones.
+            while tokio::spawn(look_at_members(Weak::clone(&inner))).await.is_err_and(|error| error.is_panic()) {
+                tracing::error!("the task that looks at the members panicked; it is started again");
+                tokio::time::sleep(TICK).await;
             }
         });
         if let Some(before) = lock(&self.0.supervisor).replace(task.abort_handle()) {
@@ -332,7 +333,7 @@ impl Cluster {
         if !is_fit(&config.name) || self.member(&config.name).is_ok() {
             return Err(HsmError::UnfitName);
         }
-        let entry = Entry::new(config, &self.0.surroundings)?;
+        let entry = Entry::new(config, &self.0.surroundings);
         if lock(&self.0.supervisor).is_some() {
             entry.start();
         }
@@ -410,7 +411,7 @@ impl Cluster {
             supervisor.abort();
         }
         let mut closing = JoinSet::new();
-        for entry in self.snapshot().iter().cloned() {
+        for entry in self.snapshot().to_vec() {
             closing.spawn(async move { entry.end().await });
         }
         while closing.join_next().await.is_some() {}
@@ -428,8 +429,8 @@ impl Cluster {
             let standing = |index: usize| standing(&members[index].member, job, now);
             let step = failover.next(now, &members.tiers, standing, |below| fastrand::usize(..below));
             let (index, share) = match step {
-                Ok(Step::Ask { member, share }) => (member, share),
-                // Does not happen yet: no member of this cluster is ever said to be returning.
+                // All the time that is left is no share: the deadline ends it, and says nothing of the member.
+                Ok(Step::Ask { member, share }) => (member, if now + share < deadline { share } else { watchdog }),
                 Ok(Step::Wait { until }) => {
                     members.iter().for_each(|entry| entry.member.probe_now());
                     let _ = standstill::timeout_at(until, somebody_up).await;
@@ -486,6 +487,33 @@ impl Cluster {
 
     fn member(&self, name: &str) -> Result<Arc<Member>, HsmError> {
         self.entry(name).map(|entry| entry.member)
+    }
+}
+
+/// A cluster that is dropped without [`Cluster::close`] leaves no workers behind.
+impl Drop for Inner {
+    fn drop(&mut self) {
+        if let Some(supervisor) = lock(&self.supervisor).take() {
+            supervisor.abort();
+        }
+        let members = self.members.get_mut().unwrap_or_else(PoisonError::into_inner);
+        members.iter().for_each(|entry| entry.member.remove());
+    }
+}
+
+/// Looks at all members again and again, as long as there is a cluster.
+async fn look_at_members(cluster: Weak<Inner>) {
+    let mut ticks = tokio::time::interval(TICK);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        let Some(cluster) = cluster.upgrade().map(Cluster) else { return };
+        for Entry { member, .. } in cluster.snapshot().iter() {
+            if member.tick(standstill::now()) {
+                let member = Arc::clone(member);
+                tokio::spawn(async move { member.test().await });
+            }
+        }
     }
 }
 

@@ -1,7 +1,9 @@
-//! The worker as a process: what it inherits, what ends it, and what does not. `examples/worker.rs` is the process; `cargo test`
-//! builds it when it builds all targets of the crate.
+//! The worker as a process: what it inherits, what ends it, and what does not. `examples/worker.rs` is the process.
 
 #![allow(clippy::unwrap_used)]
+
+#[path = "suite/program.rs"]
+mod program;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -20,17 +22,10 @@ const USER_PIN: &str = "123456";
 /// Makes this program the parent of a worker.
 const PARENT: &str = "CLAVIGER_TEST_WORKERS_PARENT";
 
-fn program() -> PathBuf {
-    let deps = std::env::current_exe().unwrap();
-    let program = deps.parent().unwrap().parent().unwrap().join("examples/worker");
-    assert!(program.exists(), "{} is missing: cargo build -p claviger-hsm --examples", program.display());
-    program
-}
-
 /// A worker and the daemon's end of its socket.
 fn start(configure: impl FnOnce(&mut Command)) -> (Child, OwnedFd) {
     let (daemon, worker) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
-    let mut command = Command::new(program());
+    let mut command = Command::new(program::worker());
     command.stdin(Stdio::from(worker)).stderr(Stdio::piped());
     configure(&mut command);
     (command.spawn().unwrap(), daemon)
@@ -75,7 +70,7 @@ fn softhsm(label: &str) -> tempfile::TempDir {
 
 #[test]
 fn started_by_hand_it_says_what_it_is_for() {
-    let child = Command::new(program()).stdin(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let child = Command::new(program::worker()).stdin(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
     let (status, said) = end(child);
     assert_eq!(status, Some(2));
     assert!(said.starts_with("claviger hsm-worker is started by the daemon"), "{said}");

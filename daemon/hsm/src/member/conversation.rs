@@ -8,7 +8,7 @@ use rustix::io::Errno;
 use tokio::sync::oneshot;
 use zeroize::Zeroizing;
 
-use super::outstanding::{Entry, Limits, Outstanding};
+use super::outstanding::{Limits, Outstanding};
 use crate::error::{Failure, HsmError, WorkerFault};
 use crate::job::{Job, Value};
 use crate::keys::TokenKey;
@@ -32,12 +32,38 @@ impl Reply {
     }
 }
 
-/// Who waits for a call. `G` is what is held while the call is outstanding: its place and its part of the queue.
+/// What belongs to an outstanding call. `G` is what is held while the call is outstanding: its place and its part of the queue.
 struct Owner<G> {
     reply: Option<oneshot::Sender<Reply>>,
     /// The parts of a list that have come so far.
     keys: Vec<TokenKey>,
-    _guard: G,
+    guard: G,
+}
+
+impl<G> Owner<G> {
+    /// What was held is given back first: the caller finds its place free.
+    fn answer(self, reply: Reply) {
+        drop(self.guard);
+        if let Some(caller) = self.reply {
+            let _ = caller.send(reply);
+        }
+    }
+}
+
+/// A call that takes too long. Its caller waits until it is [told](Self::tell).
+pub(crate) struct Late {
+    pub(crate) operation: Operation,
+    pub(crate) limits: Limits,
+    reply: Option<oneshot::Sender<Reply>>,
+}
+
+impl Late {
+    /// Sends the caller elsewhere.
+    pub(crate) fn tell(self) {
+        if let Some(reply) = self.reply {
+            let _ = reply.send(Reply::none(HsmError::Hung(self.operation), self.limits.share));
+        }
+    }
 }
 
 /// What a worker reports beside replies. Told while the conversation is read.
@@ -91,7 +117,7 @@ impl<G: Send> Conversation<G> {
     /// Sends a call. The lock is held over the send, so that calls are outstanding in the order in which the worker reads them.
     pub(crate) fn submit(&self, job: &Job, limits: Limits, guard: G) -> Result<oneshot::Receiver<Reply>, HsmError> {
         let (reply, answer) = oneshot::channel();
-        let owner = Owner { reply: Some(reply), keys: Vec::new(), _guard: guard };
+        let owner = Owner { reply: Some(reply), keys: Vec::new(), guard };
         let mut outstanding = self.outstanding();
         if self.over.load(Ordering::Acquire) {
             return Err(HsmError::Worker(WorkerFault::Gone));
@@ -163,7 +189,7 @@ impl<G: Send> Conversation<G> {
         }
     }
 
-    /// Hands a reply to who waits for it. A caller that has been sent elsewhere, or has left, does not take the result: it is
+    /// Hands a reply to its caller. A caller that has been sent elsewhere, or has left, does not take the result: it is
     /// zeroised right here. Whether the id is one that a worker may answer.
     fn replied(&self, id: u32, took: Duration, processor: Duration, result: Result<Answer<'_>, HsmError>) -> bool {
         let mut outstanding = self.outstanding();
@@ -183,23 +209,18 @@ impl<G: Send> Conversation<G> {
         };
         let Some(entry) = outstanding.take(id, standstill::now()) else { return false };
         drop(outstanding);
-        let Entry { owner: Owner { reply, .. }, .. } = entry;
-        if let Some(reply) = reply {
-            let _ = reply.send(Reply { result: value, took, processor });
-        }
+        entry.owner.answer(Reply { result: value, took, processor });
         true
     }
 
-    /// Nothing is sent any more, and everybody who waits hears of this error.
+    /// Nothing is sent any more, and every call that is outstanding fails with this error.
     pub(crate) fn fail(&self, error: HsmError) {
         let mut outstanding = self.outstanding();
         self.over.store(true, Ordering::Release);
         let all = outstanding.take_all();
         drop(outstanding);
         for entry in all {
-            if let Some(reply) = entry.owner.reply {
-                let _ = reply.send(Reply::none(error, Duration::ZERO));
-            }
+            entry.owner.answer(Reply::none(error, Duration::ZERO));
         }
     }
 
@@ -215,14 +236,12 @@ impl<G: Send> Conversation<G> {
         self.end.finish();
     }
 
-    /// Sends callers elsewhere whose calls take too long. Their operations, and the one that hangs, if one does.
-    pub(crate) fn look(&self, now: Instant) -> (Vec<Operation>, Option<Operation>) {
+    /// The calls that take too long since the last look, whose callers are to be told; and the operation that hangs, if one
+    /// does. The callers are not told here, so that the member can go down first.
+    pub(crate) fn look(&self, now: Instant) -> (Vec<Late>, Option<Operation>) {
         let mut late = Vec::new();
-        let hung = self.outstanding().look(now, |operation, owner| {
-            late.push(operation);
-            if let Some(reply) = owner.reply.take() {
-                let _ = reply.send(Reply::none(HsmError::Hung(operation), Duration::ZERO));
-            }
+        let hung = self.outstanding().look(now, |operation, limits, owner| {
+            late.push(Late { operation, limits, reply: owner.reply.take() });
         });
         (late, hung)
     }
@@ -246,9 +265,10 @@ impl<G: Send> Conversation<G> {
         self.outstanding().len()
     }
 
-    /// Whether nobody waits for an answer any more.
-    pub(crate) fn nobody_waits(&self) -> bool {
+    /// Whether no further answer can be expected in time: all calls that run are late, so that those behind them in the socket
+    /// will not run.
+    pub(crate) fn is_stuck(&self) -> bool {
         let outstanding = self.outstanding();
-        outstanding.late() == outstanding.len()
+        outstanding.late() == outstanding.running()
     }
 }

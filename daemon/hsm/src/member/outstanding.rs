@@ -85,7 +85,7 @@ impl<T> Outstanding<T> {
 
     /// Looks for calls that take too long. `late` is called once for each whose caller has to be sent elsewhere. The operation
     /// that hangs, if one does.
-    pub(crate) fn look(&mut self, now: Instant, mut late: impl FnMut(Operation, &mut T)) -> Option<Operation> {
+    pub(crate) fn look(&mut self, now: Instant, mut late: impl FnMut(Operation, Limits, &mut T)) -> Option<Operation> {
         let mut hung = None;
         for entry in &mut self.entries {
             let Some(since) = entry.running_since else { continue };
@@ -96,7 +96,7 @@ impl<T> Outstanding<T> {
             }
             if !entry.late && (hangs || took >= entry.limits.share) {
                 entry.late = true;
-                late(entry.operation, &mut entry.owner);
+                late(entry.operation, entry.limits, &mut entry.owner);
             }
         }
         hung
@@ -134,7 +134,7 @@ mod tests {
 
     fn late(calls: &mut Outstanding<u32>, now: Instant) -> (Vec<u32>, Option<Operation>) {
         let mut late = Vec::new();
-        let hung = calls.look(now, |_, owner| late.push(*owner));
+        let hung = calls.look(now, |_, _, owner| late.push(*owner));
         (late, hung)
     }
 

@@ -164,6 +164,12 @@ pub(crate) fn next(state: State, event: Event) -> Option<State> {
 pub(crate) struct Machine {
     member: String,
     state: State,
+    /// The member has a worker that passed the known-answer tests and has not ended since.
+    worker: bool,
+    /// The worker is to be ended although the state would keep it: a fault while the member drains or is drained.
+    condemned: bool,
+    /// The worker is lost, and it will be known in a moment why.
+    lost: bool,
     breaker: Breaker,
     pub(crate) latency: Latency,
     /// Since when it is in its state, for people; tries do not count.
@@ -180,13 +186,16 @@ pub(crate) struct Machine {
 
 impl Machine {
     /// Of a member that has proved nothing yet: its first attempt is due at once.
-    pub(crate) fn new(member: &str, now: Instant) -> Self {
-        let mut breaker = Breaker::new(Settings::default());
+    pub(crate) fn new(member: &str, settings: Settings, now: Instant) -> Self {
+        let mut breaker = Breaker::new(settings);
         breaker.force_open(now, 0.0);
         breaker.probe_now(now);
         Machine {
             member: member.to_owned(),
             state: State::Down { hung: false },
+            worker: false,
+            condemned: false,
+            lost: false,
             breaker,
             latency: Latency::new(FIRST_GUESS),
             since: SystemTime::now(),
@@ -198,8 +207,14 @@ impl Machine {
         }
     }
 
-    pub(crate) fn is_up(&self) -> bool {
-        self.state == State::Up
+    /// Whether the member takes calls.
+    pub(crate) fn serves(&self) -> bool {
+        self.state == State::Up && self.worker
+    }
+
+    /// Whether an attempt will be made without an administrator's word, or is being made.
+    pub(crate) fn is_on_its_way(&self) -> bool {
+        matches!(self.state, State::Down { .. } | State::Starting)
     }
 
     pub(crate) fn is_removed(&self) -> bool {
@@ -212,13 +227,12 @@ impl Machine {
 
     /// Whether a worker is to be kept: the member serves, or would if an administrator let it.
     pub(crate) fn keeps_worker(&self) -> bool {
-        matches!(self.state, State::Starting | State::Up | State::Draining | State::Drained)
+        matches!(self.state, State::Starting | State::Up | State::Draining | State::Drained) && !self.condemned
     }
 
     /// Since when a member that has served is on its way back after a fault.
     pub(crate) fn returning_since(&self) -> Option<Instant> {
-        let returning = self.has_been_up && matches!(self.state, State::Down { .. } | State::Starting);
-        returning.then_some(self.down_since)
+        (self.has_been_up && self.is_on_its_way()).then_some(self.down_since)
     }
 
     /// Applies an event; whether it changed the state.
@@ -263,20 +277,60 @@ impl Machine {
     }
 
     fn went_down(&mut self, failure: &Failure, now: Instant) -> bool {
+        let down = self.stop(matches!(failure.error, HsmError::Hung(_)), now);
+        if down {
+            self.say_down(failure);
+        }
+        down
+    }
+
+    /// The worker has ended or broken off the conversation, it is not known yet why; whether that took the member down. The
+    /// reason is for [`explain`](Self::explain).
+    pub(crate) fn lost_worker(&mut self, now: Instant) -> bool {
+        (self.worker, self.lost) = (false, true);
+        if !matches!(self.state, State::Up | State::Draining) {
+            return false;
+        }
+        self.latency.observe_failure(Duration::ZERO, now);
+        self.breaker.force_open(now, fastrand::f64());
+        self.stop(false, now)
+    }
+
+    /// Why the worker was lost, and whether that took the member down.
+    pub(crate) fn explain(&mut self, failure: &Failure, down: bool) {
+        self.blame(failure);
+        if down {
+            self.say_down(failure);
+        }
+    }
+
+    /// The worker is being ended.
+    pub(crate) fn give_up_worker(&mut self) {
+        (self.worker, self.lost) = (false, false);
+    }
+
+    pub(crate) fn has_lost_worker(&self) -> bool {
+        self.lost
+    }
+
+    fn stop(&mut self, hung: bool, now: Instant) -> bool {
+        (self.worker, self.condemned) = (false, true);
         let served = matches!(self.state, State::Up | State::Draining);
-        let hung = matches!(failure.error, HsmError::Hung(_));
         if !self.step(Event::Fault { hung }) || !served {
             return false;
         }
         self.since = SystemTime::now();
         self.down_since = now;
         self.closings += 1;
+        true
+    }
+
+    fn say_down(&self, failure: &Failure) {
         let state = self.state(0);
         warn!(
             member = self.member, %state, error = %failure,
             "member is down: it gets no calls until a fresh worker process passes the known-answer tests"
         );
-        true
     }
 
     fn blame(&mut self, failure: &Failure) {
@@ -287,7 +341,7 @@ impl Machine {
     /// Whether a member that is up has to pass a test, since its last result was a failure and other members are preferred:
     /// callers would take long to find out. Once for a failure.
     pub(crate) fn is_in_doubt(&mut self, now: Instant) -> bool {
-        let due = self.is_up() && self.doubt.is_some_and(|at| now.saturating_duration_since(at) >= DOUBT);
+        let due = self.serves() && self.doubt.is_some_and(|at| now.saturating_duration_since(at) >= DOUBT);
         if due {
             self.doubt = None;
         }
@@ -304,10 +358,14 @@ impl Machine {
 
     /// Begins an attempt if one is due.
     pub(crate) fn begin_attempt(&mut self, now: Instant) -> bool {
-        self.attempt_due().is_some() && self.breaker.may_probe(now) && self.step(Event::AttemptDue)
+        let begins = self.attempt_due().is_some() && self.breaker.may_probe(now) && self.step(Event::AttemptDue);
+        if begins {
+            self.condemned = false;
+        }
+        begins
     }
 
-    /// Makes the next attempt come soon: nobody else serves, or something has changed that may help.
+    /// Makes the next attempt come soon: no other member serves, or something has changed that may help.
     pub(crate) fn probe_now(&mut self, now: Instant) {
         self.breaker.probe_now(now);
     }
@@ -315,6 +373,7 @@ impl Machine {
     /// A worker passed the tests, which took so long; whether the member came up by it.
     pub(crate) fn passed(&mut self, took: Duration, now: Instant) -> bool {
         self.breaker.probe_succeeded(now);
+        self.worker = true;
         if !self.step(Event::Passed) {
             return false;
         }
@@ -383,12 +442,12 @@ impl Machine {
         changed
     }
 
-    /// Drains, or with `worker` (a worker that passed its tests) takes back into service; whether that changed anything.
-    pub(crate) fn drain(&mut self, drain: bool, worker: bool, now: Instant) -> bool {
-        let changed = self.step(if drain { Event::Drain } else { Event::Resume { worker } });
+    /// Drains, or takes back into service; whether that changed anything.
+    pub(crate) fn drain(&mut self, drain: bool, now: Instant) -> bool {
+        let changed = self.step(if drain { Event::Drain } else { Event::Resume { worker: self.worker } });
         if changed {
             self.since = SystemTime::now();
-            if !self.is_up() {
+            if !self.serves() {
                 self.breaker.force_open(now, 0.0);
                 self.breaker.probe_now(now);
             }
@@ -510,7 +569,7 @@ mod tests {
     }
 
     fn up(now: Instant) -> Machine {
-        let mut machine = Machine::new("m", now);
+        let mut machine = Machine::new("m", Settings::default(), now);
         assert!(machine.begin_attempt(now) && machine.passed(Duration::from_millis(1), now));
         machine
     }
@@ -534,7 +593,7 @@ mod tests {
     #[test]
     fn a_refused_pin_is_not_tried_by_itself() {
         let now = Instant::now();
-        let mut machine = Machine::new("m", now);
+        let mut machine = Machine::new("m", Settings::default(), now);
         assert!(machine.begin_attempt(now));
         let refused = HsmError::new(Function::Login, RvError::PinIncorrect);
         assert!(machine.pin_refused(refused) && !machine.pin_refused(refused));
@@ -543,7 +602,7 @@ mod tests {
         let later = now + Duration::from_secs(3600);
         machine.probe_now(later);
         assert!(machine.attempt_due().is_none() && !machine.begin_attempt(later));
-        assert!(!machine.drain(true, false, later), "draining does not make it forget");
+        assert!(!machine.drain(true, later), "draining does not make it forget");
         assert!(machine.allow_pin(later) && machine.begin_attempt(later));
     }
 
@@ -551,11 +610,52 @@ mod tests {
     fn a_drained_member_whose_worker_died_is_started_when_it_is_resumed() {
         let now = Instant::now();
         let mut machine = up(now);
-        assert!(machine.drain(true, true, now));
+        assert!(machine.drain(true, now));
         assert_eq!(machine.state(0), MemberState::Draining);
-        assert!(machine.fault(&HsmError::Worker(crate::error::WorkerFault::Gone).into(), now));
+        assert!(machine.lost_worker(now) && !machine.lost_worker(now));
         assert_eq!(machine.state(0), MemberState::Drained);
         assert!(machine.attempt_due().is_none());
-        assert!(machine.drain(false, false, now) && machine.begin_attempt(now + Duration::from_millis(50)));
+        assert!(machine.drain(false, now) && machine.begin_attempt(now + Duration::from_millis(50)));
+    }
+
+    #[test]
+    fn a_worker_that_is_lost_serves_in_no_state() {
+        let now = Instant::now();
+        let mut machine = up(now);
+        assert!(machine.serves() && machine.lost_worker(now) && !machine.serves());
+        assert_eq!(machine.returning_since(), Some(now), "known before the calls that it had fail");
+        let mut drained = up(now);
+        assert!(drained.drain(true, now));
+        drained.idle();
+        assert!(!drained.lost_worker(now), "it did not serve");
+        assert!(drained.drain(false, now) && !drained.serves(), "there is nothing to serve with");
+        assert!(drained.is_on_its_way());
+    }
+
+    #[test]
+    fn a_drained_member_with_its_worker_serves_again_at_once() {
+        let now = Instant::now();
+        let mut machine = up(now);
+        assert!(machine.drain(true, now));
+        machine.idle();
+        assert_eq!(machine.state(0), MemberState::Drained);
+        assert!(machine.drain(false, now) && machine.serves());
+    }
+
+    #[test]
+    fn a_worker_that_fails_while_its_member_is_drained_is_not_kept() {
+        let now = Instant::now();
+        for idle in [false, true] {
+            let mut machine = up(now);
+            assert!(machine.drain(true, now));
+            if idle {
+                machine.idle();
+            }
+            machine.fault(&HsmError::Hung(crate::operation::Operation::Keys).into(), now);
+            assert_eq!(machine.state(0), MemberState::Drained);
+            assert!(!machine.keeps_worker());
+            assert!(machine.drain(false, now) && machine.begin_attempt(now + Duration::from_millis(50)));
+            assert!(machine.keeps_worker());
+        }
     }
 }

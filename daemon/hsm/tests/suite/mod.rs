@@ -2,10 +2,12 @@
 
 #![allow(clippy::unwrap_used, missing_docs, unreachable_pub, dead_code)]
 
+pub mod program;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use claviger_hsm::{
@@ -72,12 +74,16 @@ pub fn member(name: &str, module: &str, label: &str) -> MemberConfig {
 
 /// The example of this crate that is a worker and nothing else.
 pub fn worker_program() -> WorkerProgram {
-    let mut path = std::env::current_exe().unwrap();
-    path.pop();
-    path.pop();
-    let path = path.join("examples/worker");
-    assert!(path.exists(), "{} is missing. Build it: cargo build -p claviger-hsm --examples", path.display());
-    WorkerProgram { path, arguments: Vec::new() }
+    WorkerProgram { path: program::worker().to_owned(), arguments: Vec::new() }
+}
+
+/// Waits until all sessions of all members are open: their workers open the first one before they serve, the others then.
+pub async fn all_sessions_open(cluster: &Cluster) {
+    let patience = soon();
+    while cluster.members().iter().any(|member| member.sessions_open < member.sessions_wanted) {
+        assert!(Instant::now() < patience, "{:?}", cluster.members());
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
 }
 
 pub fn load(members: Vec<MemberConfig>, observer: Observer) -> Result<Cluster, HsmError> {
@@ -210,7 +216,8 @@ fn one_token(runtime: &tokio::runtime::Runtime, tested: &MemberConfig) {
         cluster.start().await.unwrap();
         let status = &cluster.members()[0];
         assert!(is_up(status), "{status:?}");
-        assert_eq!(status.sessions_open, 1);
+        assert!((1..=tested.sessions).contains(&status.sessions_open), "{status:?}");
+        all_sessions_open(&cluster).await;
 
         // Imported and generated keys.
         let key = software_key();
@@ -308,11 +315,11 @@ async fn signs_everything(cluster: &Cluster, id: &KeyRef, key: &RsaPublic) {
 }
 
 async fn refuses_nonsense(cluster: &Cluster, name: &str, id: &KeyRef, signs: &KeyRef, signs_public: &RsaPublicKey) {
-    let sessions = cluster.members()[0].sessions_open;
+    let before = cluster.members()[0].clone();
     for oaep in [SHA1, SHA256] {
         for ciphertext in [vec![0; 256], vec![1; 256], vec![0xff; 256], vec![1; 255], vec![]] {
             let error = cluster.decrypt(id, oaep, &ciphertext, soon(), None).await.unwrap_err();
-            assert!(error.is_data(), "{} octets, {oaep:?}: {error:?}", ciphertext.len());
+            assert!(error.is_data(), "{} bytes, {oaep:?}: {error:?}", ciphertext.len());
         }
     }
     let unknown = named(&new_id(), signs_public);
@@ -328,9 +335,9 @@ async fn refuses_nonsense(cluster: &Cluster, name: &str, id: &KeyRef, signs: &Ke
     // None of this has cost a session or the member's standing.
     let status = &cluster.members()[0];
     assert!(is_up(status), "{status:?}");
-    assert!(status.sessions_open >= sessions, "{status:?}");
-    let nobody = cluster.keys_on("nobody", false).await;
-    assert_eq!(nobody.unwrap_err().error, HsmError::UnknownMember);
+    assert_eq!((status.sessions_open, status.worker), (before.sessions_open, before.worker), "{status:?}");
+    let unknown = cluster.keys_on("unknown", false).await;
+    assert_eq!(unknown.unwrap_err().error, HsmError::UnknownMember);
 }
 
 async fn deadlines(cluster: &Cluster, id: &KeyRef, key: &RsaPublicKey) {
@@ -353,9 +360,9 @@ async fn deadlines(cluster: &Cluster, id: &KeyRef, key: &RsaPublicKey) {
         }
     }
     assert!(late > 0, "256 decryptions do not fit into 5 ms");
-    // Callers that did not wait for a session to open have not led to ever more sessions.
+    // Callers with too little time say nothing about the member.
     let status = &cluster.members()[0];
-    assert!(is_up(status) && status.sessions_open <= 8, "{status:?}");
+    assert!(is_up(status) && status.closings == 0 && status.sessions_open == 8, "{status:?}");
 }
 
 async fn callers_that_leave(cluster: &Cluster, id: &KeyRef, key: &RsaPublicKey) {
@@ -420,6 +427,8 @@ fn keys_of_other_programs(runtime: &tokio::runtime::Runtime, tested: &MemberConf
             assert_eq!(*done.value, b"mine");
         }
     };
+    // With one session, it is known when that has searched: at its start, and when it is told to.
+    let tested = &MemberConfig { sessions: 1, ..tested.clone() };
     // After a restart, too: the token may list them in another order then.
     for restarted in [false, true] {
         let cluster = load(vec![tested.clone()], Arc::new(|_, _| {})).unwrap();
@@ -431,7 +440,7 @@ fn keys_of_other_programs(runtime: &tokio::runtime::Runtime, tested: &MemberConf
                 let other_program = side_session(tested);
                 other_program.create_object(&others_key(Some(&id), &theirs)).unwrap();
                 other_program.create_object(&others_key(None, &nameless)).unwrap();
-                assert!(shown(&cluster, name, &their_id).await.is_none(), "nobody has searched since");
+                assert!(shown(&cluster, name, &their_id).await.is_none(), "no session has searched since");
             }
             let found = cluster.keys_on(name, true).await.unwrap();
             assert_eq!(found.iter().filter(|key| key.has_id(&id)).count(), 2, "{found:?}");
@@ -463,6 +472,7 @@ fn concurrent_callers(runtime: &tokio::runtime::Runtime, tested: &MemberConfig) 
     let cluster = load(vec![tested.clone()], counts.observer()).unwrap();
     runtime.block_on(async {
         cluster.start().await.unwrap();
+        all_sessions_open(&cluster).await;
         let ciphertext = encrypt(&key.to_public_key(), SHA1, b"together");
         let callers: Vec<_> = (0..CALLERS)
             .map(|_| {
@@ -481,7 +491,7 @@ fn concurrent_callers(runtime: &tokio::runtime::Runtime, tested: &MemberConfig) 
             caller.await.unwrap();
         }
         let status = &cluster.members()[0];
-        assert_eq!(status.sessions_open, tested.sessions, "load opens all sessions");
+        assert_eq!(status.sessions_open, tested.sessions, "load neither opens nor closes sessions");
         assert_eq!(count(&counts.decrypts), CALLERS * EACH);
         assert_eq!(count(&counts.logins), 1, "one login for the token");
         assert_eq!(count(&counts.opened), tested.sessions);
@@ -490,7 +500,7 @@ fn concurrent_callers(runtime: &tokio::runtime::Runtime, tested: &MemberConfig) 
     });
 }
 
-/// A token that loses its login and all its handles behind the cluster's back, and one that takes over.
+/// A token whose keys change behind the cluster's back, and which loses its worker; and another token that takes over.
 fn two_tokens(runtime: &tokio::runtime::Runtime, tested: &MemberConfig, other: &MemberConfig) {
     let counts = Arc::new(Counts::default());
     // The other one stands by, so that it is certain who is asked first.
@@ -513,10 +523,15 @@ fn two_tokens(runtime: &tokio::runtime::Runtime, tested: &MemberConfig, other: &
         let (first, second) = ((tested.name.clone(), 0), (other.name.clone(), 0));
         assert_eq!(decrypt().await, first);
 
-        // The session, its login and its handles are renewed before anybody hears of it.
-        log_out(tested);
-        assert_eq!(decrypt().await, first, "renewed in place");
-        assert_eq!(count(&counts.logins), 3, "one for each token, one for the lost login");
+        // Another program replaces the key's object. Every session holds a handle that leads nowhere, and finds the new one
+        // before a caller hears of it.
+        let asked = count(&counts.searches);
+        replace_object(tested, &id, &key);
+        for _ in 0..4 * tested.sessions {
+            assert_eq!(decrypt().await, first, "found again in place");
+        }
+        assert!(count(&counts.searches) > asked);
+        assert_eq!(count(&counts.logins), 2, "one for each token");
 
         // Drained, it gets nothing; resumed, it serves again.
         assert_eq!(cluster.drain(&tested.name, true).unwrap().state, MemberState::Drained);
@@ -530,53 +545,86 @@ fn two_tokens(runtime: &tokio::runtime::Runtime, tested: &MemberConfig, other: &
             cluster.members()
         );
 
-        // The module itself finalised: nothing of the old state is left, in no member of it.
-        Pkcs11::new(&tested.module).unwrap().finalize().unwrap();
-        let patience = soon();
-        while cluster.decrypt(&id, SHA256, &ciphertext, soon(), None).await.is_err() {
-            assert!(Instant::now() < patience, "{:?}", cluster.members());
-            tokio::time::sleep(Duration::from_millis(5)).await;
+        // The worker is killed under load: no caller hears of it, and the member comes back by itself.
+        let killed = cluster.members()[0].worker.unwrap();
+        let callers: Vec<_> = (0..16)
+            .map(|_| {
+                let (cluster, id, ciphertext) = (cluster.clone(), id.clone(), ciphertext.clone());
+                tokio::spawn(async move {
+                    for _ in 0..50 {
+                        let done = cluster.decrypt(&id, SHA256, &ciphertext, soon(), None).await.unwrap();
+                        assert_eq!(*done.value, b"either");
+                    }
+                })
+            })
+            .collect();
+        tokio::time::sleep(Duration::from_millis(5)).await;
+        kill(killed);
+        for caller in callers {
+            caller.await.unwrap();
         }
+        let patience = soon();
         while decrypt().await != first {
             assert!(Instant::now() < patience, "{:?}", cluster.members());
         }
+        let status = &cluster.members()[0];
+        assert!(status.closings == 1 && status.worker.is_some_and(|worker| worker != killed), "{status:?}");
+        assert!(status.last_error.as_ref().is_some_and(|last| last.text.contains("signal 9")), "{status:?}");
         cluster.close().await;
     });
 }
 
-/// The token's slot, by label, through cryptoki alone.
+pub fn kill(process: u32) {
+    use rustix::process::{Pid, Signal, kill_process};
+    kill_process(Pid::from_raw(process.try_into().unwrap()).unwrap(), Signal::KILL).unwrap();
+}
+
+/// A module as this program, which is another one than the workers, has loaded it. It stays: not every module can be initialised
+/// twice in a process.
+pub fn module(path: &Path) -> Pkcs11 {
+    use cryptoki::context::{CInitializeArgs, CInitializeFlags};
+    static LOADED: Mutex<BTreeMap<PathBuf, Pkcs11>> = Mutex::new(BTreeMap::new());
+    let mut loaded = LOADED.lock().unwrap();
+    let module = loaded.entry(path.to_owned()).or_insert_with(|| {
+        let module = Pkcs11::new(path).unwrap();
+        module.initialize(CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK)).unwrap();
+        module
+    });
+    module.clone()
+}
+
+/// A session of another program, logged in.
 pub fn side_session(token: &MemberConfig) -> Session {
-    let pkcs11 = Pkcs11::new(&token.module).unwrap();
     let TokenRef::Label(label) = &token.token else {
         panic!("the suite names tokens by label");
     };
-    let slot = pkcs11
+    let module = module(&token.module);
+    let slot = module
         .get_slots_with_token()
         .unwrap()
         .into_iter()
         // cryptoki cannot read the information of opencryptoki's token, the only one of its module.
-        .find(|slot| pkcs11.get_token_info(*slot).map_or(true, |info| info.label() == label))
+        .find(|slot| module.get_token_info(*slot).map_or(true, |info| info.label() == label))
         .unwrap();
-    pkcs11.open_rw_session(slot).unwrap()
+    let session = module.open_rw_session(slot).unwrap();
+    session.login(UserType::User, Some(&USER_PIN.to_owned().into())).unwrap();
+    session
 }
 
-/// A login is the process's, not a session's: logging out anywhere takes it, and all private handles, away from everybody.
-fn log_out(token: &MemberConfig) {
-    side_session(token).logout().unwrap();
+/// Destroys a private key and brings it onto the token again, as another object.
+fn replace_object(token: &MemberConfig, id: &KeyRef, key: &RsaPrivateKey) {
+    let session = side_session(token);
+    let wanted = [Attribute::Class(ObjectClass::PRIVATE_KEY), Attribute::Id(id.id.0.clone())];
+    let objects = session.find_objects(&wanted).unwrap();
+    assert_eq!(objects.len(), 1);
+    session.destroy_object(objects[0]).unwrap();
+    session.create_object(&others_key(Some(&id.id), key)).unwrap();
 }
 
 /// Takes the suite's objects off the token, so that tokens that outlive the test do not fill up.
 fn clean_up(token: &MemberConfig) {
-    use cryptoki::context::{CInitializeArgs, CInitializeFlags};
-    let pkcs11 = Pkcs11::new(&token.module).unwrap();
-    pkcs11.initialize(CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK)).unwrap();
-    {
-        let session = side_session(token);
-        session.login(UserType::User, Some(&USER_PIN.to_owned().into())).unwrap();
-        let objects = session.find_objects(&[Attribute::Label(LABEL.as_bytes().to_vec())]).unwrap();
-        for object in objects {
-            session.destroy_object(object).unwrap();
-        }
+    let session = side_session(token);
+    for object in session.find_objects(&[Attribute::Label(LABEL.as_bytes().to_vec())]).unwrap() {
+        session.destroy_object(object).unwrap();
     }
-    pkcs11.finalize().unwrap();
 }

@@ -1,0 +1,115 @@
+//! What the balancer asks of a member. Atomics only, but for a member that lacks keys.
+
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use super::{LACKS, MOST_LACKING, Member, lock};
+use crate::config::MemberConfig;
+use crate::identity::KeyRef;
+use crate::policy::pick::Candidate;
+
+/// What a balancer reads of a member: atomics only.
+#[derive(Debug)]
+pub(super) struct Gauges {
+    /// Written under the machine's lock only, so that it follows the state.
+    pub(super) serving: AtomicBool,
+    /// The latency estimate, in nanoseconds.
+    pub(super) latency: AtomicU64,
+    /// The age of the oldest running call when it was last looked at, in nanoseconds; 0: none runs.
+    pub(super) oldest: AtomicU64,
+    /// Calls that wait or run.
+    pub(super) in_flight: AtomicUsize,
+    priority: AtomicU32,
+    pub(super) weight: AtomicU32,
+    /// Whether any key is known to be lacking, so that the list need not be looked at.
+    lacks_keys: AtomicBool,
+}
+
+impl Gauges {
+    pub(super) fn new(config: &MemberConfig) -> Self {
+        Gauges {
+            serving: AtomicBool::new(false),
+            latency: AtomicU64::new(0),
+            oldest: AtomicU64::new(0),
+            in_flight: AtomicUsize::new(0),
+            priority: AtomicU32::new(config.priority),
+            weight: AtomicU32::new(config.weight),
+            lacks_keys: AtomicBool::new(false),
+        }
+    }
+}
+
+impl Member {
+    pub(crate) fn priority(&self) -> u32 {
+        self.gauges.priority.load(Ordering::Relaxed)
+    }
+
+    /// For [`pick`](crate::policy::pick::pick); `None`: it cannot take a call now. Reads atomics only, but for a member that
+    /// lacks keys.
+    pub(crate) fn candidate(&self, key: Option<&KeyRef>, now: Instant) -> Option<Candidate> {
+        let gauges = &self.gauges;
+        let in_flight = gauges.in_flight.load(Ordering::Acquire);
+        let oldest = Duration::from_nanos(gauges.oldest.load(Ordering::Relaxed));
+        let able = gauges.serving.load(Ordering::Acquire)
+            && in_flight < self.config.queue.max(1)
+            && !key.is_some_and(|key| self.lacks(key, now));
+        able.then(|| Candidate {
+            weight: gauges.weight.load(Ordering::Relaxed),
+            latency: Duration::from_nanos(gauges.latency.load(Ordering::Relaxed)),
+            oldest: Some(oldest).filter(|oldest| in_flight > 0 && !oldest.is_zero()),
+            in_flight,
+        })
+    }
+
+    /// Whether it gets calls.
+    pub(crate) fn is_serving(&self) -> bool {
+        self.gauges.serving.load(Ordering::Acquire)
+    }
+
+    /// Whether the member would serve if it had the key.
+    pub(crate) fn only_lacks(&self, key: &KeyRef, now: Instant) -> bool {
+        self.is_serving() && self.lacks(key, now)
+    }
+
+    pub(crate) fn is_full(&self) -> bool {
+        self.is_serving() && self.gauges.in_flight.load(Ordering::Acquire) >= self.config.queue.max(1)
+    }
+
+    /// Since when a fresh worker is being started after a fault; `None`: it serves, or is not on its way up.
+    pub(crate) fn returning_since(&self) -> Option<Instant> {
+        self.machine().returning_since()
+    }
+
+    /// Whether it was proved wrong a short time ago.
+    pub(crate) fn is_doubtful(&self, now: Instant) -> bool {
+        lock(&self.credibility).is_doubtful(now)
+    }
+
+    /// The number of the worker that serves now.
+    pub(crate) fn generation(&self) -> u64 {
+        self.workers.load(Ordering::Acquire)
+    }
+
+    fn lacks(&self, key: &KeyRef, now: Instant) -> bool {
+        self.gauges.lacks_keys.load(Ordering::Acquire) && lock(&self.lacking).get(key).is_some_and(|until| now < *until)
+    }
+
+    pub(super) fn remember_lack(&self, key: &KeyRef, now: Instant) {
+        let mut lacking = lock(&self.lacking);
+        lacking.retain(|_, until| now < *until);
+        if lacking.len() < MOST_LACKING {
+            lacking.insert(key.clone(), now + LACKS);
+            self.gauges.lacks_keys.store(true, Ordering::Release);
+        }
+    }
+
+    pub(super) fn forget_lacks(&self) {
+        lock(&self.lacking).clear();
+        self.gauges.lacks_keys.store(false, Ordering::Release);
+    }
+
+    pub(crate) fn rank(&self, priority: u32, weight: u32) {
+        self.gauges.priority.store(priority, Ordering::Relaxed);
+        self.gauges.weight.store(weight, Ordering::Relaxed);
+    }
+}

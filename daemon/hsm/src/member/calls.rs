@@ -1,0 +1,181 @@
+//! The way of a call: a place, a frame to the worker, the reply.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use deadpool::managed::{self, Metrics, Object, Pool, PoolError, Timeouts};
+
+use super::balance::Gauges;
+use super::conversation::Reply;
+use super::{Limits, Member, PLACES_FOR_A_SESSION, Talk};
+use crate::error::{Failure, HsmError, WorkerFault};
+use crate::job::{Job, Value};
+use crate::standstill;
+
+/// What became of a call at one member.
+pub(crate) enum Outcome {
+    /// The token was asked, or may have been.
+    Ran(Result<Value, HsmError>),
+    /// The token was not asked, so asking another one costs nothing twice.
+    NotRun(HsmError),
+}
+
+/// The right to have one call at the worker.
+pub(super) struct Place;
+
+/// deadpool's way to places.
+pub(super) struct Places;
+
+impl managed::Manager for Places {
+    type Type = Place;
+    type Error = std::convert::Infallible;
+
+    async fn create(&self) -> Result<Place, Self::Error> {
+        Ok(Place)
+    }
+
+    async fn recycle(&self, _: &mut Place, _: &Metrics) -> managed::RecycleResult<Self::Error> {
+        Ok(())
+    }
+}
+
+/// What callers need while the member serves. Each worker, and each return from draining, has a pool of its own: what an earlier
+/// one lent does not come back to this one, and closing a pool sends those that wait at it elsewhere.
+pub(super) struct Service {
+    talk: Talk,
+    places: Pool<Places>,
+}
+
+impl Service {
+    pub(super) fn new(talk: Talk) -> Option<Arc<Self>> {
+        // Fails for pools with time limits and no runtime, which this is not.
+        let places = Pool::builder(Places).max_size(places(talk.sessions())).build().ok()?;
+        Some(Arc::new(Service { talk, places }))
+    }
+
+    /// The worker has opened a session. The pool never shrinks: deadpool gives more than its size after it has shrunk under
+    /// load, and a session that closes is mostly one that is renewed.
+    pub(super) fn session_opened(&self) {
+        let wanted = places(self.talk.sessions());
+        if wanted > self.places.status().max_size {
+            self.places.resize(wanted);
+        }
+    }
+
+    pub(super) fn close(&self) {
+        self.places.close();
+    }
+}
+
+fn places(sessions: usize) -> usize {
+    PLACES_FOR_A_SESSION * sessions.max(1)
+}
+
+/// Held while a call is outstanding.
+pub(crate) struct Held {
+    _place: Option<Object<Places>>,
+    _in_flight: InFlight,
+}
+
+/// One call that waits or runs, counted while this lives.
+struct InFlight(Arc<Gauges>);
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.0.in_flight.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+impl Member {
+    /// One operation of a caller, judged.
+    pub(crate) async fn call(&self, job: &Job, deadline: Instant, limits: Limits) -> Outcome {
+        let submitted = standstill::now();
+        let Some(service) = self.service() else { return Outcome::NotRun(HsmError::NotServing) };
+        let held = match self.hold(&service.places, deadline).await {
+            Ok(held) => held,
+            Err(error) => return Outcome::NotRun(error),
+        };
+        let talk = &service.talk;
+        let reply = match self.exchange(talk, job, held, deadline, limits).await {
+            Ok(reply) => reply,
+            Err(error) => return Outcome::NotRun(error),
+        };
+        let result = self.judge(talk, job, reply, submitted).await;
+        self.learn(job, result.as_ref().err().copied(), submitted, talk.number);
+        Outcome::Ran(result)
+    }
+
+    /// Waits for a place, in order of arrival.
+    async fn hold(&self, places: &Pool<Places>, deadline: Instant) -> Result<Held, HsmError> {
+        // Counted first, so that two callers cannot both take the last place in the queue.
+        let before = self.gauges.in_flight.fetch_add(1, Ordering::AcqRel);
+        let in_flight = InFlight(Arc::clone(&self.gauges));
+        if before >= self.config.queue.max(1) {
+            return Err(HsmError::QueueFull);
+        }
+        let no_wait = Timeouts { wait: Some(Duration::ZERO), ..Timeouts::default() };
+        let place = match places.timeout_get(&no_wait).await {
+            Err(PoolError::Timeout(_)) => match standstill::timeout_at(deadline, places.get()).await {
+                Ok(place) => place,
+                Err(_) => return Err(HsmError::Deadline),
+            },
+            place => place,
+        };
+        // Closed: the member has stopped serving, and the operation goes elsewhere.
+        let place = place.map_err(|_| HsmError::NotServing)?;
+        Ok(Held { _place: Some(place), _in_flight: in_flight })
+    }
+
+    /// One frame there and one back. An error: the token was not asked.
+    pub(super) async fn exchange(
+        &self,
+        talk: &Talk,
+        job: &Job,
+        held: Held,
+        deadline: Instant,
+        limits: Limits,
+    ) -> Result<Reply, HsmError> {
+        let answer = talk.submit(job, limits, held).inspect_err(|error| {
+            if *error == HsmError::Worker(WorkerFault::Deaf) {
+                self.fault(&(*error).into());
+            }
+        })?;
+        match standstill::timeout_at(deadline, answer).await {
+            Ok(Ok(reply)) => Ok(reply),
+            Ok(Err(_)) => Ok(Reply {
+                result: Err(HsmError::Worker(WorkerFault::Gone)),
+                took: Duration::ZERO,
+                processor: Duration::ZERO,
+            }),
+            Err(_) => Err(HsmError::Deadline),
+        }
+    }
+
+    /// One operation at this very member, whatever its state: key management, tests. A
+    /// member without a worker gets one first.
+    pub(crate) async fn direct(&self, job: &Job, timeout: Duration) -> Result<Value, Failure> {
+        let deadline = standstill::now() + timeout;
+        if self.machine().is_pin_refused() {
+            return Err(HsmError::PinRefused.into());
+        }
+        let talk = self.talk_or_attempt().await?;
+        let held = self.hold_directly();
+        let submitted = standstill::now();
+        let limits = Limits { share: timeout, watchdog: timeout };
+        let reply = self.exchange(&talk, job, held, deadline, limits).await?;
+        let result = self.judge(&talk, job, reply, submitted).await;
+        match &result {
+            Ok(_) if !job.operation.may_repeat() => self.forget_lacks(),
+            Err(error) if error.refuses_pin() => self.refused_pin(*error),
+            _ => {}
+        }
+        Ok(result?)
+    }
+
+    /// A member's own call needs no place: it is one more in the socket.
+    pub(super) fn hold_directly(&self) -> Held {
+        self.gauges.in_flight.fetch_add(1, Ordering::AcqRel);
+        Held { _place: None, _in_flight: InFlight(Arc::clone(&self.gauges)) }
+    }
+}

@@ -1,0 +1,202 @@
+//! What changes a member's state from outside its life: faults that calls show, the regular look at it, and administrators.
+
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use super::state::Machine;
+use super::{Member, OWN_TIMEOUT, SILENCE, START_TIMEOUT, Talk, lock};
+use crate::config::Pin;
+use crate::error::{Failure, HsmError, WorkerFault};
+use crate::event::Event;
+use crate::job::Job;
+use crate::standstill;
+
+/// Faults.
+impl Member {
+    /// A failure by the member's own fault: evidence.
+    pub(super) fn failed(&self, error: HsmError, took: Duration, now: Instant) {
+        if self.change(|machine| machine.failed(error, took, now)) {
+            self.observe(Event::Closed);
+        }
+    }
+
+    /// Takes the member down at once.
+    pub(super) fn fault(&self, failure: &Failure) {
+        if self.change(|machine| machine.fault(failure, standstill::now())) {
+            self.observe(Event::Closed);
+        }
+    }
+
+    /// The token refused the PIN that the worker was given last.
+    pub(super) fn refused_pin(&self, error: HsmError) {
+        if self.change(|machine| machine.pin_refused(error)) {
+            self.observe(Event::Closed);
+        }
+        let another = {
+            let pin = lock(&self.pin);
+            pin.number != pin.at_worker
+        };
+        if another {
+            self.allow_pin();
+        }
+    }
+
+    /// Looks for calls that take too long, and refreshes what the balancer reads. Whether the member should be tested: it has
+    /// given no result for long, or only a failure.
+    pub(crate) fn tick(&self, now: Instant) -> bool {
+        let mut oldest = None;
+        if let Some(talk) = self.talk() {
+            self.look_for_late_calls(&talk, now);
+            oldest = talk.oldest(now);
+        }
+        let nanos = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        self.gauges.oldest.store(oldest.map_or(0, nanos), Ordering::Relaxed);
+        let idle = self.gauges.in_flight.load(Ordering::Acquire) == 0;
+        let (doubt, serves) = {
+            let mut machine = self.machine();
+            self.gauges.latency.store(nanos(machine.latency.estimate(now)), Ordering::Relaxed);
+            if idle {
+                machine.idle();
+            }
+            (machine.is_in_doubt(now), machine.serves())
+        };
+        let mut heard = lock(&self.heard);
+        let silent = serves && now.saturating_duration_since(*heard) >= SILENCE;
+        if silent {
+            // Asked once.
+            *heard = now;
+        }
+        silent || doubt
+    }
+
+    /// The member is down, if it has to be, before the callers are told: they look for a member at once.
+    fn look_for_late_calls(&self, talk: &Talk, now: Instant) {
+        let (late, hung) = talk.look(now);
+        if let Some(operation) = hung {
+            self.observe(Event::Stuck);
+            self.fault(&HsmError::Hung(operation).into());
+        } else {
+            // A caller with little time left sends no evidence: under load that would take down a member that works.
+            let evidence = late.iter().filter(|late| late.limits.share * 2 >= late.limits.watchdog);
+            evidence.for_each(|late| self.failed(HsmError::Hung(late.operation), late.limits.share, now));
+        }
+        late.into_iter().for_each(|late| late.tell());
+    }
+}
+
+/// What administrators, the configuration and the cluster ask for.
+impl Member {
+    /// Makes the next attempt come soon.
+    pub(crate) fn probe_now(&self) {
+        self.change(|machine| machine.probe_now(standstill::now()));
+    }
+
+    /// The member's worker. A member without one makes an attempt soon, which is waited for.
+    pub(super) async fn talk_or_attempt(&self) -> Result<Talk, Failure> {
+        let mut attempts = self.attempts.subscribe();
+        // Looked at after that, so that no attempt ends unseen in between.
+        if let Some(talk) = self.talk() {
+            return Ok(talk);
+        }
+        {
+            let machine = self.machine();
+            if machine.is_pin_refused() {
+                return Err(HsmError::PinRefused.into());
+            }
+            if !machine.is_on_its_way() {
+                return Err(HsmError::NotServing.into());
+            }
+        }
+        self.probe_now();
+        match standstill::timeout(START_TIMEOUT + OWN_TIMEOUT, attempts.changed()).await {
+            Ok(Ok(())) => {}
+            _ => return Err(HsmError::Worker(WorkerFault::StartHangs).into()),
+        }
+        let (_, failure) = attempts.borrow().clone();
+        // The keys of a member that lacks some can be managed, although its attempt failed.
+        self.talk().ok_or_else(|| failure.unwrap_or_else(|| HsmError::NotServing.into()))
+    }
+
+    /// Waits for the first attempt to bring the member up.
+    pub(crate) async fn first_attempt(&self) -> Result<(), Failure> {
+        let mut attempts = self.attempts.subscribe();
+        let Ok(attempts) = attempts.wait_for(|(count, _)| *count > 0).await else {
+            return Err(HsmError::NotServing.into());
+        };
+        attempts.1.clone().map_or(Ok(()), Err)
+    }
+
+    /// Tests the member now, whatever its state; how long the tests took. A member that is down gets a fresh worker first.
+    pub(crate) async fn probe(&self) -> Result<Duration, Failure> {
+        self.talk_or_attempt().await?;
+        self.test().await
+    }
+
+    /// Like [`probe`](Self::probe), on an administrator's word: a refused PIN may be tried again, also if it is the last try.
+    pub(crate) async fn probe_on_request(&self) -> Result<Duration, Failure> {
+        let _word = FinalTry::allow(self);
+        self.allow_pin();
+        self.probe().await
+    }
+
+    /// Takes a PIN, and lets it be tried if the last one was refused and was another: the same one again would be one step
+    /// nearer to a locked token each time that the log is rotated.
+    pub(crate) async fn set_pin(&self, pin: Pin) {
+        let number = {
+            let mut held = lock(&self.pin);
+            if held.pin.is(&pin) {
+                return;
+            }
+            held.pin = pin.clone();
+            held.number += 1;
+            held.number
+        };
+        if let Some(talk) = self.talk()
+            && let Ok(job) = Job::set_pin(pin)
+            && self.own_call(&talk, &job).await.is_ok_and(|reply| reply.result.is_ok())
+            && talk.number == self.generation()
+        {
+            lock(&self.pin).at_worker = number;
+        }
+        // A worker that could not take it is replaced for other reasons, and its successor starts with this PIN.
+        self.allow_pin();
+    }
+
+    fn allow_pin(&self) {
+        self.change(|machine| machine.allow_pin(standstill::now()));
+    }
+
+    /// Lets the member finish what it has and gives it nothing new, or takes it back into service; whether that changed anything.
+    pub(crate) fn drain(&self, drain: bool) -> bool {
+        let changed = self.change(|machine| machine.drain(drain, standstill::now()));
+        if changed && self.in_flight() == 0 {
+            self.change(Machine::idle);
+        }
+        changed
+    }
+
+    /// Begins to leave the cluster: [`live`](Self::live) ends when the worker has.
+    pub(crate) fn remove(&self) {
+        if self.change(Machine::remove) {
+            self.attempts
+                .send_modify(|(count, last)| (*count, *last) = (*count + 1, Some(HsmError::NotServing.into())));
+        }
+    }
+}
+
+/// An administrator's word that the last try of the PIN may be used, until the end of what the word was given for, also when
+/// that is given up.
+struct FinalTry<'a>(&'a Member);
+
+impl<'a> FinalTry<'a> {
+    fn allow(member: &'a Member) -> Self {
+        lock(&member.pin).may_use_final_try = true;
+        FinalTry(member)
+    }
+}
+
+impl Drop for FinalTry<'_> {
+    fn drop(&mut self) {
+        lock(&self.0.pin).may_use_final_try = false;
+    }
+}

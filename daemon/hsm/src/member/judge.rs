@@ -1,0 +1,239 @@
+//! What a reply is worth: the caller's fault or the member's, and what the member's state learns from it.
+
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use cryptoki::error::RvError;
+use zeroize::Zeroizing;
+
+use super::conversation::Reply;
+use super::usual_cost::Cost;
+use super::{Limits, Member, OWN_TIMEOUT, Talk, lock};
+use crate::error::{Failure, HsmError, class};
+use crate::event::Event;
+use crate::fault::FaultOwner;
+use crate::identity::KeyRef;
+use crate::job::{Job, Value, known_for, must_pass};
+use crate::operation::Operation;
+use crate::standstill;
+
+/// What an operation came to, before it is known who is to blame.
+enum Finding {
+    Right(Zeroizing<Vec<u8>>),
+    /// The input or the member is at fault: by a `wrong` result, or by an error.
+    Doubtful {
+        wrong: bool,
+    },
+    /// The member's failure, or something that it lacks.
+    Failed(HsmError),
+}
+
+impl Finding {
+    fn of(result: Result<Value, HsmError>, job: &Job) -> Self {
+        match result {
+            Ok(Value::Bytes(bytes)) if job.accepts(&bytes) => Finding::Right(bytes),
+            Ok(Value::Bytes(_)) => Finding::Doubtful { wrong: true },
+            Ok(_) => Finding::Failed(HsmError::UnexpectedReply),
+            Err(error) if is_about_input(error) => {
+                // A random key is checked for nothing, so that this takes as long as a wrong one.
+                let mut random = Zeroizing::new([0_u8; 32]);
+                random.iter_mut().for_each(|byte| *byte = fastrand::u8(..));
+                let _ = job.accepts(&*random);
+                Finding::Doubtful { wrong: false }
+            }
+            Err(error) => Finding::Failed(error),
+        }
+    }
+}
+
+/// Whether the input may be at fault, or was found to be.
+fn is_about_input(error: HsmError) -> bool {
+    matches!(error.fault().owner, FaultOwner::Caller | FaultOwner::Unclear)
+}
+
+impl Member {
+    /// Decides what a reply is worth. A result that its own check accepts is right, whichever member made it. Every other way in
+    /// which an operation can have gone wrong with its input, an error or a wrong result, is the same from here on, in what is
+    /// done and in what is said, so that a caller does not learn which it was.
+    pub(super) async fn judge(
+        &self,
+        talk: &Talk,
+        job: &Job,
+        reply: Reply,
+        submitted: Instant,
+    ) -> Result<Value, HsmError> {
+        if !matches!(job.operation, Operation::Decrypt | Operation::Sign) {
+            self.book_call(job.operation, class(&reply.result), reply.took, reply.processor);
+            self.observe(Event::Answered { op: job.operation, took: standstill::since(submitted) });
+            return reply.result;
+        }
+        let queued = standstill::since(submitted).saturating_sub(reply.took);
+        let own = Cost { took: reply.took, processor: reply.processor };
+        let finding = Finding::of(reply.result, job);
+        let booked = self.book(job.operation, &finding, own);
+        self.observe(Event::Answered { op: job.operation, took: queued + booked.took });
+        let wrong = match finding {
+            Finding::Right(bytes) => return Ok(Value::Bytes(bytes)),
+            Finding::Failed(error) => return Err(error),
+            Finding::Doubtful { wrong } => wrong,
+        };
+        let blamed = if wrong && job.operation == Operation::Sign {
+            // No input of a caller's makes a signature wrong.
+            true
+        } else if lock(&self.credibility).wants_test(standstill::now()) {
+            let known = self.known();
+            let tested = match known_for(&known, job) {
+                Some(known) => self.test_one(talk, known).await,
+                // Without a known answer the member cannot be blamed.
+                None => Ok(()),
+            };
+            let blamed = tested == Err(HsmError::WrongAnswer);
+            lock(&self.credibility).tested(!blamed);
+            if !blamed {
+                tested?;
+            }
+            blamed
+        } else {
+            !lock(&self.credibility).passed()
+        };
+        if !blamed {
+            return Err(HsmError::Refused { wrong });
+        }
+        if wrong {
+            self.observe_wrong_answer();
+        }
+        Err(HsmError::WrongAnswer)
+    }
+
+    /// Observes an operation, once. A decryption that may be the caller's fault is one class, and one time, whatever the token
+    /// said: metrics are no oracle.
+    fn book(&self, operation: Operation, finding: &Finding, own: Cost) -> Cost {
+        let (rv, cost) = match (operation, finding) {
+            (Operation::Decrypt, Finding::Right(_)) => ("ok", self.usual_decryption.booked(own, true)),
+            (Operation::Decrypt, Finding::Doubtful { .. }) => ("refused", self.usual_decryption.booked(own, false)),
+            (_, Finding::Right(_) | Finding::Doubtful { wrong: true }) => ("ok", own),
+            (_, Finding::Doubtful { wrong: false }) => ("refused", own),
+            (_, Finding::Failed(error)) => (error.class(), own),
+        };
+        self.book_call(operation, rv, cost.took, cost.processor);
+        cost
+    }
+
+    pub(super) fn book_call(&self, op: Operation, rv: &'static str, took: Duration, processor: Duration) {
+        let nanos = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(0);
+        self.stats.calls.fetch_add(1, Ordering::Relaxed);
+        self.stats.worked.fetch_add(nanos(took), Ordering::Relaxed);
+        self.stats.spent.fetch_add(nanos(processor), Ordering::Relaxed);
+        if matches!(rv, "stale" | "busy" | "pin" | "broken") {
+            self.stats.faults.fetch_add(1, Ordering::Relaxed);
+        }
+        self.observe(Event::Call { op, rv, took });
+    }
+
+    /// A plaintext or signature was wrong, by the member's own fault.
+    fn observe_wrong_answer(&self) {
+        self.stats.faults.fetch_add(1, Ordering::Relaxed);
+        self.observe(Event::WrongAnswer);
+    }
+
+    /// What a caller's operation says about the member. Enough of what is its fault takes it down.
+    pub(super) fn learn(&self, job: &Job, error: Option<HsmError>, submitted: Instant, number: u64) {
+        // What comes from a worker before the present one says nothing about the member now; key management takes as long
+        // as it takes.
+        if number != self.generation() || !job.operation.may_repeat() {
+            return;
+        }
+        let now = standstill::now();
+        *lock(&self.heard) = now;
+        let took = now.saturating_duration_since(submitted);
+        match error {
+            None => self.machine().succeeded(took, now),
+            Some(error) if error.refuses_pin() => self.refused_pin(error),
+            Some(HsmError::NoSuchKey) => match &job.key {
+                Some(key) if self.tests_need(key) => self.fault(&HsmError::NoSuchKey.into()),
+                Some(key) => self.remember_lack(key, now),
+                None => {}
+            },
+            // The task that reads from the worker judges its end.
+            Some(HsmError::Worker(_)) => {}
+            Some(error) if error.is_code(RvError::CryptokiNotInitialized) => self.fault(&error.into()),
+            // Counted when the call was found to take too long.
+            Some(HsmError::Hung(_)) => {}
+            Some(error) if error.fault().owner == FaultOwner::Member => self.failed(error, took, now),
+            // The member answered. Its latency is learnt from accepted operations only: see `usual_cost`.
+            Some(_) => self.machine().answered(now),
+        }
+    }
+
+    /// Whether a member without this key does not pass the tests.
+    fn tests_need(&self, key: &KeyRef) -> bool {
+        must_pass(&self.known()).any(|test| test.key.as_ref() == Some(key))
+    }
+
+    /// Another answer proved that this member was wrong to reject an input: with a `wrong` result, or an error.
+    pub(crate) fn contradicted(&self, wrong: bool, number: u64) {
+        let now = standstill::now();
+        lock(&self.credibility).contradicted(now);
+        if number != self.generation() {
+            return;
+        }
+        // An error may be a busy token's; a wrong result is nothing but wrong.
+        if wrong {
+            self.observe_wrong_answer();
+            self.fault(&HsmError::WrongAnswer.into());
+        } else {
+            self.failed(HsmError::Nonsense, Duration::ZERO, now);
+        }
+    }
+
+    /// Passes the known-answer tests, or without such tests proves that a session lives; how long that took. Takes the
+    /// member down when they fail.
+    pub(crate) async fn test(&self) -> Result<Duration, Failure> {
+        let talk = self.talk().ok_or(HsmError::NotServing)?;
+        let tested = self.test_all(&talk).await;
+        if let Err(error) = tested
+            && error.condemns()
+            && talk.number == self.generation()
+        {
+            self.fault(&error.into());
+        }
+        Ok(tested?)
+    }
+
+    pub(super) async fn test_all(&self, talk: &Talk) -> Result<Duration, HsmError> {
+        let begun = standstill::now();
+        let known = self.known();
+        let mut tested = 0;
+        for test in must_pass(&known) {
+            tested += 1;
+            self.test_one(talk, test).await?;
+        }
+        if tested == 0 {
+            self.own_call(talk, &Job::ping()?).await?.result?;
+        }
+        *lock(&self.heard) = standstill::now();
+        Ok(standstill::since(begun))
+    }
+
+    /// Whatever goes wrong in a known-answer test is the member's fault.
+    async fn test_one(&self, talk: &Talk, test: &Job) -> Result<(), HsmError> {
+        let reply = self.own_call(talk, test).await?;
+        // The input is right: a member that rejects it is ill.
+        let rv = Some(class(&reply.result)).filter(|rv| *rv != "refused").unwrap_or("broken");
+        self.book_call(Operation::Probe, rv, reply.took, reply.processor);
+        match reply.result {
+            Ok(Value::Bytes(bytes)) if test.accepts(&bytes) => Ok(()),
+            Ok(_) => {
+                self.observe_wrong_answer();
+                Err(HsmError::WrongAnswer)
+            }
+            Err(error) if is_about_input(error) => Err(HsmError::WrongAnswer),
+            Err(error) => Err(error),
+        }
+    }
+
+    pub(super) async fn own_call(&self, talk: &Talk, job: &Job) -> Result<Reply, HsmError> {
+        let limits = Limits { share: self.watchdog, watchdog: self.watchdog };
+        self.exchange(talk, job, self.hold_directly(), standstill::now() + OWN_TIMEOUT, limits).await
+    }
+}

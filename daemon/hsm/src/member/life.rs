@@ -1,0 +1,360 @@
+//! The life of a member, one task: start a worker, test it, let it serve until a fault, get rid of it, and again.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+use tracing::{error, info, warn};
+
+use super::conversation::{Conversation, News};
+use super::process::Process;
+use super::state::Machine;
+use super::{END_TIMEOUT, Limits, MOST_NOTES, Member, START_TIMEOUT, Talk, lock};
+use crate::error::{Failure, HsmError, WorkerFault, class};
+use crate::event::Event;
+use crate::fault::FaultOwner;
+use crate::job::Job;
+use crate::link::{DaemonEnd, Level, Start};
+use crate::operation::Operation;
+use crate::pin_tries::PinTries;
+use crate::standstill;
+
+/// A worker that is gone, or is as good as that.
+struct Lost {
+    failure: Failure,
+    /// The member went down by it.
+    down: bool,
+}
+
+impl Lost {
+    /// The task that reads from a worker says how that ended, unless it panicked.
+    fn of(read: Result<Lost, oneshot::error::RecvError>) -> Self {
+        read.unwrap_or_else(|_| Lost { failure: HsmError::Worker(WorkerFault::Gone).into(), down: false })
+    }
+}
+
+/// How a worker's service came to its end.
+enum End {
+    /// It did not come to serve.
+    AttemptFailed(Failure),
+    /// It ended or broke off the conversation.
+    Broken(Lost),
+    /// The member does not keep it: a fault, a refused PIN.
+    Unwanted,
+    /// The member leaves the cluster.
+    Removed,
+}
+
+impl Member {
+    /// Starts workers and gets rid of them, until the member is removed.
+    pub(crate) async fn live(self: Arc<Self>) {
+        while self.until_attempt_is_due().await {
+            // In a task of its own: a panic costs the worker, not the member.
+            let member = Arc::clone(&self);
+            let attempt = tokio::spawn(async move { member.attempt().await });
+            if attempt.await.is_err_and(|error| error.is_panic()) {
+                self.attempt_panicked();
+            }
+        }
+    }
+
+    async fn attempt(self: Arc<Self>) {
+        match self.start_process() {
+            Ok((process, talk)) => self.serve(process, talk).await,
+            Err(failure) => self.attempt_failed(&failure),
+        }
+    }
+
+    /// The process was killed when the panic dropped it.
+    fn attempt_panicked(&self) {
+        let failure = Failure::new(HsmError::Worker(WorkerFault::Gone), "the daemon's task for it panicked");
+        error!(member = &*self.name, "the task that serves the member panicked; the member gets a fresh worker");
+        *lock(&self.talk) = None;
+        *lock(&self.worker_pid) = None;
+        let down = self.lost_worker(self.generation());
+        self.machine().explain(&failure, down);
+        self.change(Machine::give_up_worker);
+        self.attempt_failed(&failure);
+    }
+
+    /// `false` when the member is removed.
+    async fn until_attempt_is_due(&self) -> bool {
+        loop {
+            let due = {
+                let mut machine = self.machine();
+                if machine.is_removed() {
+                    return false;
+                }
+                if machine.begin_attempt(standstill::now()) {
+                    return true;
+                }
+                machine.attempt_due()
+            };
+            match due {
+                Some(due) => tokio::select! {
+                    () = standstill::sleep_until(due) => {}
+                    () = self.changed.notified() => {}
+                },
+                None => self.changed.notified().await,
+            }
+        }
+    }
+
+    async fn until_removed(&self) {
+        while !self.machine().is_removed() {
+            self.changed.notified().await;
+        }
+    }
+
+    /// Until the member does not keep its worker any more.
+    async fn until_unwanted(&self) -> End {
+        loop {
+            {
+                let machine = self.machine();
+                if machine.is_removed() {
+                    return End::Removed;
+                }
+                // A lost worker ends for another reason, which is told in a moment.
+                if !machine.keeps_worker() && !machine.has_lost_worker() {
+                    return End::Unwanted;
+                }
+            }
+            self.changed.notified().await;
+        }
+    }
+
+    fn start_process(&self) -> Result<(Process, Talk), Failure> {
+        let not_started =
+            |error: std::io::Error| Failure::new(HsmError::Worker(WorkerFault::NotStarted), error.to_string());
+        let (process, socket) = (self.launch)(&self.name, &self.config.env).map_err(not_started)?;
+        let end = DaemonEnd::new(socket).map_err(not_started)?;
+        let number = self.workers.fetch_add(1, Ordering::AcqRel) + 1;
+        Ok((process, Arc::new(Conversation::new(end, number))))
+    }
+
+    /// Has a worker start and pass the tests, lets it serve, and gets rid of it.
+    async fn serve(self: &Arc<Self>, mut process: Process, talk: Talk) {
+        *lock(&self.worker_pid) = process.pid();
+        let (broken, mut ended) = oneshot::channel();
+        let reader = tokio::spawn({
+            let (member, talk) = (Arc::clone(self), Arc::clone(&talk));
+            async move {
+                let failure = talk.read(|news| member.hear(&talk, news)).await;
+                // In this order: when callers hear of it, the member does not serve any more, and the details are there.
+                let down = member.lost_worker(talk.number);
+                let error = failure.error;
+                let _ = broken.send(Lost { failure, down });
+                talk.fail(error);
+            }
+        });
+        let end = self.serve_until_end(&talk, &mut ended).await;
+        self.change(Machine::give_up_worker);
+        *lock(&self.talk) = None;
+        let end = match end {
+            End::Broken(Lost { failure, down }) => {
+                End::Broken(Lost { failure: how_it_ended(&mut process, failure).await, down })
+            }
+            End::AttemptFailed(failure) => End::AttemptFailed(how_it_ended(&mut process, failure).await),
+            End::Unwanted => {
+                self.let_calls_finish(&talk).await;
+                End::Unwanted
+            }
+            End::Removed => {
+                talk.finish();
+                if process.wait(END_TIMEOUT).await.is_none() {
+                    warn!(member = &*self.name, "the worker process does not end, it is killed");
+                }
+                End::Removed
+            }
+        };
+        self.usage.look(process.pid());
+        process.kill().await;
+        self.usage.ended();
+        *lock(&self.worker_pid) = None;
+        // Waited for: what it says of this worker must not change the next one's member.
+        reader.abort();
+        let _ = reader.await;
+        talk.fail(HsmError::Worker(WorkerFault::Gone));
+        (0..talk.sessions()).for_each(|_| self.observe(Event::SessionClosed));
+        match end {
+            End::AttemptFailed(failure) => self.attempt_failed(&failure),
+            End::Broken(Lost { failure, down }) => self.machine().explain(&failure, down),
+            End::Unwanted | End::Removed => {}
+        }
+    }
+
+    /// The worker of this number is lost, it is not known yet why; whether the member went down by it.
+    fn lost_worker(&self, number: u64) -> bool {
+        let down = number == self.generation() && self.change(|machine| machine.lost_worker(standstill::now()));
+        if down {
+            self.observe(Event::Closed);
+        }
+        down
+    }
+
+    async fn serve_until_end(&self, talk: &Talk, ended: &mut oneshot::Receiver<Lost>) -> End {
+        let started = tokio::select! {
+            // First: it has the details that a failed call has not.
+            biased;
+            lost = &mut *ended => Err(Lost::of(lost).failure),
+            started = self.start_worker(talk) => started,
+            () = self.until_removed() => return End::Removed,
+        };
+        if let Err(failure) = started {
+            return End::AttemptFailed(failure);
+        }
+        // From now on its keys can be managed, also if it lacks some that the tests need.
+        *lock(&self.talk) = Some(Arc::clone(talk));
+        loop {
+            let tested = tokio::select! {
+                biased;
+                lost = &mut *ended => Err(Lost::of(lost).failure),
+                tested = self.test_all(talk) => tested.map_err(Failure::from),
+                () = self.until_removed() => return End::Removed,
+            };
+            match tested {
+                Ok(took) => break self.came_up(took),
+                Err(failure) if failure.error == HsmError::NoSuchKey => self.attempt_failed(&failure),
+                Err(failure) => return End::AttemptFailed(failure),
+            }
+            tokio::select! {
+                lost = &mut *ended => return End::Broken(Lost::of(lost)),
+                due = self.until_attempt_is_due() => if !due { return End::Removed },
+            }
+        }
+        tokio::select! {
+            lost = &mut *ended => End::Broken(Lost::of(lost)),
+            end = self.until_unwanted() => end,
+        }
+    }
+
+    /// The first call: the worker loads its module, logs in and opens its first session.
+    async fn start_worker(&self, talk: &Talk) -> Result<(), Failure> {
+        let (pin, may_use_final_try) = {
+            let mut pin = lock(&self.pin);
+            pin.at_worker = pin.number;
+            (pin.pin.clone(), pin.may_use_final_try)
+        };
+        let job = Job::start(Start {
+            module: self.config.module.clone(),
+            token: self.config.token.clone(),
+            pin,
+            sessions: u32::try_from(self.config.sessions.max(1)).unwrap_or(u32::MAX),
+            may_use_final_try,
+        })?;
+        let limits = Limits { share: START_TIMEOUT, watchdog: START_TIMEOUT };
+        let deadline = standstill::now() + START_TIMEOUT;
+        match self.exchange(talk, &job, self.hold_directly(), deadline, limits).await {
+            Ok(reply) => Ok(reply.result.map(drop)?),
+            Err(HsmError::Deadline) => Err(HsmError::Worker(WorkerFault::StartHangs).into()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// The worker passed the tests.
+    fn came_up(&self, took: Duration) {
+        lock(&self.pin).said = PinTries::Full;
+        let (again, up) = self.change(|machine| (machine.has_been_up(), machine.passed(took, standstill::now())));
+        if up && again {
+            self.observe(Event::ModuleRenewed);
+        }
+        self.attempts.send_modify(|(count, last)| (*count, *last) = (*count + 1, None));
+    }
+
+    fn attempt_failed(&self, failure: &Failure) {
+        if failure.error.refuses_pin() {
+            self.refused_pin(failure.error);
+        }
+        if let HsmError::PinNotTried(tries) = failure.error {
+            self.say_pin_not_tried(tries);
+        }
+        self.change(|machine| machine.attempt_failed(failure, standstill::now()));
+        self.attempts.send_modify(|(count, last)| (*count, *last) = (*count + 1, Some(failure.clone())));
+    }
+
+    fn say_pin_not_tried(&self, tries: PinTries) {
+        let news = std::mem::replace(&mut lock(&self.pin).said, tries) != tries;
+        if news {
+            let (meaning, remedy) = (tries.meaning(), tries.remedy(&self.name));
+            error!(member = &*self.name, token = %self.config.token, "THE PIN IS NOT TRIED: {meaning}. {remedy}");
+        }
+    }
+
+    /// Lets calls at a worker that is to be killed finish until their callers have been sent elsewhere.
+    async fn let_calls_finish(&self, talk: &Talk) {
+        talk.stop_sending();
+        let until = standstill::now() + self.watchdog;
+        loop {
+            let now = standstill::now();
+            talk.look(now).0.into_iter().for_each(|late| late.tell());
+            if talk.is_stuck() || now >= until {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    /// What a worker says beside its replies.
+    fn hear(&self, talk: &Talk, news: News<'_>) {
+        match news {
+            News::Login => self.observe(Event::Login),
+            News::KeySearch => self.observe(Event::KeySearch),
+            News::SessionOpened { took, result } => {
+                self.book_call(Operation::Open, class(&result), took, Duration::ZERO);
+                match result {
+                    Ok(()) => {
+                        if let Some(service) = self.service() {
+                            service.session_opened();
+                        }
+                        self.granted.fetch_max(talk.sessions(), Ordering::AcqRel);
+                        self.observe(Event::SessionOpened);
+                    }
+                    Err(error) if error.refuses_pin() => self.refused_pin(error),
+                    Err(error) if error.fault().owner == FaultOwner::Member => {
+                        self.failed(error, took, standstill::now());
+                    }
+                    Err(_) => {}
+                }
+            }
+            News::SessionClosed => self.observe(Event::SessionClosed),
+            News::FewSessions { given } => {
+                let before = self.granted.swap(given, Ordering::AcqRel);
+                if before != given {
+                    warn!(
+                        member = &*self.name,
+                        sessions = given,
+                        wanted = self.config.sessions,
+                        "the token gives fewer sessions than wanted, going on with those"
+                    );
+                }
+            }
+            News::Replies(jobs) => self.observe(Event::Batch { jobs }),
+            News::Note { level, text } => self.note(level, text),
+        }
+    }
+
+    /// Logs what a worker found out about its token, each thing once.
+    fn note(&self, level: Level, text: &str) {
+        let mut notes = lock(&self.notes);
+        if notes.iter().any(|said| said == text) || notes.len() >= MOST_NOTES {
+            return;
+        }
+        notes.push(text.to_owned());
+        let (member, token) = (&*self.name, &self.config.token);
+        match level {
+            Level::Info => info!(member, %token, "{text}"),
+            Level::Warn => warn!(member, %token, "{text}"),
+            Level::Error => error!(member, %token, "{text}"),
+        }
+    }
+}
+
+/// How the process ended says more than that its socket closed.
+async fn how_it_ended(process: &mut Process, failure: Failure) -> Failure {
+    if failure.error != HsmError::Worker(WorkerFault::Gone) {
+        return failure;
+    }
+    let how = process.wait(Duration::from_millis(50)).await;
+    how.map_or(failure, |fault| HsmError::Worker(fault).into())
+}
