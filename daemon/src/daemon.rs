@@ -51,9 +51,17 @@ pub enum StartError {
     /// A PIN cannot be read.
     #[error(transparent)]
     Pin(#[from] PinError),
-    /// A module cannot be loaded.
+    /// The members cannot form a cluster.
     #[error("the HSMs: {0}")]
     Hsm(#[from] HsmError),
+    /// No configured module exists.
+    #[error("the module {} of the HSM {hsm} does not exist, nor does that of any other HSM; install the vendor's package, or correct `module`", module.display())]
+    NoModule {
+        /// The first member.
+        hsm: String,
+        /// Its library.
+        module: PathBuf,
+    },
     /// The state or the audit trail.
     #[error(transparent)]
     Service(#[from] ServiceError),
@@ -81,9 +89,17 @@ pub enum StartError {
 
 /// The cluster of the configured members, of which none has been started.
 ///
+/// A member whose module is missing is tried again later, like a token that is away; but when all are missing the configuration is
+/// wrong, or the vendor's package is not installed.
+///
 /// # Errors
-/// A PIN that cannot be read, unfit names.
+/// A PIN that cannot be read, unfit names, no module at all.
 pub fn load_cluster(config: &Config, worker: WorkerProgram) -> Result<Cluster, StartError> {
+    if let Some(first) = config.hsm.first()
+        && !config.hsm.iter().any(|hsm| hsm.module.exists())
+    {
+        return Err(StartError::NoModule { hsm: first.name.clone(), module: first.module.clone() });
+    }
     // Before the first call to a token, which is to be counted.
     metrics::install();
     let queue = member_queue(config);

@@ -180,6 +180,8 @@ pub(crate) struct Machine {
     /// How often a fault took it down.
     closings: u64,
     has_been_up: bool,
+    /// An attempt has failed since it went down.
+    attempted_in_vain: bool,
     /// When it last failed, if nothing came back since.
     doubt: Option<Instant>,
 }
@@ -203,6 +205,7 @@ impl Machine {
             last_error: None,
             closings: 0,
             has_been_up: false,
+            attempted_in_vain: false,
             doubt: None,
         }
     }
@@ -230,9 +233,10 @@ impl Machine {
         matches!(self.state, State::Starting | State::Up | State::Draining | State::Drained) && !self.condemned
     }
 
-    /// Since when a member that has served is on its way back after a fault.
+    /// Since when a member that has served is on its way back after a fault. Not any more once a fresh worker has failed, too: the
+    /// fault was not the worker's.
     pub(crate) fn returning_since(&self) -> Option<Instant> {
-        (self.has_been_up && self.is_on_its_way()).then_some(self.down_since)
+        (self.has_been_up && self.is_on_its_way() && !self.attempted_in_vain).then_some(self.down_since)
     }
 
     /// Applies an event; whether it changed the state.
@@ -321,6 +325,7 @@ impl Machine {
         }
         self.since = SystemTime::now();
         self.down_since = now;
+        self.attempted_in_vain = false;
         self.closings += 1;
         true
     }
@@ -412,6 +417,7 @@ impl Machine {
             );
         }
         self.blame(failure);
+        self.attempted_in_vain = true;
         self.breaker.probe_failed(now, fastrand::f64());
         self.step(Event::AttemptFailed);
     }
