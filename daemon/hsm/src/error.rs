@@ -123,6 +123,8 @@ pub enum WorkerFault {
     Unreadable,
     /// It does not read what it is sent.
     Deaf,
+    /// It sends more reports than anybody can want to read.
+    Floods,
 }
 
 impl fmt::Display for WorkerFault {
@@ -134,6 +136,7 @@ impl fmt::Display for WorkerFault {
             WorkerFault::Exited(status) => write!(f, "the worker process exited with status {status}"),
             WorkerFault::Signal(signal) => write!(f, "the worker process was ended by signal {signal}"),
             WorkerFault::Unreadable => f.write_str("the worker process sent a frame that cannot be read"),
+            WorkerFault::Floods => f.write_str("the worker process sends too many reports"),
             WorkerFault::Deaf => f.write_str("the worker process does not read its socket"),
         }
     }

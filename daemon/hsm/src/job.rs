@@ -3,18 +3,23 @@
 use std::fmt;
 use std::sync::Arc;
 
+use cryptoki::error::RvError;
 use zeroize::Zeroizing;
 
+use crate::code::Function;
 use crate::config::Pin;
 use crate::error::HsmError;
 use crate::identity::KeyRef;
 use crate::keys::{NewKey, Oaep, RsaPrivateParts, RsaPublic, SignScheme, TokenKey};
-use crate::link::{Request, Start, encode};
+use crate::link::{MAX_REQUEST, Request, Start, encode};
 use crate::operation::Operation;
 
 /// Says whether a result is right, without the token: a key's own signature over what it came with, a signature verified
 /// with the public key. Called on a runtime thread: it has to be quick.
 pub type Check = Arc<dyn Fn(&[u8]) -> bool + Send + Sync>;
+
+/// Bytes of the longest ciphertext that any token is asked about: that of a key of 16384 bits.
+const LONGEST_CIPHERTEXT: usize = 2048;
 
 /// What a worker is asked to do. Not `Debug`, like its result: neither belongs into a log.
 pub(crate) struct Job {
@@ -28,18 +33,26 @@ pub(crate) struct Job {
 
 impl Job {
     fn new(operation: Operation, request: &Request<'_>) -> Result<Self, HsmError> {
-        Ok(Job { operation, key: None, check: None, request: encode(request)? })
+        let request = encode(request)?;
+        // A frame that is cut would be held against the worker.
+        if request.len() > MAX_REQUEST {
+            return Err(HsmError::new(Function::Other, RvError::DataLenRange));
+        }
+        Ok(Job { operation, key: None, check: None, request })
     }
 
     pub(crate) fn start(start: Start) -> Result<Self, HsmError> {
         Job::new(Operation::Open, &Request::Start(start))
     }
 
-    pub(crate) fn set_pin(pin: Pin) -> Result<Self, HsmError> {
-        Job::new(Operation::Open, &Request::SetPin(pin))
+    pub(crate) fn set_pin(number: u64, pin: Pin) -> Result<Self, HsmError> {
+        Job::new(Operation::Open, &Request::SetPin(number, pin))
     }
 
     pub(crate) fn decrypt(key: &KeyRef, oaep: Oaep, ciphertext: &[u8], check: Option<Check>) -> Result<Self, HsmError> {
+        if ciphertext.len() > LONGEST_CIPHERTEXT {
+            return Err(HsmError::new(Function::Decrypt, RvError::EncryptedDataLenRange));
+        }
         let request = Request::Decrypt { id: &key.id.0, public: key.public, oaep, ciphertext };
         Ok(Job { key: Some(key.clone()), check, ..Job::new(Operation::Decrypt, &request)? })
     }

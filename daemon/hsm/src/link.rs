@@ -14,7 +14,7 @@ use std::time::Duration;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, socketpair};
 use serde::{Deserialize, Serialize};
-use tokio::net::UnixDatagram;
+use tokio::net::unix::pipe;
 use zeroize::{Zeroize, Zeroizing};
 
 use crate::config::{Pin, TokenRef};
@@ -24,6 +24,8 @@ use crate::keys::{NewKey, Oaep, RsaPrivateParts, RsaPublic, SignScheme, TokenKey
 
 /// Bytes of the largest frame. Lists of keys are cut into several.
 pub(crate) const MAX_FRAME: usize = 64 * 1024;
+/// Bytes of the largest request: a frame without the call's id.
+pub(crate) const MAX_REQUEST: usize = MAX_FRAME - ID;
 /// Bytes of the call's id, little-endian, before its request: the request is encoded once and sent under another id at the
 /// next member.
 const ID: usize = 4;
@@ -34,8 +36,8 @@ pub(crate) enum Request<'a> {
     /// The first call: load the module, log in, open the first session. Answered by [`Answer::Done`] or, for the sake of its
     /// details, by [`Report::StartFailed`].
     Start(Start),
-    /// From now on this PIN is used for logins.
-    SetPin(Pin),
+    /// From now on this PIN, of this number, is used for logins.
+    SetPin(u64, Pin),
     /// `CKM_RSA_PKCS_OAEP`, by the token or with the padding removed in software.
     Decrypt {
         #[serde(borrow)]
@@ -75,6 +77,8 @@ pub(crate) struct Start {
     pub(crate) sessions: u32,
     /// An administrator said that the last try of the PIN may be used.
     pub(crate) may_use_final_try: bool,
+    /// Comes back when the token refuses the PIN, so that the daemon knows which one was refused.
+    pub(crate) pin_number: u64,
 }
 
 /// What the worker says.
@@ -104,6 +108,12 @@ pub(crate) enum Report<'a> {
     FewSessions { given: u32 },
     /// Something that an administrator should know.
     Note { level: Level, text: &'a str },
+    /// The token refused the PIN of this number. Sent before anything else is said or done, so that no other worker tries it again,
+    /// also when this one ends at once.
+    PinRefused { number: u64, error: HsmError },
+    /// What the process has cost so far: nanoseconds of processor time, and bytes of resident memory now. The daemon cannot look
+    /// for itself where a service is not shown other processes (systemd's `ProtectProc`).
+    Usage { processor: u64, resident: u64 },
 }
 
 /// How loud a note is.
@@ -161,16 +171,17 @@ pub(crate) fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok((daemon, worker))
 }
 
-/// The daemon's end. To the runtime a sequence of packets is like datagrams, but that it ends.
-pub(crate) struct DaemonEnd(UnixDatagram);
+/// The daemon's end. The runtime takes it for a pipe: it is told of what can be read, and not of every frame that the worker
+/// takes out.
+pub(crate) struct DaemonEnd(pipe::Receiver);
 
 impl DaemonEnd {
     /// Within a tokio runtime.
     pub(crate) fn new(socket: OwnedFd) -> io::Result<Self> {
-        Ok(DaemonEnd(UnixDatagram::from_std(socket.into())?))
+        pipe::Receiver::from_owned_fd_unchecked(socket).map(DaemonEnd)
     }
 
-    /// Sends an encoded [`Request`] under an id. Does not block: a worker reads what its daemon may send, or is ill.
+    /// Sends an encoded [`Request`] under an id. Does not block: `EAGAIN` while the socket is full.
     pub(crate) fn send(&self, id: u32, request: &[u8]) -> Result<(), Errno> {
         let id = id.to_le_bytes();
         let parts = [io::IoSlice::new(&id), io::IoSlice::new(request)];
@@ -178,18 +189,22 @@ impl DaemonEnd {
         rustix::net::sendmsg(&self.0, &parts, &mut none, SendFlags::NOSIGNAL | SendFlags::DONTWAIT).map(drop)
     }
 
-    /// Reads the next frame, if there is one; its length, 0 for the end. `None`: [wait](Self::readable).
-    pub(crate) fn try_recv(&self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
-        match self.0.try_recv(buffer) {
-            Ok(len) => Ok(Some(len)),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
-            Err(error) => Err(error),
+    /// Reads the next frame; its length, 0 for the end. Calls `idle` when there is none yet, and waits.
+    pub(crate) async fn recv(&self, buffer: &mut [u8], mut idle: impl FnMut()) -> io::Result<usize> {
+        let mut reset = false;
+        loop {
+            match self.0.try_read(buffer) {
+                // The worker ended before it had read everything. The system says so first, once, and then hands out what the worker
+                // had still said.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset && !reset => reset = true,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    idle();
+                    self.0.readable().await?;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                result => return result,
+            }
         }
-    }
-
-    /// Waits until there is something to read, or the end.
-    pub(crate) async fn readable(&self) -> io::Result<()> {
-        self.0.readable().await
     }
 
     /// Tells the worker that nothing more comes: it ends when its calls have.
@@ -219,9 +234,21 @@ impl WorkerEnd {
 
     /// Blocks while the daemon does not read.
     pub(crate) fn send(&self, report: &Report<'_>) -> io::Result<()> {
+        self.send_with(report, SendFlags::NOSIGNAL)
+    }
+
+    /// The same for what is not worth waiting for: nothing is sent while the daemon does not read.
+    pub(crate) fn try_send(&self, report: &Report<'_>) -> io::Result<()> {
+        match self.send_with(report, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
+            result => result,
+        }
+    }
+
+    fn send_with(&self, report: &Report<'_>, flags: SendFlags) -> io::Result<()> {
         let bytes = encode(report).map_err(io::Error::other)?;
         loop {
-            match rustix::net::send(&self.0, &bytes, SendFlags::NOSIGNAL) {
+            match rustix::net::send(&self.0, &bytes, flags) {
                 Ok(_) => return Ok(()),
                 Err(Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
@@ -229,16 +256,17 @@ impl WorkerEnd {
         }
     }
 
-    /// Waits until the daemon has closed its end, or finished; needs no frame to be read.
-    pub(crate) fn wait_for_end(&self) -> io::Result<()> {
-        use rustix::event::{PollFd, PollFlags, poll};
-        loop {
-            let mut ends = [PollFd::new(&self.0, PollFlags::RDHUP)];
-            match poll(&mut ends, None) {
-                Ok(_) if !ends[0].revents().is_empty() => return Ok(()),
-                Ok(_) | Err(Errno::INTR) => {}
-                Err(error) => return Err(error.into()),
-            }
+    /// Waits until the daemon has closed its end, or finished, but no longer than `patience`; whether it has. Needs no frame to be
+    /// read. A socket that is not ours any more, since a library closed it, is an error.
+    pub(crate) fn ends_within(&self, patience: Duration) -> io::Result<bool> {
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
+        let patience = Timespec::try_from(patience).map_err(io::Error::other)?;
+        let mut ends = [PollFd::new(&self.0, PollFlags::RDHUP)];
+        match poll(&mut ends, Some(&patience)) {
+            Ok(_) if ends[0].revents().contains(PollFlags::NVAL) => Err(Errno::BADF.into()),
+            Ok(_) => Ok(!ends[0].revents().is_empty()),
+            Err(Errno::INTR) => Ok(false),
+            Err(error) => Err(error.into()),
         }
     }
 }

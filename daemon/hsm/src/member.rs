@@ -89,10 +89,8 @@ type Talk = Arc<Conversation<Held>>;
 /// The PIN, and what is known about it.
 struct PinState {
     pin: Pin,
-    /// Counts the PINs that there have been.
+    /// Counts the PINs that there have been. A worker says which one its token refused.
     number: u64,
-    /// Of the PIN that the present worker logs in with.
-    at_worker: u64,
     /// An administrator said that the last try of the PIN may be used.
     may_use_final_try: bool,
     /// What the log was last told of the PIN's tries.
@@ -172,7 +170,6 @@ impl Member {
             pin: Mutex::new(PinState {
                 pin: config.pin.clone(),
                 number: 0,
-                at_worker: 0,
                 may_use_final_try: false,
                 said: PinTries::Full,
             }),

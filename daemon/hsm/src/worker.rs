@@ -15,9 +15,11 @@
 //!      │ the socket ends: the daemon finished, closed it, or is dead
 //!      ▼
 //!   threads finish (2 s at most), C_Finalize (1 s at most) ──▶ exit 0
+//!
+//!   at any time: the socket fails, since a library has closed it ──▶ exit 3
 //! ```
 //!
-//! The main thread makes no PKCS#11 call: it waits for the end of the socket, so that the process ends in time whatever hangs
+//! The main thread makes no PKCS#11 call: it waits for the end of the socket and tells once a second what the process costs, so that the process ends in time whatever hangs
 //! in the vendor's library. A panic aborts the process. What is wrong with an answer is not judged here but in the daemon.
 
 mod clock;
@@ -44,8 +46,9 @@ use std::io::{self, Write as _};
 use std::os::fd::OwnedFd;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
-use crate::link::{Call, FrameBuffer, Request, Start, WorkerEnd};
+use crate::link::{Call, FrameBuffer, Report, Request, Start, WorkerEnd, nanos};
 use crate::worker::service::{Finished, Service};
 
 pub use ffi::set_env;
@@ -56,6 +59,10 @@ pub use tool::init_token;
 const START_FAILED: u8 = 1;
 /// Exit status when something other than the daemon started the process.
 const MISUSED: u8 = 2;
+/// Exit status when the socket cannot be used any more, although the daemon has not ended it: a library has closed it, say.
+const SOCKET_FAILED: u8 = 3;
+/// How often the daemon hears of the cost of the process.
+const USAGE_PERIOD: Duration = Duration::from_secs(1);
 
 /// Serves the token that the daemon names over standard input, until the daemon closes that socket. To be called at the very
 /// start of a process, before it has threads or open descriptors.
@@ -68,7 +75,7 @@ pub fn run() -> ExitCode {
             return ExitCode::from(MISUSED);
         }
     };
-    process::exit_at_once(match serve(socket) {
+    process::exit_at_once(match serve(socket, process::usage) {
         Ok(Finished { started: true, clean }) => {
             if !clean {
                 say("the worker ends without C_Finalize: a call hangs in the module, or the module refuses it");
@@ -76,20 +83,38 @@ pub fn run() -> ExitCode {
             0
         }
         Ok(Finished { started: false, .. }) => START_FAILED,
-        Err(error) => {
+        Err(End::Misused(error)) => {
             say(&format!("the worker ends: {error}"));
             MISUSED
+        }
+        Err(End::Socket(error)) => {
+            say(&format!("the worker ends, because its socket fails: {error}"));
+            SOCKET_FAILED
         }
     })
 }
 
-/// The process's life from the first call on.
-pub(crate) fn serve(socket: OwnedFd) -> io::Result<Finished> {
+/// Why a process serves nothing, or no more.
+#[derive(Debug)]
+pub(crate) enum End {
+    /// The first call is none.
+    Misused(io::Error),
+    /// The socket fails.
+    Socket(io::Error),
+}
+
+/// The process's life from the first call on. `usage`: processor time and memory of the process.
+pub(crate) fn serve(socket: OwnedFd, usage: impl Fn() -> (Duration, u64)) -> Result<Finished, End> {
     let daemon = Arc::new(WorkerEnd::new(socket));
-    let Some((id, start)) = first_call(&daemon)? else { return Ok(Finished { started: true, clean: true }) };
+    let Some((id, start)) = first_call(&daemon).map_err(End::Misused)? else {
+        return Ok(Finished { started: true, clean: true });
+    };
     let service = Service::new(Arc::clone(&daemon));
     service.start(id, start);
-    daemon.wait_for_end()?;
+    while !daemon.ends_within(USAGE_PERIOD).map_err(End::Socket)? {
+        let (processor, resident) = usage();
+        daemon.try_send(&Report::Usage { processor: nanos(processor), resident }).map_err(End::Socket)?;
+    }
     Ok(service.finish())
 }
 

@@ -38,10 +38,11 @@ fn end(mut child: Child) -> (Option<i32>, String) {
     (child.wait().unwrap().code(), said)
 }
 
-/// The frame of a start, by hand: call 1, the first kind of request, module, token by label, PIN, sessions, no final try.
+/// The frame of a start, by hand: call 1, the first kind of request, module, token by label, PIN, sessions, no final try, the PIN's
+/// number.
 fn start_frame(label: &str, sessions: u8) -> Vec<u8> {
     let text = |text: &str| [&[text.len() as u8], text.as_bytes()].concat();
-    [&[1, 0, 0, 0, 0][..], &text(SOFTHSM), &[0], &text(label), &text(USER_PIN), &[sessions, 0]].concat()
+    [&[1, 0, 0, 0, 0][..], &text(SOFTHSM), &[0], &text(label), &text(USER_PIN), &[sessions, 0, 0]].concat()
 }
 
 /// Reads reports until that on this call is there: a reply is the first kind of report.

@@ -7,11 +7,14 @@ use std::time::{Duration, Instant};
 use deadpool::managed::{self, Metrics, Object, Pool, PoolError, Timeouts};
 
 use super::balance::Gauges;
-use super::conversation::Reply;
+use super::conversation::{Reply, Unsent, Waiting};
 use super::{Limits, Member, PLACES_FOR_A_SESSION, Talk};
 use crate::error::{Failure, HsmError, WorkerFault};
 use crate::job::{Job, Value};
 use crate::standstill;
+
+/// How long a call waits before it looks again whether there is room in the socket.
+const FULL_SOCKET_PAUSE: Duration = Duration::from_millis(1);
 
 /// What became of a call at one member.
 pub(crate) enum Outcome {
@@ -136,19 +139,45 @@ impl Member {
         deadline: Instant,
         limits: Limits,
     ) -> Result<Reply, HsmError> {
-        let answer = talk.submit(job, limits, held).inspect_err(|error| {
-            if *error == HsmError::Worker(WorkerFault::Deaf) {
-                self.fault(&(*error).into());
-            }
-        })?;
+        let answer = self.send(talk, job, held, deadline, limits).await?;
         match standstill::timeout_at(deadline, answer).await {
-            Ok(Ok(reply)) => Ok(reply),
-            Ok(Err(_)) => Ok(Reply {
-                result: Err(HsmError::Worker(WorkerFault::Gone)),
-                took: Duration::ZERO,
-                processor: Duration::ZERO,
-            }),
+            Ok(Ok(Some(reply))) => Ok(reply),
+            Ok(Ok(None)) => Err(HsmError::Worker(WorkerFault::Gone)),
+            // Nobody can tell what became of it: the task that reads panicked.
+            Ok(Err(_)) => Ok(Reply::none(HsmError::Worker(WorkerFault::Gone), Duration::ZERO)),
             Err(_) => Err(HsmError::Deadline),
+        }
+    }
+
+    /// Sends a call, as soon as there is room in the socket. A worker that makes none within the call's share of time does not
+    /// read.
+    async fn send(
+        &self,
+        talk: &Talk,
+        job: &Job,
+        mut held: Held,
+        deadline: Instant,
+        limits: Limits,
+    ) -> Result<Waiting, HsmError> {
+        let begun = standstill::now();
+        loop {
+            match talk.submit(job, limits, held) {
+                Ok(waiting) => return Ok(waiting),
+                Err(Unsent::Gone) => return Err(HsmError::Worker(WorkerFault::Gone)),
+                Err(Unsent::Full(back)) => held = back,
+            }
+            let now = standstill::now();
+            if now >= deadline {
+                return Err(HsmError::Deadline);
+            }
+            if now.saturating_duration_since(begun) >= limits.share {
+                let deaf = HsmError::Worker(WorkerFault::Deaf);
+                if limits.are_evidence() {
+                    self.fault(&deaf.into());
+                }
+                return Err(deaf);
+            }
+            tokio::time::sleep(FULL_SOCKET_PAUSE).await;
         }
     }
 
@@ -165,10 +194,8 @@ impl Member {
         let limits = Limits { share: timeout, watchdog: timeout };
         let reply = self.exchange(&talk, job, held, deadline, limits).await?;
         let result = self.judge(&talk, job, reply, submitted).await;
-        match &result {
-            Ok(_) if !job.operation.may_repeat() => self.forget_lacks(),
-            Err(error) if error.refuses_pin() => self.refused_pin(*error),
-            _ => {}
+        if result.is_ok() && !job.operation.may_repeat() {
+            self.forget_lacks();
         }
         Ok(result?)
     }

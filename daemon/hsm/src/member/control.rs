@@ -27,16 +27,16 @@ impl Member {
         }
     }
 
-    /// The token refused the PIN that the worker was given last.
-    pub(super) fn refused_pin(&self, error: HsmError) {
+    /// The token refused the PIN of this number. It is not tried again; one that has replaced it since is.
+    pub(super) fn refused_pin(&self, number: u64, error: HsmError) {
+        if lock(&self.pin).number != number {
+            return;
+        }
         if self.change(|machine| machine.pin_refused(error)) {
             self.observe(Event::Closed);
         }
-        let another = {
-            let pin = lock(&self.pin);
-            pin.number != pin.at_worker
-        };
-        if another {
+        // Looked at again: one that came in between has found nothing that had to be allowed.
+        if lock(&self.pin).number != number {
             self.allow_pin();
         }
     }
@@ -76,8 +76,7 @@ impl Member {
             self.observe(Event::Stuck);
             self.fault(&HsmError::Hung(operation).into());
         } else {
-            // A caller with little time left sends no evidence: under load that would take down a member that works.
-            let evidence = late.iter().filter(|late| late.limits.share * 2 >= late.limits.watchdog);
+            let evidence = late.iter().filter(|late| late.limits.are_evidence());
             evidence.for_each(|late| self.failed(HsmError::Hung(late.operation), late.limits.share, now));
         }
         late.into_iter().for_each(|late| late.tell());
@@ -151,14 +150,12 @@ impl Member {
             held.number += 1;
             held.number
         };
+        // A worker that cannot take it is replaced for other reasons, and its successor starts with this PIN.
         if let Some(talk) = self.talk()
-            && let Ok(job) = Job::set_pin(pin)
-            && self.own_call(&talk, &job).await.is_ok_and(|reply| reply.result.is_ok())
-            && talk.number == self.generation()
+            && let Ok(job) = Job::set_pin(number, pin)
         {
-            lock(&self.pin).at_worker = number;
+            let _ = self.own_call(&talk, &job).await;
         }
-        // A worker that could not take it is replaced for other reasons, and its successor starts with this PIN.
         self.allow_pin();
     }
 

@@ -27,14 +27,25 @@ pub(crate) struct Reply {
 
 impl Reply {
     /// The worker said nothing.
-    fn none(error: HsmError, took: Duration) -> Self {
+    pub(crate) fn none(error: HsmError, took: Duration) -> Self {
         Reply { result: Err(error), took, processor: Duration::ZERO }
     }
 }
 
+/// Why a call was not sent.
+pub(crate) enum Unsent<G> {
+    /// The socket is full for now: the worker has not read yet what it was sent. What was to be held comes back.
+    Full(G),
+    /// The worker is gone.
+    Gone,
+}
+
+/// Told when a call has come back; `None`: it only waited in the socket, and its worker has ended.
+pub(crate) type Waiting = oneshot::Receiver<Option<Reply>>;
+
 /// What belongs to an outstanding call. `G` is what is held while the call is outstanding: its place and its part of the queue.
 struct Owner<G> {
-    reply: Option<oneshot::Sender<Reply>>,
+    reply: Option<oneshot::Sender<Option<Reply>>>,
     /// The parts of a list that have come so far.
     keys: Vec<TokenKey>,
     guard: G,
@@ -42,7 +53,7 @@ struct Owner<G> {
 
 impl<G> Owner<G> {
     /// What was held is given back first: the caller finds its place free.
-    fn answer(self, reply: Reply) {
+    fn answer(self, reply: Option<Reply>) {
         drop(self.guard);
         if let Some(caller) = self.reply {
             let _ = caller.send(reply);
@@ -54,14 +65,14 @@ impl<G> Owner<G> {
 pub(crate) struct Late {
     pub(crate) operation: Operation,
     pub(crate) limits: Limits,
-    reply: Option<oneshot::Sender<Reply>>,
+    reply: Option<oneshot::Sender<Option<Reply>>>,
 }
 
 impl Late {
     /// Sends the caller elsewhere.
     pub(crate) fn tell(self) {
         if let Some(reply) = self.reply {
-            let _ = reply.send(Reply::none(HsmError::Hung(self.operation), self.limits.share));
+            let _ = reply.send(Some(Reply::none(HsmError::Hung(self.operation), self.limits.share)));
         }
     }
 }
@@ -84,6 +95,38 @@ pub(crate) enum News<'a> {
     },
     /// So many replies came at one wake-up.
     Replies(usize),
+    /// The token refused the PIN of this number.
+    PinRefused {
+        number: u64,
+        error: HsmError,
+    },
+    /// What the worker has cost so far: processor time, and bytes of memory now.
+    Usage {
+        processor: Duration,
+        resident: u64,
+    },
+}
+
+/// Reports beside replies that a worker may send in a second. A worker that sends more is ill: it would keep the daemon busy.
+const MOST_REPORTS: u32 = 10_000;
+/// Frames that are read before other tasks of the thread get their turn.
+const FRAMES_IN_A_ROW: u32 = 64;
+
+/// Counts reports beside replies. A plain value that is handed `now`.
+struct Flood {
+    second: Instant,
+    reports: u32,
+}
+
+impl Flood {
+    /// One more; whether there are too many.
+    fn another(&mut self, now: Instant) -> bool {
+        if now.saturating_duration_since(self.second) >= Duration::from_secs(1) {
+            *self = Flood { second: now, reports: 0 };
+        }
+        self.reports += 1;
+        self.reports > MOST_REPORTS
+    }
 }
 
 /// A worker process at the other end of a socket.
@@ -115,46 +158,38 @@ impl<G: Send> Conversation<G> {
     }
 
     /// Sends a call. The lock is held over the send, so that calls are outstanding in the order in which the worker reads them.
-    pub(crate) fn submit(&self, job: &Job, limits: Limits, guard: G) -> Result<oneshot::Receiver<Reply>, HsmError> {
+    pub(crate) fn submit(&self, job: &Job, limits: Limits, guard: G) -> Result<Waiting, Unsent<G>> {
         let (reply, answer) = oneshot::channel();
         let owner = Owner { reply: Some(reply), keys: Vec::new(), guard };
         let mut outstanding = self.outstanding();
         if self.over.load(Ordering::Acquire) {
-            return Err(HsmError::Worker(WorkerFault::Gone));
+            return Err(Unsent::Gone);
         }
         let now = standstill::now();
         let id = outstanding.add(job.operation, limits, owner, now);
-        match self.end.send(id, &job.request) {
-            Ok(()) => Ok(answer),
-            Err(error) => {
-                outstanding.take(id, now);
-                let fault = if error == Errno::AGAIN { WorkerFault::Deaf } else { WorkerFault::Gone };
-                Err(HsmError::Worker(fault))
-            }
+        let Err(error) = self.end.send(id, &job.request) else { return Ok(answer) };
+        match outstanding.take(id, now) {
+            Some(entry) if matches!(error, Errno::AGAIN | Errno::NOBUFS) => Err(Unsent::Full(entry.owner.guard)),
+            _ => Err(Unsent::Gone),
         }
     }
 
     /// Reads what the worker says until it says no more; why.
     pub(crate) async fn read(&self, mut tell: impl FnMut(News<'_>)) -> Failure {
         let mut buffer = FrameBuffer::new();
-        let mut replies = 0;
+        let mut flood = Flood { second: standstill::now(), reports: 0 };
+        let (mut replies, mut in_a_row) = (0, 0);
         loop {
-            let len = match self.end.try_recv(buffer.room()) {
-                Ok(Some(len)) => len,
-                Ok(None) => {
-                    if replies > 0 {
-                        tell(News::Replies(std::mem::take(&mut replies)));
-                    }
-                    match self.end.readable().await {
-                        Ok(()) => continue,
-                        Err(_) => return HsmError::Worker(WorkerFault::Gone).into(),
-                    }
+            let idle = || {
+                in_a_row = 0;
+                if replies > 0 {
+                    tell(News::Replies(std::mem::take(&mut replies)));
                 }
-                Err(_) => return HsmError::Worker(WorkerFault::Gone).into(),
             };
-            if len == 0 {
-                return HsmError::Worker(WorkerFault::Gone).into();
-            }
+            let len = match self.end.recv(buffer.room(), idle).await {
+                Ok(len @ 1..) => len,
+                Ok(0) | Err(_) => return HsmError::Worker(WorkerFault::Gone).into(),
+            };
             let Some(report) = decode_report(buffer.frame(len)) else {
                 return HsmError::Worker(WorkerFault::Unreadable).into();
             };
@@ -166,6 +201,7 @@ impl<G: Send> Conversation<G> {
                     }
                 }
                 Report::StartFailed(failure) => return failure,
+                _ if flood.another(standstill::now()) => return HsmError::Worker(WorkerFault::Floods).into(),
                 Report::Login => tell(News::Login),
                 Report::KeySearch => tell(News::KeySearch),
                 Report::SessionOpened { took, result } => {
@@ -184,8 +220,17 @@ impl<G: Send> Conversation<G> {
                 }
                 Report::FewSessions { given } => tell(News::FewSessions { given: given as usize }),
                 Report::Note { level, text } => tell(News::Note { level, text }),
+                Report::PinRefused { number, error } => tell(News::PinRefused { number, error }),
+                Report::Usage { processor, resident } => {
+                    tell(News::Usage { processor: Duration::from_nanos(processor), resident });
+                }
             }
             buffer.wipe(len);
+            in_a_row += 1;
+            if in_a_row == FRAMES_IN_A_ROW {
+                in_a_row = 0;
+                tokio::task::yield_now().await;
+            }
         }
     }
 
@@ -209,18 +254,19 @@ impl<G: Send> Conversation<G> {
         };
         let Some(entry) = outstanding.take(id, standstill::now()) else { return false };
         drop(outstanding);
-        entry.owner.answer(Reply { result: value, took, processor });
+        entry.owner.answer(Some(Reply { result: value, took, processor }));
         true
     }
 
-    /// Nothing is sent any more, and every call that is outstanding fails with this error.
+    /// Nothing is sent any more. Every call that runs fails with this error; one that only waits was not asked of the token.
     pub(crate) fn fail(&self, error: HsmError) {
         let mut outstanding = self.outstanding();
         self.over.store(true, Ordering::Release);
         let all = outstanding.take_all();
         drop(outstanding);
         for entry in all {
-            entry.owner.answer(Reply::none(error, Duration::ZERO));
+            let reply = entry.runs().then(|| Reply::none(error, Duration::ZERO));
+            entry.owner.answer(reply);
         }
     }
 
@@ -265,6 +311,11 @@ impl<G: Send> Conversation<G> {
         self.outstanding().len()
     }
 
+    /// Whether the worker has answered everything.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.sent() == 0
+    }
+
     /// Whether no further answer can be expected in time: all calls that run are late, so that those behind them in the socket
     /// will not run.
     pub(crate) fn is_stuck(&self) -> bool {
@@ -272,3 +323,7 @@ impl<G: Send> Conversation<G> {
         outstanding.late() == outstanding.running()
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests;

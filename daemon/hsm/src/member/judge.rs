@@ -148,7 +148,8 @@ impl Member {
         let took = now.saturating_duration_since(submitted);
         match error {
             None => self.machine().succeeded(took, now),
-            Some(error) if error.refuses_pin() => self.refused_pin(error),
+            // The worker has reported it before.
+            Some(error) if error.refuses_pin() => {}
             Some(HsmError::NoSuchKey) => match &job.key {
                 Some(key) if self.tests_need(key) => self.fault(&HsmError::NoSuchKey.into()),
                 Some(key) => self.remember_lack(key, now),

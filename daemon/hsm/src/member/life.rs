@@ -9,7 +9,6 @@ use tracing::{error, info, warn};
 
 use super::conversation::{Conversation, News};
 use super::process::Process;
-use super::state::Machine;
 use super::{END_TIMEOUT, Limits, MOST_NOTES, Member, START_TIMEOUT, Talk, lock};
 use crate::error::{Failure, HsmError, WorkerFault, class};
 use crate::event::Event;
@@ -19,6 +18,11 @@ use crate::link::{DaemonEnd, Level, Start};
 use crate::operation::Operation;
 use crate::pin_tries::PinTries;
 use crate::standstill;
+
+/// How long what a worker that has ended said at last may take to be read.
+const LAST_REPORTS: Duration = Duration::from_millis(100);
+/// How long a worker that its member does not keep may take to finalise its module. Its successor starts after that.
+const FINISH: Duration = Duration::from_millis(250);
 
 /// A worker that is gone, or is as good as that.
 struct Lost {
@@ -74,8 +78,14 @@ impl Member {
         *lock(&self.worker_pid) = None;
         let down = self.lost_worker(self.generation());
         self.machine().explain(&failure, down);
-        self.change(Machine::give_up_worker);
+        self.give_up_worker();
         self.attempt_failed(&failure);
+    }
+
+    fn give_up_worker(&self) {
+        if self.change(|machine| machine.give_up_worker(standstill::now())) {
+            self.observe(Event::Closed);
+        }
     }
 
     /// `false` when the member is removed.
@@ -148,16 +158,25 @@ impl Member {
                 talk.fail(error);
             }
         });
-        let end = self.serve_until_end(&talk, &mut ended).await;
-        self.change(Machine::give_up_worker);
+        let end = self.serve_until_end(&talk, &mut process, &mut ended).await;
+        self.give_up_worker();
         *lock(&self.talk) = None;
         let end = match end {
             End::Broken(Lost { failure, down }) => {
                 End::Broken(Lost { failure: how_it_ended(&mut process, failure).await, down })
             }
-            End::AttemptFailed(failure) => End::AttemptFailed(how_it_ended(&mut process, failure).await),
+            End::AttemptFailed(failure) => {
+                // A module that works but for this is finalised: some keep a record of their users outside the process.
+                if talk.is_idle() {
+                    finish(&talk, &mut process).await;
+                }
+                End::AttemptFailed(how_it_ended(&mut process, failure).await)
+            }
             End::Unwanted => {
                 self.let_calls_finish(&talk).await;
+                if talk.is_idle() {
+                    finish(&talk, &mut process).await;
+                }
                 End::Unwanted
             }
             End::Removed => {
@@ -168,7 +187,6 @@ impl Member {
                 End::Removed
             }
         };
-        self.usage.look(process.pid());
         process.kill().await;
         self.usage.ended();
         *lock(&self.worker_pid) = None;
@@ -179,6 +197,7 @@ impl Member {
         (0..talk.sessions()).for_each(|_| self.observe(Event::SessionClosed));
         match end {
             End::AttemptFailed(failure) => self.attempt_failed(&failure),
+            End::Broken(Lost { failure, .. }) if self.machine().is_starting() => self.attempt_failed(&failure),
             End::Broken(Lost { failure, down }) => self.machine().explain(&failure, down),
             End::Unwanted | End::Removed => {}
         }
@@ -193,11 +212,25 @@ impl Member {
         down
     }
 
-    async fn serve_until_end(&self, talk: &Talk, ended: &mut oneshot::Receiver<Lost>) -> End {
+    /// Waits for the end of the conversation, or of the process: something that the library has started may hold the socket open.
+    async fn until_lost(&self, talk: &Talk, process: &mut Process, ended: &mut oneshot::Receiver<Lost>) -> Lost {
+        let fault = tokio::select! {
+            biased;
+            lost = &mut *ended => return Lost::of(lost),
+            fault = process.ended() => fault,
+        };
+        // What it said at last is still read.
+        match standstill::timeout(LAST_REPORTS, ended).await {
+            Ok(lost) => Lost { failure: HsmError::Worker(fault).into(), ..Lost::of(lost) },
+            Err(_) => Lost { failure: HsmError::Worker(fault).into(), down: self.lost_worker(talk.number) },
+        }
+    }
+
+    async fn serve_until_end(&self, talk: &Talk, process: &mut Process, ended: &mut oneshot::Receiver<Lost>) -> End {
         let started = tokio::select! {
             // First: it has the details that a failed call has not.
             biased;
-            lost = &mut *ended => Err(Lost::of(lost).failure),
+            lost = self.until_lost(talk, process, ended) => Err(lost.failure),
             started = self.start_worker(talk) => started,
             () = self.until_removed() => return End::Removed,
         };
@@ -209,7 +242,7 @@ impl Member {
         loop {
             let tested = tokio::select! {
                 biased;
-                lost = &mut *ended => Err(Lost::of(lost).failure),
+                lost = self.until_lost(talk, process, ended) => Err(lost.failure),
                 tested = self.test_all(talk) => tested.map_err(Failure::from),
                 () = self.until_removed() => return End::Removed,
             };
@@ -219,22 +252,21 @@ impl Member {
                 Err(failure) => return End::AttemptFailed(failure),
             }
             tokio::select! {
-                lost = &mut *ended => return End::Broken(Lost::of(lost)),
+                lost = self.until_lost(talk, process, ended) => return End::Broken(lost),
                 due = self.until_attempt_is_due() => if !due { return End::Removed },
             }
         }
         tokio::select! {
-            lost = &mut *ended => End::Broken(Lost::of(lost)),
+            lost = self.until_lost(talk, process, ended) => End::Broken(lost),
             end = self.until_unwanted() => end,
         }
     }
 
     /// The first call: the worker loads its module, logs in and opens its first session.
     async fn start_worker(&self, talk: &Talk) -> Result<(), Failure> {
-        let (pin, may_use_final_try) = {
-            let mut pin = lock(&self.pin);
-            pin.at_worker = pin.number;
-            (pin.pin.clone(), pin.may_use_final_try)
+        let (pin, pin_number, may_use_final_try) = {
+            let pin = lock(&self.pin);
+            (pin.pin.clone(), pin.number, pin.may_use_final_try)
         };
         let job = Job::start(Start {
             module: self.config.module.clone(),
@@ -242,6 +274,7 @@ impl Member {
             pin,
             sessions: u32::try_from(self.config.sessions.max(1)).unwrap_or(u32::MAX),
             may_use_final_try,
+            pin_number,
         })?;
         let limits = Limits { share: START_TIMEOUT, watchdog: START_TIMEOUT };
         let deadline = standstill::now() + START_TIMEOUT;
@@ -259,13 +292,14 @@ impl Member {
         if up && again {
             self.observe(Event::ModuleRenewed);
         }
+        if self.machine().is_starting() {
+            // The worker was lost at the last moment, which is told in a moment.
+            return;
+        }
         self.attempts.send_modify(|(count, last)| (*count, *last) = (*count + 1, None));
     }
 
     fn attempt_failed(&self, failure: &Failure) {
-        if failure.error.refuses_pin() {
-            self.refused_pin(failure.error);
-        }
         if let HsmError::PinNotTried(tries) = failure.error {
             self.say_pin_not_tried(tries);
         }
@@ -310,8 +344,8 @@ impl Member {
                         self.granted.fetch_max(talk.sessions(), Ordering::AcqRel);
                         self.observe(Event::SessionOpened);
                     }
-                    Err(error) if error.refuses_pin() => self.refused_pin(error),
-                    Err(error) if error.fault().owner == FaultOwner::Member => {
+                    // A token that gives fewer sessions than wanted serves with those, and is asked for more now and then.
+                    Err(error) if talk.sessions() == 0 && error.fault().owner == FaultOwner::Member => {
                         self.failed(error, took, standstill::now());
                     }
                     Err(_) => {}
@@ -331,6 +365,8 @@ impl Member {
             }
             News::Replies(jobs) => self.observe(Event::Batch { jobs }),
             News::Note { level, text } => self.note(level, text),
+            News::PinRefused { number, error } => self.refused_pin(number, error),
+            News::Usage { processor, resident } => self.usage.reported(processor, resident),
         }
     }
 
@@ -348,6 +384,12 @@ impl Member {
             Level::Error => error!(member, %token, "{text}"),
         }
     }
+}
+
+/// Lets a worker that is in no call finalise its module.
+async fn finish(talk: &Talk, process: &mut Process) {
+    talk.finish();
+    process.wait(FINISH).await;
 }
 
 /// How the process ended says more than that its socket closed.

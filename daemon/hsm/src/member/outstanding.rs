@@ -18,6 +18,14 @@ pub(crate) struct Limits {
     pub(crate) watchdog: Duration,
 }
 
+impl Limits {
+    /// Whether a call that got no answer within its share says something of the member. A caller with little time left sends no
+    /// evidence: under load that would take down a member that works.
+    pub(crate) fn are_evidence(self) -> bool {
+        self.share * 2 >= self.watchdog
+    }
+}
+
 /// A call that was sent.
 #[derive(Debug)]
 pub(crate) struct Entry<T> {
@@ -28,6 +36,13 @@ pub(crate) struct Entry<T> {
     late: bool,
     /// Whose call it is.
     pub(crate) owner: T,
+}
+
+impl<T> Entry<T> {
+    /// Whether a session has taken it out of the socket.
+    pub(crate) fn runs(&self) -> bool {
+        self.running_since.is_some()
+    }
 }
 
 /// Invariant: entries are in the order in which they were sent; exactly the first `sessions` of them have `running_since`.
@@ -154,7 +169,7 @@ mod tests {
         assert_eq!(late(&mut calls, start + 100 * MS), (vec![], Some(Operation::Sign)));
         assert_eq!((calls.late(), calls.oldest(start + 100 * MS)), (2, Some(100 * MS)));
         // The last one still waits: both sessions hang.
-        assert!(calls.get(ids[3]).is_some_and(|entry| entry.running_since.is_none()));
+        assert!(calls.get(ids[3]).is_some_and(|entry| !entry.runs()));
     }
 
     #[test]

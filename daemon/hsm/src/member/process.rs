@@ -9,6 +9,7 @@ use std::process::{ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use rustix::process::{Pid, Signal, kill_process_group};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
 use tokio::net::unix::pipe;
 use tokio::process::{Child, Command};
@@ -35,13 +36,19 @@ pub struct WorkerProgram {
     pub path: PathBuf,
     /// Its arguments.
     pub arguments: Vec<OsString>,
+    /// Environment variables of the daemon that it does not inherit: those that hold PINs.
+    pub hidden: Vec<String>,
 }
 
 impl WorkerProgram {
     /// The executable of this very process, also when its file has been replaced since, with the argument `hsm-worker`.
     #[must_use]
     pub fn this_executable() -> Self {
-        WorkerProgram { path: PathBuf::from("/proc/self/exe"), arguments: vec!["hsm-worker".into()] }
+        WorkerProgram {
+            path: PathBuf::from("/proc/self/exe"),
+            arguments: vec!["hsm-worker".into()],
+            hidden: Vec::new(),
+        }
     }
 }
 
@@ -61,7 +68,11 @@ impl Process {
     ) -> io::Result<(Process, OwnedFd)> {
         let (ours, theirs) = link::pair()?;
         let (printed, print) = io::pipe()?;
-        let child = Command::new(&program.path)
+        let mut command = Command::new(&program.path);
+        program.hidden.iter().for_each(|variable| {
+            command.env_remove(variable);
+        });
+        let child = command
             .args(&program.arguments)
             .envs(env)
             .stdin(Stdio::from(theirs))
@@ -81,6 +92,11 @@ impl Process {
         self.child.id()
     }
 
+    /// Waits for its end; how it ended. May be given up and called again.
+    pub(crate) async fn ended(&mut self) -> WorkerFault {
+        self.child.wait().await.map_or(WorkerFault::Gone, fault_of)
+    }
+
     /// Waits for its end, for so long; how it ended.
     pub(crate) async fn wait(&mut self, patience: Duration) -> Option<WorkerFault> {
         match standstill::timeout(patience, self.child.wait()).await {
@@ -96,13 +112,23 @@ impl Process {
 
     /// Ends it at once; how it ended, if it went.
     pub(crate) async fn kill(mut self) -> Option<WorkerFault> {
-        let _ = self.child.start_kill();
+        self.kill_group();
         self.wait(REAP).await
+    }
+
+    /// With what the library has started: that may hold a token, or a lock file.
+    fn kill_group(&mut self) {
+        // A process that was not waited for keeps its number, and so its group's.
+        if let Some(group) = self.pid().and_then(|pid| Pid::from_raw(pid.try_into().ok()?)) {
+            let _ = kill_process_group(group, Signal::KILL);
+        }
+        let _ = self.child.start_kill();
     }
 }
 
 impl Drop for Process {
     fn drop(&mut self) {
+        self.kill_group();
         // Descendants of the worker may hold the pipe open for ever.
         self.output.abort();
     }
@@ -145,71 +171,58 @@ async fn relay(member: String, printed: pipe::Receiver) {
     }
 }
 
-/// What the member's workers have cost, of all its life.
+/// What the member's workers have cost, of all its life, as far as they told.
 #[derive(Debug, Default)]
 pub(crate) struct Usage {
-    /// Processor time of workers that have ended, in nanoseconds, as far as it was seen.
+    /// Processor time of workers that have ended, in nanoseconds.
     ended: AtomicU64,
-    /// Of the one that runs, when it was last looked at.
+    /// Of the one that runs.
     running: AtomicU64,
-}
-
-/// What a running process costs.
-#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
-pub(crate) struct Cost {
-    /// User and system time.
-    pub(crate) processor: Duration,
-    /// Bytes in memory.
-    pub(crate) resident: u64,
+    /// Bytes that the one that runs has in memory.
+    resident: AtomicU64,
 }
 
 impl Usage {
-    /// Looks at the process that runs; processor time of all workers so far, and memory of this one.
-    pub(crate) fn look(&self, pid: Option<u32>) -> Cost {
-        let cost = pid.and_then(cost_of).unwrap_or_default();
-        let running = u64::try_from(cost.processor.as_nanos()).unwrap_or(0);
-        let running = self.running.fetch_max(running, Ordering::Relaxed).max(running);
-        let all = self.ended.load(Ordering::Relaxed) + running;
-        Cost { processor: Duration::from_nanos(all), resident: cost.resident }
+    /// The worker that runs says what it has cost so far.
+    pub(crate) fn reported(&self, processor: Duration, resident: u64) {
+        let processor = u64::try_from(processor.as_nanos()).unwrap_or(u64::MAX);
+        self.running.fetch_max(processor, Ordering::Relaxed);
+        self.resident.store(resident, Ordering::Relaxed);
+    }
+
+    /// Processor time of all workers so far.
+    pub(crate) fn processor(&self) -> Duration {
+        let ended = self.ended.load(Ordering::Relaxed);
+        Duration::from_nanos(ended.saturating_add(self.running.load(Ordering::Relaxed)))
+    }
+
+    /// Bytes in memory; 0 while there is no worker.
+    pub(crate) fn resident(&self) -> u64 {
+        self.resident.load(Ordering::Relaxed)
     }
 
     /// The process has ended.
     pub(crate) fn ended(&self) {
         self.ended.fetch_add(self.running.swap(0, Ordering::Relaxed), Ordering::Relaxed);
+        self.resident.store(0, Ordering::Relaxed);
     }
 }
 
-/// From `/proc/PID/stat` (proc(5)): fields 14 and 15 are ticks of processor time, field 24 pages in memory.
-fn cost_of(pid: u32) -> Option<Cost> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The second field is a name in parentheses, which may hold blanks.
-    let (_, rest) = stat.rsplit_once(") ")?;
-    let field = |number: usize| rest.split(' ').nth(number - 3)?.parse::<u64>().ok();
-    let ticks = field(14)? + field(15)?;
-    let tick = Duration::from_secs(1) / u32::try_from(rustix::param::clock_ticks_per_second()).ok()?.max(1);
-    let page = rustix::param::page_size() as u64;
-    Some(Cost { processor: tick * u32::try_from(ticks).unwrap_or(u32::MAX), resident: field(24)? * page })
-}
-
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 
     #[test]
-    fn the_cost_of_this_process_is_found() {
-        let cost = cost_of(std::process::id()).unwrap();
-        assert!(cost.resident > 100_000, "{cost:?}");
-        assert!(cost_of(u32::MAX).is_none());
-    }
-
-    #[test]
     fn processor_time_never_goes_back() {
         let usage = Usage::default();
-        usage.running.store(5_000_000, Ordering::Relaxed);
-        assert_eq!(usage.look(None).processor, Duration::from_millis(5));
+        let ms = Duration::from_millis;
+        usage.reported(ms(5), 4096);
+        usage.reported(ms(4), 8192);
+        assert_eq!((usage.processor(), usage.resident()), (ms(5), 8192));
         usage.ended();
         usage.ended();
-        assert_eq!(usage.look(None), Cost { processor: Duration::from_millis(5), resident: 0 });
+        assert_eq!((usage.processor(), usage.resident()), (ms(5), 0));
+        usage.reported(ms(1), 4096);
+        assert_eq!(usage.processor(), ms(6));
     }
 }

@@ -9,7 +9,7 @@
 //!    │ resume, without a worker                                 Draining ── nothing in flight ──▶ Drained
 //!    └──────────────────────────────────────────────────────────────┴──────── resume ───────────────┘ ──▶ Up
 //!
-//!    Starting, Up, Draining, Drained ── the token refuses the PIN ──▶ PinRefused ── another PIN, an administrator's word ──▶ Down
+//!    any but Removed ── the token refuses the PIN ──▶ PinRefused ── another PIN, an administrator's word ──▶ Down
 //!    Down, Starting ── drain ──▶ Drained                 any ── remove ──▶ Removed
 //! ```
 //!
@@ -149,7 +149,7 @@ pub(crate) fn next(state: State, event: Event) -> Option<State> {
         (S::Starting, E::AttemptFailed) => Some(S::Down { hung: false }),
         (S::Starting | S::Up, E::Fault { hung }) => Some(S::Down { hung }),
         (S::Draining, E::Fault { .. }) => Some(S::Drained),
-        (S::Starting | S::Up | S::Draining | S::Drained, E::PinRefused) => Some(S::PinRefused),
+        (S::Down { .. } | S::Starting | S::Up | S::Draining | S::Drained, E::PinRefused) => Some(S::PinRefused),
         (S::PinRefused, E::PinAllowed) => Some(S::Down { hung: false }),
         (S::Up, E::Drain) => Some(S::Draining),
         (S::Down { .. } | S::Starting, E::Drain) => Some(S::Drained),
@@ -308,9 +308,16 @@ impl Machine {
         }
     }
 
-    /// The worker is being ended.
-    pub(crate) fn give_up_worker(&mut self) {
+    /// The worker is being ended; whether that took the member down: whatever else was known, it cannot serve now.
+    pub(crate) fn give_up_worker(&mut self, now: Instant) -> bool {
+        let down = matches!(self.state, State::Up | State::Draining) && self.lost_worker(now);
         (self.worker, self.lost) = (false, false);
+        down
+    }
+
+    /// Whether an attempt is under way.
+    pub(crate) fn is_starting(&self) -> bool {
+        self.state == State::Starting
     }
 
     pub(crate) fn has_lost_worker(&self) -> bool {
@@ -365,7 +372,8 @@ impl Machine {
     pub(crate) fn begin_attempt(&mut self, now: Instant) -> bool {
         let begins = self.attempt_due().is_some() && self.breaker.may_probe(now) && self.step(Event::AttemptDue);
         if begins {
-            self.condemned = false;
+            // Nothing that is known of the last worker says anything about the next one.
+            (self.worker, self.condemned, self.lost) = (false, false, false);
         }
         begins
     }
@@ -375,8 +383,12 @@ impl Machine {
         self.breaker.probe_now(now);
     }
 
-    /// A worker passed the tests, which took so long; whether the member came up by it.
+    /// A worker passed the tests, which took so long; whether the member came up by it. One that was lost meanwhile brings nobody
+    /// up.
     pub(crate) fn passed(&mut self, took: Duration, now: Instant) -> bool {
+        if self.lost {
+            return false;
+        }
         self.breaker.probe_succeeded(now);
         self.worker = true;
         if !self.step(Event::Passed) {
@@ -453,7 +465,7 @@ impl Machine {
         let changed = self.step(if drain { Event::Drain } else { Event::Resume { worker: self.worker } });
         if changed {
             self.since = SystemTime::now();
-            if !self.serves() {
+            if self.is_on_its_way() {
                 self.breaker.force_open(now, 0.0);
                 self.breaker.probe_now(now);
             }
@@ -547,8 +559,8 @@ mod tests {
             (
                 Event::PinRefused,
                 [
-                    None,
-                    None,
+                    Some(S::PinRefused),
+                    Some(S::PinRefused),
                     Some(S::PinRefused),
                     Some(S::PinRefused),
                     Some(S::PinRefused),
@@ -663,5 +675,56 @@ mod tests {
             assert!(machine.drain(false, now) && machine.begin_attempt(now + Duration::from_millis(50)));
             assert!(machine.keeps_worker());
         }
+    }
+
+    #[test]
+    fn a_member_that_was_drained_for_a_moment_goes_down_by_evidence_as_before() {
+        let now = Instant::now();
+        let mut machine = up(now);
+        assert!(machine.drain(true, now) && machine.drain(false, now) && machine.serves());
+        let error = HsmError::new(Function::Decrypt, RvError::DeviceError);
+        let down = (0..1_000).any(|ms| machine.failed(error, Duration::ZERO, now + Duration::from_millis(ms)));
+        assert!(down && machine.state(0) == MemberState::Down);
+    }
+
+    #[test]
+    fn a_second_hang_ends_its_worker_like_the_first() {
+        let mut now = Instant::now();
+        let mut machine = up(now);
+        for _ in 0..2 {
+            now += Duration::from_secs(60);
+            assert!(machine.fault(&HsmError::Hung(crate::operation::Operation::Sign).into(), now));
+            assert!(!machine.keeps_worker() && !machine.has_lost_worker());
+            assert!(!machine.give_up_worker(now));
+            // Its socket ends when it is killed.
+            assert!(!machine.lost_worker(now));
+            now += Duration::from_secs(60);
+            assert!(machine.begin_attempt(now) && machine.passed(Duration::from_millis(1), now));
+            assert!(machine.serves());
+        }
+    }
+
+    #[test]
+    fn a_worker_that_is_lost_at_its_last_test_brings_nobody_up() {
+        let now = Instant::now();
+        let mut machine = Machine::new("m", Settings::default(), now);
+        assert!(machine.begin_attempt(now) && !machine.lost_worker(now));
+        assert!(!machine.passed(Duration::from_millis(1), now) && !machine.serves() && machine.is_starting());
+    }
+
+    #[test]
+    fn a_worker_that_is_given_up_takes_its_member_down() {
+        let now = Instant::now();
+        let mut machine = up(now);
+        assert!(machine.give_up_worker(now) && machine.state(0) == MemberState::Down);
+        assert!(!machine.give_up_worker(now));
+    }
+
+    #[test]
+    fn a_pin_that_is_refused_while_the_member_is_down_is_not_tried_again() {
+        let now = Instant::now();
+        let mut machine = up(now);
+        assert!(machine.lost_worker(now) && machine.pin_refused(HsmError::new(Function::Login, RvError::PinIncorrect)));
+        assert!(machine.attempt_due().is_none());
     }
 }

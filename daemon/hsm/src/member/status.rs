@@ -70,7 +70,6 @@ impl Member {
         let (running, stuck) = talk.as_ref().map_or((0, 0), |talk| talk.running());
         let sent = talk.as_ref().map_or(0, |talk| talk.sent());
         let pid = *lock(&self.worker_pid);
-        let cost = self.usage.look(pid);
         let machine = self.machine();
         let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         MemberStatus {
@@ -94,8 +93,8 @@ impl Member {
             worked: Duration::from_nanos(load(&self.stats.worked)),
             spent: Duration::from_nanos(load(&self.stats.spent)),
             worker: pid,
-            worker_processor: cost.processor,
-            worker_resident: cost.resident,
+            worker_processor: self.usage.processor(),
+            worker_resident: self.usage.resident(),
             last_error: machine.last_error().cloned(),
         }
     }

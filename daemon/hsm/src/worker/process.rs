@@ -1,13 +1,15 @@
 //! What the process does with itself before it looks at its socket: descriptors, signals, core dumps.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::Duration;
 
 use rustix::net::{AddressFamily, SocketType, sockopt};
 use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
+use rustix::time::{ClockId, clock_gettime};
 use signal_hook::consts::{SIGINT, SIGTERM};
 
 use crate::worker::ffi;
@@ -41,4 +43,25 @@ pub(crate) fn settle() -> io::Result<OwnedFd> {
 /// crash under it.
 pub(crate) fn exit_at_once(status: u8) -> ! {
     signal_hook::low_level::exit(status.into())
+}
+
+/// Processor time of the process so far, and bytes that it has in memory now.
+pub(crate) fn usage() -> (Duration, u64) {
+    let time = clock_gettime(ClockId::ProcessCPUTime);
+    let processor = Duration::try_from(time).unwrap_or_default();
+    // The second field of statm (proc(5)): resident pages.
+    let pages = fs::read_to_string("/proc/self/statm")
+        .ok()
+        .and_then(|statm| statm.split(' ').nth(1)?.parse::<u64>().ok())
+        .unwrap_or_default();
+    (processor, pages * rustix::param::page_size() as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_cost_of_this_process_is_found() {
+        let (processor, resident) = super::usage();
+        assert!(!processor.is_zero() && resident > 100_000, "{processor:?} {resident}");
+    }
 }

@@ -23,11 +23,14 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use cryptoki::error::RvError;
+use rustix::io::Errno;
 
 use crate::error::{Failure, HsmError, WorkerFault};
 use crate::fault::SessionAction;
 use crate::keys::TokenKey;
 use crate::link::{Answer, Call, FrameBuffer, Level, MAX_FRAME, Report, Request, Start, WorkerEnd, nanos};
+use crate::worker::SOCKET_FAILED;
+use crate::worker::process;
 use crate::worker::session::{Cost, OpenSession, Output};
 use crate::worker::token::{Token, lock};
 
@@ -205,8 +208,13 @@ impl Service {
             let Ok(len @ 1..) = self.daemon.recv(buffer.room()) else { break };
             let served = self.serve(token, &mut session, buffer.frame(len));
             buffer.wipe(len);
-            if served.is_err() {
-                break;
+            match served {
+                Ok(()) => {}
+                // A library has closed the socket. Other threads that wait in it keep the daemon from seeing an end.
+                Err(error) if error.raw_os_error() == Some(Errno::BADF.raw_os_error()) => {
+                    process::exit_at_once(SOCKET_FAILED);
+                }
+                Err(_) => break,
             }
             if lone {
                 lone = self.stays_lone(session.is_some());
@@ -287,8 +295,8 @@ impl Service {
         };
         match request {
             Request::Start(_) => self.reply(id, nothing, Err(HsmError::UnexpectedReply)),
-            Request::SetPin(pin) => {
-                token.set_pin(pin);
+            Request::SetPin(number, pin) => {
+                token.set_pin(number, pin);
                 self.reply(id, nothing, Ok(Answer::Done))
             }
             request => {

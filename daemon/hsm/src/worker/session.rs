@@ -120,7 +120,7 @@ impl OpenSession {
             Request::Generate(spec) => self.generate(spec).map(Output::Public),
             Request::Import(spec, parts) => self.import(spec, parts).map(|()| Output::Done),
             // Not a session's business.
-            Request::Start(_) | Request::SetPin(_) => Err(HsmError::UnexpectedReply),
+            Request::Start(_) | Request::SetPin(..) => Err(HsmError::UnexpectedReply),
         }
     }
 

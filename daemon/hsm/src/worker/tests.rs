@@ -3,11 +3,12 @@
 #![allow(clippy::unwrap_used)]
 
 use std::collections::{BTreeMap, HashMap};
+use std::fs;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::{fs, io};
+use std::time::Duration;
 
 use cryptoki::context::Pkcs11;
 use cryptoki::error::RvError;
@@ -17,7 +18,7 @@ use rsa::{Pkcs1v15Sign, RsaPrivateKey, RsaPublicKey, sha2};
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 
 use super::service::Finished;
-use super::{init_token, serve, set_env};
+use super::{End, init_token, serve, set_env};
 use crate::code::Function;
 use crate::config::{Pin, TokenRef};
 use crate::error::{Failure, HsmError};
@@ -61,6 +62,7 @@ fn start(label: &str, sessions: u32) -> Start {
         pin: pin(USER_PIN),
         sessions,
         may_use_final_try: false,
+        pin_number: 1,
     }
 }
 
@@ -73,6 +75,8 @@ struct Seen {
     not_opened: Vec<HsmError>,
     closed: usize,
     notes: Vec<String>,
+    /// Numbers of refused PINs.
+    refused: Vec<u64>,
     start_failed: Option<Failure>,
 }
 
@@ -87,7 +91,7 @@ enum Got {
 /// The daemon's end.
 struct Daemon {
     socket: OwnedFd,
-    worker: JoinHandle<io::Result<Finished>>,
+    worker: JoinHandle<Result<Finished, End>>,
     seen: Seen,
     /// Answers that were not asked for yet.
     got: HashMap<u32, Result<Got, HsmError>>,
@@ -98,7 +102,7 @@ impl Daemon {
     fn new() -> Self {
         let (socket, worker) = link::pair().unwrap();
         rustix::io::ioctl_fionbio(&socket, false).unwrap();
-        let worker = thread::spawn(move || serve(worker));
+        let worker = thread::spawn(move || serve(worker, || (Duration::ZERO, 0)));
         Daemon { socket, worker, seen: Seen::default(), got: HashMap::new(), last_id: 0 }
     }
 
@@ -163,6 +167,11 @@ impl Daemon {
             Report::SessionClosed => seen.closed += 1,
             Report::FewSessions { given } => panic!("SoftHSM2 has sessions enough, not {given}"),
             Report::Note { text, .. } => seen.notes.push(text.to_owned()),
+            Report::PinRefused { number, .. } => {
+                assert!(!seen.refused.contains(&number), "told twice");
+                seen.refused.push(number);
+            }
+            Report::Usage { .. } => {}
         }
         true
     }
@@ -310,7 +319,7 @@ fn a_refused_pin_is_tried_once_and_another_one_brings_the_token_back() {
     daemon.send(&Request::Start(Start { pin: pin("wrong!"), ..start("pin", 2) }));
     let (seen, finished) = daemon.finish();
     assert_eq!(seen.start_failed.map(|failure| failure.error.refuses_pin()), Some(true));
-    assert_eq!((seen.logins, finished.started), (1, false));
+    assert_eq!((seen.logins, seen.refused, finished.started), (1, vec![1], false));
 
     // The token says of that try now.
     let mut daemon = Daemon::started(start("pin", 2));
@@ -318,7 +327,7 @@ fn a_refused_pin_is_tried_once_and_another_one_brings_the_token_back() {
     daemon.wait_until(|seen| seen.opened == 2);
     assert_eq!(daemon.call(&import()), Ok(Got::Done));
 
-    assert_eq!(daemon.call(&Request::SetPin(pin("wrong!"))), Ok(Got::Done));
+    assert_eq!(daemon.call(&Request::SetPin(2, pin("wrong!"))), Ok(Got::Done));
     close_all_sessions("pin");
     let ciphertext = encrypt(b"secret");
     for _ in 0..10 {
@@ -326,10 +335,11 @@ fn a_refused_pin_is_tried_once_and_another_one_brings_the_token_back() {
         assert!(error.refuses_pin() || error == HsmError::PinRefused, "{error}");
     }
     assert_eq!(daemon.seen.logins, 2, "the right one and the wrong one, each once");
+    assert_eq!(daemon.seen.refused, [2]);
     // The same PIN again is no other PIN.
-    assert_eq!(daemon.call(&Request::SetPin(pin("wrong!"))), Ok(Got::Done));
+    assert_eq!(daemon.call(&Request::SetPin(3, pin("wrong!"))), Ok(Got::Done));
     assert_eq!(daemon.call(&decrypt(&ciphertext)), Err(HsmError::PinRefused));
-    assert_eq!(daemon.call(&Request::SetPin(pin(USER_PIN))), Ok(Got::Done));
+    assert_eq!(daemon.call(&Request::SetPin(4, pin(USER_PIN))), Ok(Got::Done));
     assert_eq!(daemon.call(&decrypt(&ciphertext)), Ok(Got::Bytes(b"secret".to_vec())));
     // Both threads have a session again.
     daemon.wait_until(|seen| seen.opened - seen.closed == 2);

@@ -54,6 +54,8 @@ pub(crate) struct Token {
 
 struct PinState {
     pin: Pin,
+    /// The daemon's number of it.
+    number: u64,
     /// The token refused it: it is not tried again.
     refused: bool,
 }
@@ -77,7 +79,7 @@ impl Token {
             module,
             wanted: start.token,
             daemon,
-            pin: Mutex::new(PinState { pin: start.pin, refused: false }),
+            pin: Mutex::new(PinState { pin: start.pin, number: start.pin_number, refused: false }),
             login: Mutex::default(),
             may_use_final_try: AtomicBool::new(start.may_use_final_try),
             has_served: AtomicBool::new(false),
@@ -168,11 +170,10 @@ impl Token {
     }
 
     /// From now on this PIN is tried, also when the token refused another one.
-    pub(crate) fn set_pin(&self, pin: Pin) {
+    pub(crate) fn set_pin(&self, number: u64, pin: Pin) {
         let mut state = lock(&self.pin);
-        if !state.pin.is(&pin) {
-            *state = PinState { pin, refused: false };
-        }
+        let refused = state.refused && state.pin.is(&pin);
+        *state = PinState { pin, number, refused };
     }
 
     /// Whether the PIN may be tried.
@@ -193,12 +194,18 @@ impl Token {
         module::login_for_operation(session, &pin).inspect_err(|error| self.heed_refused_pin(*error, &pin))
     }
 
-    /// Sees to it that a PIN that the token refused is not tried again. One that was replaced meanwhile says nothing of the
-    /// new one.
+    /// Sees to it that a PIN that the token refused is not tried again: neither here nor, should this process end now, by the
+    /// next one. One that was replaced meanwhile says nothing of the new one.
     fn heed_refused_pin(&self, error: HsmError, tried: &Pin) {
+        if !error.refuses_pin() {
+            return;
+        }
         let mut state = lock(&self.pin);
-        if error.refuses_pin() && state.pin.is(tried) {
+        if state.pin.is(tried) {
             state.refused = true;
+            let number = state.number;
+            drop(state);
+            self.report(&Report::PinRefused { number, error });
         }
     }
 

@@ -74,7 +74,7 @@ pub fn member(name: &str, module: &str, label: &str) -> MemberConfig {
 
 /// The example of this crate that is a worker and nothing else.
 pub fn worker_program() -> WorkerProgram {
-    WorkerProgram { path: program::worker().to_owned(), arguments: Vec::new() }
+    WorkerProgram { path: program::worker().to_owned(), arguments: Vec::new(), hidden: Vec::new() }
 }
 
 /// Waits until all sessions of all members are open: their workers open the first one before they serve, the others then.
