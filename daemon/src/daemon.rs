@@ -94,7 +94,9 @@ pub enum StartError {
 ///
 /// # Errors
 /// A PIN that cannot be read, unfit names, no module at all.
-pub fn load_cluster(config: &Config, worker: WorkerProgram) -> Result<Cluster, StartError> {
+pub fn load_cluster(config: &Config, mut worker: WorkerProgram) -> Result<Cluster, StartError> {
+    // One vendor's library has no business with another one's PIN.
+    worker.hidden.extend(config.hsm.iter().filter_map(|hsm| hsm.pin_env.clone()));
     if let Some(first) = config.hsm.first()
         && !config.hsm.iter().any(|hsm| hsm.module.exists())
     {

@@ -1,7 +1,7 @@
 //! `claviger doctor`: what is wrong, and what to do about it, whether the daemon runs or not.
 //!
 //! Every check is a plain function that gives findings. Files are looked at here. The HSMs are asked through the daemon when it
-//! runs, with its own sessions; otherwise directly, and each PIN is tried once.
+//! runs, with its own sessions; otherwise directly, each by a process of its own, and each PIN is tried once.
 
 mod files;
 mod hsm;
@@ -60,8 +60,7 @@ impl Finding {
     }
 }
 
-/// Looks at everything that belongs to the daemon of this configuration. To be called while the process has one thread: where
-/// no daemon runs, the modules are loaded here, with the environment that they want.
+/// Looks at everything that belongs to the daemon of this configuration.
 #[must_use]
 pub fn examine(file: &Path) -> Vec<Finding> {
     let config = match Config::load(file) {
@@ -83,10 +82,20 @@ pub fn examine(file: &Path) -> Vec<Finding> {
     findings.extend(sockets);
     findings.extend(obstacles(&config, running));
     findings.extend(files::audit(&config, now));
-    let (state, registered) = state::examine(&config, now);
-    findings.extend(state);
-    findings.extend(if running { hsm::through_daemon(&config) } else { hsm::directly(&config, &registered) });
+    findings.extend(state::examine(&config, now).0);
+    findings.extend(if running { hsm::through_daemon(&config) } else { hsm::directly(file, &config) });
     findings
+}
+
+/// Looks at one HSM, for [`examine`], which starts a process for each: writes the findings as JSON to standard output, and ends the
+/// process, without what the module wants to do at its end. To be called while the process has one thread: the environment that the
+/// module wants is set here.
+///
+/// # Errors
+/// When nothing could be written.
+pub fn examine_hsm(file: &Path, name: &str) -> std::io::Result<std::convert::Infallible> {
+    hsm::examine_one(file, name)?;
+    claviger_process::signals::exit_at_once(0)
 }
 
 /// What `claviger serve` would refuse to start with.

@@ -63,6 +63,9 @@ enum Command {
         /// Print JSON for machines
         #[arg(long)]
         json: bool,
+        /// Examine this HSM alone, for the doctor that has started this process
+        #[arg(long, hide = true, value_name = "NAME")]
+        hsm: Option<String>,
     },
     /// Make a lab with soft tokens, serve it, and release keys end to end
     #[command(after_help = "Example: claviger demo --dir lab --listen 127.0.0.1:0 --exit")]
@@ -238,7 +241,11 @@ fn run(command: Command, starting: Option<Starting>) -> Result<ExitCode, Failure
     match command {
         Command::Serve { .. } => Err("serve has to be the first argument".into()),
         Command::HsmWorker => Err("hsm-worker is started by the daemon".into()),
-        Command::Doctor { config, json } => {
+        Command::Doctor { config, hsm: Some(name), .. } => {
+            process::no_core_dumps()?;
+            match doctor::examine_hsm(&config, &name)? {}
+        }
+        Command::Doctor { config, json, hsm: None } => {
             process::no_core_dumps()?;
             let findings = doctor::examine(&config);
             doctor::print(&findings, json);

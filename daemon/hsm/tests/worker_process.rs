@@ -11,9 +11,10 @@ use std::io::{BufRead, BufReader, Read};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::sync::{Arc, LazyLock};
+use std::time::{Duration, Instant};
 
-use claviger_hsm::Pin;
+use claviger_hsm::{CallTimeouts, Cluster, MemberConfig, MemberState, Pin, TokenRef, WorkerProgram};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair};
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -57,16 +58,118 @@ fn await_reply(daemon: &OwnedFd, id: u8) -> Vec<u8> {
     }
 }
 
-/// A token, and the process environment pointing there. Called once: the test that needs it is one.
-fn softhsm(label: &str) -> tempfile::TempDir {
+/// A folder of tokens, and the process environment pointing there.
+static TOKENS: LazyLock<tempfile::TempDir> = LazyLock::new(|| {
     assert!(Path::new(SOFTHSM).exists(), "{SOFTHSM} is missing. Install it: apt-get install libsofthsm2");
     let dir = tempfile::tempdir().unwrap();
     let conf = dir.path().join("softhsm2.conf");
     fs::write(&conf, format!("directories.tokendir = {}\nobjectstore.backend = file\n", dir.path().display())).unwrap();
     claviger_hsm::set_env(&BTreeMap::from([("SOFTHSM2_CONF".to_owned(), conf.display().to_string())]));
-    let pin = |pin: &str| Pin::new(pin.to_owned());
-    claviger_hsm::init_token(SOFTHSM.as_ref(), label, &pin("76543210"), &pin(USER_PIN)).unwrap();
+    for label in ["process", "restarts"] {
+        claviger_hsm::init_token(SOFTHSM.as_ref(), label, &pin("76543210"), &pin(USER_PIN)).unwrap();
+    }
     dir
+});
+
+fn pin(pin: &str) -> Pin {
+    Pin::new(pin.to_owned())
+}
+
+/// A cluster of one SoftHSM2 token, served by this program.
+fn cluster(path: &Path) -> Cluster {
+    let member = MemberConfig {
+        name: "m".to_owned(),
+        module: PathBuf::from(SOFTHSM),
+        token: TokenRef::Label("restarts".to_owned()),
+        pin: pin(USER_PIN),
+        env: BTreeMap::new(),
+        priority: 0,
+        weight: 1,
+        sessions: 4,
+        queue: 64,
+    };
+    let timeouts = CallTimeouts { watchdog: Duration::from_secs(10) };
+    let program = WorkerProgram { path: path.to_owned(), arguments: Vec::new(), hidden: Vec::new() };
+    Cluster::new(vec![member], timeouts, program, Arc::new(|_, _| {})).unwrap()
+}
+
+/// Open descriptors, threads, and KiB in memory of this process.
+fn held() -> (usize, usize, u64) {
+    let count = |folder: &str| fs::read_dir(folder).unwrap().count();
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    let resident = resident.trim().trim_end_matches(" kB").parse().unwrap();
+    (count("/proc/self/fd"), count("/proc/self/task"), resident)
+}
+
+async fn until_up(cluster: &Cluster, but: Option<u32>) -> u32 {
+    let patience = Instant::now() + Duration::from_secs(30);
+    loop {
+        let status = cluster.members().remove(0);
+        match status.worker.filter(|worker| Some(*worker) != but && status.state == MemberState::Up) {
+            Some(worker) => return worker,
+            None => tokio::time::sleep(Duration::from_millis(1)).await,
+        }
+        assert!(Instant::now() < patience, "{status:?}");
+    }
+}
+
+/// `CLAVIGER_RESTARTS=10000` for as many of them.
+#[test]
+#[allow(clippy::print_stderr)]
+fn restarts_leak_nothing() {
+    LazyLock::force(&TOKENS);
+    let restarts = std::env::var("CLAVIGER_RESTARTS").map_or(20, |count| count.parse().unwrap());
+    // In a runtime of its own, so that all its threads are there before anything is counted.
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    runtime.block_on(async {
+        let cluster = cluster(program::worker());
+        cluster.start().await.unwrap();
+        let mut worker = until_up(&cluster, None).await;
+        let mut before = None;
+        for restart in 0..restarts {
+            kill_process(Pid::from_raw(worker.try_into().unwrap()).unwrap(), Signal::KILL).unwrap();
+            // A caller that waits makes the next attempt come at once.
+            while cluster.members()[0].worker == Some(worker) {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            cluster.random(8, Instant::now() + Duration::from_secs(10)).await.unwrap();
+            worker = until_up(&cluster, Some(worker)).await;
+            // The first ones fill caches and start threads.
+            if restart == restarts / 10 {
+                before = Some(held());
+            }
+        }
+        let (before, after) = (before.unwrap(), held());
+        eprintln!("{restarts} restarts; descriptors, threads, KiB before: {before:?}, after: {after:?}");
+        // Other tests of this program run at the same time: they have a few descriptors, each.
+        assert!(after.0 <= before.0 + 16, "descriptors: {before:?}, {after:?}");
+        assert!(after.1 <= before.1 + 8, "threads: {before:?}, {after:?}");
+        assert!(after.2 <= before.2 + 16 * 1024, "memory: {before:?}, {after:?}");
+        assert_eq!(cluster.members()[0].closings, restarts);
+        cluster.close().await;
+    });
+}
+
+#[tokio::test]
+async fn a_worker_that_is_missing_or_cannot_be_executed_is_said_and_tried_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let program = folder.path().join("worker");
+    let said = async |words: &str| {
+        let cluster = cluster(&program);
+        let failure = cluster.start().await.unwrap_err().to_string();
+        assert!(failure.contains(words) && failure.contains(program.to_str().unwrap()), "{failure}");
+        cluster
+    };
+    said("No such file or directory").await.close().await;
+    fs::write(&program, "no program").unwrap();
+    let cluster = said("Permission denied").await;
+    // It is there at last.
+    fs::remove_file(&program).unwrap();
+    std::os::unix::fs::symlink(program::worker(), &program).unwrap();
+    LazyLock::force(&TOKENS);
+    until_up(&cluster, None).await;
+    cluster.close().await;
 }
 
 #[test]
@@ -95,7 +198,7 @@ fn a_socket_that_closes_before_the_start_ends_it() {
 
 #[test]
 fn serving_it_has_only_its_socket_outlives_signals_and_ends_with_the_socket() {
-    let tokens = softhsm("process");
+    let tokens = &*TOKENS;
     // A descriptor that is left open across exec, as vendors' libraries do.
     let inherited = File::create(tokens.path().join("inherited")).unwrap();
     rustix::io::fcntl_setfd(&inherited, rustix::io::FdFlags::empty()).unwrap();

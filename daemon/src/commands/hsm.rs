@@ -51,6 +51,7 @@ fn member(status: &MemberStatus) -> Value {
             "stuck": status.sessions_stuck,
         },
         "closings": status.closings,
+        "worker_pid": status.worker,
         "last_error": status.last_error.as_ref().map(|error| &error.text),
         "remedy": status.last_error.as_ref().and_then(|error| error.remedy.as_ref()),
         "last_error_at": status.last_error.as_ref().map(|error| unix(error.at)),

@@ -1,8 +1,16 @@
 //! The HSMs: modules, tokens, PINs, and every registered key on every member, really used.
 
+use std::fs::File;
+use std::io::{self, Read, Seek, Write};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use claviger_hsm::{Failure, Function, HsmError, MemberState, PinTries, RawSession};
+use rustix::fs::{MemfdFlags, memfd_create};
 use serde_json::json;
 
 use super::Finding;
@@ -12,17 +20,95 @@ use crate::config::{Config, Hsm};
 use crate::daemon::member;
 use crate::service::{Service, unix_now};
 
+/// How long an HSM may take to be examined. A login at a network HSM takes seconds, and there may be many keys.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 /// Without a daemon, with a session on every token. A PIN is tried only where the token tells of no wrong PIN before.
-pub(super) fn directly(config: &Config, registered: &[Registered]) -> Vec<Finding> {
-    // All at the same time, as the daemon has them: members may be in each other's way.
-    let opened: Vec<_> = config.hsm.iter().map(|hsm| (hsm, open(config, hsm))).collect();
-    opened
-        .iter()
-        .flat_map(|(hsm, session)| match session {
-            Ok(session) => by_hand(hsm, session, registered),
-            Err(finding) => vec![finding.clone()],
+///
+/// Each HSM is examined by a process of its own, as each is served by one: a module that crashes or hangs is named, and the others
+/// are examined all the same. All at the same time, as the daemon has them: members may be in each other's way.
+pub(super) fn directly(file: &Path, config: &Config) -> Vec<Finding> {
+    let until = Instant::now() + PATIENCE;
+    let examiners: Vec<_> = config.hsm.iter().map(|hsm| (hsm, Examiner::start(file, config, hsm))).collect();
+    let findings = |(hsm, examiner): (&Hsm, io::Result<Examiner>)| {
+        examiner.and_then(|examiner| examiner.findings(hsm, until)).unwrap_or_else(|error| {
+            let what = format!("{} was not examined: the process for it: {error}", hsm.name);
+            vec![Finding::error("hsm", what, "see that this user may start processes")]
         })
-        .collect()
+    };
+    examiners.into_iter().flat_map(findings).collect()
+}
+
+/// A process that examines one HSM: this very program, which writes its findings as JSON.
+struct Examiner {
+    child: Child,
+    /// Its standard output. A file: no descendant of the process can hold up who reads it.
+    findings: File,
+}
+
+impl Examiner {
+    fn start(file: &Path, config: &Config, hsm: &Hsm) -> io::Result<Self> {
+        let findings = File::from(memfd_create("findings", MemfdFlags::CLOEXEC)?);
+        let mut command = Command::new("/proc/self/exe");
+        command.arg("doctor").arg("--config").arg(file).arg("--hsm").arg(&hsm.name);
+        let others =
+            config.hsm.iter().filter(|other| other.name != hsm.name).filter_map(|other| other.pin_env.as_ref());
+        others.filter(|pin| Some(*pin) != hsm.pin_env.as_ref()).for_each(|pin| {
+            command.env_remove(pin);
+        });
+        let child = command.stdin(Stdio::null()).stdout(findings.try_clone()?).process_group(0).spawn()?;
+        Ok(Examiner { child, findings })
+    }
+
+    fn findings(mut self, hsm: &Hsm, until: Instant) -> io::Result<Vec<Finding>> {
+        let Some(status) = self.wait(until)? else {
+            let what = format!("the module {} of {} hangs", hsm.module.display(), hsm.name);
+            return Ok(vec![Finding::error(
+                "module",
+                what,
+                "see that the HSM is reached; the vendor's log may say more",
+            )]);
+        };
+        let mut written = Vec::new();
+        self.findings.rewind()?;
+        self.findings.read_to_end(&mut written)?;
+        Ok(serde_json::from_slice(&written).unwrap_or_else(|_| {
+            let what =
+                format!("the module {} of {} ends the process that uses it: {status}", hsm.module.display(), hsm.name);
+            let todo =
+                "take this to the vendor; the daemon starts a fresh process again and again, and the other HSMs serve";
+            vec![Finding::error("module", what, todo)]
+        }))
+    }
+
+    /// How it ended; `None`: it did not in time, and was killed.
+    fn wait(&mut self, until: Instant) -> io::Result<Option<ExitStatus>> {
+        loop {
+            if let Some(status) = self.child.try_wait()? {
+                return Ok(Some(status));
+            }
+            if Instant::now() >= until {
+                self.child.kill()?;
+                self.child.wait()?;
+                return Ok(None);
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+/// Within the process for one HSM: writes what is found about it to standard output. What the module prints goes to standard error.
+pub(super) fn examine_one(file: &Path, name: &str) -> io::Result<()> {
+    let mut output = File::from(rustix::io::dup(rustix::stdio::stdout())?);
+    rustix::stdio::dup2_stdout(rustix::stdio::stderr())?;
+    let config = Config::load(file).map_err(io::Error::other)?;
+    let hsm = config.hsm.iter().find(|hsm| hsm.name == name).ok_or_else(|| io::Error::other("no such HSM"))?;
+    let (_, registered) = state::examine(&config, unix_now());
+    let findings = match open(&config, hsm) {
+        Ok(session) => by_hand(hsm, &session, &registered),
+        Err(finding) => vec![finding],
+    };
+    output.write_all(&serde_json::to_vec(&findings)?)
 }
 
 fn open(config: &Config, hsm: &Hsm) -> Result<RawSession, Finding> {
