@@ -7,7 +7,7 @@ use claviger::keys::key_ref;
 use claviger::state::{Kind, State};
 use claviger_protocol::rsa_key::RsaPublicKey;
 use claviger_tests::stats::median;
-use claviger_tests::{Instances, Lab, Options, block, roll_request};
+use claviger_tests::{Lab, Options, block, roll_request};
 use serde::Serialize;
 
 use crate::machine::{Machine, processors};
@@ -161,7 +161,7 @@ impl Stage {
         });
         if !settings.rtt.is_zero() {
             let delay = format!("call=C_Decrypt,C_Sign delay_ms={}", settings.rtt.as_millis());
-            let faulty = lab.behind_faulty(Instances::Shared);
+            let faulty = lab.behind_faulty_copies();
             lab.config().hsm.iter().for_each(|hsm| faulty.set(&hsm.name, &[&delay]));
         }
         let config = lab.config();

@@ -2,6 +2,7 @@
 
 use std::process::Output;
 
+use rustix::process::Pid;
 use serde_json::Value;
 
 use crate::{Lab, run, said};
@@ -27,6 +28,17 @@ impl Administrator<'_> {
         let output = self.run(&[arguments, &["--json"]].concat());
         assert!(output.status.success(), "{arguments:?}: {}", said(&output));
         serde_json::from_slice(&output.stdout).unwrap()
+    }
+
+    /// The process that serves a member; `None` while there is none.
+    ///
+    /// # Panics
+    /// When there is no such member.
+    #[must_use]
+    pub fn worker(&self, member: &str) -> Option<Pid> {
+        let listed = self.json(&["hsm", "list"]);
+        let found = listed.as_array().unwrap().iter().find(|listed| listed["name"] == member).unwrap();
+        Pid::from_raw(i32::try_from(found["worker_pid"].as_i64()?).unwrap())
     }
 
     /// What a command says when it fails, and nothing else.

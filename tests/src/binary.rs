@@ -19,7 +19,7 @@ pub fn claviger() -> &'static Path {
 /// The program that a cluster in a test or bench runs for each member.
 #[must_use]
 pub fn worker() -> WorkerProgram {
-    WorkerProgram { path: claviger().to_owned(), arguments: vec!["hsm-worker".into()] }
+    WorkerProgram { path: claviger().to_owned(), arguments: vec!["hsm-worker".into()], hidden: Vec::new() }
 }
 
 /// The `claviger-loadgen` binary: that of `CLAVIGER_LOADGEN_BIN`, or the workspace's, built now with the profile of this

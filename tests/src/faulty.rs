@@ -1,64 +1,41 @@
 //! Tokens that misbehave on command: `claviger-faulty-token` between the daemon and the real module.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use claviger::config::Hsm;
 use claviger_faulty_token::{CONTROL_VARIABLE, MODULE_FILE, MODULE_VARIABLE, check};
+use rustix::process::Pid;
 use serde_json::Value;
 
-use crate::{Lab, until};
+use crate::{Lab, lives, until};
 
 /// The library, which is built wherever something links this crate.
 const LIBRARY: &str = "libclaviger_faulty_token.so";
 
-/// One instance of the faulty module: a copy of its library, with control files of its own.
+/// The faulty module in front of a real one, with control files of its own.
 #[derive(Clone, Debug)]
-pub struct Faulty {
+struct Faulty {
     file: PathBuf,
     control: PathBuf,
     real: PathBuf,
 }
 
 impl Faulty {
-    /// Copies the library to `folder/NAME.so`; its control files are in `folder/NAME.control`.
-    ///
-    /// # Panics
-    /// When it cannot be copied.
-    #[must_use]
-    pub fn install(folder: &Path, name: &str, real: &Path) -> Self {
-        let file = folder.join(format!("{name}.so"));
+    /// With the control files in `folder/NAME.control`; `file` is a copy of the library.
+    fn new(folder: &Path, name: &str, file: PathBuf, real: PathBuf) -> Self {
         let control = folder.join(format!("{name}.control"));
         fs::create_dir_all(&control).unwrap();
-        // …/target/debug/deps/test-0123, or a program a folder above, and the library that was built with it.
-        let program = std::env::current_exe().unwrap();
-        let folder = program.parent().unwrap();
-        let built = if folder.ends_with("deps") { folder.join(LIBRARY) } else { folder.join("deps").join(LIBRARY) };
-        fs::copy(&built, &file).unwrap_or_else(|error| panic!("{}: {error}", built.display()));
-        Self { file, control, real: real.to_owned() }
+        Self { file, control, real }
     }
 
-    /// The same, in front of a copy of the real module: nothing is shared with other instances in one process.
-    ///
-    /// # Panics
-    /// When one of them cannot be copied.
-    #[must_use]
-    pub fn install_alone(folder: &Path, name: &str, real: &Path) -> Self {
-        fs::create_dir_all(folder).unwrap();
-        let copy = folder.join(format!("{name}.real.so"));
-        fs::copy(real, &copy).unwrap_or_else(|error| panic!("{}: {error}", real.display()));
-        Self::install(folder, name, &copy)
-    }
-
-    /// The library to load.
-    #[must_use]
-    pub fn module_file(&self) -> &Path {
+    fn module_file(&self) -> &Path {
         &self.file
     }
 
     /// What has to be in the environment when it is loaded.
-    #[must_use]
-    pub fn env(&self) -> BTreeMap<String, String> {
+    fn env(&self) -> BTreeMap<String, String> {
         let text = |path: &Path| path.display().to_string();
         BTreeMap::from([
             (MODULE_VARIABLE.to_owned(), text(&self.real)),
@@ -70,7 +47,7 @@ impl Faulty {
     ///
     /// # Panics
     /// When a line is wrong.
-    pub fn set(&self, label: &str, faults: &[&str]) {
+    fn set(&self, label: &str, faults: &[&str]) {
         self.write(label, false, faults);
     }
 
@@ -78,7 +55,7 @@ impl Faulty {
     ///
     /// # Panics
     /// When a line is wrong.
-    pub fn set_module(&self, faults: &[&str]) {
+    fn set_module(&self, faults: &[&str]) {
         self.write(MODULE_FILE, true, faults);
     }
 
@@ -91,110 +68,173 @@ impl Faulty {
     }
 
     /// The token behaves from now on; what became invalid stays so.
-    pub fn clear(&self, label: &str) {
+    fn clear(&self, label: &str) {
         let _ = fs::remove_file(self.control.join(label));
     }
 
     /// The module behaves from now on.
-    pub fn clear_module(&self) {
+    fn clear_module(&self) {
         self.clear(MODULE_FILE);
     }
 
-    /// What the token was asked, as of some 50 ms ago; calls that hang are told at once, and after `C_Finalize` it is all.
-    #[must_use]
-    pub fn stats(&self, label: &str) -> Stats {
-        // Not written yet is nothing counted yet.
-        let text = fs::read(self.control.join(format!("{label}.stats"))).unwrap_or_default();
-        Stats(serde_json::from_slice(&text).unwrap_or_default())
+    /// What the token was asked, by all processes so far, as of some 50 ms ago; what is soon followed by the end of a process
+    /// is told at once. See `claviger-faulty-token`.
+    ///
+    /// # Panics
+    /// When statistics cannot be read.
+    fn stats(&self, label: &str) -> Stats {
+        let mut stats = Stats::default();
+        for pid in self.processes(label) {
+            let text = fs::read(self.control.join(format!("{label}.{}.stats", pid.as_raw_nonzero()))).unwrap();
+            stats.add(&serde_json::from_slice(&text).unwrap(), lives(pid));
+        }
+        stats
+    }
+
+    /// The processes that have counted anything about a label. A listing may miss a file that is renamed over meanwhile, so
+    /// there are two.
+    fn processes(&self, label: &str) -> HashSet<Pid> {
+        let list = || fs::read_dir(&self.control).unwrap();
+        let names = list().chain(list()).map(|entry| entry.unwrap().file_name());
+        names.filter_map(|name| process_of(name.to_str()?, label)).collect()
     }
 
     /// What the module was asked, calls of tokens among it.
-    #[must_use]
-    pub fn module_stats(&self) -> Stats {
+    fn module_stats(&self) -> Stats {
         self.stats(MODULE_FILE)
     }
 }
 
-/// What the faulty module counted since it was loaded.
-#[derive(Clone, Debug)]
-pub struct Stats(Value);
+/// Copies the library to a file.
+fn install(file: &Path) {
+    // …/target/debug/deps/test-0123, or a program a folder above, and the library that was built with it.
+    let program = std::env::current_exe().unwrap();
+    let folder = program.parent().unwrap();
+    let built = if folder.ends_with("deps") { folder.join(LIBRARY) } else { folder.join("deps").join(LIBRARY) };
+    fs::copy(&built, file).unwrap_or_else(|error| panic!("{}: {error}", built.display()));
+}
+
+/// The process whose statistics about this label are in a file of this name.
+fn process_of(name: &str, label: &str) -> Option<Pid> {
+    Pid::from_raw(name.strip_prefix(label)?.strip_prefix('.')?.strip_suffix(".stats")?.parse().ok()?)
+}
+
+/// What the faulty module counted: in all processes that have loaded it, or, where it is about what is now, in those that live.
+#[derive(Clone, Default, PartialEq, Eq, Debug)]
+pub struct Stats {
+    calls: BTreeMap<String, u64>,
+    faults: BTreeMap<String, u64>,
+    sessions: u64,
+    hanging: u64,
+    in_progress: u64,
+    most_in_progress: u64,
+    processes: u64,
+}
 
 impl Stats {
+    /// Adds what one process counted.
+    fn add(&mut self, counted: &Value, lives: bool) {
+        for (sums, counts) in [(&mut self.calls, &counted["calls"]), (&mut self.faults, &counted["faults"])] {
+            for (name, count) in counts.as_object().into_iter().flatten() {
+                *sums.entry(name.clone()).or_default() += count.as_u64().unwrap();
+            }
+        }
+        let number = |name: &str| counted[name].as_u64().unwrap();
+        if lives {
+            self.sessions += number("sessions");
+            self.hanging += number("hanging");
+            self.in_progress += number("in_progress");
+        }
+        self.most_in_progress = self.most_in_progress.max(number("most_in_progress"));
+        self.processes += 1;
+    }
+
     /// Calls of a function.
     #[must_use]
     pub fn calls(&self, name: &str) -> u64 {
-        self.0["calls"][name].as_u64().unwrap_or(0)
+        self.calls.get(name).copied().unwrap_or(0)
     }
 
-    /// Faults: `rv`, `delay`, `hang`, `corrupt`, `throttle`, `absent`, `session_limit`, `stale` (what became so),
+    /// Faults: `rv`, `delay`, `hang`, `deed`, `corrupt`, `throttle`, `absent`, `session_limit`, `stale` (what became so),
     /// `stale_handle` (objects refused for it); of a module also `dead` and `no_slots`.
     #[must_use]
     pub fn faults(&self, kind: &str) -> u64 {
-        self.0["faults"][kind].as_u64().unwrap_or(0)
+        self.faults.get(kind).copied().unwrap_or(0)
     }
 
     /// Sessions that are open.
     #[must_use]
     pub fn sessions(&self) -> u64 {
-        self.number("sessions")
+        self.sessions
     }
 
     /// Calls that hang now.
     #[must_use]
     pub fn hanging(&self) -> u64 {
-        self.number("hanging")
+        self.hanging
     }
 
     /// Calls in progress, those that hang among them.
     #[must_use]
     pub fn in_progress(&self) -> u64 {
-        self.number("in_progress")
+        self.in_progress
     }
 
-    /// The most calls that were ever in progress at once.
+    /// The most calls that were ever in progress at once in one process.
     #[must_use]
     pub fn most_in_progress(&self) -> u64 {
-        self.number("most_in_progress")
+        self.most_in_progress
     }
 
-    fn number(&self, name: &str) -> u64 {
-        self.0[name].as_u64().unwrap_or(0)
+    /// Processes that have counted anything.
+    #[must_use]
+    pub fn processes(&self) -> u64 {
+        self.processes
     }
 }
 
-/// How many instances the members of a lab have.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Instances {
-    /// One for all: what becomes of the module becomes of every member.
-    Shared,
-    /// One for each: copies of both libraries.
-    Own,
-}
-
-/// The members of a lab that go through the faulty module, by their names in the configuration (`hsm-a` …).
+/// The members of a lab that go through the faulty module, by their names in the configuration (`hsm-a` …), and the labels of
+/// their tokens.
 pub struct FaultyMembers(BTreeMap<String, (Faulty, String)>);
 
 impl Lab {
     /// Puts the faulty module between the daemon and every member, in the configuration; to be called once, before the lab
-    /// is served.
+    /// is served. All members name the same library, and each has control files of its own.
+    ///
+    /// # Panics
+    /// When the library cannot be copied.
+    #[must_use]
+    pub fn behind_faulty(&self) -> FaultyMembers {
+        let library = self.file("faulty").join("faulty.so");
+        self.put_behind(|folder, hsm| Faulty::new(folder, &hsm.name, library.clone(), hsm.module.clone()), &[&library])
+    }
+
+    /// The same for programs that load the modules of several members into one process, as a doctor without a daemon does:
+    /// each member has copies of both libraries, so that nothing is shared there.
     ///
     /// # Panics
     /// When a library cannot be copied.
     #[must_use]
-    pub fn behind_faulty(&self, instances: Instances) -> FaultyMembers {
+    pub fn behind_faulty_copies(&self) -> FaultyMembers {
+        let copies = |folder: &Path, hsm: &Hsm| {
+            let (file, real) = (folder.join(format!("{}.so", hsm.name)), folder.join(format!("{}.real.so", hsm.name)));
+            install(&file);
+            fs::copy(&hsm.module, &real).unwrap_or_else(|error| panic!("{}: {error}", hsm.module.display()));
+            Faulty::new(folder, &hsm.name, file, real)
+        };
+        self.put_behind(copies, &[])
+    }
+
+    fn put_behind(&self, faulty: impl Fn(&Path, &Hsm) -> Faulty, libraries: &[&Path]) -> FaultyMembers {
         let folder = self.file("faulty");
+        fs::create_dir_all(&folder).unwrap();
+        libraries.iter().for_each(|library| install(library));
         let mut members = BTreeMap::new();
         self.configure(|config| {
-            let shared = match instances {
-                Instances::Shared => Some(Faulty::install(&folder, "all", &config.hsm[0].module)),
-                Instances::Own => None,
-            };
             for hsm in &mut config.hsm {
-                let own = || Faulty::install_alone(&folder, &hsm.name, &hsm.module);
-                let faulty = shared.clone().unwrap_or_else(own);
+                let faulty = faulty(&folder, hsm);
                 hsm.module = faulty.module_file().to_owned();
-                // A member's table says all that its instance needs.
-                hsm.env.extend(config.env.clone());
+                // On top of `[env]`, which is for the real module.
                 hsm.env.extend(faulty.env());
                 members.insert(hsm.name.clone(), (faulty, hsm.token.clone().unwrap()));
             }
@@ -204,12 +244,8 @@ impl Lab {
 }
 
 impl FaultyMembers {
-    /// A member's instance and the label of its token.
-    ///
-    /// # Panics
-    /// When there is no such member.
-    #[must_use]
-    pub fn of(&self, member: &str) -> (&Faulty, &str) {
+    /// A member's module and the label of its token.
+    fn of(&self, member: &str) -> (&Faulty, &str) {
         let (faulty, label) = self.0.get(member).unwrap_or_else(|| panic!("no member {member}"));
         (faulty, label)
     }
@@ -226,9 +262,14 @@ impl FaultyMembers {
         faulty.clear(label);
     }
 
-    /// The faults of a member's module from now on, and so of all that share it.
+    /// The faults of a member's module from now on, and of no other member's.
     pub fn set_module(&self, member: &str, faults: &[&str]) {
         self.of(member).0.set_module(faults);
+    }
+
+    /// The faults of every member's module from now on.
+    pub fn set_all_modules(&self, faults: &[&str]) {
+        self.0.values().for_each(|(faulty, _)| faulty.set_module(faults));
     }
 
     /// A member's module behaves from now on.
@@ -263,5 +304,38 @@ impl FaultyMembers {
     /// When it does not come to that.
     pub fn until(&self, member: &str, what: &str, wanted: impl Fn(&Stats) -> bool) -> Stats {
         until(what, || Some(self.stats(member)).filter(|stats| wanted(stats)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_tell_whose_they_are() {
+        let process = |name, label| process_of(name, label).map(Pid::as_raw_nonzero).map(i32::from);
+        assert_eq!(process("claviger-a.123.stats", "claviger-a"), Some(123));
+        assert_eq!(process("module.7.stats", MODULE_FILE), Some(7));
+        for other in
+            ["claviger-a.123.stats.new", "claviger-a.stats", "claviger-a", "claviger-a.done", "claviger-ab.1.stats"]
+        {
+            assert_eq!(process(other, "claviger-a"), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn what_is_over_is_not_counted_as_now() {
+        let counted = serde_json::json!({
+            "calls": {"C_Login": 1, "C_Sign": 7}, "faults": {"rv": 2},
+            "sessions": 5, "hanging": 1, "in_progress": 3, "most_in_progress": 4,
+        });
+        let mut stats = Stats::default();
+        stats.add(&counted, false);
+        assert_eq!((stats.calls("C_Sign"), stats.faults("rv"), stats.most_in_progress()), (7, 2, 4));
+        assert_eq!((stats.sessions(), stats.hanging(), stats.in_progress()), (0, 0, 0));
+        stats.add(&counted, true);
+        assert_eq!((stats.calls("C_Login"), stats.calls("C_Sign"), stats.faults("rv")), (2, 14, 4));
+        assert_eq!((stats.sessions(), stats.hanging(), stats.in_progress(), stats.most_in_progress()), (5, 1, 3, 4));
+        assert_eq!((stats.processes(), stats.calls("C_Encrypt"), stats.faults("hang")), (2, 0, 0));
     }
 }

@@ -30,9 +30,9 @@ use std::time::Duration;
 pub use administrator::Administrator;
 pub use binary::{claviger, loadgen, run, worker};
 pub use daemon::Daemon;
-pub use faulty::{Faulty, FaultyMembers, Instances, Stats};
+pub use faulty::{FaultyMembers, Stats};
 pub use lab::{ALGORITHMS, HOST, Lab, Options, metadata, open_release, roll_request, until_attested};
-pub use process::Process;
+pub use process::{Process, lives};
 pub use remote::Remote;
 pub use scrape::Metrics;
 

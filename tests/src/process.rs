@@ -12,6 +12,14 @@ use crate::PATIENCE;
 /// How long a process that is dropped has for an orderly end.
 const ORDERLY: Duration = Duration::from_secs(5);
 
+/// Whether there is such a process that has not ended; one that has ended may not have been waited for yet.
+#[must_use]
+pub fn lives(pid: Pid) -> bool {
+    // proc(5): the number, the name in parentheses, the state.
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).unwrap_or_default();
+    stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
+}
+
 /// A running program, its output so far, and its end: it is stopped when this is dropped.
 pub struct Process {
     child: Child,
@@ -159,4 +167,17 @@ fn follow(pipe: impl Read + Send + 'static, output: &Arc<Lines>) {
         output.seen.lock().unwrap_or_else(PoisonError::into_inner).closed += 1;
         output.changed.notify_all();
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_that_has_ended_does_not_live() {
+        let mut ended = Command::new("true").spawn().unwrap();
+        crate::until("it has ended", || (!lives(Pid::from_child(&ended))).then_some(()));
+        assert!(ended.wait().unwrap().success());
+        assert!(lives(rustix::process::getpid()));
+    }
 }

@@ -1,12 +1,12 @@
-//! Tokens behind sockets, as network HSMs are: a `p11-kit server` for each member, and p11-kit's client in the daemon.
+//! Tokens behind sockets, as network HSMs are: a `p11-kit server` for each member, and p11-kit's client in the daemon's workers.
 //!
 //! A server answers all calls of one connection one after the other, in a process of that connection's own. Its client
-//! connects when it is initialised and never again by itself: with the server gone every call fails, until somebody
-//! finalises and initialises it anew. Without a server it initialises all the same, and has no slots.
+//! connects when it is initialised and never again by itself: with the server gone every call fails, until a fresh worker
+//! initialises it anew. Without a server it initialises all the same, and has no slots.
 //!
 //! With several calls in flight the client has a fault of its own: when the connection ends between an answer's header and
-//! its data, threads that wait for other answers wait for ever, and the module can never be finalised again. So members
-//! have one session here. More would gain nothing.
+//! its data, threads that wait for other answers wait for ever, and the module can never be finalised again. Their worker has to
+//! be killed. Members have two sessions here, so that this happens; more would gain nothing.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -39,7 +39,7 @@ struct Server {
 
 impl Lab {
     /// Puts a server of its own between the daemon and every token, in the configuration; to be called once, before the
-    /// lab is served. The daemon gets a copy of the client for each member, as one copy has one connection.
+    /// lab is served. All members name the same client, which has one connection in each of their workers.
     ///
     /// # Panics
     /// When a server does not come up, or p11-kit is not installed.
@@ -54,12 +54,10 @@ impl Lab {
             // What is for the tokens is the servers' business now.
             let env = std::mem::take(&mut config.env);
             for hsm in &mut config.hsm {
-                let (library, socket) =
-                    (folder.join(format!("{}.so", hsm.name)), folder.join(format!("{}.sock", hsm.name)));
-                fs::copy(&client, &library).unwrap();
-                hsm.sessions = 1;
+                let socket = folder.join(format!("{}.sock", hsm.name));
+                hsm.sessions = 2;
                 hsm.env.insert(ADDRESS.to_owned(), format!("unix:path={}", socket.display()));
-                let provider = std::mem::replace(&mut hsm.module, library);
+                let provider = std::mem::replace(&mut hsm.module, client.clone());
                 let token = hsm.token.clone().unwrap();
                 let mut server = Server { token, provider, env: env.clone(), socket, process: None, mute: None };
                 server.start();

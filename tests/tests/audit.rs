@@ -7,7 +7,7 @@ use std::time::Duration;
 use claviger_protocol::attestation::parse_error_reply;
 use claviger_protocol::batch::BatchRequest;
 use claviger_protocol::error::{Code, Refusal};
-use claviger_tests::{ALGORITHMS, ATTEST, Instances, Lab, Options, ROLL, open_release, roll_request, run, said, until};
+use claviger_tests::{ALGORITHMS, ATTEST, Lab, Options, ROLL, open_release, roll_request, run, said, until};
 
 #[tokio::test]
 async fn nothing_is_released_while_the_trail_cannot_be_written() {
@@ -78,7 +78,7 @@ async fn a_request_has_one_id_everywhere() {
     let daemon = lab.serve();
     let health = lab.host(daemon.client()).attest().await.unwrap();
     assert!(daemon.stop().success());
-    let faulty = lab.behind_faulty(Instances::Own);
+    let faulty = lab.behind_faulty();
     let daemon = lab.serve();
     faulty.set("hsm-a", &["call=* rv=CKR_DEVICE_ERROR"]);
     let client = daemon.client();

@@ -2,8 +2,12 @@
 
 #![allow(clippy::unwrap_used)]
 
+use std::fs;
+use std::process::Command;
+
+use claviger_faulty_token::{CONTROL_VARIABLE, MODULE_VARIABLE};
 use claviger_protocol::payload::ApiVersion;
-use claviger_tests::{Daemon, Instances, Lab, Options};
+use claviger_tests::{Administrator, Daemon, Lab, Options, claviger, until};
 
 async fn release(daemon: &Daemon, lab: &Lab, times: usize) {
     let host = lab.host(daemon.client());
@@ -13,35 +17,68 @@ async fn release(daemon: &Daemon, lab: &Lab, times: usize) {
     }
 }
 
-async fn faults_reach_their_member(instances: Instances) {
+/// Each member's worker is configured by `[env]` and its own `env`, also where all name the same library.
+#[tokio::test(flavor = "multi_thread")]
+async fn faults_reach_their_member() {
     let lab = Lab::make(Options { hsms: 2, vms: 1, ..Options::default() });
-    let faulty = lab.behind_faulty(instances);
+    let faulty = lab.behind_faulty();
+    let config = lab.config();
+    assert_eq!(config.hsm[0].module, config.hsm[1].module);
+    assert_ne!(config.hsm[0].env, config.hsm[1].env);
     faulty.set("hsm-a", &["call=C_Decrypt rv=CKR_DEVICE_ERROR"]);
     let daemon = lab.serve();
     daemon.until_ready_is(200).await;
     release(&daemon, &lab, 10).await;
-    let (a, b) = (faulty.of("hsm-a").0, faulty.of("hsm-b").0);
-    assert_eq!(a.module_file() == b.module_file(), instances == Instances::Shared);
     let ill = faulty.until("hsm-a", "a decryption on hsm-a", |stats| stats.faults("rv") > 0);
     assert_eq!(ill.faults("rv"), ill.calls("C_Decrypt"));
     let well = faulty.until("hsm-b", "ten decryptions on hsm-b", |stats| stats.calls("C_Decrypt") >= 10);
     assert_eq!(well.faults("rv"), 0);
-    assert_eq!((well.calls("C_Login"), well.hanging()), (1, 0));
+    assert_eq!((well.calls("C_Login"), well.hanging(), well.processes()), (1, 0, 1));
     faulty.clear_all();
+    until("hsm-a comes up", || {
+        let members = Administrator(&lab).json(&["hsm", "list"]);
+        (members[0]["state"] == "up").then_some(())
+    });
     release(&daemon, &lab, 10).await;
+    assert!(faulty.stats("hsm-a").processes() > 1, "hsm-a came up with the worker that failed");
     assert!(daemon.stop().success());
-    assert_eq!(faulty.stats("hsm-a").sessions() + faulty.stats("hsm-b").sessions(), 0);
-    // At the end; and before, when an ill member was all that its instance had and was closed.
-    let finalized = faulty.module_stats("hsm-a").calls("C_Finalize");
-    assert!(finalized == 1 || instances == Instances::Own && finalized > 1, "{finalized}");
+    for member in ["hsm-a", "hsm-b"] {
+        // Every process logged in once at most, and was finalised, unless it was killed for its faults.
+        let (token, module) = (faulty.stats(member), faulty.module_stats(member));
+        assert_eq!((token.sessions(), module.in_progress()), (0, 0), "{member}");
+        assert_eq!(module.calls("C_Initialize"), module.processes(), "{member}");
+        assert!(token.calls("C_Login") <= module.processes(), "{member}");
+        assert!((1..=module.processes()).contains(&module.calls("C_Finalize")), "{member}");
+    }
+    assert_eq!(faulty.module_stats("hsm-b").calls("C_Finalize"), 1);
 }
 
+/// A worker has the daemon's environment; over that goes `[env]`, and over both the member's own. But no PIN.
 #[tokio::test(flavor = "multi_thread")]
-async fn through_one_instance() {
-    faults_reach_their_member(Instances::Shared).await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn through_an_instance_for_each() {
-    faults_reach_their_member(Instances::Own).await;
+async fn a_workers_environment_is_the_daemons_and_the_configurations() {
+    const PIN: &str = "CLAVIGER_TEST_PIN";
+    let lab = Lab::make(Options::default());
+    let faulty = lab.behind_faulty();
+    let (mut real, mut pin) = (None, None);
+    lab.configure(|config| {
+        let hsm = &mut config.hsm[0];
+        real = hsm.env.remove(MODULE_VARIABLE);
+        pin = hsm.pin_file.take();
+        hsm.pin_env = Some(PIN.to_owned());
+        assert!(hsm.env.contains_key(CONTROL_VARIABLE) && config.env.contains_key("SOFTHSM2_CONF"));
+        config.env.insert(CONTROL_VARIABLE.to_owned(), "/nowhere".to_owned());
+    });
+    let mut command = Command::new(claviger());
+    command.arg("serve").arg("--config").arg(lab.config_file()).env(MODULE_VARIABLE, real.unwrap());
+    command.env("SOFTHSM2_CONF", "/nowhere").env(CONTROL_VARIABLE, "/nowhere");
+    let daemon = Daemon::start(command.env(PIN, fs::read_to_string(pin.unwrap()).unwrap().trim()));
+    daemon.until_ready_is(200).await;
+    release(&daemon, &lab, 1).await;
+    faulty.until("hsm-a", "a decryption", |stats| stats.calls("C_Decrypt") > 0);
+    // Its memory is nobody's but root's to look at.
+    let worker = Administrator(&lab).worker("hsm-a").unwrap();
+    if let Ok(environment) = fs::read_to_string(format!("/proc/{}/environ", worker.as_raw_nonzero())) {
+        assert!(environment.contains(MODULE_VARIABLE) && !environment.contains(PIN), "{environment}");
+    }
+    assert!(daemon.stop().success());
 }

@@ -13,7 +13,7 @@ use claviger_protocol::metadata::Metadata;
 use claviger_protocol::payload::ApiVersion;
 use claviger_protocol::protector::Protector;
 use claviger_protocol::rsa_key::RsaPrivateKey;
-use claviger_tests::{Administrator, Daemon, HOST, Instances, Lab, Options, metadata, run, said, tool, until};
+use claviger_tests::{Administrator, Daemon, HOST, Lab, Options, metadata, run, said, tool, until};
 use data_encoding::HEXLOWER;
 use serde_json::Value;
 
@@ -398,7 +398,7 @@ async fn what_one_service_is_another_on_the_same_tokens_becomes() {
 #[test]
 fn a_member_that_does_not_answer_is_nobodys_proof() {
     let lab = Lab::make(Options { hsms: 2, ..Options::default() });
-    let faulty = lab.behind_faulty(Instances::Own);
+    let faulty = lab.behind_faulty();
     faulty.set("hsm-b", &["absent rv=CKR_DEVICE_REMOVED"]);
     let daemon = lab.serve();
     let administrator = Administrator(&lab);

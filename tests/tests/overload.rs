@@ -15,7 +15,7 @@ use claviger_protocol::error::{Code, Refusal};
 use claviger_protocol::protector::TransportKey;
 use claviger_protocol::rsa_key::RsaPrivateKey;
 use claviger_tests::{
-    ALGORITHMS, Daemon, HOST, Instances, Lab, Options, PATIENCE, ROLL, open_release, roll_request, stats::median,
+    ALGORITHMS, Daemon, HOST, Lab, Options, PATIENCE, ROLL, open_release, roll_request, stats::median,
 };
 use data_encoding::BASE64;
 use http_body_util::Full;
@@ -106,7 +106,7 @@ fn milliseconds(times: &[f64]) -> String {
 async fn what_waits_of_a_host_that_is_removed_gets_nothing() {
     const WAITING: usize = 8;
     let lab = Lab::make(Options::default());
-    let faulty = lab.behind_faulty(Instances::Own);
+    let faulty = lab.behind_faulty();
     lab.configure(|config| (config.release.watchdog_ms, config.release.concurrency) = (60_000, 1));
     let daemon = lab.serve();
     daemon.until_ready_is(200).await;

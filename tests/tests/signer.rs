@@ -4,7 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 use claviger_protocol::payload::ApiVersion;
-use claviger_tests::{Instances, Lab, METADATA, Options, block, run, until, until_attested};
+use claviger_tests::{Lab, METADATA, Options, block, run, until, until_attested};
 use rusqlite::Connection;
 use serde_json::Value;
 
@@ -18,7 +18,7 @@ fn sql(lab: &Lab, sql: &str) {
 #[test]
 fn the_member_that_remains_gets_a_key() {
     let lab = Lab::make(Options { hsms: 2, vms: 1, ..Options::default() });
-    let faulty = lab.behind_faulty(Instances::Own);
+    let faulty = lab.behind_faulty();
     sql(&lab, "DELETE FROM attestation_signers");
     const ABSENT: &[&str] = &["absent rv=CKR_DEVICE_REMOVED"];
     faulty.set("hsm-b", ABSENT);
@@ -43,7 +43,7 @@ fn the_member_that_remains_gets_a_key() {
 #[test]
 fn a_signer_that_cannot_be_stored_leaves_one_key() {
     let lab = Lab::make(Options::default());
-    let faulty = lab.behind_faulty(Instances::Own);
+    let faulty = lab.behind_faulty();
     sql(
         &lab,
         "DELETE FROM attestation_signers;
@@ -96,7 +96,7 @@ fn a_signer_that_was_replaced_is_trusted_as_long_as_what_it_issued_lasts() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_attestation_keeps_the_deadline() {
     let lab = Lab::make(Options::default());
-    let faulty = lab.behind_faulty(Instances::Own);
+    let faulty = lab.behind_faulty();
     lab.configure(|config| (config.release.deadline_ms, config.release.watchdog_ms) = (1000, 60_000));
     let daemon = lab.serve();
     daemon.until_ready_is(200).await;

@@ -5,9 +5,7 @@
 use claviger::host::{Host, HostError};
 use claviger_protocol::certificate::Certificate;
 use claviger_protocol::payload::ApiVersion;
-use claviger_tests::{
-    Administrator, Daemon, HOST, Instances, Lab, Options, ROLL, block, roll_request, run, said, until_attested,
-};
+use claviger_tests::{Administrator, Daemon, HOST, Lab, Options, ROLL, block, roll_request, run, said, until_attested};
 use serde_json::{Value, json};
 
 fn signers(administrator: &Administrator<'_>) -> Vec<(String, String)> {
@@ -180,7 +178,7 @@ fn an_import_does_not_bring_a_revoked_signer_back() {
 #[test]
 fn without_a_new_signer_nothing_is_revoked_unless_forced() {
     let lab = Lab::make(Options::default());
-    let faulty = lab.behind_faulty(Instances::Own);
+    let faulty = lab.behind_faulty();
     let (daemon, host, health, thumbprint) = begin(&lab);
     let administrator = Administrator(&lab);
     faulty.set("hsm-a", &["call=C_GenerateKeyPair rv=CKR_DEVICE_MEMORY"]);
@@ -204,7 +202,7 @@ fn without_a_new_signer_nothing_is_revoked_unless_forced() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_release_that_waits_for_an_hsm_does_not_leave_after_its_signer_was_revoked() {
     let lab = Lab::make(Options::default());
-    let faulty = lab.behind_faulty(Instances::Own);
+    let faulty = lab.behind_faulty();
     lab.configure(|config| (config.release.watchdog_ms, config.release.concurrency) = (60_000, 1));
     let daemon = lab.serve();
     daemon.until_ready_is(200).await;

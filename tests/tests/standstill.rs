@@ -1,21 +1,32 @@
-//! A process that is stopped for a while, as by a migration of its virtual machine, goes on as if nothing had been.
+//! A process that is stopped for a while, alone or with its workers, as by a migration of its virtual machine, goes on as if
+//! nothing had been.
 
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 use std::time::Duration;
 
 use claviger_tests::openloop::Traffic;
-use claviger_tests::{Instances, Lab, Options};
+use claviger_tests::{Administrator, Lab, Options, until};
+use rustix::process::{Pid, Signal, kill_process};
 
 /// Longer than a release may take, and than a call may before it hangs.
 const STANDSTILL: Duration = Duration::from_secs(6);
 /// What the clients allow: as if they had been stopped, too.
 const PATIENCE: Duration = Duration::from_secs(90);
 
+/// The processes that serve the members.
+fn workers(lab: &Lab) -> [Pid; 2] {
+    ["hsm-a", "hsm-b"].map(|member| Administrator(lab).worker(member).unwrap())
+}
+
+fn send(to: &[Pid], signal: Signal) {
+    to.iter().for_each(|pid| kill_process(*pid, signal).unwrap());
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn time_in_which_the_process_stood_still_is_counted_for_nobody() {
     let lab = Lab::make(Options { hsms: 2, vms: 4, ..Options::default() });
-    let faulty = lab.behind_faulty(Instances::Own);
+    let faulty = lab.behind_faulty();
     lab.configure(|config| {
         config.release.deadline_ms = 5_000;
         config.release.watchdog_ms = 2_000;
@@ -24,6 +35,10 @@ async fn time_in_which_the_process_stood_still_is_counted_for_nobody() {
     });
     let daemon = lab.serve();
     daemon.until_ready_is(200).await;
+    until("both members are up", || {
+        let members = Administrator(&lab).json(&["hsm", "list"]);
+        members.as_array().unwrap().iter().all(|member| member["state"] == "up").then_some(())
+    });
     let health = lab.host(daemon.client()).attest().await.unwrap();
     for member in ["hsm-a", "hsm-b"] {
         faulty.set(member, &["call=C_Decrypt,C_Sign delay_ms=60"]);
@@ -31,10 +46,17 @@ async fn time_in_which_the_process_stood_still_is_counted_for_nobody() {
     let traffic = Traffic::of_vms(&lab, &health);
     // What comes in 6 s is worked off well within the deadline afterwards.
     let load = traffic.start(&daemon, 8.0, PATIENCE);
-    for _ in 0..3 {
+    let all = workers(&lab);
+    // The daemon alone; then all of its processes, of which one or the other comes to run first.
+    for (frozen, workers_first) in [(&[][..], false), (&all[..], true), (&all[..], false)] {
         tokio::time::sleep(Duration::from_millis(800)).await;
         daemon.process.freeze();
+        send(frozen, Signal::STOP);
         tokio::time::sleep(STANDSTILL).await;
+        if !workers_first {
+            daemon.process.thaw();
+        }
+        send(frozen, Signal::CONT);
         daemon.process.thaw();
     }
     daemon.until_ready_is(200).await;
@@ -46,6 +68,7 @@ async fn time_in_which_the_process_stood_still_is_counted_for_nobody() {
     for reason in ["late", "deadline", "full"] {
         assert_eq!(metrics.sum("claviger_queue_dropped_total", &[("reason", reason)]), Some(0.0), "{reason}");
     }
+    assert_eq!(workers(&lab), all, "a worker was killed");
     report.assert_all_right();
     assert!(daemon.stop().success());
 }

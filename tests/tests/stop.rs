@@ -12,7 +12,7 @@ use std::time::Duration;
 use claviger_protocol::rsa_key::RsaPrivateKey;
 use claviger_tests::raw::{Connection, Silence, get, post, post_head};
 use claviger_tests::{
-    Daemon, Instances, Lab, METADATA, Options, ROLL, block, claviger, open_release, roll_request, run, said, until,
+    Daemon, Lab, METADATA, Options, ROLL, block, claviger, open_release, roll_request, run, said, until,
 };
 
 const CLIENTS: usize = 8;
@@ -140,7 +140,7 @@ fn a_body_that_never_comes_does_not_keep_the_daemon() {
 #[test]
 fn an_administrator_is_answered_before_the_end() {
     let lab = Lab::make(Options::default());
-    let faulty = lab.behind_faulty(Instances::Own);
+    let faulty = lab.behind_faulty();
     lab.configure(|config| config.release.watchdog_ms = 60_000);
     let mut daemon = lab.serve();
     block(daemon.until_ready_is(200));

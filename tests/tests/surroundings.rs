@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex};
 use claviger::client::Client;
 use claviger_protocol::payload::ApiVersion;
 use claviger_tests::{
-    Instances, Lab, Metrics, Options, PATIENCE, Process, block, claviger, loadgen, run, said, tool, until,
+    Administrator, Lab, Metrics, Options, PATIENCE, Process, block, claviger, lives, loadgen, run, said, tool, until,
 };
 use rustix::fs::{Mode, OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process, prlimit};
@@ -238,7 +238,7 @@ fn a_signal_to_stop_ends_the_first_process_of_a_container() {
 #[test]
 fn a_signal_to_stop_ends_a_daemon_whose_module_hangs() {
     let lab = Lab::make(Options::default());
-    let faulty = lab.behind_faulty(Instances::Own);
+    let faulty = lab.behind_faulty();
     faulty.set("hsm-a", &["call=* hang"]);
     let mut process = Process::start(serve(&lab).env("RUST_LOG", "info"));
     until("it hangs", || (faulty.stats("hsm-a").faults("hang") > 0).then_some(()));
@@ -247,6 +247,35 @@ fn a_signal_to_stop_ends_a_daemon_whose_module_hangs() {
     for socket in ["admin.sock", "review.sock"] {
         assert!(!lab.file("state").join(socket).exists(), "{socket} is left behind");
     }
+    until("the call that hangs ends with its process", || (faulty.stats("hsm-a").hanging() == 0).then_some(()));
+}
+
+/// Neither a call that hangs nor the way in which the daemon ended keeps them.
+#[test]
+fn workers_end_with_a_daemon_that_is_killed() {
+    let lab = Lab::make(Options { hsms: 2, ..Options::default() });
+    let faulty = lab.behind_faulty();
+    lab.configure(|config| config.release.watchdog_ms = 60_000);
+    let mut daemon = lab.serve();
+    until("both members are up", || {
+        let members = Administrator(&lab).json(&["hsm", "list"]);
+        members.as_array().unwrap().iter().all(|member| member["state"] == "up").then_some(())
+    });
+    let workers = ["hsm-a", "hsm-b"].map(|member| Administrator(&lab).worker(member).unwrap());
+    assert!(workers.iter().all(|worker| lives(*worker)) && workers[0] != workers[1]);
+    faulty.set("hsm-b", &["call=C_Decrypt,C_Sign hang"]);
+    let config = lab.config_file();
+    let probe = std::thread::spawn(move || run(["hsm", "probe", "hsm-b", "--config", config.to_str().unwrap()]));
+    faulty.until("hsm-b", "a probe at the token", |stats| stats.hanging() == 1);
+    kill_process(daemon.process.pid(), Signal::KILL).unwrap();
+    assert_eq!(daemon.process.wait().code(), None);
+    assert!(!probe.join().unwrap().status.success());
+    until("the workers end", || (!workers.iter().any(|worker| lives(*worker))).then_some(()));
+    // Nothing that is left keeps the next daemon from its tokens.
+    faulty.clear("hsm-b");
+    let daemon = lab.serve();
+    block(daemon.until_ready_is(200));
+    assert!(daemon.stop().success());
 }
 
 #[tokio::test]

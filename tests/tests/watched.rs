@@ -9,7 +9,7 @@ use claviger_dashboards::{panels, variables};
 use claviger_protocol::batch::BatchRequest;
 use claviger_tests::openloop::Traffic;
 use claviger_tests::prometheus::Prometheus;
-use claviger_tests::{ALGORITHMS, ATTEST, Daemon, Instances, Lab, Options, PATIENCE, ROLL};
+use claviger_tests::{ALGORITHMS, ATTEST, Daemon, Lab, Options, PATIENCE, ROLL};
 
 const BATCH: &str = "/KeyProtection/service/v2.0/RollTransportKeys";
 /// Few, so that the machine does everything else beside them.
@@ -56,7 +56,7 @@ async fn every_query_has_data_every_rule_is_sound_and_a_member_that_fails_is_an_
     let health = lab.host(daemon.client()).attest().await.unwrap();
     let traffic = Traffic::of_vms(&lab, &health);
     assert!(daemon.stop().success());
-    let faulty = lab.behind_faulty(Instances::Own);
+    let faulty = lab.behind_faulty();
     lab.configure(|config| {
         config.release.deadline_ms = DEADLINE.as_millis() as u64;
         // A machine that stands still for a moment is no call that hangs.

@@ -6,9 +6,7 @@ use std::path::Path;
 
 use claviger_protocol::batch::{BatchRequest, parse_results};
 use claviger_protocol::error::{Code, Refusal};
-use claviger_tests::{
-    ALGORITHMS, Administrator, Daemon, FaultyMembers, HOST, Instances, Lab, Options, ROLL, roll_request, said,
-};
+use claviger_tests::{ALGORITHMS, Administrator, Daemon, FaultyMembers, HOST, Lab, Options, ROLL, roll_request, said};
 use serde_json::Value;
 
 const BATCH: &str = "/KeyProtection/service/v2.0/RollTransportKeys";
@@ -17,7 +15,7 @@ const XML: &str = "application/xml";
 /// One slow token, and all the time for it.
 fn slow() -> (Lab, FaultyMembers, Daemon) {
     let lab = Lab::make(Options::default());
-    let faulty = lab.behind_faulty(Instances::Own);
+    let faulty = lab.behind_faulty();
     lab.configure(|config| (config.release.watchdog_ms, config.release.concurrency) = (60_000, 1));
     let daemon = lab.serve();
     (lab, faulty, daemon)

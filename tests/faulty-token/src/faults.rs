@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use cryptoki_sys::*;
 
+use crate::deeds::Deed;
 use crate::exports::NAMES;
 
 /// Names that may stand for a number.
@@ -60,6 +61,7 @@ pub(crate) struct Rule {
     times: u64,
     pub(crate) delay: Duration,
     pub(crate) hang: bool,
+    pub(crate) deed: Option<Deed>,
     pub(crate) corrupt: bool,
     pub(crate) rv: Option<CK_RV>,
     met: AtomicU64,
@@ -97,6 +99,7 @@ impl Rule {
             times: u64::MAX,
             delay: Duration::ZERO,
             hang: false,
+            deed: None,
             corrupt: false,
             rv: None,
             met: AtomicU64::new(0),
@@ -241,14 +244,21 @@ impl<'a> Words<'a> {
         }
     }
 
+    fn deed(&mut self) -> Result<Option<Deed>, String> {
+        let Some(value) = self.take("deed") else { return Ok(None) };
+        let value = value.unwrap_or_default();
+        Deed::named(value).map(Some).ok_or_else(|| format!("{value:?} is no deed"))
+    }
+
     fn rule(&mut self, calls: Option<Vec<&'static str>>) -> Result<Rule, String> {
         let mut rule = Rule::new(calls);
         rule.delay = Duration::from_millis(self.number("delay_ms")?.unwrap_or(0));
         rule.hang = self.flag("hang")?;
+        rule.deed = self.deed()?;
         rule.corrupt = self.flag("corrupt")?;
         rule.rv = self.code()?;
-        if rule.delay.is_zero() && !rule.hang && !rule.corrupt && rule.rv.is_none() {
-            return Err("no rv, delay_ms, hang or corrupt".to_owned());
+        if rule.delay.is_zero() && !rule.hang && rule.deed.is_none() && !rule.corrupt && rule.rv.is_none() {
+            return Err("no rv, delay_ms, hang, deed or corrupt".to_owned());
         }
         self.complete(rule)
     }
@@ -303,8 +313,39 @@ mod tests {
     }
 
     #[test]
+    fn deeds_are_understood() {
+        for (name, deed) in [
+            ("abort", Deed::Abort),
+            ("exit", Deed::Exit),
+            ("segv", Deed::Segv),
+            ("heap", Deed::Heap),
+            ("handlers", Deed::Handlers),
+            ("close", Deed::Close),
+            ("print", Deed::Print),
+            ("leak", Deed::Leak),
+            ("deadlock", Deed::Deadlock),
+        ] {
+            let line = format!("call=C_Decrypt deed={name} every=3 rv=0x30");
+            let faults = Faults::parse(&line, false).unwrap_or_else(|error| panic!("{error}"));
+            let [rule] = &faults.rules[..] else { panic!("{faults:?}") };
+            assert_eq!((rule.deed, rule.every, rule.rv), (Some(deed), 3, Some(0x30)));
+        }
+        let faults = Faults::parse("initialize deed=deadlock", true).unwrap_or_else(|error| panic!("{error}"));
+        assert!(faults.rules[0].applies("C_Initialize", false));
+        assert_eq!(faults.rules[0].deed, Some(Deed::Deadlock));
+        let faults = Faults::parse("call=C_Decrypt hang", false).unwrap_or_else(|error| panic!("{error}"));
+        assert_eq!(faults.rules[0].deed, None);
+    }
+
+    #[test]
     fn mistakes_are_told() {
         for line in [
+            "call=C_Decrypt deed",
+            "call=C_Decrypt deed=good",
+            "call=C_Decrypt deed=abort deed=exit",
+            "pin=locked deed=abort",
+            "throttle=2 deed=abort",
+            "deed=abort",
             "call=C_Decript rv=1",
             "call=C_Decrypt",
             "call rv=1",

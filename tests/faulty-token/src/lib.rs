@@ -1,14 +1,14 @@
 //! A PKCS#11 module that stands in front of a real one and misbehaves on command.
 //!
 //! [`MODULE_VARIABLE`] names the real module and [`CONTROL_VARIABLE`] a folder of control files. Both are read when the
-//! functions are first asked for, or at the first `C_Initialize`, and hold from then on: copies of this library under other
-//! file names are instances of their own, each with its own real module.
+//! functions are first asked for, or at the first `C_Initialize`, and hold from then on. Every process that loads this library
+//! has an instance of its own; in one process, copies of it under other file names are, each with its own real module.
 //!
 //! # Control files
 //!
 //! `LABEL` in the folder is about the token of that label; `module` is about every call, and the calls that belong to no
 //! token. A file is looked at in every call (and 20 times a second), so it is to be written elsewhere and renamed. No
-//! file, no faults. Counting begins anew with every new file, even with the same text.
+//! file, no faults. Counting begins anew with every new file, even with the same text, and in every process.
 //!
 //! A line is a fault, of words `key=value` or `key`; `#` begins a comment:
 //!
@@ -18,13 +18,27 @@
 //! call=* rv=CKR_DEVICE_ERROR times=3      the next 3 calls
 //! call=* delay_ms=200                     sleeps first
 //! call=C_Decrypt hang                     waits till the file is changed or removed; then does what it was to do
+//! call=C_Decrypt deed=abort               the process comes to harm, see below
 //! call=C_Sign corrupt                     one bit of the result is wrong: C_Decrypt, C_Sign and the others of their shape
 //! throttle=8 rv=CKR_FUNCTION_FAILED       when more calls than 8 are in progress at once; the code is this one by itself
 //! ```
 //!
-//! `*` is every call but `C_Initialize` and `C_Finalize`. In a line, `delay_ms`, `hang`, `corrupt` and `rv` go together,
-//! in this order; `every` and `times` choose the calls. A call that would end an operation of its session does so, too,
-//! when it is made to fail. For a token only:
+//! `*` is every call but `C_Initialize` and `C_Finalize`. In a line, `delay_ms`, `hang`, `deed`, `corrupt` and `rv` go
+//! together, in this order; `every` and `times` choose the calls. A call that would end an operation of its session does so,
+//! too, when it is made to fail. Deeds are:
+//!
+//! ```text
+//! abort, exit, segv                       abort(); exit(0); raise(SIGSEGV)
+//! heap                                    writes over the allocator's data, and frees: the allocator aborts
+//! deadlock                                waits for a mutex that it holds, for ever
+//! close                                   closes descriptor 3, and goes on
+//! handlers                                SIGTERM, SIGINT, SIGCHLD are ignored, SIGSEGV is handled by doing nothing; goes on
+//! print                                   a gigabyte to both outputs, and goes on
+//! leak                                    a gigabyte of memory, written to; goes on
+//! ```
+//!
+//! A deed is done once, whatever process comes after: the control file, with all that it says, is renamed to `LABEL.done`
+//! before. For a token only:
 //!
 //! ```text
 //! pin=incorrect                           C_Login fails, the real token does not hear of it; also locked, expired
@@ -42,17 +56,20 @@
 //!
 //! ```text
 //! no_slots                                C_GetSlotList gives nothing
-//! initialize rv=0x30                      C_Initialize fails
+//! initialize rv=0x30                      C_Initialize fails; or hangs, or does a deed
 //! dead rv=CKR_DEVICE_REMOVED              every call fails from now on, also without the file, until C_Finalize and
 //!                                         C_Initialize; while the file is there, that comes up with no slots
 //! ```
 //!
 //! # What it counted
 //!
-//! `LABEL.stats` and `module.stats` in the same folder are rewritten within 50 ms of a change, and at once when a call
-//! begins or ends to hang: JSON with the `calls` and the `faults` by name, the `sessions` open, the calls `in_progress`,
-//! the `most_in_progress` so far, and those `hanging`.
+//! Every process writes its own `LABEL.PID.stats` and `module.PID.stats` in the same folder, and they stay when it has ended.
+//! They are rewritten within 50 ms of a change, and at once where the process may be killed before that: with every fault but
+//! a delay, before calls that begin something (`C_Initialize`, `C_GetSlotList`, `C_GetTokenInfo`, `C_OpenSession`, `C_Login`),
+//! and when a call ends to hang. JSON with the `calls` and the `faults` by name, the `sessions` open, the calls
+//! `in_progress`, the `most_in_progress` so far, and those `hanging`.
 
+mod deeds;
 mod exports;
 mod faults;
 mod module;

@@ -16,6 +16,8 @@ use crate::faults::Faults;
 
 /// How often a hanging call looks whether it may go on.
 const POLL: Duration = Duration::from_millis(5);
+/// Calls that are written down before they are made: they begin what a process may not survive for long. Others are too many.
+const AT_ONCE: [&str; 5] = ["C_Initialize", "C_GetSlotList", "C_GetTokenInfo", "C_OpenSession", "C_Login"];
 
 /// A mutex that a panic elsewhere does not take away.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -124,6 +126,9 @@ impl Scope {
             counts.in_progress += 1;
             counts.most_in_progress = counts.most_in_progress.max(counts.in_progress);
         });
+        if AT_ONCE.contains(&name) {
+            self.report();
+        }
         Entered(self)
     }
 
@@ -160,6 +165,12 @@ impl Scope {
             if rule.hang {
                 self.hang(|| Arc::ptr_eq(&now(), &faults));
             }
+            if let Some(deed) = rule.deed
+                && self.claim()
+            {
+                self.fault("deed");
+                deed.perform();
+            }
             if rule.corrupt {
                 self.fault("corrupt");
                 plan.corrupt = true;
@@ -172,11 +183,16 @@ impl Scope {
         plan
     }
 
+    /// Takes the control file away. `false` when another call, or another process, was faster.
+    fn claim(&self) -> bool {
+        let taken = |file: &PathBuf| std::fs::rename(file, with_suffix(file, "done")).is_ok();
+        self.file.as_ref().is_some_and(taken)
+    }
+
     /// Written down at once, both times: whoever has seen the end of a hanging call must not take it for the next one.
     fn hang(&self, go_on: impl Fn() -> bool) {
-        self.fault("hang");
         self.count(|counts| counts.hanging += 1);
-        self.report();
+        self.fault("hang");
         while go_on() {
             std::thread::sleep(POLL);
         }
@@ -184,9 +200,12 @@ impl Scope {
         self.report();
     }
 
-    /// Counts a fault.
+    /// Counts a fault, and writes it down: the process may be killed for it. Delays are too many.
     pub(crate) fn fault(&self, kind: &'static str) {
         self.count(|counts| *counts.faults.entry(kind).or_default() += 1);
+        if kind != "delay" {
+            self.report();
+        }
     }
 
     /// Counts a session that is about to be opened, if there is room.
@@ -219,11 +238,20 @@ impl Scope {
         }
         let text = counts.to_json();
         drop(counts);
-        let name = file.to_string_lossy();
-        let temporary = format!("{name}.stats.new");
+        // Another process of the same token has counts of its own.
+        let stats = with_suffix(file, &format!("{}.stats", std::process::id()));
+        let temporary = with_suffix(&stats, "new");
         // The folder may be gone at the end of a test, and that is no reason to fail.
-        let _ = std::fs::write(&temporary, text).and_then(|()| std::fs::rename(&temporary, format!("{name}.stats")));
+        let _ = std::fs::write(&temporary, text).and_then(|()| std::fs::rename(&temporary, stats));
     }
+}
+
+/// `FILE.SUFFIX`.
+fn with_suffix(file: &Path, suffix: &str) -> PathBuf {
+    let mut name = file.as_os_str().to_owned();
+    name.push(".");
+    name.push(suffix);
+    name.into()
 }
 
 impl Version {

@@ -472,3 +472,29 @@ fn many_threads_and_changing_faults() {
     }
     println!("{:?} a call with a control file", begun.elapsed() / 10_000);
 }
+
+/// Each process has statistics of its own; what may be killed next is on record.
+#[test]
+fn statistics_are_a_processs_own() {
+    let (_alone, world, _) = worlds();
+    let own = |file: &str| world.control().join(format!("{file}.{}.stats", std::process::id()));
+    let read = |file: &str| std::fs::read_to_string(own(file)).unwrap();
+    let strangers = world.control().join("one.1.stats");
+    std::fs::write(&strangers, "{}").unwrap();
+    // Without waiting: a login before it is made, and a fault when it happens.
+    let logins = world.count("one", "C_Login");
+    let session = world.pkcs11.open_ro_session(world.slot("one").unwrap()).unwrap();
+    world.set("one", &["call=C_Login rv=CKR_DEVICE_ERROR"]);
+    let faults = world.count("one", "rv");
+    assert_eq!(failed(world.login(&session)), CKR_DEVICE_ERROR);
+    assert_eq!((world.count("one", "C_Login"), world.count("one", "rv")), (logins + 1, faults + 1));
+    assert!(read("module").contains("\"C_Initialize\": "));
+    for text in [read("one"), read("module")] {
+        for name in ["calls", "faults", "sessions", "hanging", "in_progress", "most_in_progress"] {
+            assert!(text.contains(&format!("\"{name}\": ")), "{text}");
+        }
+    }
+    assert_eq!(std::fs::read_to_string(&strangers).unwrap(), "{}");
+    std::fs::remove_file(strangers).unwrap();
+    assert!(!world.control().join("one.stats").exists());
+}

@@ -2,14 +2,13 @@
 
 use std::time::Instant;
 
-use claviger_tests::Instances;
 use claviger_tests::openloop::Answer;
 
-use super::{MEMBERS, Setup, Stage, USUAL, seconds, until};
+use super::{MEMBERS, RETURN, Setup, Stage, USUAL, seconds, until};
 
 /// One fault after the other, on one member after the other.
-async fn one_after_the_other(setup: Setup, name: &str, faults: &[&[&str]]) {
-    let stage = Stage::open(setup).await;
+async fn one_after_the_other(name: &str, faults: &[&[&str]]) {
+    let stage = Stage::open(USUAL).await;
     let load = stage.load();
     seconds(0.5).await;
     for (fault, member) in faults.iter().zip(MEMBERS.iter().cycle()) {
@@ -25,7 +24,7 @@ async fn one_after_the_other(setup: Setup, name: &str, faults: &[&[&str]]) {
     stage.end(name, load).await.assert_all_right();
 }
 
-/// A member that does nothing but fail is closed; then it is probed, and gets nothing else.
+/// A member that does nothing but fail is closed; then it is probed, by one fresh worker after the other, and gets nothing else.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_fails_is_closed_and_probed() {
     let stage = Stage::open(USUAL).await;
@@ -33,8 +32,10 @@ async fn what_fails_is_closed_and_probed() {
     seconds(0.5).await;
     stage.faulty.set("hsm-a", &["call=* rv=CKR_DEVICE_ERROR"]);
     stage.until_closed("hsm-a", 1).await;
-    let (served, probed) = (stage.served("hsm-a").await, stage.faulty.stats("hsm-a").faults("rv"));
-    stage.until_faults("hsm-a", "rv", probed + 3).await;
+    let (served, before) = (stage.served("hsm-a").await, stage.faulty.stats("hsm-a"));
+    stage.until_faults("hsm-a", "rv", before.faults("rv") + 3).await;
+    let processes = before.processes();
+    until("a probe by a fresh worker", async || stage.faulty.stats("hsm-a").processes() > processes).await;
     assert_eq!(stage.served("hsm-a").await, served);
     stage.faulty.clear("hsm-a");
     let back = stage.until_serves("hsm-a").await;
@@ -54,13 +55,7 @@ const FAULTS: [&[&str]; 6] = [
 
 #[tokio::test(flavor = "multi_thread")]
 async fn errors_of_one_member() {
-    one_after_the_other(USUAL, "errors, own instances", &FAULTS).await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn errors_of_one_member_of_a_shared_instance() {
-    let setup = Setup { instances: Instances::Shared, ..USUAL };
-    one_after_the_other(setup, "errors, shared instance", &FAULTS).await;
+    one_after_the_other("errors", &FAULTS).await;
 }
 
 /// Some calls fail all the time, others never: the others' successes must not hide that.
@@ -122,6 +117,8 @@ async fn all_gone(setup: Setup, name: &str, fault: &str) {
     MEMBERS.iter().for_each(|member| stage.faulty.set(member, &[fault]));
     stage.daemon.until_ready_is(503).await;
     assert_eq!(stage.daemon.probe("/live").await.status, 200);
+    // Until then a release waits for a member that has just gone down.
+    seconds(RETURN.as_secs_f64()).await;
     let gone = Instant::now();
     seconds(3.0).await;
     let cleared = Instant::now();
@@ -152,11 +149,6 @@ async fn all_members_are_absent() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn all_members_of_a_shared_instance_are_absent() {
-    all_gone(Setup { instances: Instances::Shared, ..USUAL }, "all absent, shared", "absent").await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn all_members_fail() {
     all_gone(USUAL, "all fail", "call=* rv=CKR_DEVICE_ERROR").await;
 }
@@ -178,7 +170,9 @@ async fn two_of_three_are_broken_in_different_ways() {
     seconds(3.0).await;
     stage.faulty.clear_all();
     until("hsm-a hangs no more", async || stage.faulty.stats("hsm-a").hanging() == 0).await;
-    stage.until_serves("hsm-a").await;
-    stage.until_serves("hsm-c").await;
+    for member in ["hsm-a", "hsm-c"] {
+        stage.until_serves(member).await;
+        assert!(stage.renewals(member).await > 0, "{member} has its first worker");
+    }
     stage.end("one hangs, one fails", load).await.assert_all_right();
 }

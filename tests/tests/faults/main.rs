@@ -5,6 +5,7 @@
 
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
+mod deeds;
 mod errors;
 mod hangs;
 mod modules;
@@ -17,7 +18,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use claviger_tests::openloop::{Load, Report, Traffic};
-use claviger_tests::{Daemon, FaultyMembers, Instances, Lab, Options, PATIENCE};
+use claviger_tests::{Administrator, Daemon, FaultyMembers, Lab, Options, PATIENCE, lives};
+use rustix::process::{Pid, Signal, kill_process};
 use tokio::sync::{Semaphore, SemaphorePermit};
 
 const MEMBERS: [&str; 3] = ["hsm-a", "hsm-b", "hsm-c"];
@@ -28,21 +30,24 @@ const SHARE: f64 = 0.35;
 const TRIAL: (Duration, u64) = (Duration::from_millis(700), 4);
 /// What a release has. Long, since a machine that stands still is not the daemon's fault.
 const DEADLINE: Duration = Duration::from_secs(20);
+/// How long the daemon lets a release wait for the return of a member that went down, when no other one serves.
+const RETURN: Duration = Duration::from_secs(2);
 /// A scenario is about load, not about how many of them a machine carries.
 static ROOM: Semaphore = Semaphore::const_new(2);
 
 /// How a scenario begins.
 #[derive(Clone, Copy)]
 struct Setup {
-    instances: Instances,
+    /// The first so many of [`MEMBERS`].
+    members: usize,
     sessions: usize,
     /// As long as the default, but where a test waits for it: a machine that stands still is no call that hangs.
     watchdog_ms: u64,
 }
 
-const USUAL: Setup = Setup { instances: Instances::Own, sessions: 4, watchdog_ms: 5_000 };
+const USUAL: Setup = Setup { members: MEMBERS.len(), sessions: 4, watchdog_ms: 5_000 };
 
-/// A daemon with three tokens behind the faulty module, and what hosts ask of it.
+/// A daemon with its tokens behind the faulty module, and what hosts ask of it.
 struct Stage {
     lab: Lab,
     faulty: FaultyMembers,
@@ -53,6 +58,8 @@ struct Stage {
     rate: f64,
     /// What one takes in good times.
     usual: Duration,
+    members: &'static [&'static str],
+    watchdog: Duration,
     _turn: SemaphorePermit<'static>,
 }
 
@@ -64,7 +71,8 @@ impl Stage {
     /// With faults that are there when the daemon starts.
     async fn open_with(setup: Setup, faults: impl FnOnce(&FaultyMembers)) -> Self {
         let turn = ROOM.acquire().await.unwrap();
-        let lab = Lab::make(Options { hsms: MEMBERS.len(), vms: VMS, ..Options::default() });
+        let members = &MEMBERS[..setup.members];
+        let lab = Lab::make(Options { hsms: members.len(), vms: VMS, ..Options::default() });
         // A host asks for its health certificate in good times.
         let daemon = lab.serve();
         let health = lab.host(daemon.client()).attest().await.unwrap();
@@ -73,7 +81,7 @@ impl Stage {
         trial.assert_all_right();
         let rate = (trial.right() as f64 / TRIAL.0.as_secs_f64() * SHARE).clamp(8.0, 60.0);
         assert!(daemon.stop().success());
-        let faulty = lab.behind_faulty(setup.instances);
+        let faulty = lab.behind_faulty();
         lab.configure(|config| {
             config.release.deadline_ms = DEADLINE.as_millis() as u64;
             config.release.watchdog_ms = setup.watchdog_ms;
@@ -81,7 +89,8 @@ impl Stage {
         });
         faults(&faulty);
         let daemon = lab.serve();
-        Self { lab, faulty, daemon, health, traffic, rate, usual: trial.quantile(0.5), _turn: turn }
+        let (usual, watchdog) = (trial.quantile(0.5), Duration::from_millis(setup.watchdog_ms));
+        Self { lab, faulty, daemon, health, traffic, rate, usual, members, watchdog, _turn: turn }
     }
 
     fn load(&self) -> Load {
@@ -90,7 +99,7 @@ impl Stage {
 
     /// A line that makes operations so slow that about so many of them are in progress at a member at once.
     fn slow(&self, in_progress: f64) -> String {
-        let operations = self.rate * 2.0 / MEMBERS.len() as f64;
+        let operations = self.rate * 2.0 / self.members.len() as f64;
         format!("call=C_Decrypt,C_Sign delay_ms={:.0}", in_progress / operations * 1e3)
     }
 
@@ -120,20 +129,37 @@ impl Stage {
         until(&format!("{member} serves again"), async || self.served(member).await >= before + 5).await
     }
 
+    /// How often a member came up again with a fresh worker.
+    async fn renewals(&self, member: &str) -> u64 {
+        self.count("claviger_hsm_modules_renewed_total", member, &[]).await
+    }
+
+    /// The process that serves a member; `None` while there is none.
+    fn worker(&self, member: &str) -> Option<Pid> {
+        Administrator(&self.lab).worker(member)
+    }
+
+    /// SIGKILL, by hand. `false` when there was nothing to kill: the process had ended meanwhile.
+    fn kill_worker(&self, member: &str) -> bool {
+        self.worker(member).is_some_and(|worker| kill_process(worker, Signal::KILL).is_ok())
+    }
+
     async fn until_closed(&self, member: &str, times: u64) {
         until(&format!("{member} is closed"), async || self.closings(member).await >= times).await;
     }
 
-    /// Stops the load, says how it went, and ends the daemon in good order.
+    /// Stops the load, says how it went, and ends the daemon in good order; no worker outlives it.
     async fn end(self, name: &str, load: Load) -> Report {
         let report = load.stop().await;
         println!("{name}: {:.0} a second: {}", self.rate, report.line());
+        let workers: Vec<Pid> = self.members.iter().filter_map(|member| self.worker(member)).collect();
         let mut daemon = self.daemon;
         if report.right() < report.samples.len() {
             println!("--- the daemon said:\n{}\n---", daemon.process.output());
         }
         daemon.process.terminate();
         assert!(daemon.process.wait().success());
+        until("the workers end", async || !workers.iter().any(|worker| lives(*worker))).await;
         report
     }
 }

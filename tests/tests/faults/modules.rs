@@ -1,16 +1,18 @@
-//! Modules that do not come up, or die: they are initialised anew, and their members come back.
+//! Modules that do not come up, or die: a fresh worker initialises them anew, and their members come back. All members name the
+//! same library, and what becomes of it in one worker is no other's concern.
 
-use claviger_tests::{FaultyMembers, Instances};
+use super::{MEMBERS, Stage, USUAL, seconds, until};
 
-use super::{MEMBERS, Setup, Stage, USUAL, seconds, until};
-
-/// One instance does not come up with the daemon.
+/// One does not come up with the daemon.
 async fn one_from_the_start(name: &str, fault: &str) {
     let stage = Stage::open_with(USUAL, |faulty| faulty.set_module("hsm-a", &[fault])).await;
     assert!(stage.daemon.until_ready_is(200).await.body.starts_with(b"ready: hsm-"));
     let load = stage.load();
     seconds(3.0).await;
     assert_eq!(stage.served("hsm-a").await, 0);
+    let initialised = |member| stage.faulty.module_stats(member).calls("C_Initialize");
+    assert!(initialised("hsm-a") > 1, "it is tried by fresh workers");
+    assert_eq!((initialised("hsm-b"), initialised("hsm-c")), (1, 1), "the others are left alone");
     stage.faulty.clear_module("hsm-a");
     let there = stage.until_serves("hsm-a").await;
     println!("{name}: there after {there:.0?}");
@@ -28,10 +30,9 @@ async fn one_module_has_no_slots_at_first() {
     one_from_the_start("no slots", "no_slots").await;
 }
 
-/// No instance does.
-async fn all_from_the_start(name: &str, setup: Setup, fault: &str) {
-    let break_all = |faulty: &FaultyMembers| MEMBERS.iter().for_each(|member| faulty.set_module(member, &[fault]));
-    let stage = Stage::open_with(setup, break_all).await;
+/// None does.
+async fn all_from_the_start(name: &str, fault: &str) {
+    let stage = Stage::open_with(USUAL, |faulty| faulty.set_all_modules(&[fault])).await;
     stage.daemon.until_ready_is(503).await;
     assert_eq!(stage.daemon.probe("/live").await.status, 200);
     let load = stage.load();
@@ -52,18 +53,12 @@ async fn all_from_the_start(name: &str, setup: Setup, fault: &str) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn no_module_is_initialised_at_first() {
-    all_from_the_start("C_Initialize fails everywhere", USUAL, "initialize rv=CKR_DEVICE_ERROR").await;
+    all_from_the_start("C_Initialize fails everywhere", "initialize rv=CKR_DEVICE_ERROR").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_shared_module_is_not_initialised_at_first() {
-    let setup = Setup { instances: Instances::Shared, ..USUAL };
-    all_from_the_start("C_Initialize of all fails", setup, "initialize rv=CKR_DEVICE_ERROR").await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn the_shared_module_has_no_slots_at_first() {
-    all_from_the_start("no slots for all", Setup { instances: Instances::Shared, ..USUAL }, "no_slots").await;
+async fn no_module_has_slots_at_first() {
+    all_from_the_start("no slots anywhere", "no_slots").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -77,32 +72,35 @@ async fn one_module_dies() {
     stage.faulty.clear_module("hsm-b");
     let back = stage.until_serves("hsm-b").await;
     println!("one module dies: back after {back:.0?}");
-    assert!(stage.count("claviger_hsm_modules_renewed_total", "hsm-b", &[]).await > 0);
+    assert!(stage.renewals("hsm-b").await > 0);
+    for other in ["hsm-a", "hsm-c"] {
+        assert_eq!(stage.closings(other).await, 0, "{other} is a member of the same library");
+    }
     stage.end("one module dies", load).await.assert_all_right();
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_shared_module_dies() {
-    let stage = Stage::open(Setup { instances: Instances::Shared, ..USUAL }).await;
+async fn all_modules_die() {
+    let stage = Stage::open(USUAL).await;
     let load = stage.load();
     seconds(1.0).await;
-    stage.faulty.set_module("hsm-a", &["dead"]);
+    stage.faulty.set_all_modules(&["dead"]);
     stage.daemon.until_ready_is(503).await;
     seconds(1.0).await;
-    stage.faulty.clear_module("hsm-a");
+    stage.faulty.clear_all();
     let mut back = Vec::new();
     for member in MEMBERS {
         back.push(stage.until_serves(member).await);
     }
-    println!("the shared module dies: all are back after {:.0?}", back.iter().sum::<std::time::Duration>());
+    println!("all modules die: all are back after {:.0?}", back.iter().sum::<std::time::Duration>());
     let before = load.take();
-    println!("the shared module dies: {}", before.line());
+    println!("all modules die: {}", before.line());
     assert_eq!(before.wrong().len(), 0, "{}", before.line());
     seconds(1.0).await;
-    stage.end("the shared module is back", load).await.assert_all_right();
+    stage.end("all modules are back", load).await.assert_all_right();
 }
 
-/// The PIN is tried once. Again would lock the token.
+/// The PIN is tried once, by all workers together. Again would lock the token.
 async fn pin(how: &str) {
     let fault = format!("pin={how}");
     let stage = Stage::open_with(USUAL, |faulty| faulty.set("hsm-a", &[&fault])).await;
@@ -111,6 +109,7 @@ async fn pin(how: &str) {
     let tried = stage.faulty.stats("hsm-a").calls("C_Login");
     assert_eq!(tried, 1, "pin={how}");
     // Nor when one is lost in the middle of it.
+    let before = stage.faulty.stats("hsm-b").calls("C_Login");
     stage.faulty.set("hsm-b", &[&fault, "stale=login"]);
     until("hsm-b is out", async || stage.daemon.process.output().matches("REFUSES THE PIN").count() == 2).await;
     seconds(2.0).await;
@@ -118,7 +117,11 @@ async fn pin(how: &str) {
     seconds(0.5).await;
     assert_eq!(stage.served("hsm-b").await, served);
     let stats = stage.faulty.stats("hsm-b");
-    assert_eq!((stats.calls("C_Login"), stats.faults("rv")), (2, 1), "pin={how}");
+    assert_eq!((stats.calls("C_Login"), stats.faults("rv")), (before + 1, 1), "pin={how}");
+    // Nor when its worker is killed, or is gone already, which changes nothing in what the token said.
+    stage.kill_worker("hsm-b");
+    seconds(2.0).await;
+    assert_eq!(stage.faulty.stats("hsm-b").calls("C_Login"), before + 1, "pin={how}");
     assert_eq!(stage.daemon.process.output().matches("REFUSES THE PIN").count(), 2);
     // Nor when the configuration is reloaded and has the same one.
     stage.daemon.process.hang_up();

@@ -1,13 +1,11 @@
 //! What a token forgets is made anew in place: callers notice nothing, and no member is closed for it.
 
-use claviger_tests::Instances;
-
-use super::{MEMBERS, Setup, Stage, USUAL, seconds};
+use super::{MEMBERS, Stage, USUAL, seconds};
 
 const KINDS: [&str; 4] = ["stale=sessions", "stale=one-session", "stale=login", "stale=objects"];
 
-async fn go_stale(instances: Instances, members: &[&str], name: &str) {
-    let stage = Stage::open(Setup { instances, ..USUAL }).await;
+async fn go_stale(members: &[&str], name: &str) {
+    let stage = Stage::open(USUAL).await;
     let load = stage.load();
     seconds(0.5).await;
     for kind in KINDS {
@@ -26,6 +24,7 @@ async fn go_stale(instances: Instances, members: &[&str], name: &str) {
         assert!(stats.faults("stale") >= KINDS.len() as u64);
     }
     for member in MEMBERS {
+        assert_eq!(stage.faulty.stats(member).processes(), 1, "{member} got a fresh worker");
         assert_eq!(stage.closings(member).await, 0, "{member} was closed");
         let retries = stage.count("claviger_hsm_retries_total", member, &[]).await;
         assert_eq!(retries, 0, "what {member} was asked was tried elsewhere");
@@ -35,15 +34,10 @@ async fn go_stale(instances: Instances, members: &[&str], name: &str) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn one_member_goes_stale() {
-    go_stale(Instances::Own, &["hsm-b"], "one goes stale").await;
+    go_stale(&["hsm-b"], "one goes stale").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn all_members_go_stale_at_once() {
-    go_stale(Instances::Own, &MEMBERS, "all go stale").await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn all_members_of_a_shared_instance_go_stale_at_once() {
-    go_stale(Instances::Shared, &MEMBERS, "all go stale, shared instance").await;
+    go_stale(&MEMBERS, "all go stale").await;
 }

@@ -145,9 +145,15 @@ impl World {
         let _ = fs::remove_file(self.control.join(file));
     }
 
-    /// What a control file's statistics say under a name; they may be a little old.
+    /// The control files and what belongs to them.
+    pub fn control(&self) -> &Path {
+        &self.control
+    }
+
+    /// What this process's statistics of a control file say under a name; they may be a little old.
     pub fn count(&self, file: &str, name: &str) -> u64 {
-        let text = fs::read_to_string(self.control.join(format!("{file}.stats"))).unwrap_or_default();
+        let stats = self.control.join(format!("{file}.{}.stats", std::process::id()));
+        let text = fs::read_to_string(stats).unwrap_or_default();
         let after = text.split_once(&format!("\"{name}\": ")).map_or("", |(_, after)| after);
         let digits: String = after.chars().take_while(char::is_ascii_digit).collect();
         digits.parse().unwrap_or(0)

@@ -1,0 +1,118 @@
+//! What a module can do to the process that loaded it.
+
+use std::hint::black_box;
+use std::io::Write;
+
+/// How much a leak leaks and a print prints.
+const GIGABYTE: usize = 1 << 30;
+/// What is printed: lines of this length, so many at once.
+const LINE: usize = 1000;
+const LINES: usize = 64;
+/// The descriptor that [`Deed::Close`] closes: where a worker process has its socket.
+const DESCRIPTOR: libc::c_int = 3;
+/// The size that [`Deed::Heap`] writes over that of a block: less than any block has.
+const NO_SIZE: usize = 8;
+
+/// See the documentation of the crate.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Deed {
+    Abort,
+    Exit,
+    Segv,
+    Heap,
+    Handlers,
+    Close,
+    Print,
+    Leak,
+    Deadlock,
+}
+
+impl Deed {
+    const ALL: [(&'static str, Deed); 9] = [
+        ("abort", Deed::Abort),
+        ("exit", Deed::Exit),
+        ("segv", Deed::Segv),
+        ("heap", Deed::Heap),
+        ("handlers", Deed::Handlers),
+        ("close", Deed::Close),
+        ("print", Deed::Print),
+        ("leak", Deed::Leak),
+        ("deadlock", Deed::Deadlock),
+    ];
+
+    pub(crate) fn named(name: &str) -> Option<Self> {
+        Self::ALL.iter().find(|(known, _)| *known == name).map(|(_, deed)| *deed)
+    }
+
+    /// Does it. Returns if the process is still there, and this thread with it.
+    pub(crate) fn perform(self) {
+        match self {
+            Deed::Abort => std::process::abort(),
+            Deed::Exit => std::process::exit(0),
+            Deed::Segv => raise_segv(),
+            Deed::Heap => corrupt_heap(),
+            Deed::Handlers => change_handlers(),
+            // SAFETY: the point is to take a descriptor from its owner. What the owner reads or writes from now on fails, or
+            // goes to a file that gets the same number, which is memory safe.
+            Deed::Close => drop(unsafe { libc::close(DESCRIPTOR) }),
+            Deed::Print => print(),
+            Deed::Leak => std::mem::forget(black_box(vec![1_u8; GIGABYTE])),
+            Deed::Deadlock => lock_twice(),
+        }
+    }
+}
+
+/// Twice, because the handler that Rust programs start with takes the first one for a fault that comes again by itself: it
+/// restores the default action and returns.
+fn raise_segv() {
+    for _ in 0..2 {
+        // SAFETY: sending a signal to the own thread touches no memory.
+        unsafe { libc::raise(libc::SIGSEGV) };
+    }
+}
+
+/// What the allocator finds in `free` makes it abort the process.
+fn corrupt_heap() {
+    // SAFETY: this is undefined behaviour, and the point of it: the size in front of a block is overwritten. The block
+    // belongs to nobody else, and glibc, which the tests run on, ends the process before it uses that size.
+    unsafe {
+        let block = libc::malloc(64).cast::<usize>();
+        block.sub(1).write(NO_SIZE);
+        libc::free(block.cast());
+    }
+}
+
+extern "C" fn nothing(_signal: libc::c_int) {}
+
+fn change_handlers() {
+    let nothing: extern "C" fn(libc::c_int) = nothing;
+    for (signal, handler) in [
+        (libc::SIGTERM, libc::SIG_IGN),
+        (libc::SIGINT, libc::SIG_IGN),
+        (libc::SIGCHLD, libc::SIG_IGN),
+        (libc::SIGSEGV, nothing as libc::sighandler_t),
+    ] {
+        // SAFETY: both handlers may be called at any time.
+        unsafe { libc::signal(signal, handler) };
+    }
+}
+
+/// Half of it to each output. An output that nobody reads, or that is closed, is no reason to fail.
+fn print() {
+    let mut line = [b'x'; LINE];
+    line[LINE - 1] = b'\n';
+    let block = line.repeat(LINES);
+    for _ in 0..GIGABYTE / 2 / block.len() + 1 {
+        let _ = std::io::stdout().write_all(&block);
+        let _ = std::io::stderr().write_all(&block);
+    }
+}
+
+/// Never returns: a mutex of the default kind waits for its own owner.
+fn lock_twice() {
+    let mutex = Box::into_raw(Box::new(libc::PTHREAD_MUTEX_INITIALIZER));
+    for _ in 0..2 {
+        // SAFETY: the mutex is initialised and never freed.
+        unsafe { libc::pthread_mutex_lock(mutex) };
+    }
+}
