@@ -209,7 +209,7 @@ impl Lab {
         self.put_behind(|folder, hsm| Faulty::new(folder, &hsm.name, library.clone(), hsm.module.clone()), &[&library])
     }
 
-    /// The same for programs that load the modules of several members into one process, as a doctor without a daemon does:
+    /// The same for programs that load the modules of several members into one process, as a measurement of the bare tokens does:
     /// each member has copies of both libraries, so that nothing is shared there.
     ///
     /// # Panics

@@ -77,7 +77,7 @@ fn listed(lab: &Lab) -> String {
 #[test]
 fn the_last_try_of_a_pin_is_left_alone() {
     let lab = Lab::make(Options { hsms: 2, ..Options::default() });
-    let faulty = lab.behind_faulty_copies();
+    let faulty = lab.behind_faulty();
     // Of all processes together.
     let logins = || faulty.stats("hsm-b").calls("C_Login");
     for (tries, flag) in [("final", "CKF_USER_PIN_FINAL_TRY"), ("locked", "CKF_USER_PIN_LOCKED")] {
@@ -108,6 +108,26 @@ fn the_last_try_of_a_pin_is_left_alone() {
     assert!(probed.status.success(), "{}", said(&probed));
     assert_eq!(logins(), before.calls("C_Login") + 1);
     assert!(daemon.stop().success());
+}
+
+#[test]
+fn a_module_that_crashes_is_named_and_the_others_are_examined() {
+    let lab = Lab::make(Options { hsms: 2, ..Options::default() });
+    let faulty = lab.behind_faulty();
+    for (deed, how) in [("abort", "signal: 6"), ("exit", "exit status: 0"), ("segv", "signal: 11")] {
+        faulty.set_module("hsm-a", &[&format!("initialize deed={deed}")]);
+        let (status, findings) = doctor(&lab);
+        let found = |check: &str, level: &str, words: &[&str]| {
+            findings.iter().any(|finding| {
+                let what = finding["what"].as_str().unwrap();
+                finding["check"] == check && finding["level"] == level && words.iter().all(|word| what.contains(word))
+            })
+        };
+        assert!(found("module", "error", &["hsm-a", "ends the process", how]), "{deed}: {findings:#?}");
+        assert!(found("key", "ok", &["hsm-b"]), "{deed}: {findings:#?}");
+        assert_eq!(status, 2);
+    }
+    well(&lab);
 }
 
 #[test]

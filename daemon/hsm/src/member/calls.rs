@@ -163,7 +163,11 @@ impl Member {
         loop {
             match talk.submit(job, limits, held) {
                 Ok(waiting) => return Ok(waiting),
-                Err(Unsent::Gone) => return Err(HsmError::Worker(WorkerFault::Gone)),
+                Err(Unsent::Gone) => {
+                    // The task that reads may not have come to know it yet.
+                    self.lost_worker(talk.number);
+                    return Err(HsmError::Worker(WorkerFault::Gone));
+                }
                 Err(Unsent::Full(back)) => held = back,
             }
             let now = standstill::now();

@@ -24,18 +24,9 @@ const LAST_REPORTS: Duration = Duration::from_millis(100);
 /// How long a worker that its member does not keep may take to finalise its module. Its successor starts after that.
 const FINISH: Duration = Duration::from_millis(250);
 
-/// A worker that is gone, or is as good as that.
-struct Lost {
-    failure: Failure,
-    /// The member went down by it.
-    down: bool,
-}
-
-impl Lost {
-    /// The task that reads from a worker says how that ended, unless it panicked.
-    fn of(read: Result<Lost, oneshot::error::RecvError>) -> Self {
-        read.unwrap_or_else(|_| Lost { failure: HsmError::Worker(WorkerFault::Gone).into(), down: false })
-    }
+/// The task that reads from a worker says how that ended, unless it panicked.
+fn lost(read: Result<Failure, oneshot::error::RecvError>) -> Failure {
+    read.unwrap_or_else(|_| HsmError::Worker(WorkerFault::Gone).into())
 }
 
 /// How a worker's service came to its end.
@@ -43,7 +34,7 @@ enum End {
     /// It did not come to serve.
     AttemptFailed(Failure),
     /// It ended or broke off the conversation.
-    Broken(Lost),
+    Broken(Failure),
     /// The member does not keep it: a fault, a refused PIN.
     Unwanted,
     /// The member leaves the cluster.
@@ -76,8 +67,8 @@ impl Member {
         error!(member = &*self.name, "the task that serves the member panicked; the member gets a fresh worker");
         *lock(&self.talk) = None;
         *lock(&self.worker_pid) = None;
-        let down = self.lost_worker(self.generation());
-        self.machine().explain(&failure, down);
+        self.lost_worker(self.generation());
+        self.machine().explain(&failure);
         self.give_up_worker();
         self.attempt_failed(&failure);
     }
@@ -152,9 +143,9 @@ impl Member {
             async move {
                 let failure = talk.read(|news| member.hear(&talk, news)).await;
                 // In this order: when callers hear of it, the member does not serve any more, and the details are there.
-                let down = member.lost_worker(talk.number);
+                member.lost_worker(talk.number);
                 let error = failure.error;
-                let _ = broken.send(Lost { failure, down });
+                let _ = broken.send(failure);
                 talk.fail(error);
             }
         });
@@ -162,9 +153,7 @@ impl Member {
         self.give_up_worker();
         *lock(&self.talk) = None;
         let end = match end {
-            End::Broken(Lost { failure, down }) => {
-                End::Broken(Lost { failure: how_it_ended(&mut process, failure).await, down })
-            }
+            End::Broken(failure) => End::Broken(how_it_ended(&mut process, failure).await),
             End::AttemptFailed(failure) => {
                 // A module that works but for this is finalised: some keep a record of their users outside the process.
                 if talk.is_idle() {
@@ -197,40 +186,38 @@ impl Member {
         (0..talk.sessions()).for_each(|_| self.observe(Event::SessionClosed));
         match end {
             End::AttemptFailed(failure) => self.attempt_failed(&failure),
-            End::Broken(Lost { failure, .. }) if self.machine().is_starting() => self.attempt_failed(&failure),
-            End::Broken(Lost { failure, down }) => self.machine().explain(&failure, down),
+            End::Broken(failure) if self.machine().is_starting() => self.attempt_failed(&failure),
+            End::Broken(failure) => self.machine().explain(&failure),
             End::Unwanted | End::Removed => {}
         }
     }
 
-    /// The worker of this number is lost, it is not known yet why; whether the member went down by it.
-    fn lost_worker(&self, number: u64) -> bool {
-        let down = number == self.generation() && self.change(|machine| machine.lost_worker(standstill::now()));
-        if down {
+    /// The worker of this number is lost, it is not known yet why. Before a caller hears of it: one that looks for a member again
+    /// is to find this one on its way back.
+    pub(super) fn lost_worker(&self, number: u64) {
+        if number == self.generation() && self.change(|machine| machine.lost_worker(standstill::now())) {
             self.observe(Event::Closed);
         }
-        down
     }
 
     /// Waits for the end of the conversation, or of the process: something that the library has started may hold the socket open.
-    async fn until_lost(&self, talk: &Talk, process: &mut Process, ended: &mut oneshot::Receiver<Lost>) -> Lost {
+    async fn until_lost(&self, talk: &Talk, process: &mut Process, ended: &mut oneshot::Receiver<Failure>) -> Failure {
         let fault = tokio::select! {
             biased;
-            lost = &mut *ended => return Lost::of(lost),
+            read = &mut *ended => return lost(read),
             fault = process.ended() => fault,
         };
         // What it said at last is still read.
-        match standstill::timeout(LAST_REPORTS, ended).await {
-            Ok(lost) => Lost { failure: HsmError::Worker(fault).into(), ..Lost::of(lost) },
-            Err(_) => Lost { failure: HsmError::Worker(fault).into(), down: self.lost_worker(talk.number) },
-        }
+        let _ = standstill::timeout(LAST_REPORTS, ended).await;
+        self.lost_worker(talk.number);
+        HsmError::Worker(fault).into()
     }
 
-    async fn serve_until_end(&self, talk: &Talk, process: &mut Process, ended: &mut oneshot::Receiver<Lost>) -> End {
+    async fn serve_until_end(&self, talk: &Talk, process: &mut Process, ended: &mut oneshot::Receiver<Failure>) -> End {
         let started = tokio::select! {
             // First: it has the details that a failed call has not.
             biased;
-            lost = self.until_lost(talk, process, ended) => Err(lost.failure),
+            failure = self.until_lost(talk, process, ended) => Err(failure),
             started = self.start_worker(talk) => started,
             () = self.until_removed() => return End::Removed,
         };
@@ -242,7 +229,7 @@ impl Member {
         loop {
             let tested = tokio::select! {
                 biased;
-                lost = self.until_lost(talk, process, ended) => Err(lost.failure),
+                failure = self.until_lost(talk, process, ended) => Err(failure),
                 tested = self.test_all(talk) => tested.map_err(Failure::from),
                 () = self.until_removed() => return End::Removed,
             };
@@ -252,12 +239,12 @@ impl Member {
                 Err(failure) => return End::AttemptFailed(failure),
             }
             tokio::select! {
-                lost = self.until_lost(talk, process, ended) => return End::Broken(lost),
+                failure = self.until_lost(talk, process, ended) => return End::Broken(failure),
                 due = self.until_attempt_is_due() => if !due { return End::Removed },
             }
         }
         tokio::select! {
-            lost = self.until_lost(talk, process, ended) => End::Broken(lost),
+            failure = self.until_lost(talk, process, ended) => End::Broken(failure),
             end = self.until_unwanted() => end,
         }
     }

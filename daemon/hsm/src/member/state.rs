@@ -170,6 +170,8 @@ pub(crate) struct Machine {
     condemned: bool,
     /// The worker is lost, and it will be known in a moment why.
     lost: bool,
+    /// That took the member down, and the log has not been told.
+    unexplained: bool,
     breaker: Breaker,
     pub(crate) latency: Latency,
     /// Since when it is in its state, for people; tries do not count.
@@ -198,6 +200,7 @@ impl Machine {
             worker: false,
             condemned: false,
             lost: false,
+            unexplained: false,
             breaker,
             latency: Latency::new(FIRST_GUESS),
             since: SystemTime::now(),
@@ -297,13 +300,15 @@ impl Machine {
         }
         self.latency.observe_failure(Duration::ZERO, now);
         self.breaker.force_open(now, fastrand::f64());
-        self.stop(false, now)
+        let down = self.stop(false, now);
+        self.unexplained |= down;
+        down
     }
 
-    /// Why the worker was lost, and whether that took the member down.
-    pub(crate) fn explain(&mut self, failure: &Failure, down: bool) {
+    /// Why the worker was lost.
+    pub(crate) fn explain(&mut self, failure: &Failure) {
         self.blame(failure);
-        if down {
+        if std::mem::take(&mut self.unexplained) {
             self.say_down(failure);
         }
     }
