@@ -7,7 +7,7 @@
 use std::io::{self, Write};
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use claviger_process::output::write_all;
@@ -176,17 +176,40 @@ pub fn log_panics(queue: Arc<LogQueue>) {
 }
 
 /// A writer to the standard output for what a daemon announces: its reader may stand still, too, and it is not what the daemon is
-/// for, so that it may as well be missing.
-pub fn announce(lines: Vec<String>) {
-    let print = |stdout: BorrowedFd<'_>, lines: &[String]| {
-        let text = lines.iter().map(|line| format!("{line}\n")).collect::<String>();
-        if let Err(error) = write_all(stdout, text.as_bytes()) {
-            tracing::warn!(%error, "the standard output cannot be written: {}", lines.join(", "));
+/// for, so that it may as well be missing. It has its thread from the start on, when nothing else has taken the last one.
+pub struct Announcer(Option<mpsc::Sender<Vec<String>>>);
+
+impl Announcer {
+    /// Starts the thread.
+    #[must_use]
+    pub fn start() -> Self {
+        let (announcer, announced) = mpsc::channel::<Vec<String>>();
+        let print = move || {
+            if let Ok(lines) = announced.recv() {
+                print(rustix::stdio::stdout(), &lines);
+            }
+        };
+        match std::thread::Builder::new().name("stdout".to_owned()).spawn(print) {
+            Ok(_) => Announcer(Some(announcer)),
+            Err(error) => {
+                tracing::warn!(%error, "no thread to write to the standard output");
+                Announcer(None)
+            }
         }
-    };
-    let thread = std::thread::Builder::new().name("stdout".to_owned());
-    if let Err(error) = thread.spawn(move || print(rustix::stdio::stdout(), &lines)) {
-        tracing::warn!(%error, "no thread to write to the standard output");
+    }
+
+    /// Has these lines written, without waiting for that.
+    pub fn announce(self, lines: Vec<String>) {
+        if let Some(thread) = self.0 {
+            let _ = thread.send(lines);
+        }
+    }
+}
+
+fn print(stdout: BorrowedFd<'_>, lines: &[String]) {
+    let text = lines.iter().map(|line| format!("{line}\n")).collect::<String>();
+    if let Err(error) = write_all(stdout, text.as_bytes()) {
+        tracing::warn!(%error, "the standard output cannot be written: {}", lines.join(", "));
     }
 }
 

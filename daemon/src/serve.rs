@@ -18,7 +18,7 @@ use crate::{log, notify, preflight, process, reload};
 
 /// Threads of a daemon beside the runtime's and those of its members: the audit trail's, and one to announce its addresses.
 const OWN_THREADS: usize = 2;
-/// Threads that a member cannot do without: one to initialise its module, one for a session.
+/// Threads that a member cannot do without: its worker process has one that waits for the end, and one for a session.
 const MEMBER_THREADS: usize = 2;
 /// How long an interrupted start may take to clean up.
 const ABANDON: Duration = Duration::from_secs(1);
@@ -57,6 +57,7 @@ async fn serve(file: PathBuf, config: Config, cluster: Cluster, starting: &Start
     let hangups = reload::hangups()?;
     starting.done();
     let drain = config.server.drain_timeout();
+    let announcer = log::Announcer::start();
     // A task of its own: whatever it waits for, the signal is heard here.
     let mut start = tokio::spawn(Daemon::start(config, cluster.clone()));
     let daemon = tokio::select! {
@@ -82,7 +83,7 @@ async fn serve(file: PathBuf, config: Config, cluster: Cluster, starting: &Start
             });
         }
     };
-    log::announce(vec![
+    announcer.announce(vec![
         format!("listening on {}", daemon.url()),
         format!("metrics on http://{}", daemon.metrics_address),
     ]);
