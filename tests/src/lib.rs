@@ -19,6 +19,7 @@ mod remote;
 mod scrape;
 
 pub mod attackers;
+pub mod imports;
 pub mod openloop;
 pub mod prometheus;
 pub mod protector;

@@ -59,8 +59,6 @@ pub use tool::init_token;
 const START_FAILED: u8 = 1;
 /// Exit status when something other than the daemon started the process.
 const MISUSED: u8 = 2;
-/// Exit status when the socket cannot be used any more, although the daemon has not ended it: a library has closed it, say.
-const SOCKET_FAILED: u8 = 3;
 /// How often the daemon hears of the cost of the process.
 const USAGE_PERIOD: Duration = Duration::from_secs(1);
 
@@ -89,7 +87,7 @@ pub fn run() -> ExitCode {
         }
         Err(End::Socket(error)) => {
             say(&format!("the worker ends, because its socket fails: {error}"));
-            SOCKET_FAILED
+            process::SOCKET_FAILED
         }
     })
 }

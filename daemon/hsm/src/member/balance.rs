@@ -1,43 +1,11 @@
 //! What the balancer asks of a member. Atomics only, but for a member that lacks keys.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use super::{LACKS, MOST_LACKING, Member, lock};
-use crate::config::MemberConfig;
+use super::parts::{LACKS, MOST_LACKING, Member, lock};
 use crate::identity::KeyRef;
 use crate::policy::pick::Candidate;
-
-/// What a balancer reads of a member: atomics only.
-#[derive(Debug)]
-pub(super) struct Gauges {
-    /// Written under the machine's lock only, so that it follows the state.
-    pub(super) serving: AtomicBool,
-    /// The latency estimate, in nanoseconds.
-    pub(super) latency: AtomicU64,
-    /// The age of the oldest running call when it was last looked at, in nanoseconds; 0: none runs.
-    pub(super) oldest: AtomicU64,
-    /// Calls that wait or run.
-    pub(super) in_flight: AtomicUsize,
-    priority: AtomicU32,
-    pub(super) weight: AtomicU32,
-    /// Whether any key is known to be lacking, so that the list need not be looked at.
-    lacks_keys: AtomicBool,
-}
-
-impl Gauges {
-    pub(super) fn new(config: &MemberConfig) -> Self {
-        Gauges {
-            serving: AtomicBool::new(false),
-            latency: AtomicU64::new(0),
-            oldest: AtomicU64::new(0),
-            in_flight: AtomicUsize::new(0),
-            priority: AtomicU32::new(config.priority),
-            weight: AtomicU32::new(config.weight),
-            lacks_keys: AtomicBool::new(false),
-        }
-    }
-}
 
 impl Member {
     pub(crate) fn priority(&self) -> u32 {

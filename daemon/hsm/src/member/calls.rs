@@ -4,11 +4,12 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use deadpool::managed::{self, Metrics, Object, Pool, PoolError, Timeouts};
+use deadpool::managed::{Pool, PoolError, Timeouts};
 
-use super::balance::Gauges;
 use super::conversation::{Reply, Unsent, Waiting};
-use super::{Limits, Member, PLACES_FOR_A_SESSION, Talk};
+use super::outstanding::Limits;
+use super::parts::Member;
+use super::places::{Held, InFlight, Places, Talk};
 use crate::error::{Failure, HsmError, WorkerFault};
 use crate::job::{Job, Value};
 use crate::standstill;
@@ -22,72 +23,6 @@ pub(crate) enum Outcome {
     Ran(Result<Value, HsmError>),
     /// The token was not asked, so asking another one costs nothing twice.
     NotRun(HsmError),
-}
-
-/// The right to have one call at the worker.
-pub(super) struct Place;
-
-/// deadpool's way to places.
-pub(super) struct Places;
-
-impl managed::Manager for Places {
-    type Type = Place;
-    type Error = std::convert::Infallible;
-
-    async fn create(&self) -> Result<Place, Self::Error> {
-        Ok(Place)
-    }
-
-    async fn recycle(&self, _: &mut Place, _: &Metrics) -> managed::RecycleResult<Self::Error> {
-        Ok(())
-    }
-}
-
-/// What callers need while the member serves. Each worker, and each return from draining, has a pool of its own: what an earlier
-/// one lent does not come back to this one, and closing a pool sends those that wait at it elsewhere.
-pub(super) struct Service {
-    talk: Talk,
-    places: Pool<Places>,
-}
-
-impl Service {
-    pub(super) fn new(talk: Talk) -> Option<Arc<Self>> {
-        // Fails for pools with time limits and no runtime, which this is not.
-        let places = Pool::builder(Places).max_size(places(talk.sessions())).build().ok()?;
-        Some(Arc::new(Service { talk, places }))
-    }
-
-    /// The worker has opened a session. The pool never shrinks: deadpool gives more than its size after it has shrunk under
-    /// load, and a session that closes is mostly one that is renewed.
-    pub(super) fn session_opened(&self) {
-        let wanted = places(self.talk.sessions());
-        if wanted > self.places.status().max_size {
-            self.places.resize(wanted);
-        }
-    }
-
-    pub(super) fn close(&self) {
-        self.places.close();
-    }
-}
-
-fn places(sessions: usize) -> usize {
-    PLACES_FOR_A_SESSION * sessions.max(1)
-}
-
-/// Held while a call is outstanding.
-pub(crate) struct Held {
-    _place: Option<Object<Places>>,
-    _in_flight: InFlight,
-}
-
-/// One call that waits or runs, counted while this lives.
-struct InFlight(Arc<Gauges>);
-
-impl Drop for InFlight {
-    fn drop(&mut self) {
-        self.0.in_flight.fetch_sub(1, Ordering::AcqRel);
-    }
 }
 
 impl Member {

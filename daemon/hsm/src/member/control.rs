@@ -3,8 +3,9 @@
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use super::parts::{Member, OWN_TIMEOUT, SILENCE, START_TIMEOUT, lock};
+use super::places::Talk;
 use super::state::Machine;
-use super::{Member, OWN_TIMEOUT, SILENCE, START_TIMEOUT, Talk, lock};
 use crate::config::Pin;
 use crate::error::{Failure, HsmError, WorkerFault};
 use crate::event::Event;

@@ -7,8 +7,10 @@ use cryptoki::error::RvError;
 use zeroize::Zeroizing;
 
 use super::conversation::Reply;
+use super::outstanding::Limits;
+use super::parts::{Member, OWN_TIMEOUT, lock};
+use super::places::Talk;
 use super::usual_cost::Cost;
-use super::{Limits, Member, OWN_TIMEOUT, Talk, lock};
 use crate::error::{Failure, HsmError, class};
 use crate::event::Event;
 use crate::fault::FaultOwner;

@@ -8,8 +8,10 @@ use tokio::sync::oneshot;
 use tracing::{error, info, warn};
 
 use super::conversation::{Conversation, News};
+use super::outstanding::Limits;
+use super::parts::{END_TIMEOUT, MOST_NOTES, Member, START_TIMEOUT, lock};
+use super::places::Talk;
 use super::process::Process;
-use super::{END_TIMEOUT, Limits, MOST_NOTES, Member, START_TIMEOUT, Talk, lock};
 use crate::error::{Failure, HsmError, WorkerFault, class};
 use crate::event::Event;
 use crate::fault::FaultOwner;

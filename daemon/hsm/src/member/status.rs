@@ -3,8 +3,8 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use super::parts::{Member, lock};
 use super::state::{LastError, MemberState};
-use super::{Member, lock};
 use crate::standstill;
 
 /// How a member is.

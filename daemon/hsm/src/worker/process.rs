@@ -14,6 +14,9 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 
 use crate::worker::ffi;
 
+/// Exit status when the socket cannot be used any more, although the daemon has not ended it: a library has closed it, say.
+pub(crate) const SOCKET_FAILED: u8 = 3;
+
 /// Takes the socket, which the daemon gives as standard input, to descriptor 3, and closes all others but the standard output
 /// and error. Afterwards neither a core dump nor another process of the same user shows this process's memory, and signals
 /// for the daemon's whole service do not end it: it ends with its socket.

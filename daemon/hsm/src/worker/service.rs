@@ -29,8 +29,7 @@ use crate::error::{Failure, HsmError, WorkerFault};
 use crate::fault::SessionAction;
 use crate::keys::TokenKey;
 use crate::link::{Answer, Call, FrameBuffer, Level, MAX_FRAME, Report, Request, Start, WorkerEnd, nanos};
-use crate::worker::SOCKET_FAILED;
-use crate::worker::process;
+use crate::worker::process::{self, SOCKET_FAILED};
 use crate::worker::session::{Cost, OpenSession, Output};
 use crate::worker::token::{Token, lock};
 

@@ -1,0 +1,225 @@
+//! What a member is made of, and how its state changes.
+//!
+//! Invariants:
+//! - The state changes in [`Member::change`] only. There, under the machine's lock, [`Member::service`] and the balancer's
+//!   `serving` follow it: both are there exactly while the machine [serves](Machine::serves).
+//! - A member that serves has a worker, and so a `talk`. When the worker is lost the state changes before any call fails: a
+//!   caller that looks for a member again finds it on its way back, and waits.
+//! - One worker at a time: the next one starts after the process of the last one was killed and the task that read from it has
+//!   ended. Results that come later are told by the worker's number.
+//!
+//! Lock order: `machine`, `service`, `talk`. All other locks are leaves: none is taken while another one is held.
+
+use std::collections::{BTreeMap, HashMap};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+use tokio::sync::{Notify, watch};
+
+use super::credibility::Credibility;
+use super::gauges::Gauges;
+use super::places::{Service, Talk};
+use super::process::{Process, Usage, WorkerProgram};
+use super::state::Machine;
+use super::usual_cost::UsualCost;
+use crate::config::{MemberConfig, Pin};
+use crate::error::Failure;
+use crate::event::{Event, Observer};
+use crate::identity::KeyRef;
+use crate::job::KnownAnswerTest;
+use crate::pin_tries::PinTries;
+use crate::policy::breaker;
+use crate::standstill;
+
+/// How long a worker may take to load its module, log in and open its first session. Generous: a network HSM may need seconds for a
+/// login.
+pub(super) const START_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a worker may take to end when it is told to; its calls run to their end first.
+pub(super) const END_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a member's own operations may wait: tests, PIN changes.
+pub(super) const OWN_TIMEOUT: Duration = Duration::from_secs(10);
+/// After how long without a result a member that is up is tested: the spare one has to work when it is needed.
+pub(super) const SILENCE: Duration = Duration::from_secs(10);
+/// How long a member that lacked a key is passed over for it. Replication between HSMs takes a moment.
+pub(super) const LACKS: Duration = Duration::from_secs(2);
+/// Keys that a member is known to lack; more are not remembered.
+pub(super) const MOST_LACKING: usize = 64;
+/// Notes of workers that are remembered so as not to be repeated.
+pub(super) const MOST_NOTES: usize = 32;
+
+#[derive(Debug, Default)]
+pub(super) struct Stats {
+    pub(super) calls: AtomicU64,
+    pub(super) worked: AtomicU64,
+    pub(super) spent: AtomicU64,
+    pub(super) faults: AtomicU64,
+}
+
+/// The PIN, and what is known about it.
+pub(super) struct PinState {
+    pub(super) pin: Pin,
+    /// Counts the PINs that there have been. A worker says which one its token refused.
+    pub(super) number: u64,
+    /// An administrator said that the last try of the PIN may be used.
+    pub(super) may_use_final_try: bool,
+    /// What the log was last told of the PIN's tries.
+    pub(super) said: PinTries,
+}
+
+/// A member of a cluster.
+pub(crate) struct Member {
+    pub(crate) name: Arc<str>,
+    pub(super) config: MemberConfig,
+    pub(super) launch: Launch,
+    pub(super) known: Arc<RwLock<Arc<[KnownAnswerTest]>>>,
+    pub(super) observer: Observer,
+    /// Told whenever any member of the cluster comes up.
+    pub(super) somebody_up: Arc<Notify>,
+    pub(super) gauges: Arc<Gauges>,
+    pub(super) machine: Mutex<Machine>,
+    /// For callers, while the member serves.
+    pub(super) service: Mutex<Option<Arc<Service>>>,
+    /// The worker from its start to its end, also while the member does not serve.
+    pub(super) talk: Mutex<Option<Talk>>,
+    pub(super) pin: Mutex<PinState>,
+    /// Told when the machine has changed. The member's life alone waits for it.
+    pub(super) changed: Notify,
+    /// How many attempts have ended, and how the last one failed.
+    pub(super) attempts: watch::Sender<(u64, Option<Failure>)>,
+    pub(super) credibility: Mutex<Credibility>,
+    pub(super) lacking: Mutex<HashMap<KeyRef, Instant>>,
+    pub(super) notes: Mutex<Vec<String>>,
+    /// When there was last a result, good or bad.
+    pub(super) heard: Mutex<Instant>,
+    pub(super) stats: Stats,
+    pub(super) usage: Usage,
+    pub(super) usual_decryption: UsualCost,
+    /// How long a call may run before the member counts as hung.
+    pub(super) watchdog: Duration,
+    /// Sessions that the token gave when it gave no more.
+    pub(super) granted: AtomicUsize,
+    pub(super) workers: AtomicU64,
+    pub(super) worker_pid: Mutex<Option<u32>>,
+}
+
+/// Starts a worker for the member of this name, with these environment variables; its process and the daemon's end of its socket.
+pub(crate) type Launch = Arc<dyn Fn(&str, &BTreeMap<String, String>) -> io::Result<(Process, OwnedFd)> + Send + Sync>;
+
+/// Starts workers that run this program.
+pub(crate) fn launch(program: WorkerProgram) -> Launch {
+    Arc::new(move |member, env| {
+        Process::start(member, &program, env)
+            .map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", program.path.display())))
+    })
+}
+
+/// What all members of a cluster share.
+#[derive(Clone)]
+pub(crate) struct Surroundings {
+    pub(crate) launch: Launch,
+    pub(crate) breaker: breaker::Settings,
+    /// How long a call may run before a member counts as hung.
+    pub(crate) watchdog: Duration,
+    pub(crate) known: Arc<RwLock<Arc<[KnownAnswerTest]>>>,
+    pub(crate) observer: Observer,
+    pub(crate) somebody_up: Arc<Notify>,
+}
+
+impl Member {
+    /// A member that has proved nothing yet. [`live`](Self::live) has to run for it to come up.
+    pub(crate) fn new(config: MemberConfig, surroundings: &Surroundings) -> Self {
+        let now = standstill::now();
+        let Surroundings { launch, breaker, watchdog, known, observer, somebody_up } = surroundings.clone();
+        Member {
+            name: config.name.as_str().into(),
+            gauges: Arc::new(Gauges::new(&config)),
+            machine: Mutex::new(Machine::new(&config.name, breaker, now)),
+            service: Mutex::default(),
+            talk: Mutex::default(),
+            pin: Mutex::new(PinState {
+                pin: config.pin.clone(),
+                number: 0,
+                may_use_final_try: false,
+                said: PinTries::Full,
+            }),
+            changed: Notify::new(),
+            attempts: watch::Sender::new((0, None)),
+            credibility: Mutex::default(),
+            lacking: Mutex::default(),
+            notes: Mutex::default(),
+            heard: Mutex::new(now),
+            stats: Stats::default(),
+            usage: Usage::default(),
+            usual_decryption: UsualCost::default(),
+            watchdog,
+            granted: AtomicUsize::new(config.sessions.max(1)),
+            workers: AtomicU64::new(0),
+            worker_pid: Mutex::default(),
+            config,
+            launch,
+            known,
+            observer,
+            somebody_up,
+        }
+    }
+
+    pub(super) fn observe(&self, event: Event<'_>) {
+        (self.observer)(&self.name, event);
+    }
+
+    pub(crate) fn observe_failed_over(&self, to: &str) {
+        self.observe(Event::FailedOver { to });
+    }
+
+    pub(crate) fn observe_retry(&self) {
+        self.observe(Event::Retry);
+    }
+
+    pub(super) fn machine(&self) -> MutexGuard<'_, Machine> {
+        lock(&self.machine)
+    }
+
+    pub(super) fn known(&self) -> Arc<[KnownAnswerTest]> {
+        Arc::clone(&self.known.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Changes the machine, and what follows its state.
+    pub(super) fn change<T>(&self, change: impl FnOnce(&mut Machine) -> T) -> T {
+        let mut machine = self.machine();
+        let result = change(&mut machine);
+        let serves = machine.serves();
+        let mut service = lock(&self.service);
+        let (begins, ends) = (serves && service.is_none(), !serves && service.is_some());
+        if begins {
+            *service = self.talk().and_then(Service::new);
+        }
+        let ended = service.take_if(|_| ends);
+        self.gauges.serving.store(service.is_some(), Ordering::Release);
+        drop(service);
+        drop(machine);
+        if let Some(service) = ended {
+            service.close();
+        }
+        if begins {
+            self.somebody_up.notify_waiters();
+        }
+        self.changed.notify_one();
+        result
+    }
+
+    pub(super) fn service(&self) -> Option<Arc<Service>> {
+        lock(&self.service).clone()
+    }
+
+    pub(super) fn talk(&self) -> Option<Talk> {
+        lock(&self.talk).clone()
+    }
+}
+
+/// A panic under any of these locks leaves nothing half-done that would do harm.
+pub(super) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
