@@ -257,7 +257,7 @@ fn eight() -> usize {
 }
 
 /// How a member's token is found among the slots of its module.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum TokenName<'a> {
     /// By its label.
     Label(&'a str),

@@ -405,7 +405,7 @@ impl Cluster {
         }
     }
 
-    /// Ends all workers. Calls that are at a token run to their end first, within a time limit.
+    /// Ends all workers. Calls that are at a token run to their end first, if that takes no longer than two seconds.
     pub async fn close(&self) {
         if let Some(supervisor) = lock(&self.0.supervisor).take() {
             supervisor.abort();

@@ -1,5 +1,6 @@
 //! The HSMs: modules, tokens, PINs, and every registered key on every member, really used.
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::io::{self, Read, Seek, Write};
 use std::os::unix::process::CommandExt;
@@ -11,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use claviger_hsm::{Failure, Function, HsmError, MemberState, PinTries, RawSession};
 use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::process::{Pid, Signal, kill_process_group, set_parent_process_death_signal};
 use serde_json::json;
 
 use super::Finding;
@@ -26,17 +28,35 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// Without a daemon, with a session on every token. A PIN is tried only where the token tells of no wrong PIN before.
 ///
 /// Each HSM is examined by a process of its own, as each is served by one: a module that crashes or hangs is named, and the others
-/// are examined all the same. All at the same time, as the daemon has them: members may be in each other's way.
+/// are examined all the same. All at the same time, as the daemon has them: members may be in each other's way. Only those that are
+/// one token by the configuration wait for each other, so that a wrong PIN is known before it is tried again.
 pub(super) fn directly(file: &Path, config: &Config) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    let mut left: Vec<&Hsm> = config.hsm.iter().collect();
+    while !left.is_empty() {
+        let mut tokens = HashSet::new();
+        let (now, later) = left.into_iter().partition(|hsm| tokens.insert((&hsm.module, hsm.token_name())));
+        findings.extend(at_once(file, config, now));
+        left = later;
+    }
+    // In the order of the configuration.
+    let position = |name: &str| config.hsm.iter().position(|hsm| hsm.name == name);
+    findings.sort_by_key(|(name, _)| position(name));
+    findings.into_iter().flat_map(|(_, findings)| findings).collect()
+}
+
+/// Examines these HSMs at the same time; what was found, by name.
+fn at_once(file: &Path, config: &Config, members: Vec<&Hsm>) -> Vec<(String, Vec<Finding>)> {
     let until = Instant::now() + PATIENCE;
-    let examiners: Vec<_> = config.hsm.iter().map(|hsm| (hsm, Examiner::start(file, config, hsm))).collect();
+    let examiners: Vec<_> = members.into_iter().map(|hsm| (hsm, Examiner::start(file, config, hsm))).collect();
     let findings = |(hsm, examiner): (&Hsm, io::Result<Examiner>)| {
-        examiner.and_then(|examiner| examiner.findings(hsm, until)).unwrap_or_else(|error| {
+        let findings = examiner.and_then(|examiner| examiner.findings(hsm, until)).unwrap_or_else(|error| {
             let what = format!("{} was not examined: the process for it: {error}", hsm.name);
             vec![Finding::error("hsm", what, "see that this user may start processes")]
-        })
+        });
+        (hsm.name.clone(), findings)
     };
-    examiners.into_iter().flat_map(findings).collect()
+    examiners.into_iter().map(findings).collect()
 }
 
 /// A process that examines one HSM: this very program, which writes its findings as JSON.
@@ -61,24 +81,26 @@ impl Examiner {
     }
 
     fn findings(mut self, hsm: &Hsm, until: Instant) -> io::Result<Vec<Finding>> {
-        let Some(status) = self.wait(until)? else {
-            let what = format!("the module {} of {} hangs", hsm.module.display(), hsm.name);
-            return Ok(vec![Finding::error(
-                "module",
-                what,
-                "see that the HSM is reached; the vendor's log may say more",
-            )]);
-        };
+        let status = self.wait(until)?;
         let mut written = Vec::new();
         self.findings.rewind()?;
         self.findings.read_to_end(&mut written)?;
-        Ok(serde_json::from_slice(&written).unwrap_or_else(|_| {
-            let what =
-                format!("the module {} of {} ends the process that uses it: {status}", hsm.module.display(), hsm.name);
-            let todo =
-                "take this to the vendor; the daemon starts a fresh process again and again, and the other HSMs serve";
-            vec![Finding::error("module", what, todo)]
-        }))
+        // They are complete even where the module does not let its process end.
+        if let Ok(findings) = serde_json::from_slice(&written) {
+            return Ok(findings);
+        }
+        Ok(vec![match status {
+            None => Finding::error(
+                "module",
+                format!("the module {} of {} hangs", hsm.module.display(), hsm.name),
+                "see that the HSM is reached; the vendor's log may say more",
+            ),
+            Some(status) => Finding::error(
+                "module",
+                format!("the module {} of {} ends the process that uses it: {status}", hsm.module.display(), hsm.name),
+                "take this to the vendor; the daemon starts a fresh process again and again, and the other HSMs serve",
+            ),
+        }])
     }
 
     /// How it ended; `None`: it did not in time, and was killed.
@@ -88,7 +110,8 @@ impl Examiner {
                 return Ok(Some(status));
             }
             if Instant::now() >= until {
-                self.child.kill()?;
+                // With what the library has started.
+                kill_process_group(Pid::from_child(&self.child), Signal::KILL)?;
                 self.child.wait()?;
                 return Ok(None);
             }
@@ -99,16 +122,20 @@ impl Examiner {
 
 /// Within the process for one HSM: writes what is found about it to standard output. What the module prints goes to standard error.
 pub(super) fn examine_one(file: &Path, name: &str) -> io::Result<()> {
+    // A doctor that is interrupted leaves no session at a token that hangs.
+    set_parent_process_death_signal(Some(Signal::KILL))?;
     let mut output = File::from(rustix::io::dup(rustix::stdio::stdout())?);
     rustix::stdio::dup2_stdout(rustix::stdio::stderr())?;
     let config = Config::load(file).map_err(io::Error::other)?;
     let hsm = config.hsm.iter().find(|hsm| hsm.name == name).ok_or_else(|| io::Error::other("no such HSM"))?;
     let (_, registered) = state::examine(&config, unix_now());
-    let findings = match open(&config, hsm) {
-        Ok(session) => by_hand(hsm, &session, &registered),
-        Err(finding) => vec![finding],
+    let opened = open(&config, hsm);
+    let findings = match &opened {
+        Ok(session) => by_hand(hsm, session, &registered),
+        Err(finding) => vec![finding.clone()],
     };
     output.write_all(&serde_json::to_vec(&findings)?)
+    // C_Finalize comes after that: the module may crash or hang there.
 }
 
 fn open(config: &Config, hsm: &Hsm) -> Result<RawSession, Finding> {

@@ -246,6 +246,67 @@ async fn a_worker_that_ends_right_after_its_test_leaves_no_member_up_without_one
 }
 
 #[tokio::test]
+async fn what_is_said_of_the_last_worker_does_not_count_for_the_next_one() {
+    let member = Arc::new(Mutex::new(None::<Arc<Member>>));
+    let late = {
+        let member = Arc::clone(&member);
+        move |number| {
+            // While the second one is started, a call to the first one finds that that is gone.
+            if let Some(member) = member.lock().unwrap().as_ref().filter(|_| number == 1) {
+                member.lost_worker(1);
+            }
+            Ok(())
+        }
+    };
+    let stage = Stage::of(LONG, late, |number, peer| {
+        if number == 0 {
+            peer.serve_until(|asked| asked == Asked::Random);
+        } else {
+            peer.serve();
+        }
+    });
+    *member.lock().unwrap() = Some(Arc::clone(&stage.cluster.0.members.read().unwrap()[0].member));
+    stage.cluster.start().await.unwrap();
+    assert_eq!(stage.random().await.unwrap(), b"rand");
+    assert_eq!((stage.state(), stage.started()), (MemberState::Up, 2));
+    stage.cluster.close().await;
+}
+
+#[tokio::test]
+async fn a_pin_that_comes_while_a_worker_starts_reaches_it() {
+    let told = Arc::new(Mutex::new(Vec::new()));
+    let (starts, started) = std::sync::mpsc::channel();
+    let (go_on, wait) = std::sync::mpsc::channel::<()>();
+    let (starts, wait) = (Mutex::new(starts), Mutex::new(wait));
+    let stage = Stage::set(LONG, {
+        let told = Arc::clone(&told);
+        move |_, peer| {
+            while let Some((id, asked)) = peer.next() {
+                match asked {
+                    Asked::Start { .. } => {
+                        starts.lock().unwrap().send(()).unwrap();
+                        let _ = wait.lock().unwrap().recv();
+                    }
+                    Asked::SetPin { pin } => told.lock().unwrap().push(pin),
+                    _ => {}
+                }
+                peer.answer(id, asked);
+            }
+        }
+    });
+    let starting = tokio::spawn({
+        let cluster = stage.cluster.clone();
+        async move { cluster.start().await }
+    });
+    tokio::task::spawn_blocking(move || started.recv()).await.unwrap().unwrap();
+    stage.cluster.set_pin("m", Pin::new("2222".to_owned())).await.unwrap();
+    drop(go_on);
+    starting.await.unwrap().unwrap();
+    assert_eq!(*told.lock().unwrap(), [1]);
+    stage.cluster.close().await;
+}
+
+#[tokio::test]
 async fn a_start_that_fails_is_tried_again_and_says_why() {
     let stage = Stage::set(LONG, |number, peer| {
         if number == 0 {
@@ -308,9 +369,12 @@ async fn a_pin_that_is_refused_is_tried_once_whatever_becomes_of_the_worker() {
 
 #[tokio::test]
 async fn a_pin_that_replaced_the_refused_one_in_time_is_tried() {
-    let stage = Stage::set(LONG, |number, peer| {
+    let told = Arc::new(AtomicUsize::new(0));
+    let tell = Arc::clone(&told);
+    let stage = Stage::set(LONG, move |number, peer| {
         if number == 0 {
             peer.serve_until(|asked| matches!(asked, Asked::SetPin { pin: 1 }));
+            tell.fetch_add(1, Ordering::AcqRel);
             // Of the first one, and too late.
             peer.say(&Report::PinRefused { number: 0, error: refused() });
         }
@@ -319,7 +383,7 @@ async fn a_pin_that_replaced_the_refused_one_in_time_is_tried() {
     stage.cluster.start().await.unwrap();
     let set = stage.cluster.set_pin("m", Pin::new("2222".to_owned()));
     let _ = standstill::timeout(SHORT, set).await;
-    assert_eq!(stage.state(), MemberState::Up);
+    assert_eq!((stage.state(), told.load(Ordering::Acquire)), (MemberState::Up, 1));
     assert_eq!(stage.random().await.unwrap(), b"rand");
     stage.cluster.close().await;
 }

@@ -48,6 +48,7 @@ struct Owner<G> {
     reply: Option<oneshot::Sender<Option<Reply>>>,
     /// The parts of a list that have come so far.
     keys: Vec<TokenKey>,
+    parts: u32,
     guard: G,
 }
 
@@ -109,6 +110,8 @@ pub(crate) enum News<'a> {
 
 /// Reports beside replies that a worker may send in a second. A worker that sends more is ill: it would keep the daemon busy.
 const MOST_REPORTS: u32 = 10_000;
+/// Parts of a list, each a frame.
+const MOST_PARTS: u32 = 256;
 /// Frames that are read before other tasks of the thread get their turn.
 const FRAMES_IN_A_ROW: u32 = 64;
 
@@ -160,7 +163,7 @@ impl<G: Send> Conversation<G> {
     /// Sends a call. The lock is held over the send, so that calls are outstanding in the order in which the worker reads them.
     pub(crate) fn submit(&self, job: &Job, limits: Limits, guard: G) -> Result<Waiting, Unsent<G>> {
         let (reply, answer) = oneshot::channel();
-        let owner = Owner { reply: Some(reply), keys: Vec::new(), guard };
+        let owner = Owner { reply: Some(reply), keys: Vec::new(), parts: 0, guard };
         let mut outstanding = self.outstanding();
         if self.over.load(Ordering::Acquire) {
             return Err(Unsent::Gone);
@@ -241,6 +244,10 @@ impl<G: Send> Conversation<G> {
         let value = match result {
             Ok(Answer::Keys { mut keys, more }) => {
                 let Some(entry) = outstanding.get(id) else { return false };
+                entry.owner.parts += 1;
+                if entry.owner.parts > MOST_PARTS {
+                    return false;
+                }
                 entry.owner.keys.append(&mut keys);
                 if more {
                     return true;

@@ -23,6 +23,8 @@ use crate::standstill;
 
 /// How long what a worker that has ended said at last may take to be read.
 const LAST_REPORTS: Duration = Duration::from_millis(100);
+/// How long it may take until it is known why a worker is lost.
+const REASON: Duration = Duration::from_secs(1);
 /// How long a worker that its member does not keep may take to finalise its module. Its successor starts after that.
 const FINISH: Duration = Duration::from_millis(250);
 
@@ -112,17 +114,34 @@ impl Member {
 
     /// Until the member does not keep its worker any more.
     async fn until_unwanted(&self) -> End {
+        let mut told_by = None;
         loop {
-            {
+            let lost = {
                 let machine = self.machine();
                 if machine.is_removed() {
                     return End::Removed;
                 }
-                // A lost worker ends for another reason, which is told in a moment.
-                if !machine.keeps_worker() && !machine.has_lost_worker() {
+                let lost = machine.has_lost_worker();
+                if !lost && !machine.keeps_worker() {
                     return End::Unwanted;
                 }
+                lost
+            };
+            if !lost {
+                told_by = None;
+                self.changed.notified().await;
+                continue;
             }
+            // A lost worker ends for another reason, which is told in a moment. If it is not, the worker does not stay all the same.
+            let by = *told_by.get_or_insert_with(|| standstill::now() + REASON);
+            if standstill::timeout_at(by, self.changed.notified()).await.is_err() {
+                return End::Broken(HsmError::Worker(WorkerFault::Gone).into());
+            }
+        }
+    }
+
+    async fn until_pin_refused(&self) {
+        while !self.machine().is_pin_refused() {
             self.changed.notified().await;
         }
     }
@@ -132,7 +151,12 @@ impl Member {
             |error: std::io::Error| Failure::new(HsmError::Worker(WorkerFault::NotStarted), error.to_string());
         let (process, socket) = (self.launch)(&self.name, &self.config.env).map_err(not_started)?;
         let end = DaemonEnd::new(socket).map_err(not_started)?;
-        let number = self.workers.fetch_add(1, Ordering::AcqRel) + 1;
+        let number = {
+            // Under the lock, so that nothing which is said of the last worker is taken for this one's.
+            let mut machine = self.machine();
+            machine.fresh_worker();
+            self.workers.fetch_add(1, Ordering::AcqRel) + 1
+        };
         Ok((process, Arc::new(Conversation::new(end, number))))
     }
 
@@ -179,11 +203,11 @@ impl Member {
             }
         };
         process.kill().await;
-        self.usage.ended();
         *lock(&self.worker_pid) = None;
         // Waited for: what it says of this worker must not change the next one's member.
         reader.abort();
         let _ = reader.await;
+        self.usage.ended();
         talk.fail(HsmError::Worker(WorkerFault::Gone));
         (0..talk.sessions()).for_each(|_| self.observe(Event::SessionClosed));
         match end {
@@ -196,8 +220,8 @@ impl Member {
 
     /// The worker of this number is lost, it is not known yet why. Before a caller hears of it: one that looks for a member again
     /// is to find this one on its way back.
-    pub(super) fn lost_worker(&self, number: u64) {
-        if number == self.generation() && self.change(|machine| machine.lost_worker(standstill::now())) {
+    pub(crate) fn lost_worker(&self, number: u64) {
+        if self.change(|machine| number == self.generation() && machine.lost_worker(standstill::now())) {
             self.observe(Event::Closed);
         }
     }
@@ -209,10 +233,13 @@ impl Member {
             read = &mut *ended => return lost(read),
             fault = process.ended() => fault,
         };
-        // What it said at last is still read.
-        let _ = standstill::timeout(LAST_REPORTS, ended).await;
+        // What it said at last is still read: it may say why.
+        let read = standstill::timeout(LAST_REPORTS, ended).await;
         self.lost_worker(talk.number);
-        HsmError::Worker(fault).into()
+        match read {
+            Ok(Ok(failure)) if failure.error != HsmError::Worker(WorkerFault::Gone) => failure,
+            _ => HsmError::Worker(fault).into(),
+        }
     }
 
     async fn serve_until_end(&self, talk: &Talk, process: &mut Process, ended: &mut oneshot::Receiver<Failure>) -> End {
@@ -223,16 +250,20 @@ impl Member {
             started = self.start_worker(talk) => started,
             () = self.until_removed() => return End::Removed,
         };
-        if let Err(failure) = started {
-            return End::AttemptFailed(failure);
-        }
+        let pin_number = match started {
+            Ok(pin_number) => pin_number,
+            Err(failure) => return End::AttemptFailed(failure),
+        };
         // From now on its keys can be managed, also if it lacks some that the tests need.
         *lock(&self.talk) = Some(Arc::clone(talk));
         loop {
             let tested = tokio::select! {
                 biased;
                 failure = self.until_lost(talk, process, ended) => Err(failure),
-                tested = self.test_all(talk) => tested.map_err(Failure::from),
+                tested = async {
+                    self.tell_newer_pin(talk, pin_number).await;
+                    self.test_all(talk).await
+                } => tested.map_err(Failure::from),
                 () = self.until_removed() => return End::Removed,
             };
             match tested {
@@ -242,6 +273,7 @@ impl Member {
             }
             tokio::select! {
                 failure = self.until_lost(talk, process, ended) => return End::Broken(failure),
+                () = self.until_pin_refused() => return End::Unwanted,
                 due = self.until_attempt_is_due() => if !due { return End::Removed },
             }
         }
@@ -251,8 +283,23 @@ impl Member {
         }
     }
 
-    /// The first call: the worker loads its module, logs in and opens its first session.
-    async fn start_worker(&self, talk: &Talk) -> Result<(), Failure> {
+    /// Tells a worker of a PIN that came while it started with that of this number. Looked at after callers can reach the worker, as
+    /// [`set_pin`](Self::set_pin) does it the other way round: one of the two sees the other.
+    async fn tell_newer_pin(&self, talk: &Talk, started_with: u64) {
+        let newer = {
+            let pin = lock(&self.pin);
+            (pin.number != started_with).then(|| (pin.number, pin.pin.clone()))
+        };
+        if let Some((number, pin)) = newer
+            && let Ok(job) = Job::set_pin(number, pin)
+        {
+            let _ = self.own_call(talk, &job).await;
+        }
+    }
+
+    /// The first call: the worker loads its module, logs in and opens its first session. The number of the PIN that it logs in
+    /// with.
+    async fn start_worker(&self, talk: &Talk) -> Result<u64, Failure> {
         let (pin, pin_number, may_use_final_try) = {
             let pin = lock(&self.pin);
             (pin.pin.clone(), pin.number, pin.may_use_final_try)
@@ -268,7 +315,7 @@ impl Member {
         let limits = Limits { share: START_TIMEOUT, watchdog: START_TIMEOUT };
         let deadline = standstill::now() + START_TIMEOUT;
         match self.exchange(talk, &job, self.hold_directly(), deadline, limits).await {
-            Ok(reply) => Ok(reply.result.map(drop)?),
+            Ok(reply) => Ok(reply.result.map(|_| pin_number)?),
             Err(HsmError::Deadline) => Err(HsmError::Worker(WorkerFault::StartHangs).into()),
             Err(error) => Err(error.into()),
         }

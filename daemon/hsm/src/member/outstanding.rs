@@ -34,6 +34,7 @@ pub(crate) struct Entry<T> {
     limits: Limits,
     running_since: Option<Instant>,
     late: bool,
+    hung: bool,
     /// Whose call it is.
     pub(crate) owner: T,
 }
@@ -45,7 +46,8 @@ impl<T> Entry<T> {
     }
 }
 
-/// Invariant: entries are in the order in which they were sent; exactly the first `sessions` of them have `running_since`.
+/// Invariant: entries are in the order in which they were sent; the first `sessions` of them have `running_since`, and
+/// more of them after sessions have closed.
 #[derive(Debug)]
 pub(crate) struct Outstanding<T> {
     entries: VecDeque<Entry<T>>,
@@ -54,7 +56,7 @@ pub(crate) struct Outstanding<T> {
 }
 
 impl<T> Outstanding<T> {
-    /// For a worker that has opened no session yet: its first call is answered by its main thread.
+    /// For a worker that has opened no session yet: its first call is answered by its first thread.
     pub(crate) fn new() -> Self {
         Outstanding { entries: VecDeque::new(), next_id: 1, sessions: 1 }
     }
@@ -63,7 +65,7 @@ impl<T> Outstanding<T> {
     pub(crate) fn add(&mut self, operation: Operation, limits: Limits, owner: T, now: Instant) -> u32 {
         let id = self.next_id;
         self.next_id = id.wrapping_add(1);
-        self.entries.push_back(Entry { id, operation, limits, running_since: None, late: false, owner });
+        self.entries.push_back(Entry { id, operation, limits, running_since: None, late: false, hung: false, owner });
         self.mark_running(now);
         id
     }
@@ -99,14 +101,15 @@ impl<T> Outstanding<T> {
     }
 
     /// Looks for calls that take too long. `late` is called once for each whose caller has to be sent elsewhere. The operation
-    /// that hangs, if one does.
+    /// that hangs, if one does; each is told once.
     pub(crate) fn look(&mut self, now: Instant, mut late: impl FnMut(Operation, Limits, &mut T)) -> Option<Operation> {
         let mut hung = None;
         for entry in &mut self.entries {
             let Some(since) = entry.running_since else { continue };
             let took = now.saturating_duration_since(since);
             let hangs = took >= entry.limits.watchdog;
-            if hangs {
+            if hangs && !entry.hung {
+                entry.hung = true;
                 hung = hung.or(Some(entry.operation));
             }
             if !entry.late && (hangs || took >= entry.limits.share) {
@@ -128,9 +131,9 @@ impl<T> Outstanding<T> {
         self.entries.len()
     }
 
-    /// How many run.
+    /// How many run. Not as many as there are sessions: one that closes to be renewed is still in its call.
     pub(crate) fn running(&self) -> usize {
-        self.entries.len().min(self.sessions)
+        self.entries.iter().filter(|entry| entry.runs()).count()
     }
 
     /// How many run past their caller's patience.
@@ -167,6 +170,7 @@ mod tests {
         assert_eq!(late(&mut calls, start + 79 * MS), (vec![], None), "said once");
         assert_eq!(late(&mut calls, start + 80 * MS), (vec![2], None));
         assert_eq!(late(&mut calls, start + 100 * MS), (vec![], Some(Operation::Sign)));
+        assert_eq!(late(&mut calls, start + 101 * MS), (vec![], None), "said once");
         assert_eq!((calls.late(), calls.oldest(start + 100 * MS)), (2, Some(100 * MS)));
         // The last one still waits: both sessions hang.
         assert!(calls.get(ids[3]).is_some_and(|entry| !entry.runs()));
@@ -184,6 +188,20 @@ mod tests {
         assert_eq!(calls.running(), 3);
         assert_eq!(late(&mut calls, start + 60 * MS).0, vec![0]);
         assert_eq!(late(&mut calls, start + 90 * MS).0, vec![1, 2]);
+    }
+
+    #[test]
+    fn a_call_runs_on_while_its_session_is_renewed() {
+        let start = Instant::now();
+        let mut calls = Outstanding::new();
+        calls.set_sessions(2, start);
+        for owner in 0..2 {
+            calls.add(Operation::Decrypt, LIMITS, owner, start);
+        }
+        calls.set_sessions(0, start);
+        assert_eq!(calls.running(), 2);
+        assert_eq!(late(&mut calls, start + 50 * MS).0, vec![0, 1]);
+        assert_eq!(calls.late(), calls.running(), "nothing more is to be waited for");
     }
 
     #[test]

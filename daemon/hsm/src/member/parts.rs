@@ -37,7 +37,7 @@ use crate::standstill;
 /// How long a worker may take to load its module, log in and open its first session. Generous: a network HSM may need seconds for a
 /// login.
 pub(super) const START_TIMEOUT: Duration = Duration::from_secs(30);
-/// How long a worker may take to end when it is told to; its calls run to their end first.
+/// How long a worker may take to end when it is told to. Its calls have two seconds of that to come to their end.
 pub(super) const END_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a member's own operations may wait: tests, PIN changes.
 pub(super) const OWN_TIMEOUT: Duration = Duration::from_secs(10);

@@ -55,6 +55,8 @@ impl WorkerProgram {
 /// A running worker. It is killed when this is dropped.
 pub(crate) struct Process {
     child: Child,
+    /// Its process group, until that was killed: what the library has started belongs to it.
+    group: Option<Pid>,
     output: JoinHandle<()>,
 }
 
@@ -84,7 +86,8 @@ impl Process {
             .spawn()?;
         let printed = pipe::Receiver::from_owned_fd(printed.into())?;
         let output = tokio::spawn(relay(member.to_owned(), printed));
-        Ok((Process { child, output }, ours))
+        let group = child.id().and_then(|pid| Pid::from_raw(pid.try_into().ok()?));
+        Ok((Process { child, group, output }, ours))
     }
 
     /// `None` when it has ended and was waited for.
@@ -94,12 +97,19 @@ impl Process {
 
     /// Waits for its end; how it ended. May be given up and called again.
     pub(crate) async fn ended(&mut self) -> WorkerFault {
-        self.child.wait().await.map_or(WorkerFault::Gone, fault_of)
+        self.reaped().await.map_or(WorkerFault::Gone, fault_of)
+    }
+
+    async fn reaped(&mut self) -> io::Result<ExitStatus> {
+        let status = self.child.wait().await?;
+        // At once: while a process of the group lives its number belongs to nobody else, and an empty one is not found.
+        self.kill_group();
+        Ok(status)
     }
 
     /// Waits for its end, for so long; how it ended.
     pub(crate) async fn wait(&mut self, patience: Duration) -> Option<WorkerFault> {
-        match standstill::timeout(patience, self.child.wait()).await {
+        match standstill::timeout(patience, self.reaped()).await {
             Ok(Ok(status)) => {
                 if !self.output.is_finished() {
                     let _ = standstill::timeout(LAST_WORDS, &mut self.output).await;
@@ -118,11 +128,9 @@ impl Process {
 
     /// With what the library has started: that may hold a token, or a lock file.
     fn kill_group(&mut self) {
-        // A process that was not waited for keeps its number, and so its group's.
-        if let Some(group) = self.pid().and_then(|pid| Pid::from_raw(pid.try_into().ok()?)) {
+        if let Some(group) = self.group.take() {
             let _ = kill_process_group(group, Signal::KILL);
         }
-        let _ = self.child.start_kill();
     }
 }
 

@@ -313,6 +313,11 @@ impl Machine {
         }
     }
 
+    /// A fresh worker is there: nothing that was said of the last one counts.
+    pub(crate) fn fresh_worker(&mut self) {
+        (self.worker, self.lost) = (false, false);
+    }
+
     /// The worker is being ended; whether that took the member down: whatever else was known, it cannot serve now.
     pub(crate) fn give_up_worker(&mut self, now: Instant) -> bool {
         let down = matches!(self.state, State::Up | State::Draining) && self.lost_worker(now);

@@ -199,6 +199,26 @@ async fn a_list_comes_in_parts() {
 }
 
 #[tokio::test]
+async fn a_list_without_an_end_ends_the_conversation() {
+    let peer = Peer::new();
+    let _waiting = peer.submit();
+    let id = peer.next();
+    let parts = std::thread::spawn({
+        let socket = peer.socket.try_clone().unwrap();
+        move || {
+            rustix::io::ioctl_fionbio(&socket, false).unwrap();
+            let result = Ok(Answer::Keys { keys: Vec::new(), more: true });
+            let part = encode(&Report::Reply { id, took: 0, processor: 0, result }).unwrap();
+            while send(&socket, &part, SendFlags::NOSIGNAL).is_ok() {}
+        }
+    });
+    let failure = peer.talk.read(|_| {}).await;
+    assert_eq!(failure.error, HsmError::Worker(WorkerFault::Unreadable));
+    drop(peer);
+    parts.join().unwrap();
+}
+
+#[tokio::test]
 async fn a_full_socket_gives_the_place_back_and_takes_calls_again_once_it_is_read() {
     let peer = Peer::new();
     let mut sent = 0;
@@ -218,7 +238,7 @@ async fn a_full_socket_gives_the_place_back_and_takes_calls_again_once_it_is_rea
     assert_eq!(peer.talk.sent(), sent + 1);
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_flood_of_notes_ends_the_conversation() {
     let peer = Peer::new();
     let talker = std::thread::spawn({
