@@ -19,7 +19,7 @@
 //!   at any time: the socket fails, since a library has closed it ──▶ exit 3
 //! ```
 //!
-//! The main thread makes no PKCS#11 call: it waits for the end of the socket and tells once a second what the process costs, so that the process ends in time whatever hangs
+//! The main thread makes no PKCS#11 call: it waits for the end of the socket and tells four times a second what the process costs, so that the process ends in time whatever hangs
 //! in the vendor's library. A panic aborts the process. What is wrong with an answer is not judged here but in the daemon.
 
 mod clock;
@@ -59,8 +59,8 @@ pub use tool::init_token;
 const START_FAILED: u8 = 1;
 /// Exit status when something other than the daemon started the process.
 const MISUSED: u8 = 2;
-/// How often the daemon hears of the cost of the process.
-const USAGE_PERIOD: Duration = Duration::from_secs(1);
+/// How often the daemon hears of the cost of the process: often enough for measurements of a few seconds.
+const USAGE_PERIOD: Duration = Duration::from_millis(250);
 
 /// Serves the token that the daemon names over standard input, until the daemon closes that socket. To be called at the very
 /// start of a process, before it has threads or open descriptors.
