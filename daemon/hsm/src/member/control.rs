@@ -107,10 +107,15 @@ impl Member {
                 return Err(HsmError::NotServing.into());
             }
         }
-        self.probe_now();
-        match standstill::timeout(START_TIMEOUT + OWN_TIMEOUT, attempts.changed()).await {
-            Ok(Ok(())) => {}
-            _ => return Err(HsmError::Worker(WorkerFault::StartHangs).into()),
+        // One that is under way may have begun with what the caller has just changed.
+        let wanted = self.begun.load(Ordering::Acquire) + 1;
+        let until = standstill::now() + START_TIMEOUT + OWN_TIMEOUT;
+        while self.talk().is_none() && attempts.borrow_and_update().0 < wanted && self.machine().is_on_its_way() {
+            self.probe_now();
+            match standstill::timeout_at(until, attempts.changed()).await {
+                Ok(Ok(())) => {}
+                _ => return Err(HsmError::Worker(WorkerFault::StartHangs).into()),
+            }
         }
         let (_, failure) = attempts.borrow().clone();
         // The keys of a member that lacks some can be managed, although its attempt failed.

@@ -92,6 +92,7 @@ impl Member {
                     return false;
                 }
                 if machine.begin_attempt(standstill::now()) {
+                    self.begun.fetch_add(1, Ordering::AcqRel);
                     return true;
                 }
                 machine.attempt_due()

@@ -87,6 +87,8 @@ pub(crate) struct Member {
     pub(super) pin: Mutex<PinState>,
     /// Told when the machine has changed. The member's life alone waits for it.
     pub(super) changed: Notify,
+    /// How many attempts have begun.
+    pub(super) begun: AtomicU64,
     /// How many attempts have ended, and how the last one failed.
     pub(super) attempts: watch::Sender<(u64, Option<Failure>)>,
     pub(super) credibility: Mutex<Credibility>,
@@ -146,6 +148,7 @@ impl Member {
                 said: PinTries::Full,
             }),
             changed: Notify::new(),
+            begun: AtomicU64::new(0),
             attempts: watch::Sender::new((0, None)),
             credibility: Mutex::default(),
             lacking: Mutex::default(),
