@@ -2,8 +2,8 @@
 //! [`Budget`]) over members that are described by a few numbers. For tests of the policies and for capacity plans. No
 //! clock, no threads, seeded random numbers: the same question has the same answer.
 //!
-//! A request arrives, has its turn on a processor of the daemon, and asks for its operations, all at once. Each operation
-//! is submitted to the member that was picked and waits there, first come first served, until a session takes it. The
+//! A request arrives, waits until it may run, has its turn on a processor of the daemon, and asks for its operations, all
+//! at once. Each operation is submitted to the member that was picked and waits there, first come first served, until a session takes it. The
 //! session sends it, which takes half a round trip; the HSM computes it as soon as an engine is free; half a round trip
 //! later the result is back. A member that hangs, whose worker is killed, or that fails too often gets a new worker, which
 //! has to pass a probe.
@@ -25,6 +25,11 @@ const FAILING_TAKES: Duration = Duration::from_micros(50);
 const PAUSE: Duration = Duration::from_millis(1);
 /// What an operation is expected to take before a member has done any.
 const FIRST_GUESS: Duration = Duration::from_millis(1);
+/// Share of one request in the mean time that requests run, and in the deviation from it; and how many deviations above the
+/// mean nearly every request keeps to. As in the daemon's admission.
+const RUN_GAIN: f64 = 1.0 / 16.0;
+const DEVIATION_GAIN: f64 = 1.0 / 8.0;
+const DEVIATIONS: f64 = 4.0;
 
 /// SplitMix64: small, seeded, good enough to draw lots.
 #[derive(Clone, Debug)]
@@ -63,6 +68,10 @@ pub enum Load {
 pub struct Settings {
     /// When requests arrive.
     pub load: Load,
+    /// Requests that run at a time; the others wait for their turn, first come first served.
+    pub concurrency: usize,
+    /// Most requests that wait for their turn. What arrives beyond that fails at once.
+    pub queue: usize,
     /// Operations of a request, all at the same time.
     pub operations: u32,
     /// Processor time for a request before its operations.
@@ -76,12 +85,14 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// Requests of one operation, which cost the daemon nothing.
+    /// Requests of one operation, which cost the daemon nothing. Any number of them run at a time.
     #[must_use]
     pub fn new(load: Load) -> Self {
         let seconds = Duration::from_secs;
         Settings {
             load,
+            concurrency: usize::MAX,
+            queue: usize::MAX,
             operations: 1,
             own_cost: Duration::ZERO,
             processors: 1,
@@ -222,6 +233,8 @@ struct Operation {
 #[derive(Debug)]
 struct Request {
     arrived: Nanos,
+    /// When its turn came.
+    began: Nanos,
     /// Operations without a result.
     left: u32,
     failed: bool,
@@ -269,6 +282,13 @@ pub struct Simulation {
     tiers: Tiers,
     budget: Budget,
     requests: Vec<Request>,
+    /// Requests that wait for their turn.
+    for_turn: VecDeque<usize>,
+    running: usize,
+    /// Turns are being given: keeps requests that fail at once from nesting calls.
+    taking_turns: bool,
+    /// Mean time that requests run, and how far they are from it, in seconds.
+    run_time: (f64, f64),
     for_processor: VecDeque<usize>,
     processors_free: usize,
     /// Operations that wait for a member to come up.
@@ -279,6 +299,8 @@ pub struct Simulation {
     pub latencies: Vec<Duration>,
     /// Requests that arrived since and failed.
     pub lost: u64,
+    /// Requests that succeeded since, whenever they arrived.
+    pub succeeded: u64,
     /// Time that processors were busy, together.
     pub processors_busy: Duration,
 }
@@ -299,6 +321,10 @@ impl Simulation {
             tiers: Tiers::new(&priorities),
             budget: Budget::new(budget::Settings::default()),
             requests: Vec::new(),
+            for_turn: VecDeque::new(),
+            running: 0,
+            taking_turns: false,
+            run_time: (0.0, 0.0),
             for_processor: VecDeque::new(),
             processors_free: settings.processors,
             parked: Vec::new(),
@@ -306,6 +332,7 @@ impl Simulation {
             counted_from: 0,
             latencies: Vec::new(),
             lost: 0,
+            succeeded: 0,
             processors_busy: Duration::ZERO,
         };
         for _ in 0..if let Load::Closed(callers) = settings.load { callers } else { 1 } {
@@ -333,7 +360,7 @@ impl Simulation {
     pub fn forget(&mut self) {
         self.counted_from = self.now;
         self.latencies.clear();
-        (self.lost, self.processors_busy) = (0, Duration::ZERO);
+        (self.lost, self.succeeded, self.processors_busy) = (0, 0, Duration::ZERO);
         for member in &mut self.members {
             (member.calls, member.failures, member.probes, member.most_in_flight) = (0, 0, 0, 0);
             (member.idle_since, member.longest_idle) = (self.now, Duration::ZERO);
@@ -457,9 +484,48 @@ impl Simulation {
             let wait = -(1.0 - self.rng.unit()).ln() / rate;
             self.after(Duration::from_secs_f64(wait), Event::Arrives);
         }
-        self.requests.push(Request { arrived: self.now, left: self.settings.operations, failed: false });
-        self.for_processor.push_back(self.requests.len() - 1);
-        self.process();
+        let (now, left) = (self.now, self.settings.operations);
+        let full = self.running >= self.settings.concurrency && self.for_turn.len() >= self.settings.queue;
+        self.requests.push(Request { arrived: now, began: now, left: if full { 0 } else { left }, failed: full });
+        if full {
+            self.lost += 1;
+            self.again(true);
+        } else {
+            self.for_turn.push_back(self.requests.len() - 1);
+            self.take_turns();
+        }
+    }
+
+    /// Requests whose turn it is run. One that waited so long that it would end after its deadline fails instead and takes
+    /// nothing, as in the daemon.
+    fn take_turns(&mut self) {
+        if std::mem::replace(&mut self.taking_turns, true) {
+            return;
+        }
+        while self.running < self.settings.concurrency {
+            let Some(index) = self.for_turn.pop_front() else { break };
+            let request = &mut self.requests[index];
+            let waited = Duration::from_nanos(self.now - request.arrived);
+            let runs = Duration::from_secs_f64(self.run_time.0 + DEVIATIONS * self.run_time.1);
+            if !waited.is_zero() && waited + runs > self.settings.deadline {
+                (request.left, request.failed) = (0, true);
+                self.lost += u64::from(request.arrived >= self.counted_from);
+                self.again(true);
+                continue;
+            }
+            request.began = self.now;
+            self.running += 1;
+            self.for_processor.push_back(index);
+            self.process();
+        }
+        self.taking_turns = false;
+    }
+
+    /// The caller of a closed loop asks again.
+    fn again(&mut self, failed: bool) {
+        if matches!(self.settings.load, Load::Closed(_)) {
+            self.after(if failed { PAUSE } else { Duration::ZERO }, Event::Arrives);
+        }
     }
 
     /// Free processors take requests.
@@ -490,9 +556,15 @@ impl Simulation {
         } else if counts && request.left == 0 && !request.failed {
             self.latencies.push(took);
         }
-        if request.left == 0 && matches!(self.settings.load, Load::Closed(_)) {
-            let pause = if request.failed { PAUSE } else { Duration::ZERO };
-            self.after(pause, Event::Arrives);
+        if request.left == 0 {
+            let (failed, ran) = (request.failed, Duration::from_nanos(self.now - request.began).as_secs_f64());
+            let (mean, deviation) = &mut self.run_time;
+            *deviation += ((ran - *mean).abs() - *deviation) * DEVIATION_GAIN;
+            *mean += (ran - *mean) * RUN_GAIN;
+            self.running -= 1;
+            self.succeeded += u64::from(!failed);
+            self.again(failed);
+            self.take_turns();
         }
     }
 

@@ -287,12 +287,14 @@ proptest! {
     fn every_request_ends_once(
         members in 1..5_usize,
         operations in 1..4_u32,
-        faults in proptest::collection::vec((0..5_usize, 0..4_u8, 1..900_u32), 0..20),
+        faults in proptest::collection::vec((0..5_usize, 0..4_u8, 1..900_u32), 1..20),
         closed: bool,
+        limited: bool,
         seed: u64,
     ) {
         let load = if closed { Load::Closed(20) } else { Load::Open(500.0) };
         let settings = Settings { operations, own_cost: MS, processors: 2, ..Settings::new(load) };
+        let settings = if limited { Settings { concurrency: 4, queue: 9, ..settings } } else { settings };
         let spec = Spec { rtt: MS, engines: 2, sessions: 3, queue: 200, ..Spec::default() };
         let mut sim = Simulation::new(seed, settings, &vec![spec; members]);
         for (member, fault, millis) in faults {
@@ -316,5 +318,25 @@ proptest! {
         prop_assert_eq!(sim.done() + sim.lost as usize, all);
         prop_assert!(sim.requests.iter().all(|request| request.left == 0));
         prop_assert!(sim.parked.is_empty());
+        prop_assert!(sim.running == 0 && sim.for_turn.is_empty());
+    }
+}
+
+#[test]
+fn under_overload_the_queue_fills_and_the_members_go_on_at_capacity() {
+    // One member that does 1,000 operations a second; 1,500 requests a second arrive.
+    let spec = Spec { engines: 1, sessions: 4, ..Spec::default() };
+    let settings = Settings { concurrency: 16, ..Settings::new(Load::Open(1_500.0)) };
+    for (queue, deadline, longest) in [(500, 5 * SECOND, 0.52), (usize::MAX, SECOND, 0.97)] {
+        let mut sim = Simulation::new(5, Settings { queue, deadline, ..settings }, &[spec]);
+        sim.run(5 * SECOND);
+        sim.forget();
+        sim.run(10 * SECOND);
+        let done = sim.succeeded as f64 / 10.0;
+        assert!((950.0..1_020.0).contains(&done), "{}", sim.report());
+        let mean = sim.mean().as_secs_f64();
+        assert!((longest * 0.9..longest * 1.05).contains(&mean), "{}", sim.report());
+        let failing = sim.lost as f64 / (sim.lost as f64 + sim.done() as f64);
+        assert!((0.3..0.37).contains(&failing), "{}", sim.report());
     }
 }
