@@ -191,6 +191,7 @@ pub async fn measure(question: &Question<'_>) -> Result<Answer, Failure> {
         hsms,
         one_fails,
         sustainable,
+        ceiling: None,
         boots_a_minute: (sustainable * 60.0).floor(),
         limit,
     };

@@ -504,7 +504,7 @@ fn planned(arguments: &PlanArguments) -> Result<ExitCode, Failure> {
     if arguments.json {
         print::line(&serde_json::to_string_pretty(&plan)?);
     } else {
-        print::line(&plan::for_people(&model, objectives, &plan, &arguments.assumption.hosts()));
+        print::line(&plan::for_people(&plan, &arguments.assumption.hosts()));
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -1,15 +1,23 @@
 //! A cluster that a plan describes by a few numbers, run through the simulator of the daemon's own policies
 //! ([`claviger_hsm::policy::simulation`]).
 //!
-//! A release asks for two operations at once: decrypt and sign. Operations at a member that serves take their time, give
-//! or take a fifth.
+//! A release waits for its turn as in the daemon (`release.concurrency`, `release.queue`) and asks for two operations at
+//! once: decrypt and sign. Operations at a member that serves take their time, give or take a fifth.
 
 use std::time::Duration;
 
 use claviger_hsm::policy::simulation::{Behaviour, Load, Settings, Simulation, Spec};
+use serde::Serialize;
+
+/// Fewest releases that run at a time, as in the daemon.
+const LEAST_CONCURRENCY: usize = 16;
+/// A deadline that nothing is too slow for, in seconds.
+const PATIENCE: f64 = 1e6;
+/// Operations that may wait or run at a member: more than the releases that run at a time can ever ask for.
+const MEMBER_QUEUE: usize = usize::MAX;
 
 /// What is simulated. Times in seconds.
-#[derive(Clone, Copy, PartialEq, Debug)]
+#[derive(Clone, Copy, PartialEq, Debug, Serialize)]
 pub struct Model {
     /// Members.
     pub hsms: usize,
@@ -26,7 +34,7 @@ pub struct Model {
     pub own_cost: f64,
     /// Processors of the daemon.
     pub processors: usize,
-    /// Most operations that may wait or run at a member.
+    /// Most releases that wait for their turn.
     pub queue: usize,
     /// A release that is not done by then has failed.
     pub deadline: f64,
@@ -45,12 +53,25 @@ impl Model {
         self.engines() as f64 / self.hsm_rate
     }
 
+    /// Releases that run at a time.
+    #[must_use]
+    pub fn concurrency(&self) -> usize {
+        (2 * self.sessions * self.hsms).max(LEAST_CONCURRENCY)
+    }
+
     /// Releases a second that `hsms` members cannot exceed, whatever the latency: two operations each.
     #[must_use]
     pub fn ceiling(&self) -> f64 {
         let by_sessions = self.sessions as f64 / (self.rtt + self.engine_time());
         let hsms = self.hsms as f64 * self.hsm_rate.min(by_sessions) / 2.0;
         if self.own_cost > 0.0 { hsms.min(self.processors as f64 / self.own_cost) } else { hsms }
+    }
+
+    /// The longest that a release waits for its turn when more arrive than are served: until the queue is full, or the
+    /// deadline near.
+    #[must_use]
+    pub fn longest_wait(&self, served: f64) -> f64 {
+        (self.queue as f64 / served).min(self.deadline)
     }
 }
 
@@ -61,6 +82,8 @@ pub struct Simulated {
     pub latencies: Vec<f64>,
     /// Releases that failed: deadline, full queues, no member.
     pub failed: usize,
+    /// Whether those that came later waited no longer than those that came first.
+    pub steady: bool,
     /// Share of the time that the engines of the HSMs that serve were busy.
     pub engines_busy: f64,
     /// The same of their sessions.
@@ -85,10 +108,7 @@ impl Simulated {
     }
 }
 
-/// Simulates `rate` releases a second for so many seconds, the first tenth of which is not counted. With `one_fails` the
-/// first member fails at everything from the beginning, and the policies have to find that out.
-#[must_use]
-pub fn simulate(model: &Model, rate: f64, seconds: f64, one_fails: bool) -> Simulated {
+fn start(model: &Model, load: Load, one_fails: bool) -> Simulation {
     let time = Duration::from_secs_f64;
     let serves = Behaviour { service: time(model.engine_time()), ..Behaviour::default() };
     let fails = Behaviour { fails_one_in: 1, ..serves };
@@ -96,7 +116,7 @@ pub fn simulate(model: &Model, rate: f64, seconds: f64, one_fails: bool) -> Simu
         priority: 0,
         weight: 1,
         sessions: model.sessions,
-        queue: model.queue,
+        queue: MEMBER_QUEUE,
         engines: model.engines(),
         rtt: time(model.rtt),
         behaviour,
@@ -104,16 +124,26 @@ pub fn simulate(model: &Model, rate: f64, seconds: f64, one_fails: bool) -> Simu
     let specs: Vec<_> =
         (0..model.hsms).map(|member| spec(if one_fails && member == 0 { fails } else { serves })).collect();
     let settings = Settings {
+        concurrency: model.concurrency(),
+        queue: model.queue,
         operations: 2,
         own_cost: time(model.own_cost),
         processors: model.processors,
         deadline: time(model.deadline),
-        ..Settings::new(Load::Open(rate))
+        ..Settings::new(load)
     };
-    let mut simulation = Simulation::new(7, settings, &specs);
-    simulation.run(time(seconds / 10.0));
+    Simulation::new(7, settings, &specs)
+}
+
+/// Simulates `rate` releases a second, at least `releases` of them, after a fifth as many that are not counted. With
+/// `one_fails` the first member fails at everything from the beginning, and the policies have to find that out.
+#[must_use]
+pub fn simulate(model: &Model, rate: f64, releases: f64, one_fails: bool) -> Simulated {
+    let seconds = (releases / rate).max(1.0);
+    let mut simulation = start(model, Load::Open(rate), one_fails);
+    simulation.run(Duration::from_secs_f64(seconds / 5.0));
     simulation.forget();
-    simulation.run(time(seconds * 0.9));
+    simulation.run(Duration::from_secs_f64(seconds));
 
     let serving = &simulation.members[usize::from(one_fails)..];
     let share = |busy: Duration, places: usize| busy.div_duration_f64(simulation.counted()) / places.max(1) as f64;
@@ -122,8 +152,35 @@ pub fn simulate(model: &Model, rate: f64, seconds: f64, one_fails: bool) -> Simu
     let processors_busy = share(simulation.processors_busy, model.processors);
     simulation.finish();
     let mut latencies: Vec<_> = simulation.latencies.iter().map(Duration::as_secs_f64).collect();
+    let alone = model.rtt + model.engine_time() + model.own_cost;
+    let steady = steady(&latencies, alone);
     latencies.sort_by(f64::total_cmp);
-    Simulated { latencies, failed: simulation.lost as usize, engines_busy, sessions_busy, processors_busy }
+    let failed = simulation.lost as usize;
+    Simulated { latencies, failed, steady, engines_busy, sessions_busy, processors_busy }
+}
+
+/// Whether latencies in the order in which they ended do not grow. What one release takes `alone` is the scale of what
+/// matters: a queue that grows adds many times as much.
+fn steady(latencies: &[f64], alone: f64) -> bool {
+    let (first, last) = latencies.split_at(latencies.len() / 2);
+    let mean = |part: &[f64]| part.iter().sum::<f64>() / part.len().max(1) as f64;
+    let (first, last) = (mean(first), mean(last));
+    last <= 2.0 * first + 10.0 * alone
+}
+
+/// Releases a second that succeed when there is always one more that waits, and that may take as long as they take: what
+/// the model and the policies carry at most, which may be less than [`Model::ceiling`]. About `releases` are simulated.
+#[must_use]
+pub fn saturated(model: &Model, releases: f64, one_fails: bool) -> f64 {
+    let serving = Model { hsms: model.hsms - usize::from(one_fails), ..*model };
+    let seconds = (releases / serving.ceiling()).max(1.0);
+    let patient = Model { deadline: PATIENCE, queue: usize::MAX, ..*model };
+    let mut simulation = start(&patient, Load::Closed(2 * model.concurrency()), one_fails);
+    // Until the failing member is out, and all places are taken.
+    simulation.run(Duration::from_secs_f64(seconds / 5.0 + 2.0 * (model.rtt + model.engine_time())));
+    simulation.forget();
+    simulation.run(Duration::from_secs_f64(seconds));
+    (simulation.succeeded as f64 / seconds).min(serving.ceiling())
 }
 
 #[cfg(test)]
@@ -144,7 +201,7 @@ pub(crate) mod tests {
 
     #[test]
     fn an_idle_cluster_takes_what_its_parts_take() {
-        let simulated = simulate(&MODEL, 10.0, 20.0, false);
+        let simulated = simulate(&MODEL, 10.0, 200.0, false);
         assert_eq!(simulated.failed, 0);
         // Round trip and operation; seldom both operations at one engine.
         assert!((0.0018..0.0024).contains(&simulated.latency(0.5)), "{}", simulated.latency(0.5));
@@ -154,18 +211,18 @@ pub(crate) mod tests {
     #[test]
     fn it_carries_what_it_can_and_no_more() {
         assert!((MODEL.ceiling() - 1000.0).abs() < 1e-6);
-        let below = simulate(&MODEL, 800.0, 5.0, false);
-        assert_eq!(below.failed, 0);
+        let below = simulate(&MODEL, 800.0, 4000.0, false);
+        assert_eq!((below.failed, below.steady), (0, true));
         assert!(below.latency(0.99) < 0.05, "{}", below.latency(0.99));
         assert!((below.engines_busy - 0.8).abs() < 0.05, "{}", below.engines_busy);
-        let above = simulate(&MODEL, 1200.0, 5.0, false);
+        let above = simulate(&MODEL, 1200.0, 6000.0, false);
         assert!(above.latency(0.99) > 0.3, "{}", above.latency(0.99));
-        assert!(above.engines_busy > 0.97);
+        assert!(above.engines_busy > 0.97 && !above.steady);
     }
 
     #[test]
     fn a_member_that_fails_costs_its_capacity_and_hardly_a_release() {
-        let simulated = simulate(&MODEL, 400.0, 5.0, true);
+        let simulated = simulate(&MODEL, 400.0, 2000.0, true);
         assert!(simulated.errors() < 0.001, "{}", simulated.errors());
         assert!((simulated.engines_busy - 0.8).abs() < 0.06, "{}", simulated.engines_busy);
     }
@@ -174,9 +231,21 @@ pub(crate) mod tests {
     fn sessions_and_processors_may_be_what_limits() {
         let few = Model { sessions: 1, ..MODEL };
         assert!((few.ceiling() - 500.0).abs() < 1e-6);
-        assert!(simulate(&few, 450.0, 5.0, false).sessions_busy > 0.8);
+        assert!(simulate(&few, 450.0, 2000.0, false).sessions_busy > 0.8);
         let slow = Model { own_cost: 0.005, processors: 2, ..MODEL };
         assert!((slow.ceiling() - 400.0).abs() < 1e-6);
-        assert!(simulate(&slow, 380.0, 5.0, false).processors_busy > 0.9);
+        assert!(simulate(&slow, 380.0, 2000.0, false).processors_busy > 0.9);
+    }
+
+    #[test]
+    fn a_saturated_cluster_shows_what_it_does_at_most() {
+        let rate = saturated(&MODEL, 4000.0, false);
+        assert!((0.97..=1.0).contains(&(rate / MODEL.ceiling())), "{rate}");
+        let rate = saturated(&MODEL, 4000.0, true);
+        assert!((0.95..=1.0).contains(&(rate / 500.0)), "{rate}");
+        // As many sessions as can be on the way or in the only engine: varying times leave the engine idle now and then.
+        let tight = Model { hsms: 1, sessions: 2, ..MODEL };
+        let rate = saturated(&tight, 4000.0, false);
+        assert!((0.8..0.99).contains(&(rate / tight.ceiling())), "{rate} of {}", tight.ceiling());
     }
 }

@@ -102,10 +102,23 @@ pub fn list(text: &str) -> Result<Vec<Threshold>, String> {
 /// A sentence that says how to write one.
 pub fn objectives(text: &str) -> Result<Vec<Threshold>, String> {
     let objectives = list(text)?;
-    match objectives.iter().find(|o| !matches!(o.measure, Measure::Latency(_) | Measure::Errors)) {
-        Some(other) => Err(format!("{other} is no objective; write latencies and errors, like p99<100ms,errors<0.1%")),
+    let says_what_is_enough = |o: &&Threshold| {
+        matches!(o.measure, Measure::Latency(_) | Measure::Errors)
+            && matches!(o.relation, Relation::Less | Relation::AtMost)
+    };
+    match objectives.iter().find(|o| !says_what_is_enough(o)) {
+        Some(other) => Err(format!(
+            "{other} is no objective; write upper bounds of latencies and errors, like p99<100ms,errors<0.1%"
+        )),
         None => Ok(objectives),
     }
+}
+
+/// Whether a latency at a quantile is known where such a share of all releases has none, because they failed or were
+/// dropped.
+#[must_use]
+pub fn is_known(quantile: f64, unsuccessful: f64) -> bool {
+    unsuccessful <= 1.0 - quantile + 1e-12
 }
 
 impl Threshold {
@@ -114,10 +127,7 @@ impl Threshold {
     #[must_use]
     pub fn judge(&self, tally: &Tally, report: &Report) -> Judgement {
         let share = |part: u64| if report.offered == 0 { 0.0 } else { part as f64 / report.offered as f64 };
-        let known = |quantile: f64| {
-            let unsuccessful = tally.unsuccessful();
-            tally.achieved > 0 && unsuccessful <= 1.0 - quantile + 1e-12
-        };
+        let known = |quantile: f64| tally.achieved > 0 && is_known(quantile, tally.unsuccessful());
         let at =
             |histogram: &hdrhistogram::Histogram<u64>, quantile| histogram.value_at_quantile(quantile) as f64 / 1e6;
         let (value, text) = match self.measure {
@@ -147,9 +157,7 @@ impl Threshold {
     #[must_use]
     pub fn holds(&self, latency: impl Fn(f64) -> f64, errors: f64) -> bool {
         let value = match self.measure {
-            Measure::Latency(quantile) | Measure::Service(quantile) if errors <= 1.0 - quantile + 1e-12 => {
-                latency(quantile)
-            }
+            Measure::Latency(quantile) | Measure::Service(quantile) if is_known(quantile, errors) => latency(quantile),
             Measure::Latency(_) | Measure::Service(_) => f64::INFINITY,
             Measure::Errors | Measure::Dropped => errors,
             Measure::Achieved => return true,
@@ -186,7 +194,10 @@ mod tests {
         assert_eq!("achieved >= 490/s".parse::<Threshold>().unwrap().bound, 490.0);
         assert_eq!("service.max<2s".parse::<Threshold>().unwrap().measure, Measure::Service(1.0));
         assert_eq!(objectives("p99<100ms,errors<0.1%").unwrap().len(), 2);
-        assert!(objectives("p99<100ms,achieved>5").unwrap_err().contains("achieved>5 is no objective"));
+        for wrong in ["p99<100ms,achieved>5", "p99>5ms", "dropped<1%"] {
+            let message = objectives(wrong).unwrap_err();
+            assert!(message.contains("is no objective; write upper bounds"), "{message}");
+        }
         for wrong in ["", "p99", "p99=5ms", "p101<5ms", "speed>9", "p99<5", "errors<x", "achieved>-1"] {
             let message = wrong.parse::<Threshold>().unwrap_err();
             assert!(message.contains("write"), "{wrong}: {message}");
