@@ -9,17 +9,19 @@ use std::time::Duration;
 use serde::Serialize;
 
 use crate::Failure;
+use crate::about::About;
 use crate::cpu;
 use crate::http::Client;
 use crate::interrupt::Interrupt;
-use crate::lab::{Admin, Lab};
 use crate::plan::{Capacity, Hosts, capacity_table};
 use crate::prepare::World;
 use crate::print::{aside, table};
-use crate::profile::Profile;
-use crate::report::Percentiles;
+use crate::profile::{Arrivals, Profile};
+use crate::record::Second;
+use crate::report::{Bound, Percentiles, stated};
 use crate::run::{self, Load, Mode, Outcome};
 use crate::scrape::Look;
+use crate::site::{Admin, Site};
 use crate::threshold::Threshold;
 use crate::units;
 use crate::usl::Usl;
@@ -30,8 +32,17 @@ pub const MOST_CALLERS: usize = 512;
 const GAIN: f64 = 0.04;
 /// Open-loop trials: each halves what is left of the search.
 const TRIALS: usize = 6;
-/// The share of what is due that has to be achieved for a rate to be carried.
-const CARRIED: f64 = 0.98;
+/// How often a rate has to hold before it is called sustainable, and the most trials that are made for it.
+const HOLDS: usize = 3;
+const CONFIRMING: usize = 6;
+/// Trials that confirm a rate take so many times as long as a step: what grows slowly shows only then.
+const LONGER: u32 = 3;
+/// Fewest steps that a law is fitted to: three parameters fit anything less.
+const FEWEST_STEPS: usize = 6;
+/// The share of what is due by which the releases that are open may grow, where the rate is carried; and a few more, since
+/// their number is never quite the same.
+const GROWTH: f64 = 0.02;
+const FEW_OPEN: f64 = 2.0;
 /// Between two looks at the HSMs.
 const LOOK: Duration = Duration::from_millis(100);
 /// The share of something's capacity from which on it is what limits.
@@ -41,6 +52,8 @@ const LIMITS: f64 = 0.85;
 pub struct Question<'a> {
     /// The service.
     pub client: Arc<Client>,
+    /// Where it is.
+    pub url: String,
     /// Hosts and machines.
     pub world: World,
     /// How load is made; its mode is replaced.
@@ -49,8 +62,8 @@ pub struct Question<'a> {
     pub step: Duration,
     /// What has to hold.
     pub objectives: &'a [Threshold],
-    /// The lab, whose daemon tells how its HSMs are, if it runs here.
-    pub lab: &'a Lab,
+    /// Whose daemon tells how its HSMs are, if it runs here.
+    pub site: &'a Site,
     /// The daemon's metrics address.
     pub metrics: Option<Client>,
     /// HSMs, where the daemon does not tell.
@@ -85,7 +98,9 @@ pub struct Step {
     pub latency_seconds: Percentiles,
     /// Share of failures and drops.
     pub errors: f64,
-    /// Whether the objectives hold, in a valid run.
+    /// Whether the releases that were open did not grow in number: what was due was carried.
+    pub steady: bool,
+    /// Whether the objectives hold, in a valid run that carried what was due.
     pub holds: bool,
     /// Whether the load generator kept up.
     pub valid: bool,
@@ -96,16 +111,131 @@ pub struct Step {
 /// The answer.
 #[derive(Clone, PartialEq, Debug, Serialize)]
 pub struct Answer {
+    /// What was tested, where and how.
+    pub about: Option<About>,
+    /// The service.
+    pub url: String,
+    /// What has to hold.
+    pub objectives: Vec<Bound>,
     /// Closed loops with more and more callers.
     pub steps: Vec<Step>,
     /// Open loops at rates around the knee.
     pub trials: Vec<Step>,
-    /// The law that fits the steps.
+    /// The law that fits the steps; `None` with fewer than six valid ones.
     pub law: Option<Usl>,
+    /// Lowest and highest ceiling of the laws that fit all steps but one.
+    pub law_ceilings: Option<[f64; 2]>,
+    /// How sure the sustainable rate is; `None` when the search was interrupted.
+    pub sure: Option<Sure>,
     /// Whether the search was interrupted: steps and trials are those that were done, and no capacity follows from them.
     pub interrupted: bool,
-    /// With all HSMs, and reckoned with one less.
+    /// With all HSMs, and estimated with one less.
     pub capacities: Vec<Capacity>,
+}
+
+/// How sure a sustainable rate is.
+#[derive(Clone, Copy, PartialEq, Debug, Serialize)]
+pub struct Sure {
+    /// Trials at this rate in which the objectives held.
+    pub held: usize,
+    /// Trials at this rate.
+    pub tried: usize,
+    /// How long the longest of them took, in seconds.
+    pub longest_seconds: f64,
+    /// The lowest rate above at which they did not hold; `None` when none was tried, or none failed.
+    pub missed_at: Option<f64>,
+    /// Trials in which the load generator fell behind: they count as missed.
+    pub invalid: usize,
+}
+
+impl Sure {
+    /// In words.
+    #[must_use]
+    pub fn stated(&self, sustainable: f64) -> String {
+        if self.held == 0 {
+            return "no rate that was tried held".to_owned();
+        }
+        let longest = units::seconds(self.longest_seconds);
+        let mut text = format!(
+            "{}/s held in {} of {} trials, the longest of {longest}",
+            units::per_second(sustainable),
+            self.held,
+            self.tried
+        );
+        match self.missed_at {
+            Some(missed) => text.push_str(&format!(
+                "; {}/s was missed, so the edge is between them, {} apart",
+                units::per_second(missed),
+                units::percent(missed / sustainable - 1.0)
+            )),
+            None => text
+                .push_str("; no higher rate was missed, up to nearly the most that callers who always wait were given"),
+        }
+        if self.held < HOLDS {
+            text.push_str(&format!("; fewer than {HOLDS} times: UNSURE, try a longer --step"));
+        }
+        if self.invalid > 0 {
+            text.push_str(&format!("; in {} trials the generator itself fell behind: UNSURE", self.invalid));
+        }
+        text
+    }
+}
+
+/// Where the edge is: rates that held and rates that did not, as trials tell.
+#[derive(Debug, Default)]
+struct Search {
+    /// Rate, seconds, whether the objectives held, whether it was valid.
+    trials: Vec<(f64, f64, bool, bool)>,
+}
+
+impl Search {
+    fn tell(&mut self, rate: f64, seconds: f64, holds: bool, valid: bool) {
+        self.trials.push((rate, seconds, holds, valid));
+    }
+
+    /// The lowest rate that was missed: nothing at or above it counts as held.
+    fn missed(&self) -> Option<f64> {
+        self.trials.iter().filter(|(_, _, holds, _)| !holds).map(|(rate, ..)| *rate).min_by(f64::total_cmp)
+    }
+
+    /// The highest rate that held, below all that were missed; 0 when there is none.
+    fn held(&self) -> f64 {
+        let missed = self.missed().unwrap_or(f64::INFINITY);
+        self.trials
+            .iter()
+            .filter(|(rate, _, holds, _)| *holds && *rate < missed)
+            .map(|(rate, ..)| *rate)
+            .fold(0.0, f64::max)
+    }
+
+    fn sure(&self) -> Sure {
+        let held = self.held();
+        let at: Vec<_> = self.trials.iter().filter(|(rate, ..)| *rate == held).collect();
+        Sure {
+            held: at.iter().filter(|(_, _, holds, _)| *holds).count(),
+            tried: at.len(),
+            longest_seconds: at.iter().map(|(_, seconds, ..)| *seconds).fold(0.0, f64::max),
+            missed_at: self.missed(),
+            invalid: self.trials.iter().filter(|(.., valid)| !valid).count(),
+        }
+    }
+}
+
+/// The law that fits the valid steps, and the range of its ceiling when one of them is left out.
+fn fitted(steps: &[Step]) -> (Option<Usl>, Option<[f64; 2]>) {
+    let points: Vec<_> =
+        steps.iter().filter(|step| step.valid).map(|step| (step.callers as f64, step.achieved)).collect();
+    if points.len() < FEWEST_STEPS {
+        return (None, None);
+    }
+    let law = Usl::fit(&points);
+    let without = |left_out: usize| {
+        let others: Vec<_> = points.iter().enumerate().filter(|(at, _)| *at != left_out).map(|(_, p)| *p).collect();
+        Usl::fit(&others).map(|law| law.ceiling())
+    };
+    let ceilings: Vec<f64> = (0..points.len()).filter_map(without).collect();
+    let bounds = [ceilings.iter().copied().fold(f64::INFINITY, f64::min), ceilings.iter().copied().fold(0.0, f64::max)];
+    (law, law.map(|_| bounds))
 }
 
 /// Finds out.
@@ -136,48 +266,50 @@ pub async fn measure(question: &Question<'_>) -> Result<Answer, Failure> {
         }
         callers *= 2;
     }
-    let points: Vec<_> = steps.iter().map(|step| (step.callers as f64, step.achieved)).collect();
-    let law = Usl::fit(&points);
+    let (law, law_ceilings) = fitted(&steps);
     let most = steps.iter().map(|step| step.achieved).fold(0.0, f64::max);
     if most <= 0.0 && question.interrupt.since().is_none() {
         return Err("no release succeeded; try `claviger-loadgen run` to see why".into());
     }
-    // The first trial is where the knee probably is; then by halves.
-    let (mut low, mut high, mut rate) = (0.0, most * 1.05, most * 0.85);
     let mut trials: Vec<Step> = Vec::new();
+    let mut search = Search::default();
+    // The first trial is where the knee probably is; then by halves. No rate above what callers that always wait had can last.
+    let mut rate = most * 0.85;
     for _ in 0..TRIALS {
-        if question.interrupt.since().is_some() {
+        if !question.trial(rate, question.step, &mut trials, &mut search).await? {
             break;
         }
-        let Some(trial) = question.step(Mode::Open(Profile::constant(question.step, rate))).await? else { break };
-        let holds = trial.holds;
-        aside(&format!(
-            "{:>7}/s due: {:>7}/s, p99 {}: {}",
-            units::per_second(rate),
-            units::per_second(trial.achieved),
-            units::seconds(trial.latency_seconds.p99),
-            if !trial.valid {
-                "the generator fell behind"
-            } else if holds {
-                "the objective holds"
-            } else {
-                "the objective is missed"
-            }
-        ));
-        trials.push(trial);
-        if holds {
-            low = rate
-        } else {
-            high = rate
-        }
-        rate = f64::midpoint(low, high);
+        let (low, high) = (search.held(), search.missed().unwrap_or(most));
         if high - low < most * 0.02 {
             break;
         }
+        rate = f64::midpoint(low, high);
     }
+    // What held once, may have been luck.
+    for _ in 0..CONFIRMING {
+        let (rate, sure) = (search.held(), search.sure());
+        if rate <= 0.0 || sure.held >= HOLDS {
+            break;
+        }
+        if !question.trial(rate, question.step * LONGER, &mut trials, &mut search).await? {
+            break;
+        }
+        if search.held() <= 0.0 {
+            let lower = rate * 0.9;
+            if !question.trial(lower, question.step * LONGER, &mut trials, &mut search).await? {
+                break;
+            }
+        }
+    }
+    let about = None;
+    let objectives = question.objectives.iter().map(Threshold::bound).collect();
+    let url = question.url.clone();
     if question.interrupt.since().is_some() {
-        return Ok(Answer { steps, trials, law, interrupted: true, capacities: Vec::new() });
+        let (sure, capacities) = (None, Vec::new());
+        let interrupted = true;
+        return Ok(Answer { about, url, objectives, steps, trials, law, law_ceilings, sure, interrupted, capacities });
     }
+    let sustainable = search.held();
     let knee = trials.iter().filter(|trial| trial.holds).max_by(|a, b| a.offered.total_cmp(&b.offered));
     let seen = knee.or(trials.first()).map(|trial| trial.seen).unwrap_or_default();
     let busiest =
@@ -187,23 +319,31 @@ pub async fn measure(question: &Question<'_>) -> Result<Answer, Failure> {
         limit if all_valid => limit,
         limit => format!("perhaps the generator itself, which fell behind in some trials; otherwise {limit}"),
     };
-    let capacity = |hsms, one_fails, sustainable: f64, limit| Capacity {
+    let capacity = |hsms, one_fails, sustainable: f64, ceiling, limit| Capacity {
         hsms,
         one_fails,
         sustainable,
-        ceiling: None,
+        ceiling,
         boots_a_minute: (sustainable * 60.0).floor(),
         limit,
     };
-    let mut capacities = vec![capacity(hsms, false, low, limit)];
+    let mut capacities = vec![capacity(hsms, false, sustainable, Some(most), limit)];
     if hsms > 1 {
-        // What all HSMs together could do is known from how busy they were; without that, they are what limits.
+        // What all HSMs do at most is what was measured, if they were what limited, or else known from how busy they were.
         let busy = seen.sessions_busy.unwrap_or(1.0).clamp(0.05, 1.0);
-        let fewer = (low / busy * (hsms - 1) as f64 / hsms as f64).min(low);
-        let limit = format!("the HSMs, which were {} busy at {}/s", units::percent(busy), units::per_second(low));
-        capacities.push(capacity(hsms, true, fewer, limit));
+        let limited = busiest.sessions_busy.is_none_or(|busy| busy >= LIMITS);
+        let of_all = if limited { most } else { (sustainable / busy).max(most) };
+        // With as much room below that as was needed with all.
+        let fewer = (of_all * (hsms - 1) as f64 / hsms as f64 * sustainable / most).min(sustainable);
+        let limit = format!(
+            "{} of {hsms} HSMs, of which all do {}/s at most, with as much room as all need",
+            hsms - 1,
+            units::per_second(of_all)
+        );
+        capacities.push(capacity(hsms, true, fewer, None, limit));
     }
-    Ok(Answer { steps, trials, law, interrupted: false, capacities })
+    let (sure, interrupted) = (Some(search.sure()), false);
+    Ok(Answer { about, url, objectives, steps, trials, law, law_ceilings, sure, interrupted, capacities })
 }
 
 impl Question<'_> {
@@ -213,8 +353,41 @@ impl Question<'_> {
         {
             return Ok(hsms);
         }
-        let told = self.lab.admin().and_then(|mut admin| admin.hsms());
+        let told = self.site.admin().and_then(|mut admin| admin.hsms());
         Ok(told.map_err(|error| format!("how many HSMs there are is not known ({error}); say it with --hsms N"))?.len())
+    }
+
+    /// Tries a rate in an open loop; `false` when it was interrupted.
+    async fn trial(
+        &self,
+        rate: f64,
+        time: Duration,
+        trials: &mut Vec<Step>,
+        search: &mut Search,
+    ) -> Result<bool, Failure> {
+        if self.interrupt.since().is_some() {
+            return Ok(false);
+        }
+        let Some(trial) = self.step(Mode::Open(Profile::constant(time, rate))).await? else { return Ok(false) };
+        aside(&format!(
+            "{:>7}/s due for {}: {:>7}/s, p99 {}: {}",
+            units::per_second(rate),
+            units::seconds(time.as_secs_f64()),
+            units::per_second(trial.achieved),
+            units::seconds(trial.latency_seconds.p99),
+            if !trial.valid {
+                "the generator fell behind"
+            } else if !trial.steady {
+                "overload: what waits grows"
+            } else if trial.holds {
+                "the objective holds"
+            } else {
+                "the objective is missed"
+            }
+        ));
+        search.tell(rate, time.as_secs_f64(), trial.holds, trial.valid);
+        trials.push(trial);
+        Ok(true)
     }
 
     /// One step; `None` when it was interrupted, since half a step says little.
@@ -222,11 +395,11 @@ impl Question<'_> {
         let callers = if let Mode::Closed { callers, .. } = mode { callers } else { 0 };
         let load = Load { mode, show: false, ..self.load.clone() };
         let looking = Arc::new(AtomicBool::new(true));
-        let watch = self.lab.admin().ok().map(|admin| {
+        let watch = self.site.admin().ok().map(|admin| {
             let looking = looking.clone();
             tokio::task::spawn_blocking(move || watch(admin, &looking))
         });
-        let daemon = self.lab.daemon().await;
+        let daemon = self.site.daemon().await;
         let used = |look: &Look| look.cpu_seconds.or_else(|| cpu::seconds(Some(daemon?)));
         let before = self.look().await?;
         let cpu_before = used(&before);
@@ -252,19 +425,26 @@ impl Question<'_> {
     fn told(&self, callers: usize, outcome: &Outcome, seen: Seen) -> Step {
         let tally = &outcome.tally;
         let seconds = outcome.duration.as_secs_f64();
-        let (offered, achieved) = (tally.offered as f64 / seconds, tally.achieved as f64 / seconds.max(tally.last));
+        let offered = tally.offered as f64 / seconds;
+        // Callers that wait when the time is up get their answers after it, and offer nothing any more.
+        let in_time = |second: &Second| second.achieved as f64;
+        let achieved = match callers {
+            0 => tally.achieved as f64 / seconds.max(tally.last),
+            _ => tally.seconds.iter().take(seconds as usize).map(in_time).sum::<f64>() / seconds.floor().max(1.0),
+        };
         let errors = tally.unsuccessful();
         let at = |quantile: f64| tally.latency.value_at_quantile(quantile) as f64 / 1e6;
         let valid = outcome.invalid.is_empty();
         let met = self.objectives.iter().all(|objective| objective.holds(at, errors));
-        let carried = callers > 0 || achieved >= offered * CARRIED;
-        let holds = valid && met && carried && tally.achieved > 0;
+        let steady = callers > 0 || !grows(&tally.seconds, outcome.duration.as_secs() as usize, self.load.arrivals);
+        let holds = valid && met && steady && tally.achieved > 0;
         Step {
             callers,
             offered,
             achieved,
             latency_seconds: Percentiles::of(&tally.latency),
             errors,
+            steady,
             holds,
             valid,
             seen,
@@ -277,6 +457,25 @@ impl Question<'_> {
             None => Ok(Look::default()),
         }
     }
+}
+
+/// Whether ever more releases are open at the ends of the first `whole` seconds: more are due than are carried. The first
+/// quarter does not count. Of those that come at random, now more are open and now fewer, by the root of their number.
+fn grows(seconds: &[Second], whole: usize, arrivals: Arrivals) -> bool {
+    let (mut open, mut due) = (0.0, 0.0);
+    let ends: Vec<(f64, f64)> = seconds
+        .iter()
+        .take(whole)
+        .map(|second| {
+            due += second.offered as f64;
+            open += second.offered as f64 - (second.achieved + second.errors + second.dropped) as f64;
+            (due, open)
+        })
+        .collect();
+    let Some((last, from)) = ends.last().zip(ends.get(ends.len().saturating_sub(1) / 4)) else { return false };
+    let came = last.0 - from.0;
+    let lots = if arrivals == Arrivals::Even { 0.0 } else { 2.0 * came.sqrt() };
+    last.1 - from.1 > GROWTH * came + FEW_OPEN + lots
 }
 
 /// How busy the sessions of the members that serve are, and how many operations wait, on average. Blocks.
@@ -333,13 +532,13 @@ fn limit(seen: &Seen, law: Option<&Usl>) -> String {
             units::per_second(law.ceiling())
         ),
         Some(_) => format!("nothing up to the most callers that were tried{then}"),
-        None => format!("not known: too few steps for a fit{then}"),
+        None => format!("not known: fewer than {FEWEST_STEPS} steps, too few to fit a law to{then}"),
     }
 }
 
 /// For a person.
 #[must_use]
-pub fn for_people(answer: &Answer, objectives: &[Threshold], hosts: &Hosts) -> String {
+pub fn for_people(answer: &Answer, hosts: &Hosts) -> String {
     let mut out = String::new();
     let head = ["callers", "releases/s", "by the fit", "p50", "p99", "sessions busy", "waiting", "daemon CPU"];
     let mut rows = vec![head.map(str::to_owned).to_vec()];
@@ -369,29 +568,124 @@ pub fn for_people(answer: &Answer, objectives: &[Threshold], hosts: &Hosts) -> S
             units::per_second(law.ceiling()),
             law.peak().map_or(String::new(), |peak| format!(" at {peak:.0} callers")),
         );
+    } else {
+        let _ =
+            writeln!(out, "\nno law: {} steps, and it takes {FEWEST_STEPS} valid ones to fit one", answer.steps.len());
+    }
+    if let Some([low, high]) = answer.law_ceilings {
+        let (low, high) = (units::per_second(low), units::per_second(high));
+        let _ = writeln!(out, "how sure: with any one step left out, it says from {low}/s to {high}/s at most");
     }
     if answer.interrupted {
         for trial in &answer.trials {
-            let verdict = if trial.holds { "holds" } else { "is missed, or the run was invalid" };
+            let verdict = if trial.holds { "holds" } else { "is missed, or the run was invalid or overload" };
             let (due, achieved) = (units::per_second(trial.offered), units::per_second(trial.achieved));
             let _ = writeln!(out, "{due}/s due: {achieved}/s; the objective {verdict}");
         }
         out.push_str("\nINTERRUPTED: these are the steps that were done; no capacity follows from them");
         return out;
     }
-    let objectives: Vec<_> = objectives.iter().map(ToString::to_string).collect();
-    let _ = writeln!(out, "\nwithin {}:\n", objectives.join(", "));
-    let title = |c: &Capacity| match c.one_fails {
-        false => format!("{} HSM{}", c.hsms, if c.hsms == 1 { "" } else { "s" }),
-        true => format!("{} of {}", c.hsms - 1, c.hsms),
-    };
-    let titles: Vec<_> = answer.capacities.iter().map(title).collect();
+    let _ = writeln!(out, "\nwithin {}:\n", stated(&answer.objectives));
+    let titles: Vec<_> = answer.capacities.iter().map(Capacity::title).collect();
     out.push_str(&capacity_table(&titles, &answer.capacities, hosts));
     let _ = writeln!(out, "\n{}", hosts.stated());
+    if let (Some(sure), Some(all)) = (answer.sure, answer.capacities.first()) {
+        let _ = writeln!(out, "how sure: {}", sure.stated(all.sustainable));
+    }
     for (title, capacity) in titles.iter().zip(&answer.capacities) {
-        let how = if capacity.one_fails { "reckoned from" } else { "limited by" };
+        let how = if capacity.one_fails { "estimated from" } else { "limited by" };
         let _ = writeln!(out, "{title}: {how} {}", capacity.limit);
     }
     out.truncate(out.trim_end().len());
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::record::{Event, Tally};
+
+    fn step(callers: usize, achieved: f64, valid: bool) -> Step {
+        Step {
+            callers,
+            offered: achieved,
+            achieved,
+            latency_seconds: Percentiles::default(),
+            errors: 0.0,
+            steady: true,
+            holds: true,
+            valid,
+            seen: Seen::default(),
+        }
+    }
+
+    #[test]
+    fn fewer_than_six_valid_steps_fit_no_law() {
+        let law = Usl { lambda: 100.0, sigma: 0.05, kappa: 0.0005, r_squared: 1.0 };
+        let mut steps: Vec<_> = [1, 2, 4, 8, 16, 32].map(|n| step(n, law.throughput(n as f64), true)).to_vec();
+        let (found, ceilings) = fitted(&steps);
+        let [low, high] = ceilings.unwrap_or_default();
+        assert!(
+            found.is_some() && low <= law.ceiling() * 1.001 && high >= law.ceiling() * 0.999,
+            "{found:?} {ceilings:?}"
+        );
+        steps[2].valid = false;
+        assert_eq!(fitted(&steps), (None, None));
+        assert_eq!(fitted(&steps[..5]), (None, None));
+        // One step that does not fit makes it unsure.
+        let mut odd: Vec<_> = [1, 2, 4, 8, 16, 32].map(|n| step(n, law.throughput(n as f64), true)).to_vec();
+        odd[5].achieved *= 0.6;
+        let [low, high] = fitted(&odd).1.unwrap_or_default();
+        assert!(high > low * 1.2, "{low} {high}");
+    }
+
+    #[test]
+    fn a_rate_that_was_missed_once_is_not_sustainable() {
+        let mut search = Search::default();
+        search.tell(85.0, 4.0, true, true);
+        search.tell(92.0, 4.0, true, true);
+        search.tell(96.0, 4.0, false, true);
+        assert_eq!((search.held(), search.missed()), (92.0, Some(96.0)));
+        search.tell(92.0, 12.0, false, true);
+        assert_eq!((search.held(), search.missed()), (85.0, Some(92.0)));
+        let sure = search.sure();
+        assert_eq!((sure.held, sure.tried, sure.invalid), (1, 1, 0));
+        assert!(
+            sure.stated(85.0).contains("UNSURE") && sure.stated(85.0).contains("8.2 % apart"),
+            "{}",
+            sure.stated(85.0)
+        );
+        search.tell(85.0, 12.0, true, true);
+        search.tell(85.0, 12.0, true, true);
+        let text = search.sure().stated(85.0);
+        assert!(text.contains("held in 3 of 3 trials, the longest of 12.0 s") && !text.contains("UNSURE"), "{text}");
+        search.tell(99.0, 4.0, false, false);
+        assert!(search.sure().stated(85.0).contains("the generator itself fell behind"));
+        assert_eq!(Search::default().held(), 0.0);
+    }
+
+    /// Releases that are due evenly at `rate` a second, of which the service does `served` a second, one after the other.
+    fn seconds(rate: f64, served: f64, alone: f64) -> Vec<Second> {
+        let mut tally = Tally::default();
+        for at in 0..(rate * 4.0) as u32 {
+            let due = f64::from(at) / rate;
+            let latency = (f64::from(at) / served - due).max(0.0) + alone;
+            let (errors, retries) = (Vec::new(), Vec::new());
+            tally.count(Event::Done { due, lag: 0.0, service: latency, latency, released: 1, errors, retries });
+        }
+        tally.seconds
+    }
+
+    #[test]
+    fn overload_is_found_in_a_short_trial_and_a_long_way_is_none() {
+        for rate in [100.0, 1_000.0] {
+            for arrivals in [Arrivals::Even, Arrivals::Random] {
+                assert!(!grows(&seconds(rate, rate * 1.01, 0.05), 4, arrivals));
+                assert!(!grows(&seconds(rate, rate * 1.01, 0.3), 4, arrivals), "a long round trip is no overload");
+                assert!(grows(&seconds(rate, rate * 0.85, 0.05), 4, arrivals));
+            }
+            assert!(grows(&seconds(rate, rate * 0.95, 0.3), 4, Arrivals::Even));
+        }
+        assert!(!grows(&[], 4, Arrivals::Even));
+    }
 }

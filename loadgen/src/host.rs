@@ -56,7 +56,8 @@ impl Host {
             let error = attestation::parse_error_reply(&reply.body)?;
             let message = error.message.unwrap_or_default();
             return Err(format!(
-                "attestation refused with {} {}: {message}; is the host registered there, and is the service ready?",
+                "attestation refused with {} {}: {message}; is the host registered there (claviger-loadgen prepare), and is \
+                 the service ready?",
                 reply.status, error.name
             )
             .into());

@@ -1,6 +1,17 @@
-//! A run as a page: one file, pictures inside, nothing loaded from elsewhere, light and dark.
+//! Results as pages: one file each, pictures inside, nothing loaded from elsewhere, light and dark.
 
-use crate::report::{Report, Row};
+mod capacity;
+mod compare;
+mod plan;
+mod run;
+
+pub use capacity::page as capacity;
+pub use compare::page as compare;
+pub use plan::page as plan;
+pub use run::page as run;
+
+use crate::about::About;
+use crate::report::{Bound, Of};
 use crate::units;
 
 const WIDTH: f64 = 960.0;
@@ -11,10 +22,10 @@ const MARGIN: (f64, f64, f64, f64) = (64.0, 84.0, 14.0, 40.0);
 const STYLE: &str = "
 :root{color-scheme:light dark;--page:#f6f7f9;--card:#fff;--ink:#1c2430;--soft:#5d6878;--line:#e3e7ec;--axis:#c3cad3;
 --a:#1f6feb;--fill:#1f6feb22;--b:#8a94a3;--bad:#cf222e;--warn:#b86e00;--good:#1a7f37;
---q1:#79acf0;--q2:#3f86ea;--q3:#1450a8;--q4:#6b4fbb}
+--q1:#79acf0;--q2:#3f86ea;--q3:#1450a8;--q4:#6b4fbb;--obj:#0f8a6d}
 @media (prefers-color-scheme:dark){:root{--page:#0f1318;--card:#171c23;--ink:#e6eaf0;--soft:#97a3b4;--line:#262d37;
 --axis:#3d4754;--a:#5b9dff;--fill:#5b9dff26;--b:#8490a1;--bad:#ff6b6b;--warn:#f0a840;--good:#4cc26c;
---q1:#4a7bc0;--q2:#5b9dff;--q3:#a9cdff;--q4:#b9a3ff}}
+--q1:#4a7bc0;--q2:#5b9dff;--q3:#a9cdff;--q4:#b9a3ff;--obj:#3fd0aa}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--ink);font:15px/1.5 system-ui,-apple-system,'Segoe UI',Roboto,sans-serif}
 main{max-width:1040px;margin:0 auto;padding:32px 20px 48px}
@@ -31,139 +42,80 @@ svg .name{font-weight:600}.grid{stroke:var(--line)}.axis{stroke:var(--axis)}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font-size:14px}
 th,td{text-align:right;padding:5px 10px;border-bottom:1px solid var(--line)}th:first-child,td:first-child{text-align:left}
 th{color:var(--soft);font-weight:600}tr:last-child td{border-bottom:0}.wide{overflow-x:auto}
+table.facts td:first-child{color:var(--soft);white-space:nowrap;vertical-align:top;width:1%}
+table.facts td{text-align:left;overflow-wrap:anywhere}table.facts.two td{width:44%}table.facts.two td:first-child{width:1%}
+.facts .command{font-family:ui-monospace,'DejaVu Sans Mono',monospace;font-size:12.5px}
+.objective{stroke:var(--obj);stroke-width:1.5;stroke-dasharray:7 4}svg .objective-name{fill:var(--obj);font-weight:600}
+.legend{display:flex;flex-wrap:wrap;gap:4px 18px;font-size:13px;color:var(--soft);margin:0 0 6px}
+.legend i{display:inline-block;width:22px;height:0;border-top:3px solid;vertical-align:middle;margin-right:6px}
+.legend i.dashed{border-top-style:dashed}td:first-child{white-space:nowrap}
+.mark{stroke:var(--axis);stroke-width:1.5}.note{margin:10px 0 0}
+@media (max-width:640px){main{padding:20px 12px 32px}section{padding:12px 12px}svg{min-width:560px}.picture{overflow-x:auto}th,td{padding:5px 6px}
+table.facts td:first-child{white-space:normal;width:28%}}
 ";
 
-/// The page.
-#[must_use]
-pub fn page(report: &Report) -> String {
-    let title = format!("{} at {}", escape(&report.profile), escape(&report.url));
-    let mut body = format!(
-        "<header><h1>{title}</h1><p class=\"soft\">{} · {} · {} · {}{} · {}</p></header>\n",
-        date(report.began),
-        plural(report.settings.hosts, "host"),
-        plural(report.settings.vms, "machine"),
-        if report.settings.batch > 1 {
-            format!("{} releases in a request", report.settings.batch)
-        } else {
-            escape(&report.settings.api)
-        },
-        if report.settings.roll { ", rolled" } else { "" },
-        escape(&report.generator_version),
-    );
-    for reason in &report.invalid_because {
-        body.push_str(&format!("<p class=\"banner\">Invalid: {}</p>\n", escape(reason)));
-    }
-    if let Some(problem) = &report.verify.first_wrong {
-        let wrong = report.verify.wrong;
-        body.push_str(&format!("<p class=\"banner\">{wrong} replies were wrong. The first: {}</p>\n", escape(problem)));
-    }
-    body.push_str(&tiles(report));
-    body.push_str(&section(
-        "Throughput",
-        "releases a second: due (dashed) and succeeded (filled), in the second in which they succeeded",
-        &throughput(&report.timeline, report.duration_seconds),
-    ));
-    body.push_str(&section(
-        "Latency over time",
-        "from when a release was due to its whole answer, by the second in which it was due; logarithmic",
-        &latency(&report.timeline),
-    ));
-    let troubled = report.timeline.iter().any(|row| row.errors + row.dropped > 0);
-    let picture = if troubled { errors(&report.timeline) } else { "<p class=\"good\">None.</p>".to_owned() };
-    body.push_str(&section(
-        "Errors and drops",
-        "releases a second that failed, or were due and could not be started",
-        &picture,
-    ));
-    body.push_str(&section(
-        "Latency distribution",
-        "which share of the releases took at most how long; each step to the right leaves out ten times fewer",
-        &distribution(report),
-    ));
-    body.push_str(&numbers(report));
+/// A whole page.
+fn document(title: &str, what: &str, banners: &[String], body: &str) -> String {
+    let banners: String =
+        banners.iter().map(|banner| format!("<p class=\"banner\">{}</p>\n", escape(banner))).collect();
+    let (title, what) = (escape(title), escape(what));
     format!(
         "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" \
          content=\"width=device-width,initial-scale=1\"><title>{title}</title><style>{STYLE}</style></head>\n\
-         <body><main>\n{body}</main></body></html>\n"
+         <body><main>\n<header><h1>{title}</h1><p class=\"soft\">{what}</p></header>\n{banners}{body}</main></body></html>\n"
     )
+}
+
+/// The title that was given, or this one.
+fn title_or(about: Option<&About>, otherwise: &str) -> String {
+    about.and_then(|about| about.title.clone()).unwrap_or_else(|| otherwise.to_owned())
 }
 
 fn section(title: &str, what: &str, content: &str) -> String {
     format!("<section><h2>{title}</h2><p class=\"soft\">{what}</p>{content}</section>\n")
 }
 
-fn tiles(report: &Report) -> String {
-    let share = |part: u64| if report.offered == 0 { 0.0 } else { part as f64 / report.offered as f64 };
-    let tile = |name: &str, value: String, class: &str| {
-        format!("<div class=\"tile\"><b class=\"{class}\">{value}</b><span>{name}</span></div>")
-    };
-    let trouble = |share: f64| if share > 0.0 { "bad" } else { "" };
-    let (failed, dropped) = (share(report.failed()), share(report.dropped));
-    let times = &report.latency_seconds;
-    let offered = format!("released, of {}/s due", units::per_second(report.offered_per_second));
-    let mut tiles = vec![
-        tile(&offered, format!("{}/s", units::per_second(report.achieved_per_second)), ""),
-        tile("latency, median", units::seconds(times.p50), ""),
-        tile("latency, p99", units::seconds(times.p99), ""),
-        tile("latency, p99.9", units::seconds(times.p99_9), ""),
-        tile("failed", units::percent(failed), trouble(failed)),
-        tile("dropped", units::percent(dropped), trouble(dropped)),
-    ];
-    if !report.thresholds.is_empty() {
-        let passed = report.thresholds.iter().filter(|judgement| judgement.passed).count();
-        let all = report.thresholds.len();
-        let class = if passed == all { "good" } else { "bad" };
-        tiles.push(tile("thresholds passed", format!("{passed} of {all}"), class));
-    }
-    let mut out = format!("<div class=\"tiles\">{}</div>\n", tiles.concat());
-    if report.unsuccessful() > 0.0 {
-        let (share, known) = (units::percent(report.unsuccessful()), (1.0 - report.unsuccessful()) * 100.0);
-        out.push_str(&format!(
-            "<p class=\"soft\">{share} failed or were dropped. Latency is of those that succeeded; beyond p{known:.2} of all \
-             that was due nothing is known.</p>\n"
-        ));
-    }
-    out
+fn tile(name: &str, value: &str, class: &str) -> String {
+    format!("<div class=\"tile\"><b class=\"{class}\">{value}</b><span>{name}</span></div>")
 }
 
-fn numbers(report: &Report) -> String {
-    let mut rows = String::new();
-    let names: String = report.latency_seconds.all().iter().map(|(name, _)| format!("<th>{name}</th>")).collect();
-    let kinds = [
-        ("latency, from when it was due", &report.latency_seconds),
-        ("service, from when it was sent", &report.service_seconds),
-        ("the generator's own lag", &report.generator.lag_seconds),
-    ];
-    for (what, times) in kinds {
-        let cells: String = times.all().iter().map(|(_, time)| format!("<td>{}</td>", units::seconds(*time))).collect();
-        rows.push_str(&format!("<tr><td>{what}</td>{cells}</tr>"));
-    }
-    let table = format!("<div class=\"wide\"><table><tr><th></th>{names}</tr>{rows}</table></div>");
-    let mut out = section("Times", "of the releases that succeeded", &table);
-    let mut facts: Vec<[String; 2]> = vec![
-        ["due".into(), units::count(report.offered as f64)],
-        ["succeeded".into(), units::count(report.achieved as f64)],
-        ["dropped: as many as allowed were in flight".into(), units::count(report.dropped as f64)],
-    ];
-    facts.extend(
-        report.errors.iter().map(|(code, times)| [format!("failed: {}", escape(code)), units::count(*times as f64)]),
-    );
-    facts.extend(
-        report.retries.iter().map(|(code, n)| [format!("asked again after {}", escape(code)), units::count(*n as f64)]),
-    );
-    facts.push([
-        format!("replies checked ({})", escape(&report.verify.mode)),
-        format!("{}, {} wrong", units::count((report.verify.right + report.verify.wrong) as f64), report.verify.wrong),
-    ]);
-    facts.push(["processors that the generator used".into(), format!("{:.2}", report.generator.processors)]);
-    for judgement in &report.thresholds {
-        let (class, verdict) = if judgement.passed { ("good", "passed") } else { ("bad", "failed") };
-        let what = format!("{} ({})", escape(&judgement.threshold), escape(&judgement.measured));
-        facts.push([what, format!("<span class=\"{class}\">{verdict}</span>")]);
-    }
-    let rows: String = facts.iter().map(|[what, value]| format!("<tr><td>{what}</td><td>{value}</td></tr>")).collect();
-    out.push_str(&section("Counts", "releases, without the warm-up", &format!("<table>{rows}</table>")));
-    out
+fn tiles(tiles: &[String]) -> String {
+    format!("<div class=\"tiles\">{}</div>\n", tiles.concat())
+}
+
+/// What the lines of a picture are: name, colour, whether it is dashed.
+fn legend(lines: &[(&str, &str, bool)]) -> String {
+    let line = |(name, colour, dashed): &(&str, &str, bool)| {
+        let class = if *dashed { " class=\"dashed\"" } else { "" };
+        format!("<span><i{class} style=\"border-color:var({colour})\"></i>{}</span>", escape(name))
+    };
+    format!("<div class=\"legend\">{}</div>", lines.iter().map(line).collect::<String>())
+}
+
+/// Names and values.
+fn facts(rows: &[[String; 2]]) -> String {
+    let row = |[name, value]: &[String; 2]| {
+        let class = if name == "command" { " class=\"command\"" } else { "" };
+        format!("<tr><td>{}</td><td{class}>{}</td></tr>", escape(name), escape(value))
+    };
+    format!("<table class=\"facts\">{}</table>", rows.iter().map(row).collect::<String>())
+}
+
+/// The first row is the head. Cells are markup.
+fn table(rows: &[Vec<String>]) -> String {
+    let row = |kind: &str, cells: &Vec<String>| {
+        format!("<tr>{}</tr>", cells.iter().map(|cell| format!("<{kind}>{cell}</{kind}>")).collect::<String>())
+    };
+    let (head, rest) = rows.split_first().map_or((String::new(), rows), |(head, rest)| (row("th", head), rest));
+    let rest: String = rest.iter().map(|cells| row("td", cells)).collect();
+    format!("<div class=\"wide\"><table>{head}{rest}</table></div>")
+}
+
+const NONE: &str = "<p class=\"bad\">No release succeeded.</p>";
+
+/// Those conditions that are about latency, for pictures of it.
+fn latency_bounds<'a>(bounds: impl Iterator<Item = &'a Bound>) -> Vec<&'a Bound> {
+    bounds.filter(|bound| bound.of == Of::Latency).collect()
 }
 
 /// Where values are in a picture.
@@ -211,6 +163,48 @@ impl Frame {
         ));
     }
 
+    /// What has to hold, across the picture.
+    fn objective(&mut self, y: f64, name: &str) {
+        let (at, left, right) = (self.at_y(y), MARGIN.0, WIDTH - MARGIN.1);
+        self.svg.push_str(&format!(
+            "<line class=\"objective\" x1=\"{left}\" x2=\"{right}\" y1=\"{at:.1}\" y2=\"{at:.1}\"/>\
+             <text class=\"objective-name\" x=\"{:.1}\" y=\"{:.1}\">{}</text>",
+            left + 6.0,
+            at - 5.0,
+            escape(name)
+        ));
+    }
+
+    /// A place on the horizontal scale; `row` keeps names apart.
+    fn mark(&mut self, x: f64, name: &str, class: &str, row: u8) {
+        let (at, top, bottom) = (self.at_x(x), MARGIN.2, HEIGHT - MARGIN.3);
+        let y = top + 10.0 + 15.0 * f64::from(row);
+        // On the side on which there is room.
+        let (x, anchor) = if at > WIDTH * 0.6 { (at - 5.0, "end") } else { (at + 5.0, "start") };
+        self.svg.push_str(&format!(
+            "<line class=\"{class}\" x1=\"{at:.1}\" x2=\"{at:.1}\" y1=\"{top}\" y2=\"{bottom}\"/>\
+             <text class=\"{class}-name name\" x=\"{x:.1}\" y=\"{y:.1}\" text-anchor=\"{anchor}\">{}</text>",
+            escape(name)
+        ));
+    }
+
+    fn dot(&mut self, x: f64, y: f64, colour: &str, hint: &str) {
+        let (x, y) = (self.at_x(x), self.at_y(y));
+        self.svg.push_str(&format!(
+            "<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"4.5\" style=\"fill:var({colour})\"><title>{}</title></circle>",
+            escape(hint)
+        ));
+    }
+
+    /// The same, small.
+    fn point(&mut self, x: f64, y: f64, colour: &str, hint: &str) {
+        let (x, y) = (self.at_x(x), self.at_y(y));
+        self.svg.push_str(&format!(
+            "<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"2.5\" style=\"fill:var({colour})\"><title>{}</title></circle>",
+            escape(hint)
+        ));
+    }
+
     /// A line with gaps where there is nothing.
     fn line(&mut self, points: &[Option<(f64, f64)>], style: &str) {
         let mut path = String::new();
@@ -235,7 +229,10 @@ impl Frame {
              <text x=\"{right}\" y=\"{:.1}\" text-anchor=\"end\">{x_label}</text>",
             HEIGHT - 4.0
         ));
-        format!("<svg viewBox=\"0 0 {WIDTH} {HEIGHT}\" role=\"img\" aria-label=\"{description}\">{}</svg>", self.svg)
+        format!(
+            "<div class=\"picture\"><svg viewBox=\"0 0 {WIDTH} {HEIGHT}\" role=\"img\" aria-label=\"{description}\">{}</svg></div>",
+            self.svg
+        )
     }
 
     /// Names at the right end of lines, moved apart where they would overlap.
@@ -284,50 +281,6 @@ fn count_axis(frame: &mut Frame, most: f64) {
     }
 }
 
-fn title(frame: &Frame, row: &Row, text: &str) -> String {
-    let (x, next) = (frame.at_x(row.second as f64), frame.at_x(row.second as f64 + 1.0));
-    format!(
-        "<rect x=\"{x:.1}\" y=\"{}\" width=\"{:.1}\" height=\"{}\" fill=\"transparent\"><title>second {}: {text}</title></rect>",
-        MARGIN.2,
-        next - x,
-        HEIGHT - MARGIN.2 - MARGIN.3,
-        row.second
-    )
-}
-
-/// The middle of a second, which is where its value stands.
-fn middle(row: &Row) -> f64 {
-    row.second as f64 + 0.5
-}
-
-fn throughput(rows: &[Row], duration: f64) -> String {
-    let most = rows.iter().map(|row| row.offered.max(row.achieved)).max().unwrap_or(1).max(1) as f64;
-    let mut frame = Frame::new((0.0, rows.len().max(1) as f64), (0.0, most * 1.08), false);
-    count_axis(&mut frame, most * 1.08);
-    seconds_axis(&mut frame, rows.len());
-    let points: Vec<_> = rows.iter().map(|row| Some((middle(row), row.achieved as f64))).collect();
-    if let (Some(first), Some(last)) = (rows.first(), rows.last()) {
-        let zero = frame.at_y(0.0);
-        let mut area = format!("M{:.1} {zero:.1}", frame.at_x(middle(first)));
-        for (x, y) in points.iter().flatten() {
-            area.push_str(&format!("L{:.1} {:.1}", frame.at_x(*x), frame.at_y(*y)));
-        }
-        area.push_str(&format!("L{:.1} {zero:.1}Z", frame.at_x(middle(last))));
-        frame.svg.push_str(&format!("<path d=\"{area}\" style=\"fill:var(--fill)\"/>"));
-    }
-    let due = rows.iter().filter(|row| (row.second as f64) < duration);
-    let offered: Vec<_> = due.map(|row| Some((middle(row), row.offered as f64))).collect();
-    frame.line(&offered, "style=\"stroke:var(--b)\" stroke-dasharray=\"2 5\"");
-    frame.line(&points, "style=\"stroke:var(--a)\"");
-    let last = |points: &[Option<(f64, f64)>]| points.iter().rev().find_map(|point| *point).map_or(0.0, |(_, y)| y);
-    frame.names(&[("due", last(&offered), "--b"), ("released", last(&points), "--a")]);
-    for row in rows {
-        let hint = title(&frame, row, &format!("{} due, {} released", row.offered, row.achieved));
-        frame.svg.push_str(&hint);
-    }
-    frame.finish("seconds", "releases a second over time")
-}
-
 /// From the power of ten below to the one above.
 fn decades(least: f64, most: f64) -> (f64, f64) {
     let low = 10_f64.powf(least.max(1e-6).log10().floor());
@@ -348,90 +301,23 @@ fn time_axis(frame: &mut Frame) {
     }
 }
 
-const NONE: &str = "<p class=\"bad\">No release succeeded.</p>";
-
-fn latency(rows: &[Row]) -> String {
-    let times = || rows.iter().filter_map(|row| row.latency_seconds);
-    let least = times().map(|times| times.p50).fold(f64::INFINITY, f64::min);
-    let most = times().map(|times| times.max).fold(0.0, f64::max);
-    if !least.is_finite() {
-        return NONE.to_owned();
-    }
-    let mut frame = Frame::new((0.0, rows.len().max(1) as f64), decades(least, most), true);
-    time_axis(&mut frame);
-    seconds_axis(&mut frame, rows.len());
-    type Part = fn(&crate::report::Percentiles) -> f64;
-    let parts: [(&str, Part, &str); 4] = [
-        ("p50", |times| times.p50, "--q1"),
-        ("p90", |times| times.p90, "--q2"),
-        ("p99", |times| times.p99, "--q3"),
-        ("max", |times| times.max, "--q4"),
-    ];
-    let mut names = Vec::new();
-    for (name, part, colour) in parts {
-        let points: Vec<_> = rows.iter().map(|row| Some((middle(row), part(row.latency_seconds.as_ref()?)))).collect();
-        frame.line(&points, &format!("style=\"stroke:var({colour})\""));
-        if let Some((_, y)) = points.iter().rev().find_map(|point| *point) {
-            names.push((name, y, colour));
-        }
-    }
-    frame.names(&names);
-    for row in rows {
-        let text = row.latency_seconds.map_or("nothing succeeded".to_owned(), |times| {
-            parts.map(|(name, part, _)| format!("{name} {}", units::seconds(part(&times)))).join(", ")
-        });
-        let hint = title(&frame, row, &text);
-        frame.svg.push_str(&hint);
-    }
-    frame.finish("seconds", "latency percentiles over time")
-}
-
-fn errors(rows: &[Row]) -> String {
-    let most = rows.iter().map(|row| row.errors + row.dropped).max().unwrap_or(1).max(1) as f64;
-    let mut frame = Frame::new((0.0, rows.len().max(1) as f64), (0.0, most * 1.08), false);
-    count_axis(&mut frame, most * 1.08);
-    seconds_axis(&mut frame, rows.len());
-    for row in rows {
-        let (x, next) = (frame.at_x(row.second as f64), frame.at_x(row.second as f64 + 1.0));
-        let mut bar = |from: u64, to: u64, colour: &str| {
-            let (bottom, top) = (frame.at_y(from as f64), frame.at_y(to as f64));
-            // A gap between bars, unless they are too thin for one.
-            let gap = if next - x > 4.0 { 1.0 } else { 0.0 };
-            frame.svg.push_str(&format!(
-                "<rect x=\"{:.1}\" y=\"{top:.1}\" width=\"{:.1}\" height=\"{:.1}\" style=\"fill:var({colour})\"/>",
-                x + gap,
-                (next - x - 2.0 * gap).max(0.5),
-                bottom - top
-            ));
-        };
-        bar(0, row.errors, "--bad");
-        bar(row.errors, row.errors + row.dropped, "--warn");
-        let hint = title(&frame, row, &format!("{} failed, {} dropped", row.errors, row.dropped));
-        frame.svg.push_str(&hint);
-    }
-    frame.names(&[("dropped", most, "--warn"), ("failed", most * 0.9, "--bad")]);
-    frame.finish("seconds", "failed and dropped releases over time")
-}
-
-fn distribution(report: &Report) -> String {
-    let points = &report.distribution;
-    let (Some(first), Some(last)) = (points.first(), points.last()) else { return NONE.to_owned() };
-    let nines = |quantile: f64| -(1.0 - quantile).max(1e-9).log10();
-    let least = first.latency_seconds.min(first.service_seconds);
-    let most = report.latency_seconds.max.max(report.service_seconds.max);
-    let mut frame = Frame::new((0.0, nines(last.quantile).max(1.0)), decades(least, most), true);
-    time_axis(&mut frame);
+/// Shares of the releases, each step of which leaves out ten times fewer.
+fn quantile_axis(frame: &mut Frame) {
     for (at, label) in (0_u8..).zip(["0 %", "90 %", "99 %", "99.9 %", "99.99 %", "99.999 %"]) {
         if f64::from(at) <= frame.x.1 {
             frame.vertical(f64::from(at), label);
         }
     }
-    let service: Vec<_> = points.iter().map(|p| Some((nines(p.quantile), p.service_seconds))).collect();
-    let latency: Vec<_> = points.iter().map(|p| Some((nines(p.quantile), p.latency_seconds))).collect();
-    frame.line(&service, "style=\"stroke:var(--b)\" stroke-dasharray=\"2 5\"");
-    frame.line(&latency, "style=\"stroke:var(--a)\"");
-    frame.names(&[("latency", last.latency_seconds, "--a"), ("service", last.service_seconds, "--b")]);
-    frame.finish("share of the releases", "distribution of latency and service time")
+}
+
+/// Numbers from zero on the horizontal scale.
+fn count_axis_x(frame: &mut Frame, most: f64) {
+    let step = step(most).max(1.0);
+    let mut at = 0.0;
+    while at <= most {
+        frame.vertical(at, &units::count(at));
+        at += step;
+    }
 }
 
 fn plural(count: usize, what: &str) -> String {
@@ -442,27 +328,12 @@ fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 
-/// Seconds since 1970 as date and time of day, UTC. (Civil from days, by Howard Hinnant.)
-fn date(unix: u64) -> String {
-    let (days, rest) = (unix / 86_400 + 719_468, unix % 86_400);
-    let (era, day_of_era) = (days / 146_097, days % 146_097);
-    let year_of_era = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let shifted = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * shifted + 2) / 5 + 1;
-    let month = if shifted < 10 { shifted + 3 } else { shifted - 9 };
-    let year = year_of_era + era * 400 + u64::from(month <= 2);
-    format!("{year}-{month:02}-{day:02} {:02}:{:02} UTC", rest / 3600, rest / 60 % 60)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn dates_and_scales_are_right() {
-        assert_eq!(date(0), "1970-01-01 00:00 UTC");
-        assert_eq!(date(951_827_696), "2000-02-29 12:34 UTC");
+    fn scales_are_right() {
         assert_eq!((step(100.0), step(430.0), step(1.0)), (25.0, 200.0, 0.25));
         let (low, high) = decades(0.002, 0.03);
         assert!((low - 0.001).abs() < 1e-9 && (high - 0.1).abs() < 1e-9);

@@ -1,5 +1,6 @@
-//! Ctrl-C: a run ends before its time, and what was measured so far is reported.
+//! Ctrl-C, or a condition that failed: a run ends before its time, and what was measured so far is reported.
 
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use tokio::signal::unix::{SignalKind, signal};
@@ -17,11 +18,12 @@ pub const STATUS: u8 = 130;
 #[derive(Clone, Debug)]
 pub struct Interrupt {
     at: watch::Sender<Option<Instant>>,
+    reason: Arc<OnceLock<String>>,
 }
 
 impl Default for Interrupt {
     fn default() -> Self {
-        Self { at: watch::Sender::new(None) }
+        Self { at: watch::Sender::new(None), reason: Arc::default() }
     }
 }
 
@@ -48,6 +50,21 @@ impl Interrupt {
     /// Stops what runs.
     pub fn set(&self) {
         self.at.send_if_modified(|at| at.is_none() && at.replace(Instant::now()).is_none());
+    }
+
+    /// Stops what runs, for a reason that the report gives.
+    pub fn stop(&self, reason: String) {
+        // The first reason counts, and none once it was interrupted.
+        if self.since().is_none() {
+            let _ = self.reason.set(reason);
+        }
+        self.set();
+    }
+
+    /// Why it was stopped; `None` when it was interrupted from outside.
+    #[must_use]
+    pub fn reason(&self) -> Option<&str> {
+        self.reason.get().map(String::as_str)
     }
 
     /// Whether to stop, and since when.
@@ -91,5 +108,11 @@ mod tests {
         assert_eq!(waiting.await.ok(), interrupt.since());
         assert!(abandoning.await.is_ok());
         assert_eq!(begun.elapsed(), Duration::from_secs(5) + GRACE);
+        interrupt.stop("too late to be the reason".to_owned());
+        assert_eq!(interrupt.reason(), None);
+        let stopped = Interrupt::default();
+        stopped.stop("first".to_owned());
+        stopped.stop("second".to_owned());
+        assert_eq!((stopped.reason(), stopped.since().is_some()), (Some("first"), true));
     }
 }

@@ -6,13 +6,14 @@
 //! | what | module |
 //! |---|---|
 //! | when requests start | [`profile`] |
-//! | hosts and virtual machines, made before the clock starts | [`lab`], [`prepare`], [`cache`] |
+//! | hosts and virtual machines, made before the clock starts | [`site`], [`prepare`], [`cache`] |
 //! | sending, and stopping before the time | [`http`], [`host`], [`run`], [`interrupt`] |
 //! | counting, and checking what came | [`record`], [`cpu`], [`verify`] |
-//! | telling | [`report`], [`threshold`], [`html`], [`compare`] |
+//! | telling | [`about`], [`report`], [`threshold`], [`html`], [`compare`] |
 //! | what it would take | [`capacity`], [`usl`], [`scrape`], [`plan`], [`simulation`] |
 #![forbid(unsafe_code)]
 
+pub mod about;
 pub mod cache;
 pub mod capacity;
 pub mod compare;
@@ -21,7 +22,6 @@ pub mod host;
 pub mod html;
 pub mod http;
 pub mod interrupt;
-pub mod lab;
 pub mod plan;
 pub mod prepare;
 pub mod print;
@@ -32,6 +32,7 @@ pub mod report;
 pub mod run;
 pub mod scrape;
 pub mod simulation;
+pub mod site;
 pub mod threshold;
 pub mod units;
 pub mod usl;

@@ -1,4 +1,4 @@
-//! The `claviger-loadgen` command: command line → run, compare, capacity or plan.
+//! The `claviger-loadgen` command: command line → run, compare, capacity, plan or prepare.
 
 #![forbid(unsafe_code)]
 
@@ -8,21 +8,24 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use claviger_loadgen::about::{About, Member};
 use claviger_loadgen::capacity::{self, Question};
+use claviger_loadgen::compare::Verdict;
 use claviger_loadgen::http::Client;
 use claviger_loadgen::interrupt::{self, Interrupt};
-use claviger_loadgen::lab::Lab;
 use claviger_loadgen::plan::{self, Hosts};
 use claviger_loadgen::prepare::World;
-use claviger_loadgen::profile::Profile;
+use claviger_loadgen::profile::{Arrivals, Profile};
 use claviger_loadgen::report::{self, Report};
 use claviger_loadgen::run::{Load, Mode};
+use claviger_loadgen::scrape::Look;
 use claviger_loadgen::simulation::Model;
+use claviger_loadgen::site::Site;
 use claviger_loadgen::threshold::{self, Threshold};
 use claviger_loadgen::units;
 use claviger_loadgen::verify::Verify;
-use claviger_loadgen::{Failure, compare, html, print, run};
+use claviger_loadgen::{Failure, compare, html, prepare, print, run};
 use claviger_process::{arguments, output, signals, threads};
 use claviger_protocol::payload::ApiVersion;
 use claviger_protocol::pem;
@@ -55,34 +58,79 @@ enum Command {
     #[command(after_help = "Examples:\n  \
         claviger-loadgen run --url http://127.0.0.1:8080 --lab target/lab --profile 10s@100,30s@100..500 --html run.html\n  \
         claviger-loadgen run --url http://127.0.0.1:8080 --lab target/lab --profile storm:10000/60s --hosts 100\n  \
-        claviger-loadgen run --url http://127.0.0.1:8080 --lab target/lab --closed 16 --duration 10s --threshold 'p99<50ms'\n\
+        claviger-loadgen run --url http://127.0.0.1:8080 --lab target/lab --closed 16 --duration 10s --threshold 'p99<50ms'\n  \
+        claviger-loadgen run --url https://hgs.example --ca ca.pem --tenant acme --host host --profile 1m@50 --stop-on 'errors<5%'\n\
         Latency counts from when a request was due, service time from when it was sent. docs/load.md explains.")]
     Run(Box<RunArguments>),
     /// Hold two results of `run --json` against each other: what differs, and what is noise
-    #[command(after_help = "Example: claviger-loadgen compare before.json after.json\n\
-        The bounds come from the runs' own seconds: longer runs tell smaller differences.")]
-    Compare {
-        /// The first run
-        before: PathBuf,
-        /// The second run
-        after: PathBuf,
-        /// Print JSON for machines
-        #[arg(long)]
-        json: bool,
-    },
+    #[command(
+        after_help = "Example: claviger-loadgen compare before.json after.json --fail-on worse --html compare.html\n\
+        The bounds come from the runs' own seconds: longer runs tell smaller differences."
+    )]
+    Compare(CompareArguments),
     /// Find out how much a running service carries, and what limits it
     #[command(after_help = "Example: claviger-loadgen capacity --url http://127.0.0.1:8080 --lab target/lab \
-        --slo 'p99<100ms,errors<0.1%' --metrics http://127.0.0.1:9464\n\
-        It takes about 15 steps. The load generator needs processors of its own.")]
+        --slo 'p99<100ms,errors<0.1%' --html capacity.html\n\
+        It takes about 15 steps, and a few longer ones to make sure. The load generator needs processors of its own.")]
     Capacity(Box<CapacityArguments>),
-    /// Reckon what a cluster would carry, without a server: the daemon's own policies in simulated time
+    /// Estimate what a cluster would carry, without a server: the daemon's own policies in simulated time
     #[command(
         after_help = "Example: claviger-loadgen plan --hsm-rate 1100 --rtt 1ms --hsms 4 --sessions 8 --target 3000/s \
-        --slo 'p99<100ms'\n\
+        --slo 'p99<100ms' --html plan.html\n\
         The rate of an HSM is that of its data sheet: private-key operations a second, for the length of your keys. A release \
         takes two."
     )]
     Plan(PlanArguments),
+    /// Make ahead what a run against a service will need: protectors, and hosts for its administrator to register
+    #[command(
+        after_help = "Example: claviger-loadgen prepare --url https://hgs.example --ca ca.pem --tenant acme --hosts 20 --out hosts\n\
+        Then, where the service runs: claviger hosts add loadgen-0001 --public-key hosts/loadgen-0001.pub.pem …, as it says.\n\
+        Then: claviger-loadgen run --url https://hgs.example --ca ca.pem --tenant acme --hosts 20 --profile 1m@50"
+    )]
+    Prepare(PrepareArguments),
+}
+
+#[derive(Debug, Args)]
+struct CompareArguments {
+    /// The first run
+    before: PathBuf,
+    /// The second run
+    after: PathBuf,
+    /// Exit status 99 when something is worse beyond noise, 98 when a run is invalid
+    #[arg(long, value_name = "WHAT")]
+    fail_on: Option<FailOn>,
+    /// What the page is called
+    #[arg(long, value_name = "TEXT")]
+    title: Option<String>,
+    /// Write a page with pictures
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+    /// Print JSON for machines
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+enum FailOn {
+    /// Any measure is worse beyond noise
+    Worse,
+}
+
+#[derive(Debug, Args)]
+struct PrepareArguments {
+    #[command(flatten)]
+    connection: Connection,
+    #[command(flatten)]
+    parties: Parties,
+    /// Hosts to make
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    hosts: u32,
+    /// Virtual machines to make protectors for
+    #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    vms: u32,
+    /// Folder for the hosts' public keys
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
 }
 
 /// How many hosts a rate is good for.
@@ -112,9 +160,6 @@ struct CapacityArguments {
     /// HSMs of the service; asked of it when left out
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     hsms: Option<u16>,
-    /// The daemon's metrics address, such as http://127.0.0.1:9464
-    #[arg(long, value_name = "URL")]
-    metrics: Option<String>,
     /// How long each step is
     #[arg(long, value_name = "TIME", default_value = "4s", value_parser = units::duration)]
     step: Duration,
@@ -125,6 +170,9 @@ struct CapacityArguments {
     /// Write the whole result as JSON; - is the standard output
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Write a page with pictures
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
@@ -167,6 +215,12 @@ struct PlanArguments {
     deadline: Duration,
     #[command(flatten)]
     assumption: Assumption,
+    /// What the page is called
+    #[arg(long, value_name = "TEXT")]
+    title: Option<String>,
+    /// Write a page with pictures
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
     /// Print JSON for machines
     #[arg(long)]
     json: bool,
@@ -184,15 +238,12 @@ impl FromStr for Objectives {
     }
 }
 
-/// Where the service is, and its lab.
+/// Where the service is.
 #[derive(Debug, Args)]
-struct Target {
+struct Connection {
     /// The service
     #[arg(long, value_name = "URL")]
     url: String,
-    /// Folder of the lab that it serves
-    #[arg(long, value_name = "DIR")]
-    lab: PathBuf,
     /// PEM file of the certificate authority to trust, for https
     #[arg(long, value_name = "FILE")]
     ca: Option<PathBuf>,
@@ -201,9 +252,87 @@ struct Target {
     timeout: Duration,
 }
 
-impl Target {
+impl Connection {
     fn client(&self) -> Result<Arc<Client>, Failure> {
         Ok(Arc::new(Client::new(&self.url, self.ca.as_deref(), self.timeout)?))
+    }
+}
+
+/// Whose hosts and machines.
+#[derive(Debug, Args)]
+#[group(id = "whose", required = true, multiple = true)]
+struct Parties {
+    /// Folder of the lab that the service serves, as `claviger demo` made it
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["tenant", "host", "socket", "cache"])]
+    lab: Option<PathBuf>,
+    /// Folder of the owner of the machines, as `claviger guardian new` made it
+    #[arg(long, value_name = "DIR")]
+    tenant: Option<PathBuf>,
+    /// Folder of a host that is registered, as `claviger host new-key` made it; without it, hosts of `prepare` ask
+    #[arg(long, value_name = "DIR", requires = "tenant")]
+    host: Option<PathBuf>,
+    /// The daemon's admin.sock, where it runs here: hosts are registered, and HSMs looked at
+    #[arg(long, value_name = "FILE", requires = "tenant")]
+    socket: Option<PathBuf>,
+    /// Where keys and protectors are kept for the next run; by default `loadgen` in the tenant's folder
+    #[arg(long, value_name = "DIR", requires = "tenant")]
+    cache: Option<PathBuf>,
+}
+
+impl Parties {
+    fn site(&self) -> Result<Site, Failure> {
+        match (&self.lab, &self.tenant) {
+            (Some(lab), _) => Site::lab(lab),
+            (None, Some(tenant)) => {
+                Ok(Site::of(tenant, self.host.as_deref(), self.socket.as_deref(), self.cache.as_deref()))
+            }
+            (None, None) => Err("say whose machines: --lab DIR, or --tenant DIR".into()),
+        }
+    }
+}
+
+/// The service that is tested.
+#[derive(Debug, Args)]
+struct Target {
+    #[command(flatten)]
+    connection: Connection,
+    #[command(flatten)]
+    parties: Parties,
+    /// The daemon's metrics address, such as http://127.0.0.1:9464; by default the lab's
+    #[arg(long, value_name = "URL")]
+    metrics: Option<String>,
+    /// What the result is called
+    #[arg(long, value_name = "TEXT")]
+    title: Option<String>,
+}
+
+impl Target {
+    /// The client of the daemon's metrics address: the one that was given, or that of the lab's configuration if it answers.
+    async fn metrics(&self, site: &Site) -> Result<Option<Client>, Failure> {
+        let client = |url: &str| Client::new(url, None, self.connection.timeout);
+        if let Some(url) = &self.metrics {
+            let client = client(url)?;
+            Look::take(&client).await?;
+            return Ok(Some(client));
+        }
+        let Some(client) = site.metrics().map(client).transpose()? else { return Ok(None) };
+        // Without a version it is the address of something else.
+        let told = Look::take(&client).await.is_ok_and(|look| look.version.is_some());
+        Ok(told.then_some(client))
+    }
+
+    async fn about(&self, site: &Site, metrics: Option<&Client>) -> About {
+        let daemon = match metrics {
+            Some(metrics) => Look::take(metrics).await.ok().and_then(|look| look.version),
+            None => None,
+        };
+        let hsms = site.admin().and_then(|mut admin| admin.hsms()).ok();
+        About {
+            daemon,
+            daemon_is_here: hsms.as_ref().map(|_| true),
+            hsms: hsms.iter().flatten().map(Member::from).collect(),
+            ..About::this_call(self.title.as_deref())
+        }
     }
 }
 
@@ -234,6 +363,9 @@ struct Shape {
     /// Bound of the generator's own lag (p99); a run beyond it is invalid
     #[arg(long, value_name = "TIME", default_value = "10ms", value_parser = units::duration)]
     max_lag: Duration,
+    /// How releases of a rate follow each other; by default evenly in `run`, and at random in `capacity`, as in `plan`
+    #[arg(long, value_name = "HOW")]
+    arrivals: Option<Arrivals>,
     /// Load before the measured time, not counted; storms have none
     #[arg(long, value_name = "TIME", default_value = "2s", value_parser = units::duration)]
     warmup: Duration,
@@ -243,9 +375,10 @@ struct Shape {
 }
 
 impl Shape {
-    fn load(&self, mode: Mode) -> Load {
+    fn load(&self, mode: Mode, arrivals: Arrivals) -> Load {
         Load {
             mode,
+            arrivals: self.arrivals.unwrap_or(arrivals),
             warmup: self.warmup,
             in_flight: self.in_flight as usize,
             batch: self.batch.map(usize::from),
@@ -255,6 +388,7 @@ impl Shape {
             max_lag: self.max_lag,
             handicap: self.handicap,
             show: true,
+            stop: Vec::new(),
         }
     }
 
@@ -304,15 +438,21 @@ struct RunArguments {
     /// Condition on the result; exit status 99 when one fails. May be given several times
     #[arg(long, value_name = "CONDITION")]
     threshold: Vec<Threshold>,
+    /// Condition that ends the run when it fails by what was measured until then, from the sixth second on; exit status 99
+    #[arg(long, value_name = "CONDITION", value_parser = threshold::stopping)]
+    stop_on: Vec<Threshold>,
     /// Write the whole result as JSON; - is the standard output
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Write the timeline, a line for each second
+    /// Write the timeline, a line for each second: wall-clock time, counts, latency, service time, errors by code
     #[arg(long, value_name = "FILE")]
     csv: Option<PathBuf>,
     /// Write the histograms of latency, one for each second (HDR log V2)
     #[arg(long, value_name = "FILE")]
     hdr: Option<PathBuf>,
+    /// Write the distribution of latency, in milliseconds, for HdrHistogram's plotter (.hgrm)
+    #[arg(long, value_name = "FILE")]
+    hgrm: Option<PathBuf>,
     /// Write a page with pictures
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
@@ -335,9 +475,10 @@ fn main() -> ExitCode {
     raise_open_files();
     let result = match arguments.command {
         Command::Run(arguments) => runtime().and_then(|runtime| runtime.block_on(load(&arguments))),
-        Command::Compare { before, after, json } => compared(&before, &after, json),
+        Command::Compare(arguments) => compared(&arguments),
         Command::Capacity(arguments) => runtime().and_then(|runtime| runtime.block_on(measured(&arguments))),
         Command::Plan(arguments) => planned(&arguments),
+        Command::Prepare(arguments) => runtime().and_then(|runtime| runtime.block_on(prepared_ahead(&arguments))),
     };
     let status = result.unwrap_or_else(|failure| {
         print::aside(&format!("claviger-loadgen: {failure}"));
@@ -370,14 +511,17 @@ async fn load(arguments: &RunArguments) -> Result<ExitCode, Failure> {
     let machines = shape.machines(&mode)?;
     let hosts = shape.hosts as usize;
     // A file that cannot be written shows before the load, not after it.
-    for file in [&arguments.json, &arguments.csv, &arguments.hdr, &arguments.html].into_iter().flatten() {
+    let files = [&arguments.json, &arguments.csv, &arguments.hdr, &arguments.hgrm, &arguments.html];
+    for file in files.into_iter().flatten() {
         write(file, b"")?;
     }
-    let client = arguments.target.client()?;
-    let lab = Lab::open(&arguments.target.lab)?;
+    let client = arguments.target.connection.client()?;
+    let site = arguments.target.parties.site()?;
     let interrupt = Interrupt::by_signals()?;
-    let world = prepared(World::prepare(&client, &lab, hosts, machines), &interrupt).await?;
-    let load = shape.load(mode);
+    let metrics = arguments.target.metrics(&site).await?;
+    let world = prepared(World::prepare(&client, &site, hosts, machines), &interrupt).await?;
+    let about = arguments.target.about(&site, metrics.as_ref()).await;
+    let load = Load { stop: arguments.stop_on.clone(), ..shape.load(mode, Arrivals::Even) };
     let outcome = match run::run(client, &world, load.clone(), &interrupt).await {
         Err(nothing) if interrupt.since().is_some() => {
             print::aside(&nothing.to_string());
@@ -385,7 +529,8 @@ async fn load(arguments: &RunArguments) -> Result<ExitCode, Failure> {
         }
         ran => ran?,
     };
-    let mut report = Report::new(&arguments.target.url, &load, hosts, machines, &outcome);
+    let mut report = Report::new(&arguments.target.connection.url, &load, hosts, machines, &outcome);
+    report.about = Some(about);
     report.thresholds = arguments.threshold.iter().map(|t| t.judge(&outcome.tally, &report)).collect();
     if let Some(file) = &arguments.csv {
         write(file, report.to_csv().as_bytes())?;
@@ -393,8 +538,11 @@ async fn load(arguments: &RunArguments) -> Result<ExitCode, Failure> {
     if let Some(file) = &arguments.hdr {
         write(file, &report::hdr_log(&outcome)?)?;
     }
+    if let Some(file) = &arguments.hgrm {
+        write(file, report::hgrm(&outcome.tally.latency).as_bytes())?;
+    }
     if let Some(file) = &arguments.html {
-        write(file, html::page(&report).as_bytes())?;
+        write(file, html::run(&report).as_bytes())?;
     }
     let json = arguments.json.as_deref();
     if json == Some(Path::new("-")) {
@@ -407,7 +555,7 @@ async fn load(arguments: &RunArguments) -> Result<ExitCode, Failure> {
     }
     Ok(if report.interrupted {
         interrupt::STATUS.into()
-    } else if report.thresholds.iter().any(|judgement| !judgement.passed) {
+    } else if report.stopped.is_some() || report.thresholds.iter().any(|judgement| !judgement.passed) {
         THRESHOLD_FAILED.into()
     } else if report.verify.wrong > 0 {
         WRONG.into()
@@ -433,49 +581,83 @@ async fn prepared(
     }
 }
 
-fn compared(before: &Path, after: &Path, json: bool) -> Result<ExitCode, Failure> {
+fn compared(arguments: &CompareArguments) -> Result<ExitCode, Failure> {
     let read = |file: &Path| {
         let bytes = std::fs::read(file).map_err(|error| format!("{}: {error}", file.display()))?;
         let text = pem::text(&bytes).map_err(|error| format!("{}: {error}", file.display()))?;
         let report: Result<Report, _> = serde_json::from_str(text);
         report.map_err(|error| Failure::from(format!("{} is no result of `run --json`: {error}", file.display())))
     };
-    let reports = [read(before)?, read(after)?];
-    let differences = compare::compare(&reports[0], &reports[1]);
-    if json {
+    let files = [arguments.before.as_path(), arguments.after.as_path()];
+    let [before, after] = [read(files[0])?, read(files[1])?];
+    let names = files.map(|file| file.display().to_string());
+    let names = [names[0].as_str(), names[1].as_str()];
+    let differences = compare::compare(&before, &after)
+        .map_err(|error| format!("{} and {} cannot be compared: {error}", names[0], names[1]))?;
+    if let Some(file) = &arguments.html {
+        let about = About::this_call(arguments.title.as_deref());
+        write(file, html::compare(&about, names, [&before, &after], &differences).as_bytes())?;
+    }
+    if arguments.json {
         print::line(&serde_json::to_string_pretty(&differences)?);
     } else {
-        let names = [before, after].map(|file| file.display().to_string());
-        let [one, other] = &reports;
-        print::line(&compare::for_people([&names[0], &names[1]], [one, other], &differences));
+        print::line(&compare::for_people(names, [&before, &after], &differences));
+    }
+    Ok(match arguments.fail_on {
+        Some(FailOn::Worse) if differences.iter().any(|d| d.verdict == Verdict::Worse) => THRESHOLD_FAILED.into(),
+        Some(FailOn::Worse) if !before.valid || !after.valid => INVALID.into(),
+        _ => ExitCode::SUCCESS,
+    })
+}
+
+async fn prepared_ahead(arguments: &PrepareArguments) -> Result<ExitCode, Failure> {
+    let site = arguments.parties.site()?;
+    let client = arguments.connection.client()?;
+    let (hosts, machines) = (arguments.hosts as usize, arguments.vms as usize);
+    let names = prepare::ahead(&client, &site, hosts, machines, &arguments.out).await?;
+    let cache = site.cache().display();
+    print::aside(&format!(
+        "{machines} protectors are kept in {cache}; where the service runs, register the hosts with:"
+    ));
+    for name in names {
+        let file = arguments.out.join(format!("{name}.pub.pem"));
+        print::line(&format!("claviger hosts add {name} --public-key {}", file.display()));
     }
     Ok(ExitCode::SUCCESS)
 }
 
 async fn measured(arguments: &CapacityArguments) -> Result<ExitCode, Failure> {
     let shape = &arguments.shape;
-    let client = arguments.target.client()?;
-    let lab = Lab::open(&arguments.target.lab)?;
-    let metrics =
-        arguments.metrics.as_deref().map(|url| Client::new(url, None, arguments.target.timeout)).transpose()?;
+    for file in [&arguments.json, &arguments.html].into_iter().flatten() {
+        write(file, b"")?;
+    }
+    let client = arguments.target.connection.client()?;
+    let site = arguments.target.parties.site()?;
+    let metrics = arguments.target.metrics(&site).await?;
     // Replaced step by step; the last step needs the most machines.
     let mode = Mode::Closed { callers: capacity::MOST_CALLERS, duration: arguments.step };
     let interrupt = Interrupt::by_signals()?;
     let machines = shape.machines(&mode)?;
-    let world = prepared(World::prepare(&client, &lab, shape.hosts as usize, machines), &interrupt).await?;
+    let world = prepared(World::prepare(&client, &site, shape.hosts as usize, machines), &interrupt).await?;
+    let about = arguments.target.about(&site, metrics.as_ref()).await;
     let question = Question {
         client,
+        url: arguments.target.connection.url.clone(),
         world,
-        load: shape.load(mode),
+        load: shape.load(mode, Arrivals::Random),
         step: arguments.step,
         objectives: &arguments.slo.0,
-        lab: &lab,
+        site: &site,
         metrics,
         hsms: arguments.hsms.map(usize::from),
         interrupt,
     };
-    let answer = capacity::measure(&question).await?;
-    let text = capacity::for_people(&answer, &arguments.slo.0, &arguments.assumption.hosts());
+    let answer = capacity::Answer { about: Some(about), ..capacity::measure(&question).await? };
+    let hosts = arguments.assumption.hosts();
+    let text = capacity::for_people(&answer, &hosts);
+    if let Some(file) = &arguments.html {
+        write(file, html::capacity(&answer, &hosts).as_bytes())?;
+    }
     match &arguments.json {
         Some(file) => {
             print::aside(&text);
@@ -500,7 +682,11 @@ fn planned(arguments: &PlanArguments) -> Result<ExitCode, Failure> {
         deadline: arguments.deadline.as_secs_f64(),
     };
     let objectives = &arguments.slo.0;
-    let plan = plan::plan(&model, objectives, arguments.target);
+    let about = Some(About::this_call(arguments.title.as_deref()));
+    let plan = plan::Plan { about, ..plan::plan(&model, objectives, arguments.target) };
+    if let Some(file) = &arguments.html {
+        write(file, html::plan(&plan, &arguments.assumption.hosts()).as_bytes())?;
+    }
     if arguments.json {
         print::line(&serde_json::to_string_pretty(&plan)?);
     } else {

@@ -4,7 +4,9 @@ use std::fmt::Write;
 
 use serde::Serialize;
 
+use crate::about::About;
 use crate::print::table;
+use crate::report::{Bound, stated};
 use crate::simulation::{Model, Simulated, saturated, simulate};
 use crate::threshold::{Threshold, is_known};
 use crate::units;
@@ -16,7 +18,8 @@ const LOADS: [f64; 14] = [0.01, 0.05, 0.25, 0.5, 0.65, 0.75, 0.8, 0.85, 0.9, 0.9
 const RELEASES: f64 = 20_000.0;
 /// At low loads, where times vary little, this share of them is enough.
 const FEWER: f64 = 0.25;
-/// Near its most, a queue takes `1 ÷ (1 − load)²` releases to find its length; so many times as many are simulated.
+/// Near its most, a queue takes `1 ÷ (1 − load)²` releases to find its length; so many times as many are simulated, where
+/// [`RELEASES`] are at the others.
 const RELAXATIONS: f64 = 5.0;
 /// How close to the highest rate the search comes, as a share of the most that the cluster does.
 const PRECISION: f64 = 0.001;
@@ -68,13 +71,26 @@ pub struct Capacity {
     pub limit: String,
 }
 
+impl Capacity {
+    /// Which members it is of, in words.
+    #[must_use]
+    pub fn title(&self) -> String {
+        match self.one_fails {
+            false => format!("{} HSM{}", self.hsms, if self.hsms == 1 { "" } else { "s" }),
+            true => format!("{} of {} serving", self.hsms - 1, self.hsms),
+        }
+    }
+}
+
 /// A plan.
 #[derive(Clone, PartialEq, Debug, Serialize)]
 pub struct Plan {
+    /// Where and how it was estimated.
+    pub about: Option<About>,
     /// What was asked about.
     pub model: Model,
     /// What has to hold.
-    pub objectives: Vec<String>,
+    pub objectives: Vec<Bound>,
     /// All members, and with one of them failing where there are several.
     pub capacities: Vec<Capacity>,
     /// What was simulated, for each of `capacities`.
@@ -165,7 +181,8 @@ impl Curve {
         for load in LOADS {
             let rate = ceiling * load;
             let share = if load < 0.6 { FEWER } else { 1.0 };
-            let enough = (releases * share).max(RELAXATIONS / (1.0 - load).powi(2));
+            let relaxations = RELAXATIONS * releases / RELEASES;
+            let enough = (releases * share).max(relaxations / (1.0 - load).powi(2));
             let simulated = simulate(model, rate, enough, one_fails);
             let done = !simulated.steady || rate >= up_to;
             if simulated.steady {
@@ -319,8 +336,9 @@ fn planned(model: &Model, objectives: &[Threshold], target: Option<f64>, release
         ..curves[0].1.target(rate, objectives)
     });
     Plan {
+        about: None,
         model: *model,
-        objectives: objectives.iter().map(ToString::to_string).collect(),
+        objectives: objectives.iter().map(Threshold::bound).collect(),
         capacities: curves.iter().map(|(fails, curve)| curve.capacity(model.hsms, *fails, objectives)).collect(),
         curves: curves.iter().map(|(_, curve)| curve.points()).collect(),
         at_target,
@@ -363,14 +381,10 @@ pub fn for_people(plan: &Plan, hosts: &Hosts) -> String {
         units::seconds(model.engine_time()),
         model.sessions,
         units::seconds(model.rtt),
-        plan.objectives.join(", "),
+        stated(&plan.objectives),
         units::per_second(model.ceiling()),
     );
-    let title = |c: &Capacity| match c.one_fails {
-        false => format!("{} HSMs", c.hsms),
-        true => format!("{} of {} serving", c.hsms - 1, c.hsms),
-    };
-    let titles: Vec<_> = plan.capacities.iter().map(title).collect();
+    let titles: Vec<_> = plan.capacities.iter().map(Capacity::title).collect();
     out.push_str(&capacity_table(&titles, &plan.capacities, hosts));
     let _ = writeln!(out, "\n{}", hosts.stated());
     for (title, capacity) in titles.iter().zip(&plan.capacities) {
@@ -378,7 +392,8 @@ pub fn for_people(plan: &Plan, hosts: &Hosts) -> String {
     }
     if let Some(target) = &plan.at_target {
         let _ = writeln!(out, "\n{}", target.stated(plan.capacities[0].ceiling.unwrap_or(0.0)));
-        let number = |hsms: Option<usize>| hsms.map_or("more than can be reckoned".to_owned(), |hsms| hsms.to_string());
+        let number =
+            |hsms: Option<usize>| hsms.map_or("more than can be estimated".to_owned(), |hsms| hsms.to_string());
         let _ = writeln!(
             out,
             "it takes {} HSMs, and {} so that one may fail",
@@ -510,7 +525,7 @@ mod tests {
     proptest! {
         // PROPTEST_CASES sets the number of plans; see docs/load.md.
         #![proptest_config(ProptestConfig {
-            cases: std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(24),
+            cases: std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(64),
             failure_persistence: None,
             ..ProptestConfig::default()
         })]

@@ -1,6 +1,7 @@
 //! Everything that has to be there before the clock starts: hosts with keys, registered and attested; machines with
-//! protectors. What is slow to make is kept in `DIR/loadgen`.
+//! protectors. What is slow to make is kept for the next run.
 
+use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -16,8 +17,8 @@ use crate::Failure;
 use crate::cache;
 use crate::host::{self, Host};
 use crate::http::Client;
-use crate::lab::Lab;
 use crate::progress::Progress;
+use crate::site::Site;
 
 /// Bits of a host's keys.
 const BITS: u32 = 2048;
@@ -66,68 +67,126 @@ impl World {
     /// Makes, or finds, what a run needs.
     ///
     /// # Errors
-    /// A service that does not answer or refuses, a lab that is not whole.
-    pub async fn prepare(client: &Arc<Client>, lab: &Lab, hosts: usize, machines: usize) -> Result<Self, Failure> {
-        let reply = client.get(host::METADATA).await?;
-        if reply.status != 200 {
-            let code = host::error_code(reply.status, &reply.body);
-            return Err(format!("the service does not tell its metadata: {code}; is it Claviger's service URL?").into());
-        }
-        let guardian = Metadata::parse(&reply.body)?;
-        let (lab, metadata) = (lab.clone(), guardian.clone());
-        let made = tokio::task::spawn_blocking(move || make(&lab, &metadata, hosts, machines)).await?;
+    /// A service that does not answer or refuses, keys that are missing.
+    pub async fn prepare(client: &Arc<Client>, site: &Site, hosts: usize, machines: usize) -> Result<Self, Failure> {
+        let guardian = guardian(client).await?;
+        let (site, metadata) = (site.clone(), guardian.clone());
+        let made = tokio::task::spawn_blocking(move || make(&site, &metadata, hosts, machines)).await?;
         let (keys, machines) = made?;
         let hosts = attest(client, keys).await?.into();
         Ok(Self { hosts, machines, guardian })
     }
 }
 
+async fn guardian(client: &Client) -> Result<Metadata, Failure> {
+    let reply = client.get(host::METADATA).await?;
+    if reply.status != 200 {
+        let code = host::error_code(reply.status, &reply.body);
+        return Err(format!("the service does not tell its metadata: {code}; is it Claviger's service URL?").into());
+    }
+    Ok(Metadata::parse(&reply.body)?)
+}
+
+/// Makes what runs against a service will need, and writes the public keys of its hosts to `out/NAME.pub.pem`: to be registered
+/// by those who may. Gives the names.
+///
+/// # Errors
+/// A service that does not answer, keys that are missing, a folder that cannot be written.
+pub async fn ahead(
+    client: &Client,
+    site: &Site,
+    hosts: usize,
+    machines: usize,
+    out: &Path,
+) -> Result<Vec<String>, Failure> {
+    let guardian = guardian(client).await?;
+    let (site, out) = (site.clone(), out.to_owned());
+    let make = move || {
+        let _lock = cache::lock(site.cache())?;
+        protectors(&site, &site.owner()?, &guardian, machines)?;
+        std::fs::create_dir_all(&out).map_err(|error| format!("{}: {error}", out.display()))?;
+        let mut names = Vec::new();
+        for (name, key, _) in own_hosts(&site, hosts)? {
+            let file = out.join(format!("{name}.pub.pem"));
+            let pem = key.public().to_pem();
+            std::fs::write(&file, pem).map_err(|error| format!("{}: {error}", file.display()))?;
+            names.push(name);
+        }
+        Ok::<_, Failure>(names)
+    };
+    tokio::task::spawn_blocking(make).await?
+}
+
 /// A host key and an identity key.
 type HostKeys = (RsaPrivateKey, Arc<RsaPrivateKey>);
 
 fn make(
-    lab: &Lab,
+    site: &Site,
     guardian: &Metadata,
     hosts: usize,
     machines: usize,
 ) -> Result<(Vec<HostKeys>, Vec<Machine>), Failure> {
-    let _lock = cache::lock(&lab.cache())?;
-    let owner = lab.owner()?;
-    let keys = if hosts <= 1 {
-        // The host that comes with the lab is registered already, wherever the service runs.
-        let (host, identity) = lab.host_keys()?;
-        vec![(host, Arc::new(identity))]
-    } else {
-        registered_hosts(lab, hosts)?
+    let _lock = cache::lock(site.cache())?;
+    let owner = site.owner()?;
+    let keys = match site.host_keys()? {
+        // It is registered already, wherever the service runs.
+        Some((host, identity)) if hosts <= 1 => {
+            let identity = match identity {
+                Some(identity) => Arc::new(identity),
+                None => identities(site, 1)?.remove(0),
+            };
+            vec![(host, identity)]
+        }
+        _ => registered_hosts(site, hosts)?,
     };
-    Ok((keys, protectors(lab, &owner, guardian, machines)?))
+    Ok((keys, protectors(site, &owner, guardian, machines)?))
 }
 
-fn registered_hosts(lab: &Lab, hosts: usize) -> Result<Vec<HostKeys>, Failure> {
-    let keys = kept_keys(lab, "hosts.jsonl", "host keys", hosts)?;
-    let identities: Vec<_> =
-        kept_keys(lab, "identities.jsonl", "identity keys", hosts.min(IDENTITIES))?.into_iter().map(Arc::new).collect();
-    let mut admin = lab.admin()?;
+fn identities(site: &Site, count: usize) -> Result<Vec<Arc<RsaPrivateKey>>, Failure> {
+    Ok(kept_keys(site, "identities.jsonl", "identity keys", count)?.into_iter().map(Arc::new).collect())
+}
+
+/// Hosts of this program's own: names and keys.
+fn own_hosts(site: &Site, hosts: usize) -> Result<Vec<(String, RsaPrivateKey, Arc<RsaPrivateKey>)>, Failure> {
+    let keys = kept_keys(site, "hosts.jsonl", "host keys", hosts)?;
+    let identities = identities(site, hosts.min(IDENTITIES))?;
+    let host = |(at, key): (usize, RsaPrivateKey)| {
+        (format!("loadgen-{:04}", at + 1), key, identities[at % identities.len()].clone())
+    };
+    Ok(keys.into_iter().enumerate().map(host).collect())
+}
+
+/// Hosts of this program's own, registered where there is a socket for that. Where there is none, they were made by
+/// [`ahead`] and registered by others.
+fn registered_hosts(site: &Site, hosts: usize) -> Result<Vec<HostKeys>, Failure> {
+    let hosts = own_hosts(site, hosts)?;
+    if site.has_socket() {
+        register(site, &hosts)?;
+    }
+    Ok(hosts.into_iter().map(|(_, key, identity)| (key, identity)).collect())
+}
+
+fn register(site: &Site, hosts: &[(String, RsaPrivateKey, Arc<RsaPrivateKey>)]) -> Result<(), Failure> {
+    let mut admin = site.admin()?;
     let registered = admin.hosts()?;
     let known: std::collections::HashMap<_, _> = registered.into_iter().collect();
-    let progress = Progress::new("registering hosts", hosts as u64);
-    for (key, at) in keys.iter().zip(1..) {
-        let name = format!("loadgen-{at:04}");
+    let progress = Progress::new("registering hosts", hosts.len() as u64);
+    for (name, key, _) in hosts {
         let fingerprint = HEXLOWER.encode(&key.public().spki_sha256());
-        let as_it_should = known.get(&name).map(|known| *known == fingerprint);
+        let as_it_should = known.get(name).map(|known| *known == fingerprint);
         if as_it_should == Some(false) {
-            admin.remove_host(&name)?;
+            admin.remove_host(name)?;
         }
         if as_it_should != Some(true) {
-            admin.add_host(&name, key.public().spki_der())?;
+            admin.add_host(name, key.public().spki_der())?;
         }
         progress.advance(1);
     }
-    Ok(keys.into_iter().enumerate().map(|(at, key)| (key, identities[at % identities.len()].clone())).collect())
+    Ok(())
 }
 
-fn kept_keys(lab: &Lab, file: &str, what: &'static str, count: usize) -> Result<Vec<RsaPrivateKey>, Failure> {
-    let path = lab.cache().join(file);
+fn kept_keys(site: &Site, file: &str, what: &'static str, count: usize) -> Result<Vec<RsaPrivateKey>, Failure> {
+    let path = site.cache().join(file);
     let mut saved: Vec<SavedKey> = cache::read(&path, count)?;
     let progress = Progress::new(what, (count - saved.len()) as u64);
     while saved.len() < count {
@@ -143,12 +202,12 @@ fn kept_keys(lab: &Lab, file: &str, what: &'static str, count: usize) -> Result<
     saved.iter().map(|saved| key(saved).map_err(|error| unusable(error).into())).collect()
 }
 
-fn protectors(lab: &Lab, owner: &Owner, guardian: &Metadata, count: usize) -> Result<Vec<Machine>, Failure> {
-    // A lab that was made anew has another guardian, and what is for the old one is of no use.
+fn protectors(site: &Site, owner: &Owner, guardian: &Metadata, count: usize) -> Result<Vec<Machine>, Failure> {
+    // Machines are of one owner and for one guardian: those of another service or lab are of no use.
     let mut parties = guardian.encryption_key.spki_sha256().to_vec();
     parties.extend(owner.signing_certificate.thumbprint());
     let digest = ring::digest::digest(&ring::digest::SHA256, &parties);
-    let path = lab.cache().join(format!("machines-{}.jsonl", HEXLOWER.encode(&digest.as_ref()[..8])));
+    let path = site.cache().join(format!("machines-{}.jsonl", HEXLOWER.encode(&digest.as_ref()[..8])));
     let mut saved: Vec<SavedMachine> = cache::read(&path, count)?;
     let progress = Progress::new("protectors", (count - saved.len()) as u64);
     while saved.len() < count {

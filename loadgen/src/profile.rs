@@ -9,6 +9,8 @@ use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
+use clap::ValueEnum;
+
 use crate::units;
 
 /// Longest run. Health certificates live for eight hours from five minutes ago, and a host here attests once.
@@ -25,6 +27,42 @@ pub struct Segment {
     pub from: f64,
     /// Releases a second at its end; the same as `from` where the rate is constant.
     pub to: f64,
+}
+
+/// How releases of a rate follow each other.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum Arrivals {
+    /// Evenly: always as far apart
+    Even,
+    /// At random, as hosts that know nothing of each other ask; the same each time
+    Random,
+}
+
+impl Arrivals {
+    /// As it is written.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Even => "even",
+            Self::Random => "random",
+        }
+    }
+
+    /// Releases from one start to the next, where there are `all` and `batch` of them at a time: as many each time, or as a
+    /// Poisson process has it of which the number of events is known. So there are as many as were asked for, whatever the lots.
+    fn gaps(self, all: f64, batch: f64) -> impl FnMut() -> f64 + Send + 'static {
+        let gap = |lots: &mut fastrand::Rng| -(1.0 - lots.f64()).ln();
+        let mut lots = fastrand::Rng::with_seed(11);
+        let mut again = lots.clone();
+        let scale = match self {
+            Self::Even => 0.0,
+            Self::Random => all / (0..=(all / batch).round() as u64).map(|_| gap(&mut again)).sum::<f64>(),
+        };
+        move || match self {
+            Self::Even => batch,
+            Self::Random => gap(&mut lots) * scale,
+        }
+    }
 }
 
 /// What load is asked for.
@@ -94,7 +132,9 @@ impl Profile {
 
     /// The moments at which releases start, from the beginning of the profile; when `batch` go in one request, the moments
     /// of the requests, which are fewer.
-    pub fn starts(&self, batch: usize) -> impl Iterator<Item = Duration> + Send + 'static {
+    ///
+    /// A storm is always even.
+    pub fn starts(&self, batch: usize, arrivals: Arrivals) -> impl Iterator<Item = Duration> + Send + 'static {
         let segments = match self {
             Self::Rates(segments) => segments.clone(),
             Self::Storm { machines, within } => {
@@ -102,8 +142,10 @@ impl Profile {
                 vec![Segment { duration: *within, from: rate, to: rate }]
             }
         };
-        let step = batch.max(1) as f64;
-        let (mut at, mut begins, mut before, mut count) = (0, 0.0, 0.0, 0.0);
+        let arrivals = if matches!(self, Self::Storm { .. }) { Arrivals::Even } else { arrivals };
+        let mut gap = arrivals.gaps(segments.iter().map(Segment::starts).sum(), batch.max(1) as f64);
+        let (mut at, mut begins, mut before) = (0, 0.0, 0.0);
+        let mut count = if arrivals == Arrivals::Even { 0.0 } else { gap() };
         std::iter::from_fn(move || {
             loop {
                 let segment: &Segment = segments.get(at)?;
@@ -111,7 +153,7 @@ impl Profile {
                 // Rounding must neither lose nor add a start at a seam.
                 if within < segment.starts() - 1e-6 {
                     let moment = begins + segment.when(within);
-                    count += step;
+                    count += gap();
                     return Some(Duration::from_secs_f64(moment));
                 }
                 begins += segment.duration.as_secs_f64();
@@ -210,7 +252,7 @@ mod tests {
     }
 
     fn starts(text: &str, batch: usize) -> Vec<f64> {
-        profile(text).starts(batch).map(|moment| moment.as_secs_f64()).collect()
+        profile(text).starts(batch, Arrivals::Even).map(|moment| moment.as_secs_f64()).collect()
     }
 
     #[test]
@@ -230,6 +272,26 @@ mod tests {
         let storm = profile("storm:10000/60s");
         assert_eq!(storm, Profile::Storm { machines: 10_000, within: 60 * second });
         assert_eq!(profile(&storm.to_string()), storm);
+    }
+
+    #[test]
+    fn random_arrivals_keep_the_rate_and_are_the_same_each_time() {
+        let moments = |batch| {
+            let starts = profile("20s@500,10s@100..900").starts(batch, Arrivals::Random);
+            starts.map(|moment| moment.as_secs_f64()).collect::<Vec<_>>()
+        };
+        let random = moments(1);
+        assert_eq!(random, moments(1));
+        assert!(random.is_sorted() && random.iter().all(|moment| *moment < 30.0));
+        // Of random gaps, the deviation is the mean.
+        assert!((14_999..=15_000).contains(&random.len()), "{}", random.len());
+        let gaps: Vec<_> = random.windows(2).take(9_000).map(|pair| pair[1] - pair[0]).collect();
+        let mean = gaps.iter().sum::<f64>() / gaps.len() as f64;
+        let deviation = (gaps.iter().map(|gap| (gap - mean).powi(2)).sum::<f64>() / gaps.len() as f64).sqrt();
+        assert!((0.9..1.1).contains(&(deviation / mean)), "{mean} {deviation}");
+        assert!((3_749..=3_750).contains(&moments(4).len()), "{}", moments(4).len());
+        let storm = profile("storm:10/1s");
+        assert!(storm.starts(1, Arrivals::Random).eq(storm.starts(1, Arrivals::Even)));
     }
 
     #[test]
@@ -279,7 +341,7 @@ mod tests {
                 duration: Duration::from_millis(100) * tenths, from: f64::from(from), to: f64::from(to),
             };
             let profile = Profile::Rates(parts.iter().map(segment).collect());
-            let starts: Vec<f64> = profile.starts(batch).map(|moment| moment.as_secs_f64()).collect();
+            let starts: Vec<f64> = profile.starts(batch, Arrivals::Even).map(|moment| moment.as_secs_f64()).collect();
             prop_assert!(starts.is_sorted());
             let end = profile.duration().as_secs_f64();
             prop_assert!(starts.iter().all(|moment| *moment <= end));

@@ -8,13 +8,17 @@ use std::time::Duration;
 use claviger_client::Lack;
 use hdrhistogram::Histogram;
 
+use crate::interrupt::Interrupt;
 use crate::progress::Progress;
+use crate::threshold::Threshold;
 use crate::units;
 
 /// The code of a reply that a check found wrong.
 pub const WRONG_REPLY: &str = "WrongReply";
 /// Three significant digits: an error of 0.1 % at most.
 const DIGITS: u8 = 3;
+/// Whole seconds before a condition may stop a run: the first ones are the worst.
+const STOPS_AFTER: usize = 5;
 /// Between two looks at how it goes.
 const GLANCE: Duration = Duration::from_millis(250);
 
@@ -92,6 +96,10 @@ pub struct Second {
     pub errors: u64,
     /// Latency of those due in it that succeeded, in microseconds.
     pub latency: Histogram<u32>,
+    /// Their service time.
+    pub service: Histogram<u32>,
+    /// Releases that failed in it, by code.
+    pub codes: BTreeMap<Cow<'static, str>, u64>,
 }
 
 /// All that was counted. Histograms are in microseconds.
@@ -170,8 +178,15 @@ impl Default for Tally {
 
 impl Tally {
     /// Counts everything that comes, until all who could tell something are gone; shows how it goes.
+    /// Where one of the conditions in `stop` fails after the first seconds, the run is stopped.
     #[must_use]
-    pub fn of(events: &Receiver<Event>, duration: Duration, show: bool) -> Self {
+    pub fn of(
+        events: &Receiver<Event>,
+        duration: Duration,
+        show: bool,
+        stop: &[Threshold],
+        interrupt: &Interrupt,
+    ) -> Self {
         let mut tally = Self::default();
         let progress = show.then(|| Progress::new("seconds", duration.as_secs_f64().ceil() as u64));
         loop {
@@ -185,6 +200,11 @@ impl Tally {
                 }
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return tally,
+            }
+            if tally.seconds.len() > STOPS_AFTER
+                && let Some(reason) = stop.iter().find_map(|condition| condition.fails_already(&tally))
+            {
+                interrupt.stop(format!("{reason}, in second {}", tally.seconds.len() - 1));
             }
             if let Some(progress) = &progress {
                 progress.tell(tally.seconds.len() as u64, || tally.glance());
@@ -220,8 +240,8 @@ impl Tally {
                 let failed: u64 = errors.iter().map(|(_, times)| times).sum();
                 self.offered += released + failed;
                 self.achieved += released;
-                for (code, times) in errors {
-                    *self.errors.entry(code.into_owned()).or_default() += times;
+                for (code, times) in &errors {
+                    *self.errors.entry(code.to_string()).or_default() += times;
                 }
                 for (code, times) in retries {
                     *self.retries.entry(code.into_owned()).or_default() += times;
@@ -230,7 +250,9 @@ impl Tally {
                 if released > 0 {
                     add(&mut self.latency, latency, released);
                     add(&mut self.service, service, released);
-                    add(&mut self.second(due).latency, latency, released);
+                    let second = self.second(due);
+                    add(&mut second.latency, latency, released);
+                    add(&mut second.service, service, released);
                 }
                 self.second(due).offered += released + failed;
                 let ended = due + latency;
@@ -238,6 +260,9 @@ impl Tally {
                 let second = self.second(ended);
                 second.achieved += released;
                 second.errors += failed;
+                for (code, times) in errors {
+                    *second.codes.entry(code).or_default() += times;
+                }
             }
             Event::Lag { due, lag } if due >= 0.0 => add(&mut self.lag, lag, 1),
             Event::Wrong { due, problem } => {
@@ -250,6 +275,7 @@ impl Tally {
                     let second = self.second(due);
                     second.achieved = second.achieved.saturating_sub(1);
                     second.errors += 1;
+                    *second.codes.entry(Cow::Borrowed(WRONG_REPLY)).or_default() += 1;
                 }
             }
             Event::Right => self.right += 1,
@@ -274,7 +300,8 @@ impl Tally {
     fn second(&mut self, at: f64) -> &mut Second {
         let at = at.max(0.0) as usize;
         if self.seconds.len() <= at {
-            let empty = Second { offered: 0, dropped: 0, achieved: 0, errors: 0, latency: histogram() };
+            let (latency, service, codes) = (histogram(), histogram(), BTreeMap::new());
+            let empty = Second { offered: 0, dropped: 0, achieved: 0, errors: 0, latency, service, codes };
             self.seconds.resize(at + 1, empty);
         }
         &mut self.seconds[at]
@@ -317,5 +344,25 @@ mod tests {
         assert_eq!(rows, [(5, 0, 0, 1, 4), (2, 2, 0, 0, 0), (0, 0, 3, 1, 0)]);
         assert!((tally.unsuccessful() - 4.0 / 7.0).abs() < 1e-9);
         assert!((tally.last - 2.4).abs() < 1e-9);
+        let codes = |at: usize| tally.seconds[at].codes.iter().map(|(code, n)| (code.as_ref(), *n)).collect::<Vec<_>>();
+        assert_eq!((codes(0), codes(2)), (vec![(WRONG_REPLY, 1)], vec![("Timeout", 1)]));
+        assert_eq!(tally.seconds[0].service.len(), 4);
+    }
+
+    #[test]
+    fn a_condition_that_fails_stops_the_run_but_not_in_its_first_seconds() {
+        let told = |seconds: u32, latency: f64| {
+            let (events, received) = std::sync::mpsc::channel();
+            for at in 0..seconds * 10 {
+                let _ = events.send(done(f64::from(at) / 10.0, latency, 1, Vec::new()));
+            }
+            drop(events);
+            let (interrupt, stop) = (Interrupt::default(), ["p99<50ms".parse().unwrap_or_else(|e| panic!("{e}"))]);
+            let _ = Tally::of(&received, Duration::from_secs(9), false, &stop, &interrupt);
+            interrupt.reason().map(str::to_owned)
+        };
+        assert_eq!(told(3, 0.2), None);
+        assert_eq!(told(9, 0.01), None);
+        assert_eq!(told(9, 0.2).as_deref(), Some("p99<50ms failed (200 ms), in second 9"));
     }
 }

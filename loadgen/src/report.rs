@@ -3,16 +3,20 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, UNIX_EPOCH};
 
-use hdrhistogram::serialization::V2DeflateSerializer;
+use data_encoding::BASE64;
 use hdrhistogram::serialization::interval_log::IntervalLogWriterBuilder;
+use hdrhistogram::serialization::{Deserializer, Serializer, V2DeflateSerializer};
 use hdrhistogram::{Counter, Histogram};
 use serde::{Deserialize, Serialize};
 
 use crate::Failure;
+use crate::about::About;
 use crate::http::lack_code;
 use crate::print::table;
+use crate::profile::Arrivals;
 use crate::record;
 use crate::run::{Load, Mode, Outcome};
+use crate::threshold::is_known;
 use crate::units;
 
 /// Percentiles of a time, in seconds.
@@ -40,6 +44,19 @@ impl Percentiles {
     pub fn of<C: Counter>(histogram: &Histogram<C>) -> Self {
         let at = |quantile: f64| histogram.value_at_quantile(quantile) as f64 / 1e6;
         Self { p50: at(0.5), p90: at(0.9), p99: at(0.99), p99_9: at(0.999), p99_99: at(0.9999), max: at(1.0) }
+    }
+
+    /// The one at one of these quantiles: the next higher for another.
+    #[must_use]
+    pub fn at(&self, quantile: f64) -> f64 {
+        match quantile {
+            q if q <= 0.5 => self.p50,
+            q if q <= 0.9 => self.p90,
+            q if q <= 0.99 => self.p99,
+            q if q <= 0.999 => self.p99_9,
+            q if q <= 0.9999 => self.p99_99,
+            _ => self.max,
+        }
     }
 
     /// Names and values, in order.
@@ -71,6 +88,35 @@ pub struct Row {
     pub errors: u64,
     /// Latency of those due in it; `None` when none of them succeeded.
     pub latency_seconds: Option<Percentiles>,
+    /// The same whole, for `compare`: an HDR histogram in microseconds (V2, deflated), in base64.
+    #[serde(default)]
+    pub latency_histogram: Option<String>,
+    /// Service time of those due in it.
+    #[serde(default)]
+    pub service_seconds: Option<Percentiles>,
+    /// Releases that failed in it, by code.
+    #[serde(default)]
+    pub codes: BTreeMap<String, u64>,
+}
+
+impl Row {
+    /// Latencies of those due in it, in microseconds, and how often each occurred; `None` when none of them succeeded.
+    ///
+    /// # Errors
+    /// There is no histogram, as in results of older versions, or it is damaged.
+    pub fn latencies(&self) -> Result<Vec<(u64, u64)>, Failure> {
+        match (&self.latency_histogram, self.latency_seconds) {
+            (None, None) => Ok(Vec::new()),
+            (None, Some(_)) => Err("it has no histograms: it was made by an older version".into()),
+            (Some(text), _) => {
+                let bytes = BASE64.decode(text.as_bytes())?;
+                let histogram: Histogram<u32> = Deserializer::new()
+                    .deserialize(&mut bytes.as_slice())
+                    .map_err(|error| format!("a histogram in it is damaged: {error}"))?;
+                Ok(histogram.iter_recorded().map(|at| (at.value_iterated_to(), at.count_at_value().into())).collect())
+            }
+        }
+    }
 }
 
 /// How the load generator itself did.
@@ -116,6 +162,13 @@ pub struct Settings {
     pub in_flight: usize,
     /// Before the measured time.
     pub warmup_seconds: f64,
+    /// How releases of a rate followed each other: `even` or `random`.
+    #[serde(default = "even")]
+    pub arrivals: String,
+}
+
+fn even() -> String {
+    Arrivals::Even.as_str().to_owned()
 }
 
 /// A point of the distribution, for pictures.
@@ -138,11 +191,52 @@ pub struct Judgement {
     pub measured: String,
     /// Whether it holds.
     pub passed: bool,
+    /// What it asks for.
+    #[serde(default)]
+    pub bound: Option<Bound>,
+}
+
+/// What a bound is of.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Of {
+    /// Latency, in seconds.
+    Latency,
+    /// Service time, in seconds.
+    Service,
+    /// Share of those due that failed.
+    Errors,
+    /// Share of those due that were dropped.
+    Dropped,
+    /// Releases a second.
+    Achieved,
+}
+
+/// The bound of a condition, for pictures.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Bound {
+    /// What it is of.
+    pub of: Of,
+    /// For times: from 0 to 1.
+    pub quantile: Option<f64>,
+    /// What is held against.
+    pub value: f64,
+    /// As the condition is written.
+    pub text: String,
+}
+
+/// Conditions as they were written, with commas between them.
+#[must_use]
+pub fn stated(bounds: &[Bound]) -> String {
+    bounds.iter().map(|bound| bound.text.as_str()).collect::<Vec<_>>().join(", ")
 }
 
 /// A run, told.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Report {
+    /// What was tested, where and how.
+    #[serde(default)]
+    pub about: Option<About>,
     /// The program and its version.
     pub generator_version: String,
     /// The service.
@@ -162,6 +256,9 @@ pub struct Report {
     /// Whether the run was interrupted; the rest is what was measured until then.
     #[serde(default)]
     pub interrupted: bool,
+    /// The condition that ended the run before its time, and what was measured.
+    #[serde(default)]
+    pub stopped: Option<String>,
     /// How long load was asked for, or until the run was interrupted.
     pub duration_seconds: f64,
     /// Releases that were due.
@@ -218,8 +315,12 @@ impl Report {
             dropped: row.dropped,
             errors: row.errors,
             latency_seconds: (!row.latency.is_empty()).then(|| Percentiles::of(&row.latency)),
+            service_seconds: (!row.service.is_empty()).then(|| Percentiles::of(&row.service)),
+            codes: row.codes.iter().map(|(code, times)| (code.to_string(), *times)).collect(),
+            latency_histogram: (!row.latency.is_empty()).then(|| encoded(&row.latency)).flatten(),
         };
         Self {
+            about: None,
             generator_version: concat!("claviger-loadgen ", env!("CARGO_PKG_VERSION")).to_owned(),
             url: url.to_owned(),
             began: outcome.began,
@@ -233,10 +334,12 @@ impl Report {
                 roll: load.roll,
                 in_flight: load.in_flight,
                 warmup_seconds: if load.mode.is_storm() { 0.0 } else { load.warmup.as_secs_f64() },
+                arrivals: load.arrivals.as_str().to_owned(),
             },
             valid: outcome.invalid.is_empty(),
             invalid_because: outcome.invalid.clone(),
             interrupted: outcome.interrupted,
+            stopped: outcome.stopped.clone(),
             duration_seconds: seconds,
             offered: tally.offered,
             achieved: tally.achieved,
@@ -279,6 +382,22 @@ impl Report {
         record::unsuccessful(self.offered, self.failed(), self.dropped)
     }
 
+    /// Whether a percentile is known of all that was due: what failed or was dropped has no time.
+    #[must_use]
+    pub fn knows(&self, quantile: f64) -> bool {
+        self.achieved > 0 && is_known(quantile, self.unsuccessful())
+    }
+
+    /// Times at percentiles for people, those that are not known among them.
+    pub(crate) fn told(&self, times: &Percentiles) -> [(&'static str, String); 6] {
+        let quantiles = [0.5, 0.9, 0.99, 0.999, 0.9999, 1.0];
+        let mut quantiles = quantiles.into_iter();
+        times.all().map(|(name, time)| {
+            let known = quantiles.next().is_some_and(|quantile| self.knows(quantile));
+            (name, if known { units::seconds(time) } else { "not known".to_owned() })
+        })
+    }
+
     /// For a person.
     #[must_use]
     pub fn for_people(&self) -> String {
@@ -292,13 +411,14 @@ impl Report {
             format!("{} {what}{}", units::count(count as f64), if count == 1 { "" } else { "s" })
         };
         say(&format!(
-            "{} at {}: {}, {}, {}{}",
+            "{} at {}: {}, {}, {}{}{}",
             self.profile,
             self.url,
             plural(settings.hosts, "host"),
             plural(settings.vms, "machine"),
             if settings.batch > 1 { format!("{} in a request", settings.batch) } else { settings.api.clone() },
             if settings.roll { ", rolled" } else { "" },
+            if settings.arrivals == "random" { ", at random times" } else { "" },
         ));
         if self.interrupted {
             let ran = units::seconds(self.duration_seconds);
@@ -306,6 +426,9 @@ impl Report {
                 "INTERRUPTED after {ran}: this is what was measured until then ({} were still in flight)",
                 plural(usize::try_from(self.abandoned).unwrap_or(usize::MAX), "release")
             ));
+        }
+        if let Some(reason) = &self.stopped {
+            say(&format!("STOPPED after {}: {reason}", units::seconds(self.duration_seconds)));
         }
         say("");
         let share = |part: u64| if self.offered == 0 { 0.0 } else { part as f64 / self.offered as f64 };
@@ -329,18 +452,19 @@ impl Report {
         say("");
         let titles = std::iter::once(String::new()).chain(self.latency_seconds.all().map(|(name, _)| name.to_owned()));
         let times = |what: &str, times: &Percentiles| {
-            std::iter::once(what.to_owned()).chain(times.all().map(|(_, time)| units::seconds(time))).collect()
+            std::iter::once(what.to_owned()).chain(self.told(times).map(|(_, time)| time)).collect()
         };
+        let lag = self.generator.lag_seconds.all().map(|(_, time)| units::seconds(time));
         say(&table(&[
             titles.collect(),
             times("latency", &self.latency_seconds),
             times("service", &self.service_seconds),
-            times("own lag", &self.generator.lag_seconds),
+            std::iter::once("own lag".to_owned()).chain(lag).collect(),
         ]));
-        if self.unsuccessful() > 0.0001 {
+        if self.unsuccessful() > 0.0 {
             let known = (1.0 - self.unsuccessful()) * 100.0;
             say(&format!(
-                "times are of those that succeeded: beyond p{known:.2} of all that was due nothing is known\n"
+                "what failed or was dropped has no time: beyond p{known:.2} of all that was due nothing is known\n"
             ));
         }
         if self.mode == "storm" {
@@ -384,20 +508,70 @@ impl Report {
         out
     }
 
-    /// The timeline as a table; times in seconds, empty where there is none.
+    /// The timeline as a table, a line for each second; times in seconds, empty where there is none. `time` is the moment at
+    /// which the second began, in UTC; the last columns are the errors, by code.
     #[must_use]
     pub fn to_csv(&self) -> String {
-        let mut out = "second,offered,achieved,dropped,errors,p50,p90,p99,p99.9,p99.99,max\n".to_owned();
+        let names = Percentiles::default().all().map(|(name, _)| name);
+        let service = names.map(|name| format!("service.{name}"));
+        let codes: Vec<_> = self.errors.keys().map(String::as_str).collect();
+        let fixed = ["second", "offered", "achieved", "dropped", "errors"];
+        let head: Vec<&str> = fixed
+            .into_iter()
+            .chain(names)
+            .chain(["time"])
+            .chain(service.iter().map(String::as_str))
+            .chain(codes.iter().copied())
+            .collect();
+        let mut out = head.join(",");
         for row in &self.timeline {
-            let times = match &row.latency_seconds {
-                Some(times) => times.all().map(|(_, time)| time.to_string()).join(","),
-                None => ",,,,,".to_owned(),
+            let times = |times: &Option<Percentiles>| match times {
+                Some(times) => times.all().map(|(_, time)| time.to_string()).to_vec(),
+                None => vec![String::new(); names.len()],
             };
-            let Row { second, offered, achieved, dropped, errors, .. } = row;
-            out.push_str(&format!("{second},{offered},{achieved},{dropped},{errors},{times}\n"));
+            let counts = [row.second as u64, row.offered, row.achieved, row.dropped, row.errors];
+            let cells: Vec<String> = counts
+                .iter()
+                .map(u64::to_string)
+                .chain(times(&row.latency_seconds))
+                .chain([units::timestamp(self.began + row.second as u64)])
+                .chain(times(&row.service_seconds))
+                .chain(codes.iter().map(|code| row.codes.get(*code).copied().unwrap_or(0).to_string()))
+                .collect();
+            out.push('\n');
+            out.push_str(&cells.join(","));
         }
+        out.push('\n');
         out
     }
+}
+
+/// The distribution of a histogram in microseconds as HdrHistogram's tools write and plot it (`.hgrm`), in milliseconds.
+#[must_use]
+pub fn hgrm(histogram: &Histogram<u64>) -> String {
+    let mut out = "       Value     Percentile TotalCount 1/(1-Percentile)\n\n".to_owned();
+    let mut below = 0;
+    // Five steps to each half of what is left, as the other tools do.
+    for at in histogram.iter_quantiles(5) {
+        below += at.count_since_last_iteration();
+        let (value, quantile) = (at.value_iterated_to() as f64 / 1e3, at.quantile_iterated_to());
+        let rest = if quantile < 1.0 { format!("{:>14.2}", 1.0 / (1.0 - quantile)) } else { String::new() };
+        out.push_str(&format!("{value:>12.3} {quantile:2.12} {below:>10} {rest}\n"));
+    }
+    let (mean, deviation) = (histogram.mean() / 1e3, histogram.stdev() / 1e3);
+    out.push_str(&format!("#[Mean    = {mean:>12.3}, StdDeviation   = {deviation:>12.3}]\n"));
+    let (max, count) = (histogram.max() as f64 / 1e3, histogram.len());
+    out.push_str(&format!("#[Max     = {max:>12.3}, Total count    = {count:>12}]\n"));
+    let (buckets, each) = (histogram.distinct_values(), 10_u64.pow(histogram.sigfig().into()));
+    out.push_str(&format!("#[Buckets = {buckets:>12}, SubBuckets     = {each:>12}]\n"));
+    out
+}
+
+/// A histogram as text; `None` where it cannot be written, which takes a counter beyond all bounds.
+fn encoded(histogram: &Histogram<u32>) -> Option<String> {
+    let mut bytes = Vec::new();
+    V2DeflateSerializer::new().serialize(histogram, &mut bytes).ok()?;
+    Some(BASE64.encode(&bytes))
 }
 
 /// Ever finer towards 1: as far as there are values to tell apart.
@@ -436,4 +610,136 @@ pub fn hdr_log(outcome: &Outcome) -> Result<Vec<u8>, Failure> {
         }
     }
     Ok(out)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::profile::Profile;
+    use crate::record::{Event, Tally};
+    use crate::threshold::Threshold;
+    use claviger_protocol::payload::ApiVersion;
+
+    /// A report of what was counted in so many seconds.
+    pub(crate) fn told(tally: Tally, seconds: u64) -> Report {
+        let duration = Duration::from_secs(seconds);
+        let load = Load {
+            mode: Mode::Open(Profile::constant(duration, tally.offered as f64 / seconds as f64)),
+            arrivals: Arrivals::Even,
+            warmup: Duration::ZERO,
+            in_flight: 16,
+            batch: None,
+            api: ApiVersion::V2,
+            roll: false,
+            verify: "all".parse().unwrap(),
+            max_lag: Duration::from_secs(1),
+            handicap: Duration::ZERO,
+            show: false,
+            stop: Vec::new(),
+        };
+        let invalid = Vec::new();
+        let outcome = Outcome {
+            tally,
+            duration,
+            interrupted: false,
+            stopped: None,
+            processors: 0.1,
+            invalid,
+            began: 951_827_696,
+        };
+        Report::new("http://127.0.0.1:1", &load, 1, 1, &outcome)
+    }
+
+    #[test]
+    fn what_failures_hide_is_not_known_anywhere() {
+        let mut tally = Tally::default();
+        for at in 0..1_000 {
+            let (released, errors) = if at % 50 == 0 { (0, vec![("Timeout".into(), 1)]) } else { (1, Vec::new()) };
+            let due = f64::from(at) / 100.0;
+            tally.count(Event::Done {
+                due,
+                lag: 0.0,
+                service: 0.01,
+                latency: 0.02,
+                released,
+                errors,
+                retries: Vec::new(),
+            });
+        }
+        let mut report = told(tally.clone(), 10);
+        // 2 % failed.
+        assert!(report.knows(0.98) && !report.knows(0.99));
+        let known: Vec<_> = report.told(&report.latency_seconds).map(|(_, time)| time != "not known").to_vec();
+        assert_eq!(known, [true, true, false, false, false, false]);
+        for (text, passed) in [("p90<1s", true), ("p99<1s", false), ("service.max<1s", false)] {
+            let judgement = text.parse::<Threshold>().unwrap().judge(&tally, &report);
+            assert_eq!(judgement.passed, passed, "{judgement:?}");
+            report.thresholds.push(judgement);
+        }
+        let text = report.for_people();
+        let line = |name: &str| text.lines().find(|line| line.starts_with(name)).unwrap().to_owned();
+        assert_eq!(line("latency").matches("not known").count(), 4, "{text}");
+        assert_eq!(line("service").matches("not known").count(), 4, "{text}");
+        let page = crate::html::run(&report);
+        assert!(page.contains("<b class=\"\">not known</b><span>latency, p99</span>"), "{page}");
+    }
+
+    #[test]
+    fn the_table_of_seconds_has_wall_clock_service_times_and_codes() {
+        let mut tally = Tally::default();
+        for (due, errors) in [(0.2, vec![]), (1.2, vec![("Timeout".into(), 2), ("Http502".into(), 1)])] {
+            let (lag, service, latency, retries) = (0.0, 0.010, 0.020, Vec::new());
+            tally.count(Event::Done { due, lag, service, latency, released: 1, errors, retries });
+        }
+        let csv = told(tally, 2).to_csv();
+        let rows: Vec<Vec<_>> = csv.lines().map(|line| line.split(',').collect()).collect();
+        let column = |name: &str| rows[0].iter().position(|head| *head == name).unwrap();
+        assert!(
+            csv.starts_with("second,offered,achieved,dropped,errors,p50,p90,p99,p99.9,p99.99,max,time,service.p50,")
+        );
+        assert!(rows.iter().all(|row| row.len() == rows[0].len()), "{csv}");
+        assert_eq!(
+            (rows[1][column("time")], rows[2][column("time")]),
+            ("2000-02-29T12:34:56Z", "2000-02-29T12:34:57Z")
+        );
+        assert_eq!(
+            (rows[1][column("Timeout")], rows[2][column("Timeout")], rows[2][column("Http502")]),
+            ("0", "2", "1")
+        );
+        assert!(rows[1][column("service.p99")].starts_with("0.01"), "{csv}");
+    }
+
+    #[test]
+    fn a_distribution_is_written_as_other_tools_read_it() {
+        let mut histogram = Histogram::new(3).unwrap();
+        (1..=1_000_u64).for_each(|millis| histogram.record(millis * 1_000).unwrap());
+        let text = hgrm(&histogram);
+        let lines: Vec<_> = text.lines().collect();
+        assert_eq!(
+            lines[0].split_whitespace().collect::<Vec<_>>(),
+            ["Value", "Percentile", "TotalCount", "1/(1-Percentile)"]
+        );
+        let numbers = |line: &str| line.split_whitespace().map(|n| n.parse::<f64>().unwrap()).collect::<Vec<_>>();
+        let median = lines.iter().find(|line| line.contains(" 0.500000000000 ")).map(|line| numbers(line)).unwrap();
+        assert!((median[0] - 500.0).abs() < 1.0 && (median[2] - 500.0).abs() <= 1.0 && median[3] == 2.0, "{median:?}");
+        let last = lines.iter().rfind(|line| !line.starts_with('#')).map(|line| numbers(line)).unwrap();
+        assert_eq!((last[1], last[2], last.len()), (1.0, 1000.0, 3));
+        assert!(text.contains("#[Max     =     1000.") && text.contains("Total count    =         1000]"), "{text}");
+    }
+
+    #[test]
+    fn histograms_of_seconds_survive_being_written() {
+        let mut tally = Tally::default();
+        for (due, latency) in [(0.1, 0.010), (0.2, 0.010), (0.3, 2.05), (1.5, 0.020)] {
+            let (errors, retries) = (Vec::new(), Vec::new());
+            tally.count(Event::Done { due, lag: 0.0, service: latency, latency, released: 1, errors, retries });
+        }
+        let report = told(tally, 3);
+        let report: Report = serde_json::from_str(&serde_json::to_string(&report).unwrap()).unwrap();
+        let latencies: Vec<_> = report.timeline.iter().map(|row| row.latencies().unwrap()).collect();
+        assert_eq!(latencies[0].iter().map(|(_, times)| *times).collect::<Vec<_>>(), [2, 1]);
+        assert!((latencies[0][1].0 as f64 / 2.05e6 - 1.0).abs() < 1e-3, "{latencies:?}");
+        assert_eq!((latencies[1].len(), latencies[2].len()), (1, 0));
+    }
 }

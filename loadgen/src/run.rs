@@ -21,8 +21,9 @@ use crate::host::{self, Host};
 use crate::http::{Client, NoReply, lack_text};
 use crate::interrupt::Interrupt;
 use crate::prepare::{Machine, World};
-use crate::profile::Profile;
+use crate::profile::{Arrivals, Profile};
 use crate::record::{Codes, Event, Tally, WRONG_REPLY};
+use crate::threshold::Threshold;
 use crate::verify::{Checker, Job, Reply, Verify};
 
 /// How often the runtime's own lateness is looked at where there is no schedule to be late for.
@@ -74,6 +75,8 @@ impl Mode {
 pub struct Load {
     /// When requests start.
     pub mode: Mode,
+    /// How releases of a rate follow each other.
+    pub arrivals: Arrivals,
     /// Goes before, and is not counted.
     pub warmup: Duration,
     /// Most requests in flight.
@@ -92,6 +95,8 @@ pub struct Load {
     pub handicap: Duration,
     /// Whether to show progress.
     pub show: bool,
+    /// Conditions that end the run as soon as one of them fails.
+    pub stop: Vec<Threshold>,
 }
 
 /// What came of a run.
@@ -102,6 +107,8 @@ pub struct Outcome {
     pub duration: Duration,
     /// Whether it was interrupted.
     pub interrupted: bool,
+    /// The condition that ended it before its time, and what was measured.
+    pub stopped: Option<String>,
     /// This program's own use of processors, in processors.
     pub processors: f64,
     /// Why the run says nothing about the server; empty when it does.
@@ -176,7 +183,8 @@ pub async fn run(client: Arc<Client>, world: &World, load: Load, interrupt: &Int
     let checker = Checker::start(load.verify, threads, &world.guardian, &events)?;
     let (show, duration) = (load.show, load.mode.duration());
     let counting = std::thread::Builder::new().name("counting".to_owned());
-    let counting = counting.spawn(move || Tally::of(&received, duration, show))?;
+    let (stop, stopping) = (load.stop.clone(), interrupt.clone());
+    let counting = counting.spawn(move || Tally::of(&received, duration, show, &stop, &stopping))?;
     let machines = world.machines.clone();
     let source = if load.roll {
         Source::Roll(Mutex::new((0..machines.len()).collect()), machines.into_iter().map(Mutex::new).collect())
@@ -210,10 +218,10 @@ pub async fn run(client: Arc<Client>, world: &World, load: Load, interrupt: &Int
     });
     match mode {
         Mode::Open(profile) => {
-            let batch = engine.load.batch.unwrap_or(1);
+            let (batch, arrivals) = (engine.load.batch.unwrap_or(1), engine.load.arrivals);
             let warm = Profile::constant(warmup, profile.first_rate());
-            let warm = (!warmup.is_zero()).then(|| warm.starts(batch)).into_iter().flatten();
-            let due = warm.map(move |at| first + at).chain(profile.starts(batch).map(move |at| zero + at));
+            let warm = (!warmup.is_zero()).then(|| warm.starts(batch, arrivals)).into_iter().flatten();
+            let due = warm.map(move |at| first + at).chain(profile.starts(batch, arrivals).map(move |at| zero + at));
             let runtime = tokio::runtime::Handle::current();
             let pacing = std::thread::Builder::new().name("pacing".to_owned());
             let pacing =
@@ -236,7 +244,8 @@ pub async fn run(client: Arc<Client>, world: &World, load: Load, interrupt: &Int
     if ran.is_some_and(|ran| ran.is_zero()) {
         return Err("interrupted before anything was measured".into());
     }
-    let (interrupted, duration) = (ran.is_some(), ran.unwrap_or(duration));
+    let stopped = ran.and_then(|_| interrupt.reason()).map(str::to_owned);
+    let (interrupted, duration) = (ran.is_some() && stopped.is_none(), ran.unwrap_or(duration));
     let processors = cpu / duration.as_secs_f64();
     let mut invalid = Vec::new();
     let lag = tally.lag.value_at_quantile(0.99) as f64 / 1e6;
@@ -256,7 +265,7 @@ pub async fn run(client: Arc<Client>, world: &World, load: Load, interrupt: &Int
             "the load generator used {processors:.1} of {all} processors and could hardly have done more"
         ));
     }
-    Ok(Outcome { tally, duration, interrupted, processors, invalid, began })
+    Ok(Outcome { tally, duration, interrupted, stopped, processors, invalid, began })
 }
 
 /// Waits until `due` and starts a request; `false` when the run was interrupted first.

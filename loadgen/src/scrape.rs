@@ -4,7 +4,7 @@ use crate::Failure;
 use crate::http::Client;
 
 /// One look. What the daemon does not tell is `None`.
-#[derive(Clone, Copy, PartialEq, Debug, Default)]
+#[derive(Clone, PartialEq, Debug, Default)]
 pub struct Look {
     /// Processor time of the daemon so far, in seconds.
     pub cpu_seconds: Option<f64>,
@@ -14,6 +14,8 @@ pub struct Look {
     pub waiting: Option<f64>,
     /// Members of the cluster.
     pub hsms: Option<usize>,
+    /// Version and commit of the daemon.
+    pub version: Option<String>,
 }
 
 impl Look {
@@ -27,7 +29,14 @@ impl Look {
         };
         let sum =
             |wanted: &str| Some(values(wanted)).filter(|values| !values.is_empty()).map(|values| values.iter().sum());
+        let build = series().find(|(series, _)| series.starts_with("claviger_build_info{"));
+        let label = |name: &str| {
+            let (_, rest) = build?.0.split_once(&format!("{name}=\""))?;
+            Some(rest.split_once('"')?.0).filter(|value| !value.is_empty())
+        };
+        let commit = label("commit").map_or(String::new(), |commit| format!(" ({commit})"));
         Self {
+            version: label("version").map(|version| format!("claviger {version}{commit}")),
             // Worker processes of the HSMs are a part of the daemon.
             cpu_seconds: sum("process_cpu_seconds_total")
                 .map(|daemon| daemon + sum("claviger_hsm_worker_cpu_seconds_total").unwrap_or(0.0)),
@@ -58,9 +67,13 @@ mod tests {
     fn what_is_told_is_read_and_the_rest_is_unknown() {
         let page = "# HELP claviger_hsm_calls_total x\nclaviger_hsm_calls_total{hsm=\"a\",op=\"sign\",rv=\"ok\"} 3\n\
                     claviger_hsm_calls_total{hsm=\"b\",op=\"sign\",rv=\"ok\"} 4\nclaviger_hsm_sessions_open{hsm=\"a\"} 8\n\
-                    claviger_hsm_sessions_open{hsm=\"b\"} 8\nprocess_cpu_seconds_total 1.5\n";
+                    claviger_hsm_sessions_open{hsm=\"b\"} 8\nprocess_cpu_seconds_total 1.5\n\
+                    claviger_build_info{version=\"1.2.3\",commit=\"abc\"} 1\n";
         let look = Look::parse(page);
-        assert_eq!(look, Look { cpu_seconds: Some(1.5), hsm_calls: Some(7.0), waiting: None, hsms: Some(2) });
+        let version = Some("claviger 1.2.3 (abc)".to_owned());
+        assert_eq!(look, Look { cpu_seconds: Some(1.5), hsm_calls: Some(7.0), waiting: None, hsms: Some(2), version });
+        let look = Look::parse("claviger_build_info{version=\"1.2.3\",commit=\"\"} 1\n");
+        assert_eq!(look.version.as_deref(), Some("claviger 1.2.3"));
         assert_eq!(Look::parse(""), Look::default());
     }
 }

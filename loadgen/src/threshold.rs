@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use crate::record::Tally;
-use crate::report::{Judgement, Report};
+use crate::report::{Bound, Judgement, Of, Report};
 use crate::units;
 
 /// What is compared.
@@ -28,6 +28,21 @@ enum Relation {
     AtMost,
     More,
     AtLeast,
+}
+
+impl Relation {
+    fn holds(self, value: f64, bound: f64) -> bool {
+        match self {
+            Self::Less => value < bound,
+            Self::AtMost => value <= bound,
+            Self::More => value > bound,
+            Self::AtLeast => value >= bound,
+        }
+    }
+
+    fn is_upper_bound(self) -> bool {
+        matches!(self, Self::Less | Self::AtMost)
+    }
 }
 
 /// One condition.
@@ -102,16 +117,26 @@ pub fn list(text: &str) -> Result<Vec<Threshold>, String> {
 /// A sentence that says how to write one.
 pub fn objectives(text: &str) -> Result<Vec<Threshold>, String> {
     let objectives = list(text)?;
-    let says_what_is_enough = |o: &&Threshold| {
-        matches!(o.measure, Measure::Latency(_) | Measure::Errors)
-            && matches!(o.relation, Relation::Less | Relation::AtMost)
-    };
+    let says_what_is_enough =
+        |o: &&Threshold| matches!(o.measure, Measure::Latency(_) | Measure::Errors) && o.relation.is_upper_bound();
     match objectives.iter().find(|o| !says_what_is_enough(o)) {
         Some(other) => Err(format!(
             "{other} is no objective; write upper bounds of latencies and errors, like p99<100ms,errors<0.1%"
         )),
         None => Ok(objectives),
     }
+}
+
+/// One that may stop a run: an upper bound of anything but the rate, which only the whole run tells.
+///
+/// # Errors
+/// A sentence that says how to write one.
+pub fn stopping(text: &str) -> Result<Threshold, String> {
+    let condition: Threshold = text.parse()?;
+    if condition.relation.is_upper_bound() && condition.measure != Measure::Achieved {
+        return Ok(condition);
+    }
+    Err(format!("{condition} cannot stop a run; write an upper bound, like p99<1s, errors<5% or dropped<1%"))
 }
 
 /// Whether a latency at a quantile is known where such a share of all releases has none, because they failed or were
@@ -126,33 +151,59 @@ impl Threshold {
     /// and an upper bound of what is not known does not hold.
     #[must_use]
     pub fn judge(&self, tally: &Tally, report: &Report) -> Judgement {
-        let share = |part: u64| if report.offered == 0 { 0.0 } else { part as f64 / report.offered as f64 };
-        let known = |quantile: f64| tally.achieved > 0 && is_known(quantile, tally.unsuccessful());
-        let at =
-            |histogram: &hdrhistogram::Histogram<u64>, quantile| histogram.value_at_quantile(quantile) as f64 / 1e6;
-        let (value, text) = match self.measure {
-            Measure::Latency(quantile) | Measure::Service(quantile) if !known(quantile) => {
-                let share = units::percent(tally.unsuccessful());
-                (None, format!("not known: {share} failed or were dropped"))
-            }
-            Measure::Latency(quantile) => timed(at(&tally.latency, quantile)),
-            Measure::Service(quantile) => timed(at(&tally.service, quantile)),
-            Measure::Errors => shared(share(tally.failed())),
-            Measure::Dropped => shared(share(tally.dropped)),
+        let (value, measured) = match self.measure {
             Measure::Achieved => {
                 (Some(report.achieved_per_second), format!("{}/s", units::per_second(report.achieved_per_second)))
             }
+            _ => self.measured(tally),
         };
-        let passed = value.is_some_and(|value| match self.relation {
-            Relation::Less => value < self.bound,
-            Relation::AtMost => value <= self.bound,
-            Relation::More => value > self.bound,
-            Relation::AtLeast => value >= self.bound,
-        });
-        Judgement { threshold: self.text.clone(), measured: text, passed }
+        let passed = value.is_some_and(|value| self.relation.holds(value, self.bound));
+        Judgement { threshold: self.text.clone(), measured, passed, bound: Some(self.bound()) }
     }
 
-    /// Whether a latency at each quantile, and a share of errors, would meet it: for what was not run but reckoned. Knows
+    /// Says so when it fails by what was counted until now.
+    #[must_use]
+    pub fn fails_already(&self, tally: &Tally) -> Option<String> {
+        let (value, measured) = self.measured(tally);
+        let holds = value.is_some_and(|value| self.relation.holds(value, self.bound));
+        (!holds).then(|| format!("{self} failed ({measured})"))
+    }
+
+    /// What was measured, if it is known, and in words. Knows everything but the rate.
+    fn measured(&self, tally: &Tally) -> (Option<f64>, String) {
+        let share = |part: u64| if tally.offered == 0 { 0.0 } else { part as f64 / tally.offered as f64 };
+        let timed = |histogram: &hdrhistogram::Histogram<u64>, quantile: f64| {
+            if tally.achieved == 0 || !is_known(quantile, tally.unsuccessful()) {
+                let share = units::percent(tally.unsuccessful());
+                return (None, format!("not known: {share} failed or were dropped"));
+            }
+            let seconds = histogram.value_at_quantile(quantile) as f64 / 1e6;
+            (Some(seconds), units::seconds(seconds))
+        };
+        let shared = |share: f64| (Some(share), units::percent(share));
+        match self.measure {
+            Measure::Latency(quantile) => timed(&tally.latency, quantile),
+            Measure::Service(quantile) => timed(&tally.service, quantile),
+            Measure::Errors => shared(share(tally.failed())),
+            Measure::Dropped => shared(share(tally.dropped)),
+            Measure::Achieved => (None, "not known while it runs".to_owned()),
+        }
+    }
+
+    /// What it asks for.
+    #[must_use]
+    pub fn bound(&self) -> Bound {
+        let (of, quantile) = match self.measure {
+            Measure::Latency(quantile) => (Of::Latency, Some(quantile)),
+            Measure::Service(quantile) => (Of::Service, Some(quantile)),
+            Measure::Errors => (Of::Errors, None),
+            Measure::Dropped => (Of::Dropped, None),
+            Measure::Achieved => (Of::Achieved, None),
+        };
+        Bound { of, quantile, value: self.bound, text: self.text.clone() }
+    }
+
+    /// Whether a latency at each quantile, and a share of errors, would meet it: for what was not run but simulated. Knows
     /// what [`objectives`] lets through.
     #[must_use]
     pub fn holds(&self, latency: impl Fn(f64) -> f64, errors: f64) -> bool {
@@ -162,21 +213,8 @@ impl Threshold {
             Measure::Errors | Measure::Dropped => errors,
             Measure::Achieved => return true,
         };
-        match self.relation {
-            Relation::Less => value < self.bound,
-            Relation::AtMost => value <= self.bound,
-            Relation::More => value > self.bound,
-            Relation::AtLeast => value >= self.bound,
-        }
+        self.relation.holds(value, self.bound)
     }
-}
-
-fn timed(seconds: f64) -> (Option<f64>, String) {
-    (Some(seconds), units::seconds(seconds))
-}
-
-fn shared(share: f64) -> (Option<f64>, String) {
-    (Some(share), units::percent(share))
 }
 
 #[cfg(test)]
@@ -194,6 +232,10 @@ mod tests {
         assert_eq!("achieved >= 490/s".parse::<Threshold>().unwrap().bound, 490.0);
         assert_eq!("service.max<2s".parse::<Threshold>().unwrap().measure, Measure::Service(1.0));
         assert_eq!(objectives("p99<100ms,errors<0.1%").unwrap().len(), 2);
+        assert!(stopping("errors<5%").is_ok() && stopping("service.p99<=1s").is_ok());
+        for wrong in ["achieved>5", "achieved<5", "p99>1s"] {
+            assert!(stopping(wrong).unwrap_err().contains("cannot stop a run"), "{wrong}");
+        }
         for wrong in ["p99<100ms,achieved>5", "p99>5ms", "dropped<1%"] {
             let message = objectives(wrong).unwrap_err();
             assert!(message.contains("is no objective; write upper bounds"), "{message}");

@@ -98,6 +98,33 @@ pub fn percent(share: f64) -> String {
     }
 }
 
+/// Seconds since 1970 as date and time of day, UTC, for people.
+#[must_use]
+pub fn date(unix: u64) -> String {
+    let (date, rest) = (day(unix), unix % 86_400);
+    format!("{date} {:02}:{:02} UTC", rest / 3600, rest / 60 % 60)
+}
+
+/// The same as machines write it (RFC 3339).
+#[must_use]
+pub fn timestamp(unix: u64) -> String {
+    let (date, rest) = (day(unix), unix % 86_400);
+    format!("{date}T{:02}:{:02}:{:02}Z", rest / 3600, rest / 60 % 60, rest % 60)
+}
+
+/// The day of seconds since 1970. (Civil from days, by Howard Hinnant.)
+fn day(unix: u64) -> String {
+    let days = unix / 86_400 + 719_468;
+    let (era, day_of_era) = (days / 146_097, days % 146_097);
+    let year_of_era = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let shifted = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * shifted + 2) / 5 + 1;
+    let month = if shifted < 10 { shifted + 3 } else { shifted - 9 };
+    let year = year_of_era + era * 400 + u64::from(month <= 2);
+    format!("{year}-{month:02}-{day:02}")
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
@@ -123,5 +150,8 @@ mod tests {
         assert_eq!(seconds(0.000_05), "50 µs");
         assert_eq!(count(1_234_567.0), "1\u{202f}234\u{202f}567");
         assert_eq!(percent(0.000_5), "0.050 %");
+        assert_eq!(date(0), "1970-01-01 00:00 UTC");
+        assert_eq!(date(951_827_696), "2000-02-29 12:34 UTC");
+        assert_eq!(timestamp(951_827_696), "2000-02-29T12:34:56Z");
     }
 }

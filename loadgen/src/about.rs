@@ -1,0 +1,179 @@
+//! What was tested, where and how: the head of every report.
+
+use serde::{Deserialize, Serialize};
+
+use crate::site::Hsm;
+use crate::units;
+
+/// A member of the cluster, as it was before the load.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Member {
+    /// Its name in the daemon's configuration.
+    pub name: String,
+    /// The label or serial of its token.
+    pub token: String,
+    /// `up`, or why not.
+    pub state: String,
+    /// Sessions that may be open.
+    pub sessions: usize,
+}
+
+impl From<&Hsm> for Member {
+    fn from(hsm: &Hsm) -> Self {
+        let (name, token, state) = (hsm.name.clone(), hsm.token.clone(), hsm.state.clone());
+        Self { name, token, state, sessions: hsm.sessions.wanted }
+    }
+}
+
+/// The machine that this program runs on.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Machine {
+    /// Its processors' model, as the system tells it.
+    pub processor: String,
+    /// How many there are.
+    pub processors: usize,
+    /// Bytes of memory.
+    pub memory: u64,
+    /// The system and its version.
+    pub system: String,
+}
+
+impl Machine {
+    /// The machine that this program runs on. What the system does not tell is empty.
+    #[must_use]
+    pub fn here() -> Self {
+        let read = |file: &str| std::fs::read_to_string(file).unwrap_or_default();
+        let field = |text: &str, name: &str| {
+            let line = text.lines().find(|line| line.starts_with(name));
+            line.and_then(|line| line.split_once(':')).map(|(_, value)| value.trim().to_owned()).unwrap_or_default()
+        };
+        let kibibytes = field(&read("/proc/meminfo"), "MemTotal");
+        let kibibytes = kibibytes.split(' ').next().and_then(|number| number.parse::<u64>().ok()).unwrap_or(0);
+        Self {
+            processor: field(&read("/proc/cpuinfo"), "model name"),
+            processors: std::thread::available_parallelism().map_or(1, usize::from),
+            memory: kibibytes * 1024,
+            system: format!("Linux {}", read("/proc/sys/kernel/osrelease").trim()),
+        }
+    }
+
+    fn stated(&self) -> String {
+        let processor = if self.processor.is_empty() { "processor not known" } else { &self.processor };
+        let memory = self.memory as f64 / f64::from(1 << 30);
+        format!("{} × {processor}, {memory:.1} GiB, {}", self.processors, self.system)
+    }
+}
+
+/// What was tested, where and how.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct About {
+    /// What the report is called, where it was given a name.
+    pub title: Option<String>,
+    /// The command line, as a shell would read it.
+    pub command: String,
+    /// This program and its version.
+    pub generator: String,
+    /// Seconds since 1970 when it was asked for.
+    pub at: u64,
+    /// The daemon's version and commit; `None` where it was not told.
+    pub daemon: Option<String>,
+    /// The members of its cluster; empty where it was not told.
+    pub hsms: Vec<Member>,
+    /// The machine that this program ran on.
+    pub machine: Machine,
+    /// Whether the daemon ran on the same machine; `None` where it is not known, or where there was none.
+    pub daemon_is_here: Option<bool>,
+}
+
+impl About {
+    /// This call of this program. What is known of the daemon is empty.
+    #[must_use]
+    pub fn this_call(title: Option<&str>) -> Self {
+        let words: Vec<_> = std::env::args().collect();
+        let name = words.first().map(|name| name.rsplit('/').next().unwrap_or(name).to_owned());
+        let words: Vec<_> = name.into_iter().chain(words.into_iter().skip(1)).map(|word| quoted(&word)).collect();
+        Self {
+            title: title.map(str::to_owned),
+            command: words.join(" "),
+            generator: concat!("claviger-loadgen ", env!("CARGO_PKG_VERSION")).to_owned(),
+            at: std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+            daemon: None,
+            hsms: Vec::new(),
+            machine: Machine::here(),
+            daemon_is_here: None,
+        }
+    }
+
+    /// Names and values, for a table; `with_daemon` where one was asked.
+    #[must_use]
+    pub fn facts(&self, with_daemon: bool) -> Vec<[String; 2]> {
+        let mut facts = vec![["command".to_owned(), self.command.clone()]];
+        let mut add = |name: &str, value: String| facts.push([name.to_owned(), value]);
+        if with_daemon {
+            let not_known = || "not known: the daemon's metrics address was not reached (--metrics)".to_owned();
+            add("daemon", self.daemon.clone().unwrap_or_else(not_known));
+            let hsm = |hsm: &Member| {
+                let token = if hsm.token.is_empty() { String::new() } else { format!("token {}, ", hsm.token) };
+                format!("{} ({token}{} sessions, {})", hsm.name, hsm.sessions, hsm.state)
+            };
+            let hsms: Vec<_> = self.hsms.iter().map(hsm).collect();
+            add("HSMs", if hsms.is_empty() { "not known".to_owned() } else { hsms.join("; ") });
+        }
+        let here = match self.daemon_is_here {
+            Some(true) => "; the daemon ran on it, too",
+            Some(false) => "; the daemon ran elsewhere",
+            None => "",
+        };
+        add(if with_daemon { "generator's machine" } else { "machine" }, format!("{}{here}", self.machine.stated()));
+        add("by", format!("{}, {}", self.generator, units::date(self.at)));
+        facts
+    }
+}
+
+/// A word as a shell has to be given it.
+fn quoted(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=@,%+".contains(c);
+    if !word.is_empty() && word.chars().all(plain) {
+        word.to_owned()
+    } else {
+        format!("'{}'", word.replace('\'', r"'\''"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_command_line_can_be_pasted_into_a_shell() {
+        for (word, expected) in [
+            ("--profile", "--profile"),
+            ("10s@100,30s@100..500", "10s@100,30s@100..500"),
+            ("p99<100ms", "'p99<100ms'"),
+            ("", "''"),
+            ("it's", r"'it'\''s'"),
+        ] {
+            assert_eq!(quoted(word), expected);
+        }
+    }
+
+    #[test]
+    fn a_report_says_what_it_is_about() {
+        let hsm = Member { name: "a".to_owned(), token: "t".to_owned(), state: "up".to_owned(), sessions: 8 };
+        let about = About {
+            daemon: Some("claviger 1.2.3".to_owned()),
+            hsms: vec![hsm],
+            daemon_is_here: Some(true),
+            ..About::this_call(Some("night"))
+        };
+        let facts = about.facts(true);
+        let value = |name: &str| facts.iter().find(|[known, _]| known == name).map_or("", |[_, value]| value);
+        assert_eq!((value("daemon"), value("HSMs")), ("claviger 1.2.3", "a (token t, 8 sessions, up)"));
+        assert!(
+            value("generator's machine").contains("GiB, Linux ")
+                && value("generator's machine").ends_with("on it, too")
+        );
+        assert!(value("command").starts_with("claviger_loadgen-"), "{}", value("command"));
+        assert_eq!(about.facts(false).len(), 3);
+    }
+}

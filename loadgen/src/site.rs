@@ -1,0 +1,292 @@
+//! Who takes part in a run: a tenant, hosts, and the socket of the daemon's administrators, if it is here.
+//!
+//! ```text
+//! --lab DIR             what `claviger demo` made:
+//!   DIR/claviger.toml     says where the daemon's sockets and its metrics are
+//!   DIR/host/             as below: a host that is registered already
+//!   DIR/tenant/           as below
+//!   DIR/loadgen/          what this program keeps for the next run: keys of hosts, protectors of machines
+//!
+//! --tenant DIR          owner-{signing,encryption}.{key,crt}.pem, as `claviger guardian new` makes them
+//! --host DIR            hostkey.pem, as `claviger host new-key` makes it; identitykey.pem, if there is one
+//! --socket FILE         admin.sock of a daemon on this machine
+//! --cache DIR           what is kept for the next run; by default the folder `loadgen` in the tenant's
+//! ```
+
+use std::io::{BufRead, BufReader, Write};
+use std::net::SocketAddr;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use claviger_protocol::certificate::Certificate;
+use claviger_protocol::input;
+use claviger_protocol::owner::Owner;
+use claviger_protocol::pem;
+use claviger_protocol::rsa_key::RsaPrivateKey;
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use crate::Failure;
+
+/// How long a command of an administrator may take.
+const COMMAND_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Whose keys and machines a run uses.
+#[derive(Clone, Debug)]
+pub struct Site {
+    tenant: PathBuf,
+    host: Option<PathBuf>,
+    socket: Option<PathBuf>,
+    cache: PathBuf,
+    metrics: Option<String>,
+}
+
+/// The part of a daemon's configuration that is read here.
+#[derive(Deserialize)]
+struct Config {
+    server: Server,
+}
+
+#[derive(Deserialize)]
+struct Server {
+    state: Option<PathBuf>,
+    sockets: Option<PathBuf>,
+    metrics: Option<SocketAddr>,
+}
+
+impl Site {
+    /// The laboratory in this folder.
+    ///
+    /// # Errors
+    /// When there is none, or its configuration cannot be read.
+    pub fn lab(dir: &Path) -> Result<Self, Failure> {
+        let file = dir.join("claviger.toml");
+        if !file.is_file() {
+            let dir = dir.display();
+            return Err(format!(
+                "{dir} holds no lab; make one with: claviger demo --dir {dir}; for another service, give --tenant"
+            )
+            .into());
+        }
+        let bytes = read(&file)?;
+        let text = pem::text(&bytes).map_err(|error| format!("{}: {error}", file.display()))?;
+        let Config { server } = toml::from_str(text).map_err(|error| format!("{}: {error}", file.display()))?;
+        let sockets = server.sockets.or(server.state).unwrap_or_else(|| PathBuf::from("/var/lib/claviger"));
+        Ok(Self {
+            tenant: dir.join("tenant"),
+            host: Some(dir.join("host")),
+            // A path that is not absolute counts from the configuration's folder, as for the daemon.
+            socket: Some(dir.join(sockets).join("admin.sock")),
+            cache: dir.join("loadgen"),
+            metrics: server.metrics.map(|address| format!("http://{address}")),
+        })
+    }
+
+    /// Any other service: the folder of a tenant, and what there is besides.
+    #[must_use]
+    pub fn of(tenant: &Path, host: Option<&Path>, socket: Option<&Path>, cache: Option<&Path>) -> Self {
+        Self {
+            tenant: tenant.to_owned(),
+            host: host.map(Path::to_owned),
+            socket: socket.map(Path::to_owned),
+            cache: cache.map_or_else(|| tenant.join("loadgen"), Path::to_owned),
+            metrics: None,
+        }
+    }
+
+    /// Where this program keeps things.
+    #[must_use]
+    pub fn cache(&self) -> &Path {
+        &self.cache
+    }
+
+    /// The metrics address of the daemon, where its configuration is known.
+    #[must_use]
+    pub fn metrics(&self) -> Option<&str> {
+        self.metrics.as_deref()
+    }
+
+    /// The keys of the host that is registered already, if there is one: host key, and identity key if it has one.
+    ///
+    /// # Errors
+    /// Files that are missing or hold something else.
+    pub fn host_keys(&self) -> Result<Option<(RsaPrivateKey, Option<RsaPrivateKey>)>, Failure> {
+        let Some(dir) = &self.host else { return Ok(None) };
+        let identity = dir.join("identitykey.pem");
+        let identity = identity.exists().then(|| key(&identity)).transpose()?;
+        Ok(Some((key(&dir.join("hostkey.pem"))?, identity)))
+    }
+
+    /// The tenant.
+    ///
+    /// # Errors
+    /// Files that are missing or hold something else.
+    pub fn owner(&self) -> Result<Owner, Failure> {
+        let certificate = |file: &str| {
+            let path = self.tenant.join(file);
+            let certificate = Certificate::from_file(&read(&path)?);
+            certificate.map_err(|error| Failure::from(format!("{}: {error}", path.display())))
+        };
+        Ok(Owner {
+            signing_key: key(&self.tenant.join("owner-signing.key.pem"))?,
+            signing_certificate: certificate("owner-signing.crt.pem")?,
+            encryption_key: key(&self.tenant.join("owner-encryption.key.pem"))?,
+            encryption_certificate: certificate("owner-encryption.crt.pem")?,
+        })
+    }
+
+    /// Whether hosts can be registered, and the daemon be asked about its HSMs.
+    #[must_use]
+    pub fn has_socket(&self) -> bool {
+        self.socket.is_some()
+    }
+
+    /// The administrators' socket of the daemon.
+    ///
+    /// # Errors
+    /// When it is not known where, or nobody is there.
+    pub fn admin(&self) -> Result<Admin, Failure> {
+        let socket = self.socket.as_ref().ok_or("the daemon's admin.sock is not known; say where with --socket")?;
+        Admin::connect(socket)
+    }
+
+    /// The process id of the daemon, when it runs on this machine.
+    pub async fn daemon(&self) -> Option<i32> {
+        tokio::net::UnixStream::connect(self.socket.as_ref()?).await.ok()?.peer_cred().ok()?.pid()
+    }
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, Failure> {
+    std::fs::read(path).map_err(|error| format!("{}: {error}", path.display()).into())
+}
+
+fn key(path: &Path) -> Result<RsaPrivateKey, Failure> {
+    input::rsa_private_key(&read(path)?).map_err(|error| format!("{}: {error}", path.display()).into())
+}
+
+/// A conversation with a daemon, as its administrator: JSON objects on lines. Blocks.
+pub struct Admin {
+    stream: BufReader<UnixStream>,
+    path: PathBuf,
+}
+
+impl Admin {
+    fn connect(path: &Path) -> Result<Self, Failure> {
+        let failed = |error: std::io::Error| {
+            format!("{}: {error}; does the daemon run there, and on this machine?", path.display())
+        };
+        let stream = UnixStream::connect(path).map_err(failed)?;
+        stream.set_read_timeout(Some(COMMAND_TIMEOUT)).map_err(failed)?;
+        Ok(Self { stream: BufReader::new(stream), path: path.to_owned() })
+    }
+
+    fn call(&mut self, request: &Value) -> Result<Value, Failure> {
+        let exchange = |stream: &mut BufReader<UnixStream>| {
+            stream.get_mut().write_all(format!("{request}\n").as_bytes())?;
+            let mut line = String::new();
+            stream.read_line(&mut line)?;
+            Ok::<_, std::io::Error>(line)
+        };
+        let line = exchange(&mut self.stream).map_err(|error| format!("{}: {error}", self.path.display()))?;
+        let mut answer: Value = serde_json::from_str(&line)
+            .map_err(|_| format!("{}: the daemon ended the conversation; its log may say why", self.path.display()))?;
+        match answer["error"].as_str() {
+            Some(error) => Err(format!("the daemon refuses {}: {error}", request["command"]).into()),
+            None => Ok(answer["ok"].take()),
+        }
+    }
+
+    /// The registered hosts: name, and SHA-256 of the key's SubjectPublicKeyInfo in hex.
+    ///
+    /// # Errors
+    /// When the daemon does not answer.
+    pub fn hosts(&mut self) -> Result<Vec<(String, String)>, Failure> {
+        let answer = self.call(&json!({"command": "hosts.list"}))?;
+        let text = |row: &Value, field: &str| row[field].as_str().unwrap_or_default().to_owned();
+        Ok(answer.as_array().into_iter().flatten().map(|row| (text(row, "name"), text(row, "key"))).collect())
+    }
+
+    /// Registers a host.
+    ///
+    /// # Errors
+    /// When the daemon refuses or does not answer.
+    pub fn add_host(&mut self, name: &str, public_key: &[u8]) -> Result<(), Failure> {
+        let key = data_encoding::BASE64.encode(public_key);
+        self.call(&json!({"command": "hosts.add", "name": name, "public_key": key})).map(drop)
+    }
+
+    /// Removes a host.
+    ///
+    /// # Errors
+    /// When the daemon refuses or does not answer.
+    pub fn remove_host(&mut self, name: &str) -> Result<(), Failure> {
+        self.call(&json!({"command": "hosts.remove", "name": name})).map(drop)
+    }
+
+    /// How the HSMs are now.
+    ///
+    /// # Errors
+    /// When the daemon does not answer.
+    pub fn hsms(&mut self) -> Result<Vec<Hsm>, Failure> {
+        let answer = self.call(&json!({"command": "hsm.list"}))?;
+        serde_json::from_value(answer).map_err(|error| format!("the daemon's list of HSMs: {error}").into())
+    }
+}
+
+/// A member of the cluster, as far as it matters here.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Hsm {
+    /// Its name in the daemon's configuration.
+    pub name: String,
+    /// The label or serial of its token.
+    #[serde(default)]
+    pub token: String,
+    /// `up`, or why not.
+    pub state: String,
+    /// Calls that wait for a session.
+    pub waiting: usize,
+    /// Its sessions.
+    pub sessions: Sessions,
+}
+
+/// The sessions of a member.
+#[derive(Clone, Copy, Debug, Deserialize)]
+pub struct Sessions {
+    /// How many may be open.
+    pub wanted: usize,
+    /// How many work now.
+    pub busy: usize,
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lab_says_where_its_sockets_and_metrics_are() {
+        let folder = tempfile::tempdir().unwrap();
+        let site = |text: &str| {
+            std::fs::write(folder.path().join("claviger.toml"), text).unwrap();
+            Site::lab(folder.path()).unwrap()
+        };
+        let plain = site("[server]\nstate = \"state\"\nmetrics = \"127.0.0.1:9464\"\n[[hsm]]\nname = \"a\"\n");
+        assert_eq!(plain.socket.as_deref(), Some(folder.path().join("state/admin.sock").as_path()));
+        assert_eq!(plain.metrics(), Some("http://127.0.0.1:9464"));
+        let moved = site("[server]\nstate = \"state\"\nsockets = \"/run/claviger\"\n");
+        assert_eq!(moved.socket.as_deref(), Some(Path::new("/run/claviger/admin.sock")));
+        let message = Site::lab(Path::new("/nowhere")).unwrap_err().to_string();
+        assert!(message.contains("claviger demo --dir /nowhere") && message.contains("--tenant"), "{message}");
+    }
+
+    #[test]
+    fn a_tenant_alone_has_a_cache_and_neither_host_nor_socket() {
+        let site = Site::of(Path::new("/acme"), None, None, None);
+        assert_eq!(site.cache(), Path::new("/acme/loadgen"));
+        assert!(site.host_keys().unwrap().is_none() && !site.has_socket());
+        assert!(site.admin().err().unwrap().to_string().contains("--socket"));
+        let message = site.owner().err().unwrap().to_string();
+        assert!(message.contains("/acme/owner-signing.key.pem"), "{message}");
+    }
+}
