@@ -58,8 +58,9 @@ impl Monitor {
     /// The status page.
     fn page(&self) -> String {
         let (readings, points) = (self.readings(), self.service.history.points());
-        let verdict = judge(&readings, points.last(), unix_now());
-        page::render(&verdict, &readings, &points, SystemTime::now())
+        let verdict = judge(&readings, &points, unix_now());
+        let node = self.service.config.load().server.node();
+        page::render(&verdict, &node, &readings, &points, SystemTime::now())
     }
 
     /// How everything is at this moment.
@@ -180,6 +181,7 @@ pub(crate) mod testing {
             success,
             refused: 0,
             failed,
+            turned_away: 0,
             latency: Some((Duration::from_millis(20), Duration::from_millis(100))),
             members: Vec::new(),
         }

@@ -27,6 +27,8 @@ pub struct Point {
     pub refused: u64,
     /// Releases that failed: the service was.
     pub failed: u64,
+    /// Of those, the ones that were refused before an HSM was asked: too many waited, or for too long.
+    pub turned_away: u64,
     /// How long half of those that succeeded took, and 99 in 100; `None` where none did.
     pub latency: Option<(Duration, Duration)>,
     /// The members, by name.
@@ -77,13 +79,15 @@ struct Interval {
     success: Histogram<u64>,
     refused: u64,
     failed: u64,
+    turned_away: u64,
     /// The members' counters when it began.
     before: Vec<(String, Counters)>,
 }
 
 impl Default for History {
     fn default() -> Self {
-        let now = Interval { since: Instant::now(), success: latencies(), refused: 0, failed: 0, before: Vec::new() };
+        let (since, success, before) = (Instant::now(), latencies(), Vec::new());
+        let now = Interval { since, success, refused: 0, failed: 0, turned_away: 0, before };
         Self { now: Mutex::new(now), past: Mutex::default() }
     }
 }
@@ -97,8 +101,8 @@ fn latencies() -> Histogram<u64> {
 }
 
 impl History {
-    /// Notes a release that took so long.
-    pub fn released(&self, class: Class, took: Duration) {
+    /// Notes a release that took so long; `asked` is whether it came as far as the HSMs.
+    pub fn released(&self, class: Class, took: Duration, asked: bool) {
         let mut now = lock(&self.now);
         match class {
             Class::Success => {
@@ -106,7 +110,10 @@ impl History {
                 now.success.saturating_record(micros);
             }
             Class::Refused => now.refused += 1,
-            Class::Failed => now.failed += 1,
+            Class::Failed => {
+                now.failed += 1;
+                now.turned_away += u64::from(!asked);
+            }
         }
     }
 
@@ -136,11 +143,12 @@ impl History {
             success: now.success.len(),
             refused: now.refused,
             failed: now.failed,
+            turned_away: now.turned_away,
             latency: (!now.success.is_empty()).then(|| (quantile(0.5), quantile(0.99))),
             members: members.collect(),
         };
         now.success.reset();
-        (now.since, now.refused, now.failed) = (Instant::now(), 0, 0);
+        (now.since, now.refused, now.failed, now.turned_away) = (Instant::now(), 0, 0, 0);
         drop(now);
         let mut past = lock(&self.past);
         if past.len() == POINTS {
@@ -170,10 +178,11 @@ mod tests {
     fn a_point_says_what_happened_in_its_interval() {
         let history = History::default();
         for millis in 1..=100 {
-            history.released(Class::Success, Duration::from_millis(millis));
+            history.released(Class::Success, Duration::from_millis(millis), true);
         }
-        history.released(Class::Refused, Duration::ZERO);
-        history.released(Class::Failed, Duration::from_secs(5));
+        history.released(Class::Refused, Duration::ZERO, false);
+        history.released(Class::Failed, Duration::from_secs(5), true);
+        history.released(Class::Failed, Duration::ZERO, false);
         history.turn(&[MemberStatus { calls: 200, faults: 3, closings: 1, ..member("a", MemberState::Up) }]);
         history.turn(&[
             MemberStatus { calls: 210, faults: 3, closings: 2, ..member("a", MemberState::Down) },
@@ -181,11 +190,11 @@ mod tests {
         ]);
         let points = history.points();
         let [first, second] = points.as_slice() else { panic!("{points:?}") };
-        assert_eq!((first.success, first.refused, first.failed), (100, 1, 1));
+        assert_eq!((first.success, first.refused, first.failed, first.turned_away), (100, 1, 2, 1));
         let (half, most) = first.latency.unwrap();
         let near = |time: Duration, millis: f64| (time.as_secs_f64() * 1e3 / millis - 1.0).abs() < 0.02;
         assert!(near(half, 50.0) && near(most, 99.0), "{half:?} {most:?}");
-        assert_eq!((second.success, second.failed, second.latency), (0, 0, None));
+        assert_eq!((second.success, second.failed, second.turned_away, second.latency), (0, 0, 0, None));
         let of = |point: &Point| -> Vec<_> {
             point.members.iter().map(|m| (m.name.clone(), m.state, [m.calls, m.faults, m.closings])).collect()
         };
@@ -199,7 +208,7 @@ mod tests {
     fn an_hour_is_kept() {
         let history = History::default();
         for number in 0..POINTS as u64 + 5 {
-            (0..number).for_each(|_| history.released(Class::Failed, Duration::ZERO));
+            (0..number).for_each(|_| history.released(Class::Failed, Duration::ZERO, true));
             history.turn(&[]);
         }
         let points = history.points();

@@ -21,8 +21,8 @@ const WIDTH: usize = POINTS;
 /// Height of a graph, in its own units.
 const HEIGHT: f64 = 100.0;
 
-/// Writes the page.
-pub(super) fn render(verdict: &Verdict, readings: &Readings, points: &[Point], now: SystemTime) -> String {
+/// Writes the page of the daemon on `node`.
+pub(super) fn render(verdict: &Verdict, node: &str, readings: &Readings, points: &[Point], now: SystemTime) -> String {
     let level = match verdict.level {
         Level::Good => "good",
         Level::Degraded => "degraded",
@@ -33,9 +33,11 @@ pub(super) fn render(verdict: &Verdict, readings: &Readings, points: &[Point], n
         "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\
          <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\
          <meta http-equiv=\"refresh\" content=\"{REFRESH}\">\
-         <title>{}Claviger</title><style>{STYLE}</style></head>\n<body class=\"{level}\">\n\
-         <header><h1>{}</h1>",
+         <title>{0}{1} · Claviger</title><style>{STYLE}</style></head>\n<body class=\"{level}\">\n\
+         <header><p class=\"who\"><b>{1}</b> · Claviger {2}</p><h1>{3}</h1>",
         if verdict.level == Level::Good { "" } else { "(!) " },
+        escaped(node),
+        env!("CARGO_PKG_VERSION"),
         escaped(&verdict.headline),
     );
     if !verdict.remarks.is_empty() {
@@ -49,20 +51,24 @@ pub(super) fn render(verdict: &Verdict, readings: &Readings, points: &[Point], n
     page.push_str(&tiles(readings, last));
     page.push_str(&releases(points));
     page.push_str(&latency(points));
-    page.push_str("<section><h2>HSMs <small>with the operations of their last hour</small></h2>\n");
+    page.push_str(
+        "<section class=\"hsms\"><h2>HSMs <small>with the operations per second of their last hour, all on one scale</small></h2>\n",
+    );
     let most = readings.members.iter().flat_map(|member| points.iter().filter_map(|point| served(&member.name, point)));
-    let top = most.fold(1.0, f64::max);
+    let top = round_up(most.fold(1.0, f64::max));
     for member in &readings.members {
         page.push_str(&card(member, points, top, now));
+    }
+    if !readings.members.is_empty() {
+        page.push_str(AXIS);
     }
     page.push_str("</section>\n</main>\n");
     add(
         &mut page,
         format_args!(
-            "<footer>Claviger {} · {} UTC · loads itself anew every {REFRESH} s · \
+            "<footer>{} UTC · loads itself anew every {REFRESH} s · \
              <a href=\"/metrics\">metrics</a> · <a href=\"/ready\">ready</a> · <a href=\"/live\">live</a></footer>\n\
              </body></html>\n",
-            env!("CARGO_PKG_VERSION"),
             clock(now),
         ),
     );
@@ -77,12 +83,13 @@ fn tiles(readings: &Readings, last: Option<&Point>) -> String {
     };
     let up = readings.members.iter().filter(|member| member.state == MemberState::Up).count();
     let failed = rate(|point| point.failed);
+    let late = last.and_then(|point| point.latency).is_some_and(|(_, most)| most.as_secs_f64() > SLO_SECONDS);
     let tiles = [
         ("releases", format!("{}/s", number(rate(|point| point.success))), false),
         ("failed", format!("{}/s", number(failed)), failed > 0.0),
         ("refused", format!("{}/s", number(rate(|point| point.refused))), false),
-        ("half within", quantile(|latency| latency.0), false),
-        ("99 % within", quantile(|latency| latency.1), false),
+        ("half within (p50)", quantile(|latency| latency.0), false),
+        ("99 % within (p99)", quantile(|latency| latency.1), late),
         ("waiting", readings.load.waiting.to_string(), readings.load.waiting >= readings.limits.waiting.max(1)),
         ("HSMs up", format!("{up} of {}", readings.members.len()), up < readings.members.len()),
     ];
@@ -126,7 +133,8 @@ fn latency(points: &[Point]) -> String {
         add(&mut drawing, format_args!("<path class=\"slo line\" d=\"M0 {y:.1}H{WIDTH}\"/>"));
     }
     let promise = duration(Duration::from_secs_f64(SLO_SECONDS));
-    let legend = format!("<i class=\"p50\"></i>half within <i class=\"p99\"></i>99 % within (promised: {promise})");
+    let legend =
+        format!("<i class=\"p50\"></i>half within (p50) <i class=\"p99\"></i>99 % within (p99); promised: {promise}");
     graph("How long a release takes", &legend, &duration(Duration::from_secs_f64(top)), &drawing)
 }
 
@@ -259,9 +267,11 @@ fn strip(name: &str, points: &[Point], top: f64) -> String {
         }
     }
     let mut text = format!(
-        "<svg class=\"strip\" viewBox=\"0 0 {WIDTH} {HEIGHT}\" preserveAspectRatio=\"none\" role=\"img\" \
-         aria-label=\"the last hour of {}\">",
-        escaped(name)
+        "<div class=\"plot\"><span class=\"top\">{}/s</span><svg class=\"strip\" viewBox=\"0 0 {WIDTH} {HEIGHT}\" preserveAspectRatio=\"none\" role=\"img\" \
+         aria-label=\"the last hour of {}, up to {} operations a second\">",
+        number(top),
+        escaped(name),
+        number(top)
     );
     for (from, to, shade) in runs {
         let width = to - from;
@@ -271,7 +281,7 @@ fn strip(name: &str, points: &[Point], top: f64) -> String {
         );
     }
     let path = area(points, top, |point| served(name, point).unwrap_or(0.0));
-    add(&mut text, format_args!("<path class=\"success\" d=\"{path}\"/></svg>"));
+    add(&mut text, format_args!("<path class=\"success\" d=\"{path}\"/></svg></div>"));
     text
 }
 
@@ -357,7 +367,7 @@ mod tests {
 
     fn page(members: Vec<MemberStatus>, points: &[Point]) -> String {
         let readings = Readings { members, ..Readings::default() };
-        render(&judge(&readings, points.last(), 0), &readings, points, SystemTime::UNIX_EPOCH)
+        render(&judge(&readings, points, 0), "hgs-1", &readings, points, SystemTime::UNIX_EPOCH)
     }
 
     /// xmllint takes the document for one without errors, but for elements of SVG, which it does not know.
@@ -385,6 +395,26 @@ mod tests {
             for (open, close) in [("<section", "</section>"), ("<article", "</article>"), ("<svg", "</svg>")] {
                 assert_eq!(page.matches(open).count(), page.matches(close).count(), "{open}");
             }
+        }
+    }
+
+    #[test]
+    fn it_says_whose_page_it_is_and_what_its_scales_are() {
+        let mut points = vec![point(40, 2)];
+        points[0].latency = Some((Duration::from_millis(20), Duration::from_secs(3)));
+        let (name, worked) = ("hsm-a".to_owned(), Duration::ZERO);
+        points[0].members =
+            vec![MemberPoint { name, state: MemberState::Up, calls: 420, faults: 0, closings: 0, worked }];
+        let page = page(vec![member("hsm-a", MemberState::Up)], &points);
+        let version = format!("<b>hgs-1</b> · Claviger {}", env!("CARGO_PKG_VERSION"));
+        for expected in [
+            version.as_str(),
+            "<title>(!) hgs-1 · Claviger</title>",
+            "half within (p50)",
+            "<span class=\"top\">50/s</span>",
+            "<div class=\"alarming\"><b>3.0 s</b><span>99 % within (p99)</span></div>",
+        ] {
+            assert!(page.contains(expected), "{expected}: {page}");
         }
     }
 

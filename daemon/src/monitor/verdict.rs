@@ -5,7 +5,7 @@ use std::time::Duration;
 use claviger_hsm::{MemberState, MemberStatus};
 
 use super::history::Point;
-use crate::metrics::Readings;
+use crate::metrics::{Readings, SLO_SECONDS};
 
 /// How long audit records may take to be written before the disk is said to hang.
 const DISK_HANGS: Duration = Duration::from_secs(2);
@@ -14,6 +14,8 @@ const EXPIRES_SOON: i64 = 14 * DAY;
 /// For how many days it is said of a key's certificate that it has expired, as the alert does.
 const SAID_FOR: i64 = 7;
 const DAY: i64 = 24 * 3600;
+/// Share of an hour's releases that may fail before somebody should look: the promise of the alerts, 99.9 %.
+const MAY_FAIL: f64 = 0.001;
 
 /// How the service is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,8 +39,9 @@ pub(super) struct Verdict {
     pub(super) remarks: Vec<String>,
 }
 
-/// Judges the moment; `last` is the interval before it, `now` in seconds since 1970.
-pub(super) fn judge(readings: &Readings, last: Option<&Point>, now: i64) -> Verdict {
+/// Judges the moment; `points` are the intervals of the hour before it, `now` in seconds since 1970.
+pub(super) fn judge(readings: &Readings, points: &[Point], now: i64) -> Verdict {
+    let last = points.last();
     let members = &readings.members;
     let (up, others): (Vec<_>, Vec<_>) = members.iter().partition(|member| member.state == MemberState::Up);
     // Who was drained is out on an administrator's word.
@@ -65,8 +68,30 @@ pub(super) fn judge(readings: &Readings, last: Option<&Point>, now: i64) -> Verd
         remarks.push(format!("{} of at most {most} connections are open.", readings.connections_open));
     }
     remarks.extend(readings.certificates.iter().filter_map(|certificate| expiry(certificate, now)));
+    let turned_away = count(|point| point.turned_away);
     if failed > 0 && success > 0 {
         remarks.push(format!("{failed} of {} releases failed in the last {seconds} s.", failed + success));
+    }
+    if turned_away > 0 {
+        remarks.push(format!(
+            "{turned_away} of them were turned away before an HSM was asked: more come than can be done."
+        ));
+    }
+    if let Some((_, most)) = last.and_then(|point| point.latency)
+        && most.as_secs_f64() > SLO_SECONDS
+    {
+        let (most, promised) = (most.as_millis(), (SLO_SECONDS * 1e3).round());
+        remarks.push(format!(
+            "1 in 100 releases took {most} ms or longer in the last {seconds} s; promised are {promised} ms."
+        ));
+    }
+    let hour = |of: fn(&Point) -> u64| points.iter().map(of).sum::<u64>();
+    let (succeeded, lost) = (hour(|point| point.success), hour(|point| point.failed));
+    let minutes = points.iter().map(|point| point.lasted).sum::<Duration>().as_secs().div_ceil(60);
+    let before = format!("{lost} of {} releases failed in the last {minutes} min.", succeeded + lost);
+    let many = lost as f64 > MAY_FAIL * (succeeded + lost) as f64;
+    if lost > failed && many {
+        remarks.push(before.clone());
     }
     let bad = |headline: String, remarks| Verdict { level: Level::Bad, headline, remarks };
     if readings.audit_writing >= DISK_HANGS {
@@ -98,6 +123,10 @@ pub(super) fn judge(readings: &Readings, last: Option<&Point>, now: i64) -> Verd
         _ => format!("{released}; {} of {} HSMs serve", up.len(), members.len()),
     };
     let level = if remarks.is_empty() { Level::Good } else { Level::Degraded };
+    if lost > failed && !many {
+        // Worth a word, and no alarm.
+        remarks.push(before);
+    }
     Verdict { level, headline, remarks }
 }
 
@@ -143,8 +172,8 @@ mod tests {
         let members = names.iter().zip(states).map(|(name, state)| member(name, *state)).collect();
         let mut readings = Readings { members, primaries: true, ..Readings::default() };
         change(&mut readings);
-        let last = last.map(|(success, failed)| point(success, failed));
-        judge(&readings, last.as_ref(), NOW)
+        let points: Vec<_> = last.into_iter().map(|(success, failed)| point(success, failed)).collect();
+        judge(&readings, &points, NOW)
     }
 
     #[test]
@@ -222,18 +251,51 @@ mod tests {
             ..Readings::default()
         };
         let refused = Point { success: 0, refused: 7, ..point(0, 0) };
-        let verdict = judge(&readings(0), Some(&refused), NOW);
+        let verdict = judge(&readings(0), &[refused], NOW);
         assert_eq!(verdict.level, Level::Degraded);
         assert_eq!(verdict.headline, "No keys are released: all 7 requests of the last 10 s were refused");
-        let stuck = judge(&readings(3), Some(&point(0, 0)), NOW);
+        let stuck = judge(&readings(3), &[point(0, 0)], NOW);
         assert_eq!((stuck.level, &*stuck.headline), (Level::Degraded, "No key was released in the last 10 s"));
         assert_eq!(stuck.remarks, ["3 releases are under way."]);
-        let just_started = judge(&readings(3), None, NOW);
+        let just_started = judge(&readings(3), &[], NOW);
         assert_eq!((just_started.level, &*just_started.headline), (Level::Good, "Keys are asked for"));
 
-        let none = judge(&Readings { primaries: false, ..readings(0) }, None, NOW);
+        let none = judge(&Readings { primaries: false, ..readings(0) }, &[], NOW);
         assert_eq!(none.remarks, ["There is no primary certificate of each kind: tenants get no metadata."]);
         let full = Readings { connections_open: 95, connections_limit: 100, ..readings(0) };
-        assert_eq!(judge(&full, None, NOW).remarks, ["95 of at most 100 connections are open."]);
+        assert_eq!(judge(&full, &[], NOW).remarks, ["95 of at most 100 connections are open."]);
+    }
+
+    #[test]
+    fn a_broken_promise_and_a_queue_that_refuses_are_no_good_state() {
+        let readings =
+            || Readings { members: vec![member("hsm-a", MemberState::Up)], primaries: true, ..Readings::default() };
+        let late = Point { latency: Some((Duration::from_millis(90), Duration::from_millis(640))), ..point(50, 0) };
+        let slow = judge(&readings(), &[point(50, 0), late], NOW);
+        assert_eq!((slow.level, &*slow.headline), (Level::Degraded, "Keys are being released"));
+        let promised = SLO_SECONDS * 1e3;
+        let said = format!("1 in 100 releases took 640 ms or longer in the last 10 s; promised are {promised} ms.");
+        assert_eq!(slow.remarks, [said]);
+
+        let busy = judge(&readings(), &[Point { turned_away: 4, ..point(50, 5) }], NOW);
+        assert_eq!(busy.level, Level::Degraded);
+        assert_eq!(busy.remarks[0], "5 of 55 releases failed in the last 10 s.");
+        assert!(busy.remarks[1].starts_with("4 of them were turned away before an HSM was asked"), "{busy:?}");
+    }
+
+    #[test]
+    fn the_failures_of_the_last_hour_are_not_forgotten() {
+        let readings =
+            || Readings { members: vec![member("hsm-a", MemberState::Up)], primaries: true, ..Readings::default() };
+        let after = |failed, success| {
+            let points: Vec<_> = std::iter::once(point(success, failed)).chain((0..60).map(|_| point(10, 0))).collect();
+            judge(&readings(), &points, NOW)
+        };
+        let many = after(30, 0);
+        assert_eq!((many.level, &*many.headline), (Level::Degraded, "Keys are being released"));
+        assert_eq!(many.remarks, ["30 of 630 releases failed in the last 11 min."]);
+        let few = after(1, 5_000);
+        assert_eq!((few.level, few.remarks.len()), (Level::Good, 1), "{few:?}");
+        assert_eq!(few.remarks, ["1 of 5601 releases failed in the last 11 min."]);
     }
 }

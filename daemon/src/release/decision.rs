@@ -51,7 +51,7 @@ pub async fn decide(
         Err(_) => Class::Failed,
     };
     let spent = attempt.spent();
-    service.history.released(class, spent.total);
+    service.history.released(class, spent.total, spent.hsm.is_some());
     metrics::release(outcome(&decided), api.as_str(), class, spent, attempt.certificate_used.clone());
     decided
 }
