@@ -626,6 +626,7 @@ class Client:
         self.host, self.tls = parts.hostname, parts.scheme == "https"
         self.port = parts.port or (443 if self.tls else 80)
         self._connection = None
+        self.exchanges = []
 
     def connect(self):
         if self.tls:
@@ -648,6 +649,7 @@ class Client:
                 self._connection.request(method, path, body, headers or {}, **how)
                 answer = self._connection.getresponse()
                 reply = Reply(answer.status, answer.headers, answer.read())
+                self.exchanges.append((method, path, body, reply))
             except (http.client.HTTPException, OSError):
                 self.close()
                 if fresh:

@@ -147,8 +147,9 @@ class SignatureNode:
 
     def _read(self, signature):
         self.parameters, held = children(signature, PROTECTOR, ["Parameters?", "SignatureValue"], ["Algorithm"])
-        if self.parameters is not None and self.parameters.attrib:
-            raise Fault(PROTECTOR, "attributes")
+        if self.parameters is not None and (
+                self.parameters.attrib or "".join([self.parameters.text or ""] + [c.tail or "" for c in self.parameters]).strip()):
+            raise Fault(PROTECTOR, "attributes or text")
         self.uri, self.octets = signature.get("Algorithm"), octets_of(held, PROTECTOR)
 
 

@@ -26,6 +26,7 @@ sys.dont_write_bytecode = True
 
 import hgsa
 import kps
+import wire
 from kps import (AES128_GCM, AES256_GCM, DIGESTS, DS, HMAC_SHA256, K, KW_AES256, MORE21, OAEP, OAEP_MGF1P, RSA_SHA1,
                  RSA_SHA256, S, SIGNATURES, XENC11, Algorithms, Oaep, Party, Protector, View, Wrapping, b64, check,
                  equal, expect_error, hkdf_parameters, key, party)
@@ -1730,6 +1731,26 @@ def self_checks(lab):
             check(change(proto.make().decode()) != proto.make().decode() or "written out" in name, "style %s does nothing" % name)
 
 
+# ----------------------------------------------------------------------------------------------------------- schemas
+
+def fits(lab):
+    """All that was said until now, and what the metrics listener says."""
+    lab.attest()
+    equal(lab.send().status, 200, "status of a release")
+    schemas, complaints = wire.Wire(), []
+    for method, path, body, reply in lab.client.exchanges:
+        try:
+            schemas.exchange(method, path, body, reply)
+        except Exception as e:
+            complaints.append("%s %s -> %s: %s" % (method, path, reply, e))
+    if lab.metrics:
+        schemas.watched(lab.metrics)
+    for needed in ("RollTransportKeyRequest", "RollTransportKeyResponse", "Protector", "AttestationRequest",
+                   "HealthCertificateReply"):
+        check(schemas.checked.get(needed), "no %s among what was checked" % needed)
+    check(not complaints, "%d of %d messages: %s" % (len(complaints), len(lab.client.exchanges), "; ".join(complaints[:5])))
+
+
 # --------------------------------------------------------------------------------------------------------------- main
 
 def collect():
@@ -1746,6 +1767,8 @@ def collect():
     http_cases()
     batches()
     open_questions()
+    # Last, since it is about what the others said.
+    case("schemas: every reply, and every request that was granted, fits docs/wire", fits)
 
 
 def main():
@@ -1753,6 +1776,7 @@ def main():
     parser.add_argument("--url")
     parser.add_argument("--lab")
     parser.add_argument("--claviger")
+    parser.add_argument("--metrics", help="URL of the metrics listener")
     parser.add_argument("--self-test", action="store_true")
     parser.add_argument("--traceback", action="store_true", help="print where a failed case failed")
     parser.add_argument("-k", default="", help="only the cases whose name holds this")
@@ -1769,6 +1793,7 @@ def main():
             if not (options.url and options.lab and options.claviger):
                 parser.error("--url, --lab and --claviger, or --self-test")
             lab = Lab(options.url, options.lab, Admin(options.claviger, options.lab))
+        lab.metrics = kps.Client(options.metrics) if options.metrics else None
         collect()
         names = [name for name, _ in CASES]
         doubled = {name for name in names if names.count(name) > 1}

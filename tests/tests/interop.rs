@@ -11,17 +11,17 @@ const SUITE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/interop/suite.py");
 
 #[test]
 fn an_independent_client_is_served_as_the_page_says() {
-    let packages = Command::new(PYTHON).args(["-c", "import cryptography, lxml"]).output();
+    let packages = Command::new(PYTHON).args(["-c", "import cryptography, jsonschema, lxml"]).output();
     assert!(
         packages.is_ok_and(|output| output.status.success()),
-        "{PYTHON} or its packages are missing: apt-get install python3-cryptography python3-lxml"
+        "{PYTHON} or its packages are missing: apt-get install python3-cryptography python3-jsonschema python3-lxml"
     );
     let (daemon, lab) = Lab::start(Options { hsms: 2, vms: 1, ..Options::default() });
     let mut command = Command::new(PYTHON);
     command
         .arg("-B")
         .arg(SUITE)
-        .args(["--url", &daemon.url, "--lab"])
+        .args(["--url", &daemon.url, "--metrics", &daemon.metrics_url, "--lab"])
         .arg(lab.path())
         .arg("--claviger")
         .arg(claviger());
