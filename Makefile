@@ -17,7 +17,7 @@ help:
 	@echo "make fuzz   a minute of each fuzz target; SECONDS=N for another time, FUZZ_JOBS=N at a time, FUZZ_TARGETS=… for some"
 	@echo "make lint   the checks without the tests"
 	@echo "make deny   licences, origins and known advisories of the dependencies; a part of make lint"
-	@echo "make deb    a Debian package, in target/debian"
+	@echo "make deb    Debian packages of the daemon and of the load generator, in target/debian"
 
 # Says no to every service that a package wants to start (Debian's policy-rc.d).
 POLICY = /usr/sbin/policy-rc.d
@@ -95,3 +95,4 @@ deb:
 	$(call install,$(PACKAGES_BUILD))
 	command -v cargo-deb >/dev/null || cargo install --locked cargo-deb
 	cargo deb --locked -p claviger
+	cargo deb --locked -p claviger-loadgen

@@ -35,6 +35,8 @@ const TRIALS: usize = 6;
 /// How often a rate has to hold before it is called sustainable, and the most trials that are made for it.
 const HOLDS: usize = 3;
 const CONFIRMING: usize = 6;
+/// How often a rate is tried whose trials are invalid, before it counts as missed.
+const ATTEMPTS: usize = 3;
 /// Trials that confirm a rate take so many times as long as a step: what grows slowly shows only then.
 const LONGER: u32 = 3;
 /// Fewest steps that a law is fitted to: three parameters fit anything less.
@@ -357,7 +359,7 @@ impl Question<'_> {
         Ok(told.map_err(|error| format!("how many HSMs there are is not known ({error}); say it with --hsms N"))?.len())
     }
 
-    /// Tries a rate in an open loop; `false` when it was interrupted.
+    /// Tries a rate in an open loop, and again where the load generator fell behind; `false` when it was interrupted.
     async fn trial(
         &self,
         rate: f64,
@@ -365,28 +367,34 @@ impl Question<'_> {
         trials: &mut Vec<Step>,
         search: &mut Search,
     ) -> Result<bool, Failure> {
-        if self.interrupt.since().is_some() {
-            return Ok(false);
-        }
-        let Some(trial) = self.step(Mode::Open(Profile::constant(time, rate))).await? else { return Ok(false) };
-        aside(&format!(
-            "{:>7}/s due for {}: {:>7}/s, p99 {}: {}",
-            units::per_second(rate),
-            units::seconds(time.as_secs_f64()),
-            units::per_second(trial.achieved),
-            units::seconds(trial.latency_seconds.p99),
-            if !trial.valid {
-                "the generator fell behind"
-            } else if !trial.steady {
-                "overload: what waits grows"
-            } else if trial.holds {
-                "the objective holds"
-            } else {
-                "the objective is missed"
+        for attempt in 1..=ATTEMPTS {
+            if self.interrupt.since().is_some() {
+                return Ok(false);
             }
-        ));
-        search.tell(rate, time.as_secs_f64(), trial.holds, trial.valid);
-        trials.push(trial);
+            let Some(trial) = self.step(Mode::Open(Profile::constant(time, rate))).await? else { return Ok(false) };
+            aside(&format!(
+                "{:>7}/s due for {}: {:>7}/s, p99 {}: {}",
+                units::per_second(rate),
+                units::seconds(time.as_secs_f64()),
+                units::per_second(trial.achieved),
+                units::seconds(trial.latency_seconds.p99),
+                if !trial.valid {
+                    "the generator fell behind"
+                } else if !trial.steady {
+                    "overload: what waits grows"
+                } else if trial.holds {
+                    "the objective holds"
+                } else {
+                    "the objective is missed"
+                }
+            ));
+            let (holds, valid) = (trial.holds, trial.valid);
+            trials.push(trial);
+            if valid || attempt == ATTEMPTS {
+                search.tell(rate, time.as_secs_f64(), holds, valid);
+                break;
+            }
+        }
         Ok(true)
     }
 

@@ -310,11 +310,12 @@ fn quantile_axis(frame: &mut Frame) {
     }
 }
 
-/// Numbers from zero on the horizontal scale.
-fn count_axis_x(frame: &mut Frame, most: f64) {
-    let step = step(most).max(1.0);
-    let mut at = 0.0;
-    while at <= most {
+/// Numbers on the horizontal scale.
+fn count_axis_x(frame: &mut Frame) {
+    let (left, right) = frame.x;
+    let step = step(right - left).max(1.0);
+    let mut at = (left / step).ceil() * step;
+    while at <= right {
         frame.vertical(at, &units::count(at));
         at += step;
     }

@@ -12,7 +12,9 @@ import kps
 
 FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "../../docs/wire")
 SERVICE = "{%s}" % kps.S
-# XML Schema collapses white space around a number before it is read; libxml2 does so in elements only.
+# XML Schema collapses white space around a number before it is read; libxml2 does so in elements only. A plus sign before an
+# unsigned number is allowed by XML Schema 1.1, and by the service; libxml2 knows version 1.0, which does not allow it.
+ID = "{%s}Id" % kps.K
 NUMBERS = {"MaxOfflineUnwraps", "ParentWrappingId", "WrappingId", "Version"}
 
 
@@ -36,6 +38,8 @@ class Wire:
         """Validates a document, and gives its root."""
         root = etree.fromstring(octets, etree.XMLParser(resolve_entities=False))
         for element in root.iter(etree.Element):
+            if element.tag == ID and element.text:
+                element.text = element.text.replace("+", "")
             for attribute in NUMBERS & set(element.attrib):
                 element.set(attribute, element.get(attribute).strip(" \t\r\n"))
         name = etree.QName(root)

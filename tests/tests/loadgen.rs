@@ -51,7 +51,7 @@ fn a_run_is_told_whole() {
     let file = |name: &str| lab.file(name).display().to_string();
     let (csv, hdr, html) = (file("run.csv"), file("run.hdr"), file("run.html"));
     let shape = ["--hosts", "2", "--roll", "--batch", "2", "--verify", "all", "--warmup", "500ms"];
-    let files = ["--csv", &csv, "--hdr", &hdr, "--html", &html];
+    let files = ["--csv", &csv, "--hdr", &hdr, "--html", &html, "--metrics", &daemon.metrics_url];
     let thresholds = ["--threshold", "errors<=0%", "--threshold", "p99<1m", "--profile", "1s@20,1s@20..40"];
     let (status, report) = run(&lab, &daemon.url, &[&PATIENT[..], &shape, &files, &thresholds].concat());
     assert_eq!(status, 0, "{report:#}");
@@ -75,7 +75,12 @@ fn a_run_is_told_whole() {
     assert!(log.lines().filter(|line| line.contains(",HIST")).count() >= 2, "{log}");
     let page = std::fs::read_to_string(&html).unwrap();
     assert!(page.starts_with("<!doctype html>") && page.contains("<svg") && !page.contains("<script"));
-    assert!(!page.contains("NaN") && !page.contains("inf"), "a number that is none");
+    assert!(!page.contains("NaN") && !page.contains(">inf"), "a number that is none");
+    let about = &report["about"];
+    assert!(about["daemon"].as_str().unwrap().starts_with("claviger "), "{about:#}");
+    assert_eq!((about["hsms"][0]["state"].as_str(), &about["daemon_is_here"]), (Some("up"), &json!(true)), "{about:#}");
+    assert!(about["command"].as_str().unwrap().starts_with("claviger-loadgen run --url "), "{about:#}");
+    assert!(page.contains(">p99&lt;1m</text>"), "the objective is drawn");
 
     // Hosts and machines are kept, registered and used again; a closed loop, and the other interface.
     // An administrator's change is on record twice: before it is made, and when it is.
@@ -87,6 +92,91 @@ fn a_run_is_told_whole() {
     assert_eq!((status, &report["mode"]), (0, &json!("closed")));
     assert!(number(&report, "/achieved") > 0.0);
     assert_eq!(registered(), 2);
+}
+
+#[test]
+fn any_service_is_tested_with_the_keys_of_a_tenant_and_of_hosts() {
+    let (lab, daemon) = lab();
+    let folder = |name: &str| lab.path().join(name).display().to_string();
+    let (tenant, host, cache, out) = (folder("tenant"), folder("host"), folder("cache"), folder("public"));
+    let call = |arguments: &[&str]| {
+        Command::new(loadgen())
+            .args(arguments)
+            .args(["--url", &daemon.url, "--tenant", &tenant, "--cache", &cache])
+            .output()
+    };
+    let load = ["run", "--vms", "8", "--verify", "all", "--profile", "1s@10", "--warmup", "0s", "--json", "-"];
+    let ran = |more: &[&str]| finished(&call(&[&load[..], &PATIENT, more].concat()).unwrap());
+    let (status, report) = ran(&["--host", &host, "--arrivals", "random"]);
+    assert_eq!((status, number(&report, "/verify/right")), (0, number(&report, "/offered")), "{report:#}");
+    assert!((9.0..=10.0).contains(&number(&report, "/offered")), "{report:#}");
+    assert_eq!((&report["about"]["hsms"], &report["about"]["daemon"]), (&json!([]), &Value::Null));
+
+    // Hosts that nobody has registered are refused, and the message says what to do.
+    let output = call(&["prepare", "--hosts", "2", "--vms", "8", "--out", &out]).unwrap();
+    assert!(output.status.success(), "{}", said(&output));
+    let refused = call(&[&load[..], &["--hosts", "2"]].concat()).unwrap();
+    assert!(said(&refused).contains("is the host registered there (claviger-loadgen prepare)"), "{}", said(&refused));
+    let commands = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(commands.lines().count(), 2, "{commands}");
+    for command in commands.lines() {
+        let words: Vec<_> = command.split(' ').collect();
+        assert_eq!((&words[..3], words[4]), (&["claviger", "hosts", "add"][..], "--public-key"), "{command}");
+        let add = Command::new(claviger_tests::claviger())
+            .args(&words[1..])
+            .arg("--config")
+            .arg(lab.path().join("claviger.toml"))
+            .output()
+            .unwrap();
+        assert!(add.status.success(), "{}", said(&add));
+    }
+    let (status, report) = ran(&["--hosts", "2"]);
+    assert_eq!(
+        (status, number(&report, "/verify/right"), number(&report, "/settings/hosts")),
+        (0, 10.0, 2.0),
+        "{report:#}"
+    );
+    let socket = lab.socket().display().to_string();
+    let (status, report) = ran(&["--hosts", "3", "--socket", &socket]);
+    assert_eq!((status, number(&report, "/settings/hosts")), (0, 3.0), "{report:#}");
+    assert_eq!(report["about"]["hsms"][0]["state"], "up");
+}
+
+#[test]
+fn a_run_ends_when_its_condition_fails() {
+    let (lab, daemon) = lab();
+    let busy = Refusal::new(Code::ServiceUnavailable, "not now").to_xml();
+    let busy = proxy(daemon.address(), move |path, answer| {
+        let refused = Answer { status: 503, headers: Vec::new(), body: busy.clone() };
+        Some(if path.contains("RollTransportKey") { refused } else { answer })
+    });
+    let stopping = ["--profile", "10m@20", "--warmup", "0s", "--stop-on", "errors<5%"];
+    let (status, report) = run(&lab, &busy, &[&PATIENT[..], &stopping].concat());
+    assert_eq!((status, &report["interrupted"]), (99, &json!(false)), "{report:#}");
+    let reason = report["stopped"].as_str().unwrap();
+    assert!(reason.starts_with("errors<5% failed (100.0 %)"), "{reason}");
+    assert!((4.0..500.0).contains(&number(&report, "/duration_seconds")), "{report:#}");
+    assert_eq!(number(&report, "/timeline/0/codes/ServiceUnavailableException"), number(&report, "/timeline/0/errors"));
+}
+
+#[test]
+fn capacity_says_how_sure_it_is_and_promises_no_more_than_was_seen() {
+    let (lab, daemon) = lab();
+    let page = lab.file("capacity.html");
+    let mut capacity = Command::new(loadgen());
+    capacity.args(["capacity", "--url", &daemon.url, "--vms", "8", "--step", "1s", "--warmup", "0s", "--json", "-"]);
+    capacity.args(["--metrics", &daemon.metrics_url]);
+    capacity.args(PATIENT).args(["--slo", "p99<10s,errors<50%", "--html"]).arg(&page).arg("--lab").arg(lab.path());
+    let (status, answer) = finished(&capacity.output().unwrap());
+    assert_eq!(status, 0, "{answer:#}");
+    let all = &answer["capacities"][0];
+    assert!(number(all, "/sustainable") <= number(all, "/ceiling"), "{all:#}");
+    let valid = answer["steps"].as_array().unwrap().iter().filter(|step| step["valid"] == true).count();
+    assert_eq!(answer["law"].is_null(), valid < 6, "{answer:#}");
+    assert!(number(&answer, "/sure/held") <= number(&answer, "/sure/tried"), "{answer:#}");
+    assert!(answer["about"]["daemon"].as_str().unwrap().starts_with("claviger "), "{answer:#}");
+    let page = std::fs::read_to_string(page).unwrap();
+    assert!(page.contains("<svg") && page.contains(">p99&lt;10s</text>") && !page.contains("NaN"), "{page}");
 }
 
 #[test]

@@ -114,10 +114,11 @@ fn trials(answer: &Answer) -> String {
         || answer.trials.iter().map(|step| step.latency_seconds.p99).chain(bounds.iter().map(|bound| bound.value));
     let (least, most) = (times().fold(f64::INFINITY, f64::min), times().fold(0.0, f64::max));
     let ceiling = answer.capacities.first().and_then(|capacity| capacity.ceiling);
-    let right = answer.trials.iter().map(|step| step.offered).chain(ceiling).fold(1.0, f64::max) * 1.04;
-    let mut frame = Frame::new((0.0, right), decades(least, most), true);
+    let right = answer.trials.iter().map(|step| step.offered).chain(ceiling).fold(1.0, f64::max) * 1.02;
+    let left = answer.trials.iter().map(|step| step.offered).fold(right, f64::min) * 0.9;
+    let mut frame = Frame::new((left, right), decades(least, most), true);
     time_axis(&mut frame);
-    count_axis_x(&mut frame, right);
+    count_axis_x(&mut frame);
     bounds.iter().for_each(|bound| frame.objective(bound.value, &bound.text));
     if let Some(ceiling) = ceiling {
         frame.mark(ceiling, &format!("at most {}/s", units::per_second(ceiling)), "mark", 0);

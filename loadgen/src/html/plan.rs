@@ -115,7 +115,7 @@ fn picture(plan: &Plan) -> String {
     let right = points().map(|point| point.rate).chain(ceiling).chain(target).fold(1.0, f64::max) * 1.04;
     let mut frame = Frame::new((0.0, right), decades(least, most), true);
     time_axis(&mut frame);
-    count_axis_x(&mut frame, right);
+    count_axis_x(&mut frame);
     type Part = fn(&Point) -> Option<f64>;
     let parts: [(&str, Part, &str); 2] = [("p50", |point| point.p50, "--q1"), ("p99", |point| point.p99, "--q3")];
     for (curve, fewer) in plan.curves.iter().zip([false, true]) {
