@@ -10,7 +10,7 @@ use crate::units;
 pub struct Member {
     /// Its name in the daemon's configuration.
     pub name: String,
-    /// The label or serial of its token.
+    /// Its token: `label "…"` or `serial "…"`.
     pub token: String,
     /// `up`, or why not.
     pub state: String,
@@ -113,7 +113,7 @@ impl About {
             let not_known = || "not known: the daemon's metrics address was not reached (--metrics)".to_owned();
             add("daemon", self.daemon.clone().unwrap_or_else(not_known));
             let hsm = |hsm: &Member| {
-                let token = if hsm.token.is_empty() { String::new() } else { format!("token {}, ", hsm.token) };
+                let token = if hsm.token.is_empty() { String::new() } else { format!("{}, ", hsm.token) };
                 format!("{} ({token}{} sessions, {})", hsm.name, hsm.sessions, hsm.state)
             };
             let hsms: Vec<_> = self.hsms.iter().map(hsm).collect();
@@ -159,7 +159,7 @@ mod tests {
 
     #[test]
     fn a_report_says_what_it_is_about() {
-        let hsm = Member { name: "a".to_owned(), token: "t".to_owned(), state: "up".to_owned(), sessions: 8 };
+        let hsm = Member { name: "a".to_owned(), token: "label \"t\"".to_owned(), state: "up".to_owned(), sessions: 8 };
         let about = About {
             daemon: Some("claviger 1.2.3".to_owned()),
             hsms: vec![hsm],
@@ -168,7 +168,7 @@ mod tests {
         };
         let facts = about.facts(true);
         let value = |name: &str| facts.iter().find(|[known, _]| known == name).map_or("", |[_, value]| value);
-        assert_eq!((value("daemon"), value("HSMs")), ("claviger 1.2.3", "a (token t, 8 sessions, up)"));
+        assert_eq!((value("daemon"), value("HSMs")), ("claviger 1.2.3", "a (label \"t\", 8 sessions, up)"));
         assert!(
             value("generator's machine").contains("GiB, Linux ")
                 && value("generator's machine").ends_with("on it, too")

@@ -63,10 +63,12 @@ impl Kind {
     /// A value, or a difference of two, for people.
     #[must_use]
     pub fn show(self, value: f64) -> String {
+        if value.is_infinite() {
+            return "not known".to_owned();
+        }
         let sign = if value < 0.0 { "-" } else { "" };
         let size = value.abs();
         let text = match self {
-            _ if size.is_infinite() => "∞".to_owned(),
             Self::Seconds if size == 0.0 => "0".to_owned(),
             Self::PerSecond => format!("{size:.1}"),
             Self::Share => units::percent(size),

@@ -35,7 +35,7 @@ p{margin:0}.soft{color:var(--soft)}header{margin-bottom:20px}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(118px,1fr));gap:12px;margin:18px 0}
 .tile,section{background:var(--card);border:1px solid var(--line);border-radius:10px}
 .tile{padding:12px 14px}.tile b{display:block;font-size:21px;line-height:1.35;font-weight:650;white-space:nowrap;font-variant-numeric:tabular-nums}
-.tile span{color:var(--soft);font-size:13px}.bad{color:var(--bad)}.good{color:var(--good)}
+.tile b.unknown{font-size:16px;line-height:1.77;color:var(--soft)}.tile span{color:var(--soft);font-size:13px}.bad{color:var(--bad)}.good{color:var(--good)}
 section{padding:16px 18px;margin:14px 0}section p.soft{font-size:13px;margin-bottom:8px}
 svg{display:block;width:100%;height:auto}svg text{font:12px system-ui,sans-serif;fill:var(--soft)}
 svg .name{font-weight:600}.grid{stroke:var(--line)}.axis{stroke:var(--axis)}

@@ -682,7 +682,7 @@ pub(crate) mod tests {
         assert_eq!(line("latency").matches("not known").count(), 4, "{text}");
         assert_eq!(line("service").matches("not known").count(), 4, "{text}");
         let page = crate::html::run(&report);
-        assert!(page.contains("<b class=\"\">not known</b><span>latency, p99</span>"), "{page}");
+        assert!(page.contains("<b class=\"unknown\">not known</b><span>latency, p99</span>"), "{page}");
     }
 
     #[test]

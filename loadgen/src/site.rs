@@ -239,7 +239,7 @@ impl Admin {
 pub struct Hsm {
     /// Its name in the daemon's configuration.
     pub name: String,
-    /// The label or serial of its token.
+    /// Its token: `label "…"` or `serial "…"`.
     #[serde(default)]
     pub token: String,
     /// `up`, or why not.

@@ -1,7 +1,8 @@
 //! Two runs, held against each other.
 
 use super::{
-    Frame, HEIGHT, MARGIN, WIDTH, decades, document, escape, section, step, table, tile, tiles, time_axis, title_or,
+    Frame, HEIGHT, MARGIN, WIDTH, decades, document, escape, latency_bounds, section, step, table, tile, tiles,
+    time_axis, title_or,
 };
 use crate::about::About;
 use crate::compare::{Difference, Verdict, cautions};
@@ -118,15 +119,20 @@ fn changes(differences: &[Difference]) -> String {
 fn distributions(names: [&str; 2], reports: [&Report; 2]) -> String {
     let nines = |quantile: f64| -(1.0 - quantile).max(1e-9).log10();
     let points = || reports.iter().flat_map(|report| &report.distribution);
+    let asked = reports.iter().flat_map(|report| &report.thresholds).filter_map(|judgement| judgement.bound.as_ref());
+    let mut bounds = latency_bounds(asked);
+    bounds.dedup_by(|a, b| a.text == b.text);
+    let times = || points().map(|point| point.latency_seconds).chain(bounds.iter().map(|bound| bound.value));
     let least = points().map(|point| point.latency_seconds).fold(f64::INFINITY, f64::min);
-    let most = points().map(|point| point.latency_seconds).fold(0.0, f64::max);
+    let (lowest, most) = (times().fold(least, f64::min), times().fold(0.0, f64::max));
     if !least.is_finite() {
         return super::NONE.to_owned();
     }
     let right = points().map(|point| nines(point.quantile)).fold(1.0, f64::max);
-    let mut frame = Frame::new((0.0, right), decades(least, most), true);
+    let mut frame = Frame::new((0.0, right), decades(lowest, most), true);
     time_axis(&mut frame);
     super::quantile_axis(&mut frame);
+    bounds.iter().for_each(|bound| frame.objective(bound.value, &bound.text));
     let mut ends = Vec::new();
     for ((report, name), (colour, dashes)) in reports.iter().zip(names).zip([("--b", "6 4"), ("--a", "")]) {
         let line: Vec<_> =
@@ -183,17 +189,22 @@ mod tests {
     use super::*;
     use crate::compare::compare;
     use crate::compare::tests::run;
+    use crate::report::Judgement;
 
     #[test]
     fn a_comparison_is_drawn_and_says_what_was_compared() {
         let before = run(1, |_, random| 0.010 + 0.004 * random, 0);
         let mut after = run(2, |_, random| 0.014 + 0.004 * random, 0);
+        let bound = "p99<50ms".parse::<crate::threshold::Threshold>().map(|threshold| threshold.bound()).ok();
+        let judgement = Judgement { threshold: "p99<50ms".to_owned(), measured: String::new(), passed: true, bound };
+        after.thresholds.push(judgement);
         after.about = Some(About { daemon: Some("claviger 9.9.9".to_owned()), ..About::this_call(None) });
         let differences = compare(&before, &after).unwrap_or_else(|error| panic!("{error}"));
         let about = About::this_call(Some("before <and> after"));
         let page = page(&about, ["x/before.json", "after.json"], [&before, &after], &differences);
         assert!(page.contains("<title>before &lt;and&gt; after</title>"));
         assert!(page.contains("claviger 9.9.9") && page.contains(">WORSE<") && page.contains(">after</text>"));
+        assert!(page.contains(">p99&lt;50ms</text>"), "the objective is drawn");
         assert_eq!(page.matches("<svg").count(), 2);
         assert!(!page.contains("NaN") && !page.contains(">inf"), "a number that is none");
     }

@@ -74,11 +74,12 @@ fn numbers_at_a_glance(report: &Report) -> String {
     let (failed, dropped) = (share(report.failed()), share(report.dropped));
     let times = report.told(&report.latency_seconds);
     let offered = format!("released, of {}/s due", units::per_second(report.offered_per_second));
+    let known = |quantile| if report.knows(quantile) { "" } else { "unknown" };
     let mut all = vec![
         tile(&offered, &format!("{}/s", units::per_second(report.achieved_per_second)), ""),
-        tile("latency, median", &times[0].1, ""),
-        tile("latency, p99", &times[2].1, ""),
-        tile("latency, p99.9", &times[3].1, ""),
+        tile("latency, median", &times[0].1, known(0.5)),
+        tile("latency, p99", &times[2].1, known(0.99)),
+        tile("latency, p99.9", &times[3].1, known(0.999)),
         tile("failed", &units::percent(failed), trouble(failed)),
         tile("dropped", &units::percent(dropped), trouble(dropped)),
     ];
