@@ -326,7 +326,7 @@ pub fn plan(model: &Model, objectives: &[Threshold], target: Option<f64>) -> Pla
     planned(model, objectives, target, RELEASES)
 }
 
-fn planned(model: &Model, objectives: &[Threshold], target: Option<f64>, releases: f64) -> Plan {
+pub(crate) fn planned(model: &Model, objectives: &[Threshold], target: Option<f64>, releases: f64) -> Plan {
     let kinds = if model.hsms > 1 { &[false, true][..] } else { &[false] };
     let curves: Vec<_> =
         kinds.iter().map(|fails| (*fails, Curve::new(model, *fails, f64::INFINITY, releases))).collect();

@@ -155,7 +155,7 @@ mod tests {
 
     #[test]
     fn a_plan_is_drawn_with_its_objective_and_its_ceiling() {
-        let mut plan = crate::plan::plan(&MODEL, &list("p99<100ms,errors<0.1%").unwrap(), Some(1_400.0));
+        let mut plan = crate::plan::planned(&MODEL, &list("p99<100ms,errors<0.1%").unwrap(), Some(1_400.0), 500.0);
         plan.about = Some(About::this_call(Some("two HSMs")));
         let page = page(&plan, &Hosts { releases_a_day: 200.0, peak: 10.0 });
         for expected in [
