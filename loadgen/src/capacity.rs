@@ -16,8 +16,8 @@ use crate::interrupt::Interrupt;
 use crate::plan::{Capacity, Hosts, capacity_table};
 use crate::prepare::World;
 use crate::print::{aside, table};
-use crate::profile::{Arrivals, Profile};
-use crate::record::Second;
+use crate::profile::Profile;
+use crate::record::{Second, grows};
 use crate::report::{Bound, Percentiles, stated};
 use crate::run::{self, Load, Mode, Outcome};
 use crate::scrape::Look;
@@ -41,10 +41,6 @@ const ATTEMPTS: usize = 3;
 const LONGER: u32 = 3;
 /// Fewest steps that a law is fitted to: three parameters fit anything less.
 const FEWEST_STEPS: usize = 6;
-/// The share of what is due by which the releases that are open may grow, where the rate is carried; and a few more, since
-/// their number is never quite the same.
-const GROWTH: f64 = 0.02;
-const FEW_OPEN: f64 = 2.0;
 /// Between two looks at the HSMs.
 const LOOK: Duration = Duration::from_millis(100);
 /// The share of something's capacity from which on it is what limits.
@@ -467,25 +463,6 @@ impl Question<'_> {
     }
 }
 
-/// Whether ever more releases are open at the ends of the first `whole` seconds: more are due than are carried. The first
-/// quarter does not count. Of those that come at random, now more are open and now fewer, by the root of their number.
-fn grows(seconds: &[Second], whole: usize, arrivals: Arrivals) -> bool {
-    let (mut open, mut due) = (0.0, 0.0);
-    let ends: Vec<(f64, f64)> = seconds
-        .iter()
-        .take(whole)
-        .map(|second| {
-            due += second.offered as f64;
-            open += second.offered as f64 - (second.achieved + second.errors + second.dropped) as f64;
-            (due, open)
-        })
-        .collect();
-    let Some((last, from)) = ends.last().zip(ends.get(ends.len().saturating_sub(1) / 4)) else { return false };
-    let came = last.0 - from.0;
-    let lots = if arrivals == Arrivals::Even { 0.0 } else { 2.0 * came.sqrt() };
-    last.1 - from.1 > GROWTH * came + FEW_OPEN + lots
-}
-
 /// How busy the sessions of the members that serve are, and how many operations wait, on average. Blocks.
 fn watch(mut admin: Admin, looking: &AtomicBool) -> (Option<f64>, Option<f64>) {
     let (mut busy, mut waiting, mut looks) = (0.0, 0.0, 0.0);
@@ -611,7 +588,6 @@ pub fn for_people(answer: &Answer, hosts: &Hosts) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::record::{Event, Tally};
 
     fn step(callers: usize, achieved: f64, valid: bool) -> Step {
         Step {
@@ -670,30 +646,5 @@ mod tests {
         search.tell(99.0, 4.0, false, false);
         assert!(search.sure().stated(85.0).contains("the generator itself fell behind"));
         assert_eq!(Search::default().held(), 0.0);
-    }
-
-    /// Releases that are due evenly at `rate` a second, of which the service does `served` a second, one after the other.
-    fn seconds(rate: f64, served: f64, alone: f64) -> Vec<Second> {
-        let mut tally = Tally::default();
-        for at in 0..(rate * 4.0) as u32 {
-            let due = f64::from(at) / rate;
-            let latency = (f64::from(at) / served - due).max(0.0) + alone;
-            let (errors, retries) = (Vec::new(), Vec::new());
-            tally.count(Event::Done { due, lag: 0.0, service: latency, latency, released: 1, errors, retries });
-        }
-        tally.seconds
-    }
-
-    #[test]
-    fn overload_is_found_in_a_short_trial_and_a_long_way_is_none() {
-        for rate in [100.0, 1_000.0] {
-            for arrivals in [Arrivals::Even, Arrivals::Random] {
-                assert!(!grows(&seconds(rate, rate * 1.01, 0.05), 4, arrivals));
-                assert!(!grows(&seconds(rate, rate * 1.01, 0.3), 4, arrivals), "a long round trip is no overload");
-                assert!(grows(&seconds(rate, rate * 0.85, 0.05), 4, arrivals));
-            }
-            assert!(grows(&seconds(rate, rate * 0.95, 0.3), 4, Arrivals::Even));
-        }
-        assert!(!grows(&[], 4, Arrivals::Even));
     }
 }

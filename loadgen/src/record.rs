@@ -9,6 +9,7 @@ use claviger_client::Lack;
 use hdrhistogram::Histogram;
 
 use crate::interrupt::Interrupt;
+use crate::profile::Arrivals;
 use crate::progress::Progress;
 use crate::threshold::Threshold;
 use crate::units;
@@ -19,6 +20,10 @@ pub const WRONG_REPLY: &str = "WrongReply";
 const DIGITS: u8 = 3;
 /// Whole seconds before a condition may stop a run: the first ones are the worst.
 const STOPS_AFTER: usize = 5;
+/// The share of what is due by which the releases that are open may grow, where the rate is carried; and a few more, since
+/// their number is never quite the same.
+const GROWTH: f64 = 0.02;
+const FEW_OPEN: f64 = 2.0;
 /// Between two looks at how it goes.
 const GLANCE: Duration = Duration::from_millis(250);
 
@@ -308,6 +313,25 @@ impl Tally {
     }
 }
 
+/// Whether ever more releases are open at the ends of the first `whole` seconds: more are due than are carried. The first
+/// quarter does not count. Of those that come at random, now more are open and now fewer, by the root of their number.
+pub(crate) fn grows(seconds: &[Second], whole: usize, arrivals: Arrivals) -> bool {
+    let (mut open, mut due) = (0.0, 0.0);
+    let ends: Vec<(f64, f64)> = seconds
+        .iter()
+        .take(whole)
+        .map(|second| {
+            due += second.offered as f64;
+            open += second.offered as f64 - (second.achieved + second.errors + second.dropped) as f64;
+            (due, open)
+        })
+        .collect();
+    let Some((last, from)) = ends.last().zip(ends.get(ends.len().saturating_sub(1) / 4)) else { return false };
+    let came = last.0 - from.0;
+    let lots = if arrivals == Arrivals::Even { 0.0 } else { 2.0 * came.sqrt() };
+    last.1 - from.1 > GROWTH * came + FEW_OPEN + lots
+}
+
 /// Share of `offered` releases that failed or were dropped.
 pub(crate) fn unsuccessful(offered: u64, failed: u64, dropped: u64) -> f64 {
     if offered == 0 { 0.0 } else { (failed + dropped) as f64 / offered as f64 }
@@ -364,5 +388,30 @@ mod tests {
         assert_eq!(told(3, 0.2), None);
         assert_eq!(told(9, 0.01), None);
         assert_eq!(told(9, 0.2).as_deref(), Some("p99<50ms failed (200 ms), in second 9"));
+    }
+
+    /// Releases that are due evenly at `rate` a second, of which the service does `served` a second, one after the other.
+    fn seconds(rate: f64, served: f64, alone: f64) -> Vec<Second> {
+        let mut tally = Tally::default();
+        for at in 0..(rate * 4.0) as u32 {
+            let due = f64::from(at) / rate;
+            let latency = (f64::from(at) / served - due).max(0.0) + alone;
+            let (errors, retries) = (Vec::new(), Vec::new());
+            tally.count(Event::Done { due, lag: 0.0, service: latency, latency, released: 1, errors, retries });
+        }
+        tally.seconds
+    }
+
+    #[test]
+    fn overload_is_found_in_a_short_trial_and_a_long_way_is_none() {
+        for rate in [100.0, 1_000.0] {
+            for arrivals in [Arrivals::Even, Arrivals::Random] {
+                assert!(!grows(&seconds(rate, rate * 1.01, 0.05), 4, arrivals));
+                assert!(!grows(&seconds(rate, rate * 1.01, 0.3), 4, arrivals), "a long round trip is no overload");
+                assert!(grows(&seconds(rate, rate * 0.85, 0.05), 4, arrivals));
+            }
+            assert!(grows(&seconds(rate, rate * 0.95, 0.3), 4, Arrivals::Even));
+        }
+        assert!(!grows(&[], 4, Arrivals::Even));
     }
 }

@@ -225,6 +225,10 @@ pub struct Bound {
     pub text: String,
 }
 
+/// What overload means for a run.
+pub(crate) const OVERLOAD: &str =
+    "more was due than was done, and what waited grew: a longer run would show longer times or more failures";
+
 /// Conditions as they were written, with commas between them.
 #[must_use]
 pub fn stated(bounds: &[Bound]) -> String {
@@ -256,6 +260,9 @@ pub struct Report {
     /// Whether the run was interrupted; the rest is what was measured until then.
     #[serde(default)]
     pub interrupted: bool,
+    /// Whether ever more releases were open: more were due than the service did. Told of constant rates only.
+    #[serde(default)]
+    pub overload: bool,
     /// The condition that ended the run before its time, and what was measured.
     #[serde(default)]
     pub stopped: Option<String>,
@@ -339,6 +346,8 @@ impl Report {
             valid: outcome.invalid.is_empty(),
             invalid_because: outcome.invalid.clone(),
             interrupted: outcome.interrupted,
+            overload: load.mode.is_constant()
+                && record::grows(&tally.seconds, outcome.duration.as_secs() as usize, load.arrivals),
             stopped: outcome.stopped.clone(),
             duration_seconds: seconds,
             offered: tally.offered,
@@ -429,6 +438,9 @@ impl Report {
         }
         if let Some(reason) = &self.stopped {
             say(&format!("STOPPED after {}: {reason}", units::seconds(self.duration_seconds)));
+        }
+        if self.overload {
+            say(&format!("OVERLOAD: {OVERLOAD}"));
         }
         say("");
         let share = |part: u64| if self.offered == 0 { 0.0 } else { part as f64 / self.offered as f64 };
@@ -683,6 +695,24 @@ pub(crate) mod tests {
         assert_eq!(line("service").matches("not known").count(), 4, "{text}");
         let page = crate::html::run(&report);
         assert!(page.contains("<b class=\"unknown\">not known</b><span>latency, p99</span>"), "{page}");
+    }
+
+    #[test]
+    fn overload_is_not_told_as_if_it_were_a_steady_state() {
+        let at = |served: f64| {
+            let mut tally = Tally::default();
+            for at in 0..1_000 {
+                let due = f64::from(at) / 100.0;
+                let latency = (f64::from(at) / served - due).max(0.0) + 0.05;
+                let (errors, retries) = (Vec::new(), Vec::new());
+                tally.count(Event::Done { due, lag: 0.0, service: latency, latency, released: 1, errors, retries });
+            }
+            told(tally, 10)
+        };
+        let (good, over) = (at(101.0), at(90.0));
+        assert!(!good.overload && !good.for_people().contains("OVERLOAD"));
+        assert!(over.overload && over.for_people().contains("OVERLOAD: more was due than was done"));
+        assert!(crate::html::run(&over).contains("Overload: more was due"));
     }
 
     #[test]

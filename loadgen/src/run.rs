@@ -63,6 +63,17 @@ impl Mode {
         }
     }
 
+    /// Whether it asks for the same rate all the time.
+    #[must_use]
+    pub fn is_constant(&self) -> bool {
+        match self {
+            Self::Open(Profile::Rates(segments)) => {
+                segments.iter().all(|segment| segment.from == segment.to && segment.from == segments[0].from)
+            }
+            _ => false,
+        }
+    }
+
     /// Whether it is a boot storm.
     #[must_use]
     pub fn is_storm(&self) -> bool {

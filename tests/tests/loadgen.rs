@@ -157,6 +157,32 @@ fn a_run_ends_when_its_condition_fails() {
     assert!(reason.starts_with("errors<5% failed (100.0 %)"), "{reason}");
     assert!((4.0..500.0).contains(&number(&report, "/duration_seconds")), "{report:#}");
     assert_eq!(number(&report, "/timeline/0/codes/ServiceUnavailableException"), number(&report, "/timeline/0/errors"));
+
+    // A pipeline is failed by what is worse beyond noise, and by nothing else.
+    let steady = ["--profile", "6s@20", "--warmup", "0s"];
+    let (_, good) = run(&lab, &daemon.url, &[&PATIENT[..], &steady].concat());
+    let (page, good_file, bad_file) = (lab.file("compare.html"), lab.file("good.json"), lab.file("bad.json"));
+    std::fs::write(&good_file, good.to_string()).unwrap();
+    std::fs::write(&bad_file, report.to_string()).unwrap();
+    let compared = |before: &Path, after: &Path| {
+        let mut compare = Command::new(loadgen());
+        compare.arg("compare").args([before, after]).args(["--fail-on", "worse", "--json", "--html"]).arg(&page);
+        finished(&compare.output().unwrap())
+    };
+    let verdict = |differences: &Value, measure: &str| {
+        let all = differences.as_array().unwrap().iter();
+        all.filter(|difference| difference["measure"] == measure).map(|difference| difference["verdict"].clone()).next()
+    };
+    let (status, differences) = compared(&good_file, &bad_file);
+    assert_eq!((status, verdict(&differences, "failed")), (99, Some(json!("worse"))), "{differences:#}");
+    assert_eq!(
+        verdict(&differences, "latency p99"),
+        Some(json!("worse")),
+        "what is not known is worse: {differences:#}"
+    );
+    assert_eq!(compared(&good_file, &good_file).0, 0);
+    assert_eq!(compared(&bad_file, &good_file).0, 0, "better is not worse");
+    assert!(std::fs::read_to_string(&page).unwrap().contains("<svg"));
 }
 
 #[test]

@@ -4,7 +4,7 @@ use super::{
     Frame, HEIGHT, MARGIN, NONE, count_axis, decades, document, escape, facts, latency_bounds, plural, quantile_axis,
     seconds_axis, section, tile, tiles, time_axis, title_or,
 };
-use crate::report::{Bound, Of, Report, Row};
+use crate::report::{Bound, OVERLOAD, Of, Report, Row};
 use crate::units;
 
 /// The page of a run.
@@ -24,6 +24,9 @@ pub fn page(report: &Report) -> String {
         if settings.arrivals == "random" { ", at random times" } else { "" },
     );
     let mut banners: Vec<String> = report.invalid_because.iter().map(|reason| format!("Invalid: {reason}")).collect();
+    if report.overload {
+        banners.push(format!("Overload: {OVERLOAD}"));
+    }
     let ran = units::seconds(report.duration_seconds);
     banners.extend(report.stopped.iter().map(|reason| format!("Stopped after {ran}: {reason}")));
     if report.interrupted {
