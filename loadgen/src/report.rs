@@ -288,6 +288,9 @@ pub struct Report {
     pub errors: BTreeMap<String, u64>,
     /// Storms: answers after which it was asked again, by code.
     pub retries: BTreeMap<String, u64>,
+    /// The highest quantile that is known of all that was due, from 0 to 1: what failed or was dropped has no time.
+    #[serde(default)]
+    pub known_to: f64,
     /// From when a release was due to its whole answer; of those that succeeded.
     pub latency_seconds: Percentiles,
     /// From when it was sent to its whole answer; of those that succeeded.
@@ -359,6 +362,7 @@ impl Report {
             achieved_per_second: tally.achieved as f64 / seconds.max(tally.last),
             errors: tally.errors.clone(),
             retries: tally.retries.clone(),
+            known_to: if tally.achieved > 0 { 1.0 - tally.unsuccessful() } else { 0.0 },
             latency_seconds: Percentiles::of(&tally.latency),
             service_seconds: Percentiles::of(&tally.service),
             generator: Generator {
@@ -681,7 +685,7 @@ pub(crate) mod tests {
         }
         let mut report = told(tally.clone(), 10);
         // 2 % failed.
-        assert!(report.knows(0.98) && !report.knows(0.99));
+        assert!(report.knows(0.98) && !report.knows(0.99) && (report.known_to - 0.98).abs() < 1e-9);
         let known: Vec<_> = report.told(&report.latency_seconds).map(|(_, time)| time != "not known").to_vec();
         assert_eq!(known, [true, true, false, false, false, false]);
         for (text, passed) in [("p90<1s", true), ("p99<1s", false), ("service.max<1s", false)] {
