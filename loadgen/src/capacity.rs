@@ -17,7 +17,7 @@ use crate::plan::{Capacity, Hosts, capacity_table};
 use crate::prepare::World;
 use crate::print::{aside, table};
 use crate::profile::Profile;
-use crate::record::{Second, grows};
+use crate::record::grows;
 use crate::report::{Bound, Percentiles, stated};
 use crate::run::{self, Load, Mode, Outcome};
 use crate::scrape::Look;
@@ -430,12 +430,7 @@ impl Question<'_> {
         let tally = &outcome.tally;
         let seconds = outcome.duration.as_secs_f64();
         let offered = tally.offered as f64 / seconds;
-        // Callers that wait when the time is up get their answers after it, and offer nothing any more.
-        let in_time = |second: &Second| second.achieved as f64;
-        let achieved = match callers {
-            0 => tally.achieved as f64 / seconds.max(tally.last),
-            _ => tally.seconds.iter().take(seconds as usize).map(in_time).sum::<f64>() / seconds.floor().max(1.0),
-        };
+        let achieved = tally.achieved_per_second(seconds, callers > 0);
         let errors = tally.unsuccessful();
         let at = |quantile: f64| tally.latency.value_at_quantile(quantile) as f64 / 1e6;
         let valid = outcome.invalid.is_empty();

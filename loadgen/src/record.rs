@@ -296,6 +296,19 @@ impl Tally {
         self.errors.values().sum()
     }
 
+    /// Releases a second that succeeded, when load was asked for during so many seconds: over the time to the last answer, or
+    /// over that time if it is longer. In a closed loop, those of its whole seconds: the answers that its callers wait for when the
+    /// time is up come after it, and nothing is asked for meanwhile.
+    #[must_use]
+    pub fn achieved_per_second(&self, seconds: f64, closed: bool) -> f64 {
+        let whole = seconds.floor();
+        if closed && whole >= 1.0 {
+            self.seconds.iter().take(whole as usize).map(|second| second.achieved).sum::<u64>() as f64 / whole
+        } else {
+            self.achieved as f64 / seconds.max(self.last)
+        }
+    }
+
     /// Share of the releases that were due and did not succeed.
     #[must_use]
     pub fn unsuccessful(&self) -> f64 {
@@ -367,6 +380,8 @@ mod tests {
         let rows: Vec<_> = tally.seconds.iter().map(row).collect();
         assert_eq!(rows, [(5, 0, 0, 1, 4), (2, 2, 0, 0, 0), (0, 0, 3, 1, 0)]);
         assert!((tally.unsuccessful() - 4.0 / 7.0).abs() < 1e-9);
+        assert!((tally.achieved_per_second(1.0, false) - 3.0 / 2.4).abs() < 1e-9);
+        assert!((tally.achieved_per_second(3.0, true) - 1.0).abs() < 1e-9);
         assert!((tally.last - 2.4).abs() < 1e-9);
         let codes = |at: usize| tally.seconds[at].codes.iter().map(|(code, n)| (code.as_ref(), *n)).collect::<Vec<_>>();
         assert_eq!((codes(0), codes(2)), (vec![(WRONG_REPLY, 1)], vec![("Timeout", 1)]));

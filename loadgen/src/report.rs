@@ -282,7 +282,8 @@ pub struct Report {
     pub abandoned: u64,
     /// `offered` ÷ duration.
     pub offered_per_second: f64,
-    /// `achieved` ÷ the time from the first due to the last answer, or the duration if that is longer.
+    /// `achieved` ÷ the time from the first due to the last answer, or the duration if that is longer; of a closed loop, what
+    /// succeeded in its whole seconds ÷ their number.
     pub achieved_per_second: f64,
     /// Releases that failed, by code.
     pub errors: BTreeMap<String, u64>,
@@ -359,7 +360,7 @@ impl Report {
             lacked: tally.lacks.iter().map(|(lack, times)| (lack_code(*lack).to_owned(), *times)).collect(),
             abandoned: tally.abandoned,
             offered_per_second: tally.offered as f64 / seconds,
-            achieved_per_second: tally.achieved as f64 / seconds.max(tally.last),
+            achieved_per_second: tally.achieved_per_second(seconds, mode == "closed"),
             errors: tally.errors.clone(),
             retries: tally.retries.clone(),
             known_to: if tally.achieved > 0 { 1.0 - tally.unsuccessful() } else { 0.0 },
