@@ -1,6 +1,7 @@
-//! Attestation's messages [MS-HGSA]: JSON in host-key mode, for the server and for its clients.
+//! Attestation's messages [MS-HGSA]: JSON, for the server and for its clients, in host-key mode and in TPM mode.
 
 mod strict;
+pub mod tpm;
 
 use std::borrow::Cow;
 
@@ -23,8 +24,10 @@ const REQUEST: &str = "AttestationRequest";
 const HEALTH_CERTIFICATE_REPLY: &str = "HealthCertificateReply";
 const SERVICE_INFO_REPLY: &str = "ServiceInfoReply";
 
-/// Content types of `ProvidedContent` that host-key mode reads.
+/// Content types of `ProvidedContent` that are read: the first in both modes, then those of TPM mode and of host-key mode.
 const IDENTITY_KEY: i64 = 1;
+const RTPM_CONTEXT: i64 = 2;
+const ENDORSEMENT_KEY: i64 = 4;
 const HOST_KEY: i64 = 8;
 const HOST_KEY_SIGNATURE: i64 = 9;
 
@@ -84,12 +87,16 @@ struct Tuple<'a> {
     item: Item<'a>,
 }
 
-impl HostKeyRequest {
-    /// Reads the body of a request.
-    ///
-    /// # Errors
-    /// [`PayloadError`].
-    pub fn parse(body: &[u8]) -> Result<Self, PayloadError> {
+/// What the requests of both modes have in common: their form is right.
+struct Envelope<'a> {
+    session_id: [u8; 16],
+    requested: Vec<ResultType>,
+    /// By their types, each of which is there once.
+    provided: Vec<Object<Tuple<'a>>>,
+}
+
+impl<'a> Envelope<'a> {
+    fn parse(body: &'a [u8]) -> Result<Self, PayloadError> {
         let text = utf8(body).map_err(|problem| refuse(format!("the request is {problem}")))?;
         strict::check(text).map_err(|e| refuse_json(&e))?;
         let Object(body) = serde_json::from_str::<Object<RequestBody<'_>>>(text).map_err(|e| refuse_json(&e))?;
@@ -104,9 +111,7 @@ impl HostKeyRequest {
             let result_type = match number {
                 1 => ResultType::EncryptionCertificate,
                 2 => ResultType::SigningCertificate,
-                3 => {
-                    return Err(refuse("RequestedContent 3 (CA certificate) is served in TPM mode only"));
-                }
+                3 => return Err(refuse("RequestedContent 3 (CA certificate) is not served")),
                 _ => return Err(refuse(format!("RequestedContent {number} is not known"))),
             };
             if !requested.contains(&result_type) {
@@ -126,24 +131,40 @@ impl HostKeyRequest {
                 return Err(refuse(format!("ProvidedContent {} is there twice", first.0.content_type)));
             }
         }
-        let content = |content_type: i64, name: &str| {
-            let tuple = provided.iter().find(|tuple| tuple.0.content_type == content_type);
-            match tuple.map(|tuple| &tuple.0.item) {
-                Some(Item::Text(text)) => base64(text, name),
-                Some(Item::Other) => Err(refuse(format!("{name} is not a string"))),
-                None => Err(refuse(format!("ProvidedContent lacks {content_type} ({name})"))),
-            }
-        };
-        let host_key_octets = content(HOST_KEY, "HostKeyPublicKey")?;
-        let identity_key_octets = content(IDENTITY_KEY, "VirtualSecureModeIdentityKey")?;
-        let signature = content(HOST_KEY_SIGNATURE, "HostKeySignature")?;
-        let key =
-            |octets: &[u8], name: &str| RsaPublicKey::from_any(octets).map_err(|e| refuse(format!("{name}: {e}")));
+        Ok(Self { session_id, requested, provided })
+    }
+
+    /// The octets of the content of this type.
+    fn content(&self, content_type: i64, name: &str) -> Result<Vec<u8>, PayloadError> {
+        let tuple = self.provided.iter().find(|tuple| tuple.0.content_type == content_type);
+        match tuple.map(|tuple| &tuple.0.item) {
+            Some(Item::Text(text)) => base64(text, name),
+            Some(Item::Other) => Err(refuse(format!("{name} is not a string"))),
+            None => Err(refuse(format!("ProvidedContent lacks {content_type} ({name})"))),
+        }
+    }
+}
+
+/// A key in any of the forms that hosts send.
+fn any_key(octets: &[u8], name: &str) -> Result<RsaPublicKey, PayloadError> {
+    RsaPublicKey::from_any(octets).map_err(|e| refuse(format!("{name}: {e}")))
+}
+
+impl HostKeyRequest {
+    /// Reads the body of a request.
+    ///
+    /// # Errors
+    /// [`PayloadError`].
+    pub fn parse(body: &[u8]) -> Result<Self, PayloadError> {
+        let envelope = Envelope::parse(body)?;
+        let host_key_octets = envelope.content(HOST_KEY, "HostKeyPublicKey")?;
+        let identity_key_octets = envelope.content(IDENTITY_KEY, "VirtualSecureModeIdentityKey")?;
+        let signature = envelope.content(HOST_KEY_SIGNATURE, "HostKeySignature")?;
         Ok(Self {
-            session_id,
-            requested,
-            host_key: key(&host_key_octets, "HostKeyPublicKey")?,
-            identity_key: key(&identity_key_octets, "VirtualSecureModeIdentityKey")?,
+            session_id: envelope.session_id,
+            requested: envelope.requested,
+            host_key: any_key(&host_key_octets, "HostKeyPublicKey")?,
+            identity_key: any_key(&identity_key_octets, "VirtualSecureModeIdentityKey")?,
             host_key_octets,
             identity_key_octets,
             signature,
@@ -181,6 +202,12 @@ pub fn host_key_request(
     identity_key_octets: &[u8],
     signature: &[u8],
 ) -> Vec<u8> {
+    let provided = [(IDENTITY_KEY, identity_key_octets), (HOST_KEY, host_key_octets), (HOST_KEY_SIGNATURE, signature)];
+    request(session_id, requested, &provided)
+}
+
+/// The body of an `AttestationRequest` with this content.
+fn request(session_id: [u8; 16], requested: &[ResultType], provided: &[(i64, &[u8])]) -> Vec<u8> {
     #[derive(Serialize)]
     #[serde(rename_all = "PascalCase")]
     struct Body {
@@ -194,11 +221,7 @@ pub fn host_key_request(
         type_name: type_name(REQUEST),
         session_id: BASE64.encode(&session_id),
         requested_content: requested.iter().map(|result_type| result_type.number()).collect(),
-        provided_content: vec![
-            TupleOut::new(IDENTITY_KEY, identity_key_octets),
-            TupleOut::new(HOST_KEY, host_key_octets),
-            TupleOut::new(HOST_KEY_SIGNATURE, signature),
-        ],
+        provided_content: provided.iter().map(|(number, octets)| TupleOut::new(*number, octets)).collect(),
     })
 }
 
@@ -366,8 +389,11 @@ pub enum ErrorReply {
     },
     /// The host's virtual secure mode is not acceptable.
     VirtualSecureMode,
-    /// The host's runtime TPM context is not acceptable.
-    Rtpm,
+    /// The host's TPM context is not acceptable.
+    Rtpm {
+        /// Whether the State is at fault: the host may begin again.
+        retryable: bool,
+    },
     /// The host's TCG log is not acceptable.
     TcgLogValidation,
     /// The service cannot answer now.
@@ -384,7 +410,7 @@ impl ErrorReply {
             Self::Unauthorized
             | Self::PolicyEvaluation { .. }
             | Self::VirtualSecureMode
-            | Self::Rtpm
+            | Self::Rtpm { .. }
             | Self::TcgLogValidation => 403,
             Self::OperationMode { .. } => 409,
             Self::Unavailable => 503,
@@ -395,7 +421,8 @@ impl ErrorReply {
     /// then [MS-HGSA 3.2.5.4].
     #[must_use]
     pub fn retryable(&self) -> bool {
-        matches!(self, Self::OperationMode { .. }) || matches!(self.status(), 408 | 429 | 500..)
+        matches!(self, Self::OperationMode { .. } | Self::Rtpm { retryable: true })
+            || matches!(self.status(), 408 | 429 | 500..)
     }
 
     /// The name of the reply's type, without the suffix all types share.
@@ -408,7 +435,7 @@ impl ErrorReply {
             Self::OperationMode { .. } => "OperationModeErrorReply",
             Self::PolicyEvaluation { .. } => "PolicyEvaluationErrorReply",
             Self::VirtualSecureMode => "VirtualSecureModeErrorReply",
-            Self::Rtpm => "RtpmErrorReply",
+            Self::Rtpm { .. } => "RtpmErrorReply",
             Self::TcgLogValidation => "TcgLogValidationErrorReply",
             Self::Unavailable => "UnavailableErrorReply",
         }

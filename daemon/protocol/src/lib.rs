@@ -13,7 +13,7 @@
 //! | encrypt both keys to the host | [`payload`] |
 //!
 //! [`input`] reads the files that administrators hand over, with [`pem`] and [`ber`]. [`owner`] is the tenant's side, [`metadata`] what a tenant builds a guardian's wrapping from, [`describe`] what people
-//! are told of a protector, [`attestation`] how a host gets its health certificate, and [`error`] what a refusal looks
+//! are told of a protector, [`attestation`] how a host gets its health certificate, [`tpm`] what its TPM adds to that, and [`error`] what a refusal looks
 //! like.
 #![forbid(unsafe_code)]
 
@@ -39,6 +39,7 @@ pub mod protector;
 mod random;
 pub mod request;
 pub mod rsa_key;
+pub mod tpm;
 mod transport_key;
 pub mod verify;
 pub mod work;

@@ -351,6 +351,27 @@ impl RsaPublicKey {
         }
     }
 
+    /// Encrypts with RSA-OAEP, two equal digests and a label, as TPMs do.
+    ///
+    /// # Errors
+    /// As [`Self::encrypt_oaep`]; [`EncryptError::Failed`] also for two different digests.
+    pub(crate) fn encrypt_oaep_with_label(
+        &self,
+        oaep: Oaep,
+        label: &[u8],
+        plaintext: &[u8],
+    ) -> Result<Vec<u8>, EncryptError> {
+        if plaintext.len() > self.max_plaintext_len(oaep) {
+            return Err(EncryptError::TooLong);
+        }
+        let algorithm = aws_oaep(oaep).ok_or(EncryptError::Failed)?;
+        let mut ciphertext = vec![0; self.modulus_len()];
+        let written = self.encrypter()?.encrypt(algorithm, plaintext, &mut ciphertext, Some(label));
+        let written = written.map_err(|_| EncryptError::Failed)?.len();
+        ciphertext.truncate(written);
+        Ok(ciphertext)
+    }
+
     fn bare_operation(&self) -> Result<&PublicOperation, EncryptError> {
         let make = || PublicOperation::new(&self.0.modulus, value_of(&self.0.exponent));
         self.0.bare_operation.get_or_init(make).as_ref().ok_or(EncryptError::Failed)
@@ -536,22 +557,39 @@ impl RsaPrivateKey {
         Ok(signature)
     }
 
+    /// Decrypts RSA-OAEP with two equal digests and a label, as TPMs do.
+    ///
+    /// # Errors
+    /// [`DecryptError`], whatever was wrong.
+    pub(crate) fn decrypt_oaep_with_label(
+        &self,
+        oaep: Oaep,
+        label: &[u8],
+        ciphertext: &[u8],
+    ) -> Result<Zeroizing<Vec<u8>>, DecryptError> {
+        self.decrypt_by_aws(aws_oaep(oaep).ok_or(DecryptError)?, Some(label), ciphertext)
+    }
+
+    fn decrypt_by_aws(
+        &self,
+        algorithm: &'static aws::OaepAlgorithm,
+        label: Option<&[u8]>,
+        ciphertext: &[u8],
+    ) -> Result<Zeroizing<Vec<u8>>, DecryptError> {
+        let mut plaintext = Zeroizing::new(vec![0; self.decrypter.min_output_size()]);
+        let written =
+            self.decrypter.decrypt(algorithm, ciphertext, &mut plaintext, label).map_err(|_| DecryptError)?.len();
+        plaintext.truncate(written);
+        Ok(plaintext)
+    }
+
     /// Decrypts RSA-OAEP, empty label.
     ///
     /// # Errors
     /// [`DecryptError`], whatever was wrong.
     pub fn decrypt_oaep(&self, oaep: Oaep, ciphertext: &[u8]) -> Result<Zeroizing<Vec<u8>>, DecryptError> {
         match aws_oaep(oaep) {
-            Some(algorithm) => {
-                let mut plaintext = Zeroizing::new(vec![0; self.decrypter.min_output_size()]);
-                let written = self
-                    .decrypter
-                    .decrypt(algorithm, ciphertext, &mut plaintext, None)
-                    .map_err(|_| DecryptError)?
-                    .len();
-                plaintext.truncate(written);
-                Ok(plaintext)
-            }
+            Some(algorithm) => self.decrypt_by_aws(algorithm, None, ciphertext),
             None => {
                 let key = self.mixed.get_or_init(|| {
                     let parts = &self.parts;

@@ -174,7 +174,7 @@ fn requested_content() {
     assert_eq!(requested(json!([2, 1])).unwrap().requested, [SigningCertificate, EncryptionCertificate]);
     assert_eq!(requested(json!([1, 2, 1, 2, 2])).unwrap().requested, [EncryptionCertificate, SigningCertificate]);
     refused(requested(json!([])), "RequestedContent is empty");
-    refused(requested(json!([1, 3])), "TPM mode");
+    refused(requested(json!([1, 3])), "is not served");
     for unknown in [0_i64, -1, 4, 257, 4_294_967_297] {
         refused(requested(json!([1, unknown])), "is not known");
     }
@@ -384,7 +384,8 @@ fn errors_say_what_the_page_says() {
         (ErrorReply::OperationMode { expected }, "OperationModeErrorReply", 409, true),
         (ErrorReply::PolicyEvaluation { reasons: reasons.clone() }, "PolicyEvaluationErrorReply", 403, false),
         (ErrorReply::VirtualSecureMode, "VirtualSecureModeErrorReply", 403, false),
-        (ErrorReply::Rtpm, "RtpmErrorReply", 403, false),
+        (ErrorReply::Rtpm { retryable: false }, "RtpmErrorReply", 403, false),
+        (ErrorReply::Rtpm { retryable: true }, "RtpmErrorReply", 403, true),
         (ErrorReply::TcgLogValidation, "TcgLogValidationErrorReply", 403, false),
         (ErrorReply::Unavailable, "UnavailableErrorReply", 503, true),
     ] {

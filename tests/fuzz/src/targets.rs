@@ -10,6 +10,8 @@ use crate::Allowance;
 const XML: Allowance = Allowance { base: 1 << 20, per_byte: 256, time: Duration::from_secs(2) };
 /// For what is read into a structure of its own size.
 const FLAT: Allowance = Allowance { base: 1 << 20, per_byte: 64, time: Duration::from_secs(2) };
+/// For structures of TPMs: nothing that an input says makes them larger.
+const TPM: Allowance = Allowance { base: 1 << 20, per_byte: 4, time: Duration::from_secs(2) };
 
 /// A request for one release, and what hosts read: the reply and the error.
 pub mod request {
@@ -196,8 +198,10 @@ pub mod public_key {
     }
 }
 
-/// A host's request for a health certificate, and what hosts read: the reply, the service's description, the error.
+/// A host's request for a health certificate in both modes, and what hosts read: the replies, the service's description, the
+/// error.
 pub mod attestation {
+    use claviger_protocol::attestation::tpm::{TpmRequest, first_request, parse_continue_reply, second_request};
     use claviger_protocol::attestation::{
         HostKeyRequest, ServiceInfoReply, host_key_request, parse_error_reply, parse_health_certificate_reply,
     };
@@ -221,6 +225,16 @@ pub mod attestation {
             assert_eq!(again.signed_octets(), request.signed_octets());
             assert_eq!(again.verify_signature().is_ok(), request.verify_signature().is_ok());
         }
+        if let Ok(request) = TpmRequest::parse(input) {
+            let TpmRequest { session_id, requested, endorsement_key, context, identity_key } = &request;
+            let ek = endorsement_key.spki_der();
+            let written = match identity_key {
+                Some((_, sent)) => second_request(*session_id, requested, ek, sent, context),
+                None => first_request(*session_id, requested, ek, context),
+            };
+            assert_eq!(TpmRequest::parse(&written).expect("what is written can be read"), request);
+        }
+        let _ = parse_continue_reply(input);
         let _ = parse_health_certificate_reply(input);
         let _ = ServiceInfoReply::parse(input);
         let _ = parse_error_reply(input);
@@ -304,6 +318,115 @@ pub mod config {
                 assert_eq!(Config::parse(&written, path).expect("and read again"), config);
             }
             Err(error) => assert!(!error.to_string().is_empty()),
+        }
+    }
+}
+
+/// The envelope of attestation by TPM, and the structures in it.
+pub mod tpm_context {
+    use claviger_protocol::tpm::context::{Context, Kind, write};
+    use claviger_protocol::tpm::evidence::Evidence;
+    use claviger_protocol::tpm::public::AttestationKey;
+
+    use super::{Allowance, TPM};
+
+    /// The most it may take.
+    pub const ALLOWANCE: Allowance = TPM;
+
+    /// Reads; writes what was read; reads it again.
+    pub fn run(input: &[u8]) {
+        let Ok(context) = Context::parse(input) else { return };
+        if let Ok(evidence) = Evidence::of(&context) {
+            let written = evidence.to_context();
+            let again = Context::parse(&written).expect("what is written can be read");
+            assert_eq!(Evidence::of(&again), Ok(evidence));
+        }
+        if let Ok([public]) = context.exactly([Kind::AkPublic]) {
+            assert_eq!(write(&[(Kind::AkPublic, public)]), input);
+            let _ = AttestationKey::parse(public);
+        }
+    }
+}
+
+/// An event log, and its replay.
+pub mod tpm_log {
+    use claviger_protocol::tpm::log::{Bank, Log};
+
+    use super::{Allowance, TPM};
+
+    /// The most it may take.
+    pub const ALLOWANCE: Allowance = TPM;
+
+    /// Replays every bank and describes every event.
+    pub fn run(input: &[u8]) {
+        let Ok(log) = Log::parse(input) else { return };
+        let replayed = log.replay();
+        let bank = log.replay_bank(Bank::Sha256).expect("every log has that bank");
+        assert!(replayed.iter().all(|(pcr, value)| bank[pcr] == value));
+        let _ = (log.replay_bank(Bank::Sha1), log.replay_bank(Bank::Sha384));
+        for event in log.events() {
+            assert!(event.describe().chars().all(|character| character.is_ascii_graphic() || character == ' '));
+        }
+        let _ = log.first_extension(7).map(|event| event.is_secure_boot_on());
+    }
+}
+
+/// The public areas of an attestation key and of an endorsement key.
+pub mod tpm_public {
+    use claviger_protocol::tpm::public::{AttestationKey, endorsement_key};
+    use claviger_protocol::tpm::signature::Signature;
+
+    use super::{Allowance, FLAT};
+
+    /// The most it may take: a key is prepared for its library.
+    pub const ALLOWANCE: Allowance = FLAT;
+
+    /// Reads a key, and verifies with it.
+    pub fn run(input: &[u8]) {
+        if let Ok(key) = AttestationKey::parse(input) {
+            assert!(!key.verifies(b"", &Signature::Rsassa(&[0; 256])));
+            assert!(!key.verifies(b"", &Signature::Ecdsa([0; 64])));
+        }
+        let _ = endorsement_key(input);
+    }
+}
+
+/// A quote.
+pub mod tpm_quote {
+    use claviger_protocol::tpm::pcr::PcrSet;
+    use claviger_protocol::tpm::quote::Quote;
+
+    use super::{Allowance, TPM};
+
+    /// The most it may take.
+    pub const ALLOWANCE: Allowance = TPM;
+
+    /// Reads; writes what was read; reads it again.
+    pub fn run(input: &[u8]) {
+        if let Ok(quote) = Quote::parse(input) {
+            let written = quote.to_bytes();
+            assert_eq!(Quote::parse(&written), Ok(quote));
+        }
+        if let Ok(set) = PcrSet::from_selection(input) {
+            assert_eq!(set.to_selection(), input);
+        }
+    }
+}
+
+/// A signature of a TPM.
+pub mod tpm_signature {
+    use claviger_protocol::tpm::signature::Signature;
+
+    use super::{Allowance, TPM};
+
+    /// The most it may take.
+    pub const ALLOWANCE: Allowance = TPM;
+
+    /// Reads; writes what was read; reads it again.
+    pub fn run(input: &[u8]) {
+        if let Ok(signature) = Signature::parse(input) {
+            let written = signature.to_bytes();
+            assert_eq!(Signature::parse(&written), Ok(signature));
         }
     }
 }

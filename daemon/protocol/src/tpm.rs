@@ -1,0 +1,53 @@
+//! Attestation by TPM (protocol page, section 3.1): the structures that a host and this service exchange, and the steps
+//! that judge them.
+//!
+//! Everything is read by bounded parsers of this crate: lengths are checked before they are used, nothing is allocated by
+//! a number that a host wrote, and no input makes a reader panic. TPM structures are big-endian (TCG, TPM 2.0 Part 2),
+//! Contexts and event logs little-endian.
+//!
+//! | what | module |
+//! |---|---|
+//! | the envelope of both steps | [`context`] |
+//! | the attestation key, its name and its signature | [`public`], [`signature`] |
+//! | the credential that only one TPM can recover | [`credential`] |
+//! | the service's memory between the steps, which the host carries | [`state`] |
+//! | the quote and the PCRs that it covers | [`quote`], [`pcr`] |
+//! | the log of what was booted, and its replay | [`log`] |
+//! | policies and baselines | [`policy`] |
+//! | step 2 as a whole | [`evidence`] |
+//! | a TPM in software, for load generators and tests | [`software`] |
+
+pub mod context;
+pub mod credential;
+pub mod evidence;
+pub mod log;
+pub mod pcr;
+pub mod policy;
+pub mod public;
+pub mod quote;
+mod reader;
+pub mod signature;
+pub mod software;
+pub mod state;
+
+/// `TPM_ALG_ID` values (TPM 2.0 Part 2, table 9).
+pub(crate) mod algorithm {
+    pub(crate) const RSA: u16 = 0x0001;
+    pub(crate) const SHA1: u16 = 0x0004;
+    pub(crate) const SHA256: u16 = 0x000b;
+    pub(crate) const SHA384: u16 = 0x000c;
+    pub(crate) const SHA512: u16 = 0x000d;
+    pub(crate) const NULL: u16 = 0x0010;
+    pub(crate) const SM3_256: u16 = 0x0012;
+    pub(crate) const RSASSA: u16 = 0x0014;
+    pub(crate) const ECDSA: u16 = 0x0018;
+    pub(crate) const ECC: u16 = 0x0023;
+}
+
+/// `TPM_ECC_NIST_P256`.
+pub(crate) const NIST_P256: u16 = 0x0003;
+
+/// Bytes that are not the structure they should be.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Malformed(pub &'static str);

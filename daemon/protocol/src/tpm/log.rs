@@ -1,0 +1,402 @@
+//! The TCG2 (crypto-agile) event log: what firmware and boot loader measured, in order (TCG PC Client Platform Firmware
+//! Profile, section 10).
+//!
+//! An event's type and data prove nothing by themselves. What the log proves is its digests, and those only because their
+//! replay gives the PCR values of a quote. Data counts only where its digest is the event's.
+
+use std::sync::LazyLock;
+
+use ring::digest;
+
+use super::pcr::{COUNT, PcrValues};
+use super::reader::Reader;
+use super::{Malformed, algorithm};
+use crate::rsa_key::sha256;
+
+/// Event types (section 10.4.1 there).
+mod kind {
+    pub(super) const NO_ACTION: u32 = 3;
+    pub(super) const SEPARATOR: u32 = 4;
+    pub(super) const ACTION: u32 = 5;
+    pub(super) const EVENT_TAG: u32 = 6;
+    pub(super) const IPL: u32 = 13;
+    pub(super) const EFI_VARIABLE_DRIVER_CONFIG: u32 = 0x8000_0001;
+    pub(super) const EFI_VARIABLE_BOOT: u32 = 0x8000_0002;
+    pub(super) const EFI_ACTION: u32 = 0x8000_0007;
+    pub(super) const EFI_VARIABLE_BOOT2: u32 = 0x8000_000c;
+    pub(super) const EFI_HCRTM: u32 = 0x8000_0010;
+    pub(super) const EFI_VARIABLE_AUTHORITY: u32 = 0x8000_00e0;
+}
+
+/// What the header's data begins with.
+const SPEC_ID: &[u8; 16] = b"Spec ID Event03\0";
+/// What the data of a startup locality event begins with.
+const STARTUP_LOCALITY: &[u8; 16] = b"StartupLocality\0";
+/// Bytes of the digest in the header event, which is always SHA-1's.
+const HEADER_DIGEST: usize = 20;
+/// Most digest algorithms of a log.
+const MAX_ALGORITHMS: u32 = 16;
+/// Longest digest of an algorithm that is not known here.
+const MAX_DIGEST: u16 = 64;
+/// Locality at which a measurement before the CRTM starts PCR 0.
+const HCRTM_LOCALITY: u8 = 4;
+
+/// GUID of UEFI's global variables, 8be4df61-93ca-11d2-aa0d-00e098032b8c, as it stands in memory.
+const GLOBAL_VARIABLE: [u8; 16] =
+    [0x61, 0xdf, 0xe4, 0x8b, 0xca, 0x93, 0xd2, 0x11, 0xaa, 0x0d, 0x00, 0xe0, 0x98, 0x03, 0x2b, 0x8c];
+
+/// Digest of `UEFI_VARIABLE_DATA` for SecureBoot with data 01: the event of a firmware with Secure Boot on.
+static SECURE_BOOT_ON: LazyLock<[u8; 32]> =
+    LazyLock::new(|| sha256(&variable_data(&GLOBAL_VARIABLE, "SecureBoot", &[1])));
+
+/// A bank of PCRs whose values can be replayed.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Bank {
+    /// SHA-1.
+    Sha1,
+    /// SHA-256, the only one that attestation uses.
+    Sha256,
+    /// SHA-384.
+    Sha384,
+}
+
+impl Bank {
+    fn of(algorithm: u16) -> Option<Self> {
+        match algorithm {
+            algorithm::SHA1 => Some(Self::Sha1),
+            algorithm::SHA256 => Some(Self::Sha256),
+            algorithm::SHA384 => Some(Self::Sha384),
+            _ => None,
+        }
+    }
+
+    fn digest(self) -> &'static digest::Algorithm {
+        match self {
+            Self::Sha1 => &digest::SHA1_FOR_LEGACY_USE_ONLY,
+            Self::Sha256 => &digest::SHA256,
+            Self::Sha384 => &digest::SHA384,
+        }
+    }
+}
+
+/// One event: something that was measured into a PCR, or, for [`Event::extends`] `false`, only noted.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Event<'a> {
+    /// The PCR.
+    pub pcr: u32,
+    /// The event's type, as the log says.
+    pub kind: u32,
+    /// What was measured, or a description of it.
+    pub data: &'a [u8],
+    sha1: Option<&'a [u8]>,
+    sha256: Option<&'a [u8]>,
+    sha384: Option<&'a [u8]>,
+}
+
+impl<'a> Event<'a> {
+    /// The event's digest in this bank.
+    #[must_use]
+    pub fn digest(&self, bank: Bank) -> Option<&'a [u8]> {
+        match bank {
+            Bank::Sha1 => self.sha1,
+            Bank::Sha256 => self.sha256,
+            Bank::Sha384 => self.sha384,
+        }
+    }
+
+    /// Whether the event extended its PCR.
+    #[must_use]
+    pub fn extends(&self) -> bool {
+        self.kind != kind::NO_ACTION
+    }
+
+    /// Whether the event's SHA-256 digest is that of its data, so that the data is as proven as the digest.
+    #[must_use]
+    pub fn proves_data(&self) -> bool {
+        self.sha256.is_some_and(|digest| sha256(self.data) == digest)
+    }
+
+    /// Whether this is, by its digest, the measurement of Secure Boot being on. Neither type nor data is read.
+    #[must_use]
+    pub fn is_secure_boot_on(&self) -> bool {
+        self.sha256 == Some(&*SECURE_BOOT_ON)
+    }
+
+    /// The locality that PCR 0 started at, if this event says it.
+    fn startup_locality(&self) -> Option<u8> {
+        if self.extends() || self.pcr != 0 {
+            return None;
+        }
+        match self.data.strip_prefix(STARTUP_LOCALITY)? {
+            [locality] => Some(*locality),
+            _ => None,
+        }
+    }
+
+    /// The event in a few words for an administrator: its type and, where it is known how to read it, its data. Printable
+    /// characters only.
+    #[must_use]
+    pub fn describe(&self) -> String {
+        let name = kind_name(self.kind);
+        let detail = match self.kind {
+            kind::EFI_VARIABLE_DRIVER_CONFIG
+            | kind::EFI_VARIABLE_BOOT
+            | kind::EFI_VARIABLE_BOOT2
+            | kind::EFI_VARIABLE_AUTHORITY => variable_name(self.data),
+            kind::ACTION | kind::EFI_ACTION => Some(self.data.to_vec()),
+            kind::IPL => Some(narrowed(self.data)),
+            kind::EVENT_TAG => self.data.get(8..).map(narrowed),
+            _ => None,
+        };
+        let detail: String = detail
+            .iter()
+            .flat_map(|bytes| String::from_utf8_lossy(bytes).chars().collect::<Vec<_>>())
+            .filter(|character| character.is_ascii_graphic() || *character == ' ')
+            .take(80)
+            .collect();
+        // An image's or IPL event's digest is not of its data: that is how those events are made.
+        let doubt = if self.kind == kind::SEPARATOR || self.proves_data() || detail.is_empty() {
+            ""
+        } else {
+            " (as the log says)"
+        };
+        if detail.is_empty() { name.to_owned() } else { format!("{name} {detail}{doubt}") }
+    }
+}
+
+/// A log that is well-formed to its last byte and has SHA-256 digests. Nothing in it is proven yet.
+#[derive(Clone, Debug)]
+pub struct Log<'a> {
+    algorithms: Algorithms,
+    /// The events after the header.
+    events: &'a [u8],
+}
+
+/// The digest algorithms of a log and their lengths.
+#[derive(Clone, Copy, Debug, Default)]
+struct Algorithms {
+    entries: [(u16, u16); MAX_ALGORITHMS as usize],
+    count: usize,
+}
+
+impl Algorithms {
+    fn iter(&self) -> impl Iterator<Item = &(u16, u16)> {
+        self.entries.iter().take(self.count)
+    }
+}
+
+impl<'a> Log<'a> {
+    /// Reads a log. Nothing is kept but the bytes, so a hostile log costs one pass over it and no memory.
+    ///
+    /// # Errors
+    /// [`Malformed`].
+    pub fn parse(bytes: &'a [u8]) -> Result<Self, Malformed> {
+        let mut reader = Reader::new(bytes);
+        let algorithms = header(&mut reader)?;
+        let events = reader.rest();
+        while !reader.is_empty() {
+            event(&mut reader, &algorithms)?;
+        }
+        Ok(Self { algorithms, events })
+    }
+
+    /// The events after the header, in their order.
+    pub fn events(&self) -> impl Iterator<Item = Event<'a>> {
+        let algorithms = self.algorithms;
+        let mut reader = Reader::new(self.events);
+        // All were read before, without an error.
+        std::iter::from_fn(move || event(&mut reader, &algorithms).ok())
+    }
+
+    /// The event that extended this PCR first.
+    #[must_use]
+    pub fn first_extension(&self, pcr: u32) -> Option<Event<'a>> {
+        self.events().find(|event| event.pcr == pcr && event.extends())
+    }
+
+    /// The values that the events give the PCRs of the SHA-256 bank.
+    #[must_use]
+    pub fn replay(&self) -> PcrValues {
+        let mut values = PcrValues::default();
+        for (pcr, value) in self.replay_bank(Bank::Sha256).into_iter().flatten().enumerate() {
+            if let Ok(value) = value.try_into() {
+                values.set(pcr, value);
+            }
+        }
+        values
+    }
+
+    /// The values that the events give the PCRs of a bank, of PCR 0 first. `None`: the log has no digests of that bank.
+    #[must_use]
+    pub fn replay_bank(&self, bank: Bank) -> Option<Vec<Vec<u8>>> {
+        self.algorithms.iter().find(|(algorithm, _)| Bank::of(*algorithm) == Some(bank))?;
+        let mut values = vec![vec![0; bank.digest().output_len()]; COUNT];
+        let mut extended = [false; COUNT];
+        let start_pcr_0 = |values: &mut Vec<Vec<u8>>, locality: u8| {
+            if let Some(last) = values.first_mut().and_then(|value| value.last_mut()) {
+                *last = locality;
+            }
+        };
+        for event in self.events() {
+            if !extended[0] {
+                if let Some(locality) = event.startup_locality() {
+                    start_pcr_0(&mut values, locality);
+                } else if event.kind == kind::EFI_HCRTM && event.pcr == 0 {
+                    start_pcr_0(&mut values, HCRTM_LOCALITY);
+                }
+            }
+            if !event.extends() {
+                continue;
+            }
+            // Both exist: the events were read before.
+            let pcr = event.pcr as usize;
+            let (Some(value), Some(digest)) = (values.get_mut(pcr), event.digest(bank)) else { continue };
+            let mut context = digest::Context::new(bank.digest());
+            context.update(value);
+            context.update(digest);
+            value.copy_from_slice(context.finish().as_ref());
+            extended[pcr] = true;
+        }
+        Some(values)
+    }
+}
+
+/// Reads the header event: which digests the log has.
+fn header(reader: &mut Reader<'_>) -> Result<Algorithms, Malformed> {
+    if reader.u32_le()? != 0 || reader.u32_le()? != kind::NO_ACTION {
+        return Err(Malformed("the log's first event is not a header"));
+    }
+    reader.take(HEADER_DIGEST)?;
+    let length = reader.u32_le()?;
+    let mut data = Reader::new(reader.take_u32(length)?);
+    if data.take(SPEC_ID.len())? != SPEC_ID {
+        return Err(Malformed("the log is not of the crypto-agile kind"));
+    }
+    data.take(8)?; // platform class, versions, size of UINTN
+    let count = data.u32_le()?;
+    if !(1..=MAX_ALGORITHMS).contains(&count) {
+        return Err(Malformed("the log has no digest algorithm, or more than 16"));
+    }
+    let mut algorithms = Algorithms::default();
+    for _ in 0..count {
+        let (algorithm, length) = (data.u16_le()?, data.u16_le()?);
+        let expected = match algorithm {
+            algorithm::SHA1 => 20..=20,
+            algorithm::SHA256 | algorithm::SM3_256 => 32..=32,
+            algorithm::SHA384 => 48..=48,
+            algorithm::SHA512 => 64..=64,
+            _ => 1..=MAX_DIGEST,
+        };
+        if !expected.contains(&length) {
+            return Err(Malformed("a digest algorithm has a wrong length"));
+        }
+        if algorithms.iter().any(|(other, _)| *other == algorithm) {
+            return Err(Malformed("the log's header names a digest algorithm twice"));
+        }
+        if let Some(entry) = algorithms.entries.get_mut(algorithms.count) {
+            *entry = (algorithm, length);
+            algorithms.count += 1;
+        }
+    }
+    let vendor = data.u8()?;
+    data.take(usize::from(vendor))?;
+    data.finish()?;
+    if !algorithms.iter().any(|(algorithm, _)| *algorithm == algorithm::SHA256) {
+        return Err(Malformed("the log has no SHA-256 digests"));
+    }
+    Ok(algorithms)
+}
+
+/// Reads one event after the header.
+fn event<'a>(reader: &mut Reader<'a>, algorithms: &Algorithms) -> Result<Event<'a>, Malformed> {
+    let (pcr, kind) = (reader.u32_le()?, reader.u32_le()?);
+    if kind != kind::NO_ACTION && pcr as usize >= COUNT {
+        return Err(Malformed("an event extends a PCR that does not exist"));
+    }
+    if reader.u32_le()? as usize != algorithms.count {
+        return Err(Malformed("an event does not have one digest for each algorithm"));
+    }
+    let mut event = Event { pcr, kind, data: &[], sha1: None, sha256: None, sha384: None };
+    let mut seen = 0_u32;
+    for _ in 0..algorithms.count {
+        let algorithm = reader.u16_le()?;
+        let entry = algorithms.iter().enumerate().find(|(_, (other, _))| *other == algorithm);
+        let (index, (_, length)) = entry.ok_or(Malformed("an event has a digest that the header does not name"))?;
+        if seen >> index & 1 == 1 {
+            return Err(Malformed("an event has a digest twice"));
+        }
+        seen |= 1 << index;
+        let digest = reader.take(usize::from(*length))?;
+        match Bank::of(algorithm) {
+            Some(Bank::Sha1) => event.sha1 = Some(digest),
+            Some(Bank::Sha256) => event.sha256 = Some(digest),
+            Some(Bank::Sha384) => event.sha384 = Some(digest),
+            None => {}
+        }
+    }
+    let length = reader.u32_le()?;
+    event.data = reader.take_u32(length)?;
+    Ok(event)
+}
+
+/// `UEFI_VARIABLE_DATA`: what firmware measures of a variable.
+fn variable_data(guid: &[u8; 16], name: &str, data: &[u8]) -> Vec<u8> {
+    let name: Vec<u8> = name.encode_utf16().flat_map(u16::to_le_bytes).collect();
+    let lengths = [name.len() as u64 / 2, data.len() as u64];
+    [&guid[..], &lengths.map(u64::to_le_bytes).concat(), &name, data].concat()
+}
+
+/// The name in `UEFI_VARIABLE_DATA`.
+fn variable_name(data: &[u8]) -> Option<Vec<u8>> {
+    let mut reader = Reader::new(data);
+    reader.take(GLOBAL_VARIABLE.len()).ok()?;
+    let characters = usize::try_from(reader.u64_le().ok()?).ok()?;
+    reader.u64_le().ok()?;
+    reader.take(characters.checked_mul(2)?).ok().map(narrowed)
+}
+
+/// Text of one or of two bytes a character, as one of one byte.
+fn narrowed(text: &[u8]) -> Vec<u8> {
+    text.iter().copied().filter(|byte| *byte != 0).collect()
+}
+
+/// The name of an event type, as the profile has it.
+fn kind_name(kind: u32) -> &'static str {
+    match kind {
+        0 => "EV_PREBOOT_CERT",
+        1 => "EV_POST_CODE",
+        kind::NO_ACTION => "EV_NO_ACTION",
+        kind::SEPARATOR => "EV_SEPARATOR",
+        kind::ACTION => "EV_ACTION",
+        kind::EVENT_TAG => "EV_EVENT_TAG",
+        7 => "EV_S_CRTM_CONTENTS",
+        8 => "EV_S_CRTM_VERSION",
+        9 => "EV_CPU_MICROCODE",
+        10 => "EV_PLATFORM_CONFIG_FLAGS",
+        11 => "EV_TABLE_OF_DEVICES",
+        12 => "EV_COMPACT_HASH",
+        kind::IPL => "EV_IPL",
+        14 => "EV_IPL_PARTITION_DATA",
+        15 => "EV_NONHOST_CODE",
+        16 => "EV_NONHOST_CONFIG",
+        17 => "EV_NONHOST_INFO",
+        18 => "EV_OMIT_BOOT_DEVICE_EVENTS",
+        kind::EFI_VARIABLE_DRIVER_CONFIG => "EV_EFI_VARIABLE_DRIVER_CONFIG",
+        kind::EFI_VARIABLE_BOOT => "EV_EFI_VARIABLE_BOOT",
+        0x8000_0003 => "EV_EFI_BOOT_SERVICES_APPLICATION",
+        0x8000_0004 => "EV_EFI_BOOT_SERVICES_DRIVER",
+        0x8000_0005 => "EV_EFI_RUNTIME_SERVICES_DRIVER",
+        0x8000_0006 => "EV_EFI_GPT_EVENT",
+        kind::EFI_ACTION => "EV_EFI_ACTION",
+        0x8000_0008 => "EV_EFI_PLATFORM_FIRMWARE_BLOB",
+        0x8000_0009 => "EV_EFI_HANDOFF_TABLES",
+        0x8000_000a => "EV_EFI_PLATFORM_FIRMWARE_BLOB2",
+        0x8000_000b => "EV_EFI_HANDOFF_TABLES2",
+        kind::EFI_VARIABLE_BOOT2 => "EV_EFI_VARIABLE_BOOT2",
+        kind::EFI_HCRTM => "EV_EFI_HCRTM_EVENT",
+        kind::EFI_VARIABLE_AUTHORITY => "EV_EFI_VARIABLE_AUTHORITY",
+        0x8000_00e1 => "EV_EFI_SPDM_FIRMWARE_BLOB",
+        0x8000_00e2 => "EV_EFI_SPDM_FIRMWARE_CONFIG",
+        _ => "an event of unknown type",
+    }
+}

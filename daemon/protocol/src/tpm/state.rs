@@ -1,0 +1,150 @@
+//! State: what the service needs in step 2, sealed and carried by the host, so that nothing is remembered between the steps.
+
+use ring::aead::{AES_256_GCM, Aad, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
+use ring::error::Unspecified;
+use zeroize::Zeroizing;
+
+use super::credential;
+use super::pcr::PcrSet;
+use super::reader::Reader;
+use crate::random;
+
+/// Seconds from when a State is made to when it ends.
+pub const LIFETIME_SECONDS: i64 = 120;
+
+/// What every sealed State is bound to.
+const PURPOSE: &[u8] = b"claviger-tpm-state-1";
+
+/// A session between its two steps.
+#[derive(Clone, PartialEq, Eq)]
+pub struct State {
+    /// The last second at which the State is accepted, unix time.
+    pub ends: i64,
+    /// The session's GUID, its 16 bytes as sent.
+    pub session_id: [u8; 16],
+    /// SHA-256 of the endorsement key's SubjectPublicKeyInfo.
+    pub endorsement_key: [u8; 32],
+    /// What the host's TPM recovers.
+    pub credential: Zeroizing<[u8; credential::LENGTH]>,
+    /// What the host is to quote.
+    pub selection: PcrSet,
+    /// `TPMT_PUBLIC` of the attestation key.
+    pub ak_public: Vec<u8>,
+}
+
+/// Names one sealed State, so that it is used once.
+pub type StateId = [u8; NONCE_LEN];
+
+/// A State that does not open: changed, cut, of another server or of an earlier start of it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("the State was not made by this server since it started")]
+pub struct BadState;
+
+/// The key that States are sealed under.
+pub struct StateKey(LessSafeKey);
+
+impl StateKey {
+    /// A fresh key.
+    ///
+    /// # Errors
+    /// When the system has no randomness.
+    pub fn generate() -> Result<Self, Unspecified> {
+        let key: Zeroizing<[u8; 32]> = Zeroizing::new(random::octets()?);
+        Ok(Self(LessSafeKey::new(UnboundKey::new(&AES_256_GCM, &*key)?)))
+    }
+
+    /// Seals a State. Nonces are random: 2^32 States under one key are safe, and no key lives long enough for that many.
+    ///
+    /// # Errors
+    /// When the system has no randomness.
+    pub fn seal(&self, state: &State) -> Result<Vec<u8>, Unspecified> {
+        let nonce: StateId = random::octets()?;
+        let mut plain = Zeroizing::new(Vec::with_capacity(128 + state.ak_public.len()));
+        plain.extend_from_slice(&state.ends.to_be_bytes());
+        plain.extend_from_slice(&state.session_id);
+        plain.extend_from_slice(&state.endorsement_key);
+        plain.extend_from_slice(&*state.credential);
+        plain.extend_from_slice(&state.selection.to_selection());
+        plain.extend_from_slice(&state.ak_public);
+        let tag = self.0.seal_in_place_separate_tag(
+            Nonce::assume_unique_for_key(nonce),
+            Aad::from(PURPOSE),
+            plain.as_mut_slice(),
+        )?;
+        Ok([&nonce[..], &plain, tag.as_ref()].concat())
+    }
+
+    /// Opens what [`Self::seal`] made. Whether it is over is the caller's to ask.
+    ///
+    /// # Errors
+    /// [`BadState`].
+    pub fn open(&self, sealed: &[u8]) -> Result<(StateId, State), BadState> {
+        let (nonce, rest) = sealed.split_first_chunk::<NONCE_LEN>().ok_or(BadState)?;
+        let mut plain = Zeroizing::new(rest.to_vec());
+        let plain = self.0.open_in_place(Nonce::assume_unique_for_key(*nonce), Aad::from(PURPOSE), &mut plain);
+        let state = read(plain.map_err(|_| BadState)?).ok_or(BadState)?;
+        Ok((*nonce, state))
+    }
+}
+
+impl std::fmt::Debug for StateKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("StateKey").finish_non_exhaustive()
+    }
+}
+
+impl std::fmt::Debug for State {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("State").field("ends", &self.ends).field("selection", &self.selection).finish_non_exhaustive()
+    }
+}
+
+fn read(plain: &[u8]) -> Option<State> {
+    fn field<const N: usize>(reader: &mut Reader<'_>) -> Option<[u8; N]> {
+        reader.take(N).ok()?.try_into().ok()
+    }
+    let mut reader = Reader::new(plain);
+    Some(State {
+        ends: i64::from_be_bytes(field(&mut reader)?),
+        session_id: field(&mut reader)?,
+        endorsement_key: field(&mut reader)?,
+        credential: Zeroizing::new(field(&mut reader)?),
+        selection: PcrSet::from_selection(&field::<10>(&mut reader)?).ok()?,
+        ak_public: reader.rest().to_vec(),
+    })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn state() -> State {
+        State {
+            ends: 1_800_000_120,
+            session_id: [1; 16],
+            endorsement_key: [2; 32],
+            credential: Zeroizing::new([3; 32]),
+            selection: PcrSet::ALWAYS,
+            ak_public: vec![4; 400],
+        }
+    }
+
+    #[test]
+    fn a_state_opens_as_it_was_sealed_and_only_so() {
+        let key = StateKey::generate().unwrap();
+        let sealed = key.seal(&state()).unwrap();
+        let (id, opened) = key.open(&sealed).unwrap();
+        assert_eq!(opened, state());
+        assert_ne!(id, key.open(&key.seal(&state()).unwrap()).unwrap().0);
+        assert!(sealed.windows(8).all(|part| part != [3; 8]));
+        for at in 0..sealed.len() {
+            let mut changed = sealed.clone();
+            changed[at] ^= 1;
+            assert_eq!(key.open(&changed), Err(BadState), "byte {at}");
+            assert_eq!(key.open(&sealed[..at]), Err(BadState), "{at} bytes");
+        }
+        assert_eq!(StateKey::generate().unwrap().open(&sealed), Err(BadState));
+        assert!(!format!("{:?} {key:?}", state()).contains("3, 3"));
+    }
+}
