@@ -30,6 +30,7 @@ use crate::rsa_key::{KeyError, RsaPrivateKey, RsaPublicKey, SignError, pem_decod
 
 const COMMON_NAME: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.5.4.3");
 const SERIAL_NUMBER: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.5.4.5");
+const ORGANIZATIONAL_UNIT: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.5.4.11");
 const EXTENSION_REQUEST: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.113549.1.9.14");
 const SHA256_WITH_RSA: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.113549.1.1.11");
 
@@ -145,6 +146,7 @@ pub struct Certificate {
     serial: Vec<u8>,
     common_name: Option<String>,
     subject_serial_number: Option<String>,
+    organizational_unit: Option<String>,
     key_usage: KeyUsage,
     extended_key_usages: Vec<ObjectIdentifier>,
     subject_key_id: Option<Vec<u8>>,
@@ -199,6 +201,7 @@ impl Certificate {
             serial: parsed.raw_serial().to_vec(),
             common_name: attribute(parsed.subject(), COMMON_NAME),
             subject_serial_number: attribute(parsed.subject(), SERIAL_NUMBER),
+            organizational_unit: attribute(parsed.subject(), ORGANIZATIONAL_UNIT),
             key_usage: key_usage.map_or(KeyUsage::default(), |usage| KeyUsage(usage.0.bits())),
             extended_key_usages: extended.map_or_else(Vec::new, |usages| usages.0),
             subject_key_id: key_id.map(|id| id.0.into_bytes().into_vec()),
@@ -284,6 +287,12 @@ impl Certificate {
     #[must_use]
     pub fn subject_serial_number(&self) -> Option<&str> {
         self.subject_serial_number.as_deref()
+    }
+
+    /// The subject's (first) organizational unit, 2.5.4.11.
+    #[must_use]
+    pub fn organizational_unit(&self) -> Option<&str> {
+        self.organizational_unit.as_deref()
     }
 
     /// Whether the certificate names all these usages. One without the extension names none.
@@ -378,20 +387,23 @@ fn signature_algorithm(identifier: &ParsedAlgorithm<'_>) -> Option<SignatureAlgo
     }
 }
 
-/// A subject's or issuer's name: a common name, and perhaps a `serialNumber` attribute.
-#[derive(Clone, PartialEq, Eq, Debug)]
+/// A subject's or issuer's name: a common name, and perhaps a `serialNumber` attribute and an organizational unit, in this
+/// order.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct DistinguishedName {
     /// 2.5.4.3, written as a UTF-8 string; not empty.
     pub common_name: String,
     /// 2.5.4.5, written as a printable string.
     pub serial_number: Option<String>,
+    /// 2.5.4.11, written as a UTF-8 string.
+    pub organizational_unit: Option<String>,
 }
 
 impl DistinguishedName {
     /// A name of a common name only.
     #[must_use]
     pub fn new(common_name: impl Into<String>) -> Self {
-        Self { common_name: common_name.into(), serial_number: None }
+        Self { common_name: common_name.into(), ..Self::default() }
     }
 
     /// The DER of the name.
@@ -402,12 +414,18 @@ impl DistinguishedName {
         if self.common_name.is_empty() {
             return Err(BuildError::Name("the common name is empty"));
         }
-        let mut names = Vec::with_capacity(2);
+        let mut names = Vec::with_capacity(3);
         names.push(single(COMMON_NAME, Any::new(Tag::Utf8String, self.common_name.as_bytes())?)?);
         if let Some(serial) = &self.serial_number {
             let serial = PrintableString::new(serial)
                 .map_err(|_| BuildError::Name("the serial number has characters that are not printable-string ones"))?;
             names.push(single(SERIAL_NUMBER, Any::encode_from(&serial)?)?);
+        }
+        if let Some(unit) = &self.organizational_unit {
+            if unit.is_empty() {
+                return Err(BuildError::Name("the organizational unit is empty"));
+            }
+            names.push(single(ORGANIZATIONAL_UNIT, Any::new(Tag::Utf8String, unit.as_bytes())?)?);
         }
         Ok(names.to_der()?)
     }
@@ -635,7 +653,11 @@ mod tests {
 
     fn template() -> Template {
         Template {
-            subject: DistinguishedName { common_name: "Näme".to_owned(), serial_number: Some("00ff".to_owned()) },
+            subject: DistinguishedName {
+                common_name: "Näme".to_owned(),
+                serial_number: Some("00ff".to_owned()),
+                organizational_unit: Some("ünit".to_owned()),
+            },
             issuer_der: None,
             key: key(0).public().clone(),
             serial: random_serial().unwrap(),
@@ -658,6 +680,7 @@ mod tests {
         assert_eq!(certificate.key(), key(0).public());
         assert_eq!(certificate.common_name(), Some("Näme"));
         assert_eq!(certificate.subject_serial_number(), Some("00ff"));
+        assert_eq!(certificate.organizational_unit(), Some("ünit"));
         assert_eq!(certificate.subject_der(), template.subject.to_der().unwrap());
         assert_eq!(certificate.issuer_der(), certificate.subject_der());
         assert_eq!((certificate.not_before(), certificate.not_after()), (1_700_000_000, 1_700_000_100));

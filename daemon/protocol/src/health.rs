@@ -51,11 +51,42 @@ pub fn issue(
     content: ResultType,
     now: i64,
 ) -> Result<ToBeSigned, BuildError> {
+    template(signer, host_name, host_key, identity_key, content, now)?.to_be_signed()
+}
+
+/// The same for a host that proved by its TPM what it booted: its endorsement key is in the host key's place, and the
+/// certificate names the baseline that matched.
+///
+/// # Errors
+/// As [`issue`]; [`BuildError::Name`] for an empty baseline name, too.
+pub fn issue_measured(
+    signer: &Certificate,
+    host_name: &str,
+    endorsement_key: &RsaPublicKey,
+    baseline: &str,
+    identity_key: &RsaPublicKey,
+    content: ResultType,
+    now: i64,
+) -> Result<ToBeSigned, BuildError> {
+    let mut template = template(signer, host_name, endorsement_key, identity_key, content, now)?;
+    template.subject.organizational_unit = Some(baseline.to_owned());
+    template.to_be_signed()
+}
+
+fn template(
+    signer: &Certificate,
+    host_name: &str,
+    host_key: &RsaPublicKey,
+    identity_key: &RsaPublicKey,
+    content: ResultType,
+    now: i64,
+) -> Result<Template, BuildError> {
     let not_before = now.saturating_sub(BACKDATED_SECONDS);
-    Template {
+    Ok(Template {
         subject: DistinguishedName {
             common_name: host_name.to_owned(),
             serial_number: Some(HEXLOWER.encode(&host_key.spki_sha256())),
+            organizational_unit: None,
         },
         issuer_der: Some(signer.subject_der().to_vec()),
         key: identity_key.clone(),
@@ -67,8 +98,7 @@ pub fn issue(
         ca: None,
         subject_key_id: None,
         authority_key_id: signer.subject_key_id().map(<[u8]>::to_vec),
-    }
-    .to_be_signed()
+    })
 }
 
 /// What the attestation signer's own certificate says: self-signed, and named after its key, so that two signers never
@@ -98,8 +128,10 @@ pub fn signer_template(key: &RsaPublicKey, not_before: i64, not_after: i64) -> R
 pub struct HealthClaims {
     /// The name the host is registered by.
     pub host_name: String,
-    /// SHA-256 of the host key's SubjectPublicKeyInfo, lower-case hex.
+    /// SHA-256 of the SubjectPublicKeyInfo of the host key or endorsement key, lower-case hex.
     pub host_key_sha256: String,
+    /// The baseline that the host's measurements matched; `None` for a host that attested by a host key.
+    pub baseline: Option<String>,
     /// The host's identity key: what is released is encrypted to it.
     pub key: RsaPublicKey,
     /// SHA-256 of that key's SubjectPublicKeyInfo, lower-case hex.
@@ -112,6 +144,14 @@ pub struct HealthClaims {
     pub not_after: i64,
     /// Thumbprint of the attestation signer that issued it: it is as good as that signer.
     pub signer: [u8; 32],
+}
+
+impl HealthClaims {
+    /// When the certificate was issued, unix time.
+    #[must_use]
+    pub fn issued(&self) -> i64 {
+        self.not_before.saturating_add(BACKDATED_SECONDS)
+    }
 }
 
 /// Why a health certificate is not accepted.
@@ -166,6 +206,7 @@ pub fn check(der: &[u8], signers: &[Certificate], now: i64) -> Result<HealthClai
     Ok(HealthClaims {
         host_name: host_name.to_owned(),
         host_key_sha256: host_key.to_owned(),
+        baseline: certificate.organizational_unit().map(str::to_owned),
         key: certificate.key().clone(),
         key_sha256: HEXLOWER.encode(&certificate.key().spki_sha256()),
         serial: HEXLOWER.encode(certificate.serial()),
@@ -210,6 +251,24 @@ mod tests {
         assert!(parsed.has_key_usage(KeyUsage::KEY_ENCIPHERMENT | KeyUsage::DATA_ENCIPHERMENT));
         assert!(!parsed.has_key_usage(KeyUsage::DIGITAL_SIGNATURE));
         assert_ne!(der, certificate(ResultType::EncryptionCertificate));
+    }
+
+    #[test]
+    fn a_measured_host_s_certificate_names_its_baseline() {
+        let content = ResultType::EncryptionCertificate;
+        let made =
+            |baseline| issue_measured(&signer(0), "host-1", key(1).public(), baseline, key(2).public(), content, NOW);
+        let der = made("fleet-2026").unwrap().sign_with(key(0)).unwrap();
+        let claims = check(&der, &[signer(0)], NOW).unwrap();
+        assert_eq!(claims.baseline.as_deref(), Some("fleet-2026"));
+        assert_eq!((claims.host_name.as_str(), claims.issued()), ("host-1", NOW));
+        // CN, serialNumber, OU: in this order.
+        let subject = Certificate::parse(&der).unwrap().subject_der().to_vec();
+        let at = |oid: &[u8]| subject.windows(oid.len()).position(|part| part == oid).unwrap();
+        assert!(at(&[0x55, 4, 3]) < at(&[0x55, 4, 5]) && at(&[0x55, 4, 5]) < at(&[0x55, 4, 11]));
+        assert!(matches!(made(""), Err(BuildError::Name(_))));
+        let plain = check(&certificate(content), &[signer(0)], NOW).unwrap();
+        assert_eq!(plain.baseline, None);
     }
 
     #[test]

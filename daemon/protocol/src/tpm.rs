@@ -14,9 +14,11 @@
 //! | the quote and the PCRs that it covers | [`quote`], [`pcr`] |
 //! | the log of what was booted, and its replay | [`log`] |
 //! | policies and baselines | [`policy`] |
+//! | what differs between two boots | [`compare`] |
 //! | step 2 as a whole | [`evidence`] |
 //! | a TPM in software, for load generators and tests | [`software`] |
 
+pub mod compare;
 pub mod context;
 pub mod credential;
 pub mod evidence;

@@ -6,10 +6,11 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use claviger_protocol::rsa_key::{RsaPrivateKey, RsaPublicKey};
+use claviger_protocol::tpm::compare::differences;
 use claviger_protocol::tpm::context::{self, Context, Kind};
 use claviger_protocol::tpm::credential::{self, Protected};
 use claviger_protocol::tpm::evidence::{self, Evidence, EvidenceError, qualifying_data};
-use claviger_protocol::tpm::log::{Bank, Log};
+use claviger_protocol::tpm::log::{Bank, Log, LogWriter, short_boot};
 use claviger_protocol::tpm::pcr::{PcrSet, PcrValues};
 use claviger_protocol::tpm::policy::{Baseline, Policy, judge, selection};
 use claviger_protocol::tpm::public::{self, AttestationKey};
@@ -331,6 +332,21 @@ fn pcr_0_starts_where_the_log_says() {
 }
 
 #[test]
+fn a_log_that_is_written_here_is_one() {
+    assert_eq!(LogWriter::new().finish(), Writer::new(&[SHA256]).bytes);
+    let bytes = short_boot("firmware 1", "kernel 1");
+    let log = Log::parse(&bytes).unwrap();
+    assert!(log.events().all(|event| event.proves_data()));
+    assert!(log.first_extension(7).unwrap().is_secure_boot_on());
+    let differs = |other: &[u8]| {
+        let (one, other) = (log.replay(), Log::parse(other).unwrap().replay());
+        (0..24).filter(|pcr| one.get(*pcr) != other.get(*pcr)).collect::<Vec<_>>()
+    };
+    assert_eq!(differs(&short_boot("firmware 1", "kernel 2")), [4]);
+    assert_eq!(differs(&short_boot("firmware 2", "kernel 1")), [0]);
+}
+
+#[test]
 fn what_is_not_exactly_a_log_is_refused() {
     let refused = |bytes: &[u8], why: &str| {
         let error = Log::parse(bytes).unwrap_err().to_string();
@@ -394,6 +410,30 @@ fn events_are_described_in_printable_words() {
     let hostile = Writer::new(&[SHA256]).event(7, 0x8000_0007, 1, b"\x1b[2J<script>\n").bytes;
     let hostile = Log::parse(&hostile).unwrap().events().next().unwrap().describe();
     assert_eq!(hostile, "EV_EFI_ACTION [2J<script> (as the log says)");
+}
+
+#[test]
+fn what_differs_between_two_boots_is_told_by_events() {
+    let (before, after) = (boot("ovmf-sb-direct-kernel"), boot("ovmf-sb-uki"));
+    let (before, after) = (Log::parse(&before).unwrap(), Log::parse(&after).unwrap());
+    for pcr in 0..24 {
+        assert_eq!(differences(pcr, Some(&after), &after), []);
+    }
+    assert_eq!(differences(0, Some(&before), &after), []);
+    let secure_boot: Vec<_> =
+        differences(7, Some(&before), &after).into_iter().map(|of| (of.is_new, of.description)).collect();
+    assert_eq!(secure_boot, [(true, "EV_EFI_VARIABLE_AUTHORITY db".to_owned())]);
+    let gone = differences(7, Some(&after), &before);
+    assert!(gone.len() == 1 && !gone[0].is_new, "{gone:?}");
+    let all = differences(4, None, &after);
+    assert!(all.iter().all(|of| of.is_new) && all.len() == 3, "{all:?}");
+    // The same event twice is one more than once.
+    let once = Writer::new(&[SHA256]).event(4, SEPARATOR, 1, b"");
+    let twice = once.clone().event(4, SEPARATOR, 1, b"");
+    let (once, twice) = (Log::parse(&once.bytes).unwrap(), Log::parse(&twice.bytes).unwrap());
+    assert_eq!(differences(4, Some(&once), &twice).len(), 1);
+    let long = (0..1000).fold(Writer::new(&[SHA256]), |log, _| log.event(4, SEPARATOR, 1, b""));
+    assert_eq!(differences(4, None, &Log::parse(&long.bytes).unwrap()).len(), 64);
 }
 
 // --- Evidence ---

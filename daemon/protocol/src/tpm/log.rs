@@ -261,6 +261,66 @@ impl<'a> Log<'a> {
     }
 }
 
+/// Writes a log with SHA-256 digests, for TPMs in software and demonstrations.
+#[derive(Clone, Debug)]
+pub struct LogWriter(Vec<u8>);
+
+impl LogWriter {
+    /// A log without events.
+    #[must_use]
+    pub fn new() -> Self {
+        let mut header = SPEC_ID.to_vec();
+        // Platform class, version 2.0, size of UINTN, one algorithm and its length, no vendor information.
+        header.extend_from_slice(&[0, 0, 0, 0, 0, 2, 0, 2, 1, 0, 0, 0, 0x0b, 0, 32, 0, 0]);
+        let mut log = [[0; 4], kind::NO_ACTION.to_le_bytes()].concat();
+        log.extend_from_slice(&[0; HEADER_DIGEST]);
+        log.extend_from_slice(&(header.len() as u32).to_le_bytes());
+        log.extend_from_slice(&header);
+        Self(log)
+    }
+
+    /// Adds an event of this type whose data is what was measured.
+    #[must_use]
+    pub fn measured(mut self, pcr: u32, kind: u32, data: &[u8]) -> Self {
+        for field in [pcr, kind, 1] {
+            self.0.extend_from_slice(&field.to_le_bytes());
+        }
+        self.0.extend_from_slice(&algorithm::SHA256.to_le_bytes());
+        self.0.extend_from_slice(&sha256(data));
+        self.0.extend_from_slice(&(data.len() as u32).to_le_bytes());
+        self.0.extend_from_slice(data);
+        self
+    }
+
+    /// The log.
+    #[must_use]
+    pub fn finish(self) -> Vec<u8> {
+        self.0
+    }
+}
+
+impl Default for LogWriter {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// The log of a short boot with Secure Boot on: the firmware of this version starts a loader, which starts a kernel.
+#[must_use]
+pub fn short_boot(firmware: &str, kernel: &str) -> Vec<u8> {
+    const CRTM_VERSION: u32 = 8;
+    let secure_boot = variable_data(&GLOBAL_VARIABLE, "SecureBoot", &[1]);
+    let log = LogWriter::new().measured(0, CRTM_VERSION, firmware.as_bytes()).measured(
+        7,
+        kind::EFI_VARIABLE_DRIVER_CONFIG,
+        &secure_boot,
+    );
+    let log = (0..8).fold(log, |log, pcr| log.measured(pcr, kind::SEPARATOR, &[0; 4]));
+    log.measured(4, kind::EFI_ACTION, b"Calling EFI Application from Boot Option")
+        .measured(4, kind::IPL, kernel.as_bytes())
+        .finish()
+}
+
 /// Reads the header event: which digests the log has.
 fn header(reader: &mut Reader<'_>) -> Result<Algorithms, Malformed> {
     if reader.u32_le()? != 0 || reader.u32_le()? != kind::NO_ACTION {

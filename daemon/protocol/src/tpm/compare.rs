@@ -1,0 +1,50 @@
+//! What differs between two boots, by the events in their logs.
+
+use std::collections::HashMap;
+
+use super::log::{Bank, Event, Log};
+
+/// Most differences of a PCR that are told.
+const MOST: usize = 64;
+
+/// An event that only one of two boots has.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Difference {
+    /// Whether it is the later boot that has it.
+    pub is_new: bool,
+    /// The event's SHA-256 digest.
+    pub digest: Vec<u8>,
+    /// What it is, in printable characters.
+    pub description: String,
+}
+
+/// The events of a PCR that only one of two boots has, those of the earlier one first; at most 64. Without an earlier boot,
+/// all events of the PCR are new.
+#[must_use]
+pub fn differences(pcr: u32, before: Option<&Log<'_>>, after: &Log<'_>) -> Vec<Difference> {
+    let before: Vec<_> = before.iter().flat_map(|log| measured(log, pcr)).collect();
+    let after: Vec<_> = measured(after, pcr).collect();
+    let only = |these: &[Event<'_>], others: &[Event<'_>], is_new: bool| {
+        // Each event of the other boot stands for one of this one.
+        let mut counted: HashMap<_, usize> = HashMap::new();
+        let others = others.iter().filter_map(|event| event.digest(Bank::Sha256));
+        others.for_each(|digest| *counted.entry(digest).or_default() += 1);
+        let mut only = Vec::new();
+        for event in these {
+            let Some(digest) = event.digest(Bank::Sha256) else { continue };
+            match counted.get_mut(digest) {
+                Some(left) if *left > 0 => *left -= 1,
+                _ => only.push(Difference { is_new, digest: digest.to_vec(), description: event.describe() }),
+            }
+        }
+        only
+    };
+    let mut all = only(&before, &after, false);
+    all.extend(only(&after, &before, true));
+    all.truncate(MOST);
+    all
+}
+
+fn measured<'a>(log: &Log<'a>, pcr: u32) -> impl Iterator<Item = Event<'a>> {
+    log.events().filter(move |event| event.pcr == pcr && event.extends())
+}
