@@ -3,7 +3,7 @@
 
 PACKAGES_DEMO = softhsm2
 PACKAGES_TEST = $(PACKAGES_DEMO) opencryptoki opensc p11-kit p11-kit-modules xmlsec1 libxml2-utils openssl curl \
-  python3-cryptography python3-jsonschema python3-lxml logrotate
+  python3-cryptography python3-jsonschema python3-lxml logrotate swtpm swtpm-tools tpm2-tools
 # Only their programs are wanted.
 PACKAGES_WATCH = prometheus prometheus-alertmanager
 # C code of the cryptographic and database libraries is compiled.

@@ -51,6 +51,10 @@ pub struct Attempt {
     pub certificate: Option<String>,
     /// What a command changes, for people.
     pub change: Option<String>,
+    /// The baseline that the host's measurements matched.
+    pub baseline: Option<String>,
+    /// The policies that the host fails.
+    pub failed_policies: Vec<&'static str>,
     /// The private keys that a release used.
     pub keys: Vec<KeyRef>,
     /// The encryption certificate whose key served: the first digits of its thumbprint.
@@ -120,6 +124,8 @@ impl Attempt {
             owner: None,
             certificate: None,
             change: None,
+            baseline: None,
+            failed_policies: Vec::new(),
             keys: Vec::new(),
             certificate_used: None,
             queued: None,
@@ -162,7 +168,19 @@ impl Attempt {
         let (host, known, address) = (self.host.clone(), self.known, self.address);
         let (started, deadline) = (self.started, self.deadline);
         let (identity_key, health_serial) = (self.identity_key.clone(), self.health_serial.clone());
-        Self { host, known, address, identity_key, health_serial, started, deadline, caller, ..Self::new(request) }
+        let baseline = self.baseline.clone();
+        Self {
+            host,
+            known,
+            address,
+            identity_key,
+            health_serial,
+            baseline,
+            started,
+            deadline,
+            caller,
+            ..Self::new(request)
+        }
     }
 
     /// The network that it came from.
@@ -220,6 +238,7 @@ impl Attempt {
         self.host = Some(claims.host_name.clone());
         self.identity_key = Some(claims.key_sha256.clone());
         self.health_serial = Some(claims.serial.clone());
+        self.baseline.clone_from(&claims.baseline);
     }
 
     /// Notes a member that worked on the request.
@@ -255,6 +274,8 @@ impl Attempt {
             guardian_key: self.guardian_key.clone(),
             certificate: self.certificate.clone(),
             change: self.change.clone(),
+            baseline: self.baseline.clone(),
+            failed_policies: self.failed_policies.clone(),
             hsm: self.hsm.clone(),
             ms: standstill::since(self.started).as_micros() as f64 / 1e3,
         }

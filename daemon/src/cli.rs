@@ -2,6 +2,7 @@
 //! tenant's commands, which ask nobody and work on files.
 
 pub mod audit;
+mod baselines;
 pub mod guardian;
 pub mod host;
 mod hosts;
@@ -27,6 +28,7 @@ use crate::keys::RSA_BITS;
 use crate::print::{note, say};
 use crate::state::{Labels, StateError};
 
+pub use baselines::{Baselines, baselines};
 pub use hosts::{Hosts, hosts};
 pub use hsm::{Hsm, hsm};
 pub use keys::{Keys, keys};

@@ -1,5 +1,6 @@
 //! What an administrator can ask of a running daemon, through its socket.
 
+mod baselines;
 mod hosts;
 mod hsm;
 mod keys;
@@ -18,6 +19,7 @@ use crate::audit::SUCCESS;
 use crate::service::{ChangeError, Service, request_id};
 use crate::state::{Kind, Labels, State, StateError, check_host_name};
 
+pub use baselines::{Checked, Compared, Differs, MeasuredEvent, Pcrs, PolicyShown, Shown as ShownBaseline};
 pub use secret::Secret;
 pub use signers::{Revoked, Rotated, Shown, Standing};
 pub use transfer::Document;
@@ -36,6 +38,75 @@ pub enum Command {
         /// What is said of it.
         #[serde(default)]
         labels: Labels,
+    },
+    /// Registers a host by the endorsement key of its TPM.
+    #[serde(rename = "hosts.add-tpm")]
+    AddTpmHost {
+        /// Its name.
+        name: String,
+        /// The endorsement key's certificate, and those that lead from it to a root of its maker: DER, base64.
+        #[serde(default)]
+        certificates: Vec<String>,
+        /// Instead of them the bare key, which the administrator vouches for: SubjectPublicKeyInfo in DER, base64.
+        #[serde(default)]
+        public_key: Option<String>,
+        /// What is said of it.
+        #[serde(default)]
+        labels: Labels,
+    },
+    /// What the policies say of what a host proved last.
+    #[serde(rename = "hosts.check")]
+    CheckHost {
+        /// Its name.
+        name: String,
+    },
+    /// All baselines.
+    #[serde(rename = "baselines.list")]
+    ListBaselines,
+    /// One baseline, with what was measured.
+    #[serde(rename = "baselines.show")]
+    ShowBaseline {
+        /// Its name.
+        name: String,
+    },
+    /// Takes a baseline from what a host proved last.
+    #[serde(rename = "baselines.capture")]
+    CaptureBaseline {
+        /// Its name.
+        name: String,
+        /// The host's name.
+        host: String,
+        /// PCRs besides 0, 2, 4 and 7.
+        #[serde(default)]
+        pcrs: Vec<usize>,
+        /// Takes PCRs that were not quoted from the event log.
+        #[serde(default)]
+        from_log: bool,
+    },
+    /// Adds a baseline.
+    #[serde(rename = "baselines.add")]
+    AddBaseline {
+        /// Its name.
+        name: String,
+        /// Its values.
+        pcrs: Pcrs,
+        /// The event log behind them, base64.
+        #[serde(default)]
+        log: Option<String>,
+    },
+    /// Enables a baseline, or disables it, which stops its hosts at once.
+    #[serde(rename = "baselines.enable")]
+    EnableBaseline {
+        /// Its name.
+        name: String,
+        /// Which of the two.
+        enabled: bool,
+    },
+    /// Removes a baseline, which stops its hosts at once.
+    #[serde(rename = "baselines.remove")]
+    RemoveBaseline {
+        /// Its name.
+        name: String,
     },
     /// Removes a host, which stops its releases at once.
     #[serde(rename = "hosts.remove")]
@@ -241,6 +312,18 @@ pub async fn handle(service: Arc<Service>, request: Value, peer: Peer) -> Result
     let service = &service;
     match command {
         Command::AddHost { name, public_key, labels } => hosts::add(service, name, &public_key, labels, peer).await,
+        Command::AddTpmHost { name, certificates, public_key, labels } => {
+            hosts::add_tpm(service, name, &certificates, public_key.as_deref(), labels, peer).await
+        }
+        Command::CheckHost { name } => baselines::check(service, name).await,
+        Command::ListBaselines => baselines::list(service).await,
+        Command::ShowBaseline { name } => baselines::show(service, name).await,
+        Command::CaptureBaseline { name, host, pcrs, from_log } => {
+            baselines::capture(service, name, host, pcrs, from_log, peer).await
+        }
+        Command::AddBaseline { name, pcrs, log } => baselines::add(service, name, &pcrs, log.as_deref(), peer).await,
+        Command::EnableBaseline { name, enabled } => baselines::enable(service, name, enabled, peer).await,
+        Command::RemoveBaseline { name } => baselines::remove(service, name, peer).await,
         Command::RemoveHost { name } => hosts::remove(service, name, peer).await,
         Command::EnableHost { name, enabled } => hosts::enable(service, name, enabled, peer).await,
         Command::LabelHost { name, add, remove } => hosts::label(service, name, add, remove, peer).await,
@@ -288,7 +371,7 @@ pub async fn handle(service: Arc<Service>, request: Value, peer: Peer) -> Result
 /// # Errors
 /// A sentence for a person.
 pub async fn review(service: Arc<Service>, request: Value, peer: Peer) -> Result<Value, String> {
-    let reads = |name: &str| [".list", ".show", ".status"].iter().any(|end| name.ends_with(end));
+    let reads = |name: &str| [".list", ".show", ".status", ".check"].iter().any(|end| name.ends_with(end));
     if !request["command"].as_str().is_some_and(reads) {
         return Err("this socket only answers what changes nothing; use admin.sock for this".to_owned());
     }
@@ -468,10 +551,10 @@ mod tests {
         assert!(ask(json!({"command": "hosts.label", "name": "node", "add": ["a b"]})).await.is_err());
         let fewer = ask(json!({"command": "hosts.label", "name": "NODE", "remove": ["b", "c"]})).await.unwrap();
         assert_eq!(fewer["labels"], json!(["a=1"]));
-        assert!(service.hosts.load().by_key(key().public().spki_der()).is_some());
+        assert!(service.hosts.load().by_host_key(key().public().spki_der()).is_some());
         let disabled = ask(json!({"command": "hosts.enable", "name": "node", "enabled": false})).await.unwrap();
         assert_eq!(disabled["enabled"], json!(false));
-        assert!(service.hosts.load().by_key(key().public().spki_der()).is_none());
+        assert!(service.hosts.load().by_host_key(key().public().spki_der()).is_none());
         let lines = trail(&service);
         let said: Vec<_> = lines.iter().map(|l| (l["event"].as_str().unwrap(), l["change"].as_str())).collect();
         let label = |change| ("hosts.label", Some(change));

@@ -32,7 +32,7 @@ pub struct Config {
     pub hsm: Vec<Hsm>,
     /// How releases are queued and timed.
     pub release: Release,
-    /// What attestations may cost.
+    /// How hosts prove themselves, and what that may cost.
     pub attest: Attest,
     /// How the audit trail is written.
     pub audit: Audit,
@@ -435,10 +435,29 @@ impl Release {
     }
 }
 
-/// `[attest]`: what attestations may cost.
+/// How hosts prove themselves.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum AttestMode {
+    /// By a registered host key.
+    #[default]
+    HostKey,
+    /// By their TPM: what they booted.
+    Tpm,
+}
+
+/// `[attest]`: how hosts prove themselves, and what that may cost.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Attest {
+    /// What hosts attest with: `"host-key"`, or `"tpm"`, where they prove by their TPM that they booted what an administrator
+    /// accepted as a baseline. In TPM mode the health certificates of host-key mode open nothing. Default: `"host-key"`.
+    pub mode: AttestMode,
+    /// Folder with the root certificates of TPM makers, PEM or DER, which the certificates of endorsement keys have to lead
+    /// to when hosts are registered by them. Every certificate in it is trusted. Default: none, and no host can be registered
+    /// by such a certificate.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vendor_roots: Option<PathBuf>,
     /// Attestations a second that one host may ask for from one address (IPv6: from one /64 network) in the long run, 0 to
     /// 1,000,000; more are refused at once. A host attests when it starts, and once in eight hours. 0 is no limit.
     /// Default: 5.
@@ -453,7 +472,7 @@ pub struct Attest {
 
 impl Default for Attest {
     fn default() -> Self {
-        Self { host_rate: 5, host_burst: 1_000, concurrency: 0 }
+        Self { mode: AttestMode::HostKey, vendor_roots: None, host_rate: 5, host_burst: 1_000, concurrency: 0 }
     }
 }
 
@@ -599,6 +618,7 @@ impl Config {
             tls.client_ca.as_mut().map(absolute);
         }
         self.server.sockets.as_mut().map(absolute);
+        self.attest.vendor_roots.as_mut().map(absolute);
         for hsm in &mut self.hsm {
             absolute(&mut hsm.module);
             if let Some(pin_file) = &mut hsm.pin_file {

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use claviger_hsm::{CallTimeouts, Cluster, HsmError, MemberConfig, Pin, TokenRef, WorkerProgram, standstill};
+use claviger_protocol::tpm::policy::Policy;
 use hyper::service::service_fn;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -171,6 +172,7 @@ impl Daemon {
             release_outcomes: &release::outcomes(),
             apis: &["v1.0", "v2.0"],
             attestation_outcomes: &routes::attestation_outcomes(),
+            policies: &Policy::ALL.map(Policy::name),
             drop_reasons: &Dropped::ALL.map(Dropped::as_str),
             resources: &routes::resources(),
             body_refusals: &intake::refusals(),
@@ -308,6 +310,7 @@ async fn follow_state(service: Arc<Service>) {
         let of = service.clone();
         let followed = tokio::task::spawn_blocking(move || {
             of.usage.flush(unix_now());
+            of.evidence.flush();
             of.follow().map_err(|error| error.to_string())
         });
         let result = followed.await.unwrap_or_else(|error| Err(error.to_string()));

@@ -1,14 +1,16 @@
-//! A guarded host, as the service sees one: attests with its host key, then exchanges protectors for keys.
+//! A guarded host, as the service sees one: attests with its host key or by its TPM, then exchanges protectors for keys.
 //!
 //! [`Host`] asks one server. [`services`] asks several, as [`fallback`] says; [`store`] is what a host keeps on disk.
 
 pub mod fallback;
 pub mod services;
 pub mod store;
+pub mod tpm;
 
 use std::sync::Arc;
 
 use claviger_protocol::algorithm::{HostAlgorithms, KeyWrapping, Oaep, Sealing, SignatureAlgorithm};
+use claviger_protocol::attestation::tpm::{first_request, parse_continue_reply, second_request};
 use claviger_protocol::attestation::{self, ReceivedError};
 use claviger_protocol::error::Refusal;
 use claviger_protocol::health::ResultType;
@@ -20,13 +22,38 @@ use claviger_protocol::verify::{self, KnownCertificates};
 use hyper::header::RETRY_AFTER;
 use ring::rand::{SecureRandom, SystemRandom};
 
+use self::tpm::{Session, TpmError, TpmPlace};
 use crate::client::{Client, ClientError, Reply};
+
+/// Where hosts attest, by what they attest with.
+const HOST_KEY_ATTEST: &str = "/Attestation/v2.0/hostkeyattest";
+const TPM_ATTEST: &str = "/Attestation/v2.0/attest";
+
+/// What a host attests with.
+#[derive(Clone)]
+pub enum Proof {
+    /// The key that it is registered with.
+    HostKey(Arc<RsaPrivateKey>),
+    /// Its TPM, whose endorsement key it is registered with.
+    Tpm(TpmPlace),
+}
+
+impl From<RsaPrivateKey> for Proof {
+    fn from(key: RsaPrivateKey) -> Self {
+        Self::HostKey(Arc::new(key))
+    }
+}
+
+impl From<Arc<RsaPrivateKey>> for Proof {
+    fn from(key: Arc<RsaPrivateKey>) -> Self {
+        Self::HostKey(key)
+    }
+}
 
 /// A host with its two keys.
 pub struct Host {
     client: Client,
-    /// What it is registered with.
-    host_key: Arc<RsaPrivateKey>,
+    proof: Proof,
     /// What its health certificates are made over, and keys are encrypted to.
     identity_key: Arc<RsaPrivateKey>,
 }
@@ -71,6 +98,9 @@ pub enum HostError {
     /// The host's own keys do not work.
     #[error("the host's keys: {0}")]
     Key(String),
+    /// The host's TPM does not work, or its event log cannot be read.
+    #[error(transparent)]
+    Tpm(#[from] TpmError),
 }
 
 /// What a host keeps of a release.
@@ -84,8 +114,8 @@ pub struct Unwrapped {
 impl Host {
     /// A host that talks to the service behind `client`.
     #[must_use]
-    pub fn new(client: Client, host_key: impl Into<Arc<RsaPrivateKey>>, identity_key: Arc<RsaPrivateKey>) -> Self {
-        Self { client, host_key: host_key.into(), identity_key }
+    pub fn new(client: Client, proof: impl Into<Proof>, identity_key: Arc<RsaPrivateKey>) -> Self {
+        Self { client, proof: proof.into(), identity_key }
     }
 
     /// Which server it asks: for messages.
@@ -101,23 +131,51 @@ impl Host {
     pub async fn attest(&self) -> Result<Vec<u8>, HostError> {
         let mut session = [0; 16];
         SystemRandom::new().fill(&mut session).map_err(|_| HostError::Key("no randomness".to_owned()))?;
-        let (host, identity) = (self.host_key.public().spki_der(), self.identity_key.public().spki_der());
-        let signature = self
-            .host_key
-            .sign(SignatureAlgorithm::DEFAULT, &attestation::signed_octets(host, identity))
-            .map_err(|e| HostError::Key(e.to_string()))?;
-        let request =
-            attestation::host_key_request(session, &[ResultType::EncryptionCertificate], host, identity, &signature);
-        let reply = self.client.post("/Attestation/v2.0/hostkeyattest", "application/json", request).await?;
-        let unreadable = |e: attestation::ReplyError| HostError::Answer(e.to_string());
-        if reply.status != 200 {
-            let (status, retry_after) = (reply.status.as_u16(), retry_after(&reply));
-            let error = attestation::parse_error_reply(&reply.body).map_err(|_| self.foreign(&reply))?;
-            return Err(HostError::Attestation { status, reply: error, retry_after });
-        }
+        let reply = match &self.proof {
+            Proof::HostKey(key) => self.attest_with(key, session).await?,
+            Proof::Tpm(place) => self.attest_by(place.clone(), session).await?,
+        };
         let content = attestation::parse_health_certificate_reply(&reply.body).map_err(unreadable)?;
         let certificate = content.into_iter().find(|(kind, _)| *kind == ResultType::EncryptionCertificate.number());
         Ok(certificate.ok_or_else(|| HostError::Answer("no encryption certificate".to_owned()))?.1)
+    }
+
+    async fn attest_with(&self, key: &RsaPrivateKey, session: [u8; 16]) -> Result<Reply, HostError> {
+        let (host, identity) = (key.public().spki_der(), self.identity_key.public().spki_der());
+        let signature = key
+            .sign(SignatureAlgorithm::DEFAULT, &attestation::signed_octets(host, identity))
+            .map_err(|e| HostError::Key(e.to_string()))?;
+        let request = attestation::host_key_request(session, &WANTED, host, identity, &signature);
+        self.post_attestation(HOST_KEY_ATTEST, request).await
+    }
+
+    /// Both steps. What the TPM does takes its time, on a thread that may block.
+    async fn attest_by(&self, place: TpmPlace, session: [u8; 16]) -> Result<Reply, HostError> {
+        let blocked = |e: tokio::task::JoinError| HostError::Answer(e.to_string());
+        let begun = tokio::task::spawn_blocking(|| Session::begin(place)).await.map_err(blocked)??;
+        let request = first_request(session, &WANTED, begun.endorsement.content(), &begun.first_context());
+        let reply = self.post_attestation(TPM_ATTEST, request).await?;
+        let received = parse_continue_reply(&reply.body).map_err(unreadable)?;
+
+        let identity = self.identity_key.public().spki_der().to_vec();
+        let answer = tokio::task::spawn_blocking(move || {
+            let mut begun = begun;
+            let context = begun.second_context(&received, &session, &identity)?;
+            Ok::<_, TpmError>(second_request(session, &WANTED, begun.endorsement.content(), &identity, &context))
+        });
+        let request = answer.await.map_err(blocked)??;
+        self.post_attestation(TPM_ATTEST, request).await
+    }
+
+    /// Posts a request for attestation; an error reply is an error.
+    async fn post_attestation(&self, path: &str, request: Vec<u8>) -> Result<Reply, HostError> {
+        let reply = self.client.post(path, "application/json", request).await?;
+        if reply.status == 200 {
+            return Ok(reply);
+        }
+        let (status, retry_after) = (reply.status.as_u16(), retry_after(&reply));
+        let error = attestation::parse_error_reply(&reply.body).map_err(|_| self.foreign(&reply))?;
+        Err(HostError::Attestation { status, reply: error, retry_after })
     }
 
     /// Exchanges a protector for its transport key and a fresh protector, and checks that the keys are those of the two.
@@ -166,6 +224,13 @@ impl Host {
         let (server, status) = (self.server().to_owned(), reply.status.as_u16());
         HostError::Status { server, status, retry_after: retry_after(reply) }
     }
+}
+
+/// What a host asks for when it attests.
+const WANTED: [ResultType; 1] = [ResultType::EncryptionCertificate];
+
+fn unreadable(error: attestation::ReplyError) -> HostError {
+    HostError::Answer(error.to_string())
 }
 
 /// The seconds of a `Retry-After`. The other form, a date, is not of this protocol.

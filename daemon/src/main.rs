@@ -95,6 +95,9 @@ enum Command {
     /// Register, show, label, disable and remove hosts
     #[command(subcommand, after_help = "Example: claviger hosts list --config /etc/claviger/claviger.toml")]
     Hosts(cli::Hosts),
+    /// Take, add, show, enable and disable what hosts may have booted, in TPM mode
+    #[command(subcommand, after_help = "Example: claviger baselines list --config /etc/claviger/claviger.toml")]
+    Baselines(cli::Baselines),
     /// Make, add, show and choose key-protection certificates and their keys
     #[command(subcommand, after_help = "Example: claviger keys list --config /etc/claviger/claviger.toml")]
     Keys(cli::Keys),
@@ -275,6 +278,9 @@ fn run(command: Command, starting: Option<Starting>) -> Result<ExitCode, Failure
             })
         }
         Command::Hosts(command) => threads::single_thread()?.block_on(cli::hosts(command)).map(|()| ExitCode::SUCCESS),
+        Command::Baselines(command) => {
+            threads::single_thread()?.block_on(cli::baselines(command)).map(|()| ExitCode::SUCCESS)
+        }
         Command::Signers(command) => {
             threads::single_thread()?.block_on(cli::signers(command)).map(|()| ExitCode::SUCCESS)
         }

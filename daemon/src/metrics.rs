@@ -88,6 +88,8 @@ metrics! {
         "Protectors in a batch request.";
     ATTESTATIONS: Counter Count "claviger_attestations_total" ["outcome"]
         "Attestations that were answered, by outcome.";
+    ATTESTATION_POLICIES: Counter Count "claviger_attestation_policies_total" ["policy", "result"]
+        "What policies said of hosts that proved by their TPM what they booted: pass or fail.";
     ATTESTATION_DURATION: Histogram(RELEASE_SECONDS) Seconds "claviger_attestation_duration_seconds" []
         "From an attestation's arrival to its decision.";
     RESPONSES: Counter Count "claviger_http_responses_total" ["resource", "code"]
@@ -308,6 +310,8 @@ pub struct Known<'a> {
     pub apis: &'a [&'static str],
     /// The outcomes of an attestation.
     pub attestation_outcomes: &'a [&'static str],
+    /// The policies of attestation by TPM.
+    pub policies: &'a [&'static str],
     /// Why a release or an attestation may not be let in.
     pub drop_reasons: &'a [&'static str],
     /// What can be asked for at the service address.
@@ -333,6 +337,11 @@ pub fn preregister(known: &Known<'_>) {
     }
     for outcome in known.attestation_outcomes {
         counter!(ATTESTATIONS.name, "outcome" => *outcome).increment(0);
+    }
+    for policy in known.policies {
+        for result in ["pass", "fail"] {
+            counter!(ATTESTATION_POLICIES.name, "policy" => *policy, "result" => result).increment(0);
+        }
     }
     for reason in known.drop_reasons {
         counter!(QUEUE_DROPPED.name, "reason" => *reason).increment(0);
@@ -445,6 +454,12 @@ pub fn batch(items: usize) {
 pub fn attestation(outcome: &'static str, took: Duration) {
     counter!(ATTESTATIONS.name, "outcome" => outcome).increment(1);
     histogram!(ATTESTATION_DURATION.name).record(took);
+}
+
+/// Counts what a policy said of a host.
+pub fn attestation_policy(policy: &'static str, holds: bool) {
+    let result = if holds { "pass" } else { "fail" };
+    counter!(ATTESTATION_POLICIES.name, "policy" => policy, "result" => result).increment(1);
 }
 
 /// Counts an answer at the service address.

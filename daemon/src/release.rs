@@ -36,6 +36,7 @@ pub use self::decision::{decide, outcomes};
 use self::hsm::{DecryptError, Hsm, Unavailable};
 use crate::admission::{Declined, HostAt};
 use crate::attempt::Attempt;
+use crate::config::AttestMode;
 use crate::keys::{Held, Keys};
 use crate::service::{Service, Snapshot, signed_by, unix_now};
 use crate::state::Host;
@@ -290,11 +291,22 @@ pub fn healthy_host(
 /// The host of a health certificate, as it is registered.
 ///
 /// # Errors
-/// `HealthCertificateException` when it was removed or disabled, has another key, or its certificate's signer was revoked.
+/// `HealthCertificateException` when it was removed or disabled, has another key, its certificate's signer was revoked, or the
+/// baseline that its measurements matched was disabled.
 fn registered<'s>(in_force: &'s Snapshot, host: &HealthClaims) -> Result<&'s Host, Refusal> {
     // Asked again after the HSMs answered, like the rest: a signer may have been revoked meanwhile.
     if !in_force.signers.trust(&host.signer) {
         return Err(Refusal::new(Code::HealthCertificate, "health certificate: its signer is not trusted any more"));
+    }
+    let healthy = match &host.baseline {
+        Some(baseline) => in_force.baselines.allow(baseline, host.issued()),
+        // In TPM mode who holds a host key proves nothing.
+        None => in_force.config.attest.mode == AttestMode::HostKey,
+    };
+    if !healthy {
+        let why =
+            "health certificate: the baseline that its host matched is not enabled, or it names none; attest again";
+        return Err(Refusal::new(Code::HealthCertificate, why));
     }
     let registered = in_force.hosts.by_name_and_key(&host.host_name, &host.host_key_sha256);
     registered.map(Arc::as_ref).ok_or_else(|| {

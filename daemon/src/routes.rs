@@ -21,9 +21,11 @@ use tracing::{Instrument, error_span};
 use crate::attempt::{Attempt, Caller};
 use crate::attest::host_key::{self, Refused};
 use crate::attest::issued::IssuedFor;
+use crate::attest::tpm;
 use crate::audit::{Decision, NOT_RECORDED, SUCCESS};
 use crate::batch;
 use crate::bodies::{NoRoom, Room};
+use crate::config::AttestMode;
 use crate::intake::{self, Taking};
 use crate::metrics;
 use crate::network::Network;
@@ -48,8 +50,11 @@ enum Endpoint {
     RollBatch,
     Metadata,
     HostKeyAttest,
-    /// An endpoint of a mode that is not in use.
-    OtherMode,
+    TpmAttest,
+    /// TPM mode with the first version of the protocol, whose Context is not published.
+    FirstTpmAttest,
+    /// Attestation by Active Directory, which is not served.
+    DomainAttest,
     GetInfo,
     SigningCertificates,
 }
@@ -61,9 +66,9 @@ static RESOURCES: [(&str, Method, Endpoint); 10] = [
     ("/keyprotection/service/v2.0/rolltransportkeys", Method::POST, Endpoint::RollBatch),
     ("/keyprotection/service/metadata/2014-07/metadata.xml", Method::GET, Endpoint::Metadata),
     ("/attestation/v2.0/hostkeyattest", Method::POST, Endpoint::HostKeyAttest),
-    ("/attestation/v1.0/attest", Method::POST, Endpoint::OtherMode),
-    ("/attestation/v2.0/attest", Method::POST, Endpoint::OtherMode),
-    ("/attestation/v1.0/domainattest", Method::POST, Endpoint::OtherMode),
+    ("/attestation/v1.0/attest", Method::POST, Endpoint::FirstTpmAttest),
+    ("/attestation/v2.0/attest", Method::POST, Endpoint::TpmAttest),
+    ("/attestation/v1.0/domainattest", Method::POST, Endpoint::DomainAttest),
     ("/attestation/getinfo", Method::GET, Endpoint::GetInfo),
     ("/attestation/v2.0/signingcertificates", Method::GET, Endpoint::SigningCertificates),
 ];
@@ -76,7 +81,7 @@ impl Endpoint {
             Self::Roll(ApiVersion::V2) => "release_v2",
             Self::RollBatch => "release_batch",
             Self::Metadata => "metadata",
-            Self::HostKeyAttest | Self::OtherMode => "attest",
+            Self::HostKeyAttest | Self::TpmAttest | Self::FirstTpmAttest | Self::DomainAttest => "attest",
             Self::GetInfo => "info",
             Self::SigningCertificates => "signing_certificates",
         }
@@ -240,7 +245,7 @@ async fn refuse(service: &Service, asked: Asked, attempt: &Attempt, refusal: Ref
     match asked.resource.map(|(_, endpoint)| endpoint) {
         Some(Endpoint::Roll(api)) => Answer::release(decide(service, api, attempt, Err(refusal)).await),
         Some(Endpoint::RollBatch) => Answer::release(decide(service, ApiVersion::V2, attempt, Err(refusal)).await),
-        Some(Endpoint::HostKeyAttest | Endpoint::OtherMode) => {
+        Some(Endpoint::HostKeyAttest | Endpoint::TpmAttest | Endpoint::FirstTpmAttest | Endpoint::DomainAttest) => {
             let reply = match refusal.code {
                 Code::ServiceUnavailable => ErrorReply::Unavailable,
                 code => ErrorReply::Error { status: code.status() },
@@ -294,8 +299,7 @@ async fn answer(service: Arc<Service>, request: Request<Incoming>, asked: Asked,
     let answer = match endpoint {
         Endpoint::Roll(api) => roll(&service, api, &body, attempt).await,
         Endpoint::RollBatch => roll_batch(&service, &body, attempt).await,
-        Endpoint::HostKeyAttest => attest(&service, &body, attempt).await,
-        _ => other_mode(&service, &attempt).await,
+        _ => attest(&service, endpoint, &body, attempt).await,
     };
     drop(body);
     Answer { body: room.for_answer(answer.body), ..answer }
@@ -366,7 +370,7 @@ async fn document(service: &Service, endpoint: Endpoint) -> Answer {
             Err(refusal) => Answer::refused(&refusal),
         },
         Endpoint::SigningCertificates => Answer::ok(PKCS7, service.signers.load().published()),
-        _ => Answer::ok(JSON, ServiceInfoReply::new(OperationMode::HostKey).to_json()),
+        _ => Answer::ok(JSON, ServiceInfoReply::new(mode(service)).to_json()),
     }
 }
 
@@ -384,31 +388,62 @@ async fn roll_batch(service: &Arc<Service>, body: &[u8], mut attempt: Attempt) -
     }
 }
 
-/// An attestation in host-key mode: decided, recorded, counted, answered.
-async fn attest(service: &Service, body: &[u8], mut attempt: Attempt) -> Answer {
-    let result = host_key::attest(service, body, &mut attempt).await;
+/// How hosts are to prove themselves now.
+fn mode(service: &Service) -> OperationMode {
+    match service.config.load().attest.mode {
+        AttestMode::HostKey => OperationMode::HostKey,
+        AttestMode::Tpm => OperationMode::Tpm,
+    }
+}
+
+/// An attestation: decided, recorded, counted, answered.
+async fn attest(service: &Service, endpoint: Endpoint, body: &[u8], mut attempt: Attempt) -> Answer {
+    let expected = mode(service);
+    let result = match (expected, endpoint) {
+        (OperationMode::HostKey, Endpoint::HostKeyAttest) => {
+            host_key::attest(service, body, &mut attempt).await.map(|issued| (issued, true))
+        }
+        (OperationMode::Tpm, Endpoint::TpmAttest) => match tpm::attest(service, body, &mut attempt).await {
+            Ok(tpm::Progress::Issued(issued)) => Ok((issued, false)),
+            Ok(tpm::Progress::Continue(reply)) => {
+                // Nothing was decided yet, and anybody may begin: it is neither recorded nor counted as an attestation.
+                return Answer::ok(JSON, reply);
+            }
+            Err(refused) => Err(refused),
+        },
+        (OperationMode::Tpm, Endpoint::FirstTpmAttest) => {
+            let message = "the Context of version 1.0 is not published; use /Attestation/v2.0/attest";
+            Err(Refused::new(ErrorReply::Payload, message))
+        }
+        _ => {
+            let what = if expected == OperationMode::Tpm { "TPMs" } else { "host keys" };
+            let reply = ErrorReply::OperationMode { expected };
+            Err(Refused::new(reply, format!("this service attests {what}")))
+        }
+    };
     // Nothing is awaited between this and the record, as in `decide`.
-    let result = result.and_then(|issued| issued.confirm(service));
-    let granted = result.map(|(reply, unrecorded)| (Answer::ok(JSON, reply.to_json()), unrecorded));
+    let granted = result.and_then(|(issued, may_repeat)| {
+        let (reply, unrecorded) = issued.confirm(service)?;
+        let repeated = may_repeat && unrecorded.is_empty();
+        Ok(Granted { answer: Answer::ok(JSON, reply.to_json()), unrecorded, repeated })
+    });
     finish_attestation(service, &attempt, granted).await
 }
 
-async fn other_mode(service: &Service, attempt: &Attempt) -> Answer {
-    let reply = ErrorReply::OperationMode { expected: OperationMode::HostKey };
-    let refused = Refused::new(reply, "this service attests host keys");
-    finish_attestation(service, attempt, Err(refused)).await
+/// An attestation that is granted.
+struct Granted {
+    answer: Answer,
+    /// Those of its certificates that may be asked for again, and that the audit trail does not tell of yet.
+    unrecorded: Vec<IssuedFor>,
+    /// Whether the audit trail tells of all of them.
+    repeated: bool,
 }
 
-/// The decision on an attestation: recorded, counted, answered. What is granted comes with those of its certificates that the
-/// audit trail does not tell of yet.
-async fn finish_attestation(
-    service: &Service,
-    attempt: &Attempt,
-    result: Result<(Answer, Vec<IssuedFor>), Refused>,
-) -> Answer {
+/// The decision on an attestation: recorded, counted, answered.
+async fn finish_attestation(service: &Service, attempt: &Attempt, result: Result<Granted, Refused>) -> Answer {
     let outcome = result.as_ref().map_or_else(|refused| refused.reply.name(), |_| SUCCESS);
     let what = match &result {
-        Ok((_, unrecorded)) if unrecorded.is_empty() => Decision::Repeated,
+        Ok(granted) if granted.repeated => Decision::Repeated,
         _ => Decision::of(result.as_ref().err().map(|refused| refused.reply.status()), attempt.known),
     };
     let mut entry = attempt.entry("attest", outcome);
@@ -424,7 +459,7 @@ async fn finish_attestation(
             service.audit.count(&entry);
             (reply.name(), Answer::attestation_error(&reply, NOT_RECORDED))
         }
-        Ok((answer, unrecorded)) => {
+        Ok(Granted { answer, unrecorded, .. }) => {
             unrecorded.iter().for_each(|of| service.issued.recorded(of));
             note_identity(service, attempt);
             (SUCCESS, answer)
@@ -465,6 +500,9 @@ pub fn attestation_outcomes() -> Vec<&'static str> {
         ErrorReply::Payload,
         ErrorReply::Unauthorized,
         ErrorReply::OperationMode { expected: OperationMode::HostKey },
+        ErrorReply::PolicyEvaluation { reasons: Vec::new() },
+        ErrorReply::Rtpm { retryable: false },
+        ErrorReply::TcgLogValidation,
         ErrorReply::Unavailable,
     ];
     [SUCCESS].into_iter().chain(refusals.iter().map(ErrorReply::name)).collect()

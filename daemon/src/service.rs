@@ -19,16 +19,19 @@ use tokio::sync::Notify;
 
 use crate::admission::Admission;
 use crate::attempt::Attempt;
+use crate::attest::baselines::Baselines;
+use crate::attest::evidence::EvidenceStore;
 use crate::attest::health_cache::HealthCache;
 use crate::attest::issued::RecentlyIssued;
 use crate::attest::signer::{Signers, Unreadable};
+use crate::attest::tpm::Sessions;
 use crate::audit::{self, Audit, Class, Entry};
 use crate::bodies::Bodies;
 use crate::config::Config;
 use crate::keys::Keys;
 use crate::metrics;
 use crate::monitor::history::History;
-use crate::state::{Host, State, StateError};
+use crate::state::{Host, HostKind, State, StateError};
 use crate::usage::{Usage, UsageError};
 
 /// How long the daemon's own work (the metadata document, an attestation signer) may take at the HSMs.
@@ -60,8 +63,14 @@ pub struct Service {
     pub keys: ArcSwap<Keys>,
     /// The registered hosts.
     pub hosts: ArcSwap<Hosts>,
+    /// The enabled baselines.
+    pub baselines: ArcSwap<Baselines>,
     /// The attestation signers.
     pub signers: ArcSwap<Signers>,
+    /// Attestations by TPM between their two steps.
+    pub tpm: Sessions,
+    /// What hosts proved last by their TPMs.
+    pub evidence: EvidenceStore,
     /// How much keys are used, and when hosts were last served.
     pub usage: Usage,
     /// The last hour, for the status page.
@@ -84,6 +93,8 @@ pub struct Snapshot {
     pub keys: Arc<Keys>,
     /// The registered hosts.
     pub hosts: Arc<Hosts>,
+    /// The enabled baselines.
+    pub baselines: Arc<Baselines>,
     /// The attestation signers.
     pub signers: Arc<Signers>,
 }
@@ -121,10 +132,20 @@ impl Hosts {
         self.by_name.values().filter(|host| host.enabled).count()
     }
 
-    /// The host whose key has this SubjectPublicKeyInfo, if it is enabled.
+    /// The host whose host key has this SubjectPublicKeyInfo, if it is enabled.
     #[must_use]
-    pub fn by_key(&self, spki: &[u8]) -> Option<&Arc<Host>> {
-        self.by_spki.get(spki).filter(|host| host.enabled)
+    pub fn by_host_key(&self, spki: &[u8]) -> Option<&Arc<Host>> {
+        self.by_key(HostKind::HostKey, spki)
+    }
+
+    /// The host whose endorsement key has this SubjectPublicKeyInfo, if it is enabled.
+    #[must_use]
+    pub fn by_endorsement_key(&self, spki: &[u8]) -> Option<&Arc<Host>> {
+        self.by_key(HostKind::EndorsementKey, spki)
+    }
+
+    fn by_key(&self, kind: HostKind, spki: &[u8]) -> Option<&Arc<Host>> {
+        self.by_spki.get(spki).filter(|host| host.enabled && host.kind == kind)
     }
 
     /// The host of this name, if it is enabled and its key is still the one with this hash.
@@ -140,8 +161,9 @@ pub enum ServiceError {
     /// The state cannot be read.
     #[error(transparent)]
     State(#[from] StateError),
-    /// The registered hosts cannot be read: those that were removed may go on being served.
-    #[error("the registered hosts cannot be read: {0}")]
+    /// The registered hosts or the baselines cannot be read: hosts that were removed, or whose baseline was disabled, may go
+    /// on being served.
+    #[error("the registered hosts or the baselines cannot be read: {0}")]
     Hosts(StateError),
     /// How much keys are used cannot be remembered.
     #[error(transparent)]
@@ -149,6 +171,9 @@ pub enum ServiceError {
     /// The audit trail cannot be opened.
     #[error(transparent)]
     Audit(#[from] crate::audit::AuditError),
+    /// The system gives no random bytes.
+    #[error("the system has no randomness")]
+    Randomness,
     /// Certificates of the state that cannot be read. Everything else in it has been taken in.
     #[error("the state holds certificates that cannot be read: {}", list(.0))]
     Unreadable(Vec<Unreadable>),
@@ -185,6 +210,8 @@ impl Service {
         let state = State::open(folder)?;
         let audit = Audit::open(&config.server.audit_file(), &config.audit, &config.server.node())?;
         let usage = Usage::open(folder, unix_now())?;
+        let evidence = EvidenceStore::open(folder, unix_now())?;
+        let tpm = Sessions::new().map_err(|_| ServiceError::Randomness)?;
         let sessions = config.hsm.iter().map(|hsm| hsm.sessions).sum();
         let service = Self {
             cluster,
@@ -196,7 +223,10 @@ impl Service {
             certificates: KnownCertificates::new(KNOWN_PARTIES),
             keys: ArcSwap::default(),
             hosts: ArcSwap::default(),
+            baselines: ArcSwap::default(),
             signers: ArcSwap::default(),
+            tpm,
+            evidence,
             history: History::default(),
             state_stale: AtomicBool::new(false),
             signer_missing: Notify::new(),
@@ -227,9 +257,12 @@ impl Service {
             state.snapshot(|state| {
                 // First, and whatever is wrong with the rest: a host that was removed is to get nothing more.
                 let hosts = state.hosts().map(|hosts| self.hosts.store(Arc::new(Hosts::new(hosts))));
+                // As important: what hosts with a baseline that was disabled are refused by.
+                let baselines = state.baselines_without_logs();
+                let baselines = baselines.map(|all| self.baselines.store(Arc::new(Baselines::new(all))));
                 let signers = self.reload_signers(state);
                 let keys = self.reload_keys(state);
-                hosts.map_err(ServiceError::Hosts)?;
+                hosts.and(baselines).map_err(ServiceError::Hosts)?;
                 let unreadable: Vec<_> = signers?.into_iter().chain(keys?).collect();
                 *self.unreadable() = unreadable.iter().map(|of| of.thumbprint.clone()).collect();
                 if unreadable.is_empty() { Ok(()) } else { Err(ServiceError::Unreadable(unreadable)) }
@@ -301,7 +334,7 @@ impl Service {
                     if unreadable.is_empty() { Ok(value) } else { Err(ChangeError::Unreadable(unreadable)) }
                 }
                 // Neither is opened again by a look at the state.
-                Err(error @ (ServiceError::Usage(_) | ServiceError::Audit(_))) => {
+                Err(error @ (ServiceError::Usage(_) | ServiceError::Audit(_) | ServiceError::Randomness)) => {
                     tracing::error!(%error, "the state cannot be read as a whole");
                     Ok(value)
                 }
@@ -334,6 +367,7 @@ impl Service {
             config: self.config.load_full(),
             keys: self.keys.load_full(),
             hosts: self.hosts.load_full(),
+            baselines: self.baselines.load_full(),
             signers: self.signers.load_full(),
         }
     }

@@ -1,4 +1,4 @@
-//! What must survive a restart: registered hosts, key-protection certificates and attestation signers.
+//! What must survive a restart: registered hosts, baselines, key-protection certificates and attestation signers.
 //!
 //! One SQLite file. Several daemons of one machine may have it open: an old one that has not quite ended and its successor, or
 //! two that share a state folder and have a folder of sockets each (what is locked is the socket, not the state). So every
@@ -9,6 +9,7 @@
 //!
 //! Times are seconds since 1970 (UTC) and come from the caller.
 
+mod baselines;
 mod certificates;
 mod hosts;
 mod import;
@@ -25,8 +26,9 @@ use std::time::{Duration, Instant};
 use data_encoding::HEXLOWER;
 use rusqlite::{Connection, ErrorCode, OptionalExtension, Row, Transaction, TransactionBehavior};
 
+pub use baselines::{Baseline, MAX_BASELINES, check_baseline_name};
 pub use certificates::{Certificate, Kind, NewCertificate};
-pub use hosts::{Host, check_host_name};
+pub use hosts::{Host, HostKind, check_host_name};
 pub use import::{Import, Merged};
 pub use labels::Labels;
 use schema::{MIGRATIONS, migrate};

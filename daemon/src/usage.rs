@@ -307,12 +307,12 @@ fn identities(file: &Connection) -> rusqlite::Result<HashMap<String, String>> {
     rows.collect()
 }
 
-fn is_damage(error: &rusqlite::Error) -> bool {
+pub(crate) fn is_damage(error: &rusqlite::Error) -> bool {
     matches!(error.sqlite_error_code(), Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase))
 }
 
 /// Renames the file, with what SQLite keeps beside it: a journal of the old one must not be rolled into the new one.
-fn move_aside(path: &Path, now: i64) -> io::Result<PathBuf> {
+pub(crate) fn move_aside(path: &Path, now: i64) -> io::Result<PathBuf> {
     let beside = |path: &Path, end: &str| {
         let mut name = OsString::from(path);
         name.push(end);

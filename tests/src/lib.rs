@@ -25,6 +25,7 @@ pub mod prometheus;
 pub mod protector;
 pub mod raw;
 pub mod stats;
+pub mod tpm;
 
 use std::time::Duration;
 

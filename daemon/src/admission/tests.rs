@@ -306,7 +306,7 @@ fn strangers_are_limited_by_their_address_and_attesting_hosts_by_theirs() {
     let admission = Admission::new(
         &Config {
             server: Server { stranger_rate: 1, stranger_burst: 10, ..Server::default() },
-            attest: Attest { host_rate: 1, host_burst: 2, concurrency: 0 },
+            attest: Attest { host_rate: 1, host_burst: 2, ..Attest::default() },
             ..Config::default()
         },
         40,

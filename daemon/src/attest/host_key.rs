@@ -6,7 +6,7 @@ use std::time::Instant;
 use bytes::Bytes;
 use claviger_hsm::HsmError;
 use claviger_protocol::attestation::{ErrorReply, HealthCertificateReply, HostKeyRequest};
-use claviger_protocol::certificate::Certificate;
+use claviger_protocol::certificate::{BuildError, Certificate, ToBeSigned};
 use claviger_protocol::health::{self, ResultType};
 use claviger_protocol::work::Work;
 use data_encoding::HEXLOWER;
@@ -71,11 +71,18 @@ pub struct Issued {
     host: Arc<Host>,
     /// The thumbprint of the attestation signer.
     signer: [u8; 32],
+    /// The baseline that the certificates name, where the host attested by its TPM.
+    baseline: Option<String>,
 }
 
 impl Issued {
-    /// The reply, if the host is still registered with this name and key, and the signer still trusted; with those of its
-    /// certificates that the audit trail does not tell of yet.
+    /// Certificates that name a baseline; the audit trail tells of none of them yet.
+    pub(super) fn measured(reply: HealthCertificateReply, host: Arc<Host>, signer: [u8; 32], baseline: String) -> Self {
+        Self { reply, unrecorded: Vec::new(), host, signer, baseline: Some(baseline) }
+    }
+
+    /// The reply, if the host is still registered with this name and key, the signer still trusted, and the baseline enabled;
+    /// with those of its certificates that the audit trail does not tell of yet and may be asked for again.
     ///
     /// # Errors
     /// What an attestation that arrived now would be refused with.
@@ -86,6 +93,9 @@ impl Issued {
         if !service.signers.load().trust(&self.signer) {
             return Err(unavailable());
         }
+        if self.baseline.is_some_and(|baseline| !service.baselines.load().allow(&baseline, unix_now())) {
+            return Err(super::tpm::baseline_gone());
+        }
         Ok((self.reply, self.unrecorded))
     }
 }
@@ -94,7 +104,7 @@ fn unauthorized() -> Refused {
     Refused::new(ErrorReply::Unauthorized, "the host key is not registered, or did not sign")
 }
 
-fn unavailable() -> Refused {
+pub(super) fn unavailable() -> Refused {
     Refused::new(ErrorReply::Unavailable, "no HSM can sign now; try again")
 }
 
@@ -162,7 +172,8 @@ pub async fn attest(service: &Service, body: &[u8], attempt: &mut Attempt) -> Re
         }
         content.push((*result, certificate.to_vec()));
     }
-    Ok(Issued { reply: HealthCertificateReply { content }, unrecorded, host, signer: thumbprint })
+    let reply = HealthCertificateReply { content };
+    Ok(Issued { reply, unrecorded, host, signer: thumbprint, baseline: None })
 }
 
 /// The registered host that a request comes from, as its signature proves, with a key of at most `longest` bytes.
@@ -184,7 +195,7 @@ fn proved(
     // First, with the key that the request brings: what takes time must not depend on whether that key is registered.
     let signed = request.verify_signature();
     let in_force = service.snapshot();
-    let host = in_force.hosts.by_key(request.host_key.spki_der());
+    let host = in_force.hosts.by_host_key(request.host_key.spki_der());
     // Known from the key alone; the record says whose key was presented even when the signature is wrong.
     attempt.host = host.map(|host| host.name.clone());
     match (host, signed) {
@@ -206,13 +217,29 @@ async fn issue(
     of: IssuedFor,
     attempt: &mut Attempt,
 ) -> Result<Bytes, Refused> {
-    static NOT_BUILT: Throttle = Throttle::new();
-    static NOT_SIGNED: Throttle = Throttle::new();
     let now = unix_now();
     let built = health::issue(&signer.certificate, &host.name, &request.host_key, &request.identity_key, result, now);
+    let certificate = signed(service, signer, built, &host.name, attempt).await?;
+    service.issued.remember(of, certificate.clone(), now);
+    Ok(certificate)
+}
+
+/// A certificate that was built for `host`, signed in an HSM.
+///
+/// # Errors
+/// `UnavailableErrorReply` when no HSM signs.
+pub(super) async fn signed(
+    service: &Service,
+    signer: &Key,
+    built: Result<ToBeSigned, BuildError>,
+    host: &str,
+    attempt: &mut Attempt,
+) -> Result<Bytes, Refused> {
+    static NOT_BUILT: Throttle = Throttle::new();
+    static NOT_SIGNED: Throttle = Throttle::new();
     let to_be_signed = built.map_err(|error| {
         if let Some(unsaid) = NOT_BUILT.due(Instant::now()) {
-            tracing::error!(%error, host = host.name, unsaid, "a health certificate cannot be built");
+            tracing::error!(%error, host, unsaid, "a health certificate cannot be built");
         }
         Refused::new(ErrorReply::Error { status: 500 }, "the service failed to process the request; its log says why")
     })?;
@@ -227,7 +254,5 @@ async fn issue(
         unavailable()
     })?;
     attempt.used(&signed.member);
-    let certificate = Bytes::from(to_be_signed.assemble(&signed.value));
-    service.issued.remember(of, certificate.clone(), now);
-    Ok(certificate)
+    Ok(Bytes::from(to_be_signed.assemble(&signed.value)))
 }

@@ -108,13 +108,22 @@ impl Recent {
 mod tests {
     use super::*;
     use crate::service::testing::key;
-    use crate::state::Labels;
+    use crate::state::{HostKind, Labels};
 
     const NOW: i64 = 1_800_000_000;
 
     fn host(name: &str, key: &str) -> Host {
         let labels = Labels::default();
-        Host { name: name.to_owned(), spki: Vec::new(), spki_sha256: key.repeat(64), enabled: true, added: 1, labels }
+        let kind = HostKind::HostKey;
+        Host {
+            name: name.to_owned(),
+            kind,
+            spki: Vec::new(),
+            spki_sha256: key.repeat(64),
+            enabled: true,
+            added: 1,
+            labels,
+        }
     }
 
     #[test]

@@ -31,7 +31,8 @@ pub struct Entry {
     /// The registered name of the host that asked, as far as it is known; or of the one that a command is about.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub host: Option<String>,
-    /// SHA-256 of the host key's SubjectPublicKeyInfo, lower-case hexadecimal, where a command is about a host.
+    /// SHA-256 of the SubjectPublicKeyInfo of the host key or endorsement key, lower-case hexadecimal, where a command is about a
+    /// host, or a host attests by its TPM.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub key: Option<String>,
     /// SHA-256 of the SubjectPublicKeyInfo of the host's identity key, which the keys were encrypted to or which was certified.
@@ -62,6 +63,12 @@ pub struct Entry {
     /// What a command changes, where its name does not say it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub change: Option<String>,
+    /// The baseline that the host's measurements matched, where it attests by its TPM; or the one that a command is about.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub baseline: Option<String>,
+    /// The policies that a host which attests by its TPM fails.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub failed_policies: Vec<&'static str>,
     /// The members that were used, or the one that a command is about.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hsm: Option<String>,

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
+use claviger_protocol::certificate::Certificate;
 use claviger_protocol::payload::Payload;
 use claviger_protocol::protector::{MAX_PROTECTOR, Protector, TRANSPORT_KEY_LEN};
 use data_encoding::HEXLOWER;
@@ -19,7 +20,12 @@ use crate::files::{self, Existing, FileError};
 use crate::host::HostError;
 use crate::host::services::{Services, ServicesError};
 use crate::host::store::{Folder, StoreError};
+use crate::host::tpm::{self, TpmPlace};
 use crate::print::say;
+
+/// Where hosts keep their keys, and where those do that attest by their TPM.
+const DIR: &str = "/var/lib/claviger-host";
+const VOLATILE_DIR: &str = "/run/claviger-host";
 
 /// `EX_TEMPFAIL` of sysexits.h.
 const TRY_LATER: u8 = 75;
@@ -42,13 +48,32 @@ pub enum Command {
         #[arg(long, default_value_t = 3072, value_parser = rsa_bits)]
         bits: u32,
     },
+    /// Write the file to register this host by in TPM mode: the certificate of its TPM's endorsement key, or the bare key
+    #[command(after_help = "Example: claviger host ek --out node-18.ek.pem\n\
+        Then, where the service runs: claviger hosts add NAME --ek-certificate node-18.ek.pem --config FILE, or, for a bare\n\
+        key: claviger hosts add NAME --ek-public node-18.ek.pem --trust-ek --config FILE")]
+    Ek {
+        /// The TPM: a device, or the socket of a TPM in software
+        #[arg(long, value_name = "DEVICE", default_value = tpm::DEVICE)]
+        tpm: PathBuf,
+        /// Where it goes, PEM; a file that is there is not overwritten
+        #[arg(long, value_name = "FILE")]
+        out: PathBuf,
+        /// Print JSON for machines
+        #[arg(long)]
+        json: bool,
+    },
     /// Prove to be a registered host, and keep the health certificate
     #[command(after_help = format!("Example: claviger host attest --url https://hgs.example --ca hgs-ca.pem\n\
+        With --tpm the host proves what it booted, where the service is in TPM mode.\n\
         A certificate that is kept and still good is not asked for again.\n{STATUSES}"))]
     Attest {
         /// Where the keys are kept.
         #[command(flatten)]
         place: Place,
+        /// What it attests with.
+        #[command(flatten)]
+        measured: Measured,
         /// Who is asked.
         #[command(flatten)]
         service: Service,
@@ -67,6 +92,9 @@ pub enum Command {
         /// Where the keys are kept.
         #[command(flatten)]
         place: Place,
+        /// What it attests with.
+        #[command(flatten)]
+        measured: Measured,
         /// Who is asked.
         #[command(flatten)]
         service: Service,
@@ -88,12 +116,37 @@ pub enum Command {
 /// Where a host keeps its keys and its health certificate.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Place {
-    /// Folder of this host's keys and its health certificate
-    #[arg(long, value_name = "DIR", default_value = "/var/lib/claviger-host")]
-    dir: PathBuf,
+    /// Folder of this host's keys and its health certificate [default: /var/lib/claviger-host]
+    #[arg(long, value_name = "DIR")]
+    dir: Option<PathBuf>,
     /// Print JSON for machines
     #[arg(long)]
     json: bool,
+}
+
+impl Place {
+    fn folder(&self, measured: bool) -> Folder {
+        let usual = if measured { VOLATILE_DIR } else { DIR };
+        Folder::new(self.dir.clone().unwrap_or_else(|| usual.into()))
+    }
+}
+
+/// The host's TPM.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Measured {
+    /// Attest by this host's TPM instead of a host key: a device, or the socket of a TPM in software [default: /dev/tpmrm0].
+    /// --dir has to be on a tmpfs then, and is /run/claviger-host by default
+    #[arg(long, value_name = "DEVICE", num_args = 0..=1, default_missing_value = tpm::DEVICE)]
+    tpm: Option<PathBuf>,
+    /// The event log of this boot
+    #[arg(long, value_name = "FILE", requires = "tpm", default_value = tpm::EVENT_LOG)]
+    event_log: PathBuf,
+}
+
+impl Measured {
+    fn place(&self) -> Option<TpmPlace> {
+        self.tpm.clone().map(|device| TpmPlace { device, log: self.event_log.clone() })
+    }
 }
 
 /// The servers, and how long they may take.
@@ -111,8 +164,8 @@ pub struct Service {
 }
 
 impl Service {
-    fn of(&self, folder: Folder) -> Result<Services, ServicesError> {
-        Services::new(folder, &self.urls, self.ca.as_deref(), Duration::from_secs(self.timeout))
+    fn of(&self, folder: Folder, measured: &Measured) -> Result<Services, ServicesError> {
+        Services::new(folder, measured.place(), &self.urls, self.ca.as_deref(), Duration::from_secs(self.timeout))
     }
 }
 
@@ -170,16 +223,17 @@ fn descriptor(fd: u32) -> Result<File, Failure> {
 pub async fn run(prepared: Prepared) -> Result<(), Failure> {
     match prepared.command {
         Command::NewKey { place, bits } => new_key(&place, bits),
-        Command::Attest { place, service, fresh } => attest(&place, &service, fresh).await,
-        Command::Unwrap { place, service, protector, egress, .. } => {
+        Command::Ek { tpm, out, json } => ek(tpm, &out, json),
+        Command::Attest { place, measured, service, fresh } => attest(&place, &measured, &service, fresh).await,
+        Command::Unwrap { place, measured, service, protector, egress, .. } => {
             let keys = prepared.keys.ok_or("say where the keys go: --fd N or --key-file FILE")?;
-            unwrap(&place, &service, &protector, &egress, keys).await
+            unwrap(&place, &measured, &service, &protector, &egress, keys).await
         }
     }
 }
 
 fn new_key(place: &Place, bits: u32) -> Result<(), Failure> {
-    let (key, public) = Folder::new(&place.dir).make_keys(bits)?;
+    let (key, public) = place.folder(false).make_keys(bits)?;
     let digest = HEXLOWER.encode(&key.public().spki_sha256());
     let public = public.display().to_string();
     if place.json {
@@ -191,11 +245,31 @@ fn new_key(place: &Place, bits: u32) -> Result<(), Failure> {
     Ok(())
 }
 
-async fn attest(place: &Place, service: &Service, fresh: bool) -> Result<(), Failure> {
-    let folder = Folder::new(&place.dir);
-    let mut services = service.of(folder.clone())?;
+/// The endorsement key of this host's TPM, for its registration.
+fn ek(device: PathBuf, out: &Path, json: bool) -> Result<(), Failure> {
+    files::must_be_new(out)?;
+    let endorsement = tpm::endorsement(&TpmPlace { device, log: tpm::EVENT_LOG.into() })?;
+    let certificate = endorsement.certificate.as_deref().map(Certificate::parse).transpose()?;
+    let pem = certificate.as_ref().map_or_else(|| endorsement.key.to_pem(), Certificate::to_pem);
+    files::write(out, pem.as_bytes(), Existing::Keep)?;
+    let (key, file) = (HEXLOWER.encode(&endorsement.key.spki_sha256()), out.display().to_string());
+    if json {
+        say!("{:#}", json!({"key": key, "file": file, "certificate": certificate.is_some()}));
+    } else if certificate.is_some() {
+        say!("wrote the certificate of endorsement key {key}");
+        say!("register it where the service runs: claviger hosts add NAME --ek-certificate {file}");
+    } else {
+        say!("wrote endorsement key {key}: this TPM has no certificate for it");
+        say!("register it where the service runs: claviger hosts add NAME --ek-public {file} --trust-ek");
+    }
+    Ok(())
+}
+
+async fn attest(place: &Place, measured: &Measured, service: &Service, fresh: bool) -> Result<(), Failure> {
+    let folder = place.folder(measured.tpm.is_some());
+    let mut services = service.of(folder.clone(), measured)?;
     let health = if fresh { services.attest().await } else { services.health().await };
-    let health = health.map_err(|error| explain(error, &folder))?;
+    let health = health.map_err(|error| explain(error, &folder, measured))?;
     let name = health.certificate.common_name().unwrap_or("this host");
     let until = health.certificate.not_after();
     if place.json {
@@ -213,12 +287,13 @@ async fn attest(place: &Place, service: &Service, fresh: bool) -> Result<(), Fai
 /// interrupted, what the machine's secrets are sealed with can be had again.
 async fn unwrap(
     place: &Place,
+    measured: &Measured,
     service: &Service,
     protector: &Path,
     egress: &Path,
     keys: KeyTarget,
 ) -> Result<(), Failure> {
-    let folder = Folder::new(&place.dir);
+    let folder = place.folder(measured.tpm.is_some());
     let clash = match &keys {
         KeyTarget::File(file) => [protector, egress].into_iter().any(|other| files::same_file(file, other)),
         KeyTarget::Open(_) => false,
@@ -231,8 +306,8 @@ async fn unwrap(
         );
     }
     let file = read_protector(protector)?;
-    let mut services = service.of(folder.clone())?;
-    let released = services.unwrap(&file).await.map_err(|error| explain(error.into(), &folder))?;
+    let mut services = service.of(folder.clone(), measured)?;
+    let released = services.unwrap(&file).await.map_err(|error| explain(error.into(), &folder, measured))?;
     files::write(egress, &released.unwrapped.egress_protector, Existing::Replace)?;
     hand_over(&released.unwrapped.keys, keys)?;
     let (server, api) = (released.server, released.api.as_str());
@@ -275,9 +350,18 @@ fn hand_over(keys: &Payload, target: KeyTarget) -> Result<(), Failure> {
 }
 
 /// The error with what to do about it.
-fn explain(error: ServicesError, folder: &Folder) -> Failure {
+fn explain(error: ServicesError, folder: &Folder, measured: &Measured) -> Failure {
     match error {
         error if error.is_temporary() => TryLater(error).into(),
+        ServicesError::Host(HostError::Attestation { status: 403, reply, retry_after }) if measured.tpm.is_some() => {
+            let how = match reply.name.as_str() {
+                "UnauthorizedErrorReply" => {
+                    "register this host where the service runs, by what claviger host ek writes"
+                }
+                _ => "where the service runs, claviger hosts check NAME says what differs",
+            };
+            format!("{}; {how}", HostError::Attestation { status: 403, reply, retry_after }).into()
+        }
         ServicesError::Host(HostError::Attestation { status: 403, reply, retry_after }) => {
             let public = folder.public_key_file();
             let error = HostError::Attestation { status: 403, reply, retry_after };

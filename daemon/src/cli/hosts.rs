@@ -2,11 +2,14 @@
 
 use std::path::PathBuf;
 
+use claviger_protocol::attestation::tpm::endorsement_key_of;
 use claviger_protocol::rsa_key::RsaPublicKey;
 use data_encoding::BASE64;
+use serde::Deserialize;
 
+use super::baselines::say_checked;
 use super::{Failure, Target, ask, labels, print, table, text};
-use crate::commands::Command;
+use crate::commands::{Checked, Command};
 use crate::files;
 use crate::print::say;
 use crate::state::Labels;
@@ -14,19 +17,40 @@ use crate::state::Labels;
 /// `claviger hosts …`
 #[derive(Debug, clap::Subcommand)]
 pub enum Hosts {
-    /// Register a host by its public key
+    /// Register a host by its public key, or by the endorsement key of its TPM
     #[command(
-        after_help = "Example: claviger hosts add node-17 --public-key node-17.pub.pem --config /etc/claviger/claviger.toml"
+        group = clap::ArgGroup::new("key").required(true).args(["public_key", "ek_certificate", "ek_public"]),
+        after_help = "Example: claviger hosts add node-17 --public-key node-17.pub.pem --config /etc/claviger/claviger.toml\n\
+            In TPM mode: claviger hosts add node-18 --ek-certificate node-18.ek.pem --config /etc/claviger/claviger.toml"
     )]
     Add {
         /// Name of the host: 1 to 64 letters, digits, '.', '-' or '_'
         name: String,
         /// Its RSA public key: SubjectPublicKeyInfo, PKCS#1 or X.509 certificate (PEM or DER), .p7b, or BCRYPT_RSAPUBLIC_BLOB
         #[arg(long, value_name = "FILE")]
-        public_key: PathBuf,
+        public_key: Option<PathBuf>,
+        /// The certificate of its TPM's endorsement key, and those that lead from it to a root in attest.vendor_roots (PEM,
+        /// DER, .p7b)
+        #[arg(long, value_name = "FILE")]
+        ek_certificate: Option<PathBuf>,
+        /// The bare endorsement key of its TPM (PEM or DER), where nobody but you vouches for it
+        #[arg(long, value_name = "FILE", requires = "trust_ek")]
+        ek_public: Option<PathBuf>,
+        /// Say that the key of --ek-public is that of a real TPM in this host
+        #[arg(long, requires = "ek_public")]
+        trust_ek: bool,
         /// A label, by which keys can be limited to hosts: a word, or KEY=VALUE; may be given several times
         #[arg(long = "label", value_name = "LABEL")]
         labels: Vec<String>,
+        /// Where the daemon is.
+        #[command(flatten)]
+        target: Target,
+    },
+    /// Show what the policies say of what a host proved last by its TPM, and what differs from each baseline
+    #[command(after_help = "Example: claviger hosts check node-18 --config /etc/claviger/claviger.toml")]
+    Check {
+        /// Name of the host
+        name: String,
         /// Where the daemon is.
         #[command(flatten)]
         target: Target,
@@ -98,14 +122,35 @@ pub enum Hosts {
 /// What is wrong, and what to do.
 pub async fn hosts(command: Hosts) -> Result<(), Failure> {
     match command {
-        Hosts::Add { name, public_key, labels: given, target } => {
+        Hosts::Add { name, public_key, ek_certificate, ek_public, trust_ek: _, labels: given, target } => {
             let labels = labels(given)?;
             // Read here, so that the complaint names the file; the daemon judges it again.
-            let file = files::read(&public_key, files::MAX_PEM)?;
-            let key = RsaPublicKey::from_file(&file).map_err(files::content(&public_key))?;
-            let command = Command::AddHost { name, public_key: BASE64.encode(key.spki_der()), labels };
+            let key = |path: &PathBuf| {
+                let file = files::read(path, files::MAX_PEM)?;
+                RsaPublicKey::from_file(&file).map_err(files::content(path))
+            };
+            let command = match (&public_key, &ek_certificate, &ek_public) {
+                (Some(path), ..) => Command::AddHost { name, public_key: BASE64.encode(key(path)?.spki_der()), labels },
+                (_, Some(path), _) => {
+                    let certificates = files::read_certificates(path)?;
+                    let certificates = certificates.iter().map(|entry| BASE64.encode(&entry.der)).collect();
+                    Command::AddTpmHost { name, certificates, public_key: None, labels }
+                }
+                (.., Some(path)) => {
+                    let key = key(path)?;
+                    endorsement_key_of(key.spki_der()).map_err(|e| format!("{}: {e}", path.display()))?;
+                    let public_key = Some(BASE64.encode(key.spki_der()));
+                    Command::AddTpmHost { name, certificates: Vec::new(), public_key, labels }
+                }
+                (None, None, None) => return Err("say which key the host has: --public-key FILE".into()),
+            };
             let reply = ask(&target, &command).await?;
             print(&target, &reply, || say!("added host {} with key {}", text(&reply, "name"), text(&reply, "key")));
+        }
+        Hosts::Check { name, target } => {
+            let reply = ask(&target, &Command::CheckHost { name }).await?;
+            let checked = Checked::deserialize(&reply)?;
+            print(&target, &reply, || say_checked(&checked));
         }
         Hosts::List { target } => {
             let reply = ask(&target, &Command::ListHosts).await?;
@@ -117,6 +162,7 @@ pub async fn hosts(command: Hosts) -> Result<(), Failure> {
                     ("LAST ATTESTATION", "last_attestation"),
                     ("LAST RELEASE", "last_release"),
                     ("LABELS", "labels"),
+                    ("BY", "kind"),
                     ("KEY (SHA-256)", "key"),
                 ];
                 table(&reply, &columns);

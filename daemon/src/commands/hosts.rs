@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use claviger_protocol::attestation::tpm::endorsement_key_of;
 use claviger_protocol::rsa_key::RsaPublicKey;
 use data_encoding::{BASE64, HEXLOWER};
 use serde_json::{Value, json};
@@ -9,8 +10,9 @@ use serde_json::{Value, json};
 use super::{Change, read};
 use crate::admin::Peer;
 use crate::attempt::Attempt;
+use crate::attest::endorsement;
 use crate::service::{Service, unix_now};
-use crate::state::{Host, Labels, State};
+use crate::state::{Host, HostKind, Labels, State};
 use crate::usage::Seen;
 
 pub(super) async fn add(
@@ -30,6 +32,40 @@ pub(super) async fn add(
     Ok(host(&change.make(service, work, |_, _| ()).await?, Seen::default()))
 }
 
+pub(super) async fn add_tpm(
+    service: &Arc<Service>,
+    name: String,
+    certificates: &[String],
+    public_key: Option<&str>,
+    labels: Labels,
+    peer: Peer,
+) -> Result<Value, String> {
+    let bytes = |base64: &str| BASE64.decode(base64.as_bytes()).map_err(|_| "the key is not base64".to_owned());
+    let (key, vouched) = match (certificates, public_key) {
+        ([], Some(key)) => {
+            let key = endorsement_key_of(&bytes(key)?);
+            (key.map_err(|e| format!("this is no endorsement key that can be used: {e}"))?, "by the administrator")
+        }
+        ([_, ..], None) => {
+            let certificates = certificates.iter().map(|der| bytes(der)).collect::<Result<Vec<_>, _>>()?;
+            let roots = service.config.load().attest.vendor_roots.clone();
+            let now = unix_now();
+            let judged = move || endorsement::vouched_for(&certificates, roots.as_deref(), now);
+            let judged = tokio::task::spawn_blocking(judged).await.map_err(|e| e.to_string())?;
+            (judged.map_err(|e| e.to_string())?, "by its maker")
+        }
+        _ => return Err("either the endorsement key's certificate is needed, or the bare key".to_owned()),
+    };
+    let mut change = Change::of_host("hosts.add-tpm", &name, peer)?;
+    change.attempt.key = Some(HEXLOWER.encode(&key.spki_sha256()));
+    let labelled = if labels.is_empty() { String::new() } else { format!("; labels {labels}") };
+    change.attempt.change = Some(format!("endorsement key vouched for {vouched}{labelled}"));
+    let now = unix_now();
+    let kind = HostKind::EndorsementKey;
+    let work = move |state: &mut State| state.add_host_with(kind, &name, key.spki_der(), &labels, now);
+    Ok(host(&change.make(service, work, |_, _| ()).await?, Seen::default()))
+}
+
 pub(super) async fn remove(service: &Arc<Service>, name: String, peer: Peer) -> Result<Value, String> {
     let change = Change::of_host("hosts.remove", &name, peer)?;
     let removed = change
@@ -40,9 +76,13 @@ pub(super) async fn remove(service: &Arc<Service>, name: String, peer: Peer) -> 
         )
         .await?;
     let (of, name) = (Arc::clone(service), removed.name.clone());
-    let forgotten = tokio::task::spawn_blocking(move || of.usage.forget_host(&name)).await;
+    let forgotten = tokio::task::spawn_blocking(move || {
+        of.usage.forget_host(&name)?;
+        of.evidence.forget(&name)
+    });
+    let forgotten = forgotten.await;
     if !matches!(forgotten, Ok(Ok(()))) {
-        tracing::warn!(host = removed.name, "when a host that was removed was last served is still remembered");
+        tracing::warn!(host = removed.name, "what is known of a host that was removed is still remembered");
     }
     Ok(host(&removed, Seen::default()))
 }
@@ -86,6 +126,7 @@ fn host(host: &Host, seen: Seen) -> Value {
     json!({
         "name": host.name,
         "key": host.spki_sha256,
+        "kind": host.kind,
         "enabled": host.enabled,
         "added": host.added,
         "labels": host.labels,

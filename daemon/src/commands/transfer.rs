@@ -8,12 +8,13 @@ use data_encoding::{BASE64, HEXLOWER, HEXLOWER_PERMISSIVE};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::baselines::{Pcrs, pcr_values};
 use super::keys::{judge, on_all_members};
 use super::{Change, outcome, read};
 use crate::admin::Peer;
 use crate::audit::SUCCESS;
 use crate::service::{Service, unix_now};
-use crate::state::{self, Import, Kind, Labels, Merged};
+use crate::state::{self, HostKind, Import, Kind, Labels, Merged, State};
 
 /// The version of the documents that are made and read.
 const VERSION: u32 = 1;
@@ -30,6 +31,9 @@ pub struct Document {
     /// When it was made, seconds since 1970.
     created: i64,
     hosts: Vec<Host>,
+    /// Documents of older daemons have none.
+    #[serde(default)]
+    baselines: Vec<Baseline>,
     certificates: Vec<KeyCertificate>,
     signers: Vec<Signer>,
 }
@@ -42,6 +46,21 @@ struct Host {
     public_key: String,
     enabled: bool,
     labels: Labels,
+    /// What the key is. Documents of older daemons have only host keys.
+    #[serde(default)]
+    kind: HostKind,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Baseline {
+    name: String,
+    /// SHA-256 values by PCR.
+    pcrs: Pcrs,
+    /// The event log that they were taken from, base64.
+    #[serde(default)]
+    log: Option<String>,
+    enabled: bool,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -73,14 +92,22 @@ struct Signer {
 pub(super) async fn export(service: &Arc<Service>, peer: Peer) -> Result<Value, String> {
     let change = Change::new("export", peer);
     change.requested(service).await?;
-    let read = read(service, |state| Ok((state.hosts()?, state.certificates()?, state.signers()?))).await;
+    let all = |state: &mut State| Ok((state.hosts()?, state.baselines()?, state.certificates()?, state.signers()?));
+    let read = read(service, all).await;
     change.done(service, if read.is_ok() { SUCCESS } else { super::FAILED }).await;
-    let (hosts, certificates, signers) = read?;
+    let (hosts, baselines, certificates, signers) = read?;
     let host = |h: state::Host| Host {
         name: h.name,
         public_key: BASE64.encode(&h.spki),
         enabled: h.enabled,
         labels: h.labels,
+        kind: h.kind,
+    };
+    let baseline = |b: state::Baseline| Baseline {
+        name: b.name,
+        pcrs: (&b.values).into(),
+        log: b.log.map(|log| BASE64.encode(&log)),
+        enabled: b.enabled,
     };
     let certificate = |c: state::Certificate| KeyCertificate {
         kind: c.kind,
@@ -101,6 +128,7 @@ pub(super) async fn export(service: &Arc<Service>, peer: Peer) -> Result<Value, 
         version: VERSION,
         created: unix_now(),
         hosts: hosts.into_iter().map(host).collect(),
+        baselines: baselines.into_iter().map(baseline).collect(),
         certificates: certificates.into_iter().map(certificate).collect(),
         signers: signers.into_iter().map(signer).collect(),
     };
@@ -180,6 +208,16 @@ fn read_document(document: Document) -> Result<Import, String> {
             enabled: host.enabled,
             added: document.created,
             labels: host.labels,
+            kind: host.kind,
+        });
+    }
+    for baseline in document.baselines {
+        import.baselines.push(state::Baseline {
+            values: pcr_values(&baseline.pcrs).map_err(|error| format!("baseline {}: {error}", baseline.name))?,
+            log: baseline.log.map(|log| bytes(&log)).transpose()?,
+            name: baseline.name,
+            enabled: baseline.enabled,
+            added: document.created,
         });
     }
     let parsed = |base64: &str| {

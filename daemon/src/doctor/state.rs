@@ -4,7 +4,8 @@ use claviger_hsm::KnownAnswerTest;
 use claviger_protocol::certificate::Certificate;
 
 use super::Finding;
-use crate::config::Config;
+use crate::attest::endorsement::vendor_roots;
+use crate::config::{AttestMode, Config};
 use crate::keys::{EXPIRES_SOON, Key};
 use crate::state::{self, Kind, State, StateError};
 
@@ -23,10 +24,13 @@ pub(super) fn examine(config: &Config, now: i64) -> (Vec<Finding>, Vec<Registere
         let todo = "register keys and hosts once the daemon runs; check server.state if that was done";
         return (vec![Finding::warning("state", what, todo)], Vec::new());
     }
-    let viewed = State::view(&config.server.state)
-        .and_then(|view| Ok((read(&view.state, now)?, view.state.hosts()?.len(), view.older)));
+    let viewed = State::view(&config.server.state).and_then(|view| {
+        let measured = attestation(config, &view.state)?;
+        Ok((read(&view.state, now)?, measured, view.state.hosts()?.len(), view.older))
+    });
     match viewed {
-        Ok(((mut findings, registered), hosts, older)) => {
+        Ok(((mut findings, registered), measured, hosts, older)) => {
+            findings.extend(measured);
             findings.push(Finding::ok("state", format!("{} is read, hosts: {hosts}", path.display())));
             if let Some(older) = older {
                 let what = format!("{} was made by an older version (schema {older})", path.display());
@@ -47,6 +51,33 @@ pub(super) fn examine(config: &Config, now: i64) -> (Vec<Finding>, Vec<Registere
             (vec![Finding::error("state", what, todo)], Vec::new())
         }
     }
+}
+
+/// What attestation by TPM needs.
+///
+/// # Errors
+/// When the state cannot be read.
+fn attestation(config: &Config, state: &State) -> Result<Vec<Finding>, StateError> {
+    let mut findings = Vec::new();
+    if config.attest.mode == AttestMode::Tpm && !state.baselines_without_logs()?.iter().any(|one| one.enabled) {
+        let what = "the service attests TPMs, and no baseline is enabled: every host is refused";
+        let todo = "take one from a reference host: claviger baselines capture NAME --host HOST";
+        findings.push(Finding::warning("attest", what.to_owned(), todo));
+    }
+    if let Some(folder) = &config.attest.vendor_roots {
+        match vendor_roots(folder) {
+            Ok(roots) if roots.is_empty() => {
+                let what = format!("attest.vendor_roots {} holds no certificates", folder.display());
+                findings.push(Finding::warning("attest", what, "put the root certificates of TPM makers into it"));
+            }
+            Ok(_) => {}
+            Err(error) => {
+                let todo = "hosts cannot be registered by their TPM's certificate until it can be read";
+                findings.push(Finding::error("attest", error.to_string(), todo));
+            }
+        }
+    }
+    Ok(findings)
 }
 
 /// The certificates, and the keys that go with those that are enabled.
@@ -160,21 +191,29 @@ mod tests {
         config.server.state = folder.path().to_owned();
         drop(State::open(folder.path()).unwrap());
         let file = config.server.state_db();
-        let of_version = |sql: &str, level: Level, expected: &str| {
+        let of_version = |config: &Config, sql: &str, level: Level, expected: &str| {
             Connection::open(&file).unwrap().execute_batch(sql).unwrap();
             let before = std::fs::read(&file).unwrap();
-            let (findings, _) = examine(&config, 1);
+            let (findings, _) = examine(config, 1);
             let said = |f: &Finding| {
                 f.level == level && format!("{} {}", f.what, f.todo.as_deref().unwrap_or("")).contains(expected)
             };
             assert!(findings.iter().any(said), "{expected}: {findings:?}");
             assert!(std::fs::read(&file).unwrap() == before, "{expected}");
         };
-        of_version("", Level::Ok, "is read, hosts: 0");
+        of_version(&config, "", Level::Ok, "is read, hosts: 0");
+        config.attest.mode = AttestMode::Tpm;
+        config.attest.vendor_roots = Some(folder.path().join("no-such-folder"));
+        let (findings, _) = examine(&config, 1);
+        for (level, expected) in [(Level::Warning, "every host is refused"), (Level::Error, "no-such-folder")] {
+            let said = |f: &Finding| f.level == level && f.what.contains(expected);
+            assert!(findings.iter().any(said), "{expected}: {findings:?}");
+        }
+        config.attest = crate::config::Attest::default();
         // As the second version had it.
-        let older = "DROP TABLE revoked_signers; DROP TABLE limits; ALTER TABLE certificates ADD COLUMN labels TEXT NOT NULL DEFAULT '';
+        let older = "ALTER TABLE hosts DROP COLUMN kind; DROP TABLE baselines; DROP TABLE revoked_signers; DROP TABLE limits; ALTER TABLE certificates ADD COLUMN labels TEXT NOT NULL DEFAULT '';
                      PRAGMA user_version = 2";
-        of_version(older, Level::Warning, "the daemon will bring it up to date when it starts");
-        of_version("PRAGMA user_version = 99", Level::Error, "made by a newer version");
+        of_version(&config, older, Level::Warning, "the daemon will bring it up to date when it starts");
+        of_version(&config, "PRAGMA user_version = 99", Level::Error, "made by a newer version");
     }
 }

@@ -47,7 +47,7 @@ impl HostError {
             Self::Attestation { retry_after, .. } => (503, retry_after),
             Self::Release { status, refusal } => (*status, &refusal.retry_after),
             Self::Status { status, retry_after, .. } => (*status, retry_after),
-            Self::Client(_) | Self::Key(_) => return Fault::Lasting,
+            Self::Client(_) | Self::Key(_) | Self::Tpm(_) => return Fault::Lasting,
         };
         let rest = retry_after.map(|seconds| Duration::from_secs(seconds.into()));
         match status {

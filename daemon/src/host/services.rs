@@ -11,7 +11,8 @@ use ring::rand::{SecureRandom, SystemRandom};
 
 use super::fallback::{Fallback, Fault, Step};
 use super::store::{Folder, Keys, StoreError};
-use super::{Host, HostError, Unwrapped};
+use super::tpm::TpmPlace;
+use super::{Host, HostError, Proof, Unwrapped};
 use crate::client::{Client, ClientError};
 use crate::service::unix_now;
 
@@ -72,17 +73,29 @@ pub struct Released {
 }
 
 impl Services {
-    /// The host whose keys are in `folder`, and the servers at `urls` (one at least) in the order in which they are wanted.
-    /// Nothing is sent yet; `timeout` is for all that is asked, and begins now. Blocks on files.
+    /// The host whose keys are in `folder`, and the servers at `urls` (one at least) in the order in which they are wanted. It
+    /// attests by its TPM where that is said, else with its host key. Nothing is sent yet; `timeout` is for all that is asked,
+    /// and begins now. Blocks on files.
     ///
     /// # Errors
     /// [`ServicesError`]: keys, URLs or `ca` cannot be used.
-    pub fn new(folder: Folder, urls: &[String], ca: Option<&Path>, timeout: Duration) -> Result<Self, ServicesError> {
-        let keys = folder.keys()?;
+    pub fn new(
+        folder: Folder,
+        tpm: Option<TpmPlace>,
+        urls: &[String],
+        ca: Option<&Path>,
+        timeout: Duration,
+    ) -> Result<Self, ServicesError> {
+        let keys = if tpm.is_some() { folder.volatile_keys()? } else { folder.keys()? };
+        let proof = match (&tpm, &keys.host) {
+            (Some(place), _) => Proof::Tpm(place.clone()),
+            (None, Some(key)) => Proof::HostKey(key.clone()),
+            (None, None) => return Err(StoreError::NoKey(folder.public_key_file()).into()),
+        };
         let mut hosts = Vec::with_capacity(urls.len());
         for url in urls {
             let client = Client::trusting(url, ca)?.with_timeout(ATTEMPT.min(timeout));
-            hosts.push(Host::new(client, keys.host.clone(), keys.identity.clone()));
+            hosts.push(Host::new(client, proof.clone(), keys.identity.clone()));
         }
         let fallback = Fallback::new(hosts.len(), Instant::now() + timeout);
         Ok(Self { folder, keys, hosts, fallback, timeout })

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! DIR/hostkey.pem       private: what the host is registered with     hostkey.pub.pem   its public half
+//!                       (none where it attests by its TPM)
 //! DIR/identitykey.pem   private: what the service encrypts to
 //! DIR/health.pem        the certificate over the identity key, kept until shortly before it expires
 //! ```
@@ -22,6 +23,13 @@ const HOST_KEY_PUBLIC: &str = "hostkey.pub.pem";
 const IDENTITY_KEY: &str = "identitykey.pem";
 const HEALTH: &str = "health.pem";
 
+/// File systems in memory, by their magic numbers.
+const TMPFS: i64 = 0x0102_1994;
+const RAMFS: i64 = 0x8584_58f6;
+
+/// Bits of an identity key that is made for a boot.
+const IDENTITY_BITS: u32 = 3072;
+
 /// A certificate is not used in its last seconds: a release may take as long, and clocks differ.
 const MARGIN: i64 = 300;
 
@@ -37,6 +45,9 @@ pub enum StoreError {
     /// The host has keys, which are not overwritten.
     #[error("{} is there already; its public half is in {HOST_KEY_PUBLIC} beside it. To replace it, move it away first", .0.display())]
     KeyExists(PathBuf),
+    /// The folder outlives the boot that its keys vouch for.
+    #[error("{} is not on a tmpfs: the identity key of a host that attests by its TPM has to be gone after the boot which it proved; use a folder below /run", .0.display())]
+    NotVolatile(PathBuf),
     /// A key that cannot be made.
     #[error("{}: {source}", path.display())]
     Key {
@@ -51,10 +62,10 @@ pub enum StoreError {
 #[derive(Clone, Debug)]
 pub struct Folder(PathBuf);
 
-/// Both of a host's keys.
+/// A host's keys.
 pub struct Keys {
-    /// What it is registered with.
-    pub host: Arc<RsaPrivateKey>,
+    /// What it is registered with, unless that is its TPM's.
+    pub host: Option<Arc<RsaPrivateKey>>,
     /// What its health certificates are made over.
     pub identity: Arc<RsaPrivateKey>,
 }
@@ -97,7 +108,28 @@ impl Folder {
     /// # Errors
     /// [`StoreError`]: files that are missing, hold something else, or may be read by others.
     pub fn keys(&self) -> Result<Keys, StoreError> {
-        Ok(Keys { host: Arc::new(self.key(HOST_KEY)?), identity: Arc::new(self.key(IDENTITY_KEY)?) })
+        Ok(Keys { host: Some(Arc::new(self.key(HOST_KEY)?)), identity: Arc::new(self.key(IDENTITY_KEY)?) })
+    }
+
+    /// The keys of a host that attests by its TPM: an identity key, which is made where there is none. The folder has to be
+    /// on a tmpfs, so that every boot has a key of its own.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn volatile_keys(&self) -> Result<Keys, StoreError> {
+        let made = DirBuilder::new().recursive(true).mode(0o700).create(&self.0);
+        made.map_err(FileError::of(&self.0))?;
+        let file_system = rustix::fs::statfs(&self.0).map_err(|error| FileError::of(&self.0)(error.into()))?;
+        if ![TMPFS, RAMFS].contains(&(file_system.f_type as i64)) {
+            return Err(StoreError::NotVolatile(self.0.clone()));
+        }
+        let path = self.0.join(IDENTITY_KEY);
+        if !path.exists() {
+            let key = RsaPrivateKey::generate(IDENTITY_BITS);
+            let key = key.map_err(|source| StoreError::Key { path: path.clone(), source })?;
+            files::write(&path, key.to_pkcs8_pem().as_bytes(), Existing::Replace)?;
+        }
+        Ok(Keys { host: None, identity: Arc::new(self.key(IDENTITY_KEY)?) })
     }
 
     /// Where the host key's public half is.
@@ -126,9 +158,10 @@ impl Folder {
         let path = self.health_file();
         // What cannot be read is made anew; writing it will say what is wrong.
         let certificate = files::read_certificate(&path).ok()?;
-        let host_key = HEXLOWER.encode(&keys.host.public().spki_sha256());
-        let ours =
-            certificate.key() == keys.identity.public() && certificate.subject_serial_number() == Some(&host_key);
+        let of_host = keys.host.as_ref().is_none_or(|host| {
+            certificate.subject_serial_number() == Some(&HEXLOWER.encode(&host.public().spki_sha256()))
+        });
+        let ours = certificate.key() == keys.identity.public() && of_host;
         let in_time = certificate.not_before() <= now && now < certificate.not_after() - MARGIN;
         (ours && in_time).then_some(certificate)
     }
@@ -166,9 +199,10 @@ mod tests {
         assert_eq!(mode(&folder.0.join(IDENTITY_KEY)), 0o600);
         assert_eq!(fs::read_to_string(public).unwrap(), host.public().to_pem());
         let keys = folder.keys().unwrap();
-        assert!(keys.host.public() == host.public() && keys.identity.public() != host.public());
+        let public_of = |keys: &Keys| keys.host.as_ref().unwrap().public().clone();
+        assert!(public_of(&keys) == *host.public() && keys.identity.public() != host.public());
         assert!(matches!(folder.make_keys(2048), Err(StoreError::KeyExists(_))));
-        assert!(folder.keys().unwrap().host.public() == host.public());
+        assert!(public_of(&folder.keys().unwrap()) == *host.public());
         let key = folder.0.join(HOST_KEY);
         fs::set_permissions(&key, fs::Permissions::from_mode(0o644)).unwrap();
         let said = folder.keys().err().unwrap().to_string();
@@ -176,6 +210,18 @@ mod tests {
         fs::set_permissions(&key, fs::Permissions::from_mode(0o600)).unwrap();
         fs::write(folder.0.join(HOST_KEY), "no key").unwrap();
         assert!(matches!(folder.keys(), Err(StoreError::File(FileError::Content { .. }))));
+    }
+
+    #[test]
+    fn the_keys_of_a_measured_host_are_gone_with_its_boot() {
+        let temporary = tempfile::tempdir_in("/dev/shm").unwrap();
+        let folder = Folder::new(temporary.path().join("host"));
+        let keys = folder.volatile_keys().unwrap();
+        assert!(keys.host.is_none());
+        assert_eq!((names(&folder.0), mode(&folder.0.join(IDENTITY_KEY))), (vec![IDENTITY_KEY.to_owned()], 0o600));
+        assert!(folder.volatile_keys().unwrap().identity.public() == keys.identity.public(), "made once");
+        let on_disk = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        assert!(matches!(Folder::new(on_disk.path()).volatile_keys(), Err(StoreError::NotVolatile(_))));
     }
 
     #[test]
@@ -187,7 +233,7 @@ mod tests {
         let signer = RsaPrivateKey::generate(2048).unwrap();
         let template = signer_template(signer.public(), NOW, NOW + 1).unwrap().to_be_signed().unwrap();
         let signer_certificate = Certificate::parse(&template.sign_with(&signer).unwrap()).unwrap();
-        let (host, identity) = (keys.host.public(), keys.identity.public());
+        let (host, identity) = (keys.host.as_ref().unwrap().public(), keys.identity.public());
         let kind = ResultType::EncryptionCertificate;
         let issued = health::issue(&signer_certificate, "node", host, identity, kind, NOW).unwrap();
         let certificate = Certificate::parse(&issued.sign_with(&signer).unwrap()).unwrap();
@@ -206,7 +252,9 @@ mod tests {
         let other = Arc::new(RsaPrivateKey::generate(2048).unwrap());
         let exchanged = Keys { host: keys.host.clone(), identity: other.clone() };
         assert!(folder.health(&exchanged, NOW).is_none());
-        assert!(folder.health(&Keys { host: other, identity: keys.identity.clone() }, NOW).is_none());
+        assert!(folder.health(&Keys { host: Some(other), identity: keys.identity.clone() }, NOW).is_none());
+        // A host that attests by its TPM has no other key to compare.
+        assert!(folder.health(&Keys { host: None, identity: keys.identity.clone() }, NOW).is_some());
         fs::write(folder.health_file(), b"\xff").unwrap();
         assert!(folder.health(&keys, NOW).is_none());
     }

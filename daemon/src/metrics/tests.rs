@@ -67,6 +67,7 @@ fn the_page_shows_every_metric_with_help_and_only_declared_labels() {
         release_outcomes: &["success"],
         apis: &["v2.0"],
         attestation_outcomes: &["success"],
+        policies: &["FullBoot"],
         drop_reasons: &["table"],
         resources: &["table"],
         body_refusals: &["table"],

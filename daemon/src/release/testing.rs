@@ -312,6 +312,16 @@ impl Stage {
         issued.unwrap().sign_with(signer).unwrap()
     }
 
+    /// The same as [`Stage::health_certificate`], naming a baseline.
+    #[must_use]
+    pub fn measured_certificate(&self, baseline: &str, now: i64) -> Vec<u8> {
+        let Parties { signer, signer_certificate, host, identity, .. } = &*PARTIES;
+        let (host, identity) = (host.public(), identity.public());
+        let content = ResultType::EncryptionCertificate;
+        let issued = health::issue_measured(signer_certificate, HOST, host, baseline, identity, content, now);
+        issued.unwrap().sign_with(signer).unwrap()
+    }
+
     /// The request of the registered host for this protector.
     #[must_use]
     pub fn request(&self, protector: &[u8]) -> RollRequest {

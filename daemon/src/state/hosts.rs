@@ -1,18 +1,50 @@
 //! Registered hosts.
 
+use std::fmt;
+
 use rusqlite::{OptionalExtension, Row, params};
 
 use super::{Labels, State, StateError, check_der, no_host, one, read_labels, sha256_hex};
 
 /// The columns of [`host`].
-pub(super) const COLUMNS: &str = "name, spki, spki_sha256, enabled, added, labels";
+pub(super) const COLUMNS: &str = "name, spki, spki_sha256, enabled, added, labels, kind";
+
+/// What a host attests with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum HostKind {
+    /// A key of its own, in host-key mode.
+    #[default]
+    HostKey,
+    /// The endorsement key of its TPM, in TPM mode. A host key never passes for one: its owner could sign anything.
+    EndorsementKey,
+}
+
+impl HostKind {
+    /// Its name in the state and for people.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::HostKey => "host-key",
+            Self::EndorsementKey => "endorsement-key",
+        }
+    }
+}
+
+impl fmt::Display for HostKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
 
 /// A host that may attest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Host {
     /// Its name, unique without regard to case, as it was given.
     pub name: String,
-    /// Its public key: DER SubjectPublicKeyInfo, unique.
+    /// What it attests with.
+    pub kind: HostKind,
+    /// The public half of that key: DER SubjectPublicKeyInfo, unique.
     pub spki: Vec<u8>,
     /// SHA-256 of [`Host::spki`], 64 lower-case hexadecimal digits.
     pub spki_sha256: String,
@@ -49,16 +81,32 @@ impl State {
         Ok(self.read(&format!("SELECT {COLUMNS} FROM hosts WHERE spki = ?1"), [spki], host)?.pop())
     }
 
-    /// Registers a host, enabled, by its public key (DER SubjectPublicKeyInfo, which the caller has parsed).
+    /// Registers a host, enabled, by its host key (DER SubjectPublicKeyInfo, which the caller has parsed).
     ///
     /// # Errors
     /// [`StateError::Invalid`] for a name that is none, [`StateError::Conflict`] for a name or a key that is registered.
     pub fn add_host(&mut self, name: &str, spki: &[u8], labels: &Labels, now: i64) -> Result<Host, StateError> {
+        self.add_host_with(HostKind::HostKey, name, spki, labels, now)
+    }
+
+    /// Registers a host, enabled, by a key of this kind.
+    ///
+    /// # Errors
+    /// As [`State::add_host`].
+    pub fn add_host_with(
+        &mut self,
+        kind: HostKind,
+        name: &str,
+        spki: &[u8],
+        labels: &Labels,
+        now: i64,
+    ) -> Result<Host, StateError> {
         check_host_name(name)?;
         labels.check()?;
         check_der("a host's public key", spki)?;
         let host = Host {
             name: name.to_owned(),
+            kind,
             spki: spki.to_owned(),
             spki_sha256: sha256_hex(spki),
             enabled: true,
@@ -79,8 +127,9 @@ impl State {
                 .into());
             }
             transaction.execute(
-                "INSERT INTO hosts (name, spki, spki_sha256, enabled, added, labels) VALUES (?1, ?2, ?3, 1, ?4, ?5)",
-                params![host.name, host.spki, host.spki_sha256, host.added, host.labels.to_string()],
+                "INSERT INTO hosts (name, spki, spki_sha256, enabled, added, labels, kind)
+                 VALUES (?1, ?2, ?3, 1, ?4, ?5, ?6)",
+                params![host.name, host.spki, host.spki_sha256, host.added, host.labels.to_string(), kind.as_str()],
             )?;
             Ok(())
         })?;
@@ -134,6 +183,10 @@ pub(super) fn host(row: &Row<'_>) -> rusqlite::Result<Host> {
         enabled: row.get(3)?,
         added: row.get(4)?,
         labels: read_labels(row, 5)?,
+        kind: match row.get_ref(6)?.as_str()? {
+            "endorsement-key" => HostKind::EndorsementKey,
+            _ => HostKind::HostKey,
+        },
     })
 }
 

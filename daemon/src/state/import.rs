@@ -2,16 +2,21 @@
 
 use rusqlite::{OptionalExtension, Transaction, params};
 
+use super::baselines::{self, baseline, check_baseline_name, check_values, values_to_text};
 use super::certificates::{self, certificate};
 use super::hosts::{self, host};
 use super::signers::is_revoked;
-use super::{Certificate, Host, Signer, State, StateError, WriteError, check_der, check_host_name, check_key_id, one};
+use super::{
+    Baseline, Certificate, Host, Signer, State, StateError, WriteError, check_der, check_host_name, check_key_id, one,
+};
 
 /// What is to be taken in.
 #[derive(Clone, Debug, Default)]
 pub struct Import {
     /// Hosts, found by name and key.
     pub hosts: Vec<Host>,
+    /// Baselines, found by name.
+    pub baselines: Vec<Baseline>,
     /// Key-protection certificates, found by kind and thumbprint.
     pub certificates: Vec<Certificate>,
     /// Attestation signers: their health certificates are trusted here, too.
@@ -42,6 +47,9 @@ impl State {
             for host in &import.hosts {
                 merge_host(transaction, host, import.loosen, now, &mut merged)?;
             }
+            for baseline in &import.baselines {
+                merge_baseline(transaction, baseline, now, &mut merged)?;
+            }
             merge_certificates(transaction, &import.certificates, now, &mut merged)?;
             merge_signers(transaction, import, now, &mut merged)?;
             let changed = !merged.changes.is_empty();
@@ -71,8 +79,9 @@ fn merge_host(
             return Err(conflict(format!("the key of host {name:?} is registered here as host {other:?}")));
         }
         transaction.execute(
-            "INSERT INTO hosts (name, spki, spki_sha256, enabled, added, labels) VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
-            params![name, new.spki, new.spki_sha256, new.enabled, now, new.labels.to_string()],
+            "INSERT INTO hosts (name, spki, spki_sha256, enabled, added, labels, kind)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
+            params![name, new.spki, new.spki_sha256, new.enabled, now, new.labels.to_string(), new.kind.as_str()],
         )?;
         let disabled = if new.enabled { "" } else { ", disabled" };
         let labels = if new.labels.is_empty() { String::new() } else { format!(", labels {}", new.labels) };
@@ -81,6 +90,12 @@ fn merge_host(
     };
     if old.spki != new.spki {
         return Err(conflict(format!("host {name:?} is registered here with another key; remove it first")));
+    }
+    if old.kind != new.kind {
+        let (here, there) = (old.kind, new.kind);
+        return Err(conflict(format!(
+            "the key of host {name:?} is a {here} here and a {there} there; remove it first"
+        )));
     }
     match (old.enabled, new.enabled) {
         (true, false) => merged.changes.push(format!("host {name} is disabled")),
@@ -100,6 +115,39 @@ fn merge_host(
         "UPDATE hosts SET enabled = ?2, labels = ?3 WHERE name = ?1",
         params![name, old.enabled && new.enabled, labels.to_string()],
     )?;
+    Ok(())
+}
+
+/// A baseline that is only there lets hosts be healthy here, as a host that is only there does: it is added.
+fn merge_baseline(
+    transaction: &Transaction<'_>,
+    new: &Baseline,
+    now: i64,
+    merged: &mut Merged,
+) -> Result<(), WriteError> {
+    check_baseline_name(&new.name)?;
+    check_values(&new.values)?;
+    let name = &new.name;
+    let sql = format!("SELECT {} FROM baselines WHERE name = ?1", baselines::COLUMNS);
+    let Some(old) = transaction.query_row(&sql, [name], baseline).optional()? else {
+        transaction.execute(
+            "INSERT INTO baselines (name, pcrs, log, enabled, added) VALUES (?1, ?2, ?3, ?4, ?5)",
+            params![name, values_to_text(&new.values), new.log, new.enabled, now],
+        )?;
+        merged.changes.push(format!("baseline {name} is added{}", if new.enabled { "" } else { ", disabled" }));
+        return Ok(());
+    };
+    if old.values != new.values {
+        return Err(conflict(format!("baseline {name:?} has other values here; remove it first")));
+    }
+    match (old.enabled, new.enabled) {
+        (true, false) => {
+            transaction.execute("UPDATE baselines SET enabled = 0 WHERE name = ?1", [name])?;
+            merged.changes.push(format!("baseline {name} is disabled"));
+        }
+        (false, true) => merged.skipped.push(format!("baseline {name} stays disabled; there it is enabled")),
+        _ => {}
+    }
     Ok(())
 }
 
@@ -245,6 +293,7 @@ mod tests {
     fn exported(state: &State) -> Import {
         Import {
             hosts: state.hosts().unwrap(),
+            baselines: state.baselines().unwrap(),
             certificates: state.certificates().unwrap(),
             signers: state.signers().unwrap(),
             adopt_signer: true,
@@ -295,6 +344,39 @@ mod tests {
         assert_eq!((loosened.changes.len(), loosened.skipped.len()), (1, 5), "{loosened:#?}");
         let host = here.host_by_name("a").unwrap().unwrap();
         assert!(!host.enabled && host.labels == acme);
+    }
+
+    #[test]
+    fn an_import_enables_no_baseline_and_changes_none() {
+        let (_one, mut there) = open();
+        let (_two, mut here) = open();
+        let mut values = claviger_protocol::tpm::pcr::PcrValues::default();
+        [0, 4, 7].into_iter().for_each(|pcr| assert!(values.set(pcr, [1; 32])));
+        for name in ["new", "off-there", "off-here"] {
+            there.add_baseline(name, &values, Some(b"log"), 1).unwrap();
+        }
+        there.enable_baseline("off-there", false).unwrap();
+        here.add_baseline("off-there", &values, None, 1).unwrap();
+        here.add_baseline("off-here", &values, None, 1).unwrap();
+        here.enable_baseline("off-here", false).unwrap();
+        there.add_host_with(crate::state::HostKind::EndorsementKey, "tpm", b"ek", &Labels::default(), 1).unwrap();
+        let merged = here.import(&exported(&there), 5, true).unwrap();
+        let changes = ["host tpm is added", "baseline new is added", "baseline off-there is disabled"];
+        assert_eq!(merged.changes, changes);
+        assert_eq!(merged.skipped, ["baseline off-here stays disabled; there it is enabled"]);
+        let all = here.baselines().unwrap();
+        let enabled: Vec<_> = all.iter().map(|baseline| (&*baseline.name, baseline.enabled, baseline.added)).collect();
+        assert_eq!(enabled, [("new", true, 5), ("off-here", false, 1), ("off-there", false, 1)]);
+        assert_eq!(here.hosts().unwrap()[0].kind, crate::state::HostKind::EndorsementKey);
+
+        there.remove_baseline("new").unwrap();
+        values.set(9, [9; 32]);
+        there.add_baseline("new", &values, None, 1).unwrap();
+        assert!(message(here.import(&exported(&there), 6, true)).contains("other values here"));
+        here.remove_baseline("new").unwrap();
+        here.remove_host("tpm").unwrap();
+        here.add_host("tpm", b"ek", &Labels::default(), 1).unwrap();
+        assert!(message(here.import(&exported(&there), 6, true)).contains("is a host-key here"));
     }
 
     #[test]

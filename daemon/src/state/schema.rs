@@ -69,6 +69,18 @@ pub(super) const MIGRATIONS: &[&str] = &[
         revoked INTEGER NOT NULL
     ) STRICT;
 ",
+    // What a host's key is: its own, or the endorsement key of its TPM, which alone counts in TPM mode. And what hosts may
+    // have booted: PCR values, with the event log that they were taken from.
+    "
+    ALTER TABLE hosts ADD COLUMN kind TEXT NOT NULL DEFAULT 'host-key' CHECK (kind IN ('host-key', 'endorsement-key'));
+    CREATE TABLE baselines (
+        name TEXT NOT NULL UNIQUE COLLATE NOCASE,
+        pcrs TEXT NOT NULL,
+        log BLOB,
+        enabled INTEGER NOT NULL DEFAULT 1,
+        added INTEGER NOT NULL
+    ) STRICT;
+",
 ];
 
 pub(super) fn migrate(connection: &mut Connection, path: &Path, migrations: &[&str]) -> Result<(), StateError> {

@@ -2,7 +2,9 @@
 
 use super::*;
 use crate::batch;
+use crate::config::AttestMode;
 use claviger_protocol::batch::BatchRequest;
+use claviger_protocol::tpm::pcr::PcrValues;
 use tokio::task::yield_now;
 
 /// Withdraws this in the middle of a decryption; gives how the release went, and the attempt.
@@ -112,6 +114,49 @@ async fn a_release_that_waits_for_its_turn_goes_on_with_what_it_began_with() {
         }
         withdrawal.set(service, false);
     }
+}
+
+#[tokio::test]
+async fn a_baseline_that_is_disabled_stops_its_hosts_releases_at_once() {
+    let (_folder, stage) = stage_with(|config| {
+        config.release.concurrency = 1;
+        config.attest.mode = AttestMode::Tpm;
+    });
+    let service = &stage.service;
+    let mut values = PcrValues::default();
+    [0, 4, 7].into_iter().for_each(|pcr| assert!(values.set(pcr, [1; 32])));
+    let added = unix_now();
+    change(service, |state| state.add_baseline("base", &values, None, added));
+    let of = |certificate: Vec<u8>| {
+        RollRequest { health_certificate: certificate, ..stage.request(&stage.protector()) }.to_xml()
+    };
+    let request = of(stage.measured_certificate("base", added));
+    assert!(released(&stage, &request).await.is_ok());
+
+    // While a release waits for its turn, and while it is at the HSM.
+    let grant = after_waiting(&stage, request.clone(), || {
+        change(service, |state| state.enable_baseline("base", false));
+    });
+    assert_eq!(grant.await.unwrap().confirm(service).unwrap_err().code, Code::HealthCertificate);
+    assert_eq!(released(&stage, &request).await.unwrap_err().code, Code::HealthCertificate);
+    change(service, |state| state.enable_baseline("base", true));
+    let of_service = Arc::clone(service);
+    let disable = move || change(&of_service, |state| state.enable_baseline("base", false));
+    stage.hsm.plan(Operation::Decrypt, Incident::meanwhile(disable));
+    assert_eq!(released(&stage, &request).await.unwrap_err().code, Code::HealthCertificate);
+    change(service, |state| state.enable_baseline("base", true));
+    assert!(released(&stage, &request).await.is_ok());
+
+    // A certificate of another baseline, from before this one was added, and of host-key mode.
+    for certificate in [
+        stage.measured_certificate("other", added),
+        stage.measured_certificate("base", added - 1),
+        stage.health_certificate(added),
+    ] {
+        assert_eq!(released(&stage, &of(certificate)).await.unwrap_err().code, Code::HealthCertificate);
+    }
+    configure(service, |config| config.attest.mode = AttestMode::HostKey);
+    assert!(released(&stage, &of(stage.health_certificate(added))).await.is_ok());
 }
 
 #[tokio::test]
