@@ -1,5 +1,7 @@
 //! `claviger demo`: a lab, served; then what a tenant and a guarded host do, checked and told with times.
 
+mod tpm;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -11,6 +13,7 @@ use claviger_protocol::payload::ApiVersion;
 use claviger_protocol::rsa_key::RsaPrivateKey;
 
 use crate::client::Client;
+use crate::config::AttestMode;
 use crate::daemon::Daemon;
 use crate::host::{Host, HostError};
 use crate::lab::{HOST_NAME, Lab};
@@ -94,26 +97,9 @@ async fn play(lab: &Lab, daemon: &Daemon, vms: usize) -> Result<bool, Failure> {
 
     // The host.
     let mut checks = Checks::default();
-    let keys = lab.host_keys()?;
-    let host = Host::new(client, keys.host, keys.identity.clone());
-    let begun = Instant::now();
-    let health = host.attest().await?;
-    checks.check(true, &format!("attest     {HOST_NAME} proved its key and holds a health certificate"), begun);
-    for (name, protector) in &protectors {
-        release(&mut checks, &host, &health, &owner, name, protector).await;
-    }
-
-    // Who must not get keys.
-    let stranger = tokio::task::spawn_blocking(|| RsaPrivateKey::generate(2048)).await??;
-    let unregistered = Host::new(Client::new(&url)?, stranger, keys.identity);
-    let begun = Instant::now();
-    let refused = unregistered.attest().await;
-    checks.refused(refused, "403 UnauthorizedErrorReply", "a host that is not registered", begun);
-    if let Some((name, protector)) = protectors.first() {
-        let begun = Instant::now();
-        let expected = format!("400 {}", Code::InvalidProtector.as_str());
-        let refused = host.roll(ApiVersion::V2, &health, &tampered(protector)).await;
-        checks.refused(refused, &expected, &format!("{name}'s protector with one bit changed"), begun);
+    match lab.config.attest.mode {
+        AttestMode::HostKey => play_host_key(&mut checks, lab, &url, client, &owner, &protectors).await?,
+        AttestMode::Tpm => tpm::play(&mut checks, lab, daemon, &owner, &protectors).await?,
     }
     say!("");
     let Checks { passed, failed } = checks;
@@ -123,6 +109,39 @@ async fn play(lab: &Lab, daemon: &Daemon, vms: usize) -> Result<bool, Failure> {
         say!("{failed} of {} checks FAILED", passed + failed);
     }
     Ok(failed == 0)
+}
+
+/// The host of the lab proves its key, starts its machines, and others do not.
+async fn play_host_key(
+    checks: &mut Checks,
+    lab: &Lab,
+    url: &str,
+    client: Client,
+    owner: &Arc<Owner>,
+    protectors: &[(String, Vec<u8>)],
+) -> Result<(), Failure> {
+    let keys = lab.host_keys()?;
+    let host = Host::new(client, keys.host, keys.identity.clone());
+    let begun = Instant::now();
+    let health = host.attest().await?;
+    checks.check(true, &format!("attest     {HOST_NAME} proved its key and holds a health certificate"), begun);
+    for (name, protector) in protectors {
+        release(checks, &host, &health, owner, name, protector).await;
+    }
+
+    // Who must not get keys.
+    let stranger = tokio::task::spawn_blocking(|| RsaPrivateKey::generate(2048)).await??;
+    let unregistered = Host::new(Client::new(url)?, stranger, keys.identity);
+    let begun = Instant::now();
+    let refused = unregistered.attest().await;
+    checks.refused(refused, "403 UnauthorizedErrorReply", "a host that is not registered", begun);
+    if let Some((name, protector)) = protectors.first() {
+        let begun = Instant::now();
+        let expected = format!("400 {}", Code::InvalidProtector.as_str());
+        let refused = host.roll(ApiVersion::V2, &health, &tampered(protector)).await;
+        checks.refused(refused, &expected, &format!("{name}'s protector with one bit changed"), begun);
+    }
+    Ok(())
 }
 
 /// One VM's start, and its next one with the protector it got back.

@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use clap::{Parser, Subcommand};
 use claviger::cli::{self, Failure};
-use claviger::config::{Config, LogFormat};
+use claviger::config::{AttestMode, Config, LogFormat};
 use claviger::daemon::{Daemon, load_cluster};
 use claviger::lab::{Lab, Tokens};
 use claviger::log::{self, LogQueue};
@@ -88,6 +88,9 @@ enum Command {
         /// Virtual machines to start
         #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=10_000))]
         vms: u16,
+        /// What the host attests with; tpm starts a TPM in software and needs swtpm
+        #[arg(long, value_name = "MODE", value_enum, default_value_t = AttestMode::HostKey)]
+        attest: AttestMode,
         /// Stop after the checks; the exit status is 0 only if all passed
         #[arg(long)]
         exit: bool,
@@ -254,12 +257,13 @@ fn run(command: Command, starting: Option<Starting>) -> Result<ExitCode, Failure
             doctor::print(&findings, json);
             Ok(doctor::status(&findings))
         }
-        Command::Demo { dir, listen, metrics, hsms, rsa, vms, exit } => {
+        Command::Demo { dir, listen, metrics, hsms, rsa, vms, attest, exit } => {
             process::no_core_dumps()?;
             process::raise_open_files()?;
             let begun = Instant::now();
             print::line("Claviger demo: a guarded host gets the keys of a tenant's virtual machines\n");
-            let lab = Lab::prepare(&dir, listen, metrics, Tokens { hsms: hsms.into(), bits: rsa })?;
+            let mut lab = Lab::prepare(&dir, listen, metrics, Tokens { hsms: hsms.into(), bits: rsa })?;
+            lab.config.attest.mode = attest;
             preflight::pass(&lab.config)?;
             let others = serve::needed_threads(&lab.config);
             threads::ensure_runtime(others)?;

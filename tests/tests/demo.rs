@@ -64,6 +64,34 @@ fn a_lab_is_made_and_used_again_and_what_is_wrong_in_it_is_found() {
     assert!(text.contains("release    vm-0003: both keys are the owner's"), "{text}");
 }
 
+#[test]
+fn in_tpm_mode_a_boot_is_accepted_and_another_one_is_refused() {
+    let lab = Lab::folder();
+    let played =
+        || lab.demo(Options { vms: 1, ..Options::default() }).args(["--attest", "tpm", "--exit"]).output().unwrap();
+    // A lab that was used before is used again.
+    for _ in 0..2 {
+        let output = played();
+        let text = said(&output);
+        assert!(output.status.success(), "{text}");
+        for expected in [
+            "boot       tpm-host has a TPM in software",
+            "refuse     a host that is not registered: 403 UnauthorizedErrorReply",
+            "register   tpm-host by its endorsement key",
+            "refuse     a boot that nobody accepted: 403 PolicyEvaluationErrorReply",
+            "accept     that boot as baseline demo",
+            "attest     tpm-host proved its boot and holds a health certificate",
+            "release    vm-0001: both keys are the owner's [v2.0",
+            "refuse     vm-0001, while baseline demo is disabled: 403 HealthCertificateException",
+            "refuse     the same host after another kernel was measured: 403 PolicyEvaluationErrorReply",
+            "differs    PCR 4 + EV_IPL kernel 1.0-rootkit",
+            "all 10 checks passed",
+        ] {
+            assert!(text.contains(expected), "no {expected:?} in\n{text}");
+        }
+    }
+}
+
 #[tokio::test]
 async fn one_token_and_one_machine_are_served_and_served_again() {
     let (daemon, lab) = Lab::start(Options { hsms: 1, vms: 1, ..Options::default() });
