@@ -156,6 +156,15 @@ fn surface() -> Vec<Panel> {
     vec![
         Panel::stacked("Attestations by outcome", "reqps", "Success, or the type of the error that was answered.")
             .ask("sum by (outcome) (rate(claviger_attestations_total{@}[~]))", "{{outcome}}"),
+        Panel::stacked(
+            "Policies that hosts fail",
+            "short",
+            "In the time of one point, by policy, of hosts that attest by their TPM. claviger hosts check says which and why.",
+        )
+        .ask(
+            "sum by (policy) (increase(claviger_attestation_policies_total{result=\"fail\", @}[~]))",
+            "{{policy}}",
+        ),
         Panel::lines("Attestation latency", "s", "From an attestation's arrival to its decision.")
             .ask(
                 "histogram_quantile(0.5, sum by (le) (rate(claviger_attestation_duration_seconds_bucket{@}[~])))",

@@ -330,6 +330,15 @@ fn trust() -> Vec<Alert> {
             "{{ $labels.job }} refused {{ $value | humanize }} attestations within an hour with {{ $labels.outcome }}.",
         ),
         alert(
+            "ClavigerHostsFailPolicies",
+            "ticket",
+            "0m",
+            "sum by (job, policy) (increase(claviger_attestation_policies_total{result=\"fail\"}[1h])) > 0",
+            "Hosts begin to fail a policy",
+            "Hosts of {{ $labels.job }} failed {{ $labels.policy }} {{ $value | humanize }} times within an hour: they booted \
+             something that no enabled baseline has, without Secure Boot, or after a sleep. They get no keys.",
+        ),
+        alert(
             "ClavigerHealthRefused",
             "ticket",
             "0m",
