@@ -8,12 +8,14 @@
 //! | when requests start | [`profile`] |
 //! | hosts and virtual machines, made before the clock starts | [`site`], [`prepare`], [`cache`] |
 //! | sending, and stopping before the time | [`http`], [`host`], [`run`], [`interrupt`] |
+//! | a storm of attestations | [`attest`] |
 //! | counting, and checking what came | [`record`], [`cpu`], [`verify`] |
 //! | telling | [`about`], [`report`], [`threshold`], [`html`], [`compare`] |
 //! | what it would take | [`capacity`], [`usl`], [`scrape`], [`plan`], [`simulation`] |
 #![forbid(unsafe_code)]
 
 pub mod about;
+pub mod attest;
 pub mod cache;
 pub mod capacity;
 pub mod compare;

@@ -1,4 +1,4 @@
-//! The `claviger-loadgen` command: command line → run, compare, capacity, plan or prepare.
+//! The `claviger-loadgen` command: command line → run, attest, compare, capacity, plan or prepare.
 
 #![forbid(unsafe_code)]
 
@@ -8,8 +8,10 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::builder::ArgPredicate;
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use claviger_loadgen::about::{About, Member};
+use claviger_loadgen::attest::{self, Storm};
 use claviger_loadgen::capacity::{self, Question};
 use claviger_loadgen::compare::Verdict;
 use claviger_loadgen::http::Client;
@@ -25,7 +27,7 @@ use claviger_loadgen::site::Site;
 use claviger_loadgen::threshold::{self, Threshold};
 use claviger_loadgen::units;
 use claviger_loadgen::verify::Verify;
-use claviger_loadgen::{Failure, compare, html, prepare, print, run};
+use claviger_loadgen::{Failure, compare, host, html, prepare, print, run};
 use claviger_process::{arguments, output, signals, threads};
 use claviger_protocol::payload::ApiVersion;
 use claviger_protocol::pem;
@@ -62,6 +64,11 @@ enum Command {
         claviger-loadgen run --url https://hgs.example --ca ca.pem --tenant acme --host host --profile 1m@50 --stop-on 'errors<5%'\n\
         Latency counts from when a request was due, service time from when it was sent. docs/load.md explains.")]
     Run(Box<RunArguments>),
+    /// Have hosts attest, each once, and tell how the service and its HSMs bore it
+    #[command(
+        after_help = "Example: claviger-loadgen attest --url http://127.0.0.1:8080 --lab target/lab --hosts 1000 --tpm"
+    )]
+    Attest(Box<AttestArguments>),
     /// Hold two results of `run --json` against each other: what differs, and what is noise
     #[command(
         after_help = "Example: claviger-loadgen compare before.json after.json --fail-on worse --html compare.html\n\
@@ -176,6 +183,23 @@ struct CapacityArguments {
 }
 
 #[derive(Debug, Args)]
+struct AttestArguments {
+    #[command(flatten)]
+    target: Target,
+    /// Hosts; more than one, and all with --tpm, are made and registered through the daemon's admin socket, and kept for the
+    /// next run
+    #[arg(long, value_name = "N", default_value_t = 1000, default_value_if("host", ArgPredicate::IsPresent, "1"),
+        conflicts_with = "host", value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    hosts: u32,
+    /// Attestations at a time
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..))]
+    at_a_time: u16,
+    /// Print JSON for machines
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
 struct PlanArguments {
     /// Private-key operations that one HSM does in a second at most
     #[arg(long, value_name = "RATE", value_parser = units::rate)]
@@ -260,7 +284,8 @@ impl Connection {
 
 /// Whose hosts and machines.
 #[derive(Debug, Args)]
-#[group(id = "whose", required = true, multiple = true)]
+#[group(skip)]
+#[command(group = ArgGroup::new("whose").required(true).args(["lab", "tenant"]))]
 struct Parties {
     /// Folder of the lab that the service serves, as `claviger demo` made it
     #[arg(long, value_name = "DIR", conflicts_with_all = ["tenant", "host", "socket", "cache"])]
@@ -277,6 +302,9 @@ struct Parties {
     /// Where keys and protectors are kept for the next run; by default `loadgen` in the tenant's folder
     #[arg(long, value_name = "DIR", requires = "tenant")]
     cache: Option<PathBuf>,
+    /// Hosts attest by TPMs in software instead of host keys; the daemon has to be in TPM mode
+    #[arg(long, conflicts_with = "host")]
+    tpm: bool,
 }
 
 impl Parties {
@@ -339,8 +367,10 @@ impl Target {
 /// What requests are made of.
 #[derive(Debug, Args)]
 struct Shape {
-    /// Hosts; more than one are made and registered through the admin socket of the lab's daemon, and kept for the next run
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    /// Hosts; more than one, and all with --tpm, are made and registered through the daemon's admin socket, and kept for the
+    /// next run
+    #[arg(long, value_name = "N", default_value_t = 1, conflicts_with = "host",
+        value_parser = clap::value_parser!(u32).range(1..=100_000))]
     hosts: u32,
     /// Virtual machines, each with its protector; made before the clock starts, and kept. A storm has as many as it says
     #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
@@ -475,6 +505,7 @@ fn main() -> ExitCode {
     raise_open_files();
     let result = match arguments.command {
         Command::Run(arguments) => runtime().and_then(|runtime| runtime.block_on(load(&arguments))),
+        Command::Attest(arguments) => runtime().and_then(|runtime| runtime.block_on(attested(&arguments))),
         Command::Compare(arguments) => compared(&arguments),
         Command::Capacity(arguments) => runtime().and_then(|runtime| runtime.block_on(measured(&arguments))),
         Command::Plan(arguments) => planned(&arguments),
@@ -519,7 +550,8 @@ async fn load(arguments: &RunArguments) -> Result<ExitCode, Failure> {
     let site = arguments.target.parties.site()?;
     let interrupt = Interrupt::by_signals()?;
     let metrics = arguments.target.metrics(&site).await?;
-    let world = prepared(World::prepare(&client, &site, hosts, machines), &interrupt).await?;
+    let world =
+        prepared(World::prepare(&client, &site, hosts, arguments.target.parties.tpm, machines), &interrupt).await?;
     let about = arguments.target.about(&site, metrics.as_ref()).await;
     let load = Load { stop: arguments.stop_on.clone(), ..shape.load(mode, Arrivals::Even) };
     let outcome = match run::run(client, &world, load.clone(), &interrupt).await {
@@ -614,14 +646,24 @@ async fn prepared_ahead(arguments: &PrepareArguments) -> Result<ExitCode, Failur
     let site = arguments.parties.site()?;
     let client = arguments.connection.client()?;
     let (hosts, machines) = (arguments.hosts as usize, arguments.vms as usize);
-    let names = prepare::ahead(&client, &site, hosts, machines, &arguments.out).await?;
+    let by_tpm = arguments.parties.tpm;
+    let names = prepare::ahead(&client, &site, hosts, by_tpm, machines, &arguments.out).await?;
     let cache = site.cache().display();
+    let and_boot = if by_tpm { ", and accept their boot," } else { "" };
     print::aside(&format!(
-        "{machines} protectors are kept in {cache}; where the service runs, register the hosts with:"
+        "{machines} protectors are kept in {cache}; where the service runs, register the hosts{and_boot} with:"
     ));
     for name in names {
         let file = arguments.out.join(format!("{name}.pub.pem"));
-        print::line(&format!("claviger hosts add {name} --public-key {}", file.display()));
+        let file = file.display();
+        print::line(&match by_tpm {
+            false => format!("claviger hosts add {name} --public-key {file}"),
+            true => format!("claviger hosts add {name} --ek-public {file} --trust-ek"),
+        });
+    }
+    if by_tpm {
+        let pcrs: Vec<_> = host::boot_pcrs()?.iter().map(|(pcr, value)| format!(" --pcr {pcr}={value}")).collect();
+        print::line(&format!("claviger baselines add {}{}", host::BASELINE, pcrs.concat()));
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -638,7 +680,8 @@ async fn measured(arguments: &CapacityArguments) -> Result<ExitCode, Failure> {
     let mode = Mode::Closed { callers: capacity::MOST_CALLERS, duration: arguments.step };
     let interrupt = Interrupt::by_signals()?;
     let machines = shape.machines(&mode)?;
-    let world = prepared(World::prepare(&client, &site, shape.hosts as usize, machines), &interrupt).await?;
+    let by_tpm = arguments.target.parties.tpm;
+    let world = prepared(World::prepare(&client, &site, shape.hosts as usize, by_tpm, machines), &interrupt).await?;
     let about = arguments.target.about(&site, metrics.as_ref()).await;
     let question = Question {
         client,
@@ -666,6 +709,24 @@ async fn measured(arguments: &CapacityArguments) -> Result<ExitCode, Failure> {
         None => print::line(&text),
     }
     Ok(if answer.interrupted { interrupt::STATUS.into() } else { ExitCode::SUCCESS })
+}
+
+async fn attested(arguments: &AttestArguments) -> Result<ExitCode, Failure> {
+    let target = &arguments.target;
+    let client = target.connection.client()?;
+    let site = target.parties.site()?;
+    let metrics = target.metrics(&site).await?;
+    let (of, hosts, by_tpm) = (site.clone(), arguments.hosts as usize, target.parties.tpm);
+    let hosts = tokio::task::spawn_blocking(move || prepare::registered(&of, hosts, by_tpm)).await??;
+    let about = target.about(&site, metrics.as_ref()).await;
+    let storm = attest::storm(&client, hosts, by_tpm, arguments.at_a_time.into(), metrics.as_ref()).await?;
+    let storm = Storm { about: Some(about), ..storm };
+    if arguments.json {
+        print::line(&serde_json::to_string_pretty(&storm)?);
+    } else {
+        print::line(&storm.for_people());
+    }
+    Ok(if storm.granted == storm.hosts { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 fn planned(arguments: &PlanArguments) -> Result<ExitCode, Failure> {

@@ -11,11 +11,11 @@ use claviger_protocol::protector::TransportKey;
 use claviger_protocol::rsa_key::RsaPrivateKey;
 use data_encoding::{BASE64, HEXLOWER};
 use serde::{Deserialize, Serialize};
-use tokio::task::JoinSet;
 
 use crate::Failure;
+use crate::attest;
 use crate::cache;
-use crate::host::{self, Host};
+use crate::host::{self, Host, HostKeys, HostProof};
 use crate::http::Client;
 use crate::progress::Progress;
 use crate::site::Site;
@@ -68,13 +68,24 @@ impl World {
     ///
     /// # Errors
     /// A service that does not answer or refuses, keys that are missing.
-    pub async fn prepare(client: &Arc<Client>, site: &Site, hosts: usize, machines: usize) -> Result<Self, Failure> {
+    pub async fn prepare(
+        client: &Arc<Client>,
+        site: &Site,
+        hosts: usize,
+        by_tpm: bool,
+        machines: usize,
+    ) -> Result<Self, Failure> {
         let guardian = guardian(client).await?;
         let (site, metadata) = (site.clone(), guardian.clone());
-        let made = tokio::task::spawn_blocking(move || make(&site, &metadata, hosts, machines)).await?;
+        let made = tokio::task::spawn_blocking(move || make(&site, &metadata, hosts, by_tpm, machines)).await?;
         let (keys, machines) = made?;
-        let hosts = attest(client, keys).await?.into();
-        Ok(Self { hosts, machines, guardian })
+        let mut hosts = Vec::with_capacity(keys.len());
+        attest::each(client, keys, ATTESTING, |attested, _| {
+            hosts.push(attested?);
+            Ok(())
+        })
+        .await?;
+        Ok(Self { hosts: hosts.into(), machines, guardian })
     }
 }
 
@@ -96,6 +107,7 @@ pub async fn ahead(
     client: &Client,
     site: &Site,
     hosts: usize,
+    by_tpm: bool,
     machines: usize,
     out: &Path,
 ) -> Result<Vec<String>, Failure> {
@@ -106,7 +118,7 @@ pub async fn ahead(
         protectors(&site, &site.owner()?, &guardian, machines)?;
         std::fs::create_dir_all(&out).map_err(|error| format!("{}: {error}", out.display()))?;
         let mut names = Vec::new();
-        for (name, key, _) in own_hosts(&site, hosts)? {
+        for OwnHost { name, key, .. } in own_hosts(&site, hosts, by_tpm)? {
             let file = out.join(format!("{name}.pub.pem"));
             let pem = key.public().to_pem();
             std::fs::write(&file, pem).map_err(|error| format!("{}: {error}", file.display()))?;
@@ -117,70 +129,97 @@ pub async fn ahead(
     tokio::task::spawn_blocking(make).await?
 }
 
-/// A host key and an identity key.
-type HostKeys = (RsaPrivateKey, Arc<RsaPrivateKey>);
-
 fn make(
     site: &Site,
     guardian: &Metadata,
     hosts: usize,
+    by_tpm: bool,
     machines: usize,
 ) -> Result<(Vec<HostKeys>, Vec<Machine>), Failure> {
-    let _lock = cache::lock(site.cache())?;
     let owner = site.owner()?;
-    let keys = match site.host_keys()? {
+    let keys = registered(site, hosts, by_tpm)?;
+    let _lock = cache::lock(site.cache())?;
+    Ok((keys, protectors(site, &owner, guardian, machines)?))
+}
+
+/// Hosts that are registered: the one that was before, where that is enough, or this program's own. Those are registered
+/// where there is a socket for that; where there is none, they were made by [`ahead`] and registered by others. Blocks.
+///
+/// # Errors
+/// A daemon that refuses or does not answer, keys that are missing.
+pub fn registered(site: &Site, hosts: usize, by_tpm: bool) -> Result<Vec<HostKeys>, Failure> {
+    let _lock = cache::lock(site.cache())?;
+    match site.host_keys()? {
         // It is registered already, wherever the service runs.
-        Some((host, identity)) if hosts <= 1 => {
+        Some((host, identity)) if hosts <= 1 && !by_tpm => {
             let identity = match identity {
                 Some(identity) => Arc::new(identity),
                 None => identities(site, 1)?.remove(0),
             };
-            vec![(host, identity)]
+            Ok(vec![(HostProof::HostKey(Box::new(host)), identity)])
         }
-        _ => registered_hosts(site, hosts)?,
-    };
-    Ok((keys, protectors(site, &owner, guardian, machines)?))
+        _ => {
+            let hosts = own_hosts(site, hosts, by_tpm)?;
+            if site.has_socket() {
+                register(site, &hosts, by_tpm)?;
+            }
+            hosts.into_iter().map(|host| host.proof(by_tpm)).collect()
+        }
+    }
 }
 
 fn identities(site: &Site, count: usize) -> Result<Vec<Arc<RsaPrivateKey>>, Failure> {
     Ok(kept_keys(site, "identities.jsonl", "identity keys", count)?.into_iter().map(Arc::new).collect())
 }
 
-/// Hosts of this program's own: names and keys.
-fn own_hosts(site: &Site, hosts: usize) -> Result<Vec<(String, RsaPrivateKey, Arc<RsaPrivateKey>)>, Failure> {
-    let keys = kept_keys(site, "hosts.jsonl", "host keys", hosts)?;
+/// A host of this program's own.
+struct OwnHost {
+    name: String,
+    /// Its host key, or the endorsement key of its TPM.
+    key: RsaPrivateKey,
+    identity: Arc<RsaPrivateKey>,
+}
+
+impl OwnHost {
+    fn proof(self, by_tpm: bool) -> Result<HostKeys, Failure> {
+        let proof = if by_tpm { HostProof::tpm(self.key)? } else { HostProof::HostKey(Box::new(self.key)) };
+        Ok((proof, self.identity))
+    }
+}
+
+fn own_hosts(site: &Site, hosts: usize, by_tpm: bool) -> Result<Vec<OwnHost>, Failure> {
+    let (file, what, prefix) = match by_tpm {
+        false => ("hosts.jsonl", "host keys", "loadgen"),
+        true => ("tpms.jsonl", "endorsement keys", "loadgen-tpm"),
+    };
+    let keys = kept_keys(site, file, what, hosts)?;
     let identities = identities(site, hosts.min(IDENTITIES))?;
     let host = |(at, key): (usize, RsaPrivateKey)| {
-        (format!("loadgen-{:04}", at + 1), key, identities[at % identities.len()].clone())
+        let identity = identities[at % identities.len()].clone();
+        OwnHost { name: format!("{prefix}-{:04}", at + 1), key, identity }
     };
     Ok(keys.into_iter().enumerate().map(host).collect())
 }
 
-/// Hosts of this program's own, registered where there is a socket for that. Where there is none, they were made by
-/// [`ahead`] and registered by others.
-fn registered_hosts(site: &Site, hosts: usize) -> Result<Vec<HostKeys>, Failure> {
-    let hosts = own_hosts(site, hosts)?;
-    if site.has_socket() {
-        register(site, &hosts)?;
-    }
-    Ok(hosts.into_iter().map(|(_, key, identity)| (key, identity)).collect())
-}
-
-fn register(site: &Site, hosts: &[(String, RsaPrivateKey, Arc<RsaPrivateKey>)]) -> Result<(), Failure> {
+fn register(site: &Site, hosts: &[OwnHost], by_tpm: bool) -> Result<(), Failure> {
     let mut admin = site.admin()?;
     let registered = admin.hosts()?;
     let known: std::collections::HashMap<_, _> = registered.into_iter().collect();
     let progress = Progress::new("registering hosts", hosts.len() as u64);
-    for (name, key, _) in hosts {
+    for OwnHost { name, key, .. } in hosts {
         let fingerprint = HEXLOWER.encode(&key.public().spki_sha256());
         let as_it_should = known.get(name).map(|known| *known == fingerprint);
         if as_it_should == Some(false) {
             admin.remove_host(name)?;
         }
         if as_it_should != Some(true) {
-            admin.add_host(name, key.public().spki_der())?;
+            let key = key.public().spki_der();
+            if by_tpm { admin.add_tpm_host(name, key)? } else { admin.add_host(name, key)? }
         }
         progress.advance(1);
+    }
+    if by_tpm {
+        admin.accept_boot()?;
     }
     Ok(())
 }
@@ -258,25 +297,4 @@ fn on_all_processors<T: Send>(
         work();
     });
     made.into_inner().unwrap_or_else(PoisonError::into_inner).into_iter().collect()
-}
-
-async fn attest(client: &Arc<Client>, keys: Vec<HostKeys>) -> Result<Vec<Host>, Failure> {
-    let progress = Progress::new("attesting", keys.len() as u64);
-    let mut attesting = JoinSet::new();
-    let mut hosts = Vec::with_capacity(keys.len());
-    for (host_key, identity) in keys {
-        if attesting.len() >= ATTESTING
-            && let Some(done) = attesting.join_next().await
-        {
-            hosts.push(done??);
-            progress.advance(1);
-        }
-        let client = client.clone();
-        attesting.spawn(async move { Host::attest(&client, &host_key, identity).await });
-    }
-    while let Some(done) = attesting.join_next().await {
-        hosts.push(done??);
-        progress.advance(1);
-    }
-    Ok(hosts)
 }

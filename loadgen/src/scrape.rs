@@ -10,6 +10,8 @@ pub struct Look {
     pub cpu_seconds: Option<f64>,
     /// Operations of the HSMs so far.
     pub hsm_calls: Option<f64>,
+    /// Processor time in calls of the HSMs' modules so far, in seconds.
+    pub hsm_cpu_seconds: Option<f64>,
     /// Releases that wait for their turn now.
     pub waiting: Option<f64>,
     /// Members of the cluster.
@@ -41,6 +43,7 @@ impl Look {
             cpu_seconds: sum("process_cpu_seconds_total")
                 .map(|daemon| daemon + sum("claviger_hsm_worker_cpu_seconds_total").unwrap_or(0.0)),
             hsm_calls: sum("claviger_hsm_calls_total"),
+            hsm_cpu_seconds: sum("claviger_hsm_cpu_seconds_total"),
             waiting: sum("claviger_queue_waiting"),
             hsms: Some(values("claviger_hsm_sessions_open").len()).filter(|count| *count > 0),
         }
@@ -71,7 +74,8 @@ mod tests {
                     claviger_build_info{version=\"1.2.3\",commit=\"abc\"} 1\n";
         let look = Look::parse(page);
         let version = Some("claviger 1.2.3 (abc)".to_owned());
-        assert_eq!(look, Look { cpu_seconds: Some(1.5), hsm_calls: Some(7.0), waiting: None, hsms: Some(2), version });
+        let told = Look { cpu_seconds: Some(1.5), hsm_calls: Some(7.0), hsms: Some(2), version, ..Look::default() };
+        assert_eq!(look, told);
         let look = Look::parse("claviger_build_info{version=\"1.2.3\",commit=\"\"} 1\n");
         assert_eq!(look.version.as_deref(), Some("claviger 1.2.3"));
         assert_eq!(Look::parse(""), Look::default());

@@ -28,6 +28,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::Failure;
+use crate::host;
 
 /// How long a command of an administrator may take.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(60);
@@ -214,6 +215,30 @@ impl Admin {
     pub fn add_host(&mut self, name: &str, public_key: &[u8]) -> Result<(), Failure> {
         let key = data_encoding::BASE64.encode(public_key);
         self.call(&json!({"command": "hosts.add", "name": name, "public_key": key})).map(drop)
+    }
+
+    /// Registers a host by the endorsement key of its TPM.
+    ///
+    /// # Errors
+    /// When the daemon refuses or does not answer.
+    pub fn add_tpm_host(&mut self, name: &str, endorsement_key: &[u8]) -> Result<(), Failure> {
+        let key = data_encoding::BASE64.encode(endorsement_key);
+        self.call(&json!({"command": "hosts.add-tpm", "name": name, "public_key": key})).map(drop)
+    }
+
+    /// Has the boot of hosts with TPMs in software accepted, as the baseline [`host::BASELINE`].
+    ///
+    /// # Errors
+    /// When the daemon refuses or does not answer.
+    pub fn accept_boot(&mut self) -> Result<(), Failure> {
+        let (name, pcrs) = (host::BASELINE, json!(host::boot_pcrs()?));
+        let known = self.call(&json!({"command": "baselines.list"}))?;
+        match known.as_array().into_iter().flatten().find(|row| row["name"] == name) {
+            Some(row) if row["pcrs"] == pcrs && row["enabled"] == true => return Ok(()),
+            Some(_) => drop(self.call(&json!({"command": "baselines.remove", "name": name}))?),
+            None => {}
+        }
+        self.call(&json!({"command": "baselines.add", "name": name, "pcrs": pcrs})).map(drop)
     }
 
     /// Removes a host.

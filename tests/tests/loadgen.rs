@@ -45,6 +45,59 @@ fn number(report: &Value, pointer: &str) -> f64 {
     report.pointer(pointer).and_then(Value::as_f64).unwrap_or_else(|| panic!("no {pointer} in {report:#}"))
 }
 
+/// Does what `prepare` tells the administrator to do; so many commands.
+fn administered(lab: &Lab, prepared: &Output) -> usize {
+    assert!(prepared.status.success(), "{}", said(prepared));
+    let commands = std::str::from_utf8(&prepared.stdout).unwrap();
+    for command in commands.lines() {
+        let words = command.strip_prefix("claviger ").unwrap_or_else(|| panic!("{command}"));
+        let mut command = Command::new(claviger_tests::claviger());
+        let done =
+            command.args(words.split(' ')).arg("--config").arg(lab.path().join("claviger.toml")).output().unwrap();
+        assert!(done.status.success(), "{}", said(&done));
+    }
+    commands.lines().count()
+}
+
+#[test]
+fn hosts_attest_by_their_tpms_and_ask_for_keys() {
+    let lab = Lab::make(Options::default());
+    let folder = |name: &str| lab.path().join(name).display().to_string();
+    lab.configure(|config| config.attest.mode = claviger::config::AttestMode::Tpm);
+    let daemon = lab.serve();
+    block(daemon.until_ready_is(200));
+    // Where there is no socket for them, an administrator registers the hosts and accepts their boot.
+    let (tenant, cache, out) = (folder("tenant"), folder("cache"), folder("public"));
+    let of_tenant = |arguments: &[&str]| {
+        let mut command = Command::new(loadgen());
+        command.args(arguments).args(["--url", &daemon.url, "--tenant", &tenant, "--cache", &cache, "--tpm"]);
+        command.output().unwrap()
+    };
+    let prepared = of_tenant(&["prepare", "--hosts", "2", "--vms", "1", "--out", &out]);
+    assert_eq!(administered(&lab, &prepared), 3);
+    let (status, report) = finished(&of_tenant(&["attest", "--hosts", "2", "--json"]));
+    assert_eq!((status, &report["granted"], &report["hsm_calls"]), (0, &json!(2), &Value::Null), "{report:#}");
+    let storm = |more: &[&str]| {
+        let mut command = Command::new(loadgen());
+        command.args(["attest", "--url", &daemon.url, "--hosts", "5", "--json", "--lab"]).arg(lab.path()).args(more);
+        finished(&command.output().unwrap())
+    };
+    let (status, report) = storm(&["--tpm", "--at-a-time", "2", "--metrics", &daemon.metrics_url]);
+    assert_eq!(status, 0, "{report:#}");
+    assert_eq!((&report["granted"], &report["refused"], &report["by_tpm"]), (&json!(5), &json!({}), &json!(true)));
+    assert!(number(&report, "/hsm_calls") >= 5.0 && number(&report, "/latency_p50") > 0.0, "{report:#}");
+    assert!(report["own_cost"].is_number() && report["about"]["daemon"].is_string(), "{report:#}");
+    // Hosts of the other mode are told what to say.
+    let (status, report) = storm(&[]);
+    assert_eq!((status, &report["granted"], &report["latency_p50"]), (1, &json!(0), &Value::Null), "{report:#}");
+    let (error, count) = report["refused"].as_object().unwrap().iter().next().unwrap();
+    assert!(error.contains("the service is in TPM mode: say --tpm") && *count == json!(5), "{error}");
+    let (status, report) =
+        run(&lab, &daemon.url, &[&PATIENT[..], &["--tpm", "--hosts", "2", "--profile", "1s@20"]].concat());
+    assert_eq!((status, &report["errors"]), (0, &json!({})), "{report:#}");
+    assert!(daemon.stop().success());
+}
+
 #[test]
 fn a_run_is_told_whole() {
     let (lab, daemon) = lab();
@@ -117,19 +170,7 @@ fn any_service_is_tested_with_the_keys_of_a_tenant_and_of_hosts() {
     assert!(output.status.success(), "{}", said(&output));
     let refused = call(&[&load[..], &["--hosts", "2"]].concat()).unwrap();
     assert!(said(&refused).contains("is the host registered there (claviger-loadgen prepare)"), "{}", said(&refused));
-    let commands = String::from_utf8(output.stdout).unwrap();
-    assert_eq!(commands.lines().count(), 2, "{commands}");
-    for command in commands.lines() {
-        let words: Vec<_> = command.split(' ').collect();
-        assert_eq!((&words[..3], words[4]), (&["claviger", "hosts", "add"][..], "--public-key"), "{command}");
-        let add = Command::new(claviger_tests::claviger())
-            .args(&words[1..])
-            .arg("--config")
-            .arg(lab.path().join("claviger.toml"))
-            .output()
-            .unwrap();
-        assert!(add.status.success(), "{}", said(&add));
-    }
+    assert_eq!(administered(&lab, &output), 2);
     let (status, report) = ran(&["--hosts", "2"]);
     assert_eq!(
         (status, number(&report, "/verify/right"), number(&report, "/settings/hosts")),
@@ -473,4 +514,23 @@ fn without_a_lab_it_says_how_to_make_one() {
         .unwrap();
     assert_eq!(output.status.code(), Some(1));
     assert!(said(&output).contains("claviger demo --dir /nowhere"), "{}", said(&output));
+}
+
+#[test]
+fn what_does_not_go_together_is_an_error_of_the_command_line() {
+    for (arguments, named) in [
+        (&["attest", "--tenant", "t", "--host", "h", "--tpm"][..], ["--tpm", "--host"]),
+        (&["run", "--profile", "1s@1", "--tenant", "t", "--host", "h", "--tpm"], ["--tpm", "--host"]),
+        (&["run", "--profile", "1s@1", "--tenant", "t", "--host", "h", "--hosts", "2"], ["--hosts", "--host"]),
+        (&["prepare", "--out", "o", "--tenant", "t", "--host", "h", "--tpm"], ["--tpm", "--host"]),
+        (&["capacity", "--lab", "l", "--socket", "s"], ["--lab", "--socket"]),
+        (&["attest", "--tpm"], ["--lab", "--tenant"]),
+    ] {
+        let output = Command::new(loadgen()).args(arguments).args(["--url", "http://127.0.0.1:1"]).output().unwrap();
+        let said = said(&output);
+        assert!(
+            output.status.code() == Some(2) && named.iter().all(|name| said.contains(name)),
+            "{arguments:?}: {said}"
+        );
+    }
 }

@@ -6,12 +6,12 @@ use ring::signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair as 
 
 use super::Malformed;
 use super::credential::{self, Protected};
-use super::pcr::PcrValues;
+use super::pcr::{PcrSet, PcrValues};
 use super::public::{self, AttestationKey};
 use super::quote::Quote;
 use super::signature::Signature;
 use crate::random;
-use crate::rsa_key::{RsaPrivateKey, sha256};
+use crate::rsa_key::RsaPrivateKey;
 
 /// An endorsement key, an attestation key and some PCRs.
 pub struct SoftwareTpm {
@@ -71,16 +71,28 @@ impl SoftwareTpm {
     /// # Errors
     /// When the system has no randomness.
     pub fn quote(&self, qualifying_data: &[u8]) -> Result<(Vec<u8>, Vec<u8>), Unspecified> {
+        self.quote_of(qualifying_data, self.pcrs.set_of()).map(|(quote, signature, _)| (quote, signature))
+    }
+
+    /// The same over these PCRs, of which those without a value are zero; with their values.
+    ///
+    /// # Errors
+    /// When the system has no randomness.
+    pub fn quote_of(&self, qualifying_data: &[u8], set: PcrSet) -> Result<(Vec<u8>, Vec<u8>, PcrValues), Unspecified> {
+        let mut values = PcrValues::default();
+        for pcr in set.iter() {
+            values.set(pcr, self.pcrs.get(pcr).copied().unwrap_or_default());
+        }
         let quote = Quote {
             extra_data: qualifying_data,
             reset_count: 1,
             restart_count: self.restart_count,
-            selection: &self.pcrs.set_of().to_selection(),
-            digest: &sha256(&self.pcrs.to_bytes()),
+            selection: &set.to_selection(),
+            digest: &values.digest(),
         }
         .to_bytes();
         let signature = self.sign(&quote)?;
-        Ok((quote, signature))
+        Ok((quote, signature, values))
     }
 
     /// `TPMT_SIGNATURE` of the attestation key, over anything.
