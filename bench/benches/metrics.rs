@@ -30,7 +30,7 @@ const ROUNDS: usize = 40;
 /// All that is recorded of one release, at its end.
 fn record(history: &History, attempt: &Attempt) {
     let spent = attempt.spent();
-    history.released(Class::Success, spent.total);
+    history.released(Class::Success, spent.total, true);
     metrics::release("success", "v2.0", Class::Success, spent, attempt.certificate_used.clone());
     metrics::response("release_v2", 200);
 }
