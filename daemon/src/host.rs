@@ -154,14 +154,17 @@ impl Host {
         let blocked = |e: tokio::task::JoinError| HostError::Answer(e.to_string());
         let begun = tokio::task::spawn_blocking(|| Session::begin(place)).await.map_err(blocked)??;
         let request = first_request(session, &WANTED, begun.endorsement.content(), &begun.first_context());
+        let mut held = DropBlocking(Some(begun));
         let reply = self.post_attestation(TPM_ATTEST, request).await?;
         let received = parse_continue_reply(&reply.body).map_err(unreadable)?;
 
         let identity = self.identity_key.public().spki_der().to_vec();
         let answer = tokio::task::spawn_blocking(move || {
-            let mut begun = begun;
+            let Some(mut begun) = held.0.take() else {
+                return Err(TpmError::Answer("the session with the TPM has ended".to_owned()));
+            };
             let context = begun.second_context(&received, &session, &identity)?;
-            Ok::<_, TpmError>(second_request(session, &WANTED, begun.endorsement.content(), &identity, &context))
+            Ok(second_request(session, &WANTED, begun.endorsement.content(), &identity, &context))
         });
         let request = answer.await.map_err(blocked)??;
         self.post_attestation(TPM_ATTEST, request).await
@@ -226,6 +229,18 @@ impl Host {
     }
 }
 
+/// Holds a value whose drop blocks, and drops it on a thread that may block: also when the future that holds it ends early.
+struct DropBlocking<T: Send + 'static>(Option<T>);
+
+impl<T: Send + 'static> Drop for DropBlocking<T> {
+    fn drop(&mut self) {
+        let Some(value) = self.0.take() else { return };
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn_blocking(move || drop(value));
+        }
+    }
+}
+
 /// What a host asks for when it attests.
 const WANTED: [ResultType; 1] = [ResultType::EncryptionCertificate];
 
@@ -256,4 +271,35 @@ fn prove(ingress: &[u8], ingress_key: &TransportKey, egress: &[u8], egress_key: 
                 == (new.id, &new.signing_certificate, &new.encryption_certificate)
         });
     if same { Ok(()) } else { Err("the new protector is for others than the one that was sent".to_owned()) }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::sync::mpsc;
+    use std::thread::{self, ThreadId};
+
+    use super::*;
+
+    /// Reports the thread that drops it.
+    struct Reports(mpsc::Sender<ThreadId>);
+
+    impl Drop for Reports {
+        fn drop(&mut self) {
+            self.0.send(thread::current().id()).unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn a_session_that_is_given_up_ends_on_a_thread_that_may_block() {
+        let (sender, dropped) = mpsc::channel();
+        let held = DropBlocking(Some(Reports(sender)));
+        let waiting = async move {
+            let _held = held;
+            std::future::pending::<()>().await;
+        };
+        assert!(tokio::time::timeout(std::time::Duration::from_millis(1), waiting).await.is_err());
+        let dropped = tokio::task::spawn_blocking(move || dropped.recv()).await.unwrap().unwrap();
+        assert_ne!(dropped, thread::current().id());
+    }
 }

@@ -195,7 +195,7 @@ impl Session {
                 self.tpm.run(ACTIVATE_CREDENTIAL, &handles, &[Auth::Empty, Auth::Policy(policy)], &parameters)
             });
         let response = match activated {
-            Ok(response) => Zeroizing::new(response),
+            Ok(response) => response,
             Err(error) => {
                 // A session that was used up is gone already.
                 let _ = flush(&mut self.tpm, policy);
@@ -204,8 +204,14 @@ impl Session {
         };
         let mut fields = Fields(&response);
         let mut parameters = fields.parameters()?;
-        let credential = parameters.sized()?.try_into();
-        credential.map(Zeroizing::new).map_err(|_| TpmError::Answer("the credential is not of 32 bytes".to_owned()))
+        let received = parameters.sized()?;
+        // Copied straight into memory that is wiped: an array by value would leave a copy on the stack.
+        let mut credential = Zeroizing::new([0; 32]);
+        if received.len() != credential.len() {
+            return Err(TpmError::Answer("the credential is not of 32 bytes".to_owned()));
+        }
+        credential.copy_from_slice(received);
+        Ok(credential)
     }
 
     /// A quote, its signature, and the values that it covers.
@@ -283,18 +289,28 @@ fn find_endorsement(tpm: &mut Tpm) -> Result<(u32, bool, Endorsement), TpmError>
         let public = Fields(&response).sized().ok()?;
         public::endorsement_key(public).ok()
     });
-    let (handle, is_kept, key) = match kept {
-        Some(key) => (EK_HANDLE, true, key),
-        None => {
-            let (handle, public) = create_primary(tpm, &public::endorsement_template())?;
-            let key = public::endorsement_key(&public);
-            (handle, false, key.map_err(|error| TpmError::Answer(format!("the endorsement key: {error}")))?)
+    if let Some(key) = kept {
+        return Ok((EK_HANDLE, true, with_certificate(tpm, key)?));
+    }
+    let (handle, public) = create_primary(tpm, &public::endorsement_template())?;
+    let key = public::endorsement_key(&public);
+    let key = key.map_err(|error| TpmError::Answer(format!("the endorsement key: {error}")));
+    match key.and_then(|key| with_certificate(tpm, key)) {
+        Ok(endorsement) => Ok((handle, false, endorsement)),
+        Err(error) => {
+            // A TPM without a resource manager has few places for keys, and keeps this one until it is flushed.
+            let _ = flush(tpm, handle);
+            Err(error)
         }
-    };
+    }
+}
+
+/// The endorsement key with its certificate, where the TPM has it.
+fn with_certificate(tpm: &mut Tpm, key: RsaPublicKey) -> Result<Endorsement, TpmError> {
     let certificate = read_certificate(tpm)?;
     // Some TPMs hold certificates of other keys.
     let certificate = certificate.filter(|der| endorsement_key_of(der).is_ok_and(|certified| certified == key));
-    Ok((handle, is_kept, Endorsement { key, certificate }))
+    Ok(Endorsement { key, certificate })
 }
 
 /// The certificate in the TPM, if there is one: DER, without what fills its place up.
@@ -392,7 +408,60 @@ impl<'a> Fields<'a> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use std::io::Write;
+    use std::os::unix::net::UnixListener;
+    use std::path::Path;
+
     use super::*;
+
+    const HANDLE: u32 = 0x8000_0001;
+
+    /// A TPM without a kept endorsement key that makes one of this modulus, and whose answer about the certificate is cut
+    /// off. Gives the handles that it was told to flush once its connection is closed.
+    fn broken_tpm(socket: &Path, modulus: u8) -> std::thread::JoinHandle<Vec<u32>> {
+        let listener = UnixListener::bind(socket).unwrap();
+        let mut public = public::endorsement_template();
+        let at = public.len() - 256;
+        public[at..].fill(modulus);
+        let parameters = sized(&public);
+        let made = [&HANDLE.to_be_bytes()[..], &(parameters.len() as u32).to_be_bytes(), &parameters].concat();
+        std::thread::spawn(move || {
+            let (mut connection, _) = listener.accept().unwrap();
+            let mut flushed = Vec::new();
+            let mut header = [0; 10];
+            while connection.read_exact(&mut header).is_ok() {
+                let number = |bytes: &[u8]| u32::from_be_bytes(bytes.try_into().unwrap());
+                let mut parameters = vec![0; number(&header[2..6]) as usize - header.len()];
+                connection.read_exact(&mut parameters).unwrap();
+                let (code, body) = match number(&header[6..]) {
+                    code if code == CREATE_PRIMARY.1 => (0, &made[..]),
+                    code if code == NV_READ_PUBLIC.1 => (0, &[0, 9][..]),
+                    code if code == FLUSH_CONTEXT.1 => {
+                        flushed.push(number(&parameters));
+                        (0, &[][..])
+                    }
+                    _ => (0x18b_u32, &[][..]),
+                };
+                let size = (header.len() + body.len()) as u32;
+                let response = [&[0x80, 1][..], &size.to_be_bytes(), &code.to_be_bytes(), body].concat();
+                connection.write_all(&response).unwrap();
+            }
+            flushed
+        })
+    }
+
+    #[test]
+    fn an_endorsement_key_that_cannot_be_used_is_flushed() {
+        // An even modulus is none.
+        for (modulus, problem) in [(0xff, "ends in the middle of a field"), (0xfe, "the endorsement key: ")] {
+            let folder = tempfile::tempdir().unwrap();
+            let place = TpmPlace { device: folder.path().join("tpm"), log: PathBuf::new() };
+            let tpm = broken_tpm(&place.device, modulus);
+            let error = endorsement(&place).unwrap_err().to_string();
+            assert!(error.contains(problem), "{error}");
+            assert_eq!(tpm.join().unwrap(), [HANDLE]);
+        }
+    }
 
     #[test]
     fn the_length_of_a_certificate_is_that_of_its_der() {

@@ -7,6 +7,8 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use zeroize::Zeroizing;
+
 /// How long a socket may take for a response. A TPM may take many seconds to make a key.
 const TIMEOUT: Duration = Duration::from_secs(120);
 /// Longest response of a TPM.
@@ -98,14 +100,14 @@ impl Tpm {
     }
 
     /// Runs a command: its handles, its authorizations, its parameters. Gives the response after its header: handles and
-    /// parameters, without the authorizations at its end.
+    /// parameters, followed by the authorizations. A response may hold a credential, so it is wiped when it is dropped.
     pub(super) fn run(
         &mut self,
         (name, code): (&'static str, u32),
         handles: &[u32],
         auths: &[Auth],
         parameters: &[u8],
-    ) -> Result<Vec<u8>, TpmError> {
+    ) -> Result<Zeroizing<Vec<u8>>, TpmError> {
         let command = command(code, handles, auths, parameters);
         for _ in 0..TIMES {
             let response = self.transmit(&command).map_err(|source| self.failed(source))?;
@@ -116,7 +118,7 @@ impl Tpm {
                 return Err(answer("has another length than it says"));
             }
             match u32::from_be_bytes([header[6], header[7], header[8], header[9]]) {
-                0 => return Ok(body.to_vec()),
+                0 => return Ok(Zeroizing::new(body.to_vec())),
                 code if AGAIN.contains(&code) => std::thread::sleep(PAUSE),
                 code => return Err(TpmError::Refused { command: name, code }),
             }
@@ -128,25 +130,25 @@ impl Tpm {
         TpmError::Device { path: self.path.clone(), source }
     }
 
-    fn transmit(&mut self, command: &[u8]) -> io::Result<Vec<u8>> {
+    fn transmit(&mut self, command: &[u8]) -> io::Result<Zeroizing<Vec<u8>>> {
+        // Of full length from the start: a vector that grows leaves its old content in memory.
+        let mut response = Zeroizing::new(vec![0; LONGEST]);
         match &mut self.connection {
             Connection::Device(file) => {
                 // The kernel takes a command, and gives a response, in one call each.
                 file.write_all(command)?;
-                let mut response = vec![0; LONGEST];
                 let length = file.read(&mut response)?;
                 response.truncate(length);
                 Ok(response)
             }
             Connection::Socket(socket) => {
                 socket.write_all(command)?;
-                let mut response = vec![0; HEADER];
-                socket.read_exact(&mut response)?;
+                socket.read_exact(&mut response[..HEADER])?;
                 let size = u32::from_be_bytes([response[2], response[3], response[4], response[5]]) as usize;
                 if !(HEADER..=LONGEST).contains(&size) {
                     return Err(io::Error::other("a response of absurd size"));
                 }
-                response.resize(size, 0);
+                response.truncate(size);
                 socket.read_exact(&mut response[HEADER..])?;
                 Ok(response)
             }
