@@ -81,8 +81,6 @@ pub struct Proven<'a> {
     pub log: Log<'a>,
     /// The quote's restart count.
     pub restart_count: u32,
-    /// The quote's reset count.
-    pub reset_count: u32,
 }
 
 /// What a host's TPM is to sign along with its PCRs: it binds the quote to the credential, the session and the identity key,
@@ -129,7 +127,7 @@ pub fn check<'a>(evidence: &Evidence<'a>, state: &State, identity_key: &[u8]) ->
     if REPLAYED.iter().any(|pcr| replayed.get(*pcr) != values.get(*pcr)) {
         return Err(EvidenceError::Log("its events do not give the quoted PCR values"));
     }
-    Ok(Proven { values, log, restart_count: quote.restart_count, reset_count: quote.reset_count })
+    Ok(Proven { values, log, restart_count: quote.restart_count })
 }
 
 /// The values that the quote covers.

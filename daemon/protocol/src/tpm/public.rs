@@ -3,7 +3,7 @@
 use aws_lc_rs::signature::{ECDSA_P256_SHA256_ASN1, ParsedPublicKey};
 use ring::signature::{ECDSA_P256_SHA256_FIXED, UnparsedPublicKey};
 
-use super::reader::Reader;
+use super::reader::{P256_BYTES, Reader, padded};
 use super::signature::Signature;
 use super::{Malformed, NIST_P256, algorithm};
 use crate::algorithm::{SignatureAlgorithm, SignatureDigest};
@@ -26,8 +26,6 @@ mod attribute {
 const MAX_DIGEST: usize = 64;
 /// Longest RSA modulus of a TPM's key.
 const MAX_RSA: usize = 512;
-/// Bytes of a coordinate on P-256.
-const P256_BYTES: usize = 32;
 /// Sizes of an attestation key's modulus in bits.
 const RSA_BITS: std::ops::RangeInclusive<u16> = 2048..=4096;
 
@@ -144,15 +142,6 @@ fn p256(reader: &mut Reader<'_>) -> Result<[u8; 1 + 2 * P256_BYTES], Malformed> 
         Ok(_) => Ok(point),
         Err(_) => Err(Malformed("the key is not a point of its curve")),
     }
-}
-
-/// A number of at most 32 bytes, with zeros in front.
-pub(super) fn padded(number: &[u8]) -> [u8; P256_BYTES] {
-    let mut padded = [0; P256_BYTES];
-    if let Some(place) = P256_BYTES.checked_sub(number.len()).and_then(|at| padded.get_mut(at..)) {
-        place.copy_from_slice(number);
-    }
-    padded
 }
 
 /// The name of a key: the name algorithm, SHA-256, and that digest of its public area.

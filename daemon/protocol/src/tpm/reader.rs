@@ -2,6 +2,9 @@
 
 use super::Malformed;
 
+/// Bytes of a coordinate on P-256, and of each number of an ECDSA signature.
+pub(super) const P256_BYTES: usize = 32;
+
 /// The part of a structure that was not read yet. Every read checks the length first.
 #[derive(Clone)]
 pub(super) struct Reader<'a> {
@@ -84,4 +87,13 @@ impl<'a> Reader<'a> {
     pub(super) fn finish(self) -> Result<(), Malformed> {
         if self.rest.is_empty() { Ok(()) } else { Err(Malformed("bytes are left after its last field")) }
     }
+}
+
+/// A number of at most 32 bytes, with zeros in front.
+pub(super) fn padded(number: &[u8]) -> [u8; P256_BYTES] {
+    let mut padded = [0; P256_BYTES];
+    if let Some(place) = P256_BYTES.checked_sub(number.len()).and_then(|at| padded.get_mut(at..)) {
+        place.copy_from_slice(number);
+    }
+    padded
 }

@@ -1,13 +1,10 @@
 //! `TPMT_SIGNATURE`: what an attestation key made of a quote.
 
-use super::public::padded;
-use super::reader::Reader;
+use super::reader::{P256_BYTES, Reader, padded};
 use super::{Malformed, algorithm};
 
 /// Longest RSA signature.
 const MAX_RSA: usize = 512;
-/// Longest number of an ECDSA signature on P-256.
-const MAX_P256: usize = 32;
 
 /// A signature with SHA-256. Whose it is was not checked.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -33,8 +30,8 @@ impl<'a> Signature<'a> {
             algorithm::RSASSA => Self::Rsassa(reader.sized(MAX_RSA)?),
             algorithm::ECDSA => {
                 let mut both = [0; 64];
-                for number in both.as_chunks_mut::<MAX_P256>().0 {
-                    *number = padded(reader.sized(MAX_P256)?);
+                for number in both.as_chunks_mut::<P256_BYTES>().0 {
+                    *number = padded(reader.sized(P256_BYTES)?);
                 }
                 Self::Ecdsa(both)
             }
@@ -54,7 +51,7 @@ impl<'a> Signature<'a> {
         let mut out = [scheme.to_be_bytes(), algorithm::SHA256.to_be_bytes()].concat();
         let numbers = match self {
             Self::Rsassa(signature) => vec![*signature],
-            Self::Ecdsa(both) => both.chunks(MAX_P256).collect(),
+            Self::Ecdsa(both) => both.chunks(P256_BYTES).collect(),
         };
         for number in numbers {
             out.extend_from_slice(&(number.len() as u16).to_be_bytes());

@@ -104,11 +104,16 @@ fn read(plain: &[u8]) -> Option<State> {
         reader.take(N).ok()?.try_into().ok()
     }
     let mut reader = Reader::new(plain);
+    let ends = i64::from_be_bytes(field(&mut reader)?);
+    let (session_id, endorsement_key) = (field(&mut reader)?, field(&mut reader)?);
+    // Copied straight into memory that is wiped: an array by value would leave a copy on the stack.
+    let mut credential = Zeroizing::new([0; credential::LENGTH]);
+    credential.copy_from_slice(reader.take(credential::LENGTH).ok()?);
     Some(State {
-        ends: i64::from_be_bytes(field(&mut reader)?),
-        session_id: field(&mut reader)?,
-        endorsement_key: field(&mut reader)?,
-        credential: Zeroizing::new(field(&mut reader)?),
+        ends,
+        session_id,
+        endorsement_key,
+        credential,
         selection: PcrSet::from_selection(&field::<10>(&mut reader)?).ok()?,
         ak_public: reader.rest().to_vec(),
     })
