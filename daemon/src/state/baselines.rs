@@ -3,9 +3,9 @@
 use claviger_protocol::tpm::pcr::PcrValues;
 use claviger_protocol::tpm::policy;
 use data_encoding::{HEXLOWER, HEXLOWER_PERMISSIVE};
-use rusqlite::{OptionalExtension, Row, params};
+use rusqlite::{OptionalExtension, Row, Transaction, params};
 
-use super::{State, StateError, one};
+use super::{State, StateError, WriteError, one};
 
 /// The columns of [`baseline`].
 pub(super) const COLUMNS: &str = "name, pcrs, log, enabled, added";
@@ -48,6 +48,17 @@ impl State {
         self.read("SELECT name, pcrs, NULL, enabled, added FROM baselines ORDER BY name", [], baseline)
     }
 
+    /// The log of the baseline that was added under this name at this time, if it has one. One at a time: all together may be
+    /// large.
+    ///
+    /// # Errors
+    /// [`StateError::Database`].
+    pub fn baseline_log(&self, name: &str, added: i64) -> Result<Option<Vec<u8>>, StateError> {
+        let sql = "SELECT log FROM baselines WHERE name = ?1 AND added = ?2";
+        let mut found = self.read(sql, params![name, added], |row| row.get::<_, Option<Vec<u8>>>(0))?;
+        Ok(found.pop().flatten())
+    }
+
     /// The baseline of a name, without regard to case.
     ///
     /// # Errors
@@ -82,11 +93,7 @@ impl State {
                 ))
                 .into());
             }
-            let all = one::<i64>(transaction, "SELECT count(*) FROM baselines", [])?;
-            if all.unwrap_or_default() >= MAX_BASELINES {
-                let text = format!("there are {MAX_BASELINES} baselines already; remove some");
-                return Err(StateError::Conflict(text).into());
-            }
+            check_room(transaction)?;
             transaction.execute(
                 "INSERT INTO baselines (name, pcrs, log, enabled, added) VALUES (?1, ?2, ?3, 1, ?4)",
                 params![added.name, values_to_text(&added.values), added.log, added.added],
@@ -127,7 +134,9 @@ fn no_baseline(name: &str) -> StateError {
 
 pub(super) fn baseline(row: &Row<'_>) -> rusqlite::Result<Baseline> {
     let pcrs: String = row.get(1)?;
+    // A baseline without values would match every host.
     let values = values_from_text(&pcrs)
+        .and_then(|values| check_values(&values).map(|()| values))
         .map_err(|error| rusqlite::Error::FromSqlConversionFailure(1, rusqlite::types::Type::Text, Box::new(error)))?;
     Ok(Baseline { name: row.get(0)?, values, log: row.get(2)?, enabled: row.get(3)?, added: row.get(4)? })
 }
@@ -154,6 +163,19 @@ pub(super) fn check_values(values: &PcrValues) -> Result<(), StateError> {
         Some(pcr) => Err(StateError::Invalid(format!("a baseline needs PCRs 0, 4 and 7, and PCR {pcr} is missing"))),
         None => Ok(()),
     }
+}
+
+/// Whether one more baseline may be added.
+///
+/// # Errors
+/// [`StateError::Conflict`].
+pub(super) fn check_room(transaction: &Transaction<'_>) -> Result<(), WriteError> {
+    let all = one::<i64>(transaction, "SELECT count(*) FROM baselines", [])?;
+    if all.unwrap_or_default() >= MAX_BASELINES {
+        let text = format!("there are {MAX_BASELINES} baselines already; remove some");
+        return Err(StateError::Conflict(text).into());
+    }
+    Ok(())
 }
 
 /// PCR values as `0=<hex> 4=<hex> …`.
@@ -211,6 +233,28 @@ mod tests {
         assert_eq!(state.remove_baseline("fleet-1").unwrap().name, "Fleet-1");
         assert!(message(state.remove_baseline("fleet-1")).contains("no baseline"));
         assert!(message(state.baseline_by_name("fleet-1")).contains("no baseline"));
+    }
+
+    #[test]
+    fn a_log_is_read_by_name_and_time() {
+        let (_folder, mut state) = open();
+        state.add_baseline("a", &values(&[0, 4, 7]), Some(b"log"), 7).unwrap();
+        state.add_baseline("b", &values(&[0, 4, 7]), None, 7).unwrap();
+        assert_eq!(state.baseline_log("a", 7).unwrap().as_deref(), Some(&b"log"[..]));
+        for (name, added) in [("a", 8), ("b", 7), ("c", 7)] {
+            assert_eq!(state.baseline_log(name, added).unwrap(), None);
+        }
+    }
+
+    #[test]
+    fn a_stored_baseline_that_lacks_values_is_refused() {
+        let (_folder, mut state) = open();
+        state.add_baseline("a", &values(&[0, 4, 7]), None, 7).unwrap();
+        for pcrs in [String::new(), values_to_text(&values(&[0, 7]))] {
+            state.write(|transaction| Ok(transaction.execute("UPDATE baselines SET pcrs = ?1", [&pcrs])?)).unwrap();
+            assert!(message(state.baselines()).contains("is missing"), "{pcrs:?}");
+            assert!(state.baselines_without_logs().is_err() && state.baseline_by_name("a").is_err());
+        }
     }
 
     #[test]

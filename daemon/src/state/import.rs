@@ -2,7 +2,7 @@
 
 use rusqlite::{OptionalExtension, Transaction, params};
 
-use super::baselines::{self, baseline, check_baseline_name, check_values, values_to_text};
+use super::baselines::{self, baseline, check_baseline_name, check_room, check_values, values_to_text};
 use super::certificates::{self, certificate};
 use super::hosts::{self, host};
 use super::signers::is_revoked;
@@ -130,6 +130,7 @@ fn merge_baseline(
     let name = &new.name;
     let sql = format!("SELECT {} FROM baselines WHERE name = ?1", baselines::COLUMNS);
     let Some(old) = transaction.query_row(&sql, [name], baseline).optional()? else {
+        check_room(transaction)?;
         transaction.execute(
             "INSERT INTO baselines (name, pcrs, log, enabled, added) VALUES (?1, ?2, ?3, ?4, ?5)",
             params![name, values_to_text(&new.values), new.log, new.enabled, now],
@@ -377,6 +378,28 @@ mod tests {
         here.remove_host("tpm").unwrap();
         here.add_host("tpm", b"ek", &Labels::default(), 1).unwrap();
         assert!(message(here.import(&exported(&there), 6, true)).contains("is a host-key here"));
+    }
+
+    #[test]
+    fn an_import_adds_no_more_baselines_than_there_may_be() {
+        let (_folder, mut here) = open();
+        let mut values = claviger_protocol::tpm::pcr::PcrValues::default();
+        [0, 4, 7].into_iter().for_each(|pcr| assert!(values.set(pcr, [1; 32])));
+        let named = |number: i64| Baseline {
+            name: number.to_string(),
+            values: values.clone(),
+            log: None,
+            enabled: true,
+            added: 1,
+        };
+        let all: Vec<_> = (0..=baselines::MAX_BASELINES).map(named).collect();
+        let import = Import { baselines: all.clone(), ..Import::default() };
+        assert!(message(here.import(&import, 2, true)).contains("1000 baselines already"));
+        assert_eq!(here.baselines().unwrap(), []);
+        let import = Import { baselines: all[1..].to_vec(), ..Import::default() };
+        here.import(&import, 2, true).unwrap();
+        // Those that are here already need no room.
+        assert_eq!(here.import(&import, 3, true).unwrap(), Merged::default());
     }
 
     #[test]
