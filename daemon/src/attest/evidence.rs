@@ -1,9 +1,9 @@
 //! The last evidence of each host: what it proved to have booted, so that an administrator can see what changed before
 //! accepting it, and take a baseline from a host that was just updated.
 //!
-//! It is kept in memory and written once a second, in a file of its own beside the state, never on the path of an
-//! attestation. There is one record for each host, with a log of bounded size; nothing in it is secret, and nothing depends
-//! on it. A file that is damaged is moved aside and begun anew.
+//! Evidence is collected in memory and written once a second to a file of its own beside the state, never on the path of an
+//! attestation. There is one record for each host, with a log of bounded size; nothing in it is secret, and no decision
+//! depends on it. A damaged file is moved aside, and an empty one takes its place.
 
 use std::collections::HashMap;
 use std::fs::OpenOptions;
@@ -20,35 +20,77 @@ use rusqlite::{Connection, OptionalExtension, params};
 use crate::throttle::Throttle;
 use crate::usage::{UsageError, is_damage, move_aside};
 
-/// Most bytes of logs that wait to be written. More are dropped: the host's next evidence is kept again.
+/// Maximum total size, in bytes, of the logs that wait to be written. Evidence beyond it is dropped.
 const MOST_PENDING: usize = 64 * 1024 * 1024;
 
-/// What a host proved.
+/// What a host proved in one attestation.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Evidence {
     /// When, seconds since 1970.
     pub at: i64,
-    /// SHA-256 of the endorsement key that it proved it with, lower-case hexadecimal.
+    /// SHA-256 of the endorsement key of the TPM that proved it, lower-case hexadecimal.
     pub endorsement_key: String,
     /// The quoted PCR values.
     pub values: PcrValues,
-    /// The event log, which replays to them.
+    /// The event log. It replays to the values of PCRs 0, 2, 4 and 7; nothing proves its events of other PCRs.
     pub log: Vec<u8>,
-    /// Times that the TPM was restarted since its reset.
+    /// How often the TPM was restarted since its reset.
     pub restart_count: u32,
 }
 
 /// The last evidence of each host.
 #[derive(Debug)]
 pub struct EvidenceStore {
-    pending: Mutex<HashMap<String, Evidence>>,
+    /// Locked after `file` where both are held. No I/O happens under this lock.
+    pending: Mutex<Pending>,
     file: Mutex<Connection>,
-    /// Whether the last writing failed.
+    /// Whether the last write failed.
     failing: AtomicBool,
 }
 
+/// Evidence that waits to be written, by the host's name in lower case. Its logs have [`MOST_PENDING`] bytes at most.
+#[derive(Debug, Default)]
+struct Pending {
+    by_host: HashMap<String, Evidence>,
+    /// Total size of the logs.
+    bytes: usize,
+}
+
+impl Pending {
+    /// Keeps the evidence of a host in place of an earlier one. Returns whether there was room for it; if not, the earlier one
+    /// stays.
+    fn keep(&mut self, host: String, evidence: Evidence) -> bool {
+        let replaced = self.by_host.get(&host).map_or(0, |earlier| earlier.log.len());
+        let bytes = self.bytes - replaced + evidence.log.len();
+        if bytes > MOST_PENDING {
+            return false;
+        }
+        self.bytes = bytes;
+        self.by_host.insert(host, evidence);
+        true
+    }
+
+    /// Takes back what could not be written, as far as there is room and no later evidence of the host came meanwhile. Returns
+    /// how many hosts' evidence is dropped for lack of room.
+    fn take_back(&mut self, unwritten: Self) -> usize {
+        let mut dropped = 0;
+        for (host, evidence) in unwritten.by_host {
+            if !self.by_host.contains_key(&host) && !self.keep(host, evidence) {
+                dropped += 1;
+            }
+        }
+        dropped
+    }
+
+    fn forget(&mut self, host: &str) {
+        if let Some(evidence) = self.by_host.remove(host) {
+            self.bytes -= evidence.log.len();
+        }
+    }
+}
+
 impl EvidenceStore {
-    /// Opens `evidence.db` in `folder`, which is there; begins it anew where it is damaged. Blocks on the file.
+    /// Opens `evidence.db` in `folder`, which has to exist. A damaged file is replaced by an empty one. Blocks on the file.
     ///
     /// # Errors
     /// See [`UsageError`].
@@ -60,7 +102,7 @@ impl EvidenceStore {
                     move_aside(&path, now).map_err(|source| UsageError::Damaged { path: path.clone(), source })?;
                 tracing::warn!(
                     file = %path.display(), moved_to = %aside.display(), error = %source,
-                    "the last evidence of hosts was damaged and begins anew; each host's next attestation brings its own"
+                    "the hosts' last evidence was damaged and is moved aside; each host's next attestation brings new evidence"
                 );
                 connect(&path)
             }
@@ -70,40 +112,37 @@ impl EvidenceStore {
         Ok(Self { pending: Mutex::default(), file: Mutex::new(file), failing: AtomicBool::new(false) })
     }
 
-    /// Keeps the evidence of a host, in place of what it had.
+    /// Keeps the evidence of a host in place of its earlier one.
     pub fn keep(&self, host: &str, evidence: Evidence) {
         static DROPPED: Throttle = Throttle::new();
-        let mut pending = self.pending();
-        let bytes: usize = pending.values().map(|evidence| evidence.log.len()).sum();
-        if bytes + evidence.log.len() > MOST_PENDING {
-            if let Some(unsaid) = DROPPED.due(Instant::now()) {
-                tracing::warn!(host, unsaid, "the evidence of a host is not kept: too much waits to be written");
-            }
-            return;
+        let is_kept = self.pending().keep(host.to_ascii_lowercase(), evidence);
+        if !is_kept && let Some(unsaid) = DROPPED.due(Instant::now()) {
+            tracing::warn!(host, unsaid, "the evidence of a host is dropped: too much waits to be written");
         }
-        pending.insert(host.to_ascii_lowercase(), evidence);
     }
 
-    /// Writes what is kept in memory. Blocks on the file; what cannot be written is kept for the next time.
+    /// Writes the pending evidence. Blocks on the file. What cannot be written stays pending, within the same bound.
     pub fn flush(&self) {
+        // Locked first: evidence that was taken out of `pending` is in the file before a host can be forgotten.
+        let mut file = self.file();
         let pending = std::mem::take(&mut *self.pending());
-        if pending.is_empty() {
+        if pending.by_host.is_empty() {
             return;
         }
-        let written = write(&mut self.file(), &pending);
+        let written = write(&mut file, &pending.by_host);
         let failed = self.failing.swap(written.is_err(), Ordering::Relaxed);
         if let Err(error) = written {
             if !failed {
-                tracing::warn!(%error, "the last evidence of hosts cannot be written; trying again (this is logged once)");
+                tracing::warn!(%error, "the hosts' last evidence cannot be written; trying again (this is logged once)");
             }
-            let mut newer = self.pending();
-            for (host, evidence) in pending {
-                newer.entry(host).or_insert(evidence);
+            let dropped = self.pending().take_back(pending);
+            if dropped > 0 {
+                tracing::warn!(dropped, "the evidence of hosts is dropped: too much waits to be written");
             }
         }
     }
 
-    /// The last evidence of a host. Blocks on the file.
+    /// Returns the last evidence of a host. Blocks on the file.
     ///
     /// # Errors
     /// When it cannot be read.
@@ -127,16 +166,17 @@ impl EvidenceStore {
         row.optional()
     }
 
-    /// Forgets a host that was removed. Blocks on the file.
+    /// Deletes the evidence of a host that was removed. Blocks on the file.
     ///
     /// # Errors
     /// When it cannot be written.
     pub fn forget(&self, host: &str) -> rusqlite::Result<()> {
-        self.pending().remove(&host.to_ascii_lowercase());
-        self.file().execute("DELETE FROM evidence WHERE host = ?1", [host]).map(drop)
+        let file = self.file();
+        self.pending().forget(&host.to_ascii_lowercase());
+        file.execute("DELETE FROM evidence WHERE host = ?1", [host]).map(drop)
     }
 
-    fn pending(&self) -> MutexGuard<'_, HashMap<String, Evidence>> {
+    fn pending(&self) -> MutexGuard<'_, Pending> {
         self.pending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -152,7 +192,7 @@ impl Drop for EvidenceStore {
 }
 
 fn connect(path: &Path) -> rusqlite::Result<Connection> {
-    // SQLite would make it with the umask's mode. What is wrong with the file, it says itself.
+    // SQLite would create the file with the umask's mode. Errors are ignored here: SQLite reports them when it opens the file.
     let _ = OpenOptions::new().create(true).append(true).mode(0o600).open(path);
     let file = Connection::open(path)?;
     file.busy_timeout(Duration::from_secs(1))?;
@@ -169,7 +209,7 @@ fn connect(path: &Path) -> rusqlite::Result<Connection> {
 fn write(file: &mut Connection, pending: &HashMap<String, Evidence>) -> rusqlite::Result<()> {
     let transaction = file.transaction()?;
     for (host, evidence) in pending {
-        // A Context's log is no longer than this; the file is not to grow beyond it whatever calls this.
+        // The protocol bounds a log; the file is bounded whatever the caller passes.
         let log = evidence.log.get(..MAX_LOG).unwrap_or(&evidence.log);
         transaction.execute(
             "INSERT OR REPLACE INTO evidence (host, at, endorsement_key, selection, pcrs, log, restart_count)
@@ -226,7 +266,46 @@ mod tests {
         for host in 0..2 * MOST_PENDING / MAX_LOG {
             store.keep(&host.to_string(), Evidence { log: vec![0; MAX_LOG], ..evidence(1) });
         }
-        assert!(store.pending().len() <= MOST_PENDING / MAX_LOG);
-        store.pending().clear();
+        assert_eq!(store.pending().by_host.len(), MOST_PENDING / MAX_LOG);
+        // Evidence that takes the place of as much needs no more room.
+        store.keep("0", Evidence { log: vec![2; MAX_LOG], ..evidence(2) });
+        assert_eq!(store.pending().by_host["0"].at, 2);
+        store.keep("0", Evidence { log: vec![2; MAX_LOG + 1], ..evidence(3) });
+        assert_eq!(store.pending().by_host["0"].at, 2, "the earlier one stays");
+        assert_eq!(store.pending().bytes, MOST_PENDING);
+        *store.pending() = Pending::default();
+    }
+
+    #[test]
+    fn what_could_not_be_written_is_taken_back_within_the_same_bound() {
+        let large = |at| Evidence { log: vec![0; MAX_LOG], ..evidence(at) };
+        let most = MOST_PENDING / MAX_LOG;
+        let of = |hosts: std::ops::Range<usize>, at| {
+            let mut pending = Pending::default();
+            hosts.for_each(|host| assert!(pending.keep(host.to_string(), large(at))));
+            pending
+        };
+        // Meanwhile one of its hosts and half as many others attested.
+        let (unwritten, mut pending) = (of(0..most, 1), of(most - 1..most + most / 2, 2));
+        assert_eq!(pending.take_back(unwritten), most / 2);
+        assert_eq!((pending.by_host.len(), pending.bytes), (most, MOST_PENDING));
+        assert_eq!(pending.by_host[&(most - 1).to_string()].at, 2, "the later evidence of a host");
+        let hosts: Vec<_> = pending.by_host.keys().cloned().collect();
+        hosts.iter().for_each(|host| pending.forget(host));
+        assert_eq!(pending.bytes, 0);
+    }
+
+    #[test]
+    fn a_failed_write_keeps_what_waits() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = EvidenceStore::open(folder.path(), 1).unwrap();
+        store.file().execute_batch("ALTER TABLE evidence RENAME TO mislaid").unwrap();
+        store.keep("node-1", evidence(1));
+        store.flush();
+        assert_eq!(store.pending().by_host.len(), 1);
+        assert_eq!(store.pending().bytes, 100);
+        store.file().execute_batch("ALTER TABLE mislaid RENAME TO evidence").unwrap();
+        assert_eq!(store.of("node-1").unwrap(), Some(evidence(1)));
+        assert_eq!(store.pending().bytes, 0);
     }
 }
