@@ -309,9 +309,11 @@ async fn follow_state(service: Arc<Service>) {
         tokio::time::sleep(LOOK_EVERY).await;
         let of = service.clone();
         let followed = tokio::task::spawn_blocking(move || {
+            // First: a change of the registry does not wait for what is only remembered.
+            let followed = of.follow().map_err(|error| error.to_string());
             of.usage.flush(unix_now());
             of.evidence.flush();
-            of.follow().map_err(|error| error.to_string())
+            followed
         });
         let result = followed.await.unwrap_or_else(|error| Err(error.to_string()));
         let was_failing = service.state_stale.swap(result.is_err(), Ordering::Relaxed);
