@@ -1,4 +1,4 @@
-//! Whether a TPM's maker vouches for an endorsement key: its certificate leads to a configured root.
+//! Verification of endorsement key certificates: the chain from the key's certificate to a configured root of a TPM vendor.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -13,10 +13,10 @@ use crate::files::{self, FileError};
 
 /// The extended key usage of endorsement keys' certificates: `tcg-kp-EKCertificate`.
 const EK_CERTIFICATE: &str = "2.23.133.8.1";
-/// The same, DER without tag and length.
+/// The same object identifier, DER without tag and length.
 const EK_CERTIFICATE_DER: &[u8] = &[0x67, 0x81, 0x05, 0x08, 0x01];
 
-/// What makers sign with.
+/// The signature algorithms that TPM vendors use.
 static ALGORITHMS: &[&dyn SignatureVerificationAlgorithm] = &[
     webpki::ring::ECDSA_P256_SHA256,
     webpki::ring::ECDSA_P256_SHA384,
@@ -33,7 +33,7 @@ static ALGORITHMS: &[&dyn SignatureVerificationAlgorithm] = &[
 /// Why an endorsement key's certificate is not accepted.
 #[derive(Debug, thiserror::Error)]
 pub enum EndorsementError {
-    /// There are no roots to lead to.
+    /// No roots are configured.
     #[error(
         "attest.vendor_roots names no folder, so no TPM maker is trusted; set it, or register the bare key with --ek-public FILE --trust-ek"
     )]
@@ -49,21 +49,22 @@ pub enum EndorsementError {
     /// A file of the folder cannot be read.
     #[error("attest.vendor_roots: {0}")]
     File(#[from] FileError),
-    /// It is no certificate of an endorsement key.
+    /// The certificate is not one of an endorsement key.
     #[error("this is no certificate of an endorsement key: {0}")]
     Certificate(String),
-    /// It does not lead to a root.
+    /// No chain leads from the certificate to a root.
     #[error("no certificate in {} vouches for this endorsement key: {problem}", path.display())]
     Chain {
         /// The folder.
         path: PathBuf,
-        /// What is wrong.
+        /// The reason.
         problem: String,
     },
 }
 
-/// The endorsement key in the first of these certificates (DER), if it leads, by the others where that is needed, to a
-/// certificate in the folder `roots` at `now`, in seconds since 1970. Blocks on files.
+/// Returns the endorsement key in the first of these certificates (DER) if a chain leads from it to a certificate in the folder
+/// `roots`. The other certificates are possible intermediates. Certificates have to be valid at `now`, in seconds since 1970.
+/// Blocks on files.
 ///
 /// # Errors
 /// [`EndorsementError`].
@@ -81,7 +82,7 @@ pub fn vouched_for(certificates: &[Vec<u8>], roots: Option<&Path>, now: i64) -> 
     if trusted.is_empty() {
         return Err(chain("it holds no certificates".to_owned()));
     }
-    // A certificate that cannot be an anchor is passed over: the others do not depend on it.
+    // A certificate that cannot be an anchor is skipped: the others do not depend on it.
     let anchors: Vec<_> = trusted.iter().filter_map(|der| anchor_from_trusted_cert(der).ok()).collect();
     let others: Vec<_> = others.iter().map(|der| CertificateDer::from(der.as_slice())).collect();
     let leaf = CertificateDer::from(leaf.as_slice());
@@ -93,7 +94,7 @@ pub fn vouched_for(certificates: &[Vec<u8>], roots: Option<&Path>, now: i64) -> 
     Ok(key)
 }
 
-/// All certificates of the files in a folder. Blocks on files.
+/// Reads all certificates in the files of a folder. Blocks on files.
 ///
 /// # Errors
 /// [`EndorsementError::Folder`], [`EndorsementError::File`].

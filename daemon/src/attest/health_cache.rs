@@ -1,4 +1,4 @@
-//! Health certificates that were verified before. A host shows the same one for hours.
+//! A cache of verified health certificates: a host presents the same one for hours.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -7,18 +7,18 @@ use claviger_protocol::certificate::Certificate;
 use claviger_protocol::health::{self, HealthClaims, HealthError};
 use ring::digest;
 
-/// Most certificates that are remembered; one takes about a kilobyte.
+/// Maximum number of entries; one takes about a kilobyte.
 const MOST: usize = 50_000;
 
-/// Verified health certificates by the SHA-256 of their DER, until they expire. Only the certificate's own properties
-/// are remembered; whether its signer is still trusted and its host still registered is asked each time.
+/// The claims of verified health certificates by the SHA-256 of their DER, until they expire. Only the certificate's own
+/// properties are cached; whether its signer is still trusted and its host still registered is checked each time.
 #[derive(Default)]
 pub struct HealthCache {
     verified: Mutex<HashMap<[u8; 32], Arc<HealthClaims>>>,
 }
 
 impl HealthCache {
-    /// What the certificate says, if it was issued by one of `signers` and is valid at `now`.
+    /// Returns the claims of a certificate that was issued by one of `signers` and is valid at `now`.
     ///
     /// # Errors
     /// As [`health::check`].
@@ -26,7 +26,7 @@ impl HealthCache {
         if let Some(claims) = self.known(der, signers, now) {
             return Ok(claims);
         }
-        // Also where the known one is outside its validity, or its signer is gone: the check says how.
+        // A cached certificate that has expired, or whose signer is gone, is checked again: the check gives the reason.
         let claims = Arc::new(health::check(der, signers, now)?);
         let mut verified = self.lock();
         if verified.len() >= MOST {
@@ -39,7 +39,7 @@ impl HealthCache {
         Ok(claims)
     }
 
-    /// What the certificate says, if it was found right before, is valid at `now`, and its signer is one of `signers`.
+    /// Returns the claims of a certificate that was verified before, is valid at `now`, and whose signer is one of `signers`.
     pub fn known(&self, der: &[u8], signers: &[Certificate], now: i64) -> Option<Arc<HealthClaims>> {
         let known = self.lock().get(&key(der)).cloned();
         let still_right = |claims: &Arc<HealthClaims>| {

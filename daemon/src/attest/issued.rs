@@ -1,8 +1,8 @@
-//! Health certificates that were issued a moment ago, and are handed out again for the same host and identity key.
+//! A cache of health certificates that were issued in the last seconds. Repeated requests for the same host and identity key
+//! get the same certificate.
 //!
-//! A host whose reply was lost asks again at once, and a request that was recorded on its way can be sent again as it is.
-//! Neither is worth an operation of an HSM. A certificate that is handed out again is at most `AGAIN_SECONDS` older than
-//! a fresh one would be, and so are its validity's two ends.
+//! A host whose reply was lost retries at once, and an attacker can replay a recorded request. Neither is worth an operation of
+//! an HSM. A cached certificate, with both ends of its validity, is at most `AGAIN_SECONDS` older than a fresh one.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -14,23 +14,23 @@ use ring::digest;
 
 use crate::state::Host;
 
-/// For how many seconds a certificate is handed out again.
+/// How long a certificate is handed out again, in seconds.
 const AGAIN_SECONDS: i64 = 2;
 
-/// Most certificates that are remembered; one takes about a kilobyte.
+/// Maximum number of entries; one takes about a kilobyte.
 const MOST: usize = 4_096;
 
-/// What a certificate was issued for: a digest of everything in it that is not of the moment.
+/// The key of the cache: a digest of everything in a certificate but its serial number and its times.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct IssuedFor([u8; 32]);
 
 impl IssuedFor {
-    /// A certificate of this kind for `host` and `identity_key`, from the attestation signer with this thumbprint.
+    /// The key of a certificate for `host` and `identity_key`, from the attestation signer with the thumbprint `signer`.
     #[must_use]
     pub fn new(signer: &[u8; 32], host: &Host, identity_key: &RsaPublicKey, result: ResultType) -> Self {
         let mut context = digest::Context::new(&digest::SHA256);
         let kind = result.number().to_le_bytes();
-        // The name comes last: all others have a fixed length.
+        // The name comes last: all other parts have a fixed length.
         for part in [&signer[..], &kind, host.spki_sha256.as_bytes(), &identity_key.spki_sha256(), host.name.as_bytes()]
         {
             context.update(part);
@@ -41,16 +41,16 @@ impl IssuedFor {
     }
 }
 
-/// A certificate that was issued a moment ago.
+/// An entry of the cache.
 #[derive(Clone, Debug)]
 struct Recent {
-    /// When, in seconds since 1970.
+    /// When the certificate was issued, in seconds since 1970.
     at: i64,
     certificate: Bytes,
     is_recorded: bool,
 }
 
-/// A certificate to be handed out again.
+/// A cached certificate.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Again {
     /// The certificate, DER.
@@ -59,12 +59,12 @@ pub struct Again {
     pub is_recorded: bool,
 }
 
-/// The certificates that were issued a moment ago.
+/// The cache.
 #[derive(Debug, Default)]
 pub struct RecentlyIssued(Mutex<HashMap<IssuedFor, Recent>>);
 
 impl RecentlyIssued {
-    /// The certificate that was issued for the same a moment before `now`, in seconds since 1970.
+    /// Returns the certificate that was issued at most `AGAIN_SECONDS` before `now`, in seconds since 1970.
     #[must_use]
     pub fn get(&self, of: &IssuedFor, now: i64) -> Option<Again> {
         let issued = self.lock();
@@ -97,7 +97,7 @@ impl RecentlyIssued {
 }
 
 impl Recent {
-    /// A clock that was set back is no reason to hand out what is not valid yet.
+    /// Not for a certificate from the future: after the clock was set back, it may not be valid yet.
     fn is_recent(&self, now: i64) -> bool {
         (0..=AGAIN_SECONDS).contains(&now.saturating_sub(self.at))
     }

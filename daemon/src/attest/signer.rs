@@ -1,5 +1,5 @@
-//! The attestation signer: the key that health certificates are signed with. The daemon makes and renews it itself, and
-//! sees to it that whichever member remains has a signer's key.
+//! The attestation signer: the key that signs health certificates. The daemon generates and renews it, and makes a new one
+//! when a member of the cluster lacks its key, so that any single member can sign.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -21,16 +21,17 @@ use crate::state::{self, NewSigner, StateError};
 /// How long a signer's certificate is valid, and how long before its end a new one takes over (seconds).
 const VALIDITY: i64 = 365 * 24 * 3600;
 const RENEWAL: i64 = 30 * 24 * 3600;
-/// How often the daemon looks whether it is time, and whether the members have the key.
+/// How often the daemon checks whether the signer is due for renewal, and whether the members have its key.
 const LOOK_EVERY: Duration = Duration::from_secs(30);
-/// How long to wait after a try that failed.
+/// The pause after a failed attempt.
 const RETRY: Duration = Duration::from_secs(2);
-/// How long a member has to say whether it has a key.
+/// Timeout of the question whether a member has a key.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// Looks in a row at which a member lacks the key before that counts: its vendor may replicate keys, which takes a moment.
+/// Number of consecutive checks at which a member has to lack the key before a new signer is made: a vendor's replication of
+/// keys takes a moment.
 const LOOKS: u32 = 2;
-/// The pauses between signers that are made because a member lacks the key of the one before. They double: a member that
-/// never takes a key must not fill the others with them.
+/// The first and the longest pause between signers that are made because a member lacks the previous one's key. Pauses double:
+/// a member that never accepts a key must not fill the other members with keys.
 const FIRST_PAUSE: Duration = Duration::from_secs(60);
 const LONGEST_PAUSE: Duration = Duration::from_secs(24 * 3600);
 const BITS: u32 = 2048;
@@ -39,14 +40,14 @@ const BITS: u32 = 2048;
 #[derive(Debug, Default)]
 pub struct Signers {
     current: Option<Key>,
-    /// Also where its certificate cannot be read.
+    /// Known even if the certificate cannot be read.
     current_thumbprint: Option<String>,
     certificates: Vec<Certificate>,
-    /// Of the certificates: asked at every release.
+    /// Thumbprints of `certificates`, for a fast check at every release.
     thumbprints: Vec<[u8; 32]>,
-    /// The certificates, as hosts and tenants are given them.
+    /// The certificates as a PKCS#7 document, as hosts and tenants get them.
     published: Bytes,
-    /// When the first of those that are not current any more was replaced.
+    /// When the earliest of the previous signers was replaced.
     first_replaced: Option<i64>,
 }
 
@@ -54,15 +55,15 @@ pub struct Signers {
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("the certificate {thumbprint}: {error}")]
 pub struct Unreadable {
-    /// SHA-256 of what is stored in its place, hexadecimal.
+    /// SHA-256 of the stored bytes, hexadecimal.
     pub thumbprint: String,
-    /// What is wrong with it.
+    /// The reason.
     pub error: CertificateError,
 }
 
 impl Signers {
-    /// Reads the signers of the state. A certificate that cannot be read costs its own signer only; it is returned with the
-    /// others of its kind.
+    /// Reads the signers of the state. A certificate that cannot be read excludes only its own signer; all such certificates are
+    /// returned.
     #[must_use]
     pub fn new(signers: &[state::Signer]) -> (Self, Vec<Unreadable>) {
         let (mut all, mut unreadable) = (Self::default(), Vec::new());
@@ -87,7 +88,7 @@ impl Signers {
         (all, unreadable)
     }
 
-    /// The one that signs now.
+    /// The signer in use.
     #[must_use]
     pub fn current(&self) -> Option<&Key> {
         self.current.as_ref()
@@ -99,7 +100,7 @@ impl Signers {
         self.thumbprints.contains(thumbprint)
     }
 
-    /// The thumbprint of the current one, hexadecimal, also where its certificate cannot be read.
+    /// The thumbprint of the current signer, hexadecimal, even if its certificate cannot be read.
     #[must_use]
     pub fn current_thumbprint(&self) -> Option<&str> {
         self.current_thumbprint.as_deref()
@@ -111,20 +112,20 @@ impl Signers {
         self.published.clone()
     }
 
-    /// The current one and those before it.
+    /// The certificates of the current signer and of the previous ones.
     #[must_use]
     pub fn certificates(&self) -> &[Certificate] {
         &self.certificates
     }
 }
 
-/// Why there is no new signer.
+/// Why no new signer was made.
 #[derive(Debug, thiserror::Error)]
 pub enum SignerError {
-    /// The HSMs did not make or take the key, or do not sign with it.
+    /// The HSMs did not generate or import the key, or do not sign with it.
     #[error("the HSMs: {0}")]
     Hsm(#[from] Failure),
-    /// A key that was made here is not one.
+    /// A generated key is invalid.
     #[error("the key: {0}")]
     Key(#[from] KeyError),
     /// The certificate cannot be built.
@@ -135,22 +136,22 @@ pub enum SignerError {
     State(#[from] ChangeError),
 }
 
-/// Looks after the attestation signer for as long as the daemon runs.
+/// Renews the attestation signer in the background while the daemon runs.
 pub struct Keeper {
     service: Arc<Service>,
-    /// The key of a signer that could not be finished: the next try goes on with it, since keys on an HSM are never removed.
+    /// The key of an unfinished signer. The next attempt uses it, since keys on an HSM are never removed.
     unfinished: Option<(KeyRef, RsaPublicKey)>,
     absence: Absence,
 }
 
 impl Keeper {
-    /// Of this service's signer.
+    /// Creates the keeper of the service's signer.
     #[must_use]
     pub fn new(service: Arc<Service>) -> Self {
         Self { service, unfinished: None, absence: Absence::default() }
     }
 
-    /// Looks from time to time, and when a signature found no key.
+    /// Checks the signer periodically, and whenever a signature found its key missing.
     pub async fn run(mut self) {
         let mut asked = false;
         let mut failing = false;
@@ -165,25 +166,25 @@ impl Keeper {
             failing = result.is_err();
             let pause = match (self.service.signers.load().current().is_some(), failing) {
                 (true, _) => LOOK_EVERY,
-                // The pause after a failure was made above.
+                // The pause after a failure is above.
                 (false, true) => Duration::ZERO,
-                // The state has one that is not seen here yet: a key on an HSM is never removed, so none is made meanwhile.
+                // The state has a signer that is not loaded yet: keys on an HSM are never removed, so none is generated meanwhile.
                 (false, false) => RETRY,
             };
-            // No word in time: no signature found its key missing.
+            // A timeout means that no signature found the key missing.
             asked = tokio::time::timeout(pause, self.service.signer_missing.notified()).await.is_ok();
         }
     }
 
-    /// Makes a new signer where there is none, its time is over, or members that serve do not have its key; forgets those
-    /// that nothing can refer to any more. With `asked`, tokens are searched, not only what is known of them.
+    /// Makes a new signer if there is none, it is due for renewal, or serving members lack its key. Deletes previous signers
+    /// whose last health certificate has expired. With `asked`, the tokens are searched, not only what is cached of them.
     ///
     /// # Errors
     /// See [`SignerError`]; the current signer stays as it was.
     pub async fn look(&mut self, asked: bool) -> Result<(), SignerError> {
         let signers = self.service.signers.load_full();
         let Some(current) = signers.current() else { return self.renew().await };
-        // It was finished after all.
+        // The unfinished signer was installed after all.
         self.unfinished.take_if(|(id, _)| *id == current.id);
         if current.certificate.not_after() - unix_now() <= RENEWAL {
             return self.renew().await;
@@ -195,7 +196,7 @@ impl Keeper {
             self.absence.made_another(standstill::now());
             return Ok(());
         }
-        // A previous signer is trusted until the last health certificate it can have issued has expired.
+        // A previous signer is trusted until the last health certificate that it can have issued has expired.
         let oldest = unix_now() - LIFETIME_SECONDS;
         if signers.first_replaced.is_some_and(|replaced| replaced < oldest) {
             self.service.change(move |state| state.forget_signers_before(oldest)).await?;
@@ -217,10 +218,10 @@ impl Keeper {
 }
 
 impl SignerError {
-    /// Whether the next try may go on with the key of this one.
+    /// Whether the next attempt may use the same key.
     fn leaves_the_key_good(&self) -> bool {
         match self {
-            // It is on no member.
+            // No member has the key.
             Self::Hsm(Failure { error: HsmError::NoSuchKey, .. }) => false,
             Self::State(ChangeError::State(StateError::Revoked(_))) => false,
             Self::Hsm(_) | Self::Key(_) | Self::Build(_) | Self::State(_) => true,
@@ -228,13 +229,13 @@ impl SignerError {
     }
 }
 
-/// The thumbprint of the signer that issues now, hexadecimal.
+/// The thumbprint of the current signer, hexadecimal.
 #[must_use]
 pub fn current(service: &Service) -> Option<String> {
     service.signers.load().current_thumbprint().map(str::to_owned)
 }
 
-/// Makes a new signer with a key of its own, whatever the state of the current one is.
+/// Makes a new signer with a new key, regardless of the current one.
 ///
 /// # Errors
 /// See [`SignerError`]; the current signer stays as it was.
@@ -259,7 +260,7 @@ async fn install(service: &Arc<Service>, id: &KeyRef, public: &RsaPublicKey) -> 
         .await;
     match added {
         Ok(_) => tracing::info!("a new attestation signer issues health certificates"),
-        // Daemons that share a state share a signer: the change was followed by a look at theirs.
+        // Daemons that share a state share a signer: the failed change has loaded the other daemon's.
         Err(ChangeError::State(StateError::Conflict(_))) => {
             tracing::info!("another daemon has made a new attestation signer, which is used here, too");
         }
@@ -268,17 +269,17 @@ async fn install(service: &Arc<Service>, id: &KeyRef, public: &RsaPublicKey) -> 
     Ok(())
 }
 
-/// Which members that serve were seen without the current signer's key, and what follows from that.
+/// Tracks which serving members lack the current signer's key, and decides when that calls for a new signer.
 #[derive(Debug, Default)]
 struct Absence {
-    /// How often in a row.
+    /// Number of consecutive checks at which each member lacked the key.
     looks: HashMap<String, u32>,
-    /// When another signer was last made for such a member, and how long it is to be the last one.
+    /// When a new signer was last made for such a member, and the pause before the next one.
     last: Option<(Instant, Duration)>,
 }
 
 impl Absence {
-    /// Whether another signer is to take over, after a look at which `held` members had the key and others lacked it.
+    /// Whether to make a new signer, after a check at which `held` members had the key and `lacking` did not.
     fn calls_for_another(&mut self, held: usize, lacking: &[String], now: Instant) -> bool {
         if lacking.is_empty() {
             *self = Self::default();
@@ -288,7 +289,7 @@ impl Absence {
         for member in lacking {
             *self.looks.entry(member.clone()).or_default() += 1;
         }
-        // When nobody has it nothing can be signed: that waits neither for replication nor for long.
+        // If no member has the key, nothing can be signed: that waits neither for replication nor for the longer pauses.
         let nobody = held == 0;
         let rested = self
             .last
@@ -302,7 +303,7 @@ impl Absence {
     }
 }
 
-/// How many of the members that serve have a key, and which of them do not. Those that do not say are neither.
+/// Returns how many serving members have a key, and which lack it. Members that do not answer are in neither.
 async fn whereabouts(cluster: &Cluster, id: &KeyRef, search: bool) -> (usize, Vec<String>) {
     let (mut held, mut lacking) = (0, Vec::new());
     for member in cluster.members().into_iter().filter(|member| member.state == MemberState::Up) {
@@ -315,7 +316,7 @@ async fn whereabouts(cluster: &Cluster, id: &KeyRef, search: bool) -> (usize, Ve
     (held, lacking)
 }
 
-/// A key that is not known to be there is searched on the token: it may have been replicated.
+/// Whether a member has a key. A key that is not in the cached list is searched on the token: it may have been replicated.
 async fn has(cluster: &Cluster, member: &str, id: &KeyRef, search: bool) -> Result<bool, Failure> {
     if !search && cluster.keys_on(member, false).await?.iter().any(|key| key.is(id)) {
         return Ok(true);
@@ -323,8 +324,8 @@ async fn has(cluster: &Cluster, member: &str, id: &KeyRef, search: bool) -> Resu
     Ok(cluster.keys_on(member, true).await?.iter().any(|key| key.is(id)))
 }
 
-/// A new signing key on every member that can take one now. One member makes its key itself. For several, whether their
-/// vendor replicates keys between them cannot be known, so the key is made here, given to each, and forgotten.
+/// Makes a new signing key on every member that can accept one now. A single member generates the key itself. For several
+/// members it is unknown whether the vendor replicates keys, so the key is generated here, imported into each, and dropped.
 async fn new_key(cluster: &Cluster) -> Result<(KeyRef, RsaPublicKey), SignerError> {
     let all = cluster.members();
     let single = all.len() == 1;
@@ -352,7 +353,7 @@ async fn new_key(cluster: &Cluster) -> Result<(KeyRef, RsaPublicKey), SignerErro
     for member in &members {
         match cluster.import_rsa(member, spec.clone(), private_parts(&key)).await {
             Ok(()) => imported += 1,
-            // Others hold it: the cluster signs there.
+            // The cluster signs on the members that have the key.
             Err(error) => {
                 tracing::warn!(hsm = member, %error, "the new attestation signer's key is missing on a member");
                 failed = Some(error);
@@ -365,7 +366,7 @@ async fn new_key(cluster: &Cluster) -> Result<(KeyRef, RsaPublicKey), SignerErro
     }
 }
 
-/// A software key as the HSM crate takes it.
+/// Converts a software key to the HSM crate's form.
 #[must_use]
 pub fn private_parts(key: &RsaPrivateKey) -> RsaPrivateParts {
     let p = key.parts();
@@ -412,7 +413,7 @@ mod tests {
         assert_eq!(unreadable.iter().map(|of| &of.thumbprint).collect::<Vec<_>>(), [&broken.thumbprint]);
         assert_eq!(signers.certificates().len(), 2);
         assert!(signers.published().windows(one.len()).any(|part| part == one));
-        // No signature can be made with it, and the next one takes its place.
+        // It cannot sign, and the next signer takes its place.
         assert!(signers.current().is_none());
         assert_eq!((signers.current_thumbprint(), signers.first_replaced), (Some(&*broken.thumbprint), Some(7)));
     }
