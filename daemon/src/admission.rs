@@ -181,6 +181,8 @@ struct Limits {
     /// What fails before anything is decrypted.
     early: Rate<HostAt>,
     attesting: Rate<HostAt>,
+    /// First steps of attestations by TPM, which name a host and prove nothing.
+    beginning: Rate<HostAt>,
     strangers: Rate<Network>,
 }
 
@@ -191,6 +193,7 @@ impl Limits {
             hosts: Rate::new(release.host_rate, release.host_burst),
             early: Rate::new(release.refused_rate, release.refused_burst),
             attesting: Rate::new(attest.host_rate, attest.host_burst),
+            beginning: Rate::new(attest.host_rate, attest.host_burst),
             strangers: Rate::new(config.server.stranger_rate, config.server.stranger_burst),
         }
     }
@@ -257,6 +260,7 @@ impl Admission {
         limits.hosts.inherit(&before.hosts);
         limits.early.inherit(&before.early);
         limits.attesting.inherit(&before.attesting);
+        limits.beginning.inherit(&before.beginning);
         limits.strangers.inherit(&before.strangers);
         self.limits.store(Arc::new(limits));
         self.releases.set_limit(config.release.queue);
@@ -355,6 +359,13 @@ impl Admission {
     pub fn attestation_within_rate(&self, from: &HostAt) -> Result<(), Declined> {
         let taken = self.limits.load().attesting.take(from);
         taken.map_err(|wait| Declined::rate(Dropped::Rate, wait).attestation())
+    }
+
+    /// Takes a token for the first step of an attestation by TPM that names this host, and tells whether there was one. The
+    /// bucket is not that of [`Admission::attestation_within_rate`]: a caller that only knows the host's endorsement key
+    /// cannot use up the host's attestations.
+    pub fn may_begin(&self, from: &HostAt) -> bool {
+        self.limits.load().beginning.take(from).is_ok()
     }
 
     /// As [`Admission::stranger_may_ask`], for an attestation; counted.

@@ -1,4 +1,4 @@
-//! Who is healthy: attestation, and the health certificates it issues (protocol page, section 3).
+//! Attestation: which hosts are healthy, and the health certificates issued to them (protocol page, section 3).
 
 pub mod baselines;
 pub mod endorsement;
@@ -6,5 +6,7 @@ pub mod evidence;
 pub mod health_cache;
 pub mod host_key;
 pub mod issued;
+pub mod issuing;
+pub mod sessions;
 pub mod signer;
 pub mod tpm;

@@ -6,6 +6,7 @@ use claviger_protocol::error::{Code, Refusal};
 use crate::admission::{Declined, HostAt};
 use crate::attempt::Attempt;
 use crate::bodies::{NoRoom, Room};
+use crate::config::AttestMode;
 use crate::metrics;
 use crate::release::healthy_host;
 use crate::server::{BodyError, Intake};
@@ -17,6 +18,9 @@ pub const MAX_BODY: usize = 1024 * 1024;
 /// Most bytes of one body that are taken from an address over its rate before a host is known to have sent it: an
 /// attestation, or the beginning of a batch.
 const SMALL_BODY: u64 = 64 * 1024;
+
+/// The same for an attestation in TPM mode, which holds the host's boot log.
+pub(crate) const SMALL_TPM_BODY: usize = 256 * 1024;
 
 /// Why bodies are refused in this module and where they are read; [`NoRoom::ALL`] has the other reasons.
 const SLOW: &str = "slow";
@@ -66,10 +70,13 @@ impl<'a> Taking<'a> {
         Self { room, condition: None, most: MAX_BODY as u64, refusal: None }
     }
 
-    /// An attestation, which is short where it is honest: from an address from which too much was refused no other one is
-    /// taken.
+    /// An attestation. An honest one is short: from an address over its rate no longer one is taken.
     pub(crate) fn attestation(room: &'a Room, service: &'a Service, attempt: &'a Attempt) -> Self {
-        Self { condition: Some((SMALL_BODY, Condition::Stranger(service, attempt))), ..Self::single(room) }
+        let small = match service.config.load().attest.mode {
+            AttestMode::HostKey => SMALL_BODY,
+            AttestMode::Tpm => SMALL_TPM_BODY as u64,
+        };
+        Self { condition: Some((small, Condition::Stranger(service, attempt))), ..Self::single(room) }
     }
 
     /// A batch. From an address from which too much was refused its certificate is judged as soon as it has come.

@@ -19,8 +19,9 @@ use tokio::task::JoinHandle;
 use tracing::{Instrument, error_span};
 
 use crate::attempt::{Attempt, Caller};
-use crate::attest::host_key::{self, Refused};
+use crate::attest::host_key;
 use crate::attest::issued::IssuedFor;
+use crate::attest::issuing::Refused;
 use crate::attest::tpm;
 use crate::audit::{Decision, NOT_RECORDED, SUCCESS};
 use crate::batch;

@@ -358,3 +358,17 @@ fn releases_are_looked_at_early_while_some_are_refused() {
     admission.within_rate(&at("a")).unwrap_err();
     assert!(admission.is_pressed());
 }
+
+#[test]
+fn first_steps_have_a_bucket_of_their_own() {
+    let attest = Attest { host_rate: 1, host_burst: 2, ..Attest::default() };
+    let config = Config { attest, ..Config::default() };
+    let admission = Admission::new(&config, 40);
+    let (host, elsewhere) = (from("a", "192.0.2.1").0, from("a", "192.0.2.2").0);
+    assert_eq!([(); 3].map(|()| admission.may_begin(&host)), [true, true, false]);
+    // Settings that stay the same give no new burst.
+    admission.change(&config);
+    assert!(!admission.may_begin(&host));
+    assert!(admission.may_begin(&elsewhere));
+    admission.attestation_within_rate(&host).unwrap();
+}

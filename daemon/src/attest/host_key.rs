@@ -1,123 +1,41 @@
-//! Host-key attestation: a host proves that it has the key it was registered with, and gets its identity key certified.
+//! Host-key attestation: a host proves that it has the key it was registered with, and its identity key is certified.
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use bytes::Bytes;
-use claviger_hsm::HsmError;
 use claviger_protocol::attestation::{ErrorReply, HealthCertificateReply, HostKeyRequest};
-use claviger_protocol::certificate::{BuildError, Certificate, ToBeSigned};
+use claviger_protocol::certificate::Certificate;
 use claviger_protocol::health::{self, ResultType};
 use claviger_protocol::work::Work;
 use data_encoding::HEXLOWER;
 
 use super::issued::IssuedFor;
-use crate::admission::{Declined, Dropped, HostAt};
+use super::issuing::{Issued, Refused, signed, unavailable};
+use crate::admission::HostAt;
 use crate::attempt::Attempt;
 use crate::keys::Key;
 use crate::service::{Service, unix_now};
 use crate::state::Host;
 use crate::strangers;
-use crate::throttle::Throttle;
 
-/// An attestation refused.
-#[derive(Clone, Debug)]
-pub struct Refused {
-    /// The reply.
-    pub reply: ErrorReply,
-    /// A sentence for a person.
-    pub message: String,
-    /// In how many seconds the caller may come again, where that is known; for 429 and 503.
-    pub retry_after: Option<u16>,
-}
-
-impl Refused {
-    /// With a reply, and a sentence for a person.
-    #[must_use]
-    pub fn new(reply: ErrorReply, message: impl Into<String>) -> Self {
-        Self { reply, message: message.into(), retry_after: None }
-    }
-}
-
-impl From<Declined> for Refused {
-    fn from(declined: Declined) -> Self {
-        let refused = match declined.reason {
-            Dropped::Rate => Self::new(TOO_MANY, "this host asks for more attestations than it may; try again"),
-            Dropped::Address => Self::new(TOO_MANY, "too many requests from this address were refused; try again"),
-            Dropped::Full | Dropped::Deadline | Dropped::Late | Dropped::Left => {
-                Self::new(ErrorReply::Unavailable, "too many attestations wait for an HSM; try again")
-            }
-        };
-        Self { retry_after: Some(declined.retry_after), ..refused }
-    }
-}
-
-/// Longest attestation in bytes that is read from an address over its rate. An honest one has some 3,000.
+/// Largest attestation, in bytes, that is read from an address over its rate. An honest one has about 3,000.
 const LARGE: usize = 16 * 1024;
-/// Longest host key in bytes with which a signature is verified for such an address.
+/// Largest modulus, in bytes, of a host key whose signature is verified for an address over its rate.
 const LONGEST_KEY: usize = 4096 / 8;
-
-/// A rate is exceeded: an error that is about HTTP, and not about the host's health.
-const TOO_MANY: ErrorReply = ErrorReply::Error { status: 429 };
-
-/// Health certificates for a host, with the facts that they rest on. The HSMs may have taken seconds, in which an
-/// administrator may have removed the host: the certificates leave only through [`Issued::confirm`], which is called where
-/// the decision is recorded.
-#[derive(Debug)]
-pub struct Issued {
-    reply: HealthCertificateReply,
-    /// Those of the certificates that the audit trail does not tell of yet.
-    unrecorded: Vec<IssuedFor>,
-    host: Arc<Host>,
-    /// The thumbprint of the attestation signer.
-    signer: [u8; 32],
-    /// The baseline that the certificates name, where the host attested by its TPM.
-    baseline: Option<String>,
-}
-
-impl Issued {
-    /// Certificates that name a baseline; the audit trail tells of none of them yet.
-    pub(super) fn measured(reply: HealthCertificateReply, host: Arc<Host>, signer: [u8; 32], baseline: String) -> Self {
-        Self { reply, unrecorded: Vec::new(), host, signer, baseline: Some(baseline) }
-    }
-
-    /// The reply, if the host is still registered with this name and key, the signer still trusted, and the baseline enabled;
-    /// with those of its certificates that the audit trail does not tell of yet and may be asked for again.
-    ///
-    /// # Errors
-    /// What an attestation that arrived now would be refused with.
-    pub fn confirm(self, service: &Service) -> Result<(HealthCertificateReply, Vec<IssuedFor>), Refused> {
-        if service.hosts.load().by_name_and_key(&self.host.name, &self.host.spki_sha256).is_none() {
-            return Err(unauthorized());
-        }
-        if !service.signers.load().trust(&self.signer) {
-            return Err(unavailable());
-        }
-        if self.baseline.is_some_and(|baseline| !service.baselines.load().allow(&baseline, unix_now())) {
-            return Err(super::tpm::baseline_gone());
-        }
-        Ok((self.reply, self.unrecorded))
-    }
-}
 
 fn unauthorized() -> Refused {
     Refused::new(ErrorReply::Unauthorized, "the host key is not registered, or did not sign")
 }
 
-pub(super) fn unavailable() -> Refused {
-    Refused::new(ErrorReply::Unavailable, "no HSM can sign now; try again")
-}
-
 /// Answers an `AttestationRequest` in host-key mode.
 ///
 /// # Errors
-/// `PayloadErrorReply` for what is wrong with the request, `UnauthorizedErrorReply` for an unknown key or a wrong
-/// signature (the two look the same), `UnavailableErrorReply` when no HSM signs; 429 for a host or an address that asks too
-/// fast.
+/// `PayloadErrorReply` for a malformed request, `UnauthorizedErrorReply` for an unknown key or a wrong signature (the two look
+/// the same), `UnavailableErrorReply` when no HSM signs; 429 for a host or an address over its rate.
 pub async fn attest(service: &Service, body: &[u8], attempt: &mut Attempt) -> Result<Issued, Refused> {
-    // An address is over its rate when too much that came from it was refused. Attestations from there are still served if
-    // their signature proves a registered host, so that no host pays for its neighbours. All others get the same 429,
-    // whatever is wrong with them.
+    // An address is over its rate when too many of its requests were refused. An attestation from it is still served if its
+    // signature proves a registered host, so that no host pays for its neighbours. Every other one gets the same 429,
+    // whatever is wrong with it.
     let over_rate = service.admission.stranger_may_ask(attempt).err();
     if let Some(declined) = over_rate.filter(|_| body.len() > LARGE) {
         return Err(declined.attestation().into());
@@ -136,7 +54,7 @@ pub async fn attest(service: &Service, body: &[u8], attempt: &mut Attempt) -> Re
     attempt.known = true;
     attempt.identity_key = Some(HEXLOWER.encode(&request.identity_key.spki_sha256()));
     let from = HostAt::new(&host.name, attempt);
-    // Also what a host sends beyond its rate is checked before it is refused: its address pays for that.
+    // A request beyond the host's rate was verified, too, before it is refused here: that is charged to the address.
     let within_rate = service.admission.attestation_within_rate(&from);
     within_rate.inspect_err(|_| service.admission.charge_stranger(attempt, body.len(), work))?;
 
@@ -151,7 +69,7 @@ pub async fn attest(service: &Service, body: &[u8], attempt: &mut Attempt) -> Re
         let mut issued = service.issued.get(&of, unix_now());
         if issued.is_none() && turn.is_none() {
             turn = Some(service.admission.attestation_turn(&from, attempt).await?);
-            // A request for the same certificate may have been ahead of this one.
+            // An earlier request may have been served with the same certificate while this one waited.
             issued = service.issued.get(&of, unix_now());
         }
         let certificate = match issued {
@@ -166,17 +84,17 @@ pub async fn attest(service: &Service, body: &[u8], attempt: &mut Attempt) -> Re
                 issue(service, signer, &host, &request, *result, of, attempt).await?
             }
         };
-        // Of two, the one that releases ask for comes first.
+        // Of two certificates, the one that releases require comes first.
         if attempt.health_serial.is_none() {
             attempt.health_serial = Certificate::parse(&certificate).ok().map(|made| HEXLOWER.encode(made.serial()));
         }
         content.push((*result, certificate.to_vec()));
     }
     let reply = HealthCertificateReply { content };
-    Ok(Issued { reply, unrecorded, host, signer: thumbprint, baseline: None })
+    Ok(Issued::by_host_key(reply, unrecorded, host, thumbprint))
 }
 
-/// The registered host that a request comes from, as its signature proves, with a key of at most `longest` bytes.
+/// Returns the registered host that signed the request. A key with a modulus of more than `longest` bytes is refused.
 ///
 /// # Errors
 /// `PayloadErrorReply`, `UnauthorizedErrorReply`.
@@ -192,11 +110,11 @@ fn proved(
         return Err(unauthorized());
     }
     work.add(&request.host_key);
-    // First, with the key that the request brings: what takes time must not depend on whether that key is registered.
+    // Verified before the key is looked up, so that the time taken does not tell whether that key is registered.
     let signed = request.verify_signature();
     let in_force = service.snapshot();
     let host = in_force.hosts.by_host_key(request.host_key.spki_der());
-    // Known from the key alone; the record says whose key was presented even when the signature is wrong.
+    // Identified by the key alone: the record names the host whose key was presented even when the signature is wrong.
     attempt.host = host.map(|host| host.name.clone());
     match (host, signed) {
         (Some(host), Ok(())) if in_force.may_act_as(&host.name, attempt) => Ok((Arc::clone(host), request)),
@@ -204,7 +122,7 @@ fn proved(
     }
 }
 
-/// A fresh certificate, signed in an HSM.
+/// Issues a certificate, signed in an HSM, and remembers it for repeated requests.
 ///
 /// # Errors
 /// `UnavailableErrorReply` when no HSM signs.
@@ -222,37 +140,4 @@ async fn issue(
     let certificate = signed(service, signer, built, &host.name, attempt).await?;
     service.issued.remember(of, certificate.clone(), now);
     Ok(certificate)
-}
-
-/// A certificate that was built for `host`, signed in an HSM.
-///
-/// # Errors
-/// `UnavailableErrorReply` when no HSM signs.
-pub(super) async fn signed(
-    service: &Service,
-    signer: &Key,
-    built: Result<ToBeSigned, BuildError>,
-    host: &str,
-    attempt: &mut Attempt,
-) -> Result<Bytes, Refused> {
-    static NOT_BUILT: Throttle = Throttle::new();
-    static NOT_SIGNED: Throttle = Throttle::new();
-    let to_be_signed = built.map_err(|error| {
-        if let Some(unsaid) = NOT_BUILT.due(Instant::now()) {
-            tracing::error!(%error, host, unsaid, "a health certificate cannot be built");
-        }
-        Refused::new(ErrorReply::Error { status: 500 }, "the service failed to process the request; its log says why")
-    })?;
-    let signed = service.sign(&signer.id, signer.certificate.key(), to_be_signed.octets(), attempt.deadline()).await;
-    let signed = signed.map_err(|error| {
-        if matches!(error, HsmError::NoSuchKey) {
-            service.signer_missing.notify_one();
-        }
-        if let Some(unsaid) = NOT_SIGNED.due(Instant::now()) {
-            tracing::warn!(%error, unsaid, "no HSM signed a health certificate");
-        }
-        unavailable()
-    })?;
-    attempt.used(&signed.member);
-    Ok(Bytes::from(to_be_signed.assemble(&signed.value)))
 }

@@ -1,18 +1,17 @@
-//! Attestation by TPM: a host proves what it booted, and gets its identity key certified (protocol page, section 3.1).
+//! Attestation by TPM: a host proves what it booted, and its identity key is certified (protocol page, section 3.1).
 //!
 //! ```text
 //!  host                                      service
 //!   │ endorsement key, attestation key          │
-//!   ├──────────────── step 1 ──────────────────►│ registered? keys as they must be?
-//!   │◄─ credential, PCR selection, State ───────┤ nothing is remembered: State is sealed
+//!   ├──────────────── step 1 ──────────────────►│ host registered? keys acceptable?
+//!   │◄─ credential, PCR selection, State ───────┤ keeps nothing: State is sealed
 //!   │ the TPM recovers the credential,          │
 //!   │ and quotes PCRs for this session and key  │
 //!   ├──────────────── step 2 ──────────────────►│ State, quote, PCR values, log, policies
-//!   │◄─────────── health certificate ───────────┤ State is used up; sign in an HSM
+//!   │◄─────────── health certificate ───────────┤ State is marked used; an HSM signs
 //! ```
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Instant;
 
 use claviger_protocol::attestation::tpm::{TpmRequest, continue_reply};
@@ -26,127 +25,64 @@ use claviger_protocol::tpm::credential;
 use claviger_protocol::tpm::evidence::{self, EvidenceError};
 use claviger_protocol::tpm::policy::{self, Policy};
 use claviger_protocol::tpm::public::AttestationKey;
-use claviger_protocol::tpm::state::{LIFETIME_SECONDS, State, StateId, StateKey};
+use claviger_protocol::tpm::state::{LIFETIME_SECONDS, State, StateId};
 use claviger_protocol::work::Work;
 use data_encoding::{BASE64, HEXLOWER};
-use ring::error::Unspecified;
 
+use super::baselines::BaselineId;
 use super::evidence::Evidence;
-use super::host_key::{Issued, Refused, signed, unavailable};
+use super::issuing::{Issued, Refused, signed, unavailable};
 use crate::admission::HostAt;
 use crate::attempt::Attempt;
+use crate::intake;
 use crate::metrics;
 use crate::service::{Service, Snapshot, unix_now};
 use crate::state::Host;
 use crate::strangers;
 use crate::throttle::Throttle;
 
-/// Longest attestation in bytes that is read from an address over its rate. An honest one has its boot log in it.
-const LARGE: usize = 64 * 1024;
-/// Fewest used States at which those that are over are looked for.
-const LEAST_PURGE: usize = 1_024;
+/// Largest step 2, in bytes, that is read from an address over its rate; most of it is the boot log.
+const LARGE: usize = intake::SMALL_TPM_BODY;
+/// Largest step 1, in bytes, that is served from the bucket of the host that it names. An honest one has about 3,000.
+const LARGE_FIRST_STEP: usize = 16 * 1024;
 
-/// What the service keeps of sessions: the key of their States, and which States have served a certificate.
-#[derive(Debug)]
-pub struct Sessions {
-    key: StateKey,
-    used: Mutex<Used>,
-}
-
-#[derive(Debug, Default)]
-struct Used {
-    /// When each State is over, in seconds since 1970.
-    until: HashMap<StateId, i64>,
-    /// At how many those that are over are removed.
-    purge_at: usize,
-}
-
-/// A State in use: nobody else can use it. When this is dropped without [`Claim::spend`], others may again.
-struct Claim<'a> {
-    sessions: &'a Sessions,
-    id: StateId,
-    is_spent: bool,
-}
-
-impl Sessions {
-    /// With a fresh key.
-    ///
-    /// # Errors
-    /// When the system has no randomness.
-    pub fn new() -> Result<Self, Unspecified> {
-        Ok(Self { key: StateKey::generate()?, used: Mutex::default() })
-    }
-
-    fn is_used(&self, id: &StateId) -> bool {
-        self.used().until.contains_key(id)
-    }
-
-    /// Takes a State that is over after `ends` for use, if it is neither used nor in use.
-    fn claim(&self, id: StateId, ends: i64, now: i64) -> Option<Claim<'_>> {
-        let mut used = self.used();
-        if used.until.contains_key(&id) {
-            return None;
-        }
-        if used.until.len() >= used.purge_at.max(LEAST_PURGE) {
-            used.until.retain(|_, ends| *ends >= now);
-            used.purge_at = 2 * used.until.len();
-        }
-        used.until.insert(id, ends);
-        Some(Claim { sessions: self, id, is_spent: false })
-    }
-
-    fn used(&self) -> MutexGuard<'_, Used> {
-        self.used.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Claim<'_> {
-    /// Keeps the State used until it is over.
-    fn spend(mut self) {
-        self.is_spent = true;
-    }
-}
-
-impl Drop for Claim<'_> {
-    fn drop(&mut self) {
-        if !self.is_spent {
-            self.sessions.used().until.remove(&self.id);
-        }
-    }
-}
-
-/// What a request that was not refused came to.
+/// The result of a request that was not refused.
 pub enum Progress {
-    /// Step 1: the body of the reply.
+    /// The body of the reply to step 1.
     Continue(Vec<u8>),
-    /// Step 2.
+    /// The certificates of step 2.
     Issued(Issued),
 }
 
-/// What the steps before the HSM came to.
+/// The result of [`judge`].
 enum Judged {
-    Continue(Vec<u8>),
+    /// The body of the reply to step 1, and the host whose endorsement key the request names. Nothing proves that this host
+    /// sent it.
+    Continue(Vec<u8>, Arc<Host>),
+    /// A step 2 whose quote proves its host.
     Proven(Box<Proven>),
 }
 
-/// A host that proved what it booted.
+/// A host that proved its TPM.
 struct Proven {
     host: Arc<Host>,
     endorsement_key: RsaPublicKey,
     identity_key: RsaPublicKey,
     requested: Vec<ResultType>,
+    /// The State, and when it expires.
     state: (StateId, i64),
-    /// The baseline that it matches, or what it is refused with.
-    outcome: Result<String, Refused>,
+    /// The baseline that the host matches, or the refusal.
+    outcome: Result<BaselineId, Refused>,
 }
 
 /// Answers an `AttestationRequest` in TPM mode.
 ///
 /// # Errors
-/// Those of the protocol page, section 3.1; `UnavailableErrorReply` when no HSM signs; 429 for a host or an address that asks
-/// too fast.
+/// Those of the protocol page, section 3.1; `UnavailableErrorReply` when no HSM signs; 429 for a host or an address over its
+/// rate.
 pub async fn attest(service: &Service, body: &[u8], attempt: &mut Attempt) -> Result<Progress, Refused> {
-    // As in host-key mode: from an address over its rate only what proves a registered host is served, and that is step 2.
+    // As in host-key mode, step 2 from an address over its rate is served if it proves a registered host. Step 1 proves
+    // nothing, so each registered host has a bucket for it at each address.
     let over_rate = service.admission.stranger_may_ask(attempt).err();
     if let Some(declined) = over_rate.filter(|_| body.len() > LARGE) {
         return Err(declined.attestation().into());
@@ -155,11 +91,16 @@ pub async fn attest(service: &Service, body: &[u8], attempt: &mut Attempt) -> Re
     let judged = strangers::aside(|| judge(service, body, &mut work, attempt)).await;
     let proven = match judged {
         Ok(Judged::Proven(proven)) => proven,
-        Ok(Judged::Continue(reply)) => {
-            // Anybody who knows an endorsement key may begin: the address pays for it.
-            service.admission.charge_stranger(attempt, body.len(), work);
-            let begun = Ok(Progress::Continue(reply));
-            return over_rate.map_or(begun, |declined| Err(declined.attestation().into()));
+        Ok(Judged::Continue(reply, host)) => {
+            let from = HostAt::new(&host.name, attempt);
+            if body.len() > LARGE_FIRST_STEP || !service.admission.may_begin(&from) {
+                service.admission.charge_stranger(attempt, body.len(), work);
+                if let Some(declined) = over_rate {
+                    attempt.host = None;
+                    return Err(declined.attestation().into());
+                }
+            }
+            return Ok(Progress::Continue(reply));
         }
         Err(refused) => {
             service.admission.charge_stranger(attempt, body.len(), work);
@@ -170,14 +111,14 @@ pub async fn attest(service: &Service, body: &[u8], attempt: &mut Attempt) -> Re
         }
     };
 
-    // Who asks is proven from here on, whatever else is wrong: that is for the host to pay for.
+    // From here on the sender is proven to be the host: the request is charged to the host, whatever else is wrong.
     attempt.known = true;
     attempt.identity_key = Some(HEXLOWER.encode(&proven.identity_key.spki_sha256()));
     let from = HostAt::new(&proven.host.name, attempt);
     let within_rate = service.admission.attestation_within_rate(&from);
     within_rate.inspect_err(|_| service.admission.charge_stranger(attempt, body.len(), work))?;
     let baseline = proven.outcome.clone()?;
-    attempt.baseline = Some(baseline.clone());
+    attempt.baseline = Some(baseline.name.clone());
 
     let (id, ends) = proven.state;
     let claim = service.tpm.claim(id, ends, unix_now()).ok_or_else(used_up)?;
@@ -186,13 +127,13 @@ pub async fn attest(service: &Service, body: &[u8], attempt: &mut Attempt) -> Re
     Ok(Progress::Issued(content))
 }
 
-/// Both steps, as far as they need no HSM: in the page's order.
+/// Judges both steps in the order of the protocol page, up to the part that needs an HSM.
 fn judge(service: &Service, body: &[u8], work: &mut Work, attempt: &mut Attempt) -> Result<Judged, Refused> {
     let request = TpmRequest::parse(body).map_err(|error| Refused::new(ErrorReply::Payload, error.to_string()))?;
     attempt.key = Some(HEXLOWER.encode(&request.endorsement_key.spki_sha256()));
     let in_force = service.snapshot();
     match &request.identity_key {
-        None => begin(service, &in_force, &request, work, attempt).map(Judged::Continue),
+        None => begin(service, &in_force, &request, work, attempt).map(|(reply, host)| Judged::Continue(reply, host)),
         Some((identity_key, sent)) => {
             let proven = prove(service, &in_force, &request, (identity_key, sent.as_slice()), work, attempt)?;
             Ok(Judged::Proven(Box::new(proven)))
@@ -200,7 +141,7 @@ fn judge(service: &Service, body: &[u8], work: &mut Work, attempt: &mut Attempt)
     }
 }
 
-/// The registered host of the endorsement key in a request.
+/// Returns the registered host of the endorsement key in a request.
 fn registered(in_force: &Snapshot, request: &TpmRequest, attempt: &mut Attempt) -> Result<Arc<Host>, Refused> {
     let host = in_force.hosts.by_endorsement_key(request.endorsement_key.spki_der());
     attempt.host = host.map(|host| host.name.clone());
@@ -208,15 +149,15 @@ fn registered(in_force: &Snapshot, request: &TpmRequest, attempt: &mut Attempt) 
     host.cloned().ok_or_else(|| unauthorized("the endorsement key is not registered"))
 }
 
-/// Step 1: a credential that only the TPM of this endorsement key and this attestation key can recover.
+/// Step 1: makes a credential that only the TPM with this endorsement key and this attestation key can recover.
 fn begin(
     service: &Service,
     in_force: &Snapshot,
     request: &TpmRequest,
     work: &mut Work,
     attempt: &mut Attempt,
-) -> Result<Vec<u8>, Refused> {
-    registered(in_force, request, attempt)?;
+) -> Result<(Vec<u8>, Arc<Host>), Refused> {
+    let host = registered(in_force, request, attempt)?;
     let [ak_public] = request.context().and_then(|context| context.exactly([Kind::AkPublic])).map_err(rtpm)?;
     let attestation_key = AttestationKey::parse(ak_public).map_err(rtpm)?;
 
@@ -233,16 +174,17 @@ fn begin(
         selection,
         ak_public: ak_public.to_vec(),
     };
-    let sealed = service.tpm.key.seal(&state).map_err(|error| internal(&error))?;
-    Ok(continue_reply(&context::write(&[
+    let sealed = service.tpm.key().seal(&state).map_err(|error| internal(&error))?;
+    let reply = continue_reply(&context::write(&[
         (Kind::State, &sealed),
         (Kind::IdObject, &protected.id_object),
         (Kind::EncryptedSecret, &protected.encrypted_secret),
         (Kind::PcrSelection, &selection.to_selection()),
-    ])))
+    ]));
+    Ok((reply, host))
 }
 
-/// Step 2: what the host's TPM proves, and what the policies say of it.
+/// Step 2: checks what the host's TPM proves, and judges it by the policies.
 fn prove(
     service: &Service,
     in_force: &Snapshot,
@@ -254,15 +196,15 @@ fn prove(
     let context = Context::parse(&request.context).map_err(rtpm)?;
     let evidence = evidence::Evidence::of(&context).map_err(rtpm)?;
     let now = unix_now();
-    let (id, state) = service.tpm.key.open(evidence.state).map_err(|error| begin_again(error.to_string()))?;
+    let (id, state) = service.tpm.key().open(evidence.state).map_err(|error| begin_again(error.to_string()))?;
     if state.ends < now {
-        return Err(begin_again("the State is over"));
+        return Err(begin_again("the State has expired"));
     }
     if service.tpm.is_used(&id) {
         return Err(used_up());
     }
     if state.session_id != request.session_id || state.endorsement_key != request.endorsement_key.spki_sha256() {
-        return Err(begin_again("the State is of another session"));
+        return Err(begin_again("the State belongs to another session"));
     }
     let host = registered(in_force, request, attempt)?;
 
@@ -278,7 +220,7 @@ fn prove(
     let facts = match evidence::check(&evidence, &state, sent) {
         Ok(facts) => facts,
         Err(error @ EvidenceError::Quote(_)) => return Err(unauthorized(error.to_string())),
-        // From here on the quote is the host's own.
+        // Any other error comes after the quote was found to be the host's own.
         Err(error) => {
             let reply = match error {
                 EvidenceError::Log(_) => ErrorReply::TcgLogValidation,
@@ -291,8 +233,9 @@ fn prove(
     for policy in Policy::ALL {
         metrics::attestation_policy(policy.name(), !verdict.failed.contains(&policy));
     }
-    let outcome = match verdict.baseline {
-        Some(baseline) if verdict.failed.is_empty() => Ok(baseline.name.clone()),
+    let baseline = verdict.baseline.and_then(|baseline| in_force.baselines.identify(&baseline.name));
+    let outcome = match baseline {
+        Some(baseline) if verdict.failed.is_empty() => Ok(baseline),
         _ => Err(unhealthy(&verdict.failed, attempt)),
     };
     service.evidence.keep(
@@ -308,11 +251,11 @@ fn prove(
     Ok(proven(outcome))
 }
 
-/// Fresh certificates that name the baseline, signed in an HSM.
+/// Issues certificates that name the baseline, signed in an HSM.
 async fn issue(
     service: &Service,
     proven: &Proven,
-    baseline: &str,
+    baseline: &BaselineId,
     from: &HostAt,
     attempt: &mut Attempt,
 ) -> Result<Issued, Refused> {
@@ -327,7 +270,7 @@ async fn issue(
             &signer.certificate,
             &host.name,
             endorsement_key,
-            baseline,
+            &baseline.name,
             identity_key,
             *result,
             now,
@@ -339,10 +282,10 @@ async fn issue(
         content.push((*result, certificate.to_vec()));
     }
     let reply = HealthCertificateReply { content };
-    Ok(Issued::measured(reply, Arc::clone(host), signer.certificate.thumbprint(), baseline.to_owned()))
+    Ok(Issued::measured(reply, Arc::clone(host), signer.certificate.thumbprint(), baseline.clone()))
 }
 
-/// The refusal that tells all policies that fail.
+/// The refusal that names every policy that fails.
 fn unhealthy(failed: &[Policy], attempt: &mut Attempt) -> Refused {
     static SAID: Throttle = Throttle::new();
     let names = failed.iter().map(|policy| policy.name()).collect::<Vec<_>>();
@@ -361,13 +304,6 @@ fn unhealthy(failed: &[Policy], attempt: &mut Attempt) -> Refused {
     Refused::new(ErrorReply::PolicyEvaluation { reasons }, message)
 }
 
-/// The refusal of a host whose baseline is not enabled any more.
-pub(super) fn baseline_gone() -> Refused {
-    let reason = BASE64.encode(&Policy::SecureBootSettings.guid());
-    let reasons = vec![PolicyReason { result: false, reason }];
-    Refused::new(ErrorReply::PolicyEvaluation { reasons }, "the baseline that the host matched is not enabled any more")
-}
-
 fn unauthorized(message: impl Into<String>) -> Refused {
     Refused::new(ErrorReply::Unauthorized, message)
 }
@@ -381,7 +317,7 @@ fn begin_again(why: impl Into<String>) -> Refused {
 }
 
 fn used_up() -> Refused {
-    begin_again("the State has served a certificate")
+    begin_again("the State is used, or has expired")
 }
 
 fn internal(error: &dyn std::fmt::Display) -> Refused {
@@ -396,31 +332,25 @@ fn internal(error: &dyn std::fmt::Display) -> Refused {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::config::AttestMode;
+    use crate::config::{AttestMode, Config};
     use crate::state::{HostKind, Labels};
-    use claviger_protocol::attestation::tpm::second_request;
+    use claviger_protocol::attestation::tpm::{first_request, second_request};
     use claviger_protocol::rsa_key::RsaPrivateKey;
     use claviger_protocol::tpm::log::Log;
     use claviger_protocol::tpm::pcr::PcrSet;
     use claviger_protocol::tpm::software::SoftwareTpm;
 
-    #[test]
-    fn a_state_serves_one_certificate() {
-        let sessions = Sessions::new().unwrap();
-        let (one, two) = ([1; 12], [2; 12]);
-        let claim = sessions.claim(one, 120, 0).unwrap();
-        assert!(sessions.is_used(&one) && sessions.claim(one, 120, 0).is_none(), "in use");
-        drop(claim);
-        assert!(!sessions.is_used(&one), "what came to nothing was not used");
-        sessions.claim(one, 120, 0).unwrap().spend();
-        assert!(sessions.is_used(&one) && sessions.claim(one, 120, 0).is_none());
-        assert!(sessions.claim(two, 120, 0).is_some());
-    }
-
     /// A service in TPM mode with a host whose TPM is in software; no HSM works for it.
     fn stage() -> (tempfile::TempDir, Arc<Service>, SoftwareTpm) {
+        stage_with(|_| {})
+    }
+
+    fn stage_with(configure: impl FnOnce(&mut Config)) -> (tempfile::TempDir, Arc<Service>, SoftwareTpm) {
         let folder = tempfile::tempdir().unwrap();
-        let service = crate::service::testing::service_in(folder.path(), |config| config.attest.mode = AttestMode::Tpm);
+        let service = crate::service::testing::service_in(folder.path(), |config| {
+            config.attest.mode = AttestMode::Tpm;
+            configure(config);
+        });
         let mut tpm = SoftwareTpm::new(RsaPrivateKey::generate(2048).unwrap()).unwrap();
         // A boot without any event.
         PcrSet::ALWAYS.iter().for_each(|pcr| assert!(tpm.pcrs.set(pcr, [0; 32])));
@@ -433,7 +363,14 @@ mod tests {
         (folder, service, tpm)
     }
 
-    /// A request of step 2 with a State that is over at this time.
+    /// A request of step 1.
+    fn first(tpm: &SoftwareTpm) -> Vec<u8> {
+        let context = context::write(&[(Kind::AkPublic, tpm.ak_public())]);
+        let wanted = [ResultType::EncryptionCertificate];
+        first_request([5; 16], &wanted, tpm.endorsement_key().public().spki_der(), &context)
+    }
+
+    /// A request of step 2 with a State that expires after `ends`.
     fn second(service: &Service, tpm: &SoftwareTpm, ends: i64, log: &[u8]) -> Vec<u8> {
         let (session_id, identity) = ([5; 16], tpm.endorsement_key().public());
         let state = State {
@@ -446,12 +383,35 @@ mod tests {
         };
         let data = evidence::qualifying_data(&state.credential, &session_id, identity.spki_der());
         let (quote, signature) = tpm.quote(&data).unwrap();
-        let sealed = service.tpm.key.seal(&state).unwrap();
+        let sealed = service.tpm.key().seal(&state).unwrap();
         let pcr_values = tpm.pcrs.to_bytes();
         let evidence =
             evidence::Evidence { state: &sealed, quote: &quote, signature: &signature, pcr_values: &pcr_values, log };
         let wanted = [ResultType::EncryptionCertificate];
         second_request(session_id, &wanted, identity.spki_der(), identity.spki_der(), &evidence.to_context())
+    }
+
+    /// A log whose only event says that Secure Boot is on. The TPM's PCR 7 becomes what it replays to, and the baseline `base`
+    /// has the TPM's values.
+    fn secure_boot(service: &Service, tpm: &mut SoftwareTpm) -> Vec<u8> {
+        let guid = [0x61, 0xdf, 0xe4, 0x8b, 0xca, 0x93, 0xd2, 0x11, 0xaa, 0x0d, 0, 0xe0, 0x98, 0x03, 0x2b, 0x8c];
+        let name: Vec<u8> = "SecureBoot".encode_utf16().flat_map(u16::to_le_bytes).collect();
+        let data = [&guid[..], &10_u64.to_le_bytes(), &1_u64.to_le_bytes(), &name, &[1]].concat();
+        let measured = ring::digest::digest(&ring::digest::SHA256, &data);
+        let event = [&[7, 0, 0, 0, 1, 0, 0, 0x80, 1, 0, 0, 0, 0x0b, 0][..], measured.as_ref(), &[0; 4]].concat();
+        let log = [empty_log(), event].concat();
+        tpm.pcrs.set(7, *Log::parse(&log).unwrap().replay().get(7).unwrap());
+        replace_baseline(service, tpm, 1);
+        log
+    }
+
+    /// Removes the baseline `base` and adds one of that name with the TPM's values.
+    fn replace_baseline(service: &Service, tpm: &SoftwareTpm, now: i64) {
+        service.with_state(|state| {
+            state.remove_baseline("base").unwrap();
+            state.add_baseline("base", &tpm.pcrs, None, now).unwrap();
+        });
+        service.follow().unwrap();
     }
 
     /// The shortest log that is one.
@@ -486,34 +446,71 @@ mod tests {
     #[tokio::test]
     async fn what_no_hsm_signs_uses_no_state_up() {
         let (_folder, service, mut tpm) = stage();
-        // One event: Secure Boot is on.
-        let guid = [0x61, 0xdf, 0xe4, 0x8b, 0xca, 0x93, 0xd2, 0x11, 0xaa, 0x0d, 0, 0xe0, 0x98, 0x03, 0x2b, 0x8c];
-        let name: Vec<u8> = "SecureBoot".encode_utf16().flat_map(u16::to_le_bytes).collect();
-        let data = [&guid[..], &10_u64.to_le_bytes(), &1_u64.to_le_bytes(), &name, &[1]].concat();
-        let measured = ring::digest::digest(&ring::digest::SHA256, &data);
-        let event = [&[7, 0, 0, 0, 1, 0, 0, 0x80, 1, 0, 0, 0, 0x0b, 0][..], measured.as_ref(), &[0; 4]].concat();
-        let log = [empty_log(), event].concat();
-        tpm.pcrs.set(7, *Log::parse(&log).unwrap().replay().get(7).unwrap());
-        service.with_state(|state| {
-            state.remove_baseline("base").unwrap();
-            state.add_baseline("base", &tpm.pcrs, None, 1).unwrap();
-        });
-        service.follow().unwrap();
+        let log = secure_boot(&service, &mut tpm);
         let body = second(&service, &tpm, unix_now() + 60, &log);
         for _ in 0..2 {
             assert_eq!(refused(&service, &body).await, ErrorReply::Unavailable);
         }
     }
+    #[tokio::test]
+    async fn a_host_is_bound_to_the_baseline_that_it_was_judged_by() {
+        let (_folder, service, mut tpm) = stage();
+        let log = secure_boot(&service, &mut tpm);
+        let body = second(&service, &tpm, unix_now() + 60, &log);
+        let mut attempt = Attempt::new("r".to_owned());
+        let judged = judge(&service, &body, &mut Work::default(), &mut attempt).unwrap();
+        let Judged::Proven(proven) = judged else { panic!("step 2") };
+        let baseline = proven.outcome.unwrap();
+        assert!(service.baselines.load().is_enabled(&baseline));
+        // It waits for an HSM, and meanwhile the baseline is replaced under its name.
+        replace_baseline(&service, &tpm, 2);
+        assert!(service.baselines.load().allow("base", unix_now()), "another one of that name is enabled");
+        assert!(!service.baselines.load().is_enabled(&baseline));
+    }
 
-    #[test]
-    fn used_states_are_forgotten_when_they_are_over() {
-        let sessions = Sessions::new().unwrap();
-        for at in 0..20 * LEAST_PURGE {
-            let mut id = [0; 12];
-            id[..8].copy_from_slice(&at.to_le_bytes());
-            let now = at as i64;
-            sessions.claim(id, now + 120, now).unwrap().spend();
-            assert!(sessions.used().until.len() <= LEAST_PURGE, "{at}");
+    #[tokio::test]
+    async fn no_host_pays_for_the_strangers_at_its_address() {
+        let (_folder, service, tpm) = stage_with(|config| {
+            (config.server.stranger_rate, config.server.stranger_burst) = (1, 1);
+            (config.attest.host_rate, config.attest.host_burst) = (1, 2);
+        });
+        let sent_from = |address: &str| Attempt::new("r".to_owned()).sent_from(Some(address.parse().unwrap()));
+        let here = || sent_from("192.0.2.1");
+        let charged = || service.admission.charged(&HostAt::new("node", &here()))[2];
+        let too_many = ErrorReply::Error { status: 429 };
+
+        // Within the address's rate a first step for a registered host costs the address nothing, a stranger's does.
+        assert!(matches!(attest(&service, &first(&tpm), &mut here()).await, Ok(Progress::Continue(_))));
+        assert_eq!(charged(), 0);
+        let stranger = SoftwareTpm::new(RsaPrivateKey::generate(2048).unwrap()).unwrap();
+        let refused = attest(&service, &first(&stranger), &mut here()).await.err().unwrap();
+        assert_eq!(refused.reply, ErrorReply::Unauthorized);
+        assert!(charged() > 0);
+
+        // Strangers bring the address over its rate. The host begins all the same, within a bucket of its own.
+        service.admission.charge_stranger(&here(), 100 * 16 * 1024, Work::default());
+        let owed = charged();
+        assert!(matches!(attest(&service, &first(&tpm), &mut here()).await, Ok(Progress::Continue(_))));
+        assert!(charged() <= owed);
+        assert_eq!(attest(&service, &first(&stranger), &mut here()).await.err().unwrap().reply, too_many);
+        let mut attempt = here();
+        let mut refused = None;
+        for _ in 0..100 {
+            attempt = here();
+            refused = attest(&service, &first(&tpm), &mut attempt).await.err();
+            if refused.is_some() {
+                break;
+            }
         }
+        assert_eq!(refused.unwrap().reply, too_many, "beyond its bucket");
+        assert_eq!(attempt.host, None);
+        assert!(attest(&service, &first(&tpm), &mut sent_from("192.0.2.2")).await.is_ok(), "another address");
+
+        // Its second step is judged, also with a log of 100 KiB.
+        let long = [&[0, 0, 0, 0, 3, 0, 0, 0, 1, 0, 0, 0, 0x0b, 0][..], &[0; 32], &102_400_u32.to_le_bytes()].concat();
+        let log = [empty_log(), long, vec![0; 102_400]].concat();
+        let body = second(&service, &tpm, unix_now() + 60, &log);
+        let refused = attest(&service, &body, &mut here()).await.err().unwrap();
+        assert!(matches!(refused.reply, ErrorReply::PolicyEvaluation { .. }), "{refused:?}");
     }
 }
