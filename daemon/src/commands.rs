@@ -76,6 +76,9 @@ pub enum Command {
         name: String,
         /// The host's name.
         host: String,
+        /// When the host proved what is to be captured, seconds since 1970; refused if it attested again since.
+        #[serde(default)]
+        at: Option<i64>,
         /// PCRs besides 0, 2, 4 and 7.
         #[serde(default)]
         pcrs: Vec<usize>,
@@ -318,8 +321,9 @@ pub async fn handle(service: Arc<Service>, request: Value, peer: Peer) -> Result
         Command::CheckHost { name } => baselines::check(service, name).await,
         Command::ListBaselines => baselines::list(service).await,
         Command::ShowBaseline { name } => baselines::show(service, name).await,
-        Command::CaptureBaseline { name, host, pcrs, from_log } => {
-            baselines::capture(service, name, host, pcrs, from_log, peer).await
+        Command::CaptureBaseline { name, host, at, pcrs, from_log } => {
+            let source = baselines::Source { host, at, pcrs, from_log };
+            baselines::capture(service, name, source, peer).await
         }
         Command::AddBaseline { name, pcrs, log } => baselines::add(service, name, &pcrs, log.as_deref(), peer).await,
         Command::EnableBaseline { name, enabled } => baselines::enable(service, name, enabled, peer).await,

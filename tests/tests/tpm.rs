@@ -183,7 +183,15 @@ fn a_measured_host_gets_keys_while_its_baseline_is_enabled() {
     let events = shown["events"].as_array().unwrap();
     assert!(events.iter().any(|event| event["event"] == "EV_EFI_VARIABLE_DRIVER_CONFIG SecureBoot"), "{events:?}");
 
-    // Something is measured after the log was written: the log does not tell of it.
+    // Something is measured into a PCR that need not replay: the host is refused, and its log is said to prove nothing.
+    tpm.tool("tpm2_pcrextend", [format!("9:sha256={}", "11".repeat(32))]);
+    refused(&host.attest(), "policies fail: SecureBootSettings");
+    let text = said(&administrator.run(&["hosts", "check", "node"]));
+    assert!(text.contains("the event log does not give this value"), "{text}");
+    let checked = administrator.json(&["hosts", "check", "node"]);
+    let differs = &checked["baselines"][0]["differs"];
+    assert_eq!((&differs[0]["pcr"], &differs[0]["log_agrees"], differs.get(1)), (&json!(9), &json!(false), None));
+    // Into a PCR that has to replay: the log is refused.
     tpm.tool("tpm2_pcrextend", [format!("4:sha256={}", "11".repeat(32))]);
     refused(&host.attest(), "TcgLogValidationErrorReply");
     // Another boot: hosts check says what differs from the baseline.
@@ -195,7 +203,16 @@ fn a_measured_host_gets_keys_while_its_baseline_is_enabled() {
     let text = said(&administrator.run(&["hosts", "check", "node"]));
     assert!(text.contains("FAILS SecureBootSettings: no enabled baseline has its values"), "{text}");
     assert!(text.contains("- ") && text.contains("EV_EFI_VARIABLE_AUTHORITY db"), "{text}");
-    administrator.json(&["baselines", "capture", "fleet-2", "--host", "node"]);
+    // What was looked at is captured, and nothing else.
+    let checked = administrator.json(&["hosts", "check", "node"]);
+    let at = checked["at"].as_i64().unwrap();
+    assert!(text.contains(&format!("claviger baselines capture NAME --host node --at {at}")), "{text}");
+    let capture =
+        |at: i64| ["baselines", "capture", "fleet-2", "--host", "node", "--at", &at.to_string()].map(str::to_owned);
+    let earlier = capture(at - 1);
+    let earlier = administrator.fault(&earlier.each_ref().map(String::as_str));
+    assert!(earlier.contains(&format!("is of {at}, not of {}", at - 1)), "{earlier}");
+    administrator.json(&capture(at).each_ref().map(String::as_str));
     granted(&host.attest());
     administrator.json(&["baselines", "remove", "fleet-2"]);
     refused(&unwrap(&host), "policies fail: SecureBootSettings");
@@ -215,7 +232,9 @@ fn a_measured_host_gets_keys_while_its_baseline_is_enabled() {
     let released = trail.iter().find(|line| line["event"] == "release" && line["host"] == "node").unwrap();
     assert_eq!(released["baseline"], "fleet-1");
     let captured = trail.iter().find(|line| line["event"] == "baselines.capture").unwrap();
-    assert_eq!((&captured["baseline"], &captured["change"]), (&json!("fleet-1"), &json!("from host node")));
+    assert_eq!(captured["baseline"], "fleet-1");
+    let change = captured["change"].as_str().unwrap();
+    assert!(change.starts_with("from host node, ") && change.contains("PCRs 0 2 4 7 9 11, SHA-256 of"), "{change}");
 }
 
 /// Health certificates that name a baseline which was removed do not mean a later one of its name.

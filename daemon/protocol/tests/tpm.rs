@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use claviger_protocol::rsa_key::{RsaPrivateKey, RsaPublicKey};
-use claviger_protocol::tpm::compare::differences;
+use claviger_protocol::tpm::compare::{Differences, differences};
 use claviger_protocol::tpm::context::{self, Context, Kind};
 use claviger_protocol::tpm::credential::{self, Protected};
 use claviger_protocol::tpm::evidence::{self, Evidence, EvidenceError, qualifying_data};
@@ -368,7 +368,7 @@ fn what_is_not_exactly_a_log_is_refused() {
     refused(&changed(0, 1), "header");
     refused(&changed(4, 4), "header");
     refused(&changed(46, b'2'), "crypto-agile");
-    refused(&changed(28, 0xff), "");
+    refused(&changed(28, 0xff), "it ends in the middle");
     refused(&changed(56, 0), "no digest algorithm");
     refused(&changed(59, 0xff), "more than 16");
     refused(&changed(60, 0x04), "wrong length");
@@ -410,6 +410,12 @@ fn events_are_described_in_printable_words() {
     let hostile = Writer::new(&[SHA256]).event(7, 0x8000_0007, 1, b"\x1b[2J<script>\n").bytes;
     let hostile = Log::parse(&hostile).unwrap().events().next().unwrap().describe();
     assert_eq!(hostile, "EV_EFI_ACTION [2J<script> (as the log says)");
+    // An event of another type that the log relabels has the wrong digest, with data or without.
+    for (kind, name) in [(SEPARATOR, "EV_SEPARATOR"), (5, "EV_ACTION"), (0x8000_0007, "EV_EFI_ACTION")] {
+        let relabelled = Writer::new(&[SHA256]).event(4, kind, 1, b"").bytes;
+        let described = Log::parse(&relabelled).unwrap().events().next().unwrap().describe();
+        assert_eq!(described, format!("{name} (as the log says)"));
+    }
 }
 
 #[test]
@@ -417,23 +423,34 @@ fn what_differs_between_two_boots_is_told_by_events() {
     let (before, after) = (boot("ovmf-sb-direct-kernel"), boot("ovmf-sb-uki"));
     let (before, after) = (Log::parse(&before).unwrap(), Log::parse(&after).unwrap());
     for pcr in 0..24 {
-        assert_eq!(differences(pcr, Some(&after), &after), []);
+        assert_eq!(differences(pcr, Some(&after), &after), Differences::default());
     }
-    assert_eq!(differences(0, Some(&before), &after), []);
+    assert_eq!(differences(0, Some(&before), &after), Differences::default());
     let secure_boot: Vec<_> =
-        differences(7, Some(&before), &after).into_iter().map(|of| (of.is_new, of.description)).collect();
+        differences(7, Some(&before), &after).events.into_iter().map(|of| (of.is_new, of.description)).collect();
     assert_eq!(secure_boot, [(true, "EV_EFI_VARIABLE_AUTHORITY db".to_owned())]);
-    let gone = differences(7, Some(&after), &before);
+    let gone = differences(7, Some(&after), &before).events;
     assert!(gone.len() == 1 && !gone[0].is_new, "{gone:?}");
-    let all = differences(4, None, &after);
+    let all = differences(4, None, &after).events;
     assert!(all.iter().all(|of| of.is_new) && all.len() == 3, "{all:?}");
     // The same event twice is one more than once.
     let once = Writer::new(&[SHA256]).event(4, SEPARATOR, 1, b"");
     let twice = once.clone().event(4, SEPARATOR, 1, b"");
     let (once, twice) = (Log::parse(&once.bytes).unwrap(), Log::parse(&twice.bytes).unwrap());
-    assert_eq!(differences(4, Some(&once), &twice).len(), 1);
+    assert_eq!(differences(4, Some(&once), &twice).events.len(), 1);
     let long = (0..1000).fold(Writer::new(&[SHA256]), |log, _| log.event(4, SEPARATOR, 1, b""));
-    assert_eq!(differences(4, None, &Log::parse(&long.bytes).unwrap()).len(), 64);
+    let listed = differences(4, None, &Log::parse(&long.bytes).unwrap());
+    assert_eq!((listed.events.len(), listed.omitted), (64, 936));
+}
+
+#[test]
+fn events_that_are_gone_do_not_hide_new_ones() {
+    let before = (0..100).fold(Writer::new(&[SHA256]), |log, _| log.event(4, SEPARATOR, 1, b""));
+    let after = Writer::new(&[SHA256]).event(4, SEPARATOR, 2, b"").event(4, SEPARATOR, 3, b"");
+    let (before, after) = (Log::parse(&before.bytes).unwrap(), Log::parse(&after.bytes).unwrap());
+    let listed = differences(4, Some(&before), &after);
+    let is_new: Vec<_> = listed.events.iter().map(|event| event.is_new).collect();
+    assert_eq!((&is_new[..3], is_new.len(), listed.omitted), (&[true, true, false][..], 64, 38));
 }
 
 // --- Evidence ---

@@ -2,11 +2,12 @@
 
 use std::path::PathBuf;
 
+use claviger_protocol::tpm::pcr::PcrSet;
 use data_encoding::BASE64;
 use serde::Deserialize;
 
 use super::{Failure, Target, ask, date, print, table, text, tree};
-use crate::commands::{Checked, Command, MeasuredEvent, Pcrs, ShownBaseline};
+use crate::commands::{Checked, Command, Compared, MeasuredEvent, Pcrs, ShownBaseline};
 use crate::files;
 use crate::print::say;
 
@@ -19,13 +20,17 @@ pub enum Baselines {
     /// Take a baseline from what a host proved last
     #[command(after_help = "Example: claviger baselines capture fleet-2026-12 --host node-17 --config FILE\n\
         PCRs 0, 2, 4 and 7 are always taken. 8, 9, 11, 12 and 14 hold what boot loaders measure: kernel, initrd, command\n\
-        line. See first what changed: claviger hosts check node-17")]
+        line. See first what changed: claviger hosts check node-17. It ends with the command that captures what it showed.")]
     Capture {
         /// Name of the baseline: 1 to 64 letters, digits, '.', '-' or '_'
         name: String,
         /// The reference host
         #[arg(long, value_name = "NAME")]
         host: String,
+        /// When the host proved what is captured, in seconds since 1970, as hosts check shows it; fails if the host attested
+        /// again since
+        #[arg(long, value_name = "SECONDS")]
+        at: Option<i64>,
         /// A further PCR, 0 to 23; may be given several times
         #[arg(long = "pcr", value_name = "N", value_parser = clap::value_parser!(u8).range(0..=23))]
         pcrs: Vec<u8>,
@@ -110,9 +115,9 @@ fn pcr_value(text: &str) -> Result<(usize, String), String> {
 /// What is wrong, and what to do.
 pub async fn baselines(command: Baselines) -> Result<(), Failure> {
     match command {
-        Baselines::Capture { name, host, pcrs, from_log, target } => {
+        Baselines::Capture { name, host, at, pcrs, from_log, target } => {
             let pcrs = pcrs.into_iter().map(usize::from).collect();
-            added(&target, &Command::CaptureBaseline { name, host, pcrs, from_log }).await
+            added(&target, &Command::CaptureBaseline { name, host, at, pcrs, from_log }).await
         }
         Baselines::Add { name, pcrs, log, target } => {
             let given = pcrs.len();
@@ -144,10 +149,7 @@ pub async fn baselines(command: Baselines) -> Result<(), Failure> {
             print(&target, &reply, || {
                 let enabled = if shown.enabled { "enabled" } else { "disabled" };
                 say!("baseline {}, {enabled}, added {}", shown.name, date(shown.added));
-                for (pcr, value) in &shown.pcrs.0 {
-                    say!("PCR {pcr:2}  {value}");
-                    shown.events.iter().filter(|event| event.pcr == *pcr).for_each(|event| say!("{}", line(event)));
-                }
+                shown_lines(&shown).iter().for_each(|line| say!("{line}"));
             });
             Ok(())
         }
@@ -174,9 +176,33 @@ async fn added(target: &Target, command: &Command) -> Result<(), Failure> {
     let shown = ShownBaseline::deserialize(&reply)?;
     print(target, &reply, || {
         say!("added baseline {}, enabled", shown.name);
-        shown.pcrs.0.iter().for_each(|(pcr, value)| say!("PCR {pcr:2}  {value}"));
+        shown_lines(&shown).iter().for_each(|line| say!("{line}"));
     });
     Ok(())
+}
+
+/// The PCRs of a baseline, with what its log tells of them.
+fn shown_lines(shown: &ShownBaseline) -> Vec<String> {
+    let mut lines = Vec::new();
+    for (pcr, value) in &shown.pcrs.0 {
+        lines.push(format!("PCR {pcr:2}  {value}"));
+        let replayed = shown.replayed.iter().find(|replayed| replayed.pcr == *pcr);
+        if replayed.is_some_and(|replayed| !replayed.log_agrees) {
+            lines.push(format!("    {DISAGREES}"));
+        }
+        let events: Vec<_> = shown.events.iter().filter(|event| event.pcr == *pcr).map(line).collect();
+        // The reply to a change lists no events.
+        let omitted = replayed.filter(|_| !events.is_empty()).and_then(|replayed| omitted(replayed.omitted));
+        lines.extend(events.into_iter().chain(omitted));
+    }
+    lines
+}
+
+/// Marks the events of a PCR whose value their replay does not give.
+const DISAGREES: &str = "the event log does not give this value: the events of this PCR prove nothing";
+
+fn omitted(events: usize) -> Option<String> {
+    (events > 0).then(|| format!("          and {events} more that are not listed"))
 }
 
 /// An event on a line of its own.
@@ -191,7 +217,7 @@ fn line(event: &MeasuredEvent) -> String {
 }
 
 /// What `claviger hosts check` found.
-pub(super) fn say_checked(checked: &Checked) {
+pub(super) fn say_checked(checked: &Checked, target: &Target) {
     let verdict = match &checked.baseline {
         Some(baseline) if checked.healthy => format!("would be healthy, by baseline {baseline}"),
         _ => "would be refused".to_owned(),
@@ -212,20 +238,120 @@ pub(super) fn say_checked(checked: &Checked) {
         say!("  {} {}{why}", if policy.holds { "holds" } else { "FAILS" }, policy.policy);
     }
     for baseline in &checked.baselines {
-        let state = if baseline.enabled { "" } else { " (disabled)" };
-        if baseline.matches {
-            say!("  baseline {}{state}: all values match", baseline.name);
-            continue;
-        }
-        say!("  baseline {}{state}:", baseline.name);
-        for differs in &baseline.differs {
-            let quoted = differs.quoted.as_deref().unwrap_or("not quoted");
-            say!("    PCR {:2}  {quoted}", differs.pcr);
-            say!("    expected {}", differs.expected);
-            differs.events.iter().for_each(|event| say!("{}", line(event)));
-        }
+        compared_lines(baseline).iter().for_each(|line| say!("{line}"));
     }
     if checked.baselines.is_empty() {
-        say!("  there is no baseline; take one: claviger baselines capture NAME --host {}", checked.host);
+        say!("  there is no baseline");
+    }
+    if checked.baseline.is_none() {
+        say!("to accept these values as a new baseline:");
+        say!("  {}", capture_command(checked, target));
+    }
+}
+
+/// A baseline beside a host's values.
+fn compared_lines(baseline: &Compared) -> Vec<String> {
+    let state = if baseline.enabled { "" } else { " (disabled)" };
+    if baseline.matches {
+        return vec![format!("  baseline {}{state}: all values match", baseline.name)];
+    }
+    let mut lines = vec![format!("  baseline {}{state}:", baseline.name)];
+    for differs in &baseline.differs {
+        lines.push(format!("    PCR {:2}  {}", differs.pcr, differs.quoted.as_deref().unwrap_or("not quoted")));
+        lines.push(format!("    expected {}", differs.expected));
+        if differs.quoted.is_none() {
+            lines.push("    the TPM did not sign this PCR: its events prove nothing".to_owned());
+        } else if !differs.log_agrees {
+            lines.push(format!("    {DISAGREES}"));
+        }
+        lines.extend(differs.events.iter().map(line));
+        lines.extend(omitted(differs.omitted));
+    }
+    lines
+}
+
+/// The command that takes a baseline from exactly what was shown, with all PCRs that the host quoted.
+fn capture_command(checked: &Checked, target: &Target) -> String {
+    let mut command = format!("claviger baselines capture NAME --host {} --at {}", checked.host, checked.at);
+    let further = checked.pcrs.0.iter().filter(|(pcr, value)| {
+        // Nothing was measured into a PCR that is zero, and none is captured.
+        !PcrSet::ALWAYS.contains(**pcr) && value.bytes().any(|digit| digit != b'0')
+    });
+    further.for_each(|(pcr, _)| command.push_str(&format!(" --pcr {pcr}")));
+    if let Some(config) = &target.config {
+        command.push_str(&format!(" --config {}", config.display()));
+    }
+    if let Some(socket) = &target.socket {
+        command.push_str(&format!(" --socket {}", socket.display()));
+    }
+    command
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::commands::Differs;
+
+    fn event(pcr: usize, is_new: Option<bool>) -> MeasuredEvent {
+        MeasuredEvent { pcr, digest: "00".repeat(32), event: "EV_IPL initrd".to_owned(), is_new }
+    }
+
+    #[test]
+    fn events_that_prove_nothing_are_marked() {
+        let differs = |quoted: Option<&str>, log_agrees| Differs {
+            pcr: 9,
+            expected: "aa".to_owned(),
+            quoted: quoted.map(str::to_owned),
+            log_agrees,
+            events: vec![event(9, Some(true))],
+            omitted: 3,
+        };
+        let text = |differs: Differs| {
+            let (name, differs) = ("base".to_owned(), vec![differs]);
+            compared_lines(&Compared { name, enabled: true, matches: false, differs }).join("\n")
+        };
+        let proven = text(differs(Some("bb"), true));
+        assert!(!proven.contains("prove nothing") && proven.contains("and 3 more that are not listed"), "{proven}");
+        assert!(text(differs(Some("bb"), false)).contains(DISAGREES));
+        assert!(text(differs(None, false)).contains("did not sign this PCR"));
+    }
+
+    #[test]
+    fn a_baseline_whose_log_does_not_give_its_values_is_marked() {
+        let shown: ShownBaseline = serde_json::from_value(serde_json::json!({
+            "name": "base", "enabled": true, "added": 1, "pcrs": {"4": "aa", "9": "bb"},
+            "events": [event(4, None)],
+            "replayed": [{"pcr": 4, "log_agrees": true, "omitted": 2}, {"pcr": 9, "log_agrees": false, "omitted": 0}],
+        }))
+        .unwrap_or_else(|error| panic!("{error}"));
+        let expected = [
+            "PCR  4  aa",
+            &line(&event(4, None)),
+            "          and 2 more that are not listed",
+            "PCR  9  bb",
+            &format!("    {DISAGREES}"),
+        ];
+        assert_eq!(shown_lines(&shown), expected);
+    }
+
+    #[test]
+    fn what_was_shown_is_what_the_command_captures() {
+        let pcrs = [(0, "aa"), (4, "bb"), (9, "cc"), (11, "00")].map(|(pcr, value)| (pcr, value.to_owned()));
+        let checked = Checked {
+            host: "node".to_owned(),
+            at: 1_800_000_000,
+            endorsement_key: "ek".to_owned(),
+            restart_count: 0,
+            healthy: false,
+            baseline: None,
+            policies: Vec::new(),
+            pcrs: Pcrs(pcrs.into_iter().collect()),
+            baselines: Vec::new(),
+        };
+        let target = Target { config: Some("/etc/c.toml".into()), socket: None, json: false };
+        assert_eq!(
+            capture_command(&checked, &target),
+            "claviger baselines capture NAME --host node --at 1800000000 --pcr 9 --config /etc/c.toml"
+        );
     }
 }

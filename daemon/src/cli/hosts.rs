@@ -33,10 +33,10 @@ pub enum Hosts {
         /// DER, .p7b)
         #[arg(long, value_name = "FILE")]
         ek_certificate: Option<PathBuf>,
-        /// The bare endorsement key of its TPM (PEM or DER), where nobody but you vouches for it
+        /// The bare endorsement key of its TPM (PEM or DER), for a key that no TPM vendor has certified
         #[arg(long, value_name = "FILE", requires = "trust_ek")]
         ek_public: Option<PathBuf>,
-        /// Say that the key of --ek-public is that of a real TPM in this host
+        /// Confirm that the key of --ek-public is in a real TPM of this host
         #[arg(long, requires = "ek_public")]
         trust_ek: bool,
         /// A label, by which keys can be limited to hosts: a word, or KEY=VALUE; may be given several times
@@ -46,7 +46,7 @@ pub enum Hosts {
         #[command(flatten)]
         target: Target,
     },
-    /// Show what the policies say of what a host proved last by its TPM, and what differs from each baseline
+    /// Show the result of each policy for a host's last TPM evidence, and what differs from each baseline
     #[command(after_help = "Example: claviger hosts check node-18 --config /etc/claviger/claviger.toml")]
     Check {
         /// Name of the host
@@ -150,7 +150,7 @@ pub async fn hosts(command: Hosts) -> Result<(), Failure> {
         Hosts::Check { name, target } => {
             let reply = ask(&target, &Command::CheckHost { name }).await?;
             let checked = Checked::deserialize(&reply)?;
-            print(&target, &reply, || say_checked(&checked));
+            print(&target, &reply, || say_checked(&checked, &target));
         }
         Hosts::List { target } => {
             let reply = ask(&target, &Command::ListHosts).await?;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use claviger_protocol::tpm::compare::differences;
+use claviger_protocol::tpm::compare::{Difference, differences};
 use claviger_protocol::tpm::context::MAX_LOG;
 use claviger_protocol::tpm::log::Log;
 use claviger_protocol::tpm::pcr::{PcrSet, PcrValues, Value as PcrValue};
@@ -14,10 +14,9 @@ use serde_json::Value;
 
 use super::{Change, read};
 use crate::admin::Peer;
-use crate::attest::baselines::until_next_second;
 use crate::attest::evidence::Evidence;
 use crate::service::{Service, unix_now};
-use crate::state::{self, State, check_baseline_name, check_host_name};
+use crate::state::{self, Host, State, check_baseline_name, check_host_name};
 
 /// PCR values by their numbers, hexadecimal. The numbers are text on their way: a command's members are read through a form of
 /// serde in which the names of members are nothing else.
@@ -60,9 +59,23 @@ pub struct Shown {
     pub added: i64,
     /// Its values.
     pub pcrs: Pcrs,
-    /// What was measured into its PCRs, where the log is known that it was taken from.
+    /// The events of its log for its PCRs, where it has a log and is shown alone.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub events: Vec<MeasuredEvent>,
+    /// What its log is worth, where it has one: an entry for each of its PCRs.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub replayed: Vec<Replayed>,
+}
+
+/// A PCR of a baseline beside the baseline's log.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Replayed {
+    /// The PCR's number.
+    pub pcr: usize,
+    /// Whether the replay of the log gives the baseline's value. Otherwise the events of this PCR prove nothing.
+    pub log_agrees: bool,
+    /// Number of events that are not listed.
+    pub omitted: usize,
 }
 
 /// An event of a boot.
@@ -133,8 +146,15 @@ pub struct Differs {
     pub expected: String,
     /// The host's; `None`: it was not quoted.
     pub quoted: Option<String>,
-    /// The events behind it.
+    /// Whether the replay of the host's log gives the quoted value. Otherwise the events prove nothing: the log of a host
+    /// whose kernel lies may show the events that are expected.
+    #[serde(default)]
+    pub log_agrees: bool,
+    /// The events that only one of the two logs has. Where the baseline has no log that gives its value: those of the host.
     pub events: Vec<MeasuredEvent>,
+    /// Number of such events that are not listed.
+    #[serde(default)]
+    pub omitted: usize,
 }
 
 fn reply(value: impl Serialize) -> Result<Value, String> {
@@ -154,25 +174,32 @@ pub(super) fn pcr_values(pcrs: &Pcrs) -> Result<PcrValues, String> {
     Ok(values)
 }
 
+fn measured(pcr: usize, event: Difference, is_compared: bool) -> MeasuredEvent {
+    MeasuredEvent {
+        pcr,
+        digest: HEXLOWER.encode(&event.digest),
+        event: event.description,
+        is_new: is_compared.then_some(event.is_new),
+    }
+}
+
 fn shown(baseline: &state::Baseline) -> Shown {
-    let log = baseline.log.as_deref().and_then(|log| Log::parse(log).ok());
-    let set = baseline.values.set_of();
-    let events = log.iter().flat_map(|log| {
-        set.iter().flat_map(|pcr| differences(pcr as u32, None, log).into_iter().map(move |event| (pcr, event)))
-    });
+    let (mut events, mut replayed) = (Vec::new(), Vec::new());
+    if let Some(log) = baseline.log.as_deref().and_then(|log| Log::parse(log).ok()) {
+        let given = log.replay();
+        for (pcr, value) in baseline.values.iter() {
+            let all = differences(pcr as u32, None, &log);
+            events.extend(all.events.into_iter().map(|event| measured(pcr, event, false)));
+            replayed.push(Replayed { pcr, log_agrees: given.get(pcr) == Some(value), omitted: all.omitted });
+        }
+    }
     Shown {
         name: baseline.name.clone(),
         enabled: baseline.enabled,
         added: baseline.added,
         pcrs: (&baseline.values).into(),
-        events: events
-            .map(|(pcr, event)| MeasuredEvent {
-                pcr,
-                digest: HEXLOWER.encode(&event.digest),
-                event: event.description,
-                is_new: None,
-            })
-            .collect(),
+        events,
+        replayed,
     }
 }
 
@@ -215,45 +242,78 @@ pub(super) async fn add(
 ) -> Result<Value, String> {
     let values = pcr_values(pcrs)?;
     let log = log.map(|log| BASE64.decode(log.as_bytes())).transpose().map_err(|_| "the log is not base64")?;
-    if let Some(log) = &log {
-        if log.len() > MAX_LOG {
-            return Err(format!("the log is longer than {MAX_LOG} bytes"));
-        }
-        Log::parse(log).map_err(|error| format!("the log cannot be read: {error}"))?;
-    }
+    log.as_deref().map(check_log).transpose()?;
     store(service, "baselines.add", name, values, log, None, peer).await
 }
 
-pub(super) async fn capture(
-    service: &Arc<Service>,
-    name: String,
-    host: String,
-    pcrs: Vec<usize>,
-    from_log: bool,
-    peer: Peer,
-) -> Result<Value, String> {
-    let evidence = last_evidence(service, &host).await?;
-    let log = Log::parse(&evidence.log).map_err(|error| format!("the host's log cannot be read: {error}"))?;
-    let replayed = log.replay();
-    let mut values = PcrValues::default();
-    for pcr in PcrSet::ALWAYS.union(pcrs.into_iter().collect()).iter() {
-        let value = match (evidence.values.get(pcr), replayed.get(pcr)) {
-            (Some(quoted), _) => quoted,
-            (None, Some(replayed)) if from_log => replayed,
-            _ => {
-                return Err(format!(
-                    "host {host} did not quote PCR {pcr}, because no enabled baseline has it; --from-log takes its value \
-                     from the host's event log, which nothing proves until hosts quote that PCR"
-                ));
-            }
-        };
-        if *value == [0; 32] {
-            return Err(format!("PCR {pcr} of host {host} is zero: nothing was measured into it"));
-        }
-        values.set(pcr, *value);
+/// Checks the log of a baseline before it is stored.
+pub(super) fn check_log(log: &[u8]) -> Result<(), String> {
+    if log.len() > MAX_LOG {
+        return Err(format!("the log is longer than {MAX_LOG} bytes"));
     }
-    let what = format!("from host {host}");
+    Log::parse(log).map(drop).map_err(|error| format!("the log cannot be read: {error}"))
+}
+
+/// What a baseline is to be taken from.
+#[derive(Debug)]
+pub(super) struct Source {
+    /// The reference host.
+    pub(super) host: String,
+    /// When it proved what the administrator looked at, seconds since 1970.
+    pub(super) at: Option<i64>,
+    /// PCRs besides 0, 2, 4 and 7.
+    pub(super) pcrs: Vec<usize>,
+    /// Whether PCRs that were not quoted are taken from the log.
+    pub(super) from_log: bool,
+}
+
+pub(super) async fn capture(service: &Arc<Service>, name: String, source: Source, peer: Peer) -> Result<Value, String> {
+    let evidence = last_evidence(service, &source.host).await?;
+    let values = source.values(&evidence)?;
+    let what = format!("from host {}, which proved it at {}", source.host, evidence.at);
     store(service, "baselines.capture", name, values, Some(evidence.log), Some(what), peer).await
+}
+
+impl Source {
+    /// The baseline's values.
+    fn values(&self, evidence: &Evidence) -> Result<PcrValues, String> {
+        let Self { host, at, pcrs, from_log } = self;
+        if let Some(at) = at
+            && *at != evidence.at
+        {
+            return Err(format!(
+                "the last evidence of host {host} is of {}, not of {at}; look at it first: claviger hosts check {host}",
+                evidence.at
+            ));
+        }
+        let log = Log::parse(&evidence.log).map_err(|error| format!("the host's log cannot be read: {error}"))?;
+        let replayed = log.replay();
+        let mut values = PcrValues::default();
+        for pcr in PcrSet::ALWAYS.union(pcrs.iter().copied().collect()).iter() {
+            let value = match (evidence.values.get(pcr), replayed.get(pcr)) {
+                (Some(quoted), _) => quoted,
+                (None, Some(replayed)) if *from_log => replayed,
+                _ => {
+                    return Err(format!(
+                        "host {host} did not quote PCR {pcr}, because no enabled baseline has it; --from-log takes its value \
+                     from the host's event log, which nothing proves until hosts quote that PCR"
+                    ));
+                }
+            };
+            if *value == [0; 32] {
+                return Err(format!("PCR {pcr} of host {host} is zero: nothing was measured into it"));
+            }
+            values.set(pcr, *value);
+        }
+        Ok(values)
+    }
+}
+
+/// What is accepted, for the audit trail: the PCRs, and the digest that a quote of them has.
+fn accepted(values: &PcrValues, what: Option<String>) -> String {
+    let pcrs: Vec<_> = values.iter().map(|(pcr, _)| pcr.to_string()).collect();
+    let what = what.map(|what| format!("{what}; ")).unwrap_or_default();
+    format!("{what}PCRs {}, SHA-256 of their values {}", pcrs.join(" "), HEXLOWER.encode(&values.digest()))
 }
 
 async fn store(
@@ -267,8 +327,9 @@ async fn store(
 ) -> Result<Value, String> {
     let now = unix_now();
     let of = name.clone();
+    let what = accepted(&values, what);
     let work = move |state: &mut State| state.add_baseline(&of, &values, log.as_deref(), now);
-    change(service, event, &name, what, peer, work).await
+    change(service, event, &name, Some(what), peer, work).await
 }
 
 pub(super) async fn enable(service: &Arc<Service>, name: String, enabled: bool, peer: Peer) -> Result<Value, String> {
@@ -279,10 +340,12 @@ pub(super) async fn enable(service: &Arc<Service>, name: String, enabled: bool, 
 
 pub(super) async fn remove(service: &Arc<Service>, name: String, peer: Peer) -> Result<Value, String> {
     let of = name.clone();
-    let removed = change(service, "baselines.remove", &name, None, peer, move |state| state.remove_baseline(&of)).await;
-    // A later baseline of the name is added in a later second than any certificate that names this one was issued in.
-    until_next_second().await;
-    removed
+    change(service, "baselines.remove", &name, None, peer, move |state| state.remove_baseline(&of)).await
+}
+
+/// The evidence that this host gave. An earlier host of its name had another TPM.
+fn of_host(found: Option<Evidence>, host: &Host) -> Option<Evidence> {
+    found.filter(|evidence| evidence.endorsement_key == host.spki_sha256)
 }
 
 /// What a host proved last.
@@ -291,28 +354,50 @@ async fn last_evidence(service: &Arc<Service>, host: &str) -> Result<Evidence, S
     let (of, name) = (Arc::clone(service), host.to_owned());
     let registered = read(service, move |state| state.host_by_name(&name)).await?;
     let registered = registered.ok_or_else(|| format!("no host {host:?} is registered"))?;
-    let found = tokio::task::spawn_blocking(move || of.evidence.of(&registered.name)).await;
-    let found = found.map_err(|e| e.to_string())?.map_err(|e| format!("what hosts proved last cannot be read: {e}"))?;
+    let found = tokio::task::spawn_blocking(move || {
+        of.evidence.of(&registered.name).map(|evidence| of_host(evidence, &registered))
+    });
+    let found = found.await.map_err(|e| e.to_string())?;
+    let found = found.map_err(|e| format!("what hosts proved last cannot be read: {e}"))?;
     found.ok_or_else(|| format!("host {host} has not proved by its TPM what it booted; have it attest first"))
 }
 
 /// What the policies would say of a host's last evidence now.
 pub(super) async fn check(service: &Arc<Service>, host: String) -> Result<Value, String> {
-    let evidence = last_evidence(service, &host).await?;
-    let baselines = read(service, |state| state.baselines()).await?;
-    let checked = tokio::task::spawn_blocking(move || checked(host, &evidence, baselines)).await;
+    let evidence = Arc::new(last_evidence(service, &host).await?);
+    let baselines = read(service, |state| state.baselines_without_logs()).await?;
+    let mut compared = Vec::with_capacity(baselines.len());
+    for baseline in &baselines {
+        let mut with_log = baseline.clone();
+        if baseline.values.iter().any(|(pcr, value)| evidence.values.get(pcr) != Some(value)) {
+            // The logs of all together may be large, and the state has other readers.
+            let (name, added) = (baseline.name.clone(), baseline.added);
+            with_log.log = read(service, move |state| state.baseline_log(&name, added)).await?;
+        }
+        let of = Arc::clone(&evidence);
+        let done = tokio::task::spawn_blocking(move || compare(&with_log, &of)).await;
+        compared.push(done.map_err(|e| e.to_string())??);
+    }
+    let checked = tokio::task::spawn_blocking(move || checked(host, &evidence, &baselines, compared)).await;
     reply(checked.map_err(|e| e.to_string())??)
 }
 
-fn checked(host: String, evidence: &Evidence, baselines: Vec<state::Baseline>) -> Result<Checked, String> {
-    let log = Log::parse(&evidence.log).map_err(|error| format!("the host's log cannot be read: {error}"))?;
+fn log_of(evidence: &Evidence) -> Result<Log<'_>, String> {
+    Log::parse(&evidence.log).map_err(|error| format!("the host's log cannot be read: {error}"))
+}
+
+fn checked(
+    host: String,
+    evidence: &Evidence,
+    baselines: &[state::Baseline],
+    mut compared: Vec<Compared>,
+) -> Result<Checked, String> {
     let enabled: Vec<_> = baselines
         .iter()
         .filter(|baseline| baseline.enabled)
         .map(|baseline| policy::Baseline { name: baseline.name.clone(), values: baseline.values.clone() })
         .collect();
-    let verdict = policy::judge(&log, &evidence.values, evidence.restart_count, &enabled);
-    let mut compared: Vec<_> = baselines.iter().map(|baseline| compare(baseline, evidence, &log)).collect();
+    let verdict = policy::judge(&log_of(evidence)?, &evidence.values, evidence.restart_count, &enabled);
     compared.sort_by_key(|compared| (compared.differs.len(), !compared.enabled));
     Ok(Checked {
         host,
@@ -330,27 +415,148 @@ fn checked(host: String, evidence: &Evidence, baselines: Vec<state::Baseline>) -
     })
 }
 
-fn compare(baseline: &state::Baseline, evidence: &Evidence, log: &Log<'_>) -> Compared {
+fn compare(baseline: &state::Baseline, evidence: &Evidence) -> Result<Compared, String> {
+    let differing: Vec<_> =
+        baseline.values.iter().filter(|(pcr, expected)| evidence.values.get(*pcr) != Some(*expected)).collect();
+    let (name, enabled) = (baseline.name.clone(), baseline.enabled);
+    if differing.is_empty() {
+        return Ok(Compared { name, enabled, matches: true, differs: Vec::new() });
+    }
+    let log = log_of(evidence)?;
+    let given = log.replay();
     let before = baseline.log.as_deref().and_then(|log| Log::parse(log).ok());
+    let given_before = before.as_ref().map(Log::replay).unwrap_or_default();
     let mut differs = Vec::new();
-    for (pcr, expected) in baseline.values.iter() {
+    for (pcr, expected) in differing {
         let quoted = evidence.values.get(pcr);
-        if quoted == Some(expected) {
-            continue;
-        }
-        let events = differences(pcr as u32, before.as_ref(), log).into_iter().map(|event| MeasuredEvent {
-            pcr,
-            digest: HEXLOWER.encode(&event.digest),
-            event: event.description,
-            is_new: before.is_some().then_some(event.is_new),
-        });
+        // Events that do not lead to the baseline's value say nothing about it.
+        let before = before.as_ref().filter(|_| given_before.get(pcr) == Some(expected));
+        let found = differences(pcr as u32, before, &log);
         differs.push(Differs {
             pcr,
             expected: HEXLOWER.encode(expected),
             quoted: quoted.map(|value| HEXLOWER.encode(value)),
-            events: events.collect(),
+            log_agrees: quoted.is_some_and(|value| given.get(pcr) == Some(value)),
+            events: found.events.into_iter().map(|event| measured(pcr, event, before.is_some())).collect(),
+            omitted: found.omitted,
         });
     }
-    let (name, enabled) = (baseline.name.clone(), baseline.enabled);
-    Compared { name, enabled, matches: differs.is_empty(), differs }
+    Ok(Compared { name, enabled, matches: false, differs })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use claviger_protocol::tpm::log::{LogWriter, short_boot};
+
+    use super::*;
+    use crate::state::{HostKind, Labels};
+
+    /// EV_IPL.
+    const IPL: u32 = 13;
+
+    /// A boot that measured this initrd into PCR 9.
+    fn boot(initrd: &str) -> Vec<u8> {
+        // The header is that of an empty log.
+        let header = LogWriter::new().finish().len();
+        let measured = LogWriter::new().measured(9, IPL, initrd.as_bytes()).finish();
+        [&short_boot("firmware 1", "kernel 1")[..], &measured[header..]].concat()
+    }
+
+    fn values(log: &[u8]) -> PcrValues {
+        let replayed = Log::parse(log).unwrap().replay();
+        let mut values = PcrValues::default();
+        [0, 2, 4, 7, 9].into_iter().for_each(|pcr| assert!(values.set(pcr, *replayed.get(pcr).unwrap())));
+        values
+    }
+
+    fn evidence(log: Vec<u8>, quoted: PcrValues) -> Evidence {
+        Evidence { at: 100, endorsement_key: "ek".to_owned(), values: quoted, log, restart_count: 0 }
+    }
+
+    fn baseline(log: Vec<u8>) -> state::Baseline {
+        state::Baseline { name: "base".to_owned(), values: values(&log), log: Some(log), enabled: true, added: 1 }
+    }
+
+    fn source(at: Option<i64>, pcrs: Vec<usize>) -> Source {
+        Source { host: "node".to_owned(), at, pcrs, from_log: false }
+    }
+
+    #[test]
+    fn events_that_do_not_give_the_quoted_value_are_said_to_prove_nothing() {
+        let base = baseline(boot("initrd 1"));
+        // An updated host: its log tells of the new initrd.
+        let updated = boot("initrd 2");
+        let honest = compare(&base, &evidence(updated.clone(), values(&updated))).unwrap();
+        let [differs] = &honest.differs[..] else { panic!("{honest:?}") };
+        assert!(differs.pcr == 9 && differs.log_agrees);
+        let signs: Vec<_> = differs.events.iter().map(|event| (event.is_new, &*event.event)).collect();
+        assert_eq!(signs, [(Some(true), "EV_IPL initrd 2"), (Some(false), "EV_IPL initrd 1")]);
+        // A host that booted another initrd and shows the log of the update.
+        let rooted = compare(&base, &evidence(updated.clone(), values(&boot("evil")))).unwrap();
+        assert!(!rooted.differs[0].log_agrees, "{rooted:?}");
+        // A PCR that was not quoted is not proven either.
+        let mut unquoted = values(&updated);
+        unquoted.remove(9);
+        let unquoted = compare(&base, &evidence(updated.clone(), unquoted)).unwrap();
+        assert!(!unquoted.differs[0].log_agrees && unquoted.differs[0].quoted.is_none());
+        // A baseline whose log does not give its value is no measure of the host's events.
+        let captured = state::Baseline { values: values(&boot("evil")), ..baseline(boot("initrd 1")) };
+        let compared = compare(&captured, &evidence(updated.clone(), values(&updated))).unwrap();
+        assert_eq!(compared.differs[0].events.iter().map(|event| event.is_new).collect::<Vec<_>>(), [None]);
+        let replayed: Vec<_> = shown(&captured).replayed.iter().map(|of| (of.pcr, of.log_agrees)).collect();
+        assert_eq!(replayed, [(0, true), (2, true), (4, true), (7, true), (9, false)]);
+    }
+
+    #[test]
+    fn what_is_left_out_is_counted() {
+        let long = |digit: char| {
+            (0..70).fold(boot("x"), |log, number| {
+                let header = LogWriter::new().finish().len();
+                let event = LogWriter::new().measured(9, IPL, format!("{digit}{number}").as_bytes()).finish();
+                [&log[..], &event[header..]].concat()
+            })
+        };
+        assert_eq!(shown(&baseline(long('a'))).replayed.last().map(|of| of.omitted), Some(7));
+        let compared = compare(&baseline(long('a')), &evidence(long('b'), values(&long('b')))).unwrap();
+        let events = &compared.differs[0].events;
+        assert!(events.len() == 64 && events.iter().all(|event| event.is_new == Some(true)));
+        assert_eq!(compared.differs[0].omitted, 76);
+    }
+
+    #[test]
+    fn evidence_of_an_earlier_host_of_the_name_is_not_the_hosts() {
+        let host = |key: &str| Host {
+            name: "node".to_owned(),
+            kind: HostKind::EndorsementKey,
+            spki: Vec::new(),
+            spki_sha256: key.to_owned(),
+            enabled: true,
+            added: 1,
+            labels: Labels::default(),
+        };
+        let kept = evidence(boot("x"), values(&boot("x")));
+        assert_eq!(of_host(Some(kept.clone()), &host("ek")), Some(kept.clone()));
+        assert_eq!(of_host(Some(kept), &host("another ek")), None);
+    }
+
+    #[test]
+    fn only_the_evidence_that_was_looked_at_is_captured() {
+        let kept = evidence(boot("x"), values(&boot("x")));
+        for at in [None, Some(100)] {
+            assert_eq!(source(at, vec![9]).values(&kept).unwrap(), kept.values);
+        }
+        let error = source(Some(99), vec![9]).values(&kept).unwrap_err();
+        assert!(error.contains("is of 100, not of 99"), "{error}");
+        assert!(source(None, vec![11]).values(&kept).unwrap_err().contains("did not quote PCR 11"));
+    }
+
+    #[test]
+    fn the_trail_tells_the_accepted_values_by_their_digest() {
+        let values = values(&boot("x"));
+        let digest = HEXLOWER.encode(&values.digest());
+        let expected = format!("from host node; PCRs 0 2 4 7 9, SHA-256 of their values {digest}");
+        assert_eq!(accepted(&values, Some("from host node".to_owned())), expected);
+        assert!(accepted(&values, None).starts_with("PCRs 0 2 4 7 9, "));
+    }
 }

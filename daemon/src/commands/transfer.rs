@@ -2,13 +2,14 @@
 
 use std::sync::Arc;
 
+use claviger_protocol::attestation::tpm::is_endorsement_key;
 use claviger_protocol::certificate::Certificate;
 use claviger_protocol::rsa_key::RsaPublicKey;
 use data_encoding::{BASE64, HEXLOWER, HEXLOWER_PERMISSIVE};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::baselines::{Pcrs, pcr_values};
+use super::baselines::{Pcrs, check_log, pcr_values};
 use super::keys::{judge, on_all_members};
 use super::{Change, outcome, read};
 use crate::admin::Peer;
@@ -201,6 +202,9 @@ fn read_document(document: Document) -> Result<Import, String> {
     for host in document.hosts {
         let key =
             RsaPublicKey::from_spki_der(&bytes(&host.public_key)?).map_err(|e| format!("host {}: {e}", host.name))?;
+        if host.kind == HostKind::EndorsementKey && !is_endorsement_key(&key) {
+            return Err(format!("host {}: its key cannot be a TPM's endorsement key", host.name));
+        }
         import.hosts.push(state::Host {
             name: host.name,
             spki: key.spki_der().to_vec(),
@@ -212,9 +216,12 @@ fn read_document(document: Document) -> Result<Import, String> {
         });
     }
     for baseline in document.baselines {
+        let named = |error: String| format!("baseline {}: {error}", baseline.name);
+        let log = baseline.log.as_deref().map(bytes).transpose()?;
+        log.as_deref().map(check_log).transpose().map_err(named)?;
         import.baselines.push(state::Baseline {
-            values: pcr_values(&baseline.pcrs).map_err(|error| format!("baseline {}: {error}", baseline.name))?,
-            log: baseline.log.map(|log| bytes(&log)).transpose()?,
+            values: pcr_values(&baseline.pcrs).map_err(named)?,
+            log,
             name: baseline.name,
             enabled: baseline.enabled,
             added: document.created,
@@ -251,4 +258,45 @@ fn read_document(document: Document) -> Result<Import, String> {
         });
     }
     Ok(import)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn read_with(hosts: Value, baselines: Value) -> Result<Import, String> {
+        let document = json!({
+            "version": VERSION, "created": 1, "hosts": hosts, "baselines": baselines, "certificates": [], "signers": [],
+        });
+        read_document(Document::deserialize(document).unwrap())
+    }
+
+    #[test]
+    fn a_log_is_checked_like_that_of_an_added_baseline() {
+        let value = "11".repeat(32);
+        let read = |log: &[u8]| {
+            let pcrs = json!({"0": value, "4": value, "7": value});
+            read_with(json!([]), json!([{"name": "base", "pcrs": pcrs, "log": BASE64.encode(log), "enabled": true}]))
+        };
+        let good = claviger_protocol::tpm::log::short_boot("firmware", "kernel");
+        assert_eq!(read(&good).unwrap().baselines[0].log, Some(good));
+        assert!(read(b"no log").unwrap_err().starts_with("baseline base: the log cannot be read"));
+        let long = vec![0; claviger_protocol::tpm::context::MAX_LOG + 1];
+        assert!(read(&long).unwrap_err().starts_with("baseline base: the log is longer"));
+    }
+
+    #[test]
+    fn an_endorsement_key_is_checked_like_that_of_an_added_host() {
+        let read = |modulus: usize, kind: HostKind| {
+            let key = RsaPublicKey::from_components(&vec![0xff; modulus], &[1, 0, 1]).unwrap();
+            let key = BASE64.encode(key.spki_der());
+            read_with(
+                json!([{"name": "node", "public_key": key, "enabled": true, "labels": [], "kind": kind}]),
+                json!([]),
+            )
+        };
+        assert!(read(256, HostKind::EndorsementKey).is_ok() && read(512, HostKind::HostKey).is_ok());
+        assert!(read(512, HostKind::EndorsementKey).unwrap_err().starts_with("host node: its key cannot"));
+    }
 }

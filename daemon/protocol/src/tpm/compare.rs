@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use super::log::{Bank, Event, Log};
 
-/// Most differences of a PCR that are told.
+/// Most differences of a PCR that are listed.
 const MOST: usize = 64;
 
 /// An event that only one of two boots has.
@@ -18,14 +18,22 @@ pub struct Difference {
     pub description: String,
 }
 
-/// The events of a PCR that only one of two boots has, those of the earlier one first; at most 64. Without an earlier boot,
-/// all events of the PCR are new.
+/// The events of a PCR that only one of two boots has.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Differences {
+    /// At most 64 events, those of the later boot first.
+    pub events: Vec<Difference>,
+    /// Number of differing events that are not listed.
+    pub omitted: usize,
+}
+
+/// Compares the events of a PCR in two boots. Without an earlier boot, all events of the PCR are new.
 #[must_use]
-pub fn differences(pcr: u32, before: Option<&Log<'_>>, after: &Log<'_>) -> Vec<Difference> {
+pub fn differences(pcr: u32, before: Option<&Log<'_>>, after: &Log<'_>) -> Differences {
     let before: Vec<_> = before.iter().flat_map(|log| measured(log, pcr)).collect();
     let after: Vec<_> = measured(after, pcr).collect();
     let only = |these: &[Event<'_>], others: &[Event<'_>], is_new: bool| {
-        // Each event of the other boot stands for one of this one.
+        // Match each event with at most one event of the other boot.
         let mut counted: HashMap<_, usize> = HashMap::new();
         let others = others.iter().filter_map(|event| event.digest(Bank::Sha256));
         others.for_each(|digest| *counted.entry(digest).or_default() += 1);
@@ -39,10 +47,12 @@ pub fn differences(pcr: u32, before: Option<&Log<'_>>, after: &Log<'_>) -> Vec<D
         }
         only
     };
-    let mut all = only(&before, &after, false);
-    all.extend(only(&after, &before, true));
-    all.truncate(MOST);
-    all
+    // New events first: a long list of events that are gone must not hide them.
+    let mut events = only(&after, &before, true);
+    events.extend(only(&before, &after, false));
+    let omitted = events.len().saturating_sub(MOST);
+    events.truncate(MOST);
+    Differences { events, omitted }
 }
 
 fn measured<'a>(log: &Log<'a>, pcr: u32) -> impl Iterator<Item = Event<'a>> {

@@ -154,13 +154,12 @@ impl<'a> Event<'a> {
             .filter(|character| character.is_ascii_graphic() || *character == ' ')
             .take(80)
             .collect();
-        // An image's or IPL event's digest is not of its data: that is how those events are made.
-        let doubt = if self.kind == kind::SEPARATOR || self.proves_data() || detail.is_empty() {
-            ""
-        } else {
-            " (as the log says)"
-        };
-        if detail.is_empty() { name.to_owned() } else { format!("{name} {detail}{doubt}") }
+        // The digest of an image or IPL event is not that of its data, by definition of those events: their text is never
+        // proven. The digests of separators and actions are of their data, so one that differs is an event of another type.
+        let is_provable = !detail.is_empty() || matches!(self.kind, kind::SEPARATOR | kind::ACTION | kind::EFI_ACTION);
+        let doubt = if is_provable && !self.proves_data() { " (as the log says)" } else { "" };
+        let space = if detail.is_empty() { "" } else { " " };
+        format!("{name}{space}{detail}{doubt}")
     }
 }
 
