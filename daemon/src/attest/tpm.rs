@@ -414,7 +414,7 @@ mod tests {
         service.follow().unwrap();
     }
 
-    /// The shortest log that is one.
+    /// The shortest well-formed log.
     fn empty_log() -> Vec<u8> {
         let spec = b"Spec ID Event03\0\0\0\0\0\0\x02\0\x02\x01\0\0\0\x0b\0\x20\0\0";
         [&[0, 0, 0, 0, 3, 0, 0, 0][..], &[0; 20], &(spec.len() as u32).to_le_bytes(), spec].concat()
@@ -426,25 +426,25 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_state_that_is_over_is_for_beginning_again() {
+    async fn an_expired_state_is_refused_as_retryable() {
         let (_folder, service, tpm) = stage();
         let now = unix_now();
         let over = second(&service, &tpm, now - 1, &empty_log());
         assert_eq!(refused(&service, &over).await, ErrorReply::Rtpm { retryable: true });
         assert!(service.evidence.of("node").unwrap().is_none(), "nothing was proven in time");
-        // What is not over is judged: Secure Boot is not on.
+        // A State that has not expired is judged: Secure Boot is not on.
         let fresh = second(&service, &tpm, now + 60, &empty_log());
         let ErrorReply::PolicyEvaluation { reasons } = refused(&service, &fresh).await else { panic!() };
         assert_eq!(reasons.len(), 1);
         assert!(service.evidence.of("node").unwrap().is_some());
-        // It was not used up by that, and is refused for the log when that is wrong.
+        // A refused State stays unused. A wrong log is refused.
         assert!(matches!(refused(&service, &fresh).await, ErrorReply::PolicyEvaluation { .. }));
         let no_log = second(&service, &tpm, now + 60, b"x");
         assert_eq!(refused(&service, &no_log).await, ErrorReply::TcgLogValidation);
     }
 
     #[tokio::test]
-    async fn what_no_hsm_signs_uses_no_state_up() {
+    async fn a_state_stays_unused_when_no_hsm_signs() {
         let (_folder, service, mut tpm) = stage();
         let log = secure_boot(&service, &mut tpm);
         let body = second(&service, &tpm, unix_now() + 60, &log);
@@ -462,7 +462,7 @@ mod tests {
         let Judged::Proven(proven) = judged else { panic!("step 2") };
         let baseline = proven.outcome.unwrap();
         assert!(service.baselines.load().is_enabled(&baseline));
-        // It waits for an HSM, and meanwhile the baseline is replaced under its name.
+        // While the host waits for an HSM, its baseline is replaced under its name.
         replace_baseline(&service, &tpm, 2);
         assert!(service.baselines.load().allow("base", unix_now()), "another one of that name is enabled");
         assert!(!service.baselines.load().is_enabled(&baseline));
@@ -506,7 +506,7 @@ mod tests {
         assert_eq!(attempt.host, None);
         assert!(attest(&service, &first(&tpm), &mut sent_from("192.0.2.2")).await.is_ok(), "another address");
 
-        // Its second step is judged, also with a log of 100 KiB.
+        // The host's second step is judged, also with a log of 100 KiB.
         let long = [&[0, 0, 0, 0, 3, 0, 0, 0, 1, 0, 0, 0, 0x0b, 0][..], &[0; 32], &102_400_u32.to_le_bytes()].concat();
         let log = [empty_log(), long, vec![0; 102_400]].concat();
         let body = second(&service, &tpm, unix_now() + 60, &log);
