@@ -14,6 +14,7 @@ use serde_json::Value;
 
 use super::{Change, read};
 use crate::admin::Peer;
+use crate::attest::baselines::until_next_second;
 use crate::attest::evidence::Evidence;
 use crate::service::{Service, unix_now};
 use crate::state::{self, Host, State, check_baseline_name, check_host_name};
@@ -340,7 +341,10 @@ pub(super) async fn enable(service: &Arc<Service>, name: String, enabled: bool, 
 
 pub(super) async fn remove(service: &Arc<Service>, name: String, peer: Peer) -> Result<Value, String> {
     let of = name.clone();
-    change(service, "baselines.remove", &name, None, peer, move |state| state.remove_baseline(&of)).await
+    let removed = change(service, "baselines.remove", &name, None, peer, move |state| state.remove_baseline(&of)).await;
+    // A later baseline of the name is added in a later second than any certificate that names this one was issued in.
+    until_next_second().await;
+    removed
 }
 
 /// The evidence that this host gave. An earlier host of its name had another TPM.
