@@ -111,7 +111,8 @@ pub(crate) fn serve(socket: OwnedFd, usage: impl Fn() -> (Duration, u64)) -> Res
     service.start(id, start);
     while !daemon.ends_within(USAGE_PERIOD).map_err(End::Socket)? {
         let (processor, resident) = usage();
-        daemon.try_send(&Report::Usage { processor: nanos(processor), resident }).map_err(End::Socket)?;
+        // Whatever fails here is found out by the next look at the end.
+        let _ = daemon.try_send(&Report::Usage { processor: nanos(processor), resident });
     }
     Ok(service.finish())
 }
