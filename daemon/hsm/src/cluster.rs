@@ -20,6 +20,7 @@ use crate::fault::FaultOwner;
 use crate::identity::KeyRef;
 use crate::job::{Check, Job, KnownAnswerTest, Value};
 use crate::keys::{NewKey, Oaep, RsaPrivateParts, RsaPublic, SignScheme, TokenKey};
+use crate::lock::lock;
 use crate::member::{Limits, Member, MemberStatus, Outcome, Surroundings, WorkerProgram, launch};
 use crate::policy::breaker;
 use crate::policy::budget::{self, Budget};
@@ -568,10 +569,6 @@ fn bytes(value: Value) -> Result<Zeroizing<Vec<u8>>, HsmError> {
 
 fn public_bytes(value: Value) -> Result<Vec<u8>, HsmError> {
     bytes(value).map(|mut bytes| std::mem::take(&mut *bytes))
-}
-
-fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

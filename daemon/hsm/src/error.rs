@@ -207,7 +207,8 @@ impl HsmError {
     }
 
     /// What an administrator has to do before the member can serve; `None`: it may pass by itself, or is not known.
-    pub(crate) fn remedy(self, member: &str) -> Option<String> {
+    #[must_use]
+    pub fn remedy(self, member: &str) -> Option<String> {
         match self {
             HsmError::SeveralTokens => {
                 Some("name the token by `serial` in place of `token`, or take the others away".to_owned())

@@ -33,6 +33,8 @@ mod keys;
 #[cfg(feature = "tokens")]
 mod link;
 #[cfg(feature = "tokens")]
+mod lock;
+#[cfg(feature = "tokens")]
 mod member;
 #[cfg(feature = "tokens")]
 mod operation;

@@ -300,7 +300,7 @@ impl FrameBuffer {
     }
 }
 
-/// Nanoseconds for a frame.
+/// Nanoseconds for a frame or a counter, at most what fits.
 pub(crate) fn nanos(time: Duration) -> u64 {
     u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }

@@ -280,11 +280,9 @@ fn failed(member: &str, error: &Failure) -> Finding {
             format!("{member}: {error}"),
             "see that the module fits this machine, and what it wants in `env`",
         ),
-        HsmError::SeveralTokens => Finding::error(
-            "token",
-            format!("{member}: {error}"),
-            "name the token by `serial` in place of `token`, or take the others away",
-        ),
+        HsmError::SeveralTokens => {
+            Finding::error("token", format!("{member}: {error}"), error.error.remedy(member).unwrap_or_default())
+        }
         // The daemon tries the PIN once then.
         HsmError::PinNotTried(tries @ PinTries::Low) => {
             Finding::warning("login", format!("{member}: {error}"), tries.remedy(member))

@@ -165,6 +165,15 @@ impl Stage {
     }
 }
 
+/// A script: the first worker ends when it is asked for random bytes, the others serve.
+fn the_first_ends_in_a_call(number: usize, peer: Peer) {
+    if number == 0 {
+        peer.serve_until(|asked| asked == Asked::Random);
+    } else {
+        peer.serve();
+    }
+}
+
 const LONG: Duration = Duration::from_secs(10);
 const SHORT: Duration = Duration::from_millis(200);
 
@@ -186,13 +195,7 @@ async fn a_worker_that_starts_and_passes_brings_its_member_up() {
 
 #[tokio::test]
 async fn the_only_member_whose_worker_ends_in_a_call_serves_that_call_with_the_next_one() {
-    let stage = Stage::set(LONG, |number, peer| {
-        if number == 0 {
-            peer.serve_until(|asked| asked == Asked::Random);
-        } else {
-            peer.serve();
-        }
-    });
+    let stage = Stage::set(LONG, the_first_ends_in_a_call);
     stage.cluster.start().await.unwrap();
     assert_eq!(stage.random().await.unwrap(), b"rand");
     let status = &stage.cluster.members()[0];
@@ -258,13 +261,7 @@ async fn what_is_said_of_the_last_worker_does_not_count_for_the_next_one() {
             Ok(())
         }
     };
-    let stage = Stage::of(LONG, late, |number, peer| {
-        if number == 0 {
-            peer.serve_until(|asked| asked == Asked::Random);
-        } else {
-            peer.serve();
-        }
-    });
+    let stage = Stage::of(LONG, late, the_first_ends_in_a_call);
     *member.lock().unwrap() = Some(Arc::clone(&stage.cluster.0.members.read().unwrap()[0].member));
     stage.cluster.start().await.unwrap();
     assert_eq!(stage.random().await.unwrap(), b"rand");

@@ -3,8 +3,9 @@
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use super::parts::{LACKS, MOST_LACKING, Member, lock};
+use super::parts::{LACKS, MOST_LACKING, Member};
 use crate::identity::KeyRef;
+use crate::lock::lock;
 use crate::policy::pick::Candidate;
 
 impl Member {

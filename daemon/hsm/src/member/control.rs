@@ -3,13 +3,15 @@
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use super::parts::{Member, OWN_TIMEOUT, SILENCE, START_TIMEOUT, lock};
+use super::parts::{Member, OWN_TIMEOUT, SILENCE, START_TIMEOUT};
 use super::places::Talk;
 use super::state::Machine;
 use crate::config::Pin;
 use crate::error::{Failure, HsmError, WorkerFault};
 use crate::event::Event;
 use crate::job::Job;
+use crate::link::nanos;
+use crate::lock::lock;
 use crate::standstill;
 
 /// Faults.
@@ -50,7 +52,6 @@ impl Member {
             self.look_for_late_calls(&talk, now);
             oldest = talk.oldest(now);
         }
-        let nanos = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
         self.gauges.oldest.store(oldest.map_or(0, nanos), Ordering::Relaxed);
         let idle = self.gauges.in_flight.load(Ordering::Acquire) == 0;
         let (doubt, serves) = {

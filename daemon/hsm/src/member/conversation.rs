@@ -1,7 +1,7 @@
 //! One worker process as its member talks to it: calls go out, reports come in.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
@@ -13,6 +13,7 @@ use crate::error::{Failure, HsmError, WorkerFault};
 use crate::job::{Job, Value};
 use crate::keys::TokenKey;
 use crate::link::{Answer, DaemonEnd, FrameBuffer, Level, Report, decode_report};
+use crate::lock::lock;
 use crate::operation::Operation;
 use crate::standstill;
 
@@ -157,7 +158,7 @@ impl<G: Send> Conversation<G> {
     }
 
     fn outstanding(&self) -> MutexGuard<'_, Outstanding<Owner<G>>> {
-        self.outstanding.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.outstanding)
     }
 
     /// Sends a call. The lock is held over the send, so that calls are outstanding in the order in which the worker reads them.

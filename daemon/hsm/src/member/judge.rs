@@ -8,7 +8,7 @@ use zeroize::Zeroizing;
 
 use super::conversation::Reply;
 use super::outstanding::Limits;
-use super::parts::{Member, OWN_TIMEOUT, lock};
+use super::parts::{Member, OWN_TIMEOUT};
 use super::places::Talk;
 use super::usual_cost::Cost;
 use crate::error::{Failure, HsmError, class};
@@ -16,6 +16,8 @@ use crate::event::Event;
 use crate::fault::FaultOwner;
 use crate::identity::KeyRef;
 use crate::job::{Job, Value, known_for, must_pass};
+use crate::link::nanos;
+use crate::lock::lock;
 use crate::operation::Operation;
 use crate::standstill;
 
@@ -122,7 +124,6 @@ impl Member {
     }
 
     pub(super) fn book_call(&self, op: Operation, rv: &'static str, took: Duration, processor: Duration) {
-        let nanos = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(0);
         self.stats.calls.fetch_add(1, Ordering::Relaxed);
         self.stats.worked.fetch_add(nanos(took), Ordering::Relaxed);
         self.stats.spent.fetch_add(nanos(processor), Ordering::Relaxed);

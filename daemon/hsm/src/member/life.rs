@@ -9,7 +9,7 @@ use tracing::{error, info, warn};
 
 use super::conversation::{Conversation, News};
 use super::outstanding::Limits;
-use super::parts::{END_TIMEOUT, MOST_NOTES, Member, START_TIMEOUT, lock};
+use super::parts::{END_TIMEOUT, MOST_NOTES, Member, START_TIMEOUT};
 use super::places::Talk;
 use super::process::Process;
 use crate::error::{Failure, HsmError, WorkerFault, class};
@@ -17,6 +17,7 @@ use crate::event::Event;
 use crate::fault::FaultOwner;
 use crate::job::Job;
 use crate::link::{DaemonEnd, Level, Start};
+use crate::lock::lock;
 use crate::operation::Operation;
 use crate::pin_tries::PinTries;
 use crate::standstill;

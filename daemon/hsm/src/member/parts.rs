@@ -30,6 +30,7 @@ use crate::error::Failure;
 use crate::event::{Event, Observer};
 use crate::identity::KeyRef;
 use crate::job::KnownAnswerTest;
+use crate::lock::lock;
 use crate::pin_tries::PinTries;
 use crate::policy::breaker;
 use crate::standstill;
@@ -220,9 +221,4 @@ impl Member {
     pub(super) fn talk(&self) -> Option<Talk> {
         lock(&self.talk).clone()
     }
-}
-
-/// A panic under any of these locks leaves nothing half-done that would do harm.
-pub(super) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -17,7 +17,7 @@ use tokio::task::JoinHandle;
 use tracing::warn;
 
 use crate::error::WorkerFault;
-use crate::link;
+use crate::link::{self, nanos};
 use crate::standstill;
 
 /// Bytes of a printed line that reach the log.
@@ -193,8 +193,7 @@ pub(crate) struct Usage {
 impl Usage {
     /// The worker that runs says what it has cost so far.
     pub(crate) fn reported(&self, processor: Duration, resident: u64) {
-        let processor = u64::try_from(processor.as_nanos()).unwrap_or(u64::MAX);
-        self.running.fetch_max(processor, Ordering::Relaxed);
+        self.running.fetch_max(nanos(processor), Ordering::Relaxed);
         self.resident.store(resident, Ordering::Relaxed);
     }
 

@@ -3,8 +3,9 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use super::parts::{Member, lock};
+use super::parts::Member;
 use super::state::{LastError, MemberState};
+use crate::lock::lock;
 use crate::standstill;
 
 /// How a member is.

@@ -29,9 +29,10 @@ use crate::error::{Failure, HsmError, WorkerFault};
 use crate::fault::SessionAction;
 use crate::keys::TokenKey;
 use crate::link::{Answer, Call, FrameBuffer, Level, MAX_FRAME, Report, Request, Start, WorkerEnd, nanos};
+use crate::lock::lock;
 use crate::worker::process::{self, SOCKET_FAILED};
 use crate::worker::session::{Cost, OpenSession, Output};
-use crate::worker::token::{Token, lock};
+use crate::worker::token::Token;
 
 /// How long threads have to finish their calls after the end of the socket.
 const FAREWELL: Duration = Duration::from_secs(2);

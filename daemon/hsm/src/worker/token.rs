@@ -3,7 +3,7 @@
 //! Locks, in the order in which they may be taken: `tried_out`, `login`, `pin`; the others are taken alone.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use cryptoki::error::{Error, RvError};
 use cryptoki::session::{Session, SessionState, UserType};
@@ -13,6 +13,7 @@ use crate::config::{Pin, TokenRef};
 use crate::error::{Failure, HsmError};
 use crate::keys::Oaep;
 use crate::link::{Level, Report, Start, WorkerEnd};
+use crate::lock::lock;
 use crate::pin_tries::{PinTries, Word};
 use crate::worker::module::{self, Module};
 
@@ -267,9 +268,4 @@ impl Token {
             entry.store(if scheme == Scheme::Native { 1 } else { 2 }, Ordering::Relaxed);
         }
     }
-}
-
-/// A panic ends the process, so there is no lock that one left poisoned.
-pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -3,13 +3,14 @@
 use std::collections::BTreeMap;
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 use cryptoki::session::UserType;
 use cryptoki::slot::Slot;
 
 use crate::config::Pin;
 use crate::error::{Failure, HsmError};
+use crate::lock::lock;
 use crate::worker::ffi::TokenFacts;
 use crate::worker::module::Module;
 
@@ -22,7 +23,7 @@ pub(crate) struct Used(Module);
 impl Used {
     pub(crate) fn load(path: &Path) -> Result<Self, Failure> {
         // Held while the library initialises, so that nobody else finalises it meanwhile.
-        let mut users = USERS.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut users = lock(&USERS);
         let module = Module::load(path)?;
         *users.entry(path.to_owned()).or_default() += 1;
         Ok(Used(module))
@@ -39,7 +40,7 @@ impl Deref for Used {
 
 impl Drop for Used {
     fn drop(&mut self) {
-        let mut users = USERS.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut users = lock(&USERS);
         let Some(count) = users.get_mut(self.0.path()) else { return };
         *count -= 1;
         if *count == 0 {
