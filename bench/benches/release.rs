@@ -8,9 +8,9 @@ use std::time::Duration;
 
 use claviger::attempt::Attempt;
 use claviger::daemon::load_cluster;
-use claviger::process;
 use claviger::release::roll;
 use claviger::service::{Service, request_id};
+use claviger::sys::process;
 use claviger_bench::ceiling::{Settings, Stage};
 use claviger_protocol::payload::ApiVersion;
 use claviger_tests::worker;

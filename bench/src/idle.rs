@@ -41,7 +41,7 @@ pub struct Idle {
 #[must_use]
 pub fn run(stage: &Stage, settings: &Settings, connections: usize, mut tell: impl FnMut(&str)) -> Idle {
     // Its own end of them; as many again are the daemon's.
-    claviger::process::raise_open_files().unwrap();
+    claviger::sys::process::raise_open_files().unwrap();
     stage.lab.configure(|config| {
         config.server.max_connections = connections + 16 + CALLERS;
         // All of them come from one address, and the first are to live as long as the last.

@@ -26,7 +26,7 @@ use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinSet;
 use zeroize::Zeroizing;
 
-use crate::server::places::{Guest, Places};
+use crate::sys::places::{Guest, Places};
 
 /// Longest request, in octets, with its line break. An import of some ten thousand hosts is the longest there is.
 pub const REQUEST_LIMIT: usize = 16 * 1024 * 1024;

@@ -40,7 +40,7 @@ use crate::attempt::Attempt;
 use crate::config::Config;
 use crate::metrics;
 use crate::network::Network;
-use crate::rate::Rate;
+use crate::sys::rate::Rate;
 
 /// Fewest releases that run at the same time when the number is computed: whatever the tokens, what a release does
 /// outside of them is worth overlapping.

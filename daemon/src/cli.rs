@@ -25,8 +25,8 @@ use crate::admin;
 use crate::commands::Command;
 use crate::config::Config;
 use crate::keys::RSA_BITS;
-use crate::print::{note, say};
 use crate::state::{Labels, StateError};
+use crate::sys::print::{note, say};
 
 pub use baselines::{Baselines, baselines};
 pub use hosts::{Hosts, hosts};

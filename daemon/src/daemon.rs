@@ -25,12 +25,12 @@ use crate::intake;
 use crate::metrics;
 use crate::monitor::{self, Monitor};
 use crate::notify;
-use crate::process;
 use crate::release;
 use crate::routes;
-use crate::server::places::LEAVING;
 use crate::server::{self, Drained, Limits, Listener, SharedTls, TlsError, tls_config};
 use crate::service::{Service, ServiceError, observer, unix_now};
+use crate::sys::places::LEAVING;
+use crate::sys::process;
 
 /// How often the state is looked at for changes that another daemon made.
 const LOOK_EVERY: Duration = Duration::from_secs(1);

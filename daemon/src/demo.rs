@@ -17,7 +17,7 @@ use crate::config::AttestMode;
 use crate::daemon::Daemon;
 use crate::host::{Host, HostError};
 use crate::lab::{HOST_NAME, Lab};
-use crate::print::say;
+use crate::sys::print::say;
 
 /// How long the daemon may take to get ready: the attestation signer's key has to be made.
 const READY_WITHIN: Duration = Duration::from_secs(30);

@@ -16,8 +16,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::Config;
 use crate::preflight;
-use crate::print::say;
 use crate::service::{Service, unix_now};
+use crate::sys::print::say;
 
 /// How bad a finding is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]

@@ -21,11 +21,11 @@ use self::history::INTERVAL;
 use self::verdict::judge;
 use crate::keys::short_name;
 use crate::metrics::{self, Handle, Readings};
-use crate::process;
 use crate::ready::Readiness;
 use crate::routes::Answer;
 use crate::server::{Blocked, SharedTls};
 use crate::service::{Service, request_id, unix_now};
+use crate::sys::process;
 
 const TEXT: &str = "text/plain; charset=utf-8";
 const HTML: &str = "text/html; charset=utf-8";

@@ -13,8 +13,8 @@ use std::path::Path;
 use crate::admin;
 use crate::config::{Config, PinError};
 use crate::files::FileError;
-use crate::process;
 use crate::server::{TlsError, bind_socket, tls_config};
+use crate::sys::process;
 
 /// Something that has to be changed before the daemon can start.
 #[derive(Clone, Debug, PartialEq, Eq)]

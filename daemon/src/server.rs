@@ -14,7 +14,6 @@ mod activity;
 mod body;
 mod client_certificate;
 mod connection;
-pub(crate) mod places;
 #[cfg(test)]
 mod tests;
 mod tls;
@@ -37,8 +36,8 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, mpsc, watch};
 use tokio::time::Instant;
 
 use self::activity::{Activity, Reading};
-use self::places::{NoPlace, Places};
 use crate::network::Network;
+use crate::sys::places::{self, NoPlace, Places};
 use crate::throttle::Throttle;
 
 pub(crate) use self::activity::Cut;

@@ -11,8 +11,8 @@ use crate::audit::verify::{Report, Verifier, first_number, open};
 use crate::commands::Command;
 use crate::config::Config;
 use crate::files;
-use crate::print::say;
 use crate::state::{Kind, State};
+use crate::sys::print::say;
 
 /// `claviger audit …`
 #[derive(Debug, clap::Subcommand)]
@@ -58,7 +58,7 @@ pub async fn run(command: Audit) -> Result<ExitCode, Failure> {
         Audit::Verify(command) => Ok(match verify(&command) {
             Ok(status) => status,
             Err(error) => {
-                crate::print::note(&format!("claviger: {error}"));
+                crate::sys::print::note(&format!("claviger: {error}"));
                 ExitCode::from(2)
             }
         }),

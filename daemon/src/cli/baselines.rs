@@ -9,7 +9,7 @@ use serde::Deserialize;
 use super::{Failure, Target, ask, date, print, table, text, tree};
 use crate::commands::{Checked, Command, Compared, MeasuredEvent, Pcrs, ShownBaseline};
 use crate::files;
-use crate::print::say;
+use crate::sys::print::say;
 
 /// Longest event log that is read, in bytes.
 const MAX_LOG: usize = claviger_protocol::tpm::context::MAX_LOG;

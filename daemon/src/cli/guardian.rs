@@ -13,8 +13,8 @@ use super::{Failure, own_guardian, rsa_bits, table};
 use crate::client::Client;
 use crate::demo::METADATA;
 use crate::files::{self, Existing};
-use crate::print::say;
-use crate::process;
+use crate::sys::print::say;
+use crate::sys::process;
 
 /// `claviger guardian …`
 #[derive(Debug, clap::Subcommand)]

@@ -21,7 +21,7 @@ use crate::host::HostError;
 use crate::host::services::{Services, ServicesError};
 use crate::host::store::{Folder, StoreError};
 use crate::host::tpm::{self, TpmPlace};
-use crate::print::say;
+use crate::sys::print::say;
 
 /// Where hosts keep their keys, and where those do that attest by their TPM.
 const DIR: &str = "/var/lib/claviger-host";

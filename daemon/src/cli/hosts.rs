@@ -11,8 +11,8 @@ use super::baselines::say_checked;
 use super::{Failure, Target, ask, labels, print, table, text};
 use crate::commands::{Checked, Command};
 use crate::files;
-use crate::print::say;
 use crate::state::Labels;
+use crate::sys::print::say;
 
 /// `claviger hosts …`
 #[derive(Debug, clap::Subcommand)]

@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use super::{Failure, Target, ask, date, print, table, text};
 use crate::commands::Command;
-use crate::print::say;
+use crate::sys::print::say;
 
 /// `claviger hsm …`
 #[derive(Debug, clap::Subcommand)]

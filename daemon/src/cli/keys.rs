@@ -11,9 +11,9 @@ use super::{Failure, Target, ask, labels, pfx, print, secret, table, text, warn}
 use crate::commands::{Command, Secret};
 use crate::files::{self, Existing};
 use crate::keys::EXPIRES_SOON;
-use crate::print::{note, say};
 use crate::service::unix_now;
 use crate::state::{Kind, Labels};
+use crate::sys::print::{note, say};
 
 /// Largest certificate or PFX file that is read, in octets: what an administrator's request has room for.
 const LARGEST: usize = 256 * 1024;

@@ -15,8 +15,8 @@ use super::tree::{self, Opened, plain};
 use super::trust::{Guardians, Trust, read_metadata};
 use super::{Failure, own_guardian};
 use crate::files::{self, Existing};
-use crate::print::say;
-use crate::process;
+use crate::sys::print::say;
+use crate::sys::process;
 
 /// `claviger protector …`
 #[derive(Debug, clap::Subcommand)]

@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use super::{Failure, Target, ask, print, table, text, warn};
 use crate::commands::Command;
-use crate::print::say;
+use crate::sys::print::say;
 
 /// `claviger signers …`
 #[derive(Debug, clap::Subcommand)]

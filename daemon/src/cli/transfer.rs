@@ -11,7 +11,7 @@ use zeroize::Zeroizing;
 use super::{Failure, Target, ask, print, secret, warn};
 use crate::commands::{Command, Document};
 use crate::files::{self, Existing};
-use crate::print::say;
+use crate::sys::print::say;
 
 /// Largest export that is read, in octets: what the administrators' socket takes.
 const LARGEST: usize = crate::admin::REQUEST_LIMIT;

@@ -5,8 +5,8 @@ use claviger_protocol::describe::{DescribedSignature, DescribedWrapping, Descrip
 use serde_json::{Value, json};
 
 use super::{date, trust};
-use crate::print::say;
 use crate::service::unix_now;
+use crate::sys::print::say;
 
 /// Text of somebody else's making without what a terminal would obey.
 pub(super) fn plain(text: &str) -> String {

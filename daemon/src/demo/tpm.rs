@@ -20,7 +20,7 @@ use crate::daemon::Daemon;
 use crate::host::tpm::{self, TpmPlace};
 use crate::host::{Host, HostError, Proof};
 use crate::lab::Lab;
-use crate::print::say;
+use crate::sys::print::say;
 
 /// The host whose TPM this is.
 const NAME: &str = "tpm-host";

@@ -14,7 +14,7 @@ use super::{
     QUEUE_WAITING, RELEASES_RUNNING, RELEASES_RUNNING_LIMIT, STATE_STALE,
 };
 use crate::admission::Load;
-use crate::process::Usage;
+use crate::sys::process::Usage;
 
 /// The content type of the page.
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";

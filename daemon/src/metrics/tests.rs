@@ -48,7 +48,7 @@ fn readings() -> Readings {
         connections_limit: 10_000,
         body_memory: (65_536, 536_870_912),
         primaries: true,
-        usage: crate::process::usage(),
+        usage: crate::sys::process::usage(),
     }
 }
 

@@ -4,6 +4,6 @@ pub use claviger_process::output::{line, note};
 
 /// `println!` that does not panic.
 macro_rules! say {
-    ($($arguments:tt)*) => { $crate::print::line(&format!($($arguments)*)) };
+    ($($arguments:tt)*) => { $crate::sys::print::line(&format!($($arguments)*)) };
 }
 pub(crate) use say;

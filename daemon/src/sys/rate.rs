@@ -63,7 +63,7 @@ impl<K: Clone + Eq + Hash> Rate<K> {
 
     /// How many tokens the bucket lacks, those that it owes included.
     #[cfg(test)]
-    pub(super) fn missing(&self, key: &K) -> u32 {
+    pub(crate) fn missing(&self, key: &K) -> u32 {
         self.buckets.as_ref().map_or(0, |buckets| lock(buckets).missing(key, standstill::now()))
     }
 
