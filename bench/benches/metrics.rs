@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use claviger::attempt::Attempt;
 use claviger::daemon::{member, member_queue};
-use claviger::metrics::{self, Class};
-use claviger::monitor::history::History;
+use claviger::observe::history::History;
+use claviger::observe::metrics::{self, Class};
 use claviger::release::roll;
 use claviger::service::{Service, request_id};
 use claviger::sys::process;

@@ -38,8 +38,8 @@ pub use self::turns::Permit;
 use self::turns::Turns;
 use crate::attempt::Attempt;
 use crate::config::Config;
-use crate::metrics;
 use crate::network::Network;
+use crate::observe::metrics;
 use crate::sys::rate::Rate;
 
 /// Fewest releases that run at the same time when the number is computed: whatever the tokens, what a release does

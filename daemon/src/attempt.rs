@@ -12,10 +12,10 @@ use ring::digest;
 use tokio::sync::watch;
 
 use crate::admin::Peer;
-use crate::audit::Entry;
 use crate::config::Release;
-use crate::metrics::Spent;
 use crate::network::Network;
+use crate::observe::audit::Entry;
+use crate::observe::metrics::Spent;
 use crate::server::ClientCertificate;
 
 /// A request in progress.

@@ -15,7 +15,7 @@ use tracing::{Instrument, error_span};
 
 use crate::admission::HostAt;
 use crate::attempt::Attempt;
-use crate::metrics;
+use crate::observe::metrics;
 use crate::release::hsm::Hsm;
 use crate::release::{Grant, Release, decide, fast_reject, healthy_host, roll_protector};
 use crate::service::Service;

@@ -15,7 +15,7 @@ use serde_json::Value;
 
 use crate::admin::Peer;
 use crate::attempt::Attempt;
-use crate::audit::SUCCESS;
+use crate::observe::audit::SUCCESS;
 use crate::service::{ChangeError, Service, request_id};
 use crate::state::{Kind, Labels, State, StateError, check_host_name};
 

@@ -7,7 +7,7 @@ use crate::admission::{Declined, HostAt};
 use crate::attempt::Attempt;
 use crate::bodies::{NoRoom, Room};
 use crate::config::AttestMode;
-use crate::metrics;
+use crate::observe::metrics;
 use crate::release::healthy_host;
 use crate::server::{BodyError, Intake};
 use crate::service::Service;

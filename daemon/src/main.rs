@@ -15,7 +15,7 @@ use claviger::cli::{self, Failure};
 use claviger::config::{AttestMode, Config, LogFormat};
 use claviger::daemon::{Daemon, load_cluster};
 use claviger::lab::{Lab, Tokens};
-use claviger::log::{self, LogQueue};
+use claviger::observe::log::{self, LogQueue};
 use claviger::sys::{print, process};
 use claviger::{demo, doctor, preflight, serve};
 use claviger_hsm::{Cluster, WorkerProgram};

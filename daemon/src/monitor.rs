@@ -1,6 +1,5 @@
 //! The metrics listener, for those who watch: a page for people at `/`, `/metrics` for Prometheus, `/live` and `/ready`.
 
-pub mod history;
 mod page;
 mod verdict;
 
@@ -17,10 +16,10 @@ use hyper::header::{CONTENT_SECURITY_POLICY, HeaderValue};
 use hyper::{Method, Request, Response};
 use tokio::time::MissedTickBehavior;
 
-use self::history::INTERVAL;
 use self::verdict::judge;
 use crate::keys::short_name;
-use crate::metrics::{self, Handle, Readings};
+use crate::observe::history::INTERVAL;
+use crate::observe::metrics::{self, Handle, Readings};
 use crate::ready::Readiness;
 use crate::routes::Answer;
 use crate::server::{Blocked, SharedTls};
@@ -142,7 +141,7 @@ pub async fn watch(monitor: Arc<Monitor>) {
 pub(crate) mod testing {
     //! Members and intervals for unit tests.
 
-    use super::history::Point;
+    use crate::observe::history::Point;
     use claviger_hsm::{MemberState, MemberStatus};
     use std::time::{Duration, SystemTime};
 

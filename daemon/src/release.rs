@@ -38,10 +38,10 @@ use crate::admission::{Declined, HostAt};
 use crate::attempt::Attempt;
 use crate::config::AttestMode;
 use crate::keys::{Held, Keys};
+use crate::observe::log_throttle::Throttle;
 use crate::service::{Service, Snapshot, signed_by, unix_now};
 use crate::state::Host;
 use crate::strangers;
-use crate::throttle::Throttle;
 
 /// A refusal in a secret step leaves at a multiple of this after the request's arrival, so that its time tells nothing
 /// of the step that failed. Honest callers do not meet it.

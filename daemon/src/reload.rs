@@ -17,8 +17,8 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::config::{Config, Hsm};
 use crate::daemon::{member, member_queue};
-use crate::metrics;
 use crate::notify;
+use crate::observe::metrics;
 use crate::server::{SharedTls, tls_config};
 use crate::service::Service;
 

@@ -23,17 +23,17 @@ use crate::attest::host_key;
 use crate::attest::issued::IssuedFor;
 use crate::attest::issuing::Refused;
 use crate::attest::tpm;
-use crate::audit::{Decision, NOT_RECORDED, SUCCESS};
 use crate::batch;
 use crate::bodies::{NoRoom, Room};
 use crate::config::AttestMode;
 use crate::intake::{self, Taking};
-use crate::metrics;
 use crate::network::Network;
+use crate::observe::audit::{Decision, NOT_RECORDED, SUCCESS};
+use crate::observe::log_throttle::Throttle;
+use crate::observe::metrics;
 use crate::release::{self, decide};
 use crate::server::{BodyError, ClientCertificate, Origin, Pace, Peer, read_body};
 use crate::service::{Service, request_id, unix_now};
-use crate::throttle::Throttle;
 
 /// Seconds after which a caller that was told 429 or 503 may come again, where nothing better is known.
 const RETRY_AFTER_SECONDS: u16 = 1;

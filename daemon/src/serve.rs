@@ -14,8 +14,9 @@ use tokio::time::timeout;
 use crate::cli::Failure;
 use crate::config::Config;
 use crate::daemon::{Daemon, load_cluster};
+use crate::observe::log;
 use crate::sys::process;
-use crate::{log, notify, preflight, reload};
+use crate::{notify, preflight, reload};
 
 /// Threads of a daemon beside the runtime's and those of its members: the audit trail's, and one to announce its addresses.
 const OWN_THREADS: usize = 2;

@@ -37,8 +37,8 @@ use tokio::time::Instant;
 
 use self::activity::{Activity, Reading};
 use crate::network::Network;
+use crate::observe::log_throttle::Throttle;
 use crate::sys::places::{self, NoPlace, Places};
-use crate::throttle::Throttle;
 
 pub(crate) use self::activity::Cut;
 pub use self::body::{BodyError, Intake, Pace, UpTo, read_body};
@@ -305,7 +305,7 @@ where
                 }
                 Err(NoPlace::Group) => {
                     if counted {
-                        crate::metrics::connection_cut(Cut::Address);
+                        crate::observe::metrics::connection_cut(Cut::Address);
                     }
                     tracing::debug!(%peer, "a connection is not taken: its address has too many, and all are worked for");
                 }
@@ -465,7 +465,7 @@ impl Slot {
     fn new(open: Arc<AtomicUsize>, counted: bool, place: Option<Place>, alive: mpsc::Sender<Infallible>) -> Self {
         open.fetch_add(1, Ordering::Relaxed);
         if counted {
-            crate::metrics::connection_opened();
+            crate::observe::metrics::connection_opened();
         }
         Self { open, counted, place, _alive: alive }
     }
@@ -483,7 +483,7 @@ impl Slot {
     /// Counts that it is closed for this reason.
     fn cut(&self, reason: Cut) {
         if self.counted {
-            crate::metrics::connection_cut(reason);
+            crate::observe::metrics::connection_cut(reason);
         }
     }
 }
@@ -492,7 +492,7 @@ impl Drop for Slot {
     fn drop(&mut self) {
         self.open.fetch_sub(1, Ordering::Relaxed);
         if self.counted {
-            crate::metrics::connection_closed();
+            crate::observe::metrics::connection_closed();
         }
     }
 }

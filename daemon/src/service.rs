@@ -25,12 +25,12 @@ use crate::attest::health_cache::HealthCache;
 use crate::attest::issued::RecentlyIssued;
 use crate::attest::sessions::Sessions;
 use crate::attest::signer::{Signers, Unreadable};
-use crate::audit::{self, Audit, Class, Entry};
 use crate::bodies::Bodies;
 use crate::config::Config;
 use crate::keys::Keys;
-use crate::metrics;
-use crate::monitor::history::History;
+use crate::observe::audit::{self, Audit, Class, Entry};
+use crate::observe::history::History;
+use crate::observe::metrics;
 use crate::state::{Host, HostKind, State, StateError};
 use crate::usage::{Usage, UsageError};
 
@@ -170,7 +170,7 @@ pub enum ServiceError {
     Usage(#[from] UsageError),
     /// The audit trail cannot be opened.
     #[error(transparent)]
-    Audit(#[from] crate::audit::AuditError),
+    Audit(#[from] crate::observe::audit::AuditError),
     /// The system gives no random bytes.
     #[error("the system has no randomness")]
     Randomness,

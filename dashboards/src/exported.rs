@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use claviger::metrics::{ALL, Kind};
+use claviger::observe::metrics::{ALL, Kind};
 
 use crate::prometheus::{Rule, groups};
 use crate::promql::uses;

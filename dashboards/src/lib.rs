@@ -1,5 +1,5 @@
 //! What an operator looks at: Grafana dashboards, Prometheus rules and the metric reference, all made from the daemon's
-//! own table of metrics ([`claviger::metrics::ALL`]) and committed beside this crate.
+//! own table of metrics ([`claviger::observe::metrics::ALL`]) and committed beside this crate.
 //!
 //! [`files`] makes them, [`lint`](lint::lint) says what is wrong with a dashboard, [`Exported`](exported::Exported)
 //! which

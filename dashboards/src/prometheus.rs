@@ -8,7 +8,7 @@ pub(crate) use yaml::yaml;
 
 /// Of the releases whose outcome is not the caller's fault, this share succeeds.
 pub(crate) const OBJECTIVE: f64 = 0.999;
-/// Of the releases that succeed, this share takes no longer than [`claviger::metrics::SLO_SECONDS`].
+/// Of the releases that succeed, this share takes no longer than [`claviger::observe::metrics::SLO_SECONDS`].
 pub(crate) const LATENCY_OBJECTIVE: f64 = 0.99;
 /// The outcomes of a release that the service has to answer for, as a regular expression.
 pub(crate) const FAILED: &str = "ServiceUnavailableException|InternalErrorException";

@@ -2,14 +2,14 @@
 
 use std::fmt::Write;
 
-use claviger::metrics::{ALL, Kind, SLO_SECONDS};
+use claviger::observe::metrics::{ALL, Kind, SLO_SECONDS};
 
 /// The page.
 pub(crate) fn markdown() -> String {
     let mut page = format!(
         "# Metrics
 
-<!-- Generated from daemon/src/metrics.rs: {} -->
+<!-- Generated from daemon/src/observe/metrics.rs: {} -->
 
 The metrics address (`server.metrics`) serves these at `/metrics`, in the text format of Prometheus. Dashboards, rules
 and alerts for them are in `dashboards/`; [runbook.md](runbook.md) has a section for every alert.

@@ -4,7 +4,7 @@
 
 use std::collections::BTreeSet;
 
-use claviger::metrics::ALL;
+use claviger::observe::metrics::ALL;
 use claviger_dashboards::exported::Exported;
 use claviger_dashboards::lint::walk;
 use claviger_dashboards::{Rule, dashboards, groups, panels_of, root, variables};

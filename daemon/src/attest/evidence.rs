@@ -17,7 +17,7 @@ use claviger_protocol::tpm::context::MAX_LOG;
 use claviger_protocol::tpm::pcr::{PcrSet, PcrValues};
 use rusqlite::{Connection, OptionalExtension, params};
 
-use crate::throttle::Throttle;
+use crate::observe::log_throttle::Throttle;
 use crate::usage::{UsageError, is_damage, move_aside};
 
 /// Maximum total size, in bytes, of the logs that wait to be written. Evidence beyond it is dropped.

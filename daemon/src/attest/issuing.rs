@@ -15,9 +15,9 @@ use super::issued::IssuedFor;
 use crate::admission::{Declined, Dropped};
 use crate::attempt::Attempt;
 use crate::keys::Key;
+use crate::observe::log_throttle::Throttle;
 use crate::service::Service;
 use crate::state::Host;
-use crate::throttle::Throttle;
 
 /// The reply to a caller that exceeds a rate: an HTTP error, which says nothing about the host's health.
 const TOO_MANY: ErrorReply = ErrorReply::Error { status: 429 };

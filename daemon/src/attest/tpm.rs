@@ -35,11 +35,11 @@ use super::issuing::{Issued, Refused, signed, unavailable};
 use crate::admission::HostAt;
 use crate::attempt::Attempt;
 use crate::intake;
-use crate::metrics;
+use crate::observe::log_throttle::Throttle;
+use crate::observe::metrics;
 use crate::service::{Service, Snapshot, unix_now};
 use crate::state::Host;
 use crate::strangers;
-use crate::throttle::Throttle;
 
 /// Largest step 2, in bytes, that is read from an address over its rate; most of it is the boot log.
 const LARGE: usize = intake::SMALL_TPM_BODY;

@@ -7,10 +7,10 @@ use claviger_protocol::certificate::Certificate;
 use serde_json::json;
 
 use super::{Failure, Target, ask, print, text};
-use crate::audit::verify::{Report, Verifier, first_number, open};
 use crate::commands::Command;
 use crate::config::Config;
 use crate::files;
+use crate::observe::audit::verify::{Report, Verifier, first_number, open};
 use crate::state::{Kind, State};
 use crate::sys::print::say;
 

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use super::{Change, FAILED};
 use crate::admin::Peer;
-use crate::audit::SUCCESS;
+use crate::observe::audit::SUCCESS;
 use crate::service::{Service, unix};
 
 pub(super) fn list(service: &Service) -> Value {

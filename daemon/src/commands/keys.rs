@@ -84,7 +84,7 @@ pub(super) async fn generate(
     };
     let spec = NewKey { id: id.clone(), label, bits, usage };
     let made = service.cluster.generate_rsa(&on, spec).await;
-    change.done(service, if made.is_ok() { crate::audit::SUCCESS } else { super::FAILED }).await;
+    change.done(service, if made.is_ok() { crate::observe::audit::SUCCESS } else { super::FAILED }).await;
     let made = made.map_err(|error| format!("{on} made no key: {error}"))?;
     let public = RsaPublicKey::from_components(&made.n, &made.e).map_err(|e| format!("{on} made a bad key: {e}"))?;
 
@@ -603,7 +603,7 @@ async fn signed(
     if let Ok(done) = &signed {
         change.attempt.used(&done.member);
     }
-    change.done(service, if signed.is_ok() { crate::audit::SUCCESS } else { super::FAILED }).await;
+    change.done(service, if signed.is_ok() { crate::observe::audit::SUCCESS } else { super::FAILED }).await;
     signed.map(|done| done.value).map_err(|error| {
         format!("the key {id} does not sign: {error}; a key that may only decrypt cannot prove that it is there")
     })

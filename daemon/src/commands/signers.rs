@@ -10,7 +10,7 @@ use serde_json::Value;
 use super::{Change, FAILED, read};
 use crate::admin::Peer;
 use crate::attest::signer::{self, current};
-use crate::audit::SUCCESS;
+use crate::observe::audit::SUCCESS;
 use crate::service::{Service, unix_now};
 use crate::state::{self, RevokedSigner};
 

@@ -13,7 +13,7 @@ use super::baselines::{Pcrs, check_log, pcr_values};
 use super::keys::{judge, on_all_members};
 use super::{Change, outcome, read};
 use crate::admin::Peer;
-use crate::audit::SUCCESS;
+use crate::observe::audit::SUCCESS;
 use crate::service::{Service, unix_now};
 use crate::state::{self, HostKind, Import, Kind, Labels, Merged, State};
 

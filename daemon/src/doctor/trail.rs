@@ -5,9 +5,9 @@ use std::io::{BufRead, BufReader, Seek, SeekFrom};
 use std::path::Path;
 
 use super::Finding;
-use crate::audit;
-use crate::audit::verify::{Report, Verifier};
 use crate::config::Config;
+use crate::observe::audit;
+use crate::observe::audit::verify::{Report, Verifier};
 use crate::state::{Kind, State};
 use claviger_protocol::certificate::Certificate;
 

@@ -10,9 +10,9 @@ use claviger_hsm::{MemberState, MemberStatus};
 use time::OffsetDateTime;
 use time::macros::format_description;
 
-use super::history::{INTERVAL, MemberPoint, POINTS, Point};
 use super::verdict::{Level, Verdict};
-use crate::metrics::{Readings, SLO_SECONDS};
+use crate::observe::history::{INTERVAL, MemberPoint, POINTS, Point};
+use crate::observe::metrics::{Readings, SLO_SECONDS};
 
 /// Seconds after which the page loads itself anew.
 const REFRESH: u32 = 5;

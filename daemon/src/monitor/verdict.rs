@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use claviger_hsm::{MemberState, MemberStatus};
 
-use super::history::Point;
-use crate::metrics::{Readings, SLO_SECONDS};
+use crate::observe::history::Point;
+use crate::observe::metrics::{Readings, SLO_SECONDS};
 
 /// How long audit records may take to be written before the disk is said to hang.
 const DISK_HANGS: Duration = Duration::from_secs(2);

@@ -6,8 +6,8 @@ use claviger_protocol::request::RollResponse;
 
 use super::Grant;
 use crate::attempt::Attempt;
-use crate::audit::{Decision, NOT_RECORDED, SUCCESS};
-use crate::metrics::{self, Class};
+use crate::observe::audit::{Decision, NOT_RECORDED, SUCCESS};
+use crate::observe::metrics::{self, Class};
 use crate::service::{Service, unix_now};
 
 /// Decides on a release: confirms it, records it, then counts it. What cannot be recorded is not released.

@@ -450,7 +450,7 @@ async fn a_client_that_is_still_writing_reads_an_early_answer() {
 
 #[tokio::test]
 async fn an_open_connection_is_counted_only_where_asked() {
-    let open = crate::metrics::connections_open;
+    let open = crate::observe::metrics::connections_open;
     let listener = Listener::bind(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap().counted();
     let address = listener.local_addr();
     tokio::spawn(run(listener, None, limits(), service_fn(answer), std::future::pending()));

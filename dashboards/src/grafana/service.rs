@@ -1,6 +1,6 @@
 //! Are keys being released? Rates, errors, durations and the promise, for the whole service.
 
-use claviger::metrics::SLO_SECONDS;
+use claviger::observe::metrics::SLO_SECONDS;
 use serde_json::Value;
 
 use super::dashboard::{Dashboard, Row};

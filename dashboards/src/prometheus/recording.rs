@@ -1,7 +1,7 @@
 //! Recorded series: what the alerts about the promise and the dashboards' long windows need, and what the HSMs could
 //! do.
 
-use claviger::metrics::SLO_SECONDS;
+use claviger::observe::metrics::SLO_SECONDS;
 
 use super::{FAILED, Group, Recording, Rule};
 

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::os::unix::fs::symlink;
 
 use super::*;
-use crate::audit::SUCCESS;
 use crate::keys::key_ref;
+use crate::observe::audit::SUCCESS;
 use crate::service::testing::trail;
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use ring::digest;
@@ -168,7 +168,10 @@ async fn what_cannot_be_recorded_does_not_leave() {
     let stage = Stage::new(folder.path(), full);
     let (result, _) = decided(&stage, &stage.request(&stage.protector()).to_xml()).await;
     let refusal = result.unwrap_err();
-    assert_eq!((refusal.code, refusal.message.as_str()), (Code::ServiceUnavailable, crate::audit::NOT_RECORDED));
+    assert_eq!(
+        (refusal.code, refusal.message.as_str()),
+        (Code::ServiceUnavailable, crate::observe::audit::NOT_RECORDED)
+    );
     assert_eq!(stage.hsm.asked(Operation::Decrypt), 1);
     assert_eq!(used(&stage), [0, 0]);
 }

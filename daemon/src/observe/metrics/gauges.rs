@@ -41,7 +41,7 @@ pub struct Readings {
     /// For how long those that are being written have been.
     pub audit_writing: Duration,
     /// How far the audit trail has come.
-    pub audit: crate::audit::Head,
+    pub audit: crate::observe::audit::Head,
     /// Connections to the service that are open.
     pub connections_open: usize,
     /// Connections to the service that may be open.

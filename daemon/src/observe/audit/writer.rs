@@ -15,7 +15,7 @@ use super::chain::Link;
 use super::file::Trail;
 use super::reserve::Reserve;
 use super::{AuditError, Class};
-use crate::metrics;
+use crate::observe::metrics;
 
 /// Most records that are written, and forced to the disk, together.
 const GROUP: usize = 256;

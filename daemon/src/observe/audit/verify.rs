@@ -346,8 +346,8 @@ pub fn first_number(mut reader: impl BufRead) -> io::Result<Option<u64>> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::audit::chain::Link;
-    use crate::audit::checkpoint::Draft;
+    use crate::observe::audit::chain::Link;
+    use crate::observe::audit::checkpoint::Draft;
     use crate::service::testing::{certificate, key};
     use std::time::SystemTime;
 

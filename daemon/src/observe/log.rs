@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use claviger_process::output::write_all;
 
-use crate::metrics;
+use crate::observe::metrics;
 
 /// Most bytes that wait for the reader: some two thousand lines.
 const ROOM: usize = 256 * 1024;

@@ -37,12 +37,12 @@ fn readings() -> Readings {
         state_stale: true,
         audit_waiting: 6,
         audit_writing: Duration::from_millis(250),
-        audit: crate::audit::Head {
-            link: crate::audit::Link { n: 41, hash: [0; 32] },
+        audit: crate::observe::audit::Head {
+            link: crate::observe::audit::Link { n: 41, hash: [0; 32] },
             records: 12,
             covered: 5,
             reserve_missing: 1024,
-            ..crate::audit::Head::default()
+            ..crate::observe::audit::Head::default()
         },
         connections_open: 12,
         connections_limit: 10_000,

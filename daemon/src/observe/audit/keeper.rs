@@ -7,8 +7,8 @@ use claviger_hsm::{HsmError, standstill};
 
 use super::AuditError;
 use super::checkpoint::Draft;
+use crate::observe::log_throttle::Throttle;
 use crate::service::{OWN_DEADLINE, Service};
-use crate::throttle::Throttle;
 
 /// How often refusals are summed up, and how often it is seen whether a checkpoint is due.
 const EVERY: Duration = Duration::from_secs(1);

@@ -18,7 +18,7 @@ use serde_json::{Map, Value};
 use super::chain::{self, Hash, Link};
 use super::entry::timestamp;
 use crate::files;
-use crate::metrics;
+use crate::observe::metrics;
 use crate::service::request_id;
 
 /// The event of a line with which a file begins, or goes on after a fault.

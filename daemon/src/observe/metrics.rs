@@ -4,12 +4,12 @@
 //! the process: before [`install`] the functions do nothing, so libraries and tests may call them at any time.
 //!
 //! Events are recorded when they happen. What can be looked at at any time - states, sessions, expiry - is a *reading*, taken
-//! when somebody asks for the page (`page.rs`): it is never out of date, and the series of a member that was removed end.
+//! when somebody asks for the page (`gauges.rs`): it is never out of date, and the series of a member that was removed end.
 //!
 //! Labels are bounded: no host, virtual machine or protector is ever one.
 
-mod operations;
-mod page;
+mod gauges;
+mod hsm_series;
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -21,7 +21,7 @@ use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 
 use crate::server::Cut;
 
-pub use page::{CONTENT_TYPE, Readings};
+pub use gauges::{CONTENT_TYPE, Readings};
 
 /// What kind of number a metric is.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -486,9 +486,9 @@ pub fn attestation_dropped(reason: &'static str) {
 pub fn hsm(hsm: &str, event: Event<'_>) {
     let count = |metric: Metric| counter!(metric.name, "hsm" => hsm.to_owned()).increment(1);
     match event {
-        Event::Call { op, rv, took } => operations::call(hsm, op.name(), rv, took),
-        Event::Answered { op, took } => operations::answered(hsm, op.name(), took),
-        Event::Batch { jobs } => operations::batch(hsm, jobs),
+        Event::Call { op, rv, took } => hsm_series::call(hsm, op.name(), rv, took),
+        Event::Answered { op, took } => hsm_series::answered(hsm, op.name(), took),
+        Event::Batch { jobs } => hsm_series::batch(hsm, jobs),
         Event::FailedOver { to } => {
             counter!(HSM_FAILOVERS.name, "hsm" => hsm.to_owned(), "to" => to.to_owned()).increment(1);
         }

@@ -36,7 +36,7 @@ use self::reserve::Reserve;
 use self::summary::{Summary, What};
 use self::writer::{Job, Line, Reply, Shown, Writer};
 use crate::config;
-use crate::metrics;
+use crate::observe::metrics;
 use crate::service::request_id;
 use crate::sys::rate::Rate;
 

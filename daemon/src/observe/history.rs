@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use claviger_hsm::{MemberState, MemberStatus};
 use hdrhistogram::Histogram;
 
-use crate::metrics::Class;
+use crate::observe::metrics::Class;
 
 /// How long one point stands for.
 pub const INTERVAL: Duration = Duration::from_secs(10);
@@ -171,8 +171,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use super::super::testing::member;
     use super::*;
+    use crate::monitor::testing::member;
 
     #[test]
     fn a_point_says_what_happened_in_its_interval() {

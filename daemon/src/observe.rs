@@ -1,0 +1,7 @@
+//! What the daemon tells of itself: metrics, the audit trail, the last hour, the log.
+
+pub mod audit;
+pub mod history;
+pub mod log;
+pub mod log_throttle;
+pub mod metrics;
