@@ -36,10 +36,10 @@ use tokio::sync::Semaphore;
 use self::queue::whole_seconds;
 pub use self::turns::Permit;
 use self::turns::Turns;
-use crate::attempt::Attempt;
 use crate::config::Config;
-use crate::network::Network;
 use crate::observe::metrics;
+use crate::request::Attempt;
+use crate::request::Network;
 use crate::sys::rate::Rate;
 
 /// Fewest releases that run at the same time when the number is computed: whatever the tokens, what a release does

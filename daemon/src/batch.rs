@@ -14,10 +14,10 @@ use tokio::task::JoinSet;
 use tracing::{Instrument, error_span};
 
 use crate::admission::HostAt;
-use crate::attempt::Attempt;
 use crate::observe::metrics;
 use crate::release::hsm::Hsm;
 use crate::release::{Grant, Release, decide, fast_reject, healthy_host, roll_protector};
+use crate::request::Attempt;
 use crate::service::Service;
 
 /// Releases of one request that run, or wait for their turn, at the same time. Enough to keep a cluster busy, and few in

@@ -17,8 +17,8 @@ use claviger_hsm::standstill;
 use tokio::sync::Notify;
 
 use crate::config::Server;
-use crate::network::Network;
 use crate::observe::metrics;
+use crate::request::Network;
 
 /// Bytes of memory that a byte of a body costs while its request is worked on: the body, what it is decoded to, the answer.
 const COST: u64 = 3;

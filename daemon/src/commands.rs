@@ -14,8 +14,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::admin::Peer;
-use crate::attempt::Attempt;
 use crate::observe::audit::SUCCESS;
+use crate::request::Attempt;
 use crate::service::{ChangeError, Service, request_id};
 use crate::state::{Kind, Labels, State, StateError, check_host_name};
 

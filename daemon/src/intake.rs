@@ -4,11 +4,11 @@ use claviger_protocol::batch::{BatchRequest, MAX_BATCH_BODY};
 use claviger_protocol::error::{Code, Refusal};
 
 use crate::admission::{Declined, HostAt};
-use crate::attempt::Attempt;
 use crate::bodies::{NoRoom, Room};
 use crate::config::AttestMode;
 use crate::observe::metrics;
 use crate::release::healthy_host;
+use crate::request::Attempt;
 use crate::server::{BodyError, Intake};
 use crate::service::Service;
 

@@ -7,7 +7,6 @@
 
 pub mod admin;
 pub mod admission;
-pub mod attempt;
 pub mod attest;
 pub mod batch;
 pub mod bodies;
@@ -24,13 +23,13 @@ pub mod intake;
 pub mod keys;
 pub mod lab;
 pub mod monitor;
-pub mod network;
 pub mod notify;
 pub mod observe;
 pub mod preflight;
 pub mod ready;
 pub mod release;
 pub mod reload;
+pub mod request;
 pub mod routes;
 pub mod serve;
 pub mod server;

@@ -8,7 +8,7 @@ use claviger_hsm::{MemberState, standstill};
 use tokio::sync::Mutex;
 use tokio::task::{JoinHandle, JoinSet};
 
-use crate::attempt::Attempt;
+use crate::request::Attempt;
 use crate::server::Blocked;
 use crate::service::{Service, request_id};
 

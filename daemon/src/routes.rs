@@ -18,7 +18,6 @@ use hyper::{Method, Request, Response, StatusCode};
 use tokio::task::JoinHandle;
 use tracing::{Instrument, error_span};
 
-use crate::attempt::{Attempt, Caller};
 use crate::attest::host_key;
 use crate::attest::issued::IssuedFor;
 use crate::attest::issuing::Refused;
@@ -27,12 +26,12 @@ use crate::batch;
 use crate::bodies::{NoRoom, Room};
 use crate::config::AttestMode;
 use crate::intake::{self, Taking};
-use crate::network::Network;
 use crate::observe::audit::{Decision, NOT_RECORDED, SUCCESS};
 use crate::observe::log_throttle::Throttle;
 use crate::observe::metrics;
 use crate::release::{self, decide};
-use crate::server::{BodyError, ClientCertificate, Origin, Pace, Peer, read_body};
+use crate::request::{Attempt, Caller, ClientCertificate, Network};
+use crate::server::{BodyError, Origin, Pace, Peer, read_body};
 use crate::service::{Service, request_id, unix_now};
 
 /// Seconds after which a caller that was told 429 or 503 may come again, where nothing better is known.

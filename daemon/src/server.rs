@@ -12,7 +12,6 @@
 
 mod activity;
 mod body;
-mod client_certificate;
 mod connection;
 #[cfg(test)]
 mod tests;
@@ -36,13 +35,12 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, mpsc, watch};
 use tokio::time::Instant;
 
 use self::activity::{Activity, Reading};
-use crate::network::Network;
 use crate::observe::log_throttle::Throttle;
+use crate::request::Network;
 use crate::sys::places::{self, NoPlace, Places};
 
 pub(crate) use self::activity::Cut;
 pub use self::body::{BodyError, Intake, Pace, UpTo, read_body};
-pub use self::client_certificate::ClientCertificate;
 pub use self::tls::{Doubt, ServerTls, SharedTls, TlsError, tls_config};
 
 /// Most connections that the kernel holds for us before we accept them; it may itself allow fewer (`somaxconn`).

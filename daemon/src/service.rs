@@ -18,7 +18,6 @@ use ring::digest;
 use tokio::sync::Notify;
 
 use crate::admission::Admission;
-use crate::attempt::Attempt;
 use crate::attest::baselines::Baselines;
 use crate::attest::evidence::EvidenceStore;
 use crate::attest::health_cache::HealthCache;
@@ -31,6 +30,7 @@ use crate::keys::Keys;
 use crate::observe::audit::{self, Audit, Class, Entry};
 use crate::observe::history::History;
 use crate::observe::metrics;
+use crate::request::Attempt;
 use crate::state::{Host, HostKind, State, StateError};
 use crate::usage::{Usage, UsageError};
 

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::pace::Pace;
 use super::{Dropped, HostAt};
-use crate::network::Network;
+use crate::request::Network;
 
 /// Bounds of what a caller is told to wait before it comes again, in seconds.
 const RETRY_AFTER: (u64, u64) = (1, 30);

@@ -8,8 +8,8 @@ use tokio::task::{JoinSet, yield_now};
 use super::queue::{Arrival, Queue};
 use super::turns::Waiter;
 use super::*;
-use crate::attempt::Caller;
 use crate::config::{Attest, Release, Server};
+use crate::request::Caller;
 
 fn config(release: Release) -> Config {
     Config { release, ..Config::default() }

@@ -8,7 +8,7 @@ use tokio::sync::oneshot;
 
 use super::queue::{Arrival, Queue, Ticket, Turn};
 use super::{Declined, Dropped, HostAt, Load};
-use crate::attempt::Caller;
+use crate::request::Caller;
 
 /// How a waiting request hears that it is its turn.
 pub(super) type Waiter = oneshot::Sender<Result<Permit, Declined>>;

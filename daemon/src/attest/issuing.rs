@@ -13,9 +13,9 @@ use data_encoding::BASE64;
 use super::baselines::BaselineId;
 use super::issued::IssuedFor;
 use crate::admission::{Declined, Dropped};
-use crate::attempt::Attempt;
 use crate::keys::Key;
 use crate::observe::log_throttle::Throttle;
+use crate::request::Attempt;
 use crate::service::Service;
 use crate::state::Host;
 

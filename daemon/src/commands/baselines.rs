@@ -227,7 +227,7 @@ async fn change(
     let mut change = Change::new(event, peer);
     change.attempt.baseline = Some(name.to_owned());
     change.attempt.change = what;
-    let note = |attempt: &mut crate::attempt::Attempt, baseline: &state::Baseline| {
+    let note = |attempt: &mut crate::request::Attempt, baseline: &state::Baseline| {
         attempt.baseline = Some(baseline.name.clone());
     };
     let changed = change.make(service, work, note).await?;

@@ -9,8 +9,8 @@ use serde_json::{Value, json};
 
 use super::{Change, read};
 use crate::admin::Peer;
-use crate::attempt::Attempt;
 use crate::attest::endorsement;
+use crate::request::Attempt;
 use crate::service::{Service, unix_now};
 use crate::state::{Host, HostKind, Labels, State};
 use crate::usage::Seen;

@@ -5,9 +5,9 @@ use claviger_protocol::payload::ApiVersion;
 use claviger_protocol::request::RollResponse;
 
 use super::Grant;
-use crate::attempt::Attempt;
 use crate::observe::audit::{Decision, NOT_RECORDED, SUCCESS};
 use crate::observe::metrics::{self, Class};
+use crate::request::Attempt;
 use crate::service::{Service, unix_now};
 
 /// Decides on a release: confirms it, records it, then counts it. What cannot be recorded is not released.

@@ -20,8 +20,8 @@ use tempfile::TempDir;
 use super::testing::{HOST, Incident, MEMBER, Operation, Stage, guardian};
 use super::{Grant, decide, outcomes, roll};
 use crate::admission::HostAt;
-use crate::attempt::Attempt;
 use crate::config::Config;
+use crate::request::Attempt;
 use crate::service::{Service, unix_now};
 use crate::state::{Kind, Labels, State, StateError};
 

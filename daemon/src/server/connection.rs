@@ -23,7 +23,8 @@ use tokio::time::Instant;
 use tokio_rustls::TlsAcceptor;
 
 use super::activity::{Activity, Answer, Cut, Due, InProgress, Watched, unread};
-use super::{BoxError, ClientCertificate, Limits, Origin, Peer, Phase, SharedTls, Slot};
+use super::{BoxError, Limits, Origin, Peer, Phase, SharedTls, Slot};
+use crate::request::ClientCertificate;
 
 /// Largest header of a request, in bytes; also how much of a body is read, and of an answer is buffered, at once. Every
 /// connection and every stream may take so much before anybody knows who is at its other end.

@@ -154,7 +154,7 @@ fn network(address: IpAddr) -> String {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::attempt::Attempt;
+    use crate::request::Attempt;
 
     fn refusal(host: Option<&str>, address: &str, outcome: &str, request: usize) -> Entry {
         let mut attempt = Attempt::new(request.to_string()).sent_from(Some(address.parse().unwrap()));

@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use super::verify::{Report, Verifier};
 use super::*;
-use crate::attempt::Attempt;
+use crate::request::Attempt;
 use crate::service::testing::{certificate, key};
 
 fn entry(request: &str) -> Entry {

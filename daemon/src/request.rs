@@ -1,4 +1,7 @@
-//! What the audit trail will say of a request: filled in while it is worked on.
+//! What is known of a request: where it came from, and what the audit trail will say of it, filled in while it is worked on.
+
+mod client_certificate;
+mod network;
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -13,10 +16,11 @@ use tokio::sync::watch;
 
 use crate::admin::Peer;
 use crate::config::Release;
-use crate::network::Network;
 use crate::observe::audit::Entry;
 use crate::observe::metrics::Spent;
-use crate::server::ClientCertificate;
+
+pub use self::client_certificate::ClientCertificate;
+pub use self::network::Network;
 
 /// A request in progress.
 #[derive(Debug)]
