@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use claviger::keys::key_ref;
+use claviger::registry::keys::key_ref;
 use claviger::state::{Kind, State};
 use claviger_protocol::rsa_key::RsaPublicKey;
 use claviger_tests::stats::median;

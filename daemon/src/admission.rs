@@ -20,9 +20,11 @@
 //!
 //! Every refusal says when to come again. `queue` and the rates decide, as plain values; `turns` waits and wakes.
 
-mod pace;
-mod queue;
+pub mod bodies;
+mod fair_queue;
+pub(crate) mod strangers;
 mod turns;
+mod wait_estimate;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -33,7 +35,7 @@ use claviger_protocol::error::{Code, Refusal};
 use claviger_protocol::work::Work;
 use tokio::sync::Semaphore;
 
-use self::queue::whole_seconds;
+use self::fair_queue::whole_seconds;
 pub use self::turns::Permit;
 use self::turns::Turns;
 use crate::config::Config;

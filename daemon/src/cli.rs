@@ -24,7 +24,7 @@ use serde_json::Value;
 use crate::admin;
 use crate::commands::Command;
 use crate::config::Config;
-use crate::keys::RSA_BITS;
+use crate::registry::keys::RSA_BITS;
 use crate::state::{Labels, StateError};
 use crate::sys::print::{note, say};
 

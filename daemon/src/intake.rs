@@ -3,8 +3,8 @@
 use claviger_protocol::batch::{BatchRequest, MAX_BATCH_BODY};
 use claviger_protocol::error::{Code, Refusal};
 
+use crate::admission::bodies::{NoRoom, Room};
 use crate::admission::{Declined, HostAt};
-use crate::bodies::{NoRoom, Room};
 use crate::config::AttestMode;
 use crate::observe::metrics;
 use crate::release::healthy_host;

@@ -29,11 +29,11 @@ use crate::admin::{self, AdminError};
 use crate::attest::signer::private_parts;
 use crate::config::{Config, ConfigError, Hsm};
 use crate::files::{self, Existing, FileError};
-use crate::keys::SERVER_AUTHENTICATION;
+use crate::registry::keys::SERVER_AUTHENTICATION;
+use crate::registry::usage::{Usage, UsageError};
 use crate::service::unix_now;
 use crate::state::{Kind, Labels, NewCertificate, State, StateError};
 use crate::sys::ownership::{self, Untrusted};
-use crate::usage::{Usage, UsageError};
 
 /// The name of the registered host.
 pub const HOST_NAME: &str = "demo-host";

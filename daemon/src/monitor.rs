@@ -17,10 +17,10 @@ use hyper::{Method, Request, Response};
 use tokio::time::MissedTickBehavior;
 
 use self::verdict::judge;
-use crate::keys::short_name;
 use crate::observe::history::INTERVAL;
 use crate::observe::metrics::{self, Handle, Readings};
 use crate::ready::Readiness;
+use crate::registry::keys::short_name;
 use crate::routes::Answer;
 use crate::server::{Blocked, SharedTls};
 use crate::service::{Service, request_id, unix_now};

@@ -34,14 +34,14 @@ use ring::digest;
 
 pub use self::decision::{decide, outcomes};
 use self::hsm::{DecryptError, Hsm, Unavailable};
+use crate::admission::strangers;
 use crate::admission::{Declined, HostAt};
 use crate::config::AttestMode;
-use crate::keys::{Held, Keys};
 use crate::observe::log_throttle::Throttle;
+use crate::registry::keys::{Held, Keys};
 use crate::request::Attempt;
 use crate::service::{Service, Snapshot, signed_by, unix_now};
 use crate::state::Host;
-use crate::strangers;
 
 /// A refusal in a secret step leaves at a multiple of this after the request's arrival, so that its time tells nothing
 /// of the step that failed. Honest callers do not meet it.

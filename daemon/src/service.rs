@@ -18,21 +18,21 @@ use ring::digest;
 use tokio::sync::Notify;
 
 use crate::admission::Admission;
-use crate::attest::baselines::Baselines;
-use crate::attest::evidence::EvidenceStore;
-use crate::attest::health_cache::HealthCache;
-use crate::attest::issued::RecentlyIssued;
-use crate::attest::sessions::Sessions;
+use crate::admission::bodies::Bodies;
 use crate::attest::signer::{Signers, Unreadable};
-use crate::bodies::Bodies;
 use crate::config::Config;
-use crate::keys::Keys;
 use crate::observe::audit::{self, Audit, Class, Entry};
 use crate::observe::history::History;
 use crate::observe::metrics;
+use crate::registry::baselines::Baselines;
+use crate::registry::evidence::EvidenceStore;
+use crate::registry::health_cache::HealthCache;
+use crate::registry::issued::RecentlyIssued;
+use crate::registry::keys::Keys;
+use crate::registry::tpm_sessions::Sessions;
+use crate::registry::usage::{Usage, UsageError};
 use crate::request::Attempt;
 use crate::state::{Host, HostKind, State, StateError};
-use crate::usage::{Usage, UsageError};
 
 /// How long the daemon's own work (the metadata document, an attestation signer) may take at the HSMs.
 pub const OWN_DEADLINE: Duration = Duration::from_secs(10);

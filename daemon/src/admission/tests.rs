@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use tokio::sync::oneshot;
 use tokio::task::{JoinSet, yield_now};
 
-use super::queue::{Arrival, Queue};
+use super::fair_queue::{Arrival, Queue};
 use super::turns::Waiter;
 use super::*;
 use crate::config::{Attest, Release, Server};

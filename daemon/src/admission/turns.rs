@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use claviger_hsm::standstill;
 use tokio::sync::oneshot;
 
-use super::queue::{Arrival, Queue, Ticket, Turn};
+use super::fair_queue::{Arrival, Queue, Ticket, Turn};
 use super::{Declined, Dropped, HostAt, Load};
 use crate::request::Caller;
 

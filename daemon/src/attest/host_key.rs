@@ -9,14 +9,14 @@ use claviger_protocol::health::{self, ResultType};
 use claviger_protocol::work::Work;
 use data_encoding::HEXLOWER;
 
-use super::issued::IssuedFor;
 use super::issuing::{Issued, Refused, signed, unavailable};
 use crate::admission::HostAt;
-use crate::keys::Key;
+use crate::admission::strangers;
+use crate::registry::issued::IssuedFor;
+use crate::registry::keys::Key;
 use crate::request::Attempt;
 use crate::service::{Service, unix_now};
 use crate::state::Host;
-use crate::strangers;
 
 /// Largest attestation, in bytes, that is read from an address over its rate. An honest one has about 3,000.
 const LARGE: usize = 16 * 1024;

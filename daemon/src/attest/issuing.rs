@@ -10,11 +10,11 @@ use claviger_protocol::certificate::{BuildError, ToBeSigned};
 use claviger_protocol::tpm::policy::Policy;
 use data_encoding::BASE64;
 
-use super::baselines::BaselineId;
-use super::issued::IssuedFor;
 use crate::admission::{Declined, Dropped};
-use crate::keys::Key;
 use crate::observe::log_throttle::Throttle;
+use crate::registry::baselines::BaselineId;
+use crate::registry::issued::IssuedFor;
+use crate::registry::keys::Key;
 use crate::request::Attempt;
 use crate::service::Service;
 use crate::state::Host;

@@ -14,7 +14,7 @@ use claviger_protocol::health::{self, LIFETIME_SECONDS};
 use claviger_protocol::pkcs7;
 use claviger_protocol::rsa_key::{KeyError, RsaPrivateKey, RsaPublicKey};
 
-use crate::keys::Key;
+use crate::registry::keys::Key;
 use crate::service::{ChangeError, OWN_DEADLINE, Service, unix_now};
 use crate::state::{self, NewSigner, StateError};
 

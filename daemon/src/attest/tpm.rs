@@ -29,17 +29,17 @@ use claviger_protocol::tpm::state::{LIFETIME_SECONDS, State, StateId};
 use claviger_protocol::work::Work;
 use data_encoding::{BASE64, HEXLOWER};
 
-use super::baselines::BaselineId;
-use super::evidence::Evidence;
 use super::issuing::{Issued, Refused, signed, unavailable};
 use crate::admission::HostAt;
+use crate::admission::strangers;
 use crate::intake;
 use crate::observe::log_throttle::Throttle;
 use crate::observe::metrics;
+use crate::registry::baselines::BaselineId;
+use crate::registry::evidence::Evidence;
 use crate::request::Attempt;
 use crate::service::{Service, Snapshot, unix_now};
 use crate::state::Host;
-use crate::strangers;
 
 /// Largest step 2, in bytes, that is read from an address over its rate; most of it is the boot log.
 const LARGE: usize = intake::SMALL_TPM_BODY;

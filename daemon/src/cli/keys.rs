@@ -10,7 +10,7 @@ use zeroize::Zeroizing;
 use super::{Failure, Target, ask, labels, pfx, print, secret, table, text, warn};
 use crate::commands::{Command, Secret};
 use crate::files::{self, Existing};
-use crate::keys::EXPIRES_SOON;
+use crate::registry::keys::EXPIRES_SOON;
 use crate::service::unix_now;
 use crate::state::{Kind, Labels};
 use crate::sys::print::{note, say};

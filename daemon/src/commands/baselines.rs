@@ -14,8 +14,8 @@ use serde_json::Value;
 
 use super::{Change, read};
 use crate::admin::Peer;
-use crate::attest::baselines::until_next_second;
-use crate::attest::evidence::Evidence;
+use crate::registry::baselines::until_next_second;
+use crate::registry::evidence::Evidence;
 use crate::service::{Service, unix_now};
 use crate::state::{self, Host, State, check_baseline_name, check_host_name};
 

@@ -19,10 +19,10 @@ use zeroize::Zeroizing;
 use super::{Change, Secret, hsm, read};
 use crate::admin::Peer;
 use crate::attest::signer::private_parts;
-use crate::keys::{Key, RSA_BITS, SERVER_AUTHENTICATION, key_ref};
+use crate::registry::keys::{Key, RSA_BITS, SERVER_AUTHENTICATION, key_ref};
+use crate::registry::usage::{DAYS, Releases};
 use crate::service::{OWN_DEADLINE, Service, unix_now};
 use crate::state::{self, Kind, Labels, NewCertificate, State};
-use crate::usage::{DAYS, Releases};
 
 /// How long a member has to say whether it has a key.
 const PATIENCE: Duration = Duration::from_secs(5);

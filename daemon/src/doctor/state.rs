@@ -6,7 +6,7 @@ use claviger_protocol::certificate::Certificate;
 use super::Finding;
 use crate::attest::endorsement::vendor_roots;
 use crate::config::{AttestMode, Config};
-use crate::keys::{EXPIRES_SOON, Key};
+use crate::registry::keys::{EXPIRES_SOON, Key};
 use crate::state::{self, Kind, State, StateError};
 
 /// A key that every member has to have, and an operation that shows it.

@@ -23,8 +23,8 @@ use zeroize::Zeroizing;
 
 use super::hsm::{DecryptError, Hsm, Unavailable};
 use crate::config::Config;
-use crate::keys::key_ref;
 use crate::lab::self_signed;
+use crate::registry::keys::key_ref;
 use crate::service::{self, Service, unix_now};
 use crate::state::{Kind, Labels, NewCertificate, NewSigner};
 

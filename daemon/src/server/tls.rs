@@ -14,7 +14,7 @@ use x509_parser::prelude::{FromDer, X509Certificate, X509Version};
 
 use crate::config::Tls;
 use crate::files::{self, FileError};
-use crate::keys::short_name;
+use crate::registry::keys::short_name;
 use crate::trust::{self, AuthorityError};
 
 /// What new connections are served with; it can be changed at any time.

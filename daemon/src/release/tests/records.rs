@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::os::unix::fs::symlink;
 
 use super::*;
-use crate::keys::key_ref;
 use crate::observe::audit::SUCCESS;
+use crate::registry::keys::key_ref;
 use crate::service::testing::trail;
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use ring::digest;
@@ -211,7 +211,7 @@ async fn each_outcome_is_counted_under_its_own_labels() {
     let expected =
         expected.map(|(outcome, count)| (format!("{{outcome=\"{outcome}\",api=\"v2.0\"}}"), count.to_owned()));
     assert_eq!(counters(&handle, "claviger_releases_total"), BTreeMap::from(expected));
-    let certificate = crate::keys::short_name(stage.guardian().encryption_certificate.der());
+    let certificate = crate::registry::keys::short_name(stage.guardian().encryption_certificate.der());
     let keys = BTreeMap::from([(format!("{{certificate=\"{certificate}\"}}"), "2".to_owned())]);
     assert_eq!(counters(&handle, "claviger_key_releases_total"), keys);
     let classes = counters(&handle, "claviger_release_duration_seconds_count");

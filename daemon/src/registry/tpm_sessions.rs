@@ -33,7 +33,7 @@ struct Used {
 
 /// Exclusive use of a State. Dropping it without [`Claim::spend`] makes the State unused again.
 #[derive(Debug)]
-pub(super) struct Claim<'a> {
+pub(crate) struct Claim<'a> {
     sessions: &'a Sessions,
     id: StateId,
     is_spent: bool,
@@ -49,17 +49,17 @@ impl Sessions {
     }
 
     /// The key that seals States.
-    pub(super) fn key(&self) -> &StateKey {
+    pub(crate) fn key(&self) -> &StateKey {
         &self.key
     }
 
     /// Whether a State has served a certificate, or is claimed.
-    pub(super) fn is_used(&self, id: &StateId) -> bool {
+    pub(crate) fn is_used(&self, id: &StateId) -> bool {
         self.used().until.contains_key(id)
     }
 
     /// Claims a State that is valid up to and including `ends`. `None` if it has expired by `now`, is used, or is claimed.
-    pub(super) fn claim(&self, id: StateId, ends: i64, now: i64) -> Option<Claim<'_>> {
+    pub(crate) fn claim(&self, id: StateId, ends: i64, now: i64) -> Option<Claim<'_>> {
         let mut used = self.used();
         // An expired State may have been purged: its absence from the map does not mean that it was never used.
         if ends < now || used.until.contains_key(&id) {
@@ -80,7 +80,7 @@ impl Sessions {
 
 impl Claim<'_> {
     /// Marks the State as used until it expires.
-    pub(super) fn spend(mut self) {
+    pub(crate) fn spend(mut self) {
         self.is_spent = true;
     }
 }

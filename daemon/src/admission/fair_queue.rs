@@ -7,7 +7,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::pace::Pace;
+use super::wait_estimate::Pace;
 use super::{Dropped, HostAt};
 use crate::request::Network;
 

@@ -1,0 +1,9 @@
+//! What requests read: snapshots of the state, and what is remembered from one request to the next.
+
+pub mod baselines;
+pub mod evidence;
+pub mod health_cache;
+pub mod issued;
+pub mod keys;
+pub mod tpm_sessions;
+pub mod usage;
