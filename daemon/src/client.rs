@@ -16,7 +16,7 @@ use rustls::pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::TlsConnector;
 
-use crate::server::{BodyError, Pace, UpTo, read_body};
+use crate::http::body::{BodyError, Pace, UpTo, read_body};
 use crate::trust::{self, AuthorityError, TlsFault};
 
 /// Largest answer that is read, in octets.
@@ -323,7 +323,7 @@ fn tls_config(ca: &Path) -> Result<ClientConfig, ClientError> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::server::{Limits, Listener, Peer, run};
+    use crate::http::server::{Limits, Listener, Peer, run};
     use http_body_util::BodyExt;
     use hyper::body::Incoming;
     use hyper::service::service_fn;

@@ -17,12 +17,13 @@ use hyper::{Method, Request, Response};
 use tokio::time::MissedTickBehavior;
 
 use self::verdict::judge;
+use crate::http::routes::Answer;
+use crate::http::server::Blocked;
+use crate::http::tls::SharedTls;
 use crate::observe::history::INTERVAL;
 use crate::observe::metrics::{self, Handle, Readings};
 use crate::ready::Readiness;
 use crate::registry::keys::short_name;
-use crate::routes::Answer;
-use crate::server::{Blocked, SharedTls};
 use crate::service::{Service, request_id, unix_now};
 use crate::sys::process;
 

@@ -13,7 +13,8 @@ use std::path::Path;
 use crate::admin;
 use crate::config::{Config, PinError};
 use crate::files::FileError;
-use crate::server::{TlsError, bind_socket, tls_config};
+use crate::http::server::bind_socket;
+use crate::http::tls::{TlsError, tls_config};
 use crate::sys::process;
 
 /// Something that has to be changed before the daemon can start.

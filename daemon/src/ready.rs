@@ -8,8 +8,8 @@ use claviger_hsm::{MemberState, standstill};
 use tokio::sync::Mutex;
 use tokio::task::{JoinHandle, JoinSet};
 
+use crate::http::server::Blocked;
 use crate::request::Attempt;
-use crate::server::Blocked;
 use crate::service::{Service, request_id};
 
 /// An answer is good for this long; many askers cost the HSMs one probe.

@@ -17,9 +17,9 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::config::{Config, Hsm};
 use crate::daemon::{member, member_queue};
+use crate::http::tls::{SharedTls, tls_config};
 use crate::notify;
 use crate::observe::metrics;
-use crate::server::{SharedTls, tls_config};
 use crate::service::Service;
 
 /// How long members that go wait until one of those that stay serves.

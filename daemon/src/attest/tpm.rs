@@ -32,7 +32,7 @@ use data_encoding::{BASE64, HEXLOWER};
 use super::issuing::{Issued, Refused, signed, unavailable};
 use crate::admission::HostAt;
 use crate::admission::strangers;
-use crate::intake;
+use crate::http::intake;
 use crate::observe::log_throttle::Throttle;
 use crate::observe::metrics;
 use crate::registry::baselines::BaselineId;

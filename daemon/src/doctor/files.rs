@@ -13,7 +13,7 @@ use time::format_description::well_known::Rfc3339;
 use super::Finding;
 use super::state::expiry;
 use crate::config::Config;
-use crate::server::{Doubt, tls_config};
+use crate::http::tls::{Doubt, tls_config};
 use crate::sys::ownership::{self, Untrusted};
 
 /// Free space on the disk below which it is time to do something, and below which it is too late.

@@ -19,7 +19,7 @@ use ::metrics::{SharedString, Unit, counter, describe_counter, describe_histogra
 use claviger_hsm::Event;
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 
-use crate::server::Cut;
+use crate::http::server::Cut;
 
 pub use gauges::{CONTENT_TYPE, Readings};
 

@@ -11,11 +11,9 @@
 //! [`connection`](self) is one connection's life; what it has to know of its requests is in `activity`.
 
 mod activity;
-mod body;
 mod connection;
 #[cfg(test)]
 mod tests;
-mod tls;
 
 use std::convert::Infallible;
 use std::future::Future;
@@ -35,13 +33,12 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, mpsc, watch};
 use tokio::time::Instant;
 
 use self::activity::{Activity, Reading};
+use crate::http::tls::SharedTls;
 use crate::observe::log_throttle::Throttle;
 use crate::request::Network;
 use crate::sys::places::{self, NoPlace, Places};
 
 pub(crate) use self::activity::Cut;
-pub use self::body::{BodyError, Intake, Pace, UpTo, read_body};
-pub use self::tls::{Doubt, ServerTls, SharedTls, TlsError, tls_config};
 
 /// Most connections that the kernel holds for us before we accept them; it may itself allow fewer (`somaxconn`).
 const BACKLOG: u32 = 4096;

@@ -6,10 +6,10 @@ use claviger_protocol::error::{Code, Refusal};
 use crate::admission::bodies::{NoRoom, Room};
 use crate::admission::{Declined, HostAt};
 use crate::config::AttestMode;
+use crate::http::body::{BodyError, Intake};
 use crate::observe::metrics;
 use crate::release::healthy_host;
 use crate::request::Attempt;
-use crate::server::{BodyError, Intake};
 use crate::service::Service;
 
 /// Largest body of a single request, in bytes, and of a batch whose health certificate was not found right yet.
@@ -33,7 +33,7 @@ pub fn refusals() -> Vec<&'static str> {
     NoRoom::ALL.iter().map(|reason| reason.as_str()).chain([SLOW, TOO_LARGE, UNPROVEN]).collect()
 }
 
-/// Counts what [`read_body`](crate::server::read_body) found by itself.
+/// Counts what [`read_body`](crate::http::body::read_body) found by itself.
 pub(crate) fn count(error: BodyError) {
     match error {
         BodyError::TooLarge => metrics::body_refused(TOO_LARGE),

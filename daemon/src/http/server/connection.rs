@@ -23,7 +23,8 @@ use tokio::time::Instant;
 use tokio_rustls::TlsAcceptor;
 
 use super::activity::{Activity, Answer, Cut, Due, InProgress, Watched, unread};
-use super::{BoxError, Limits, Origin, Peer, Phase, SharedTls, Slot};
+use super::{BoxError, Limits, Origin, Peer, Phase, Slot};
+use crate::http::tls::SharedTls;
 use crate::request::ClientCertificate;
 
 /// Largest header of a request, in bytes; also how much of a body is read, and of an answer is buffered, at once. Every

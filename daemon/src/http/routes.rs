@@ -24,14 +24,15 @@ use crate::attest::issuing::Refused;
 use crate::attest::tpm;
 use crate::batch;
 use crate::config::AttestMode;
-use crate::intake::{self, Taking};
+use crate::http::body::{BodyError, Pace, read_body};
+use crate::http::intake::{self, Taking};
+use crate::http::server::{Origin, Peer};
 use crate::observe::audit::{Decision, NOT_RECORDED, SUCCESS};
 use crate::observe::log_throttle::Throttle;
 use crate::observe::metrics;
 use crate::registry::issued::IssuedFor;
 use crate::release::{self, decide};
 use crate::request::{Attempt, Caller, ClientCertificate, Network};
-use crate::server::{BodyError, Origin, Pace, Peer, read_body};
 use crate::service::{Service, request_id, unix_now};
 
 /// Seconds after which a caller that was told 429 or 503 may come again, where nothing better is known.

@@ -1,0 +1,8 @@
+//! HTTP: connections and their limits, TLS, bodies, and the table of the protocol's resources. What answers a request does not know
+//! that it came by HTTP.
+
+pub mod body;
+pub mod intake;
+pub mod routes;
+pub mod server;
+pub mod tls;
