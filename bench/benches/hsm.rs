@@ -5,7 +5,7 @@
 
 use std::time::{Duration, Instant};
 
-use claviger::daemon::member;
+use claviger::run::daemon::member;
 use claviger_bench::ceiling::{Settings, Stage};
 use claviger_hsm::policy::pick::{Candidate, Tiers, pick};
 use claviger_hsm::{CallTimeouts, Cluster};

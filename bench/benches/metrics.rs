@@ -9,11 +9,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use claviger::daemon::{member, member_queue};
 use claviger::observe::history::History;
 use claviger::observe::metrics::{self, Class};
 use claviger::release::roll;
 use claviger::request::Attempt;
+use claviger::run::daemon::{member, member_queue};
 use claviger::service::{Service, request_id};
 use claviger::sys::process;
 use claviger_bench::ceiling::{Figure, Settings, Stage};

@@ -6,9 +6,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use claviger::daemon::load_cluster;
 use claviger::release::roll;
 use claviger::request::Attempt;
+use claviger::run::daemon::load_cluster;
 use claviger::service::{Service, request_id};
 use claviger::sys::process;
 use claviger_bench::ceiling::{Settings, Stage};

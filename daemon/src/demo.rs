@@ -14,9 +14,9 @@ use claviger_protocol::rsa_key::RsaPrivateKey;
 
 use crate::client::Client;
 use crate::config::AttestMode;
-use crate::daemon::Daemon;
 use crate::host::{Host, HostError};
 use crate::lab::{HOST_NAME, Lab};
+use crate::run::daemon::Daemon;
 use crate::sys::print::say;
 
 /// How long the daemon may take to get ready: the attestation signer's key has to be made.

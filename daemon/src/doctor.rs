@@ -15,7 +15,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::config::Config;
-use crate::preflight;
+use crate::run::preflight;
 use crate::service::{Service, unix_now};
 use crate::sys::print::say;
 

@@ -8,6 +8,7 @@
 //! A release goes by one snapshot of the settings and the registry from its start to its end. What an administrator
 //! withdraws meanwhile is found when the decision is recorded: a grant leaves only if it still holds then.
 
+pub mod batch;
 mod decision;
 pub mod hsm;
 #[cfg(any(test, feature = "testing"))]

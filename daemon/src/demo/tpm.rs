@@ -16,10 +16,10 @@ use super::{Checks, Failure, release};
 use crate::admin::Peer;
 use crate::client::Client;
 use crate::commands;
-use crate::daemon::Daemon;
 use crate::host::tpm::{self, TpmPlace};
 use crate::host::{Host, HostError, Proof};
 use crate::lab::Lab;
+use crate::run::daemon::Daemon;
 use crate::sys::print::say;
 
 /// The host whose TPM this is.

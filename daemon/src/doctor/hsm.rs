@@ -19,7 +19,7 @@ use super::Finding;
 use super::state::{self, Registered};
 use crate::admin;
 use crate::config::{Config, Hsm};
-use crate::daemon::member;
+use crate::run::daemon::member;
 use crate::service::{Service, unix_now};
 
 /// How long an HSM may take to be examined. A login at a network HSM takes seconds, and there may be many keys.

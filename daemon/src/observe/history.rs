@@ -172,7 +172,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::monitor::testing::member;
+    use crate::status::testing::member;
 
     #[test]
     fn a_point_says_what_happened_in_its_interval() {

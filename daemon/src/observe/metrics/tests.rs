@@ -4,7 +4,7 @@
 
 use super::*;
 use crate::admission::Load;
-use crate::monitor::testing::member;
+use crate::status::testing::member;
 use claviger_hsm::{MemberState, MemberStatus};
 use std::collections::BTreeSet;
 use std::time::SystemTime;

@@ -2,7 +2,7 @@
 //! address's bucket for strangers.
 
 use super::*;
-use crate::batch;
+use crate::release::batch;
 use claviger_protocol::batch::BatchRequest;
 use claviger_protocol::protector::MAX_PROTECTOR;
 

@@ -1,8 +1,8 @@
 //! A release goes by what was in force when it began; only what was withdrawn meanwhile keeps its answer from leaving.
 
 use super::*;
-use crate::batch;
 use crate::config::AttestMode;
+use crate::release::batch;
 use claviger_protocol::batch::BatchRequest;
 use claviger_protocol::tpm::pcr::PcrValues;
 use tokio::task::yield_now;

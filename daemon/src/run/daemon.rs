@@ -14,6 +14,7 @@ use hyper::service::service_fn;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
+use super::systemd;
 use crate::admin::{AdminError, AdminSocket, REVIEW_LIMIT};
 use crate::admission;
 use crate::admission::Dropped;
@@ -24,12 +25,11 @@ use crate::http::intake;
 use crate::http::routes;
 use crate::http::server::{self, Drained, Limits, Listener};
 use crate::http::tls::{SharedTls, TlsError, tls_config};
-use crate::monitor::{self, Monitor};
-use crate::notify;
 use crate::observe::audit::keeper;
 use crate::observe::metrics;
 use crate::release;
 use crate::service::{Service, ServiceError, observer, unix_now};
+use crate::status::{self, Monitor};
 use crate::sys::places::LEAVING;
 use crate::sys::process;
 
@@ -215,7 +215,7 @@ impl Daemon {
 
         let monitor = Arc::new(Monitor::new(service.clone(), handle, tls.clone(), limits.max_connections, blocked));
         let of = monitor.clone();
-        let handler = service_fn(move |request| monitor::serve(of.clone(), request));
+        let handler = service_fn(move |request| status::serve(of.clone(), request));
         let of = service.clone();
         let commands = move |request, peer| commands::handle(of.clone(), request, peer);
         let admin = tokio::spawn(admin.serve(commands, wait(stopped.clone())));
@@ -227,8 +227,8 @@ impl Daemon {
             tokio::spawn(follow_state(service.clone())),
             tokio::spawn(keeper::sum_up(service.clone())),
             tokio::spawn(keeper::sign(service.clone())),
-            tokio::spawn(notify::watchdog()),
-            tokio::spawn(monitor::watch(monitor)),
+            tokio::spawn(systemd::watchdog()),
+            tokio::spawn(status::watch(monitor)),
             // Until the very end: an operator wants to see a stop that takes long.
             tokio::spawn(async move {
                 let limits = metrics_limits(limits);

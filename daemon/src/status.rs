@@ -1,6 +1,7 @@
 //! The metrics listener, for those who watch: a page for people at `/`, `/metrics` for Prometheus, `/live` and `/ready`.
 
 mod page;
+pub mod readiness;
 mod verdict;
 
 use std::convert::Infallible;
@@ -16,13 +17,13 @@ use hyper::header::{CONTENT_SECURITY_POLICY, HeaderValue};
 use hyper::{Method, Request, Response};
 use tokio::time::MissedTickBehavior;
 
+use self::readiness::Readiness;
 use self::verdict::judge;
 use crate::http::routes::Answer;
 use crate::http::server::Blocked;
 use crate::http::tls::SharedTls;
 use crate::observe::history::INTERVAL;
 use crate::observe::metrics::{self, Handle, Readings};
-use crate::ready::Readiness;
 use crate::registry::keys::short_name;
 use crate::service::{Service, request_id, unix_now};
 use crate::sys::process;

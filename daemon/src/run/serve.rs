@@ -11,12 +11,12 @@ use claviger_process::signals::{Hangup, Starting};
 use claviger_process::threads;
 use tokio::time::timeout;
 
+use super::daemon::{Daemon, load_cluster};
+use super::{preflight, reload, systemd};
 use crate::cli::Failure;
 use crate::config::Config;
-use crate::daemon::{Daemon, load_cluster};
 use crate::observe::log;
 use crate::sys::process;
-use crate::{notify, preflight, reload};
 
 /// Threads of a daemon beside the runtime's and those of its members: the audit trail's, and one to announce its addresses.
 const OWN_THREADS: usize = 2;
@@ -94,7 +94,7 @@ async fn serve(file: PathBuf, config: Config, cluster: Cluster, starting: &Start
     reloading.abort();
     tracing::info!(signal, "stopping");
     let stopped = tokio::spawn(async {
-        tokio::join!(notify::stopping(), daemon.stop());
+        tokio::join!(systemd::stopping(), daemon.stop());
     });
     timeout(drain + STOP_MARGIN, stopped).await.map_err(|_| "the daemon did not stop in time")??;
     Ok(())
@@ -109,7 +109,7 @@ fn follow(
 ) -> impl Future<Output = ()> + Send + 'static {
     let (service, tls) = (daemon.service.clone(), daemon.tls.clone());
     async move {
-        notify::ready().await;
+        systemd::ready().await;
         reload::follow(hangups, hangup, file, service, tls).await;
     }
 }

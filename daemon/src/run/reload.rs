@@ -15,10 +15,10 @@ use claviger_process::signals::Hangup;
 use serde_json::Value;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
+use super::daemon::{member, member_queue};
+use super::systemd;
 use crate::config::{Config, Hsm};
-use crate::daemon::{member, member_queue};
 use crate::http::tls::{SharedTls, tls_config};
-use crate::notify;
 use crate::observe::metrics;
 use crate::service::Service;
 
@@ -43,14 +43,14 @@ pub async fn follow(mut hangups: Signal, hangup: Hangup, file: PathBuf, service:
                 None => return,
             }
         }
-        notify::reloading().await;
+        systemd::reloading().await;
         if let Err(error) = service.audit.reopen().await {
             tracing::error!(%error, "the audit trail cannot be opened again");
         }
         if let Err(error) = reload(&file, &service, tls.as_ref()).await {
             tracing::error!(error, "the configuration was not reloaded; the daemon goes on with the old one");
         }
-        notify::ready().await;
+        systemd::ready().await;
     }
 }
 
