@@ -22,7 +22,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use crate::admin;
-use crate::commands::Command;
+use crate::admin::handlers::Command;
 use crate::config::Config;
 use crate::registry::keys::RSA_BITS;
 use crate::state::{Labels, StateError};

@@ -10,7 +10,6 @@ pub mod admission;
 pub mod attest;
 pub mod cli;
 pub mod client;
-pub mod commands;
 pub mod config;
 pub mod demo;
 pub mod doctor;

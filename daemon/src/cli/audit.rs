@@ -7,7 +7,7 @@ use claviger_protocol::certificate::Certificate;
 use serde_json::json;
 
 use super::{Failure, Target, ask, print, text};
-use crate::commands::Command;
+use crate::admin::handlers::Command;
 use crate::config::Config;
 use crate::files;
 use crate::observe::audit::verify::{Report, Verifier, first_number, open};

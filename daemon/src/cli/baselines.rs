@@ -7,7 +7,7 @@ use data_encoding::BASE64;
 use serde::Deserialize;
 
 use super::{Failure, Target, ask, date, print, table, text, tree};
-use crate::commands::{Checked, Command, Compared, MeasuredEvent, Pcrs, ShownBaseline};
+use crate::admin::handlers::{Checked, Command, Compared, MeasuredEvent, Pcrs, ShownBaseline};
 use crate::files;
 use crate::sys::print::say;
 
@@ -290,7 +290,7 @@ fn capture_command(checked: &Checked, target: &Target) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::commands::Differs;
+    use crate::admin::handlers::Differs;
 
     fn event(pcr: usize, is_new: Option<bool>) -> MeasuredEvent {
         MeasuredEvent { pcr, digest: "00".repeat(32), event: "EV_IPL initrd".to_owned(), is_new }

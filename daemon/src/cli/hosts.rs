@@ -9,7 +9,7 @@ use serde::Deserialize;
 
 use super::baselines::say_checked;
 use super::{Failure, Target, ask, labels, print, table, text};
-use crate::commands::{Checked, Command};
+use crate::admin::handlers::{Checked, Command};
 use crate::files;
 use crate::state::Labels;
 use crate::sys::print::say;

@@ -8,7 +8,7 @@ use serde_json::Value;
 use zeroize::Zeroizing;
 
 use super::{Failure, Target, ask, labels, pfx, print, secret, table, text, warn};
-use crate::commands::{Command, Secret};
+use crate::admin::handlers::{Command, Secret};
 use crate::files::{self, Existing};
 use crate::registry::keys::EXPIRES_SOON;
 use crate::service::unix_now;

@@ -9,7 +9,7 @@ use serde_json::Value;
 use zeroize::Zeroizing;
 
 use super::{Failure, Target, ask, print, secret, warn};
-use crate::commands::{Command, Document};
+use crate::admin::handlers::{Command, Document};
 use crate::files::{self, Existing};
 use crate::sys::print::say;
 

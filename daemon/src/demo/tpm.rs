@@ -14,8 +14,8 @@ use serde_json::{Value, json};
 
 use super::{Checks, Failure, release};
 use crate::admin::Peer;
+use crate::admin::handlers;
 use crate::client::Client;
-use crate::commands;
 use crate::host::tpm::{self, TpmPlace};
 use crate::host::{Host, HostError, Proof};
 use crate::lab::Lab;
@@ -153,5 +153,5 @@ pub(super) async fn play(
 async fn administer(daemon: &Daemon, command: Value) -> Result<Value, Failure> {
     let uid = rustix::process::geteuid().as_raw();
     let pid = rustix::process::getpid().as_raw_nonzero().get();
-    Ok(commands::handle(daemon.service.clone(), command, Peer { uid, pid: Some(pid) }).await?)
+    Ok(handlers::handle(daemon.service.clone(), command, Peer { uid, pid: Some(pid) }).await?)
 }

@@ -93,7 +93,7 @@ fn since_1970() -> Duration {
 mod tests {
     use super::*;
     use crate::admin::Peer;
-    use crate::commands;
+    use crate::admin::handlers;
     use crate::service::unix_now;
     use claviger_protocol::tpm::pcr::PcrValues;
     use serde_json::json;
@@ -130,14 +130,14 @@ mod tests {
         let peer = Peer { uid: 0, pid: None };
         let zero = "0".repeat(64);
         let add = json!({"command": "baselines.add", "name": "a", "pcrs": {"0": zero, "4": zero, "7": zero}});
-        commands::handle(service.clone(), add.clone(), peer).await.unwrap();
+        handlers::handle(service.clone(), add.clone(), peer).await.unwrap();
         let issued = unix_now();
         assert!(service.baselines.load().allow("a", issued));
         // Both commands would fit into the second of the certificate.
         let remove = json!({"command": "baselines.remove", "name": "a"});
-        commands::handle(service.clone(), remove, peer).await.unwrap();
+        handlers::handle(service.clone(), remove, peer).await.unwrap();
         assert!(!service.baselines.load().allow("a", issued));
-        commands::handle(service.clone(), add, peer).await.unwrap();
+        handlers::handle(service.clone(), add, peer).await.unwrap();
         assert!(service.baselines.load().allow("a", unix_now()));
         assert!(!service.baselines.load().allow("a", issued));
     }

@@ -15,11 +15,11 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use super::systemd;
+use crate::admin::handlers;
 use crate::admin::{AdminError, AdminSocket, REVIEW_LIMIT};
 use crate::admission;
 use crate::admission::Dropped;
 use crate::attest::signer::Keeper;
-use crate::commands;
 use crate::config::{Config, Hsm, PinError, TokenName};
 use crate::http::intake;
 use crate::http::routes;
@@ -217,10 +217,10 @@ impl Daemon {
         let of = monitor.clone();
         let handler = service_fn(move |request| status::serve(of.clone(), request));
         let of = service.clone();
-        let commands = move |request, peer| commands::handle(of.clone(), request, peer);
+        let commands = move |request, peer| handlers::handle(of.clone(), request, peer);
         let admin = tokio::spawn(admin.serve(commands, wait(stopped.clone())));
         let of = service.clone();
-        let commands = move |request, peer| commands::review(of.clone(), request, peer);
+        let commands = move |request, peer| handlers::review(of.clone(), request, peer);
         let review = tokio::spawn(review.serve(commands, wait(stopped)));
         let others = vec![
             tokio::spawn(Keeper::new(service.clone()).run()),

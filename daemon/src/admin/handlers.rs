@@ -4,7 +4,6 @@ mod baselines;
 mod hosts;
 mod hsm;
 mod keys;
-mod secret;
 mod signers;
 mod transfer;
 
@@ -19,8 +18,8 @@ use crate::request::Attempt;
 use crate::service::{ChangeError, Service, request_id};
 use crate::state::{Kind, Labels, State, StateError, check_host_name};
 
+pub use super::secret::Secret;
 pub use baselines::{Checked, Compared, Differs, MeasuredEvent, Pcrs, PolicyShown, Shown as ShownBaseline};
-pub use secret::Secret;
 pub use signers::{Revoked, Rotated, Shown, Standing};
 pub use transfer::Document;
 
