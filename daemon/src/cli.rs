@@ -1,21 +1,17 @@
-//! The command line: what is asked of a running daemon, and how the answers look. [`guardian`] and [`protector`] are the
+//! The command line: what is asked of a running daemon, and how the answers look. [`tenant`] has the
 //! tenant's commands, which ask nobody and work on files.
 
 pub mod audit;
 mod baselines;
-pub mod guardian;
 pub mod host;
 mod hosts;
 mod hsm;
 mod keys;
-mod own_guardian;
 pub mod pfx;
-pub mod protector;
 mod secret;
 mod signers;
+pub mod tenant;
 pub mod transfer;
-mod tree;
-pub mod trust;
 
 use std::path::{Path, PathBuf};
 
@@ -115,7 +111,7 @@ fn table(rows: &Value, columns: &[(&str, &str)]) {
     let rows = rows.as_array().map(Vec::as_slice).unwrap_or_default();
     let mut lines = vec![columns.iter().map(|(title, _)| (*title).to_owned()).collect::<Vec<_>>()];
     // What others made, such as a certificate's subject, must not move the cursor.
-    let cell = |row, field| tree::plain(&text(row, field)).replace('\n', " ");
+    let cell = |row, field| tenant::render::plain(&text(row, field)).replace('\n', " ");
     lines.extend(rows.iter().map(|row| columns.iter().map(|(_, field)| cell(row, field)).collect()));
     let widths: Vec<usize> =
         (0..columns.len()).map(|at| lines.iter().map(|line| line[at].chars().count()).max().unwrap_or(0)).collect();

@@ -133,13 +133,13 @@ enum Command {
     Host(cli::host::Command),
     /// For tenants: make an own guardian, import those of services
     #[command(subcommand, after_help = "Example: claviger guardian new acme --name 'Acme Ltd'")]
-    Guardian(cli::guardian::Guardian),
+    Guardian(cli::tenant::guardian::Guardian),
     /// For tenants: make, show, check, change and open key protectors
     #[command(
         subcommand,
         after_help = "Example: claviger protector new --owner acme --guardian hgs --out vm.xml --key vm.key"
     )]
-    Protector(cli::protector::Protector),
+    Protector(cli::tenant::protector::Protector),
     /// Serve one HSM, as a process that the daemon starts
     #[command(hide = true)]
     HsmWorker,
@@ -292,8 +292,8 @@ fn run(command: Command, starting: Option<Starting>) -> Result<ExitCode, Failure
         }
         Command::Hsm(command) => threads::single_thread()?.block_on(cli::hsm(command)).map(|()| ExitCode::SUCCESS),
         Command::Audit(command) => threads::single_thread()?.block_on(cli::audit::run(command)),
-        Command::Guardian(command) => threads::small_runtime()?.block_on(cli::guardian::run(command)),
-        Command::Protector(command) => cli::protector::run(command),
+        Command::Guardian(command) => threads::small_runtime()?.block_on(cli::tenant::guardian::run(command)),
+        Command::Protector(command) => cli::tenant::protector::run(command),
         Command::Keys(command) => {
             // The private key of a PFX passes through.
             process::no_core_dumps()?;

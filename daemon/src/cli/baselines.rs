@@ -6,7 +6,8 @@ use claviger_protocol::tpm::pcr::PcrSet;
 use data_encoding::BASE64;
 use serde::Deserialize;
 
-use super::{Failure, Target, ask, date, print, table, text, tree};
+use super::tenant::render;
+use super::{Failure, Target, ask, date, print, table, text};
 use crate::admin::handlers::{Checked, Command, Compared, MeasuredEvent, Pcrs, ShownBaseline};
 use crate::files;
 use crate::sys::print::say;
@@ -213,7 +214,7 @@ fn line(event: &MeasuredEvent) -> String {
         Some(false) => '-',
     };
     let digest = event.digest.get(..16).unwrap_or(&event.digest);
-    format!("        {sign} {digest}  {}", tree::plain(&event.event))
+    format!("        {sign} {digest}  {}", render::plain(&event.event))
 }
 
 /// What `claviger hosts check` found.

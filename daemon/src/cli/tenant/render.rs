@@ -4,12 +4,13 @@ use claviger_protocol::certificate::Certificate;
 use claviger_protocol::describe::{DescribedSignature, DescribedWrapping, Description, SignatureState};
 use serde_json::{Value, json};
 
-use super::{date, trust};
+use super::pinning;
+use crate::cli::date;
 use crate::service::unix_now;
 use crate::sys::print::say;
 
 /// Text of somebody else's making without what a terminal would obey.
-pub(super) fn plain(text: &str) -> String {
+pub(in crate::cli) fn plain(text: &str) -> String {
     let tame = |c: char| match c {
         '\n' => c.to_string(),
         // Besides controls: what turns the direction of writing, and line ends that are no '\n'.
@@ -37,7 +38,7 @@ pub(super) fn certificate_for_people(certificate: &Certificate) -> String {
         subject(certificate),
         certificate.key().modulus_len() * 8,
         date(certificate.not_after()),
-        trust::thumbprint(certificate)
+        pinning::thumbprint(certificate)
     )
 }
 
@@ -48,7 +49,7 @@ pub(super) fn certificate_json(certificate: &Certificate) -> Value {
         "bits": certificate.key().modulus_len() * 8,
         "not_before": certificate.not_before(),
         "not_after": certificate.not_after(),
-        "thumbprint": trust::thumbprint(certificate),
+        "thumbprint": pinning::thumbprint(certificate),
     })
 }
 

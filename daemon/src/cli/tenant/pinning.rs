@@ -9,7 +9,7 @@ use claviger_protocol::certificate::Certificate;
 use claviger_protocol::metadata::Metadata;
 use data_encoding::{HEXLOWER, HEXLOWER_PERMISSIVE};
 
-use super::Failure;
+use crate::cli::Failure;
 use crate::files::{self, Existing};
 
 /// Largest metadata document that is read, in octets; an honest one has some ten thousand.

@@ -13,7 +13,7 @@ use claviger_protocol::certificate::Certificate;
 use claviger_protocol::owner::Owner;
 use claviger_protocol::rsa_key::RsaPrivateKey;
 
-use super::Failure;
+use crate::cli::Failure;
 use crate::files::{self, Existing};
 use crate::lab::{OWNER_ROLES, self_signed};
 

@@ -11,9 +11,10 @@ use claviger_protocol::owner::{Owner, OwnerError};
 use claviger_protocol::protector::MAX_PROTECTOR;
 use serde_json::json;
 
-use super::tree::{self, Opened, plain};
-use super::trust::{Guardians, Trust, read_metadata};
-use super::{Failure, own_guardian};
+use super::own_guardian;
+use super::pinning::{Guardians, Trust, read_metadata};
+use super::render::{self, Opened, plain};
+use crate::cli::Failure;
 use crate::files::{self, Existing};
 use crate::sys::print::say;
 use crate::sys::process;
@@ -185,7 +186,11 @@ fn execute(command: Protector) -> Result<ExitCode, Failure> {
                 None => Opened::NotTried,
             };
             let description = describe(&octets);
-            if json { say!("{:#}", tree::to_json(&description, &opened)) } else { tree::show(&description, &opened) }
+            if json {
+                say!("{:#}", render::to_json(&description, &opened))
+            } else {
+                render::show(&description, &opened)
+            }
         }
         Protector::Grant { file, owner, guardian, metadata, trust, guardians, out, json } => {
             writable(&[&out])?;
@@ -241,14 +246,14 @@ fn writable(files: &[&Path]) -> Result<(), Failure> {
 fn wrote(protector: &[u8], json: bool, written: &[(&str, &Path)]) {
     let description = describe(protector);
     if json {
-        say!("{:#}", tree::to_json(&description, &Opened::NotTried));
+        say!("{:#}", render::to_json(&description, &Opened::NotTried));
         return;
     }
     for (what, file) in written {
         say!("wrote {} ({what})", file.display());
     }
     for wrapping in &description.wrappings {
-        let subject = wrapping.signing.as_ref().map(tree::certificate_for_people).unwrap_or_default();
+        let subject = wrapping.signing.as_ref().map(render::certificate_for_people).unwrap_or_default();
         let role = if wrapping.is_owner() { "owner" } else { "guardian" };
         say!("  wrapping {}: {role}, {subject}", wrapping.id.unwrap_or_default());
     }
@@ -304,7 +309,7 @@ fn revoke(
     let mut chosen = Vec::new();
     for name in names {
         let metadata = guardians.load(name)?;
-        let signing = super::trust::signing_certificate(&metadata)?;
+        let signing = super::pinning::signing_certificate(&metadata)?;
         chosen.push((name, signing.key().clone(), metadata.encryption_key));
     }
     // Each is judged by itself: with several, one that is not in there would otherwise go unnoticed.
@@ -373,7 +378,7 @@ fn verify(file: &Path, owner: Option<&Path>, json: bool) -> Result<ExitCode, Fai
     };
     match (&problem, json) {
         (_, true) => {
-            let mut said = tree::to_json(&description, &opened);
+            let mut said = render::to_json(&description, &opened);
             said["valid"] = problem.is_none().into();
             if description.verdict.is_ok() {
                 said["problem"] = json!(problem.as_ref().map(|message| json!({ "message": message })));

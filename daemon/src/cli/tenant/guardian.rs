@@ -7,9 +7,10 @@ use claviger_protocol::certificate::Certificate;
 use claviger_protocol::metadata::Metadata;
 use serde_json::{Value, json};
 
-use super::tree::{certificate_for_people, certificate_json, plain};
-use super::trust::{Guardians, MAX_METADATA, Thumbprint, Trust, read_metadata, signing_certificate};
-use super::{Failure, own_guardian, rsa_bits, table};
+use super::own_guardian;
+use super::pinning::{Guardians, MAX_METADATA, Thumbprint, Trust, read_metadata, signing_certificate};
+use super::render::{certificate_for_people, certificate_json, plain};
+use crate::cli::{Failure, rsa_bits, table};
 use crate::client::Client;
 use crate::demo::METADATA;
 use crate::files::{self, Existing};
@@ -193,7 +194,7 @@ fn export(dir: &Path, out: Option<&Path>, certificates: bool) -> Result<(), Fail
         Some(file) => {
             files::write(file, text.as_bytes(), Existing::Keep)?;
             say!("wrote {}; its thumbprint, to be told by another way:", file.display());
-            say!("  {}", super::trust::thumbprint(&owner.signing_certificate));
+            say!("  {}", super::pinning::thumbprint(&owner.signing_certificate));
         }
         None => say!("{}", text.trim_end()),
     }
