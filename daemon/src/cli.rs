@@ -3,6 +3,7 @@
 
 pub mod audit;
 mod baselines;
+pub mod doctor;
 pub mod host;
 mod hosts;
 mod hsm;

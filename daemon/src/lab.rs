@@ -8,6 +8,8 @@
 //! DIR/tenant/           owner-{signing,encryption}.{key,crt}.pem, vm-0001.protector.xml …
 //! ```
 
+pub mod demo;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::net::SocketAddr;

@@ -8,11 +8,10 @@
 pub mod admin;
 pub mod admission;
 pub mod attest;
+pub mod checks;
 pub mod cli;
 pub mod client;
 pub mod config;
-pub mod demo;
-pub mod doctor;
 pub mod files;
 pub mod host;
 pub mod http;

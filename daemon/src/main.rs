@@ -11,14 +11,13 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use clap::{Parser, Subcommand};
-use claviger::cli::{self, Failure};
+use claviger::cli::{self, Failure, doctor};
 use claviger::config::{AttestMode, Config, LogFormat};
-use claviger::lab::{Lab, Tokens};
+use claviger::lab::{Lab, Tokens, demo};
 use claviger::observe::log::{self, LogQueue};
 use claviger::run::daemon::{Daemon, load_cluster};
 use claviger::run::{preflight, serve};
 use claviger::sys::{print, process};
-use claviger::{demo, doctor};
 use claviger_hsm::{Cluster, WorkerProgram};
 use claviger_process::signals::{self, Starting};
 use claviger_process::{arguments, output, threads};

@@ -351,7 +351,7 @@ pub async fn handle(service: Arc<Service>, request: Value, peer: Peer) -> Result
         Command::RemoveKey { certificate, kind, force } => keys::remove(service, &certificate, kind, force, peer).await,
         Command::LimitKey { certificate, kind, labels } => keys::limit(service, &certificate, kind, labels, peer).await,
         Command::Doctor => {
-            let findings = crate::doctor::of_daemon(service).await;
+            let findings = crate::checks::of_daemon(service).await;
             serde_json::to_value(findings).map_err(|e| e.to_string())
         }
         Command::ListSigners => signers::list(service).await,

@@ -12,8 +12,8 @@ use super::pinning::{Guardians, MAX_METADATA, Thumbprint, Trust, read_metadata, 
 use super::render::{certificate_for_people, certificate_json, plain};
 use crate::cli::{Failure, rsa_bits, table};
 use crate::client::Client;
-use crate::demo::METADATA;
 use crate::files::{self, Existing};
+use crate::lab::demo::METADATA;
 use crate::sys::print::say;
 use crate::sys::process;
 

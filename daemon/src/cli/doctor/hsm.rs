@@ -6,21 +6,21 @@ use std::io::{self, Read, Seek, Write};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use claviger_hsm::{Failure, Function, HsmError, MemberState, PinTries, RawSession};
+use claviger_hsm::{Failure, Function, HsmError, PinTries, RawSession};
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::process::{Pid, Signal, kill_process_group, set_parent_process_death_signal};
 use serde_json::json;
 
-use super::Finding;
-use super::state::{self, Registered};
 use crate::admin;
+use crate::checks::Finding;
+use crate::checks::hsm::{few_sessions, unusable, well};
+use crate::checks::state::{self, Registered};
 use crate::config::{Config, Hsm};
 use crate::run::daemon::member;
-use crate::service::{Service, unix_now};
+use crate::service::unix_now;
 
 /// How long an HSM may take to be examined. A login at a network HSM takes seconds, and there may be many keys.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -165,7 +165,7 @@ fn by_hand(hsm: &Hsm, session: &RawSession, registered: &[Registered]) -> Vec<Fi
     well(&hsm.name, registered.len(), findings)
 }
 
-/// Asks the daemon that runs, which does [`of_daemon`].
+/// Asks the daemon that runs, which does [`of_daemon`](crate::checks::of_daemon).
 pub(super) fn through_daemon(config: &Config) -> Vec<Finding> {
     let socket = config.server.admin_socket();
     let failed = |error: String| {
@@ -178,98 +178,6 @@ pub(super) fn through_daemon(config: &Config) -> Vec<Finding> {
     match runtime.block_on(admin::call(&socket, &json!({"command": "doctor"}))) {
         Ok(answer) => serde_json::from_value(answer).unwrap_or_else(|error| failed(error.to_string())),
         Err(error) => failed(error.to_string()),
-    }
-}
-
-/// Within the daemon, with its own sessions: nobody logs in anew.
-pub(super) async fn of_daemon(service: &Arc<Service>) -> Vec<Finding> {
-    let of = Arc::clone(service);
-    let read = tokio::task::spawn_blocking(move || of.with_state(|state| state::read(state, unix_now())));
-    // What is wrong with the state itself, the doctor sees with its own eyes.
-    let registered = match read.await {
-        Ok(Ok((_, registered))) => Arc::new(registered),
-        _ => Arc::default(),
-    };
-    let mut asked = tokio::task::JoinSet::new();
-    let members = service.cluster.members();
-    for status in &members {
-        let (service, name, registered) = (Arc::clone(service), status.name.clone(), Arc::clone(&registered));
-        let (wanted, open) = (status.sessions_wanted, status.sessions_open);
-        let state = status.state;
-        let why = status.last_error.as_ref().map(|error| error.text.clone()).unwrap_or_default();
-        let remedy = status.last_error.as_ref().and_then(|error| error.remedy.clone());
-        asked.spawn(async move {
-            let what = format!("{name} does not serve, it is {}: {why}", state.name());
-            let todo = remedy.as_deref();
-            match state {
-                MemberState::Up => {}
-                MemberState::Draining | MemberState::Drained => {
-                    let what = format!("{name} is drained on an administrator's word");
-                    return vec![Finding::warning(
-                        "hsm",
-                        what,
-                        format!("claviger hsm resume {name}, when that is over"),
-                    )];
-                }
-                MemberState::PinRefused => {
-                    let todo = "mend the PIN file, then send SIGHUP: the PIN is not tried again before";
-                    return vec![Finding::error("login", what, todo)];
-                }
-                _ => {
-                    let by_itself = "`claviger hsm list` and the log say more; it serves again by itself when it can";
-                    return vec![Finding::error("hsm", what, todo.unwrap_or(by_itself))];
-                }
-            }
-            let mut findings = Vec::new();
-            for key in registered.iter() {
-                if let Err(error) = service.cluster.self_test(&name, &key.known).await {
-                    findings.push(unusable(&name, &key.name, &error));
-                }
-            }
-            // It opens them as they are needed: only what the token refused counts.
-            if open < wanted && why.contains("CKR_SESSION_COUNT") {
-                findings.push(few_sessions(&name, open, wanted));
-            }
-            well(&name, registered.len(), findings)
-        });
-    }
-    let mut findings: Vec<Finding> = asked.join_all().await.into_iter().flatten().collect();
-    // By name, whoever answered first.
-    findings.sort_by(|one, other| one.what.cmp(&other.what));
-    findings
-}
-
-fn well(name: &str, keys: usize, findings: Vec<Finding>) -> Vec<Finding> {
-    if findings.is_empty() {
-        return vec![Finding::ok("key", format!("{name} has all {keys} registered keys, and uses them rightly"))];
-    }
-    findings
-}
-
-fn few_sessions(name: &str, room: usize, wanted: usize) -> Finding {
-    let what = format!("{name} gives {room} sessions, and {wanted} are wanted");
-    Finding::warning("sessions", what, "lower `sessions`, or see who else has sessions on this token")
-}
-
-fn unusable(member: &str, key: &str, error: &Failure) -> Finding {
-    match error.error {
-        HsmError::NoSuchKey => Finding::error(
-            "key",
-            format!("{member} does not have {key}"),
-            "replicate the key to this token with the vendor's tools, or take the certificate out",
-        ),
-        HsmError::WrongAnswer | HsmError::Refused { .. } => Finding::error(
-            "key",
-            format!(
-                "{member} gives wrong answers with {key}: the token is broken, or holds another key and does not tell which"
-            ),
-            "compare the key on this token with the other tokens'",
-        ),
-        _ => Finding::error(
-            "key",
-            format!("{member} cannot use {key}: {error}"),
-            "see in the vendor's log why; the key needs CKA_DECRYPT or CKA_SIGN",
-        ),
     }
 }
 

@@ -3,62 +3,16 @@
 //! Every check is a plain function that gives findings. Files are looked at here. The HSMs are asked through the daemon when it
 //! runs, with its own sessions; otherwise directly, each by a process of its own, and each PIN is tried once.
 
-mod files;
 mod hsm;
-mod state;
-mod trail;
 
 use std::path::Path;
 use std::process::ExitCode;
-use std::sync::Arc;
 
-use serde::{Deserialize, Serialize};
-
+use crate::checks::{Finding, Level, files, state};
 use crate::config::Config;
 use crate::run::preflight;
-use crate::service::{Service, unix_now};
+use crate::service::unix_now;
 use crate::sys::print::say;
-
-/// How bad a finding is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Level {
-    /// As it should be.
-    Ok,
-    /// Keys are released, and something is to be done all the same.
-    Warning,
-    /// Keys are not released, not by every HSM, or not safely.
-    Error,
-}
-
-/// What a check found.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Finding {
-    /// The check: `configuration`, `pin`, `tls`, `folder`, `socket`, `port`, `state`, `certificate`, `audit`, `clock`, `module`, `token`,
-    /// `login`, `key`, `sessions` or `hsm`.
-    pub check: String,
-    /// How bad it is.
-    pub level: Level,
-    /// What was found.
-    pub what: String,
-    /// What to do; nothing where all is well.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub todo: Option<String>,
-}
-
-impl Finding {
-    fn ok(check: &str, what: impl Into<String>) -> Self {
-        Self { check: check.to_owned(), level: Level::Ok, what: what.into(), todo: None }
-    }
-
-    fn warning(check: &str, what: impl Into<String>, todo: impl Into<String>) -> Self {
-        Self { check: check.to_owned(), level: Level::Warning, what: what.into(), todo: Some(todo.into()) }
-    }
-
-    fn error(check: &str, what: impl Into<String>, todo: impl Into<String>) -> Self {
-        Self { check: check.to_owned(), level: Level::Error, what: what.into(), todo: Some(todo.into()) }
-    }
-}
 
 /// Looks at everything that belongs to the daemon of this configuration.
 #[must_use]
@@ -106,16 +60,6 @@ fn obstacles(config: &Config, running: bool) -> Vec<Finding> {
     if !findings.iter().any(|finding| finding.check == "pin") {
         findings.push(Finding::ok("pin", "every PIN can be read, and others cannot read it"));
     }
-    findings
-}
-
-/// Within the daemon: its HSMs, by its own sessions, and its audit trail.
-pub async fn of_daemon(service: &Arc<Service>) -> Vec<Finding> {
-    let mut findings = hsm::of_daemon(service).await;
-    // Read before the file: what is written meanwhile is more.
-    let (path, written) = (service.config.load().server.audit_file(), service.audit.head().link.n);
-    let looked = tokio::task::spawn_blocking(move || trail::of_daemon(&path, written));
-    findings.extend(looked.await.ok().flatten());
     findings
 }
 

@@ -3,21 +3,21 @@
 use claviger_hsm::KnownAnswerTest;
 use claviger_protocol::certificate::Certificate;
 
-use super::Finding;
+use super::finding::Finding;
 use crate::attest::endorsement::vendor_roots;
 use crate::config::{AttestMode, Config};
 use crate::registry::keys::{EXPIRES_SOON, Key};
 use crate::state::{self, Kind, State, StateError};
 
 /// A key that every member has to have, and an operation that shows it.
-pub(super) struct Registered {
+pub(crate) struct Registered {
     /// For people.
-    pub(super) name: String,
-    pub(super) known: KnownAnswerTest,
+    pub(crate) name: String,
+    pub(crate) known: KnownAnswerTest,
 }
 
 /// The state of a daemon that may be running; nothing is written.
-pub(super) fn examine(config: &Config, now: i64) -> (Vec<Finding>, Vec<Registered>) {
+pub(crate) fn examine(config: &Config, now: i64) -> (Vec<Finding>, Vec<Registered>) {
     let path = config.server.state_db();
     if !path.exists() {
         let what = format!("there is no state {} yet", path.display());
@@ -84,7 +84,7 @@ fn attestation(config: &Config, state: &State) -> Result<Vec<Finding>, StateErro
 ///
 /// # Errors
 /// When the state cannot be read.
-pub(super) fn read(state: &State, now: i64) -> Result<(Vec<Finding>, Vec<Registered>), StateError> {
+pub(crate) fn read(state: &State, now: i64) -> Result<(Vec<Finding>, Vec<Registered>), StateError> {
     let (mut findings, mut registered) = (Vec::new(), Vec::new());
     let certificates = state.certificates()?;
     for entry in &certificates {
@@ -150,7 +150,7 @@ fn different_key(name: &str, entry: &state::Certificate) -> Option<Finding> {
 }
 
 /// `expired` says how bad it is when it has expired.
-pub(super) fn expiry(
+pub(crate) fn expiry(
     check: &'static str,
     name: &str,
     (not_before, not_after): (i64, i64),
@@ -181,7 +181,7 @@ fn short(thumbprint: &str) -> &str {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::doctor::Level;
+    use crate::checks::Level;
     use rusqlite::Connection;
 
     #[test]

@@ -4,7 +4,7 @@ use std::fs::{File, Metadata};
 use std::io::{BufRead, BufReader, Seek, SeekFrom};
 use std::path::Path;
 
-use super::Finding;
+use super::finding::Finding;
 use crate::config::Config;
 use crate::observe::audit;
 use crate::observe::audit::verify::{Report, Verifier};

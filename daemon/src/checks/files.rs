@@ -10,7 +10,7 @@ use serde_json::Value;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use super::Finding;
+use super::finding::Finding;
 use super::state::expiry;
 use crate::config::Config;
 use crate::http::tls::{Doubt, tls_config};
@@ -25,7 +25,7 @@ const LINE: u64 = 64 * 1024;
 const SKEW: i64 = 300;
 
 /// What decides which code runs in the daemon: the configuration and the modules that it names.
-pub(super) fn code(file: &Path, config: &Config) -> Vec<Finding> {
+pub(crate) fn code(file: &Path, config: &Config) -> Vec<Finding> {
     let modules: BTreeSet<&Path> = config.hsm.iter().map(|hsm| hsm.module.as_path()).collect();
     let named = std::iter::once(("configuration", file)).chain(modules.into_iter().map(|module| ("module", module)));
     let open = |(check, path): (&'static str, &Path)| match ownership::check_closed(path) {
@@ -40,7 +40,7 @@ pub(super) fn code(file: &Path, config: &Config) -> Vec<Finding> {
 }
 
 /// What the certificate of TLS is worth, where it can be used; that it cannot, the list of obstacles says.
-pub(super) fn tls(config: &Config, now: i64) -> Vec<Finding> {
+pub(crate) fn tls(config: &Config, now: i64) -> Vec<Finding> {
     let Some(tls) = &config.server.tls else { return Vec::new() };
     let Ok(served) = tls_config(tls) else { return Vec::new() };
     let name = format!("the TLS certificate {}", tls.certificate.display());
@@ -54,7 +54,7 @@ pub(super) fn tls(config: &Config, now: i64) -> Vec<Finding> {
     findings
 }
 
-pub(super) fn folder(config: &Config) -> Vec<Finding> {
+pub(crate) fn folder(config: &Config) -> Vec<Finding> {
     let path = &config.server.state;
     match path.metadata() {
         // Among the obstacles.
@@ -77,7 +77,7 @@ pub(super) fn folder(config: &Config) -> Vec<Finding> {
 }
 
 /// And whether a daemon runs.
-pub(super) fn sockets(config: &Config) -> (Vec<Finding>, bool) {
+pub(crate) fn sockets(config: &Config) -> (Vec<Finding>, bool) {
     let (admin, review) = (config.server.admin_socket(), config.server.review_socket());
     let mut findings = Vec::new();
     let running = socket(&admin, config.server.admin_group.is_some(), &mut findings);
@@ -134,7 +134,7 @@ fn socket(path: &Path, for_group: bool, findings: &mut Vec<Finding>) -> bool {
     }
 }
 
-pub(super) fn audit(config: &Config, now: i64) -> Vec<Finding> {
+pub(crate) fn audit(config: &Config, now: i64) -> Vec<Finding> {
     let path = config.server.audit_file();
     let name = path.display();
     let mut findings = Vec::new();
