@@ -22,7 +22,9 @@ pub mod release;
 pub mod request;
 pub mod run;
 pub mod service;
-pub mod state;
 pub mod status;
+pub mod store;
 pub mod sys;
 pub mod trust;
+
+pub use store as state;

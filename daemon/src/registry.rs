@@ -6,4 +6,5 @@ pub mod health_cache;
 pub mod issued;
 pub mod keys;
 pub mod tpm_sessions;
-pub mod usage;
+
+pub use crate::store::usage_counts as usage;

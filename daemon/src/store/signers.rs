@@ -210,7 +210,7 @@ pub(super) fn signer(row: &Row<'_>) -> rusqlite::Result<Signer> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::state::tests::{message, open};
+    use crate::store::tests::{message, open};
 
     #[test]
     fn a_new_signer_replaces_the_current_one() {

@@ -208,7 +208,7 @@ pub fn check_host_name(name: &str) -> Result<(), StateError> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::state::tests::{message, open};
+    use crate::store::tests::{message, open};
 
     #[test]
     fn hosts_are_unique_by_name_and_key() {

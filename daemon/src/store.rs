@@ -16,6 +16,7 @@ mod import;
 mod labels;
 mod schema;
 mod signers;
+pub mod usage_counts;
 mod view;
 
 use std::fs::{DirBuilder, OpenOptions};

@@ -288,8 +288,8 @@ fn merge_signers(
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::state::tests::{message, open};
-    use crate::state::{Kind, Labels, NewCertificate, NewSigner};
+    use crate::store::tests::{message, open};
+    use crate::store::{Kind, Labels, NewCertificate, NewSigner};
 
     fn exported(state: &State) -> Import {
         Import {
@@ -319,7 +319,7 @@ mod tests {
                 state.add_certificate(&certificate(der), 1).unwrap();
             }
         }
-        let ids = [&b"one"[..], b"two", b"three"].map(crate::state::sha256_hex);
+        let ids = [&b"one"[..], b"two", b"three"].map(crate::store::sha256_hex);
         let encryption = Kind::Encryption;
         there.limit_certificate(encryption, &ids[0], &acme).unwrap();
         here.limit_certificate(encryption, &ids[0], &north).unwrap();
@@ -360,7 +360,7 @@ mod tests {
         here.add_baseline("off-there", &values, None, 1).unwrap();
         here.add_baseline("off-here", &values, None, 1).unwrap();
         here.enable_baseline("off-here", false).unwrap();
-        there.add_host_with(crate::state::HostKind::EndorsementKey, "tpm", b"ek", &Labels::default(), 1).unwrap();
+        there.add_host_with(crate::store::HostKind::EndorsementKey, "tpm", b"ek", &Labels::default(), 1).unwrap();
         let merged = here.import(&exported(&there), 5, true).unwrap();
         let changes = ["host tpm is added", "baseline new is added", "baseline off-there is disabled"];
         assert_eq!(merged.changes, changes);
@@ -368,7 +368,7 @@ mod tests {
         let all = here.baselines().unwrap();
         let enabled: Vec<_> = all.iter().map(|baseline| (&*baseline.name, baseline.enabled, baseline.added)).collect();
         assert_eq!(enabled, [("new", true, 5), ("off-here", false, 1), ("off-there", false, 1)]);
-        assert_eq!(here.hosts().unwrap()[0].kind, crate::state::HostKind::EndorsementKey);
+        assert_eq!(here.hosts().unwrap()[0].kind, crate::store::HostKind::EndorsementKey);
 
         there.remove_baseline("new").unwrap();
         values.set(9, [9; 32]);
@@ -406,7 +406,7 @@ mod tests {
     fn a_signer_is_trusted_for_no_longer_than_one_that_is_replaced_now() {
         let (_folder, mut here) = open();
         let signer = |der: &[u8], current, replaced| Signer {
-            thumbprint: crate::state::sha256_hex(der),
+            thumbprint: crate::store::sha256_hex(der),
             der: der.to_owned(),
             key_id: b"id".to_vec(),
             not_before: 1,

@@ -309,7 +309,7 @@ pub(super) fn set_limit(transaction: &Transaction<'_>, spki: &[u8], labels: &Lab
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::state::tests::{message, open};
+    use crate::store::tests::{message, open};
 
     #[test]
     fn a_kind_has_at_most_one_primary_certificate() {

@@ -205,7 +205,7 @@ fn values_from_text(text: &str) -> Result<PcrValues, StateError> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::state::tests::{message, open};
+    use crate::store::tests::{message, open};
 
     fn values(pcrs: &[usize]) -> PcrValues {
         let mut values = PcrValues::default();
