@@ -32,7 +32,7 @@ use crate::registry::keys::Keys;
 use crate::registry::tpm_sessions::Sessions;
 use crate::registry::usage::{Usage, UsageError};
 use crate::request::Attempt;
-use crate::state::{Host, HostKind, State, StateError};
+use crate::state::{Contents, Host, HostKind, State, StateError};
 
 /// How long the daemon's own work (the metadata document, an attestation signer) may take at the HSMs.
 pub const OWN_DEADLINE: Duration = Duration::from_secs(10);
@@ -117,11 +117,11 @@ pub struct Hosts {
 }
 
 impl Hosts {
-    fn new(hosts: Vec<Host>) -> Self {
+    fn new<'a>(hosts: impl Iterator<Item = &'a Arc<Host>>) -> Self {
         let mut all = Self::default();
-        for host in hosts.into_iter().map(Arc::new) {
-            all.by_name.insert(host.name.clone(), host.clone());
-            all.by_spki.insert(host.spki.clone(), host);
+        for host in hosts {
+            all.by_name.insert(host.name.clone(), Arc::clone(host));
+            all.by_spki.insert(host.spki.clone(), Arc::clone(host));
         }
         all
     }
@@ -254,14 +254,14 @@ impl Service {
 
     fn reload(&self) -> Result<(), ServiceError> {
         self.with_state(|state| {
-            state.snapshot(|state| {
+            state.snapshot(|contents| {
                 // First, and whatever is wrong with the rest: a host that was removed is to get nothing more.
-                let hosts = state.hosts().map(|hosts| self.hosts.store(Arc::new(Hosts::new(hosts))));
+                let hosts = contents.hosts().map(|hosts| self.hosts.store(Arc::new(Hosts::new(hosts))));
                 // As important: what hosts with a baseline that was disabled are refused by.
-                let baselines = state.baselines_without_logs();
+                let baselines = contents.baselines();
                 let baselines = baselines.map(|all| self.baselines.store(Arc::new(Baselines::new(all))));
-                let signers = self.reload_signers(state);
-                let keys = self.reload_keys(state);
+                let signers = self.reload_signers(contents);
+                let keys = self.reload_keys(contents);
                 hosts.and(baselines).map_err(ServiceError::Hosts)?;
                 let unreadable: Vec<_> = signers?.into_iter().chain(keys?).collect();
                 *self.unreadable() = unreadable.iter().map(|of| of.thumbprint.clone()).collect();
@@ -271,16 +271,16 @@ impl Service {
     }
 
     /// Returns the certificates that cannot be read.
-    fn reload_signers(&self, state: &State) -> Result<Vec<Unreadable>, ServiceError> {
-        let (signers, unreadable) = Signers::new(&state.signers()?);
+    fn reload_signers(&self, contents: &Contents) -> Result<Vec<Unreadable>, ServiceError> {
+        let (signers, unreadable) = Signers::new(&contents.signers()?);
         self.signers.store(Arc::new(signers));
         Ok(unreadable)
     }
 
     /// Keys that have not changed stay the same value, and with them the metadata document that was signed. A certificate that
     /// cannot be read costs its own key only; those are returned.
-    fn reload_keys(&self, state: &State) -> Result<Vec<Unreadable>, ServiceError> {
-        let mut certificates = state.certificates()?;
+    fn reload_keys(&self, contents: &Contents) -> Result<Vec<Unreadable>, ServiceError> {
+        let mut certificates = contents.certificates()?;
         let mut unreadable = Vec::new();
         certificates.retain(|entry| match Certificate::parse(&entry.der) {
             Err(error) if entry.enabled => {

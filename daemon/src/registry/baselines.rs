@@ -28,11 +28,11 @@ pub struct Baselines {
 impl Baselines {
     /// Takes the enabled ones out of all baselines of the state.
     #[must_use]
-    pub fn new(all: Vec<state::Baseline>) -> Self {
+    pub fn new<'a>(all: impl IntoIterator<Item = &'a state::Baseline>) -> Self {
         let mut baselines = Self::default();
         for baseline in all.into_iter().filter(|baseline| baseline.enabled) {
             baselines.added.insert(baseline.name.clone(), baseline.added);
-            baselines.enabled.push(Baseline { name: baseline.name, values: baseline.values });
+            baselines.enabled.push(Baseline { name: baseline.name.clone(), values: baseline.values.clone() });
         }
         baselines
     }
@@ -106,7 +106,7 @@ mod tests {
 
     #[test]
     fn certificates_are_accepted_for_enabled_baselines_that_were_added_before() {
-        let baselines = Baselines::new(vec![baseline("on", 9, true, 100), baseline("off", 11, false, 100)]);
+        let baselines = Baselines::new(&[baseline("on", 9, true, 100), baseline("off", 11, false, 100)]);
         assert_eq!(baselines.selection().iter().collect::<Vec<_>>(), [0, 2, 4, 7, 9]);
         assert!(baselines.allow("on", 100) && baselines.allow("on", 101));
         assert!(!baselines.allow("on", 99), "of an earlier baseline of that name");
@@ -115,7 +115,7 @@ mod tests {
 
     #[test]
     fn a_baseline_is_not_another_one_of_its_name() {
-        let of = |added, enabled| Baselines::new(vec![baseline("a", 9, enabled, added)]);
+        let of = |added, enabled| Baselines::new(&[baseline("a", 9, enabled, added)]);
         let id = of(100, true).identify("a").unwrap();
         assert!(of(100, true).is_enabled(&id));
         assert!(!of(101, true).is_enabled(&id), "removed and added again");

@@ -1,17 +1,16 @@
 //! Baselines: PCR values that an administrator accepted.
 
+use std::sync::Arc;
+
 use claviger_protocol::tpm::pcr::PcrValues;
 use claviger_protocol::tpm::policy;
 use data_encoding::{HEXLOWER, HEXLOWER_PERMISSIVE};
-use rusqlite::{OptionalExtension, Row, Transaction, params};
 
-use super::{State, StateError, WriteError, one};
-
-/// The columns of [`baseline`].
-pub(super) const COLUMNS: &str = "name, pcrs, log, enabled, added";
+use super::StateError;
+use super::contents::{Contents, Delta};
 
 /// Most baselines of a service. Each attestation is compared with all that are enabled.
-pub const MAX_BASELINES: i64 = 1_000;
+pub const MAX_BASELINES: usize = 1_000;
 
 /// Longest name, which is that of an organizational unit in a certificate.
 const MAX_NAME: usize = 64;
@@ -31,48 +30,58 @@ pub struct Baseline {
     pub added: i64,
 }
 
-impl State {
-    /// All baselines, by name.
+/// A baseline as [`Contents`] has it: logs may be large, and stay in the store.
+#[derive(Clone, Debug)]
+pub(super) struct KeptBaseline {
+    /// Without its log.
+    pub(super) baseline: Baseline,
+    pub(super) log: KeptLog,
+}
+
+/// Where the log of a baseline is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum KeptLog {
+    /// It has none.
+    Absent,
+    /// In the store.
+    Stored,
+    /// It is to be stored with the baseline.
+    New(Arc<[u8]>),
+}
+
+impl From<Baseline> for KeptBaseline {
+    fn from(mut baseline: Baseline) -> Self {
+        let log = baseline.log.take().map_or(KeptLog::Absent, |log| KeptLog::New(log.into()));
+        Self { baseline, log }
+    }
+}
+
+impl Contents {
+    /// All baselines by name, without their logs.
     ///
     /// # Errors
-    /// [`StateError::Database`].
-    pub fn baselines(&self) -> Result<Vec<Baseline>, StateError> {
-        self.read(&format!("SELECT {COLUMNS} FROM baselines ORDER BY name"), [], baseline)
+    /// [`StateError::Unreadable`].
+    pub fn baselines(&self) -> Result<impl Iterator<Item = &Baseline>, StateError> {
+        Ok(self.baselines.values()?.map(|kept| &kept.baseline))
     }
 
-    /// The same without their logs, which may be large.
+    /// The baseline of a name, without regard to case, and without its log.
     ///
     /// # Errors
-    /// [`StateError::Database`].
-    pub fn baselines_without_logs(&self) -> Result<Vec<Baseline>, StateError> {
-        self.read("SELECT name, pcrs, NULL, enabled, added FROM baselines ORDER BY name", [], baseline)
+    /// [`StateError::NotFound`], [`StateError::Unreadable`].
+    pub fn baseline_by_name(&self, name: &str) -> Result<&Baseline, StateError> {
+        Ok(&self.kept_baseline(name)?.ok_or_else(|| no_baseline(name))?.baseline)
     }
 
-    /// The log of the baseline that was added under this name at this time, if it has one. One at a time: all together may be
-    /// large.
-    ///
-    /// # Errors
-    /// [`StateError::Database`].
-    pub fn baseline_log(&self, name: &str, added: i64) -> Result<Option<Vec<u8>>, StateError> {
-        let sql = "SELECT log FROM baselines WHERE name = ?1 AND added = ?2";
-        let mut found = self.read(sql, params![name, added], |row| row.get::<_, Option<Vec<u8>>>(0))?;
-        Ok(found.pop().flatten())
-    }
-
-    /// The baseline of a name, without regard to case.
-    ///
-    /// # Errors
-    /// [`StateError::Database`], [`StateError::NotFound`].
-    pub fn baseline_by_name(&self, name: &str) -> Result<Baseline, StateError> {
-        let mut found = self.read(&format!("SELECT {COLUMNS} FROM baselines WHERE name = ?1"), [name], baseline)?;
-        found.pop().ok_or_else(|| no_baseline(name))
+    pub(super) fn kept_baseline(&self, name: &str) -> Result<Option<&KeptBaseline>, StateError> {
+        Ok(self.baselines.get(&name.to_ascii_lowercase())?.map(|kept| &**kept))
     }
 
     /// Adds a baseline, enabled.
     ///
     /// # Errors
-    /// [`StateError::Invalid`] for a name that is none, or values that lack a PCR; [`StateError::Conflict`] for a name that is
-    /// there, or one more than [`MAX_BASELINES`].
+    /// [`StateError::Invalid`] for an invalid name, or values that lack a PCR; [`StateError::Conflict`] for a name that exists,
+    /// or one more than [`MAX_BASELINES`].
     pub fn add_baseline(
         &mut self,
         name: &str,
@@ -80,27 +89,29 @@ impl State {
         log: Option<&[u8]>,
         now: i64,
     ) -> Result<Baseline, StateError> {
-        check_baseline_name(name)?;
-        check_values(values)?;
+        if let Some(other) = self.kept_baseline(name)? {
+            return Err(StateError::Conflict(format!(
+                "a baseline {:?} is there already; remove it first, or choose another name",
+                other.baseline.name
+            )));
+        }
         let (name, values, log) = (name.to_owned(), values.clone(), log.map(<[u8]>::to_vec));
         let added = Baseline { name, values, log, enabled: true, added: now };
-        self.write(|transaction| {
-            if let Some(other) =
-                one::<String>(transaction, "SELECT name FROM baselines WHERE name = ?1", [&added.name])?
-            {
-                return Err(StateError::Conflict(format!(
-                    "a baseline {other:?} is there already; remove it first, or choose another name"
-                ))
-                .into());
-            }
-            check_room(transaction)?;
-            transaction.execute(
-                "INSERT INTO baselines (name, pcrs, log, enabled, added) VALUES (?1, ?2, ?3, 1, ?4)",
-                params![added.name, values_to_text(&added.values), added.log, added.added],
-            )?;
-            Ok(())
-        })?;
+        self.put_new_baseline(added.clone())?;
         Ok(added)
+    }
+
+    /// Stores a baseline under a name that is free.
+    ///
+    /// # Errors
+    /// As [`Contents::add_baseline`].
+    pub(super) fn put_new_baseline(&mut self, baseline: Baseline) -> Result<(), StateError> {
+        check_baseline_name(&baseline.name)?;
+        check_values(&baseline.values)?;
+        if self.baselines.rows()?.len() >= MAX_BASELINES {
+            return Err(StateError::Conflict(format!("there are {MAX_BASELINES} baselines already; remove some")));
+        }
+        self.baselines.put(baseline.name.to_ascii_lowercase(), baseline.into())
     }
 
     /// Enables or disables a baseline.
@@ -108,37 +119,35 @@ impl State {
     /// # Errors
     /// [`StateError::NotFound`].
     pub fn enable_baseline(&mut self, name: &str, enabled: bool) -> Result<Baseline, StateError> {
-        self.write(|transaction| {
-            let sql = format!("UPDATE baselines SET enabled = ?2 WHERE name = ?1 RETURNING {COLUMNS}");
-            let changed = transaction.query_row(&sql, params![name, enabled], baseline).optional()?;
-            changed.ok_or_else(|| no_baseline(name).into())
-        })
+        let mut kept = self.kept_baseline(name)?.ok_or_else(|| no_baseline(name))?.clone();
+        kept.baseline.enabled = enabled;
+        let changed = kept.baseline.clone();
+        self.baselines.put(name.to_ascii_lowercase(), kept)?;
+        Ok(changed)
     }
 
-    /// Removes a baseline and returns what it was.
+    /// Removes a baseline and returns it.
     ///
     /// # Errors
     /// [`StateError::NotFound`].
     pub fn remove_baseline(&mut self, name: &str) -> Result<Baseline, StateError> {
-        self.write(|transaction| {
-            let sql = format!("DELETE FROM baselines WHERE name = ?1 RETURNING {COLUMNS}");
-            let removed = transaction.query_row(&sql, [name], baseline).optional()?;
-            removed.ok_or_else(|| no_baseline(name).into())
-        })
+        let removed = self.baselines.remove(&name.to_ascii_lowercase())?;
+        removed.map(|kept| kept.baseline.clone()).ok_or_else(|| no_baseline(name))
+    }
+
+    /// Forgets the logs of a change that is made: they are in the store.
+    pub(super) fn settle(&mut self, made: &Delta) {
+        for (name, row) in &made.baselines.put {
+            if matches!(row.value.log, KeptLog::New(_)) {
+                let baseline = row.value.baseline.clone();
+                self.baselines.load(name.clone(), row.order, KeptBaseline { baseline, log: KeptLog::Stored });
+            }
+        }
     }
 }
 
 fn no_baseline(name: &str) -> StateError {
     StateError::NotFound(format!("there is no baseline {name:?}"))
-}
-
-pub(super) fn baseline(row: &Row<'_>) -> rusqlite::Result<Baseline> {
-    let pcrs: String = row.get(1)?;
-    // A baseline without values would match every host.
-    let values = values_from_text(&pcrs)
-        .and_then(|values| check_values(&values).map(|()| values))
-        .map_err(|error| rusqlite::Error::FromSqlConversionFailure(1, rusqlite::types::Type::Text, Box::new(error)))?;
-    Ok(Baseline { name: row.get(0)?, values, log: row.get(2)?, enabled: row.get(3)?, added: row.get(4)? })
 }
 
 /// Whether this can name a baseline.
@@ -165,19 +174,6 @@ pub(super) fn check_values(values: &PcrValues) -> Result<(), StateError> {
     }
 }
 
-/// Whether one more baseline may be added.
-///
-/// # Errors
-/// [`StateError::Conflict`].
-pub(super) fn check_room(transaction: &Transaction<'_>) -> Result<(), WriteError> {
-    let all = one::<i64>(transaction, "SELECT count(*) FROM baselines", [])?;
-    if all.unwrap_or_default() >= MAX_BASELINES {
-        let text = format!("there are {MAX_BASELINES} baselines already; remove some");
-        return Err(StateError::Conflict(text).into());
-    }
-    Ok(())
-}
-
 /// PCR values as `0=<hex> 4=<hex> …`.
 pub(super) fn values_to_text(values: &PcrValues) -> String {
     values.iter().map(|(pcr, value)| format!("{pcr}={}", HEXLOWER.encode(value))).collect::<Vec<_>>().join(" ")
@@ -187,7 +183,7 @@ pub(super) fn values_to_text(values: &PcrValues) -> String {
 ///
 /// # Errors
 /// [`StateError::Invalid`].
-fn values_from_text(text: &str) -> Result<PcrValues, StateError> {
+pub(super) fn values_from_text(text: &str) -> Result<PcrValues, StateError> {
     let mut values = PcrValues::default();
     for entry in text.split_ascii_whitespace() {
         let parsed = entry.split_once('=').and_then(|(pcr, value)| {
@@ -205,7 +201,9 @@ fn values_from_text(text: &str) -> Result<PcrValues, StateError> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::store::tests::{message, open};
+    use crate::store::tests::{Place, message, on_every_store};
+
+    on_every_store!(baselines_are_kept_by_name, a_log_is_read_by_name_and_time);
 
     fn values(pcrs: &[usize]) -> PcrValues {
         let mut values = PcrValues::default();
@@ -213,9 +211,8 @@ mod tests {
         values
     }
 
-    #[test]
-    fn baselines_are_kept_by_name() {
-        let (_folder, mut state) = open();
+    fn baselines_are_kept_by_name(place: &Place) {
+        let mut state = place.open();
         let good = values(&[0, 2, 4, 7, 23]);
         let added = state.add_baseline("Fleet-1", &good, Some(b"log"), 7).unwrap();
         assert_eq!(state.baselines().unwrap(), std::slice::from_ref(&added));
@@ -235,25 +232,13 @@ mod tests {
         assert!(message(state.baseline_by_name("fleet-1")).contains("no baseline"));
     }
 
-    #[test]
-    fn a_log_is_read_by_name_and_time() {
-        let (_folder, mut state) = open();
+    fn a_log_is_read_by_name_and_time(place: &Place) {
+        let mut state = place.open();
         state.add_baseline("a", &values(&[0, 4, 7]), Some(b"log"), 7).unwrap();
         state.add_baseline("b", &values(&[0, 4, 7]), None, 7).unwrap();
         assert_eq!(state.baseline_log("a", 7).unwrap().as_deref(), Some(&b"log"[..]));
         for (name, added) in [("a", 8), ("b", 7), ("c", 7)] {
             assert_eq!(state.baseline_log(name, added).unwrap(), None);
-        }
-    }
-
-    #[test]
-    fn a_stored_baseline_that_lacks_values_is_refused() {
-        let (_folder, mut state) = open();
-        state.add_baseline("a", &values(&[0, 4, 7]), None, 7).unwrap();
-        for pcrs in [String::new(), values_to_text(&values(&[0, 7]))] {
-            state.write(|transaction| Ok(transaction.execute("UPDATE baselines SET pcrs = ?1", [&pcrs])?)).unwrap();
-            assert!(message(state.baselines()).contains("is missing"), "{pcrs:?}");
-            assert!(state.baselines_without_logs().is_err() && state.baseline_by_name("a").is_err());
         }
     }
 

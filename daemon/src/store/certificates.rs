@@ -1,13 +1,10 @@
 //! Key-protection certificates.
 
-use rusqlite::{OptionalExtension, Row, Transaction, params};
+use std::cmp::Reverse;
+
 use serde::{Deserialize, Serialize};
 
-use super::{Labels, State, StateError, WriteError, check_der, check_key_id, one, read_labels, sha256_hex};
-
-/// The columns of [`certificate`].
-pub(super) const COLUMNS: &str = "thumbprint, kind, der, key_id, spki, is_primary, enabled, added, is_communications,
-     coalesce((SELECT labels FROM limits WHERE limits.spki = certificates.spki), '')";
+use super::{Contents, Labels, StateError, check_der, check_key_id, sha256_hex};
 
 /// What a key-protection certificate is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -89,14 +86,49 @@ pub struct NewCertificate<'a> {
     pub primary: bool,
 }
 
-impl State {
+impl Contents {
     /// All key-protection certificates: by kind, the primary one first, then the newest first.
     ///
     /// # Errors
-    /// [`StateError::Database`].
+    /// [`StateError::Unreadable`].
     pub fn certificates(&self) -> Result<Vec<Certificate>, StateError> {
-        let order = "ORDER BY kind, is_primary DESC, added DESC, rowid DESC";
-        self.read(&format!("SELECT {COLUMNS} FROM certificates {order}"), [], certificate)
+        let mut rows: Vec<_> = self.certificates.rows()?.values().collect();
+        rows.sort_by_key(|row| {
+            let of = &row.value;
+            (of.kind.as_str(), Reverse((of.is_primary, of.added, row.order)))
+        });
+        rows.into_iter().map(|row| self.limited(&row.value)).collect()
+    }
+
+    /// A certificate with the limit of its key.
+    fn limited(&self, certificate: &Certificate) -> Result<Certificate, StateError> {
+        Ok(Certificate { labels: self.limit_of(&certificate.spki)?, ..certificate.clone() })
+    }
+
+    /// What a key is limited to, whether it has certificates or not.
+    pub(super) fn limit_of(&self, spki: &[u8]) -> Result<Labels, StateError> {
+        Ok(self.limits.rows()?.get(spki).map(|row| Labels::clone(&row.value)).unwrap_or_default())
+    }
+
+    pub(super) fn set_limit(&mut self, spki: &[u8], labels: &Labels) -> Result<(), StateError> {
+        let key = spki.to_owned();
+        if labels.is_empty() { self.limits.remove(&key).map(drop) } else { self.limits.put(key, labels.clone()) }
+    }
+
+    /// The certificate of this kind and thumbprint, without its limit.
+    pub(super) fn certificate(&self, kind: Kind, thumbprint: &str) -> Result<Option<&Certificate>, StateError> {
+        Ok(self.certificates.get(&(kind, thumbprint.to_owned()))?.map(|found| &**found))
+    }
+
+    fn registered_certificate(&self, kind: Kind, thumbprint: &str) -> Result<Certificate, StateError> {
+        let found = self.certificate(kind, thumbprint)?;
+        found.cloned().ok_or_else(|| StateError::NotFound(format!("there is no {kind} certificate {thumbprint}")))
+    }
+
+    /// Stores a certificate in place of the one of its kind and thumbprint. Its labels are those of its key.
+    pub(super) fn put_certificate(&mut self, certificate: Certificate) -> Result<(), StateError> {
+        let key = (certificate.kind, certificate.thumbprint.clone());
+        self.certificates.put(key, Certificate { labels: Labels::default(), ..certificate })
     }
 
     /// Adds a key-protection certificate, enabled. What its key is limited to holds for it, too: a certificate that was
@@ -108,40 +140,43 @@ impl State {
         check_der("a certificate", new.der)?;
         check_der("a certificate's public key", new.spki)?;
         check_key_id(new.key_id)?;
-        let mut added = Certificate {
-            thumbprint: sha256_hex(new.der),
-            kind: new.kind,
+        let (kind, thumbprint) = (new.kind, sha256_hex(new.der));
+        if self.certificate(kind, &thumbprint)?.is_some() {
+            return Err(StateError::Conflict(format!("the {kind} certificate {thumbprint} is there already")));
+        }
+        let added = Certificate {
+            thumbprint,
+            kind,
             der: new.der.to_owned(),
             key_id: new.key_id.to_owned(),
             spki: new.spki.to_owned(),
-            is_primary: new.primary,
+            is_primary: false,
             enabled: true,
             added: now,
             is_communications: false,
-            labels: Labels::default(),
+            labels: self.limit_of(new.spki)?,
         };
-        let kind = new.kind.as_str();
-        self.write(|transaction| {
-            let sql = "SELECT 1 FROM certificates WHERE kind = ?1 AND thumbprint = ?2";
-            if one::<i64>(transaction, sql, [kind, &added.thumbprint])?.is_some() {
-                return Err(StateError::Conflict(format!(
-                    "the {kind} certificate {} is there already",
-                    added.thumbprint
-                ))
-                .into());
+        self.put_certificate(added.clone())?;
+        if new.primary {
+            self.give_role(Role::Primary, kind, Some(&added.thumbprint))?;
+        }
+        Ok(Certificate { is_primary: new.primary, ..added })
+    }
+
+    /// Gives a role to one certificate of a kind, and to no other one of that kind.
+    pub(super) fn give_role(&mut self, role: Role, kind: Kind, thumbprint: Option<&str>) -> Result<(), StateError> {
+        let all = self.certificates.values()?.filter(|of| of.kind == kind);
+        let wrong = all.filter(|of| role.is_of(of) != (Some(&*of.thumbprint) == thumbprint));
+        let wrong: Vec<Certificate> = wrong.map(|of| Certificate::clone(of)).collect();
+        for mut certificate in wrong {
+            let has_it = Some(&*certificate.thumbprint) == thumbprint;
+            match role {
+                Role::Primary => certificate.is_primary = has_it,
+                Role::Communications => certificate.is_communications = has_it,
             }
-            added.labels = limit_of(transaction, &added.spki)?;
-            if new.primary {
-                transaction.execute("UPDATE certificates SET is_primary = 0 WHERE kind = ?1", [kind])?;
-            }
-            transaction.execute(
-                "INSERT INTO certificates (thumbprint, kind, der, key_id, spki, is_primary, enabled, added)
-                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, 1, ?7)",
-                params![added.thumbprint, kind, added.der, added.key_id, added.spki, added.is_primary, added.added],
-            )?;
-            Ok(())
-        })?;
-        Ok(added)
+            self.put_certificate(certificate)?;
+        }
+        Ok(())
     }
 
     /// Makes a certificate the primary one of its kind; the one that was stays enabled.
@@ -149,21 +184,12 @@ impl State {
     /// # Errors
     /// [`StateError::NotFound`]; [`StateError::Conflict`] when it is disabled.
     pub fn set_primary(&mut self, kind: Kind, thumbprint: &str) -> Result<(), StateError> {
-        self.write(|transaction| {
-            if !standing(transaction, kind, thumbprint)?.enabled {
-                return Err(StateError::Conflict(format!(
-                    "the {kind} certificate {thumbprint} is disabled; enable it before it becomes primary"
-                ))
-                .into());
-            }
-            // Two steps, because the index that keeps primaries single is checked row by row.
-            transaction.execute("UPDATE certificates SET is_primary = 0 WHERE kind = ?1", [kind.as_str()])?;
-            transaction.execute(
-                "UPDATE certificates SET is_primary = 1 WHERE kind = ?1 AND thumbprint = ?2",
-                [kind.as_str(), thumbprint],
-            )?;
-            Ok(())
-        })
+        if !self.registered_certificate(kind, thumbprint)?.enabled {
+            return Err(StateError::Conflict(format!(
+                "the {kind} certificate {thumbprint} is disabled; enable it before it becomes primary"
+            )));
+        }
+        self.give_role(Role::Primary, kind, Some(thumbprint))
     }
 
     /// Makes an enabled signing certificate the one that signs the metadata document; `None`: the primary one does again.
@@ -171,19 +197,14 @@ impl State {
     /// # Errors
     /// [`StateError::NotFound`]; [`StateError::Conflict`] when it is disabled.
     pub fn set_communications(&mut self, thumbprint: Option<&str>) -> Result<(), StateError> {
-        self.write(|transaction| {
-            transaction.execute("UPDATE certificates SET is_communications = 0 WHERE is_communications", [])?;
-            let Some(thumbprint) = thumbprint else { return Ok(()) };
-            if !standing(transaction, Kind::Signing, thumbprint)?.enabled {
-                return Err(StateError::Conflict(format!(
-                    "the signing certificate {thumbprint} is disabled; enable it before it signs the metadata"
-                ))
-                .into());
-            }
-            let sql = "UPDATE certificates SET is_communications = 1 WHERE kind = 'signing' AND thumbprint = ?1";
-            transaction.execute(sql, [thumbprint])?;
-            Ok(())
-        })
+        if let Some(thumbprint) = thumbprint
+            && !self.registered_certificate(Kind::Signing, thumbprint)?.enabled
+        {
+            return Err(StateError::Conflict(format!(
+                "the signing certificate {thumbprint} is disabled; enable it before it signs the metadata"
+            )));
+        }
+        self.give_role(Role::Communications, Kind::Signing, thumbprint)
     }
 
     /// Limits the key of a certificate to hosts that have all of `labels`; none: every host. Holds for all certificates of
@@ -198,15 +219,10 @@ impl State {
         labels: &Labels,
     ) -> Result<Vec<Certificate>, StateError> {
         labels.check()?;
-        self.write(|transaction| {
-            standing(transaction, kind, thumbprint)?;
-            let sql = "SELECT spki FROM certificates WHERE kind = ?1 AND thumbprint = ?2";
-            let spki: Vec<u8> = transaction.query_row(sql, [kind.as_str(), thumbprint], |row| row.get(0))?;
-            set_limit(transaction, &spki, labels)?;
-            let mut statement = transaction.prepare(&format!("SELECT {COLUMNS} FROM certificates WHERE spki = ?1"))?;
-            let changed = statement.query_map([&spki], certificate)?;
-            Ok(changed.collect::<Result<Vec<_>, _>>()?)
-        })
+        let spki = self.registered_certificate(kind, thumbprint)?.spki;
+        self.set_limit(&spki, labels)?;
+        let of_key = self.certificates.values()?.filter(|certificate| certificate.spki == spki);
+        of_key.map(|certificate| self.limited(certificate)).collect()
     }
 
     /// Enables or disables a certificate. The primary one cannot be disabled, nor the one that signs the metadata document.
@@ -214,17 +230,11 @@ impl State {
     /// # Errors
     /// [`StateError::NotFound`]; [`StateError::Conflict`] for one of those.
     pub fn enable_certificate(&mut self, kind: Kind, thumbprint: &str, enabled: bool) -> Result<(), StateError> {
-        self.write(|transaction| {
-            let standing = standing(transaction, kind, thumbprint)?;
-            if !enabled {
-                standing.must_be_spare(kind, thumbprint)?;
-            }
-            transaction.execute(
-                "UPDATE certificates SET enabled = ?3 WHERE kind = ?1 AND thumbprint = ?2",
-                params![kind.as_str(), thumbprint, enabled],
-            )?;
-            Ok(())
-        })
+        let certificate = self.registered_certificate(kind, thumbprint)?;
+        if !enabled {
+            must_be_spare(&certificate)?;
+        }
+        self.put_certificate(Certificate { enabled, ..certificate })
     }
 
     /// Removes a certificate. Its key stays in the HSMs, and what that is limited to is remembered. The primary one cannot
@@ -233,74 +243,39 @@ impl State {
     /// # Errors
     /// [`StateError::NotFound`]; [`StateError::Conflict`] for one of those.
     pub fn remove_certificate(&mut self, kind: Kind, thumbprint: &str) -> Result<(), StateError> {
-        self.write(|transaction| {
-            standing(transaction, kind, thumbprint)?.must_be_spare(kind, thumbprint)?;
-            transaction
-                .execute("DELETE FROM certificates WHERE kind = ?1 AND thumbprint = ?2", [kind.as_str(), thumbprint])?;
-            Ok(())
-        })
+        must_be_spare(&self.registered_certificate(kind, thumbprint)?)?;
+        self.certificates.remove(&(kind, thumbprint.to_owned())).map(drop)
     }
 }
 
-pub(super) fn certificate(row: &Row<'_>) -> rusqlite::Result<Certificate> {
-    let kind: String = row.get(1)?;
-    Ok(Certificate {
-        thumbprint: row.get(0)?,
-        kind: kind.parse().map_err(|error: StateError| {
-            rusqlite::Error::FromSqlConversionFailure(1, rusqlite::types::Type::Text, Box::new(error))
-        })?,
-        der: row.get(2)?,
-        key_id: row.get(3)?,
-        spki: row.get(4)?,
-        is_primary: row.get(5)?,
-        enabled: row.get(6)?,
-        added: row.get(7)?,
-        is_communications: row.get(8)?,
-        labels: read_labels(row, 9)?,
-    })
+/// What at most one certificate of a kind is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Role {
+    Primary,
+    Communications,
 }
 
-/// What a certificate is to the service.
-struct Standing {
-    primary: bool,
-    communications: bool,
-    enabled: bool,
-}
-
-impl Standing {
-    /// Refuses what the service cannot do without.
-    fn must_be_spare(&self, kind: Kind, thumbprint: &str) -> Result<(), StateError> {
-        if self.primary {
-            return Err(StateError::Conflict(format!(
-                "{thumbprint} is the primary {kind} certificate; make another one primary first"
-            )));
+impl Role {
+    pub(super) fn is_of(self, certificate: &Certificate) -> bool {
+        match self {
+            Self::Primary => certificate.is_primary,
+            Self::Communications => certificate.is_communications,
         }
-        if self.communications {
-            return Err(StateError::Conflict(format!(
-                "{thumbprint} is the communications certificate, which signs the metadata; choose another one first"
-            )));
-        }
-        Ok(())
     }
 }
 
-fn standing(transaction: &Transaction<'_>, kind: Kind, thumbprint: &str) -> Result<Standing, WriteError> {
-    let sql = "SELECT is_primary, is_communications, enabled FROM certificates WHERE kind = ?1 AND thumbprint = ?2";
-    let read = |row: &Row<'_>| Ok(Standing { primary: row.get(0)?, communications: row.get(1)?, enabled: row.get(2)? });
-    let found = transaction.query_row(sql, [kind.as_str(), thumbprint], read).optional()?;
-    found.ok_or_else(|| StateError::NotFound(format!("there is no {kind} certificate {thumbprint}")).into())
-}
-
-/// What a key is limited to, whether it has certificates or not.
-pub(super) fn limit_of(transaction: &Transaction<'_>, spki: &[u8]) -> Result<Labels, WriteError> {
-    let labels = one::<String>(transaction, "SELECT labels FROM limits WHERE spki = ?1", [spki])?;
-    Ok(labels.unwrap_or_default().parse()?)
-}
-
-pub(super) fn set_limit(transaction: &Transaction<'_>, spki: &[u8], labels: &Labels) -> rusqlite::Result<()> {
-    transaction.execute("DELETE FROM limits WHERE spki = ?1", [spki])?;
-    if !labels.is_empty() {
-        transaction.execute("INSERT INTO limits (spki, labels) VALUES (?1, ?2)", params![spki, labels.to_string()])?;
+/// Refuses to take away a certificate that the service needs.
+fn must_be_spare(certificate: &Certificate) -> Result<(), StateError> {
+    let (kind, thumbprint) = (certificate.kind, &certificate.thumbprint);
+    if certificate.is_primary {
+        return Err(StateError::Conflict(format!(
+            "{thumbprint} is the primary {kind} certificate; make another one primary first"
+        )));
+    }
+    if certificate.is_communications {
+        return Err(StateError::Conflict(format!(
+            "{thumbprint} is the communications certificate, which signs the metadata; choose another one first"
+        )));
     }
     Ok(())
 }
@@ -309,11 +284,17 @@ pub(super) fn set_limit(transaction: &Transaction<'_>, spki: &[u8], labels: &Lab
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::store::tests::{message, open};
+    use crate::store::State;
+    use crate::store::tests::{Place, message, on_every_store};
 
-    #[test]
-    fn a_kind_has_at_most_one_primary_certificate() {
-        let (_folder, mut state) = open();
+    on_every_store!(
+        a_kind_has_at_most_one_primary_certificate,
+        a_limit_belongs_to_the_key,
+        the_communications_certificate_is_an_enabled_signing_one
+    );
+
+    fn a_kind_has_at_most_one_primary_certificate(place: &Place) {
+        let mut state = place.open();
         let new = |kind, der, primary| NewCertificate { kind, der, key_id: b"id", spki: b"spki", primary };
         let one = state.add_certificate(&new(Kind::Signing, b"one", true), 1).unwrap();
         let two = state.add_certificate(&new(Kind::Signing, b"two", true), 2).unwrap();
@@ -341,9 +322,8 @@ mod tests {
         assert_eq!(state.certificates().unwrap(), expected);
     }
 
-    #[test]
-    fn a_limit_belongs_to_the_key() {
-        let (_folder, mut state) = open();
+    fn a_limit_belongs_to_the_key(place: &Place) {
+        let mut state = place.open();
         let new = |kind, der, spki| NewCertificate { kind, der, key_id: b"id", spki, primary: false };
         let one = state.add_certificate(&new(Kind::Encryption, b"one", b"key"), 1).unwrap();
         state.add_certificate(&new(Kind::Encryption, b"other", b"other key"), 1).unwrap();
@@ -369,9 +349,8 @@ mod tests {
         );
     }
 
-    #[test]
-    fn the_communications_certificate_is_an_enabled_signing_one() {
-        let (_folder, mut state) = open();
+    fn the_communications_certificate_is_an_enabled_signing_one(place: &Place) {
+        let mut state = place.open();
         let new = |kind, der| NewCertificate { kind, der, key_id: b"id", spki: b"spki", primary: false };
         let [one, two] =
             [b"one", b"two"].map(|der| state.add_certificate(&new(Kind::Signing, der), 1).unwrap().thumbprint);

@@ -1,13 +1,9 @@
 //! Registered hosts.
 
 use std::fmt;
+use std::sync::Arc;
 
-use rusqlite::{OptionalExtension, Row, params};
-
-use super::{Labels, State, StateError, check_der, no_host, one, read_labels, sha256_hex};
-
-/// The columns of [`host`].
-pub(super) const COLUMNS: &str = "name, spki, spki_sha256, enabled, added, labels, kind";
+use super::{Contents, Labels, StateError, check_der, sha256_hex};
 
 /// What a host attests with.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -56,44 +52,45 @@ pub struct Host {
     pub labels: Labels,
 }
 
-impl State {
+impl Contents {
     /// All hosts, by name.
     ///
     /// # Errors
-    /// [`StateError::Database`].
-    pub fn hosts(&self) -> Result<Vec<Host>, StateError> {
-        self.read(&format!("SELECT {COLUMNS} FROM hosts ORDER BY name"), [], host)
+    /// [`StateError::Unreadable`].
+    pub fn hosts(&self) -> Result<impl Iterator<Item = &Arc<Host>>, StateError> {
+        self.hosts.values()
     }
 
     /// The host of a name, without regard to case.
     ///
     /// # Errors
-    /// [`StateError::Database`].
-    pub fn host_by_name(&self, name: &str) -> Result<Option<Host>, StateError> {
-        Ok(self.read(&format!("SELECT {COLUMNS} FROM hosts WHERE name = ?1"), [name], host)?.pop())
+    /// [`StateError::Unreadable`].
+    pub fn host_by_name(&self, name: &str) -> Result<Option<&Arc<Host>>, StateError> {
+        self.hosts.get(&name.to_ascii_lowercase())
     }
 
     /// The host of a public key (DER SubjectPublicKeyInfo).
     ///
     /// # Errors
-    /// [`StateError::Database`].
-    pub fn host_by_spki(&self, spki: &[u8]) -> Result<Option<Host>, StateError> {
-        Ok(self.read(&format!("SELECT {COLUMNS} FROM hosts WHERE spki = ?1"), [spki], host)?.pop())
+    /// [`StateError::Unreadable`].
+    pub fn host_by_spki(&self, spki: &[u8]) -> Result<Option<&Arc<Host>>, StateError> {
+        Ok(self.hosts()?.find(|host| host.spki == spki))
     }
 
-    /// Registers a host, enabled, by its host key (DER SubjectPublicKeyInfo, which the caller has parsed).
-    ///
-    /// # Errors
-    /// [`StateError::Invalid`] for a name that is none, [`StateError::Conflict`] for a name or a key that is registered.
-    pub fn add_host(&mut self, name: &str, spki: &[u8], labels: &Labels, now: i64) -> Result<Host, StateError> {
-        self.add_host_with(HostKind::HostKey, name, spki, labels, now)
+    fn registered_host(&self, name: &str) -> Result<Host, StateError> {
+        self.host_by_name(name)?.map(|host| Host::clone(host)).ok_or_else(|| no_host(name))
     }
 
-    /// Registers a host, enabled, by a key of this kind.
+    /// Stores a host in place of the one of its name.
+    pub(super) fn put_host(&mut self, host: Host) -> Result<(), StateError> {
+        self.hosts.put(host.name.to_ascii_lowercase(), host)
+    }
+
+    /// Registers a host, enabled, by a key of this kind (DER SubjectPublicKeyInfo, which the caller has parsed).
     ///
     /// # Errors
-    /// As [`State::add_host`].
-    pub fn add_host_with(
+    /// [`StateError::Invalid`] for an invalid name, [`StateError::Conflict`] for a name or a key that is registered.
+    pub fn add_host(
         &mut self,
         kind: HostKind,
         name: &str,
@@ -104,6 +101,18 @@ impl State {
         check_host_name(name)?;
         labels.check()?;
         check_der("a host's public key", spki)?;
+        if let Some(other) = self.host_by_name(name)? {
+            return Err(StateError::Conflict(format!(
+                "a host {:?} is registered already; remove it first, or choose another name",
+                other.name
+            )));
+        }
+        if let Some(other) = self.host_by_spki(spki)? {
+            return Err(StateError::Conflict(format!(
+                "this key is registered already, as host {:?}; a host has a key of its own",
+                other.name
+            )));
+        }
         let host = Host {
             name: name.to_owned(),
             kind,
@@ -113,39 +122,18 @@ impl State {
             added: now,
             labels: labels.clone(),
         };
-        self.write(|transaction| {
-            if let Some(other) = one::<String>(transaction, "SELECT name FROM hosts WHERE name = ?1", [name])? {
-                return Err(StateError::Conflict(format!(
-                    "a host {other:?} is registered already; remove it first, or choose another name"
-                ))
-                .into());
-            }
-            if let Some(other) = one::<String>(transaction, "SELECT name FROM hosts WHERE spki = ?1", [spki])? {
-                return Err(StateError::Conflict(format!(
-                    "this key is registered already, as host {other:?}; a host has a key of its own"
-                ))
-                .into());
-            }
-            transaction.execute(
-                "INSERT INTO hosts (name, spki, spki_sha256, enabled, added, labels, kind)
-                 VALUES (?1, ?2, ?3, 1, ?4, ?5, ?6)",
-                params![host.name, host.spki, host.spki_sha256, host.added, host.labels.to_string(), kind.as_str()],
-            )?;
-            Ok(())
-        })?;
+        self.put_host(host.clone())?;
         Ok(host)
     }
 
-    /// Removes a host and returns what it was.
+    /// Removes a host and returns it.
     ///
     /// # Errors
     /// [`StateError::NotFound`].
     pub fn remove_host(&mut self, name: &str) -> Result<Host, StateError> {
-        self.write(|transaction| {
-            let sql = format!("DELETE FROM hosts WHERE name = ?1 RETURNING {COLUMNS}");
-            let removed = transaction.query_row(&sql, [name], host).optional()?;
-            removed.ok_or_else(|| no_host(name).into())
-        })
+        let removed = self.registered_host(name)?;
+        self.hosts.remove(&name.to_ascii_lowercase())?;
+        Ok(removed)
     }
 
     /// Enables or disables a host.
@@ -153,41 +141,26 @@ impl State {
     /// # Errors
     /// [`StateError::NotFound`].
     pub fn enable_host(&mut self, name: &str, enabled: bool) -> Result<Host, StateError> {
-        self.write(|transaction| {
-            let sql = format!("UPDATE hosts SET enabled = ?2 WHERE name = ?1 RETURNING {COLUMNS}");
-            let changed = transaction.query_row(&sql, params![name, enabled], host).optional()?;
-            changed.ok_or_else(|| no_host(name).into())
-        })
+        let host = Host { enabled, ..self.registered_host(name)? };
+        self.put_host(host.clone())?;
+        Ok(host)
     }
 
-    /// Gives a host other labels, which `change` makes of those it has.
+    /// Replaces a host's labels by those that `change` makes of them.
     ///
     /// # Errors
     /// [`StateError::NotFound`]; [`StateError::Invalid`] for too many.
     pub fn label_host(&mut self, name: &str, change: impl FnOnce(&Labels) -> Labels) -> Result<Host, StateError> {
-        self.write(|transaction| {
-            let found = one::<String>(transaction, "SELECT labels FROM hosts WHERE name = ?1", [name])?;
-            let labels = change(&found.ok_or_else(|| no_host(name))?.parse()?);
-            labels.check()?;
-            let sql = format!("UPDATE hosts SET labels = ?2 WHERE name = ?1 RETURNING {COLUMNS}");
-            Ok(transaction.query_row(&sql, params![name, labels.to_string()], host)?)
-        })
+        let mut host = self.registered_host(name)?;
+        host.labels = change(&host.labels);
+        host.labels.check()?;
+        self.put_host(host.clone())?;
+        Ok(host)
     }
 }
 
-pub(super) fn host(row: &Row<'_>) -> rusqlite::Result<Host> {
-    Ok(Host {
-        name: row.get(0)?,
-        spki: row.get(1)?,
-        spki_sha256: row.get(2)?,
-        enabled: row.get(3)?,
-        added: row.get(4)?,
-        labels: read_labels(row, 5)?,
-        kind: match row.get_ref(6)?.as_str()? {
-            "endorsement-key" => HostKind::EndorsementKey,
-            _ => HostKind::HostKey,
-        },
-    })
+fn no_host(name: &str) -> StateError {
+    StateError::NotFound(format!("no host {name:?} is registered"))
 }
 
 /// Whether this can name a host.
@@ -208,11 +181,12 @@ pub fn check_host_name(name: &str) -> Result<(), StateError> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::store::tests::{message, open};
+    use crate::store::tests::{Place, message, on_every_store};
 
-    #[test]
-    fn hosts_are_unique_by_name_and_key() {
-        let (_folder, mut state) = open();
+    on_every_store!(hosts_are_unique_by_name_and_key);
+
+    fn hosts_are_unique_by_name_and_key(place: &Place) {
+        let mut state = place.open();
         state.add_host("Alpha", b"key-a", &Labels::default(), 1).unwrap();
         let beta = state.add_host("beta", b"key-b", &Labels::default(), 2).unwrap();
         assert!(

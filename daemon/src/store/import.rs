@@ -1,14 +1,12 @@
 //! Taking in what another state holds: nothing that is only here goes away.
 
-use rusqlite::{OptionalExtension, Transaction, params};
+use std::collections::HashMap;
 
-use super::baselines::{self, baseline, check_baseline_name, check_room, check_values, values_to_text};
-use super::certificates::{self, certificate};
-use super::hosts::{self, host};
-use super::signers::is_revoked;
-use super::{
-    Baseline, Certificate, Host, Signer, State, StateError, WriteError, check_der, check_host_name, check_key_id, one,
-};
+use super::baselines::{Baseline, check_baseline_name, check_values};
+use super::certificates::{Certificate, Role};
+use super::hosts::{Host, check_host_name};
+use super::signers::Signer;
+use super::{Contents, StateError, check_der, check_key_id};
 
 /// What is to be taken in.
 #[derive(Clone, Debug, Default)]
@@ -36,260 +34,226 @@ pub struct Merged {
     pub skipped: Vec<String>,
 }
 
-impl State {
-    /// Takes in another state's content, all of it or nothing. Without `apply` it only says what would change.
+impl Contents {
+    /// Takes in another state's content. A refusal may come in the middle: the result is for a copy that is dropped then.
     ///
     /// # Errors
     /// [`StateError::Conflict`] where the two contradict each other; [`StateError::Invalid`].
-    pub fn import(&mut self, import: &Import, now: i64, apply: bool) -> Result<Merged, StateError> {
-        self.transact(apply, |transaction| {
-            let mut merged = Merged::default();
-            for host in &import.hosts {
-                merge_host(transaction, host, import.loosen, now, &mut merged)?;
-            }
-            for baseline in &import.baselines {
-                merge_baseline(transaction, baseline, now, &mut merged)?;
-            }
-            merge_certificates(transaction, &import.certificates, now, &mut merged)?;
-            merge_signers(transaction, import, now, &mut merged)?;
-            let changed = !merged.changes.is_empty();
-            Ok((merged, changed))
-        })
-    }
-}
-
-fn conflict(text: String) -> WriteError {
-    StateError::Conflict(text).into()
-}
-
-fn merge_host(
-    transaction: &Transaction<'_>,
-    new: &Host,
-    loosen: bool,
-    now: i64,
-    merged: &mut Merged,
-) -> Result<(), WriteError> {
-    check_host_name(&new.name)?;
-    check_der("a host's public key", &new.spki)?;
-    new.labels.check()?;
-    let name = &new.name;
-    let sql = format!("SELECT {} FROM hosts WHERE name = ?1", hosts::COLUMNS);
-    let Some(old) = transaction.query_row(&sql, [name], host).optional()? else {
-        if let Some(other) = one::<String>(transaction, "SELECT name FROM hosts WHERE spki = ?1", [&new.spki])? {
-            return Err(conflict(format!("the key of host {name:?} is registered here as host {other:?}")));
+    pub fn import(&mut self, import: &Import, now: i64) -> Result<Merged, StateError> {
+        let mut merged = Merged::default();
+        let mut names: HashMap<Vec<u8>, String> =
+            self.hosts()?.map(|host| (host.spki.clone(), host.name.clone())).collect();
+        for host in &import.hosts {
+            self.merge_host(host, &mut names, import.loosen, now, &mut merged)?;
         }
-        transaction.execute(
-            "INSERT INTO hosts (name, spki, spki_sha256, enabled, added, labels, kind)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
-            params![name, new.spki, new.spki_sha256, new.enabled, now, new.labels.to_string(), new.kind.as_str()],
-        )?;
-        let disabled = if new.enabled { "" } else { ", disabled" };
-        let labels = if new.labels.is_empty() { String::new() } else { format!(", labels {}", new.labels) };
-        merged.changes.push(format!("host {name} is added{disabled}{labels}"));
-        return Ok(());
-    };
-    if old.spki != new.spki {
-        return Err(conflict(format!("host {name:?} is registered here with another key; remove it first")));
-    }
-    if old.kind != new.kind {
-        let (here, there) = (old.kind, new.kind);
-        return Err(conflict(format!(
-            "the key of host {name:?} is a {here} here and a {there} there; remove it first"
-        )));
-    }
-    match (old.enabled, new.enabled) {
-        (true, false) => merged.changes.push(format!("host {name} is disabled")),
-        (false, true) => merged.skipped.push(format!("host {name} stays disabled; there it is enabled")),
-        _ => {}
-    }
-    let labels = if loosen { &new.labels } else { &old.labels };
-    if old.labels != new.labels {
-        let (ours, theirs) = (old.labels.to_string(), new.labels.to_string());
-        if loosen {
-            merged.changes.push(format!("host {name} has labels {theirs:?} instead of {ours:?}"));
-        } else {
-            merged.skipped.push(format!("host {name} keeps its labels {ours:?}; there they are {theirs:?} (--loosen)"));
+        for baseline in &import.baselines {
+            self.merge_baseline(baseline, now, &mut merged)?;
         }
+        self.merge_certificates(&import.certificates, now, &mut merged)?;
+        self.merge_signers(import, now, &mut merged)?;
+        Ok(merged)
     }
-    transaction.execute(
-        "UPDATE hosts SET enabled = ?2, labels = ?3 WHERE name = ?1",
-        params![name, old.enabled && new.enabled, labels.to_string()],
-    )?;
-    Ok(())
-}
 
-/// A baseline that is only there lets hosts be healthy here, as a host that is only there does: it is added.
-fn merge_baseline(
-    transaction: &Transaction<'_>,
-    new: &Baseline,
-    now: i64,
-    merged: &mut Merged,
-) -> Result<(), WriteError> {
-    check_baseline_name(&new.name)?;
-    check_values(&new.values)?;
-    let name = &new.name;
-    let sql = format!("SELECT {} FROM baselines WHERE name = ?1", baselines::COLUMNS);
-    let Some(old) = transaction.query_row(&sql, [name], baseline).optional()? else {
-        check_room(transaction)?;
-        transaction.execute(
-            "INSERT INTO baselines (name, pcrs, log, enabled, added) VALUES (?1, ?2, ?3, ?4, ?5)",
-            params![name, values_to_text(&new.values), new.log, new.enabled, now],
-        )?;
-        merged.changes.push(format!("baseline {name} is added{}", if new.enabled { "" } else { ", disabled" }));
-        return Ok(());
-    };
-    if old.values != new.values {
-        return Err(conflict(format!("baseline {name:?} has other values here; remove it first")));
-    }
-    match (old.enabled, new.enabled) {
-        (true, false) => {
-            transaction.execute("UPDATE baselines SET enabled = 0 WHERE name = ?1", [name])?;
-            merged.changes.push(format!("baseline {name} is disabled"));
-        }
-        (false, true) => merged.skipped.push(format!("baseline {name} stays disabled; there it is enabled")),
-        _ => {}
-    }
-    Ok(())
-}
-
-fn merge_certificates(
-    transaction: &Transaction<'_>,
-    all: &[Certificate],
-    now: i64,
-    merged: &mut Merged,
-) -> Result<(), WriteError> {
-    let Merged { changes, skipped } = merged;
-    for new in all {
-        check_der("a certificate", &new.der)?;
-        check_der("a certificate's public key", &new.spki)?;
-        check_key_id(&new.key_id)?;
+    /// `names` are those of the registered hosts, by their keys.
+    fn merge_host(
+        &mut self,
+        new: &Host,
+        names: &mut HashMap<Vec<u8>, String>,
+        loosen: bool,
+        now: i64,
+        merged: &mut Merged,
+    ) -> Result<(), StateError> {
+        check_host_name(&new.name)?;
+        check_der("a host's public key", &new.spki)?;
         new.labels.check()?;
-        let (kind, thumbprint) = (new.kind.as_str(), &new.thumbprint);
-        let sql = format!("SELECT {} FROM certificates WHERE kind = ?1 AND thumbprint = ?2", certificates::COLUMNS);
-        let old = transaction.query_row(&sql, [kind, thumbprint], certificate).optional()?;
-        match &old {
-            Some(old) if old.key_id != new.key_id => {
-                return Err(conflict(format!("the {kind} certificate {thumbprint} has another key of the HSMs here")));
+        let name = &new.name;
+        let Some(old) = self.host_by_name(name)? else {
+            if let Some(other) = names.get(&new.spki) {
+                return Err(conflict(format!("the key of host {name:?} is registered here as host {other:?}")));
             }
-            Some(_) => {}
-            None => {
-                transaction.execute(
-                    "INSERT INTO certificates (thumbprint, kind, der, key_id, spki, added) VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
-                    params![thumbprint, kind, new.der, new.key_id, new.spki, now],
-                )?;
-                changes.push(format!("the {kind} certificate {thumbprint} is added"));
-            }
+            names.insert(new.spki.clone(), name.clone());
+            self.put_host(Host { added: now, ..new.clone() })?;
+            let disabled = if new.enabled { "" } else { ", disabled" };
+            let labels = if new.labels.is_empty() { String::new() } else { format!(", labels {}", new.labels) };
+            merged.changes.push(format!("host {name} is added{disabled}{labels}"));
+            return Ok(());
+        };
+        if old.spki != new.spki {
+            return Err(conflict(format!("host {name:?} is registered here with another key; remove it first")));
         }
-        // A host needs the labels of both. Looked up by the key: that of a certificate that is new here may be limited.
-        let ours = certificates::limit_of(transaction, &new.spki)?;
-        let limit = ours.with(&new.labels);
-        limit.check()?;
-        if limit != ours {
-            certificates::set_limit(transaction, &new.spki, &limit)?;
-            changes.push(format!("what the key of {thumbprint} opens is released to hosts with {limit}"));
-        }
-        if limit != new.labels {
-            let to = if new.labels.is_empty() { "every host".to_owned() } else { format!("hosts with {}", new.labels) };
-            skipped.push(format!("the key of {thumbprint} stays limited to hosts with {limit}; there it is for {to}"));
-        }
-        if new.enabled && old.is_some_and(|old| !old.enabled) {
-            skipped.push(format!("the {kind} certificate {thumbprint} stays disabled; there it is enabled"));
-        }
-    }
-    for (column, role) in [("is_primary", "primary"), ("is_communications", "communications")] {
-        for new in all.iter().filter(|c| if role == "primary" { c.is_primary } else { c.is_communications }) {
-            let (kind, thumbprint) = (new.kind.as_str(), &new.thumbprint);
-            let sql = format!("SELECT {column}, enabled FROM certificates WHERE kind = ?1 AND thumbprint = ?2");
-            let (has_it, enabled) = transaction
-                .query_row(&sql, [kind, thumbprint], |row| Ok((row.get::<_, bool>(0)?, row.get::<_, bool>(1)?)))?;
-            if has_it {
-                continue;
-            }
-            if !enabled {
-                skipped.push(format!(
-                    "the {kind} certificate {thumbprint} does not become the {role} one: it is disabled"
-                ));
-                continue;
-            }
-            transaction.execute(&format!("UPDATE certificates SET {column} = 0 WHERE kind = ?1"), [kind])?;
-            transaction.execute(
-                &format!("UPDATE certificates SET {column} = 1 WHERE kind = ?1 AND thumbprint = ?2"),
-                [kind, thumbprint],
-            )?;
-            changes.push(format!("the {kind} certificate {thumbprint} becomes the {role} one"));
-        }
-    }
-    for new in all.iter().filter(|new| !new.enabled) {
-        let (kind, thumbprint) = (new.kind.as_str(), &new.thumbprint);
-        let sql =
-            "SELECT enabled, is_primary OR is_communications FROM certificates WHERE kind = ?1 AND thumbprint = ?2";
-        let (enabled, needed) = transaction
-            .query_row(sql, [kind, thumbprint], |row| Ok((row.get::<_, bool>(0)?, row.get::<_, bool>(1)?)))?;
-        if needed {
+        if old.kind != new.kind {
+            let (here, there) = (old.kind, new.kind);
             return Err(conflict(format!(
-                "the {kind} certificate {thumbprint} is disabled there, but is primary or signs the metadata here"
+                "the key of host {name:?} is a {here} here and a {there} there; remove it first"
             )));
         }
-        if enabled {
-            transaction.execute(
-                "UPDATE certificates SET enabled = 0 WHERE kind = ?1 AND thumbprint = ?2",
-                [kind, thumbprint],
-            )?;
-            changes.push(format!("the {kind} certificate {thumbprint} is disabled"));
+        match (old.enabled, new.enabled) {
+            (true, false) => merged.changes.push(format!("host {name} is disabled")),
+            (false, true) => merged.skipped.push(format!("host {name} stays disabled; there it is enabled")),
+            _ => {}
         }
+        if old.labels != new.labels {
+            let (ours, theirs) = (old.labels.to_string(), new.labels.to_string());
+            if loosen {
+                merged.changes.push(format!("host {name} has labels {theirs:?} instead of {ours:?}"));
+            } else {
+                merged
+                    .skipped
+                    .push(format!("host {name} keeps its labels {ours:?}; there they are {theirs:?} (--loosen)"));
+            }
+        }
+        let labels = if loosen { &new.labels } else { &old.labels }.clone();
+        let changed = Host { enabled: old.enabled && new.enabled, labels, ..Host::clone(old) };
+        if changed != **old { self.put_host(changed) } else { Ok(()) }
     }
-    Ok(())
+
+    /// A baseline that is only there lets hosts be healthy here, as a host that is only there does: it is added.
+    fn merge_baseline(&mut self, new: &Baseline, now: i64, merged: &mut Merged) -> Result<(), StateError> {
+        check_baseline_name(&new.name)?;
+        check_values(&new.values)?;
+        let name = &new.name;
+        let Some(old) = self.kept_baseline(name)? else {
+            self.put_new_baseline(Baseline { added: now, ..new.clone() })?;
+            merged.changes.push(format!("baseline {name} is added{}", if new.enabled { "" } else { ", disabled" }));
+            return Ok(());
+        };
+        if old.baseline.values != new.values {
+            return Err(conflict(format!("baseline {name:?} has other values here; remove it first")));
+        }
+        match (old.baseline.enabled, new.enabled) {
+            (true, false) => {
+                self.enable_baseline(name, false)?;
+                merged.changes.push(format!("baseline {name} is disabled"));
+            }
+            (false, true) => merged.skipped.push(format!("baseline {name} stays disabled; there it is enabled")),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn merge_certificates(&mut self, all: &[Certificate], now: i64, merged: &mut Merged) -> Result<(), StateError> {
+        let Merged { changes, skipped } = merged;
+        for new in all {
+            check_der("a certificate", &new.der)?;
+            check_der("a certificate's public key", &new.spki)?;
+            check_key_id(&new.key_id)?;
+            new.labels.check()?;
+            let (kind, thumbprint) = (new.kind, &new.thumbprint);
+            match self.certificate(kind, thumbprint)? {
+                Some(old) if old.key_id != new.key_id => {
+                    let text = format!("the {kind} certificate {thumbprint} has another key of the HSMs here");
+                    return Err(conflict(text));
+                }
+                Some(old) => {
+                    if new.enabled && !old.enabled {
+                        skipped
+                            .push(format!("the {kind} certificate {thumbprint} stays disabled; there it is enabled"));
+                    }
+                }
+                None => {
+                    self.put_certificate(Certificate {
+                        is_primary: false,
+                        is_communications: false,
+                        enabled: true,
+                        added: now,
+                        ..new.clone()
+                    })?;
+                    changes.push(format!("the {kind} certificate {thumbprint} is added"));
+                }
+            }
+            // A host needs the labels of both. Looked up by the key: that of a certificate that is new here may be limited.
+            let ours = self.limit_of(&new.spki)?;
+            let limit = ours.with(&new.labels);
+            limit.check()?;
+            if limit != ours {
+                self.set_limit(&new.spki, &limit)?;
+                changes.push(format!("what the key of {thumbprint} opens is released to hosts with {limit}"));
+            }
+            if limit != new.labels {
+                let to =
+                    if new.labels.is_empty() { "every host".to_owned() } else { format!("hosts with {}", new.labels) };
+                skipped
+                    .push(format!("the key of {thumbprint} stays limited to hosts with {limit}; there it is for {to}"));
+            }
+        }
+        for (role, name) in [(Role::Primary, "primary"), (Role::Communications, "communications")] {
+            for new in all.iter().filter(|new| role.is_of(new)) {
+                let (kind, thumbprint) = (new.kind, &new.thumbprint);
+                let Some(here) = self.certificate(kind, thumbprint)?.filter(|here| !role.is_of(here)) else { continue };
+                if !here.enabled {
+                    skipped.push(format!(
+                        "the {kind} certificate {thumbprint} does not become the {name} one: it is disabled"
+                    ));
+                    continue;
+                }
+                self.give_role(role, kind, Some(thumbprint))?;
+                changes.push(format!("the {kind} certificate {thumbprint} becomes the {name} one"));
+            }
+        }
+        for new in all.iter().filter(|new| !new.enabled) {
+            let (kind, thumbprint) = (new.kind, &new.thumbprint);
+            let Some(here) = self.certificate(kind, thumbprint)? else { continue };
+            if here.is_primary || here.is_communications {
+                return Err(conflict(format!(
+                    "the {kind} certificate {thumbprint} is disabled there, but is primary or signs the metadata here"
+                )));
+            }
+            if here.enabled {
+                self.enable_certificate(kind, thumbprint, false)?;
+                changes.push(format!("the {kind} certificate {thumbprint} is disabled"));
+            }
+        }
+        Ok(())
+    }
+
+    fn merge_signers(&mut self, import: &Import, now: i64, merged: &mut Merged) -> Result<(), StateError> {
+        let Merged { changes, skipped } = merged;
+        // Only for one of them it was looked up whether its key is here.
+        if import.signers.iter().filter(|signer| signer.current).count() > 1 {
+            return Err(StateError::Invalid("two attestation signers issue there, and only one can".to_owned()));
+        }
+        for new in &import.signers {
+            check_der("an attestation signer's certificate", &new.der)?;
+            check_key_id(&new.key_id)?;
+            let thumbprint = &new.thumbprint;
+            if self.is_revoked(&new.der)? {
+                skipped.push(format!("the attestation signer {thumbprint} is revoked here, and stays so"));
+                continue;
+            }
+            let here = self.signers.get(thumbprint)?.map(|here| Signer::clone(here));
+            if here.is_none() {
+                // Whatever is said there, it is forgotten here as soon as one that is replaced now.
+                self.trust_signer(new, new.replaced.unwrap_or(now).min(now))?;
+                changes.push(format!("health certificates of the attestation signer {thumbprint} are trusted"));
+            }
+            let issues_here = here.as_ref().is_some_and(|here| here.current);
+            if new.current && import.adopt_signer && !issues_here {
+                self.make_current(here.unwrap_or_else(|| new.clone()), now)?;
+                changes.push(format!("the attestation signer {thumbprint} issues health certificates"));
+            }
+        }
+        Ok(())
+    }
 }
 
-fn merge_signers(
-    transaction: &Transaction<'_>,
-    import: &Import,
-    now: i64,
-    merged: &mut Merged,
-) -> Result<(), WriteError> {
-    let Merged { changes, skipped } = merged;
-    // Only for one of them it was looked up whether its key is here.
-    if import.signers.iter().filter(|signer| signer.current).count() > 1 {
-        return Err(StateError::Invalid("two attestation signers issue there, and only one can".to_owned()).into());
-    }
-    for new in &import.signers {
-        check_der("an attestation signer's certificate", &new.der)?;
-        check_key_id(&new.key_id)?;
-        let thumbprint = &new.thumbprint;
-        if is_revoked(transaction, &new.der)? {
-            skipped.push(format!("the attestation signer {thumbprint} is revoked here, and stays so"));
-            continue;
-        }
-        let here =
-            one::<bool>(transaction, "SELECT current FROM attestation_signers WHERE thumbprint = ?1", [thumbprint])?;
-        if here.is_none() {
-            // Whatever is said there, it is forgotten here as soon as one that is replaced now.
-            let replaced = new.replaced.unwrap_or(now).min(now);
-            transaction.execute(
-                "INSERT INTO attestation_signers (thumbprint, der, key_id, not_before, not_after, current, replaced)
-                 VALUES (?1, ?2, ?3, ?4, ?5, 0, ?6)",
-                params![thumbprint, new.der, new.key_id, new.not_before, new.not_after, replaced],
-            )?;
-            changes.push(format!("health certificates of the attestation signer {thumbprint} are trusted"));
-        }
-        if new.current && import.adopt_signer && here != Some(true) {
-            transaction.execute("UPDATE attestation_signers SET current = 0, replaced = ?1 WHERE current", [now])?;
-            transaction.execute(
-                "UPDATE attestation_signers SET current = 1, replaced = NULL WHERE thumbprint = ?1",
-                [thumbprint],
-            )?;
-            changes.push(format!("the attestation signer {thumbprint} issues health certificates"));
-        }
-    }
-    Ok(())
+fn conflict(text: String) -> StateError {
+    StateError::Conflict(text)
 }
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::store::tests::{message, open};
-    use crate::store::{Kind, Labels, NewCertificate, NewSigner};
+    use crate::store::tests::{Place, message, on_every_store};
+    use crate::store::{Kind, Labels, MAX_BASELINES, NewCertificate, NewSigner, State};
+
+    on_every_store!(
+        an_import_lets_nobody_have_more_than_before,
+        an_import_enables_no_baseline_and_changes_none,
+        an_import_adds_no_more_baselines_than_there_may_be,
+        a_signer_is_trusted_for_no_longer_than_one_that_is_replaced_now,
+        what_was_exported_is_taken_in_once
+    );
 
     fn exported(state: &State) -> Import {
         Import {
@@ -306,10 +270,10 @@ mod tests {
         NewCertificate { kind: Kind::Encryption, der, key_id: b"id", spki: der, primary: false }
     }
 
-    #[test]
-    fn an_import_lets_nobody_have_more_than_before() {
-        let (_one, mut there) = open();
-        let (_two, mut here) = open();
+    fn an_import_lets_nobody_have_more_than_before(place: &Place) {
+        let elsewhere = place.another();
+        let mut there = elsewhere.open();
+        let mut here = place.open();
         let [acme, north]: [Labels; 2] = ["tenant=acme", "north"].map(|labels| labels.parse().unwrap());
         there.add_host("a", b"a", &acme, 1).unwrap();
         here.add_host("a", b"a", &Labels::default(), 1).unwrap();
@@ -347,10 +311,10 @@ mod tests {
         assert!(!host.enabled && host.labels == acme);
     }
 
-    #[test]
-    fn an_import_enables_no_baseline_and_changes_none() {
-        let (_one, mut there) = open();
-        let (_two, mut here) = open();
+    fn an_import_enables_no_baseline_and_changes_none(place: &Place) {
+        let elsewhere = place.another();
+        let mut there = elsewhere.open();
+        let mut here = place.open();
         let mut values = claviger_protocol::tpm::pcr::PcrValues::default();
         [0, 4, 7].into_iter().for_each(|pcr| assert!(values.set(pcr, [1; 32])));
         for name in ["new", "off-there", "off-here"] {
@@ -380,19 +344,18 @@ mod tests {
         assert!(message(here.import(&exported(&there), 6, true)).contains("is a host-key here"));
     }
 
-    #[test]
-    fn an_import_adds_no_more_baselines_than_there_may_be() {
-        let (_folder, mut here) = open();
+    fn an_import_adds_no_more_baselines_than_there_may_be(place: &Place) {
+        let mut here = place.open();
         let mut values = claviger_protocol::tpm::pcr::PcrValues::default();
         [0, 4, 7].into_iter().for_each(|pcr| assert!(values.set(pcr, [1; 32])));
-        let named = |number: i64| Baseline {
+        let named = |number: usize| Baseline {
             name: number.to_string(),
             values: values.clone(),
             log: None,
             enabled: true,
             added: 1,
         };
-        let all: Vec<_> = (0..=baselines::MAX_BASELINES).map(named).collect();
+        let all: Vec<_> = (0..=MAX_BASELINES).map(named).collect();
         let import = Import { baselines: all.clone(), ..Import::default() };
         assert!(message(here.import(&import, 2, true)).contains("1000 baselines already"));
         assert_eq!(here.baselines().unwrap(), []);
@@ -402,9 +365,8 @@ mod tests {
         assert_eq!(here.import(&import, 3, true).unwrap(), Merged::default());
     }
 
-    #[test]
-    fn a_signer_is_trusted_for_no_longer_than_one_that_is_replaced_now() {
-        let (_folder, mut here) = open();
+    fn a_signer_is_trusted_for_no_longer_than_one_that_is_replaced_now(place: &Place) {
+        let mut here = place.open();
         let signer = |der: &[u8], current, replaced| Signer {
             thumbprint: crate::store::sha256_hex(der),
             der: der.to_owned(),
@@ -423,10 +385,10 @@ mod tests {
         assert_eq!(replaced, [Some(5), Some(3)]);
     }
 
-    #[test]
-    fn what_was_exported_is_taken_in_once() {
-        let (_one, mut there) = open();
-        let (_two, mut here) = open();
+    fn what_was_exported_is_taken_in_once(place: &Place) {
+        let elsewhere = place.another();
+        let mut there = elsewhere.open();
+        let mut here = place.open();
         let acme: Labels = "tenant=acme".parse().unwrap();
         there.add_host("a", b"a", &acme, 1).unwrap();
         there.add_host("b", b"b", &Labels::default(), 1).unwrap();

@@ -1,9 +1,10 @@
 //! Attestation signers.
 
-use claviger_protocol::certificate::Certificate;
-use rusqlite::{Row, Transaction, params};
+use std::cmp::Reverse;
 
-use super::{State, StateError, check_der, check_key_id, one, sha256_hex};
+use claviger_protocol::certificate::Certificate;
+
+use super::{Contents, StateError, check_der, check_key_id, sha256_hex};
 
 /// A certificate that issues health certificates, or did.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,6 +30,9 @@ pub struct Signer {
 pub struct RevokedSigner {
     /// SHA-256 of its DER, 64 lower-case hexadecimal digits.
     pub thumbprint: String,
+    /// SHA-256 of its public key (DER SubjectPublicKeyInfo), 64 lower-case hexadecimal digits: other certificates of that key
+    /// are revoked, too.
+    pub spki_sha256: String,
     /// End of its validity, seconds since 1970.
     pub not_after: i64,
     /// When it was revoked, seconds since 1970.
@@ -48,15 +52,28 @@ pub struct NewSigner<'a> {
     pub not_after: i64,
 }
 
-const ALL: &str = "SELECT thumbprint, der, key_id, not_before, not_after, current, replaced FROM attestation_signers";
-
-impl State {
+impl Contents {
     /// All attestation signers, the current one first, then the latest replaced first.
     ///
     /// # Errors
-    /// [`StateError::Database`].
+    /// [`StateError::Unreadable`].
     pub fn signers(&self) -> Result<Vec<Signer>, StateError> {
-        self.read(&format!("{ALL} ORDER BY current DESC, replaced DESC, rowid DESC"), [], signer)
+        let mut rows: Vec<_> = self.signers.rows()?.values().collect();
+        rows.sort_by_key(|row| Reverse((row.value.current, row.value.replaced, row.order)));
+        Ok(rows.into_iter().map(|row| Signer::clone(&row.value)).collect())
+    }
+
+    fn put_signer(&mut self, signer: Signer) -> Result<(), StateError> {
+        self.signers.put(signer.thumbprint.clone(), signer)
+    }
+
+    /// Makes this signer the current one, in place of the one that is, as of `now`.
+    pub(super) fn make_current(&mut self, signer: Signer, now: i64) -> Result<(), StateError> {
+        let replaced: Vec<_> = self.signers.values()?.filter(|signer| signer.current).cloned().collect();
+        for other in replaced {
+            self.put_signer(Signer { current: false, replaced: Some(now), ..Signer::clone(&other) })?;
+        }
+        self.put_signer(Signer { current: true, replaced: None, ..signer })
     }
 
     /// Adds an attestation signer, which becomes the current one in place of the one that `replaces` names, as of `now`.
@@ -80,52 +97,42 @@ impl State {
             current: true,
             replaced: None,
         };
-        self.write(|transaction| {
-            if is_revoked(transaction, &added.der)? {
-                return Err(StateError::Revoked(format!(
-                    "the attestation signer {}, or another one of its key, is revoked",
-                    added.thumbprint
-                ))
-                .into());
-            }
-            let sql = "SELECT 1 FROM attestation_signers WHERE thumbprint = ?1";
-            if one::<i64>(transaction, sql, [&added.thumbprint])?.is_some() {
-                return Err(StateError::Conflict(format!(
-                    "the attestation signer {} is there already",
-                    added.thumbprint
-                ))
-                .into());
-            }
-            let sql = "SELECT thumbprint FROM attestation_signers WHERE current";
-            if one::<String>(transaction, sql, [])?.as_deref() != replaces {
-                return Err(StateError::Conflict("the attestation signer was replaced meanwhile".to_owned()).into());
-            }
-            transaction.execute("UPDATE attestation_signers SET current = 0, replaced = ?1 WHERE current", [now])?;
-            transaction.execute(
-                "INSERT INTO attestation_signers (thumbprint, der, key_id, not_before, not_after, current, replaced)
-                 VALUES (?1, ?2, ?3, ?4, ?5, 1, NULL)",
-                params![added.thumbprint, added.der, added.key_id, added.not_before, added.not_after],
-            )?;
-            Ok(())
-        })?;
+        let thumbprint = &added.thumbprint;
+        if self.is_revoked(&added.der)? {
+            return Err(StateError::Revoked(format!(
+                "the attestation signer {thumbprint}, or another one of its key, is revoked"
+            )));
+        }
+        if self.signers.get(thumbprint)?.is_some() {
+            return Err(StateError::Conflict(format!("the attestation signer {thumbprint} is there already")));
+        }
+        let current = self.signers.values()?.find(|signer| signer.current);
+        if current.map(|signer| &*signer.thumbprint) != replaces {
+            return Err(StateError::Conflict("the attestation signer was replaced meanwhile".to_owned()));
+        }
+        self.make_current(added.clone(), now)?;
         Ok(added)
+    }
+
+    /// Adds a signer that is only trusted, as one that was replaced at that time.
+    pub(super) fn trust_signer(&mut self, signer: &Signer, replaced: i64) -> Result<(), StateError> {
+        self.put_signer(Signer { current: false, replaced: Some(replaced), ..signer.clone() })
     }
 
     /// The signers that were revoked, the latest first.
     ///
     /// # Errors
-    /// [`StateError::Database`].
+    /// [`StateError::Unreadable`].
     pub fn revoked_signers(&self) -> Result<Vec<RevokedSigner>, StateError> {
-        let sql = "SELECT thumbprint, not_after, revoked FROM revoked_signers ORDER BY revoked DESC, rowid DESC";
-        self.read(sql, [], |row| {
-            Ok(RevokedSigner { thumbprint: row.get(0)?, not_after: row.get(1)?, revoked: row.get(2)? })
-        })
+        let mut rows: Vec<_> = self.revoked.rows()?.values().collect();
+        rows.sort_by_key(|row| Reverse((row.value.revoked, row.order)));
+        Ok(rows.into_iter().map(|row| RevokedSigner::clone(&row.value)).collect())
     }
 
     /// All signers that have the key of the one with this thumbprint, itself included: a key may be certified several times.
     ///
     /// # Errors
-    /// [`StateError::NotFound`], [`StateError::Database`].
+    /// [`StateError::NotFound`], [`StateError::Unreadable`].
     pub fn signers_of_key(&self, thumbprint: &str) -> Result<Vec<Signer>, StateError> {
         of_key(self.signers()?, thumbprint)
     }
@@ -136,27 +143,23 @@ impl State {
     /// # Errors
     /// [`StateError::NotFound`]; [`StateError::Conflict`] for the current one without `force`.
     pub fn revoke_signer(&mut self, thumbprint: &str, force: bool, now: i64) -> Result<Vec<String>, StateError> {
-        self.write(|transaction| {
-            let all = {
-                let mut statement = transaction.prepare_cached(&format!("{ALL} ORDER BY current DESC"))?;
-                statement.query_map([], signer)?.collect::<rusqlite::Result<Vec<_>>>()?
+        let revoked = self.signers_of_key(thumbprint)?;
+        if !force && revoked.iter().any(|signer| signer.current) {
+            return Err(StateError::Conflict(
+                "the attestation signer issues health certificates; another one has to take over first".to_owned(),
+            ));
+        }
+        for signer in &revoked {
+            let entry = RevokedSigner {
+                thumbprint: signer.thumbprint.clone(),
+                spki_sha256: key_hash(&signer.der),
+                not_after: signer.not_after,
+                revoked: now,
             };
-            let revoked = of_key(all, thumbprint)?;
-            if !force && revoked.iter().any(|signer| signer.current) {
-                return Err(StateError::Conflict(
-                    "the attestation signer issues health certificates; another one has to take over first".to_owned(),
-                )
-                .into());
-            }
-            for signer in &revoked {
-                transaction.execute(
-                    "INSERT INTO revoked_signers (thumbprint, spki_sha256, not_after, revoked) VALUES (?1, ?2, ?3, ?4)",
-                    params![signer.thumbprint, key_hash(&signer.der), signer.not_after, now],
-                )?;
-                transaction.execute("DELETE FROM attestation_signers WHERE thumbprint = ?1", [&signer.thumbprint])?;
-            }
-            Ok(revoked.into_iter().map(|signer| signer.thumbprint).collect())
-        })
+            self.revoked.put(signer.thumbprint.clone(), entry)?;
+            self.signers.remove(&signer.thumbprint)?;
+        }
+        Ok(revoked.into_iter().map(|signer| signer.thumbprint).collect())
     }
 
     /// Forgets the signers that were replaced before `time`, and returns how many those were.
@@ -165,18 +168,24 @@ impl State {
     /// validity ago, unless they are to be refused at once.
     ///
     /// # Errors
-    /// [`StateError::Database`].
+    /// [`StateError::Unreadable`].
     pub fn forget_signers_before(&mut self, time: i64) -> Result<usize, StateError> {
-        self.write(|transaction| {
-            Ok(transaction.execute("DELETE FROM attestation_signers WHERE NOT current AND replaced < ?1", [time])?)
-        })
+        let old = self
+            .signers
+            .values()?
+            .filter(|signer| !signer.current && signer.replaced.is_some_and(|replaced| replaced < time));
+        let old: Vec<_> = old.map(|signer| signer.thumbprint.clone()).collect();
+        for thumbprint in &old {
+            self.signers.remove(thumbprint)?;
+        }
+        Ok(old.len())
     }
-}
 
-/// Whether this certificate, or another one of its key, was revoked.
-pub(super) fn is_revoked(transaction: &Transaction<'_>, der: &[u8]) -> rusqlite::Result<bool> {
-    let sql = "SELECT 1 FROM revoked_signers WHERE thumbprint = ?1 OR spki_sha256 = ?2";
-    Ok(one::<i64>(transaction, sql, [sha256_hex(der), key_hash(der)])?.is_some())
+    /// Whether this certificate, or another one of its key, was revoked.
+    pub(super) fn is_revoked(&self, der: &[u8]) -> Result<bool, StateError> {
+        let (thumbprint, key) = (sha256_hex(der), key_hash(der));
+        Ok(self.revoked.values()?.any(|of| of.thumbprint == thumbprint || of.spki_sha256 == key))
+    }
 }
 
 /// The signers that have the key of one of them: the same key of the HSMs, or the same public key.
@@ -194,27 +203,21 @@ fn key_hash(der: &[u8]) -> String {
     Certificate::parse(der).map_or_else(|_| sha256_hex(der), |certificate| sha256_hex(certificate.key().spki_der()))
 }
 
-pub(super) fn signer(row: &Row<'_>) -> rusqlite::Result<Signer> {
-    Ok(Signer {
-        thumbprint: row.get(0)?,
-        der: row.get(1)?,
-        key_id: row.get(2)?,
-        not_before: row.get(3)?,
-        not_after: row.get(4)?,
-        current: row.get(5)?,
-        replaced: row.get(6)?,
-    })
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::store::tests::{message, open};
+    use crate::store::State;
+    use crate::store::tests::{Place, message, on_every_store};
 
-    #[test]
-    fn a_new_signer_replaces_the_current_one() {
-        let (_folder, mut state) = open();
+    on_every_store!(
+        a_new_signer_replaces_the_current_one,
+        a_revoked_signer_is_gone_with_all_certificates_of_its_key_and_is_remembered,
+        of_two_that_make_one_at_the_same_time_the_first_wins
+    );
+
+    fn a_new_signer_replaces_the_current_one(place: &Place) {
+        let mut state = place.open();
         let new = |der| NewSigner { der, key_id: b"id", not_before: 10, not_after: 20 };
         let one = state.add_signer(&new(b"one"), None, 11).unwrap();
         let two = state.add_signer(&new(b"two"), Some(&one.thumbprint), 12).unwrap();
@@ -229,9 +232,8 @@ mod tests {
         assert!(message(state.add_signer(&NewSigner { not_after: 10, ..new(b"four") }, None, 15)).contains("validity"));
     }
 
-    #[test]
-    fn a_revoked_signer_is_gone_with_all_certificates_of_its_key_and_is_remembered() {
-        let (_folder, mut state) = open();
+    fn a_revoked_signer_is_gone_with_all_certificates_of_its_key_and_is_remembered(place: &Place) {
+        let mut state = place.open();
         let mut current = None;
         let mut add = |state: &mut State, der: &[u8], key_id: &[u8]| {
             let new = NewSigner { der, key_id, not_before: 10, not_after: 20 };
@@ -267,10 +269,9 @@ mod tests {
         assert!(matches!(again(&mut state, &two), Err(StateError::Revoked(_))), "a certificate of a revoked key");
     }
 
-    #[test]
-    fn of_two_that_make_one_at_the_same_time_the_first_wins() {
-        let (folder, mut ours) = open();
-        let mut theirs = State::open(&folder.path().join("a/state")).unwrap();
+    fn of_two_that_make_one_at_the_same_time_the_first_wins(place: &Place) {
+        let mut ours = place.open();
+        let mut theirs = place.open();
         let new = |der| NewSigner { der, key_id: b"id", not_before: 10, not_after: 20 };
         for (round, (one, two)) in [(b"a", b"b"), (b"c", b"d")].into_iter().enumerate() {
             let seen = ours.signers().unwrap().first().map(|signer| signer.thumbprint.clone());

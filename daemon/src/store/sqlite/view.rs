@@ -1,4 +1,4 @@
-//! The state for who only looks: nothing is written, whatever version made the file and whoever has it open.
+//! Read-only view of the state file: nothing is written, whatever version made the file and whatever process has it open.
 
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
@@ -8,23 +8,15 @@ use rusqlite::backup::Backup;
 use rusqlite::{Connection, OpenFlags};
 
 use super::schema::{MIGRATIONS, migrate};
-use super::{BUSY_TIMEOUT, State, StateError};
+use super::{BUSY_TIMEOUT, Known, Sqlite, StateError};
 
-/// The state as it is in its file.
-#[derive(Debug)]
-pub struct View {
-    /// What is in it. Changes to it are lost, if they do not fail.
-    pub state: State,
-    /// The schema version of the file, where it is older than this program's; it is brought up to date in memory only.
-    pub older: Option<i64>,
-}
-
-impl State {
-    /// Looks at `state.db` in `folder`, which is there, and writes nothing.
+impl Sqlite {
+    /// Opens `state.db` in `folder`, which exists, for reading only. Returns the schema version of the file, too, where it is
+    /// older than this program's: it is brought up to date in memory only.
     ///
     /// # Errors
     /// [`StateError::TooNew`] or [`StateError::Database`].
-    pub fn view(folder: &Path) -> Result<View, StateError> {
+    pub(in crate::store) fn view(folder: &Path) -> Result<(Self, Option<i64>), StateError> {
         let path = folder.join("state.db");
         let database = |source| StateError::Database { path: path.clone(), source };
         let (mut connection, found) = read_only(&path).map_err(database)?;
@@ -37,7 +29,7 @@ impl State {
             connection = copy(&connection).map_err(database)?;
             migrate(&mut connection, &path, MIGRATIONS)?;
         }
-        Ok(View { state: Self { path, connection, seen: 0, wrote: false, identity: None }, older })
+        Ok((Self { path, connection, known: Known::default(), identity: None }, older))
     }
 }
 
@@ -85,8 +77,8 @@ fn copy(from: &Connection) -> rusqlite::Result<Connection> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use super::super::Labels;
     use super::*;
+    use crate::store::{Labels, State};
 
     /// What is in a folder, octet by octet.
     fn files(folder: &Path) -> Vec<(String, Vec<u8>)> {

@@ -1,0 +1,77 @@
+//! All that is stored, as plain values: what both stores read and write, and what every change is decided on.
+//!
+//! The rules of the state (names and keys are unique, one primary certificate of a kind, …) are methods of [`Contents`] beside
+//! the records that they concern. They know nothing of files and networks.
+
+use super::baselines::KeptBaseline;
+use super::certificates::{Certificate, Kind};
+use super::hosts::Host;
+use super::labels::Labels;
+use super::signers::{RevokedSigner, Signer};
+use super::table::{Changes, Table};
+
+/// All that is stored, at one point in time. Copies share the records.
+#[derive(Clone, Debug, Default)]
+pub struct Contents {
+    /// By names in lower case.
+    pub(super) hosts: Table<String, Host>,
+    /// By names in lower case.
+    pub(super) baselines: Table<String, KeptBaseline>,
+    /// By kind and thumbprint. Their limits are in `limits`.
+    pub(super) certificates: Table<(Kind, String), Certificate>,
+    /// Labels that a host needs, by the public key that is limited to such hosts (DER SubjectPublicKeyInfo). A limit outlives
+    /// the certificates of its key.
+    pub(super) limits: Table<Vec<u8>, Labels>,
+    /// By thumbprint.
+    pub(super) signers: Table<String, Signer>,
+    /// By thumbprint.
+    pub(super) revoked: Table<String, RevokedSigner>,
+}
+
+/// The difference between two [`Contents`].
+#[derive(Debug)]
+pub(super) struct Delta {
+    pub(super) hosts: Changes<String, Host>,
+    pub(super) baselines: Changes<String, KeptBaseline>,
+    pub(super) certificates: Changes<(Kind, String), Certificate>,
+    pub(super) limits: Changes<Vec<u8>, Labels>,
+    pub(super) signers: Changes<String, Signer>,
+    pub(super) revoked: Changes<String, RevokedSigner>,
+}
+
+impl Contents {
+    /// What makes this of `older`.
+    pub(super) fn delta_since(&self, older: &Self) -> Delta {
+        Delta {
+            hosts: self.hosts.changes_since(&older.hosts),
+            baselines: self.baselines.changes_since(&older.baselines),
+            certificates: self.certificates.changes_since(&older.certificates),
+            limits: self.limits.changes_since(&older.limits),
+            signers: self.signers.changes_since(&older.signers),
+            revoked: self.revoked.changes_since(&older.revoked),
+        }
+    }
+
+    /// Whether every table can be read.
+    pub(super) fn is_whole(&self) -> bool {
+        let Self { hosts, baselines, certificates, limits, signers, revoked } = self;
+        hosts.is_readable()
+            && baselines.is_readable()
+            && certificates.is_readable()
+            && limits.is_readable()
+            && signers.is_readable()
+            && revoked.is_readable()
+    }
+}
+
+impl Delta {
+    pub(super) fn is_empty(&self) -> bool {
+        let Self { hosts, baselines, certificates, limits, signers, revoked } = self;
+        hosts.is_empty()
+            && baselines.is_empty()
+            && certificates.is_empty()
+            && limits.is_empty()
+            && signers.is_empty()
+            && revoked.is_empty()
+    }
+}

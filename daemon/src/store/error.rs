@@ -1,0 +1,64 @@
+//! Why the state cannot be read or changed.
+
+use std::path::PathBuf;
+
+/// Why the state could not be read or changed.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// An argument cannot be stored; the text says what would be right.
+    #[error("{0}")]
+    Invalid(String),
+    /// An argument contradicts a stored record; the text names it.
+    #[error("{0}")]
+    Conflict(String),
+    /// The named record does not exist.
+    #[error("{0}")]
+    NotFound(String),
+    /// The attestation signer, or its key, was revoked.
+    #[error("{0}")]
+    Revoked(String),
+    /// The file was written by a newer version of this program.
+    #[error("{} has schema version {found}, and this program knows only up to {known}; run the version that wrote it, or a newer one", path.display())]
+    TooNew {
+        /// The database file.
+        path: PathBuf,
+        /// Its schema version.
+        found: i64,
+        /// The newest schema version that this program knows.
+        known: i64,
+    },
+    /// The folder or file cannot be made or opened.
+    #[error("{} cannot be made or opened: {source}; check that the daemon's user owns the state folder", path.display())]
+    File {
+        /// The folder or file.
+        path: PathBuf,
+        /// What the operating system says.
+        source: std::io::Error,
+    },
+    /// The file was removed or replaced since it was opened: a change would be lost.
+    #[error("{} is not the file that this daemon opened: it was removed or replaced; start the daemon again", path.display())]
+    Replaced {
+        /// The database file.
+        path: PathBuf,
+    },
+    /// SQLite refused a call: disk full, file damaged, or locked by another process for more than 5 seconds.
+    #[error("the state in {} cannot be used: {source}; check the disk, and that no other program holds the file", path.display())]
+    Database {
+        /// The database file.
+        path: PathBuf,
+        /// What SQLite says.
+        source: rusqlite::Error,
+    },
+    /// The records of one table cannot be read; those of the others can.
+    #[error(
+        "the {table} in {place} cannot be read: {problem}; bring the state back from a backup, or correct it there"
+    )]
+    Unreadable {
+        /// The table's name.
+        table: &'static str,
+        /// The file, or the key of the store.
+        place: String,
+        /// The cause.
+        problem: String,
+    },
+}
