@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use claviger::registry::keys::key_ref;
-use claviger::state::{Kind, State};
+use claviger::store::{Kind, State};
 use claviger_protocol::rsa_key::RsaPublicKey;
 use claviger_tests::stats::median;
 use claviger_tests::{Lab, Options, block, roll_request};

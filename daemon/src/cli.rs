@@ -22,7 +22,7 @@ use crate::admin;
 use crate::admin::handlers::Command;
 use crate::config::Config;
 use crate::registry::keys::RSA_BITS;
-use crate::state::{Labels, StateError};
+use crate::store::{Labels, StateError};
 use crate::sys::print::{note, say};
 
 pub use baselines::{Baselines, baselines};

@@ -32,9 +32,9 @@ use crate::attest::signer::private_parts;
 use crate::config::{Config, ConfigError, Hsm};
 use crate::files::{self, Existing, FileError};
 use crate::registry::keys::SERVER_AUTHENTICATION;
-use crate::registry::usage::{Usage, UsageError};
 use crate::service::unix_now;
-use crate::state::{Kind, Labels, NewCertificate, State, StateError};
+use crate::store::usage_counts::{Usage, UsageError};
+use crate::store::{Kind, Labels, NewCertificate, State, StateError};
 use crate::sys::ownership::{self, Untrusted};
 
 /// The name of the registered host.

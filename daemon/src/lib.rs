@@ -26,5 +26,3 @@ pub mod status;
 pub mod store;
 pub mod sys;
 pub mod trust;
-
-pub use store as state;

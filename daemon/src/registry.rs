@@ -6,5 +6,3 @@ pub mod health_cache;
 pub mod issued;
 pub mod keys;
 pub mod tpm_sessions;
-
-pub use crate::store::usage_counts as usage;

@@ -42,7 +42,7 @@ use crate::observe::log_throttle::Throttle;
 use crate::registry::keys::{Held, Keys};
 use crate::request::Attempt;
 use crate::service::{Service, Snapshot, signed_by, unix_now};
-use crate::state::Host;
+use crate::store::Host;
 
 /// A refusal in a secret step leaves at a multiple of this after the request's arrival, so that its time tells nothing
 /// of the step that failed. Honest callers do not meet it.

@@ -30,9 +30,9 @@ use crate::registry::health_cache::HealthCache;
 use crate::registry::issued::RecentlyIssued;
 use crate::registry::keys::Keys;
 use crate::registry::tpm_sessions::Sessions;
-use crate::registry::usage::{Usage, UsageError};
 use crate::request::Attempt;
-use crate::state::{Contents, Host, HostKind, State, StateError};
+use crate::store::usage_counts::{Usage, UsageError};
+use crate::store::{Contents, Host, HostKind, State, StateError};
 
 /// How long the daemon's own work (the metadata document, an attestation signer) may take at the HSMs.
 pub const OWN_DEADLINE: Duration = Duration::from_secs(10);
@@ -502,7 +502,7 @@ pub(crate) mod testing {
 mod tests {
     use super::testing::{certificate, service};
     use super::*;
-    use crate::state::{Kind, Labels, NewCertificate, NewSigner};
+    use crate::store::{Kind, Labels, NewCertificate, NewSigner};
     use rusqlite::Connection;
 
     fn sql(service: &Service, sql: &str) {

@@ -8,7 +8,7 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use claviger::state::{Kind, NewCertificate, State};
+use claviger::store::{Kind, NewCertificate, State};
 use claviger_protocol::health::signer_template;
 use claviger_tests::{Lab, METADATA, Options, block, run, said, tool, until};
 use rusqlite::Connection;

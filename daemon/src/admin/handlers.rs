@@ -16,7 +16,7 @@ use crate::admin::Peer;
 use crate::observe::audit::SUCCESS;
 use crate::request::Attempt;
 use crate::service::{ChangeError, Service, request_id};
-use crate::state::{Kind, Labels, State, StateError, check_host_name};
+use crate::store::{Kind, Labels, State, StateError, check_host_name};
 
 pub use super::secret::Secret;
 pub use baselines::{Checked, Compared, Differs, MeasuredEvent, Pcrs, PolicyShown, Shown as ShownBaseline};
@@ -490,7 +490,7 @@ mod tests {
     use serde_json::json;
 
     use crate::service::testing::{key, service, trail};
-    use crate::state::NewCertificate;
+    use crate::store::NewCertificate;
 
     const PEER: Peer = Peer { uid: 7, pid: Some(8) };
 
@@ -570,7 +570,7 @@ mod tests {
         let (_folder, service) = service();
         let der = crate::service::testing::certificate();
         let add = |state: &mut State, kind| {
-            let new = crate::state::NewCertificate { kind, der: &der, key_id: b"id", spki: b"spki", primary: false };
+            let new = crate::store::NewCertificate { kind, der: &der, key_id: b"id", spki: b"spki", primary: false };
             state.add_certificate(&new, 1).map(|added| added.thumbprint)
         };
         let thumbprint = service.with_state(|state| {

@@ -16,7 +16,7 @@ use crate::registry::issued::IssuedFor;
 use crate::registry::keys::Key;
 use crate::request::Attempt;
 use crate::service::{Service, unix_now};
-use crate::state::Host;
+use crate::store::Host;
 
 /// Largest attestation, in bytes, that is read from an address over its rate. An honest one has about 3,000.
 const LARGE: usize = 16 * 1024;

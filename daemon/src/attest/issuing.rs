@@ -17,7 +17,7 @@ use crate::registry::issued::IssuedFor;
 use crate::registry::keys::Key;
 use crate::request::Attempt;
 use crate::service::Service;
-use crate::state::Host;
+use crate::store::Host;
 
 /// The reply to a caller that exceeds a rate: an HTTP error, which says nothing about the host's health.
 const TOO_MANY: ErrorReply = ErrorReply::Error { status: 429 };
@@ -164,7 +164,7 @@ mod tests {
     use super::*;
     use crate::config::AttestMode;
     use crate::service::testing::{certificate, key, service_in};
-    use crate::state::{HostKind, Labels, NewSigner};
+    use crate::store::{HostKind, Labels, NewSigner};
     use claviger_protocol::certificate::Certificate;
     use claviger_protocol::tpm::pcr::{PcrSet, PcrValues};
 
@@ -197,7 +197,7 @@ mod tests {
         Issued::measured(HealthCertificateReply { content: Vec::new() }, Arc::clone(host), signer, baseline)
     }
 
-    fn change(service: &Service, work: impl FnOnce(&mut crate::state::State)) {
+    fn change(service: &Service, work: impl FnOnce(&mut crate::store::State)) {
         service.with_state(work);
         service.follow().unwrap();
     }

@@ -16,7 +16,7 @@ use claviger_protocol::rsa_key::{KeyError, RsaPrivateKey, RsaPublicKey};
 
 use crate::registry::keys::Key;
 use crate::service::{ChangeError, OWN_DEADLINE, Service, unix_now};
-use crate::state::{self, NewSigner, StateError};
+use crate::store::{self, NewSigner, StateError};
 
 /// How long a signer's certificate is valid, and how long before its end a new one takes over (seconds).
 const VALIDITY: i64 = 365 * 24 * 3600;
@@ -65,7 +65,7 @@ impl Signers {
     /// Reads the signers of the state. A certificate that cannot be read excludes only its own signer; all such certificates are
     /// returned.
     #[must_use]
-    pub fn new(signers: &[state::Signer]) -> (Self, Vec<Unreadable>) {
+    pub fn new(signers: &[store::Signer]) -> (Self, Vec<Unreadable>) {
         let (mut all, mut unreadable) = (Self::default(), Vec::new());
         for signer in signers {
             if signer.current {
@@ -397,7 +397,7 @@ mod tests {
 
     #[test]
     fn a_certificate_that_cannot_be_read_costs_its_own_signer_only() {
-        let signer = |der: Vec<u8>, current, replaced| state::Signer {
+        let signer = |der: Vec<u8>, current, replaced| store::Signer {
             thumbprint: HEXLOWER.encode(ring::digest::digest(&ring::digest::SHA256, &der).as_ref()),
             der,
             key_id: b"id".to_vec(),

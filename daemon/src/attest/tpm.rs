@@ -39,7 +39,7 @@ use crate::registry::baselines::BaselineId;
 use crate::registry::evidence::Evidence;
 use crate::request::Attempt;
 use crate::service::{Service, Snapshot, unix_now};
-use crate::state::Host;
+use crate::store::Host;
 
 /// Largest step 2, in bytes, that is read from an address over its rate; most of it is the boot log.
 const LARGE: usize = intake::SMALL_TPM_BODY;
@@ -333,7 +333,7 @@ fn internal(error: &dyn std::fmt::Display) -> Refused {
 mod tests {
     use super::*;
     use crate::config::{AttestMode, Config};
-    use crate::state::{HostKind, Labels};
+    use crate::store::{HostKind, Labels};
     use claviger_protocol::attestation::tpm::{first_request, second_request};
     use claviger_protocol::rsa_key::RsaPrivateKey;
     use claviger_protocol::tpm::log::Log;

@@ -7,7 +7,7 @@ use super::finding::Finding;
 use crate::attest::endorsement::vendor_roots;
 use crate::config::{AttestMode, Config};
 use crate::registry::keys::{EXPIRES_SOON, Key};
-use crate::state::{self, Kind, State, StateError};
+use crate::store::{self, Kind, State, StateError};
 
 /// A key that every member has to have, and an operation that shows it.
 pub(crate) struct Registered {
@@ -141,7 +141,7 @@ fn judge(
 }
 
 /// The state says by which key a certificate is found: it has to be the certificate's.
-fn different_key(name: &str, entry: &state::Certificate) -> Option<Finding> {
+fn different_key(name: &str, entry: &store::Certificate) -> Option<Finding> {
     let certificate = Certificate::parse(&entry.der).ok()?;
     (certificate.key().spki_der() != entry.spki).then(|| {
         let what = format!("{name} is registered with another key than its own");

@@ -8,7 +8,7 @@ use super::finding::Finding;
 use crate::config::Config;
 use crate::observe::audit;
 use crate::observe::audit::verify::{Report, Verifier};
-use crate::state::{Kind, State};
+use crate::store::{Kind, State};
 use claviger_protocol::certificate::Certificate;
 
 /// How much of the trail is read, from its end: a trail may have many gigabytes. `claviger audit verify` reads all.

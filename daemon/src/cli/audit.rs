@@ -11,7 +11,7 @@ use crate::admin::handlers::Command;
 use crate::config::Config;
 use crate::files;
 use crate::observe::audit::verify::{Report, Verifier, first_number, open};
-use crate::state::{Kind, State};
+use crate::store::{Kind, State};
 use crate::sys::print::say;
 
 /// `claviger audit …`

@@ -11,7 +11,7 @@ use super::baselines::say_checked;
 use super::{Failure, Target, ask, labels, print, table, text};
 use crate::admin::handlers::{Checked, Command};
 use crate::files;
-use crate::state::Labels;
+use crate::store::Labels;
 use crate::sys::print::say;
 
 /// `claviger hosts …`

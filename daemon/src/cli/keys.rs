@@ -12,7 +12,7 @@ use crate::admin::handlers::{Command, Secret};
 use crate::files::{self, Existing};
 use crate::registry::keys::EXPIRES_SOON;
 use crate::service::unix_now;
-use crate::state::{Kind, Labels};
+use crate::store::{Kind, Labels};
 use crate::sys::print::{note, say};
 
 /// Largest certificate or PFX file that is read, in octets: what an administrator's request has room for.

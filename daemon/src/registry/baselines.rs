@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use claviger_protocol::tpm::pcr::PcrSet;
 use claviger_protocol::tpm::policy::{self, Baseline};
 
-use crate::state;
+use crate::store;
 
 /// Identifies a baseline. A baseline that is removed and added again under its name is another baseline.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -28,7 +28,7 @@ pub struct Baselines {
 impl Baselines {
     /// Takes the enabled ones out of all baselines of the state.
     #[must_use]
-    pub fn new<'a>(all: impl IntoIterator<Item = &'a state::Baseline>) -> Self {
+    pub fn new<'a>(all: impl IntoIterator<Item = &'a store::Baseline>) -> Self {
         let mut baselines = Self::default();
         for baseline in all.into_iter().filter(|baseline| baseline.enabled) {
             baselines.added.insert(baseline.name.clone(), baseline.added);
@@ -98,10 +98,10 @@ mod tests {
     use claviger_protocol::tpm::pcr::PcrValues;
     use serde_json::json;
 
-    fn baseline(name: &str, pcr: usize, enabled: bool, added: i64) -> state::Baseline {
+    fn baseline(name: &str, pcr: usize, enabled: bool, added: i64) -> store::Baseline {
         let mut values = PcrValues::default();
         values.set(pcr, [0; 32]);
-        state::Baseline { name: name.to_owned(), values, log: None, enabled, added }
+        store::Baseline { name: name.to_owned(), values, log: None, enabled, added }
     }
 
     #[test]

@@ -18,7 +18,7 @@ use claviger_protocol::tpm::pcr::{PcrSet, PcrValues};
 use rusqlite::{Connection, OptionalExtension, params};
 
 use crate::observe::log_throttle::Throttle;
-use crate::registry::usage::{UsageError, is_damage, move_aside};
+use crate::store::usage_counts::{UsageError, is_damage, move_aside};
 
 /// Maximum total size, in bytes, of the logs that wait to be written. Evidence beyond it is dropped.
 const MOST_PENDING: usize = 64 * 1024 * 1024;

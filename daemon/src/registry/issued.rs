@@ -12,7 +12,7 @@ use claviger_protocol::health::ResultType;
 use claviger_protocol::rsa_key::RsaPublicKey;
 use ring::digest;
 
-use crate::state::Host;
+use crate::store::Host;
 
 /// How long a certificate is handed out again, in seconds.
 const AGAIN_SECONDS: i64 = 2;
@@ -108,7 +108,7 @@ impl Recent {
 mod tests {
     use super::*;
     use crate::service::testing::key;
-    use crate::state::{HostKind, Labels};
+    use crate::store::{HostKind, Labels};
 
     const NOW: i64 = 1_800_000_000;
 

@@ -19,7 +19,7 @@ use tokio::sync::Mutex;
 use zeroize::Zeroizing;
 
 use crate::service::{OWN_DEADLINE, Service, signed_by};
-use crate::state::{self, Kind, Labels};
+use crate::store::{self, Kind, Labels};
 
 /// How long nobody tries again to sign the metadata document after no HSM did: in an outage, requests for it must not wait
 /// in line for one failure after the other.
@@ -55,7 +55,7 @@ pub struct Keys {
     all: Vec<(Kind, Key)>,
     other_signing: Vec<Vec<u8>>,
     /// What this was read from.
-    rows: Vec<state::Certificate>,
+    rows: Vec<store::Certificate>,
     /// Locked while it is signed: who comes meanwhile waits for the outcome instead of asking the HSMs, too.
     metadata: Mutex<Metadata>,
 }
@@ -129,7 +129,7 @@ impl Key {
 impl Keys {
     /// Reads the certificates of the state; those that cannot be read are left out.
     #[must_use]
-    pub fn new(certificates: Vec<state::Certificate>) -> Self {
+    pub fn new(certificates: Vec<store::Certificate>) -> Self {
         let mut keys = Self::default();
         for entry in certificates.iter().filter(|c| c.enabled) {
             let Ok(certificate) = Certificate::parse(&entry.der) else { continue };
@@ -163,7 +163,7 @@ impl Keys {
 
     /// Whether this is what [`Keys::new`] would make of `certificates`.
     #[must_use]
-    pub fn are_of(&self, certificates: &[state::Certificate]) -> bool {
+    pub fn are_of(&self, certificates: &[store::Certificate]) -> bool {
         self.rows == certificates
     }
 
@@ -260,7 +260,7 @@ mod tests {
     async fn in_an_outage_the_first_failure_answers_all() {
         let (_folder, service) = crate::service::testing::service();
         let der = crate::service::testing::certificate();
-        let row = |kind| state::Certificate {
+        let row = |kind| store::Certificate {
             thumbprint: String::new(),
             kind,
             der: der.clone(),

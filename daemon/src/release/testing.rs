@@ -26,7 +26,7 @@ use crate::config::Config;
 use crate::lab::self_signed;
 use crate::registry::keys::key_ref;
 use crate::service::{self, Service, unix_now};
-use crate::state::{Kind, Labels, NewCertificate, NewSigner};
+use crate::store::{Kind, Labels, NewCertificate, NewSigner};
 
 /// The name of the registered host.
 pub const HOST: &str = "node-1";

@@ -23,7 +23,7 @@ use crate::admission::HostAt;
 use crate::config::Config;
 use crate::request::Attempt;
 use crate::service::{Service, unix_now};
-use crate::state::{Kind, Labels, State, StateError};
+use crate::store::{Kind, Labels, State, StateError};
 
 mod charges;
 mod order;

@@ -17,7 +17,7 @@ use crate::admin::Peer;
 use crate::registry::baselines::until_next_second;
 use crate::registry::evidence::Evidence;
 use crate::service::{Service, unix_now};
-use crate::state::{self, Host, State, check_baseline_name, check_host_name};
+use crate::store::{self, Host, State, check_baseline_name, check_host_name};
 
 /// PCR values by their numbers, hexadecimal. The numbers are text on their way: a command's members are read through a form of
 /// serde in which the names of members are nothing else.
@@ -184,7 +184,7 @@ fn measured(pcr: usize, event: Difference, is_compared: bool) -> MeasuredEvent {
     }
 }
 
-fn shown(baseline: &state::Baseline) -> Shown {
+fn shown(baseline: &store::Baseline) -> Shown {
     let (mut events, mut replayed) = (Vec::new(), Vec::new());
     if let Some(log) = baseline.log.as_deref().and_then(|log| Log::parse(log).ok()) {
         let given = log.replay();
@@ -220,14 +220,14 @@ async fn change(
     name: &str,
     what: Option<String>,
     peer: Peer,
-    work: impl FnOnce(&mut State) -> Result<state::Baseline, state::StateError> + Send + 'static,
+    work: impl FnOnce(&mut State) -> Result<store::Baseline, store::StateError> + Send + 'static,
 ) -> Result<Value, String> {
     // Names in the trail are names.
     check_baseline_name(name).map_err(|e| e.to_string())?;
     let mut change = Change::new(event, peer);
     change.attempt.baseline = Some(name.to_owned());
     change.attempt.change = what;
-    let note = |attempt: &mut crate::request::Attempt, baseline: &state::Baseline| {
+    let note = |attempt: &mut crate::request::Attempt, baseline: &store::Baseline| {
         attempt.baseline = Some(baseline.name.clone());
     };
     let changed = change.make(service, work, note).await?;
@@ -393,7 +393,7 @@ fn log_of(evidence: &Evidence) -> Result<Log<'_>, String> {
 fn checked(
     host: String,
     evidence: &Evidence,
-    baselines: &[state::Baseline],
+    baselines: &[store::Baseline],
     mut compared: Vec<Compared>,
 ) -> Result<Checked, String> {
     let enabled: Vec<_> = baselines
@@ -419,7 +419,7 @@ fn checked(
     })
 }
 
-fn compare(baseline: &state::Baseline, evidence: &Evidence) -> Result<Compared, String> {
+fn compare(baseline: &store::Baseline, evidence: &Evidence) -> Result<Compared, String> {
     let differing: Vec<_> =
         baseline.values.iter().filter(|(pcr, expected)| evidence.values.get(*pcr) != Some(*expected)).collect();
     let (name, enabled) = (baseline.name.clone(), baseline.enabled);
@@ -454,7 +454,7 @@ mod tests {
     use claviger_protocol::tpm::log::{LogWriter, short_boot};
 
     use super::*;
-    use crate::state::{HostKind, Labels};
+    use crate::store::{HostKind, Labels};
 
     /// EV_IPL.
     const IPL: u32 = 13;
@@ -478,8 +478,8 @@ mod tests {
         Evidence { at: 100, endorsement_key: "ek".to_owned(), values: quoted, log, restart_count: 0 }
     }
 
-    fn baseline(log: Vec<u8>) -> state::Baseline {
-        state::Baseline { name: "base".to_owned(), values: values(&log), log: Some(log), enabled: true, added: 1 }
+    fn baseline(log: Vec<u8>) -> store::Baseline {
+        store::Baseline { name: "base".to_owned(), values: values(&log), log: Some(log), enabled: true, added: 1 }
     }
 
     fn source(at: Option<i64>, pcrs: Vec<usize>) -> Source {
@@ -505,7 +505,7 @@ mod tests {
         let unquoted = compare(&base, &evidence(updated.clone(), unquoted)).unwrap();
         assert!(!unquoted.differs[0].log_agrees && unquoted.differs[0].quoted.is_none());
         // A baseline whose log does not give its value is no measure of the host's events.
-        let captured = state::Baseline { values: values(&boot("evil")), ..baseline(boot("initrd 1")) };
+        let captured = store::Baseline { values: values(&boot("evil")), ..baseline(boot("initrd 1")) };
         let compared = compare(&captured, &evidence(updated.clone(), values(&updated))).unwrap();
         assert_eq!(compared.differs[0].events.iter().map(|event| event.is_new).collect::<Vec<_>>(), [None]);
         let replayed: Vec<_> = shown(&captured).replayed.iter().map(|of| (of.pcr, of.log_agrees)).collect();

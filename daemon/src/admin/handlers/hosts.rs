@@ -10,10 +10,10 @@ use serde_json::{Value, json};
 use super::{Change, read};
 use crate::admin::Peer;
 use crate::attest::endorsement;
-use crate::registry::usage::Seen;
 use crate::request::Attempt;
 use crate::service::{Service, unix_now};
-use crate::state::{Host, HostKind, Labels, State};
+use crate::store::usage_counts::Seen;
+use crate::store::{Host, HostKind, Labels, State};
 
 pub(super) async fn add(
     service: &Arc<Service>,

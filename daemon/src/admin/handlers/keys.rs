@@ -20,9 +20,9 @@ use super::{Change, Secret, hsm, read};
 use crate::admin::Peer;
 use crate::attest::signer::private_parts;
 use crate::registry::keys::{Key, RSA_BITS, SERVER_AUTHENTICATION, key_ref};
-use crate::registry::usage::{DAYS, Releases};
 use crate::service::{OWN_DEADLINE, Service, unix_now};
-use crate::state::{self, Kind, Labels, NewCertificate, State};
+use crate::store::usage_counts::{DAYS, Releases};
+use crate::store::{self, Kind, Labels, NewCertificate, State};
 
 /// How long a member has to say whether it has a key.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -204,7 +204,7 @@ pub(super) async fn set_primary(
     let of = entry.clone();
     let work = move |state: &mut State| state.set_primary(of.kind, &of.thumbprint);
     about("keys.set-primary", &entry, peer).make(service, work, |_, ()| ()).await?;
-    Ok(done(service, &state::Certificate { is_primary: true, ..entry }, Vec::new()).await)
+    Ok(done(service, &store::Certificate { is_primary: true, ..entry }, Vec::new()).await)
 }
 
 pub(super) async fn set_communications(
@@ -222,7 +222,7 @@ pub(super) async fn set_communications(
     let work = move |state: &mut State| state.set_communications(thumbprint.as_deref());
     change.make(service, work, |_, ()| ()).await?;
     match entry {
-        Some(entry) => Ok(done(service, &state::Certificate { is_communications: true, ..entry }, Vec::new()).await),
+        Some(entry) => Ok(done(service, &store::Certificate { is_communications: true, ..entry }, Vec::new()).await),
         None => Ok(json!({"thumbprint": null})),
     }
 }
@@ -246,7 +246,7 @@ pub(super) async fn enable(
         let unknown = |error| Some(format!("what is not released without it is not known: {error}"));
         missed(service, &entry).await.unwrap_or_else(unknown)
     };
-    Ok(done(service, &state::Certificate { enabled, ..entry }, warning.into_iter().collect()).await)
+    Ok(done(service, &store::Certificate { enabled, ..entry }, warning.into_iter().collect()).await)
 }
 
 pub(super) async fn remove(
@@ -282,7 +282,7 @@ pub(super) async fn limit(
     let (of, limited) = (entry.clone(), labels.clone());
     let work = move |state: &mut State| state.limit_certificate(of.kind, &of.thumbprint, &limited);
     change.make(service, work, |_, _| ()).await?;
-    Ok(done(service, &state::Certificate { labels, ..entry }, Vec::new()).await)
+    Ok(done(service, &store::Certificate { labels, ..entry }, Vec::new()).await)
 }
 
 /// What of a certificate is wrong for its use, and what an administrator should know of it.
@@ -610,7 +610,7 @@ async fn signed(
 }
 
 /// The one certificate that a thumbprint, or the beginning of one, means.
-async fn named(service: &Arc<Service>, thumbprint: &str, kind: Option<Kind>) -> Result<state::Certificate, String> {
+async fn named(service: &Arc<Service>, thumbprint: &str, kind: Option<Kind>) -> Result<store::Certificate, String> {
     let wanted = thumbprint.to_ascii_lowercase();
     if wanted.len() < FEWEST_DIGITS || !wanted.bytes().all(|byte| byte.is_ascii_hexdigit()) {
         return Err(format!("a certificate is named by its thumbprint, or at least its first {FEWEST_DIGITS} digits"));
@@ -628,7 +628,7 @@ async fn named(service: &Arc<Service>, thumbprint: &str, kind: Option<Kind>) -> 
 }
 
 /// A change that is about one certificate.
-fn about(event: &'static str, entry: &state::Certificate, peer: Peer) -> Change {
+fn about(event: &'static str, entry: &store::Certificate, peer: Peer) -> Change {
     let mut change = Change::new(event, peer);
     change.attempt.certificate = Some(entry.thumbprint.clone());
     change.attempt.change = Some(entry.kind.to_string());
@@ -636,7 +636,7 @@ fn about(event: &'static str, entry: &state::Certificate, peer: Peer) -> Change 
 }
 
 /// What is not released any more without a certificate, judged by what was released not long ago.
-async fn missed(service: &Arc<Service>, entry: &state::Certificate) -> Result<Option<String>, String> {
+async fn missed(service: &Arc<Service>, entry: &store::Certificate) -> Result<Option<String>, String> {
     let (kind, spki, thumbprint) = (entry.kind, entry.spki.clone(), entry.thumbprint.clone());
     let others = read(service, |state| state.certificates()).await?;
     if others.iter().any(|c| c.kind == kind && c.spki == spki && c.thumbprint != thumbprint && c.enabled) {
@@ -665,7 +665,7 @@ async fn releases(service: &Arc<Service>) -> Result<Releases, String> {
 }
 
 /// The answer to a change that was made: whatever else cannot be said of the certificate is no failure of the change.
-async fn done(service: &Arc<Service>, entry: &state::Certificate, mut warnings: Vec<String>) -> Value {
+async fn done(service: &Arc<Service>, entry: &store::Certificate, mut warnings: Vec<String>) -> Value {
     let used = releases(service).await;
     if let Err(error) = &used
         && warnings.is_empty()
@@ -678,14 +678,14 @@ async fn done(service: &Arc<Service>, entry: &state::Certificate, mut warnings: 
 }
 
 /// The private key of a certificate.
-fn key_of(entry: &state::Certificate) -> KeyRef {
+fn key_of(entry: &store::Certificate) -> KeyRef {
     // Only a state that was damaged has a public key that is none; no key is counted for that.
     let public = RsaPublicKey::from_spki_der(&entry.spki);
     KeyRef::new(KeyId(entry.key_id.clone()), public.as_ref().map_or(&[], RsaPublicKey::modulus))
 }
 
 /// A certificate for people and machines. Where it is not known how much keys are used, nothing is said of it.
-fn certificate(entry: &state::Certificate, used: Option<&Releases>) -> Value {
+fn certificate(entry: &store::Certificate, used: Option<&Releases>) -> Value {
     let parsed = Certificate::parse(&entry.der).ok();
     json!({
         "kind": entry.kind.as_str(),

@@ -12,7 +12,7 @@ use crate::admin::Peer;
 use crate::attest::signer::{self, current};
 use crate::observe::audit::SUCCESS;
 use crate::service::{Service, unix_now};
-use crate::state::{self, RevokedSigner};
+use crate::store::{self, RevokedSigner};
 
 /// Fewest digits of a thumbprint that name a signer.
 const FEWEST_DIGITS: usize = 8;
@@ -48,8 +48,8 @@ pub struct Shown {
     pub revoked: Option<i64>,
 }
 
-impl From<state::Signer> for Shown {
-    fn from(signer: state::Signer) -> Self {
+impl From<store::Signer> for Shown {
+    fn from(signer: store::Signer) -> Self {
         Self {
             thumbprint: signer.thumbprint,
             state: if signer.current { Standing::Current } else { Standing::Replaced },
@@ -156,7 +156,7 @@ pub(super) async fn revoke(service: &Arc<Service>, wanted: &str, force: bool, pe
     let mut change = Change::new("signers.revoke", peer);
     change.attempt.certificate = Some(thumbprint.clone());
     let now = unix_now();
-    let work = move |state: &mut state::State| state.revoke_signer(&thumbprint, force, now);
+    let work = move |state: &mut store::State| state.revoke_signer(&thumbprint, force, now);
     let revoked = change
         .make(service, work, |attempt, revoked: &Vec<String>| {
             attempt.change = Some(format!("{} certificates of its key", revoked.len()));
@@ -170,7 +170,7 @@ pub(super) async fn revoke(service: &Arc<Service>, wanted: &str, force: bool, pe
 }
 
 /// The one signer that a thumbprint, or the beginning of one, means.
-async fn named(service: &Arc<Service>, thumbprint: &str) -> Result<state::Signer, String> {
+async fn named(service: &Arc<Service>, thumbprint: &str) -> Result<store::Signer, String> {
     let wanted = thumbprint.to_ascii_lowercase();
     if wanted.len() < FEWEST_DIGITS || !wanted.bytes().all(|byte| byte.is_ascii_hexdigit()) {
         return Err(format!("a signer is named by its thumbprint, or at least its first {FEWEST_DIGITS} digits"));

@@ -15,7 +15,7 @@ use super::{Change, outcome, read};
 use crate::admin::Peer;
 use crate::observe::audit::SUCCESS;
 use crate::service::{Service, unix_now};
-use crate::state::{self, HostKind, Import, Kind, Labels, Merged, State};
+use crate::store::{self, HostKind, Import, Kind, Labels, Merged, State};
 
 /// The version of the documents that are made and read.
 const VERSION: u32 = 1;
@@ -97,20 +97,20 @@ pub(super) async fn export(service: &Arc<Service>, peer: Peer) -> Result<Value, 
     let read = read(service, all).await;
     change.done(service, if read.is_ok() { SUCCESS } else { super::FAILED }).await;
     let (hosts, baselines, certificates, signers) = read?;
-    let host = |h: state::Host| Host {
+    let host = |h: store::Host| Host {
         name: h.name,
         public_key: BASE64.encode(&h.spki),
         enabled: h.enabled,
         labels: h.labels,
         kind: h.kind,
     };
-    let baseline = |b: state::Baseline| Baseline {
+    let baseline = |b: store::Baseline| Baseline {
         name: b.name,
         pcrs: (&b.values).into(),
         log: b.log.map(|log| BASE64.encode(&log)),
         enabled: b.enabled,
     };
-    let certificate = |c: state::Certificate| KeyCertificate {
+    let certificate = |c: store::Certificate| KeyCertificate {
         kind: c.kind,
         certificate: BASE64.encode(&c.der),
         hsm_key: HEXLOWER.encode(&c.key_id),
@@ -119,7 +119,7 @@ pub(super) async fn export(service: &Arc<Service>, peer: Peer) -> Result<Value, 
         enabled: c.enabled,
         labels: c.labels,
     };
-    let signer = |s: state::Signer| Signer {
+    let signer = |s: store::Signer| Signer {
         certificate: BASE64.encode(&s.der),
         hsm_key: HEXLOWER.encode(&s.key_id),
         current: s.current,
@@ -205,7 +205,7 @@ fn read_document(document: Document) -> Result<Import, String> {
         if host.kind == HostKind::EndorsementKey && !is_endorsement_key(&key) {
             return Err(format!("host {}: its key cannot be a TPM's endorsement key", host.name));
         }
-        import.hosts.push(state::Host {
+        import.hosts.push(store::Host {
             name: host.name,
             spki: key.spki_der().to_vec(),
             spki_sha256: HEXLOWER.encode(&key.spki_sha256()),
@@ -219,7 +219,7 @@ fn read_document(document: Document) -> Result<Import, String> {
         let named = |error: String| format!("baseline {}: {error}", baseline.name);
         let log = baseline.log.as_deref().map(bytes).transpose()?;
         log.as_deref().map(check_log).transpose().map_err(named)?;
-        import.baselines.push(state::Baseline {
+        import.baselines.push(store::Baseline {
             values: pcr_values(&baseline.pcrs).map_err(named)?,
             log,
             name: baseline.name,
@@ -232,7 +232,7 @@ fn read_document(document: Document) -> Result<Import, String> {
     };
     for entry in document.certificates {
         let certificate = parsed(&entry.certificate)?;
-        import.certificates.push(state::Certificate {
+        import.certificates.push(store::Certificate {
             thumbprint: HEXLOWER.encode(&certificate.thumbprint()),
             kind: entry.kind,
             der: certificate.der().to_vec(),
@@ -247,7 +247,7 @@ fn read_document(document: Document) -> Result<Import, String> {
     }
     for signer in document.signers {
         let certificate = parsed(&signer.certificate)?;
-        import.signers.push(state::Signer {
+        import.signers.push(store::Signer {
             thumbprint: HEXLOWER.encode(&certificate.thumbprint()),
             der: certificate.der().to_vec(),
             key_id: id(&signer.hsm_key)?,
