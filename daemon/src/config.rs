@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use toml::de::{DeArray, DeTable, DeValue};
 use zeroize::Zeroizing;
 
-use crate::files::{self, FileError};
+use claviger_client::files::{self, FileError};
 
 /// The whole configuration file.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]

@@ -17,6 +17,7 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use claviger_client::files::{self, Existing, FileError};
 use claviger_hsm::{Cluster, KeyId, KeyUsage as HsmKeyUsage, NewKey, Pin, init_token, set_env};
 use claviger_protocol::certificate::{
     BuildError, Certificate, CertificateError, DistinguishedName, KeyUsage, Template, random_serial,
@@ -30,7 +31,6 @@ use ring::rand::{SecureRandom, SystemRandom};
 use crate::admin::{self, AdminError};
 use crate::attest::signer::private_parts;
 use crate::config::{Config, ConfigError, Hsm};
-use crate::files::{self, Existing, FileError};
 use crate::registry::keys::SERVER_AUTHENTICATION;
 use crate::service::unix_now;
 use crate::store::usage_counts::{Usage, UsageError};

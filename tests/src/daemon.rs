@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::process::{Command, ExitStatus};
 
-use claviger::client::{Client, Reply};
+use claviger_client::http::{Client, Reply};
 
 use crate::{Metrics, PATIENCE, Process, claviger};
 

@@ -4,10 +4,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
-use claviger::client::Client;
 use claviger::config::Config;
-use claviger::host::Host;
 use claviger::lab::MODULE_VARIABLE;
+use claviger_client::host::Host;
+use claviger_client::http::Client;
 use claviger_protocol::algorithm::{HostAlgorithms, KeyWrapping, Oaep, Sealing};
 use claviger_protocol::certificate::Certificate;
 use claviger_protocol::metadata::Metadata;

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use claviger::client::{Client, Reply};
+use claviger_client::http::{Client, Reply};
 use claviger_protocol::error::{Code, Refusal};
 use claviger_protocol::owner::Owner;
 use claviger_protocol::protector::{Protector, TransportKey};

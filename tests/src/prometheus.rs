@@ -6,7 +6,7 @@ use std::net::TcpListener;
 use std::path::Path;
 use std::process::Command;
 
-use claviger::client::Client;
+use claviger_client::http::Client;
 use serde_json::Value;
 
 use crate::{Daemon, PATIENCE, Process};

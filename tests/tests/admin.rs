@@ -6,7 +6,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use claviger::host::Host;
+use claviger_client::host::Host;
 use claviger_protocol::payload::ApiVersion;
 use claviger_protocol::rsa_key::RsaPrivateKey;
 use claviger_tests::{Administrator, Daemon, HOST, Lab, Options, block, run, said, tool, until};

@@ -7,7 +7,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use claviger::host::Host;
+use claviger_client::host::Host;
 use claviger_protocol::certificate::Certificate;
 use claviger_protocol::metadata::Metadata;
 use claviger_protocol::payload::ApiVersion;

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use claviger::admin;
-use claviger::client::{Client, Reply};
-use claviger::host::Host;
+use claviger_client::host::Host;
+use claviger_client::http::{Client, Reply};
 use claviger_protocol::batch::{BatchRequest, parse_results};
 use claviger_protocol::error::{Code, Refusal};
 use claviger_protocol::protector::TransportKey;

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use claviger::config::Config;
-use claviger::host::Host;
+use claviger_client::host::Host;
 use claviger_protocol::algorithm::{Oaep, SignatureAlgorithm};
 use claviger_protocol::attestation::{host_key_request, signed_octets};
 use claviger_protocol::health::ResultType;

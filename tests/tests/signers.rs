@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
-use claviger::host::{Host, HostError};
+use claviger_client::host::{Host, HostError};
 use claviger_protocol::certificate::Certificate;
 use claviger_protocol::payload::ApiVersion;
 use claviger_tests::{Administrator, Daemon, HOST, Lab, Options, ROLL, block, roll_request, run, said, until_attested};
@@ -43,7 +43,7 @@ fn begin(lab: &Lab) -> (Daemon, Host, Vec<u8>, String) {
 }
 
 /// What the service publishes.
-fn published(client: &claviger::client::Client) -> Vec<u8> {
+fn published(client: &claviger_client::http::Client) -> Vec<u8> {
     block(client.get("/attestation/v2.0/signingcertificates")).unwrap().body.to_vec()
 }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use claviger::admin;
-use claviger::host::Host;
+use claviger_client::host::Host;
 use claviger_protocol::payload::ApiVersion;
 use claviger_protocol::rsa_key::RsaPrivateKey;
 use claviger_tests::{Lab, Options, metadata};

@@ -12,7 +12,7 @@ use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Arc, Mutex};
 
-use claviger::client::Client;
+use claviger_client::http::Client;
 use claviger_protocol::payload::ApiVersion;
 use claviger_tests::{
     Administrator, Lab, Metrics, Options, PATIENCE, Process, block, claviger, lives, loadgen, run, said, tool, until,

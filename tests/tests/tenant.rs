@@ -7,7 +7,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use claviger::host::HostError;
+use claviger_client::host::HostError;
 use claviger_protocol::error::Code;
 use claviger_protocol::payload::ApiVersion;
 use claviger_tests::{Lab, METADATA, Options, claviger, said, tool};

@@ -10,7 +10,7 @@ use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use claviger::host::Host;
+use claviger_client::host::Host;
 use claviger_protocol::rsa_key::RsaPrivateKey;
 use claviger_tests::{
     ATTEST, Administrator, Daemon, HOST, Lab, Options, ROLL, block, claviger, open_release, roll_request, run, said,
@@ -146,7 +146,7 @@ fn the_chain_survives_a_kill_and_its_signature_is_anybodys_to_check() {
     for _ in 0..2 {
         let url = daemon.url.clone();
         let ask = || {
-            let client = claviger::client::Client::new(&url).unwrap();
+            let client = claviger_client::http::Client::new(&url).unwrap();
             let reply = block(client.post(ROLL, XML, roll_request(&health, &lab.protector()))).ok()?;
             assert_eq!(reply.status, 200);
             Some(reply.headers["x-request-id"].to_str().unwrap().to_owned())

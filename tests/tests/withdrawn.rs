@@ -125,7 +125,7 @@ async fn no_health_certificate_leaves_after_its_host_was_removed() {
     // Another identity key: nothing that was issued before fits.
     let identity = tokio::task::spawn_blocking(|| claviger_protocol::rsa_key::RsaPrivateKey::generate(2048).unwrap());
     let identity = std::sync::Arc::new(identity.await.unwrap());
-    let host = claviger::host::Host::new(daemon.client(), lab.key("host/hostkey.pem"), identity);
+    let host = claviger_client::host::Host::new(daemon.client(), lab.key("host/hostkey.pem"), identity);
     faulty.set("hsm-a", &["call=C_Sign hang"]);
     let asked = tokio::spawn(async move { host.attest().await });
     faulty.until("hsm-a", "an attestation at the token", |stats| stats.hanging() == 1);

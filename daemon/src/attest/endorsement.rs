@@ -9,7 +9,7 @@ use claviger_protocol::rsa_key::RsaPublicKey;
 use rustls::pki_types::{CertificateDer, SignatureVerificationAlgorithm, UnixTime};
 use webpki::{EndEntityCert, KeyUsage, anchor_from_trusted_cert};
 
-use crate::files::{self, FileError};
+use claviger_client::files::{self, FileError};
 
 /// The extended key usage of endorsement keys' certificates: `tcg-kp-EKCertificate`.
 const EK_CERTIFICATE: &str = "2.23.133.8.1";

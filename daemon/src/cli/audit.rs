@@ -3,13 +3,13 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use claviger_client::files;
 use claviger_protocol::certificate::Certificate;
 use serde_json::json;
 
 use super::{Failure, Target, ask, print, text};
 use crate::admin::handlers::Command;
 use crate::config::Config;
-use crate::files;
 use crate::observe::audit::verify::{Report, Verifier, first_number, open};
 use crate::store::{Kind, State};
 use crate::sys::print::say;

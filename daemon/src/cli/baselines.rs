@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use claviger_client::files;
 use claviger_protocol::tpm::pcr::PcrSet;
 use data_encoding::BASE64;
 use serde::Deserialize;
@@ -9,7 +10,6 @@ use serde::Deserialize;
 use super::tenant::render;
 use super::{Failure, Target, ask, date, print, table, text};
 use crate::admin::handlers::{Checked, Command, Compared, MeasuredEvent, Pcrs, ShownBaseline};
-use crate::files;
 use crate::sys::print::say;
 
 /// Longest event log that is read, in bytes.

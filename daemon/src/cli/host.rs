@@ -16,12 +16,12 @@ use serde_json::json;
 use zeroize::Zeroizing;
 
 use super::{Failure, date, rsa_bits};
-use crate::files::{self, Existing, FileError};
-use crate::host::HostError;
-use crate::host::services::{Services, ServicesError};
-use crate::host::store::{Folder, StoreError};
-use crate::host::tpm::{self, TpmPlace};
 use crate::sys::print::say;
+use claviger_client::failover::{Services, ServicesError};
+use claviger_client::files::{self, Existing, FileError};
+use claviger_client::host::HostError;
+use claviger_client::host_files::{Folder, StoreError};
+use claviger_client::tpm::{self, TpmPlace};
 
 /// Where hosts keep their keys, and where those do that attest by their TPM.
 const DIR: &str = "/var/lib/claviger-host";

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use claviger_client::files;
 use claviger_protocol::attestation::tpm::endorsement_key_of;
 use claviger_protocol::rsa_key::RsaPublicKey;
 use data_encoding::BASE64;
@@ -10,7 +11,6 @@ use serde::Deserialize;
 use super::baselines::say_checked;
 use super::{Failure, Target, ask, labels, print, table, text};
 use crate::admin::handlers::{Checked, Command};
-use crate::files;
 use crate::store::Labels;
 use crate::sys::print::say;
 

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use claviger_client::files::{self, Existing};
 use claviger_protocol::certificate::Certificate;
 use data_encoding::BASE64;
 use serde_json::Value;
@@ -9,7 +10,6 @@ use zeroize::Zeroizing;
 
 use super::{Failure, Target, ask, labels, pfx, print, secret, table, text, warn};
 use crate::admin::handlers::{Command, Secret};
-use crate::files::{self, Existing};
 use crate::registry::keys::EXPIRES_SOON;
 use crate::service::unix_now;
 use crate::store::{Kind, Labels};

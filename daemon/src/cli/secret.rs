@@ -2,10 +2,10 @@
 
 use std::path::Path;
 
+use claviger_client::files;
 use zeroize::Zeroizing;
 
 use super::Failure;
-use crate::files;
 
 /// Longest password, in bytes.
 const LONGEST: usize = 1024;

@@ -4,13 +4,13 @@ use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 
 use age::secrecy::SecretString;
+use claviger_client::files::{self, Existing};
 use claviger_protocol::pem;
 use serde_json::Value;
 use zeroize::Zeroizing;
 
 use super::{Failure, Target, ask, print, secret, warn};
 use crate::admin::handlers::{Command, Document};
-use crate::files::{self, Existing};
 use crate::sys::print::say;
 
 /// Largest export that is read, in octets: what the administrators' socket takes.

@@ -13,9 +13,9 @@ use rustls::server::{VerifierBuilderError, WebPkiClientVerifier};
 use x509_parser::prelude::{FromDer, X509Certificate, X509Version};
 
 use crate::config::Tls;
-use crate::files::{self, FileError};
 use crate::registry::keys::short_name;
-use crate::trust::{self, AuthorityError};
+use claviger_client::files::{self, FileError};
+use claviger_client::trust::{self, AuthorityError};
 
 /// What new connections are served with; it can be changed at any time.
 pub type SharedTls = Arc<ArcSwap<ServerTls>>;

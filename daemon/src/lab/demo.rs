@@ -5,6 +5,8 @@ mod tpm;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use claviger_client::host::{Host, HostError};
+use claviger_client::http::Client;
 use claviger_hsm::Cluster;
 use claviger_protocol::error::Code;
 use claviger_protocol::metadata::Metadata;
@@ -12,9 +14,7 @@ use claviger_protocol::owner::Owner;
 use claviger_protocol::payload::ApiVersion;
 use claviger_protocol::rsa_key::RsaPrivateKey;
 
-use crate::client::Client;
 use crate::config::AttestMode;
-use crate::host::{Host, HostError};
 use crate::lab::{HOST_NAME, Lab};
 use crate::run::daemon::Daemon;
 use crate::sys::print::say;

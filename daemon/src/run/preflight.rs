@@ -10,9 +10,10 @@ use std::net::SocketAddr;
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
+use claviger_client::files::FileError;
+
 use crate::admin;
 use crate::config::{Config, PinError};
-use crate::files::FileError;
 use crate::http::server::bind_socket;
 use crate::http::tls::{TlsError, tls_config};
 use crate::sys::process;

@@ -11,7 +11,7 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
-use claviger::client::Client;
+use claviger_client::http::Client;
 use claviger_tests::attackers::{Attack, Kind, Target};
 use claviger_tests::openloop::Traffic;
 use claviger_tests::stats::median;

@@ -11,11 +11,11 @@ use super::own_guardian;
 use super::pinning::{Guardians, MAX_METADATA, Thumbprint, Trust, read_metadata, signing_certificate};
 use super::render::{certificate_for_people, certificate_json, plain};
 use crate::cli::{Failure, rsa_bits, table};
-use crate::client::Client;
-use crate::files::{self, Existing};
 use crate::lab::demo::METADATA;
 use crate::sys::print::say;
 use crate::sys::process;
+use claviger_client::files::{self, Existing};
+use claviger_client::http::Client;
 
 /// `claviger guardian …`
 #[derive(Debug, clap::Subcommand)]

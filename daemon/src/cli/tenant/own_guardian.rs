@@ -9,12 +9,12 @@ use std::fs;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
+use claviger_client::files::{self, Existing};
 use claviger_protocol::certificate::Certificate;
 use claviger_protocol::owner::Owner;
 use claviger_protocol::rsa_key::RsaPrivateKey;
 
 use crate::cli::Failure;
-use crate::files::{self, Existing};
 use crate::lab::{OWNER_ROLES, self_signed};
 
 /// Makes the folder, which must not be there, and an own guardian in it.

@@ -5,12 +5,12 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use claviger_client::files::{self, Existing};
 use claviger_protocol::certificate::Certificate;
 use claviger_protocol::metadata::Metadata;
 use data_encoding::{HEXLOWER, HEXLOWER_PERMISSIVE};
 
 use crate::cli::Failure;
-use crate::files::{self, Existing};
 
 /// Largest metadata document that is read, in octets; an honest one has some ten thousand.
 pub(super) const MAX_METADATA: usize = 1024 * 1024;

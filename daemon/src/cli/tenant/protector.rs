@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use claviger_client::files::{self, Existing};
 use claviger_process::output;
 use claviger_protocol::certificate::Certificate;
 use claviger_protocol::describe::{Description, describe};
@@ -15,7 +16,6 @@ use super::own_guardian;
 use super::pinning::{Guardians, Trust, read_metadata};
 use super::render::{self, Opened, plain};
 use crate::cli::Failure;
-use crate::files::{self, Existing};
 use crate::sys::print::say;
 use crate::sys::process;
 

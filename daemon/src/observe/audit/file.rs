@@ -11,13 +11,13 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
+use claviger_client::files;
 use data_encoding::HEXLOWER;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::chain::{self, Hash, Link};
 use super::entry::timestamp;
-use crate::files;
 use crate::observe::metrics;
 use crate::service::request_id;
 

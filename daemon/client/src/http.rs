@@ -5,8 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use claviger_client::{ConnectError, Endpoint};
-use http_body_util::Full;
+use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper::client::conn::http1::{SendRequest, handshake};
 use hyper::header::{CONTENT_TYPE, HOST, HeaderValue};
 use hyper::{HeaderMap, Method, Request, StatusCode, Uri};
@@ -16,7 +15,7 @@ use rustls::pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::TlsConnector;
 
-use crate::http::body::{BodyError, Pace, UpTo, read_body};
+use crate::endpoint::{ConnectError, Endpoint};
 use crate::trust::{self, AuthorityError, TlsFault};
 
 /// Largest answer that is read, in octets.
@@ -271,17 +270,15 @@ impl Client {
         let unanswered = |error: hyper::Error| Failed::Unanswered(self.broken(&error));
         sender.ready().await.map_err(unanswered)?;
         let (head, body) = sender.send_request(request).await.map_err(unanswered)?.into_parts();
-        let (most, pace) = (REPLY_LIMIT as u64, Pace { within: self.timeout, least: 0 });
-        let body = read_body(body, most, pace, &mut UpTo(most)).await.map_err(|error| {
+        let body = Limited::new(body, REPLY_LIMIT).collect().await.map_err(|error| {
             let server = self.authority.clone();
-            Failed::Answered(match error {
-                BodyError::TooLarge => ClientError::TooLarge { server },
-                BodyError::Timeout => ClientError::Timeout { server, timeout: self.timeout },
-                BodyError::Broken | BodyError::NotTaken => {
-                    ClientError::Broken { server, problem: "its answer broke off".to_owned() }
-                }
+            Failed::Answered(if error.is::<LengthLimitError>() {
+                ClientError::TooLarge { server }
+            } else {
+                ClientError::Broken { server, problem: "its answer broke off".to_owned() }
             })
         })?;
+        let body = body.to_bytes();
         self.keep(sender);
         Ok(Reply { status: head.status, headers: head.headers, body })
     }
@@ -323,18 +320,19 @@ fn tls_config(ca: &Path) -> Result<ClientConfig, ClientError> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::http::server::{Limits, Listener, Peer, run};
-    use http_body_util::BodyExt;
     use hyper::body::Incoming;
+    use hyper::server::conn::http1;
     use hyper::service::service_fn;
     use hyper::{Response, Version};
     use std::convert::Infallible;
     use std::net::SocketAddr;
 
+    use hyper_util::rt::TokioTimer;
+    use tokio::net::TcpListener;
+
     /// Answers with what it saw: method, path, type and body, and the client's port.
-    async fn echo(request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
+    async fn echo(port: u16, request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
         assert_eq!(request.version(), Version::HTTP_11);
-        let port = request.extensions().get::<Peer>().unwrap().0.port();
         let (head, body) = request.into_parts();
         let body = body.collect().await.unwrap().to_bytes();
         let answer = match head.uri.path() {
@@ -355,10 +353,19 @@ mod tests {
         Ok(response)
     }
 
-    fn start(limits: Limits) -> SocketAddr {
-        let listener = Listener::bind(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
-        let address = listener.local_addr();
-        tokio::spawn(run(listener, None, limits, service_fn(echo), std::future::pending()));
+    /// A server that closes connections which are idle for so long.
+    async fn start(idle: Duration) -> SocketAddr {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(async move {
+            loop {
+                let (stream, peer) = listener.accept().await.unwrap();
+                let mut http = http1::Builder::new();
+                http.timer(TokioTimer::new()).header_read_timeout(idle);
+                let service = service_fn(move |request| echo(peer.port(), request));
+                tokio::spawn(http.serve_connection(TokioIo::new(stream), service));
+            }
+        });
         address
     }
 
@@ -368,7 +375,7 @@ mod tests {
 
     #[tokio::test]
     async fn requests_are_answered_on_a_connection_that_is_kept() {
-        let address = start(Limits::default());
+        let address = start(DEFAULT_TIMEOUT).await;
         let client = Client::new(&format!("http://localhost:{}/base/", address.port())).unwrap();
         let first = client.post("/path?query", "text/plain", "body").await.unwrap();
         assert_eq!(first.status, StatusCode::IM_A_TEAPOT);
@@ -383,7 +390,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_kept_connection_that_the_server_closed_is_no_error() {
-        let address = start(Limits { idle_timeout: Duration::from_millis(100), ..Limits::default() });
+        let address = start(Duration::from_millis(100)).await;
         let client = Client::new(&format!("http://{address}")).unwrap();
         let first = client.get("/").await.unwrap();
         for pause in [100, 101, 102, 300] {
@@ -408,7 +415,7 @@ mod tests {
         }
         let nowhere = Client::trusting("https://host", Some(Path::new("/nowhere.pem"))).unwrap_err().to_string();
         assert!(nowhere.starts_with("--ca: /nowhere.pem: No such file"), "{nowhere}");
-        let address = start(Limits::default());
+        let address = start(DEFAULT_TIMEOUT).await;
         let client = Client::new(&format!("http://{address}")).unwrap().with_timeout(Duration::from_millis(300));
         let message = client.get("/slow").await.unwrap_err().to_string();
         assert_eq!(message, format!("{address} did not answer within 300ms"));

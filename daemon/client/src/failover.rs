@@ -2,19 +2,18 @@
 //! comes again where that helps.
 
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use claviger_protocol::certificate::Certificate;
 use claviger_protocol::error::Code;
 use claviger_protocol::payload::ApiVersion;
 use ring::rand::{SecureRandom, SystemRandom};
 
-use super::fallback::{Fallback, Fault, Step};
-use super::store::{Folder, Keys, StoreError};
-use super::tpm::TpmPlace;
-use super::{Host, HostError, Proof, Unwrapped};
-use crate::client::{Client, ClientError};
-use crate::service::unix_now;
+use crate::host::{Host, HostError, Proof, Unwrapped};
+use crate::host_files::{Folder, Keys, StoreError};
+use crate::http::{Client, ClientError};
+use crate::retry::{Fallback, Fault, Step};
+use crate::tpm::TpmPlace;
 
 /// Longest time for one server's answer, so that one that hangs leaves time for the others.
 const ATTEMPT: Duration = Duration::from_secs(10);
@@ -232,6 +231,12 @@ impl Services {
         let server = self.hosts[server].server().to_owned();
         HostError::Client(ClientError::Timeout { server, timeout: self.timeout })
     }
+}
+
+/// Seconds since 1970 by this machine's clock.
+pub(crate) fn unix_now() -> i64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
 }
 
 /// Even, from 0 to 1. Without randomness the longest rest is the safe one.

@@ -130,7 +130,7 @@ fn certificate_fault(error: &CertificateError) -> TlsFault {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::lab::self_signed;
+    use crate::testing::self_signed;
     use claviger_protocol::rsa_key::RsaPrivateKey;
     use std::fs;
 
@@ -138,7 +138,7 @@ mod tests {
     fn one_bad_authority_among_others_is_named() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("ca.pem");
-        let good = self_signed("the good one", &RsaPrivateKey::generate(2048).unwrap()).unwrap();
+        let good = self_signed("the good one", &RsaPrivateKey::generate(2048).unwrap());
         let found = |text: &[u8]| {
             fs::write(&file, text).unwrap();
             authorities(&file).map(|roots| roots.len()).map_err(|error| error.to_string())

@@ -1,11 +1,7 @@
 //! A guarded host, as the service sees one: attests with its host key or by its TPM, then exchanges protectors for keys.
 //!
-//! [`Host`] asks one server. [`services`] asks several, as [`fallback`] says; [`store`] is what a host keeps on disk.
-
-pub mod fallback;
-pub mod services;
-pub mod store;
-pub mod tpm;
+//! [`Host`] asks one server. [`crate::failover`] asks several, as [`crate::retry`] says; [`crate::host_files`] is what a host
+//! keeps on disk.
 
 use std::sync::Arc;
 
@@ -22,8 +18,8 @@ use claviger_protocol::verify::{self, KnownCertificates};
 use hyper::header::RETRY_AFTER;
 use ring::rand::{SecureRandom, SystemRandom};
 
-use self::tpm::{Session, TpmError, TpmPlace};
-use crate::client::{Client, ClientError, Reply};
+use crate::http::{Client, ClientError, Reply};
+use crate::tpm::{Session, TpmError, TpmPlace};
 
 /// Where hosts attest, by what they attest with.
 const HOST_KEY_ATTEST: &str = "/Attestation/v2.0/hostkeyattest";

@@ -2,8 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use super::HostError;
-use crate::client::ClientError;
+use crate::host::HostError;
+use crate::http::ClientError;
 
 /// A server that failed for the first time in a row is left alone for a random part of this; it doubles each time.
 const FIRST_REST: Duration = Duration::from_millis(200);
