@@ -10,8 +10,9 @@ use claviger_tests::stats::median;
 use claviger_tests::{Lab, Options, block, roll_request};
 use serde::Serialize;
 
+use crate::histogram::{nanoseconds, seconds};
 use crate::machine::{Machine, processors};
-use crate::raw::{Work, nanoseconds, seconds};
+use crate::raw::Work;
 use crate::service::Service;
 
 /// Virtual machines of the lab: as many different protectors.

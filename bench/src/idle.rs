@@ -8,8 +8,8 @@ use claviger_tests::stats::median;
 use serde::Serialize;
 
 use crate::ceiling::{Figure, Settings, Stage};
+use crate::histogram::seconds;
 use crate::machine::Machine;
-use crate::raw::seconds;
 use crate::service::Service;
 
 /// Callers beside the idle connections: enough to keep the processors busy, without a queue.

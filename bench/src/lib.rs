@@ -8,6 +8,7 @@
 #![allow(clippy::unwrap_used)]
 
 pub mod ceiling;
+pub mod histogram;
 pub mod idle;
 pub mod machine;
 pub mod parts;

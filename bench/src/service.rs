@@ -13,7 +13,7 @@ use claviger_tests::raw::{Connection, post};
 use claviger_tests::{Daemon, Lab, Metrics, ROLL, block, open_release, roll_request};
 use hdrhistogram::Histogram;
 
-use crate::raw::{nanoseconds, record};
+use crate::histogram::{nanoseconds, record};
 
 /// From a round's begin to the begin of its count: for everybody to be there.
 pub const RAMP: Duration = Duration::from_millis(300);
