@@ -19,6 +19,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+pub use grafana::dashboards;
 pub use prometheus::{Alert, Group, Recording, Rule, groups};
 pub use queries::{Query, Variable, panels, panels_of, variables, variables_of};
 
@@ -41,15 +42,10 @@ pub fn files() -> Vec<File> {
         .into_iter()
         .map(|(path, dashboard)| File { path, text: format!("{:#}\n", sorted(dashboard)) })
         .collect();
-    files.push(File { path: "dashboards/prometheus/claviger.rules.yml", text: prometheus::yaml(&groups()) });
-    files.push(File { path: "docs/metrics.md", text: reference::markdown() });
     files
-}
-
-/// The dashboards, as Grafana imports them.
-#[must_use]
-pub fn dashboards() -> Vec<Value> {
-    grafana::all().into_iter().map(|(_, dashboard)| dashboard).collect()
+        .push(File { path: "dashboards/prometheus/claviger.rules.yml", text: prometheus::yaml(&groups(), REGENERATE) });
+    files.push(File { path: "docs/metrics.md", text: reference::markdown(REGENERATE) });
+    files
 }
 
 /// The root of the repository that this crate was built in.

@@ -2,6 +2,7 @@
 
 use serde_json::Value;
 
+use crate::grafana::dashboards;
 use crate::lint::walk;
 
 /// A panel and what it asks.
@@ -62,7 +63,7 @@ fn fill(expression: &str, rate_interval: &str, typed: &[(String, String)]) -> St
 /// What every panel of every dashboard asks, those within rows, too.
 #[must_use]
 pub fn panels() -> Vec<Query> {
-    crate::dashboards().iter().flat_map(panels_of).collect()
+    dashboards().iter().flat_map(panels_of).collect()
 }
 
 /// What every panel of this dashboard asks.
@@ -90,7 +91,7 @@ pub fn panels_of(dashboard: &Value) -> Vec<Query> {
 /// The variables of every dashboard that Prometheus is asked for.
 #[must_use]
 pub fn variables() -> Vec<Variable> {
-    crate::dashboards().iter().flat_map(variables_of).collect()
+    dashboards().iter().flat_map(variables_of).collect()
 }
 
 /// The variables of this dashboard that Prometheus is asked for.

@@ -4,12 +4,12 @@ use std::fmt::Write;
 
 use claviger::observe::metrics::{ALL, Kind, SLO_SECONDS};
 
-/// The page.
-pub(crate) fn markdown() -> String {
+/// The page, with the command that makes it.
+pub(crate) fn markdown(regenerate: &str) -> String {
     let mut page = format!(
         "# Metrics
 
-<!-- Generated from daemon/src/observe/metrics.rs: {} -->
+<!-- Generated from daemon/src/metrics.rs: {regenerate} -->
 
 The metrics address (`server.metrics`) serves these at `/metrics`, in the text format of Prometheus. Dashboards, rules
 and alerts for them are in `dashboards/`; [runbook.md](runbook.md) has a section for every alert.
@@ -22,8 +22,7 @@ and alerts for them are in `dashboards/`; [runbook.md](runbook.md) has a section
 
 | name | type | unit | labels | what it says |
 |---|---|---|---|---|
-",
-        crate::REGENERATE
+"
     );
     for metric in ALL {
         let kind = match metric.kind {

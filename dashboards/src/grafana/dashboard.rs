@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::id_of;
+use super::notation::id_of;
 use super::panel::Panel;
 
 /// How wide Grafana's grid is.

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::{id_of, selected};
+use super::notation::{id_of, selected};
 
 /// Colours with a meaning.
 pub(super) const GREEN: &str = "green";

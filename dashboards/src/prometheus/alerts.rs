@@ -1,6 +1,6 @@
 //! Alerts. A page is something that callers feel or will within the hour; everything else is a ticket.
 
-use super::{Alert, Group, LATENCY_OBJECTIVE, OBJECTIVE, Rule};
+use super::rule::{Alert, Group, LATENCY_OBJECTIVE, OBJECTIVE, Rule};
 
 pub(super) fn groups() -> Vec<Group> {
     let group =

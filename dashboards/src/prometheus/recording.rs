@@ -3,7 +3,7 @@
 
 use claviger::observe::metrics::SLO_SECONDS;
 
-use super::{FAILED, Group, Recording, Rule};
+use super::rule::{FAILED, Group, Recording, Rule};
 
 /// Windows that are evaluated as often as everything.
 const SHORT: [&str; 5] = ["5m", "30m", "1h", "2h", "6h"];

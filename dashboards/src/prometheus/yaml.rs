@@ -2,11 +2,11 @@
 
 use std::fmt::Write;
 
-use super::{Group, Rule};
+use super::rule::{Group, Rule};
 
-/// The file.
-pub(crate) fn yaml(groups: &[Group]) -> String {
-    let mut text = format!("# Generated from dashboards/src/prometheus: {}\ngroups:\n", crate::REGENERATE);
+/// The file, with the command that makes it.
+pub(crate) fn yaml(groups: &[Group], regenerate: &str) -> String {
+    let mut text = format!("# Generated from dashboards/src/prometheus: {regenerate}\ngroups:\n");
     for group in groups {
         line(&mut text, 1, &format!("- name: {}", group.name));
         if let Some(interval) = group.interval {
