@@ -314,8 +314,8 @@ pub fn for_people(names: [&str; 2], reports: [&Report; 2], differences: &[Differ
 #[allow(clippy::unwrap_used)]
 pub(crate) mod tests {
     use super::*;
-    use crate::record::{Event, Tally};
     use crate::report::tests::told;
+    use crate::tally::{Event, Tally};
 
     /// A minute of 50 releases a second, each of which takes as long as `takes` says of its second and a random number.
     pub(crate) fn run(seed: u64, takes: impl Fn(u32, f64) -> f64, fails_one_in: u64) -> Report {

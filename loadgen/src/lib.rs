@@ -9,13 +9,14 @@
 //! | hosts and virtual machines, made before the clock starts | [`site`], [`prepare`], [`cache`] |
 //! | sending, and stopping before the time | [`http`], [`host`], [`run`], [`interrupt`] |
 //! | a storm of attestations | [`attest`] |
-//! | counting, and checking what came | [`record`], [`cpu`], [`verify`] |
-//! | telling | [`about`], [`report`], [`threshold`], [`html`], [`compare`] |
+//! | counting, and checking what came | [`record`], [`tally`], [`cpu`], [`verify`] |
+//! | telling | [`about`], [`report`], [`threshold`], [`bound`], [`html`], [`compare`] |
 //! | what it would take | [`capacity`], [`usl`], [`scrape`], [`plan`], [`simulation`] |
 #![forbid(unsafe_code)]
 
 pub mod about;
 pub mod attest;
+pub mod bound;
 pub mod cache;
 pub mod capacity;
 pub mod compare;
@@ -35,6 +36,7 @@ pub mod run;
 pub mod scrape;
 pub mod simulation;
 pub mod site;
+pub mod tally;
 pub mod threshold;
 pub mod units;
 pub mod usl;

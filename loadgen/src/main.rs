@@ -563,7 +563,8 @@ async fn load(arguments: &RunArguments) -> Result<ExitCode, Failure> {
     };
     let mut report = Report::new(&arguments.target.connection.url, &load, hosts, machines, &outcome);
     report.about = Some(about);
-    report.thresholds = arguments.threshold.iter().map(|t| t.judge(&outcome.tally, &report)).collect();
+    report.thresholds =
+        arguments.threshold.iter().map(|t| t.judge(&outcome.tally, report.achieved_per_second)).collect();
     if let Some(file) = &arguments.csv {
         write(file, report.to_csv().as_bytes())?;
     }

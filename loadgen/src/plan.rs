@@ -5,8 +5,8 @@ use std::fmt::Write;
 use serde::Serialize;
 
 use crate::about::About;
+use crate::bound::{Bound, stated};
 use crate::print::table;
-use crate::report::{Bound, stated};
 use crate::simulation::{Model, Simulated, saturated, simulate};
 use crate::threshold::{Threshold, is_known};
 use crate::units;

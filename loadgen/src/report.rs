@@ -11,11 +11,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::Failure;
 use crate::about::About;
+use crate::bound::Judgement;
 use crate::http::lack_code;
 use crate::print::table;
 use crate::profile::Arrivals;
-use crate::record;
 use crate::run::{Load, Mode, Outcome};
+use crate::tally;
 use crate::threshold::is_known;
 use crate::units;
 
@@ -182,58 +183,9 @@ pub struct Point {
     pub service_seconds: f64,
 }
 
-/// A threshold that was asked for, and how it was met.
-#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
-pub struct Judgement {
-    /// As it was written.
-    pub threshold: String,
-    /// What was measured, in words.
-    pub measured: String,
-    /// Whether it holds.
-    pub passed: bool,
-    /// What it asks for.
-    #[serde(default)]
-    pub bound: Option<Bound>,
-}
-
-/// What a bound is of.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Of {
-    /// Latency, in seconds.
-    Latency,
-    /// Service time, in seconds.
-    Service,
-    /// Share of those due that failed.
-    Errors,
-    /// Share of those due that were dropped.
-    Dropped,
-    /// Releases a second.
-    Achieved,
-}
-
-/// The bound of a condition, for pictures.
-#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
-pub struct Bound {
-    /// What it is of.
-    pub of: Of,
-    /// For times: from 0 to 1.
-    pub quantile: Option<f64>,
-    /// What is held against.
-    pub value: f64,
-    /// As the condition is written.
-    pub text: String,
-}
-
 /// What overload means for a run.
 pub(crate) const OVERLOAD: &str =
     "more was due than was done, and what waited grew: a longer run would show longer times or more failures";
-
-/// Conditions as they were written, with commas between them.
-#[must_use]
-pub fn stated(bounds: &[Bound]) -> String {
-    bounds.iter().map(|bound| bound.text.as_str()).collect::<Vec<_>>().join(", ")
-}
 
 /// A run, told.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -319,7 +271,7 @@ impl Report {
             Mode::Open(profile) => (profile.to_string(), "open"),
             Mode::Closed { callers, duration } => (format!("closed:{callers}/{}s", duration.as_secs_f64()), "closed"),
         };
-        let row = |(second, row): (usize, &crate::record::Second)| Row {
+        let row = |(second, row): (usize, &tally::Second)| Row {
             second,
             offered: row.offered,
             achieved: row.achieved,
@@ -351,7 +303,7 @@ impl Report {
             invalid_because: outcome.invalid.clone(),
             interrupted: outcome.interrupted,
             overload: load.mode.is_constant()
-                && record::grows(&tally.seconds, outcome.duration.as_secs() as usize, load.arrivals),
+                && tally::grows(&tally.seconds, outcome.duration.as_secs() as usize, load.arrivals),
             stopped: outcome.stopped.clone(),
             duration_seconds: seconds,
             offered: tally.offered,
@@ -393,7 +345,7 @@ impl Report {
     /// Share of those due that did not succeed: dropped and failed. Percentiles above the rest are not known.
     #[must_use]
     pub fn unsuccessful(&self) -> f64 {
-        record::unsuccessful(self.offered, self.failed(), self.dropped)
+        tally::unsuccessful(self.offered, self.failed(), self.dropped)
     }
 
     /// Whether a percentile is known of all that was due: what failed or was dropped has no time.
@@ -634,7 +586,7 @@ pub fn hdr_log(outcome: &Outcome) -> Result<Vec<u8>, Failure> {
 pub(crate) mod tests {
     use super::*;
     use crate::profile::Profile;
-    use crate::record::{Event, Tally};
+    use crate::tally::{Event, Tally};
     use crate::threshold::Threshold;
     use claviger_protocol::payload::ApiVersion;
 
@@ -690,7 +642,7 @@ pub(crate) mod tests {
         let known: Vec<_> = report.told(&report.latency_seconds).map(|(_, time)| time != "not known").to_vec();
         assert_eq!(known, [true, true, false, false, false, false]);
         for (text, passed) in [("p90<1s", true), ("p99<1s", false), ("service.max<1s", false)] {
-            let judgement = text.parse::<Threshold>().unwrap().judge(&tally, &report);
+            let judgement = text.parse::<Threshold>().unwrap().judge(&tally, report.achieved_per_second);
             assert_eq!(judgement.passed, passed, "{judgement:?}");
             report.thresholds.push(judgement);
         }

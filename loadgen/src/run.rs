@@ -22,7 +22,8 @@ use crate::http::{Client, NoReply, lack_text};
 use crate::interrupt::Interrupt;
 use crate::prepare::{Machine, World};
 use crate::profile::{Arrivals, Profile};
-use crate::record::{Codes, Event, Tally, WRONG_REPLY};
+use crate::record::record;
+use crate::tally::{Codes, Event, Tally, WRONG_REPLY};
 use crate::threshold::Threshold;
 use crate::verify::{Checker, Job, Reply, Verify};
 
@@ -195,7 +196,7 @@ pub async fn run(client: Arc<Client>, world: &World, load: Load, interrupt: &Int
     let (show, duration) = (load.show, load.mode.duration());
     let counting = std::thread::Builder::new().name("counting".to_owned());
     let (stop, stopping) = (load.stop.clone(), interrupt.clone());
-    let counting = counting.spawn(move || Tally::of(&received, duration, show, &stop, &stopping))?;
+    let counting = counting.spawn(move || record(&received, duration, show, &stop, &stopping))?;
     let machines = world.machines.clone();
     let source = if load.roll {
         Source::Roll(Mutex::new((0..machines.len()).collect()), machines.into_iter().map(Mutex::new).collect())

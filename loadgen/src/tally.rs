@@ -1,32 +1,21 @@
-//! What happened, counted: on a thread of its own, so that counting delays no request.
+//! What happens in a run, and how it is counted.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::sync::mpsc::{Receiver, RecvTimeoutError};
-use std::time::Duration;
 
 use claviger_client::Lack;
 use hdrhistogram::Histogram;
 
-use crate::interrupt::Interrupt;
 use crate::profile::Arrivals;
-use crate::progress::Progress;
-use crate::threshold::Threshold;
-use crate::units;
 
 /// The code of a reply that a check found wrong.
 pub const WRONG_REPLY: &str = "WrongReply";
 /// Three significant digits: an error of 0.1 % at most.
 const DIGITS: u8 = 3;
-/// Whole seconds before a condition may stop a run: the first ones are the worst.
-const STOPS_AFTER: usize = 5;
 /// The share of what is due by which the releases that are open may grow, where the rate is carried; and a few more, since
 /// their number is never quite the same.
 const GROWTH: f64 = 0.02;
 const FEW_OPEN: f64 = 2.0;
-/// Between two looks at how it goes.
-const GLANCE: Duration = Duration::from_millis(250);
-
 /// A code and how often.
 pub type Codes = Vec<(Cow<'static, str>, u64)>;
 
@@ -182,48 +171,6 @@ impl Default for Tally {
 }
 
 impl Tally {
-    /// Counts everything that comes, until all who could tell something are gone; shows how it goes.
-    /// Where one of the conditions in `stop` fails after the first seconds, the run is stopped.
-    #[must_use]
-    pub fn of(
-        events: &Receiver<Event>,
-        duration: Duration,
-        show: bool,
-        stop: &[Threshold],
-        interrupt: &Interrupt,
-    ) -> Self {
-        let mut tally = Self::default();
-        let progress = show.then(|| Progress::new("seconds", duration.as_secs_f64().ceil() as u64));
-        loop {
-            match events.recv_timeout(GLANCE) {
-                Ok(event) => {
-                    tally.count(event);
-                    // A burst is taken as one.
-                    while let Ok(event) = events.try_recv() {
-                        tally.count(event);
-                    }
-                }
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => return tally,
-            }
-            if tally.seconds.len() > STOPS_AFTER
-                && let Some(reason) = stop.iter().find_map(|condition| condition.fails_already(&tally))
-            {
-                interrupt.stop(format!("{reason}, in second {}", tally.seconds.len() - 1));
-            }
-            if let Some(progress) = &progress {
-                progress.tell(tally.seconds.len() as u64, || tally.glance());
-            }
-        }
-    }
-
-    fn glance(&self) -> String {
-        let rate = self.seconds.iter().rev().nth(1).map_or(0, |second| second.achieved);
-        let p99 = self.latency.value_at_quantile(0.99) as f64 / 1e6;
-        let (errors, dropped) = (self.failed(), self.dropped);
-        format!("{rate}/s, p99 {}, {errors} errors, {dropped} dropped", units::seconds(p99))
-    }
-
     /// Counts one event.
     pub fn count(&mut self, event: Event) {
         match event {
@@ -386,23 +333,6 @@ mod tests {
         let codes = |at: usize| tally.seconds[at].codes.iter().map(|(code, n)| (code.as_ref(), *n)).collect::<Vec<_>>();
         assert_eq!((codes(0), codes(2)), (vec![(WRONG_REPLY, 1)], vec![("Timeout", 1)]));
         assert_eq!(tally.seconds[0].service.len(), 4);
-    }
-
-    #[test]
-    fn a_condition_that_fails_stops_the_run_but_not_in_its_first_seconds() {
-        let told = |seconds: u32, latency: f64| {
-            let (events, received) = std::sync::mpsc::channel();
-            for at in 0..seconds * 10 {
-                let _ = events.send(done(f64::from(at) / 10.0, latency, 1, Vec::new()));
-            }
-            drop(events);
-            let (interrupt, stop) = (Interrupt::default(), ["p99<50ms".parse().unwrap_or_else(|e| panic!("{e}"))]);
-            let _ = Tally::of(&received, Duration::from_secs(9), false, &stop, &interrupt);
-            interrupt.reason().map(str::to_owned)
-        };
-        assert_eq!(told(3, 0.2), None);
-        assert_eq!(told(9, 0.01), None);
-        assert_eq!(told(9, 0.2).as_deref(), Some("p99<50ms failed (200 ms), in second 9"));
     }
 
     /// Releases that are due evenly at `rate` a second, of which the service does `served` a second, one after the other.

@@ -3,8 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
-use crate::record::Tally;
-use crate::report::{Bound, Judgement, Of, Report};
+use crate::bound::{Bound, Judgement, Of};
+use crate::tally::Tally;
 use crate::units;
 
 /// What is compared.
@@ -148,13 +148,11 @@ pub fn is_known(quantile: f64, unsuccessful: f64) -> bool {
 
 impl Threshold {
     /// Whether it holds. What failed or was dropped has no latency: a percentile that reaches into that share is not known,
-    /// and an upper bound of what is not known does not hold.
+    /// and an upper bound of what is not known does not hold. `achieved_per_second` is that of the whole run.
     #[must_use]
-    pub fn judge(&self, tally: &Tally, report: &Report) -> Judgement {
+    pub fn judge(&self, tally: &Tally, achieved_per_second: f64) -> Judgement {
         let (value, measured) = match self.measure {
-            Measure::Achieved => {
-                (Some(report.achieved_per_second), format!("{}/s", units::per_second(report.achieved_per_second)))
-            }
+            Measure::Achieved => (Some(achieved_per_second), format!("{}/s", units::per_second(achieved_per_second))),
             _ => self.measured(tally),
         };
         let passed = value.is_some_and(|value| self.relation.holds(value, self.bound));

@@ -14,7 +14,7 @@ use claviger_protocol::verify::{KnownCertificates, verify};
 
 use crate::host;
 use crate::prepare::Machine;
-use crate::record::Event;
+use crate::tally::Event;
 use crate::units;
 
 /// What may wait to be checked, in octets of replies. Beyond that, replies go unchecked, which the report says.

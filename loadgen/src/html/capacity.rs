@@ -1,12 +1,10 @@
 //! A capacity that was measured.
 
-use super::{
-    Frame, count_axis, count_axis_x, decades, document, escape, facts, latency_bounds, section, table, tile, tiles,
-    time_axis, title_or,
-};
+use super::page::{NONE, document, escape, facts, latency_bounds, section, table, tile, tiles, title_or};
+use super::picture::{Frame, count_axis, count_axis_x, decades, time_axis};
+use crate::bound::stated;
 use crate::capacity::{Answer, Step};
 use crate::plan::Hosts;
-use crate::report::stated;
 use crate::units;
 
 /// The page of a measured capacity.
@@ -78,7 +76,7 @@ pub fn page(answer: &Answer, hosts: &Hosts) -> String {
 }
 
 fn throughput(answer: &Answer) -> String {
-    let Some(last) = answer.steps.last() else { return super::NONE.to_owned() };
+    let Some(last) = answer.steps.last() else { return NONE.to_owned() };
     // Each doubling of the callers is as far from the next.
     let x = |callers: f64| callers.log2();
     let most = answer.steps.iter().map(|step| step.achieved).fold(1.0, f64::max) * 1.12;

@@ -1,9 +1,7 @@
 //! Two runs, held against each other.
 
-use super::{
-    Frame, HEIGHT, MARGIN, WIDTH, decades, document, escape, latency_bounds, section, step, table, tile, tiles,
-    time_axis, title_or,
-};
+use super::page::{NONE, document, escape, latency_bounds, section, table, tile, tiles, title_or};
+use super::picture::{Frame, HEIGHT, MARGIN, WIDTH, decades, quantile_axis, step, time_axis};
 use crate::about::About;
 use crate::compare::{Difference, Verdict, cautions};
 use crate::report::Report;
@@ -126,12 +124,12 @@ fn distributions(names: [&str; 2], reports: [&Report; 2]) -> String {
     let least = points().map(|point| point.latency_seconds).fold(f64::INFINITY, f64::min);
     let (lowest, most) = (times().fold(least, f64::min), times().fold(0.0, f64::max));
     if !least.is_finite() {
-        return super::NONE.to_owned();
+        return NONE.to_owned();
     }
     let right = points().map(|point| nines(point.quantile)).fold(1.0, f64::max);
     let mut frame = Frame::new((0.0, right), decades(lowest, most), true);
     time_axis(&mut frame);
-    super::quantile_axis(&mut frame);
+    quantile_axis(&mut frame);
     bounds.iter().for_each(|bound| frame.objective(bound.value, &bound.text));
     let mut ends = Vec::new();
     for ((report, name), (colour, dashes)) in reports.iter().zip(names).zip([("--b", "6 4"), ("--a", "")]) {
@@ -187,9 +185,9 @@ fn compared(names: [&str; 2], reports: [&Report; 2]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::bound::Judgement;
     use crate::compare::compare;
     use crate::compare::tests::run;
-    use crate::report::Judgement;
 
     #[test]
     fn a_comparison_is_drawn_and_says_what_was_compared() {

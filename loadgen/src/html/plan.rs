@@ -1,11 +1,9 @@
 //! A plan.
 
-use super::{
-    Frame, count_axis_x, decades, document, escape, facts, latency_bounds, legend, section, table, tile, tiles,
-    time_axis, title_or,
-};
+use super::page::{NONE, document, escape, facts, latency_bounds, legend, section, table, tile, tiles, title_or};
+use super::picture::{Frame, count_axis_x, decades, time_axis};
+use crate::bound::stated;
 use crate::plan::{Hosts, Plan, Point};
-use crate::report::stated;
 use crate::units;
 
 /// The page of a plan.
@@ -108,7 +106,7 @@ fn picture(plan: &Plan) -> String {
         || points().flat_map(|point| [point.p50, point.p99]).flatten().chain(bounds.iter().map(|bound| bound.value));
     let (least, most) = (times().fold(f64::INFINITY, f64::min), times().fold(0.0, f64::max));
     if points().all(|point| point.p50.is_none()) {
-        return super::NONE.to_owned();
+        return NONE.to_owned();
     }
     let ceiling = plan.capacities.first().and_then(|capacity| capacity.ceiling);
     let target = plan.at_target.as_ref().map(|target| target.rate);

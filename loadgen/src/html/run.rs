@@ -1,10 +1,9 @@
 //! A run.
 
-use super::{
-    Frame, HEIGHT, MARGIN, NONE, count_axis, decades, document, escape, facts, latency_bounds, plural, quantile_axis,
-    seconds_axis, section, tile, tiles, time_axis, title_or,
-};
-use crate::report::{Bound, OVERLOAD, Of, Report, Row};
+use super::page::{NONE, document, escape, facts, latency_bounds, plural, section, tile, tiles, title_or};
+use super::picture::{Frame, HEIGHT, MARGIN, count_axis, decades, quantile_axis, seconds_axis, time_axis};
+use crate::bound::{Bound, Of};
+use crate::report::{OVERLOAD, Report, Row};
 use crate::units;
 
 /// The page of a run.
