@@ -5,7 +5,9 @@ use std::process::Output;
 use rustix::process::Pid;
 use serde_json::Value;
 
-use crate::{Lab, run, said};
+use crate::binary::run;
+use crate::lab::Lab;
+use crate::tool::said;
 
 /// An administrator of a lab's daemon.
 pub struct Administrator<'a>(pub &'a Lab);

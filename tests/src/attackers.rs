@@ -15,7 +15,9 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::TcpStream;
 use tokio::runtime::Runtime;
 
-use crate::{ATTEST, Daemon, Lab, METADATA, ROLL};
+use crate::daemon::Daemon;
+use crate::lab::Lab;
+use crate::paths::{ATTEST, METADATA, ROLL};
 
 const BATCH: &str = "/KeyProtection/service/v2.0/RollTransportKeys";
 const MIB: usize = 1024 * 1024;

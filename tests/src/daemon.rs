@@ -6,7 +6,10 @@ use std::process::{Command, ExitStatus};
 
 use claviger_client::http::{Client, Reply};
 
-use crate::{Metrics, PATIENCE, Process, claviger};
+use crate::binary::claviger;
+use crate::process::Process;
+use crate::scrape::Metrics;
+use crate::wait::PATIENCE;
 
 /// A running daemon. It is stopped when this is dropped.
 pub struct Daemon {

@@ -9,7 +9,9 @@ use claviger_faulty_token::{CONTROL_VARIABLE, MODULE_FILE, MODULE_VARIABLE, chec
 use rustix::process::Pid;
 use serde_json::Value;
 
-use crate::{Lab, lives, until};
+use crate::lab::Lab;
+use crate::process::lives;
+use crate::wait::until;
 
 /// The library, which is built wherever something links this crate.
 const LIBRARY: &str = "libclaviger_faulty_token.so";

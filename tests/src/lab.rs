@@ -18,7 +18,10 @@ use claviger_protocol::rsa_key::RsaPrivateKey;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::{Daemon, METADATA, block, claviger, until};
+use crate::binary::claviger;
+use crate::daemon::Daemon;
+use crate::paths::METADATA;
+use crate::wait::{block, until};
 
 /// The name of the host that a lab comes with.
 pub const HOST: &str = claviger::lab::HOST_NAME;

@@ -13,7 +13,8 @@ use claviger_protocol::rsa_key::RsaPrivateKey;
 use claviger_protocol::verify::{self, KnownCertificates};
 use tokio::task::{JoinHandle, JoinSet, spawn_blocking};
 
-use crate::{Daemon, Lab, open_release, roll_request};
+use crate::daemon::Daemon;
+use crate::lab::{Lab, open_release, roll_request};
 
 /// Both versions of a release.
 const PATHS: [&str; 2] =

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::PATIENCE;
+use crate::wait::PATIENCE;
 
 /// How long a process that is dropped has for an orderly end.
 const ORDERLY: Duration = Duration::from_secs(5);
@@ -176,7 +176,7 @@ mod tests {
     #[test]
     fn a_process_that_has_ended_does_not_live() {
         let mut ended = Command::new("true").spawn().unwrap();
-        crate::until("it has ended", || (!lives(Pid::from_child(&ended))).then_some(()));
+        crate::wait::until("it has ended", || (!lives(Pid::from_child(&ended))).then_some(()));
         assert!(ended.wait().unwrap().success());
         assert!(lives(rustix::process::getpid()));
     }

@@ -9,7 +9,9 @@ use std::process::Command;
 use claviger_client::http::Client;
 use serde_json::Value;
 
-use crate::{Daemon, PATIENCE, Process};
+use crate::daemon::Daemon;
+use crate::process::Process;
+use crate::wait::PATIENCE;
 
 /// A running Prometheus. It is stopped when this is dropped.
 pub struct Prometheus {

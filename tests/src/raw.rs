@@ -5,7 +5,7 @@ use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 
 use tokio::net::TcpSocket;
 
-use crate::{PATIENCE, block};
+use crate::wait::{PATIENCE, block};
 
 /// An answer.
 #[derive(Clone, PartialEq, Eq, Debug)]

@@ -17,7 +17,10 @@ use std::process::Command;
 
 use rustix::process::{Signal, kill_process_group};
 
-use crate::{Lab, Process, tool, until};
+use crate::lab::Lab;
+use crate::process::Process;
+use crate::tool::tool;
+use crate::wait::until;
 
 const PACKAGES: &str = "p11-kit p11-kit-modules";
 const CLIENT: &str = "pkcs11/p11-kit-client.so";

@@ -16,7 +16,10 @@ use claviger_protocol::tpm::pcr::{PcrSet, PcrValues};
 use claviger_protocol::tpm::software::SoftwareTpm;
 use tempfile::TempDir;
 
-use crate::{Daemon, Process, block, said, tool, until};
+use crate::daemon::Daemon;
+use crate::process::Process;
+use crate::tool::{said, tool};
+use crate::wait::{block, until};
 
 /// The path of attestation by TPM.
 pub const TPM_ATTEST: &str = "/Attestation/v2.0/attest";

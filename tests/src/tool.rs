@@ -1,0 +1,16 @@
+//! Other programs.
+
+/// Runs another program to its end; says which package to install where it is missing.
+///
+/// # Panics
+/// When it cannot be run.
+pub fn tool(package: &str, command: &mut std::process::Command) -> std::process::Output {
+    let name = command.get_program().to_owned();
+    command.output().unwrap_or_else(|error| panic!("{}: {error}: apt-get install {package}", name.display()))
+}
+
+/// Both outputs of a program, as text.
+#[must_use]
+pub fn said(output: &std::process::Output) -> String {
+    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+}
