@@ -156,7 +156,7 @@ async fn by_tpm(client: &Client, tpm: &SoftwareTpm, session: [u8; 16], identity:
 /// # Errors
 /// The service refuses, or does not answer.
 async fn ask(client: &Client, path: &str, request: Vec<u8>) -> Result<Reply, Failure> {
-    let reply = client.post(path, "application/json", request.into()).await?;
+    let reply = client.post(path, "application/json", request).await?;
     if reply.status == 200 {
         return Ok(reply);
     }
@@ -170,7 +170,7 @@ async fn ask(client: &Client, path: &str, request: Vec<u8>) -> Result<Reply, Fai
         }
         (None, _) => "is the host registered there (claviger-loadgen prepare), and is the service ready?",
     };
-    Err(format!("attestation refused with {} {}: {message}; {advice}", reply.status, error.name).into())
+    Err(format!("attestation refused with {} {}: {message}; {advice}", reply.status.as_u16(), error.name).into())
 }
 
 /// Both transport keys of an answer, as only the host with this identity key can read them.
@@ -186,6 +186,7 @@ pub fn open(response: &RollResponse, identity: &RsaPrivateKey) -> Result<Payload
 
 /// How a refusal is counted: its code, or the bare status where the body is none of the protocol's.
 #[must_use]
-pub fn error_code(status: u16, body: &[u8]) -> String {
-    Refusal::parse(body).map_or_else(|_| format!("Http{status}"), |refusal| refusal.code.as_str().to_owned())
+pub fn error_code(reply: &Reply) -> String {
+    let bare = |_| format!("Http{}", reply.status.as_u16());
+    Refusal::parse(&reply.body).map_or_else(bare, |refusal| refusal.code.as_str().to_owned())
 }

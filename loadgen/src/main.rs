@@ -14,7 +14,7 @@ use claviger_loadgen::about::{About, Member};
 use claviger_loadgen::attest::{self, Storm};
 use claviger_loadgen::capacity::{self, Question};
 use claviger_loadgen::compare::Verdict;
-use claviger_loadgen::http::Client;
+use claviger_loadgen::http::{Client, TlsSettings, client};
 use claviger_loadgen::interrupt::{self, Interrupt};
 use claviger_loadgen::plan::{self, Hosts};
 use claviger_loadgen::prepare::World;
@@ -268,9 +268,9 @@ struct Connection {
     /// The service
     #[arg(long, value_name = "URL")]
     url: String,
-    /// PEM file of the certificate authority to trust, for https
-    #[arg(long, value_name = "FILE")]
-    ca: Option<PathBuf>,
+    /// How the service proves itself, and the hosts to it.
+    #[command(flatten)]
+    tls: TlsSettings,
     /// How long a request may take
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = units::duration)]
     timeout: Duration,
@@ -278,7 +278,7 @@ struct Connection {
 
 impl Connection {
     fn client(&self) -> Result<Arc<Client>, Failure> {
-        Ok(Arc::new(Client::new(&self.url, self.ca.as_deref(), self.timeout)?))
+        Ok(Arc::new(client(&self.url, &self.tls, self.timeout)?))
     }
 }
 
@@ -337,7 +337,7 @@ struct Target {
 impl Target {
     /// The client of the daemon's metrics address: the one that was given, or that of the lab's configuration if it answers.
     async fn metrics(&self, site: &Site) -> Result<Option<Client>, Failure> {
-        let client = |url: &str| Client::new(url, None, self.connection.timeout);
+        let client = |url: &str| client(url, &TlsSettings::default(), self.connection.timeout);
         if let Some(url) = &self.metrics {
             let client = client(url)?;
             Look::take(&client).await?;

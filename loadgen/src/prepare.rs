@@ -92,7 +92,7 @@ impl World {
 async fn guardian(client: &Client) -> Result<Metadata, Failure> {
     let reply = client.get(host::METADATA).await?;
     if reply.status != 200 {
-        let code = host::error_code(reply.status, &reply.body);
+        let code = host::error_code(&reply);
         return Err(format!("the service does not tell its metadata: {code}; is it Claviger's service URL?").into());
     }
     Ok(Metadata::parse(&reply.body)?)

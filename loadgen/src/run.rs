@@ -18,7 +18,7 @@ use claviger_protocol::request::RollResponse;
 use crate::Failure;
 use crate::cpu;
 use crate::host::{self, Host};
-use crate::http::{Client, NoReply, lack_text};
+use crate::http::{self, Client, ClientError, lack_text};
 use crate::interrupt::Interrupt;
 use crate::prepare::{Machine, World};
 use crate::profile::{Arrivals, Profile};
@@ -368,13 +368,13 @@ impl Engine {
             match &reply {
                 Ok(reply)
                     if self.load.mode.is_storm()
-                        && matches!(reply.status, 429 | 503)
+                        && matches!(reply.status.as_u16(), 429 | 503)
                         && ended.duration_since(due) < PATIENCE =>
                 {
-                    retries.push((host::error_code(reply.status, &reply.body).into(), 1));
+                    retries.push((host::error_code(reply).into(), 1));
                     // Who waits is not in flight. Spread over a second, or all would come back at once.
                     self.in_flight.fetch_sub(1, Ordering::Relaxed);
-                    let pause = reply.retry_after.unwrap_or(RETRY_AFTER);
+                    let pause = reply.retry_after().map_or(RETRY_AFTER, |seconds| Duration::from_secs(seconds.into()));
                     let pause = tokio::time::sleep(pause.mul_f64(1.0 + fastrand::f64()));
                     let go_on = tokio::select! { () = pause => true, _ = self.interrupt.wait() => false };
                     self.in_flight.fetch_add(1, Ordering::Relaxed);
@@ -389,7 +389,7 @@ impl Engine {
         let service = ended.duration_since(begun).as_secs_f64();
         let latency = ended.duration_since(due).as_secs_f64();
         let due = self.seconds(due);
-        if let Err(NoReply::Lack(lack)) = reply {
+        if let Some(lack) = reply.as_ref().err().and_then(ClientError::lack) {
             let releases = machines.len() as u64;
             machines.iter().for_each(|(at, _)| self.source.give_back(*at, None));
             let _ = self.events.send(Event::Dropped { due, lag, releases, lack: Some(lack) });
@@ -414,7 +414,7 @@ impl Engine {
         due: f64,
         host: &Host,
         machines: Vec<(usize, Machine)>,
-        reply: Result<crate::http::Reply, NoReply>,
+        reply: Result<http::Reply, ClientError>,
     ) -> Answer {
         let all_failed = |code: Cow<'static, str>| {
             machines.iter().for_each(|(at, _)| self.source.give_back(*at, None));
@@ -422,8 +422,8 @@ impl Engine {
         };
         let body = match reply {
             Ok(reply) if reply.status == 200 => reply.body,
-            Ok(reply) => return all_failed(host::error_code(reply.status, &reply.body).into()),
-            Err(error) => return all_failed(error.code().into()),
+            Ok(reply) => return all_failed(host::error_code(&reply).into()),
+            Err(error) => return all_failed(http::error_code(&error).into()),
         };
         let check = |machine: Machine, reply: Reply| {
             if self.checker.draws() {

@@ -56,7 +56,11 @@ impl Look {
     pub async fn take(client: &Client) -> Result<Self, Failure> {
         let reply = client.get("/metrics").await?;
         if reply.status != 200 {
-            return Err(format!("/metrics answers {}; is --metrics the daemon's metrics address?", reply.status).into());
+            return Err(format!(
+                "/metrics answers {}; is --metrics the daemon's metrics address?",
+                reply.status.as_u16()
+            )
+            .into());
         }
         Ok(Self::parse(&String::from_utf8_lossy(&reply.body)))
     }

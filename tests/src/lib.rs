@@ -22,6 +22,7 @@ mod tool;
 mod wait;
 
 pub mod attackers;
+pub mod authority;
 pub mod imports;
 pub mod openloop;
 pub mod prometheus;

@@ -269,7 +269,7 @@ fn tls_is_spoken_to_who_is_trusted() {
     let (status, report) = run(&lab, &daemon.url, &[&PATIENT[..], &short, &["--ca", &ca]].concat());
     assert_eq!((status, number(&report, "/verify/right")), (0, 10.0), "{report:#}");
     let output = command(&lab, &daemon.url, &short).output().unwrap();
-    assert!(said(&output).contains("say with --ca FILE"), "{}", said(&output));
+    assert!(said(&output).contains("say --ca FILE"), "{}", said(&output));
 }
 
 #[test]

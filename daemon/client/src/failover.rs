@@ -1,7 +1,6 @@
 //! A host and the servers that it may ask: attests and unwraps, goes on to the next server where one cannot serve, and
 //! comes again where that helps.
 
-use std::path::Path;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use claviger_protocol::certificate::Certificate;
@@ -9,9 +8,10 @@ use claviger_protocol::error::Code;
 use claviger_protocol::payload::ApiVersion;
 use ring::rand::{SecureRandom, SystemRandom};
 
+use crate::error::Step as RequestStep;
 use crate::host::{Host, HostError, Proof, Unwrapped};
 use crate::host_files::{Folder, Keys, StoreError};
-use crate::http::{Client, ClientError};
+use crate::http::{Client, ClientError, TlsSettings};
 use crate::retry::{Fallback, Fault, Step};
 use crate::tpm::TpmPlace;
 
@@ -77,12 +77,12 @@ impl Services {
     /// and begins now. Blocks on files.
     ///
     /// # Errors
-    /// [`ServicesError`]: keys, URLs or `ca` cannot be used.
+    /// [`ServicesError`]: keys, URLs or files for TLS cannot be used.
     pub fn new(
         folder: Folder,
         tpm: Option<TpmPlace>,
         urls: &[String],
-        ca: Option<&Path>,
+        tls: &TlsSettings,
         timeout: Duration,
     ) -> Result<Self, ServicesError> {
         let keys = if tpm.is_some() { folder.volatile_keys()? } else { folder.keys()? };
@@ -93,7 +93,7 @@ impl Services {
         };
         let mut hosts = Vec::with_capacity(urls.len());
         for url in urls {
-            let client = Client::trusting(url, ca)?.with_timeout(ATTEMPT.min(timeout));
+            let client = Client::with_tls(url, tls)?.with_timeout(ATTEMPT.min(timeout));
             hosts.push(Host::new(client, proof.clone(), keys.identity.clone()));
         }
         let fallback = Fallback::new(hosts.len(), Instant::now() + timeout);
@@ -229,7 +229,7 @@ impl Services {
 
     fn too_late(&self, server: usize) -> HostError {
         let server = self.hosts[server].server().to_owned();
-        HostError::Client(ClientError::Timeout { server, timeout: self.timeout })
+        HostError::Client(ClientError::Timeout { server, step: RequestStep::FirstByte, limit: self.timeout })
     }
 }
 

@@ -15,7 +15,6 @@ use claviger_protocol::protector::{Protector, TransportKey};
 use claviger_protocol::request::{RollRequest, RollResponse};
 use claviger_protocol::rsa_key::RsaPrivateKey;
 use claviger_protocol::verify::{self, KnownCertificates};
-use hyper::header::RETRY_AFTER;
 use ring::rand::{SecureRandom, SystemRandom};
 
 use crate::http::{Client, ClientError, Reply};
@@ -172,7 +171,7 @@ impl Host {
         if reply.status == 200 {
             return Ok(reply);
         }
-        let (status, retry_after) = (reply.status.as_u16(), retry_after(&reply));
+        let (status, retry_after) = (reply.status.as_u16(), reply.retry_after());
         let error = attestation::parse_error_reply(&reply.body).map_err(|_| self.foreign(&reply))?;
         Err(HostError::Attestation { status, reply: error, retry_after })
     }
@@ -202,7 +201,7 @@ impl Host {
         let unreadable = |e: claviger_protocol::xml::XmlError| HostError::Answer(e.to_string());
         if reply.status != 200 {
             let mut refusal = Refusal::parse(&reply.body).map_err(|_| self.foreign(&reply))?;
-            refusal.retry_after = retry_after(&reply);
+            refusal.retry_after = reply.retry_after();
             return Err(HostError::Release { status: reply.status.as_u16(), refusal });
         }
         let response = RollResponse::parse(&reply.body).map_err(unreadable)?;
@@ -221,7 +220,7 @@ impl Host {
 
     fn foreign(&self, reply: &Reply) -> HostError {
         let (server, status) = (self.server().to_owned(), reply.status.as_u16());
-        HostError::Status { server, status, retry_after: retry_after(reply) }
+        HostError::Status { server, status, retry_after: reply.retry_after() }
     }
 }
 
@@ -242,11 +241,6 @@ const WANTED: [ResultType; 1] = [ResultType::EncryptionCertificate];
 
 fn unreadable(error: attestation::ReplyError) -> HostError {
     HostError::Answer(error.to_string())
-}
-
-/// The seconds of a `Retry-After`. The other form, a date, is not of this protocol.
-fn retry_after(reply: &Reply) -> Option<u16> {
-    reply.headers.get(RETRY_AFTER)?.to_str().ok()?.trim().parse().ok()
 }
 
 /// Checks that each key made its protector's transport-key signature, that whoever may open the old protector may open the

@@ -1,30 +1,32 @@
-//! A small HTTP/1.1 client for our own command line, plain or over TLS.
+//! The HTTP/1.1 client of everything that asks a service: hosts, tenants, the load generator, tests. Plain or over TLS.
+//!
+//! Connections are kept and used again, by a pool of few lines on purpose: it never connects while a kept connection is
+//! taken, so that whoever measures knows what a request waited for.
 
-use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
-use hyper::client::conn::http1::{SendRequest, handshake};
-use hyper::header::{CONTENT_TYPE, HOST, HeaderValue};
-use hyper::{HeaderMap, Method, Request, StatusCode, Uri};
-use hyper_util::rt::TokioIo;
-use rustls::ClientConfig;
-use rustls::pki_types::ServerName;
-use tokio::io::{AsyncRead, AsyncWrite};
-use tokio_rustls::TlsConnector;
+use hyper::header::{CONTENT_TYPE, HOST, HeaderValue, RETRY_AFTER};
+use hyper::{HeaderMap, Method, Request, StatusCode};
 
-use crate::endpoint::{ConnectError, Endpoint};
-use crate::trust::{self, AuthorityError, TlsFault};
+use crate::base_url::BaseUrl;
+use crate::connect::{Clock, Connection, Connector};
+use crate::error::Step;
 
-/// Largest answer that is read, in octets.
-pub const REPLY_LIMIT: usize = 32 * 1024 * 1024;
+pub use crate::connect::Deadlines;
+pub use crate::error::ClientError;
+pub use crate::tls::TlsSettings;
 
-/// How long a request and its answer may take, unless [`Client::with_timeout`] says otherwise.
+/// How long a request and its answer may take, unless [`Client::with_deadlines`] says otherwise.
 pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Most connections that are kept open while idle.
+/// Largest answer that is read, in bytes, unless [`Client::reading`] says otherwise.
+pub const REPLY_LIMIT: usize = 32 * 1024 * 1024;
+
+/// Most connections that are kept open while idle, unless [`Client::keeping`] says otherwise.
 const KEPT: usize = 64;
 
 /// A server's answer.
@@ -38,147 +40,107 @@ pub struct Reply {
     pub body: Bytes,
 }
 
-/// Why there is no answer.
-#[derive(Debug, thiserror::Error)]
-pub enum ClientError {
-    /// The URL cannot be used.
-    #[error("{url:?} cannot be used: {problem}; write it like http://host:8080")]
-    Url {
-        /// The URL as it was given.
-        url: String,
-        /// What is wrong with it.
-        problem: String,
-    },
-    /// The file of trusted certificates cannot be used.
-    #[error("--ca: {0}")]
-    Ca(#[from] AuthorityError),
-    /// TLS cannot be set up.
-    #[error("TLS cannot be set up: {0}")]
-    Setup(rustls::Error),
-    /// The server did not prove itself, or does not speak TLS.
-    #[error("no TLS with {server}: {fault}")]
-    Tls {
-        /// Host and port.
-        server: String,
-        /// What is wrong, and what to do.
-        fault: TlsFault,
-    },
-    /// No connection to the server.
-    #[error("no connection to {server}: {source}; does it run there?")]
-    Connect {
-        /// Host and port.
-        server: String,
-        /// Why, for each address of the host.
-        source: ConnectError,
-    },
-    /// The time was up.
-    #[error("{server} did not answer within {timeout:?}")]
-    Timeout {
-        /// Host and port.
-        server: String,
-        /// What it had.
-        timeout: Duration,
-    },
-    /// The server closed the connection, or does not speak HTTP.
-    #[error("{server} did not answer: {problem}")]
-    Broken {
-        /// Host and port.
-        server: String,
-        /// What happened.
-        problem: String,
-    },
-    /// The answer is longer than [`REPLY_LIMIT`].
-    #[error("the answer of {server} is longer than {REPLY_LIMIT} octets")]
-    TooLarge {
-        /// Host and port.
-        server: String,
-    },
+impl Reply {
+    /// The seconds of a `Retry-After`. The other form, a date, is not of this protocol.
+    #[must_use]
+    pub fn retry_after(&self) -> Option<u16> {
+        self.headers.get(RETRY_AFTER)?.to_str().ok()?.trim().parse().ok()
+    }
 }
 
-/// A client of one server. Requests may run at the same time; connections are kept and used again.
+/// A client of one server. Any number of requests may run at the same time, each on a connection of its own.
 ///
 /// A request on a kept connection that ends without an answer is sent once more on a new one: the server may close what
 /// is idle at any time. So it may arrive twice, which nothing that this daemon serves over HTTP minds.
 #[derive(Debug)]
 pub struct Client {
-    /// For `Host` and for messages.
-    authority: String,
-    endpoint: Endpoint,
-    /// Goes before every path: empty, or starts with a slash and ends without one.
+    connector: Connector,
+    /// Goes before every path.
     prefix: String,
-    tls: Option<(Arc<ClientConfig>, ServerName<'static>)>,
-    timeout: Duration,
-    idle: Mutex<Vec<SendRequest<Full<Bytes>>>>,
+    deadlines: Deadlines,
+    /// Largest answer that is read, in bytes.
+    reply_limit: usize,
+    /// Most connections in `idle`.
+    keeps: usize,
+    idle: Mutex<Vec<Connection>>,
+    /// Whether the server has answered, or was asked why it does not: the reason is looked for once.
+    known: AtomicBool,
 }
 
 /// An exchange that failed.
 enum Failed {
-    /// Without an answer's first octet.
+    /// Without an answer's first byte.
     Unanswered(ClientError),
     Answered(ClientError),
+}
+
+impl From<Failed> for ClientError {
+    fn from(failed: Failed) -> Self {
+        match failed {
+            Failed::Unanswered(error) | Failed::Answered(error) => error,
+        }
+    }
 }
 
 impl Client {
     /// A client of the server at `base_url`, such as `http://127.0.0.1:8080`. Nothing is sent yet.
     ///
     /// # Errors
-    /// [`ClientError::Url`].
+    /// [`ClientError::Url`]; [`ClientError::NoTrust`] for `https://`.
     pub fn new(base_url: &str) -> Result<Self, ClientError> {
-        Self::trusting(base_url, None)
+        Self::with_tls(base_url, &TlsSettings::default())
     }
 
-    /// The same, also for `https://`, where the server has to prove itself to the certificates in `ca` (PEM): there is
-    /// no other trust. Blocks on the file.
+    /// The same, also for `https://`, where the server has to prove itself to the authorities in the settings: there is no
+    /// other trust. Blocks on files.
     ///
     /// # Errors
-    /// [`ClientError::Url`], [`ClientError::Ca`].
-    pub fn trusting(base_url: &str, ca: Option<&Path>) -> Result<Self, ClientError> {
-        let bad = |problem: &str| ClientError::Url { url: base_url.to_owned(), problem: problem.to_owned() };
-        let uri: Uri = base_url.parse().map_err(|error: hyper::http::uri::InvalidUri| bad(&error.to_string()))?;
-        let secure = match uri.scheme_str() {
-            Some("http") => false,
-            Some("https") => true,
-            _ => return Err(bad("it starts with neither http:// nor https://")),
-        };
-        if uri.query().is_some() {
-            return Err(bad("it has a query"));
-        }
-        let authority = uri.authority().ok_or_else(|| bad("it names no host"))?;
-        let host = authority.host();
-        if host.is_empty() || authority.as_str().contains('@') {
-            return Err(bad("it names no host, or a user"));
-        }
-        // An IPv6 address stands in brackets only inside a URL.
-        let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
-        let tls = match (secure, ca) {
-            (false, _) => None,
-            (true, None) => return Err(bad("TLS needs to know whom to trust: say --ca FILE")),
-            (true, Some(ca)) => {
-                let name = ServerName::try_from(host.clone()).map_err(|error| bad(&error.to_string()))?;
-                Some((Arc::new(tls_config(ca)?), name))
-            }
-        };
+    /// [`ClientError`]: the URL, or a file of the settings, cannot be used.
+    pub fn with_tls(base_url: &str, settings: &TlsSettings) -> Result<Self, ClientError> {
+        let url = BaseUrl::parse(base_url)?;
         Ok(Self {
-            authority: authority.to_string(),
-            endpoint: Endpoint::new(host, authority.port_u16().unwrap_or(if secure { 443 } else { 80 })),
-            prefix: uri.path().trim_end_matches('/').to_owned(),
-            tls,
-            timeout: DEFAULT_TIMEOUT,
+            connector: Connector::new(&url, base_url, settings)?,
+            prefix: url.prefix,
+            deadlines: Deadlines::within(DEFAULT_TIMEOUT),
+            reply_limit: REPLY_LIMIT,
+            keeps: KEPT,
             idle: Mutex::new(Vec::new()),
+            known: AtomicBool::new(false),
         })
     }
 
-    /// Gives every request, from the connection to the answer's last octet, this much time.
+    /// Gives every request, from the connection to the answer's last byte, this much time, and its steps what
+    /// [`Deadlines::within`] says.
     #[must_use]
-    pub fn with_timeout(mut self, timeout: Duration) -> Self {
-        self.timeout = timeout;
+    pub fn with_timeout(self, total: Duration) -> Self {
+        self.with_deadlines(Deadlines::within(total))
+    }
+
+    /// Gives each step of a request its own time.
+    #[must_use]
+    pub fn with_deadlines(mut self, deadlines: Deadlines) -> Self {
+        self.deadlines = deadlines;
+        self
+    }
+
+    /// Reads answers of up to this many bytes.
+    #[must_use]
+    pub fn reading(mut self, bytes: usize) -> Self {
+        self.reply_limit = bytes;
+        self
+    }
+
+    /// Keeps so many connections open while they are idle.
+    #[must_use]
+    pub fn keeping(mut self, connections: usize) -> Self {
+        self.keeps = connections;
         self
     }
 
     /// The server's host, and its port if the URL names one: for messages.
     #[must_use]
     pub fn server(&self) -> &str {
-        &self.authority
+        self.connector.authority()
     }
 
     /// Asks for `path` (with its query), which starts with a slash.
@@ -204,130 +166,112 @@ impl Client {
         content_type: Option<&str>,
         body: Bytes,
     ) -> Result<Reply, ClientError> {
+        let clock = Clock::start(self.deadlines);
+        let request = self.written(method, path, content_type, body)?;
+        // Taken outside of `if let`, whose scrutinee would keep the lock for its whole body.
+        let kept = self.kept();
+        if let Some(connection) = kept {
+            match self.exchange(connection, request.clone(), clock).await {
+                Err(Failed::Unanswered(_)) => {}
+                done => return Ok(done?),
+            }
+        }
+        let connection = self.connector.connect(clock).await?;
+        match self.exchange(connection, request, clock).await {
+            Ok(reply) => {
+                self.known.store(true, Ordering::Relaxed);
+                Ok(reply)
+            }
+            Err(Failed::Unanswered(error @ ClientError::Broken { .. }))
+                if !self.known.swap(true, Ordering::Relaxed) =>
+            {
+                Err(self.connector.reason(clock).await.unwrap_or(error))
+            }
+            Err(failed) => Err(failed.into()),
+        }
+    }
+
+    fn written(
+        &self,
+        method: Method,
+        path: &str,
+        content_type: Option<&str>,
+        body: Bytes,
+    ) -> Result<Request<Full<Bytes>>, ClientError> {
         let target = format!("{}{path}", self.prefix);
-        let bad = |problem: String| ClientError::Url { url: format!("http://{}{target}", self.authority), problem };
+        let bad = |problem: String| ClientError::Url { url: format!("http://{}{target}", self.server()), problem };
         let mut request = Request::new(Full::new(body));
         *request.method_mut() = method;
         *request.uri_mut() = target.parse().map_err(|error: hyper::http::uri::InvalidUri| bad(error.to_string()))?;
         let value = |text: &str| HeaderValue::from_str(text).map_err(|error| bad(error.to_string()));
-        request.headers_mut().insert(HOST, value(&self.authority)?);
+        request.headers_mut().insert(HOST, value(self.server())?);
         if let Some(content_type) = content_type {
             request.headers_mut().insert(CONTENT_TYPE, value(content_type)?);
         }
-        let exchange = async {
-            // Taken outside of `if let`, whose scrutinee would keep the lock for its whole body.
-            let kept = self.kept();
-            if let Some(sender) = kept {
-                match self.exchange(sender, request.clone()).await {
-                    Err(Failed::Unanswered(_)) => {}
-                    Ok(reply) => return Ok(reply),
-                    Err(Failed::Answered(error)) => return Err(error),
-                }
-            }
-            match self.exchange(self.connect().await?, request).await {
-                Ok(reply) => Ok(reply),
-                Err(Failed::Unanswered(error) | Failed::Answered(error)) => Err(error),
-            }
-        };
-        tokio::time::timeout(self.timeout, exchange)
-            .await
-            .unwrap_or_else(|_| Err(ClientError::Timeout { server: self.authority.clone(), timeout: self.timeout }))
-    }
-
-    async fn connect(&self) -> Result<SendRequest<Full<Bytes>>, ClientError> {
-        let failed = |source| ClientError::Connect { server: self.authority.clone(), source };
-        let stream = self.endpoint.connect(self.timeout).await.map_err(failed)?;
-        match &self.tls {
-            None => self.shake_hands(stream).await,
-            Some((tls, name)) => {
-                let untrusted =
-                    |error| ClientError::Tls { server: self.authority.clone(), fault: TlsFault::from(error) };
-                let stream = TlsConnector::from(tls.clone()).connect(name.clone(), stream).await;
-                self.shake_hands(stream.map_err(untrusted)?).await
-            }
-        }
-    }
-
-    async fn shake_hands(
-        &self,
-        stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
-    ) -> Result<SendRequest<Full<Bytes>>, ClientError> {
-        let (sender, connection) = handshake(TokioIo::new(stream)).await.map_err(|error| self.broken(&error))?;
-        tokio::spawn(async move {
-            // What goes wrong shows in the exchange, too.
-            if let Err(error) = connection.await {
-                tracing::debug!(%error, "a client's connection broke");
-            }
-        });
-        Ok(sender)
+        Ok(request)
     }
 
     async fn exchange(
         &self,
-        mut sender: SendRequest<Full<Bytes>>,
+        mut connection: Connection,
         request: Request<Full<Bytes>>,
+        clock: Clock,
     ) -> Result<Reply, Failed> {
-        let unanswered = |error: hyper::Error| Failed::Unanswered(self.broken(&error));
-        sender.ready().await.map_err(unanswered)?;
-        let (head, body) = sender.send_request(request).await.map_err(unanswered)?.into_parts();
-        let body = Limited::new(body, REPLY_LIMIT).collect().await.map_err(|error| {
-            let server = self.authority.clone();
+        let sent = async {
+            connection.ready().await?;
+            connection.send_request(request).await
+        };
+        let answered = clock.step(self.server(), Step::FirstByte, sent).await.map_err(Failed::Answered)?;
+        let unanswered = |error: hyper::Error| Failed::Unanswered(self.connector.broken(&error));
+        let (head, body) = answered.map_err(unanswered)?.into_parts();
+        let body = Limited::new(body, self.reply_limit).collect();
+        let body = clock.step(self.server(), Step::Body, body).await.map_err(Failed::Answered)?;
+        let body = body.map_err(|error| {
+            let server = self.server().to_owned();
             Failed::Answered(if error.is::<LengthLimitError>() {
-                ClientError::TooLarge { server }
+                ClientError::TooLarge { server, limit: self.reply_limit }
             } else {
                 ClientError::Broken { server, problem: "its answer broke off".to_owned() }
             })
         })?;
-        let body = body.to_bytes();
-        self.keep(sender);
-        Ok(Reply { status: head.status, headers: head.headers, body })
+        self.keep(connection);
+        Ok(Reply { status: head.status, headers: head.headers, body: body.to_bytes() })
     }
 
-    fn broken(&self, error: &hyper::Error) -> ClientError {
-        // hyper's own text is terse; the cause says more.
-        let cause = std::error::Error::source(error).map(|cause| format!(": {cause}")).unwrap_or_default();
-        ClientError::Broken { server: self.authority.clone(), problem: format!("{error}{cause}") }
-    }
-
-    fn idle(&self) -> MutexGuard<'_, Vec<SendRequest<Full<Bytes>>>> {
+    fn idle(&self) -> MutexGuard<'_, Vec<Connection>> {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn kept(&self) -> Option<SendRequest<Full<Bytes>>> {
+    fn kept(&self) -> Option<Connection> {
         let mut idle = self.idle();
         // The latest first: it is the least likely to have been closed.
-        std::iter::from_fn(|| idle.pop()).find(|sender| !sender.is_closed())
+        std::iter::from_fn(|| idle.pop()).find(|connection| !connection.is_closed())
     }
 
-    fn keep(&self, sender: SendRequest<Full<Bytes>>) {
+    fn keep(&self, connection: Connection) {
         let mut idle = self.idle();
-        if idle.len() < KEPT && !sender.is_closed() {
-            idle.push(sender);
+        if idle.len() < self.keeps && !connection.is_closed() {
+            idle.push(connection);
         }
     }
-}
-
-/// TLS 1.2 and 1.3 with servers that the certificates in `ca` vouch for.
-fn tls_config(ca: &Path) -> Result<ClientConfig, ClientError> {
-    let roots = trust::authorities(ca)?;
-    // The provider is named: the process-wide default may be missing, or another one.
-    let builder = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()));
-    let builder = builder.with_safe_default_protocol_versions().map_err(ClientError::Setup)?;
-    Ok(builder.with_root_certificates(roots).with_no_client_auth())
 }
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::testing::self_signed;
+    use claviger_protocol::rsa_key::RsaPrivateKey;
     use hyper::body::Incoming;
     use hyper::server::conn::http1;
     use hyper::service::service_fn;
     use hyper::{Response, Version};
     use std::convert::Infallible;
     use std::net::SocketAddr;
+    use std::path::Path;
 
-    use hyper_util::rt::TokioTimer;
+    use hyper_util::rt::{TokioIo, TokioTimer};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::TcpListener;
 
     /// Answers with what it saw: method, path, type and body, and the client's port.
@@ -401,19 +345,92 @@ mod tests {
         assert_ne!(port(&first), port(&client.get("/").await.unwrap()));
     }
 
+    /// A server that says these bytes, after it has read what came, and keeps every connection open.
+    async fn stuck(said: &'static [u8]) -> SocketAddr {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(async move {
+            let mut open = Vec::new();
+            loop {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                stream.read_u8().await.unwrap();
+                stream.write_all(said).await.unwrap();
+                open.push(stream);
+            }
+        });
+        address
+    }
+
+    #[tokio::test]
+    async fn each_step_has_its_deadline() {
+        let ca = RsaPrivateKey::generate(2048).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("ca.pem");
+        std::fs::write(&file, self_signed("ca", &ca).to_pem()).unwrap();
+        let (short, long) = (Duration::from_millis(200), Duration::from_secs(600));
+        let deadlines = Deadlines::together(long);
+        let silent = stuck(b"").await;
+        let begun = stuck(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nbegun").await;
+        for (url, deadlines, step, words) in [
+            (
+                format!("https://{silent}"),
+                Deadlines { tls: short, ..deadlines },
+                Step::Tls,
+                "did not finish the TLS handshake",
+            ),
+            (
+                format!("http://{silent}"),
+                Deadlines { first_byte: short, ..deadlines },
+                Step::FirstByte,
+                "did not answer",
+            ),
+            (
+                format!("http://{begun}"),
+                Deadlines { body: short, ..deadlines },
+                Step::Body,
+                "did not finish its answer",
+            ),
+            // That of the whole request counts where it is sooner.
+            (format!("http://{silent}"), Deadlines { total: short, ..deadlines }, Step::FirstByte, "did not answer"),
+        ] {
+            let client = Client::with_tls(&url, &TlsSettings::trusting(&file)).unwrap().with_deadlines(deadlines);
+            let error = client.get("/").await.unwrap_err();
+            let said = error.to_string();
+            assert!(matches!(error, ClientError::Timeout { step: missed, .. } if missed == step), "{said}");
+            assert!(said.ends_with(&format!("{words} within 200ms")), "{said}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_client_certificate_is_read_whole_or_explained() {
+        let folder = tempfile::tempdir().unwrap();
+        let [ca, own, key, other] = ["ca.pem", "own.pem", "own.key", "other.key"].map(|name| folder.path().join(name));
+        let keys = [0, 1].map(|_| RsaPrivateKey::generate(2048).unwrap());
+        std::fs::write(&ca, self_signed("ca", &keys[0]).to_pem()).unwrap();
+        std::fs::write(&own, self_signed("own", &keys[0]).to_pem()).unwrap();
+        for (file, of) in [(&key, &keys[0]), (&other, &keys[1])] {
+            crate::files::write(file, of.to_pkcs8_pem().as_bytes(), crate::files::Existing::Keep).unwrap();
+        }
+        let made = |certificate: &Path, key: &Path| {
+            let settings = TlsSettings::trusting(&ca).showing(certificate, key);
+            Client::with_tls("https://host", &settings).map(drop).map_err(|error| error.to_string())
+        };
+        assert_eq!(made(&own, &key), Ok(()));
+        for (certificate, key, words) in [
+            (&key, &key, "--client-certificate: "),
+            (&own, &own, "--client-key: "),
+            (&own, &other, "cannot be used together: the key is not that of the certificate"),
+        ] {
+            let said = made(certificate, key).unwrap_err();
+            assert!(said.contains(words), "{said}");
+        }
+    }
+
     #[tokio::test]
     async fn failures_say_what_to_do() {
-        for (url, expected) in [
-            ("https://host", "say --ca FILE"),
-            ("ftp://host", "neither http:// nor https://"),
-            ("host:80", "write it like http://host:8080"),
-            ("http://", "write it like"),
-            ("http://user@host", "names no host, or a user"),
-        ] {
-            let message = Client::new(url).unwrap_err().to_string();
-            assert!(message.contains(expected), "{url}: {message}");
-        }
-        let nowhere = Client::trusting("https://host", Some(Path::new("/nowhere.pem"))).unwrap_err().to_string();
+        let untrusting = Client::new("https://host").unwrap_err().to_string();
+        assert!(untrusting.contains("say --ca FILE or --system-ca"), "{untrusting}");
+        let nowhere = Client::with_tls("https://host", &TlsSettings::trusting("/nowhere.pem")).unwrap_err().to_string();
         assert!(nowhere.starts_with("--ca: /nowhere.pem: No such file"), "{nowhere}");
         let address = start(DEFAULT_TIMEOUT).await;
         let client = Client::new(&format!("http://{address}")).unwrap().with_timeout(Duration::from_millis(300));

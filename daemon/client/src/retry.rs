@@ -29,6 +29,7 @@ impl HostError {
     pub fn fault(&self) -> Fault {
         let (status, retry_after) = match self {
             Self::Client(ClientError::Tls { fault, .. }) if fault.lasting => return Fault::Unusable,
+            Self::Client(ClientError::SpeaksTls { .. }) => return Fault::Unusable,
             // Another server may have a certificate that is in date, or the right answer.
             Self::Client(
                 ClientError::Connect { .. }
@@ -153,6 +154,7 @@ impl Fallback {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::trust::TlsFault;
     use claviger_protocol::attestation::ReceivedError;
     use claviger_protocol::error::{Code, Refusal};
 
@@ -246,6 +248,10 @@ mod tests {
             reply.expected_operation_mode = Some(1);
         }
         let foreign = |status| HostError::Status { server: String::new(), status, retry_after: None };
+        let tls = |lasting| {
+            let fault = TlsFault { problem: String::new(), lasting };
+            HostError::Client(ClientError::Tls { server: String::new(), fault })
+        };
         let broken = ClientError::Broken { server: String::new(), problem: String::new() };
         for (error, fault) in [
             (release(Code::InvalidProtector, Some(1)), Fault::Lasting),
@@ -261,7 +267,10 @@ mod tests {
             (foreign(502), Fault::Server(None)),
             (foreign(404), Fault::Lasting),
             (HostError::Client(broken), Fault::Server(None)),
-            (HostError::Client(ClientError::TooLarge { server: String::new() }), Fault::Server(None)),
+            (HostError::Client(ClientError::TooLarge { server: String::new(), limit: 1 }), Fault::Server(None)),
+            (HostError::Client(ClientError::SpeaksTls { server: String::new() }), Fault::Unusable),
+            (tls(true), Fault::Unusable),
+            (tls(false), Fault::Server(None)),
             (HostError::Answer(String::new()), Fault::Server(None)),
             (HostError::Key(String::new()), Fault::Lasting),
         ] {

@@ -1,10 +1,11 @@
-//! Whom TLS trusts, and why a handshake failed: read from files of authorities, and said in words that name the cause.
+//! Certificates and keys for TLS, as files hold them, and why a handshake failed, in words that name the cause.
 
 use std::io;
 use std::path::{Path, PathBuf};
 
-use rustls::pki_types::CertificateDer;
-use rustls::{CertificateError, OtherError, RootCertStore};
+use claviger_protocol::input::{Found, PrivateKey};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::{AlertDescription, CertificateError, OtherError, RootCertStore};
 use x509_parser::prelude::{FromDer, X509Certificate};
 
 use crate::files::{self, FileError};
@@ -48,6 +49,29 @@ pub fn authorities(path: &Path) -> Result<RootCertStore, AuthorityError> {
     Ok(roots)
 }
 
+/// The certificates of a file, in their order, at least one. Blocks on the file.
+///
+/// # Errors
+/// Those of [`files::read_certificates`].
+pub fn chain(path: &Path) -> Result<Vec<CertificateDer<'static>>, FileError> {
+    Ok(files::read_certificates(path)?.into_iter().map(|entry| CertificateDer::from(entry.der)).collect())
+}
+
+/// The private key of a file. Blocks on the file.
+///
+/// # Errors
+/// Those of [`files::read_private_key`].
+pub fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, FileError> {
+    let PrivateKey { found, bytes } = files::read_private_key(path)?;
+    // rustls does not wipe it, and keeps it for as long as it is configured with it.
+    let der = bytes.to_vec();
+    Ok(match found {
+        Found::Pkcs1PrivateKey => PrivateKeyDer::Pkcs1(der.into()),
+        Found::EcPrivateKey => PrivateKeyDer::Sec1(der.into()),
+        _ => PrivateKeyDer::Pkcs8(der.into()),
+    })
+}
+
 /// The subject's name, where the certificate can be read.
 fn subject(der: &[u8]) -> Option<String> {
     let (_, certificate) = X509Certificate::from_der(der).ok()?;
@@ -61,20 +85,68 @@ fn subject(der: &[u8]) -> Option<String> {
 pub struct TlsFault {
     /// What is wrong, and what to do.
     pub problem: String,
-    /// Whether it stays so until somebody changes the server's certificate.
+    /// Whether it stays so until somebody changes the configuration of this client or of the server.
     pub lasting: bool,
 }
 
-impl From<io::Error> for TlsFault {
-    fn from(error: io::Error) -> Self {
-        let cause = error.get_ref().and_then(|cause| cause.downcast_ref::<rustls::Error>());
-        match cause {
+impl TlsFault {
+    /// What a failed handshake says. `identified`: whether this client has a certificate to show.
+    #[must_use]
+    pub fn of(error: &io::Error, identified: bool) -> Self {
+        match tls_error(error) {
             Some(rustls::Error::InvalidCertificate(error)) => certificate_fault(error),
-            Some(rustls::Error::InvalidMessage(_)) => {
-                passing(format!("it does not answer in TLS ({error}); is it served as http:// there?"))
+            Some(rustls::Error::AlertReceived(alert)) => alert_fault(*alert, identified),
+            Some(rustls::Error::InvalidMessage(_)) => lasting(format!(
+                "it does not answer in TLS ({error}); write http:// in the URL if it is served so there"
+            )),
+            Some(rustls::Error::PeerIncompatible(_)) => {
+                lasting(format!("it has no TLS in common with this client: {error}"))
             }
             _ => passing(format!("the handshake failed: {error}; the server's log may say why")),
         }
+    }
+}
+
+/// What rustls says in an error of a connection, if it says anything.
+pub(crate) fn tls_error(error: &io::Error) -> Option<&rustls::Error> {
+    error.get_ref().and_then(|cause| cause.downcast_ref())
+}
+
+/// Why the server ended the handshake, or the connection right after it: in TLS 1.3 it judges the client's certificate when
+/// the client takes the handshake for done.
+fn alert_fault(alert: AlertDescription, identified: bool) -> TlsFault {
+    use AlertDescription as Alert;
+    match alert {
+        Alert::CertificateRequired
+        | Alert::BadCertificate
+        | Alert::UnsupportedCertificate
+        | Alert::CertificateRevoked
+        | Alert::CertificateExpired
+        | Alert::CertificateUnknown
+        | Alert::UnknownCA
+        | Alert::AccessDenied
+        | Alert::DecryptError
+            if identified =>
+        {
+            lasting(format!(
+                "it does not accept this client's certificate ({alert:?}): give --client-certificate one that is in date and \
+                 comes from an authority which the server trusts for clients (server.tls.client_ca there)"
+            ))
+        }
+        Alert::CertificateRequired | Alert::BadCertificate | Alert::CertificateUnknown | Alert::AccessDenied => {
+            lasting(
+                "it requires a certificate of its clients: give --client-certificate and --client-key, from an authority which the \
+             server trusts for clients (server.tls.client_ca there)",
+            )
+        }
+        Alert::HandshakeFailure | Alert::InsufficientSecurity | Alert::ProtocolVersion => lasting(format!(
+            "it ended the handshake ({alert:?}): it has no TLS version and cipher in common with this client, or requires a \
+             client certificate (--client-certificate, --client-key)"
+        )),
+        Alert::UnrecognisedName => {
+            lasting("it does not serve the name in the URL (UnrecognisedName); use a URL with a name that it serves")
+        }
+        _ => passing(format!("it ended the handshake ({alert:?}); the server's log may say why")),
     }
 }
 
@@ -95,9 +167,9 @@ fn certificate_fault(error: &CertificateError) -> TlsFault {
     };
     match (error, of_webpki) {
         // The signature is wrong where an authority has the right name and another key, as after a change of its key.
-        (CertificateError::UnknownIssuer | CertificateError::BadSignature, _) => passing(
-            "its certificate is none that --ca vouches for: give --ca the authority that issued it, and see that the server \
-             sends the certificates in between",
+        (CertificateError::UnknownIssuer | CertificateError::BadSignature, _) => lasting(
+            "its certificate is none that --ca or --system-ca vouches for: give --ca the authority that issued it, and see that \
+             the server sends the certificates in between",
         ),
         (CertificateError::Expired | CertificateError::ExpiredContext { .. }, _) => {
             passing(format!("its certificate has expired ({error}); renew it, or set the clock of this machine"))
@@ -157,24 +229,34 @@ mod tests {
 
     #[test]
     fn the_cause_of_a_failed_handshake_is_named() {
-        let of = |error: CertificateError| {
-            TlsFault::from(io::Error::new(io::ErrorKind::InvalidData, rustls::Error::InvalidCertificate(error)))
+        let of = |error: rustls::Error, identified| {
+            TlsFault::of(&io::Error::new(io::ErrorKind::InvalidData, error), identified)
         };
         let other = |error| CertificateError::Other(OtherError(std::sync::Arc::new(error)));
         for (error, words, lasting) in [
-            (CertificateError::UnknownIssuer, "--ca vouches for", false),
-            (CertificateError::BadSignature, "--ca vouches for", false),
+            (CertificateError::UnknownIssuer, "--ca or --system-ca vouches for", true),
+            (CertificateError::BadSignature, "--ca or --system-ca vouches for", true),
             (CertificateError::Expired, "has expired", false),
             (CertificateError::NotValidForName, "for another name", true),
             (CertificateError::InvalidPurpose, "not for servers", true),
             (other(webpki::Error::CaUsedAsEndEntity), "certificate authority (CA:TRUE)", true),
             (other(webpki::Error::UnsupportedCertVersion), "version 1", true),
         ] {
-            let fault = of(error);
+            let fault = of(rustls::Error::InvalidCertificate(error), false);
             assert!(fault.problem.contains(words) && fault.lasting == lasting, "{fault:?}");
         }
-        let plain = rustls::Error::InvalidMessage(rustls::InvalidMessage::InvalidContentType);
-        let fault = TlsFault::from(io::Error::new(io::ErrorKind::InvalidData, plain));
-        assert!(fault.problem.contains("does not answer in TLS") && !fault.lasting, "{fault:?}");
+        for (alert, identified, words, lasting) in [
+            (AlertDescription::CertificateRequired, false, "requires a certificate of its clients", true),
+            (AlertDescription::UnknownCA, true, "does not accept this client's certificate (UnknownCA)", true),
+            (AlertDescription::HandshakeFailure, false, "no TLS version and cipher in common", true),
+            (AlertDescription::InternalError, false, "it ended the handshake (InternalError)", false),
+        ] {
+            let fault = of(rustls::Error::AlertReceived(alert), identified);
+            assert!(fault.problem.contains(words) && fault.lasting == lasting, "{fault:?}");
+        }
+        let fault = of(rustls::Error::InvalidMessage(rustls::InvalidMessage::InvalidContentType), false);
+        assert!(fault.problem.contains("does not answer in TLS") && fault.lasting, "{fault:?}");
+        let fault = TlsFault::of(&io::ErrorKind::UnexpectedEof.into(), false);
+        assert!(!fault.lasting, "{fault:?}");
     }
 }

@@ -7,6 +7,12 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
+use claviger_client::failover::{Services, ServicesError};
+use claviger_client::files::{self, Existing, FileError};
+use claviger_client::host::HostError;
+use claviger_client::host_files::{Folder, StoreError};
+use claviger_client::http::TlsSettings;
+use claviger_client::tpm::{self, TpmPlace};
 use claviger_protocol::certificate::Certificate;
 use claviger_protocol::payload::Payload;
 use claviger_protocol::protector::{MAX_PROTECTOR, Protector, TRANSPORT_KEY_LEN};
@@ -17,11 +23,6 @@ use zeroize::Zeroizing;
 
 use super::{Failure, date, rsa_bits};
 use crate::sys::print::say;
-use claviger_client::failover::{Services, ServicesError};
-use claviger_client::files::{self, Existing, FileError};
-use claviger_client::host::HostError;
-use claviger_client::host_files::{Folder, StoreError};
-use claviger_client::tpm::{self, TpmPlace};
 
 /// Where hosts keep their keys, and where those do that attest by their TPM.
 const DIR: &str = "/var/lib/claviger-host";
@@ -155,9 +156,9 @@ pub struct Service {
     /// The service's URL; again for each further one, in the order in which they are to be tried
     #[arg(long = "url", value_name = "URL", required = true)]
     urls: Vec<String>,
-    /// Certificates to trust for https, PEM
-    #[arg(long, value_name = "FILE")]
-    ca: Option<PathBuf>,
+    /// How they prove themselves, and this host to them.
+    #[command(flatten)]
+    tls: TlsSettings,
     /// Seconds for all of it, with every wait and every server
     #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     timeout: u64,
@@ -165,7 +166,7 @@ pub struct Service {
 
 impl Service {
     fn of(&self, folder: Folder, measured: &Measured) -> Result<Services, ServicesError> {
-        Services::new(folder, measured.place(), &self.urls, self.ca.as_deref(), Duration::from_secs(self.timeout))
+        Services::new(folder, measured.place(), &self.urls, &self.tls, Duration::from_secs(self.timeout))
     }
 }
 

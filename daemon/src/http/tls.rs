@@ -6,16 +6,15 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
-use claviger_protocol::input::{Found, PrivateKey};
+use claviger_client::files::FileError;
+use claviger_client::trust::{self, AuthorityError};
 use rustls::ServerConfig;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::pki_types::CertificateDer;
 use rustls::server::{VerifierBuilderError, WebPkiClientVerifier};
 use x509_parser::prelude::{FromDer, X509Certificate, X509Version};
 
 use crate::config::Tls;
 use crate::registry::keys::short_name;
-use claviger_client::files::{self, FileError};
-use claviger_client::trust::{self, AuthorityError};
 
 /// What new connections are served with; it can be changed at any time.
 pub type SharedTls = Arc<ArcSwap<ServerTls>>;
@@ -107,10 +106,10 @@ pub enum TlsError {
 /// [`TlsError`] names the file.
 pub fn tls_config(settings: &Tls) -> Result<ServerTls, TlsError> {
     let Tls { certificate, key, client_ca, client_required, .. } = settings;
-    let chain = certificates(certificate)?;
+    let chain = trust::chain(certificate)?;
     let (name, (not_before, not_after)) = leaf(certificate, &chain)?;
     let doubts = doubts(&chain);
-    let private = private_key(key)?;
+    let private = trust::private_key(key)?;
     let pair = |source| {
         let (certificate, key) = (certificate.to_owned(), key.to_owned());
         match source {
@@ -182,22 +181,6 @@ fn doubts(chain: &[CertificateDer<'_>]) -> Vec<Doubt> {
         doubt(&what, "put the server's own certificate first in the file, then its issuer's");
     }
     doubts
-}
-
-/// The certificates of a file, at least one.
-fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, FileError> {
-    Ok(files::read_certificates(path)?.into_iter().map(|entry| CertificateDer::from(entry.der)).collect())
-}
-
-fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, FileError> {
-    let PrivateKey { found, bytes } = files::read_private_key(path)?;
-    // rustls does not wipe it, and keeps it for as long as it serves.
-    let der = bytes.to_vec();
-    Ok(match found {
-        Found::Pkcs1PrivateKey => PrivateKeyDer::Pkcs1(der.into()),
-        Found::EcPrivateKey => PrivateKeyDer::Sec1(der.into()),
-        _ => PrivateKeyDer::Pkcs8(der.into()),
-    })
 }
 
 #[cfg(test)]

@@ -3,6 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use claviger_client::files::{self, Existing};
+use claviger_client::http::{Client, TlsSettings};
 use claviger_protocol::certificate::Certificate;
 use claviger_protocol::metadata::Metadata;
 use serde_json::{Value, json};
@@ -14,8 +16,6 @@ use crate::cli::{Failure, rsa_bits, table};
 use crate::lab::demo::METADATA;
 use crate::sys::print::say;
 use crate::sys::process;
-use claviger_client::files::{self, Existing};
-use claviger_client::http::Client;
 
 /// `claviger guardian …`
 #[derive(Debug, clap::Subcommand)]
@@ -51,14 +51,20 @@ pub enum Guardian {
         certificates: bool,
     },
     /// Check a guardian's metadata document and keep it under a name
-    #[command(after_help = "Example: claviger guardian import hgs --url http://hgs.example:8080 --pin 5f1c…\n\
-        Without --pin it says which thumbprint to ask the guardian's operator for.")]
+    #[command(
+        after_help = "Examples: claviger guardian import hgs --url http://hgs.example:8080 --pin 5f1c…\n          \
+        claviger guardian import hgs --url https://hgs.example --ca hgs-ca.pem --pin 5f1c…\n\
+        Without --pin it says which thumbprint to ask the guardian's operator for."
+    )]
     Import {
         /// The name to keep it under: 1 to 64 letters, digits, '.', '-' or '_'
         name: String,
         /// Where the document is.
         #[command(flatten)]
         source: Source,
+        /// How a service is asked.
+        #[command(flatten)]
+        tls: TlsSettings,
         /// On what grounds it is believed.
         #[command(flatten)]
         trust: Trust,
@@ -85,6 +91,9 @@ pub enum Guardian {
         /// Where the document is.
         #[command(flatten)]
         source: Source,
+        /// How a service is asked.
+        #[command(flatten)]
+        tls: TlsSettings,
         /// SHA-256 thumbprint of the guardian's signing certificate
         #[arg(long, value_name = "THUMBPRINT")]
         pin: Thumbprint,
@@ -100,17 +109,17 @@ pub enum Guardian {
 pub struct Source {
     /// The metadata document
     pub file: Option<PathBuf>,
-    /// A service to ask for it, over plain HTTP; the pinned thumbprint is what protects it
+    /// A service to ask for it; the pinned thumbprint is what protects it, over plain HTTP, too
     #[arg(long, value_name = "URL")]
     pub url: Option<String>,
 }
 
 impl Source {
-    async fn read(&self) -> Result<(Vec<u8>, Metadata), Failure> {
+    async fn read(&self, tls: &TlsSettings) -> Result<(Vec<u8>, Metadata), Failure> {
         match (&self.file, &self.url) {
             (Some(file), _) => read_metadata(file),
             (None, Some(url)) => {
-                let reply = Client::new(url)?.get(METADATA).await?;
+                let reply = Client::with_tls(url, tls)?.get(METADATA).await?;
                 if reply.status != 200 {
                     let said = plain(&String::from_utf8_lossy(&reply.body[..reply.body.len().min(500)]));
                     return Err(format!("{url} answered {} instead of its metadata: {said}", reply.status).into());
@@ -144,9 +153,9 @@ async fn execute(command: Guardian) -> Result<ExitCode, Failure> {
     match command {
         Guardian::New { dir, name, bits, json } => new(&dir, &name, bits, json)?,
         Guardian::Export { dir, out, certificates } => export(&dir, out.as_deref(), certificates)?,
-        Guardian::Import { name, source, trust, guardians, json } => {
+        Guardian::Import { name, source, tls, trust, guardians, json } => {
             guardians.must_be_free(&name)?;
-            let (document, metadata) = source.read().await?;
+            let (document, metadata) = source.read(&tls).await?;
             if !json {
                 show(&metadata)?;
             }
@@ -163,7 +172,7 @@ async fn execute(command: Guardian) -> Result<ExitCode, Failure> {
             }
         }
         Guardian::List { guardians, json } => list(&guardians, json)?,
-        Guardian::Verify { source, pin, json } => return verify(&source, pin, json).await,
+        Guardian::Verify { source, tls, pin, json } => return verify(&source, &tls, pin, json).await,
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -226,9 +235,9 @@ fn list(guardians: &Guardians, json: bool) -> Result<(), Failure> {
     Ok(())
 }
 
-async fn verify(source: &Source, pin: Thumbprint, json: bool) -> Result<ExitCode, Failure> {
+async fn verify(source: &Source, tls: &TlsSettings, pin: Thumbprint, json: bool) -> Result<ExitCode, Failure> {
     let trust = Trust { pin: Some(pin), trust_unpinned: false };
-    let judged = match source.read().await {
+    let judged = match source.read(tls).await {
         Ok((_, metadata)) => trust.judge(&metadata).map(|()| metadata),
         Err(failure) => Err(failure),
     };
