@@ -5,7 +5,7 @@
 
 use std::fs;
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use claviger::config::Tls;
@@ -177,4 +177,68 @@ fn other_servers_that_require_a_certificate_are_understood_in_each_version() {
         drop(server);
     }
     assert!(site.daemon.stop().success());
+}
+
+/// `claviger host unwrap` behind a shell, which gives it descriptors as `script` says.
+struct Unwrap<'a> {
+    lab: &'a Lab,
+    url: &'a str,
+}
+
+impl Unwrap<'_> {
+    fn egress(&self) -> PathBuf {
+        self.lab.file("next.xml")
+    }
+
+    fn run(&self, script: &str, more: &[&str]) -> Output {
+        let mut shell = Command::new("sh");
+        shell.current_dir(self.lab.path()).args(["-c", &format!("\"$@\" {script}"), "sh"]).arg(claviger());
+        shell.args(["host", "unwrap", "--url", self.url, "--dir"]).arg(self.lab.file("host"));
+        shell.arg("--protector").arg(self.lab.file("tenant/vm-0001.protector.xml"));
+        shell.arg("--egress").arg(self.egress()).args(more).output().unwrap()
+    }
+
+    /// Both keys, as the machines' owner knows them.
+    fn keys(&self) -> [Vec<u8>; 2] {
+        let owner = self.lab.owner();
+        let egress = fs::read(self.egress()).unwrap();
+        [owner.open(&self.lab.protector()).unwrap().to_vec(), owner.open(&egress).unwrap().to_vec()]
+    }
+}
+
+fn hex(key: &[u8]) -> String {
+    key.iter().map(|byte| format!("{byte:02x}")).chain(["\n".to_owned()]).collect()
+}
+
+#[test]
+fn each_key_goes_where_it_is_told_and_in_the_form_that_is_told() {
+    let lab = Lab::make(Options::default());
+    let daemon = lab.serve();
+    let unwrap = Unwrap { lab: &lab, url: &daemon.url };
+    let found = |name: &str| fs::read(lab.file(name)).unwrap();
+
+    works(&unwrap.run("7>ingress 5>egress", &["--ingress-fd", "7", "--egress-fd", "5"]));
+    let [ingress, egress] = unwrap.keys();
+    assert!(found("ingress") == ingress && found("egress") == egress);
+
+    works(&unwrap.run("3>ingress 4>egress", &["--ingress-fd", "3", "--egress-fd", "4", "--format", "hex"]));
+    let [ingress, egress] = unwrap.keys();
+    assert!(found("ingress") == hex(&ingress).as_bytes() && found("egress") == hex(&egress).as_bytes());
+
+    works(&unwrap.run("3>both", &["--fd", "3", "--format", "hex"]));
+    assert!(found("both") == unwrap.keys().map(|key| hex(&key)).concat().as_bytes());
+    works(&unwrap.run("", &["--key-file", "file", "--format", "hex"]));
+    assert!(found("file") == unwrap.keys().map(|key| hex(&key)).concat().as_bytes());
+
+    let before = fs::read(unwrap.egress()).unwrap();
+    // One number twice, and one that was not given: opening the other must not make it up.
+    is_wrong(&unwrap.run("3>both", &["--ingress-fd", "3", "--egress-fd", "3"]), "have to be different");
+    let missing = unwrap.run("4>ingress 3>&-", &["--ingress-fd", "4", "--egress-fd", "3"]);
+    is_wrong(&missing, "--egress-fd 3 cannot be written to");
+    for incomplete in [&["--ingress-fd", "3"][..], &["--egress-fd", "3"], &["--ingress-fd", "3", "--egress-fd", "1"]] {
+        let output = unwrap.run("3>both", incomplete);
+        assert_eq!(output.status.code(), Some(2), "{}", said(&output));
+    }
+    assert_eq!(fs::read(unwrap.egress()).unwrap(), before, "nobody was asked");
+    assert!(daemon.stop().success());
 }

@@ -85,10 +85,11 @@ pub enum Command {
     /// Exchange a virtual machine's protector for its keys and a fresh protector
     #[command(after_help = format!(
         "Example: claviger host unwrap --protector vm.xml --egress vm.next.xml --fd 3 --url http://hgs.example:8080\n\
-        The keys are 64 octets: that of --protector, then that of --egress. Seal the machine's secrets with the second \
-        one, then rename --egress over --protector and sync the folder; until then the first one has to open them.\n\
+        The keys are that of --protector, 32 bytes, then that of --egress, 32 bytes; with --ingress-fd and --egress-fd each \
+        on its own. Seal the machine's secrets with the second one, then rename --egress over --protector and sync the \
+        folder; until then the first one has to open them.\n\
         {STATUSES}"))]
-    #[command(group = clap::ArgGroup::new("keys").required(true).args(["fd", "key_file"]))]
+    #[command(group = clap::ArgGroup::new("keys").required(true).args(["fd", "key_file", "ingress_fd"]))]
     Unwrap {
         /// Where the keys are kept.
         #[command(flatten)]
@@ -111,7 +112,27 @@ pub enum Command {
         /// Write the keys to this file, readable by its owner alone; best on a tmpfs
         #[arg(long, value_name = "FILE")]
         key_file: Option<PathBuf>,
+        /// Write the key of --protector alone to this file descriptor
+        #[arg(long, value_name = "N", requires = "egress_fd",
+            value_parser = clap::value_parser!(u32).range(i64::from(FIRST_FD)..))]
+        ingress_fd: Option<u32>,
+        /// Write the key of --egress alone to this file descriptor, another one
+        #[arg(long, value_name = "N", requires = "ingress_fd",
+            value_parser = clap::value_parser!(u32).range(i64::from(FIRST_FD)..))]
+        egress_fd: Option<u32>,
+        /// How keys are written: raw, 32 bytes each; or hex, 64 digits and a line feed each
+        #[arg(long, value_name = "FORMAT", default_value = "raw")]
+        format: KeyFormat,
     },
+}
+
+/// How a transport key is written.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
+pub enum KeyFormat {
+    /// Its bytes.
+    Raw,
+    /// Its bytes in lower-case hexadecimal digits, and a line feed.
+    Hex,
 }
 
 /// Where a host keeps its keys and its health certificate.
@@ -184,9 +205,12 @@ pub fn status(failure: &Failure) -> ExitCode {
 /// Where the keys go.
 #[derive(Debug)]
 enum KeyTarget {
-    /// Opened before anything was asked.
+    /// Both keys, one after the other. Opened before anything was asked.
     Open(File),
+    /// Both keys, one after the other.
     File(PathBuf),
+    /// A descriptor for each key. Opened before anything was asked.
+    Each { ingress: File, egress: File },
 }
 
 /// A command whose files are open.
@@ -202,19 +226,38 @@ pub struct Prepared {
 /// A descriptor that was not given to this process, or cannot be written to.
 pub fn prepare(command: Command) -> Result<Prepared, Failure> {
     let keys = match &command {
-        Command::Unwrap { fd: Some(fd), .. } => Some(KeyTarget::Open(descriptor(*fd)?)),
+        Command::Unwrap { fd: Some(fd), .. } => Some(KeyTarget::Open(descriptor("fd", *fd)?)),
         Command::Unwrap { key_file: Some(file), .. } => Some(KeyTarget::File(file.clone())),
+        Command::Unwrap { ingress_fd: Some(ingress), egress_fd: Some(egress), .. } => {
+            if ingress == egress {
+                return Err("--ingress-fd and --egress-fd have to be different; --fd N takes both keys".into());
+            }
+            // Before one is opened: what that opens gets the lowest number that is free, which may be the other one's.
+            given("ingress-fd", *ingress)?;
+            given("egress-fd", *egress)?;
+            let (ingress, egress) = (descriptor("ingress-fd", *ingress)?, descriptor("egress-fd", *egress)?);
+            Some(KeyTarget::Each { ingress, egress })
+        }
         _ => None,
     };
     Ok(Prepared { command, keys })
 }
 
 /// The descriptor opened once more: taking it over by its number alone would take unsafe code.
-fn descriptor(fd: u32) -> Result<File, Failure> {
+fn descriptor(option: &str, fd: u32) -> Result<File, Failure> {
     // A pipe that nobody reads would hang here, and is an error this way.
     let flags = OFlags::NONBLOCK.bits().cast_signed();
     let open = OpenOptions::new().write(true).custom_flags(flags).open(format!("/proc/self/fd/{fd}"));
-    open.map_err(|e| format!("--fd {fd} cannot be written to: {e}; give a pipe that is read, or --key-file").into())
+    open.map_err(|e| unfit(option, fd, &e))
+}
+
+/// Complains of a descriptor that this process was not given.
+fn given(option: &str, fd: u32) -> Result<(), Failure> {
+    std::fs::symlink_metadata(format!("/proc/self/fd/{fd}")).map(drop).map_err(|error| unfit(option, fd, &error))
+}
+
+fn unfit(option: &str, fd: u32, error: &std::io::Error) -> Failure {
+    format!("--{option} {fd} cannot be written to: {error}; give a pipe that is read, or --key-file").into()
 }
 
 /// Runs `claviger host …`.
@@ -226,9 +269,11 @@ pub async fn run(prepared: Prepared) -> Result<(), Failure> {
         Command::NewKey { place, bits } => new_key(&place, bits),
         Command::Ek { tpm, out, json } => ek(tpm, &out, json),
         Command::Attest { place, measured, service, fresh } => attest(&place, &measured, &service, fresh).await,
-        Command::Unwrap { place, measured, service, protector, egress, .. } => {
-            let keys = prepared.keys.ok_or("say where the keys go: --fd N or --key-file FILE")?;
-            unwrap(&place, &measured, &service, &protector, &egress, keys).await
+        Command::Unwrap { place, measured, service, protector, egress, format, .. } => {
+            let keys = prepared
+                .keys
+                .ok_or("say where the keys go: --fd N, --key-file FILE, or --ingress-fd N and --egress-fd N")?;
+            unwrap(&place, &measured, &service, &protector, &egress, (keys, format)).await
         }
     }
 }
@@ -292,12 +337,12 @@ async fn unwrap(
     service: &Service,
     protector: &Path,
     egress: &Path,
-    keys: KeyTarget,
+    (keys, format): (KeyTarget, KeyFormat),
 ) -> Result<(), Failure> {
     let folder = place.folder(measured.tpm.is_some());
     let clash = match &keys {
         KeyTarget::File(file) => [protector, egress].into_iter().any(|other| files::same_file(file, other)),
-        KeyTarget::Open(_) => false,
+        KeyTarget::Open(_) | KeyTarget::Each { .. } => false,
     };
     if clash || files::same_file(protector, egress) {
         return Err(
@@ -310,7 +355,7 @@ async fn unwrap(
     let mut services = service.of(folder.clone(), measured)?;
     let released = services.unwrap(&file).await.map_err(|error| explain(error.into(), &folder, measured))?;
     files::write(egress, &released.unwrapped.egress_protector, Existing::Replace)?;
-    hand_over(&released.unwrapped.keys, keys)?;
+    hand_over(&released.unwrapped.keys, keys, format)?;
     let (server, api) = (released.server, released.api.as_str());
     if place.json {
         let report = json!({
@@ -333,21 +378,40 @@ fn read_protector(path: &Path) -> Result<Vec<u8>, Failure> {
     Ok(bytes)
 }
 
-fn hand_over(keys: &Payload, target: KeyTarget) -> Result<(), Failure> {
-    let mut octets = Zeroizing::new([0; 2 * TRANSPORT_KEY_LEN]);
-    octets[..TRANSPORT_KEY_LEN].copy_from_slice(&keys.ingress[..]);
-    octets[TRANSPORT_KEY_LEN..].copy_from_slice(&keys.egress[..]);
+fn hand_over(keys: &Payload, target: KeyTarget, format: KeyFormat) -> Result<(), Failure> {
+    let both = || Zeroizing::new([&written(&keys.ingress, format)[..], &written(&keys.egress, format)[..]].concat());
     match target {
-        KeyTarget::Open(mut file) => {
-            // A file, unlike a pipe, may find out later that the disk is full.
-            let written = file.write_all(&octets[..]).and_then(|()| match file.metadata()?.is_file() {
-                true => file.sync_all(),
-                false => Ok(()),
-            });
-            written.map_err(|e| format!("the keys could not be handed over: {e}; run it again").into())
+        KeyTarget::Open(file) => write_out(file, &both()),
+        KeyTarget::File(path) => Ok(files::write(&path, &both(), Existing::Replace)?),
+        KeyTarget::Each { ingress, egress } => {
+            write_out(ingress, &written(&keys.ingress, format))?;
+            write_out(egress, &written(&keys.egress, format))
         }
-        KeyTarget::File(path) => Ok(files::write(&path, &octets[..], Existing::Replace)?),
     }
+}
+
+/// A key as it is handed over.
+fn written(key: &[u8; TRANSPORT_KEY_LEN], format: KeyFormat) -> Zeroizing<Vec<u8>> {
+    // The capacity is enough from the start: growing would leave copies behind.
+    let mut bytes = Zeroizing::new(Vec::with_capacity(2 * TRANSPORT_KEY_LEN + 1));
+    match format {
+        KeyFormat::Raw => bytes.extend_from_slice(key),
+        KeyFormat::Hex => {
+            bytes.resize(2 * TRANSPORT_KEY_LEN, 0);
+            HEXLOWER.encode_mut(key, &mut bytes);
+            bytes.push(b'\n');
+        }
+    }
+    bytes
+}
+
+fn write_out(mut file: File, bytes: &[u8]) -> Result<(), Failure> {
+    // A file, unlike a pipe, may find out later that the disk is full.
+    let written = file.write_all(bytes).and_then(|()| match file.metadata()?.is_file() {
+        true => file.sync_all(),
+        false => Ok(()),
+    });
+    written.map_err(|e| format!("the keys could not be handed over: {e}; run it again").into())
 }
 
 /// The error with what to do about it.
