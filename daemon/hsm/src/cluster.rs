@@ -18,8 +18,9 @@ use crate::error::{Failure, HsmError};
 use crate::event::Observer;
 use crate::fault::FaultOwner;
 use crate::identity::KeyRef;
-use crate::job::{Check, Job, KnownAnswerTest, Value};
+use crate::job::{Check, Job, KnownAnswerTest};
 use crate::keys::{NewKey, Oaep, RsaPrivateParts, RsaPublic, SignScheme, TokenKey};
+use crate::link::{Request, Value};
 use crate::lock::lock;
 use crate::member::{Limits, Member, MemberStatus, Outcome, Surroundings, WorkerProgram, launch};
 use crate::policy::breaker;
@@ -87,6 +88,11 @@ impl Snapshot {
         let priorities: Vec<_> = entries.iter().map(|entry| entry.member.priority()).collect();
         Arc::new(Snapshot { entries, tiers: Tiers::new(&priorities) })
     }
+
+    /// Makes the next attempt of every member that is down come soon.
+    fn probe_now(&self) {
+        self.iter().for_each(|entry| entry.member.probe_now());
+    }
 }
 
 impl Deref for Snapshot {
@@ -142,6 +148,7 @@ impl Cluster {
             return Err(HsmError::UnfitName);
         }
         let surroundings = Surroundings {
+            hidden: Arc::new(RwLock::new(worker.hidden.iter().cloned().collect())),
             launch: launch(worker),
             breaker: breaker::Settings::default(),
             watchdog: timeouts.watchdog,
@@ -251,7 +258,7 @@ impl Cluster {
     /// # Errors
     /// When no member serves.
     pub async fn random(&self, len: u16, deadline: Instant) -> Result<Vec<u8>, HsmError> {
-        public_bytes(self.with_failover(&Job::random(len)?, deadline).await?.value)
+        public_bytes(self.with_failover(&Job::new(&Request::Random(len))?, deadline).await?.value)
     }
 
     /// How the members are, in the order of the configuration.
@@ -305,6 +312,24 @@ impl Cluster {
     pub async fn set_pin(&self, member: &str, pin: Pin) -> Result<(), HsmError> {
         self.member(member)?.set_pin(pin).await;
         Ok(())
+    }
+
+    /// Hides these environment variables of the daemon from workers, such as those that hold PINs: from those that start from now
+    /// on; and a worker that has inherited one of them is replaced, one member after another.
+    pub async fn hide(&self, variables: Vec<String>) {
+        let inherited: Vec<String> = {
+            let mut hidden = self.0.surroundings.hidden.write().unwrap_or_else(PoisonError::into_inner);
+            variables
+                .into_iter()
+                .filter(|name| hidden.insert(name.clone()) && std::env::var_os(name).is_some())
+                .collect()
+        };
+        if inherited.is_empty() {
+            return;
+        }
+        for entry in self.snapshot().iter() {
+            entry.member.replace_worker().await;
+        }
     }
 
     /// Has a member do an operation whose right result is known, now and whatever its state.
@@ -375,7 +400,7 @@ impl Cluster {
     /// # Errors
     /// When the member does not serve.
     pub async fn keys_on(&self, member: &str, search: bool) -> Result<Vec<TokenKey>, Failure> {
-        match self.manage(member, &Job::keys(search)?).await? {
+        match self.manage(member, &Job::new(&Request::Keys { search })?).await? {
             Value::Keys(mut keys) => {
                 keys.sort_by(|one, other| (one.id.is_none(), &one.id).cmp(&(other.id.is_none(), &other.id)));
                 Ok(keys)
@@ -389,7 +414,7 @@ impl Cluster {
     /// # Errors
     /// When the id is taken or the token refuses. It is not tried twice: a key too many is worse than an error.
     pub async fn generate_rsa(&self, member: &str, spec: NewKey) -> Result<RsaPublic, Failure> {
-        match self.manage(member, &Job::generate(spec)?).await? {
+        match self.manage(member, &Job::new(&Request::Generate(spec))?).await? {
             Value::Public(key) => Ok(key),
             _ => Err(HsmError::UnexpectedReply.into()),
         }
@@ -400,7 +425,7 @@ impl Cluster {
     /// # Errors
     /// When the id is taken or the token refuses.
     pub async fn import_rsa(&self, member: &str, spec: NewKey, key: RsaPrivateParts) -> Result<(), Failure> {
-        match self.manage(member, &Job::import(spec, key)?).await? {
+        match self.manage(member, &Job::new(&Request::Import(spec, key))?).await? {
             Value::Done => Ok(()),
             _ => Err(HsmError::UnexpectedReply.into()),
         }
@@ -433,16 +458,17 @@ impl Cluster {
                 // All the time that is left is no share: the deadline ends it, and says nothing of the member.
                 Ok(Step::Ask { member, share }) => (member, if now + share < deadline { share } else { watchdog }),
                 Ok(Step::Wait { until }) => {
-                    members.iter().for_each(|entry| entry.member.probe_now());
+                    members.probe_now();
                     let _ = standstill::timeout_at(until, somebody_up).await;
                     continue;
                 }
                 Err(GaveUp::Deadline) => return Err(HsmError::Deadline),
-                Err(GaveUp::NoCandidate) => return Err(no_candidate_error(&members, job)),
-                Err(GaveUp::Error(error)) => {
-                    // Members that are down are to be tried soon in this case, too.
-                    let _ = no_candidate_error(&members, job);
-                    return Err(error);
+                Err(gave_up) => {
+                    let why = no_candidate_error(&members, job);
+                    if why == HsmError::NoneServing {
+                        members.probe_now();
+                    }
+                    return Err(if let GaveUp::Error(error) = gave_up { error } else { why });
                 }
             };
             let member = &members[index].member;
@@ -545,7 +571,7 @@ fn reply(error: HsmError, generation: u64, doubtful: bool) -> Reply<HsmError> {
     Reply::Rejected { credible: error.is_data(), error, rejection }
 }
 
-/// Why no member can be asked. Members that are down are tried soon.
+/// Why no member can be asked.
 fn no_candidate_error(members: &[Entry], job: &Job) -> HsmError {
     let now = standstill::now();
     if let Some(key) = &job.key
@@ -556,7 +582,6 @@ fn no_candidate_error(members: &[Entry], job: &Job) -> HsmError {
     if members.iter().any(|entry| entry.member.is_full()) {
         return HsmError::QueueFull;
     }
-    members.iter().for_each(|entry| entry.member.probe_now());
     HsmError::NoneServing
 }
 

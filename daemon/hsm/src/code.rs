@@ -6,17 +6,48 @@ use std::sync::OnceLock;
 use cryptoki::error::{Rv, RvError};
 use serde::{Deserialize, Serialize};
 
-/// A PKCS#11 function that this crate calls.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
-#[allow(missing_docs)] // The names say it: `Login` is `C_Login`.
-pub enum Function {
+/// Lists the functions once, by cryptoki's names, which are the standard's without `C_`.
+macro_rules! functions {
+    ($($name:ident),* $(,)?) => {
+        /// A PKCS#11 function that this crate calls.
+        #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
+        #[allow(missing_docs)] // The names say it: `Login` is `C_Login`.
+        pub enum Function {
+            $($name,)*
+            /// Another one.
+            Other,
+        }
+
+        impl Function {
+            /// As in the standard: `C_Login`.
+            #[must_use]
+            pub fn name(self) -> &'static str {
+                match self {
+                    $(Function::$name => concat!("C_", stringify!($name)),)*
+                    Function::Other => "PKCS#11",
+                }
+            }
+        }
+
+        impl From<cryptoki::context::Function> for Function {
+            fn from(function: cryptoki::context::Function) -> Self {
+                match function {
+                    $(cryptoki::context::Function::$name => Function::$name,)*
+                    _ => Function::Other,
+                }
+            }
+        }
+    };
+}
+
+functions!(
     Initialize,
     Finalize,
     GetFunctionList,
     GetSlotList,
     GetTokenInfo,
     InitToken,
-    InitPin,
+    InitPIN,
     OpenSession,
     CloseSession,
     GetSessionInfo,
@@ -33,74 +64,7 @@ pub enum Function {
     Sign,
     GenerateKeyPair,
     GenerateRandom,
-    /// Another one.
-    Other,
-}
-
-impl Function {
-    /// As in the standard: `C_Login`.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Function::Initialize => "C_Initialize",
-            Function::Finalize => "C_Finalize",
-            Function::GetFunctionList => "C_GetFunctionList",
-            Function::GetSlotList => "C_GetSlotList",
-            Function::GetTokenInfo => "C_GetTokenInfo",
-            Function::InitToken => "C_InitToken",
-            Function::InitPin => "C_InitPIN",
-            Function::OpenSession => "C_OpenSession",
-            Function::CloseSession => "C_CloseSession",
-            Function::GetSessionInfo => "C_GetSessionInfo",
-            Function::Login => "C_Login",
-            Function::Logout => "C_Logout",
-            Function::CreateObject => "C_CreateObject",
-            Function::DestroyObject => "C_DestroyObject",
-            Function::GetAttributeValue => "C_GetAttributeValue",
-            Function::FindObjectsInit => "C_FindObjectsInit",
-            Function::FindObjects => "C_FindObjects",
-            Function::DecryptInit => "C_DecryptInit",
-            Function::Decrypt => "C_Decrypt",
-            Function::SignInit => "C_SignInit",
-            Function::Sign => "C_Sign",
-            Function::GenerateKeyPair => "C_GenerateKeyPair",
-            Function::GenerateRandom => "C_GenerateRandom",
-            Function::Other => "PKCS#11",
-        }
-    }
-}
-
-impl From<cryptoki::context::Function> for Function {
-    fn from(function: cryptoki::context::Function) -> Self {
-        use cryptoki::context::Function as F;
-        match function {
-            F::Initialize => Function::Initialize,
-            F::Finalize => Function::Finalize,
-            F::GetFunctionList => Function::GetFunctionList,
-            F::GetSlotList => Function::GetSlotList,
-            F::GetTokenInfo => Function::GetTokenInfo,
-            F::InitToken => Function::InitToken,
-            F::InitPIN => Function::InitPin,
-            F::OpenSession => Function::OpenSession,
-            F::CloseSession => Function::CloseSession,
-            F::GetSessionInfo => Function::GetSessionInfo,
-            F::Login => Function::Login,
-            F::Logout => Function::Logout,
-            F::CreateObject => Function::CreateObject,
-            F::DestroyObject => Function::DestroyObject,
-            F::GetAttributeValue => Function::GetAttributeValue,
-            F::FindObjectsInit => Function::FindObjectsInit,
-            F::FindObjects => Function::FindObjects,
-            F::DecryptInit => Function::DecryptInit,
-            F::Decrypt => Function::Decrypt,
-            F::SignInit => Function::SignInit,
-            F::Sign => Function::Sign,
-            F::GenerateKeyPair => Function::GenerateKeyPair,
-            F::GenerateRandom => Function::GenerateRandom,
-            _ => Function::Other,
-        }
-    }
-}
+);
 
 /// A PKCS#11 return code other than `CKR_OK`: the number.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]

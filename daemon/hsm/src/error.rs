@@ -107,39 +107,35 @@ pub enum HsmError {
 }
 
 /// How a worker process failed its member.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error, Serialize, Deserialize)]
 pub enum WorkerFault {
     /// It could not be started.
+    #[error("the worker process cannot be started")]
     NotStarted,
     /// It did not come up in time: the module hangs while it is loaded, initialised or logged in to.
+    #[error("the module hangs at its start")]
     StartHangs,
     /// Its socket closed; how it ended is not known yet.
+    #[error("the worker process ended")]
     Gone,
     /// It ended by itself with this status.
+    #[error("the worker process exited with status {0}")]
     Exited(i32),
     /// A signal ended it: a crash in the vendor's library, or a kill from outside.
+    #[error("the worker process was ended by signal {0}")]
     Signal(i32),
     /// It sent a frame that cannot be read.
+    #[error("the worker process sent a frame that cannot be read")]
     Unreadable,
     /// It does not read what it is sent.
+    #[error("the worker process does not read its socket")]
     Deaf,
+    /// It has inherited an environment variable that is hidden from workers by now.
+    #[error("the worker process is replaced, since it has inherited a variable that is hidden now")]
+    Replaced,
     /// It sends more reports than anybody can want to read.
+    #[error("the worker process sends too many reports")]
     Floods,
-}
-
-impl fmt::Display for WorkerFault {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            WorkerFault::NotStarted => f.write_str("the worker process cannot be started"),
-            WorkerFault::StartHangs => f.write_str("the module hangs at its start"),
-            WorkerFault::Gone => f.write_str("the worker process ended"),
-            WorkerFault::Exited(status) => write!(f, "the worker process exited with status {status}"),
-            WorkerFault::Signal(signal) => write!(f, "the worker process was ended by signal {signal}"),
-            WorkerFault::Unreadable => f.write_str("the worker process sent a frame that cannot be read"),
-            WorkerFault::Floods => f.write_str("the worker process sends too many reports"),
-            WorkerFault::Deaf => f.write_str("the worker process does not read its socket"),
-        }
-    }
 }
 
 impl HsmError {

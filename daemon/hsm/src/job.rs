@@ -7,11 +7,10 @@ use cryptoki::error::RvError;
 use zeroize::Zeroizing;
 
 use crate::code::Function;
-use crate::config::Pin;
 use crate::error::HsmError;
 use crate::identity::KeyRef;
-use crate::keys::{NewKey, Oaep, RsaPrivateParts, RsaPublic, SignScheme, TokenKey};
-use crate::link::{MAX_REQUEST, Request, Start, encode};
+use crate::keys::{Oaep, SignScheme};
+use crate::link::{MAX_REQUEST, Request, encode};
 use crate::operation::Operation;
 
 /// Says whether a result is right, without the token: a key's own signature over what it came with, a signature verified
@@ -32,21 +31,13 @@ pub(crate) struct Job {
 }
 
 impl Job {
-    fn new(operation: Operation, request: &Request<'_>) -> Result<Self, HsmError> {
-        let request = encode(request)?;
+    pub(crate) fn new(request: &Request<'_>) -> Result<Self, HsmError> {
+        let bytes = encode(request)?;
         // A frame that is cut would be held against the worker.
-        if request.len() > MAX_REQUEST {
+        if bytes.len() > MAX_REQUEST {
             return Err(HsmError::new(Function::Other, RvError::DataLenRange));
         }
-        Ok(Job { operation, key: None, check: None, request })
-    }
-
-    pub(crate) fn start(start: Start) -> Result<Self, HsmError> {
-        Job::new(Operation::Open, &Request::Start(start))
-    }
-
-    pub(crate) fn set_pin(number: u64, pin: Pin) -> Result<Self, HsmError> {
-        Job::new(Operation::Open, &Request::SetPin(number, pin))
+        Ok(Job { operation: request.operation(), key: None, check: None, request: bytes })
     }
 
     pub(crate) fn decrypt(key: &KeyRef, oaep: Oaep, ciphertext: &[u8], check: Option<Check>) -> Result<Self, HsmError> {
@@ -54,7 +45,7 @@ impl Job {
             return Err(HsmError::new(Function::Decrypt, RvError::EncryptedDataLenRange));
         }
         let request = Request::Decrypt { id: &key.id.0, public: key.public, oaep, ciphertext };
-        Ok(Job { key: Some(key.clone()), check, ..Job::new(Operation::Decrypt, &request)? })
+        Ok(Job { key: Some(key.clone()), check, ..Job::new(&request)? })
     }
 
     pub(crate) fn sign(
@@ -64,41 +55,13 @@ impl Job {
         check: Option<Check>,
     ) -> Result<Self, HsmError> {
         let request = Request::Sign { id: &key.id.0, public: key.public, scheme, digest };
-        Ok(Job { key: Some(key.clone()), check, ..Job::new(Operation::Sign, &request)? })
-    }
-
-    pub(crate) fn random(len: u16) -> Result<Self, HsmError> {
-        Job::new(Operation::Random, &Request::Random(len))
-    }
-
-    pub(crate) fn ping() -> Result<Self, HsmError> {
-        Job::new(Operation::Probe, &Request::Ping)
-    }
-
-    pub(crate) fn keys(search: bool) -> Result<Self, HsmError> {
-        Job::new(Operation::Keys, &Request::Keys { search })
-    }
-
-    pub(crate) fn generate(spec: NewKey) -> Result<Self, HsmError> {
-        Job::new(Operation::Generate, &Request::Generate(spec))
-    }
-
-    pub(crate) fn import(spec: NewKey, parts: RsaPrivateParts) -> Result<Self, HsmError> {
-        Job::new(Operation::Import, &Request::Import(spec, parts))
+        Ok(Job { key: Some(key.clone()), check, ..Job::new(&request)? })
     }
 
     /// Whether these bytes can be the result, as far as the operation's own check says.
     pub(crate) fn accepts(&self, bytes: &[u8]) -> bool {
         self.check.as_ref().is_none_or(|check| check(bytes))
     }
-}
-
-/// A result.
-pub(crate) enum Value {
-    Bytes(Zeroizing<Vec<u8>>),
-    Keys(Vec<TokenKey>),
-    Public(RsaPublic),
-    Done,
 }
 
 /// An operation whose right result is known. When an answer is wrong, a known-answer test on the same token decides whether the

@@ -40,6 +40,10 @@ mod member;
 mod operation;
 #[cfg(feature = "tokens")]
 mod pin_tries;
+#[cfg(all(test, feature = "tokens"))]
+#[allow(clippy::unwrap_used)]
+#[path = "../tests/suite/software_rsa.rs"]
+mod software_rsa;
 #[cfg(feature = "tokens")]
 pub mod standstill;
 #[cfg(feature = "tokens")]

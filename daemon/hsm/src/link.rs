@@ -21,6 +21,7 @@ use crate::config::{Pin, TokenRef};
 use crate::error::{Failure, HsmError};
 use crate::identity::Fingerprint;
 use crate::keys::{NewKey, Oaep, RsaPrivateParts, RsaPublic, SignScheme, TokenKey};
+use crate::operation::Operation;
 
 /// Bytes of the largest frame. Lists of keys are cut into several.
 pub(crate) const MAX_FRAME: usize = 64 * 1024;
@@ -66,6 +67,21 @@ pub(crate) enum Request<'a> {
     Import(NewKey, RsaPrivateParts),
 }
 
+impl Request<'_> {
+    pub(crate) fn operation(&self) -> Operation {
+        match self {
+            Request::Start(_) | Request::SetPin(..) => Operation::Open,
+            Request::Decrypt { .. } => Operation::Decrypt,
+            Request::Sign { .. } => Operation::Sign,
+            Request::Random(_) => Operation::Random,
+            Request::Ping => Operation::Probe,
+            Request::Keys { .. } => Operation::Keys,
+            Request::Generate(_) => Operation::Generate,
+            Request::Import(..) => Operation::Import,
+        }
+    }
+}
+
 /// What a worker needs to know to serve its token. The module's environment is the process's.
 #[derive(Clone, Serialize, Deserialize)]
 pub(crate) struct Start {
@@ -87,10 +103,7 @@ pub(crate) enum Report<'a> {
     /// The answer to a call.
     Reply {
         id: u32,
-        /// How long the token took, in nanoseconds, without any waiting in the socket.
-        took: u64,
-        /// Processor time of the worker's thread within PKCS#11 calls, in nanoseconds.
-        processor: u64,
+        cost: Cost,
         #[serde(borrow)]
         result: Result<Answer<'a>, HsmError>,
     },
@@ -100,8 +113,12 @@ pub(crate) enum Report<'a> {
     Login,
     /// A session searched the token for its private keys.
     KeySearch,
-    /// A session is open, or could not be opened, after so many nanoseconds.
-    SessionOpened { took: u64, result: Result<(), HsmError> },
+    /// A session is open, or could not be opened, after so long.
+    SessionOpened {
+        #[serde(with = "nanoseconds")]
+        took: Duration,
+        result: Result<(), HsmError>,
+    },
     /// A session is closed.
     SessionClosed,
     /// The token gives no more sessions than these for now.
@@ -111,9 +128,39 @@ pub(crate) enum Report<'a> {
     /// The token refused the PIN of this number. Sent before anything else is said or done, so that no other worker tries it again,
     /// also when this one ends at once.
     PinRefused { number: u64, error: HsmError },
-    /// What the process has cost so far: nanoseconds of processor time, and bytes of resident memory now. The daemon cannot look
-    /// for itself where a service is not shown other processes (systemd's `ProtectProc`).
-    Usage { processor: u64, resident: u64 },
+    /// What the process has cost so far: processor time, and bytes of resident memory now. The daemon cannot look for itself where
+    /// a service is not shown other processes (systemd's `ProtectProc`).
+    Usage {
+        #[serde(with = "nanoseconds")]
+        processor: Duration,
+        resident: u64,
+    },
+}
+
+/// What PKCS#11 calls took.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub(crate) struct Cost {
+    /// From call to return, without any waiting in the socket.
+    #[serde(with = "nanoseconds")]
+    pub(crate) took: Duration,
+    /// Processor time of the worker's thread: soft tokens work in it.
+    #[serde(with = "nanoseconds")]
+    pub(crate) processor: Duration,
+}
+
+/// Durations as whole nanoseconds: every number that a frame can hold is one that the daemon can add up.
+mod nanoseconds {
+    use std::time::Duration;
+
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(time: &Duration, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_u64(super::nanos(*time))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
+        u64::deserialize(from).map(Duration::from_nanos)
+    }
 }
 
 /// How loud a note is.
@@ -124,7 +171,7 @@ pub(crate) enum Level {
     Error,
 }
 
-/// A result.
+/// A result as it lies in a frame.
 #[derive(Serialize, Deserialize)]
 pub(crate) enum Answer<'a> {
     Bytes(#[serde(borrow)] &'a [u8]),
@@ -133,6 +180,14 @@ pub(crate) enum Answer<'a> {
         keys: Vec<TokenKey>,
         more: bool,
     },
+    Public(RsaPublic),
+    Done,
+}
+
+/// A result.
+pub(crate) enum Value {
+    Bytes(Zeroizing<Vec<u8>>),
+    Keys(Vec<TokenKey>),
     Public(RsaPublic),
     Done,
 }
@@ -214,20 +269,40 @@ impl DaemonEnd {
 }
 
 /// The worker's end. All of its threads wait on it.
-pub(crate) struct WorkerEnd(OwnedFd);
+///
+/// A library may close descriptors that are not its own, and what it opens next gets the number of this one. The socket is told
+/// from that by its inode, and is `EBADF` then: nothing is sent to a stranger.
+pub(crate) struct WorkerEnd {
+    socket: OwnedFd,
+    inode: (u64, u64),
+}
 
 impl WorkerEnd {
-    pub(crate) fn new(socket: OwnedFd) -> Self {
-        WorkerEnd(socket)
+    pub(crate) fn new(socket: OwnedFd) -> io::Result<Self> {
+        let inode = inode(&socket)?;
+        Ok(WorkerEnd { socket, inode })
     }
 
-    /// Waits for the next frame; its length, 0 for the end.
-    pub(crate) fn recv(&self, buffer: &mut [u8]) -> io::Result<usize> {
+    fn expect_ours(&self) -> Result<(), Errno> {
+        if inode(&self.socket)? == self.inode { Ok(()) } else { Err(Errno::BADF) }
+    }
+
+    /// Reads the next frame; its length, 0 for the end. Calls `idle` when there is none yet, and waits.
+    pub(crate) fn recv(&self, buffer: &mut [u8], idle: impl FnOnce()) -> io::Result<usize> {
+        match self.recv_with(buffer, RecvFlags::DONTWAIT) {
+            Err(Errno::AGAIN) => {
+                idle();
+                Ok(self.recv_with(buffer, RecvFlags::empty())?)
+            }
+            result => Ok(result?),
+        }
+    }
+
+    fn recv_with(&self, buffer: &mut [u8], flags: RecvFlags) -> Result<usize, Errno> {
         loop {
-            match rustix::net::recv(&self.0, &mut *buffer, RecvFlags::empty()) {
-                Ok((len, _)) => return Ok(len),
+            match rustix::net::recv(&self.socket, &mut *buffer, flags) {
                 Err(Errno::INTR) => {}
-                Err(error) => return Err(error.into()),
+                result => return result.map(|(len, _)| len),
             }
         }
     }
@@ -247,8 +322,9 @@ impl WorkerEnd {
 
     fn send_with(&self, report: &Report<'_>, flags: SendFlags) -> io::Result<()> {
         let bytes = encode(report).map_err(io::Error::other)?;
+        self.expect_ours()?;
         loop {
-            match rustix::net::send(&self.0, &bytes, flags) {
+            match rustix::net::send(&self.socket, &bytes, flags) {
                 Ok(_) => return Ok(()),
                 Err(Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
@@ -256,14 +332,16 @@ impl WorkerEnd {
         }
     }
 
-    /// Waits until the daemon has closed its end, or finished, but no longer than `patience`; whether it has. Needs no frame to be
-    /// read. A socket that is not ours any more, since a library closed it, is an error.
-    pub(crate) fn ends_within(&self, patience: Duration) -> io::Result<bool> {
+    /// Waits until the daemon has closed its end, or finished, but no longer than `time`; whether it has. Needs no frame to be
+    /// read. A socket that is not ours any more is an error.
+    pub(crate) fn ends_within(&self, time: Duration) -> io::Result<bool> {
         use rustix::event::{PollFd, PollFlags, Timespec, poll};
-        let patience = Timespec::try_from(patience).map_err(io::Error::other)?;
-        let mut ends = [PollFd::new(&self.0, PollFlags::RDHUP)];
-        match poll(&mut ends, Some(&patience)) {
-            Ok(_) if ends[0].revents().contains(PollFlags::NVAL) => Err(Errno::BADF.into()),
+        let time = Timespec::try_from(time).map_err(io::Error::other)?;
+        let mut ends = [PollFd::new(&self.socket, PollFlags::RDHUP)];
+        let polled = poll(&mut ends, Some(&time));
+        // The end of another socket is not the daemon's.
+        self.expect_ours()?;
+        match polled {
             Ok(_) => Ok(!ends[0].revents().is_empty()),
             Err(Errno::INTR) => Ok(false),
             Err(error) => Err(error.into()),
@@ -273,8 +351,13 @@ impl WorkerEnd {
 
 impl AsFd for WorkerEnd {
     fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
-        self.0.as_fd()
+        self.socket.as_fd()
     }
+}
+
+/// Tells an open file from all others.
+fn inode(file: &OwnedFd) -> Result<(u64, u64), Errno> {
+    rustix::fs::fstat(file).map(|stat| (stat.st_dev, stat.st_ino))
 }
 
 /// A buffer for received frames, overwritten after each and at its end.

@@ -28,3 +28,5 @@ pub(crate) use parts::{Member, Surroundings, launch};
 pub use process::WorkerProgram;
 pub use state::{LastError, MemberState};
 pub use status::MemberStatus;
+#[cfg(test)]
+pub(crate) use {parts::HiddenVariables, process::Environment};

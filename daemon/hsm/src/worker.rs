@@ -11,16 +11,17 @@
 //!      │                                 │ fails: StartFailed ───▶ exit 1
 //!      │ Reply Done                      │ hangs: killed, or ends 2 s after the socket
 //!      ▼
-//!   a thread for each session: receive, serve, reply (service.rs)
+//!   a thread for each session: receive, serve, reply (session_threads.rs)
 //!      │ the socket ends: the daemon finished, closed it, or is dead
 //!      ▼
 //!   threads finish (2 s at most), C_Finalize (1 s at most) ──▶ exit 0
 //!
-//!   at any time: the socket fails, since a library has closed it ──▶ exit 3
+//!   at any time: the socket fails, since a library has closed or replaced it ──▶ exit 3
 //! ```
 //!
-//! The main thread makes no PKCS#11 call: it waits for the end of the socket and tells four times a second what the process costs, so that the process ends in time whatever hangs
-//! in the vendor's library. A panic aborts the process. What is wrong with an answer is not judged here but in the daemon.
+//! The main thread makes no PKCS#11 call, so that the process ends in time whatever hangs in the vendor's library: it waits for
+//! the end of the socket, and reports four times a second what the process costs. A panic aborts the process. Answers are judged
+//! in the daemon, not here.
 
 mod clock;
 mod discovery;
@@ -34,22 +35,26 @@ mod objects;
 mod pin_flags;
 mod process;
 mod raw_session;
-mod service;
 mod session;
+mod session_threads;
+mod spread;
 mod token;
 mod tool;
 
 #[cfg(test)]
 mod tests;
 
-use std::io::{self, Write as _};
+use std::io;
 use std::os::fd::OwnedFd;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::link::{Call, FrameBuffer, Report, Request, Start, WorkerEnd, nanos};
-use crate::worker::service::{Finished, Service};
+use claviger_process::output::note;
+use claviger_process::signals::exit_at_once;
+
+use crate::link::{Call, FrameBuffer, Report, Request, Start, WorkerEnd};
+use crate::worker::session_threads::{Finished, SessionThreads};
 
 pub use ffi::set_env;
 pub use raw_session::RawSession;
@@ -69,24 +74,24 @@ pub fn run() -> ExitCode {
     let socket = match process::settle() {
         Ok(socket) => socket,
         Err(error) => {
-            say(&error.to_string());
+            note(&error.to_string());
             return ExitCode::from(MISUSED);
         }
     };
-    process::exit_at_once(match serve(socket, process::usage) {
+    exit_at_once(match serve(socket, process::usage) {
         Ok(Finished { started: true, clean }) => {
             if !clean {
-                say("the worker ends without C_Finalize: a call hangs in the module, or the module refuses it");
+                note("the worker ends without C_Finalize: a call hangs in the module, or the module refuses it");
             }
             0
         }
         Ok(Finished { started: false, .. }) => START_FAILED,
-        Err(End::Misused(error)) => {
-            say(&format!("the worker ends: {error}"));
+        Err(ServeError::Misused(error)) => {
+            note(&format!("the worker ends: {error}"));
             MISUSED
         }
-        Err(End::Socket(error)) => {
-            say(&format!("the worker ends, because its socket fails: {error}"));
+        Err(ServeError::Socket(error)) => {
+            note(&format!("the worker ends, because its socket fails: {error}"));
             process::SOCKET_FAILED
         }
     })
@@ -94,7 +99,7 @@ pub fn run() -> ExitCode {
 
 /// Why a process serves nothing, or no more.
 #[derive(Debug)]
-pub(crate) enum End {
+pub(crate) enum ServeError {
     /// The first call is none.
     Misused(io::Error),
     /// The socket fails.
@@ -102,25 +107,25 @@ pub(crate) enum End {
 }
 
 /// The process's life from the first call on. `usage`: processor time and memory of the process.
-pub(crate) fn serve(socket: OwnedFd, usage: impl Fn() -> (Duration, u64)) -> Result<Finished, End> {
-    let daemon = Arc::new(WorkerEnd::new(socket));
-    let Some((id, start)) = first_call(&daemon).map_err(End::Misused)? else {
+pub(crate) fn serve(socket: OwnedFd, usage: impl Fn() -> (Duration, u64)) -> Result<Finished, ServeError> {
+    let daemon = Arc::new(WorkerEnd::new(socket).map_err(ServeError::Socket)?);
+    let Some((id, start)) = first_call(&daemon).map_err(ServeError::Misused)? else {
         return Ok(Finished { started: true, clean: true });
     };
-    let service = Service::new(Arc::clone(&daemon));
-    service.start(id, start);
-    while !daemon.ends_within(USAGE_PERIOD).map_err(End::Socket)? {
+    let threads = SessionThreads::new(Arc::clone(&daemon));
+    threads.start(id, start);
+    while !daemon.ends_within(USAGE_PERIOD).map_err(ServeError::Socket)? {
         let (processor, resident) = usage();
         // Whatever fails here is found out by the next look at the end.
-        let _ = daemon.try_send(&Report::Usage { processor: nanos(processor), resident });
+        let _ = daemon.try_send(&Report::Usage { processor, resident });
     }
-    Ok(service.finish())
+    Ok(threads.finish())
 }
 
 /// `None`: the socket ended before there was a call.
 fn first_call(daemon: &WorkerEnd) -> io::Result<Option<(u32, Start)>> {
     let mut buffer = FrameBuffer::new();
-    let len = daemon.recv(buffer.room())?;
+    let len = daemon.recv(buffer.room(), || ())?;
     if len == 0 {
         return Ok(None);
     }
@@ -130,9 +135,4 @@ fn first_call(daemon: &WorkerEnd) -> io::Result<Option<(u32, Start)>> {
     };
     buffer.wipe(len);
     start.map(Some).ok_or_else(|| io::Error::other("the first frame does not say what to serve"))
-}
-
-/// Onto standard error, which the daemon passes on to its log.
-fn say(text: &str) {
-    let _ = writeln!(io::stderr(), "{text}");
 }

@@ -178,6 +178,35 @@ async fn what_a_worker_has_started_ends_with_it() {
     cluster.close().await;
 }
 
+/// A PIN that a reload takes from the environment is known to the workers that have been started before.
+#[tokio::test]
+async fn a_variable_that_is_hidden_later_is_hidden_from_running_workers() {
+    LazyLock::force(&TOKENS);
+    let folder = tempfile::tempdir().unwrap();
+    let script = folder.path().join("worker");
+    let environment = |worker: u32| fs::read_to_string(folder.path().join(format!("env.{worker}"))).unwrap();
+    fs::write(
+        &script,
+        format!("#!/bin/sh\nenv >{}/env.$$; exec {}\n", folder.path().display(), program::worker().display()),
+    )
+    .unwrap();
+    fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let cluster = cluster(&script);
+    cluster.start().await.unwrap();
+    let first = until_up(&cluster, None).await;
+    // Set by cargo.
+    let variable = "CARGO_MANIFEST_DIR";
+    assert!(environment(first).contains(variable));
+    cluster.hide(vec!["CLAVIGER_TEST_NO_SUCH_VARIABLE".to_owned()]).await;
+    assert_eq!(until_up(&cluster, None).await, first, "it has nothing to hide");
+    cluster.hide(vec![variable.to_owned()]).await;
+    let second = until_up(&cluster, Some(first)).await;
+    assert!(!environment(second).contains(variable) && environment(second).contains("PATH"));
+    cluster.hide(vec![variable.to_owned()]).await;
+    assert_eq!(until_up(&cluster, None).await, second, "hidden already");
+    cluster.close().await;
+}
+
 #[tokio::test]
 async fn a_worker_that_is_missing_or_cannot_be_executed_is_said_and_tried_again() {
     let folder = tempfile::tempdir().unwrap();
@@ -263,6 +292,39 @@ fn serving_it_has_only_its_socket_outlives_signals_and_ends_with_the_socket() {
         // Whether the session lives is the sixth kind of request.
         send(&daemon, &[id, 0, 0, 0, 5], SendFlags::NOSIGNAL).unwrap();
         await_reply(&daemon, id);
+    }
+    drop(daemon);
+    assert_eq!(end(child), (Some(0), String::new()));
+}
+
+/// Bits of CAP_NET_BIND_SERVICE, capabilities(7).
+const BIND: u64 = 1 << 10;
+
+#[test]
+#[allow(clippy::print_stderr)]
+fn ambient_capabilities_are_dropped() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("SKIPPED: run as root to give a worker capabilities");
+        return;
+    }
+    let (daemon, worker) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+    let child = Command::new("setpriv")
+        .args(["--inh-caps", "+net_bind_service", "--ambient-caps", "+net_bind_service"])
+        .arg(program::worker())
+        .stdin(Stdio::from(worker))
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    LazyLock::force(&TOKENS);
+    send(&daemon, &start_frame("process", 1), SendFlags::NOSIGNAL).unwrap();
+    await_reply(&daemon, 1);
+    let tasks = fs::read_dir(format!("/proc/{}/task", child.id())).unwrap();
+    for task in tasks {
+        let status = fs::read_to_string(task.unwrap().path().join("status")).unwrap();
+        for set in ["CapInh", "CapPrm", "CapEff", "CapAmb"] {
+            let line = status.lines().find_map(|line| line.strip_prefix(set)?.strip_prefix(":")).unwrap();
+            assert_eq!(u64::from_str_radix(line.trim(), 16).unwrap() & BIND, 0, "{set}: {line}");
+        }
     }
     drop(daemon);
     assert_eq!(end(child), (Some(0), String::new()));

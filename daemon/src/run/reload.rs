@@ -102,6 +102,7 @@ async fn reload(file: &Path, service: &Arc<Service>, tls: Option<&SharedTls>) ->
 /// Brings the cluster to what `config` says, as far as that goes, and notes in `next` what it is.
 async fn members(config: &Config, next: &mut Config, service: &Arc<Service>) {
     let cluster = &service.cluster;
+    cluster.hide(config.hsm.iter().filter_map(|hsm| hsm.pin_env.clone()).collect()).await;
     for hsm in &config.hsm {
         let failed = |what: &'static str| {
             move |error: String| tracing::error!(hsm = hsm.name, error, "{what}; it stays as it was")

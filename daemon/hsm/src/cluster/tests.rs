@@ -13,8 +13,8 @@ use rustix::net::{RecvFlags, SendFlags, recv, send};
 use super::*;
 use crate::config::TokenRef;
 use crate::error::WorkerFault;
-use crate::link::{Answer, Call, MAX_FRAME, Report, Request, encode, pair};
-use crate::member::MemberState;
+use crate::link::{Answer, Call, Cost, MAX_FRAME, Report, encode, pair};
+use crate::member::{Environment, HiddenVariables, MemberState};
 
 /// What the daemon asks of a script.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -54,13 +54,13 @@ impl Peer {
     }
 
     fn reply(&self, id: u32, result: Result<Answer<'_>, HsmError>) {
-        self.say(&Report::Reply { id, took: 1000, processor: 500, result });
+        self.say(&Report::Reply { id, cost: Cost::default(), result });
     }
 
     /// Answers a call as a worker does whose token works.
     fn answer(&self, id: u32, asked: Asked) {
         if matches!(asked, Asked::Start { .. }) {
-            self.say(&Report::SessionOpened { took: 1, result: Ok(()) });
+            self.say(&Report::SessionOpened { took: Duration::from_nanos(1), result: Ok(()) });
         }
         self.reply(id, Ok(if asked == Asked::Random { Answer::Bytes(b"rand") } else { Answer::Done }));
     }
@@ -108,10 +108,10 @@ impl Stage {
         });
         let launch = {
             let started = Arc::clone(&started);
-            move |member: &str, env: &BTreeMap<String, String>| {
+            move |member: &str, environment: Environment<'_>| {
                 let number = started.fetch_add(1, Ordering::AcqRel);
                 launches(number)?;
-                let (process, input) = beside(member, env)?;
+                let (process, input) = beside(member, environment)?;
                 let (daemon, socket) = pair()?;
                 let script = Arc::clone(&script);
                 thread::spawn(move || script(number, Peer { socket, _input: input }));
@@ -120,6 +120,7 @@ impl Stage {
         };
         let surroundings = Surroundings {
             launch: Arc::new(launch),
+            hidden: HiddenVariables::default(),
             breaker: breaker::Settings::default(),
             watchdog,
             known: Arc::new(RwLock::new(Arc::new([]))),
@@ -430,7 +431,7 @@ async fn few_sessions_are_no_fault() {
         peer.answer(start.0, start.1);
         let full = HsmError::new(Function::OpenSession, RvError::SessionCount);
         for _ in 0..50 {
-            peer.say(&Report::SessionOpened { took: 1, result: Err(full) });
+            peer.say(&Report::SessionOpened { took: Duration::from_nanos(1), result: Err(full) });
         }
         peer.serve();
     });
@@ -476,7 +477,7 @@ async fn a_worker_that_says_nonsense_is_replaced() {
 #[tokio::test]
 async fn what_a_worker_costs_is_summed_over_all_of_them() {
     let stage = Stage::set(LONG, |number, peer| {
-        peer.say(&Report::Usage { processor: 2_000_000, resident: 4096 });
+        peer.say(&Report::Usage { processor: Duration::from_millis(2), resident: 4096 });
         if number == 0 {
             peer.serve_until(|asked| asked == Asked::Random);
         } else {

@@ -6,12 +6,13 @@ use std::time::{Duration, Instant};
 
 use deadpool::managed::{Pool, PoolError, Timeouts};
 
-use super::conversation::{Reply, Unsent, Waiting};
+use super::conversation::{CallResult, Unsent, Waiting};
 use super::outstanding::Limits;
 use super::parts::Member;
 use super::places::{Held, InFlight, Places, Talk};
 use crate::error::{Failure, HsmError, WorkerFault};
-use crate::job::{Job, Value};
+use crate::job::Job;
+use crate::link::Value;
 use crate::standstill;
 
 /// How long a call waits before it looks again whether there is room in the socket.
@@ -29,12 +30,12 @@ impl Member {
     /// One operation of a caller, judged.
     pub(crate) async fn call(&self, job: &Job, deadline: Instant, limits: Limits) -> Outcome {
         let submitted = standstill::now();
-        let Some(service) = self.service() else { return Outcome::NotRun(HsmError::NotServing) };
-        let held = match self.hold(&service.places, deadline).await {
+        let Some(queue) = self.queue() else { return Outcome::NotRun(HsmError::NotServing) };
+        let held = match self.hold(&queue.places, deadline).await {
             Ok(held) => held,
             Err(error) => return Outcome::NotRun(error),
         };
-        let talk = &service.talk;
+        let talk = &queue.talk;
         let reply = match self.exchange(talk, job, held, deadline, limits).await {
             Ok(reply) => reply,
             Err(error) => return Outcome::NotRun(error),
@@ -73,13 +74,13 @@ impl Member {
         held: Held,
         deadline: Instant,
         limits: Limits,
-    ) -> Result<Reply, HsmError> {
+    ) -> Result<CallResult, HsmError> {
         let answer = self.send(talk, job, held, deadline, limits).await?;
         match standstill::timeout_at(deadline, answer).await {
             Ok(Ok(Some(reply))) => Ok(reply),
             Ok(Ok(None)) => Err(HsmError::Worker(WorkerFault::Gone)),
             // Nobody can tell what became of it: the task that reads panicked.
-            Ok(Err(_)) => Ok(Reply::none(HsmError::Worker(WorkerFault::Gone), Duration::ZERO)),
+            Ok(Err(_)) => Ok(CallResult::none(HsmError::Worker(WorkerFault::Gone), Duration::ZERO)),
             Err(_) => Err(HsmError::Deadline),
         }
     }

@@ -10,7 +10,7 @@ use crate::config::Pin;
 use crate::error::{Failure, HsmError, WorkerFault};
 use crate::event::Event;
 use crate::job::Job;
-use crate::link::nanos;
+use crate::link::{Request, nanos};
 use crate::lock::lock;
 use crate::standstill;
 
@@ -138,6 +138,20 @@ impl Member {
         self.test().await
     }
 
+    /// Replaces a worker that has inherited what it should not have, and waits until the member serves again, if it did.
+    pub(crate) async fn replace_worker(&self) {
+        if lock(&self.worker_pid).is_none() {
+            return;
+        }
+        let (number, served) = (self.generation(), self.is_serving());
+        self.fault(&HsmError::Worker(WorkerFault::Replaced).into());
+        let until = standstill::now() + OWN_TIMEOUT;
+        while served && !(self.generation() != number && self.is_serving()) && standstill::now() < until {
+            self.probe_now();
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
     /// Like [`probe`](Self::probe), on an administrator's word: a refused PIN may be tried again, also if it is the last try.
     pub(crate) async fn probe_on_request(&self) -> Result<Duration, Failure> {
         let _word = FinalTry::allow(self);
@@ -159,7 +173,7 @@ impl Member {
         };
         // A worker that cannot take it is replaced for other reasons, and its successor starts with this PIN.
         if let Some(talk) = self.talk()
-            && let Ok(job) = Job::set_pin(number, pin)
+            && let Ok(job) = Job::new(&Request::SetPin(number, pin))
         {
             let _ = self.own_call(&talk, &job).await;
         }

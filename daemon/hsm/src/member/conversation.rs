@@ -10,26 +10,23 @@ use zeroize::Zeroizing;
 
 use super::outstanding::{Limits, Outstanding};
 use crate::error::{Failure, HsmError, WorkerFault};
-use crate::job::{Job, Value};
+use crate::job::Job;
 use crate::keys::TokenKey;
-use crate::link::{Answer, DaemonEnd, FrameBuffer, Level, Report, decode_report};
+use crate::link::{Answer, Cost, DaemonEnd, FrameBuffer, Report, Value, decode_report};
 use crate::lock::lock;
 use crate::operation::Operation;
 use crate::standstill;
 
 /// What came back of a call.
-pub(crate) struct Reply {
+pub(crate) struct CallResult {
     pub(crate) result: Result<Value, HsmError>,
-    /// How long the token took.
-    pub(crate) took: Duration,
-    /// Processor time of the worker within PKCS#11 calls.
-    pub(crate) processor: Duration,
+    pub(crate) cost: Cost,
 }
 
-impl Reply {
+impl CallResult {
     /// The worker said nothing.
     pub(crate) fn none(error: HsmError, took: Duration) -> Self {
-        Reply { result: Err(error), took, processor: Duration::ZERO }
+        CallResult { result: Err(error), cost: Cost { took, ..Cost::default() } }
     }
 }
 
@@ -42,11 +39,11 @@ pub(crate) enum Unsent<G> {
 }
 
 /// Told when a call has come back; `None`: it only waited in the socket, and its worker has ended.
-pub(crate) type Waiting = oneshot::Receiver<Option<Reply>>;
+pub(crate) type Waiting = oneshot::Receiver<Option<CallResult>>;
 
 /// What belongs to an outstanding call. `G` is what is held while the call is outstanding: its place and its part of the queue.
 struct Owner<G> {
-    reply: Option<oneshot::Sender<Option<Reply>>>,
+    reply: Option<oneshot::Sender<Option<CallResult>>>,
     /// The parts of a list that have come so far.
     keys: Vec<TokenKey>,
     parts: u32,
@@ -55,7 +52,7 @@ struct Owner<G> {
 
 impl<G> Owner<G> {
     /// What was held is given back first: the caller finds its place free.
-    fn answer(self, reply: Option<Reply>) {
+    fn answer(self, reply: Option<CallResult>) {
         drop(self.guard);
         if let Some(caller) = self.reply {
             let _ = caller.send(reply);
@@ -67,46 +64,24 @@ impl<G> Owner<G> {
 pub(crate) struct Late {
     pub(crate) operation: Operation,
     pub(crate) limits: Limits,
-    reply: Option<oneshot::Sender<Option<Reply>>>,
+    reply: Option<oneshot::Sender<Option<CallResult>>>,
 }
 
 impl Late {
     /// Sends the caller elsewhere.
     pub(crate) fn tell(self) {
         if let Some(reply) = self.reply {
-            let _ = reply.send(Some(Reply::none(HsmError::Hung(self.operation), self.limits.share)));
+            let _ = reply.send(Some(CallResult::none(HsmError::Hung(self.operation), self.limits.share)));
         }
     }
 }
 
-/// What a worker reports beside replies. Told while the conversation is read.
+/// Told while the conversation is read.
 pub(crate) enum News<'a> {
-    Login,
-    KeySearch,
-    SessionOpened {
-        took: Duration,
-        result: Result<(), HsmError>,
-    },
-    SessionClosed,
-    FewSessions {
-        given: usize,
-    },
-    Note {
-        level: Level,
-        text: &'a str,
-    },
+    /// What the worker said, other than replies.
+    Report(Report<'a>),
     /// So many replies came at one wake-up.
     Replies(usize),
-    /// The token refused the PIN of this number.
-    PinRefused {
-        number: u64,
-        error: HsmError,
-    },
-    /// What the worker has cost so far: processor time, and bytes of memory now.
-    Usage {
-        processor: Duration,
-        resident: u64,
-    },
 }
 
 /// Reports beside replies that a worker may send in a second. A worker that sends more is ill: it would keep the daemon busy.
@@ -198,35 +173,21 @@ impl<G: Send> Conversation<G> {
                 return HsmError::Worker(WorkerFault::Unreadable).into();
             };
             match report {
-                Report::Reply { id, took, processor, result } => {
+                Report::Reply { id, cost, result } => {
                     replies += 1;
-                    if !self.replied(id, Duration::from_nanos(took), Duration::from_nanos(processor), result) {
+                    if !self.replied(id, cost, result) {
                         return HsmError::Worker(WorkerFault::Unreadable).into();
                     }
                 }
                 Report::StartFailed(failure) => return failure,
                 _ if flood.another(standstill::now()) => return HsmError::Worker(WorkerFault::Floods).into(),
-                Report::Login => tell(News::Login),
-                Report::KeySearch => tell(News::KeySearch),
-                Report::SessionOpened { took, result } => {
-                    if result.is_ok() {
-                        let sessions = self.sessions.fetch_add(1, Ordering::AcqRel) + 1;
-                        self.outstanding().set_sessions(sessions, standstill::now());
+                report => {
+                    match report {
+                        Report::SessionOpened { result: Ok(()), .. } => self.count_sessions(|sessions| sessions + 1),
+                        Report::SessionClosed => self.count_sessions(|sessions| sessions.saturating_sub(1)),
+                        _ => {}
                     }
-                    tell(News::SessionOpened { took: Duration::from_nanos(took), result });
-                }
-                Report::SessionClosed => {
-                    let less = |sessions: usize| sessions.checked_sub(1);
-                    let before = self.sessions.fetch_update(Ordering::AcqRel, Ordering::Acquire, less);
-                    let sessions = before.unwrap_or(0).saturating_sub(1);
-                    self.outstanding().set_sessions(sessions, standstill::now());
-                    tell(News::SessionClosed);
-                }
-                Report::FewSessions { given } => tell(News::FewSessions { given: given as usize }),
-                Report::Note { level, text } => tell(News::Note { level, text }),
-                Report::PinRefused { number, error } => tell(News::PinRefused { number, error }),
-                Report::Usage { processor, resident } => {
-                    tell(News::Usage { processor: Duration::from_nanos(processor), resident });
+                    tell(News::Report(report));
                 }
             }
             buffer.wipe(len);
@@ -238,9 +199,16 @@ impl<G: Send> Conversation<G> {
         }
     }
 
+    /// The task that reads is the only one that changes the count.
+    fn count_sessions(&self, count: impl FnOnce(usize) -> usize) {
+        let sessions = count(self.sessions());
+        self.sessions.store(sessions, Ordering::Release);
+        self.outstanding().set_sessions(sessions, standstill::now());
+    }
+
     /// Hands a reply to its caller. A caller that has been sent elsewhere, or has left, does not take the result: it is
     /// zeroised right here. Whether the id is one that a worker may answer.
-    fn replied(&self, id: u32, took: Duration, processor: Duration, result: Result<Answer<'_>, HsmError>) -> bool {
+    fn replied(&self, id: u32, cost: Cost, result: Result<Answer<'_>, HsmError>) -> bool {
         let mut outstanding = self.outstanding();
         let value = match result {
             Ok(Answer::Keys { mut keys, more }) => {
@@ -262,7 +230,7 @@ impl<G: Send> Conversation<G> {
         };
         let Some(entry) = outstanding.take(id, standstill::now()) else { return false };
         drop(outstanding);
-        entry.owner.answer(Some(Reply { result: value, took, processor }));
+        entry.owner.answer(Some(CallResult { result: value, cost }));
         true
     }
 
@@ -273,7 +241,7 @@ impl<G: Send> Conversation<G> {
         let all = outstanding.take_all();
         drop(outstanding);
         for entry in all {
-            let reply = entry.runs().then(|| Reply::none(error, Duration::ZERO));
+            let reply = entry.runs().then(|| CallResult::none(error, Duration::ZERO));
             entry.owner.answer(reply);
         }
     }

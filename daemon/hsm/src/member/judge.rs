@@ -6,17 +6,16 @@ use std::time::{Duration, Instant};
 use cryptoki::error::RvError;
 use zeroize::Zeroizing;
 
-use super::conversation::Reply;
+use super::conversation::CallResult;
 use super::outstanding::Limits;
 use super::parts::{Member, OWN_TIMEOUT};
 use super::places::Talk;
-use super::usual_cost::Cost;
 use crate::error::{Failure, HsmError, class};
 use crate::event::Event;
 use crate::fault::FaultOwner;
 use crate::identity::KeyRef;
-use crate::job::{Job, Value, known_for, must_pass};
-use crate::link::nanos;
+use crate::job::{Job, known_for, must_pass};
+use crate::link::{Cost, Request, Value, nanos};
 use crate::lock::lock;
 use crate::operation::Operation;
 use crate::standstill;
@@ -63,18 +62,17 @@ impl Member {
         &self,
         talk: &Talk,
         job: &Job,
-        reply: Reply,
+        reply: CallResult,
         submitted: Instant,
     ) -> Result<Value, HsmError> {
         if !matches!(job.operation, Operation::Decrypt | Operation::Sign) {
-            self.book_call(job.operation, class(&reply.result), reply.took, reply.processor);
+            self.book_call(job.operation, class(&reply.result), reply.cost);
             self.observe(Event::Answered { op: job.operation, took: standstill::since(submitted) });
             return reply.result;
         }
-        let queued = standstill::since(submitted).saturating_sub(reply.took);
-        let own = Cost { took: reply.took, processor: reply.processor };
+        let queued = standstill::since(submitted).saturating_sub(reply.cost.took);
         let finding = Finding::of(reply.result, job);
-        let booked = self.book(job.operation, &finding, own);
+        let booked = self.book(job.operation, &finding, reply.cost);
         self.observe(Event::Answered { op: job.operation, took: queued + booked.took });
         let wrong = match finding {
             Finding::Right(bytes) => return Ok(Value::Bytes(bytes)),
@@ -119,18 +117,18 @@ impl Member {
             (_, Finding::Doubtful { wrong: false }) => ("refused", own),
             (_, Finding::Failed(error)) => (error.class(), own),
         };
-        self.book_call(operation, rv, cost.took, cost.processor);
+        self.book_call(operation, rv, cost);
         cost
     }
 
-    pub(super) fn book_call(&self, op: Operation, rv: &'static str, took: Duration, processor: Duration) {
+    pub(super) fn book_call(&self, op: Operation, rv: &'static str, cost: Cost) {
         self.stats.calls.fetch_add(1, Ordering::Relaxed);
-        self.stats.worked.fetch_add(nanos(took), Ordering::Relaxed);
-        self.stats.spent.fetch_add(nanos(processor), Ordering::Relaxed);
+        self.stats.worked.fetch_add(nanos(cost.took), Ordering::Relaxed);
+        self.stats.spent.fetch_add(nanos(cost.processor), Ordering::Relaxed);
         if matches!(rv, "stale" | "busy" | "pin" | "broken") {
             self.stats.faults.fetch_add(1, Ordering::Relaxed);
         }
-        self.observe(Event::Call { op, rv, took });
+        self.observe(Event::Call { op, rv, took: cost.took });
     }
 
     /// A plaintext or signature was wrong, by the member's own fault.
@@ -213,7 +211,7 @@ impl Member {
             self.test_one(talk, test).await?;
         }
         if tested == 0 {
-            self.own_call(talk, &Job::ping()?).await?.result?;
+            self.own_call(talk, &Job::new(&Request::Ping)?).await?.result?;
         }
         *lock(&self.heard) = standstill::now();
         Ok(standstill::since(begun))
@@ -224,7 +222,7 @@ impl Member {
         let reply = self.own_call(talk, test).await?;
         // The input is right: a member that rejects it is ill.
         let rv = Some(class(&reply.result)).filter(|rv| *rv != "refused").unwrap_or("broken");
-        self.book_call(Operation::Probe, rv, reply.took, reply.processor);
+        self.book_call(Operation::Probe, rv, reply.cost);
         match reply.result {
             Ok(Value::Bytes(bytes)) if test.accepts(&bytes) => Ok(()),
             Ok(_) => {
@@ -236,7 +234,7 @@ impl Member {
         }
     }
 
-    pub(super) async fn own_call(&self, talk: &Talk, job: &Job) -> Result<Reply, HsmError> {
+    pub(super) async fn own_call(&self, talk: &Talk, job: &Job) -> Result<CallResult, HsmError> {
         let limits = Limits { share: self.watchdog, watchdog: self.watchdog };
         self.exchange(talk, job, self.hold_directly(), standstill::now() + OWN_TIMEOUT, limits).await
     }

@@ -1,7 +1,7 @@
 //! The life of a member, one task: start a worker, test it, let it serve until a fault, get rid of it, and again.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::oneshot;
@@ -11,12 +11,12 @@ use super::conversation::{Conversation, News};
 use super::outstanding::Limits;
 use super::parts::{END_TIMEOUT, MOST_NOTES, Member, START_TIMEOUT};
 use super::places::Talk;
-use super::process::Process;
+use super::process::{Environment, Process};
 use crate::error::{Failure, HsmError, WorkerFault, class};
 use crate::event::Event;
 use crate::fault::FaultOwner;
 use crate::job::Job;
-use crate::link::{DaemonEnd, Level, Start};
+use crate::link::{Cost, DaemonEnd, Level, Report, Request, Start};
 use crate::lock::lock;
 use crate::operation::Operation;
 use crate::pin_tries::PinTries;
@@ -151,7 +151,11 @@ impl Member {
     fn start_process(&self) -> Result<(Process, Talk), Failure> {
         let not_started =
             |error: std::io::Error| Failure::new(HsmError::Worker(WorkerFault::NotStarted), error.to_string());
-        let (process, socket) = (self.launch)(&self.name, &self.config.env).map_err(not_started)?;
+        let (process, socket) = {
+            let hidden = self.hidden.read().unwrap_or_else(PoisonError::into_inner);
+            let environment = Environment { hidden: &hidden, set: &self.config.env };
+            (self.launch)(&self.name, environment).map_err(not_started)?
+        };
         let end = DaemonEnd::new(socket).map_err(not_started)?;
         let number = {
             // Under the lock, so that nothing which is said of the last worker is taken for this one's.
@@ -293,7 +297,7 @@ impl Member {
             (pin.number != started_with).then(|| (pin.number, pin.pin.clone()))
         };
         if let Some((number, pin)) = newer
-            && let Ok(job) = Job::set_pin(number, pin)
+            && let Ok(job) = Job::new(&Request::SetPin(number, pin))
         {
             let _ = self.own_call(talk, &job).await;
         }
@@ -306,14 +310,15 @@ impl Member {
             let pin = lock(&self.pin);
             (pin.pin.clone(), pin.number, pin.may_use_final_try)
         };
-        let job = Job::start(Start {
+        let start = Start {
             module: self.config.module.clone(),
             token: self.config.token.clone(),
             pin,
             sessions: u32::try_from(self.config.sessions.max(1)).unwrap_or(u32::MAX),
             may_use_final_try,
             pin_number,
-        })?;
+        };
+        let job = Job::new(&Request::Start(start))?;
         let limits = Limits { share: START_TIMEOUT, watchdog: START_TIMEOUT };
         let deadline = standstill::now() + START_TIMEOUT;
         match self.exchange(talk, &job, self.hold_directly(), deadline, limits).await {
@@ -370,14 +375,15 @@ impl Member {
     /// What a worker says beside its replies.
     fn hear(&self, talk: &Talk, news: News<'_>) {
         match news {
-            News::Login => self.observe(Event::Login),
-            News::KeySearch => self.observe(Event::KeySearch),
-            News::SessionOpened { took, result } => {
-                self.book_call(Operation::Open, class(&result), took, Duration::ZERO);
+            News::Replies(jobs) => self.observe(Event::Batch { jobs }),
+            News::Report(Report::Login) => self.observe(Event::Login),
+            News::Report(Report::KeySearch) => self.observe(Event::KeySearch),
+            News::Report(Report::SessionOpened { took, result }) => {
+                self.book_call(Operation::Open, class(&result), Cost { took, ..Cost::default() });
                 match result {
                     Ok(()) => {
-                        if let Some(service) = self.service() {
-                            service.session_opened();
+                        if let Some(queue) = self.queue() {
+                            queue.session_opened();
                         }
                         self.granted.fetch_max(talk.sessions(), Ordering::AcqRel);
                         self.observe(Event::SessionOpened);
@@ -389,10 +395,10 @@ impl Member {
                     Err(_) => {}
                 }
             }
-            News::SessionClosed => self.observe(Event::SessionClosed),
-            News::FewSessions { given } => {
-                let before = self.granted.swap(given, Ordering::AcqRel);
-                if before != given {
+            News::Report(Report::SessionClosed) => self.observe(Event::SessionClosed),
+            News::Report(Report::FewSessions { given }) => {
+                let given = given as usize;
+                if self.granted.swap(given, Ordering::AcqRel) != given {
                     warn!(
                         member = &*self.name,
                         sessions = given,
@@ -401,10 +407,11 @@ impl Member {
                     );
                 }
             }
-            News::Replies(jobs) => self.observe(Event::Batch { jobs }),
-            News::Note { level, text } => self.note(level, text),
-            News::PinRefused { number, error } => self.refused_pin(number, error),
-            News::Usage { processor, resident } => self.usage.reported(processor, resident),
+            News::Report(Report::Note { level, text }) => self.note(level, text),
+            News::Report(Report::PinRefused { number, error }) => self.refused_pin(number, error),
+            News::Report(Report::Usage { processor, resident }) => self.usage.reported(processor, resident),
+            // The conversation's own.
+            News::Report(Report::Reply { .. } | Report::StartFailed(_)) => {}
         }
     }
 

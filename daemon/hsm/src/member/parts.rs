@@ -1,16 +1,16 @@
 //! What a member is made of, and how its state changes.
 //!
 //! Invariants:
-//! - The state changes in [`Member::change`] only. There, under the machine's lock, [`Member::service`] and the balancer's
+//! - The state changes in [`Member::change`] only. There, under the machine's lock, [`Member::queue`] and the balancer's
 //!   `serving` follow it: both are there exactly while the machine [serves](Machine::serves).
 //! - A member that serves has a worker, and so a `talk`. When the worker is lost the state changes before any call fails: a
 //!   caller that looks for a member again finds it on its way back, and waits.
 //! - One worker at a time: the next one starts after the process of the last one was killed and the task that read from it has
 //!   ended. Results that come later are told by the worker's number.
 //!
-//! Lock order: `machine`, `service`, `talk`. All other locks are leaves: none is taken while another one is held.
+//! Lock order: `machine`, `queue`, `talk`. All other locks are leaves: none is taken while another one is held.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeSet, HashMap};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -21,8 +21,8 @@ use tokio::sync::{Notify, watch};
 
 use super::credibility::Credibility;
 use super::gauges::Gauges;
-use super::places::{Service, Talk};
-use super::process::{Process, Usage, WorkerProgram};
+use super::places::{CallQueue, Talk};
+use super::process::{Environment, Process, Usage, WorkerProgram};
 use super::state::Machine;
 use super::usual_cost::UsualCost;
 use crate::config::{MemberConfig, Pin};
@@ -75,6 +75,7 @@ pub(crate) struct Member {
     pub(crate) name: Arc<str>,
     pub(super) config: MemberConfig,
     pub(super) launch: Launch,
+    pub(super) hidden: HiddenVariables,
     pub(super) known: Arc<RwLock<Arc<[KnownAnswerTest]>>>,
     pub(super) observer: Observer,
     /// Told whenever any member of the cluster comes up.
@@ -82,7 +83,7 @@ pub(crate) struct Member {
     pub(super) gauges: Arc<Gauges>,
     pub(super) machine: Mutex<Machine>,
     /// For callers, while the member serves.
-    pub(super) service: Mutex<Option<Arc<Service>>>,
+    pub(super) queue: Mutex<Option<Arc<CallQueue>>>,
     /// The worker from its start to its end, also while the member does not serve.
     pub(super) talk: Mutex<Option<Talk>>,
     pub(super) pin: Mutex<PinState>,
@@ -108,13 +109,16 @@ pub(crate) struct Member {
     pub(super) worker_pid: Mutex<Option<u32>>,
 }
 
-/// Starts a worker for the member of this name, with these environment variables; its process and the daemon's end of its socket.
-pub(crate) type Launch = Arc<dyn Fn(&str, &BTreeMap<String, String>) -> io::Result<(Process, OwnedFd)> + Send + Sync>;
+/// Starts a worker for the member of this name, with this environment; its process and the daemon's end of its socket.
+pub(crate) type Launch = Arc<dyn Fn(&str, Environment<'_>) -> io::Result<(Process, OwnedFd)> + Send + Sync>;
+
+/// Environment variables of the daemon that workers do not inherit.
+pub(crate) type HiddenVariables = Arc<RwLock<BTreeSet<String>>>;
 
 /// Starts workers that run this program.
 pub(crate) fn launch(program: WorkerProgram) -> Launch {
-    Arc::new(move |member, env| {
-        Process::start(member, &program, env)
+    Arc::new(move |member, environment| {
+        Process::start(member, &program, environment)
             .map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", program.path.display())))
     })
 }
@@ -123,6 +127,7 @@ pub(crate) fn launch(program: WorkerProgram) -> Launch {
 #[derive(Clone)]
 pub(crate) struct Surroundings {
     pub(crate) launch: Launch,
+    pub(crate) hidden: HiddenVariables,
     pub(crate) breaker: breaker::Settings,
     /// How long a call may run before a member counts as hung.
     pub(crate) watchdog: Duration,
@@ -135,12 +140,12 @@ impl Member {
     /// A member that has proved nothing yet. [`live`](Self::live) has to run for it to come up.
     pub(crate) fn new(config: MemberConfig, surroundings: &Surroundings) -> Self {
         let now = standstill::now();
-        let Surroundings { launch, breaker, watchdog, known, observer, somebody_up } = surroundings.clone();
+        let Surroundings { launch, hidden, breaker, watchdog, known, observer, somebody_up } = surroundings.clone();
         Member {
             name: config.name.as_str().into(),
             gauges: Arc::new(Gauges::new(&config)),
             machine: Mutex::new(Machine::new(&config.name, breaker, now)),
-            service: Mutex::default(),
+            queue: Mutex::default(),
             talk: Mutex::default(),
             pin: Mutex::new(PinState {
                 pin: config.pin.clone(),
@@ -164,6 +169,7 @@ impl Member {
             worker_pid: Mutex::default(),
             config,
             launch,
+            hidden,
             known,
             observer,
             somebody_up,
@@ -195,17 +201,17 @@ impl Member {
         let mut machine = self.machine();
         let result = change(&mut machine);
         let serves = machine.serves();
-        let mut service = lock(&self.service);
-        let (begins, ends) = (serves && service.is_none(), !serves && service.is_some());
+        let mut queue = lock(&self.queue);
+        let (begins, ends) = (serves && queue.is_none(), !serves && queue.is_some());
         if begins {
-            *service = self.talk().and_then(Service::new);
+            *queue = self.talk().and_then(CallQueue::new);
         }
-        let ended = service.take_if(|_| ends);
-        self.gauges.serving.store(service.is_some(), Ordering::Release);
-        drop(service);
+        let ended = queue.take_if(|_| ends);
+        self.gauges.serving.store(queue.is_some(), Ordering::Release);
+        drop(queue);
         drop(machine);
-        if let Some(service) = ended {
-            service.close();
+        if let Some(queue) = ended {
+            queue.close();
         }
         if begins {
             self.somebody_up.notify_waiters();
@@ -214,8 +220,8 @@ impl Member {
         result
     }
 
-    pub(super) fn service(&self) -> Option<Arc<Service>> {
-        lock(&self.service).clone()
+    pub(super) fn queue(&self) -> Option<Arc<CallQueue>> {
+        lock(&self.queue).clone()
     }
 
     pub(super) fn talk(&self) -> Option<Talk> {

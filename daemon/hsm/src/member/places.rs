@@ -35,16 +35,16 @@ impl managed::Manager for Places {
 
 /// What callers need while the member serves. Each worker, and each return from draining, has a pool of its own: what an earlier
 /// one lent does not come back to this one, and closing a pool sends those that wait at it elsewhere.
-pub(super) struct Service {
+pub(super) struct CallQueue {
     pub(super) talk: Talk,
     pub(super) places: Pool<Places>,
 }
 
-impl Service {
+impl CallQueue {
     pub(super) fn new(talk: Talk) -> Option<Arc<Self>> {
         // Fails for pools with time limits and no runtime, which this is not.
         let places = Pool::builder(Places).max_size(places(talk.sessions())).build().ok()?;
-        Some(Arc::new(Service { talk, places }))
+        Some(Arc::new(CallQueue { talk, places }))
     }
 
     /// The worker has opened a session. The pool never shrinks: deadpool gives more than its size after it has shrunk under

@@ -1,6 +1,6 @@
 //! The worker process: its start, its end, what it prints, what it costs.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -52,6 +52,15 @@ impl WorkerProgram {
     }
 }
 
+/// How a worker's environment differs from the daemon's.
+#[derive(Clone, Copy)]
+pub(crate) struct Environment<'a> {
+    /// Variables of the daemon that the worker does not inherit.
+    pub(crate) hidden: &'a BTreeSet<String>,
+    /// Variables of its member.
+    pub(crate) set: &'a BTreeMap<String, String>,
+}
+
 /// A running worker. It is killed when this is dropped.
 pub(crate) struct Process {
     child: Child,
@@ -66,17 +75,17 @@ impl Process {
     pub(crate) fn start(
         member: &str,
         program: &WorkerProgram,
-        env: &BTreeMap<String, String>,
+        environment: Environment<'_>,
     ) -> io::Result<(Process, OwnedFd)> {
         let (ours, theirs) = link::pair()?;
         let (printed, print) = io::pipe()?;
         let mut command = Command::new(&program.path);
-        program.hidden.iter().for_each(|variable| {
+        environment.hidden.iter().for_each(|variable| {
             command.env_remove(variable);
         });
         let child = command
             .args(&program.arguments)
-            .envs(env)
+            .envs(environment.set)
             .stdin(Stdio::from(theirs))
             .stdout(Stdio::from(print.try_clone()?))
             .stderr(Stdio::from(print))

@@ -6,19 +6,12 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use crate::link::{Cost, nanos};
+
 /// What is booked before anything was accepted.
 const UNKNOWN: Duration = Duration::from_millis(1);
 /// One in so many parts of the average comes from the latest operation.
 const INERTIA: u64 = 8;
-
-/// What an operation took.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) struct Cost {
-    /// From call to return.
-    pub(crate) took: Duration,
-    /// Processor time of the calling thread.
-    pub(crate) processor: Duration,
-}
 
 /// Moving averages of the accepted operations of one kind at one member.
 #[derive(Debug, Default)]
@@ -45,7 +38,7 @@ impl UsualCost {
 
 /// A lost update of two threads loses one sample.
 fn learn(average: &AtomicU64, sample: Duration) {
-    let sample = u64::try_from(sample.as_nanos()).unwrap_or(u64::MAX);
+    let sample = nanos(sample);
     let before = average.load(Ordering::Relaxed);
     let after = if before == 0 { sample } else { before - before / INERTIA + sample / INERTIA };
     average.store(after, Ordering::Relaxed);

@@ -82,33 +82,14 @@ fn xor_mgf1(hash: Hash, seed: &[u8], target: &mut [u8]) {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::software_rsa::padding;
     use proptest::prelude::*;
     use rsa::rand_core::OsRng;
     use rsa::traits::{PrivateKeyParts, PublicKeyParts};
-    use rsa::{BigUint, RsaPrivateKey, RsaPublicKey, sha2};
+    use rsa::{BigUint, RsaPrivateKey, RsaPublicKey};
     use std::sync::LazyLock;
 
     static KEY: LazyLock<RsaPrivateKey> = LazyLock::new(|| RsaPrivateKey::new(&mut OsRng, 2048).unwrap());
-
-    fn padding(oaep: Oaep) -> rsa::Oaep {
-        fn with_hash<D>(mgf: Hash) -> rsa::Oaep
-        where
-            D: 'static + sha1::digest::Digest + sha1::digest::DynDigest + Send + Sync,
-        {
-            match mgf {
-                Hash::Sha1 => rsa::Oaep::new_with_mgf_hash::<D, sha1::Sha1>(),
-                Hash::Sha256 => rsa::Oaep::new_with_mgf_hash::<D, sha2::Sha256>(),
-                Hash::Sha384 => rsa::Oaep::new_with_mgf_hash::<D, sha2::Sha384>(),
-                Hash::Sha512 => rsa::Oaep::new_with_mgf_hash::<D, sha2::Sha512>(),
-            }
-        }
-        match oaep.hash {
-            Hash::Sha1 => with_hash::<sha1::Sha1>(oaep.mgf),
-            Hash::Sha256 => with_hash::<sha2::Sha256>(oaep.mgf),
-            Hash::Sha384 => with_hash::<sha2::Sha384>(oaep.mgf),
-            Hash::Sha512 => with_hash::<sha2::Sha512>(oaep.mgf),
-        }
-    }
 
     /// The bare RSA operation, as a token does it with CKM_RSA_X_509.
     fn raw_decrypt(ciphertext: &[u8]) -> Vec<u8> {

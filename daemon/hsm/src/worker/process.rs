@@ -9,6 +9,9 @@ use std::time::Duration;
 
 use rustix::net::{AddressFamily, SocketType, sockopt};
 use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
+use rustix::thread::{
+    CapabilitySet, capabilities, capability_is_in_ambient_set, clear_ambient_capability_set, set_capabilities,
+};
 use rustix::time::{ClockId, clock_gettime};
 use signal_hook::consts::{SIGINT, SIGTERM};
 
@@ -18,7 +21,7 @@ use crate::worker::ffi;
 pub(crate) const SOCKET_FAILED: u8 = 3;
 
 /// Takes the socket, which the daemon gives as standard input, to descriptor 3, and closes all others but the standard output
-/// and error. Afterwards neither a core dump nor another process of the same user shows this process's memory, and signals
+/// and error, and drops ambient capabilities. Afterwards neither a core dump nor another process of the same user shows this process's memory, and signals
 /// for the daemon's whole service do not end it: it ends with its socket.
 pub(crate) fn settle() -> io::Result<OwnedFd> {
     let stdin = rustix::stdio::stdin();
@@ -33,6 +36,7 @@ pub(crate) fn settle() -> io::Result<OwnedFd> {
     // The lowest one that is free is 3 now.
     let socket = rustix::io::fcntl_dupfd_cloexec(stdin, 3)?;
     rustix::stdio::dup2_stdin(File::open("/dev/null")?)?;
+    drop_ambient_capabilities()?;
     set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
     setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) })?;
     for signal in [SIGINT, SIGTERM] {
@@ -42,10 +46,23 @@ pub(crate) fn settle() -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-/// Ends the process without the handlers of `exit(3)`: those of a vendor's library may wait for a thread that hangs in it, or
-/// crash under it.
-pub(crate) fn exit_at_once(status: u8) -> ! {
-    signal_hook::low_level::exit(status.into())
+/// Ambient capabilities are for the daemon, as that of listening on port 443: neither the library nor the programs that it starts
+/// have a use for them.
+fn drop_ambient_capabilities() -> io::Result<()> {
+    let mut sets = capabilities(None)?;
+    let held = sets.permitted & sets.inheritable;
+    let ambient: CapabilitySet =
+        held.iter().filter(|one| capability_is_in_ambient_set(*one).is_ok_and(|ambient| ambient)).collect();
+    // From here on no program that is started gets them.
+    clear_ambient_capability_set()?;
+    if !ambient.is_empty() {
+        sets.effective -= ambient;
+        sets.permitted -= ambient;
+        sets.inheritable -= ambient;
+        // A filter of system calls may forbid it.
+        let _ = set_capabilities(None, sets);
+    }
+    Ok(())
 }
 
 /// Processor time of the process so far, and bytes that it has in memory now.

@@ -17,8 +17,8 @@ use crate::code::Function;
 use crate::error::{Failure, HsmError};
 use crate::fault::{PARAMETER_REFUSALS, SessionAction};
 use crate::identity::{Fingerprint, KeyId};
-use crate::keys::{NewKey, Oaep, RsaPrivateParts, RsaPublic, TokenKey};
-use crate::link::{Level, Report, Request};
+use crate::keys::{NewKey, Oaep, RsaPrivateParts, RsaPublic};
+use crate::link::{Cost, Level, Report, Request, Value};
 use crate::worker::clock::thread_time;
 use crate::worker::key_table::{FoundKey, KeyTable, Purpose};
 use crate::worker::module::OwnLogin;
@@ -41,22 +41,6 @@ pub(crate) struct OpenSession {
     /// When a key was last looked for in vain.
     searched_again: Option<Instant>,
     cost: Cell<Cost>,
-}
-
-/// What PKCS#11 calls took.
-#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
-pub(crate) struct Cost {
-    pub(crate) took: Duration,
-    /// Of this thread: soft tokens work in it.
-    pub(crate) processor: Duration,
-}
-
-/// What an operation came to.
-pub(crate) enum Output {
-    Bytes(Zeroizing<Vec<u8>>),
-    Keys(Vec<TokenKey>),
-    Public(RsaPublic),
-    Done,
 }
 
 impl OpenSession {
@@ -83,17 +67,17 @@ impl OpenSession {
     }
 
     /// Does what is asked for, and says what the token's part of it took.
-    pub(crate) fn perform(&mut self, request: &Request<'_>) -> (Result<Output, HsmError>, Cost) {
+    pub(crate) fn perform(&mut self, request: &Request<'_>) -> (Result<Value, HsmError>, Cost) {
         self.cost.take();
         let result = self.dispatch(request);
         (result, self.cost.take())
     }
 
-    fn dispatch(&mut self, request: &Request<'_>) -> Result<Output, HsmError> {
+    fn dispatch(&mut self, request: &Request<'_>) -> Result<Value, HsmError> {
         match request {
             Request::Decrypt { id, public, oaep, ciphertext } => {
                 let key = self.key(id, *public, Purpose::Decrypt)?;
-                self.decrypt(key, *oaep, ciphertext).map(Output::Bytes)
+                self.decrypt(key, *oaep, ciphertext).map(Value::Bytes)
             }
             Request::Sign { id, public, scheme, digest } => {
                 let key = self.key(id, *public, Purpose::Sign)?;
@@ -102,23 +86,23 @@ impl OpenSession {
                 let input = mechanism::signed_input(*scheme, digest);
                 let (module, mechanism) = (&self.token.module, mechanism::signature(*scheme));
                 self.timed(|| module.sign(&self.session, &mechanism, key.handle, own_login, &input, room))
-                    .map(|signature| Output::Bytes(Zeroizing::new(signature)))
+                    .map(|signature| Value::Bytes(Zeroizing::new(signature)))
             }
             Request::Random(len) => {
                 let mut bytes = Zeroizing::new(vec![0; usize::from(*len)]);
                 self.timed(|| self.session.generate_random_slice(&mut bytes))?;
-                Ok(Output::Bytes(bytes))
+                Ok(Value::Bytes(bytes))
             }
             Request::Ping => {
                 self.timed(|| self.session.get_session_info())?;
-                Ok(Output::Done)
+                Ok(Value::Done)
             }
             Request::Keys { search } => {
                 if *search { self.search() } else { self.refresh() }?;
-                Ok(Output::Keys(self.keys.list()))
+                Ok(Value::Keys(self.keys.list()))
             }
-            Request::Generate(spec) => self.generate(spec).map(Output::Public),
-            Request::Import(spec, parts) => self.import(spec, parts).map(|()| Output::Done),
+            Request::Generate(spec) => self.generate(spec).map(Value::Public),
+            Request::Import(spec, parts) => self.import(spec, parts).map(|()| Value::Done),
             // Not a session's business.
             Request::Start(_) | Request::SetPin(..) => Err(HsmError::UnexpectedReply),
         }

@@ -13,18 +13,19 @@ use std::time::Duration;
 use cryptoki::context::Pkcs11;
 use cryptoki::error::RvError;
 use rsa::rand_core::OsRng;
-use rsa::traits::{PrivateKeyParts, PublicKeyParts};
+use rsa::traits::PublicKeyParts;
 use rsa::{Pkcs1v15Sign, RsaPrivateKey, RsaPublicKey, sha2};
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 
-use super::service::Finished;
-use super::{End, init_token, serve, set_env};
+use super::session_threads::Finished;
+use super::{ServeError, init_token, serve, set_env};
 use crate::code::Function;
 use crate::config::{Pin, TokenRef};
 use crate::error::{Failure, HsmError};
 use crate::identity::{Fingerprint, KeyId};
-use crate::keys::{Hash, KeyUsage, NewKey, Oaep, RsaPrivateParts, SignScheme, TokenKey};
+use crate::keys::{Hash, KeyUsage, NewKey, Oaep, SignScheme, TokenKey};
 use crate::link::{self, Answer, MAX_FRAME, Report, Request, Start};
+use crate::software_rsa;
 
 const SOFTHSM: &str = "/usr/lib/softhsm/libsofthsm2.so";
 const USER_PIN: &str = "123456";
@@ -91,7 +92,7 @@ enum Got {
 /// The daemon's end.
 struct Daemon {
     socket: OwnedFd,
-    worker: JoinHandle<Result<Finished, End>>,
+    worker: JoinHandle<Result<Finished, ServeError>>,
     seen: Seen,
     /// Answers that were not asked for yet.
     got: HashMap<u32, Result<Got, HsmError>>,
@@ -199,18 +200,7 @@ fn public() -> Fingerprint {
 }
 
 fn import() -> Request<'static> {
-    let key = &*KEY;
-    let parts = RsaPrivateParts {
-        n: key.n().to_bytes_be(),
-        e: key.e().to_bytes_be(),
-        d: key.d().to_bytes_be(),
-        p: key.primes()[0].to_bytes_be(),
-        q: key.primes()[1].to_bytes_be(),
-        dp: key.dp().unwrap().to_bytes_be(),
-        dq: key.dq().unwrap().to_bytes_be(),
-        qinv: key.crt_coefficient().unwrap().to_bytes_be(),
-    };
-    Request::Import(new_key(ID), parts)
+    Request::Import(new_key(ID), software_rsa::parts(&KEY))
 }
 
 fn new_key(id: &[u8]) -> NewKey {

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, missing_docs, unreachable_pub, dead_code)]
 
 pub mod program;
+pub mod software_rsa;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -20,8 +21,8 @@ use cryptoki::object::{Attribute, KeyType, ObjectClass};
 use cryptoki::session::{Session, UserType};
 use ring::signature as verify;
 use rsa::rand_core::{OsRng, RngCore};
-use rsa::traits::{PrivateKeyParts, PublicKeyParts};
-use rsa::{BigUint, RsaPrivateKey, RsaPublicKey, sha2};
+use rsa::traits::PublicKeyParts;
+use rsa::{BigUint, RsaPrivateKey, RsaPublicKey};
 
 pub const SOFTHSM: &str = "/usr/lib/softhsm/libsofthsm2.so";
 pub const USER_PIN: &str = "123456";
@@ -152,38 +153,8 @@ pub fn software_key() -> RsaPrivateKey {
     RsaPrivateKey::new(&mut OsRng, 2048).unwrap()
 }
 
-pub fn parts(key: &RsaPrivateKey) -> RsaPrivateParts {
-    RsaPrivateParts {
-        n: key.n().to_bytes_be(),
-        e: key.e().to_bytes_be(),
-        d: key.d().to_bytes_be(),
-        p: key.primes()[0].to_bytes_be(),
-        q: key.primes()[1].to_bytes_be(),
-        dp: key.dp().unwrap().to_bytes_be(),
-        dq: key.dq().unwrap().to_bytes_be(),
-        qinv: key.crt_coefficient().unwrap().to_bytes_be(),
-    }
-}
-
 pub fn encrypt(key: &RsaPublicKey, oaep: Oaep, message: &[u8]) -> Vec<u8> {
-    fn with_hash<D>(mgf: Hash) -> rsa::Oaep
-    where
-        D: 'static + sha1::digest::Digest + sha1::digest::DynDigest + Send + Sync,
-    {
-        match mgf {
-            Hash::Sha1 => rsa::Oaep::new_with_mgf_hash::<D, sha1::Sha1>(),
-            Hash::Sha256 => rsa::Oaep::new_with_mgf_hash::<D, sha2::Sha256>(),
-            Hash::Sha384 => rsa::Oaep::new_with_mgf_hash::<D, sha2::Sha384>(),
-            Hash::Sha512 => rsa::Oaep::new_with_mgf_hash::<D, sha2::Sha512>(),
-        }
-    }
-    let padding = match oaep.hash {
-        Hash::Sha1 => with_hash::<sha1::Sha1>(oaep.mgf),
-        Hash::Sha256 => with_hash::<sha2::Sha256>(oaep.mgf),
-        Hash::Sha384 => with_hash::<sha2::Sha384>(oaep.mgf),
-        Hash::Sha512 => with_hash::<sha2::Sha512>(oaep.mgf),
-    };
-    key.encrypt(&mut OsRng, padding, message).unwrap()
+    key.encrypt(&mut OsRng, software_rsa::padding(oaep), message).unwrap()
 }
 
 fn combinations() -> impl Iterator<Item = Oaep> {
@@ -222,8 +193,8 @@ fn one_token(runtime: &tokio::runtime::Runtime, tested: &MemberConfig) {
         // Imported and generated keys.
         let key = software_key();
         let id = new_id();
-        cluster.import_rsa(name, new_key(&id, KeyUsage::Both), parts(&key)).await.unwrap();
-        let again = cluster.import_rsa(name, new_key(&id, KeyUsage::Both), parts(&key)).await;
+        cluster.import_rsa(name, new_key(&id, KeyUsage::Both), software_rsa::parts(&key)).await.unwrap();
+        let again = cluster.import_rsa(name, new_key(&id, KeyUsage::Both), software_rsa::parts(&key)).await;
         assert!(matches!(again, Err(Failure { error: HsmError::KeyExists, .. })), "{again:?}");
         let id = named(&id, &key.to_public_key());
         let found = shown(&cluster, name, &id).await.unwrap();
@@ -392,7 +363,7 @@ async fn shown(cluster: &Cluster, member: &str, wanted: &KeyRef) -> Option<RsaPu
 
 /// The attributes of a private key that another program brings onto a token.
 pub fn others_key(id: Option<&KeyId>, key: &RsaPrivateKey) -> Vec<Attribute> {
-    let parts = parts(key);
+    let parts = software_rsa::parts(key);
     let mut template = vec![
         Attribute::Class(ObjectClass::PRIVATE_KEY),
         Attribute::KeyType(KeyType::RSA),
@@ -435,7 +406,7 @@ fn keys_of_other_programs(runtime: &tokio::runtime::Runtime, tested: &MemberConf
         runtime.block_on(async {
             cluster.start().await.unwrap();
             if !restarted {
-                cluster.import_rsa(name, new_key(&id, KeyUsage::Both), parts(&ours)).await.unwrap();
+                cluster.import_rsa(name, new_key(&id, KeyUsage::Both), software_rsa::parts(&ours)).await.unwrap();
                 assert!(shown(&cluster, name, &our_id).await.is_some());
                 let other_program = side_session(tested);
                 other_program.create_object(&others_key(Some(&id), &theirs)).unwrap();
@@ -465,7 +436,7 @@ fn concurrent_callers(runtime: &tokio::runtime::Runtime, tested: &MemberConfig) 
     let cluster = load(vec![tested.clone()], Arc::new(|_, _| {})).unwrap();
     runtime.block_on(async {
         cluster.start().await.unwrap();
-        cluster.import_rsa(&tested.name, new_key(&id, KeyUsage::Both), parts(&key)).await.unwrap();
+        cluster.import_rsa(&tested.name, new_key(&id, KeyUsage::Both), software_rsa::parts(&key)).await.unwrap();
         cluster.close().await;
     });
     let id = named(&id, &key.to_public_key());
@@ -511,7 +482,7 @@ fn two_tokens(runtime: &tokio::runtime::Runtime, tested: &MemberConfig, other: &
         let key = software_key();
         let id = new_id();
         for name in [&tested.name, &other.name] {
-            cluster.import_rsa(name, new_key(&id, KeyUsage::Both), parts(&key)).await.unwrap();
+            cluster.import_rsa(name, new_key(&id, KeyUsage::Both), software_rsa::parts(&key)).await.unwrap();
         }
         let id = named(&id, &key.to_public_key());
         let ciphertext = encrypt(&key.to_public_key(), SHA256, b"either");

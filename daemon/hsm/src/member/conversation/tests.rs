@@ -7,7 +7,7 @@ use rustix::net::{RecvFlags, SendFlags, recv, send};
 
 use super::*;
 use crate::code::Function;
-use crate::link::{Call, Request, encode, pair};
+use crate::link::{Call, Level, Request, encode, pair};
 
 const LIMITS: Limits = Limits { share: Duration::from_millis(50), watchdog: Duration::from_millis(100) };
 
@@ -27,7 +27,7 @@ impl Peer {
 
     fn submit(&self) -> (Waiting, mpsc::Receiver<()>) {
         let (guard, given_back) = mpsc::channel();
-        match self.talk.submit(&Job::random(4).unwrap(), LIMITS, guard) {
+        match self.talk.submit(&Job::new(&Request::Random(4)).unwrap(), LIMITS, guard) {
             Ok(waiting) => (waiting, given_back),
             Err(_) => panic!("not sent"),
         }
@@ -65,10 +65,11 @@ impl Peer {
 }
 
 fn bytes(id: u32, bytes: &[u8]) -> Report<'_> {
-    Report::Reply { id, took: 7, processor: 5, result: Ok(Answer::Bytes(bytes)) }
+    let cost = Cost { took: Duration::from_nanos(7), processor: Duration::from_nanos(5) };
+    Report::Reply { id, cost, result: Ok(Answer::Bytes(bytes)) }
 }
 
-fn reply(waiting: &mut Waiting) -> Reply {
+fn reply(waiting: &mut Waiting) -> CallResult {
     waiting.try_recv().unwrap().unwrap()
 }
 
@@ -172,7 +173,10 @@ async fn what_only_waited_in_the_socket_was_not_asked_of_the_token() {
     assert!(matches!(reply(&mut runs).result, Err(HsmError::Worker(WorkerFault::Gone))));
     assert!(waits.try_recv().unwrap().is_none());
     let (guard, _) = mpsc::channel();
-    assert!(matches!(talk.submit(&Job::random(4).unwrap(), LIMITS, guard), Err(Unsent::Gone)), "it is over");
+    assert!(
+        matches!(talk.submit(&Job::new(&Request::Random(4)).unwrap(), LIMITS, guard), Err(Unsent::Gone)),
+        "it is over"
+    );
 }
 
 #[tokio::test]
@@ -191,7 +195,7 @@ async fn a_list_comes_in_parts() {
     let id = peer.next();
     for (label, more) in [("one", true), ("two", false)] {
         let result = Ok(Answer::Keys { keys: vec![key(label)], more });
-        peer.say(&Report::Reply { id, took: 0, processor: 0, result });
+        peer.say(&Report::Reply { id, cost: Cost::default(), result });
     }
     peer.end(|_| {}).await;
     let Ok(Value::Keys(keys)) = reply(&mut waiting).result else { panic!("no keys") };
@@ -208,7 +212,7 @@ async fn a_list_without_an_end_ends_the_conversation() {
         move || {
             rustix::io::ioctl_fionbio(&socket, false).unwrap();
             let result = Ok(Answer::Keys { keys: Vec::new(), more: true });
-            let part = encode(&Report::Reply { id, took: 0, processor: 0, result }).unwrap();
+            let part = encode(&Report::Reply { id, cost: Cost::default(), result }).unwrap();
             while send(&socket, &part, SendFlags::NOSIGNAL).is_ok() {}
         }
     });
@@ -224,7 +228,7 @@ async fn a_full_socket_gives_the_place_back_and_takes_calls_again_once_it_is_rea
     let mut sent = 0;
     let refused = loop {
         assert!(sent < 100_000, "a socket without an end");
-        match peer.talk.submit(&Job::random(4).unwrap(), LIMITS, mpsc::channel().0) {
+        match peer.talk.submit(&Job::new(&Request::Random(4)).unwrap(), LIMITS, mpsc::channel().0) {
             Ok(_) => sent += 1,
             Err(refused) => break refused,
         }
@@ -274,10 +278,10 @@ async fn a_refused_pin_is_heard_of_before_the_call_that_met_it_fails() {
     let (mut waiting, _) = peer.submit();
     let error = HsmError::new(Function::Login, cryptoki::error::RvError::PinIncorrect);
     peer.say(&Report::PinRefused { number: 3, error });
-    peer.say(&Report::Reply { id: peer.next(), took: 0, processor: 0, result: Err(error) });
+    peer.say(&Report::Reply { id: peer.next(), cost: Cost::default(), result: Err(error) });
     let mut refused = None;
     peer.end(|news| {
-        if let News::PinRefused { number, .. } = news {
+        if let News::Report(Report::PinRefused { number, .. }) = news {
             assert!(waiting.try_recv().is_err(), "too early");
             refused = Some(number);
         }
@@ -290,7 +294,7 @@ async fn a_refused_pin_is_heard_of_before_the_call_that_met_it_fails() {
 #[tokio::test]
 async fn sessions_are_counted() {
     let peer = Peer::new();
-    let opened = Report::SessionOpened { took: 1, result: Ok(()) };
+    let opened = Report::SessionOpened { took: Duration::from_nanos(1), result: Ok(()) };
     peer.say(&opened);
     peer.say(&opened);
     peer.say(&Report::SessionClosed);

@@ -22,16 +22,18 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use claviger_process::signals::exit_at_once;
 use cryptoki::error::RvError;
 use rustix::io::Errno;
 
 use crate::error::{Failure, HsmError, WorkerFault};
 use crate::fault::SessionAction;
 use crate::keys::TokenKey;
-use crate::link::{Answer, Call, FrameBuffer, Level, MAX_FRAME, Report, Request, Start, WorkerEnd, nanos};
+use crate::link::{Answer, Call, Cost, FrameBuffer, Level, MAX_FRAME, Report, Request, Start, Value, WorkerEnd};
 use crate::lock::lock;
-use crate::worker::process::{self, SOCKET_FAILED};
-use crate::worker::session::{Cost, OpenSession, Output};
+use crate::worker::process::SOCKET_FAILED;
+use crate::worker::session::OpenSession;
+use crate::worker::spread::Spread;
 use crate::worker::token::Token;
 
 /// How long threads have to finish their calls after the end of the socket.
@@ -49,7 +51,7 @@ const REPLY_HEAD: usize = 64;
 const LONGEST_LABEL: usize = 1024;
 
 /// What the threads of a worker share.
-pub(crate) struct Service {
+pub(crate) struct SessionThreads {
     daemon: Arc<WorkerEnd>,
     token: OnceLock<Arc<Token>>,
     /// Held by the thread that opens a session.
@@ -58,6 +60,7 @@ pub(crate) struct Service {
     /// The state's `ending` or `threads` changed.
     changed: Condvar,
     failed: AtomicBool,
+    spread: Spread,
 }
 
 #[derive(Default)]
@@ -91,23 +94,24 @@ impl Drop for AbortOnPanic {
     }
 }
 
-impl Service {
+impl SessionThreads {
     pub(crate) fn new(daemon: Arc<WorkerEnd>) -> Arc<Self> {
-        Arc::new(Service {
+        Arc::new(SessionThreads {
             daemon,
             token: OnceLock::new(),
             opening: Mutex::new(()),
             state: Mutex::default(),
             changed: Condvar::new(),
             failed: AtomicBool::new(false),
+            spread: Spread::new(),
         })
     }
 
     /// Starts the first thread, which loads the module, logs in, opens its session and answers the call with this id; then
     /// the others.
     pub(crate) fn start(self: &Arc<Self>, id: u32, start: Start) {
-        let service = Arc::clone(self);
-        if let Err(error) = self.spawn(move || service.first(id, start)) {
+        let threads = Arc::clone(self);
+        if let Err(error) = self.spawn(move || threads.first(id, start)) {
             let why = format!("no thread for a session: {error}");
             self.fail(&Failure::new(HsmError::Worker(WorkerFault::NotStarted), why));
         }
@@ -116,11 +120,11 @@ impl Service {
     fn spawn(self: &Arc<Self>, work: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
         // Counted before it runs, so that the end does not miss it.
         self.state().threads += 1;
-        let service = Arc::clone(self);
+        let threads = Arc::clone(self);
         let spawned = thread::Builder::new().name("hsm session".to_owned()).spawn(move || {
             let guard = AbortOnPanic;
             work();
-            service.thread_ended();
+            threads.thread_ended();
             drop(guard);
         });
         if spawned.is_err() {
@@ -148,8 +152,8 @@ impl Service {
             return self.close(&mut Some(session));
         }
         for _ in 1..sessions {
-            let (service, its_token) = (Arc::clone(self), Arc::clone(&token));
-            if let Err(error) = self.spawn(move || service.work(&its_token, None)) {
+            let (threads, its_token) = (Arc::clone(self), Arc::clone(&token));
+            if let Err(error) = self.spawn(move || threads.work(&its_token, None)) {
                 token.note(Level::Warn, &format!("no thread for another session: {error}"));
                 break;
             }
@@ -205,14 +209,14 @@ impl Service {
                     },
                 }
             }
-            let Ok(len @ 1..) = self.daemon.recv(buffer.room()) else { break };
+            let Ok(len @ 1..) = self.daemon.recv(buffer.room(), || self.spread.before_waiting()) else { break };
             let served = self.serve(token, &mut session, buffer.frame(len));
             buffer.wipe(len);
             match served {
                 Ok(()) => {}
-                // A library has closed the socket. Other threads that wait in it keep the daemon from seeing an end.
+                // A library has closed the socket, or put something else in its place. Other threads that wait in it keep the daemon from seeing an end.
                 Err(error) if error.raw_os_error() == Some(Errno::BADF.raw_os_error()) => {
-                    process::exit_at_once(SOCKET_FAILED);
+                    exit_at_once(SOCKET_FAILED);
                 }
                 Err(_) => break,
             }
@@ -262,7 +266,7 @@ impl Service {
         let _one_at_a_time = lock(&self.opening);
         let started = Instant::now();
         let opened = OpenSession::open(token);
-        let took = nanos(started.elapsed());
+        let took = started.elapsed();
         if opened.is_ok() {
             let mut state = self.state();
             state.live += 1;
@@ -302,13 +306,13 @@ impl Service {
             request => {
                 let (result, cost) = self.perform(token, session, &request);
                 match result {
-                    Ok(Output::Keys(keys)) => self.reply_keys(token, id, cost, keys),
-                    Ok(Output::Bytes(bytes)) if bytes.len() > MAX_FRAME - REPLY_HEAD => {
+                    Ok(Value::Keys(keys)) => self.reply_keys(token, id, cost, keys),
+                    Ok(Value::Bytes(bytes)) if bytes.len() > MAX_FRAME - REPLY_HEAD => {
                         self.reply(id, cost, Err(HsmError::UnexpectedReply))
                     }
-                    Ok(Output::Bytes(bytes)) => self.reply(id, cost, Ok(Answer::Bytes(&bytes))),
-                    Ok(Output::Public(key)) => self.reply(id, cost, Ok(Answer::Public(key))),
-                    Ok(Output::Done) => self.reply(id, cost, Ok(Answer::Done)),
+                    Ok(Value::Bytes(bytes)) => self.reply(id, cost, Ok(Answer::Bytes(&bytes))),
+                    Ok(Value::Public(key)) => self.reply(id, cost, Ok(Answer::Public(key))),
+                    Ok(Value::Done) => self.reply(id, cost, Ok(Answer::Done)),
                     Err(error) => self.reply(id, cost, Err(error)),
                 }
             }
@@ -321,7 +325,7 @@ impl Service {
         token: &Arc<Token>,
         session: &mut Option<OpenSession>,
         request: &Request<'_>,
-    ) -> (Result<Output, HsmError>, Cost) {
+    ) -> (Result<Value, HsmError>, Cost) {
         let may_repeat = !matches!(request, Request::Generate(_) | Request::Import(..));
         let mut renewed = false;
         loop {
@@ -347,8 +351,7 @@ impl Service {
     }
 
     fn reply(&self, id: u32, cost: Cost, result: Result<Answer<'_>, HsmError>) -> std::io::Result<()> {
-        let (took, processor) = (nanos(cost.took), nanos(cost.processor));
-        self.daemon.send(&Report::Reply { id, took, processor, result })
+        self.daemon.send(&Report::Reply { id, cost, result })
     }
 
     /// Cuts a list into frames. The last one has the cost.
@@ -412,13 +415,13 @@ mod unit {
     #[test]
     fn a_lack_of_sessions_is_reported_once_for_each_number() {
         let (daemon, worker) = link::pair().unwrap();
-        let service = Service::new(Arc::new(WorkerEnd::new(worker)));
+        let threads = SessionThreads::new(Arc::new(WorkerEnd::new(worker).unwrap()));
         // Nothing waits.
-        service.state().ending = true;
+        threads.state().ending = true;
         let error = HsmError::new(Function::OpenSession, RvError::SessionCount);
         for live in [2, 2, 3, 3, 3, 2] {
-            service.state().live = live;
-            assert!(matches!(service.after_failure(error, &mut SHORTEST_PAUSE.clone()), Next::End));
+            threads.state().live = live;
+            assert!(matches!(threads.after_failure(error, &mut SHORTEST_PAUSE.clone()), Next::End));
         }
         let mut given = Vec::new();
         let mut buffer = [0; 64];
@@ -432,20 +435,20 @@ mod unit {
     #[test]
     fn one_thread_receives_when_none_has_a_session() {
         let (_daemon, worker) = link::pair().unwrap();
-        let service = Service::new(Arc::new(WorkerEnd::new(worker)));
-        service.state().ending = true;
+        let threads = SessionThreads::new(Arc::new(WorkerEnd::new(worker).unwrap()));
+        threads.state().ending = true;
         let (error, mut pause) = (HsmError::new(Function::OpenSession, RvError::DeviceError), SHORTEST_PAUSE);
-        assert!(matches!(service.after_failure(error, &mut pause), Next::Receive));
-        assert!(matches!(service.after_failure(error, &mut pause), Next::End), "another thread receives");
+        assert!(matches!(threads.after_failure(error, &mut pause), Next::Receive));
+        assert!(matches!(threads.after_failure(error, &mut pause), Next::End), "another thread receives");
         assert_eq!(pause, SHORTEST_PAUSE * 2);
         for _ in 0..10 {
-            service.after_failure(error, &mut pause);
+            threads.after_failure(error, &mut pause);
         }
         assert_eq!(pause, LONGEST_PAUSE);
         // It goes on until some thread has a session.
-        assert!(service.stays_lone(false));
-        service.state().live = 1;
-        assert!(!service.stays_lone(false) && !service.stays_lone(true));
+        assert!(threads.stays_lone(false));
+        threads.state().live = 1;
+        assert!(!threads.stays_lone(false) && !threads.stays_lone(true));
     }
 
     fn key(label: String) -> TokenKey {

@@ -1,0 +1,95 @@
+//! Session threads wait on different processors, so that two calls that come together run at the same time.
+//!
+//! A release sends two calls, one shortly after the other. The kernel wakes a thread on the processor where it ran last, if that
+//! one is idle, and otherwise near the sender, which is busy for a moment; a thread that is queued there is not moved for half a
+//! millisecond (`sched_migration_cost`), which is as long as an operation of a fast token. Threads that ran last on one processor
+//! therefore serve the two calls one after the other, again and again, while another processor idles.
+//!
+//! So a thread that is about to wait where the last one began to wait moves to the next processor first. It is free to run
+//! anywhere again before it waits: the kernel's placement is influenced, never restricted. Under load no thread waits, and none
+//! moves.
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use rustix::process::{Pid, getpid};
+use rustix::thread::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
+
+/// Where the threads of a process wait.
+#[derive(Debug)]
+pub(crate) struct Spread {
+    /// The main thread, whose processors are those that the administrator allows the process. It never moves.
+    main: Pid,
+    /// The processor on which a thread began to wait last.
+    last: AtomicUsize,
+    /// There are several processors, and the system lets threads choose (`seccomp` may not).
+    useful: AtomicBool,
+}
+
+impl Spread {
+    pub(crate) fn new() -> Self {
+        let several = sched_getaffinity(None).is_ok_and(|allowed| allowed.count() > 1);
+        Spread { main: getpid(), last: AtomicUsize::new(usize::MAX), useful: AtomicBool::new(several) }
+    }
+
+    /// The calling thread is about to wait for a call.
+    pub(crate) fn before_waiting(&self) {
+        if !self.useful.load(Ordering::Relaxed) {
+            return;
+        }
+        let here = sched_getcpu();
+        if self.last.swap(here, Ordering::Relaxed) != here {
+            return;
+        }
+        // Looked at each time: an administrator may change it.
+        let Ok(allowed) = sched_getaffinity(Some(self.main)) else { return };
+        let Some(next) = next(&allowed, here) else { return };
+        let mut only = CpuSet::new();
+        only.set(next);
+        match sched_setaffinity(None, &only) {
+            Ok(()) => self.last.store(next, Ordering::Relaxed),
+            Err(_) => self.useful.store(false, Ordering::Relaxed),
+        }
+        let _ = sched_setaffinity(None, &allowed);
+    }
+}
+
+/// The allowed processor after this one, in a ring; `None` when there is no other.
+fn next(allowed: &CpuSet, here: usize) -> Option<usize> {
+    let mut others = (here + 1..CpuSet::MAX_CPU).chain(0..here);
+    others.find(|processor| allowed.is_set(*processor))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_next_processor_is_one_that_is_allowed() {
+        let mut allowed = CpuSet::new();
+        [1, 3].iter().for_each(|processor| allowed.set(*processor));
+        let next = |here| next(&allowed, here);
+        assert_eq!([next(0), next(1), next(3), next(7)], [Some(1), Some(3), Some(1), Some(1)]);
+        allowed.unset(3);
+        assert_eq!(super::next(&allowed, 1), None);
+    }
+
+    #[test]
+    fn threads_wait_apart_and_stay_free() {
+        let allowed = sched_getaffinity(None).unwrap();
+        if allowed.count() < 2 {
+            return;
+        }
+        let spread = Spread::new();
+        let moves = (0..100).filter(|_| {
+            let before = sched_getcpu();
+            spread.last.store(before, Ordering::Relaxed);
+            spread.before_waiting();
+            assert_eq!(sched_getaffinity(None).unwrap(), allowed, "free to run anywhere");
+            spread.last.load(Ordering::Relaxed) != before
+        });
+        // The kernel may have moved this thread just before.
+        assert!(moves.count() > 50);
+        assert!(spread.useful.load(Ordering::Relaxed));
+    }
+}
