@@ -8,7 +8,7 @@ const GIGABYTE: usize = 1 << 30;
 /// What is printed: lines of this length, so many at once.
 const LINE: usize = 1000;
 const LINES: usize = 64;
-/// The descriptor that [`Deed::Close`] closes: where a worker process has its socket.
+/// The descriptor that [`Deed::Close`] and [`Deed::Reconnect`] take: where a worker process has its socket.
 const DESCRIPTOR: libc::c_int = 3;
 /// The size that [`Deed::Heap`] writes over that of a block: less than any block has.
 const NO_SIZE: usize = 8;
@@ -22,19 +22,21 @@ pub(crate) enum Deed {
     Heap,
     Handlers,
     Close,
+    Reconnect,
     Print,
     Leak,
     Deadlock,
 }
 
 impl Deed {
-    const ALL: [(&'static str, Deed); 9] = [
+    const ALL: [(&'static str, Deed); 10] = [
         ("abort", Deed::Abort),
         ("exit", Deed::Exit),
         ("segv", Deed::Segv),
         ("heap", Deed::Heap),
         ("handlers", Deed::Handlers),
         ("close", Deed::Close),
+        ("reconnect", Deed::Reconnect),
         ("print", Deed::Print),
         ("leak", Deed::Leak),
         ("deadlock", Deed::Deadlock),
@@ -55,6 +57,7 @@ impl Deed {
             // SAFETY: the point is to take a descriptor from its owner. What the owner reads or writes from now on fails, or
             // goes to a file that gets the same number, which is memory safe.
             Deed::Close => drop(unsafe { libc::close(DESCRIPTOR) }),
+            Deed::Reconnect => reconnect(),
             Deed::Print => print(),
             Deed::Leak => std::mem::forget(black_box(vec![1_u8; GIGABYTE])),
             Deed::Deadlock => lock_twice(),
@@ -79,6 +82,16 @@ fn corrupt_heap() {
         let block = libc::malloc(64).cast::<usize>();
         block.sub(1).write(NO_SIZE);
         libc::free(block.cast());
+    }
+}
+
+/// As a library does that closes descriptors it does not own and then opens a connection of its own, to somebody who reads.
+fn reconnect() {
+    let mut ends = [0; 2];
+    // SAFETY: there is room for both ends. As for closing it: what its owner sends from now on goes elsewhere.
+    unsafe {
+        libc::socketpair(libc::AF_UNIX, libc::SOCK_SEQPACKET, 0, ends.as_mut_ptr());
+        libc::dup2(ends[0], DESCRIPTOR);
     }
 }
 

@@ -321,6 +321,7 @@ mod tests {
             ("heap", Deed::Heap),
             ("handlers", Deed::Handlers),
             ("close", Deed::Close),
+            ("reconnect", Deed::Reconnect),
             ("print", Deed::Print),
             ("leak", Deed::Leak),
             ("deadlock", Deed::Deadlock),

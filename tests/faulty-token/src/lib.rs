@@ -32,6 +32,7 @@
 //! heap                                    writes over the allocator's data, and frees: the allocator aborts
 //! deadlock                                waits for a mutex that it holds, for ever
 //! close                                   closes descriptor 3, and goes on
+//! reconnect                               descriptor 3 is another socket, whose other end is open; goes on
 //! handlers                                SIGTERM, SIGINT, SIGCHLD are ignored, SIGSEGV is handled by doing nothing; goes on
 //! print                                   a gigabyte to both outputs, and goes on
 //! leak                                    a gigabyte of memory, written to; goes on

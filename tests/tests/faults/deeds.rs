@@ -16,7 +16,7 @@ const HASTY: Setup = Setup { watchdog_ms: 1_000, ..ALONE };
 /// Deeds that end the process.
 const DEADLY: [&str; 4] = ["abort", "exit", "segv", "heap"];
 /// Those after which it does not answer any more.
-const MUTE: [&str; 2] = ["close", "deadlock"];
+const MUTE: [&str; 3] = ["close", "reconnect", "deadlock"];
 
 /// The calls that do a deed, one after the other. What takes a gigabyte is done once.
 fn calls(deed: &str) -> &'static [&'static str] {
@@ -116,13 +116,13 @@ async fn modules_that_end_their_process_alone() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_module_that_closes_the_workers_socket_beside_others() {
-    beside_others(&["close"]).await;
+async fn a_module_that_closes_or_replaces_the_workers_socket_beside_others() {
+    beside_others(&["close", "reconnect"]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_module_that_closes_the_workers_socket_alone() {
-    alone(HASTY, &["close"]).await;
+async fn a_module_that_closes_or_replaces_the_workers_socket_alone() {
+    alone(HASTY, &["close", "reconnect"]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
