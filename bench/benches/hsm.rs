@@ -1,12 +1,18 @@
 //! What the cluster costs beside its tokens: choosing a member, handing a call to a member's worker process and back, alone and
-//! with others. The call asks a soft token for a few random bytes, which is next to nothing.
+//! with others, where the call asks a soft token for a few random bytes, which is next to nothing; and what a decryption and a
+//! signature cost outside of the token at saturation.
 
 #![allow(missing_docs, clippy::unwrap_used)]
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use claviger::run::daemon::member;
-use claviger_bench::ceiling::{Settings, Stage};
+use claviger::sys::process;
+use claviger_bench::ceiling::{Settings, Stage, callers};
+use claviger_bench::cpu;
+use claviger_bench::raw::{OAEP, SCHEME, Work};
 use claviger_hsm::policy::pick::{Candidate, Tiers, pick};
 use claviger_hsm::{CallTimeouts, Cluster};
 use claviger_tests::worker;
@@ -40,7 +46,7 @@ fn handing_over(c: &mut Criterion) {
     let config = stage.lab.config();
     let members = config.hsm.iter().map(|hsm| member(&config.env, hsm, 4096).unwrap()).collect();
     let timeouts = CallTimeouts { watchdog: Duration::from_secs(10) };
-    let cluster = Cluster::new(members, timeouts, worker(), std::sync::Arc::new(|_, _| {})).unwrap();
+    let cluster = Cluster::new(members, timeouts, worker(), Arc::new(|_, _| {})).unwrap();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
     runtime.block_on(cluster.start()).unwrap();
     let deadline = || Instant::now() + Duration::from_secs(10);
@@ -67,5 +73,58 @@ fn handing_over(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, choosing, handing_over);
+/// Processor time of this process and of the worker processes outside of PKCS#11 operations, for a decryption and a signature
+/// at the same time, as a release asks for them. So many callers that no session is ever idle.
+fn pair(c: &mut Criterion) {
+    let stage = Stage::set(&Settings::default());
+    let config = stage.lab.config();
+    let members = config.hsm.iter().map(|hsm| member(&config.env, hsm, 4096).unwrap()).collect();
+    let timeouts = CallTimeouts { watchdog: Duration::from_secs(10) };
+    let cluster = Cluster::new(members, timeouts, worker(), Arc::new(|_, _| {})).unwrap();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    runtime.block_on(cluster.start()).unwrap();
+    let work = Arc::new(stage.work.clone());
+    // In seconds: all of it, and within PKCS#11 operations.
+    let spent = || {
+        let members = cluster.members();
+        let workers = members.iter().filter_map(|member| member.worker).map(cpu::seconds).sum::<f64>();
+        let inside = members.iter().map(|member| member.spent).sum::<Duration>();
+        (process::usage().cpu.as_secs_f64() + workers, inside.as_secs_f64())
+    };
+    let callers = callers(config.hsm.iter().map(|hsm| hsm.sessions).sum());
+    let mut group = c.benchmark_group("hsm");
+    // What is measured is a thirtieth of the time that it takes.
+    group.sample_size(10).measurement_time(Duration::from_millis(500)).warm_up_time(Duration::from_secs(1));
+    group.bench_function("own_cost_of_a_pair", |b| {
+        b.iter_custom(|count| {
+            let before = spent();
+            let left = Arc::new(AtomicU64::new(count));
+            runtime.block_on(async {
+                let mut running = JoinSet::new();
+                for _ in 0..callers {
+                    running.spawn(pairs(cluster.clone(), Arc::clone(&work), Arc::clone(&left)));
+                }
+                running.join_all().await
+            });
+            let after = spent();
+            Duration::from_secs_f64(((after.0 - before.0) - (after.1 - before.1)).max(0.0))
+        });
+    });
+    runtime.block_on(cluster.close());
+    group.finish();
+}
+
+/// One caller: pairs, until none is left.
+async fn pairs(cluster: Cluster, work: Arc<Work>, left: Arc<AtomicU64>) {
+    while left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok() {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        let (decrypted, signed) = tokio::join!(
+            cluster.decrypt(&work.encryption, OAEP, &work.ciphertext, deadline, None),
+            cluster.sign(&work.signing, SCHEME, &[0x5a; 32], deadline, None),
+        );
+        assert!(decrypted.unwrap().value.len() == 32 && signed.unwrap().value.len() == 256);
+    }
+}
+
+criterion_group!(benches, choosing, handing_over, pair);
 criterion_main!(benches);

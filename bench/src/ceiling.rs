@@ -12,8 +12,9 @@ use serde::Serialize;
 
 use crate::histogram::{nanoseconds, seconds};
 use crate::machine::{Machine, processors};
+use crate::public_op::PublicOperation;
 use crate::raw::Work;
-use crate::service::Service;
+use crate::service::{Service, Spent};
 
 /// Virtual machines of the lab: as many different protectors.
 const VMS: usize = 64;
@@ -116,12 +117,24 @@ pub struct Ceiling {
     pub ratio: f64,
     /// Its spread.
     pub ratio_spread: Figure,
-    /// Processor time within PKCS#11 operations ÷ processor time of the daemon, at saturation.
+    /// Processor time within PKCS#11 operations ÷ processor time of the daemon and its workers, at saturation.
     pub efficiency: f64,
-    /// The rest, for a release, in microseconds.
+    /// The rest, for a release, ÷ the time of an RSA-2048 operation with a public key.
+    pub own_cost_in_public_ops: f64,
+    /// Its spread.
+    pub own_cost_in_public_ops_spread: Figure,
+    /// The time of an RSA-2048 operation with a public key (a verification), in microseconds.
+    pub public_op_us: f64,
+    /// Processor time of daemon and workers outside PKCS#11 operations, for a release, in microseconds.
     pub own_cost_us: f64,
-    /// Processor time within PKCS#11 operations for a release, in microseconds.
+    /// The daemon's part of it.
+    pub daemon_cost_us: f64,
+    /// The workers' part of it.
+    pub worker_cost_us: f64,
+    /// Processor time of the workers within PKCS#11 operations, for a release, in microseconds.
     pub pkcs11_cost_us: f64,
+    /// Decryptions and signatures that the HSMs were asked for, for a release.
+    pub hsm_operations_per_release: f64,
     /// Pairs of a decryption and a signature that the raw token does in a second.
     pub raw_pairs_per_second: f64,
     /// Releases of the daemon in a second.
@@ -132,10 +145,39 @@ pub struct Ceiling {
     pub release_seconds: Percentiles,
     /// One at a time.
     pub light: Light,
-    /// Memory of the daemon, in octets.
+    /// Memory of the daemon and its workers, in bytes.
     pub resident_bytes: f64,
     /// Replies that were opened and held the right keys; a wrong one ends the run.
     pub checked: usize,
+}
+
+/// What a round's releases cost, each, in seconds of processor time.
+struct Cost {
+    /// Within PKCS#11 operations ÷ all.
+    efficiency: f64,
+    /// Outside PKCS#11 operations: the daemon's and the workers'.
+    own: f64,
+    daemon: f64,
+    workers: f64,
+    pkcs11: f64,
+    /// Decryptions and signatures.
+    operations: f64,
+    /// An operation with a public key, measured beside the round.
+    public_op: f64,
+}
+
+impl Cost {
+    fn of(spent: &Spent, public_op: f64) -> Self {
+        let each = |sum: f64| sum / spent.releases;
+        let (daemon, workers, pkcs11) = (each(spent.daemon), each(spent.workers_outside_pkcs11), each(spent.pkcs11));
+        let own = daemon + workers;
+        let efficiency = pkcs11 / (own + pkcs11);
+        Self { efficiency, own, daemon, workers, pkcs11, operations: each(spent.operations), public_op }
+    }
+
+    fn in_public_ops(&self) -> f64 {
+        self.own / self.public_op
+    }
 }
 
 /// A lab, and the way to its raw tokens.
@@ -206,7 +248,8 @@ pub fn run(stage: &Stage, settings: &Settings, mut tell: impl FnMut(&str)) -> Ce
     let callers = callers(settings.hsms * settings.sessions);
     // Code, connections and caches: the first round of each is not counted.
     let _ = service.round(callers, settings.time / 4);
-    let (mut ratios, mut lights, mut efficiencies, mut own, mut pkcs11) = (vec![], vec![], vec![], vec![], vec![]);
+    let public_op = PublicOperation::new();
+    let (mut ratios, mut lights, mut costs) = (vec![], vec![], Vec::<Cost>::new());
     let (mut raw_rates, mut rates) = (vec![], vec![]);
     let (mut pairs, mut releases) = (nanoseconds(), nanoseconds());
     let (mut decrypts, mut signs, mut light_releases) = (nanoseconds(), nanoseconds(), nanoseconds());
@@ -219,11 +262,7 @@ pub fn run(stage: &Stage, settings: &Settings, mut tell: impl FnMut(&str)) -> Ce
         ratios.push(served.per_second / raw.per_second);
         raw_rates.push(raw.per_second);
         rates.push(served.per_second);
-        let count = served.after.releases - served.before.releases;
-        let (cpu, inside) = (served.after.cpu - served.before.cpu, served.after.pkcs11 - served.before.pkcs11);
-        efficiencies.push(inside / cpu);
-        own.push((cpu - inside) / count * 1e6);
-        pkcs11.push(inside / count * 1e6);
+        costs.push(Cost::of(&served.spent(), public_op.seconds(processors(), settings.time / 10)));
         let alone = seconds(&raw_light.decrypts, 0.5) + seconds(&raw_light.signs, 0.5);
         lights.push(seconds(&light.releases, 0.5) / alone);
         pairs.add(raw.pairs).unwrap();
@@ -234,16 +273,19 @@ pub fn run(stage: &Stage, settings: &Settings, mut tell: impl FnMut(&str)) -> Ce
         checked += served.checked + light.checked;
         tell(&format!(
             "round {round} of {}: raw {:.0} pairs/s, daemon {:.0} releases/s, ratio {:.3}, efficiency {:.3}, own cost {:.0} µs, \
-             light {:.2}",
+             {:.1} public operations, light {:.2}",
             settings.rounds,
             raw.per_second,
             served.per_second,
             ratios[round - 1],
-            efficiencies[round - 1],
-            own[round - 1],
+            costs[round - 1].efficiency,
+            costs[round - 1].own * 1e6,
+            costs[round - 1].in_public_ops(),
             lights[round - 1]
         ));
     }
+    let of = |pick: fn(&Cost) -> f64| Figure::of(&costs.iter().map(pick).collect::<Vec<_>>());
+    let own_in_public_ops = of(Cost::in_public_ops);
     Ceiling {
         machine: Machine::here(),
         hsms: settings.hsms,
@@ -254,9 +296,15 @@ pub fn run(stage: &Stage, settings: &Settings, mut tell: impl FnMut(&str)) -> Ce
         rounds: settings.rounds,
         ratio: median(&ratios),
         ratio_spread: Figure::of(&ratios),
-        efficiency: median(&efficiencies),
-        own_cost_us: median(&own),
-        pkcs11_cost_us: median(&pkcs11),
+        efficiency: of(|cost| cost.efficiency).median,
+        own_cost_in_public_ops: own_in_public_ops.median,
+        own_cost_in_public_ops_spread: own_in_public_ops,
+        public_op_us: of(|cost| cost.public_op * 1e6).median,
+        own_cost_us: of(|cost| cost.own * 1e6).median,
+        daemon_cost_us: of(|cost| cost.daemon * 1e6).median,
+        worker_cost_us: of(|cost| cost.workers * 1e6).median,
+        pkcs11_cost_us: of(|cost| cost.pkcs11 * 1e6).median,
+        hsm_operations_per_release: of(|cost| cost.operations).median,
         raw_pairs_per_second: median(&raw_rates),
         releases_per_second: median(&rates),
         raw_pair_seconds: Percentiles { p50: seconds(&pairs, 0.5), p99: seconds(&pairs, 0.99) },

@@ -1,16 +1,16 @@
-//! Histograms of times, in nanoseconds.
+//! Times in histograms.
 
 use std::time::Duration;
 
 use hdrhistogram::Histogram;
 
-/// For times up to a minute, in nanoseconds, to three digits.
+/// An empty histogram of times up to a minute, in nanoseconds, to three digits.
 #[must_use]
 pub fn nanoseconds() -> Histogram<u64> {
     Histogram::new_with_bounds(1, 60_000_000_000, 3).unwrap()
 }
 
-/// Counts a time.
+/// Counts a time; one that is longer than the histogram holds counts as its longest.
 pub fn record(histogram: &mut Histogram<u64>, time: Duration) {
     histogram.saturating_record(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX).max(1));
 }

@@ -8,11 +8,15 @@
 #![allow(clippy::unwrap_used)]
 
 pub mod ceiling;
+pub mod cpu;
 pub mod histogram;
 pub mod idle;
 pub mod machine;
+pub mod owners;
 pub mod parts;
+pub mod public_op;
 pub mod raw;
 pub mod report;
 pub mod scaling;
 pub mod service;
+pub mod storm;

@@ -13,9 +13,10 @@ use hdrhistogram::Histogram;
 
 use crate::histogram::{nanoseconds, record};
 
-/// The mechanisms of the protectors that owners make.
-const OAEP: Oaep = Oaep { hash: Hash::Sha1, mgf: Hash::Sha1 };
-const SCHEME: SignScheme = SignScheme::Pkcs1(Hash::Sha256);
+/// How the transport keys of the protectors that owners make are encrypted.
+pub const OAEP: Oaep = Oaep { hash: Hash::Sha1, mgf: Hash::Sha1 };
+/// How protectors are signed.
+pub const SCHEME: SignScheme = SignScheme::Pkcs1(Hash::Sha256);
 
 /// What the loop works with.
 #[derive(Clone)]
@@ -26,7 +27,8 @@ pub struct Work {
     pub encryption: KeyRef,
     /// The key that signs.
     pub signing: KeyRef,
-    ciphertext: Vec<u8>,
+    /// Of 32 bytes, for the key that decrypts.
+    pub ciphertext: Vec<u8>,
 }
 
 /// What a round of the loop came to.

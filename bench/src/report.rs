@@ -6,6 +6,7 @@ use crate::ceiling::Ceiling;
 use crate::idle::Idle;
 use crate::machine::Machine;
 use crate::scaling::Scaling;
+use crate::storm::{Phase, Storm};
 
 /// Where and when, in a line.
 #[must_use]
@@ -24,8 +25,25 @@ pub fn ceiling(found: &Ceiling) -> String {
     };
     let ms = |seconds: f64| format!("{:.2} ms", seconds * 1e3);
     let spread = |figure: &crate::ceiling::Figure| format!("{:.2} to {:.2} in the rounds", figure.least, figure.most);
-    line("efficiency", format!("{:.3}", found.efficiency), "processor time in PKCS#11 calls ÷ that of the daemon");
-    line("own cost", format!("{:.0} µs", found.own_cost_us), "the rest of the daemon's, for a release");
+    line(
+        "efficiency",
+        format!("{:.3}", found.efficiency),
+        "processor time in PKCS#11 calls ÷ that of daemon and workers",
+    );
+    line(
+        "own cost",
+        format!("{:.1}", found.own_cost_in_public_ops),
+        &format!(
+            "RSA-2048 public operations, of {:.1} µs each, for the rest; {}",
+            found.public_op_us,
+            spread(&found.own_cost_in_public_ops_spread)
+        ),
+    );
+    line(
+        "HSM operations",
+        format!("{:.3}", found.hsm_operations_per_release),
+        "decryptions and signatures for a release",
+    );
     line("ratio", format!("{:.3}", found.ratio), &format!("releases ÷ raw pairs; {}", spread(&found.ratio_spread)));
     let light = &found.light;
     line(
@@ -42,7 +60,11 @@ pub fn ceiling(found: &Ceiling) -> String {
     line("releases", format!("{:.0} /s", found.releases_per_second), "with the callers on the same processors");
     line("raw pair", ms(found.raw_pair_seconds.p50), &format!("p99 {}, saturated", ms(found.raw_pair_seconds.p99)));
     line("release", ms(found.release_seconds.p50), &format!("p99 {}, saturated", ms(found.release_seconds.p99)));
-    line("memory", format!("{:.0} MiB", found.resident_bytes / 1048576.0), "resident, of the daemon");
+    line("own cost", format!("{:.0} µs", found.own_cost_us), "processor time outside PKCS#11 calls, for a release");
+    line("  of the daemon", format!("{:.0} µs", found.daemon_cost_us), "");
+    line("  of the workers", format!("{:.0} µs", found.worker_cost_us), "");
+    line("in PKCS#11 calls", format!("{:.0} µs", found.pkcs11_cost_us), "processor time of the workers, for a release");
+    line("memory", format!("{:.0} MiB", found.resident_bytes / 1048576.0), "resident, of daemon and workers");
     let _ = writeln!(
         text,
         "{} HSMs of {} sessions, RSA-{}, {} rounds of {} s; {} replies opened and right\n{}",
@@ -94,4 +116,61 @@ pub fn idle(found: &Idle) -> String {
         mib(found.resident_bytes_without),
         machine(&found.machine)
     )
+}
+
+/// A storm.
+#[must_use]
+pub fn storm(found: &Storm) -> String {
+    let mut text = String::new();
+    if let Some(full) = &found.full {
+        phase(&mut text, "stock full", full);
+    }
+    phase(&mut text, "no stock", &found.empty);
+    let _ = writeln!(
+        text,
+        "bound {:.2} s: a decryption and a signature for each machine by the raw tokens, {:.0} pairs/s\n\
+         {} machines of {} owners, by {} hosts, within {} s; {} rounds; {} HSMs of {} sessions{}\n{}",
+        found.bound_seconds.median,
+        found.raw_pairs_per_second.median,
+        found.machines,
+        found.owners,
+        found.hosts,
+        found.within_seconds,
+        found.rounds,
+        found.hsms,
+        found.sessions,
+        if found.has_stock { "" } else { "; this daemon keeps no stock" },
+        machine(&found.machine)
+    );
+    text
+}
+
+fn phase(text: &mut String, name: &str, found: &Phase) {
+    let of_bound = &found.of_bound;
+    let _ = writeln!(
+        text,
+        "{name:<10}  time to the last machine ÷ bound {:.2} ({:.2} to {:.2} in the rounds; {:.2} s)\n\
+         {:<10}  {:.3} HSM operations a release; p50 {:.2} s, p99 {:.2} s; {} times told to come later, {} lost; {} replies \
+         opened and right",
+        of_bound.median,
+        of_bound.least,
+        of_bound.most,
+        found.to_last_seconds.median,
+        "",
+        found.hsm_operations_per_release.median,
+        found.wait_seconds.p50,
+        found.wait_seconds.p99,
+        found.refused,
+        found.lost,
+        found.checked
+    );
+    for (code, count) in &found.errors {
+        let _ = writeln!(text, "{:<10}  lost: {count} {code}", "");
+    }
+    for (series, values) in &found.stock {
+        let _ = writeln!(text, "{:<10}  {series}: {} before, {} after", "", values.before, values.after);
+    }
+    for why in &found.invalid {
+        let _ = writeln!(text, "{:<10}  SAYS NOTHING: {why}", "");
+    }
 }

@@ -5,7 +5,7 @@ use serde::Serialize;
 
 use crate::ceiling::{Settings, Stage, callers};
 use crate::machine::Machine;
-use crate::service::Service;
+use crate::service::{Round, Service};
 
 /// A number of members.
 #[derive(Clone, Debug, Serialize)]
@@ -48,7 +48,8 @@ pub fn run(stage: &Stage, settings: &Settings, numbers: &[usize], mut tell: impl
         let _ = service.round(callers, settings.time / 4);
         let rounds: Vec<_> = (0..settings.rounds).map(|_| service.round(callers, settings.time)).collect();
         let rates: Vec<_> = rounds.iter().map(|round| round.per_second).collect();
-        let cpu: Vec<_> = rounds.iter().map(|r| (r.after.cpu - r.before.cpu) / settings.time.as_secs_f64()).collect();
+        let processors = |round: &Round| round.spent().processor_time() / settings.time.as_secs_f64();
+        let cpu: Vec<_> = rounds.iter().map(processors).collect();
         let rate = median(&rates);
         let one = steps.first().map_or(rate / hsms as f64, |first| first.releases_per_second / first.hsms as f64);
         let step = Step {

@@ -13,6 +13,7 @@ use claviger_tests::raw::{Connection, post};
 use claviger_tests::{Daemon, Lab, Metrics, ROLL, block, open_release, roll_request};
 use hdrhistogram::Histogram;
 
+use crate::cpu;
 use crate::histogram::{nanoseconds, record};
 
 /// From a round's begin to the begin of its count: for everybody to be there.
@@ -35,17 +36,59 @@ struct Machine {
     key: [u8; 32],
 }
 
-/// What the daemon says of itself.
+/// What the daemon says of itself. Times are processor time since the start, in seconds.
 #[derive(Clone, Copy, Debug)]
 pub struct Snapshot {
-    /// Processor time so far, in seconds.
-    pub cpu: f64,
-    /// Of that, within PKCS#11 operations.
+    /// Of the daemon's own process, which makes no PKCS#11 call.
+    pub daemon: f64,
+    /// Of the worker processes.
+    pub workers: f64,
+    /// Of the workers' time, within PKCS#11 operations.
     pub pkcs11: f64,
+    /// Decryptions and signatures that the HSMs answered, in whatever way.
+    pub operations: f64,
     /// Releases so far.
     pub releases: f64,
-    /// Resident memory, in octets.
+    /// Resident memory of daemon and workers, in bytes.
     pub resident: f64,
+}
+
+/// What was spent between two [`Snapshot`]s: processor time in seconds, and what for.
+#[derive(Clone, Copy, Debug)]
+pub struct Spent {
+    /// By the daemon.
+    pub daemon: f64,
+    /// By the workers, outside of PKCS#11 operations.
+    pub workers_outside_pkcs11: f64,
+    /// By the workers, within PKCS#11 operations.
+    pub pkcs11: f64,
+    /// Decryptions and signatures.
+    pub operations: f64,
+    /// Releases.
+    pub releases: f64,
+}
+
+impl Snapshot {
+    /// What was spent since an earlier snapshot.
+    #[must_use]
+    pub fn since(&self, before: &Self) -> Spent {
+        let pkcs11 = self.pkcs11 - before.pkcs11;
+        Spent {
+            daemon: self.daemon - before.daemon,
+            workers_outside_pkcs11: self.workers - before.workers - pkcs11,
+            pkcs11,
+            operations: self.operations - before.operations,
+            releases: self.releases - before.releases,
+        }
+    }
+}
+
+impl Spent {
+    /// Of daemon and workers together, in seconds.
+    #[must_use]
+    pub fn processor_time(&self) -> f64 {
+        self.daemon + self.workers_outside_pkcs11 + self.pkcs11
+    }
 }
 
 /// What a round came to.
@@ -60,6 +103,14 @@ pub struct Round {
     pub before: Snapshot,
     /// What it said when it ended.
     pub after: Snapshot,
+}
+
+impl Round {
+    /// What was spent while it counted.
+    #[must_use]
+    pub fn spent(&self) -> Spent {
+        self.after.since(&self.before)
+    }
 }
 
 impl Service {
@@ -117,14 +168,26 @@ impl Service {
     /// What the daemon says of itself now.
     #[must_use]
     pub fn snapshot(&self) -> Snapshot {
-        let metrics: Metrics = block(self.daemon.metrics());
-        let sum = |name, labels: &[_]| metrics.sum(name, labels).unwrap_or_else(|| panic!("the daemon has no {name}"));
-        Snapshot {
-            cpu: sum("process_cpu_seconds_total", &[]) + sum("claviger_hsm_worker_cpu_seconds_total", &[]),
-            pkcs11: sum("claviger_hsm_cpu_seconds_total", &[]),
-            releases: sum("claviger_releases_total", &[("outcome", "success")]),
-            resident: sum("process_resident_memory_bytes", &[]) + sum("claviger_hsm_worker_resident_memory_bytes", &[]),
-        }
+        snapshot(&self.daemon)
+    }
+}
+
+/// What a daemon says of itself now.
+///
+/// # Panics
+/// When a series is missing.
+#[must_use]
+pub fn snapshot(daemon: &Daemon) -> Snapshot {
+    let metrics: Metrics = block(daemon.metrics());
+    let workers = cpu::children(daemon.process.pid().as_raw_nonzero().get().unsigned_abs());
+    let sum = |name, labels: &[_]| metrics.sum(name, labels).unwrap_or_else(|| panic!("the daemon has no {name}"));
+    Snapshot {
+        daemon: sum("process_cpu_seconds_total", &[]),
+        workers: workers.into_iter().map(cpu::seconds).sum(),
+        pkcs11: sum("claviger_hsm_cpu_seconds_total", &[]),
+        operations: ["decrypt", "sign"].map(|op| sum("claviger_hsm_calls_total", &[("op", op)])).iter().sum(),
+        releases: sum("claviger_releases_total", &[("outcome", "success")]),
+        resident: sum("process_resident_memory_bytes", &[]) + sum("claviger_hsm_worker_resident_memory_bytes", &[]),
     }
 }
 

@@ -29,7 +29,12 @@ fn the_daemon_beside_the_raw_token() {
     for pointer in [
         "/ratio",
         "/ratio_spread/least",
+        "/own_cost_in_public_ops",
+        "/own_cost_in_public_ops_spread/least",
+        "/public_op_us",
         "/own_cost_us",
+        "/daemon_cost_us",
+        "/worker_cost_us",
         "/pkcs11_cost_us",
         "/raw_pairs_per_second",
         "/releases_per_second",
@@ -48,6 +53,16 @@ fn the_daemon_beside_the_raw_token() {
         positive(&figures, pointer);
     }
     assert!(positive(&figures, "/efficiency") < 1.0, "more time inside the calls than there was: {figures:#}");
+    let sum = positive(&figures, "/daemon_cost_us") + positive(&figures, "/worker_cost_us");
+    let own = positive(&figures, "/own_cost_us");
+    // Medians of few rounds do not add up exactly.
+    assert!((0.5..2.0).contains(&(sum / own)), "the parts are not the whole: {figures:#}");
+    // Self tests and checkpoints ask the HSMs, too; what is in flight at a round's ends counts on one side only.
+    let operations = positive(&figures, "/hsm_operations_per_release");
+    assert!(
+        (0.9..2.6).contains(&operations),
+        "a release is a decryption, and a signature that may be in stock: {figures:#}"
+    );
     let text = said(&output);
     assert!(text.contains("efficiency") && text.contains("2 HSMs of 2 sessions, RSA-2048"), "{text}");
     assert_eq!(text.contains("NOT OPTIMISED"), cfg!(debug_assertions), "{text}");
@@ -74,4 +89,25 @@ fn idle_connections() {
     assert_eq!(figures["connections"], 300);
     positive(&figures, "/p99_ratio/median");
     assert!(positive(&figures, "/resident_bytes") >= positive(&figures, "/resident_bytes_without") * 0.5);
+}
+
+#[test]
+fn a_storm_of_many_owners() {
+    let folder = tempfile::tempdir().unwrap();
+    let arguments = ["--storm", "60", "--owners", "3", "--hosts", "2", "--within", "500ms"];
+    let (output, figures) = ceiling(&folder.path().join("storm.json"), &arguments);
+    for pointer in
+        ["/bound_seconds/median", "/empty/to_last_seconds/median", "/empty/of_bound/median", "/empty/wait_seconds/p99"]
+    {
+        positive(&figures, pointer);
+    }
+    let phases = ["full", "empty"].map(|phase| &figures[phase]);
+    for phase in phases.into_iter().filter(|phase| !phase.is_null()) {
+        assert_eq!(phase["lost"], 0, "{figures:#}");
+        // Self tests and checkpoints come on top.
+        assert!(positive(phase, "/hsm_operations_per_release") >= 0.9, "{figures:#}");
+    }
+    assert!(positive(&figures, "/empty/hsm_operations_per_release") >= 1.9, "{figures:#}");
+    assert_eq!(figures["full"].is_null(), figures["has_stock"] == false, "{figures:#}");
+    assert!(said(&output).contains("60 machines of 3 owners, by 2 hosts"), "{}", said(&output));
 }

@@ -378,7 +378,10 @@ fn new_key(what: &str, bits: u32) -> Result<RsaPrivateKey, LabError> {
 }
 
 /// A certificate of a guardian's or an owner's key, by itself.
-pub(crate) fn self_signed(common_name: &str, key: &RsaPrivateKey) -> Result<Certificate, LabError> {
+///
+/// # Errors
+/// When the system has no randomness, or the key cannot sign.
+pub fn self_signed(common_name: &str, key: &RsaPrivateKey) -> Result<Certificate, LabError> {
     let now = unix_now();
     let template = Template {
         subject: DistinguishedName::new(common_name),

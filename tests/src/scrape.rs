@@ -1,6 +1,6 @@
 //! What `/metrics` says.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 type Labels = BTreeMap<String, String>;
 
@@ -34,6 +34,11 @@ impl Metrics {
     #[must_use]
     pub fn count(&self, name: &str, labels: &[(&str, &str)]) -> u64 {
         self.sum(name, labels).unwrap_or_else(|| panic!("no {name} {labels:?} in {:#?}", self.0)) as u64
+    }
+
+    /// The names of all series, each once.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.0.iter().map(|(name, ..)| name.as_str()).collect::<BTreeSet<_>>().into_iter()
     }
 
     /// All values of a label of a metric.

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use clap::Parser;
 use claviger_bench::ceiling::{self, Settings, Stage};
+use claviger_bench::storm::{self, StormSettings};
 use claviger_bench::{idle, report, scaling};
 use claviger_loadgen::units;
 use claviger_process::{arguments, output};
@@ -19,7 +20,8 @@ use serde_json::Value;
 #[command(after_help = "Examples:\n  \
     cargo run --release -p claviger-bench --bin ceiling -- --json ceiling.json\n  \
     cargo run --release -p claviger-bench --bin ceiling -- --rtt 20ms --sessions 1 --hsms 1,2,4,8,16\n  \
-    cargo run --release -p claviger-bench --bin ceiling -- --idle 10000\n\n\
+    cargo run --release -p claviger-bench --bin ceiling -- --idle 10000\n  \
+    cargo run --release -p claviger-bench --bin ceiling -- --storm 10000 --owners 100 --rounds 2\n\n\
     docs/bench.md says what the figures mean.")]
 struct Arguments {
     /// Soft tokens; several numbers measure how throughput grows with them
@@ -46,6 +48,23 @@ struct Arguments {
     /// Measure what so many idle connections cost, instead
     #[arg(long, value_name = "N")]
     idle: Option<usize>,
+    /// Measure a storm of so many machines instead: how long until the last of them has its keys, with the stock of egress
+    /// protectors full, and with none
+    #[arg(long, value_name = "N", conflicts_with = "idle", value_parser = clap::value_parser!(u32).range(1..=60_000))]
+    storm: Option<u32>,
+    /// Owners of the machines of a storm
+    #[arg(long, value_name = "M", default_value_t = 100, requires = "storm",
+        value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    owners: u32,
+    /// Hosts that ask in a storm; by default one for each hundred machines
+    #[arg(long, value_name = "N", requires = "storm", value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    hosts: Option<u32>,
+    /// Time within which all machines of a storm ask for the first time
+    #[arg(long, value_name = "TIME", default_value = "2s", requires = "storm", value_parser = units::duration)]
+    within: Duration,
+    /// Memory for the stock in a storm, in MiB; a machine takes some 10 KiB of it
+    #[arg(long, value_name = "MIB", default_value_t = 256, requires = "storm", value_parser = clap::value_parser!(u64).range(1..))]
+    stock_mib: u64,
     /// Write the figures here, for machines
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -78,6 +97,16 @@ fn main() -> ExitCode {
     let (text, json) = if let Some(connections) = arguments.idle {
         let found = idle::run(&stage, &settings, connections, tell);
         (report::idle(&found), serde_json::to_value(found))
+    } else if let Some(machines) = arguments.storm {
+        let storm = StormSettings {
+            machines: machines as usize,
+            owners: arguments.owners.min(machines) as usize,
+            hosts: arguments.hosts.unwrap_or_else(|| machines.div_ceil(100)) as usize,
+            within: arguments.within,
+            stock_mib: arguments.stock_mib,
+        };
+        let found = storm::run(&stage, &settings, &storm, tell);
+        (report::storm(&found), serde_json::to_value(found))
     } else if arguments.hsms.len() > 1 {
         let found = scaling::run(&stage, &settings, &arguments.hsms, tell);
         (report::scaling(&found), serde_json::to_value(found))

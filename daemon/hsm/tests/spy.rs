@@ -26,7 +26,10 @@ fn no_length_probes() {
         cluster.start().await.unwrap();
         let key = suite::software_key();
         let id = suite::new_id();
-        cluster.import_rsa("spied", suite::new_key(&id, KeyUsage::Both), suite::software_rsa::parts(&key)).await.unwrap();
+        cluster
+            .import_rsa("spied", suite::new_key(&id, KeyUsage::Both), suite::software_rsa::parts(&key))
+            .await
+            .unwrap();
         let id = suite::named(&id, &key.to_public_key());
         for _ in 0..operations {
             for oaep in [SHA1, SHA256] {

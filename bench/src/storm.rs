@@ -1,0 +1,380 @@
+//! A storm: after a power cut many machines of many owners ask within a moment. How long until the last of them has its keys?
+//!
+//! The measure is what the raw tokens need for two operations for each machine, a decryption and a signature, in the same run.
+//! A daemon that has signed egress protectors in stock needs one operation while the storm lasts. So a round has two storms,
+//! with the stock full and with none, each of a daemon that has just been started, with hosts that have just attested.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use claviger::config::{Config, Release};
+use claviger_loadgen::http::Client;
+use claviger_loadgen::interrupt::Interrupt;
+use claviger_loadgen::prepare::{Machine as VirtualMachine, World};
+use claviger_loadgen::profile::{Arrivals, Profile};
+use claviger_loadgen::run::{self, Load, Mode, Outcome};
+use claviger_loadgen::site::Site;
+use claviger_loadgen::verify::Verify;
+use claviger_protocol::payload::ApiVersion;
+use claviger_tests::{Daemon, Lab, block, metadata};
+use serde::Serialize;
+use tokio::runtime::Runtime;
+use toml::{Table, Value};
+
+use crate::ceiling::{Figure, Percentiles, Settings, Stage};
+use crate::machine::Machine;
+use crate::owners::{machines, owners};
+use crate::service::snapshot;
+
+/// How long the client waits for an answer: longer than any deadline of the daemon.
+const TIMEOUT: Duration = Duration::from_secs(30);
+/// One reply of so many is opened.
+const SAMPLE: f64 = 0.02;
+/// The load generator's own lateness, at its 99th percentile, from which on a storm says nothing.
+const LAG: Duration = Duration::from_millis(500);
+/// The stock counts as full when its series have stood still for so long.
+const STILL: Duration = Duration::from_secs(3);
+/// The stock has to be full after so long.
+const FILLING: Duration = Duration::from_secs(600);
+/// What the series of the stock begin with.
+const STOCK: &str = "claviger_stock_";
+
+/// What a storm is like.
+#[derive(Clone, Debug)]
+pub struct StormSettings {
+    /// Machines, each of which asks for its keys once, and again when it is told to.
+    pub machines: usize,
+    /// Owners of these machines.
+    pub owners: usize,
+    /// Hosts that ask for them.
+    pub hosts: usize,
+    /// All of them ask for the first time within this.
+    pub within: Duration,
+    /// What the stock may take.
+    pub stock_mib: u64,
+}
+
+/// What came out.
+#[derive(Clone, Debug, Serialize)]
+pub struct Storm {
+    /// Where and when.
+    pub machine: Machine,
+    /// Soft tokens.
+    pub hsms: usize,
+    /// Sessions of each.
+    pub sessions: usize,
+    /// What every operation took longer than the soft token itself, in seconds.
+    pub rtt_seconds: f64,
+    /// Virtual machines.
+    pub machines: usize,
+    /// Their owners.
+    pub owners: usize,
+    /// Hosts that asked for them.
+    pub hosts: usize,
+    /// Time within which all of them asked for the first time, in seconds.
+    pub within_seconds: f64,
+    /// Rounds.
+    pub rounds: usize,
+    /// Pairs of a decryption and a signature that the raw tokens do in a second.
+    pub raw_pairs_per_second: Figure,
+    /// What the raw tokens need for a pair for each machine, in seconds.
+    pub bound_seconds: Figure,
+    /// Whether the daemon keeps a stock. One that does not has only storms with none.
+    pub has_stock: bool,
+    /// With the stock full.
+    pub full: Option<Phase>,
+    /// With no stock.
+    pub empty: Phase,
+}
+
+/// The storms of one kind.
+#[derive(Clone, Debug, Serialize)]
+pub struct Phase {
+    /// From the first request to the last machine's keys, in seconds.
+    pub to_last_seconds: Figure,
+    /// That ÷ the bound of the same round.
+    pub of_bound: Figure,
+    /// From when a machine began to ask to its keys, in seconds, over all rounds.
+    pub wait_seconds: Percentiles,
+    /// Decryptions and signatures that the HSMs did while the storm lasted, for a release.
+    pub hsm_operations_per_release: Figure,
+    /// Times that a machine was told to come again later, in all rounds.
+    pub refused: u64,
+    /// Machines that got no keys, in all rounds.
+    pub lost: u64,
+    /// What the lost ones were told, and how often.
+    pub errors: BTreeMap<String, u64>,
+    /// Replies that were opened and held the owner's key; a wrong one ends the run.
+    pub checked: u64,
+    /// The series of the daemon's stock: what they were before the last storm, and after it.
+    pub stock: BTreeMap<String, BeforeAfter>,
+    /// Why a storm says nothing: the load generator was too slow. Empty when they do.
+    pub invalid: Vec<String>,
+}
+
+/// A series.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct BeforeAfter {
+    /// Before a storm.
+    pub before: f64,
+    /// After it.
+    pub after: f64,
+}
+
+/// One storm.
+struct One {
+    to_last: f64,
+    waits: hdrhistogram::Histogram<u64>,
+    operations_per_release: f64,
+    refused: u64,
+    errors: BTreeMap<String, u64>,
+    lost: u64,
+    checked: u64,
+    stock: BTreeMap<String, BeforeAfter>,
+    invalid: Vec<String>,
+}
+
+/// Runs it; `tell` hears of every step.
+///
+/// # Panics
+/// When anything goes wrong: such figures would mean nothing.
+#[must_use]
+pub fn run(stage: &Stage, settings: &Settings, storm: &StormSettings, mut tell: impl FnMut(&str)) -> Storm {
+    claviger::sys::process::raise_open_files().unwrap();
+    let lab = &stage.lab;
+    lab.configure(|config| {
+        config.release.deadline_ms = Release::default().deadline_ms;
+        // Every machine has a connection, and all of them come from one address.
+        config.server.max_connections = storm.machines + 64;
+        config.server.max_connections_per_address = 0;
+    });
+    let has_stock = set_stock(lab, storm.stock_mib);
+    tell(&format!("making {} owners and {} protectors", storm.owners, storm.machines));
+    let owners = owners(storm.owners);
+    let guardian = {
+        let daemon = lab.serve();
+        block(daemon.until_ready_is(200));
+        block(metadata(&daemon.client()))
+    };
+    let machines = machines(&owners, &guardian, storm.machines);
+    let site = Site::lab(lab.path()).unwrap();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    let scene = Scene { lab, site, runtime, storm, machines };
+    if has_stock {
+        scene.show_owners();
+    }
+    let (mut full, mut empty) = (Vec::new(), Vec::new());
+    let (mut rates, mut bounds) = (Vec::new(), Vec::new());
+    for round in 1..=settings.rounds {
+        let raw = stage.work.round(settings.sessions, settings.time);
+        let bound = storm.machines as f64 / raw.per_second;
+        rates.push(raw.per_second);
+        bounds.push(bound);
+        let mut one = |filled: bool, storms: &mut Vec<One>| {
+            if has_stock {
+                set_stock(lab, if filled { storm.stock_mib } else { 0 });
+            }
+            let one = scene.storm(filled);
+            tell(&format!(
+                "round {round} of {}, {}: {:.2} s to the last machine, {:.2} of the bound of {bound:.2} s, {:.3} HSM \
+                 operations a release, {} times told to come later, {} lost",
+                settings.rounds,
+                if filled { "stock full" } else { "no stock" },
+                one.to_last,
+                one.to_last / bound,
+                one.operations_per_release,
+                one.refused,
+                one.lost
+            ));
+            storms.push(one);
+        };
+        if has_stock {
+            one(true, &mut full);
+        }
+        one(false, &mut empty);
+    }
+    Storm {
+        machine: Machine::here(),
+        hsms: settings.hsms,
+        sessions: settings.sessions,
+        rtt_seconds: settings.rtt.as_secs_f64(),
+        machines: storm.machines,
+        owners: storm.owners,
+        hosts: storm.hosts,
+        within_seconds: storm.within.as_secs_f64(),
+        rounds: settings.rounds,
+        raw_pairs_per_second: Figure::of(&rates),
+        bound_seconds: Figure::of(&bounds),
+        has_stock,
+        full: has_stock.then(|| Phase::of(full, &bounds)),
+        empty: Phase::of(empty, &bounds),
+    }
+}
+
+impl Phase {
+    fn of(storms: Vec<One>, bounds: &[f64]) -> Self {
+        let figure = |pick: fn(&One) -> f64| Figure::of(&storms.iter().map(pick).collect::<Vec<_>>());
+        let of_bound: Vec<_> = storms.iter().zip(bounds).map(|(one, bound)| one.to_last / bound).collect();
+        let mut waits = hdrhistogram::Histogram::<u64>::new(3).unwrap();
+        let mut errors = BTreeMap::new();
+        for one in &storms {
+            waits.add(&one.waits).unwrap();
+            for (code, count) in &one.errors {
+                *errors.entry(code.clone()).or_insert(0) += count;
+            }
+        }
+        let microseconds = |quantile| waits.value_at_quantile(quantile) as f64 / 1e6;
+        Self {
+            to_last_seconds: figure(|one| one.to_last),
+            of_bound: Figure::of(&of_bound),
+            wait_seconds: Percentiles { p50: microseconds(0.5), p99: microseconds(0.99) },
+            hsm_operations_per_release: figure(|one| one.operations_per_release),
+            refused: storms.iter().map(|one| one.refused).sum(),
+            lost: storms.iter().map(|one| one.lost).sum(),
+            errors,
+            checked: storms.iter().map(|one| one.checked).sum(),
+            stock: storms.last().map(|one| one.stock.clone()).unwrap_or_default(),
+            invalid: storms.iter().flat_map(|one| one.invalid.clone()).collect(),
+        }
+    }
+}
+
+/// What all storms share.
+struct Scene<'a> {
+    lab: &'a Lab,
+    site: Site,
+    runtime: Runtime,
+    storm: &'a StormSettings,
+    machines: Vec<VirtualMachine>,
+}
+
+impl Scene<'_> {
+    /// Lets the daemon see some machines of each owner, and stops it: it remembers which wrapping sets are worth a stock.
+    fn show_owners(&self) {
+        let daemon = self.serve();
+        let mut world = self.world(&daemon);
+        world.machines.truncate(3 * self.storm.owners);
+        let machines = world.machines.len();
+        let told = self.load(&daemon, &world, machines, Duration::from_secs(1)).tally;
+        assert_eq!(
+            told.achieved, machines as u64,
+            "not all of the owners' first machines got their keys: {:?}",
+            told.errors
+        );
+        assert!(daemon.stop().success(), "the daemon ended with an error");
+    }
+
+    fn serve(&self) -> Daemon {
+        let daemon = self.lab.serve();
+        block(daemon.until_ready_is(200));
+        daemon
+    }
+
+    /// Hosts that have just attested, and all machines.
+    fn world(&self, daemon: &Daemon) -> World {
+        let client = client(daemon);
+        let hosts = self.storm.hosts;
+        let world = self.runtime.block_on(World::prepare(&client, &self.site, hosts, false, 1)).unwrap();
+        World { machines: self.machines.clone(), ..world }
+    }
+
+    /// So many of the world's machines ask.
+    fn load(&self, daemon: &Daemon, world: &World, machines: usize, within: Duration) -> Outcome {
+        let load = Load {
+            mode: Mode::Open(Profile::Storm { machines, within }),
+            arrivals: Arrivals::Even,
+            warmup: Duration::ZERO,
+            in_flight: machines,
+            batch: None,
+            api: ApiVersion::V2,
+            roll: false,
+            verify: Verify::Sample(SAMPLE),
+            max_lag: LAG,
+            handicap: Duration::ZERO,
+            show: false,
+            stop: Vec::new(),
+        };
+        let outcome = self.runtime.block_on(run::run(client(daemon), world, load, &Interrupt::default())).unwrap();
+        let wrong = &outcome.tally.first_wrong;
+        assert!(outcome.tally.wrong == 0, "a reply is wrong: {wrong:?}");
+        outcome
+    }
+
+    fn storm(&self, filled: bool) -> One {
+        let daemon = self.serve();
+        let world = self.world(&daemon);
+        if filled {
+            until_still(&daemon);
+        }
+        let before = (snapshot(&daemon), stock(&daemon));
+        let outcome = self.load(&daemon, &world, self.storm.machines, self.storm.within);
+        let after = (snapshot(&daemon), stock(&daemon));
+        let spent = after.0.since(&before.0);
+        let tally = outcome.tally;
+        assert!(daemon.stop().success(), "the daemon ended with an error");
+        One {
+            to_last: tally.last,
+            operations_per_release: spent.operations / spent.releases,
+            refused: tally.retries.values().sum(),
+            lost: tally.offered - tally.achieved,
+            errors: tally.errors,
+            checked: tally.right,
+            waits: tally.latency,
+            stock: after
+                .1
+                .into_iter()
+                .map(|(name, after)| {
+                    let before = before.1.get(&name).copied().unwrap_or_default();
+                    (name, BeforeAfter { before, after })
+                })
+                .collect(),
+            invalid: outcome.invalid,
+        }
+    }
+}
+
+fn client(daemon: &Daemon) -> Arc<Client> {
+    Arc::new(Client::new(&daemon.url).unwrap().with_timeout(TIMEOUT))
+}
+
+/// The series of the daemon's stock, without their labels.
+fn stock(daemon: &Daemon) -> BTreeMap<String, f64> {
+    let metrics = block(daemon.metrics());
+    let names: Vec<_> = metrics.names().filter(|name| name.starts_with(STOCK)).map(str::to_owned).collect();
+    names.into_iter().map(|name| (name.clone(), metrics.sum(&name, &[]).unwrap_or_default())).collect()
+}
+
+/// Waits until the stock's series stand still.
+fn until_still(daemon: &Daemon) {
+    let begun = Instant::now();
+    let (mut seen, mut since) = (stock(daemon), Instant::now());
+    while since.elapsed() < STILL {
+        assert!(begun.elapsed() < FILLING, "the stock is never full: {seen:?}");
+        std::thread::sleep(Duration::from_millis(200));
+        let now = stock(daemon);
+        if now != seen {
+            (seen, since) = (now, Instant::now());
+        }
+    }
+}
+
+/// Lets the stock take so much memory. `false` where the daemon knows no such setting; the configuration is as before then.
+fn set_stock(lab: &Lab, mib: u64) -> bool {
+    let file = lab.config_file();
+    let before = std::fs::read_to_string(&file).unwrap();
+    let mut config: Table = before.parse().unwrap();
+    let release = config.entry("release").or_insert_with(|| Value::Table(Table::new()));
+    release.as_table_mut().unwrap().insert("stock_mib".to_owned(), Value::Integer(i64::try_from(mib).unwrap()));
+    write(&file, &config.to_string());
+    let known = Config::load(&file).is_ok();
+    if !known {
+        write(&file, &before);
+    }
+    known
+}
+
+fn write(file: &Path, text: &str) {
+    std::fs::write(file, text).unwrap();
+}
