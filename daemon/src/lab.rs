@@ -19,9 +19,8 @@ use std::sync::Arc;
 
 use claviger_client::files::{self, Existing, FileError};
 use claviger_hsm::{Cluster, KeyId, KeyUsage as HsmKeyUsage, NewKey, Pin, init_token, set_env};
-use claviger_protocol::certificate::{
-    BuildError, Certificate, CertificateError, DistinguishedName, KeyUsage, Template, random_serial,
-};
+use claviger_protocol::certificate::build::{BuildError, DistinguishedName, Template, random_serial};
+use claviger_protocol::certificate::{Certificate, CertificateError, KeyUsage};
 use claviger_protocol::metadata::Metadata;
 use claviger_protocol::owner::{Owner, OwnerError};
 use claviger_protocol::rsa_key::{KeyError, RsaPrivateKey, SignError};

@@ -174,7 +174,7 @@ impl<'a> Element<'a> {
         } else {
             (self.tag, Zeroizing::new(self.content.to_vec()))
         };
-        Ok(Zeroizing::new(crate::certificate::tlv(tag, &[&content])))
+        Ok(Zeroizing::new(tlv(tag, &[&content])))
     }
 }
 
@@ -213,6 +213,25 @@ fn next(bytes: &[u8], depth: u8) -> Result<(Element<'_>, &[u8]), BerError> {
     let content = after.get(..length).ok_or(BerError::CutOff)?;
     let rest = &after[length..];
     Ok((Element { tag: *tag, content, raw: &bytes[..bytes.len() - rest.len()] }, rest))
+}
+
+/// A DER element: tag, definite length, and the content, which is given in pieces. Unlike a general encoder it cannot fail.
+pub(crate) fn tlv(tag: u8, content: &[&[u8]]) -> Vec<u8> {
+    let length: usize = content.iter().map(|piece| piece.len()).sum();
+    let mut out = Vec::with_capacity(length + 10);
+    out.push(tag);
+    if length < 0x80 {
+        out.push(length as u8);
+    } else {
+        let octets = length.to_be_bytes();
+        let zeros = octets.iter().take_while(|octet| **octet == 0).count();
+        out.push(0x80 | (octets.len() - zeros) as u8);
+        out.extend_from_slice(&octets[zeros..]);
+    }
+    for piece in content {
+        out.extend_from_slice(piece);
+    }
+    out
 }
 
 #[cfg(test)]
@@ -267,5 +286,18 @@ mod tests {
                 let _ = (element.to_der(), element.octet_string(), element.number());
             }
         }
+    }
+
+    #[test]
+    fn lengths_are_minimal() {
+        let length = |octets: usize| {
+            let element = tlv(4, &[&vec![0; octets]]);
+            element[1..element.len() - octets].to_vec()
+        };
+        assert_eq!(length(0), [0]);
+        assert_eq!(length(127), [127]);
+        assert_eq!(length(128), [0x81, 128]);
+        assert_eq!(length(256), [0x82, 1, 0]);
+        assert_eq!(length(65536), [0x83, 1, 0, 0]);
     }
 }

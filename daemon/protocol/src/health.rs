@@ -2,9 +2,8 @@
 
 use data_encoding::HEXLOWER;
 
-use crate::certificate::{
-    BuildError, Certificate, CertificateError, DistinguishedName, KeyUsage, Template, ToBeSigned, key_id, random_serial,
-};
+use crate::certificate::build::{BuildError, DistinguishedName, Template, ToBeSigned, key_id, random_serial};
+use crate::certificate::{Certificate, CertificateError, KeyUsage};
 use crate::rsa_key::RsaPublicKey;
 
 /// The extended key usage of health certificates: system health authentication.

@@ -442,7 +442,9 @@ fn first(blocks: &[Block<'_>]) -> Found {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::certificate::{DistinguishedName, KeyUsage, Template, tlv};
+    use crate::ber::tlv;
+    use crate::certificate::KeyUsage;
+    use crate::certificate::build::{DistinguishedName, Template};
     use crate::pkcs7::certificates_only;
     use crate::rsa_key::testing::key;
 

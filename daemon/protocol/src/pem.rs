@@ -159,6 +159,24 @@ pub fn blocks(text: &str) -> Result<Vec<Block<'_>>, PemError> {
     }
 }
 
+/// A text that does not hold exactly one block that can be read.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum NotOneBlock {
+    /// None, or one that is damaged or encrypted.
+    Unreadable,
+    Several,
+}
+
+/// The one block of a text: its label and its content.
+pub(crate) fn only_block(text: &str) -> Result<(&str, Zeroizing<Vec<u8>>), NotOneBlock> {
+    let mut blocks = blocks(text).map_err(|_| NotOneBlock::Unreadable)?;
+    match &mut blocks[..] {
+        [block] if !block.encrypted => Ok((block.label, std::mem::take(&mut block.bytes))),
+        [] | [_] => Err(NotOneBlock::Unreadable),
+        _ => Err(NotOneBlock::Several),
+    }
+}
+
 /// A label as it may stand in a message.
 fn shown(label: &str) -> String {
     label.chars().filter(|c| c.is_ascii_graphic() || *c == ' ').take(40).collect()

@@ -2,7 +2,7 @@
 
 use der::asn1::ObjectIdentifier;
 
-use crate::certificate::tlv;
+use crate::ber::tlv;
 
 const DATA: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.113549.1.7.1");
 const SIGNED_DATA: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.113549.1.7.2");

@@ -7,10 +7,8 @@ use std::process::Command;
 use std::sync::OnceLock;
 
 use claviger_protocol::algorithm::{Digest, Oaep, SignatureAlgorithm, SignatureDigest};
-use claviger_protocol::certificate::{
-    Certificate, CertificateError, CertificateSignatureError, DistinguishedName, KeyUsage, Template, key_id,
-    random_serial,
-};
+use claviger_protocol::certificate::build::{DistinguishedName, Template, key_id, random_serial};
+use claviger_protocol::certificate::{Certificate, CertificateError, CertificateSignatureError, KeyUsage};
 use claviger_protocol::health::{self, HealthError, ResultType, SYSTEM_HEALTH_AUTHENTICATION};
 use claviger_protocol::input::InputError;
 use claviger_protocol::pkcs7;

@@ -902,7 +902,7 @@ mod messages {
 
     #[test]
     fn an_endorsement_key_is_the_same_in_its_certificate() {
-        use claviger_protocol::certificate::{DistinguishedName, Template, random_serial};
+        use claviger_protocol::certificate::build::{DistinguishedName, Template, random_serial};
         let template = Template {
             subject: DistinguishedName::new("an endorsement key"),
             issuer_der: None,

@@ -6,7 +6,7 @@ use std::time::Instant;
 use bytes::Bytes;
 use claviger_hsm::HsmError;
 use claviger_protocol::attestation::{ErrorReply, HealthCertificateReply, PolicyReason};
-use claviger_protocol::certificate::{BuildError, ToBeSigned};
+use claviger_protocol::certificate::build::{BuildError, ToBeSigned};
 use claviger_protocol::tpm::policy::Policy;
 use data_encoding::BASE64;
 

@@ -9,7 +9,8 @@ use bytes::Bytes;
 use claviger_hsm::{
     Cluster, Failure, HsmError, KeyId, KeyRef, KeyUsage, MemberState, NewKey, RsaPrivateParts, standstill,
 };
-use claviger_protocol::certificate::{BuildError, Certificate, CertificateError};
+use claviger_protocol::certificate::build::BuildError;
+use claviger_protocol::certificate::{Certificate, CertificateError};
 use claviger_protocol::health::{self, LIFETIME_SECONDS};
 use claviger_protocol::pkcs7;
 use claviger_protocol::rsa_key::{KeyError, RsaPrivateKey, RsaPublicKey};

@@ -11,7 +11,7 @@ use super::public::AttestationKey;
 use super::quote::Quote;
 use super::signature::Signature;
 use super::state::State;
-use crate::rsa_key::sha256;
+use crate::hash::sha256;
 
 /// What the qualifying data begins with: the purpose, and a zero that ends it.
 const PURPOSE: &[u8] = b"claviger-tpm-1\0";

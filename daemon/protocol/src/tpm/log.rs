@@ -11,7 +11,7 @@ use ring::digest;
 use super::pcr::{COUNT, PcrValues};
 use super::reader::Reader;
 use super::{Malformed, algorithm};
-use crate::rsa_key::sha256;
+use crate::hash::sha256;
 
 /// Event types (section 10.4.1 there).
 mod kind {

@@ -6,7 +6,7 @@ use data_encoding::HEXLOWER;
 
 use super::reader::Reader;
 use super::{Malformed, algorithm};
-use crate::rsa_key::sha256;
+use crate::hash::sha256;
 
 /// Number of PCRs of a TPM of a PC.
 pub const COUNT: usize = 24;

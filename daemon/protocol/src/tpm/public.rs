@@ -7,7 +7,8 @@ use super::reader::{P256_BYTES, Reader, padded};
 use super::signature::Signature;
 use super::{Malformed, NIST_P256, algorithm};
 use crate::algorithm::{SignatureAlgorithm, SignatureDigest};
-use crate::rsa_key::{RsaPublicKey, sha256};
+use crate::hash::sha256;
+use crate::rsa_key::RsaPublicKey;
 
 /// Bits of `TPMA_OBJECT` (TPM 2.0 Part 2, table 31).
 mod attribute {

@@ -8,7 +8,8 @@ use std::process::Command;
 use std::sync::OnceLock;
 
 use claviger_protocol::algorithm::{Digest, Oaep, SignatureAlgorithm};
-use claviger_protocol::certificate::{Certificate, DistinguishedName, KeyUsage, Template};
+use claviger_protocol::certificate::build::{DistinguishedName, Template};
+use claviger_protocol::certificate::{Certificate, KeyUsage};
 use claviger_protocol::error::{Code, Refusal};
 use claviger_protocol::metadata::{GuardianInformation, Metadata};
 use claviger_protocol::owner::Owner;

@@ -6,9 +6,8 @@ use std::time::Duration;
 use claviger_hsm::{
     Failure, Fingerprint, HsmError, KeyId, KeyRef, KeyUsage as HsmKeyUsage, MemberState, NewKey, TokenKey, standstill,
 };
-use claviger_protocol::certificate::{
-    Certificate, DistinguishedName, KeyUsage, Template, random_serial, request_to_pem,
-};
+use claviger_protocol::certificate::build::{DistinguishedName, Template, random_serial, request_to_pem};
+use claviger_protocol::certificate::{Certificate, KeyUsage};
 use claviger_protocol::rsa_key::{RsaPrivateKey, RsaPublicKey};
 use data_encoding::{BASE64, HEXLOWER, HEXLOWER_PERMISSIVE};
 use ring::digest;
