@@ -13,10 +13,8 @@ use crate::encoding;
 pub use crate::health::ResultType;
 use crate::pem::{self, TextError};
 use crate::rsa_key::{BadSignature, RsaPublicKey};
+pub use strict::MAX_DEPTH;
 use strict::{Item, Object};
-
-/// Deepest nesting of arrays and objects in a message; the root counts as 1.
-pub const MAX_DEPTH: usize = 32;
 
 /// What every `__type` ends in.
 const TYPE_SUFFIX: &str = ":#Microsoft.Windows.RemoteAttestation.Core";
@@ -539,7 +537,7 @@ fn reply<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, ReplyError> {
 }
 
 fn base64(text: &str, name: &str) -> Result<Vec<u8>, PayloadError> {
-    encoding::strict_base64(text).ok_or_else(|| refuse(format!("{name} is not base64")))
+    encoding::strict_base64(text.as_bytes()).ok_or_else(|| refuse(format!("{name} is not base64")))
 }
 
 fn refuse(message: impl Into<String>) -> PayloadError {

@@ -101,6 +101,7 @@ struct Outer<'a> {
 #[derive(Clone, PartialEq, Eq)]
 pub struct Certificate {
     der: Vec<u8>,
+    thumbprint: [u8; 32],
     to_be_signed: Range<usize>,
     signature: Range<usize>,
     /// `None`: not one of the accepted ones.
@@ -172,6 +173,7 @@ impl Certificate {
             key_usage: key_usage.map_or(KeyUsage::default(), |usage| KeyUsage(usage.0.bits())),
             extended_key_usages: extended.map_or_else(Vec::new, |usages| usages.0),
             subject_key_id: key_id.map(|id| id.0.into_bytes().into_vec()),
+            thumbprint: sha256(der),
             der: der.to_vec(),
         })
     }
@@ -275,7 +277,7 @@ impl Certificate {
     /// SHA-256 of the certificate's octets.
     #[must_use]
     pub fn thumbprint(&self) -> [u8; 32] {
-        sha256(&self.der)
+        self.thumbprint
     }
 
     /// Checks the X.509 signature by the issuer's key, over the octets as they were read.

@@ -9,6 +9,7 @@
 //! | judge the health certificate | [`health`] |
 //! | read the protector, canonical octets included | [`protector`], [`xml`], [`c14n`] |
 //! | check signatures and the chain of wrappings | [`verify`] |
+//! | the same for a protector whose wrappings are known | [`wrapping_set`] |
 //! | make the egress protector | [`build`] |
 //! | encrypt both keys to the host | [`payload`] |
 //!
@@ -39,10 +40,13 @@ pub mod pem;
 pub mod pkcs7;
 pub mod protector;
 mod random;
+mod recent;
 pub mod request;
 pub mod rsa_key;
+mod skeleton;
 pub mod tpm;
 mod transport_key;
 pub mod verify;
 pub mod work;
+pub mod wrapping_set;
 pub mod xml;

@@ -4,11 +4,11 @@ use data_encoding::BASE64;
 use ring::digest;
 
 use crate::algorithm::SignatureAlgorithm;
-use crate::build::write_signature;
 use crate::c14n;
 use crate::certificate::{Certificate, CertificateError};
 use crate::protector::Signature;
 use crate::rsa_key::RsaPublicKey;
+use crate::skeleton::write_signature;
 use crate::xml::{self, DSIG_NS, KPS_NS, Sequence, XmlError, write_base64};
 
 const C14N: &str = "http://www.w3.org/2001/10/xml-exc-c14n#";

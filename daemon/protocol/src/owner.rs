@@ -198,7 +198,7 @@ impl Owner {
             return Err(OwnerError::Full);
         }
         let unsigned = Unsigned::new(wrappings, recipients, key, 0)?;
-        let signature = self.sign(unsigned.signed_octets())?;
+        let signature = self.sign(&unsigned.signed_octets())?;
         Ok(unsigned.finish(owner, signature.algorithm, signature.value)?)
     }
 

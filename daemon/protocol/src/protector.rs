@@ -64,7 +64,7 @@ pub struct Wrapping {
 }
 
 /// The encryption algorithm of a wrapping, as it has to be written again.
-#[derive(Clone, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Encryption {
     /// The digests.
     pub oaep: Oaep,
@@ -85,7 +85,7 @@ pub struct Signature {
 }
 
 /// HMAC-SHA-256 with a key that HKDF derives from the transport key.
-#[derive(Clone, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub struct TransportKeySignature {
     /// How the key is derived.
     pub derivation: Hkdf,
@@ -116,12 +116,6 @@ impl Protector {
         let root = xml::root(&document, KPS_NS, "Protector").map_err(|e| bad(&e))?;
         let draft = Draft::read(root).map_err(|e| bad(&e))?;
         draft.known_algorithms()
-    }
-
-    /// The wrapping that has this Id.
-    #[must_use]
-    pub fn index_of(&self, id: u32) -> Option<usize> {
-        self.wrappings.iter().position(|w| w.id == id)
     }
 }
 

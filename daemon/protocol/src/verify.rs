@@ -1,6 +1,5 @@
 //! Who wrote a protector, and for whom: steps 4 and 5 of a release.
 
-use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ring::digest;
@@ -8,6 +7,7 @@ use ring::digest;
 use crate::certificate::Certificate;
 use crate::error::Refusal;
 use crate::protector::{MAX_WRAPPINGS, Protector, Signature, Wrapping};
+use crate::recent::Recent;
 use crate::rsa_key::RsaPublicKey;
 use crate::work::Work;
 
@@ -15,7 +15,7 @@ use crate::work::Work;
 const MOST_REMEMBERED: usize = 16 * 1024;
 
 /// The two certificates of a wrapping, judged: X.509 with strong RSA keys.
-#[derive(Clone, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Party {
     /// Signs other parties' signing certificates, this party's encryption certificate, and protectors.
     pub signing: Certificate,
@@ -37,26 +37,16 @@ pub struct Verified {
 /// Certificates that were read before and whose signatures were found right. A tenant's protectors all carry the same ones,
 /// and what was right once is right for ever. Bounded: what has not been met for long is forgotten.
 #[derive(Debug)]
-pub struct KnownCertificates {
-    /// When the young ones are full they become the old ones, which are forgotten.
-    generations: Mutex<Generations>,
-    capacity: usize,
-}
+pub struct KnownCertificates(Mutex<Known>);
 
 type Digest = [u8; 32];
 
-#[derive(Debug, Default)]
-struct Generations {
-    young: Known,
-    old: Known,
-}
-
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Known {
     /// By [`identity`]. The signing key's signature of the encryption certificate is right.
-    parties: HashMap<Digest, Arc<Party>>,
+    parties: Recent<Digest, Arc<Party>>,
     /// By [`vouching`]: a parent's signatures that are right.
-    vouched: HashSet<Digest>,
+    vouched: Recent<Digest, ()>,
 }
 
 impl Default for KnownCertificates {
@@ -70,14 +60,15 @@ impl KnownCertificates {
     /// Remembers `capacity` parties at least, and twice as many at most; some 6 KiB each, and never more than 32.
     #[must_use]
     pub fn new(capacity: usize) -> Self {
-        Self { generations: Mutex::default(), capacity: capacity.max(1) }
+        let capacity = capacity.max(1);
+        let (parties, vouched) = (Recent::new(capacity, |_| 1), Recent::new(capacity, |()| 1));
+        Self(Mutex::new(Known { parties, vouched }))
     }
 
     /// How many parties it remembers now.
     #[must_use]
     pub fn len(&self) -> usize {
-        let generations = self.lock();
-        generations.young.parties.len() + generations.old.parties.len()
+        self.lock().parties.len()
     }
 
     /// Whether it remembers none.
@@ -87,58 +78,26 @@ impl KnownCertificates {
     }
 
     fn party(&self, identity: &Digest) -> Option<Arc<Party>> {
-        let mut generations = self.lock();
-        if let Some(party) = generations.young.parties.get(identity) {
-            return Some(party.clone());
-        }
-        let party = generations.old.parties.remove(identity)?;
-        generations.remember(*identity, party.clone(), self.capacity);
-        Some(party)
+        self.lock().parties.get(identity)
     }
 
     fn remember(&self, identity: Digest, wrapping: &Wrapping, party: &Arc<Party>) {
         if wrapping.signing_certificate.len() + wrapping.encryption_certificate.len() <= MOST_REMEMBERED {
-            self.lock().remember(identity, party.clone(), self.capacity);
+            self.lock().parties.insert(identity, party.clone());
         }
     }
 
     fn is_vouched(&self, vouching: &Digest) -> bool {
-        let mut generations = self.lock();
-        if generations.young.vouched.contains(vouching) {
-            return true;
-        }
-        let known = generations.old.vouched.remove(vouching);
-        if known {
-            generations.vouch(*vouching, self.capacity);
-        }
-        known
+        self.lock().vouched.get(vouching).is_some()
     }
 
     fn vouch(&self, vouching: Digest) {
-        self.lock().vouch(vouching, self.capacity);
+        self.lock().vouched.insert(vouching, ());
     }
 
-    fn lock(&self) -> MutexGuard<'_, Generations> {
+    fn lock(&self) -> MutexGuard<'_, Known> {
         // A panic in there leaves tables that are whole.
-        self.generations.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Generations {
-    fn remember(&mut self, identity: Digest, party: Arc<Party>, capacity: usize) {
-        self.young.parties.insert(identity, party);
-        self.grow_old(capacity);
-    }
-
-    fn vouch(&mut self, vouching: Digest, capacity: usize) {
-        self.young.vouched.insert(vouching);
-        self.grow_old(capacity);
-    }
-
-    fn grow_old(&mut self, capacity: usize) {
-        if self.young.parties.len().max(self.young.vouched.len()) > capacity {
-            self.old = std::mem::take(&mut self.young);
-        }
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -181,46 +140,91 @@ pub fn verify(protector: Protector, known: &KnownCertificates) -> Result<Verifie
 /// As [`verify`].
 pub fn verify_counting(protector: Protector, known: &KnownCertificates, work: &mut Work) -> Result<Verified, Refusal> {
     let wrappings = &protector.wrappings;
-    let identities: Vec<Digest> = wrappings.iter().map(identity).collect();
-    let met: Vec<_> = identities.iter().map(|identity| known.party(identity)).collect();
+    let met = Met::of(wrappings, known);
     let signature = &protector.guardian_signature;
     let mut signed = |key: &RsaPublicKey| {
         work.add(key);
         key.verify(signature.algorithm, &protector.signed_octets, &signature.value)
     };
-    match &met[protector.guardian] {
+    match &met.parties[protector.guardian] {
         Some(guardian) => signed(guardian.signing.key()),
         None => signed(signing_certificate(&wrappings[protector.guardian])?.key()),
     }
-    .map_err(|_| Refusal::protector("the guardian signature does not fit the wrappings"))?;
-    let parties = wrappings
-        .iter()
-        .zip(&met)
-        .map(|(wrapping, met)| met.clone().map_or_else(|| party(wrapping).map(Arc::new), Ok))
-        .collect::<Result<Vec<_>, _>>()?;
-    let owner = owner(&protector)?;
-    for (at, wrapping) in wrappings.iter().enumerate() {
-        let parent = protector.index_of(wrapping.parent);
-        let parent = parent.ok_or_else(|| refused(wrapping, "its parent is not in this protector"))?;
-        let signature = &wrapping.signing_certificate_signature;
-        let vouching = vouching(&identities[parent], &identities[at], signature);
-        if !known.is_vouched(&vouching) {
-            let key = parties[parent].signing.key();
-            work.add(key);
-            key.verify(signature.algorithm, &wrapping.signing_certificate, &signature.value)
-                .map_err(|_| refused(wrapping, "the signature of its signing certificate is wrong"))?;
-            known.vouch(vouching);
-        }
-        if met[at].is_none() {
-            let signature = &wrapping.encryption_certificate_signature;
-            let key = parties[at].signing.key();
-            work.add(key);
-            key.verify(signature.algorithm, &wrapping.encryption_certificate, &signature.value)
-                .map_err(|_| refused(wrapping, "the signature of its encryption certificate is wrong"))?;
-            known.remember(identities[at], wrapping, &parties[at]);
-        }
-    }
+    .map_err(|_| wrong_guardian_signature())?;
+    let (parties, owner) = met.judge(wrappings, known, work)?;
     Ok(Verified { protector, parties, owner })
+}
+
+/// The refusal of step 4.
+pub(crate) fn wrong_guardian_signature() -> Refusal {
+    Refusal::protector("the guardian signature does not fit the wrappings")
+}
+
+/// Step 5 alone: the parties of the wrappings and which is the owner's, if every wrapping is right.
+///
+/// # Errors
+/// `InvalidWrappingException`.
+pub(crate) fn judge_wrappings(
+    wrappings: &[Wrapping],
+    known: &KnownCertificates,
+    work: &mut Work,
+) -> Result<(Vec<Arc<Party>>, usize), Refusal> {
+    Met::of(wrappings, known).judge(wrappings, known, work)
+}
+
+/// What is known of the parties of some wrappings already.
+struct Met {
+    identities: Vec<Digest>,
+    parties: Vec<Option<Arc<Party>>>,
+}
+
+impl Met {
+    fn of(wrappings: &[Wrapping], known: &KnownCertificates) -> Self {
+        let identities: Vec<Digest> = wrappings.iter().map(identity).collect();
+        let parties = identities.iter().map(|identity| known.party(identity)).collect();
+        Self { identities, parties }
+    }
+
+    fn judge(
+        self,
+        wrappings: &[Wrapping],
+        known: &KnownCertificates,
+        work: &mut Work,
+    ) -> Result<(Vec<Arc<Party>>, usize), Refusal> {
+        let Self { identities, parties: met } = self;
+        let parties = wrappings
+            .iter()
+            .zip(&met)
+            .map(|(wrapping, met)| met.clone().map_or_else(|| party(wrapping).map(Arc::new), Ok))
+            .collect::<Result<Vec<_>, _>>()?;
+        let owner = owner(wrappings)?;
+        for (at, wrapping) in wrappings.iter().enumerate() {
+            let parent = index_of(wrappings, wrapping.parent);
+            let parent = parent.ok_or_else(|| refused(wrapping, "its parent is not in this protector"))?;
+            let signature = &wrapping.signing_certificate_signature;
+            let vouching = vouching(&identities[parent], &identities[at], signature);
+            if !known.is_vouched(&vouching) {
+                let key = parties[parent].signing.key();
+                work.add(key);
+                key.verify(signature.algorithm, &wrapping.signing_certificate, &signature.value)
+                    .map_err(|_| refused(wrapping, "the signature of its signing certificate is wrong"))?;
+                known.vouch(vouching);
+            }
+            if met[at].is_none() {
+                let signature = &wrapping.encryption_certificate_signature;
+                let key = parties[at].signing.key();
+                work.add(key);
+                key.verify(signature.algorithm, &wrapping.encryption_certificate, &signature.value)
+                    .map_err(|_| refused(wrapping, "the signature of its encryption certificate is wrong"))?;
+                known.remember(identities[at], wrapping, &parties[at]);
+            }
+        }
+        Ok((parties, owner))
+    }
+}
+
+fn index_of(wrappings: &[Wrapping], id: u32) -> Option<usize> {
+    wrappings.iter().position(|w| w.id == id)
 }
 
 fn refused(wrapping: &Wrapping, why: &str) -> Refusal {
@@ -239,8 +243,7 @@ fn party(wrapping: &Wrapping) -> Result<Party, Refusal> {
 }
 
 /// The one wrapping that is its own parent, which every other one leads up to.
-fn owner(protector: &Protector) -> Result<usize, Refusal> {
-    let wrappings = &protector.wrappings;
+fn owner(wrappings: &[Wrapping]) -> Result<usize, Refusal> {
     let mut owners = wrappings.iter().enumerate().filter(|(_, w)| w.parent == w.id);
     let owner = owners.next().ok_or_else(|| Refusal::wrapping("no wrapping is an owner's"))?.0;
     if let Some((_, second)) = owners.next() {
@@ -250,7 +253,7 @@ fn owner(protector: &Protector) -> Result<usize, Refusal> {
         let mut at = wrapping;
         // A chain longer than the protector has wrappings goes in a circle.
         for _ in 0..wrappings.len() {
-            let parent = protector.index_of(at.parent).map(|i| &wrappings[i]);
+            let parent = index_of(wrappings, at.parent).map(|i| &wrappings[i]);
             at = parent.ok_or_else(|| refused(at, "its parent is not in this protector"))?;
             if at.parent == at.id {
                 break;

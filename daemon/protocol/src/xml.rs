@@ -407,9 +407,9 @@ pub(crate) fn base64(node: Node<'_, '_>) -> Result<Vec<u8>> {
     attributes(node, &[])?;
     let text = text(node)?;
     // As it is usually written, without white space.
-    let octets = encoding::strict_base64(&text).or_else(|| {
+    let octets = encoding::strict_base64(text.as_bytes()).or_else(|| {
         let dense: String = text.chars().filter(|c| !c.is_ascii() || !is_space(*c as u8)).collect();
-        encoding::strict_base64(&dense)
+        encoding::strict_base64(dense.as_bytes())
     });
     match octets {
         Some(octets) if octets.is_empty() => Err(XmlError(format!("{} is empty", local(node)))),

@@ -24,7 +24,7 @@ fn egress(verified: &Verified, party: usize, unwraps: u32) -> (Vec<u8>, [u8; 32]
     let recipients = verified.parties.iter().map(|p| p.encryption.key());
     let unsigned = Unsigned::new(&verified.protector.wrappings, recipients, &key, unwraps).unwrap();
     let algorithm = SignatureAlgorithm::DEFAULT;
-    let value = signing(party).sign(algorithm, unsigned.signed_octets()).unwrap();
+    let value = signing(party).sign(algorithm, &unsigned.signed_octets()).unwrap();
     let ours = verified.parties.iter().position(|p| p.signing.key() == signing(party).public()).unwrap();
     let id = verified.protector.wrappings[ours].id;
     (unsigned.finish(id, algorithm, value).unwrap(), *key)
@@ -232,7 +232,7 @@ fn the_ingress_key_and_another_guardian_do_not_fit_an_egress() {
     let unsigned =
         |key| Unsigned::new(&ingress.protector.wrappings, ingress.parties.iter().map(|p| p.encryption.key()), key, 0);
     let unsigned = unsigned(&fresh_transport_key().unwrap()).unwrap();
-    let value = signing(1).sign(SignatureAlgorithm::DEFAULT, unsigned.signed_octets()).unwrap();
+    let value = signing(1).sign(SignatureAlgorithm::DEFAULT, &unsigned.signed_octets()).unwrap();
     let file = unsigned.finish(3, SignatureAlgorithm::DEFAULT, value.clone()).unwrap();
     assert_eq!(code(&file), Some(Code::InvalidProtector));
     let file = unsigned.finish(9, SignatureAlgorithm::DEFAULT, value.clone()).unwrap();

@@ -6,7 +6,8 @@ use std::fmt;
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{Deserialize, DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
-use super::MAX_DEPTH;
+/// Deepest nesting of arrays and objects in a message; the root counts as 1.
+pub const MAX_DEPTH: usize = 32;
 
 /// Checks that `text` is one JSON value, nested no deeper than [`MAX_DEPTH`], without a member twice in any object,
 /// and nothing after it. It keeps nothing but one object's member names at a time and level: a hostile megabyte costs a

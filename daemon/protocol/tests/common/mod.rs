@@ -16,6 +16,8 @@ use claviger_protocol::owner::Owner;
 use claviger_protocol::protector::{Protector, Signature, TransportKey};
 use claviger_protocol::rsa_key::RsaPrivateKey;
 use claviger_protocol::verify::{KnownCertificates, Verified, verify};
+use claviger_protocol::work::Work;
+use claviger_protocol::wrapping_set::{Ingress, KnownSets};
 use data_encoding::{BASE64, HEXLOWER};
 use ring::{hkdf, hmac};
 
@@ -392,9 +394,49 @@ pub fn every_oaep() -> impl Iterator<Item = Oaep> {
 /// Shared by all tests of a program, so that whatever is changed about a protector meets a memory of the right one.
 static KNOWN: std::sync::LazyLock<KnownCertificates> = std::sync::LazyLock::new(|| KnownCertificates::new(1000));
 
-/// Steps 3 to 5, as a release takes them.
+/// The same for wrapping sets.
+static SETS: std::sync::LazyLock<KnownSets> = std::sync::LazyLock::new(|| KnownSets::new(1000));
+
+/// Steps 3 to 5, as a release takes them: by the full path and by what is known of the wrapping set, which has to say the same.
 pub fn accept(file: &[u8]) -> Result<Verified, Refusal> {
-    verify(Protector::parse(file)?, &KNOWN)
+    let verified = Protector::parse(file).and_then(|protector| verify(protector, &KNOWN));
+    let read = SETS.read(file, &sha256(file), &mut Work::default());
+    same_answer(&verified, &read);
+    if let Ok(ingress) = read {
+        SETS.remember(&ingress.set);
+        let again = SETS.read(file, &sha256(file), &mut Work::default());
+        same_answer(&verified, &again);
+    }
+    verified
+}
+
+/// Fails unless both paths gave the same answer.
+pub fn same_answer(verified: &Result<Verified, Refusal>, read: &Result<Ingress, Refusal>) {
+    match (verified, read) {
+        (Err(one), Err(other)) => assert_eq!(one, other),
+        (Ok(verified), Ok(ingress)) => {
+            let protector = &verified.protector;
+            assert_eq!(protector.signed_octets, ingress.signed_octets);
+            assert_eq!(protector.transport_key_signature, ingress.transport_key_signature);
+            let owner = &verified.parties[verified.owner];
+            assert_eq!(&**owner, ingress.set.owner());
+            assert_eq!(protector.wrappings.len(), ingress.set.wrappings().len());
+            assert_eq!(protector.wrappings.len(), ingress.cipher_values.len());
+            for (at, wrapping) in protector.wrappings.iter().enumerate() {
+                let known = &ingress.set.wrappings()[at];
+                assert_eq!((wrapping.id, wrapping.encryption.oaep), (known.id, known.oaep()));
+                assert_eq!(verified.parties[at], known.party);
+                assert_eq!(wrapping.cipher_value, ingress.cipher_values[at]);
+            }
+        }
+        (verified, read) => {
+            panic!("the full path says {:?}, the other {:?}", verified.as_ref().err(), read.as_ref().err())
+        }
+    }
+}
+
+pub fn sha256(bytes: &[u8]) -> [u8; 32] {
+    ring::digest::digest(&ring::digest::SHA256, bytes).as_ref().try_into().unwrap()
 }
 
 /// Step 7 with a key in software: decryption, then the transport-key signature.
