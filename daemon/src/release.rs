@@ -2,15 +2,19 @@
 //!
 //! What fails first decides the answer. The private keys work in the HSMs, and the two operations a release needs there
 //! do not depend on each other and run at the same time: decrypt the ingress key, and sign the egress protector that was
-//! freshly built beside it. Only when the ingress key proved right does anything leave this function, and then as a
-//! [`Grant`].
+//! freshly built beside it. Where the [`stock`] has a ready-made egress protector, the second operation was done before, while
+//! sessions were idle. Only when the ingress key proved right does anything leave this function, and then as a [`Grant`].
 //!
 //! A release goes by one snapshot of the settings and the registry from its start to its end. What an administrator
 //! withdraws meanwhile is found when the decision is recorded: a grant leaves only if it still holds then.
 
 pub mod batch;
 mod decision;
+mod egress;
 pub mod hsm;
+mod ours;
+pub(crate) mod stock;
+pub mod stocker;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 #[cfg(test)]
@@ -20,36 +24,34 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use claviger_hsm::{Check, REJECTION_QUORUM, standstill};
-use claviger_protocol::algorithm::{HostAlgorithms, SignatureAlgorithm};
-use claviger_protocol::build::{self, Unsigned};
+use claviger_protocol::algorithm::HostAlgorithms;
 use claviger_protocol::error::{Code, Refusal};
 use claviger_protocol::health::HealthClaims;
 use claviger_protocol::payload::{ApiVersion, Payload};
-use claviger_protocol::protector::{Protector, Wrapping, transport_key};
+use claviger_protocol::protector::transport_key;
 use claviger_protocol::request::{RollRequest, RollResponse};
 use claviger_protocol::rsa_key::RsaPublicKey;
-use claviger_protocol::verify::{self, Verified};
 use claviger_protocol::work::Work;
+use claviger_protocol::wrapping_set::Ingress;
 use data_encoding::HEXLOWER;
-use ring::digest;
 
 pub use self::decision::{decide, outcomes};
+use self::egress::Egress;
 use self::hsm::{DecryptError, Hsm, Unavailable};
-use crate::admission::strangers;
+use self::ours::{Ours, not_for_us, signing_key_missing};
+use self::stock::{Basis, Taken};
+use crate::admission::strangers::{self, LARGE, apart_if_large};
 use crate::admission::{Declined, HostAt};
 use crate::config::AttestMode;
 use crate::observe::log_throttle::Throttle;
-use crate::registry::keys::{Held, Keys};
+use crate::registry::keys::Held;
 use crate::request::Attempt;
-use crate::service::{Service, Snapshot, signed_by, unix_now};
+use crate::service::{Service, Snapshot, unix_now};
 use crate::store::Host;
 
 /// A refusal in a secret step leaves at a multiple of this after the request's arrival, so that its time tells nothing
 /// of the step that failed. Honest callers do not meet it.
 const REFUSAL_GRID: Duration = Duration::from_millis(25);
-
-/// Input of more bytes than this is worked on aside. The protector of an owner and three guardians has some 13,000.
-const LARGE: usize = 16 * 1024;
 
 /// What a release works with.
 pub struct Release<'a, H> {
@@ -99,7 +101,7 @@ pub async fn roll<H: Hsm>(
     // 1. The request is schema-valid and its three algorithms are known.
     let request = sender.aside(body.len(), || RollRequest::parse(body)).await;
     let request = request.inspect_err(|_| sender.charge(service, body.len(), attempt))?;
-    attempt.protector(&request.ingress_protector);
+    let protector = (&*request.ingress_protector, attempt.protector(&request.ingress_protector));
 
     // 2. The health certificate is valid.
     let host = healthy_host(service, &release.in_force, &request.health_certificate, attempt);
@@ -111,10 +113,10 @@ pub async fn roll<H: Hsm>(
     attempt.waited_for_turn(asked);
     let _permit = admitted?;
 
-    roll_protector(&release, &host, request.algorithms, &request.ingress_protector, attempt).await
+    roll_protector(&release, &host, request.algorithms, protector, attempt).await
 }
 
-/// Steps 3 to 9: one protector of a host that proved its health.
+/// Steps 3 to 9: one protector of a host that proved its health. The protector comes with its SHA-256.
 ///
 /// # Errors
 /// See [`roll`].
@@ -122,11 +124,11 @@ pub async fn roll_protector<H: Hsm>(
     release: &Release<'_, H>,
     host: &Arc<HealthClaims>,
     algorithms: HostAlgorithms,
-    ingress_protector: &[u8],
+    protector: (&[u8], [u8; 32]),
     attempt: &mut Attempt,
 ) -> Result<Grant, Refusal> {
     let Release { service, hsm, api, in_force } = release;
-    let deadline = attempt.deadline();
+    let (deadline, size) = (attempt.deadline(), protector.0.len());
 
     // A batch may have waited for its items before this one.
     if standstill::now() >= deadline {
@@ -134,46 +136,45 @@ pub async fn roll_protector<H: Hsm>(
     }
     let from = HostAt::new(&host.host_name, attempt);
     let mut work = Work::default();
-    let judged = judge(release, host, ingress_protector, &mut work, attempt);
-    let (verified, ours) =
-        judged.inspect_err(|_| service.admission.failed_early(&from, ingress_protector.len(), work))?;
-    // What is about to be encrypted counts, too.
-    verified.parties.iter().for_each(|party| work.add(party.encryption.key()));
-    service.admission.charge(&from, ingress_protector.len(), work);
+    let judged = judge(release, host, protector, &mut work, attempt);
+    let (ingress, ours) = judged.inspect_err(|_| service.admission.failed_early(&from, size, work))?;
+    // What is encrypted for the new protector counts, too.
+    ingress.set.wrappings().iter().for_each(|wrapping| work.add(wrapping.party.encryption.key()));
+    service.admission.charge(&from, size, work);
     attempt.keys = vec![ours.decryption_key.id.clone(), ours.signing_key.id.clone()];
     attempt.certificate_used = Some(ours.decryption_key.certificate.clone());
+    let wrapping = ours.of(&ingress.set);
 
     // 7. In an HSM: decrypt the ingress key.
     let decrypted = hsm.decrypt(
         &ours.decryption_key.id,
-        ours.of(&verified).encryption.oaep,
-        &ours.of(&verified).cipher_value,
+        wrapping.oaep(),
+        &ingress.cipher_values[ours.at],
         deadline,
-        proved_by_its_signature(&verified),
+        proved_by_its_signature(&ingress),
     );
 
-    // 8. At the same time: write an egress protector with a fresh key, and sign it in an HSM.
+    // 8. An egress protector with a fresh key: a ready-made one where the stock has it. Else, at the same time: write one and
+    //    sign it in an HSM.
     let max_offline_unwraps = in_force.config.release.max_offline_unwraps;
-    let signed = async {
-        let egress = build::fresh_transport_key()?;
-        let recipients = verified.parties.iter().map(|party| party.encryption.key());
-        let unsigned = aside(ingress_protector.len(), || {
-            Unsigned::new(&verified.protector.wrappings, recipients, &egress, max_offline_unwraps)
-        })?;
-        let digest = digest::digest(&digest::SHA256, unsigned.signed_octets());
-        let right = signed_by(verified.parties[ours.wrapping].signing.key(), digest);
-        let signed = hsm.sign(&ours.signing_key.id, digest.as_ref(), deadline, right).await;
-        Ok((egress, unsigned, signed))
+    let ready = service.stock.take(&ingress.set, &Basis::new(&in_force.keys, &in_force.config));
+    let made = async {
+        match &ready {
+            Some(_) => Ok(None),
+            None => Egress::make(*hsm, &ingress.set, wrapping, &ours.signing_key.id, max_offline_unwraps, deadline)
+                .await
+                .map(Some),
+        }
     };
 
     // In this order: the decryption is under way while the egress protector is written.
     let asked = standstill::now();
-    let (ingress, egress) = tokio::join!(decrypted, signed);
+    let (decrypted, made) = tokio::join!(decrypted, made);
     attempt.waited_for_hsms(asked);
     let charge = |decryptions| service.admission.charge_decryptions(&from, decryptions);
     // What was decrypted for a protector that cannot be written is to be paid for, too.
-    let (egress, unsigned, signed) = egress.inspect_err(|_: &Refusal| charge(REJECTION_QUORUM - 1))?;
-    let ingress = match ingress {
+    let made = made.inspect_err(|_: &Refusal| charge(REJECTION_QUORUM - 1))?;
+    let ingress_key = match decrypted {
         Ok(done) => {
             attempt.used(&done.member);
             transport_key(&done.value).ok_or_else(Refusal::internal)?
@@ -188,18 +189,24 @@ pub async fn roll_protector<H: Hsm>(
         }
         Err(DecryptError::Unavailable(error)) => return Err(unavailable(&error, "decrypt")),
     };
-    let signed = signed.map_err(|error| unavailable(&error, "sign"))?;
-    attempt.used(&signed.member);
-    let egress_protector = unsigned.finish(ours.wrapping_id, SignatureAlgorithm::DEFAULT, signed.value)?;
-    attempt.egress(&egress_protector);
+    let made = made.transpose().map_err(|error| unavailable(&error, "sign"))?;
+    // From here on the ready-made one belongs to this release.
+    let egress = made.or_else(|| ready.and_then(Taken::give_out)).ok_or_else(Refusal::internal)?;
+    attempt.used(egress.member());
+    let (egress_protector, sha256) = egress.write()?;
+    attempt.egress(sha256);
+    // The host brings it next time, to this service as a rule.
+    service.sets.know_file(sha256);
+    service.stock.asked(&ingress.set, 1.0);
 
     // 9. Both keys are encrypted to the host.
-    let keys = Payload { ingress, egress, max_offline_unwraps }.seal(*api, &host.key, algorithms)?;
+    let keys = Payload { ingress: ingress_key, egress: egress.into_key(), max_offline_unwraps };
+    let keys = keys.seal(*api, &host.key, algorithms)?;
     Ok(Grant {
         response: RollResponse { egress_protector, keys },
         host: Arc::clone(host),
-        encryption: verified.parties[ours.wrapping].encryption.key().clone(),
-        signing: verified.parties[ours.wrapping].signing.key().clone(),
+        encryption: wrapping.party.encryption.key().clone(),
+        signing: wrapping.party.signing.key().clone(),
     })
 }
 
@@ -210,24 +217,22 @@ pub async fn roll_protector<H: Hsm>(
 fn judge<'r, H: Hsm>(
     release: &'r Release<'_, H>,
     host: &HealthClaims,
-    ingress_protector: &[u8],
+    (protector, sha256): (&[u8], [u8; 32]),
     work: &mut Work,
     attempt: &mut Attempt,
-) -> Result<(Arc<Verified>, Ours<'r>), Refusal> {
-    let verified = aside(ingress_protector.len(), || {
-        // 3. The protector is schema-valid within the limits, and its algorithms are known.
-        let protector = Protector::parse(ingress_protector)?;
-
-        // 4. and 5. The guardian signature is right, and every wrapping.
-        verify::verify_counting(protector, &release.service.certificates, work)
-    })?;
-    attempt.owner = Some(HEXLOWER.encode(&verified.parties[verified.owner].signing.thumbprint()));
+) -> Result<(Arc<Ingress>, Ours<'r>), Refusal> {
+    let Release { service, in_force, .. } = release;
+    // 3. The protector is schema-valid within the limits, and its algorithms are known. 4. and 5. The guardian signature is
+    // right, and every wrapping. All of it at little cost where the wrapping set is known.
+    let ingress = apart_if_large(protector.len(), || service.sets.read(protector, &sha256, work))?;
+    attempt.owner = Some(HEXLOWER.encode(&ingress.set.owner().signing.thumbprint()));
 
     // 6. One wrapping is for this service, and its keys are for this host.
-    let ours = Ours::find(&verified, &release.in_force.keys)?;
-    permitted(&release.in_force, host, [ours.decryption_key, ours.signing_key])?;
-    attempt.guardian_key = Some(HEXLOWER.encode(&verified.parties[ours.wrapping].encryption.thumbprint()));
-    Ok((Arc::new(verified), ours))
+    let ours = Ours::find(&ingress.set, &in_force.keys)?;
+    permitted(in_force, host, [ours.decryption_key, ours.signing_key])?;
+    attempt.guardian_key = Some(HEXLOWER.encode(&ours.of(&ingress.set).party.encryption.thumbprint()));
+    apart_if_large(protector.len(), || service.sets.remember(&ingress.set));
+    Ok((Arc::new(ingress), ours))
 }
 
 /// A release that is right as far as the request goes, with the facts about host and keys that it rests on.
@@ -255,12 +260,6 @@ impl Grant {
         permitted(&in_force, &self.host, [encryption, signing])?;
         Ok(self.response)
     }
-}
-
-/// Does what takes long when an input of so many bytes is large, without keeping a thread of the runtime from other requests.
-/// A usual protector, of a few wrappings, takes less time than it takes to make way.
-pub(crate) fn aside<T>(bytes: usize, work: impl FnOnce() -> T) -> T {
-    if bytes > LARGE { strangers::in_place(work) } else { work() }
 }
 
 /// Step 2: who asks, if it is a registered host that proved its health.
@@ -330,7 +329,7 @@ impl Sender {
     pub(crate) async fn aside<T>(&self, bytes: usize, work: impl FnOnce() -> T) -> T {
         match self {
             Self::Stranger if bytes > LARGE => strangers::aside(work).await,
-            _ => aside(bytes, work),
+            _ => apart_if_large(bytes, work),
         }
     }
 
@@ -384,40 +383,6 @@ pub(crate) fn fast_reject<H: Hsm>(
     Ok(Sender::Host(host))
 }
 
-/// Step 6: the wrapping that is for this service, and the private keys that go with it.
-struct Ours<'a> {
-    wrapping: usize,
-    wrapping_id: u32,
-    decryption_key: &'a Held,
-    signing_key: &'a Held,
-}
-
-impl<'a> Ours<'a> {
-    /// The wrapping itself.
-    fn of<'v>(&self, verified: &'v Verified) -> &'v Wrapping {
-        &verified.protector.wrappings[self.wrapping]
-    }
-
-    /// The first wrapping, in document order, whose encryption key is enabled here. Its signing key has to be, too.
-    fn find(verified: &Verified, keys: &'a Keys) -> Result<Self, Refusal> {
-        let found = verified.parties.iter().enumerate().find_map(|(wrapping, party)| {
-            let decryption_key = keys.encryption(party.encryption.key())?;
-            Some((wrapping, decryption_key, keys.signing(party.signing.key())))
-        });
-        let (wrapping, decryption_key, signing_key) = found.ok_or_else(not_for_us)?;
-        let signing_key = signing_key.ok_or_else(signing_key_missing)?;
-        Ok(Self { wrapping, wrapping_id: verified.protector.wrappings[wrapping].id, decryption_key, signing_key })
-    }
-}
-
-fn not_for_us() -> Refusal {
-    Refusal::wrapping("no wrapping of the protector is for this service")
-}
-
-fn signing_key_missing() -> Refusal {
-    Refusal::wrapping("the wrapping for this service has a signing certificate whose key is not held here")
-}
-
 /// Whether the host is registered and has the labels that both keys ask for.
 ///
 /// # Errors
@@ -435,11 +400,10 @@ fn permitted(in_force: &Snapshot, host: &HealthClaims, keys: [&Held; 2]) -> Resu
 /// The cluster asks this of whatever a member decrypted. A ciphertext that does not decrypt and a key whose signature is
 /// wrong go the same way there: known-good operations show that the member is not to blame, others are asked, and
 /// then the same refusal is given.
-fn proved_by_its_signature(verified: &Arc<Verified>) -> Check {
-    let verified = Arc::clone(verified);
+fn proved_by_its_signature(ingress: &Arc<Ingress>) -> Check {
+    let ingress = Arc::clone(ingress);
     Arc::new(move |octets| {
-        let protector = &verified.protector;
-        let proves = |key| protector.transport_key_signature.verify(&key, &protector.signed_octets);
+        let proves = |key| ingress.transport_key_signature.verify(&key, &ingress.signed_octets);
         transport_key(octets).is_some_and(proves)
     })
 }

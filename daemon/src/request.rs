@@ -227,14 +227,17 @@ impl Attempt {
         self.caller.clone()
     }
 
-    /// Notes the protector that came in.
-    pub fn protector(&mut self, file: &[u8]) {
-        self.protector = Some(sha256(file));
+    /// Notes the protector that came in. Returns its SHA-256.
+    pub fn protector(&mut self, file: &[u8]) -> [u8; 32] {
+        let mut sha256 = [0; 32];
+        sha256.copy_from_slice(digest::digest(&digest::SHA256, file).as_ref());
+        self.protector = Some(HEXLOWER.encode(&sha256));
+        sha256
     }
 
-    /// Notes the protector that goes out.
-    pub fn egress(&mut self, file: &[u8]) {
-        self.egress = Some(sha256(file));
+    /// Notes the protector that goes out, by its SHA-256.
+    pub fn egress(&mut self, sha256: [u8; 32]) {
+        self.egress = Some(HEXLOWER.encode(&sha256));
     }
 
     /// Notes what a health certificate says; whether its host is still registered, it does not.
@@ -284,8 +287,4 @@ impl Attempt {
             ms: standstill::since(self.started).as_micros() as f64 / 1e3,
         }
     }
-}
-
-fn sha256(bytes: &[u8]) -> String {
-    HEXLOWER.encode(digest::digest(&digest::SHA256, bytes).as_ref())
 }

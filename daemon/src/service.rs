@@ -13,7 +13,7 @@ use arc_swap::ArcSwap;
 use claviger_hsm::{Check, Cluster, Done, Hash, HsmError, KeyRef, Observer, SignScheme, standstill};
 use claviger_protocol::certificate::Certificate;
 use claviger_protocol::rsa_key::RsaPublicKey;
-use claviger_protocol::verify::KnownCertificates;
+use claviger_protocol::wrapping_set::KnownSets;
 use ring::digest;
 use tokio::sync::Notify;
 
@@ -30,6 +30,7 @@ use crate::registry::health_cache::HealthCache;
 use crate::registry::issued::RecentlyIssued;
 use crate::registry::keys::Keys;
 use crate::registry::tpm_sessions::Sessions;
+use crate::release::stock::{Basis, Stock};
 use crate::request::Attempt;
 use crate::store::usage_counts::{Usage, UsageError};
 use crate::store::{Contents, Host, HostKind, State, StateError};
@@ -57,8 +58,10 @@ pub struct Service {
     pub issued: RecentlyIssued,
     /// Memory for the bodies of requests.
     pub bodies: Arc<Bodies>,
-    /// Certificates of protectors that were read and found right before.
-    pub certificates: KnownCertificates,
+    /// Wrapping sets and certificates of protectors that were read and found right before.
+    pub sets: KnownSets,
+    /// Egress protectors that were made while sessions were idle.
+    pub stock: Stock,
     /// The key-protection certificates.
     pub keys: ArcSwap<Keys>,
     /// The registered hosts.
@@ -220,7 +223,8 @@ impl Service {
             health: HealthCache::default(),
             issued: RecentlyIssued::default(),
             bodies: Bodies::new(&config.server),
-            certificates: KnownCertificates::new(KNOWN_PARTIES),
+            sets: KnownSets::new(KNOWN_PARTIES),
+            stock: Stock::default(),
             keys: ArcSwap::default(),
             hosts: ArcSwap::default(),
             baselines: ArcSwap::default(),
@@ -235,6 +239,7 @@ impl Service {
             state: Mutex::new(state),
             config: ArcSwap::from_pointee(config),
         };
+        service.rebase_stock();
         match service.reload() {
             Err(error @ ServiceError::Unreadable(_)) => {
                 tracing::error!(%error, "not all of the state can be used; claviger doctor says what to do");
@@ -294,8 +299,14 @@ impl Service {
             self.cluster.set_known_answers(keys.known_answers());
             keys.decryption_keys().for_each(|held| metrics::preregister_key(held.certificate.clone()));
             self.keys.store(Arc::new(keys));
+            self.rebase_stock();
         }
         Ok(unreadable)
+    }
+
+    /// Throws away what was made ahead for other keys or settings than those that are in force now.
+    pub fn rebase_stock(&self) {
+        self.stock.rebase(Basis::new(&self.keys.load_full(), &self.config.load()));
     }
 
     fn unreadable(&self) -> MutexGuard<'_, BTreeSet<String>> {

@@ -82,6 +82,7 @@ impl Monitor {
         Readings {
             members: service.cluster.members(),
             retry_budget: service.cluster.retries_left(),
+            stock_depth: service.stock.depth(),
             load: service.admission.load(),
             limits: service.admission.limits(),
             certificates,

@@ -20,7 +20,7 @@ pub fn with_oaep(owner: &Owner, guardian: &Metadata, oaep: Oaep) -> (Vec<u8>, Tr
     let recipients = [owner.encryption_key.public(), &guardian.encryption_key];
     let unsigned = Unsigned::new(&wrappings, recipients, &key, 0).unwrap();
     let algorithm = SignatureAlgorithm::DEFAULT;
-    let signature = owner.signing_key.sign(algorithm, unsigned.signed_octets()).unwrap();
+    let signature = owner.signing_key.sign(algorithm, &unsigned.signed_octets()).unwrap();
     (unsigned.finish(wrappings[0].id, algorithm, signature).unwrap(), key)
 }
 

@@ -267,6 +267,16 @@ impl Cluster {
         self.snapshot().iter().map(|entry| entry.member.status()).collect()
     }
 
+    /// How many more operations could begin now without waiting for a session, at the members that would get them: those that
+    /// serve with the smallest priority number.
+    #[must_use]
+    pub fn idle_sessions(&self) -> usize {
+        let members = self.snapshot();
+        let serving = || members.iter().map(|entry| &entry.member).filter(|member| member.is_serving());
+        let first = serving().map(|member| member.priority()).min();
+        serving().filter(|member| Some(member.priority()) == first).map(|member| member.idle_sessions()).sum()
+    }
+
     /// Retries that the budget has left.
     #[must_use]
     pub fn retries_left(&self) -> f64 {

@@ -84,6 +84,16 @@ metrics! {
         "What a release spent its time on: queue (waiting for its turn), hsm (waiting for the HSMs), own (everything else).";
     KEY_RELEASES: Counter Count "claviger_key_releases_total" ["certificate"]
         "Releases that succeeded, by the key that opened the protector: the first 8 digits of the thumbprint of its encryption certificate, of several the primary or else the newest.";
+    STOCK_MADE: Counter Count "claviger_stock_made_total" []
+        "Egress protectors that were made ahead, while sessions of the HSMs were idle.";
+    STOCK_USED: Counter Count "claviger_stock_used_total" []
+        "Releases that gave out an egress protector which was made ahead: they took one operation of the HSMs instead of two.";
+    STOCK_AGED: Counter Count "claviger_stock_aged_total" []
+        "Egress protectors that were made ahead and thrown away because nobody asked for them in their time.";
+    STOCK_DROPPED: Counter Count "claviger_stock_dropped_total" []
+        "Egress protectors that were made ahead and thrown away because a key, its labels or a setting changed, or there was no room.";
+    STOCK_DEPTH: GaugeReading Count "claviger_stock_depth" []
+        "Egress protectors that were made ahead and wait to be given out.";
     BATCH_ITEMS: Histogram(SIZES) Count "claviger_batch_items" []
         "Protectors in a batch request.";
     ATTESTATIONS: Counter Count "claviger_attestations_total" ["outcome"]
@@ -350,6 +360,9 @@ pub fn preregister(known: &Known<'_>) {
     for reason in known.body_refusals {
         counter!(BODIES_REFUSED.name, "reason" => *reason).increment(0);
     }
+    for metric in [STOCK_MADE, STOCK_USED, STOCK_AGED, STOCK_DROPPED] {
+        counter!(metric.name).increment(0);
+    }
     for resource in known.resources {
         for code in CODES {
             counter!(RESPONSES.name, "resource" => *resource, "code" => code).increment(0);
@@ -383,6 +396,26 @@ pub fn preregister(known: &Known<'_>) {
             counter!(HSM_FAILOVERS.name, "hsm" => hsm.clone(), "to" => (*other).to_owned()).increment(0);
         }
     }
+}
+
+/// Counts an egress protector that was made ahead.
+pub fn stock_made() {
+    counter!(STOCK_MADE.name).increment(1);
+}
+
+/// Counts one that was given out.
+pub fn stock_used() {
+    counter!(STOCK_USED.name).increment(1);
+}
+
+/// Counts one that waited for too long.
+pub fn stock_aged() {
+    counter!(STOCK_AGED.name).increment(1);
+}
+
+/// Counts one that was made for what is not in force any more.
+pub fn stock_dropped() {
+    counter!(STOCK_DROPPED.name).increment(1);
 }
 
 /// Registers the releases of a key at zero.

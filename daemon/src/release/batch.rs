@@ -58,7 +58,7 @@ pub async fn roll<H: Hsm>(
             let asked = standstill::now();
             // The semaphore is never closed.
             let _place = places.acquire().await;
-            attempt.protector(&protector);
+            let sha256 = attempt.protector(&protector);
             let result = async {
                 within_rate?;
                 let admitted = service.admission.turn(&from, &attempt).await;
@@ -66,7 +66,7 @@ pub async fn roll<H: Hsm>(
                 let _permit = admitted?;
                 let algorithms = request.algorithms;
                 let release = Release::with(&service, &hsm, ApiVersion::V2, in_force);
-                roll_protector(&release, &host, algorithms, &protector, &mut attempt).await
+                roll_protector(&release, &host, algorithms, (&protector, sha256), &mut attempt).await
             };
             let result = result.await;
             (at, attempt, result)

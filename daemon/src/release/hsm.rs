@@ -35,6 +35,9 @@ pub trait Hsm: Clone + Send + Sync + 'static {
         deadline: Instant,
         check: Check,
     ) -> impl Future<Output = Result<Done<Vec<u8>>, Unavailable>> + Send;
+
+    /// How many more operations could begin now without waiting for a session.
+    fn idle(&self) -> usize;
 }
 
 /// Why nothing was decrypted.
@@ -75,6 +78,10 @@ impl Hsm for Cluster {
     ) -> Result<Done<Vec<u8>>, Unavailable> {
         let scheme = SignScheme::Pkcs1(Hash::Sha256);
         Cluster::sign(self, key, scheme, digest, deadline, Some(check)).await.map_err(|error| Unavailable(error.into()))
+    }
+
+    fn idle(&self) -> usize {
+        self.idle_sessions()
     }
 }
 

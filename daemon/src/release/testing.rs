@@ -75,6 +75,7 @@ struct Inner {
     keys: HashMap<KeyRef, RsaPrivateKey>,
     decryptions: Desk,
     signatures: Desk,
+    idle: AtomicUsize,
 }
 
 /// One kind of operation.
@@ -95,7 +96,12 @@ impl SoftwareHsm {
     #[must_use]
     pub fn new(keys: impl IntoIterator<Item = (KeyRef, RsaPrivateKey)>) -> Self {
         let keys = keys.into_iter().collect();
-        Self(Arc::new(Inner { keys, decryptions: Desk::default(), signatures: Desk::default() }))
+        Self(Arc::new(Inner {
+            keys,
+            decryptions: Desk::default(),
+            signatures: Desk::default(),
+            idle: AtomicUsize::new(4),
+        }))
     }
 
     /// Lets this happen in the next operation of this kind for which nothing is planned yet.
@@ -107,6 +113,11 @@ impl SoftwareHsm {
     #[must_use]
     pub fn asked(&self, operation: Operation) -> usize {
         self.desk(operation).asked.load(Ordering::Relaxed)
+    }
+
+    /// Says from now on that so many sessions are idle; 4 at first.
+    pub fn set_idle(&self, sessions: usize) {
+        self.0.idle.store(sessions, Ordering::Relaxed);
     }
 
     fn desk(&self, operation: Operation) -> &Desk {
@@ -184,6 +195,10 @@ impl Hsm for SoftwareHsm {
             DecryptError::Unavailable(error) => error,
             DecryptError::Rejected => unavailable("the signature is wrong"),
         })
+    }
+
+    fn idle(&self) -> usize {
+        self.0.idle.load(Ordering::Relaxed)
     }
 }
 

@@ -29,6 +29,7 @@ mod charges;
 mod order;
 mod records;
 mod snapshot;
+mod stock;
 mod times;
 
 /// Where the host's requests come from.
@@ -156,7 +157,7 @@ fn signed_by_owner(
     let right = &draft.wrappings[1].cipher_value;
     let (old, new) = (BASE64.encode(right), BASE64.encode(&cipher(right)));
     let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap().replace(&old, &new).into_bytes();
-    let mut signature = owner.signing_key.sign(algorithm, &text(unsigned.signed_octets())).unwrap();
+    let mut signature = owner.signing_key.sign(algorithm, &text(&unsigned.signed_octets())).unwrap();
     signature[9] ^= u8::from(badly);
     text(&unsigned.finish(1, algorithm, signature).unwrap())
 }

@@ -227,6 +227,7 @@ impl Daemon {
             tokio::spawn(follow_state(service.clone())),
             tokio::spawn(keeper::sum_up(service.clone())),
             tokio::spawn(keeper::sign(service.clone())),
+            tokio::spawn(release::stocker::run(service.clone(), service.cluster.clone())),
             tokio::spawn(systemd::watchdog()),
             tokio::spawn(status::watch(monitor)),
             // Until the very end: an operator wants to see a stop that takes long.
@@ -262,6 +263,7 @@ impl Daemon {
             task.abort();
             let _ = task.await;
         }
+        release::stocker::remember(&self.service).await;
         keeper::finish(&self.service).await;
         self.service.cluster.close().await;
     }

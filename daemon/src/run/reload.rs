@@ -80,6 +80,7 @@ async fn reload(file: &Path, service: &Arc<Service>, tls: Option<&SharedTls>) ->
     next.server.stranger_burst = config.server.stranger_burst;
     next.release.queue = config.release.queue;
     next.release.max_offline_unwraps = config.release.max_offline_unwraps;
+    next.release.stock_mib = config.release.stock_mib;
     next.server.body_timeout_ms = config.server.body_timeout_ms;
     next.server.body_rate = config.server.body_rate;
     next.server.body_memory_mib = config.server.body_memory_mib;
@@ -90,6 +91,7 @@ async fn reload(file: &Path, service: &Arc<Service>, tls: Option<&SharedTls>) ->
     service.admission.resize(&next, next.hsm.iter().map(|hsm| hsm.sessions).sum());
     let waiting = differences(&config, &next);
     service.config.store(Arc::new(next));
+    service.rebase_stock();
     if waiting.is_empty() {
         tracing::info!("configuration reloaded");
     } else {

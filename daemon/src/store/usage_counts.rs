@@ -56,6 +56,15 @@ pub enum UsageError {
     },
 }
 
+/// A wrapping set that was worth stocking. All of it is public.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RememberedSet {
+    /// What [`WrappingSet::to_document`](claviger_protocol::wrapping_set::WrappingSet::to_document) wrote.
+    pub document: Vec<u8>,
+    /// How much it was asked for.
+    pub releases: f64,
+}
+
 /// The releases of the last [`DAYS`] days.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Releases {
@@ -205,6 +214,46 @@ impl Usage {
         rows.collect()
     }
 
+    /// The wrapping sets that were remembered, those that were asked for most first. Blocks on the file.
+    ///
+    /// # Errors
+    /// When they cannot be read.
+    pub fn sets(&self) -> rusqlite::Result<Vec<RememberedSet>> {
+        let file = self.file();
+        let mut statement = file.prepare("SELECT document, releases FROM sets ORDER BY releases DESC")?;
+        let rows = statement.query_map([], |row| Ok(RememberedSet { document: row.get(0)?, releases: row.get(1)? }))?;
+        rows.collect()
+    }
+
+    /// Remembers these wrapping sets and no others: the name of each, how much it was asked for, and its document. Blocks on the
+    /// file.
+    ///
+    /// # Errors
+    /// When they cannot be written.
+    pub fn remember_sets<D: FnOnce() -> Vec<u8>>(
+        &self,
+        sets: impl IntoIterator<Item = ([u8; 32], f64, D)>,
+        now: i64,
+    ) -> rusqlite::Result<()> {
+        let mut file = self.file();
+        let transaction = file.transaction()?;
+        // A writing of its own, also where the clock stands.
+        let writing = transaction.query_row("SELECT coalesce(max(written), 0) + 1 FROM sets", [], |row| row.get(0))?;
+        let writing = now.max(writing);
+        for (identity, releases, document) in sets {
+            let known = transaction
+                .prepare_cached("UPDATE sets SET releases = ?2, written = ?3 WHERE identity = ?1")?
+                .execute(params![identity, releases, writing])?;
+            if known == 0 {
+                transaction
+                    .prepare_cached("INSERT INTO sets (identity, document, releases, written) VALUES (?1, ?2, ?3, ?4)")?
+                    .execute(params![identity, document(), releases, writing])?;
+            }
+        }
+        transaction.execute("DELETE FROM sets WHERE written < ?1", [writing])?;
+        transaction.commit()
+    }
+
     /// Forgets a host that was removed: another one may get its name. Blocks on the file.
     ///
     /// # Errors
@@ -290,6 +339,9 @@ fn connect(path: &Path, now: i64) -> rusqlite::Result<Connection> {
          CREATE TABLE IF NOT EXISTS identities (
              name TEXT NOT NULL COLLATE NOCASE PRIMARY KEY, sha256 TEXT NOT NULL
          ) STRICT, WITHOUT ROWID;
+         CREATE TABLE IF NOT EXISTS sets (
+             identity BLOB NOT NULL PRIMARY KEY, document BLOB NOT NULL, releases REAL NOT NULL, written INTEGER NOT NULL
+         ) STRICT;
          CREATE TABLE IF NOT EXISTS begun (at INTEGER NOT NULL) STRICT;",
     )?;
     // A file that is older than this table has counted for long enough.

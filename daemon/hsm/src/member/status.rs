@@ -65,6 +65,11 @@ impl Member {
         self.gauges.in_flight.load(Ordering::Acquire)
     }
 
+    /// Sessions without a call that waits for them or runs in them.
+    pub(crate) fn idle_sessions(&self) -> usize {
+        self.talk().map_or(0, |talk| talk.sessions()).saturating_sub(self.in_flight())
+    }
+
     pub(crate) fn status(&self) -> MemberStatus {
         let talk = self.talk();
         let in_flight = self.in_flight();

@@ -11,7 +11,7 @@ use super::{
     HSM_CPU, HSM_IN_FLIGHT, HSM_PRIORITY, HSM_RETRY_BUDGET, HSM_SESSIONS_BUSY, HSM_SESSIONS_LIMIT, HSM_SESSIONS_OPEN,
     HSM_SESSIONS_STUCK, HSM_SESSIONS_WANTED, HSM_STATE, HSM_WAITING, HSM_WORKER_CPU, HSM_WORKER_MEMORY, Kind, Metric,
     PROCESS_CPU, PROCESS_FILES, PROCESS_MAX_FILES, PROCESS_MEMORY, PROCESS_START, PROCESS_THREADS, QUEUE_LIMIT,
-    QUEUE_WAITING, RELEASES_RUNNING, RELEASES_RUNNING_LIMIT, STATE_STALE,
+    QUEUE_WAITING, RELEASES_RUNNING, RELEASES_RUNNING_LIMIT, STATE_STALE, STOCK_DEPTH,
 };
 use crate::admission::Load;
 use crate::sys::process::Usage;
@@ -30,6 +30,8 @@ pub struct Readings {
     pub load: Load,
     /// How much may.
     pub limits: Load,
+    /// Egress protectors that were made ahead and wait.
+    pub stock_depth: usize,
     /// Kind, short thumbprint, and end in seconds since 1970 of every certificate.
     pub certificates: Vec<(&'static str, String, i64)>,
     /// Hosts that are registered and enabled.
@@ -81,6 +83,7 @@ impl Readings {
         one(page, &HSM_RETRY_BUDGET, self.retry_budget);
         one(page, &RELEASES_RUNNING, self.load.running as f64);
         one(page, &RELEASES_RUNNING_LIMIT, self.limits.running as f64);
+        one(page, &STOCK_DEPTH, self.stock_depth as f64);
         one(page, &QUEUE_WAITING, self.load.waiting as f64);
         one(page, &CONNECTIONS_OPEN, self.connections_open as f64);
         one(page, &CONNECTIONS_LIMIT, self.connections_limit as f64);

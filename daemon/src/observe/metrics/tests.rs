@@ -16,6 +16,7 @@ fn value(page: &str, series: &str) -> f64 {
 
 fn readings() -> Readings {
     Readings {
+        stock_depth: 7,
         members: vec![MemberStatus {
             priority: 2,
             in_flight: 5,

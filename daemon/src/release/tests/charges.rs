@@ -178,7 +178,7 @@ fn that_grows_beyond_the_limit(stage: &Stage) -> Vec<u8> {
         let filling = element.repeat(EMPTY) + &"x".repeat(MAX_PROTECTOR - 40_000 - file.len());
         String::from_utf8(bytes.to_vec()).unwrap().replace("here", &filling).into_bytes()
     };
-    let signature = owner.signing_key.sign(algorithm, &filled(unsigned.signed_octets(), "<a></a>")).unwrap();
+    let signature = owner.signing_key.sign(algorithm, &filled(&unsigned.signed_octets(), "<a></a>")).unwrap();
     filled(&unsigned.finish(1, algorithm, signature).unwrap(), "<a/>")
 }
 

@@ -1,0 +1,118 @@
+//! Fills the stock while sessions are idle, never when a release waits.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use claviger_hsm::standstill;
+use tokio::task::JoinSet;
+
+use super::egress::Egress;
+use super::hsm::Hsm;
+use super::ours::Ours;
+use super::stock::Order;
+use crate::service::{OWN_DEADLINE, Service, unix_now};
+use crate::store::usage_counts::RememberedSet;
+
+/// How long to wait when nothing can or need be made.
+const PAUSE: Duration = Duration::from_millis(50);
+/// How often the stock is looked through.
+const SWEEP: Duration = Duration::from_secs(1);
+/// How often it is written down which sets are worth stocking.
+const REMEMBER: Duration = Duration::from_secs(60);
+/// As many sets are remembered, of 8 to 16 KiB each.
+const MOST_REMEMBERED: usize = 1_024;
+
+/// Keeps the stock for as long as the daemon runs.
+pub async fn run<H: Hsm>(service: Arc<Service>, hsm: H) {
+    recall(&service).await;
+    let mut making = JoinSet::new();
+    let (mut swept, mut remembered) = (standstill::now(), standstill::now());
+    loop {
+        while making.try_join_next().is_some() {}
+        if standstill::since(swept) >= SWEEP {
+            service.stock.sweep(service.config.load().release.stock_bytes());
+            swept = standstill::now();
+        }
+        if standstill::since(remembered) >= REMEMBER {
+            remember(&service).await;
+            remembered = standstill::now();
+        }
+        if let Some(order) = next(&service, &hsm, making.len()) {
+            making.spawn(fill(Arc::clone(&service), hsm.clone(), order));
+            continue;
+        }
+        tokio::select! {
+            Some(_) = making.join_next() => {}
+            () = tokio::time::sleep(PAUSE) => {}
+        }
+    }
+}
+
+/// What is to be made now, where `making` items are being made: at most half of the idle sessions work for the stock, one where
+/// a release runs, and none where one waits.
+fn next<H: Hsm>(service: &Service, hsm: &H, making: usize) -> Option<Order> {
+    let load = service.admission.load();
+    if load.waiting > 0 {
+        return None;
+    }
+    // Those that make an item are not idle.
+    let allowed = if load.running > 0 { 1 } else { (hsm.idle() + making).div_ceil(2) };
+    if making >= allowed || hsm.idle() == 0 {
+        return None;
+    }
+    service.stock.order(service.config.load().release.stock_bytes())
+}
+
+/// Makes what was ordered. The check that finds a lying HSM is made before it enters the stock.
+async fn fill<H: Hsm>(service: Arc<Service>, hsm: H, order: Order) {
+    let made = async {
+        let ours = Ours::find(order.set(), order.keys()).ok()?;
+        let (deadline, unwraps) = (standstill::now() + OWN_DEADLINE, order.max_offline_unwraps());
+        let made = Egress::make(&hsm, order.set(), ours.of(order.set()), &ours.signing_key.id, unwraps, deadline).await;
+        let egress = made.ok()?.ok()?;
+        let (_, sha256) = egress.write().ok()?;
+        Some((egress, sha256))
+    };
+    match made.await {
+        Some((egress, sha256)) => service.stock.put(&order, egress, sha256),
+        None => order.failed(),
+    }
+}
+
+/// Takes in the sets that were worth stocking before the daemon was started.
+pub(crate) async fn recall(service: &Arc<Service>) {
+    let of = Arc::clone(service);
+    let recalled = tokio::task::spawn_blocking(move || {
+        for RememberedSet { document, releases } in of.usage.sets()? {
+            if let Some(set) = of.sets.restore(&document) {
+                of.stock.asked(&set, releases);
+            }
+        }
+        Ok::<_, rusqlite::Error>(())
+    });
+    if let Ok(Err(error)) = recalled.await {
+        tracing::warn!(%error, "it cannot be read which wrapping sets were worth stocking; the stock begins with those that are asked for");
+    }
+}
+
+/// Writes down which sets are worth stocking.
+pub(crate) async fn remember(service: &Arc<Service>) {
+    let of = Arc::clone(service);
+    let written = tokio::task::spawn_blocking(move || {
+        let worth = of.stock.worth(MOST_REMEMBERED);
+        let sets = worth.iter().map(|worth| (worth.set.identity(), worth.releases, || worth.set.to_document()));
+        of.usage.remember_sets(sets, unix_now())
+    });
+    if let Ok(Err(error)) = written.await {
+        tracing::warn!(%error, "it cannot be written which wrapping sets are worth stocking; trying again in a minute");
+    }
+}
+
+/// The stock is filled with what can be made now, for tests and benches. Returns how many items wait.
+#[cfg(any(test, feature = "testing"))]
+pub async fn fill_up<H: Hsm>(service: &Arc<Service>, hsm: &H) -> usize {
+    while let Some(order) = next(service, hsm, 0) {
+        fill(Arc::clone(service), hsm.clone(), order).await;
+    }
+    service.stock.depth()
+}

@@ -1,0 +1,226 @@
+//! Releases with a stock: they take one operation, each item serves once, and nothing is left of it when what it depends on
+//! changes.
+
+use std::collections::HashSet;
+
+use super::*;
+use crate::release::stocker;
+
+/// One release, without its audit line: that is written by a thread, for which a paused clock does not wait.
+async fn served(stage: &Stage, body: &[u8]) -> Result<RollResponse, Refusal> {
+    super::asked(stage, body, &mut attempt()).await.and_then(|grant| grant.confirm(&stage.service))
+}
+
+/// A protector whose set had so many releases.
+async fn asked(stage: &Stage, releases: usize) -> Vec<u8> {
+    let mut protector = stage.protector();
+    for _ in 0..releases {
+        protector = served(stage, &stage.request(&protector).to_xml()).await.unwrap().egress_protector;
+    }
+    protector
+}
+
+fn operations(stage: &Stage) -> [usize; 2] {
+    [Operation::Decrypt, Operation::Sign].map(|kind| stage.hsm.asked(kind))
+}
+
+fn depth(stage: &Stage) -> usize {
+    stage.service.stock.depth()
+}
+
+async fn fill(stage: &Stage) -> usize {
+    stocker::fill_up(&stage.service, &stage.hsm).await
+}
+
+#[tokio::test]
+async fn with_a_stock_a_release_takes_one_operation_and_gives_as_much() {
+    let (_folder, stage) = stage();
+    let mut protector = asked(&stage, 3).await;
+    assert_eq!(operations(&stage), [3, 3]);
+    assert_eq!(fill(&stage).await, 3, "as many as the set had releases");
+    assert_eq!(operations(&stage), [3, 6]);
+    let mut given = HashSet::new();
+    for round in 1..=4 {
+        let response = served(&stage, &stage.request(&protector).to_xml()).await.unwrap();
+        let keys = stage.open(&response);
+        for party in [stage.owner(), stage.guardian()] {
+            assert_eq!(*party.open(&protector).unwrap(), *keys.ingress);
+            assert_eq!(*party.open(&response.egress_protector).unwrap(), *keys.egress);
+        }
+        assert!(given.insert(*keys.egress), "each is given out once");
+        assert_eq!(depth(&stage), 3_usize.saturating_sub(round));
+        // The fourth finds it empty.
+        assert_eq!(operations(&stage), [3 + round, 6 + round / 4]);
+        protector = response.egress_protector;
+    }
+}
+
+#[tokio::test]
+async fn machines_of_one_owner_share_a_stock_and_other_owners_do_not() {
+    let (_folder, stage) = stage();
+    asked(&stage, 2).await;
+    fill(&stage).await;
+    // The same parties, and another transport key.
+    served(&stage, &stage.request(&stage.protector()).to_xml()).await.unwrap();
+    assert_eq!((operations(&stage), depth(&stage)), ([3, 4], 1));
+    let two = stage.owner().create(&[stage.metadata(), stage.metadata()]).unwrap().0;
+    served(&stage, &stage.request(&two).to_xml()).await.unwrap();
+    assert_eq!((operations(&stage), depth(&stage)), ([4, 5], 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_refused_release_leaves_the_stock_as_it_was_and_takes_as_long() {
+    let (_folder, stage) = stage();
+    asked(&stage, 2).await;
+    let wrong = stage.request(&with_wrong_key(&stage)).to_xml();
+    let refused = async || {
+        let begun = standstill::now();
+        let refusal = served(&stage, &wrong).await.unwrap_err();
+        (refusal.code, refusal.message, standstill::since(begun))
+    };
+    let without = refused().await;
+    assert_eq!(fill(&stage).await, 2);
+    let before = operations(&stage);
+    assert_eq!(refused().await, without);
+    assert_eq!((operations(&stage), depth(&stage)), ([before[0] + 1, before[1]], 2));
+    // An HSM that fails costs no item either.
+    stage.hsm.plan(Operation::Decrypt, Incident::Fails);
+    assert!(served(&stage, &stage.request(&stage.protector()).to_xml()).await.is_err());
+    assert_eq!(depth(&stage), 2);
+}
+
+#[tokio::test]
+async fn a_change_of_keys_labels_or_settings_empties_it_at_once() {
+    for withdrawal in Withdrawal::ALL {
+        let (_folder, stage) = stage();
+        let protector = asked(&stage, 2).await;
+        assert_eq!(fill(&stage).await, 2);
+        withdrawal.set(&stage.service, true);
+        let kept = matches!(withdrawal, Withdrawal::Host | Withdrawal::Signer);
+        assert_eq!(depth(&stage), if kept { 2 } else { 0 }, "{withdrawal:?}");
+        let refusal = served(&stage, &stage.request(&protector).to_xml()).await.unwrap_err();
+        assert_eq!(refusal.code, withdrawal.code());
+        if matches!(withdrawal, Withdrawal::EncryptionKey | Withdrawal::SigningKey) {
+            assert_eq!(fill(&stage).await, 0, "nothing is made for a key that is not held");
+        }
+    }
+    let (_folder, stage) = stage();
+    let protector = asked(&stage, 1).await;
+    assert_eq!(fill(&stage).await, 1);
+    configure(&stage.service, |config| config.release.max_offline_unwraps = 3);
+    // A release that begins before the change is noticed has its own settings.
+    let response = served(&stage, &stage.request(&protector).to_xml()).await.unwrap();
+    assert_eq!(Protector::parse(&response.egress_protector).unwrap().max_offline_unwraps, 3);
+    stage.service.rebase_stock();
+    assert_eq!(depth(&stage), 0);
+    assert_eq!(fill(&stage).await, 2);
+    let response = served(&stage, &stage.request(&response.egress_protector).to_xml()).await.unwrap();
+    assert_eq!(Protector::parse(&response.egress_protector).unwrap().max_offline_unwraps, 3);
+    assert_eq!(depth(&stage), 1);
+}
+
+#[tokio::test]
+async fn a_key_that_is_withdrawn_while_an_item_is_made_keeps_it_out() {
+    let (_folder, stage) = stage();
+    asked(&stage, 1).await;
+    let service = Arc::clone(&stage.service);
+    stage.hsm.plan(Operation::Sign, Incident::meanwhile(move || Withdrawal::SigningKey.set(&service, true)));
+    assert_eq!(fill(&stage).await, 0);
+    Withdrawal::SigningKey.set(&stage.service, false);
+    assert_eq!(depth(&stage), 0, "what was made for the keys of before stays out");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_an_hsm_signs_wrong_never_enters() {
+    let (_folder, stage) = stage();
+    asked(&stage, 2).await;
+    for incident in [Incident::IsWrong, Incident::Fails] {
+        stage.hsm.plan(Operation::Sign, incident);
+        assert_eq!(fill(&stage).await, 0, "the set rests");
+        tokio::time::advance(Duration::from_secs(6)).await;
+    }
+    assert_eq!(fill(&stage).await, 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_item_waits_for_ten_minutes_at_most() {
+    let (_folder, stage) = stage();
+    let protector = asked(&stage, 3).await;
+    assert_eq!(fill(&stage).await, 3);
+    tokio::time::advance(Duration::from_secs(479)).await;
+    stage.service.stock.sweep(usize::MAX);
+    assert_eq!(depth(&stage), 3);
+    tokio::time::advance(Duration::from_secs(121)).await;
+    let before = operations(&stage);
+    let request = RollRequest { health_certificate: stage.health_certificate(unix_now()), ..stage.request(&protector) };
+    served(&stage, &request.to_xml()).await.unwrap();
+    assert_eq!((operations(&stage), depth(&stage)), ([before[0] + 1, before[1] + 1], 0));
+    assert_eq!(fill(&stage).await, 4);
+    tokio::time::advance(Duration::from_secs(600)).await;
+    stage.service.stock.sweep(usize::MAX);
+    assert_eq!(depth(&stage), 0);
+}
+
+#[tokio::test]
+async fn it_is_filled_while_sessions_are_idle_and_no_release_waits() {
+    let (_folder, stage) = stage_with(|config| config.release.concurrency = 1);
+    asked(&stage, 2).await;
+    stage.hsm.set_idle(0);
+    assert_eq!(fill(&stage).await, 0);
+    stage.hsm.set_idle(1);
+    let runs = stage.service.admission.turn(&host(), &attempt()).await.unwrap();
+    let service = Arc::clone(&stage.service);
+    let waits = tokio::spawn(async move { service.admission.turn(&host(), &attempt()).await.map(drop) });
+    while stage.service.admission.load().waiting == 0 {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(fill(&stage).await, 0);
+    drop(runs);
+    waits.await.unwrap().unwrap();
+    assert_eq!(fill(&stage).await, 2);
+}
+
+#[tokio::test]
+async fn it_keeps_to_its_memory() {
+    let (_folder, stage) = stage_with(|config| config.release.stock_mib = 0);
+    asked(&stage, 2).await;
+    assert_eq!(fill(&stage).await, 0, "0 makes none ahead");
+    configure(&stage.service, |config| config.release.stock_mib = 1);
+    let set = stage.service.stock.worth(1).remove(0).set;
+    stage.service.stock.asked(&set, 2_000.0);
+    let most = fill(&stage).await;
+    assert!((300..700).contains(&most), "{most} items of an owner and a guardian in a mebibyte");
+    stage.service.stock.sweep(1024 * 1024 / 2);
+    assert!((most * 2 / 5..=most * 3 / 5).contains(&depth(&stage)), "{}", depth(&stage));
+    stage.service.stock.sweep(0);
+    assert_eq!(depth(&stage), 0);
+}
+
+#[tokio::test]
+async fn a_service_that_is_started_anew_fills_it_before_the_machines_ask() {
+    let (_folder, stage) = stage();
+    let protector = asked(&stage, 5).await;
+    stocker::remember(&stage.service).await;
+    let remembered = stage.service.usage.sets().unwrap();
+    assert_eq!(remembered.len(), 1);
+    assert!(remembered[0].releases > 4.9 && remembered[0].releases <= 5.0, "{}", remembered[0].releases);
+    stocker::remember(&stage.service).await;
+    assert_eq!(stage.service.usage.sets().unwrap()[0].document, remembered[0].document);
+
+    let (_folder, started) = self::stage();
+    let sets = remembered.iter().map(|set| ([7; 32], set.releases, || set.document.clone()));
+    started.service.usage.remember_sets(sets, 1).unwrap();
+    let damaged = std::iter::once(([8; 32], 9.0, || b"<Protector/>".to_vec()));
+    stocker::recall(&started.service).await;
+    assert_eq!(fill(&started).await, 5);
+    let response = served(&started, &started.request(&protector).to_xml()).await.unwrap();
+    assert_eq!(operations(&started), [1, 5]);
+    assert_eq!(*started.owner().open(&response.egress_protector).unwrap(), *started.open(&response).egress);
+
+    // What is damaged is passed over, and what is not asked for any more is forgotten.
+    started.service.usage.remember_sets(damaged, 1).unwrap();
+    assert_eq!(started.service.usage.sets().unwrap().len(), 1);
+    stocker::recall(&started.service).await;
+    stocker::remember(&started.service).await;
+    assert_eq!(started.service.usage.sets().unwrap()[0].document, remembered[0].document);
+}
