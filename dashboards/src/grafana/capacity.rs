@@ -129,6 +129,24 @@ fn storm() -> Vec<Panel> {
         Panel::stacked("Dropped", "reqps", "Releases that were not let in, by reason.")
             .ask("sum by (reason) (rate(claviger_queue_dropped_total{@}[~]))", "{{reason}}")
             .wide(6),
+        Panel::lines(
+            "Stock",
+            "short",
+            "Egress protectors that were made ahead and wait: as many releases take one operation of the HSMs instead of two.",
+        )
+        .ask("sum(claviger_stock_depth{@})", "waiting")
+        .wide(6),
+        Panel::lines(
+            "Stock, a second",
+            "ops",
+            "Egress protectors made ahead, given out, and thrown away because nobody asked for them in their time (aged) or what \
+             they depend on changed (dropped).",
+        )
+        .ask("sum(rate(claviger_stock_made_total{@}[~]))", "made")
+        .ask("sum(rate(claviger_stock_used_total{@}[~]))", "used")
+        .ask("sum(rate(claviger_stock_aged_total{@}[~]))", "aged")
+        .ask("sum(rate(claviger_stock_dropped_total{@}[~]))", "dropped")
+        .wide(6),
         Panel::lines("Time to drain", "s", "How long the queue of now takes at the ceiling, if nothing more comes.")
             .ask(&format!("sum(claviger_queue_waiting{{@}}) / {CEILING}"), "drain")
             .wide(6),
