@@ -7,12 +7,22 @@
 //!
 //! So a thread that is about to wait where the last one began to wait moves to the next processor first. It is free to run
 //! anywhere again before it waits: the kernel's placement is influenced, never restricted. Under load no thread waits, and none
-//! moves.
+//! moves. Where other programs keep the processors busy, a thread would queue behind them to get to another one; a move that took
+//! long is therefore the last one for a while.
 
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, getpid};
 use rustix::thread::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
+
+use crate::lock::lock;
+
+/// A move that takes so long has waited for other programs. Without company it takes some ten microseconds.
+const SLOW: Duration = Duration::from_micros(200);
+/// For how long no thread moves after a slow move.
+const REST: Duration = Duration::from_secs(1);
 
 /// Where the threads of a process wait.
 #[derive(Debug)]
@@ -23,12 +33,19 @@ pub(crate) struct Spread {
     last: AtomicUsize,
     /// There are several processors, and the system lets threads choose (`seccomp` may not).
     useful: AtomicBool,
+    /// When a move was last slow.
+    slow: Mutex<Option<Instant>>,
 }
 
 impl Spread {
     pub(crate) fn new() -> Self {
         let several = sched_getaffinity(None).is_ok_and(|allowed| allowed.count() > 1);
-        Spread { main: getpid(), last: AtomicUsize::new(usize::MAX), useful: AtomicBool::new(several) }
+        Spread {
+            main: getpid(),
+            last: AtomicUsize::new(usize::MAX),
+            useful: AtomicBool::new(several),
+            slow: Mutex::default(),
+        }
     }
 
     /// The calling thread is about to wait for a call.
@@ -38,6 +55,10 @@ impl Spread {
         }
         let here = sched_getcpu();
         if self.last.swap(here, Ordering::Relaxed) != here {
+            return;
+        }
+        let begun = Instant::now();
+        if lock(&self.slow).is_some_and(|slow| begun.saturating_duration_since(slow) < REST) {
             return;
         }
         // Looked at each time: an administrator may change it.
@@ -50,6 +71,9 @@ impl Spread {
             Err(_) => self.useful.store(false, Ordering::Relaxed),
         }
         let _ = sched_setaffinity(None, &allowed);
+        if begun.elapsed() >= SLOW {
+            *lock(&self.slow) = Some(begun);
+        }
     }
 }
 
@@ -81,15 +105,20 @@ mod tests {
             return;
         }
         let spread = Spread::new();
-        let moves = (0..100).filter(|_| {
-            let before = sched_getcpu();
-            spread.last.store(before, Ordering::Relaxed);
-            spread.before_waiting();
-            assert_eq!(sched_getaffinity(None).unwrap(), allowed, "free to run anywhere");
-            spread.last.load(Ordering::Relaxed) != before
-        });
-        // The kernel may have moved this thread just before.
-        assert!(moves.count() > 50);
+        let moves = |slow: Option<Instant>| {
+            let moved = |_: &_| {
+                let before = sched_getcpu();
+                spread.last.store(before, Ordering::Relaxed);
+                *lock(&spread.slow) = slow;
+                spread.before_waiting();
+                assert_eq!(sched_getaffinity(None).unwrap(), allowed, "free to run anywhere");
+                spread.last.load(Ordering::Relaxed) != before
+            };
+            (0..100).filter(moved).count()
+        };
+        // The kernel may move this thread at any time.
+        assert!(moves(None) > 50);
+        assert!(moves(Some(Instant::now() + REST)) < 50, "the machine is busy with other things");
         assert!(spread.useful.load(Ordering::Relaxed));
     }
 }
