@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use claviger::admin;
-use claviger::host::Host;
+use claviger_client::host::Host;
 use claviger_protocol::payload::ApiVersion;
 use claviger_tests::Metrics;
 use claviger_tests::{Administrator, Daemon, Lab, Options};
