@@ -1,7 +1,8 @@
 //! What the tests of several modules need: certificates.
 #![allow(clippy::unwrap_used)]
 
-use claviger_protocol::certificate::{Certificate, DistinguishedName, KeyUsage, Template, random_serial};
+use claviger_protocol::certificate::build::{DistinguishedName, Template, random_serial};
+use claviger_protocol::certificate::{Certificate, KeyUsage};
 use claviger_protocol::rsa_key::RsaPrivateKey;
 
 /// A certificate of a key by itself, valid now.
