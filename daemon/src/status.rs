@@ -19,6 +19,7 @@ use tokio::time::MissedTickBehavior;
 
 use self::readiness::Readiness;
 use self::verdict::judge;
+use crate::admission::strangers;
 use crate::http::routes::Answer;
 use crate::http::server::Blocked;
 use crate::http::tls::SharedTls;
@@ -96,7 +97,7 @@ impl Monitor {
             body_memory: service.bodies.used(),
             primaries: matches!(keys.primary(), (Some(_), Some(_))),
             // Counts files: with ten thousand connections that is not for a thread that serves.
-            usage: tokio::task::block_in_place(process::usage),
+            usage: strangers::in_place(process::usage),
         }
     }
 }

@@ -32,6 +32,7 @@ impl Interrupt {
     ///
     /// # Errors
     /// The system lets no signal be handled.
+    #[expect(clippy::disallowed_methods, reason = "the user has asked for the end twice")]
     pub fn by_signals() -> std::io::Result<Self> {
         let interrupt = Self::default();
         let (mut int, mut term) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);

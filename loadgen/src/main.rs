@@ -600,6 +600,7 @@ async fn load(arguments: &RunArguments) -> Result<ExitCode, Failure> {
 }
 
 /// What was prepared; an interruption before that ends the process. What is made is kept for the next time as it is made.
+#[expect(clippy::disallowed_methods, reason = "work on other threads cannot be stopped")]
 async fn prepared(
     preparing: impl Future<Output = Result<World, Failure>>,
     interrupt: &Interrupt,

@@ -28,6 +28,7 @@ pub(crate) fn apart_if_large<T>(bytes: usize, work: impl FnOnce() -> T) -> T {
 }
 
 /// Does `work` at once, without keeping a thread of the runtime from other requests where it has others.
+#[expect(clippy::disallowed_methods, reason = "the one place where it is bounded")]
 pub(crate) fn in_place<T>(work: impl FnOnce() -> T) -> T {
     match Handle::current().runtime_flavor() {
         RuntimeFlavor::CurrentThread => work(),

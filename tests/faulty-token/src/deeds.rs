@@ -47,6 +47,7 @@ impl Deed {
     }
 
     /// Does it. Returns if the process is still there, and this thread with it.
+    #[expect(clippy::disallowed_methods, reason = "a library that ends its process is a fault to inject")]
     pub(crate) fn perform(self) {
         match self {
             Deed::Abort => std::process::abort(),

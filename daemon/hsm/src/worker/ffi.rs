@@ -47,6 +47,7 @@ pub fn set_env(vars: &BTreeMap<String, String>) {
     }
 }
 
+#[expect(clippy::disallowed_methods, reason = "callers come before other threads exist")]
 fn set_var(name: &str, value: &OsStr) {
     // The standard library panics at these, so they cannot name a variable anyway.
     let unusable = name.is_empty() || name.contains(['=', '\0']) || value.as_encoded_bytes().contains(&0);

@@ -73,6 +73,7 @@ pub fn worlds() -> (MutexGuard<'static, ()>, &'static World, &'static World) {
     (guard, first, second)
 }
 
+#[expect(clippy::disallowed_methods, reason = "the tests wait for each other in `worlds`")]
 fn set_var(name: &str, value: &Path) {
     // SAFETY: the tests wait for each other in `worlds`, so nobody reads the environment now.
     unsafe { std::env::set_var(name, value) };
