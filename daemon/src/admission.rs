@@ -186,6 +186,8 @@ struct Limits {
     /// First steps of attestations by TPM, which name a host and prove nothing.
     beginning: Rate<HostAt>,
     strangers: Rate<Network>,
+    /// Documents, and answers that need no look at who asks.
+    documents: Rate<Network>,
 }
 
 impl Limits {
@@ -197,6 +199,7 @@ impl Limits {
             attesting: Rate::new(attest.host_rate, attest.host_burst),
             beginning: Rate::new(attest.host_rate, attest.host_burst),
             strangers: Rate::new(config.server.stranger_rate, config.server.stranger_burst),
+            documents: Rate::new(config.server.document_rate, config.server.document_burst),
         }
     }
 }
@@ -264,6 +267,7 @@ impl Admission {
         limits.attesting.inherit(&before.attesting);
         limits.beginning.inherit(&before.beginning);
         limits.strangers.inherit(&before.strangers);
+        limits.documents.inherit(&before.documents);
         self.limits.store(Arc::new(limits));
         self.releases.set_limit(config.release.queue);
         self.attestations.set_limit(config.release.queue);
@@ -314,7 +318,7 @@ impl Admission {
         let (limits, tokens) = (self.limits.load(), tokens(bytes, work));
         if limits.early.take(from).is_ok() {
             limits.early.debit(from, tokens - 1);
-            limits.hosts.give_back(from);
+            limits.hosts.give_back(from, 1);
         } else {
             limits.hosts.debit(from, tokens - 1);
         }
@@ -384,6 +388,14 @@ impl Admission {
     /// There is none in time; counted.
     pub async fn attestation_turn(&self, from: &HostAt, attempt: &Attempt) -> Result<Permit, Declined> {
         self.attestations.turn(from, attempt.deadline(), attempt.caller()).await.map_err(Declined::attestation)
+    }
+
+    /// Takes a token for one more document at an address.
+    ///
+    /// # Errors
+    /// The address asks too fast: the number of seconds after which it may come again.
+    pub fn document(&self, network: Network) -> Result<(), u16> {
+        self.limits.load().documents.take(&network).map_err(whole_seconds)
     }
 
     /// What the buckets of a host at its network lack: for its releases, for what failed early, and the network's own for

@@ -100,6 +100,17 @@ pub struct Server {
     pub stranger_rate: u32,
     /// As many at once, above that rate, 1 to 1,000,000. Default: 10,000.
     pub stranger_burst: u32,
+    /// Documents a second that one address (IPv6: one /64 network) may ask for, 0 to 1,000,000: the metadata, the signing
+    /// certificates, and whatever else is answered without a look at who asks. Beyond, they get 429, and `GetInfo` is answered
+    /// a moment later. 0 is no limit. Default: 200.
+    pub document_rate: u32,
+    /// As many at once, above that rate, 1 to 1,000,000. Default: 4,096.
+    pub document_burst: u32,
+    /// Percent of the processors' time that connections of one address (IPv6: one /64 network) may take on which no host has
+    /// proved itself, 0 to 100; all addresses together may take twice as much. Beyond, these connections wait, and take turns.
+    /// A second of all processors is free, and what a connection took is given back when a host proves itself on it. 0 is no
+    /// limit. Default: 5.
+    pub unproven_time_percent: u32,
     /// Certificate and key for TLS on `listen`. Default: none, plain HTTP.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tls: Option<Tls>,
@@ -126,6 +137,9 @@ impl Default for Server {
             drain_timeout_ms: 30_000,
             stranger_rate: 500,
             stranger_burst: 10_000,
+            document_rate: 200,
+            document_burst: 4_096,
+            unproven_time_percent: 5,
             tls: None,
         }
     }
@@ -679,6 +693,9 @@ impl Config {
         }
         within(in_server("stranger_rate"), u64::from(server.stranger_rate), 0, 1_000_000)?;
         within(in_server("stranger_burst"), u64::from(server.stranger_burst), 1, 1_000_000)?;
+        within(in_server("document_rate"), u64::from(server.document_rate), 0, 1_000_000)?;
+        within(in_server("document_burst"), u64::from(server.document_burst), 1, 1_000_000)?;
+        within(in_server("unproven_time_percent"), u64::from(server.unproven_time_percent), 0, 100)?;
         let in_attest = |key| setting("attest", key);
         within(in_attest("host_rate"), u64::from(self.attest.host_rate), 0, 1_000_000)?;
         within(in_attest("host_burst"), u64::from(self.attest.host_burst), 1, 1_000_000)?;

@@ -75,20 +75,27 @@ pub struct Attempt {
 
 /// Whether somebody waits for the answer. By default, nobody goes away.
 #[derive(Clone, Debug, Default)]
-pub struct Caller(Option<watch::Receiver<()>>);
+pub struct Caller(Option<watch::Receiver<bool>>);
 
 /// The caller is there for as long as this is.
 #[derive(Debug)]
 pub struct Present {
-    _sender: watch::Sender<()>,
+    sender: watch::Sender<bool>,
+}
+
+impl Present {
+    /// Notes that the caller has closed its side of the connection, which most do that do not want the answer any more.
+    pub fn has_closed(&self) {
+        self.sender.send_replace(true);
+    }
 }
 
 impl Caller {
     /// One that is there until the second value is dropped.
     #[must_use]
     pub fn new() -> (Self, Present) {
-        let (sender, receiver) = watch::channel(());
-        (Self(Some(receiver)), Present { _sender: sender })
+        let (sender, receiver) = watch::channel(false);
+        (Self(Some(receiver)), Present { sender })
     }
 
     /// Whether the caller has gone away.
@@ -97,11 +104,18 @@ impl Caller {
         self.0.as_ref().is_some_and(|present| present.has_changed().is_err())
     }
 
-    /// Ends when the caller has gone away.
+    /// Whether the caller has gone away, or has closed its side of the connection.
+    #[must_use]
+    pub fn may_be_gone(&self) -> bool {
+        self.0.as_ref().is_some_and(|present| *present.borrow() || present.has_changed().is_err())
+    }
+
+    /// Ends when the caller has gone away, or has closed its side of the connection: then it may still read the answer, but
+    /// what others wait for comes first.
     pub async fn left(&mut self) {
         match &mut self.0 {
-            // Nothing is ever sent.
-            Some(present) => while present.changed().await.is_ok() {},
+            // An error is said when the caller has gone away.
+            Some(present) => drop(present.wait_for(|closed| *closed).await),
             None => std::future::pending().await,
         }
     }

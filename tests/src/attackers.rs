@@ -20,6 +20,7 @@ use crate::lab::Lab;
 use crate::paths::{ATTEST, METADATA, ROLL};
 
 const BATCH: &str = "/KeyProtection/service/v2.0/RollTransportKeys";
+const OTHER_MODE: &str = "/Attestation/v2.0/attest";
 const MIB: usize = 1024 * 1024;
 /// Connections of one attacker that does nothing but hold them.
 const HELD: usize = 5;
@@ -61,11 +62,19 @@ pub enum Kind {
     Replay,
     /// Sends junk to every endpoint.
     Junk,
+    /// Attests with a mebibyte at the endpoint of the mode that is not configured.
+    OtherMode,
+    /// Asks for documents over HTTP/2, as many as it can, and comes back on another connection.
+    Documents,
+    /// Asks for a document on a connection of its own, again and again.
+    Reconnects,
+    /// Begins TLS handshakes, and leaves when the server has answered. Needs a daemon that speaks TLS.
+    Handshakes,
 }
 
 impl Kind {
     /// Every kind.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 20] = [
         Self::Silent,
         Self::SilentAtMetrics,
         Self::Header,
@@ -82,6 +91,10 @@ impl Kind {
         Self::LargeXml,
         Self::Replay,
         Self::Junk,
+        Self::OtherMode,
+        Self::Documents,
+        Self::Reconnects,
+        Self::Handshakes,
     ];
 
     /// A line for people.
@@ -104,22 +117,17 @@ impl Kind {
             Self::LargeXml => "releases of 1 MiB",
             Self::Replay => "attestation replayed",
             Self::Junk => "junk to every endpoint",
+            Self::OtherMode => "attestations of 1 MiB in the other mode",
+            Self::Documents => "HTTP/2 documents on ever new connections",
+            Self::Reconnects => "a connection for each document",
+            Self::Handshakes => "TLS handshakes",
         }
     }
 
-    /// Whether the attackers ask as fast as answers come, less a pause, and so cost processor time above all.
+    /// Whether it needs a daemon that speaks TLS.
     #[must_use]
-    pub fn is_busy(self) -> bool {
-        matches!(
-            self,
-            Self::LargeBatch
-                | Self::Resets
-                | Self::LargeJson
-                | Self::LargeKeys
-                | Self::LargeXml
-                | Self::Replay
-                | Self::Junk
-        )
+    pub fn needs_tls(self) -> bool {
+        self == Self::Handshakes
     }
 }
 
@@ -136,6 +144,8 @@ struct Requests {
     large_json: Vec<u8>,
     large_xml: Vec<u8>,
     large_batch: Vec<u8>,
+    other_mode: Vec<u8>,
+    client_hello: Vec<u8>,
     junk: Vec<Vec<u8>>,
 }
 
@@ -180,6 +190,8 @@ impl Requests {
         Self {
             replay: json(&attest(&host, host.public(), identity.public())),
             large_keys: json(&attest(&host, &large, &large)),
+            other_mode: post(OTHER_MODE, "application/json", large_json.len(), large_json.as_bytes()),
+            client_hello: client_hello(),
             large_json: json(large_json.as_bytes()),
             large_xml: xml(ROLL, large_xml.as_bytes()),
             large_batch: xml(BATCH, &vec![b' '; 16 * MIB]),
@@ -189,7 +201,7 @@ impl Requests {
                 xml(BATCH, &rubbish),
                 json(&rubbish),
                 json(b"{\"__type\":\"AttestationRequest:#Microsoft.Windows.RemoteAttestation.Core\"}"),
-                xml("/Attestation/v2.0/attest", &rubbish),
+                xml(OTHER_MODE, &rubbish),
                 get(METADATA),
                 get("/Attestation/getinfo"),
                 get("/Attestation/v2.0/signingcertificates"),
@@ -197,6 +209,18 @@ impl Requests {
             ],
         }
     }
+}
+
+/// What a client of TLS sends first.
+fn client_hello() -> Vec<u8> {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let builder = rustls::ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
+    let config = builder.with_root_certificates(rustls::RootCertStore::empty()).with_no_client_auth();
+    let server = rustls::pki_types::ServerName::try_from("localhost").unwrap();
+    let mut connection = rustls::ClientConnection::new(Arc::new(config), server).unwrap();
+    let mut hello = Vec::new();
+    connection.write_tls(&mut hello).unwrap();
+    hello
 }
 
 /// An attestation's body, with a signature of `signer`.
@@ -224,13 +248,26 @@ pub struct Attack {
 }
 
 impl Attack {
-    /// Lets loose so many of a kind. Those that ask again and again pause for so long between two requests.
+    /// What the attackers' threads are called.
+    pub const THREADS: &str = "attacker";
+
+    /// Lets loose so many of a kind. Those that ask again and again pause for so long between two requests. Their threads have
+    /// this priority: at 19 they take what processor time others leave, as if they ran elsewhere.
     ///
     /// # Panics
     /// When the system gives no threads.
     #[must_use]
-    pub fn start(kind: Kind, target: &Arc<Target>, attackers: usize, pause: Duration) -> Self {
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    pub fn start(kind: Kind, target: &Arc<Target>, attackers: usize, pause: Duration, nice: i32) -> Self {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .thread_name(Self::THREADS)
+            .on_thread_start(move || {
+                // Of this thread alone, on Linux.
+                let _ = rustix::process::setpriority_process(None, nice);
+            })
+            .enable_all()
+            .build()
+            .unwrap();
         for _ in 0..attackers {
             let target = target.clone();
             runtime.spawn(async move {
@@ -279,6 +316,16 @@ fn once(kind: Kind, target: &Target, pause: Duration) -> Done<'_> {
         Kind::LargeXml => Box::pin(ask(*service, std::slice::from_ref(&requests.large_xml), pause)),
         Kind::Replay => Box::pin(ask(*service, std::slice::from_ref(&requests.replay), pause)),
         Kind::Junk => Box::pin(ask(*service, &requests.junk, pause)),
+        Kind::OtherMode => Box::pin(ask(*service, std::slice::from_ref(&requests.other_mode), pause)),
+        Kind::Documents => Box::pin(many(*service, |service| Box::pin(documents(service)))),
+        Kind::Reconnects => {
+            let get = format!("GET {METADATA} HTTP/1.1\r\nHost: t\r\n\r\n").into_bytes();
+            Box::pin(many(*service, move |service| Box::pin(exchange(service, get.clone()))))
+        }
+        Kind::Handshakes => {
+            let hello = requests.client_hello.clone();
+            Box::pin(many(*service, move |service| Box::pin(exchange(service, hello.clone()))))
+        }
     }
 }
 
@@ -408,4 +455,64 @@ async fn resets(address: SocketAddr, pause: Duration) -> std::io::Result<()> {
 async fn unread(address: SocketAddr) -> std::io::Result<()> {
     let requests: Vec<u8> = (0..STREAMS).flat_map(|number| h2_get(2 * number + 1, METADATA)).collect();
     hold(address, 1, [hello(), requests].concat()).await
+}
+
+type Visit = Pin<Box<dyn Future<Output = std::io::Result<()>> + Send>>;
+
+/// Some connections at the same time, each of which is opened again as soon as it was closed, until the system has no more.
+async fn many(
+    address: SocketAddr,
+    visit: impl Fn(SocketAddr) -> Visit + Clone + Send + 'static,
+) -> std::io::Result<()> {
+    let mut all = tokio::task::JoinSet::new();
+    for _ in 0..HELD {
+        let visit = visit.clone();
+        all.spawn(async move {
+            loop {
+                if let Err(error) = visit(address).await
+                    && !matches!(error.kind(), std::io::ErrorKind::ConnectionReset | std::io::ErrorKind::BrokenPipe)
+                {
+                    return Err::<(), _>(error);
+                }
+            }
+        });
+    }
+    // It ends with the first that fails; the others are dropped with it.
+    all.join_next().await.map_or(Ok(()), |ended| ended.unwrap_or(Ok(())))
+}
+
+/// Opens a connection, sends something, and leaves when an answer begins.
+async fn exchange(address: SocketAddr, sent: Vec<u8>) -> std::io::Result<()> {
+    let mut stream = TcpStream::connect(address).await?;
+    stream.write_all(&sent).await?;
+    let _ = stream.read(&mut vec![0; 16 * 1024]).await?;
+    Ok(())
+}
+
+/// Asks for as many documents as one connection may have at once, and reads until all are there or the connection is closed.
+async fn documents(address: SocketAddr) -> std::io::Result<()> {
+    const PATHS: [&str; 3] = [METADATA, "/Attestation/getinfo", "/Attestation/v2.0/signingcertificates"];
+    let mut stream = TcpStream::connect(address).await?;
+    let requests = (0..STREAMS).flat_map(|at| h2_get(2 * at + 1, PATHS[at as usize % PATHS.len()]));
+    // All answers fit into the window.
+    let window = frame(8, 0, 0, &(1_u32 << 30).to_be_bytes());
+    stream.write_all(&hello().into_iter().chain(window).chain(requests).collect::<Vec<_>>()).await?;
+    let (mut read, mut answered) = (Vec::new(), 0);
+    while answered < STREAMS {
+        if stream.read_buf(&mut read).await? == 0 {
+            break;
+        }
+        let mut at = 0;
+        while let Some(head) = read.get(at..at + 9) {
+            let length = u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize;
+            if read.len() < at + 9 + length {
+                break;
+            }
+            // DATA and HEADERS that end a stream.
+            answered += u32::from(head[3] <= 1 && head[4] & 1 == 1);
+            at += 9 + length;
+        }
+        read.drain(..at);
+    }
+    Ok(())
 }

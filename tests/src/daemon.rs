@@ -1,7 +1,7 @@
 //! A `claviger` that serves.
 
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 
 use claviger_client::http::{Client, Reply};
@@ -19,6 +19,8 @@ pub struct Daemon {
     pub url: String,
     /// The URL of `/metrics`, `/live` and `/ready`.
     pub metrics_url: String,
+    /// What its clients trust, where the service speaks TLS.
+    pub ca: Option<PathBuf>,
 }
 
 impl Daemon {
@@ -39,16 +41,16 @@ impl Daemon {
         let process = Process::start(command.env("RUST_LOG", "warn"));
         let url = process.line(|line| Some(line.strip_prefix("listening on ")?.to_owned()));
         let metrics_url = process.line(|line| Some(line.strip_prefix("metrics on ")?.to_owned()));
-        Self { process, url, metrics_url }
+        Self { process, url, metrics_url, ca: None }
     }
 
     /// A client of the service.
     ///
     /// # Panics
-    /// When the service speaks TLS.
+    /// When the service speaks TLS, and nothing is trusted.
     #[must_use]
     pub fn client(&self) -> Client {
-        Client::new(&self.url).unwrap().with_timeout(PATIENCE)
+        Client::trusting(&self.url, self.ca.as_deref()).unwrap().with_timeout(PATIENCE)
     }
 
     /// The service's address.

@@ -122,6 +122,22 @@ impl Lab {
         Daemon::serve(&self.config_file())
     }
 
+    /// Serves the lab by TLS, with a certificate that signed itself.
+    ///
+    /// # Panics
+    /// When there is no `openssl`.
+    #[must_use]
+    pub fn serve_tls(&self) -> Daemon {
+        let [certificate, key] = ["tls.pem", "tls.key"].map(|name| self.file(name));
+        let mut command = std::process::Command::new("openssl");
+        command.args(["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]);
+        command.args(["-addext", "subjectAltName=IP:127.0.0.1", "-addext", "basicConstraints=critical,CA:FALSE"]);
+        let made = command.arg("-out").arg(&certificate).arg("-keyout").arg(&key).output().unwrap();
+        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+        self.configure(|config| config.server.tls = Some(claviger::config::Tls::new(&certificate, key)));
+        Daemon { ca: Some(certificate), ..self.serve() }
+    }
+
     /// The folder.
     #[must_use]
     pub fn path(&self) -> &Path {

@@ -15,7 +15,7 @@ mod daemon;
 mod faulty;
 mod lab;
 mod paths;
-mod process;
+pub mod process;
 mod remote;
 mod scrape;
 mod tool;

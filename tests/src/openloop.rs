@@ -63,11 +63,11 @@ impl Traffic {
     /// Starts to send so many requests a second to the daemon.
     ///
     /// # Panics
-    /// When the daemon speaks TLS.
+    /// When the daemon speaks TLS, and nothing is trusted.
     #[must_use]
     pub fn start(self: &Arc<Self>, daemon: &Daemon, rate: f64, deadline: Duration) -> Load {
         let (stop, samples) = (Arc::new(AtomicBool::new(false)), Arc::default());
-        let client = Arc::new(Client::new(&daemon.url).unwrap().with_timeout(deadline));
+        let client = Arc::new(daemon.client().with_timeout(deadline));
         let task = tokio::spawn(drive(Arc::clone(self), client, rate, Arc::clone(&stop), Arc::clone(&samples)));
         Load { stop, samples, task }
     }
@@ -75,9 +75,9 @@ impl Traffic {
     /// So many callers for so long, each of which asks again as soon as it has an answer: how much there is to be had.
     ///
     /// # Panics
-    /// When the daemon speaks TLS.
+    /// When the daemon speaks TLS, and nothing is trusted.
     pub async fn burst(self: &Arc<Self>, daemon: &Daemon, time: Duration, callers: u64, deadline: Duration) -> Report {
-        let client = Arc::new(Client::new(&daemon.url).unwrap().with_timeout(deadline));
+        let client = Arc::new(daemon.client().with_timeout(deadline));
         let begun = Instant::now();
         let mut asking = JoinSet::new();
         for caller in 0..callers {

@@ -20,6 +20,30 @@ pub fn lives(pid: Pid) -> bool {
     stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
 }
 
+/// Processor time that a process has taken until now; with a name, only that of its threads of this name.
+///
+/// # Panics
+/// When there is no such process.
+#[must_use]
+pub fn processor_time(pid: Pid, thread: Option<&str>) -> Duration {
+    let of_process = format!("/proc/{}", pid.as_raw_nonzero());
+    // proc(5): ticks in user mode and in the kernel are the 14th and the 15th field.
+    let ticks = |stat: &str| -> u64 {
+        let fields = stat.rsplit_once(") ").map_or("", |(_, rest)| rest).split(' ').skip(11).take(2);
+        fields.filter_map(|field| field.parse::<u64>().ok()).sum()
+    };
+    let sum: u64 = match thread {
+        None => ticks(&std::fs::read_to_string(format!("{of_process}/stat")).unwrap()),
+        Some(name) => std::fs::read_dir(format!("{of_process}/task"))
+            .unwrap()
+            .filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("stat")).ok())
+            .filter(|stat| stat.contains(&format!("({name})")))
+            .map(|stat| ticks(&stat))
+            .sum(),
+    };
+    Duration::from_millis(sum * 1000 / rustix::param::clock_ticks_per_second())
+}
+
 /// A running program, its output so far, and its end: it is stopped when this is dropped.
 pub struct Process {
     child: Child,

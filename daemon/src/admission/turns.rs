@@ -39,9 +39,11 @@ impl Turns {
             Entry::Place(place) => place,
         };
         let answer = tokio::select! {
+            biased;
+            // First: a turn that comes at the same moment goes to the next one.
+            () = caller.left() => return Err(place.leave(Dropped::Left)),
             answer = answer => answer,
             () = standstill::sleep_until(deadline) => return Err(place.leave(Dropped::Deadline)),
-            () = caller.left() => return Err(place.leave(Dropped::Left)),
         };
         place.answered();
         // No waiter is thrown away without an answer.

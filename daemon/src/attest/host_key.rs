@@ -19,7 +19,7 @@ use crate::service::{Service, unix_now};
 use crate::store::Host;
 
 /// Largest attestation, in bytes, that is read from an address over its rate. An honest one has about 3,000.
-const LARGE: usize = 16 * 1024;
+pub(crate) const LARGE: usize = 16 * 1024;
 /// Largest modulus, in bytes, of a host key whose signature is verified for an address over its rate.
 const LONGEST_KEY: usize = 4096 / 8;
 

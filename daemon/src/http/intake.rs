@@ -5,6 +5,7 @@ use claviger_protocol::error::{Code, Refusal};
 
 use crate::admission::bodies::{NoRoom, Room};
 use crate::admission::{Declined, HostAt};
+use crate::attest::host_key::LARGE;
 use crate::config::AttestMode;
 use crate::http::body::{BodyError, Intake};
 use crate::observe::metrics;
@@ -15,11 +16,11 @@ use crate::service::Service;
 /// Largest body of a single request, in bytes, and of a batch whose health certificate was not found right yet.
 pub const MAX_BODY: usize = 1024 * 1024;
 
-/// Most bytes of one body that are taken from an address over its rate before a host is known to have sent it: an
-/// attestation, or the beginning of a batch.
-const SMALL_BODY: u64 = 64 * 1024;
+/// Most bytes of a batch that are taken from an address over its rate before a host is known to have sent it: the health
+/// certificate is among the first 3,000.
+const BEGINNING: u64 = 16 * 1024;
 
-/// The same for an attestation in TPM mode, which holds the host's boot log.
+/// The same for a whole attestation in TPM mode, which holds the host's boot log.
 pub(crate) const SMALL_TPM_BODY: usize = 256 * 1024;
 
 /// Why bodies are refused in this module and where they are read; [`NoRoom::ALL`] has the other reasons.
@@ -65,7 +66,7 @@ enum Condition<'a> {
 }
 
 impl<'a> Taking<'a> {
-    /// A body with one release.
+    /// A body with one release. The health certificate comes near its end, so it is read before anything can be said.
     pub(crate) fn single(room: &'a Room) -> Self {
         Self { room, condition: None, most: MAX_BODY as u64, refusal: None }
     }
@@ -73,7 +74,7 @@ impl<'a> Taking<'a> {
     /// An attestation. An honest one is short: from an address over its rate no longer one is taken.
     pub(crate) fn attestation(room: &'a Room, service: &'a Service, attempt: &'a Attempt) -> Self {
         let small = match service.config.load().attest.mode {
-            AttestMode::HostKey => SMALL_BODY,
+            AttestMode::HostKey => LARGE as u64,
             AttestMode::Tpm => SMALL_TPM_BODY as u64,
         };
         Self { condition: Some((small, Condition::Stranger(service, attempt))), ..Self::single(room) }
@@ -81,9 +82,22 @@ impl<'a> Taking<'a> {
 
     /// A batch. From an address from which too much was refused its certificate is judged as soon as it has come.
     pub(crate) fn batch(room: &'a Room, service: &'a Service, attempt: &'a mut Attempt) -> Self {
-        let unjudged = if service.admission.stranger_may_ask(attempt).is_ok() { MAX_BODY as u64 } else { SMALL_BODY };
+        let unjudged = if service.admission.stranger_may_ask(attempt).is_ok() { MAX_BODY as u64 } else { BEGINNING };
         let condition = Some((unjudged, Condition::Certificate(service, attempt)));
         Self { condition, most: MAX_BATCH_BODY as u64, ..Self::single(room) }
+    }
+
+    /// Judges a body by the length that its header announces, before any of it is read.
+    ///
+    /// # Errors
+    /// It is longer than its sender may send, whatever is in it.
+    pub(crate) fn announced(&mut self, length: u64) -> Result<(), Refusal> {
+        match self.condition.as_mut() {
+            Some((unasked, condition @ Condition::Stranger(..))) if length > *unasked => {
+                condition.holds(&[]).inspect_err(|_| metrics::body_refused(UNPROVEN))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// The most bytes that it may come to.

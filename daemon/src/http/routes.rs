@@ -2,7 +2,7 @@
 
 use std::convert::Infallible;
 use std::net::{IpAddr, Ipv4Addr};
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -18,13 +18,14 @@ use hyper::{Method, Request, Response, StatusCode};
 use tokio::task::JoinHandle;
 use tracing::{Instrument, error_span};
 
+use crate::admission::Dropped;
 use crate::admission::bodies::{NoRoom, Room};
 use crate::attest::host_key;
 use crate::attest::issuing::Refused;
 use crate::attest::tpm;
 use crate::config::AttestMode;
 use crate::http::body::{BodyError, Pace, read_body};
-use crate::http::intake::{self, Taking};
+use crate::http::intake::{self, MAX_BODY, Taking};
 use crate::http::server::{Origin, Peer};
 use crate::observe::audit::{Decision, NOT_RECORDED, SUCCESS};
 use crate::observe::log_throttle::Throttle;
@@ -104,6 +105,10 @@ impl Asked {
         Self { family: Family::of(&path), resource: found.map(|(_, method, endpoint)| (method, *endpoint)) }
     }
 
+    fn is(self, endpoint: Endpoint) -> bool {
+        self.resource.is_some_and(|(_, resource)| resource == endpoint)
+    }
+
     /// What it is called in the metrics.
     fn name(self) -> &'static str {
         self.resource.map_or(NO_RESOURCE, |(_, endpoint)| endpoint.name())
@@ -162,11 +167,13 @@ pub(crate) struct Answer {
     pub(crate) allow: Option<Method>,
     /// Seconds, for 429 and 503.
     pub(crate) retry_after: u16,
+    /// Whether it shows that a host has sent the request, or that nobody knows who did; `None`: neither.
+    pub(crate) proved: Option<bool>,
 }
 
 impl Answer {
     pub(crate) fn ok(media_type: &'static str, body: impl Into<Bytes>) -> Self {
-        Self { status: 200, media_type, body: body.into(), allow: None, retry_after: RETRY_AFTER_SECONDS }
+        Self { status: 200, media_type, body: body.into(), allow: None, retry_after: RETRY_AFTER_SECONDS, proved: None }
     }
 
     fn release(result: Result<RollResponse, Refusal>) -> Self {
@@ -183,6 +190,18 @@ impl Answer {
 
     fn attestation_error(reply: &ErrorReply, message: &str) -> Self {
         Self { status: reply.status(), ..Self::ok(JSON, reply.to_json(message)) }
+    }
+
+    /// The same, as the answer to a request whose sender is `known` as a host or not.
+    fn to_sender(self, known: bool) -> Self {
+        let proved = match (known, self.status) {
+            (true, 200) => Some(true),
+            (true, _) => None,
+            // No room, or no HSM: that says nothing of the sender.
+            (false, 503) => None,
+            (false, _) => Some(false),
+        };
+        Self { proved, ..self }
     }
 
     pub(crate) fn into_response(self, request: &str) -> Response<Full<Bytes>> {
@@ -211,14 +230,41 @@ pub async fn serve(service: Arc<Service>, request: Request<Incoming>) -> Result<
     let id = request_id();
     let asked = Asked::of(request.uri().path());
     let address = request.extensions().get::<Peer>().map(|peer| peer.0.ip());
+    let origin = request.extensions().get::<Origin>().cloned();
+    let quick = match quick(&service, asked, &request) {
+        Some(quick) => rationed(&service, asked, address, origin.as_ref(), quick).await,
+        None => None,
+    };
+    if let Some(answer) = quick {
+        metrics::response(asked.name(), answer.status);
+        return Ok(answer.into_response(&id));
+    }
     let client = request.extensions().get::<Arc<ClientCertificate>>().cloned();
-    let (caller, _present) = Caller::new();
+    let (caller, present) = Caller::new();
     let mut attempt = Attempt::new(id.clone()).sent_from(address).asked_by(caller).with_client(client);
     attempt.answer_within(service.config.load().release.deadline());
     // What is logged of the request has its id, wherever it is logged.
     let span = error_span!("request", request = id);
-    let work = spawn(answer(service.clone(), request, asked, attempt).instrument(span.clone()));
-    let answer = match work.await {
+    if origin.as_ref().is_some_and(Origin::client_has_closed) {
+        present.has_closed();
+    }
+    let work = answer(service.clone(), request, asked, attempt).instrument(span.clone());
+    let mut work = match &origin {
+        Some(origin) if !origin.is_proved() => spawn(origin.charged(work)),
+        _ => spawn(work),
+    };
+    let done = match &origin {
+        None => work.await,
+        Some(origin) => tokio::select! {
+            biased;
+            done = &mut work => done,
+            () = origin.client_closes() => {
+                present.has_closed();
+                work.await
+            }
+        },
+    };
+    let answer = match done {
         Ok(answer) => answer,
         Err(error) => {
             span.in_scope(|| tracing::error!(%error, "a request failed"));
@@ -227,11 +273,95 @@ pub async fn serve(service: Arc<Service>, request: Request<Incoming>) -> Result<
         }
     };
     metrics::response(asked.name(), answer.status);
+    if let (Some(origin), Some(proved)) = (&origin, answer.proved) {
+        origin.judge(proved);
+    }
     if answer.status == 429 {
         // Everything that the request held is free by now.
-        service.admission.hold_back().await;
+        hold_back(&service, origin.as_ref()).await;
     }
     Ok(answer.into_response(&id))
+}
+
+/// Holds back the answer to a caller that asks too fast. Meanwhile its connection may be closed to make room.
+async fn hold_back(service: &Service, origin: Option<&Origin>) {
+    let _waits = origin.map(Origin::reading);
+    if let Some(origin) = origin.filter(|origin| !origin.is_proved()) {
+        origin.dismiss();
+    }
+    service.admission.hold_back().await;
+}
+
+/// A request that needs no look at who asks.
+enum Quick {
+    /// Its answer costs next to nothing.
+    Answer(Answer),
+    /// The metadata document has to be signed first.
+    Unsigned,
+}
+
+/// What is answered without a task of its own: documents, and what is wrong with a request before its body. `None`: it is work.
+fn quick(service: &Service, asked: Asked, request: &Request<Incoming>) -> Option<Quick> {
+    let family = asked.family;
+    let Some((method, endpoint)) = asked.resource else {
+        return Some(Quick::Answer(family.error(Code::NotFound, "there is no such resource")));
+    };
+    // HEAD is GET without the body, which hyper leaves out.
+    let with = if request.method() == Method::HEAD { &Method::GET } else { request.method() };
+    if with != method {
+        let answer = family.error(Code::MethodNotAllowed, &format!("this resource has only {method}"));
+        return Some(Quick::Answer(Answer { allow: Some(method.clone()), ..answer }));
+    }
+    let document = match endpoint {
+        Endpoint::Metadata => match service.keys.load().signed_metadata() {
+            Some(document) => Answer::ok(XML, document),
+            None => return Some(Quick::Unsigned),
+        },
+        Endpoint::SigningCertificates => Answer::ok(PKCS7, service.signers.load().published()),
+        Endpoint::GetInfo => Answer::ok(JSON, information(mode(service))),
+        _ => {
+            let message = acceptable(request.headers(), family.media_types()).err()?;
+            family.error(Code::UnsupportedMediaType, &message)
+        }
+    };
+    Some(Quick::Answer(document))
+}
+
+/// The answer to such a request, as far as its address may have it. `None`: it may, and there is work to do for it. Beyond the
+/// rate, information, which load balancers ask for, comes a moment later, and anything else is refused.
+async fn rationed(
+    service: &Service,
+    asked: Asked,
+    address: Option<IpAddr>,
+    origin: Option<&Origin>,
+    quick: Quick,
+) -> Option<Answer> {
+    let within = address.map_or(Ok(()), |address| service.admission.document(Network::of(address)));
+    let Err(retry_after) = within else {
+        return match quick {
+            Quick::Answer(answer) => Some(answer),
+            Quick::Unsigned => None,
+        };
+    };
+    hold_back(service, origin).await;
+    match quick {
+        Quick::Answer(answer) if asked.is(Endpoint::GetInfo) => Some(answer),
+        _ => {
+            let refusal = asked.family.error(Code::TooManyRequests, "this address asks for too much; try again");
+            Some(Answer { retry_after, ..refusal })
+        }
+    }
+}
+
+/// What the service is, as it is told to everybody.
+fn information(mode: OperationMode) -> Bytes {
+    static BY_HOST_KEY: LazyLock<Bytes> =
+        LazyLock::new(|| ServiceInfoReply::new(OperationMode::HostKey).to_json().into());
+    static BY_TPM: LazyLock<Bytes> = LazyLock::new(|| ServiceInfoReply::new(OperationMode::Tpm).to_json().into());
+    match mode {
+        OperationMode::Tpm => BY_TPM.clone(),
+        _ => BY_HOST_KEY.clone(),
+    }
 }
 
 /// Makes a task of the work on a request. The future is never part of the one that waits for the task, which there may be
@@ -260,24 +390,19 @@ async fn refuse(service: &Service, asked: Asked, attempt: &Attempt, refusal: Ref
 
 async fn answer(service: Arc<Service>, request: Request<Incoming>, asked: Asked, mut attempt: Attempt) -> Answer {
     let family = asked.family;
-    if attempt.caller().is_gone() {
-        // Nobody will read it: what a client takes back at once is not to cost more than that.
+    if attempt.caller().is_gone() || service.admission.is_pressed() && attempt.caller().may_be_gone() {
+        // Most likely nobody will read it: what a client takes back is not to cost more than that.
+        metrics::queue_dropped(Dropped::Left.as_str());
         return family.error(Code::ServiceUnavailable, "the caller went away");
     }
-    let Some((method, endpoint)) = asked.resource else {
-        return family.error(Code::NotFound, "there is no such resource");
+    let endpoint = match asked.resource {
+        Some((_, Endpoint::Metadata)) => return metadata(&service).await,
+        Some((_, endpoint)) => endpoint,
+        // Answered before.
+        None => return family.error(Code::NotFound, "there is no such resource"),
     };
-    // HEAD is GET without the body, which hyper leaves out.
-    let with = if request.method() == Method::HEAD { &Method::GET } else { request.method() };
-    if with != method {
-        let answer = family.error(Code::MethodNotAllowed, &format!("this resource has only {method}"));
-        return Answer { allow: Some(method.clone()), ..answer };
-    }
-    if method == Method::GET {
-        return document(&service, endpoint).await;
-    }
-    if let Err(message) = acceptable(request.headers(), family.media_types()) {
-        return family.error(Code::UnsupportedMediaType, &message);
+    if let Some(refused) = refused_unread(&service, endpoint) {
+        return refuse_unread(&service, &request, refused, &attempt).await;
     }
     // Held until the request is answered, whether its client waits for that or not.
     let origin = request.extensions().get::<Origin>().cloned();
@@ -293,7 +418,7 @@ async fn answer(service: Arc<Service>, request: Request<Incoming>, asked: Asked,
                 Code::ServiceUnavailable | Code::HealthCertificate | Code::TooManyRequests => {
                     refuse(&service, asked, &attempt, refusal).await
                 }
-                code => family.error(code, &refusal.message),
+                code => family.error(code, &refusal.message).to_sender(attempt.known),
             };
         }
     };
@@ -334,7 +459,12 @@ async fn body_of(
         _ => Taking::attestation(room, service, attempt),
     };
     let most = taking.most();
-    let announced = request.body().size_hint().exact().unwrap_or(most);
+    let announced = announced(&request).unwrap_or(most);
+    if let Err(refusal) = taking.announced(announced) {
+        drop(taking);
+        service.admission.charge_stranger(attempt, 0, Work::default());
+        return Err(refusal);
+    }
     let read = tokio::select! {
         read = read_body(request.into_body(), most, pace, &mut taking) => read,
         () = room.summoned() => return Err(intake::no_room()),
@@ -363,30 +493,32 @@ async fn body_of(
     Ok(body)
 }
 
-/// The resources that are read.
-async fn document(service: &Service, endpoint: Endpoint) -> Answer {
-    match endpoint {
-        Endpoint::Metadata => match service.keys.load().metadata(service).await {
-            Ok(document) => Answer::ok(XML, document),
-            Err(refusal) => Answer::refused(&refusal),
-        },
-        Endpoint::SigningCertificates => Answer::ok(PKCS7, service.signers.load().published()),
-        _ => Answer::ok(JSON, ServiceInfoReply::new(mode(service)).to_json()),
+/// The length of a body, where its header says it.
+fn announced(request: &Request<Incoming>) -> Option<u64> {
+    request.body().size_hint().exact()
+}
+
+/// The metadata document, for which HSMs may have to sign.
+async fn metadata(service: &Service) -> Answer {
+    match service.keys.load().metadata(service).await {
+        Ok(document) => Answer::ok(XML, document),
+        Err(refusal) => Answer::refused(&refusal),
     }
 }
 
 /// A release, answered.
 async fn roll(service: &Service, api: ApiVersion, body: &[u8], mut attempt: Attempt) -> Answer {
     let result = release::roll(service, &service.cluster, api, body, &mut attempt).await;
-    Answer::release(decide(service, api, &attempt, result).await)
+    Answer::release(decide(service, api, &attempt, result).await).to_sender(attempt.known)
 }
 
 /// Many releases, answered. The items were decided one by one; a refusal of the whole request is decided here.
 async fn roll_batch(service: &Arc<Service>, body: &[u8], mut attempt: Attempt) -> Answer {
-    match batch::roll(service, &service.cluster, body, &mut attempt).await {
+    let answer = match batch::roll(service, &service.cluster, body, &mut attempt).await {
         Ok(results) => Answer::ok(XML, claviger_protocol::batch::to_xml(&results)),
         Err(refusal) => Answer::release(decide(service, ApiVersion::V2, &attempt, Err(refusal)).await),
-    }
+    };
+    answer.to_sender(attempt.known)
 }
 
 /// How hosts are to prove themselves now.
@@ -397,14 +529,38 @@ fn mode(service: &Service) -> OperationMode {
     }
 }
 
-/// An attestation: decided, recorded, counted, answered.
-async fn attest(service: &Service, endpoint: Endpoint, body: &[u8], mut attempt: Attempt) -> Answer {
+/// What an attestation is refused with whatever its body says: its endpoint is not that of the configured mode. The mode is
+/// judged before the payload, so the body is not read.
+fn refused_unread(service: &Service, endpoint: Endpoint) -> Option<Refused> {
     let expected = mode(service);
-    let result = match (expected, endpoint) {
-        (OperationMode::HostKey, Endpoint::HostKeyAttest) => {
-            host_key::attest(service, body, &mut attempt).await.map(|issued| (issued, true))
+    match (expected, endpoint) {
+        (_, Endpoint::Roll(_) | Endpoint::RollBatch)
+        | (OperationMode::HostKey, Endpoint::HostKeyAttest)
+        | (OperationMode::Tpm, Endpoint::TpmAttest) => None,
+        (OperationMode::Tpm, Endpoint::FirstTpmAttest) => {
+            let message = "the Context of version 1.0 is not published; use /Attestation/v2.0/attest";
+            Some(Refused::new(ErrorReply::Payload, message))
         }
-        (OperationMode::Tpm, Endpoint::TpmAttest) => match tpm::attest(service, body, &mut attempt).await {
+        _ => {
+            let what = if expected == OperationMode::Tpm { "TPMs" } else { "host keys" };
+            let reply = ErrorReply::OperationMode { expected };
+            Some(Refused::new(reply, format!("this service attests {what}")))
+        }
+    }
+}
+
+/// Refuses such an attestation. It is charged to its sender's address like a body that was read.
+async fn refuse_unread(service: &Service, request: &Request<Incoming>, refused: Refused, attempt: &Attempt) -> Answer {
+    let refused = service.admission.stranger_may_attest(attempt).map_or_else(Refused::from, |()| refused);
+    let length = announced(request).and_then(|length| usize::try_from(length).ok()).unwrap_or(MAX_BODY);
+    service.admission.charge_stranger(attempt, length.min(MAX_BODY), Work::default());
+    finish_attestation(service, attempt, Err(refused)).await
+}
+
+/// An attestation in the configured mode: decided, recorded, counted, answered.
+async fn attest(service: &Service, endpoint: Endpoint, body: &[u8], mut attempt: Attempt) -> Answer {
+    let result = match endpoint {
+        Endpoint::TpmAttest => match tpm::attest(service, body, &mut attempt).await {
             Ok(tpm::Progress::Issued(issued)) => Ok((issued, false)),
             Ok(tpm::Progress::Continue(reply)) => {
                 // Nothing was decided yet, and anybody may begin: it is neither recorded nor counted as an attestation.
@@ -412,15 +568,7 @@ async fn attest(service: &Service, endpoint: Endpoint, body: &[u8], mut attempt:
             }
             Err(refused) => Err(refused),
         },
-        (OperationMode::Tpm, Endpoint::FirstTpmAttest) => {
-            let message = "the Context of version 1.0 is not published; use /Attestation/v2.0/attest";
-            Err(Refused::new(ErrorReply::Payload, message))
-        }
-        _ => {
-            let what = if expected == OperationMode::Tpm { "TPMs" } else { "host keys" };
-            let reply = ErrorReply::OperationMode { expected };
-            Err(Refused::new(reply, format!("this service attests {what}")))
-        }
+        _ => host_key::attest(service, body, &mut attempt).await.map(|issued| (issued, true)),
     };
     // Nothing is awaited between this and the record, as in `decide`.
     let granted = result.and_then(|(issued, may_repeat)| {
@@ -471,7 +619,7 @@ async fn finish_attestation(service: &Service, attempt: &Attempt, result: Result
         }
     };
     metrics::attestation(outcome, attempt.spent().total);
-    answer
+    answer.to_sender(attempt.known)
 }
 
 /// Remembers which identity key a host got certified, and says when it is another one than before.

@@ -12,6 +12,7 @@
 
 mod activity;
 mod connection;
+mod ration;
 #[cfg(test)]
 mod tests;
 
@@ -33,6 +34,7 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, mpsc, watch};
 use tokio::time::Instant;
 
 use self::activity::{Activity, Reading};
+use self::ration::{Account, Charged};
 use crate::http::tls::SharedTls;
 use crate::observe::log_throttle::Throttle;
 use crate::request::Network;
@@ -42,6 +44,11 @@ pub(crate) use self::activity::Cut;
 
 /// Most connections that the kernel holds for us before we accept them; it may itself allow fewer (`somaxconn`).
 const BACKLOG: u32 = 4096;
+
+/// Bytes that the kernel holds of what a client sends and nobody has read yet; it may take twice as much. As much as a client
+/// of HTTP/2 may send unasked, and enough for a large batch from far away. Without a bound the kernel takes megabytes of every
+/// body that is never read.
+const RECEIVE_BUFFER: u32 = 256 * 1024;
 
 /// Most requests on a connection of HTTP/2 at once.
 const STREAMS: u32 = 128;
@@ -62,12 +69,59 @@ pub struct Origin(Arc<Connection>);
 struct Connection {
     number: u64,
     activity: Arc<Activity>,
+    account: Arc<Account>,
     _work: Option<OwnedSemaphorePermit>,
 }
 
+/// How soon to look again whether a client has closed its side.
+const LOOK_FOR_CLOSE: Duration = Duration::from_millis(100);
+
 impl Origin {
-    fn new(number: u64, activity: Arc<Activity>, work: Option<OwnedSemaphorePermit>) -> Self {
-        Self(Arc::new(Connection { number, activity, _work: work }))
+    fn new(number: u64, activity: Arc<Activity>, account: Arc<Account>, work: Option<OwnedSemaphorePermit>) -> Self {
+        Self(Arc::new(Connection { number, activity, account, _work: work }))
+    }
+
+    /// Notes what a request on the connection came to: a host proved itself by it (`true`), or it was refused, and its sender
+    /// did not prove to be a host (`false`).
+    pub fn judge(&self, proved: bool) {
+        let account = &self.0.account;
+        if proved { account.prove() } else { account.doubt() }
+    }
+
+    /// Whether the last word on the connection was that a host proved itself.
+    #[must_use]
+    pub fn is_proved(&self) -> bool {
+        self.0.account.is_proved()
+    }
+
+    /// Says that what the client still sends is not worth reading, so that it gets to read its answer.
+    pub fn dismiss(&self) {
+        self.0.activity.dismiss();
+    }
+
+    /// The same work, whose processor time is charged to the connection's address until a host proves itself.
+    pub fn charged<F: Future>(&self, work: F) -> impl Future<Output = F::Output> + use<F> {
+        Charged::new(work, Arc::clone(&self.0.account))
+    }
+
+    /// Whether the client of a connection of HTTP/1.1 has closed its side. It may still read an answer; most that close do
+    /// not. HTTP/2 has no such state: there the requests end with the connection.
+    #[must_use]
+    pub fn client_has_closed(&self) -> bool {
+        !self.0.activity.is_http2() && self.0.activity.client_has_closed()
+    }
+
+    /// Ends when the client of a connection of HTTP/1.1 has closed its side.
+    pub async fn client_closes(&self) {
+        if self.0.activity.is_http2() {
+            return std::future::pending().await;
+        }
+        loop {
+            tokio::time::sleep(LOOK_FOR_CLOSE).await;
+            if self.client_has_closed() {
+                return;
+            }
+        }
     }
 
     /// A number that no other open connection has.
@@ -102,6 +156,8 @@ pub struct Limits {
     pub grace: Duration,
     /// How long a stopping server waits for the requests in progress before it cuts them.
     pub drain_timeout: Duration,
+    /// Percent of the processors' time for the connections of one address on which no host has proved itself; 0 is no limit.
+    pub unproven_time_percent: u32,
 }
 
 impl Default for Limits {
@@ -120,6 +176,7 @@ impl From<&crate::config::Server> for Limits {
             idle_timeout: server.idle_timeout(),
             grace: Duration::from_millis(500),
             drain_timeout: server.drain_timeout(),
+            unproven_time_percent: server.unproven_time_percent,
         }
     }
 }
@@ -203,7 +260,10 @@ impl Listener {
     /// What the operating system says, with the address.
     pub fn bind(address: SocketAddr) -> io::Result<Self> {
         let bind = || {
-            let socket = bind_socket(address)?.listen(BACKLOG)?;
+            let socket = bind_socket(address)?;
+            // What is accepted inherits it.
+            socket.set_recv_buffer_size(RECEIVE_BUFFER)?;
+            let socket = socket.listen(BACKLOG)?;
             let address = socket.local_addr()?;
             Ok(Self { socket, address, counted: false, blocked: Arc::default() })
         };

@@ -1,6 +1,7 @@
 //! The key-protection certificates: which keys serve, which are primary, and the metadata document made of them.
 
 use std::collections::HashMap;
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -58,6 +59,8 @@ pub struct Keys {
     rows: Vec<store::Certificate>,
     /// Locked while it is signed: who comes meanwhile waits for the outcome instead of asking the HSMs, too.
     metadata: Mutex<Metadata>,
+    /// Once it is signed.
+    signed: OnceLock<Bytes>,
 }
 
 /// A private key that serves.
@@ -71,12 +74,11 @@ pub struct Held {
     pub certificate: SharedString,
 }
 
-/// The metadata document, as far as it was tried.
+/// How far the metadata document was tried.
 #[derive(Debug, Default)]
 enum Metadata {
     #[default]
-    Unsigned,
-    Signed(Bytes),
+    Untried,
     /// No HSM signed it, at this time.
     Failed(Instant),
 }
@@ -201,6 +203,12 @@ impl Keys {
         self.all.iter().filter_map(|(kind, key)| key.known_answer(*kind)).collect()
     }
 
+    /// The metadata document, if it is signed already.
+    #[must_use]
+    pub fn signed_metadata(&self) -> Option<Bytes> {
+        self.signed.get().cloned()
+    }
+
     /// The metadata document. Its three signatures are made once for each change of the certificates, and after a failure
     /// not before a moment has passed.
     ///
@@ -212,16 +220,15 @@ impl Keys {
         let signing = self.primary_signing.as_ref().ok_or_else(|| missing("Signing"))?;
         let unavailable = || Refusal::new(Code::ServiceUnavailable, "no HSM can sign now; try again");
         let mut metadata = self.metadata.lock().await;
+        if let Some(document) = self.signed_metadata() {
+            return Ok(document);
+        }
         match &*metadata {
-            Metadata::Signed(document) => return Ok(document.clone()),
             Metadata::Failed(at) if standstill::since(*at) < FAILURE_HOLDS => return Err(unavailable()),
-            Metadata::Failed(_) | Metadata::Unsigned => {}
+            Metadata::Failed(_) | Metadata::Untried => {}
         }
         match self.sign_metadata(service, encryption, signing).await {
-            Ok(document) => {
-                *metadata = Metadata::Signed(document.clone());
-                Ok(document)
-            }
+            Ok(document) => Ok(self.signed.get_or_init(|| document).clone()),
             Err(error) => {
                 tracing::warn!(%error, "the metadata document cannot be signed");
                 *metadata = Metadata::Failed(standstill::now());

@@ -283,6 +283,8 @@ fn metrics_limits(service: Limits) -> Limits {
         per_address: 0,
         streams: METRICS_STREAMS,
         header_timeout,
+        // Nobody proves anything there.
+        unproven_time_percent: 0,
         ..service
     }
 }

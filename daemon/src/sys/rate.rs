@@ -67,10 +67,10 @@ impl<K: Clone + Eq + Hash> Rate<K> {
         self.buckets.as_ref().map_or(0, |buckets| lock(buckets).missing(key, standstill::now()))
     }
 
-    /// Gives one token back.
-    pub(crate) fn give_back(&self, key: &K) {
+    /// Gives tokens back.
+    pub(crate) fn give_back(&self, key: &K, tokens: u32) {
         if let Some(buckets) = &self.buckets {
-            lock(buckets).give_back(key, standstill::now());
+            lock(buckets).give_back(key, tokens, standstill::now());
         }
     }
 }

@@ -1,21 +1,27 @@
 //! What anonymous attackers of each kind cost honest hosts: goodput with them ÷ without them, in one run, in rounds beside each
-//! other; whether `/ready` stayed 200; and how much memory the daemon took.
+//! other; whether `/ready` stayed 200; and how much memory the daemon took. Apart from that, the processor time that each side
+//! takes, in processors: the daemon (without its HSM workers) beside attackers alone, and the attackers beside honest hosts.
 //!
-//! `cargo run -p claviger-tests --bin attackers -- --attackers 100 --seconds 5 --rounds 3 --pause-ms 50 [--kind TEXT]`; with
-//! `CLAVIGER_BIN` it looks at that binary. Ends with status 1 when a ratio is below 0.9, an answer was wrong, `/ready` was
+//! The attackers run on this machine, too. At their default priority of 19 they take the processor time that daemon and hosts
+//! leave, as if they ran elsewhere; with `--nice 0` they take theirs from the goodput.
+//!
+//! `cargo run -p claviger-tests --release --bin attackers -- --attackers 100 --seconds 5 --rounds 3 --pause-ms 50 [--nice 19]
+//! [--kind TEXT]`; with `CLAVIGER_BIN` it looks at that binary. Ends with status 1 when a ratio is below 0.9, an answer was wrong, `/ready` was
 //! not 200, or the memory grew beyond its bounds.
 
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use claviger_client::http::Client;
 use claviger_tests::attackers::{Attack, Kind, Target};
 use claviger_tests::openloop::Traffic;
+use claviger_tests::process::processor_time;
 use claviger_tests::stats::median;
 use claviger_tests::{Daemon, Lab, Options};
+use rustix::process::getpid;
 
 const DEADLINE: Duration = Duration::from_secs(20);
 /// Goodput with attackers that the service promises, of what it is without them.
@@ -29,6 +35,7 @@ struct Settings {
     seconds: f64,
     rounds: usize,
     pause: Duration,
+    nice: i32,
     kind: String,
 }
 
@@ -44,6 +51,7 @@ fn settings() -> Settings {
         seconds: value("--seconds", "5").parse().unwrap(),
         rounds: value("--rounds", "3").parse().unwrap(),
         pause: Duration::from_millis(value("--pause-ms", "50").parse().unwrap()),
+        nice: value("--nice", "19").parse().unwrap(),
         kind: value("--kind", ""),
     }
 }
@@ -64,42 +72,49 @@ async fn watch_readiness(daemon: &Daemon) -> (usize, usize) {
     }
 }
 
-#[tokio::main]
-async fn main() -> ExitCode {
-    let settings = settings();
-    let time = Duration::from_secs_f64(settings.seconds);
+/// Processors that were busy for something, given its processor time before and after.
+fn processors(before: Duration, after: Duration, time: Duration) -> f64 {
+    after.saturating_sub(before).as_secs_f64() / time.as_secs_f64()
+}
+
+fn lab(settings: &Settings) -> Lab {
     let lab = Lab::make(Options { hsms: 1, vms: 8, ..Options::default() });
     lab.configure(|config| {
         // Fewer places than the attackers want, and no host is limited.
         config.server.max_connections = 3 * settings.attackers;
         config.release.host_rate = 0;
     });
-    let daemon = lab.serve();
+    lab
+}
+
+/// Measures the kinds that this daemon is for. Returns whether all is as it is promised.
+async fn measure(settings: &Settings, lab: &Lab, daemon: Daemon, kinds: &[Kind]) -> bool {
+    let time = Duration::from_secs_f64(settings.seconds);
     daemon.until_ready_is(200).await;
     let health = lab.host(daemon.client()).attest().await.unwrap();
-    let target = Target::new(&lab, &daemon);
-    let traffic = Traffic::of_vms(&lab, &health);
+    let target = Target::new(lab, &daemon);
+    let traffic = Traffic::of_vms(lab, &health);
     let burst = async || traffic.burst(&daemon, time, settings.callers, DEADLINE).await;
+    let of_daemon = || processor_time(daemon.process.pid(), None);
+    let of_attackers = || processor_time(getpid(), Some(Attack::THREADS));
     let _ = burst().await;
     let idle = daemon.process.status("VmRSS") / 1024;
-    println!(
-        "{} attackers, {} callers, {} rounds of {} s, pause {:?}; {idle} MiB without attackers",
-        settings.attackers, settings.callers, settings.rounds, settings.seconds, settings.pause
-    );
-    println!(
-        "{:42} {:>10} {:>10} {:>6} {:>6} {:>9} {:>8}",
-        "kind", "without/s", "with/s", "ratio", "lost", "not ready", "MiB"
-    );
     let mut all_well = true;
-    for kind in Kind::ALL.into_iter().filter(|kind| kind.describe().contains(&settings.kind)) {
+    for kind in kinds {
         let (mut without, mut with, mut ratios) = (vec![], vec![], vec![]);
+        let (mut alone_with_them, mut theirs) = (vec![], vec![]);
         let (mut lost, mut wrong, mut not_ready, mut memory) = (0, 0, 0, 0);
         for _ in 0..settings.rounds {
             let alone = burst().await;
-            let attack = Attack::start(kind, &target, settings.attackers, settings.pause);
-            // As many as they come to.
-            tokio::time::sleep(Duration::from_millis(1500)).await;
+            let attack = Attack::start(*kind, &target, settings.attackers, settings.pause, settings.nice);
+            // As many as they come to; and what a burst is good for is used up.
+            tokio::time::sleep(Duration::from_secs(3)).await;
+            let before = of_daemon();
+            tokio::time::sleep(time / 2).await;
+            alone_with_them.push(processors(before, of_daemon(), time / 2));
+            let (before, begun) = (of_attackers(), Instant::now());
             let (beside, (_, unready)) = tokio::join!(burst(), watch_readiness(&daemon));
+            theirs.push(processors(before, of_attackers(), begun.elapsed()));
             memory = memory.max(daemon.process.status("VmRSS") / 1024);
             drop(attack);
             // Whatever they left behind.
@@ -113,10 +128,43 @@ async fn main() -> ExitCode {
             ratios.push(rate(beside.right()) / rate(alone.right()));
         }
         let ratio = median(&ratios);
-        let (without, with) = (median(&without), median(&with));
-        println!("{:42} {without:10.1} {with:10.1} {ratio:6.2} {lost:6} {not_ready:9} {memory:8}", kind.describe());
+        let [without, with, alone, theirs] = [without, with, alone_with_them, theirs].map(|values| median(&values));
+        println!(
+            "{:42} {without:10.1} {with:10.1} {ratio:6.2} {alone:8.2} {theirs:9.2} {lost:6} {not_ready:9} {memory:8}",
+            kind.describe()
+        );
         all_well &= ratio >= PROMISED && wrong == 0 && not_ready == 0 && memory < idle + MEMORY;
     }
     assert!(daemon.stop().success());
+    all_well
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let settings = settings();
+    let wanted = |kind: &Kind| kind.describe().contains(&settings.kind);
+    let (by_tls, plain): (Vec<_>, Vec<_>) = Kind::ALL.into_iter().filter(wanted).partition(|kind| kind.needs_tls());
+    println!(
+        "{} attackers at priority {}, {} callers, {} rounds of {} s, pause {:?}, {} processors",
+        settings.attackers,
+        settings.nice,
+        settings.callers,
+        settings.rounds,
+        settings.seconds,
+        settings.pause,
+        std::thread::available_parallelism().unwrap()
+    );
+    println!(
+        "{:42} {:>10} {:>10} {:>6} {:>8} {:>9} {:>6} {:>9} {:>8}",
+        "kind", "without/s", "with/s", "ratio", "daemon", "attackers", "lost", "not ready", "MiB"
+    );
+    let mut all_well = true;
+    for (kinds, tls) in [(plain, false), (by_tls, true)] {
+        if !kinds.is_empty() {
+            let lab = lab(&settings);
+            let daemon = if tls { lab.serve_tls() } else { lab.serve() };
+            all_well &= measure(&settings, &lab, daemon, &kinds).await;
+        }
+    }
     if all_well { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

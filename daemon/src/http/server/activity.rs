@@ -5,15 +5,15 @@
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
-use std::task::{Context, Poll, ready};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
 use claviger_hsm::standstill;
 use hyper::body::{Body, Frame, SizeHint};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::time::Instant;
@@ -75,6 +75,10 @@ pub(super) struct Activity {
     ask_kernel: AtomicBool,
     /// What the kernel said: octets wait that the reactor has not reported yet.
     unread: AtomicBool,
+    /// The connection's socket, while it is read and written.
+    socket: Mutex<Option<TcpStream>>,
+    /// Whether what the client still sends is not worth reading, so that it gets to read the last answer.
+    dismissed: AtomicBool,
 }
 
 /// Why a connection is closed before its client wants it.
@@ -152,7 +156,36 @@ impl Activity {
             protocol: AtomicU8::new(protocol),
             ask_kernel: AtomicBool::new(false),
             unread: AtomicBool::new(false),
+            socket: Mutex::new(None),
+            dismissed: AtomicBool::new(false),
         })
+    }
+
+    fn socket(&self) -> MutexGuard<'_, Option<TcpStream>> {
+        self.socket.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the client has closed its side of the connection, as far as the reactor has reported: it sends nothing more, and
+    /// may or may not read an answer.
+    pub(super) fn client_has_closed(&self) -> bool {
+        let socket = self.socket();
+        let Some(stream) = &*socket else { return true };
+        let ready = std::pin::pin!(stream.ready(Interest::READABLE));
+        match ready.poll(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(Ok(ready)) => ready.is_read_closed(),
+            Poll::Ready(Err(_)) => true,
+            Poll::Pending => false,
+        }
+    }
+
+    /// Says that what the client still sends is not worth reading.
+    pub(super) fn dismiss(&self) {
+        self.dismissed.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether what the client still sends is worth reading.
+    pub(super) fn is_dismissed(&self) -> bool {
+        self.dismissed.load(Ordering::Relaxed)
     }
 
     /// The TLS handshake is over: its octets are no request's.
@@ -447,11 +480,10 @@ impl<B: Body<Data = Bytes> + Unpin> Body for Answer<B> {
     }
 }
 
-/// A TCP stream that reports what is read and written, and comes back when it is dropped.
+/// A TCP stream that reports what is read and written, and comes back when it is dropped. The stream itself is kept with the
+/// connection's activity, where others may look at it.
 #[derive(Debug)]
 pub(super) struct Watched {
-    /// `Some` until dropped.
-    stream: Option<TcpStream>,
     activity: Arc<Activity>,
     eof: bool,
     back: Option<oneshot::Sender<TcpStream>>,
@@ -461,11 +493,15 @@ impl Watched {
     /// The receiver gets the stream when whoever reads and writes it is done, unless the client has ended it by then.
     pub(super) fn new(stream: TcpStream, activity: Arc<Activity>) -> (Self, oneshot::Receiver<TcpStream>) {
         let (back, returned) = oneshot::channel();
-        (Self { stream: Some(stream), activity, eof: false, back: Some(back) }, returned)
+        *activity.socket() = Some(stream);
+        (Self { activity, eof: false, back: Some(back) }, returned)
     }
 
-    fn stream(&mut self) -> io::Result<Pin<&mut TcpStream>> {
-        self.stream.as_mut().map(Pin::new).ok_or_else(|| io::ErrorKind::NotConnected.into())
+    fn with<T>(&self, work: impl FnOnce(Pin<&mut TcpStream>) -> Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+        match &mut *self.activity.socket() {
+            Some(stream) => work(Pin::new(stream)),
+            None => Poll::Ready(Err(io::ErrorKind::NotConnected.into())),
+        }
     }
 
     fn wrote(&self, written: usize) -> usize {
@@ -478,7 +514,8 @@ impl Watched {
 
 impl Drop for Watched {
     fn drop(&mut self) {
-        if let (Some(stream), Some(back), false) = (self.stream.take(), self.back.take(), self.eof) {
+        let stream = self.activity.socket().take();
+        if let (Some(stream), Some(back), false) = (stream, self.back.take(), self.eof) {
             // Nobody may be waiting for it: then it is closed here.
             let _ = back.send(stream);
         }
@@ -488,10 +525,10 @@ impl Drop for Watched {
 impl AsyncRead for Watched {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let before = buf.filled().len();
-        match self.stream()?.poll_read(cx, buf) {
+        match self.with(|stream| stream.poll_read(cx, buf)) {
             Poll::Pending => {
                 if self.activity.ask_kernel.load(Ordering::Relaxed) {
-                    let waiting = unread(self.stream()?.get_mut());
+                    let waiting = self.activity.socket().as_ref().map_or(0, unread);
                     self.activity.unread.store(waiting > 0, Ordering::Relaxed);
                 }
                 Poll::Pending
@@ -509,30 +546,30 @@ impl AsyncRead for Watched {
 }
 
 impl AsyncWrite for Watched {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        let written = ready!(self.stream()?.poll_write(cx, buf))?;
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        let written = ready!(self.with(|stream| stream.poll_write(cx, buf)))?;
         Poll::Ready(Ok(self.wrote(written)))
     }
 
     fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
+        self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         bufs: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        let written = ready!(self.stream()?.poll_write_vectored(cx, bufs))?;
+        let written = ready!(self.with(|stream| stream.poll_write_vectored(cx, bufs)))?;
         Poll::Ready(Ok(self.wrote(written)))
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.stream.as_ref().is_some_and(AsyncWrite::is_write_vectored)
+        true
     }
 
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.stream()?.poll_flush(cx)
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.with(|stream| stream.poll_flush(cx))
     }
 
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.stream()?.poll_shutdown(cx)
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.with(|stream| stream.poll_shutdown(cx))
     }
 }
 

@@ -5,7 +5,7 @@ use std::future::{Future, poll_fn};
 use std::net::SocketAddr;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::task::Poll;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -16,16 +16,17 @@ use hyper::service::Service;
 use hyper::{Request, Response, Version};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
 use tokio_rustls::TlsAcceptor;
 
 use super::activity::{Activity, Answer, Cut, Due, InProgress, Watched, unread};
+use super::ration::{Account, Meter, Ration};
 use super::{BoxError, Limits, Origin, Peer, Phase, Slot};
 use crate::http::tls::SharedTls;
-use crate::request::ClientCertificate;
+use crate::request::{ClientCertificate, Network};
 
 /// Largest header of a request, in bytes; also how much of a body is read, and of an answer is buffered, at once. Every
 /// connection and every stream may take so much before anybody knows who is at its other end.
@@ -65,6 +66,7 @@ pub(super) struct Server<S> {
     service: Arc<S>,
     phase: watch::Receiver<Phase>,
     congested: Arc<Semaphore>,
+    ration: Arc<Ration>,
 }
 
 impl<S, B> Server<S>
@@ -96,8 +98,10 @@ where
             // Batches are large, and hosts may be far away. A client may send so much that nobody asked for.
             .initial_stream_window_size(256 * 1024)
             .initial_connection_window_size(256 * 1024);
+        let ration = Ration::new(limits.unproven_time_percent);
         Self {
             limits,
+            ration,
             tls,
             http1: either.clone().http1_only(),
             http2: either.clone().http2_only(),
@@ -119,10 +123,11 @@ where
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!(%peer, %error, "TCP_NODELAY cannot be set");
         }
+        let account = Account::open(&self.ration, Network::of(peer.ip()));
         let mut phase = self.phase.clone();
         let Some(tls) = &self.tls else {
             let (stream, returned) = Watched::new(stream, activity.clone());
-            let client = Client { peer, certificate: None };
+            let client = Client { peer, certificate: None, account };
             if self.drive(&self.either, stream, &activity, &mut phase, client, slot).await {
                 self.linger(returned.await.ok(), &activity).await;
             }
@@ -131,9 +136,11 @@ where
         let acceptor = TlsAcceptor::from(Arc::clone(&tls.load().config));
         let (stream, returned) = Watched::new(stream, activity.clone());
         let mut stop = phase.clone();
-        let handshake = standstill::timeout(self.limits.header_timeout, acceptor.accept(stream));
+        let mut meter = Meter::new(account.clone());
+        let mut handshake = pin!(acceptor.accept(stream));
+        let handshake = poll_fn(|cx| meter.poll(cx, |cx| handshake.as_mut().poll(cx)));
         let stream = tokio::select! {
-            shaken = handshake => match shaken {
+            shaken = standstill::timeout(self.limits.header_timeout, handshake) => match shaken {
                 Ok(Ok(stream)) => stream,
                 Ok(Err(error)) => return tracing::debug!(%peer, %error, "the TLS handshake failed"),
                 Err(_) => {
@@ -149,7 +156,7 @@ where
         activity.handshake_done(http2);
         let shown = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);
         let certificate = shown.map(|certificate| Arc::new(ClientCertificate::read(certificate)));
-        let client = Client { peer, certificate };
+        let client = Client { peer, certificate, account };
         let builder = if http2 { &self.http2 } else { &self.http1 };
         if self.drive(builder, stream, &activity, &mut phase, client, slot).await {
             self.linger(returned.await.ok(), &activity).await;
@@ -180,6 +187,8 @@ where
         }
 
         let peer = client.peer;
+        let account = client.account.clone();
+        let mut meter = Meter::new(account.clone());
         let service = Watching {
             service: self.service.clone(),
             activity: activity.clone(),
@@ -223,9 +232,15 @@ where
             // The timer's clock is the system's.
             timer.as_mut().reset(Instant::now() + wake.saturating_duration_since(now));
 
+            // What decides whether a connection may be closed has to be seen at once.
+            let at_once = last_call || grace.is_some();
+            let mut poll = |cx: &mut Context<'_>| match at_once {
+                true => account.charged(|| connection.as_mut().poll(cx)),
+                false => meter.poll(cx, |cx| connection.as_mut().poll(cx)),
+            };
             let event = tokio::select! {
                 biased;
-                event = poll_fn(|cx| match connection.as_mut().poll(cx) {
+                event = poll_fn(|cx| match poll(cx) {
                     Poll::Ready(ended) => Poll::Ready(Event::Ended(ended)),
                     Poll::Pending if closing.is_some() => Poll::Pending,
                     Poll::Pending if last_call && activity.is_quiet() => Poll::Ready(Event::Quiet),
@@ -259,7 +274,9 @@ where
                     if reason == Cut::Room {
                         // It may be the server that is behind: what the kernel has is asked for once more.
                         activity.ask_kernel(true);
-                        let polled = poll_fn(|cx| Poll::Ready(connection.as_mut().poll(cx).is_ready())).await;
+                        let poll =
+                            poll_fn(|cx| Poll::Ready(account.charged(|| connection.as_mut().poll(cx)).is_ready()));
+                        let polled = poll.await;
                         let stays = !activity.may_be_closed() || activity.has_unread();
                         activity.ask_kernel(last_call);
                         if polled {
@@ -330,7 +347,13 @@ where
         }
         let mut octets = Vec::with_capacity(16 * 1024);
         let mut left = LINGER_OCTETS;
+        let dismissed = activity.is_dismissed();
         let discard = async {
+            if dismissed {
+                // It reads the answer beside its writing, or not at all.
+                let _ = stream.shutdown().await;
+                std::future::pending::<()>().await;
+            }
             while left > 0 {
                 octets.clear();
                 match stream.read_buf(&mut octets).await {
@@ -362,6 +385,7 @@ async fn cut(phase: &mut watch::Receiver<Phase>) {
 struct Client {
     peer: SocketAddr,
     certificate: Option<Arc<ClientCertificate>>,
+    account: Arc<Account>,
 }
 
 /// The service as one connection sees it: what it is doing shows in the connection's activity.
@@ -409,7 +433,7 @@ where
             if let Some(certificate) = client.certificate {
                 request.extensions_mut().insert(certificate);
             }
-            request.extensions_mut().insert(Origin::new(connection, activity, work));
+            request.extensions_mut().insert(Origin::new(connection, activity, client.account, work));
             let http1 = request.version() <= Version::HTTP_11;
             // On the heap: as long as a request waits here, it is not to take what the work on it will.
             let mut response = Box::pin(service.call(request)).await?;

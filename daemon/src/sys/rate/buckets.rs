@@ -67,10 +67,10 @@ impl<K: Clone + Eq + Hash> Buckets<K> {
         self.set(key, full_at.min(now + self.capacity + credit), now);
     }
 
-    /// Gives one token back to `key`'s bucket.
-    pub(super) fn give_back(&mut self, key: &K, now: Instant) {
+    /// Gives tokens back to `key`'s bucket.
+    pub(super) fn give_back(&mut self, key: &K, tokens: u32, now: Instant) {
         if let Some(full_at) = self.full_at.get_mut(key) {
-            *full_at = full_at.checked_sub(self.interval).unwrap_or(now);
+            *full_at = full_at.checked_sub(self.interval.saturating_mul(tokens)).unwrap_or(now);
         }
     }
 
@@ -177,15 +177,15 @@ mod tests {
         let begun = Instant::now();
         for _ in 0..100 {
             buckets.take(&"a", begun).unwrap();
-            buckets.give_back(&"a", begun);
-            buckets.give_back(&"never asked", begun);
+            buckets.give_back(&"a", 1, begun);
+            buckets.give_back(&"never asked", 1, begun);
         }
         buckets.take(&"a", begun).unwrap();
         buckets.take(&"a", begun).unwrap();
         assert!(buckets.take(&"a", begun).is_err());
         // Not above the burst, however much is given back.
         for _ in 0..10 {
-            buckets.give_back(&"a", begun);
+            buckets.give_back(&"a", 1, begun);
         }
         let granted = (0..10).filter(|_| buckets.take(&"a", begun).is_ok()).count();
         assert_eq!(granted, 2);

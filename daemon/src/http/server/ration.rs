@@ -1,0 +1,307 @@
+//! Processor time for connections on which no host has proved itself, rationed by address.
+//!
+//! A TLS handshake, half a request, junk, a document: all take processor time before anything is known of the caller. The time
+//! that such a connection takes is charged to its address. When an address has used up its share, its connections wait, all for
+//! the same time, and then have one turn each: an honest newcomer at that address waits as long as a turn of all takes, and no
+//! connection is closed for it. When a host proves itself on a connection, what the connection took is given back, and the
+//! connection does not wait any more.
+//!
+//! [`Ration`] is what all connections of a listener share, [`Meter`] is that of one connection. Time is that of the thread, not
+//! of the clock: a machine that is busy otherwise charges nobody for that.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::task::{Context, Poll, ready};
+use std::thread::available_parallelism;
+use std::time::Duration;
+
+use rustix::time::{ClockId, clock_gettime};
+use tokio::time::Sleep;
+
+use crate::request::Network;
+use crate::sys::rate::Rate;
+
+/// Time that one token stands for.
+const TOKEN: Duration = Duration::from_micros(10);
+
+/// Tokens that one percent of a processor yields in a second.
+const TOKENS_FOR_A_PERCENT: u32 = 1_000;
+
+/// Seconds of all processors' time that may be used at once.
+const BURST_SECONDS: u32 = 1;
+
+/// All addresses together have so many times the share of one.
+const TOGETHER: u32 = 2;
+
+/// What it takes to accept a connection and to close it, apart from what is measured.
+pub(super) const ACCEPT: Duration = Duration::from_micros(30);
+
+/// The shares of a listener's addresses. `None` without a limit.
+#[derive(Debug)]
+pub(super) struct Ration(Option<Shares>);
+
+#[derive(Debug)]
+struct Shares {
+    networks: Rate<Network>,
+    together: Rate<()>,
+}
+
+impl Ration {
+    /// So many percent of the processors' time for each address; 0 is no limit.
+    pub(super) fn new(percent: u32) -> Arc<Self> {
+        let processors = available_parallelism().map_or(1, |number| u32::try_from(number.get()).unwrap_or(1));
+        Arc::new(Self::of(percent, processors))
+    }
+
+    fn of(percent: u32, processors: u32) -> Self {
+        let rate = percent.saturating_mul(processors).saturating_mul(TOKENS_FOR_A_PERCENT);
+        let burst = BURST_SECONDS.saturating_mul(100).saturating_mul(processors).saturating_mul(TOKENS_FOR_A_PERCENT);
+        Self((percent > 0).then(|| Shares {
+            networks: Rate::new(rate, burst),
+            together: Rate::new(rate.saturating_mul(TOGETHER), burst.saturating_mul(TOGETHER)),
+        }))
+    }
+
+    /// How long the connections of an address have to wait for their next turn.
+    fn wait(&self, network: &Network) -> Option<Duration> {
+        let shares = self.0.as_ref()?;
+        shares.networks.look(network).err().max(shares.together.look(&()).err())
+    }
+
+    fn debit(&self, network: &Network, tokens: u32) {
+        if let Some(shares) = self.0.as_ref().filter(|_| tokens > 0) {
+            shares.networks.debit(network, tokens);
+            shares.together.debit(&(), tokens);
+        }
+    }
+
+    fn give_back(&self, network: &Network, tokens: u32) {
+        if let Some(shares) = self.0.as_ref().filter(|_| tokens > 0) {
+            shares.networks.give_back(network, tokens);
+            shares.together.give_back(&(), tokens);
+        }
+    }
+}
+
+/// The account of one connection.
+#[derive(Debug)]
+pub(super) struct Account {
+    ration: Arc<Ration>,
+    network: Network,
+    /// Whether a host has proved itself on the connection.
+    proved: AtomicBool,
+    /// Nanoseconds that the connection took and that were not given back.
+    spent: AtomicU64,
+}
+
+impl Account {
+    /// A connection of an address, which has cost what every connection costs.
+    pub(super) fn open(ration: &Arc<Ration>, network: Network) -> Arc<Self> {
+        let account =
+            Self { ration: Arc::clone(ration), network, proved: AtomicBool::new(false), spent: AtomicU64::new(0) };
+        account.charge(ACCEPT);
+        Arc::new(account)
+    }
+
+    /// A host has proved itself.
+    pub(super) fn prove(&self) {
+        if !self.proved.swap(true, Ordering::AcqRel) {
+            let tokens = tokens(self.spent.swap(0, Ordering::AcqRel));
+            self.ration.give_back(&self.network, u32::try_from(tokens).unwrap_or(u32::MAX));
+        }
+    }
+
+    /// Something was refused whose sender did not prove to be a host.
+    pub(super) fn doubt(&self) {
+        self.proved.store(false, Ordering::Release);
+    }
+
+    /// Whether a host has proved itself.
+    pub(super) fn is_proved(&self) -> bool {
+        self.proved.load(Ordering::Acquire)
+    }
+
+    fn is_free(&self) -> bool {
+        self.ration.0.is_none() || self.is_proved()
+    }
+
+    fn charge(&self, time: Duration) {
+        let spent = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        let before = self.spent.fetch_add(spent, Ordering::AcqRel);
+        let due = tokens(before.saturating_add(spent)) - tokens(before);
+        self.ration.debit(&self.network, u32::try_from(due).unwrap_or(u32::MAX));
+    }
+
+    /// Does `work`, and charges the time that it takes.
+    pub(super) fn charged<T>(&self, work: impl FnOnce() -> T) -> T {
+        if self.is_free() {
+            return work();
+        }
+        let begun = thread_time();
+        let done = work();
+        self.charge(thread_time().saturating_sub(begun));
+        done
+    }
+}
+
+fn tokens(nanoseconds: u64) -> u64 {
+    nanoseconds / TOKEN.as_nanos() as u64
+}
+
+/// Processor time of this thread.
+fn thread_time() -> Duration {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    Duration::new(time.tv_sec.try_into().unwrap_or(0), time.tv_nsec.try_into().unwrap_or(0))
+}
+
+/// Lets what one connection does wait for its turn.
+pub(super) struct Meter {
+    account: Arc<Account>,
+    /// Set while it waits.
+    turn: Option<Pin<Box<Sleep>>>,
+}
+
+impl Meter {
+    pub(super) fn new(account: Arc<Account>) -> Self {
+        Self { account, turn: None }
+    }
+
+    /// Polls when it is the connection's turn, and charges the time that it takes.
+    pub(super) fn poll<T>(&mut self, cx: &mut Context<'_>, poll: impl FnOnce(&mut Context<'_>) -> Poll<T>) -> Poll<T> {
+        if self.account.is_free() {
+            self.turn = None;
+            return poll(cx);
+        }
+        // After its wait a connection has its turn, however many others took theirs before it.
+        if self.turn.is_none() {
+            let wait = self.account.ration.wait(&self.account.network);
+            self.turn = wait.map(|wait| Box::pin(tokio::time::sleep(wait)));
+        }
+        if let Some(turn) = &mut self.turn {
+            ready!(turn.as_mut().poll(cx));
+            self.turn = None;
+        }
+        self.account.charged(|| poll(cx))
+    }
+}
+
+/// Work for a connection that is charged to it, and does not wait.
+pub(super) struct Charged<F> {
+    work: Pin<Box<F>>,
+    account: Arc<Account>,
+}
+
+impl<F> Charged<F> {
+    pub(super) fn new(work: F, account: Arc<Account>) -> Self {
+        Self { work: Box::pin(work), account }
+    }
+}
+
+impl<F: Future> Future for Charged<F> {
+    type Output = F::Output;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let Self { work, account } = &mut *self;
+        account.charged(|| work.as_mut().poll(cx))
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use std::future::poll_fn;
+    use std::time::Instant;
+
+    fn network(last: u8) -> Network {
+        Network::of(std::net::IpAddr::from([192, 0, 2, last]))
+    }
+
+    /// One percent of one processor: ten milliseconds a second, and a second at once.
+    fn ration() -> Arc<Ration> {
+        Arc::new(Ration::of(1, 1))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_address_that_used_up_its_share_waits_and_then_each_connection_has_a_turn() {
+        let ration = ration();
+        let spender = Account::open(&ration, network(1));
+        spender.charge(Duration::from_millis(1_100));
+        let wait = ration.wait(&network(1)).unwrap();
+        assert!(wait > Duration::from_secs(9) && wait < Duration::from_secs(11), "{wait:?}");
+        assert_eq!(ration.wait(&network(2)), None);
+        // Each waits once, although the first that has its turn uses up more again.
+        let begun = tokio::time::Instant::now();
+        let turn = |number: u64| {
+            let account = Account::open(&ration, network(1));
+            async move {
+                let mut meter = Meter::new(account.clone());
+                poll_fn(|cx| meter.poll(cx, |_| Poll::Ready(()))).await;
+                account.charge(Duration::from_millis(100));
+                (number, tokio::time::Instant::now() - begun)
+            }
+        };
+        let waited = tokio::join!(turn(1), turn(2), turn(3));
+        for (number, waited) in [waited.0, waited.1, waited.2] {
+            assert!(waited < Duration::from_secs(12), "{number} waited {waited:?}");
+        }
+        // Another address does not.
+        let begun = tokio::time::Instant::now();
+        let mut meter = Meter::new(Account::open(&ration, network(2)));
+        poll_fn(|cx| meter.poll(cx, |_| Poll::Ready(()))).await;
+        assert_eq!(begun.elapsed(), Duration::ZERO);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_a_host_took_is_given_back_and_its_connection_does_not_wait() {
+        let ration = ration();
+        let host = Account::open(&ration, network(1));
+        let stranger = Account::open(&ration, network(1));
+        host.charge(Duration::from_secs(2));
+        assert!(ration.wait(&network(1)).is_some());
+        host.prove();
+        host.prove();
+        assert_eq!(ration.wait(&network(1)), None, "the host's share was not given back");
+        stranger.charge(Duration::from_secs(2));
+        assert!(ration.wait(&network(1)).is_some());
+        let begun = tokio::time::Instant::now();
+        let mut meter = Meter::new(host.clone());
+        poll_fn(|cx| meter.poll(cx, |_| Poll::Ready(()))).await;
+        assert_eq!(begun.elapsed(), Duration::ZERO);
+        // Until something is refused on it that no host has sent.
+        host.doubt();
+        poll_fn(|cx| meter.poll(cx, |_| Poll::Ready(()))).await;
+        assert!(begun.elapsed() > Duration::from_secs(1));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn all_addresses_together_have_a_bound() {
+        let ration = ration();
+        for last in 1..=5 {
+            Account::open(&ration, network(last)).charge(Duration::from_millis(600));
+            assert_eq!(ration.wait(&network(last)).is_some(), last > 3, "{last}");
+        }
+        assert!(ration.wait(&network(200)).is_some());
+        let free = Arc::new(Ration::of(0, 1));
+        Account::open(&free, network(1)).charge(Duration::from_secs(1_000));
+        assert_eq!(free.wait(&network(1)), None);
+    }
+
+    #[tokio::test]
+    async fn it_is_the_time_of_the_thread_that_is_charged() {
+        let account = Account::open(&ration(), network(1));
+        account.charged(|| std::thread::sleep(Duration::from_millis(30)));
+        let slept = account.spent.load(Ordering::Relaxed);
+        assert!(slept < 20_000_000, "{slept}");
+        let work = async {
+            let begun = thread_time();
+            while thread_time() - begun < Duration::from_millis(5) {}
+        };
+        let begun = Instant::now();
+        Charged::new(work, account.clone()).await;
+        let worked = account.spent.load(Ordering::Relaxed) - slept;
+        assert!(worked >= 5_000_000, "{worked} ns charged in {:?}", begun.elapsed());
+    }
+}
