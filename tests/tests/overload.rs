@@ -392,3 +392,45 @@ async fn who_went_away_is_not_waited_for() {
     assert!(asker.is_released(&asker.ask(0).await), "its place was lost");
     assert!(daemon.stop().success());
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn callers_that_give_up_do_not_keep_those_that_wait_from_their_turn() {
+    const CALLERS: usize = 40;
+    const PATIENT_FOR: Duration = Duration::from_millis(600);
+    const TIME: Duration = Duration::from_secs(6);
+    let lab = Lab::make(Options::default());
+    let faulty = lab.behind_faulty();
+    lab.configure(|config| (config.release.concurrency, config.release.host_rate) = (1, 0));
+    let daemon = lab.serve();
+    daemon.until_ready_is(200).await;
+    let asker = Arc::new(Asker::new(&lab, &daemon, HOST).await);
+    // Some ten releases a second are to be had, and every caller gives up long before the daemon's deadline.
+    faulty.set("hsm-a", &["call=C_Decrypt delay_ms=100"]);
+    let begun = Instant::now();
+    let url = Arc::new(daemon.url.clone());
+    let mut asking = JoinSet::new();
+    for _ in 0..CALLERS {
+        let (asker, url) = (Arc::clone(&asker), Arc::clone(&url));
+        asking.spawn(async move {
+            let mut released = 0;
+            while begun.elapsed() < TIME {
+                // A connection for each attempt, which is closed with it.
+                let client = Client::new(&url).unwrap().with_timeout(PATIENT_FOR);
+                match client.post(ROLL, XML, asker.body.clone()).await {
+                    Ok(reply) if asker.is_released(&reply) => released += 1,
+                    Ok(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+                    Err(_) => {}
+                }
+            }
+            released
+        });
+    }
+    let released: usize = asking.join_all().await.into_iter().sum();
+    let left = daemon.metrics().await.sum("claviger_queue_dropped_total", &[("reason", "left")]);
+    println!("{released} releases in {TIME:?}, {left:?} left the queue");
+    // In the order of arrival, each turn went to a caller that had left long ago: next to nothing was released.
+    assert!(released >= 15, "{released} releases beside {CALLERS} callers that give up");
+    assert!(left > Some(0.0));
+    faulty.clear("hsm-a");
+    assert!(daemon.stop().success());
+}

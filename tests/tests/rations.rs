@@ -17,8 +17,10 @@ use claviger_protocol::attestation::{host_key_request, signed_octets};
 use claviger_protocol::health::ResultType;
 use claviger_protocol::rsa_key::RsaPrivateKey;
 use claviger_tests::protector::{with_cipher, with_oaep};
-use claviger_tests::raw::{Answer, Connection, post};
-use claviger_tests::{ATTEST, Daemon, Lab, Options, ROLL, block, metadata, open_release, roll_request};
+use claviger_tests::raw::{Answer, Connection, get, post, post_head};
+use claviger_tests::{
+    ATTEST, Daemon, Lab, METADATA, Options, ROLL, block, metadata, open_release, roll_request, until,
+};
 use data_encoding::BASE64;
 use serde_json::Value;
 
@@ -330,5 +332,96 @@ fn junk_with_a_health_certificate_that_was_seen_is_paid_for_by_that_host_at_that
     for turn in 0..20 {
         assert_eq!(ask(OWN, address, &honest).status, 200, "release {turn}");
     }
+    assert!(daemon.stop().success());
+}
+
+#[test]
+fn documents_have_a_rate_for_each_address_and_information_is_always_given() {
+    const INFORMATION: &str = "/Attestation/getinfo";
+    let (lab, daemon) = served(|config| (config.server.document_rate, config.server.document_burst) = (1, 20));
+    let address = daemon.address();
+    let health = block(lab.host(daemon.client()).attest()).unwrap();
+    let honest = post(ROLL, "application/xml", &roll_request(&health, &lab.protector()));
+    for path in [METADATA, "/Attestation/v2.0/signingcertificates", "/nothing"] {
+        until("a document too many", || {
+            let answer = ask(OTHER, address, &get(path));
+            (answer.status == 429).then(|| assert!(answer.header("retry-after").is_some(), "{path}"))
+        });
+    }
+    for _ in 0..3 {
+        assert_eq!(ask(OTHER, address, &get(INFORMATION)).status, 200);
+    }
+    // Elsewhere nothing has happened, and releases are no documents.
+    assert_eq!(ask(OWN, address, &get(METADATA)).status, 200);
+    assert_eq!(ask(OTHER, address, &honest).status, 200);
+    assert!(daemon.stop().success());
+}
+
+#[test]
+fn the_other_mode_is_refused_before_its_body_has_come_and_charged() {
+    let (lab, daemon) = served(|config| {
+        (config.server.stranger_rate, config.server.stranger_burst) = (1, 1_000);
+    });
+    let address = daemon.address();
+    let health = block(lab.host(daemon.client()).attest()).unwrap();
+    let honest = post(ROLL, "application/xml", &roll_request(&health, &lab.protector()));
+    let announced = |path| post_head(path, "application/json", 1024 * 1024);
+    for path in ["/Attestation/v1.0/attest", "/Attestation/v2.0/attest", "/Attestation/v1.0/domainattest"] {
+        // Announced, and never sent.
+        let answer = ask(OTHER, address, &announced(path));
+        assert_eq!(answer.status, 409, "{path}: {}", answer.text());
+        let body: Value = serde_json::from_slice(&answer.body).unwrap();
+        assert_eq!(body["ExpectedOperationMode"], 3, "{path}");
+        // A small one on a connection that goes on.
+        let mut connection = Connection::open_from(OTHER, address).unwrap();
+        for _ in 0..2 {
+            assert_eq!(connection.exchange(&post(path, "application/json", b"{}")).unwrap().status, 409, "{path}");
+        }
+    }
+    // Each mebibyte counts as 64 requests.
+    let told = (0..20).map(|_| ask(OTHER, address, &announced("/Attestation/v2.0/attest")));
+    let told: Vec<_> = told.filter(|answer| answer.status != 409).collect();
+    assert!(!told.is_empty(), "it is not charged");
+    told.iter().for_each(assert_too_many_attestations);
+    assert_eq!(ask(OTHER, address, &honest).status, 200);
+    assert_eq!(ask(OWN, address, &post("/Attestation/v2.0/attest", "application/json", b"{}")).status, 409);
+    assert!(daemon.stop().success());
+}
+
+#[test]
+fn connections_of_an_address_that_used_up_its_time_wait_and_none_is_closed() {
+    let (lab, daemon) = served(|config| {
+        config.server.unproven_time_percent = 1;
+        (config.server.document_rate, config.server.stranger_rate) = (0, 0);
+    });
+    let address = daemon.address();
+    let health = block(lab.host(daemon.client()).attest()).unwrap();
+    let honest = post(ROLL, "application/xml", &roll_request(&health, &lab.protector()));
+    let mut host = Connection::open_from(OTHER, address).unwrap();
+    assert_eq!(host.exchange(&honest).unwrap().status, 200);
+    // Ever new connections, until one of them has to wait.
+    let document = get(METADATA);
+    let waited = |time: Duration| {
+        let begun = Instant::now();
+        assert_eq!(ask(OTHER, address, &document).status, 200);
+        begun.elapsed() >= time
+    };
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    assert_eq!(ask(OTHER, address, &document).status, 200);
+                }
+            });
+        }
+        until("a connection that waits", || waited(Duration::from_millis(100)).then_some(()));
+        // A host that has proved itself does not wait for them, and one on a new connection comes to its turn.
+        for turn in 0..10 {
+            assert_eq!(host.exchange(&honest).unwrap().status, 200, "{turn}");
+        }
+        assert_eq!(ask(OTHER, address, &honest).status, 200);
+        stop.store(true, Ordering::Relaxed);
+    });
     assert!(daemon.stop().success());
 }

@@ -89,13 +89,16 @@ pub async fn export(command: Export) -> Result<(), Failure> {
     files::write(&file, &sealed, Existing::Keep)?;
     let count = |what: &str| document[what].as_array().map_or(0, Vec::len);
     let reply = serde_json::json!({
-        "file": file, "hosts": count("hosts"), "certificates": count("certificates"), "signers": count("signers"),
+        "file": file, "hosts": count("hosts"), "baselines": count("baselines"), "certificates": count("certificates"),
+        "signers": count("signers"),
     });
     print(&target, &reply, || {
         say!(
-            "{}: {} hosts, {} certificates, {} attestation signers, encrypted; the private keys stay in the HSMs",
+            "{}: {} hosts, {} baselines, {} certificates, {} attestation signers, encrypted; the private keys stay in the \
+             HSMs",
             file.display(),
             reply["hosts"],
+            reply["baselines"],
             reply["certificates"],
             reply["signers"]
         );

@@ -85,7 +85,12 @@ impl Origin {
     /// did not prove to be a host (`false`).
     pub fn judge(&self, proved: bool) {
         let account = &self.0.account;
-        if proved { account.prove() } else { account.doubt() }
+        if proved {
+            account.prove();
+            self.0.activity.dismiss(false);
+        } else {
+            account.doubt();
+        }
     }
 
     /// Whether the last word on the connection was that a host proved itself.
@@ -96,7 +101,7 @@ impl Origin {
 
     /// Says that what the client still sends is not worth reading, so that it gets to read its answer.
     pub fn dismiss(&self) {
-        self.0.activity.dismiss();
+        self.0.activity.dismiss(true);
     }
 
     /// The same work, whose processor time is charged to the connection's address until a host proves itself.

@@ -78,6 +78,8 @@ async fn reload(file: &Path, service: &Arc<Service>, tls: Option<&SharedTls>) ->
     next.attest.clone_from(&config.attest);
     next.server.stranger_rate = config.server.stranger_rate;
     next.server.stranger_burst = config.server.stranger_burst;
+    next.server.document_rate = config.server.document_rate;
+    next.server.document_burst = config.server.document_burst;
     next.release.queue = config.release.queue;
     next.release.max_offline_unwraps = config.release.max_offline_unwraps;
     next.release.stock_mib = config.release.stock_mib;

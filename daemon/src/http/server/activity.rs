@@ -178,12 +178,12 @@ impl Activity {
         }
     }
 
-    /// Says that what the client still sends is not worth reading.
-    pub(super) fn dismiss(&self) {
-        self.dismissed.store(true, Ordering::Relaxed);
+    /// Says whether what the client still sends after an answer is not worth reading.
+    pub(super) fn dismiss(&self, dismissed: bool) {
+        self.dismissed.store(dismissed, Ordering::Relaxed);
     }
 
-    /// Whether what the client still sends is worth reading.
+    /// Whether what the client still sends is not worth reading.
     pub(super) fn is_dismissed(&self) -> bool {
         self.dismissed.load(Ordering::Relaxed)
     }
