@@ -77,6 +77,8 @@ pub(super) struct Activity {
     unread: AtomicBool,
     /// The connection's socket, while it is read and written.
     socket: Mutex<Option<TcpStream>>,
+    /// Whether it waits for its turn to be worked for.
+    waits_for_turn: AtomicBool,
     /// Whether what the client still sends is not worth reading, so that it gets to read the last answer.
     dismissed: AtomicBool,
 }
@@ -157,6 +159,7 @@ impl Activity {
             ask_kernel: AtomicBool::new(false),
             unread: AtomicBool::new(false),
             socket: Mutex::new(None),
+            waits_for_turn: AtomicBool::new(false),
             dismissed: AtomicBool::new(false),
         })
     }
@@ -176,6 +179,11 @@ impl Activity {
             Poll::Ready(Err(_)) => true,
             Poll::Pending => false,
         }
+    }
+
+    /// Says whether it waits for its turn to be worked for.
+    pub(super) fn wait_for_turn(&self, waits: bool) {
+        self.waits_for_turn.store(waits, Ordering::Release);
     }
 
     /// Says whether what the client still sends after an answer is not worth reading.
@@ -244,7 +252,8 @@ impl Activity {
     /// Since when the service has had nothing to do for it but wait for its client.
     fn waiting_since(&self) -> Option<Instant> {
         let reading = self.reading.load(Ordering::Acquire);
-        if self.in_service.load(Ordering::Acquire) > reading {
+        let works = self.in_service.load(Ordering::Acquire) > reading;
+        if works || self.waits_for_turn.load(Ordering::Acquire) {
             None
         } else if reading > 0 {
             Some(self.at(&self.reading_since))

@@ -136,7 +136,7 @@ where
         let acceptor = TlsAcceptor::from(Arc::clone(&tls.load().config));
         let (stream, returned) = Watched::new(stream, activity.clone());
         let mut stop = phase.clone();
-        let mut meter = Meter::new(account.clone());
+        let mut meter = Meter::new(account.clone(), activity.clone());
         let mut handshake = pin!(acceptor.accept(stream));
         let handshake = poll_fn(|cx| meter.poll(cx, |cx| handshake.as_mut().poll(cx)));
         let stream = tokio::select! {
@@ -188,7 +188,7 @@ where
 
         let peer = client.peer;
         let account = client.account.clone();
-        let mut meter = Meter::new(account.clone());
+        let mut meter = Meter::new(account.clone(), activity.clone());
         let service = Watching {
             service: self.service.clone(),
             activity: activity.clone(),

@@ -20,6 +20,7 @@ use std::time::Duration;
 use rustix::time::{ClockId, clock_gettime};
 use tokio::time::Sleep;
 
+use super::activity::Activity;
 use crate::request::Network;
 use crate::sys::rate::Rate;
 
@@ -156,32 +157,40 @@ fn thread_time() -> Duration {
     Duration::new(time.tv_sec.try_into().unwrap_or(0), time.tv_nsec.try_into().unwrap_or(0))
 }
 
-/// Lets what one connection does wait for its turn.
+/// Lets what one connection does wait for its turn. Meanwhile it is not the client that is waited for.
 pub(super) struct Meter {
     account: Arc<Account>,
+    activity: Arc<Activity>,
     /// Set while it waits.
     turn: Option<Pin<Box<Sleep>>>,
 }
 
 impl Meter {
-    pub(super) fn new(account: Arc<Account>) -> Self {
-        Self { account, turn: None }
+    pub(super) fn new(account: Arc<Account>, activity: Arc<Activity>) -> Self {
+        Self { account, activity, turn: None }
+    }
+
+    fn set_turn(&mut self, turn: Option<Pin<Box<Sleep>>>) {
+        if turn.is_some() != self.turn.is_some() {
+            self.activity.wait_for_turn(turn.is_some());
+        }
+        self.turn = turn;
     }
 
     /// Polls when it is the connection's turn, and charges the time that it takes.
     pub(super) fn poll<T>(&mut self, cx: &mut Context<'_>, poll: impl FnOnce(&mut Context<'_>) -> Poll<T>) -> Poll<T> {
         if self.account.is_free() {
-            self.turn = None;
+            self.set_turn(None);
             return poll(cx);
         }
         // After its wait a connection has its turn, however many others took theirs before it.
         if self.turn.is_none() {
             let wait = self.account.ration.wait(&self.account.network);
-            self.turn = wait.map(|wait| Box::pin(tokio::time::sleep(wait)));
+            self.set_turn(wait.map(|wait| Box::pin(tokio::time::sleep(wait))));
         }
         if let Some(turn) = &mut self.turn {
             ready!(turn.as_mut().poll(cx));
-            self.turn = None;
+            self.set_turn(None);
         }
         self.account.charged(|| poll(cx))
     }
@@ -237,7 +246,7 @@ mod tests {
         let turn = |number: u64| {
             let account = Account::open(&ration, network(1));
             async move {
-                let mut meter = Meter::new(account.clone());
+                let mut meter = Meter::new(account.clone(), Activity::new(false, 1));
                 poll_fn(|cx| meter.poll(cx, |_| Poll::Ready(()))).await;
                 account.charge(Duration::from_millis(100));
                 (number, tokio::time::Instant::now() - begun)
@@ -249,9 +258,26 @@ mod tests {
         }
         // Another address does not.
         let begun = tokio::time::Instant::now();
-        let mut meter = Meter::new(Account::open(&ration, network(2)));
+        let mut meter = Meter::new(Account::open(&ration, network(2)), Activity::new(false, 1));
         poll_fn(|cx| meter.poll(cx, |_| Poll::Ready(()))).await;
         assert_eq!(begun.elapsed(), Duration::ZERO);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_that_waits_for_its_turn_is_not_closed_for_room() {
+        let account = Account::open(&ration(), network(1));
+        account.charge(Duration::from_secs(2));
+        let activity = Activity::new(false, 1);
+        let mut meter = Meter::new(account, activity.clone());
+        assert!(activity.may_be_closed());
+        let mut first = true;
+        poll_fn(|cx| {
+            let polled = meter.poll(cx, |_| Poll::Ready(()));
+            assert_eq!((polled.is_pending(), activity.may_be_closed()), (first, !first));
+            first = false;
+            polled
+        })
+        .await;
     }
 
     #[tokio::test(start_paused = true)]
@@ -267,7 +293,7 @@ mod tests {
         stranger.charge(Duration::from_secs(2));
         assert!(ration.wait(&network(1)).is_some());
         let begun = tokio::time::Instant::now();
-        let mut meter = Meter::new(host.clone());
+        let mut meter = Meter::new(host.clone(), Activity::new(false, 1));
         poll_fn(|cx| meter.poll(cx, |_| Poll::Ready(()))).await;
         assert_eq!(begun.elapsed(), Duration::ZERO);
         // Until something is refused on it that no host has sent.
