@@ -1,11 +1,13 @@
 # Each target does its own set-up and is safe to repeat.
-.PHONY: demo test bench soak fuzz lint deny deb setup setup-demo help
+.PHONY: demo test bench bench-instructions bench-instructions-accept count-instructions soak fuzz lint deny deb setup setup-demo help
 
 PACKAGES_DEMO = softhsm2
 PACKAGES_TEST = $(PACKAGES_DEMO) opencryptoki opensc p11-kit p11-kit-modules xmlsec1 libxml2-utils openssl curl \
   python3-cryptography python3-jsonschema python3-lxml logrotate swtpm swtpm-tools tpm2-tools
 # Only their programs are wanted.
 PACKAGES_WATCH = prometheus prometheus-alertmanager
+# Counts instructions.
+PACKAGES_COUNT = $(PACKAGES_DEMO) valgrind
 # C code of the cryptographic and database libraries is compiled.
 PACKAGES_BUILD = gcc libc6-dev make
 
@@ -13,6 +15,8 @@ help:
 	@echo "make demo   build, make a lab with soft tokens, release keys end to end, keep serving"
 	@echo "make test   format check, clippy, documentation and every test"
 	@echo "make bench  what a release costs, and the daemon beside the raw token, in one table; best on an idle machine"
+	@echo "make bench-instructions         instructions of each part of a release, and the change since they were accepted"
+	@echo "make bench-instructions-accept  accepts them as they are now"
 	@echo "make soak   half an hour of faults of every kind under load; MINUTES=N for another time"
 	@echo "make fuzz   a minute of each fuzz target; SECONDS=N for another time, FUZZ_JOBS=N at a time, FUZZ_TARGETS=… for some"
 	@echo "make lint   the checks without the tests"
@@ -50,6 +54,7 @@ demo: setup-demo
 lint: setup deny
 	cargo fmt --all --check
 	cargo fmt --manifest-path tests/fuzz/Cargo.toml --check
+	cargo fmt --manifest-path bench/instructions/Cargo.toml --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked
 
@@ -70,13 +75,43 @@ test: lint
 	cargo build --workspace --locked
 	CLAVIGER_BIN=$(CURDIR)/target/debug/claviger CLAVIGER_LOADGEN_BIN=$(CURDIR)/target/debug/claviger-loadgen \
 	  cargo test --workspace --locked
+	$(MAKE) bench-instructions
 
-# In one go, so that the benches run the very program that is built here.
+# In one go, so that the benches run the very program that is built here. MODULE=FILE measures on another token than SoftHSM2. The
+# targets are of RSA-2048 and the default numbers; STORM=N and IDLE=N measure less in less time.
+MODULE =
+STORM = 10000
+IDLE = 10000
+ceiling = CLAVIGER_BIN=$(CURDIR)/target/release/claviger ./target/release/ceiling $(if $(MODULE),--module $(MODULE))
 bench: setup-demo
+	rm -rf target/figures && mkdir -p target/figures
 	cargo build --release --locked -p claviger -p claviger-bench --bins
-	CLAVIGER_BIN=$(CURDIR)/target/release/claviger cargo bench --locked -p claviger-bench -- --warm-up-time 1 --measurement-time 3
-	CLAVIGER_BIN=$(CURDIR)/target/release/claviger ./target/release/ceiling --json target/ceiling.json > target/ceiling.txt
-	@echo; ./target/release/table; echo; cat target/ceiling.txt
+	CLAVIGER_BIN=$(CURDIR)/target/release/claviger $(if $(MODULE),CLAVIGER_SOFTHSM2=$(MODULE)) \
+	  cargo bench --locked -p claviger-bench --benches -- --warm-up-time 1 --measurement-time 3
+	$(ceiling) --json target/figures/ceiling.json > target/figures/ceiling.txt
+	$(ceiling) --callers 64 --rounds 3 --json target/figures/ceiling-64.json > target/figures/ceiling-64.txt
+	$(ceiling) --stock-mib 64 --rounds 3 --json target/figures/ceiling-stock.json > target/figures/ceiling-stock.txt
+	$(ceiling) --storm $(STORM) --owners 100 --rounds 2 --json target/figures/storm.json > target/figures/storm.txt
+	$(ceiling) --rtt 20ms --sessions 1 --hsms 1,4,16 --rounds 3 --json target/figures/scaling.json > target/figures/scaling.txt
+	$(ceiling) --idle $(IDLE) --rounds 3 --json target/figures/idle.json > target/figures/idle.txt
+	@echo; ./target/release/table; for f in ceiling ceiling-64 ceiling-stock storm scaling idle; do cat target/figures/$$f.txt; done
+
+# Counts instructions with the version of gungraun that bench/instructions/Cargo.toml asks for. What was counted before goes first, so
+# that a part that is gone is seen to be gone.
+GUNGRAUN = $(shell sed -n 's/^gungraun = "=\(.*\)"/\1/p' bench/instructions/Cargo.toml)
+count-instructions:
+	$(call install,$(PACKAGES_BUILD) $(PACKAGES_COUNT))
+	@gungraun-runner --version 2>/dev/null | grep -qF ' $(GUNGRAUN)' || cargo install --locked gungraun-runner --version $(GUNGRAUN)
+	rm -rf target/gungraun/claviger-instructions
+	GUNGRAUN_HOME=$(CURDIR)/target/gungraun cargo bench --locked --manifest-path bench/instructions/Cargo.toml --target-dir target \
+	  --bench release -- --save-summary=json --nosummary
+
+# Fails when a part grew by more than 3 %.
+bench-instructions: count-instructions
+	@cargo run --quiet --locked -p claviger-bench --bin instructions
+
+bench-instructions-accept: count-instructions
+	@cargo run --quiet --locked -p claviger-bench --bin instructions -- --accept
 
 MINUTES = 30
 soak: setup-demo

@@ -3,10 +3,12 @@
 
 #![allow(missing_docs, clippy::unwrap_used)]
 
+use std::hint::black_box;
 use std::sync::Arc;
 use std::time::Duration;
 
-use claviger::release::roll;
+use claviger::release::testing::NullHsm;
+use claviger::release::{decide, roll};
 use claviger::request::Attempt;
 use claviger::run::daemon::load_cluster;
 use claviger::service::{Service, request_id};
@@ -14,7 +16,8 @@ use claviger::sys::process;
 use claviger_bench::ceiling::{Settings, Stage};
 use claviger_protocol::payload::ApiVersion;
 use claviger_tests::worker;
-use criterion::{Criterion, criterion_group, criterion_main};
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use tokio::task::JoinSet;
 
 fn whole(c: &mut Criterion) {
     let stage = Stage::set(&Settings::default());
@@ -51,5 +54,46 @@ fn whole(c: &mut Criterion) {
     runtime.block_on(service.cluster.close());
 }
 
-criterion_group!(benches, whole);
+/// Releases at a time of `null_keys`.
+const AT_A_TIME: usize = 16;
+/// Releases of an iteration of `null_keys`.
+const TOGETHER: usize = 256;
+
+/// On all processors, over an HSM that knows the answers: what is left of a release when the HSMs take no time.
+fn null_keys(c: &mut Criterion) {
+    let stage = Stage::set(&Settings::default());
+    let requests = Arc::new(stage.requests());
+    let owner = stage.lab.owner();
+    let protectors = stage.lab.protectors();
+    let hsm = NullHsm::new(protectors.iter().map(|file| (&file[..], owner.open(file).unwrap()))).unwrap();
+    let config = stage.lab.config();
+    // Never started: nothing asks it.
+    let cluster = load_cluster(&config, worker()).unwrap();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    let service = runtime.block_on(async { Arc::new(Service::open(config, cluster).unwrap()) });
+    let mut group = c.benchmark_group("release");
+    group.throughput(Throughput::Elements(TOGETHER as u64));
+    group.bench_function("null_keys", |b| {
+        b.iter(|| {
+            runtime.block_on(async {
+                let mut running = JoinSet::new();
+                for first in 0..AT_A_TIME {
+                    let (service, hsm, requests) = (Arc::clone(&service), hsm.clone(), Arc::clone(&requests));
+                    running.spawn(async move {
+                        for at in (first..TOGETHER).step_by(AT_A_TIME) {
+                            let mut attempt = Attempt::new(request_id());
+                            let request = &requests[at % requests.len()];
+                            let result = roll(&service, &hsm, ApiVersion::V2, request, &mut attempt).await;
+                            black_box(decide(&service, ApiVersion::V2, &attempt, result).await.unwrap().to_xml());
+                        }
+                    });
+                }
+                running.join_all().await
+            });
+        });
+    });
+    group.finish();
+}
+
+criterion_group!(benches, whole, null_keys);
 criterion_main!(benches);

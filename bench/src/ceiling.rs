@@ -15,6 +15,7 @@ use crate::machine::{Machine, processors};
 use crate::public_op::PublicOperation;
 use crate::raw::Work;
 use crate::service::{Service, Spent};
+use crate::stock::set_stock;
 
 /// Virtual machines of the lab: as many different protectors.
 const VMS: usize = 64;
@@ -34,6 +35,10 @@ pub struct Settings {
     pub rsa: u32,
     /// What every operation of a token takes longer, as if the HSM were on a network.
     pub rtt: Duration,
+    /// Callers at saturation; `None` for as many as [`callers`] says.
+    pub callers: Option<usize>,
+    /// Memory for the daemon's stock of egress protectors, in MiB; 0 for none. A daemon without such a setting has none.
+    pub stock_mib: u64,
     /// SoftHSM2's module, or one that makes and finds its tokens in the same way.
     pub module: Option<PathBuf>,
 }
@@ -47,6 +52,8 @@ impl Default for Settings {
             rounds: 5,
             rsa: 2048,
             rtt: Duration::ZERO,
+            callers: None,
+            stock_mib: 0,
             module: None,
         }
     }
@@ -117,6 +124,12 @@ pub struct Ceiling {
     pub ratio: f64,
     /// Its spread.
     pub ratio_spread: Figure,
+    /// HSM operations in a second, for releases ÷ raw: the same as `ratio` where a release takes two of them.
+    pub operations_ratio: f64,
+    /// Callers at saturation.
+    pub callers: usize,
+    /// Memory for the stock of egress protectors, in MiB.
+    pub stock_mib: u64,
     /// Processor time within PKCS#11 operations ÷ processor time of the daemon and its workers, at saturation.
     pub efficiency: f64,
     /// The rest, for a release, ÷ the time of an RSA-2048 operation with a public key.
@@ -202,6 +215,7 @@ impl Stage {
                 hsm.sessions = settings.sessions;
             }
         });
+        set_stock(&lab, settings.stock_mib);
         if !settings.rtt.is_zero() {
             let delay = format!("call=C_Decrypt,C_Sign delay_ms={}", settings.rtt.as_millis());
             let faulty = lab.behind_faulty_copies();
@@ -245,11 +259,11 @@ pub fn callers(sessions: usize) -> usize {
 #[must_use]
 pub fn run(stage: &Stage, settings: &Settings, mut tell: impl FnMut(&str)) -> Ceiling {
     let service = Service::start(&stage.lab);
-    let callers = callers(settings.hsms * settings.sessions);
+    let callers = settings.callers.unwrap_or_else(|| callers(settings.hsms * settings.sessions));
     // Code, connections and caches: the first round of each is not counted.
     let _ = service.round(callers, settings.time / 4);
     let public_op = PublicOperation::new();
-    let (mut ratios, mut lights, mut costs) = (vec![], vec![], Vec::<Cost>::new());
+    let (mut ratios, mut operations, mut lights, mut costs) = (vec![], vec![], vec![], Vec::<Cost>::new());
     let (mut raw_rates, mut rates) = (vec![], vec![]);
     let (mut pairs, mut releases) = (nanoseconds(), nanoseconds());
     let (mut decrypts, mut signs, mut light_releases) = (nanoseconds(), nanoseconds(), nanoseconds());
@@ -263,6 +277,8 @@ pub fn run(stage: &Stage, settings: &Settings, mut tell: impl FnMut(&str)) -> Ce
         raw_rates.push(raw.per_second);
         rates.push(served.per_second);
         costs.push(Cost::of(&served.spent(), public_op.seconds(processors(), settings.time / 10)));
+        // A raw pair is two operations.
+        operations.push(ratios[round - 1] * costs[round - 1].operations / 2.0);
         let alone = seconds(&raw_light.decrypts, 0.5) + seconds(&raw_light.signs, 0.5);
         lights.push(seconds(&light.releases, 0.5) / alone);
         pairs.add(raw.pairs).unwrap();
@@ -296,6 +312,9 @@ pub fn run(stage: &Stage, settings: &Settings, mut tell: impl FnMut(&str)) -> Ce
         rounds: settings.rounds,
         ratio: median(&ratios),
         ratio_spread: Figure::of(&ratios),
+        operations_ratio: median(&operations),
+        callers,
+        stock_mib: settings.stock_mib,
         efficiency: of(|cost| cost.efficiency).median,
         own_cost_in_public_ops: own_in_public_ops.median,
         own_cost_in_public_ops_spread: own_in_public_ops,

@@ -67,10 +67,12 @@ pub fn ceiling(found: &Ceiling) -> String {
     line("memory", format!("{:.0} MiB", found.resident_bytes / 1048576.0), "resident, of daemon and workers");
     let _ = writeln!(
         text,
-        "{} HSMs of {} sessions, RSA-{}, {} rounds of {} s; {} replies opened and right\n{}",
+        "{} HSMs of {} sessions, RSA-{}, {} callers, stock of {} MiB, {} rounds of {} s; {} replies opened and right\n{}",
         found.hsms,
         found.sessions,
         found.rsa,
+        found.callers,
+        found.stock_mib,
         found.rounds,
         found.seconds,
         found.checked,

@@ -5,11 +5,10 @@
 //! with the stock full and with none, each of a daemon that has just been started, with hosts that have just attested.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use claviger::config::{Config, Release};
+use claviger::config::Release;
 use claviger_loadgen::http::Client;
 use claviger_loadgen::interrupt::Interrupt;
 use claviger_loadgen::prepare::{Machine as VirtualMachine, World};
@@ -21,12 +20,12 @@ use claviger_protocol::payload::ApiVersion;
 use claviger_tests::{Daemon, Lab, block, metadata};
 use serde::Serialize;
 use tokio::runtime::Runtime;
-use toml::{Table, Value};
 
 use crate::ceiling::{Figure, Percentiles, Settings, Stage};
 use crate::machine::Machine;
 use crate::owners::{machines, owners};
 use crate::service::snapshot;
+use crate::stock::{is_stock, set_stock};
 
 /// How long the client waits for an answer: longer than any deadline of the daemon.
 const TIMEOUT: Duration = Duration::from_secs(30);
@@ -38,8 +37,6 @@ const LAG: Duration = Duration::from_millis(500);
 const STILL: Duration = Duration::from_secs(3);
 /// The stock has to be full after so long.
 const FILLING: Duration = Duration::from_secs(600);
-/// What the series of the stock begin with.
-const STOCK: &str = "claviger_stock_";
 
 /// What a storm is like.
 #[derive(Clone, Debug)]
@@ -342,7 +339,7 @@ fn client(daemon: &Daemon) -> Arc<Client> {
 /// The series of the daemon's stock, without their labels.
 fn stock(daemon: &Daemon) -> BTreeMap<String, f64> {
     let metrics = block(daemon.metrics());
-    let names: Vec<_> = metrics.names().filter(|name| name.starts_with(STOCK)).map(str::to_owned).collect();
+    let names: Vec<_> = metrics.names().filter(|name| is_stock(name)).map(str::to_owned).collect();
     names.into_iter().map(|name| (name.clone(), metrics.sum(&name, &[]).unwrap_or_default())).collect()
 }
 
@@ -358,23 +355,4 @@ fn until_still(daemon: &Daemon) {
             (seen, since) = (now, Instant::now());
         }
     }
-}
-
-/// Lets the stock take so much memory. `false` where the daemon knows no such setting; the configuration is as before then.
-fn set_stock(lab: &Lab, mib: u64) -> bool {
-    let file = lab.config_file();
-    let before = std::fs::read_to_string(&file).unwrap();
-    let mut config: Table = before.parse().unwrap();
-    let release = config.entry("release").or_insert_with(|| Value::Table(Table::new()));
-    release.as_table_mut().unwrap().insert("stock_mib".to_owned(), Value::Integer(i64::try_from(mib).unwrap()));
-    write(&file, &config.to_string());
-    let known = Config::load(&file).is_ok();
-    if !known {
-        write(&file, &before);
-    }
-    known
-}
-
-fn write(file: &Path, text: &str) {
-    std::fs::write(file, text).unwrap();
 }

@@ -2,11 +2,32 @@
 
 #![allow(clippy::unwrap_used)]
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::{Command, Output};
 
 use claviger_tests::said;
 use serde_json::Value;
+
+/// The names and versions of all packages of a lock file.
+fn locked(file: &str) -> BTreeSet<(String, String)> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(file);
+    let lock: toml::Table = std::fs::read_to_string(path).unwrap().parse().unwrap();
+    let text = |package: &toml::Value, field: &str| package[field].as_str().unwrap().to_owned();
+    let packages = lock["package"].as_array().unwrap().iter();
+    packages.map(|package| (text(package, "name"), text(package, "version"))).collect()
+}
+
+#[test]
+fn instructions_are_counted_of_the_packages_that_the_daemon_is_built_from() {
+    let (daemon, counted) = (locked("../Cargo.lock"), locked("instructions/Cargo.lock"));
+    let names: BTreeSet<_> = daemon.iter().map(|(name, _)| name).collect();
+    let others: Vec<_> = counted.difference(&daemon).filter(|(name, _)| names.contains(name)).collect();
+    assert!(
+        others.is_empty(),
+        "other versions in bench/instructions/Cargo.lock: {others:?}; copy Cargo.lock over it and let cargo add what is missing"
+    );
+}
 
 fn ceiling(json: &Path, arguments: &[&str]) -> (Output, Value) {
     let mut command = Command::new(env!("CARGO_BIN_EXE_ceiling"));

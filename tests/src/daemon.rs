@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 
-use claviger_client::http::{Client, Reply};
+use claviger_client::http::{Client, Reply, TlsSettings};
 
 use crate::binary::claviger;
 use crate::process::Process;
@@ -50,7 +50,8 @@ impl Daemon {
     /// When the service speaks TLS, and nothing is trusted.
     #[must_use]
     pub fn client(&self) -> Client {
-        Client::trusting(&self.url, self.ca.as_deref()).unwrap().with_timeout(PATIENCE)
+        let trust = self.ca.as_deref().map(TlsSettings::trusting).unwrap_or_default();
+        Client::with_tls(&self.url, &trust).unwrap().with_timeout(PATIENCE)
     }
 
     /// The service's address.

@@ -62,13 +62,20 @@ struct Arguments {
     /// Time within which all machines of a storm ask for the first time
     #[arg(long, value_name = "TIME", default_value = "2s", requires = "storm", value_parser = units::duration)]
     within: Duration,
-    /// Memory for the stock in a storm, in MiB; a machine takes some 10 KiB of it
-    #[arg(long, value_name = "MIB", default_value_t = 256, requires = "storm", value_parser = clap::value_parser!(u64).range(1..))]
-    stock_mib: u64,
+    /// Memory for the daemon's stock of egress protectors, in MiB; by default none, and 256 in a storm, where a machine takes
+    /// some 10 KiB of it
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(1..))]
+    stock_mib: Option<u64>,
+    /// Callers at saturation, each with a connection; by default as many as keep every session busy, and the processors
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=4096))]
+    callers: Option<u16>,
     /// Write the figures here, for machines
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
 }
+
+/// Memory for the stock in a storm, where nothing else is asked for.
+const STORM_STOCK_MIB: u64 = 256;
 
 fn hsms(text: &str) -> Result<usize, String> {
     text.parse().ok().filter(|n| (1..=64).contains(n)).ok_or_else(|| "from 1 to 64".to_owned())
@@ -90,6 +97,8 @@ fn main() -> ExitCode {
         rounds: arguments.rounds.into(),
         rsa: arguments.rsa,
         rtt: arguments.rtt,
+        callers: arguments.callers.map(usize::from),
+        stock_mib: arguments.stock_mib.unwrap_or(0),
         module: arguments.module,
     };
     let stage = Stage::set(&settings);
@@ -103,7 +112,7 @@ fn main() -> ExitCode {
             owners: arguments.owners.min(machines) as usize,
             hosts: arguments.hosts.unwrap_or_else(|| machines.div_ceil(100)) as usize,
             within: arguments.within,
-            stock_mib: arguments.stock_mib,
+            stock_mib: arguments.stock_mib.unwrap_or(STORM_STOCK_MIB),
         };
         let found = storm::run(&stage, &settings, &storm, tell);
         (report::storm(&found), serde_json::to_value(found))

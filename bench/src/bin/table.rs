@@ -1,4 +1,4 @@
-//! The last figures of the criterion benches, in one table.
+//! The targets beside the last figures, and the last figures of the criterion benches.
 
 #![forbid(unsafe_code)]
 
@@ -6,23 +6,28 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Parser;
+use claviger_bench::targets;
 use claviger_process::{arguments, output};
 use serde_json::Value;
 
-/// Prints what the criterion benches measured last
+/// Prints the targets beside what was measured last, and what the criterion benches measured last
 #[derive(Debug, Parser)]
 #[command(after_help = "Example: cargo bench -p claviger-bench && cargo run -p claviger-bench --bin table")]
 struct Arguments {
     /// Where criterion keeps its results
     #[arg(long, value_name = "DIR", default_value = "target/criterion")]
     results: PathBuf,
+    /// Where `ceiling --json` wrote its figures
+    #[arg(long, value_name = "DIR", default_value = "target/figures")]
+    figures: PathBuf,
 }
 
 fn main() -> ExitCode {
-    let folder = match arguments::parse::<Arguments>() {
-        Ok(arguments) => arguments.results,
+    let Arguments { results: folder, figures } = match arguments::parse() {
+        Ok(arguments) => arguments,
         Err(status) => return status,
     };
+    output::line(&targets::table(&figures, &folder));
     let mut rows = Vec::new();
     collect(&folder, &mut rows);
     if rows.is_empty() {

@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, clippy::missing_panics_doc)]
 
+mod null_hsm;
+
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::path::Path;
@@ -21,6 +23,7 @@ use claviger_protocol::request::{RollRequest, RollResponse};
 use claviger_protocol::rsa_key::{RsaPrivateKey, RsaPublicKey};
 use zeroize::Zeroizing;
 
+pub use self::null_hsm::NullHsm;
 use super::hsm::{DecryptError, Hsm, Unavailable};
 use crate::config::Config;
 use crate::lab::self_signed;
@@ -202,8 +205,8 @@ impl Hsm for SoftwareHsm {
     }
 }
 
-/// The key pairs of all parties, of 2048 bits; made once in a process.
-struct Parties {
+/// The key pairs of all parties, of 2048 bits.
+pub struct Parties {
     owner: Owner,
     /// The service's two keys and their certificates. A guardian is to its HSM what an owner is to its files.
     guardian: Owner,
@@ -213,26 +216,53 @@ struct Parties {
     identity: RsaPrivateKey,
 }
 
-static PARTIES: LazyLock<Parties> = LazyLock::new(|| {
-    let signer = generate();
-    let template = signer_template(signer.public(), unix_now() - 300, unix_now() + 24 * 3600).unwrap();
-    let der = template.to_be_signed().unwrap().sign_with(&signer).unwrap();
-    let signer_certificate = Certificate::parse(&der).unwrap();
-    let (owner, guardian) = (pairs("tenant"), pairs("guardian"));
-    Parties { owner, guardian, signer, signer_certificate, host: generate(), identity: generate() }
-});
+/// The private keys of the service's attestation signer and of the host.
+pub struct OtherKeys {
+    /// Signs health certificates.
+    pub signer: RsaPrivateKey,
+    /// The key that the host is registered with.
+    pub host: RsaPrivateKey,
+    /// The key that the transport keys are encrypted to.
+    pub identity: RsaPrivateKey,
+}
 
-/// The keys of every [`Stage`]'s service.
+impl Parties {
+    /// These keys, and a certificate of the signer that is valid for a day.
+    #[must_use]
+    pub fn new(owner: Owner, guardian: Owner, keys: OtherKeys) -> Self {
+        let OtherKeys { signer, host, identity } = keys;
+        let template = signer_template(signer.public(), unix_now() - 300, unix_now() + 24 * 3600).unwrap();
+        let der = template.to_be_signed().unwrap().sign_with(&signer).unwrap();
+        let signer_certificate = Certificate::parse(&der).unwrap();
+        Self { owner, guardian, signer, signer_certificate, host, identity }
+    }
+
+    /// Fresh keys.
+    #[must_use]
+    pub fn generate() -> Self {
+        let keys = OtherKeys { signer: generate(), host: generate(), identity: generate() };
+        Self::new(pairs("tenant"), pairs("guardian"), keys)
+    }
+}
+
+/// The parties of the unit tests, made once in a process.
+static PARTIES: LazyLock<Parties> = LazyLock::new(Parties::generate);
+
+/// The keys of the service of [`Stage::new`].
 #[must_use]
 pub fn guardian() -> &'static Owner {
     &PARTIES.guardian
 }
 
-fn generate() -> RsaPrivateKey {
+/// A fresh key.
+#[must_use]
+pub fn generate() -> RsaPrivateKey {
     RsaPrivateKey::generate(2048).unwrap()
 }
 
-fn pairs(name: &str) -> Owner {
+/// Two fresh key pairs with certificates of this name, which sign themselves.
+#[must_use]
+pub fn pairs(name: &str) -> Owner {
     let [(signing_key, signing_certificate), (encryption_key, encryption_certificate)] =
         ["signing", "encryption"].map(|role| {
             let key = generate();
@@ -252,14 +282,21 @@ pub struct Stage {
     pub service: Arc<Service>,
     /// What its releases work with instead.
     pub hsm: SoftwareHsm,
+    parties: &'static Parties,
 }
 
 impl Stage {
     /// A service with its state in `folder`, and these changes to the default settings.
     #[must_use]
     pub fn new(folder: &Path, configure: impl FnOnce(&mut Config)) -> Self {
+        Self::of(&PARTIES, folder, configure)
+    }
+
+    /// The same with these keys.
+    #[must_use]
+    pub fn of(parties: &'static Parties, folder: &Path, configure: impl FnOnce(&mut Config)) -> Self {
         let service = service::testing::service_in(folder, configure);
-        let Parties { guardian, signer_certificate, host, .. } = &*PARTIES;
+        let Parties { guardian, signer_certificate, host, .. } = parties;
         let keys = [
             (Kind::Signing, &guardian.signing_key, &guardian.signing_certificate),
             (Kind::Encryption, &guardian.encryption_key, &guardian.encryption_certificate),
@@ -286,19 +323,19 @@ impl Stage {
             let copy = RsaPrivateKey::from_pkcs8_der(key.to_pkcs8_der()).unwrap();
             (key_ref(&key_id(key.public()), key.public()), copy)
         }));
-        Self { service, hsm }
+        Self { service, hsm, parties }
     }
 
     /// The tenant that authorised the service.
     #[must_use]
     pub fn owner(&self) -> &'static Owner {
-        &PARTIES.owner
+        &self.parties.owner
     }
 
     /// The service's own keys, as a tenant has its own.
     #[must_use]
     pub fn guardian(&self) -> &'static Owner {
-        guardian()
+        &self.parties.guardian
     }
 
     /// What the service publishes of itself.
@@ -322,7 +359,7 @@ impl Stage {
     /// The same with another use of the identity key.
     #[must_use]
     pub fn health_certificate_of(&self, content: ResultType, now: i64) -> Vec<u8> {
-        let Parties { signer, signer_certificate, host, identity, .. } = &*PARTIES;
+        let Parties { signer, signer_certificate, host, identity, .. } = self.parties;
         let issued = health::issue(signer_certificate, HOST, host.public(), identity.public(), content, now);
         issued.unwrap().sign_with(signer).unwrap()
     }
@@ -330,7 +367,7 @@ impl Stage {
     /// The same as [`Stage::health_certificate`], naming a baseline.
     #[must_use]
     pub fn measured_certificate(&self, baseline: &str, now: i64) -> Vec<u8> {
-        let Parties { signer, signer_certificate, host, identity, .. } = &*PARTIES;
+        let Parties { signer, signer_certificate, host, identity, .. } = self.parties;
         let (host, identity) = (host.public(), identity.public());
         let content = ResultType::EncryptionCertificate;
         let issued = health::issue_measured(signer_certificate, HOST, host, baseline, identity, content, now);
@@ -350,7 +387,8 @@ impl Stage {
     /// The keys of a response, as the registered host reads them.
     #[must_use]
     pub fn open(&self, response: &RollResponse) -> Payload {
-        let transfer_key = PARTIES.identity.decrypt_oaep(ALGORITHMS.transfer, &response.keys.transfer_key).unwrap();
+        let transfer_key =
+            self.parties.identity.decrypt_oaep(ALGORITHMS.transfer, &response.keys.transfer_key).unwrap();
         response.keys.open(&transfer_key, ALGORITHMS.wrapping, ALGORITHMS.transport).unwrap()
     }
 }

@@ -1,0 +1,229 @@
+//! What was accepted, and how far from it the last counts are.
+
+use std::fmt::{self, Write};
+use std::process::Command;
+
+use serde::{Deserialize, Serialize};
+
+use super::counts::Counts;
+
+/// A part that grew by more than this share of what was accepted fails.
+pub const TOLERANCE: f64 = 0.03;
+
+/// What decides on a count beside this project's own code. Counts by others tell nothing.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Tools {
+    /// The compiler, as it calls itself.
+    pub rustc: String,
+    /// The counter; it also decides which processor the code believes that it runs on.
+    pub valgrind: String,
+    /// The version of the C library.
+    pub libc: String,
+    /// The version of the C compiler, which compiles the cryptographic libraries.
+    pub cc: String,
+}
+
+impl Tools {
+    /// Those of this machine.
+    #[must_use]
+    pub fn here() -> Self {
+        Self {
+            rustc: says("rustc", "--version"),
+            valgrind: says("valgrind", "--version"),
+            libc: version(&says("ldd", "--version")),
+            cc: version(&says("cc", "--version")),
+        }
+    }
+
+    fn differences<'t>(&'t self, other: &'t Self) -> impl Iterator<Item = (&'t str, &'t str)> {
+        let pairs = [
+            (&self.rustc, &other.rustc),
+            (&self.valgrind, &other.valgrind),
+            (&self.libc, &other.libc),
+            (&self.cc, &other.cc),
+        ];
+        pairs.into_iter().filter(|(one, two)| one != two).map(|(one, two)| (one.as_str(), two.as_str()))
+    }
+}
+
+/// The first line that a program says of itself.
+fn says(program: &str, question: &str) -> String {
+    let output = Command::new(program).arg(question).output().map(|output| output.stdout).unwrap_or_default();
+    String::from_utf8_lossy(&output).lines().next().unwrap_or("none").to_owned()
+}
+
+/// The last word, the version: what a distribution calls its builds of it does not matter.
+fn version(line: &str) -> String {
+    line.split_whitespace().next_back().unwrap_or("none").to_owned()
+}
+
+/// What was accepted.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Baseline {
+    /// What it was counted with.
+    pub tools: Tools,
+    /// Instructions, by part.
+    pub instructions: Counts,
+}
+
+/// A part, before and now.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Change {
+    /// Counted both times.
+    Both {
+        /// What was accepted.
+        before: u64,
+        /// What was counted last.
+        now: u64,
+    },
+    /// Not in the baseline.
+    New(u64),
+    /// Only in the baseline.
+    Gone(u64),
+}
+
+impl Change {
+    /// By which share of what it was a part grew; less than 0 if it shrank.
+    #[must_use]
+    pub fn growth(self) -> Option<f64> {
+        match self {
+            Self::Both { before, now } if before > 0 => Some(now as f64 / before as f64 - 1.0),
+            _ => None,
+        }
+    }
+
+    /// Whether it may stay as it is without being accepted.
+    #[must_use]
+    pub fn is_within_tolerance(self) -> bool {
+        self.growth().is_some_and(|growth| growth <= TOLERANCE)
+    }
+}
+
+/// Counts beside what was accepted.
+#[derive(Clone, Debug)]
+pub struct Comparison {
+    /// By part.
+    pub changes: Vec<(String, Change)>,
+    /// What the baseline was counted with, and what there is here instead.
+    pub other_tools: Vec<(String, String)>,
+}
+
+impl Comparison {
+    /// Of `counts`, made with `tools`.
+    #[must_use]
+    pub fn new(baseline: &Baseline, counts: &Counts, tools: &Tools) -> Self {
+        let before = |part| baseline.instructions.get(part).copied();
+        let both = counts.iter().map(|(part, now)| {
+            (part.clone(), before(part).map_or(Change::New(*now), |before| Change::Both { before, now: *now }))
+        });
+        let gone = baseline.instructions.iter().filter(|(part, _)| !counts.contains_key(*part));
+        let mut changes: Vec<_> = both.chain(gone.map(|(part, count)| (part.clone(), Change::Gone(*count)))).collect();
+        changes.sort_by(|one, two| one.0.cmp(&two.0));
+        let other_tools = baseline.tools.differences(tools);
+        let other_tools = other_tools.map(|(one, two)| (one.to_owned(), two.to_owned())).collect();
+        Self { changes, other_tools }
+    }
+
+    /// Whether nothing has to be accepted. Counts made with other tools than the baseline are not judged.
+    #[must_use]
+    pub fn passes(&self) -> bool {
+        !self.other_tools.is_empty() || self.changes.iter().all(|(_, change)| change.is_within_tolerance())
+    }
+}
+
+impl fmt::Display for Comparison {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{:<40} {:>14} {:>14} {:>9}", "instructions", "accepted", "now", "change")?;
+        for (part, change) in &self.changes {
+            let (before, now, told) = match *change {
+                Change::Both { before, now } => (grouped(before), grouped(now), percent(*change)),
+                Change::New(now) => (String::new(), grouped(now), "new".to_owned()),
+                Change::Gone(before) => (grouped(before), String::new(), "gone".to_owned()),
+            };
+            let mark = if change.is_within_tolerance() { "" } else { "  to be accepted" };
+            writeln!(f, "{part:<40} {before:>14} {now:>14} {told:>9}{mark}")?;
+        }
+        if !self.other_tools.is_empty() {
+            writeln!(f, "\nNOT JUDGED: the baseline was counted with other tools than this machine has.")?;
+            for (one, two) in &self.other_tools {
+                writeln!(f, "  {one}; here: {two}")?;
+            }
+        } else if !self.passes() {
+            writeln!(
+                f,
+                "\nA part grew by more than {:.0} %, is new or is gone. Make it cheaper again, or accept the counts: \
+                 make bench-instructions-accept, and commit bench/instructions/baseline.json.",
+                TOLERANCE * 100.0
+            )?;
+        } else if self.changes.iter().any(|(_, change)| change.growth().is_some_and(|growth| growth < -TOLERANCE)) {
+            writeln!(f, "\nA part shrank. Accept it, so that it stays that way: make bench-instructions-accept")?;
+        }
+        Ok(())
+    }
+}
+
+fn percent(change: Change) -> String {
+    change.growth().map_or_else(String::new, |growth| format!("{:+.2} %", growth * 100.0))
+}
+
+/// 1,234,567.
+fn grouped(number: u64) -> String {
+    let digits = number.to_string();
+    let mut text = String::new();
+    for (at, digit) in digits.chars().enumerate() {
+        if at > 0 && (digits.len() - at).is_multiple_of(3) {
+            text.push(',');
+        }
+        let _ = text.write_char(digit);
+    }
+    text
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn tools(rustc: &str) -> Tools {
+        Tools { rustc: rustc.to_owned(), valgrind: "v".to_owned(), libc: "l".to_owned(), cc: "c".to_owned() }
+    }
+
+    fn counts(counts: &[(&str, u64)]) -> Counts {
+        counts.iter().map(|(part, count)| ((*part).to_owned(), *count)).collect()
+    }
+
+    fn compared(before: &[(&str, u64)], now: &[(&str, u64)], rustc: &str) -> Comparison {
+        let baseline = Baseline { tools: tools("1.95"), instructions: counts(before) };
+        Comparison::new(&baseline, &counts(now), &tools(rustc))
+    }
+
+    #[test]
+    fn only_growth_beyond_the_tolerance_has_to_be_accepted() {
+        let before = [("a", 1000), ("b", 2000)];
+        for (now, passes) in [
+            (&[("a", 1000), ("b", 2000)][..], true),
+            (&[("a", 1030), ("b", 2000)], true),
+            (&[("a", 1031), ("b", 2000)], false),
+            (&[("a", 10), ("b", 20)], true),
+            (&[("a", 1000)], false),
+            (&[("a", 1000), ("b", 2000), ("c", 1)], false),
+        ] {
+            let found = compared(&before, now, "1.95");
+            assert_eq!(found.passes(), passes, "{now:?}");
+            assert_eq!(found.to_string().contains("to be accepted"), !passes, "{found}");
+        }
+    }
+
+    #[test]
+    fn counts_by_other_tools_are_shown_and_not_judged() {
+        let found = compared(&[("a", 1000)], &[("a", 9000)], "1.96");
+        assert!(found.passes());
+        let text = found.to_string();
+        assert!(text.contains("+800.00 %") && text.contains("NOT JUDGED") && text.contains("1.96"), "{text}");
+    }
+
+    #[test]
+    fn numbers_are_easy_to_read() {
+        assert_eq!([0, 999, 1000, 1_234_567].map(grouped), ["0", "999", "1,000", "1,234,567"].map(str::to_owned));
+    }
+}

@@ -1,0 +1,35 @@
+//! The daemon's stock of ready-made egress protectors, as it is configured and told.
+
+use std::path::Path;
+
+use claviger::config::Config;
+use claviger_tests::Lab;
+use toml::{Table, Value};
+
+/// Whether a series is the stock's.
+#[must_use]
+pub fn is_stock(series: &str) -> bool {
+    series.starts_with("claviger_stock_")
+}
+
+/// Lets the stock take so much memory. `false` where the daemon knows no such setting; the configuration is as before then.
+///
+/// # Panics
+/// When the lab's configuration cannot be read or written.
+pub fn set_stock(lab: &Lab, mib: u64) -> bool {
+    let file = lab.config_file();
+    let before = std::fs::read_to_string(&file).unwrap();
+    let mut config: Table = before.parse().unwrap();
+    let release = config.entry("release").or_insert_with(|| Value::Table(Table::new()));
+    release.as_table_mut().unwrap().insert("stock_mib".to_owned(), Value::Integer(i64::try_from(mib).unwrap()));
+    write(&file, &config.to_string());
+    let known = Config::load(&file).is_ok();
+    if !known {
+        write(&file, &before);
+    }
+    known
+}
+
+fn write(file: &Path, text: &str) {
+    std::fs::write(file, text).unwrap();
+}
