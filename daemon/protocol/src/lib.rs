@@ -38,6 +38,7 @@ pub mod owner;
 pub mod payload;
 pub mod pem;
 pub mod pkcs7;
+mod plain;
 pub mod protector;
 mod random;
 mod recent;

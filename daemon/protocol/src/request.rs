@@ -6,10 +6,15 @@ use memchr::{memmem, memrchr};
 use crate::algorithm::{HostAlgorithms, KeyWrapping, OAEP_11, OAEP_MGF1P, Oaep, Sealing};
 use crate::error::{Code, Refusal};
 use crate::payload::EncryptedKeys;
+use crate::plain::{Rest, plain_base64};
 use crate::xml::{self, SERVICE_NS, Sequence, XmlError, write_base64};
 
+/// How a request begins that is written here.
+const HEAD: &str = "<?xml version=\"1.0\" encoding=\"utf-8\"?>\
+    <RollTransportKeyRequest xmlns=\"http://schemas.microsoft.com/kps/2014/07/service\">";
+
 /// A `RollTransportKeyRequest`: its shape and its algorithms are right (step 1 of a release).
-#[derive(Clone, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub struct RollRequest {
     /// The protector file.
     pub ingress_protector: Vec<u8>,
@@ -35,6 +40,42 @@ impl RollRequest {
     /// # Errors
     /// `InvalidRequestException` for the shape, then `UnsupportedAlgorithmException`.
     pub fn parse(body: &[u8]) -> Result<Self, Refusal> {
+        match Self::parse_plain(body) {
+            Some(request) => Ok(request),
+            None => Self::parse_in_full(body),
+        }
+    }
+
+    /// The same for a body that equals what [`RollRequest::to_xml`] writes byte for byte outside of its five values: it needs no XML
+    /// parser. `None` for any other, right or wrong.
+    #[must_use]
+    pub fn parse_plain(body: &[u8]) -> Option<Self> {
+        let mut rest = Rest::new(body);
+        rest.literal(HEAD)?;
+        rest.literal("<IngressProtector>")?;
+        let ingress_protector = plain_base64(rest.until(b'<')?)?;
+        rest.literal("</IngressProtector><HealthCertificate>")?;
+        let health_certificate = plain_base64(rest.until(b'<')?)?;
+        rest.literal("</HealthCertificate><TransferKeyEncryptionAlgorithm>")?;
+        let transfer = Oaep::from_request_uri(rest.text_until(b'<')?).ok()?;
+        rest.literal("</TransferKeyEncryptionAlgorithm><WrappingKeyEncryptionAlgorithm>")?;
+        let wrapping = KeyWrapping::from_uri(rest.text_until(b'<')?).ok()?;
+        rest.literal("</WrappingKeyEncryptionAlgorithm><TransportKeysEncryptionAlgorithm>")?;
+        let transport = Sealing::from_uri(rest.text_until(b'<')?).ok()?;
+        rest.literal("</TransportKeysEncryptionAlgorithm></RollTransportKeyRequest>")?;
+        rest.end()?;
+        Some(Self {
+            ingress_protector,
+            health_certificate,
+            algorithms: HostAlgorithms { transfer, wrapping, transport },
+        })
+    }
+
+    /// The same for any body, by an XML parser.
+    ///
+    /// # Errors
+    /// As [`RollRequest::parse`].
+    pub fn parse_in_full(body: &[u8]) -> Result<Self, Refusal> {
         let bad = |e: XmlError| Refusal::request(format!("request: {e}"));
         let text = xml::decode(body).map_err(bad)?;
         let document = xml::parse(&text).map_err(bad)?;
@@ -68,8 +109,7 @@ impl RollRequest {
     /// The body a host sends.
     #[must_use]
     pub fn to_xml(&self) -> Vec<u8> {
-        let mut out =
-            format!("<?xml version=\"1.0\" encoding=\"utf-8\"?><RollTransportKeyRequest xmlns=\"{SERVICE_NS}\">");
+        let mut out = HEAD.to_owned();
         write_base64("IngressProtector", &self.ingress_protector, &mut out);
         write_base64("HealthCertificate", &self.health_certificate, &mut out);
         self.algorithms.write(&mut out);

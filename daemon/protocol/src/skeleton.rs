@@ -16,11 +16,10 @@ use std::ops::Range;
 use std::sync::{LazyLock, OnceLock};
 
 use data_encoding::{BASE64, HEXLOWER};
-use memchr::memchr;
 use ring::digest;
 
 use crate::algorithm::{Digest, HKDF, HMAC_SHA256, OAEP_11, OAEP_MGF1P, SignatureAlgorithm};
-use crate::encoding::strict_base64;
+use crate::plain::{Rest, plain_base64};
 use crate::protector::{
     Encryption, HKDF_NS, Hkdf, MAX_PROTECTOR, Signature, TRANSPORT_KEY_LEN, TransportKeySignature, Wrapping,
 };
@@ -221,14 +220,14 @@ impl Skeleton {
         if file.len() > MAX_PROTECTOR {
             return None;
         }
-        let mut rest = Rest { file, at: 0 };
+        let mut rest = Rest::new(file);
         rest.literal(DECLARATION)?;
         rest.literal(KPS_NS)?;
         if rest.literal(UNWRAPS).is_some() {
             number(rest.until(b'"')?)?;
         }
         rest.literal(WRAPPINGS)?;
-        let start = rest.at;
+        let start = rest.at();
         let (mut from, mut ciphers) = (0, Vec::with_capacity(self.holes.len()));
         for hole in &self.holes {
             rest.literal(&self.body[from..*hole])?;
@@ -236,19 +235,19 @@ impl Skeleton {
             from = *hole;
         }
         rest.literal(&self.body[from..])?;
-        let body = start..rest.at;
+        let body = start..rest.at();
         rest.literal(&TAIL.before_salt)?;
         let salt = HEXLOWER.decode(rest.until(b'<')?).ok().filter(|salt| salt.len() == SALT)?;
         rest.literal(&TAIL.before_mac)?;
-        let mac = value(rest.until(b'<')?)?;
-        rest.literal(&TAIL.before_guardian)?;
+        let mac = plain_base64(rest.until(b'<')?)?;
+        rest.literal(TAIL.before_guardian)?;
         let guardian = number(rest.until(b'"')?)?;
-        rest.literal(&TAIL.before_algorithm)?;
-        let uri = std::str::from_utf8(rest.until(b'"')?).ok()?;
+        rest.literal(TAIL.before_algorithm)?;
+        let uri = rest.text_until(b'"')?;
         let algorithm = SignatureAlgorithm::from_uri(uri).ok()?;
-        rest.literal(&TAIL.before_signature)?;
-        let signature = value(rest.until(b'<')?)?;
-        rest.literal(&TAIL.end)?;
+        rest.literal(TAIL.before_signature)?;
+        let signature = plain_base64(rest.until(b'<')?)?;
+        rest.literal(TAIL.end)?;
         rest.end()?;
         Some(Values {
             ciphers,
@@ -265,40 +264,10 @@ pub(crate) fn samples(text: &[u8]) -> impl Iterator<Item = &[u8]> {
     memchr::memmem::find_iter(text, HOLE).map(|at| &text[at.saturating_sub(SAMPLE)..at])
 }
 
-/// What is left to read of a file.
-struct Rest<'f> {
-    file: &'f [u8],
-    at: usize,
-}
-
-impl<'f> Rest<'f> {
-    fn literal(&mut self, expected: &str) -> Option<()> {
-        let there = self.file.get(self.at..self.at + expected.len())?;
-        (there == expected.as_bytes()).then(|| self.at += expected.len())
-    }
-
-    /// What stands in front of the next `mark`.
-    fn until(&mut self, mark: u8) -> Option<&'f [u8]> {
-        let rest = self.file.get(self.at..)?;
-        let value = &rest[..memchr(mark, rest)?];
-        self.at += value.len();
-        Some(value)
-    }
-
-    fn end(&self) -> Option<()> {
-        (self.at == self.file.len()).then_some(())
-    }
-}
-
 /// A number as it is written here: digits, the first of which is not 0.
 fn number(digits: &[u8]) -> Option<u32> {
     let (b'1'..=b'9', true) = (digits.first()?, digits.iter().all(u8::is_ascii_digit)) else { return None };
     std::str::from_utf8(digits).ok()?.parse().ok()
-}
-
-/// A base64 value that is not empty.
-pub(crate) fn value(text: &[u8]) -> Option<Vec<u8>> {
-    strict_base64(text).filter(|bytes| !bytes.is_empty())
 }
 
 /// The values of the holes, in base64.

@@ -22,6 +22,7 @@ use crate::algorithm::{Oaep, SignatureAlgorithm};
 use crate::build::Unsigned;
 use crate::error::Refusal;
 use crate::hash::sha256;
+use crate::plain::plain_base64;
 use crate::protector::{Encryption, MAX_WRAPPINGS, Protector, TransportKey, TransportKeySignature, Wrapping};
 use crate::recent::Recent;
 use crate::skeleton::{self, Ciphers, Skeleton, Values};
@@ -226,7 +227,7 @@ impl KnownSets {
     pub fn read_known(&self, file: &[u8], sha256: &[u8; 32], work: &mut Work) -> Option<Result<Ingress, Refusal>> {
         let (set, values) = self.find(file, |set| set.skeleton.read(file))?;
         let Values { ciphers, transport_key_signature, guardian, guardian_signature, body } = values;
-        let cipher_values = ciphers.into_iter().map(skeleton::value).collect::<Option<Vec<_>>>()?;
+        let cipher_values = ciphers.into_iter().map(plain_base64).collect::<Option<Vec<_>>>()?;
         let guardian = set.wrappings.iter().find(|wrapping| wrapping.id == guardian)?;
         let body = &file[body];
         let signed_octets = set.skeleton.signed_octets_of(body);

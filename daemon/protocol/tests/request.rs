@@ -72,8 +72,44 @@ const ELEMENTS: [&str; 5] = [
     "TransportKeysEncryptionAlgorithm",
 ];
 
+/// The code of the refusal, which is the same with an XML parser and, for bodies as they are usually written, without one.
 fn code(body: impl AsRef<[u8]>) -> Option<Code> {
-    RollRequest::parse(body.as_ref()).err().map(|e| e.code)
+    let (body, full) = (body.as_ref(), RollRequest::parse_in_full(body.as_ref()));
+    if let Some(plain) = RollRequest::parse_plain(body) {
+        assert_eq!(Ok(&plain), full.as_ref());
+    }
+    let parsed = RollRequest::parse(body);
+    assert_eq!(parsed, full);
+    parsed.err().map(|e| e.code)
+}
+
+#[test]
+fn whatever_is_changed_about_a_request_is_judged_the_same() {
+    let algorithms = combinations()[1];
+    let request = RollRequest { ingress_protector: vec![7; 500], health_certificate: vec![9; 301], algorithms };
+    let body = request.to_xml();
+    assert_eq!(RollRequest::parse_plain(&body).as_ref(), Some(&request));
+    let mut plain = 0;
+    let mut judge = |changed: &[u8]| {
+        code(changed);
+        plain += usize::from(RollRequest::parse_plain(changed).is_some());
+    };
+    for at in 0..body.len() {
+        for bit in 0..8 {
+            let mut changed = body.clone();
+            changed[at] ^= 1 << bit;
+            judge(&changed);
+        }
+        judge(&body[..at]);
+        judge(&[&body[..at], &body[at + 1..]].concat());
+        for more in [" ", "\n", "A", "=", "<", "&#65;", "<!-- -->", "<![CDATA[A]]>"] {
+            judge(&[&body[..at], more.as_bytes(), &body[at..]].concat());
+        }
+    }
+    for trailing in ["\n", "<!---->", "x", "\0"] {
+        judge(&[&body[..], trailing.as_bytes()].concat());
+    }
+    assert!(plain > 1_000, "{plain} of them were read without a parser");
 }
 
 #[test]

@@ -229,9 +229,9 @@ impl Stock {
         lane.asked(releases, now);
     }
 
-    /// An item of `set` that was made for `basis`.
+    /// An item of `set` that was made for `basis`, which has to be what is in force: a release that began before a change does without.
     pub(crate) fn take(&self, set: &WrappingSet, basis: &Basis) -> Option<Taken<'_>> {
-        if self.depth() == 0 {
+        if self.depth() == 0 || self.basis().as_ref() != Some(basis) {
             return None;
         }
         let lane = self.lanes().get(&set.identity()).map(Arc::clone)?;

@@ -108,9 +108,10 @@ async fn a_change_of_keys_labels_or_settings_empties_it_at_once() {
     let protector = asked(&stage, 1).await;
     assert_eq!(fill(&stage).await, 1);
     configure(&stage.service, |config| config.release.max_offline_unwraps = 3);
-    // A release that begins before the change is noticed has its own settings.
+    // A release that begins before the stock knows of the change has its own settings, and leaves the stock alone.
     let response = served(&stage, &stage.request(&protector).to_xml()).await.unwrap();
     assert_eq!(Protector::parse(&response.egress_protector).unwrap().max_offline_unwraps, 3);
+    assert_eq!(depth(&stage), 1);
     stage.service.rebase_stock();
     assert_eq!(depth(&stage), 0);
     assert_eq!(fill(&stage).await, 2);
