@@ -193,7 +193,7 @@ impl Answer {
     }
 
     /// The same, as the answer to a request whose sender is `known` as a host or not.
-    fn to_sender(self, known: bool) -> Self {
+    fn for_sender(self, known: bool) -> Self {
         let proved = match (known, self.status) {
             (true, 200) => Some(true),
             (true, _) => None,
@@ -418,7 +418,7 @@ async fn answer(service: Arc<Service>, request: Request<Incoming>, asked: Asked,
                 Code::ServiceUnavailable | Code::HealthCertificate | Code::TooManyRequests => {
                     refuse(&service, asked, &attempt, refusal).await
                 }
-                code => family.error(code, &refusal.message).to_sender(attempt.known),
+                code => family.error(code, &refusal.message).for_sender(attempt.known),
             };
         }
     };
@@ -509,7 +509,7 @@ async fn metadata(service: &Service) -> Answer {
 /// A release, answered.
 async fn roll(service: &Service, api: ApiVersion, body: &[u8], mut attempt: Attempt) -> Answer {
     let result = release::roll(service, &service.cluster, api, body, &mut attempt).await;
-    Answer::release(decide(service, api, &attempt, result).await).to_sender(attempt.known)
+    Answer::release(decide(service, api, &attempt, result).await).for_sender(attempt.known)
 }
 
 /// Many releases, answered. The items were decided one by one; a refusal of the whole request is decided here.
@@ -518,7 +518,7 @@ async fn roll_batch(service: &Arc<Service>, body: &[u8], mut attempt: Attempt) -
         Ok(results) => Answer::ok(XML, claviger_protocol::batch::to_xml(&results)),
         Err(refusal) => Answer::release(decide(service, ApiVersion::V2, &attempt, Err(refusal)).await),
     };
-    answer.to_sender(attempt.known)
+    answer.for_sender(attempt.known)
 }
 
 /// How hosts are to prove themselves now.
@@ -619,7 +619,7 @@ async fn finish_attestation(service: &Service, attempt: &Attempt, result: Result
         }
     };
     metrics::attestation(outcome, attempt.spent().total);
-    answer.to_sender(attempt.known)
+    answer.for_sender(attempt.known)
 }
 
 /// Remembers which identity key a host got certified, and says when it is another one than before.
