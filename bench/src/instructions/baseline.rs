@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 
 use super::counts::Counts;
 
-/// A part that grew by more than this share of what was accepted fails.
-pub const TOLERANCE: f64 = 0.03;
+/// A part that grew by more than this fails, in percent of the accepted count.
+pub const TOLERANCE_PERCENT: u64 = 3;
 
 /// What decides on a count beside this project's own code. Counts by others tell nothing.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -95,7 +95,9 @@ impl Change {
     /// Whether it may stay as it is without being accepted.
     #[must_use]
     pub fn is_within_tolerance(self) -> bool {
-        self.growth().is_some_and(|growth| growth <= TOLERANCE)
+        // Whole numbers: a share of exactly the tolerance is within it.
+        let share = |count: u64, percent: u64| u128::from(count) * u128::from(percent);
+        matches!(self, Self::Both { before, now } if share(now, 100) <= share(before, 100 + TOLERANCE_PERCENT))
     }
 }
 
@@ -153,9 +155,13 @@ impl fmt::Display for Comparison {
                 f,
                 "\nA part grew by more than {:.0} %, is new or is gone. Make it cheaper again, or accept the counts: \
                  make bench-instructions-accept, and commit bench/instructions/baseline.json.",
-                TOLERANCE * 100.0
+                TOLERANCE_PERCENT
             )?;
-        } else if self.changes.iter().any(|(_, change)| change.growth().is_some_and(|growth| growth < -TOLERANCE)) {
+        } else if self
+            .changes
+            .iter()
+            .any(|(_, change)| change.growth().is_some_and(|growth| growth < -(TOLERANCE_PERCENT as f64) / 100.0))
+        {
             writeln!(f, "\nA part shrank. Accept it, so that it stays that way: make bench-instructions-accept")?;
         }
         Ok(())
