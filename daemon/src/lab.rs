@@ -31,9 +31,9 @@ use crate::admin::{self, AdminError};
 use crate::attest::signer::private_parts;
 use crate::config::{Config, ConfigError, Hsm};
 use crate::registry::keys::SERVER_AUTHENTICATION;
-use crate::service::unix_now;
 use crate::store::usage_counts::{Usage, UsageError};
 use crate::store::{Kind, Labels, NewCertificate, State, StateError};
+use crate::sys::clock::unix_now;
 use crate::sys::ownership::{self, Untrusted};
 
 /// The name of the registered host.

@@ -46,8 +46,9 @@ use crate::config::AttestMode;
 use crate::observe::log_throttle::Throttle;
 use crate::registry::keys::Held;
 use crate::request::Attempt;
-use crate::service::{Service, Snapshot, unix_now};
+use crate::service::{Service, Snapshot};
 use crate::store::Host;
+use crate::sys::clock::unix_now;
 
 /// A refusal in a secret step leaves at a multiple of this after the request's arrival, so that its time tells nothing
 /// of the step that failed. Honest callers do not meet it.

@@ -7,7 +7,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use claviger_hsm::{Check, Cluster, Done, Hash, HsmError, KeyRef, Observer, SignScheme, standstill};
@@ -34,6 +34,7 @@ use crate::release::stock::{Basis, Stock};
 use crate::request::Attempt;
 use crate::store::usage_counts::{Usage, UsageError};
 use crate::store::{Contents, Host, HostKind, State, StateError};
+use crate::sys::clock::unix_now;
 
 /// How long the daemon's own work (the metadata document, an attestation signer) may take at the HSMs.
 pub const OWN_DEADLINE: Duration = Duration::from_secs(10);
@@ -400,28 +401,6 @@ pub fn signed_by(public: &RsaPublicKey, digest: digest::Digest) -> Check {
 #[must_use]
 pub fn observer() -> Observer {
     Arc::new(metrics::hsm)
-}
-
-/// Seconds since 1970.
-#[must_use]
-pub fn unix_now() -> i64 {
-    unix(SystemTime::now())
-}
-
-/// A time as seconds since 1970; 0 for what was before.
-#[must_use]
-pub fn unix(time: SystemTime) -> i64 {
-    time.duration_since(UNIX_EPOCH).map_or(0, |d| i64::try_from(d.as_secs()).unwrap_or(i64::MAX))
-}
-
-/// A request's id: 16 hexadecimal digits, as in the log, the audit trail and the answer's header.
-#[must_use]
-pub fn request_id() -> String {
-    use ring::rand::{SecureRandom, SystemRandom};
-    let mut octets = [0; 8];
-    // Without randomness nothing else works either; an id of zeros does no harm.
-    let _ = SystemRandom::new().fill(&mut octets);
-    data_encoding::HEXLOWER.encode(&octets)
 }
 
 #[cfg(any(test, feature = "testing"))]

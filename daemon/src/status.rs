@@ -26,7 +26,9 @@ use crate::http::tls::SharedTls;
 use crate::observe::history::INTERVAL;
 use crate::observe::metrics::{self, Handle, Readings};
 use crate::registry::keys::short_name;
-use crate::service::{Service, request_id, unix_now};
+use crate::service::Service;
+use crate::sys::clock::unix_now;
+use crate::sys::id::request_id;
 use crate::sys::process;
 
 const TEXT: &str = "text/plain; charset=utf-8";

@@ -15,8 +15,9 @@ use serde_json::Value;
 use crate::admin::Peer;
 use crate::observe::audit::SUCCESS;
 use crate::request::Attempt;
-use crate::service::{ChangeError, Service, request_id};
+use crate::service::{ChangeError, Service};
 use crate::store::{Kind, Labels, State, StateError, check_host_name};
+use crate::sys::id::request_id;
 
 pub use super::secret::Secret;
 pub use baselines::{Checked, Compared, Differs, MeasuredEvent, Pcrs, PolicyShown, Shown as ShownBaseline};
@@ -606,7 +607,7 @@ mod tests {
             service.with_state(|state| state.add_certificate(&new, added)).unwrap().thumbprint
         };
         // The service's counts began when it was made, the first key is older than that, the others are not.
-        let now = crate::service::unix_now();
+        let now = crate::sys::clock::unix_now();
         let [old, new, used] = [added(0, 1), added(1, now + 1), added(2, now + 1)];
         let ask = async |command: &str, certificate: &str, more: Value| {
             let mut request = json!({"command": command, "certificate": certificate});
@@ -652,7 +653,7 @@ mod tests {
     #[tokio::test]
     async fn an_imported_signer_whose_key_is_not_here_is_warned_of_and_never_issues() {
         let (_folder, service) = service();
-        let now = crate::service::unix_now();
+        let now = crate::sys::clock::unix_now();
         let template = claviger_protocol::health::signer_template(key().public(), now - 1, now + 365 * 24 * 3600);
         let der = template.unwrap().to_be_signed().unwrap().sign_with(key()).unwrap();
         let thumbprint = HEXLOWER.encode(ring::digest::digest(&ring::digest::SHA256, &der).as_ref());

@@ -15,8 +15,9 @@ use crate::admission::strangers;
 use crate::registry::issued::IssuedFor;
 use crate::registry::keys::Key;
 use crate::request::Attempt;
-use crate::service::{Service, unix_now};
+use crate::service::Service;
 use crate::store::Host;
+use crate::sys::clock::unix_now;
 
 /// Largest attestation, in bytes, that is read from an address over its rate. An honest one has about 3,000.
 pub(crate) const LARGE: usize = 16 * 1024;

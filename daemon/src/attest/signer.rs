@@ -16,8 +16,9 @@ use claviger_protocol::pkcs7;
 use claviger_protocol::rsa_key::{KeyError, RsaPrivateKey, RsaPublicKey};
 
 use crate::registry::keys::Key;
-use crate::service::{ChangeError, OWN_DEADLINE, Service, unix_now};
+use crate::service::{ChangeError, OWN_DEADLINE, Service};
 use crate::store::{self, NewSigner, StateError};
+use crate::sys::clock::unix_now;
 
 /// How long a signer's certificate is valid, and how long before its end a new one takes over (seconds).
 const VALIDITY: i64 = 365 * 24 * 3600;

@@ -38,8 +38,9 @@ use crate::observe::metrics;
 use crate::registry::baselines::BaselineId;
 use crate::registry::evidence::Evidence;
 use crate::request::Attempt;
-use crate::service::{Service, Snapshot, unix_now};
+use crate::service::{Service, Snapshot};
 use crate::store::Host;
+use crate::sys::clock::unix_now;
 
 /// Largest step 2, in bytes, that is read from an address over its rate; most of it is the boot log.
 const LARGE: usize = intake::SMALL_TPM_BODY;

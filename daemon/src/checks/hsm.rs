@@ -6,7 +6,8 @@ use claviger_hsm::{Failure, HsmError, MemberState};
 
 use super::finding::Finding;
 use super::state;
-use crate::service::{Service, unix_now};
+use crate::service::Service;
+use crate::sys::clock::unix_now;
 
 /// Within the daemon, with its own sessions: nobody logs in anew.
 pub(super) async fn of_daemon(service: &Arc<Service>) -> Vec<Finding> {

@@ -11,7 +11,7 @@ use std::process::ExitCode;
 use crate::checks::{Finding, Level, files, state};
 use crate::config::Config;
 use crate::run::preflight;
-use crate::service::unix_now;
+use crate::sys::clock::unix_now;
 use crate::sys::print::say;
 
 /// Looks at everything that belongs to the daemon of this configuration.

@@ -11,8 +11,8 @@ use zeroize::Zeroizing;
 use super::{Failure, Target, ask, labels, pfx, print, secret, table, text, warn};
 use crate::admin::handlers::{Command, Secret};
 use crate::registry::keys::EXPIRES_SOON;
-use crate::service::unix_now;
 use crate::store::{Kind, Labels};
+use crate::sys::clock::unix_now;
 use crate::sys::print::{note, say};
 
 /// Largest certificate or PFX file that is read, in octets: what an administrator's request has room for.

@@ -34,7 +34,9 @@ use crate::registry::issued::IssuedFor;
 use crate::release::batch;
 use crate::release::{self, decide};
 use crate::request::{Attempt, Caller, ClientCertificate, Network};
-use crate::service::{Service, request_id, unix_now};
+use crate::service::Service;
+use crate::sys::clock::unix_now;
+use crate::sys::id::request_id;
 
 /// Seconds after which a caller that was told 429 or 503 may come again, where nothing better is known.
 const RETRY_AFTER_SECONDS: u16 = 1;

@@ -37,7 +37,7 @@ use self::summary::{Summary, What};
 use self::writer::{Job, Line, Reply, Shown, Writer};
 use crate::config;
 use crate::observe::metrics;
-use crate::service::request_id;
+use crate::sys::id::request_id;
 use crate::sys::rate::Rate;
 
 /// Most records that wait for the writer. More than the release queues let through, so only a stuck disk fills it.

@@ -94,7 +94,7 @@ mod tests {
     use super::*;
     use crate::admin::Peer;
     use crate::admin::handlers;
-    use crate::service::unix_now;
+    use crate::sys::clock::unix_now;
     use claviger_protocol::tpm::pcr::PcrValues;
     use serde_json::json;
 

@@ -8,7 +8,8 @@ use super::Grant;
 use crate::observe::audit::{Decision, NOT_RECORDED, SUCCESS};
 use crate::observe::metrics::{self, Class};
 use crate::request::Attempt;
-use crate::service::{Service, unix_now};
+use crate::service::Service;
+use crate::sys::clock::unix_now;
 
 /// Decides on a release: confirms it, records it, then counts it. What cannot be recorded is not released.
 ///

@@ -28,8 +28,9 @@ use super::hsm::{DecryptError, Hsm, Unavailable};
 use crate::config::Config;
 use crate::lab::self_signed;
 use crate::registry::keys::key_ref;
-use crate::service::{self, Service, unix_now};
+use crate::service::{self, Service};
 use crate::store::{Kind, Labels, NewCertificate, NewSigner};
+use crate::sys::clock::unix_now;
 
 /// The name of the registered host.
 pub const HOST: &str = "node-1";

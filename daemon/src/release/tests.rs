@@ -22,8 +22,9 @@ use super::{Grant, decide, outcomes, roll};
 use crate::admission::HostAt;
 use crate::config::Config;
 use crate::request::Attempt;
-use crate::service::{Service, unix_now};
+use crate::service::Service;
 use crate::store::{Kind, Labels, State, StateError};
+use crate::sys::clock::unix_now;
 
 mod charges;
 mod order;
@@ -55,7 +56,7 @@ fn folder() -> TempDir {
 
 fn attempt() -> Attempt {
     let address: IpAddr = ADDRESS.parse().unwrap();
-    Attempt::new(crate::service::request_id()).sent_from(Some(address))
+    Attempt::new(crate::sys::id::request_id()).sent_from(Some(address))
 }
 
 /// The host as an attempt of [`attempt`] comes from it.

@@ -28,8 +28,9 @@ use crate::http::tls::{SharedTls, TlsError, tls_config};
 use crate::observe::audit::keeper;
 use crate::observe::metrics;
 use crate::release;
-use crate::service::{Service, ServiceError, observer, unix_now};
+use crate::service::{Service, ServiceError, observer};
 use crate::status::{self, Monitor};
+use crate::sys::clock::unix_now;
 use crate::sys::places::LEAVING;
 use crate::sys::process;
 

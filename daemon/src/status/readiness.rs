@@ -10,7 +10,8 @@ use tokio::task::{JoinHandle, JoinSet};
 
 use crate::http::server::Blocked;
 use crate::request::Attempt;
-use crate::service::{Service, request_id};
+use crate::service::Service;
+use crate::sys::id::request_id;
 
 /// An answer is good for this long; many askers cost the HSMs one probe.
 const FRESH: Duration = Duration::from_secs(1);

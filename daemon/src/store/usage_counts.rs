@@ -280,7 +280,7 @@ impl Usage {
 
 impl Drop for Usage {
     fn drop(&mut self) {
-        self.flush(crate::service::unix_now());
+        self.flush(crate::sys::clock::unix_now());
     }
 }
 

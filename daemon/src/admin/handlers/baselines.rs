@@ -16,8 +16,9 @@ use super::{Change, read};
 use crate::admin::Peer;
 use crate::registry::baselines::until_next_second;
 use crate::registry::evidence::Evidence;
-use crate::service::{Service, unix_now};
+use crate::service::Service;
 use crate::store::{self, Host, State, check_baseline_name, check_host_name};
+use crate::sys::clock::unix_now;
 
 /// PCR values by their numbers, hexadecimal. The numbers are text on their way: a command's members are read through a form of
 /// serde in which the names of members are nothing else.

@@ -11,9 +11,10 @@ use super::{Change, read};
 use crate::admin::Peer;
 use crate::attest::endorsement;
 use crate::request::Attempt;
-use crate::service::{Service, unix_now};
+use crate::service::Service;
 use crate::store::usage_counts::Seen;
 use crate::store::{Host, HostKind, Labels, State};
+use crate::sys::clock::unix_now;
 
 pub(super) async fn add(
     service: &Arc<Service>,

@@ -6,7 +6,8 @@ use serde_json::{Value, json};
 use super::{Change, FAILED};
 use crate::admin::Peer;
 use crate::observe::audit::SUCCESS;
-use crate::service::{Service, unix};
+use crate::service::Service;
+use crate::sys::clock::unix;
 
 pub(super) fn list(service: &Service) -> Value {
     service.cluster.members().iter().map(member).collect()

@@ -19,9 +19,10 @@ use super::{Change, Secret, hsm, read};
 use crate::admin::Peer;
 use crate::attest::signer::private_parts;
 use crate::registry::keys::{Key, RSA_BITS, SERVER_AUTHENTICATION, key_ref};
-use crate::service::{OWN_DEADLINE, Service, unix_now};
+use crate::service::{OWN_DEADLINE, Service};
 use crate::store::usage_counts::{DAYS, Releases};
 use crate::store::{self, Kind, Labels, NewCertificate, State};
+use crate::sys::clock::unix_now;
 
 /// How long a member has to say whether it has a key.
 const PATIENCE: Duration = Duration::from_secs(5);

@@ -11,8 +11,9 @@ use super::{Change, FAILED, read};
 use crate::admin::Peer;
 use crate::attest::signer::{self, current};
 use crate::observe::audit::SUCCESS;
-use crate::service::{Service, unix_now};
+use crate::service::Service;
 use crate::store::{self, RevokedSigner};
+use crate::sys::clock::unix_now;
 
 /// Fewest digits of a thumbprint that name a signer.
 const FEWEST_DIGITS: usize = 8;

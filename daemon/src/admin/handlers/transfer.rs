@@ -14,8 +14,9 @@ use super::keys::{judge, on_all_members};
 use super::{Change, outcome, read};
 use crate::admin::Peer;
 use crate::observe::audit::SUCCESS;
-use crate::service::{Service, unix_now};
+use crate::service::Service;
 use crate::store::{self, HostKind, Import, Kind, Labels, Merged, State};
+use crate::sys::clock::unix_now;
 
 /// The version of the documents that are made and read.
 const VERSION: u32 = 1;

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::pinning;
 use crate::cli::date;
-use crate::service::unix_now;
+use crate::sys::clock::unix_now;
 use crate::sys::print::say;
 
 /// Text of somebody else's making without what a terminal would obey.

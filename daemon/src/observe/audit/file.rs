@@ -19,7 +19,7 @@ use serde_json::{Map, Value};
 use super::chain::{self, Hash, Link};
 use super::entry::timestamp;
 use crate::observe::metrics;
-use crate::service::request_id;
+use crate::sys::id::request_id;
 
 /// The event of a line with which a file begins, or goes on after a fault.
 pub const EVENT: &str = "trail";
