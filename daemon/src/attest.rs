@@ -3,5 +3,5 @@
 pub mod endorsement;
 pub mod host_key;
 pub mod issuing;
-pub mod signer;
+pub mod signer_rotation;
 pub mod tpm;

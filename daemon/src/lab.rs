@@ -28,9 +28,9 @@ use data_encoding::HEXLOWER;
 use ring::rand::{SecureRandom, SystemRandom};
 
 use crate::admin::{self, AdminError};
-use crate::attest::signer::private_parts;
 use crate::config::{Config, ConfigError, Hsm};
 use crate::registry::keys::SERVER_AUTHENTICATION;
+use crate::signing::private_parts;
 use crate::store::usage_counts::{Usage, UsageError};
 use crate::store::{Kind, Labels, NewCertificate, State, StateError};
 use crate::sys::clock::unix_now;

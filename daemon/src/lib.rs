@@ -19,6 +19,7 @@ pub mod release;
 pub mod request;
 pub mod run;
 pub mod service;
+pub mod signing;
 pub mod status;
 pub mod store;
 pub mod sys;

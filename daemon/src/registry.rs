@@ -3,6 +3,8 @@
 pub mod baselines;
 pub mod evidence;
 pub mod health_cache;
+pub mod hosts;
 pub mod issued;
 pub mod keys;
+pub mod signers;
 pub mod tpm_sessions;

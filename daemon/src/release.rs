@@ -47,6 +47,7 @@ use crate::observe::log_throttle::Throttle;
 use crate::registry::keys::Held;
 use crate::request::Attempt;
 use crate::service::{Service, Snapshot};
+use crate::signing::signed_by;
 use crate::store::Host;
 use crate::sys::clock::unix_now;
 

@@ -3,23 +3,19 @@
 //! Hosts, keys and signers are read from the state once and kept as immutable snapshots behind an `ArcSwap` each. A
 //! change writes the state first and then swaps the snapshot, so that it takes effect with the next request.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
-use claviger_hsm::{Check, Cluster, Done, Hash, HsmError, KeyRef, Observer, SignScheme, standstill};
+use claviger_hsm::{Cluster, standstill};
 use claviger_protocol::certificate::Certificate;
-use claviger_protocol::rsa_key::RsaPublicKey;
 use claviger_protocol::wrapping_set::KnownSets;
-use ring::digest;
 use tokio::sync::Notify;
 
 use crate::admission::Admission;
 use crate::admission::bodies::Bodies;
-use crate::attest::signer::{Signers, Unreadable};
 use crate::config::Config;
 use crate::observe::audit::{self, Audit, Class, Entry};
 use crate::observe::history::History;
@@ -27,17 +23,16 @@ use crate::observe::metrics;
 use crate::registry::baselines::Baselines;
 use crate::registry::evidence::EvidenceStore;
 use crate::registry::health_cache::HealthCache;
+use crate::registry::hosts::Hosts;
 use crate::registry::issued::RecentlyIssued;
 use crate::registry::keys::Keys;
+use crate::registry::signers::{Signers, Unreadable};
 use crate::registry::tpm_sessions::Sessions;
 use crate::release::stock::{Basis, Stock};
 use crate::request::Attempt;
 use crate::store::usage_counts::{Usage, UsageError};
-use crate::store::{Contents, Host, HostKind, State, StateError};
+use crate::store::{Contents, State, StateError};
 use crate::sys::clock::unix_now;
-
-/// How long the daemon's own work (the metadata document, an attestation signer) may take at the HSMs.
-pub const OWN_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Parties of protectors that are remembered, at least: a tenant has one of its own, and guardians with others. Some 25 MiB
 /// for as many.
@@ -110,52 +105,6 @@ impl Snapshot {
     pub fn may_act_as(&self, host: &str, attempt: &Attempt) -> bool {
         let bound = self.config.server.tls.as_ref().is_some_and(|tls| tls.client_is_host);
         !bound || attempt.client.as_ref().is_some_and(|client| client.is_for(host))
-    }
-}
-
-/// The registered hosts, by name and by key.
-#[derive(Debug, Default)]
-pub struct Hosts {
-    by_name: HashMap<String, Arc<Host>>,
-    by_spki: HashMap<Vec<u8>, Arc<Host>>,
-}
-
-impl Hosts {
-    fn new<'a>(hosts: impl Iterator<Item = &'a Arc<Host>>) -> Self {
-        let mut all = Self::default();
-        for host in hosts {
-            all.by_name.insert(host.name.clone(), Arc::clone(host));
-            all.by_spki.insert(host.spki.clone(), Arc::clone(host));
-        }
-        all
-    }
-
-    /// How many are enabled.
-    #[must_use]
-    pub fn enabled(&self) -> usize {
-        self.by_name.values().filter(|host| host.enabled).count()
-    }
-
-    /// The host whose host key has this SubjectPublicKeyInfo, if it is enabled.
-    #[must_use]
-    pub fn by_host_key(&self, spki: &[u8]) -> Option<&Arc<Host>> {
-        self.by_key(HostKind::HostKey, spki)
-    }
-
-    /// The host whose endorsement key has this SubjectPublicKeyInfo, if it is enabled.
-    #[must_use]
-    pub fn by_endorsement_key(&self, spki: &[u8]) -> Option<&Arc<Host>> {
-        self.by_key(HostKind::EndorsementKey, spki)
-    }
-
-    fn by_key(&self, kind: HostKind, spki: &[u8]) -> Option<&Arc<Host>> {
-        self.by_spki.get(spki).filter(|host| host.enabled && host.kind == kind)
-    }
-
-    /// The host of this name, if it is enabled and its key is still the one with this hash.
-    #[must_use]
-    pub fn by_name_and_key(&self, name: &str, spki_sha256: &str) -> Option<&Arc<Host>> {
-        self.by_name.get(name).filter(|host| host.enabled && host.spki_sha256 == spki_sha256)
     }
 }
 
@@ -355,23 +304,6 @@ impl Service {
         changed.await?
     }
 
-    /// Signs `message` with RSASSA-PKCS1-v1_5 and SHA-256 in an HSM, for the daemon's own documents. `public` is the key's
-    /// other half: no signature that it does not verify leaves.
-    ///
-    /// # Errors
-    /// What the cluster says.
-    pub async fn sign(
-        &self,
-        key: &KeyRef,
-        public: &RsaPublicKey,
-        message: &[u8],
-        deadline: Instant,
-    ) -> Result<Done<Vec<u8>>, HsmError> {
-        let digest = digest::digest(&digest::SHA256, message);
-        let right = Some(signed_by(public, digest));
-        self.cluster.sign(key, SignScheme::Pkcs1(Hash::Sha256), digest.as_ref(), deadline, right).await
-    }
-
     /// What is in force now.
     #[must_use]
     pub fn snapshot(&self) -> Snapshot {
@@ -390,19 +322,6 @@ impl Service {
     }
 }
 
-/// Whether a signature of the message with this SHA-256 is one: RSASSA-PKCS1-v1_5, by the key whose other half is `public`.
-#[must_use]
-pub fn signed_by(public: &RsaPublicKey, digest: digest::Digest) -> Check {
-    let public = public.clone();
-    Arc::new(move |signature| public.verify_digest(digest.as_ref(), signature).is_ok())
-}
-
-/// Counts what happens at the tokens.
-#[must_use]
-pub fn observer() -> Observer {
-    Arc::new(metrics::hsm)
-}
-
 #[cfg(any(test, feature = "testing"))]
 #[allow(clippy::unwrap_used)]
 pub(crate) mod testing {
@@ -411,6 +330,7 @@ pub(crate) mod testing {
     use super::*;
     #[cfg(test)]
     use std::sync::OnceLock;
+    use std::time::Duration;
 
     use crate::config::Hsm;
     use claviger_hsm::{CallTimeouts, MemberConfig, Pin, TokenRef, WorkerProgram};
@@ -502,7 +422,7 @@ mod tests {
     #[tokio::test]
     async fn a_host_that_was_removed_is_gone_whatever_else_is_wrong() {
         let (_folder, service) = service();
-        let named = |service: &Service, name: &str| service.hosts.load().by_name.contains_key(name);
+        let named = |service: &Service, name: &str| service.hosts.load().is_registered(name);
         service.change(|state| state.add_host("a", b"a", &Labels::default(), 1)).await.unwrap();
         service.change(|state| state.add_host("b", b"b", &Labels::default(), 1)).await.unwrap();
         let first = service.keys.load_full();

@@ -17,6 +17,7 @@ use crate::registry::issued::IssuedFor;
 use crate::registry::keys::Key;
 use crate::request::Attempt;
 use crate::service::Service;
+use crate::signing;
 use crate::store::Host;
 
 /// The reply to a caller that exceeds a rate: an HTTP error, which says nothing about the host's health.
@@ -144,7 +145,14 @@ pub(super) async fn signed(
         }
         Refused::new(ErrorReply::Error { status: 500 }, "the service failed to process the request; its log says why")
     })?;
-    let signed = service.sign(&signer.id, signer.certificate.key(), to_be_signed.octets(), attempt.deadline()).await;
+    let signed = signing::sign(
+        &service.cluster,
+        &signer.id,
+        signer.certificate.key(),
+        to_be_signed.octets(),
+        attempt.deadline(),
+    )
+    .await;
     let signed = signed.map_err(|error| {
         if matches!(error, HsmError::NoSuchKey) {
             service.signer_missing.notify_one();
@@ -164,6 +172,7 @@ mod tests {
     use super::*;
     use crate::config::AttestMode;
     use crate::service::testing::{certificate, key, service_in};
+    use crate::signing;
     use crate::store::{HostKind, Labels, NewSigner};
     use claviger_protocol::certificate::Certificate;
     use claviger_protocol::tpm::pcr::{PcrSet, PcrValues};

@@ -502,7 +502,7 @@ fn announced(request: &Request<Incoming>) -> Option<u64> {
 
 /// The metadata document, for which HSMs may have to sign.
 async fn metadata(service: &Service) -> Answer {
-    match service.keys.load().metadata(service).await {
+    match service.keys.load().metadata(&service.cluster).await {
         Ok(document) => Answer::ok(XML, document),
         Err(refusal) => Answer::refused(&refusal),
     }

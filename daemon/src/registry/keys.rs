@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use claviger_hsm::{Hash, HsmError, KeyId, KeyRef, KnownAnswerTest, Oaep, SignScheme, standstill};
+use claviger_hsm::{Cluster, Hash, HsmError, KeyId, KeyRef, KnownAnswerTest, Oaep, SignScheme, standstill};
 use claviger_protocol::algorithm::{self, SignatureAlgorithm};
 use claviger_protocol::certificate::Certificate;
 use claviger_protocol::error::{Code, Refusal};
@@ -19,7 +19,7 @@ use ring::rand::{SecureRandom, SystemRandom};
 use tokio::sync::Mutex;
 use zeroize::Zeroizing;
 
-use crate::service::{OWN_DEADLINE, Service, signed_by};
+use crate::signing::{self, OWN_DEADLINE, signed_by};
 use crate::store::{self, Kind, Labels};
 
 /// How long nobody tries again to sign the metadata document after no HSM did: in an outage, requests for it must not wait
@@ -214,7 +214,7 @@ impl Keys {
     ///
     /// # Errors
     /// 500 when there is no primary certificate, 503 when no HSM signs.
-    pub async fn metadata(&self, service: &Service) -> Result<Bytes, Refusal> {
+    pub async fn metadata(&self, cluster: &Cluster) -> Result<Bytes, Refusal> {
         let missing = |kind| Refusal::new(Code::Internal, format!("Primary {kind} Certificate not found"));
         let encryption = self.primary_encryption.as_ref().ok_or_else(|| missing("Encryption"))?;
         let signing = self.primary_signing.as_ref().ok_or_else(|| missing("Signing"))?;
@@ -227,7 +227,7 @@ impl Keys {
             Metadata::Failed(at) if standstill::since(*at) < FAILURE_HOLDS => return Err(unavailable()),
             Metadata::Failed(_) | Metadata::Untried => {}
         }
-        match self.sign_metadata(service, encryption, signing).await {
+        match self.sign_metadata(cluster, encryption, signing).await {
             Ok(document) => Ok(self.signed.get_or_init(|| document).clone()),
             Err(error) => {
                 tracing::warn!(%error, "the metadata document cannot be signed");
@@ -237,10 +237,10 @@ impl Keys {
         }
     }
 
-    async fn sign_metadata(&self, service: &Service, encryption: &Key, signing: &Key) -> Result<Bytes, HsmError> {
+    async fn sign_metadata(&self, cluster: &Cluster, encryption: &Key, signing: &Key) -> Result<Bytes, HsmError> {
         let deadline = standstill::now() + OWN_DEADLINE;
         let sign_by = async |key: &Key, octets: &[u8]| {
-            let value = service.sign(&key.id, key.certificate.key(), octets, deadline).await?.value;
+            let value = signing::sign(cluster, &key.id, key.certificate.key(), octets, deadline).await?.value;
             Ok::<_, HsmError>(Signature { algorithm: SignatureAlgorithm::DEFAULT, parameters: None, value })
         };
         let sign = async |octets: &[u8]| sign_by(signing, octets).await;
@@ -281,7 +281,7 @@ mod tests {
         };
         let keys = Keys::new(vec![row(Kind::Encryption), row(Kind::Signing)]);
         let failed = async || {
-            assert_eq!(keys.metadata(&service).await.unwrap_err().code, Code::ServiceUnavailable);
+            assert_eq!(keys.metadata(&service.cluster).await.unwrap_err().code, Code::ServiceUnavailable);
             let Metadata::Failed(at) = *keys.metadata.lock().await else { panic!("signed") };
             at
         };

@@ -433,7 +433,7 @@ mod tests {
         assert_eq!((hsm.asked(Operation::Decrypt), hsm.asked(Operation::Sign)), (6, 0));
 
         let digest = digest::digest(&digest::SHA256, b"message");
-        let right = service::signed_by(&public, digest);
+        let right = crate::signing::signed_by(&public, digest);
         let sign = async |id: &KeyRef| hsm.sign(id, digest.as_ref(), deadline, right.clone()).await;
         let signature = sign(&id).await.unwrap().value;
         assert!(public.verify_digest(digest.as_ref(), &signature).is_ok());

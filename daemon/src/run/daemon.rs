@@ -19,7 +19,7 @@ use crate::admin::handlers;
 use crate::admin::{AdminError, AdminSocket, REVIEW_LIMIT};
 use crate::admission;
 use crate::admission::Dropped;
-use crate::attest::signer::Keeper;
+use crate::attest::signer_rotation::Keeper;
 use crate::config::{Config, Hsm, PinError, TokenName};
 use crate::http::intake;
 use crate::http::routes;
@@ -28,7 +28,7 @@ use crate::http::tls::{SharedTls, TlsError, tls_config};
 use crate::observe::audit::keeper;
 use crate::observe::metrics;
 use crate::release;
-use crate::service::{Service, ServiceError, observer};
+use crate::service::{Service, ServiceError};
 use crate::status::{self, Monitor};
 use crate::sys::clock::unix_now;
 use crate::sys::places::LEAVING;
@@ -110,7 +110,7 @@ pub fn load_cluster(config: &Config, mut worker: WorkerProgram) -> Result<Cluste
     let queue = member_queue(config);
     let members = config.hsm.iter().map(|hsm| member(&config.env, hsm, queue)).collect::<Result<_, _>>()?;
     let timeouts = CallTimeouts { watchdog: config.release.watchdog() };
-    Ok(Cluster::new(members, timeouts, worker, observer())?)
+    Ok(Cluster::new(members, timeouts, worker, Arc::new(metrics::hsm))?)
 }
 
 /// How many calls may wait at one member.

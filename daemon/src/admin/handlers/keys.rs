@@ -17,9 +17,9 @@ use zeroize::Zeroizing;
 
 use super::{Change, Secret, hsm, read};
 use crate::admin::Peer;
-use crate::attest::signer::private_parts;
 use crate::registry::keys::{Key, RSA_BITS, SERVER_AUTHENTICATION, key_ref};
-use crate::service::{OWN_DEADLINE, Service};
+use crate::service::Service;
+use crate::signing::{self, OWN_DEADLINE, private_parts};
 use crate::store::usage_counts::{DAYS, Releases};
 use crate::store::{self, Kind, Labels, NewCertificate, State};
 use crate::sys::clock::unix_now;
@@ -599,7 +599,7 @@ async fn signed(
     let id = &key.id;
     change.attempt.change = Some(format!("key {id}"));
     change.requested(service).await?;
-    let signed = service.sign(key, public, octets, standstill::now() + OWN_DEADLINE).await;
+    let signed = signing::sign(&service.cluster, key, public, octets, standstill::now() + OWN_DEADLINE).await;
     if let Ok(done) = &signed {
         change.attempt.used(&done.member);
     }

@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::{Change, FAILED, read};
 use crate::admin::Peer;
-use crate::attest::signer::{self, current};
+use crate::attest::signer_rotation::{self, current};
 use crate::observe::audit::SUCCESS;
 use crate::service::Service;
 use crate::store::{self, RevokedSigner};
@@ -121,7 +121,7 @@ async fn make_new(service: &Arc<Service>, peer: Peer) -> Result<String, String> 
     let before = current(service);
     change.attempt.certificate.clone_from(&before);
     change.requested(service).await?;
-    let made = signer::replace(service).await;
+    let made = signer_rotation::replace(service).await;
     let now = current(service).filter(|now| Some(now) != before.as_ref());
     if let Some(now) = &now {
         change.attempt.change = Some(format!("the attestation signer {now} issues"));

@@ -8,7 +8,8 @@ use claviger_hsm::{HsmError, standstill};
 use super::AuditError;
 use super::checkpoint::Draft;
 use crate::observe::log_throttle::Throttle;
-use crate::service::{OWN_DEADLINE, Service};
+use crate::service::Service;
+use crate::signing::{self, OWN_DEADLINE};
 
 /// How often refusals are summed up, and how often it is seen whether a checkpoint is due.
 const EVERY: Duration = Duration::from_secs(1);
@@ -74,6 +75,6 @@ pub async fn finish(service: &Arc<Service>) {
 async fn checkpoint(service: &Service, draft: &Draft, deadline: Instant) -> Result<(), CheckpointError> {
     let keys = service.keys.load_full();
     let (_, Some(key)) = keys.primary() else { return Err(CheckpointError::NoKey) };
-    let signed = service.sign(&key.id, key.certificate.key(), &draft.message(), deadline).await?;
+    let signed = signing::sign(&service.cluster, &key.id, key.certificate.key(), &draft.message(), deadline).await?;
     Ok(service.audit.checkpoint(draft, &key.certificate, &signed.value).await?)
 }

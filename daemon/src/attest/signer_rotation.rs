@@ -5,19 +5,14 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
-use claviger_hsm::{
-    Cluster, Failure, HsmError, KeyId, KeyRef, KeyUsage, MemberState, NewKey, RsaPrivateParts, standstill,
-};
+use claviger_hsm::{Cluster, Failure, HsmError, KeyId, KeyRef, KeyUsage, MemberState, NewKey, standstill};
 use claviger_protocol::certificate::build::BuildError;
-use claviger_protocol::certificate::{Certificate, CertificateError};
 use claviger_protocol::health::{self, LIFETIME_SECONDS};
-use claviger_protocol::pkcs7;
 use claviger_protocol::rsa_key::{KeyError, RsaPrivateKey, RsaPublicKey};
 
-use crate::registry::keys::Key;
-use crate::service::{ChangeError, OWN_DEADLINE, Service};
-use crate::store::{self, NewSigner, StateError};
+use crate::service::{ChangeError, Service};
+use crate::signing::{self, OWN_DEADLINE, private_parts};
+use crate::store::{NewSigner, StateError};
 use crate::sys::clock::unix_now;
 
 /// How long a signer's certificate is valid, and how long before its end a new one takes over (seconds).
@@ -37,89 +32,6 @@ const LOOKS: u32 = 2;
 const FIRST_PAUSE: Duration = Duration::from_secs(60);
 const LONGEST_PAUSE: Duration = Duration::from_secs(24 * 3600);
 const BITS: u32 = 2048;
-
-/// A snapshot of the signers that health certificates are accepted from.
-#[derive(Debug, Default)]
-pub struct Signers {
-    current: Option<Key>,
-    /// Known even if the certificate cannot be read.
-    current_thumbprint: Option<String>,
-    certificates: Vec<Certificate>,
-    /// Thumbprints of `certificates`, for a fast check at every release.
-    thumbprints: Vec<[u8; 32]>,
-    /// The certificates as a PKCS#7 document, as hosts and tenants get them.
-    published: Bytes,
-    /// When the earliest of the previous signers was replaced.
-    first_replaced: Option<i64>,
-}
-
-/// A certificate of the state that cannot be read.
-#[derive(Clone, Debug, thiserror::Error)]
-#[error("the certificate {thumbprint}: {error}")]
-pub struct Unreadable {
-    /// SHA-256 of the stored bytes, hexadecimal.
-    pub thumbprint: String,
-    /// The reason.
-    pub error: CertificateError,
-}
-
-impl Signers {
-    /// Reads the signers of the state. A certificate that cannot be read excludes only its own signer; all such certificates are
-    /// returned.
-    #[must_use]
-    pub fn new(signers: &[store::Signer]) -> (Self, Vec<Unreadable>) {
-        let (mut all, mut unreadable) = (Self::default(), Vec::new());
-        for signer in signers {
-            if signer.current {
-                all.current_thumbprint = Some(signer.thumbprint.clone());
-            }
-            all.first_replaced = all.first_replaced.into_iter().chain(signer.replaced).min();
-            match Certificate::parse(&signer.der) {
-                Ok(certificate) => {
-                    if signer.current {
-                        all.current = Some(Key::new(certificate.clone(), &signer.key_id));
-                    }
-                    all.thumbprints.push(certificate.thumbprint());
-                    all.certificates.push(certificate);
-                }
-                Err(error) => unreadable.push(Unreadable { thumbprint: signer.thumbprint.clone(), error }),
-            }
-        }
-        let ders: Vec<&[u8]> = all.certificates.iter().map(Certificate::der).collect();
-        all.published = pkcs7::certificates_only(&ders).into();
-        (all, unreadable)
-    }
-
-    /// The signer in use.
-    #[must_use]
-    pub fn current(&self) -> Option<&Key> {
-        self.current.as_ref()
-    }
-
-    /// Whether health certificates of the signer with this thumbprint are accepted.
-    #[must_use]
-    pub fn trust(&self, thumbprint: &[u8; 32]) -> bool {
-        self.thumbprints.contains(thumbprint)
-    }
-
-    /// The thumbprint of the current signer, hexadecimal, even if its certificate cannot be read.
-    #[must_use]
-    pub fn current_thumbprint(&self) -> Option<&str> {
-        self.current_thumbprint.as_deref()
-    }
-
-    /// The certificates as a PKCS#7 file without a signature.
-    #[must_use]
-    pub fn published(&self) -> Bytes {
-        self.published.clone()
-    }
-
-    /// The certificates of the current signer and of the previous ones.
-    #[must_use]
-    pub fn certificates(&self) -> &[Certificate] {
-        &self.certificates
-    }
-}
 
 /// Why no new signer was made.
 #[derive(Debug, thiserror::Error)]
@@ -251,7 +163,8 @@ async fn install(service: &Arc<Service>, id: &KeyRef, public: &RsaPublicKey) -> 
     let now = unix_now();
     let (not_before, not_after) = (now - health::BACKDATED_SECONDS, now + VALIDITY);
     let to_be_signed = health::signer_template(public, not_before, not_after)?.to_be_signed()?;
-    let signed = service.sign(id, public, to_be_signed.octets(), standstill::now() + OWN_DEADLINE).await;
+    let signed =
+        signing::sign(&service.cluster, id, public, to_be_signed.octets(), standstill::now() + OWN_DEADLINE).await;
     let signed = signed.map_err(Failure::from)?;
     let (der, id) = (to_be_signed.assemble(&signed.value), id.clone());
     let seen = current(service);
@@ -368,56 +281,15 @@ async fn new_key(cluster: &Cluster) -> Result<(KeyRef, RsaPublicKey), SignerErro
     }
 }
 
-/// Converts a software key to the HSM crate's form.
-#[must_use]
-pub fn private_parts(key: &RsaPrivateKey) -> RsaPrivateParts {
-    let p = key.parts();
-    let copy = |part: &[u8]| part.to_vec();
-    RsaPrivateParts {
-        n: copy(&p.n),
-        e: copy(&p.e),
-        d: copy(&p.d),
-        p: copy(&p.p),
-        q: copy(&p.q),
-        dp: copy(&p.dp),
-        dq: copy(&p.dq),
-        qinv: copy(&p.qinv),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use data_encoding::HEXLOWER;
 
     #[test]
     fn a_revoked_key_is_nothing_to_go_on_with() {
         let error = |state| SignerError::State(ChangeError::State(state));
         assert!(!error(StateError::Revoked("x".to_owned())).leaves_the_key_good());
         assert!(error(StateError::Invalid("x".to_owned())).leaves_the_key_good());
-    }
-
-    #[test]
-    fn a_certificate_that_cannot_be_read_costs_its_own_signer_only() {
-        let signer = |der: Vec<u8>, current, replaced| store::Signer {
-            thumbprint: HEXLOWER.encode(ring::digest::digest(&ring::digest::SHA256, &der).as_ref()),
-            der,
-            key_id: b"id".to_vec(),
-            not_before: 1,
-            not_after: 2,
-            current,
-            replaced,
-        };
-        let [one, two] = [(); 2].map(|()| crate::service::testing::certificate());
-        let broken = signer(b"broken".to_vec(), true, None);
-        let all = [broken.clone(), signer(one.clone(), false, Some(7)), signer(two, false, Some(9))];
-        let (signers, unreadable) = Signers::new(&all);
-        assert_eq!(unreadable.iter().map(|of| &of.thumbprint).collect::<Vec<_>>(), [&broken.thumbprint]);
-        assert_eq!(signers.certificates().len(), 2);
-        assert!(signers.published().windows(one.len()).any(|part| part == one));
-        // It cannot sign, and the next signer takes its place.
-        assert!(signers.current().is_none());
-        assert_eq!((signers.current_thumbprint(), signers.first_replaced), (Some(&*broken.thumbprint), Some(7)));
     }
 
     #[test]
