@@ -13,7 +13,7 @@ use claviger::observe::history::History;
 use claviger::observe::metrics::{self, Class};
 use claviger::release::roll;
 use claviger::request::Attempt;
-use claviger::run::daemon::{member, member_queue};
+use claviger::run::members::{member, member_queue};
 use claviger::service::Service;
 use claviger::sys::id::request_id;
 use claviger::sys::process;

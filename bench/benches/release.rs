@@ -10,7 +10,7 @@ use std::time::Duration;
 use claviger::release::testing::NullHsm;
 use claviger::release::{decide, roll};
 use claviger::request::Attempt;
-use claviger::run::daemon::load_cluster;
+use claviger::run::members::load_cluster;
 use claviger::service::Service;
 use claviger::sys::id::request_id;
 use claviger::sys::process;

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use claviger::config::Config;
-use claviger::run::daemon::member;
+use claviger::run::members::member;
 use claviger_hsm::{Hash, KeyRef, MemberConfig, Oaep, RawSession, SignScheme};
 use claviger_protocol::algorithm;
 use claviger_protocol::rsa_key::RsaPublicKey;

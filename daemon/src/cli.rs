@@ -23,6 +23,7 @@ use crate::admin::handlers::Command;
 use crate::config::Config;
 use crate::registry::keys::RSA_BITS;
 use crate::store::{Labels, StateError};
+pub use crate::sys::failure::Failure;
 use crate::sys::print::{note, say};
 
 pub use baselines::{Baselines, baselines};
@@ -55,9 +56,6 @@ pub struct Target {
     #[arg(long)]
     pub json: bool,
 }
-
-/// Why a command failed.
-pub type Failure = Box<dyn std::error::Error + Send + Sync>;
 
 async fn ask(target: &Target, command: &Command) -> Result<Value, Failure> {
     let socket = match (&target.socket, &target.config) {

@@ -17,15 +17,13 @@ use claviger_protocol::rsa_key::RsaPrivateKey;
 use crate::config::AttestMode;
 use crate::lab::{HOST_NAME, Lab};
 use crate::run::daemon::Daemon;
+use crate::sys::failure::Failure;
 use crate::sys::print::say;
 
 /// How long the daemon may take to get ready: the attestation signer's key has to be made.
 const READY_WITHIN: Duration = Duration::from_secs(30);
 /// Where a service's metadata document is.
 pub(crate) const METADATA: &str = "/KeyProtection/service/metadata/2014-07/metadata.xml";
-
-/// Why a demonstration did not come to its end.
-pub type Failure = Box<dyn std::error::Error + Send + Sync>;
 
 /// Serves the lab and plays the demonstration. Gives the running daemon, and whether all checks passed.
 ///

@@ -8,7 +8,6 @@ mod chain;
 pub mod checkpoint;
 mod entry;
 mod file;
-pub mod keeper;
 mod reserve;
 pub mod summary;
 pub mod verify;

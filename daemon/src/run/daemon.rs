@@ -1,6 +1,5 @@
 //! A running daemon: its listeners, its background work, and its stop.
 
-use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -8,24 +7,22 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use claviger_hsm::{CallTimeouts, Cluster, HsmError, MemberConfig, Pin, TokenRef, WorkerProgram, standstill};
+use claviger_hsm::{Cluster, standstill};
 use claviger_protocol::tpm::policy::Policy;
 use hyper::service::service_fn;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use super::systemd;
+use super::{audit_tasks, systemd};
 use crate::admin::handlers;
 use crate::admin::{AdminError, AdminSocket, REVIEW_LIMIT};
-use crate::admission;
 use crate::admission::Dropped;
 use crate::attest::signer_rotation::Keeper;
-use crate::config::{Config, Hsm, PinError, TokenName};
+use crate::config::Config;
 use crate::http::intake;
 use crate::http::routes;
 use crate::http::server::{self, Drained, Limits, Listener};
 use crate::http::tls::{SharedTls, TlsError, tls_config};
-use crate::observe::audit::keeper;
 use crate::observe::metrics;
 use crate::release;
 use crate::service::{Service, ServiceError};
@@ -51,20 +48,6 @@ const OTHER_FILES: usize = 192;
 /// Why a daemon does not start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
-    /// A PIN cannot be read.
-    #[error(transparent)]
-    Pin(#[from] PinError),
-    /// The members cannot form a cluster.
-    #[error("the HSMs: {0}")]
-    Hsm(#[from] HsmError),
-    /// No configured module exists.
-    #[error("the module {} of the HSM {hsm} does not exist, nor does that of any other HSM; install the vendor's package, or correct `module`", module.display())]
-    NoModule {
-        /// The first member.
-        hsm: String,
-        /// Its library.
-        module: PathBuf,
-    },
     /// The state or the audit trail.
     #[error(transparent)]
     Service(#[from] ServiceError),
@@ -88,60 +71,6 @@ pub enum StartError {
     /// A thread of the daemon failed.
     #[error("the state cannot be opened: {0}")]
     Task(#[from] tokio::task::JoinError),
-}
-
-/// The cluster of the configured members, of which none has been started.
-///
-/// A member whose module is missing is tried again later, like a token that is away; but when all are missing the configuration is
-/// wrong, or the vendor's package is not installed.
-///
-/// # Errors
-/// A PIN that cannot be read, unfit names, no module at all.
-pub fn load_cluster(config: &Config, mut worker: WorkerProgram) -> Result<Cluster, StartError> {
-    // One vendor's library has no business with another one's PIN.
-    worker.hidden.extend(config.hsm.iter().filter_map(|hsm| hsm.pin_env.clone()));
-    if let Some(first) = config.hsm.first()
-        && !config.hsm.iter().any(|hsm| hsm.module.exists())
-    {
-        return Err(StartError::NoModule { hsm: first.name.clone(), module: first.module.clone() });
-    }
-    // Before the first call to a token, which is to be counted.
-    metrics::install();
-    let queue = member_queue(config);
-    let members = config.hsm.iter().map(|hsm| member(&config.env, hsm, queue)).collect::<Result<_, _>>()?;
-    let timeouts = CallTimeouts { watchdog: config.release.watchdog() };
-    Ok(Cluster::new(members, timeouts, worker, Arc::new(metrics::hsm))?)
-}
-
-/// How many calls may wait at one member.
-///
-/// The waiting room is in front of the releases; what runs must always find a place, on any one member, and so must what else
-/// there is to sign.
-#[must_use]
-pub fn member_queue(config: &Config) -> usize {
-    4 * admission::concurrency(config, config.hsm.iter().map(|hsm| hsm.sessions).sum()) + 256
-}
-
-/// A member as the configuration describes it, with its PIN.
-///
-/// # Errors
-/// A PIN that cannot be read.
-pub fn member(env: &BTreeMap<String, String>, hsm: &Hsm, queue: usize) -> Result<MemberConfig, PinError> {
-    Ok(MemberConfig {
-        name: hsm.name.clone(),
-        module: hsm.module.clone(),
-        token: match hsm.token_name() {
-            Some(TokenName::Serial(serial)) => TokenRef::Serial(serial.to_owned()),
-            Some(TokenName::Label(label)) => TokenRef::Label(label.to_owned()),
-            None => TokenRef::Label(hsm.name.clone()),
-        },
-        pin: Pin::new(hsm.read_pin()?.to_string()),
-        env: env.iter().chain(&hsm.env).map(|(name, value)| (name.clone(), value.clone())).collect(),
-        priority: hsm.priority,
-        weight: hsm.weight,
-        sessions: hsm.sessions,
-        queue,
-    })
 }
 
 /// A daemon that serves.
@@ -226,8 +155,8 @@ impl Daemon {
         let others = vec![
             tokio::spawn(Keeper::new(service.clone()).run()),
             tokio::spawn(follow_state(service.clone())),
-            tokio::spawn(keeper::sum_up(service.clone())),
-            tokio::spawn(keeper::sign(service.clone())),
+            tokio::spawn(audit_tasks::sum_up(service.clone())),
+            tokio::spawn(audit_tasks::sign(service.clone())),
             tokio::spawn(release::stocker::run(service.clone(), service.cluster.clone())),
             tokio::spawn(systemd::watchdog()),
             tokio::spawn(status::watch(monitor)),
@@ -265,7 +194,7 @@ impl Daemon {
             let _ = task.await;
         }
         release::stocker::remember(&self.service).await;
-        keeper::finish(&self.service).await;
+        audit_tasks::finish(&self.service).await;
         self.service.cluster.close().await;
     }
 }

@@ -15,7 +15,7 @@ use claviger_process::signals::Hangup;
 use serde_json::Value;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use super::daemon::{member, member_queue};
+use super::members::{member, member_queue};
 use super::systemd;
 use crate::config::{Config, Hsm};
 use crate::http::tls::{SharedTls, tls_config};

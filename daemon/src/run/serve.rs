@@ -11,11 +11,12 @@ use claviger_process::signals::{Hangup, Starting};
 use claviger_process::threads;
 use tokio::time::timeout;
 
-use super::daemon::{Daemon, load_cluster};
+use super::daemon::Daemon;
+use super::members::load_cluster;
 use super::{preflight, reload, systemd};
-use crate::cli::Failure;
 use crate::config::Config;
 use crate::observe::log;
+use crate::sys::failure::Failure;
 use crate::sys::process;
 
 /// Threads of a daemon beside the runtime's and those of its members: the audit trail's, and one to announce its addresses.

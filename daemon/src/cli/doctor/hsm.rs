@@ -19,7 +19,7 @@ use crate::checks::Finding;
 use crate::checks::hsm::{few_sessions, unusable, well};
 use crate::checks::state::{self, Registered};
 use crate::config::{Config, Hsm};
-use crate::run::daemon::member;
+use crate::run::members::member;
 use crate::sys::clock::unix_now;
 
 /// How long an HSM may take to be examined. A login at a network HSM takes seconds, and there may be many keys.

@@ -15,11 +15,12 @@ use claviger_protocol::tpm::log::{Log, LogWriter, short_boot};
 use data_encoding::BASE64;
 use serde_json::{Value, json};
 
-use super::{Checks, Failure, release};
+use super::{Checks, release};
 use crate::admin::Peer;
 use crate::admin::handlers;
 use crate::lab::Lab;
 use crate::run::daemon::Daemon;
+use crate::sys::failure::Failure;
 use crate::sys::print::say;
 
 /// The host whose TPM this is.

@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use claviger_hsm::{HsmError, standstill};
 
-use super::AuditError;
-use super::checkpoint::Draft;
+use crate::observe::audit::AuditError;
+use crate::observe::audit::checkpoint::Draft;
 use crate::observe::log_throttle::Throttle;
 use crate::service::Service;
 use crate::signing::{self, OWN_DEADLINE};
