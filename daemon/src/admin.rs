@@ -5,4 +5,4 @@ mod secret;
 mod socket;
 
 pub(crate) use self::socket::lock_file;
-pub use self::socket::{ANSWER_LIMIT, AdminError, AdminSocket, Peer, REQUEST_LIMIT, REVIEW_LIMIT, call, check_length};
+pub use self::socket::{ANSWER_LIMIT, AdminError, AdminSocket, REQUEST_LIMIT, REVIEW_LIMIT, call, check_length};

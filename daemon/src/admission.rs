@@ -39,7 +39,7 @@ use self::fair_queue::whole_seconds;
 pub use self::turns::Permit;
 use self::turns::Turns;
 use crate::config::Config;
-use crate::observe::metrics;
+use crate::observe::metrics::{self, Load};
 use crate::request::Attempt;
 use crate::request::Network;
 use crate::sys::rate::Rate;
@@ -202,15 +202,6 @@ impl Limits {
             documents: Rate::new(config.server.document_rate, config.server.document_burst),
         }
     }
-}
-
-/// How much is going on.
-#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
-pub struct Load {
-    /// Releases that run.
-    pub running: usize,
-    /// Releases that wait for their turn.
-    pub waiting: usize,
 }
 
 /// How many releases run at the same time, given the sessions of all members.

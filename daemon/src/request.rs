@@ -14,9 +14,9 @@ use metrics::SharedString;
 use ring::digest;
 use tokio::sync::watch;
 
-use crate::admin::Peer;
 use crate::config::Release;
 use crate::observe::audit::Entry;
+use crate::observe::audit::Peer;
 use crate::observe::metrics::Spent;
 
 pub use self::client_certificate::ClientCertificate;

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::admin::Peer;
+use crate::observe::audit::Peer;
 use crate::observe::audit::SUCCESS;
 use crate::request::Attempt;
 use crate::service::{ChangeError, Service};

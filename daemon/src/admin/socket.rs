@@ -26,6 +26,7 @@ use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinSet;
 use zeroize::Zeroizing;
 
+use crate::observe::audit::Peer;
 use crate::sys::places::{Guest, Places};
 
 /// Longest request, in octets, with its line break. An import of some ten thousand hosts is the longest there is.
@@ -52,16 +53,6 @@ const MAX_CONNECTIONS: usize = 64;
 
 /// Longest path of a Unix socket: `sun_path` less its NUL.
 const PATH_LIMIT: usize = 107;
-
-/// Who sent a request, as the kernel says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub struct Peer {
-    /// User id.
-    pub uid: u32,
-    /// Process id, where the kernel tells it.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub pid: Option<i32>,
-}
 
 /// Why the socket could not be served or asked.
 #[derive(Debug, thiserror::Error)]

@@ -7,7 +7,8 @@ use claviger_hsm::standstill;
 use tokio::sync::oneshot;
 
 use super::fair_queue::{Arrival, Queue, Ticket, Turn};
-use super::{Declined, Dropped, HostAt, Load};
+use super::{Declined, Dropped, HostAt};
+use crate::observe::metrics::Load;
 use crate::request::Caller;
 
 /// How a waiting request hears that it is its turn.

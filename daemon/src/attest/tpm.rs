@@ -32,7 +32,6 @@ use data_encoding::{BASE64, HEXLOWER};
 use super::issuing::{Issued, Refused, signed, unavailable};
 use crate::admission::HostAt;
 use crate::admission::strangers;
-use crate::http::intake;
 use crate::observe::log_throttle::Throttle;
 use crate::observe::metrics;
 use crate::registry::baselines::BaselineId;
@@ -43,7 +42,7 @@ use crate::store::Host;
 use crate::sys::clock::unix_now;
 
 /// Largest step 2, in bytes, that is read from an address over its rate; most of it is the boot log.
-const LARGE: usize = intake::SMALL_TPM_BODY;
+pub(crate) const LARGE: usize = 256 * 1024;
 /// Largest step 1, in bytes, that is served from the bucket of the host that it names. An honest one has about 3,000.
 const LARGE_FIRST_STEP: usize = 16 * 1024;
 

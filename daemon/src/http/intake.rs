@@ -5,7 +5,7 @@ use claviger_protocol::error::{Code, Refusal};
 
 use crate::admission::bodies::{NoRoom, Room};
 use crate::admission::{Declined, HostAt};
-use crate::attest::host_key::LARGE;
+use crate::attest::{host_key, tpm};
 use crate::config::AttestMode;
 use crate::http::body::{BodyError, Intake};
 use crate::observe::metrics;
@@ -19,9 +19,6 @@ pub const MAX_BODY: usize = 1024 * 1024;
 /// Most bytes of a batch that are taken from an address over its rate before a host is known to have sent it: the health
 /// certificate is among the first 3,000.
 const BEGINNING: u64 = 16 * 1024;
-
-/// The same for a whole attestation in TPM mode, which holds the host's boot log.
-pub(crate) const SMALL_TPM_BODY: usize = 256 * 1024;
 
 /// Why bodies are refused in this module and where they are read; [`NoRoom::ALL`] has the other reasons.
 const SLOW: &str = "slow";
@@ -74,8 +71,8 @@ impl<'a> Taking<'a> {
     /// An attestation. An honest one is short: from an address over its rate no longer one is taken.
     pub(crate) fn attestation(room: &'a Room, service: &'a Service, attempt: &'a Attempt) -> Self {
         let small = match service.config.load().attest.mode {
-            AttestMode::HostKey => LARGE as u64,
-            AttestMode::Tpm => SMALL_TPM_BODY as u64,
+            AttestMode::HostKey => host_key::LARGE as u64,
+            AttestMode::Tpm => tpm::LARGE as u64,
         };
         Self { condition: Some((small, Condition::Stranger(service, attempt))), ..Self::single(room) }
     }

@@ -365,7 +365,7 @@ where
                 }
                 Err(NoPlace::Group) => {
                     if counted {
-                        crate::observe::metrics::connection_cut(Cut::Address);
+                        crate::observe::metrics::connection_cut(Cut::Address.as_str());
                     }
                     tracing::debug!(%peer, "a connection is not taken: its address has too many, and all are worked for");
                 }
@@ -543,7 +543,7 @@ impl Slot {
     /// Counts that it is closed for this reason.
     fn cut(&self, reason: Cut) {
         if self.counted {
-            crate::observe::metrics::connection_cut(reason);
+            crate::observe::metrics::connection_cut(reason.as_str());
         }
     }
 }

@@ -8,6 +8,7 @@ mod chain;
 pub mod checkpoint;
 mod entry;
 mod file;
+mod peer;
 mod reserve;
 pub mod summary;
 pub mod verify;
@@ -27,6 +28,7 @@ use tokio::sync::oneshot;
 pub use self::chain::Link;
 pub use self::entry::Entry;
 pub use self::file::{EVENT as TRAIL_EVENT, last_line};
+pub use self::peer::Peer;
 pub use self::writer::Head;
 
 use self::checkpoint::{Draft, Pace};

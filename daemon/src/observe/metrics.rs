@@ -19,9 +19,7 @@ use ::metrics::{SharedString, Unit, counter, describe_counter, describe_histogra
 use claviger_hsm::Event;
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 
-use crate::http::server::Cut;
-
-pub use gauges::{CONTENT_TYPE, Readings};
+pub use gauges::{CONTENT_TYPE, Load, Readings};
 
 /// What kind of number a metric is.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -292,9 +290,6 @@ pub fn install() -> Handle {
             for how in AUDIT_FILE_CHANGED {
                 counter!(AUDIT_FILE_CHANGES.name, "how" => how).absolute(0);
             }
-            for reason in Cut::ALL {
-                counter!(CONNECTIONS_CUT.name, "reason" => reason.as_str()).absolute(0);
-            }
             for metric in [BATCH_ITEMS, ATTESTATION_DURATION, AUDIT_WRITE_DURATION] {
                 let _ = histogram!(metric.name);
             }
@@ -328,6 +323,8 @@ pub struct Known<'a> {
     pub resources: &'a [&'static str],
     /// Why a body may not be taken.
     pub body_refusals: &'a [&'static str],
+    /// Why a connection is closed before its client wants it.
+    pub cut_reasons: &'a [&'static str],
 }
 
 /// Operations that every member does; those of key management have no series before they are asked for.
@@ -362,6 +359,9 @@ pub fn preregister(known: &Known<'_>) {
     }
     for metric in [STOCK_MADE, STOCK_USED, STOCK_AGED, STOCK_DROPPED] {
         counter!(metric.name).increment(0);
+    }
+    for reason in known.cut_reasons {
+        counter!(CONNECTIONS_CUT.name, "reason" => *reason).increment(0);
     }
     for resource in known.resources {
         for code in CODES {
@@ -576,8 +576,8 @@ pub fn body_refused(reason: &'static str) {
 }
 
 /// Counts a connection that was closed before its client wanted it.
-pub(crate) fn connection_cut(reason: Cut) {
-    counter!(CONNECTIONS_CUT.name, "reason" => reason.as_str()).increment(1);
+pub fn connection_cut(reason: &'static str) {
+    counter!(CONNECTIONS_CUT.name, "reason" => reason).increment(1);
 }
 
 static OPEN: AtomicUsize = AtomicUsize::new(0);

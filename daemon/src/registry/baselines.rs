@@ -92,8 +92,8 @@ fn since_1970() -> Duration {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::admin::Peer;
     use crate::admin::handlers;
+    use crate::observe::audit::Peer;
     use crate::sys::clock::unix_now;
     use claviger_protocol::tpm::pcr::PcrValues;
     use serde_json::json;

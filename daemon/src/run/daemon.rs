@@ -21,7 +21,7 @@ use crate::attest::signer_rotation::Keeper;
 use crate::config::Config;
 use crate::http::intake;
 use crate::http::routes;
-use crate::http::server::{self, Drained, Limits, Listener};
+use crate::http::server::{self, Cut, Drained, Limits, Listener};
 use crate::http::tls::{SharedTls, TlsError, tls_config};
 use crate::observe::metrics;
 use crate::release;
@@ -107,6 +107,7 @@ impl Daemon {
             drop_reasons: &Dropped::ALL.map(Dropped::as_str),
             resources: &routes::resources(),
             body_refusals: &intake::refusals(),
+            cut_reasons: &Cut::ALL.map(Cut::as_str),
         });
         let tls =
             config.server.tls.as_ref().map(tls_config).transpose()?.map(|tls| Arc::new(ArcSwap::from_pointee(tls)));

@@ -247,7 +247,7 @@ mod tests {
         let readings = |running| Readings {
             members: members(),
             primaries: true,
-            load: crate::admission::Load { running, waiting: 0 },
+            load: crate::observe::metrics::Load { running, waiting: 0 },
             ..Readings::default()
         };
         let refused = Point { success: 0, refused: 7, ..point(0, 0) };

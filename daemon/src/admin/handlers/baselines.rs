@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{Change, read};
-use crate::admin::Peer;
+use crate::observe::audit::Peer;
 use crate::registry::baselines::until_next_second;
 use crate::registry::evidence::Evidence;
 use crate::service::Service;

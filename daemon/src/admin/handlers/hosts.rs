@@ -8,8 +8,8 @@ use data_encoding::{BASE64, HEXLOWER};
 use serde_json::{Value, json};
 
 use super::{Change, read};
-use crate::admin::Peer;
 use crate::attest::endorsement;
+use crate::observe::audit::Peer;
 use crate::request::Attempt;
 use crate::service::Service;
 use crate::store::usage_counts::Seen;

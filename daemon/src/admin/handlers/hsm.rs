@@ -4,7 +4,7 @@ use claviger_hsm::MemberStatus;
 use serde_json::{Value, json};
 
 use super::{Change, FAILED};
-use crate::admin::Peer;
+use crate::observe::audit::Peer;
 use crate::observe::audit::SUCCESS;
 use crate::service::Service;
 use crate::sys::clock::unix;

@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use zeroize::Zeroizing;
 
 use super::{Change, Secret, hsm, read};
-use crate::admin::Peer;
+use crate::observe::audit::Peer;
 use crate::registry::keys::{Key, RSA_BITS, SERVER_AUTHENTICATION, key_ref};
 use crate::service::Service;
 use crate::signing::{self, OWN_DEADLINE, private_parts};

@@ -8,8 +8,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{Change, FAILED, read};
-use crate::admin::Peer;
 use crate::attest::signer_rotation::{self, current};
+use crate::observe::audit::Peer;
 use crate::observe::audit::SUCCESS;
 use crate::service::Service;
 use crate::store::{self, RevokedSigner};

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use super::baselines::{Pcrs, check_log, pcr_values};
 use super::keys::{judge, on_all_members};
 use super::{Change, outcome, read};
-use crate::admin::Peer;
+use crate::observe::audit::Peer;
 use crate::observe::audit::SUCCESS;
 use crate::service::Service;
 use crate::store::{self, HostKind, Import, Kind, Labels, Merged, State};

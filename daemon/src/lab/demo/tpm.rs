@@ -16,9 +16,9 @@ use data_encoding::BASE64;
 use serde_json::{Value, json};
 
 use super::{Checks, release};
-use crate::admin::Peer;
 use crate::admin::handlers;
 use crate::lab::Lab;
+use crate::observe::audit::Peer;
 use crate::run::daemon::Daemon;
 use crate::sys::failure::Failure;
 use crate::sys::print::say;

@@ -7,7 +7,7 @@ use serde::{Serialize, Serializer};
 use time::OffsetDateTime;
 use time::macros::format_description;
 
-use crate::admin::Peer;
+use super::peer::Peer;
 
 /// One record. Serialised in this order; what is `None` is left out. The writer puts `n`, `prev` and `node` in front.
 #[derive(Clone, Debug, PartialEq, Serialize)]

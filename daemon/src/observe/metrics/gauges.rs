@@ -13,11 +13,19 @@ use super::{
     PROCESS_CPU, PROCESS_FILES, PROCESS_MAX_FILES, PROCESS_MEMORY, PROCESS_START, PROCESS_THREADS, QUEUE_LIMIT,
     QUEUE_WAITING, RELEASES_RUNNING, RELEASES_RUNNING_LIMIT, STATE_STALE, STOCK_DEPTH,
 };
-use crate::admission::Load;
 use crate::sys::process::Usage;
 
 /// The content type of the page.
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
+
+/// How many releases there are, or may be.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub struct Load {
+    /// Releases that run.
+    pub running: usize,
+    /// Releases that wait for their turn.
+    pub waiting: usize,
+}
 
 /// How everything is at this moment.
 #[derive(Clone, Debug, Default)]

@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 use super::*;
-use crate::admission::Load;
+use crate::observe::metrics::Load;
 use crate::status::testing::member;
 use claviger_hsm::{MemberState, MemberStatus};
 use std::collections::BTreeSet;
@@ -72,6 +72,7 @@ fn the_page_shows_every_metric_with_help_and_only_declared_labels() {
         drop_reasons: &["table"],
         resources: &["table"],
         body_refusals: &["table"],
+        cut_reasons: &["table"],
     });
     preregister_key("table".into());
     let page = handle.render(&readings());
