@@ -9,7 +9,7 @@ pub(crate) fn markdown(regenerate: &str) -> String {
     let mut page = format!(
         "# Metrics
 
-<!-- Generated from daemon/src/metrics.rs: {regenerate} -->
+<!-- Generated from daemon/src/observe/metrics/table.rs: {regenerate} -->
 
 The metrics address (`server.metrics`) serves these at `/metrics`, in the text format of Prometheus. Dashboards, rules
 and alerts for them are in `dashboards/`; [runbook.md](runbook.md) has a section for every alert.

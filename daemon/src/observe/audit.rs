@@ -8,13 +8,14 @@ mod chain;
 pub mod checkpoint;
 mod entry;
 mod file;
+pub mod head;
 mod peer;
+mod record;
 mod reserve;
 pub mod summary;
 pub mod verify;
 mod writer;
 
-use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -28,11 +29,13 @@ use tokio::sync::oneshot;
 pub use self::chain::Link;
 pub use self::entry::Entry;
 pub use self::file::{EVENT as TRAIL_EVENT, last_line};
+pub use self::head::Head;
 pub use self::peer::Peer;
-pub use self::writer::Head;
+pub use self::record::{AuditError, Class};
 
 use self::checkpoint::{Draft, Pace};
 use self::file::Trail;
+use self::record::WAITING;
 use self::reserve::Reserve;
 use self::summary::{Summary, What};
 use self::writer::{Job, Line, Reply, Shown, Writer};
@@ -40,9 +43,6 @@ use crate::config;
 use crate::observe::metrics;
 use crate::sys::id::request_id;
 use crate::sys::rate::Rate;
-
-/// Most records that wait for the writer. More than the release queues let through, so only a stuck disk fills it.
-const WAITING: usize = 16_384;
 
 /// How long the trail may take for what has no deadline of its own: an administrator's change, opening it again.
 pub const PATIENCE: Duration = Duration::from_secs(10);
@@ -56,19 +56,6 @@ const REFUSALS: u32 = 20;
 const REFUSALS_AT_ONCE: u32 = 4096;
 /// How long the end of the process waits for a disk that hangs.
 const END: Duration = Duration::from_secs(5);
-
-/// What a record is about: what becomes of it when the disk is full, and when its caller has given up.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Class {
-    /// Something is given out.
-    Grant,
-    /// A registered host is refused.
-    Refusal,
-    /// An administrator's change.
-    Administration,
-    /// What the trail says of itself, and sums up.
-    Own,
-}
 
 /// How a request was decided, and so what the trail has to say of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -103,34 +90,6 @@ pub const SUCCESS: &str = "success";
 
 /// What a caller is told whose request was not recorded.
 pub(crate) const NOT_RECORDED: &str = "the decision cannot be recorded now; try again";
-
-/// Why a record is not in the file (or not surely). What it was to record must not happen then.
-#[derive(Clone, Debug, thiserror::Error)]
-pub enum AuditError {
-    /// The file cannot be opened, written or forced to the disk.
-    #[error("the audit trail {} cannot be written: {source}", path.display())]
-    Write {
-        /// The audit file.
-        path: PathBuf,
-        /// What the operating system says.
-        source: Arc<io::Error>,
-    },
-    /// As many records wait as may: the disk hangs.
-    #[error("the audit trail is overloaded: {WAITING} records wait for the disk")]
-    Overloaded,
-    /// The disk does not answer in time.
-    #[error("the audit trail's disk does not answer in time")]
-    Late,
-    /// The disk is full, and what is left is for grants and administration.
-    #[error("the audit trail's disk is full: its reserve is for grants and administration")]
-    Reserved,
-    /// The record cannot be written as JSON.
-    #[error("an audit record cannot be serialised: {0}")]
-    Unserialisable(String),
-    /// The writer is gone, which only a fault in this program can bring about.
-    #[error("the audit trail's writer has ended")]
-    Closed,
-}
 
 /// The open audit trail. Share it with an `Arc`; the last one that is dropped writes what waits, and ends the thread.
 #[derive(Debug)]

@@ -19,6 +19,9 @@ use serde::Deserialize;
 const FIRST_WINDOW: u64 = 64 * 1024;
 const LARGEST_WINDOW: u64 = 64 * 1024 * 1024;
 
+/// The event of a line that is a checkpoint.
+pub(super) const CHECKPOINT: &str = "checkpoint";
+
 /// SHA-256 of a line, without its line break.
 pub(super) type Hash = [u8; 32];
 
@@ -138,7 +141,7 @@ fn tail_of(bytes: &[u8], is_all: bool) -> Option<Tail> {
             let rest = &bytes[end..];
             return Some(Tail {
                 last: Some(Link { n: links.n.unwrap_or(0), hash: hash(line) }),
-                signed: links.event.as_deref() == Some(super::checkpoint::EVENT),
+                signed: links.event.as_deref() == Some(CHECKPOINT),
                 torn: (!rest.is_empty()).then(|| torn_hash(rest)),
                 open_line,
             });

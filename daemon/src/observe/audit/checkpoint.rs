@@ -7,11 +7,11 @@ use claviger_protocol::certificate::Certificate;
 use data_encoding::{BASE64, HEXLOWER};
 use serde_json::{Map, Value};
 
-use super::chain::Link;
+use super::chain::{CHECKPOINT, Link};
 use super::entry::timestamp;
 
 /// The event of such a line.
-pub const EVENT: &str = "checkpoint";
+pub const EVENT: &str = CHECKPOINT;
 
 /// The message that is signed, RSASSA-PKCS1-v1_5 with SHA-256: five lines of text. It begins like nothing else that the key
 /// signs, which is XML or the DER of a certificate.

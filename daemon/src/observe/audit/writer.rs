@@ -11,10 +11,10 @@ use claviger_hsm::standstill;
 use crossbeam::channel::{Receiver, RecvTimeoutError};
 use tokio::sync::oneshot;
 
-use super::chain::Link;
 use super::file::Trail;
+use super::head::Head;
+use super::record::{AuditError, Class};
 use super::reserve::Reserve;
-use super::{AuditError, Class};
 use crate::observe::metrics;
 
 /// Most records that are written, and forced to the disk, together.
@@ -47,33 +47,6 @@ impl Line {
     /// happened, and what was counted, too.
     fn is_abandoned(&self) -> bool {
         matches!(self.class, Class::Grant | Class::Refusal) && self.reply.is_closed()
-    }
-}
-
-/// How far the trail has come.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Head {
-    /// The last line.
-    pub link: Link,
-    /// Records of this process, which checkpoints are not.
-    pub records: u64,
-    /// How many of them a checkpoint covers.
-    pub covered: u64,
-    /// Since when there are records that none covers.
-    pub unsigned_since: Option<Instant>,
-    /// The last line that a checkpoint of this process covers.
-    pub checkpoint: Option<u64>,
-    /// How much of the reserve is missing, in bytes.
-    pub reserve_missing: u64,
-    /// Whether the last group of records could not be written.
-    pub failing: bool,
-}
-
-impl Head {
-    /// Records that no checkpoint covers.
-    #[must_use]
-    pub fn unsigned(&self) -> u64 {
-        self.records.saturating_sub(self.covered)
     }
 }
 

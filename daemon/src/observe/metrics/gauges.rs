@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use claviger_hsm::{MemberState, MemberStatus};
 
-use super::{
+use super::table::{
     AUDIT_LINE, AUDIT_RESERVE_MISSING, AUDIT_UNSIGNED, AUDIT_UNSIGNED_FOR, AUDIT_WAITING, AUDIT_WRITING, BODY_MEMORY,
     BODY_MEMORY_LIMIT, BUILD_INFO, CERTIFICATE_EXPIRY, CLOCK, CONNECTIONS_LIMIT, CONNECTIONS_OPEN, HOSTS_REGISTERED,
     HSM_CPU, HSM_IN_FLIGHT, HSM_PRIORITY, HSM_RETRY_BUDGET, HSM_SESSIONS_BUSY, HSM_SESSIONS_LIMIT, HSM_SESSIONS_OPEN,
@@ -51,7 +51,7 @@ pub struct Readings {
     /// For how long those that are being written have been.
     pub audit_writing: Duration,
     /// How far the audit trail has come.
-    pub audit: crate::observe::audit::Head,
+    pub audit: crate::observe::audit::head::Head,
     /// Connections to the service that are open.
     pub connections_open: usize,
     /// Connections to the service that may be open.

@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use ::metrics::{Counter, Histogram, counter, histogram};
 
-use super::{HSM_BATCH_JOBS, HSM_CALLS, HSM_RESPONSE_TIME, HSM_SERVICE_TIME, INSTALLED};
+use super::recorder::INSTALLED;
+use super::table::{HSM_BATCH_JOBS, HSM_CALLS, HSM_RESPONSE_TIME, HSM_SERVICE_TIME};
 
 thread_local! {
     static MEMBERS: RefCell<Vec<Member>> = const { RefCell::new(Vec::new()) };
