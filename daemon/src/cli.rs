@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use crate::admin;
-use crate::admin::handlers::Command;
+use crate::admin::Command;
 use crate::config::Config;
 use crate::registry::keys::RSA_BITS;
 use crate::store::{Labels, StateError};

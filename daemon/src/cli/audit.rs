@@ -8,7 +8,7 @@ use claviger_protocol::certificate::Certificate;
 use serde_json::json;
 
 use super::{Failure, Target, ask, print, text};
-use crate::admin::handlers::Command;
+use crate::admin::Command;
 use crate::config::Config;
 use crate::observe::audit::verify::{Report, Verifier, first_number, open};
 use crate::store::{Kind, State};

@@ -9,7 +9,7 @@ use serde::Deserialize;
 
 use super::tenant::render;
 use super::{Failure, Target, ask, date, print, table, text};
-use crate::admin::handlers::{Checked, Command, Compared, MeasuredEvent, Pcrs, ShownBaseline};
+use crate::admin::{Checked, Command, Compared, MeasuredEvent, Pcrs, ShownBaseline};
 use crate::sys::print::say;
 
 /// Longest event log that is read, in bytes.
@@ -291,7 +291,7 @@ fn capture_command(checked: &Checked, target: &Target) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::admin::handlers::Differs;
+    use crate::admin::Differs;
 
     fn event(pcr: usize, is_new: Option<bool>) -> MeasuredEvent {
         MeasuredEvent { pcr, digest: "00".repeat(32), event: "EV_IPL initrd".to_owned(), is_new }

@@ -10,7 +10,7 @@ use serde::Deserialize;
 
 use super::baselines::say_checked;
 use super::{Failure, Target, ask, labels, print, table, text};
-use crate::admin::handlers::{Checked, Command};
+use crate::admin::{Checked, Command};
 use crate::store::Labels;
 use crate::sys::print::say;
 

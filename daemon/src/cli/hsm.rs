@@ -3,7 +3,7 @@
 use serde_json::Value;
 
 use super::{Failure, Target, ask, date, print, table, text};
-use crate::admin::handlers::Command;
+use crate::admin::Command;
 use crate::sys::print::say;
 
 /// `claviger hsm …`

@@ -9,7 +9,7 @@ use serde_json::Value;
 use zeroize::Zeroizing;
 
 use super::{Failure, Target, ask, labels, pfx, print, secret, table, text, warn};
-use crate::admin::handlers::{Command, Secret};
+use crate::admin::{Command, Secret};
 use crate::registry::keys::EXPIRES_SOON;
 use crate::store::{Kind, Labels};
 use crate::sys::clock::unix_now;

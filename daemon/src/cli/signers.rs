@@ -3,7 +3,7 @@
 use serde_json::Value;
 
 use super::{Failure, Target, ask, print, table, text, warn};
-use crate::admin::handlers::Command;
+use crate::admin::Command;
 use crate::sys::print::say;
 
 /// `claviger signers …`

@@ -10,7 +10,7 @@ use serde_json::Value;
 use zeroize::Zeroizing;
 
 use super::{Failure, Target, ask, print, secret, warn};
-use crate::admin::handlers::{Command, Document};
+use crate::admin::{Command, Document};
 use crate::sys::print::say;
 
 /// Largest export that is read, in octets: what the administrators' socket takes.

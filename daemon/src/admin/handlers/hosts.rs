@@ -7,7 +7,7 @@ use claviger_protocol::rsa_key::RsaPublicKey;
 use data_encoding::{BASE64, HEXLOWER};
 use serde_json::{Value, json};
 
-use super::{Change, read};
+use super::change::{Change, read};
 use crate::attest::endorsement;
 use crate::observe::audit::Peer;
 use crate::request::Attempt;

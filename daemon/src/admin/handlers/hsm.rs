@@ -3,7 +3,7 @@
 use claviger_hsm::MemberStatus;
 use serde_json::{Value, json};
 
-use super::{Change, FAILED};
+use super::change::{Change, FAILED};
 use crate::observe::audit::Peer;
 use crate::observe::audit::SUCCESS;
 use crate::service::Service;

@@ -15,7 +15,9 @@ use ring::rand::{SecureRandom, SystemRandom};
 use serde_json::{Value, json};
 use zeroize::Zeroizing;
 
-use super::{Change, Secret, hsm, read};
+use super::change::{Change, FAILED, outcome, read};
+use super::hsm;
+use crate::admin::message::Secret;
 use crate::observe::audit::Peer;
 use crate::registry::keys::{Key, RSA_BITS, SERVER_AUTHENTICATION, key_ref};
 use crate::service::Service;
@@ -84,7 +86,7 @@ pub(super) async fn generate(
     };
     let spec = NewKey { id: id.clone(), label, bits, usage };
     let made = service.cluster.generate_rsa(&on, spec).await;
-    change.done(service, if made.is_ok() { crate::observe::audit::SUCCESS } else { super::FAILED }).await;
+    change.done(service, if made.is_ok() { crate::observe::audit::SUCCESS } else { FAILED }).await;
     let made = made.map_err(|error| format!("{on} made no key: {error}"))?;
     let public = RsaPublicKey::from_components(&made.n, &made.e).map_err(|e| format!("{on} made a bad key: {e}"))?;
 
@@ -165,7 +167,7 @@ pub(super) async fn add(service: &Arc<Service>, new: New, peer: Peer) -> Result<
             // Before the tokens are changed.
             change.requested(service).await?;
             if let Err(error) = import(service, new.kind, &key, &certificate, new.trust_absent).await {
-                change.done(service, super::FAILED).await;
+                change.done(service, FAILED).await;
                 return Err(error);
             }
             imported_id(new.kind, certificate.key())
@@ -178,7 +180,7 @@ pub(super) async fn add(service: &Arc<Service>, new: New, peer: Peer) -> Result<
     };
     let on_tokens = on_all_members(service, new.kind, &id.0, &certificate, new.trust_absent).await;
     if new.private_key.is_some() && on_tokens.is_err() {
-        change.done(service, super::FAILED).await;
+        change.done(service, FAILED).await;
     }
     warnings.extend(on_tokens?);
     if new.private_key.is_none() {
@@ -190,7 +192,7 @@ pub(super) async fn add(service: &Arc<Service>, new: New, peer: Peer) -> Result<
         state.add_certificate(&NewCertificate { kind, der: &der, key_id: &id.0, spki: &spki, primary }, now)
     };
     let added = service.change(work).await;
-    change.done(service, super::outcome(&added)).await;
+    change.done(service, outcome(&added)).await;
     Ok(done(service, &added.map_err(|e| e.to_string())?, warnings).await)
 }
 
@@ -603,7 +605,7 @@ async fn signed(
     if let Ok(done) = &signed {
         change.attempt.used(&done.member);
     }
-    change.done(service, if signed.is_ok() { crate::observe::audit::SUCCESS } else { super::FAILED }).await;
+    change.done(service, if signed.is_ok() { crate::observe::audit::SUCCESS } else { FAILED }).await;
     signed.map(|done| done.value).map_err(|error| {
         format!("the key {id} does not sign: {error}; a key that may only decrypt cannot prove that it is there")
     })

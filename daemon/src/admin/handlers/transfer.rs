@@ -6,12 +6,12 @@ use claviger_protocol::attestation::tpm::is_endorsement_key;
 use claviger_protocol::certificate::Certificate;
 use claviger_protocol::rsa_key::RsaPublicKey;
 use data_encoding::{BASE64, HEXLOWER, HEXLOWER_PERMISSIVE};
-use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::baselines::{Pcrs, check_log, pcr_values};
+use super::baselines::{check_log, pcr_values};
+use super::change::{Change, FAILED, outcome, read};
 use super::keys::{judge, on_all_members};
-use super::{Change, outcome, read};
+use crate::admin::message::export::{Baseline, Document, Host, KeyCertificate, Signer};
 use crate::observe::audit::Peer;
 use crate::observe::audit::SUCCESS;
 use crate::service::Service;
@@ -24,79 +24,12 @@ const VERSION: u32 = 1;
 /// A signer that ends sooner than this is not taken over: its own service renews it.
 const SIGNER_REST: i64 = 31 * 24 * 3600;
 
-/// An export. Encrypted by who asked for it, before it is written anywhere.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Document {
-    /// The version of this form.
-    version: u32,
-    /// When it was made, seconds since 1970.
-    created: i64,
-    hosts: Vec<Host>,
-    /// Documents of older daemons have none.
-    #[serde(default)]
-    baselines: Vec<Baseline>,
-    certificates: Vec<KeyCertificate>,
-    signers: Vec<Signer>,
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Host {
-    name: String,
-    /// SubjectPublicKeyInfo in DER, base64.
-    public_key: String,
-    enabled: bool,
-    labels: Labels,
-    /// What the key is. Documents of older daemons have only host keys.
-    #[serde(default)]
-    kind: HostKind,
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Baseline {
-    name: String,
-    /// SHA-256 values by PCR.
-    pcrs: Pcrs,
-    /// The event log that they were taken from, base64.
-    #[serde(default)]
-    log: Option<String>,
-    enabled: bool,
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct KeyCertificate {
-    kind: Kind,
-    /// DER, base64.
-    certificate: String,
-    /// CKA_ID, hexadecimal.
-    hsm_key: String,
-    primary: bool,
-    communications: bool,
-    enabled: bool,
-    labels: Labels,
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Signer {
-    /// DER, base64.
-    certificate: String,
-    /// CKA_ID, hexadecimal.
-    hsm_key: String,
-    current: bool,
-    #[serde(default)]
-    replaced: Option<i64>,
-}
-
 pub(super) async fn export(service: &Arc<Service>, peer: Peer) -> Result<Value, String> {
     let change = Change::new("export", peer);
     change.requested(service).await?;
     let all = |state: &mut State| Ok((state.hosts()?, state.baselines()?, state.certificates()?, state.signers()?));
     let read = read(service, all).await;
-    change.done(service, if read.is_ok() { SUCCESS } else { super::FAILED }).await;
+    change.done(service, if read.is_ok() { SUCCESS } else { FAILED }).await;
     let (hosts, baselines, certificates, signers) = read?;
     let host = |h: store::Host| Host {
         name: h.name,

@@ -1,0 +1,106 @@
+//! What all handlers do: read the state, and make a change that the audit trail tells of before and after.
+
+use std::sync::Arc;
+
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::observe::audit::{Peer, SUCCESS};
+use crate::request::Attempt;
+use crate::service::{ChangeError, Service};
+use crate::store::{State, StateError, check_host_name};
+use crate::sys::id::request_id;
+
+pub(super) async fn read<T: Send + 'static>(
+    service: &Arc<Service>,
+    work: impl FnOnce(&mut State) -> Result<T, StateError> + Send + 'static,
+) -> Result<T, String> {
+    let service = Arc::clone(service);
+    let read = tokio::task::spawn_blocking(move || service.with_state(work));
+    read.await.map_err(|e| e.to_string())?.map_err(|e| e.to_string())
+}
+
+/// A reply as JSON.
+pub(super) fn reply(value: impl Serialize) -> Result<Value, String> {
+    serde_json::to_value(value).map_err(|e| e.to_string())
+}
+
+/// A change that an administrator asked for, in the audit trail: a line before it is made, and one with its outcome.
+pub(super) struct Change {
+    event: &'static str,
+    pub(super) attempt: Attempt,
+}
+
+impl Change {
+    pub(super) fn new(event: &'static str, peer: Peer) -> Self {
+        let mut attempt = Attempt::new(request_id());
+        attempt.by = Some(peer);
+        Self { event, attempt }
+    }
+
+    /// Of a host. What cannot name one is refused here, so that it does not get into the trail.
+    pub(super) fn of_host(event: &'static str, name: &str, peer: Peer) -> Result<Self, String> {
+        check_host_name(name).map_err(|e| e.to_string())?;
+        let mut change = Self::new(event, peer);
+        change.attempt.host = Some(name.to_owned());
+        Ok(change)
+    }
+
+    /// Records it, makes it, and records what came of it. `note` completes the record with what was only known then.
+    pub(super) async fn make<T: Send + 'static>(
+        mut self,
+        service: &Arc<Service>,
+        work: impl FnOnce(&mut State) -> Result<T, StateError> + Send + 'static,
+        note: impl FnOnce(&mut Attempt, &T),
+    ) -> Result<T, String> {
+        self.requested(service).await?;
+        let made = service.change(work).await;
+        if let Ok(value) = &made {
+            note(&mut self.attempt, value);
+        }
+        self.done(service, outcome(&made)).await;
+        made.map_err(|error| error.to_string())
+    }
+
+    pub(super) async fn requested(&self, service: &Service) -> Result<(), String> {
+        let entry = self.attempt.entry(self.event, "requested");
+        let by = self.attempt.by.map(|peer| peer.uid);
+        tracing::info!(
+            event = self.event,
+            host = entry.host,
+            certificate = entry.certificate,
+            change = entry.change,
+            hsm = entry.hsm,
+            by,
+            request = entry.request,
+            "an administrator's change"
+        );
+        if service.record(&entry).await {
+            Ok(())
+        } else {
+            Err("the change cannot be recorded in the audit trail, so it was not made; see the daemon's log".to_owned())
+        }
+    }
+
+    /// What is made or refused stays so; when that cannot be recorded, the trail itself complains in the log.
+    pub(super) async fn done(&self, service: &Service, outcome: &str) {
+        tracing::info!(
+            event = self.event,
+            outcome,
+            request = self.attempt.request,
+            "an administrator's change is done"
+        );
+        let _ = service.record(&self.attempt.entry(self.event, outcome)).await;
+    }
+}
+
+/// What the trail says of a change that was not made.
+pub(super) const FAILED: &str = "failed";
+
+pub(super) fn outcome<T>(result: &Result<T, ChangeError>) -> &'static str {
+    match result {
+        Ok(_) => SUCCESS,
+        Err(ChangeError::NoEffectYet(_) | ChangeError::Unreadable(_)) => "stored",
+        Err(_) => FAILED,
+    }
+}
