@@ -8,11 +8,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use claviger::run::members::member;
 use claviger::sys::process;
 use claviger_bench::ceiling::{Settings, Stage, callers};
 use claviger_bench::cpu;
 use claviger_bench::raw::{OAEP, SCHEME, Work};
-use claviger::run::members::member;
 use claviger_hsm::policy::pick::{Candidate, Tiers, pick};
 use claviger_hsm::{CallTimeouts, Cluster};
 use claviger_tests::worker;

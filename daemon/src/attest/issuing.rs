@@ -172,7 +172,6 @@ mod tests {
     use super::*;
     use crate::config::AttestMode;
     use crate::service::testing::{certificate, key, service_in};
-    use crate::signing;
     use crate::store::{HostKind, Labels, NewSigner};
     use claviger_protocol::certificate::Certificate;
     use claviger_protocol::tpm::pcr::{PcrSet, PcrValues};

@@ -112,7 +112,7 @@ impl Keeper {
         }
         // A previous signer is trusted until the last health certificate that it can have issued has expired.
         let oldest = unix_now() - LIFETIME_SECONDS;
-        if signers.first_replaced.is_some_and(|replaced| replaced < oldest) {
+        if signers.first_replaced().is_some_and(|replaced| replaced < oldest) {
             self.service.change(move |state| state.forget_signers_before(oldest)).await?;
         }
         Ok(())

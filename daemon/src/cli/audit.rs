@@ -7,11 +7,13 @@ use claviger_client::files;
 use claviger_protocol::certificate::Certificate;
 use serde_json::json;
 
-use super::{Failure, Target, ask, print, text};
+use super::table::text;
+use super::target::{Target, ask, print};
 use crate::admin::Command;
 use crate::config::Config;
 use crate::observe::audit::verify::{Report, Verifier, first_number, open};
 use crate::store::{Kind, State};
+use crate::sys::failure::Failure;
 use crate::sys::print::say;
 
 /// `claviger audit …`

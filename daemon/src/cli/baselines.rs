@@ -7,9 +7,10 @@ use claviger_protocol::tpm::pcr::PcrSet;
 use data_encoding::BASE64;
 use serde::Deserialize;
 
-use super::tenant::render;
-use super::{Failure, Target, ask, date, print, table, text};
+use super::table::{date, plain, table, text};
+use super::target::{Target, ask, print};
 use crate::admin::{Checked, Command, Compared, MeasuredEvent, Pcrs, ShownBaseline};
+use crate::sys::failure::Failure;
 use crate::sys::print::say;
 
 /// Longest event log that is read, in bytes.
@@ -214,7 +215,7 @@ fn line(event: &MeasuredEvent) -> String {
         Some(false) => '-',
     };
     let digest = event.digest.get(..16).unwrap_or(&event.digest);
-    format!("        {sign} {digest}  {}", render::plain(&event.event))
+    format!("        {sign} {digest}  {}", plain(&event.event))
 }
 
 /// What `claviger hosts check` found.

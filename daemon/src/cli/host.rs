@@ -21,7 +21,9 @@ use rustix::fs::OFlags;
 use serde_json::json;
 use zeroize::Zeroizing;
 
-use super::{Failure, date, rsa_bits};
+use super::table::date;
+use super::target::rsa_bits;
+use crate::sys::failure::Failure;
 use crate::sys::print::say;
 
 /// Where hosts keep their keys, and where those do that attest by their TPM.

@@ -9,9 +9,11 @@ use data_encoding::BASE64;
 use serde::Deserialize;
 
 use super::baselines::say_checked;
-use super::{Failure, Target, ask, labels, print, table, text};
+use super::table::{table, text};
+use super::target::{Target, ask, labels, print};
 use crate::admin::{Checked, Command};
 use crate::store::Labels;
+use crate::sys::failure::Failure;
 use crate::sys::print::say;
 
 /// `claviger hosts …`

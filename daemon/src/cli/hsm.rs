@@ -2,8 +2,10 @@
 
 use serde_json::Value;
 
-use super::{Failure, Target, ask, date, print, table, text};
+use super::table::{date, table, text};
+use super::target::{Target, ask, print};
 use crate::admin::Command;
+use crate::sys::failure::Failure;
 use crate::sys::print::say;
 
 /// `claviger hsm …`

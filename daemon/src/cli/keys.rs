@@ -8,11 +8,14 @@ use data_encoding::BASE64;
 use serde_json::Value;
 use zeroize::Zeroizing;
 
-use super::{Failure, Target, ask, labels, pfx, print, secret, table, text, warn};
+use super::table::{table, text};
+use super::target::{Target, ask, labels, print, warn};
+use super::{pfx, secret};
 use crate::admin::{Command, Secret};
 use crate::registry::keys::EXPIRES_SOON;
 use crate::store::{Kind, Labels};
 use crate::sys::clock::unix_now;
+use crate::sys::failure::Failure;
 use crate::sys::print::{note, say};
 
 /// Largest certificate or PFX file that is read, in octets: what an administrator's request has room for.

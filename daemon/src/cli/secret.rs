@@ -5,7 +5,7 @@ use std::path::Path;
 use claviger_client::files;
 use zeroize::Zeroizing;
 
-use super::Failure;
+use crate::sys::failure::Failure;
 
 /// Longest password, in bytes.
 const LONGEST: usize = 1024;

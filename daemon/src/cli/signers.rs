@@ -2,8 +2,10 @@
 
 use serde_json::Value;
 
-use super::{Failure, Target, ask, print, table, text, warn};
+use super::table::{table, text};
+use super::target::{Target, ask, print, warn};
 use crate::admin::Command;
+use crate::sys::failure::Failure;
 use crate::sys::print::say;
 
 /// `claviger signers …`

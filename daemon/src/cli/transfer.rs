@@ -9,8 +9,10 @@ use claviger_protocol::pem;
 use serde_json::Value;
 use zeroize::Zeroizing;
 
-use super::{Failure, Target, ask, print, secret, warn};
+use super::secret;
+use super::target::{Target, ask, print, warn};
 use crate::admin::{Command, Document};
+use crate::sys::failure::Failure;
 use crate::sys::print::say;
 
 /// Largest export that is read, in octets: what the administrators' socket takes.

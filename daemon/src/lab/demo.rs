@@ -1,11 +1,12 @@
 //! `claviger demo`: a lab, served; then what a tenant and a guarded host do, checked and told with times.
 
+mod checks;
 mod tpm;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use claviger_client::host::{Host, HostError};
+use claviger_client::host::Host;
 use claviger_client::http::Client;
 use claviger_hsm::Cluster;
 use claviger_protocol::error::Code;
@@ -14,6 +15,7 @@ use claviger_protocol::owner::Owner;
 use claviger_protocol::payload::ApiVersion;
 use claviger_protocol::rsa_key::RsaPrivateKey;
 
+use self::checks::{Checks, release, took};
 use crate::config::AttestMode;
 use crate::lab::{HOST_NAME, Lab};
 use crate::run::daemon::Daemon;
@@ -47,36 +49,6 @@ pub async fn run(lab: &Lab, cluster: Cluster, vms: usize, begun: Instant) -> Res
             daemon.stop().await;
             Err(failure)
         }
-    }
-}
-
-/// Counts what was checked.
-#[derive(Default)]
-struct Checks {
-    passed: usize,
-    failed: usize,
-}
-
-impl Checks {
-    fn check(&mut self, right: bool, what: &str, begun: Instant) {
-        if right {
-            self.passed += 1;
-            say!("{what}{}", took(begun));
-        } else {
-            self.failed += 1;
-            say!("{what}: WRONG{}", took(begun));
-        }
-    }
-
-    /// A step that was to be refused in a certain way.
-    fn refused<T>(&mut self, result: Result<T, HostError>, expected: &str, what: &str, begun: Instant) {
-        let said = match &result {
-            Ok(_) => "granted".to_owned(),
-            Err(HostError::Attestation { status, reply, .. }) => format!("{status} {}", reply.name),
-            Err(HostError::Release { status, refusal }) => format!("{status} {}", refusal.code.as_str()),
-            Err(other) => other.to_string(),
-        };
-        self.check(said == expected, &format!("refuse     {what}: {said}"), begun);
     }
 }
 
@@ -142,36 +114,6 @@ async fn play_host_key(
     Ok(())
 }
 
-/// One VM's start, and its next one with the protector it got back.
-async fn release(checks: &mut Checks, host: &Host, health: &[u8], owner: &Arc<Owner>, name: &str, protector: &[u8]) {
-    let mut protector = protector.to_vec();
-    for (api, step) in [(ApiVersion::V2, "release    "), (ApiVersion::V1, "next start ")] {
-        let begun = Instant::now();
-        let result = host.roll(api, health, &protector).await;
-        let answered = begun.elapsed();
-        let at = Instant::now().checked_sub(answered).unwrap_or(begun);
-        let unwrapped = match result {
-            Ok(unwrapped) => unwrapped,
-            Err(error) => return checks.check(false, &format!("{step}{name}: {error}"), at),
-        };
-        // What only the owner can say: both keys are those of its protectors.
-        let opener = owner.clone();
-        let (ingress, egress) = (protector, unwrapped.egress_protector.clone());
-        let opened = tokio::task::spawn_blocking(move || (opener.open(&ingress), opener.open(&egress))).await;
-        let right = match opened {
-            Ok((Ok(ingress), Ok(egress))) => *ingress == *unwrapped.keys.ingress && *egress == *unwrapped.keys.egress,
-            _ => false,
-        };
-        let text = format!(
-            "{step}{name}: both keys are the owner's [{}, {:.1} ms]",
-            api.as_str(),
-            answered.as_secs_f64() * 1e3
-        );
-        checks.check(right, &text, begun);
-        protector = unwrapped.egress_protector;
-    }
-}
-
 /// The protector with one bit of its first certificate changed.
 fn tampered(protector: &[u8]) -> Vec<u8> {
     let mut copy = protector.to_vec();
@@ -197,8 +139,4 @@ async fn wait_until_ready(daemon: &Daemon) -> Result<(), Failure> {
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-}
-
-fn took(begun: Instant) -> String {
-    format!("  ({:.1} ms)", begun.elapsed().as_secs_f64() * 1e3)
 }

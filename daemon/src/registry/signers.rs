@@ -77,6 +77,11 @@ impl Signers {
         self.current_thumbprint.as_deref()
     }
 
+    /// When the earliest of the previous signers was replaced, in seconds since 1970.
+    pub(crate) fn first_replaced(&self) -> Option<i64> {
+        self.first_replaced
+    }
+
     /// The certificates as a PKCS#7 file without a signature.
     #[must_use]
     pub fn published(&self) -> Bytes {

@@ -4,7 +4,7 @@ use claviger_protocol::error::{Code, Refusal};
 use claviger_protocol::payload::ApiVersion;
 use claviger_protocol::request::RollResponse;
 
-use super::Grant;
+use super::grant::Grant;
 use crate::observe::audit::{Decision, NOT_RECORDED, SUCCESS};
 use crate::observe::metrics::{self, Class};
 use crate::request::Attempt;

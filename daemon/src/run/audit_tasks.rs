@@ -30,7 +30,7 @@ enum CheckpointError {
 }
 
 /// Writes what was counted, for as long as the daemon runs.
-pub async fn sum_up(service: Arc<Service>) {
+pub(super) async fn sum_up(service: Arc<Service>) {
     loop {
         tokio::time::sleep(EVERY).await;
         service.audit.write_summary().await;
@@ -38,7 +38,7 @@ pub async fn sum_up(service: Arc<Service>) {
 }
 
 /// Has the trail signed when it is due, for as long as the daemon runs.
-pub async fn sign(service: Arc<Service>) {
+pub(super) async fn sign(service: Arc<Service>) {
     static SAID: Throttle = Throttle::new();
     let mut failing = false;
     loop {
@@ -59,7 +59,7 @@ pub async fn sign(service: Arc<Service>) {
 }
 
 /// Writes and signs what there is, before the process ends; a checkpoint only if that is quick.
-pub async fn finish(service: &Arc<Service>) {
+pub(super) async fn finish(service: &Arc<Service>) {
     let _ = standstill::timeout(AT_STOP, service.audit.write_summary()).await;
     if let Some(draft) = service.audit.due_checkpoint(standstill::now(), true) {
         let signing = checkpoint(service, &draft, standstill::now() + AT_STOP);

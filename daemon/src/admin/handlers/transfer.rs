@@ -15,7 +15,7 @@ use crate::admin::message::export::{Baseline, Document, Host, KeyCertificate, Si
 use crate::observe::audit::Peer;
 use crate::observe::audit::SUCCESS;
 use crate::service::Service;
-use crate::store::{self, HostKind, Import, Kind, Labels, Merged, State};
+use crate::store::{self, HostKind, Import, Kind, Merged, State};
 use crate::sys::clock::unix_now;
 
 /// The version of the documents that are made and read.
@@ -197,6 +197,8 @@ fn read_document(document: Document) -> Result<Import, String> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use serde::Deserialize as _;
+
     use super::*;
 
     fn read_with(hosts: Value, baselines: Value) -> Result<Import, String> {

@@ -19,7 +19,7 @@ use rc2::Rc2;
 use ring::{digest, hmac, pbkdf2};
 use zeroize::Zeroizing;
 
-use super::{PfxError, damaged};
+use super::error::{PfxError, damaged};
 
 /// Most rounds of hashing for a whole file: some seconds. Windows and openssl write files of 2,000 to 4,000, Java of 20,000, the
 /// most careful ones of 600,000.

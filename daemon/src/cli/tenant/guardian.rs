@@ -11,9 +11,12 @@ use serde_json::{Value, json};
 
 use super::own_guardian;
 use super::pinning::{Guardians, MAX_METADATA, Thumbprint, Trust, read_metadata, signing_certificate};
-use super::render::{certificate_for_people, certificate_json, plain};
-use crate::cli::{Failure, rsa_bits, table};
+use super::render::{certificate_for_people, certificate_json};
+use crate::cli::table::plain;
+use crate::cli::table::table;
+use crate::cli::target::rsa_bits;
 use crate::lab::demo::METADATA;
+use crate::sys::failure::Failure;
 use crate::sys::print::say;
 use crate::sys::process;
 

@@ -14,8 +14,8 @@ use claviger_protocol::certificate::Certificate;
 use claviger_protocol::owner::Owner;
 use claviger_protocol::rsa_key::RsaPrivateKey;
 
-use crate::cli::Failure;
 use crate::lab::{OWNER_ROLES, self_signed};
+use crate::sys::failure::Failure;
 
 /// Makes the folder, which must not be there, and an own guardian in it.
 pub(super) fn make(dir: &Path, name: &str, bits: u32) -> Result<Owner, Failure> {

@@ -10,7 +10,7 @@ use claviger_protocol::certificate::Certificate;
 use claviger_protocol::metadata::Metadata;
 use data_encoding::{HEXLOWER, HEXLOWER_PERMISSIVE};
 
-use crate::cli::Failure;
+use crate::sys::failure::Failure;
 
 /// Largest metadata document that is read, in octets; an honest one has some ten thousand.
 pub(super) const MAX_METADATA: usize = 1024 * 1024;

@@ -14,8 +14,9 @@ use serde_json::json;
 
 use super::own_guardian;
 use super::pinning::{Guardians, Trust, read_metadata};
-use super::render::{self, Opened, plain};
-use crate::cli::Failure;
+use super::render::{self, Opened};
+use crate::cli::table::plain;
+use crate::sys::failure::Failure;
 use crate::sys::print::say;
 use crate::sys::process;
 

@@ -5,24 +5,9 @@ use claviger_protocol::describe::{DescribedSignature, DescribedWrapping, Descrip
 use serde_json::{Value, json};
 
 use super::pinning;
-use crate::cli::date;
+use crate::cli::table::{date, plain};
 use crate::sys::clock::unix_now;
 use crate::sys::print::say;
-
-/// Text of somebody else's making without what a terminal would obey.
-pub(in crate::cli) fn plain(text: &str) -> String {
-    let tame = |c: char| match c {
-        '\n' => c.to_string(),
-        // Besides controls: what turns the direction of writing, and line ends that are no '\n'.
-        c if c.is_control()
-            || matches!(c, '\u{200e}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}') =>
-        {
-            c.escape_unicode().to_string()
-        }
-        c => c.to_string(),
-    };
-    text.chars().map(tame).collect()
-}
 
 fn subject(certificate: &Certificate) -> String {
     // Nobody's name goes on for ever.
@@ -185,15 +170,4 @@ fn signature_json(signature: &DescribedSignature) -> Value {
 fn with(mut object: Value, name: &str, value: Value) -> Value {
     object[name] = value;
     object
-}
-
-#[cfg(test)]
-mod tests {
-    use super::plain;
-
-    #[test]
-    fn terminals_are_not_told_what_to_do() {
-        assert_eq!(plain("é: a\nb"), "é: a\nb");
-        assert_eq!(plain("\u{1b}[2J\u{9b}\r\u{202e}"), "\\u{1b}[2J\\u{9b}\\u{d}\\u{202e}");
-    }
 }

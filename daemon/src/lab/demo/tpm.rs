@@ -15,7 +15,7 @@ use claviger_protocol::tpm::log::{Log, LogWriter, short_boot};
 use data_encoding::BASE64;
 use serde_json::{Value, json};
 
-use super::{Checks, release};
+use super::checks::{Checks, release};
 use crate::admin::handlers;
 use crate::lab::Lab;
 use crate::observe::audit::Peer;

@@ -1,0 +1,62 @@
+//! The running daemon that a command asks, and what is read from and told of every command.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use crate::admin::{self, Command};
+use crate::config::Config;
+use crate::registry::keys::RSA_BITS;
+use crate::store::{Labels, StateError};
+use crate::sys::failure::Failure;
+use crate::sys::print::{note, say};
+
+/// The length of an RSA key, from the command line.
+///
+/// # Errors
+/// Those that there are.
+pub fn rsa_bits(text: &str) -> Result<u32, String> {
+    match text.parse() {
+        Ok(bits) if RSA_BITS.contains(&bits) => Ok(bits),
+        _ => Err("2048, 3072 or 4096".to_owned()),
+    }
+}
+
+/// Where the running daemon is.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Target {
+    /// The configuration file of the running daemon
+    #[arg(long, value_name = "FILE", required_unless_present = "socket")]
+    pub config: Option<PathBuf>,
+    /// The daemon's admin socket, instead of --config
+    #[arg(long, value_name = "PATH", conflicts_with = "config")]
+    pub socket: Option<PathBuf>,
+    /// Print JSON for machines
+    #[arg(long)]
+    pub json: bool,
+}
+
+pub(super) async fn ask(target: &Target, command: &Command) -> Result<Value, Failure> {
+    let socket = match (&target.socket, &target.config) {
+        (Some(socket), _) => socket.clone(),
+        (None, Some(config)) => Config::load(config)?.server.admin_socket(),
+        (None, None) => return Err("say which daemon: --config FILE or --socket PATH".into()),
+    };
+    Ok(admin::call(Path::new(&socket), command).await?)
+}
+
+/// The labels of a command line.
+pub(super) fn labels(given: Vec<String>) -> Result<Labels, StateError> {
+    given.try_into()
+}
+
+/// Says what an administrator should know, beside the answer itself.
+pub(super) fn warn(reply: &Value) {
+    for warning in reply["warnings"].as_array().into_iter().flatten().filter_map(Value::as_str) {
+        note(&format!("warning: {warning}"));
+    }
+}
+
+pub(super) fn print(target: &Target, reply: &Value, for_people: impl FnOnce()) {
+    if target.json { say!("{reply:#}") } else { for_people() }
+}
