@@ -18,10 +18,12 @@
 //! A release may be refused early, before it is read, when it is clear already that it would not be let in: most of what a
 //! storm costs is the refusing.
 //!
-//! Every refusal says when to come again. `queue` and the rates decide, as plain values; `turns` waits and wakes.
+//! Every refusal says when to come again. `fair_queue` and the rates decide, as plain values; `turns` waits and wakes.
 
 pub mod bodies;
+mod declined;
 mod fair_queue;
+mod host_at;
 pub(crate) mod strangers;
 mod turns;
 mod wait_estimate;
@@ -31,11 +33,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
-use claviger_protocol::error::{Code, Refusal};
+use claviger_protocol::error::Refusal;
 use claviger_protocol::work::Work;
 use tokio::sync::Semaphore;
 
-use self::fair_queue::whole_seconds;
+use self::declined::whole_seconds;
+pub use self::declined::{Declined, Dropped};
+pub use self::host_at::HostAt;
 pub use self::turns::Permit;
 use self::turns::Turns;
 use crate::config::Config;
@@ -70,101 +74,6 @@ const BYTES_FOR_A_TOKEN: usize = 64 * 1024;
 
 /// The same of strangers: XML that is made to cost takes as long for so many bytes as a signature takes to verify.
 const BYTES_FOR_A_STRANGERS_TOKEN: usize = 16 * 1024;
-
-/// A host as it asks from one network. Its rate is that of the pair: who got hold of its health certificate and shows it
-/// elsewhere does not ask in its place.
-#[derive(Clone, PartialEq, Eq, Hash, Debug)]
-pub struct HostAt {
-    host: Arc<str>,
-    /// `None` where it is not known, as in a program that has no connections.
-    network: Option<Network>,
-}
-
-impl HostAt {
-    /// The host of this name, as the sender of `attempt`.
-    #[must_use]
-    pub fn new(host: &str, attempt: &Attempt) -> Self {
-        Self { host: Arc::from(host), network: attempt.network() }
-    }
-}
-
-/// Why a request was not let in.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Dropped {
-    /// The queue was full, and its host's line the longest.
-    Full,
-    /// Its deadline passed.
-    Deadline,
-    /// It would not have been done within its deadline.
-    Late,
-    /// Its host asks too fast.
-    Rate,
-    /// Too much that came from its address was refused, and it does not come from a known host.
-    Address,
-    /// Its caller went away.
-    Left,
-}
-
-impl Dropped {
-    /// Every reason.
-    pub const ALL: [Self; 6] = [Self::Full, Self::Deadline, Self::Late, Self::Rate, Self::Address, Self::Left];
-
-    /// Its name in the metrics.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Full => "full",
-            Self::Deadline => "deadline",
-            Self::Late => "late",
-            Self::Rate => "rate",
-            Self::Address => "address",
-            Self::Left => "left",
-        }
-    }
-}
-
-/// A request that was not let in.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Declined {
-    /// Why.
-    pub reason: Dropped,
-    /// In how many seconds its caller may come again.
-    pub retry_after: u16,
-}
-
-impl Declined {
-    fn rate(reason: Dropped, wait: Duration) -> Self {
-        Self { reason, retry_after: whole_seconds(wait) }
-    }
-
-    /// The refusal of a release. Counts it.
-    #[must_use]
-    pub fn release(self) -> Refusal {
-        metrics::queue_dropped(self.reason.as_str());
-        self.refusal()
-    }
-
-    /// What its caller is told. Counts nothing.
-    pub(crate) fn refusal(self) -> Refusal {
-        let (code, message) = match self.reason {
-            Dropped::Rate => (Code::TooManyRequests, "this host asks for more releases than it may; try again"),
-            Dropped::Address => (Code::TooManyRequests, "too many requests from this address were refused; try again"),
-            Dropped::Full => (Code::ServiceUnavailable, "too many releases are waiting; try again"),
-            Dropped::Deadline | Dropped::Late => {
-                (Code::ServiceUnavailable, "the service is too busy to do the release in time; try again")
-            }
-            Dropped::Left => (Code::ServiceUnavailable, "the caller went away before it was its turn"),
-        };
-        Refusal::new(code, message).retry_after(self.retry_after)
-    }
-
-    /// The same for an attestation. Counts it.
-    #[must_use]
-    pub fn attestation(self) -> Self {
-        metrics::attestation_dropped(self.reason.as_str());
-        self
-    }
-}
 
 /// Lets releases and attestations in.
 pub struct Admission {

@@ -7,12 +7,10 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::declined::{Dropped, whole_seconds};
+use super::host_at::HostAt;
 use super::wait_estimate::Pace;
-use super::{Dropped, HostAt};
 use crate::request::Network;
-
-/// Bounds of what a caller is told to wait before it comes again, in seconds.
-const RETRY_AFTER: (u64, u64) = (1, 30);
 
 /// At most `concurrency` run. The others wait, at most `limit` of them, in a line for each host; the hosts that have
 /// somebody waiting take turns. As long as somebody waits, all places to run are taken.
@@ -289,12 +287,6 @@ impl<T> Queue<T> {
     pub(super) fn retry_after(&self) -> u16 {
         whole_seconds(self.pace.drain(self.waiting + 1, self.concurrency))
     }
-}
-
-/// A time as `Retry-After` tells it.
-pub(super) fn whole_seconds(time: Duration) -> u16 {
-    let seconds = time.as_secs() + u64::from(time.subsec_nanos() > 0);
-    seconds.clamp(RETRY_AFTER.0, RETRY_AFTER.1) as u16
 }
 
 #[cfg(test)]

@@ -7,6 +7,8 @@ use tokio::task::{JoinSet, yield_now};
 
 use super::fair_queue::{Arrival, Queue};
 use super::turns::Waiter;
+use claviger_protocol::error::Code;
+
 use super::*;
 use crate::config::{Attest, Release, Server};
 use crate::request::Caller;

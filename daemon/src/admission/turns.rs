@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 use claviger_hsm::standstill;
 use tokio::sync::oneshot;
 
+use super::declined::{Declined, Dropped};
 use super::fair_queue::{Arrival, Queue, Ticket, Turn};
-use super::{Declined, Dropped, HostAt};
+use super::host_at::HostAt;
 use crate::observe::metrics::Load;
 use crate::request::Caller;
 
