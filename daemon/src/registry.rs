@@ -1,7 +1,6 @@
 //! What requests read: snapshots of the state, and what is remembered from one request to the next.
 
 pub mod baselines;
-pub mod evidence;
 pub mod health_cache;
 pub mod hosts;
 pub mod issued;

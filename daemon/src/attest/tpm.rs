@@ -35,10 +35,10 @@ use crate::admission::strangers;
 use crate::observe::log_throttle::Throttle;
 use crate::observe::metrics;
 use crate::registry::baselines::BaselineId;
-use crate::registry::evidence::Evidence;
 use crate::request::Attempt;
 use crate::service::{Service, Snapshot};
 use crate::store::Host;
+use crate::store::evidence::Evidence;
 use crate::sys::clock::unix_now;
 
 /// Largest step 2, in bytes, that is read from an address over its rate; most of it is the boot log.

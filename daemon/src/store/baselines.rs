@@ -1,60 +1,18 @@
 //! Baselines: PCR values that an administrator accepted.
 
-use std::sync::Arc;
-
 use claviger_protocol::tpm::pcr::PcrValues;
 use claviger_protocol::tpm::policy;
 use data_encoding::{HEXLOWER, HEXLOWER_PERMISSIVE};
 
-use super::StateError;
 use super::contents::{Contents, Delta};
+use super::error::StateError;
+use super::records::{Baseline, KeptBaseline, KeptLog};
 
 /// Most baselines of a service. Each attestation is compared with all that are enabled.
 pub const MAX_BASELINES: usize = 1_000;
 
 /// Longest name, which is that of an organizational unit in a certificate.
 const MAX_NAME: usize = 64;
-
-/// PCR values that hosts may have.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Baseline {
-    /// Its name, unique without regard to case, as it was given.
-    pub name: String,
-    /// The values: at least those of PCRs 0, 4 and 7.
-    pub values: PcrValues,
-    /// The event log of the host that they were taken from.
-    pub log: Option<Vec<u8>>,
-    /// Whether hosts with these values are healthy.
-    pub enabled: bool,
-    /// When it was added, seconds since 1970. Health certificates from before do not mean this one.
-    pub added: i64,
-}
-
-/// A baseline as [`Contents`] has it: logs may be large, and stay in the store.
-#[derive(Clone, Debug)]
-pub(super) struct KeptBaseline {
-    /// Without its log.
-    pub(super) baseline: Baseline,
-    pub(super) log: KeptLog,
-}
-
-/// Where the log of a baseline is.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum KeptLog {
-    /// It has none.
-    Absent,
-    /// In the store.
-    Stored,
-    /// It is to be stored with the baseline.
-    New(Arc<[u8]>),
-}
-
-impl From<Baseline> for KeptBaseline {
-    fn from(mut baseline: Baseline) -> Self {
-        let log = baseline.log.take().map_or(KeptLog::Absent, |log| KeptLog::New(log.into()));
-        Self { baseline, log }
-    }
-}
 
 impl Contents {
     /// All baselines by name, without their logs.

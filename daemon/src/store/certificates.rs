@@ -2,89 +2,11 @@
 
 use std::cmp::Reverse;
 
-use serde::{Deserialize, Serialize};
-
-use super::{Contents, Labels, StateError, check_der, check_key_id, sha256_hex};
-
-/// What a key-protection certificate is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Kind {
-    /// It signs protectors.
-    Signing,
-    /// Transport keys are encrypted to it.
-    Encryption,
-}
-
-impl Kind {
-    /// `signing` or `encryption`.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Signing => "signing",
-            Self::Encryption => "encryption",
-        }
-    }
-}
-
-impl std::fmt::Display for Kind {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(self.as_str())
-    }
-}
-
-impl std::str::FromStr for Kind {
-    type Err = StateError;
-
-    fn from_str(text: &str) -> Result<Self, StateError> {
-        match text {
-            "signing" => Ok(Self::Signing),
-            "encryption" => Ok(Self::Encryption),
-            _ => Err(StateError::Invalid(format!(
-                "{text:?} is no kind of certificate; use \"signing\" or \"encryption\""
-            ))),
-        }
-    }
-}
-
-/// A key-protection certificate whose private key is in the HSMs.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Certificate {
-    /// SHA-256 of [`Certificate::der`], 64 lower-case hexadecimal digits; names the certificate in commands.
-    pub thumbprint: String,
-    /// What it is for.
-    pub kind: Kind,
-    /// The certificate, DER.
-    pub der: Vec<u8>,
-    /// CKA_ID of its private key on every member.
-    pub key_id: Vec<u8>,
-    /// Its public key, DER SubjectPublicKeyInfo.
-    pub spki: Vec<u8>,
-    /// Whether new protectors use it; at most one of a kind is primary, and it is enabled.
-    pub is_primary: bool,
-    /// Whether protectors that name it are still served.
-    pub enabled: bool,
-    /// When it was added, seconds since 1970.
-    pub added: i64,
-    /// Whether it signs the metadata document, in place of the primary signing certificate; at most one does.
-    pub is_communications: bool,
-    /// A host needs all of these to be given what its key opens. The same for all certificates of a key.
-    pub labels: Labels,
-}
-
-/// A key-protection certificate that is to be added, enabled.
-#[derive(Clone, Copy, Debug)]
-pub struct NewCertificate<'a> {
-    /// What it is for.
-    pub kind: Kind,
-    /// The certificate, DER.
-    pub der: &'a [u8],
-    /// CKA_ID of its private key on every member.
-    pub key_id: &'a [u8],
-    /// Its public key, DER SubjectPublicKeyInfo.
-    pub spki: &'a [u8],
-    /// Whether it becomes the primary one of its kind, in place of the one that is.
-    pub primary: bool,
-}
+use super::contents::Contents;
+use super::error::StateError;
+use super::labels::Labels;
+use super::limits::{check_der, check_key_id};
+use super::records::{Certificate, Kind, NewCertificate, sha256_hex};
 
 impl Contents {
     /// All key-protection certificates: by kind, the primary one first, then the newest first.

@@ -3,11 +3,8 @@
 //! The rules of the state (names and keys are unique, one primary certificate of a kind, …) are methods of [`Contents`] beside
 //! the records that they concern. They know nothing of files and networks.
 
-use super::baselines::KeptBaseline;
-use super::certificates::{Certificate, Kind};
-use super::hosts::Host;
 use super::labels::Labels;
-use super::signers::{RevokedSigner, Signer};
+use super::records::{Certificate, Host, KeptBaseline, Kind, RevokedSigner, Signer};
 use super::table::{Changes, Table};
 
 /// All that is stored, at one point in time. Copies share the records.

@@ -1,56 +1,12 @@
 //! Registered hosts.
 
-use std::fmt;
 use std::sync::Arc;
 
-use super::{Contents, Labels, StateError, check_der, sha256_hex};
-
-/// What a host attests with.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum HostKind {
-    /// A key of its own, in host-key mode.
-    #[default]
-    HostKey,
-    /// The endorsement key of its TPM, in TPM mode. A host key never passes for one: its owner could sign anything.
-    EndorsementKey,
-}
-
-impl HostKind {
-    /// Its name in the state and for people.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::HostKey => "host-key",
-            Self::EndorsementKey => "endorsement-key",
-        }
-    }
-}
-
-impl fmt::Display for HostKind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.as_str())
-    }
-}
-
-/// A host that may attest.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Host {
-    /// Its name, unique without regard to case, as it was given.
-    pub name: String,
-    /// What it attests with.
-    pub kind: HostKind,
-    /// The public half of that key: DER SubjectPublicKeyInfo, unique.
-    pub spki: Vec<u8>,
-    /// SHA-256 of [`Host::spki`], 64 lower-case hexadecimal digits.
-    pub spki_sha256: String,
-    /// Whether it may attest and be given keys.
-    pub enabled: bool,
-    /// When it was added, seconds since 1970.
-    pub added: i64,
-    /// What is said of it; certificates may be limited to hosts of some labels.
-    pub labels: Labels,
-}
+use super::contents::Contents;
+use super::error::StateError;
+use super::labels::Labels;
+use super::limits::check_der;
+use super::records::{Host, HostKind, sha256_hex};
 
 impl Contents {
     /// All hosts, by name.

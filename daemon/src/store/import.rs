@@ -2,11 +2,13 @@
 
 use std::collections::HashMap;
 
-use super::baselines::{Baseline, check_baseline_name, check_values};
-use super::certificates::{Certificate, Role};
-use super::hosts::{Host, check_host_name};
-use super::signers::Signer;
-use super::{Contents, StateError, check_der, check_key_id};
+use super::baselines::{check_baseline_name, check_values};
+use super::certificates::Role;
+use super::contents::Contents;
+use super::error::StateError;
+use super::hosts::check_host_name;
+use super::limits::{check_der, check_key_id};
+use super::records::{Baseline, Certificate, Host, Signer};
 
 /// What is to be taken in.
 #[derive(Clone, Debug, Default)]
@@ -283,7 +285,7 @@ mod tests {
                 state.add_certificate(&certificate(der), 1).unwrap();
             }
         }
-        let ids = [&b"one"[..], b"two", b"three"].map(crate::store::sha256_hex);
+        let ids = [&b"one"[..], b"two", b"three"].map(crate::store::records::sha256_hex);
         let encryption = Kind::Encryption;
         there.limit_certificate(encryption, &ids[0], &acme).unwrap();
         here.limit_certificate(encryption, &ids[0], &north).unwrap();
@@ -368,7 +370,7 @@ mod tests {
     fn a_signer_is_trusted_for_no_longer_than_one_that_is_replaced_now(place: &Place) {
         let mut here = place.open();
         let signer = |der: &[u8], current, replaced| Signer {
-            thumbprint: crate::store::sha256_hex(der),
+            thumbprint: crate::store::records::sha256_hex(der),
             der: der.to_owned(),
             key_id: b"id".to_vec(),
             not_before: 1,

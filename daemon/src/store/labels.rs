@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use super::StateError;
+use super::error::StateError;
 
 /// Most labels that a host or a certificate has.
 const MOST: usize = 32;

@@ -4,53 +4,10 @@ use std::cmp::Reverse;
 
 use claviger_protocol::certificate::Certificate;
 
-use super::{Contents, StateError, check_der, check_key_id, sha256_hex};
-
-/// A certificate that issues health certificates, or did.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Signer {
-    /// SHA-256 of [`Signer::der`], 64 lower-case hexadecimal digits.
-    pub thumbprint: String,
-    /// The certificate, DER.
-    pub der: Vec<u8>,
-    /// CKA_ID of its private key on every member.
-    pub key_id: Vec<u8>,
-    /// Start of its validity, seconds since 1970.
-    pub not_before: i64,
-    /// End of its validity, seconds since 1970.
-    pub not_after: i64,
-    /// Whether it issues now; exactly one does once there is any.
-    pub current: bool,
-    /// When another one took its place, seconds since 1970; `None` for the current one.
-    pub replaced: Option<i64>,
-}
-
-/// A certificate whose health certificates are refused, though they are in date.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RevokedSigner {
-    /// SHA-256 of its DER, 64 lower-case hexadecimal digits.
-    pub thumbprint: String,
-    /// SHA-256 of its public key (DER SubjectPublicKeyInfo), 64 lower-case hexadecimal digits: other certificates of that key
-    /// are revoked, too.
-    pub spki_sha256: String,
-    /// End of its validity, seconds since 1970.
-    pub not_after: i64,
-    /// When it was revoked, seconds since 1970.
-    pub revoked: i64,
-}
-
-/// A certificate that is to issue health certificates from now on.
-#[derive(Clone, Copy, Debug)]
-pub struct NewSigner<'a> {
-    /// The certificate, DER.
-    pub der: &'a [u8],
-    /// CKA_ID of its private key on every member.
-    pub key_id: &'a [u8],
-    /// Start of its validity, seconds since 1970.
-    pub not_before: i64,
-    /// End of its validity, seconds since 1970.
-    pub not_after: i64,
-}
+use super::contents::Contents;
+use super::error::StateError;
+use super::limits::{check_der, check_key_id};
+use super::records::{NewSigner, RevokedSigner, Signer, sha256_hex};
 
 impl Contents {
     /// All attestation signers, the current one first, then the latest replaced first.

@@ -18,7 +18,9 @@ use std::time::{Duration, Instant};
 
 use rusqlite::{Connection, ErrorCode, OptionalExtension, TransactionBehavior, params};
 
-use super::{Contents, Decision, StateError, Store};
+use super::backend::{Decision, Store};
+use super::contents::Contents;
+use super::error::StateError;
 use schema::{MIGRATIONS, migrate};
 
 /// How long a call waits for another daemon that is writing.
@@ -152,8 +154,9 @@ fn data_version(connection: &Connection) -> rusqlite::Result<i64> {
 mod tests {
     use std::os::unix::fs::PermissionsExt;
 
+    use super::super::records::sha256_hex;
     use super::super::tests::message;
-    use super::super::{Certificate, Labels, State, sha256_hex};
+    use super::super::{Certificate, Labels, State};
     use super::*;
     use claviger_protocol::tpm::pcr::PcrValues;
 

@@ -5,11 +5,13 @@ use std::sync::Arc;
 
 use claviger_protocol::tpm::pcr::PcrValues;
 
+use super::backend::Store;
+use super::contents::Contents;
+use super::error::StateError;
+use super::import::{Import, Merged};
+use super::labels::Labels;
+use super::records::{Baseline, Certificate, Host, HostKind, Kind, NewCertificate, NewSigner, RevokedSigner, Signer};
 use super::sqlite::Sqlite;
-use super::{
-    Baseline, Certificate, Contents, Host, HostKind, Import, Kind, Labels, Merged, NewCertificate, NewSigner,
-    RevokedSigner, Signer, StateError, Store,
-};
 
 /// The open state, used by one caller at a time. Errors of single changes are those of the methods of [`Contents`].
 #[derive(Debug)]

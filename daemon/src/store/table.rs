@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::sync::Arc;
 
-use super::StateError;
+use super::error::StateError;
 
 /// Records by their keys, or the reason why they cannot be read.
 #[derive(Clone, Debug)]

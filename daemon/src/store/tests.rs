@@ -1,6 +1,7 @@
 //! What holds for every store. Tests of single records are beside them.
 #![allow(clippy::unwrap_used)]
 
+use std::fmt;
 use std::path::PathBuf;
 
 use super::*;

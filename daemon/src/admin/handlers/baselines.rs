@@ -14,8 +14,8 @@ use super::change::{Change, read, reply};
 use crate::admin::message::baselines::{Checked, Compared, Differs, MeasuredEvent, Pcrs, PolicyShown, Replayed, Shown};
 use crate::observe::audit::Peer;
 use crate::registry::baselines::until_next_second;
-use crate::registry::evidence::Evidence;
 use crate::service::Service;
+use crate::store::evidence::Evidence;
 use crate::store::{self, Host, State, check_baseline_name, check_host_name};
 use crate::sys::clock::unix_now;
 

@@ -5,13 +5,13 @@ use std::path::Path;
 use rusqlite::types::{FromSql, Type};
 use rusqlite::{Connection, Row, Transaction, params};
 
-use super::super::StateError;
-use super::super::baselines::{Baseline, KeptBaseline, KeptLog, check_values, values_from_text, values_to_text};
-use super::super::certificates::{Certificate, Kind};
+use super::super::baselines::{check_values, values_from_text, values_to_text};
 use super::super::contents::{Contents, Delta};
-use super::super::hosts::{Host, HostKind};
+use super::super::error::StateError;
 use super::super::labels::Labels;
-use super::super::signers::{RevokedSigner, Signer};
+use super::super::records::{
+    Baseline, Certificate, Host, HostKind, KeptBaseline, KeptLog, Kind, RevokedSigner, Signer,
+};
 use super::super::table::Table;
 
 /// Reads everything, as it is at one point in time. A table that cannot be read keeps none of the others from being read.

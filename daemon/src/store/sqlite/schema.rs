@@ -4,7 +4,7 @@ use std::path::Path;
 
 use rusqlite::{Connection, TransactionBehavior};
 
-use super::StateError;
+use super::super::error::StateError;
 
 /// Each step brings the schema from the version of its index to the next one. Steps are never changed, only added.
 pub(super) const MIGRATIONS: &[&str] = &[

@@ -7,8 +7,9 @@ use std::time::Duration;
 use rusqlite::backup::Backup;
 use rusqlite::{Connection, OpenFlags};
 
+use super::super::error::StateError;
 use super::schema::{MIGRATIONS, migrate};
-use super::{BUSY_TIMEOUT, Known, Sqlite, StateError};
+use super::{BUSY_TIMEOUT, Known, Sqlite};
 
 impl Sqlite {
     /// Opens `state.db` in `folder`, which exists, for reading only. Returns the schema version of the file, too, where it is

@@ -17,8 +17,8 @@ use claviger_protocol::tpm::context::MAX_LOG;
 use claviger_protocol::tpm::pcr::{PcrSet, PcrValues};
 use rusqlite::{Connection, OptionalExtension, params};
 
+use super::usage_counts::{UsageError, is_damage, move_aside};
 use crate::observe::log_throttle::Throttle;
-use crate::store::usage_counts::{UsageError, is_damage, move_aside};
 
 /// Maximum total size, in bytes, of the logs that wait to be written. Evidence beyond it is dropped.
 const MOST_PENDING: usize = 64 * 1024 * 1024;
