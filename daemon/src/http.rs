@@ -5,4 +5,3 @@ pub mod body;
 pub mod intake;
 pub mod routes;
 pub mod server;
-pub mod tls;

@@ -23,3 +23,4 @@ pub mod signing;
 pub mod status;
 pub mod store;
 pub mod sys;
+pub mod tls;

@@ -47,7 +47,6 @@ use crate::admission::{Declined, HostAt};
 use crate::observe::log_throttle::Throttle;
 use crate::request::Attempt;
 use crate::service::{Service, Snapshot};
-use crate::signing::signed_by;
 use crate::sys::clock::unix_now;
 
 /// A refusal in a secret step leaves at a multiple of this after the request's arrival, so that its time tells nothing

@@ -22,7 +22,6 @@ use self::verdict::judge;
 use crate::admission::strangers;
 use crate::http::routes::Answer;
 use crate::http::server::Blocked;
-use crate::http::tls::SharedTls;
 use crate::observe::history::INTERVAL;
 use crate::observe::metrics::{self, Handle, Readings};
 use crate::registry::keys::short_name;
@@ -30,6 +29,7 @@ use crate::service::Service;
 use crate::sys::clock::unix_now;
 use crate::sys::id::request_id;
 use crate::sys::process;
+use crate::tls::SharedTls;
 
 const TEXT: &str = "text/plain; charset=utf-8";
 const HTML: &str = "text/html; charset=utf-8";

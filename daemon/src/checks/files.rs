@@ -13,8 +13,8 @@ use time::format_description::well_known::Rfc3339;
 use super::finding::Finding;
 use super::state::expiry;
 use crate::config::Config;
-use crate::http::tls::{Doubt, tls_config};
 use crate::sys::ownership::{self, Untrusted};
+use crate::tls::{Doubt, tls_config};
 
 /// Free space on the disk below which it is time to do something, and below which it is too late.
 const LITTLE_SPACE: u64 = 1024 * 1024 * 1024;

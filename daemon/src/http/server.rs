@@ -35,10 +35,10 @@ use tokio::time::Instant;
 
 use self::activity::{Activity, Reading};
 use self::ration::{Account, Charged};
-use crate::http::tls::SharedTls;
 use crate::observe::log_throttle::Throttle;
 use crate::request::Network;
 use crate::sys::places::{self, NoPlace, Places};
+use crate::tls::SharedTls;
 
 pub(crate) use self::activity::Cut;
 

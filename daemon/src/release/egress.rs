@@ -12,7 +12,7 @@ use claviger_protocol::wrapping_set::{SetWrapping, WrappingSet};
 
 use super::hsm::{Hsm, Unavailable};
 use crate::admission::strangers::apart_if_large;
-use crate::service::signed_by;
+use crate::signing::signed_by;
 
 /// A protector that is complete but for being written out: what it shares with others of its set is kept once for all of them.
 #[derive(Debug)]

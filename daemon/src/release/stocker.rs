@@ -10,8 +10,10 @@ use super::egress::Egress;
 use super::hsm::Hsm;
 use super::ours::Ours;
 use super::stock::Order;
-use crate::service::{OWN_DEADLINE, Service, unix_now};
+use crate::service::Service;
+use crate::signing::OWN_DEADLINE;
 use crate::store::usage_counts::RememberedSet;
+use crate::sys::clock::unix_now;
 
 /// How long to wait when nothing can or need be made.
 const PAUSE: Duration = Duration::from_millis(50);

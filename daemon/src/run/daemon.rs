@@ -22,7 +22,6 @@ use crate::config::Config;
 use crate::http::intake;
 use crate::http::routes;
 use crate::http::server::{self, Cut, Drained, Limits, Listener};
-use crate::http::tls::{SharedTls, TlsError, tls_config};
 use crate::observe::metrics;
 use crate::release;
 use crate::service::{Service, ServiceError};
@@ -30,6 +29,7 @@ use crate::status::{self, Monitor};
 use crate::sys::clock::unix_now;
 use crate::sys::places::LEAVING;
 use crate::sys::process;
+use crate::tls::{SharedTls, TlsError, tls_config};
 
 /// How often the state is looked at for changes that another daemon made.
 const LOOK_EVERY: Duration = Duration::from_secs(1);

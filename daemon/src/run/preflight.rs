@@ -15,8 +15,8 @@ use claviger_client::files::FileError;
 use crate::admin;
 use crate::config::{Config, PinError};
 use crate::http::server::bind_socket;
-use crate::http::tls::{TlsError, tls_config};
 use crate::sys::process;
+use crate::tls::{TlsError, tls_config};
 
 /// Something that has to be changed before the daemon can start.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -18,9 +18,9 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use super::members::{member, member_queue};
 use super::systemd;
 use crate::config::{Config, Hsm};
-use crate::http::tls::{SharedTls, tls_config};
 use crate::observe::metrics;
 use crate::service::Service;
+use crate::tls::{SharedTls, tls_config};
 
 /// How long members that go wait until one of those that stay serves.
 const REPLACED_WITHIN: Duration = Duration::from_secs(10);

@@ -25,8 +25,8 @@ use tokio_rustls::TlsAcceptor;
 use super::activity::{Activity, Answer, Cut, Due, InProgress, Watched, unread};
 use super::ration::{Account, Meter, Ration};
 use super::{BoxError, Limits, Origin, Peer, Phase, Slot};
-use crate::http::tls::SharedTls;
 use crate::request::{ClientCertificate, Network};
+use crate::tls::SharedTls;
 
 /// Largest header of a request, in bytes; also how much of a body is read, and of an answer is buffered, at once. Every
 /// connection and every stream may take so much before anybody knows who is at its other end.

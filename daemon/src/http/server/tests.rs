@@ -4,7 +4,7 @@
 
 use super::*;
 use crate::http::body::{Pace, UpTo, read_body};
-use crate::http::tls::{ServerTls, tls_config};
+use crate::tls::{ServerTls, tls_config};
 use arc_swap::ArcSwap;
 use http_body_util::Full;
 use hyper::StatusCode;
