@@ -21,6 +21,7 @@ pub mod run;
 pub mod service;
 pub mod signing;
 pub mod status;
+mod stock;
 pub mod store;
 pub mod sys;
 pub mod tls;

@@ -14,7 +14,6 @@ mod egress;
 mod grant;
 pub mod hsm;
 mod ours;
-pub(crate) mod stock;
 pub mod stocker;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
@@ -36,17 +35,16 @@ use claviger_protocol::wrapping_set::Ingress;
 use data_encoding::HEXLOWER;
 
 pub use self::decision::{decide, outcomes};
-use self::egress::Egress;
 pub use self::grant::Grant;
 use self::grant::{permitted, registered};
 use self::hsm::{DecryptError, Hsm, Unavailable};
 use self::ours::Ours;
-use self::stock::{Basis, Taken};
 use crate::admission::strangers::{self, LARGE, apart_if_large};
 use crate::admission::{Declined, HostAt};
 use crate::observe::log_throttle::Throttle;
 use crate::request::Attempt;
 use crate::service::{Service, Snapshot};
+use crate::stock::{Basis, Taken};
 use crate::sys::clock::unix_now;
 
 /// A refusal in a secret step leaves at a multiple of this after the request's arrival, so that its time tells nothing
@@ -161,7 +159,7 @@ pub async fn roll_protector<H: Hsm>(
     let made = async {
         match &ready {
             Some(_) => Ok(None),
-            None => Egress::make(*hsm, &ingress.set, wrapping, &ours.signing_key.id, max_offline_unwraps, deadline)
+            None => egress::make(*hsm, &ingress.set, wrapping, &ours.signing_key.id, max_offline_unwraps, deadline)
                 .await
                 .map(Some),
         }

@@ -6,12 +6,12 @@ use std::time::Duration;
 use claviger_hsm::standstill;
 use tokio::task::JoinSet;
 
-use super::egress::Egress;
+use super::egress;
 use super::hsm::Hsm;
 use super::ours::Ours;
-use super::stock::Order;
 use crate::service::Service;
 use crate::signing::OWN_DEADLINE;
+use crate::stock::Order;
 use crate::store::usage_counts::RememberedSet;
 use crate::sys::clock::unix_now;
 
@@ -70,7 +70,7 @@ async fn fill<H: Hsm>(service: Arc<Service>, hsm: H, order: Order) {
     let made = async {
         let ours = Ours::find(order.set(), order.keys()).ok()?;
         let (deadline, unwraps) = (standstill::now() + OWN_DEADLINE, order.max_offline_unwraps());
-        let made = Egress::make(&hsm, order.set(), ours.of(order.set()), &ours.signing_key.id, unwraps, deadline).await;
+        let made = egress::make(&hsm, order.set(), ours.of(order.set()), &ours.signing_key.id, unwraps, deadline).await;
         let egress = made.ok()?.ok()?;
         let (_, sha256) = egress.write().ok()?;
         Some((egress, sha256))

@@ -13,6 +13,8 @@
 //!
 //! Everything is in memory. What is remembered over restarts is public: which sets are worth it ([`Stock::worth`]).
 
+mod egress;
+
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
@@ -22,7 +24,7 @@ use claviger_hsm::standstill;
 use claviger_protocol::wrapping_set::WrappingSet;
 use crossbeam::queue::SegQueue;
 
-use super::egress::Egress;
+pub(crate) use self::egress::Egress;
 use crate::config::Config;
 use crate::observe::metrics;
 use crate::registry::keys::Keys;
