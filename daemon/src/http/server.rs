@@ -12,7 +12,10 @@
 
 mod activity;
 mod connection;
+mod limits;
+mod origin;
 mod ration;
+mod slot;
 #[cfg(test)]
 mod tests;
 
@@ -21,7 +24,7 @@ use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -30,17 +33,20 @@ use hyper::body::{Body, Incoming};
 use hyper::service::Service;
 use hyper::{Request, Response};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
-use tokio::sync::{Notify, OwnedSemaphorePermit, mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::Instant;
 
-use self::activity::{Activity, Reading};
-use self::ration::{Account, Charged};
+use self::activity::Activity;
+use self::connection::Phase;
+use self::slot::{House, Place, Slot};
 use crate::observe::log_throttle::Throttle;
-use crate::request::Network;
 use crate::sys::places::{self, NoPlace, Places};
 use crate::tls::SharedTls;
 
 pub(crate) use self::activity::Cut;
+pub use self::connection::BoxError;
+pub use self::limits::Limits;
+pub use self::origin::{Origin, Peer};
 
 /// Most connections that the kernel holds for us before we accept them; it may itself allow fewer (`somaxconn`).
 const BACKLOG: u32 = 4096;
@@ -49,142 +55,6 @@ const BACKLOG: u32 = 4096;
 /// of HTTP/2 may send unasked, and enough for a large batch from far away. Without a bound the kernel takes megabytes of every
 /// body that is never read.
 const RECEIVE_BUFFER: u32 = 256 * 1024;
-
-/// Most requests on a connection of HTTP/2 at once.
-const STREAMS: u32 = 128;
-
-/// The error type that hyper allows bodies to have.
-pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
-
-/// The address at the other end of a connection. [`run`] puts it into every request's extensions.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Peer(pub SocketAddr);
-
-/// The connection that a request came on. [`run`] puts it into every request's extensions; what works on a request holds it
-/// until the work is done, also when the client does not wait for that.
-#[derive(Clone, Debug)]
-pub struct Origin(Arc<Connection>);
-
-#[derive(Debug)]
-struct Connection {
-    number: u64,
-    activity: Arc<Activity>,
-    account: Arc<Account>,
-    _work: Option<OwnedSemaphorePermit>,
-}
-
-/// How soon to look again whether a client has closed its side.
-const LOOK_FOR_CLOSE: Duration = Duration::from_millis(100);
-
-impl Origin {
-    fn new(number: u64, activity: Arc<Activity>, account: Arc<Account>, work: Option<OwnedSemaphorePermit>) -> Self {
-        Self(Arc::new(Connection { number, activity, account, _work: work }))
-    }
-
-    /// Notes what a request on the connection came to: a host proved itself by it (`true`), or it was refused, and its sender
-    /// did not prove to be a host (`false`).
-    pub fn judge(&self, proved: bool) {
-        let account = &self.0.account;
-        if proved {
-            account.prove();
-            self.0.activity.dismiss(false);
-        } else {
-            account.doubt();
-        }
-    }
-
-    /// Whether the last word on the connection was that a host proved itself.
-    #[must_use]
-    pub fn is_proved(&self) -> bool {
-        self.0.account.is_proved()
-    }
-
-    /// Says that what the client still sends is not worth reading, so that it gets to read its answer.
-    pub fn dismiss(&self) {
-        self.0.activity.dismiss(true);
-    }
-
-    /// The same work, whose processor time is charged to the connection's address until a host proves itself.
-    pub fn charged<F: Future>(&self, work: F) -> impl Future<Output = F::Output> + use<F> {
-        Charged::new(work, Arc::clone(&self.0.account))
-    }
-
-    /// Whether the client of a connection of HTTP/1.1 has closed its side. It may still read an answer; most that close do
-    /// not. HTTP/2 has no such state: there the requests end with the connection.
-    #[must_use]
-    pub fn client_has_closed(&self) -> bool {
-        !self.0.activity.is_http2() && self.0.activity.client_has_closed()
-    }
-
-    /// Ends when the client of a connection of HTTP/1.1 has closed its side.
-    pub async fn client_closes(&self) {
-        if self.0.activity.is_http2() {
-            return std::future::pending().await;
-        }
-        loop {
-            tokio::time::sleep(LOOK_FOR_CLOSE).await;
-            if self.client_has_closed() {
-                return;
-            }
-        }
-    }
-
-    /// A number that no other open connection has.
-    #[must_use]
-    pub fn connection(&self) -> u64 {
-        self.0.number
-    }
-
-    /// Says that the request's body is being read, for as long as the value lives: meanwhile the service waits for the
-    /// client, and the connection may be closed to make room.
-    #[must_use]
-    pub fn reading(&self) -> impl Drop + Send + use<> {
-        Reading::new(self.0.activity.clone())
-    }
-}
-
-/// What connections may cost.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Limits {
-    /// Most connections that are open at once. For one more, the one that has waited longest for its client is closed.
-    pub max_connections: usize,
-    /// The same for each address, or for each /64 network of IPv6; 0 is no limit.
-    pub per_address: usize,
-    /// Most requests on a connection of HTTP/2 at once.
-    pub streams: u32,
-    /// Longest time for a TLS handshake, for a connection's first byte, and from a request's first byte to the end of its
-    /// header.
-    pub header_timeout: Duration,
-    /// Longest time without a request in progress, and without progress while an answer is being sent.
-    pub idle_timeout: Duration,
-    /// How long a stopping server goes on taking requests from open connections.
-    pub grace: Duration,
-    /// How long a stopping server waits for the requests in progress before it cuts them.
-    pub drain_timeout: Duration,
-    /// Percent of the processors' time for the connections of one address on which no host has proved itself; 0 is no limit.
-    pub unproven_time_percent: u32,
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Self::from(&crate::config::Server::default())
-    }
-}
-
-impl From<&crate::config::Server> for Limits {
-    fn from(server: &crate::config::Server) -> Self {
-        Self {
-            max_connections: server.max_connections,
-            per_address: server.max_connections_per_address,
-            streams: STREAMS,
-            header_timeout: server.header_timeout(),
-            idle_timeout: server.idle_timeout(),
-            grace: Duration::from_millis(500),
-            drain_timeout: server.drain_timeout(),
-            unproven_time_percent: server.unproven_time_percent,
-        }
-    }
-}
 
 /// A socket that is bound to `address` and does not listen yet.
 ///
@@ -301,16 +171,6 @@ pub struct Drained {
     pub open: usize,
     /// Of these, how many were cut because [`Limits::drain_timeout`] had passed.
     pub cut: usize,
-}
-
-/// What the connections are told about a stop.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Phase {
-    Serving,
-    /// Requests are taken until this time.
-    Draining(Instant),
-    /// Every connection ends now.
-    Cut,
 }
 
 /// Serves `service` on every connection until `shutdown` ends, then stops as the module says.
@@ -480,82 +340,6 @@ fn log_full(address: SocketAddr, max_connections: usize) {
 
 /// How soon to look again for a connection that may be closed.
 const LOOK_FOR_PLACE: Duration = Duration::from_millis(20);
-
-/// The places of a listener, and who waits for one.
-struct House {
-    places: Mutex<Places<Network, Arc<Activity>>>,
-    freed: Notify,
-}
-
-impl House {
-    fn places(&self) -> MutexGuard<'_, Places<Network, Arc<Activity>>> {
-        self.places.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn arrive(self: &Arc<Self>, peer: SocketAddr, activity: &Arc<Activity>) -> Result<Place, NoPlace> {
-        let network = Network::of(peer.ip());
-        let (number, _) = self.places().arrive(network, activity, standstill::now())?;
-        Ok(Place { house: self.clone(), network, number })
-    }
-}
-
-/// The place of one connection.
-struct Place {
-    house: Arc<House>,
-    network: Network,
-    number: u64,
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        self.house.places().leave(self.network, self.number);
-        self.house.freed.notify_one();
-    }
-}
-
-/// What an open connection occupies, given back when it ends in whatever way.
-struct Slot {
-    open: Arc<AtomicUsize>,
-    counted: bool,
-    place: Option<Place>,
-    _alive: mpsc::Sender<Infallible>,
-}
-
-impl Slot {
-    fn new(open: Arc<AtomicUsize>, counted: bool, place: Option<Place>, alive: mpsc::Sender<Infallible>) -> Self {
-        open.fetch_add(1, Ordering::Relaxed);
-        if counted {
-            crate::observe::metrics::connection_opened();
-        }
-        Self { open, counted, place, _alive: alive }
-    }
-
-    /// The connection's number. Those that were taken in during a stop share one.
-    fn connection(&self) -> u64 {
-        self.place.as_ref().map_or(u64::MAX, |place| place.number)
-    }
-
-    /// It was told to close, and does not.
-    fn stay(&self) {
-        self.place.iter().for_each(|place| place.house.places().stay(place.network, place.number));
-    }
-
-    /// Counts that it is closed for this reason.
-    fn cut(&self, reason: Cut) {
-        if self.counted {
-            crate::observe::metrics::connection_cut(reason.as_str());
-        }
-    }
-}
-
-impl Drop for Slot {
-    fn drop(&mut self) {
-        self.open.fetch_sub(1, Ordering::Relaxed);
-        if self.counted {
-            crate::observe::metrics::connection_closed();
-        }
-    }
-}
 
 /// How long to pause after an accept that failed. None of its errors ends the server.
 #[derive(Debug, Default)]

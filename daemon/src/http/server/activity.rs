@@ -18,7 +18,7 @@ use tokio::net::TcpStream;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::time::Instant;
 
-use super::Limits;
+use super::limits::Limits;
 use crate::sys::places::Guest;
 
 /// What an HTTP/2 client sends first.

@@ -23,10 +23,25 @@ use tokio::time::Instant;
 use tokio_rustls::TlsAcceptor;
 
 use super::activity::{Activity, Answer, Cut, Due, InProgress, Watched, unread};
+use super::limits::Limits;
+use super::origin::{Origin, Peer};
 use super::ration::{Account, Meter, Ration};
-use super::{BoxError, Limits, Origin, Peer, Phase, Slot};
+use super::slot::Slot;
 use crate::request::{ClientCertificate, Network};
 use crate::tls::SharedTls;
+
+/// The error type that hyper allows bodies to have.
+pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+/// What the connections are told about a stop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Phase {
+    Serving,
+    /// Requests are taken until this time.
+    Draining(Instant),
+    /// Every connection ends now.
+    Cut,
+}
 
 /// Largest header of a request, in bytes; also how much of a body is read, and of an answer is buffered, at once. Every
 /// connection and every stream may take so much before anybody knows who is at its other end.

@@ -1,0 +1,95 @@
+//! What an open connection occupies: a place of its listener, and its part of the counts.
+
+use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use claviger_hsm::standstill;
+use tokio::sync::{Notify, mpsc};
+
+use super::activity::{Activity, Cut};
+use crate::observe::metrics;
+use crate::request::Network;
+use crate::sys::places::{NoPlace, Places};
+
+/// The places of a listener, and who waits for one.
+pub(super) struct House {
+    pub(super) places: Mutex<Places<Network, Arc<Activity>>>,
+    pub(super) freed: Notify,
+}
+
+impl House {
+    fn places(&self) -> MutexGuard<'_, Places<Network, Arc<Activity>>> {
+        self.places.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn arrive(self: &Arc<Self>, peer: SocketAddr, activity: &Arc<Activity>) -> Result<Place, NoPlace> {
+        let network = Network::of(peer.ip());
+        let (number, _) = self.places().arrive(network, activity, standstill::now())?;
+        Ok(Place { house: self.clone(), network, number })
+    }
+}
+
+/// The place of one connection.
+pub(super) struct Place {
+    house: Arc<House>,
+    network: Network,
+    number: u64,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.house.places().leave(self.network, self.number);
+        self.house.freed.notify_one();
+    }
+}
+
+/// What an open connection occupies, given back when it ends in whatever way.
+pub(super) struct Slot {
+    open: Arc<AtomicUsize>,
+    counted: bool,
+    place: Option<Place>,
+    _alive: mpsc::Sender<Infallible>,
+}
+
+impl Slot {
+    pub(super) fn new(
+        open: Arc<AtomicUsize>,
+        counted: bool,
+        place: Option<Place>,
+        alive: mpsc::Sender<Infallible>,
+    ) -> Self {
+        open.fetch_add(1, Ordering::Relaxed);
+        if counted {
+            metrics::connection_opened();
+        }
+        Self { open, counted, place, _alive: alive }
+    }
+
+    /// The connection's number. Those that were taken in during a stop share one.
+    pub(super) fn connection(&self) -> u64 {
+        self.place.as_ref().map_or(u64::MAX, |place| place.number)
+    }
+
+    /// It was told to close, and does not.
+    pub(super) fn stay(&self) {
+        self.place.iter().for_each(|place| place.house.places().stay(place.network, place.number));
+    }
+
+    /// Counts that it is closed for this reason.
+    pub(super) fn cut(&self, reason: Cut) {
+        if self.counted {
+            metrics::connection_cut(reason.as_str());
+        }
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.open.fetch_sub(1, Ordering::Relaxed);
+        if self.counted {
+            metrics::connection_closed();
+        }
+    }
+}
