@@ -1,14 +1,18 @@
-//! Which source file of a crate imports from which, and whether that goes in circles.
+//! Which source file of a crate imports from which, whether that goes in circles, and whether it goes downwards.
 //!
-//! A file imports from the file of the module that a path of it names: in `use`, in an expression, in a type. A parent that declares
-//! a child with `mod` does not import from it by that. Tests are left out: they may look at anything.
+//! A file imports from the file of the module that a path of it names: in `use`, in an expression, in a type, in a macro's arguments.
+//! A parent that declares a child with `mod` does not import from it by that. Tests are left out, with the modules named `tests` and
+//! `testing`: they may look at anything.
+//!
+//! A *room* is a module of the crate's root, with all modules in it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+use proc_macro2::{Ident, TokenStream, TokenTree};
 use syn::visit::{self, Visit};
-use syn::{Attribute, Item, ItemMod, ItemUse, Meta, UseTree};
+use syn::{Attribute, Item, ItemMod, ItemUse, Macro, Meta, UseTree};
 
 /// A module's path in its crate; empty for the crate's root.
 type Module = Vec<String>;
@@ -18,20 +22,71 @@ type Module = Vec<String>;
 pub struct Imports {
     /// Relative to the crate's folder of sources.
     files: BTreeMap<Module, PathBuf>,
-    of: BTreeMap<Module, BTreeSet<Module>>,
+    /// With the first place where each file is imported.
+    of: BTreeMap<Module, BTreeMap<Module, Place>>,
+}
+
+/// Where a file imports.
+#[derive(Clone, PartialEq, Eq, Debug)]
+struct Place {
+    line: usize,
+    /// From the crate's root.
+    path: Module,
+}
+
+/// One import.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Import {
+    /// The file that imports.
+    pub from: PathBuf,
+    /// The line of it, from 1.
+    pub line: usize,
+    /// What it imports, from the crate's root.
+    pub path: String,
+    /// The file that it imports from.
+    pub of: PathBuf,
+}
+
+impl fmt::Display for Import {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{} imports {}, from {}", self.from.display(), self.line, self.path, self.of.display())
+    }
 }
 
 /// Files that import from each other, all of them directly or by way of others.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Circle {
-    /// Each import within the circle: from which file, of which file.
-    pub imports: Vec<(PathBuf, PathBuf)>,
+    /// Each import within the circle.
+    pub imports: Vec<Import>,
 }
 
 impl fmt::Display for Circle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "these files import in a circle:")?;
-        self.imports.iter().try_for_each(|(from, of)| writeln!(f, "  {} imports from {}", from.display(), of.display()))
+        self.imports.iter().try_for_each(|import| writeln!(f, "  {import}"))
+    }
+}
+
+/// What is wrong with the order of a crate's rooms.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Disorder {
+    /// A room that stands in no place of the order.
+    Unlisted(String),
+    /// The order names a room that there is not.
+    Missing(String),
+    /// A room imports from one above it.
+    Upwards(Import),
+}
+
+impl fmt::Display for Disorder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unlisted(room) => {
+                write!(f, "the room {room} is not in the list: add it above all rooms that it imports")
+            }
+            Self::Missing(room) => write!(f, "the list names the room {room}, which is not there"),
+            Self::Upwards(import) => write!(f, "{import}, which is in a room above"),
+        }
     }
 }
 
@@ -50,10 +105,15 @@ impl Imports {
                 let path = sources.join(file);
                 let text = std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
                 let parsed = syn::parse_file(&text).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-                let mut paths = Paths { module: module.clone(), found: BTreeSet::new() };
+                let mut paths = Paths { module: module.clone(), found: Vec::new() };
                 paths.visit_file(&parsed);
-                let named = paths.found.iter().filter_map(|path| file_of(path, &files));
-                (module.clone(), named.filter(|other| other != module).collect())
+                let mut of = BTreeMap::new();
+                for place in paths.found {
+                    if let Some(other) = file_of(&place.path, &files).filter(|other| other != module) {
+                        of.entry(other).or_insert(place);
+                    }
+                }
+                (module.clone(), of)
             })
             .collect();
         Imports { files, of }
@@ -72,20 +132,49 @@ impl Imports {
                 continue;
             }
             let imports = members.iter().flat_map(|from| {
-                let of = self.of[*from].iter().filter(|of| members.contains(of));
-                of.map(|of| (self.files[*from].clone(), self.files[of].clone()))
+                let of = self.of[*from].keys().filter(|of| members.contains(of));
+                of.map(|of| self.import(from, of))
             });
             circles.push(Circle { imports: imports.collect() });
         }
         circles
     }
 
+    /// What is wrong if these are the rooms from top to bottom, each of which may import those after it. The root of the crate may
+    /// import all of them.
+    #[must_use]
+    pub fn disorder(&self, rooms: &[&str]) -> Vec<Disorder> {
+        let place = |module: &Module| module.first().map(|room| rooms.iter().position(|listed| listed == room));
+        let there: BTreeSet<&str> = self.files.keys().filter_map(|module| module.first().map(String::as_str)).collect();
+        let unlisted =
+            there.iter().filter(|room| !rooms.contains(room)).map(|room| Disorder::Unlisted((*room).to_owned()));
+        let missing =
+            rooms.iter().filter(|room| !there.contains(*room)).map(|room| Disorder::Missing((*room).to_owned()));
+        let all = self.of.iter().flat_map(|(from, of)| of.keys().map(move |of| (from, of)));
+        let upwards = all.filter(|(from, of)| match (place(from), place(of)) {
+            (Some(Some(from)), Some(Some(of))) => of < from,
+            _ => false,
+        });
+        let upwards = upwards.map(|(from, of)| Disorder::Upwards(self.import(from, of)));
+        unlisted.chain(missing).chain(upwards).collect()
+    }
+
+    fn import(&self, from: &Module, of: &Module) -> Import {
+        let place = &self.of[from][of];
+        Import {
+            from: self.files[from].clone(),
+            line: place.line,
+            path: format!("crate::{}", place.path.join("::")),
+            of: self.files[of].clone(),
+        }
+    }
+
     fn reached_from(&self, module: &Module) -> BTreeSet<Module> {
         let mut reached = BTreeSet::new();
-        let mut ahead: Vec<_> = self.of[module].iter().collect();
+        let mut ahead: Vec<_> = self.of[module].keys().collect();
         while let Some(next) = ahead.pop() {
             if reached.insert(next.clone()) {
-                ahead.extend(&self.of[next]);
+                ahead.extend(self.of[next].keys());
             }
         }
         reached
@@ -102,8 +191,11 @@ fn collect(sources: &Path, folder: &Path, files: &mut BTreeMap<Module, PathBuf>)
         }
         let file = path.strip_prefix(sources).unwrap_or(&path).to_owned();
         let module: Module = file.with_extension("").iter().map(|part| part.to_string_lossy().into_owned()).collect();
+        if module.iter().any(|part| ["tests", "testing"].contains(&&**part)) {
+            continue;
+        }
         match module.last().map(String::as_str) {
-            Some("tests" | "main") => {}
+            Some("main") => {}
             Some("lib") if module.len() == 1 => _ = files.insert(Vec::new(), file),
             _ if path.extension().is_some_and(|extension| extension == "rs") => _ = files.insert(module, file),
             _ => {}
@@ -119,7 +211,7 @@ fn file_of(path: &Module, files: &BTreeMap<Module, PathBuf>) -> Option<Module> {
 /// Collects the paths that lead out of a module, from the crate's root.
 struct Paths {
     module: Module,
-    found: BTreeSet<Module>,
+    found: Vec<Place>,
 }
 
 impl Paths {
@@ -141,21 +233,48 @@ impl Paths {
         Some(absolute)
     }
 
-    fn find(&mut self, path: &[String]) {
+    fn find(&mut self, path: &[&Ident]) {
+        let Some(last) = path.last() else { return };
+        let path: Module = path.iter().map(ToString::to_string).collect();
         let found = self.absolute(path.iter().map(String::as_str));
         // In a file of modules, `use child::Item` names a child.
-        let relative = || [&self.module[..], path].concat();
+        let relative = || [&self.module[..], &path[..]].concat();
         let found = found.unwrap_or_else(relative);
-        self.found.insert(found);
+        self.found.push(Place { line: last.span().start().line, path: found });
     }
 
-    fn tree(&mut self, before: &[String], tree: &UseTree) {
+    fn tree<'a>(&mut self, before: &[&'a Ident], tree: &'a UseTree) {
         match tree {
-            UseTree::Path(path) => self.tree(&[before, &[path.ident.to_string()]].concat(), &path.tree),
-            UseTree::Name(name) => self.find(&[before, &[name.ident.to_string()]].concat()),
-            UseTree::Rename(name) => self.find(&[before, &[name.ident.to_string()]].concat()),
+            UseTree::Path(path) => self.tree(&[before, &[&path.ident]].concat(), &path.tree),
+            UseTree::Name(name) => self.find(&[before, &[&name.ident]].concat()),
+            UseTree::Rename(name) => self.find(&[before, &[&name.ident]].concat()),
             UseTree::Glob(_) => self.find(before),
             UseTree::Group(group) => group.items.iter().for_each(|tree| self.tree(before, tree)),
+        }
+    }
+
+    /// The arguments of a macro are not parsed; paths in them that begin with a keyword are found all the same.
+    fn tokens(&mut self, tokens: TokenStream) {
+        let tokens: Vec<TokenTree> = tokens.into_iter().collect();
+        let mut rest = tokens.as_slice();
+        while let Some((first, after)) = rest.split_first() {
+            rest = after;
+            match first {
+                TokenTree::Group(group) => self.tokens(group.stream()),
+                TokenTree::Ident(start) if ["crate", "self", "super"].iter().any(|keyword| start == keyword) => {
+                    let mut path = vec![start];
+                    while let [TokenTree::Punct(one), TokenTree::Punct(two), TokenTree::Ident(next), after @ ..] = rest
+                        && (one.as_char(), two.as_char()) == (':', ':')
+                    {
+                        path.push(next);
+                        rest = after;
+                    }
+                    if path.len() > 1 {
+                        self.find(&path);
+                    }
+                }
+                _ => {}
+            }
         }
     }
 }
@@ -187,22 +306,28 @@ impl<'ast> Visit<'ast> for Paths {
     }
 
     fn visit_path(&mut self, path: &'ast syn::Path) {
-        let segments: Vec<_> = path.segments.iter().map(|segment| segment.ident.to_string()).collect();
+        let segments: Vec<_> = path.segments.iter().map(|segment| &segment.ident).collect();
         if path.leading_colon.is_none() && segments.len() > 1 {
             self.find(&segments);
         }
         visit::visit_path(self, path);
     }
 
+    fn visit_macro(&mut self, call: &'ast Macro) {
+        self.tokens(call.tokens.clone());
+        visit::visit_macro(self, call);
+    }
+
     /// `pub(super)` and `pub(in …)` import nothing.
     fn visit_visibility(&mut self, _: &'ast syn::Visibility) {}
 }
 
-/// `#[cfg(test)]`, `#[test]`.
+/// `#[test]`; `#[cfg(test)]`, also with the feature that gives the helpers of tests to other crates.
 fn is_for_tests(attribute: &Attribute) -> bool {
+    let with_feature = "any (test , feature = \"testing\")";
     match &attribute.meta {
         Meta::Path(path) => path.is_ident("test"),
-        Meta::List(list) => list.path.is_ident("cfg") && list.tokens.to_string() == "test",
+        Meta::List(list) => list.path.is_ident("cfg") && ["test", with_feature].contains(&&*list.tokens.to_string()),
         Meta::NameValue(_) => false,
     }
 }
@@ -214,19 +339,27 @@ mod tests {
 
     use super::*;
 
-    fn circles(files: &[(&str, &str)]) -> Vec<Vec<(String, String)>> {
+    fn imports(files: &[(&str, &str)]) -> Imports {
         let folder = tempfile::tempdir().unwrap();
         for (name, text) in files {
             let path = folder.path().join(name);
             fs::create_dir_all(path.parent().unwrap()).unwrap();
             fs::write(path, text).unwrap();
         }
+        Imports::of_crate(folder.path())
+    }
+
+    fn circles(files: &[(&str, &str)]) -> Vec<Vec<(String, String)>> {
         let name = |path: PathBuf| path.to_str().unwrap().to_owned();
-        let circles = Imports::of_crate(folder.path()).circles();
+        let circles = imports(files).circles();
         circles
             .into_iter()
-            .map(|circle| circle.imports.into_iter().map(|(a, b)| (name(a), name(b))).collect())
+            .map(|circle| circle.imports.into_iter().map(|import| (name(import.from), name(import.of))).collect())
             .collect()
+    }
+
+    fn disorder(files: &[(&str, &str)], rooms: &[&str]) -> Vec<String> {
+        imports(files).disorder(rooms).iter().map(ToString::to_string).collect()
     }
 
     fn pair(one: &str, other: &str) -> (String, String) {
@@ -268,5 +401,55 @@ mod tests {
             ("parent/child.rs", child),
         ];
         assert_eq!(circles(&used), [vec![pair("parent.rs", "parent/child.rs"), pair("parent/child.rs", "parent.rs")]]);
+    }
+
+    #[test]
+    fn a_path_in_the_arguments_of_a_macro_is_an_import() {
+        let files = [
+            ("lib.rs", "mod a; mod b;"),
+            ("a.rs", "pub struct A; fn f() { println!(\"{}\", [crate::b::N]); }"),
+            ("b.rs", "use crate::a::A; pub const N: u8 = 1; fn f(_: A) {}"),
+        ];
+        assert_eq!(circles(&files), [vec![pair("a.rs", "b.rs"), pair("b.rs", "a.rs")]]);
+    }
+
+    /// Three rooms, of which `store` is the lowest.
+    fn house(store: &'static str) -> Vec<(&'static str, &'static str)> {
+        vec![
+            ("lib.rs", "mod http; mod release; mod store; pub use store::Table;"),
+            ("http.rs", "pub mod routes;"),
+            ("http/routes.rs", "use crate::release::roll; pub struct Route;"),
+            ("release.rs", "#[cfg(test)] mod tests;\nuse crate::store::{self, table::Row}; pub fn roll(_: Row) {}"),
+            ("release/tests.rs", "use crate::http::routes::Route;"),
+            ("store.rs", "pub mod table; pub struct Table;"),
+            ("store/table.rs", store),
+        ]
+    }
+
+    #[test]
+    fn imports_of_rooms_below_are_in_order() {
+        let rooms = ["http", "release", "store"];
+        let fine = "pub struct Row; #[cfg(any(test, feature = \"testing\"))] pub mod testing { use crate::http::routes::Route; }";
+        assert_eq!(disorder(&house(fine), &rooms), Vec::<String>::new());
+    }
+
+    #[test]
+    fn an_import_from_a_room_above_is_named_with_its_file_and_line() {
+        let rooms = ["http", "release", "store"];
+        let used = "//! Rows.\n\nuse std::fmt;\nuse crate::http::{\n    routes::Route,\n};\npub struct Row;";
+        let told = "store/table.rs:5 imports crate::http::routes::Route, from http/routes.rs, which is in a room above";
+        assert_eq!(disorder(&house(used), &rooms), [told]);
+        let called = "pub struct Row;\nfn f() { super::super::release::roll(Row) }";
+        let told = "store/table.rs:2 imports crate::release::roll, from release.rs, which is in a room above";
+        assert_eq!(disorder(&house(called), &rooms), [told]);
+    }
+
+    #[test]
+    fn the_list_of_rooms_and_the_tree_agree() {
+        let files = house("pub struct Row;");
+        let told = "the room store is not in the list: add it above all rooms that it imports";
+        assert_eq!(disorder(&files, &["http", "release"]), [told]);
+        let told = "the list names the room cellar, which is not there";
+        assert_eq!(disorder(&files, &["http", "release", "store", "cellar"]), [told]);
     }
 }
