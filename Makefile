@@ -8,8 +8,9 @@ PACKAGES_TEST = $(PACKAGES_DEMO) opencryptoki opensc p11-kit p11-kit-modules xml
 PACKAGES_WATCH = prometheus prometheus-alertmanager
 # Counts instructions.
 PACKAGES_COUNT = $(PACKAGES_DEMO) valgrind
-# C code of the cryptographic and database libraries is compiled.
-PACKAGES_BUILD = gcc libc6-dev make
+PACKAGES_NODES = etcd-server
+# C code of the cryptographic and database libraries is compiled; the client of etcd is generated from protocol descriptions.
+PACKAGES_BUILD = gcc libc6-dev make protobuf-compiler
 
 help:
 	@echo "make demo   build, make a lab with soft tokens, release keys end to end, keep serving"
@@ -46,6 +47,7 @@ setup-demo:
 setup:
 	$(call install,$(PACKAGES_BUILD) $(PACKAGES_TEST))
 	$(call install,$(PACKAGES_WATCH),$(PACKAGES_WATCH))
+	$(call install,$(PACKAGES_NODES),etcd)
 
 demo: setup-demo
 	cargo build --release --locked --bin claviger

@@ -1,7 +1,10 @@
-//! What every store does. `sqlite` is one.
+//! What every store does: `sqlite`, `etcd`.
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
 
 use super::contents::Contents;
 use super::error::StateError;
@@ -29,4 +32,21 @@ pub(super) trait Store: fmt::Debug + Send {
     /// # Errors
     /// When the store cannot be read.
     fn baseline_log(&self, name: &str, added: i64) -> Result<Option<Vec<u8>>, StateError>;
+
+    /// How well a store on other machines is followed; `None` for one on this machine.
+    fn condition(&self) -> Option<Condition>;
+
+    /// Tells of new contents, if the store does.
+    fn changes(&self) -> Option<watch::Receiver<()>>;
+}
+
+/// How well a store on other machines is followed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Condition {
+    /// The endpoint that is followed; otherwise why none is.
+    pub link: Result<String, String>,
+    /// How old the contents may be.
+    pub age: Duration,
+    /// The revision of the store that they have.
+    pub revision: i64,
 }

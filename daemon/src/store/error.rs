@@ -61,4 +61,13 @@ pub enum StateError {
         /// The cause.
         problem: String,
     },
+    /// No member of etcd that has a majority can be reached.
+    #[error("etcd cannot be reached, so nothing is changed: {reason}; claviger doctor checks the way to it")]
+    Unavailable {
+        /// The cause.
+        reason: String,
+    },
+    /// The connection to etcd was lost in the middle of a change.
+    #[error("the connection to etcd was lost, and the change may have been made or not: look before you repeat it")]
+    Unknown,
 }

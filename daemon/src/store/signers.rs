@@ -165,7 +165,7 @@ fn key_hash(der: &[u8]) -> String {
 mod tests {
     use super::*;
     use crate::store::State;
-    use crate::store::tests::{Place, message, on_every_store};
+    use crate::store::tests::{Place, message, on_every_store, soon};
 
     on_every_store!(
         a_new_signer_replaces_the_current_one,
@@ -232,6 +232,7 @@ mod tests {
         let new = |der| NewSigner { der, key_id: b"id", not_before: 10, not_after: 20 };
         for (round, (one, two)) in [(b"a", b"b"), (b"c", b"d")].into_iter().enumerate() {
             let seen = ours.signers().unwrap().first().map(|signer| signer.thumbprint.clone());
+            soon(|| theirs.signers().unwrap() == ours.signers().unwrap());
             let won = theirs.add_signer(&new(one), seen.as_deref(), 11).unwrap();
             assert!(message(ours.add_signer(&new(two), seen.as_deref(), 11)).contains("replaced meanwhile"));
             assert_eq!((ours.signers().unwrap()[0].clone(), ours.signers().unwrap().len()), (won, round + 1));

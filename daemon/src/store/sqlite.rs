@@ -17,8 +17,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rusqlite::{Connection, ErrorCode, OptionalExtension, TransactionBehavior, params};
+use tokio::sync::watch;
 
-use super::backend::{Decision, Store};
+use super::backend::{Condition, Decision, Store};
 use super::contents::Contents;
 use super::error::StateError;
 use schema::{MIGRATIONS, migrate};
@@ -126,6 +127,14 @@ impl Store for Sqlite {
             .prepare_cached("SELECT log FROM baselines WHERE name = ?1 AND added = ?2")
             .and_then(|mut statement| statement.query_row(params![name, added], |row| row.get(0)).optional());
         Ok(found.map_err(|error| self.database(error))?.flatten())
+    }
+
+    fn condition(&self) -> Option<Condition> {
+        None
+    }
+
+    fn changes(&self) -> Option<watch::Receiver<()>> {
+        None
     }
 }
 

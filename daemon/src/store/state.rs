@@ -4,10 +4,12 @@ use std::path::Path;
 use std::sync::Arc;
 
 use claviger_protocol::tpm::pcr::PcrValues;
+use tokio::sync::watch;
 
-use super::backend::Store;
+use super::backend::{Condition, Store};
 use super::contents::Contents;
 use super::error::StateError;
+use super::etcd::{Etcd, EtcdSettings};
 use super::import::{Import, Merged};
 use super::labels::Labels;
 use super::records::{Baseline, Certificate, Host, HostKind, Kind, NewCertificate, NewSigner, RevokedSigner, Signer};
@@ -46,6 +48,26 @@ impl State {
     pub fn view(folder: &Path) -> Result<View, StateError> {
         let (store, older) = Sqlite::view(folder)?;
         Ok(View { state: Self::of(store)?, older })
+    }
+
+    /// Connects to etcd, and follows it on a thread of its own until this value is dropped.
+    ///
+    /// # Errors
+    /// [`StateError::Unavailable`].
+    pub fn etcd(settings: EtcdSettings) -> Result<Self, StateError> {
+        Self::of(Etcd::open(settings)?)
+    }
+
+    /// How well etcd is followed; `None` for a state on this machine.
+    #[must_use]
+    pub fn condition(&self) -> Option<Condition> {
+        self.store.condition()
+    }
+
+    /// Tells of new contents, if the store does; otherwise [`State::changed`] has to be asked.
+    #[must_use]
+    pub fn changes(&self) -> Option<watch::Receiver<()>> {
+        self.store.changes()
     }
 
     fn of(store: impl Store + 'static) -> Result<Self, StateError> {

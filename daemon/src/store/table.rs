@@ -118,6 +118,11 @@ impl<K: Ord + Clone, T> Table<K, T> {
         self.rows.insert(key, Row { order, value: Arc::new(value) });
     }
 
+    /// Removes the records whose key is `gone`, as a store has removed them.
+    pub(super) fn unload(&mut self, gone: impl Fn(&K) -> bool) {
+        self.rows.retain(|key, _| !gone(key));
+    }
+
     /// What makes this table of `older`. Records are compared by identity.
     pub(super) fn changes_since(&self, older: &Self) -> Changes<K, T> {
         let removed = older.rows.keys().filter(|key| !self.rows.contains_key(key)).cloned().collect();

@@ -1,0 +1,255 @@
+//! The state in etcd, for many nodes.
+//!
+//! A task follows etcd and keeps the contents ([`follower`]). A change is decided on them and made on condition that no other one
+//! was made since ([`calls::commit`]); otherwise it is decided again on what is new.
+//! What cannot be known for certain after a lost connection, whether a change was made, is found out before it is tried again.
+
+mod batch;
+mod calls;
+mod follower;
+mod layout;
+mod settings;
+#[cfg(test)]
+pub(super) mod testing;
+#[cfg(test)]
+mod tests;
+
+use std::future::Future;
+use std::sync::Arc;
+use std::sync::mpsc::{RecvTimeoutError, sync_channel};
+use std::time::{Duration, Instant};
+
+use data_encoding::HEXLOWER;
+use etcd_client::Client;
+use ring::rand::{SecureRandom, SystemRandom};
+use tokio::runtime::{Builder, Handle};
+use tokio::sync::oneshot;
+
+use super::backend::{Condition, Decision, Store};
+use super::contents::Contents;
+use super::error::StateError;
+use calls::{CallError, HeadAt, Outcome};
+use follower::{Link, Shared};
+pub use settings::EtcdSettings;
+
+/// How long the first reading may take.
+const START: Duration = Duration::from_secs(30);
+/// How long a change may take, with all its attempts.
+const CHANGE: Duration = Duration::from_secs(10);
+/// How long a change waits for another endpoint after one was lost. Later ones are refused at once.
+const GRACE: Duration = Duration::from_secs(2);
+/// How long a call may take that is made of several, such as the writing of a large change.
+const LARGE: Duration = Duration::from_secs(60);
+
+/// The state in etcd, followed by a thread of its own.
+#[derive(Debug)]
+pub(super) struct Etcd {
+    shared: Arc<Shared>,
+    runtime: Handle,
+    /// Ends the thread when it is dropped.
+    _stop: oneshot::Sender<()>,
+}
+
+impl Etcd {
+    /// Connects, and reads the state.
+    ///
+    /// # Errors
+    /// [`StateError::Unavailable`] when no endpoint answers within 30 seconds.
+    pub(super) fn open(settings: EtcdSettings) -> Result<Self, StateError> {
+        let unavailable = |error: std::io::Error| StateError::Unavailable { reason: error.to_string() };
+        let shared = Arc::new(Shared::new(settings));
+        let (stop, mut stopped) = oneshot::channel::<()>();
+        let runtime = Builder::new_current_thread().enable_all().build().map_err(unavailable)?;
+        let handle = runtime.handle().clone();
+        let following = Arc::clone(&shared);
+        let thread = move || {
+            runtime.block_on(async {
+                tokio::select! {
+                    () = follower::follow(following) => {}
+                    _ = &mut stopped => {}
+                }
+            });
+        };
+        std::thread::Builder::new().name("etcd".to_owned()).spawn(thread).map_err(unavailable)?;
+        let store = Self { shared, runtime: handle, _stop: stop };
+        let loaded = store.shared.wait(Instant::now() + START, |followed| followed.contents.as_ref().map(drop));
+        match loaded {
+            Some(()) => Ok(store),
+            None => Err(store.lost()),
+        }
+    }
+
+    /// How well etcd is followed.
+    pub(super) fn condition(&self) -> Condition {
+        let followed = self.shared.followed();
+        Condition {
+            link: match &followed.link {
+                Link::Following { endpoint, .. } => Ok(endpoint.clone()),
+                Link::Lost(reason) => Err(reason.to_string()),
+            },
+            age: followed.fresh.map_or(Duration::MAX, |fresh| fresh.elapsed()),
+            revision: followed.revision,
+        }
+    }
+
+    fn lost(&self) -> StateError {
+        let reason = match &self.shared.followed().link {
+            Link::Lost(reason) => reason.to_string(),
+            Link::Following { endpoint, .. } => format!("{endpoint}: the state has not been read yet"),
+        };
+        StateError::Unavailable { reason }
+    }
+
+    /// The connection; shortly after one was lost, the next one.
+    fn client(&self) -> Result<Client, StateError> {
+        let until = self.shared.followed().lost + GRACE;
+        let found = self.shared.wait(until, |followed| match &followed.link {
+            Link::Following { client, .. } => Some(Client::clone(client)),
+            Link::Lost(_) => None,
+        });
+        found.ok_or_else(|| self.lost())
+    }
+
+    /// Makes a call on the thread that drives the connections, and waits for it.
+    fn call<T: Send + 'static>(
+        &self,
+        call: impl Future<Output = Result<T, CallError>> + Send + 'static,
+    ) -> Result<T, CallError> {
+        let (answer, answered) = sync_channel(1);
+        self.runtime.spawn(async move {
+            let _ = answer.send(call.await);
+        });
+        answered.recv_timeout(LARGE).unwrap_or_else(|error| {
+            Err(CallError(match error {
+                RecvTimeoutError::Timeout => "no answer".to_owned(),
+                RecvTimeoutError::Disconnected => "the connection was closed".to_owned(),
+            }))
+        })
+    }
+
+    /// The contents with the change whose head was written at `at`, or a newer one, and the head that they have.
+    fn contents_since(&self, at: i64, deadline: Instant) -> Option<(Arc<Contents>, HeadAt)> {
+        self.shared.wait(deadline, |followed| {
+            let contents = followed.contents.as_ref().filter(|_| followed.head.at >= at)?;
+            Some((Arc::clone(contents), followed.head.clone()))
+        })
+    }
+
+    fn read_head(&self, client: &Client) -> Result<HeadAt, CallError> {
+        let (client, shared) = (client.clone(), Arc::clone(&self.shared));
+        self.call(async move { calls::read_head(&client, &shared.layout).await })
+    }
+
+    /// Finds out whether a change was made whose answer was lost, and makes sure that it is not made any more otherwise.
+    fn was_made(&self, change: &str, before: &HeadAt, deadline: Instant) -> Option<Outcome> {
+        while Instant::now() < deadline {
+            // The follower looks for an endpoint that answers.
+            let Some((client, newest)) = self.client().ok().and_then(|client| {
+                let newest = self.read_head(&client).ok()?;
+                Some((client, newest))
+            }) else {
+                std::thread::sleep(Duration::from_millis(50));
+                continue;
+            };
+            match &newest.head {
+                Some(head) if head.has(change) => return Some(Outcome::Made(newest.at)),
+                // Another change took its place, and it is known that it is not one of those before that one.
+                Some(head) if newest.at != before.at => {
+                    let reaches_back = before.head.as_ref().is_none_or(|before| head.has(&before.change));
+                    return reaches_back.then_some(Outcome::Conflict);
+                }
+                _ => {}
+            }
+            let (shared, before, id) = (Arc::clone(&self.shared), before.clone(), new_id()?);
+            let fenced =
+                async move { calls::fence(&client, &shared.layout, &before, &id, &shared.settings.node).await };
+            if let Ok(Outcome::Made(_)) = self.call(fenced) {
+                return Some(Outcome::Conflict);
+            }
+        }
+        None
+    }
+}
+
+fn new_id() -> Option<String> {
+    let mut id = [0; 12];
+    SystemRandom::new().fill(&mut id).ok()?;
+    Some(HEXLOWER.encode(&id))
+}
+
+impl Store for Etcd {
+    fn contents(&self) -> Result<Arc<Contents>, StateError> {
+        let contents = self.shared.followed().contents.clone();
+        contents.ok_or_else(|| self.lost())
+    }
+
+    fn change(&mut self, decide: Decision<'_>) -> Result<(), StateError> {
+        let (start, deadline) = (Instant::now(), Instant::now() + CHANGE);
+        let no_randomness = || StateError::Unavailable { reason: "the system has no randomness".to_owned() };
+        while Instant::now() < deadline {
+            let (client, shared) = (self.client()?, Arc::clone(&self.shared));
+            let newest = match self.read_head(&client) {
+                Ok(newest) => newest,
+                // The follower may not have noticed yet that its endpoint is lost.
+                Err(_) if start.elapsed() < GRACE => {
+                    std::thread::sleep(Duration::from_millis(20));
+                    continue;
+                }
+                Err(error) => return Err(StateError::Unavailable { reason: error.0 }),
+            };
+            if newest.head.as_ref().is_some_and(|head| head.journal.is_some()) {
+                let cleared =
+                    async move { calls::clear_journal(&client, &shared.layout, &newest, &shared.settings.node).await };
+                // When another node was faster, the head says so.
+                let _ = self.call(cleared);
+                continue;
+            }
+            let Some((contents, before)) = self.contents_since(newest.at, deadline) else { break };
+            let mut after = Contents::clone(&contents);
+            decide(&mut after)?;
+            let delta = after.delta_since(&contents);
+            if delta.is_empty() {
+                return Ok(());
+            }
+            let writes = layout::writes_of(&delta).map_err(|error| StateError::Invalid(error.to_string()))?;
+            let change = new_id().ok_or_else(no_randomness)?;
+            let (of, since) = (change.clone(), before.clone());
+            let made = self.call(async move {
+                calls::commit(&client, &shared.layout, &since, &of, &shared.settings.node, writes).await
+            });
+            let outcome = match made {
+                Ok(outcome) => Some(outcome),
+                Err(error) => {
+                    tracing::warn!(error = error.0, "the answer to a change was lost; looking whether it was made");
+                    self.was_made(&change, &before, deadline)
+                }
+            };
+            match outcome {
+                Some(Outcome::Made(at)) => {
+                    // This node is to act on it when its caller hears that it is made.
+                    if self.contents_since(at, deadline).is_none() {
+                        tracing::warn!("a change is made, and this node has not seen it in time");
+                    }
+                    return Ok(());
+                }
+                Some(Outcome::Conflict) => {}
+                None => return Err(StateError::Unknown),
+            }
+        }
+        Err(StateError::Unavailable { reason: "no change could be made in ten seconds; try again".to_owned() })
+    }
+
+    fn baseline_log(&self, name: &str, added: i64) -> Result<Option<Vec<u8>>, StateError> {
+        let (client, shared, name) = (self.client()?, Arc::clone(&self.shared), name.to_owned());
+        let log = self.call(async move { calls::log(&client, &shared.layout, &name, added).await });
+        log.map_err(|error| StateError::Unavailable { reason: error.0 })
+    }
+
+    fn condition(&self) -> Option<Condition> {
+        Some(Self::condition(self))
+    }
+
+    fn changes(&self) -> Option<tokio::sync::watch::Receiver<()>> {
+        Some(self.shared.changed.subscribe())
+    }
+}

@@ -1,0 +1,278 @@
+//! The calls of etcd that a store is made of. None of them waits for longer than [`CALL`] for one answer.
+
+use std::future::Future;
+
+use etcd_client::{
+    Client, Compare, CompareOp, DeleteOptions, GetOptions, GetResponse, Txn, TxnOp, WatchOptions, WatchStream,
+};
+
+use super::batch::{Head, Part, groups};
+use super::layout::{self, Layout, LogJson, Write};
+use super::settings::{CALL, reason};
+use crate::store::contents::Contents;
+
+/// Records in one answer.
+const PAGE: i64 = 1_000;
+/// Longest answer, in bytes: a page of the largest records, or the events of one transaction.
+const LONGEST: usize = 128 * 1024 * 1024;
+
+/// Why a call failed, for people. Whether it had an effect is not known.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{0}")]
+pub(super) struct CallError(pub(super) String);
+
+/// The head, as it was at one revision.
+#[derive(Clone, Debug, Default)]
+pub(super) struct HeadAt {
+    /// The revision at which it was written; 0: never.
+    pub(super) at: i64,
+    pub(super) head: Option<Head>,
+}
+
+/// The whole state at one revision.
+#[derive(Debug)]
+pub(super) struct Loaded {
+    pub(super) contents: Contents,
+    pub(super) head: HeadAt,
+    pub(super) revision: i64,
+}
+
+/// What became of a change.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Outcome {
+    /// It was made, with this revision of the head.
+    Made(i64),
+    /// Another one was made before it.
+    Conflict,
+}
+
+async fn in_time<T>(call: impl Future<Output = Result<T, etcd_client::Error>>) -> Result<T, CallError> {
+    match tokio::time::timeout(CALL, call).await {
+        Ok(Ok(value)) => Ok(value),
+        Ok(Err(error)) => Err(CallError(reason(&error))),
+        Err(_) => Err(CallError(format!("no answer in {} seconds", CALL.as_secs()))),
+    }
+}
+
+fn unreadable(what: &str, error: impl std::fmt::Display) -> CallError {
+    CallError(format!("{what} cannot be read: {error}"))
+}
+
+fn revision_of(response: &GetResponse) -> i64 {
+    response.header().map_or(0, |header| header.revision())
+}
+
+fn head_of(response: &GetResponse) -> Result<HeadAt, CallError> {
+    let Some(found) = response.kvs().first() else { return Ok(HeadAt::default()) };
+    let head = layout::decode(found.value()).map_err(|error| unreadable("the head", error))?;
+    Ok(HeadAt { at: found.mod_revision(), head: Some(head) })
+}
+
+/// The head as a majority of etcd has it.
+pub(super) async fn read_head(client: &Client, layout: &Layout) -> Result<HeadAt, CallError> {
+    head_of(&in_time(client.kv_client().get(layout.head(), None)).await?)
+}
+
+/// All key-value pairs of a folder, at `revision`, or at the newest one. Returns that, too.
+async fn folder(
+    client: &Client,
+    folder: &str,
+    mut revision: Option<i64>,
+    mut take: impl FnMut(&[u8], &[u8]),
+) -> Result<i64, CallError> {
+    let mut kv = client.kv_client().max_decoding_message_size(LONGEST);
+    let end = end_of(folder);
+    let mut from = folder.as_bytes().to_vec();
+    loop {
+        let mut options = GetOptions::new().with_range(end.clone()).with_limit(PAGE);
+        if let Some(revision) = revision {
+            options = options.with_revision(revision);
+        }
+        let page = in_time(kv.get(from.clone(), Some(options))).await?;
+        let at = *revision.get_or_insert(revision_of(&page));
+        for pair in page.kvs() {
+            take(pair.key(), pair.value());
+        }
+        let Some(last) = page.kvs().last().filter(|_| page.more()) else { return Ok(at) };
+        from = [last.key(), b"\0"].concat();
+    }
+}
+
+/// The first key after a folder, whose name ends with `/`.
+fn end_of(folder: &str) -> Vec<u8> {
+    let mut end = folder.as_bytes().to_vec();
+    if let Some(last) = end.last_mut() {
+        *last += 1;
+    }
+    end
+}
+
+/// The whole state, with what is in the journal and not in its place yet.
+pub(super) async fn load(client: &Client, layout: &Layout) -> Result<Loaded, CallError> {
+    let mut contents = Contents::default();
+    let mut bad = Vec::new();
+    let revision = folder(client, &layout.state(), None, |key, value| {
+        if let Some(key) = layout.strip(key) {
+            bad.extend(layout::take(&mut contents, key, Some(value)).err());
+        }
+    })
+    .await?;
+    let options = GetOptions::new().with_revision(revision);
+    let head = head_of(&in_time(client.kv_client().get(layout.head(), Some(options))).await?)?;
+    if let Some((change, parts)) = head.head.as_ref().and_then(|head| Some((&head.change, head.journal?))) {
+        for write in journal(client, layout, change, parts, Some(revision)).await? {
+            let taken = match &write {
+                Write::Put(key, value) => layout::take(&mut contents, key, Some(value.to_string().as_bytes())),
+                Write::Delete(key) => layout::take(&mut contents, key, None),
+            };
+            bad.extend(taken.err());
+        }
+    }
+    for bad in &bad {
+        layout::mark_unreadable(&mut contents, bad);
+    }
+    Ok(Loaded { contents, head, revision })
+}
+
+/// The writes of a change in the journal.
+async fn journal(
+    client: &Client,
+    layout: &Layout,
+    change: &str,
+    parts: usize,
+    revision: Option<i64>,
+) -> Result<Vec<Write>, CallError> {
+    let (mut writes, mut found) = (Vec::new(), 0);
+    let mut bad = None;
+    let of = format!("{}{change}/", layout.journal());
+    folder(client, &of, revision, |_, value| match layout::decode::<Part>(value) {
+        Ok(part) => {
+            writes.extend(part.writes);
+            found += 1;
+        }
+        Err(error) => bad = Some(unreadable("the journal", error)),
+    })
+    .await?;
+    match bad {
+        Some(error) => Err(error),
+        None if found != parts => Err(CallError(format!("the journal has {found} of {parts} parts"))),
+        None => Ok(writes),
+    }
+}
+
+fn operation(layout: &Layout, write: Write) -> TxnOp {
+    match write {
+        Write::Put(key, value) => TxnOp::put(layout.key(&key), value.to_string(), None),
+        Write::Delete(key) => TxnOp::delete(layout.key(&key), None),
+    }
+}
+
+fn unchanged(layout: &Layout, head: &HeadAt) -> Compare {
+    Compare::mod_revision(layout.head(), CompareOp::Equal, head.at)
+}
+
+fn json(value: &impl serde::Serialize) -> Result<String, CallError> {
+    serde_json::to_string(value).map_err(|error| CallError(error.to_string()))
+}
+
+/// Makes a change that was decided on the state of `before`.
+///
+/// # Errors
+/// [`CallError`]: it may have been made.
+pub(super) async fn commit(
+    client: &Client,
+    layout: &Layout,
+    before: &HeadAt,
+    change: &str,
+    node: &str,
+    writes: Vec<Write>,
+) -> Result<Outcome, CallError> {
+    let mut kv = client.kv_client();
+    let mut groups = groups(writes);
+    let mut conditions = vec![unchanged(layout, before)];
+    let mut operations = Vec::new();
+    let journal = (groups.len() > 1).then_some(groups.len());
+    if journal.is_some() {
+        for (number, writes) in groups.into_iter().enumerate() {
+            let key = layout.chunk(change, number);
+            let part = json(&Part { v: 1, writes })?;
+            in_time(kv.put(key.clone(), part, None)).await?;
+            // Another node may have cleared the journal of what it took for remains.
+            conditions.push(Compare::version(key, CompareOp::Greater, 0));
+        }
+    } else {
+        operations.extend(groups.pop().unwrap_or_default().into_iter().map(|write| operation(layout, write)));
+    }
+    let head = Head::next(before.head.as_ref(), change, node, journal);
+    operations.push(TxnOp::put(layout.head(), json(&head)?, None));
+    let done = in_time(kv.txn(Txn::new().when(conditions).and_then(operations))).await?;
+    if !done.succeeded() {
+        return Ok(Outcome::Conflict);
+    }
+    let at = done.header().map_or(0, |header| header.revision());
+    if journal.is_none() {
+        return Ok(Outcome::Made(at));
+    }
+    // The change is made. Its writes come to their places now, or before the next change.
+    let mine = HeadAt { at, head: Some(head) };
+    Ok(Outcome::Made(clear_journal(client, layout, &mine, node).await.unwrap_or(at)))
+}
+
+/// Brings the writes of a change in the journal to their places, and returns the revision of the head then. Several nodes may do
+/// this at the same time.
+pub(super) async fn clear_journal(
+    client: &Client,
+    layout: &Layout,
+    head: &HeadAt,
+    node: &str,
+) -> Result<i64, CallError> {
+    let Some((of, parts)) = head.head.as_ref().and_then(|of| Some((of, of.journal?))) else { return Ok(head.at) };
+    let mut kv = client.kv_client();
+    for writes in groups(journal(client, layout, &of.change, parts, None).await?) {
+        let operations: Vec<_> = writes.into_iter().map(|write| operation(layout, write)).collect();
+        let done = in_time(kv.txn(Txn::new().when([unchanged(layout, head)]).and_then(operations))).await?;
+        if !done.succeeded() {
+            return Err(CallError("another node clears the journal".to_owned()));
+        }
+    }
+    let cleared = Head { node: node.to_owned(), journal: None, ..of.clone() };
+    // Remains of changes that were not made, too.
+    let all = DeleteOptions::new().with_range(end_of(&layout.journal()));
+    let operations = [TxnOp::put(layout.head(), json(&cleared)?, None), TxnOp::delete(layout.journal(), Some(all))];
+    let done = in_time(kv.txn(Txn::new().when([unchanged(layout, head)]).and_then(operations))).await?;
+    if !done.succeeded() {
+        return Err(CallError("another node clears the journal".to_owned()));
+    }
+    Ok(done.header().map_or(head.at, |header| header.revision()))
+}
+
+/// Writes a head that changes nothing, so that no change which was decided on `before` and is still on its way can be made.
+pub(super) async fn fence(
+    client: &Client,
+    layout: &Layout,
+    before: &HeadAt,
+    change: &str,
+    node: &str,
+) -> Result<Outcome, CallError> {
+    commit(client, layout, before, change, node, Vec::new()).await
+}
+
+/// The log of the baseline of this name that was added at this time.
+pub(super) async fn log(
+    client: &Client,
+    layout: &Layout,
+    name: &str,
+    added: i64,
+) -> Result<Option<Vec<u8>>, CallError> {
+    let found = in_time(client.kv_client().get(layout.log(name), None)).await?;
+    let Some(found) = found.kvs().first() else { return Ok(None) };
+    let log: LogJson = layout::decode(found.value()).map_err(|error| unreadable("the log", error))?;
+    Ok((log.added == added).then_some(log.log))
+}
+
+/// What happens to the state after `revision`.
+pub(super) async fn watch(client: &Client, layout: &Layout, revision: i64) -> Result<WatchStream, CallError> {
+    let options = WatchOptions::new().with_prefix().with_start_revision(revision + 1);
+    let mut watch = client.watch_client().max_decoding_message_size(LONGEST);
+    in_time(watch.watch(layout.state(), Some(options))).await
+}

@@ -1,0 +1,404 @@
+//! What only a store on many nodes has to stand. The rules of the state are tested with both stores, beside the records.
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
+
+use std::time::{Duration, Instant};
+
+use super::super::tests::{message, soon};
+use super::super::{Certificate, Host, HostKind, Import, Kind, Labels, State, StateError};
+use super::testing::Server;
+use super::*;
+
+const PREFIX: &str = "/claviger/";
+
+fn open(server: &Server) -> State {
+    State::etcd(server.settings(PREFIX)).unwrap()
+}
+
+fn add(state: &mut State, name: &str) -> Result<Host, StateError> {
+    state.add_host(name, name.as_bytes(), &Labels::default(), 1)
+}
+
+fn names(state: &State) -> Vec<String> {
+    state.hosts().unwrap().into_iter().map(|host| host.name).collect()
+}
+
+fn hosts(number: usize) -> Vec<Host> {
+    let host = |number: usize| {
+        let spki = [b"a public key of 294 bytes ".repeat(11), number.to_be_bytes().to_vec()].concat();
+        Host {
+            name: format!("host-{number}"),
+            kind: HostKind::HostKey,
+            spki_sha256: super::super::records::sha256_hex(&spki),
+            spki,
+            enabled: true,
+            added: 1,
+            labels: Labels::default(),
+        }
+    };
+    (0..number).map(host).collect()
+}
+
+/// A client for what no store does.
+fn by_hand<T: Send + 'static>(server: &Server, call: impl AsyncFnOnce(&mut etcd_client::Client) -> T) -> T {
+    let runtime = Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let endpoints = server.settings(PREFIX).endpoints;
+        call(&mut Client::connect(endpoints, None).await.unwrap()).await
+    })
+}
+
+#[test]
+fn changes_of_many_nodes_at_the_same_time_are_all_made() {
+    let server = Server::start();
+    std::thread::scope(|scope| {
+        for node in 0..4 {
+            let server = &server;
+            scope.spawn(move || {
+                let mut state = open(server);
+                for number in 0..10 {
+                    add(&mut state, &format!("host-{node}-{number}")).unwrap();
+                    assert!(names(&state).contains(&format!("host-{node}-{number}")), "seen by who made it");
+                }
+            });
+        }
+    });
+    assert_eq!(names(&open(&server)).len(), 40);
+}
+
+#[test]
+fn a_change_is_seen_by_other_nodes_soon() {
+    let server = Server::start();
+    let (mut one, two) = (open(&server), open(&server));
+    let mut told = two.changes().unwrap();
+    let mut all = Vec::new();
+    for number in 0..20 {
+        let name = format!("host-{number}");
+        told.mark_unchanged();
+        add(&mut one, &name).unwrap();
+        let made = Instant::now();
+        soon(|| names(&two).contains(&name));
+        all.push(made.elapsed());
+        assert!(told.has_changed().unwrap());
+    }
+    all.sort();
+    // A watch brings it; a quarter of a second is the time of a beat, which would find it, too.
+    assert!(all[10] < Duration::from_millis(200), "{all:?}");
+}
+
+#[test]
+fn without_etcd_nothing_is_changed_and_the_last_contents_stay() {
+    let mut server = Server::start();
+    let mut state = open(&server);
+    add(&mut state, "a").unwrap();
+    let condition = state.condition().unwrap();
+    assert!(condition.link.is_ok() && condition.age < Duration::from_secs(10), "{condition:?}");
+    server.kill(0);
+    soon(|| state.condition().unwrap().link.is_err());
+    std::thread::sleep(GRACE);
+    let asked = Instant::now();
+    assert!(message(add(&mut state, "b")).contains("etcd cannot be reached, so nothing is changed"));
+    assert!(asked.elapsed() < Duration::from_secs(1), "{:?}", asked.elapsed());
+    assert_eq!(names(&state), ["a"]);
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(state.condition().unwrap().age >= Duration::from_millis(300));
+    server.begin(0);
+    soon(|| state.condition().unwrap().link.is_ok());
+    add(&mut state, "b").unwrap();
+    assert_eq!(names(&state), ["a", "b"]);
+    server.kill(0);
+    assert!(message(State::etcd(server.settings(PREFIX))).contains("cannot be reached"));
+}
+
+#[test]
+fn after_a_gap_all_is_read_again_also_when_it_was_compacted() {
+    let server = Server::cluster(3);
+    // One node knows one member only, and is cut off with it; the other one goes on at another member.
+    let mut settings = server.settings(PREFIX);
+    settings.endpoints.truncate(1);
+    let (one, mut two) = (State::etcd(settings).unwrap(), open(&server));
+    add(&mut two, "a").unwrap();
+    soon(|| names(&one) == ["a"]);
+    server.stop(0, true);
+    soon(|| one.condition().unwrap().link.is_err());
+    soon(|| add(&mut two, "b").is_ok() || names(&two).contains(&"b".to_owned()));
+    soon(|| two.remove_host("a").is_ok() || !names(&two).contains(&"a".to_owned()));
+    let (revision, endpoint) = (two.condition().unwrap().revision, two.condition().unwrap().link.unwrap());
+    let runtime = Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        Client::connect([endpoint], None).await.unwrap().compact(revision, None).await.unwrap();
+    });
+    assert_eq!(names(&one), ["a"], "the last contents stay");
+    server.stop(0, false);
+    soon(|| names(&one) == ["b"]);
+}
+
+#[test]
+fn the_loss_of_any_member_of_three_loses_no_change() {
+    let mut server = Server::cluster(3);
+    let mut state = open(&server);
+    let other = open(&server);
+    let mut made = Vec::new();
+    for (round, member) in [0, 1, 2].into_iter().enumerate() {
+        if round % 2 == 0 {
+            server.kill(member)
+        } else {
+            server.stop(member, true)
+        }
+        for number in 0..5 {
+            let name = format!("host-{round}-{number}");
+            let start = Instant::now();
+            loop {
+                match add(&mut state, &name) {
+                    Ok(_) => break,
+                    // It was made before the answer was lost.
+                    Err(StateError::Conflict(_)) => break,
+                    Err(StateError::Unavailable { .. } | StateError::Unknown) => {}
+                    Err(error) => panic!("{error}"),
+                }
+                assert!(start.elapsed() < Duration::from_secs(30));
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            made.push(name);
+        }
+        if round % 2 == 0 {
+            server.begin(member)
+        } else {
+            server.stop(member, false)
+        }
+        soon(|| made.iter().all(|name| names(&other).contains(name)));
+    }
+    assert_eq!(names(&other), made);
+}
+
+#[test]
+fn a_large_change_is_made_as_a_whole() {
+    let server = Server::start();
+    let (mut one, two) = (open(&server), open(&server));
+    let import = Import { hosts: hosts(2_000), ..Import::default() };
+    let seen = std::thread::scope(|scope| {
+        let numbers = scope.spawn(move || {
+            let mut numbers = vec![0];
+            while numbers.last() != Some(&2_000) {
+                numbers.push(two.hosts().unwrap().len());
+            }
+            numbers.dedup();
+            numbers
+        });
+        one.import(&import, 1, true).unwrap();
+        numbers.join().unwrap()
+    });
+    assert_eq!(seen, [0, 2_000], "nobody sees a part of it");
+    // Where the answer to that came too late, the next change clears the journal.
+    add(&mut one, "next").unwrap();
+    let left = by_hand(&server, async |client| {
+        let options = etcd_client::GetOptions::new().with_prefix().with_count_only();
+        client.get(format!("{PREFIX}v1/journal/"), Some(options)).await.unwrap().count()
+    });
+    assert_eq!(left, 0);
+    assert_eq!(names(&open(&server)).len(), 2_001);
+}
+
+#[test]
+fn a_large_change_whose_node_died_is_finished_by_the_next_one() {
+    let server = Server::start();
+    let mut state = open(&server);
+    add(&mut state, "before").unwrap();
+    let mut after = Contents::clone(&state.contents().unwrap());
+    let before = Contents::clone(&after);
+    after.import(&Import { hosts: hosts(500), ..Import::default() }, 1).unwrap();
+    after.remove_host("before").unwrap();
+    let parts = batch::groups(layout::writes_of(&after.delta_since(&before)).unwrap());
+    let layout = layout::Layout::new(PREFIX);
+    let (head, count) = (layout.head(), parts.len());
+    by_hand(&server, async |client| {
+        for (number, writes) in parts.into_iter().enumerate() {
+            let part = serde_json::to_string(&batch::Part { v: 1, writes }).unwrap();
+            client.put(layout.chunk("large", number), part, None).await.unwrap();
+        }
+        let found = client.get(head.clone(), None).await.unwrap();
+        let last = layout::decode(found.kvs()[0].value()).unwrap();
+        let next = batch::Head::next(Some(&last), "large", "dead", Some(count));
+        client.put(head, serde_json::to_string(&next).unwrap(), None).await.unwrap();
+    });
+    // It is made: also for a node that starts now.
+    soon(|| names(&state).len() == 500);
+    let mut other = open(&server);
+    assert_eq!(names(&other).len(), 500);
+    add(&mut other, "next").unwrap();
+    soon(|| names(&state).len() == 501);
+    let written = by_hand(&server, async |client| {
+        let options = etcd_client::GetOptions::new().with_prefix().with_count_only();
+        client.get(format!("{PREFIX}v1/state/hosts/"), Some(options)).await.unwrap().count()
+    });
+    assert_eq!(written, 501);
+}
+
+#[test]
+fn a_value_that_cannot_be_read_costs_its_own_table_only() {
+    let server = Server::start();
+    let mut state = open(&server);
+    add(&mut state, "a").unwrap();
+    let put = |key: &str, value: &str| {
+        let (key, value) = (format!("{PREFIX}v1/state/{key}"), value.to_owned());
+        by_hand(&server, async |client| client.put(key, value, None).await.map(drop)).unwrap();
+    };
+    for bad in ["{}", "no JSON", r#"{"v":2,"order":1,"record":{}}"#, r#"{"v":1,"order":1,"record":{"name":"b"}}"#] {
+        put("baselines/b", bad);
+        soon(|| state.baselines().is_err_and(|error| error.to_string().contains("baselines/b")));
+        assert_eq!(names(&state), ["a"]);
+        assert!(state.remove_host("a").is_ok(), "other tables can be changed");
+        add(&mut state, "a").unwrap();
+    }
+    by_hand(&server, async |client| client.delete(format!("{PREFIX}v1/state/baselines/b"), None).await.map(drop))
+        .unwrap();
+    soon(|| state.baselines().is_ok());
+    // A host under another one's name would stay when that one is removed.
+    let a = r#"{"v":1,"order":9,"record":{"name":"a","kind":"host-key","spki":"YQ==","enabled":true,"added":1,"labels":[]}}"#;
+    put("hosts/b", a);
+    soon(|| state.hosts().is_err());
+    assert!(message(state.hosts()).contains("belongs under v1/state/hosts/a"));
+}
+
+/// A measurement, for a release build: `cargo test --release -p claviger --lib -- --ignored --nocapture measured`.
+#[test]
+#[ignore = "takes long without optimisation"]
+fn measured_with_ten_thousand_hosts_and_five_hundred_certificates() {
+    let server = Server::start();
+    let mut state = open(&server);
+    let certificate = |number: usize| {
+        let der = [b"a certificate of 1000 bytes ".repeat(35), number.to_be_bytes().to_vec()].concat();
+        Certificate {
+            thumbprint: super::super::records::sha256_hex(&der),
+            kind: Kind::Encryption,
+            key_id: number.to_be_bytes().to_vec(),
+            spki: der.iter().rev().take(294).copied().collect(),
+            der,
+            is_primary: false,
+            enabled: true,
+            added: 1,
+            is_communications: false,
+            labels: Labels::default(),
+        }
+    };
+    let certificates = (0..500).map(certificate).collect();
+    let start = Instant::now();
+    state.import(&Import { hosts: hosts(10_000), certificates, ..Import::default() }, 1, true).unwrap();
+    println!("the import takes {:?}", start.elapsed());
+    let start = Instant::now();
+    let others = [open(&server), open(&server)];
+    println!("a node reads all in {:?}", start.elapsed() / 2);
+    assert!(others.iter().all(|other| other.hosts().unwrap().len() == 10_000));
+    let processor = || {
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+        Duration::from_secs(now.tv_sec.unsigned_abs()) + Duration::from_nanos(now.tv_nsec.unsigned_abs())
+    };
+    let (mut made, mut seen) = (Vec::new(), Vec::new());
+    let before = processor();
+    for number in 0..100 {
+        let name = format!("host-{number}");
+        let start = Instant::now();
+        state.remove_host(&name).unwrap();
+        made.push(start.elapsed());
+        let start = Instant::now();
+        let gone = |other: &State| other.contents().unwrap().host_by_name(&name).unwrap().is_none();
+        while !others.iter().all(gone) {
+            std::thread::sleep(Duration::from_micros(200));
+        }
+        seen.push(start.elapsed());
+    }
+    let spent = processor() - before;
+    made.sort();
+    seen.sort();
+    println!("a change is made in {:?} (median), {:?} (p99)", made[50], made[98]);
+    println!("and is seen by two other nodes after {:?} (median), {:?} (p99)", seen[50], seen[98]);
+    println!("processor time of three nodes for a change: {:?}", spent / 100);
+}
+
+/// Runs openssl in a folder.
+fn openssl(folder: &std::path::Path, arguments: &str) {
+    let done = std::process::Command::new("openssl").args(arguments.split(' ')).current_dir(folder).output().unwrap();
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+}
+
+#[test]
+fn tls_with_certificates_of_both_sides() {
+    use std::os::unix::fs::PermissionsExt;
+    let folder = tempfile::tempdir().unwrap();
+    let of = |name: &str| folder.path().join(name);
+    let text = |name: &str| of(name).to_str().unwrap().to_owned();
+    openssl(folder.path(), "req -x509 -newkey rsa:2048 -nodes -keyout ca.key -out ca.pem -days 2 -subj /CN=ca");
+    std::fs::write(of("extensions"), "subjectAltName=IP:127.0.0.1\nextendedKeyUsage=serverAuth,clientAuth\n").unwrap();
+    for name in ["server", "node"] {
+        openssl(
+            folder.path(),
+            &format!("req -newkey rsa:2048 -nodes -keyout {name}.key -out {name}.csr -subj /CN={name}"),
+        );
+        openssl(
+            folder.path(),
+            &format!(
+                "x509 -req -in {name}.csr -CA ca.pem -CAkey ca.key -CAcreateserial -out {name}.pem -days 2 -extfile extensions"
+            ),
+        );
+        std::fs::set_permissions(of(&format!("{name}.key")), std::fs::Permissions::from_mode(0o600)).unwrap();
+    }
+    let arguments = ["--cert-file", &text("server.pem"), "--key-file", &text("server.key"), "--client-cert-auth"];
+    let arguments = arguments.into_iter().chain(["--trusted-ca-file"]).map(str::to_owned).chain([text("ca.pem")]);
+    let server = Server::with_tls(arguments.collect());
+    let settings = EtcdSettings {
+        ca: Some(of("ca.pem")),
+        identity: Some((of("node.pem"), of("node.key"))),
+        ..server.settings(PREFIX)
+    };
+    let mut state = State::etcd(settings.clone()).unwrap();
+    add(&mut state, "a").unwrap();
+    let refused = |settings| {
+        let shared = Shared::new(settings);
+        let runtime = Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let endpoint = &shared.settings.endpoints[0];
+            match shared.settings.connect(endpoint).await {
+                Err(error) => error.problem,
+                Ok(client) => calls::read_head(&client, &shared.layout).await.unwrap_err().0,
+            }
+        })
+    };
+    let problem = refused(EtcdSettings { identity: None, ..settings.clone() });
+    assert!(!problem.is_empty());
+    let problem = refused(EtcdSettings { ca: Some(of("node.pem")), ..settings.clone() });
+    assert!(problem.contains("UnknownIssuer"), "{problem}");
+    // A key that others may read is not used.
+    std::fs::set_permissions(of("node.key"), std::fs::Permissions::from_mode(0o644)).unwrap();
+    let problem = refused(settings);
+    assert!(problem.contains("node.key"), "{problem}");
+}
+
+#[test]
+fn a_user_with_a_password_needs_rights_below_the_prefix_only() {
+    use std::os::unix::fs::PermissionsExt;
+    let server = Server::start();
+    by_hand(&server, async |client| {
+        client.role_add("claviger").await.unwrap();
+        let all = etcd_client::Permission::read_write(PREFIX).with_prefix();
+        client.role_grant_permission("claviger", all).await.unwrap();
+        for user in ["root", "node"] {
+            client.user_add(user, "a password", None).await.unwrap();
+        }
+        client.role_add("root").await.unwrap();
+        client.user_grant_role("root", "root").await.unwrap();
+        client.user_grant_role("node", "claviger").await.unwrap();
+        client.auth_enable().await.unwrap();
+    });
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("password");
+    std::fs::write(&file, "a password\n").unwrap();
+    std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o600)).unwrap();
+    let settings = EtcdSettings { user: Some(("node".to_owned(), file.clone())), ..server.settings(PREFIX) };
+    let mut state = State::etcd(settings.clone()).unwrap();
+    state.import(&Import { hosts: hosts(300), ..Import::default() }, 1, true).unwrap();
+    add(&mut state, "a").unwrap();
+    assert_eq!(names(&State::etcd(settings.clone()).unwrap()).len(), 301);
+    let elsewhere = EtcdSettings { prefix: "/other/".to_owned(), ..settings.clone() };
+    assert!(message(State::etcd(elsewhere)).contains("permission denied"));
+    std::fs::write(&file, "another one\n").unwrap();
+    assert!(message(State::etcd(settings)).contains("authentication failed"));
+}
