@@ -1,4 +1,4 @@
-//! Many tokens as one: pick a member, submit, judge, and maybe another member.
+//! Many tokens as one: pick a member, submit the operation, judge the reply and, if needed, try another member.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -29,25 +29,26 @@ use crate::policy::failover::{Failover, GaveUp, Rejection, Reply, Standing, Step
 use crate::policy::pick::Tiers;
 use crate::standstill;
 
-/// How long key management may take: HSMs search for large primes for a minute and more.
+/// Time limit for key management. HSMs may search for large primes for more than a minute.
 const MANAGEMENT_TIMEOUT: Duration = Duration::from_secs(120);
-/// How long a member may take to finish what it has before it is removed.
+/// Time that a member gets to finish its calls before it is removed.
 const REMOVAL_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long the members together may take to come up before the daemon goes on with those that have.
+/// Time limit for the start of all members. The daemon then goes on with the members that are up.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
-/// The same once one of them serves: the others should neither miss the first requests nor hold them up.
+/// Time limit for the other members once one member is up: they should be ready for the first requests, but must not delay
+/// them.
 const OTHERS_TIMEOUT: Duration = Duration::from_secs(3);
-/// How often members are looked at. Also how much later than the watchdog's time a hung call may be found.
+/// Period of the regular check of all members. A hung call is found at most this much later than the watchdog's time.
 const TICK: Duration = Duration::from_millis(20);
 
-/// A result, and how it came about. `Debug` leaves out the result, which may be a secret.
+/// A result, with the member and the retries that led to it. `Debug` leaves out the result, which may be a secret.
 #[derive(Clone)]
 pub struct Done<T> {
-    /// The result.
+    /// The plaintext, the signature or the random bytes.
     pub value: T,
-    /// The member that made it.
+    /// Name of the member that gave the result.
     pub member: Arc<str>,
-    /// How often other members had failed at the operation before.
+    /// Number of attempts at other members that failed before.
     pub retries: u32,
 }
 
@@ -63,7 +64,7 @@ impl<T> Done<T> {
     }
 }
 
-/// Tokens that hold the same keys. A handle: clones share everything.
+/// A set of tokens that hold the same keys. This is a handle: clones share everything.
 #[derive(Clone)]
 pub struct Cluster(Arc<Inner>);
 
@@ -71,7 +72,7 @@ struct Inner {
     members: RwLock<Members>,
     budget: Mutex<Budget>,
     surroundings: Surroundings,
-    /// The task that looks at all members; while it runs, members that are added live at once.
+    /// The task that checks all members. While it runs, a member that is added starts at once.
     supervisor: Mutex<Option<AbortHandle>>,
 }
 
@@ -89,7 +90,7 @@ impl Snapshot {
         Arc::new(Snapshot { entries, tiers: Tiers::new(&priorities) })
     }
 
-    /// Makes the next attempt of every member that is down come soon.
+    /// Brings forward the next attempt of every member that is down.
     fn probe_now(&self) {
         self.iter().for_each(|entry| entry.member.probe_now());
     }
@@ -106,7 +107,7 @@ impl Deref for Snapshot {
 #[derive(Clone)]
 struct Entry {
     member: Arc<Member>,
-    /// [`Member::live`], once it was started.
+    /// The task of [`Member::live`]; `None` until it is started.
     life: Arc<Mutex<Option<JoinHandle<()>>>>,
 }
 
@@ -130,10 +131,10 @@ impl Entry {
 }
 
 impl Cluster {
-    /// A cluster of members of which none has been started. `worker` is the program that is run for each.
+    /// Creates a cluster whose members are not started yet. `worker` is the program that serves each member.
     ///
     /// # Errors
-    /// When there are no members, or a name is unfit or there twice.
+    /// Returns an error if there are no members, or if a member's name is not allowed or not unique.
     pub fn new(
         members: Vec<MemberConfig>,
         timeouts: CallTimeouts,
@@ -169,11 +170,12 @@ impl Cluster {
         }))
     }
 
-    /// Starts a worker for each member, which loads the module, finds the token, logs in once and passes the known-answer
-    /// tests. Then watches over them until [`close`](Self::close).
+    /// Starts a worker for each member. The worker loads the module, finds the token, logs in once and passes the
+    /// known-answer tests. A background task then checks the members until [`close`](Self::close).
     ///
     /// # Errors
-    /// Only when no member came up; the error of one of them. Members that failed are logged, and tried again and again.
+    /// Returns an error only if no member came up: the error of one of them. Members that failed are logged and tried
+    /// again.
     pub async fn start(&self) -> Result<(), Failure> {
         let members = self.snapshot();
         let mut starting = JoinSet::new();
@@ -199,10 +201,10 @@ impl Cluster {
     }
 
     fn supervise(&self) {
-        // Weak: the task must not keep a cluster that is used no more.
+        // A weak reference, so that this task does not keep alive a cluster that nobody uses.
         let inner = Arc::downgrade(&self.0);
         let task = tokio::spawn(async move {
-            // In a task of its own: a panic in one look at the members must not end all further ones.
+            // Each check runs in a task of its own, so that a panic in one check does not end the later ones.
             while tokio::spawn(look_at_members(Weak::clone(&inner))).await.is_err_and(|error| error.is_panic()) {
                 tracing::error!("the task that looks at the members panicked; it is started again");
                 tokio::time::sleep(TICK).await;
@@ -213,17 +215,17 @@ impl Cluster {
         }
     }
 
-    /// Operations whose right result is known, by which members are judged. The first decryption and the first signature
-    /// have to go right for a member to be up.
+    /// Sets the operations with known results that members are tested with. A member must pass the first decryption and the
+    /// first signature to come up.
     pub fn set_known_answers(&self, known: Vec<KnownAnswerTest>) {
         *self.0.surroundings.known.write().unwrap_or_else(PoisonError::into_inner) = known.into();
     }
 
-    /// Decrypts, on the member that suits best; elsewhere if that failed for the member's own reasons. A result that
-    /// `check` does not accept is asked of other members, too, before it is the caller's fault.
+    /// Decrypts on the best member, and on another one if that member fails for its own reasons. If `check` rejects the
+    /// result, other members are asked too before the input is called invalid.
     ///
     /// # Errors
-    /// [`HsmError::is_data`] tells a bad ciphertext from a cluster that cannot serve.
+    /// [`HsmError::is_data`] distinguishes a bad ciphertext from a cluster that cannot serve.
     pub async fn decrypt(
         &self,
         key: &KeyRef,
@@ -235,10 +237,10 @@ impl Cluster {
         self.with_failover(&Job::decrypt(key, oaep, ciphertext, check)?, deadline).await?.map(bytes)
     }
 
-    /// Signs a digest, on any member. A signature that `check` does not accept is the member's fault.
+    /// Signs a digest on any member. If `check` rejects the signature, the member is at fault.
     ///
     /// # Errors
-    /// [`HsmError::is_data`] when the digest does not have its hash's length.
+    /// [`HsmError::is_data`] is true if the length of the digest does not fit its hash.
     pub async fn sign(
         &self,
         key: &KeyRef,
@@ -253,15 +255,15 @@ impl Cluster {
         self.with_failover(&Job::sign(key, scheme, digest, check)?, deadline).await?.map(public_bytes)
     }
 
-    /// So many random bytes from any member.
+    /// Returns `len` random bytes from any member.
     ///
     /// # Errors
-    /// When no member serves.
+    /// Returns an error if no member serves.
     pub async fn random(&self, len: u16, deadline: Instant) -> Result<Vec<u8>, HsmError> {
         public_bytes(self.with_failover(&Job::new(&Request::Random(len))?, deadline).await?.value)
     }
 
-    /// How the members are, in the order of the configuration.
+    /// Returns the status of all members, in the order of the configuration.
     #[must_use]
     pub fn members(&self) -> Vec<MemberStatus> {
         self.snapshot().iter().map(|entry| entry.member.status()).collect()
@@ -283,28 +285,28 @@ impl Cluster {
         self.budget().left(standstill::now())
     }
 
-    /// Has a member pass the known-answer tests now, whatever its state; how long they took. A member that is down gets a fresh
-    /// worker, and comes up when that passes. On an administrator's word: a PIN that was refused is tried again, once, since
-    /// the token may have been unlocked.
+    /// Runs the known-answer tests on a member now, whatever its state, and returns the time they took. A member that is
+    /// down gets a fresh worker and comes up if the tests pass. For requests of an administrator: a PIN that was refused is
+    /// tried once more, since the token may have been unlocked.
     ///
     /// # Errors
-    /// What is wrong with it.
+    /// Returns the member's failure.
     pub async fn probe(&self, member: &str) -> Result<Duration, Failure> {
         self.member(member)?.probe_on_request().await
     }
 
-    /// Like [`probe`](Self::probe), but a PIN that was refused stays refused.
+    /// Like [`probe`](Self::probe), but does not try a refused PIN again.
     ///
     /// # Errors
-    /// What is wrong with it.
+    /// Returns the member's failure.
     pub async fn check(&self, member: &str) -> Result<Duration, Failure> {
         self.member(member)?.probe().await
     }
 
-    /// Lets a member finish what it has and gives it nothing new, or takes it back into service.
+    /// Drains a member, which then finishes its calls and takes no new ones; or puts it back into service.
     ///
     /// # Errors
-    /// When there is no such member.
+    /// Returns an error if no member has this name.
     pub fn drain(&self, member: &str, drain: bool) -> Result<MemberStatus, HsmError> {
         let found = self.member(member)?;
         if found.drain(drain) {
@@ -315,17 +317,17 @@ impl Cluster {
         Ok(found.status())
     }
 
-    /// Takes a PIN for a member. When the last one was refused and this is another, it may be tried, once.
+    /// Sets a member's PIN. If the token refused the previous PIN and this PIN is different, it is tried once.
     ///
     /// # Errors
-    /// When there is no such member.
+    /// Returns an error if no member has this name.
     pub async fn set_pin(&self, member: &str, pin: Pin) -> Result<(), HsmError> {
         self.member(member)?.set_pin(pin).await;
         Ok(())
     }
 
-    /// Hides these environment variables of the daemon from workers, such as those that hold PINs: from those that start from now
-    /// on; and a worker that has inherited one of them is replaced, one member after another.
+    /// Hides these environment variables of the daemon, such as those that hold PINs, from workers. New workers do not
+    /// inherit them; running workers that have inherited one are replaced, one member after another.
     pub async fn hide(&self, variables: Vec<String>) {
         let inherited: Vec<String> = {
             let mut hidden = self.0.surroundings.hidden.write().unwrap_or_else(PoisonError::into_inner);
@@ -342,29 +344,29 @@ impl Cluster {
         }
     }
 
-    /// Has a member do an operation whose right result is known, now and whatever its state.
+    /// Runs one known-answer test on a member now, whatever its state.
     ///
     /// # Errors
-    /// What is wrong with it; [`HsmError::NoSuchKey`] when it lacks the key.
+    /// Returns the member's failure; [`HsmError::NoSuchKey`] if the member lacks the key.
     pub async fn self_test(&self, member: &str, known: &KnownAnswerTest) -> Result<(), Failure> {
         let timeout = self.0.surroundings.watchdog;
         self.member(member)?.direct(&known.0, timeout).await.map(drop)
     }
 
-    /// Changes a member's place among the others, from the next operation on.
+    /// Changes a member's priority and weight, from the next operation on.
     ///
     /// # Errors
-    /// When there is no such member.
+    /// Returns an error if no member has this name.
     pub fn rank(&self, member: &str, priority: u32, weight: u32) -> Result<(), HsmError> {
         self.member(member)?.rank(priority, weight);
         self.change(|_| {});
         Ok(())
     }
 
-    /// Adds a member while the others serve. It serves when it has passed the known-answer tests.
+    /// Adds a member while the others serve. The new member serves once it has passed the known-answer tests.
     ///
     /// # Errors
-    /// A name that is taken or unfit.
+    /// Returns an error if the name is taken or not allowed.
     pub fn add(&self, config: MemberConfig) -> Result<(), HsmError> {
         if !is_fit(&config.name) || self.member(&config.name).is_ok() {
             return Err(HsmError::UnfitName);
@@ -377,10 +379,10 @@ impl Cluster {
         Ok(())
     }
 
-    /// Removes a member: it gets nothing new from now on, finishes what it has, and its worker ends.
+    /// Removes a member: it takes no new calls, finishes those it has, and its worker ends.
     ///
     /// # Errors
-    /// When there is no such member, or it is the only one.
+    /// Returns an error if no member has this name or if it is the only member.
     pub async fn remove(&self, member: &str) -> Result<(), HsmError> {
         let entry = self.entry(member)?;
         if self.snapshot().len() == 1 {
@@ -388,7 +390,7 @@ impl Cluster {
         }
         entry.member.drain(true);
         let until = standstill::now() + REMOVAL_TIMEOUT;
-        // It stays in the list meanwhile, so that calls that hang are found.
+        // The member stays in the list until then, so that hung calls are found.
         while entry.member.in_flight() > 0 && standstill::now() < until {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
@@ -404,11 +406,11 @@ impl Cluster {
         *members = Snapshot::new(all);
     }
 
-    /// The RSA private keys of a member, those without a `CKA_ID` last. With `search` the token is asked, so that keys that
-    /// other programs made are found; without, a session's own table is read.
+    /// Lists the RSA private keys of a member, those without a `CKA_ID` last. With `search`, the token is searched, which
+    /// finds keys that other programs made. Without `search`, the table of one session is returned.
     ///
     /// # Errors
-    /// When the member does not serve.
+    /// Returns an error if the member does not serve.
     pub async fn keys_on(&self, member: &str, search: bool) -> Result<Vec<TokenKey>, Failure> {
         match self.manage(member, &Job::new(&Request::Keys { search })?).await? {
             Value::Keys(mut keys) => {
@@ -419,10 +421,11 @@ impl Cluster {
         }
     }
 
-    /// Makes a key pair with the public exponent 65537. The private key stays on the token: sensitive, not extractable.
+    /// Generates a key pair with the public exponent 65537. The private key stays on the token: sensitive, not extractable.
     ///
     /// # Errors
-    /// When the id is taken or the token refuses. It is not tried twice: a key too many is worse than an error.
+    /// Returns an error if the id is taken or the token refuses. A failed call is not repeated: a surplus key is worse than
+    /// an error.
     pub async fn generate_rsa(&self, member: &str, spec: NewKey) -> Result<RsaPublic, Failure> {
         match self.manage(member, &Job::new(&Request::Generate(spec))?).await? {
             Value::Public(key) => Ok(key),
@@ -430,10 +433,11 @@ impl Cluster {
         }
     }
 
-    /// Brings a private key and its public key onto a member's token; from then on it is sensitive and not extractable.
+    /// Imports a private key and its public key into a member's token. The private key is then sensitive and not
+    /// extractable.
     ///
     /// # Errors
-    /// When the id is taken or the token refuses.
+    /// Returns an error if the id is taken or the token refuses.
     pub async fn import_rsa(&self, member: &str, spec: NewKey, key: RsaPrivateParts) -> Result<(), Failure> {
         match self.manage(member, &Job::new(&Request::Import(spec, key))?).await? {
             Value::Done => Ok(()),
@@ -441,7 +445,7 @@ impl Cluster {
         }
     }
 
-    /// Ends all workers. Calls that are at a token run to their end first, if that takes no longer than two seconds.
+    /// Ends all workers. Calls that run at a token may finish first, for at most two seconds.
     pub async fn close(&self) {
         if let Some(supervisor) = lock(&self.0.supervisor).take() {
             supervisor.abort();
@@ -453,19 +457,20 @@ impl Cluster {
         while closing.join_next().await.is_some() {}
     }
 
-    /// Asks members until one of them has done it, or [`Failover`] gives up.
+    /// Tries members until one succeeds or [`Failover`] gives up.
     async fn with_failover(&self, job: &Job, deadline: Instant) -> Result<Done<Value>, HsmError> {
         let members = self.snapshot();
         let watchdog = self.0.surroundings.watchdog;
         let mut failover = Failover::new(deadline, watchdog, &mut self.budget(), standstill::now());
         loop {
-            // Made before the look, so that a member that comes up in between is not missed.
+            // Registered before the members are examined, so that a member that comes up in between is not missed.
             let somebody_up = self.0.surroundings.somebody_up.notified();
             let now = standstill::now();
             let standing = |index: usize| standing(&members[index].member, job, now);
             let step = failover.next(now, &members.tiers, standing, |below| fastrand::usize(..below));
             let (index, share) = match step {
-                // All the time that is left is no share: the deadline ends it, and says nothing of the member.
+                // If the share covers all the time that is left, the deadline ends the call first, which is no evidence
+                // against the member.
                 Ok(Step::Ask { member, share }) => (member, if now + share < deadline { share } else { watchdog }),
                 Ok(Step::Wait { until }) => {
                     members.probe_now();
@@ -505,7 +510,7 @@ impl Cluster {
         }
     }
 
-    /// One call, with time, on a given member.
+    /// Makes one key-management call on the named member.
     async fn manage(&self, name: &str, job: &Job) -> Result<Value, Failure> {
         self.member(name)?.direct(job, MANAGEMENT_TIMEOUT).await
     }
@@ -527,7 +532,7 @@ impl Cluster {
     }
 }
 
-/// A cluster that is dropped without [`Cluster::close`] leaves no workers behind.
+/// Ends the workers of a cluster that is dropped without [`Cluster::close`].
 impl Drop for Inner {
     fn drop(&mut self) {
         if let Some(supervisor) = lock(&self.supervisor).take() {
@@ -538,7 +543,7 @@ impl Drop for Inner {
     }
 }
 
-/// Looks at all members again and again, as long as there is a cluster.
+/// Checks all members periodically until the cluster is dropped.
 async fn look_at_members(cluster: Weak<Inner>) {
     let mut ticks = tokio::time::interval(TICK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -565,7 +570,7 @@ fn standing(member: &Member, job: &Job, now: Instant) -> Standing {
     }
 }
 
-/// What an error means for the operation: the fault table decides.
+/// Maps an error to a reply for [`Failover`], as the fault table says.
 fn reply(error: HsmError, generation: u64, doubtful: bool) -> Reply<HsmError> {
     let fault = error.fault();
     if !fault.elsewhere {
@@ -575,13 +580,13 @@ fn reply(error: HsmError, generation: u64, doubtful: bool) -> Reply<HsmError> {
         return Reply::Failed(error);
     }
     let rejection = Rejection { wrong: matches!(error, HsmError::Refused { wrong: true }), generation };
-    // The opinion of a member that was proved wrong a short time ago does not count, whatever it was wrong about: an honest
-    // caller may try again, and an attacker learns nothing.
+    // The opinion of a member that was proved wrong a short time ago does not count, whatever it was wrong about. An honest
+    // caller may try again; an attacker learns nothing.
     let error = if doubtful { HsmError::NotCredible } else { error };
     Reply::Rejected { credible: error.is_data(), error, rejection }
 }
 
-/// Why no member can be asked.
+/// Returns the reason why no member can be asked.
 fn no_candidate_error(members: &[Entry], job: &Job) -> HsmError {
     let now = standstill::now();
     if let Some(key) = &job.key

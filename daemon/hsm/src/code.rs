@@ -1,4 +1,4 @@
-//! PKCS#11 functions and return codes as small values, which fit into a frame and into a `Copy` error.
+//! PKCS#11 functions and return codes as small `Copy` values that fit into a frame and into an error.
 
 use std::fmt;
 use std::sync::OnceLock;
@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 use cryptoki::error::{Rv, RvError};
 use serde::{Deserialize, Serialize};
 
-/// Lists the functions once, by cryptoki's names, which are the standard's without `C_`.
+/// Lists the functions once, under cryptoki's names: the standard's names without `C_`.
 macro_rules! functions {
     ($($name:ident),* $(,)?) => {
         /// A PKCS#11 function that this crate calls.
@@ -14,12 +14,12 @@ macro_rules! functions {
         #[allow(missing_docs)] // The names say it: `Login` is `C_Login`.
         pub enum Function {
             $($name,)*
-            /// Another one.
+            /// Any function that is not listed.
             Other,
         }
 
         impl Function {
-            /// As in the standard: `C_Login`.
+            /// Returns the standard's name, such as `C_Login`.
             #[must_use]
             pub fn name(self) -> &'static str {
                 match self {
@@ -66,12 +66,12 @@ functions!(
     GenerateRandom,
 );
 
-/// A PKCS#11 return code other than `CKR_OK`: the number.
+/// A PKCS#11 return code other than `CKR_OK`, as a number.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
 pub struct ReturnCode(pub u64);
 
 impl ReturnCode {
-    /// The same as cryptoki names it.
+    /// Returns cryptoki's value for this code.
     pub(crate) fn rv(self) -> RvError {
         match Rv::from(self.0) {
             Rv::Error(error) => error,
@@ -81,14 +81,14 @@ impl ReturnCode {
 }
 
 impl From<RvError> for ReturnCode {
-    /// cryptoki knows the way from number to name only, so the way back is a table made from it.
+    /// cryptoki converts numbers to names only, so the inverse is a table built from that conversion.
     fn from(code: RvError) -> Self {
         static KNOWN: OnceLock<Vec<(RvError, u64)>> = OnceLock::new();
         if let RvError::VendorDefined(number) | RvError::UnknownErrorCode(number) = code {
             return ReturnCode(number);
         }
         let numbers = KNOWN.get_or_init(|| {
-            // The standard's codes end at CKR_FUNCTION_REJECTED, 0x200, and a few after it.
+            // The standard's codes end a little after CKR_FUNCTION_REJECTED, 0x200.
             (1..0x400)
                 .filter_map(|number| match Rv::from(number) {
                     Rv::Error(RvError::UnknownErrorCode(_)) | Rv::Ok => None,
@@ -102,7 +102,7 @@ impl From<RvError> for ReturnCode {
 }
 
 impl fmt::Display for ReturnCode {
-    /// `CKR_DEVICE_ERROR` for `DeviceError`: cryptoki names its variants after the standard's constants.
+    /// Writes `CKR_DEVICE_ERROR` for `DeviceError`: cryptoki derives its variants' names from the standard's constants.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let code = self.rv();
         match code {

@@ -1,4 +1,4 @@
-//! What a member is made of.
+//! Configuration of a member: its module, token and PIN, and the time limits of its calls.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -10,35 +10,35 @@ use cryptoki::types::AuthPin;
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
-/// One token of one module.
+/// Configuration of one member: one token of one module.
 #[derive(Clone, Debug)]
 pub struct MemberConfig {
-    /// Names the member in logs, metrics and calls; unique in a cluster.
+    /// Name of the member in logs, metrics and calls; unique in a cluster.
     pub name: String,
-    /// The vendor's PKCS#11 library.
+    /// Path of the vendor's PKCS#11 library.
     pub module: PathBuf,
-    /// Which token of the module.
+    /// The token within the module.
     pub token: TokenRef,
     /// The user PIN of the token.
     pub pin: Pin,
-    /// Environment variables that the module sees when it is loaded and initialised.
+    /// Environment variables that are set before the module is loaded and initialised.
     pub env: BTreeMap<String, String>,
-    /// Members with the smallest priority serve while any of them can.
+    /// Members with the lowest priority number serve while any of them can.
     pub priority: u32,
     /// Share of the load within a priority; 0 counts as 1.
     pub weight: u32,
-    /// How many sessions to open at most; 0 counts as 1.
+    /// Maximum number of open sessions; 0 counts as 1.
     pub sessions: usize,
-    /// How many calls may wait or run at most; 0 counts as 1.
+    /// Maximum number of calls that wait or run; 0 counts as 1.
     pub queue: usize,
 }
 
-/// How a token is recognised. Slot numbers are not stable, so they are not offered.
+/// Identifies a token. Slot numbers are not supported because they are not stable.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum TokenRef {
-    /// By `CKA_LABEL` of the token, without its padding.
+    /// By the token's label, without its padding.
     Label(String),
-    /// By serial number, without its padding.
+    /// By its serial number, without its padding.
     Serial(String),
 }
 
@@ -56,18 +56,18 @@ impl fmt::Display for TokenRef {
 pub struct Pin(Zeroizing<String>);
 
 impl Pin {
-    /// Takes the PIN over; the string's memory is zeroised when the PIN is dropped.
+    /// Takes ownership of the PIN; the string's memory is zeroised when the `Pin` is dropped.
     pub fn new(pin: String) -> Self {
         Pin(Zeroizing::new(pin))
     }
 
-    /// Whether it is the same one. The time this takes tells no more than the lengths.
+    /// Compares two PINs. The time that the comparison takes reveals only their lengths.
     pub(crate) fn is(&self, other: &Pin) -> bool {
         let (one, other) = (self.0.as_bytes(), other.0.as_bytes());
         one.len() == other.len() && one.iter().zip(other).fold(0, |differ, (a, b)| black_box(differ | (a ^ b))) == 0
     }
 
-    /// The form that `C_Login` takes; it too is zeroised when dropped.
+    /// Returns the form that `C_Login` takes, which is also zeroised when dropped.
     pub(crate) fn to_auth(&self) -> AuthPin {
         AuthPin::new(self.0.as_str().into())
     }
@@ -79,9 +79,9 @@ impl fmt::Debug for Pin {
     }
 }
 
-/// How long calls may take.
+/// Time limits of calls.
 #[derive(Clone, Copy, Debug)]
 pub struct CallTimeouts {
-    /// A call that has run for so long hangs: its member is closed.
+    /// A call that runs longer than this counts as hung and takes its member down.
     pub watchdog: Duration,
 }

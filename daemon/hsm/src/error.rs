@@ -1,5 +1,5 @@
-//! What can go wrong, as callers see it: small `Copy` values. What a person has to read beside them, such as a path or a
-//! library's own words, travels in a [`Failure`].
+//! Errors as callers see them: small `Copy` values. Details for people, such as a path or a message of a library, travel
+//! beside the error in a [`Failure`].
 
 use std::fmt;
 
@@ -11,40 +11,40 @@ use crate::fault::{BROKEN, Fault, FaultOwner, PIN_REFUSALS, SessionAction};
 use crate::operation::Operation;
 use crate::pin_tries::PinTries;
 
-/// The classes of return codes, used as metric labels: `ok`; `refused`, the input is at fault, or may be (for a decryption also when
-/// the token gave a result that its check rejected); `unable`, this key or token is not made for it; `stale`, a session or
-/// handle has to be renewed; `busy`, the token has no room now; `pin`, the token refuses the PIN; `broken`, the device is
-/// ill or away. The last four are faults of the member.
+/// Classes of return codes, used as metric labels. `ok`; `refused`: the input is invalid or may be (for a decryption this
+/// includes a result that its check rejected); `unable`: the key or token does not support the operation; `stale`: a
+/// session or handle must be renewed; `busy`: the token has no capacity now; `pin`: the token refuses the PIN; `broken`:
+/// the device fails or is missing. The last four are faults of the member.
 pub const RV_CLASSES: [&str; 7] = ["ok", "refused", "unable", "stale", "busy", "pin", "broken"];
 
-/// The class of a call's result, one of [`RV_CLASSES`].
+/// Returns the class of a call's result, one of [`RV_CLASSES`].
 pub(crate) fn class<T>(result: &Result<T, HsmError>) -> &'static str {
     result.as_ref().err().map_or("ok", |error| error.class())
 }
 
-/// Why an operation has no result.
+/// Reason why an operation has no result.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error, Serialize, Deserialize)]
 pub enum HsmError {
-    /// A token said no: the function *and* its return code, since one code means different things from different functions.
+    /// A token returned an error: the function *and* its return code, since the meaning of a code depends on the function.
     #[error("{}: {_1}", _0.name())]
     Pkcs11(Function, ReturnCode),
-    /// The input does not lead to a result that its own check accepts, and the member is not to blame. The text is the same for a
-    /// ciphertext that does not decrypt and for one that decrypts to a wrong key.
+    /// The input gives no result that the operation's check accepts, and the member is not at fault. The text is the same
+    /// for a ciphertext that does not decrypt and for a ciphertext that decrypts to a wrong key.
     #[error("the input is not right")]
     Refused {
-        /// Whether a token gave a result, which the check rejected, rather than an error.
+        /// True if a token gave a result that the check rejected; false if the token returned an error.
         wrong: bool,
     },
-    /// A member's answer is wrong although the input is right: the answer's check and a known-answer test say so.
+    /// The member's result is wrong although the input is valid. The check of the result and a known-answer test show it.
     #[error("the member gives wrong answers")]
     WrongAnswer,
     /// A call did not return in time. Its worker process is killed.
     #[error("{} hangs at the token", _0.name())]
     Hung(Operation),
-    /// The worker process of the member ended or broke off the conversation.
+    /// The member's worker process ended or broke the protocol of its socket.
     #[error("{0}")]
     Worker(WorkerFault),
-    /// The token holds no key with this id and public key, also after a fresh search.
+    /// The token holds no key with this id and public key, even after a fresh search.
     #[error("no such key on the token")]
     NoSuchKey,
     /// The token already holds a key with this id.
@@ -53,16 +53,16 @@ pub enum HsmError {
     /// The deadline passed before there was a result.
     #[error("deadline passed")]
     Deadline,
-    /// As many calls wait as may wait.
+    /// The queue of waiting calls is full.
     #[error("too many calls wait for the HSM")]
     QueueFull,
-    /// Every member is down, drained or out.
+    /// Every member is down, drained or removed.
     #[error("no HSM can serve: all members are down or drained")]
     NoneServing,
     /// This member is down, drained or removed.
     #[error("the member does not serve now")]
     NotServing,
-    /// The members that rejected the input were proved wrong a short time ago, so their opinion says nothing.
+    /// The members that rejected the input were proved wrong a short time ago, so their rejection is not trusted.
     #[error("no HSM can serve: the members that answered have given wrong answers not long ago")]
     NotCredible,
     /// A cluster needs at least one member.
@@ -71,7 +71,7 @@ pub enum HsmError {
     /// No member has this name.
     #[error("no HSM has this name")]
     UnknownMember,
-    /// Two members cannot have one name, and a name is neither empty nor has it a zero byte.
+    /// A member's name must be unique, must not be empty and must not contain a zero byte.
     #[error("an HSM's name must be unique and must not be empty")]
     UnfitName,
     /// The last member cannot be removed.
@@ -83,74 +83,74 @@ pub enum HsmError {
     /// The vendor's library could not be loaded or initialised.
     #[error("the module cannot be used")]
     Module,
-    /// No slot holds the token.
+    /// No slot of the module holds the token.
     #[error("the token is not in any slot of the module")]
     NoSuchToken,
-    /// Several tokens have the label, so the PIN is tried on none of them.
+    /// Several tokens have the configured label. The PIN is tried on none of them.
     #[error("several tokens of that label; the PIN is tried on none of them")]
     SeveralTokens,
-    /// The token has so few tries left for its PIN that the PIN was not tried.
+    /// The PIN was not tried because the token reports too few remaining tries.
     #[error("the PIN is not tried: {}", _0.meaning())]
     PinNotTried(PinTries),
-    /// The token refused the PIN earlier. It is not tried again until there is another one.
+    /// The token refused the PIN earlier. The PIN is not tried again until a different one is set.
     #[error("the token refused the PIN, which is not tried again until there is another one")]
     PinRefused,
-    /// The key wants a login for every operation, which this module gives no room for.
+    /// The key requires a login for every operation, and this module cannot be called in that order.
     #[error(
         "the key has CKA_ALWAYS_AUTHENTICATE, and this module (see its warning at the start) cannot be called in the order \
          that such keys need"
     )]
     LoginPerOperation,
-    /// The library answered something that the standard does not allow.
+    /// The library's answer violates the standard.
     #[error("the module gave an answer that makes no sense")]
     Nonsense,
 }
 
-/// How a worker process failed its member.
+/// Fault of a worker process.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error, Serialize, Deserialize)]
 pub enum WorkerFault {
-    /// It could not be started.
+    /// The process could not be started.
     #[error("the worker process cannot be started")]
     NotStarted,
-    /// It did not come up in time: the module hangs while it is loaded, initialised or logged in to.
+    /// The process did not come up in time: the module hangs in loading, initialisation or login.
     #[error("the module hangs at its start")]
     StartHangs,
-    /// Its socket closed; how it ended is not known yet.
+    /// Its socket closed; its exit status is not known yet.
     #[error("the worker process ended")]
     Gone,
-    /// It ended by itself with this status.
+    /// The process exited with this status.
     #[error("the worker process exited with status {0}")]
     Exited(i32),
-    /// A signal ended it: a crash in the vendor's library, or a kill from outside.
+    /// A signal ended the process: the vendor's library crashed, or someone killed it.
     #[error("the worker process was ended by signal {0}")]
     Signal(i32),
-    /// It sent a frame that cannot be read.
+    /// The process sent a frame that cannot be decoded.
     #[error("the worker process sent a frame that cannot be read")]
     Unreadable,
-    /// It does not read what it is sent.
+    /// The process does not read its socket.
     #[error("the worker process does not read its socket")]
     Deaf,
-    /// It has inherited an environment variable that is hidden from workers by now.
+    /// The process inherited an environment variable that has since been hidden from workers.
     #[error("the worker process is replaced, since it has inherited a variable that is hidden now")]
     Replaced,
-    /// It sends more reports than anybody can want to read.
+    /// The process sent more reports per second than the daemon accepts.
     #[error("the worker process sends too many reports")]
     Floods,
 }
 
 impl HsmError {
-    /// A return code of a function.
+    /// Creates the error for a return code of a function.
     pub(crate) fn new(function: Function, code: RvError) -> Self {
         HsmError::Pkcs11(function, code.into())
     }
 
-    /// The token judged the *input*, as opposed to being unavailable: asking again will not help.
+    /// Returns true if the token judged the *input*, not its own state: a repeated call would fail the same way.
     #[must_use]
     pub fn is_data(self) -> bool {
         self.fault().owner == FaultOwner::Caller
     }
 
-    /// Whose fault it is and what follows.
+    /// Returns the fault that this error stands for: its owner and the consequences.
     #[must_use]
     pub fn fault(self) -> Fault {
         let nobody = |elsewhere| Fault { owner: FaultOwner::Nobody, elsewhere, session: SessionAction::Keep };
@@ -183,7 +183,7 @@ impl HsmError {
         }
     }
 
-    /// Whether a member that fails a known-answer test with this error does not work: neither just late nor just busy.
+    /// Returns true if a known-answer test that fails with this error proves the member faulty, not merely late or busy.
     pub(crate) fn condemns(self) -> bool {
         let fault = self.fault();
         self == HsmError::NoSuchKey || (fault.owner == FaultOwner::Member && fault.session != SessionAction::Keep)
@@ -202,7 +202,8 @@ impl HsmError {
         }
     }
 
-    /// What an administrator has to do before the member can serve; `None`: it may pass by itself, or is not known.
+    /// Returns the action an administrator must take before the member can serve; `None` if the fault may pass by itself or
+    /// is unknown.
     #[must_use]
     pub fn remedy(self, member: &str) -> Option<String> {
         match self {
@@ -214,7 +215,7 @@ impl HsmError {
         }
     }
 
-    /// A token refused the PIN, which must not be tried again.
+    /// Returns true if the token refused the PIN, which must not be tried again.
     pub(crate) fn refuses_pin(self) -> bool {
         PIN_REFUSALS.iter().any(|code| self.is_code(*code))
     }
@@ -231,19 +232,19 @@ impl From<Error> for HsmError {
             Error::NullFunctionPointer | Error::NotSupported => {
                 HsmError::new(Function::GetFunctionList, RvError::FunctionNotSupported)
             }
-            // Integers that do not fit, texts that are not UTF-8.
+            // Integers that do not fit and texts that are not UTF-8.
             _ => HsmError::Nonsense,
         }
     }
 }
 
-/// An error with what a person needs to know beside it: a path, serial numbers, a library's own words.
+/// An error with details for people: a path, serial numbers, a message of the library.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error, Serialize, Deserialize)]
 #[error("{error}{}", Detail(detail))]
 pub struct Failure {
-    /// What went wrong.
+    /// The error itself, on which code decides.
     pub error: HsmError,
-    /// More about it; may be empty.
+    /// Further details; may be empty.
     pub detail: String,
 }
 

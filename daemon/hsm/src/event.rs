@@ -1,58 +1,58 @@
-//! What happens at the tokens, for counters and histograms.
+//! Events at the tokens, for counters and histograms.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use crate::operation::Operation;
 
-/// Something that happened at a token.
+/// An event at a token.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Event<'a> {
     /// `C_Login` was called.
     Login,
     /// A session searched the token for all its RSA private keys.
     KeySearch,
-    /// A session for operations came up. (The one that holds the login is not counted.)
+    /// A session for operations was opened. The session that holds the login is not counted.
     SessionOpened,
-    /// A session for operations ended.
+    /// A session for operations was closed.
     SessionClosed,
-    /// The member went down for a fault.
+    /// A fault took the member down.
     Closed,
-    /// A call hangs; the worker process will be killed.
+    /// A call hangs; its worker process will be killed.
     Stuck,
-    /// An operation that failed here was taken to another member, out of the retry budget.
+    /// An operation that failed at this member was retried at another one, at the cost of the retry budget.
     Retry,
-    /// Another member did what had failed here, or had been sent away.
+    /// Another member completed an operation that had failed at this member or that this member had turned away.
     FailedOver {
-        /// That member.
+        /// Name of the member that completed the operation.
         to: &'a str,
     },
-    /// A plaintext or a signature was wrong, and the member is to blame.
+    /// The member gave a wrong plaintext or signature and is at fault.
     WrongAnswer,
     /// A fresh worker process initialised the member's module after a fault.
     ModuleRenewed,
-    /// A call came back.
+    /// A call returned.
     Call {
-        /// What was asked for.
+        /// The kind of operation.
         op: Operation,
         /// One of [`RV_CLASSES`](crate::RV_CLASSES).
         rv: &'static str,
-        /// How long the token took, without any time spent in queues.
+        /// Time at the token, without time in queues.
         took: Duration,
     },
-    /// An operation was answered, well or not.
+    /// An operation at a member ended, with or without success.
     Answered {
-        /// What was asked for.
+        /// The kind of operation.
         op: Operation,
-        /// How long that took since it was submitted to the member, with all queueing.
+        /// Time from the submission to the member until the answer, queueing included.
         took: Duration,
     },
     /// The daemon read replies of the member's worker.
     Batch {
-        /// How many at one wake-up.
+        /// Number of replies in one wake-up.
         jobs: usize,
     },
 }
 
-/// Is told, with the member's name, what happens at the tokens. Called on runtime threads: it has to be quick.
+/// Callback for events; its first argument is the member's name. It runs on runtime threads, so it must return quickly.
 pub type Observer = Arc<dyn Fn(&str, Event<'_>) + Send + Sync>;

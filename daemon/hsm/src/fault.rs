@@ -1,59 +1,59 @@
-//! One table: what a return code means, given the call it came from.
+//! The fault table: the meaning of a return code, given the function that returned it.
 //!
-//! | codes | calls | whose | elsewhere? | session | member |
+//! | codes | calls | fault owner | elsewhere? | session | member |
 //! |---|---|---|---|---|---|
 //! | ENCRYPTED_DATA_INVALID, ENCRYPTED_DATA_LEN_RANGE, DATA_INVALID, DATA_LEN_RANGE | any | caller | for a second opinion | keep | - |
-//! | GENERAL_ERROR, FUNCTION_FAILED, ARGUMENTS_BAD, vendor codes | C_Decrypt | unclear: some tokens say so to a bad ciphertext; the known-good probe decides | for a second opinion | keep | - |
-//! | KEY_FUNCTION_NOT_PERMITTED, KEY_TYPE_INCONSISTENT, KEY_SIZE_RANGE, ATTRIBUTE_*, TEMPLATE_* | any | nobody: the key is not made for it | no | keep | - |
-//! | MECHANISM_INVALID, MECHANISM_PARAM_INVALID, FUNCTION_NOT_SUPPORTED | any | nobody: another vendor may know how | yes | keep | - |
-//! | SESSION_HANDLE_INVALID, SESSION_CLOSED, USER_NOT_LOGGED_IN, KEY_HANDLE_INVALID, OBJECT_HANDLE_INVALID, OPERATION_NOT_INITIALIZED | any | member, but no more than a stale handle | if renewing does not help | renew in place | evidence, if renewing does not help |
-//! | FUNCTION_FAILED, HOST_MEMORY, DEVICE_MEMORY, FUNCTION_CANCELED, CANCEL, SESSION_COUNT, SESSION_EXISTS | any other | member: busy (AWS CloudHSM throttles so) | yes | keep | evidence |
-//! | PIN_INCORRECT, PIN_LOCKED, PIN_EXPIRED, PIN_INVALID, PIN_LEN_RANGE | C_Login | member | yes | end | out, until the configuration is reloaded |
-//! | CRYPTOKI_NOT_INITIALIZED | any | member: the module was finalised behind our back | yes | end | down at once; a fresh worker process initialises it |
+//! | GENERAL_ERROR, FUNCTION_FAILED, ARGUMENTS_BAD, vendor codes | C_Decrypt | unclear: some tokens return them for a bad ciphertext; a known-answer test decides | for a second opinion | keep | - |
+//! | KEY_FUNCTION_NOT_PERMITTED, KEY_TYPE_INCONSISTENT, KEY_SIZE_RANGE, ATTRIBUTE_*, TEMPLATE_* | any | nobody: the key does not support the operation | no | keep | - |
+//! | MECHANISM_INVALID, MECHANISM_PARAM_INVALID, FUNCTION_NOT_SUPPORTED | any | nobody: another vendor's token may support it | yes | keep | - |
+//! | SESSION_HANDLE_INVALID, SESSION_CLOSED, USER_NOT_LOGGED_IN, KEY_HANDLE_INVALID, OBJECT_HANDLE_INVALID, OPERATION_NOT_INITIALIZED | any | member: a stale handle | if renewal does not help | renew in place | evidence, if renewal does not help |
+//! | FUNCTION_FAILED, HOST_MEMORY, DEVICE_MEMORY, FUNCTION_CANCELED, CANCEL, SESSION_COUNT, SESSION_EXISTS | any other | member: busy (AWS CloudHSM throttles this way) | yes | keep | evidence |
+//! | PIN_INCORRECT, PIN_LOCKED, PIN_EXPIRED, PIN_INVALID, PIN_LEN_RANGE | C_Login | member | yes | end | out of service until a new PIN is set or an administrator asks for a try |
+//! | CRYPTOKI_NOT_INITIALIZED | any | member: something else in its process finalised the module | yes | end | down at once; a fresh worker process initialises it |
 //! | (worker) not started, start hangs, gone, exited, killed by a signal, unreadable frame, does not read | - | member | yes | - | down at once; a fresh worker process is started with backoff |
-//! | (worker) a call runs longer than the watchdog | any | member | yes | - | down at once; the worker is killed when its other calls are done or late |
-//! | everything else: broken or lost devices, OPERATION_ACTIVE (the session cannot be used again) | any | member | yes | end | evidence |
+//! | (worker) a call runs longer than the watchdog's time | any | member | yes | - | down at once; the worker is killed when its other calls are done or late |
+//! | all others: broken or lost devices, OPERATION_ACTIVE (the session cannot be used again) | any | member | yes | end | evidence |
 //!
-//! *Evidence* counts in the member's breaker: enough of it takes the member down. A code that is not in the table counts as the
-//! member's fault, because the consequence, a new session and another member, does no harm when that is wrong. The opposite
-//! would: a caller's garbage must never take a member down.
+//! *Evidence* counts in the member's breaker: enough of it takes the member down. A code that is not in the table counts as
+//! the member's fault. If that is wrong, the consequence is harmless: a new session and another member. The opposite error
+//! is harmful: a caller's invalid input must never take a member down.
 
 use cryptoki::error::RvError;
 
 use crate::code::Function;
 
-/// Whose fault a failure is.
+/// The party at fault for a failure.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum FaultOwner {
-    /// The member: counts as evidence against it.
+    /// The member; the failure counts as evidence against it.
     Member,
-    /// The caller: its input is bad.
+    /// The caller: its input is invalid.
     Caller,
-    /// The member or the caller: the known-good probe decides.
+    /// The member or the caller; a known-answer test decides.
     Unclear,
-    /// Neither: what was asked for is not to be had here.
+    /// Neither: the key or the token does not support the operation.
     Nobody,
 }
 
-/// What becomes of the session that failed.
+/// Action on the session in which the call failed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum SessionAction {
-    /// It goes on.
+    /// The session stays in use.
     Keep,
-    /// Session → login → handles, all anew, in place; then the operation is done again.
+    /// Session, login and key handles are renewed in place; then the operation is repeated once.
     Renew,
-    /// It ends; another is opened when one is needed.
+    /// The session is closed; a new one is opened when needed.
     End,
 }
 
-/// A failure, judged.
+/// The judgement of a failure.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Fault {
-    /// Whose fault it is.
+    /// The party at fault.
     pub owner: FaultOwner,
-    /// Whether another member may succeed.
+    /// True if another member may succeed.
     pub elsewhere: bool,
-    /// What becomes of the session.
+    /// Action on the session in which the call failed.
     pub session: SessionAction,
 }
 
@@ -66,7 +66,7 @@ const BUSY: Fault = Fault { owner: FaultOwner::Member, elsewhere: true, session:
 pub(crate) const BROKEN: Fault = Fault { owner: FaultOwner::Member, elsewhere: true, session: SessionAction::End };
 
 impl Fault {
-    /// Judges a return code of a call.
+    /// Judges a return code of a function.
     pub(crate) fn of(function: Function, code: RvError) -> Fault {
         use RvError::*;
         match (code, function) {
@@ -106,11 +106,11 @@ impl Fault {
     }
 }
 
-/// Codes by which a token refuses OAEP parameters that it does not know.
+/// Codes that tokens return for OAEP parameters they do not support.
 pub(crate) const PARAMETER_REFUSALS: [RvError; 4] =
     [RvError::ArgumentsBad, RvError::MechanismInvalid, RvError::MechanismParamInvalid, RvError::FunctionNotSupported];
 
-/// Codes after which the same PIN must not be tried again: tokens count, and lock.
+/// Codes after which the same PIN must not be tried again, because tokens count wrong PINs and lock.
 pub(crate) const PIN_REFUSALS: [RvError; 5] =
     [RvError::PinIncorrect, RvError::PinLocked, RvError::PinExpired, RvError::PinInvalid, RvError::PinLenRange];
 

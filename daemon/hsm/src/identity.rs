@@ -1,6 +1,6 @@
-//! Which private key is meant.
+//! Identity of a private key across members.
 //!
-//! PKCS#11 does not make `CKA_ID` unique: two RSA keys of a token may have the same one. An id narrows the search, and the
+//! PKCS#11 does not make `CKA_ID` unique: two RSA keys of a token may have the same id. The id narrows the search; the
 //! public key decides.
 
 use std::fmt;
@@ -9,7 +9,7 @@ use std::fmt::Write as _;
 use ring::digest::{SHA256, digest};
 use serde::{Deserialize, Serialize};
 
-/// A key's `CKA_ID`. The same on every member, unlike object handles.
+/// A key's `CKA_ID`. It is the same on every member, unlike object handles.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Serialize, Deserialize)]
 pub struct KeyId(pub Vec<u8>);
 
@@ -19,12 +19,12 @@ impl fmt::Display for KeyId {
     }
 }
 
-/// SHA-256 of an RSA modulus, big-endian and without leading zeros: tells a public key from all others.
+/// SHA-256 of an RSA modulus (big-endian, without leading zeros). It identifies a public key.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Serialize, Deserialize)]
 pub struct Fingerprint([u8; 32]);
 
 impl Fingerprint {
-    /// Of a modulus, big-endian; leading zeros do not count.
+    /// Computes the fingerprint of a big-endian modulus; leading zeros are ignored.
     #[must_use]
     pub fn of_modulus(n: &[u8]) -> Self {
         let mut sum = [0; 32];
@@ -32,24 +32,24 @@ impl Fingerprint {
         Fingerprint(sum)
     }
 
-    /// The sum itself.
+    /// Returns the SHA-256 value.
     #[must_use]
     pub fn as_bytes(&self) -> &[u8; 32] {
         &self.0
     }
 }
 
-/// Names one private key on every member.
+/// Identifies one private key on every member.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Serialize, Deserialize)]
 pub struct KeyRef {
-    /// Its `CKA_ID`.
+    /// The `CKA_ID`.
     pub id: KeyId,
-    /// Its public key.
+    /// Fingerprint of the public key.
     pub public: Fingerprint,
 }
 
 impl KeyRef {
-    /// The key with this `CKA_ID` and this modulus.
+    /// Creates the reference to the key with this `CKA_ID` and this modulus.
     #[must_use]
     pub fn new(id: KeyId, modulus: &[u8]) -> Self {
         KeyRef { id, public: Fingerprint::of_modulus(modulus) }

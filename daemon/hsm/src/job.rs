@@ -1,4 +1,4 @@
-//! An operation on its way to a token: encoded once, sent to as many members as it takes.
+//! An operation on its way to a token. It is encoded once and may be sent to several members.
 
 use std::fmt;
 use std::sync::Arc;
@@ -13,27 +13,27 @@ use crate::keys::{Oaep, SignScheme};
 use crate::link::{MAX_REQUEST, Request, encode};
 use crate::operation::Operation;
 
-/// Says whether a result is right, without the token: a key's own signature over what it came with, a signature verified
-/// with the public key. Called on a runtime thread: it has to be quick.
+/// Checks a result without the token: for a decryption, the signature that the decrypted key made over its envelope; for a
+/// signature, verification with the public key. The check runs on a runtime thread, so it must be quick.
 pub type Check = Arc<dyn Fn(&[u8]) -> bool + Send + Sync>;
 
-/// Bytes of the longest ciphertext that any token is asked about: that of a key of 16384 bits.
+/// Maximum length in bytes of a ciphertext sent to a token: that of a key of 16384 bits.
 const LONGEST_CIPHERTEXT: usize = 2048;
 
-/// What a worker is asked to do. Not `Debug`, like its result: neither belongs into a log.
+/// A request to a worker. It has no `Debug`, like its result: neither may reach a log.
 pub(crate) struct Job {
     pub(crate) operation: Operation,
-    /// The private key that does the work.
+    /// The private key that the operation uses.
     pub(crate) key: Option<KeyRef>,
     check: Option<Check>,
-    /// The request, encoded. May hold a PIN or a private key.
+    /// The encoded request. It may contain a PIN or a private key.
     pub(crate) request: Zeroizing<Vec<u8>>,
 }
 
 impl Job {
     pub(crate) fn new(request: &Request<'_>) -> Result<Self, HsmError> {
         let bytes = encode(request)?;
-        // A frame that is cut would be held against the worker.
+        // A truncated frame would be counted as a fault of the worker.
         if bytes.len() > MAX_REQUEST {
             return Err(HsmError::new(Function::Other, RvError::DataLenRange));
         }
@@ -58,22 +58,22 @@ impl Job {
         Ok(Job { key: Some(key.clone()), check, ..Job::new(&request)? })
     }
 
-    /// Whether these bytes can be the result, as far as the operation's own check says.
+    /// Returns true if the operation's own check accepts these bytes as its result.
     pub(crate) fn accepts(&self, bytes: &[u8]) -> bool {
         self.check.as_ref().is_none_or(|check| check(bytes))
     }
 }
 
-/// An operation whose right result is known. When an answer is wrong, a known-answer test on the same token decides whether the
-/// member or the caller is to blame; and a member that was down serves again when it passes them.
+/// An operation whose right result is known. When a result is wrong, a known-answer test on the same token decides between
+/// member and caller. A member that was down serves again once it passes the tests.
 #[derive(Clone)]
 pub struct KnownAnswerTest(pub(crate) Arc<Job>);
 
 impl KnownAnswerTest {
-    /// A ciphertext and its plaintext.
+    /// Tests a decryption: a ciphertext and its plaintext.
     ///
     /// # Errors
-    /// When the ciphertext is too long for any key.
+    /// Returns an error if the ciphertext is too long for any key.
     pub fn decrypt(
         key: &KeyRef,
         oaep: Oaep,
@@ -84,10 +84,10 @@ impl KnownAnswerTest {
         Ok(KnownAnswerTest(Arc::new(Job::decrypt(key, oaep, ciphertext, Some(check))?)))
     }
 
-    /// A digest, and how to tell a right signature of it.
+    /// Tests a signature: a digest, and a check that accepts only right signatures of it.
     ///
     /// # Errors
-    /// When the digest is too long.
+    /// Returns an error if the digest is too long.
     pub fn sign(key: &KeyRef, scheme: SignScheme, digest: &[u8], check: Check) -> Result<Self, HsmError> {
         Ok(KnownAnswerTest(Arc::new(Job::sign(key, scheme, digest, Some(check))?)))
     }
@@ -102,13 +102,13 @@ impl fmt::Debug for KnownAnswerTest {
     }
 }
 
-/// The known-answer test for an operation like `job`: with its key if there is one, or else with the first key.
+/// Returns the known-answer test for an operation like `job`: with the same key if there is one, else with the first key.
 pub(crate) fn known_for<'a>(known: &'a [KnownAnswerTest], job: &Job) -> Option<&'a Job> {
     let alike = || known.iter().map(|known| &*known.0).filter(|known| known.operation == job.operation);
     alike().find(|known| known.key == job.key).or_else(|| alike().next())
 }
 
-/// The known-answer tests that every member has to pass: the first decryption and the first signature.
+/// Returns the tests that every member must pass: the first decryption and the first signature.
 pub(crate) fn must_pass(known: &[KnownAnswerTest]) -> impl Iterator<Item = &Job> {
     [Operation::Decrypt, Operation::Sign]
         .into_iter()

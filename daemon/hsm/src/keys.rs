@@ -1,4 +1,4 @@
-//! Keys and what is done with them: the vocabulary of the crate.
+//! Types for keys and the operations on them, used by the whole crate.
 
 use std::fmt;
 
@@ -7,10 +7,10 @@ use zeroize::{Zeroize, ZeroizeOnDrop};
 
 use crate::identity::{Fingerprint, KeyId, KeyRef};
 
-/// A hash function.
+/// A hash function for OAEP and signatures.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
 pub enum Hash {
-    /// SHA-1: what older peers use inside OAEP, where its collisions do no harm.
+    /// SHA-1. Older peers use it inside OAEP, where its collisions do no harm.
     Sha1,
     /// SHA-256.
     Sha256,
@@ -23,7 +23,7 @@ pub enum Hash {
 impl Hash {
     pub(crate) const ALL: [Hash; 4] = [Hash::Sha1, Hash::Sha256, Hash::Sha384, Hash::Sha512];
 
-    /// Length of a digest in bytes.
+    /// Returns the length of a digest in bytes.
     #[must_use]
     pub fn output_len(self) -> usize {
         self.digest_algorithm().output_len()
@@ -49,7 +49,7 @@ pub struct Oaep {
 }
 
 impl Oaep {
-    /// How many combinations there are; each has its own [`index`](Self::index).
+    /// Number of combinations of the two hashes; each combination has its own [`index`](Self::index).
     pub(crate) const COUNT: usize = Hash::ALL.len() * Hash::ALL.len();
 
     pub(crate) fn all() -> impl Iterator<Item = Oaep> {
@@ -61,17 +61,17 @@ impl Oaep {
     }
 }
 
-/// How a digest is signed.
+/// A signature scheme, with the hash of the digest.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
 pub enum SignScheme {
-    /// RSASSA-PKCS1-v1_5 over a digest by this hash.
+    /// RSASSA-PKCS1-v1_5 over a digest made with this hash.
     Pkcs1(Hash),
-    /// RSASSA-PSS over a digest by this hash; MGF1 with the same hash, salt as long as the digest.
+    /// RSASSA-PSS over a digest made with this hash; MGF1 uses the same hash, and the salt is as long as the digest.
     Pss(Hash),
 }
 
 impl SignScheme {
-    /// The hash that made the digest.
+    /// Returns the hash that made the digest.
     #[must_use]
     pub fn hash(self) -> Hash {
         match self {
@@ -80,14 +80,14 @@ impl SignScheme {
     }
 }
 
-/// What a new key may be used for.
+/// Permitted uses of a new key.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub enum KeyUsage {
-    /// Signatures only.
+    /// Signing only.
     Sign,
     /// Decryption only.
     Decrypt,
-    /// Both.
+    /// Signing and decryption.
     Both,
 }
 
@@ -101,20 +101,20 @@ impl KeyUsage {
     }
 }
 
-/// A key to be made or imported.
+/// A key that is to be generated or imported.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct NewKey {
-    /// Its `CKA_ID`, which must be free on the token.
+    /// The `CKA_ID`, which no key on the token may have yet.
     pub id: KeyId,
-    /// Its `CKA_LABEL`, for people.
+    /// The `CKA_LABEL`, a name for people.
     pub label: String,
-    /// Length of the modulus; not looked at when a key is imported.
+    /// Length of the modulus in bits; ignored when a key is imported.
     pub bits: u32,
-    /// What it may do.
+    /// Permitted uses.
     pub usage: KeyUsage,
 }
 
-/// An RSA public key; big-endian, without leading zeros.
+/// An RSA public key. Its numbers are big-endian, without leading zeros.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct RsaPublic {
     /// The modulus.
@@ -123,7 +123,7 @@ pub struct RsaPublic {
     pub e: Vec<u8>,
 }
 
-/// An RSA private key in its CRT form, all numbers big-endian. Zeroised on drop.
+/// An RSA private key in CRT form. All numbers are big-endian, and are zeroised on drop.
 #[derive(Clone, Zeroize, ZeroizeOnDrop, Serialize, Deserialize)]
 pub struct RsaPrivateParts {
     /// The modulus.
@@ -150,33 +150,33 @@ impl fmt::Debug for RsaPrivateParts {
     }
 }
 
-/// An RSA private key of a token, for administrators.
+/// An RSA private key on a token, as shown to administrators.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct TokenKey {
-    /// Its `CKA_ID`; `None`: it has none, and cannot be used.
+    /// The `CKA_ID`; `None` if the key has none, which makes it unusable.
     pub id: Option<KeyId>,
-    /// Its `CKA_LABEL`.
+    /// The `CKA_LABEL`.
     pub label: String,
-    /// Its public key; `None` when the token tells it neither of the private key nor by a public key object.
+    /// The public key; `None` if the token reveals it neither in the private key nor in a public key object.
     pub public: Option<RsaPublic>,
-    /// Whether `CKA_DECRYPT` is set.
+    /// The value of `CKA_DECRYPT`.
     pub decrypts: bool,
-    /// Whether `CKA_SIGN` is set.
+    /// The value of `CKA_SIGN`.
     pub signs: bool,
-    /// Whether `CKA_ALWAYS_AUTHENTICATE` is set: every operation wants a login of its own.
+    /// The value of `CKA_ALWAYS_AUTHENTICATE`: if true, every operation requires a login of its own.
     pub always_authenticate: bool,
-    /// Of its modulus; `None` when the token does not tell it.
+    /// Fingerprint of the modulus; `None` if the token does not reveal the modulus.
     pub fingerprint: Option<Fingerprint>,
 }
 
 impl TokenKey {
-    /// Whether it has this `CKA_ID` and this modulus.
+    /// Returns true if this key has the `CKA_ID` and the modulus of `wanted`.
     #[must_use]
     pub fn is(&self, wanted: &KeyRef) -> bool {
         self.has_id(&wanted.id) && self.fingerprint == Some(wanted.public)
     }
 
-    /// Whether it has this `CKA_ID`.
+    /// Returns true if this key has this `CKA_ID`.
     #[must_use]
     pub fn has_id(&self, id: &KeyId) -> bool {
         self.id.as_ref() == Some(id)

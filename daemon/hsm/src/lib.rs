@@ -1,12 +1,13 @@
-//! Many PKCS#11 tokens as one, each in a process of its own.
+//! Presents many PKCS#11 tokens as one. Each token is served by a process of its own.
 //!
-//! A [`Cluster`] is a set of tokens, its *members*, which hold the same RSA keys. It sends every operation to a member that can
-//! serve it; what failed for a member's own reasons is tried elsewhere.
+//! A [`Cluster`] is a set of tokens, its *members*, which hold the same RSA keys. The cluster sends every operation to a
+//! member that can serve it. If the member fails for its own reasons, the cluster tries the operation on another member.
 //!
-//! From the outside in: [`cluster`](Cluster) picks a member, submits the operation and judges the reply (the table of return codes is in `fault.rs`).
-//! A *member* is one token as the daemon sees it: its state, its queue, the operations in flight. `link.rs` has the frames between the
-//! daemon and the *worker*, the process that loads the vendor's library, logs in and calls PKCS#11. The decisions are pure values in
-//! [`policy`], which is the whole crate without its feature `tokens`. `worker/ffi.rs` has all unsafe code.
+//! From the outside in: [`cluster`](Cluster) picks a member, submits the operation and judges the reply (the table of
+//! return codes is in `fault.rs`). A *member* is one token as the daemon sees it: its state, its queue, the operations in
+//! flight. `link.rs` defines the frames between the daemon and the *worker*, the process that loads the vendor's library,
+//! logs in and calls PKCS#11. The decisions are pure values in [`policy`], the only module that is built without the
+//! feature `tokens`. `worker/ffi.rs` holds all unsafe code.
 
 #![deny(unsafe_code)]
 

@@ -1,10 +1,10 @@
-//! What daemon and worker say to each other, and the two ends of the socket between them.
+//! The frames between daemon and worker, and the two ends of the socket between them.
 //!
-//! The socket is a pair of type `SOCK_SEQPACKET`: a packet is a frame, whole or not at all. The daemon sends [`Call`]s, the
-//! worker [`Report`]s; both are encoded by postcard. A call's id comes back in its reply; the worker answers in any order. The
-//! first call is [`Request::Start`]; the worker serves nothing else before it has answered that.
+//! The socket is a pair of type `SOCK_SEQPACKET`: one packet is one frame, delivered whole or not at all. The daemon sends
+//! [`Call`]s, the worker [`Report`]s; postcard encodes both. A reply carries the id of its call; the worker answers in any
+//! order. The first call is [`Request::Start`]; the worker serves no other call until it has answered that one.
 //!
-//! Frames carry PINs, private keys and plaintexts: every buffer here is overwritten when it is done with.
+//! Frames carry PINs, private keys and plaintexts, so every buffer in this module is overwritten after use.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -23,23 +23,23 @@ use crate::identity::Fingerprint;
 use crate::keys::{NewKey, Oaep, RsaPrivateParts, RsaPublic, SignScheme, TokenKey};
 use crate::operation::Operation;
 
-/// Bytes of the largest frame. Lists of keys are cut into several.
+/// Maximum length of a frame in bytes. Longer lists of keys are split into several frames.
 pub(crate) const MAX_FRAME: usize = 64 * 1024;
-/// Bytes of the largest request: a frame without the call's id.
+/// Maximum length of a request in bytes: a frame without the call's id.
 pub(crate) const MAX_REQUEST: usize = MAX_FRAME - ID;
-/// Bytes of the call's id, little-endian, before its request: the request is encoded once and sent under another id at the
-/// next member.
+/// Length in bytes of the call's id, which precedes its request, little-endian. The id is separate so that a request is
+/// encoded once and can be sent to another member under another id.
 const ID: usize = 4;
 
-/// What the daemon asks for, as it lies in a frame after the call's id.
+/// A request of the daemon. In a frame it follows the call's id.
 #[derive(Serialize, Deserialize)]
 pub(crate) enum Request<'a> {
-    /// The first call: load the module, log in, open the first session. Answered by [`Answer::Done`] or, for the sake of its
-    /// details, by [`Report::StartFailed`].
+    /// The first call: load the module, log in, open the first session. The answer is [`Answer::Done`] or, because of its
+    /// details, [`Report::StartFailed`].
     Start(Start),
-    /// From now on this PIN, of this number, is used for logins.
+    /// Sets the PIN for logins from now on, and its number.
     SetPin(u64, Pin),
-    /// `CKM_RSA_PKCS_OAEP`, by the token or with the padding removed in software.
+    /// Decrypts with `CKM_RSA_PKCS_OAEP`; or with the bare RSA operation, after which software removes the padding.
     Decrypt {
         #[serde(borrow)]
         id: &'a [u8],
@@ -55,15 +55,16 @@ pub(crate) enum Request<'a> {
         scheme: SignScheme,
         digest: &'a [u8],
     },
-    /// So many random bytes.
+    /// Returns this number of random bytes.
     Random(u16),
-    /// Whether the session lives (`C_GetSessionInfo`).
+    /// Checks that the session is alive (`C_GetSessionInfo`).
     Ping,
-    /// The private keys: what the session knows, or after a `search` of the token. Answered by one or more [`Answer::Keys`].
+    /// Lists the private keys that the session knows; with `search`, searches the token first. The answer is one or more
+    /// [`Answer::Keys`].
     Keys { search: bool },
-    /// Makes a key pair on the token.
+    /// Generates a key pair on the token.
     Generate(NewKey),
-    /// Brings a private key onto the token.
+    /// Imports a private key into the token.
     Import(NewKey, RsaPrivateParts),
 }
 
@@ -82,22 +83,22 @@ impl Request<'_> {
     }
 }
 
-/// What a worker needs to know to serve its token. The module's environment is the process's.
+/// Settings that a worker needs to serve its token. The module's environment is that of the process.
 #[derive(Clone, Serialize, Deserialize)]
 pub(crate) struct Start {
-    /// The vendor's library.
+    /// Path of the vendor's library.
     pub(crate) module: PathBuf,
     pub(crate) token: TokenRef,
     pub(crate) pin: Pin,
-    /// How many sessions to open, at least one.
+    /// Number of sessions to open, at least 1.
     pub(crate) sessions: u32,
-    /// An administrator said that the last try of the PIN may be used.
+    /// True if an administrator allows use of the last PIN try.
     pub(crate) may_use_final_try: bool,
-    /// Comes back when the token refuses the PIN, so that the daemon knows which one was refused.
+    /// Number of the PIN. It is sent back when the token refuses the PIN, so that the daemon knows which PIN was refused.
     pub(crate) pin_number: u64,
 }
 
-/// What the worker says.
+/// A message of the worker.
 #[derive(Serialize, Deserialize)]
 pub(crate) enum Report<'a> {
     /// The answer to a call.
@@ -107,13 +108,13 @@ pub(crate) enum Report<'a> {
         #[serde(borrow)]
         result: Result<Answer<'a>, HsmError>,
     },
-    /// The answer to [`Request::Start`] when it went wrong. The worker ends after it.
+    /// The answer to [`Request::Start`] if the start failed. The worker then ends.
     StartFailed(Failure),
     /// `C_Login` was called.
     Login,
     /// A session searched the token for its private keys.
     KeySearch,
-    /// A session is open, or could not be opened, after so long.
+    /// A session was opened or could not be opened; `took` is the time of the attempt.
     SessionOpened {
         #[serde(with = "nanoseconds")]
         took: Duration,
@@ -121,15 +122,15 @@ pub(crate) enum Report<'a> {
     },
     /// A session is closed.
     SessionClosed,
-    /// The token gives no more sessions than these for now.
+    /// The token currently grants no more than `given` sessions.
     FewSessions { given: u32 },
-    /// Something that an administrator should know.
+    /// Information for an administrator.
     Note { level: Level, text: &'a str },
-    /// The token refused the PIN of this number. Sent before anything else is said or done, so that no other worker tries it again,
-    /// also when this one ends at once.
+    /// The token refused the PIN of this number. The worker sends this before any other report, so that no other worker
+    /// tries the PIN again even if this worker ends at once.
     PinRefused { number: u64, error: HsmError },
-    /// What the process has cost so far: processor time, and bytes of resident memory now. The daemon cannot look for itself where
-    /// a service is not shown other processes (systemd's `ProtectProc`).
+    /// Cost of the process so far: processor time, and resident memory in bytes. The daemon cannot read these figures
+    /// itself where a service cannot see other processes (systemd's `ProtectProc`).
     Usage {
         #[serde(with = "nanoseconds")]
         processor: Duration,
@@ -137,18 +138,18 @@ pub(crate) enum Report<'a> {
     },
 }
 
-/// What PKCS#11 calls took.
+/// Time that PKCS#11 calls took.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub(crate) struct Cost {
-    /// From call to return, without any waiting in the socket.
+    /// Time from call to return, without waiting in the socket.
     #[serde(with = "nanoseconds")]
     pub(crate) took: Duration,
-    /// Processor time of the worker's thread: soft tokens work in it.
+    /// Processor time of the worker's thread. Software tokens compute in that thread.
     #[serde(with = "nanoseconds")]
     pub(crate) processor: Duration,
 }
 
-/// Durations as whole nanoseconds: every number that a frame can hold is one that the daemon can add up.
+/// Encodes durations as whole nanoseconds, so that the daemon can add up every number that a frame can hold.
 mod nanoseconds {
     use std::time::Duration;
 
@@ -163,7 +164,7 @@ mod nanoseconds {
     }
 }
 
-/// How loud a note is.
+/// Severity of a note.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub(crate) enum Level {
     Info,
@@ -171,11 +172,11 @@ pub(crate) enum Level {
     Error,
 }
 
-/// A result as it lies in a frame.
+/// A result inside a frame.
 #[derive(Serialize, Deserialize)]
 pub(crate) enum Answer<'a> {
     Bytes(#[serde(borrow)] &'a [u8]),
-    /// A part of a list.
+    /// One part of a list.
     Keys {
         keys: Vec<TokenKey>,
         more: bool,
@@ -184,7 +185,7 @@ pub(crate) enum Answer<'a> {
     Done,
 }
 
-/// A result.
+/// A result, as the daemon and the session own it.
 pub(crate) enum Value {
     Bytes(Zeroizing<Vec<u8>>),
     Keys(Vec<TokenKey>),
@@ -192,7 +193,7 @@ pub(crate) enum Value {
     Done,
 }
 
-/// Encodes without leaving copies behind: the buffer is as large as it has to be from the start.
+/// Encodes a value without leaving copies in memory: the buffer has its final size from the start.
 pub(crate) fn encode<T: Serialize>(value: &T) -> Result<Zeroizing<Vec<u8>>, HsmError> {
     let len = postcard::experimental::serialized_size(value).map_err(|_| HsmError::UnexpectedReply)?;
     let mut bytes = Zeroizing::new(vec![0; len]);
@@ -200,43 +201,43 @@ pub(crate) fn encode<T: Serialize>(value: &T) -> Result<Zeroizing<Vec<u8>>, HsmE
     Ok(bytes)
 }
 
-/// A call as the worker reads it.
+/// A call as the worker decodes it.
 pub(crate) struct Call<'a> {
     pub(crate) id: u32,
     pub(crate) request: Request<'a>,
 }
 
 impl<'a> Call<'a> {
-    /// `None` when the frame cannot be read.
+    /// Decodes a frame; `None` if the frame is invalid.
     pub(crate) fn decode(frame: &'a [u8]) -> Option<Self> {
         let (id, request) = frame.split_first_chunk::<ID>()?;
         Some(Call { id: u32::from_le_bytes(*id), request: postcard::from_bytes(request).ok()? })
     }
 }
 
-/// A report as the daemon reads it; `None` when the frame cannot be read.
+/// Decodes a report; `None` if the frame is invalid.
 pub(crate) fn decode_report(frame: &[u8]) -> Option<Report<'_>> {
     postcard::from_bytes(frame).ok()
 }
 
-/// Both ends of a new link: the daemon's does not block, the worker's does. Neither survives an `exec`.
+/// Creates both ends of a new link. The daemon's end does not block; the worker's end does. `exec` closes both.
 pub(crate) fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
     let (daemon, worker) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
     rustix::io::ioctl_fionbio(&daemon, true)?;
     Ok((daemon, worker))
 }
 
-/// The daemon's end. The runtime takes it for a pipe: it is told of what can be read, and not of every frame that the worker
-/// takes out.
+/// The daemon's end. The runtime treats it as a pipe: it wakes the reader for frames that can be read, not for each frame
+/// that the worker takes out.
 pub(crate) struct DaemonEnd(pipe::Receiver);
 
 impl DaemonEnd {
-    /// Within a tokio runtime.
+    /// Registers the socket with the current tokio runtime, which must exist.
     pub(crate) fn new(socket: OwnedFd) -> io::Result<Self> {
         pipe::Receiver::from_owned_fd_unchecked(socket).map(DaemonEnd)
     }
 
-    /// Sends an encoded [`Request`] under an id. Does not block: `EAGAIN` while the socket is full.
+    /// Sends an encoded [`Request`] under an id. Does not block; the error is `EAGAIN` while the socket is full.
     pub(crate) fn send(&self, id: u32, request: &[u8]) -> Result<(), Errno> {
         let id = id.to_le_bytes();
         let parts = [io::IoSlice::new(&id), io::IoSlice::new(request)];
@@ -244,13 +245,13 @@ impl DaemonEnd {
         rustix::net::sendmsg(&self.0, &parts, &mut none, SendFlags::NOSIGNAL | SendFlags::DONTWAIT).map(drop)
     }
 
-    /// Reads the next frame; its length, 0 for the end. Calls `idle` when there is none yet, and waits.
+    /// Reads the next frame and returns its length, 0 at the end. If no frame is there yet, calls `idle` and waits.
     pub(crate) async fn recv(&self, buffer: &mut [u8], mut idle: impl FnMut()) -> io::Result<usize> {
         let mut reset = false;
         loop {
             match self.0.try_read(buffer) {
-                // The worker ended before it had read everything. The system says so first, once, and then hands out what the worker
-                // had still said.
+                // The worker ended before it had read everything. The system reports this once, first, and then delivers
+                // the frames that the worker had sent.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionReset && !reset => reset = true,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     idle();
@@ -262,16 +263,17 @@ impl DaemonEnd {
         }
     }
 
-    /// Tells the worker that nothing more comes: it ends when its calls have.
+    /// Tells the worker that no more calls follow. The worker ends when it has answered its calls.
     pub(crate) fn finish(&self) {
         let _ = rustix::net::shutdown(&self.0, rustix::net::Shutdown::Write);
     }
 }
 
-/// The worker's end. All of its threads wait on it.
+/// The worker's end. All threads of the worker wait on it.
 ///
-/// A library may close descriptors that are not its own, and what it opens next gets the number of this one. The socket is told
-/// from that by its inode, and is `EBADF` then: nothing is sent to a stranger.
+/// A library may close descriptors that do not belong to it, and a file that it opens next gets the same number. The inode
+/// distinguishes the socket from such a file. If it differs, every call fails with `EBADF`, so that nothing is sent
+/// elsewhere.
 pub(crate) struct WorkerEnd {
     socket: OwnedFd,
     inode: (u64, u64),
@@ -287,7 +289,7 @@ impl WorkerEnd {
         if inode(&self.socket)? == self.inode { Ok(()) } else { Err(Errno::BADF) }
     }
 
-    /// Reads the next frame; its length, 0 for the end. Calls `idle` when there is none yet, and waits.
+    /// Reads the next frame and returns its length, 0 at the end. If no frame is there yet, calls `idle` and waits.
     pub(crate) fn recv(&self, buffer: &mut [u8], idle: impl FnOnce()) -> io::Result<usize> {
         match self.recv_with(buffer, RecvFlags::DONTWAIT) {
             Err(Errno::AGAIN) => {
@@ -307,12 +309,12 @@ impl WorkerEnd {
         }
     }
 
-    /// Blocks while the daemon does not read.
+    /// Sends a report. Blocks while the socket is full because the daemon does not read.
     pub(crate) fn send(&self, report: &Report<'_>) -> io::Result<()> {
         self.send_with(report, SendFlags::NOSIGNAL)
     }
 
-    /// The same for what is not worth waiting for: nothing is sent while the daemon does not read.
+    /// Sends a report that is not worth waiting for: it is dropped while the socket is full.
     pub(crate) fn try_send(&self, report: &Report<'_>) -> io::Result<()> {
         match self.send_with(report, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
@@ -332,14 +334,14 @@ impl WorkerEnd {
         }
     }
 
-    /// Waits until the daemon has closed its end, or finished, but no longer than `time`; whether it has. Needs no frame to be
-    /// read. A socket that is not ours any more is an error.
+    /// Waits at most `time` for the daemon to close its end or to finish, and returns true if it did. Works without reading
+    /// a frame. Returns an error if the descriptor is not the socket any more.
     pub(crate) fn ends_within(&self, time: Duration) -> io::Result<bool> {
         use rustix::event::{PollFd, PollFlags, Timespec, poll};
         let time = Timespec::try_from(time).map_err(io::Error::other)?;
         let mut ends = [PollFd::new(&self.socket, PollFlags::RDHUP)];
         let polled = poll(&mut ends, Some(&time));
-        // The end of another socket is not the daemon's.
+        // The end of another socket is not the daemon's end.
         self.expect_ours()?;
         match polled {
             Ok(_) => Ok(!ends[0].revents().is_empty()),
@@ -355,12 +357,12 @@ impl AsFd for WorkerEnd {
     }
 }
 
-/// Tells an open file from all others.
+/// Returns the device and inode, which identify an open file.
 fn inode(file: &OwnedFd) -> Result<(u64, u64), Errno> {
     rustix::fs::fstat(file).map(|stat| (stat.st_dev, stat.st_ino))
 }
 
-/// A buffer for received frames, overwritten after each and at its end.
+/// A buffer for received frames. It is overwritten after each frame and when it is dropped.
 pub(crate) struct FrameBuffer(Zeroizing<Vec<u8>>);
 
 impl FrameBuffer {
@@ -383,7 +385,7 @@ impl FrameBuffer {
     }
 }
 
-/// Nanoseconds for a frame or a counter, at most what fits.
+/// Converts a duration to nanoseconds for a frame or counter, limited to `u64::MAX`.
 pub(crate) fn nanos(time: Duration) -> u64 {
     u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }

@@ -1,10 +1,10 @@
 //! One token as the daemon sees it.
 //!
-//! A member has a queue: calls wait for a *place*, the right to have one call at the member's worker. There are two places for
-//! each session, so that a session finds its next call already in the socket. A call is one send; the task that reads the
-//! worker's reports wakes the caller (`calls.rs`). What a reply is worth is decided in `judge.rs`. The member's life is one task
-//! (`life.rs`); what changes its state from outside that task is in `control.rs`.
-//! What a member is made of, with the invariants and the order of locks, is in `parts.rs`.
+//! A member has a queue: calls wait for a *place*, the right to have one call at the member's worker. There are two places
+//! for each session, so that a session finds its next call already in the socket. A call is one send; the task that reads
+//! the worker's reports wakes the caller (`calls.rs`). `judge.rs` decides whether a result is right and who is at fault.
+//! One task runs the member's life (`life.rs`); `control.rs` has the state changes that come from outside that task.
+//! `parts.rs` defines the fields of a member, their invariants and the order of locks.
 
 mod balance;
 mod calls;

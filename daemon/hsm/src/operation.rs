@@ -1,30 +1,30 @@
-//! Kinds of operations, by the names that logs and metrics use.
+//! Kinds of operations, with the names that logs and metrics use.
 
 use serde::{Deserialize, Serialize};
 
-/// What a member is asked to do.
+/// A kind of operation at a member.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
 pub enum Operation {
-    /// A session is opened, with its login and its search for keys.
+    /// Opens a session: login and search for keys included.
     Open,
-    /// A private key decrypts.
+    /// Decrypts with a private key.
     Decrypt,
-    /// A private key signs.
+    /// Signs with a private key.
     Sign,
-    /// Random bytes.
+    /// Generates random bytes.
     Random,
-    /// A known-answer test.
+    /// Runs a known-answer test.
     Probe,
-    /// The private keys of the token are listed.
+    /// Lists the private keys of the token.
     Keys,
-    /// A key pair is generated.
+    /// Generates a key pair.
     Generate,
-    /// A private key is imported.
+    /// Imports a private key.
     Import,
 }
 
 impl Operation {
-    /// As in logs and metric labels: `decrypt`.
+    /// Returns the name for logs and metric labels, such as `decrypt`.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -39,7 +39,7 @@ impl Operation {
         }
     }
 
-    /// Whether doing it twice does no harm.
+    /// Returns true if the operation may safely be done twice.
     pub(crate) fn may_repeat(self) -> bool {
         !matches!(self, Operation::Generate | Operation::Import)
     }

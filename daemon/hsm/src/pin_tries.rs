@@ -1,36 +1,36 @@
-//! What a token says of the tries that its user PIN has left, and whether the PIN may be tried then.
+//! Remaining tries of a user PIN, as the token reports them, and the rule when the PIN may be tried.
 //!
-//! Tokens count wrong PINs and lock themselves. Before every login the flags of `CK_TOKEN_INFO` are looked at: looking costs
-//! no try.
+//! Tokens count wrong PINs and lock themselves. Before every login the worker reads the flags of `CK_TOKEN_INFO`; this
+//! costs no try.
 
 use serde::{Deserialize, Serialize};
 
-/// How many wrong PINs the token takes yet, as far as it tells. From most to none.
+/// State of the remaining tries, as far as the token reports it. Ordered from most tries to none.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
 pub enum PinTries {
     /// No wrong PIN since the last right one.
     Full,
     /// At least one wrong PIN since the last right one (`CKF_USER_PIN_COUNT_LOW`).
     Low,
-    /// One wrong PIN more locks the token (`CKF_USER_PIN_FINAL_TRY`).
+    /// The next wrong PIN locks the token (`CKF_USER_PIN_FINAL_TRY`).
     Final,
     /// The PIN is locked (`CKF_USER_PIN_LOCKED`).
     Locked,
 }
 
-/// On whose word a PIN is tried.
+/// The authority on which a PIN is tried.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Word {
-    /// Nobody's: somebody only looks.
+    /// None: a tool only inspects the token.
     Look,
-    /// The configuration's: the daemon is to serve with this PIN.
+    /// The configuration: the daemon is to serve with this PIN.
     Serve,
-    /// An administrator's, for this one try.
+    /// An administrator, for this one try.
     Administrator,
 }
 
 impl PinTries {
-    /// Whether a PIN that is not known to be right may be tried.
+    /// Returns true if a PIN that is not known to be right may be tried.
     pub(crate) fn allow(self, word: Word) -> bool {
         match self {
             PinTries::Full => true,
@@ -40,7 +40,7 @@ impl PinTries {
         }
     }
 
-    /// The flag's meaning, in words.
+    /// Returns the meaning of the flag in words.
     pub(crate) fn meaning(self) -> &'static str {
         match self {
             PinTries::Full => "no wrong PIN was tried since the last right one",
@@ -50,7 +50,7 @@ impl PinTries {
         }
     }
 
-    /// What an administrator can do about it.
+    /// Returns the action that an administrator can take.
     #[must_use]
     pub fn remedy(self, member: &str) -> String {
         match self {

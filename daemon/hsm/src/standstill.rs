@@ -1,15 +1,15 @@
-//! A clock that does not count the time in which the whole process, or its machine, stood still.
+//! A clock that leaves out the time in which the whole process or its machine stood still.
 //!
-//! A process is stopped (`SIGSTOP`, a debugger, a frozen cgroup), a virtual machine is migrated or its snapshot resumed: the
-//! system's monotonic clock jumps, for all at once. Whoever waited has waited for longer than their deadline then, although
-//! nobody was slow. Deadlines, watchdogs and estimates are therefore reckoned on this clock.
+//! A process may be stopped (`SIGSTOP`, a debugger, a frozen cgroup), and a virtual machine may be migrated or resumed from
+//! a snapshot. The system's monotonic clock then jumps for all threads at once: every waiter exceeds its deadline although
+//! nothing was slow. Deadlines, watchdogs and estimates therefore use this clock.
 //!
-//! A thread beats 40 times a second. A beat that comes much too late is a standstill, and what it was late by is lost time. A
-//! reader that comes before that beat sees the gap, too: [`now`] never jumps. While no thread beats (tools, unit tests) this is
-//! the system's clock.
+//! A thread beats 40 times per second. If a beat is much too late, the process stood still, and the delay is lost time. A
+//! reader that comes before that beat sees the gap as well, so [`now`] never jumps. Without a thread that beats (tools,
+//! unit tests) this is the system's clock.
 //!
-//! Instants of this clock are not to be compared with those of another one: a time that was taken by [`now`] is subtracted from
-//! [`now`], and is waited for with [`sleep_until`] or [`timeout_at`].
+//! Instants of this clock must not be compared with those of another clock. Subtract an instant taken with [`now`] only
+//! from [`now`], and wait for it with [`sleep_until`] or [`timeout_at`].
 
 use std::future::Future;
 use std::pin::pin;
@@ -20,18 +20,18 @@ use std::time::{Duration, Instant};
 
 use tracing::warn;
 
-/// The time between two beats, and the unit in which they are remembered.
+/// Time between two beats, and the unit in which they are stored.
 const BEAT: Duration = Duration::from_millis(25);
-/// A beat that comes so late is no busy machine any more.
+/// A beat with this delay means a standstill, not a busy machine.
 const STANDSTILL: Duration = Duration::from_millis(500);
 
-/// Where beats are counted from.
+/// The instant from which beats are counted.
 static EPOCH: OnceLock<Instant> = OnceLock::new();
-/// See [`Pulse`]. 0: nothing beats.
+/// The current [`Pulse`]; 0 if no thread beats.
 static PULSE: AtomicU64 = AtomicU64::new(0);
 
-/// The last beat, and the time lost before it, both counted in beats: 54 years and 77 days have room. In one word, so that both
-/// are read at once.
+/// The last beat, and the time lost before it, both counted in beats. There is room for 54 years and 77 days. They share
+/// one word so that both are read at once.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 struct Pulse {
     beats: u64,
@@ -50,19 +50,19 @@ impl Pulse {
         Pulse { beats: word >> LOST_BITS, lost: word & MOST_LOST }
     }
 
-    /// The time that is lost when it is `now` since the epoch: what was lost before, and the gap since the last beat where it
-    /// is too wide.
+    /// Returns the lost time when `now` has passed since the epoch: the time lost before, plus the gap since the last beat
+    /// if that is too wide.
     fn lost(self, now: Duration) -> Duration {
         times(BEAT, self.lost) + self.gap(now).unwrap_or_default()
     }
 
-    /// For how long everything stood still since the last beat, if it did.
+    /// Returns the length of the standstill since the last beat, if there is one.
     fn gap(self, now: Duration) -> Option<Duration> {
         let gap = now.saturating_sub(times(BEAT, self.beats));
         (gap >= STANDSTILL).then(|| gap - BEAT)
     }
 
-    /// The next beat.
+    /// Returns the pulse after the next beat.
     fn beat(self, now: Duration) -> Self {
         let beats = |time: Duration| u64::try_from(time.as_millis() / BEAT.as_millis()).unwrap_or(u64::MAX);
         Pulse { beats: beats(now), lost: beats(self.lost(now)).min(MOST_LOST) }
@@ -73,7 +73,8 @@ fn times(time: Duration, count: u64) -> Duration {
     Duration::from_nanos((time.as_nanos() as u64).saturating_mul(count))
 }
 
-/// Starts the beat, once for the process. Without a thread for it the clock goes on as the system's.
+/// Starts the thread that beats, once in a process. If the thread cannot be started, the clock continues as the system's
+/// clock.
 pub fn watch() {
     static STARTED: Once = Once::new();
     STARTED.call_once(|| {
@@ -96,15 +97,15 @@ pub fn watch() {
     });
 }
 
-/// The time, without that in which everything stood still.
+/// Returns the current time of this clock.
 #[must_use]
 pub fn now() -> Instant {
-    // Tokio's: tests stop and set it.
+    // Tokio's clock, because tests pause and set it.
     let system = tokio::time::Instant::now().into_std();
     system.checked_sub(lost(system)).unwrap_or(system)
 }
 
-/// How much time has passed since `then`, a time of this clock.
+/// Returns the time that has passed since `then`, an instant of this clock.
 #[must_use]
 pub fn since(then: Instant) -> Duration {
     now().saturating_duration_since(then)
@@ -117,28 +118,28 @@ fn lost(system: Instant) -> Duration {
     }
 }
 
-/// The system's time that will be `deadline` here if nothing stands still until then.
+/// Returns the system's time that corresponds to `deadline`, if no standstill occurs until then.
 fn on_system_clock(deadline: Instant) -> tokio::time::Instant {
     tokio::time::Instant::now() + deadline.saturating_duration_since(now())
 }
 
-/// Waits until a time of this clock.
+/// Waits until an instant of this clock.
 pub async fn sleep_until(deadline: Instant) {
-    // A standstill in between moves it.
+    // A standstill during the wait moves the deadline.
     while now() < deadline {
         tokio::time::sleep_until(on_system_clock(deadline)).await;
     }
 }
 
-/// The deadline passed first.
+/// The deadline passed before the future was ready.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("deadline passed")]
 pub struct Elapsed;
 
-/// Waits for `future` until a time of this clock.
+/// Waits for `future`, at most until an instant of this clock.
 ///
 /// # Errors
-/// When the time comes first.
+/// Returns an error if the deadline passes first.
 pub async fn timeout_at<F: Future>(deadline: Instant, future: F) -> Result<F::Output, Elapsed> {
     let mut future = pin!(future);
     loop {
@@ -150,10 +151,10 @@ pub async fn timeout_at<F: Future>(deadline: Instant, future: F) -> Result<F::Ou
     }
 }
 
-/// Waits for `future`, and for so long.
+/// Waits for `future`, at most for `time`.
 ///
 /// # Errors
-/// When the time is over first.
+/// Returns an error if the time is over first.
 pub async fn timeout<F: Future>(time: Duration, future: F) -> Result<F::Output, Elapsed> {
     timeout_at(now() + time, future).await
 }
@@ -182,12 +183,12 @@ mod tests {
     #[test]
     fn a_standstill_is_lost_before_and_after_the_beat_that_finds_it() {
         let pulse = after(START, [50, 75, 100]);
-        // A reader that wakes before the beat sees as much as one after it, to a beat.
+        // A reader before the beat sees the same loss as a reader after it, within one beat.
         assert_eq!(pulse.lost(ms(6100)), ms(6000 - 25));
         let beaten = pulse.beat(ms(6103));
         assert_eq!(beaten.lost(ms(6103)), ms(6000 - 25));
         assert_eq!(after(beaten, [6125, 6150, 6300]).lost(ms(6310)), ms(6000 - 25));
-        // The next one adds to it.
+        // The next standstill adds to the lost time.
         assert_eq!(after(beaten, [6125, 7125]).lost(ms(7130)), ms(6000 - 25 + 1000 - 25));
     }
 

@@ -1,4 +1,4 @@
-//! The worker: a process that serves one token and ends with its socket.
+//! The worker: a process that serves one token and ends when its socket ends.
 //!
 //! ```text
 //!   started by the daemon: the socket is standard input
@@ -19,9 +19,9 @@
 //!   at any time: the socket fails, since a library has closed or replaced it ──▶ exit 3
 //! ```
 //!
-//! The main thread makes no PKCS#11 call, so that the process ends in time whatever hangs in the vendor's library: it waits for
-//! the end of the socket, and reports four times a second what the process costs. A panic aborts the process. Answers are judged
-//! in the daemon, not here.
+//! The main thread makes no PKCS#11 call, so that the process ends in time even if the vendor's library hangs. The main
+//! thread waits for the end of the socket, and reports the cost of the process four times per second. A panic aborts the
+//! process. The daemon judges the results; the worker does not.
 
 mod clock;
 mod discovery;
@@ -60,15 +60,15 @@ pub use ffi::set_env;
 pub use raw_session::RawSession;
 pub use tool::init_token;
 
-/// Exit status when the module, its token or its PIN cannot be used.
+/// Exit status if the module, its token or its PIN cannot be used.
 const START_FAILED: u8 = 1;
-/// Exit status when something other than the daemon started the process.
+/// Exit status if the process was not started by the daemon.
 const MISUSED: u8 = 2;
-/// How often the daemon hears of the cost of the process: often enough for measurements of a few seconds.
+/// Period of the cost reports: short enough for measurements of a few seconds.
 const USAGE_PERIOD: Duration = Duration::from_millis(250);
 
-/// Serves the token that the daemon names over standard input, until the daemon closes that socket. To be called at the very
-/// start of a process, before it has threads or open descriptors.
+/// Serves the token that the daemon names over standard input, until the daemon closes that socket. Must be called at the
+/// start of a process, before it has threads or opens descriptors.
 #[must_use]
 pub fn run() -> ExitCode {
     let socket = match process::settle() {
@@ -97,16 +97,16 @@ pub fn run() -> ExitCode {
     })
 }
 
-/// Why a process serves nothing, or no more.
+/// Reason why a process serves nothing or stopped serving.
 #[derive(Debug)]
 pub(crate) enum ServeError {
-    /// The first call is none.
+    /// The first message is not a call of the daemon.
     Misused(io::Error),
-    /// The socket fails.
+    /// The socket failed.
     Socket(io::Error),
 }
 
-/// The process's life from the first call on. `usage`: processor time and memory of the process.
+/// Runs the process from the first call on. `usage` returns processor time and memory of the process.
 pub(crate) fn serve(socket: OwnedFd, usage: impl Fn() -> (Duration, u64)) -> Result<Finished, ServeError> {
     let daemon = Arc::new(WorkerEnd::new(socket).map_err(ServeError::Socket)?);
     let Some((id, start)) = first_call(&daemon).map_err(ServeError::Misused)? else {
@@ -116,13 +116,13 @@ pub(crate) fn serve(socket: OwnedFd, usage: impl Fn() -> (Duration, u64)) -> Res
     threads.start(id, start);
     while !daemon.ends_within(USAGE_PERIOD).map_err(ServeError::Socket)? {
         let (processor, resident) = usage();
-        // Whatever fails here is found out by the next look at the end.
+        // A failure here is found by the next check of the socket's end.
         let _ = daemon.try_send(&Report::Usage { processor, resident });
     }
     Ok(threads.finish())
 }
 
-/// `None`: the socket ended before there was a call.
+/// Reads the first call; `None` if the socket ended before.
 fn first_call(daemon: &WorkerEnd) -> io::Result<Option<(u32, Start)>> {
     let mut buffer = FrameBuffer::new();
     let len = daemon.recv(buffer.room(), || ())?;

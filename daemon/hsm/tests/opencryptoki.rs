@@ -1,4 +1,4 @@
-//! The token suite against opencryptoki's soft token, with SoftHSM2 as the token that stands in.
+//! Runs the token suite with opencryptoki's soft token. SoftHSM2 provides the spare token.
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
@@ -16,17 +16,17 @@ const DAEMON: &str = "/usr/sbin/pkcsslotd";
 const TOKEN_FILES: &str = "/var/lib/opencryptoki/swtok";
 const TOKEN_OBJECTS: &str = "/var/lib/opencryptoki/swtok/TOK_OBJ";
 const PID_FILE: &str = "/var/run/pkcsslotd.pid";
-/// Which slot holds the soft token, by Debian's /etc/opencryptoki/opencryptoki.conf.
+/// Slot of the soft token in Debian's /etc/opencryptoki/opencryptoki.conf.
 const SLOT: &str = "3";
 const LABEL: &str = "claviger-hsm";
-/// What an untouched soft token has.
+/// SO PIN of a soft token in its initial state.
 const FACTORY_SO_PIN: &str = "87654321";
 
 #[test]
 fn opencryptoki() {
     suite::expect_installed(MODULE, "opencryptoki");
     suite::expect_installed(DAEMON, "opencryptoki");
-    // There is one such token on a machine.
+    // A machine has only one such token.
     let turn = File::create(std::env::temp_dir().join("claviger-opencryptoki.lock")).unwrap();
     turn.lock().unwrap();
     let daemon = SlotDaemon::start();
@@ -35,7 +35,7 @@ fn opencryptoki() {
     suite::run(member("soft", MODULE, LABEL), member("stand-in", SOFTHSM, "stand-in"));
 }
 
-/// pkcsslotd, stopped at the end if it did not run before.
+/// The daemon pkcsslotd. It is stopped at the end, unless it ran before.
 struct SlotDaemon {
     ours: bool,
 }
@@ -45,7 +45,7 @@ impl SlotDaemon {
         if running().is_some() {
             return SlotDaemon { ours: false };
         }
-        // From here on it is stopped again, also when the rest fails.
+        // From here on it is stopped again, even if a later step fails.
         let daemon = SlotDaemon { ours: true };
         start();
         daemon
@@ -79,15 +79,15 @@ fn stop() {
     }
 }
 
-/// The daemon's process, if there is one; its file may outlive it.
+/// Returns the daemon's process id, if it runs; its file may outlive it.
 fn running() -> Option<u32> {
     let pid: u32 = fs::read_to_string(PID_FILE).ok()?.trim().parse().ok()?;
-    // Empty for a process that has ended and is not reaped, as in containers without an init.
+    // The file is empty for a process that has ended and is not reaped, as in containers without an init.
     let command = fs::read_to_string(format!("/proc/{pid}/cmdline")).ok()?;
     command.contains("pkcsslotd").then_some(pid)
 }
 
-/// Makes the token ours, unless an earlier run has.
+/// Initialises the token, unless an earlier run did.
 fn prepare_token(daemon: &SlotDaemon) {
     let info = pkcsconf(&["-t", "-c", SLOT], "");
     let ours = info.lines().any(|line| line.trim() == format!("Label: {LABEL}"));
@@ -100,7 +100,7 @@ fn prepare_token(daemon: &SlotDaemon) {
         return;
     }
     if info.contains("TOKEN_INITIALIZED") {
-        // Half set up. opencryptoki 3.8 cannot initialise such a token again: C_Login fails from then on.
+        // The token is half set up. opencryptoki 3.8 cannot initialise such a token again: C_Login fails from then on.
         assert!(daemon.ours, "stop pkcsslotd and empty {TOKEN_FILES}");
         stop();
         for dir in [TOKEN_FILES, TOKEN_OBJECTS] {
@@ -111,7 +111,7 @@ fn prepare_token(daemon: &SlotDaemon) {
                 }
             }
         }
-        // The daemon's copy of the same.
+        // This file is the daemon's copy of the token's data.
         let _ = fs::remove_file("/dev/shm/var.lib.opencryptoki.swtok");
         start();
     }

@@ -1,4 +1,4 @@
-//! The token suite against SoftHSM2, and what needs a token of its own.
+//! Runs the token suite with SoftHSM2, and tests that need a token of their own.
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
@@ -10,7 +10,7 @@ use claviger_hsm::{Hash, HsmError, SignScheme, TokenRef};
 use cryptoki::object::Attribute;
 use suite::{Counts, SHA1, SOFTHSM, count, load, member, pin, soon};
 
-// One test, since the environment and the library belong to the whole process.
+// One test, since environment and library belong to the whole process.
 #[test]
 fn softhsm() {
     let _tokens = suite::softhsm_tokens(&["one", "two", "twin", "twin"]);
@@ -58,7 +58,7 @@ fn a_token_that_is_not_there() {
     });
 }
 
-/// Which of them is meant cannot be known: the PIN is tried on neither.
+/// If several tokens have the configured label, the PIN is tried on none of them.
 fn tokens_of_one_label() {
     let counts = Arc::new(Counts::default());
     let cluster = load(vec![member("twin", SOFTHSM, "twin")], counts.observer()).unwrap();
@@ -85,7 +85,7 @@ fn tokens_of_one_label() {
     assert_eq!(count(&counts.logins), 2);
 }
 
-/// `CKA_ALWAYS_AUTHENTICATE`: a login between the start of each operation and its data.
+/// Keys with `CKA_ALWAYS_AUTHENTICATE` get a login between the start of each operation and its data.
 fn keys_that_want_a_login_each_time() {
     let (key, id) = (suite::software_key(), suite::new_id());
     let named = suite::named(&id, &key.to_public_key());
@@ -104,14 +104,14 @@ fn keys_that_want_a_login_each_time() {
             assert_eq!((done.value.as_slice(), done.retries), (&b"careful"[..], 0));
             cluster.sign(&named, SignScheme::Pkcs1(Hash::Sha256), &[7; 32], soon(), None).await.unwrap();
         }
-        // A PIN that the token refuses at such a login is tried once.
+        // If the token refuses the PIN at such a login, the PIN is tried only once.
         cluster.set_pin("careful", pin("654321")).await.unwrap();
         let ciphertext = suite::encrypt(&key.to_public_key(), SHA1, b"careful");
         assert!(cluster.decrypt(&named, SHA1, &ciphertext, soon(), None).await.is_err());
         assert_eq!(cluster.members()[0].state.name(), "pin_refused");
         cluster.close().await;
     });
-    // What the token counted is gone after a right login.
+    // A login with the right PIN resets the token's count of wrong PINs.
     let cluster = load(vec![member("careful", SOFTHSM, "two")], counts.observer()).unwrap();
     suite::runtime().block_on(async {
         cluster.start().await.unwrap();

@@ -1,4 +1,4 @@
-//! What really crosses the PKCS#11 interface, seen by OpenSC's spy module in front of SoftHSM2.
+//! Tests of the calls that cross the PKCS#11 interface, recorded by OpenSC's spy module in front of SoftHSM2.
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
@@ -59,7 +59,7 @@ fn no_length_probes() {
     assert_eq!(of("C_Login").len(), 1);
     assert_eq!(of("C_Initialize").len(), 1);
     assert_eq!(of("C_Finalize").len(), 1);
-    // What was opened was closed.
+    // Every opened session was closed.
     assert_eq!(of("C_OpenSession").len(), of("C_CloseSession").len());
 }
 
@@ -74,7 +74,7 @@ impl Call<'_> {
     }
 }
 
-/// The log's calls: a line `12: C_Decrypt` and what follows it.
+/// Returns the calls of the log. A call is a line such as `12: C_Decrypt` and the lines after it.
 fn calls(log: &str) -> Vec<Call<'_>> {
     let mut calls: Vec<Call<'_>> = Vec::new();
     for line in log.lines() {

@@ -1,4 +1,4 @@
-//! The worker as a process: what it inherits, what ends it, and what does not. `examples/worker.rs` is the process.
+//! Tests of the worker as a process: its inheritance and its end. The process runs `examples/worker.rs`.
 
 #![allow(clippy::unwrap_used)]
 
@@ -20,10 +20,10 @@ use rustix::process::{Pid, Signal, kill_process};
 
 const SOFTHSM: &str = "/usr/lib/softhsm/libsofthsm2.so";
 const USER_PIN: &str = "123456";
-/// Makes this program the parent of a worker.
+/// Variable that makes this program the parent of a worker.
 const PARENT: &str = "CLAVIGER_TEST_WORKERS_PARENT";
 
-/// A worker and the daemon's end of its socket.
+/// Starts a worker; returns it and the daemon's end of its socket.
 fn start(configure: impl FnOnce(&mut Command)) -> (Child, OwnedFd) {
     let (daemon, worker) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
     let mut command = Command::new(program::worker());
@@ -32,7 +32,7 @@ fn start(configure: impl FnOnce(&mut Command)) -> (Child, OwnedFd) {
     (command.spawn().unwrap(), daemon)
 }
 
-/// The exit status, and what the process printed.
+/// Returns the exit status and the output of the process.
 fn end(mut child: Child) -> (Option<i32>, String) {
     let patience = Instant::now() + Duration::from_secs(30);
     while child.try_wait().unwrap().is_none() {
@@ -44,14 +44,14 @@ fn end(mut child: Child) -> (Option<i32>, String) {
     (child.wait().unwrap().code(), said)
 }
 
-/// The frame of a start, by hand: call 1, the first kind of request, module, token by label, PIN, sessions, no final try, the PIN's
-/// number.
+/// Returns the frame of a start, built by hand: call 1, the first kind of request, module, token by label, PIN, sessions,
+/// no final try, number of the PIN.
 fn start_frame(label: &str, sessions: u8) -> Vec<u8> {
     let text = |text: &str| [&[text.len() as u8], text.as_bytes()].concat();
     [&[1, 0, 0, 0, 0][..], &text(SOFTHSM), &[0], &text(label), &text(USER_PIN), &[sessions, 0, 0]].concat()
 }
 
-/// Reads reports until that on this call is there: a reply is the first kind of report.
+/// Reads reports until the reply to this call arrives. A reply is the first kind of report.
 fn await_reply(daemon: &OwnedFd, id: u8) -> Vec<u8> {
     let mut buffer = [0; 65536];
     loop {
@@ -63,7 +63,7 @@ fn await_reply(daemon: &OwnedFd, id: u8) -> Vec<u8> {
     }
 }
 
-/// A folder of tokens, and the process environment pointing there.
+/// A directory of tokens; the process environment points to it.
 static TOKENS: LazyLock<tempfile::TempDir> = LazyLock::new(|| {
     assert!(Path::new(SOFTHSM).exists(), "{SOFTHSM} is missing. Install it: apt-get install libsofthsm2");
     let dir = tempfile::tempdir().unwrap();
@@ -80,7 +80,7 @@ fn pin(pin: &str) -> Pin {
     Pin::new(pin.to_owned())
 }
 
-/// A cluster of one SoftHSM2 token, served by this program.
+/// Creates a cluster of one SoftHSM2 token.
 fn cluster(path: &Path) -> Cluster {
     let member = MemberConfig {
         name: "m".to_owned(),
@@ -98,7 +98,7 @@ fn cluster(path: &Path) -> Cluster {
     Cluster::new(vec![member], timeouts, program, Arc::new(|_, _| {})).unwrap()
 }
 
-/// Open descriptors, threads, and KiB in memory of this process.
+/// Returns the open descriptors, the threads, and the memory of this process in KiB.
 fn held() -> (usize, usize, u64) {
     let count = |folder: &str| fs::read_dir(folder).unwrap().count();
     let status = fs::read_to_string("/proc/self/status").unwrap();
@@ -119,13 +119,13 @@ async fn until_up(cluster: &Cluster, but: Option<u32>) -> u32 {
     }
 }
 
-/// `CLAVIGER_RESTARTS=10000` for as many of them.
+/// Set `CLAVIGER_RESTARTS=10000` to change the number of restarts.
 #[test]
 #[allow(clippy::print_stderr)]
 fn restarts_leak_nothing() {
     LazyLock::force(&TOKENS);
     let restarts = std::env::var("CLAVIGER_RESTARTS").map_or(100, |count| count.parse().unwrap());
-    // In a runtime of its own, so that all its threads are there before anything is counted.
+    // The test has its own runtime, so that all threads of the runtime exist before the first count.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     runtime.block_on(async {
         let cluster = cluster(program::worker());
@@ -134,22 +134,22 @@ fn restarts_leak_nothing() {
         let mut before = None;
         for restart in 0..restarts {
             kill_process(Pid::from_raw(worker.try_into().unwrap()).unwrap(), Signal::KILL).unwrap();
-            // A caller that waits makes the next attempt come at once.
+            // A waiting caller brings forward the next attempt.
             while cluster.members()[0].worker == Some(worker) {
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }
-            // Refused where a fresh worker takes longer than callers are kept for it.
+            // The call fails if a fresh worker takes longer than callers wait for one.
             let _ = cluster.random(8, Instant::now() + Duration::from_secs(10)).await;
             worker = until_up(&cluster, Some(worker)).await;
-            // The first ones fill caches and start threads.
+            // The first restarts fill caches and start threads.
             if restart == restarts / 10 {
                 before = Some(held());
             }
         }
         let (before, after) = (before.unwrap(), held());
         eprintln!("{restarts} restarts; descriptors, threads, KiB before: {before:?}, after: {after:?}");
-        // Other tests of this program run at the same time: they have a few descriptors, each. One that leaked with each restart
-        // would be many more.
+        // Other tests of this program run at the same time, and each has a few descriptors. A leak of one descriptor per
+        // restart would add many more.
         assert!(after.0 <= before.0 + 32, "descriptors: {before:?}, {after:?}");
         assert!(after.1 <= before.1 + 8, "threads: {before:?}, {after:?}");
         assert!(after.2 <= before.2 + 16 * 1024, "memory: {before:?}, {after:?}");
@@ -158,7 +158,7 @@ fn restarts_leak_nothing() {
     });
 }
 
-/// What a library starts belongs to its worker, however that ends.
+/// A program that the library starts ends with its worker, however the worker ends.
 #[tokio::test]
 async fn what_a_worker_has_started_ends_with_it() {
     let folder = tempfile::tempdir().unwrap();
@@ -178,7 +178,7 @@ async fn what_a_worker_has_started_ends_with_it() {
     cluster.close().await;
 }
 
-/// A PIN that a reload takes from the environment is known to the workers that have been started before.
+/// If a reload reads a PIN from an environment variable, workers started before have inherited it and are replaced.
 #[tokio::test]
 async fn a_variable_that_is_hidden_later_is_hidden_from_running_workers() {
     LazyLock::force(&TOKENS);
@@ -194,7 +194,7 @@ async fn a_variable_that_is_hidden_later_is_hidden_from_running_workers() {
     let cluster = cluster(&script);
     cluster.start().await.unwrap();
     let first = until_up(&cluster, None).await;
-    // Set by cargo.
+    // Cargo sets this variable.
     let variable = "CARGO_MANIFEST_DIR";
     assert!(environment(first).contains(variable));
     cluster.hide(vec!["CLAVIGER_TEST_NO_SUCH_VARIABLE".to_owned()]).await;
@@ -220,7 +220,7 @@ async fn a_worker_that_is_missing_or_cannot_be_executed_is_said_and_tried_again(
     said("No such file or directory").await.close().await;
     fs::write(&program, "no program").unwrap();
     let cluster = said("Permission denied").await;
-    // It is there at last.
+    // The file exists by now.
     fs::remove_file(&program).unwrap();
     std::os::unix::fs::symlink(program::worker(), &program).unwrap();
     LazyLock::force(&TOKENS);
@@ -256,12 +256,12 @@ fn a_socket_that_closes_before_the_start_ends_it() {
 #[allow(clippy::print_stderr)]
 fn serving_it_has_only_its_socket_outlives_signals_and_ends_with_the_socket() {
     if !rustix::process::geteuid().is_root() {
-        // Nobody else may look at the descriptors of a process that is not dumpable.
+        // Only root may list the descriptors of a process that is not dumpable.
         eprintln!("SKIPPED: run as root to see what a worker has open");
         return;
     }
     let tokens = &*TOKENS;
-    // A descriptor that is left open across exec, as vendors' libraries do.
+    // A descriptor that stays open across exec, as vendors' libraries leave them.
     let inherited = File::create(tokens.path().join("inherited")).unwrap();
     rustix::io::fcntl_setfd(&inherited, rustix::io::FdFlags::empty()).unwrap();
     let (child, daemon) = start(|_| ());
@@ -280,7 +280,7 @@ fn serving_it_has_only_its_socket_outlives_signals_and_ends_with_the_socket() {
     let limits = fs::read_to_string(proc.join("limits")).unwrap();
     let core = limits.lines().find(|line| line.starts_with("Max core file size")).unwrap();
     assert_eq!(core.split_whitespace().skip(4).take(2).collect::<Vec<_>>(), ["0", "0"]);
-    // Arguments are readable by others; the environment by root at least.
+    // All users can read the arguments; root can read the environment.
     for file in ["cmdline", "environ"] {
         let text = fs::read(proc.join(file)).unwrap();
         assert!(!text.windows(USER_PIN.len()).any(|part| part == USER_PIN.as_bytes()), "{file}");
@@ -289,7 +289,7 @@ fn serving_it_has_only_its_socket_outlives_signals_and_ends_with_the_socket() {
     let pid = Pid::from_child(&child);
     for (id, signal) in [(2, Signal::TERM), (3, Signal::INT)] {
         kill_process(pid, signal).unwrap();
-        // Whether the session lives is the sixth kind of request.
+        // `Ping` is the sixth kind of request.
         send(&daemon, &[id, 0, 0, 0, 5], SendFlags::NOSIGNAL).unwrap();
         await_reply(&daemon, id);
     }
@@ -297,7 +297,7 @@ fn serving_it_has_only_its_socket_outlives_signals_and_ends_with_the_socket() {
     assert_eq!(end(child), (Some(0), String::new()));
 }
 
-/// Bits of CAP_NET_BIND_SERVICE, capabilities(7).
+/// Bit of CAP_NET_BIND_SERVICE, capabilities(7).
 const BIND: u64 = 1 << 10;
 
 #[test]
@@ -342,7 +342,7 @@ fn it_ends_when_its_parent_is_killed() {
     let pid = lines.find_map(|line| line.split("worker ").nth(1).map(str::to_owned)).unwrap();
     parent.kill().unwrap();
     parent.wait().unwrap();
-    // Gone, or dead and not yet reaped by the process that inherits orphans.
+    // The process is gone, or is dead and not yet reaped by the process that inherits orphans.
     let stat = PathBuf::from(format!("/proc/{pid}/stat"));
     let patience = Instant::now() + Duration::from_secs(30);
     while fs::read_to_string(&stat).is_ok_and(|stat| !stat.contains(") Z ")) {
@@ -351,7 +351,7 @@ fn it_ends_when_its_parent_is_killed() {
     }
 }
 
-/// Not a test of its own: the parent that the test above kills.
+/// Not a test of its own: this is the parent that the test above kills.
 #[test]
 #[allow(clippy::print_stdout)]
 fn the_parent_of_a_worker() {
@@ -362,6 +362,6 @@ fn the_parent_of_a_worker() {
         command.stderr(Stdio::inherit());
     });
     println!("worker {}", child.id());
-    // Until it is killed.
+    // Waits until the process is killed.
     let _ = recv(&daemon, &mut [0; 16], RecvFlags::empty());
 }

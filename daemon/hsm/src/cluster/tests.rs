@@ -1,4 +1,5 @@
-//! Clusters whose workers are played by the test: a script at the other end of the socket, beside a process that does nothing.
+//! Tests of clusters whose workers are scripts in the test: the script holds the other end of the socket, and the process
+//! is idle.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -16,7 +17,7 @@ use crate::error::WorkerFault;
 use crate::link::{Answer, Call, Cost, MAX_FRAME, Report, encode, pair};
 use crate::member::{Environment, HiddenVariables, MemberState};
 
-/// What the daemon asks of a script.
+/// Kinds of requests that a script distinguishes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Asked {
     Start { pin: u64 },
@@ -29,12 +30,12 @@ enum Asked {
 /// The worker's end of a socket.
 struct Peer {
     socket: OwnedFd,
-    /// The process beside the script reads from there, and ends with it.
+    /// Standard input of the idle process, which ends when this is closed.
     _input: OwnedFd,
 }
 
 impl Peer {
-    /// The next call; `None`: the daemon has ended the conversation.
+    /// Reads the next call; `None` if the daemon has ended the conversation.
     fn next(&self) -> Option<(u32, Asked)> {
         let mut buffer = vec![0; MAX_FRAME];
         let (len @ 1.., _) = recv(&self.socket, &mut buffer, RecvFlags::empty()).ok()? else { return None };
@@ -57,7 +58,7 @@ impl Peer {
         self.say(&Report::Reply { id, cost: Cost::default(), result });
     }
 
-    /// Answers a call as a worker does whose token works.
+    /// Answers a call as the worker of a working token does.
     fn answer(&self, id: u32, asked: Asked) {
         if matches!(asked, Asked::Start { .. }) {
             self.say(&Report::SessionOpened { took: Duration::from_nanos(1), result: Ok(()) });
@@ -65,12 +66,12 @@ impl Peer {
         self.reply(id, Ok(if asked == Asked::Random { Answer::Bytes(b"rand") } else { Answer::Done }));
     }
 
-    /// Serves until the daemon ends the conversation.
+    /// Serves calls until the daemon ends the conversation.
     fn serve(&self) {
         self.serve_until(|_| false);
     }
 
-    /// Serves until it is asked for this, which it does not answer.
+    /// Serves calls until `enough` accepts one, which is returned unanswered.
     fn serve_until(&self, enough: impl Fn(Asked) -> bool) -> Option<u32> {
         while let Some((id, asked)) = self.next() {
             if enough(asked) {
@@ -88,12 +89,12 @@ struct Stage {
 }
 
 impl Stage {
-    /// One member, whose workers are played by `script`, which is told how many there were before.
+    /// One member whose workers run `script`. The script gets the number of workers started before.
     fn set(watchdog: Duration, script: impl Fn(usize, Peer) + Send + Sync + 'static) -> Self {
         Self::of(watchdog, |_| Ok(()), script)
     }
 
-    /// The same, with processes that cannot all be started.
+    /// Like `set`, but `launches` may make the start of a process fail.
     fn of(
         watchdog: Duration,
         launches: impl Fn(usize) -> io::Result<()> + Send + Sync + 'static,
@@ -166,7 +167,7 @@ impl Stage {
     }
 }
 
-/// A script: the first worker ends when it is asked for random bytes, the others serve.
+/// A script: the first worker ends when it is asked for random bytes; later workers serve.
 fn the_first_ends_in_a_call(number: usize, peer: Peer) {
     if number == 0 {
         peer.serve_until(|asked| asked == Asked::Random);
@@ -210,7 +211,7 @@ async fn hang_after_hang_the_member_comes_back() {
     let stage = Stage::set(SHORT, |number, peer| {
         if number < HANGS {
             peer.serve_until(|asked| asked == Asked::Random);
-            // The call hangs until the process is killed.
+            // This call hangs until the process is killed.
             let _ = peer.next();
         } else {
             peer.serve();
@@ -218,7 +219,7 @@ async fn hang_after_hang_the_member_comes_back() {
     });
     stage.cluster.start().await.unwrap();
     for hang in 1..=HANGS {
-        // The call that hangs is answered by the next worker, or fails when that hangs, too.
+        // The next worker answers the call that hangs; or the call fails if the next worker hangs too.
         let _ = stage.random().await;
         stage.until("a fresh worker", |stage| stage.started() > hang && stage.state() == MemberState::Up).await;
     }
@@ -255,7 +256,7 @@ async fn what_is_said_of_the_last_worker_does_not_count_for_the_next_one() {
     let late = {
         let member = Arc::clone(&member);
         move |number| {
-            // While the second one is started, a call to the first one finds that that is gone.
+            // While the second worker starts, a call finds that the first worker is gone.
             if let Some(member) = member.lock().unwrap().as_ref().filter(|_| number == 1) {
                 member.lost_worker(1);
             }
@@ -323,7 +324,7 @@ async fn a_start_that_fails_is_tried_again_and_says_why() {
 
 #[tokio::test]
 async fn a_process_that_cannot_be_started_is_a_failed_attempt() {
-    // As when the program is missing, or there is no process left.
+    // Simulates a missing program or a full process table.
     let no_fork = |number| if number < 3 { Err(io::Error::from(Errno::AGAIN)) } else { Ok(()) };
     let stage = Stage::of(LONG, no_fork, |_, peer| peer.serve());
     let failure = stage.cluster.start().await.unwrap_err();
@@ -342,7 +343,7 @@ async fn a_pin_that_is_refused_is_tried_once_whatever_becomes_of_the_worker() {
             let Some((id, Asked::Start { pin })) = peer.next() else { panic!("no start") };
             tried.lock().unwrap().push(pin);
             if pin == 0 {
-                // It ends before it can say more.
+                // The worker ends before it can say more.
                 peer.say(&Report::PinRefused { number: pin, error: refused() });
             } else {
                 peer.answer(id, Asked::Start { pin });
@@ -355,7 +356,7 @@ async fn a_pin_that_is_refused_is_tried_once_whatever_becomes_of_the_worker() {
     assert_eq!(stage.cluster.check("m").await.unwrap_err().error, HsmError::PinRefused);
     stage.cluster.0.members.read().unwrap()[0].member.probe_now();
     assert_eq!(stage.random().await.unwrap_err(), HsmError::NoneServing);
-    // The same one is not another one.
+    // Setting the same PIN again allows no further try.
     stage.cluster.set_pin("m", Pin::new("1111".to_owned())).await.unwrap();
     tokio::time::sleep(SHORT).await;
     assert_eq!((stage.state(), stage.started()), (MemberState::PinRefused, 1));
@@ -373,7 +374,7 @@ async fn a_pin_that_replaced_the_refused_one_in_time_is_tried() {
         if number == 0 {
             peer.serve_until(|asked| matches!(asked, Asked::SetPin { pin: 1 }));
             tell.fetch_add(1, Ordering::AcqRel);
-            // Of the first one, and too late.
+            // This report is about the first PIN and comes too late.
             peer.say(&Report::PinRefused { number: 0, error: refused() });
         }
         peer.serve();

@@ -1,4 +1,4 @@
-//! What the balancer asks of a member. Atomics only, but for a member that lacks keys.
+//! The data that the balancer reads of a member: atomics only, except for a member that lacks keys.
 
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -13,8 +13,8 @@ impl Member {
         self.gauges.priority.load(Ordering::Relaxed)
     }
 
-    /// For [`pick`](crate::policy::pick::pick); `None`: it cannot take a call now. Reads atomics only, but for a member that
-    /// lacks keys.
+    /// Returns the member's data for [`pick`](crate::policy::pick::pick); `None` if it cannot take a call now. Reads only
+    /// atomics, unless the member lacks keys.
     pub(crate) fn candidate(&self, key: Option<&KeyRef>, now: Instant) -> Option<Candidate> {
         let gauges = &self.gauges;
         let in_flight = gauges.in_flight.load(Ordering::Acquire);
@@ -30,12 +30,12 @@ impl Member {
         })
     }
 
-    /// Whether it gets calls.
+    /// Returns true if the member takes calls.
     pub(crate) fn is_serving(&self) -> bool {
         self.gauges.serving.load(Ordering::Acquire)
     }
 
-    /// Whether the member would serve if it had the key.
+    /// Returns true if the member would serve if it had the key.
     pub(crate) fn only_lacks(&self, key: &KeyRef, now: Instant) -> bool {
         self.is_serving() && self.lacks(key, now)
     }
@@ -44,17 +44,18 @@ impl Member {
         self.is_serving() && self.gauges.in_flight.load(Ordering::Acquire) >= self.config.queue.max(1)
     }
 
-    /// Since when a fresh worker is being started after a fault; `None`: it serves, or is not on its way up.
+    /// Returns the time of the fault after which a fresh worker is being started; `None` if the member serves or is not
+    /// restarting.
     pub(crate) fn returning_since(&self) -> Option<Instant> {
         self.machine().returning_since()
     }
 
-    /// Whether it was proved wrong a short time ago.
+    /// Returns true if the member was proved wrong a short time ago.
     pub(crate) fn is_doubtful(&self, now: Instant) -> bool {
         lock(&self.credibility).is_doubtful(now)
     }
 
-    /// The number of the worker that serves now.
+    /// Returns the number of the current worker.
     pub(crate) fn generation(&self) -> u64 {
         self.workers.load(Ordering::Acquire)
     }

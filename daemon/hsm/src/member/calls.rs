@@ -1,4 +1,4 @@
-//! The way of a call: a place, a frame to the worker, the reply.
+//! A call from submission to reply: wait for a place, send a frame to the worker, receive the reply.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -15,19 +15,19 @@ use crate::job::Job;
 use crate::link::Value;
 use crate::standstill;
 
-/// How long a call waits before it looks again whether there is room in the socket.
+/// Pause between checks for room in a full socket.
 const FULL_SOCKET_PAUSE: Duration = Duration::from_millis(1);
 
-/// What became of a call at one member.
+/// Outcome of a call at one member.
 pub(crate) enum Outcome {
-    /// The token was asked, or may have been.
+    /// The token ran the operation, or may have run it.
     Ran(Result<Value, HsmError>),
-    /// The token was not asked, so asking another one costs nothing twice.
+    /// The token did not run the operation, so another member can take it without a retry.
     NotRun(HsmError),
 }
 
 impl Member {
-    /// One operation of a caller, judged.
+    /// Runs one operation of a caller and judges its result.
     pub(crate) async fn call(&self, job: &Job, deadline: Instant, limits: Limits) -> Outcome {
         let submitted = standstill::now();
         let Some(queue) = self.queue() else { return Outcome::NotRun(HsmError::NotServing) };
@@ -45,9 +45,10 @@ impl Member {
         Outcome::Ran(result)
     }
 
-    /// Waits for a place, in order of arrival.
+    /// Waits for a place, first come first served.
     async fn hold(&self, places: &Pool<Places>, deadline: Instant) -> Result<Held, HsmError> {
-        // Counted first, so that two callers cannot both take the last place in the queue.
+        // The call is counted before the limit is checked, so that two callers cannot both take the last position in the
+        // queue.
         let before = self.gauges.in_flight.fetch_add(1, Ordering::AcqRel);
         let in_flight = InFlight(Arc::clone(&self.gauges));
         if before >= self.config.queue.max(1) {
@@ -61,12 +62,12 @@ impl Member {
             },
             place => place,
         };
-        // Closed: the member has stopped serving, and the operation goes elsewhere.
+        // A closed pool means that the member has stopped serving; the operation goes to another member.
         let place = place.map_err(|_| HsmError::NotServing)?;
         Ok(Held { _place: Some(place), _in_flight: in_flight })
     }
 
-    /// One frame there and one back. An error: the token was not asked.
+    /// Sends one frame and receives the reply. An error means that the token was not asked.
     pub(super) async fn exchange(
         &self,
         talk: &Talk,
@@ -79,14 +80,14 @@ impl Member {
         match standstill::timeout_at(deadline, answer).await {
             Ok(Ok(Some(reply))) => Ok(reply),
             Ok(Ok(None)) => Err(HsmError::Worker(WorkerFault::Gone)),
-            // Nobody can tell what became of it: the task that reads panicked.
+            // The task that reads panicked, so the outcome of the call is unknown.
             Ok(Err(_)) => Ok(CallResult::none(HsmError::Worker(WorkerFault::Gone), Duration::ZERO)),
             Err(_) => Err(HsmError::Deadline),
         }
     }
 
-    /// Sends a call, as soon as there is room in the socket. A worker that makes none within the call's share of time does not
-    /// read.
+    /// Sends a call as soon as the socket has room. If there is no room within the call's share of time, the worker is
+    /// treated as one that does not read.
     async fn send(
         &self,
         talk: &Talk,
@@ -100,7 +101,7 @@ impl Member {
             match talk.submit(job, limits, held) {
                 Ok(waiting) => return Ok(waiting),
                 Err(Unsent::Gone) => {
-                    // The task that reads may not have come to know it yet.
+                    // The task that reads may not have noticed yet.
                     self.lost_worker(talk.number);
                     return Err(HsmError::Worker(WorkerFault::Gone));
                 }
@@ -121,8 +122,8 @@ impl Member {
         }
     }
 
-    /// One operation at this very member, whatever its state: key management, tests. A
-    /// member without a worker gets one first.
+    /// Runs one operation on this member, whatever its state: key management and tests. A member without a worker starts
+    /// one first.
     pub(crate) async fn direct(&self, job: &Job, timeout: Duration) -> Result<Value, Failure> {
         let deadline = standstill::now() + timeout;
         if self.machine().is_pin_refused() {
@@ -140,7 +141,7 @@ impl Member {
         Ok(result?)
     }
 
-    /// A member's own call needs no place: it is one more in the socket.
+    /// Creates the guard for a call of the member itself, which needs no place: it is one more call in the socket.
     pub(super) fn hold_directly(&self) -> Held {
         self.gauges.in_flight.fetch_add(1, Ordering::AcqRel);
         Held { _place: None, _in_flight: InFlight(Arc::clone(&self.gauges)) }

@@ -1,4 +1,4 @@
-//! What changes a member's state from outside its life: faults that calls show, the regular look at it, and administrators.
+//! State changes that come from outside the member's task: faults of calls, the regular check, and administrators.
 
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -16,7 +16,7 @@ use crate::standstill;
 
 /// Faults.
 impl Member {
-    /// A failure by the member's own fault: evidence.
+    /// Counts a failure that is the member's fault as evidence.
     pub(super) fn failed(&self, error: HsmError, took: Duration, now: Instant) {
         if self.change(|machine| machine.failed(error, took, now)) {
             self.observe(Event::Closed);
@@ -30,7 +30,8 @@ impl Member {
         }
     }
 
-    /// The token refused the PIN of this number. It is not tried again; one that has replaced it since is.
+    /// Handles the refusal of the PIN of this number. That PIN is not tried again; a PIN that has replaced it since is
+    /// tried.
     pub(super) fn refused_pin(&self, number: u64, error: HsmError) {
         if lock(&self.pin).number != number {
             return;
@@ -38,14 +39,14 @@ impl Member {
         if self.change(|machine| machine.pin_refused(error)) {
             self.observe(Event::Closed);
         }
-        // Looked at again: one that came in between has found nothing that had to be allowed.
+        // Checked again: a new PIN that was set in between found no refusal to lift.
         if lock(&self.pin).number != number {
             self.allow_pin();
         }
     }
 
-    /// Looks for calls that take too long, and refreshes what the balancer reads. Whether the member should be tested: it has
-    /// given no result for long, or only a failure.
+    /// Finds calls that take too long and refreshes the balancer's data. Returns true if the member should be tested: it
+    /// has given no result for long, or its last result was a failure.
     pub(crate) fn tick(&self, now: Instant) -> bool {
         let mut oldest = None;
         if let Some(talk) = self.talk() {
@@ -65,13 +66,14 @@ impl Member {
         let mut heard = lock(&self.heard);
         let silent = serves && now.saturating_duration_since(*heard) >= SILENCE;
         if silent {
-            // Asked once.
+            // The test is requested once.
             *heard = now;
         }
         silent || doubt
     }
 
-    /// The member is down, if it has to be, before the callers are told: they look for a member at once.
+    /// Handles late calls. The member goes down, if necessary, before the callers are told, since they then pick a member
+    /// at once.
     fn look_for_late_calls(&self, talk: &Talk, now: Instant) {
         let (late, hung) = talk.look(now);
         if let Some(operation) = hung {
@@ -85,17 +87,17 @@ impl Member {
     }
 }
 
-/// What administrators, the configuration and the cluster ask for.
+/// Requests of administrators, the configuration and the cluster.
 impl Member {
-    /// Makes the next attempt come soon.
+    /// Brings forward the next attempt.
     pub(crate) fn probe_now(&self) {
         self.change(|machine| machine.probe_now(standstill::now()));
     }
 
-    /// The member's worker. A member without one makes an attempt soon, which is waited for.
+    /// Returns the connection to the worker. If there is none, requests an attempt and waits for it.
     pub(super) async fn talk_or_attempt(&self) -> Result<Talk, Failure> {
         let mut attempts = self.attempts.subscribe();
-        // Looked at after that, so that no attempt ends unseen in between.
+        // Checked after the subscription above, so that no attempt ends unseen in between.
         if let Some(talk) = self.talk() {
             return Ok(talk);
         }
@@ -108,7 +110,7 @@ impl Member {
                 return Err(HsmError::NotServing.into());
             }
         }
-        // One that is under way may have begun with what the caller has just changed.
+        // An attempt that already runs may have begun before the caller's change.
         let wanted = self.begun.load(Ordering::Acquire) + 1;
         let until = standstill::now() + START_TIMEOUT + OWN_TIMEOUT;
         while self.talk().is_none() && attempts.borrow_and_update().0 < wanted && self.machine().is_on_its_way() {
@@ -119,11 +121,11 @@ impl Member {
             }
         }
         let (_, failure) = attempts.borrow().clone();
-        // The keys of a member that lacks some can be managed, although its attempt failed.
+        // A member that lacks some keys fails its attempt, but its keys can be managed.
         self.talk().ok_or_else(|| failure.unwrap_or_else(|| HsmError::NotServing.into()))
     }
 
-    /// Waits for the first attempt to bring the member up.
+    /// Waits until the first attempt has ended; returns its failure.
     pub(crate) async fn first_attempt(&self) -> Result<(), Failure> {
         let mut attempts = self.attempts.subscribe();
         let Ok(attempts) = attempts.wait_for(|(count, _)| *count > 0).await else {
@@ -132,13 +134,15 @@ impl Member {
         attempts.1.clone().map_or(Ok(()), Err)
     }
 
-    /// Tests the member now, whatever its state; how long the tests took. A member that is down gets a fresh worker first.
+    /// Tests the member now, whatever its state, and returns the time of the tests. A member that is down gets a fresh
+    /// worker first.
     pub(crate) async fn probe(&self) -> Result<Duration, Failure> {
         self.talk_or_attempt().await?;
         self.test().await
     }
 
-    /// Replaces a worker that has inherited what it should not have, and waits until the member serves again, if it did.
+    /// Replaces a worker that inherited a variable which is now hidden. Waits until the member serves again if it served
+    /// before.
     pub(crate) async fn replace_worker(&self) {
         if lock(&self.worker_pid).is_none() {
             return;
@@ -152,15 +156,15 @@ impl Member {
         }
     }
 
-    /// Like [`probe`](Self::probe), on an administrator's word: a refused PIN may be tried again, also if it is the last try.
+    /// Like [`probe`](Self::probe), for an administrator: a refused PIN may be tried again, even if it is the last try.
     pub(crate) async fn probe_on_request(&self) -> Result<Duration, Failure> {
         let _word = FinalTry::allow(self);
         self.allow_pin();
         self.probe().await
     }
 
-    /// Takes a PIN, and lets it be tried if the last one was refused and was another: the same one again would be one step
-    /// nearer to a locked token each time that the log is rotated.
+    /// Sets the PIN. If the last PIN was refused and differs from this one, allows a try. The same PIN is not tried again,
+    /// because each reload, such as for log rotation, would bring the token one step nearer to its lock.
     pub(crate) async fn set_pin(&self, pin: Pin) {
         let number = {
             let mut held = lock(&self.pin);
@@ -171,7 +175,7 @@ impl Member {
             held.number += 1;
             held.number
         };
-        // A worker that cannot take it is replaced for other reasons, and its successor starts with this PIN.
+        // A worker that cannot receive the PIN is replaced for other reasons; its successor starts with this PIN.
         if let Some(talk) = self.talk()
             && let Ok(job) = Job::new(&Request::SetPin(number, pin))
         {
@@ -184,7 +188,7 @@ impl Member {
         self.change(|machine| machine.allow_pin(standstill::now()));
     }
 
-    /// Lets the member finish what it has and gives it nothing new, or takes it back into service; whether that changed anything.
+    /// Drains the member or puts it back into service; returns true if that changed the state.
     pub(crate) fn drain(&self, drain: bool) -> bool {
         let changed = self.change(|machine| machine.drain(drain, standstill::now()));
         if changed && self.in_flight() == 0 {
@@ -193,7 +197,7 @@ impl Member {
         changed
     }
 
-    /// Begins to leave the cluster: [`live`](Self::live) ends when the worker has.
+    /// Starts the removal from the cluster. [`live`](Self::live) returns when the worker has ended.
     pub(crate) fn remove(&self) {
         if self.change(Machine::remove) {
             self.attempts
@@ -202,8 +206,8 @@ impl Member {
     }
 }
 
-/// An administrator's word that the last try of the PIN may be used, until the end of what the word was given for, also when
-/// that is given up.
+/// Permission by an administrator to use the last PIN try. It ends with the request that it was given for, also when that
+/// request is cancelled.
 struct FinalTry<'a>(&'a Member);
 
 impl<'a> FinalTry<'a> {

@@ -1,4 +1,4 @@
-//! One worker process as its member talks to it: calls go out, reports come in.
+//! The conversation of a member with one worker process: calls go out, reports come in.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard};
@@ -17,41 +17,42 @@ use crate::lock::lock;
 use crate::operation::Operation;
 use crate::standstill;
 
-/// What came back of a call.
+/// Result of a call, with its cost.
 pub(crate) struct CallResult {
     pub(crate) result: Result<Value, HsmError>,
     pub(crate) cost: Cost,
 }
 
 impl CallResult {
-    /// The worker said nothing.
+    /// A result without any cost, for a call that the worker did not answer.
     pub(crate) fn none(error: HsmError, took: Duration) -> Self {
         CallResult { result: Err(error), cost: Cost { took, ..Cost::default() } }
     }
 }
 
-/// Why a call was not sent.
+/// Reason why a call was not sent.
 pub(crate) enum Unsent<G> {
-    /// The socket is full for now: the worker has not read yet what it was sent. What was to be held comes back.
+    /// The socket is full: the worker has not yet read earlier calls. Returns the guard.
     Full(G),
-    /// The worker is gone.
+    /// The worker has ended.
     Gone,
 }
 
-/// Told when a call has come back; `None`: it only waited in the socket, and its worker has ended.
+/// Receives the result of a call; `None` if the call only waited in the socket when its worker ended.
 pub(crate) type Waiting = oneshot::Receiver<Option<CallResult>>;
 
-/// What belongs to an outstanding call. `G` is what is held while the call is outstanding: its place and its part of the queue.
+/// Owner of an outstanding call. `G` is a guard held while the call is outstanding: its place and its position in the
+/// queue.
 struct Owner<G> {
     reply: Option<oneshot::Sender<Option<CallResult>>>,
-    /// The parts of a list that have come so far.
+    /// The parts of a list received so far.
     keys: Vec<TokenKey>,
     parts: u32,
     guard: G,
 }
 
 impl<G> Owner<G> {
-    /// What was held is given back first: the caller finds its place free.
+    /// Drops the guard first, so that the caller finds its place free.
     fn answer(self, reply: Option<CallResult>) {
         drop(self.guard);
         if let Some(caller) = self.reply {
@@ -60,7 +61,7 @@ impl<G> Owner<G> {
     }
 }
 
-/// A call that takes too long. Its caller waits until it is [told](Self::tell).
+/// A call that takes too long. Its caller waits until [`tell`](Self::tell).
 pub(crate) struct Late {
     pub(crate) operation: Operation,
     pub(crate) limits: Limits,
@@ -68,7 +69,7 @@ pub(crate) struct Late {
 }
 
 impl Late {
-    /// Sends the caller elsewhere.
+    /// Sends the caller to another member.
     pub(crate) fn tell(self) {
         if let Some(reply) = self.reply {
             let _ = reply.send(Some(CallResult::none(HsmError::Hung(self.operation), self.limits.share)));
@@ -76,29 +77,30 @@ impl Late {
     }
 }
 
-/// Told while the conversation is read.
+/// An item passed to the reader of the conversation.
 pub(crate) enum News<'a> {
-    /// What the worker said, other than replies.
+    /// A report other than a reply.
     Report(Report<'a>),
-    /// So many replies came at one wake-up.
+    /// Number of replies read in one wake-up.
     Replies(usize),
 }
 
-/// Reports beside replies that a worker may send in a second. A worker that sends more is ill: it would keep the daemon busy.
+/// Maximum number of reports other than replies in a second. A worker that sends more is faulty and would keep the daemon
+/// busy.
 const MOST_REPORTS: u32 = 10_000;
-/// Parts of a list, each a frame.
+/// Maximum number of frames of one list.
 const MOST_PARTS: u32 = 256;
-/// Frames that are read before other tasks of the thread get their turn.
+/// Number of frames read before other tasks of the thread run.
 const FRAMES_IN_A_ROW: u32 = 64;
 
-/// Counts reports beside replies. A plain value that is handed `now`.
+/// Counts reports other than replies. A plain value that is handed `now`.
 struct Flood {
     second: Instant,
     reports: u32,
 }
 
 impl Flood {
-    /// One more; whether there are too many.
+    /// Counts one more report; returns true if there are too many.
     fn another(&mut self, now: Instant) -> bool {
         if now.saturating_duration_since(self.second) >= Duration::from_secs(1) {
             *self = Flood { second: now, reports: 0 };
@@ -111,13 +113,13 @@ impl Flood {
 /// A worker process at the other end of a socket.
 pub(crate) struct Conversation<G> {
     end: DaemonEnd,
-    /// A leaf: nothing else is locked while it is held.
+    /// No other lock is taken while this one is held.
     outstanding: Mutex<Outstanding<Owner<G>>>,
-    /// Sessions that are open.
+    /// Number of open sessions.
     sessions: AtomicUsize,
-    /// Nothing is sent any more.
+    /// True once nothing may be sent any more.
     over: AtomicBool,
-    /// Tells this worker's results from those of others before and after it.
+    /// Number of this worker: distinguishes its results from those of earlier and later workers.
     pub(crate) number: u64,
 }
 
@@ -136,7 +138,8 @@ impl<G: Send> Conversation<G> {
         lock(&self.outstanding)
     }
 
-    /// Sends a call. The lock is held over the send, so that calls are outstanding in the order in which the worker reads them.
+    /// Sends a call. Holds the lock during the send, so that calls are outstanding in the order in which the worker reads
+    /// them.
     pub(crate) fn submit(&self, job: &Job, limits: Limits, guard: G) -> Result<Waiting, Unsent<G>> {
         let (reply, answer) = oneshot::channel();
         let owner = Owner { reply: Some(reply), keys: Vec::new(), parts: 0, guard };
@@ -153,7 +156,7 @@ impl<G: Send> Conversation<G> {
         }
     }
 
-    /// Reads what the worker says until it says no more; why.
+    /// Reads reports until the conversation ends, and returns the reason for its end.
     pub(crate) async fn read(&self, mut tell: impl FnMut(News<'_>)) -> Failure {
         let mut buffer = FrameBuffer::new();
         let mut flood = Flood { second: standstill::now(), reports: 0 };
@@ -199,15 +202,15 @@ impl<G: Send> Conversation<G> {
         }
     }
 
-    /// The task that reads is the only one that changes the count.
+    /// Changes the number of sessions. Only the task that reads calls this.
     fn count_sessions(&self, count: impl FnOnce(usize) -> usize) {
         let sessions = count(self.sessions());
         self.sessions.store(sessions, Ordering::Release);
         self.outstanding().set_sessions(sessions, standstill::now());
     }
 
-    /// Hands a reply to its caller. A caller that has been sent elsewhere, or has left, does not take the result: it is
-    /// zeroised right here. Whether the id is one that a worker may answer.
+    /// Hands a reply to its caller. If the caller was sent elsewhere or has left, the result is zeroised here. Returns
+    /// false if the worker may not answer this id.
     fn replied(&self, id: u32, cost: Cost, result: Result<Answer<'_>, HsmError>) -> bool {
         let mut outstanding = self.outstanding();
         let value = match result {
@@ -234,7 +237,7 @@ impl<G: Send> Conversation<G> {
         true
     }
 
-    /// Nothing is sent any more. Every call that runs fails with this error; one that only waits was not asked of the token.
+    /// Stops sending. Calls that run fail with this error; calls that only wait in the socket were not given to the token.
     pub(crate) fn fail(&self, error: HsmError) {
         let mut outstanding = self.outstanding();
         self.over.store(true, Ordering::Release);
@@ -246,20 +249,20 @@ impl<G: Send> Conversation<G> {
         }
     }
 
-    /// Nothing is sent any more; what was sent may finish.
+    /// Stops sending; calls that were sent may finish.
     pub(crate) fn stop_sending(&self) {
         let _outstanding = self.outstanding();
         self.over.store(true, Ordering::Release);
     }
 
-    /// Tells the worker to end when it has answered what it was sent.
+    /// Tells the worker to end once it has answered its calls.
     pub(crate) fn finish(&self) {
         self.stop_sending();
         self.end.finish();
     }
 
-    /// The calls that take too long since the last look, whose callers are to be told; and the operation that hangs, if one
-    /// does. The callers are not told here, so that the member can go down first.
+    /// Returns the calls that became late since the last check, whose callers are to be told, and the operation that hangs,
+    /// if any. The caller of this function tells them, so that the member can go down first.
     pub(crate) fn look(&self, now: Instant) -> (Vec<Late>, Option<Operation>) {
         let mut late = Vec::new();
         let hung = self.outstanding().look(now, |operation, limits, owner| {
@@ -276,24 +279,24 @@ impl<G: Send> Conversation<G> {
         self.sessions.load(Ordering::Acquire)
     }
 
-    /// Calls that run, and those of them that are late.
+    /// Returns the number of running calls and the number of late ones among them.
     pub(crate) fn running(&self) -> (usize, usize) {
         let outstanding = self.outstanding();
         (outstanding.running(), outstanding.late())
     }
 
-    /// Calls that were sent.
+    /// Returns the number of calls that were sent and are not answered.
     pub(crate) fn sent(&self) -> usize {
         self.outstanding().len()
     }
 
-    /// Whether the worker has answered everything.
+    /// Returns true if the worker has answered all calls.
     pub(crate) fn is_idle(&self) -> bool {
         self.sent() == 0
     }
 
-    /// Whether no further answer can be expected in time: all calls that run are late, so that those behind them in the socket
-    /// will not run.
+    /// Returns true if no further answer can be expected in time: all running calls are late, so the calls behind them in
+    /// the socket will not run.
     pub(crate) fn is_stuck(&self) -> bool {
         let outstanding = self.outstanding();
         outstanding.late() == outstanding.running()

@@ -1,24 +1,25 @@
-//! Whether to believe a member that says an input is bad. A plain value that is handed `now`.
+//! Credibility of a member's rejections: decides whether to believe that an input is invalid. A plain value that is handed
+//! `now`.
 
 use std::time::{Duration, Instant};
 
-/// How often a member may be asked to pass a known-answer test because of answers that may be the caller's fault: a flood of bad
-/// input costs the honest callers little.
+/// Minimum time between known-answer tests that are caused by rejected input. The limit keeps a flood of bad input from
+/// slowing down honest callers.
 const TEST_PAUSE: Duration = Duration::from_millis(100);
-/// How long the opinion of a member that was proved wrong does not count.
+/// Time for which the rejections of a member that was proved wrong do not count.
 const DOUBTFUL: Duration = Duration::from_secs(10);
 
-/// What is known about a member's opinions.
+/// State of the credibility of one member.
 #[derive(Debug, Default)]
 pub(crate) struct Credibility {
     tested_at: Option<Instant>,
-    /// The last such test went wrong.
+    /// True if the last such test failed.
     failed: bool,
     doubtful_until: Option<Instant>,
 }
 
 impl Credibility {
-    /// Whether to make a known-answer test now. If so, its result has to be [told](Self::tested).
+    /// Returns true if a known-answer test must be run now. The caller then reports its result to [`tested`](Self::tested).
     pub(crate) fn wants_test(&mut self, now: Instant) -> bool {
         let due = self.tested_at.is_none_or(|at| now.saturating_duration_since(at) >= TEST_PAUSE);
         if due {
@@ -27,22 +28,22 @@ impl Credibility {
         due
     }
 
-    /// How a test went that was wanted.
+    /// Records the result of a test that [`wants_test`](Self::wants_test) asked for.
     pub(crate) fn tested(&mut self, passed: bool) {
         self.failed = !passed;
     }
 
-    /// Whether the last test passed. Before any test a member is believed.
+    /// Returns true if the last test passed or if there was none.
     pub(crate) fn passed(&self) -> bool {
         !self.failed
     }
 
-    /// Another member's answer proved this one wrong.
+    /// Records that another member's result proved this member wrong.
     pub(crate) fn contradicted(&mut self, now: Instant) {
         self.doubtful_until = Some(now + DOUBTFUL);
     }
 
-    /// Whether the member was proved wrong a short time ago.
+    /// Returns true if the member was proved wrong a short time ago.
     pub(crate) fn is_doubtful(&self, now: Instant) -> bool {
         self.doubtful_until.is_some_and(|until| now < until)
     }

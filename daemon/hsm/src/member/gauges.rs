@@ -1,23 +1,22 @@
-//! What the balancer reads of a member: atomics only.
+//! Figures that the balancer reads of a member: atomics only.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize};
 
 use crate::config::MemberConfig;
 
-/// What a balancer reads of a member: atomics only.
 #[derive(Debug)]
 pub(super) struct Gauges {
-    /// Written under the machine's lock only, so that it follows the state.
+    /// Follows the state: written only under the machine's lock.
     pub(super) serving: AtomicBool,
-    /// The latency estimate, in nanoseconds.
+    /// Latency estimate in nanoseconds.
     pub(super) latency: AtomicU64,
-    /// The age of the oldest running call when it was last looked at, in nanoseconds; 0: none runs.
+    /// Age of the oldest running call at the last check, in nanoseconds; 0 if no call runs.
     pub(super) oldest: AtomicU64,
-    /// Calls that wait or run.
+    /// Number of calls that wait or run.
     pub(super) in_flight: AtomicUsize,
     pub(super) priority: AtomicU32,
     pub(super) weight: AtomicU32,
-    /// Whether any key is known to be lacking, so that the list need not be looked at.
+    /// True if the member is known to lack a key. While it is false, the list of missing keys need not be read.
     pub(super) lacks_keys: AtomicBool,
 }
 

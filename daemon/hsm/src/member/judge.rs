@@ -1,4 +1,4 @@
-//! What a reply is worth: the caller's fault or the member's, and what the member's state learns from it.
+//! Judges results: decides whether the caller or the member is at fault, and updates the member's state.
 
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -20,14 +20,14 @@ use crate::lock::lock;
 use crate::operation::Operation;
 use crate::standstill;
 
-/// What an operation came to, before it is known who is to blame.
+/// Result of an operation before the party at fault is known.
 enum Finding {
     Right(Zeroizing<Vec<u8>>),
-    /// The input or the member is at fault: by a `wrong` result, or by an error.
+    /// The input or the member is at fault: the result was wrong (`wrong`), or the token returned an error.
     Doubtful {
         wrong: bool,
     },
-    /// The member's failure, or something that it lacks.
+    /// The member failed or lacks something.
     Failed(HsmError),
 }
 
@@ -38,7 +38,7 @@ impl Finding {
             Ok(Value::Bytes(_)) => Finding::Doubtful { wrong: true },
             Ok(_) => Finding::Failed(HsmError::UnexpectedReply),
             Err(error) if is_about_input(error) => {
-                // A random key is checked for nothing, so that this takes as long as a wrong one.
+                // A random key is compared in vain, so that an error takes as long as a wrong result.
                 let mut random = Zeroizing::new([0_u8; 32]);
                 random.iter_mut().for_each(|byte| *byte = fastrand::u8(..));
                 let _ = job.accepts(&*random);
@@ -49,15 +49,15 @@ impl Finding {
     }
 }
 
-/// Whether the input may be at fault, or was found to be.
+/// Returns true if the input may be at fault or was found to be.
 fn is_about_input(error: HsmError) -> bool {
     matches!(error.fault().owner, FaultOwner::Caller | FaultOwner::Unclear)
 }
 
 impl Member {
-    /// Decides what a reply is worth. A result that its own check accepts is right, whichever member made it. Every other way in
-    /// which an operation can have gone wrong with its input, an error or a wrong result, is the same from here on, in what is
-    /// done and in what is said, so that a caller does not learn which it was.
+    /// Judges a result. A result that its own check accepts is right, whichever member made it. All other outcomes that may
+    /// be due to the input, errors and wrong results alike, are treated and reported the same from here on, so that a
+    /// caller does not learn which one occurred.
     pub(super) async fn judge(
         &self,
         talk: &Talk,
@@ -80,13 +80,13 @@ impl Member {
             Finding::Doubtful { wrong } => wrong,
         };
         let blamed = if wrong && job.operation == Operation::Sign {
-            // No input of a caller's makes a signature wrong.
+            // No input of a caller can make a signature wrong.
             true
         } else if lock(&self.credibility).wants_test(standstill::now()) {
             let known = self.known();
             let tested = match known_for(&known, job) {
                 Some(known) => self.test_one(talk, known).await,
-                // Without a known answer the member cannot be blamed.
+                // Without a known-answer test the member cannot be blamed.
                 None => Ok(()),
             };
             let blamed = tested == Err(HsmError::WrongAnswer);
@@ -107,8 +107,8 @@ impl Member {
         Err(HsmError::WrongAnswer)
     }
 
-    /// Observes an operation, once. A decryption that may be the caller's fault is one class, and one time, whatever the token
-    /// said: metrics are no oracle.
+    /// Records an operation once. All decryptions that may be the caller's fault get the same class and the same time, so
+    /// that the metrics are no oracle.
     fn book(&self, operation: Operation, finding: &Finding, own: Cost) -> Cost {
         let (rv, cost) = match (operation, finding) {
             (Operation::Decrypt, Finding::Right(_)) => ("ok", self.usual_decryption.booked(own, true)),
@@ -131,16 +131,15 @@ impl Member {
         self.observe(Event::Call { op, rv, took: cost.took });
     }
 
-    /// A plaintext or signature was wrong, by the member's own fault.
+    /// Records a wrong plaintext or signature that is the member's fault.
     fn observe_wrong_answer(&self) {
         self.stats.faults.fetch_add(1, Ordering::Relaxed);
         self.observe(Event::WrongAnswer);
     }
 
-    /// What a caller's operation says about the member. Enough of what is its fault takes it down.
+    /// Updates the member's state after a caller's operation. Enough evidence takes the member down.
     pub(super) fn learn(&self, job: &Job, error: Option<HsmError>, submitted: Instant, number: u64) {
-        // What comes from a worker before the present one says nothing about the member now; key management takes as long
-        // as it takes.
+        // Results of an earlier worker say nothing about the current one. Key management may take any time.
         if number != self.generation() || !job.operation.may_repeat() {
             return;
         }
@@ -149,7 +148,7 @@ impl Member {
         let took = now.saturating_duration_since(submitted);
         match error {
             None => self.machine().succeeded(took, now),
-            // The worker has reported it before.
+            // The worker has already reported the refusal.
             Some(error) if error.refuses_pin() => {}
             Some(HsmError::NoSuchKey) => match &job.key {
                 Some(key) if self.tests_need(key) => self.fault(&HsmError::NoSuchKey.into()),
@@ -159,27 +158,27 @@ impl Member {
             // The task that reads from the worker judges its end.
             Some(HsmError::Worker(_)) => {}
             Some(error) if error.is_code(RvError::CryptokiNotInitialized) => self.fault(&error.into()),
-            // Counted when the call was found to take too long.
+            // Counted when the call was found to hang.
             Some(HsmError::Hung(_)) => {}
             Some(error) if error.fault().owner == FaultOwner::Member => self.failed(error, took, now),
-            // The member answered. Its latency is learnt from accepted operations only: see `usual_cost`.
+            // The member answered. Only accepted operations update its latency: see `usual_cost`.
             Some(_) => self.machine().answered(now),
         }
     }
 
-    /// Whether a member without this key does not pass the tests.
+    /// Returns true if a member without this key fails the known-answer tests.
     fn tests_need(&self, key: &KeyRef) -> bool {
         must_pass(&self.known()).any(|test| test.key.as_ref() == Some(key))
     }
 
-    /// Another answer proved that this member was wrong to reject an input: with a `wrong` result, or an error.
+    /// Another member's result proved that this member was wrong to reject an input, by a `wrong` result or by an error.
     pub(crate) fn contradicted(&self, wrong: bool, number: u64) {
         let now = standstill::now();
         lock(&self.credibility).contradicted(now);
         if number != self.generation() {
             return;
         }
-        // An error may be a busy token's; a wrong result is nothing but wrong.
+        // A busy token may return an error; a wrong result has no such excuse.
         if wrong {
             self.observe_wrong_answer();
             self.fault(&HsmError::WrongAnswer.into());
@@ -188,8 +187,8 @@ impl Member {
         }
     }
 
-    /// Passes the known-answer tests, or without such tests proves that a session lives; how long that took. Takes the
-    /// member down when they fail.
+    /// Runs the known-answer tests, or without such tests checks that a session is alive, and returns the time this took.
+    /// Takes the member down if they fail.
     pub(crate) async fn test(&self) -> Result<Duration, Failure> {
         let talk = self.talk().ok_or(HsmError::NotServing)?;
         let tested = self.test_all(&talk).await;
@@ -217,10 +216,10 @@ impl Member {
         Ok(standstill::since(begun))
     }
 
-    /// Whatever goes wrong in a known-answer test is the member's fault.
+    /// Runs one known-answer test. Every failure is the member's fault.
     async fn test_one(&self, talk: &Talk, test: &Job) -> Result<(), HsmError> {
         let reply = self.own_call(talk, test).await?;
-        // The input is right: a member that rejects it is ill.
+        // The input is valid, so a member that rejects it is faulty.
         let rv = Some(class(&reply.result)).filter(|rv| *rv != "refused").unwrap_or("broken");
         self.book_call(Operation::Probe, rv, reply.cost);
         match reply.result {

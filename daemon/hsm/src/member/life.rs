@@ -1,4 +1,4 @@
-//! The life of a member, one task: start a worker, test it, let it serve until a fault, get rid of it, and again.
+//! The life of a member, as one task: start a worker, test it, let it serve until a fault, end it, and repeat.
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
@@ -22,35 +22,35 @@ use crate::operation::Operation;
 use crate::pin_tries::PinTries;
 use crate::standstill;
 
-/// How long what a worker that has ended said at last may take to be read.
+/// Time limit for reading the last reports of a worker that has ended.
 const LAST_REPORTS: Duration = Duration::from_millis(100);
-/// How long it may take until it is known why a worker is lost.
+/// Time limit for learning why a worker was lost.
 const REASON: Duration = Duration::from_secs(1);
-/// How long a worker that its member does not keep may take to finalise its module. Its successor starts after that.
+/// Time that a worker gets to finalise its module when its member gives it up. Its successor starts after that.
 const FINISH: Duration = Duration::from_millis(250);
 
-/// The task that reads from a worker says how that ended, unless it panicked.
+/// The task that reads from a worker sends the reason for the worker's end, unless the task panicked.
 fn lost(read: Result<Failure, oneshot::error::RecvError>) -> Failure {
     read.unwrap_or_else(|_| HsmError::Worker(WorkerFault::Gone).into())
 }
 
-/// How a worker's service came to its end.
+/// The way in which the service of a worker ended.
 enum End {
-    /// It did not come to serve.
+    /// The attempt failed before the worker served.
     AttemptFailed(Failure),
-    /// It ended or broke off the conversation.
+    /// The worker ended or broke the protocol.
     Broken(Failure),
-    /// The member does not keep it: a fault, a refused PIN.
+    /// The member gives the worker up: after a fault or a refused PIN.
     Unwanted,
-    /// The member leaves the cluster.
+    /// The member was removed from the cluster.
     Removed,
 }
 
 impl Member {
-    /// Starts workers and gets rid of them, until the member is removed.
+    /// Starts and ends workers until the member is removed.
     pub(crate) async fn live(self: Arc<Self>) {
         while self.until_attempt_is_due().await {
-            // In a task of its own: a panic costs the worker, not the member.
+            // Each worker is served in a task of its own, so that a panic costs the worker, not the member.
             let member = Arc::clone(&self);
             let attempt = tokio::spawn(async move { member.attempt().await });
             if attempt.await.is_err_and(|error| error.is_panic()) {
@@ -66,7 +66,7 @@ impl Member {
         }
     }
 
-    /// The process was killed when the panic dropped it.
+    /// Handles a panic in an attempt. The panic dropped the process, which killed it.
     fn attempt_panicked(&self) {
         let failure = Failure::new(HsmError::Worker(WorkerFault::Gone), "the daemon's task for it panicked");
         error!(member = &*self.name, "the task that serves the member panicked; the member gets a fresh worker");
@@ -84,7 +84,7 @@ impl Member {
         }
     }
 
-    /// `false` when the member is removed.
+    /// Waits until an attempt is due; returns false if the member is removed.
     async fn until_attempt_is_due(&self) -> bool {
         loop {
             let due = {
@@ -114,7 +114,7 @@ impl Member {
         }
     }
 
-    /// Until the member does not keep its worker any more.
+    /// Waits until the member gives its worker up.
     async fn until_unwanted(&self) -> End {
         let mut told_by = None;
         loop {
@@ -134,7 +134,8 @@ impl Member {
                 self.changed.notified().await;
                 continue;
             }
-            // A lost worker ends for another reason, which is told in a moment. If it is not, the worker does not stay all the same.
+            // A lost worker ends for a reason that the reader reports in a moment. Without such a report the worker is
+            // ended all the same.
             let by = *told_by.get_or_insert_with(|| standstill::now() + REASON);
             if standstill::timeout_at(by, self.changed.notified()).await.is_err() {
                 return End::Broken(HsmError::Worker(WorkerFault::Gone).into());
@@ -158,7 +159,7 @@ impl Member {
         };
         let end = DaemonEnd::new(socket).map_err(not_started)?;
         let number = {
-            // Under the lock, so that nothing which is said of the last worker is taken for this one's.
+            // The number changes under the lock, so that no fault of the last worker is counted against this one.
             let mut machine = self.machine();
             machine.fresh_worker();
             self.workers.fetch_add(1, Ordering::AcqRel) + 1
@@ -166,7 +167,7 @@ impl Member {
         Ok((process, Arc::new(Conversation::new(end, number))))
     }
 
-    /// Has a worker start and pass the tests, lets it serve, and gets rid of it.
+    /// Starts and tests a worker, lets it serve, and ends it.
     async fn serve(self: &Arc<Self>, mut process: Process, talk: Talk) {
         *lock(&self.worker_pid) = process.pid();
         let (broken, mut ended) = oneshot::channel();
@@ -174,7 +175,8 @@ impl Member {
             let (member, talk) = (Arc::clone(self), Arc::clone(&talk));
             async move {
                 let failure = talk.read(|news| member.hear(&talk, news)).await;
-                // In this order: when callers hear of it, the member does not serve any more, and the details are there.
+                // In this order: before callers are told, the member no longer serves and the details of the failure are
+                // known.
                 member.lost_worker(talk.number);
                 let error = failure.error;
                 let _ = broken.send(failure);
@@ -187,7 +189,8 @@ impl Member {
         let end = match end {
             End::Broken(failure) => End::Broken(how_it_ended(&mut process, failure).await),
             End::AttemptFailed(failure) => {
-                // A module that works but for this is finalised: some keep a record of their users outside the process.
+                // If the module works otherwise, it is finalised: some modules keep a record of their users outside the
+                // process.
                 if talk.is_idle() {
                     finish(&talk, &mut process).await;
                 }
@@ -210,7 +213,7 @@ impl Member {
         };
         process.kill().await;
         *lock(&self.worker_pid) = None;
-        // Waited for: what it says of this worker must not change the next one's member.
+        // Waits for the reader's end: its news about this worker must not change the state once the next worker runs.
         reader.abort();
         let _ = reader.await;
         self.usage.ended();
@@ -224,22 +227,22 @@ impl Member {
         }
     }
 
-    /// The worker of this number is lost, it is not known yet why. Before a caller hears of it: one that looks for a member again
-    /// is to find this one on its way back.
+    /// Marks the worker of this number as lost, for a reason not known yet. Called before callers are told, so that a
+    /// caller that picks again finds this member restarting.
     pub(crate) fn lost_worker(&self, number: u64) {
         if self.change(|machine| number == self.generation() && machine.lost_worker(standstill::now())) {
             self.observe(Event::Closed);
         }
     }
 
-    /// Waits for the end of the conversation, or of the process: something that the library has started may hold the socket open.
+    /// Waits for the end of the conversation or of the process: a program started by the library may keep the socket open.
     async fn until_lost(&self, talk: &Talk, process: &mut Process, ended: &mut oneshot::Receiver<Failure>) -> Failure {
         let fault = tokio::select! {
             biased;
             read = &mut *ended => return lost(read),
             fault = process.ended() => fault,
         };
-        // What it said at last is still read: it may say why.
+        // The last reports are still read, because they may contain the reason.
         let read = standstill::timeout(LAST_REPORTS, ended).await;
         self.lost_worker(talk.number);
         match read {
@@ -250,7 +253,7 @@ impl Member {
 
     async fn serve_until_end(&self, talk: &Talk, process: &mut Process, ended: &mut oneshot::Receiver<Failure>) -> End {
         let started = tokio::select! {
-            // First: it has the details that a failed call has not.
+            // Polled first, because it has details that a failed call lacks.
             biased;
             failure = self.until_lost(talk, process, ended) => Err(failure),
             started = self.start_worker(talk) => started,
@@ -260,7 +263,7 @@ impl Member {
             Ok(pin_number) => pin_number,
             Err(failure) => return End::AttemptFailed(failure),
         };
-        // From now on its keys can be managed, also if it lacks some that the tests need.
+        // From here on the member's keys can be managed, even if it lacks some that the tests need.
         *lock(&self.talk) = Some(Arc::clone(talk));
         loop {
             let tested = tokio::select! {
@@ -289,8 +292,9 @@ impl Member {
         }
     }
 
-    /// Tells a worker of a PIN that came while it started with that of this number. Looked at after callers can reach the worker, as
-    /// [`set_pin`](Self::set_pin) does it the other way round: one of the two sees the other.
+    /// Sends the worker a PIN that was set while the worker started with an older one. The check comes after callers can
+    /// reach the worker, and [`set_pin`](Self::set_pin) does both in the opposite order, so that one of the two sees the
+    /// other.
     async fn tell_newer_pin(&self, talk: &Talk, started_with: u64) {
         let newer = {
             let pin = lock(&self.pin);
@@ -303,8 +307,8 @@ impl Member {
         }
     }
 
-    /// The first call: the worker loads its module, logs in and opens its first session. The number of the PIN that it logs in
-    /// with.
+    /// Makes the first call: the worker loads its module, logs in and opens its first session. Returns the number of the
+    /// PIN that the worker logs in with.
     async fn start_worker(&self, talk: &Talk) -> Result<u64, Failure> {
         let (pin, pin_number, may_use_final_try) = {
             let pin = lock(&self.pin);
@@ -328,7 +332,7 @@ impl Member {
         }
     }
 
-    /// The worker passed the tests.
+    /// Records that the worker passed the tests.
     fn came_up(&self, took: Duration) {
         lock(&self.pin).said = PinTries::Full;
         let (again, up) = self.change(|machine| (machine.has_been_up(), machine.passed(took, standstill::now())));
@@ -336,7 +340,7 @@ impl Member {
             self.observe(Event::ModuleRenewed);
         }
         if self.machine().is_starting() {
-            // The worker was lost at the last moment, which is told in a moment.
+            // The worker was lost in the last moment; the reason follows.
             return;
         }
         self.attempts.send_modify(|(count, last)| (*count, *last) = (*count + 1, None));
@@ -358,7 +362,7 @@ impl Member {
         }
     }
 
-    /// Lets calls at a worker that is to be killed finish until their callers have been sent elsewhere.
+    /// Before a worker is killed, lets its calls finish until their callers have been sent to other members.
     async fn let_calls_finish(&self, talk: &Talk) {
         talk.stop_sending();
         let until = standstill::now() + self.watchdog;
@@ -372,7 +376,7 @@ impl Member {
         }
     }
 
-    /// What a worker says beside its replies.
+    /// Handles what a worker sends besides its replies.
     fn hear(&self, talk: &Talk, news: News<'_>) {
         match news {
             News::Replies(jobs) => self.observe(Event::Batch { jobs }),
@@ -388,7 +392,8 @@ impl Member {
                         self.granted.fetch_max(talk.sessions(), Ordering::AcqRel);
                         self.observe(Event::SessionOpened);
                     }
-                    // A token that gives fewer sessions than wanted serves with those, and is asked for more now and then.
+                    // A token that grants fewer sessions than configured serves with those; the worker asks for more from
+                    // time to time.
                     Err(error) if talk.sessions() == 0 && error.fault().owner == FaultOwner::Member => {
                         self.failed(error, took, standstill::now());
                     }
@@ -410,12 +415,12 @@ impl Member {
             News::Report(Report::Note { level, text }) => self.note(level, text),
             News::Report(Report::PinRefused { number, error }) => self.refused_pin(number, error),
             News::Report(Report::Usage { processor, resident }) => self.usage.reported(processor, resident),
-            // The conversation's own.
+            // The conversation handles these itself.
             News::Report(Report::Reply { .. } | Report::StartFailed(_)) => {}
         }
     }
 
-    /// Logs what a worker found out about its token, each thing once.
+    /// Logs a worker's note about its token; each note is logged once.
     fn note(&self, level: Level, text: &str) {
         let mut notes = lock(&self.notes);
         if notes.iter().any(|said| said == text) || notes.len() >= MOST_NOTES {
@@ -431,13 +436,13 @@ impl Member {
     }
 }
 
-/// Lets a worker that is in no call finalise its module.
+/// Lets a worker finalise its module while no call runs.
 async fn finish(talk: &Talk, process: &mut Process) {
     talk.finish();
     process.wait(FINISH).await;
 }
 
-/// How the process ended says more than that its socket closed.
+/// Replaces the failure "the worker ended" by the process's exit status, which is more precise.
 async fn how_it_ended(process: &mut Process, failure: Failure) -> Failure {
     if failure.error != HsmError::Worker(WorkerFault::Gone) {
         return failure;

@@ -1,32 +1,32 @@
-//! The calls that a worker has been sent and has not answered. A plain value that is handed `now`.
+//! Outstanding calls: those that a worker was sent and has not answered. A plain value that is handed `now`.
 //!
-//! The worker's threads take calls out of the socket in the order in which they were sent, so with N sessions the N oldest
-//! outstanding calls run and the others wait in the socket. That is how the daemon knows for how long a call has run without
-//! being told.
+//! The worker's threads take calls out of the socket in the order in which they were sent. So with N sessions the N oldest
+//! outstanding calls run and the others wait in the socket. From this rule the daemon knows how long a call has run,
+//! without any message from the worker.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use crate::operation::Operation;
 
-/// How long a call may run.
+/// Time limits of a call.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Limits {
-    /// Before its caller is sent elsewhere.
+    /// Time after which its caller is sent to another member.
     pub(crate) share: Duration,
-    /// Before the member counts as hung.
+    /// Time after which the member counts as hung.
     pub(crate) watchdog: Duration,
 }
 
 impl Limits {
-    /// Whether a call that got no answer within its share says something of the member. A caller with little time left sends no
-    /// evidence: under load that would take down a member that works.
+    /// Returns true if a call without an answer within its share is evidence against the member. For callers with little
+    /// time left it is not: under load such calls would take down a member that works.
     pub(crate) fn are_evidence(self) -> bool {
         self.share * 2 >= self.watchdog
     }
 }
 
-/// A call that was sent.
+/// A call that was sent and is not answered.
 #[derive(Debug)]
 pub(crate) struct Entry<T> {
     id: u32,
@@ -35,19 +35,19 @@ pub(crate) struct Entry<T> {
     running_since: Option<Instant>,
     late: bool,
     hung: bool,
-    /// Whose call it is.
+    /// Owner of the call.
     pub(crate) owner: T,
 }
 
 impl<T> Entry<T> {
-    /// Whether a session has taken it out of the socket.
+    /// Returns true if a session has taken the call out of the socket.
     pub(crate) fn runs(&self) -> bool {
         self.running_since.is_some()
     }
 }
 
-/// Invariant: entries are in the order in which they were sent; the first `sessions` of them have `running_since`, and
-/// more of them after sessions have closed.
+/// The outstanding calls. Invariant: entries are in the order in which they were sent. The first `sessions` of them have
+/// `running_since`; after sessions have closed, more than that may have it.
 #[derive(Debug)]
 pub(crate) struct Outstanding<T> {
     entries: VecDeque<Entry<T>>,
@@ -56,12 +56,12 @@ pub(crate) struct Outstanding<T> {
 }
 
 impl<T> Outstanding<T> {
-    /// For a worker that has opened no session yet: its first call is answered by its first thread.
+    /// Starts with one session: the first thread of a worker answers the first call before it has opened a session.
     pub(crate) fn new() -> Self {
         Outstanding { entries: VecDeque::new(), next_id: 1, sessions: 1 }
     }
 
-    /// Adds the call that is sent next; its id.
+    /// Adds the next call that is sent and returns its id.
     pub(crate) fn add(&mut self, operation: Operation, limits: Limits, owner: T, now: Instant) -> u32 {
         let id = self.next_id;
         self.next_id = id.wrapping_add(1);
@@ -70,12 +70,12 @@ impl<T> Outstanding<T> {
         id
     }
 
-    /// The call with this id, if it is outstanding.
+    /// Returns the call with this id, if it is outstanding.
     pub(crate) fn get(&mut self, id: u32) -> Option<&mut Entry<T>> {
         self.entries.iter_mut().find(|entry| entry.id == id)
     }
 
-    /// Takes out the call with this id: it was answered, or could not be sent.
+    /// Removes the call with this id, which was answered or could not be sent.
     pub(crate) fn take(&mut self, id: u32, now: Instant) -> Option<Entry<T>> {
         let at = self.entries.iter().position(|entry| entry.id == id)?;
         let entry = self.entries.remove(at);
@@ -83,12 +83,12 @@ impl<T> Outstanding<T> {
         entry
     }
 
-    /// Takes out everything: the worker has ended.
+    /// Removes all calls, because the worker has ended.
     pub(crate) fn take_all(&mut self) -> impl Iterator<Item = Entry<T>> + use<T> {
         std::mem::take(&mut self.entries).into_iter()
     }
 
-    /// The worker has so many sessions now.
+    /// Sets the number of sessions that the worker has.
     pub(crate) fn set_sessions(&mut self, sessions: usize, now: Instant) {
         self.sessions = sessions.max(1);
         self.mark_running(now);
@@ -100,8 +100,8 @@ impl<T> Outstanding<T> {
         }
     }
 
-    /// Looks for calls that take too long. `late` is called once for each whose caller has to be sent elsewhere. The operation
-    /// that hangs, if one does; each is told once.
+    /// Finds calls that take too long. `late` is called once for each call whose caller must be sent to another member.
+    /// Returns the operation that hangs, if any; each hang is returned once.
     pub(crate) fn look(&mut self, now: Instant, mut late: impl FnMut(Operation, Limits, &mut T)) -> Option<Operation> {
         let mut hung = None;
         for entry in &mut self.entries {
@@ -120,7 +120,8 @@ impl<T> Outstanding<T> {
         hung
     }
 
-    /// How long the oldest running call that is repeatable has run: making a key may well take minutes.
+    /// Returns the time that the oldest running repeatable call has run. Calls that are not repeatable are left out:
+    /// generation of a key may take minutes.
     pub(crate) fn oldest(&self, now: Instant) -> Option<Duration> {
         let running = self.entries.iter().filter(|entry| entry.operation.may_repeat());
         let since = running.filter_map(|entry| entry.running_since).min()?;
@@ -131,12 +132,13 @@ impl<T> Outstanding<T> {
         self.entries.len()
     }
 
-    /// How many run. Not as many as there are sessions: one that closes to be renewed is still in its call.
+    /// Returns the number of running calls. It may exceed the number of sessions: a session that is closed for renewal is
+    /// still in its call.
     pub(crate) fn running(&self) -> usize {
         self.entries.iter().filter(|entry| entry.runs()).count()
     }
 
-    /// How many run past their caller's patience.
+    /// Returns the number of running calls whose share of time is over.
     pub(crate) fn late(&self) -> usize {
         self.entries.iter().filter(|entry| entry.late).count()
     }
@@ -164,7 +166,7 @@ mod tests {
         let ids: Vec<_> = (0..4).map(|owner| calls.add(Operation::Sign, LIMITS, owner, start)).collect();
         assert_eq!((calls.len(), calls.running()), (4, 2));
         assert_eq!(late(&mut calls, start + 49 * MS), (vec![], None));
-        // One that ran is answered: the next one runs from then on.
+        // A running call is answered, so the next one runs from then on.
         assert_eq!(calls.take(ids[1], start + 30 * MS).unwrap().owner, 1);
         assert_eq!(late(&mut calls, start + 50 * MS), (vec![0], None));
         assert_eq!(late(&mut calls, start + 79 * MS), (vec![], None), "said once");
@@ -172,7 +174,7 @@ mod tests {
         assert_eq!(late(&mut calls, start + 100 * MS), (vec![], Some(Operation::Sign)));
         assert_eq!(late(&mut calls, start + 101 * MS), (vec![], None), "said once");
         assert_eq!((calls.late(), calls.oldest(start + 100 * MS)), (2, Some(100 * MS)));
-        // The last one still waits: both sessions hang.
+        // The last call still waits, so both sessions hang.
         assert!(calls.get(ids[3]).is_some_and(|entry| !entry.runs()));
     }
 

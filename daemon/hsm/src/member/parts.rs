@@ -1,14 +1,15 @@
-//! What a member is made of, and how its state changes.
+//! Parts of a member and the transitions of its state.
 //!
 //! Invariants:
-//! - The state changes in [`Member::change`] only. There, under the machine's lock, [`Member::queue`] and the balancer's
-//!   `serving` follow it: both are there exactly while the machine [serves](Machine::serves).
-//! - A member that serves has a worker, and so a `talk`. When the worker is lost the state changes before any call fails: a
-//!   caller that looks for a member again finds it on its way back, and waits.
-//! - One worker at a time: the next one starts after the process of the last one was killed and the task that read from it has
-//!   ended. Results that come later are told by the worker's number.
+//! - The state changes only in [`Member::change`]. Under the machine's lock, that function also updates [`Member::queue`]
+//!   and the balancer's `serving`: the queue exists and `serving` is true exactly while the machine
+//!   [serves](Machine::serves).
+//! - A member that serves has a worker, and so a `talk`. When the worker is lost, the state changes before any call fails,
+//!   so that a caller that picks again finds the member restarting and waits.
+//! - There is one worker at a time: the next one starts after the last process was killed and the task that read from it
+//!   has ended. The worker's number identifies results that arrive later.
 //!
-//! Lock order: `machine`, `queue`, `talk`. All other locks are leaves: none is taken while another one is held.
+//! Lock order: `machine`, `queue`, `talk`. All other locks are leaves: no lock is taken while one of them is held.
 
 use std::collections::{BTreeSet, HashMap};
 use std::io;
@@ -35,20 +36,20 @@ use crate::pin_tries::PinTries;
 use crate::policy::breaker;
 use crate::standstill;
 
-/// How long a worker may take to load its module, log in and open its first session. Generous: a network HSM may need seconds for a
-/// login.
+/// Time limit for a worker to load its module, log in and open its first session. It is generous because a network HSM may
+/// need seconds for a login.
 pub(super) const START_TIMEOUT: Duration = Duration::from_secs(30);
-/// How long a worker may take to end when it is told to. Its calls have two seconds of that to come to their end.
+/// Time limit for a worker to end when it is told to. Its calls may take two seconds of it.
 pub(super) const END_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long a member's own operations may wait: tests, PIN changes.
+/// Time limit for the member's own operations: tests and PIN changes.
 pub(super) const OWN_TIMEOUT: Duration = Duration::from_secs(10);
-/// After how long without a result a member that is up is tested: the spare one has to work when it is needed.
+/// Time without a result after which a member that is up is tested: a spare member must work when it is needed.
 pub(super) const SILENCE: Duration = Duration::from_secs(10);
-/// How long a member that lacked a key is passed over for it. Replication between HSMs takes a moment.
+/// Time for which a member that lacked a key is not asked for that key. Replication between HSMs may lag.
 pub(super) const LACKS: Duration = Duration::from_secs(2);
-/// Keys that a member is known to lack; more are not remembered.
+/// Maximum number of keys that are remembered as missing on a member.
 pub(super) const MOST_LACKING: usize = 64;
-/// Notes of workers that are remembered so as not to be repeated.
+/// Maximum number of workers' notes that are remembered to avoid repeated log lines.
 pub(super) const MOST_NOTES: usize = 32;
 
 #[derive(Debug, Default)]
@@ -59,14 +60,14 @@ pub(super) struct Stats {
     pub(super) faults: AtomicU64,
 }
 
-/// The PIN, and what is known about it.
+/// The PIN, and the state of its tries.
 pub(super) struct PinState {
     pub(super) pin: Pin,
-    /// Counts the PINs that there have been. A worker says which one its token refused.
+    /// Number of PINs set so far. A worker reports which one its token refused.
     pub(super) number: u64,
-    /// An administrator said that the last try of the PIN may be used.
+    /// True if an administrator allows use of the last PIN try.
     pub(super) may_use_final_try: bool,
-    /// What the log was last told of the PIN's tries.
+    /// The state of the PIN's tries that was last logged.
     pub(super) said: PinTries,
 }
 
@@ -78,44 +79,44 @@ pub(crate) struct Member {
     pub(super) hidden: HiddenVariables,
     pub(super) known: Arc<RwLock<Arc<[KnownAnswerTest]>>>,
     pub(super) observer: Observer,
-    /// Told whenever any member of the cluster comes up.
+    /// Notified whenever a member of the cluster comes up.
     pub(super) somebody_up: Arc<Notify>,
     pub(super) gauges: Arc<Gauges>,
     pub(super) machine: Mutex<Machine>,
-    /// For callers, while the member serves.
+    /// The callers' queue; `None` while the member does not serve.
     pub(super) queue: Mutex<Option<Arc<CallQueue>>>,
-    /// The worker from its start to its end, also while the member does not serve.
+    /// The connection to the worker, from the worker's start to its end, even while the member does not serve.
     pub(super) talk: Mutex<Option<Talk>>,
     pub(super) pin: Mutex<PinState>,
-    /// Told when the machine has changed. The member's life alone waits for it.
+    /// Notified when the machine has changed. Only the member's task waits for it.
     pub(super) changed: Notify,
-    /// How many attempts have begun.
+    /// Number of attempts that have begun.
     pub(super) begun: AtomicU64,
-    /// How many attempts have ended, and how the last one failed.
+    /// Number of attempts that have ended, and the failure of the last one.
     pub(super) attempts: watch::Sender<(u64, Option<Failure>)>,
     pub(super) credibility: Mutex<Credibility>,
     pub(super) lacking: Mutex<HashMap<KeyRef, Instant>>,
     pub(super) notes: Mutex<Vec<String>>,
-    /// When there was last a result, good or bad.
+    /// Time of the last result, good or bad.
     pub(super) heard: Mutex<Instant>,
     pub(super) stats: Stats,
     pub(super) usage: Usage,
     pub(super) usual_decryption: UsualCost,
-    /// How long a call may run before the member counts as hung.
+    /// Time after which a running call makes the member count as hung.
     pub(super) watchdog: Duration,
-    /// Sessions that the token gave when it gave no more.
+    /// Number of sessions that the token granted when it refused another one.
     pub(super) granted: AtomicUsize,
     pub(super) workers: AtomicU64,
     pub(super) worker_pid: Mutex<Option<u32>>,
 }
 
-/// Starts a worker for the member of this name, with this environment; its process and the daemon's end of its socket.
+/// Starts a worker for the named member with this environment; returns its process and the daemon's end of its socket.
 pub(crate) type Launch = Arc<dyn Fn(&str, Environment<'_>) -> io::Result<(Process, OwnedFd)> + Send + Sync>;
 
 /// Environment variables of the daemon that workers do not inherit.
 pub(crate) type HiddenVariables = Arc<RwLock<BTreeSet<String>>>;
 
-/// Starts workers that run this program.
+/// Returns a function that starts this program as a worker.
 pub(crate) fn launch(program: WorkerProgram) -> Launch {
     Arc::new(move |member, environment| {
         Process::start(member, &program, environment)
@@ -123,13 +124,13 @@ pub(crate) fn launch(program: WorkerProgram) -> Launch {
     })
 }
 
-/// What all members of a cluster share.
+/// Context that all members of a cluster share.
 #[derive(Clone)]
 pub(crate) struct Surroundings {
     pub(crate) launch: Launch,
     pub(crate) hidden: HiddenVariables,
     pub(crate) breaker: breaker::Settings,
-    /// How long a call may run before a member counts as hung.
+    /// Time after which a running call makes its member count as hung.
     pub(crate) watchdog: Duration,
     pub(crate) known: Arc<RwLock<Arc<[KnownAnswerTest]>>>,
     pub(crate) observer: Observer,
@@ -137,7 +138,7 @@ pub(crate) struct Surroundings {
 }
 
 impl Member {
-    /// A member that has proved nothing yet. [`live`](Self::live) has to run for it to come up.
+    /// Creates a member without a worker. It comes up only while [`live`](Self::live) runs.
     pub(crate) fn new(config: MemberConfig, surroundings: &Surroundings) -> Self {
         let now = standstill::now();
         let Surroundings { launch, hidden, breaker, watchdog, known, observer, somebody_up } = surroundings.clone();
@@ -196,7 +197,7 @@ impl Member {
         Arc::clone(&self.known.read().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Changes the machine, and what follows its state.
+    /// Changes the machine, and updates everything that follows its state.
     pub(super) fn change<T>(&self, change: impl FnOnce(&mut Machine) -> T) -> T {
         let mut machine = self.machine();
         let result = change(&mut machine);

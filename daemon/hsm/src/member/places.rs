@@ -8,16 +8,16 @@ use deadpool::managed::{self, Metrics, Object, Pool};
 use super::conversation::Conversation;
 use super::gauges::Gauges;
 
-/// Calls that a session may have at the worker: one that runs and one in the socket.
+/// Calls that a session may have at the worker: one that runs and one that waits in the socket.
 const PLACES_FOR_A_SESSION: usize = 2;
 
-/// The worker as callers talk to it.
+/// The connection to the worker, as callers use it.
 pub(super) type Talk = Arc<Conversation<Held>>;
 
 /// The right to have one call at the worker.
 pub(super) struct Place;
 
-/// deadpool's way to places.
+/// The deadpool manager of places.
 pub(super) struct Places;
 
 impl managed::Manager for Places {
@@ -33,8 +33,8 @@ impl managed::Manager for Places {
     }
 }
 
-/// What callers need while the member serves. Each worker, and each return from draining, has a pool of its own: what an earlier
-/// one lent does not come back to this one, and closing a pool sends those that wait at it elsewhere.
+/// The callers' queue while the member serves. Each worker, and each return from draining, has a pool of its own: places of
+/// an earlier pool do not return to this one, and closing a pool sends its waiting callers to other members.
 pub(super) struct CallQueue {
     pub(super) talk: Talk,
     pub(super) places: Pool<Places>,
@@ -42,13 +42,13 @@ pub(super) struct CallQueue {
 
 impl CallQueue {
     pub(super) fn new(talk: Talk) -> Option<Arc<Self>> {
-        // Fails for pools with time limits and no runtime, which this is not.
+        // Building fails only for pools with time limits and no runtime; this pool has no time limits.
         let places = Pool::builder(Places).max_size(places(talk.sessions())).build().ok()?;
         Some(Arc::new(CallQueue { talk, places }))
     }
 
-    /// The worker has opened a session. The pool never shrinks: deadpool gives more than its size after it has shrunk under
-    /// load, and a session that closes is mostly one that is renewed.
+    /// Adds places for a session that the worker has opened. The pool never shrinks: a deadpool that shrank under load
+    /// gives out more than its size, and a session that closes is usually renewed at once.
     pub(super) fn session_opened(&self) {
         let wanted = places(self.talk.sessions());
         if wanted > self.places.status().max_size {
@@ -65,14 +65,14 @@ fn places(sessions: usize) -> usize {
     PLACES_FOR_A_SESSION * sessions.max(1)
 }
 
-/// Held while a call is outstanding.
+/// Guard of a call, held while the call is outstanding.
 pub(super) struct Held {
-    /// `None`: a member's own call, which is one more in the socket.
+    /// `None` for a call of the member itself, which is one more in the socket.
     pub(super) _place: Option<Object<Places>>,
     pub(super) _in_flight: InFlight,
 }
 
-/// One call that waits or runs, counted while this lives.
+/// Counts one call that waits or runs, until it is dropped.
 pub(super) struct InFlight(pub(super) Arc<Gauges>);
 
 impl Drop for InFlight {

@@ -1,4 +1,4 @@
-//! The worker process: its start, its end, what it prints, what it costs.
+//! The worker process: its start, its end, its output and its cost.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
@@ -20,28 +20,28 @@ use crate::error::WorkerFault;
 use crate::link::{self, nanos};
 use crate::standstill;
 
-/// Bytes of a printed line that reach the log.
+/// Maximum number of bytes of a printed line that are logged.
 const LONGEST_LINE: u64 = 1_000;
-/// Printed lines that reach the log in a second; the others are counted.
+/// Maximum number of printed lines that are logged in a second; further lines are only counted.
 const LINES_A_SECOND: u32 = 5;
-/// How long a killed process may take to go. One in an uninterruptible system call takes as long as its device does.
+/// Time limit for the end of a killed process. In an uninterruptible system call, a process ends when the device allows it.
 const REAP: Duration = Duration::from_secs(1);
-/// How long what a process printed last may take to come through the pipe.
+/// Time limit for reading the last output of a process from the pipe.
 const LAST_WORDS: Duration = Duration::from_millis(100);
 
-/// The program that is run for each member: `claviger hsm-worker`.
+/// The program that runs as worker: `claviger hsm-worker`.
 #[derive(Clone, Debug)]
 pub struct WorkerProgram {
-    /// The executable.
+    /// Path of the executable.
     pub path: PathBuf,
-    /// Its arguments.
+    /// Arguments of the program.
     pub arguments: Vec<OsString>,
-    /// Environment variables of the daemon that it does not inherit: those that hold PINs.
+    /// Environment variables of the daemon that the worker does not inherit: those that hold PINs.
     pub hidden: Vec<String>,
 }
 
 impl WorkerProgram {
-    /// The executable of this very process, also when its file has been replaced since, with the argument `hsm-worker`.
+    /// Returns the executable of this process, even if its file was replaced since, with the argument `hsm-worker`.
     #[must_use]
     pub fn this_executable() -> Self {
         WorkerProgram {
@@ -52,26 +52,27 @@ impl WorkerProgram {
     }
 }
 
-/// How a worker's environment differs from the daemon's.
+/// Differences between a worker's environment and the daemon's.
 #[derive(Clone, Copy)]
 pub(crate) struct Environment<'a> {
     /// Variables of the daemon that the worker does not inherit.
     pub(crate) hidden: &'a BTreeSet<String>,
-    /// Variables of its member.
+    /// Variables of the worker's member.
     pub(crate) set: &'a BTreeMap<String, String>,
 }
 
 /// A running worker. It is killed when this is dropped.
 pub(crate) struct Process {
     child: Child,
-    /// Its process group, until that was killed: what the library has started belongs to it.
+    /// The worker's process group until it is killed. Programs that the library starts belong to it.
     group: Option<Pid>,
     output: JoinHandle<()>,
 }
 
 impl Process {
-    /// Starts a worker for `member`; the daemon's end of its socket. The socket is the child's standard input, because that is
-    /// the one descriptor that can be handed over without code between fork and exec; the worker moves it.
+    /// Starts a worker for `member`; returns it and the daemon's end of its socket. The worker's end is the child's
+    /// standard input, the only descriptor that can be handed over without code between fork and exec. The worker moves it
+    /// to another number.
     pub(crate) fn start(
         member: &str,
         program: &WorkerProgram,
@@ -89,7 +90,7 @@ impl Process {
             .stdin(Stdio::from(theirs))
             .stdout(Stdio::from(print.try_clone()?))
             .stderr(Stdio::from(print))
-            // An interrupt from the terminal is for the daemon, which tells its workers when to end.
+            // An interrupt from the terminal must reach the daemon only, which tells its workers when to end.
             .process_group(0)
             .kill_on_drop(true)
             .spawn()?;
@@ -99,24 +100,25 @@ impl Process {
         Ok((Process { child, group, output }, ours))
     }
 
-    /// `None` when it has ended and was waited for.
+    /// Returns the process id; `None` if the process has ended and was waited for.
     pub(crate) fn pid(&self) -> Option<u32> {
         self.child.id()
     }
 
-    /// Waits for its end; how it ended. May be given up and called again.
+    /// Waits for the process to end, and returns how it ended. May be cancelled and called again.
     pub(crate) async fn ended(&mut self) -> WorkerFault {
         self.reaped().await.map_or(WorkerFault::Gone, fault_of)
     }
 
     async fn reaped(&mut self) -> io::Result<ExitStatus> {
         let status = self.child.wait().await?;
-        // At once: while a process of the group lives its number belongs to nobody else, and an empty one is not found.
+        // Called at once: while a process of the group lives, no other group can get its number; an empty group is not
+        // found.
         self.kill_group();
         Ok(status)
     }
 
-    /// Waits for its end, for so long; how it ended.
+    /// Waits for the process to end, for at most `patience`; returns how it ended.
     pub(crate) async fn wait(&mut self, patience: Duration) -> Option<WorkerFault> {
         match standstill::timeout(patience, self.reaped()).await {
             Ok(Ok(status)) => {
@@ -129,13 +131,13 @@ impl Process {
         }
     }
 
-    /// Ends it at once; how it ended, if it went.
+    /// Kills the process; returns how it ended, unless it did not end in time.
     pub(crate) async fn kill(mut self) -> Option<WorkerFault> {
         self.kill_group();
         self.wait(REAP).await
     }
 
-    /// With what the library has started: that may hold a token, or a lock file.
+    /// Kills the worker together with the programs that the library started: they may hold a token or a lock file.
     fn kill_group(&mut self) {
         if let Some(group) = self.group.take() {
             let _ = kill_process_group(group, Signal::KILL);
@@ -146,7 +148,7 @@ impl Process {
 impl Drop for Process {
     fn drop(&mut self) {
         self.kill_group();
-        // Descendants of the worker may hold the pipe open for ever.
+        // Descendants of the worker may keep the pipe open for ever.
         self.output.abort();
     }
 }
@@ -160,8 +162,8 @@ fn fault_of(status: ExitStatus) -> WorkerFault {
     }
 }
 
-/// Logs what a worker prints, which is what the vendor's library prints. Reads on however much that is, so that the library
-/// does not block in its print.
+/// Logs the worker's output, which is the output of the vendor's library. Reads all of it, even beyond the limits of the
+/// log, so that the library does not block while it prints.
 async fn relay(member: String, printed: pipe::Receiver) {
     let mut printed = BufReader::with_capacity(64 * 1024, printed);
     let (mut second, mut said, mut unsaid) = (standstill::now(), 0, 0_u64);
@@ -188,36 +190,36 @@ async fn relay(member: String, printed: pipe::Receiver) {
     }
 }
 
-/// What the member's workers have cost, of all its life, as far as they told.
+/// Cost of all workers of the member so far, as reported by them.
 #[derive(Debug, Default)]
 pub(crate) struct Usage {
     /// Processor time of workers that have ended, in nanoseconds.
     ended: AtomicU64,
-    /// Of the one that runs.
+    /// Processor time of the running worker, in nanoseconds.
     running: AtomicU64,
-    /// Bytes that the one that runs has in memory.
+    /// Resident memory of the running worker, in bytes.
     resident: AtomicU64,
 }
 
 impl Usage {
-    /// The worker that runs says what it has cost so far.
+    /// Records a cost report of the running worker.
     pub(crate) fn reported(&self, processor: Duration, resident: u64) {
         self.running.fetch_max(nanos(processor), Ordering::Relaxed);
         self.resident.store(resident, Ordering::Relaxed);
     }
 
-    /// Processor time of all workers so far.
+    /// Returns the processor time of all workers so far.
     pub(crate) fn processor(&self) -> Duration {
         let ended = self.ended.load(Ordering::Relaxed);
         Duration::from_nanos(ended.saturating_add(self.running.load(Ordering::Relaxed)))
     }
 
-    /// Bytes in memory; 0 while there is no worker.
+    /// Returns the resident memory in bytes; 0 without a worker.
     pub(crate) fn resident(&self) -> u64 {
         self.resident.load(Ordering::Relaxed)
     }
 
-    /// The process has ended.
+    /// Records the end of the running worker.
     pub(crate) fn ended(&self) {
         self.ended.fetch_add(self.running.swap(0, Ordering::Relaxed), Ordering::Relaxed);
         self.resident.store(0, Ordering::Relaxed);

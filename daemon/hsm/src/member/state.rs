@@ -1,4 +1,4 @@
-//! What a member is doing: an explicit state, and the events that change it. Every change is logged here, once.
+//! State of a member, and the events that change it. Every change is logged here, once.
 //!
 //! ```text
 //!               attempt due                    test passed
@@ -9,12 +9,12 @@
 //!    │ resume, without a worker                                 Draining ── nothing in flight ──▶ Drained
 //!    └──────────────────────────────────────────────────────────────┴──────── resume ───────────────┘ ──▶ Up
 //!
-//!    any but Removed ── the token refuses the PIN ──▶ PinRefused ── another PIN, an administrator's word ──▶ Down
+//!    any but Removed ── the token refuses the PIN ──▶ PinRefused ── another PIN, or a try on request ──▶ Down
 //!    Down, Starting ── drain ──▶ Drained                 any ── remove ──▶ Removed
 //! ```
 //!
-//! An *attempt* starts a worker process if there is none, and has it pass the known-answer tests. The breaker says when the
-//! next attempt is due and when the evidence against a member that is up suffices to take it down.
+//! An *attempt* starts a worker process if there is none and runs the known-answer tests. The breaker decides when the next
+//! attempt is due, and when the evidence against a member that is up takes it down.
 
 use std::fmt;
 use std::time::{Duration, Instant, SystemTime};
@@ -25,34 +25,34 @@ use crate::error::{Failure, HsmError};
 use crate::policy::breaker::{Breaker, Settings};
 use crate::policy::pick::Latency;
 
-/// What a member is expected to take for a call before anything is known.
+/// Estimated time of a call before anything is known.
 const FIRST_GUESS: Duration = Duration::from_millis(10);
-/// How long a member that failed may go without a further result before it is tested.
+/// Time after a failure without a further result, after which a member is tested.
 const DOUBT: Duration = Duration::from_millis(300);
 
-/// What a member is doing, for people and metrics.
+/// State of a member, as shown to people and in metrics.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum MemberState {
-    /// Takes calls.
+    /// The member takes calls.
     Up,
-    /// Gets no calls after a fault; a fresh worker that passes the known-answer tests will bring it up again.
+    /// The member takes no calls after a fault. A fresh worker that passes the known-answer tests brings it up again.
     Down,
     /// A worker process is being started and tested.
     Probing,
-    /// Down because a call hung in its module.
+    /// The member is down because a call hung in its module.
     Hung,
-    /// Finishes what runs, on an administrator's word, and takes nothing new.
+    /// An administrator drains the member: it finishes its calls and takes no new ones.
     Draining,
-    /// Nothing runs any more after `Draining`.
+    /// The member was drained and has no calls left.
     Drained,
-    /// The token refused the PIN. It is not tried again until there is another one, or an administrator says so.
+    /// The token refused the PIN. The PIN is not tried again until a different one is set or an administrator allows it.
     PinRefused,
-    /// Removed, or not started yet.
+    /// The member was removed or has not started yet.
     Off,
 }
 
 impl MemberState {
-    /// Every state there is.
+    /// All states.
     pub const ALL: [MemberState; 8] = [
         MemberState::Up,
         MemberState::Down,
@@ -64,7 +64,7 @@ impl MemberState {
         MemberState::Off,
     ];
 
-    /// A word for tables, JSON and labels: `pin_refused`.
+    /// Returns the state's name for tables, JSON and labels, such as `pin_refused`.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -86,21 +86,21 @@ impl fmt::Display for MemberState {
     }
 }
 
-/// What a member was last blamed for.
+/// The last error that was the member's fault.
 #[derive(Clone, Debug)]
 pub struct LastError {
     /// The call and its return code, or a sentence.
     pub text: String,
-    /// When.
+    /// Time of the error.
     pub at: SystemTime,
-    /// What an administrator has to do about it; `None`: it may pass by itself, or is not known.
+    /// Action that an administrator must take; `None` if the fault may pass by itself or is unknown.
     pub remedy: Option<String>,
 }
 
-/// See the drawing above.
+/// State of a member: see the diagram above.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum State {
-    /// `hung`: because a call hung.
+    /// `hung`: true if a call hung.
     Down {
         hung: bool,
     },
@@ -112,32 +112,32 @@ pub(crate) enum State {
     Removed,
 }
 
-/// What can happen to a member.
+/// Events of a member.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Event {
-    /// The breaker says that an attempt is due.
+    /// The breaker decides that an attempt is due.
     AttemptDue,
     /// A worker passed the known-answer tests.
     Passed,
     /// An attempt failed.
     AttemptFailed,
-    /// A fault took the member out. `hung`: a call hangs.
+    /// A fault took the member out of service. `hung`: true if a call hangs.
     Fault { hung: bool },
     /// The token refused the PIN.
     PinRefused,
-    /// There is another PIN, or an administrator allows one more try.
+    /// A different PIN was set, or an administrator allows one more try.
     PinAllowed,
-    /// An administrator's word.
+    /// An administrator drains the member.
     Drain,
-    /// An administrator's word. `worker`: the member's worker lives and passed its tests.
+    /// An administrator resumes the member. `worker`: true if the member's worker lives and passed its tests.
     Resume { worker: bool },
-    /// Nothing is in flight.
+    /// No calls are in flight.
     Idle,
-    /// The member leaves the cluster.
+    /// The member is removed from the cluster.
     Remove,
 }
 
-/// The state after an event; `None`: the event changes nothing in this state.
+/// Returns the state after an event; `None` if the event changes nothing in this state.
 pub(crate) fn next(state: State, event: Event) -> Option<State> {
     use Event as E;
     use State as S;
@@ -160,36 +160,37 @@ pub(crate) fn next(state: State, event: Event) -> Option<State> {
     }
 }
 
-/// One member's state with what is known about its health. Behind a lock; every method is quick.
+/// One member's state and health. It is kept behind a lock, so every method is quick.
 pub(crate) struct Machine {
     member: String,
     state: State,
-    /// The member has a worker that passed the known-answer tests and has not ended since.
+    /// True if the member has a worker that passed the known-answer tests and has not ended since.
     worker: bool,
-    /// The worker is to be ended although the state would keep it: a fault while the member drains or is drained.
+    /// True if the worker must be ended although the state would keep it: after a fault while the member drains or is
+    /// drained.
     condemned: bool,
-    /// The worker is lost, and it will be known in a moment why.
+    /// True if the worker is lost and the reason is still to come.
     lost: bool,
-    /// That took the member down, and the log has not been told.
+    /// True if the loss of the worker took the member down and the log does not have the reason yet.
     unexplained: bool,
     breaker: Breaker,
     pub(crate) latency: Latency,
-    /// Since when it is in its state, for people; tries do not count.
+    /// Time at which the member came up or stopped serving, for people; attempts do not change it.
     since: SystemTime,
-    /// Since when it has not served.
+    /// Time at which the member stopped serving.
     down_since: Instant,
     last_error: Option<LastError>,
-    /// How often a fault took it down.
+    /// Number of times that a fault took the member down.
     closings: u64,
     has_been_up: bool,
-    /// An attempt has failed since it went down.
+    /// True if an attempt has failed since the member went down.
     attempted_in_vain: bool,
-    /// When it last failed, if nothing came back since.
+    /// Time of the last failure, if there was no result since.
     doubt: Option<Instant>,
 }
 
 impl Machine {
-    /// Of a member that has proved nothing yet: its first attempt is due at once.
+    /// Creates the state of a new member, whose first attempt is due at once.
     pub(crate) fn new(member: &str, settings: Settings, now: Instant) -> Self {
         let mut breaker = Breaker::new(settings);
         breaker.force_open(now, 0.0);
@@ -213,12 +214,12 @@ impl Machine {
         }
     }
 
-    /// Whether the member takes calls.
+    /// Returns true if the member takes calls.
     pub(crate) fn serves(&self) -> bool {
         self.state == State::Up && self.worker
     }
 
-    /// Whether an attempt will be made without an administrator's word, or is being made.
+    /// Returns true if an attempt is under way or will be made without an administrator.
     pub(crate) fn is_on_its_way(&self) -> bool {
         matches!(self.state, State::Down { .. } | State::Starting)
     }
@@ -231,18 +232,18 @@ impl Machine {
         self.state == State::PinRefused
     }
 
-    /// Whether a worker is to be kept: the member serves, or would if an administrator let it.
+    /// Returns true if the worker is to be kept: the member serves, or would serve if an administrator resumed it.
     pub(crate) fn keeps_worker(&self) -> bool {
         matches!(self.state, State::Starting | State::Up | State::Draining | State::Drained) && !self.condemned
     }
 
-    /// Since when a member that has served is on its way back after a fault. Not any more once a fresh worker has failed, too: the
-    /// fault was not the worker's.
+    /// Returns the time of the fault, if a member that has served is restarting after one. Returns `None` once a fresh
+    /// worker has failed too: the fault is then not limited to one worker.
     pub(crate) fn returning_since(&self) -> Option<Instant> {
         (self.has_been_up && self.is_on_its_way() && !self.attempted_in_vain).then_some(self.down_since)
     }
 
-    /// Applies an event; whether it changed the state.
+    /// Applies an event; returns true if it changed the state.
     fn step(&mut self, event: Event) -> bool {
         let next = next(self.state, event);
         if let Some(next) = next {
@@ -251,19 +252,19 @@ impl Machine {
         next.is_some()
     }
 
-    /// The caller's call was answered well.
+    /// Records that a caller's call succeeded.
     pub(crate) fn succeeded(&mut self, took: Duration, now: Instant) {
         self.latency.observe(took, now);
         self.answered(now);
     }
 
-    /// The member did what it was asked for, and the input was rejected.
+    /// Records that the member answered and rejected the input.
     pub(crate) fn answered(&mut self, now: Instant) {
         self.breaker.success(now);
         self.doubt = None;
     }
 
-    /// A failure that is the member's fault; whether that took the member down.
+    /// Records a failure that is the member's fault; returns true if it took the member down.
     pub(crate) fn failed(&mut self, error: HsmError, took: Duration, now: Instant) -> bool {
         if error == HsmError::WrongAnswer {
             return self.fault(&error.into(), now);
@@ -271,11 +272,11 @@ impl Machine {
         self.latency.observe_failure(took, now);
         self.blame(&error.into());
         self.doubt = Some(now);
-        // The breaker counts for every state that has a worker; only `Up` and `Draining` change by it.
+        // The breaker counts in every state that has a worker; only `Up` and `Draining` change by it.
         self.breaker.failure(now, fastrand::f64()) && self.went_down(&error.into(), now)
     }
 
-    /// Takes the member down at once; whether it was up.
+    /// Takes the member down at once; returns true if it was up.
     pub(crate) fn fault(&mut self, failure: &Failure, now: Instant) -> bool {
         self.latency.observe_failure(Duration::ZERO, now);
         self.blame(failure);
@@ -291,8 +292,8 @@ impl Machine {
         down
     }
 
-    /// The worker has ended or broken off the conversation, it is not known yet why; whether that took the member down. The
-    /// reason is for [`explain`](Self::explain).
+    /// Records that the worker ended or broke the protocol, for a reason not known yet. Returns true if this took the
+    /// member down. [`explain`](Self::explain) receives the reason.
     pub(crate) fn lost_worker(&mut self, now: Instant) -> bool {
         (self.worker, self.lost) = (false, true);
         if !matches!(self.state, State::Up | State::Draining) {
@@ -305,7 +306,7 @@ impl Machine {
         down
     }
 
-    /// Why the worker was lost.
+    /// Records why the worker was lost.
     pub(crate) fn explain(&mut self, failure: &Failure) {
         self.blame(failure);
         if std::mem::take(&mut self.unexplained) {
@@ -313,19 +314,19 @@ impl Machine {
         }
     }
 
-    /// A fresh worker is there: nothing that was said of the last one counts.
+    /// Records that a fresh worker was started: nothing known of the last one counts.
     pub(crate) fn fresh_worker(&mut self) {
         (self.worker, self.lost) = (false, false);
     }
 
-    /// The worker is being ended; whether that took the member down: whatever else was known, it cannot serve now.
+    /// Records that the worker is being ended; returns true if this took the member down, which cannot serve without it.
     pub(crate) fn give_up_worker(&mut self, now: Instant) -> bool {
         let down = matches!(self.state, State::Up | State::Draining) && self.lost_worker(now);
         (self.worker, self.lost) = (false, false);
         down
     }
 
-    /// Whether an attempt is under way.
+    /// Returns true if an attempt is under way.
     pub(crate) fn is_starting(&self) -> bool {
         self.state == State::Starting
     }
@@ -360,8 +361,8 @@ impl Machine {
         self.last_error = Some(LastError { text: failure.to_string(), at: SystemTime::now(), remedy });
     }
 
-    /// Whether a member that is up has to pass a test, since its last result was a failure and other members are preferred:
-    /// callers would take long to find out. Once for a failure.
+    /// Returns true once after each failure that was the last result for some time: the member must then be tested. While
+    /// the picker prefers other members, callers alone would take long to show whether it recovered.
     pub(crate) fn is_in_doubt(&mut self, now: Instant) -> bool {
         let due = self.serves() && self.doubt.is_some_and(|at| now.saturating_duration_since(at) >= DOUBT);
         if due {
@@ -370,7 +371,7 @@ impl Machine {
         due
     }
 
-    /// When the next attempt is due, if one will be.
+    /// Returns the time of the next attempt, if one will be made.
     pub(crate) fn attempt_due(&self) -> Option<Instant> {
         match (self.state, self.breaker.state()) {
             (State::Down { .. }, crate::policy::breaker::State::Open { until }) => Some(until),
@@ -378,23 +379,23 @@ impl Machine {
         }
     }
 
-    /// Begins an attempt if one is due.
+    /// Begins an attempt if one is due; returns true if it did.
     pub(crate) fn begin_attempt(&mut self, now: Instant) -> bool {
         let begins = self.attempt_due().is_some() && self.breaker.may_probe(now) && self.step(Event::AttemptDue);
         if begins {
-            // Nothing that is known of the last worker says anything about the next one.
+            // Facts about the last worker say nothing about the next one.
             (self.worker, self.condemned, self.lost) = (false, false, false);
         }
         begins
     }
 
-    /// Makes the next attempt come soon: no other member serves, or something has changed that may help.
+    /// Brings forward the next attempt, because no other member serves or because a change may help.
     pub(crate) fn probe_now(&mut self, now: Instant) {
         self.breaker.probe_now(now);
     }
 
-    /// A worker passed the tests, which took so long; whether the member came up by it. One that was lost meanwhile brings nobody
-    /// up.
+    /// Records that a worker passed the tests in `took`; returns true if the member came up. If the worker was lost
+    /// meanwhile, the member does not come up.
     pub(crate) fn passed(&mut self, took: Duration, now: Instant) -> bool {
         if self.lost {
             return false;
@@ -404,8 +405,8 @@ impl Machine {
         if !self.step(Event::Passed) {
             return false;
         }
-        // The first operation of a worker takes longer than the next ones, and a guess never fades: either would leave the
-        // member idle as long as others are faster than that.
+        // The time of the tests is capped and counts as observed: the first operation of a worker is slower than later ones,
+        // and a guess never fades. Without the cap, or as a guess, it would leave the member idle while others are faster.
         self.latency = Latency::new(FIRST_GUESS);
         self.latency.observe(took.min(FIRST_GUESS), now);
         self.doubt = None;
@@ -424,15 +425,15 @@ impl Machine {
         true
     }
 
-    /// Whether it has been up before.
+    /// Returns true if the member has been up before.
     pub(crate) fn has_been_up(&self) -> bool {
         self.has_been_up
     }
 
-    /// An attempt failed.
+    /// Records that an attempt failed.
     pub(crate) fn attempt_failed(&mut self, failure: &Failure, now: Instant) {
         if self.state == State::Starting && !self.has_been_up && self.last_error.is_none() {
-            // Later attempts fail for the same reason.
+            // Later attempts usually fail for the same reason, so they are not logged here.
             warn!(
                 member = self.member, state = %MemberState::Down, error = %failure,
                 "member does not come up; it is tried again and again"
@@ -444,7 +445,7 @@ impl Machine {
         self.step(Event::AttemptFailed);
     }
 
-    /// The token refused the PIN; whether that is news.
+    /// Records that the token refused the PIN; returns true if this is new.
     pub(crate) fn pin_refused(&mut self, refused: HsmError) -> bool {
         let news = self.step(Event::PinRefused);
         if news {
@@ -459,7 +460,7 @@ impl Machine {
         news
     }
 
-    /// There is another PIN, or an administrator says so: it may be tried, once.
+    /// Allows one try of the PIN: a different PIN was set, or an administrator asks for it.
     pub(crate) fn allow_pin(&mut self, now: Instant) -> bool {
         let changed = self.step(Event::PinAllowed);
         if changed {
@@ -470,7 +471,7 @@ impl Machine {
         changed
     }
 
-    /// Drains, or takes back into service; whether that changed anything.
+    /// Drains the member or puts it back into service; returns true if that changed anything.
     pub(crate) fn drain(&mut self, drain: bool, now: Instant) -> bool {
         let changed = self.step(if drain { Event::Drain } else { Event::Resume { worker: self.worker } });
         if changed {
@@ -483,14 +484,14 @@ impl Machine {
         changed
     }
 
-    /// Nothing is in flight: a member that drains is drained.
+    /// Records that nothing is in flight: a draining member is then drained.
     pub(crate) fn idle(&mut self) {
         if self.step(Event::Idle) {
             info!(member = self.member, state = %MemberState::Drained, "member has finished what it had");
         }
     }
 
-    /// Leaves the cluster; whether that is news.
+    /// Removes the member; returns true if it was not removed before.
     pub(crate) fn remove(&mut self) -> bool {
         let news = self.step(Event::Remove);
         if news {
@@ -511,7 +512,7 @@ impl Machine {
         self.last_error.as_ref()
     }
 
-    /// The state, given how many calls hang in its worker.
+    /// Returns the state to show. `stuck`: number of calls that hang in the worker.
     pub(crate) fn state(&self, stuck: usize) -> MemberState {
         match self.state {
             State::Down { hung } if hung || stuck > 0 => MemberState::Hung,
@@ -532,7 +533,7 @@ mod tests {
     use crate::code::Function;
     use cryptoki::error::RvError;
 
-    /// Every state × every event, as drawn.
+    /// Checks every state with every event against the diagram.
     #[test]
     fn every_event_in_every_state() {
         use State as S;
@@ -706,7 +707,7 @@ mod tests {
             assert!(machine.fault(&HsmError::Hung(crate::operation::Operation::Sign).into(), now));
             assert!(!machine.keeps_worker() && !machine.has_lost_worker());
             assert!(!machine.give_up_worker(now));
-            // Its socket ends when it is killed.
+            // The worker's socket ends when the process is killed.
             assert!(!machine.lost_worker(now));
             now += Duration::from_secs(60);
             assert!(machine.begin_attempt(now) && machine.passed(Duration::from_millis(1), now));

@@ -1,4 +1,4 @@
-//! What a member shows of itself: to people and metrics.
+//! Status of a member, for people and metrics.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -8,55 +8,55 @@ use super::state::{LastError, MemberState};
 use crate::lock::lock;
 use crate::standstill;
 
-/// How a member is.
+/// Status of one member at one moment.
 #[derive(Clone, Debug)]
 pub struct MemberStatus {
-    /// Its name.
+    /// Name of the member.
     pub name: String,
-    /// The token that it is.
+    /// Token that the member serves.
     pub token: String,
-    /// What it is doing.
+    /// Current state.
     pub state: MemberState,
-    /// Since when it is up, or is not.
+    /// Time at which the member came up or stopped serving.
     pub since: std::time::SystemTime,
-    /// Members with the smallest number serve while any of them can.
+    /// Members with the lowest priority number serve while any of them can.
     pub priority: u32,
     /// Share of the load within a priority.
     pub weight: u32,
-    /// The moving estimate of what a call takes there, queueing included.
+    /// Moving estimate of the time of a call, queueing included.
     pub latency: Duration,
-    /// Calls that wait or run.
+    /// Number of calls that wait or run.
     pub in_flight: usize,
-    /// Calls that wait for a session.
+    /// Number of calls that wait for a session.
     pub waiting: usize,
-    /// Sessions for operations; the one that holds the login is not counted.
+    /// Number of open sessions for operations; the session that holds the login is not counted.
     pub sessions_open: usize,
-    /// Sessions that the configuration asks for.
+    /// Number of sessions in the configuration.
     pub sessions_wanted: usize,
-    /// Sessions that there can be: fewer than asked for where the token gave fewer.
+    /// Maximum number of sessions: lower than configured if the token granted fewer.
     pub sessions_limit: usize,
-    /// Sessions that are in a call.
+    /// Number of sessions that are in a call.
     pub sessions_busy: usize,
-    /// Calls that hang, until their worker is killed.
+    /// Number of calls that hang until their worker is killed.
     pub sessions_stuck: usize,
-    /// How often a fault took it down.
+    /// Number of times that a fault took the member down.
     pub closings: u64,
-    /// Operations of its token that returned.
+    /// Number of operations that returned from the token.
     pub calls: u64,
-    /// Those of them that failed by its own fault.
+    /// Number of those operations that failed through the member's fault.
     pub faults: u64,
-    /// How long its sessions were in operations that returned, together.
+    /// Total time that its sessions spent in operations that returned.
     pub worked: Duration,
-    /// Processor time of its workers within operations of the token: the vendor's library, all of the work where the token is
-    /// software.
+    /// Processor time of its workers within operations of the token. This is the vendor's library; if the token is
+    /// software, it is all of the token's work.
     pub spent: Duration,
-    /// The process id of its worker, while there is one.
+    /// Process id of its worker; `None` without a worker.
     pub worker: Option<u32>,
-    /// Processor time of its workers, all of it.
+    /// Total processor time of its workers.
     pub worker_processor: Duration,
-    /// Bytes of memory of its worker.
+    /// Resident memory of its worker in bytes.
     pub worker_resident: u64,
-    /// What it was last blamed for, also when it has come up since.
+    /// Last error that was the member's fault, kept after the member comes up again.
     pub last_error: Option<LastError>,
 }
 

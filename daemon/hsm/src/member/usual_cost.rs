@@ -1,29 +1,30 @@
-//! What is told of the time of a decryption whose result is refused.
+//! Reported cost of decryptions whose result is refused.
 //!
-//! A caller must not learn which step of a decryption refused its ciphertext. Exact sums of service times would tell: a token
-//! leaves early where the padding is broken. So a refused decryption is booked with what an accepted one usually takes.
+//! A caller must not learn which step of a decryption refused its ciphertext. Exact sums of service times would reveal it:
+//! a token returns early if the padding is broken. So a refused decryption is recorded with the usual cost of an accepted
+//! one.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::link::{Cost, nanos};
 
-/// What is booked before anything was accepted.
+/// Cost recorded before any operation was accepted.
 const UNKNOWN: Duration = Duration::from_millis(1);
-/// One in so many parts of the average comes from the latest operation.
+/// Weight of the latest operation in the average is one part in this number.
 const INERTIA: u64 = 8;
 
-/// Moving averages of the accepted operations of one kind at one member.
+/// Moving averages over the accepted operations of one kind at one member.
 #[derive(Debug, Default)]
 pub(crate) struct UsualCost {
-    /// Nanoseconds; 0: none yet.
+    /// Nanoseconds; 0 without a sample.
     took: AtomicU64,
     processor: AtomicU64,
 }
 
 impl UsualCost {
-    /// What is to be booked for an operation: its own cost when it was accepted, which also moves the average, or else the
-    /// average.
+    /// Returns the cost to record: an accepted operation's own cost, which also updates the average; the average for
+    /// others.
     pub(crate) fn booked(&self, own: Cost, accepted: bool) -> Cost {
         if accepted {
             learn(&self.took, own.took);
@@ -36,7 +37,7 @@ impl UsualCost {
     }
 }
 
-/// A lost update of two threads loses one sample.
+/// Updates a moving average. A race between two threads may lose one sample.
 fn learn(average: &AtomicU64, sample: Duration) {
     let sample = nanos(sample);
     let before = average.load(Ordering::Relaxed);

@@ -1,28 +1,29 @@
-//! Whether a member gets calls at all. A plain value that is handed `now`: no clock, no threads.
+//! The breaker decides if a member gets calls at all. A plain value that is handed `now`: no clock, no threads.
 //!
-//! Closed, it lets calls through and gathers evidence. With enough of it, or when forced, it opens: no calls, until a
-//! known-good probe, the only call that may be made, shows that the member serves again. Probes that fail are repeated
-//! with backoff.
+//! A closed breaker lets calls through and gathers evidence. With enough evidence, or when it is forced, it opens: no calls
+//! pass until a known-answer test, the only permitted call (the *probe*), shows that the member works again. Failed probes
+//! are repeated with backoff.
 
 use std::time::{Duration, Instant};
 
-/// When it opens, and how it closes again.
+/// Conditions under which a breaker opens, and the timing of its probes.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Settings {
-    /// Opens at so many failures without a success in between.
+    /// The breaker opens after this number of failures without a success in between.
     pub consecutive: u32,
-    /// Opens when this share of the results of the last ten seconds were failures,
+    /// The breaker opens when this share of the results of the last ten seconds are failures.
     pub failed_share: f64,
-    /// but not before there were so many results: two failures of three calls prove little.
+    /// Minimum number of results for `failed_share` to apply: two failures in three calls prove little.
     pub failed_of: u32,
-    /// From opening to the first probe. Short: most faults are, and one probe costs little.
+    /// Delay from opening to the first probe. It is short because most faults are short and one probe costs little.
     pub backoff_first: Duration,
-    /// Between probes at most. It doubles up to this; it is also how long a member that recovered may go unnoticed.
+    /// Maximum delay between probes, up to which the delay doubles. A recovered member goes unnoticed for at most this
+    /// long.
     pub backoff_most: Duration,
-    /// After it has been closed for so long, the backoff starts again at `backoff_first`; when it opens earlier, the backoff
-    /// goes on doubling.
+    /// After the breaker has been closed for this time, the backoff starts at `backoff_first` again. If the breaker opens
+    /// earlier, the backoff continues to double.
     pub calm: Duration,
-    /// From the end of one probe to the next while no other member serves.
+    /// Delay from the end of one probe to the next while no other member serves.
     pub pause: Duration,
 }
 
@@ -40,44 +41,44 @@ impl Default for Settings {
     }
 }
 
-/// By how much of it jitter shortens the backoff at most, so that several daemons do not probe in step. It never
-/// lengthens it: `backoff_most` is a promise.
+/// Maximum share by which jitter shortens the backoff, so that several daemons do not probe in step. Jitter never lengthens
+/// the backoff, because `backoff_most` is a guaranteed limit.
 const JITTER: f64 = 0.25;
 
-/// What a breaker lets through.
+/// State of a breaker: the calls that it lets through.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
-    /// Calls.
+    /// All calls pass.
     Closed,
-    /// Nothing; from `until` on, one probe.
+    /// No calls pass; from `until` on, one probe may.
     Open {
-        /// When a probe is due.
+        /// Time at which a probe is due.
         until: Instant,
     },
-    /// Nothing; a probe is running.
+    /// No calls pass; a probe is running.
     Probing,
 }
 
 /// The breaker of one member.
 ///
-/// Wherever it takes `jitter`, it wants a random number from 0 to 1.
+/// Every parameter `jitter` is a random number from 0 to 1.
 #[derive(Clone, Debug)]
 pub struct Breaker {
     settings: Settings,
     state: State,
     consecutive: u32,
     window: Window,
-    /// The latest one, before jitter.
+    /// The latest backoff, before jitter.
     backoff: Duration,
     opened_at: Option<Instant>,
     closed_at: Option<Instant>,
-    /// When the latest probe began or, if it has, ended.
+    /// Time at which the latest probe began or, if it has ended, ended.
     probed_at: Option<Instant>,
     openings: u64,
 }
 
 impl Breaker {
-    /// A closed one without evidence.
+    /// Creates a closed breaker without evidence.
     #[must_use]
     pub fn new(settings: Settings) -> Self {
         Breaker {
@@ -93,7 +94,7 @@ impl Breaker {
         }
     }
 
-    /// A call came back, and the member was not to blame for what it brought. Ignored unless closed.
+    /// Records a call whose result is not a fault of the member. Ignored unless closed.
     pub fn success(&mut self, now: Instant) {
         if self.state == State::Closed {
             self.consecutive = 0;
@@ -101,7 +102,8 @@ impl Breaker {
         }
     }
 
-    /// A call failed for the member's reasons. Returns whether this opened it. Ignored unless closed.
+    /// Records a call that failed through the member's fault. Returns true if this opened the breaker. Ignored unless
+    /// closed.
     pub fn failure(&mut self, now: Instant, jitter: f64) -> bool {
         if self.state != State::Closed {
             return false;
@@ -118,10 +120,10 @@ impl Breaker {
         opens
     }
 
-    /// One look was enough: a call hangs, an answer was wrong, no session could be opened. Returns whether this opened
-    /// it.
+    /// Opens the breaker at once: a call hangs, a result was wrong, or no session could be opened. Returns true if this
+    /// opened it.
     ///
-    /// While a probe runs this counts as its failure. One that is open already stays as it is.
+    /// While a probe runs, this counts as its failure. An open breaker stays as it is.
     pub fn force_open(&mut self, now: Instant, jitter: f64) -> bool {
         let opens = self.state == State::Closed;
         if opens {
@@ -132,8 +134,8 @@ impl Breaker {
         opens
     }
 
-    /// Whether to probe now. A caller that is told yes makes the only probe and must report how it ended, also when it was
-    /// given up: until then there is no other.
+    /// Returns true if a probe must be made now. The caller then makes the only probe, and must report how it ended, even
+    /// if it was cancelled: until then there is no other probe.
     #[must_use]
     pub fn may_probe(&mut self, now: Instant) -> bool {
         let due = matches!(self.state, State::Open { until } if now >= until);
@@ -144,7 +146,7 @@ impl Breaker {
         due
     }
 
-    /// The probe brought the right answer: closes, with fresh evidence. Ignored when no probe runs.
+    /// Records that the probe gave the right result: the breaker closes, without evidence. Ignored when no probe runs.
     pub fn probe_succeeded(&mut self, now: Instant) {
         if self.state == State::Probing {
             self.state = State::Closed;
@@ -156,7 +158,7 @@ impl Breaker {
         }
     }
 
-    /// The probe failed: the next one waits twice as long. Ignored when no probe runs.
+    /// Records that the probe failed: the delay to the next probe doubles. Ignored when no probe runs.
     pub fn probe_failed(&mut self, now: Instant, jitter: f64) {
         if self.state == State::Probing {
             self.probed_at = Some(now);
@@ -164,7 +166,8 @@ impl Breaker {
         }
     }
 
-    /// No other member serves: the next probe is due now, or `pause` after the latest one. Never later than it was.
+    /// Brings forward the next probe, because no other member serves: it is due now, or `pause` after the latest probe.
+    /// Never delays it.
     pub fn probe_now(&mut self, now: Instant) {
         if let State::Open { until } = &mut self.state {
             let earliest = self.probed_at.map_or(now, |at| at + self.settings.pause);
@@ -172,22 +175,22 @@ impl Breaker {
         }
     }
 
-    /// What it lets through.
+    /// Returns the state.
     #[must_use]
     pub fn state(&self) -> State {
         self.state
     }
 
-    /// Since when no calls were let through; failed probes do not change it. `None` when closed.
+    /// Returns the time since which no calls pass; failed probes do not change it. `None` when closed.
     #[must_use]
     pub fn opened_at(&self) -> Option<Instant> {
         self.opened_at
     }
 
-    /// How often it opened; failed probes do not count.
+    /// Returns the number of times the breaker opened; failed probes do not count.
     ///
-    /// This also tells a late result: one of a call that was made when the number was smaller says nothing about the
-    /// member that has recovered since, and should not be reported.
+    /// The number also identifies late results: the result of a call made when the number was lower says nothing about the
+    /// recovered member and should not be reported.
     #[must_use]
     pub fn openings(&self) -> u64 {
         self.openings
@@ -208,11 +211,11 @@ impl Breaker {
     }
 }
 
-/// Results of the last ten seconds, to the second: nine to ten of them, ten counters and no list.
+/// Results of the last ten seconds, with a resolution of one second: it covers nine to ten seconds in ten counters.
 #[derive(Clone, Debug, Default)]
 struct Window {
     buckets: [Results; 10],
-    /// Beginning of second 0: the first result.
+    /// Start of second 0: the time of the first result.
     since: Option<Instant>,
     /// The second that is being counted.
     second: u64,
@@ -225,7 +228,8 @@ struct Results {
 }
 
 impl Window {
-    /// The counters for now. A result that is late, as threads are, counts as of the latest second.
+    /// Returns the counters for `now`. A result with an older time, possible with several threads, counts in the latest
+    /// second.
     fn bucket(&mut self, now: Instant) -> &mut Results {
         let since = *self.since.get_or_insert(now);
         let second = now.saturating_duration_since(since).as_secs();
@@ -251,7 +255,7 @@ mod tests {
 
     const MS: Duration = Duration::from_millis(1);
 
-    /// Opened by as many failures as it takes, none of them shortened by jitter.
+    /// Returns a breaker that was opened by the required number of failures, without jitter.
     fn opened(now: Instant) -> Breaker {
         let mut breaker = Breaker::new(Settings::default());
         let opens: Vec<_> = (0..5).map(|_| breaker.failure(now, 0.0)).collect();
@@ -405,7 +409,7 @@ mod tests {
         assert!(breaker.may_probe(now + 61 * MS));
     }
 
-    /// What a breaker should do, said another way: with a list of results instead of buckets.
+    /// A second implementation of the breaker's rules, with a list of results instead of counters.
     struct Model {
         start: Option<Instant>,
         results: Vec<(u64, bool)>,
@@ -471,7 +475,7 @@ mod tests {
             for (step, jitter, millis) in steps {
                 now += millis * MS;
                 let (before, openings, opened_at) = (breaker.state(), breaker.openings(), breaker.opened_at());
-                // What should come of it: whether it opens, and how long it then waits, before jitter.
+                // The expected outcome: if it opens, and the delay before jitter.
                 let reopening = match (closed_at, backoff) {
                     (Some(at), Some(backoff)) if now - at < settings.calm => (2 * backoff).min(settings.backoff_most),
                     _ => settings.backoff_first,

@@ -1,23 +1,23 @@
-//! How much may be tried again. A plain value that is handed `now`: no clock, no threads.
+//! The budget limits how many operations are retried. A plain value that is handed `now`: no clock, no threads.
 //!
-//! A count for each request ("three attempts") multiplies the load just when everything fails. A budget is a share of
-//! the traffic instead: while few operations fail all of them are tried again, and when all fail the load grows by that
-//! share.
+//! A fixed number of retries for each request ("three attempts") multiplies the load just when everything fails. A budget
+//! is a share of the traffic instead: while few operations fail, all of them are retried; when all fail, the load grows
+//! only by that share.
 
 use std::time::{Duration, Instant};
 
-/// How long first attempts go on paying for retries. Long enough to carry the budget over a member's fault, which comes
-/// in a burst; short enough that what was earned at noon is gone when the storm comes.
+/// Time constant with which earned retries decay. It is long enough to carry the budget through a fault of a member, which
+/// causes a burst, and short enough that retries earned in normal operation are gone before a later storm.
 const MEMORY: Duration = Duration::from_secs(10);
 
-/// What may be tried again.
+/// Limits of retries.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Settings {
-    /// Retries for each first attempt.
+    /// Retries earned by each first attempt.
     pub share: f64,
-    /// Retries that may be made from rest, without any traffic before: the first burst after a quiet hour.
+    /// Retries available without any previous traffic, for the first burst after a quiet time.
     pub reserve: f64,
-    /// Retries a second that the reserve fills up by, so that little traffic can be tried again, too.
+    /// Retries per second by which the reserve refills, so that operations are retried under light traffic too.
     pub reserve_per_second: f64,
 }
 
@@ -27,23 +27,23 @@ impl Default for Settings {
     }
 }
 
-/// Retries that are left.
+/// Number of retries left.
 ///
-/// In all, it allows at most `reserve` + `reserve_per_second` × seconds + `share` × first attempts. Never more than
-/// `reserve` plus what ten seconds of traffic earn are left at a time: what is earned melts away with that time
-/// constant, and the reserve is capped. Otherwise a quiet hour, or a busy one in which nothing failed, would save up
-/// for a storm, and the retries would all come when the members can bear them least.
+/// In total it allows at most `reserve` + `reserve_per_second` × seconds + `share` × first attempts. At any moment at most
+/// `reserve` plus the earnings of ten seconds are left: earnings decay with that time constant, and the reserve is capped.
+/// Without these limits, a quiet hour or a busy hour without failures would save up retries for a storm, when the members
+/// can bear them least.
 #[derive(Clone, Debug)]
 pub struct Budget {
     settings: Settings,
     reserve: f64,
     earned: f64,
-    /// What both are right for. `None` until first used.
+    /// Time at which both values were computed. `None` before the first use.
     at: Option<Instant>,
 }
 
 impl Budget {
-    /// A rested budget. Settings that are negative or no numbers count as zero.
+    /// Creates a budget with a full reserve. Negative settings and NaN count as zero.
     #[must_use]
     pub fn new(settings: Settings) -> Self {
         let settings = Settings {
@@ -54,13 +54,13 @@ impl Budget {
         Budget { settings, reserve: settings.reserve, earned: 0.0, at: None }
     }
 
-    /// A first attempt is made.
+    /// Records a first attempt.
     pub fn deposit(&mut self, now: Instant) {
         self.advance(now);
         self.earned += self.settings.share;
     }
 
-    /// Whether one more attempt may be made; if so, it is paid for. What melts is spent before the reserve.
+    /// Pays for one more attempt and returns true, if there is budget. Decaying earnings are spent before the reserve.
     #[must_use]
     pub fn withdraw(&mut self, now: Instant) -> bool {
         self.advance(now);
@@ -73,7 +73,7 @@ impl Budget {
         true
     }
 
-    /// Retries that could be made now.
+    /// Returns the number of retries that could be made now.
     #[must_use]
     pub fn left(&self, now: Instant) -> f64 {
         let (reserve, earned) = self.by(now);
@@ -85,8 +85,8 @@ impl Budget {
         self.at = self.at.max(Some(now));
     }
 
-    /// Reserve and earnings by then. Callers on several threads may be a little out of order; that counts as no time at
-    /// all.
+    /// Returns reserve and earnings at `now`. Callers on several threads may be slightly out of order; then no time has
+    /// passed.
     fn by(&self, now: Instant) -> (f64, f64) {
         let seconds = self.at.map_or(0.0, |at| now.saturating_duration_since(at).as_secs_f64());
         let reserve = (self.reserve + self.settings.reserve_per_second * seconds).min(self.settings.reserve);
@@ -129,7 +129,7 @@ mod tests {
     fn earnings_melt_and_are_bounded() {
         let mut now = Instant::now();
         let mut budget = Budget::new(Settings::default());
-        // An hour at 1,000 operations a second without a fault.
+        // An hour at 1,000 operations per second without a fault.
         for _ in 0..360_000 {
             (0..10).for_each(|_| budget.deposit(now));
             now += Duration::from_millis(10);
@@ -150,7 +150,7 @@ mod tests {
             retries += usize::from(budget.withdraw(now));
             now += Duration::from_micros(100);
         }
-        // 20,000 from the share, 100 from the reserve, 100 from ten seconds.
+        // 20,000 from the share, 100 from the reserve, 100 from ten seconds of refill.
         assert!((20_190..=20_200).contains(&retries), "{retries}");
     }
 
@@ -181,7 +181,7 @@ mod tests {
             for (step, millis) in steps {
                 let before = budget.left(now);
                 match step {
-                    // Out of order, as threads are.
+                    // Times out of order, as from several threads.
                     0 => budget.deposit(now.checked_sub(Duration::from_millis(millis)).unwrap()),
                     1 => budget.deposit(now),
                     _ => {

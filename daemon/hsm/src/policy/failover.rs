@@ -1,124 +1,124 @@
-//! The way of one operation through the members, until one of them has done it or nothing is left to try. A plain value
-//! that is handed `now`: no clock, no I/O, no randomness of its own.
+//! Failover of one operation: decides which member is asked next, until one succeeds or nothing is left to try. A plain
+//! value that is handed `now`: no clock, no I/O, no randomness of its own.
 //!
-//! A member can turn an operation away, fail at it, or reject its input. Only the last is the caller's fault, and one
-//! member's word is not enough for that: a token that is throttled or broken answers the same way. So a rejection is
-//! confirmed by other members, a failure is taken elsewhere out of the retry [`Budget`], and a member that turned the
-//! operation away has cost nothing.
+//! A member can turn an operation away, fail, or reject the input. Only a rejection is the caller's fault, and the opinion
+//! of one member is not enough for it: a throttled or broken token gives the same answer. So other members confirm a
+//! rejection; a failure is retried on another member at the cost of the retry [`Budget`]; and a member that turned the
+//! operation away costs no retry.
 
 use std::time::{Duration, Instant};
 
 use super::budget::Budget;
 use super::pick::{Candidate, Choice, Tiers, pick};
 
-/// Number of members that must reject an input before the caller is told that it is invalid. Where there are fewer
-/// members, the same ones are asked again: a token may reject a good input once, when it is throttled. Each attempt is
-/// to be charged to the caller's rate limit.
+/// Number of rejections after which the caller is told that the input is invalid. With fewer members, the same members are
+/// asked again: a throttled token may reject a valid input once. The caller's rate limit should be charged for each
+/// attempt.
 pub const REJECTION_QUORUM: usize = 5;
 
-/// How often each member may be asked, at most, unless a member rejected the input: what failed a moment ago may work now.
-/// No more, or an input that crashes members would take all of them down again and again.
+/// Maximum number of times that each member is asked, unless a member rejected the input: an operation that failed a moment
+/// ago may work now. The number is small so that an input that crashes members does not take all of them down repeatedly.
 const ROUNDS: usize = 2;
 
-/// How long after its fault a member that restarts is waited for. A fresh worker is up within a second; a member that is
-/// away for longer has a problem that a caller should not wait for.
+/// Maximum time after its fault during which a restarting member is waited for. A fresh worker is up within a second; a
+/// member that is down for longer has a problem that a caller should not wait for.
 pub const GRACE: Duration = Duration::from_secs(2);
 
-/// What a member can do for an operation now.
+/// Ability of a member to take an operation now.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Standing {
-    /// It can take the operation.
+    /// The member can take the operation.
     Able(Candidate),
-    /// It cannot, but is restarting after a fault.
+    /// The member cannot take the operation, but is restarting after a fault.
     Returning {
-        /// When it went down.
+        /// Time at which the member went down.
         since: Instant,
     },
-    /// It cannot, and it is not known when it can: full, drained, down for long, without the key.
+    /// The member cannot take the operation, and no time is known: full, drained, down for long, or without the key.
     Unable,
 }
 
-/// What to do next.
+/// Next step of an operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
     /// Submit the operation to this member, then call [`Failover::replied`] or [`Failover::succeeded`].
     Ask {
-        /// The member.
+        /// Index of the member.
         member: usize,
-        /// How long this attempt may take: half of the time that is left while another member could use the other half,
-        /// else all of it; at most the watchdog's time.
+        /// Time limit of this attempt: half of the time left while another member could use the other half, else all of it;
+        /// at most the watchdog's time.
         share: Duration,
     },
-    /// No member can take the operation now. Call [`Failover::next`] again when a member has changed its state, and no later
-    /// than at `until`.
+    /// No member can take the operation now. Call [`Failover::next`] again when a member has changed its state, at the
+    /// latest at `until`.
     Wait {
-        /// When nothing is left to wait for.
+        /// Time after which waiting is useless.
         until: Instant,
     },
 }
 
-/// What came of an attempt, other than the right result.
+/// Result of an attempt, other than success.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reply<E> {
-    /// No token was asked, so that another attempt costs no retry.
+    /// No token was asked, so another attempt costs no retry.
     NotRun(E),
-    /// The member found the input invalid.
+    /// The member rejected the input as invalid.
     Rejected {
-        /// What the caller is told.
+        /// Error for the caller.
         error: E,
-        /// The member is believed. Otherwise it may be the member that is wrong, because it was not long ago or could not
-        /// prove itself, and `error` must not blame the input.
+        /// True if the member is believed. If false, the member itself may be wrong, because it was wrong a short time ago
+        /// or failed to prove itself; `error` must then not blame the input.
         credible: bool,
-        /// Given back in [`Success::contradicted`] if another member accepts the input.
+        /// Returned in [`Success::contradicted`] if another member accepts the input.
         rejection: Rejection,
     },
-    /// The member failed; another one may succeed, out of the retry budget.
+    /// The member failed; another member may succeed, at the cost of the retry budget.
     Failed(E),
-    /// No member could do better.
+    /// The operation failed, and no other member could do better.
     Final(E),
 }
 
-/// How a member rejected the input; given back in [`Success::contradicted`] when it was wrong to do so.
+/// A rejection of the input by a member; returned in [`Success::contradicted`] if it was wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rejection {
-    /// It gave a result, which was wrong, instead of an error.
+    /// True if the member gave a wrong result; false if it returned an error.
     pub wrong: bool,
-    /// Identifies the member's worker at the time of the attempt. Not interpreted here.
+    /// Identifies the member's worker at the time of the attempt. Opaque to this module.
     pub generation: u64,
 }
 
-/// Why there is no result.
+/// Reason for giving up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GaveUp<E> {
     /// The deadline passed before any member failed.
     Deadline,
-    /// No member can take the operation, and none is on its way up.
+    /// No member can take the operation, and none is restarting.
     NoCandidate,
-    /// What a member said.
+    /// Error of a member.
     Error(E),
 }
 
-/// What is known when a member has given the right result.
+/// Facts known after a member gave the right result.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Success {
-    /// Attempts that were paid for out of the retry budget.
+    /// Number of attempts paid for by the retry budget.
     pub retries: u32,
-    /// The member that had failed last, if it is another one.
+    /// The member that failed last, if it is a different one.
     pub failed_over_from: Option<usize>,
-    /// The members that had rejected the input, which turned out to be valid.
+    /// Members that had rejected the input, which turned out to be valid.
     pub contradicted: Vec<(usize, Rejection)>,
 }
 
-/// How far a member has got in this round.
+/// Progress of a member in this round.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mark {
     Untried,
-    /// It did not run the operation.
+    /// The member did not run the operation.
     TurnedAway,
     Asked,
 }
 
-/// One operation.
+/// Failover state of one operation.
 ///
 /// ```text
 ///          ┌───────────────────────────────────────────────────────────┐
@@ -134,13 +134,13 @@ enum Mark {
 pub struct Failover<E> {
     deadline: Instant,
     watchdog: Duration,
-    /// The member that was asked last, until its reply is known.
+    /// Index of the member that was asked last, until its reply is known.
     asked: Option<usize>,
-    /// By member. Empty until the first reply, so that an operation that succeeds at once allocates nothing.
+    /// Progress of each member. Empty until the first reply, so that an operation that succeeds at once allocates nothing.
     marks: Vec<Mark>,
     rounds: usize,
     rejections: Vec<(usize, Rejection)>,
-    /// What the caller is told if no member accepts the input: the first error that does not blame it, else the latest.
+    /// Error for the caller if no member accepts the input: the first error that does not blame the input, else the latest.
     rejected: Option<(E, bool)>,
     failed: Option<E>,
     failing: Option<usize>,
@@ -148,7 +148,7 @@ pub struct Failover<E> {
 }
 
 impl<E> Failover<E> {
-    /// An operation that has to be done by `deadline`. It earns its share of a retry.
+    /// Starts an operation that must end by `deadline`. The operation earns its share of a retry.
     pub fn new(deadline: Instant, watchdog: Duration, budget: &mut Budget, now: Instant) -> Self {
         budget.deposit(now);
         Failover {
@@ -165,11 +165,12 @@ impl<E> Failover<E> {
         }
     }
 
-    /// What to do now. `tiers` are the same members at every step. `standing(member)` is called for as few members as
-    /// [`pick`] looks at, unless none of them can take the operation. An attempt without a reply counts as turned away.
+    /// Returns the next step. `tiers` must have the same members at every step. `standing(member)` is called for as few
+    /// members as [`pick`] examines, unless none of them can take the operation. An attempt without a reply counts as
+    /// turned away.
     ///
     /// # Errors
-    /// When there is nothing left to do.
+    /// Returns an error when nothing is left to do.
     pub fn next(
         &mut self,
         now: Instant,
@@ -197,14 +198,15 @@ impl<E> Failover<E> {
             let share = if choice.alone { left } else { left / 2 };
             return Ok(Step::Ask { member: choice.member, share: share.min(self.watchdog) });
         }
-        // A member that was asked in the last round is not waited for: it would not be asked again.
+        // A member that was asked in the last round is not waited for, since it would not be asked again.
         let worth_until = |member: usize| match standing(member) {
             Standing::Returning { since } if self.marked(member) != Mark::Asked => Some(since + GRACE),
             _ => None,
         };
         match (0..tiers.members()).filter_map(worth_until).max() {
             Some(until) if until > now => {
-                // To be turned away is no failure: it costs no round, and the member may be asked again after the wait.
+                // A member that turned the operation away has not failed: this costs no round, and it may be asked again
+                // after the wait.
                 if in_vain {
                     self.rounds = round;
                 }
@@ -212,17 +214,17 @@ impl<E> Failover<E> {
                 Ok(Step::Wait { until: until.min(self.deadline) })
             }
             _ => {
-                // A rejection says more than a failure: the failure may have been the input's, too.
+                // A rejection says more than a failure, because the input may also have caused the failure.
                 let rejected = self.rejected.take().map(|(error, _)| error);
                 Err(rejected.or(self.failed.take()).map_or(GaveUp::NoCandidate, GaveUp::Error))
             }
         }
     }
 
-    /// Takes the reply of the member that was asked last.
+    /// Records the reply of the member that was asked last.
     ///
     /// # Errors
-    /// When no other member is to be asked.
+    /// Returns an error when no other member is to be asked.
     pub fn replied(&mut self, reply: Reply<E>, budget: &mut Budget, now: Instant) -> Result<(), E> {
         let Some(member) = self.asked.take() else { return Ok(()) };
         match reply {
@@ -259,7 +261,7 @@ impl<E> Failover<E> {
         }
     }
 
-    /// The member that was asked last gave the right result.
+    /// Records that the member that was asked last gave the right result.
     #[must_use]
     pub fn succeeded(self) -> Success {
         Success {

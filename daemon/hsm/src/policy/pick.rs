@@ -1,55 +1,54 @@
-//! Which member takes the next call. Plain values that are handed `now`: no clock, no threads, no randomness of their
+//! Picks the member for the next call. Plain values that are handed `now`: no clock, no threads, no randomness of their
 //! own.
 
 use std::time::{Duration, Instant};
 
-/// How fast an estimate follows calls that got faster, when there are few. Two seconds: a few quick answers do not make
-/// up for a slow one, and a member that recovered has its share back within seconds.
+/// Time constant with which an estimate follows calls that got faster, under light load. With two seconds, a few fast
+/// results do not hide a slow one, and a recovered member has its share back within seconds.
 const TAU: Duration = Duration::from_secs(2);
-/// Of a result at least one part in so many counts, however soon it comes after another. Under load, when calls to a
-/// member that had one bad moment are missed most, dozens of good ones outweigh it within milliseconds. By [`TAU`]
-/// alone it would be left idle for seconds while the others' queues fill up: in simulation, with two members at 7/8 of
-/// their capacity, one failure in 1,000 at one of them took the mean time of all from 1 to 235 ms.
+/// A result counts at least one part in this number, however soon it follows another one. Under load, when a member's
+/// capacity is needed most, dozens of good results then outweigh one bad result within milliseconds. With [`TAU`] alone,
+/// the member would stay idle for seconds while the others' queues fill. In simulation with two members at 7/8 of their
+/// capacity, one failure in 1,000 at one of them raised the mean time of all operations from 1 to 235 ms.
 const RESULTS: f64 = 16.0;
-/// After how long without a result an estimate fades by itself, again with [`TAU`]. A member that gets calls at all is
-/// heard of more often; one that is shunned for what it once was has to be tried again some time.
+/// Time without a result after which an estimate fades by itself, also with [`TAU`]. A member in use has results more
+/// often; a member that is avoided for its past must be tried again at some time.
 const GRACE: Duration = Duration::from_secs(1);
-/// Estimates end here: faster than any private-key operation, so that this never blurs which member is faster, and above zero,
-/// so that work in flight always costs something.
+/// Lower limit of estimates. It is below the time of any private-key operation, so that it never hides which member is
+/// faster, and above zero, so that operations in flight always have a cost.
 const FLOOR: Duration = Duration::from_micros(10);
-/// And here, so that nonsense in does not overflow.
+/// Upper limit of estimates, so that invalid input does not overflow.
 const CEILING: Duration = Duration::from_secs(3600);
-/// What a failed call counts as. Far above what a call takes: a member that fails at once must not look fast, or it
-/// draws all the traffic.
+/// Time that a failed call counts as. It is far above the time of a call: a member that fails at once must not look fast,
+/// or it attracts all the traffic.
 pub const FAILURE_COUNTS_AS: Duration = Duration::from_secs(1);
 
-/// How long an operation takes at a member, as far as one can tell: a moving estimate that jumps to peaks and comes
-/// down slowly (peak-EWMA), because the harm is in the slow calls; and on top of it [`FAILURE_COUNTS_AS`] × the share
-/// of calls that fail.
+/// Estimated time of an operation at a member: a moving estimate that jumps to peaks and comes down slowly (peak-EWMA),
+/// because slow calls do the harm; plus [`FAILURE_COUNTS_AS`] × the share of calls that fail.
 #[derive(Clone, Debug)]
 pub struct Latency {
     seconds: f64,
-    /// From 0 to 1: the share of failures, the latest counting most.
+    /// Share of failures, from 0 to 1, with the most weight on the latest calls.
     failing: f64,
-    /// When it was last told something. `None` as long as it is a guess.
+    /// Time of the latest result. `None` while the estimate is a guess.
     at: Option<Instant>,
 }
 
 impl Latency {
-    /// A guess, until there is a result. It does not fade: guess low, or the member is not tried while others serve.
-    /// For a member that comes back, the time its probe took is a good one; what was known from before is of no use
-    /// then.
+    /// Starts with a guess, used until the first result. A guess does not fade, so it should be low, or the member is not
+    /// tried while others serve. For a member that comes back, the time of its probe is a good guess; older estimates are
+    /// useless then.
     #[must_use]
     pub fn new(initial: Duration) -> Self {
         Latency { seconds: bounded(initial), failing: 0.0, at: None }
     }
 
-    /// An operation took that long, from submission to answer, the wait for a session included. That a member's
-    /// sessions are few for its weight, or its token busy for others, shows in the wait first; in simulation, times
-    /// without it made the mean 1.5 to 5 times as long where members differed in sessions or one was slow now and then.
+    /// Records the time of an operation from submission to answer, including the wait for a session. The wait is the first
+    /// sign that a member has few sessions for its weight or that its token is busy with other work. In simulation,
+    /// estimates without it made the mean time 1.5 to 5 times as long where members differed in sessions or one was slow
+    /// now and then.
     ///
-    /// A peak counts at once; what is below the estimate pulls it down, the more so the longer there was no other
-    /// result.
+    /// A peak counts at once. A lower result pulls the estimate down, more strongly the longer ago the last result is.
     pub fn observe(&mut self, sample: Duration, now: Instant) {
         let sample = bounded(sample);
         let (seconds, failing) = self.parts(now);
@@ -62,10 +61,11 @@ impl Latency {
         self.at = self.at.max(Some(now));
     }
 
-    /// A call failed for the member's reasons after `elapsed`. That it was quick does not count, that it was slow does.
+    /// Records a call that failed through the member's fault after `elapsed`. A fast failure gains nothing; a slow one
+    /// counts.
     ///
-    /// The first failure counts a part in sixteen of [`FAILURE_COUNTS_AS`], enough to be shunned while others idle;
-    /// when all fail it counts in full.
+    /// The first failure counts one sixteenth of [`FAILURE_COUNTS_AS`], enough to avoid the member while others are idle.
+    /// If all calls fail, it counts in full.
     pub fn observe_failure(&mut self, elapsed: Duration, now: Instant) {
         let (seconds, failing) = self.parts(now);
         self.seconds = seconds.max(bounded(elapsed));
@@ -73,20 +73,21 @@ impl Latency {
         self.at = self.at.max(Some(now));
     }
 
-    /// The estimate. It fades when nothing has been observed for over a second.
+    /// Returns the estimate. It fades when there was no result for over a second.
     #[must_use]
     pub fn estimate(&self, now: Instant) -> Duration {
         let (seconds, failing) = self.parts(now);
         Duration::from_secs_f64(seconds) + FAILURE_COUNTS_AS.mul_f64(failing)
     }
 
-    /// Seconds and share of failures by then.
+    /// Returns the seconds and the share of failures at `now`.
     fn parts(&self, now: Instant) -> (f64, f64) {
         let left = fade(self.since(now).saturating_sub(GRACE));
         ((self.seconds * left).max(FLOOR.as_secs_f64()), self.failing * left)
     }
 
-    /// Callers on several threads may be a little out of order; that counts as no time at all.
+    /// Returns the time since the last result. Callers on several threads may be slightly out of order; then no time has
+    /// passed.
     fn since(&self, now: Instant) -> Duration {
         self.at.map_or(Duration::ZERO, |at| now.saturating_duration_since(at))
     }
@@ -96,48 +97,49 @@ fn bounded(sample: Duration) -> f64 {
     sample.clamp(FLOOR, CEILING).as_secs_f64()
 }
 
-/// What is left of a difference after so long.
+/// Returns the part of a difference that remains after `elapsed`.
 fn fade(elapsed: Duration) -> f64 {
     (-elapsed.as_secs_f64() / TAU.as_secs_f64()).exp()
 }
 
-/// What is known about a member that can take an operation now.
+/// Facts about a member that can take an operation now.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Candidate {
-    /// Share of the load within a priority; 0 counts as 1. Where members differ in sessions, their numbers make good
-    /// weights.
+    /// Share of the load within a priority; 0 counts as 1. Where members differ in sessions, their numbers of sessions are
+    /// good weights.
     pub weight: u32,
-    /// How long an operation takes there: [`Latency::estimate`].
+    /// Estimated time of an operation at the member: [`Latency::estimate`].
     pub latency: Duration,
-    /// Age of the oldest call that is running there, or `None`. A call that hangs makes the member expensive at once,
-    /// long before there is a result to learn from. Leave out what may well take minutes, such as generating a key.
+    /// Age of the oldest running call, if any. It makes a member with a hanging call expensive at once, long before the
+    /// call has a result. Leave out calls that may take minutes, such as key generation.
     pub oldest: Option<Duration>,
-    /// Operations that wait or run there now.
+    /// Number of operations that wait or run at the member.
     pub in_flight: usize,
 }
 
-/// What one more operation costs there, in seconds: time for one × those before it and itself ÷ weight.
+/// Returns the cost of one more operation at the member, in seconds: time of one operation × (operations in flight + 1) ÷
+/// weight.
 #[must_use]
 pub fn cost(candidate: &Candidate) -> f64 {
     let time = candidate.oldest.unwrap_or_default().max(candidate.latency).as_secs_f64();
     time * (candidate.in_flight as f64 + 1.0) / f64::from(candidate.weight.max(1))
 }
 
-/// Members grouped by priority. Computed when members or priorities change, so that a pick does not have to.
+/// Members grouped by priority. Computed when members or priorities change, so that a pick does not need to.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Tiers {
-    /// Members, those of the lowest priority first.
+    /// Members in order of priority, lowest number first.
     order: Vec<usize>,
-    /// Where each tier ends in `order`.
+    /// End of each tier in `order`.
     ends: Vec<usize>,
 }
 
 impl Tiers {
-    /// The priorities of members 0, 1, 2, …; smaller serves first.
+    /// Groups members 0, 1, 2, … by these priorities; the smallest serves first.
     #[must_use]
     pub fn new(priorities: &[u32]) -> Self {
         let mut order: Vec<usize> = (0..priorities.len()).collect();
-        // Stable: equals stay in the order of the configuration.
+        // A stable sort: members of equal priority stay in the order of the configuration.
         order.sort_by_key(|member| priorities[*member]);
         let ends = order
             .chunk_by(|one, next| priorities[*one] == priorities[*next])
@@ -149,37 +151,37 @@ impl Tiers {
         Tiers { order, ends }
     }
 
-    /// Number of members.
+    /// Returns the number of members.
     #[must_use]
     pub fn members(&self) -> usize {
         self.order.len()
     }
 
-    /// The members of each tier, lowest priority first.
+    /// Returns the members of each tier, lowest priority number first.
     fn iter(&self) -> impl Iterator<Item = &[usize]> {
         let starts = std::iter::once(0).chain(self.ends.iter().copied());
         starts.zip(&self.ends).map(|(start, end)| &self.order[start..*end])
     }
 }
 
-/// A member that was picked.
+/// A picked member.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Choice {
-    /// Its index.
+    /// Index of the member.
     pub member: usize,
-    /// No other member could have been picked, of any priority.
+    /// True if no other member could have been picked, of any priority.
     pub alone: bool,
 }
 
-/// In the lowest priority that has a candidate: the cheaper of two candidates drawn at random. `None` if there is no
-/// candidate at all.
+/// Picks from the lowest priority that has a candidate: the cheaper of two candidates drawn at random. Returns `None` if
+/// there is no candidate at all.
 ///
-/// Two at random are nearly as good as the best of all, and callers that know the same do not all run to the same
-/// member. As long as both can take the operation, exactly these two are looked at; else all of the tier are, and the
+/// Two random candidates are nearly as good as the best of all, and callers with the same data do not all pick the same
+/// member. If both can take the operation, exactly these two are examined; otherwise the rest of the tier, and the
 /// following tiers up to the first candidate.
 ///
-/// `candidate(member)` is `None` for a member that cannot take the operation or is to be avoided. `random(n)` is a number
-/// below `n`, all equally likely.
+/// `candidate(member)` is `None` for a member that cannot take the operation or is to be avoided. `random(n)` returns a
+/// uniformly distributed number below `n`.
 pub fn pick(
     tiers: &Tiers,
     candidate: impl Fn(usize) -> Option<Candidate>,
@@ -206,14 +208,14 @@ pub fn pick(
     Some(Choice { member: cheaper(found[first], found[second]), alone: false })
 }
 
-/// Two different numbers below `n`, which is at least 2; every pair is equally likely in either order.
+/// Returns two different numbers below `n`, which is at least 2. Every pair is equally likely in either order.
 fn two_of(n: usize, random: &mut impl FnMut(usize) -> usize) -> (usize, usize) {
     let first = random(n) % n;
-    // One of the others: a step of 1 to n - 1 further round.
+    // A different index: 1 to n - 1 steps further in the ring.
     (first, (first + 1 + random(n - 1) % (n - 1)) % n)
 }
 
-/// The member that costs less; the first if both cost the same.
+/// Returns the member that costs less; the first one if both cost the same.
 fn cheaper((member, candidate): (usize, Candidate), (other_member, other): (usize, Candidate)) -> usize {
     if cost(&other) < cost(&candidate) { other_member } else { member }
 }
@@ -307,12 +309,12 @@ mod tests {
             let mut latency = Latency::new(MS);
             for (index, (micros, millis, late, failed)) in steps.into_iter().enumerate() {
                 let sample = Duration::from_micros(micros).max(FLOOR);
-                // Late, as threads are.
+                // A late time, as from several threads.
                 let at = if late { now.checked_sub(3 * MS).unwrap() } else { now };
                 let before = latency.estimate(at);
                 if failed { latency.observe_failure(sample, at) } else { latency.observe(sample, at) }
                 let after = latency.estimate(at);
-                // For rounding.
+                // Tolerance for rounding.
                 let slack = Duration::from_nanos(2);
                 prop_assert!(after + slack >= sample, "peaks count at once");
                 let most = match (failed, index) {
@@ -361,7 +363,7 @@ mod tests {
     #[test]
     fn equals_share_evenly() {
         let mut rng = Rng(1);
-        // All of them are able; or one is not, so that it is drawn in vain.
+        // Either all members are able, or one is not and is sometimes drawn in vain.
         for (able, expected) in [(5, 10_000), (4, 12_500_i32)] {
             let mut counts = [0; 5];
             for _ in 0..50_000 {
@@ -442,7 +444,7 @@ mod tests {
                 let Some(Choice { member, alone }) = picked else { continue };
                 prop_assert!(tier.contains(&member), "{} of {:?}", member, tier);
                 prop_assert_eq!(alone, may.len() == 1);
-                // The dearest loses to any other.
+                // The most expensive member loses to any other.
                 let alike = tier.iter().filter(|other| cost(**other) >= dearest).count();
                 prop_assert!(cost(member) < dearest || alike > 1 || tier.len() == 1);
             }

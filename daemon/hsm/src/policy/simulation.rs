@@ -1,12 +1,12 @@
 //! A cluster in simulated time: the daemon's own policies ([`Failover`], [`pick`](super::pick::pick), [`Breaker`],
-//! [`Budget`]) over members that are described by a few numbers. For tests of the policies and for capacity plans. No
-//! clock, no threads, seeded random numbers: the same question has the same answer.
+//! [`Budget`]) applied to members that a few numbers describe. Used in tests of the policies and for capacity plans. It has
+//! no clock and no threads, and its random numbers are seeded: the same input gives the same result.
 //!
-//! A request arrives, waits until it may run, has its turn on a processor of the daemon, and asks for its operations, all
-//! at once. Each operation is submitted to the member that was picked and waits there, first come first served, until a session takes it. The
+//! A request arrives, waits until it may run, gets time on a processor of the daemon, and submits its operations, all at
+//! once. Each operation goes to the picked member and waits there, first come first served, until a session takes it. The
 //! session sends it, which takes half a round trip; the HSM computes it as soon as an engine is free; half a round trip
-//! later the result is back. A member that hangs, whose worker is killed, or that fails too often gets a new worker, which
-//! has to pass a probe.
+//! later the result is back. A member gets a new worker if it hangs, if its worker is killed, or if it fails too often; the
+//! new worker must pass a probe.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
@@ -17,21 +17,21 @@ use super::budget::{self, Budget};
 use super::failover::{Failover, GaveUp, Reply, Standing, Step};
 use super::pick::{Candidate, Latency, Tiers};
 
-/// How often the supervisor looks for late calls, probes that are due and operations that have waited long enough.
+/// Period in which the supervisor checks for late calls, due probes, and operations that have waited long enough.
 const TICK: Duration = Duration::from_millis(20);
-/// How long an operation takes at a member that fails, beside the round trip.
+/// Time of an operation that fails at a member, beside the round trip.
 const FAILING_TAKES: Duration = Duration::from_micros(50);
-/// How long a caller in a closed loop pauses after a request that failed.
+/// Pause of a closed-loop caller after a request that failed.
 const PAUSE: Duration = Duration::from_millis(1);
-/// What an operation is expected to take before a member has done any.
+/// Estimated time of an operation before a member has done any.
 const FIRST_GUESS: Duration = Duration::from_millis(1);
-/// Share of one request in the mean time that requests run, and in the deviation from it; and how many deviations above the
-/// mean nearly every request keeps to. As in the daemon's admission.
+/// Weight of one request in the mean run time of requests, and in the deviation from the mean; and the number of deviations
+/// above the mean that nearly no request exceeds. The values are those of the daemon's admission.
 const RUN_GAIN: f64 = 1.0 / 16.0;
 const DEVIATION_GAIN: f64 = 1.0 / 8.0;
 const DEVIATIONS: f64 = 4.0;
 
-/// SplitMix64: small, seeded, good enough to draw lots.
+/// SplitMix64: small, seeded, and good enough for this simulation.
 #[derive(Clone, Debug)]
 pub struct Rng(pub u64);
 
@@ -43,49 +43,49 @@ impl Rng {
         mixed ^ (mixed >> 31)
     }
 
-    /// From 0 to below 1.
+    /// Returns a number from 0 to below 1.
     pub fn unit(&mut self) -> f64 {
         (self.next() >> 11) as f64 / (1_u64 << 53) as f64
     }
 
-    /// From 0 to below `n`, which is not 0.
+    /// Returns a number from 0 to below `n`, which must not be 0.
     pub fn below(&mut self, n: usize) -> usize {
         (self.next() % n as u64) as usize
     }
 }
 
-/// When requests arrive.
+/// Arrival of requests.
 #[derive(Clone, Copy, Debug)]
 pub enum Load {
-    /// So many a second, at random times, whatever comes of them.
+    /// This many requests per second at random times, independent of their results.
     Open(f64),
-    /// So many callers, each of which makes the next request as soon as it has its reply.
+    /// This many callers; each makes its next request as soon as it has its reply.
     Closed(usize),
 }
 
-/// The daemon.
+/// Settings of the daemon.
 #[derive(Clone, Copy, Debug)]
 pub struct Settings {
-    /// When requests arrive.
+    /// Arrival of requests.
     pub load: Load,
-    /// Requests that run at a time; the others wait for their turn, first come first served.
+    /// Maximum number of requests that run at a time; the others wait, first come first served.
     pub concurrency: usize,
-    /// Most requests that wait for their turn. What arrives beyond that fails at once.
+    /// Maximum number of requests that wait. Further requests fail at once.
     pub queue: usize,
-    /// Operations of a request, all at the same time.
+    /// Number of operations of a request, all submitted at the same time.
     pub operations: u32,
-    /// Processor time for a request before its operations.
+    /// Processor time of a request before its operations.
     pub own_cost: Duration,
-    /// Processors that spend it.
+    /// Number of processors of the daemon.
     pub processors: usize,
-    /// How long a request may take.
+    /// Time limit of a request.
     pub deadline: Duration,
-    /// How long a call may take before its member counts as hung.
+    /// Time limit of a call, after which its member counts as hung.
     pub watchdog: Duration,
 }
 
 impl Settings {
-    /// Requests of one operation, which cost the daemon nothing. Any number of them run at a time.
+    /// Requests with one operation and without processor time. Any number of them run at a time.
     #[must_use]
     pub fn new(load: Load) -> Self {
         let seconds = Duration::from_secs;
@@ -102,22 +102,22 @@ impl Settings {
     }
 }
 
-/// How a member is configured and built.
+/// Configuration and hardware of a member.
 #[derive(Clone, Copy, Debug)]
 pub struct Spec {
-    /// Smaller serves first.
+    /// Priority; the smallest serves first.
     pub priority: u32,
     /// Share of the load within a priority.
     pub weight: u32,
-    /// Operations that are under way at a time.
+    /// Maximum number of operations under way at a time.
     pub sessions: usize,
-    /// Most operations that may wait or run.
+    /// Maximum number of operations that wait or run.
     pub queue: usize,
-    /// Operations that the HSM computes at a time.
+    /// Number of operations that the HSM computes at a time.
     pub engines: usize,
-    /// Network round trip.
+    /// Network round trip time.
     pub rtt: Duration,
-    /// How it behaves at first.
+    /// Initial behaviour.
     pub behaviour: Behaviour,
 }
 
@@ -135,16 +135,16 @@ impl Default for Spec {
     }
 }
 
-/// How a member behaves for now. The policies do not see this.
+/// Current behaviour of a member. The policies do not see it.
 #[derive(Clone, Copy, Debug)]
 pub struct Behaviour {
-    /// What an operation takes at an engine, give or take a fifth.
+    /// Time of an operation at an engine, ± 20 %.
     pub service: Duration,
-    /// One operation in so many takes `slow` instead; 0 for none.
+    /// One operation in this number takes `slow` instead; 0 for none.
     pub slow_one_in: usize,
-    /// See `slow_one_in`.
+    /// Time of a slow operation.
     pub slow: Duration,
-    /// One operation in so many fails; 0 for none.
+    /// One operation in this number fails; 0 for none.
     pub fails_one_in: usize,
 }
 
@@ -174,48 +174,48 @@ fn nanos(time: Duration) -> Nanos {
     time.as_nanos() as Nanos
 }
 
-/// A member, and what became of its operations since [`Simulation::forget`].
+/// A member, and counts of its operations since [`Simulation::forget`].
 #[derive(Debug)]
 pub struct Member {
     spec: Spec,
-    /// How it behaves; change it to break or repair the member.
+    /// Current behaviour; change it to break or repair the member.
     pub behaviour: Behaviour,
     breaker: Breaker,
     latency: Latency,
     waiting: VecDeque<Operation>,
     sessions: Vec<Option<Call>>,
-    /// Sessions whose operation is at the HSM and waits for an engine.
+    /// Sessions whose operation has reached the HSM and waits for an engine.
     at_engine: VecDeque<usize>,
     engines_free: usize,
-    /// Counts workers: an event of an earlier one says nothing.
+    /// Number of the current worker: events of earlier workers are ignored.
     worker: u64,
-    /// When a new worker is ready for its probe.
+    /// Time at which a new worker is ready for its probe.
     ready_at: Nanos,
-    /// A call hangs. Its worker is killed when no other call is in time any more.
+    /// True if a call hangs. The worker is killed once no other call is still in time.
     hung: bool,
     idle_since: Nanos,
-    /// Operations that were submitted to it; probes do not count.
+    /// Number of operations submitted to the member; probes do not count.
     pub calls: u64,
-    /// Operations that failed there.
+    /// Number of operations that failed at the member.
     pub failures: u64,
-    /// Probes that began.
+    /// Number of probes that began.
     pub probes: u64,
-    /// Longest time without an operation, until it got one.
+    /// Longest time without an operation that ended with a new operation.
     pub longest_idle: Duration,
-    /// Most operations that waited or ran.
+    /// Maximum number of operations that waited or ran.
     pub most_in_flight: usize,
-    /// Time that its engines were busy, together.
+    /// Total busy time of its engines.
     pub engines_busy: Duration,
-    /// Time that its sessions were busy, together.
+    /// Total busy time of its sessions.
     pub sessions_busy: Duration,
 }
 
-/// An operation at a session.
+/// An operation in a session.
 #[derive(Debug)]
 struct Call {
     since: Nanos,
     good: bool,
-    /// `None` when its caller was sent elsewhere.
+    /// `None` once its caller was sent to another member.
     operation: Option<Operation>,
 }
 
@@ -223,24 +223,24 @@ struct Call {
 struct Operation {
     request: usize,
     failover: Failover<()>,
-    /// When it was submitted to the member, which was opened so often until then.
+    /// Time of submission to the member. The next field is the breaker's number of openings at that time.
     submitted: Nanos,
     openings: u64,
-    /// How long a session may take for it.
+    /// Time limit of the operation in a session.
     share: Duration,
 }
 
 #[derive(Debug)]
 struct Request {
     arrived: Nanos,
-    /// When its turn came.
+    /// Time at which the request started to run.
     began: Nanos,
-    /// Operations without a result.
+    /// Number of operations without a result.
     left: u32,
     failed: bool,
 }
 
-/// A session's call, or a probe, of one worker of a member.
+/// A call in a session, or a probe, of one worker of a member.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct At {
     member: usize,
@@ -251,13 +251,13 @@ struct At {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Event {
     Arrives,
-    /// A processor is done with a request.
+    /// A processor has finished with a request.
     Processed(usize),
     /// A session's operation reaches the HSM.
     Reaches(At),
-    /// An engine is done with it.
+    /// An engine has computed it.
     Computed(At),
-    /// The session has the reply.
+    /// The session has received the reply.
     Replied(At),
     ProbeEnds {
         at: At,
@@ -267,14 +267,14 @@ enum Event {
     Tick,
 }
 
-/// A cluster, its load, and what came of it since [`forget`](Simulation::forget).
+/// A cluster, its load, and the results since [`forget`](Simulation::forget).
 #[derive(Debug)]
 pub struct Simulation {
     settings: Settings,
     start: Instant,
     now: Nanos,
     events: BinaryHeap<Reverse<(Nanos, u64, Event)>>,
-    /// Events so far; keeps those of one instant in order.
+    /// Number of events so far; orders events of the same instant.
     pub steps: u64,
     rng: Rng,
     /// The members.
@@ -282,12 +282,12 @@ pub struct Simulation {
     tiers: Tiers,
     budget: Budget,
     requests: Vec<Request>,
-    /// Requests that wait for their turn.
+    /// Requests that wait to run.
     for_turn: VecDeque<usize>,
     running: usize,
-    /// Turns are being given: keeps requests that fail at once from nesting calls.
+    /// True while waiting requests are started: prevents nested calls by requests that fail at once.
     taking_turns: bool,
-    /// Mean time that requests run, and how far they are from it, in seconds.
+    /// Mean run time of requests, and mean deviation from it, in seconds.
     run_time: (f64, f64),
     for_processor: VecDeque<usize>,
     processors_free: usize,
@@ -295,18 +295,18 @@ pub struct Simulation {
     parked: Vec<Operation>,
     arriving: bool,
     counted_from: Nanos,
-    /// Latencies of the requests that arrived since and succeeded in time.
+    /// Latencies of the requests that arrived since `forget` and succeeded in time.
     pub latencies: Vec<Duration>,
-    /// Requests that arrived since and failed.
+    /// Number of requests that arrived since `forget` and failed.
     pub lost: u64,
-    /// Requests that succeeded since, whenever they arrived.
+    /// Number of requests that succeeded since `forget`, whenever they arrived.
     pub succeeded: u64,
-    /// Time that processors were busy, together.
+    /// Total busy time of processors.
     pub processors_busy: Duration,
 }
 
 impl Simulation {
-    /// Members that are all up, and requests from now on.
+    /// Creates a cluster in which all members are up. Requests start at once.
     #[must_use]
     pub fn new(seed: u64, settings: Settings, specs: &[Spec]) -> Self {
         let priorities: Vec<_> = specs.iter().map(|spec| spec.priority).collect();
@@ -342,7 +342,7 @@ impl Simulation {
         simulation
     }
 
-    /// Lets so much time pass.
+    /// Advances the simulated time.
     pub fn run(&mut self, time: Duration) {
         let end = self.now + nanos(time);
         while self.events.peek().is_some_and(|Reverse((at, ..))| *at <= end) {
@@ -356,7 +356,7 @@ impl Simulation {
         }
     }
 
-    /// Starts to count again. Requests that arrived before are not counted any more.
+    /// Resets all counts. Requests that arrived earlier are not counted any more.
     pub fn forget(&mut self) {
         self.counted_from = self.now;
         self.latencies.clear();
@@ -368,7 +368,7 @@ impl Simulation {
         }
     }
 
-    /// Ends the load, and gives the requests that are under way the time that they have. Those that need more are lost.
+    /// Ends the load, and runs the pending requests until their deadlines. Requests that need longer are lost.
     pub fn finish(&mut self) {
         self.arriving = false;
         self.run(self.settings.deadline + TICK);
@@ -376,38 +376,38 @@ impl Simulation {
         self.lost += self.requests.iter().filter(open).count() as u64;
     }
 
-    /// Kills a member's worker. The next one is ready for its probe after `restart`.
+    /// Kills a member's worker. The next worker is ready for its probe after `restart`.
     pub fn kill(&mut self, member: usize, restart: Duration) {
         let (now, jitter) = (self.time(), self.rng.unit());
         self.members[member].breaker.force_open(now, jitter);
         self.renew_worker(member, restart);
     }
 
-    /// A member's share of all operations that were submitted.
+    /// Returns a member's share of all submitted operations.
     #[must_use]
     pub fn share(&self, member: usize) -> f64 {
         self.members[member].calls as f64 / self.members.iter().map(|member| member.calls).sum::<u64>() as f64
     }
 
-    /// Requests that succeeded.
+    /// Returns the number of requests that succeeded.
     #[must_use]
     pub fn done(&self) -> usize {
         self.latencies.len()
     }
 
-    /// Mean time from arrival to the reply.
+    /// Returns the mean time from arrival to reply.
     #[must_use]
     pub fn mean(&self) -> Duration {
         self.latencies.iter().sum::<Duration>() / self.done().max(1) as u32
     }
 
-    /// Time since [`forget`](Self::forget).
+    /// Returns the time since [`forget`](Self::forget).
     #[must_use]
     pub fn counted(&self) -> Duration {
         Duration::from_nanos(self.now - self.counted_from)
     }
 
-    /// For the messages of tests.
+    /// Returns a summary for the messages of tests.
     #[must_use]
     pub fn report(&self) -> String {
         let each = self.members.iter().enumerate().map(|(index, member)| {
@@ -436,7 +436,7 @@ impl Simulation {
         self.events.push(Reverse((self.now + nanos(wait), self.steps, event)));
     }
 
-    /// The same, without an event where no time passes.
+    /// Schedules an event, or handles it at once if `wait` is zero.
     fn then(&mut self, wait: Duration, event: Event) {
         if wait.is_zero() { self.handle(event) } else { self.after(wait, event) }
     }
@@ -496,8 +496,8 @@ impl Simulation {
         }
     }
 
-    /// Requests whose turn it is run. One that waited so long that it would end after its deadline fails instead and takes
-    /// nothing, as in the daemon.
+    /// Starts requests that wait. As in the daemon, a request that would end after its deadline fails instead and takes no
+    /// resources.
     fn take_turns(&mut self) {
         if std::mem::replace(&mut self.taking_turns, true) {
             return;
@@ -521,14 +521,14 @@ impl Simulation {
         self.taking_turns = false;
     }
 
-    /// The caller of a closed loop asks again.
+    /// Makes the next request of a closed-loop caller.
     fn again(&mut self, failed: bool) {
         if matches!(self.settings.load, Load::Closed(_)) {
             self.after(if failed { PAUSE } else { Duration::ZERO }, Event::Arrives);
         }
     }
 
-    /// Free processors take requests.
+    /// Gives requests to free processors.
     fn process(&mut self) {
         while self.processors_free > 0 {
             let Some(request) = self.for_processor.pop_front() else { return };
@@ -609,7 +609,7 @@ impl Simulation {
 
     // Members.
 
-    /// Free sessions take what waits.
+    /// Gives waiting operations to free sessions.
     fn serve(&mut self, index: usize) {
         while let Some(session) = self.members[index].sessions.iter().position(Option::is_none) {
             let member = &mut self.members[index];
@@ -638,7 +638,7 @@ impl Simulation {
         }
     }
 
-    /// Free engines take operations.
+    /// Gives operations to free engines.
     fn compute(&mut self, index: usize) {
         while self.members[index].engines_free > 0 {
             let member = &mut self.members[index];
@@ -668,7 +668,7 @@ impl Simulation {
         }
     }
 
-    /// Tells estimate and breaker how an operation went. A result from before the member went down says nothing about it now.
+    /// Updates estimate and breaker after an operation. A result from before the member went down is ignored.
     fn judge(&mut self, index: usize, operation: &Operation, good: bool) {
         let (now, jitter) = (self.time(), self.rng.unit());
         let member = &mut self.members[index];
@@ -687,7 +687,7 @@ impl Simulation {
         }
     }
 
-    /// What waits at a member that went down goes elsewhere.
+    /// Sends the operations that wait at a member that went down to other members.
     fn turn_away(&mut self, index: usize) {
         for operation in std::mem::take(&mut self.members[index].waiting) {
             self.reply(operation, Reply::NotRun(()));
@@ -714,7 +714,7 @@ impl Simulation {
         self.resume_parked();
     }
 
-    /// Finds calls that take longer than their share or the watchdog's time.
+    /// Finds calls that exceed their share or the watchdog's time.
     fn watch(&mut self, index: usize) {
         let mut late = Vec::new();
         let member = &mut self.members[index];
@@ -741,7 +741,7 @@ impl Simulation {
         }
     }
 
-    /// Ends a worker with all that it has, and starts another one.
+    /// Ends a worker and its calls, and starts another worker.
     fn renew_worker(&mut self, index: usize, restart: Duration) {
         let member = &mut self.members[index];
         member.worker += 1;

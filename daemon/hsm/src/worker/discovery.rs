@@ -1,8 +1,8 @@
-//! Which token of a module a member is, among those that its slots hold now.
+//! Discovery of a member's token among the tokens in the module's slots.
 //!
-//! A label is not unique: a partition that was made twice, a clone, a card that was left in a second reader. Which of several
-//! tokens is meant cannot be known, and a PIN that is tried on the wrong one brings that token nearer to its lock. So none is
-//! chosen.
+//! A label is not unique: a partition may be created twice, a token may be cloned, a card may be left in a second reader.
+//! The daemon cannot know which of several tokens is meant, and a PIN tried on the wrong token brings that token nearer to
+//! its lock. So no token is chosen.
 
 use std::path::Path;
 
@@ -10,10 +10,10 @@ use crate::config::TokenRef;
 use crate::error::{Failure, HsmError};
 use crate::worker::ffi::TokenFacts;
 
-/// The one initialised token that is meant.
+/// Returns the only initialised token that matches.
 ///
 /// # Errors
-/// [`HsmError::NoSuchToken`]; [`HsmError::SeveralTokens`] with their serial numbers.
+/// [`HsmError::NoSuchToken`] if none matches; [`HsmError::SeveralTokens`] with their serial numbers.
 pub(crate) fn choose<S: Copy>(
     wanted: &TokenRef,
     seen: &[(S, TokenFacts)],

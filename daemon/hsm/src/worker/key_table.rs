@@ -1,36 +1,36 @@
-//! The RSA private keys of a token as one session found them, and which of them is meant by an id and a public key.
+//! The table of a token's RSA private keys as one session found them, and the lookup by id and public key.
 //!
-//! Several private keys may have one `CKA_ID`. The modulus decides; where the token does not tell the modulus of a private
-//! key, the public key object that belongs to it does. A private key whose modulus stays unknown is used only when it is the
-//! single one of its id: what it does is then checked like every other result.
+//! Several private keys may have the same `CKA_ID`. The modulus decides between them. If the token does not reveal the
+//! modulus of a private key, the public key object that belongs to the key is used. A private key whose modulus stays
+//! unknown is used only if no other key has its id; its results are checked like all others.
 
 use std::collections::HashMap;
 
 use crate::identity::{Fingerprint, KeyId, without_leading_zeros};
 use crate::keys::{RsaPublic, TokenKey};
 
-/// What a private key is needed for.
+/// The operation that needs a private key.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Purpose {
     Decrypt,
     Sign,
 }
 
-/// What the token tells of a private key.
+/// Attributes that the token reveals of a private key.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct FoundKey<H> {
     pub(crate) handle: H,
-    /// Empty when the key has none.
+    /// Empty if the key has no id.
     pub(crate) id: Vec<u8>,
     pub(crate) label: String,
-    /// Empty when the token does not tell, like `e`.
+    /// Empty if the token does not reveal it; the same holds for `e`.
     pub(crate) n: Vec<u8>,
     pub(crate) e: Vec<u8>,
-    /// `true` when the token does not tell.
+    /// True if the token does not reveal it.
     pub(crate) decrypts: bool,
-    /// `true` when the token does not tell.
+    /// True if the token does not reveal it.
     pub(crate) signs: bool,
-    /// Every operation wants a login of its own (`CKA_ALWAYS_AUTHENTICATE`).
+    /// True if every operation requires a login of its own (`CKA_ALWAYS_AUTHENTICATE`).
     pub(crate) always_authenticate: bool,
 }
 
@@ -42,11 +42,11 @@ pub(crate) struct FoundPublic {
     pub(crate) key: RsaPublic,
 }
 
-/// A key of the table: all that an operation needs to know of it.
+/// A key of the table, with everything that an operation needs.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Key<H> {
     pub(crate) handle: H,
-    /// `None` when the token does not tell.
+    /// Length in bytes; `None` if the token does not reveal the modulus.
     pub(crate) modulus_len: Option<usize>,
     pub(crate) decrypts: bool,
     pub(crate) signs: bool,
@@ -67,7 +67,7 @@ impl<H> Key<H> {
 #[derive(Debug)]
 pub(crate) struct KeyTable<H> {
     by_id: HashMap<Vec<u8>, Vec<Key<H>>>,
-    /// In the order of the token's answer, those without an id too.
+    /// All keys, including those without an id, in the order in which the token listed them.
     found: Vec<FoundKey<H>>,
 }
 
@@ -78,8 +78,8 @@ impl<H> Default for KeyTable<H> {
 }
 
 impl<H: Copy> KeyTable<H> {
-    /// Of the private keys of a token and its public key objects, which are needed only where a private key does not tell
-    /// its modulus.
+    /// Builds the table from the private keys of a token. The public key objects are used only for private keys that do not
+    /// reveal their modulus.
     pub(crate) fn new(mut found: Vec<FoundKey<H>>, publics: &[FoundPublic]) -> Self {
         let halves: Vec<_> = found.iter().map(|key| public_half(key, &found, publics).cloned()).collect();
         for (key, half) in found.iter_mut().zip(halves) {
@@ -92,7 +92,7 @@ impl<H: Copy> KeyTable<H> {
         table
     }
 
-    /// Adds a key that was made after the search.
+    /// Adds a key that was created after the search.
     pub(crate) fn insert(&mut self, found: FoundKey<H>) {
         if !found.id.is_empty() {
             let n = without_leading_zeros(&found.n);
@@ -108,8 +108,8 @@ impl<H: Copy> KeyTable<H> {
         self.found.push(found);
     }
 
-    /// The private key that is meant. One key may be there several times, as the halves of which one signs and the other
-    /// decrypts: the object that may do what is needed is preferred.
+    /// Returns the private key with this id and public key. A key may be stored as two objects, one of which signs and the
+    /// other decrypts: the object that permits `purpose` is preferred.
     pub(crate) fn find(&self, id: &[u8], public: Fingerprint, purpose: Purpose) -> Option<&Key<H>> {
         let of_id = self.by_id.get(id)?;
         let exact = || of_id.iter().filter(|key| key.public == Some(public));
@@ -123,24 +123,24 @@ impl<H: Copy> KeyTable<H> {
         }
     }
 
-    /// Whether the key with this id and modulus is there, for any purpose.
+    /// Returns true if the table has a key with this id and modulus, for any purpose.
     pub(crate) fn holds(&self, id: &KeyId, modulus: &[u8]) -> bool {
         let public = Some(Fingerprint::of_modulus(modulus));
         self.by_id.get(&id.0).is_some_and(|keys| keys.iter().any(|key| key.public == public))
     }
 
-    /// Whether any key has this id.
+    /// Returns true if the table has a key with this id.
     pub(crate) fn has_id(&self, id: &KeyId) -> bool {
         self.by_id.contains_key(&id.0)
     }
 
-    /// A key that may decrypt and whose length is known, whichever.
+    /// Returns any key that may decrypt and whose length is known.
     pub(crate) fn any_that_decrypts(&self) -> Option<&Key<H>> {
         let decrypts = |key: &&Key<H>| key.decrypts && key.modulus_len.is_some() && !key.always_authenticate;
         self.by_id.values().flatten().find(decrypts)
     }
 
-    /// All keys, those without an id last.
+    /// Returns all keys, those without an id last.
     pub(crate) fn list(&self) -> Vec<TokenKey> {
         let mut keys: Vec<_> = self
             .found
@@ -159,7 +159,7 @@ impl<H: Copy> KeyTable<H> {
         keys
     }
 
-    /// What of these keys an administrator should know, in sentences.
+    /// Describes, in sentences, the facts about these keys that an administrator should know.
     pub(crate) fn oddities(&self) -> Vec<String> {
         let mut said = Vec::new();
         for key in self.found.iter().filter(|key| key.id.is_empty()) {
@@ -182,14 +182,14 @@ impl<H: Copy> KeyTable<H> {
     }
 }
 
-/// The public key object of a private key that does not tell its own modulus: the only one of its id and label, or the only
-/// one of its id where it is the only private key of that id.
+/// Returns the public key of a private key that does not reveal its own modulus: that of the only public key object with
+/// its id and label, or of the only one with its id if only one private key has that id.
 fn public_half<'a, H>(key: &FoundKey<H>, found: &[FoundKey<H>], publics: &'a [FoundPublic]) -> Option<&'a RsaPublic> {
     if key.id.is_empty() || (!key.n.is_empty() && !key.e.is_empty()) {
         return None;
     }
     if !key.n.is_empty() {
-        // Only the exponent is missing.
+        // The modulus is known and only the exponent is missing.
         let n = without_leading_zeros(&key.n);
         let same = |public: &&FoundPublic| public.id == key.id && without_leading_zeros(&public.key.n) == n;
         return publics.iter().find(same).map(|public| &public.key);
@@ -211,7 +211,7 @@ fn fingerprint_of(n: &[u8]) -> Option<Fingerprint> {
     (!without_leading_zeros(n).is_empty()).then(|| Fingerprint::of_modulus(n))
 }
 
-/// `None` when a number is missing.
+/// Returns the public key; `None` if a number is missing.
 fn public_of(n: &[u8], e: &[u8]) -> Option<RsaPublic> {
     let (n, e) = (without_leading_zeros(n), without_leading_zeros(e));
     (!n.is_empty() && !e.is_empty()).then(|| RsaPublic { n: n.to_vec(), e: e.to_vec() })
@@ -264,7 +264,7 @@ mod tests {
             assert_eq!(table.find(b"id", public, Purpose::Sign).unwrap().handle, 1);
             assert_eq!(table.find(b"id", public, Purpose::Decrypt).unwrap().handle, 2);
         }
-        // The token refuses then, with its own code.
+        // The token then refuses, with its own code.
         let table = KeyTable::new(vec![signs], &[]);
         assert!(table.find(b"id", Fingerprint::of_modulus(b"n"), Purpose::Decrypt).is_some());
     }
@@ -278,7 +278,7 @@ mod tests {
         assert_eq!(handle(&table, b"id", b"two"), Some(2));
         assert_eq!(handle(&table, b"alone", b"three"), Some(3));
         assert_eq!(table.list().iter().filter(|key| key.public.is_some()).count(), 3);
-        // The exponent alone.
+        // The private key lacks only the exponent.
         let table = KeyTable::new(vec![FoundKey { e: Vec::new(), ..key(1, b"id", "z", b"\0one") }], &publics);
         assert_eq!(table.list()[0].public, Some(RsaPublic { n: b"one".to_vec(), e: vec![3] }));
     }
@@ -289,7 +289,7 @@ mod tests {
             KeyTable::new(vec![key(1, b"id", "a", b""), key(2, b"id", "a", b"")], &[public(b"id", "a", b"one")]);
         assert_eq!(handle(&table, b"id", b"one"), None);
         assert!(table.oddities()[0].contains("2 private keys have the CKA_ID 6964"), "{:?}", table.oddities());
-        // A single one is used, and what it does is checked.
+        // The only key of an id is used, and its results are checked.
         let table = KeyTable::new(vec![key(1, b"id", "a", b""), key(2, b"id", "b", b"two")], &[]);
         assert_eq!(handle(&table, b"id", b"one"), Some(1));
         assert_eq!(handle(&table, b"id", b"two"), Some(2));

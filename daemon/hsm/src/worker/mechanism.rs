@@ -1,4 +1,4 @@
-//! Mechanisms of PKCS#11 for the crate's OAEP parameters and signature schemes.
+//! Conversion of the crate's OAEP parameters and signature schemes to PKCS#11 mechanisms.
 
 use cryptoki::mechanism::rsa::{PkcsMgfType, PkcsOaepParams, PkcsOaepSource, PkcsPssParams};
 use cryptoki::mechanism::{Mechanism, MechanismType};
@@ -6,25 +6,26 @@ use cryptoki_sys::CK_ULONG;
 
 use crate::keys::{Hash, Oaep, SignScheme};
 
-/// `CKM_RSA_PKCS_OAEP` with an empty label.
+/// Returns `CKM_RSA_PKCS_OAEP` with an empty label.
 pub(crate) fn decryption(oaep: Oaep) -> Mechanism<'static> {
     Mechanism::RsaPkcsOaep(PkcsOaepParams::new(digest(oaep.hash), mgf(oaep.mgf), PkcsOaepSource::empty()))
 }
 
-/// `CKM_RSA_PKCS` or `CKM_RSA_PKCS_PSS`, over [`signed_input`].
+/// Returns `CKM_RSA_PKCS` or `CKM_RSA_PKCS_PSS`, to be used on [`signed_input`].
 pub(crate) fn signature(scheme: SignScheme) -> Mechanism<'static> {
     match scheme {
         SignScheme::Pkcs1(_) => Mechanism::RsaPkcs,
         SignScheme::Pss(hash) => Mechanism::RsaPkcsPss(PkcsPssParams {
             hash_alg: digest(hash),
             mgf: mgf(hash),
-            // At most 64.
+            // The length is at most 64.
             s_len: CK_ULONG::from(hash.output_len() as u32).into(),
         }),
     }
 }
 
-/// What the token is handed to sign: CKM_RSA_PKCS pads but does not build the DigestInfo, CKM_RSA_PKCS_PSS takes the digest.
+/// Returns the token's input for a signature: CKM_RSA_PKCS pads but does not build the DigestInfo; CKM_RSA_PKCS_PSS takes
+/// the digest itself.
 pub(crate) fn signed_input(scheme: SignScheme, digest: &[u8]) -> Vec<u8> {
     match scheme {
         SignScheme::Pkcs1(hash) => [digest_info_prefix(hash), digest].concat(),
@@ -50,7 +51,7 @@ fn mgf(hash: Hash) -> PkcsMgfType {
     }
 }
 
-/// The DER of a `DigestInfo` up to the digest itself (RFC 8017, section 9.2, note 1).
+/// Returns the DER of a `DigestInfo` up to the digest (RFC 8017, section 9.2, note 1).
 fn digest_info_prefix(hash: Hash) -> &'static [u8] {
     match hash {
         Hash::Sha1 => b"\x30\x21\x30\x09\x06\x05\x2b\x0e\x03\x02\x1a\x05\x00\x04\x14",

@@ -1,6 +1,7 @@
-//! A vendor's library: loaded, initialised, and called.
+//! The vendor's library: loading, initialisation and calls.
 //!
-//! Libraries are never unloaded: vendors leave threads and exit handlers behind that would run into unmapped memory.
+//! Libraries are never unloaded, because vendors leave threads and exit handlers behind that would run into unmapped
+//! memory.
 
 use std::path::{Path, PathBuf};
 
@@ -19,17 +20,17 @@ use crate::worker::discovery;
 use crate::worker::ffi::{Direct, TokenFacts};
 use crate::worker::pin_flags;
 
-/// A library that is initialised.
+/// A loaded and initialised library.
 pub(crate) struct Module {
     path: PathBuf,
     pkcs11: Pkcs11,
-    /// `None` when only cryptoki's probing calls reach the instance.
+    /// `None` if the library can be reached only through cryptoki, which first asks for the length of each result.
     direct: Option<Direct>,
 }
 
 impl Module {
-    /// Loads and initialises it; it may use the system's locks. May block as long as the vendor likes. One that is initialised
-    /// already, by another user in this process, stays so.
+    /// Loads and initialises the library, which may use the system's locks. May block for any time in the library. A
+    /// library that another user in this process has initialised stays initialised.
     pub(crate) fn load(path: &Path) -> Result<Module, Failure> {
         let unusable = |reason: String| Failure::new(HsmError::Module, format!("{}: {reason}", path.display()));
         let pkcs11 = Pkcs11::new(path).map_err(|error| unusable(error.to_string()))?;
@@ -41,7 +42,7 @@ impl Module {
         Ok(Module { path: path.to_owned(), pkcs11, direct })
     }
 
-    /// `C_Finalize`, when no thread is in a call. May block as long as the vendor likes.
+    /// Calls `C_Finalize`. No thread may be in a call. May block for any time in the library.
     pub(crate) fn finalize(&self) -> Result<(), HsmError> {
         Ok(self.pkcs11.clone().finalize()?)
     }
@@ -54,15 +55,15 @@ impl Module {
         &self.pkcs11
     }
 
-    /// Whether an operation takes one call rather than two, and can have a login in between.
+    /// Returns true if an operation takes one call instead of two and permits a login in between.
     pub(crate) fn is_direct(&self) -> bool {
         self.direct.is_some()
     }
 
-    /// Looks a token up among the slots there are now. Costs no try of its PIN.
+    /// Searches the current slots for a token. Costs no PIN try.
     pub(crate) fn find_token(&self, token: &TokenRef) -> Result<(Slot, TokenFacts), Failure> {
         let slots = self.pkcs11.get_slots_with_token()?;
-        // One broken token must not hide the others.
+        // A broken token must not hide the others.
         let seen: Vec<_> = slots.into_iter().filter_map(|slot| Some((slot, self.token_facts(slot).ok()?))).collect();
         discovery::choose(token, &seen, &self.path)
     }
@@ -81,8 +82,8 @@ impl Module {
         })
     }
 
-    /// `C_DecryptInit` and one `C_Decrypt`; `room` is the length of the modulus. A key that wants a login for every
-    /// operation gets it in between, by `own_login`.
+    /// Calls `C_DecryptInit` and `C_Decrypt` once; `room` is the length of the modulus. If the key requires a login for
+    /// every operation, `own_login` logs in between the two calls.
     pub(crate) fn decrypt(
         &self,
         session: &Session,
@@ -106,7 +107,7 @@ impl Module {
         Ok(plaintext)
     }
 
-    /// `C_SignInit` and one `C_Sign`; the rest is as in [`decrypt`](Self::decrypt).
+    /// Calls `C_SignInit` and `C_Sign` once; otherwise like [`decrypt`](Self::decrypt).
     pub(crate) fn sign(
         &self,
         session: &Session,
@@ -129,7 +130,7 @@ impl Module {
     }
 }
 
-/// The login that a key with `CKA_ALWAYS_AUTHENTICATE` wants between the start of an operation and its data.
+/// The login that a key with `CKA_ALWAYS_AUTHENTICATE` requires between the start of an operation and its data.
 pub(crate) type OwnLogin<'a> = &'a dyn Fn(&Session) -> Result<(), HsmError>;
 
 /// Logs in for the operation that was started in `session`.
@@ -137,7 +138,7 @@ pub(crate) fn login_for_operation(session: &Session, pin: &Pin) -> Result<(), Hs
     Ok(session.login(UserType::ContextSpecific, Some(&pin.to_auth()))?)
 }
 
-/// cryptoki starts and finishes an operation in one function, with no room for a login in between.
+/// Refuses keys that require such a login: cryptoki starts and finishes an operation in one function.
 fn refuse_own_login(login: Option<OwnLogin<'_>>) -> Result<(), HsmError> {
     if login.is_some() {
         return Err(HsmError::LoginPerOperation);

@@ -1,7 +1,7 @@
-//! EME-OAEP decoding (RFC 8017, section 7.1.2, step 3) for tokens that can only do the bare RSA operation.
+//! EME-OAEP decoding (RFC 8017, section 7.1.2, step 3) for tokens that support only the bare RSA operation.
 //!
-//! Whether and where a padding is broken must not show in how long this takes, or the daemon becomes Manger's oracle. So there
-//! is one pass over the block, every check ends up in one mask, and the only decision is taken on that mask at the very end.
+//! The running time must not reveal if or where a padding is broken, or the daemon becomes an oracle for Manger's attack.
+//! So the code makes one pass over the block, collects every check in one mask, and decides only on that mask, at the end.
 
 use std::hint::black_box;
 
@@ -9,10 +9,10 @@ use zeroize::Zeroizing;
 
 use crate::keys::{Hash, Oaep};
 
-/// Removes the padding from a block as long as the modulus; `None` when it is not a valid OAEP block with an empty label.
+/// Removes the padding from a block of the modulus's length; `None` if it is not a valid OAEP block with an empty label.
 pub(crate) fn unpad(oaep: Oaep, block: &[u8]) -> Option<Zeroizing<Vec<u8>>> {
     let hash_len = oaep.hash.output_len();
-    // Lengths are public: they follow from the modulus and the parameters.
+    // Lengths are public: they depend only on the modulus and the parameters.
     if block.len() < 2 * hash_len + 2 {
         return None;
     }
@@ -32,18 +32,18 @@ pub(crate) fn unpad(oaep: Oaep, block: &[u8]) -> Option<Zeroizing<Vec<u8>>> {
         difference |= found ^ expected;
     }
 
-    // 0x00 … 0x00 0x01 message: `searching` is all ones until the 0x01 has been seen.
+    // Format: 0x00 … 0x00 0x01 message. `searching` is all ones until the 0x01 is found.
     let mut searching = 0xff_u8;
     let mut start = 0_usize;
     for (index, &byte) in tail.iter().enumerate() {
         let zero = mask_zero(byte);
         let one = mask_zero(byte ^ 1);
         start |= (index + 1) & widen(searching & one);
-        // Neither zero nor one while searching: the padding is broken.
+        // A byte other than zero and one before the 0x01: the padding is broken.
         difference |= searching & !zero & !one;
         searching &= !one;
     }
-    // No 0x01 at all.
+    // No 0x01 was found.
     difference |= searching;
 
     let good = black_box(mask_zero(difference));
@@ -53,14 +53,14 @@ pub(crate) fn unpad(oaep: Oaep, block: &[u8]) -> Option<Zeroizing<Vec<u8>>> {
     tail.get(start..).map(|message| Zeroizing::new(message.to_vec()))
 }
 
-/// All ones when `byte` is zero, else zero; without a branch.
+/// Returns all ones if `byte` is zero, else zero; without a branch.
 fn mask_zero(byte: u8) -> u8 {
-    // Only zero borrows from the upper half.
+    // Only zero borrows from the upper byte.
     let [mask, _] = black_box(u16::from(byte)).wrapping_sub(1).to_be_bytes();
     mask
 }
 
-/// All ones or zero, from one byte to a whole word.
+/// Extends an all-ones or zero mask from a byte to a word.
 fn widen(mask: u8) -> usize {
     usize::from(black_box(mask) & 1).wrapping_neg()
 }
@@ -91,7 +91,7 @@ mod tests {
 
     static KEY: LazyLock<RsaPrivateKey> = LazyLock::new(|| RsaPrivateKey::new(&mut OsRng, 2048).unwrap());
 
-    /// The bare RSA operation, as a token does it with CKM_RSA_X_509.
+    /// The bare RSA operation, as a token performs it with CKM_RSA_X_509.
     fn raw_decrypt(ciphertext: &[u8]) -> Vec<u8> {
         let block = BigUint::from_bytes_be(ciphertext).modpow(KEY.d(), KEY.n()).to_bytes_be();
         let mut padded = vec![0; KEY.size() - block.len()];
@@ -123,7 +123,7 @@ mod tests {
         for bit in 0..block.len() * 8 {
             let mut broken = block.clone();
             broken[bit / 8] ^= 1 << (bit % 8);
-            // Either mask covers the whole other part, so one flip anywhere spoils the label's hash.
+            // Each mask covers the whole other part, so a flipped bit anywhere destroys the label's hash.
             assert!(unpad(oaep, &broken).is_none(), "bit {bit}");
         }
     }

@@ -1,4 +1,4 @@
-//! Key objects of a token: searched, read, and the templates of new ones.
+//! Key objects of a token: search, attributes, and templates for new objects.
 
 use cryptoki::error::{Error, RvError};
 use cryptoki::object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHandle};
@@ -11,21 +11,21 @@ use crate::identity::{KeyId, without_leading_zeros};
 use crate::keys::{NewKey, RsaPublic};
 use crate::worker::key_table::{self, FoundKey, FoundPublic, KeyTable};
 
-/// Room for a signature when a token does not tell a modulus: enough for 16384 bits.
+/// Buffer size for a signature if a token does not reveal the modulus: enough for 16384 bits.
 const LARGEST_MODULUS: usize = 2048;
 
-/// A private key as one session knows it.
+/// A private key with a handle of this session.
 pub(crate) type Key = key_table::Key<ObjectHandle>;
 
 impl Key {
-    /// Room for a signature.
+    /// Returns the buffer size for a signature.
     pub(crate) fn room(&self) -> usize {
         self.modulus_len.unwrap_or(LARGEST_MODULUS)
     }
 }
 
-/// All RSA private keys of a token, in one search. The public keys are searched, too, where a private key does not tell its
-/// own.
+/// Finds all RSA private keys of a token in one search. Also searches the public keys, if a private key does not reveal its
+/// public key.
 pub(crate) fn private_keys(session: &Session) -> Result<KeyTable<ObjectHandle>, HsmError> {
     let handles =
         session.find_objects(&[Attribute::Class(ObjectClass::PRIVATE_KEY), Attribute::KeyType(KeyType::RSA)])?;
@@ -92,7 +92,7 @@ fn public_keys(session: &Session) -> Result<Vec<FoundPublic>, HsmError> {
     Ok(found)
 }
 
-/// `None` for an object that was destroyed between the search and now.
+/// Returns the attributes; `None` for an object that was destroyed since the search.
 fn attributes_of(
     session: &Session,
     object: ObjectHandle,
@@ -104,7 +104,7 @@ fn attributes_of(
     }
 }
 
-/// `None` when the token does not tell, or the object is gone.
+/// Returns the public key; `None` if the token does not reveal it or the object is gone.
 pub(crate) fn read_public(session: &Session, object: ObjectHandle) -> Result<Option<RsaPublic>, HsmError> {
     let wanted = [AttributeType::Modulus, AttributeType::PublicExponent];
     let (mut n, mut e) = (Vec::new(), Vec::new());
@@ -149,7 +149,7 @@ pub(crate) fn private_template(spec: &NewKey) -> Vec<Attribute> {
     ]
 }
 
-/// Attributes that hold a private key; zeroised on drop.
+/// Attributes of a template that hold a private key; zeroised on drop.
 pub(crate) struct SecretTemplate(pub(crate) Vec<Attribute>);
 
 impl Drop for SecretTemplate {

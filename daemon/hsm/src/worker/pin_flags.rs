@@ -1,11 +1,11 @@
-//! What the flags of `CK_TOKEN_INFO` say of the tries that a token's user PIN has left.
+//! Remaining PIN tries of a token, from the flags of `CK_TOKEN_INFO`.
 
 use cryptoki::slot::TokenInfo;
 use cryptoki_sys::{CK_FLAGS, CKF_USER_PIN_COUNT_LOW, CKF_USER_PIN_FINAL_TRY, CKF_USER_PIN_LOCKED};
 
 use crate::pin_tries::PinTries;
 
-/// Several flags may be set; the worst one counts.
+/// Several flags may be set; the most severe one counts.
 pub(crate) fn tries_of(flags: CK_FLAGS) -> PinTries {
     if flags & CKF_USER_PIN_LOCKED != 0 {
         PinTries::Locked
@@ -18,7 +18,7 @@ pub(crate) fn tries_of(flags: CK_FLAGS) -> PinTries {
     }
 }
 
-/// The same from cryptoki's form of the flags.
+/// Does the same for cryptoki's form of the flags.
 pub(crate) fn tries_of_token(info: &TokenInfo) -> PinTries {
     let flag = |set, flag| if set { flag } else { 0 };
     tries_of(
@@ -38,7 +38,7 @@ mod tests {
         assert_eq!(tries_of(CKF_USER_PIN_COUNT_LOW), PinTries::Low);
         assert_eq!(tries_of(CKF_USER_PIN_COUNT_LOW | CKF_USER_PIN_FINAL_TRY), PinTries::Final);
         assert_eq!(tries_of(CKF_USER_PIN_FINAL_TRY | CKF_USER_PIN_LOCKED), PinTries::Locked);
-        // Other flags say nothing of tries.
+        // Other flags say nothing about tries.
         assert_eq!(tries_of(!(CKF_USER_PIN_COUNT_LOW | CKF_USER_PIN_FINAL_TRY | CKF_USER_PIN_LOCKED)), PinTries::Full);
     }
 }

@@ -1,4 +1,4 @@
-//! What the process does with itself before it looks at its socket: descriptors, signals, core dumps.
+//! Preparation of the process before it reads its socket: descriptors, signals, core dumps.
 
 use std::fs::{self, File};
 use std::io;
@@ -17,12 +17,13 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 
 use crate::worker::ffi;
 
-/// Exit status when the socket cannot be used any more, although the daemon has not ended it: a library has closed it, say.
+/// Exit status if the socket failed although the daemon has not ended it, for example because a library closed it.
 pub(crate) const SOCKET_FAILED: u8 = 3;
 
-/// Takes the socket, which the daemon gives as standard input, to descriptor 3, and closes all others but the standard output
-/// and error, and drops ambient capabilities. Afterwards neither a core dump nor another process of the same user shows this process's memory, and signals
-/// for the daemon's whole service do not end it: it ends with its socket.
+/// Moves the socket, which the daemon passes as standard input, to descriptor 3. Closes all other descriptors except
+/// standard output and error, and drops ambient capabilities. After that, neither a core dump nor another process of the
+/// same user can read this process's memory, and signals for the daemon's whole service do not end it: it ends with its
+/// socket.
 pub(crate) fn settle() -> io::Result<OwnedFd> {
     let stdin = rustix::stdio::stdin();
     let is_link = sockopt::socket_domain(stdin).is_ok_and(|domain| domain == AddressFamily::UNIX)
@@ -33,43 +34,43 @@ pub(crate) fn settle() -> io::Result<OwnedFd> {
         ));
     }
     ffi::close_inherited();
-    // The lowest one that is free is 3 now.
+    // The lowest free number is 3 now.
     let socket = rustix::io::fcntl_dupfd_cloexec(stdin, 3)?;
     rustix::stdio::dup2_stdin(File::open("/dev/null")?)?;
     drop_ambient_capabilities()?;
     set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
     setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) })?;
     for signal in [SIGINT, SIGTERM] {
-        // Not ignored: programs that a vendor's library starts would inherit that.
+        // The signals are handled, not ignored: programs started by the vendor's library would inherit an ignored signal.
         signal_hook::flag::register(signal, Arc::new(AtomicBool::new(false)))?;
     }
     Ok(socket)
 }
 
-/// Ambient capabilities are for the daemon, as that of listening on port 443: neither the library nor the programs that it starts
-/// have a use for them.
+/// Drops ambient capabilities. The daemon has them for itself, for example to listen on port 443; neither the library nor
+/// the programs that it starts need them.
 fn drop_ambient_capabilities() -> io::Result<()> {
     let mut sets = capabilities(None)?;
     let held = sets.permitted & sets.inheritable;
     let ambient: CapabilitySet =
         held.iter().filter(|one| capability_is_in_ambient_set(*one).is_ok_and(|ambient| ambient)).collect();
-    // From here on no program that is started gets them.
+    // From here on, started programs do not get them.
     clear_ambient_capability_set()?;
     if !ambient.is_empty() {
         sets.effective -= ambient;
         sets.permitted -= ambient;
         sets.inheritable -= ambient;
-        // A filter of system calls may forbid it.
+        // A filter of system calls may forbid this.
         let _ = set_capabilities(None, sets);
     }
     Ok(())
 }
 
-/// Processor time of the process so far, and bytes that it has in memory now.
+/// Returns the processor time of the process so far, and its resident memory in bytes.
 pub(crate) fn usage() -> (Duration, u64) {
     let time = clock_gettime(ClockId::ProcessCPUTime);
     let processor = Duration::try_from(time).unwrap_or_default();
-    // The second field of statm (proc(5)): resident pages.
+    // The second field of statm (proc(5)) is the number of resident pages.
     let pages = fs::read_to_string("/proc/self/statm")
         .ok()
         .and_then(|statm| statm.split(' ').nth(1)?.parse::<u64>().ok())

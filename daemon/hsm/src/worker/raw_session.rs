@@ -1,7 +1,7 @@
-//! One session of a token with nothing around it: what the token does by itself.
+//! One session of a token without any of the cluster's machinery.
 //!
-//! No worker process, no queue, no retry, no judgement, no watchdog. For measuring what a cluster costs beyond its tokens, and
-//! for looking at a token when no daemon runs.
+//! There is no worker process, no queue, no retry, no judgement and no watchdog. This is for measuring the cost that a
+//! cluster adds to its tokens, and for inspecting a token while no daemon runs.
 
 use cryptoki::error::{Error, RvError};
 use cryptoki::object::ObjectHandle;
@@ -23,27 +23,27 @@ use crate::worker::module::{OwnLogin, login_for_operation};
 use crate::worker::objects::{Key, private_keys};
 use crate::worker::tool::Used;
 
-/// A logged-in session and the token's RSA private keys.
+/// A session that is logged in, with the token's RSA private keys.
 pub struct RawSession {
-    // In this order: the session ends before the module is given back.
+    // The order of the fields matters: the session is closed before the module is released.
     session: Session,
     module: Used,
     slot: Slot,
     keys: KeyTable<ObjectHandle>,
-    /// For keys that want a login for every operation.
+    /// Used for keys that require a login for every operation.
     pin: Pin,
 }
 
 impl RawSession {
-    /// Loads the module, finds the token, opens a session, logs in once.
+    /// Loads the module, finds the token, opens a session and logs in once.
     ///
-    /// Sets the environment that the module wants: to be called while the process has one thread.
+    /// Sets the environment variables of `config`, so call it while the process has only one thread.
     ///
-    /// The PIN is not tried on a token that says of wrong PINs before: this is for looking, and a look must not bring a token
-    /// nearer to its lock.
+    /// Does not try the PIN if the token reports earlier wrong PINs: an inspection must not bring a token nearer to its
+    /// lock.
     ///
     /// # Errors
-    /// What the module or the token says; a PIN that is refused has been tried.
+    /// Returns the error of the module or the token. If the error is a refused PIN, the PIN has been tried.
     pub fn open(config: &MemberConfig) -> Result<Self, Failure> {
         set_env(&config.env);
         let module = Used::load(&config.module)?;
@@ -60,10 +60,10 @@ impl RawSession {
         Ok(Self { session, module, slot, keys, pin: config.pin.clone() })
     }
 
-    /// `C_DecryptInit` with CKM_RSA_PKCS_OAEP and one `C_Decrypt`.
+    /// Calls `C_DecryptInit` with CKM_RSA_PKCS_OAEP and `C_Decrypt` once.
     ///
     /// # Errors
-    /// What the token says; [`HsmError::NoSuchKey`].
+    /// Returns the token's error; [`HsmError::NoSuchKey`].
     pub fn decrypt(&self, key: &KeyRef, oaep: Oaep, ciphertext: &[u8]) -> Result<Zeroizing<Vec<u8>>, HsmError> {
         let key = self.key(key, Purpose::Decrypt)?;
         let room = key.modulus_len.unwrap_or(ciphertext.len());
@@ -73,10 +73,10 @@ impl RawSession {
         self.module.decrypt(&self.session, &mechanism, key.handle, login, ciphertext, room)
     }
 
-    /// `C_SignInit` and one `C_Sign`.
+    /// Calls `C_SignInit` and `C_Sign` once.
     ///
     /// # Errors
-    /// What the token says; [`HsmError::NoSuchKey`].
+    /// Returns the token's error; [`HsmError::NoSuchKey`].
     pub fn sign(&self, key: &KeyRef, scheme: SignScheme, digest: &[u8]) -> Result<Vec<u8>, HsmError> {
         let key = self.key(key, Purpose::Sign)?;
         let login = |session: &Session| login_for_operation(session, &self.pin);
@@ -85,10 +85,10 @@ impl RawSession {
         self.module.sign(&self.session, &mechanism::signature(scheme), key.handle, login, &input, key.room())
     }
 
-    /// Passes a known-answer test.
+    /// Runs a known-answer test.
     ///
     /// # Errors
-    /// What the token says; [`HsmError::NoSuchKey`]; [`HsmError::WrongAnswer`].
+    /// Returns the token's error; [`HsmError::NoSuchKey`]; [`HsmError::WrongAnswer`].
     pub fn self_test(&self, known: &KnownAnswerTest) -> Result<(), HsmError> {
         let bytes = match postcard::from_bytes(&known.0.request) {
             Ok(Request::Decrypt { id, public, oaep, ciphertext }) => {
@@ -102,7 +102,7 @@ impl RawSession {
         if known.0.accepts(&bytes) { Ok(()) } else { Err(HsmError::WrongAnswer) }
     }
 
-    /// How many more sessions the token gives, up to `wanted`; they are closed again.
+    /// Returns the number of further sessions that the token grants, at most `wanted`. The sessions are closed again.
     #[must_use]
     pub fn room_for(&self, wanted: usize) -> usize {
         let open = |_| self.module.pkcs11().open_ro_session(self.slot).ok();

@@ -1,6 +1,6 @@
-//! One logged-in session with its table of key handles, and what it can do.
+//! A session that is logged in, with its table of key handles and its operations.
 //!
-//! The handles belong to the session and die with it.
+//! The handles belong to the session and become invalid when it closes.
 
 use std::cell::Cell;
 use std::sync::Arc;
@@ -28,28 +28,28 @@ use crate::worker::objects::{
 use crate::worker::token::{Scheme, Token};
 use crate::worker::{mechanism, oaep};
 
-/// How long a session that looked for an unknown key in vain waits before it looks again.
+/// Minimum time between a search that did not find a key and the next search of the same session.
 const SEARCH_PAUSE: Duration = Duration::from_secs(2);
 
-/// The session and all that dies with it.
+/// The session and the state that ends with it.
 pub(crate) struct OpenSession {
     token: Arc<Token>,
     session: Session,
     keys: KeyTable<ObjectHandle>,
-    /// How many keys had been made on the token when `keys` was filled.
+    /// Number of keys that had been created on the token when `keys` was filled.
     keys_made: u64,
-    /// When a key was last looked for in vain.
+    /// Time of the last search for a missing key that failed.
     searched_again: Option<Instant>,
     cost: Cell<Cost>,
 }
 
 impl OpenSession {
-    /// Logs in if necessary, opens a session, searches the keys.
+    /// Logs in if necessary, opens a session and searches for the keys.
     pub(crate) fn open(token: &Arc<Token>) -> Result<Self, Failure> {
         let slot = token.ensure_login()?;
         let pkcs11 = token.module.pkcs11();
         let session = match pkcs11.open_rw_session(slot) {
-            // A token that is write-protected can still decrypt and sign.
+            // A write-protected token can still decrypt and sign.
             Err(Error::Pkcs11(RvError::TokenWriteProtected, _)) => pkcs11.open_ro_session(slot),
             session => session,
         }?;
@@ -66,7 +66,7 @@ impl OpenSession {
         Ok(open)
     }
 
-    /// Does what is asked for, and says what the token's part of it took.
+    /// Performs a request, and returns the result and the cost of the token's part.
     pub(crate) fn perform(&mut self, request: &Request<'_>) -> (Result<Value, HsmError>, Cost) {
         self.cost.take();
         let result = self.dispatch(request);
@@ -103,12 +103,12 @@ impl OpenSession {
             }
             Request::Generate(spec) => self.generate(spec).map(Value::Public),
             Request::Import(spec, parts) => self.import(spec, parts).map(|()| Value::Done),
-            // Not a session's business.
+            // The worker handles these before any session.
             Request::Start(_) | Request::SetPin(..) => Err(HsmError::UnexpectedReply),
         }
     }
 
-    /// Does PKCS#11 calls and notes what they take.
+    /// Makes PKCS#11 calls and adds up their cost.
     fn timed<T>(&self, calls: impl FnOnce() -> T) -> T {
         let (started, before) = (Instant::now(), thread_time());
         let result = calls();
@@ -118,7 +118,8 @@ impl OpenSession {
         result
     }
 
-    /// `login`, for a key that wants a login for every operation. Judged before anything is begun in the session.
+    /// Returns `login` if the key requires a login for every operation. Called before an operation is started in the
+    /// session.
     fn own_login<'l>(&self, key: Key, login: OwnLogin<'l>) -> Result<Option<OwnLogin<'l>>, HsmError> {
         if !key.always_authenticate {
             return Ok(None);
@@ -127,9 +128,9 @@ impl OpenSession {
         Ok(Some(login))
     }
 
-    /// One search for all RSA private keys of the token.
+    /// Searches the token once for all RSA private keys.
     fn search(&mut self) -> Result<(), HsmError> {
-        // Read before the search: a key made meanwhile leads to one search too many, never to one too few.
+        // Read before the search: a key created meanwhile causes one unnecessary search, never a missing one.
         let keys_made = self.token.keys_made();
         self.token.report(&Report::KeySearch);
         self.keys = self.timed(|| private_keys(&self.session))?;
@@ -138,7 +139,7 @@ impl OpenSession {
         Ok(())
     }
 
-    /// Searches again if the table is known to be old.
+    /// Repeats the search if the table is known to be outdated.
     fn refresh(&mut self) -> Result<(), HsmError> {
         if self.keys_made == self.token.keys_made() {
             return Ok(());
@@ -154,8 +155,8 @@ impl OpenSession {
         self.keys.find(id, public, purpose).copied().ok_or(HsmError::NoSuchKey)
     }
 
-    /// A key that is not in the table may have been made elsewhere in the meantime. Calls for keys that do not exist must not
-    /// each lead to a search, though.
+    /// Repeats the search, since a key that is not in the table may have been created elsewhere meanwhile. Requests for
+    /// keys that do not exist must not cause a search each.
     fn search_again(&mut self) -> Result<(), HsmError> {
         if self.searched_again.is_none_or(|at| at.elapsed() >= SEARCH_PAUSE) {
             self.searched_again = Some(Instant::now());
@@ -168,7 +169,7 @@ impl OpenSession {
     fn decrypt(&self, key: Key, oaep: Oaep, ciphertext: &[u8]) -> Result<Zeroizing<Vec<u8>>, HsmError> {
         let room = key.modulus_len.unwrap_or(ciphertext.len());
         if ciphertext.len() != room {
-            // The token would say the same, at the price of an operation.
+            // The token would return the same error, at the cost of an operation.
             return Err(HsmError::new(Function::Decrypt, RvError::EncryptedDataLenRange));
         }
         let scheme = self.scheme(key, oaep)?;
@@ -184,7 +185,7 @@ impl OpenSession {
         match scheme {
             Scheme::Native => Ok(number),
             Scheme::Raw => {
-                // Some tokens strip leading zeros, since the result is a number to them.
+                // Some tokens strip leading zeros, because they treat the result as a number.
                 let zeros = room
                     .checked_sub(number.len())
                     .ok_or_else(|| HsmError::new(Function::Decrypt, RvError::GeneralError))?;
@@ -195,7 +196,8 @@ impl OpenSession {
         }
     }
 
-    /// How this token decrypts with these parameters: what was found out before, or else a trial with this key.
+    /// Returns how this token decrypts with these parameters: the known scheme, or else the result of a trial with this
+    /// key.
     fn scheme(&self, key: Key, oaep: Oaep) -> Result<Scheme, HsmError> {
         if let Some(scheme) = self.token.scheme(oaep) {
             return Ok(scheme);
@@ -205,18 +207,19 @@ impl OpenSession {
         Ok(scheme)
     }
 
-    /// Tries every combination with some key that may decrypt. Without such a key the trials wait for the first decryption.
+    /// Tries every combination with some key that may decrypt. Without such a key, the first decryption runs the trials.
     fn find_schemes(&self) -> bool {
         let Some(key) = self.keys.any_that_decrypts().copied() else { return false };
-        // What a trial leaves open, the first decryption with those parameters tries again.
+        // If a trial gives no answer, the first decryption with those parameters repeats it.
         Oaep::all().all(|oaep| self.scheme(key, oaep).is_ok())
     }
 
-    /// Decrypts nonsense with the native mechanism. The parameters are refused by `C_DecryptInit` on some tokens and by
-    /// `C_Decrypt` on others; any other answer is about the nonsense. Either way no operation is left open.
+    /// Decrypts a meaningless block with the native mechanism. For parameters that they do not support, some tokens return
+    /// an error from `C_DecryptInit` and others from `C_Decrypt`; any other answer is about the block. No operation stays
+    /// open in either case.
     fn find_scheme(&self, key: Key, oaep: Oaep) -> Result<Scheme, HsmError> {
         let room = key.room();
-        // Smaller than any modulus of its length, whose first bit is set.
+        // The number is smaller than any modulus of its length, because the first bit of a modulus is set.
         let mut nonsense = vec![0x55; room];
         if let Some(first) = nonsense.first_mut() {
             *first = 0;
@@ -229,9 +232,9 @@ impl OpenSession {
         match tried {
             Err(error) if refused(&error) => Ok(Scheme::Raw),
             Err(error) if error.fault().session != SessionAction::Keep => Err(error),
-            // The key may not decrypt: nothing was learnt about the parameters.
+            // The key may not decrypt, so the parameters stay unknown.
             Err(error @ HsmError::Pkcs11(function, _)) if function != Function::Decrypt => Err(error),
-            // The module has no call for a login in between: nothing was learnt either.
+            // The module has no call for a login in between, so the parameters stay unknown.
             Err(error @ HsmError::LoginPerOperation) => Err(error),
             _ => Ok(Scheme::Native),
         }
@@ -245,7 +248,7 @@ impl OpenSession {
         let (public, private) = self.timed(|| {
             self.session.generate_key_pair(&Mechanism::RsaPkcsKeyPairGen, &public, &private_template(spec))
         })?;
-        // A token that does not tell the public key it made is of no use.
+        // A key is of no use if the token does not reveal its public key.
         let key = self.timed(|| read_public(&self.session, public))?.ok_or(HsmError::Nonsense)?;
         self.add(spec, private, &key);
         Ok(key)
@@ -275,7 +278,7 @@ impl OpenSession {
         ]);
         let private = self.timed(|| self.session.create_object(&private.0))?;
         if let Err(error) = self.timed(|| self.session.create_object(&public)) {
-            // Half a key would be in the way of the next attempt.
+            // Half a key would block the next attempt.
             if let Err(left) = self.session.destroy_object(private) {
                 let left = HsmError::from(left);
                 self.token.note(Level::Error, &format!("half an imported key is left, key {}: {left}", spec.id));
@@ -286,7 +289,7 @@ impl OpenSession {
         Ok(())
     }
 
-    /// A key that is made gets an id that no other key has.
+    /// A new key gets an id that no other key has.
     fn expect_free(&mut self, id: &KeyId) -> Result<(), HsmError> {
         expect_id(id)?;
         if !self.keys.has_id(id) {
@@ -295,7 +298,7 @@ impl OpenSession {
         if self.keys.has_id(id) { Err(HsmError::KeyExists) } else { Ok(()) }
     }
 
-    /// A key that is imported may share its id with other keys, but is not to be there twice.
+    /// An imported key may share its id with other keys, but must not be on the token already.
     fn expect_absent(&mut self, id: &KeyId, modulus: &[u8]) -> Result<(), HsmError> {
         expect_id(id)?;
         if !self.keys.holds(id, modulus) {
@@ -304,7 +307,7 @@ impl OpenSession {
         if self.keys.holds(id, modulus) { Err(HsmError::KeyExists) } else { Ok(()) }
     }
 
-    /// This session knows the new key at once; the others are told that their tables are old.
+    /// Adds the new key to this session's table; the tables of the other sessions become outdated.
     fn add(&mut self, spec: &NewKey, handle: ObjectHandle, key: &RsaPublic) {
         let up_to_date = self.keys_made == self.token.keys_made();
         let made = self.token.key_made();

@@ -12,9 +12,9 @@
 //!                         (lone)      and is answered by the error when that fails
 //! ```
 //!
-//! Invariant: while the socket is open, at least one thread receives, opens, or serves; the one that is *lone* has no session.
-//! `live` counts the threads that have one. A session is closed before the reply that tells of its end, since tokens count
-//! sessions.
+//! Invariant: while the socket is open, at least one thread receives, opens a session, or serves. A thread that receives
+//! without a session is *lone*. `live` counts the threads that have a session. A session is closed before the reply that
+//! reports its end, since tokens count sessions.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
@@ -36,28 +36,28 @@ use crate::worker::session::OpenSession;
 use crate::worker::spread::Spread;
 use crate::worker::token::Token;
 
-/// How long threads have to finish their calls after the end of the socket.
+/// Time that threads get to finish their calls after the end of the socket.
 const FAREWELL: Duration = Duration::from_secs(2);
-/// How long the module has to finalise after that.
+/// Time that the module gets after that to finalise.
 const FINALIZATION: Duration = Duration::from_secs(1);
-/// The pauses between attempts to open a session.
+/// Limits of the pause between attempts to open a session.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
-/// The same when the token has no room for another session.
+/// Pause between attempts while the token has no room for another session.
 const PAUSE_WITHOUT_ROOM: Duration = Duration::from_secs(30);
-/// Bytes of a reply without its answer, at most.
+/// Maximum length of a reply in bytes, without its answer.
 const REPLY_HEAD: usize = 64;
-/// Bytes of a key's label or id that are listed, at most; longer ones are cut.
+/// Maximum length in bytes of a listed key's label or id; longer ones are cut.
 const LONGEST_LABEL: usize = 1024;
 
-/// What the threads of a worker share.
+/// The state that the threads of a worker share.
 pub(crate) struct SessionThreads {
     daemon: Arc<WorkerEnd>,
     token: OnceLock<Arc<Token>>,
     /// Held by the thread that opens a session.
     opening: Mutex<()>,
     state: Mutex<State>,
-    /// The state's `ending` or `threads` changed.
+    /// Notified when the state's `ending` or `threads` has changed.
     changed: Condvar,
     failed: AtomicBool,
     spread: Spread,
@@ -65,25 +65,25 @@ pub(crate) struct SessionThreads {
 
 #[derive(Default)]
 struct State {
-    /// The socket has ended.
+    /// True once the socket has ended.
     ending: bool,
     threads: usize,
-    /// Threads that have a session.
+    /// Number of threads that have a session.
     live: u32,
-    /// A thread without a session receives.
+    /// True while a thread without a session receives.
     lone: bool,
-    /// How many sessions the token gave when it last refused one.
+    /// Number of sessions that the token had granted when it last refused one.
     given: Option<u32>,
 }
 
-/// What a thread without a session does.
+/// Next action of a thread without a session.
 enum Next {
     TryAgain,
     Receive,
     End,
 }
 
-/// Ends the process when its thread panics: the daemon starts another one, and no call waits for an answer until its deadline.
+/// Aborts the process when its thread panics. The daemon then starts another worker, and no call waits until its deadline.
 struct AbortOnPanic;
 
 impl Drop for AbortOnPanic {
@@ -107,8 +107,8 @@ impl SessionThreads {
         })
     }
 
-    /// Starts the first thread, which loads the module, logs in, opens its session and answers the call with this id; then
-    /// the others.
+    /// Starts the first thread, which loads the module, logs in, opens its session and answers the call with this id; and
+    /// then starts the others.
     pub(crate) fn start(self: &Arc<Self>, id: u32, start: Start) {
         let threads = Arc::clone(self);
         if let Err(error) = self.spawn(move || threads.first(id, start)) {
@@ -118,7 +118,7 @@ impl SessionThreads {
     }
 
     fn spawn(self: &Arc<Self>, work: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
-        // Counted before it runs, so that the end does not miss it.
+        // Counted before the thread runs, so that `finish` waits for it.
         self.state().threads += 1;
         let threads = Arc::clone(self);
         let spawned = thread::Builder::new().name("hsm session".to_owned()).spawn(move || {
@@ -161,16 +161,16 @@ impl SessionThreads {
         self.work(&token, Some(session));
     }
 
-    /// The start failed: the daemon hears why, and the process ends.
+    /// Reports the failed start to the daemon and ends the process.
     fn fail(&self, failure: &Failure) {
         self.failed.store(true, Ordering::Release);
         let _ = self.daemon.send(&Report::StartFailed(failure.clone()));
-        // The main thread waits for the socket's end.
+        // This wakes the main thread, which waits for the end of the socket.
         let _ = rustix::net::shutdown(&self.daemon, rustix::net::Shutdown::Both);
     }
 
-    /// After the end of the socket: waits for the threads, closes the login and finalises the module, but no longer than a few
-    /// seconds. Whether the start succeeded and all of that was done.
+    /// Ends the worker after the end of the socket: waits for the threads, closes the login and finalises the module,
+    /// within a few seconds. Returns whether the start succeeded and whether all of this was done in time.
     pub(crate) fn finish(&self) -> Finished {
         let mut state = self.state();
         state.ending = true;
@@ -190,7 +190,7 @@ impl SessionThreads {
         finalizing.is_ok() && told.recv_timeout(FINALIZATION).unwrap_or(false)
     }
 
-    /// Receives and serves until the socket ends.
+    /// Receives and serves calls until the socket ends.
     fn work(&self, token: &Arc<Token>, mut session: Option<OpenSession>) {
         let mut buffer = FrameBuffer::new();
         let mut pause = SHORTEST_PAUSE;
@@ -214,7 +214,8 @@ impl SessionThreads {
             buffer.wipe(len);
             match served {
                 Ok(()) => {}
-                // A library has closed the socket, or put something else in its place. Other threads that wait in it keep the daemon from seeing an end.
+                // A library closed the socket or replaced it. Other threads that wait on it keep the daemon from seeing an
+                // end.
                 Err(error) if error.raw_os_error() == Some(Errno::BADF.raw_os_error()) => {
                     exit_at_once(SOCKET_FAILED);
                 }
@@ -227,7 +228,7 @@ impl SessionThreads {
         self.close(&mut session);
     }
 
-    /// A thread could not open a session. Others go on receiving, or else this one does.
+    /// Handles a failure to open a session: other threads go on receiving, or else this one does.
     fn after_failure(&self, error: HsmError, pause: &mut Duration) -> Next {
         let no_room = error.is_code(RvError::SessionCount);
         if no_room {
@@ -248,14 +249,14 @@ impl SessionThreads {
         let mut state = self.state();
         let given = state.live;
         let is_news = state.given.replace(given) != Some(given);
-        // Without the lock: a daemon that does not read must not hold up the end of the process.
+        // The lock is released first: a daemon that does not read must not delay the end of the process.
         drop(state);
         if is_news {
             let _ = self.daemon.send(&Report::FewSessions { given });
         }
     }
 
-    /// Whether the lone thread goes on without a session: not when it has one now, nor when another thread has.
+    /// Returns true if the lone thread goes on without a session: neither this thread nor another one has a session.
     fn stays_lone(&self, has_session: bool) -> bool {
         let mut state = self.state();
         state.lone = !has_session && state.live == 0;
@@ -287,7 +288,7 @@ impl SessionThreads {
         }
     }
 
-    /// Serves the call in a frame. An error is one of the socket.
+    /// Serves the call in a frame. Errors are errors of the socket.
     fn serve(&self, token: &Arc<Token>, session: &mut Option<OpenSession>, frame: &[u8]) -> std::io::Result<()> {
         let nothing = Cost::default();
         let Some(Call { id, request }) = Call::decode(frame) else {
@@ -319,7 +320,7 @@ impl SessionThreads {
         }
     }
 
-    /// Does what is asked for. What went stale is renewed, once, before the daemon hears of it: session, login, handles.
+    /// Performs a request. Stale sessions, logins and handles are renewed once before the daemon gets an error.
     fn perform(
         &self,
         token: &Arc<Token>,
@@ -354,7 +355,7 @@ impl SessionThreads {
         self.daemon.send(&Report::Reply { id, cost, result })
     }
 
-    /// Cuts a list into frames. The last one has the cost.
+    /// Sends a list in several frames. The last frame carries the cost.
     fn reply_keys(&self, token: &Token, id: u32, cost: Cost, keys: Vec<TokenKey>) -> std::io::Result<()> {
         let (parts, left_out) = into_parts(keys, MAX_FRAME - REPLY_HEAD);
         if left_out > 0 {
@@ -374,16 +375,17 @@ impl SessionThreads {
     }
 }
 
-/// How a worker ended.
+/// Outcome of a worker's end.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Finished {
-    /// It did not end because its start failed.
+    /// False if the start failed.
     pub(crate) started: bool,
-    /// All threads ended and the module was finalised in time.
+    /// True if all threads ended and the module was finalised in time.
     pub(crate) clean: bool,
 }
 
-/// Parts of at most `room` bytes as encoded, at least one; and how many keys do not fit into any.
+/// Splits a list into parts of at most `room` encoded bytes, at least one part. Also returns the number of keys that fit
+/// into no part.
 fn into_parts(keys: Vec<TokenKey>, room: usize) -> (Vec<Vec<TokenKey>>, usize) {
     let (mut parts, mut part, mut used, mut left_out) = (Vec::new(), Vec::new(), 0, 0);
     for mut key in keys {
@@ -416,7 +418,7 @@ mod unit {
     fn a_lack_of_sessions_is_reported_once_for_each_number() {
         let (daemon, worker) = link::pair().unwrap();
         let threads = SessionThreads::new(Arc::new(WorkerEnd::new(worker).unwrap()));
-        // Nothing waits.
+        // No thread waits now.
         threads.state().ending = true;
         let error = HsmError::new(Function::OpenSession, RvError::SessionCount);
         for live in [2, 2, 3, 3, 3, 2] {
@@ -445,7 +447,7 @@ mod unit {
             threads.after_failure(error, &mut pause);
         }
         assert_eq!(pause, LONGEST_PAUSE);
-        // It goes on until some thread has a session.
+        // The thread goes on until some thread has a session.
         assert!(threads.stays_lone(false));
         threads.state().live = 1;
         assert!(!threads.stays_lone(false) && !threads.stays_lone(true));

@@ -1,14 +1,14 @@
-//! Session threads wait on different processors, so that two calls that come together run at the same time.
+//! Makes session threads wait on different processors, so that two calls that arrive together run at the same time.
 //!
-//! A release sends two calls, one shortly after the other. The kernel wakes a thread on the processor where it ran last, if that
-//! one is idle, and otherwise near the sender, which is busy for a moment; a thread that is queued there is not moved for half a
-//! millisecond (`sched_migration_cost`), which is as long as an operation of a fast token. Threads that ran last on one processor
-//! therefore serve the two calls one after the other, again and again, while another processor idles.
+//! A release sends two calls in quick succession. The kernel wakes a thread on the processor where it ran last, if that
+//! processor is idle, and otherwise near the sender, which is busy for a moment. A thread that is queued there is not moved
+//! for half a millisecond (`sched_migration_cost`), which is as long as an operation of a fast token. So threads that ran
+//! last on the same processor serve the two calls one after the other, time after time, while another processor is idle.
 //!
-//! So a thread that is about to wait where the last one began to wait moves to the next processor first. It is free to run
-//! anywhere again before it waits: the kernel's placement is influenced, never restricted. Under load no thread waits, and none
-//! moves. Where other programs keep the processors busy, a thread would queue behind them to get to another one; a move that took
-//! long is therefore the last one for a while.
+//! Therefore a thread first moves to the next processor if it is about to wait on the processor where another thread began
+//! to wait last. Before it waits it is allowed on all processors again: this influences the kernel's placement but never
+//! restricts it. Under load no thread waits, and none moves. If other programs keep the processors busy, a moving thread
+//! queues behind them. So after a slow move, no thread moves for a while.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -19,21 +19,21 @@ use rustix::thread::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity}
 
 use crate::lock::lock;
 
-/// A move that takes so long has waited for other programs. Without company it takes some ten microseconds.
+/// Time above which a move has waited for other programs. Otherwise a move takes some ten microseconds.
 const SLOW: Duration = Duration::from_micros(200);
-/// For how long no thread moves after a slow move.
+/// Time without moves after a slow move.
 const REST: Duration = Duration::from_secs(1);
 
-/// Where the threads of a process wait.
+/// Placement of the waiting threads of a process.
 #[derive(Debug)]
 pub(crate) struct Spread {
-    /// The main thread, whose processors are those that the administrator allows the process. It never moves.
+    /// The main thread, which never moves. Its allowed processors are those that the administrator allows the process.
     main: Pid,
-    /// The processor on which a thread began to wait last.
+    /// The processor on which a thread last began to wait.
     last: AtomicUsize,
-    /// There are several processors, and the system lets threads choose (`seccomp` may not).
+    /// True if there are several processors and the system lets threads choose (`seccomp` may forbid it).
     useful: AtomicBool,
-    /// When a move was last slow.
+    /// Time of the last slow move.
     slow: Mutex<Option<Instant>>,
 }
 
@@ -48,7 +48,7 @@ impl Spread {
         }
     }
 
-    /// The calling thread is about to wait for a call.
+    /// Must be called by a thread before it waits for a call.
     pub(crate) fn before_waiting(&self) {
         if !self.useful.load(Ordering::Relaxed) {
             return;
@@ -61,7 +61,7 @@ impl Spread {
         if lock(&self.slow).is_some_and(|slow| begun.saturating_duration_since(slow) < REST) {
             return;
         }
-        // Looked at each time: an administrator may change it.
+        // Read each time, because an administrator may change it.
         let Ok(allowed) = sched_getaffinity(Some(self.main)) else { return };
         let Some(next) = next(&allowed, here) else { return };
         let mut only = CpuSet::new();
@@ -77,7 +77,7 @@ impl Spread {
     }
 }
 
-/// The allowed processor after this one, in a ring; `None` when there is no other.
+/// Returns the next allowed processor in a ring; `None` if there is no other.
 fn next(allowed: &CpuSet, here: usize) -> Option<usize> {
     let mut others = (here + 1..CpuSet::MAX_CPU).chain(0..here);
     others.find(|processor| allowed.is_set(*processor))

@@ -1,4 +1,4 @@
-//! The worker against SoftHSM2, with the daemon's end of the socket in the test's hand. The worker runs on a thread here.
+//! Tests of the worker with SoftHSM2. The worker runs on a thread, and the test holds the daemon's end of the socket.
 
 #![allow(clippy::unwrap_used)]
 
@@ -34,7 +34,7 @@ const OAEP: Oaep = Oaep { hash: Hash::Sha256, mgf: Hash::Sha256 };
 
 static KEY: LazyLock<RsaPrivateKey> = LazyLock::new(|| RsaPrivateKey::new(&mut OsRng, 2048).unwrap());
 
-/// The folder of all tokens. The module is one instance for the process, so one test uses it at a time.
+/// The directory of all tokens. The process has one instance of the module, so only one test uses it at a time.
 static TOKENS: LazyLock<Mutex<tempfile::TempDir>> = LazyLock::new(|| {
     assert!(Path::new(SOFTHSM).exists(), "{SOFTHSM} is missing. Install it: apt-get install libsofthsm2");
     let dir = tempfile::tempdir().unwrap();
@@ -67,7 +67,7 @@ fn start(label: &str, sessions: u32) -> Start {
     }
 }
 
-/// What the worker said, besides answers.
+/// Reports of the worker other than answers.
 #[derive(Default)]
 struct Seen {
     logins: usize,
@@ -89,12 +89,12 @@ enum Got {
     Done,
 }
 
-/// The daemon's end.
+/// The daemon's end of the socket.
 struct Daemon {
     socket: OwnedFd,
     worker: JoinHandle<Result<Finished, ServeError>>,
     seen: Seen,
-    /// Answers that were not asked for yet.
+    /// Answers that no caller has fetched yet.
     got: HashMap<u32, Result<Got, HsmError>>,
     last_id: u32,
 }
@@ -107,7 +107,7 @@ impl Daemon {
         Daemon { socket, worker, seen: Seen::default(), got: HashMap::new(), last_id: 0 }
     }
 
-    /// With a worker that has answered the start.
+    /// Starts a worker and waits until it has answered the start.
     fn started(start: Start) -> Self {
         let mut daemon = Daemon::new();
         assert_eq!(daemon.call(&Request::Start(start)), Ok(Got::Done));
@@ -142,7 +142,7 @@ impl Daemon {
         }
     }
 
-    /// Reads one report. `false` at the end.
+    /// Reads one report. Returns false at the end.
     fn read(&mut self) -> bool {
         let mut buffer = vec![0; MAX_FRAME];
         let Ok((len @ 1.., _)) = recv(&self.socket, &mut buffer, RecvFlags::empty()) else { return false };
@@ -183,7 +183,7 @@ impl Daemon {
         }
     }
 
-    /// Tells the worker that nothing more comes, and reads the rest.
+    /// Tells the worker that no more calls follow, and reads its remaining reports.
     fn finish(mut self) -> (Seen, Finished) {
         let _ = rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Write);
         while self.read() {}
@@ -215,7 +215,7 @@ fn decrypt(ciphertext: &[u8]) -> Request<'_> {
     Request::Decrypt { id: ID, public: public(), oaep: OAEP, ciphertext }
 }
 
-/// Closes the sessions of a token behind the worker's back, which has the same instance of the module.
+/// Closes all sessions of a token without the worker's knowledge: test and worker share the module's instance.
 fn close_all_sessions(label: &str) {
     let module = Pkcs11::new(SOFTHSM).unwrap();
     let slots = module.get_slots_with_token().unwrap();
@@ -265,7 +265,7 @@ fn every_operation_is_served_and_the_end_is_clean() {
     assert_eq!(finished, CLEAN);
     assert_eq!((seen.opened, seen.closed, seen.logins), (3, 3, 1));
 
-    // With a key there, the next worker finds out at once how the token does OAEP.
+    // A key exists now, so the next worker finds out at its start how the token does OAEP.
     let daemon = Daemon::started(start("operations", 1));
     let notes = daemon.finish().0.notes;
     assert!(notes.iter().any(|note| note.starts_with("token tried out for OAEP")), "{notes:?}");
@@ -311,7 +311,7 @@ fn a_refused_pin_is_tried_once_and_another_one_brings_the_token_back() {
     assert_eq!(seen.start_failed.map(|failure| failure.error.refuses_pin()), Some(true));
     assert_eq!((seen.logins, seen.refused, finished.started), (1, vec![1], false));
 
-    // The token says of that try now.
+    // The token now reports that wrong try.
     let mut daemon = Daemon::started(start("pin", 2));
     assert!(daemon.seen.notes.iter().any(|note| note.contains("CKF_USER_PIN_COUNT_LOW")), "{:?}", daemon.seen.notes);
     daemon.wait_until(|seen| seen.opened == 2);
@@ -326,7 +326,7 @@ fn a_refused_pin_is_tried_once_and_another_one_brings_the_token_back() {
     }
     assert_eq!(daemon.seen.logins, 2, "the right one and the wrong one, each once");
     assert_eq!(daemon.seen.refused, [2]);
-    // The same PIN again is no other PIN.
+    // The same PIN again does not count as a new PIN.
     assert_eq!(daemon.call(&Request::SetPin(3, pin("wrong!"))), Ok(Got::Done));
     assert_eq!(daemon.call(&decrypt(&ciphertext)), Err(HsmError::PinRefused));
     assert_eq!(daemon.call(&Request::SetPin(4, pin(USER_PIN))), Ok(Got::Done));
@@ -349,13 +349,13 @@ fn frames_that_cannot_be_read_harm_no_other_call() {
         daemon.send_frame(&whole[..len]);
         assert_eq!(daemon.answer(77), Err(HsmError::UnexpectedReply), "{len}");
     }
-    // An id that is no id, an unknown request, a frame larger than any.
+    // A truncated id, an unknown request, and a frame above the maximum length.
     daemon.send_frame(&whole[..3]);
     daemon.send_frame(&[&5_u32.to_le_bytes()[..], &[0xff; 20]].concat());
     assert_eq!(daemon.answer(5), Err(HsmError::UnexpectedReply));
     daemon.send_frame(&Daemon::frame(6, &decrypt(&vec![1; MAX_FRAME])));
     assert_eq!(daemon.answer(6), Err(HsmError::UnexpectedReply));
-    // Two calls under one id are two calls.
+    // Two calls with the same id are two calls.
     daemon.send_frame(&whole);
     assert_eq!(daemon.answer(77), Ok(Got::Bytes(b"secret".to_vec())));
     daemon.send_frame(&whole);

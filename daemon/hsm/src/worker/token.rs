@@ -1,6 +1,6 @@
-//! What the sessions of a worker share: the module, the login, the PIN, and what is known about the token and its keys.
+//! State that the sessions of a worker share: the module, the login, the PIN, and facts about the token and its keys.
 //!
-//! Locks, in the order in which they may be taken: `tried_out`, `login`, `pin`; the others are taken alone.
+//! Lock order: `tried_out`, `login`, `pin`. Each other lock is taken only while no lock is held.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -17,15 +17,15 @@ use crate::lock::lock;
 use crate::pin_tries::{PinTries, Word};
 use crate::worker::module::{self, Module};
 
-/// How many oddities of a token's keys the daemon is told.
+/// Maximum number of oddities of a token's keys that the daemon is told.
 const MOST_ODDITIES: usize = 32;
-/// Characters of a note at most: texts of vendors and labels of keys are in there.
+/// Maximum number of characters of a note, which may contain texts of vendors and labels of keys.
 const LONGEST_NOTE: usize = 2048;
 
-/// How OAEP is done with some parameters.
+/// How a token decrypts with certain OAEP parameters.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Scheme {
-    /// By the token.
+    /// The token removes the padding.
     Native,
     /// The token does the bare RSA operation, and the padding is removed in software.
     Raw,
@@ -37,17 +37,18 @@ pub(crate) struct Token {
     wanted: TokenRef,
     daemon: Arc<WorkerEnd>,
     pin: Mutex<PinState>,
-    /// The session that holds the login. Its lock is held while a PIN is tried, so that a refusal is known before the next try.
+    /// The session that holds the login. The lock is held while a PIN is tried, so that a refusal is known before the next
+    /// try.
     login: Mutex<Option<Login>>,
-    /// An administrator's word for the next login.
+    /// True if an administrator allows use of the last PIN try for the next login.
     may_use_final_try: AtomicBool,
-    /// It was logged in to once.
+    /// True once a login has succeeded.
     has_served: AtomicBool,
-    /// What was last said about the tries of the PIN, and about a token that cannot be found.
+    /// The last reports about the tries of the PIN and about a missing token, to avoid repetition.
     said: Mutex<Said>,
-    /// How many keys were made through this process: key tables older than the last one are searched again.
+    /// Number of keys created through this process. Key tables that are older than the last one are searched again.
     keys_made: AtomicU64,
-    /// By [`Oaep::index`]: 0 not known, 1 native, 2 raw.
+    /// Indexed by [`Oaep::index`]: 0 unknown, 1 native, 2 raw.
     schemes: [AtomicU8; Oaep::COUNT],
     tried_out: Mutex<bool>,
     said_oddities: Mutex<Vec<String>>,
@@ -55,13 +56,13 @@ pub(crate) struct Token {
 
 struct PinState {
     pin: Pin,
-    /// The daemon's number of it.
+    /// Number of the PIN, assigned by the daemon.
     number: u64,
-    /// The token refused it: it is not tried again.
+    /// True if the token refused the PIN, which is then not tried again.
     refused: bool,
 }
 
-/// All sessions of a process share their login, for as long as one is open: this one stays open.
+/// All sessions of a process share one login while any session is open. This session stays open to keep it.
 struct Login {
     session: Session,
     slot: Slot,
@@ -73,7 +74,7 @@ struct Said {
 }
 
 impl Token {
-    /// Loads and initialises the module. May block as long as the vendor likes.
+    /// Loads and initialises the module. May block for any time in the library.
     pub(crate) fn load(start: Start, daemon: Arc<WorkerEnd>) -> Result<Token, Failure> {
         let module = Module::load(&start.module)?;
         let token = Token {
@@ -99,18 +100,18 @@ impl Token {
         Ok(token)
     }
 
-    /// Tells the daemon. One that has gone needs no reports, and the end of the socket is seen by all who receive.
+    /// Sends a report. A failure is ignored: if the daemon is gone, all receiving threads see the end of the socket.
     pub(crate) fn report(&self, report: &Report<'_>) {
         let _ = self.daemon.send(report);
     }
 
-    /// Something that an administrator should know.
+    /// Reports a fact that an administrator should know.
     pub(crate) fn note(&self, level: Level, text: &str) {
         let end = text.char_indices().nth(LONGEST_NOTE).map_or(text.len(), |(at, _)| at);
         self.report(&Report::Note { level, text: text.get(..end).unwrap_or_default() });
     }
 
-    /// Makes sure that the token is logged in; says in which slot it is.
+    /// Logs in if necessary; returns the token's slot.
     pub(crate) fn ensure_login(&self) -> Result<Slot, Failure> {
         let mut login = lock(&self.login);
         let pin = self.pin_to_try()?;
@@ -120,7 +121,7 @@ impl Token {
                 return Ok(login.slot);
             }
         }
-        // Logged out, or gone: closed first, since some tokens count sessions.
+        // The login is lost. Its session is closed first, since some tokens count sessions.
         *login = None;
         let slot = self.find()?;
         let session = self.module.pkcs11().open_ro_session(slot)?;
@@ -139,7 +140,7 @@ impl Token {
         }
     }
 
-    /// The slot of the token, if its PIN may be tried now.
+    /// Returns the token's slot, if the PIN may be tried now.
     fn find(&self) -> Result<Slot, Failure> {
         let found = self.module.find_token(&self.wanted);
         self.say_missing(found.as_ref().err());
@@ -157,7 +158,7 @@ impl Token {
         }
     }
 
-    /// Says why the token is not to be found, once. At the start the failure itself is reported.
+    /// Reports once why the token cannot be found. At the start, the failure itself is reported.
     fn say_missing(&self, failure: Option<&Failure>) {
         let mut said = lock(&self.said);
         if said.failure.as_ref() == failure {
@@ -170,14 +171,14 @@ impl Token {
         }
     }
 
-    /// From now on this PIN is tried, also when the token refused another one.
+    /// Sets the PIN for further logins. It is tried even if the token refused an earlier PIN.
     pub(crate) fn set_pin(&self, number: u64, pin: Pin) {
         let mut state = lock(&self.pin);
         let refused = state.refused && state.pin.is(&pin);
         *state = PinState { pin, number, refused };
     }
 
-    /// Whether the PIN may be tried.
+    /// Returns an error if the PIN must not be tried.
     pub(crate) fn pin_may_be_tried(&self) -> Result<(), HsmError> {
         self.pin_to_try().map(drop)
     }
@@ -187,16 +188,16 @@ impl Token {
         if state.refused { Err(HsmError::PinRefused) } else { Ok(state.pin.clone()) }
     }
 
-    /// Logs in for one operation, one session at a time: where the token refuses the PIN, the next session has to know that
-    /// before it tries, since tokens count wrong PINs.
+    /// Logs in for one operation. Only one session does so at a time: if the token refuses the PIN, the next session must
+    /// know before its own try, since tokens count wrong PINs.
     pub(crate) fn login_for_operation(&self, session: &Session) -> Result<(), HsmError> {
         let _one_at_a_time = lock(&self.login);
         let pin = self.pin_to_try()?;
         module::login_for_operation(session, &pin).inspect_err(|error| self.heed_refused_pin(*error, &pin))
     }
 
-    /// Sees to it that a PIN that the token refused is not tried again: neither here nor, should this process end now, by the
-    /// next one. One that was replaced meanwhile says nothing of the new one.
+    /// Prevents further tries of a refused PIN, by this process and, if this process ends now, by the next one. If the PIN
+    /// was replaced meanwhile, the refusal says nothing about the new PIN.
     fn heed_refused_pin(&self, error: HsmError, tried: &Pin) {
         if !error.refuses_pin() {
             return;
@@ -210,13 +211,13 @@ impl Token {
         }
     }
 
-    /// Closes the session that holds the login, and finalises the module. When no other thread is in a call.
+    /// Closes the session that holds the login and finalises the module. No other thread may be in a call.
     pub(crate) fn close(&self) -> Result<(), HsmError> {
         *lock(&self.login) = None;
         self.module.finalize()
     }
 
-    /// Says what is odd about the token's keys, each thing once.
+    /// Reports oddities of the token's keys, each one once.
     pub(crate) fn say_oddities(&self, oddities: Vec<String>) {
         let mut said = lock(&self.said_oddities);
         for oddity in oddities {
@@ -231,12 +232,12 @@ impl Token {
         self.keys_made.load(Ordering::Acquire)
     }
 
-    /// Says that all key tables but the caller's are old; returns the new count.
+    /// Marks all key tables except the caller's as outdated; returns the new count.
     pub(crate) fn key_made(&self) -> u64 {
         self.keys_made.fetch_add(1, Ordering::AcqRel) + 1
     }
 
-    /// Lets one session try the token out; the others wait for what it finds. Until `trials` succeed once.
+    /// Lets one session run the trials while the others wait for their results. Repeated until `trials` succeed once.
     pub(crate) fn try_out(&self, trials: impl FnOnce() -> bool) {
         let mut tried_out = lock(&self.tried_out);
         if !*tried_out {

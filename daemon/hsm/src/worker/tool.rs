@@ -1,4 +1,4 @@
-//! A module that a tool with one process uses, several times maybe: the last user finalises it.
+//! A module in a single-process tool, which may use it several times. The last user finalises it.
 
 use std::collections::BTreeMap;
 use std::ops::Deref;
@@ -14,7 +14,7 @@ use crate::lock::lock;
 use crate::worker::ffi::TokenFacts;
 use crate::worker::module::Module;
 
-/// How many users in this process each library has.
+/// Number of users of each library in this process.
 static USERS: Mutex<BTreeMap<PathBuf, usize>> = Mutex::new(BTreeMap::new());
 
 /// A module in use.
@@ -22,7 +22,7 @@ pub(crate) struct Used(Module);
 
 impl Used {
     pub(crate) fn load(path: &Path) -> Result<Self, Failure> {
-        // Held while the library initialises, so that nobody else finalises it meanwhile.
+        // Held during initialisation, so that no other user finalises the library meanwhile.
         let mut users = lock(&USERS);
         let module = Module::load(path)?;
         *users.entry(path.to_owned()).or_default() += 1;
@@ -45,16 +45,16 @@ impl Drop for Used {
         *count -= 1;
         if *count == 0 {
             users.remove(self.0.path());
-            // A tool has no use for a module's last words.
+            // A tool ignores errors of finalisation.
             let _ = self.0.finalize();
         }
     }
 }
 
-/// Initialises the first uninitialised token of a module and sets its user PIN: for labs and tests.
+/// Initialises the first uninitialised token of a module and sets its user PIN. For labs and tests.
 ///
 /// # Errors
-/// What the module says; [`HsmError::NoSuchToken`]: no slot has an uninitialised token.
+/// Returns the module's error; [`HsmError::NoSuchToken`] if no slot has an uninitialised token.
 pub fn init_token(module: &Path, label: &str, so_pin: &Pin, user_pin: &Pin) -> Result<(), Failure> {
     let module = Used::load(module)?;
     let find = |wanted: &dyn Fn(&TokenFacts) -> bool| -> Result<Option<Slot>, HsmError> {
@@ -64,7 +64,7 @@ pub fn init_token(module: &Path, label: &str, so_pin: &Pin, user_pin: &Pin) -> R
     let missing = |why: &str| Failure::new(HsmError::NoSuchToken, format!("label {label:?}: {why}"));
     let blank = find(&|facts| !facts.initialized)?.ok_or_else(|| missing("no slot has an uninitialised token"))?;
     module.pkcs11().init_token(blank, &so_pin.to_auth(), label)?;
-    // The token may have moved to another slot. Tokens of the same label that are in use have a user PIN.
+    // The token may have moved to another slot. Other tokens with the same label already have a user PIN.
     let fresh = find(&|facts| facts.initialized && !facts.user_pin_set && facts.label == label)?
         .ok_or_else(|| missing("gone after it was initialised"))?;
     let session = module.pkcs11().open_rw_session(fresh)?;

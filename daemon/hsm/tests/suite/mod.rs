@@ -1,4 +1,4 @@
-//! What every token has to do, written once and run for each.
+//! The token suite: requirements that hold for every token. It is run once for each kind of token.
 
 #![allow(clippy::unwrap_used, missing_docs, unreachable_pub, dead_code)]
 
@@ -27,16 +27,16 @@ use rsa::{BigUint, RsaPrivateKey, RsaPublicKey};
 pub const SOFTHSM: &str = "/usr/lib/softhsm/libsofthsm2.so";
 pub const USER_PIN: &str = "123456";
 pub const SO_PIN: &str = "76543210";
-/// Marks the objects that the suite makes, so that it can clean up after a run that did not.
+/// Label of the objects that the suite makes, by which it also removes objects of earlier, aborted runs.
 const LABEL: &str = "claviger-hsm suite";
 const HASHES: [Hash; 4] = [Hash::Sha1, Hash::Sha256, Hash::Sha384, Hash::Sha512];
 
-/// Fails, rather than skips, when a token is not installed.
+/// Fails, instead of skipping the test, if a token is not installed.
 pub fn expect_installed(path: &str, package: &str) {
     assert!(Path::new(path).exists(), "{path} is missing. Install it: apt-get install {package}");
 }
 
-/// A directory with tokens of SoftHSM2, and the process environment pointing there.
+/// Creates a directory with SoftHSM2 tokens and points the process environment to it.
 pub fn softhsm_tokens(labels: &[&str]) -> tempfile::TempDir {
     expect_installed(SOFTHSM, "libsofthsm2");
     let dir = tempfile::tempdir().unwrap();
@@ -73,12 +73,13 @@ pub fn member(name: &str, module: &str, label: &str) -> MemberConfig {
     }
 }
 
-/// The example of this crate that is a worker and nothing else.
+/// Returns the example of this crate that is only a worker.
 pub fn worker_program() -> WorkerProgram {
     WorkerProgram { path: program::worker().to_owned(), arguments: Vec::new(), hidden: Vec::new() }
 }
 
-/// Waits until all sessions of all members are open: their workers open the first one before they serve, the others then.
+/// Waits until all sessions of all members are open. A worker opens the first session before it serves, and the others
+/// later.
 pub async fn all_sessions_open(cluster: &Cluster) {
     let patience = soon();
     while cluster.members().iter().any(|member| member.sessions_open < member.sessions_wanted) {
@@ -99,7 +100,7 @@ pub fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
 }
 
-/// What the observer was told.
+/// Counts of the observer's events.
 #[derive(Default)]
 pub struct Counts {
     pub logins: AtomicUsize,
@@ -140,7 +141,7 @@ pub fn new_id() -> KeyId {
     KeyId(id)
 }
 
-/// The key of an id whose public half is this.
+/// Returns the reference to the key with this id and this public key.
 pub fn named(id: &KeyId, key: &RsaPublicKey) -> KeyRef {
     KeyRef::new(id.clone(), &key.n().to_bytes_be())
 }
@@ -168,7 +169,7 @@ fn public(key: &RsaPublic) -> RsaPublicKey {
     RsaPublicKey::new(BigUint::from_bytes_be(&key.n), BigUint::from_bytes_be(&key.e)).unwrap()
 }
 
-/// The whole suite. `tested` is the token under test, `other` one that can stand in for it.
+/// Runs the whole suite. `tested` is the token under test, `other` a spare token.
 pub fn run(tested: MemberConfig, other: MemberConfig) {
     let runtime = runtime();
     one_token(&runtime, &tested);
@@ -190,7 +191,7 @@ fn one_token(runtime: &tokio::runtime::Runtime, tested: &MemberConfig) {
         assert!((1..=tested.sessions).contains(&status.sessions_open), "{status:?}");
         all_sessions_open(&cluster).await;
 
-        // Imported and generated keys.
+        // Tests imported and generated keys.
         let key = software_key();
         let id = new_id();
         cluster.import_rsa(name, new_key(&id, KeyUsage::Both), software_rsa::parts(&key)).await.unwrap();
@@ -221,7 +222,7 @@ fn one_token(runtime: &tokio::runtime::Runtime, tested: &MemberConfig) {
         deadlines(&cluster, &id, &key.to_public_key()).await;
         callers_that_leave(&cluster, &id, &key.to_public_key()).await;
 
-        // A key made by one session is there for all.
+        // A key created in one session is available in all sessions.
         let late = new_id();
         let made = cluster.generate_rsa(name, new_key(&late, KeyUsage::Decrypt)).await.unwrap();
         let late = named(&late, &public(&made));
@@ -255,7 +256,7 @@ async fn decrypts_everything(cluster: &Cluster, id: &KeyRef, key: &RsaPublicKey)
             assert_eq!(*done.value, message, "{oaep:?}");
             assert_eq!(done.retries, 0);
         }
-        // The ciphertext is good, the parameters are not.
+        // The ciphertext is valid, the parameters are not.
         let other = Oaep { hash: if oaep.hash == Hash::Sha1 { Hash::Sha256 } else { Hash::Sha1 }, ..oaep };
         let mixed = encrypt(key, other, b"mixed");
         let error = cluster.decrypt(id, oaep, &mixed, soon(), None).await.unwrap_err();
@@ -299,11 +300,11 @@ async fn refuses_nonsense(cluster: &Cluster, name: &str, id: &KeyRef, signs: &Ke
         assert_eq!(error, HsmError::NoSuchKey);
     }
     assert_eq!(shown(cluster, name, &unknown).await, None);
-    // A key for signatures does not decrypt, and that is not the ciphertext's fault.
+    // A key for signatures does not decrypt, and this is not the fault of the ciphertext.
     let ciphertext = encrypt(signs_public, SHA1, b"no");
     let error = cluster.decrypt(signs, SHA1, &ciphertext, soon(), None).await.unwrap_err();
     assert!(!error.is_data() && error.fault().owner == FaultOwner::Nobody, "{error:?}");
-    // None of this has cost a session or the member's standing.
+    // None of this closed a session or counted against the member.
     let status = &cluster.members()[0];
     assert!(is_up(status), "{status:?}");
     assert_eq!((status.sessions_open, status.worker), (before.sessions_open, before.worker), "{status:?}");
@@ -331,7 +332,7 @@ async fn deadlines(cluster: &Cluster, id: &KeyRef, key: &RsaPublicKey) {
         }
     }
     assert!(late > 0, "256 decryptions do not fit into 5 ms");
-    // Callers with too little time say nothing about the member.
+    // Callers with too little time are no evidence against the member.
     let status = &cluster.members()[0];
     assert!(is_up(status) && status.closings == 0 && status.sessions_open == 8, "{status:?}");
 }
@@ -355,13 +356,13 @@ async fn callers_that_leave(cluster: &Cluster, id: &KeyRef, key: &RsaPublicKey) 
     assert_eq!(*done.unwrap().value, b"gone");
 }
 
-/// The public half of a key, as the token shows it.
+/// Returns the public key of a key, as the token shows it.
 async fn shown(cluster: &Cluster, member: &str, wanted: &KeyRef) -> Option<RsaPublic> {
     let keys = cluster.keys_on(member, false).await.unwrap();
     keys.into_iter().find(|key| key.is(wanted)).and_then(|key| key.public)
 }
 
-/// The attributes of a private key that another program brings onto a token.
+/// Returns the attributes of a private key that another program imports into a token.
 pub fn others_key(id: Option<&KeyId>, key: &RsaPrivateKey) -> Vec<Attribute> {
     let parts = software_rsa::parts(key);
     let mut template = vec![
@@ -385,7 +386,7 @@ pub fn others_key(id: Option<&KeyId>, key: &RsaPrivateKey) -> Vec<Attribute> {
     template
 }
 
-/// Other programs make keys while the cluster runs: with an id that is taken, and with none.
+/// Other programs make keys while the cluster runs: one with an id that is taken, and one without an id.
 fn keys_of_other_programs(runtime: &tokio::runtime::Runtime, tested: &MemberConfig) {
     let [ours, theirs, nameless] = [(); 3].map(|()| software_key());
     let id = new_id();
@@ -398,9 +399,9 @@ fn keys_of_other_programs(runtime: &tokio::runtime::Runtime, tested: &MemberConf
             assert_eq!(*done.value, b"mine");
         }
     };
-    // With one session, it is known when that has searched: at its start, and when it is told to.
+    // With one session, the times of its searches are known: at its start and on request.
     let tested = &MemberConfig { sessions: 1, ..tested.clone() };
-    // After a restart, too: the token may list them in another order then.
+    // Also after a restart, when the token may list the keys in another order.
     for restarted in [false, true] {
         let cluster = load(vec![tested.clone()], Arc::new(|_, _| {})).unwrap();
         runtime.block_on(async {
@@ -426,7 +427,7 @@ fn keys_of_other_programs(runtime: &tokio::runtime::Runtime, tested: &MemberConf
     }
 }
 
-/// One login for a token, one key search for a session, however many call.
+/// Expects one login for each token and one key search for each session, for any number of callers.
 fn concurrent_callers(runtime: &tokio::runtime::Runtime, tested: &MemberConfig) {
     const CALLERS: usize = 32;
     const EACH: usize = 200;
@@ -471,10 +472,10 @@ fn concurrent_callers(runtime: &tokio::runtime::Runtime, tested: &MemberConfig) 
     });
 }
 
-/// A token whose keys change behind the cluster's back, and which loses its worker; and another token that takes over.
+/// Changes the keys of a token without the cluster's knowledge, kills its worker, and expects the other token to take over.
 fn two_tokens(runtime: &tokio::runtime::Runtime, tested: &MemberConfig, other: &MemberConfig) {
     let counts = Arc::new(Counts::default());
-    // The other one stands by, so that it is certain who is asked first.
+    // The other token has a lower rank, so that the order of members is certain.
     let spare = MemberConfig { priority: 1, ..other.clone() };
     let cluster = load(vec![tested.clone(), spare], counts.observer()).unwrap();
     runtime.block_on(async {
@@ -494,8 +495,8 @@ fn two_tokens(runtime: &tokio::runtime::Runtime, tested: &MemberConfig, other: &
         let (first, second) = ((tested.name.clone(), 0), (other.name.clone(), 0));
         assert_eq!(decrypt().await, first);
 
-        // Another program replaces the key's object. Every session holds a handle that leads nowhere, and finds the new one
-        // before a caller hears of it.
+        // Another program replaces the key's object. Every session then holds an invalid handle, and finds the new object
+        // before a caller sees an error.
         let asked = count(&counts.searches);
         replace_object(tested, &id, &key);
         for _ in 0..4 * tested.sessions {
@@ -504,7 +505,7 @@ fn two_tokens(runtime: &tokio::runtime::Runtime, tested: &MemberConfig, other: &
         assert!(count(&counts.searches) > asked);
         assert_eq!(count(&counts.logins), 2, "one for each token");
 
-        // Drained, it gets nothing; resumed, it serves again.
+        // A drained member gets no calls; a resumed one serves again.
         assert_eq!(cluster.drain(&tested.name, true).unwrap().state, MemberState::Drained);
         assert_eq!(decrypt().await, second);
         cluster.probe(&tested.name).await.unwrap();
@@ -516,7 +517,7 @@ fn two_tokens(runtime: &tokio::runtime::Runtime, tested: &MemberConfig, other: &
             cluster.members()
         );
 
-        // The worker is killed under load: no caller hears of it, and the member comes back by itself.
+        // The worker is killed under load: no caller sees an error, and the member recovers by itself.
         let killed = cluster.members()[0].worker.unwrap();
         let callers: Vec<_> = (0..16)
             .map(|_| {
@@ -550,8 +551,8 @@ pub fn kill(process: u32) {
     kill_process(Pid::from_raw(process.try_into().unwrap()).unwrap(), Signal::KILL).unwrap();
 }
 
-/// A module as this program, which is another one than the workers, has loaded it. It stays: not every module can be initialised
-/// twice in a process.
+/// Loads and initialises a module in this program, which is a different process than the workers. The module stays loaded:
+/// not every module can be initialised twice in a process.
 pub fn module(path: &Path) -> Pkcs11 {
     use cryptoki::context::{CInitializeArgs, CInitializeFlags};
     static LOADED: Mutex<BTreeMap<PathBuf, Pkcs11>> = Mutex::new(BTreeMap::new());
@@ -564,7 +565,7 @@ pub fn module(path: &Path) -> Pkcs11 {
     module.clone()
 }
 
-/// A session of another program, logged in.
+/// Opens a session of another program, logged in.
 pub fn side_session(token: &MemberConfig) -> Session {
     let TokenRef::Label(label) = &token.token else {
         panic!("the suite names tokens by label");
@@ -574,7 +575,7 @@ pub fn side_session(token: &MemberConfig) -> Session {
         .get_slots_with_token()
         .unwrap()
         .into_iter()
-        // cryptoki cannot read the information of opencryptoki's token, the only one of its module.
+        // cryptoki cannot read the information of opencryptoki's token, which is the only token of its module.
         .find(|slot| module.get_token_info(*slot).map_or(true, |info| info.label() == label))
         .unwrap();
     let session = module.open_rw_session(slot).unwrap();
@@ -582,7 +583,7 @@ pub fn side_session(token: &MemberConfig) -> Session {
     session
 }
 
-/// Destroys a private key and brings it onto the token again, as another object.
+/// Destroys a private key on the token and imports it again as another object.
 fn replace_object(token: &MemberConfig, id: &KeyRef, key: &RsaPrivateKey) {
     let session = side_session(token);
     let wanted = [Attribute::Class(ObjectClass::PRIVATE_KEY), Attribute::Id(id.id.0.clone())];
@@ -592,7 +593,7 @@ fn replace_object(token: &MemberConfig, id: &KeyRef, key: &RsaPrivateKey) {
     session.create_object(&others_key(Some(&id.id), key)).unwrap();
 }
 
-/// Takes the suite's objects off the token, so that tokens that outlive the test do not fill up.
+/// Removes the suite's objects, so that tokens that outlive the test do not fill up.
 fn clean_up(token: &MemberConfig) {
     let session = side_session(token);
     for object in session.find_objects(&[Attribute::Label(LABEL.as_bytes().to_vec())]).unwrap() {

@@ -1,4 +1,4 @@
-//! The worker as a program: `examples/worker.rs`.
+//! Builds and finds the worker program, `examples/worker.rs`.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -7,12 +7,12 @@ use std::process::Command;
 use std::sync::OnceLock;
 use std::time::SystemTime;
 
-/// The program. `cargo test` builds it together with all targets of the crate, and `cargo test --test NAME` does not: it is
-/// built here when it is missing or older than the crate.
+/// Returns the path of the program. `cargo test` builds it with all targets of the crate, but `cargo test --test NAME` does
+/// not. So it is built here if it is missing or older than the crate.
 pub(crate) fn worker() -> &'static Path {
     static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
     PROGRAM.get_or_init(|| {
-        // …/target/debug/deps/test-0123
+        // The path is …/target/debug/deps/test-0123.
         let test = std::env::current_exe().unwrap();
         let folder = test.parent().unwrap().parent().unwrap();
         let program = folder.join("examples/worker");
@@ -38,7 +38,7 @@ fn build(folder: &Path) {
         name => name,
     };
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    // What cargo told this test of its own package must not reach the build, or build scripts run again.
+    // Variables that cargo sets for this test's own package must not reach the build, or build scripts run again.
     for (name, _) in std::env::vars_os() {
         if name.to_str().is_some_and(|name| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_")) {
             command.env_remove(name);

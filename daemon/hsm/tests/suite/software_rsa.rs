@@ -1,11 +1,12 @@
-//! Keys of the crate `rsa` as this crate takes them. Shared by the suite and by unit tests, which name the types alike.
+//! Converts keys of the crate `rsa` to this crate's types. Shared by the suite and the unit tests, which use the same type
+//! names.
 
 use rsa::traits::{PrivateKeyParts, PublicKeyParts};
 use rsa::{RsaPrivateKey, sha2};
 
 use super::{Hash, Oaep, RsaPrivateParts};
 
-/// The numbers of a key.
+/// Returns the numbers of a private key.
 pub(crate) fn parts(key: &RsaPrivateKey) -> RsaPrivateParts {
     RsaPrivateParts {
         n: key.n().to_bytes_be(),
@@ -19,7 +20,7 @@ pub(crate) fn parts(key: &RsaPrivateKey) -> RsaPrivateParts {
     }
 }
 
-/// The same parameters of OAEP.
+/// Returns the same OAEP parameters.
 pub(crate) fn padding(oaep: Oaep) -> rsa::Oaep {
     fn with_hash<D>(mgf: Hash) -> rsa::Oaep
     where

@@ -1,4 +1,4 @@
-//! A worker's end of the socket in the test's hand: what it may send, and what it should not.
+//! Tests that play the worker's end of the socket, with valid and invalid frames.
 
 use std::os::fd::OwnedFd;
 use std::sync::mpsc;
@@ -11,7 +11,7 @@ use crate::link::{Call, Level, Request, encode, pair};
 
 const LIMITS: Limits = Limits { share: Duration::from_millis(50), watchdog: Duration::from_millis(100) };
 
-/// Held for a call; its receiver hears when it is given back.
+/// Guard of a call; its receiver sees when the guard is dropped.
 type Guard = mpsc::Sender<()>;
 
 struct Peer {
@@ -33,7 +33,7 @@ impl Peer {
         }
     }
 
-    /// The id of the next call.
+    /// Receives a call and returns its id.
     fn next(&self) -> u32 {
         let mut buffer = [0; 1024];
         let (len, _) = recv(&self.socket, &mut buffer, RecvFlags::DONTWAIT).unwrap();
@@ -50,7 +50,7 @@ impl Peer {
         assert_eq!(send(&self.socket, frame, SendFlags::NOSIGNAL).unwrap(), frame.len());
     }
 
-    /// Ends the worker; what reading all that it said comes to.
+    /// Ends the worker, and returns the reason that the reader gives after it has read all reports.
     async fn end(self, tell: impl FnMut(News<'_>)) -> (WorkerFault, Conversation<Guard>) {
         drop(self.socket);
         match self.talk.read(tell).await.error {
@@ -122,7 +122,7 @@ async fn damaged_frames_do_no_harm() {
             let mut damaged = whole.to_vec();
             damaged[at] = value;
             peer.send(&damaged);
-            // Read to its end without a panic; many are still frames.
+            // All reports are read without a panic; many mutations are still valid frames.
             peer.end(|_| {}).await;
         }
     }
@@ -256,7 +256,7 @@ async fn a_flood_of_notes_ends_the_conversation() {
     let mut heard = 0;
     let failure = peer.talk.read(|_| heard += 1).await;
     assert_eq!((failure.error, heard), (HsmError::Worker(WorkerFault::Floods), MOST_REPORTS));
-    // The talker ends with its peer.
+    // The talker ends when its peer is dropped.
     drop(peer);
     talker.join().unwrap();
 }

@@ -1,4 +1,4 @@
-//! The failover loop stepped by hand: every reply in every situation, and operations at random.
+//! Tests that step the failover by hand: every reply in every situation, and random operations.
 
 #![allow(clippy::unwrap_used)]
 
@@ -16,7 +16,7 @@ const DEADLINE: Duration = Duration::from_secs(4);
 const WATCHDOG: Duration = Duration::from_secs(3);
 const WELL: Standing = Able(Candidate { weight: 1, latency: MS, oldest: None, in_flight: 0 });
 
-/// A cluster of one tier, and one operation on its way through it.
+/// A cluster of one tier, and one operation on it.
 struct Stage {
     start: Instant,
     now: Instant,
@@ -38,7 +38,7 @@ impl Stage {
         self.failover.next(self.now, &tiers, |member| self.standings[member], |_| 0)
     }
 
-    /// The member that is asked next.
+    /// Returns the member that is asked next.
     fn asks(&mut self) -> usize {
         match self.next() {
             Ok(Step::Ask { member, .. }) => member,
@@ -50,7 +50,7 @@ impl Stage {
         self.failover.replied(reply, &mut self.budget, self.now)
     }
 
-    /// The members that are asked, each of which replies the same, until the operation is given up.
+    /// Gives the same reply for every member that is asked, until the operation is given up. Returns the members asked.
     fn all_reply(&mut self, reply: Reply<&'static str>) -> (Vec<usize>, GaveUp<&'static str>) {
         let mut asked = Vec::new();
         loop {
@@ -151,7 +151,7 @@ fn one_member_that_is_not_credible_spares_the_caller_the_blame() {
             .collect();
         assert_eq!(outcomes, [Ok(()), Ok(()), Ok(()), Ok(()), Err("unclear")]);
     }
-    // The same when there are no members left to ask.
+    // The outcome is the same when no members are left to ask.
     let mut stage = Stage::new(&[WELL; 2], 0.0);
     stage.asks();
     stage.replied(rejected("unclear", false)).unwrap();
@@ -220,7 +220,7 @@ fn nothing_is_begun_at_the_deadline() {
 fn an_operation_waits_for_a_member_that_restarts() {
     let mut stage = Stage::new(&[WELL], 9.0);
     stage.asks();
-    // Its worker is killed.
+    // The worker of this member was killed.
     stage.replied(FAILED).unwrap();
     stage.standings = vec![Returning { since: stage.now }];
     let until = stage.now + GRACE;
@@ -262,7 +262,7 @@ fn an_input_that_kills_members_kills_each_twice_at_most() {
                 stage.standings[member] = Returning { since: stage.now };
                 stage.replied(FAILED).unwrap();
             }
-            // The first comes back.
+            // The first member comes back.
             Ok(Step::Wait { .. }) => {
                 stage.now += MS;
                 let returning = stage.standings.iter().position(|standing| *standing != WELL).unwrap();
@@ -310,7 +310,8 @@ enum Then {
 }
 use Then::*;
 
-/// What follows the reply of a member that is asked after `replies`, at `late` or in time, when `standings` are known.
+/// Returns the step after the reply of a member that is asked after `replies`, `late` or in time, with the given
+/// `standings`.
 fn then(
     replies: &[Reply<&'static str>],
     reply: Reply<&'static str>,
@@ -378,7 +379,7 @@ proptest! {
         cases: 5_000, rng_seed: RngSeed::Fixed(5), failure_persistence: None, ..ProptestConfig::default()
     })]
 
-    /// 5,000 operations through up to seven members that fail, reject, restart and leave as they like.
+    /// 5,000 operations on up to seven members that fail, reject, restart and leave at random.
     #[test]
     fn no_operation_asks_too_much(
         priorities in proptest::collection::vec(0..3_u32, 1..8), reserve in 0..9_u32, seed: u64,
@@ -392,7 +393,7 @@ proptest! {
         let mut budget = Budget::new(settings);
         let mut failover = Failover::new(start + DEADLINE, WATCHDOG, &mut budget, start);
         let mut standings = vec![WELL; members];
-        // Members that were asked in this round, and whether they ran the operation.
+        // Members that were asked in this round; true if they ran the operation.
         let (mut round, mut rounds) = (BTreeMap::new(), 1);
         let (mut ran, mut rejections, mut failures, mut waits) = (vec![0; members], 0, 0, 0);
         loop {

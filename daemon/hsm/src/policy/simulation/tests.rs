@@ -1,4 +1,4 @@
-//! The policies together, in simulated time.
+//! Tests of all policies together, in simulated time.
 
 #![allow(clippy::unwrap_used)]
 
@@ -10,7 +10,7 @@ use proptest::test_runner::RngSeed;
 const MS: Duration = Duration::from_millis(1);
 const SECOND: Duration = Duration::from_secs(1);
 
-// Estimate, choice and breaker together, in simulated time. What a healthy member takes: 1 ms, 8 sessions.
+// Tests of estimate, choice and breaker together. A healthy member takes 1 ms per operation and has 8 sessions.
 
 fn behaving(behaviour: Behaviour) -> Spec {
     Spec { behaviour, ..Spec::default() }
@@ -22,7 +22,7 @@ fn slow(service: Duration) -> Behaviour {
 
 const DEAD: Behaviour = Behaviour { service: MS, slow_one_in: 0, slow: MS, fails_one_in: 1 };
 
-/// Warmed up for three seconds, which do not count.
+/// Returns a simulation after three seconds of load, which are not counted.
 fn warm(seed: u64, load: Load, specs: &[Spec]) -> Simulation {
     let mut sim = Simulation::new(seed, Settings::new(load), specs);
     sim.run(3 * SECOND);
@@ -46,7 +46,7 @@ fn a_member_that_was_slow_once_is_used_again() {
     sim.members[0].behaviour = Behaviour::default();
     sim.run(20 * SECOND);
     assert!(sim.steps > 100_000);
-    // 1.2 s for the call, grace, and then down from 1.2 s to what the others cost.
+    // 1.2 s for the call, the grace period, and then the decay from 1.2 s to the cost of the others.
     let bound = Duration::from_secs_f64(1.2 + 1.0 + 2.0 * 1_200_f64.ln());
     assert!(sim.members[0].longest_idle < bound, "{}", sim.report());
     sim.forget();
@@ -71,7 +71,7 @@ fn a_dead_member_gets_probes_only_and_comes_back() {
         sim.forget();
         sim.run(8 * SECOND);
         assert_eq!(sim.members[0].calls, 0, "{}", sim.report());
-        // Every 1.5 to 2 s, and the first few sooner.
+        // One probe every 1.5 to 2 s, and the first few sooner.
         assert!((4..=10).contains(&sim.members[0].probes), "{}", sim.report());
         sim.members[0].behaviour = Behaviour::default();
         sim.forget();
@@ -85,7 +85,7 @@ fn a_dead_member_gets_probes_only_and_comes_back() {
 
 #[test]
 fn a_slow_member_gets_no_more_than_it_is_worth() {
-    // The two others can do 16,000 a second, it can do 800.
+    // The two other members can do 16,000 operations per second, this one 800.
     let mut half = warm(5, Load::Open(8_000.0), &[behaving(slow(10 * MS)), Spec::default(), Spec::default()]);
     half.run(7 * SECOND);
     assert!((0.000_5..0.01).contains(&half.share(0)), "not idle, not forgotten: {}", half.report());
@@ -108,7 +108,7 @@ fn now_and_then_slow_is_slow() {
 
 #[test]
 fn failing_fast_draws_no_traffic() {
-    // Too rarely for the breaker, mostly.
+    // Failures are mostly too rare for the breaker.
     let flaky = Behaviour { fails_one_in: 4, ..Behaviour::default() };
     let mut sim = warm(14, Load::Open(8_000.0), &[behaving(flaky), Spec::default(), Spec::default()]);
     sim.run(5 * SECOND);
@@ -182,7 +182,7 @@ fn when_no_member_serves_the_first_to_recover_does_soon() {
     sim.members[1].behaviour = Behaviour::default();
     sim.forget();
     sim.run(10 * SECOND);
-    // 50 ms between probes in a hurry, where the backoff would be 2 s by now.
+    // 50 ms between probes while no other member serves; the backoff would be 2 s by now.
     assert!(sim.lost < 140, "{}", sim.report());
     assert_eq!(sim.members[0].calls, 0);
 }
@@ -200,7 +200,8 @@ fn a_killed_worker_loses_no_request() {
         assert!(sim.done() > 10_000 && sim.lost == 0, "{}", sim.report());
         assert!(sim.members[0].failures > 0, "operations were under way: {}", sim.report());
         let slowest = sim.latencies.iter().max().unwrap();
-        // The only one is waited for until its probe has passed, and then for what came meanwhile.
+        // Operations wait for the only member until its probe has passed, and then for the operations that arrived
+        // meanwhile.
         let bound = if members == 1 { 1_500 * MS } else { 50 * MS };
         assert!(*slowest < bound, "{slowest:?}: {}", sim.report());
     }
@@ -213,7 +214,7 @@ fn a_member_that_stays_away_is_not_waited_for_for_ever() {
     sim.run(SECOND);
     assert_eq!(sim.lost, 0, "{}", sim.report());
     sim.run(9 * SECOND);
-    // Two seconds after the kill all are told; from then on each at once.
+    // Two seconds after the kill all waiting requests have failed; later requests fail at once.
     assert!((9_000..11_000).contains(&sim.lost) && sim.parked.is_empty(), "{}", sim.report());
 }
 
@@ -243,7 +244,7 @@ fn what_does_not_fit_into_queue_and_deadline_is_lost() {
     late.run(5 * SECOND);
     late.finish();
     assert!(late.latencies.iter().all(|took| *took <= 50 * MS));
-    // First come first served: most operations start so late that they end after their deadline.
+    // First come, first served: most operations start so late that they end after their deadline.
     assert!(late.done() > 500 && late.lost > 4_500, "{}", late.report());
 }
 
@@ -252,7 +253,7 @@ proptest! {
         cases: 24, rng_seed: RngSeed::Fixed(4), failure_persistence: None, ..ProptestConfig::default()
     })]
 
-    /// Members of all kinds, of which one dies and recovers: 8 runs of over 20,000 steps each.
+    /// Members of all kinds, one of which dies and recovers: 8 runs of over 20,000 steps each.
     #[test]
     fn whatever_the_members(
         specs in proptest::collection::vec(
@@ -324,7 +325,7 @@ proptest! {
 
 #[test]
 fn under_overload_the_queue_fills_and_the_members_go_on_at_capacity() {
-    // One member that does 1,000 operations a second; 1,500 requests a second arrive.
+    // One member does 1,000 operations per second; 1,500 requests per second arrive.
     let spec = Spec { engines: 1, sessions: 4, ..Spec::default() };
     let settings = Settings { concurrency: 16, ..Settings::new(Load::Open(1_500.0)) };
     for (queue, deadline, longest) in [(500, 5 * SECOND, 0.52), (usize::MAX, SECOND, 0.97)] {
