@@ -1,4 +1,4 @@
-//! Who administers a running daemon, with the real command line.
+//! Administration of a running daemon with the real command line.
 
 use std::process::Output;
 
@@ -13,29 +13,29 @@ use crate::tool::said;
 pub struct Administrator<'a>(pub &'a Lab);
 
 impl Administrator<'_> {
-    /// Runs a command on the daemon.
+    /// Runs a command and returns its output.
     ///
     /// # Panics
-    /// When it cannot be run at all.
+    /// If the command cannot be started.
     pub fn run(&self, arguments: &[&str]) -> Output {
         let config = self.0.config_file();
         run(arguments.iter().copied().chain(["--config", config.to_str().unwrap()]))
     }
 
-    /// What a command says for machines.
+    /// Runs a command and returns its JSON output.
     ///
     /// # Panics
-    /// When it fails.
+    /// If the command fails.
     pub fn json(&self, arguments: &[&str]) -> Value {
         let output = self.run(&[arguments, &["--json"]].concat());
         assert!(output.status.success(), "{arguments:?}: {}", said(&output));
         serde_json::from_slice(&output.stdout).unwrap()
     }
 
-    /// The process that serves a member; `None` while there is none.
+    /// Returns the id of the worker process of a member; `None` without a worker.
     ///
     /// # Panics
-    /// When there is no such member.
+    /// If no member has this name.
     #[must_use]
     pub fn worker(&self, member: &str) -> Option<Pid> {
         let listed = self.json(&["hsm", "list"]);
@@ -43,10 +43,10 @@ impl Administrator<'_> {
         Pid::from_raw(i32::try_from(found["worker_pid"].as_i64()?).unwrap())
     }
 
-    /// What a command says when it fails, and nothing else.
+    /// Runs a command that must fail and returns its error message.
     ///
     /// # Panics
-    /// When it does not.
+    /// If the command succeeds or prints anything else.
     pub fn fault(&self, arguments: &[&str]) -> String {
         let output = self.run(arguments);
         assert!(!output.status.success(), "{arguments:?}: {}", said(&output));

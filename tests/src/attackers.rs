@@ -1,5 +1,5 @@
-//! Callers that are nobody and cost something: what each kind of attacker on the service does, again and again, until it is
-//! stopped. They run on threads of their own; beside them a test runs honest load.
+//! Attackers on the service: unregistered callers that repeat one costly action until they are stopped. They run on threads
+//! of their own, while a test runs honest load.
 
 use std::future::Future;
 use std::net::SocketAddr;
@@ -22,45 +22,45 @@ use crate::paths::{ATTEST, METADATA, ROLL};
 const BATCH: &str = "/KeyProtection/service/v2.0/RollTransportKeys";
 const OTHER_MODE: &str = "/Attestation/v2.0/attest";
 const MIB: usize = 1024 * 1024;
-/// Connections of one attacker that does nothing but hold them.
+/// Number of connections held by one attacker that only holds connections.
 const HELD: usize = 5;
-/// Streams that an attacker opens at once; the server may allow fewer.
+/// Number of streams that an attacker opens at once; the server may allow fewer.
 const STREAMS: u32 = 128;
 
-/// What an attacker does.
+/// Action of an attacker.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Kind {
-    /// Connects and says nothing.
+    /// Connects and sends nothing.
     Silent,
-    /// The same at the metrics address.
+    /// Connects to the metrics address and sends nothing.
     SilentAtMetrics,
-    /// Sends a header, a byte now and then.
+    /// Sends a header, one byte from time to time.
     Header,
-    /// Announces the body of a release, and sends a byte of it.
+    /// Announces the body of a release and sends one byte of it.
     Announced,
-    /// Announces the largest batch, and sends a byte of it.
+    /// Announces the largest batch and sends one byte of it.
     AnnouncedBatch,
     /// Sends a body just fast enough.
     Dripping,
     /// Sends a batch of 16 MiB without any certificate.
     LargeBatch,
-    /// Opens as many streams of HTTP/2 as it can, each with a body that does not come.
+    /// Opens as many HTTP/2 streams as possible, each with a body that never arrives.
     Streams,
-    /// Asks over HTTP/2 and takes each request back at once.
+    /// Sends HTTP/2 requests and resets each one at once.
     Resets,
-    /// Asks for documents over HTTP/2 and reads no answer.
+    /// Requests documents over HTTP/2 and reads no answer.
     Unread,
-    /// The same with HTTP/1.1.
+    /// Requests documents over HTTP/1.1 and reads no answer.
     UnreadPipeline,
-    /// Attests with a mebibyte of JSON.
+    /// Attests with a JSON body of 1 MiB.
     LargeJson,
     /// Attests with a host key of 8192 bits.
     LargeKeys,
-    /// Sends a release of a mebibyte of XML.
+    /// Sends a release with 1 MiB of XML.
     LargeXml,
-    /// Sends again what a registered host once sent to attest.
+    /// Repeats a recorded attestation request of a registered host.
     Replay,
-    /// Sends junk to every endpoint.
+    /// Sends invalid data to every endpoint.
     Junk,
     /// Attests with a mebibyte at the endpoint of the mode that is not configured.
     OtherMode,
@@ -97,7 +97,7 @@ impl Kind {
         Self::Handshakes,
     ];
 
-    /// A line for people.
+    /// Returns a line that describes the kind.
     #[must_use]
     pub fn describe(self) -> &'static str {
         match self {
@@ -124,14 +124,15 @@ impl Kind {
         }
     }
 
-    /// Whether it needs a daemon that speaks TLS.
+    /// Returns true if attackers of this kind send requests as fast as answers arrive, less a pause, and so mainly cost
+    /// processor time.
     #[must_use]
     pub fn needs_tls(self) -> bool {
         self == Self::Handshakes
     }
 }
 
-/// Where attackers go, and what they have prepared.
+/// Target of the attackers, with prepared requests.
 pub struct Target {
     service: SocketAddr,
     metrics: SocketAddr,
@@ -150,10 +151,10 @@ struct Requests {
 }
 
 impl Target {
-    /// A daemon that serves a lab.
+    /// Prepares attacks on a daemon that serves a lab.
     ///
     /// # Panics
-    /// When the daemon's addresses cannot be read.
+    /// If the daemon's addresses cannot be read.
     #[must_use]
     pub fn new(lab: &Lab, daemon: &Daemon) -> Arc<Self> {
         let metrics = daemon.metrics_url.split_once("://").unwrap().1.parse().unwrap();
@@ -166,7 +167,7 @@ impl Requests {
         let (host, identity) = (lab.key("host/hostkey.pem"), lab.identity());
         let json = |body: &[u8]| post(ATTEST, "application/json", body.len(), body);
         let xml = |path, body: &[u8]| post(path, "application/xml", body.len(), body);
-        // No private key is needed for a public one that verifies nothing.
+        // A public key that verifies nothing needs no private key.
         let mut modulus = vec![0; 1024];
         SystemRandom::new().fill(&mut modulus).unwrap();
         modulus[0] |= 0x80;
@@ -229,20 +230,20 @@ fn attest(signer: &RsaPrivateKey, host: &RsaPublicKey, identity: &RsaPublicKey) 
     let signed = attestation::signed_octets(host, identity);
     let mut signature = signer.sign(SignatureAlgorithm::DEFAULT, &signed).unwrap();
     if host.len() > 1000 {
-        // As long as the key's own would be, and below its modulus.
+        // As long as the key's own signature, and below its modulus.
         signature = vec![1; 1024];
     }
     attestation::host_key_request([7; 16], &[ResultType::EncryptionCertificate], host, identity, &signature)
 }
 
-/// A request whose body is announced to have `length` bytes.
+/// Returns a request that announces a body of `length` bytes and contains `body`.
 fn post(path: &str, media_type: &str, length: usize, body: &[u8]) -> Vec<u8> {
     let head =
         format!("POST {path} HTTP/1.1\r\nHost: t\r\nContent-Type: {media_type}\r\nContent-Length: {length}\r\n\r\n");
     [head.as_bytes(), body].concat()
 }
 
-/// Attackers at work. They stop when it is dropped.
+/// Running attackers. They stop when this is dropped.
 pub struct Attack {
     runtime: Option<Runtime>,
 }
@@ -255,7 +256,7 @@ impl Attack {
     /// this priority: at 19 they take what processor time others leave, as if they ran elsewhere.
     ///
     /// # Panics
-    /// When the system gives no threads.
+    /// If the system cannot start threads.
     #[must_use]
     pub fn start(kind: Kind, target: &Arc<Target>, attackers: usize, pause: Duration, nice: i32) -> Self {
         let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -272,7 +273,7 @@ impl Attack {
             let target = target.clone();
             runtime.spawn(async move {
                 loop {
-                    // Whatever it comes to: the next attempt.
+                    // The outcome does not matter: the next attempt follows.
                     let _ = once(kind, &target, pause).await;
                     tokio::time::sleep(pause.max(Duration::from_millis(20))).await;
                 }
@@ -292,7 +293,7 @@ impl Drop for Attack {
 
 type Done<'a> = Pin<Box<dyn Future<Output = std::io::Result<()>> + Send + 'a>>;
 
-/// What an attacker does until it is cut.
+/// Performs an attacker's action once, until the server cuts it off.
 fn once(kind: Kind, target: &Target, pause: Duration) -> Done<'_> {
     let Target { service, metrics, requests } = target;
     let body = |path: &str, length, sent: &[u8]| post(path, "application/xml", length, sent);
@@ -329,12 +330,12 @@ fn once(kind: Kind, target: &Target, pause: Duration) -> Done<'_> {
     }
 }
 
-/// Opens some connections, writes the same on each, and holds them until the first is closed.
+/// Opens connections, writes the same bytes on each, and holds them until the server closes the first one.
 async fn hold(address: SocketAddr, connections: usize, written: Vec<u8>) -> std::io::Result<()> {
     let mut held = Vec::new();
     for _ in 0..connections {
         let mut stream = TcpStream::connect(address).await?;
-        // As much of it as is taken without waiting.
+        // Writes as much as the socket takes at once.
         let _ = tokio::time::timeout(Duration::from_millis(100), stream.write_all(&written)).await;
         held.push(stream);
     }
@@ -348,13 +349,13 @@ async fn hold(address: SocketAddr, connections: usize, written: Vec<u8>) -> std:
     }
 }
 
-/// Whether the other side has closed the connection. Nothing of what it sent is read.
+/// Returns true if the other side has closed the connection. Reads nothing from it.
 async fn is_closed(stream: &TcpStream) -> bool {
     let ready = tokio::time::timeout(Duration::from_millis(1), stream.ready(Interest::READABLE)).await;
     ready.is_ok_and(|ready| ready.is_ok_and(|ready| ready.is_read_closed()))
 }
 
-/// Writes a beginning, and then some bytes again and again.
+/// Writes `begin`, and then `bytes` bytes at intervals of `milliseconds`.
 async fn drip(address: SocketAddr, begin: Vec<u8>, bytes: usize, milliseconds: u64) -> std::io::Result<()> {
     let mut stream = TcpStream::connect(address).await?;
     stream.write_all(&begin).await?;
@@ -364,7 +365,7 @@ async fn drip(address: SocketAddr, begin: Vec<u8>, bytes: usize, milliseconds: u
     }
 }
 
-/// Sends one request after the other on a connection, and reads the answers.
+/// Sends the requests one after the other on one connection and reads the answers.
 async fn ask(address: SocketAddr, requests: &[Vec<u8>], pause: Duration) -> std::io::Result<()> {
     let mut stream = TcpStream::connect(address).await?;
     let mut read = vec![0; 64 * 1024];
@@ -398,7 +399,7 @@ fn hello() -> Vec<u8> {
     [&b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"[..], &frame(4, 0, 0, &[]), &frame(4, 1, 0, &[])].concat()
 }
 
-/// The header of a request that ends with it.
+/// Returns the header frame of a request without a body.
 fn h2_get(stream: u32, path: &str) -> Vec<u8> {
     let mut block = vec![0x82, 0x86, 0x04, path.len() as u8];
     block.extend(path.as_bytes());
@@ -406,17 +407,17 @@ fn h2_get(stream: u32, path: &str) -> Vec<u8> {
     frame(1, 0x5, stream, &block)
 }
 
-/// The header of a request whose body is to come.
+/// Returns the header frame of a request whose body follows.
 fn h2_post(stream: u32, path: &str) -> Vec<u8> {
     let mut block = vec![0x83, 0x86, 0x04, path.len() as u8];
     block.extend(path.as_bytes());
     block.extend(b"\x01\x01t");
-    // content-type, which is not in the list of what needs no number.
+    // The name content-type, whose index needs more than the prefix of the first byte.
     block.extend(b"\x0f\x10\x0fapplication/xml");
     frame(1, 0x4, stream, &block)
 }
 
-/// Reads what comes, until the end.
+/// Reads and discards everything until the end.
 async fn swallow(mut stream: TcpStream) -> std::io::Result<()> {
     let mut read = vec![0; 64 * 1024];
     while stream.read(&mut read).await? > 0 {}

@@ -1,24 +1,24 @@
-//! Throw-away certificate authorities, made by OpenSSL.
+//! Temporary certificate authorities, created with OpenSSL.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::tool::{said, tool};
 
-/// An authority, and the folder that it keeps its files in.
+/// A certificate authority and the directory of its files.
 pub struct Authority {
     folder: PathBuf,
     name: String,
 }
 
-/// The files of a certificate and of its key.
+/// Files of a certificate and its key.
 pub type Pair = (PathBuf, PathBuf);
 
 impl Authority {
-    /// A new authority with its own certificate and key.
+    /// Creates an authority with its own certificate and key.
     ///
     /// # Panics
-    /// When OpenSSL does not make them.
+    /// If OpenSSL fails.
     #[must_use]
     pub fn new(folder: &Path, name: &str) -> Self {
         let authority = Self { folder: folder.to_owned(), name: name.to_owned() };
@@ -33,16 +33,16 @@ impl Authority {
         self.folder.join(format!("{}.{end}", self.name))
     }
 
-    /// Its own certificate.
+    /// Returns the file of the authority's certificate.
     #[must_use]
     pub fn certificate_file(&self) -> PathBuf {
         self.file("pem")
     }
 
-    /// Issues a certificate for a new key, for this subject and with this subjectAltName, if any.
+    /// Issues a certificate for a new key with this subject and, unless it is empty, this subjectAltName.
     ///
     /// # Panics
-    /// When OpenSSL does not make it.
+    /// If OpenSSL fails.
     #[must_use]
     pub fn issue(&self, file: &str, subject: &str, alternative: &str) -> Pair {
         let path = |end: &str| self.folder.join(format!("{file}.{end}"));

@@ -1,4 +1,4 @@
-//! A `claviger` that serves.
+//! A running `claviger` daemon.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -13,66 +13,66 @@ use crate::wait::PATIENCE;
 
 /// A running daemon. It is stopped when this is dropped.
 pub struct Daemon {
-    /// The process.
+    /// The daemon's process.
     pub process: Process,
-    /// The service's URL.
+    /// URL of the service.
     pub url: String,
-    /// The URL of `/metrics`, `/live` and `/ready`.
+    /// Base URL of `/metrics`, `/live` and `/ready`.
     pub metrics_url: String,
     /// What its clients trust, where the service speaks TLS.
     pub ca: Option<PathBuf>,
 }
 
 impl Daemon {
-    /// `claviger serve --config FILE`; returns when it listens.
+    /// Runs `claviger serve --config FILE`; returns when the daemon listens.
     ///
     /// # Panics
-    /// When it does not come to listen.
+    /// If the daemon does not start to listen.
     pub fn serve(config: &Path) -> Self {
         Self::start(Command::new(claviger()).arg("serve").arg("--config").arg(config))
     }
 
-    /// The same, of a command that comes to be a `claviger`; returns when it listens.
+    /// Runs a command that becomes a `claviger` daemon; returns when the daemon listens.
     ///
     /// # Panics
-    /// When it does not come to listen.
+    /// If the daemon does not start to listen.
     pub fn start(command: &mut Command) -> Self {
-        // Warnings only: what a failed test shows is to be read by a person.
+        // Warnings only, so that the output of a failed test stays readable.
         let process = Process::start(command.env("RUST_LOG", "warn"));
         let url = process.line(|line| Some(line.strip_prefix("listening on ")?.to_owned()));
         let metrics_url = process.line(|line| Some(line.strip_prefix("metrics on ")?.to_owned()));
         Self { process, url, metrics_url, ca: None }
     }
 
-    /// A client of the service.
+    /// Returns a client of the service.
     ///
     /// # Panics
-    /// When the service speaks TLS, and nothing is trusted.
+    /// If the service uses TLS.
     #[must_use]
     pub fn client(&self) -> Client {
         let trust = self.ca.as_deref().map(TlsSettings::trusting).unwrap_or_default();
         Client::with_tls(&self.url, &trust).unwrap().with_timeout(PATIENCE)
     }
 
-    /// The service's address.
+    /// Returns the address of the service.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         let (_, address) = self.url.split_once("://").unwrap();
         address.parse().unwrap()
     }
 
-    /// Asks for `/metrics`, `/live` or `/ready`.
+    /// Requests `/metrics`, `/live` or `/ready`.
     ///
     /// # Panics
-    /// When there is no answer.
+    /// If there is no answer.
     pub async fn probe(&self, path: &str) -> Reply {
         Client::new(&self.metrics_url).unwrap().with_timeout(PATIENCE).get(path).await.unwrap()
     }
 
-    /// What `/metrics` says now.
+    /// Returns the current metrics.
     ///
     /// # Panics
-    /// When it cannot be read.
+    /// If the metrics cannot be read.
     pub async fn metrics(&self) -> Metrics {
         Metrics::parse(std::str::from_utf8(&self.probe("/metrics").await.body).unwrap())
     }
@@ -80,7 +80,7 @@ impl Daemon {
     /// Waits until `/ready` has this status.
     ///
     /// # Panics
-    /// When it does not come to that within [`PATIENCE`].
+    /// If `/ready` does not reach it within [`PATIENCE`].
     pub async fn until_ready_is(&self, status: u16) -> Reply {
         let begun = std::time::Instant::now();
         loop {
@@ -94,7 +94,7 @@ impl Daemon {
         }
     }
 
-    /// SIGTERM, and the status that it ends with.
+    /// Sends SIGTERM and returns the exit status.
     pub fn stop(mut self) -> ExitStatus {
         self.process.terminate();
         self.process.wait()

@@ -1,4 +1,4 @@
-//! Tokens that misbehave on command: `claviger-faulty-token` between the daemon and the real module.
+//! Tokens that misbehave on command: `claviger-faulty-token` in front of the real module.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs;
@@ -13,10 +13,10 @@ use crate::lab::Lab;
 use crate::process::lives;
 use crate::wait::until;
 
-/// The library, which is built wherever something links this crate.
+/// File name of the library. It is built together with every program that links this crate.
 const LIBRARY: &str = "libclaviger_faulty_token.so";
 
-/// The faulty module in front of a real one, with control files of its own.
+/// The faulty module in front of a real module, with its own control files.
 #[derive(Clone, Debug)]
 struct Faulty {
     file: PathBuf,
@@ -25,7 +25,7 @@ struct Faulty {
 }
 
 impl Faulty {
-    /// With the control files in `folder/NAME.control`; `file` is a copy of the library.
+    /// Uses the control files in `folder/NAME.control`; `file` is a copy of the library.
     fn new(folder: &Path, name: &str, file: PathBuf, real: PathBuf) -> Self {
         let control = folder.join(format!("{name}.control"));
         fs::create_dir_all(&control).unwrap();
@@ -36,7 +36,7 @@ impl Faulty {
         &self.file
     }
 
-    /// What has to be in the environment when it is loaded.
+    /// Returns the environment variables that the module needs when it is loaded.
     fn env(&self) -> BTreeMap<String, String> {
         let text = |path: &Path| path.display().to_string();
         BTreeMap::from([
@@ -45,18 +45,18 @@ impl Faulty {
         ])
     }
 
-    /// The faults of a token from now on; `faults` are lines of its control file.
+    /// Sets the faults of a token; `faults` are lines of its control file.
     ///
     /// # Panics
-    /// When a line is wrong.
+    /// If a line is invalid.
     fn set(&self, label: &str, faults: &[&str]) {
         self.write(label, false, faults);
     }
 
-    /// The faults of the module as a whole from now on.
+    /// Sets the faults of the module as a whole.
     ///
     /// # Panics
-    /// When a line is wrong.
+    /// If a line is invalid.
     fn set_module(&self, faults: &[&str]) {
         self.write(MODULE_FILE, true, faults);
     }
@@ -69,21 +69,21 @@ impl Faulty {
         fs::rename(new, self.control.join(file)).unwrap();
     }
 
-    /// The token behaves from now on; what became invalid stays so.
+    /// Ends the faults of the token. Handles that became invalid stay invalid.
     fn clear(&self, label: &str) {
         let _ = fs::remove_file(self.control.join(label));
     }
 
-    /// The module behaves from now on.
+    /// Ends the faults of the module.
     fn clear_module(&self) {
         self.clear(MODULE_FILE);
     }
 
-    /// What the token was asked, by all processes so far, as of some 50 ms ago; what is soon followed by the end of a process
-    /// is told at once. See `claviger-faulty-token`.
+    /// Returns the counts of a token over all processes so far, at most some 50 ms old. Calls that may soon end their
+    /// process are counted at once. See `claviger-faulty-token`.
     ///
     /// # Panics
-    /// When statistics cannot be read.
+    /// If the statistics cannot be read.
     fn stats(&self, label: &str) -> Stats {
         let mut stats = Stats::default();
         for pid in self.processes(label) {
@@ -93,15 +93,15 @@ impl Faulty {
         stats
     }
 
-    /// The processes that have counted anything about a label. A listing may miss a file that is renamed over meanwhile, so
-    /// there are two.
+    /// Returns the processes that have statistics about a label. The directory is listed twice, since one listing may miss
+    /// a file that is replaced meanwhile.
     fn processes(&self, label: &str) -> HashSet<Pid> {
         let list = || fs::read_dir(&self.control).unwrap();
         let names = list().chain(list()).map(|entry| entry.unwrap().file_name());
         names.filter_map(|name| process_of(name.to_str()?, label)).collect()
     }
 
-    /// What the module was asked, calls of tokens among it.
+    /// Returns the counts of the module, which include the calls of its tokens.
     fn module_stats(&self) -> Stats {
         self.stats(MODULE_FILE)
     }
@@ -109,19 +109,19 @@ impl Faulty {
 
 /// Copies the library to a file.
 fn install(file: &Path) {
-    // …/target/debug/deps/test-0123, or a program a folder above, and the library that was built with it.
+    // The program is …/target/debug/deps/test-0123, or one directory above; the library was built with it.
     let program = std::env::current_exe().unwrap();
     let folder = program.parent().unwrap();
     let built = if folder.ends_with("deps") { folder.join(LIBRARY) } else { folder.join("deps").join(LIBRARY) };
     fs::copy(&built, file).unwrap_or_else(|error| panic!("{}: {error}", built.display()));
 }
 
-/// The process whose statistics about this label are in a file of this name.
+/// Returns the process whose statistics about this label have this file name.
 fn process_of(name: &str, label: &str) -> Option<Pid> {
     Pid::from_raw(name.strip_prefix(label)?.strip_prefix('.')?.strip_suffix(".stats")?.parse().ok()?)
 }
 
-/// What the faulty module counted: in all processes that have loaded it, or, where it is about what is now, in those that live.
+/// Counts of the faulty module over all processes that loaded it; counts of the present include only living processes.
 #[derive(Clone, Default, PartialEq, Eq, Debug)]
 pub struct Stats {
     calls: BTreeMap<String, u64>,
@@ -134,7 +134,7 @@ pub struct Stats {
 }
 
 impl Stats {
-    /// Adds what one process counted.
+    /// Adds the counts of one process.
     fn add(&mut self, counted: &Value, lives: bool) {
         for (sums, counts) in [(&mut self.calls, &counted["calls"]), (&mut self.faults, &counted["faults"])] {
             for (name, count) in counts.as_object().into_iter().flatten() {
@@ -151,71 +151,72 @@ impl Stats {
         self.processes += 1;
     }
 
-    /// Calls of a function.
+    /// Returns the number of calls of a function.
     #[must_use]
     pub fn calls(&self, name: &str) -> u64 {
         self.calls.get(name).copied().unwrap_or(0)
     }
 
-    /// Faults: `rv`, `delay`, `hang`, `deed`, `corrupt`, `throttle`, `absent`, `session_limit`, `stale` (what became so),
-    /// `stale_handle` (objects refused for it); of a module also `dead` and `no_slots`.
+    /// Returns the number of faults of a kind: `rv`, `delay`, `hang`, `deed`, `corrupt`, `throttle`, `absent`,
+    /// `session_limit`, `stale` (items that became stale), `stale_handle` (objects refused for it); for a module also
+    /// `dead` and `no_slots`.
     #[must_use]
     pub fn faults(&self, kind: &str) -> u64 {
         self.faults.get(kind).copied().unwrap_or(0)
     }
 
-    /// Sessions that are open.
+    /// Returns the number of open sessions.
     #[must_use]
     pub fn sessions(&self) -> u64 {
         self.sessions
     }
 
-    /// Calls that hang now.
+    /// Returns the number of calls that hang now.
     #[must_use]
     pub fn hanging(&self) -> u64 {
         self.hanging
     }
 
-    /// Calls in progress, those that hang among them.
+    /// Returns the number of calls in progress, including those that hang.
     #[must_use]
     pub fn in_progress(&self) -> u64 {
         self.in_progress
     }
 
-    /// The most calls that were ever in progress at once in one process.
+    /// Returns the maximum number of calls that were in progress at once in one process.
     #[must_use]
     pub fn most_in_progress(&self) -> u64 {
         self.most_in_progress
     }
 
-    /// Processes that have counted anything.
+    /// Returns the number of processes that have counted anything.
     #[must_use]
     pub fn processes(&self) -> u64 {
         self.processes
     }
 }
 
-/// The members of a lab that go through the faulty module, by their names in the configuration (`hsm-a` …), and the labels of
-/// their tokens.
+/// The members of a lab that use the faulty module: their names in the configuration (`hsm-a` …) and the labels of their
+/// tokens.
 pub struct FaultyMembers(BTreeMap<String, (Faulty, String)>);
 
 impl Lab {
-    /// Puts the faulty module between the daemon and every member, in the configuration; to be called once, before the lab
-    /// is served. All members name the same library, and each has control files of its own.
+    /// Puts the faulty module in front of every member, in the configuration. Must be called once, before the lab is
+    /// served. All members use the same library, and each has its own control files.
     ///
     /// # Panics
-    /// When the library cannot be copied.
+    /// If the library cannot be copied.
     #[must_use]
     pub fn behind_faulty(&self) -> FaultyMembers {
         let library = self.file("faulty").join("faulty.so");
         self.put_behind(|folder, hsm| Faulty::new(folder, &hsm.name, library.clone(), hsm.module.clone()), &[&library])
     }
 
-    /// The same for programs that load the modules of several members into one process, as a measurement of the bare tokens does:
-    /// each member has copies of both libraries, so that nothing is shared there.
+    /// Does the same for programs that load the modules of several members into one process, such as a measurement of bare
+    /// tokens. Each member gets its own copies of both libraries, so that members share nothing in that process.
     ///
     /// # Panics
-    /// When a library cannot be copied.
+    /// If a library cannot be copied.
     #[must_use]
     pub fn behind_faulty_copies(&self) -> FaultyMembers {
         let copies = |folder: &Path, hsm: &Hsm| {
@@ -236,7 +237,7 @@ impl Lab {
             for hsm in &mut config.hsm {
                 let faulty = faulty(&folder, hsm);
                 hsm.module = faulty.module_file().to_owned();
-                // On top of `[env]`, which is for the real module.
+                // Added to `[env]`, which configures the real module.
                 hsm.env.extend(faulty.env());
                 members.insert(hsm.name.clone(), (faulty, hsm.token.clone().unwrap()));
             }
@@ -246,40 +247,40 @@ impl Lab {
 }
 
 impl FaultyMembers {
-    /// A member's module and the label of its token.
+    /// Returns a member's module and the label of its token.
     fn of(&self, member: &str) -> (&Faulty, &str) {
         let (faulty, label) = self.0.get(member).unwrap_or_else(|| panic!("no member {member}"));
         (faulty, label)
     }
 
-    /// The faults of a member's token from now on. See `claviger-faulty-token` for the lines.
+    /// Sets the faults of a member's token. See `claviger-faulty-token` for the lines.
     pub fn set(&self, member: &str, faults: &[&str]) {
         let (faulty, label) = self.of(member);
         faulty.set(label, faults);
     }
 
-    /// A member's token behaves from now on.
+    /// Ends the faults of a member's token.
     pub fn clear(&self, member: &str) {
         let (faulty, label) = self.of(member);
         faulty.clear(label);
     }
 
-    /// The faults of a member's module from now on, and of no other member's.
+    /// Sets the faults of a member's module; other members are not affected.
     pub fn set_module(&self, member: &str, faults: &[&str]) {
         self.of(member).0.set_module(faults);
     }
 
-    /// The faults of every member's module from now on.
+    /// Sets the faults of every member's module.
     pub fn set_all_modules(&self, faults: &[&str]) {
         self.0.values().for_each(|(faulty, _)| faulty.set_module(faults));
     }
 
-    /// A member's module behaves from now on.
+    /// Ends the faults of a member's module.
     pub fn clear_module(&self, member: &str) {
         self.of(member).0.clear_module();
     }
 
-    /// Everything behaves from now on.
+    /// Ends all faults.
     pub fn clear_all(&self) {
         for (faulty, label) in self.0.values() {
             faulty.clear(label);
@@ -287,23 +288,23 @@ impl FaultyMembers {
         }
     }
 
-    /// What a member's token was asked.
+    /// Returns the counts of a member's token.
     #[must_use]
     pub fn stats(&self, member: &str) -> Stats {
         let (faulty, label) = self.of(member);
         faulty.stats(label)
     }
 
-    /// What a member's module was asked.
+    /// Returns the counts of a member's module.
     #[must_use]
     pub fn module_stats(&self, member: &str) -> Stats {
         self.of(member).0.module_stats()
     }
 
-    /// Waits until a member's token has counted what is wanted.
+    /// Waits until the counts of a member's token satisfy `wanted`.
     ///
     /// # Panics
-    /// When it does not come to that.
+    /// If they do not within the time limit.
     pub fn until(&self, member: &str, what: &str, wanted: impl Fn(&Stats) -> bool) -> Stats {
         until(what, || Some(self.stats(member)).filter(|stats| wanted(stats)))
     }

@@ -1,10 +1,7 @@
-//! Which source file of a crate imports from which, whether that goes in circles, and whether it goes downwards.
+//! Reads the imports between the source files of a crate and finds circles among them.
 //!
-//! A file imports from the file of the module that a path of it names: in `use`, in an expression, in a type, in a macro's arguments.
-//! A parent that declares a child with `mod` does not import from it by that. Tests are left out, with the modules named `tests` and
-//! `testing`: they may look at anything.
-//!
-//! A *room* is a module of the crate's root, with all modules in it.
+//! A file imports from the file of each module that one of its paths names: in `use`, in an expression, in a type. The
+//! `mod` item with which a parent declares a child is not an import. Test code is left out: it may use anything.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -14,13 +11,13 @@ use proc_macro2::{Ident, TokenStream, TokenTree};
 use syn::visit::{self, Visit};
 use syn::{Attribute, Item, ItemMod, ItemUse, Macro, Meta, UseTree};
 
-/// A module's path in its crate; empty for the crate's root.
+/// A module's path in its crate; empty for the crate root.
 type Module = Vec<String>;
 
-/// The imports of a crate, by file.
+/// The imports of a crate, by source file.
 #[derive(Debug)]
 pub struct Imports {
-    /// Relative to the crate's folder of sources.
+    /// Paths relative to the crate's source directory.
     files: BTreeMap<Module, PathBuf>,
     /// With the first place where each file is imported.
     of: BTreeMap<Module, BTreeMap<Module, Place>>,
@@ -53,7 +50,7 @@ impl fmt::Display for Import {
     }
 }
 
-/// Files that import from each other, all of them directly or by way of others.
+/// A set of files that import from each other, directly or indirectly.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Circle {
     /// Each import within the circle.
@@ -91,10 +88,10 @@ impl fmt::Display for Disorder {
 }
 
 impl Imports {
-    /// Reads all source files below a folder whose root is `lib.rs`.
+    /// Reads all source files below a directory whose root is `lib.rs`.
     ///
     /// # Panics
-    /// When a file cannot be read or parsed.
+    /// If a file cannot be read or parsed.
     #[must_use]
     pub fn of_crate(sources: &Path) -> Self {
         let mut files = BTreeMap::new();
@@ -119,7 +116,7 @@ impl Imports {
         Imports { files, of }
     }
 
-    /// Every circle there is.
+    /// Returns all circles.
     #[must_use]
     pub fn circles(&self) -> Vec<Circle> {
         let reached: BTreeMap<_, _> = self.of.keys().map(|module| (module, self.reached_from(module))).collect();
@@ -181,7 +178,7 @@ impl Imports {
     }
 }
 
-/// All files of the crate that are no tests, by module.
+/// Collects all source files of the crate except tests, by module.
 fn collect(sources: &Path, folder: &Path, files: &mut BTreeMap<Module, PathBuf>) {
     let entries = std::fs::read_dir(folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
     for path in entries.map(|entry| entry.unwrap_or_else(|error| panic!("{}: {error}", folder.display())).path()) {
@@ -203,19 +200,19 @@ fn collect(sources: &Path, folder: &Path, files: &mut BTreeMap<Module, PathBuf>)
     }
 }
 
-/// The file that a path leads into: that of the longest module which it begins with.
+/// Returns the file that a path leads to: that of the longest module path that is a prefix of it.
 fn file_of(path: &Module, files: &BTreeMap<Module, PathBuf>) -> Option<Module> {
     (0..=path.len()).rev().map(|len| path[..len].to_vec()).find(|module| files.contains_key(module))
 }
 
-/// Collects the paths that lead out of a module, from the crate's root.
+/// Collects the paths that lead out of a module, relative to the crate root.
 struct Paths {
     module: Module,
     found: Vec<Place>,
 }
 
 impl Paths {
-    /// `None`: a path into another crate, or one of a name that is in scope.
+    /// Returns the absolute path; `None` for a path into another crate or for a name in scope.
     fn absolute<'a>(&self, mut segments: impl Iterator<Item = &'a str>) -> Option<Module> {
         let mut absolute = match segments.next()? {
             "crate" => Vec::new(),
@@ -322,7 +319,7 @@ impl<'ast> Visit<'ast> for Paths {
     fn visit_visibility(&mut self, _: &'ast syn::Visibility) {}
 }
 
-/// `#[test]`; `#[cfg(test)]`, also with the feature that gives the helpers of tests to other crates.
+/// Returns true for `#[cfg(test)]` and `#[test]`.
 fn is_for_tests(attribute: &Attribute) -> bool {
     let with_feature = "any (test , feature = \"testing\")";
     match &attribute.meta {

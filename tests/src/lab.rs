@@ -1,4 +1,4 @@
-//! A laboratory in a folder of its own.
+//! A lab: tokens, keys, a host and a tenant in a directory of its own.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -23,17 +23,17 @@ use crate::daemon::Daemon;
 use crate::paths::METADATA;
 use crate::wait::{block, until};
 
-/// The name of the host that a lab comes with.
+/// Name of the host in every lab.
 pub const HOST: &str = claviger::lab::HOST_NAME;
 
-/// What a new lab has.
+/// Contents of a new lab.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
-    /// Soft tokens.
+    /// Number of soft tokens.
     pub hsms: usize,
-    /// Virtual machines.
+    /// Number of virtual machines.
     pub vms: usize,
-    /// Length of the guardian's keys.
+    /// Length of the guardian's keys in bits.
     pub bits: u32,
 }
 
@@ -43,12 +43,12 @@ impl Default for Options {
     }
 }
 
-/// Soft tokens, a registered host and a tenant. The folder goes with the value.
+/// Soft tokens, a registered host and a tenant. The directory is removed when this is dropped.
 pub struct Lab {
     folder: TempDir,
 }
 
-/// What a host asks for in this harness.
+/// Algorithms that the host requests in this harness.
 pub const ALGORITHMS: HostAlgorithms = HostAlgorithms {
     transfer: Oaep::SHA256,
     wrapping: KeyWrapping::Seal(Sealing::Aes256Gcm),
@@ -56,20 +56,19 @@ pub const ALGORITHMS: HostAlgorithms = HostAlgorithms {
 };
 
 impl Lab {
-    /// A lab that nobody serves yet. Its releases have all the time of a slow machine, and each makes its own two operations of
-    /// the HSMs: nothing is made ahead.
+    /// Creates a lab without starting a daemon. Its time limits allow for slow machines.
     ///
     /// # Panics
-    /// When its own checks do not pass.
+    /// If the lab's own checks fail.
     #[must_use]
     pub fn make(options: Options) -> Self {
         Self::make_with(options, None)
     }
 
-    /// The same on tokens of another `module` than SoftHSM2's usual one.
+    /// Creates a lab on tokens of another `module` than SoftHSM2's usual one.
     ///
     /// # Panics
-    /// When its own checks do not pass.
+    /// If the lab's own checks fail.
     #[must_use]
     pub fn make_with(options: Options, module: Option<&Path>) -> Self {
         let lab = Self::folder();
@@ -85,10 +84,10 @@ impl Lab {
         lab
     }
 
-    /// A lab that `claviger demo` serves; its checks have passed.
+    /// Creates a lab that `claviger demo` serves, and waits until its checks have passed.
     ///
     /// # Panics
-    /// When they have not.
+    /// If a check fails.
     #[must_use]
     pub fn start(options: Options) -> (Daemon, Self) {
         let lab = Self::folder();
@@ -97,16 +96,16 @@ impl Lab {
         (daemon, lab)
     }
 
-    /// A folder where no lab is yet.
+    /// Creates an empty directory for a lab.
     ///
     /// # Panics
-    /// When there is no room for it.
+    /// If the directory cannot be created.
     #[must_use]
     pub fn folder() -> Self {
         Self { folder: tempfile::Builder::new().prefix("claviger-").tempdir().unwrap() }
     }
 
-    /// `claviger demo` in this folder, on ports that the kernel chooses.
+    /// Returns the command `claviger demo` for this directory, on ports that the kernel chooses.
     #[must_use]
     pub fn demo(&self, options: Options) -> Command {
         let mut command = Command::new(claviger());
@@ -144,28 +143,28 @@ impl Lab {
         self.folder.path()
     }
 
-    /// A file of the lab.
+    /// Returns the path of a file in the lab.
     #[must_use]
     pub fn file(&self, name: &str) -> PathBuf {
         self.path().join(name)
     }
 
-    /// Its configuration.
+    /// Returns the path of the configuration file.
     #[must_use]
     pub fn config_file(&self) -> PathBuf {
         self.file("claviger.toml")
     }
 
-    /// The administrators' socket.
+    /// Returns the path of the administrators' socket.
     #[must_use]
     pub fn socket(&self) -> PathBuf {
         self.file("state/admin.sock")
     }
 
-    /// Its configuration.
+    /// Reads the configuration.
     ///
     /// # Panics
-    /// When it cannot be read.
+    /// If the configuration cannot be read.
     #[must_use]
     pub fn config(&self) -> Config {
         Config::load(&self.config_file()).unwrap()
@@ -174,18 +173,18 @@ impl Lab {
     /// Changes the configuration.
     ///
     /// # Panics
-    /// When it cannot be read or written.
+    /// If the configuration cannot be read or written.
     pub fn configure(&self, change: impl FnOnce(&mut Config)) {
         let mut config = self.config();
         change(&mut config);
         std::fs::write(self.config_file(), config.to_toml().unwrap()).unwrap();
     }
 
-    /// The decisions and changes of the audit trail. What is only counted there is a line here, too, with its event, host and
-    /// outcome; it is in the trail about a second after it was answered, and when the daemon has stopped.
+    /// Returns the decisions and changes in the audit trail. Events that the trail only counts are returned as one line
+    /// each, with event, host and outcome. They reach the trail about a second after the answer, or when the daemon stops.
     ///
     /// # Panics
-    /// When a line is not JSON.
+    /// If a line is not JSON.
     #[must_use]
     pub fn audit(&self) -> Vec<Value> {
         let mut decisions = Vec::new();
@@ -193,7 +192,7 @@ impl Lab {
             match line["event"].as_str().unwrap() {
                 "trail" | "checkpoint" => {}
                 "refusals" | "repeats" => {
-                    // Which request had which outcome is not told.
+                    // The trail does not record which request had which outcome.
                     let mut requests = line["requests"].as_array().unwrap().iter();
                     for (outcome, count) in line["outcomes"].as_object().unwrap() {
                         let event = if outcome.ends_with("Exception") { "release" } else { "attest" };
@@ -211,41 +210,41 @@ impl Lab {
         decisions
     }
 
-    /// All lines of the audit trail, as they are.
+    /// Returns all lines of the audit trail unchanged.
     ///
     /// # Panics
-    /// When one is not JSON.
+    /// If a line is not JSON.
     #[must_use]
     pub fn trail(&self) -> Vec<Value> {
         let trail = std::fs::read_to_string(self.file("state/audit.jsonl")).unwrap();
         trail.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {line}"))).collect()
     }
 
-    /// The registered host.
+    /// Returns the registered host.
     #[must_use]
     pub fn host(&self, client: Client) -> Host {
         Host::new(client, self.key("host/hostkey.pem"), self.identity())
     }
 
-    /// The registered host's identity key.
+    /// Returns the registered host's identity key.
     #[must_use]
     pub fn identity(&self) -> Arc<RsaPrivateKey> {
         Arc::new(self.key("host/identitykey.pem"))
     }
 
-    /// A private key of the lab.
+    /// Returns a private key of the lab.
     ///
     /// # Panics
-    /// When the file is not there or no key.
+    /// If the file is missing or contains no key.
     #[must_use]
     pub fn key(&self, file: &str) -> RsaPrivateKey {
         RsaPrivateKey::from_pkcs8_pem(&std::fs::read_to_string(self.file(file)).unwrap()).unwrap()
     }
 
-    /// The tenant.
+    /// Returns the tenant.
     ///
     /// # Panics
-    /// When a file is missing.
+    /// If a file is missing.
     #[must_use]
     pub fn owner(&self) -> Owner {
         let certificate = |file| Certificate::from_pem(&std::fs::read_to_string(self.file(file)).unwrap()).unwrap();
@@ -257,19 +256,19 @@ impl Lab {
         }
     }
 
-    /// The protector of the first virtual machine.
+    /// Returns the protector of the first virtual machine.
     ///
     /// # Panics
-    /// When it is missing.
+    /// If the file is missing.
     #[must_use]
     pub fn protector(&self) -> Vec<u8> {
         std::fs::read(self.file("tenant/vm-0001.protector.xml")).unwrap()
     }
 
-    /// The protectors of all virtual machines.
+    /// Returns the protectors of all virtual machines.
     ///
     /// # Panics
-    /// When one cannot be read.
+    /// If one cannot be read.
     #[must_use]
     pub fn protectors(&self) -> Vec<Vec<u8>> {
         let files = (1..).map(|number| self.file(&format!("tenant/vm-{number:04}.protector.xml")));
@@ -277,35 +276,34 @@ impl Lab {
     }
 }
 
-/// The service's metadata, checked.
+/// Fetches and checks the service's metadata.
 ///
 /// # Panics
-/// When it is not right.
+/// If the metadata is invalid.
 pub async fn metadata(client: &Client) -> Metadata {
     let reply = client.get(METADATA).await.unwrap();
     assert_eq!(reply.status, 200);
     Metadata::parse(&reply.body).unwrap()
 }
 
-/// The body of a release request.
+/// Returns the body of a release request.
 #[must_use]
 pub fn roll_request(health: &[u8], protector: &[u8]) -> Vec<u8> {
     let (ingress_protector, health_certificate) = (protector.to_vec(), health.to_vec());
     RollRequest { ingress_protector, health_certificate, algorithms: ALGORITHMS }.to_xml()
 }
 
-/// The host's health certificate, as soon as the service has a signer for it.
+/// Waits until the service has a signer, and returns a health certificate for the host.
 ///
 /// # Panics
-/// When it gets none.
+/// If the service issues none.
 pub fn until_attested(host: &Host) -> Vec<u8> {
     until("a health certificate", || block(host.attest()).ok())
 }
 
-/// The keys of an answer to [`roll_request`], and the egress protector; says what is wrong otherwise.
-///
+/// Decrypts an answer to [`roll_request`]: returns the keys and the egress protector.
 /// # Errors
-/// A sentence.
+/// Returns a sentence that describes what is wrong with the answer.
 pub fn open_release(body: &[u8], identity: &RsaPrivateKey) -> Result<(Payload, Vec<u8>), String> {
     let response = RollResponse::parse(body).map_err(|e| e.to_string())?;
     let transfer =

@@ -1,11 +1,11 @@
-//! The harness of the system tests: real daemons on real soft tokens, looked at from outside.
+//! Harness of the system tests: real daemons on real soft tokens, tested from outside.
 //!
-//! [`Lab`] is a folder with tokens, keys, a registered host and a tenant; [`Daemon`] is a `claviger` that serves it, and
-//! ends with the value, also when a test fails. [`Lab::behind_faulty`] makes the tokens misbehave on command, and
-//! [`Lab::behind_servers`] puts them behind sockets. Addresses are always the kernel's choice. No test judges by time:
-//! what waits, waits for [`PATIENCE`].
+//! [`Lab`] is a directory with tokens, keys, a registered host and a tenant. [`Daemon`] is a `claviger` that serves a lab;
+//! it is stopped when the value is dropped, even if a test fails. [`Lab::behind_faulty`] makes the tokens misbehave on
+//! command, and [`Lab::behind_servers`] puts them behind sockets. The kernel chooses all ports. No test fails because of a
+//! timing; waits end after [`PATIENCE`].
 //!
-//! `CLAVIGER_BIN` and `CLAVIGER_LOADGEN_BIN` name the binaries to test; without them, they are built.
+//! `CLAVIGER_BIN` and `CLAVIGER_LOADGEN_BIN` name the binaries under test; without them, the binaries are built.
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used)]
 

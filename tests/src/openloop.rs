@@ -1,5 +1,5 @@
-//! Open-loop load: requests start on schedule whatever the service does with those before, as hosts do that know nothing of
-//! each other. A service that stands still is not spared meanwhile. Every answer is checked.
+//! Open-loop load: requests start on schedule, whatever happens to earlier ones, as with independent hosts. So a service
+//! that stops answering does not get less load meanwhile. Every answer is checked.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -16,13 +16,13 @@ use tokio::task::{JoinHandle, JoinSet, spawn_blocking};
 use crate::daemon::Daemon;
 use crate::lab::{Lab, open_release, roll_request};
 
-/// Both versions of a release.
+/// Paths of both versions of a release.
 const PATHS: [&str; 2] =
     ["/KeyProtection/service/v1.0/RollTransportKey", "/KeyProtection/service/v2.0/RollTransportKey"];
-/// The owner opens the egress protector of one release in so many: with a private key, in software, it is dear.
+/// The owner opens the egress protector of one release in this number: decryption in software is expensive.
 const OPENED: u64 = 4;
 
-/// What hosts ask for, and what is the right answer to it.
+/// Requests of hosts, with the expected answers.
 pub struct Traffic {
     requests: Vec<Request>,
     identity: Arc<RsaPrivateKey>,
@@ -31,15 +31,15 @@ pub struct Traffic {
 
 struct Request {
     body: Vec<u8>,
-    /// `None`: it is to be refused.
+    /// `None` if the request must be refused.
     key: Option<TransportKey>,
 }
 
 impl Traffic {
-    /// The lab's virtual machines, one after the other.
+    /// Requests for the lab's virtual machines, in turn.
     ///
     /// # Panics
-    /// When the lab has none.
+    /// If the lab has no virtual machines.
     #[must_use]
     pub fn of_vms(lab: &Lab, health: &[u8]) -> Arc<Self> {
         let owner = lab.owner();
@@ -52,7 +52,7 @@ impl Traffic {
         Arc::new(Self { requests: requests.collect(), identity: lab.identity(), owner })
     }
 
-    /// Protectors that are to be refused.
+    /// Requests with protectors that must be refused.
     #[must_use]
     pub fn of_bad(lab: &Lab, health: &[u8], protectors: &[Vec<u8>]) -> Arc<Self> {
         let request = |protector: &Vec<u8>| Request { body: roll_request(health, protector), key: None };
@@ -60,10 +60,10 @@ impl Traffic {
         Arc::new(Self { requests, identity: lab.identity(), owner: lab.owner() })
     }
 
-    /// Starts to send so many requests a second to the daemon.
+    /// Starts to send this number of requests per second to the daemon.
     ///
     /// # Panics
-    /// When the daemon speaks TLS, and nothing is trusted.
+    /// If the daemon uses TLS.
     #[must_use]
     pub fn start(self: &Arc<Self>, daemon: &Daemon, rate: f64, deadline: Duration) -> Load {
         let (stop, samples) = (Arc::new(AtomicBool::new(false)), Arc::default());
@@ -72,10 +72,11 @@ impl Traffic {
         Load { stop, samples, task }
     }
 
-    /// So many callers for so long, each of which asks again as soon as it has an answer: how much there is to be had.
+    /// Sends requests with this number of callers for this time; each caller repeats as soon as it has an answer. This
+    /// measures the capacity.
     ///
     /// # Panics
-    /// When the daemon speaks TLS, and nothing is trusted.
+    /// If the daemon uses TLS.
     pub async fn burst(self: &Arc<Self>, daemon: &Daemon, time: Duration, callers: u64, deadline: Duration) -> Report {
         let client = Arc::new(daemon.client().with_timeout(deadline));
         let begun = Instant::now();
@@ -95,7 +96,7 @@ impl Traffic {
         Report::of(asking.join_all().await.concat())
     }
 
-    /// Asks once, and judges the answer; also says when it was there.
+    /// Sends one request; returns the time and the judgement of the answer.
     async fn ask(self: &Arc<Self>, client: &Client, number: u64) -> (Instant, Answer) {
         let which = number as usize % self.requests.len();
         let path = PATHS[(number as usize / self.requests.len()) % PATHS.len()];
@@ -170,42 +171,42 @@ async fn drive(
     while asking.join_next().await.is_some() {}
 }
 
-/// What came back.
+/// Judgement of an answer.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Answer {
-    /// What it should be.
+    /// The expected answer.
     Right,
-    /// 503: not now.
+    /// Status 503.
     Refused {
-        /// Whether it says when to come again.
+        /// True if the answer says when to retry.
         retry_after: bool,
     },
-    /// Nothing within the deadline, or the connection broke.
+    /// No answer within the deadline, or the connection broke.
     Silence(String),
-    /// Anything else: the worst that there is.
+    /// Any other answer, which is always a fault.
     Wrong(String),
 }
 
-/// One request.
+/// One request and its answer.
 #[derive(Clone, Debug)]
 pub struct Sample {
-    /// When it was due, whether or not it could be sent then.
+    /// Time at which the request was due, even if it was sent later.
     pub due: Instant,
-    /// When the answer was there.
+    /// Time at which the answer was complete.
     pub end: Instant,
-    /// What it was.
+    /// Judgement of the answer.
     pub answer: Answer,
 }
 
 impl Sample {
-    /// From when it was due.
+    /// Returns the time from when the request was due to the answer.
     #[must_use]
     pub fn took(&self) -> Duration {
         self.end.saturating_duration_since(self.due)
     }
 }
 
-/// Load that goes on until it is stopped.
+/// Load that continues until it is stopped.
 pub struct Load {
     stop: Arc<AtomicBool>,
     samples: Arc<Mutex<Vec<Sample>>>,
@@ -213,16 +214,16 @@ pub struct Load {
 }
 
 impl Load {
-    /// What was answered since this was last asked.
+    /// Returns the answers since the last call.
     #[must_use]
     pub fn take(&self) -> Report {
         Report::of(std::mem::take(&mut *self.samples.lock().unwrap_or_else(PoisonError::into_inner)))
     }
 
-    /// Sends nothing more, and waits for the answers to come.
+    /// Stops the load and waits for the pending answers.
     ///
     /// # Panics
-    /// When the task that sends did.
+    /// If the sending task panicked.
     pub async fn stop(self) -> Report {
         self.stop.store(true, Ordering::Relaxed);
         self.task.await.unwrap();
@@ -230,10 +231,10 @@ impl Load {
     }
 }
 
-/// What came of some requests, in the order that they were due.
+/// Results of requests, in the order in which they were due.
 #[derive(Clone, Debug)]
 pub struct Report {
-    /// The requests.
+    /// One entry for each request.
     pub samples: Vec<Sample>,
 }
 
@@ -243,26 +244,26 @@ impl Report {
         Self { samples }
     }
 
-    /// Those that were due from then on, and those before.
+    /// Returns the requests due from `at` on, and those due before.
     #[must_use]
     pub fn split(self, at: Instant) -> (Self, Self) {
         let (before, after) = self.samples.into_iter().partition(|sample| sample.due < at);
         (Self { samples: before }, Self { samples: after })
     }
 
-    /// Right answers.
+    /// Returns the number of right answers.
     #[must_use]
     pub fn right(&self) -> usize {
         self.samples.iter().filter(|sample| sample.answer == Answer::Right).count()
     }
 
-    /// Answers that are neither right nor a refusal that asks for patience.
+    /// Returns the answers that are neither right nor a refusal that says when to retry.
     #[must_use]
     pub fn wrong(&self) -> Vec<&Answer> {
         self.answers(|answer| matches!(answer, Answer::Wrong(_)))
     }
 
-    /// Requests without a right answer, but for [`wrong`](Self::wrong) ones.
+    /// Returns the requests without a right answer, except [`wrong`](Self::wrong) ones.
     #[must_use]
     pub fn lost(&self) -> Vec<&Answer> {
         self.answers(|answer| matches!(answer, Answer::Refused { .. } | Answer::Silence(_)))
@@ -272,7 +273,7 @@ impl Report {
         self.samples.iter().map(|sample| &sample.answer).filter(|answer| wanted(answer)).collect()
     }
 
-    /// The longest time without a right answer, between two of them.
+    /// Returns the longest time between two consecutive right answers.
     #[must_use]
     pub fn gap(&self) -> Duration {
         let right = self.samples.iter().filter(|sample| sample.answer == Answer::Right);
@@ -281,7 +282,7 @@ impl Report {
         ends.windows(2).map(|pair| pair[1] - pair[0]).max().unwrap_or_default()
     }
 
-    /// So many of all requests were answered within this, rightly or not.
+    /// Returns the time within which the share `q` of all requests was answered, with any answer.
     #[must_use]
     pub fn quantile(&self, q: f64) -> Duration {
         let mut times: Vec<Duration> = self.samples.iter().map(Sample::took).collect();
@@ -290,7 +291,7 @@ impl Report {
         times.get(at.min(times.len().saturating_sub(1))).copied().unwrap_or_default()
     }
 
-    /// One line for people.
+    /// Returns a one-line summary.
     #[must_use]
     pub fn line(&self) -> String {
         let (gap, p50, p99) = (self.gap(), self.quantile(0.5), self.quantile(0.99));
@@ -301,7 +302,7 @@ impl Report {
     /// Asserts that every answer is right.
     ///
     /// # Panics
-    /// When one is not.
+    /// If one is not.
     pub fn assert_all_right(&self) {
         let (lost, wrong) = (self.lost(), self.wrong());
         let first = self.samples.iter().find(|sample| sample.answer != Answer::Right);

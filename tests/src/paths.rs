@@ -1,8 +1,8 @@
 //! Paths of the service.
 
-/// The path of a release in `v2.0`.
+/// Path of a release in `v2.0`.
 pub const ROLL: &str = "/KeyProtection/service/v2.0/RollTransportKey";
-/// The path of host-key attestation.
+/// Path of host-key attestation.
 pub const ATTEST: &str = "/Attestation/v2.0/hostkeyattest";
-/// The path of the metadata document.
+/// Path of the metadata document.
 pub const METADATA: &str = "/KeyProtection/service/metadata/2014-07/metadata.xml";

@@ -1,4 +1,4 @@
-//! A child process that does not outlive its test.
+//! A child process that ends with its test.
 
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -9,13 +9,13 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use crate::wait::PATIENCE;
 
-/// How long a process that is dropped has for an orderly end.
+/// Time that a dropped process gets for an orderly end.
 const ORDERLY: Duration = Duration::from_secs(5);
 
-/// Whether there is such a process that has not ended; one that has ended may not have been waited for yet.
+/// Returns true if the process exists and has not ended. A process that has ended may still wait to be reaped.
 #[must_use]
 pub fn lives(pid: Pid) -> bool {
-    // proc(5): the number, the name in parentheses, the state.
+    // Format of proc(5): the number, the name in parentheses, the state.
     let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).unwrap_or_default();
     stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
 }
@@ -63,10 +63,10 @@ struct Seen {
 }
 
 impl Process {
-    /// Starts it, with both of its outputs read.
+    /// Starts a program and reads both of its outputs.
     ///
     /// # Panics
-    /// When it does not start.
+    /// If the program cannot be started.
     pub fn start(command: &mut Command) -> Self {
         let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let output = Arc::new(Lines::default());
@@ -75,10 +75,10 @@ impl Process {
         Self { child, output }
     }
 
-    /// Waits for a line of its output of which `wanted` makes something.
+    /// Waits for an output line for which `wanted` returns a value, and returns that value.
     ///
     /// # Panics
-    /// When it ends without one, or [`PATIENCE`] is exhausted; with all that it said.
+    /// If the program ends without such a line or [`PATIENCE`] is over. The message contains the whole output.
     pub fn line<T>(&self, wanted: impl Fn(&str) -> Option<T>) -> T {
         let until = Instant::now() + PATIENCE;
         let mut seen = self.output.seen.lock().unwrap_or_else(PoisonError::into_inner);
@@ -92,7 +92,7 @@ impl Process {
         }
     }
 
-    /// All that it has said so far.
+    /// Returns the whole output so far.
     #[must_use]
     pub fn output(&self) -> String {
         self.output.seen.lock().unwrap_or_else(PoisonError::into_inner).lines.join("\n")
@@ -108,20 +108,20 @@ impl Process {
         let _ = kill_process(self.pid(), Signal::HUP);
     }
 
-    /// Has it stand still (SIGSTOP).
+    /// Stops the process (SIGSTOP).
     pub fn freeze(&self) {
         let _ = kill_process(self.pid(), Signal::STOP);
     }
 
-    /// Has it go on after [`freeze`](Self::freeze) (SIGCONT).
+    /// Continues the process after [`freeze`](Self::freeze) (SIGCONT).
     pub fn thaw(&self) {
         let _ = kill_process(self.pid(), Signal::CONT);
     }
 
-    /// Waits for its end.
+    /// Waits for the process to end.
     ///
     /// # Panics
-    /// When it goes on beyond [`PATIENCE`].
+    /// If it runs longer than [`PATIENCE`].
     pub fn wait(&mut self) -> ExitStatus {
         match self.wait_for(PATIENCE) {
             Some(status) => status,
@@ -140,10 +140,10 @@ impl Process {
         None
     }
 
-    /// A number of `/proc/PID/status`, such as `Threads`, or `VmRSS` in KiB.
+    /// Returns a number of `/proc/PID/status`, such as `Threads`, or `VmRSS` in KiB.
     ///
     /// # Panics
-    /// When it has none of that name, or does not run any more.
+    /// If the file has no such number or the process has ended.
     #[must_use]
     pub fn status(&self, name: &str) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid().as_raw_nonzero())).unwrap();
@@ -151,7 +151,7 @@ impl Process {
         value.and_then(|value| value.split_whitespace().next()?.parse().ok()).unwrap_or_else(|| panic!("no {name}"))
     }
 
-    /// Its id.
+    /// Returns the process id.
     #[must_use]
     pub fn pid(&self) -> Pid {
         Pid::from_child(&self.child)
@@ -160,7 +160,7 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // A child that has been waited for has no id any more, and another process may have it.
+        // The id of a child that was waited for may belong to another process.
         if !matches!(self.child.try_wait(), Ok(None)) {
             return;
         }
@@ -170,7 +170,7 @@ impl Drop for Process {
             let _ = self.child.wait();
         }
         if std::thread::panicking() {
-            // Shown by the test runner, as the test has failed.
+            // The test runner shows this output, because the test has failed.
             #[allow(clippy::print_stderr)]
             {
                 eprintln!("--- the program said:\n{}\n---", self.output());

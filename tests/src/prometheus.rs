@@ -1,4 +1,4 @@
-//! A Prometheus, Debian's, that watches a daemon.
+//! A Prometheus server, from Debian's package, that scrapes a daemon.
 
 use std::collections::BTreeSet;
 use std::fmt::Write;
@@ -20,10 +20,11 @@ pub struct Prometheus {
 }
 
 impl Prometheus {
-    /// Has it scrape `daemon` every second, as job `claviger`, and evaluate `rules` as often. Keeps its files in `folder`.
+    /// Scrapes `daemon` every second as job `claviger`, and evaluates `rules` at the same rate. Keeps its files in
+    /// `folder`.
     ///
     /// # Panics
-    /// When it does not come to serve.
+    /// If Prometheus does not start to serve.
     pub async fn watch(daemon: &Daemon, rules: &str, folder: &Path) -> Self {
         let (_, target) = daemon.metrics_url.split_once("://").unwrap();
         let config = format!(
@@ -34,7 +35,8 @@ impl Prometheus {
         std::fs::create_dir_all(folder).unwrap();
         std::fs::write(folder.join("prometheus.yml"), config).unwrap();
         std::fs::write(folder.join("rules.yml"), rules).unwrap();
-        // It does not say which port it took of port 0: one that is free now will be in a moment, or the next one is tried.
+        // Prometheus does not report the port it gets for port 0. So a port that is free now is used; if it is taken
+        // meanwhile, the next one is tried.
         for _ in 0..5 {
             let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
             let file = format!("--config.file={}", folder.join("prometheus.yml").display());
@@ -53,13 +55,13 @@ impl Prometheus {
         panic!("no port is free");
     }
 
-    /// What an expression gives at this moment.
+    /// Returns the current value of an expression.
     ///
     /// # Errors
-    /// What Prometheus says against it.
+    /// Returns Prometheus's error message.
     ///
     /// # Panics
-    /// When it does not answer.
+    /// If Prometheus does not answer.
     pub async fn query(&self, expression: &str) -> Result<Vec<Value>, String> {
         let answer = self.get(&format!("/api/v1/query?query={}", encoded(expression))).await;
         match &answer["data"]["result"] {
@@ -70,29 +72,29 @@ impl Prometheus {
         }
     }
 
-    /// The values of a label in the series that a selector selects.
+    /// Returns the values of a label in the series of a selector.
     ///
     /// # Panics
-    /// When it does not answer.
+    /// If Prometheus does not answer.
     pub async fn label_values(&self, selector: &str, label: &str) -> Vec<String> {
         let answer = self.get(&format!("/api/v1/label/{label}/values?match[]={}", encoded(selector))).await;
         serde_json::from_value(answer["data"].clone()).unwrap_or_default()
     }
 
-    /// Every rule, as Prometheus tells of it.
+    /// Returns every rule with its state.
     ///
     /// # Panics
-    /// When it does not answer.
+    /// If Prometheus does not answer.
     pub async fn rules(&self) -> Vec<Value> {
         let answer = self.get("/api/v1/rules").await;
         let groups = answer["data"]["groups"].as_array().unwrap();
         groups.iter().flat_map(|group| group["rules"].as_array().unwrap().clone()).collect()
     }
 
-    /// The alerts that fire: each one's name, with its `hsm` where it has one.
+    /// Returns the firing alerts: each alert's name, and the label `hsm` if it has one.
     ///
     /// # Panics
-    /// When it does not answer.
+    /// If Prometheus does not answer.
     pub async fn firing(&self) -> BTreeSet<(String, Option<String>)> {
         let answer = self.get("/api/v1/alerts").await;
         let alerts = answer["data"]["alerts"].as_array().unwrap();
@@ -101,7 +103,7 @@ impl Prometheus {
         firing.map(|alert| (text(&alert["labels"]["alertname"]).unwrap(), text(&alert["labels"]["hsm"]))).collect()
     }
 
-    /// All that it has said.
+    /// Returns the whole output so far.
     #[must_use]
     pub fn output(&self) -> String {
         self.process.output()
@@ -113,7 +115,7 @@ impl Prometheus {
     }
 }
 
-/// Text, in a URL's query.
+/// Encodes text for the query of a URL.
 fn encoded(text: &str) -> String {
     text.bytes().fold(String::new(), |mut url, octet| {
         if octet.is_ascii_alphanumeric() {

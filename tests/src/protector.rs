@@ -1,4 +1,4 @@
-//! Protectors that the tenant's own tools do not make.
+//! Protectors that the tenant's own tools do not create.
 
 use claviger_protocol::algorithm::{Oaep, SignatureAlgorithm};
 use claviger_protocol::build::{Unsigned, fresh_transport_key};
@@ -7,10 +7,11 @@ use claviger_protocol::owner::Owner;
 use claviger_protocol::protector::{Encryption, Protector, TransportKey};
 use data_encoding::BASE64;
 
-/// A protector for the owner and one guardian, whose wrapping is encrypted by `oaep`; and its transport key.
+/// Creates a protector for the owner and one guardian, whose wrapping is encrypted with `oaep`; also returns its transport
+/// key.
 ///
 /// # Panics
-/// When it cannot be made.
+/// If it cannot be created.
 #[must_use]
 pub fn with_oaep(owner: &Owner, guardian: &Metadata, oaep: Oaep) -> (Vec<u8>, TransportKey) {
     let (file, _) = owner.create(std::slice::from_ref(guardian)).unwrap();
@@ -24,11 +25,11 @@ pub fn with_oaep(owner: &Owner, guardian: &Metadata, oaep: Oaep) -> (Vec<u8>, Tr
     (unsigned.finish(wrappings[0].id, algorithm, signature).unwrap(), key)
 }
 
-/// The protector with another ciphertext in its second wrapping, and with the owner's signature made anew: all is right
-/// but the transport key.
+/// Replaces the ciphertext of the second wrapping and renews the owner's signature, so that only the transport key is
+/// wrong.
 ///
 /// # Panics
-/// When the protector is not one of [`with_oaep`]'s.
+/// If the protector was not created by [`with_oaep`].
 #[must_use]
 pub fn with_cipher(owner: &Owner, file: &[u8], change: impl FnOnce(&[u8]) -> Vec<u8>) -> Vec<u8> {
     let text = std::str::from_utf8(file).unwrap();

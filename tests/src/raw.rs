@@ -1,4 +1,4 @@
-//! HTTP/1.1 by hand, on a blocking socket: for what no well-behaved client does.
+//! HTTP/1.1 on a blocking socket, for requests that no well-behaved client sends.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
@@ -7,49 +7,49 @@ use tokio::net::TcpSocket;
 
 use crate::wait::{PATIENCE, block};
 
-/// An answer.
+/// An HTTP answer.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Answer {
-    /// Its status.
+    /// Status code.
     pub status: u16,
-    /// Its header fields, names in lower case, in the order that they came in.
+    /// Header fields in the order received, with names in lower case.
     pub headers: Vec<(String, String)>,
-    /// Its body.
+    /// The whole body.
     pub body: Vec<u8>,
 }
 
 impl Answer {
-    /// The first field of this name.
+    /// Returns the first header field of this name.
     #[must_use]
     pub fn header(&self, name: &str) -> Option<&str> {
         self.headers.iter().find(|(n, _)| n == name).map(|(_, value)| value.as_str())
     }
 
-    /// Whether the server says that it closes the connection.
+    /// Returns true if the server announces that it closes the connection.
     #[must_use]
     pub fn closes(&self) -> bool {
         self.header("connection").is_some_and(|value| value.eq_ignore_ascii_case("close"))
     }
 
-    /// The body as text.
+    /// Returns the body as text.
     #[must_use]
     pub fn text(&self) -> String {
         String::from_utf8_lossy(&self.body).into_owned()
     }
 }
 
-/// Why there is no answer.
+/// Reason why there is no answer.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Silence {
-    /// The connection ended before the first octet.
+    /// The connection ended before the first byte.
     Closed,
-    /// It ended within an answer, of which this had come; or what came is no answer.
+    /// The connection ended within an answer, or the bytes received are not an answer. Contains these bytes.
     Torn(String),
-    /// Nothing came for as long as was waited.
+    /// Nothing arrived within the time limit.
     Nothing,
 }
 
-/// One connection.
+/// One TCP connection.
 pub struct Connection {
     /// The socket.
     pub stream: TcpStream,
@@ -57,18 +57,18 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// Connects.
+    /// Connects to an address.
     ///
     /// # Errors
-    /// What the operating system says.
+    /// Returns the operating system's error.
     pub fn open(address: SocketAddr) -> std::io::Result<Self> {
         Self::over(TcpStream::connect(address)?)
     }
 
-    /// Connects from an address of this machine: all of 127.0.0.0/8 are its own.
+    /// Connects from an address of this machine; all of 127.0.0.0/8 belong to it.
     ///
     /// # Errors
-    /// What the operating system says.
+    /// Returns the operating system's error.
     pub fn open_from(source: Ipv4Addr, address: SocketAddr) -> std::io::Result<Self> {
         let stream = block(async {
             let socket = TcpSocket::new_v4()?;
@@ -86,15 +86,15 @@ impl Connection {
         Ok(Self { stream, read: Vec::new() })
     }
 
-    /// Writes.
+    /// Sends bytes.
     ///
     /// # Errors
-    /// What the operating system says.
+    /// Returns the operating system's error.
     pub fn send(&mut self, octets: &[u8]) -> std::io::Result<()> {
         self.stream.write_all(octets)
     }
 
-    /// Reads one answer; its length has to be announced.
+    /// Reads one answer, which must have a Content-Length.
     ///
     /// # Errors
     /// See [`Silence`].
@@ -123,18 +123,18 @@ impl Connection {
         Silence::Torn(format!("{why} after {}", String::from_utf8_lossy(&self.read)))
     }
 
-    /// Writes a request and reads its answer.
+    /// Sends a request and reads its answer.
     ///
     /// # Errors
     /// See [`Silence`].
     pub fn exchange(&mut self, request: &[u8]) -> Result<Answer, Silence> {
-        // A connection that was closed may fail here, too; what was answered before that can still be read.
+        // On a closed connection the send may fail, but an earlier answer can still be read.
         let _ = self.send(request);
         self.answer()
     }
 }
 
-/// `None` while it is not whole.
+/// Parses an answer; `None` while it is incomplete.
 fn parse(octets: &[u8]) -> Result<Option<(Answer, usize)>, String> {
     let Some(end) = octets.windows(4).position(|w| w == b"\r\n\r\n") else { return Ok(None) };
     let head = std::str::from_utf8(&octets[..end]).map_err(|e| e.to_string())?;
@@ -151,20 +151,20 @@ fn parse(octets: &[u8]) -> Result<Option<(Answer, usize)>, String> {
     Ok(Some((Answer { status, headers, body: body.to_vec() }, begin + length)))
 }
 
-/// The header of a request with a body of `length` octets.
+/// Returns the header of a request with a body of `length` bytes.
 #[must_use]
 pub fn post_head(path: &str, media_type: &str, length: usize) -> Vec<u8> {
     format!("POST {path} HTTP/1.1\r\nHost: test\r\nContent-Type: {media_type}\r\nContent-Length: {length}\r\n\r\n")
         .into_bytes()
 }
 
-/// A request with a body.
+/// Returns a request with a body.
 #[must_use]
 pub fn post(path: &str, media_type: &str, body: &[u8]) -> Vec<u8> {
     [post_head(path, media_type, body.len()), body.to_vec()].concat()
 }
 
-/// A request without one.
+/// Returns a request without a body.
 #[must_use]
 pub fn get(path: &str) -> Vec<u8> {
     format!("GET {path} HTTP/1.1\r\nHost: test\r\n\r\n").into_bytes()

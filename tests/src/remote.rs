@@ -1,12 +1,13 @@
-//! Tokens behind sockets, as network HSMs are: a `p11-kit server` for each member, and p11-kit's client in the daemon's workers.
+//! Tokens behind sockets, like network HSMs: a `p11-kit server` for each member, and p11-kit's client in the daemon's
+//! workers.
 //!
-//! A server answers all calls of one connection one after the other, in a process of that connection's own. Its client
-//! connects when it is initialised and never again by itself: with the server gone every call fails, until a fresh worker
-//! initialises it anew. Without a server it initialises all the same, and has no slots.
+//! A server answers all calls of one connection one after the other, in a process for that connection. The client connects
+//! when it is initialised and never reconnects: once the server is gone, every call fails until a fresh worker initialises
+//! the client again. Without a server, initialisation succeeds and there are no slots.
 //!
-//! With several calls in flight the client has a fault of its own: when the connection ends between an answer's header and
-//! its data, threads that wait for other answers wait for ever, and the module can never be finalised again. Their worker has to
-//! be killed. Members have two sessions here, so that this happens; more would gain nothing.
+//! With several calls in flight the client has a defect: if the connection ends between an answer's header and its data,
+//! threads that wait for other answers wait for ever, and the module can never be finalised. The worker must then be
+//! killed. Members have two sessions here, so that this case occurs; more sessions would add nothing.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -25,10 +26,10 @@ use crate::wait::until;
 const PACKAGES: &str = "p11-kit p11-kit-modules";
 const CLIENT: &str = "pkcs11/p11-kit-client.so";
 const ADDRESS: &str = "P11_KIT_SERVER_ADDRESS";
-/// A server that nobody connects to any more ends after so many seconds: should a test be killed, nothing stays behind.
+/// A server without connections ends after this number of seconds, so that no server remains if a test is killed.
 const UNUSED: &str = "120";
 
-/// The servers of a lab's members, by the members' names (`hsm-a` …). They are killed when this is dropped.
+/// The servers of a lab's members, by member name (`hsm-a` …). They are killed when this is dropped.
 pub struct Remote(BTreeMap<String, Server>);
 
 struct Server {
@@ -41,11 +42,11 @@ struct Server {
 }
 
 impl Lab {
-    /// Puts a server of its own between the daemon and every token, in the configuration; to be called once, before the
-    /// lab is served. All members name the same client, which has one connection in each of their workers.
+    /// Puts a server in front of every token, in the configuration. Must be called once, before the lab is served. All
+    /// members use the same client library, which has one connection in each worker.
     ///
     /// # Panics
-    /// When a server does not come up, or p11-kit is not installed.
+    /// If a server does not start or p11-kit is not installed.
     #[must_use]
     pub fn behind_servers(&self) -> Remote {
         tool(PACKAGES, Command::new("p11-kit").arg("--help"));
@@ -54,7 +55,7 @@ impl Lab {
         fs::create_dir_all(&folder).unwrap();
         let mut servers = BTreeMap::new();
         self.configure(|config| {
-            // What is for the tokens is the servers' business now.
+            // The servers need the environment of the tokens; the daemon does not.
             let env = std::mem::take(&mut config.env);
             for hsm in &mut config.hsm {
                 let socket = folder.join(format!("{}.sock", hsm.name));
@@ -72,30 +73,29 @@ impl Lab {
 }
 
 impl Remote {
-    /// The machine of a member dies: every connection ends, and nobody takes new ones.
+    /// Kills a member's server and its connections: nothing accepts new connections.
     pub fn kill(&mut self, member: &str) {
         self.of(member).kill();
     }
 
-    /// A member's server starts, anew if it runs.
+    /// Starts a member's server, or restarts it if it runs.
     pub fn restart(&mut self, member: &str) {
         let server = self.of(member);
         server.kill();
         server.start();
     }
 
-    /// A member's server answers nothing any more, while its connections stay. New ones can be made.
+    /// Stops a member's server: it no longer answers, but its connections stay open, and new ones can be made.
     pub fn stop(&mut self, member: &str) {
         self.of(member).signal(Signal::STOP);
     }
 
-    /// A member's server goes on where it was.
+    /// Continues a member's stopped server.
     pub fn cont(&mut self, member: &str) {
         self.of(member).signal(Signal::CONT);
     }
 
-    /// In the place of a member's server there is one that lets everybody connect and never says a word. Until it is
-    /// restarted.
+    /// Replaces a member's server by one that accepts connections and never answers, until it is restarted.
     pub fn mute(&mut self, member: &str) {
         let server = self.of(member);
         server.kill();
@@ -113,7 +113,7 @@ impl Server {
         let mut command = Command::new("p11-kit");
         command.args(["server", "--foreground", "--timeout", UNUSED, "--provider"]).arg(&self.provider);
         command.arg("--name").arg(&self.socket).arg(format!("pkcs11:token={}", self.token));
-        // A group of its own, for the processes of its connections.
+        // The server gets its own process group, which includes the processes of its connections.
         self.process = Some(Process::start(command.envs(&self.env).process_group(0)));
         until("a connection to a server", || UnixStream::connect(&self.socket).ok());
     }
@@ -126,7 +126,7 @@ impl Server {
     fn kill(&mut self) {
         self.mute = None;
         if let Some(mut process) = self.process.take() {
-            // Not waited for yet, so the id is still its own.
+            // The process was not waited for yet, so its id is not reused.
             let _ = kill_process_group(process.pid(), Signal::KILL);
             process.wait();
         }
@@ -140,7 +140,7 @@ impl Drop for Server {
 }
 
 fn client() -> PathBuf {
-    // Debian and its like have a folder for each architecture.
+    // Debian and its derivatives have a directory for each architecture.
     let folders = fs::read_dir("/usr/lib").into_iter().flatten().flatten().map(|entry| entry.path());
     let places = folders.chain(["/usr/lib64", "/usr/lib", "/usr/local/lib"].map(PathBuf::from));
     let found = places.map(|place| place.join(CLIENT)).find(|path| path.exists());

@@ -1,25 +1,25 @@
-//! What `/metrics` says.
+//! Parsed contents of `/metrics`.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 type Labels = BTreeMap<String, String>;
 
-/// One scrape: every series and its value.
+/// One scrape: every series with its value.
 #[derive(Clone, Debug)]
 pub struct Metrics(Vec<(String, Labels, f64)>);
 
 impl Metrics {
-    /// Reads the Prometheus text format, as far as this daemon writes it (no escapes in label values).
+    /// Parses the Prometheus text format as this daemon writes it (without escapes in label values).
     ///
     /// # Panics
-    /// When it is something else.
+    /// If the page has another format.
     #[must_use]
     pub fn parse(page: &str) -> Self {
         let lines = page.lines().filter(|line| !line.is_empty() && !line.starts_with('#'));
         Self(lines.map(|line| series(line).unwrap_or_else(|| panic!("no series: {line}"))).collect())
     }
 
-    /// The sum of all series of this name that have these labels; `None` when there are none.
+    /// Returns the sum of all series with this name and these labels; `None` if there is none.
     #[must_use]
     pub fn sum(&self, name: &str, labels: &[(&str, &str)]) -> Option<f64> {
         let fits = |has: &Labels| labels.iter().all(|(label, value)| has.get(*label).is_some_and(|v| v == value));
@@ -27,21 +27,21 @@ impl Metrics {
         values.fold(None, |sum, value| Some(sum.unwrap_or(0.0) + value))
     }
 
-    /// The same as a whole number.
+    /// Returns the sum as a whole number.
     ///
     /// # Panics
-    /// When there is no such series.
+    /// If there is no such series.
     #[must_use]
     pub fn count(&self, name: &str, labels: &[(&str, &str)]) -> u64 {
         self.sum(name, labels).unwrap_or_else(|| panic!("no {name} {labels:?} in {:#?}", self.0)) as u64
     }
 
-    /// The names of all series, each once.
+    /// Returns the names of all series, without repetition.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.0.iter().map(|(name, ..)| name.as_str()).collect::<BTreeSet<_>>().into_iter()
     }
 
-    /// All values of a label of a metric.
+    /// Returns all values of a label of a metric.
     #[must_use]
     pub fn values_of(&self, name: &str, label: &str) -> Vec<String> {
         self.0.iter().filter(|(n, ..)| n == name).filter_map(|(_, labels, _)| labels.get(label).cloned()).collect()

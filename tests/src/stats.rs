@@ -1,6 +1,6 @@
-//! A little statistics, for information only.
+//! Statistics for printed reports.
 
-/// The median; 0 of nothing.
+/// Returns the median; 0 for an empty slice.
 #[must_use]
 pub fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
@@ -12,8 +12,8 @@ pub fn median(values: &[f64]) -> f64 {
     }
 }
 
-/// The z of the Mann-Whitney U test: how far apart two samples are, in standard deviations of what chance does. Ties
-/// share their ranks; the variance is not corrected for them.
+/// Returns z of the Mann-Whitney U test: the difference between two samples, in standard deviations of chance. Ties share
+/// their ranks; the variance is not corrected for ties.
 #[must_use]
 pub fn mann_whitney_z(one: &[f64], other: &[f64]) -> f64 {
     let mut all: Vec<(f64, bool)> = one.iter().map(|v| (*v, true)).chain(other.iter().map(|v| (*v, false))).collect();
@@ -42,7 +42,7 @@ mod tests {
         assert!(mann_whitney_z(&same, &same).abs() < 1e-9);
         let higher: Vec<f64> = same.iter().map(|v| v + 100.0).collect();
         assert!(mann_whitney_z(&higher, &same) > 8.0);
-        // U = 2 of 3 x 3: (2 - 4.5) / sqrt(5.25)
+        // U = 2 of 3 × 3: (2 - 4.5) / sqrt(5.25).
         assert!((mann_whitney_z(&[1.0, 2.0, 5.0], &[3.0, 4.0, 6.0]) + 1.0911).abs() < 1e-3);
     }
 }

@@ -1,4 +1,4 @@
-//! TPMs: swtpm with a boot of its own, and one in software that says whatever a test wants.
+//! TPMs for tests: swtpm with a boot of its own, and a TPM in software whose evidence a test can change.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -21,26 +21,26 @@ use crate::process::Process;
 use crate::tool::{said, tool};
 use crate::wait::{block, until};
 
-/// The path of attestation by TPM.
+/// Path of TPM attestation.
 pub const TPM_ATTEST: &str = "/Attestation/v2.0/attest";
 
-/// A recorded boot: its event log.
+/// Returns the event log of a recorded boot.
 #[must_use]
 pub fn boot_log(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../daemon/protocol/tests/tpm").join(name).with_extension("bin")
 }
 
-/// A swtpm, in a folder that goes with it.
+/// A running swtpm. Its directory is removed when this is dropped.
 pub struct Swtpm {
     folder: TempDir,
     process: Process,
 }
 
 impl Swtpm {
-    /// A fresh TPM. Made by a maker, it has an endorsement key with a certificate; else it has neither.
+    /// Starts a new TPM. With `by_maker` it has an endorsement key with a certificate; otherwise it has neither.
     ///
     /// # Panics
-    /// When it does not start.
+    /// If it does not start.
     #[must_use]
     pub fn start(by_maker: bool) -> Self {
         let folder = tempfile::Builder::new().prefix("claviger-tpm-").tempdir().unwrap();
@@ -67,10 +67,10 @@ impl Swtpm {
         Process::start(&mut command)
     }
 
-    /// A new boot: all PCRs are as they are before the firmware runs.
+    /// Resets the TPM as for a new boot: all PCRs have their values before the firmware runs.
     ///
     /// # Panics
-    /// When it does not start.
+    /// If it does not start again.
     pub fn reset(&mut self) {
         self.process.terminate();
         self.process.wait();
@@ -79,28 +79,28 @@ impl Swtpm {
         until("a TPM that answers", || self.socket().exists().then_some(()));
     }
 
-    /// Its socket.
+    /// Returns the path of its socket.
     #[must_use]
     pub fn socket(&self) -> PathBuf {
         self.file("tpm")
     }
 
-    /// The folder with its maker's roots.
+    /// Returns the directory with the roots of its maker.
     #[must_use]
     pub fn roots(&self) -> PathBuf {
         self.file("roots")
     }
 
-    /// A file in its folder.
+    /// Returns the path of a file in its directory.
     #[must_use]
     pub fn file(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
-    /// Runs a program of tpm2-tools on it, in its folder.
+    /// Runs a program of tpm2-tools on this TPM, in its directory.
     ///
     /// # Panics
-    /// When it cannot be run, or fails.
+    /// If the program cannot be started or fails.
     pub fn tool<S: AsRef<OsStr>>(&self, name: &str, arguments: impl IntoIterator<Item = S>) -> Output {
         let mut command = Command::new(name);
         command.args(arguments).current_dir(self.folder.path());
@@ -110,10 +110,10 @@ impl Swtpm {
         output
     }
 
-    /// Has it measure what a recorded boot measured.
+    /// Extends the PCRs with the measurements of a recorded boot.
     ///
     /// # Panics
-    /// When the log cannot be read.
+    /// If the log cannot be read.
     pub fn boot(&self, name: &str) {
         let bytes = std::fs::read(boot_log(name)).unwrap();
         let log = Log::parse(&bytes).unwrap();
@@ -126,7 +126,7 @@ impl Swtpm {
     }
 }
 
-/// Has swtpm's tools play the maker of a TPM.
+/// Runs swtpm's tools as the maker of a TPM.
 fn manufacture(folder: &Path) {
     let path = |name: &str| folder.join(name).display().to_string();
     let write = |name: &str, text: String| std::fs::write(folder.join(name), text).unwrap();
@@ -156,10 +156,10 @@ fn manufacture(folder: &Path) {
     std::fs::copy(folder.join("ca/issuercert.pem"), folder.join("roots/issuer.pem")).unwrap();
 }
 
-/// Values that replay gives, of these PCRs.
+/// Returns the values of these PCRs after a replay of the log.
 ///
 /// # Panics
-/// When the log cannot be read.
+/// If the log cannot be read.
 #[must_use]
 pub fn replayed(log: &[u8], set: PcrSet) -> PcrValues {
     let all = Log::parse(log).unwrap().replay();
@@ -168,7 +168,7 @@ pub fn replayed(log: &[u8], set: PcrSet) -> PcrValues {
     some
 }
 
-/// A host whose TPM is in software and does as it is told.
+/// A host with a TPM in software, whose evidence a test can change.
 pub struct SoftwareHost {
     /// The TPM, with the PCRs of its boot.
     pub tpm: SoftwareTpm,
@@ -180,30 +180,30 @@ pub struct SoftwareHost {
     pub session: [u8; 16],
 }
 
-/// What a host sends in step 2, to be changed before it is sent.
+/// The contents of a host's step 2, which a test may change before sending.
 pub struct Second {
-    /// The session.
+    /// The session id.
     pub session: [u8; 16],
     /// Content 4.
     pub endorsement_key: Vec<u8>,
     /// Content 1.
     pub identity_key: Vec<u8>,
-    /// What is asked for.
+    /// The requested results.
     pub requested: Vec<ResultType>,
-    /// The blobs.
+    /// The encrypted State of the service.
     pub state: Vec<u8>,
-    /// `TPMS_ATTEST`.
+    /// `TPMS_ATTEST` of the quote.
     pub quote: Vec<u8>,
-    /// `TPMT_SIGNATURE`.
+    /// `TPMT_SIGNATURE` of the quote.
     pub signature: Vec<u8>,
-    /// The values.
+    /// The PCR values.
     pub pcr_values: Vec<u8>,
-    /// The log.
+    /// The event log.
     pub log: Vec<u8>,
 }
 
 impl Second {
-    /// The Context.
+    /// Encodes the Context.
     #[must_use]
     pub fn context(&self) -> Vec<u8> {
         Evidence {
@@ -216,24 +216,24 @@ impl Second {
         .to_context()
     }
 
-    /// Sends it.
+    /// Sends step 2.
     ///
     /// # Errors
-    /// The error reply.
+    /// Returns the error reply.
     ///
     /// # Panics
-    /// When there is no answer of the protocol.
+    /// If the answer violates the protocol.
     pub fn send(&self, daemon: &Daemon) -> Result<Vec<Certificate>, ReceivedError> {
         self.send_context(daemon, &self.context())
     }
 
-    /// The same with another Context.
+    /// Sends step 2 with another Context.
     ///
     /// # Errors
-    /// The error reply.
+    /// Returns the error reply.
     ///
     /// # Panics
-    /// When there is no answer of the protocol.
+    /// If the answer violates the protocol.
     pub fn send_context(&self, daemon: &Daemon, context: &[u8]) -> Result<Vec<Certificate>, ReceivedError> {
         let Self { session, requested, endorsement_key, identity_key, .. } = self;
         let body = post(daemon, second_request(*session, requested, endorsement_key, identity_key, context))?;
@@ -242,13 +242,13 @@ impl Second {
     }
 }
 
-/// Posts an attestation; gives the body of the answer.
+/// Posts an attestation request and returns the body of the answer.
 ///
 /// # Errors
-/// The error reply.
+/// Returns the error reply.
 ///
 /// # Panics
-/// When there is no answer of the protocol.
+/// If the answer violates the protocol.
 pub fn post(daemon: &Daemon, request: Vec<u8>) -> Result<Vec<u8>, ReceivedError> {
     let reply = block(daemon.client().post(TPM_ATTEST, "application/json", request)).unwrap();
     if reply.status == 200 {
@@ -266,10 +266,10 @@ pub fn post(daemon: &Daemon, request: Vec<u8>) -> Result<Vec<u8>, ReceivedError>
 }
 
 impl SoftwareHost {
-    /// A host that booted this recorded boot, with keys of its own.
+    /// Creates a host that booted this recorded boot, with its own keys.
     ///
     /// # Panics
-    /// When the log cannot be read.
+    /// If the log cannot be read.
     #[must_use]
     pub fn new(boot: &str) -> Self {
         let log = std::fs::read(boot_log(boot)).unwrap();
@@ -278,32 +278,32 @@ impl SoftwareHost {
         Self { tpm, log, identity: RsaPrivateKey::generate(2048).unwrap(), session: [7; 16] }
     }
 
-    /// Its endorsement key, as it is sent.
+    /// Returns its endorsement key as it is sent.
     #[must_use]
     pub fn endorsement_key(&self) -> Vec<u8> {
         self.tpm.endorsement_key().public().spki_der().to_vec()
     }
 
-    /// Step 1 with this Context: that of the answer.
+    /// Sends step 1 with this Context; returns the Context of the answer.
     ///
     /// # Errors
-    /// The error reply.
+    /// Returns the error reply.
     ///
     /// # Panics
-    /// When there is no answer of the protocol.
+    /// If the answer violates the protocol.
     pub fn first(&self, daemon: &Daemon, context: &[u8]) -> Result<Vec<u8>, ReceivedError> {
         let wanted = [ResultType::EncryptionCertificate];
         let body = post(daemon, first_request(self.session, &wanted, &self.endorsement_key(), context))?;
         Ok(parse_continue_reply(&body).unwrap())
     }
 
-    /// An honest step 1, and what an honest step 2 sends then.
+    /// Performs a valid step 1; returns the contents of the valid step 2.
     ///
     /// # Errors
-    /// The error reply to step 1.
+    /// Returns the error reply to step 1.
     ///
     /// # Panics
-    /// When the answer is not right.
+    /// If the answer is wrong.
     pub fn begin(&mut self, daemon: &Daemon) -> Result<Second, ReceivedError> {
         let received = self.first(daemon, &context::write(&[(Kind::AkPublic, self.tpm.ak_public())]))?;
         let received = Context::parse(&received).unwrap();
@@ -311,7 +311,7 @@ impl SoftwareHost {
         let [state, id_object, secret, selection] = received.exactly(kinds).unwrap();
         let protected = Protected { id_object: id_object.to_vec(), encrypted_secret: secret.to_vec() };
         let credential = self.tpm.activate(&protected).unwrap();
-        // PCRs that nothing was measured into are zero; others are as this boot left them.
+        // PCRs that were never extended are zero; the others have the values of this boot.
         let set = PcrSet::from_selection(selection).unwrap();
         let all = replayed(&self.log, set);
         for pcr in set.iter().filter(|pcr| self.tpm.pcrs.get(*pcr).is_none()).collect::<Vec<_>>() {

@@ -1,11 +1,11 @@
-//! Waiting for something that has to happen.
+//! Waiting for events that must happen.
 
 use std::time::Duration;
 
-/// How long a test waits for something that has to happen. Only a failure takes this long.
+/// Time limit for events that must happen. Only a failing test waits this long.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Asks `done` again and again until it gives something; panics with `what` after [`PATIENCE`].
+/// Calls `done` repeatedly until it returns a value; panics with `what` after [`PATIENCE`].
 pub fn until<T>(what: &str, mut done: impl FnMut() -> Option<T>) -> T {
     let begun = std::time::Instant::now();
     loop {
@@ -17,7 +17,7 @@ pub fn until<T>(what: &str, mut done: impl FnMut() -> Option<T>) -> T {
     }
 }
 
-/// Runs a future to its end, for tests that are not asynchronous themselves.
+/// Runs a future to its end, for tests that are not async.
 pub fn block<T>(future: impl Future<Output = T>) -> T {
     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(future)
 }

@@ -1,13 +1,9 @@
-//! What anonymous attackers of each kind cost honest hosts: goodput with them ÷ without them, in one run, in rounds beside each
-//! other; whether `/ready` stayed 200; and how much memory the daemon took. Apart from that, the processor time that each side
-//! takes, in processors: the daemon (without its HSM workers) beside attackers alone, and the attackers beside honest hosts.
+//! Measures the cost of anonymous attackers of each kind to honest hosts: goodput with attackers ÷ goodput without, in one
+//! run, in alternating rounds. Also checks that `/ready` stays 200, and measures the daemon's memory.
 //!
-//! The attackers run on this machine, too. At their default priority of 19 they take the processor time that daemon and hosts
-//! leave, as if they ran elsewhere; with `--nice 0` they take theirs from the goodput.
-//!
-//! `cargo run -p claviger-tests --release --bin attackers -- --attackers 100 --seconds 5 --rounds 3 --pause-ms 50 [--nice 19]
-//! [--kind TEXT]`; with `CLAVIGER_BIN` it looks at that binary. Ends with status 1 when a ratio is below 0.9, an answer was wrong, `/ready` was
-//! not 200, or the memory grew beyond its bounds.
+//! Run it with `cargo run -p claviger-tests --bin attackers -- --attackers 100 --seconds 5 --rounds 3 --pause-ms 50 [--kind
+//! TEXT]`; with `CLAVIGER_BIN` it tests that binary. It ends with status 1 if a ratio is below 0.9, an answer was wrong,
+//! `/ready` was not 200, or the memory exceeded its bounds.
 
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
@@ -24,9 +20,9 @@ use claviger_tests::{Daemon, Lab, Options};
 use rustix::process::getpid;
 
 const DEADLINE: Duration = Duration::from_secs(20);
-/// Goodput with attackers that the service promises, of what it is without them.
+/// Minimum goodput under attack, as a share of the goodput without attackers.
 const PROMISED: f64 = 0.9;
-/// Memory that attackers may add, in MiB: what there is for bodies, and as much again for connections.
+/// Maximum growth of memory in MiB: the budget for bodies, and as much again for connections.
 const MEMORY: u64 = 1024;
 
 struct Settings {
@@ -56,7 +52,7 @@ fn settings() -> Settings {
     }
 }
 
-/// Looks at `/ready` until it is dropped; counts what is not 200.
+/// Polls `/ready` until it is dropped; counts answers other than 200.
 async fn watch_readiness(daemon: &Daemon) -> (usize, usize) {
     let (mut asked, mut not_ready) = (0, 0);
     loop {
@@ -80,7 +76,7 @@ fn processors(before: Duration, after: Duration, time: Duration) -> f64 {
 fn lab(settings: &Settings) -> Lab {
     let lab = Lab::make(Options { hsms: 1, vms: 8, ..Options::default() });
     lab.configure(|config| {
-        // Fewer places than the attackers want, and no host is limited.
+        // Fewer connections than the attackers want, and no rate limit for hosts.
         config.server.max_connections = 3 * settings.attackers;
         config.release.host_rate = 0;
     });
@@ -117,7 +113,7 @@ async fn measure(settings: &Settings, lab: &Lab, daemon: Daemon, kinds: &[Kind])
             theirs.push(processors(before, of_attackers(), begun.elapsed()));
             memory = memory.max(daemon.process.status("VmRSS") / 1024);
             drop(attack);
-            // Whatever they left behind.
+            // Waits for the remains of the attack to end.
             tokio::time::sleep(Duration::from_millis(500)).await;
             let rate = |right: usize| right as f64 / settings.seconds;
             lost += beside.lost().len();

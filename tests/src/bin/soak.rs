@@ -1,8 +1,8 @@
-//! A long time with everything that can happen to tokens and their workers: open-loop load on a daemon with three of them, and
-//! every few seconds another fault somewhere. One member at least is always well, so no answer may be wrong and none may be
-//! lost; and the daemon may not grow.
+//! Soak test with all faults of tokens and workers: open-loop load on a daemon with three members, and a new fault every
+//! few seconds. At least one member is always healthy, so no answer may be wrong and none may be lost. The daemon must not
+//! grow.
 //!
-//! `cargo run -p claviger-tests --bin soak -- --minutes 30`; ends with status 1 when something of that did not hold.
+//! Run it with `cargo run -p claviger-tests --bin soak -- --minutes 30`. It ends with status 1 if a condition was violated.
 
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
@@ -16,21 +16,21 @@ use rustix::process::{Signal, kill_process};
 
 const MEMBERS: [&str; 3] = ["hsm-a", "hsm-b", "hsm-c"];
 const DEADLINE: Duration = Duration::from_secs(20);
-/// How much of what the machine carried at the beginning is asked of it.
+/// Load as a share of the capacity measured at the start.
 const SHARE: f64 = 0.35;
-/// A member is well when it has served for so long since its fault ended.
+/// A member counts as healthy when it has served for this time after its fault ended.
 const CALM: Duration = Duration::from_secs(2);
-/// Seconds from one fault to the next, and that one lasts.
+/// Range of seconds between two faults, and of the duration of a fault.
 const PAUSE: (f64, f64) = (2.0, 6.0);
 const LASTS: (f64, f64) = (0.5, 8.0);
 const LINE_EVERY: Duration = Duration::from_secs(10);
-/// How much larger the last quarter's mean may be than the first's. Pages that the allocator keeps, and workers that are started
-/// and ended, make for some coming and going.
+/// Maximum ratio of the last quarter's mean to the first's. Pages kept by the allocator and restarts of workers cause some
+/// variation.
 const SLACK: f64 = 1.25;
-/// The same in threads and in open files.
+/// Maximum growth in threads and in open files.
 const FEW: f64 = 4.0;
 
-/// What can happen to a token.
+/// Faults of a token.
 const TOKEN_FAULTS: [&[&str]; 34] = [
     &["call=* rv=CKR_DEVICE_ERROR"],
     &["call=* rv=CKR_DEVICE_REMOVED"],
@@ -56,7 +56,7 @@ const TOKEN_FAULTS: [&[&str]; 34] = [
     &["stale=login", "stale=objects"],
     &["max_sessions=2", "stale=sessions"],
     &["throttle=2 rv=CKR_FUNCTION_FAILED", "call=C_Decrypt,C_Sign delay_ms=40"],
-    // What comes of a leak stays until its worker ends, and leaks add up: they have a test of their own.
+    // The effects of a leak stay until its worker ends, and leaks add up: they have a separate test.
     &["call=C_Decrypt deed=abort"],
     &["call=C_Sign deed=exit"],
     &["call=C_Decrypt deed=segv"],
@@ -69,22 +69,22 @@ const TOKEN_FAULTS: [&[&str]; 34] = [
     &["call=C_OpenSession deed=abort", "stale=sessions"],
 ];
 
-/// What can happen to a module.
+/// Faults of a module.
 const MODULE_FAULTS: [&[&str]; 2] = [&["dead"], &["call=* rv=CKR_CRYPTOKI_NOT_INITIALIZED"]];
 
-/// What can happen to a member.
+/// A fault of a member.
 #[derive(Clone, Copy)]
 enum Fault {
     Token(&'static [&'static str]),
     Module(&'static [&'static str]),
-    /// Its worker is killed by hand.
+    /// The worker is killed from outside.
     Killed,
 }
 
 impl Fault {
     const NUMBER: usize = TOKEN_FAULTS.len() + MODULE_FAULTS.len() + 1;
 
-    /// One of [`NUMBER`](Self::NUMBER).
+    /// Returns fault `number`, below [`NUMBER`](Self::NUMBER).
     fn of(number: usize) -> Self {
         let of_module = || MODULE_FAULTS.get(number - TOKEN_FAULTS.len()).map(|lines| Fault::Module(lines));
         TOKEN_FAULTS.get(number).map(|lines| Fault::Token(lines)).or_else(of_module).unwrap_or(Fault::Killed)
@@ -98,18 +98,18 @@ impl Fault {
     }
 }
 
-/// How a member is, as far as this program has to do with it.
+/// State of a member in this test.
 #[derive(Clone, Copy)]
 enum Is {
-    /// It has no fault and has served for a while.
+    /// The member has no fault and has served for a while.
     Well,
-    /// It has a fault until then.
+    /// The member has a fault until this time.
     Ill(Instant),
-    /// Its fault has ended, and since then it did so many operations; it serves as of then.
+    /// The fault has ended. `served`: operations until then. `since`: time from which the member serves again, if it does.
     Recovering { served: u64, since: Option<Instant> },
 }
 
-/// One look at the daemon.
+/// One sample of the daemon's state.
 struct Look {
     resident_mib: f64,
     threads: f64,
@@ -126,7 +126,7 @@ struct Soak {
 }
 
 impl Soak {
-    /// SplitMix64.
+    /// Returns the next number of SplitMix64.
     fn random(&mut self) -> u64 {
         self.rng = self.rng.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let mixed = (self.rng ^ (self.rng >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
@@ -147,7 +147,7 @@ impl Soak {
         self.members.iter().filter(|is| matches!(is, Is::Well)).count()
     }
 
-    /// Makes a member ill, if another one stays well.
+    /// Starts a fault of a member, if another one stays healthy.
     fn break_one(&mut self, begun: Instant) {
         let at = self.below(MEMBERS.len());
         if self.well() < 2 || !matches!(self.members[at], Is::Well) {
@@ -169,7 +169,7 @@ impl Soak {
         self.faults += 1;
     }
 
-    /// Ends faults whose time is up, and sees who is well again.
+    /// Ends faults whose time is over, and marks members that have recovered.
     async fn look_after(&mut self) {
         let now = Instant::now();
         let metrics = self.daemon.metrics().await;
@@ -204,7 +204,7 @@ fn served(metrics: &Metrics, member: &str) -> u64 {
     of("decrypt") + of("sign")
 }
 
-/// The means of the first and the last quarter.
+/// Returns the means of the first and the last quarter.
 fn quarters(looks: &[Look], value: impl Fn(&Look) -> f64) -> (f64, f64) {
     let quarter = (looks.len() / 4).max(1).min(looks.len());
     let mean = |looks: &[Look]| looks.iter().map(&value).sum::<f64>() / looks.len() as f64;
@@ -311,7 +311,7 @@ struct Totals {
     lost: usize,
     wrong: usize,
     gap: Duration,
-    /// Members do not recover.
+    /// True if members do not recover.
     stuck: bool,
 }
 
