@@ -1,4 +1,4 @@
-//! The module has a thread of its own and may have calls that hang: it must never be unmapped under them.
+//! Links the module so that it is never unmapped: it has a thread of its own, and calls may hang in it.
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");

@@ -1,19 +1,19 @@
-//! What a module can do to the process that loaded it.
+//! Deeds: harm that a module does to the process that loaded it.
 
 use std::hint::black_box;
 use std::io::Write;
 
-/// How much a leak leaks and a print prints.
+/// Number of bytes that `leak` leaks and `print` prints.
 const GIGABYTE: usize = 1 << 30;
-/// What is printed: lines of this length, so many at once.
+/// Length of a printed line.
 const LINE: usize = 1000;
 const LINES: usize = 64;
-/// The descriptor that [`Deed::Close`] and [`Deed::Reconnect`] take: where a worker process has its socket.
+/// The descriptor that [`Deed::Close`] and [`Deed::Reconnect`] take: a worker process has its socket there.
 const DESCRIPTOR: libc::c_int = 3;
-/// The size that [`Deed::Heap`] writes over that of a block: less than any block has.
+/// The size that [`Deed::Heap`] writes over the size of a block. It is smaller than any block.
 const NO_SIZE: usize = 8;
 
-/// See the documentation of the crate.
+/// A deed, as described in the documentation of the crate.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Deed {
     Abort,
@@ -55,8 +55,8 @@ impl Deed {
             Deed::Segv => raise_segv(),
             Deed::Heap => corrupt_heap(),
             Deed::Handlers => change_handlers(),
-            // SAFETY: the point is to take a descriptor from its owner. What the owner reads or writes from now on fails, or
-            // goes to a file that gets the same number, which is memory safe.
+            // SAFETY: the purpose is to take a descriptor from its owner. Later reads and writes of the owner fail, or go
+            // to a file that gets the same number; both are memory safe.
             Deed::Close => drop(unsafe { libc::close(DESCRIPTOR) }),
             Deed::Reconnect => reconnect(),
             Deed::Print => print(),
@@ -66,8 +66,8 @@ impl Deed {
     }
 }
 
-/// Twice, because the handler that Rust programs start with takes the first one for a fault that comes again by itself: it
-/// restores the default action and returns.
+/// Raises SIGSEGV twice. Rust's default handler takes the first signal for a fault that will recur: it restores the default
+/// action and returns.
 fn raise_segv() {
     for _ in 0..2 {
         // SAFETY: sending a signal to the own thread touches no memory.
@@ -75,10 +75,10 @@ fn raise_segv() {
     }
 }
 
-/// What the allocator finds in `free` makes it abort the process.
+/// Corrupts the allocator's data. The check in `free` then aborts the process.
 fn corrupt_heap() {
-    // SAFETY: this is undefined behaviour, and the point of it: the size in front of a block is overwritten. The block
-    // belongs to nobody else, and glibc, which the tests run on, ends the process before it uses that size.
+    // SAFETY: this is undefined behaviour on purpose: it overwrites the size in front of a block. Only this function uses
+    // the block, and glibc, on which the tests run, ends the process before it uses that size.
     unsafe {
         let block = libc::malloc(64).cast::<usize>();
         block.sub(1).write(NO_SIZE);
@@ -86,10 +86,11 @@ fn corrupt_heap() {
     }
 }
 
-/// As a library does that closes descriptors it does not own and then opens a connection of its own, to somebody who reads.
+/// Acts like a library that closes a foreign descriptor and then opens a connection of its own, whose other end is read.
 fn reconnect() {
     let mut ends = [0; 2];
-    // SAFETY: there is room for both ends. As for closing it: what its owner sends from now on goes elsewhere.
+    // SAFETY: the array has room for both ends. The closed descriptor's owner sends to another socket from now on, which is
+    // memory safe.
     unsafe {
         libc::socketpair(libc::AF_UNIX, libc::SOCK_SEQPACKET, 0, ends.as_mut_ptr());
         libc::dup2(ends[0], DESCRIPTOR);
@@ -111,7 +112,7 @@ fn change_handlers() {
     }
 }
 
-/// Half of it to each output. An output that nobody reads, or that is closed, is no reason to fail.
+/// Prints half of the bytes to each output. Ignores errors of outputs that nobody reads or that are closed.
 fn print() {
     let mut line = [b'x'; LINE];
     line[LINE - 1] = b'\n';
@@ -122,7 +123,7 @@ fn print() {
     }
 }
 
-/// Never returns: a mutex of the default kind waits for its own owner.
+/// Never returns: a mutex of the default kind waits even for its own owner.
 fn lock_twice() {
     let mutex = Box::into_raw(Box::new(libc::PTHREAD_MUTEX_INITIALIZER));
     for _ in 0..2 {

@@ -1,4 +1,4 @@
-//! The functions of PKCS#11 2.40, exported by name and in the list.
+//! The functions of PKCS#11 2.40, exported by name and in the function list.
 
 #![allow(non_snake_case)]
 
@@ -8,10 +8,10 @@ use crate::module::{bind, guarded, ok};
 use crate::session::{self, Kind, final_call, on_session, one_call};
 use crate::slots::{self, on_module, on_slot};
 
-/// The list, and what is in it.
+/// Builds the function list and the list of names.
 macro_rules! functions {
     ($($name:ident)*) => {
-        /// The names of all functions.
+        /// Names of all functions.
         pub(crate) const NAMES: &[&str] = &[$(stringify!($name)),*];
 
         static LIST: CK_FUNCTION_LIST =
@@ -19,8 +19,8 @@ macro_rules! functions {
     };
 }
 
-/// Functions whose first argument is a session. Handles among the others are named behind: of keys and of other objects
-/// that are given, and of those that are made.
+/// Functions whose first argument is a session. Handles among the other arguments are declared at the end: handles of keys,
+/// of other objects, and of created objects.
 macro_rules! of_sessions {
     ($(
         $name:ident($($arg:ident: $type:ty),*)
@@ -32,9 +32,10 @@ macro_rules! of_sessions {
                 $($(let $key = live.object($key, CKR_KEY_HANDLE_INVALID)?;)+)?
                 $($(let $object = live.object($object, CKR_OBJECT_HANDLE_INVALID)?;)+)?
                 let real = live.real.$name.ok_or(CKR_FUNCTION_NOT_SUPPORTED)?;
-                // SAFETY: the session is open, and the rest is the caller's, handles of objects aside.
+                // SAFETY: the session is open; the other arguments come from the caller, except for translated object
+                // handles.
                 ok(unsafe { real(live.session $(, $arg)*) })?;
-                // SAFETY: the call succeeded, so what it makes is written.
+                // SAFETY: the call succeeded, so it has written the created handles.
                 $($(unsafe { live.made($made) };)+)?
                 Ok(())
             })
@@ -42,21 +43,21 @@ macro_rules! of_sessions {
     )* };
 }
 
-/// Functions that end an operation and have nothing to tell but how it went.
+/// Functions that end an operation and return only a return code.
 macro_rules! ends {
     ($($name:ident($($arg:ident: $type:ty),*);)*) => { $(
         #[unsafe(no_mangle)]
         unsafe extern "C" fn $name(session: CK_SESSION_HANDLE $(, $arg: $type)*) -> CK_RV {
             on_session(stringify!($name), session, Kind { ends: true, has_result: false }, |live| {
                 let real = live.real.$name.ok_or(CKR_FUNCTION_NOT_SUPPORTED)?;
-                // SAFETY: the session is open, and the rest is the caller's.
+                // SAFETY: the session is open; the other arguments come from the caller.
                 ok(unsafe { real(live.session $(, $arg)*) })
             })
         }
     )* };
 }
 
-/// Functions that turn all of an input into a result, and end the operation.
+/// Functions that turn a whole input into a result and end the operation.
 macro_rules! one_calls {
     ($($name:ident)*) => { $(
         #[unsafe(no_mangle)]
@@ -67,18 +68,18 @@ macro_rules! one_calls {
             output: CK_BYTE_PTR,
             output_len: CK_ULONG_PTR,
         ) -> CK_RV {
-            // SAFETY: the caller keeps to PKCS#11.
+            // SAFETY: the caller follows PKCS#11.
             unsafe { one_call(stringify!($name), session, |real| real.$name, (input, input_len), (output, output_len)) }
         }
     )* };
 }
 
-/// Functions that give the rest of a result, and end the operation.
+/// Functions that return the rest of a result and end the operation.
 macro_rules! finals {
     ($($name:ident)*) => { $(
         #[unsafe(no_mangle)]
         unsafe extern "C" fn $name(session: CK_SESSION_HANDLE, output: CK_BYTE_PTR, output_len: CK_ULONG_PTR) -> CK_RV {
-            // SAFETY: the caller keeps to PKCS#11.
+            // SAFETY: the caller follows PKCS#11.
             unsafe { final_call(stringify!($name), session, |real| real.$name, (output, output_len)) }
         }
     )* };
@@ -91,7 +92,7 @@ macro_rules! of_slots {
         unsafe extern "C" fn $name(slot: CK_SLOT_ID $(, $arg: $type)*) -> CK_RV {
             on_slot(stringify!($name), slot, Some(CKR_TOKEN_NOT_PRESENT), |module, _| {
                 let real = module.real.$name.ok_or(CKR_FUNCTION_NOT_SUPPORTED)?;
-                // SAFETY: all is the caller's.
+                // SAFETY: all arguments come from the caller.
                 ok(unsafe { real(slot $(, $arg)*) })
             })
         }
@@ -213,7 +214,7 @@ unsafe extern "C" fn C_GetFunctionList(list: *mut CK_FUNCTION_LIST_PTR) -> CK_RV
             return Err(CKR_ARGUMENTS_BAD);
         }
         bind()?;
-        // SAFETY: it is not null, and the caller's.
+        // SAFETY: the pointer is not null and comes from the caller.
         unsafe { *list = (&raw const LIST).cast_mut() };
         Ok(())
     })
@@ -233,14 +234,14 @@ unsafe extern "C" fn C_Finalize(reserved: CK_VOID_PTR) -> CK_RV {
 unsafe extern "C" fn C_GetInfo(info: CK_INFO_PTR) -> CK_RV {
     on_module("C_GetInfo", |module| {
         let real = module.real.C_GetInfo.ok_or(CKR_FUNCTION_NOT_SUPPORTED)?;
-        // SAFETY: the pointer is the caller's.
+        // SAFETY: the pointer comes from the caller.
         ok(unsafe { real(info) })
     })
 }
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn C_GetSlotList(present: CK_BBOOL, list: CK_SLOT_ID_PTR, count: CK_ULONG_PTR) -> CK_RV {
-    // SAFETY: the caller keeps to PKCS#11.
+    // SAFETY: the caller follows PKCS#11.
     unsafe { slots::get_slot_list(present, list, count) }
 }
 
@@ -295,7 +296,7 @@ unsafe extern "C" fn C_FindObjects(
     session::find_objects(session, objects, most, found)
 }
 
-/// Not held by the gate: it may wait for as long as nothing happens.
+/// Does not hold the gate, because it may wait for any time.
 #[unsafe(no_mangle)]
 unsafe extern "C" fn C_WaitForSlotEvent(flags: CK_FLAGS, slot: CK_SLOT_ID_PTR, reserved: CK_VOID_PTR) -> CK_RV {
     const NAME: &str = "C_WaitForSlotEvent";
@@ -305,7 +306,7 @@ unsafe extern "C" fn C_WaitForSlotEvent(flags: CK_FLAGS, slot: CK_SLOT_ID_PTR, r
         module.alive()?;
         module.refused(NAME, None, None)?;
         let real = module.real.C_WaitForSlotEvent.ok_or(CKR_FUNCTION_NOT_SUPPORTED)?;
-        // SAFETY: all is the caller's.
+        // SAFETY: all arguments come from the caller.
         ok(unsafe { real(flags, slot, reserved) })
     })
 }

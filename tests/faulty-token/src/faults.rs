@@ -1,4 +1,4 @@
-//! The language of control files.
+//! Parser of control files.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -8,7 +8,7 @@ use cryptoki_sys::*;
 use crate::deeds::Deed;
 use crate::exports::NAMES;
 
-/// Names that may stand for a number.
+/// Names that may be used instead of numbers.
 const CODES: [(&str, CK_RV); 24] = [
     ("CKR_HOST_MEMORY", CKR_HOST_MEMORY),
     ("CKR_GENERAL_ERROR", CKR_GENERAL_ERROR),
@@ -36,7 +36,7 @@ const CODES: [(&str, CK_RV); 24] = [
     ("CKR_CRYPTOKI_NOT_INITIALIZED", CKR_CRYPTOKI_NOT_INITIALIZED),
 ];
 
-/// All that one control file says. The default is what no file says: nothing.
+/// Contents of one control file. The default is that of a missing file: no faults.
 #[derive(Default, Debug)]
 pub(crate) struct Faults {
     pub(crate) rules: Vec<Rule>,
@@ -45,17 +45,17 @@ pub(crate) struct Faults {
     pub(crate) absent: Option<Absent>,
     pub(crate) max_sessions: Option<u64>,
     pub(crate) advertise_sessions: Option<CK_ULONG>,
-    /// What `C_GetTokenInfo` says of the tries that the user PIN has left, by its flags.
+    /// Flags for the remaining tries of the user PIN in `C_GetTokenInfo`.
     pub(crate) pin_flags: CK_FLAGS,
     pub(crate) no_slots: bool,
-    /// The code of a dead module.
+    /// Return code of a dead module.
     pub(crate) dead: Option<CK_RV>,
 }
 
-/// A line that is about calls.
+/// A line about calls.
 #[derive(Debug)]
 pub(crate) struct Rule {
-    /// `None`: all of them.
+    /// `None` for all calls.
     calls: Option<Vec<&'static str>>,
     every: u64,
     times: u64,
@@ -68,21 +68,21 @@ pub(crate) struct Rule {
     applied: AtomicU64,
 }
 
-/// More calls at once than the token takes.
+/// Limit of concurrent calls of a token.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Throttle {
     pub(crate) limit: u64,
     pub(crate) rv: CK_RV,
 }
 
-/// A token that is not there.
+/// A token that is absent.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Absent {
-    /// `None`: what fits the call.
+    /// `None` for the code that fits the call.
     pub(crate) rv: Option<CK_RV>,
 }
 
-/// What becomes invalid when the file appears.
+/// Items that become invalid when the file appears.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Stale {
     Sessions,
@@ -107,7 +107,8 @@ impl Rule {
         }
     }
 
-    /// Whether it holds for this call, which is counted if it may. `has_result` is whether there is anything to corrupt.
+    /// Returns true if the line applies to this call, and counts the call. `has_result` tells if there is a result to
+    /// corrupt.
     pub(crate) fn applies(&self, name: &str, has_result: bool) -> bool {
         let about = match &self.calls {
             Some(calls) => calls.contains(&name),
@@ -121,10 +122,10 @@ impl Rule {
     }
 }
 
-/// Says what is wrong with the lines of a control file: of the module's, or of a token's.
+/// Checks the lines of a control file: the module's or a token's.
 ///
 /// # Errors
-/// A sentence with the line.
+/// Returns a sentence that contains the invalid line.
 pub fn check(text: &str, of_module: bool) -> Result<(), String> {
     Faults::parse(text, of_module).map(drop)
 }
@@ -193,7 +194,7 @@ impl Faults {
     }
 }
 
-/// The words of a line: the first one says what it is about.
+/// The words of a line. The first word is the subject of the line.
 struct Words<'a>(Vec<(&'a str, Option<&'a str>)>);
 
 impl<'a> Words<'a> {

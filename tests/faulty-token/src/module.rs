@@ -1,9 +1,9 @@
-//! The instance: the real module, who has which session, and the order of things.
+//! The instance: the real module, the owners of its sessions, and the order of calls.
 //!
-//! Every call of the real module is made with the gate held for reading. What must not happen under a running call (closing
-//! sessions behind the caller's back, logging out, finalising) holds it for writing. Sleeping and hanging is done outside,
-//! so a call that hangs here is no obstacle, not even to `C_Finalize`. Control files are looked at outside, too: a new one may
-//! want the gate for writing.
+//! Every call of the real module holds the gate for reading. Actions that must not happen during a call (closing sessions
+//! behind the caller's back, logging out, finalising) hold it for writing. Delays and hangs happen outside the gate, so
+//! that a call that hangs blocks no other call, not even `C_Finalize`. Control files are also checked outside the gate,
+//! since a new file may need it for writing.
 
 use std::collections::{BTreeMap, HashMap};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -21,16 +21,16 @@ use crate::faults::{Faults, Stale};
 use crate::scope::{Plan, Scope, lock};
 use crate::{CONTROL_VARIABLE, MODULE_FILE, MODULE_VARIABLE};
 
-/// How often counts are written down, and control files looked at when nobody calls.
+/// Period in which counts are written and, without calls, control files are checked.
 const TICK: Duration = Duration::from_millis(50);
-/// Object handles are the real ones in the lower bits, and above them the number of times that handles became stale.
+/// An object handle has the real handle in its lower bits, and above it the number of times that handles became stale.
 const EPOCH_SHIFT: u32 = CK_ULONG::BITS / 4 * 3;
-/// `CK_TOKEN_INFO::label` is padded with these.
+/// Padding of `CK_TOKEN_INFO::label`.
 const PADDING: [char; 2] = [' ', '\0'];
 
 static MODULE: OnceLock<Module> = OnceLock::new();
 
-/// This copy of the library.
+/// The instance of this copy of the library.
 pub(crate) struct Module {
     pub(crate) real: CK_FUNCTION_LIST,
     control: PathBuf,
@@ -38,11 +38,11 @@ pub(crate) struct Module {
     gate: RwLock<()>,
     initialised: AtomicBool,
     dead: Mutex<Option<Death>>,
-    /// By label; they stay for as long as the library does.
+    /// By label. Entries are never removed.
     tokens: Mutex<BTreeMap<String, Arc<Token>>>,
     slots: Mutex<HashMap<CK_SLOT_ID, Arc<Token>>>,
     sessions: Mutex<BTreeMap<CK_SESSION_HANDLE, Session>>,
-    /// Handles of sessions are never given out twice, whatever the real module does: stale ones stay stale.
+    /// Session handles are never reused, whatever the real module does, so that stale handles stay stale.
     last_session: AtomicU64,
     clerk: Mutex<Option<Clerk>>,
 }
@@ -60,26 +60,26 @@ pub(crate) struct Session {
     pub(crate) token: Arc<Token>,
 }
 
-/// What a dead module answers.
+/// Behaviour of a dead module.
 #[derive(Clone, Copy)]
 struct Death {
     rv: CK_RV,
-    /// Initialised while the server was away: there are no slots, which is no error.
+    /// True if the module was initialised while dead: it then has no slots, which is no error.
     empty: bool,
 }
 
-/// The thread that writes the counts down.
+/// The thread that writes the counts.
 struct Clerk {
     thread: JoinHandle<()>,
     dismissed: Sender<()>,
 }
 
-/// The bound instance.
+/// Returns the bound instance.
 pub(crate) fn module() -> Result<&'static Module, CK_RV> {
     MODULE.get().ok_or(CKR_CRYPTOKI_NOT_INITIALIZED)
 }
 
-/// The instance, bound to the real module now if it was not before.
+/// Returns the instance, and binds it to the real module first if necessary.
 pub(crate) fn bind() -> Result<&'static Module, CK_RV> {
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     let _guard = lock(&ONE_AT_A_TIME);
@@ -87,7 +87,7 @@ pub(crate) fn bind() -> Result<&'static Module, CK_RV> {
         return Ok(module);
     }
     let module = Module::load().map_err(|reason| {
-        // PKCS#11 has no way to say it.
+        // PKCS#11 has no way to report it.
         #[allow(clippy::print_stderr)]
         {
             eprintln!("claviger-faulty-token: {reason}");
@@ -97,7 +97,7 @@ pub(crate) fn bind() -> Result<&'static Module, CK_RV> {
     Ok(MODULE.get_or_init(|| module))
 }
 
-/// Runs an exported function: a panic must not cross the border.
+/// Runs an exported function. A panic must not cross the boundary to the caller.
 pub(crate) fn guarded(run: impl FnOnce() -> Result<(), CK_RV>) -> CK_RV {
     match catch_unwind(AssertUnwindSafe(run)) {
         Ok(Ok(())) => CKR_OK,
@@ -106,7 +106,7 @@ pub(crate) fn guarded(run: impl FnOnce() -> Result<(), CK_RV>) -> CK_RV {
     }
 }
 
-/// A return code as a result.
+/// Converts a return code to a result.
 pub(crate) fn ok(rv: CK_RV) -> Result<(), CK_RV> {
     if rv == CKR_OK { Ok(()) } else { Err(rv) }
 }
@@ -116,9 +116,9 @@ impl Module {
         let variable = |name| std::env::var_os(name).ok_or_else(|| format!("{name} is not set"));
         let path = variable(MODULE_VARIABLE)?;
         let control = PathBuf::from(variable(CONTROL_VARIABLE)?);
-        // SAFETY: whoever names the module trusts it, as any program does that loads a PKCS#11 module.
+        // SAFETY: the user who names the module trusts it, like every program that loads a PKCS#11 module.
         let library = unsafe { Pkcs11::new(&path) }.map_err(|error| error.to_string())?;
-        // Its functions are used for as long as the process lives.
+        // The library's functions are used until the process ends.
         let library = Box::leak(Box::new(library));
         let get = library.C_GetFunctionList.as_ref().map_err(ToString::to_string)?;
         let mut list = ptr::null_mut();
@@ -127,7 +127,7 @@ impl Module {
         if rv != CKR_OK || list.is_null() {
             return Err(format!("{}: C_GetFunctionList: {rv:#x}", path.display()));
         }
-        // SAFETY: the call succeeded, so this is a list, and the module owns it for as long as it is loaded.
+        // SAFETY: the call succeeded, so `list` points to a list, which the module owns while it is loaded.
         let real = unsafe { ptr::read(list) };
         Ok(Self {
             real,
@@ -144,7 +144,7 @@ impl Module {
         })
     }
 
-    /// Holds off whatever must not happen under a call of the real module.
+    /// Prevents actions that must not happen during a call of the real module, until the guard is dropped.
     pub(crate) fn pass(&self) -> RwLockReadGuard<'_, ()> {
         self.gate.read().unwrap_or_else(PoisonError::into_inner)
     }
@@ -153,7 +153,7 @@ impl Module {
         self.gate.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The module's own faults as they are now.
+    /// Returns the module's current faults.
     pub(crate) fn faults(&self) -> Arc<Faults> {
         self.scope.faults(|new| {
             if let Some(rv) = new.dead {
@@ -162,7 +162,7 @@ impl Module {
         })
     }
 
-    /// A token's faults as they are now.
+    /// Returns a token's current faults.
     pub(crate) fn faults_of(&self, token: &Arc<Token>) -> Arc<Faults> {
         token.scope.faults(|new| {
             for stale in &new.stale {
@@ -171,7 +171,7 @@ impl Module {
         })
     }
 
-    /// Fails where the module is dead or was not initialised.
+    /// Returns an error if the module is dead or not initialised.
     pub(crate) fn alive(&self) -> Result<(), CK_RV> {
         self.faults();
         if !self.initialised.load(Ordering::Acquire) {
@@ -186,17 +186,17 @@ impl Module {
         }
     }
 
-    /// Whether it came up without a server, and so without slots.
+    /// Returns true if the module was initialised while dead, and so without slots.
     pub(crate) fn came_up_empty(&self) -> bool {
         lock(&self.dead).is_some_and(|death| death.empty)
     }
 
-    /// Judges a call by the module's own control file.
+    /// Decides about a call by the module's own control file.
     pub(crate) fn plan(&self, name: &'static str, has_result: bool) -> Plan {
         self.scope.plan(name, has_result, None, || self.faults())
     }
 
-    /// Judges a call by a token's control file.
+    /// Decides about a call by a token's control file.
     pub(crate) fn plan_of(
         &self,
         token: &Arc<Token>,
@@ -215,7 +215,7 @@ impl Module {
         let faults = self.faults();
         let _alone = self.close_gate();
         let real = self.real.C_Initialize.ok_or(CKR_FUNCTION_NOT_SUPPORTED)?;
-        // SAFETY: the caller's argument goes on as it came.
+        // SAFETY: the caller's argument is passed on unchanged.
         ok(unsafe { real(args) })?;
         self.forget();
         *lock(&self.dead) = faults.dead.map(|rv| Death { rv, empty: true });
@@ -229,7 +229,7 @@ impl Module {
         if let Some(rv) = self.plan("C_Finalize", false).refused {
             return Err(rv);
         }
-        // Before the gate is closed, since it may want to pass.
+        // The thread is stopped before the gate is closed, since it may want to pass the gate.
         let clerk = lock(&self.clerk).take();
         if let Some(Clerk { thread, dismissed }) = clerk {
             drop(dismissed);
@@ -237,7 +237,7 @@ impl Module {
         }
         let _alone = self.close_gate();
         let real = self.real.C_Finalize.ok_or(CKR_FUNCTION_NOT_SUPPORTED)?;
-        // SAFETY: the caller's argument goes on as it came; no other call of the real module is running.
+        // SAFETY: the caller's argument is passed on unchanged; no other call of the real module is running.
         ok(unsafe { real(reserved) })?;
         self.initialised.store(false, Ordering::Release);
         self.forget();
@@ -245,7 +245,7 @@ impl Module {
         Ok(())
     }
 
-    /// Sessions and slots belong to one initialisation.
+    /// Forgets sessions and slots, which belong to one initialisation.
     fn forget(&self) {
         for session in std::mem::take(&mut *lock(&self.sessions)).into_values() {
             session.token.scope.forget_sessions(1);
@@ -253,7 +253,7 @@ impl Module {
         lock(&self.slots).clear();
     }
 
-    /// Which token is in a slot; `None` when the real module does not say.
+    /// Returns the token in a slot; `None` if the real module does not tell.
     pub(crate) fn token_in(&self, slot: CK_SLOT_ID) -> Option<Arc<Token>> {
         if let Some(token) = lock(&self.slots).get(&slot) {
             return Some(token.clone());
@@ -261,7 +261,7 @@ impl Module {
         let mut info = CK_TOKEN_INFO::default();
         {
             let _pass = self.pass();
-            // SAFETY: `info` is writable, and nobody else's.
+            // SAFETY: `info` is writable and used only here.
             ok(unsafe { self.real.C_GetTokenInfo?(slot, &raw mut info) }).ok()?;
         }
         let label = String::from_utf8_lossy(&info.label);
@@ -274,12 +274,12 @@ impl Module {
         Some(token.clone())
     }
 
-    /// Another token may be in the slot from now on.
+    /// Forgets the token of a slot, because another token may be in the slot now.
     pub(crate) fn forget_slot(&self, slot: CK_SLOT_ID) {
         lock(&self.slots).remove(&slot);
     }
 
-    /// Gives a session of the real module a handle here.
+    /// Assigns a handle of this module to a session of the real module.
     pub(crate) fn add_session(&self, session: Session) -> CK_SESSION_HANDLE {
         let handle = self.last_session.fetch_add(1, Ordering::Relaxed) + 1;
         lock(&self.sessions).insert(handle, session);
@@ -294,7 +294,7 @@ impl Module {
         }
     }
 
-    /// Takes sessions out; they are the real module's to close.
+    /// Removes sessions from the table. The caller closes them in the real module.
     pub(crate) fn remove_sessions(&self, which: impl Fn(CK_SESSION_HANDLE, &Session) -> bool) -> Vec<Session> {
         let mut sessions = lock(&self.sessions);
         let handles: Vec<_> =
@@ -306,7 +306,7 @@ impl Module {
         removed
     }
 
-    /// Makes something of a token invalid, once and for ever.
+    /// Makes items of a token invalid, once and permanently.
     fn stale(&self, token: &Arc<Token>, what: Stale) {
         let _alone = self.close_gate();
         let newest = || {
@@ -333,7 +333,7 @@ impl Module {
         }
     }
 
-    /// Closes sessions that nobody has a handle of any more. Each is a fault.
+    /// Closes sessions that no caller has a handle of any more. Each counts as a fault.
     fn close(&self, sessions: Vec<Session>) {
         for session in sessions {
             if let Some(close) = self.real.C_CloseSession {
@@ -352,7 +352,7 @@ impl Module {
         }
     }
 
-    /// Notices new control files without a call.
+    /// Finds new control files without a call.
     fn look(&self) {
         self.faults();
         let tokens: Vec<_> = lock(&self.tokens).values().cloned().collect();
@@ -363,7 +363,7 @@ impl Module {
 }
 
 impl Clerk {
-    /// `None` when the system has no thread left: then nothing is written down until the end.
+    /// Starts the thread; `None` if the system has no thread left. Counts are then written only at the end.
     fn start(module: &'static Module) -> Option<Self> {
         let (dismissed, until) = mpsc::channel();
         let work = move || {
@@ -383,13 +383,13 @@ impl Clerk {
 }
 
 impl Token {
-    /// The real handle of an object, where the caller's is not stale.
+    /// Returns the real handle of an object; `None` if the caller's handle is stale.
     pub(crate) fn object(&self, handle: CK_OBJECT_HANDLE) -> Option<CK_OBJECT_HANDLE> {
         let (epoch, real) = (handle >> EPOCH_SHIFT, handle & !(CK_ULONG::MAX << EPOCH_SHIFT));
         (handle == CK_INVALID_HANDLE || epoch == self.epoch.load(Ordering::Relaxed)).then_some(real)
     }
 
-    /// The caller's handle of an object.
+    /// Returns the caller's handle of an object.
     pub(crate) fn handle_of(&self, object: CK_OBJECT_HANDLE) -> CK_OBJECT_HANDLE {
         if object == CK_INVALID_HANDLE {
             return object;

@@ -1,4 +1,4 @@
-//! What one control file is about: its faults as they are now, and what was counted.
+//! The scope of one control file: its current faults and its counts.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -14,19 +14,20 @@ use cryptoki_sys::CK_RV;
 use crate::MODULE_FILE;
 use crate::faults::Faults;
 
-/// How often a hanging call looks whether it may go on.
+/// Polling period of a call that hangs.
 const POLL: Duration = Duration::from_millis(5);
-/// Calls that are written down before they are made: they begin what a process may not survive for long. Others are too many.
+/// Calls that are counted on disk before they are made, because they begin actions that may end the process. Other calls
+/// are too frequent for that.
 const AT_ONCE: [&str; 5] = ["C_Initialize", "C_GetSlotList", "C_GetTokenInfo", "C_OpenSession", "C_Login"];
 
-/// A mutex that a panic elsewhere does not take away.
+/// Locks a mutex, even after a thread has panicked while it held the lock.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A token, or the module as a whole.
 pub(crate) struct Scope {
-    /// `None` for what has no name: it never misbehaves.
+    /// `None` for a token without a label, which never misbehaves.
     file: Option<PathBuf>,
     current: Mutex<Current>,
     counts: Mutex<Counts>,
@@ -38,7 +39,7 @@ struct Current {
     faults: Arc<Faults>,
 }
 
-/// Tells a file from those that it was renamed over.
+/// Identifies a file among those that were renamed to the same name.
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Version {
     inode: u64,
@@ -58,12 +59,12 @@ struct Counts {
     changed: bool,
 }
 
-/// What is to become of one call.
+/// Decision about one call.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Plan {
-    /// It is to fail with this.
+    /// The code with which the call must fail.
     pub(crate) refused: Option<CK_RV>,
-    /// Its result is to be spoilt.
+    /// True if the result must be corrupted.
     pub(crate) corrupt: bool,
 }
 
@@ -78,7 +79,7 @@ impl Drop for Entered<'_> {
 
 impl Scope {
     pub(crate) fn new(control: &Path, name: &str) -> Self {
-        // A label is not trusted to be a file name.
+        // A label is not trusted as a file name.
         let file = (!name.is_empty()).then(|| control.join(name.replace('/', "_")));
         let current = Mutex::new(Current { version: None, faults: Arc::default() });
         Self { file, current, counts: Mutex::default(), reporting: Mutex::default() }
@@ -88,7 +89,7 @@ impl Scope {
         self.file.as_ref().is_some_and(|file| file.ends_with(MODULE_FILE))
     }
 
-    /// The faults as they are now. `appeared` is called with those that are new, before anyone else sees them.
+    /// Returns the current faults. `appeared` is called with new faults before any other thread sees them.
     pub(crate) fn faults(&self, appeared: impl FnOnce(&Faults)) -> Arc<Faults> {
         let mut current = lock(&self.current);
         let version = self.file.as_ref().and_then(|file| Some(Version::of(&file.metadata().ok()?)));
@@ -101,7 +102,7 @@ impl Scope {
         current.faults.clone()
     }
 
-    /// The version comes with the text: what is renamed meanwhile is seen next time.
+    /// Reads the version and the text together: a file that replaces it meanwhile is seen next time.
     fn read(&self) -> std::io::Result<(Version, Faults)> {
         let path = self.file.as_deref().unwrap_or(Path::new(""));
         let mut file = File::open(path)?;
@@ -109,7 +110,7 @@ impl Scope {
         let mut text = String::new();
         file.read_to_string(&mut text)?;
         let faults = Faults::parse(&text, self.is_module()).unwrap_or_else(|error| {
-            // There is nobody else to tell.
+            // There is no other way to report it.
             #[allow(clippy::print_stderr)]
             {
                 eprintln!("{}: {error}", path.display());
@@ -119,7 +120,7 @@ impl Scope {
         Ok((version, faults))
     }
 
-    /// Counts a call, which is in progress until the value is dropped.
+    /// Counts a call, which is in progress until the returned value is dropped.
     pub(crate) fn enter(&self, name: &'static str) -> Entered<'_> {
         self.count(|counts| {
             *counts.calls.entry(name).or_default() += 1;
@@ -132,9 +133,9 @@ impl Scope {
         Entered(self)
     }
 
-    /// Judges a call that has entered; sleeps and hangs here, as long as it takes. `now` is [`Scope::faults`] with
-    /// whatever has to happen when they change, `has_result` whether there will be something to corrupt, and `absence` the
-    /// code of a token that is not there, for calls that notice.
+    /// Decides about a call that has entered; sleeps and hangs here for any time. `now` returns [`Scope::faults`] and
+    /// performs the actions of new faults. `has_result` tells if the call has a result to corrupt. `absence` is the return
+    /// code for an absent token, if the call notices it.
     pub(crate) fn plan(
         &self,
         name: &'static str,
@@ -183,13 +184,14 @@ impl Scope {
         plan
     }
 
-    /// Takes the control file away. `false` when another call, or another process, was faster.
+    /// Renames the control file. Returns false if another call or process did it first.
     fn claim(&self) -> bool {
         let taken = |file: &PathBuf| std::fs::rename(file, with_suffix(file, "done")).is_ok();
         self.file.as_ref().is_some_and(taken)
     }
 
-    /// Written down at once, both times: whoever has seen the end of a hanging call must not take it for the next one.
+    /// Hangs until `go_on`. Writes the counts at once before and after, so that a reader who saw the end of this call does
+    /// not take it for the next one.
     fn hang(&self, go_on: impl Fn() -> bool) {
         self.count(|counts| counts.hanging += 1);
         self.fault("hang");
@@ -200,7 +202,8 @@ impl Scope {
         self.report();
     }
 
-    /// Counts a fault, and writes it down: the process may be killed for it. Delays are too many.
+    /// Counts a fault and writes the counts, because the process may be killed for this fault. Delays are too frequent for
+    /// that.
     pub(crate) fn fault(&self, kind: &'static str) {
         self.count(|counts| *counts.faults.entry(kind).or_default() += 1);
         if kind != "delay" {
@@ -208,7 +211,7 @@ impl Scope {
         }
     }
 
-    /// Counts a session that is about to be opened, if there is room.
+    /// Counts a session that is about to be opened, if there is room; returns true if there is.
     pub(crate) fn reserve_session(&self, most: Option<u64>) -> bool {
         let mut counts = lock(&self.counts);
         let room = most.is_none_or(|most| counts.sessions < most);
@@ -217,7 +220,7 @@ impl Scope {
         room
     }
 
-    /// Sessions that are no more.
+    /// Subtracts sessions that have ended.
     pub(crate) fn forget_sessions(&self, number: u64) {
         self.count(|counts| counts.sessions -= number);
     }
@@ -228,7 +231,7 @@ impl Scope {
         counts.changed = true;
     }
 
-    /// Writes the counts down, if they changed.
+    /// Writes the counts, if they have changed.
     pub(crate) fn report(&self) {
         let Some(file) = &self.file else { return };
         let _one_at_a_time = lock(&self.reporting);
@@ -238,15 +241,15 @@ impl Scope {
         }
         let text = counts.to_json();
         drop(counts);
-        // Another process of the same token has counts of its own.
+        // Another process with the same token has its own counts.
         let stats = with_suffix(file, &format!("{}.stats", std::process::id()));
         let temporary = with_suffix(&stats, "new");
-        // The folder may be gone at the end of a test, and that is no reason to fail.
+        // A missing directory, at the end of a test, is no reason to fail.
         let _ = std::fs::write(&temporary, text).and_then(|()| std::fs::rename(&temporary, stats));
     }
 }
 
-/// `FILE.SUFFIX`.
+/// Returns `FILE.SUFFIX`.
 fn with_suffix(file: &Path, suffix: &str) -> PathBuf {
     let mut name = file.as_os_str().to_owned();
     name.push(".");

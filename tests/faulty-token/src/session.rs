@@ -6,36 +6,36 @@ use cryptoki_sys::*;
 
 use crate::module::{Module, Token, guarded, module, ok};
 
-/// `C_Decrypt`, `C_Sign` and others: input, and room for a result. They end the operation.
+/// `C_Decrypt`, `C_Sign` and others: input, and a buffer for the result. They end the operation.
 pub(crate) type OneCall =
     unsafe extern "C" fn(CK_SESSION_HANDLE, CK_BYTE_PTR, CK_ULONG, CK_BYTE_PTR, CK_ULONG_PTR) -> CK_RV;
-/// `C_DecryptFinal` and others: room for the rest of a result. They end the operation.
+/// `C_DecryptFinal` and others: a buffer for the rest of a result. They end the operation.
 pub(crate) type Final = unsafe extern "C" fn(CK_SESSION_HANDLE, CK_BYTE_PTR, CK_ULONG_PTR) -> CK_RV;
 
-/// Room for the result of an operation that is run for its end alone: more than any RSA key's.
+/// Buffer for the result of a call that is run only to end its operation. It is larger than the result of any RSA key.
 const SCRATCH: usize = 16 * 1024;
 
-/// What a call is like, for the faults that it may have.
+/// Properties of a call that decide about its possible faults.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Kind {
-    /// It ends an operation of the session, also by failing: a call that is refused is run, too, and told so.
+    /// True if the call ends an operation of the session even when it fails: a call that is made to fail is run as well.
     pub(crate) ends: bool,
-    /// It has a result that can be spoilt.
+    /// True if the call has a result that can be corrupted.
     pub(crate) has_result: bool,
 }
 
 /// A call that may go to the real module now.
 pub(crate) struct Live<'a> {
     pub(crate) real: &'a CK_FUNCTION_LIST,
-    /// The real module's handle.
+    /// The real module's session handle.
     pub(crate) session: CK_SESSION_HANDLE,
     token: &'a Arc<Token>,
-    /// The result is not for the caller, who is told this code instead.
+    /// Code that the caller gets instead of the result.
     refused: Option<CK_RV>,
     corrupt: bool,
 }
 
-/// Runs a call of a session, unless a fault wants it otherwise.
+/// Runs a call of a session, unless a fault prevents it.
 pub(crate) fn on_session(
     name: &'static str,
     handle: CK_SESSION_HANDLE,
@@ -54,7 +54,7 @@ pub(crate) fn on_session(
         if let (Some(rv), false) = (refused, kind.ends) {
             return Err(rv);
         }
-        // The call may have hung, and much have happened meanwhile.
+        // The call may have hung, so the state may have changed meanwhile.
         module.alive()?;
         let _pass = module.pass();
         let session = module.session(handle)?;
@@ -65,7 +65,7 @@ pub(crate) fn on_session(
 }
 
 impl Live<'_> {
-    /// The real handle for one of the caller's.
+    /// Translates the caller's handle to the real handle.
     pub(crate) fn object(&self, handle: CK_OBJECT_HANDLE, refusal: CK_RV) -> Result<CK_OBJECT_HANDLE, CK_RV> {
         self.token.object(handle).ok_or_else(|| {
             self.token.scope.fault("stale_handle");
@@ -73,22 +73,22 @@ impl Live<'_> {
         })
     }
 
-    /// Makes the handle of a new object the caller's.
+    /// Translates the handle of a new object to the caller's handle.
     ///
     /// # Safety
-    /// `handle` is null, or the real module has written there.
+    /// `handle` must be null, or the real module must have written to it.
     pub(crate) unsafe fn made(&self, handle: CK_OBJECT_HANDLE_PTR) {
-        // SAFETY: as the caller promises.
+        // SAFETY: guaranteed by the caller.
         if let Some(handle) = unsafe { handle.as_mut() } {
             *handle = self.token.handle_of(*handle);
         }
     }
 }
 
-/// Runs one of the calls of that shape.
+/// Runs a call of the shape [`OneCall`].
 ///
 /// # Safety
-/// The pointers are what PKCS#11 demands of them.
+/// The pointers must meet the requirements of PKCS#11.
 pub(crate) unsafe fn one_call(
     name: &'static str,
     session: CK_SESSION_HANDLE,
@@ -100,13 +100,13 @@ pub(crate) unsafe fn one_call(
         let real = function(live.real).ok_or(CKR_FUNCTION_NOT_SUPPORTED)?;
         if live.refused.is_some() {
             let (mut scratch, mut len) = scratch();
-            // SAFETY: the input is the caller's, the output ours and as long as is said.
+            // SAFETY: the input comes from the caller; the output is local and has the given length.
             return ok(unsafe { real(live.session, input, input_len, scratch.as_mut_ptr(), &raw mut len) });
         }
-        // SAFETY: all is the caller's.
+        // SAFETY: all arguments come from the caller.
         ok(unsafe { real(live.session, input, input_len, output, output_len) })?;
         if live.corrupt {
-            // SAFETY: the call succeeded and `output` is not null, so there are that many octets.
+            // SAFETY: the call succeeded and `output` is not null, so it contains that many bytes.
             let result = unsafe { std::slice::from_raw_parts_mut(output, usize_of(*output_len)) };
             if let Some(octet) = result.get_mut(result.len() / 2) {
                 *octet ^= 1;
@@ -116,10 +116,10 @@ pub(crate) unsafe fn one_call(
     })
 }
 
-/// Runs one of the calls of that shape.
+/// Runs a call of the shape [`Final`].
 ///
 /// # Safety
-/// The pointers are what PKCS#11 demands of them.
+/// The pointers must meet the requirements of PKCS#11.
 pub(crate) unsafe fn final_call(
     name: &'static str,
     session: CK_SESSION_HANDLE,
@@ -133,7 +133,7 @@ pub(crate) unsafe fn final_call(
             Some(_) => (scratch.as_mut_ptr(), &raw mut len),
             None => (output, output_len),
         };
-        // SAFETY: the output is the caller's, or ours and as long as is said.
+        // SAFETY: the output comes from the caller, or is local and has the given length.
         ok(unsafe { real(live.session, output, output_len) })
     })
 }
@@ -146,7 +146,7 @@ fn usize_of(len: CK_ULONG) -> usize {
     usize::try_from(len).unwrap_or(0)
 }
 
-/// `C_FindObjects`: all that it finds is given the caller's handles.
+/// `C_FindObjects`: translates all handles found to the caller's handles.
 pub(crate) fn find_objects(
     session: CK_SESSION_HANDLE,
     objects: CK_OBJECT_HANDLE_PTR,
@@ -155,12 +155,12 @@ pub(crate) fn find_objects(
 ) -> CK_RV {
     on_session("C_FindObjects", session, Kind::default(), |live| {
         let real = live.real.C_FindObjects.ok_or(CKR_FUNCTION_NOT_SUPPORTED)?;
-        // SAFETY: all is the caller's.
+        // SAFETY: all arguments come from the caller.
         ok(unsafe { real(live.session, objects, most, found) })?;
         if objects.is_null() {
             return Ok(());
         }
-        // SAFETY: the call succeeded, so the number is there, and as many handles were written.
+        // SAFETY: the call succeeded, so the number and that many handles were written.
         let objects = unsafe { std::slice::from_raw_parts_mut(objects, usize_of(*found)) };
         for object in objects {
             *object = live.token.handle_of(*object);
@@ -169,7 +169,7 @@ pub(crate) fn find_objects(
     })
 }
 
-/// `C_CloseSession`: one that is refused leaves the session open.
+/// `C_CloseSession`. A call that is made to fail leaves the session open.
 pub(crate) fn close_session(handle: CK_SESSION_HANDLE) -> CK_RV {
     on_session("C_CloseSession", handle, Kind::default(), |live| {
         let real = live.real.C_CloseSession.ok_or(CKR_FUNCTION_NOT_SUPPORTED)?;
@@ -181,7 +181,7 @@ pub(crate) fn close_session(handle: CK_SESSION_HANDLE) -> CK_RV {
 }
 
 impl Module {
-    /// Whether a call of the module, or of a token, is refused.
+    /// Returns an error if a fault of the module or of the token makes the call fail.
     pub(crate) fn refused(
         &self,
         name: &'static str,

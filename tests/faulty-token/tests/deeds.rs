@@ -1,4 +1,4 @@
-//! What the module does to the process that loaded it: each deed is done by a process of its own, which is this program again.
+//! Tests of the deeds. Each deed is done by a separate process, which runs this program again.
 
 #![allow(clippy::unwrap_used)]
 
@@ -13,20 +13,20 @@ use std::time::Duration;
 
 use world::{World, worlds};
 
-/// The deed, for the process that does it.
+/// Variable with the deed for the process that does it.
 const DEED: &str = "CLAVIGER_TEST_DEED";
-/// Exit status of a process that came through, and has seen what it should.
+/// Exit status of a process that survived and has checked the effects.
 const UNHARMED: i32 = 42;
 const GIGABYTE: u64 = 1 << 30;
 
-/// How a process ended.
+/// End of a process.
 #[derive(PartialEq, Eq, Debug)]
 enum End {
     Signal(i32),
     Status(i32),
 }
 
-/// Does nothing by itself.
+/// Not a test of its own: does nothing unless `DEED` is set.
 #[test]
 #[expect(clippy::disallowed_methods, reason = "the deed may have left this process in no state to end in order")]
 fn process_of_a_deed() {
@@ -41,7 +41,7 @@ fn process_of_a_deed() {
         std::thread::scope(|scope| {
             let hanging = scope.spawn(|| world.open("one").sign());
             world.until_counted("one", "deed", 1);
-            // Others are not concerned.
+            // Other tokens are not affected.
             assert!(world.open("one").well());
             std::thread::sleep(Duration::from_millis(100));
             assert!(!hanging.is_finished());
@@ -67,7 +67,7 @@ fn process_of_a_deed() {
     std::process::exit(UNHARMED);
 }
 
-/// The control file is gone, and what was counted is on record.
+/// Checks that the control file is gone and the counts are on disk.
 fn done_once(world: &World) {
     assert!(!world.control().join("one").exists() && world.control().join("one.done").exists());
     assert_eq!(world.count("one", "deed"), 1);
@@ -77,7 +77,7 @@ fn status(name: &str) -> u64 {
     status_of(name, 10)
 }
 
-/// A number of `/proc/self/status`.
+/// Returns a number of `/proc/self/status`.
 fn status_of(name: &str, radix: u32) -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap();
     let value = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).unwrap();
@@ -91,7 +91,7 @@ fn start(deed: &str, folder: &Path) -> Child {
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
 }
 
-/// Has it done; how the process ended, and how much it printed.
+/// Runs a process that does a deed; returns how it ended and how much it printed.
 fn perform(deed: &str) -> (End, u64) {
     let folder = tempfile::tempdir().unwrap();
     let mut child = start(deed, folder.path());
@@ -114,7 +114,7 @@ fn drain(output: &mut impl Read) -> u64 {
     std::io::copy(output, &mut std::io::sink()).unwrap()
 }
 
-/// What the process counted has survived it.
+/// Checks that the counts of the process are on disk after its end.
 fn on_record(folder: &Path) {
     let stats: Vec<PathBuf> = files(folder).into_iter().filter(|file| named(file, "one.", ".stats")).collect();
     let [stats] = &stats[..] else { panic!("{stats:?}") };
@@ -127,7 +127,7 @@ fn named(file: &Path, beginning: &str, end: &str) -> bool {
     name.starts_with(beginning) && name.ends_with(end)
 }
 
-/// All files below a folder.
+/// Returns all files below a directory.
 fn files(folder: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
     entries.flat_map(|path| if path.is_dir() { files(&path) } else { vec![path] }).collect()

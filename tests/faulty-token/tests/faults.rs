@@ -1,4 +1,4 @@
-//! Every kind of fault, on real tokens: it does what it says, and nothing to the other token.
+//! Tests of every kind of fault on real tokens: it has the documented effect, and none on the other token.
 
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
@@ -25,7 +25,7 @@ fn calls_are_forwarded() {
     for label in ["one", "two"] {
         let open = world.open(label);
         assert!(open.well());
-        // The convenience calls, which ask for lengths first.
+        // The convenience calls, which first ask for lengths.
         let mechanism = cryptoki::mechanism::Mechanism::RsaPkcs;
         assert_eq!(open.session.decrypt(&mechanism, open.private, &open.encrypt()).unwrap(), TEXT);
         assert_eq!(open.session.generate_random_vec(16).unwrap().len(), 16);
@@ -36,8 +36,8 @@ fn calls_are_forwarded() {
     assert!(world.open("one").decrypt(&[0; 128]).is_err());
     assert!(world.pkcs11.get_library_info().unwrap().manufacturer_id().contains("SoftHSM"));
     assert!(world.pkcs11.is_fn_supported(Function::DecryptDigestUpdate));
-    // Every place of the list is taken, and the list is always the same one.
-    // SAFETY: it is loaded already.
+    // The list has no null entries, and every request returns the same list.
+    // SAFETY: the library is loaded already.
     let direct = unsafe { cryptoki_sys::Pkcs11::new(world.module_file()) }.unwrap();
     let mut lists = [std::ptr::null_mut(); 2];
     for list in &mut lists {
@@ -46,7 +46,7 @@ fn calls_are_forwarded() {
     }
     assert_eq!(lists[0], lists[1]);
     let places = size_of::<CK_FUNCTION_LIST>() / size_of::<usize>() - 1;
-    // SAFETY: behind the version, the list is an array of pointers.
+    // SAFETY: after the version, the list is an array of pointers.
     let functions = unsafe { std::slice::from_raw_parts(lists[0].cast::<usize>().add(1), places) };
     assert!(functions.iter().all(|function| *function != 0));
     for exported in [&direct.C_Decrypt, &direct.C_Sign] {
@@ -65,18 +65,18 @@ fn errors_come_as_often_as_wanted() {
     let codes = |open: &Open<'_>, of: &dyn Fn(&Open<'_>) -> std::result::Result<Vec<u8>, CK_RV>| -> Vec<CK_RV> {
         (0..6).map(|_| of(open).err().unwrap_or(CKR_OK)).collect()
     };
-    // The session can be used again at once: what failed is no longer active underneath.
+    // The session can be used again at once: the failed operation is no longer active in the real module.
     assert_eq!(codes(&one, &|open| open.decrypt(&ciphertext)), [0, 0, 0x30, 0, 0, 0x30]);
     assert_eq!(codes(&one, &|open| open.sign()), [5, 5, 0, 0, 0, 0]);
     for _ in 0..4 {
         assert!(two.well());
     }
-    // A new file counts anew.
+    // A new file restarts the counting.
     world.set("one", &["call=C_Decrypt,C_Sign rv=0x30 times=1"]);
     assert_eq!(codes(&one, &|open| open.decrypt(&ciphertext)), [0x30, 0, 0, 0, 0, 0]);
     world.clear("one");
     assert!(one.well());
-    // The statistics are complete when the module was finalised.
+    // The statistics are complete once the module was finalised.
     drop((one, two));
     world.pkcs11.clone().finalize().unwrap();
     assert_eq!(world.count("one", "rv"), before + 5);
@@ -108,7 +108,7 @@ fn any_call_can_fail() {
     fails("C_GetAttributeValue", &|| failed(one.session.get_attributes(one.private, &[AttributeType::Modulus])));
     world.set("one", &["call=C_FindObjects rv=CKR_DEVICE_ERROR"]);
     assert_eq!(failed(one.session.find_objects(&[])), CKR_DEVICE_ERROR);
-    // What belongs to no token is the module's.
+    // Calls that belong to no token are controlled by the module's file.
     world.set("module", &["call=C_GetSlotList rv=CKR_DEVICE_ERROR times=1"]);
     assert_eq!(failed(world.pkcs11.get_slots_with_token()), CKR_DEVICE_ERROR);
     world.set("module", &["call=* rv=CKR_DEVICE_ERROR times=3"]);
@@ -136,7 +136,7 @@ fn delays_are_kept() {
     world.until_counted("one", "delay", before + 3);
 }
 
-/// Runs something with a session on a thread of its own.
+/// Runs a function with a session on a thread of its own.
 fn aside<'scope, T: Send + 'scope>(
     scope: &'scope Scope<'scope, '_>,
     open: Open<'scope>,
@@ -206,7 +206,7 @@ fn results_are_wrong_by_one_bit() {
     let signature = one.sign().unwrap();
     assert_eq!(signature.len(), 128);
     assert!(one.verify(&signature).is_err());
-    // Asking for a length is not having a result.
+    // A call that only asks for a length has no result.
     world.set("one", &["call=C_Sign corrupt times=1"]);
     let mechanism = cryptoki::mechanism::Mechanism::Sha256RsaPkcs;
     assert!(one.verify(&one.session.sign(&mechanism, one.private, TEXT).unwrap()).is_err());
@@ -223,7 +223,7 @@ fn sessions_become_invalid_for_ever() {
     world.set("one", &["stale=sessions"]);
     assert_eq!(first.sign(), Err(CKR_SESSION_HANDLE_INVALID));
     assert!(two.well());
-    // It was those sessions, not those that follow. As the last one was closed, the token asks for a login again.
+    // Only those sessions are invalid, not later ones. As the last session was closed, the token requires a new login.
     for _ in 0..3 {
         assert!(world.open("one").well());
     }
@@ -246,7 +246,7 @@ fn a_login_gets_lost() {
     assert!([CKR_USER_NOT_LOGGED_IN, CKR_KEY_HANDLE_INVALID, CKR_OBJECT_HANDLE_INVALID].contains(&rv), "{rv:#x}");
     assert!(find(&one.session, ObjectClass::PRIVATE_KEY).is_none());
     assert!(two.well());
-    // Once: the session lives on, and the file does not matter to a new login.
+    // The file acts once: the session stays valid, and a new login works.
     world.login(&one.session).unwrap();
     assert!(find(&one.session, ObjectClass::PRIVATE_KEY).is_some());
     assert!(world.open("one").well());
@@ -312,7 +312,7 @@ fn a_token_is_away() {
     assert_eq!(one.sign(), Err(CKR_DEVICE_REMOVED));
     world.set("one", &["absent rv=CKR_TOKEN_NOT_PRESENT"]);
     assert_eq!(one.sign(), Err(CKR_TOKEN_NOT_PRESENT));
-    // Its sessions are there again, unless the file says otherwise.
+    // The token's sessions work again, unless the file also makes them stale.
     world.clear("one");
     assert!(world.pkcs11.get_slot_info(slot).unwrap().token_present());
     assert!(one.well() && world.open("one").well());
@@ -366,9 +366,9 @@ fn a_module_dies_and_is_begun_anew() {
     world.clear("module");
     assert_eq!(one.sign(), Err(CKR_DEVICE_REMOVED));
     assert_eq!(failed(world.pkcs11.get_slots_with_token()), CKR_DEVICE_REMOVED);
-    // Nobody else is: it was this instance.
+    // The other instance is not affected.
     assert!(elsewhere.well());
-    // While the file is there, it comes up empty, and stays so.
+    // While the file exists, the module comes up without slots and stays so.
     world.set("module", &["dead rv=CKR_DEVICE_ERROR"]);
     world.pkcs11.clone().finalize().unwrap();
     world.initialize().unwrap();
@@ -407,7 +407,7 @@ fn copies_are_instances_of_their_own() {
     let (here, there) = (world.open("one"), other.open("one"));
     world.set("one", &["call=* rv=CKR_DEVICE_ERROR"]);
     assert!(here.sign().is_err() && there.well());
-    // Neither is the other's real module: it goes on without it.
+    // The other copy's real module is not affected either: it continues to work.
     world.pkcs11.clone().finalize().unwrap();
     assert!(there.well());
     world.initialize().unwrap();
@@ -458,7 +458,7 @@ fn many_threads_and_changing_faults() {
         assert!(other.join().unwrap().1 > 0);
     });
     assert!(world.open("one").well());
-    // What it costs to be in between, for whoever wants to know.
+    // Prints the cost of the faulty module, for information.
     let one = world.open("one");
     let begun = Instant::now();
     for _ in 0..10_000 {
@@ -473,7 +473,7 @@ fn many_threads_and_changing_faults() {
     println!("{:?} a call with a control file", begun.elapsed() / 10_000);
 }
 
-/// Each process has statistics of its own; what may be killed next is on record.
+/// Each process has its own statistics; counts are on disk before the process may be killed.
 #[test]
 fn statistics_are_a_processs_own() {
     let (_alone, world, _) = worlds();
@@ -481,7 +481,7 @@ fn statistics_are_a_processs_own() {
     let read = |file: &str| std::fs::read_to_string(own(file)).unwrap();
     let strangers = world.control().join("one.1.stats");
     std::fs::write(&strangers, "{}").unwrap();
-    // Without waiting: a login before it is made, and a fault when it happens.
+    // Both are on disk without delay: a login before it is made, and a fault when it happens.
     let logins = world.count("one", "C_Login");
     let session = world.pkcs11.open_ro_session(world.slot("one").unwrap()).unwrap();
     world.set("one", &["call=C_Login rv=CKR_DEVICE_ERROR"]);

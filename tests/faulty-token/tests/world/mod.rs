@@ -20,19 +20,19 @@ use tempfile::TempDir;
 
 const SOFTHSM: &str = "/usr/lib/softhsm/libsofthsm2.so";
 const PIN: &str = "123456";
-/// What the tests decrypt and sign.
+/// Plaintext and signed text of the tests.
 pub const TEXT: &[u8] = b"a key in transport";
 
 /// One copy of the module, as an application sees it.
 pub struct World {
     pub pkcs11: Pkcs11,
-    /// The same library, by its symbols.
+    /// The same library, for calls by symbol.
     direct: cryptoki_sys::Pkcs11,
     file: PathBuf,
     control: PathBuf,
 }
 
-/// A session on a token, with what is needed to use it.
+/// A session on a token, with its keys.
 pub struct Open<'a> {
     world: &'a World,
     pub session: Session,
@@ -40,7 +40,8 @@ pub struct Open<'a> {
     public: ObjectHandle,
 }
 
-/// Both copies of the module in front of the same tokens, for one test at a time; they come without faults and initialised.
+/// Returns both copies of the module, in front of the same tokens, for one test at a time. They are initialised and without
+/// faults.
 pub fn worlds() -> (MutexGuard<'static, ()>, &'static World, &'static World) {
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     static WORLDS: OnceLock<(TempDir, World, World)> = OnceLock::new();
@@ -66,7 +67,7 @@ pub fn worlds() -> (MutexGuard<'static, ()>, &'static World, &'static World) {
         for file in ["one", "two", MODULE_FILE] {
             world.clear(file);
         }
-        // A test before may have left anything behind.
+        // An earlier test may have left any state.
         let _ = world.pkcs11.clone().finalize();
         world.initialize().unwrap();
     }
@@ -75,7 +76,7 @@ pub fn worlds() -> (MutexGuard<'static, ()>, &'static World, &'static World) {
 
 #[expect(clippy::disallowed_methods, reason = "the tests wait for each other in `worlds`")]
 fn set_var(name: &str, value: &Path) {
-    // SAFETY: the tests wait for each other in `worlds`, so nobody reads the environment now.
+    // SAFETY: only one test at a time is in `worlds`, so no thread reads the environment now.
     unsafe { std::env::set_var(name, value) };
 }
 
@@ -89,7 +90,7 @@ impl World {
         set_var(MODULE_VARIABLE, real);
         set_var(CONTROL_VARIABLE, &control);
         let pkcs11 = Pkcs11::new(&file).unwrap();
-        // SAFETY: it is loaded already.
+        // SAFETY: the library is loaded already.
         let direct = unsafe { cryptoki_sys::Pkcs11::new(&file) }.unwrap();
         Self { pkcs11, direct, file, control }
     }
@@ -114,13 +115,13 @@ impl World {
         session.generate_key_pair(&Mechanism::RsaPkcsKeyPairGen, &public, &private).unwrap();
     }
 
-    /// The slot of a token, if it is present.
+    /// Returns the slot of a token, if the token is present.
     pub fn slot(&self, label: &str) -> Option<Slot> {
         let slots = self.pkcs11.get_slots_with_token().unwrap();
         slots.into_iter().find(|slot| self.pkcs11.get_token_info(*slot).is_ok_and(|info| info.label() == label))
     }
 
-    /// A session that is logged in and has found its keys.
+    /// Opens a session, logs in and finds the keys.
     pub fn open(&self, label: &str) -> Open<'_> {
         let session = self.pkcs11.open_ro_session(self.slot(label).unwrap()).unwrap();
         match self.login(&session) {
@@ -146,12 +147,12 @@ impl World {
         let _ = fs::remove_file(self.control.join(file));
     }
 
-    /// The control files and what belongs to them.
+    /// Returns the directory of the control files and the statistics.
     pub fn control(&self) -> &Path {
         &self.control
     }
 
-    /// What this process's statistics of a control file say under a name; they may be a little old.
+    /// Returns a count of this process's statistics for a control file; it may be a little old.
     pub fn count(&self, file: &str, name: &str) -> u64 {
         let stats = self.control.join(format!("{file}.{}.stats", std::process::id()));
         let text = fs::read_to_string(stats).unwrap_or_default();
@@ -160,7 +161,7 @@ impl World {
         digits.parse().unwrap_or(0)
     }
 
-    /// Waits until they say this.
+    /// Waits until the count has this value.
     pub fn until_counted(&self, file: &str, name: &str, wanted: u64) {
         let begun = Instant::now();
         while self.count(file, name) != wanted {
@@ -169,19 +170,19 @@ impl World {
         }
     }
 
-    /// The copy of the library.
+    /// Returns the path of the copy of the library.
     pub fn module_file(&self) -> &Path {
         &self.file
     }
 }
 
-/// The one key of that class.
+/// Returns the only key of that class.
 pub fn find(session: &Session, class: ObjectClass) -> Option<ObjectHandle> {
     session.find_objects(&[Attribute::Class(class)]).ok()?.first().copied()
 }
 
 impl<'a> Open<'a> {
-    /// `None` when the keys are not found.
+    /// Returns the session with its keys; `None` if the keys are not found.
     pub fn with(world: &'a World, session: Session) -> Option<Self> {
         let private = find(&session, ObjectClass::PRIVATE_KEY)?;
         let public = find(&session, ObjectClass::PUBLIC_KEY)?;
@@ -192,12 +193,12 @@ impl<'a> Open<'a> {
         self.session.encrypt(&Mechanism::RsaPkcs, self.public, TEXT).unwrap()
     }
 
-    /// `C_DecryptInit` and one `C_Decrypt`.
+    /// Calls `C_DecryptInit` and `C_Decrypt` once.
     pub fn decrypt(&self, ciphertext: &[u8]) -> std::result::Result<Vec<u8>, CK_RV> {
         self.session.decrypt_init(&Mechanism::RsaPkcs, self.private).map_err(|error| code(&error))?;
         let (mut input, mut output, mut len) = (ciphertext.to_vec(), vec![0; 256], 256);
         let decrypt = self.world.direct.C_Decrypt.as_ref().unwrap();
-        // SAFETY: both buffers are as long as is said.
+        // SAFETY: both buffers have the given lengths.
         let rv = unsafe {
             decrypt(self.session.handle(), input.as_mut_ptr(), input.len() as u64, output.as_mut_ptr(), &raw mut len)
         };
@@ -205,12 +206,12 @@ impl<'a> Open<'a> {
         if rv == CKR_OK { Ok(output) } else { Err(rv) }
     }
 
-    /// `C_SignInit` and one `C_Sign`.
+    /// Calls `C_SignInit` and `C_Sign` once.
     pub fn sign(&self) -> std::result::Result<Vec<u8>, CK_RV> {
         self.session.sign_init(&Mechanism::Sha256RsaPkcs, self.private).map_err(|error| code(&error))?;
         let (mut input, mut output, mut len) = (TEXT.to_vec(), vec![0; 256], 256);
         let sign = self.world.direct.C_Sign.as_ref().unwrap();
-        // SAFETY: both buffers are as long as is said.
+        // SAFETY: both buffers have the given lengths.
         let rv = unsafe {
             sign(self.session.handle(), input.as_mut_ptr(), input.len() as u64, output.as_mut_ptr(), &raw mut len)
         };
@@ -222,14 +223,14 @@ impl<'a> Open<'a> {
         self.session.verify(&Mechanism::Sha256RsaPkcs, self.public, TEXT, signature)
     }
 
-    /// Whether everything works.
+    /// Returns true if decryption and signing both work.
     pub fn well(&self) -> bool {
         let decrypted = self.decrypt(&self.encrypt());
         decrypted.is_ok_and(|text| text == TEXT) && self.sign().is_ok_and(|signature| self.verify(&signature).is_ok())
     }
 }
 
-/// The return code of an error, for those that the tests provoke.
+/// Returns the return code of an error, for the errors that the tests provoke.
 pub fn code(error: &Error) -> CK_RV {
     use cryptoki_sys::*;
     let Error::Pkcs11(error, _) = error else { panic!("{error}") };
