@@ -1,4 +1,4 @@
-//! Bounds on what one input may cost.
+//! Limits of the cost of one input.
 
 use std::time::Duration;
 
@@ -6,25 +6,25 @@ use rustix::time::{ClockId, clock_gettime};
 
 use crate::ALLOCATOR;
 
-/// Times that a slow input is tried before it counts as slow. Processor time is not exact on a shared machine.
+/// Number of runs after which a slow input counts as slow. Processor time is not exact on a shared machine.
 const TRIES: u32 = 3;
 
-/// What reading an input may cost.
+/// Maximum cost of reading an input.
 #[derive(Clone, Copy, Debug)]
 pub struct Allowance {
-    /// Memory at any moment, in bytes, for any input.
+    /// Memory in use at any moment, in bytes, for any input.
     pub base: usize,
-    /// Memory at any moment, in bytes, for each byte of the input.
+    /// Additional memory in use at any moment, in bytes, for each byte of the input.
     pub per_byte: usize,
-    /// Processor time. Fuzzing runs slow code on a busy machine, so this is generous: what grows with the square of the
-    /// input still exceeds it, since the mutator repeats parts of inputs up to the largest size.
+    /// Processor time. It is generous, because fuzzing runs slow code on a busy machine. Code whose time grows with the
+    /// square of the input still exceeds it, since the mutator repeats parts of inputs up to the maximum size.
     pub time: Duration,
 }
 
-/// Runs `target` on `input`.
+/// Runs `target` on `input` and checks the cost.
 ///
 /// # Panics
-/// It took more time than any input may take, or more memory than its allowance.
+/// If the input exceeds its allowance of time or memory.
 pub fn within(allowance: Allowance, input: &[u8], target: fn(&[u8])) {
     let before = ALLOCATOR.current_usage();
     ALLOCATOR.reset_peak_usage();

@@ -1,7 +1,7 @@
-//! What each fuzz target does with one input, and what an input may cost.
+//! The fuzz targets, and the limits of the cost of one input.
 //!
-//! A target fails when the code under test panics, when what it read does not survive being written and read again, and
-//! when an input takes more processor time or memory than its [`Allowance`].
+//! A target fails if the code under test panics, if a parsed value changes when it is written and parsed again, or if an
+//! input takes more processor time or memory than its [`Allowance`].
 #![forbid(unsafe_code)]
 
 pub mod cost;
@@ -17,7 +17,7 @@ pub use libfuzzer_sys;
 #[global_allocator]
 static ALLOCATOR: peak_alloc::PeakAlloc = peak_alloc::PeakAlloc;
 
-/// Makes a fuzz target of the function of that name in [`targets`].
+/// Defines a fuzz target from the function of that name in [`targets`].
 #[macro_export]
 macro_rules! target {
     ($name:ident) => {

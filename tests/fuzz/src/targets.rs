@@ -1,4 +1,4 @@
-//! One module for each target: what it may cost, and what it does.
+//! One module for each target, with its allowance and its function.
 
 use std::time::Duration;
 
@@ -6,24 +6,24 @@ use claviger_protocol::xml;
 
 use crate::Allowance;
 
-/// For what is read as XML: a node of the tree takes some 70 bytes, and can be as short as a byte.
+/// For XML: a node of the tree takes some 70 bytes and can be as short as one byte of input.
 const XML: Allowance = Allowance { base: 1 << 20, per_byte: 256, time: Duration::from_secs(2) };
-/// For what is read into a structure of its own size.
+/// For input that is parsed into a structure of about its own size.
 const FLAT: Allowance = Allowance { base: 1 << 20, per_byte: 64, time: Duration::from_secs(2) };
-/// For structures of TPMs: nothing that an input says makes them larger.
+/// For TPM structures: no length field in the input makes them larger.
 const TPM: Allowance = Allowance { base: 1 << 20, per_byte: 4, time: Duration::from_secs(2) };
 
-/// A request for one release, and what hosts read: the reply and the error.
+/// A request for one release, and the reply and the error that hosts parse.
 pub mod request {
     use claviger_protocol::error::Refusal;
     use claviger_protocol::request::{RollRequest, RollResponse};
 
     use super::{Allowance, XML};
 
-    /// The most it may take.
+    /// Maximum cost.
     pub const ALLOWANCE: Allowance = XML;
 
-    /// Reads; writes what was read; reads it again.
+    /// Parses the input, writes the result and parses it again.
     pub fn run(input: &[u8]) {
         let _ = RollRequest::peek_health_certificate(input);
         if let Ok(request) = RollRequest::parse(input) {
@@ -44,16 +44,16 @@ pub mod request {
     }
 }
 
-/// A request for many releases, and its reply.
+/// A request for several releases, and its reply.
 pub mod batch {
     use claviger_protocol::batch::{BatchRequest, parse_results, to_xml};
 
     use super::{Allowance, XML};
 
-    /// The most it may take.
+    /// Maximum cost.
     pub const ALLOWANCE: Allowance = XML;
 
-    /// Reads; writes what was read; reads it again.
+    /// Parses the input, writes the result and parses it again.
     pub fn run(input: &[u8]) {
         if let Ok(request) = BatchRequest::parse(input) {
             let again = BatchRequest::parse(&request.to_xml()).expect("what is written can be read");
@@ -68,7 +68,7 @@ pub mod batch {
     }
 }
 
-/// A protector: shape, signatures, chain of wrappings.
+/// A protector: structure, signatures, chain of wrappings.
 pub mod protector {
     use std::sync::LazyLock;
 
@@ -78,13 +78,13 @@ pub mod protector {
 
     use super::{Allowance, XML};
 
-    /// The most it may take. The certificates that are remembered count, too.
+    /// Maximum cost, including the cached certificates.
     pub const ALLOWANCE: Allowance = Allowance { base: 8 << 20, ..XML };
 
-    /// Certificates that earlier inputs showed.
+    /// Certificates of earlier inputs.
     static KNOWN: LazyLock<KnownCertificates> = LazyLock::new(|| KnownCertificates::new(64));
 
-    /// Verifies it with and without what is remembered: the verdict is the same.
+    /// Verifies the protector with and without cached certificates: the result must be the same.
     pub fn run(input: &[u8]) {
         let _ = transport_key(input);
         let described = describe(input);
@@ -99,41 +99,41 @@ pub mod protector {
     }
 }
 
-/// The guard in front of the XML parser, and the canonical form.
+/// The check before the XML parser, and the canonical form.
 pub mod canonical {
     use claviger_protocol::c14n;
 
     use super::{Allowance, XML, xml};
 
-    /// The most it may take. The canonical form has its own bound, however short the input is.
+    /// Maximum cost. The canonical form has its own limit, which does not depend on the input's length.
     pub const ALLOWANCE: Allowance = Allowance { base: 8 << 20, ..XML };
 
-    /// The canonical form of a canonical form is itself, and it is bounded.
+    /// Checks that the canonical form of a canonical form is the same, and that its length is limited.
     pub fn run(input: &[u8]) {
         let Ok(text) = xml::decode(input) else { return };
         let Ok(document) = xml::parse(&text) else { return };
         let Ok(canonical) = c14n::document(&document) else { return };
-        // The bound is looked at once for each element; one element adds as much as itself at most.
+        // The limit is checked once for each element, and one element adds at most its own length.
         assert!(canonical.len() <= c14n::MAX_OCTETS + 8 * input.len() + 1024, "the canonical form is bounded");
-        // A carriage return is written as a reference, which stays one.
+        // A carriage return is written as a character reference, which stays a reference.
         let again = xml::decode(canonical.as_bytes()).expect("it is UTF-8");
-        // What is declared where it is used is declared more often: the canonical form can be beyond the limits.
+        // The canonical form repeats declarations where they are used, so it may exceed the parser's limits.
         let Ok(document) = xml::parse(&again) else { return };
         assert_eq!(c14n::document(&document).as_ref(), Ok(&canonical));
     }
 }
 
-/// An X.509 certificate, in DER and PEM, and the judgement of a health certificate.
+/// An X.509 certificate in DER and PEM, and the checks of a health certificate.
 pub mod certificate {
     use claviger_protocol::certificate::Certificate;
     use claviger_protocol::health;
 
     use super::{Allowance, FLAT};
 
-    /// The most it may take.
+    /// Maximum cost.
     pub const ALLOWANCE: Allowance = FLAT;
 
-    /// Reads it; writes it as PEM; reads that.
+    /// Parses the input, writes it as PEM and parses that.
     pub fn run(input: &[u8]) {
         let Ok(certificate) = Certificate::parse(input).or_else(|_| Certificate::from_file(input)) else { return };
         let pem = certificate.to_pem();
@@ -148,38 +148,38 @@ pub mod certificate {
     }
 }
 
-/// A guardian's metadata document, as tenants read it.
+/// A guardian's metadata document, as tenants parse it.
 pub mod metadata {
     use claviger_protocol::metadata::Metadata;
 
     use super::{Allowance, XML};
 
-    /// The most it may take.
+    /// Maximum cost.
     pub const ALLOWANCE: Allowance = Allowance { base: 8 << 20, ..XML };
 
-    /// Reads it and checks its signatures.
+    /// Parses the document and checks its signatures.
     pub fn run(input: &[u8]) {
         let _ = Metadata::parse(input);
     }
 }
 
-/// Every form of a public key: RSA1 blob, SubjectPublicKeyInfo, certificate, PEM. And private keys in PKCS#8.
+/// Every format of a public key (RSA1 blob, SubjectPublicKeyInfo, certificate, PEM), and private keys in PKCS#8.
 pub mod public_key {
     use claviger_protocol::rsa_key::{RsaPrivateKey, RsaPublicKey};
 
     use super::{Allowance, FLAT};
 
-    /// The most it may take.
+    /// Maximum cost.
     pub const ALLOWANCE: Allowance = FLAT;
 
-    /// Reads a key; writes it in all forms; reads those.
+    /// Parses a key, writes it in all formats and parses those.
     pub fn run(input: &[u8]) {
         let any = RsaPublicKey::from_any(input);
         let file = RsaPublicKey::from_file(input);
-        // In a file, whatever looks like PEM is PEM.
+        // A file that contains a PEM marker is treated as PEM.
         let pem = input.windows(5).any(|part| part == b"-----");
         assert!(any.is_err() || file.is_ok() || pem, "a file may hold whatever hosts send");
-        // A modulus may hold these bytes too, if somebody wants it to.
+        // A modulus may contain these bytes too.
         let pem = pem || file.as_ref().is_ok_and(|key| key.spki_der().windows(5).any(|part| part == b"-----"));
         if let Ok(key) = file
             && !pem
@@ -198,8 +198,8 @@ pub mod public_key {
     }
 }
 
-/// A host's request for a health certificate in both modes, and what hosts read: the replies, the service's description, the
-/// error.
+/// A host's request for a health certificate in both modes, and what hosts parse: the replies, the description of the
+/// service, the error.
 pub mod attestation {
     use claviger_protocol::attestation::tpm::{TpmRequest, first_request, parse_continue_reply, second_request};
     use claviger_protocol::attestation::{
@@ -208,10 +208,10 @@ pub mod attestation {
 
     use super::{Allowance, FLAT};
 
-    /// The most it may take.
+    /// Maximum cost.
     pub const ALLOWANCE: Allowance = FLAT;
 
-    /// Reads; writes what was read; reads it again.
+    /// Parses the input, writes the result and parses it again.
     pub fn run(input: &[u8]) {
         if let Ok(request) = HostKeyRequest::parse(input) {
             let written = host_key_request(
@@ -241,17 +241,17 @@ pub mod attestation {
     }
 }
 
-/// The files that administrators hand over: certificates, keys, bundles, in PEM, DER, BER and PKCS#7.
+/// Input files of administrators: certificates, keys and bundles in PEM, DER, BER and PKCS#7.
 pub mod input {
     use claviger_protocol::ber::Element;
     use claviger_protocol::input;
 
     use super::{Allowance, FLAT};
 
-    /// The most it may take.
+    /// Maximum cost.
     pub const ALLOWANCE: Allowance = FLAT;
 
-    /// Asks for everything that a file may be asked for.
+    /// Parses the file as every kind of input.
     pub fn run(input: &[u8]) {
         let certificates = input::certificates(input);
         if let Ok(entries) = &certificates {
@@ -286,10 +286,10 @@ pub mod pfx {
 
     use super::{Allowance, FLAT};
 
-    /// The most it may take: a file says how often its password is hashed, within a bound.
+    /// Maximum cost. The file sets the number of hash iterations of its password, within a limit.
     pub const ALLOWANCE: Allowance = Allowance { time: Duration::from_secs(20), ..FLAT };
 
-    /// Opens it.
+    /// Opens the file.
     pub fn run(input: &[u8]) {
         if let Ok((key, certificate)) = open(input, "fuzz") {
             assert_eq!(key.public().spki_der(), certificate.key().spki_der(), "the certificate is the key's");
@@ -305,10 +305,10 @@ pub mod config {
 
     use super::{Allowance, FLAT};
 
-    /// The most it may take: a table of one key is a few hundred bytes.
+    /// Maximum cost: a table with one key takes a few hundred bytes.
     pub const ALLOWANCE: Allowance = Allowance { per_byte: 1024, ..FLAT };
 
-    /// Reads; writes what was read; reads it again.
+    /// Parses the input, writes the result and parses it again.
     pub fn run(input: &[u8]) {
         let Ok(text) = std::str::from_utf8(input) else { return };
         let path = Path::new("/etc/claviger/claviger.toml");
@@ -322,7 +322,7 @@ pub mod config {
     }
 }
 
-/// The envelope of attestation by TPM, and the structures in it.
+/// The envelope of TPM attestation, and the structures in it.
 pub mod tpm_context {
     use claviger_protocol::tpm::context::{Context, Kind, write};
     use claviger_protocol::tpm::evidence::Evidence;
@@ -330,10 +330,10 @@ pub mod tpm_context {
 
     use super::{Allowance, TPM};
 
-    /// The most it may take.
+    /// Maximum cost.
     pub const ALLOWANCE: Allowance = TPM;
 
-    /// Reads; writes what was read; reads it again.
+    /// Parses the input, writes the result and parses it again.
     pub fn run(input: &[u8]) {
         let Ok(context) = Context::parse(input) else { return };
         if let Ok(evidence) = Evidence::of(&context) {
@@ -354,7 +354,7 @@ pub mod tpm_log {
 
     use super::{Allowance, TPM};
 
-    /// The most it may take.
+    /// Maximum cost.
     pub const ALLOWANCE: Allowance = TPM;
 
     /// Replays every bank and describes every event.
@@ -378,10 +378,10 @@ pub mod tpm_public {
 
     use super::{Allowance, FLAT};
 
-    /// The most it may take: a key is prepared for its library.
+    /// Maximum cost, including the preparation of a key for its library.
     pub const ALLOWANCE: Allowance = FLAT;
 
-    /// Reads a key, and verifies with it.
+    /// Parses a key and verifies with it.
     pub fn run(input: &[u8]) {
         if let Ok(key) = AttestationKey::parse(input) {
             assert!(!key.verifies(b"", &Signature::Rsassa(&[0; 256])));
@@ -391,17 +391,17 @@ pub mod tpm_public {
     }
 }
 
-/// A quote.
+/// A TPM quote.
 pub mod tpm_quote {
     use claviger_protocol::tpm::pcr::PcrSet;
     use claviger_protocol::tpm::quote::Quote;
 
     use super::{Allowance, TPM};
 
-    /// The most it may take.
+    /// Maximum cost.
     pub const ALLOWANCE: Allowance = TPM;
 
-    /// Reads; writes what was read; reads it again.
+    /// Parses the input, writes the result and parses it again.
     pub fn run(input: &[u8]) {
         if let Ok(quote) = Quote::parse(input) {
             let written = quote.to_bytes();
@@ -419,10 +419,10 @@ pub mod tpm_signature {
 
     use super::{Allowance, TPM};
 
-    /// The most it may take.
+    /// Maximum cost.
     pub const ALLOWANCE: Allowance = TPM;
 
-    /// Reads; writes what was read; reads it again.
+    /// Parses the input, writes the result and parses it again.
     pub fn run(input: &[u8]) {
         if let Ok(signature) = Signature::parse(input) {
             let written = signature.to_bytes();
