@@ -1,4 +1,4 @@
-//! What administrators do, through the real command line.
+//! Tests of administrators' actions with the real command line.
 
 #![allow(clippy::unwrap_used)]
 
@@ -38,7 +38,7 @@ fn key() -> RsaPrivateKey {
     RsaPrivateKey::generate(2048).unwrap()
 }
 
-/// A self-signed certificate over this key (DER), by OpenSSL.
+/// Returns a self-signed certificate for this key as DER, made with OpenSSL.
 fn certificate(lab: &Lab, key: &RsaPrivateKey) -> Vec<u8> {
     let private = write(lab, "certificate.key", key.to_pkcs8_pem().as_bytes());
     let made = tool(
@@ -56,7 +56,7 @@ async fn hosts_come_and_go() {
     assert_eq!(std::fs::metadata(lab.socket()).unwrap().permissions().mode() & 0o777, 0o600);
     assert_eq!(names(&administrator), [HOST]);
 
-    // Every form of a public key, in a file.
+    // Every file format of a public key.
     let spki = |key: &RsaPrivateKey| key.public().spki_der().to_vec();
     type Form<'a> = (&'a str, &'a dyn Fn(&RsaPrivateKey) -> Vec<u8>);
     let forms: [Form<'_>; 5] = [
@@ -77,7 +77,7 @@ async fn hosts_come_and_go() {
         host.roll(ApiVersion::V2, &health, &lab.protector()).await.unwrap();
     }
     assert_eq!(names(&administrator).len(), 1 + forms.len());
-    // For people, too; and by the socket's path.
+    // The list for people, also through the socket's path.
     let list = administrator.run(&["hosts", "list"]);
     let text = said(&list);
     assert!(text.starts_with("NAME") && text.contains("spki.pem") && text.lines().count() == 2 + forms.len(), "{text}");
@@ -86,7 +86,7 @@ async fn hosts_come_and_go() {
     let removed = administrator.run(&["hosts", "remove", "blob"]);
     assert_eq!(said(&removed), "removed host blob\n");
 
-    // What is refused, and what is said then.
+    // Invalid input, and the error messages.
     let good = write(&lab, "good.der", &spki(&key()));
     let good = good.to_str().unwrap();
     let garbage = write(&lab, "garbage", b"not a key");
@@ -127,7 +127,7 @@ async fn hosts_come_and_go() {
     assert!(text.starts_with("KIND") && text.lines().count() == 3, "{text}");
     assert!(daemon.stop().success());
 
-    // Nobody there any more.
+    // No daemon runs any more.
     let fault = administrator.fault(&["hosts", "list"]);
     assert!(fault.contains("is the daemon running, and with this --config?"), "{fault}");
     let neither = run(["hosts", "list"]);
@@ -150,13 +150,13 @@ async fn a_host_that_was_removed_gets_nothing_more() {
         assert!(error.contains("403 HealthCertificateException"), "{error}");
     };
 
-    // The very next request is refused.
+    // The next request is refused.
     assert!(administrator.run(&["hosts", "remove", "node"]).status.success());
     refused(&old).await;
     let error = host.attest().await.unwrap_err().to_string();
     assert!(error.contains("403 UnauthorizedErrorReply"), "{error}");
 
-    // The name with another key: the old certificate does not come back to life, the new host is served.
+    // The same name with another key: the old certificate stays invalid, and the new host is served.
     add(&administrator, "node", &files[1]);
     refused(&old).await;
     assert!(host.attest().await.is_err());
@@ -164,17 +164,17 @@ async fn a_host_that_was_removed_gets_nothing_more() {
     let health = replaced.attest().await.unwrap();
     replaced.roll(ApiVersion::V2, &health, &lab.protector()).await.unwrap();
 
-    // The first key under another name: its certificate is for another name.
+    // The first key under another name: its certificate is for the old name.
     add(&administrator, "other", &files[0]);
     refused(&old).await;
-    // Back under its own name: name and key are what they were.
+    // The first key under its old name again: name and key are as before.
     assert!(administrator.run(&["hosts", "remove", "other"]).status.success());
     assert!(administrator.run(&["hosts", "remove", "NODE"]).status.success());
     add(&administrator, "node", &files[0]);
     host.roll(ApiVersion::V2, &old, &lab.protector()).await.unwrap();
     assert!(daemon.stop().success());
 
-    // All of this is in the trail, and who was refused by name.
+    // All of this is in the trail, including the name of the refused host.
     let trail = lab.audit();
     let of = |event: &str, outcome: &str| {
         trail.iter().filter(|l| l["event"] == event && l["outcome"] == outcome && l["host"] == "node").count()
@@ -190,7 +190,7 @@ async fn a_host_that_was_removed_gets_nothing_more() {
 fn damaged_counts_keep_no_daemon_from_serving() {
     let lab = Lab::make(Options::default());
     let administrator = Administrator(&lab);
-    // Certificates that are not older than the counts have all of theirs.
+    // Certificates that are not older than the counters have all of their releases counted.
     let state = rusqlite::Connection::open(lab.file("state/state.db")).unwrap();
     state.execute_batch("UPDATE certificates SET added = added - 1000").unwrap();
     drop(state);
@@ -204,7 +204,7 @@ fn damaged_counts_keep_no_daemon_from_serving() {
     assert!(said(&administrator.run(&["keys", "list"])).contains("counted since"));
     assert!(administrator.json(&["hosts", "list"])[0]["last_release"].is_i64());
     assert!(daemon.stop().success());
-    // Nothing is wrong with the new ones.
+    // The new certificates work.
     let daemon = lab.serve();
     assert!(!daemon.process.output().contains("begin anew"));
     assert!(daemon.stop().success());
@@ -223,7 +223,7 @@ fn two_daemons_with_sockets_of_their_own_share_a_state() {
     block(one.until_ready_is(200));
     block(two.until_ready_is(200));
 
-    // What either issues, either accepts, and what is removed at one is gone at the other.
+    // Each daemon accepts certificates of the other, and a host removed at one is removed at the other.
     let health = block(lab.host(one.client()).attest()).unwrap();
     let roll = |daemon: &Daemon| block(lab.host(daemon.client()).roll(ApiVersion::V2, &health, &lab.protector()));
     for daemon in [&one, &two] {
@@ -235,7 +235,7 @@ fn two_daemons_with_sockets_of_their_own_share_a_state() {
     let listed = run(["hosts", "list", "--json", "--socket", sockets.join("admin.sock").to_str().unwrap()]);
     assert_eq!(serde_json::from_slice::<Value>(&listed.stdout).unwrap(), serde_json::json!([]));
     assert!(two.stop().success() && one.stop().success());
-    // Both are in one trail.
+    // Both daemons write to one trail.
     let done = lab.audit().iter().filter(|line| line["event"] == "release" && line["outcome"] == "success").count();
     assert!(done >= 2, "{done}");
 }

@@ -1,5 +1,5 @@
-//! A hundred anonymous callers of each kind, and honest hosts beside them: every release succeeds, `/ready` stays true, memory is
-//! bounded. How much slower honest hosts become is measured by the binary `attackers`, not here.
+//! Tests with a hundred anonymous attackers of each kind beside honest hosts: every release succeeds, `/ready` stays true,
+//! memory is limited. The binary `attackers` measures how much slower honest hosts become.
 
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
@@ -13,14 +13,14 @@ use claviger_tests::{ALGORITHMS, Daemon, Lab, Options, PATIENCE, ROLL, open_rele
 const ATTACKERS: usize = 100;
 const BATCH: &str = "/KeyProtection/service/v2.0/RollTransportKeys";
 const XML: &str = "application/xml";
-/// What attackers may add to the daemon's memory, in MiB: the budget for bodies, and half of it for everything else. Before
-/// there were bounds, it was gigabytes.
+/// Maximum growth of the daemon's memory under attack, in MiB: the budget for bodies, and half of it for the rest. Without
+/// limits, it grew by gigabytes.
 const MEMORY: u64 = 768;
 
 fn lab() -> Lab {
     let lab = Lab::make(Options::default());
     lab.configure(|config| {
-        // Fewer places than the attackers want, and a budget that they could use up.
+        // Fewer connections than the attackers want, and a budget for bodies that they can exhaust.
         config.server.max_connections = 2 * ATTACKERS;
         config.server.body_memory_mib = 64;
         config.server.body_memory_per_address_mib = 0;
@@ -50,7 +50,7 @@ async fn honest_hosts_are_served_beside_a_hundred_attackers_of_each_kind() {
         tokio::time::sleep(Duration::from_millis(2500)).await;
         let kept = daemon.client();
         for turn in 0..10 {
-            // A connection of its own each time, or the one of the time before.
+            // Alternates between a new connection and the one used before.
             let fresh = daemon.client();
             let client = if turn % 2 == 0 { &fresh } else { &kept };
             let reply = client.post(ROLL, XML, request.clone()).await.unwrap();
@@ -117,19 +117,19 @@ async fn a_large_batch_has_to_begin_with_a_certificate_that_is_right() {
         let code = (reply.status != 200).then(|| Refusal::parse(&reply.body).unwrap().code);
         (reply, code)
     };
-    // An honest one of more than two mebibytes.
+    // A valid batch of more than 2 MiB.
     let body = batch(&health, items).to_xml();
     assert!(body.len() > 2 * 1024 * 1024);
     let (reply, _) = send(body).await;
     let results = parse_results(&reply.body).unwrap();
     assert_eq!((results.len(), results.iter().filter(|item| item.is_ok()).count()), (items, items));
-    // A certificate that is not right, and none.
+    // An invalid certificate, and none.
     let mut forged = health.clone();
     *forged.last_mut().unwrap() ^= 1;
     assert_eq!(send(batch(&forged, items).to_xml()).await.1, Some(Code::HealthCertificate));
     let spaces = vec![b' '; 2 * 1024 * 1024];
     assert_eq!(send(spaces).await.1, Some(Code::RequestTooLarge));
-    // Small ones are judged as ever: the shape first.
+    // Small batches are judged as before: first the structure.
     assert_eq!(send(batch(&forged, 1).to_xml()).await.1, Some(Code::HealthCertificate));
     assert_eq!(send(b"<x/>".to_vec()).await.1, Some(Code::InvalidRequest));
     let metrics = daemon.metrics().await;

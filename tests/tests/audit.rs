@@ -1,4 +1,4 @@
-//! A decision that cannot be recorded is not carried out, and what is recorded can be found again.
+//! Tests of the audit trail: a decision that cannot be recorded is not carried out, and recorded decisions can be found.
 
 #![allow(clippy::unwrap_used)]
 
@@ -19,7 +19,7 @@ async fn nothing_is_released_while_the_trail_cannot_be_written() {
     std::fs::rename(&trail, lab.file("state/audit.old")).unwrap();
     std::os::unix::fs::symlink("/dev/full", &trail).unwrap();
 
-    // It starts: the trail can be opened, and what can be read is served.
+    // The daemon starts: the trail can be opened, and requests that only read are served.
     let daemon = lab.serve();
     daemon.until_ready_is(200).await;
     let client = daemon.client();
@@ -37,7 +37,7 @@ async fn nothing_is_released_while_the_trail_cannot_be_written() {
         assert_eq!(metrics.count("claviger_releases_total", &[("outcome", "success")]), 0);
         assert_eq!(metrics.count("claviger_audit_errors_total", &[]), turn, "audit errors of {turn} records");
     }
-    // Nothing leaves with a refusal, so it needs no line: it is counted.
+    // A refusal releases nothing, so it needs no line: it is counted.
     let reply = client.post(ROLL, "application/xml", "<x/>").await.unwrap();
     assert_eq!((reply.status.as_u16(), Refusal::parse(&reply.body).unwrap().code), (400, Code::InvalidRequest));
     let reply = client.post(ATTEST, "application/json", "{}").await.unwrap();
@@ -45,14 +45,14 @@ async fn nothing_is_released_while_the_trail_cannot_be_written() {
     let refused = lab.host(daemon.client()).attest().await.unwrap_err().to_string();
     assert!(refused.contains("503 UnavailableErrorReply"), "{refused}");
 
-    // Nor is a host registered or removed.
+    // Hosts cannot be registered or removed either.
     let config = lab.config_file();
     let config = config.to_str().unwrap();
     let removed = run(["hosts", "remove", "demo-host", "--config", config]);
     assert!(!removed.status.success() && said(&removed).contains("audit trail"), "{}", said(&removed));
     assert!(said(&run(["hosts", "list", "--config", config])).contains("demo-host"));
 
-    // The disk has room again: the next one goes through, without a restart.
+    // The disk has room again: the next release succeeds, without a restart.
     std::fs::remove_file(&trail).unwrap();
     let reply = client.post(ROLL, "application/xml", request).await.unwrap();
     assert_eq!(reply.status, 200, "{}", String::from_utf8_lossy(&reply.body));
@@ -64,14 +64,16 @@ async fn nothing_is_released_while_the_trail_cannot_be_written() {
     let of =
         |event: &str, outcome: &str| told.iter().filter(|l| l["event"] == event && l["outcome"] == outcome).count();
     assert_eq!((of("release", "success"), of("attest", "success")), (1, 1), "{told:?}");
-    // What was refused meanwhile was not forgotten: three releases and an attestation for want of the trail, and two by anybody.
+    // The refusals were counted meanwhile: three releases and one attestation for lack of the trail, and two anonymous
+    // requests.
     assert_eq!(of("release", "ServiceUnavailableException"), 3, "{told:?}");
     assert_eq!(of("attest", "UnavailableErrorReply"), 1, "{told:?}");
     assert_eq!((of("release", "InvalidRequestException"), of("attest", "PayloadErrorReply")), (1, 1), "{told:?}");
     assert_eq!(told.len(), 8, "{told:?}");
 }
 
-/// In the answer, in the audit line and in every line of the log: one release that no HSM served, and one item of a batch.
+/// The id is in the answer, in the audit line and in every log line: of one release that no HSM served, and of one item of
+/// a batch.
 #[tokio::test]
 async fn a_request_has_one_id_everywhere() {
     let lab = Lab::make(Options { hsms: 1, ..Options::default() });
@@ -88,13 +90,13 @@ async fn a_request_has_one_id_everywhere() {
     let batch = BatchRequest { health_certificate, algorithms: ALGORITHMS, ingress_protectors };
     requests.push(("/KeyProtection/service/v2.0/RollTransportKeys", batch.to_xml()));
     for (path, request) in requests {
-        // At most one such line a second.
+        // The log has at most one such line per second.
         tokio::time::sleep(Duration::from_millis(1100)).await;
         let reply = client.post(path, "application/xml", request).await.unwrap();
         ids.push(reply.headers["x-request-id"].to_str().unwrap().to_owned());
     }
     let [single, batch] = ids.as_slice() else { panic!() };
-    // They are counted, and those of the first requests of a second are told.
+    // Refusals are counted, and the first ones of a second are listed.
     let recorded = || {
         let trail = lab.trail();
         let requests = trail.iter().filter_map(|line| line["requests"].as_array()).flatten();

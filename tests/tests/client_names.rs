@@ -1,4 +1,4 @@
-//! Client certificates that are bound to hosts: a health certificate in other hands is worth nothing.
+//! Tests of client certificates that are bound to hosts: another client cannot use a health certificate.
 
 #![allow(clippy::unwrap_used)]
 
@@ -15,7 +15,7 @@ use claviger_tests::{ALGORITHMS, ATTEST, Daemon, HOST, Lab, Options, PATIENCE, R
 
 const BATCH: &str = "/KeyProtection/service/v2.0/RollTransportKeys";
 
-/// The status of a request with this client certificate, and the body of its answer.
+/// Returns the status of a request with this client certificate, and the body of the answer.
 fn status(ca: &Path, daemon: &Daemon, client: &Pair, path: &str, json: bool, body: &[u8]) -> (u16, String) {
     let settings = TlsSettings::trusting(ca).showing(&client.0, &client.1);
     let client = Client::with_tls(&daemon.url, &settings).unwrap().with_timeout(PATIENCE);
@@ -35,7 +35,7 @@ fn a_client_acts_only_for_the_host_that_its_certificate_names() {
     let server = authority.issue("server", "/CN=server", "IP:127.0.0.1");
     let own = authority.issue("own", "/CN=somebody", &format!("DNS:other,DNS:{}", HOST.to_ascii_uppercase()));
     let own_by_subject = authority.issue("subject", &format!("/O=x/CN={HOST}"), "");
-    // The CN does not count where there are DNS names, and a wildcard is no host's name.
+    // The CN does not count if there are DNS names, and a wildcard is not a host's name.
     let others = authority.issue("others", &format!("/CN={HOST}"), "DNS:other,DNS:*");
     lab.configure(|config| {
         config.server.tls = Some(Tls {
@@ -60,7 +60,7 @@ fn a_client_acts_only_for_the_host_that_its_certificate_names() {
     };
     let batch = batch.to_xml();
     for (client, right) in [(&own, true), (&own_by_subject, true), (&others, false)] {
-        // Also for a health certificate that is known by now.
+        // Also for a health certificate that is cached by now.
         for (path, json, body) in [(ROLL, false, &release), (BATCH, false, &batch), (ATTEST, true, &attestation)] {
             let (status, answer) = status(&authority.certificate_file(), &daemon, client, path, json, body);
             assert_eq!(status, if right { 200 } else { 403 }, "{path} with {}: {answer}", client.0.display());
@@ -70,7 +70,7 @@ fn a_client_acts_only_for_the_host_that_its_certificate_names() {
     }
     assert!(daemon.stop().success());
 
-    // Bound to hosts, clients have to show a certificate.
+    // Clients that are bound to hosts must show a certificate.
     lab.configure(|config| config.server.tls.as_mut().unwrap().client_required = false);
     let refused = run(["serve", "--config", lab.config_file().to_str().unwrap()]);
     assert!(!refused.status.success());

@@ -1,5 +1,5 @@
-//! The project's own clients and TLS: what they prove themselves with, whom they trust, and what they say where a setting is
-//! wrong.
+//! Tests of the project's own clients with TLS: their certificates, the authorities they trust, and their messages for
+//! wrong settings.
 
 #![allow(clippy::unwrap_used)]
 
@@ -13,7 +13,7 @@ use claviger_tests::authority::{Authority, Pair};
 use claviger_tests::{Daemon, Lab, Options, Process, claviger, loadgen, said};
 use serde_json::Value;
 
-/// A lab that is served over TLS, by a certificate for 127.0.0.1 alone. Its files are in the lab's folder.
+/// A lab served over TLS with a certificate for 127.0.0.1 only. Its files are in the lab's directory.
 struct Site {
     lab: Lab,
     authority: Authority,
@@ -21,7 +21,7 @@ struct Site {
 }
 
 impl Site {
-    /// Clients have to show a certificate where `required` says so.
+    /// Serves the lab; with `required`, clients must show a certificate.
     fn serve(required: bool) -> Self {
         let lab = Lab::make(Options::default());
         let authority = Authority::new(lab.path(), "ca");
@@ -37,7 +37,8 @@ impl Site {
         Self { lab, authority, daemon }
     }
 
-    /// `claviger host attest` that asks each of these URLs, with more arguments. It has a minute: what ends with 1 ended before.
+    /// Runs `claviger host attest` with these URLs and further arguments. It may take a minute; an exit status of 1 comes
+    /// earlier.
     fn attest(&self, urls: &[&str], more: &[&str]) -> Output {
         let mut command = Command::new(claviger());
         command.args(["host", "attest", "--fresh", "--dir"]).arg(self.lab.file("host"));
@@ -49,12 +50,12 @@ fn text(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
-/// The arguments that show a certificate.
+/// Returns the arguments with which a client shows a certificate.
 fn showing(pair: &Pair) -> [&str; 4] {
     ["--client-certificate", text(&pair.0), "--client-key", text(&pair.1)]
 }
 
-/// A setting is wrong: it is named, and nobody is asked until the time is up.
+/// Checks that a wrong setting is named at once, without retries until the time limit.
 fn is_wrong(output: &Output, words: &str) {
     let said = said(output);
     assert_eq!(output.status.code(), Some(1), "{said}");
@@ -121,9 +122,9 @@ fn a_wrong_setting_is_named_at_once() {
     is_wrong(&site.attest(&[url], &unknown), "does not accept this client's certificate (UnknownCA)");
     let mixed = ["--ca", text(&ca), "--client-certificate", text(&own.0), "--client-key", text(&foreign.1)];
     is_wrong(&site.attest(&[url], &mixed), "the key is not that of the certificate");
-    // Another server is asked all the same.
+    // The other server is used nevertheless.
     works(&site.attest(&[&plain, &other_name, url], &shown));
-    // What may pass is tried until the time is up, and that is what the caller is told.
+    // Temporary failures are retried until the time limit, and this is what the caller is told.
     let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let closed = format!("https://{nobody}");
     let output = site.attest(&[&closed, &other_name], &[&shown[..], &["--timeout", "2"]].concat());
@@ -139,7 +140,7 @@ fn the_systems_authorities_are_trusted_where_that_is_said() {
     let attest = |store: &Path, more: &[&str]| {
         let mut command = Command::new(claviger());
         command.args(["host", "attest", "--fresh", "--url", &site.daemon.url, "--dir"]).arg(site.lab.file("host"));
-        // What the system trusts, for programs that read it.
+        // The system's authorities, for programs that use them.
         command.env("SSL_CERT_FILE", store).env_remove("SSL_CERT_DIR");
         command.args(more).output().unwrap()
     };
@@ -154,7 +155,7 @@ fn the_systems_authorities_are_trusted_where_that_is_said() {
     assert!(site.daemon.stop().success());
 }
 
-/// OpenSSL's server, which speaks one version of TLS and requires a certificate of its clients.
+/// Starts OpenSSL's server, which supports one TLS version and requires a client certificate.
 fn openssl_server(site: &Site, version: &str) -> (Process, SocketAddr) {
     let mut command = Command::new("openssl");
     command.args(["s_server", "-accept", "127.0.0.1:0", "-www", version, "-Verify", "2", "-verify_return_error"]);
@@ -179,7 +180,7 @@ fn other_servers_that_require_a_certificate_are_understood_in_each_version() {
     assert!(site.daemon.stop().success());
 }
 
-/// `claviger host unwrap` behind a shell, which gives it descriptors as `script` says.
+/// Runs `claviger host unwrap` in a shell; `script` sets its descriptors.
 struct Unwrap<'a> {
     lab: &'a Lab,
     url: &'a str,
@@ -198,7 +199,7 @@ impl Unwrap<'_> {
         shell.arg("--egress").arg(self.egress()).args(more).output().unwrap()
     }
 
-    /// Both keys, as the machines' owner knows them.
+    /// Returns both keys, as the machine's owner computes them.
     fn keys(&self) -> [Vec<u8>; 2] {
         let owner = self.lab.owner();
         let egress = fs::read(self.egress()).unwrap();
@@ -231,7 +232,7 @@ fn each_key_goes_where_it_is_told_and_in_the_form_that_is_told() {
     assert!(found("file") == unwrap.keys().map(|key| hex(&key)).concat().as_bytes());
 
     let before = fs::read(unwrap.egress()).unwrap();
-    // One number twice, and one that was not given: opening the other must not make it up.
+    // One number twice, and a number that is not open: opening the other one must not create it.
     is_wrong(&unwrap.run("3>both", &["--ingress-fd", "3", "--egress-fd", "3"]), "have to be different");
     let missing = unwrap.run("4>ingress 3>&-", &["--ingress-fd", "4", "--egress-fd", "3"]);
     is_wrong(&missing, "--egress-fd 3 cannot be written to");

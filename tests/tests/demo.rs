@@ -1,4 +1,4 @@
-//! `claviger demo`, and the lab that it leaves behind.
+//! Tests of `claviger demo` and of the lab that it creates.
 
 #![allow(clippy::unwrap_used)]
 
@@ -10,7 +10,7 @@ use std::process::{Command, Output};
 use claviger_protocol::payload::ApiVersion;
 use claviger_tests::{Lab, METADATA, Options, claviger, metadata, run, said};
 
-/// `claviger demo --exit` in this lab's folder.
+/// Runs `claviger demo --exit` in this lab's directory.
 fn demo(lab: &Lab, options: Options) -> Output {
     lab.demo(options).arg("--exit").output().unwrap()
 }
@@ -39,7 +39,7 @@ fn a_lab_is_made_and_used_again_and_what_is_wrong_in_it_is_found() {
         assert!(text.contains(expected), "no {expected:?} in\n{text}");
     }
     let protector = lab.protector();
-    // Again, with more machines: the lab is the same one, with more protectors.
+    // Run again with more machines: the same lab gets more protectors.
     let second = demo(&lab, Options { vms: 3, ..options });
     let text = said(&second);
     assert!(second.status.success(), "{text}");
@@ -49,7 +49,7 @@ fn a_lab_is_made_and_used_again_and_what_is_wrong_in_it_is_found() {
     );
     assert_eq!(lab.protector(), protector);
 
-    // One character of a signature: the check of that machine fails, and the others go on.
+    // A changed character in a signature: the check of that machine fails, and the others continue.
     let file = lab.file("tenant/vm-0002.protector.xml");
     let mut octets = std::fs::read(&file).unwrap();
     let tag = b"<SignatureValue>";
@@ -96,7 +96,7 @@ fn in_tpm_mode_a_boot_is_accepted_and_another_one_is_refused() {
 async fn one_token_and_one_machine_are_served_and_served_again() {
     let (daemon, lab) = Lab::start(Options { hsms: 1, vms: 1, ..Options::default() });
     let before = metadata(&daemon.client()).await;
-    // Nobody else gets hold of the state meanwhile.
+    // No other daemon can use the state meanwhile.
     let other = run(["serve".as_ref(), "--config".as_ref(), lab.config_file().as_os_str()]);
     let text = said(&other);
     assert!(!other.status.success(), "{text}");
@@ -120,7 +120,7 @@ async fn one_token_and_one_machine_are_served_and_served_again() {
 
 #[test]
 fn what_stands_in_the_way_is_said() {
-    // A folder with something else in it stays as it is.
+    // A directory with other contents stays unchanged.
     let lab = Lab::folder();
     std::fs::write(lab.file("precious"), "x").unwrap();
     let refused = demo(&lab, Options::default());
@@ -131,14 +131,14 @@ fn what_stands_in_the_way_is_said() {
     );
     assert_eq!(std::fs::read_dir(lab.path()).unwrap().count(), 1);
 
-    // A lab whose module is not there (any more).
+    // A lab whose module is missing.
     let lab = Lab::make(Options::default());
     lab.configure(|config| config.hsm[0].module = lab.file("no-such-module.so"));
     let refused = run(["serve".as_ref(), "--config".as_ref(), lab.config_file().as_os_str()]);
     let text = said(&refused);
     assert!(!refused.status.success() && text.contains("no-such-module.so"), "{text}");
 
-    // Options out of bounds, and a configuration that is not there.
+    // Options out of range, and a missing configuration.
     for arguments in [&["demo", "--hsms", "0"][..], &["demo", "--vms", "0"], &["serve"]] {
         let output = Command::new(claviger()).args(arguments).current_dir(lab.path()).output().unwrap();
         assert_eq!(output.status.code(), Some(2), "{}", said(&output));
@@ -148,7 +148,7 @@ fn what_stands_in_the_way_is_said() {
     assert!(!output.status.success() && text.contains("/nowhere/claviger.toml"), "{text}");
 }
 
-/// A lab's configuration names a library that is loaded: nobody else is to choose it.
+/// A lab's configuration names a library that is loaded, so other users must not be able to change it.
 #[test]
 fn a_folder_that_others_may_write_is_refused() {
     let lab = Lab::make(Options::default());
@@ -172,7 +172,7 @@ fn a_folder_that_others_may_write_is_refused() {
     let output = run(["demo".as_ref(), "--exit".as_ref(), "--dir".as_ref(), inside.as_os_str()]);
     assert!(said(&output).contains("can be changed by others") && !inside.exists(), "{}", said(&output));
 
-    // A stranger's folder, or a file of a stranger in ours; only root can make either.
+    // A directory of another user, or a file of another user in ours; only root can create either.
     if rustix::process::geteuid().is_root() {
         for path in [lab.path().to_owned(), lab.config_file(), lab.file("tokens")] {
             std::os::unix::fs::chown(&path, Some(54321), None).unwrap();
@@ -184,8 +184,8 @@ fn a_folder_that_others_may_write_is_refused() {
     assert!(output.status.success(), "{}", said(&output));
 }
 
-/// Where SoftHSM2 is not installed. The usual places are hidden by a mount namespace; where this user may make none, the
-/// case is left out.
+/// Simulates a machine without SoftHSM2: a mount namespace hides the usual paths. If this user may not create one, the case
+/// is skipped.
 #[test]
 fn a_missing_softhsm_is_said() {
     let usual = ["/usr/lib/softhsm", "/usr/lib/x86_64-linux-gnu/softhsm", "/usr/lib/aarch64-linux-gnu/softhsm"];

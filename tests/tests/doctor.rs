@@ -1,4 +1,4 @@
-//! The doctor: silent when all is well, and right about what was broken on purpose.
+//! Tests of `claviger doctor`: it reports nothing on a healthy lab, and names each deliberate fault.
 
 #![allow(clippy::unwrap_used)]
 
@@ -14,7 +14,7 @@ use claviger_tests::{Lab, METADATA, Options, block, run, said, tool, until};
 use rusqlite::Connection;
 use serde_json::Value;
 
-/// The exit status, and the findings.
+/// Returns the exit status and the findings.
 fn doctor(lab: &Lab) -> (i32, Vec<Value>) {
     let output = run(["doctor", "--json", "--config", lab.config_file().to_str().unwrap()]);
     let findings = serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{e}: {}", said(&output)));
@@ -28,7 +28,7 @@ fn well(lab: &Lab) {
     assert_eq!(keys, lab.config().hsm.len(), "{findings:#?}");
 }
 
-/// Something of `check` is this bad, is said with these words, and there is something to do about it.
+/// Checks that a finding of `check` has this level, contains these words, and has a remedy.
 fn ill(lab: &Lab, check: &str, level: &str, words: &[&str]) {
     let (status, findings) = doctor(lab);
     let found = findings.iter().any(|finding| {
@@ -46,7 +46,7 @@ fn sql(lab: &Lab, text: &str) {
     Connection::open(lab.file("state/state.db")).unwrap().execute_batch(text).unwrap();
 }
 
-/// With a file that has other content; then it is as before.
+/// Runs `look` while a file has other content, and restores the file.
 fn with(path: &Path, content: &str, look: impl FnOnce()) {
     let (before, mode) = (fs::read(path).unwrap(), fs::metadata(path).unwrap().permissions());
     fs::write(path, content).unwrap();
@@ -63,7 +63,7 @@ fn pkcs11_tool(lab: &Lab, arguments: &[&str]) -> String {
     said(&output)
 }
 
-/// Another program logs in with the right PIN.
+/// Logs in with the right PIN, as another program.
 fn log_in(lab: &Lab, token: &str, pin: &Path) {
     let pin = fs::read_to_string(pin).unwrap();
     pkcs11_tool(lab, &["--token-label", token, "--login", "--pin", pin.trim(), "--list-objects"]);
@@ -73,12 +73,12 @@ fn listed(lab: &Lab) -> String {
     said(&run(["hsm", "list", "--config", lab.config_file().to_str().unwrap()]))
 }
 
-/// Neither the doctor nor the daemon logs in where a wrong PIN would lock the token.
+/// Neither the doctor nor the daemon logs in if a wrong PIN would lock the token.
 #[test]
 fn the_last_try_of_a_pin_is_left_alone() {
     let lab = Lab::make(Options { hsms: 2, ..Options::default() });
     let faulty = lab.behind_faulty();
-    // Of all processes together.
+    // Counts the logins of all processes.
     let logins = || faulty.stats("hsm-b").calls("C_Login");
     for (tries, flag) in [("final", "CKF_USER_PIN_FINAL_TRY"), ("locked", "CKF_USER_PIN_LOCKED")] {
         let before = logins();
@@ -92,12 +92,12 @@ fn the_last_try_of_a_pin_is_left_alone() {
         ill(&lab, "hsm", "error", &["hsm-b", "not tried", flag]);
         faulty.until("hsm-b", "fresh workers looked at the token", |stats| stats.processes() > looked + 2);
         assert_eq!(logins(), before, "the daemon, {tries}");
-        // The flag goes, as after a right login with the vendor's tool: the member comes up by itself.
+        // The flag is cleared, as after a login with the vendor's tool: the member comes up by itself.
         faulty.clear("hsm-b");
         until("the member is up", || listed(&lab).lines().any(|line| line.starts_with("hsm-b  up")).then_some(()));
         assert!(daemon.stop().success());
     }
-    // Only an administrator's word uses the last try.
+    // Only an administrator can allow the last try.
     faulty.set("hsm-b", &["pin_tries=final"]);
     let before = faulty.stats("hsm-b");
     let daemon = lab.serve();
@@ -145,13 +145,13 @@ fn two_tokens_of_one_label_are_named() {
     let list = listed(&lab);
     assert!(list.contains("hsm-b: name the token by `serial`"), "{list}");
     assert!(daemon.stop().success());
-    // Neither of them was given a PIN that is not its own.
+    // No token got the PIN of another one.
     let slots = pkcs11_tool(&lab, &["--list-token-slots"]);
     assert_eq!(slots.matches("claviger-b").count(), 2, "{slots}");
     assert!(!slots.contains("user PIN count low"), "{slots}");
 }
 
-/// The folder of a token in SoftHSM's store.
+/// Returns the directory of a token in SoftHSM's store.
 fn token_folder(lab: &Lab, label: &str) -> PathBuf {
     let folders = fs::read_dir(lab.file("tokens")).unwrap().map(|entry| entry.unwrap().path());
     let of_label = |folder: &PathBuf| {
@@ -161,7 +161,7 @@ fn token_folder(lab: &Lab, label: &str) -> PathBuf {
     folders.into_iter().find(of_label).unwrap()
 }
 
-/// Most modules find a token that was made later only when they are initialised again, and that is done by a fresh worker, while
+/// Most modules find a token that was created later only after a new initialisation. A fresh worker does that, while
 /// another member serves with the same module.
 #[test]
 fn a_token_that_comes_later_comes_up_by_itself() {
@@ -191,11 +191,11 @@ fn what_is_broken_is_named() {
     let pin = lab.file("pins/hsm-b.pin");
     well(&lab);
 
-    // Configuration and files.
+    // Faults of configuration and files.
     with(&lab.config_file(), &format!("unknown = 1\n{config}"), || ill(&lab, "configuration", "error", &["unknown"]));
     with(&pin, "wrong\n", || {
         ill(&lab, "login", "error", &["hsm-b", "PIN", "CKR_PIN_INCORRECT"]);
-        // The token tells of the wrong PIN now: it is not tried again, whatever the file says.
+        // The token now reports the wrong PIN: it is not tried again, whatever the file contains.
         ill(&lab, "login", "warning", &["hsm-b", "not tried", "CKF_USER_PIN_COUNT_LOW"]);
     });
     ill(&lab, "login", "warning", &["hsm-b", "not tried"]);
@@ -212,14 +212,14 @@ fn what_is_broken_is_named() {
     ill(&lab, "module", "error", &["hsm-b", "/nowhere/module.so"]);
     fs::write(lab.config_file(), &config).unwrap();
 
-    // Sockets.
+    // Faults of sockets.
     drop(UnixListener::bind(lab.socket()).unwrap());
     fs::set_permissions(lab.socket(), Permissions::from_mode(0o666)).unwrap();
     ill(&lab, "socket", "warning", &["admin.sock", "stale"]);
     ill(&lab, "socket", "error", &["admin.sock", "0666"]);
     fs::remove_file(lab.socket()).unwrap();
 
-    // The audit trail.
+    // Faults of the audit trail.
     let trail = lab.file("state/audit.jsonl");
     let kept = lab.file("state/audit.kept");
     fs::rename(&trail, &kept).unwrap();
@@ -232,7 +232,7 @@ fn what_is_broken_is_named() {
     let ahead = format!("{lines}{{\"time\":\"2999-01-01T00:00:00.000Z\"}}\n");
     with(&trail, &ahead, || ill(&lab, "clock", "warning", &["in the future"]));
 
-    // The state.
+    // Faults of the state.
     let state = lab.file("state/state.db");
     with(&state, "no database, whatever it is called, and long enough to look like one", || {
         ill(&lab, "state", "error", &["state.db"]);
@@ -249,7 +249,7 @@ fn what_is_broken_is_named() {
     });
 }
 
-/// Breaks a copy of the state as it was when the lab was made.
+/// Breaks a copy of the original state of the lab.
 fn well_again(lab: &Lab, state: &Path, breaking: impl FnOnce(&Lab)) {
     let before = fs::read(state).unwrap();
     breaking(lab);
@@ -260,7 +260,7 @@ fn well_again(lab: &Lab, state: &Path, breaking: impl FnOnce(&Lab)) {
 fn keys_and_certificates_are_looked_at_one_by_one() {
     let lab = Lab::make(Options { hsms: 2, ..Options::default() });
 
-    // An expired certificate, of a key that is nobody's.
+    // An expired certificate, whose key no token has.
     let key = lab.key("tenant/owner-signing.key.pem");
     let der = signer_template(key.public(), 1, 2).unwrap().to_be_signed().unwrap().sign_with(&key).unwrap();
     let mut state = State::open(&lab.file("state")).unwrap();
@@ -278,7 +278,7 @@ fn keys_and_certificates_are_looked_at_one_by_one() {
     drop(state);
     well(&lab);
 
-    // A key that one member has lost: also while the daemon runs.
+    // A key that one member has lost, also found while the daemon runs.
     let id: String = Connection::open(lab.file("state/state.db"))
         .unwrap()
         .query_row("SELECT lower(hex(key_id)) FROM certificates WHERE kind = 'encryption'", [], |row| row.get(0))
@@ -316,7 +316,7 @@ fn a_daemon_that_runs_is_asked() {
     assert!(text.contains("the daemon runs and answers") && text.contains(" 0 warnings, 0 errors"), "{text}");
     assert!(daemon.stop().success());
 
-    // A wrong PIN: the daemon has tried it, and the doctor does not.
+    // A wrong PIN: the daemon has tried it, and the doctor does not try it.
     fs::write(lab.file("pins/hsm-b.pin"), "wrong\n").unwrap();
     let daemon = lab.serve();
     until("the PIN is refused", || listed(&lab).contains("pin_refused").then_some(()));
@@ -329,7 +329,7 @@ fn a_broken_certificate_costs_its_own_key_only() {
     let lab = Lab::make(Options::default());
     sql(&lab, "UPDATE certificates SET der = x'3000' WHERE kind = 'signing'");
     let daemon = lab.serve();
-    // As the protocol has it, and the doctor says which.
+    // The document follows the protocol, and the doctor names the certificate.
     let answer = block(daemon.client().get(METADATA)).unwrap();
     let text = String::from_utf8_lossy(&answer.body).into_owned();
     assert!(answer.status == 500 && text.contains("Primary Signing Certificate not found"), "{text}");
@@ -343,7 +343,7 @@ fn a_broken_certificate_costs_its_own_key_only() {
     ill(&lab, "certificate", "error", &["signing certificate", "broken"]);
 }
 
-/// The doctor and `claviger serve` find the same, with the same words.
+/// The doctor and `claviger serve` report the same faults with the same words.
 #[test]
 fn what_keeps_the_daemon_from_starting_is_named_by_both() {
     let lab = Lab::make(Options::default());
@@ -361,7 +361,7 @@ fn what_keeps_the_daemon_from_starting_is_named_by_both() {
     fs::rename(lab.file("state"), &long).unwrap();
     lab.configure(|config| config.server.state.clone_from(&long));
     both("socket", &["review.sock", "too long", "107"]);
-    // A shorter folder for the sockets is the remedy.
+    // The remedy is a shorter directory for the sockets.
     let sockets = lab.file("s");
     lab.configure(|config| {
         config.server.state.clone_from(&long);

@@ -1,4 +1,4 @@
-//! The daemon on tokens that misbehave on command: what reaches which member.
+//! Tests of the daemon with tokens that misbehave: each fault affects the right member.
 
 #![allow(clippy::unwrap_used)]
 
@@ -17,7 +17,7 @@ async fn release(daemon: &Daemon, lab: &Lab, times: usize) {
     }
 }
 
-/// Each member's worker is configured by `[env]` and its own `env`, also where all name the same library.
+/// `[env]` and the member's own `env` configure each worker, even if all members use the same library.
 #[tokio::test(flavor = "multi_thread")]
 async fn faults_reach_their_member() {
     let lab = Lab::make(Options { hsms: 2, vms: 1, ..Options::default() });
@@ -43,7 +43,7 @@ async fn faults_reach_their_member() {
     assert!(faulty.stats("hsm-a").processes() > 1, "hsm-a came up with the worker that failed");
     assert!(daemon.stop().success());
     for member in ["hsm-a", "hsm-b"] {
-        // Every process logged in once at most, and was finalised, unless it was killed for its faults.
+        // Every process logged in at most once and was finalised, unless it was killed for its faults.
         let (token, module) = (faulty.stats(member), faulty.module_stats(member));
         assert_eq!((token.sessions(), module.in_progress()), (0, 0), "{member}");
         assert_eq!(module.calls("C_Initialize"), module.processes(), "{member}");
@@ -53,7 +53,7 @@ async fn faults_reach_their_member() {
     assert_eq!(faulty.module_stats("hsm-b").calls("C_Finalize"), 1);
 }
 
-/// A worker has the daemon's environment; over that goes `[env]`, and over both the member's own. But no PIN.
+/// A worker's environment is the daemon's, overridden by `[env]` and then by the member's own, and without any PIN.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_workers_environment_is_the_daemons_and_the_configurations() {
     const PIN: &str = "CLAVIGER_TEST_PIN";
@@ -75,7 +75,7 @@ async fn a_workers_environment_is_the_daemons_and_the_configurations() {
     daemon.until_ready_is(200).await;
     release(&daemon, &lab, 1).await;
     faulty.until("hsm-a", "a decryption", |stats| stats.calls("C_Decrypt") > 0);
-    // Its memory is nobody's but root's to look at.
+    // Only root can read its memory.
     let worker = Administrator(&lab).worker("hsm-a").unwrap();
     if let Ok(environment) = fs::read_to_string(format!("/proc/{}/environ", worker.as_raw_nonzero())) {
         assert!(environment.contains(MODULE_VARIABLE) && !environment.contains(PIN), "{environment}");

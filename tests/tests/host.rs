@@ -1,4 +1,4 @@
-//! A guarded host's own commands against a real daemon: `claviger host …`.
+//! Tests of a guarded host's commands, `claviger host …`, with a real daemon.
 
 #![allow(clippy::unwrap_used)]
 
@@ -21,11 +21,11 @@ use claviger_tests::raw::{Connection, post};
 use claviger_tests::{ATTEST, Daemon, HOST, Lab, Options, PATIENCE, ROLL, claviger, roll_request, run, said, tool};
 use serde_json::Value;
 
-/// `claviger host …` in the lab's own host folder.
+/// Runs `claviger host …` in the lab's own host directory.
 struct Host<'a> {
     lab: &'a Lab,
     urls: Vec<String>,
-    /// Seconds for a command; none of them is waited for in vain.
+    /// Time limit of a command in seconds; the tests expect commands to end earlier.
     timeout: u16,
 }
 
@@ -54,7 +54,7 @@ impl<'a> Host<'a> {
         command
     }
 
-    /// Unwraps; the report, and the keys, which are the owner's.
+    /// Unwraps a protector; returns the report and checks that the keys are the owner's.
     fn unwrap(&self, protector: &Path) -> Value {
         let report = json(&self.unwrap_command(protector).output().unwrap());
         let keys = fs::read(self.keys()).unwrap();
@@ -91,22 +91,22 @@ fn mode(path: &Path) -> u32 {
     fs::metadata(path).unwrap().permissions().mode() & 0o777
 }
 
-/// How often the service decided on this. What it only counts is on record a second later.
+/// Returns the number of decisions on this event. Events that are only counted are recorded a second later.
 fn decided(lab: &Lab, event: &str) -> usize {
     std::thread::sleep(std::time::Duration::from_millis(2500));
     lab.audit().iter().filter(|line| line["event"] == event).count()
 }
 
-/// A URL where nobody listens.
+/// Returns a URL on which no server listens.
 fn nobody() -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     format!("http://{}", listener.local_addr().unwrap())
 }
 
-/// Stands in front of a daemon: the first answers to requests for `path` are its own, everything else is passed on.
+/// A proxy in front of a daemon: it answers the first requests for `path` itself and passes on all others.
 struct StandIn {
     url: String,
-    /// How many requests for the path came, and when.
+    /// Times of the requests for the path.
     asked: Arc<Mutex<Vec<Instant>>>,
 }
 
@@ -115,7 +115,7 @@ impl StandIn {
         Self::answering(daemon, path, move |at| answers.get(at).cloned())
     }
 
-    /// With answers of its own for as long as there are any.
+    /// Starts a proxy that uses its own answers until there are none left.
     fn answering(
         daemon: SocketAddr,
         path: &'static str,
@@ -139,7 +139,7 @@ impl StandIn {
                             return;
                         }
                     }
-                    // One request a connection: the daemon closes it after its answer.
+                    // One request per connection: the daemon closes the connection after its answer.
                     let request = String::from_utf8(request).unwrap().replacen("\r\n", "\r\nConnection: close\r\n", 1);
                     let mut upstream = TcpStream::connect(daemon).unwrap();
                     upstream.write_all(request.as_bytes()).unwrap();
@@ -202,7 +202,7 @@ fn a_new_host_attests_once_and_unwraps_again_and_again() {
         command.arg("host").args(arguments).args(["--dir", dir.to_str().unwrap(), "--url", &daemon.url]);
         command.output().unwrap()
     };
-    // Not registered: refused, with what to do.
+    // A host that is not registered is refused, and told what to do.
     let refused = new_host(&["attest"]);
     let text = said(&refused);
     assert_eq!(refused.status.code(), Some(1), "{text}");
@@ -218,14 +218,14 @@ fn a_new_host_attests_once_and_unwraps_again_and_again() {
     assert_eq!(mode(&dir.join("health.pem")), 0o600);
     assert_eq!(decided(&lab, "attest"), 1 + 1 + 2, "the demo attests twice, the second time as a stranger");
 
-    // The lab's own host; its certificate is kept over runs.
+    // The lab's own host keeps its certificate between runs.
     let host = Host::new(&lab, &[&daemon.url]);
     assert_eq!(host.attest()["host"], HOST);
     let before = decided(&lab, "attest");
     let report = host.unwrap(&host.protector());
     assert_eq!((&report["api"], &report["attested"]), (&"v2.0".into(), &false.into()));
     assert_eq!((mode(&host.keys()), mode(&host.egress()), mode(&host.health())), (0o600, 0o600, 0o600));
-    // The protector rolls on, as a start hook has it.
+    // Each egress protector is the next ingress protector, as in a start hook.
     let vm = lab.file("vm.xml");
     for _ in 0..3 {
         fs::rename(host.egress(), &vm).unwrap();
@@ -242,7 +242,7 @@ fn a_certificate_that_does_not_do_is_replaced() {
     let lab = Lab::make(Options::default());
     let daemon = lab.serve();
     let host = Host::new(&lab, &[&daemon.url]);
-    // One that looks good from here, of a signer that the service does not know.
+    // A certificate that looks valid to the host, issued by a signer that the service does not know.
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs() as i64;
     let signer = RsaPrivateKey::generate(2048).unwrap();
     let own = signer_template(signer.public(), now - 600, now + 600).unwrap().to_be_signed().unwrap();
@@ -254,7 +254,7 @@ fn a_certificate_that_does_not_do_is_replaced() {
         let certificate = Certificate::parse(&issued.sign_with(&signer).unwrap()).unwrap();
         fs::write(host.health(), certificate.to_pem()).unwrap();
     };
-    // Always after `decided`, which waits for those that are only counted.
+    // Must be read after `decided`, which waits for decisions that are only counted.
     let refusals = || lab.audit().iter().filter(|line| line["outcome"] == "HealthCertificateException").count();
     let (attested, refused) = (decided(&lab, "attest"), refusals());
     keep(now);
@@ -262,12 +262,12 @@ fn a_certificate_that_does_not_do_is_replaced() {
     assert_eq!(host.unwrap(&host.protector())["attested"], true);
     assert_eq!((decided(&lab, "attest"), refusals()), (attested + 1, refused + 1));
     assert_eq!(host.unwrap(&host.protector())["attested"], false);
-    // An expired one is not even shown.
+    // The host does not use an expired certificate.
     keep(now - 8 * 3600);
     assert_eq!(host.unwrap(&host.protector())["attested"], true);
     assert_eq!((decided(&lab, "attest"), refusals()), (attested + 2, refused + 1));
 
-    // A host that was removed: its certificate is refused, and so is a new one. The protector of before stays.
+    // A removed host: the service refuses its certificate and issues no new one. The old protector stays.
     let before = fs::read(host.egress()).unwrap();
     fs::remove_file(host.keys()).unwrap();
     let config = lab.config_file();
@@ -289,7 +289,7 @@ fn a_server_that_cannot_serve_is_passed_over_and_asked_again_when_it_says() {
     let report = Host::new(&lab, &[&dead, &daemon.url]).unwrap(&lab.file("tenant/vm-0001.protector.xml"));
     assert_eq!(report["server"].as_str(), daemon.url.strip_prefix("http://"));
 
-    // Alone, the server is asked again, when it said; what no service would say is taken for what it is.
+    // A single server is asked again at the time that it named. An answer that no service would give is reported as such.
     let busy = answer("503 Service Unavailable", "Retry-After: 2\r\n", &error("ServiceUnavailableException"));
     let proxy = answer("502 Bad Gateway", "", "<html>no</html>");
     let stand_in = StandIn::start(daemon.address(), ROLL, vec![busy.clone(), proxy]);
@@ -298,13 +298,13 @@ fn a_server_that_cannot_serve_is_passed_over_and_asked_again_when_it_says() {
     let asked = stand_in.asked();
     assert_eq!(asked.len(), 3);
     assert!(asked[1] - asked[0] >= Duration::from_secs(2), "{:?}", asked[1] - asked[0]);
-    // With another one, nobody waits for it.
+    // With a second server, the host does not wait for the first one.
     let busy = busy.replace("Retry-After: 2\r\n", "Retry-After: 3600\r\n");
     let stand_in = StandIn::start(daemon.address(), ROLL, vec![busy.clone(), busy.clone()]);
     let report = Host::new(&lab, &[&stand_in.url, &daemon.url]).unwrap(&host.protector());
     assert_eq!(report["server"].as_str(), daemon.url.strip_prefix("http://"));
     assert_eq!(stand_in.asked().len(), 1);
-    // What asks for more time than there is ends at once: later is another matter.
+    // If the server asks for more time than is left, the command ends at once.
     let output = Host::new(&lab, &[&stand_in.url]).unwrap_command(&host.protector()).output().unwrap();
     assert_eq!(output.status.code(), Some(75), "{}", said(&output));
     assert!(said(&output).contains("503 ServiceUnavailableException"), "{}", said(&output));
@@ -318,11 +318,11 @@ fn a_server_that_cannot_serve_is_passed_over_and_asked_again_when_it_says() {
         said(&output)
     );
 
-    // One that does not know the second version.
+    // A server that does not support the second version.
     let old = StandIn::start(daemon.address(), ROLL, vec![answer("404 Not Found", "", &error("NotFoundException"))]);
     assert_eq!(Host::new(&lab, &[&old.url]).unwrap(&host.protector())["api"], "v1.0");
 
-    // Attestation says itself what passes.
+    // Attestation replies say themselves if a failure is temporary.
     let passes = |retryable: bool| {
         let body = format!(
             "{{\"__type\":\"UnavailableErrorReply:#Microsoft.Windows.RemoteAttestation.Core\",\"Retryable\":{retryable}}}"
@@ -347,7 +347,7 @@ fn what_is_refused_is_not_asked_again_and_nothing_is_written() {
     let before = fs::read(host.egress()).unwrap();
     fs::remove_file(host.keys()).unwrap();
 
-    // One character of the guardian's signature: well-formed, and wrong.
+    // One changed character in the guardian's signature: well-formed, but wrong.
     let mut wrong = lab.protector();
     let tag = b"<SignatureValue>";
     let at = wrong.windows(tag.len()).rposition(|w| w == tag).unwrap() + tag.len() + 10;
@@ -359,14 +359,14 @@ fn what_is_refused_is_not_asked_again_and_nothing_is_written() {
     assert_eq!(output.status.code(), Some(1), "{}", said(&output));
     assert!(said(&output).contains("400 InvalidProtectorException") && output.stdout.is_empty(), "{}", said(&output));
     assert_eq!(stand_in.asked().len(), asked + 1);
-    // What is no protector at all is not even sent.
+    // A file that is not a protector is not sent.
     fs::write(&file, "<Protector/>").unwrap();
     let output = host.unwrap_command(&file).output().unwrap();
     assert_eq!(output.status.code(), Some(1), "{}", said(&output));
     assert!(said(&output).contains("wrong.xml"), "{}", said(&output));
     assert_eq!(stand_in.asked().len(), asked + 1);
 
-    // In place would lose the old protector before its successor is in use.
+    // Writing in place would lose the old protector before the new one is in use.
     let mut command = host.command("unwrap");
     command.arg("--protector").arg(host.protector()).arg("--egress").arg(host.protector());
     let output = command.arg("--key-file").arg(host.keys()).output().unwrap();
@@ -379,7 +379,7 @@ fn what_is_refused_is_not_asked_again_and_nothing_is_written() {
     assert!(daemon.stop().success());
 }
 
-/// Answers 200 to requests for `path`, always with this body.
+/// Starts a proxy that answers requests for `path` with status 200 and this body.
 fn liar(daemon: &Daemon, path: &'static str, body: &str) -> StandIn {
     let answer = answer("200 OK", "", body);
     StandIn::answering(daemon.address(), path, move |_| Some(answer.clone()))
@@ -393,7 +393,8 @@ fn who_answers_wrongly_is_passed_over() {
     host.unwrap(&host.protector());
     let good = daemon.url.strip_prefix("http://").unwrap();
 
-    // No answer at all, that to another machine's protector, a right one with another protector in it, and one without end.
+    // An empty answer, an answer for another machine's protector, a valid answer with another protector in it, and an
+    // endless one.
     let health = Certificate::from_pem(&fs::read_to_string(host.health()).unwrap()).unwrap();
     let reply = |protector: &[u8]| {
         let request = post(ROLL, "application/xml", &roll_request(health.der(), protector));
@@ -418,14 +419,14 @@ fn who_answers_wrongly_is_passed_over() {
         assert_eq!(output.status.code(), Some(75), "{}", said(&output));
         assert!(said(&output).contains(expected) && output.stdout.is_empty(), "{}", said(&output));
         assert!(fs::read(host.egress()).unwrap() == before && !host.keys().exists(), "nothing is written");
-        // With another service, that one's answer is taken.
+        // If there is a second service, its answer is used.
         let asked = liar.asked().len();
         assert!(asked > 0);
         let report = Host::new(&lab, &[&liar.url, &daemon.url]).unwrap(&host.protector());
         assert_eq!((report["server"].as_str(), liar.asked().len()), (Some(good), asked + 1));
     }
 
-    // The same where a health certificate is asked for: none, and one over somebody else's key.
+    // The same for attestation: no certificate, and a certificate for another host's key.
     let somebody = RsaPrivateKey::generate(2048).unwrap();
     let template = signer_template(somebody.public(), 1, 2).unwrap().to_be_signed().unwrap();
     let foreign = template.sign_with(&somebody).unwrap();
@@ -450,7 +451,7 @@ fn who_answers_wrongly_is_passed_over() {
     assert!(daemon.stop().success());
 }
 
-/// The egress protector is whole whenever somebody looks, while one run after the other replaces it and some are killed.
+/// At every moment the egress protector is complete, while runs replace it one after the other and some are killed.
 #[test]
 fn the_fresh_protector_is_whole_at_every_moment() {
     let lab = Lab::make(Options::default());
@@ -496,7 +497,7 @@ fn keys_go_down_a_pipe_and_only_there() {
         command.arg("--protector").arg(host.protector()).arg("--egress").arg(host.egress()).args(["--fd", fd]);
         command
     };
-    // The shell's part of a start hook: the keys down the pipe, the report elsewhere.
+    // The shell's part of a start hook: the keys go down the pipe, the report elsewhere.
     let shell = |script: &str, fd: &str| {
         let command = arguments(fd);
         let mut shell = Command::new("sh");
@@ -511,7 +512,7 @@ fn keys_go_down_a_pipe_and_only_there() {
     let report: Value = serde_json::from_slice(&fs::read(lab.file("report")).unwrap()).unwrap();
     assert_eq!(report["api"], "v2.0");
 
-    // A descriptor that was not given, and a standard one.
+    // A descriptor that is not open, and a standard descriptor.
     let before = fs::read(host.egress()).unwrap();
     for (script, fd, status) in [("\"$@\" 7>&-", "7", 1), ("\"$@\"", "1", 2)] {
         let output = shell(script, fd);
@@ -528,7 +529,7 @@ fn tls_is_spoken_with_whom_the_ca_vouches_for() {
     for (certificate, key) in [(&other, &lab.file("other.key")), (&certificate, &key)] {
         let mut command = Command::new("openssl");
         command.args(["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]);
-        // No authority's, or it would not be taken for a server's own.
+        // Not an authority's certificate, which would not be accepted as a server's own.
         command.args(["-addext", "basicConstraints=critical,CA:FALSE"]);
         command.args(["-addext", "subjectAltName=IP:127.0.0.1", "-out"]).arg(certificate).arg("-keyout").arg(key);
         let made = tool("openssl", &mut command);
@@ -555,7 +556,7 @@ fn a_server_certificate_that_no_host_accepts_is_named_and_not_tried_for_ever() {
     let lab = Lab::make(Options::default());
     let [certificate, key] = ["tls.pem", "tls.key"].map(|name| lab.file(name));
     let mut command = Command::new("openssl");
-    // As it is found in most instructions: openssl makes it an authority's.
+    // As in most instructions: OpenSSL marks the certificate as an authority's.
     command.args(["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]);
     command.args(["-addext", "subjectAltName=IP:127.0.0.1", "-out"]).arg(&certificate).arg("-keyout").arg(&key);
     assert!(tool("openssl", &mut command).status.success());
@@ -581,7 +582,7 @@ fn every_command_has_an_example_and_says_how_it_ends() {
     }
     let text = said(&run(["host", "--help"]));
     assert!(text.contains("Example: claviger host attest"), "{text}");
-    // Where the keys go is never left open.
+    // The destination of the keys must always be given.
     let output = run(["host", "unwrap", "--url", "http://x", "--protector", "a", "--egress", "b"]);
     assert_eq!(output.status.code(), Some(2), "{}", said(&output));
 }

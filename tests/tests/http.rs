@@ -1,4 +1,4 @@
-//! The limits of the HTTP layer, on sockets.
+//! Tests of the limits of the HTTP layer, on raw sockets.
 
 #![allow(clippy::unwrap_used)]
 
@@ -17,7 +17,7 @@ use tokio::task::JoinSet;
 
 const MIB: usize = 1024 * 1024;
 
-/// An ordinary client is served.
+/// Checks that an ordinary client is served.
 fn works(daemon: &Daemon) {
     let answer = Connection::open(daemon.address()).unwrap().exchange(&get(METADATA)).unwrap();
     assert_eq!(answer.status, 200, "{}", answer.text());
@@ -28,7 +28,7 @@ fn until_closed(connection: &mut Connection) -> Vec<u8> {
     let mut rest = Vec::new();
     match connection.stream.read_to_end(&mut rest) {
         Ok(_) => {}
-        // A reset is an end, too.
+        // A reset also counts as an end.
         Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset, "not closed: {error}"),
     }
     rest
@@ -45,7 +45,7 @@ fn who_is_slow_is_cut_and_nobody_else() {
     let daemon = lab.serve();
     let open = || Connection::open(daemon.address()).unwrap();
 
-    // A header that does not end, in one piece and drop by drop.
+    // A header that does not end, sent in one piece and byte by byte.
     let mut stalled = open();
     stalled.send(b"POST /KeyProtection HTTP/1.1\r\nHost:").unwrap();
     let mut dripping = open();
@@ -59,7 +59,7 @@ fn who_is_slow_is_cut_and_nobody_else() {
             std::thread::sleep(Duration::from_millis(50));
         }
     });
-    // One that says nothing at all, one that said enough, and one whose body does not come.
+    // A connection without any bytes, one that is idle after an answer, and one whose body does not arrive.
     let mut silent = open();
     let mut idle = open();
     assert_eq!(idle.exchange(&get(METADATA)).unwrap().status, 200);
@@ -88,7 +88,7 @@ fn what_is_too_much_is_refused_and_nobody_else_is_harmed() {
     let (daemon, _lab) = Lab::start(Options::default());
     let open = || Connection::open(daemon.address()).unwrap();
 
-    // Bodies at the limit and one octet beyond, by a client that writes everything before it reads.
+    // Bodies at the limit and one byte above it, from a client that sends everything before it reads.
     for (path, media_type) in [(ROLL, "application/xml"), (ATTEST, "application/json")] {
         let answer = open().exchange(&post(path, media_type, &vec![b' '; MIB])).unwrap();
         assert_eq!(answer.status, 400, "{path}: {}", answer.text());
@@ -102,20 +102,20 @@ fn what_is_too_much_is_refused_and_nobody_else_is_harmed() {
         let mut connection = open();
         let answer = connection.exchange(&whole).unwrap();
         assert_eq!(answer.status, 413, "{path}, chunked: {}", answer.text());
-        // The connection is as good as before, if the server keeps it.
+        // If the server keeps the connection, it still works.
         if !answer.closes() {
             assert_eq!(connection.exchange(&get(METADATA)).unwrap().status, 200);
         }
     }
 
-    // Requests in one piece are answered in their order.
+    // Requests that arrive in one piece are answered in their order.
     let mut connection = open();
     let requests = [get(METADATA), get("/Attestation/getinfo"), post(ROLL, "text/plain", b"x"), get("/nothing")];
     connection.send(&requests.concat()).unwrap();
     let answers = requests.map(|_| connection.answer().unwrap().status);
     assert_eq!(answers, [200, 200, 415, 404]);
 
-    // What is no HTTP.
+    // Bytes that are not HTTP.
     let mut good = open();
     assert_eq!(good.exchange(&get(METADATA)).unwrap().status, 200);
     let large = [b"GET / HTTP/1.1\r\nX: ".to_vec(), vec![b'x'; 200 * 1024], b"\r\n\r\n".to_vec()].concat();
@@ -132,13 +132,13 @@ fn what_is_too_much_is_refused_and_nobody_else_is_harmed() {
         }
         assert_eq!(good.exchange(&get(METADATA)).unwrap().status, 200);
     }
-    // Two lengths that disagree: never one answer for each reading.
+    // Two contradictory lengths: the server must not answer both interpretations.
     let mut connection = open();
     if let Ok(first) = connection.exchange(&both) {
         assert!(first.status == 400, "{}", first.status);
     }
 
-    // Many that say nothing, and one that works; then all of them work.
+    // Many idle connections and one that is served; then all of them are served.
     let mut idle: Vec<Connection> = (0..200).map(|_| open()).collect();
     works(&daemon);
     for connection in &mut idle {

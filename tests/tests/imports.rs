@@ -1,4 +1,4 @@
-//! The architecture is plain from the files: imports run downwards, without a circle.
+//! Test of the architecture: imports run downwards, without a circle.
 
 use std::path::{Path, PathBuf};
 

@@ -1,4 +1,4 @@
-//! A client in another language, written from the protocol page alone, against a lab.
+//! Interoperability test: a client in another language, written from the protocol page alone, against a lab.
 
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 

@@ -1,5 +1,5 @@
-//! Keys and certificates as administrators handle them: made in the HSM and certified elsewhere, brought in, rotated,
-//! limited, and taken to another service.
+//! Tests of administrators' work with keys and certificates: generated in the HSM and certified elsewhere, imported,
+//! rotated, limited, and transferred to another service.
 
 #![allow(clippy::unwrap_used)]
 
@@ -17,7 +17,7 @@ use claviger_tests::{Administrator, Daemon, HOST, Lab, Options, metadata, run, s
 use data_encoding::HEXLOWER;
 use serde_json::Value;
 
-/// The primary certificate's thumbprint.
+/// Returns the primary certificate's thumbprint.
 fn primary(administrator: &Administrator<'_>, kind: &str) -> String {
     let keys = administrator.json(&["keys", "list"]);
     let found = keys.as_array().unwrap().iter().find(|key| key["kind"] == kind && key["primary"] == true);
@@ -35,7 +35,7 @@ fn openssl(arguments: &[&str]) -> String {
     said(&output)
 }
 
-/// A file that nobody else may read.
+/// Writes a file that only its owner may read.
 fn write(lab: &Lab, name: &str, text: &str) -> PathBuf {
     let path = lab.file(name);
     std::fs::write(&path, text).unwrap();
@@ -47,7 +47,7 @@ fn text(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
-/// A throw-away CA: its key and certificate.
+/// Creates a temporary CA; returns its key and certificate.
 fn authority(lab: &Lab) -> (PathBuf, PathBuf) {
     let (key, certificate) = (lab.file("ca.key"), lab.file("ca.pem"));
     let subject = ["-subj", "/CN=throw-away CA"];
@@ -56,7 +56,7 @@ fn authority(lab: &Lab) -> (PathBuf, PathBuf) {
     (key, certificate)
 }
 
-/// Makes a key in the HSM, has the CA certify it as its request asks, and adds the certificate; gives its thumbprint.
+/// Generates a key in the HSM, has the CA certify its request, and adds the certificate; returns the thumbprint.
 fn certified(administrator: &Administrator<'_>, kind: &str, ca: &(PathBuf, PathBuf)) -> String {
     let lab = administrator.0;
     let made = administrator.json(&["keys", "generate", "--kind", kind, "--bits", "2048"]);
@@ -105,7 +105,7 @@ async fn keys_made_in_the_hsm_take_over_and_the_old_ones_go_on_serving() {
     let before = [primary(&administrator, "signing"), primary(&administrator, "encryption")];
     let [signing, encryption] = ["signing", "encryption"].map(|kind| certified(&administrator, kind, &ca));
 
-    // Added, they serve; the metadata document changes with the primary ones.
+    // Added certificates serve; the metadata document changes with the primary ones.
     let guardian = metadata(&client).await.guardian;
     assert_eq!(thumbprint(&guardian.signing_certificate), before[0]);
     assert_eq!(guardian.other_signing_certificates.iter().map(|c| thumbprint(c)).collect::<Vec<_>>(), [&*signing]);
@@ -121,14 +121,14 @@ async fn keys_made_in_the_hsm_take_over_and_the_old_ones_go_on_serving() {
         released(&host, &health, protector).await;
     }
 
-    // Another certificate signs the document, until the default is back.
+    // Another certificate signs the document, until the default is restored.
     administrator.json(&["keys", "set-communications", &before[0]]);
     assert_eq!(thumbprint(metadata(&client).await.communications_certificate.der()), before[0]);
     assert!(administrator.fault(&["keys", "disable", &before[0]]).contains("communications certificate"));
     administrator.json(&["keys", "set-communications", "--default"]);
     assert_eq!(thumbprint(metadata(&client).await.communications_certificate.der()), signing);
 
-    // Disabled, it serves no more; enabled again, it does.
+    // A disabled certificate does not serve; once enabled, it serves again.
     let disabled = administrator.json(&["keys", "disable", &before[1]]);
     assert!(disabled["warnings"][0].as_str().unwrap().contains("releases of the last 30 days"), "{disabled}");
     refused(&host, &health, &old, "400 InvalidWrappingException").await;
@@ -136,7 +136,7 @@ async fn keys_made_in_the_hsm_take_over_and_the_old_ones_go_on_serving() {
     administrator.json(&["keys", "enable", &before[1]]);
     released(&host, &health, &old).await;
 
-    // What releases use is not removed by the way, nor ever what new protectors use.
+    // A certificate that releases use needs a flag for removal, and a primary one cannot be removed.
     assert!(of(&administrator, &before[1])["releases"].as_u64().unwrap() >= 2);
     assert!(administrator.fault(&["keys", "remove", &before[1]]).contains("--force"));
     assert!(administrator.fault(&["keys", "remove", &encryption, "--force"]).contains("is the primary"));
@@ -145,7 +145,7 @@ async fn keys_made_in_the_hsm_take_over_and_the_old_ones_go_on_serving() {
     refused(&host, &health, &old, "400 InvalidWrappingException").await;
     released(&host, &health, &new).await;
 
-    // What is refused, and why.
+    // Refused input, and the reasons.
     let list = administrator.json(&["keys", "list"]);
     let signing_key = of(&administrator, &signing)["hsm_key"].as_str().unwrap().to_owned();
     let certificate = lab.file("signing.pem");
@@ -184,7 +184,7 @@ async fn keys_made_in_the_hsm_take_over_and_the_old_ones_go_on_serving() {
     assert!(shown.starts_with("KIND") && shown.contains(&signing) && shown.contains("RELEASES"), "{shown}");
     assert!(daemon.stop().success());
 
-    // Who did what is in the trail.
+    // The trail records each change and its author.
     let trail = lab.audit();
     let done = |event: &str, certificate: &str| {
         let of = |line: &&Value| {
@@ -211,7 +211,7 @@ async fn a_pfx_goes_onto_every_member_and_a_key_of_one_member_alone_does_not_ser
     let password = write(&lab, "password", "correct horse\n");
     let wrong = write(&lab, "wrong", "battery staple\n");
     let pass = format!("file:{}", text(&password));
-    // As OpenSSL 3 writes it, and as older programs do: RC2 with 40 bits where this OpenSSL still has that.
+    // As OpenSSL 3 writes it, and as older programs do: RC2 with 40 bits, if this OpenSSL still supports it.
     let rc2 = tool("openssl", Command::new("openssl").args(["list", "-providers", "-provider", "legacy"]));
     let old: &[&str] = if rc2.status.success() {
         &["-legacy"]
@@ -231,7 +231,7 @@ async fn a_pfx_goes_onto_every_member_and_a_key_of_one_member_alone_does_not_ser
         thumbprints.push(added["thumbprint"].as_str().unwrap().to_owned());
     }
     let protector = own_protector(&lab, &metadata(&daemon.client()).await);
-    // Each member alone.
+    // Each member serves alone.
     for (drained, other) in [("hsm-a", "hsm-b"), ("hsm-b", "hsm-a")] {
         administrator.json(&["hsm", "drain", drained]);
         released(&host, &health, &protector).await;
@@ -243,7 +243,7 @@ async fn a_pfx_goes_onto_every_member_and_a_key_of_one_member_alone_does_not_ser
         assert_ne!(drained, other);
     }
 
-    // Soft tokens replicate nothing: a key that one made stays there, and nothing of it serves.
+    // Soft tokens do not replicate: a key stays on the token that generated it, and cannot serve.
     let made = administrator.json(&["keys", "generate", "--kind", "signing", "--member", "hsm-b", "--bits", "2048"]);
     assert_eq!((&made["member"], &made["lacking"]), (&"hsm-b".into(), &serde_json::json!(["hsm-a"])));
     let id = made["hsm_key"].as_str().unwrap();
@@ -258,7 +258,7 @@ async fn a_pfx_goes_onto_every_member_and_a_key_of_one_member_alone_does_not_ser
     assert!(fault.contains("not all members show it") && fault.contains("--member"), "{fault}");
     assert_eq!(administrator.json(&["keys", "list"]).as_array().unwrap().len(), 4);
     assert!(daemon.stop().success());
-    // The password is nowhere in what was recorded.
+    // The password is not in any record.
     assert!(!format!("{:?}", lab.audit()).contains("horse"));
 }
 
@@ -287,13 +287,13 @@ async fn a_limited_key_is_for_hosts_of_its_labels() {
     administrator.json(&["hosts", "label", HOST, "site"]);
     released(&ours, &health, &protector).await;
     refused(&other, &others, &protector, "limited to other hosts").await;
-    // The health certificate is the same all the time: labels are looked up, not certified.
+    // The health certificate stays the same: labels are looked up, not certified.
     administrator.json(&["hosts", "unlabel", HOST, "site"]);
     refused(&ours, &health, &protector, "400 InvalidWrappingException").await;
     administrator.json(&["keys", "limit", &encryption, "--none"]);
     released(&other, &others, &protector).await;
 
-    // A host that is disabled gets nothing, with a certificate or without.
+    // A disabled host gets nothing, with or without a health certificate.
     administrator.json(&["hosts", "disable", "other"]);
     refused(&other, &others, &protector, "403 HealthCertificateException").await;
     assert!(other.attest().await.is_err());
@@ -309,7 +309,7 @@ async fn a_limited_key_is_for_hosts_of_its_labels() {
     let changes: Vec<_> = trail.iter().filter(|line| line["event"] == "hosts.label").collect();
     assert!(changes.len() == 6 && changes[0]["change"] == "+tenant=acme", "{changes:?}");
 
-    // A host may be given leave to start machines without asking.
+    // A host may be allowed to start machines offline.
     lab.configure(|config| config.release.max_offline_unwraps = 7);
     let daemon = lab.serve();
     let host = lab.host(daemon.client());
@@ -319,7 +319,7 @@ async fn a_limited_key_is_for_hosts_of_its_labels() {
     let egress = String::from_utf8(unwrapped.egress_protector.clone()).unwrap();
     assert!(egress.contains("MaxOfflineUnwraps=\"7\""), "{egress}");
     assert!(Protector::parse(&unwrapped.egress_protector).is_ok());
-    // What was counted before is still there.
+    // The earlier counts are kept.
     let listed = administrator.json(&["hosts", "list"]);
     assert!(listed.as_array().unwrap().iter().all(|host| host["last_release"].is_i64()), "{listed}");
     assert!(daemon.stop().success());
@@ -345,7 +345,7 @@ async fn what_one_service_is_another_on_the_same_tokens_becomes() {
         sealed.starts_with(b"age-encryption.org/v1\n-> scrypt") && !sealed.windows(9).any(|w| w == HOST.as_bytes())
     );
     assert!(administrator.fault(&[&file[..], &[text(&passphrase)]].concat()).contains("there already"));
-    // To a key pair: what age's own tool makes.
+    // Encrypted for a key pair of age's own tool.
     let identity = write(
         &lab,
         "identity",
@@ -382,7 +382,7 @@ async fn what_one_service_is_another_on_the_same_tokens_becomes() {
     let done = ask(&[&import[..], &["--yes"]].concat());
     assert_eq!((&done["applied"], &done["changes"]), (&true.into(), &planned["changes"]));
 
-    // The same keys, limits and signer: a health certificate of the first service is as good here.
+    // The same keys, limits and signer: a health certificate of the first service is valid here.
     let host = lab.host(daemon.client());
     released(&host, &health, &lab.protector()).await;
     let health = host.attest().await.unwrap();
@@ -416,13 +416,13 @@ fn a_member_that_does_not_answer_is_nobodys_proof() {
     assert!(fault.contains("brought to no member: hsm-b is"), "{fault}");
     let added = administrator.json(&[&add[..], &["--trust-absent"]].concat());
     assert!(added["warnings"][0].as_str().unwrap().starts_with("not checked: hsm-b"), "{added}");
-    // The certificate alone, whose key hsm-a has now.
+    // Only the certificate is removed; hsm-a has its key now.
     administrator.json(&["keys", "remove", added["thumbprint"].as_str().unwrap()]);
     let add = ["keys", "add", "--kind", "signing", "--certificate", text(&certificate)];
     let fault = administrator.fault(&add);
     assert!(fault.contains("cannot be found out: hsm-b"), "{fault}");
 
-    // It comes back, without the key.
+    // The member returns, without the key.
     faulty.clear("hsm-b");
     until("hsm-b comes up", || {
         let members = administrator.json(&["hsm", "list"]);
@@ -430,13 +430,13 @@ fn a_member_that_does_not_answer_is_nobodys_proof() {
     });
     let fault = administrator.fault(&[&add[..], &["--trust-absent"]].concat());
     assert!(fault.contains("not on every member: hsm-b shows no such key"), "{fault}");
-    // The same import goes on where it stopped.
+    // A repeated import continues where the first one stopped.
     let add = ["keys", "add", "--kind", "signing", "--pfx", text(&pfx), "--password-file", text(&password)];
     assert_eq!(administrator.json(&add)["warnings"], serde_json::json!([]));
     assert!(daemon.stop().success());
 }
 
-/// A key and its self-signed signing certificate, made by openssl.
+/// Creates a key and its self-signed signing certificate with OpenSSL.
 fn of_openssl(lab: &Lab, name: &str) -> (PathBuf, PathBuf) {
     let (key, certificate) = (lab.file(&format!("{name}.key")), lab.file(&format!("{name}.pem")));
     let extensions = ["-addext", "keyUsage=digitalSignature", "-addext", "extendedKeyUsage=serverAuth"];
@@ -446,7 +446,7 @@ fn of_openssl(lab: &Lab, name: &str) -> (PathBuf, PathBuf) {
     (key, certificate)
 }
 
-/// Another program brings a private key onto the lab's only token, while the daemon runs.
+/// Imports a private key into the lab's only token with another program, while the daemon runs.
 fn written_by_another_program(lab: &Lab, key: &Path, attributes: &[&str]) {
     let der = lab.file("key.der");
     openssl(&["pkey", "-in", text(key), "-outform", "DER", "-out", text(&der)]);
@@ -458,7 +458,7 @@ fn written_by_another_program(lab: &Lab, key: &Path, attributes: &[&str]) {
     assert!(written.status.success(), "{}", said(&written));
 }
 
-/// `CKA_ID` is not unique: the public key decides, also when other programs made the keys, and after a restart.
+/// `CKA_ID` is not unique: the public key decides, even if other programs made the keys, and after a restart.
 #[tokio::test(flavor = "multi_thread")]
 async fn keys_of_other_programs_are_told_apart_by_their_public_keys() {
     let lab = Lab::make(Options::default());
@@ -468,11 +468,11 @@ async fn keys_of_other_programs_are_told_apart_by_their_public_keys() {
     let add = |certificate: &Path, more: &[&str]| {
         administrator.run(&[&["keys", "add", "--kind", "signing", "--certificate", text(certificate)], more].concat())
     };
-    // Before there is a key: so that the sessions have looked in vain.
+    // The certificate comes before its key, so that the sessions have searched in vain.
     let (one_key, one) = of_openssl(&lab, "one");
     let refused = said(&add(&one, &[]));
     assert!(refused.contains("no HSM that answers has the certificate's key"), "{refused}");
-    // Two keys of one id, the second one made after the first was found.
+    // Two keys with one id, the second made after the first was found.
     let (two_key, two) = of_openssl(&lab, "two");
     for (key, certificate, more) in [(&one_key, &one, &[][..]), (&two_key, &two, &["--primary"][..])] {
         written_by_another_program(&lab, key, &["--id", "05"]);
@@ -480,19 +480,19 @@ async fn keys_of_other_programs_are_told_apart_by_their_public_keys() {
         assert!(added.status.success(), "{}", said(&added));
     }
     assert!(of(&administrator, &primary(&administrator, "signing"))["subject"] == "two");
-    // An id that means two keys is no name for a request.
+    // An ambiguous id cannot name a key for a request.
     let refused = said(&administrator.run(&["keys", "csr", "--hsm-key", "05", "--subject", "x"]));
     assert!(refused.contains("several keys have the CKA_ID 05"), "{refused}");
-    // Another certificate's key is not at that id.
+    // The key with that id does not belong to this certificate.
     let (_, three) = of_openssl(&lab, "three");
     let refused = said(&add(&three, &["--hsm-key", "05"]));
     assert!(refused.contains("hsm-a has another key of that id"), "{refused}");
-    // Without an id it is named as such.
+    // A key without an id is reported as such.
     let (four_key, four) = of_openssl(&lab, "four");
     written_by_another_program(&lab, &four_key, &["--label", "forgotten"]);
     let refused = said(&add(&four, &[]));
     assert!(refused.contains("label \"forgotten\"") && refused.contains("without a CKA_ID"), "{refused}");
-    // One that wants a login for every operation.
+    // A key that requires a login for every operation.
     let (five_key, five) = of_openssl(&lab, "five");
     written_by_another_program(&lab, &five_key, &["--id", "07", "--always-auth"]);
     let added = add(&five, &["--primary"]);
@@ -501,7 +501,7 @@ async fn keys_of_other_programs_are_told_apart_by_their_public_keys() {
     let made = administrator.run(&["keys", "set-primary", &thumbprint(&certificate_der(&two))]);
     assert!(made.status.success(), "{}", said(&made));
     assert!(daemon.stop().success());
-    // More of them, in whatever order the token lists them.
+    // After several restarts, for any order in which the token lists the keys.
     for _ in 0..3 {
         let (another, _) = of_openssl(&lab, "another");
         written_by_another_program(&lab, &another, &["--id", "05"]);

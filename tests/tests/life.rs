@@ -1,5 +1,5 @@
-//! The life of a service as docs/operations.md, docs/tenant.md and docs/host.md tell it, by their commands alone: from tokens that
-//! hold nothing to a second site on the same tokens.
+//! The life of a service as in docs/operations.md, docs/tenant.md and docs/host.md, with the commands of those pages only:
+//! from empty tokens to a second site on the same tokens.
 
 #![allow(clippy::unwrap_used)]
 
@@ -13,28 +13,29 @@ use claviger_tests::{Daemon, block, claviger, said, tool};
 use serde_json::Value;
 use tempfile::TempDir;
 
-/// The virtual machines that the tenant starts with.
+/// Number of virtual machines that the tenant starts with.
 const MACHINES: usize = 5;
 
-/// Where the private keys of a service come from.
+/// Origin of a service's private keys.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Keys {
-    /// `claviger keys generate`, which one soft token alone can do: nobody replicates its keys.
+    /// Generated with `claviger keys generate`. This is possible with one soft token only, since soft tokens do not
+    /// replicate.
     Generated,
-    /// Made by the CA's people and brought onto all tokens in PFX files.
+    /// Generated at the CA and imported into all tokens from PFX files.
     Brought,
 }
 
-/// A folder in which operators, a CA, a tenant and hosts do their work, as lines that could stand in a shell.
+/// A directory in which operators, a CA, a tenant and hosts work with shell commands.
 struct Life {
     folder: TempDir,
     keys: Keys,
-    /// Of the service that administrators speak to now.
+    /// Configuration of the service that administrators use now.
     config: String,
 }
 
 impl Life {
-    /// Tokens without keys, and the service's configuration.
+    /// Creates tokens without keys, and the service's configuration.
     fn begin(members: &[&str], keys: Keys) -> Self {
         let life = Self { folder: tempfile::tempdir().unwrap(), keys, config: "claviger.toml".to_owned() };
         for folder in ["tokens", "pins", "ca"] {
@@ -52,7 +53,7 @@ impl Life {
             );
         }
         life.configure("claviger.toml", "state", members);
-        // A CA that does what its requests ask for.
+        // A CA that certifies requests as they are.
         life.write(
             "ca.cnf",
             "[ca]\ndefault_ca = throwaway\n[throwaway]\ndatabase = ca/index.txt\nnew_certs_dir = ca\nrand_serial = yes\n\
@@ -97,13 +98,13 @@ impl Life {
         String::from_utf8(self.read(name)).unwrap()
     }
 
-    /// A file that nobody else may read.
+    /// Writes a file that only its owner may read.
     fn write(&self, name: &str, text: &str) {
         fs::write(self.file(name), text).unwrap();
         fs::set_permissions(self.file(name), Permissions::from_mode(0o600)).unwrap();
     }
 
-    /// A line of somebody else's program.
+    /// Runs a command line of another program.
     fn shell(&self, package: &str, line: &str) -> String {
         let (name, arguments) = line.split_once(' ').unwrap();
         let mut command = Command::new(name);
@@ -113,7 +114,7 @@ impl Life {
         said(&output)
     }
 
-    /// A line of claviger's.
+    /// Runs a command line of claviger.
     fn run(&self, line: &str) -> Output {
         Command::new(claviger()).args(line.split_whitespace()).current_dir(self.folder.path()).output().unwrap()
     }
@@ -130,13 +131,13 @@ impl Life {
         serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{line}: {e}: {}", said(&output)))
     }
 
-    /// Ends with status 1 and says this.
+    /// Checks that a command ends with status 1 and prints this message.
     fn refused(&self, line: &str, expected: &str) {
         let output = self.run(line);
         assert!(output.status.code() == Some(1) && said(&output).contains(expected), "{line}: {}", said(&output));
     }
 
-    /// An administrator's line.
+    /// Runs an administrator's command and returns its JSON output.
     fn ask(&self, line: &str) -> Value {
         self.json(&format!("{line} --config {}", self.config))
     }
@@ -145,7 +146,7 @@ impl Life {
         self.refused(&format!("{line} --config {}", self.config), expected);
     }
 
-    /// A new key, certified by the CA and added; the certificate's thumbprint. What the CA writes has text before its PEM.
+    /// Creates a key, certified by the CA and added; returns the thumbprint. The CA's file has text before its PEM.
     fn certified(&self, kind: &str, name: &str) -> String {
         let request = |more: &str| format!("openssl req -new -subj /CN={name} -out {name}.csr {more}");
         let certify = format!("openssl ca -batch -config ca.cnf -in {name}.csr -out {name}.pem");
@@ -172,7 +173,7 @@ impl Life {
         text(&added, "thumbprint").to_owned()
     }
 
-    /// A new pair of certificates, which becomes the primary one: signing, encryption.
+    /// Creates a new pair of certificates and makes it primary: signing, encryption.
     fn primary(&self, name: &str) -> [String; 2] {
         let thumbprints = ["signing", "encryption"].map(|kind| self.certified(kind, &format!("{name}-{kind}")));
         for thumbprint in &thumbprints {
@@ -181,20 +182,20 @@ impl Life {
         thumbprints
     }
 
-    /// The tenant takes in the service as it is now, by the thumbprint that its operator reads out.
+    /// The tenant imports the service's current guardian, with the thumbprint that the operator reads out.
     fn import(&self, name: &str, daemon: &Daemon, pin: &str) {
         let line = format!("guardian import {name} --url {}", daemon.url);
         self.refused(&line, &format!("--pin {pin}"));
         self.done(&format!("{line} --pin {pin}"));
     }
 
-    /// The tenant makes a protector `vm.xml` and its key `vm.key`.
+    /// The tenant creates a protector `vm.xml` and its key `vm.key`.
     fn protect(&self, vm: &str, guardian: &str) {
         self.done(&format!("protector new --owner acme --guardian {guardian} --out {vm}.xml --key {vm}.key"));
         self.done(&format!("protector verify {vm}.xml --owner acme"));
     }
 
-    /// A host gets both keys, which are the tenant's.
+    /// Checks that a host gets both keys and that they are the tenant's.
     fn released(&self, host: &str, daemon: &Daemon, vm: &str) {
         self.done(&self.unwrap(host, daemon, vm));
         let keys = self.read("keys");
@@ -211,7 +212,7 @@ impl Life {
         format!("host unwrap --dir {host} --url {} --protector {vm}.xml --egress next.xml --key-file keys", daemon.url)
     }
 
-    /// The doctor's exit status and findings.
+    /// Returns the doctor's exit status and findings.
     fn doctor(&self) -> (i32, Vec<Value>) {
         let output = self.run(&format!("doctor --json --config {}", self.config));
         let findings = serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{e}: {}", said(&output)));
@@ -223,7 +224,7 @@ impl Life {
         assert!(status == 0 && findings.iter().all(|finding| finding["level"] == "ok"), "{findings:#?}");
     }
 
-    /// The doctor ends with this status, and names something of `check` with these words.
+    /// Checks that the doctor ends with this status, and that a finding of `check` contains these words.
     fn ill(&self, status: i32, check: &str, words: &[&str]) {
         let (found, findings) = self.doctor();
         let named = |finding: &&Value| {
@@ -233,7 +234,7 @@ impl Life {
         assert!(found == status && findings.iter().any(|finding| named(&finding)), "{check}: {found}, {findings:#?}");
     }
 
-    /// With a file that has other content; then it is as before.
+    /// Runs `look` while a file has other content, and restores the file.
     fn with(&self, name: &str, content: &str, look: impl FnOnce()) {
         let before = self.text(name);
         self.write(name, content);
@@ -259,7 +260,7 @@ fn of_two_tokens_that_are_brought_their_keys() {
 fn live(members: &[&str], keys: Keys) {
     let mut life = Life::begin(members, keys);
 
-    // Nothing has been started yet, and the doctor sees nothing worse than that.
+    // Nothing was started yet, and the doctor has no other finding.
     life.ill(1, "folder", &["no state folder"]);
     let daemon = life.serve();
     let not_ready = block(daemon.until_ready_is(503));
@@ -267,7 +268,7 @@ fn live(members: &[&str], keys: Keys) {
     life.ill(2, "certificate", &["no primary signing certificate"]);
     life.refused(&format!("guardian import hgs --url {}", daemon.url), "Certificate not found");
 
-    // The service gets its keys, and a tenant whom two hosts serve.
+    // The service gets its keys, and two hosts serve a tenant.
     let first = life.primary("first");
     block(daemon.until_ready_is(200));
     life.well();
@@ -284,7 +285,7 @@ fn live(members: &[&str], keys: Keys) {
     }
     machines.iter().for_each(|vm| life.released("node-1", &daemon, vm));
 
-    // Other keys take over: what there is goes on, what is new is for them.
+    // New keys become primary: old protectors still work, and new ones use the new keys.
     let second = life.primary("second");
     machines.iter().for_each(|vm| life.released("node-1", &daemon, vm));
     life.import("hgs-2", &daemon, &second[0]);
@@ -310,14 +311,14 @@ fn live(members: &[&str], keys: Keys) {
     life.kept_from("node-1", &daemon, "vm-7", "InvalidWrappingException");
     life.released("node-2", &daemon, "vm-7");
 
-    // The old keys go, once the tenant has moved what is to stay.
+    // The old keys are removed once the tenant has moved the protectors that are still needed.
     life.ask(&format!("keys disable {}", first[1]));
     life.kept_from("node-1", &daemon, "vm-1", "InvalidWrappingException");
     life.released("node-1", &daemon, "vm-6");
     life.ask(&format!("keys enable {}", first[1]));
     life.released("node-1", &daemon, "vm-1");
     life.done("protector grant vm-1.xml --owner acme --guardian hgs-2 --out both.xml");
-    // Granting keeps the key.
+    // A grant keeps the key.
     fs::copy(life.file("vm-1.key"), life.file("both.key")).unwrap();
     life.done("protector revoke both.xml --owner acme --guardian hgs --out moved.xml --key moved.key");
     life.released("node-1", &daemon, "moved");
@@ -333,7 +334,7 @@ fn live(members: &[&str], keys: Keys) {
     }
     life.well();
 
-    // All that is not in the tokens goes to a second site.
+    // Everything outside the tokens is transferred to a second site.
     life.ask("export hgs.age --passphrase-file passphrase");
     assert!(daemon.stop().success());
     fs::remove_dir_all(life.file("state")).unwrap();
@@ -357,14 +358,14 @@ fn live(members: &[&str], keys: Keys) {
     assert!(daemon.stop().success());
     life.well();
 
-    // A few of the things that can be broken: doctor.rs breaks more than ten, one by one. Here the service has lived.
+    // A few faults on a service that has been in use; doctor.rs tests more than ten, one by one.
     let last = *members.last().unwrap();
     let (name, pin) = (format!("hsm-{last}"), format!("pins/hsm-{last}.pin"));
     life.with("second.toml", &life.text("second.toml").replace("deadline_ms", "dead_line_ms"), || {
         life.ill(2, "configuration", &["dead_line_ms"]);
     });
     life.with(&pin, "wrong\n", || life.ill(2, "login", &[&name, "PIN"]));
-    // The token says so: the doctor tries no PIN there until somebody has logged in with the right one.
+    // The token reports the wrong PIN: the doctor tries no PIN there until someone logs in with the right one.
     life.ill(1, "login", &[&name, "CKF_USER_PIN_COUNT_LOW"]);
     let daemon = life.serve();
     block(daemon.until_ready_is(200));
@@ -376,7 +377,7 @@ fn live(members: &[&str], keys: Keys) {
     lose(&life, last, &second[1]);
 }
 
-/// A token loses the key of a certificate: the doctor names both.
+/// Deletes a certificate's key from a token: the doctor names both.
 fn lose(life: &Life, member: &str, thumbprint: &str) {
     let daemon = life.serve();
     let keys = life.ask("keys list");
@@ -388,7 +389,7 @@ fn lose(life: &Life, member: &str, thumbprint: &str) {
     life.ill(2, "key", &[&format!("hsm-{member}"), "does not have", id, &thumbprint[..16]]);
 }
 
-/// SoftHSM2, where the README has it.
+/// Path of SoftHSM2, as in the README.
 fn module() -> String {
     std::env::var(MODULE_VARIABLE).unwrap_or_else(|_| "/usr/lib/softhsm/libsofthsm2.so".to_owned())
 }

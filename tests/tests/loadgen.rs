@@ -1,4 +1,4 @@
-//! The load generator must not lie: what a server did shows, and what the generator did is not blamed on it.
+//! Tests of the load generator: it reports the server's faults, and does not blame its own faults on the server.
 
 #![allow(clippy::unwrap_used)]
 
@@ -15,7 +15,7 @@ use claviger_tests::{Daemon, Lab, Options, block, loadgen, said};
 use rustix::process::{Signal, kill_process};
 use serde_json::{Value, json};
 
-/// A lab that is served, and ready.
+/// Creates and serves a lab; returns when it is ready.
 fn lab() -> (Lab, Daemon) {
     let lab = Lab::make(Options::default());
     let daemon = lab.serve();
@@ -23,7 +23,7 @@ fn lab() -> (Lab, Daemon) {
     (lab, daemon)
 }
 
-/// A bound that no machine is too slow for, where lateness is not what is tested.
+/// A limit of lateness that no slow machine reaches, for tests of other things.
 const PATIENT: [&str; 2] = ["--max-lag", "1m"];
 
 fn command(lab: &Lab, url: &str, arguments: &[&str]) -> Command {
@@ -45,7 +45,7 @@ fn number(report: &Value, pointer: &str) -> f64 {
     report.pointer(pointer).and_then(Value::as_f64).unwrap_or_else(|| panic!("no {pointer} in {report:#}"))
 }
 
-/// Does what `prepare` tells the administrator to do; so many commands.
+/// Runs the commands that `prepare` prints for the administrator; returns their number.
 fn administered(lab: &Lab, prepared: &Output) -> usize {
     assert!(prepared.status.success(), "{}", said(prepared));
     let commands = std::str::from_utf8(&prepared.stdout).unwrap();
@@ -66,7 +66,7 @@ fn hosts_attest_by_their_tpms_and_ask_for_keys() {
     lab.configure(|config| config.attest.mode = claviger::config::AttestMode::Tpm);
     let daemon = lab.serve();
     block(daemon.until_ready_is(200));
-    // Where there is no socket for them, an administrator registers the hosts and accepts their boot.
+    // Without an administrators' socket, an administrator registers the hosts and accepts their boot.
     let (tenant, cache, out) = (folder("tenant"), folder("cache"), folder("public"));
     let of_tenant = |arguments: &[&str]| {
         let mut command = Command::new(loadgen());
@@ -87,7 +87,7 @@ fn hosts_attest_by_their_tpms_and_ask_for_keys() {
     assert_eq!((&report["granted"], &report["refused"], &report["by_tpm"]), (&json!(5), &json!({}), &json!(true)));
     assert!(number(&report, "/hsm_calls") >= 5.0 && number(&report, "/latency_p50") > 0.0, "{report:#}");
     assert!(report["own_cost"].is_number() && report["about"]["daemon"].is_string(), "{report:#}");
-    // Hosts of the other mode are told what to say.
+    // Hosts of the other mode get a message that says what to do.
     let (status, report) = storm(&[]);
     assert_eq!((status, &report["granted"], &report["latency_p50"]), (1, &json!(0), &Value::Null), "{report:#}");
     let (error, count) = report["refused"].as_object().unwrap().iter().next().unwrap();
@@ -111,7 +111,7 @@ fn a_run_is_told_whole() {
     assert_eq!(report["valid"], true);
     assert_eq!((number(&report, "/offered"), number(&report, "/achieved")), (50.0, 50.0));
     assert_eq!((number(&report, "/dropped"), &report["errors"]), (0.0, &json!({})));
-    // The warm-up's are checked, too.
+    // Answers of the warm-up are checked too.
     assert_eq!((number(&report, "/verify/right"), number(&report, "/verify/wrong")), (60.0, 0.0));
     for times in ["latency_seconds", "service_seconds"] {
         let names = ["p50", "p90", "p99", "p99.9", "p99.99", "max"];
@@ -135,8 +135,8 @@ fn a_run_is_told_whole() {
     assert!(about["command"].as_str().unwrap().starts_with("claviger-loadgen run --url "), "{about:#}");
     assert!(page.contains(">p99&lt;1m</text>"), "the objective is drawn");
 
-    // Hosts and machines are kept, registered and used again; a closed loop, and the other interface.
-    // An administrator's change is on record twice: before it is made, and when it is.
+    // Hosts and machines are kept, registered and reused; a closed loop, and the other interface.
+    // The trail has two records for an administrator's change: before it is made, and after.
     let made = |line: &&serde_json::Value| line["event"] == "hosts.add" && line["outcome"] == "success";
     let registered = || lab.audit().iter().filter(made).count();
     assert_eq!(registered(), 2);
@@ -165,7 +165,7 @@ fn any_service_is_tested_with_the_keys_of_a_tenant_and_of_hosts() {
     assert!((9.0..=10.0).contains(&number(&report, "/offered")), "{report:#}");
     assert_eq!((&report["about"]["hsms"], &report["about"]["daemon"]), (&json!([]), &Value::Null));
 
-    // Hosts that nobody has registered are refused, and the message says what to do.
+    // Unregistered hosts are refused, and the message says what to do.
     let output = call(&["prepare", "--hosts", "2", "--vms", "8", "--out", &out]).unwrap();
     assert!(output.status.success(), "{}", said(&output));
     let refused = call(&[&load[..], &["--hosts", "2"]].concat()).unwrap();
@@ -199,7 +199,7 @@ fn a_run_ends_when_its_condition_fails() {
     assert!((4.0..500.0).contains(&number(&report, "/duration_seconds")), "{report:#}");
     assert_eq!(number(&report, "/timeline/0/codes/ServiceUnavailableException"), number(&report, "/timeline/0/errors"));
 
-    // A pipeline is failed by what is worse beyond noise, and by nothing else.
+    // A comparison fails only if a result is worse by more than the noise.
     let steady = ["--profile", "6s@20", "--warmup", "0s"];
     let (_, good) = run(&lab, &daemon.url, &[&PATIENT[..], &steady].concat());
     let (page, good_file, bad_file) = (lab.file("compare.html"), lab.file("good.json"), lab.file("bad.json"));
@@ -280,7 +280,7 @@ fn a_server_that_stands_still_is_not_forgotten() {
         .stderr(Stdio::null())
         .spawn()
         .unwrap();
-    // Machines are made before the clock starts: what it does first is asked of the audit trail.
+    // Machines are created before the clock starts; the audit trail shows the first release.
     claviger_tests::until("releases", || {
         (lab.audit().iter().filter(|line| line["event"] == "release").count() > 20).then_some(())
     });
@@ -290,7 +290,7 @@ fn a_server_that_stands_still_is_not_forgotten() {
     let (_, report) = finished(&running.wait_with_output().unwrap());
     assert_eq!(number(&report, "/offered"), 200.0, "the schedule waits for nobody");
     assert!(number(&report, "/latency_seconds/p99") > 1.5, "{report:#}");
-    // Two of five seconds: those that were due then waited up to two seconds each.
+    // The server stands still for two of five seconds: requests due in that time wait up to two seconds each.
     assert!(number(&report, "/latency_seconds/p90") > 1.0, "{report:#}");
     let still = report["timeline"].as_array().unwrap().iter().filter(|second| second["achieved"] == 0).count();
     assert!(still >= 1, "a whole second without a release: {report:#}");
@@ -339,7 +339,7 @@ fn thresholds_decide_the_status_and_errors_have_their_codes() {
 fn a_wrong_reply_is_found() {
     let (lab, daemon) = lab();
     let previous = Mutex::new((0, None::<Vec<u8>>));
-    // Each fifth release gets the answer of the one before: it opens, and is another machine's.
+    // Every fifth release gets the previous answer: it can be decrypted, but belongs to another machine.
     let proxy = proxy(daemon.address(), move |path, mut answer| {
         if path.contains("RollTransportKey") && answer.status == 200 {
             let mut previous = previous.lock().unwrap();
@@ -390,7 +390,7 @@ fn a_storm_asks_again_and_silence_is_dropped_and_timed_out() {
     assert_eq!((dropped + late, number(&report, "/achieved")), (20.0, 0.0));
 }
 
-/// The generator with a limit of open files: soft, hard.
+/// Runs the generator with soft and hard limits of open files.
 fn limited(lab: &Lab, url: &str, files: &str, arguments: &[&str]) -> (i32, Value) {
     let unlimited = command(lab, url, arguments);
     let mut command = Command::new("prlimit");
@@ -401,7 +401,7 @@ fn limited(lab: &Lab, url: &str, files: &str, arguments: &[&str]) -> (i32, Value
 #[test]
 fn a_lack_of_files_is_the_generators_own_fault() {
     let (lab, daemon) = lab();
-    // Each caller needs a connection of its own, and a connection is a file.
+    // Each caller needs its own connection, and a connection needs a file.
     let many = [&PATIENT[..], &["--closed", "64", "--duration", "1s", "--warmup", "0s"]].concat();
     for url in [daemon.url.clone(), daemon.url.replace("127.0.0.1", "localhost")] {
         let (status, report) = limited(&lab, &url, "40:40", &many);
@@ -414,7 +414,7 @@ fn a_lack_of_files_is_the_generators_own_fault() {
         assert_eq!(report["errors"], json!({}), "the server is not to blame: {report:#}");
         assert!(number(&report, "/achieved") > 0.0, "the files that there were served: {report:#}");
     }
-    // The soft limit is raised as far as the hard one allows.
+    // The generator raises the soft limit as far as the hard limit allows.
     let (_, report) = limited(&lab, &daemon.url, "40:4096", &many);
     assert_eq!((&report["lacked"], &report["errors"]), (&json!({}), &json!({})), "{report:#}");
 }
@@ -427,7 +427,7 @@ fn an_interrupted_run_reports_what_was_measured() {
         let before = releases();
         let running = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         claviger_tests::until("releases", || (releases() > before + 10).then_some(()));
-        // Some more, so that there is a time to report.
+        // A few more requests, so that there is a time to report.
         std::thread::sleep(Duration::from_millis(500));
         kill_process(rustix::process::Pid::from_child(&running), Signal::INT).unwrap();
         let output = running.wait_with_output().unwrap();
@@ -453,7 +453,7 @@ fn an_interrupted_run_reports_what_was_measured() {
     assert!(said(&output).contains("INTERRUPTED: "), "{}", said(&output));
 }
 
-/// A server in front of another that may change answers, or keep them; its URL.
+/// Starts a proxy that may change or drop answers; returns its URL.
 fn proxy(behind: SocketAddr, change: impl Fn(&str, Answer) -> Option<Answer> + Send + Sync + 'static) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
@@ -467,7 +467,7 @@ fn proxy(behind: SocketAddr, change: impl Fn(&str, Answer) -> Option<Answer> + S
     url
 }
 
-/// One connection, until the client leaves.
+/// Serves one connection until the client closes it.
 fn serve(mut stream: TcpStream, behind: SocketAddr, change: &(dyn Fn(&str, Answer) -> Option<Answer> + Sync)) {
     let mut reader = BufReader::new(stream.try_clone().unwrap());
     loop {

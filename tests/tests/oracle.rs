@@ -1,6 +1,6 @@
-//! The ways in which a transport key can be wrong look the same from outside.
+//! Tests that all kinds of wrong transport keys look the same from outside.
 //!
-//! Times are printed, for information; they never fail the test.
+//! Times are printed for information; they never fail the test.
 
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
@@ -13,16 +13,16 @@ use claviger_tests::stats::{mann_whitney_z, median};
 use claviger_tests::{Lab, Options, ROLL, block, metadata, open_release, roll_request};
 
 const TRIES: usize = 200;
-/// Refusals wait for points of a grid, so that trying one after the other would take long.
+/// Number of concurrent requests. Refusals are delayed to points of a time grid, so sequential requests would take long.
 const AT_ONCE: usize = 4;
 
-/// The answer without what differs between any two.
+/// Returns the answer without the fields that differ between any two answers.
 fn constant(mut answer: Answer) -> Answer {
     answer.headers.retain(|(name, _)| name != "x-request-id" && name != "date");
     answer
 }
 
-/// Nor do the metrics tell them apart: neither by class nor by time.
+/// The metrics do not distinguish the two cases either, by class or by time.
 #[test]
 fn the_metrics_of_a_garbled_and_a_wrong_transport_key_are_alike() {
     const REFUSALS: usize = 12;
@@ -40,7 +40,7 @@ fn the_metrics_of_a_garbled_and_a_wrong_transport_key_are_alike() {
     for _ in 0..4 {
         assert_eq!(send(&file), 200);
     }
-    // What the page shows of decryptions: by class, how many have a time, and the sum of these times; the latency of the member.
+    // Returns the figures about decryptions: for each class the number of times and their sum; and the member's latency.
     let look = || {
         let page = block(daemon.metrics());
         let sum = |name: &str, labels: &[(&str, &str)]| page.sum(name, labels).unwrap_or_default();
@@ -75,7 +75,7 @@ fn the_metrics_of_a_garbled_and_a_wrong_transport_key_are_alike() {
     let decryptions = garbled.0[CLASSES.iter().position(|rv| *rv == "refused").unwrap()];
     assert!(decryptions >= REFUSALS as f64, "{garbled:?}");
     assert_eq!(garbled.0.iter().sum::<f64>(), 3.0 * decryptions, "one class, and one time each: {garbled:?}");
-    // Nothing was accepted in between: each was booked with the very same time.
+    // No release succeeded in between, so each decryption was recorded with exactly the same time.
     assert!((garbled.1 - wrong.1).abs() < 1e-9 * decryptions, "{garbled:?}, {wrong:?}");
     assert!(daemon.stop().success());
 }
@@ -91,7 +91,7 @@ fn a_garbled_and_a_wrong_transport_key_are_refused_alike() {
     let mut seen: Vec<Answer> = Vec::new();
     for (name, oaep) in [("OAEP mgf1p", Oaep::SHA1), ("OAEP SHA-256", Oaep::SHA256)] {
         let (file, key) = with_oaep(&owner, &guardian, oaep);
-        // As it is, it is served: what follows is refused for its ciphertext alone.
+        // The unchanged file is served, so the changed ones are refused for their ciphertext alone.
         let send = |file: &[u8]| {
             let request = post(ROLL, "application/xml", &roll_request(&health, file));
             Connection::open(address).unwrap().exchange(&request).unwrap()
@@ -115,7 +115,7 @@ fn a_garbled_and_a_wrong_transport_key_are_refused_alike() {
                             let at = (worker * per_worker + turn) % 256;
                             let flipped = with_cipher(owner, file, |cipher| {
                                 let mut cipher = cipher.to_vec();
-                                // Not the first octet: the number may not exceed the modulus.
+                                // Not the first byte: the number must not exceed the modulus.
                                 cipher[at.max(1)] ^= 1 << (turn % 8);
                                 cipher
                             });
@@ -125,7 +125,7 @@ fn a_garbled_and_a_wrong_transport_key_are_refused_alike() {
                             });
                             let requests =
                                 [flipped, wrong].map(|f| post(ROLL, "application/xml", &roll_request(health, &f)));
-                            // In turns, and each of them first as often as the other.
+                            // Alternates, so that each kind is first equally often.
                             for kind in if turn % 2 == 0 { [0, 1] } else { [1, 0] } {
                                 let begun = Instant::now();
                                 let answer = connection.exchange(&requests[kind]).unwrap();
@@ -150,14 +150,14 @@ fn a_garbled_and_a_wrong_transport_key_are_refused_alike() {
             mann_whitney_z(flipped, wrong)
         );
     }
-    // All of them, of both paddings.
+    // All of them, with both paddings.
     let first = seen[0].clone();
     assert_eq!(first.status, 400);
     assert!(first.text().contains("<Code>InvalidProtectorException</Code>"), "{}", first.text());
     for answer in &seen {
         assert_eq!(*answer, first);
     }
-    // Nor does the trail tell them apart.
+    // The audit trail does not distinguish them either.
     let trail = lab.audit();
     let refused =
         trail.iter().filter(|line| line["outcome"] == "InvalidProtectorException" && line["owner"].is_string());

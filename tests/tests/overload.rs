@@ -1,4 +1,4 @@
-//! More than can be done: hosts take turns, who asks too fast is told so, and what gets done does not become less.
+//! Tests of overload: hosts are served in turn, hosts above their rate are told so, and the throughput does not drop.
 
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
@@ -29,7 +29,7 @@ use tokio::task::JoinSet;
 const BATCH: &str = "/KeyProtection/service/v2.0/RollTransportKeys";
 const XML: &str = "application/xml";
 
-/// A host with its health certificate, and a protector that it asks for again and again.
+/// A host with its health certificate, and a protector that it sends repeatedly.
 struct Asker {
     clients: Vec<Client>,
     health: Vec<u8>,
@@ -39,7 +39,7 @@ struct Asker {
 }
 
 impl Asker {
-    /// A host of this name: the lab's own, or a new one.
+    /// Creates a host with this name: the lab's own, or a new one.
     async fn new(lab: &Lab, daemon: &Daemon, name: &str) -> Self {
         let identity = lab.identity();
         let host = if name == HOST {
@@ -55,7 +55,7 @@ impl Asker {
         let protector = lab.protector();
         let body = roll_request(&health, &protector).into();
         let key = Arc::new(lab.owner().open(&protector).unwrap());
-        // One client keeps only so many connections.
+        // One client limits its number of connections.
         let clients = (0..8).map(|_| daemon.client()).collect();
         Self { clients, health, body, identity, key }
     }
@@ -64,7 +64,7 @@ impl Asker {
         self.clients[turn % self.clients.len()].post(ROLL, XML, self.body.clone()).await.unwrap()
     }
 
-    /// Whether the answer is a release; what else it is, is right, too.
+    /// Returns true if the answer is a release. Checks that any other answer is a valid refusal.
     fn is_released(&self, reply: &Reply) -> bool {
         let Some(code) = refused_with(reply) else {
             let (keys, _) = open_release(&reply.body, &self.identity).unwrap();
@@ -76,7 +76,7 @@ impl Asker {
     }
 }
 
-/// The code of a refusal. One that asks to come again says when.
+/// Returns the code of a refusal. A refusal with a retryable code must say when to retry.
 fn refused_with(reply: &Reply) -> Option<Code> {
     if reply.status == 200 {
         return None;
@@ -113,7 +113,7 @@ async fn what_waits_of_a_host_that_is_removed_gets_nothing() {
     let host = Arc::new(Asker::new(&lab, &daemon, HOST).await);
     let other = Arc::new(Asker::new(&lab, &daemon, "other").await);
 
-    // One is at the token, and the others behind it.
+    // One release is at the token, and the others wait.
     faulty.set("hsm-a", &["call=C_Decrypt hang"]);
     let ask = |asker: &Arc<Asker>, turn: usize| {
         let asker = asker.clone();
@@ -133,12 +133,12 @@ async fn what_waits_of_a_host_that_is_removed_gets_nothing() {
     for reply in waiting {
         assert_eq!(refused_with(&reply.await.unwrap()), Some(Code::HealthCertificate));
     }
-    // Who is registered goes on.
+    // The host that is still registered is served.
     assert!(other.is_released(&other.ask(0).await));
     assert!(daemon.stop().success());
     let released =
         |line: &&serde_json::Value| line["event"] == "release" && line["outcome"] == "success" && line["host"] == HOST;
-    // The lab's own checks, and none of these.
+    // Ignores the lab's own checks, which come before the removal.
     let removed = lab.audit().iter().position(|line| line["event"] == "hosts.remove").unwrap();
     assert_eq!(lab.audit()[removed..].iter().filter(released).count(), 0);
 }
@@ -164,7 +164,7 @@ async fn a_storm_is_its_hosts_own_to_wait_out() {
                     Some(code) => {
                         assert_eq!(code, Code::ServiceUnavailable);
                         refused += 1;
-                        // Not as long as it was told to: it is a storm.
+                        // The pause is shorter than the server asked for: this is a storm.
                         tokio::time::sleep(Duration::from_millis(100)).await;
                     }
                 }
@@ -188,7 +188,8 @@ async fn a_storm_is_its_hosts_own_to_wait_out() {
     }
     println!("one at a time: {}", milliseconds(&times));
     println!("200 side by side: {}; {} released, {refused} refused", milliseconds(&storm_times), storm_times.len());
-    // Its place in the order, not the clock: behind one of the storm's at most, which waits behind all of its own.
+    // The order counts, not the clock: the polite host waits for at most one request of the storm, whose own requests wait
+    // for each other.
     assert!(median(&times) < median(&storm_times), "the polite one waits for the storm");
     assert!(refused > 0 && !storm_times.is_empty());
     let metrics = daemon.metrics().await;
@@ -211,7 +212,7 @@ async fn a_host_that_asks_too_fast_is_told_so_and_no_other() {
 
     let first = Instant::now();
     let begun = first;
-    // As many as the burst, and those that have come back meanwhile.
+    // The number of the burst, plus the tokens that return meanwhile.
     let within_rate = |released: usize| {
         let most = BURST + begun.elapsed().as_secs() as usize + 1;
         assert!((BURST..=most).contains(&released), "{released} released");
@@ -231,7 +232,7 @@ async fn a_host_that_asks_too_fast_is_told_so_and_no_other() {
         assert!(other.is_released(&other.ask(turn).await), "another host's {turn} is refused");
     }
 
-    // Each item of a batch counts, and those beyond are refused by themselves.
+    // Each item of a batch counts, and the items above the rate are refused individually.
     let begun = Instant::now();
     let request = BatchRequest {
         health_certificate: batcher.health.clone(),
@@ -258,12 +259,12 @@ async fn a_host_that_asks_too_fast_is_told_so_and_no_other() {
     assert!(daemon.stop().success());
     let told = lab.audit().iter().filter(|line| line["outcome"] == Code::TooManyRequests.as_str()).count();
     assert_eq!(told as u64, too_many, "the trail tells of another number");
-    // And takes a line a second for them, not one for each.
+    // The trail takes one line per second for them, not one for each.
     let lines = lab.trail().iter().filter(|line| line["event"] == "refusals").count() as u64;
     assert!(lines <= 2 * (first.elapsed().as_secs() + 2), "{lines} lines");
 }
 
-/// As many as can be done, for some time, by callers that wait for their answers. How many that is in a second.
+/// Measures the capacity for `time` with callers that wait for their answers; returns releases per second.
 async fn capacity(asker: &Arc<Asker>, time: Duration) -> f64 {
     let begun = Instant::now();
     let mut callers = JoinSet::new();
@@ -291,7 +292,7 @@ async fn overload_does_not_lessen_what_gets_done() {
     let lab = Lab::make(Options::default());
     lab.configure(|config| {
         config.release.deadline_ms = deadline.as_millis() as u64;
-        // The token is to be what is short, and not the processors, which refusals and this test need, too.
+        // The token is the bottleneck, not the processors, which refusals and this test also need.
         config.hsm[0].sessions = 1;
     });
     let daemon = lab.serve();
@@ -301,7 +302,7 @@ async fn overload_does_not_lessen_what_gets_done() {
     let alone = capacity(&asker, Duration::from_secs(2)).await;
     let before = daemon.metrics().await;
 
-    // Open loop: the next one comes when it is due, whatever became of the others.
+    // Open loop: each request is sent when it is due, whatever happened to the others.
     let begun = Instant::now();
     let mut requests = JoinSet::new();
     let offered = (alone * TIMES * SECONDS) as usize;
@@ -346,10 +347,10 @@ async fn overload_does_not_lessen_what_gets_done() {
         println!("dropped {reason}: {}", count(&after) - count(&before));
     }
     assert_eq!(released.len() + refused.len(), offered);
-    // With a program that is not optimised, on a machine with other things to do, refusing alone takes a good part of the
-    // processors. What must never happen is that nothing else gets done.
+    // In an unoptimised program on a busy machine, refusals alone take a large part of the processor time. But some
+    // releases must always succeed.
     assert!(goodput > capacity / 10.0, "{goodput} of {capacity} a second");
-    // What was let in was done in time; the rest is the way there and back on a machine that has other things to do.
+    // Admitted releases end in time; the slack is for the network path on a busy machine.
     let slack = Duration::from_secs(10);
     let worst = times(&released).into_iter().fold(0.0, f64::max);
     assert!(worst < (deadline + slack).as_secs_f64() * 1e3, "answered after {worst} ms");

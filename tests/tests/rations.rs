@@ -1,7 +1,7 @@
-//! What is spent for callers that did not earn it: replayed attestations, health certificates in other hands, protectors that
-//! are made to cost, and requests of strangers.
+//! Tests of limits on work for unverified callers: replayed attestations, stolen health certificates, protectors that are
+//! made expensive, and requests of strangers.
 //!
-//! Figures are printed, for information. What fails a test is a count.
+//! Figures are printed for information. Only counts can fail a test.
 
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
@@ -36,7 +36,7 @@ fn served(change: impl FnOnce(&mut Config)) -> (Lab, Daemon) {
     (lab, daemon)
 }
 
-/// The octets of an attestation request, as anybody on its way can record them.
+/// Returns the bytes of an attestation request, as anyone on the network path can record them.
 fn attestation(host_key: &RsaPrivateKey, identity: &RsaPrivateKey) -> Vec<u8> {
     let [host, own] = [host_key, identity].map(|key| key.public().spki_der());
     let signature = host_key.sign(SignatureAlgorithm::DEFAULT, &signed_octets(host, own)).unwrap();
@@ -48,7 +48,7 @@ fn ask(source: Ipv4Addr, address: SocketAddr, request: &[u8]) -> Answer {
     Connection::open_from(source, address).unwrap().exchange(request).unwrap()
 }
 
-/// The form of a refusal for a rate, in attestation.
+/// Checks the format of a refusal by rate in attestation.
 fn assert_too_many_attestations(answer: &Answer) {
     assert_eq!(answer.status, 429, "{}", answer.text());
     let seconds: u64 = answer.header("retry-after").expect("no Retry-After").parse().unwrap();
@@ -59,7 +59,7 @@ fn assert_too_many_attestations(answer: &Answer) {
     assert!(answer.body.starts_with(b"{\"__type\""), "__type is not first");
 }
 
-/// Releases one after the other until the time is over; how many in a second. Every one has to succeed.
+/// Sends releases one after the other for `time`; returns releases per second. Every release must succeed.
 fn honest(address: SocketAddr, request: &[u8], identity: &RsaPrivateKey, time: Duration) -> f64 {
     let (begun, mut released) = (Instant::now(), 0);
     let mut connection = Connection::open_from(OWN, address).unwrap();
@@ -120,7 +120,7 @@ fn a_replayed_attestation_costs_no_hsm_and_is_told_to_come_again() {
     let most = 100.0 + 5.0 * (seconds + 1.0);
     assert!((granted.len() as f64) <= most, "{} granted", granted.len());
 
-    // A certificate in two seconds is signed for it, and not one for each of those that were granted.
+    // One certificate is signed per two seconds, not one for each granted request.
     let after = block(daemon.metrics());
     let rise = |name: &str, labels: &[(&str, &str)]| after.count(name, labels) - before.count(name, labels);
     let signed = rise("claviger_hsm_calls_total", &[("op", "sign")]);
@@ -130,13 +130,13 @@ fn a_replayed_attestation_costs_no_hsm_and_is_told_to_come_again() {
     assert!(certificates as f64 <= seconds + 3.0, "{certificates} certificates signed in {seconds} s");
     assert_eq!(rise("claviger_attestations_dropped_total", &[]), refused.len() as u64);
 
-    // The host itself attests from its own address as it likes, and elsewhere nobody does it any harm.
+    // The host itself can attest from its own address without limit; requests from elsewhere do not affect it.
     assert_eq!(ask(OWN, address, &recorded).status, 200);
     let other = Arc::new(RsaPrivateKey::generate(2048).unwrap());
     block(Host::new(daemon.client(), lab.key("host/hostkey.pem"), other).attest()).unwrap();
     assert!(daemon.stop().success());
 
-    // A certificate has its line; that it was handed out again is counted.
+    // A new certificate has its own line; repeated answers with it are counted.
     let (trail, other) = (lab.trail(), OTHER.to_string());
     let lines = trail.iter().filter(|line| line["event"] == "attest" && line["outcome"] == "success");
     let lines = lines.filter(|line| line["address"] == other).count();
@@ -144,7 +144,7 @@ fn a_replayed_attestation_costs_no_hsm_and_is_told_to_come_again() {
     let repeats: u64 = repeats.filter_map(|line| line["addresses"][&other].as_u64()).sum();
     println!("{lines} lines, {repeats} repeats");
     assert_eq!(lines as u64 + repeats, granted.len() as u64);
-    // Each of those that come before the first line of a certificate is written has one of its own.
+    // Requests that arrive before the first line of a certificate is written each get their own line.
     assert!(repeats > 0 && lines <= CONNECTIONS * certificates as usize, "{lines} lines, {repeats} repeats");
 }
 
@@ -159,14 +159,14 @@ fn a_certificate_that_was_issued_a_moment_ago_is_handed_out_again() {
         serde_json::from_slice::<Value>(&answer.body).unwrap()["Content"].to_string()
     };
     let request = attestation(&host_key, &identity);
-    // On a machine that is slow for a moment, more than that may lie between two.
+    // Repeated, since on a slow machine two requests may be further apart than that.
     let again = claviger_tests::until("the same certificate twice", || {
         let first = content(&request);
         (first == content(&request)).then_some(first)
     });
-    // For another identity key it is another one.
+    // Another identity key gets another certificate.
     assert_ne!(content(&attestation(&host_key, &RsaPrivateKey::generate(2048).unwrap())), again);
-    // And a moment later a fresh one.
+    // Some time later a new certificate is issued.
     claviger_tests::until("a fresh certificate", || (content(&request) != again).then_some(()));
     assert!(daemon.stop().success());
 }
@@ -182,7 +182,7 @@ fn a_host_does_not_pay_for_its_health_certificate_in_other_hands() {
     let health = block(lab.host(daemon.client()).attest()).unwrap();
     let protector = lab.protector();
     let honest = post(ROLL, "application/xml", &roll_request(&health, &protector));
-    // A protector with a broken guardian signature: it fails before anything is decrypted.
+    // A protector with a broken guardian signature fails before anything is decrypted.
     let broken = String::from_utf8(protector).unwrap();
     let at = broken.find("<GuardianSignature").unwrap();
     let at = at + broken[at..].find("<SignatureValue>").unwrap() + "<SignatureValue>".len();
@@ -200,7 +200,7 @@ fn a_host_does_not_pay_for_its_health_certificate_in_other_hands() {
         let answer = connection.exchange(&honest).unwrap();
         assert_eq!(answer.status, 200, "release {turn}: {}", answer.text());
     }
-    // Junk in measure does not cost the releases of the same address either.
+    // Some invalid requests do not affect the releases from the same address either.
     let (lab, daemon) = {
         assert!(daemon.stop().success());
         lab.configure(|config| config.release.host_burst = 10);
@@ -248,7 +248,7 @@ fn a_bad_protector_is_paid_for_also_by_an_empty_bucket() {
         calls as f64 / f64::from(decrypted)
     );
     assert!(decrypted > 0);
-    // Each costs five, and one may be on credit.
+    // Each decryption costs five tokens, and one may be on credit.
     assert!(f64::from(decrypted - 1) * 5.0 <= tokens, "{decrypted} for {tokens} tokens");
     assert!(daemon.stop().success());
 }
@@ -268,14 +268,14 @@ fn strangers_use_up_the_patience_with_their_address_and_no_host_pays_for_it() {
     assert!(judged.iter().all(|answer| answer.status == 403) && judged.len() >= 30);
     assert!(!told.is_empty(), "strangers may go on for ever");
     told.iter().for_each(|answer| assert_too_many_attestations(answer));
-    // A host's own attestation is served; one that only shows the host's key is not told from the others.
+    // The host's own attestations are served; a request that only shows the host's key counts as a stranger's.
     let host_key = lab.key("host/hostkey.pem");
     let answer = connection.exchange(&attestation(&host_key, &lab.identity())).unwrap();
     assert_eq!(answer.status, 200, "{}", answer.text());
     let [host, own] = [host_key.public(), lab.identity().public()].map(|key| key.spki_der().to_vec());
     let body = host_key_request([7; 16], &[ResultType::EncryptionCertificate], &host, &own, &[1; 256]);
     assert_too_many_attestations(&connection.exchange(&post(ATTEST, "application/json", &body)).unwrap());
-    // A release without a health certificate is a stranger's, too; one with a certificate is a host's.
+    // A release without a valid health certificate is also a stranger's request; one with a certificate is a host's.
     let answer = connection.exchange(&forged).unwrap();
     assert_eq!(answer.status, 429, "{}", answer.text());
     assert!(answer.text().contains("<Code>TooManyRequestsException</Code>") && answer.header("retry-after").is_some());
@@ -283,10 +283,10 @@ fn strangers_use_up_the_patience_with_their_address_and_no_host_pays_for_it() {
         let answer = connection.exchange(&honest).unwrap();
         assert_eq!(answer.status, 200, "release {turn}: {}", answer.text());
     }
-    // Elsewhere nothing has happened.
+    // Other addresses are not affected.
     assert_eq!(ask(OTHER, address, &unknown).status, 403);
     assert_eq!(ask(OTHER, address, &forged).status, 403);
-    // Nor does a health certificate that the daemon has not met yet have to be refused.
+    // A health certificate that is not cached yet must not be refused either.
     assert!(daemon.stop().success());
     let daemon = lab.serve();
     block(daemon.until_ready_is(200));
@@ -324,10 +324,10 @@ fn junk_with_a_health_certificate_that_was_seen_is_paid_for_by_that_host_at_that
         let statuses: Vec<_> = (0..ALLOWED + 20).map(|_| ask(source, address, &junk).status).collect();
         let read = statuses.iter().filter(|status| **status == 400).count();
         assert!(statuses.iter().all(|status| [400, 429].contains(status)), "{statuses:?}");
-        // As many as both buckets hold, and what comes back meanwhile.
+        // The number that both buckets hold, plus the tokens that return meanwhile.
         assert!((1..=ALLOWED + 10).contains(&read) && read < statuses.len(), "{path}: {read} were read");
     }
-    // Where it did not ask, the host has all that it may have.
+    // From another address, the host has its whole rate.
     let honest = post(ROLL, "application/xml", &roll_request(&health, &lab.protector()));
     for turn in 0..20 {
         assert_eq!(ask(OWN, address, &honest).status, 200, "release {turn}");

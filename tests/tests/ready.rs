@@ -1,4 +1,4 @@
-//! `/live`, `/ready` and `/metrics` tell the truth.
+//! Tests that `/live`, `/ready` and `/metrics` are correct.
 
 #![allow(clippy::unwrap_used)]
 
@@ -21,7 +21,7 @@ async fn a_daemon_is_ready_while_a_token_really_works() {
         let name = line.split(' ').nth(2).unwrap();
         assert!(page.contains(&format!("# HELP {name} ")), "{name} has no help");
     }
-    // What can be counted is there from the start, at zero.
+    // All counters exist from the start, with the value zero.
     let series = daemon.metrics().await;
     assert_eq!(
         series.count("claviger_releases_total", &[("outcome", "HealthCertificateException"), ("api", "v1.0")]),
@@ -29,7 +29,7 @@ async fn a_daemon_is_ready_while_a_token_really_works() {
     );
     assert_eq!(series.count("claviger_build_info", &[]), 1);
     assert_eq!(daemon.probe("/nothing").await.status, 404);
-    // The two listeners do not mix.
+    // The two listeners have separate paths.
     assert_eq!(daemon.probe(METADATA).await.status, 404);
     assert_eq!(daemon.client().get("/metrics").await.unwrap().status, 404);
     assert!(daemon.stop().success());
@@ -51,7 +51,7 @@ async fn tokens_that_go_away_are_noticed() {
     assert_eq!(reply.status, 503, "{}", String::from_utf8_lossy(&reply.body));
     assert!(reply.headers.contains_key("retry-after"));
 
-    // They come back, and nobody restarts anything.
+    // The members come back without a restart by an administrator.
     std::fs::rename(lab.file("away"), lab.file("tokens")).unwrap();
     daemon.until_ready_is(200).await;
     assert_eq!(daemon.client().post(ROLL, "application/xml", request).await.unwrap().status, 200);
@@ -61,7 +61,7 @@ async fn tokens_that_go_away_are_noticed() {
 #[tokio::test]
 async fn one_good_token_is_enough_and_none_is_not() {
     let lab = Lab::make(Options { hsms: 2, vms: 1, ..Options::default() });
-    // The first one is asked first.
+    // The first member has the higher rank.
     lab.configure(|config| config.hsm[0].token = Some("no such token".to_owned()));
     let daemon = lab.serve();
     let ready = daemon.until_ready_is(200).await;
@@ -87,7 +87,7 @@ async fn one_good_token_is_enough_and_none_is_not() {
     assert_eq!(reply.status, 503, "{}", String::from_utf8_lossy(&reply.body));
     assert!(reply.headers.contains_key("retry-after"));
     assert_eq!(client.get(METADATA).await.unwrap().status, 503);
-    // What needs no token is judged and served all the same.
+    // Requests that need no token are still judged and answered.
     assert_eq!(client.post(ROLL, "application/xml", "<x/>").await.unwrap().status, 400);
     assert_eq!(client.post(ATTEST, "application/json", "{}").await.unwrap().status, 400);
     assert_eq!(client.get("/Attestation/getinfo").await.unwrap().status, 200);
@@ -115,10 +115,10 @@ async fn a_daemon_that_cannot_write_its_trail_is_not_ready_until_it_can() {
     let not_ready = daemon.until_ready_is(503).await;
     let text = String::from_utf8_lossy(&not_ready.body);
     assert!(text.contains("audit trail"), "{text}");
-    // Nobody asks for a key meanwhile: it finds out by itself.
+    // No request comes meanwhile: the daemon finds out by itself.
     std::fs::remove_file(&trail).unwrap();
     daemon.until_ready_is(200).await;
-    // By a line of its own, or by that of the refusals that were counted meanwhile.
+    // A line of its own shows it, or the line with the refusals that were counted meanwhile.
     let found_out = |line: &serde_json::Value| line["event"] == "audit.resumed" || line["event"] == "refusals";
     assert!(lab.trail().iter().any(found_out), "{:?}", lab.trail());
     assert_eq!(daemon.client().post(ROLL, "application/xml", request.clone()).await.unwrap().status, 200);

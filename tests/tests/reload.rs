@@ -1,4 +1,4 @@
-//! What changes while the daemon serves: nobody who asks meanwhile notices.
+//! Tests of changes while the daemon serves: clients notice nothing.
 
 #![allow(clippy::unwrap_used)]
 
@@ -24,10 +24,10 @@ use serde_json::Value;
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 
-/// How often is reloaded.
+/// Number of reloads.
 const ROUNDS: usize = 8;
 
-/// A certificate that is its own authority, and its key, made by OpenSSL.
+/// Creates a self-signed certificate and its key with OpenSSL.
 fn certificate(lab: &Lab, name: &str) -> (PathBuf, PathBuf) {
     let (certificate, key) = (lab.file(&format!("{name}.crt.pem")), lab.file(&format!("{name}.key.pem")));
     let config = lab.file("openssl.cnf");
@@ -48,7 +48,7 @@ fn der(path: &Path) -> CertificateDer<'static> {
     CertificateDer::from_pem_file(path).unwrap()
 }
 
-/// Trusts these servers; shows `own` where it is asked for one.
+/// Trusts these server certificates; shows `own` if the server requests a certificate.
 fn connector(trusted: &[&Path], own: Option<(&Path, &Path)>) -> TlsConnector {
     let mut roots = rustls::RootCertStore::empty();
     trusted.iter().for_each(|path| roots.add(der(path)).unwrap());
@@ -66,7 +66,7 @@ fn connector(trusted: &[&Path], own: Option<(&Path, &Path)>) -> TlsConnector {
     TlsConnector::from(Arc::new(config))
 }
 
-/// A connection, and the certificate that the server showed.
+/// A connection, and the certificate of its server.
 struct Connection {
     requests: SendRequest<Full<Bytes>>,
     shown: CertificateDer<'static>,
@@ -98,7 +98,7 @@ impl Connection {
     }
 }
 
-/// The certificate that a new connection is shown.
+/// Returns the certificate that the server shows on a new connection.
 async fn shown(address: SocketAddr, connector: &TlsConnector) -> Option<CertificateDer<'static>> {
     Connection::open(address, connector).await.ok().map(|connection| connection.shown)
 }
@@ -121,9 +121,9 @@ fn tls(files: &(PathBuf, PathBuf)) -> Tls {
     Tls::new(&files.0, &files.1)
 }
 
-/// Serves the lab with TLS; what a release sends, as the lab's host.
+/// Serves the lab with TLS; returns the daemon and a release request of the lab's host.
 fn serve_encrypted(lab: &Lab, files: &(PathBuf, PathBuf)) -> (Daemon, Bytes) {
-    // Attested in clear: the harness's client speaks no TLS.
+    // The attestation uses plain HTTP, because the harness's client does not support TLS.
     let plain = lab.serve();
     let health = block(lab.host(plain.client()).attest()).unwrap();
     assert!(plain.stop().success());
@@ -168,7 +168,7 @@ fn reloads_under_load_fail_no_request() {
                 let (keys, _) = open_release(&answer, &identity)?;
                 assert_eq!(keys.ingress[..], key[..]);
                 done.fetch_add(1, Ordering::Relaxed);
-                // A connection that is kept is never opened again: that it ends is a failure.
+                // A kept connection is never reopened, so its end is a failure.
                 connection = keep.then_some(open);
             }
             Ok::<_, String>(())
@@ -206,7 +206,7 @@ fn reloads_under_load_fail_no_request() {
     let said = daemon.process.output();
     assert!(!said.contains("ERROR"), "{said}");
     assert!(daemon.stop().success());
-    // Every release is in the trail, whichever file it was by then.
+    // Every release is in the trail, in one of its files.
     let files = (0..ROUNDS).map(|round| lab.file(&format!("state/audit.jsonl.{round}")));
     let trail: String =
         files.chain([lab.file("state/audit.jsonl")]).map(|file| std::fs::read_to_string(file).unwrap()).collect();
@@ -227,7 +227,7 @@ fn what_is_bad_changes_nothing_and_what_needs_a_restart_is_named() {
     let (stranger, known) = (connector(&trusted, None), connector(&trusted, Some((&client.0, &client.1))));
     let good = std::fs::read_to_string(lab.config_file()).unwrap();
 
-    // A misspelt setting, beside one that would be taken.
+    // A misspelt setting, beside a valid change.
     lab.configure(|config| config.server.tls = Some(tls(&files[1])));
     let wanted = std::fs::read_to_string(lab.config_file()).unwrap();
     std::fs::write(lab.config_file(), format!("unknown = 1\n{wanted}")).unwrap();
@@ -235,7 +235,7 @@ fn what_is_bad_changes_nothing_and_what_needs_a_restart_is_named() {
     daemon.process.line(|line| (line.contains("was not reloaded") && line.contains("unknown")).then_some(()));
     assert_eq!(runtime.block_on(shown(address, &stranger)).unwrap(), der(&files[0].0));
 
-    // A key of another certificate.
+    // The key of another certificate.
     std::fs::write(lab.config_file(), &good).unwrap();
     lab.configure(|config| config.server.tls = Some(tls(&(files[1].0.clone(), files[0].1.clone()))));
     daemon.process.hang_up();
@@ -244,7 +244,7 @@ fn what_is_bad_changes_nothing_and_what_needs_a_restart_is_named() {
         .line(|line| (line.contains("was not reloaded") && line.contains("that of another certificate")).then_some(()));
     assert_eq!(runtime.block_on(shown(address, &stranger)).unwrap(), der(&files[0].0));
 
-    // Settings that need a restart, beside a member that is taken in, with a variable that there was not at the start.
+    // Settings that need a restart, beside a new member whose environment has a new variable.
     std::fs::write(lab.config_file(), &good).unwrap();
     lab.configure(|config| {
         let mut more = config.hsm[0].clone();
@@ -262,7 +262,7 @@ fn what_is_bad_changes_nothing_and_what_needs_a_restart_is_named() {
     assert!(!named.contains("hsm.more"), "{named}");
     until_state(&lab, "more", "up");
 
-    // Clients have to show certificates from now on: connections that are open stay.
+    // New connections must show client certificates from now on; open connections stay.
     let mut open = runtime.block_on(Connection::open(address, &stranger)).unwrap();
     std::fs::write(lab.config_file(), &good).unwrap();
     lab.configure(|config| {
@@ -281,7 +281,7 @@ fn what_is_bad_changes_nothing_and_what_needs_a_restart_is_named() {
     assert!(daemon.stop().success());
 }
 
-/// The state of a member, if there is one of this name.
+/// Returns the state of a member; `None` if no member has this name.
 fn state(lab: &Lab, name: &str) -> Option<String> {
     let found = members(lab).into_iter().find(|member| member["name"] == name)?;
     Some(found["state"].as_str().unwrap().to_owned())
@@ -291,7 +291,7 @@ fn until_state(lab: &Lab, name: &str, wanted: &str) {
     until(&format!("{name} is {wanted}"), || (state(lab, name)? == wanted).then_some(()));
 }
 
-/// One release, as the lab's host.
+/// Sends one release as the lab's host.
 fn release(lab: &Lab, daemon: &Daemon, health: &[u8]) {
     block(lab.host(daemon.client()).roll(ApiVersion::V2, health, &lab.protector())).unwrap();
 }
@@ -308,10 +308,10 @@ fn a_pin_that_was_corrected_brings_its_member_back() {
     let refusals = || daemon.process.output().matches("REFUSES THE PIN").count();
     until("the refusal is said", || (refusals() == 1).then_some(()));
 
-    // The same one is not tried again, another one is, once.
+    // The same PIN is not tried again; a different one is tried once.
     for (weight, wrong, refused) in [(2, "wrong\n", 1), (3, "other\n", 2)] {
         std::fs::write(&pin, wrong).unwrap();
-        // What is taken in after the PIN.
+        // The weight changes after the PIN has been applied, so it shows that the reload is complete.
         lab.configure(|config| config.hsm[1].weight = weight);
         daemon.process.hang_up();
         until("the configuration is reloaded", || (members(&lab)[1]["weight"] == weight).then_some(()));
@@ -322,7 +322,7 @@ fn a_pin_that_was_corrected_brings_its_member_back() {
     std::fs::write(&pin, right).unwrap();
     daemon.process.hang_up();
     until_state(&lab, "hsm-b", "up");
-    // It works: alone.
+    // The remaining member serves alone.
     lab.configure(|config| config.hsm.retain(|hsm| hsm.name == "hsm-b"));
     daemon.process.hang_up();
     until("hsm-a is gone", || state(&lab, "hsm-a").is_none().then_some(()));
@@ -342,7 +342,7 @@ fn all_other_members_go_at_once_when_the_one_that_stays_serves() {
     let health = block(lab.host(daemon.client()).attest()).unwrap();
     let administrator = Administrator(&lab);
 
-    // Not for one that gets nothing itself.
+    // The others are not removed while the only member that stays is drained.
     administrator.json(&["hsm", "drain", "hsm-c"]);
     lab.configure(|config| config.hsm.retain(|hsm| hsm.name == "hsm-c"));
     daemon.process.hang_up();
@@ -359,7 +359,7 @@ fn all_other_members_go_at_once_when_the_one_that_stays_serves() {
     assert_eq!(state(&lab, "hsm-c").as_deref(), Some("up"));
     release(&lab, &daemon, &health);
 
-    // And back: those that were there before take over from it.
+    // The change is reverted: the earlier members take over again.
     lab.configure(|config| config.hsm = all[..2].to_vec());
     daemon.process.hang_up();
     until("hsm-c is gone", || (members(&lab).len() == 2 && state(&lab, "hsm-c").is_none()).then_some(()));

@@ -1,4 +1,4 @@
-//! HSMs behind a network: servers that die, hang, and come back, under load that does not wait for anybody.
+//! Tests of HSMs behind a network: servers die, hang and come back under open-loop load.
 
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
@@ -9,24 +9,24 @@ use claviger_tests::{Daemon, Lab, Options, PATIENCE, Remote};
 use tokio::sync::{Semaphore, SemaphorePermit};
 
 const MEMBERS: [&str; 3] = ["hsm-a", "hsm-b", "hsm-c"];
-/// Releases a second.
+/// Releases per second.
 const RATE: f64 = 50.0;
-/// Within this a release is answered, as the daemon is configured here; its host waits a little longer.
+/// Time limit of a release in the daemon's configuration; the host waits a little longer.
 const DEADLINE: Duration = Duration::from_secs(5);
-/// How many of a member's decryptions show that it serves again: more than calls that hung may bring when they return.
+/// Number of decryptions that prove that a member serves again. It exceeds the number of hung calls that may return late.
 const SERVES: u64 = 12;
-/// Load goes on for so long after each event, for what comes late.
+/// Time for which load continues after each event, to see late effects.
 const AFTERWARDS: Duration = Duration::from_secs(1);
 
-/// Two scenarios at a time: processors are few, and a watchdog is impatient.
+/// Limits the number of concurrent scenarios: processors are few, and the watchdog's time is short.
 static PLACES: Semaphore = Semaphore::const_new(2);
 
-/// A daemon before three servers, under load.
+/// A daemon with three servers, under load.
 struct Scene {
     remote: Remote,
     daemon: Daemon,
     load: Load,
-    /// What happened when.
+    /// Events with their times.
     events: Vec<(Instant, String)>,
     _lab: Lab,
     _place: SemaphorePermit<'static>,
@@ -105,8 +105,8 @@ impl Scene {
         tokio::time::sleep(AFTERWARDS).await;
     }
 
-    /// Ends the load and stops the daemon. Every release that was asked for has to be there, and right; but while nobody
-    /// served, which may have been for a time, a refusal was right.
+    /// Ends the load and stops the daemon. Every release must be answered and right, except that refusals are right in the
+    /// time `nobody_served`.
     async fn end(self, nobody_served: Option<(Instant, Instant)>) {
         let report = self.load.stop().await;
         let begun = Instant::now();
@@ -119,7 +119,7 @@ impl Scene {
             rest = after;
         }
         println!("{}", rest.line());
-        // What was under way when the last one died counts as well.
+        // Requests in flight when the last server died may be refused too.
         let may_be_refused = |sample: &Sample| {
             sample.answer == (Answer::Refused { retry_after: true })
                 && nobody_served.is_some_and(|(from, to)| sample.end >= from && sample.due < to)

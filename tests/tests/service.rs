@@ -1,4 +1,4 @@
-//! The daemon as a service of the system: what systemd is told, the sockets, the log.
+//! Tests of the daemon as a system service: messages to systemd, sockets, the log.
 
 #![allow(clippy::unwrap_used)]
 
@@ -13,7 +13,7 @@ use claviger_tests::{Daemon, Lab, Options, PATIENCE, Process, claviger, run, sai
 use rustix::time::{ClockId, clock_gettime};
 use serde_json::Value;
 
-/// The next message to systemd's stand-in that is not the watchdog's.
+/// Returns the next message to systemd's stand-in, except those for the watchdog.
 fn told(socket: &UnixDatagram) -> String {
     let mut octets = [0; 4096];
     loop {
@@ -62,7 +62,7 @@ fn who_reviews_can_change_nothing() {
     std::fs::create_dir(&sockets).unwrap();
     lab.configure(|config| {
         config.server.sockets = Some(sockets.clone());
-        // Any group, which need not have a name.
+        // Any group; it need not have a name.
         config.server.review_group = Some("4711".to_owned());
     });
     let daemon = lab.serve();
@@ -83,11 +83,11 @@ fn who_reviews_can_change_nothing() {
         let refused = at(&review, change);
         assert!(!refused.status.success() && said(&refused).contains("use admin.sock"), "{}", said(&refused));
     }
-    // Requests are short there; the administrators' may be an import.
+    // Requests on this socket are short; on the administrators' socket they may contain an import.
     let answered = |socket: &Path, octets: usize| {
         let mut stream = UnixStream::connect(socket).unwrap();
         let request = format!("{{\"command\":\"hosts.list\",\"x\":\"{}\"}}", "x".repeat(octets));
-        // Written as far as the other side takes it.
+        // Writes as much as the other side accepts.
         let _ = stream.write_all(request.as_bytes()).and_then(|()| stream.write_all(b"\n"));
         let mut line = String::new();
         let _ = BufReader::new(stream).read_line(&mut line);
@@ -102,7 +102,7 @@ fn who_reviews_can_change_nothing() {
     assert!(at(&admin, &["hosts", "remove", "demo-host"]).status.success());
     assert!(daemon.stop().success());
     assert!(!admin.exists() && !review.exists());
-    // Who it was is in the trail.
+    // The trail names the user.
     let trail = lab.audit();
     let removed = trail.iter().find(|line| line["event"] == "hosts.remove").unwrap();
     assert!(removed["by"]["uid"].is_u64(), "{removed}");

@@ -1,5 +1,5 @@
-//! The attestation signer outlives the members that know its key, leaves no keys behind that nobody uses, and signs in time
-//! or not at all.
+//! Tests of the attestation signer: it survives the loss of members that have its key, leaves no unused keys behind, and
+//! signs in time or not at all.
 
 #![allow(clippy::unwrap_used)]
 
@@ -8,7 +8,7 @@ use claviger_tests::{Lab, METADATA, Options, block, run, until, until_attested};
 use rusqlite::Connection;
 use serde_json::Value;
 
-/// Works with the state of a lab.
+/// Runs SQL statements on the state of a lab.
 fn sql(lab: &Lab, sql: &str) {
     let state = Connection::open(lab.file("state/state.db")).unwrap();
     state.busy_timeout(claviger_tests::PATIENCE).unwrap();
@@ -33,7 +33,7 @@ fn the_member_that_remains_gets_a_key() {
     });
     faulty.set("hsm-a", ABSENT);
     let newer = until_attested(&host);
-    // The signer before is still trusted.
+    // The previous signer is still trusted.
     for health in [health, newer] {
         block(host.roll(ApiVersion::V2, &health, &lab.protector())).unwrap();
     }
@@ -50,7 +50,7 @@ fn a_signer_that_cannot_be_stored_leaves_one_key() {
          CREATE TRIGGER full BEFORE INSERT ON attestation_signers BEGIN SELECT RAISE(ABORT, 'on purpose'); END;",
     );
     let daemon = lab.serve();
-    // One proves that the member works; the others are tries.
+    // One signature is the known-answer test; the others are tries.
     faulty.until("hsm-a", "three tries", |stats| stats.calls("C_Sign") >= 4);
     sql(&lab, "DROP TRIGGER full");
     until_attested(&lab.host(daemon.client()));
@@ -58,7 +58,7 @@ fn a_signer_that_cannot_be_stored_leaves_one_key() {
     assert_eq!(faulty.stats("hsm-a").calls("C_GenerateKeyPair"), 1);
 }
 
-/// The certificates that health certificates are issued by.
+/// Returns the number of certificates that issue health certificates.
 fn signers(lab: &Lab) -> i64 {
     let state = Connection::open(lab.file("state/state.db")).unwrap();
     state.query_row("SELECT count(*) FROM attestation_signers", [], |row| row.get(0)).unwrap()
@@ -71,7 +71,7 @@ fn a_signer_that_was_replaced_is_trusted_as_long_as_what_it_issued_lasts() {
     let daemon = lab.serve();
     let health = until_attested(&lab.host(daemon.client()));
     assert!(daemon.stop().success());
-    // Replaced almost eight hours ago: its last health certificate is good for some minutes.
+    // Replaced almost eight hours ago: its last health certificate is valid for some more minutes.
     sql(&lab, &format!("UPDATE attestation_signers SET current = 0, replaced = {NOW} - 8 * 3600 + 600"));
     let daemon = lab.serve();
     let host = lab.host(daemon.client());
@@ -81,7 +81,7 @@ fn a_signer_that_was_replaced_is_trusted_as_long_as_what_it_issued_lasts() {
     }
     assert_eq!(signers(&lab), 2);
     assert!(daemon.stop().success());
-    // More than eight hours ago: nothing that it issued can be good any more.
+    // Replaced more than eight hours ago: none of its health certificates can still be valid.
     sql(&lab, &format!("UPDATE attestation_signers SET replaced = {NOW} - 8 * 3600 - 600 WHERE NOT current"));
     let daemon = lab.serve();
     until("the signer is forgotten", || (signers(&lab) == 1).then_some(()));
@@ -92,7 +92,7 @@ fn a_signer_that_was_replaced_is_trusted_as_long_as_what_it_issued_lasts() {
     assert!(daemon.stop().success());
 }
 
-/// The metadata document has ten seconds of its own; an attestation that begins later has less, and ends earlier.
+/// The metadata document has ten seconds of its own; an attestation that begins later has less time and ends earlier.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_attestation_keeps_the_deadline() {
     let lab = Lab::make(Options::default());

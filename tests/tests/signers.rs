@@ -1,4 +1,4 @@
-//! Attestation signers as administrators handle them: listed, rotated, revoked, and what that does to hosts at once.
+//! Tests of administrators' work with attestation signers: list, rotate, revoke, and the immediate effect on hosts.
 
 #![allow(clippy::unwrap_used)]
 
@@ -32,7 +32,7 @@ fn refused(host: &Host, health: &[u8], lab: &Lab) {
     assert!(error.contains("403 HealthCertificateException"), "{error}");
 }
 
-/// A lab that is served: the daemon, its host with a health certificate, and the signer that issued that.
+/// Serves a lab; returns the daemon, its host with a health certificate, and the signer that issued it.
 fn begin(lab: &Lab) -> (Daemon, Host, Vec<u8>, String) {
     let daemon = lab.serve();
     block(daemon.until_ready_is(200));
@@ -42,7 +42,7 @@ fn begin(lab: &Lab) -> (Daemon, Host, Vec<u8>, String) {
     (daemon, host, health, signer)
 }
 
-/// What the service publishes.
+/// Returns the signers that the service publishes.
 fn published(client: &claviger_client::http::Client) -> Vec<u8> {
     block(client.get("/attestation/v2.0/signingcertificates")).unwrap().body.to_vec()
 }
@@ -58,7 +58,7 @@ fn a_revoked_signer_is_refused_at_once_and_hosts_find_their_way() {
     let (administrator, client) = (Administrator(&lab), daemon.client());
     release(&host, &first_health, &lab).unwrap();
 
-    // Rotated: both are good.
+    // After a rotation both signers are valid.
     let rotated = administrator.json(&["signers", "rotate"]);
     let second = current(&administrator);
     assert_eq!(rotated, json!({"current": second, "replaced": first}));
@@ -74,7 +74,7 @@ fn a_revoked_signer_is_refused_at_once_and_hosts_find_their_way() {
     assert_eq!(lifetime, claviger_protocol::health::LIFETIME_SECONDS);
     assert_ne!(now["hsm_key"], before["hsm_key"], "a new signer has a new key");
 
-    // The one before is revoked. Its certificate was seen a moment ago, so it is in the cache.
+    // The previous signer is revoked. Its certificate is cached, because it was used a moment ago.
     let revoked = administrator.json(&["signers", "revoke", &first[..8]]);
     assert_eq!(revoked, json!({"revoked": [first], "current": second, "made": false, "warnings": []}));
     refused(&host, &first_health, &lab);
@@ -82,7 +82,7 @@ fn a_revoked_signer_is_refused_at_once_and_hosts_find_their_way() {
     assert_eq!(states(&administrator), ["current", "revoked"]);
     assert!(administrator.fault(&["signers", "revoke", &first]).contains("is revoked already"));
 
-    // The one that issues: another one is made first, so that hosts can attest.
+    // If the issuing signer is revoked, a new one is created first, so that hosts can attest.
     let second_der = published(&client);
     let said_so = said(&administrator.run(&["signers", "revoke", &second]));
     let third = current(&administrator);
@@ -100,7 +100,7 @@ fn a_revoked_signer_is_refused_at_once_and_hosts_find_their_way() {
     let of_second = Certificate::parse(&second_health).unwrap();
     assert!(!contains(&published, of_second.issuer_der()), "a revoked one is not");
 
-    // After a restart it is as it was.
+    // The same after a restart.
     assert!(daemon.stop().success());
     let daemon = lab.serve();
     block(daemon.until_ready_is(200));
@@ -113,7 +113,7 @@ fn a_revoked_signer_is_refused_at_once_and_hosts_find_their_way() {
     }
     assert!(daemon.stop().success());
 
-    // Two lines for each change: before it was made, and what came of it.
+    // Each change has two lines: one before it is made, and one with the outcome.
     let trail = lab.audit();
     let lines: Vec<_> = trail
         .iter()
@@ -192,7 +192,7 @@ fn without_a_new_signer_nothing_is_revoked_unless_forced() {
     refused(&host, &health, &lab);
     let error = block(host.attest()).unwrap_err().to_string();
     assert!(error.contains("503 UnavailableErrorReply"), "{error}");
-    // The daemon makes a new one as soon as it can.
+    // The daemon creates a new signer as soon as it can.
     faulty.clear("hsm-a");
     let health = until_attested(&host);
     release(&host, &health, &lab).unwrap();

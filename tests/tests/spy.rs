@@ -1,4 +1,4 @@
-//! What the token sees of a release, told by OpenSC's spy between the daemon and the module.
+//! Tests of the PKCS#11 calls of a release, recorded by OpenSC's spy module between daemon and module.
 
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
@@ -19,7 +19,7 @@ fn spy() -> PathBuf {
     found.expect("pkcs11-spy.so is missing: apt-get install opensc-pkcs11")
 }
 
-/// One call in the spy's log. Calls of several threads are mixed up in it, but for the lines that begin them.
+/// One call in the spy's log. Lines of different threads are mixed, except for the first line of each call.
 struct Call<'a> {
     function: &'a str,
     lines: Vec<&'a str>,
@@ -46,7 +46,7 @@ fn calls(log: &str) -> Vec<Call<'_>> {
     calls
 }
 
-/// The calls of a daemon that served some releases with this many sessions, and of its stop.
+/// Returns the log of a daemon that served some releases with this number of sessions and then stopped.
 async fn served(sessions: usize) -> String {
     let lab = Lab::make(Options::default());
     let log = lab.file("spy.log");
@@ -76,7 +76,7 @@ fn count(calls: &[Call<'_>], function: &str) -> usize {
     calls.iter().filter(|call| call.function == function).count()
 }
 
-/// Holds for any number of sessions.
+/// Checks the properties that hold for any number of sessions.
 fn judge(log: &str, sessions: usize) {
     let calls = calls(log);
     let opened = count(&calls, "C_OpenSession");
@@ -88,8 +88,8 @@ fn judge(log: &str, sessions: usize) {
     assert!((2..=sessions + 1).contains(&opened), "{opened} sessions opened");
     assert_eq!(count(&calls, "C_FindObjectsInit"), opened - 1);
     assert_eq!(count(&calls, "C_Sign"), count(&calls, "C_SignInit"));
-    // One for each release, one for the health certificate, one for the probe that shows that the member works, and one for the
-    // audit trail when the daemon stops.
+    // One signature for each release, one for the health certificate, one for the known-answer test, and one for the audit
+    // trail when the daemon stops.
     assert_eq!(count(&calls, "C_Sign"), RELEASES + 3);
     assert!(count(&calls, "C_Decrypt") >= RELEASES);
 }
@@ -97,11 +97,11 @@ fn judge(log: &str, sessions: usize) {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_session_logs_in_once_looks_keys_up_once_and_probes_nothing() {
     judge(&served(4).await, 4);
-    // With one session the calls come one after the other, and each line of the log belongs to the call above it.
+    // With one session the calls are sequential, and each line of the log belongs to the call above it.
     let log = served(1).await;
     judge(&log, 1);
     let calls = calls(&log);
-    // A probe for a length would show as an output of nothing.
+    // A call for the length would show a null output.
     let null = |call: &&Call<'_>| {
         let output = call.lines.iter().any(|l| l.starts_with("[out] p") && l.to_ascii_uppercase().contains("NULL"));
         matches!(call.function, "C_Decrypt" | "C_Sign") && output
@@ -118,8 +118,8 @@ async fn a_session_logs_in_once_looks_keys_up_once_and_probes_nothing() {
             .filter(|call| call.function.contains("crypt") || call.function.contains("Sign"))
             .all(Call::succeeded)
     );
-    // Between the first operation, the probe's signature, and the last one, for the audit trail, there is nothing but
-    // operations: two calls each.
+    // Between the first operation, the known-answer test's signature, and the last one, for the audit trail, the log
+    // contains only operations of two calls each.
     let stop = operations.iter().position(|call| call.function == "C_CloseSession").unwrap_or(operations.len());
     assert_eq!(stop, 2 * (2 * RELEASES + 3));
 }

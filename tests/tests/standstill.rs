@@ -1,5 +1,5 @@
-//! A process that is stopped for a while, alone or with its workers, as by a migration of its virtual machine, goes on as if
-//! nothing had been.
+//! Tests of a process that stands still for a while, alone or with its workers, as in a migration of its virtual machine.
+//! It then continues without errors.
 
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
@@ -9,12 +9,12 @@ use claviger_tests::openloop::Traffic;
 use claviger_tests::{Administrator, Lab, Options, until};
 use rustix::process::{Pid, Signal, kill_process};
 
-/// Longer than a release may take, and than a call may before it hangs.
+/// Longer than the time limits of a release and of a call.
 const STANDSTILL: Duration = Duration::from_secs(6);
-/// What the clients allow: as if they had been stopped, too.
+/// Time limit of the clients, who behave as if they stood still too.
 const PATIENCE: Duration = Duration::from_secs(90);
 
-/// The processes that serve the members.
+/// Returns the processes of the members' workers.
 fn workers(lab: &Lab) -> [Pid; 2] {
     ["hsm-a", "hsm-b"].map(|member| Administrator(lab).worker(member).unwrap())
 }
@@ -30,7 +30,7 @@ async fn time_in_which_the_process_stood_still_is_counted_for_nobody() {
     lab.configure(|config| {
         config.release.deadline_ms = 5_000;
         config.release.watchdog_ms = 2_000;
-        // Slow enough, below, that calls are at the tokens and releases wait whenever it stops.
+        // The calls are slowed down below, so that some are at the tokens and releases wait whenever the process stops.
         config.hsm.iter_mut().for_each(|hsm| hsm.sessions = 2);
     });
     let daemon = lab.serve();
@@ -44,10 +44,10 @@ async fn time_in_which_the_process_stood_still_is_counted_for_nobody() {
         faulty.set(member, &["call=C_Decrypt,C_Sign delay_ms=60"]);
     }
     let traffic = Traffic::of_vms(&lab, &health);
-    // What comes in 6 s is worked off well within the deadline afterwards.
+    // The requests of 6 s are done well within the deadline afterwards.
     let load = traffic.start(&daemon, 8.0, PATIENCE);
     let all = workers(&lab);
-    // The daemon alone; then all of its processes, of which one or the other comes to run first.
+    // First the daemon alone stops; then all of its processes, continued in either order.
     for (frozen, workers_first) in [(&[][..], false), (&all[..], true), (&all[..], false)] {
         tokio::time::sleep(Duration::from_millis(800)).await;
         daemon.process.freeze();

@@ -1,4 +1,4 @@
-//! A daemon that is stopped under load drops nothing that it took, and it takes what its limits allow.
+//! Tests of a stop under load: the daemon answers all requests that it accepted. Also tests its connection limits.
 
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
@@ -17,20 +17,20 @@ use claviger_tests::{
 
 const CLIENTS: usize = 8;
 
-/// What became of one client's requests.
+/// Outcome of one client's requests.
 #[derive(Default, Debug)]
 struct Told {
-    /// Ids of requests that were answered, whole and right.
+    /// Ids of requests with a complete and right answer.
     answered: BTreeSet<String>,
-    /// Whole, but not right.
+    /// Answers that are complete but wrong.
     wrong: Vec<String>,
-    /// Half an answer, or none on a connection that stayed open.
+    /// Incomplete answers, or no answer on a connection that stayed open.
     torn: Vec<String>,
-    /// Connections that ended without an octet of an answer.
+    /// Number of connections that ended without a byte of an answer.
     closed: usize,
 }
 
-/// Sends one release after the other until nobody listens any more.
+/// Sends releases one after the other until no server listens any more.
 fn client(address: SocketAddr, request: &[u8], key: &[u8], identity: &RsaPrivateKey, answers: &AtomicUsize) -> Told {
     let mut told = Told::default();
     while let Ok(mut connection) = Connection::open(address) {
@@ -81,7 +81,7 @@ fn every_request_that_was_taken_is_answered() {
     let lines_before = lab.audit().len();
     let (identity, answers, address) = (lab.identity(), Arc::new(AtomicUsize::new(0)), daemon.address());
 
-    // One that is in the middle of sending its request when the stop comes.
+    // A client that is sending its request when the stop comes.
     let mut slow = Connection::open(address).unwrap();
     slow.send(&request[..request.len() / 2]).unwrap();
 
@@ -95,7 +95,7 @@ fn every_request_that_was_taken_is_answered() {
     daemon.process.terminate();
     let told: Vec<Told> = clients.into_iter().map(|client| client.join().unwrap()).collect();
 
-    // All others are gone; this one has its time.
+    // All other connections are closed; this one gets its time.
     std::thread::sleep(Duration::from_secs(1));
     slow.send(&request[request.len() / 2..]).unwrap();
     let answer = slow.answer().unwrap();
@@ -113,7 +113,7 @@ fn every_request_that_was_taken_is_answered() {
     for told in &told {
         assert!(told.wrong.is_empty() && told.torn.is_empty(), "{told:?}");
     }
-    // What the daemon decided and what was answered are the same requests: none was taken and dropped.
+    // The decided requests are the answered ones: no accepted request was dropped.
     let decided: BTreeSet<String> = lab.audit()[lines_before..]
         .iter()
         .map(|line| {
@@ -149,7 +149,7 @@ fn an_administrator_is_answered_before_the_end() {
     let probe = std::thread::spawn(move || run(["hsm", "probe", "hsm-a", "--config", config.to_str().unwrap()]));
     faulty.until("hsm-a", "a probe at the token", |stats| stats.hanging() == 1);
     daemon.process.terminate();
-    // Nothing else keeps the daemon now.
+    // Nothing else delays the daemon's end now.
     std::thread::sleep(Duration::from_millis(1500));
     faulty.clear("hsm-a");
     let probed = probe.join().unwrap();
@@ -172,7 +172,7 @@ fn open_files_are_raised_and_connections_are_no_more_than_they_allow() {
         assert_eq!(found, [hard, hard], "{line}");
         daemon
     };
-    // As many at once as in the configuration, which is more than the soft limit was.
+    // The configured number of connections at once, which exceeds the initial soft limit.
     lab.configure(|config| config.server.max_connections = 200);
     let daemon = serve(600);
     let mut connections: Vec<Connection> = (0..200).map(|_| Connection::open(daemon.address()).unwrap()).collect();
@@ -185,7 +185,7 @@ fn open_files_are_raised_and_connections_are_no_more_than_they_allow() {
 
     let daemon = serve(300);
     daemon.process.line(|line| line.contains("the limit on open files is too small").then_some(()));
-    // One after the other goes on.
+    // Sequential requests still work.
     for _ in 0..3 {
         assert_eq!(Connection::open(daemon.address()).unwrap().exchange(&get(METADATA)).unwrap().status, 200);
     }

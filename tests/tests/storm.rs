@@ -1,4 +1,4 @@
-//! Many hosts at once: every answer is right, and the tokens see no more than they have to.
+//! Test of many hosts at once: every answer is right, and the tokens do no unnecessary operations.
 
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
@@ -32,7 +32,7 @@ async fn keys(count: usize) -> Vec<RsaPrivateKey> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_hundred_hosts_get_what_is_theirs() {
-    // Served by `serve`, whose counters begin with the daemon, unlike those of a lab that is being made.
+    // Served by `serve`, whose counters start at zero, unlike those of a lab that was just created.
     let lab = Lab::make(Options { hsms: 3, vms: 1, ..Options::default() });
     let daemon = lab.serve();
     daemon.until_ready_is(200).await;
@@ -60,7 +60,7 @@ async fn a_hundred_hosts_get_what_is_theirs() {
             let (mut protector, mut key) = made.await.unwrap();
             let _permit = room.acquire().await.unwrap();
             let health = host.attest().await.unwrap();
-            // Each protector that went in, by its digest: what the audit trail has to tell of this host.
+            // The digest of each protector sent: the audit trail must contain the same digests for this host.
             let mut shown = Vec::with_capacity(RELEASES);
             for turn in 0..RELEASES {
                 let api = if turn % 3 == 0 { ApiVersion::V1 } else { ApiVersion::V2 };
@@ -99,7 +99,7 @@ async fn a_hundred_hosts_get_what_is_theirs() {
         assert_eq!(after.count("claviger_hsm_key_searches_total", &of), sessions, "searches on {member}");
         assert!((1..=4).contains(&sessions), "{sessions} sessions on {member}");
     }
-    // Nothing was tried twice: as many decryptions and signatures as they take, the probes' aside.
+    // Nothing was repeated: as many decryptions and signatures as the releases need, not counting known-answer tests.
     for op in ["decrypt", "sign"] {
         let ok = rise("claviger_hsm_calls_total", &[("op", op), ("rv", "ok")]);
         assert_eq!(rise("claviger_hsm_calls_total", &[("op", op)]), ok, "{op} failed at times");
@@ -107,7 +107,7 @@ async fn a_hundred_hosts_get_what_is_theirs() {
     }
 
     let trail = lab.audit();
-    // A command has two lines, with an outcome each.
+    // A command has two lines, with one outcome each.
     let of = |line: &Value| (line["request"].as_str().unwrap().to_owned(), line["outcome"].to_string());
     let ids: BTreeSet<_> = trail.iter().map(of).collect();
     assert_eq!(ids.len(), trail.len(), "a request id twice");

@@ -1,5 +1,5 @@
-//! What surrounds the programs: a log that is not read, signals at any moment, output that cannot be written, limits on files
-//! and threads. None of it stops releases, and none of it goes unnoticed.
+//! Tests of the programs' surroundings: a log that is not read, signals at any moment, output that cannot be written,
+//! limits on files and threads. They do not stop releases, and they are reported.
 
 #![allow(clippy::unwrap_used)]
 
@@ -20,7 +20,7 @@ use claviger_tests::{
 use rustix::fs::{Mode, OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process, prlimit};
 
-/// A pipe that is full: the next write to it waits for its reader.
+/// Returns a full pipe: the next write to it blocks until its reader reads.
 fn full_pipe() -> (PipeReader, PipeWriter) {
     let (reader, mut writer) = std::io::pipe().unwrap();
     let flags = fcntl_getfl(&writer).unwrap();
@@ -31,7 +31,7 @@ fn full_pipe() -> (PipeReader, PipeWriter) {
     (reader, writer)
 }
 
-/// Its end, or a failure of the test.
+/// Waits for the child's end; fails the test if it does not end.
 fn ended(child: &mut Child) -> Option<i32> {
     until("the program ends", || child.try_wait().unwrap()).code()
 }
@@ -40,7 +40,7 @@ fn signal(child: &Child, signal: Signal) {
     kill_process(Pid::from_child(child), signal).unwrap();
 }
 
-/// A child that does not outlive its test.
+/// A child that ends with its test.
 struct Guarded(Child);
 
 impl Drop for Guarded {
@@ -61,7 +61,7 @@ fn a_log_that_nobody_reads_stops_nothing() {
     let lab = Lab::make(Options::default());
     let (mut reader, writer) = full_pipe();
     let mut command = serve(&lab);
-    // What breaks a connection is a line.
+    // At this level, each broken connection logs a line.
     command.env("RUST_LOG", "debug").stdout(Stdio::piped()).stderr(writer);
     let mut child = Guarded(command.spawn().unwrap());
     drop(command);
@@ -89,7 +89,7 @@ fn a_log_that_nobody_reads_stops_nothing() {
     let listed = run(["hosts", "list", "--config", lab.config_file().to_str().unwrap()]);
     assert!(listed.status.success(), "{}", said(&listed));
 
-    // Its reader reads again: it gets the oldest lines, and is told how many are missing.
+    // The reader continues: it gets the oldest lines, and the number of lost lines.
     let text = Arc::new(Mutex::new(Vec::new()));
     let reading = std::thread::spawn({
         let text = text.clone();
@@ -108,7 +108,7 @@ fn a_log_that_nobody_reads_stops_nothing() {
     assert!(has("all requests are answered"), "the last lines of an orderly stop are missing");
 }
 
-/// What a stop needs, too: nobody ever reads the log.
+/// A stop works even if no program ever reads the log.
 #[test]
 fn a_log_that_nobody_reads_does_not_keep_the_process() {
     let lab = Lab::make(Options::default());
@@ -119,7 +119,7 @@ fn a_log_that_nobody_reads_does_not_keep_the_process() {
     signal(&child.0, Signal::TERM);
     assert_eq!(ended(&mut child.0), Some(0));
 
-    // Nor does a standard output that nobody reads keep it from serving: it is asked through its socket.
+    // An unread standard output does not prevent service either; the test queries the daemon's socket.
     let (_reader, writer) = full_pipe();
     let mut child = Guarded(serve(&lab).stdout(writer).stderr(Stdio::null()).spawn().unwrap());
     until("it answers", || {
@@ -129,7 +129,7 @@ fn a_log_that_nobody_reads_does_not_keep_the_process() {
     signal(&child.0, Signal::TERM);
     assert_eq!(ended(&mut child.0), Some(0));
 
-    // Why it does not start is said at the end, when the log is read.
+    // The reason for a failed start is written at the end, if the log is read.
     lab.configure(|config| config.server.admin_group = Some("no-such-group".to_owned()));
     let refused = serve(&lab).output().unwrap();
     assert_eq!(refused.status.code(), Some(1));
@@ -149,7 +149,7 @@ fn read_until(stream: &mut impl Read, beginning: &str) -> String {
     }
 }
 
-/// A configuration that a daemon waits for as long as a test likes.
+/// A configuration file whose reading a test can delay.
 struct Slow {
     lab: Lab,
     text: String,
@@ -165,7 +165,7 @@ impl Slow {
         Self { lab, text }
     }
 
-    /// The log's format is given, so that the file is read once in each start.
+    /// Sets the log's format, so that each start reads the file only once.
     fn serve(&self, wrapper: &[&str]) -> Command {
         let program = serve(&self.lab);
         let mut words: Vec<&OsStr> = wrapper.iter().map(OsStr::new).collect();
@@ -176,11 +176,11 @@ impl Slow {
         command
     }
 
-    /// Returns when a daemon has begun to read its configuration, and does not let it end.
+    /// Returns when a daemon has begun to read its configuration; the read does not end before the returned file is closed.
     fn started(&self) -> File {
         let mut open = fs::OpenOptions::new();
         open.write(true).custom_flags(OFlags::NONBLOCK.bits().cast_signed());
-        // There is no reader yet, as long as it fails.
+        // Fails until there is a reader.
         until("the configuration is opened", || open.open(self.lab.config_file()).ok())
     }
 }
@@ -197,7 +197,7 @@ fn a_signal_to_reload_during_the_start_is_remembered() {
     config.write_all(slow.text.as_bytes()).unwrap();
     drop(config);
     process.line(|line| line.starts_with("listening on ").then_some(()));
-    // The reload reads it once more.
+    // The reload reads the file once more.
     let mut config = slow.started();
     config.write_all(slow.text.as_bytes()).unwrap();
     drop(config);
@@ -218,7 +218,7 @@ fn a_signal_to_stop_during_the_start_ends_it_at_once() {
     }
 }
 
-/// The kernel does not deliver a signal without a handler to the first process of a container.
+/// The kernel does not deliver signals without a handler to the first process of a container.
 #[test]
 fn a_signal_to_stop_ends_the_first_process_of_a_container() {
     let wrapper = ["unshare", "-pf", "--kill-child"];
@@ -250,7 +250,7 @@ fn a_signal_to_stop_ends_a_daemon_whose_module_hangs() {
     until("the call that hangs ends with its process", || (faulty.stats("hsm-a").hanging() == 0).then_some(()));
 }
 
-/// Neither a call that hangs nor the way in which the daemon ended keeps them.
+/// Workers end even if a call hangs, and whatever ended the daemon.
 #[test]
 fn workers_end_with_a_daemon_that_is_killed() {
     let lab = Lab::make(Options { hsms: 2, ..Options::default() });
@@ -271,7 +271,7 @@ fn workers_end_with_a_daemon_that_is_killed() {
     assert_eq!(daemon.process.wait().code(), None);
     assert!(!probe.join().unwrap().status.success());
     until("the workers end", || (!workers.iter().any(|worker| lives(*worker))).then_some(()));
-    // Nothing that is left keeps the next daemon from its tokens.
+    // No remaining process prevents the next daemon from using its tokens.
     faulty.clear("hsm-b");
     let daemon = lab.serve();
     block(daemon.until_ready_is(200));
@@ -305,7 +305,7 @@ async fn a_limit_on_file_sizes_is_a_full_disk() {
     assert!(said(&refused).contains("File too large"), "{}", said(&refused));
 }
 
-/// The same command with another standard output.
+/// Runs the command with the given standard output.
 fn to(stdout: impl Into<Stdio>, program: &Path, arguments: &[&str]) -> Output {
     Command::new(program).args(arguments).stdin(Stdio::null()).stdout(stdout).stderr(Stdio::piped()).output().unwrap()
 }
@@ -368,7 +368,7 @@ fn output_that_was_not_written_is_a_failure() {
             );
             assert!(!text.contains("panicked"), "{text}");
         }
-        // A reader that went away has seen enough.
+        // A reader that closed the pipe needs no more output.
         let (reader, writer) = std::io::pipe().unwrap();
         drop(reader);
         let left = to(writer, program, arguments);
@@ -376,7 +376,7 @@ fn output_that_was_not_written_is_a_failure() {
         assert_eq!(left.status.code(), Some(0), "{arguments:?}: {}", said(&left));
     }
 
-    // Files that are the product.
+    // Options that write the results to files.
     for option in ["--json", "--csv", "--hdr", "--html"] {
         let file = fs::OpenOptions::new().write(true).open("/dev/null").unwrap();
         let mut arguments = load[..load.len() - 2].to_vec();
@@ -386,7 +386,7 @@ fn output_that_was_not_written_is_a_failure() {
         assert!(said(&lost).contains("/dev/full cannot be written: No space left"), "{option}: {}", said(&lost));
     }
     assert!(daemon.stop().success());
-    // A daemon serves without it.
+    // A daemon serves even without standard output.
     let full = fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
     let mut child = Guarded(serve(&lab).stdout(full).stderr(Stdio::null()).spawn().unwrap());
     until("it answers", || run(["hosts", "list", "--config", config]).status.success().then_some(()));
@@ -394,10 +394,10 @@ fn output_that_was_not_written_is_a_failure() {
     assert_eq!(ended(&mut child.0), Some(0));
 }
 
-/// A user of whom no process runs: a limit on its processes is one on the threads of the command.
+/// A user without processes: a limit on the user's processes then limits the threads of the command.
 const USER: &str = "54321";
 
-/// The command as that user, with so many threads. None where this user may not do that.
+/// Returns the command as that user with a limit on threads; `None` if this user may not set it.
 fn limited(threads: u32, program: &Path, arguments: &[&str]) -> Command {
     let mut command = Command::new("setpriv");
     command.args(["--reuid", USER, "--clear-groups", "prlimit", &format!("--nproc={threads}:{threads}")]);
@@ -407,7 +407,7 @@ fn limited(threads: u32, program: &Path, arguments: &[&str]) -> Command {
 
 #[test]
 fn too_few_threads_give_a_message() {
-    // The limit does not hold for root, and only root becomes another user.
+    // The limit does not apply to root, and only root can become another user.
     if !rustix::process::geteuid().is_root() {
         return;
     }
@@ -421,7 +421,7 @@ fn too_few_threads_give_a_message() {
         let changed = Command::new("chown").args(["-R", USER]).arg(path).status().unwrap();
         assert!(changed.success());
     };
-    // The other user may not be able to reach the folder that the programs were built in.
+    // The other user may not have access to the directory of the built programs.
     let copied = |program: &Path| {
         let copy = lab.file(program.file_name().unwrap().to_str().unwrap());
         std::fs::copy(program, &copy).unwrap();
@@ -438,7 +438,7 @@ fn too_few_threads_give_a_message() {
             let output = limited(threads, program, arguments).output().unwrap();
             let text = said(&output);
             assert!(!text.contains("panicked"), "{threads} {arguments:?}: {text}");
-            // Without a thread of its own it asks the daemon, which tells it that the socket is not this user's.
+            // Without a further thread, the command asks the daemon, which answers that this user may not use the socket.
             let expected = if arguments == list { "may use this socket" } else { "more threads, and it needs" };
             let refused = output.status.code() == Some(1) && text.contains(expected);
             assert!(refused || output.status.success(), "{threads} {arguments:?}: {text}");
@@ -455,7 +455,7 @@ fn too_few_threads_give_a_message() {
         assert!(text.contains("more threads, and it needs") && text.contains("TasksMax="), "{threads}: {text}");
         assert!(!text.contains("panicked"), "{threads}: {text}");
     }
-    // With more it either says so, too, or it serves.
+    // With more threads, the program reports the lack of threads or serves.
     let mut serves = 0;
     for threads in [5, 8, 11, 14, 40] {
         let mut process = Process::start(&mut limited(threads, claviger, &start));
@@ -472,7 +472,7 @@ fn too_few_threads_give_a_message() {
             until("it is ready", || (ready() == 200).then_some(()));
             let host = lab.host(Client::new(&url).unwrap().with_timeout(PATIENCE));
             let health = block(host.attest()).unwrap();
-            // Nor does it need more of them later: what waits for a thread gets one of those that there are.
+            // A serving daemon needs no more threads later: waiting work uses existing threads.
             let mut limit = Command::new("setpriv");
             limit.args(["--reuid", USER, "--clear-groups", "prlimit", "--nproc=1:1", "--pid"]);
             let limited = tool("util-linux", limit.arg(process.pid().as_raw_nonzero().to_string()));

@@ -1,4 +1,4 @@
-//! A tenant's life with `claviger guardian` and `claviger protector`, judged by a service and by other people's programs.
+//! Tests of `claviger guardian` and `claviger protector`, checked with a service and with independent programs.
 
 #![allow(clippy::unwrap_used)]
 
@@ -16,7 +16,7 @@ use tempfile::TempDir;
 
 const PAGE: &str = include_str!("../../docs/tenant.md");
 
-/// A tenant's folder, and what its commands say.
+/// A tenant's directory, in which its commands run.
 struct Tenant(TempDir);
 
 impl Tenant {
@@ -32,7 +32,7 @@ impl Tenant {
         fs::read(self.file(name)).unwrap()
     }
 
-    /// A command line, without the program's name.
+    /// Runs a command line, given without the program's name.
     fn run(&self, line: &str) -> Output {
         Command::new(claviger()).args(line.split_whitespace()).current_dir(self.0.path()).output().unwrap()
     }
@@ -48,7 +48,7 @@ impl Tenant {
         serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{line}: {e}: {}", said(&output)))
     }
 
-    /// Ends with status 1 and says all of `expected`.
+    /// Checks that a command ends with status 1 and prints all of `expected`.
     fn refused(&self, line: &str, expected: &[&str]) {
         let output = self.run(line);
         let text = said(&output);
@@ -60,7 +60,7 @@ impl Tenant {
         assert!(!text.contains("panicked"), "{text}");
     }
 
-    /// The script of the page, as a tenant runs it.
+    /// Runs the script of the documentation page, as a tenant does.
     fn recipe(&self, pin: &str) -> Output {
         let (_, script) = PAGE.split_once("```sh\n").unwrap();
         let (script, _) = script.split_once("```").unwrap();
@@ -71,7 +71,7 @@ impl Tenant {
         output
     }
 
-    /// Changes one character behind the first `tag` of a file.
+    /// Changes one character after the first `tag` of a file.
     fn change(&self, from: &str, to: &str, tag: &str) {
         let mut octets = self.read(from);
         let at = octets.windows(tag.len()).position(|w| w == tag.as_bytes()).unwrap() + tag.len() + 60;
@@ -95,12 +95,12 @@ async fn the_whole_life_of_a_tenant() {
     tenant.done("guardian new acme --bits 2048");
     let url = &daemon.url;
 
-    // Nothing is believed that is not pinned.
+    // A guardian is accepted only with a pinned thumbprint.
     tenant.refused(&format!("guardian import hgs --url {url}"), &["not believed yet", "--pin "]);
     let wrong = "0".repeat(64);
     tenant.refused(&format!("guardian import hgs --url {url} --pin {wrong}"), &["not the pinned one"]);
     assert!(!tenant.file("guardians").exists());
-    // The operator's own list says the thumbprint; openssl prints it with colons.
+    // The operator's own list shows the thumbprint; OpenSSL prints it with colons.
     let listed = tenant.json(&format!("keys list --json --config {}", lab.config_file().display()));
     let signing = listed.as_array().unwrap().iter().find(|key| key["kind"] == "signing").unwrap();
     let pin = shown(&signing["thumbprint"]).to_owned();
@@ -126,7 +126,7 @@ async fn the_whole_life_of_a_tenant() {
     let opened = tenant.run("protector open egress.xml --owner acme --stdout");
     assert!(opened.status.success() && released.keys.egress[..] == opened.stdout);
     tenant.done("protector verify egress.xml --owner acme");
-    // The same certificates are in it, so the recipe holds for what a service wrote, too.
+    // The protector contains the same certificates, so the script works with the service's protector too.
     for protector in ["vm.xml", "egress.xml"] {
         fs::copy(tenant.file(protector), tenant.file("kept.xml")).unwrap();
         fs::copy(tenant.file("kept.xml"), tenant.file("vm.xml")).unwrap();
@@ -139,7 +139,7 @@ async fn the_whole_life_of_a_tenant() {
     let checked = tenant.recipe(&wrong);
     assert!(!checked.status.success() && said(&checked).contains("not the pinned certificate"), "{}", said(&checked));
 
-    // Somebody else is let in, by a document that claviger wrote; it opens the same key.
+    // Another guardian is added, by a document that claviger wrote; it decrypts the same key.
     tenant.done("guardian new other --bits 2048");
     tenant.done("guardian export other --out other.xml");
     let other = tenant.json("guardian import other other.xml --trust-unpinned --json");
@@ -154,7 +154,7 @@ async fn the_whole_life_of_a_tenant() {
     tenant.refused("protector grant granted.xml --owner acme --guardian hgs --out no.xml", &["already"]);
     tenant.refused("protector grant granted.xml --owner other --guardian hgs --out no.xml", &["already"]);
 
-    // The service is kept out: it refuses, and the others have a new key.
+    // The service is removed: it refuses, and the others have a new key.
     tenant.refused("protector revoke granted.xml --owner other --guardian hgs --out no.xml --key no.key", &["--owner"]);
     let text =
         tenant.done("protector revoke granted.xml --owner acme --guardian hgs --out revoked.xml --key revoked.key");
@@ -175,7 +175,7 @@ async fn the_whole_life_of_a_tenant() {
     for name in ["no.xml", "no.key"] {
         assert!(!tenant.file(name).exists());
     }
-    // A lab's tenant is an owner like any other.
+    // A lab's tenant is an ordinary owner.
     let theirs = lab.file("tenant");
     tenant.done(&format!("protector verify {0}/vm-0001.protector.xml --owner {0}", theirs.display()));
     assert!(daemon.stop().success());
@@ -240,7 +240,7 @@ fn protectors_that_are_not_right_are_shown_all_the_same() {
     tenant.refused("protector open vm.xml --owner third --out a", &["no wrapping", "--owner"]);
     assert!(tenant.recipe(&pin).status.success());
 
-    // One character after another place: told where it is, and everybody refuses.
+    // Changes one character in one place after another: the place is reported, and every program refuses.
     fs::copy(tenant.file("vm.xml"), tenant.file("right.xml")).unwrap();
     for tag in
         ["<SigningCertificate>", "<EncryptionCertificate>", "<CipherValue>", "<GuardianSignature WrappingId=\"1\">"]
@@ -255,7 +255,7 @@ fn protectors_that_are_not_right_are_shown_all_the_same() {
         let checked = tenant.recipe(&pin);
         assert!(!checked.status.success(), "{tag}: {}", said(&checked));
     }
-    // Only who can open it sees this: the transport key's own signature.
+    // Only a party that can decrypt sees this fault: the transport key's own signature.
     let right = String::from_utf8(tenant.read("right.xml")).unwrap();
     let (head, tail) = right.split_once("hmac-sha256\"><SignatureValue>").unwrap();
     let other = if tail.starts_with('A') { "B" } else { "A" };
@@ -274,7 +274,7 @@ fn protectors_that_are_not_right_are_shown_all_the_same() {
         tenant.refused(&format!("protector verify {name}"), &["InvalidProtectorException"]);
     }
 
-    // Keys that others may read, or that are not the certificate's, are not used.
+    // Keys that other users may read, or that do not match the certificate, are refused.
     let key = tenant.file("acme/owner-encryption.key.pem");
     fs::set_permissions(&key, fs::Permissions::from_mode(0o644)).unwrap();
     tenant.refused("protector open right.xml --owner acme --out a", &["others may read", "chmod 600"]);

@@ -1,4 +1,4 @@
-//! What the service says, read by other people's programs: xmlsec1, xmllint, openssl.
+//! Tests of the service's output with independent programs: xmlsec1, xmllint, openssl.
 
 #![allow(clippy::unwrap_used)]
 
@@ -34,7 +34,7 @@ async fn documents_and_certificates_hold_for_other_programs() {
     };
     let verified = verify(&file);
     assert!(verified.status.success(), "{}", said(&verified));
-    // One character of a certificate.
+    // One changed character in a certificate.
     let mut changed = document.to_vec();
     let at = changed.windows(12).position(|w| w == b"Certificate>").unwrap() + 100;
     changed[at] = if changed[at] == b'A' { b'B' } else { b'A' };
@@ -53,7 +53,7 @@ async fn documents_and_certificates_hold_for_other_programs() {
     let signer = lab.file("signer.pem");
     std::fs::write(&signer, &printed.stdout).unwrap();
 
-    // A health certificate, and who issued it.
+    // A health certificate and its issuer.
     let health = lab.host(daemon.client()).attest().await.unwrap();
     let health_file = lab.file("health.pem");
     std::fs::write(&health_file, Certificate::parse(&health).unwrap().to_pem()).unwrap();
@@ -80,7 +80,7 @@ async fn documents_and_certificates_hold_for_other_programs() {
     assert!(daemon.stop().success());
 }
 
-/// What `openssl s_client` reads in answer to `request`.
+/// Returns the output of `openssl s_client` for `request`.
 fn s_client(address: &str, ca: &Path, version: &str, request: &[u8]) -> Output {
     let mut command = Command::new("openssl");
     command.args([
@@ -96,7 +96,7 @@ fn s_client(address: &str, ca: &Path, version: &str, request: &[u8]) -> Output {
     command.arg("-CAfile").arg(ca).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().expect("openssl is missing: apt-get install openssl");
     let mut stdin = child.stdin.take().unwrap();
-    // Refused handshakes end the program before it reads.
+    // After a refused handshake, the program ends before it reads.
     let _ = stdin.write_all(request);
     let output = child.wait_with_output().unwrap();
     drop(stdin);
@@ -136,7 +136,7 @@ fn tls_is_served() {
         let (keys, _) = open_release(&output.stdout[body..], &lab.identity()).unwrap();
         assert!(*lab.owner().open(&lab.protector()).unwrap() == *keys.ingress);
     }
-    // What is too old, and what is no TLS, gets nothing and harms nobody.
+    // Old TLS versions and connections without TLS get nothing and do no harm.
     assert!(!said(&s_client(address, &certificate, "-tls1_1", &document)).contains("HTTP/1.1"));
     let mut plain = claviger_tests::raw::Connection::open(address.parse().unwrap()).unwrap();
     let silence = plain.exchange(&get(METADATA)).unwrap_err();

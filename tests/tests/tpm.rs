@@ -1,4 +1,5 @@
-//! Attestation by TPM: real daemons, swtpm with recorded boots, tpm2-tools as a host of its own, and hosts that lie.
+//! Tests of TPM attestation: real daemons, swtpm with recorded boots, tpm2-tools as an independent host, and dishonest
+//! hosts.
 
 #![allow(clippy::unwrap_used)]
 
@@ -21,7 +22,7 @@ use data_encoding::{BASE64, HEXLOWER};
 use ring::{digest, hmac};
 use serde_json::{Value, json};
 
-/// A lab in TPM mode, served.
+/// Serves a lab in TPM mode.
 fn serve(roots: Option<&Path>) -> (Daemon, Lab) {
     let lab = Lab::make(Options::default());
     lab.configure(|config| {
@@ -29,19 +30,19 @@ fn serve(roots: Option<&Path>) -> (Daemon, Lab) {
         config.attest.vendor_roots = roots.map(Path::to_owned);
     });
     let daemon = lab.serve();
-    // The attestation signer is made in the background.
+    // The attestation signer is created in the background.
     block(daemon.until_ready_is(200));
     (daemon, lab)
 }
 
-/// Registers a host by its bare endorsement key.
+/// Registers a host by its endorsement key, without a certificate.
 fn register(lab: &Lab, name: &str, key: &RsaPublicKey) -> Value {
     let file = lab.file(&format!("{name}.ek.pem"));
     std::fs::write(&file, key.to_pem()).unwrap();
     Administrator(lab).json(&["hosts", "add", name, "--ek-public", file.to_str().unwrap(), "--trust-ek"])
 }
 
-/// Adds a baseline of a recorded boot.
+/// Adds the baseline of a recorded boot.
 fn accept(lab: &Lab, name: &str, boot: &str, pcrs: &[usize]) {
     let log = std::fs::read(boot_log(boot)).unwrap();
     let values = replayed(&log, pcrs.iter().copied().collect());
@@ -58,14 +59,14 @@ fn is(result: Result<impl Sized, ReceivedError>, name: &str, retryable: bool) ->
     error
 }
 
-/// The policies that a refusal names.
+/// Returns the policies that a refusal names.
 fn failed(error: &ReceivedError) -> Vec<Policy> {
     assert!(error.reasons.iter().all(|reason| !reason.result));
     let guid = |reason: &str| Policy::from_guid(&BASE64.decode(reason.as_bytes()).unwrap()).unwrap();
     error.reasons.iter().map(|reason| guid(&reason.reason)).collect()
 }
 
-/// `claviger host …` of a host whose TPM is this one. Its files are on a tmpfs.
+/// A host with this TPM, for `claviger host …`. Its files are on a tmpfs.
 struct Measured<'a> {
     tpm: &'a Swtpm,
     dir: tempfile::TempDir,
@@ -111,7 +112,7 @@ fn a_measured_host_gets_keys_while_its_baseline_is_enabled() {
     let info = ServiceInfoReply::parse(&block(daemon.client().get("/Attestation/getinfo")).unwrap().body).unwrap();
     assert_eq!(info.operation_mode, OperationMode::Tpm as u8);
 
-    // Registration, by the certificate of its maker.
+    // Registration by the certificate of the TPM's maker.
     let ek = tpm.file("ek.pem");
     let mut command = Command::new(claviger());
     let made =
@@ -126,7 +127,7 @@ fn a_measured_host_gets_keys_while_its_baseline_is_enabled() {
     let again = administrator.fault(&["hosts", "add", "other", "--ek-certificate", ek.to_str().unwrap()]);
     assert!(again.contains("registered already, as host \"node\""), "{again}");
 
-    // What it booted has to be accepted.
+    // The host's boot must be accepted first.
     let nothing = administrator.fault(&["hosts", "check", "node"]);
     assert!(nothing.contains("has not proved by its TPM"), "{nothing}");
     refused(&host.attest(), "policies fail: SecureBootSettings");
@@ -161,7 +162,7 @@ fn a_measured_host_gets_keys_while_its_baseline_is_enabled() {
     assert_eq!(health.subject_serial_number(), made["key"].as_str());
     assert!(health.has_extended_key_usage(SYSTEM_HEALTH_AUTHENTICATION));
 
-    // Keys, as long as the baseline is enabled.
+    // Keys are released while the baseline is enabled.
     let (egress, keys) = (lab.file("next.xml"), lab.file("keys"));
     let protector = lab.file("tenant/vm-0001.protector.xml");
     let unwrap = |host: &Measured<'_>| {
@@ -172,7 +173,7 @@ fn a_measured_host_gets_keys_while_its_baseline_is_enabled() {
     administrator.json(&["baselines", "disable", "fleet-1"]);
     refused(&unwrap(&host), "policies fail: SecureBootSettings");
     let checked = administrator.json(&["hosts", "check", "node"]);
-    // Nobody asks for PCRs 9 and 11 any more.
+    // PCRs 9 and 11 are no longer compared.
     let differs: Vec<_> = checked["baselines"][0]["differs"].as_array().unwrap().iter().collect();
     assert!(differs.iter().all(|pcr| pcr["quoted"].is_null() && pcr["events"] == json!([])), "{differs:?}");
     assert_eq!(differs.iter().map(|pcr| &pcr["pcr"]).collect::<Vec<_>>(), [9, 11]);
@@ -183,7 +184,7 @@ fn a_measured_host_gets_keys_while_its_baseline_is_enabled() {
     let events = shown["events"].as_array().unwrap();
     assert!(events.iter().any(|event| event["event"] == "EV_EFI_VARIABLE_DRIVER_CONFIG SecureBoot"), "{events:?}");
 
-    // Something is measured into a PCR that need not replay: the host is refused, and its log is said to prove nothing.
+    // An extension of a PCR that need not match the log: the host is refused, with the reason that its log proves nothing.
     tpm.tool("tpm2_pcrextend", [format!("9:sha256={}", "11".repeat(32))]);
     refused(&host.attest(), "policies fail: SecureBootSettings");
     let text = said(&administrator.run(&["hosts", "check", "node"]));
@@ -191,10 +192,10 @@ fn a_measured_host_gets_keys_while_its_baseline_is_enabled() {
     let checked = administrator.json(&["hosts", "check", "node"]);
     let differs = &checked["baselines"][0]["differs"];
     assert_eq!((&differs[0]["pcr"], &differs[0]["log_agrees"], differs.get(1)), (&json!(9), &json!(false), None));
-    // Into a PCR that has to replay: the log is refused.
+    // An extension of a PCR that must match the log: the log is refused.
     tpm.tool("tpm2_pcrextend", [format!("4:sha256={}", "11".repeat(32))]);
     refused(&host.attest(), "TcgLogValidationErrorReply");
-    // Another boot: hosts check says what differs from the baseline.
+    // Another boot: `hosts check` reports the differences to the baseline.
     drop(host);
     tpm.reset();
     tpm.boot("ovmf-sb-direct-kernel");
@@ -203,7 +204,7 @@ fn a_measured_host_gets_keys_while_its_baseline_is_enabled() {
     let text = said(&administrator.run(&["hosts", "check", "node"]));
     assert!(text.contains("FAILS SecureBootSettings: no enabled baseline has its values"), "{text}");
     assert!(text.contains("- ") && text.contains("EV_EFI_VARIABLE_AUTHORITY db"), "{text}");
-    // What was looked at is captured, and nothing else.
+    // `capture` takes exactly the evidence that was checked.
     let checked = administrator.json(&["hosts", "check", "node"]);
     let at = checked["at"].as_i64().unwrap();
     assert!(text.contains(&format!("claviger baselines capture NAME --host node --at {at}")), "{text}");
@@ -216,10 +217,10 @@ fn a_measured_host_gets_keys_while_its_baseline_is_enabled() {
     granted(&host.attest());
     administrator.json(&["baselines", "remove", "fleet-2"]);
     refused(&unwrap(&host), "policies fail: SecureBootSettings");
-    // A baseline of that name later is another one.
+    // A new baseline under an old name is a different baseline.
     granted_after_the_same_name(&administrator, &host, &unwrap);
 
-    // What is on record.
+    // The records in the trail.
     administrator.json(&["hosts", "remove", "node"]);
     refused(&host.attest(), "UnauthorizedErrorReply");
     assert!(daemon.stop().success());
@@ -237,13 +238,14 @@ fn a_measured_host_gets_keys_while_its_baseline_is_enabled() {
     assert!(change.starts_with("from host node, ") && change.contains("PCRs 0 2 4 7 9 11, SHA-256 of"), "{change}");
 }
 
-/// Health certificates that name a baseline which was removed do not mean a later one of its name.
+/// A health certificate names a baseline. If that baseline was removed, a new one with the same name does not make it
+/// valid.
 fn granted_after_the_same_name(
     administrator: &Administrator<'_>,
     host: &Measured<'_>,
     unwrap: &dyn Fn(&Measured<'_>) -> Output,
 ) {
-    // The later one is added in another second than the certificate was issued in.
+    // The new baseline must not be added in the second in which the certificate was issued.
     std::thread::sleep(std::time::Duration::from_millis(1100));
     administrator.json(&["baselines", "capture", "fleet-2", "--host", "node"]);
     let unwrapped = unwrap(host);
@@ -277,7 +279,7 @@ fn tpm2_tools_alone_attest() {
         let [state, id_object, secret, selection] = received.exactly(kinds).unwrap();
         assert_eq!(PcrSet::from_selection(selection).unwrap().iter().collect::<Vec<_>>(), [0, 2, 4, 7, 9]);
 
-        // The file of tpm2_activatecredential.
+        // The file format of tpm2_activatecredential.
         let mut file = vec![0xba, 0xdc, 0xc0, 0xde, 0, 0, 0, 1];
         for part in [id_object, secret] {
             file.extend_from_slice(&(part.len() as u16).to_be_bytes());
@@ -333,21 +335,21 @@ fn who_proves_something_else_gets_nothing() {
     register(&lab, "one", host.tpm.endorsement_key().public());
     register(&lab, "two", other.tpm.endorsement_key().public());
 
-    // The honest way, once for each State, of which several may be open.
+    // Valid requests, once for each State; several may be open.
     let [first, second] = [(); 2].map(|()| host.begin(daemon).unwrap());
     let certificates = second.send(daemon).unwrap();
     assert_eq!(certificates[0].key(), host.identity.public());
     is(second.send(daemon), "RtpmErrorReply", true);
     first.send(daemon).unwrap();
 
-    // Another session, another identity key, another endorsement key, another attestation key.
+    // Another session, identity key, endorsement key or attestation key.
     let mut changed = host.begin(daemon).unwrap();
     changed.session = [8; 16];
     is(changed.send(daemon), "RtpmErrorReply", true);
     let mut changed = host.begin(daemon).unwrap();
     changed.identity_key = other.identity.public().spki_der().to_vec();
     is(changed.send(daemon), "UnauthorizedErrorReply", false);
-    // The same key in another form is other bytes.
+    // The same key in another encoding is a different value.
     changed.identity_key = host.identity.public().to_bcrypt_blob();
     is(changed.send(daemon), "UnauthorizedErrorReply", false);
     let mut changed = host.begin(daemon).unwrap();
@@ -359,12 +361,12 @@ fn who_proves_something_else_gets_nothing() {
     let theirs = other.begin(daemon).unwrap();
     (changed.quote, changed.signature) = (theirs.quote.clone(), theirs.signature.clone());
     is(changed.send(daemon), "UnauthorizedErrorReply", false);
-    // A State with the evidence of another one of the same host.
+    // A State with the evidence of another State of the same host.
     let mut changed = host.begin(daemon).unwrap();
     changed.state = host.begin(daemon).unwrap().state;
     is(changed.send(daemon), "UnauthorizedErrorReply", false);
 
-    // States that are none.
+    // Invalid States.
     for state in [&b""[..], b"x", &[0; 4096]] {
         let mut changed = host.begin(daemon).unwrap();
         changed.state = state.to_vec();
@@ -374,7 +376,7 @@ fn who_proves_something_else_gets_nothing() {
     changed.state = vec![0; 4097];
     is(changed.send(daemon), "RtpmErrorReply", false);
 
-    // Other PCRs than asked for, other values, another bank.
+    // PCRs that were not requested, wrong values, another bank.
     host.tpm.pcrs.set(9, [9; 32]);
     is(host.begin(daemon).unwrap().send(daemon), "RtpmErrorReply", false);
     host.tpm.pcrs.remove(9);
@@ -387,7 +389,7 @@ fn who_proves_something_else_gets_nothing() {
     changed.signature = host.tpm.sign(&changed.quote).unwrap();
     is(changed.send(daemon), "RtpmErrorReply", false);
 
-    // Logs: another boot's, cut, appended, none at all.
+    // Logs: of another boot, truncated, extended, empty.
     let with_log = |host: &mut SoftwareHost, change: &dyn Fn(&mut Vec<u8>)| {
         let mut changed = host.begin(daemon).unwrap();
         change(&mut changed.log);
@@ -401,7 +403,7 @@ fn who_proves_something_else_gets_nothing() {
         &|log| log.truncate(100),
         &|log| *log = vec![0xff; 512 * 1024],
         &|log| {
-            // The first event of PCR 7 is said to extend nothing.
+            // The first event of PCR 7 claims that it extends nothing.
             let at = log.windows(8).position(|part| part == [7, 0, 0, 0, 1, 0, 0, 0x80]).unwrap();
             log[at + 4..at + 8].copy_from_slice(&[3, 0, 0, 0]);
         },
@@ -410,14 +412,14 @@ fn who_proves_something_else_gets_nothing() {
         is(with_log(&mut host, change), "TcgLogValidationErrorReply", false);
     }
     is(with_log(&mut host, &|log| log.clear()), "RtpmErrorReply", false);
-    // Another name for an event proves nothing else.
+    // A changed event type proves nothing else.
     let relabelled = with_log(&mut host, &|log| {
         let at = log.windows(8).position(|part| part == [7, 0, 0, 0, 1, 0, 0, 0x80]).unwrap();
         log[at + 4..at + 8].copy_from_slice(&[4, 0, 0, 0]);
     });
     relabelled.unwrap();
 
-    // Policies: all that fail are told, in their order.
+    // Policies: all failed policies are reported, in their order.
     host.tpm.restart_count = 1;
     let error = is(host.begin(daemon).unwrap().send(daemon), "PolicyEvaluationErrorReply", false);
     assert_eq!(failed(&error), [Policy::FullBoot]);
@@ -431,7 +433,7 @@ fn who_proves_something_else_gets_nothing() {
     let error = is(insecure.begin(daemon).unwrap().send(daemon), "PolicyEvaluationErrorReply", false);
     assert_eq!(failed(&error), [Policy::SecureBootEnabled]);
 
-    // A host that is disabled between the steps.
+    // A host that is disabled between the two steps.
     host.tpm.restart_count = 0;
     let begun = host.begin(daemon).unwrap();
     Administrator(&lab).json(&["hosts", "disable", "one"]);
@@ -487,10 +489,10 @@ fn contexts_of_another_form_are_refused() {
     with_ak.truncate(0);
     is(second.send_context(daemon, &with_ak), "RtpmErrorReply", false);
     is(second.send_context(daemon, &context::write(&[(Kind::State, &second.state)])), "RtpmErrorReply", false);
-    // None of these used it up.
+    // None of these requests used up the State.
     second.send(daemon).unwrap();
 
-    // Payload comes before authorization, authorization before the Context.
+    // Payload is checked before authorization, and authorization before the Context.
     let stranger = SoftwareHost::new("ovmf-sb-uki");
     is(stranger.first(daemon, b""), "UnauthorizedErrorReply", false);
     let request = |value: Value| post(daemon, serde_json::to_vec(&value).unwrap());
@@ -516,14 +518,14 @@ fn hosts_of_one_mode_get_nothing_in_the_other() {
     let daemon = lab.serve();
     block(daemon.until_ready_is(200));
     let administrator = Administrator(&lab);
-    // In host-key mode.
+    // A daemon in host-key mode.
     let reply = block(daemon.client().post(TPM_ATTEST, "application/json", "{}")).unwrap();
     assert_eq!(reply.status, 409);
     let demo = lab.host(daemon.client());
     let health = claviger_tests::until_attested(&demo);
     use claviger_protocol::payload::ApiVersion::V2;
     block(demo.roll(V2, &health, &lab.protector())).unwrap();
-    // A host key that could be an endorsement key, by its length.
+    // A host key whose length is that of an endorsement key.
     let mut software = SoftwareHost::new("ovmf-sb-uki");
     let file = lab.file("software.pub.pem");
     std::fs::write(&file, software.tpm.endorsement_key().public().to_pem()).unwrap();
@@ -536,7 +538,7 @@ fn hosts_of_one_mode_get_nothing_in_the_other() {
         let info = block(daemon.client().get("/Attestation/getinfo")).unwrap();
         (ServiceInfoReply::parse(&info.body).unwrap().operation_mode == OperationMode::Tpm as u8).then_some(())
     });
-    // A certificate of host-key mode opens nothing any more, and a host key is no endorsement key.
+    // A certificate of host-key mode is no longer accepted, and a host key is not an endorsement key.
     let refused = block(demo.roll(V2, &health, &lab.protector())).err().unwrap().to_string();
     assert!(refused.contains("HealthCertificateException"), "{refused}");
     is(software.begin(&daemon), "UnauthorizedErrorReply", false);
@@ -567,11 +569,11 @@ fn an_endorsement_key_needs_a_maker_or_an_administrator_who_vouches_for_it() {
         lab.configure(|config| config.attest.vendor_roots = Some(roots.to_owned()));
         daemon.process.hang_up();
     };
-    // The folder of another maker.
+    // The roots of another maker.
     let other = Swtpm::start(true);
     reload(&other.roots());
     until("other roots", || add(&ek).contains("vouches for this endorsement key").then_some(()));
-    // A certificate of the root that is for something else.
+    // A certificate of the same root for another purpose.
     let made = tool(
         "openssl",
         Command::new("openssl")
@@ -581,7 +583,7 @@ fn an_endorsement_key_needs_a_maker_or_an_administrator_who_vouches_for_it() {
     assert!(made.status.success(), "{}", said(&made));
     let text = add(&lab.file("no-ek.pem"));
     assert!(text.contains("lacks the extended key usage 2.23.133.8.1"), "{text}");
-    // Said explicitly, a bare key will do; a key that cannot be one will not.
+    // With an explicit option a key without a certificate is accepted; an impossible key is refused.
     let long = lab.file("long.pem");
     std::fs::write(&long, RsaPrivateKey::generate(3072).unwrap().public().to_pem()).unwrap();
     let bare =
@@ -623,7 +625,7 @@ fn what_cannot_be_a_baseline_is_refused() {
     assert!(text.contains("0 4 7"), "{text}");
     says(&administrator.run(&["baselines", "enable", "c"]), "there is no baseline");
     says(&administrator.run(&["baselines", "capture", "c", "--host", "nobody"]), "no host");
-    // Log and values need not agree, but a log has to be one.
+    // The log and the values need not match, but the log must be valid.
     let bad = lab.file("bad.log");
     std::fs::write(&bad, "no log").unwrap();
     let output = administrator.run(&[

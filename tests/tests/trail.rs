@@ -1,4 +1,4 @@
-//! The audit trail seen from outside: it cannot be filled by anybody, lost without notice, or changed without a trace.
+//! Tests of the audit trail: it cannot be flooded, its loss is noticed, and changes to it are detected.
 
 #![allow(clippy::unwrap_used)]
 
@@ -21,7 +21,7 @@ use serde_json::Value;
 
 const XML: &str = "application/xml";
 
-/// What `claviger audit verify` says of files, as JSON, and its status.
+/// Returns the JSON report and the status of `claviger audit verify` for files.
 fn verify(arguments: &[&str], files: &[&Path]) -> (Value, i32) {
     let output =
         Command::new(claviger()).args(["audit", "verify", "--json"]).args(arguments).args(files).output().unwrap();
@@ -29,7 +29,7 @@ fn verify(arguments: &[&str], files: &[&Path]) -> (Value, i32) {
     (report, output.status.code().unwrap())
 }
 
-/// A release by the lab's own host.
+/// Sends a release as the lab's own host; returns the status.
 fn release(lab: &Lab, daemon: &Daemon, health: &[u8]) -> u16 {
     let client = daemon.client();
     let reply = block(client.post(ROLL, XML, roll_request(health, &lab.protector()))).unwrap();
@@ -39,7 +39,7 @@ fn release(lab: &Lab, daemon: &Daemon, health: &[u8]) -> u16 {
     reply.status.as_u16()
 }
 
-/// The certificate of the lab's signing key, as the state has it.
+/// Returns the certificate of the lab's signing key, from the state.
 fn signing_certificate(lab: &Lab) -> PathBuf {
     let state = rusqlite::Connection::open(lab.file("state/state.db")).unwrap();
     let der: Vec<u8> =
@@ -61,7 +61,7 @@ fn nobody_fills_the_trail() {
     let client = daemon.client();
     let before = lab.trail().len();
     let begun = Instant::now();
-    // A registered host's public key is no secret: refused in its name, by whoever has it.
+    // A registered host's public key is no secret: a request with it is refused in the host's name, whoever sent it.
     let stranger = Host::new(daemon.client(), RsaPrivateKey::generate(2048).unwrap(), lab.identity());
     block(async {
         for at in 0..ANYBODY {
@@ -142,7 +142,7 @@ fn the_chain_survives_a_kill_and_its_signature_is_anybodys_to_check() {
     let certificate = ["--certificate", certificate.to_str().unwrap()];
     let mut daemon = lab.serve();
     let health = block(lab.host(daemon.client()).attest()).unwrap();
-    // Killed in the middle of releases, twice.
+    // Killed twice during releases.
     for _ in 0..2 {
         let url = daemon.url.clone();
         let ask = || {
@@ -159,7 +159,7 @@ fn the_chain_survives_a_kill_and_its_signature_is_anybodys_to_check() {
             rustix::process::kill_process(daemon.process.pid(), rustix::process::Signal::KILL).unwrap();
             clients.into_iter().flat_map(|client| client.join().unwrap()).collect()
         });
-        // What was answered is on record.
+        // Every answered release is in the trail.
         assert!(!daemon.process.wait().success() && !answered.is_empty());
         let text = fs::read_to_string(&trail).unwrap();
         for id in answered {
@@ -169,7 +169,7 @@ fn the_chain_survives_a_kill_and_its_signature_is_anybodys_to_check() {
         assert_eq!(report["fault"], Value::Null, "{report}");
         daemon = lab.serve();
     }
-    // What the one before left unsigned is signed, and what comes after it.
+    // The next daemon signs the lines that the last one left unsigned, and its own.
     assert_eq!(release(&lab, &daemon, &health), 200);
     until("a checkpoint", || {
         let (report, status) = verify(&certificate, &[&trail]);
@@ -178,7 +178,7 @@ fn the_chain_survives_a_kill_and_its_signature_is_anybodys_to_check() {
     });
     assert!(daemon.stop().success());
 
-    // With openssl, by what the documentation says.
+    // Verification with openssl, as the documentation describes.
     let checkpoint = lab.trail().into_iter().rfind(|line| line["event"] == "checkpoint").unwrap();
     let text = |field: &str| checkpoint[field].as_str().unwrap().to_owned();
     let signed = format!("{}\n{}\n{}\n{}\n", text("node"), checkpoint["line"], text("hash"), text("time"));
@@ -190,13 +190,13 @@ fn the_chain_survives_a_kill_and_its_signature_is_anybodys_to_check() {
     assert!(made.status.success(), "{}", said(&made));
     let checked = openssl(&["dgst", "-sha256", "-verify", key, "-signature", signature, message]);
     assert!(said(&checked).contains("Verified OK"), "{}", said(&checked));
-    // And the hash is that of the line: n numbers the lines of this one file.
+    // The hash is that of the line; `n` numbers the lines of this single file.
     let lines = fs::read_to_string(&trail).unwrap();
     let line = lines.lines().find(|line| line.starts_with(&format!("{{\"n\":{},", checkpoint["line"]))).unwrap();
     fs::write(message, line).unwrap();
     let hashed = openssl(&["dgst", "-sha256", "-r", message]);
     assert!(said(&hashed).starts_with(&text("hash")), "{}", said(&hashed));
-    // Nothing is proven to who trusts another certificate.
+    // With another trusted certificate nothing is proved.
     let other = lab.file("tenant/owner-signing.crt.pem");
     assert_eq!(verify(&["--certificate", other.to_str().unwrap()], &[&trail]).1, 3);
     assert_eq!(verify(&[], &[&trail]).1, 0);
@@ -210,7 +210,7 @@ fn logrotate_keeps_one_chain_over_all_files() {
     let daemon = lab.serve();
     let health = block(lab.host(daemon.client()).attest()).unwrap();
     let trail = lab.file("state/audit.jsonl");
-    // The package's own file, for this trail and without another user.
+    // The package's own file, adapted to this trail and user.
     let package = concat!(env!("CARGO_MANIFEST_DIR"), "/../daemon/packaging/logrotate.d/claviger");
     let pid = daemon.process.pid().as_raw_nonzero();
     let (kept, signalled) = (lab.file("logrotate.conf"), format!("kill -HUP {pid}"));
@@ -221,7 +221,7 @@ fn logrotate_keeps_one_chain_over_all_files() {
     fs::write(&kept, text.join("\n").replace("create 0640 claviger claviger", "create 0640") + "\n").unwrap();
     for _ in 0..3 {
         assert_eq!(release(&lab, &daemon, &health), 200);
-        // File names have seconds.
+        // File names have a resolution of one second.
         std::thread::sleep(Duration::from_millis(1100));
         let status = lab.file("logrotate.state");
         let rotated = tool("logrotate", Command::new("logrotate").arg("-f").arg("-s").arg(&status).arg(&kept));
@@ -234,7 +234,7 @@ fn logrotate_keeps_one_chain_over_all_files() {
         names.filter(|path| path.file_name().unwrap().to_str().unwrap().starts_with("audit.jsonl")).collect();
     assert_eq!(files.len(), 4, "{files:?}");
     assert!(files.iter().any(|path| path.extension().is_some_and(|end| end == "gz")), "{files:?}");
-    // In any order, compressed or not; and from the standard input.
+    // In any order, compressed or not, and from standard input.
     let paths: Vec<&Path> = files.iter().map(PathBuf::as_path).collect();
     let certificate = signing_certificate(&lab);
     let (report, status) = verify(&["--certificate", certificate.to_str().unwrap()], &paths);
@@ -249,7 +249,7 @@ fn logrotate_keeps_one_chain_over_all_files() {
     assert!(piped.wait_with_output().unwrap().status.success());
     let all = Administrator(&lab).run(&["audit", "verify"]);
     assert!(all.status.success(), "{}", said(&all));
-    // One that is missing in the middle is missed.
+    // A missing file in the middle is detected.
     let mut names = paths.clone();
     names.sort();
     names.remove(2);
@@ -268,14 +268,14 @@ fn what_is_changed_is_found_by_the_command_and_by_the_doctor() {
     let trail = lab.file("state/audit.jsonl");
     let doctor = || said(&Administrator(&lab).run(&["doctor"]));
     until("a whole trail", || doctor().contains("are one chain").then_some(()));
-    // Removed while the daemon runs: nobody has to wait for the next record to hear of it.
+    // Removed while the daemon runs: the daemon notices it without a new record.
     let kept = fs::read(&trail).unwrap();
     fs::remove_file(&trail).unwrap();
     let told = doctor();
     assert!(told.contains("ERROR    audit") && told.contains("the daemon has written line"), "{told}");
     let status = Administrator(&lab).json(&["audit", "status"]);
     assert!(status["line"].as_u64().unwrap() > 3 && status["hash"].as_str().unwrap().len() == 64, "{status}");
-    // The next release is on record, under the trail's name.
+    // The next release is recorded, in a new file under the same name.
     assert_eq!(release(&lab, &daemon, &health), 200);
     assert!(fs::read_to_string(&trail).unwrap().contains("\"event\":\"release\""));
     assert_eq!(block(daemon.metrics()).count("claviger_audit_file_changes_total", &[("how", "deleted")]), 1);
@@ -307,7 +307,7 @@ fn what_is_changed_is_found_by_the_command_and_by_the_doctor() {
         let told = doctor();
         assert!(told.contains("ERROR    audit") && told.contains("not one chain"), "{kind}: {told}");
     }
-    // Cut before a line that was signed: the next daemon says so, and the trail keeps the gap.
+    // Truncated before a signed line: the next daemon reports it, and the trail keeps the gap.
     fs::write(&trail, lines[..at].join("\n") + "\n").unwrap();
     assert_eq!(verify(&[], &[&trail]).1, 0, "the end of a file proves nothing of what came after it");
     let daemon = lab.serve();
@@ -316,12 +316,12 @@ fn what_is_changed_is_found_by_the_command_and_by_the_doctor() {
     assert!(daemon.stop().success());
     let (report, status) = verify(&[], &[&trail]);
     assert!(status == 1 && report["fault"]["what"].as_str().unwrap().contains("missing"), "{report}");
-    // What cannot be read is no fault of the trail.
+    // An unreadable file is not a fault of the trail.
     let output = run(["audit", "verify", lab.file("nothing").to_str().unwrap()]);
     assert_eq!(output.status.code(), Some(2), "{}", said(&output));
 }
 
-/// A pipe that nobody reads stands for a disk that does not answer: the write does not return.
+/// A pipe that nobody reads simulates a disk that does not answer: the write blocks.
 #[test]
 fn nothing_leaves_while_the_disk_hangs_and_everybody_is_told_in_time() {
     let lab = Lab::make(Options::default());
@@ -336,7 +336,7 @@ fn nothing_leaves_while_the_disk_hangs_and_everybody_is_told_in_time() {
     let mut reader = fs::OpenOptions::new().read(true).write(true).open(&pipe).unwrap();
     let mut daemon = lab.serve();
     block(daemon.until_ready_is(200));
-    // It fills with 64 KiB; some releases are recorded there before.
+    // The pipe holds 64 KiB; some releases are recorded before it is full.
     let mut released = 0;
     let begun = until("a release that is refused", || {
         let begun = Instant::now();
@@ -346,7 +346,7 @@ fn nothing_leaves_while_the_disk_hangs_and_everybody_is_told_in_time() {
     });
     assert!(released > 0);
     assert!(begun.elapsed() >= Duration::from_millis(1_500), "refused before the deadline");
-    // Nobody waits for ever, also not who administers.
+    // No request waits for ever, including those of administrators.
     let metrics = block(daemon.metrics());
     let before = metrics.count("claviger_releases_total", &[("outcome", "success")]);
     let refused = Administrator(&lab).run(&["hosts", "disable", HOST]);
@@ -355,7 +355,7 @@ fn nothing_leaves_while_the_disk_hangs_and_everybody_is_told_in_time() {
     let metrics = block(daemon.metrics());
     assert_eq!(metrics.count("claviger_releases_total", &[("outcome", "success")]), before);
     assert!(metrics.sum("claviger_audit_writing_seconds", &[]).unwrap() > 1.0);
-    // It answers again, and all goes on.
+    // The disk answers again, and service continues.
     let reading = std::thread::spawn(move || {
         let mut part = [0; 65_536];
         while reader.read(&mut part).is_ok_and(|length| !String::from_utf8_lossy(&part[..length]).contains("the-end")) {
@@ -365,14 +365,14 @@ fn nothing_leaves_while_the_disk_hangs_and_everybody_is_told_in_time() {
     until("a release again", || (release(&lab, &daemon, &health) == 200).then_some(()));
     fs::OpenOptions::new().write(true).open(&pipe).unwrap().write_all(b"the-end\n").unwrap();
     let reader = reading.join().unwrap();
-    // A stop does not wait for a disk that hangs for good.
+    // A stop does not wait for a disk that hangs permanently.
     until("the pipe is full again", || (release(&lab, &daemon, &health) == 503).then_some(()));
     daemon.process.terminate();
     assert!(daemon.process.wait().success());
     drop(reader);
 }
 
-/// Root can make a small disk, which ends with the value.
+/// A small disk, which only root can create. It is removed when this is dropped.
 struct Disk(PathBuf);
 
 impl Disk {
@@ -407,7 +407,7 @@ fn on_a_full_disk_keys_are_released_and_hosts_can_be_shut_out() {
     let filler = lab.file("small/filler");
     let mut file = fs::File::create(&filler).unwrap();
     while file.write(&[1; 4096]).is_ok_and(|written| written > 0) {}
-    // What refuses, what grants, and what an administrator does.
+    // Refusals, grants, and changes by administrators.
     for _ in 0..30 {
         assert_eq!(release(&lab, &daemon, &health), 200);
     }
@@ -421,7 +421,7 @@ fn on_a_full_disk_keys_are_released_and_hosts_can_be_shut_out() {
     let disabled = Administrator(&lab).run(&["hosts", "disable", HOST]);
     assert!(disabled.status.success(), "{}", said(&disabled));
     assert_eq!(release(&lab, &daemon, &health), 403);
-    // Room again: the reserve is made whole, and what was only counted is told.
+    // There is room again: the reserve is refilled, and the counted events are recorded.
     drop(file);
     fs::remove_file(filler).unwrap();
     assert!(Administrator(&lab).run(&["hosts", "enable", HOST]).status.success());
@@ -459,7 +459,7 @@ fn a_limit_on_the_size_of_files_is_a_full_disk() {
     }
     assert!(daemon.process.output().contains("audit trail cannot be written"));
     limit("unlimited");
-    // It heals without a request.
+    // The daemon recovers without a request.
     block(daemon.until_ready_is(200));
     assert_eq!(release(&lab, &daemon, &health), 200);
     daemon.process.terminate();
@@ -468,7 +468,7 @@ fn a_limit_on_the_size_of_files_is_a_full_disk() {
     assert_eq!((status, &report["fault"], &report["torn"]), (0, &Value::Null, &1.into()), "{report}");
 }
 
-/// The same kind, in the file beside it: SQLite writes on to a file that has no name.
+/// The same kind of fault in the state file: SQLite would continue to write to a file that has no name any more.
 #[test]
 fn a_state_file_that_was_replaced_takes_no_change() {
     let lab = Lab::make(Options::default());

@@ -1,4 +1,4 @@
-//! Dashboards and rules against a live Prometheus, while load runs and a member fails and comes back.
+//! Tests of dashboards and rules with a real Prometheus, under load, while a member fails and comes back.
 
 #![allow(clippy::unwrap_used)]
 
@@ -12,11 +12,11 @@ use claviger_tests::prometheus::Prometheus;
 use claviger_tests::{ALGORITHMS, ATTEST, Daemon, Lab, Options, PATIENCE, ROLL};
 
 const BATCH: &str = "/KeyProtection/service/v2.0/RollTransportKeys";
-/// Few, so that the machine does everything else beside them.
+/// A low rate, because the machine runs everything else at the same time.
 const RATE: f64 = 10.0;
 const DEADLINE: Duration = Duration::from_secs(20);
 
-/// The rules that are committed, with alerts that fire after a moment: how long each waits is for `promtool test rules`.
+/// Returns the rules of the repository with short delays of their alerts; `promtool test rules` tests the real delays.
 fn hasty_rules() -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../dashboards/prometheus/claviger.rules.yml");
     let rules = std::fs::read_to_string(path).unwrap();
@@ -36,7 +36,7 @@ async fn until(what: &str, mut done: impl AsyncFnMut() -> bool) {
     }
 }
 
-/// One of each kind of request beside the load, right and wrong.
+/// Sends one request of each kind, right and wrong, beside the load.
 async fn ask_for_everything(lab: &Lab, daemon: &Daemon, health: &[u8]) {
     let client = daemon.client();
     let ingress_protectors = lab.protectors();
@@ -59,7 +59,7 @@ async fn every_query_has_data_every_rule_is_sound_and_a_member_that_fails_is_an_
     let faulty = lab.behind_faulty();
     lab.configure(|config| {
         config.release.deadline_ms = DEADLINE.as_millis() as u64;
-        // A machine that stands still for a moment is no call that hangs.
+        // A machine that stands still for a moment must not look like a call that hangs.
         config.release.watchdog_ms = DEADLINE.as_millis() as u64;
     });
     let daemon = lab.serve();
@@ -74,7 +74,7 @@ async fn every_query_has_data_every_rule_is_sound_and_a_member_that_fails_is_an_
     .await;
     assert!(!prometheus.firing().await.contains(&down));
 
-    // It fails, which is seen, and said in words on the status page.
+    // The member fails: the fault is visible, and the status page describes it.
     faulty.set("hsm-b", &["call=* rv=CKR_DEVICE_REMOVED"]);
     until("the member's failure is an alert", async || prometheus.firing().await.contains(&down)).await;
     let page = daemon.probe("/").await;
@@ -85,7 +85,7 @@ async fn every_query_has_data_every_rule_is_sound_and_a_member_that_fails_is_an_
     let others: Vec<_> = firing.iter().filter(|(name, hsm)| *name == down.0 && *hsm != down.1).collect();
     assert!(others.is_empty(), "{others:?}");
 
-    // It comes back, and the alert goes.
+    // The member comes back, and the alert ends.
     faulty.clear("hsm-b");
     until("the alert ends", async || !prometheus.firing().await.contains(&down)).await;
     ask_for_everything(&lab, &daemon, &health).await;
@@ -100,7 +100,7 @@ async fn every_query_has_data_every_rule_is_sound_and_a_member_that_fails_is_an_
                 Ok(result) if result.is_empty() => {
                     faults.push(format!("{}, {}: no data\n    {expression}", panel.dashboard, panel.title));
                 }
-                // What is divided by nothing is no number: a gap where one of several series has it, and no answer by itself.
+                // A division by zero gives NaN: a gap in one of several series, and no answer if it is the only one.
                 Ok(result) if result.iter().all(|series| series["value"][1] == "NaN") => {
                     faults.push(format!("{}, {}: not a number\n    {expression}", panel.dashboard, panel.title));
                 }

@@ -1,4 +1,5 @@
-//! What an administrator withdraws while an HSM works is withdrawn: nothing leaves that was granted before.
+//! Tests that a withdrawal by an administrator takes effect while an HSM works: nothing that was granted before is
+//! released.
 
 #![allow(clippy::unwrap_used)]
 
@@ -12,7 +13,7 @@ use serde_json::Value;
 const BATCH: &str = "/KeyProtection/service/v2.0/RollTransportKeys";
 const XML: &str = "application/xml";
 
-/// One slow token, and all the time for it.
+/// A lab with one slow token and long time limits.
 fn slow() -> (Lab, FaultyMembers, Daemon) {
     let lab = Lab::make(Options::default());
     let faulty = lab.behind_faulty();
@@ -21,13 +22,13 @@ fn slow() -> (Lab, FaultyMembers, Daemon) {
     (lab, faulty, daemon)
 }
 
-/// The lines of the trail with these values, from the line `from` on.
+/// Counts the lines of the trail with these values, from line `from` on.
 fn lines(lab: &Lab, from: usize, event: &str, outcome: &str) -> usize {
     let of = |line: &&Value| line["event"] == event && line["outcome"] == outcome;
     lab.audit()[from..].iter().filter(of).count()
 }
 
-/// Makes a second key of this kind primary; gives the thumbprint of the first one.
+/// Makes a second key of this kind primary; returns the thumbprint of the first one.
 fn replaced(administrator: &Administrator<'_>, kind: &str) -> String {
     let keys = administrator.json(&["keys", "list"]);
     let first = keys.as_array().unwrap().iter().find(|key| key["kind"] == kind && key["primary"] == true).unwrap();
@@ -65,7 +66,7 @@ async fn what_is_withdrawn_while_a_release_is_at_the_hsm_does_not_leave() {
     ];
     for (withdraw, restore, code) in cases {
         let from = lab.audit().len();
-        // The one that decrypts is enough: both have to be done.
+        // One call that hangs is enough: a release needs both operations.
         faulty.set("hsm-a", &["call=C_Decrypt hang"]);
         let (client, body) = (daemon.client(), body.clone());
         let asked = tokio::spawn(async move { client.post(ROLL, XML, body).await.unwrap() });
@@ -93,7 +94,7 @@ async fn no_item_of_a_batch_leaves_after_its_host_was_removed() {
     let request = BatchRequest { health_certificate, algorithms: ALGORITHMS, ingress_protectors };
 
     let from = lab.audit().len();
-    // Some are done, one is at the token, the rest waits.
+    // Some items are done, one is at the token, and the rest waits.
     faulty.set("hsm-a", &["call=C_Decrypt hang every=4"]);
     let client = daemon.client();
     let asked = tokio::spawn(async move { client.post(BATCH, XML, request.to_xml()).await.unwrap() });
@@ -122,7 +123,7 @@ async fn no_health_certificate_leaves_after_its_host_was_removed() {
     host.attest().await.unwrap();
 
     let from = lab.audit().len();
-    // Another identity key: nothing that was issued before fits.
+    // Another identity key: no cached certificate fits it.
     let identity = tokio::task::spawn_blocking(|| claviger_protocol::rsa_key::RsaPrivateKey::generate(2048).unwrap());
     let identity = std::sync::Arc::new(identity.await.unwrap());
     let host = claviger_client::host::Host::new(daemon.client(), lab.key("host/hostkey.pem"), identity);

@@ -1,5 +1,5 @@
-//! Modules that harm the process they are loaded into, and workers that are killed: no release is lost while a member can
-//! serve, and the member comes back by itself. With a single member, releases wait for its return.
+//! Tests of modules that harm their process, and of workers that are killed. No release is lost while a member can serve,
+//! and the member comes back by itself. With a single member, releases wait for its return.
 
 use std::time::{Duration, Instant};
 
@@ -10,37 +10,37 @@ use super::{MEMBERS, RETURN, Setup, Stage, USUAL, seconds, until};
 
 const THREE: Setup = Setup { watchdog_ms: 2_000, ..USUAL };
 const ALONE: Setup = Setup { members: 1, ..THREE };
-/// A worker that does not answer any more is given up as fast as with the default settings.
+/// A worker that no longer answers is given up as fast as with the default settings.
 const HASTY: Setup = Setup { watchdog_ms: 1_000, ..ALONE };
 
 /// Deeds that end the process.
 const DEADLY: [&str; 4] = ["abort", "exit", "segv", "heap"];
-/// Those after which it does not answer any more.
+/// Deeds after which the process no longer answers.
 const MUTE: [&str; 3] = ["close", "reconnect", "deadlock"];
 
-/// The calls that do a deed, one after the other. What takes a gigabyte is done once.
+/// Returns the calls that do a deed, one after the other. Deeds that use a gigabyte are done once.
 fn calls(deed: &str) -> &'static [&'static str] {
     if ["leak", "print"].contains(&deed) { &["C_Decrypt"] } else { &["C_Decrypt", "C_Sign"] }
 }
 
-/// When no member could serve: since the deed, or whatever it was.
+/// A time in which no member could serve.
 struct Outage {
     begun: Instant,
-    /// How long the daemon takes at least to find out.
+    /// Minimum time that the daemon takes to notice the fault.
     noticed_after: Duration,
     over: Instant,
 }
 
 impl Outage {
-    /// The daemon waits for a member, and after that it refuses. A machine that takes longer than that to start a process is not
-    /// the daemon's fault.
+    /// Returns true if the outage explains the refusal of a sample. The daemon waits for a member and then refuses. A
+    /// machine that starts a process too slowly is not the daemon's fault.
     fn excuses(&self, sample: &Sample) -> bool {
         let given_up = self.begun + self.noticed_after + RETURN;
         sample.answer == (Answer::Refused { retry_after: true }) && sample.end >= given_up && sample.due <= self.over
     }
 }
 
-/// Every release is right, but for those that an outage excuses.
+/// Checks that every release is right, except those that an outage explains.
 fn judge(name: &str, report: &Report, outages: &[Outage]) {
     let excused = |sample: &&Sample| outages.iter().any(|outage| outage.excuses(sample));
     let number = report.samples.iter().filter(excused).count();
@@ -49,7 +49,7 @@ fn judge(name: &str, report: &Report, outages: &[Outage]) {
     assert!(first.is_none() && report.right() > 0, "{}; the first: {first:?}", report.line());
 }
 
-/// Has a member's module do a deed in some call, and waits until the member serves after that.
+/// Makes a member's module do a deed in a call, and waits until the member serves again.
 async fn perform(stage: &Stage, member: &str, call: &str, deed: &str) -> Outage {
     let name = format!("{deed} in {call} of {member}");
     let (begun, before) = (Instant::now(), stage.faulty.stats(member));
@@ -61,20 +61,20 @@ async fn perform(stage: &Stage, member: &str, call: &str, deed: &str) -> Outage 
         })
         .await;
     } else {
-        // It goes on, but may have taken so long that it counts as hung.
+        // The module continues, but the call may have taken so long that it counts as hung.
         seconds(stage.watchdog.as_secs_f64() + 0.5).await;
     }
     let back = stage.until_serves(member).await;
     let stats = stage.faulty.stats(member);
-    // Done once, whatever was started since.
+    // The deed was done once, whatever process was started since.
     assert_eq!(stats.faults("deed"), before.faults("deed") + 1, "{name}");
     println!("{name}: serves after {back:.0?}, {} workers were started", stats.processes() - before.processes());
-    // The end of a process is noticed at once; that there is no answer, when the time for it is over.
+    // The end of a process is noticed at once; a missing answer is noticed at the time limit.
     let noticed_after = if DEADLY.contains(&deed) { Duration::ZERO } else { stage.watchdog };
     Outage { begun, noticed_after, over: Instant::now() }
 }
 
-/// One deed after the other, of one member after the other, while the others serve.
+/// Runs the deeds one after the other, on one member after the other, while the others serve.
 async fn beside_others(deeds: &[&str]) {
     let stage = Stage::open(THREE).await;
     let load = stage.load();
@@ -89,7 +89,7 @@ async fn beside_others(deeds: &[&str]) {
     judge(&name, &stage.end(&name, load).await, &[]);
 }
 
-/// The same of the only member.
+/// Runs the deeds on a single member.
 async fn alone(setup: Setup, deeds: &[&str]) {
     let stage = Stage::open(setup).await;
     let load = stage.load();
@@ -160,13 +160,13 @@ async fn a_module_that_deadlocks_beside_others() {
     beside_others(&["deadlock"]).await;
 }
 
-/// The call never returns, and nobody ends it: the member comes up all the same.
+/// The call never returns, and only the daemon ends it: the member comes up again.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_module_that_deadlocks_alone() {
     alone(HASTY, &["deadlock"]).await;
 }
 
-/// What a module leaks or prints is no memory of the daemon's.
+/// Memory that a module leaks and bytes that it prints do not make the daemon grow.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_daemon_does_not_grow_by_what_a_module_leaks_or_prints() {
     let stage = Stage::open(THREE).await;
@@ -178,12 +178,12 @@ async fn the_daemon_does_not_grow_by_what_a_module_leaks_or_prints() {
     }
     let after = stage.daemon.process.status("VmRSS");
     println!("the daemon has {} MiB, {} MiB before", after / 1024, before / 1024);
-    // In KiB: a tenth of what was leaked and printed.
+    // In KiB: a tenth of the bytes that were leaked and printed.
     assert!(after < before + 200 * 1024, "the daemon has grown by {} MiB", (after - before) / 1024);
     judge("leak and print", &stage.end("leak and print", load).await, &[]);
 }
 
-/// The worker of a member is killed again and again; each time the next one serves.
+/// Kills a member's worker several times; each time the next worker serves.
 async fn killed_by_hand(setup: Setup, members: &[&str], rounds: usize) {
     let stage = Stage::open(setup).await;
     let load = stage.load();
@@ -241,7 +241,7 @@ async fn all_workers_are_killed_at_once() {
     judge("all killed at once", &stage.end("all killed at once", load).await, &[outage]);
 }
 
-/// A fresh worker hangs before it has said anything: it is given up, and the next one serves.
+/// A fresh worker hangs before its first report: it is given up, and the next one serves.
 #[tokio::test(flavor = "multi_thread")]
 async fn c_initialize_deadlocks_beside_others() {
     let stage = Stage::open(THREE).await;

@@ -1,4 +1,4 @@
-//! Members that fail at once: the others serve, and they are taken back as soon as they work.
+//! Tests of members that fail at once: the others serve, and a member is used again as soon as it works.
 
 use std::time::Instant;
 
@@ -6,7 +6,7 @@ use claviger_tests::openloop::Answer;
 
 use super::{MEMBERS, RETURN, Setup, Stage, USUAL, seconds, until};
 
-/// One fault after the other, on one member after the other.
+/// Runs the faults one after the other, on one member after the other.
 async fn one_after_the_other(name: &str, faults: &[&[&str]]) {
     let stage = Stage::open(USUAL).await;
     let load = stage.load();
@@ -24,7 +24,7 @@ async fn one_after_the_other(name: &str, faults: &[&[&str]]) {
     stage.end(name, load).await.assert_all_right();
 }
 
-/// A member that does nothing but fail is closed; then it is probed, by one fresh worker after the other, and gets nothing else.
+/// A member whose calls all fail goes down. It then gets only probes, from one fresh worker after the other.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_fails_is_closed_and_probed() {
     let stage = Stage::open(USUAL).await;
@@ -58,7 +58,7 @@ async fn errors_of_one_member() {
     one_after_the_other("errors", &FAULTS).await;
 }
 
-/// Some calls fail all the time, others never: the others' successes must not hide that.
+/// Some calls always fail and others never do: the successes must not hide the failures.
 #[tokio::test(flavor = "multi_thread")]
 async fn one_operation_fails() {
     let faults: [&[&str]; 3] = [
@@ -78,7 +78,7 @@ async fn one_operation_fails() {
     stage.end("one operation fails", load).await.assert_all_right();
 }
 
-/// As many failures as a member may have without being closed: each is tried elsewhere.
+/// The number of failures stays below the limit that takes a member down: each is retried on another member.
 async fn now_and_then(name: &str, fault: &str) {
     let stage = Stage::open(USUAL).await;
     let load = stage.load();
@@ -102,7 +102,7 @@ async fn now_and_then_an_error() {
     now_and_then("every 15th call fails everywhere", fault).await;
 }
 
-/// What some tokens say to a bad ciphertext, and others when they have too much to do.
+/// The error that some tokens return for a bad ciphertext, and others when they are overloaded.
 #[tokio::test(flavor = "multi_thread")]
 async fn now_and_then_an_error_that_may_be_the_callers() {
     let fault = "call=C_Decrypt rv=CKR_FUNCTION_FAILED every=8";

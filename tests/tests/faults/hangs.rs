@@ -1,9 +1,10 @@
-//! Calls that do not return: their callers are served elsewhere, their workers are killed, and fresh ones come up by themselves.
+//! Tests of calls that hang: other members serve their callers, their workers are killed, and fresh workers come up by
+//! themselves.
 
 use super::{Setup, Stage, USUAL, seconds, until};
 
 const SETUP: Setup = Setup { watchdog_ms: 500, ..USUAL };
-/// No thread of the daemon hangs. There is what the runtime starts and ends as it likes for work that blocks.
+/// Tolerance for threads that the runtime starts and ends for blocking work. No thread of the daemon hangs.
 const MORE_THREADS: u64 = 8;
 
 async fn hang(name: &str, fault: &str, time: f64) {
@@ -24,7 +25,7 @@ async fn hang(name: &str, fault: &str, time: f64) {
     println!("{name}: {hung} calls of {processes} processes hung, {hanging} hang");
     assert!(hung > 0, "nothing hangs");
     assert!(processes > 1, "the worker is still the first one");
-    // Killed workers are not there any more: the one that is tried now has no more than its sessions and a login.
+    // Killed workers are gone: the worker under test has at most its sessions and a login.
     assert!(hanging <= SETUP.sessions as u64 + 1, "{hanging} calls hang");
     assert!(most <= before + MORE_THREADS, "{most} threads, of {before}");
     stage.faulty.clear("hsm-b");
@@ -54,7 +55,7 @@ async fn everything_hangs() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn logins_and_new_sessions_hang() {
-    // What is open goes on; whoever asks for more finds out.
+    // Open sessions continue; the hang affects new sessions.
     let stage = Stage::open(SETUP).await;
     let load = stage.load();
     seconds(1.0).await;
@@ -85,7 +86,7 @@ async fn short_hangs_are_no_hangs() {
     stage.end("hangs of 50 ms", load).await.assert_all_right();
 }
 
-/// A member that hangs when the daemon starts holds up nobody for long.
+/// A member that hangs when the daemon starts delays no request for long.
 #[tokio::test(flavor = "multi_thread")]
 async fn one_hangs_from_the_start() {
     let stage = Stage::open_with(SETUP, |faulty| faulty.set("hsm-a", &["call=* hang"])).await;

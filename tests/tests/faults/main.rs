@@ -1,7 +1,7 @@
-//! Everything that can happen to tokens, one after the other, under open-loop load that is checked answer by answer: no
-//! answer is wrong, none is lost while somebody can serve, and what failed serves again by itself.
+//! Tests of all faults of tokens, one after the other, under open-loop load whose answers are all checked: no answer is
+//! wrong, none is lost while a member can serve, and a failed member serves again by itself.
 //!
-//! Times are printed, for information; they never fail a test.
+//! Times are printed for information; they never fail a test.
 
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
@@ -24,39 +24,39 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 
 const MEMBERS: [&str; 3] = ["hsm-a", "hsm-b", "hsm-c"];
 const VMS: usize = 8;
-/// How much of what the machine carries is asked of it: a machine with much else to do carries less in a moment.
+/// Load as a share of the machine's capacity. It is low because a busy machine may have less capacity a moment later.
 const SHARE: f64 = 0.35;
-/// For how long, and by how many callers, it is tried out how much that is.
+/// Time and number of callers with which the capacity is measured.
 const TRIAL: (Duration, u64) = (Duration::from_millis(700), 4);
-/// What a release has. Long, since a machine that stands still is not the daemon's fault.
+/// Time limit of a release. It is long, because a machine that stands still is not the daemon's fault.
 const DEADLINE: Duration = Duration::from_secs(20);
-/// How long the daemon lets a release wait for the return of a member that went down, when no other one serves.
+/// Time for which the daemon lets a release wait for a restarting member when no other member serves.
 const RETURN: Duration = Duration::from_secs(2);
-/// A scenario is about load, not about how many of them a machine carries.
+/// Limits the number of concurrent scenarios, since the machine's capacity is not under test.
 static ROOM: Semaphore = Semaphore::const_new(2);
 
-/// How a scenario begins.
+/// Initial setup of a scenario.
 #[derive(Clone, Copy)]
 struct Setup {
-    /// The first so many of [`MEMBERS`].
+    /// Number of members, taken from the start of [`MEMBERS`].
     members: usize,
     sessions: usize,
-    /// As long as the default, but where a test waits for it: a machine that stands still is no call that hangs.
+    /// The default, unless a test waits for the watchdog: a machine that stands still must not look like a call that hangs.
     watchdog_ms: u64,
 }
 
 const USUAL: Setup = Setup { members: MEMBERS.len(), sessions: 4, watchdog_ms: 5_000 };
 
-/// A daemon with its tokens behind the faulty module, and what hosts ask of it.
+/// A daemon whose tokens are behind the faulty module, and the load of its hosts.
 struct Stage {
     lab: Lab,
     faulty: FaultyMembers,
     daemon: Daemon,
     health: Vec<u8>,
     traffic: Arc<Traffic>,
-    /// Releases a second.
+    /// Releases per second.
     rate: f64,
-    /// What one takes in good times.
+    /// Usual time of a release.
     usual: Duration,
     members: &'static [&'static str],
     watchdog: Duration,
@@ -68,12 +68,12 @@ impl Stage {
         Self::open_with(setup, |_| ()).await
     }
 
-    /// With faults that are there when the daemon starts.
+    /// Starts with faults that exist when the daemon starts.
     async fn open_with(setup: Setup, faults: impl FnOnce(&FaultyMembers)) -> Self {
         let turn = ROOM.acquire().await.unwrap();
         let members = &MEMBERS[..setup.members];
         let lab = Lab::make(Options { hsms: members.len(), vms: VMS, ..Options::default() });
-        // A host asks for its health certificate in good times.
+        // The host gets its health certificate before the faults.
         let daemon = lab.serve();
         let health = lab.host(daemon.client()).attest().await.unwrap();
         let traffic = Traffic::of_vms(&lab, &health);
@@ -97,7 +97,7 @@ impl Stage {
         self.traffic.start(&self.daemon, self.rate, DEADLINE)
     }
 
-    /// A line that makes operations so slow that about so many of them are in progress at a member at once.
+    /// Returns a line that slows operations down until about `in_progress` of them run at a member at once.
     fn slow(&self, in_progress: f64) -> String {
         let operations = self.rate * 2.0 / self.members.len() as f64;
         format!("call=C_Decrypt,C_Sign delay_ms={:.0}", in_progress / operations * 1e3)
@@ -107,13 +107,13 @@ impl Stage {
         until(&format!("{member}: {kind}"), async || self.faulty.stats(member).faults(kind) >= many).await;
     }
 
-    /// A counter of a member.
+    /// Returns a counter of a member.
     async fn count(&self, name: &str, member: &str, labels: &[(&str, &str)]) -> u64 {
         let labels = [&[("hsm", member)], labels].concat();
         self.daemon.metrics().await.sum(name, &labels).unwrap_or_default() as u64
     }
 
-    /// Operations that a member has done right for callers.
+    /// Returns the number of operations that a member has done successfully for callers.
     async fn served(&self, member: &str) -> u64 {
         let decrypted = self.count("claviger_hsm_calls_total", member, &[("op", "decrypt"), ("rv", "ok")]).await;
         decrypted + self.count("claviger_hsm_calls_total", member, &[("op", "sign"), ("rv", "ok")]).await
@@ -123,23 +123,23 @@ impl Stage {
         self.count("claviger_hsm_closings_total", member, &[]).await
     }
 
-    /// Waits until a member serves callers; under load. Says how long that took.
+    /// Waits until a member serves callers, under load. Returns the time this took.
     async fn until_serves(&self, member: &str) -> Duration {
         let before = self.served(member).await;
         until(&format!("{member} serves again"), async || self.served(member).await >= before + 5).await
     }
 
-    /// How often a member came up again with a fresh worker.
+    /// Returns the number of times that a fresh worker brought a member up again.
     async fn renewals(&self, member: &str) -> u64 {
         self.count("claviger_hsm_modules_renewed_total", member, &[]).await
     }
 
-    /// The process that serves a member; `None` while there is none.
+    /// Returns the process of a member's worker; `None` without a worker.
     fn worker(&self, member: &str) -> Option<Pid> {
         Administrator(&self.lab).worker(member)
     }
 
-    /// SIGKILL, by hand. `false` when there was nothing to kill: the process had ended meanwhile.
+    /// Sends SIGKILL to a member's worker. Returns false if the process had already ended.
     fn kill_worker(&self, member: &str) -> bool {
         self.worker(member).is_some_and(|worker| kill_process(worker, Signal::KILL).is_ok())
     }
@@ -148,7 +148,7 @@ impl Stage {
         until(&format!("{member} is closed"), async || self.closings(member).await >= times).await;
     }
 
-    /// Stops the load, says how it went, and ends the daemon in good order; no worker outlives it.
+    /// Stops the load, prints a summary, and stops the daemon; checks that no worker outlives it.
     async fn end(self, name: &str, load: Load) -> Report {
         let report = load.stop().await;
         println!("{name}: {:.0} a second: {}", self.rate, report.line());
@@ -168,7 +168,7 @@ async fn seconds(seconds: f64) {
     tokio::time::sleep(Duration::from_secs_f64(seconds)).await;
 }
 
-/// Asks again and again; says how long it took.
+/// Checks a condition repeatedly; returns the time until it was true.
 async fn until<F: Future<Output = bool>>(what: &str, mut done: impl FnMut() -> F) -> Duration {
     let begun = Instant::now();
     while !done().await {

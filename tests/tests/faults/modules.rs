@@ -1,9 +1,9 @@
-//! Modules that do not come up, or die: a fresh worker initialises them anew, and their members come back. All members name the
-//! same library, and what becomes of it in one worker is no other's concern.
+//! Tests of modules that do not come up or die: a fresh worker initialises them, and their members come back. All members
+//! use the same library, and a fault in one worker does not affect the others.
 
 use super::{MEMBERS, Stage, USUAL, seconds, until};
 
-/// One does not come up with the daemon.
+/// One member does not come up with the daemon.
 async fn one_from_the_start(name: &str, fault: &str) {
     let stage = Stage::open_with(USUAL, |faulty| faulty.set_module("hsm-a", &[fault])).await;
     assert!(stage.daemon.until_ready_is(200).await.body.starts_with(b"ready: hsm-"));
@@ -30,7 +30,7 @@ async fn one_module_has_no_slots_at_first() {
     one_from_the_start("no slots", "no_slots").await;
 }
 
-/// None does.
+/// No member comes up.
 async fn all_from_the_start(name: &str, fault: &str) {
     let stage = Stage::open_with(USUAL, |faulty| faulty.set_all_modules(&[fault])).await;
     stage.daemon.until_ready_is(503).await;
@@ -100,7 +100,7 @@ async fn all_modules_die() {
     stage.end("all modules are back", load).await.assert_all_right();
 }
 
-/// The PIN is tried once, by all workers together. Again would lock the token.
+/// All workers together try a wrong PIN once. A second try could lock the token.
 async fn pin(how: &str) {
     let fault = format!("pin={how}");
     let stage = Stage::open_with(USUAL, |faulty| faulty.set("hsm-a", &[&fault])).await;
@@ -108,7 +108,7 @@ async fn pin(how: &str) {
     seconds(3.0).await;
     let tried = stage.faulty.stats("hsm-a").calls("C_Login");
     assert_eq!(tried, 1, "pin={how}");
-    // Nor when one is lost in the middle of it.
+    // Only one try when a token loses its login under load.
     let before = stage.faulty.stats("hsm-b").calls("C_Login");
     stage.faulty.set("hsm-b", &[&fault, "stale=login"]);
     until("hsm-b is out", async || stage.daemon.process.output().matches("REFUSES THE PIN").count() == 2).await;
@@ -118,16 +118,16 @@ async fn pin(how: &str) {
     assert_eq!(stage.served("hsm-b").await, served);
     let stats = stage.faulty.stats("hsm-b");
     assert_eq!((stats.calls("C_Login"), stats.faults("rv")), (before + 1, 1), "pin={how}");
-    // Nor when its worker is killed, or is gone already, which changes nothing in what the token said.
+    // No further try when the worker is killed or has already ended, which does not change the token's answer.
     stage.kill_worker("hsm-b");
     seconds(2.0).await;
     assert_eq!(stage.faulty.stats("hsm-b").calls("C_Login"), before + 1, "pin={how}");
     assert_eq!(stage.daemon.process.output().matches("REFUSES THE PIN").count(), 2);
-    // Nor when the configuration is reloaded and has the same one.
+    // No further try when the configuration is reloaded with the same PIN.
     stage.daemon.process.hang_up();
     seconds(1.0).await;
     assert_eq!(stage.faulty.stats("hsm-a").calls("C_Login"), tried, "pin={how}");
-    // The token was unlocked, and an administrator says so: both may try it, once.
+    // The token was unlocked, and an administrator says so: both members may try the PIN once.
     for member in ["hsm-a", "hsm-b"] {
         stage.faulty.clear(member);
         let config = stage.lab.config_file();

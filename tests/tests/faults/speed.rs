@@ -1,8 +1,8 @@
-//! Members that are slow, or take little at once: work goes where it is done.
+//! Tests of members that are slow or accept few calls at once: work goes to the members that do it.
 
 use super::{MEMBERS, Setup, Stage, USUAL, seconds, until};
 
-/// Who did how much of the next so many decryptions.
+/// Returns each member's share of the next decryptions.
 async fn shares(stage: &Stage, decryptions: u64) -> [f64; 3] {
     let counts = || MEMBERS.map(|member| stage.faulty.stats(member).calls("C_Decrypt"));
     let before = counts();
@@ -31,7 +31,7 @@ async fn slow(name: &str, stage: Stage, fault: &str, most: f64) {
 #[tokio::test(flavor = "multi_thread")]
 async fn one_member_is_slow() {
     let stage = Stage::open(USUAL).await;
-    // An operation is two calls, or three.
+    // An operation takes two or three calls.
     let delay = stage.usual.as_millis().clamp(4, 40) * 5;
     slow("always slow", stage, &format!("call=* delay_ms={delay}"), 0.2).await;
 }
@@ -42,12 +42,13 @@ async fn one_member_is_slow_now_and_then() {
     slow("1 in 20 takes 300 ms", stage, "call=C_Decrypt,C_Sign delay_ms=300 every=20", 0.3).await;
 }
 
-/// The token says what it takes, or it only says no; either way the daemon gets along with that, and says so once.
+/// The token reports its limit of sessions or only refuses more; in both cases the daemon uses what it gets and logs it
+/// once.
 async fn few_sessions(name: &str, faults: &[&str]) {
     let stage = Stage::open_with(Setup { sessions: 8, ..USUAL }, |faulty| faulty.set("hsm-a", faults)).await;
-    // More sessions than two are wanted now.
+    // The load now needs more than two sessions.
     let slow = stage.slow(1.5);
-    // Never without the limit: the worker opens what it can get.
+    // The limit is always set: otherwise the worker opens as many sessions as it can.
     stage.faulty.set("hsm-a", &[faults, &[&slow]].concat());
     MEMBERS.iter().filter(|member| **member != "hsm-a").for_each(|member| stage.faulty.set(member, &[&slow]));
     let load = stage.load();
@@ -76,13 +77,14 @@ async fn a_token_says_how_few_sessions_it_gives() {
     few_sessions("two sessions of eight, as advertised", &["max_sessions=2", "advertise_sessions=2"]).await;
 }
 
-/// More at once than it takes: what it refuses is done elsewhere, or there a moment later.
+/// More concurrent calls than the token accepts: refused operations succeed on another member, or on the same one a moment
+/// later.
 async fn throttled(name: &str, fault: &str) {
     let stage = Stage::open(USUAL).await;
     let load = stage.load();
     let slow = stage.slow(2.0);
     MEMBERS.iter().for_each(|member| stage.faulty.set(member, &[&slow]));
-    // With few sessions the daemon would never ask for too much.
+    // With few sessions the daemon would never exceed the limit.
     until("many sessions are open", async || stage.faulty.stats("hsm-a").sessions() >= 4).await;
     stage.faulty.set("hsm-a", &[&slow, fault]);
     seconds(2.0).await;

@@ -1,4 +1,4 @@
-//! What a token forgets is made anew in place: callers notice nothing, and no member is closed for it.
+//! Tests of state that a token loses: the worker renews it in place, callers see no error, and no member goes down.
 
 use super::{MEMBERS, Stage, USUAL, seconds};
 

@@ -1,4 +1,4 @@
-//! Wrong answers, of members and of callers: who is to blame is found out, and nothing wrong gets out.
+//! Tests of wrong results and invalid input: the party at fault is identified, and no wrong result reaches a caller.
 
 use claviger_protocol::algorithm::Oaep;
 use claviger_tests::metadata;
@@ -54,7 +54,7 @@ async fn bad_ciphertexts_are_their_callers_fault() {
             let (file, _) = with_oaep(&owner, &guardian, oaep);
             with_cipher(&owner, &file, |cipher| {
                 let mut cipher = cipher.to_vec();
-                // Not the first octet: the number may not exceed the modulus.
+                // Not the first byte: the number must not exceed the modulus.
                 cipher[turn + 1] ^= 1;
                 cipher
             })
@@ -77,7 +77,7 @@ async fn bad_ciphertexts_are_their_callers_fault() {
     for (member, before) in MEMBERS.iter().zip(before) {
         let rate = (probes(member).await - before) as f64 / took;
         println!("bad ciphertexts: {rate:.1} probes a second of {member}");
-        // One in 100 ms, by either operation, and those of /ready.
+        // One per 100 ms for each operation, and the probes of /ready.
         assert!(rate < 15.0, "{rate:.1} probes a second of {member}");
         assert_eq!(stage.closings(member).await, 0, "{member} is blamed");
     }
