@@ -201,7 +201,7 @@ impl Cluster {
     }
 
     fn supervise(&self) {
-        // A weak reference, so that this task does not keep alive a cluster that nobody uses.
+        // A weak reference, so that this task does not keep an unused cluster alive.
         let inner = Arc::downgrade(&self.0);
         let task = tokio::spawn(async move {
             // Each check runs in a task of its own, so that a panic in one check does not end the later ones.

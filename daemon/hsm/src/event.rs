@@ -35,7 +35,7 @@ pub enum Event<'a> {
     Call {
         /// The kind of operation.
         op: Operation,
-        /// One of [`RV_CLASSES`](crate::RV_CLASSES).
+        /// Class of the return code, one of [`RV_CLASSES`](crate::RV_CLASSES).
         rv: &'static str,
         /// Time at the token, without time in queues.
         took: Duration,

@@ -31,7 +31,7 @@ pub enum FaultOwner {
     Caller,
     /// The member or the caller; a known-answer test decides.
     Unclear,
-    /// Neither: the key or the token does not support the operation.
+    /// Neither: the key or the token does not support the operation, or the daemon has no room.
     Nobody,
 }
 

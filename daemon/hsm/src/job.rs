@@ -13,8 +13,8 @@ use crate::keys::{Oaep, SignScheme};
 use crate::link::{MAX_REQUEST, Request, encode};
 use crate::operation::Operation;
 
-/// Checks a result without the token: for a decryption, the signature that the decrypted key made over its envelope; for a
-/// signature, verification with the public key. The check runs on a runtime thread, so it must be quick.
+/// Checks a result without the token. A signature is verified with the public key; a decrypted key is checked with its own
+/// signature over the data that it came with. The check runs on a runtime thread, so it must be quick.
 pub type Check = Arc<dyn Fn(&[u8]) -> bool + Send + Sync>;
 
 /// Maximum length in bytes of a ciphertext sent to a token: that of a key of 16384 bits.

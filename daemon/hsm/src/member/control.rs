@@ -14,7 +14,7 @@ use crate::link::{Request, nanos};
 use crate::lock::lock;
 use crate::standstill;
 
-/// Faults.
+/// Handling of faults, and the regular check.
 impl Member {
     /// Counts a failure that is the member's fault as evidence.
     pub(super) fn failed(&self, error: HsmError, took: Duration, now: Instant) {
@@ -39,7 +39,7 @@ impl Member {
         if self.change(|machine| machine.pin_refused(error)) {
             self.observe(Event::Closed);
         }
-        // Checked again: a new PIN that was set in between found no refusal to lift.
+        // Checked again: if a new PIN was set in between, it found no refusal that it could lift.
         if lock(&self.pin).number != number {
             self.allow_pin();
         }

@@ -24,7 +24,7 @@ pub(crate) struct CallResult {
 }
 
 impl CallResult {
-    /// A result without any cost, for a call that the worker did not answer.
+    /// The failure of a call that the worker did not answer; no processor time is known.
     pub(crate) fn none(error: HsmError, took: Duration) -> Self {
         CallResult { result: Err(error), cost: Cost { took, ..Cost::default() } }
     }
@@ -61,7 +61,7 @@ impl<G> Owner<G> {
     }
 }
 
-/// A call that takes too long. Its caller waits until [`tell`](Self::tell).
+/// A call that takes too long. Its caller waits until [`tell`](Self::tell) is called.
 pub(crate) struct Late {
     pub(crate) operation: Operation,
     pub(crate) limits: Limits,

@@ -93,7 +93,7 @@ pub(crate) struct Direct {
 }
 
 impl Direct {
-    /// Loads the functions; `None` if they may belong to another instance of the module than the one that cryptoki uses.
+    /// Loads the functions; `None` if they may belong to a different instance of the module than the instance that cryptoki uses.
     pub(crate) fn load(path: &Path) -> Option<Direct> {
         // SAFETY: cryptoki has loaded this path before, so loading runs no new code: dlopen returns the library that is
         // already loaded.
