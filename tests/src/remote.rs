@@ -95,7 +95,7 @@ impl Remote {
         self.of(member).signal(Signal::CONT);
     }
 
-    /// Replaces a member's server by one that accepts connections and never answers, until it is restarted.
+    /// Replaces a member's server by a program that accepts connections and never answers, until the server is restarted.
     pub fn mute(&mut self, member: &str) {
         let server = self.of(member);
         server.kill();

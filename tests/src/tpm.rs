@@ -176,7 +176,7 @@ pub struct SoftwareHost {
     pub log: Vec<u8>,
     /// The identity key.
     pub identity: RsaPrivateKey,
-    /// The session of its requests.
+    /// The session id of its requests.
     pub session: [u8; 16],
 }
 
@@ -184,13 +184,13 @@ pub struct SoftwareHost {
 pub struct Second {
     /// The session id.
     pub session: [u8; 16],
-    /// Content 4.
+    /// The endorsement key (Content 4).
     pub endorsement_key: Vec<u8>,
-    /// Content 1.
+    /// The identity key (Content 1).
     pub identity_key: Vec<u8>,
     /// The requested results.
     pub requested: Vec<ResultType>,
-    /// The encrypted State of the service.
+    /// The State, as the service sent it in step 1.
     pub state: Vec<u8>,
     /// `TPMS_ATTEST` of the quote.
     pub quote: Vec<u8>,

@@ -61,7 +61,7 @@ fn nobody_fills_the_trail() {
     let client = daemon.client();
     let before = lab.trail().len();
     let begun = Instant::now();
-    // A registered host's public key is no secret: a request with it is refused in the host's name, whoever sent it.
+    // A registered host's public key is no secret: any request that contains it is refused in the host's name.
     let stranger = Host::new(daemon.client(), RsaPrivateKey::generate(2048).unwrap(), lab.identity());
     block(async {
         for at in 0..ANYBODY {

@@ -35,7 +35,7 @@
 //! deadlock                                waits for a mutex that it holds, for ever
 //! close                                   closes descriptor 3, and goes on
 //! reconnect                               descriptor 3 is another socket, whose other end is open; goes on
-//! handlers                                SIGTERM, SIGINT, SIGCHLD are ignored, SIGSEGV is handled by doing nothing; goes on
+//! handlers                                SIGTERM, SIGINT, SIGCHLD are ignored, the handler of SIGSEGV does nothing; goes on
 //! print                                   a gigabyte to both outputs, and goes on
 //! leak                                    a gigabyte of memory, written to; goes on
 //! ```
