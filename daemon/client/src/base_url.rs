@@ -1,26 +1,25 @@
-//! The URL of a service, read once.
+//! Parses the URL of a service.
 
 use hyper::Uri;
 
 use crate::error::ClientError;
 
-/// Where a service is.
+/// The URL of a service, split into its parts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct BaseUrl {
-    /// Whether it is reached over TLS.
+    /// `true` for `https://`.
     pub(crate) secure: bool,
-    /// Host and port as the URL has them: for `Host` and for messages.
+    /// Host and port as written in the URL: used in the `Host` header and in messages.
     pub(crate) authority: String,
-    /// The host by name or address; an IPv6 address without brackets.
+    /// The host as a name or an address. An IPv6 address has no brackets here.
     pub(crate) host: String,
-    /// The port.
     pub(crate) port: u16,
-    /// Goes before every path: empty, or starts with a slash and ends without one.
+    /// Prefix of every path: either empty, or it starts with a slash and ends without one.
     pub(crate) prefix: String,
 }
 
 impl BaseUrl {
-    /// Reads a URL such as `http://127.0.0.1:8080`.
+    /// Parses a URL such as `http://127.0.0.1:8080`.
     ///
     /// # Errors
     /// [`ClientError::Url`].
@@ -40,7 +39,7 @@ impl BaseUrl {
         if host.is_empty() || authority.as_str().contains('@') {
             return Err(bad("it names no host, or a user"));
         }
-        // An IPv6 address stands in brackets only inside a URL.
+        // An IPv6 address has brackets only inside a URL.
         let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
         Ok(Self {
             secure,

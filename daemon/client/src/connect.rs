@@ -1,4 +1,4 @@
-//! Connections to a service, ready for requests: name, TCP, TLS, HTTP/1.1. Each step has its deadline.
+//! Makes a connection that is ready for requests: name lookup, TCP, TLS, HTTP/1.1. Each step has its own deadline.
 
 use std::error::Error;
 use std::future::Future;
@@ -22,36 +22,37 @@ use crate::error::{ClientError, Step};
 use crate::tls::{TlsSettings, trusting_nobody};
 use crate::trust::{TlsFault, tls_error};
 
-/// Longest time for the TCP connection, where the whole request has more.
+/// Longest time for the TCP connection, even if the request has more time left.
 const CONNECT: Duration = Duration::from_secs(5);
 /// Longest time for the TLS handshake.
 const TLS: Duration = Duration::from_secs(10);
-/// How long a server that ended a connection without an answer is listened to for the reason.
+/// Time to wait for the reason of a server that closed a connection without a reply.
 const REASON: Duration = Duration::from_secs(1);
 
-/// How long each step of a request may take.
+/// Longest time for each step of a request.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Deadlines {
-    /// Look-up and TCP, for all addresses of the name together.
+    /// Name lookup and TCP connection, for all addresses of the name together.
     pub connect: Duration,
     /// The TLS handshake.
     pub tls: Duration,
-    /// From the request to the first byte of its answer.
+    /// From sending the request to the first byte of the reply.
     pub first_byte: Duration,
-    /// From the first byte of the answer to its last.
+    /// From the first byte of the reply to the last.
     pub body: Duration,
-    /// All steps together, a second connection included where a kept one was closed.
+    /// All steps together. Includes a second connection if the server had closed the first one.
     pub total: Duration,
 }
 
 impl Deadlines {
-    /// A request that has `total` in all: a server that does not accept connections is found out sooner.
+    /// Deadlines for a request that may take `total`. A server that does not accept connections is detected before
+    /// `total` is over.
     #[must_use]
     pub fn within(total: Duration) -> Self {
         Self { connect: CONNECT.min(total), tls: TLS.min(total), ..Self::together(total) }
     }
 
-    /// Only the deadline of all steps together.
+    /// Sets only the deadline for all steps together.
     #[must_use]
     pub fn together(total: Duration) -> Self {
         Self { connect: total, tls: total, first_byte: total, body: total, total }
@@ -67,7 +68,7 @@ impl Deadlines {
     }
 }
 
-/// The time that is left for the steps of one request.
+/// The time left for the steps of one request.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Clock {
     deadlines: Deadlines,
@@ -79,7 +80,7 @@ impl Clock {
         Self { deadlines, begun: Instant::now() }
     }
 
-    /// Does a step until its deadline, or until that of the request if it is sooner.
+    /// Runs a step until its own deadline or the deadline of the request, whichever is sooner.
     pub(crate) async fn step<T>(
         &self,
         server: &str,
@@ -94,7 +95,7 @@ impl Clock {
     }
 }
 
-/// A connection that takes one request at a time.
+/// A connection that carries one request at a time.
 pub(crate) type Connection = SendRequest<Full<Bytes>>;
 
 /// Makes connections to one server.
@@ -109,7 +110,7 @@ pub(crate) struct Connector {
 struct Tls {
     connector: TlsConnector,
     name: ServerName<'static>,
-    /// Whether a certificate is shown where the server asks for one.
+    /// `true` if the client shows a certificate when the server asks for one.
     identified: bool,
 }
 
@@ -120,7 +121,7 @@ impl std::fmt::Debug for Tls {
 }
 
 impl Connector {
-    /// Connects nowhere yet. Blocks on the files of `settings`.
+    /// Makes a connector without connecting. Blocks on the files of `settings`.
     pub(crate) fn new(url: &BaseUrl, given: &str, settings: &TlsSettings) -> Result<Self, ClientError> {
         let tls = if url.secure {
             let config = settings.config()?.ok_or_else(|| ClientError::NoTrust { url: given.to_owned() })?;
@@ -138,12 +139,12 @@ impl Connector {
         })
     }
 
-    /// Host and port.
+    /// Host and port of the server.
     pub(crate) fn authority(&self) -> &str {
         &self.authority
     }
 
-    /// A new connection.
+    /// Makes a new connection.
     pub(crate) async fn connect(&self, clock: Clock) -> Result<Connection, ClientError> {
         let stream = self.tcp(clock).await?;
         match &self.tls {
@@ -170,7 +171,7 @@ impl Connector {
     ) -> Result<Connection, ClientError> {
         let (sender, connection) = handshake(TokioIo::new(stream)).await.map_err(|error| self.broken(&error))?;
         tokio::spawn(async move {
-            // What goes wrong shows in the exchange, too.
+            // The request on this connection reports the same error.
             if let Err(error) = connection.await {
                 tracing::debug!(%error, "a client's connection broke");
             }
@@ -182,7 +183,7 @@ impl Connector {
         ClientError::Tls { server: self.authority.clone(), fault }
     }
 
-    /// The error of an exchange: what TLS says, where it says anything, or what HTTP says.
+    /// Builds the error of a failed exchange. A TLS error is preferred, because it explains more than the HTTP error.
     pub(crate) fn broken(&self, error: &hyper::Error) -> ClientError {
         let io = error.source().and_then(|cause| cause.downcast_ref::<io::Error>());
         if let (Some(tls), Some(io)) = (&self.tls, io)
@@ -190,14 +191,14 @@ impl Connector {
         {
             return self.no_tls(TlsFault::of(io, tls.identified));
         }
-        // hyper's own text is terse; the cause says more.
+        // The text of a hyper error is short; its source explains more.
         let cause = error.source().map(|cause| format!(": {cause}")).unwrap_or_default();
         ClientError::Broken { server: self.authority.clone(), problem: format!("{error}{cause}") }
     }
 
-    /// Why the server ended a new connection without an answer, where the configuration is the reason: it speaks TLS and the
-    /// URL does not say so, or it judged the client's certificate after the handshake and its reason was lost. Asks the server
-    /// once more, without a request.
+    /// Finds the reason why a server closed a new connection without a reply, if the configuration is the reason.
+    /// Either the server speaks TLS and the URL does not say so, or the server rejected the client's certificate after
+    /// the handshake and its alert was lost. Connects once more and sends no request.
     pub(crate) async fn reason(&self, clock: Clock) -> Option<ClientError> {
         let stream = self.tcp(clock).await.ok()?;
         match &self.tls {
@@ -221,7 +222,7 @@ impl Connector {
                     Err(error @ ClientError::Tls { .. }) => return Some(error),
                     Err(_) => return None,
                 };
-                // A server that accepts the client has nothing to say before it is asked.
+                // A server that accepts the client sends nothing before it receives a request.
                 let said = tokio::time::timeout(REASON, stream.read_u8()).await.ok()?.err()?;
                 tls_error(&said)?;
                 Some(self.no_tls(TlsFault::of(&said, tls.identified)))

@@ -1,4 +1,4 @@
-//! Host and port of a server, and how connections to it are made.
+//! The host and port of a server, and how to connect to it.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -14,36 +14,36 @@ use tokio::time::Instant;
 
 use crate::race::{delay, order, race};
 
-/// How long an address that did not answer is tried after all others of its name.
+/// For this long, an address that did not answer is tried after all other addresses of its name.
 const TROUBLE: Duration = Duration::from_secs(30);
 
-/// Something that this machine or this process has no more of. The server has no part in it.
+/// A resource that this machine or this process has used up. The server is not the cause.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Lack {
-    /// Open files: every connection is one.
+    /// Open files. Every connection needs one.
     Files,
     /// Local ports for connections to this server, or memory for sockets.
     Ports,
 }
 
-/// Why there is no connection.
+/// Reasons why a connection could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
-    /// The name is not resolved.
+    /// The name lookup failed.
     #[error("{0}")]
     Lookup(#[source] io::Error),
     /// The name has no address.
     #[error("the name has no address")]
     NoAddress,
-    /// Every address refused: all of them, with their reasons.
+    /// Every address failed. Holds each address with its error.
     #[error("{}", Reasons(.0))]
     Refused(Vec<(SocketAddr, io::Error)>),
-    /// The connection was made, and cannot be set up.
+    /// The connection was made, but its socket options could not be set.
     #[error("{0}")]
     Setup(#[source] io::Error),
 }
 
-/// One address needs no mention; several do.
+/// Shows the errors of all addresses. With only one address, the address itself is left out.
 struct Reasons<'a>(&'a [(SocketAddr, io::Error)]);
 
 impl fmt::Display for Reasons<'_> {
@@ -60,15 +60,15 @@ impl fmt::Display for Reasons<'_> {
 }
 
 impl ConnectError {
-    /// What this side lacked, if that is why there is no connection.
+    /// The local resource that ran out, if that is why the connection failed.
     #[must_use]
     pub fn lack(&self) -> Option<Lack> {
         match self {
             Self::Lookup(error) | Self::Setup(error) => lack_of_files(error),
             Self::NoAddress => None,
             Self::Refused(all) => {
-                // An address of a family that this machine does not have is "not available", too: it says something only
-                // where no address is.
+                // The error "not available" also means that this machine does not support the address family. So it
+                // means a lack of ports only if every address has this error.
                 let no_port = |(_, error): &(_, io::Error)| Errno::from_io_error(error) == Some(Errno::ADDRNOTAVAIL);
                 let files = all.iter().find_map(|(_, error)| lack_of_files(error));
                 files.or_else(|| (!all.is_empty() && all.iter().all(no_port)).then_some(Lack::Ports))
@@ -77,7 +77,8 @@ impl ConnectError {
     }
 }
 
-/// A resolver that cannot open its files says that the name is unknown. Whether there are files left is soon tried.
+/// Checks whether the process can still open a file. A resolver that cannot open its own files reports the name as
+/// unknown.
 fn out_of_files() -> Option<io::Error> {
     File::open("/dev/null").err().filter(|error| lack_of_files(error).is_some())
 }
@@ -90,7 +91,7 @@ fn lack_of_files(error: &io::Error) -> Option<Lack> {
     }
 }
 
-/// A server's host, by name or address, and its port. Remembers which addresses gave trouble a moment ago.
+/// The host of a server (a name or an address) and its port. Remembers which addresses failed recently.
 #[derive(Debug)]
 pub struct Endpoint {
     host: String,
@@ -99,19 +100,19 @@ pub struct Endpoint {
 }
 
 impl Endpoint {
-    /// An IPv6 address stands without brackets.
+    /// Makes an endpoint. An IPv6 address is given without brackets.
     #[must_use]
     pub fn new(host: impl Into<String>, port: u16) -> Self {
         Self { host: host.into(), port, trouble: Mutex::new(HashMap::new()) }
     }
 
-    /// Connects. The addresses of the name are raced as in RFC 8305; `time` is what the caller has for all of it, and is not
-    /// kept here: it only decides how soon the next address is tried.
+    /// Connects to the fastest address of the name, as in RFC 8305. `time` is the caller's limit. It decides how soon
+    /// the next address is tried; the caller enforces the limit itself.
     ///
     /// # Errors
     /// [`ConnectError`].
     pub async fn connect(&self, time: Duration) -> Result<TcpStream, ConnectError> {
-        // An address is not looked up: that would need a file and a thread.
+        // An address needs no lookup, which would cost a file and a thread.
         let resolved = match self.host.parse::<IpAddr>() {
             Ok(address) => vec![SocketAddr::from((address, self.port))],
             Err(_) => match lookup_host((self.host.as_str(), self.port)).await {
@@ -152,7 +153,7 @@ mod tests {
     use tokio::net::{TcpListener, TcpSocket};
     use tokio::time::timeout;
 
-    /// An address that swallows packets: a listener whose backlog is full. It does so as long as the value lives.
+    /// An address that drops packets: a listener whose backlog is full. It drops them until this value is dropped.
     struct Dead {
         address: SocketAddr,
         _listener: TcpListener,
@@ -181,10 +182,10 @@ mod tests {
         let endpoint = Endpoint::new("unused", 0);
         let addresses = [dead.address, served];
         let connect = || endpoint.connect_to(&addresses, Duration::from_secs(60));
-        // The kernel alone would go on with the first for minutes.
+        // The kernel alone would try the first address for minutes.
         let stream = timeout(Duration::from_secs(30), connect()).await.unwrap().unwrap();
         assert_eq!(stream.peer_addr().unwrap(), served);
-        // Next time the dead one is not waited for: it comes after the one that serves.
+        // The next connection tries the dead address last, so it does not wait for it.
         assert!(endpoint.trouble.lock().unwrap().contains_key(&dead.address));
         let stream = timeout(Duration::from_secs(30), connect()).await.unwrap().unwrap();
         assert_eq!(stream.peer_addr().unwrap(), served);

@@ -1,4 +1,4 @@
-//! Why a request has no answer.
+//! Errors of requests that got no reply.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -8,16 +8,16 @@ use crate::endpoint::{ConnectError, Lack};
 use crate::files::FileError;
 use crate::trust::{AuthorityError, TlsFault};
 
-/// A step of a request. Each has a deadline of its own.
+/// A step of a request. Each step has its own deadline.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Step {
-    /// Looking the name up, and the TCP connection to one of its addresses.
+    /// The name lookup, and the TCP connection to one of the addresses.
     Connect,
     /// The TLS handshake.
     Tls,
-    /// From the request to the first byte of the answer.
+    /// From sending the request to the first byte of the reply.
     FirstByte,
-    /// From the first byte of the answer to its last.
+    /// From the first byte of the reply to the last.
     Body,
 }
 
@@ -32,32 +32,32 @@ impl fmt::Display for Step {
     }
 }
 
-/// Why there is no answer.
+/// Reasons why a request got no reply.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// The URL cannot be used.
+    /// The URL is invalid.
     #[error("{url:?} cannot be used: {problem}; write it like http://host:8080")]
     Url {
-        /// The URL as it was given.
+        /// The URL as given by the caller.
         url: String,
-        /// What is wrong with it.
+        /// The problem with the URL.
         problem: String,
     },
-    /// The URL asks for TLS, and nothing says whom to trust.
+    /// The URL asks for TLS, and no certificate authority is trusted.
     #[error("{url} asks for TLS, which needs to know whom to trust: say --ca FILE or --system-ca")]
     NoTrust {
-        /// The URL as it was given.
+        /// The URL as given by the caller.
         url: String,
     },
-    /// The file of trusted certificates cannot be used.
+    /// The file of trusted certificates is unusable.
     #[error("--ca: {0}")]
     Ca(#[from] AuthorityError),
-    /// The machine's own trust store cannot be used.
+    /// The trust store of this machine is unusable.
     #[error(
         "--system-ca: this machine has no certificate authorities that can be used{problem}; install its package of them (ca-certificates), or give --ca FILE"
     )]
     SystemCa {
-        /// What went wrong, after a colon; empty where there are none.
+        /// The errors while loading, after a colon. Empty if there were none.
         problem: String,
     },
     /// The client's certificate cannot be read.
@@ -66,71 +66,71 @@ pub enum ClientError {
     /// The client's private key cannot be read.
     #[error("--client-key: {0}")]
     Key(#[source] FileError),
-    /// The client's certificate and private key cannot be used together.
+    /// The client's certificate and private key do not work together.
     #[error("--client-certificate {} and --client-key {} cannot be used together: {problem}", certificate.display(), key.display())]
     Identity {
-        /// The certificate's file.
+        /// The file with the certificate.
         certificate: PathBuf,
-        /// The key's file.
+        /// The file with the private key.
         key: PathBuf,
-        /// What is wrong.
+        /// The problem with the pair.
         problem: String,
     },
-    /// TLS cannot be set up.
+    /// The TLS configuration is invalid.
     #[error("TLS cannot be set up: {0}")]
     Setup(#[source] rustls::Error),
-    /// The server did not prove itself, does not accept this client, or does not speak TLS.
+    /// The server's certificate is not trusted, the server rejects this client, or the server does not speak TLS.
     #[error("no TLS with {server}: {fault}")]
     Tls {
         /// Host and port.
         server: String,
-        /// What is wrong, and what to do.
+        /// The cause, and what to do about it.
         fault: TlsFault,
     },
-    /// The URL says `http`, and the server speaks TLS.
+    /// The URL says `http`, but the server speaks TLS.
     #[error("{server} speaks TLS there: write https:// in the URL")]
     SpeaksTls {
         /// Host and port.
         server: String,
     },
-    /// No connection to the server.
+    /// The connection to the server failed.
     #[error("no connection to {server}: {source}; does it run there?")]
     Connect {
         /// Host and port.
         server: String,
-        /// Why, for each address of the host.
+        /// The error of each address of the host.
         source: ConnectError,
     },
-    /// The time of a step was up.
+    /// A step did not finish in time.
     #[error("{server} {step} within {limit:?}")]
     Timeout {
         /// Host and port.
         server: String,
-        /// Which step was not done.
+        /// The step that did not finish.
         step: Step,
-        /// The deadline that was missed: the step's own, or that of the whole request.
+        /// The deadline that was missed: either that of the step or that of the whole request.
         limit: Duration,
     },
-    /// The server closed the connection, or does not speak HTTP.
+    /// The server closed the connection, or it does not speak HTTP.
     #[error("{server} did not answer: {problem}")]
     Broken {
         /// Host and port.
         server: String,
-        /// What happened.
+        /// What happened on the connection.
         problem: String,
     },
-    /// The answer is longer than what is read.
+    /// The reply is longer than the limit.
     #[error("the answer of {server} is longer than {limit} bytes")]
     TooLarge {
         /// Host and port.
         server: String,
-        /// How many bytes it may have.
+        /// The limit, in bytes.
         limit: usize,
     },
 }
 
 impl ClientError {
-    /// What this machine or process lacked, if that is why there is no connection.
+    /// The local resource that ran out, if that is why there is no connection.
     #[must_use]
     pub fn lack(&self) -> Option<Lack> {
         match self {

@@ -1,5 +1,5 @@
-//! A host and the servers that it may ask: attests and unwraps, goes on to the next server where one cannot serve, and
-//! comes again where that helps.
+//! A host with several servers. It attests and unwraps; if one server cannot serve, it asks the next one, and it
+//! repeats the request if a later attempt can succeed.
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -15,69 +15,69 @@ use crate::http::{Client, ClientError, TlsSettings};
 use crate::retry::{Fallback, Fault, Step};
 use crate::tpm::TpmPlace;
 
-/// Longest time for one server's answer, so that one that hangs leaves time for the others.
+/// Longest time for the reply of one server. A server that hangs leaves time for the others.
 const ATTEMPT: Duration = Duration::from_secs(10);
 
-/// Why a host got nothing.
+/// Reasons why a host got no health certificate or no keys.
 #[derive(Debug, thiserror::Error)]
 pub enum ServicesError {
-    /// A URL or the file of trusted certificates cannot be used.
+    /// A URL or the file of trusted certificates is unusable.
     #[error(transparent)]
     Client(#[from] ClientError),
-    /// A file of the host.
+    /// A file of the host is missing or unusable.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// The service did not serve.
+    /// The service refused, or did not answer correctly.
     #[error(transparent)]
     Host(#[from] HostError),
 }
 
 impl ServicesError {
-    /// Whether the same may succeed later.
+    /// `true` if the same request may succeed later.
     #[must_use]
     pub fn is_temporary(&self) -> bool {
         matches!(self, Self::Host(error) if !matches!(error.fault(), Fault::Lasting | Fault::Unusable))
     }
 }
 
-/// One host, several servers.
+/// One host and the servers that it may ask.
 pub struct Services {
     folder: Folder,
     keys: Keys,
     hosts: Vec<Host>,
     fallback: Fallback,
-    /// For all that is asked.
+    /// For all requests together.
     timeout: Duration,
 }
 
-/// A health certificate, and how it came.
+/// A health certificate, and its origin.
 #[derive(Debug)]
 pub struct Health {
-    /// The certificate.
+    /// The health certificate itself.
     pub certificate: Certificate,
-    /// The server that issued it just now; `None` for one that was kept.
+    /// The server that has just issued it; `None` if it was read from disk.
     pub issued_by: Option<String>,
 }
 
-/// What [`Services::unwrap`] got.
+/// The result of [`Services::unwrap`].
 pub struct Released {
     /// The keys and the new protector.
     pub unwrapped: Unwrapped,
-    /// The server that released them.
+    /// The server that released the keys.
     pub server: String,
-    /// The version of the interface that it spoke.
+    /// The version of the interface that the server used.
     pub api: ApiVersion,
-    /// Whether the host had to attest.
+    /// `true` if the host had to attest for this release.
     pub attested: bool,
 }
 
 impl Services {
-    /// The host whose keys are in `folder`, and the servers at `urls` (one at least) in the order in which they are wanted. It
-    /// attests by its TPM where that is said, else with its host key. Nothing is sent yet; `timeout` is for all that is asked,
-    /// and begins now. Blocks on files.
+    /// Makes the host whose keys are in `folder`, with the servers at `urls` in order of preference (at least one).
+    /// With a TPM given, the host attests with it; otherwise it attests with its host key. Sends no request yet.
+    /// `timeout` is the limit for all requests together, and starts now. Blocks on files.
     ///
     /// # Errors
-    /// [`ServicesError`]: keys, URLs or files for TLS cannot be used.
+    /// [`ServicesError`]: keys, URLs or TLS files are unusable.
     pub fn new(
         folder: Folder,
         tpm: Option<TpmPlace>,
@@ -100,7 +100,7 @@ impl Services {
         Ok(Self { folder, keys, hosts, fallback, timeout })
     }
 
-    /// The health certificate that is kept if it will do, or a new one.
+    /// Returns the stored health certificate if it is still usable, or else a new one.
     ///
     /// # Errors
     /// [`ServicesError`].
@@ -116,7 +116,7 @@ impl Services {
         Some(Health { certificate, issued_by: None })
     }
 
-    /// A new health certificate, which is kept from now on.
+    /// Gets a new health certificate and stores it.
     ///
     /// # Errors
     /// [`ServicesError`].
@@ -126,7 +126,8 @@ impl Services {
         Ok(health)
     }
 
-    /// A new health certificate; that it cannot be kept stops no machine from starting.
+    /// Gets a new health certificate. If the certificate cannot be stored, the release goes on: a full disk must not
+    /// keep a virtual machine from starting.
     async fn attest_to_unwrap(&mut self) -> Result<Health, HostError> {
         let health = self.attested().await?;
         if let Err(error) = self.folder.keep_health(&health.certificate) {
@@ -137,7 +138,8 @@ impl Services {
 
     async fn attested(&mut self) -> Result<Health, HostError> {
         let identity = self.keys.identity.clone();
-        // Judged while there are others to ask: a server that issues something else is at fault itself.
+        // The certificate is checked here, while other servers can still be asked: a wrong certificate is a fault of
+        // that server.
         let issued = self.ask(async |host: &Host| {
             let certificate =
                 Certificate::parse(&host.attest().await?).map_err(|e| HostError::Answer(e.to_string()))?;
@@ -150,8 +152,9 @@ impl Services {
         Ok(Health { certificate, issued_by: Some(server) })
     }
 
-    /// Exchanges a protector for its keys and a fresh protector. A health certificate that the service does not accept is
-    /// replaced, once: it may have been kept for longer than its signer, or be another cluster's.
+    /// Exchanges a protector for its keys and a new protector. If the service rejects the stored health certificate,
+    /// the host attests once and tries again: the certificate may be older than the current attestation signer, or
+    /// belong to another cluster.
     ///
     /// # Errors
     /// [`HostError`].
@@ -179,7 +182,7 @@ impl Services {
     ) -> Result<(String, (ApiVersion, Unwrapped)), HostError> {
         self.ask(async |host: &Host| {
             match host.roll(ApiVersion::V2, health.der(), protector).await {
-                // A service that knows only the first version.
+                // The service supports only the first version of the interface.
                 Err(HostError::Release { status: 404, .. } | HostError::Status { status: 404, .. }) => {
                     Ok((ApiVersion::V1, host.roll(ApiVersion::V1, health.der(), protector).await?))
                 }
@@ -189,7 +192,7 @@ impl Services {
         .await
     }
 
-    /// Asks one server after the other until one answers rightly; gives which, and its answer.
+    /// Asks the servers in turn until one gives a correct reply. Returns the server and the reply.
     async fn ask<T>(
         &mut self,
         question: impl AsyncFn(&Host) -> Result<T, HostError>,
@@ -220,7 +223,7 @@ impl Services {
             }
             tracing::warn!(server = self.hosts[server].server(), %error, "asking elsewhere or again");
             self.fallback.failed(server, fault, Instant::now(), luck());
-            // While one server may serve later, that is what the caller is told.
+            // An error that may pass later is more useful to the caller than one that will not.
             if fault != Fault::Unusable || last.is_none() {
                 last = Some(error);
             }
@@ -233,13 +236,13 @@ impl Services {
     }
 }
 
-/// Seconds since 1970 by this machine's clock.
+/// Seconds since 1970, from the clock of this machine.
 pub(crate) fn unix_now() -> i64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
 }
 
-/// Even, from 0 to 1. Without randomness the longest rest is the safe one.
+/// A uniform random number from 0 to 1. If there is no randomness, it is 1: the longest pause is the safe choice.
 fn luck() -> f64 {
     let mut octets = [0; 4];
     let drawn = SystemRandom::new().fill(&mut octets);

@@ -1,6 +1,6 @@
-//! The files that administrators hand over and that commands write. Reading has bounds, secrets are read only where others may
-//! not read them, and text, certificates and keys all go through one reader, [`claviger_protocol::input`]. What is written is
-//! for its owner alone, and is there whole or not at all.
+//! Reads the files that administrators provide, and writes the files that commands make. Every read has a size limit. A
+//! secret is read only if other users cannot read it. Text, certificates and keys all go through one parser,
+//! [`claviger_protocol::input`]. A written file is readable only by its owner, and it is either complete or absent.
 
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
@@ -16,81 +16,82 @@ use data_encoding::HEXLOWER;
 use ring::rand::{SecureRandom, SystemRandom};
 use zeroize::Zeroizing;
 
-/// Largest file of certificates or keys that is read, in bytes: what all authorities of a Linux distribution need, four times.
+/// Largest file of certificates or keys, in bytes. This is four times the size of all authorities of a Linux
+/// distribution.
 pub const MAX_PEM: usize = 1024 * 1024;
-/// What is set aside for a file that does not say how long it is, such as a pipe: no secret is longer.
+/// Buffer size for a file of unknown length, such as a pipe. No secret is longer.
 const UNKNOWN_LENGTH: usize = 64 * 1024;
 
-/// Why a file is not read or written.
+/// Reasons why a file was not read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum FileError {
-    /// The operating system does not do it.
+    /// The operating system reports an error.
     #[error("{}: {source}", path.display())]
     Io {
         /// The file or folder.
         path: PathBuf,
-        /// What the operating system says.
+        /// The error of the operating system.
         source: io::Error,
     },
-    /// It is longer than what it should be can be.
+    /// The file is longer than its limit.
     #[error("{}: larger than {limit} bytes; is it the right file?", path.display())]
     TooLong {
         /// The file.
         path: PathBuf,
-        /// How many octets there may be.
+        /// The limit, in bytes.
         limit: usize,
     },
-    /// It is a secret that others may read or change.
+    /// The file is secret, and other users can read or change it.
     #[error("{file}: it is secret, and others may read or change it (mode {mode:04o}); run: chmod 600 {file}", file = path.display())]
     Exposed {
         /// The file.
         path: PathBuf,
-        /// Who may do what with it.
+        /// The permission bits of the file.
         mode: u32,
     },
-    /// It is not text in UTF-8.
+    /// The file is not UTF-8 text.
     #[error("{}: {source}", path.display())]
     Text {
         /// The file.
         path: PathBuf,
-        /// What it is instead.
+        /// The encoding or fault that was found.
         source: TextError,
     },
-    /// It does not hold the certificate or key that it should.
+    /// The file does not hold the expected certificate or key.
     #[error("{}: {source}", path.display())]
     Content {
         /// The file.
         path: PathBuf,
-        /// What it holds instead.
+        /// The content that was found, or the fault in it.
         source: InputError,
     },
-    /// It should hold one line, and holds several.
+    /// The file should hold one line, and holds several.
     #[error("{}: it has several lines, and one is expected; put only the {what} there", path.display())]
     Lines {
         /// The file.
         path: PathBuf,
-        /// What the line is.
+        /// What the line should contain.
         what: &'static str,
     },
-    /// There is another one, which is not written over.
+    /// A file with this name exists, and it must not be overwritten.
     #[error("{} is there already and is not written over; move it away or choose another name", .0.display())]
     InTheWay(PathBuf),
 }
 
 impl FileError {
-    /// What the operating system says of `path`.
+    /// Wraps an error of the operating system about `path`.
     pub fn of(path: &Path) -> impl Fn(io::Error) -> Self {
         |source| Self::Io { path: path.to_owned(), source }
     }
 
-    /// Whether there is no such file.
+    /// `true` if the file does not exist.
     #[must_use]
     pub fn is_missing(&self) -> bool {
         matches!(self, Self::Io { source, .. } if source.kind() == ErrorKind::NotFound)
     }
 }
 
-/// Reads a file of `limit` octets at most. They are wiped when they are dropped.
+/// Reads a file of at most `limit` bytes. The bytes are zeroised on drop.
 ///
 /// # Errors
 /// [`FileError::Io`], [`FileError::TooLong`].
@@ -99,7 +100,8 @@ pub fn read(path: &Path, limit: usize) -> Result<Zeroizing<Vec<u8>>, FileError> 
     read_open(path, file, limit)
 }
 
-/// The same for a secret: a private key, a PIN, a password. There is one policy for all of them, that of [`is_exposed`].
+/// Reads a secret of at most `limit` bytes: a private key, a PIN or a password. One policy, [`is_exposed`], applies to
+/// all secrets.
 ///
 /// # Errors
 /// [`FileError::Exposed`], and those of [`read`].
@@ -112,17 +114,17 @@ pub fn read_secret(path: &Path, limit: usize) -> Result<Zeroizing<Vec<u8>>, File
     read_open(path, file, limit)
 }
 
-/// Whether a secret in this file is one no more: only its owner may read and write it. The group may read a file of root's,
-/// because that is how root gives a secret to a service that runs as another user (as systemd's credentials and Debian's
-/// `ssl-cert` do).
+/// Returns `true` if other users can read or change a secret in this file. Only its owner may. A file of root may also
+/// be readable by its group, because root gives secrets to services of other users in this way (for example systemd's
+/// credentials and Debian's `ssl-cert`).
 #[must_use]
 pub fn is_exposed(metadata: &fs::Metadata) -> bool {
     let allowed = if metadata.uid() == 0 { 0o740 } else { 0o700 };
-    // The mode of a pipe does not say who reads what comes through it.
+    // The mode of a pipe does not limit who reads the data in it.
     metadata.is_file() && metadata.mode() & 0o777 & !allowed != 0
 }
 
-/// Reads a text in UTF-8; a byte-order mark before it is left out.
+/// Reads UTF-8 text, without a leading byte-order mark.
 ///
 /// # Errors
 /// [`FileError::Text`], and those of [`read`].
@@ -130,7 +132,7 @@ pub fn read_text(path: &Path, limit: usize) -> Result<Zeroizing<String>, FileErr
     text(path, &read(path, limit)?)
 }
 
-/// The same for a secret.
+/// Reads a secret that is UTF-8 text.
 ///
 /// # Errors
 /// [`FileError::Text`], and those of [`read_secret`].
@@ -138,7 +140,7 @@ pub fn read_secret_text(path: &Path, limit: usize) -> Result<Zeroizing<String>, 
     text(path, &read_secret(path, limit)?)
 }
 
-/// The same for a secret that is one line, such as a password; its line break is left out. `what` it is, for messages.
+/// Reads a secret of one line, such as a password, without its line break. `what` names the secret in messages.
 ///
 /// # Errors
 /// [`FileError::Text`], [`FileError::Lines`], and those of [`read_secret`].
@@ -150,7 +152,7 @@ pub fn read_secret_line(path: &Path, limit: usize, what: &'static str) -> Result
     }
 }
 
-/// A text of one line, without its line break.
+/// Returns a text of one line without its line break, or `None` if it has several lines.
 #[must_use]
 pub fn one_line(text: &str) -> Option<&str> {
     let line = text.strip_suffix('\n').unwrap_or(text);
@@ -158,7 +160,7 @@ pub fn one_line(text: &str) -> Option<&str> {
     (!line.contains(['\n', '\r'])).then_some(line)
 }
 
-/// Reads the certificates of a file: all of them, or it is refused.
+/// Reads all certificates of a file. One unusable certificate makes the whole file an error.
 ///
 /// # Errors
 /// [`FileError::Content`], and those of [`read`].
@@ -166,7 +168,7 @@ pub fn read_certificates(path: &Path) -> Result<Vec<input::Entry>, FileError> {
     input::certificates(&read(path, MAX_PEM)?).map_err(content(path))
 }
 
-/// Reads the one certificate of a file.
+/// Reads the only certificate of a file.
 ///
 /// # Errors
 /// [`FileError::Content`], and those of [`read`].
@@ -174,7 +176,7 @@ pub fn read_certificate(path: &Path) -> Result<Certificate, FileError> {
     input::certificate(&read(path, MAX_PEM)?).map_err(content(path))
 }
 
-/// Reads the one private key of a file, of any algorithm.
+/// Reads the only private key of a file. The key may have any algorithm.
 ///
 /// # Errors
 /// [`FileError::Content`], and those of [`read_secret`].
@@ -182,7 +184,7 @@ pub fn read_private_key(path: &Path) -> Result<input::PrivateKey, FileError> {
     input::private_key(&read_secret(path, MAX_PEM)?).map_err(content(path))
 }
 
-/// Reads the one RSA private key of a file.
+/// Reads the only RSA private key of a file.
 ///
 /// # Errors
 /// [`FileError::Content`], and those of [`read_secret`].
@@ -190,7 +192,7 @@ pub fn read_rsa_private_key(path: &Path) -> Result<RsaPrivateKey, FileError> {
     input::rsa_private_key(&read_secret(path, MAX_PEM)?).map_err(content(path))
 }
 
-/// Makes an error of what is wrong with the content of `path`.
+/// Wraps an error about the content of `path`.
 pub fn content(path: &Path) -> impl Fn(InputError) -> FileError {
     |source| FileError::Content { path: path.to_owned(), source }
 }
@@ -204,7 +206,7 @@ fn read_open(path: &Path, file: File, limit: usize) -> Result<Zeroizing<Vec<u8>>
     let metadata = file.metadata().map_err(FileError::of(path))?;
     let length = usize::try_from(metadata.len()).unwrap_or(usize::MAX);
     let expected = if metadata.is_file() { length } else { UNKNOWN_LENGTH };
-    // The capacity is enough from the start: growing would leave copies of a secret behind.
+    // The capacity is sufficient from the start: a buffer that grows would leave copies of a secret in memory.
     let mut octets = Zeroizing::new(Vec::with_capacity(expected.min(limit) + 64));
     file.take(limit as u64 + 1).read_to_end(&mut octets).map_err(FileError::of(path))?;
     if octets.len() > limit {
@@ -213,21 +215,21 @@ fn read_open(path: &Path, file: File, limit: usize) -> Result<Zeroizing<Vec<u8>>
     Ok(octets)
 }
 
-/// What becomes of a file that is there.
+/// What to do if the file exists.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Existing {
-    /// It stays, and nothing is written.
+    /// Keep the old file, and write nothing.
     Keep,
-    /// It is the old one or the new one at every moment, whole.
+    /// Replace the old file atomically: at every moment, either the old or the new file is there, complete.
     Replace,
 }
 
-/// Writes a file that only its owner may read, with all its octets or not at all. After this call it is there also if the
-/// power fails.
+/// Writes a file that only its owner may read, completely or not at all. After this call, the file survives a power
+/// failure.
 ///
 /// # Errors
-/// [`FileError::InTheWay`], [`FileError::Io`]. What was there is still there, unless only the folder could not be forced to
-/// the disk.
+/// [`FileError::InTheWay`], [`FileError::Io`]. On an error the old file is still there, except if the only failure was
+/// to sync the folder to the disk.
 pub fn write(path: &Path, octets: &[u8], existing: Existing) -> Result<(), FileError> {
     let failed = |error: io::Error| match (existing, error.kind()) {
         (Existing::Keep, ErrorKind::AlreadyExists) => FileError::InTheWay(path.to_owned()),
@@ -247,14 +249,14 @@ pub fn write(path: &Path, octets: &[u8], existing: Existing) -> Result<(), FileE
     file.write_all(octets).and_then(|()| file.sync_all()).map_err(failed)?;
     match existing {
         Existing::Replace => fs::rename(&draft.0, path),
-        // A link, because renaming would replace a file that came up meanwhile.
+        // A hard link fails if the file exists; a rename would replace a file that appeared meanwhile.
         Existing::Keep => fs::hard_link(&draft.0, path),
     }
     .map_err(failed)?;
     File::open(folder(path)).and_then(|folder| folder.sync_all()).map_err(failed)
 }
 
-/// Removes the file's first name, whatever happens; after a renaming there is none.
+/// Removes the temporary file on drop. After a rename there is none.
 struct Draft(PathBuf);
 
 impl Drop for Draft {
@@ -263,7 +265,7 @@ impl Drop for Draft {
     }
 }
 
-/// Complains early of a file that is there: before anything is computed or written.
+/// Fails if the file exists. Commands call this first, before they compute or write anything.
 ///
 /// # Errors
 /// [`FileError::InTheWay`].
@@ -274,7 +276,7 @@ pub fn must_be_new(path: &Path) -> Result<(), FileError> {
     }
 }
 
-/// Writes two new files, or none: a protector without its key, or a key without its protector, helps nobody.
+/// Writes two new files, or neither: a protector without its key is useless, and so is a key without its protector.
 ///
 /// # Errors
 /// Those of [`write()`].
@@ -285,13 +287,13 @@ pub fn write_both(first: (&Path, &[u8]), second: (&Path, &[u8])) -> Result<(), F
     })
 }
 
-/// The folder that a file is in.
+/// Returns the folder that contains a file.
 #[must_use]
 pub fn folder(path: &Path) -> &Path {
     path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
-/// Whether both paths lead to one file, or would.
+/// Returns `true` if both paths name the same file, or would name the same file once it exists.
 #[must_use]
 pub fn same_file(one: &Path, other: &Path) -> bool {
     let file = |path: &Path| fs::metadata(path).ok().map(|found| (found.dev(), found.ino()));
@@ -305,7 +307,7 @@ pub fn same_file(one: &Path, other: &Path) -> bool {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 pub(crate) mod testing {
-    //! What tests want to know of files.
+    //! Helpers for tests that use files.
 
     use super::*;
 
@@ -313,7 +315,7 @@ pub(crate) mod testing {
         fs::metadata(path).unwrap().mode() & 0o7777
     }
 
-    /// The names in a folder, in order.
+    /// Returns the sorted names in a folder.
     pub(crate) fn names(dir: &Path) -> Vec<String> {
         let mut names: Vec<_> =
             fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
@@ -340,7 +342,7 @@ mod tests {
             assert!(message.contains("one is there already"), "{message}");
         }
         assert_eq!(fs::read(&one).unwrap(), b"1");
-        // Not even a link to nowhere is followed, and nothing is left behind.
+        // A dangling symbolic link is not followed, and no temporary file is left.
         std::os::unix::fs::symlink("nowhere", &two).unwrap();
         assert!(write(&two, b"2", Existing::Keep).is_err());
         fs::remove_file(&two).unwrap();
@@ -357,10 +359,10 @@ mod tests {
         let reader = File::open(&file).unwrap();
         write(&file, b"new", Existing::Replace).unwrap();
         assert_eq!((fs::read(&file).unwrap(), mode(&file)), (b"new".to_vec(), 0o600));
-        // Who had it open still has the old one: it was never written to.
+        // An open handle still shows the old file: the replacement does not write into it.
         assert_eq!(io::read_to_string(reader).unwrap(), "old");
         assert_eq!(names(temporary.path()), ["file"]);
-        // What cannot be replaced stays, and nothing is left beside it.
+        // If the target cannot be replaced, it stays, and no temporary file is left.
         let folder = temporary.path().join("folder");
         fs::create_dir(&folder).unwrap();
         let message = write(&folder, b"new", Existing::Replace).unwrap_err().to_string();
@@ -376,7 +378,7 @@ mod tests {
         fs::write(&file, [7; 100]).unwrap();
         assert_eq!(read(&file, 100).unwrap().len(), 100);
         assert!(read(&file, 99).unwrap_err().to_string().contains("larger than 99 bytes"));
-        // No length is announced there.
+        // This device reports no length.
         assert!(read(Path::new("/dev/zero"), 1000).is_err());
         let missing = read(&folder.path().join("none"), 1).unwrap_err();
         assert!(missing.is_missing() && missing.to_string().contains("none: No such file"), "{missing}");
@@ -401,7 +403,7 @@ mod tests {
             fs::set_permissions(&file, fs::Permissions::from_mode(own)).unwrap();
             assert_eq!(*read_secret_line(&file, 100, "secret").unwrap(), "secret");
         }
-        // Only root may give a file to a group to read.
+        // Only for files of root may the group read the secret.
         fs::set_permissions(&file, fs::Permissions::from_mode(0o440)).unwrap();
         let owner = fs::metadata(&file).unwrap().uid();
         assert_eq!(read_secret(&file, 100).is_ok(), owner == 0);

@@ -1,7 +1,8 @@
-//! A guarded host, as the service sees one: attests with its host key or by its TPM, then exchanges protectors for keys.
+//! The client side of a guarded host. The host attests with its host key or its TPM, then exchanges protectors for
+//! keys.
 //!
-//! [`Host`] asks one server. [`crate::failover`] asks several, as [`crate::retry`] says; [`crate::host_files`] is what a host
-//! keeps on disk.
+//! [`Host`] asks one server. [`crate::failover`] asks several servers, by the rules of [`crate::retry`].
+//! [`crate::host_files`] has the files that a host keeps on disk.
 
 use std::sync::Arc;
 
@@ -20,16 +21,16 @@ use ring::rand::{SecureRandom, SystemRandom};
 use crate::http::{Client, ClientError, Reply};
 use crate::tpm::{Session, TpmError, TpmPlace};
 
-/// Where hosts attest, by what they attest with.
+/// Paths for attestation, by the kind of proof.
 const HOST_KEY_ATTEST: &str = "/Attestation/v2.0/hostkeyattest";
 const TPM_ATTEST: &str = "/Attestation/v2.0/attest";
 
-/// What a host attests with.
+/// The proof that a host attests with.
 #[derive(Clone)]
 pub enum Proof {
-    /// The key that it is registered with.
+    /// The host key, which is registered with the service.
     HostKey(Arc<RsaPrivateKey>),
-    /// Its TPM, whose endorsement key it is registered with.
+    /// The TPM, whose endorsement key is registered with the service.
     Tpm(TpmPlace),
 }
 
@@ -45,81 +46,82 @@ impl From<Arc<RsaPrivateKey>> for Proof {
     }
 }
 
-/// A host with its two keys.
+/// A host with its proof and its identity key.
 pub struct Host {
     client: Client,
     proof: Proof,
-    /// What its health certificates are made over, and keys are encrypted to.
+    /// Health certificates certify this key, and the service encrypts transport keys to it.
     identity_key: Arc<RsaPrivateKey>,
 }
 
-/// Why a host did not get what it asked for.
+/// Reasons why a host did not get a health certificate or keys.
 #[derive(Debug, thiserror::Error)]
 pub enum HostError {
-    /// There was no answer.
+    /// The request got no reply.
     #[error(transparent)]
     Client(#[from] ClientError),
-    /// Attestation refused.
+    /// The service refused the attestation.
     #[error("attestation refused with {status} {}: {}", reply.name, reply.message.as_deref().unwrap_or("no message"))]
     Attestation {
         /// The HTTP status.
         status: u16,
-        /// What the service said.
+        /// The error in the body of the reply.
         reply: ReceivedError,
-        /// In how many seconds the host may come again, if the service said so.
+        /// Seconds until the host may try again, if the service says so.
         retry_after: Option<u16>,
     },
-    /// The release was refused.
+    /// The service refused the release.
     #[error("release refused with {status} {refusal}")]
     Release {
         /// The HTTP status.
         status: u16,
-        /// What the service said.
+        /// The error in the body of the reply.
         refusal: Refusal,
     },
-    /// An error that is none of the protocol's: what answers may be something between the host and the service.
+    /// The body of the reply is not an error of the protocol. The reply may come from a proxy between the host and the
+    /// service.
     #[error("{server} answered with status {status} and no error of the protocol; is it the service's URL?")]
     Status {
-        /// Who answered.
+        /// The server that was asked.
         server: String,
         /// The HTTP status.
         status: u16,
-        /// In how many seconds the host may come again, if that was said.
+        /// Seconds until the host may try again, if the reply says so.
         retry_after: Option<u16>,
     },
-    /// An answer that cannot be understood, keys that do not open, or that are not the protectors'.
+    /// The reply cannot be parsed, the keys cannot be decrypted, or the keys do not belong to the protectors.
     #[error("the answer is not right: {0}")]
     Answer(String),
     /// The host's own keys do not work.
     #[error("the host's keys: {0}")]
     Key(String),
-    /// The host's TPM does not work, or its event log cannot be read.
+    /// The TPM of the host does not work, or its event log cannot be read.
     #[error(transparent)]
     Tpm(#[from] TpmError),
 }
 
-/// What a host keeps of a release.
+/// The result of a release.
 pub struct Unwrapped {
     /// Both transport keys.
     pub keys: Payload,
-    /// The protector to show next time.
+    /// The new protector, to be used for the next release.
     pub egress_protector: Vec<u8>,
 }
 
 impl Host {
-    /// A host that talks to the service behind `client`.
+    /// Makes a host that asks the server of `client`.
     #[must_use]
     pub fn new(client: Client, proof: impl Into<Proof>, identity_key: Arc<RsaPrivateKey>) -> Self {
         Self { client, proof: proof.into(), identity_key }
     }
 
-    /// Which server it asks: for messages.
+    /// The host and port of the server, for messages.
     #[must_use]
     pub fn server(&self) -> &str {
         self.client.server()
     }
 
-    /// Proves to be the registered host and gets a health certificate (DER).
+    /// Attests as the registered host and returns a health certificate (DER).
     ///
     /// # Errors
     /// See [`HostError`].
@@ -144,7 +146,7 @@ impl Host {
         self.post_attestation(HOST_KEY_ATTEST, request).await
     }
 
-    /// Both steps. What the TPM does takes its time, on a thread that may block.
+    /// Runs both steps of attestation with a TPM. The TPM is slow, so its work runs on a blocking thread.
     async fn attest_by(&self, place: TpmPlace, session: [u8; 16]) -> Result<Reply, HostError> {
         let blocked = |e: tokio::task::JoinError| HostError::Answer(e.to_string());
         let begun = tokio::task::spawn_blocking(|| Session::begin(place)).await.map_err(blocked)??;
@@ -165,7 +167,7 @@ impl Host {
         self.post_attestation(TPM_ATTEST, request).await
     }
 
-    /// Posts a request for attestation; an error reply is an error.
+    /// Posts an attestation request. An error reply becomes an error.
     async fn post_attestation(&self, path: &str, request: Vec<u8>) -> Result<Reply, HostError> {
         let reply = self.client.post(path, "application/json", request).await?;
         if reply.status == 200 {
@@ -176,7 +178,8 @@ impl Host {
         Err(HostError::Attestation { status, reply: error, retry_after })
     }
 
-    /// Exchanges a protector for its transport key and a fresh protector, and checks that the keys are those of the two.
+    /// Exchanges a protector for its transport key and a new protector. Checks that both keys belong to their
+    /// protectors.
     ///
     /// # Errors
     /// See [`HostError`].
@@ -205,7 +208,7 @@ impl Host {
             return Err(HostError::Release { status: reply.status.as_u16(), refusal });
         }
         let response = RollResponse::parse(&reply.body).map_err(unreadable)?;
-        // Opening is work for a processor, not for the thread that drives connections.
+        // Decryption is expensive, so it does not run on the thread that drives connections.
         let (identity_key, ingress) = (self.identity_key.clone(), request.ingress_protector);
         let opened = tokio::task::spawn_blocking(move || {
             let transfer_key = identity_key.decrypt_oaep(algorithms.transfer, &response.keys.transfer_key);
@@ -224,7 +227,8 @@ impl Host {
     }
 }
 
-/// Holds a value whose drop blocks, and drops it on a thread that may block: also when the future that holds it ends early.
+/// Holds a value whose drop blocks, and drops it on a blocking thread. This also holds if the future that owns the
+/// value is cancelled.
 struct DropBlocking<T: Send + 'static>(Option<T>);
 
 impl<T: Send + 'static> Drop for DropBlocking<T> {
@@ -236,15 +240,16 @@ impl<T: Send + 'static> Drop for DropBlocking<T> {
     }
 }
 
-/// What a host asks for when it attests.
+/// The results that a host requests when it attests.
 const WANTED: [ResultType; 1] = [ResultType::EncryptionCertificate];
 
 fn unreadable(error: attestation::ReplyError) -> HostError {
     HostError::Answer(error.to_string())
 }
 
-/// Checks that each key made its protector's transport-key signature, that whoever may open the old protector may open the
-/// new one, and that this was signed by one of them. A host that stored anything else might have lost the machine's secrets.
+/// Checks that each key made the transport-key signature of its protector, that every guardian of the old protector is
+/// a guardian of the new one, and that one of them signed the new protector. A host that stored any other protector
+/// could lose the secrets of the virtual machine.
 fn prove(ingress: &[u8], ingress_key: &TransportKey, egress: &[u8], egress_key: &TransportKey) -> Result<(), String> {
     let ingress = Protector::parse(ingress).map_err(|e| format!("the protector that was sent: {e}"))?;
     if !ingress.transport_key_signature.verify(ingress_key, &ingress.signed_octets) {
@@ -271,7 +276,7 @@ mod tests {
 
     use super::*;
 
-    /// Reports the thread that drops it.
+    /// Sends the id of the thread that drops it.
     struct Reports(mpsc::Sender<ThreadId>);
 
     impl Drop for Reports {

@@ -1,10 +1,10 @@
-//! What a host keeps on disk: its keys and its health certificate.
+//! The files that a host keeps on disk: its keys and its health certificate.
 //!
 //! ```text
-//! DIR/hostkey.pem       private: what the host is registered with     hostkey.pub.pem   its public half
-//!                       (none where it attests by its TPM)
-//! DIR/identitykey.pem   private: what the service encrypts to
-//! DIR/health.pem        the certificate over the identity key, kept until shortly before it expires
+//! DIR/hostkey.pem       private: registered with the service       hostkey.pub.pem   its public half
+//!                       (absent if the host attests with its TPM)
+//! DIR/identitykey.pem   private: the service encrypts to this key
+//! DIR/health.pem        certificate of the identity key, kept until shortly before it expires
 //! ```
 
 use std::fs::DirBuilder;
@@ -23,64 +23,65 @@ const HOST_KEY_PUBLIC: &str = "hostkey.pub.pem";
 const IDENTITY_KEY: &str = "identitykey.pem";
 const HEALTH: &str = "health.pem";
 
-/// File systems in memory, by their magic numbers.
+/// Magic numbers of file systems in memory.
 const TMPFS: i64 = 0x0102_1994;
 const RAMFS: i64 = 0x8584_58f6;
 
-/// Bits of an identity key that is made for a boot.
+/// Length in bits of an identity key that lasts for one boot.
 const IDENTITY_BITS: u32 = 3072;
 
-/// A certificate is not used in its last seconds: a release may take as long, and clocks differ.
+/// Seconds before its end from which a certificate is no longer used: a release takes time, and clocks differ.
 const MARGIN: i64 = 300;
 
-/// Why a file of the host is not there, or not what it should be.
+/// Reasons why a file of the host is missing or unusable.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
-    /// A file cannot be read or written, or a key is not its owner's alone.
+    /// A file cannot be read or written, or other users can read a private key.
     #[error(transparent)]
     File(#[from] FileError),
     /// The host has no keys yet.
     #[error("{} is not there; make this host's keys with: claviger host new-key --dir {}", .0.display(), files::folder(.0).display())]
     NoKey(PathBuf),
-    /// The host has keys, which are not overwritten.
+    /// The host has keys, and they are not overwritten.
     #[error("{} is there already; its public half is in {HOST_KEY_PUBLIC} beside it. To replace it, move it away first", .0.display())]
     KeyExists(PathBuf),
-    /// The folder outlives the boot that its keys vouch for.
+    /// The folder survives a reboot, but its keys must last for one boot only.
     #[error("{} is not on a tmpfs: the identity key of a host that attests by its TPM has to be gone after the boot which it proved; use a folder below /run", .0.display())]
     NotVolatile(PathBuf),
-    /// A key that cannot be made.
+    /// A key cannot be made.
     #[error("{}: {source}", path.display())]
     Key {
-        /// Its file.
+        /// The file of the key.
         path: PathBuf,
-        /// What is wrong.
+        /// The error of the key generation.
         source: KeyError,
     },
 }
 
-/// The folder with a host's keys.
+/// The folder with the keys of a host.
 #[derive(Clone, Debug)]
 pub struct Folder(PathBuf);
 
-/// A host's keys.
+/// The keys of a host.
 pub struct Keys {
-    /// What it is registered with, unless that is its TPM's.
+    /// The key that is registered with the service; `None` if the TPM's endorsement key is registered instead.
     pub host: Option<Arc<RsaPrivateKey>>,
-    /// What its health certificates are made over.
+    /// The key that health certificates certify.
     pub identity: Arc<RsaPrivateKey>,
 }
 
 impl Folder {
-    /// The folder `dir`, which need not exist yet.
+    /// Names the folder `dir`, which may not exist yet.
     #[must_use]
     pub fn new(dir: impl Into<PathBuf>) -> Self {
         Self(dir.into())
     }
 
-    /// Makes the host's keys; gives the host key and where its public half is. An identity key that is there is kept.
+    /// Makes the keys of the host. Returns the host key and the path of its public half. An existing identity key is
+    /// kept.
     ///
     /// # Errors
-    /// [`StoreError`]: there is a host key already, no key of `bits` can be made, or a file cannot be written.
+    /// [`StoreError`]: a host key exists, no key of `bits` can be made, or a file cannot be written.
     pub fn make_keys(&self, bits: u32) -> Result<(RsaPrivateKey, PathBuf), StoreError> {
         let path = self.0.join(HOST_KEY);
         if path.exists() {
@@ -98,21 +99,21 @@ impl Folder {
         let host = key(HOST_KEY)?;
         let public = self.0.join(HOST_KEY_PUBLIC);
         files::write(&public, host.public().to_pem().as_bytes(), Existing::Replace)?;
-        // Last: a folder with a host key is whole.
+        // The host key is written last: a folder with a host key is complete.
         files::write(&path, host.to_pkcs8_pem().as_bytes(), Existing::Replace)?;
         Ok((host, public))
     }
 
-    /// The host's keys.
+    /// Reads the keys of the host.
     ///
     /// # Errors
-    /// [`StoreError`]: files that are missing, hold something else, or may be read by others.
+    /// [`StoreError`]: a file is missing, has other content, or can be read by other users.
     pub fn keys(&self) -> Result<Keys, StoreError> {
         Ok(Keys { host: Some(Arc::new(self.key(HOST_KEY)?)), identity: Arc::new(self.key(IDENTITY_KEY)?) })
     }
 
-    /// The keys of a host that attests by its TPM: an identity key, which is made where there is none. The folder has to be
-    /// on a tmpfs, so that every boot has a key of its own.
+    /// Returns the keys of a host that attests with its TPM. This is an identity key only, which is made if it does not
+    /// exist. The folder must be on a tmpfs, so that every boot has its own key.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -132,13 +133,13 @@ impl Folder {
         Ok(Keys { host: None, identity: Arc::new(self.key(IDENTITY_KEY)?) })
     }
 
-    /// Where the host key's public half is.
+    /// The path of the public half of the host key.
     #[must_use]
     pub fn public_key_file(&self) -> PathBuf {
         self.0.join(HOST_KEY_PUBLIC)
     }
 
-    /// Where the health certificate is kept.
+    /// The path of the health certificate.
     #[must_use]
     pub fn health_file(&self) -> PathBuf {
         self.0.join(HEALTH)
@@ -152,11 +153,12 @@ impl Folder {
         }
     }
 
-    /// The health certificate that is kept, if it is over these keys and will do for a release at `now` (unix seconds).
+    /// Returns the stored health certificate, if it certifies these keys and is usable for a release at `now` (seconds
+    /// since 1970).
     #[must_use]
     pub fn health(&self, keys: &Keys, now: i64) -> Option<Certificate> {
         let path = self.health_file();
-        // What cannot be read is made anew; writing it will say what is wrong.
+        // An unreadable certificate is replaced by a new one. If the file itself is the problem, the write reports it.
         let certificate = files::read_certificate(&path).ok()?;
         let of_host = keys.host.as_ref().is_none_or(|host| {
             certificate.subject_serial_number() == Some(&HEXLOWER.encode(&host.public().spki_sha256()))
@@ -166,7 +168,7 @@ impl Folder {
         (ours && in_time).then_some(certificate)
     }
 
-    /// Keeps a health certificate.
+    /// Stores a health certificate.
     ///
     /// # Errors
     /// [`StoreError::File`].
@@ -248,12 +250,12 @@ mod tests {
             (expected.clone(), expected.clone(), expected)
         );
         assert_eq!((kept(NOW - 301), kept(END - MARGIN), kept(i64::MAX)), (None, None, None));
-        // Other keys: whoever made them has to attest.
+        // With other keys the host has to attest again.
         let other = Arc::new(RsaPrivateKey::generate(2048).unwrap());
         let exchanged = Keys { host: keys.host.clone(), identity: other.clone() };
         assert!(folder.health(&exchanged, NOW).is_none());
         assert!(folder.health(&Keys { host: Some(other), identity: keys.identity.clone() }, NOW).is_none());
-        // A host that attests by its TPM has no other key to compare.
+        // A host that attests with its TPM has no host key to compare.
         assert!(folder.health(&Keys { host: None, identity: keys.identity.clone() }, NOW).is_some());
         fs::write(folder.health_file(), b"\xff").unwrap();
         assert!(folder.health(&keys, NOW).is_none());

@@ -1,7 +1,7 @@
-//! The HTTP/1.1 client of everything that asks a service: hosts, tenants, the load generator, tests. Plain or over TLS.
+//! The HTTP/1.1 client of hosts, tenants, the load generator and tests, with or without TLS.
 //!
-//! Connections are kept and used again, by a pool of few lines on purpose: it never connects while a kept connection is
-//! taken, so that whoever measures knows what a request waited for.
+//! The client keeps idle connections in a small pool of its own. The pool never opens a connection while it takes an
+//! idle one, so a caller that measures time knows what a request waited for.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -20,56 +20,58 @@ pub use crate::connect::Deadlines;
 pub use crate::error::ClientError;
 pub use crate::tls::TlsSettings;
 
-/// How long a request and its answer may take, unless [`Client::with_deadlines`] says otherwise.
+/// Longest time for a request and its reply, unless [`Client::with_deadlines`] sets another.
 pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Largest answer that is read, in bytes, unless [`Client::reading`] says otherwise.
+/// Largest reply in bytes, unless [`Client::reading`] sets another limit.
 pub const REPLY_LIMIT: usize = 32 * 1024 * 1024;
 
-/// Most connections that are kept open while idle, unless [`Client::keeping`] says otherwise.
+/// Most idle connections in the pool, unless [`Client::keeping`] sets another limit.
 const KEPT: usize = 64;
 
-/// A server's answer.
+/// The reply of a server.
 #[derive(Clone, Debug)]
 pub struct Reply {
-    /// Its status. Every status is an answer, none is an error here.
+    /// The status. Every status is a valid reply here, including errors.
     pub status: StatusCode,
-    /// Its header fields.
+    /// The header fields.
     pub headers: HeaderMap,
-    /// Its whole body.
+    /// The whole body.
     pub body: Bytes,
 }
 
 impl Reply {
-    /// The seconds of a `Retry-After`. The other form, a date, is not of this protocol.
+    /// The seconds of the `Retry-After` header. The protocol does not use the other form, a date.
     #[must_use]
     pub fn retry_after(&self) -> Option<u16> {
         self.headers.get(RETRY_AFTER)?.to_str().ok()?.trim().parse().ok()
     }
 }
 
-/// A client of one server. Any number of requests may run at the same time, each on a connection of its own.
+/// A client of one server. Many requests may run at the same time, each on its own connection.
 ///
-/// A request on a kept connection that ends without an answer is sent once more on a new one: the server may close what
-/// is idle at any time. So it may arrive twice, which nothing that this daemon serves over HTTP minds.
+/// If a request on an idle connection ends without a reply, the client sends it once more on a new connection, because
+/// a server may close idle connections at any time. So a request may arrive twice. This is safe for everything that the
+/// daemon serves over HTTP.
 #[derive(Debug)]
 pub struct Client {
     connector: Connector,
-    /// Goes before every path.
+    /// Prefix of every path.
     prefix: String,
     deadlines: Deadlines,
-    /// Largest answer that is read, in bytes.
+    /// Largest reply, in bytes.
     reply_limit: usize,
     /// Most connections in `idle`.
     keeps: usize,
     idle: Mutex<Vec<Connection>>,
-    /// Whether the server has answered, or was asked why it does not: the reason is looked for once.
+    /// `true` if the server has replied once, or the reason for its silence was looked up. The reason is looked up only
+    /// once.
     known: AtomicBool,
 }
 
 /// An exchange that failed.
 enum Failed {
-    /// Without an answer's first byte.
+    /// No byte of the reply arrived.
     Unanswered(ClientError),
     Answered(ClientError),
 }
@@ -83,7 +85,7 @@ impl From<Failed> for ClientError {
 }
 
 impl Client {
-    /// A client of the server at `base_url`, such as `http://127.0.0.1:8080`. Nothing is sent yet.
+    /// Makes a client of the server at `base_url`, such as `http://127.0.0.1:8080`. Sends no request yet.
     ///
     /// # Errors
     /// [`ClientError::Url`]; [`ClientError::NoTrust`] for `https://`.
@@ -91,11 +93,11 @@ impl Client {
         Self::with_tls(base_url, &TlsSettings::default())
     }
 
-    /// The same, also for `https://`, where the server has to prove itself to the authorities in the settings: there is no
-    /// other trust. Blocks on files.
+    /// Makes a client that also supports `https://`. The server's certificate must come from an authority in
+    /// `settings`; no other authority is trusted. Blocks on files.
     ///
     /// # Errors
-    /// [`ClientError`]: the URL, or a file of the settings, cannot be used.
+    /// [`ClientError`]: the URL or a file in `settings` is unusable.
     pub fn with_tls(base_url: &str, settings: &TlsSettings) -> Result<Self, ClientError> {
         let url = BaseUrl::parse(base_url)?;
         Ok(Self {
@@ -109,52 +111,52 @@ impl Client {
         })
     }
 
-    /// Gives every request, from the connection to the answer's last byte, this much time, and its steps what
-    /// [`Deadlines::within`] says.
+    /// Limits the time of every request, from the connection to the last byte of the reply. The steps get the limits of
+    /// [`Deadlines::within`].
     #[must_use]
     pub fn with_timeout(self, total: Duration) -> Self {
         self.with_deadlines(Deadlines::within(total))
     }
 
-    /// Gives each step of a request its own time.
+    /// Sets the limit of each step of a request.
     #[must_use]
     pub fn with_deadlines(mut self, deadlines: Deadlines) -> Self {
         self.deadlines = deadlines;
         self
     }
 
-    /// Reads answers of up to this many bytes.
+    /// Sets the largest reply, in bytes.
     #[must_use]
     pub fn reading(mut self, bytes: usize) -> Self {
         self.reply_limit = bytes;
         self
     }
 
-    /// Keeps so many connections open while they are idle.
+    /// Sets the most idle connections that are kept open.
     #[must_use]
     pub fn keeping(mut self, connections: usize) -> Self {
         self.keeps = connections;
         self
     }
 
-    /// The server's host, and its port if the URL names one: for messages.
+    /// The host of the server, and its port if the URL names one. Used in messages.
     #[must_use]
     pub fn server(&self) -> &str {
         self.connector.authority()
     }
 
-    /// Asks for `path` (with its query), which starts with a slash.
+    /// Sends a GET request. `path` starts with a slash and may have a query.
     ///
     /// # Errors
-    /// [`ClientError`], when there is no answer.
+    /// [`ClientError`] if there is no reply.
     pub async fn get(&self, path: &str) -> Result<Reply, ClientError> {
         self.request(Method::GET, path, None, Bytes::new()).await
     }
 
-    /// Sends `body` to `path`, which starts with a slash.
+    /// Posts `body` to `path`, which starts with a slash.
     ///
     /// # Errors
-    /// [`ClientError`], when there is no answer.
+    /// [`ClientError`] if there is no reply.
     pub async fn post(&self, path: &str, content_type: &str, body: impl Into<Bytes>) -> Result<Reply, ClientError> {
         self.request(Method::POST, path, Some(content_type), body.into()).await
     }
@@ -168,7 +170,7 @@ impl Client {
     ) -> Result<Reply, ClientError> {
         let clock = Clock::start(self.deadlines);
         let request = self.written(method, path, content_type, body)?;
-        // Taken outside of `if let`, whose scrutinee would keep the lock for its whole body.
+        // This is outside the `if let`, because a scrutinee would hold the lock for the whole body.
         let kept = self.kept();
         if let Some(connection) = kept {
             match self.exchange(connection, request.clone(), clock).await {
@@ -244,7 +246,7 @@ impl Client {
 
     fn kept(&self) -> Option<Connection> {
         let mut idle = self.idle();
-        // The latest first: it is the least likely to have been closed.
+        // The newest connection comes first: the server is least likely to have closed it.
         std::iter::from_fn(|| idle.pop()).find(|connection| !connection.is_closed())
     }
 
@@ -274,7 +276,7 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::TcpListener;
 
-    /// Answers with what it saw: method, path, type and body, and the client's port.
+    /// Replies with what it received: method, path, content type and body, and the port of the client.
     async fn echo(port: u16, request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
         assert_eq!(request.version(), Version::HTTP_11);
         let (head, body) = request.into_parts();
@@ -297,7 +299,7 @@ mod tests {
         Ok(response)
     }
 
-    /// A server that closes connections which are idle for so long.
+    /// Starts a server that closes connections after `idle` without a request.
     async fn start(idle: Duration) -> SocketAddr {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -327,7 +329,7 @@ mod tests {
         let second = client.get("/").await.unwrap();
         assert_eq!(second.body, "GET /base/ - ");
         assert_eq!(port(&first), port(&second), "another connection");
-        // Two at a time need two connections.
+        // Two requests at the same time need two connections.
         let (one, two) = tokio::join!(client.get("/"), client.get("/"));
         assert_ne!(port(&one.unwrap()), port(&two.unwrap()));
     }
@@ -345,7 +347,7 @@ mod tests {
         assert_ne!(port(&first), port(&client.get("/").await.unwrap()));
     }
 
-    /// A server that says these bytes, after it has read what came, and keeps every connection open.
+    /// Starts a server that reads what arrives, sends `said`, and keeps every connection open.
     async fn stuck(said: &'static [u8]) -> SocketAddr {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -390,7 +392,7 @@ mod tests {
                 Step::Body,
                 "did not finish its answer",
             ),
-            // That of the whole request counts where it is sooner.
+            // The deadline of the whole request applies if it is sooner.
             (format!("http://{silent}"), Deadlines { total: short, ..deadlines }, Step::FirstByte, "did not answer"),
         ] {
             let client = Client::with_tls(&url, &TlsSettings::trusting(&file)).unwrap().with_deadlines(deadlines);

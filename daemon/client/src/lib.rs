@@ -1,12 +1,12 @@
-//! What every client of the service shares.
+//! Everything that all clients of the service share.
 //!
-//! | what | module |
+//! | topic | module |
 //! |---|---|
-//! | a connection to a name that may have several addresses | [`Endpoint`] |
-//! | requests and their answers | [`http`], [`error`], [`trust`] |
+//! | connecting to a name that may have several addresses | [`Endpoint`] |
+//! | requests and replies, TLS and its errors | [`http`], [`error`], [`trust`] |
 //! | a guarded host, its files and its TPM | [`host`], [`host_files`], [`tpm`] |
-//! | several servers, asked again where that helps | [`failover`], [`retry`] |
-//! | files that people hand over and that commands write | [`files`] |
+//! | several servers: failover and retries | [`failover`], [`retry`] |
+//! | files that administrators provide and that commands write | [`files`] |
 #![forbid(unsafe_code)]
 
 mod base_url;

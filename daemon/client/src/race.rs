@@ -1,6 +1,6 @@
-//! Connecting to several addresses as RFC 8305 ("Happy Eyeballs") has it: one attempt after the other, each a moment after
-//! the one before, all of them running until the first succeeds. Which addresses, and how a connection is made, is the
-//! caller's.
+//! Connects to several addresses as in RFC 8305 ("Happy Eyeballs"). The attempts start one after the other, with a
+//! short delay between them, and run until the first one succeeds. The caller provides the addresses and makes the
+//! connections.
 
 use std::future::Future;
 use std::io;
@@ -10,30 +10,29 @@ use std::time::Duration;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 
-/// Longest pause between two attempts: the "Connection Attempt Delay" that the RFC recommends.
+/// Longest delay between two attempts: the "Connection Attempt Delay" that the RFC recommends.
 const LONGEST_DELAY: Duration = Duration::from_millis(250);
-/// Shortest pause. The RFC forbids less.
+/// Shortest delay. The RFC forbids a shorter one.
 const SHORTEST_DELAY: Duration = Duration::from_millis(10);
 
-/// How a race ended well.
+/// The winner of a race.
 #[derive(Debug)]
 pub(crate) struct Won<S> {
-    /// The connection.
     pub(crate) stream: S,
-    /// The address that it leads to.
+    /// The address of the connection.
     pub(crate) address: SocketAddr,
-    /// Addresses that were tried before this one and did not answer in time, or refused.
+    /// Addresses that were tried before this one, and refused or did not answer in time.
     pub(crate) passed: Vec<SocketAddr>,
 }
 
-/// The pause between two attempts where all of them have `time` together: the last address, too, has to get its share.
+/// Computes the delay between two attempts if all of them share `time`. The last address must also get its share.
 pub(crate) fn delay(time: Duration, addresses: usize) -> Duration {
     let share = time / u32::try_from(addresses + 1).unwrap_or(u32::MAX);
     share.clamp(SHORTEST_DELAY, LONGEST_DELAY)
 }
 
-/// The order in which addresses are tried: as the resolver gave them, but families in turns, so that a family without a
-/// route costs one attempt; and those in `last` after all others. Every address once.
+/// Orders the addresses. The order of the resolver stays, but address families take turns, so a family without a route
+/// costs only one attempt. Addresses in `last` come after all others. Duplicates are removed.
 pub(crate) fn order(resolved: &[SocketAddr], last: impl Fn(SocketAddr) -> bool) -> Vec<SocketAddr> {
     let mut addresses: Vec<SocketAddr> = Vec::with_capacity(resolved.len());
     for address in resolved {
@@ -53,16 +52,16 @@ pub(crate) fn order(resolved: &[SocketAddr], last: impl Fn(SocketAddr) -> bool) 
         }
         turns.extend(pair.into_iter().flatten());
     }
-    // Stable: among equals the order stays.
+    // The sort is stable: addresses in the same group keep their order.
     turns.sort_by_key(|address| last(*address));
     turns
 }
 
-/// Tries `addresses` in their order. The next attempt begins when the one before failed, or has taken `delay`; the first
-/// connection wins, and all other attempts are given up.
+/// Tries `addresses` in order. The next attempt starts when the previous one failed or `delay` has passed. The first
+/// connection wins, and all other attempts are cancelled.
 ///
 /// # Errors
-/// Every attempt failed: why, in the order in which they did.
+/// Every attempt failed. Holds their errors, in the order in which they failed.
 pub(crate) async fn race<S, F>(
     addresses: &[SocketAddr],
     delay: Duration,
@@ -110,7 +109,7 @@ where
                 failed.push((address, error));
                 next = begin(&mut running, &mut begun);
             }
-            // An attempt that panicked; what it panicked about is on record already.
+            // The attempt panicked; the panic handler has already reported it.
             Some(Err(_)) => next = begin(&mut running, &mut begun),
             None => return Err(failed),
         }
@@ -137,7 +136,7 @@ mod tests {
         (1..=count).map(|n| SocketAddr::from(([192, 0, 2, n], 80))).collect()
     }
 
-    /// What becomes of an attempt, and after how long.
+    /// The outcome of an attempt, and the time it takes.
     #[derive(Clone, Copy)]
     enum Fate {
         Answers(u64),
@@ -145,7 +144,8 @@ mod tests {
         Swallows,
     }
 
-    /// A race of addresses with these fates: its end, and when each attempt began, in milliseconds.
+    /// Runs a race over addresses with these outcomes. Returns the result, and the start times of the attempts in
+    /// milliseconds.
     async fn run(fates: &[Fate]) -> (Result<(SocketAddr, Vec<SocketAddr>), usize>, Vec<u128>, u128) {
         let addresses = numbered(u8::try_from(fates.len()).unwrap());
         let begun = Instant::now();

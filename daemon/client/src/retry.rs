@@ -1,36 +1,39 @@
-//! Which of several servers is asked next, and when: a plain value that is handed the time and the dice.
+//! Decides which of several servers to ask next, and when. The caller passes in the time and the random numbers, so the
+//! decision does no I/O.
 
 use std::time::{Duration, Instant};
 
 use crate::host::HostError;
 use crate::http::ClientError;
 
-/// A server that failed for the first time in a row is left alone for a random part of this; it doubles each time.
+/// Longest pause after the first failure of a server. The pause is a random part of this; the limit doubles with each
+/// failure in a row.
 const FIRST_REST: Duration = Duration::from_millis(200);
-/// The doubling ends here.
+/// The doubling stops here.
 const LONGEST_REST: Duration = Duration::from_secs(10);
 
-/// What an error says about asking again.
+/// What an error means for the next attempt.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Fault {
-    /// The same request would fail again, here and elsewhere.
+    /// The same request would fail again, on this server and on others.
     Lasting,
-    /// This server cannot serve now, or does not answer rightly; another may. With the time that it asked for.
+    /// This server cannot serve now, or its reply is wrong; another server may serve. Holds the `Retry-After` of the
+    /// server.
     Server(Option<Duration>),
-    /// The host asks too often, whomever it asks. With the time that it is to wait.
+    /// The host asks too often, and every server would refuse it. Holds the time that the host must wait.
     Host(Option<Duration>),
-    /// This server will not serve before an administrator has changed something there; another may.
+    /// This server cannot serve until an administrator changes its configuration; another server may serve.
     Unusable,
 }
 
 impl HostError {
-    /// Whether it is worth asking again, and whom.
+    /// Classifies the error: is another attempt useful, and at which server?
     #[must_use]
     pub fn fault(&self) -> Fault {
         let (status, retry_after) = match self {
             Self::Client(ClientError::Tls { fault, .. }) if fault.lasting => return Fault::Unusable,
             Self::Client(ClientError::SpeaksTls { .. }) => return Fault::Unusable,
-            // Another server may have a certificate that is in date, or the right answer.
+            // Another server may have a valid certificate, or give a correct reply.
             Self::Client(
                 ClientError::Connect { .. }
                 | ClientError::Tls { .. }
@@ -39,8 +42,8 @@ impl HostError {
                 | ClientError::TooLarge { .. },
             )
             | Self::Answer(_) => return Fault::Server(None),
-            // The service itself says which of its errors pass. A service of another mode says that a client may change its
-            // mode; this client has only one.
+            // The service itself marks the errors that may pass. An error that names another mode means that the client
+            // could switch its mode; this client supports only one.
             Self::Attestation { reply, .. } if !reply.retryable || reply.expected_operation_mode.is_some() => {
                 return Fault::Lasting;
             }
@@ -59,22 +62,22 @@ impl HostError {
     }
 }
 
-/// What to do next.
+/// The next thing to do.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Step {
     /// Ask this server.
     Ask(usize),
-    /// Every server rests: wait so long.
+    /// Every server is pausing: wait for this time.
     Wait(Duration),
-    /// The time is up, or would be before any server may be asked again.
+    /// The time is over, or would be over before any server may be asked again.
     GiveUp,
 }
 
-/// Several servers, in the order in which they are wanted, and the time until which they may be asked.
+/// Several servers in order of preference, and the deadline for asking them.
 #[derive(Clone, Debug)]
 pub struct Fallback {
     servers: Vec<Server>,
-    /// The server that answered last: asked first from then on.
+    /// The server that replied last. It is asked first from then on.
     preferred: usize,
     deadline: Instant,
 }
@@ -83,24 +86,24 @@ pub struct Fallback {
 struct Server {
     rests_until: Option<Instant>,
     failures: u32,
-    /// It is not asked again.
+    /// `true` if the server must not be asked again.
     unusable: bool,
 }
 
 impl Fallback {
-    /// This many servers; all is over at `deadline`.
+    /// Makes the state for this many servers. No server is asked after `deadline`.
     #[must_use]
     pub fn new(servers: usize, deadline: Instant) -> Self {
         Self { servers: vec![Server::default(); servers], preferred: 0, deadline }
     }
 
-    /// The time that is left at `now`.
+    /// The time left at `now`.
     #[must_use]
     pub fn left(&self, now: Instant) -> Duration {
         self.deadline.saturating_duration_since(now)
     }
 
-    /// What to do at `now`.
+    /// Decides what to do at `now`.
     #[must_use]
     pub fn next(&self, now: Instant) -> Step {
         if now >= self.deadline {
@@ -121,13 +124,14 @@ impl Fallback {
         }
     }
 
-    /// The server has answered, if only to refuse.
+    /// Records that the server replied. A refusal is also a reply.
     pub fn answered(&mut self, server: usize) {
         self.preferred = server;
         self.servers[server] = Server::default();
     }
 
-    /// The server failed at `now`. `luck` is drawn evenly from 0 to 1: hosts that failed together do not come back together.
+    /// Records that the server failed at `now`. `luck` is a uniform random number from 0 to 1; it spreads out the next
+    /// attempts of hosts that failed at the same time.
     pub fn failed(&mut self, server: usize, fault: Fault, now: Instant, luck: f64) {
         let asked = match fault {
             Fault::Lasting => return,
@@ -139,7 +143,7 @@ impl Fallback {
         };
         let failures = self.servers[server].failures;
         let longest = FIRST_REST.saturating_mul(2u32.saturating_pow(failures)).min(LONGEST_REST);
-        // Beyond what was asked for, never before it.
+        // The random pause comes on top of the time that the server asked for.
         let until = Some(now + asked + longest.mul_f64(luck.clamp(0.0, 1.0)));
         self.servers[server] = Server { rests_until: until, failures: failures + 1, unusable: false };
         if matches!(fault, Fault::Host(_)) {

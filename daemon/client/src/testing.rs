@@ -1,11 +1,11 @@
-//! What the tests of several modules need: certificates.
+//! Certificates for the tests of several modules.
 #![allow(clippy::unwrap_used)]
 
 use claviger_protocol::certificate::build::{DistinguishedName, Template, random_serial};
 use claviger_protocol::certificate::{Certificate, KeyUsage};
 use claviger_protocol::rsa_key::RsaPrivateKey;
 
-/// A certificate of a key by itself, valid now.
+/// Makes a self-signed certificate for a key, valid now.
 pub(crate) fn self_signed(common_name: &str, key: &RsaPrivateKey) -> Certificate {
     let now = crate::failover::unix_now();
     let template = Template {

@@ -1,4 +1,4 @@
-//! TLS of a client: whom it trusts, and what it proves itself with.
+//! The TLS configuration of a client: trusted authorities and the client's own certificate.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -26,29 +26,30 @@ pub struct TlsSettings {
 }
 
 impl TlsSettings {
-    /// Trusts the authorities of a file, and shows no certificate.
+    /// Trusts the authorities of a file, and shows no client certificate.
     #[must_use]
     pub fn trusting(ca: impl Into<PathBuf>) -> Self {
         Self { ca: Some(ca.into()), ..Self::default() }
     }
 
-    /// Shows this certificate where the service asks for one.
+    /// Shows this certificate if the service asks for one.
     #[must_use]
     pub fn showing(self, certificate: impl Into<PathBuf>, key: impl Into<PathBuf>) -> Self {
         Self { client_certificate: Some(certificate.into()), client_key: Some(key.into()), ..self }
     }
 
-    /// Certificate and key, where both are given.
+    /// The paths of certificate and key, if both are given.
     fn identity(&self) -> Option<(&Path, &Path)> {
         self.client_certificate.as_deref().zip(self.client_key.as_deref())
     }
 
-    /// Whether a certificate is shown where the service asks for one.
+    /// `true` if the client shows a certificate when the service asks for one.
     pub(crate) fn has_identity(&self) -> bool {
         self.identity().is_some()
     }
 
-    /// TLS 1.2 and 1.3 with servers that the trusted authorities vouch for; `None` where nobody is trusted. Blocks on files.
+    /// Builds a configuration for TLS 1.2 and 1.3 that trusts the configured authorities; `None` if no authority is
+    /// trusted. Blocks on files.
     ///
     /// # Errors
     /// [`ClientError`] names the option and the file.
@@ -85,20 +86,21 @@ impl TlsSettings {
     }
 }
 
-/// A configuration that trusts nobody: every handshake with it ends when the server has shown its certificate.
+/// Builds a configuration that trusts no authority. Every handshake with it ends after the server has shown its
+/// certificate.
 pub(crate) fn trusting_nobody() -> Result<ClientConfig, ClientError> {
     Ok(builder()?.with_root_certificates(RootCertStore::empty()).with_no_client_auth())
 }
 
 fn builder() -> Result<rustls::ConfigBuilder<ClientConfig, rustls::WantsVerifier>, ClientError> {
-    // The provider is named: the process-wide default may be missing, or another one.
+    // The provider is set explicitly, because the process-wide default may be missing or different.
     ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
         .with_safe_default_protocol_versions()
         .map_err(ClientError::Setup)
 }
 
-/// Adds what the system trusts: `SSL_CERT_FILE` and `SSL_CERT_DIR`, or the places that distributions use. Some of the many
-/// certificates there may be unusable; they are passed over, as other programs do.
+/// Adds the authorities that the system trusts: those of `SSL_CERT_FILE` and `SSL_CERT_DIR`, or those in the usual
+/// places of the distribution. Unusable certificates among them are skipped, as other programs do.
 fn add_system_authorities(roots: &mut RootCertStore) -> Result<(), ClientError> {
     let found = rustls_native_certs::load_native_certs();
     let (added, _) = roots.add_parsable_certificates(found.certs);

@@ -1,7 +1,7 @@
-//! The host's side of attestation by TPM: what it asks of its TPM.
+//! The host side of attestation with a TPM.
 //!
-//! Nothing is stored in the TPM: the endorsement key is made from the TPM's own seed where it is not there already, and so is
-//! the attestation key, in the endorsement hierarchy.
+//! Nothing is stored in the TPM. If the TPM keeps no endorsement key, the key is derived from the TPM's own seed. The
+//! attestation key is also derived, in the endorsement hierarchy.
 
 mod device;
 
@@ -22,20 +22,20 @@ use zeroize::Zeroizing;
 pub use self::device::TpmError;
 use self::device::{Auth, Tpm};
 
-/// Where Linux has the TPM.
+/// The TPM device on Linux.
 pub const DEVICE: &str = "/dev/tpmrm0";
-/// Where Linux has the event log of firmware and boot loader.
+/// The event log of firmware and boot loader on Linux.
 pub const EVENT_LOG: &str = "/sys/kernel/security/tpm0/binary_bios_measurements";
 
-/// Hierarchies and handles.
+/// Permanent handles: the endorsement hierarchy, and the null hierarchy.
 const ENDORSEMENT: u32 = 0x4000_000b;
 const NULL: u32 = 0x4000_0007;
-/// Where TCG wants the RSA endorsement key, if it is kept in the TPM.
+/// The handle at which TCG expects the RSA endorsement key, if the TPM keeps it.
 const EK_HANDLE: u32 = 0x8101_0001;
-/// Where its certificate is.
+/// The NV index of the certificate of that key.
 const EK_CERTIFICATE: u32 = 0x01c0_0002;
 
-/// Commands.
+/// TPM commands: name and command code.
 const CREATE_PRIMARY: (&str, u32) = ("TPM2_CreatePrimary", 0x131);
 const NV_READ: (&str, u32) = ("TPM2_NV_Read", 0x14e);
 const ACTIVATE_CREDENTIAL: (&str, u32) = ("TPM2_ActivateCredential", 0x147);
@@ -48,17 +48,17 @@ const START_AUTH_SESSION: (&str, u32) = ("TPM2_StartAuthSession", 0x176);
 const PCR_EXTEND: (&str, u32) = ("TPM2_PCR_Extend", 0x182);
 const PCR_READ: (&str, u32) = ("TPM2_PCR_Read", 0x17e);
 
-/// Bytes of non-volatile memory that are read at once; every TPM gives as many.
+/// Bytes of non-volatile memory that one command reads. Every TPM supports this size.
 const NV_CHUNK: u16 = 512;
-/// Largest certificate that is read from there.
+/// Largest certificate that is read from non-volatile memory, in bytes.
 const MAX_NV: u16 = 8 * 1024;
-/// How often PCR values are read again that changed between the quote and the reading.
+/// Number of attempts to read PCR values that match the quote. A PCR may change between the quote and the read.
 const READINGS: u32 = 5;
 
-/// Where a host's TPM and its event log are.
+/// The locations of a host's TPM and event log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TpmPlace {
-    /// `/dev/tpmrm0`, or the socket of a TPM in software.
+    /// `/dev/tpmrm0`, or the socket of a software TPM.
     pub device: PathBuf,
     /// The event log.
     pub log: PathBuf,
@@ -69,33 +69,33 @@ pub struct Session {
     tpm: Tpm,
     place: TpmPlace,
     endorsement_key: u32,
-    /// Whether that handle is the TPM's own, which stays.
+    /// `true` if the TPM keeps the endorsement key itself. The key is then not flushed.
     ek_is_kept: bool,
     attestation_key: u32,
-    /// What is sent as content 4.
+    /// The endorsement key and certificate, sent as content 4.
     pub endorsement: Endorsement,
-    /// `TPMT_PUBLIC` of the attestation key.
+    /// The `TPMT_PUBLIC` of the attestation key.
     ak_public: Vec<u8>,
 }
 
-/// An endorsement key, as its TPM shows it.
+/// The public endorsement key of a TPM.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Endorsement {
-    /// The key.
+    /// The public key.
     pub key: RsaPublicKey,
-    /// Its certificate (DER), where the TPM has one of this key.
+    /// Its certificate (DER), if the TPM has a certificate of this key.
     pub certificate: Option<Vec<u8>>,
 }
 
 impl Endorsement {
-    /// What a host sends: the certificate, or the bare key.
+    /// The content that a host sends: the certificate if there is one, or else the bare key.
     #[must_use]
     pub fn content(&self) -> &[u8] {
         self.certificate.as_deref().unwrap_or_else(|| self.key.spki_der())
     }
 }
 
-/// The endorsement key of the TPM at a place. Blocks.
+/// Reads the endorsement key of the TPM at `place`. Blocks.
 ///
 /// # Errors
 /// [`TpmError`].
@@ -108,7 +108,8 @@ pub fn endorsement(place: &TpmPlace) -> Result<Endorsement, TpmError> {
     Ok(endorsement)
 }
 
-/// Has the TPM at a place measure what a log tells, as firmware does: for demonstrations with a TPM in software. Blocks.
+/// Extends the PCRs of the TPM with the events of a log, as firmware does. For demonstrations with a software TPM.
+/// Blocks.
 ///
 /// # Errors
 /// [`TpmError`].
@@ -135,7 +136,7 @@ impl Session {
             Ok(made) => made,
             Err(error) => {
                 if !ek_is_kept {
-                    // What is left in a TPM without a resource manager is in everybody's way.
+                    // Without a resource manager, a key that is left in the TPM takes a slot from every other program.
                     let _ = flush(&mut tpm, endorsement_key);
                 }
                 return Err(error);
@@ -150,8 +151,8 @@ impl Session {
         context::write(&[(Kind::AkPublic, &self.ak_public)])
     }
 
-    /// The Context of step 2: the answer to that of the service, for this session and identity key, whose bytes are those
-    /// that are sent as content 1. Blocks.
+    /// The Context of step 2. It answers the Context `received` from the service, for this session and this identity
+    /// key. `identity` must be the same bytes that are sent as content 1. Blocks.
     ///
     /// # Errors
     /// [`TpmError`].
@@ -186,7 +187,7 @@ impl Session {
         let response = self.tpm.run(START_AUTH_SESSION, &[NULL, NULL], &[], &parameters)?;
         let policy = Fields(&response).handle()?;
 
-        // Nonce, command digest, reference, no expiration.
+        // Nonce, command digest, policy reference, no expiration.
         let parameters = [&[0; 6][..], &[0; 4]].concat();
         let activated =
             self.tpm.run(POLICY_SECRET, &[ENDORSEMENT, policy], &[Auth::Empty], &parameters).and_then(|_| {
@@ -197,7 +198,7 @@ impl Session {
         let response = match activated {
             Ok(response) => response,
             Err(error) => {
-                // A session that was used up is gone already.
+                // The TPM has already closed a policy session that was used.
                 let _ = flush(&mut self.tpm, policy);
                 return Err(error);
             }
@@ -205,7 +206,8 @@ impl Session {
         let mut fields = Fields(&response);
         let mut parameters = fields.parameters()?;
         let received = parameters.sized()?;
-        // Copied straight into memory that is wiped: an array by value would leave a copy on the stack.
+        // The credential is copied directly into memory that is zeroised. An array by value would leave a copy on the
+        // stack.
         let mut credential = Zeroizing::new([0; 32]);
         if received.len() != credential.len() {
             return Err(TpmError::Answer("the credential is not of 32 bytes".to_owned()));
@@ -214,11 +216,11 @@ impl Session {
         Ok(credential)
     }
 
-    /// A quote, its signature, and the values that it covers.
+    /// Makes a quote. Returns the quote, its signature, and the PCR values that it covers.
     fn quote(&mut self, nonce: &[u8; 32], set: PcrSet) -> Result<(Vec<u8>, Vec<u8>, PcrValues), TpmError> {
         let selection = set.to_selection();
         for _ in 0..READINGS {
-            // The key's own scheme.
+            // The null scheme: the key's own scheme applies.
             let parameters = [&sized(nonce)[..], &[0x00, 0x10], &selection].concat();
             let response = self.tpm.run(QUOTE, &[self.attestation_key], &[Auth::Empty], &parameters)?;
             let mut parameters = Fields(&response).parameters()?;
@@ -233,7 +235,7 @@ impl Session {
         Err(TpmError::Answer("the PCRs change all the time".to_owned()))
     }
 
-    /// The PCRs' values. A TPM gives some of them at a time.
+    /// Reads the PCR values. One command returns only some of them.
     fn pcrs(&mut self, set: PcrSet) -> Result<PcrValues, TpmError> {
         let mut values = PcrValues::default();
         let missing = |values: &PcrValues| set.iter().filter(|pcr| values.get(*pcr).is_none()).collect::<PcrSet>();
@@ -258,7 +260,7 @@ impl Session {
         }
     }
 
-    /// The event log, whole.
+    /// Reads the whole event log.
     fn log(&self) -> Result<Vec<u8>, TpmError> {
         let path = &self.place.log;
         let failed = |source| TpmError::Log { path: path.clone(), source };
@@ -275,7 +277,7 @@ impl Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
-        // The resource manager would do that itself; a TPM in software would not.
+        // A resource manager would flush the keys itself; a software TPM does not.
         let _ = flush(&mut self.tpm, self.attestation_key);
         if !self.ek_is_kept {
             let _ = flush(&mut self.tpm, self.endorsement_key);
@@ -283,7 +285,7 @@ impl Drop for Session {
     }
 }
 
-/// The endorsement key: its handle, whether the TPM keeps it, and what is shown of it.
+/// Finds the endorsement key. Returns its handle, `true` if the TPM keeps it, and its public part.
 fn find_endorsement(tpm: &mut Tpm) -> Result<(u32, bool, Endorsement), TpmError> {
     let kept = tpm.run(READ_PUBLIC, &[EK_HANDLE], &[], &[]).ok().and_then(|response| {
         let public = Fields(&response).sized().ok()?;
@@ -298,22 +300,22 @@ fn find_endorsement(tpm: &mut Tpm) -> Result<(u32, bool, Endorsement), TpmError>
     match key.and_then(|key| with_certificate(tpm, key)) {
         Ok(endorsement) => Ok((handle, false, endorsement)),
         Err(error) => {
-            // A TPM without a resource manager has few places for keys, and keeps this one until it is flushed.
+            // A TPM without a resource manager has few slots for keys, and keeps this key until it is flushed.
             let _ = flush(tpm, handle);
             Err(error)
         }
     }
 }
 
-/// The endorsement key with its certificate, where the TPM has it.
+/// Adds the certificate that the TPM stores, if it is a certificate of this key.
 fn with_certificate(tpm: &mut Tpm, key: RsaPublicKey) -> Result<Endorsement, TpmError> {
     let certificate = read_certificate(tpm)?;
-    // Some TPMs hold certificates of other keys.
+    // Some TPMs store a certificate of another key.
     let certificate = certificate.filter(|der| endorsement_key_of(der).is_ok_and(|certified| certified == key));
     Ok(Endorsement { key, certificate })
 }
 
-/// The certificate in the TPM, if there is one: DER, without what fills its place up.
+/// Reads the certificate from the TPM, if there is one: DER, without padding.
 fn read_certificate(tpm: &mut Tpm) -> Result<Option<Vec<u8>>, TpmError> {
     let response = match tpm.run(NV_READ_PUBLIC, &[EK_CERTIFICATE], &[], &[]) {
         Ok(response) => response,
@@ -330,7 +332,7 @@ fn read_certificate(tpm: &mut Tpm) -> Result<Option<Vec<u8>>, TpmError> {
         let parameters = [length.to_be_bytes(), offset.to_be_bytes()].concat();
         let response = match tpm.run(NV_READ, &[EK_CERTIFICATE, EK_CERTIFICATE], &[Auth::Empty], &parameters) {
             Ok(response) => response,
-            // Not for everybody to read: the bare key does, too.
+            // This certificate is not readable for everybody. The bare key is sufficient.
             Err(TpmError::Refused { .. }) => return Ok(None),
             Err(error) => return Err(error),
         };
@@ -344,7 +346,7 @@ fn read_certificate(tpm: &mut Tpm) -> Result<Option<Vec<u8>>, TpmError> {
     Ok(der_length(&bytes).and_then(|length| bytes.get(..length)).map(<[u8]>::to_vec))
 }
 
-/// Bytes of the DER element that these begin with.
+/// Length in bytes of the DER element at the start of `bytes`.
 fn der_length(bytes: &[u8]) -> Option<usize> {
     match *bytes {
         [0x30, short, ..] if short < 0x80 => Some(2 + usize::from(short)),
@@ -354,9 +356,9 @@ fn der_length(bytes: &[u8]) -> Option<usize> {
     }
 }
 
-/// Makes a primary key in the endorsement hierarchy: its handle and its `TPMT_PUBLIC`.
+/// Makes a primary key in the endorsement hierarchy. Returns its handle and its `TPMT_PUBLIC`.
 fn create_primary(tpm: &mut Tpm, template: &[u8]) -> Result<(u32, Vec<u8>), TpmError> {
-    // No password, no data; the template; no information, no PCRs.
+    // No password, no data; the template; no outside information, no PCRs.
     let parameters = [&[0, 4, 0, 0, 0, 0][..], &sized(template), &[0; 2], &[0; 4]].concat();
     let response = tpm.run(CREATE_PRIMARY, &[ENDORSEMENT], &[Auth::Empty], &parameters)?;
     let mut fields = Fields(&response);
@@ -369,12 +371,12 @@ fn flush(tpm: &mut Tpm, handle: u32) -> Result<(), TpmError> {
     tpm.run(FLUSH_CONTEXT, &[], &[], &handle.to_be_bytes()).map(drop)
 }
 
-/// Bytes with their size in front.
+/// Prefixes bytes with their length.
 fn sized(bytes: &[u8]) -> Vec<u8> {
     [&(bytes.len() as u16).to_be_bytes()[..], bytes].concat()
 }
 
-/// The fields of a response.
+/// The fields of a response that are not read yet.
 struct Fields<'a>(&'a [u8]);
 
 impl<'a> Fields<'a> {
@@ -393,7 +395,7 @@ impl<'a> Fields<'a> {
         self.u32()
     }
 
-    /// The parameters of a response that has authorizations after them.
+    /// Reads the parameters of a response that ends with authorizations.
     fn parameters(&mut self) -> Result<Fields<'a>, TpmError> {
         let length = self.u32()? as usize;
         self.take(length).map(Fields)
@@ -416,8 +418,8 @@ mod tests {
 
     const HANDLE: u32 = 0x8000_0001;
 
-    /// A TPM without a kept endorsement key that makes one of this modulus, and whose answer about the certificate is cut
-    /// off. Gives the handles that it was told to flush once its connection is closed.
+    /// Starts a TPM that keeps no endorsement key and makes one with this modulus. Its reply about the certificate is
+    /// truncated. The thread returns the flushed handles when the connection closes.
     fn broken_tpm(socket: &Path, modulus: u8) -> std::thread::JoinHandle<Vec<u32>> {
         let listener = UnixListener::bind(socket).unwrap();
         let mut public = public::endorsement_template();
@@ -452,7 +454,7 @@ mod tests {
 
     #[test]
     fn an_endorsement_key_that_cannot_be_used_is_flushed() {
-        // An even modulus is none.
+        // An even modulus is not a valid RSA key.
         for (modulus, problem) in [(0xff, "ends in the middle of a field"), (0xfe, "the endorsement key: ")] {
             let folder = tempfile::tempdir().unwrap();
             let place = TpmPlace { device: folder.path().join("tpm"), log: PathBuf::new() };

@@ -1,4 +1,4 @@
-//! Certificates and keys for TLS, as files hold them, and why a handshake failed, in words that name the cause.
+//! Reads certificates and keys for TLS from files, and explains failed handshakes.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -10,25 +10,27 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 
 use crate::files::{self, FileError};
 
-/// Why a file of authorities cannot be used.
+/// Reasons why a file of authorities is unusable.
 #[derive(Debug, thiserror::Error)]
 pub enum AuthorityError {
-    /// It cannot be read, or holds no certificates.
+    /// The file is unreadable, or it holds no certificates.
     #[error(transparent)]
     File(#[from] FileError),
-    /// One of its certificates cannot be an authority's. The others are not used without it: that would be a change nobody sees.
+    /// One of the certificates is not usable as an authority. The whole file is an error: to skip the certificate would
+    /// change the set of trusted authorities without notice.
     #[error("{}: {certificate}: {problem}; replace it or remove it from the file", path.display())]
     Unusable {
         /// The file.
         path: PathBuf,
-        /// Which: its number, line and subject.
+        /// The certificate: its number, line and subject.
         certificate: String,
-        /// What is wrong with it.
+        /// The problem with the certificate.
         problem: String,
     },
 }
 
-/// The authorities of a file (PEM, DER or .p7b): all of its certificates, at least one. Blocks on the file.
+/// Reads the authorities of a file (PEM, DER or .p7b). All of its certificates become authorities; there must be at
+/// least one. Blocks on the file.
 ///
 /// # Errors
 /// [`AuthorityError`].
@@ -49,7 +51,7 @@ pub fn authorities(path: &Path) -> Result<RootCertStore, AuthorityError> {
     Ok(roots)
 }
 
-/// The certificates of a file, in their order, at least one. Blocks on the file.
+/// Reads the certificates of a file in their order, at least one. Blocks on the file.
 ///
 /// # Errors
 /// Those of [`files::read_certificates`].
@@ -57,13 +59,13 @@ pub fn chain(path: &Path) -> Result<Vec<CertificateDer<'static>>, FileError> {
     Ok(files::read_certificates(path)?.into_iter().map(|entry| CertificateDer::from(entry.der)).collect())
 }
 
-/// The private key of a file. Blocks on the file.
+/// Reads the private key of a file. Blocks on the file.
 ///
 /// # Errors
 /// Those of [`files::read_private_key`].
 pub fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, FileError> {
     let PrivateKey { found, bytes } = files::read_private_key(path)?;
-    // rustls does not wipe it, and keeps it for as long as it is configured with it.
+    // rustls does not zeroise its copy. It keeps the copy as long as the configuration exists.
     let der = bytes.to_vec();
     Ok(match found {
         Found::Pkcs1PrivateKey => PrivateKeyDer::Pkcs1(der.into()),
@@ -72,25 +74,25 @@ pub fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, FileError> {
     })
 }
 
-/// The subject's name, where the certificate can be read.
+/// The subject of a certificate, if the certificate can be parsed.
 fn subject(der: &[u8]) -> Option<String> {
     let (_, certificate) = X509Certificate::from_der(der).ok()?;
-    // It goes to terminals and logs.
+    // The text is shown on terminals and in logs.
     Some(certificate.subject().to_string().chars().filter(|c| !c.is_control()).take(200).collect())
 }
 
-/// Why there is no TLS with a server.
+/// The reason why there is no TLS connection with a server.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{problem}")]
 pub struct TlsFault {
-    /// What is wrong, and what to do.
+    /// The cause, and what to do about it.
     pub problem: String,
-    /// Whether it stays so until somebody changes the configuration of this client or of the server.
+    /// `true` if every attempt fails until the configuration of this client or of the server changes.
     pub lasting: bool,
 }
 
 impl TlsFault {
-    /// What a failed handshake says. `identified`: whether this client has a certificate to show.
+    /// Explains the error of a failed handshake. `identified` is `true` if this client has a certificate.
     #[must_use]
     pub fn of(error: &io::Error, identified: bool) -> Self {
         match tls_error(error) {
@@ -107,13 +109,13 @@ impl TlsFault {
     }
 }
 
-/// What rustls says in an error of a connection, if it says anything.
+/// The rustls error inside an I/O error, if there is one.
 pub(crate) fn tls_error(error: &io::Error) -> Option<&rustls::Error> {
     error.get_ref().and_then(|cause| cause.downcast_ref())
 }
 
-/// Why the server ended the handshake, or the connection right after it: in TLS 1.3 it judges the client's certificate when
-/// the client takes the handshake for done.
+/// Explains an alert of the server. The alert may arrive after the handshake: in TLS 1.3 the server checks the client's
+/// certificate when the handshake is already complete for the client.
 fn alert_fault(alert: AlertDescription, identified: bool) -> TlsFault {
     use AlertDescription as Alert;
     match alert {
@@ -158,7 +160,7 @@ fn lasting(problem: impl Into<String>) -> TlsFault {
     TlsFault { problem: problem.into(), lasting: true }
 }
 
-/// What is wrong with the other side's certificate.
+/// Explains what is wrong with the server's certificate.
 fn certificate_fault(error: &CertificateError) -> TlsFault {
     use webpki::Error;
     let of_webpki = match error {
@@ -166,7 +168,8 @@ fn certificate_fault(error: &CertificateError) -> TlsFault {
         _ => None,
     };
     match (error, of_webpki) {
-        // The signature is wrong where an authority has the right name and another key, as after a change of its key.
+        // A bad signature means that an authority has the right name and another key, for example after its key was
+        // changed.
         (CertificateError::UnknownIssuer | CertificateError::BadSignature, _) => lasting(
             "its certificate is none that --ca or --system-ca vouches for: give --ca the authority that issued it, and see that \
              the server sends the certificates in between",

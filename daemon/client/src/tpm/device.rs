@@ -1,4 +1,4 @@
-//! A TPM behind a file or a socket: sends commands, reads responses (TPM 2.0 Part 1, section 18; Part 3).
+//! A TPM behind a device file or a socket: sends commands and reads responses (TPM 2.0 Part 1, section 18; Part 3).
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -9,62 +9,62 @@ use std::time::Duration;
 
 use zeroize::Zeroizing;
 
-/// How long a socket may take for a response. A TPM may take many seconds to make a key.
+/// Longest time for a response on a socket. A TPM may need many seconds to make a key.
 const TIMEOUT: Duration = Duration::from_secs(120);
-/// Longest response of a TPM.
+/// Longest response of a TPM, in bytes.
 const LONGEST: usize = 4096;
-/// Bytes of a command's or response's header: tag, size, code.
+/// Bytes in the header of a command or response: tag, size, code.
 const HEADER: usize = 10;
 
-/// Tag of a command or response without and with authorizations.
+/// Tags of a command or response without and with authorizations.
 const NO_SESSIONS: u16 = 0x8001;
 const SESSIONS: u16 = 0x8002;
 
-/// Response codes that ask for the same command again: yielded, retry, testing.
+/// Response codes after which the same command is sent again: yielded, retry, testing.
 const AGAIN: [u32; 3] = [0x908, 0x922, 0x90a];
-/// How often.
+/// Number of attempts for these codes.
 const TIMES: u32 = 20;
-/// After how long.
+/// Pause between two attempts.
 const PAUSE: Duration = Duration::from_millis(50);
 
-/// Why the TPM did not do it.
+/// Reasons why a TPM operation failed.
 #[derive(Debug, thiserror::Error)]
 pub enum TpmError {
     /// The device cannot be opened, written or read.
     #[error("the TPM at {} cannot be used: {source}", path.display())]
     Device {
-        /// The device.
+        /// The path of the device.
         path: PathBuf,
-        /// What the operating system says.
+        /// The error of the operating system.
         source: io::Error,
     },
     /// The TPM refused a command.
     #[error("the TPM refused {command} with response code {code:#x}")]
     Refused {
-        /// The command's name.
+        /// The name of the command.
         command: &'static str,
         /// The response code.
         code: u32,
     },
-    /// What the TPM or the service sent cannot be understood.
+    /// The data from the TPM or the service cannot be parsed.
     #[error("{0}")]
     Answer(String),
     /// The event log cannot be read.
     #[error("the event log {} cannot be read: {source}", path.display())]
     Log {
-        /// The log.
+        /// The path of the log.
         path: PathBuf,
-        /// What the operating system says.
+        /// The error of the operating system.
         source: io::Error,
     },
 }
 
-/// What is behind the path.
+/// The connection to the TPM, by the type of the file.
 #[derive(Debug)]
 enum Connection {
-    /// A character device: one read gives one response.
+    /// A character device: one read returns one response.
     Device(File),
-    /// A TPM in software, such as swtpm.
+    /// The socket of a software TPM, such as swtpm.
     Socket(UnixStream),
 }
 
@@ -75,17 +75,17 @@ pub(super) struct Tpm {
     connection: Connection,
 }
 
-/// An authorization of a command.
+/// The authorization for a handle of a command.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Auth {
     /// An empty password.
     Empty,
-    /// A policy session that was satisfied.
+    /// A policy session whose policy is satisfied.
     Policy(u32),
 }
 
 impl Tpm {
-    /// Opens a device such as `/dev/tpmrm0`, or connects to the socket of a TPM in software.
+    /// Opens a device such as `/dev/tpmrm0`, or connects to the socket of a software TPM.
     pub(super) fn open(path: &Path) -> Result<Self, TpmError> {
         let failed = |source| TpmError::Device { path: path.to_owned(), source };
         let metadata = std::fs::metadata(path).map_err(failed)?;
@@ -99,8 +99,8 @@ impl Tpm {
         Ok(Self { path: path.to_owned(), connection })
     }
 
-    /// Runs a command: its handles, its authorizations, its parameters. Gives the response after its header: handles and
-    /// parameters, followed by the authorizations. A response may hold a credential, so it is wiped when it is dropped.
+    /// Runs a command with its handles, authorizations and parameters. Returns the response without its header: handles
+    /// and parameters, then the authorizations. A response may hold a credential, so it is zeroised on drop.
     pub(super) fn run(
         &mut self,
         (name, code): (&'static str, u32),
@@ -131,11 +131,11 @@ impl Tpm {
     }
 
     fn transmit(&mut self, command: &[u8]) -> io::Result<Zeroizing<Vec<u8>>> {
-        // Of full length from the start: a vector that grows leaves its old content in memory.
+        // The buffer has its full length from the start: a vector that grows leaves its old content in memory.
         let mut response = Zeroizing::new(vec![0; LONGEST]);
         match &mut self.connection {
             Connection::Device(file) => {
-                // The kernel takes a command, and gives a response, in one call each.
+                // The kernel accepts a command in one write, and returns a response in one read.
                 file.write_all(command)?;
                 let length = file.read(&mut response)?;
                 response.truncate(length);
@@ -156,7 +156,7 @@ impl Tpm {
     }
 }
 
-/// A command, ready to be sent.
+/// Encodes a command.
 fn command(code: u32, handles: &[u32], auths: &[Auth], parameters: &[u8]) -> Vec<u8> {
     let tag = if auths.is_empty() { NO_SESSIONS } else { SESSIONS };
     let mut out = Vec::with_capacity(HEADER + 64 + parameters.len());
@@ -165,7 +165,7 @@ fn command(code: u32, handles: &[u32], auths: &[Auth], parameters: &[u8]) -> Vec
     out.extend_from_slice(&code.to_be_bytes());
     handles.iter().for_each(|handle| out.extend_from_slice(&handle.to_be_bytes()));
     if !auths.is_empty() {
-        // Handle, empty nonce, attributes, empty HMAC: 9 bytes each.
+        // Handle, empty nonce, attributes, empty HMAC: 9 bytes for each authorization.
         out.extend_from_slice(&(9 * auths.len() as u32).to_be_bytes());
         for auth in auths {
             let session = match auth {
