@@ -1,4 +1,4 @@
-//! The command line.
+//! Parses the command line.
 
 use std::io::IsTerminal;
 use std::process::ExitCode;
@@ -7,11 +7,11 @@ use clap::Parser;
 
 use crate::output;
 
-/// Parses the command line. Unlike clap's own `parse`, it does not end with status 0 when the text of `--help` or `--version`
-/// could not be written.
+/// Parses the command line. If the text of `--help` or `--version` could not be written, the status is not 0. (clap's
+/// own `parse` exits with 0 then.)
 ///
 /// # Errors
-/// The status to exit with: the text has been printed.
+/// The exit status of the process. The text has already been printed.
 pub fn parse<A: Parser>() -> Result<A, ExitCode> {
     A::try_parse().map_err(|error| {
         let text = error.render();

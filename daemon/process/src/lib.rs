@@ -1,5 +1,5 @@
-//! What every program of the project does about the process it runs in: output that was not written is an error, signals do
-//! not end it at the wrong moment, and a limit on threads gives a message instead of a panic.
+//! Process handling that every program of the project shares. Output that could not be written is an error, signals do
+//! not end the process at the wrong moment, and a limit on threads causes an error message instead of a panic.
 
 #![forbid(unsafe_code)]
 

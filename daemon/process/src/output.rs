@@ -1,8 +1,9 @@
 //! The standard output and standard error of a command.
 //!
-//! The standard library's macros panic when the output cannot be written, and its `Stdout` takes a descriptor that is not open
-//! for writing for a success. These functions write to the descriptor itself and remember the first error, so that commands
-//! print without looking at a result each time; [`finish`] tells at the end. Only a reader that went away (`| head`) is no error.
+//! The macros of the standard library panic when the output cannot be written. Its `Stdout` reports success for a
+//! descriptor that is not open for writing. The functions here write to the descriptor itself and remember the first
+//! error, so commands print without checking a result each time; [`finish`] returns the error at the end. A reader that
+//! closed the pipe (`| head`) is not an error.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -15,7 +16,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{FileType, fstat, fsync};
 use rustix::io::Errno;
 
-/// The standard output does not have all that the command printed.
+/// The standard output is incomplete: some of the text could not be written.
 #[derive(Debug, thiserror::Error)]
 #[error("the standard output could not be written: {0}; what was printed is incomplete")]
 pub struct OutputError(io::Error);
@@ -23,17 +24,18 @@ pub struct OutputError(io::Error);
 #[derive(Debug)]
 enum State {
     Writing,
-    /// The reader went away: nothing more is written, and that is no error.
+    /// The reader has closed the pipe. Nothing more is written, and this is not an error.
     Left,
     Failed(io::Error),
 }
 
 static STDOUT: Mutex<State> = Mutex::new(State::Writing);
 
-/// Writes all bytes to a descriptor, also to one that does not block: a terminal or pipe shared with a program that set it so.
+/// Writes all bytes to a descriptor. The descriptor may be non-blocking, for example a terminal or pipe that is shared
+/// with a program that made it so.
 ///
 /// # Errors
-/// What the operating system says. `EBADF`, too: the standard library forgives it.
+/// The error of the operating system. This includes `EBADF`, which the standard library ignores.
 pub fn write_all(to: BorrowedFd<'_>, mut bytes: &[u8]) -> io::Result<()> {
     while !bytes.is_empty() {
         match rustix::io::write(to, bytes) {
@@ -50,12 +52,12 @@ pub fn write_all(to: BorrowedFd<'_>, mut bytes: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-/// Writes a line to the standard output. An error is kept for [`finish`].
+/// Writes a line to the standard output. [`finish`] reports an error.
 pub fn line(text: &str) {
     bytes(format!("{text}\n").as_bytes());
 }
 
-/// Writes bytes to the standard output, as they are. An error is kept for [`finish`].
+/// Writes bytes to the standard output. [`finish`] reports an error.
 pub fn bytes(bytes: &[u8]) {
     let mut state = STDOUT.lock().unwrap_or_else(PoisonError::into_inner);
     if !matches!(*state, State::Writing) {
@@ -68,12 +70,13 @@ pub fn bytes(bytes: &[u8]) {
     };
 }
 
-/// Writes a line to the standard error. Where that cannot be written, nothing can be told.
+/// Writes a line to the standard error. An error is ignored, because there is no place left to report it.
 pub fn note(text: &str) {
     let _ = write_all(rustix::stdio::stderr(), format!("{text}\n").as_bytes());
 }
 
-/// Whether everything was written. A file is forced to the disk first: a full disk or a quota may show only then.
+/// Checks that all output was written. Syncs a file to the disk first, because a full disk or a quota may be reported
+/// only then.
 ///
 /// # Errors
 /// [`OutputError`], with the first error.
@@ -89,7 +92,8 @@ pub fn finish() -> Result<(), OutputError> {
     }
 }
 
-/// The exit status of a program: `status`, or `unwritten` with a message where the standard output is incomplete.
+/// Returns the exit status of a program: `status`, or `unwritten` (with a message) if the standard output is
+/// incomplete.
 #[must_use]
 pub fn exit_status(program: &str, status: ExitCode, unwritten: u8) -> ExitCode {
     match finish() {
@@ -106,16 +110,17 @@ fn sync(file: BorrowedFd<'_>) -> io::Result<()> {
         return Ok(());
     }
     match fsync(file) {
-        // A file system that cannot do it has its own way to keep files.
+        // Not every file system supports this call. Such a file system keeps files safe in its own way.
         Ok(()) | Err(Errno::INVAL | Errno::NOTSUP | Errno::NOSYS | Errno::ROFS) => Ok(()),
         Err(error) => Err(error.into()),
     }
 }
 
-/// Writes a file that is a command's product: it is on the disk when this returns. A device or a pipe is written, too.
+/// Writes a file that a command produces. The file is on the disk when this function returns. The path may also be a
+/// device or a pipe.
 ///
 /// # Errors
-/// What the operating system says; the file may be incomplete then.
+/// The error of the operating system. The file may be incomplete then.
 pub fn write_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let mut file = File::create(path)?;
     file.write_all(bytes)?;
@@ -136,7 +141,7 @@ mod tests {
         let bytes = vec![7; 4 * 1024 * 1024];
         let expected = bytes.len();
         let writing = std::thread::spawn(move || write_all(writer.as_fd(), &bytes).unwrap());
-        // The kernel's buffer is full before anybody reads.
+        // The sleep lets the kernel's buffer fill up before the first read.
         std::thread::sleep(Duration::from_millis(50));
         let mut read = Vec::new();
         reader.read_to_end(&mut read).unwrap();

@@ -1,8 +1,8 @@
-//! Signals, from the first moment of a program.
+//! Signal handling from the first moment of a program.
 //!
-//! A signal without a handler ends a process, or is lost when the process is the first one of a container. tokio's handlers
-//! need a runtime, which a daemon makes only after it has read its configuration and loaded its modules: seconds, when an HSM
-//! does not answer. The handlers here need neither a runtime nor a thread.
+//! A signal without a handler ends a process. In the first process of a container it is lost instead. The handlers of
+//! tokio need a runtime, and the daemon makes its runtime only after it has read its configuration and loaded its
+//! modules. This takes seconds when an HSM does not answer. The handlers here need neither a runtime nor a thread.
 //!
 //! ```text
 //!           tame_signals()   Starting::new()             Starting::done()
@@ -20,40 +20,41 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use rustix::process::Signal;
 use signal_hook::flag;
 
-/// A write beyond the limit on file sizes (`ulimit -f`, `LimitFSIZE=`) fails with an error, as on a full disk, instead of ending
-/// the process. To be called first in `main`, by every program.
+/// Makes a write beyond the file size limit (`ulimit -f`, `LimitFSIZE=`) fail with an error, as on a full disk, instead
+/// of ending the process. Every program calls this first in `main`.
 ///
 /// # Errors
-/// When the handler cannot be installed.
+/// The handler cannot be installed.
 pub fn tame_signals() -> io::Result<()> {
     ignore(Signal::XFSZ)
 }
 
-/// Takes a signal and does nothing. Not `SIG_IGN`, which child processes would inherit.
+/// Installs a handler that does nothing. `SIG_IGN` is not used, because child processes would inherit it.
 fn ignore(signal: Signal) -> io::Result<()> {
     flag::register(signal.as_raw(), Arc::new(AtomicBool::new(false))).map(drop)
 }
 
-/// Ends the process without the handlers of `exit(3)`: those of a vendor's library may wait for a thread that hangs in it, or
-/// crash under it.
+/// Ends the process without running the handlers of `exit(3)`. A handler of a vendor's library may wait for a hanging
+/// thread of the library, or crash it.
 pub fn exit_at_once(status: u8) -> ! {
     signal_hook::low_level::exit(status.into())
 }
 
-/// A daemon that starts.
+/// The signal handlers of a daemon during its start.
 #[derive(Clone, Debug)]
 pub struct Starting {
-    /// Whether a signal to stop ends the process in its handler.
+    /// `true` while a signal to stop ends the process directly in the handler.
     ends_at_once: Arc<AtomicBool>,
     hangup: Hangup,
 }
 
-/// Whether a SIGHUP came since the last look. It keeps one that came before anybody could act on it.
+/// Reports a SIGHUP that arrived since the last check. It remembers signals that arrive before the daemon can act on
+/// them.
 #[derive(Clone, Debug)]
 pub struct Hangup(Arc<AtomicBool>);
 
 impl Hangup {
-    /// Whether one came; it counts once.
+    /// Returns `true` if a SIGHUP arrived since the last call.
     #[must_use]
     pub fn take(&self) -> bool {
         self.0.swap(false, Ordering::AcqRel)
@@ -61,11 +62,11 @@ impl Hangup {
 }
 
 impl Starting {
-    /// Installs the handlers. To be called before the daemon does anything that may take time. A signal to stop ends the
-    /// process with this status.
+    /// Installs the handlers. The daemon calls this before any step that may take time. A signal to stop then ends the
+    /// process with `status`.
     ///
     /// # Errors
-    /// When a handler cannot be installed.
+    /// A handler cannot be installed.
     pub fn new(status: u8) -> io::Result<Self> {
         let ends_at_once = Arc::new(AtomicBool::new(true));
         for stop in [Signal::TERM, Signal::INT] {
@@ -73,19 +74,19 @@ impl Starting {
         }
         let hangup = Arc::new(AtomicBool::new(false));
         flag::register(Signal::HUP.as_raw(), Arc::clone(&hangup))?;
-        // Other daemons reopen their logs at these, and scripts send them to all.
+        // Other daemons reopen their logs at these signals, and scripts send them to all daemons.
         for other in [Signal::USR1, Signal::USR2] {
             ignore(other)?;
         }
         Ok(Self { ends_at_once, hangup: Hangup(hangup) })
     }
 
-    /// From now on somebody else acts on SIGTERM and SIGINT, whose own handlers are installed.
+    /// Stops ending the process at SIGTERM and SIGINT. Call this when other handlers for these signals are installed.
     pub fn done(&self) {
         self.ends_at_once.store(false, Ordering::SeqCst);
     }
 
-    /// Tells of SIGHUP.
+    /// Returns the flag that SIGHUP sets.
     #[must_use]
     pub fn hangup(&self) -> Hangup {
         self.hangup.clone()
@@ -98,7 +99,7 @@ mod tests {
     use super::*;
     use rustix::process::{getpid, kill_process};
 
-    /// One test: the signals are the process's.
+    /// There is only one test, because signal handlers belong to the whole process.
     #[test]
     fn signals_do_not_end_the_process() {
         tame_signals().unwrap();
@@ -106,7 +107,7 @@ mod tests {
         for signal in [Signal::XFSZ, Signal::USR1, Signal::USR2, Signal::HUP, Signal::HUP] {
             kill_process(getpid(), signal).unwrap();
         }
-        // The kernel chooses the thread that runs the handler.
+        // The kernel chooses the thread that runs the handler, so the flag may be set later.
         while !starting.hangup().take() {
             std::thread::yield_now();
         }

@@ -1,7 +1,7 @@
 //! Threads under a limit (`TasksMax=`, a container's pids limit, `ulimit -u`).
 //!
-//! tokio panics when it gets no thread at its start, and a task for a thread that may block waits for ever when there is none.
-//! So a program makes sure first that it gets the threads it cannot do without.
+//! tokio panics if it cannot start its first threads, and a blocking task waits for ever if no blocking thread can be
+//! started. So a program checks first that it can start the threads that it needs.
 
 use std::io;
 use std::sync::mpsc;
@@ -10,12 +10,12 @@ use std::time::Duration;
 
 use tokio::runtime::{Builder, Runtime};
 
-/// tokio's own variable for the number of threads that run tasks.
+/// The environment variable of tokio for the number of worker threads.
 const WORKERS_VARIABLE: &str = "TOKIO_WORKER_THREADS";
-/// A thread that may block is kept this long without work. Long, so that one that was had at the start stays.
+/// Time for which an idle blocking thread is kept. It is long, so that a thread from the start of the program stays.
 const KEEP_BLOCKING: Duration = Duration::from_secs(3600);
 
-/// The system does not let this process have its threads.
+/// The system does not allow this process the threads that it needs.
 #[derive(Debug, thiserror::Error)]
 #[error(
     "the system allows this process {had} more threads, and it needs {needed} ({source}): raise the limit (TasksMax= of systemd, \
@@ -27,18 +27,18 @@ pub struct TooFewThreads {
     source: io::Error,
 }
 
-/// What to say where a thread that a program cannot do without is refused.
+/// The message for a required thread that could not be started.
 #[must_use]
 pub fn no_thread(error: &io::Error) -> String {
     TooFewThreads { needed: 1, had: 0, source: io::Error::new(error.kind(), error.to_string()) }.to_string()
 }
 
-/// Makes sure that so many more threads can be had at the same time, by having them for a moment.
+/// Checks that `needed` more threads can run at the same time. Starts them and ends them again.
 ///
 /// # Errors
 /// [`TooFewThreads`].
 pub fn ensure(needed: usize) -> Result<(), TooFewThreads> {
-    // Each thread waits until its sender is gone.
+    // Each thread waits until its sender is dropped.
     let mut threads = Vec::with_capacity(needed);
     let mut result = Ok(());
     for had in 0..needed {
@@ -59,13 +59,13 @@ pub fn ensure(needed: usize) -> Result<(), TooFewThreads> {
     result
 }
 
-/// The number of threads that run tasks: one for each processor, or what `TOKIO_WORKER_THREADS` says.
+/// The number of worker threads: `TOKIO_WORKER_THREADS`, or else one for each processor.
 fn workers() -> usize {
     let wished = std::env::var(WORKERS_VARIABLE).ok().and_then(|text| text.parse().ok()).filter(|wished| *wished > 0);
     wished.unwrap_or_else(|| thread::available_parallelism().map_or(1, usize::from))
 }
 
-/// Makes sure that [`runtime`] will get its threads, before anything is done that takes time.
+/// Checks that [`runtime`] will get its threads. Programs call this before any step that takes time.
 ///
 /// # Errors
 /// [`TooFewThreads`].
@@ -73,35 +73,37 @@ pub fn ensure_runtime(others: usize) -> Result<(), TooFewThreads> {
     ensure(workers() + 1 + others)
 }
 
-/// A runtime with a thread for each processor. `others` is how many threads the program needs beside it.
+/// Builds a runtime with one worker thread for each processor. `others` is the number of other threads that the program
+/// needs.
 ///
 /// # Errors
-/// [`TooFewThreads`], or what the operating system says.
+/// [`TooFewThreads`], or the error of the operating system.
 pub fn runtime(others: usize) -> io::Result<Runtime> {
     build(Builder::new_multi_thread().worker_threads(workers()), workers(), others)
 }
 
-/// A runtime for a command that waits for answers most of the time: one thread beside the caller's.
+/// Builds a runtime with one worker thread, for a command that mostly waits for replies.
 ///
 /// # Errors
-/// [`TooFewThreads`], or what the operating system says.
+/// [`TooFewThreads`], or the error of the operating system.
 pub fn small_runtime() -> io::Result<Runtime> {
     build(Builder::new_multi_thread().worker_threads(1), 1, 0)
 }
 
-/// A runtime without a thread of its own, for a command that asks one question over a Unix socket.
+/// Builds a runtime on the calling thread alone, for a command that asks one question over a Unix socket.
 ///
 /// # Errors
-/// What the operating system says.
+/// The error of the operating system.
 pub fn single_thread() -> io::Result<Runtime> {
     Builder::new_current_thread().enable_all().build()
 }
 
 fn build(builder: &mut Builder, workers: usize, others: usize) -> io::Result<Runtime> {
-    // And one that may block.
+    // One more thread for blocking tasks.
     ensure(workers + 1 + others).map_err(io::Error::other)?;
     let runtime = builder.enable_all().thread_keep_alive(KEEP_BLOCKING).build()?;
-    // Made now, so that work which may block goes on later, one after the other, when no more threads can be had.
+    // This starts a blocking thread now. If no more threads can be started later, blocking tasks run on this thread one
+    // after the other.
     drop(runtime.spawn_blocking(|| ()));
     Ok(runtime)
 }
