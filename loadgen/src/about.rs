@@ -1,4 +1,4 @@
-//! What was tested, where and how: the head of every report.
+//! The head of every report: what was tested, on which machine and how.
 
 use serde::{Deserialize, Serialize};
 
@@ -8,13 +8,13 @@ use crate::units;
 /// A member of the cluster, as it was before the load.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Member {
-    /// Its name in the daemon's configuration.
+    /// The name in the daemon's configuration.
     pub name: String,
-    /// Its token: `label "…"` or `serial "…"`.
+    /// The token: `label "…"` or `serial "…"`.
     pub token: String,
-    /// `up`, or why not.
+    /// `up`, or the reason why the member is not up.
     pub state: String,
-    /// Sessions that may be open.
+    /// Number of sessions that may be open.
     pub sessions: usize,
 }
 
@@ -28,18 +28,18 @@ impl From<&Hsm> for Member {
 /// The machine that this program runs on.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Machine {
-    /// Its processors' model, as the system tells it.
+    /// The processor model, as the system reports it.
     pub processor: String,
-    /// How many there are.
+    /// Number of processors.
     pub processors: usize,
-    /// Bytes of memory.
+    /// Memory in bytes.
     pub memory: u64,
-    /// The system and its version.
+    /// The operating system and its version.
     pub system: String,
 }
 
 impl Machine {
-    /// The machine that this program runs on. What the system does not tell is empty.
+    /// Describes the machine that this program runs on. A field is empty if the system does not report it.
     #[must_use]
     pub fn here() -> Self {
         let read = |file: &str| std::fs::read_to_string(file).unwrap_or_default();
@@ -64,29 +64,29 @@ impl Machine {
     }
 }
 
-/// What was tested, where and how.
+/// The test, the daemon and the machine of a report.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct About {
-    /// What the report is called, where it was given a name.
+    /// The title of the report, if one was given.
     pub title: Option<String>,
-    /// The command line, as a shell would read it.
+    /// The command line, quoted for a shell.
     pub command: String,
-    /// This program and its version.
+    /// The name and version of this program.
     pub generator: String,
-    /// Seconds since 1970 when it was asked for.
+    /// Start of the command, in seconds since 1970.
     pub at: u64,
-    /// The daemon's version and commit; `None` where it was not told.
+    /// Version and commit of the daemon; `None` if unknown.
     pub daemon: Option<String>,
-    /// The members of its cluster; empty where it was not told.
+    /// Members of the daemon's cluster; empty if unknown.
     pub hsms: Vec<Member>,
     /// The machine that this program ran on.
     pub machine: Machine,
-    /// Whether the daemon ran on the same machine; `None` where it is not known, or where there was none.
+    /// `true` if the daemon ran on the same machine; `None` if this is unknown or there was no daemon.
     pub daemon_is_here: Option<bool>,
 }
 
 impl About {
-    /// This call of this program. What is known of the daemon is empty.
+    /// Describes this call of the program. The fields about the daemon are empty.
     #[must_use]
     pub fn this_call(title: Option<&str>) -> Self {
         let words: Vec<_> = std::env::args().collect();
@@ -104,7 +104,7 @@ impl About {
         }
     }
 
-    /// Names and values, for a table; `with_daemon` where one was asked.
+    /// Names and values for a table. `with_daemon` adds the rows about the daemon.
     #[must_use]
     pub fn facts(&self, with_daemon: bool) -> Vec<[String; 2]> {
         let mut facts = vec![["command".to_owned(), self.command.clone()]];
@@ -130,7 +130,7 @@ impl About {
     }
 }
 
-/// A word as a shell has to be given it.
+/// Quotes a word for a shell.
 fn quoted(word: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=@,%+".contains(c);
     if !word.is_empty() && word.chars().all(plain) {

@@ -1,4 +1,4 @@
-//! A storm of attestations: as many hosts, each once, so many at a time.
+//! Runs a storm of attestations: every host attests once, with a fixed number of attestations at a time.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -15,42 +15,43 @@ use crate::http::Client;
 use crate::progress::Progress;
 use crate::scrape::Look;
 
-/// What a storm came to.
+/// The result of a storm.
 #[derive(Clone, PartialEq, Debug, Serialize)]
 pub struct Storm {
-    /// What was tested, where and how.
+    /// The test, the daemon and the machine.
     pub about: Option<About>,
-    /// What the hosts attested with.
+    /// `true` if the hosts attested with TPMs, `false` if with host keys.
     pub by_tpm: bool,
-    /// Hosts.
+    /// Number of hosts.
     pub hosts: usize,
-    /// Attestations at a time.
+    /// Number of attestations at a time.
     pub at_a_time: usize,
-    /// How long it took.
+    /// Duration of the storm, in seconds.
     pub seconds: f64,
-    /// Those that got a health certificate.
+    /// Number of hosts that got a health certificate.
     pub granted: usize,
     /// Health certificates a second.
     pub per_second: f64,
-    /// The others, by what they were told.
+    /// Number of hosts that were refused, by error code.
     pub refused: BTreeMap<String, usize>,
-    /// From the first request of an attestation to its health certificate, in seconds; `None` where nobody got one.
+    /// Median time from the first request of an attestation to its health certificate, in seconds; `None` if no host
+    /// got one.
     pub latency_p50: Option<f64>,
-    /// The same.
+    /// 99th percentile of the same time.
     pub latency_p99: Option<f64>,
-    /// The same.
+    /// Longest of these times.
     pub latency_max: Option<f64>,
-    /// Operations of the HSMs, where the daemon's metrics were asked.
+    /// Number of HSM operations; `None` if the daemon's metrics are unknown.
     pub hsm_calls: Option<f64>,
-    /// Processor time of the daemon outside of the HSMs' calls for one attestation, in seconds, where that is known.
+    /// Processor time of the daemon for one attestation, in seconds and without the calls into HSMs; `None` if unknown.
     pub own_cost: Option<f64>,
 }
 
-/// Has hosts attest, `at_a_time` of them at the same time. `told` hears what came of each and how long it took, and ends it with
-/// a failure.
+/// Attests all hosts, `at_a_time` of them at the same time. Calls `told` with the result and the duration of each
+/// attestation. An error of `told` ends the storm.
 ///
 /// # Errors
-/// What `told` fails with.
+/// The error of `told`.
 pub async fn each(
     client: &Arc<Client>,
     hosts: Vec<HostKeys>,
@@ -77,10 +78,10 @@ pub async fn each(
     }
 }
 
-/// Has all hosts attest once, and looks at the daemon before and after.
+/// Attests every host once, and reads the daemon's metrics before and after.
 ///
 /// # Errors
-/// A metrics address that does not answer.
+/// The metrics address does not answer.
 pub async fn storm(
     client: &Arc<Client>,
     hosts: Vec<HostKeys>,
@@ -95,7 +96,7 @@ pub async fn storm(
     let count = hosts.len();
     let before = look().await?;
     let mut refused = BTreeMap::new();
-    // Microseconds, to three digits, up to an hour.
+    // Microseconds with three significant digits, up to one hour.
     let mut latency = Histogram::<u64>::new_with_bounds(1, 3_600_000_000, 3)?;
     let begun = Instant::now();
     each(client, hosts, at_a_time, |attested, took| {
@@ -130,7 +131,7 @@ pub async fn storm(
 }
 
 impl Storm {
-    /// The same in words.
+    /// The result as text.
     #[must_use]
     pub fn for_people(&self) -> String {
         let what = if self.by_tpm { "their TPMs" } else { "their host keys" };

@@ -1,22 +1,22 @@
-//! Conditions as results hold them: what was asked for, and how it was met.
+//! Conditions in results: the bound that was asked for, and the outcome.
 
 use serde::{Deserialize, Serialize};
 
-/// A threshold that was asked for, and how it was met.
+/// A threshold, and its outcome.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Judgement {
-    /// As it was written.
+    /// The threshold as written on the command line.
     pub threshold: String,
-    /// What was measured, in words.
+    /// The measured value, as text.
     pub measured: String,
-    /// Whether it holds.
+    /// `true` if the threshold holds.
     pub passed: bool,
-    /// What it asks for.
+    /// The bound; `None` in results of older versions.
     #[serde(default)]
     pub bound: Option<Bound>,
 }
 
-/// What a bound is of.
+/// The quantity that a bound limits.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Of {
@@ -24,9 +24,9 @@ pub enum Of {
     Latency,
     /// Service time, in seconds.
     Service,
-    /// Share of those due that failed.
+    /// Share of the due releases that failed.
     Errors,
-    /// Share of those due that were dropped.
+    /// Share of the due releases that were dropped.
     Dropped,
     /// Releases a second.
     Achieved,
@@ -35,17 +35,17 @@ pub enum Of {
 /// The bound of a condition, for pictures.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Bound {
-    /// What it is of.
+    /// The quantity that is limited.
     pub of: Of,
-    /// For times: from 0 to 1.
+    /// The quantile of a time, from 0 to 1; `None` for other quantities.
     pub quantile: Option<f64>,
-    /// What is held against.
+    /// The limit, in the unit of the quantity.
     pub value: f64,
-    /// As the condition is written.
+    /// The condition as written on the command line.
     pub text: String,
 }
 
-/// Conditions as they were written, with commas between them.
+/// Joins the texts of conditions with commas.
 #[must_use]
 pub fn stated(bounds: &[Bound]) -> String {
     bounds.iter().map(|bound| bound.text.as_str()).collect::<Vec<_>>().join(", ")

@@ -1,4 +1,5 @@
-//! What is slow to make and good for the next run, too: JSON lines in a file that only its owner may read.
+//! A cache on disk for data that is slow to make and that the next run can use again. A file holds JSON lines, and only
+//! its owner may read it.
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
@@ -8,7 +9,7 @@ use std::path::Path;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-/// A file of the cache cannot be used.
+/// A file of the cache is unusable.
 #[derive(Debug, thiserror::Error)]
 #[error("{path}: {source}; the folder of the lab has to be writable, and `loadgen` in it may be deleted at any time")]
 pub struct CacheError {
@@ -20,13 +21,13 @@ fn at(path: &Path) -> impl Fn(std::io::Error) -> CacheError {
     move |source| CacheError { path: path.display().to_string(), source }
 }
 
-/// Keeps other load generators away from the folder while the value lives: they wait.
+/// A lock on the cache folder. Other load generators wait until this value is dropped.
 #[derive(Debug)]
 pub struct Lock {
     _file: File,
 }
 
-/// Makes the folder, and waits until nobody else makes something in it.
+/// Makes the folder and locks it. Waits while another load generator holds the lock.
 ///
 /// # Errors
 /// The folder cannot be made or written to.
@@ -39,7 +40,7 @@ pub fn lock(folder: &Path) -> Result<Lock, CacheError> {
     Ok(Lock { _file: file })
 }
 
-/// Reads at most `most` items. A last line that is not whole, as an interrupted run leaves it, is cut off.
+/// Reads at most `most` items. An incomplete last line, which an interrupted run leaves, is removed from the file.
 ///
 /// # Errors
 /// The file exists and cannot be read.
@@ -69,7 +70,7 @@ pub fn read<T: DeserializeOwned>(path: &Path, most: usize) -> Result<Vec<T>, Cac
     Ok(items)
 }
 
-/// Adds items at the end, in one write.
+/// Appends items to the file, in one write.
 ///
 /// # Errors
 /// The file cannot be written.

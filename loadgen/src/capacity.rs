@@ -1,5 +1,5 @@
-//! How much a running service carries: steps up to the knee, a law fitted to them, and the highest rate that meets the
-//! objectives, tried in an open loop.
+//! Measures how much load a running service carries. Closed-loop steps find the knee of the throughput, and a
+//! scalability law is fitted to them. Open-loop trials then find the highest rate that meets the objectives.
 
 use std::fmt::Write;
 use std::sync::Arc;
@@ -27,128 +27,130 @@ use crate::threshold::Threshold;
 use crate::units;
 use crate::usl::Usl;
 
-/// Most callers at a time.
+/// Largest number of concurrent callers.
 pub const MOST_CALLERS: usize = 512;
-/// A step that brings less than this is none.
+/// A step counts as a gain only if it exceeds the best throughput so far by this share.
 const GAIN: f64 = 0.04;
-/// Open-loop trials: each halves what is left of the search.
+/// Number of open-loop trials. Each one halves the range of the search.
 const TRIALS: usize = 6;
-/// How often a rate has to hold before it is called sustainable, and the most trials that are made for it.
+/// Number of trials in which a rate must hold before it counts as sustainable, and the largest number of trials to
+/// confirm it.
 const HOLDS: usize = 3;
 const CONFIRMING: usize = 6;
-/// How often a rate is tried whose trials are invalid, before it counts as missed.
+/// Number of invalid trials after which a rate counts as missed.
 const ATTEMPTS: usize = 3;
-/// Trials that confirm a rate take so many times as long as a step: what grows slowly shows only then.
+/// A trial that confirms a rate is this many times as long as a step, so that slow growth of a queue shows.
 const LONGER: u32 = 3;
-/// Fewest steps that a law is fitted to: three parameters fit anything less.
+/// Smallest number of steps for fitting a law. The law has three parameters, so it would fit almost any smaller set.
 const FEWEST_STEPS: usize = 6;
-/// Between two looks at the HSMs.
+/// Interval between two samples of the HSMs.
 const LOOK: Duration = Duration::from_millis(100);
-/// The share of something's capacity from which on it is what limits.
+/// A resource that is used beyond this share of its capacity counts as the limit.
 const LIMITS: f64 = 0.85;
 
-/// What to find out.
+/// The inputs of a measurement.
 pub struct Question<'a> {
-    /// The service.
+    /// The client of the service.
     pub client: Arc<Client>,
-    /// Where it is.
+    /// The URL of the service.
     pub url: String,
-    /// Hosts and machines.
+    /// Hosts and virtual machines.
     pub world: World,
-    /// How load is made; its mode is replaced.
+    /// The settings of the load. The mode is replaced in every step.
     pub load: Load,
-    /// How long each step is.
+    /// Duration of a step.
     pub step: Duration,
-    /// What has to hold.
+    /// The objectives that a rate must meet.
     pub objectives: &'a [Threshold],
-    /// Whose daemon tells how its HSMs are, if it runs here.
+    /// The keys and sockets in use. If the daemon runs on this machine, its admin socket reports the state of the HSMs.
     pub site: &'a Site,
-    /// The daemon's metrics address.
+    /// The client of the daemon's metrics address.
     pub metrics: Option<Client>,
-    /// HSMs, where the daemon does not tell.
+    /// Number of HSMs, if the daemon does not report it.
     pub hsms: Option<usize>,
-    /// Ends the search.
+    /// Ends the search early.
     pub interrupt: Interrupt,
 }
 
-/// What was seen while load ran.
+/// Use of resources during a step.
 #[derive(Clone, Copy, PartialEq, Debug, Default, Serialize)]
 pub struct Seen {
-    /// Share of all sessions of the HSMs that worked.
+    /// Share of all HSM sessions that were busy.
     pub sessions_busy: Option<f64>,
-    /// Operations that waited for a session.
+    /// Number of operations that waited for a session.
     pub hsm_waiting: Option<f64>,
-    /// Processors that the daemon used.
+    /// Number of processors that the daemon used.
     pub daemon_processors: Option<f64>,
-    /// Releases that waited for their turn, at the end.
+    /// Number of releases in the admission queue at the end of the step.
     pub queue: Option<f64>,
 }
 
-/// A step up.
+/// The result of a step or trial.
 #[derive(Clone, PartialEq, Debug, Serialize)]
 pub struct Step {
-    /// Callers at a time in a closed loop; 0 in an open one.
+    /// Number of concurrent callers in a closed loop; 0 in an open loop.
     pub callers: usize,
-    /// Releases a second that were due; of a closed loop, that were asked for.
+    /// Releases a second that were due. In a closed loop: that were requested.
     pub offered: f64,
     /// Releases a second that succeeded.
     pub achieved: f64,
-    /// Latency.
+    /// Latency of the releases that succeeded.
     pub latency_seconds: Percentiles,
-    /// Share of failures and drops.
+    /// Share of the releases that failed or were dropped.
     pub errors: f64,
-    /// Whether the releases that were open did not grow in number: what was due was carried.
+    /// `true` if the number of open releases did not grow: the service carried the rate.
     pub steady: bool,
-    /// Whether the objectives hold, in a valid run that carried what was due.
+    /// `true` if the run is valid, the service carried the rate, and the objectives hold.
     pub holds: bool,
-    /// Whether the load generator kept up.
+    /// `true` if the load generator kept up.
     pub valid: bool,
-    /// What was seen meanwhile.
+    /// Use of resources during the step.
     pub seen: Seen,
 }
 
-/// The answer.
+/// The result of a measurement.
 #[derive(Clone, PartialEq, Debug, Serialize)]
 pub struct Answer {
-    /// What was tested, where and how.
+    /// The test, the daemon and the machine.
     pub about: Option<About>,
-    /// The service.
+    /// The URL of the service.
     pub url: String,
-    /// What has to hold.
+    /// The objectives that a rate must meet.
     pub objectives: Vec<Bound>,
-    /// Closed loops with more and more callers.
+    /// Closed-loop steps with an increasing number of callers.
     pub steps: Vec<Step>,
-    /// Open loops at rates around the knee.
+    /// Open-loop trials at rates around the knee.
     pub trials: Vec<Step>,
-    /// The law that fits the steps; `None` with fewer than six valid ones.
+    /// The law that fits the steps; `None` if fewer than six steps are valid.
     pub law: Option<Usl>,
-    /// Lowest and highest ceiling of the laws that fit all steps but one.
+    /// Lowest and highest ceiling of the laws that are fitted with one step left out.
     pub law_ceilings: Option<[f64; 2]>,
-    /// How sure the sustainable rate is; `None` when the search was interrupted.
+    /// The confidence in the sustainable rate; `None` if the search was interrupted.
     pub sure: Option<Sure>,
-    /// Whether the search was interrupted: steps and trials are those that were done, and no capacity follows from them.
+    /// `true` if the search was interrupted. Then only the completed steps and trials are here, and no capacity follows
+    /// from them.
     pub interrupted: bool,
-    /// With all HSMs, and estimated with one less.
+    /// The capacity with all HSMs, and an estimate with one HSM less.
     pub capacities: Vec<Capacity>,
 }
 
-/// How sure a sustainable rate is.
+/// The confidence in a sustainable rate.
 #[derive(Clone, Copy, PartialEq, Debug, Serialize)]
 pub struct Sure {
-    /// Trials at this rate in which the objectives held.
+    /// Number of trials at this rate in which the objectives held.
     pub held: usize,
-    /// Trials at this rate.
+    /// Number of trials at this rate.
     pub tried: usize,
-    /// How long the longest of them took, in seconds.
+    /// Duration of the longest of these trials, in seconds.
     pub longest_seconds: f64,
-    /// The lowest rate above at which they did not hold; `None` when none was tried, or none failed.
+    /// The lowest higher rate at which the objectives did not hold; `None` if no higher rate was tried, or none failed.
     pub missed_at: Option<f64>,
-    /// Trials in which the load generator fell behind: they count as missed.
+    /// Number of trials in which the load generator fell behind. These trials count as missed.
     pub invalid: usize,
 }
 
 impl Sure {
-    /// In words.
+    /// The confidence as text.
     #[must_use]
     pub fn stated(&self, sustainable: f64) -> String {
         if self.held == 0 {
@@ -180,10 +182,10 @@ impl Sure {
     }
 }
 
-/// Where the edge is: rates that held and rates that did not, as trials tell.
+/// The trials of the search: rates that held and rates that did not.
 #[derive(Debug, Default)]
 struct Search {
-    /// Rate, seconds, whether the objectives held, whether it was valid.
+    /// Rate, seconds, `true` if the objectives held, `true` if the trial was valid.
     trials: Vec<(f64, f64, bool, bool)>,
 }
 
@@ -192,12 +194,12 @@ impl Search {
         self.trials.push((rate, seconds, holds, valid));
     }
 
-    /// The lowest rate that was missed: nothing at or above it counts as held.
+    /// The lowest rate that was missed. No rate at or above it counts as held.
     fn missed(&self) -> Option<f64> {
         self.trials.iter().filter(|(_, _, holds, _)| !holds).map(|(rate, ..)| *rate).min_by(f64::total_cmp)
     }
 
-    /// The highest rate that held, below all that were missed; 0 when there is none.
+    /// The highest rate that held and is below all missed rates; 0 if there is none.
     fn held(&self) -> f64 {
         let missed = self.missed().unwrap_or(f64::INFINITY);
         self.trials
@@ -220,7 +222,7 @@ impl Search {
     }
 }
 
-/// The law that fits the valid steps, and the range of its ceiling when one of them is left out.
+/// Fits the law to the valid steps. Also returns the range of its ceiling when one step is left out.
 fn fitted(steps: &[Step]) -> (Option<Usl>, Option<[f64; 2]>) {
     let points: Vec<_> =
         steps.iter().filter(|step| step.valid).map(|step| (step.callers as f64, step.achieved)).collect();
@@ -237,10 +239,10 @@ fn fitted(steps: &[Step]) -> (Option<Usl>, Option<[f64; 2]>) {
     (law, law.map(|_| bounds))
 }
 
-/// Finds out.
+/// Runs the measurement.
 ///
 /// # Errors
-/// A service or a metrics address that does not answer.
+/// The service or the metrics address does not answer.
 pub async fn measure(question: &Question<'_>) -> Result<Answer, Failure> {
     let hsms = match question.hsms {
         Some(hsms) => hsms,
@@ -272,7 +274,8 @@ pub async fn measure(question: &Question<'_>) -> Result<Answer, Failure> {
     }
     let mut trials: Vec<Step> = Vec::new();
     let mut search = Search::default();
-    // The first trial is where the knee probably is; then by halves. No rate above what callers that always wait had can last.
+    // The first trial is at the probable knee; the search then halves its range. No rate above the closed-loop maximum
+    // can last.
     let mut rate = most * 0.85;
     for _ in 0..TRIALS {
         if !question.trial(rate, question.step, &mut trials, &mut search).await? {
@@ -284,7 +287,7 @@ pub async fn measure(question: &Question<'_>) -> Result<Answer, Failure> {
         }
         rate = f64::midpoint(low, high);
     }
-    // What held once, may have been luck.
+    // A rate that held once may have held by luck.
     for _ in 0..CONFIRMING {
         let (rate, sure) = (search.held(), search.sure());
         if rate <= 0.0 || sure.held >= HOLDS {
@@ -328,11 +331,12 @@ pub async fn measure(question: &Question<'_>) -> Result<Answer, Failure> {
     };
     let mut capacities = vec![capacity(hsms, false, sustainable, Some(most), limit)];
     if hsms > 1 {
-        // What all HSMs do at most is what was measured, if they were what limited, or else known from how busy they were.
+        // The most that all HSMs do is the measured maximum if the HSMs were the limit. Otherwise it follows from how
+        // busy they were.
         let busy = seen.sessions_busy.unwrap_or(1.0).clamp(0.05, 1.0);
         let limited = busiest.sessions_busy.is_none_or(|busy| busy >= LIMITS);
         let of_all = if limited { most } else { (sustainable / busy).max(most) };
-        // With as much room below that as was needed with all.
+        // The estimate leaves the same share of spare capacity as the measurement with all HSMs.
         let fewer = (of_all * (hsms - 1) as f64 / hsms as f64 * sustainable / most).min(sustainable);
         let limit = format!(
             "{} of {hsms} HSMs, of which all do {}/s at most, with as much room as all need",
@@ -356,7 +360,8 @@ impl Question<'_> {
         Ok(told.map_err(|error| format!("how many HSMs there are is not known ({error}); say it with --hsms N"))?.len())
     }
 
-    /// Tries a rate in an open loop, and again where the load generator fell behind; `false` when it was interrupted.
+    /// Runs an open-loop trial at a rate. Repeats it if the load generator fell behind. Returns `false` if it was
+    /// interrupted.
     async fn trial(
         &self,
         rate: f64,
@@ -395,7 +400,7 @@ impl Question<'_> {
         Ok(true)
     }
 
-    /// One step; `None` when it was interrupted, since half a step says little.
+    /// Runs one step. Returns `None` if it was interrupted, because a partial step means little.
     async fn step(&self, mode: Mode) -> Result<Option<Step>, Failure> {
         let callers = if let Mode::Closed { callers, .. } = mode { callers } else { 0 };
         let load = Load { mode, show: false, ..self.load.clone() };
@@ -459,7 +464,8 @@ impl Question<'_> {
     }
 }
 
-/// How busy the sessions of the members that serve are, and how many operations wait, on average. Blocks.
+/// Samples the HSMs. Returns the mean share of busy sessions of the members that serve, and the mean number of waiting
+/// operations. Blocks.
 fn watch(mut admin: Admin, looking: &AtomicBool) -> (Option<f64>, Option<f64>) {
     let (mut busy, mut waiting, mut looks) = (0.0, 0.0, 0.0);
     while looking.load(Ordering::Relaxed) {
@@ -517,7 +523,7 @@ fn limit(seen: &Seen, law: Option<&Usl>) -> String {
     }
 }
 
-/// For a person.
+/// The result as text.
 #[must_use]
 pub fn for_people(answer: &Answer, hosts: &Hosts) -> String {
     let mut out = String::new();
@@ -538,7 +544,7 @@ pub fn for_people(answer: &Answer, hosts: &Hosts) -> String {
     }
     out.push_str(&table(&rows));
     if let Some(law) = &answer.law {
-        // Writing to a string does not fail.
+        // A write to a string cannot fail.
         let _ = writeln!(
             out,
             "\nUniversal Scalability Law: {}/s for one caller, contention {:.4}, coherency {:.6}, R² {:.3}; most {}/s{}",
@@ -612,7 +618,7 @@ mod tests {
         steps[2].valid = false;
         assert_eq!(fitted(&steps), (None, None));
         assert_eq!(fitted(&steps[..5]), (None, None));
-        // One step that does not fit makes it unsure.
+        // One step that does not fit widens the range of the ceiling.
         let mut odd: Vec<_> = [1, 2, 4, 8, 16, 32].map(|n| step(n, law.throughput(n as f64), true)).to_vec();
         odd[5].achieved *= 0.6;
         let [low, high] = fitted(&odd).1.unwrap_or_default();

@@ -1,8 +1,9 @@
-//! Two runs, held against each other: what differs, and what is noise.
+//! Compares two runs and separates real differences from noise.
 //!
-//! What is compared are the runs as wholes: their rates, and the percentiles of all latencies. The bounds come from the runs'
-//! own seconds: a moving-block bootstrap, since what is slow in one second is likely to be slow in the next. Each resampling
-//! draws as many seconds as the run has, with their histograms, and takes the percentiles of all of them together.
+//! The comparison uses each run as a whole: its rates, and the percentiles of all its latencies. The confidence bounds
+//! come from a moving-block bootstrap over the seconds of each run, because a slow second is often followed by another
+//! one. Each resample draws as many seconds as the run has, with their histograms, and takes the percentiles over all
+//! of them.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -15,14 +16,14 @@ use crate::report::Report;
 use crate::threshold::is_known;
 use crate::units;
 
-/// Resamplings.
+/// Number of resamples.
 const ROUNDS: usize = 1_000;
-/// The share of resamplings within the bounds: 95 %.
+/// Share of the resamples outside the bounds at each end: the bounds hold 95 %.
 const TAILS: f64 = 0.025;
-/// Fewer seconds than this tell nothing of noise.
+/// Smallest number of seconds from which noise can be estimated.
 const FEWEST: usize = 5;
 
-/// What became of a measure.
+/// The verdict on a measure.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Verdict {
@@ -30,9 +31,9 @@ pub enum Verdict {
     Better,
     /// Worse, beyond noise.
     Worse,
-    /// No difference that noise would not make.
+    /// The difference is within noise.
     Same,
-    /// Too few seconds to tell, not known in either run, or the time of a single release.
+    /// There are too few seconds, or both values are unknown, or the measure is the time of a single release.
     Unknown,
 }
 
@@ -47,20 +48,20 @@ impl fmt::Display for Verdict {
     }
 }
 
-/// What a measure is of.
+/// The unit of a measure.
 #[derive(Clone, Copy, PartialEq, Debug, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Kind {
     /// Releases a second.
     PerSecond,
-    /// A share of the releases that were due.
+    /// A share of the due releases.
     Share,
     /// Seconds.
     Seconds,
 }
 
 impl Kind {
-    /// A value, or a difference of two, for people.
+    /// Formats a value or a difference of two values.
     #[must_use]
     pub fn show(self, value: f64) -> String {
         if value.is_infinite() {
@@ -78,40 +79,40 @@ impl Kind {
     }
 }
 
-/// One measure of both runs.
+/// One measure in both runs.
 #[derive(Clone, PartialEq, Debug, Serialize)]
 pub struct Difference {
-    /// What.
+    /// The name of the measure.
     pub measure: &'static str,
-    /// What it is of.
+    /// The unit of the measure.
     pub kind: Kind,
-    /// Of the first run as a whole; `None` where failures hide it.
+    /// The value of the first run; `None` if failures hide it.
     pub before: Option<f64>,
-    /// Of the second run.
+    /// The value of the second run; `None` if failures hide it.
     pub after: Option<f64>,
-    /// Bounds of `after − before`, 95 %; `None` where there are none. One that is infinite, `null` in JSON, is not known:
-    /// failures hide the percentile in some resamplings.
+    /// Bounds of `after − before`, 95 %; `None` if there are none. An infinite bound (`null` in JSON) is unknown,
+    /// because failures hide the percentile in some resamples.
     pub bounds: Option<[f64; 2]>,
-    /// What follows.
+    /// The conclusion.
     pub verdict: Verdict,
 }
 
 impl Difference {
-    /// The change in percent, where there is one.
+    /// The change in percent, if both values are known.
     #[must_use]
     pub fn change(&self) -> Option<f64> {
         let (before, after) = self.before.zip(self.after)?;
         (before != 0.0).then(|| (after / before - 1.0) * 100.0)
     }
 
-    /// A value for people.
+    /// Formats a value of this measure.
     #[must_use]
     pub fn show(&self, value: Option<f64>) -> String {
         value.map_or("not known".to_owned(), |value| self.kind.show(value))
     }
 }
 
-/// What a measure is of.
+/// The source of a measure.
 #[derive(Clone, Copy)]
 enum Measure {
     Released,
@@ -131,16 +132,16 @@ const MEASURES: [(&str, Kind, Measure); 8] = [
     ("latency max", Kind::Seconds, Measure::Latency(1.0)),
 ];
 
-/// A second of a run, as it is drawn.
+/// One second of a run: the unit of resampling.
 struct Second {
     achieved: u64,
     failed: u64,
     dropped: u64,
-    /// Latencies, as places in [`Run::times`], and how often each occurred.
+    /// Indices into [`Run::times`], each with its number of releases.
     latencies: Vec<(usize, u64)>,
 }
 
-/// A run, ready to be resampled.
+/// A run that is prepared for resampling.
 struct Run<'a> {
     report: &'a Report,
     seconds: Vec<Second>,
@@ -150,7 +151,7 @@ struct Run<'a> {
 
 impl<'a> Run<'a> {
     fn new(report: &'a Report) -> Result<Self, Failure> {
-        // Answers that came after the end belong to seconds in which nothing was due any more.
+        // Replies after the end belong to seconds in which no release was due, so those seconds are left out.
         let asked = report.duration_seconds.ceil() as usize;
         let rows = report.timeline.get(..asked).unwrap_or(&report.timeline);
         let latencies = rows.iter().map(crate::report::Row::latencies).collect::<Result<Vec<_>, _>>()?;
@@ -166,7 +167,7 @@ impl<'a> Run<'a> {
         Ok(Self { report, seconds, times: times.iter().map(|micros| *micros as f64 / 1e6).collect() })
     }
 
-    /// Of the run as a whole.
+    /// The value of the whole run.
     fn whole(&self, measure: Measure) -> Option<f64> {
         let report = self.report;
         let share = |part: u64| if report.offered == 0 { 0.0 } else { part as f64 / report.offered as f64 };
@@ -175,12 +176,13 @@ impl<'a> Run<'a> {
             Measure::Failed => Some(share(report.failed())),
             Measure::Dropped => Some(share(report.dropped)),
             Measure::Latency(quantile) if !report.knows(quantile) => None,
-            // As it is reported: the maximum is that of the whole run.
+            // The maximum of the report is the maximum of the whole run.
             Measure::Latency(quantile) => Some(report.latency_seconds.at(quantile)),
         }
     }
 
-    /// Every measure of as many seconds, drawn in runs of neighbours. What is not known is infinite.
+    /// Draws one resample and computes every measure. Seconds are drawn in blocks of neighbours. An unknown value is
+    /// infinite.
     fn resampled(&self, lots: &mut fastrand::Rng) -> [f64; MEASURES.len()] {
         let block = (self.seconds.len() as f64).cbrt().ceil() as usize;
         let (mut achieved, mut failed, mut dropped, mut drawn) = (0, 0, 0, 0);
@@ -224,11 +226,11 @@ impl<'a> Run<'a> {
 /// Compares two runs.
 ///
 /// # Errors
-/// A result without histograms, or with damaged ones.
+/// A result has no histograms, or damaged ones.
 pub fn compare(before: &Report, after: &Report) -> Result<Vec<Difference>, Failure> {
     let runs = [Run::new(before)?, Run::new(after)?];
     let enough = runs.iter().all(|run| run.seconds.len() >= FEWEST);
-    // Seeded: the same files give the same bounds.
+    // The seed is fixed, so the same files give the same bounds.
     let mut lots = fastrand::Rng::with_seed(1);
     let rounds: Vec<_> = (0..if enough { ROUNDS } else { 0 })
         .map(|_| [runs[0].resampled(&mut lots), runs[1].resampled(&mut lots)])
@@ -252,9 +254,9 @@ pub fn compare(before: &Report, after: &Report) -> Result<Vec<Difference>, Failu
     Ok(MEASURES.iter().enumerate().map(difference).collect())
 }
 
-/// The bounds that 95 % of the differences are within.
+/// The bounds around 95 % of the differences.
 fn bounds(pairs: impl Iterator<Item = (f64, f64)>) -> [f64; 2] {
-    // Not known in both: no difference that could be told.
+    // If both values are unknown (infinite), no difference can be stated.
     let difference = |(before, after): (f64, f64)| if before == after { 0.0 } else { after - before };
     let mut differences: Vec<f64> = pairs.map(difference).collect();
     differences.sort_by(f64::total_cmp);
@@ -262,7 +264,7 @@ fn bounds(pairs: impl Iterator<Item = (f64, f64)>) -> [f64; 2] {
     [at(TAILS), at(1.0 - TAILS)]
 }
 
-/// What has to be said about the two runs before they are compared.
+/// Warnings about the two runs, for the top of the comparison.
 #[must_use]
 pub fn cautions(names: [&str; 2], reports: [&Report; 2]) -> Vec<String> {
     let mut cautions = Vec::new();
@@ -280,7 +282,7 @@ pub fn cautions(names: [&str; 2], reports: [&Report; 2]) -> Vec<String> {
     cautions
 }
 
-/// For a person.
+/// The comparison as text.
 #[must_use]
 pub fn for_people(names: [&str; 2], reports: [&Report; 2], differences: &[Difference]) -> String {
     let mut out = String::new();
@@ -317,7 +319,8 @@ pub(crate) mod tests {
     use crate::report::tests::told;
     use crate::tally::{Event, Tally};
 
-    /// A minute of 50 releases a second, each of which takes as long as `takes` says of its second and a random number.
+    /// Makes a run of one minute with 50 releases a second. `takes` computes the latency of a release from its second
+    /// and a random number.
     pub(crate) fn run(seed: u64, takes: impl Fn(u32, f64) -> f64, fails_one_in: u64) -> Report {
         let mut lots = fastrand::Rng::with_seed(seed);
         let mut tally = Tally::default();
@@ -370,7 +373,8 @@ pub(crate) mod tests {
             after.timeline.iter().filter_map(|row| row.latency_seconds).map(|times| times.max).fold(0.0, f64::max);
         assert_eq!((max.measure, max.verdict), ("latency max", Verdict::Unknown));
         assert!((max.after.unwrap() - longest).abs() < 0.003 && longest > 2.0, "{max:?}");
-        // A sixtieth of all releases: beyond the p99 of the whole run, though within no second's median but one.
+        // The stall affects one sixtieth of all releases. This is beyond the p99 of the whole run, but it changes the
+        // median of only one second.
         assert!(differences[5].after.unwrap() > 0.5, "{:?}", differences[5]);
         let text = for_people(["a", "b"], [&before, &after], &differences);
         assert!(text.contains(&units::seconds(max.after.unwrap())), "{text}");

@@ -1,4 +1,4 @@
-//! What a guarded host says and understands.
+//! The requests and replies of a guarded host.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -25,7 +25,7 @@ use ring::rand::{SecureRandom, SystemRandom};
 use crate::Failure;
 use crate::http::{Client, Reply};
 
-/// How keys shall travel to the hosts here.
+/// The algorithms with which keys are encrypted to these hosts.
 pub const ALGORITHMS: HostAlgorithms = HostAlgorithms {
     transfer: Oaep::SHA256,
     wrapping: KeyWrapping::Seal(Sealing::Aes256Gcm),
@@ -33,33 +33,33 @@ pub const ALGORITHMS: HostAlgorithms = HostAlgorithms {
 };
 /// The path of the metadata document.
 pub const METADATA: &str = "/KeyProtection/service/metadata/2014-07/metadata.xml";
-/// The path of a batch.
+/// The path of a batch request.
 const ROLL_BATCH: &str = "/KeyProtection/service/v2.0/RollTransportKeys";
 
-/// What a host attests with.
+/// The proof that a host attests with.
 pub enum HostProof {
     /// A host key.
     HostKey(Box<RsaPrivateKey>),
-    /// A TPM in software, which booted [`boot_log`].
+    /// A software TPM that booted [`boot_log`].
     Tpm(Box<SoftwareTpm>),
 }
 
-/// What a host attests with, and its identity key.
+/// The proof of a host, and its identity key.
 pub type HostKeys = (HostProof, Arc<RsaPrivateKey>);
 
-/// The baseline of hosts with TPMs in software.
+/// The name of the baseline of hosts with software TPMs.
 pub const BASELINE: &str = "loadgen";
 
-/// What every host with a TPM booted, as its log tells.
+/// The event log of every host with a software TPM.
 #[must_use]
 pub fn boot_log() -> Vec<u8> {
     short_boot("claviger-loadgen firmware", "claviger-loadgen kernel")
 }
 
-/// The PCRs of that boot that every baseline has: numbers, and values in hex.
+/// The PCRs of that boot that a baseline contains: number, and value in hex.
 ///
 /// # Errors
-/// None, as long as the log can be read.
+/// The log cannot be parsed.
 pub fn boot_pcrs() -> Result<BTreeMap<usize, String>, Failure> {
     let values = Log::parse(&boot_log())?.replay();
     let pcr = |pcr| Some((pcr, HEXLOWER.encode(values.get(pcr)?)));
@@ -67,10 +67,10 @@ pub fn boot_pcrs() -> Result<BTreeMap<usize, String>, Failure> {
 }
 
 impl HostProof {
-    /// A TPM with this endorsement key that booted [`boot_log`].
+    /// Makes a TPM with this endorsement key that booted [`boot_log`].
     ///
     /// # Errors
-    /// When the system has no randomness.
+    /// The system has no randomness.
     pub fn tpm(endorsement_key: RsaPrivateKey) -> Result<Self, Failure> {
         let mut tpm = SoftwareTpm::new(endorsement_key).map_err(|_| "the system has no randomness")?;
         tpm.pcrs = Log::parse(&boot_log())?.replay();
@@ -78,16 +78,16 @@ impl HostProof {
     }
 }
 
-/// A host that proved its health.
+/// A host that has attested.
 pub struct Host {
-    /// What keys are encrypted to.
+    /// The key that transport keys are encrypted to.
     pub identity: Arc<RsaPrivateKey>,
-    /// DER.
+    /// The health certificate (DER).
     pub health_certificate: Vec<u8>,
 }
 
 impl Host {
-    /// Proves to be the registered host.
+    /// Attests as the registered host.
     ///
     /// # Errors
     /// The service refuses, or does not answer.
@@ -110,7 +110,7 @@ impl Host {
         Ok(Self { identity, health_certificate })
     }
 
-    /// The path and the body that ask for these protectors' keys: one, or a batch.
+    /// The path and the body of a request for the keys of `protectors`: one protector, or a batch.
     #[must_use]
     pub fn request(&self, api: ApiVersion, batch: bool, protectors: &[Arc<Vec<u8>>]) -> (String, Bytes) {
         let health_certificate = self.health_certificate.clone();
@@ -129,10 +129,10 @@ impl Host {
     }
 }
 
-/// What hosts have certified.
+/// The result that a host requests when it attests.
 const WANTED: ResultType = ResultType::EncryptionCertificate;
 
-/// Both steps of attestation by TPM.
+/// Runs both steps of attestation with a TPM.
 async fn by_tpm(client: &Client, tpm: &SoftwareTpm, session: [u8; 16], identity: &[u8]) -> Result<Reply, Failure> {
     const PATH: &str = "/Attestation/v2.0/attest";
     let endorsement_key = tpm.endorsement_key().public().spki_der();
@@ -151,7 +151,7 @@ async fn by_tpm(client: &Client, tpm: &SoftwareTpm, session: [u8; 16], identity:
     ask(client, PATH, second_request(session, &[WANTED], endorsement_key, identity, &evidence.to_context())).await
 }
 
-/// Posts an attestation.
+/// Posts an attestation request.
 ///
 /// # Errors
 /// The service refuses, or does not answer.
@@ -173,10 +173,10 @@ async fn ask(client: &Client, path: &str, request: Vec<u8>) -> Result<Reply, Fai
     Err(format!("attestation refused with {} {}: {message}; {advice}", reply.status.as_u16(), error.name).into())
 }
 
-/// Both transport keys of an answer, as only the host with this identity key can read them.
+/// Decrypts both transport keys of a reply with the host's identity key.
 ///
 /// # Errors
-/// A sentence.
+/// A sentence that describes the problem.
 pub fn open(response: &RollResponse, identity: &RsaPrivateKey) -> Result<Payload, String> {
     let transfer_key = identity.decrypt_oaep(ALGORITHMS.transfer, &response.keys.transfer_key);
     let transfer_key = transfer_key.map_err(|_| "the transfer key does not decrypt".to_owned())?;
@@ -184,7 +184,7 @@ pub fn open(response: &RollResponse, identity: &RsaPrivateKey) -> Result<Payload
     keys.map_err(|_| "the transport keys do not decrypt".to_owned())
 }
 
-/// How a refusal is counted: its code, or the bare status where the body is none of the protocol's.
+/// The code under which a refusal is counted. If the body is not an error of the protocol, the code is the status.
 #[must_use]
 pub fn error_code(reply: &Reply) -> String {
     let bare = |_| format!("Http{}", reply.status.as_u16());

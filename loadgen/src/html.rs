@@ -1,4 +1,5 @@
-//! Results as pages: one file each, pictures inside, nothing loaded from elsewhere, light and dark.
+//! Writes results as HTML pages. Each page is one file with its pictures inside. It loads nothing from elsewhere, and
+//! supports light and dark mode.
 
 mod capacity;
 mod compare;

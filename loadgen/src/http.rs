@@ -1,7 +1,7 @@
-//! The client of the service, as the load generator sees it: what an error counts as.
+//! Settings of the HTTP client for the load generator, and the error codes of its failures.
 //!
-//! It is the client of hosts and tenants, [`claviger_client::http`]: it keeps its connections itself, in a pool that waits for
-//! nothing, so that what a request waited for is known.
+//! The load generator uses the same client as hosts and tenants, [`claviger_client::http`]. Its connection pool never
+//! makes a request wait, so the measured time has no hidden parts.
 
 use std::time::Duration;
 
@@ -10,20 +10,20 @@ use rustix::process::{Resource, getrlimit};
 
 pub use claviger_client::http::{Client, ClientError, Deadlines, Reply, TlsSettings};
 
-/// Largest answer that is read, in bytes: 256 items of a batch, with room.
+/// Largest reply in bytes: a batch of 256 items, with spare room.
 const REPLY_LIMIT: usize = 64 * 1024 * 1024;
 
-/// A client that gives every request `timeout` in all, as what is measured counts it, and keeps every connection: there may be
-/// as many as requests in flight. Blocks on files.
+/// Makes a client that limits every request to `timeout` in total, because this is the time that is measured. It keeps
+/// all connections, because as many requests may be in flight. Blocks on files.
 ///
 /// # Errors
-/// [`ClientError`]: the URL or a file of `tls` cannot be used.
+/// [`ClientError`]: the URL or a file of `tls` is unusable.
 pub fn client(url: &str, tls: &TlsSettings, timeout: Duration) -> Result<Client, ClientError> {
     let client = Client::with_tls(url, tls)?;
     Ok(client.with_deadlines(Deadlines::together(timeout)).reading(REPLY_LIMIT).keeping(usize::MAX))
 }
 
-/// How a request without an answer is counted among errors.
+/// The code under which a request without a reply is counted.
 #[must_use]
 pub fn error_code(error: &ClientError) -> &'static str {
     match error {
@@ -33,7 +33,7 @@ pub fn error_code(error: &ClientError) -> &'static str {
     }
 }
 
-/// What the load generator itself has no more of: its code, and what to do about it.
+/// The error code for a local resource that ran out.
 pub(crate) fn lack_code(lack: Lack) -> &'static str {
     match lack {
         Lack::Files => "OutOfFiles",
@@ -41,7 +41,7 @@ pub(crate) fn lack_code(lack: Lack) -> &'static str {
     }
 }
 
-/// The same in a sentence.
+/// A sentence that names the resource and says what to do.
 pub(crate) fn lack_text(lack: Lack) -> String {
     match lack {
         Lack::Files => {

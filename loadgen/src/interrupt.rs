@@ -1,4 +1,4 @@
-//! Ctrl-C, or a condition that failed: a run ends before its time, and what was measured so far is reported.
+//! Ends a run early: at Ctrl-C, or when a condition fails. The results up to then are reported.
 
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -9,12 +9,12 @@ use tokio::time::Instant;
 
 use crate::print;
 
-/// How long requests in flight are waited for once the run was interrupted.
+/// Time that requests in flight may still take after an interruption.
 const GRACE: Duration = Duration::from_secs(2);
-/// The exit status after SIGINT, as a shell has it.
+/// The exit status after SIGINT, as shells use it.
 pub const STATUS: u8 = 130;
 
-/// Whether to stop, for all who have to know. Clones belong together.
+/// A stop signal that tasks share. Every clone refers to the same signal.
 #[derive(Clone, Debug)]
 pub struct Interrupt {
     at: watch::Sender<Option<Instant>>,
@@ -28,7 +28,8 @@ impl Default for Interrupt {
 }
 
 impl Interrupt {
-    /// Set by SIGINT and SIGTERM; the second of them ends the process. Belongs into the runtime.
+    /// Makes an interrupt that SIGINT and SIGTERM set. A second signal ends the process. Must be called inside the
+    /// runtime.
     ///
     /// # Errors
     /// The system lets no signal be handled.
@@ -48,43 +49,43 @@ impl Interrupt {
         Ok(interrupt)
     }
 
-    /// Stops what runs.
+    /// Stops the run.
     pub fn set(&self) {
         self.at.send_if_modified(|at| at.is_none() && at.replace(Instant::now()).is_none());
     }
 
-    /// Stops what runs, for a reason that the report gives.
+    /// Stops the run for a reason that is shown in the report.
     pub fn stop(&self, reason: String) {
-        // The first reason counts, and none once it was interrupted.
+        // Only the first reason is kept, and no reason is set after an interruption.
         if self.since().is_none() {
             let _ = self.reason.set(reason);
         }
         self.set();
     }
 
-    /// Why it was stopped; `None` when it was interrupted from outside.
+    /// The reason for the stop; `None` if a signal stopped the run.
     #[must_use]
     pub fn reason(&self) -> Option<&str> {
         self.reason.get().map(String::as_str)
     }
 
-    /// Whether to stop, and since when.
+    /// The time of the stop; `None` if the run goes on.
     #[must_use]
     pub fn since(&self) -> Option<Instant> {
         *self.at.borrow()
     }
 
-    /// Returns when it is time to stop.
+    /// Waits until the run must stop.
     pub async fn wait(&self) -> Instant {
         let mut changes = self.at.subscribe();
         match changes.wait_for(Option::is_some).await.map(|at| *at) {
             Ok(Some(at)) => at,
-            // The sender lives as long as this value.
+            // The sender lives as long as this value, so this branch is never reached.
             _ => std::future::pending().await,
         }
     }
 
-    /// Returns when requests in flight are not waited for any longer.
+    /// Waits until the time for requests in flight is over.
     pub async fn abandon(&self) {
         let at = self.wait().await;
         tokio::time::sleep_until(at + GRACE).await;

@@ -1,17 +1,18 @@
-//! A guarded host, or ten thousand of them: how many keys a service releases, how fast, and what it would take.
+//! Measures a key-release service with simulated guarded hosts: how many keys the service releases, how fast, and what
+//! hardware a rate needs.
 //!
-//! A client of the protocol and nothing more: it links the wire protocol and, for [`plan`], the pure policies of the HSM
-//! cluster, but nothing of the daemon. `docs/load.md` says how to use it and how it counts.
+//! This crate is only a client of the protocol. It uses the wire protocol, the HTTP client, and for [`plan`] the
+//! policies of the HSM cluster, but nothing of the daemon. `docs/load.md` describes how to use it and how it counts.
 //!
-//! | what | module |
+//! | topic | module |
 //! |---|---|
 //! | when requests start | [`profile`] |
 //! | hosts and virtual machines, made before the clock starts | [`site`], [`prepare`], [`cache`] |
-//! | sending, and stopping before the time | [`http`], [`host`], [`run`], [`interrupt`] |
+//! | sending requests, and ending a run early | [`http`], [`host`], [`run`], [`interrupt`] |
 //! | a storm of attestations | [`attest`] |
-//! | counting, and checking what came | [`record`], [`tally`], [`cpu`], [`verify`] |
-//! | telling | [`about`], [`report`], [`threshold`], [`bound`], [`html`], [`compare`] |
-//! | what it would take | [`capacity`], [`usl`], [`scrape`], [`plan`], [`simulation`] |
+//! | counting and checking replies | [`record`], [`tally`], [`cpu`], [`verify`] |
+//! | reports | [`about`], [`report`], [`threshold`], [`bound`], [`html`], [`compare`] |
+//! | capacity: measured and planned | [`capacity`], [`usl`], [`scrape`], [`plan`], [`simulation`] |
 #![forbid(unsafe_code)]
 
 pub mod about;
@@ -42,5 +43,5 @@ pub mod units;
 pub mod usl;
 pub mod verify;
 
-/// Why a command could not do what it was told; the text says what to do next.
+/// The error of a command. Its text says what to do next.
 pub type Failure = Box<dyn std::error::Error + Send + Sync>;

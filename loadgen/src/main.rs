@@ -1,4 +1,4 @@
-//! The `claviger-loadgen` command: command line → run, attest, compare, capacity, plan or prepare.
+//! The command line of `claviger-loadgen`: run, attest, compare, capacity, plan and prepare.
 
 #![forbid(unsafe_code)]
 
@@ -33,11 +33,11 @@ use claviger_protocol::payload::ApiVersion;
 use claviger_protocol::pem;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-/// A threshold failed.
+/// Exit status: a threshold failed.
 const THRESHOLD_FAILED: u8 = 99;
-/// The load generator itself was too slow.
+/// Exit status: the load generator itself was too slow.
 const INVALID: u8 = 98;
-/// A reply was wrong.
+/// Exit status: a reply was wrong.
 const WRONG: u8 = 97;
 
 /// Plays guarded hosts to a key-release service: how many keys, how fast, and what it would take
@@ -250,7 +250,7 @@ struct PlanArguments {
     json: bool,
 }
 
-/// Conditions with commas between them.
+/// A list of conditions, separated by commas.
 #[derive(Clone, Debug)]
 struct Objectives(Vec<Threshold>);
 
@@ -335,7 +335,8 @@ struct Target {
 }
 
 impl Target {
-    /// The client of the daemon's metrics address: the one that was given, or that of the lab's configuration if it answers.
+    /// The client of the daemon's metrics address: the given address, or the one in the lab's configuration if it
+    /// answers.
     async fn metrics(&self, site: &Site) -> Result<Option<Client>, Failure> {
         let client = |url: &str| client(url, &TlsSettings::default(), self.connection.timeout);
         if let Some(url) = &self.metrics {
@@ -344,7 +345,7 @@ impl Target {
             return Ok(Some(client));
         }
         let Some(client) = site.metrics().map(client).transpose()? else { return Ok(None) };
-        // Without a version it is the address of something else.
+        // A page without a version is not that of a daemon.
         let told = Look::take(&client).await.is_ok_and(|look| look.version.is_some());
         Ok(told.then_some(client))
     }
@@ -422,10 +423,10 @@ impl Shape {
         }
     }
 
-    /// Machines that this load needs.
+    /// Number of virtual machines that this load needs.
     ///
     /// # Errors
-    /// When there are too few for what was asked.
+    /// The virtual machines are too few for the load.
     fn machines(&self, mode: &Mode) -> Result<usize, Failure> {
         let batch = self.batch.map_or(1, usize::from);
         let machines = match mode {
@@ -515,19 +516,19 @@ fn main() -> ExitCode {
         print::aside(&format!("claviger-loadgen: {failure}"));
         ExitCode::FAILURE
     });
-    // A result that nobody has is none: it could not be done.
+    // A result that could not be written counts as a failed command.
     output::exit_status("claviger-loadgen", status, 1)
 }
 
-/// Every connection is a file, and the usual soft limit of 1024 is below the requests that may be in flight. A limit that cannot
-/// be raised is no reason to end: a run that comes up against it says so.
+/// Raises the limit on open files. Every connection is a file, and the usual soft limit of 1024 is below the possible
+/// number of requests in flight. A failure here is not an error: a run that reaches the limit reports it.
 fn raise_open_files() {
     let maximum = getrlimit(Resource::Nofile).maximum;
     let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
 }
 
 fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
-    // Beside the runtime's: for pacing, for counting, and to check replies.
+    // These threads run beside the runtime: for pacing, for counting, and for checking replies.
     let checks = std::thread::available_parallelism().map_or(1, |n| n.get().div_ceil(2));
     Ok(threads::runtime(2 + checks)?)
 }
@@ -541,7 +542,7 @@ async fn load(arguments: &RunArguments) -> Result<ExitCode, Failure> {
     let shape = &arguments.shape;
     let machines = shape.machines(&mode)?;
     let hosts = shape.hosts as usize;
-    // A file that cannot be written shows before the load, not after it.
+    // A file that cannot be written is reported before the load, not after it.
     let files = [&arguments.json, &arguments.csv, &arguments.hdr, &arguments.hgrm, &arguments.html];
     for file in files.into_iter().flatten() {
         write(file, b"")?;
@@ -609,7 +610,7 @@ async fn prepared(
         world = preparing => world,
         _ = interrupt.wait() => {
             print::aside("nothing was measured yet");
-            // Work on other threads cannot be stopped, and is not waited for.
+            // Work on other threads cannot be stopped, so the process exits without waiting for it.
             std::process::exit(interrupt::STATUS.into())
         }
     }
@@ -678,7 +679,7 @@ async fn measured(arguments: &CapacityArguments) -> Result<ExitCode, Failure> {
     let client = arguments.target.connection.client()?;
     let site = arguments.target.parties.site()?;
     let metrics = arguments.target.metrics(&site).await?;
-    // Replaced step by step; the last step needs the most machines.
+    // Each step replaces the mode. The last step needs the most virtual machines.
     let mode = Mode::Closed { callers: capacity::MOST_CALLERS, duration: arguments.step };
     let interrupt = Interrupt::by_signals()?;
     let machines = shape.machines(&mode)?;

@@ -1,4 +1,4 @@
-//! What a planned cluster will carry: repeated simulations.
+//! Estimates the load that a planned cluster will carry, from repeated simulations.
 
 use std::fmt::Write;
 
@@ -11,40 +11,40 @@ use crate::simulation::{Model, Simulated, saturated, simulate};
 use crate::threshold::{Threshold, is_known};
 use crate::units;
 
-/// Loads that are simulated, as shares of the most that the cluster does. Nothing is promised above the last one, where a
-/// queue takes very long to find its length.
+/// Loads to simulate, as shares of the cluster's maximum. Above the last one the plan makes no promise, because a queue
+/// takes very long to reach a stable length there.
 const LOADS: [f64; 14] = [0.01, 0.05, 0.25, 0.5, 0.65, 0.75, 0.8, 0.85, 0.9, 0.93, 0.95, 0.965, 0.98, 0.99];
-/// Releases that are simulated at each load: fewer say little about a p99.9.
+/// Number of releases that are simulated at each load. Fewer releases say little about a p99.9.
 const RELEASES: f64 = 20_000.0;
-/// At low loads, where times vary little, this share of them is enough.
+/// Share of these releases that is enough at low loads, where times vary little.
 const FEWER: f64 = 0.25;
-/// Near its most, a queue takes `1 ÷ (1 − load)²` releases to find its length; so many times as many are simulated, where
-/// [`RELEASES`] are at the others.
+/// Near the maximum, a queue needs `1 ÷ (1 − load)²` releases to reach a stable length. The simulation runs this many
+/// times as many, in place of [`RELEASES`].
 const RELAXATIONS: f64 = 5.0;
-/// How close to the highest rate the search comes, as a share of the most that the cluster does.
+/// Precision of the search for the highest rate, as a share of the cluster's maximum.
 const PRECISION: f64 = 0.001;
-/// Most HSMs that are thought about.
+/// Largest number of HSMs that a plan considers.
 const MOST: usize = 64;
-/// The share of a bound from which on something is called what limits.
+/// A resource that is used beyond this share of its bound counts as the limit.
 const LIMITS: f64 = 0.85;
 
-/// How many hosts a rate is good for: an assumption, stated wherever it is used.
+/// The assumption that turns a rate into a number of hosts. Every report that uses it states it.
 #[derive(Clone, Copy, PartialEq, Debug, Serialize)]
 pub struct Hosts {
-    /// Releases of a host in a day.
+    /// Releases of one host in a day.
     pub releases_a_day: f64,
-    /// How much more than the mean the busiest minute asks for.
+    /// Ratio of the busiest minute to the mean.
     pub peak: f64,
 }
 
 impl Hosts {
-    /// Hosts that a rate is enough for.
+    /// The number of hosts for which a rate is sufficient.
     #[must_use]
     pub fn at(&self, rate: f64) -> f64 {
         (rate * 86_400.0 / (self.releases_a_day * self.peak)).floor()
     }
 
-    /// The assumption in words.
+    /// The assumption as text.
     #[must_use]
     pub fn stated(&self) -> String {
         format!(
@@ -54,25 +54,26 @@ impl Hosts {
     }
 }
 
-/// What some members carry.
+/// The capacity of a number of members.
 #[derive(Clone, PartialEq, Debug, Serialize)]
 pub struct Capacity {
-    /// Members.
+    /// Number of members.
     pub hsms: usize,
-    /// Whether one of them fails throughout.
+    /// `true` if one of the members fails all the time.
     pub one_fails: bool,
     /// The highest rate that meets the objectives, in releases a second.
     pub sustainable: f64,
-    /// The most that succeed when there is always one more that waits, whatever the latency; `None` where it was not found out.
+    /// The largest number of releases a second that succeed when releases always wait, at any latency; `None` if
+    /// unknown.
     pub ceiling: Option<f64>,
-    /// Machines that can boot within a minute at that rate.
+    /// Number of virtual machines that can boot within a minute at the sustainable rate.
     pub boots_a_minute: f64,
-    /// What limits.
+    /// The resource that limits the rate.
     pub limit: String,
 }
 
 impl Capacity {
-    /// Which members it is of, in words.
+    /// A title that names the members.
     #[must_use]
     pub fn title(&self) -> String {
         match self.one_fails {
@@ -82,63 +83,63 @@ impl Capacity {
     }
 }
 
-/// A plan.
+/// The result of a plan.
 #[derive(Clone, PartialEq, Debug, Serialize)]
 pub struct Plan {
-    /// Where and how it was estimated.
+    /// The plan's command line and machine.
     pub about: Option<About>,
-    /// What was asked about.
+    /// The model of the cluster.
     pub model: Model,
-    /// What has to hold.
+    /// The objectives that a rate must meet.
     pub objectives: Vec<Bound>,
-    /// All members, and with one of them failing where there are several.
+    /// The capacity of all members. If there are several, also the capacity while one of them fails.
     pub capacities: Vec<Capacity>,
-    /// What was simulated, for each of `capacities`.
+    /// The simulated loads of each entry in `capacities`.
     pub curves: Vec<Vec<Point>>,
-    /// What happens at the rate that is wanted.
+    /// The prediction for the wanted rate, if one was given.
     pub at_target: Option<Target>,
 }
 
-/// A load that was simulated.
+/// The result of one simulated load.
 #[derive(Clone, Copy, PartialEq, Debug, Serialize)]
 pub struct Point {
     /// Releases a second.
     pub rate: f64,
-    /// Whether the queues have a length that they keep to.
+    /// `true` if the queues have a stable length.
     pub steady: bool,
-    /// Median latency, in seconds; `None` where failures hide it.
+    /// Median latency, in seconds; `None` if failures hide it.
     pub p50: Option<f64>,
-    /// 99th percentile, in seconds.
+    /// 99th percentile of the latency, in seconds; `None` if failures hide it.
     pub p99: Option<f64>,
-    /// Share of releases that fail.
+    /// Share of the releases that fail.
     pub errors: f64,
 }
 
-/// What happens at the rate that is wanted.
+/// The prediction for the wanted rate.
 #[derive(Clone, PartialEq, Debug, Serialize)]
 pub struct Target {
     /// Releases a second.
     pub rate: f64,
-    /// Whether the cluster does as much. Otherwise it has no steady state: the queue grows until it is full.
+    /// `true` if the cluster carries the rate. Otherwise there is no steady state: the queue grows until it is full.
     pub steady: bool,
-    /// Median latency, in seconds; `None` without a steady state, or where failures hide it.
+    /// Median latency, in seconds; `None` without a steady state, or if failures hide it.
     pub p50: Option<f64>,
-    /// 99th percentile, in seconds.
+    /// 99th percentile of the latency, in seconds; `None` in the same cases.
     pub p99: Option<f64>,
-    /// Share of releases that fail; without a steady state, the least that fail in the long run.
+    /// Share of the releases that fail. Without a steady state, the smallest share in the long run.
     pub errors: f64,
-    /// Without a steady state: how long those that are served wait, in seconds, once the queue is full.
+    /// Without a steady state: the wait of the releases that are served once the queue is full, in seconds.
     pub waits: Option<f64>,
-    /// Whether the objectives hold.
+    /// `true` if the objectives hold.
     pub holds: bool,
-    /// HSMs that it takes; `None` when 64 are not enough.
+    /// Number of HSMs that the rate needs; `None` if 64 are not enough.
     pub hsms: Option<usize>,
-    /// HSMs that it takes while one of them fails.
+    /// Number of HSMs that the rate needs while one of them fails; `None` if 64 are not enough.
     pub hsms_with_spare: Option<usize>,
 }
 
 impl Target {
-    /// What happens, in words.
+    /// The prediction as text.
     #[must_use]
     pub fn stated(&self, ceiling: f64) -> String {
         let (rate, most) = (units::per_second(self.rate), units::per_second(ceiling));
@@ -162,9 +163,9 @@ impl Target {
     }
 }
 
-/// Loads of one cluster from idle to nearly saturated, simulated. What is said about a rate between two of them is
-/// interpolated, and what is worse at a lower load counts at the higher ones, too: so all answers about one cluster fit
-/// together, and a higher rate never looks better.
+/// Simulated loads of one cluster, from idle to nearly saturated. Values between two loads are interpolated. A value
+/// that is worse at a lower load also applies to the higher loads. So all results about one cluster are consistent, and
+/// a higher rate never looks better.
 #[derive(Clone, Debug)]
 pub struct Curve {
     serving: Model,
@@ -173,7 +174,7 @@ pub struct Curve {
 }
 
 impl Curve {
-    /// Simulates loads up to the first that is at least `up_to`, with so many `releases` at each.
+    /// Simulates loads up to the first one that is at least `up_to`, with `releases` releases at each.
     fn new(model: &Model, one_fails: bool, up_to: f64, releases: f64) -> Self {
         let serving = Model { hsms: model.hsms - usize::from(one_fails), ..*model };
         let ceiling = saturated(model, releases, one_fails);
@@ -195,12 +196,13 @@ impl Curve {
         Self { serving, ceiling, points }
     }
 
-    /// The highest rate for which a steady state was found.
+    /// The highest rate with a steady state.
     fn edge(&self) -> f64 {
         self.points.last().map_or(0.0, |(rate, _)| *rate)
     }
 
-    /// A value at a rate up to the edge. Values between two loads are interpolated; below the first one it is the first one's.
+    /// Computes a value at a rate up to the edge. Values between two loads are interpolated. Below the first load, the
+    /// value of the first load applies.
     fn at(&self, rate: f64, value: impl Fn(&Simulated) -> f64) -> f64 {
         let mut before: Option<(f64, f64)> = None;
         for (at, simulated) in &self.points {
@@ -219,19 +221,19 @@ impl Curve {
         self.at(rate, Simulated::errors)
     }
 
-    /// Latency at a quantile; `None` where it is not known since so many fail, or without a steady state.
+    /// Latency at a quantile; `None` if failures hide it, or without a steady state.
     fn latency(&self, rate: f64, quantile: f64) -> Option<f64> {
         let known = rate <= self.edge() && is_known(quantile, self.errors(rate));
         known.then(|| self.at(rate, |simulated| simulated.latency(quantile)))
     }
 
-    /// Whether the objectives hold at a rate. Where there is no steady state they never do.
+    /// `true` if the objectives hold at a rate. Without a steady state they never hold.
     fn holds(&self, rate: f64, objectives: &[Threshold]) -> bool {
         let at = |quantile| self.at(rate, |simulated: &Simulated| simulated.latency(quantile));
         rate <= self.edge() && objectives.iter().all(|objective| objective.holds(at, self.errors(rate)))
     }
 
-    /// The highest rate at which the objectives hold; 0 where they do not hold at any.
+    /// The highest rate at which the objectives hold; 0 if there is none.
     fn sustainable(&self, objectives: &[Threshold]) -> f64 {
         let (mut low, mut high) = (0.0, self.edge());
         if self.holds(high, objectives) {
@@ -241,7 +243,7 @@ impl Curve {
             let rate = f64::midpoint(low, high);
             if self.holds(rate, objectives) { low = rate } else { high = rate }
         }
-        // Below the lowest load that was simulated nothing is known.
+        // Nothing is known below the lowest simulated load.
         if self.points.first().is_some_and(|(lowest, _)| low >= *lowest) { low } else { 0.0 }
     }
 
@@ -257,7 +259,7 @@ impl Curve {
 
     fn target(&self, rate: f64, objectives: &[Threshold]) -> Target {
         let steady = rate <= self.edge();
-        // In the long run no more than the ceiling succeed.
+        // In the long run, the successes cannot exceed the ceiling.
         let errors = self.errors(rate.min(self.edge())).max(1.0 - self.ceiling / rate).min(1.0);
         Target {
             rate,
@@ -287,7 +289,8 @@ fn limit(at: &Simulated, ceiling: f64) -> String {
         (at.sessions_busy, "sessions: they wait for the network and the HSM; more sessions carry more"),
         (at.processors_busy, "the daemon's processors"),
     ];
-    // A session waits while its operation waits for an engine: busy engines explain busy sessions, not the reverse.
+    // A session is also busy while its operation waits for an engine. So busy engines explain busy sessions, but not
+    // the reverse.
     let bound = busiest.iter().find(|(busy, _)| *busy >= LIMITS);
     match bound {
         Some((busy, what)) => format!("{what} ({} busy)", units::percent(*busy)),
@@ -302,10 +305,10 @@ fn limit(at: &Simulated, ceiling: f64) -> String {
     }
 }
 
-/// The fewest members that carry a rate; `None` when 64 do not.
+/// The smallest number of members that carries a rate; `None` if 64 do not.
 fn needed(model: &Model, objectives: &[Threshold], rate: f64, one_fails: bool, releases: f64) -> Option<usize> {
     let spare = usize::from(one_fails);
-    // What the numbers alone exclude needs no simulation.
+    // A number of members that the ceiling excludes needs no simulation.
     let least = (1..=MOST).find(|hsms| Model { hsms: *hsms, ..*model }.ceiling() >= rate)? + spare;
     for hsms in least..=MOST {
         let curve = Curve::new(&Model { hsms, ..*model }, one_fails, rate, releases);
@@ -313,14 +316,14 @@ fn needed(model: &Model, objectives: &[Threshold], rate: f64, one_fails: bool, r
             return Some(hsms);
         }
         if curve.points.first().is_none_or(|(idle, _)| !curve.holds(*idle, objectives)) {
-            // What one release alone misses, no number of members will meet.
+            // If a single release misses an objective, more members do not help.
             return None;
         }
     }
     None
 }
 
-/// Answers for a cluster and, if there is one, a rate that is wanted.
+/// Plans a cluster and, if `target` is given, predicts the wanted rate.
 #[must_use]
 pub fn plan(model: &Model, objectives: &[Threshold], target: Option<f64>) -> Plan {
     planned(model, objectives, target, RELEASES)
@@ -345,7 +348,7 @@ pub(crate) fn planned(model: &Model, objectives: &[Threshold], target: Option<f6
     }
 }
 
-/// The table of capacities.
+/// Formats capacities as a table.
 #[must_use]
 pub fn capacity_table(titles: &[String], capacities: &[Capacity], hosts: &Hosts) -> String {
     let row = |name: &str, value: &dyn Fn(&Capacity) -> String| {
@@ -360,7 +363,7 @@ pub fn capacity_table(titles: &[String], capacities: &[Capacity], hosts: &Hosts)
     ])
 }
 
-/// For a person.
+/// The plan as text.
 #[must_use]
 pub fn for_people(plan: &Plan, hosts: &Hosts) -> String {
     let mut out = String::new();
@@ -370,7 +373,7 @@ pub fn for_people(plan: &Plan, hosts: &Hosts) -> String {
     } else {
         "the daemon's own cost left out (--own-cost)".to_owned()
     };
-    // Writing to a string does not fail.
+    // A write to a string cannot fail.
     let _ = writeln!(
         out,
         "{} HSMs, each {} operations/s ({} at a time, {} each), {} sessions, {} away; two operations a release; {own}\n\
@@ -413,7 +416,7 @@ mod tests {
     use proptest::prelude::*;
 
     const MODEL: Model = Model { sessions: 4, hsm_rate: 500.0, op_time: 0.004, ..crate::simulation::tests::MODEL };
-    /// Releases at each load: enough to tell what is tested, in less time.
+    /// Number of releases at each load: enough for these tests, in less time.
     const FEW: f64 = 2_000.0;
 
     fn objectives() -> Vec<Threshold> {
@@ -427,7 +430,7 @@ mod tests {
     #[test]
     fn more_of_anything_never_carries_less() {
         let base = sustainable(MODEL);
-        // The lots leave a few percent.
+        // The random numbers leave an error of a few percent.
         let at_least = |model: Model, what: &str| {
             let better = sustainable(model);
             assert!(better >= base * 0.97, "{what}: {better} after {base}");
@@ -461,7 +464,7 @@ mod tests {
 
     #[test]
     fn overload_is_called_overload() {
-        // Four HSMs of 1,100 operations a second are good for 2,200 releases a second, however long one may take.
+        // Four HSMs with 1,100 operations a second each carry 2,200 releases a second, however long an operation takes.
         let model = Model { hsms: 4, sessions: 8, hsm_rate: 1100.0, op_time: 1.0 / 1100.0, ..MODEL };
         let curve = Curve::new(&model, false, f64::INFINITY, FEW);
         for slo in ["p99<2s,errors<30%", "p50<1h", "errors<50%"] {
@@ -486,7 +489,7 @@ mod tests {
             let rate = planned(&model, &objectives(), None, RELEASES / 2.0).capacities[0].sustainable * 0.99;
             let longer = simulate(&model, rate, RELEASES * 3.0, false);
             assert!(longer.steady && longer.errors() < 0.001, "{model:?} at {rate}");
-            // Near the edge, percentiles of two simulations differ by some percent.
+            // Near the edge, the percentiles of two simulations differ by a few percent.
             assert!(longer.latency(0.99) < 0.115, "{model:?} at {rate}: {}", longer.latency(0.99));
         }
     }
@@ -539,7 +542,8 @@ mod tests {
         ) {
             let one_fails = one_fails && model.hsms > 1;
             let serving = (model.hsms - usize::from(one_fails)) as f64;
-            // Not from the code that is tested: operations that the engines, and the sessions, do in a second; two a release.
+            // These bounds are computed independently of the tested code: operations a second of engines and sessions,
+            // two operations for each release.
             let engines = (model.hsm_rate * model.op_time).round().max(1.0);
             let by_sessions = model.sessions as f64 / (model.rtt + engines / model.hsm_rate);
             let by_processors =
@@ -556,7 +560,7 @@ mod tests {
                 prop_assert!(!(target.holds && target.rate > most), "{target:?} holds beyond {most}");
                 prop_assert!(!(target.steady && target.rate > most), "{target:?} is steady beyond {most}");
                 prop_assert!(!target.holds || target.steady);
-                // The search ends a thousandth below the highest rate that holds.
+                // The search ends one thousandth below the highest rate that holds.
                 let over = target.rate > capacity.sustainable + most * PRECISION;
                 prop_assert!(!(target.holds && over), "{target:?} holds beyond {capacity:?}");
                 if target.rate > most {
@@ -570,7 +574,7 @@ mod tests {
                 prop_assert!(!higher.steady || lower.steady, "{lower:?} and {higher:?}");
                 prop_assert!(higher.errors >= lower.errors, "{lower:?} and {higher:?}");
                 for (low, high) in [(lower.p50, higher.p50), (lower.p99, higher.p99)] {
-                    // What is not known at a lower rate is not known at a higher one.
+                    // A percentile that is unknown at a lower rate is also unknown at a higher rate.
                     let worse = high.is_none_or(|high| low.is_some_and(|low| high >= low));
                     prop_assert!(worse, "{lower:?} and {higher:?}");
                 }

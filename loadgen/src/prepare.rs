@@ -1,5 +1,5 @@
-//! Everything that has to be there before the clock starts: hosts with keys, registered and attested; machines with
-//! protectors. What is slow to make is kept for the next run.
+//! Prepares everything that must exist before the clock starts: hosts with keys, registered and attested, and virtual
+//! machines with protectors. Data that is slow to make is stored for the next run.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -20,32 +20,32 @@ use crate::http::Client;
 use crate::progress::Progress;
 use crate::site::Site;
 
-/// Bits of a host's keys.
+/// Length of a host's keys, in bits.
 const BITS: u32 = 2048;
-/// Most identity keys that are made. Making one takes some 100 ms; what the service has to do does not depend on whether
-/// two hosts share one, since their health certificates differ.
+/// Largest number of identity keys. One takes about 100 ms to make. Hosts may share an identity key without changing
+/// the work of the service, because their health certificates differ.
 const IDENTITIES: usize = 64;
-/// Attestations at a time.
+/// Number of attestations at a time.
 const ATTESTING: usize = 16;
-/// What is made before it is written to the disk.
+/// Number of items that are made before they are written to the disk.
 const CHUNK: usize = 256;
 
-/// A virtual machine's protector, and the key that it has to give.
+/// The protector of a virtual machine, and the key that a release must return.
 #[derive(Clone)]
 pub struct Machine {
-    /// The file.
+    /// The protector file.
     pub protector: Arc<Vec<u8>>,
-    /// The transport key, where it is known: that of a protector that came from a release is not.
+    /// The transport key; `None` if it is unknown because the protector came from a release.
     pub key: Option<TransportKey>,
 }
 
-/// Who and what takes part.
+/// The hosts and virtual machines of a run.
 pub struct World {
-    /// At least one.
+    /// The hosts, at least one.
     pub hosts: Arc<[Host]>,
-    /// At least one.
+    /// The virtual machines, at least one.
     pub machines: Vec<Machine>,
-    /// The guardian that all protectors are for.
+    /// The guardian of all protectors.
     pub guardian: Metadata,
 }
 
@@ -64,10 +64,10 @@ struct SavedMachine {
 }
 
 impl World {
-    /// Makes, or finds, what a run needs.
+    /// Prepares a run. Uses stored data if there is any.
     ///
     /// # Errors
-    /// A service that does not answer or refuses, keys that are missing.
+    /// The service refuses or does not answer, or keys are missing.
     pub async fn prepare(
         client: &Arc<Client>,
         site: &Site,
@@ -98,11 +98,11 @@ async fn guardian(client: &Client) -> Result<Metadata, Failure> {
     Ok(Metadata::parse(&reply.body)?)
 }
 
-/// Makes what runs against a service will need, and writes the public keys of its hosts to `out/NAME.pub.pem`: to be registered
-/// by those who may. Gives the names.
+/// Prepares a run against a service whose administrators register the hosts. Writes the public keys of the hosts to
+/// `out/NAME.pub.pem`. Returns the names of the hosts.
 ///
 /// # Errors
-/// A service that does not answer, keys that are missing, a folder that cannot be written.
+/// The service does not answer, keys are missing, or a folder cannot be written.
 pub async fn ahead(
     client: &Client,
     site: &Site,
@@ -142,15 +142,16 @@ fn make(
     Ok((keys, protectors(site, &owner, guardian, machines)?))
 }
 
-/// Hosts that are registered: the one that was before, where that is enough, or this program's own. Those are registered
-/// where there is a socket for that; where there is none, they were made by [`ahead`] and registered by others. Blocks.
+/// Returns registered hosts. If one host is enough and there is a registered one, it is used. Otherwise the hosts are
+/// this program's own: it registers them if there is an admin socket. Without a socket, [`ahead`] has made them and an
+/// administrator has registered them. Blocks.
 ///
 /// # Errors
-/// A daemon that refuses or does not answer, keys that are missing.
+/// The daemon refuses or does not answer, or keys are missing.
 pub fn registered(site: &Site, hosts: usize, by_tpm: bool) -> Result<Vec<HostKeys>, Failure> {
     let _lock = cache::lock(site.cache())?;
     match site.host_keys()? {
-        // It is registered already, wherever the service runs.
+        // This host is already registered, wherever the service runs.
         Some((host, identity)) if hosts <= 1 && !by_tpm => {
             let identity = match identity {
                 Some(identity) => Arc::new(identity),
@@ -172,10 +173,10 @@ fn identities(site: &Site, count: usize) -> Result<Vec<Arc<RsaPrivateKey>>, Fail
     Ok(kept_keys(site, "identities.jsonl", "identity keys", count)?.into_iter().map(Arc::new).collect())
 }
 
-/// A host of this program's own.
+/// A host that this program made.
 struct OwnHost {
     name: String,
-    /// Its host key, or the endorsement key of its TPM.
+    /// The host key, or the endorsement key of the TPM.
     key: RsaPrivateKey,
     identity: Arc<RsaPrivateKey>,
 }
@@ -242,7 +243,7 @@ fn kept_keys(site: &Site, file: &str, what: &'static str, count: usize) -> Resul
 }
 
 fn protectors(site: &Site, owner: &Owner, guardian: &Metadata, count: usize) -> Result<Vec<Machine>, Failure> {
-    // Machines are of one owner and for one guardian: those of another service or lab are of no use.
+    // A protector belongs to one owner and one guardian, so the protectors of another service or lab cannot be used.
     let mut parties = guardian.encryption_key.spki_sha256().to_vec();
     parties.extend(owner.signing_certificate.thumbprint());
     let digest = ring::digest::digest(&ring::digest::SHA256, &parties);
@@ -268,7 +269,7 @@ fn protectors(site: &Site, owner: &Owner, guardian: &Metadata, count: usize) -> 
     machines.ok_or_else(|| format!("{} is damaged; delete it, it will be made again", path.display()).into())
 }
 
-/// Makes `count` things on all processors.
+/// Makes `count` items on all processors.
 fn on_all_processors<T: Send>(
     count: usize,
     progress: &Progress,
@@ -289,7 +290,7 @@ fn on_all_processors<T: Send>(
     };
     std::thread::scope(|scope| {
         for _ in 1..processors {
-            // With fewer threads it takes longer, and that is all.
+            // If a thread cannot be started, the work takes longer on the others.
             if std::thread::Builder::new().spawn_scoped(scope, work).is_err() {
                 break;
             }

@@ -1,8 +1,8 @@
-//! Printing for people: see [`claviger_process::output`], which remembers what could not be written until the command ends.
+//! Formats text for the terminal. [`claviger_process::output`] prints it, and remembers errors until the command ends.
 
 pub use claviger_process::output::{line, note as aside};
 
-/// Rows in columns as wide as their longest text, numbers to the right.
+/// Formats rows as a table. A column is as wide as its longest text; numbers are aligned to the right.
 #[must_use]
 pub fn table(rows: &[Vec<String>]) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);

@@ -1,8 +1,8 @@
-//! When requests start: a plain value, and an iterator of moments. No clock.
+//! The load profile: the times at which requests start. A plain value and an iterator, without a clock.
 //!
 //! ```text
 //! 10s@100,1m@500,30s@500..2000,20s@3000     constant, constant, a ramp, constant; releases a second
-//! storm:10000/60s                           10,000 machines, each once, all asked for within 60 s
+//! storm:10000/60s                           10,000 machines, each once, evenly within 60 s
 //! ```
 
 use std::fmt;
@@ -13,19 +13,20 @@ use clap::ValueEnum;
 
 use crate::units;
 
-/// Longest run. Health certificates live for eight hours from five minutes ago, and a host here attests once.
+/// Longest run. A health certificate is valid for eight hours and starts five minutes in the past, and a host attests
+/// only once in a run.
 pub const LONGEST: Duration = Duration::from_secs(7 * 3600);
-/// Most starts of a run, so that a typing error shows before a day has passed.
+/// Largest number of starts in a run. It catches a typing error early.
 const MOST: f64 = 1e9;
 
-/// A part of a profile: from one rate to another within some time.
+/// A part of a profile: the rate changes linearly from one value to another.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct Segment {
-    /// How long it is.
+    /// Duration of the segment.
     pub duration: Duration,
-    /// Releases a second at its beginning.
+    /// Releases a second at the start.
     pub from: f64,
-    /// Releases a second at its end; the same as `from` where the rate is constant.
+    /// Releases a second at the end; the same as `from` for a constant rate.
     pub to: f64,
 }
 
@@ -39,7 +40,7 @@ pub enum Arrivals {
 }
 
 impl Arrivals {
-    /// As it is written.
+    /// The name on the command line.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
@@ -48,8 +49,9 @@ impl Arrivals {
         }
     }
 
-    /// Releases from one start to the next, where there are `all` and `batch` of them at a time: as many each time, or as a
-    /// Poisson process has it of which the number of events is known. So there are as many as were asked for, whatever the lots.
+    /// Number of releases between two starts, for `all` releases in requests of `batch` each. `Even` returns the same
+    /// number each time. `Random` returns the gaps of a Poisson process that is conditioned on its number of events, so
+    /// the total is always `all`.
     fn gaps(self, all: f64, batch: f64) -> impl FnMut() -> f64 + Send + 'static {
         let gap = |lots: &mut fastrand::Rng| -(1.0 - lots.f64()).ln();
         let mut lots = fastrand::Rng::with_seed(11);
@@ -65,22 +67,22 @@ impl Arrivals {
     }
 }
 
-/// What load is asked for.
+/// The requested load.
 #[derive(Clone, PartialEq, Debug)]
 pub enum Profile {
-    /// So many releases a second, whatever the server does.
+    /// Rates that do not depend on the server's replies.
     Rates(Vec<Segment>),
     /// A boot storm: each machine once, evenly over the time.
     Storm {
-        /// How many machines.
+        /// Number of virtual machines.
         machines: usize,
-        /// Within which time they are all asked for.
+        /// The time in which all machines are requested.
         within: Duration,
     },
 }
 
 impl Segment {
-    /// Starts in the first `seconds` of it.
+    /// Number of starts in the first `seconds` of the segment.
     fn starts_by(&self, seconds: f64) -> f64 {
         let length = self.duration.as_secs_f64();
         self.from * seconds + (self.to - self.from) * seconds * seconds / (2.0 * length)
@@ -90,7 +92,7 @@ impl Segment {
         (self.from + self.to) / 2.0 * self.duration.as_secs_f64()
     }
 
-    /// When so many have started: [`Self::starts_by`] solved for the time.
+    /// The time of a start: the inverse of [`Self::starts_by`].
     fn when(&self, starts: f64) -> f64 {
         let slope = (self.to - self.from) / self.duration.as_secs_f64();
         if slope == 0.0 {
@@ -99,20 +101,20 @@ impl Segment {
         if starts <= 0.0 {
             return 0.0;
         }
-        // The form that does not subtract what is nearly equal.
+        // This form of the solution does not subtract nearly equal numbers.
         let root = (self.from * self.from + 2.0 * slope * starts).max(0.0).sqrt();
         2.0 * starts / (self.from + root)
     }
 }
 
 impl Profile {
-    /// A constant rate.
+    /// A profile with one constant rate.
     #[must_use]
     pub fn constant(duration: Duration, rate: f64) -> Self {
         Self::Rates(vec![Segment { duration, from: rate, to: rate }])
     }
 
-    /// From the first start to the end of the last second that load is asked for.
+    /// The time from the first start to the end of the load.
     #[must_use]
     pub fn duration(&self) -> Duration {
         match self {
@@ -121,7 +123,7 @@ impl Profile {
         }
     }
 
-    /// The rate it begins with, in releases a second.
+    /// The rate at the start, in releases a second.
     #[must_use]
     pub fn first_rate(&self) -> f64 {
         match self {
@@ -130,8 +132,8 @@ impl Profile {
         }
     }
 
-    /// The moments at which releases start, from the beginning of the profile; when `batch` go in one request, the moments
-    /// of the requests, which are fewer.
+    /// The start times of releases, relative to the start of the profile. With a `batch` above one, the start times of
+    /// the requests.
     ///
     /// A storm is always even.
     pub fn starts(&self, batch: usize, arrivals: Arrivals) -> impl Iterator<Item = Duration> + Send + 'static {
@@ -150,7 +152,7 @@ impl Profile {
             loop {
                 let segment: &Segment = segments.get(at)?;
                 let within = count - before;
-                // Rounding must neither lose nor add a start at a seam.
+                // Rounding must neither lose nor add a start between two segments.
                 if within < segment.starts() - 1e-6 {
                     let moment = begins + segment.when(within);
                     count += gap();
@@ -163,7 +165,8 @@ impl Profile {
         })
     }
 
-    /// Starts in the first `seconds` of it: what a server that keeps up has to begin by then.
+    /// Number of starts in the first `seconds` of the profile. A server that keeps up has received this number of
+    /// releases by then.
     #[must_use]
     pub fn starts_by(&self, seconds: f64) -> f64 {
         match self {
@@ -197,7 +200,7 @@ impl FromStr for Profile {
                 let (duration, rates) = part.split_once('@').ok_or_else(|| format!("{part:?} has no '@'; {help}"))?;
                 let (from, to) = rates.split_once("..").unwrap_or((rates, rates));
                 let ramp = from != to;
-                // A ramp may begin or end at nothing.
+                // A ramp may start or end at zero.
                 let bound = |text: &str| if ramp && text.trim() == "0" { Ok(0.0) } else { units::rate(text) };
                 Ok::<_, String>(Segment { duration: units::duration(duration)?, from: bound(from)?, to: bound(to)? })
             };
@@ -283,7 +286,7 @@ mod tests {
         let random = moments(1);
         assert_eq!(random, moments(1));
         assert!(random.is_sorted() && random.iter().all(|moment| *moment < 30.0));
-        // Of random gaps, the deviation is the mean.
+        // The standard deviation of random gaps equals their mean.
         assert!((14_999..=15_000).contains(&random.len()), "{}", random.len());
         let gaps: Vec<_> = random.windows(2).take(9_000).map(|pair| pair[1] - pair[0]).collect();
         let mean = gaps.iter().sum::<f64>() / gaps.len() as f64;

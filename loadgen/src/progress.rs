@@ -1,4 +1,4 @@
-//! How far it is: a bar on a terminal, a line now and then elsewhere. On the standard error, always.
+//! Shows progress on the standard error: a bar on a terminal, or else a line from time to time.
 
 use std::io::IsTerminal;
 use std::sync::Mutex;
@@ -8,19 +8,19 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::print;
 
-/// Between two plain lines.
+/// Interval between two plain lines.
 const PAUSE: Duration = Duration::from_secs(5);
 
-/// Progress of something whose size is known.
+/// The progress of a task of known size.
 pub struct Progress {
     bar: ProgressBar,
     what: &'static str,
-    /// When the latest plain line was written; `None` on a terminal.
+    /// The time of the latest plain line; `None` on a terminal.
     plain: Option<Mutex<Instant>>,
 }
 
 impl Progress {
-    /// Nothing of `total` is done yet. What takes less than a moment is not shown at all.
+    /// Starts at zero of `total`. A very short task shows nothing.
     #[must_use]
     pub fn new(what: &'static str, total: u64) -> Self {
         if total == 0 {
@@ -36,13 +36,13 @@ impl Progress {
         Self { bar, what, plain: (!terminal).then(|| Mutex::new(Instant::now())) }
     }
 
-    /// So many more are done.
+    /// Adds `by` to the finished part.
     pub fn advance(&self, by: u64) {
         self.bar.inc(by);
         self.speak(String::new);
     }
 
-    /// So many are done, and this is how it goes.
+    /// Sets the finished part and shows a message.
     pub fn tell(&self, done: u64, message: impl Fn() -> String) {
         self.bar.set_position(done);
         if self.plain.is_none() {

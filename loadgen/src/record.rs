@@ -1,4 +1,4 @@
-//! Counting while a run goes on: on a thread of its own, so that counting delays no request.
+//! Counts the events of a run on its own thread, so that counting delays no request.
 
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::Duration;
@@ -9,13 +9,13 @@ use crate::tally::{Event, Tally};
 use crate::threshold::Threshold;
 use crate::units;
 
-/// Whole seconds before a condition may stop a run: the first ones are the worst.
+/// Number of whole seconds before a condition may stop a run. The first seconds are the slowest.
 const STOPS_AFTER: usize = 5;
-/// Between two looks at how it goes.
+/// Interval between two updates of the progress and of the conditions.
 const GLANCE: Duration = Duration::from_millis(250);
 
-/// Counts all events until every sender is gone, and shows the progress. A condition in `stop` that fails after the first
-/// seconds stops the run.
+/// Counts events until every sender is dropped, and shows the progress. After the first seconds, a condition in `stop`
+/// that fails ends the run.
 #[must_use]
 pub fn record(
     events: &Receiver<Event>,
@@ -30,7 +30,7 @@ pub fn record(
         match events.recv_timeout(GLANCE) {
             Ok(event) => {
                 tally.count(event);
-                // A burst is taken as one.
+                // A burst of events is handled as one.
                 while let Ok(event) = events.try_recv() {
                     tally.count(event);
                 }

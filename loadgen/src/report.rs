@@ -1,4 +1,4 @@
-//! What a run is told as: for people, for machines (`--json`), as a table (`--csv`), as histograms (`--hdr`).
+//! Reports a run as text, as JSON (`--json`), as a table (`--csv`) and as histograms (`--hdr`).
 
 use std::collections::BTreeMap;
 use std::time::{Duration, UNIX_EPOCH};
@@ -25,29 +25,29 @@ use crate::units;
 pub struct Percentiles {
     /// The median.
     pub p50: f64,
-    /// Nine of ten are at most this.
+    /// The 90th percentile.
     pub p90: f64,
-    /// 99 of 100.
+    /// The 99th percentile.
     pub p99: f64,
-    /// 999 of 1,000.
+    /// The 99.9th percentile.
     #[serde(rename = "p99.9")]
     pub p99_9: f64,
-    /// 9,999 of 10,000.
+    /// The 99.99th percentile.
     #[serde(rename = "p99.99")]
     pub p99_99: f64,
-    /// All.
+    /// The maximum.
     pub max: f64,
 }
 
 impl Percentiles {
-    /// Of a histogram in microseconds; all zero when it is empty.
+    /// Percentiles of a histogram in microseconds; all zero if it is empty.
     #[must_use]
     pub fn of<C: Counter>(histogram: &Histogram<C>) -> Self {
         let at = |quantile: f64| histogram.value_at_quantile(quantile) as f64 / 1e6;
         Self { p50: at(0.5), p90: at(0.9), p99: at(0.99), p99_9: at(0.999), p99_99: at(0.9999), max: at(1.0) }
     }
 
-    /// The one at one of these quantiles: the next higher for another.
+    /// The percentile at a quantile. If the quantile is not one of the fields, the next higher one is returned.
     #[must_use]
     pub fn at(&self, quantile: f64) -> f64 {
         match quantile {
@@ -60,7 +60,7 @@ impl Percentiles {
         }
     }
 
-    /// Names and values, in order.
+    /// Names and values, in ascending order.
     #[must_use]
     pub fn all(&self) -> [(&'static str, f64); 6] {
         [
@@ -77,34 +77,36 @@ impl Percentiles {
 /// One second of a run.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Row {
-    /// Which, from 0.
+    /// Number of the second, from 0.
     pub second: usize,
-    /// Releases that were due in it.
+    /// Releases that were due in this second.
     pub offered: u64,
-    /// Releases that succeeded in it, whenever they were due.
+    /// Releases that succeeded in this second, whenever they were due.
     pub achieved: u64,
-    /// Of those due in it, how many were dropped.
+    /// Releases that were due in this second and were dropped.
     pub dropped: u64,
-    /// Releases that failed in it.
+    /// Releases that failed in this second.
     pub errors: u64,
-    /// Latency of those due in it; `None` when none of them succeeded.
+    /// Latency of the releases that were due in this second; `None` if none of them succeeded.
     pub latency_seconds: Option<Percentiles>,
-    /// The same whole, for `compare`: an HDR histogram in microseconds (V2, deflated), in base64.
+    /// The full distribution of this latency, for `compare`: an HDR histogram in microseconds (V2, deflated), in
+    /// base64.
     #[serde(default)]
     pub latency_histogram: Option<String>,
-    /// Service time of those due in it.
+    /// Service time of the releases that were due in this second.
     #[serde(default)]
     pub service_seconds: Option<Percentiles>,
-    /// Releases that failed in it, by code.
+    /// Releases that failed in this second, by error code.
     #[serde(default)]
     pub codes: BTreeMap<String, u64>,
 }
 
 impl Row {
-    /// Latencies of those due in it, in microseconds, and how often each occurred; `None` when none of them succeeded.
+    /// Latencies of the releases that were due in this second, in microseconds, with the number of releases for each;
+    /// `None` if no release succeeded.
     ///
     /// # Errors
-    /// There is no histogram, as in results of older versions, or it is damaged.
+    /// The histogram is missing, as in results of older versions, or damaged.
     pub fn latencies(&self) -> Result<Vec<(u64, u64)>, Failure> {
         match (&self.latency_histogram, self.latency_seconds) {
             (None, None) => Ok(Vec::new()),
@@ -120,50 +122,50 @@ impl Row {
     }
 }
 
-/// How the load generator itself did.
+/// The load generator's own timing.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Generator {
-    /// How late it was to send what was due.
+    /// Delay between the time a request was due and the time it was sent.
     pub lag_seconds: Percentiles,
-    /// The bound of the lag's p99; beyond it the run is invalid.
+    /// The bound of the lag's p99. A run beyond it is invalid.
     pub lag_bound_seconds: f64,
-    /// What it used of the processors, on average.
+    /// Number of processors that the load generator used, on average.
     pub processors: f64,
 }
 
-/// What checking replies found.
+/// The results of checking replies.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Checked {
-    /// Which replies were to be checked.
+    /// The selection of replies to check.
     pub mode: String,
-    /// Found right.
+    /// Number of correct replies.
     pub right: u64,
-    /// Found wrong.
+    /// Number of wrong replies.
     pub wrong: u64,
-    /// Not checked, though they were to be: the checks fell too far behind.
+    /// Number of replies that were selected but not checked, because the checks fell too far behind.
     pub unchecked: u64,
-    /// What was wrong with the first wrong one.
+    /// The problem with the first wrong reply.
     pub first_wrong: Option<String>,
 }
 
-/// What was asked for, besides the profile.
+/// The settings of a run, except the profile.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Settings {
-    /// Hosts that ask.
+    /// Number of hosts.
     pub hosts: usize,
-    /// Machines they ask for.
+    /// Number of virtual machines.
     pub vms: usize,
     /// Releases in one request.
     pub batch: usize,
     /// `v1.0`, `v2.0`, or `batch`.
     pub api: String,
-    /// Whether each release fed the machine's next one.
+    /// `true` if the egress protector of each release was used for the machine's next release.
     pub roll: bool,
-    /// Most requests in flight.
+    /// Largest number of requests in flight.
     pub in_flight: usize,
-    /// Before the measured time.
+    /// Duration of the load before the measured time, in seconds.
     pub warmup_seconds: f64,
-    /// How releases of a rate followed each other: `even` or `random`.
+    /// Arrivals at a rate: `even` or `random`.
     #[serde(default = "even")]
     pub arrivals: String,
 }
@@ -175,93 +177,95 @@ fn even() -> String {
 /// A point of the distribution, for pictures.
 #[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Point {
-    /// From 0 to 1.
+    /// The quantile, from 0 to 1.
     pub quantile: f64,
-    /// Latency at it.
+    /// Latency at the quantile.
     pub latency_seconds: f64,
-    /// Service time at it.
+    /// Service time at the quantile.
     pub service_seconds: f64,
 }
 
-/// What overload means for a run.
+/// The explanation of overload in a report.
 pub(crate) const OVERLOAD: &str =
     "more was due than was done, and what waited grew: a longer run would show longer times or more failures";
 
-/// A run, told.
+/// The report of a run.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Report {
-    /// What was tested, where and how.
+    /// The test, the daemon and the machine.
     #[serde(default)]
     pub about: Option<About>,
-    /// The program and its version.
+    /// The name and version of the load generator.
     pub generator_version: String,
-    /// The service.
+    /// The URL of the service.
     pub url: String,
-    /// Seconds since 1970 at the first measured moment.
+    /// Start of the measured time, in seconds since 1970.
     pub began: u64,
     /// The profile, or `closed:N/DURATION`.
     pub profile: String,
     /// `open`, `storm` or `closed`.
     pub mode: String,
-    /// What else was asked for.
+    /// The other settings.
     pub settings: Settings,
-    /// Whether the run says something about the server.
+    /// `true` if the run is a valid measurement of the server.
     pub valid: bool,
-    /// Why not.
+    /// The reasons why the run is invalid.
     pub invalid_because: Vec<String>,
-    /// Whether the run was interrupted; the rest is what was measured until then.
+    /// `true` if the run was interrupted. The results then cover the time until the interruption.
     #[serde(default)]
     pub interrupted: bool,
-    /// Whether ever more releases were open: more were due than the service did. Told of constant rates only.
+    /// `true` if the number of open releases kept growing: more releases were due than the service completed. Set only
+    /// for constant rates.
     #[serde(default)]
     pub overload: bool,
-    /// The condition that ended the run before its time, and what was measured.
+    /// The condition that ended the run early, and the measured value.
     #[serde(default)]
     pub stopped: Option<String>,
-    /// How long load was asked for, or until the run was interrupted.
+    /// Duration of the load in seconds, up to an interruption.
     pub duration_seconds: f64,
     /// Releases that were due.
     pub offered: u64,
     /// Releases that succeeded.
     pub achieved: u64,
-    /// Releases that were due and not asked for.
+    /// Releases that were due and not requested.
     pub dropped: u64,
-    /// Of those, how many the load generator had no file or port for, by code.
+    /// Dropped releases for which the load generator had no file or port, by error code.
     #[serde(default)]
     pub lacked: BTreeMap<String, u64>,
-    /// Releases that were in flight when an interrupted run ended; they are counted nowhere else.
+    /// Releases that were in flight when an interrupted run ended. They are counted nowhere else.
     #[serde(default)]
     pub abandoned: u64,
     /// `offered` ÷ duration.
     pub offered_per_second: f64,
-    /// `achieved` ÷ the time from the first due to the last answer, or the duration if that is longer; of a closed loop, what
-    /// succeeded in its whole seconds ÷ their number.
+    /// `achieved` ÷ the time from the first due release to the last reply, or ÷ the duration if that is longer. For a
+    /// closed loop: successes in whole seconds ÷ the number of these seconds.
     pub achieved_per_second: f64,
-    /// Releases that failed, by code.
+    /// Releases that failed, by error code.
     pub errors: BTreeMap<String, u64>,
-    /// Storms: answers after which it was asked again, by code.
+    /// Storms only: replies after which the request was repeated, by error code.
     pub retries: BTreeMap<String, u64>,
-    /// The highest quantile that is known of all that was due, from 0 to 1: what failed or was dropped has no time.
+    /// The highest known quantile over all due releases, from 0 to 1. Releases that failed or were dropped have no
+    /// time.
     #[serde(default)]
     pub known_to: f64,
-    /// From when a release was due to its whole answer; of those that succeeded.
+    /// Time from when a release was due to the complete reply, for releases that succeeded.
     pub latency_seconds: Percentiles,
-    /// From when it was sent to its whole answer; of those that succeeded.
+    /// Time from when the request was sent to the complete reply, for releases that succeeded.
     pub service_seconds: Percentiles,
-    /// How the load generator itself did.
+    /// The load generator's own timing.
     pub generator: Generator,
-    /// What checking found.
+    /// The results of checking replies.
     pub verify: Checked,
-    /// Thresholds that were asked for.
+    /// The thresholds and their outcomes.
     pub thresholds: Vec<Judgement>,
-    /// By second.
+    /// One row for each second.
     pub timeline: Vec<Row>,
-    /// The distribution of both times.
+    /// The distribution of latency and service time.
     pub distribution: Vec<Point>,
 }
 
 impl Report {
-    /// Tells a run.
+    /// Makes the report of a run.
     #[must_use]
     pub fn new(url: &str, load: &Load, hosts: usize, vms: usize, outcome: &Outcome) -> Self {
         let tally = &outcome.tally;
@@ -336,25 +340,25 @@ impl Report {
         }
     }
 
-    /// Releases that failed.
+    /// Number of releases that failed.
     #[must_use]
     pub fn failed(&self) -> u64 {
         self.errors.values().sum()
     }
 
-    /// Share of those due that did not succeed: dropped and failed. Percentiles above the rest are not known.
+    /// Share of the due releases that failed or were dropped. Percentiles above the remaining share are unknown.
     #[must_use]
     pub fn unsuccessful(&self) -> f64 {
         tally::unsuccessful(self.offered, self.failed(), self.dropped)
     }
 
-    /// Whether a percentile is known of all that was due: what failed or was dropped has no time.
+    /// `true` if a percentile over all due releases is known. Releases that failed or were dropped have no time.
     #[must_use]
     pub fn knows(&self, quantile: f64) -> bool {
         self.achieved > 0 && is_known(quantile, self.unsuccessful())
     }
 
-    /// Times at percentiles for people, those that are not known among them.
+    /// Times at percentiles as text; an unknown percentile is marked.
     pub(crate) fn told(&self, times: &Percentiles) -> [(&'static str, String); 6] {
         let quantiles = [0.5, 0.9, 0.99, 0.999, 0.9999, 1.0];
         let mut quantiles = quantiles.into_iter();
@@ -364,7 +368,7 @@ impl Report {
         })
     }
 
-    /// For a person.
+    /// The report as text.
     #[must_use]
     pub fn for_people(&self) -> String {
         let mut out = String::new();
@@ -477,8 +481,8 @@ impl Report {
         out
     }
 
-    /// The timeline as a table, a line for each second; times in seconds, empty where there is none. `time` is the moment at
-    /// which the second began, in UTC; the last columns are the errors, by code.
+    /// The timeline as a table with a line for each second. Times are in seconds, and empty if there is none. `time` is
+    /// the start of the second in UTC. The last columns are the errors by code.
     #[must_use]
     pub fn to_csv(&self) -> String {
         let names = Percentiles::default().all().map(|(name, _)| name);
@@ -515,12 +519,13 @@ impl Report {
     }
 }
 
-/// The distribution of a histogram in microseconds as HdrHistogram's tools write and plot it (`.hgrm`), in milliseconds.
+/// Formats a histogram in microseconds as a distribution in milliseconds, in the format of HdrHistogram's tools
+/// (`.hgrm`).
 #[must_use]
 pub fn hgrm(histogram: &Histogram<u64>) -> String {
     let mut out = "       Value     Percentile TotalCount 1/(1-Percentile)\n\n".to_owned();
     let mut below = 0;
-    // Five steps to each half of what is left, as the other tools do.
+    // Five steps for each half of the remaining values, as in the other tools.
     for at in histogram.iter_quantiles(5) {
         below += at.count_since_last_iteration();
         let (value, quantile) = (at.value_iterated_to() as f64 / 1e3, at.quantile_iterated_to());
@@ -536,30 +541,31 @@ pub fn hgrm(histogram: &Histogram<u64>) -> String {
     out
 }
 
-/// A histogram as text; `None` where it cannot be written, which takes a counter beyond all bounds.
+/// Encodes a histogram as text; `None` if it cannot be encoded, which only an extremely large counter causes.
 fn encoded(histogram: &Histogram<u32>) -> Option<String> {
     let mut bytes = Vec::new();
     V2DeflateSerializer::new().serialize(histogram, &mut bytes).ok()?;
     Some(BASE64.encode(&bytes))
 }
 
-/// Ever finer towards 1: as far as there are values to tell apart.
+/// Points with decreasing distance towards quantile 1, as far as the values differ.
 fn distribution(latency: &Histogram<u64>, service: &Histogram<u64>) -> Vec<Point> {
     let mut points = Vec::new();
     let (mut quantile, count) = (0.0, latency.len() as f64);
     while count > 0.0 && (1.0 - quantile) * count >= 1.0 {
         let at = |histogram: &Histogram<u64>| histogram.value_at_quantile(quantile) as f64 / 1e6;
         points.push(Point { quantile, latency_seconds: at(latency), service_seconds: at(service) });
-        // Twelve steps to each half of what is left.
+        // Twelve steps for each half of the remaining values.
         quantile += (1.0 - quantile) / 18.0;
     }
     points
 }
 
-/// The histograms of latency, one for each second, in the HDR log format V2; microseconds, shown as milliseconds.
+/// The histograms of latency, one for each second, in the HDR log format V2. Values are in microseconds and shown in
+/// milliseconds.
 ///
 /// # Errors
-/// A histogram cannot be written, which takes a counter beyond all bounds.
+/// A histogram cannot be encoded, which only an extremely large counter causes.
 pub fn hdr_log(outcome: &Outcome) -> Result<Vec<u8>, Failure> {
     let mut out = Vec::new();
     let mut serializer = V2DeflateSerializer::new();
@@ -590,7 +596,7 @@ pub(crate) mod tests {
     use crate::threshold::Threshold;
     use claviger_protocol::payload::ApiVersion;
 
-    /// A report of what was counted in so many seconds.
+    /// Makes a report of a tally over a number of seconds.
     pub(crate) fn told(tally: Tally, seconds: u64) -> Report {
         let duration = Duration::from_secs(seconds);
         let load = Load {
@@ -637,7 +643,7 @@ pub(crate) mod tests {
             });
         }
         let mut report = told(tally.clone(), 10);
-        // 2 % failed.
+        // 2 % of the releases failed.
         assert!(report.knows(0.98) && !report.knows(0.99) && (report.known_to - 0.98).abs() < 1e-9);
         let known: Vec<_> = report.told(&report.latency_seconds).map(|(_, time)| time != "not known").to_vec();
         assert_eq!(known, [true, true, false, false, false, false]);

@@ -1,8 +1,8 @@
-//! Sending: when it is due, whatever the server does.
+//! Sends each request when it is due, independent of the server's replies.
 //!
-//! A thread of its own keeps the time and does nothing else; what is due becomes a task of the runtime. How late such a
-//! task is to send its request is measured for each: a run in which this program itself was late says nothing about the
-//! server, and is called invalid.
+//! A separate thread keeps the time and does nothing else. Each due request becomes a task of the runtime. For each
+//! task, the delay until it sends its request is measured. If this program was late, the run says nothing about the
+//! server, and is invalid.
 
 use std::borrow::Cow;
 use std::collections::VecDeque;
@@ -27,35 +27,35 @@ use crate::tally::{Codes, Event, Tally, WRONG_REPLY};
 use crate::threshold::Threshold;
 use crate::verify::{Checker, Job, Reply, Verify};
 
-/// How often the runtime's own lateness is looked at where there is no schedule to be late for.
+/// Interval at which the lateness of the runtime is measured in a run without a schedule.
 const HEARTBEAT: Duration = Duration::from_millis(5);
-/// How long a machine of a storm goes on asking, from when it was due.
+/// Time for which a machine of a storm repeats its request, from when it was due.
 const PATIENCE: Duration = Duration::from_secs(120);
-/// What "not now" without `Retry-After` means.
+/// Pause after a refusal without `Retry-After`.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
-/// Pause of a caller of a closed loop for which there was no file or port.
+/// Pause of a closed-loop caller that found no free file or port.
 const LACK_PAUSE: Duration = Duration::from_millis(10);
-/// Longest sleep of the pacing thread: how soon it notices that the run was interrupted.
+/// Longest sleep of the pacing thread. It bounds the delay until the thread notices an interruption.
 const NAP: Duration = Duration::from_millis(50);
-/// Share of all processors from which on this program may have been the one that was too slow.
+/// If this program uses more than this share of all processors, it may itself have been too slow.
 const STARVED: f64 = 0.9;
 
-/// Who decides when a request starts.
+/// The rule that decides when a request starts.
 #[derive(Clone, Debug)]
 pub enum Mode {
-    /// A schedule.
+    /// An open loop: a schedule decides.
     Open(Profile),
-    /// So many callers, each of which asks again as soon as it has its answer.
+    /// A closed loop: each caller sends its next request when it has the reply to the previous one.
     Closed {
-        /// How many.
+        /// Number of callers.
         callers: usize,
-        /// For how long.
+        /// Duration of the load.
         duration: Duration,
     },
 }
 
 impl Mode {
-    /// How long load is asked for.
+    /// Duration of the load.
     #[must_use]
     pub fn duration(&self) -> Duration {
         match self {
@@ -64,7 +64,7 @@ impl Mode {
         }
     }
 
-    /// Whether it asks for the same rate all the time.
+    /// `true` if the rate is constant for the whole run.
     #[must_use]
     pub fn is_constant(&self) -> bool {
         match self {
@@ -75,65 +75,66 @@ impl Mode {
         }
     }
 
-    /// Whether it is a boot storm.
+    /// `true` for a boot storm.
     #[must_use]
     pub fn is_storm(&self) -> bool {
         matches!(self, Self::Open(Profile::Storm { .. }))
     }
 }
 
-/// How load is made.
+/// The settings of the load.
 #[derive(Clone, Debug)]
 pub struct Load {
-    /// When requests start.
+    /// The rule that decides when requests start.
     pub mode: Mode,
-    /// How releases of a rate follow each other.
+    /// Arrivals at a rate: even or random.
     pub arrivals: Arrivals,
-    /// Goes before, and is not counted.
+    /// Duration of the load before the measured time.
     pub warmup: Duration,
-    /// Most requests in flight.
+    /// Largest number of requests in flight.
     pub in_flight: usize,
-    /// Releases in one request; `None` for plain requests, one each.
+    /// Releases in one request; `None` for requests of one release each.
     pub batch: Option<usize>,
-    /// Of plain requests.
+    /// The version of the interface for requests of one release.
     pub api: ApiVersion,
-    /// Whether each release feeds the machine's next one.
+    /// `true` if the egress protector of each release is used for the machine's next release.
     pub roll: bool,
-    /// Which replies are checked.
+    /// The selection of replies to check.
     pub verify: Verify,
     /// The bound of this program's own lag, at its 99th percentile.
     pub max_lag: Duration,
-    /// Makes this program slow on purpose, to see whether it notices.
+    /// An artificial delay of this program, to test that the lag is noticed.
     pub handicap: Duration,
-    /// Whether to show progress.
+    /// `true` to show the progress.
     pub show: bool,
-    /// Conditions that end the run as soon as one of them fails.
+    /// Conditions that end the run when one of them fails.
     pub stop: Vec<Threshold>,
 }
 
-/// What came of a run.
+/// The results of a run.
 pub struct Outcome {
-    /// What was counted.
+    /// The counters of the run.
     pub tally: Tally,
-    /// How long load was asked for; when the run was interrupted, until then.
+    /// Duration of the load, up to an interruption.
     pub duration: Duration,
-    /// Whether it was interrupted.
+    /// `true` if the run was interrupted.
     pub interrupted: bool,
-    /// The condition that ended it before its time, and what was measured.
+    /// The condition that ended the run early, and the measured value.
     pub stopped: Option<String>,
-    /// This program's own use of processors, in processors.
+    /// Number of processors that this program used.
     pub processors: f64,
-    /// Why the run says nothing about the server; empty when it does.
+    /// The reasons why the run says nothing about the server; empty if it is valid.
     pub invalid: Vec<String>,
-    /// Seconds since 1970 at the first measured moment.
+    /// Start of the measured time, in seconds since 1970.
     pub began: u64,
 }
 
-/// The machines, and which is next.
+/// The virtual machines, and the next one to request.
 enum Source {
-    /// In turn; one may be asked for again before its answer is there.
+    /// The machines take turns. A machine may be requested again before its reply has arrived.
     Turn(Vec<Machine>, AtomicUsize),
-    /// One at a time: each release feeds the next. Those that are free, and all.
+    /// One release at a time for each machine, because each release makes the protector for the next one. Holds the
+    /// free machines, and all machines.
     Roll(Mutex<VecDeque<usize>>, Vec<Mutex<Machine>>),
 }
 
@@ -155,7 +156,7 @@ impl Source {
         }
     }
 
-    /// The machine is free again, with the protector that it got where it got one.
+    /// Marks the machine as free, and stores its new protector if there is one.
     fn give_back(&self, at: usize, egress: Option<Vec<u8>>) {
         if let Self::Roll(free, machines) = self {
             if let Some(egress) = egress {
@@ -170,7 +171,7 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// All that tasks share. When the last of them is gone, so is the channel, and the counting ends.
+/// State that all tasks share. When the last task drops it, the channel closes and the counting ends.
 struct Engine {
     client: Arc<Client>,
     hosts: Arc<[Host]>,
@@ -181,14 +182,14 @@ struct Engine {
     checker: Checker,
     events: Sender<Event>,
     interrupt: Interrupt,
-    /// The first measured moment.
+    /// Start of the measured time.
     zero: Instant,
 }
 
-/// Makes load, as it is told, on what was prepared, until it is done or interrupted.
+/// Makes load with the prepared hosts and machines, until the load is complete or interrupted.
 ///
 /// # Errors
-/// The system has no threads left, or the run was interrupted before anything was measured.
+/// The system has no threads left, or the run was interrupted before the measured time.
 pub async fn run(client: Arc<Client>, world: &World, load: Load, interrupt: &Interrupt) -> Result<Outcome, Failure> {
     let (events, received) = mpsc::channel();
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get().div_ceil(2));
@@ -203,7 +204,7 @@ pub async fn run(client: Arc<Client>, world: &World, load: Load, interrupt: &Int
     } else {
         Source::Turn(machines, AtomicUsize::new(0))
     };
-    // A moment for everybody to be there.
+    // A short delay lets every thread start before the first request.
     let first = Instant::now() + Duration::from_millis(20);
     let warmup = if load.mode.is_storm() { Duration::ZERO } else { load.warmup };
     let zero = first + warmup;
@@ -225,7 +226,7 @@ pub async fn run(client: Arc<Client>, world: &World, load: Load, interrupt: &Int
         tokio::select! { () = tokio::time::sleep_until(zero.into()) => {}, _ = interrupted.wait() => {} }
         let (before, began) = (cpu::seconds(None), unix_now());
         tokio::select! { () = tokio::time::sleep(duration) => {}, _ = interrupted.wait() => {} }
-        // Where the system does not tell, the lag alone decides.
+        // If the system does not report processor time, only the lag decides.
         (cpu::seconds(None).zip(before).map_or(0.0, |(after, before)| after - before), began)
     });
     match mode {
@@ -280,7 +281,7 @@ pub async fn run(client: Arc<Client>, world: &World, load: Load, interrupt: &Int
     Ok(Outcome { tally, duration, interrupted, stopped, processors, invalid, began })
 }
 
-/// Waits until `due` and starts a request; `false` when the run was interrupted first.
+/// Waits until `due` and starts a request. Returns `false` if the run was interrupted first.
 fn start_at(engine: &Arc<Engine>, runtime: &tokio::runtime::Handle, due: Instant) -> bool {
     loop {
         if engine.interrupt.since().is_some() {
@@ -328,7 +329,8 @@ async fn call_until(engine: Arc<Engine>, first: Instant, until: Instant) {
     }
 }
 
-/// Where nothing has its time there is nothing to be late for; so something is.
+/// Measures the lateness of the runtime with periodic wake-ups, because a closed loop has no schedule that it could be
+/// late for.
 async fn heartbeat(zero: Instant, until: Instant, events: Sender<Event>, interrupt: Interrupt) {
     let mut due = zero;
     while due < until {
@@ -339,14 +341,14 @@ async fn heartbeat(zero: Instant, until: Instant, events: Sender<Event>, interru
     }
 }
 
-/// What an exchange brought.
+/// The result of an exchange.
 struct Answer {
     released: u64,
     errors: Codes,
 }
 
 impl Engine {
-    /// Seconds from the first measured moment; negative before it.
+    /// Seconds from the start of the measured time; negative before it.
     fn seconds(&self, at: Instant) -> f64 {
         match at.checked_duration_since(self.zero) {
             Some(after) => after.as_secs_f64(),
@@ -372,7 +374,8 @@ impl Engine {
                         && ended.duration_since(due) < PATIENCE =>
                 {
                     retries.push((host::error_code(reply).into(), 1));
-                    // Who waits is not in flight. Spread over a second, or all would come back at once.
+                    // A machine that waits is not in flight. The pauses are spread, so that not all machines return at
+                    // the same moment.
                     self.in_flight.fetch_sub(1, Ordering::Relaxed);
                     let pause = reply.retry_after().map_or(RETRY_AFTER, |seconds| Duration::from_secs(seconds.into()));
                     let pause = tokio::time::sleep(pause.mul_f64(1.0 + fastrand::f64()));
@@ -394,7 +397,8 @@ impl Engine {
             machines.iter().for_each(|(at, _)| self.source.give_back(*at, None));
             let _ = self.events.send(Event::Dropped { due, lag, releases, lack: Some(lack) });
             if let Mode::Closed { .. } = self.load.mode {
-                // What is lacking comes back when others end. Until then, a caller that asks at once again is busy for nothing.
+                // Files and ports become free when other requests end. Without a pause, the caller would only use
+                // processor time.
                 tokio::time::sleep(LACK_PAUSE).await;
             }
             return;
@@ -403,12 +407,12 @@ impl Engine {
         let _ = self.events.send(Event::Done { due, lag, service, latency, released, errors, retries });
     }
 
-    /// The run was interrupted, and nobody waits for the answer.
+    /// Drops the reply of a request that was in flight when the run was interrupted.
     fn abandon(&self, machines: Vec<(usize, Machine)>) {
         let _ = self.events.send(Event::Abandoned { releases: machines.len() as u64 });
     }
 
-    /// Judges what came; the time was taken already. Whatever takes a while is done elsewhere.
+    /// Evaluates the reply. The time has already been taken, and slow checks run on other threads.
     async fn answer(
         &self,
         due: f64,

@@ -1,27 +1,27 @@
-//! A daemon's `/metrics`, as far as it tells what limits it.
+//! Reads the part of a daemon's `/metrics` page that shows what limits the daemon.
 
 use crate::Failure;
 use crate::http::Client;
 
-/// One look. What the daemon does not tell is `None`.
+/// A sample of the metrics. A field is `None` if the daemon does not report it.
 #[derive(Clone, PartialEq, Debug, Default)]
 pub struct Look {
-    /// Processor time of the daemon so far, in seconds.
+    /// Processor time that the daemon has used so far, in seconds.
     pub cpu_seconds: Option<f64>,
-    /// Operations of the HSMs so far.
+    /// Number of HSM operations so far.
     pub hsm_calls: Option<f64>,
-    /// Processor time in calls of the HSMs' modules so far, in seconds.
+    /// Processor time in calls of the HSM modules so far, in seconds.
     pub hsm_cpu_seconds: Option<f64>,
-    /// Releases that wait for their turn now.
+    /// Number of releases in the admission queue.
     pub waiting: Option<f64>,
-    /// Members of the cluster.
+    /// Number of members of the cluster.
     pub hsms: Option<usize>,
     /// Version and commit of the daemon.
     pub version: Option<String>,
 }
 
 impl Look {
-    /// Reads a page in the Prometheus text format.
+    /// Parses a page in the Prometheus text format.
     #[must_use]
     pub fn parse(page: &str) -> Self {
         let series = || page.lines().filter(|line| !line.starts_with('#')).filter_map(|line| line.rsplit_once(' '));
@@ -39,7 +39,7 @@ impl Look {
         let commit = label("commit").map_or(String::new(), |commit| format!(" ({commit})"));
         Self {
             version: label("version").map(|version| format!("claviger {version}{commit}")),
-            // Worker processes of the HSMs are a part of the daemon.
+            // The worker processes of the HSMs are part of the daemon.
             cpu_seconds: sum("process_cpu_seconds_total")
                 .map(|daemon| daemon + sum("claviger_hsm_worker_cpu_seconds_total").unwrap_or(0.0)),
             hsm_calls: sum("claviger_hsm_calls_total"),
@@ -49,7 +49,7 @@ impl Look {
         }
     }
 
-    /// Asks the daemon.
+    /// Requests the metrics page of the daemon.
     ///
     /// # Errors
     /// There is no such page.

@@ -1,65 +1,66 @@
-//! A cluster that a plan describes by a few numbers, run through the simulator of the daemon's own policies
+//! Simulates a cluster that a plan describes by a few numbers. The simulator runs the daemon's own policies
 //! ([`claviger_hsm::policy::simulation`]).
 //!
-//! A release waits for its turn as in the daemon (`release.concurrency`, `release.queue`) and asks for two operations at
-//! once: decrypt and sign. Operations at a member that serves take their time, give or take a fifth.
+//! A release waits for admission as in the daemon (`release.concurrency`, `release.queue`) and then starts two
+//! operations at once: decrypt and sign. The time of an operation at a member that serves varies by up to a fifth.
 
 use std::time::Duration;
 
 use claviger_hsm::policy::simulation::{Behaviour, Load, Settings, Simulation, Spec};
 use serde::Serialize;
 
-/// Fewest releases that run at a time, as in the daemon.
+/// Smallest number of concurrent releases, as in the daemon.
 const LEAST_CONCURRENCY: usize = 16;
-/// A deadline that nothing is too slow for, in seconds.
+/// A deadline that no release misses, in seconds.
 const PATIENCE: f64 = 1e6;
-/// Operations that may wait or run at a member: more than the releases that run at a time can ever ask for.
+/// Number of operations that may wait or run at a member. It is unlimited, because concurrent releases cannot reach a
+/// limit.
 const MEMBER_QUEUE: usize = usize::MAX;
 
-/// What is simulated. Times in seconds.
+/// The model of a cluster. Times are in seconds.
 #[derive(Clone, Copy, PartialEq, Debug, Serialize)]
 pub struct Model {
-    /// Members.
+    /// Number of members.
     pub hsms: usize,
-    /// Sessions of each.
+    /// Number of sessions of each member.
     pub sessions: usize,
-    /// Private-key operations that each does in a second at most.
+    /// Largest number of private-key operations a second of each member.
     pub hsm_rate: f64,
-    /// What one operation takes inside an HSM that has nothing else to do. An HSM with a higher rate than one such
-    /// operation after the other would give has several engines.
+    /// Time of one operation inside an idle HSM. If the rate is higher than one operation after the other allows, the
+    /// HSM has several engines.
     pub op_time: f64,
     /// Network round trip to an HSM.
     pub rtt: f64,
-    /// Processor time of the daemon for a release; 0 leaves the daemon out.
+    /// Processor time of the daemon for a release; 0 ignores the daemon.
     pub own_cost: f64,
-    /// Processors of the daemon.
+    /// Number of processors of the daemon.
     pub processors: usize,
-    /// Most releases that wait for their turn.
+    /// Largest number of releases in the admission queue.
     pub queue: usize,
-    /// A release that is not done by then has failed.
+    /// Time after which an unfinished release has failed.
     pub deadline: f64,
 }
 
 impl Model {
-    /// Operations that one HSM computes at a time.
+    /// Number of operations that one HSM computes at the same time.
     #[must_use]
     pub fn engines(&self) -> usize {
         ((self.hsm_rate * self.op_time).round() as usize).max(1)
     }
 
-    /// What an operation takes at an engine: whole engines give the rate exactly.
+    /// Time of an operation at an engine. It is adjusted so that a whole number of engines gives exactly the rate.
     #[must_use]
     pub fn engine_time(&self) -> f64 {
         self.engines() as f64 / self.hsm_rate
     }
 
-    /// Releases that run at a time.
+    /// Number of concurrent releases.
     #[must_use]
     pub fn concurrency(&self) -> usize {
         (2 * self.sessions * self.hsms).max(LEAST_CONCURRENCY)
     }
 
-    /// Releases a second that `hsms` members cannot exceed, whatever the latency: two operations each.
+    /// Upper bound of the releases a second at any latency. Each release needs two operations.
     #[must_use]
     pub fn ceiling(&self) -> f64 {
         let by_sessions = self.sessions as f64 / (self.rtt + self.engine_time());
@@ -67,33 +68,33 @@ impl Model {
         if self.own_cost > 0.0 { hsms.min(self.processors as f64 / self.own_cost) } else { hsms }
     }
 
-    /// The longest that a release waits for its turn when more arrive than are served: until the queue is full, or the
-    /// deadline near.
+    /// Longest wait for admission when more releases arrive than are served. The wait ends when the queue is full or
+    /// the deadline is near.
     #[must_use]
     pub fn longest_wait(&self, served: f64) -> f64 {
         (self.queue as f64 / served).min(self.deadline)
     }
 }
 
-/// What came of it.
+/// The result of a simulation.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Simulated {
     /// Latencies of the releases that succeeded, ascending, in seconds.
     pub latencies: Vec<f64>,
-    /// Releases that failed: deadline, full queues, no member.
+    /// Number of releases that failed: deadline, full queue, or no member.
     pub failed: usize,
-    /// Whether those that came later waited no longer than those that came first.
+    /// `true` if later releases waited no longer than the first ones.
     pub steady: bool,
-    /// Share of the time that the engines of the HSMs that serve were busy.
+    /// Share of the time in which the engines of the serving HSMs were busy.
     pub engines_busy: f64,
-    /// The same of their sessions.
+    /// Share of the time in which the sessions of the serving HSMs were busy.
     pub sessions_busy: f64,
-    /// The same of the daemon's processors.
+    /// Share of the time in which the daemon's processors were busy.
     pub processors_busy: f64,
 }
 
 impl Simulated {
-    /// Latency at a quantile, in seconds; 0 when nothing succeeded.
+    /// Latency at a quantile, in seconds; 0 if no release succeeded.
     #[must_use]
     pub fn latency(&self, quantile: f64) -> f64 {
         let at = (self.latencies.len() as f64 * quantile).ceil() as usize;
@@ -135,8 +136,8 @@ fn start(model: &Model, load: Load, one_fails: bool) -> Simulation {
     Simulation::new(7, settings, &specs)
 }
 
-/// Simulates `rate` releases a second, at least `releases` of them, after a fifth as many that are not counted. With
-/// `one_fails` the first member fails at everything from the beginning, and the policies have to find that out.
+/// Simulates at least `releases` releases at `rate` a second. One fifth as many run before and are not counted. With
+/// `one_fails`, the first member fails every operation from the start, and the policies have to detect it.
 #[must_use]
 pub fn simulate(model: &Model, rate: f64, releases: f64, one_fails: bool) -> Simulated {
     let seconds = (releases / rate).max(1.0);
@@ -159,8 +160,8 @@ pub fn simulate(model: &Model, rate: f64, releases: f64, one_fails: bool) -> Sim
     Simulated { latencies, failed, steady, engines_busy, sessions_busy, processors_busy }
 }
 
-/// Whether latencies in the order in which they ended do not grow. What one release takes `alone` is the scale of what
-/// matters: a queue that grows adds many times as much.
+/// `true` if the latencies, in the order of completion, do not grow. `alone` is the time of a single release; it is the
+/// scale for the comparison, because a growing queue adds many times as much.
 fn steady(latencies: &[f64], alone: f64) -> bool {
     let (first, last) = latencies.split_at(latencies.len() / 2);
     let mean = |part: &[f64]| part.iter().sum::<f64>() / part.len().max(1) as f64;
@@ -168,15 +169,15 @@ fn steady(latencies: &[f64], alone: f64) -> bool {
     last <= 2.0 * first + 10.0 * alone
 }
 
-/// Releases a second that succeed when there is always one more that waits, and that may take as long as they take: what
-/// the model and the policies carry at most, which may be less than [`Model::ceiling`]. About `releases` are simulated.
+/// Releases a second that succeed when releases always wait and have no deadline. This is the most that the model and
+/// the policies carry; it may be less than [`Model::ceiling`]. Simulates about `releases` releases.
 #[must_use]
 pub fn saturated(model: &Model, releases: f64, one_fails: bool) -> f64 {
     let serving = Model { hsms: model.hsms - usize::from(one_fails), ..*model };
     let seconds = (releases / serving.ceiling()).max(1.0);
     let patient = Model { deadline: PATIENCE, queue: usize::MAX, ..*model };
     let mut simulation = start(&patient, Load::Closed(2 * model.concurrency()), one_fails);
-    // Until the failing member is out, and all places are taken.
+    // The first part runs until the failing member is down and all places are in use.
     simulation.run(Duration::from_secs_f64(seconds / 5.0 + 2.0 * (model.rtt + model.engine_time())));
     simulation.forget();
     simulation.run(Duration::from_secs_f64(seconds));
@@ -203,7 +204,7 @@ pub(crate) mod tests {
     fn an_idle_cluster_takes_what_its_parts_take() {
         let simulated = simulate(&MODEL, 10.0, 200.0, false);
         assert_eq!(simulated.failed, 0);
-        // Round trip and operation; seldom both operations at one engine.
+        // Round trip and operation. Both operations rarely use the same engine.
         assert!((0.0018..0.0024).contains(&simulated.latency(0.5)), "{}", simulated.latency(0.5));
         assert!((simulated.engines_busy - 0.01).abs() < 0.004, "{}", simulated.engines_busy);
     }
@@ -243,7 +244,8 @@ pub(crate) mod tests {
         assert!((0.97..=1.0).contains(&(rate / MODEL.ceiling())), "{rate}");
         let rate = saturated(&MODEL, 4000.0, true);
         assert!((0.95..=1.0).contains(&(rate / 500.0)), "{rate}");
-        // As many sessions as can be on the way or in the only engine: varying times leave the engine idle now and then.
+        // With only as many sessions as operations in transit and in the only engine, varying times sometimes leave the
+        // engine idle.
         let tight = Model { hsms: 1, sessions: 2, ..MODEL };
         let rate = saturated(&tight, 4000.0, false);
         assert!((0.8..0.99).contains(&(rate / tight.ceiling())), "{rate} of {}", tight.ceiling());

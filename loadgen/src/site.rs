@@ -1,16 +1,16 @@
-//! Who takes part in a run: a tenant, hosts, and the socket of the daemon's administrators, if it is here.
+//! The participants of a run: a tenant, hosts, and the admin socket of the daemon if it runs on this machine.
 //!
 //! ```text
-//! --lab DIR             what `claviger demo` made:
-//!   DIR/claviger.toml     says where the daemon's sockets and its metrics are
-//!   DIR/host/             as below: a host that is registered already
-//!   DIR/tenant/           as below
-//!   DIR/loadgen/          what this program keeps for the next run: keys of hosts, protectors of machines
+//! --lab DIR             made by `claviger demo`:
+//!   DIR/claviger.toml     names the daemon's sockets and metrics address
+//!   DIR/host/             as --host: a registered host
+//!   DIR/tenant/           as --tenant
+//!   DIR/loadgen/          stored for the next run: keys of hosts, protectors of machines
 //!
-//! --tenant DIR          owner-{signing,encryption}.{key,crt}.pem, as `claviger guardian new` makes them
-//! --host DIR            hostkey.pem, as `claviger host new-key` makes it; identitykey.pem, if there is one
+//! --tenant DIR          owner-{signing,encryption}.{key,crt}.pem, made by `claviger guardian new`
+//! --host DIR            hostkey.pem, made by `claviger host new-key`; identitykey.pem, if there is one
 //! --socket FILE         admin.sock of a daemon on this machine
-//! --cache DIR           what is kept for the next run; by default the folder `loadgen` in the tenant's
+//! --cache DIR           data for the next run; by default the folder `loadgen` in the tenant's folder
 //! ```
 
 use std::io::{BufRead, BufReader, Write};
@@ -30,10 +30,10 @@ use serde_json::{Value, json};
 use crate::Failure;
 use crate::host;
 
-/// How long a command of an administrator may take.
+/// Longest time for an administrator's command.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Whose keys and machines a run uses.
+/// The keys and machines of a run.
 #[derive(Clone, Debug)]
 pub struct Site {
     tenant: PathBuf,
@@ -57,10 +57,10 @@ struct Server {
 }
 
 impl Site {
-    /// The laboratory in this folder.
+    /// Uses the lab in this folder.
     ///
     /// # Errors
-    /// When there is none, or its configuration cannot be read.
+    /// There is no lab, or its configuration cannot be read.
     pub fn lab(dir: &Path) -> Result<Self, Failure> {
         let file = dir.join("claviger.toml");
         if !file.is_file() {
@@ -77,14 +77,14 @@ impl Site {
         Ok(Self {
             tenant: dir.join("tenant"),
             host: Some(dir.join("host")),
-            // A path that is not absolute counts from the configuration's folder, as for the daemon.
+            // A relative path is relative to the folder of the configuration, as in the daemon.
             socket: Some(dir.join(sockets).join("admin.sock")),
             cache: dir.join("loadgen"),
             metrics: server.metrics.map(|address| format!("http://{address}")),
         })
     }
 
-    /// Any other service: the folder of a tenant, and what there is besides.
+    /// Uses any other service: the folder of a tenant, and the other paths if given.
     #[must_use]
     pub fn of(tenant: &Path, host: Option<&Path>, socket: Option<&Path>, cache: Option<&Path>) -> Self {
         Self {
@@ -96,22 +96,22 @@ impl Site {
         }
     }
 
-    /// Where this program keeps things.
+    /// The cache folder of this program.
     #[must_use]
     pub fn cache(&self) -> &Path {
         &self.cache
     }
 
-    /// The metrics address of the daemon, where its configuration is known.
+    /// The metrics address of the daemon, if its configuration is known.
     #[must_use]
     pub fn metrics(&self) -> Option<&str> {
         self.metrics.as_deref()
     }
 
-    /// The keys of the host that is registered already, if there is one: host key, and identity key if it has one.
+    /// Reads the keys of the registered host, if there is one: the host key, and the identity key if it exists.
     ///
     /// # Errors
-    /// Files that are missing or hold something else.
+    /// A file is missing, or has other content.
     pub fn host_keys(&self) -> Result<Option<(RsaPrivateKey, Option<RsaPrivateKey>)>, Failure> {
         let Some(dir) = &self.host else { return Ok(None) };
         let identity = dir.join("identitykey.pem");
@@ -119,10 +119,10 @@ impl Site {
         Ok(Some((key(&dir.join("hostkey.pem"))?, identity)))
     }
 
-    /// The tenant.
+    /// Reads the keys of the tenant.
     ///
     /// # Errors
-    /// Files that are missing or hold something else.
+    /// A file is missing, or has other content.
     pub fn owner(&self) -> Result<Owner, Failure> {
         let certificate = |file: &str| {
             let path = self.tenant.join(file);
@@ -137,22 +137,22 @@ impl Site {
         })
     }
 
-    /// Whether hosts can be registered, and the daemon be asked about its HSMs.
+    /// `true` if there is an admin socket, so that hosts can be registered and the state of the HSMs can be read.
     #[must_use]
     pub fn has_socket(&self) -> bool {
         self.socket.is_some()
     }
 
-    /// The administrators' socket of the daemon.
+    /// Connects to the admin socket of the daemon.
     ///
     /// # Errors
-    /// When it is not known where, or nobody is there.
+    /// The path is unknown, or no daemon listens there.
     pub fn admin(&self) -> Result<Admin, Failure> {
         let socket = self.socket.as_ref().ok_or("the daemon's admin.sock is not known; say where with --socket")?;
         Admin::connect(socket)
     }
 
-    /// The process id of the daemon, when it runs on this machine.
+    /// The process id of the daemon, if it runs on this machine.
     pub async fn daemon(&self) -> Option<i32> {
         tokio::net::UnixStream::connect(self.socket.as_ref()?).await.ok()?.peer_cred().ok()?.pid()
     }
@@ -166,7 +166,7 @@ fn key(path: &Path) -> Result<RsaPrivateKey, Failure> {
     input::rsa_private_key(&read(path)?).map_err(|error| format!("{}: {error}", path.display()).into())
 }
 
-/// A conversation with a daemon, as its administrator: JSON objects on lines. Blocks.
+/// A connection to the daemon's admin socket: JSON objects on lines. Blocks.
 pub struct Admin {
     stream: BufReader<UnixStream>,
     path: PathBuf,
@@ -198,10 +198,10 @@ impl Admin {
         }
     }
 
-    /// The registered hosts: name, and SHA-256 of the key's SubjectPublicKeyInfo in hex.
+    /// Lists the registered hosts: name, and SHA-256 of the key's SubjectPublicKeyInfo in hex.
     ///
     /// # Errors
-    /// When the daemon does not answer.
+    /// The daemon does not answer.
     pub fn hosts(&mut self) -> Result<Vec<(String, String)>, Failure> {
         let answer = self.call(&json!({"command": "hosts.list"}))?;
         let text = |row: &Value, field: &str| row[field].as_str().unwrap_or_default().to_owned();
@@ -211,7 +211,7 @@ impl Admin {
     /// Registers a host.
     ///
     /// # Errors
-    /// When the daemon refuses or does not answer.
+    /// The daemon refuses or does not answer.
     pub fn add_host(&mut self, name: &str, public_key: &[u8]) -> Result<(), Failure> {
         let key = data_encoding::BASE64.encode(public_key);
         self.call(&json!({"command": "hosts.add", "name": name, "public_key": key})).map(drop)
@@ -220,16 +220,16 @@ impl Admin {
     /// Registers a host by the endorsement key of its TPM.
     ///
     /// # Errors
-    /// When the daemon refuses or does not answer.
+    /// The daemon refuses or does not answer.
     pub fn add_tpm_host(&mut self, name: &str, endorsement_key: &[u8]) -> Result<(), Failure> {
         let key = data_encoding::BASE64.encode(endorsement_key);
         self.call(&json!({"command": "hosts.add-tpm", "name": name, "public_key": key})).map(drop)
     }
 
-    /// Has the boot of hosts with TPMs in software accepted, as the baseline [`host::BASELINE`].
+    /// Adds the boot of the hosts with software TPMs as the baseline [`host::BASELINE`].
     ///
     /// # Errors
-    /// When the daemon refuses or does not answer.
+    /// The daemon refuses or does not answer.
     pub fn accept_boot(&mut self) -> Result<(), Failure> {
         let (name, pcrs) = (host::BASELINE, json!(host::boot_pcrs()?));
         let known = self.call(&json!({"command": "baselines.list"}))?;
@@ -244,43 +244,43 @@ impl Admin {
     /// Removes a host.
     ///
     /// # Errors
-    /// When the daemon refuses or does not answer.
+    /// The daemon refuses or does not answer.
     pub fn remove_host(&mut self, name: &str) -> Result<(), Failure> {
         self.call(&json!({"command": "hosts.remove", "name": name})).map(drop)
     }
 
-    /// How the HSMs are now.
+    /// Reads the state of the HSMs.
     ///
     /// # Errors
-    /// When the daemon does not answer.
+    /// The daemon does not answer.
     pub fn hsms(&mut self) -> Result<Vec<Hsm>, Failure> {
         let answer = self.call(&json!({"command": "hsm.list"}))?;
         serde_json::from_value(answer).map_err(|error| format!("the daemon's list of HSMs: {error}").into())
     }
 }
 
-/// A member of the cluster, as far as it matters here.
+/// A member of the cluster, with the fields that are used here.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Hsm {
-    /// Its name in the daemon's configuration.
+    /// The name in the daemon's configuration.
     pub name: String,
-    /// Its token: `label "…"` or `serial "…"`.
+    /// The token: `label "…"` or `serial "…"`.
     #[serde(default)]
     pub token: String,
-    /// `up`, or why not.
+    /// `up`, or the reason why the member is not up.
     pub state: String,
-    /// Calls that wait for a session.
+    /// Number of calls that wait for a session.
     pub waiting: usize,
-    /// Its sessions.
+    /// The sessions of the member.
     pub sessions: Sessions,
 }
 
 /// The sessions of a member.
 #[derive(Clone, Copy, Debug, Deserialize)]
 pub struct Sessions {
-    /// How many may be open.
+    /// Number of sessions that may be open.
     pub wanted: usize,
-    /// How many work now.
+    /// Number of sessions that are busy now.
     pub busy: usize,
 }
 

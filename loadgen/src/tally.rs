@@ -1,4 +1,4 @@
-//! What happens in a run, and how it is counted.
+//! The events of a run, and their counters.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -8,133 +8,133 @@ use hdrhistogram::Histogram;
 
 use crate::profile::Arrivals;
 
-/// The code of a reply that a check found wrong.
+/// The error code of a reply that a check found wrong.
 pub const WRONG_REPLY: &str = "WrongReply";
-/// Three significant digits: an error of 0.1 % at most.
+/// Significant digits of the histograms. Three digits mean an error of at most 0.1 %.
 const DIGITS: u8 = 3;
-/// The share of what is due by which the releases that are open may grow, where the rate is carried; and a few more, since
-/// their number is never quite the same.
+/// Allowed growth of the number of open releases at a rate that is carried: this share of the due releases, plus a
+/// constant, because the number is never exactly the same.
 const GROWTH: f64 = 0.02;
 const FEW_OPEN: f64 = 2.0;
-/// A code and how often.
+/// Error codes, each with its number of occurrences.
 pub type Codes = Vec<(Cow<'static, str>, u64)>;
 
-/// Something that happened. Times are in seconds; `due` counts from the beginning of what is measured, so what belongs to
-/// the warm-up is negative.
+/// An event. Times are in seconds. `due` is relative to the start of the measured time, so it is negative in the
+/// warm-up.
 #[derive(Debug)]
 pub enum Event {
-    /// Releases that were due and were not asked for: as many requests were in flight as may be, or this program had no
-    /// more of something that a connection needs.
+    /// Releases that were due and not requested: too many requests were in flight, or this program lacked a resource
+    /// for a connection.
     Dropped {
-        /// When they were due.
+        /// The time when they were due.
         due: f64,
-        /// How late this program was to notice that they were.
+        /// Delay until this program noticed that they were due.
         lag: f64,
-        /// How many.
+        /// Number of releases.
         releases: u64,
-        /// What this program lacked.
+        /// The resource that this program lacked.
         lack: Option<Lack>,
     },
-    /// Releases whose answer was not waited for, since the run was interrupted.
+    /// Releases whose reply was not awaited, because the run was interrupted.
     Abandoned {
-        /// How many.
+        /// Number of releases.
         releases: u64,
     },
-    /// A request came to its end.
+    /// A request ended.
     Done {
-        /// When it was due.
+        /// The time when the request was due.
         due: f64,
-        /// From then until it was sent: what this program is to blame for.
+        /// Time from due to sent. This delay is caused by this program.
         lag: f64,
-        /// From sending to the whole answer.
+        /// Time from sent to the complete reply.
         service: f64,
-        /// From due to the whole answer.
+        /// Time from due to the complete reply.
         latency: f64,
-        /// Releases that succeeded.
+        /// Number of releases that succeeded.
         released: u64,
-        /// What became of the others.
+        /// Error codes of the other releases.
         errors: Codes,
-        /// Answers that were "not now", after which it was asked again.
+        /// Refusals after which the request was repeated.
         retries: Codes,
     },
-    /// How late this program's runtime was to do what was due.
+    /// A measurement of the runtime's lateness.
     Lag {
-        /// When it was due.
+        /// The time when the wake-up was due.
         due: f64,
-        /// How late.
+        /// The delay of the wake-up.
         lag: f64,
     },
     /// A reply that was counted as a success turned out to be wrong.
     Wrong {
-        /// When its request was due.
+        /// The time when its request was due.
         due: f64,
-        /// What is wrong with it.
+        /// The problem with the reply.
         problem: String,
     },
-    /// A reply was checked and is right.
+    /// A reply was checked and is correct.
     Right,
-    /// A reply that was to be checked was not: the checks fell too far behind.
+    /// A reply was selected but not checked, because the checks fell too far behind.
     Unchecked,
 }
 
-/// One second of a run.
+/// The counters of one second of a run.
 #[derive(Clone, Debug)]
 pub struct Second {
-    /// Releases that were due in it.
+    /// Releases that were due in this second.
     pub offered: u64,
-    /// Of those, how many were dropped.
+    /// Releases that were due in this second and were dropped.
     pub dropped: u64,
-    /// Releases that succeeded in it, whenever they were due.
+    /// Releases that succeeded in this second, whenever they were due.
     pub achieved: u64,
-    /// Releases that failed in it.
+    /// Releases that failed in this second.
     pub errors: u64,
-    /// Latency of those due in it that succeeded, in microseconds.
+    /// Latency of the releases that were due in this second and succeeded, in microseconds.
     pub latency: Histogram<u32>,
-    /// Their service time.
+    /// Service time of the same releases, in microseconds.
     pub service: Histogram<u32>,
-    /// Releases that failed in it, by code.
+    /// Releases that failed in this second, by error code.
     pub codes: BTreeMap<Cow<'static, str>, u64>,
 }
 
-/// All that was counted. Histograms are in microseconds.
+/// All counters of a run. Histograms are in microseconds.
 #[derive(Clone, Debug)]
 pub struct Tally {
     /// Releases that were due.
     pub offered: u64,
     /// Releases that succeeded.
     pub achieved: u64,
-    /// Releases that were due and not asked for.
+    /// Releases that were due and not requested.
     pub dropped: u64,
-    /// Releases that were not asked for since this program lacked something; those of the warm-up, too.
+    /// Releases that were not requested because this program lacked a resource, including those of the warm-up.
     pub lacks: BTreeMap<Lack, u64>,
-    /// Releases whose answer was not waited for.
+    /// Releases whose reply was not awaited.
     pub abandoned: u64,
-    /// Releases that failed, by code.
+    /// Releases that failed, by error code.
     pub errors: BTreeMap<String, u64>,
-    /// Answers after which it was asked again, by code.
+    /// Replies after which the request was repeated, by error code.
     pub retries: BTreeMap<String, u64>,
-    /// From due to answer, of those that succeeded.
+    /// Time from due to reply, for releases that succeeded.
     pub latency: Histogram<u64>,
-    /// From sending to answer, of those that succeeded.
+    /// Time from sent to reply, for releases that succeeded.
     pub service: Histogram<u64>,
-    /// From due to sending, of all.
+    /// Time from due to sent, for all requests.
     pub lag: Histogram<u64>,
-    /// By second.
+    /// The counters of each second.
     pub seconds: Vec<Second>,
-    /// When the last answer came.
+    /// The time of the last reply.
     pub last: f64,
-    /// Replies that were checked and right.
+    /// Number of replies that were checked and correct.
     pub right: u64,
-    /// Replies that were checked and wrong; those of the warm-up, too.
+    /// Number of replies that were checked and wrong, including those of the warm-up.
     pub wrong: u64,
-    /// What was wrong with the first.
+    /// The problem with the first wrong reply.
     pub first_wrong: Option<String>,
-    /// Replies that were to be checked and were not.
+    /// Number of replies that were selected but not checked.
     pub unchecked: u64,
 }
 
 fn histogram<C: hdrhistogram::Counter>() -> Histogram<C> {
-    // Fails only for more than five digits.
+    // This fails only for more than five digits.
     Histogram::new(DIGITS).unwrap_or_else(|_| unreachable!("three digits are allowed"))
 }
 
@@ -142,7 +142,7 @@ fn histogram<C: hdrhistogram::Counter>() -> Histogram<C> {
 fn add<C: hdrhistogram::Counter>(histogram: &mut Histogram<C>, seconds: f64, times: u64) {
     let micros = (seconds * 1e6).round().clamp(1.0, 1e12) as u64;
     if let Some(times) = C::from_u64(times) {
-        // It grows as needed, and fails only beyond what 64 bits can count.
+        // The histogram grows as needed. An error is possible only beyond the range of 64 bits.
         let _ = histogram.record_n(micros, times);
     }
 }
@@ -220,7 +220,7 @@ impl Tally {
             Event::Wrong { due, problem } => {
                 self.wrong += 1;
                 self.first_wrong.get_or_insert(problem);
-                // It was counted as a success when it came.
+                // The reply was counted as a success when it arrived.
                 if due >= 0.0 {
                     self.achieved = self.achieved.saturating_sub(1);
                     *self.errors.entry(WRONG_REPLY.to_owned()).or_default() += 1;
@@ -237,15 +237,15 @@ impl Tally {
         }
     }
 
-    /// Releases that failed.
+    /// Number of releases that failed.
     #[must_use]
     pub fn failed(&self) -> u64 {
         self.errors.values().sum()
     }
 
-    /// Releases a second that succeeded, when load was asked for during so many seconds: over the time to the last answer, or
-    /// over that time if it is longer. In a closed loop, those of its whole seconds: the answers that its callers wait for when the
-    /// time is up come after it, and nothing is asked for meanwhile.
+    /// Releases a second that succeeded, under a load of `seconds` seconds. The count is divided by the time to the
+    /// last reply or by `seconds`, whichever is longer. For a closed loop, only whole seconds count: when the time is
+    /// over, callers still wait for their last replies and send nothing new.
     #[must_use]
     pub fn achieved_per_second(&self, seconds: f64, closed: bool) -> f64 {
         let whole = seconds.floor();
@@ -256,7 +256,7 @@ impl Tally {
         }
     }
 
-    /// Share of the releases that were due and did not succeed.
+    /// Share of the due releases that did not succeed.
     #[must_use]
     pub fn unsuccessful(&self) -> f64 {
         unsuccessful(self.offered, self.failed(), self.dropped)
@@ -273,8 +273,9 @@ impl Tally {
     }
 }
 
-/// Whether ever more releases are open at the ends of the first `whole` seconds: more are due than are carried. The first
-/// quarter does not count. Of those that come at random, now more are open and now fewer, by the root of their number.
+/// `true` if the number of open releases grows over the first `whole` seconds: more releases are due than the service
+/// carries. The first quarter is ignored. With random arrivals the number varies by the square root of the number of
+/// releases, so this variation is allowed.
 pub(crate) fn grows(seconds: &[Second], whole: usize, arrivals: Arrivals) -> bool {
     let (mut open, mut due) = (0.0, 0.0);
     let ends: Vec<(f64, f64)> = seconds
@@ -335,7 +336,8 @@ mod tests {
         assert_eq!(tally.seconds[0].service.len(), 4);
     }
 
-    /// Releases that are due evenly at `rate` a second, of which the service does `served` a second, one after the other.
+    /// Seconds in which `rate` releases are due evenly. The service completes `served` releases a second, one after the
+    /// other.
     fn seconds(rate: f64, served: f64, alone: f64) -> Vec<Second> {
         let mut tally = Tally::default();
         for at in 0..(rate * 4.0) as u32 {

@@ -1,4 +1,4 @@
-//! What a run has to meet: `p99<50ms`, `errors<0.1%`, `achieved>490/s`.
+//! Conditions for a run: `p99<50ms`, `errors<0.1%`, `achieved>490/s`.
 
 use std::fmt;
 use std::str::FromStr;
@@ -7,18 +7,18 @@ use crate::bound::{Bound, Judgement, Of};
 use crate::tally::Tally;
 use crate::units;
 
-/// What is compared.
+/// The measured quantity of a condition.
 #[derive(Clone, Copy, PartialEq, Debug)]
 enum Measure {
-    /// Latency at a quantile; from 0 to 1.
+    /// Latency at a quantile from 0 to 1.
     Latency(f64),
     /// Service time at a quantile.
     Service(f64),
-    /// Share of those due that failed.
+    /// Share of the due releases that failed.
     Errors,
-    /// Share of those due that were dropped.
+    /// Share of the due releases that were dropped.
     Dropped,
-    /// Releases that succeeded, a second.
+    /// Successful releases a second.
     Achieved,
 }
 
@@ -45,13 +45,13 @@ impl Relation {
     }
 }
 
-/// One condition.
+/// A condition.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Threshold {
     text: String,
     measure: Measure,
     relation: Relation,
-    /// Seconds, a share, or releases a second.
+    /// The bound: seconds, a share, or releases a second.
     bound: f64,
 }
 
@@ -88,7 +88,7 @@ impl FromStr for Threshold {
     }
 }
 
-/// `p99.9` → 0.999, `max` → 1.
+/// Parses a quantile: `p99.9` → 0.999, `max` → 1.
 fn quantile(name: &str) -> Option<f64> {
     if name == "max" {
         return Some(1.0);
@@ -103,18 +103,18 @@ impl fmt::Display for Threshold {
     }
 }
 
-/// Several, with commas between them.
+/// Parses several conditions, separated by commas.
 ///
 /// # Errors
-/// A sentence that says how to write one.
+/// A sentence that explains the syntax.
 pub fn list(text: &str) -> Result<Vec<Threshold>, String> {
     text.split(',').map(str::parse).collect()
 }
 
-/// Several that say what service is good enough: latencies and errors, with commas between them.
+/// Parses objectives, separated by commas: conditions on latency and errors only.
 ///
 /// # Errors
-/// A sentence that says how to write one.
+/// A sentence that explains the syntax.
 pub fn objectives(text: &str) -> Result<Vec<Threshold>, String> {
     let objectives = list(text)?;
     let says_what_is_enough =
@@ -127,10 +127,11 @@ pub fn objectives(text: &str) -> Result<Vec<Threshold>, String> {
     }
 }
 
-/// One that may stop a run: an upper bound of anything but the rate, which only the whole run tells.
+/// Parses a condition that may stop a run. It is an upper bound, and not on the rate, because only the whole run shows
+/// the rate.
 ///
 /// # Errors
-/// A sentence that says how to write one.
+/// A sentence that explains the syntax.
 pub fn stopping(text: &str) -> Result<Threshold, String> {
     let condition: Threshold = text.parse()?;
     if condition.relation.is_upper_bound() && condition.measure != Measure::Achieved {
@@ -139,16 +140,17 @@ pub fn stopping(text: &str) -> Result<Threshold, String> {
     Err(format!("{condition} cannot stop a run; write an upper bound, like p99<1s, errors<5% or dropped<1%"))
 }
 
-/// Whether a latency at a quantile is known where such a share of all releases has none, because they failed or were
-/// dropped.
+/// `true` if the latency at a quantile is known when the share `unsuccessful` of all releases has no latency, because
+/// they failed or were dropped.
 #[must_use]
 pub fn is_known(quantile: f64, unsuccessful: f64) -> bool {
     unsuccessful <= 1.0 - quantile + 1e-12
 }
 
 impl Threshold {
-    /// Whether it holds. What failed or was dropped has no latency: a percentile that reaches into that share is not known,
-    /// and an upper bound of what is not known does not hold. `achieved_per_second` is that of the whole run.
+    /// Evaluates the condition. Releases that failed or were dropped have no latency, so a percentile that reaches into
+    /// their share is unknown. An upper bound on an unknown percentile does not hold. `achieved_per_second` is the rate
+    /// of the whole run.
     #[must_use]
     pub fn judge(&self, tally: &Tally, achieved_per_second: f64) -> Judgement {
         let (value, measured) = match self.measure {
@@ -159,7 +161,7 @@ impl Threshold {
         Judgement { threshold: self.text.clone(), measured, passed, bound: Some(self.bound()) }
     }
 
-    /// Says so when it fails by what was counted until now.
+    /// Returns a message if the condition fails with the counters so far.
     #[must_use]
     pub fn fails_already(&self, tally: &Tally) -> Option<String> {
         let (value, measured) = self.measured(tally);
@@ -167,7 +169,7 @@ impl Threshold {
         (!holds).then(|| format!("{self} failed ({measured})"))
     }
 
-    /// What was measured, if it is known, and in words. Knows everything but the rate.
+    /// The measured value, if it is known, and its text. The rate is not handled here.
     fn measured(&self, tally: &Tally) -> (Option<f64>, String) {
         let share = |part: u64| if tally.offered == 0 { 0.0 } else { part as f64 / tally.offered as f64 };
         let timed = |histogram: &hdrhistogram::Histogram<u64>, quantile: f64| {
@@ -188,7 +190,7 @@ impl Threshold {
         }
     }
 
-    /// What it asks for.
+    /// The bound of the condition.
     #[must_use]
     pub fn bound(&self) -> Bound {
         let (of, quantile) = match self.measure {
@@ -201,8 +203,8 @@ impl Threshold {
         Bound { of, quantile, value: self.bound, text: self.text.clone() }
     }
 
-    /// Whether a latency at each quantile, and a share of errors, would meet it: for what was not run but simulated. Knows
-    /// what [`objectives`] lets through.
+    /// `true` if a simulated result meets the condition, given its latency at each quantile and its share of errors.
+    /// Supports the conditions that [`objectives`] accepts.
     #[must_use]
     pub fn holds(&self, latency: impl Fn(f64) -> f64, errors: f64) -> bool {
         let value = match self.measure {

@@ -1,11 +1,11 @@
-//! Durations, rates and shares, as people write and read them.
+//! Parses and formats durations, rates and shares.
 
 use std::time::Duration;
 
-/// Reads `250us`, `50ms`, `2s`, `1.5m`, `1h`. The unit has to be there: a bare number is a mistake more often than not.
+/// Parses `250us`, `50ms`, `2s`, `1.5m` or `1h`. The unit is required, because a bare number is usually a mistake.
 ///
 /// # Errors
-/// A sentence that says how to write it.
+/// A sentence that explains the syntax.
 pub fn duration(text: &str) -> Result<Duration, String> {
     let text = text.trim();
     let split = text.find(|c: char| !(c.is_ascii_digit() || c == '.')).unwrap_or(text.len());
@@ -23,10 +23,10 @@ pub fn duration(text: &str) -> Result<Duration, String> {
     Duration::try_from_secs_f64(number * factor).map_err(|_| format!("{text:?} is too long"))
 }
 
-/// Reads `500` or `500/s`, a number of releases a second above zero.
+/// Parses `500` or `500/s`: releases a second, above zero.
 ///
 /// # Errors
-/// A sentence that says how to write it.
+/// A sentence that explains the syntax.
 pub fn rate(text: &str) -> Result<f64, String> {
     let number = text.trim();
     let number = number.strip_suffix("/s").unwrap_or(number);
@@ -36,10 +36,10 @@ pub fn rate(text: &str) -> Result<f64, String> {
     }
 }
 
-/// Reads a share: `0.1` or `10%`, from 0 to 1.
+/// Parses a share from 0 to 1, written as `0.1` or `10%`.
 ///
 /// # Errors
-/// A sentence that says how to write it.
+/// A sentence that explains the syntax.
 pub fn share(text: &str) -> Result<f64, String> {
     let wrong = || format!("{text:?} is not a share; write it like 0.1 or 10%");
     let (number, factor) = text.trim().strip_suffix('%').map_or((text.trim(), 1.0), |number| (number, 0.01));
@@ -47,7 +47,7 @@ pub fn share(text: &str) -> Result<f64, String> {
     if (0.0..=1.0).contains(&share) { Ok(share) } else { Err(wrong()) }
 }
 
-/// Three digits and the unit that fits: `3.21 ms`.
+/// Formats a time with three digits and a suitable unit: `3.21 ms`.
 #[must_use]
 pub fn seconds(seconds: f64) -> String {
     match seconds {
@@ -62,7 +62,7 @@ pub fn seconds(seconds: f64) -> String {
     }
 }
 
-/// A whole number with a thin gap between thousands: `12 345`.
+/// Formats a whole number with a thin space between thousands: `12 345`.
 #[must_use]
 pub fn count(number: f64) -> String {
     if !number.is_finite() {
@@ -79,13 +79,13 @@ pub fn count(number: f64) -> String {
     if number < 0.0 { format!("-{out}") } else { out }
 }
 
-/// A rate: whole numbers where there are enough digits, one decimal below 100.
+/// Formats a rate: as a whole number, or with one decimal below 100.
 #[must_use]
 pub fn per_second(rate: f64) -> String {
     if rate < 100.0 { format!("{rate:.1}") } else { count(rate) }
 }
 
-/// A share in percent.
+/// Formats a share in percent.
 #[must_use]
 pub fn percent(share: f64) -> String {
     let percent = share * 100.0;
@@ -98,21 +98,21 @@ pub fn percent(share: f64) -> String {
     }
 }
 
-/// Seconds since 1970 as date and time of day, UTC, for people.
+/// Formats seconds since 1970 as date and time of day in UTC, for people.
 #[must_use]
 pub fn date(unix: u64) -> String {
     let (date, rest) = (day(unix), unix % 86_400);
     format!("{date} {:02}:{:02} UTC", rest / 3600, rest / 60 % 60)
 }
 
-/// The same as machines write it (RFC 3339).
+/// Formats seconds since 1970 as in RFC 3339.
 #[must_use]
 pub fn timestamp(unix: u64) -> String {
     let (date, rest) = (day(unix), unix % 86_400);
     format!("{date}T{:02}:{:02}:{:02}Z", rest / 3600, rest / 60 % 60, rest % 60)
 }
 
-/// The day of seconds since 1970. (Civil from days, by Howard Hinnant.)
+/// The date of seconds since 1970. The algorithm is `civil_from_days` by Howard Hinnant.
 fn day(unix: u64) -> String {
     let days = unix / 86_400 + 719_468;
     let (era, day_of_era) = (days / 146_097, days % 146_097);

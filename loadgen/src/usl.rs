@@ -1,34 +1,35 @@
-//! The Universal Scalability Law (Gunther): throughput against concurrency, `X(N) = λN ÷ (1 + σ(N−1) + κN(N−1))`.
+//! The Universal Scalability Law (Gunther): throughput as a function of concurrency, `X(N) = λN ÷ (1 + σ(N−1) +
+//! κN(N−1))`.
 //!
-//! λ is what one caller gets, σ the share that is done one after the other (it bounds the throughput by λ÷σ), κ what
-//! callers cost each other (beyond its peak the throughput falls).
+//! λ is the throughput of one caller. σ is the share of the work that is serial (it limits the throughput to λ÷σ). κ is
+//! the cost that callers cause each other (beyond the peak the throughput falls).
 
 use serde::{Deserialize, Serialize};
 
 /// A fitted law.
 #[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Usl {
-    /// Throughput of one caller.
+    /// λ: the throughput of one caller.
     pub lambda: f64,
-    /// Contention.
+    /// σ: contention.
     pub sigma: f64,
-    /// Coherency.
+    /// κ: coherency.
     pub kappa: f64,
-    /// How much of the measured throughput's variation the law explains; 1 is all.
+    /// The share of the throughput's variation that the law explains, from 0 to 1.
     pub r_squared: f64,
 }
 
 impl Usl {
-    /// Fits the law to (concurrency, throughput), by least squares of the relative deviations of `N÷X`, in which the law is
-    /// linear. Negative σ or κ make no sense and are held at zero.
+    /// Fits the law to points (concurrency, throughput). Minimises the squares of the relative deviations of `N÷X`, in
+    /// which the law is linear. Negative σ or κ are impossible and are set to zero.
     ///
-    /// `None` for fewer than three points, or for a law with a λ that is not positive.
+    /// `None` for fewer than three points, or if λ is not positive.
     #[must_use]
     pub fn fit(points: &[(f64, f64)]) -> Option<Self> {
         if points.len() < 3 || points.iter().any(|(n, x)| *n < 1.0 || *x <= 0.0) {
             return None;
         }
-        // With one of them, or both, held at zero: the best of those that make sense.
+        // Fits with σ, κ or both set to zero; the best possible fit wins.
         let fits =
             [[true, true], [true, false], [false, true], [false, false]].map(|free| Self::fit_with(points, free));
         let mut fits: Vec<_> = fits.into_iter().flatten().collect();
@@ -71,13 +72,13 @@ impl Usl {
         self.lambda * n / (1.0 + self.sigma * (n - 1.0) + self.kappa * n * (n - 1.0))
     }
 
-    /// The concurrency with the highest throughput; `None` when more never harms.
+    /// The concurrency with the highest throughput; `None` if the throughput never falls.
     #[must_use]
     pub fn peak(&self) -> Option<f64> {
         (self.kappa > 0.0).then(|| ((1.0 - self.sigma).max(0.0) / self.kappa).sqrt().max(1.0))
     }
 
-    /// The throughput that is approached or reached; infinite where the law knows no bound.
+    /// The highest throughput, reached or approached; infinite if the law has no bound.
     #[must_use]
     pub fn ceiling(&self) -> f64 {
         match self.peak() {
@@ -88,7 +89,7 @@ impl Usl {
     }
 }
 
-/// Gauss, with pivoting.
+/// Solves the equations by Gaussian elimination with pivoting.
 fn solve(mut m: [[f64; 4]; 3]) -> Option<[f64; 3]> {
     for at in 0..3 {
         let pivot = (at..3).max_by(|a, b| m[*a][at].abs().total_cmp(&m[*b][at].abs()))?;
@@ -136,7 +137,7 @@ mod tests {
         let found = Usl::fit(&points(&law, |i| if i % 2 == 0 { 1.03 } else { 0.97 })).unwrap();
         assert!((found.ceiling() / law.ceiling() - 1.0).abs() < 0.15, "{found:?}");
         assert!((law.peak().unwrap() - 43.6).abs() < 0.1);
-        // Better than linear: no contention is the nearest that makes sense.
+        // The throughput grows faster than linearly. The nearest possible law has no contention.
         let found = Usl::fit(&[(1.0, 10.0), (2.0, 21.0), (4.0, 44.0)]).unwrap();
         assert_eq!((found.sigma, found.kappa, found.peak()), (0.0, 0.0, None));
         assert!(Usl::fit(&[(1.0, 10.0), (2.0, 20.0)]).is_none());

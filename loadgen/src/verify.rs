@@ -1,4 +1,4 @@
-//! Is what came what had to come? On threads of its own, after the time was taken.
+//! Checks that replies are correct, on separate threads and after the time was taken.
 
 use std::str::FromStr;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -17,17 +17,19 @@ use crate::prepare::Machine;
 use crate::tally::Event;
 use crate::units;
 
-/// What may wait to be checked, in octets of replies. Beyond that, replies go unchecked, which the report says.
+/// Largest amount of reply data that may wait for a check, in bytes. Further replies are not checked, and the report
+/// says so.
 const BACKLOG: usize = 256 * 1024 * 1024;
-/// Signatures over certificates that are remembered: all machines are of one tenant.
+/// Number of verified certificate signatures that are remembered. All machines belong to one tenant, so their
+/// certificates repeat.
 const KNOWN: usize = 4096;
 
-/// Which replies are checked.
+/// The selection of replies to check.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub enum Verify {
-    /// Every one.
+    /// Every reply.
     All,
-    /// This share of them, drawn by lot.
+    /// A random sample with this share of the replies.
     Sample(f64),
 }
 
@@ -52,23 +54,23 @@ impl std::fmt::Display for Verify {
     }
 }
 
-/// A reply, as far as it was read already.
+/// A reply, parsed or not.
 pub enum Reply {
-    /// The body of a 200.
+    /// The body of a reply with status 200.
     Body(Bytes),
-    /// Read.
+    /// The parsed reply.
     Read(Box<RollResponse>),
 }
 
-/// A reply, and what it has to fit.
+/// A reply to check, with the data that it must match.
 pub struct Job {
-    /// When its request was due, in seconds from the beginning of what is measured.
+    /// The time when its request was due, in seconds from the start of the measured time.
     pub due: f64,
-    /// What was sent.
+    /// The machine whose protector was sent.
     pub machine: Machine,
-    /// Whose keys can read the reply.
+    /// The identity key that decrypts the reply.
     pub identity: Arc<RsaPrivateKey>,
-    /// What came.
+    /// The reply.
     pub reply: Reply,
 }
 
@@ -81,7 +83,7 @@ impl Job {
     }
 }
 
-/// Checks replies on `threads` threads until it is dropped and nothing waits any more.
+/// Checks replies on background threads. After this value is dropped, the threads check the queued replies and end.
 pub struct Checker {
     which: Verify,
     jobs: Sender<Job>,
@@ -90,7 +92,7 @@ pub struct Checker {
 }
 
 impl Checker {
-    /// Starts the threads; each tells what it finds.
+    /// Starts the threads. Each thread sends its results as events.
     ///
     /// # Errors
     /// The system has no threads left.
@@ -112,7 +114,7 @@ impl Checker {
         Ok(Self { which, jobs, waiting, events: events.clone() })
     }
 
-    /// Whether the next reply is to be checked.
+    /// `true` if the next reply is selected for a check.
     #[must_use]
     pub fn draws(&self) -> bool {
         match self.which {
@@ -121,12 +123,12 @@ impl Checker {
         }
     }
 
-    /// Has a reply checked.
+    /// Queues a reply for a check.
     pub fn check(&self, job: Job) {
         let size = job.size();
         if self.waiting.fetch_add(size, Ordering::Relaxed) > BACKLOG || self.jobs.send(job).is_err() {
             self.waiting.fetch_sub(size, Ordering::Relaxed);
-            // Nobody is left to be told only when the run is over.
+            // Sending fails only when the run is over.
             let _ = self.events.send(Event::Unchecked);
         }
     }
@@ -152,8 +154,8 @@ fn work(
     }
 }
 
-/// The keys open, the ingress key is the machine's, and the egress protector is whole, for the same parties, signed by the
-/// guardian and by the egress key.
+/// Checks that the keys can be decrypted, the ingress key belongs to the machine, and the egress protector is complete,
+/// has the same guardians, and is signed by the guardian and by the egress key.
 fn check(job: &Job, known: &KnownCertificates, guardian: &[u8]) -> Result<(), String> {
     let read;
     let response = match &job.reply {

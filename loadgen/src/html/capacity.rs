@@ -1,4 +1,4 @@
-//! A capacity that was measured.
+//! The HTML page of a measured capacity.
 
 use super::page::{NONE, document, escape, facts, latency_bounds, section, table, tile, tiles, title_or};
 use super::picture::{Frame, count_axis, count_axis_x, decades, time_axis};
@@ -7,7 +7,7 @@ use crate::capacity::{Answer, Step};
 use crate::plan::Hosts;
 use crate::units;
 
-/// The page of a measured capacity.
+/// Formats the page of a measured capacity.
 #[must_use]
 pub fn page(answer: &Answer, hosts: &Hosts) -> String {
     let objectives = stated(&answer.objectives);
@@ -77,7 +77,7 @@ pub fn page(answer: &Answer, hosts: &Hosts) -> String {
 
 fn throughput(answer: &Answer) -> String {
     let Some(last) = answer.steps.last() else { return NONE.to_owned() };
-    // Each doubling of the callers is as far from the next.
+    // The scale is logarithmic: each doubling of the callers has the same width.
     let x = |callers: f64| callers.log2();
     let most = answer.steps.iter().map(|step| step.achieved).fold(1.0, f64::max) * 1.12;
     let right = x(last.callers as f64).max(1.0);

@@ -1,4 +1,4 @@
-//! Two runs, held against each other.
+//! The HTML page of a comparison of two runs.
 
 use super::page::{NONE, document, escape, latency_bounds, section, table, tile, tiles, title_or};
 use super::picture::{Frame, HEIGHT, MARGIN, WIDTH, decades, quantile_axis, step, time_axis};
@@ -7,7 +7,7 @@ use crate::compare::{Difference, Verdict, cautions};
 use crate::report::Report;
 use crate::units;
 
-/// The page of a comparison; `about` is this call of the program.
+/// Formats the page of a comparison. `about` describes this call of the program.
 #[must_use]
 pub fn page(about: &About, names: [&str; 2], reports: [&Report; 2], differences: &[Difference]) -> String {
     let title = title_or(Some(about), &format!("{} and {}", names[0], names[1]));
@@ -63,7 +63,7 @@ fn differences_table(names: [&str; 2], differences: &[Difference]) -> String {
     table(&rows)
 }
 
-/// Each change with its bounds on a line of its own.
+/// Draws each change with its bounds on a separate line.
 fn changes(differences: &[Difference]) -> String {
     let mut all = Vec::new();
     for difference in differences {
@@ -145,7 +145,7 @@ fn distributions(names: [&str; 2], reports: [&Report; 2]) -> String {
     frame.finish("share of the releases", "distributions of latency of both runs")
 }
 
-/// The end of a name, which tells more than its beginning, as text in markup.
+/// The end of a name as markup. The end tells more than the beginning.
 fn shortened(name: &str) -> String {
     let name = name.rsplit('/').next().unwrap_or(name);
     let name = name.strip_suffix(".json").unwrap_or(name);
@@ -157,7 +157,7 @@ fn shortened(name: &str) -> String {
     }
 }
 
-/// What was tested in both runs, side by side.
+/// The settings of both runs, side by side.
 fn compared(names: [&str; 2], reports: [&Report; 2]) -> String {
     let facts = reports.map(|report| {
         let mut facts = vec![

@@ -1,4 +1,4 @@
-//! What every page is made of.
+//! Building blocks of all pages.
 
 use crate::about::About;
 use crate::bound::{Bound, Of};
@@ -39,7 +39,7 @@ table.facts td{text-align:left;overflow-wrap:anywhere}table.facts.two td{width:4
 table.facts td:first-child{white-space:normal;width:28%}}
 ";
 
-/// A whole page.
+/// Formats a complete page.
 pub(super) fn document(title: &str, what: &str, banners: &[String], body: &str) -> String {
     let banners: String =
         banners.iter().map(|banner| format!("<p class=\"banner\">{}</p>\n", escape(banner))).collect();
@@ -51,7 +51,7 @@ pub(super) fn document(title: &str, what: &str, banners: &[String], body: &str) 
     )
 }
 
-/// The title that was given, or this one.
+/// The given title, or else a default.
 pub(super) fn title_or(about: Option<&About>, otherwise: &str) -> String {
     about.and_then(|about| about.title.clone()).unwrap_or_else(|| otherwise.to_owned())
 }
@@ -68,7 +68,7 @@ pub(super) fn tiles(tiles: &[String]) -> String {
     format!("<div class=\"tiles\">{}</div>\n", tiles.concat())
 }
 
-/// What the lines of a picture are: name, colour, whether it is dashed.
+/// The legend of a picture: name, colour, and `true` for a dashed line.
 pub(super) fn legend(lines: &[(&str, &str, bool)]) -> String {
     let line = |(name, colour, dashed): &(&str, &str, bool)| {
         let class = if *dashed { " class=\"dashed\"" } else { "" };
@@ -77,7 +77,7 @@ pub(super) fn legend(lines: &[(&str, &str, bool)]) -> String {
     format!("<div class=\"legend\">{}</div>", lines.iter().map(line).collect::<String>())
 }
 
-/// Names and values.
+/// Formats names and values.
 pub(super) fn facts(rows: &[[String; 2]]) -> String {
     let row = |[name, value]: &[String; 2]| {
         let class = if name == "command" { " class=\"command\"" } else { "" };
@@ -86,7 +86,7 @@ pub(super) fn facts(rows: &[[String; 2]]) -> String {
     format!("<table class=\"facts\">{}</table>", rows.iter().map(row).collect::<String>())
 }
 
-/// The first row is the head. Cells are markup.
+/// Formats a table. The first row is the head, and cells are markup.
 pub(super) fn table(rows: &[Vec<String>]) -> String {
     let row = |kind: &str, cells: &Vec<String>| {
         format!("<tr>{}</tr>", cells.iter().map(|cell| format!("<{kind}>{cell}</{kind}>")).collect::<String>())
@@ -98,7 +98,7 @@ pub(super) fn table(rows: &[Vec<String>]) -> String {
 
 pub(super) const NONE: &str = "<p class=\"bad\">No release succeeded.</p>";
 
-/// Those conditions that are about latency, for pictures of it.
+/// Selects the bounds on latency, for pictures of latency.
 pub(super) fn latency_bounds<'a>(bounds: impl Iterator<Item = &'a Bound>) -> Vec<&'a Bound> {
     bounds.filter(|bound| bound.of == Of::Latency).collect()
 }

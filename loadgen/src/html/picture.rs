@@ -1,14 +1,14 @@
-//! Pictures: a frame with scales, and what is drawn in it.
+//! Draws pictures: a frame with scales, and its content.
 
 use super::page::escape;
 use crate::units;
 
 pub(super) const WIDTH: f64 = 960.0;
 pub(super) const HEIGHT: f64 = 260.0;
-/// Room for the labels: left, right, top, bottom.
+/// Space for the labels: left, right, top, bottom.
 pub(super) const MARGIN: (f64, f64, f64, f64) = (64.0, 84.0, 14.0, 40.0);
 
-/// Where values are in a picture.
+/// A picture with its scales.
 pub(super) struct Frame {
     pub(super) x: (f64, f64),
     pub(super) y: (f64, f64),
@@ -53,7 +53,7 @@ impl Frame {
         ));
     }
 
-    /// What has to hold, across the picture.
+    /// Draws an objective as a horizontal line.
     pub(super) fn objective(&mut self, y: f64, name: &str) {
         let (at, left, right) = (self.at_y(y), MARGIN.0, WIDTH - MARGIN.1);
         self.svg.push_str(&format!(
@@ -65,11 +65,11 @@ impl Frame {
         ));
     }
 
-    /// A place on the horizontal scale; `row` keeps names apart.
+    /// Marks a position on the horizontal scale. `row` separates overlapping names.
     pub(super) fn mark(&mut self, x: f64, name: &str, class: &str, row: u8) {
         let (at, top, bottom) = (self.at_x(x), MARGIN.2, HEIGHT - MARGIN.3);
         let y = top + 10.0 + 15.0 * f64::from(row);
-        // On the side on which there is room.
+        // The text goes to the side with enough space.
         let (x, anchor) = if at > WIDTH * 0.6 { (at - 5.0, "end") } else { (at + 5.0, "start") };
         self.svg.push_str(&format!(
             "<line class=\"{class}\" x1=\"{at:.1}\" x2=\"{at:.1}\" y1=\"{top}\" y2=\"{bottom}\"/>\
@@ -86,7 +86,7 @@ impl Frame {
         ));
     }
 
-    /// The same, small.
+    /// Draws a small mark at a point.
     pub(super) fn point(&mut self, x: f64, y: f64, colour: &str, hint: &str) {
         let (x, y) = (self.at_x(x), self.at_y(y));
         self.svg.push_str(&format!(
@@ -95,7 +95,7 @@ impl Frame {
         ));
     }
 
-    /// A line with gaps where there is nothing.
+    /// Draws a line, with gaps where there is no value.
     pub(super) fn line(&mut self, points: &[Option<(f64, f64)>], style: &str) {
         let mut path = String::new();
         let mut pen_up = true;
@@ -125,9 +125,9 @@ impl Frame {
         )
     }
 
-    /// Names at the right end of lines, moved apart where they would overlap.
+    /// Writes names at the right end of lines, and moves them apart if they would overlap.
     pub(super) fn names(&mut self, names: &[(&str, f64, &str)]) {
-        // Where two are equal the last drawn is on top.
+        // If two values are equal, the line that was drawn last is on top.
         let mut at: Vec<(f64, &str, &str)> =
             names.iter().rev().map(|(name, y, colour)| (self.at_y(*y), *name, *colour)).collect();
         at.sort_by(|a, b| a.0.total_cmp(&b.0));
@@ -145,7 +145,7 @@ impl Frame {
     }
 }
 
-/// A round number that is at least `most` ÷ 4, for the steps of a scale.
+/// A round number that is at least `most` ÷ 4, as the step of a scale.
 pub(super) fn step(most: f64) -> f64 {
     let raw = (most / 4.0).max(1e-9);
     let power = 10_f64.powf(raw.log10().floor());
@@ -171,7 +171,7 @@ pub(super) fn count_axis(frame: &mut Frame, most: f64) {
     }
 }
 
-/// From the power of ten below to the one above.
+/// The powers of ten below `least` and above `most`.
 pub(super) fn decades(least: f64, most: f64) -> (f64, f64) {
     let low = 10_f64.powf(least.max(1e-6).log10().floor());
     let high = 10_f64.powf((most.max(1e-6) * 1.0001).log10().ceil());
@@ -191,7 +191,7 @@ pub(super) fn time_axis(frame: &mut Frame) {
     }
 }
 
-/// Shares of the releases, each step of which leaves out ten times fewer.
+/// Labels the horizontal scale with quantiles. Each step leaves out ten times fewer releases.
 pub(super) fn quantile_axis(frame: &mut Frame) {
     for (at, label) in (0_u8..).zip(["0 %", "90 %", "99 %", "99.9 %", "99.99 %", "99.999 %"]) {
         if f64::from(at) <= frame.x.1 {
@@ -200,7 +200,7 @@ pub(super) fn quantile_axis(frame: &mut Frame) {
     }
 }
 
-/// Numbers on the horizontal scale.
+/// Labels the horizontal scale with numbers.
 pub(super) fn count_axis_x(frame: &mut Frame) {
     let (left, right) = frame.x;
     let step = step(right - left).max(1.0);

@@ -1,4 +1,4 @@
-//! A plan.
+//! The HTML page of a plan.
 
 use super::page::{NONE, document, escape, facts, latency_bounds, legend, section, table, tile, tiles, title_or};
 use super::picture::{Frame, count_axis_x, decades, time_axis};
@@ -6,7 +6,7 @@ use crate::bound::stated;
 use crate::plan::{Hosts, Plan, Point};
 use crate::units;
 
-/// The page of a plan.
+/// Formats the page of a plan.
 #[must_use]
 pub fn page(plan: &Plan, hosts: &Hosts) -> String {
     let objectives = stated(&plan.objectives);

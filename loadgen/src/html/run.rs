@@ -1,4 +1,4 @@
-//! A run.
+//! The HTML page of a run.
 
 use super::page::{NONE, document, escape, facts, latency_bounds, plural, section, tile, tiles, title_or};
 use super::picture::{Frame, HEIGHT, MARGIN, count_axis, decades, quantile_axis, seconds_axis, time_axis};
@@ -6,7 +6,7 @@ use crate::bound::{Bound, Of};
 use crate::report::{OVERLOAD, Report, Row};
 use crate::units;
 
-/// The page of a run.
+/// Formats the page of a run.
 #[must_use]
 pub fn page(report: &Report) -> String {
     let settings = &report.settings;
@@ -65,7 +65,7 @@ pub fn page(report: &Report) -> String {
     document(&title, &what, &banners, &body)
 }
 
-/// `p99<50ms` → `p99`.
+/// The quantile of a condition: `p99<50ms` → `p99`.
 fn quantile_name(text: &str) -> &str {
     text.split(['<', '>']).next().unwrap_or(text).trim()
 }
@@ -155,7 +155,7 @@ fn title(frame: &Frame, row: &Row, text: &str) -> String {
     )
 }
 
-/// The middle of a second, which is where its value stands.
+/// The middle of a second, where its value is drawn.
 fn middle(row: &Row) -> f64 {
     row.second as f64 + 0.5
 }
@@ -232,7 +232,7 @@ fn latency(rows: &[Row], bounds: &[&Bound]) -> String {
 
 fn errors(report: &Report, bounds: &[&Bound]) -> String {
     let rows = &report.timeline;
-    // A share of what was due, at the mean rate.
+    // The objective is a share of the due releases, so its height uses the mean rate.
     let asked: Vec<_> = bounds
         .iter()
         .filter(|bound| matches!(bound.of, Of::Errors | Of::Dropped))
@@ -247,7 +247,7 @@ fn errors(report: &Report, bounds: &[&Bound]) -> String {
         let (x, next) = (frame.at_x(row.second as f64), frame.at_x(row.second as f64 + 1.0));
         let mut bar = |from: u64, to: u64, colour: &str| {
             let (bottom, top) = (frame.at_y(from as f64), frame.at_y(to as f64));
-            // A gap between bars, unless they are too thin for one.
+            // Bars have a gap between them, unless they are too narrow.
             let gap = if next - x > 4.0 { 1.0 } else { 0.0 };
             frame.svg.push_str(&format!(
                 "<rect x=\"{:.1}\" y=\"{top:.1}\" width=\"{:.1}\" height=\"{:.1}\" style=\"fill:var({colour})\"/>",
