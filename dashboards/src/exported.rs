@@ -1,4 +1,4 @@
-//! Which series there are: what the daemon exports, what the rules record, and what Prometheus itself adds.
+//! The series that exist: exported by the daemon, recorded by the rules, or added by Prometheus.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -7,10 +7,10 @@ use claviger::observe::metrics::{ALL, Kind};
 use crate::prometheus::{Rule, groups};
 use crate::promql::uses;
 
-/// Labels that Prometheus gives to everything that it scrapes.
+/// Labels that Prometheus adds to every scraped series.
 const TARGET: [&str; 2] = ["job", "instance"];
 
-/// The series that there are, with their labels.
+/// The existing series, with their labels.
 #[derive(Clone, Debug)]
 pub struct Exported {
     series: BTreeMap<String, Series>,
@@ -19,7 +19,7 @@ pub struct Exported {
 #[derive(Clone, Debug)]
 struct Series {
     labels: BTreeSet<String>,
-    /// The metric that it belongs to: a histogram has three series.
+    /// The metric of the series. A histogram has three series.
     metric: Option<&'static str>,
 }
 
@@ -30,7 +30,7 @@ impl Default for Exported {
 }
 
 impl Exported {
-    /// Of this version of the daemon and its rules.
+    /// The series of this version of the daemon and its rules.
     #[must_use]
     pub fn new() -> Self {
         let mut exported = Self { series: BTreeMap::new() };
@@ -60,7 +60,7 @@ impl Exported {
         self.series.insert(name, Series { labels, metric });
     }
 
-    /// What an expression asks for that there is not, in words.
+    /// Describes the series and labels that an expression uses but that do not exist.
     #[must_use]
     pub fn missing(&self, expression: &str) -> Vec<String> {
         let uses = uses(expression);
@@ -92,7 +92,7 @@ impl Exported {
         uses(expression).selectors.iter().filter_map(|s| self.series.get(&s.name)?.metric).collect()
     }
 
-    /// Whether some series of an expression has this label, for legends and texts.
+    /// `true` if a series of an expression has this label. Used for legends and texts.
     #[must_use]
     pub fn has_label(&self, expression: &str, label: &str) -> bool {
         let uses = uses(expression);

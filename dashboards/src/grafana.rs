@@ -9,7 +9,7 @@ mod service;
 
 use serde_json::Value;
 
-/// Every dashboard with its path in the repository.
+/// Every dashboard, with its path in the repository.
 pub(crate) fn all() -> Vec<(&'static str, Value)> {
     vec![
         ("dashboards/grafana/service.json", service::dashboard()),
@@ -18,7 +18,7 @@ pub(crate) fn all() -> Vec<(&'static str, Value)> {
     ]
 }
 
-/// The dashboards, as Grafana imports them.
+/// The dashboards in Grafana's import format.
 #[must_use]
 pub fn dashboards() -> Vec<Value> {
     all().into_iter().map(|(_, dashboard)| dashboard).collect()

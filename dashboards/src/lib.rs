@@ -1,9 +1,8 @@
-//! What an operator looks at: Grafana dashboards, Prometheus rules and the metric reference, all made from the daemon's
-//! own table of metrics ([`claviger::observe::metrics::ALL`]) and committed beside this crate.
+//! Grafana dashboards, Prometheus rules and the metric reference for operators. All of them are generated from the
+//! daemon's own table of metrics ([`claviger::observe::metrics::ALL`]), and committed.
 //!
-//! [`files`] makes them, [`lint`](lint::lint) says what is wrong with a dashboard, [`Exported`](exported::Exported)
-//! which
-//! series an expression may ask for, and [`panels`] what a test asks a live Prometheus.
+//! [`files`] generates them. [`lint`](lint::lint) finds faults in a dashboard. [`Exported`](exported::Exported) knows
+//! the series that an expression may use. [`panels`] returns the queries that a test sends to a live Prometheus.
 
 #![forbid(unsafe_code)]
 
@@ -23,19 +22,19 @@ pub use grafana::dashboards;
 pub use prometheus::{Alert, Group, Recording, Rule, groups};
 pub use queries::{Query, Variable, panels, panels_of, variables, variables_of};
 
-/// How to make the files anew.
+/// The command that generates the files.
 pub const REGENERATE: &str = "cargo run -p claviger-dashboards";
 
-/// A file that is generated.
+/// A generated file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct File {
-    /// Where it belongs, from the root of the repository.
+    /// The path, relative to the root of the repository.
     pub path: &'static str,
-    /// What is in it.
+    /// The content of the file.
     pub text: String,
 }
 
-/// Every file that is generated.
+/// Generates all files.
 #[must_use]
 pub fn files() -> Vec<File> {
     let mut files: Vec<File> = grafana::all()
@@ -55,7 +54,8 @@ pub fn root() -> PathBuf {
     own.parent().unwrap_or(own).to_owned()
 }
 
-/// With the keys of all objects in order: whether the JSON library keeps them as they came is another crate's choice.
+/// Sorts the keys of all objects. Without this, the order would depend on a feature of the JSON library that another
+/// crate may enable.
 fn sorted(value: Value) -> Value {
     match value {
         Value::Object(map) => {

@@ -1,4 +1,5 @@
-//! What is wrong with a dashboard: the rules of Grafana's dashboard linter and some more, for panels within rows, too.
+//! Finds faults in dashboards: the rules of Grafana's dashboard linter and some more. Panels inside rows are checked as
+//! well.
 
 use std::collections::BTreeSet;
 
@@ -6,14 +7,14 @@ use serde_json::Value;
 
 use crate::promql::uses;
 
-/// What is wrong, in words: where, and what.
+/// A fault as text, with its place.
 pub type Finding = String;
 
 const DATASOURCE: &str = "${datasource}";
-/// Functions whose range has to fit the scrape interval and the zoom.
+/// Functions whose range must fit the scrape interval and the zoom.
 const RATES: [&str; 3] = ["rate", "irate", "increase"];
 
-/// Every panel of a dashboard, rows and what is in them.
+/// Every panel of a dashboard: rows, and the panels inside them.
 #[must_use]
 pub fn walk(dashboard: &Value) -> Vec<&Value> {
     let mut all = Vec::new();
@@ -32,7 +33,7 @@ fn text(value: &Value) -> &str {
     value.as_str().unwrap_or_default()
 }
 
-/// What is wrong with dashboards that belong together.
+/// The faults of a set of dashboards.
 #[must_use]
 pub fn lint(dashboards: &[Value]) -> Vec<Finding> {
     let mut findings = Vec::new();
@@ -72,7 +73,7 @@ fn head(dashboard: &Value, found: &mut impl FnMut(String)) {
     if dashboard["editable"] != false {
         found("can be edited, which the next import would undo".to_owned());
     }
-    // 39 came with Grafana 10.3.
+    // Grafana 10.3 introduced version 39.
     if !dashboard["schemaVersion"].as_u64().is_some_and(|version| (36..=41).contains(&version)) {
         found("not the schema of Grafana 10 or 11".to_owned());
     }
@@ -154,7 +155,8 @@ fn ids(dashboard: &Value, found: &mut impl FnMut(String)) {
     }
 }
 
-/// Of panels that are seen at the same time: those of a row that is closed only meet each other.
+/// Checks the positions of panels that are visible at the same time. Panels of a closed row can overlap only with each
+/// other.
 fn places(dashboard: &Value, found: &mut impl FnMut(String)) {
     let rows = list(&dashboard["panels"]).iter().map(|panel| list(&panel["panels"]));
     for together in std::iter::once(list(&dashboard["panels"])).chain(rows) {

@@ -1,4 +1,4 @@
-//! Writes the generated files to their places in the repository: table of metrics → dashboards, rules, reference.
+//! Writes the generated files into the repository: dashboards, rules and the metric reference.
 
 #![forbid(unsafe_code)]
 

@@ -1,4 +1,4 @@
-//! Rules for Prometheus: what is recorded, and what somebody is told of.
+//! Rules for Prometheus: recorded series and alerts.
 
 mod alerts;
 mod recording;
@@ -9,7 +9,7 @@ pub use rule::{Alert, Group, Recording, Rule};
 pub(crate) use rule::{FAILED, LATENCY_OBJECTIVE, OBJECTIVE};
 pub(crate) use yaml::yaml;
 
-/// Every rule.
+/// All rules, in groups.
 #[must_use]
 pub fn groups() -> Vec<Group> {
     let mut groups = recording::groups();

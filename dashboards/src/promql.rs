@@ -1,25 +1,25 @@
-//! Which series and labels a PromQL expression refers to, variables of Grafana allowed. Not a parser: `promtool` and
-//! Prometheus judge the syntax, this only has to find the names.
+//! Finds the series and labels that a PromQL expression uses. The expression may contain Grafana variables. This is not
+//! a parser: `promtool` and Prometheus check the syntax, and this module only finds names.
 
 /// A selector in an expression.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Selector {
-    /// The series' name.
+    /// The name of the series.
     pub name: String,
-    /// Its label matchers as they stand there: name, operator, value without quotes.
+    /// The label matchers as written: name, operator, value without quotes.
     pub matchers: Vec<(String, String, String)>,
-    /// What is in the square brackets behind it, if there are any.
+    /// The range in square brackets, if there is one.
     pub range: Option<String>,
-    /// The function whose first argument it is.
+    /// The function that takes the selector as its first argument.
     pub function: Option<String>,
 }
 
-/// What an expression refers to.
+/// The names that an expression uses.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Uses {
-    /// Its selectors.
+    /// The selectors.
     pub selectors: Vec<Selector>,
-    /// The labels that it groups, matches or joins by.
+    /// The labels by which the expression groups, matches or joins.
     pub grouping: Vec<String>,
 }
 
@@ -52,7 +52,7 @@ const WORDS: [&str; 20] = [
 pub fn uses(expression: &str) -> Uses {
     let mut reader = Reader { rest: expression };
     let mut uses = Uses::default();
-    // The word just before the last opening bracket, while nothing else has come since.
+    // The word directly before the last opening bracket, if nothing has followed it.
     let mut function = None;
     loop {
         reader.space();
@@ -65,7 +65,7 @@ pub fn uses(expression: &str) -> Uses {
             '[' => {
                 reader.until(']');
             }
-            // A number, with a unit or an exponent behind it.
+            // A number, with an optional unit or exponent.
             '0'..='9' | '.' => {
                 reader.take(|c| c.is_ascii_alphanumeric() || c == '.');
             }
@@ -126,7 +126,7 @@ impl<'a> Reader<'a> {
         taken
     }
 
-    /// What stands between a bracket and the one that closes it.
+    /// The text up to the closing bracket.
     fn until(&mut self, closing: char) -> &'a str {
         self.skip();
         let (taken, rest) = self.rest.split_once(closing).unwrap_or((self.rest, ""));

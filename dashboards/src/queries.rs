@@ -1,48 +1,47 @@
-//! What the dashboards ask Prometheus, with the variables filled in: for tests against a live one.
+//! The queries of the dashboards with their variables filled in, for tests with a live Prometheus.
 
 use serde_json::Value;
 
 use crate::grafana::dashboards;
 use crate::lint::walk;
 
-/// A panel and what it asks.
+/// A panel and its queries.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Query {
-    /// The uid of its dashboard.
+    /// The uid of the dashboard.
     pub dashboard: String,
-    /// The panel's title.
+    /// The title of the panel.
     pub title: String,
-    /// Its expressions, with variables.
+    /// The expressions, with variables.
     pub expressions: Vec<String>,
-    /// The variables of its dashboard that a reader types, with what stands there at first.
+    /// The dashboard's text variables, with their initial values.
     pub typed: Vec<(String, String)>,
 }
 
 impl Query {
-    /// Its expressions as Prometheus takes them: everything selected, what is typed as it stands at first, and rates
-    /// over
-    /// `rate_interval`, such as `1m`.
+    /// The expressions with variables filled in: everything is selected, text variables have their initial values, and
+    /// rates use `rate_interval`, such as `1m`.
     #[must_use]
     pub fn filled(&self, rate_interval: &str) -> Vec<String> {
         self.expressions.iter().map(|expression| fill(expression, rate_interval, &self.typed)).collect()
     }
 }
 
-/// A variable whose values Prometheus is asked for.
+/// A variable whose values come from Prometheus.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Variable {
-    /// The uid of its dashboard.
+    /// The uid of the dashboard.
     pub dashboard: String,
-    /// Its name.
+    /// The name of the variable.
     pub name: String,
-    /// The selector whose series are looked at.
+    /// The selector of the series that provide the values.
     pub selector: String,
-    /// The label whose values are taken.
+    /// The label that provides the values.
     pub label: String,
 }
 
 impl Variable {
-    /// The selector with everything selected in the variables before it.
+    /// The selector with everything selected in the variables before this one.
     #[must_use]
     pub fn filled(&self) -> String {
         fill(&self.selector, "", &[])
@@ -60,13 +59,13 @@ fn fill(expression: &str, rate_interval: &str, typed: &[(String, String)]) -> St
     text
 }
 
-/// What every panel of every dashboard asks, those within rows, too.
+/// The queries of every panel of every dashboard, including panels inside rows.
 #[must_use]
 pub fn panels() -> Vec<Query> {
     dashboards().iter().flat_map(panels_of).collect()
 }
 
-/// What every panel of this dashboard asks.
+/// The queries of every panel of this dashboard.
 #[must_use]
 pub fn panels_of(dashboard: &Value) -> Vec<Query> {
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
@@ -88,13 +87,13 @@ pub fn panels_of(dashboard: &Value) -> Vec<Query> {
         .collect()
 }
 
-/// The variables of every dashboard that Prometheus is asked for.
+/// The variables of every dashboard whose values come from Prometheus.
 #[must_use]
 pub fn variables() -> Vec<Variable> {
     dashboards().iter().flat_map(variables_of).collect()
 }
 
-/// The variables of this dashboard that Prometheus is asked for.
+/// The variables of this dashboard whose values come from Prometheus.
 #[must_use]
 pub fn variables_of(dashboard: &Value) -> Vec<Variable> {
     let list = dashboard["templating"]["list"].as_array().cloned().unwrap_or_default();

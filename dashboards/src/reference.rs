@@ -1,10 +1,10 @@
-//! `docs/metrics.md`: every metric in a table, from the daemon's own.
+//! Generates `docs/metrics.md`: a table of all metrics, from the daemon's own table.
 
 use std::fmt::Write;
 
 use claviger::observe::metrics::{ALL, Kind, SLO_SECONDS};
 
-/// The page, with the command that makes it.
+/// Generates the page. `regenerate` is the command that makes it.
 pub(crate) fn markdown(regenerate: &str) -> String {
     let mut page = format!(
         "# Metrics
@@ -32,7 +32,7 @@ and alerts for them are in `dashboards/`; [runbook.md](runbook.md) has a section
         };
         let labels: Vec<_> = metric.labels.iter().map(|label| format!("`{label}`")).collect();
         let unit = metric.unit.as_str();
-        // Writing to a string does not fail.
+        // A write to a string cannot fail.
         let _ = writeln!(page, "| `{}` | {kind} | {unit} | {} | {} |", metric.name, labels.join(", "), metric.help);
     }
     page.push_str("\n## Edges of the histograms\n\n| name | edges |\n|---|---|\n");

@@ -1,4 +1,4 @@
-//! What is committed is what the source makes.
+//! The committed files are equal to the generated ones.
 
 #![allow(clippy::unwrap_used)]
 

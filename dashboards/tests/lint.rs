@@ -1,4 +1,4 @@
-//! The dashboards pass the linter, and the linter finds every kind of defect in a broken copy.
+//! The dashboards pass the linter, and the linter finds every kind of fault in a broken copy.
 
 #![allow(clippy::unwrap_used)]
 
@@ -11,14 +11,14 @@ fn the_dashboards_are_sound() {
     assert_eq!(lint(&dashboards()), Vec::<String>::new());
 }
 
-/// Breaks the first dashboard and returns what the linter says.
+/// Breaks the first dashboard and returns the faults that the linter finds.
 fn broken(breaking: impl FnOnce(&mut Value)) -> Vec<String> {
     let mut all = dashboards();
     breaking(&mut all[0]);
     lint(&all)
 }
 
-/// The first panel that is not a row, wherever it is: `nested` says whether within a row that is closed.
+/// The first panel that is not a row. `nested` selects a panel inside a closed row.
 fn panel(dashboard: &mut Value, nested: bool) -> &mut Value {
     let panels = dashboard["panels"].as_array_mut().unwrap();
     if nested {

@@ -1,4 +1,4 @@
-//! Every name in panels, rules and pages is one that the daemon exports, and nothing is exported that nobody looks at.
+//! Every metric in panels, rules and pages is exported by the daemon, and every exported metric is used.
 
 #![allow(clippy::unwrap_used)]
 
@@ -21,7 +21,7 @@ fn expression(rule: &Rule) -> &str {
     }
 }
 
-/// What panels ask for that there is not: series, labels, labels of legends.
+/// The missing series and labels that a dashboard uses, including those in legends.
 fn missing_in(dashboard: &Value) -> Vec<String> {
     let exported = Exported::new();
     let mut missing: Vec<_> = panels_of(dashboard)
@@ -65,7 +65,7 @@ fn a_metric_or_label_of_another_name_is_found() {
     };
     let found = |missing: Vec<String>, said: &str| assert!(missing.iter().any(|m| m.contains(said)), "{missing:?}");
     found(renamed("claviger_queue_waiting", "claviger_queue_length"), "claviger_queue_length is not exported");
-    // Within a row that is closed, and the suffixes of histograms.
+    // A panel inside a closed row, and the suffixes of histograms.
     found(renamed("process_threads", "process_thread"), "process_thread is not exported");
     found(renamed("claviger_batch_items_bucket", "claviger_batch_items"), "claviger_batch_items is not exported");
     found(renamed("claviger_releases_total", "claviger_releases_total_sum"), "claviger_releases_total_sum is not");
@@ -89,7 +89,7 @@ fn rules_ask_for_what_there_is() {
     }
 }
 
-/// Pages that are written by hand.
+/// The pages that are written by hand.
 fn pages() -> Vec<(String, String)> {
     let folder = std::fs::read_dir(root().join("docs")).unwrap().map(|entry| entry.unwrap().path());
     let paths = folder.filter(|path| path.extension().is_some_and(|e| e == "md") && !path.ends_with("metrics.md"));
@@ -124,7 +124,7 @@ fn pages_name_what_there_is() {
             Rule::Alert(_) => None,
         })
         .collect();
-    // The demo's and the tests' crates share the prefix.
+    // The crates of the project have the same prefix as the metrics.
     let crates: BTreeSet<_> = ["claviger_hsm", "claviger_protocol", "claviger_dashboards"].into();
     for (path, text) in pages() {
         for (at, _) in text.match_indices("claviger_") {

@@ -1,5 +1,4 @@
-//! Rules and configurations are what Prometheus and Alertmanager take, and each alert was seen to fire and to be
-//! silent.
+//! Prometheus and Alertmanager accept the rules and configurations, and a test shows each alert both firing and silent.
 
 #![allow(clippy::unwrap_used)]
 
@@ -14,7 +13,7 @@ fn alerts() -> Vec<Alert> {
     rules.filter_map(|rule| if let Rule::Alert(alert) = rule { Some(alert) } else { None }).collect()
 }
 
-/// The files of the tests for promtool.
+/// The test files for promtool.
 fn cases() -> Vec<PathBuf> {
     let folder = root().join("dashboards/prometheus/tests");
     let mut files: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
@@ -22,7 +21,7 @@ fn cases() -> Vec<PathBuf> {
     files
 }
 
-/// Runs a tool in `dashboards` and says what it said when it was not content.
+/// Runs a tool in `dashboards`. Panics with the tool's output if the tool fails.
 fn content(tool: &str, arguments: &[&str]) {
     let output = Command::new(tool).args(arguments).current_dir(root().join("dashboards")).output();
     let output = output.unwrap_or_else(|error| {
@@ -62,7 +61,7 @@ fn alerts_fire_and_stay_silent() {
 
 #[test]
 fn every_alert_has_both_kinds_of_cases() {
-    // How often each alert is expected: with what is said, and silent.
+    // Number of tests in which each alert fires with its text, and in which it is silent.
     let mut seen: BTreeMap<String, [u32; 2]> = BTreeMap::new();
     for path in cases() {
         let mut alert = None;
@@ -89,7 +88,7 @@ fn every_alert_says_how_urgent_it_is_and_what_to_do() {
         assert!(names.insert(alert.name), "{} twice", alert.name);
         assert!(["page", "ticket"].contains(&alert.severity), "{}", alert.name);
         assert!(!alert.summary.is_empty() && alert.description.ends_with('.'), "{}", alert.name);
-        // A bare number says little: a share, a time, or rounded.
+        // A number without a format is hard to read: it must be a share, a time, or rounded.
         let text = &alert.description;
         assert!(!text.contains("{{ $value }}"), "{}: not for people", alert.name);
     }

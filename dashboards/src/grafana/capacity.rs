@@ -1,4 +1,4 @@
-//! How much more could it carry, and what happens in a storm?
+//! The capacity dashboard: spare capacity, and the effect of a storm.
 
 use serde_json::Value;
 
@@ -7,9 +7,10 @@ use super::panel::{GREEN, Panel, RED, YELLOW};
 
 pub(super) const UID: &str = "claviger-capacity";
 
-/// Releases a second that the members which are up can do: what was measured and typed in, or what the rules reckon.
+/// Releases a second that the members which are up can do: the measured value if one is entered, or else the estimate
+/// of the rules.
 const CEILING: &str = "((vector($ceiling) > 0) or sum(instance:claviger_releases:ceiling{@}))";
-/// Releases a second that are done.
+/// Releases a second that succeed.
 const LOAD: &str = r#"sum(rate(claviger_releases_total{@, outcome="success"}[~]))"#;
 
 pub(super) fn dashboard() -> Value {

@@ -1,4 +1,4 @@
-//! The HSM cluster, member by member: utilisation, saturation, errors.
+//! The cluster dashboard: utilisation, saturation and errors of each HSM.
 
 use serde_json::Value;
 
@@ -7,7 +7,7 @@ use super::panel::{GREEN, Panel, RED, YELLOW};
 
 pub(super) const UID: &str = "claviger-cluster";
 
-/// The states of a member as numbers, with their colours: Grafana's timeline shows numbers in words.
+/// The states of a member as numbers, with their colours. Grafana's timeline maps numbers to words.
 const STATES: [(u32, &str, &str); 8] = [
     (1, "up", "green"),
     (2, "probing", "blue"),

@@ -1,13 +1,13 @@
-//! A dashboard: rows of panels → Grafana's JSON, with places, variables and links.
+//! Turns rows of panels into the JSON of a Grafana dashboard, with positions, variables and links.
 
 use serde_json::{Value, json};
 
 use super::notation::id_of;
 use super::panel::Panel;
 
-/// How wide Grafana's grid is.
+/// Width of Grafana's grid.
 const COLUMNS: u32 = 24;
-/// What all dashboards of the daemon carry, and link by.
+/// The tag of all dashboards of the daemon. Links between them use it.
 const TAG: &str = "claviger";
 
 /// A row of panels under a heading.
@@ -24,19 +24,19 @@ impl Row {
         Self { title, collapsed: false, panels }
     }
 
-    /// A row that is opened by a click.
+    /// A row that is closed until it is clicked.
     pub(super) fn closed(title: &'static str, panels: Vec<Panel>) -> Self {
         Self { title, collapsed: true, panels }
     }
 }
 
-/// A dashboard that is being described.
+/// A dashboard in construction.
 #[derive(Debug)]
 pub(super) struct Dashboard {
     pub(super) uid: &'static str,
     pub(super) title: &'static str,
     pub(super) description: &'static str,
-    /// Variables beyond the data source, the job and the instance.
+    /// Variables in addition to data source, job and instance.
     pub(super) variables: Vec<Value>,
     pub(super) rows: Vec<Row>,
 }
@@ -99,7 +99,7 @@ impl Dashboard {
     }
 }
 
-/// From left to right, a new line where one is full; the panels, and the first free line.
+/// Places panels from left to right, in lines. Returns the panels and the first free line.
 fn place(panels: &[Panel], top: u32) -> (Vec<Value>, u32) {
     let (mut x, mut y, mut tallest) = (0, top, 0);
     let mut placed = Vec::new();
@@ -114,7 +114,7 @@ fn place(panels: &[Panel], top: u32) -> (Vec<Value>, u32) {
     (placed, y + tallest)
 }
 
-/// A variable whose values are a label's; several or all of them can be chosen.
+/// A variable with the values of a label. Several values or all can be selected.
 pub(super) fn choice(name: &str, label: &str, query: &str) -> Value {
     json!({
         "name": name, "label": label, "type": "query", "query": { "query": query, "refId": name }, "definition": query,
@@ -123,7 +123,7 @@ pub(super) fn choice(name: &str, label: &str, query: &str) -> Value {
     })
 }
 
-/// A variable that the reader types.
+/// A variable that the user enters as text.
 pub(super) fn typed(name: &str, label: &str, description: &str, first: &str) -> Value {
     let option = json!({ "text": first, "value": first, "selected": true });
     json!({

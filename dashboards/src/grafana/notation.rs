@@ -1,8 +1,7 @@
-//! Short forms in descriptions of panels, and what they stand for in Grafana.
+//! Short notation in panel definitions, and its expansion for Grafana.
 
-/// The selection of the variables in an expression: `@hsm` stands for the matchers of job, instance and member, `@`
-/// for those
-/// of job and instance, `[~]` for the interval that Grafana picks for rates.
+/// Expands the short notation in an expression: `@hsm` becomes the matchers of job, instance and member, `@` those of
+/// job and instance, and `[~]` the interval that Grafana chooses for rates.
 pub(super) fn selected(expression: &str) -> String {
     const TARGET: &str = r#"job=~"$job", instance=~"$instance""#;
     expression
@@ -11,8 +10,8 @@ pub(super) fn selected(expression: &str) -> String {
         .replace("[~]", "[$__rate_interval]")
 }
 
-/// An id that stays when panels come and go around it.
+/// An id that depends only on the title. It stays the same when other panels are added or removed.
 pub(super) fn id_of(title: &str) -> u32 {
-    // FNV-1a, and small enough to be read.
+    // FNV-1a, reduced to a number that is easy to read.
     title.bytes().fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193)) % 1_000_000 + 1
 }

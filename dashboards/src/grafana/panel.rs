@@ -1,4 +1,4 @@
-//! One panel: what it shows and how → Grafana's JSON. Where it stands is the dashboard's business.
+//! Turns one panel into Grafana's JSON: its queries and its look. The dashboard sets the position.
 
 use serde_json::{Value, json};
 
@@ -9,7 +9,7 @@ pub(super) const GREEN: &str = "green";
 pub(super) const YELLOW: &str = "yellow";
 pub(super) const RED: &str = "red";
 
-/// What it looks like.
+/// The kind of panel.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Look {
     Stat,
@@ -19,7 +19,7 @@ enum Look {
     Table,
 }
 
-/// A panel that is being described.
+/// A panel in construction.
 #[derive(Clone, Debug)]
 pub(super) struct Panel {
     look: Look,
@@ -27,7 +27,7 @@ pub(super) struct Panel {
     unit: &'static str,
     description: &'static str,
     targets: Vec<(String, &'static str)>,
-    /// The colour from the start, and from each value on.
+    /// The base colour, and the colour from each threshold on.
     steps: Vec<(Option<f64>, &'static str)>,
     mappings: Vec<Value>,
     transformations: Vec<Value>,
@@ -64,7 +64,7 @@ impl Panel {
         }
     }
 
-    /// One number of now.
+    /// A single current number.
     pub(super) fn stat(title: &'static str, unit: &'static str, description: &'static str) -> Self {
         Self::new(Look::Stat, title, unit, description)
     }
@@ -74,7 +74,7 @@ impl Panel {
         Self::new(Look::Lines, title, unit, description)
     }
 
-    /// Areas over time, one on the other: they have to be parts of a whole.
+    /// Stacked areas over time. The series must be parts of a whole.
     pub(super) fn stacked(title: &'static str, unit: &'static str, description: &'static str) -> Self {
         Self::new(Look::Stacked, title, unit, description)
     }
@@ -84,24 +84,24 @@ impl Panel {
         Self::new(Look::Timeline, title, unit, description)
     }
 
-    /// A table of now.
+    /// A table of current values.
     pub(super) fn table(title: &'static str, unit: &'static str, description: &'static str) -> Self {
         Self::new(Look::Table, title, unit, description)
     }
 
-    /// An expression, in the shorthand of [`selected`], and what its series are called.
+    /// Adds an expression in the notation of [`selected`], with the legend of its series.
     pub(super) fn ask(mut self, expression: &str, legend: &'static str) -> Self {
         self.targets.push((selected(expression), legend));
         self
     }
 
-    /// The colour below the first of these values, and from each of them on.
+    /// Sets the colour below the first of these values, and from each value on.
     pub(super) fn colours(mut self, first: &'static str, then: &[(f64, &'static str)]) -> Self {
         self.steps = std::iter::once((None, first)).chain(then.iter().map(|(at, c)| (Some(*at), *c))).collect();
         self
     }
 
-    /// Words and colours for numbers.
+    /// Maps numbers to words and colours.
     pub(super) fn words(mut self, words: &[(u32, &str, &str)]) -> Self {
         let options: serde_json::Map<String, Value> = words
             .iter()
@@ -114,7 +114,7 @@ impl Panel {
         self
     }
 
-    /// Columns of a table: which are hidden, and what the others are called.
+    /// Hides columns of a table, and renames the others.
     pub(super) fn columns(mut self, hidden: &[&str], names: &[(&str, &str)]) -> Self {
         let hidden: serde_json::Map<String, Value> =
             hidden.iter().map(|name| ((*name).to_owned(), json!(true))).collect();
@@ -126,7 +126,7 @@ impl Panel {
         self
     }
 
-    /// Another unit for what is called so.
+    /// Sets another unit for the series or column with this name.
     pub(super) fn unit_of(mut self, name: &str, unit: &str) -> Self {
         self.overrides.push(json!({
             "matcher": { "id": "byName", "options": name },
@@ -135,26 +135,26 @@ impl Panel {
         self
     }
 
-    /// A click leads to another dashboard, with the same selection.
+    /// Adds a link to another dashboard with the same selection.
     pub(super) fn leads_to(mut self, title: &str, uid: &str) -> Self {
         let url = format!("/d/{uid}?${{__url_time_range}}&${{__all_variables}}");
         self.links.push(json!({ "title": title, "url": url, "targetBlank": false }));
         self
     }
 
-    /// The upper end of the axis.
+    /// Sets the upper end of the axis.
     pub(super) fn up_to(mut self, most: f64) -> Self {
         self.most = Some(most);
         self
     }
 
-    /// Values may be below zero.
+    /// Allows values below zero.
     pub(super) fn signed(mut self) -> Self {
         self.signed = true;
         self
     }
 
-    /// How many of the 24 columns it takes.
+    /// Sets the width in columns of the grid, which has 24.
     pub(super) fn wide(mut self, width: u32) -> Self {
         self.width = width;
         self
@@ -188,7 +188,7 @@ impl Panel {
             "mappings": self.mappings,
             "thresholds": { "mode": "absolute", "steps": steps },
         });
-        // From zero, so that small changes do not look dramatic.
+        // The axis starts at zero, so that small changes do not look large.
         if matches!(self.look, Look::Lines | Look::Stacked) && !self.signed {
             defaults["min"] = json!(0);
         }
@@ -219,7 +219,7 @@ impl Panel {
         matches!(self.look, Look::Stat | Look::Timeline)
     }
 
-    /// What Grafana keeps for each kind of panel beside the field's own settings.
+    /// The settings that Grafana keeps for each kind of panel, besides those of the field.
     fn custom(&self) -> Value {
         match self.look {
             Look::Stat => json!({}),

@@ -1,4 +1,4 @@
-//! Are keys being released? Rates, errors, durations and the promise, for the whole service.
+//! The service dashboard: rates, errors, durations and the service objective.
 
 use claviger::observe::metrics::SLO_SECONDS;
 use serde_json::Value;

@@ -1,4 +1,4 @@
-//! Alerts. A page is something that callers feel or will within the hour; everything else is a ticket.
+//! Alerts. A page is for a fault that callers feel now or will feel within the hour. Everything else is a ticket.
 
 use super::rule::{Alert, Group, LATENCY_OBJECTIVE, OBJECTIVE, Rule};
 
@@ -26,18 +26,18 @@ fn alert(
     Alert { name, severity, wait, expression: expression.to_owned(), summary, description: description.to_owned() }
 }
 
-/// A burn rate, the long window that makes it matter with its hours, and the short one that ends the alert soon after the
-/// cause.
+/// A burn rate; the long window that proves it, with its hours; and the short window, which ends the alert soon after
+/// the cause.
 type Burn = (f64, &'static str, u32, &'static str);
-/// Two hundredths of a month's budget in an hour, five in six hours.
+/// 2 % of a month's budget in one hour, or 5 % in six hours.
 const PAGE: [Burn; 2] = [(14.4, "1h", 1, "5m"), (6.0, "6h", 6, "30m")];
-/// A tenth of it in a day, or in three.
+/// 10 % of a month's budget in one day, or in three days.
 const TICKET: [Burn; 2] = [(3.0, "1d", 24, "2h"), (1.0, "3d", 72, "6h")];
-/// In a quiet hour one bad release of ten is a tenth, and nobody's night: there have to be three in the long window. Rates
-/// are extrapolated, so that three may come out as a little less.
+/// Minimum number of failures in the long window. In a quiet hour, one failure of ten releases is 10 %, and must not
+/// page anybody. The minimum is three failures; rates are extrapolated, so three may appear as slightly less.
 const FEWEST: f64 = 2.5;
 
-/// The budget of `objective` is spent faster than one of the burn rates.
+/// The budget of `objective` is consumed faster than one of the burn rates allows.
 fn burning(part: &str, objective: f64, burns: &[Burn]) -> String {
     let budget = 1.0 - objective;
     let either: Vec<_> = burns
@@ -264,11 +264,10 @@ fn records() -> Vec<Alert> {
     ]
 }
 
-/// The daemon makes a new signer of attestations 30 days before the end of the one before: that one has less than
-/// three weeks
-/// only when it could not for more than a week. A key that opens protectors serves on when its certificate has
-/// ended, as long as
-/// there are machines that need it: a week later nobody is reminded any more. TLS and attestation do not serve on.
+/// Alerts on certificates. The daemon makes a new attestation signer 30 days before the current one expires. A signer
+/// with less than three weeks left means that the daemon has failed to do so for more than a week. An encryption key
+/// stays in use after its certificate has expired, as long as virtual machines need it, so its alert ends a week later.
+/// TLS and attestation stop when their certificate expires.
 fn trust() -> Vec<Alert> {
     const LEFT: &str = "claviger_certificate_expiry_timestamp_seconds";
     const WHICH: &str = "The {{ $labels.kind }} certificate {{ $labels.certificate }} of {{ $labels.instance }} ends \

@@ -1,13 +1,13 @@
-//! Recorded series: what the alerts about the promise and the dashboards' long windows need, and what the HSMs could
-//! do.
+//! Recorded series for the alerts on the service objective, for the long windows of the dashboards, and for the
+//! estimated capacity of the HSMs.
 
 use claviger::observe::metrics::SLO_SECONDS;
 
 use super::rule::{FAILED, Group, Recording, Rule};
 
-/// Windows that are evaluated as often as everything.
+/// Windows that are evaluated at the default interval.
 const SHORT: [&str; 5] = ["5m", "30m", "1h", "2h", "6h"];
-/// Windows that move slowly and are dear.
+/// Windows that change slowly and are expensive to evaluate.
 const LONG: [&str; 3] = ["1d", "3d", "30d"];
 
 const DAEMON: &[&str] = &["job", "instance"];
@@ -26,8 +26,8 @@ fn record(name: impl Into<String>, labels: &'static [&'static str], expression: 
     Rule::Recording(Recording { name: name.into(), labels, expression: expression.into() })
 }
 
-/// How the promise was kept in one window: the parts by daemon, for any selection; the ratios by job, for the alerts.
-/// Without traffic there is no ratio.
+/// The service objective in one window: counts by daemon, for any selection, and ratios by job, for the alerts. Without
+/// traffic there is no ratio.
 fn promise(window: &str) -> Vec<Rule> {
     let ratio = |part: &str, whole: &str| {
         format!(
@@ -76,7 +76,7 @@ fn cluster() -> Vec<Rule> {
              / (sum by (job, instance, hsm) (rate(claviger_hsm_service_time_seconds_count{{op=\"{op}\"}}[1h])) > 0)"
         )
     };
-    // A member that stands by does nothing but probes: a decryption and a signature, each counted as one.
+    // A standby member only runs probes: a decryption and a signature, each counted as one.
     let pair = format!(
         "(\n  (\n    {}\n  ) + (\n    {}\n  )\n)\nor 2 * (\n    {}\n)",
         mean("decrypt"),
@@ -97,7 +97,7 @@ fn cluster() -> Vec<Rule> {
              / sum by (job, instance, hsm) (claviger_hsm_sessions_limit)",
         ),
         record("hsm:claviger_hsm_pair_seconds:mean1h", MEMBER, pair),
-        // Members of a higher priority than the best one that is up stand by.
+        // Members whose priority is worse than the best one that is up are on standby.
         record(
             "hsm:claviger_releases:ceiling",
             MEMBER,

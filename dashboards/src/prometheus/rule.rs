@@ -1,62 +1,62 @@
-//! What a rule is, and the objectives that rules watch.
+//! The types of rules, and the objectives that the rules watch.
 
-/// Of the releases whose outcome is not the caller's fault, this share succeeds.
+/// The share of releases that must succeed, of those whose outcome is not the caller's fault.
 pub(crate) const OBJECTIVE: f64 = 0.999;
-/// Of the releases that succeed, this share takes no longer than [`claviger::observe::metrics::SLO_SECONDS`].
+/// The share of successful releases that must take no longer than [`claviger::observe::metrics::SLO_SECONDS`].
 pub(crate) const LATENCY_OBJECTIVE: f64 = 0.99;
-/// The outcomes of a release that the service has to answer for, as a regular expression.
+/// The outcomes of a release that are the service's fault, as a regular expression.
 pub(crate) const FAILED: &str = "ServiceUnavailableException|InternalErrorException";
 
-/// Rules that are evaluated together, one after the other.
+/// Rules that Prometheus evaluates together, in order.
 #[derive(Clone, Debug)]
 pub struct Group {
-    /// Its name.
+    /// The name of the group.
     pub name: &'static str,
-    /// How often, where that is not what the configuration says for all.
+    /// The evaluation interval; `None` for the default of the configuration.
     pub interval: Option<&'static str>,
-    /// The rules.
+    /// The rules in their order.
     pub rules: Vec<Rule>,
 }
 
 /// A rule.
 #[derive(Clone, Debug)]
 pub enum Rule {
-    /// Makes a series.
+    /// Records a series.
     Recording(Recording),
-    /// Tells somebody.
+    /// Raises an alert.
     Alert(Alert),
 }
 
-/// A series that is made of others.
+/// A recorded series.
 #[derive(Clone, Debug)]
 pub struct Recording {
-    /// Its name: level, metric, operation.
+    /// The name: level, metric, operation.
     pub name: String,
-    /// The labels that it has.
+    /// The labels of the series.
     pub labels: &'static [&'static str],
-    /// What is recorded.
+    /// The recorded expression.
     pub expression: String,
 }
 
-/// A condition that somebody is told of.
+/// An alert.
 #[derive(Clone, Debug)]
 pub struct Alert {
-    /// Its name, and the heading of its section in the runbook.
+    /// The name, which is also the heading of its section in the runbook.
     pub name: &'static str,
-    /// `page`: somebody gets up; `ticket`: somebody looks on the next working day.
+    /// `page` (somebody must act at once) or `ticket` (somebody acts on the next working day).
     pub severity: &'static str,
-    /// How long it has to hold.
+    /// Time for which the expression must hold.
     pub wait: &'static str,
-    /// What has to hold.
+    /// The condition as an expression.
     pub expression: String,
-    /// One line.
+    /// A summary in one line.
     pub summary: &'static str,
-    /// What is the matter, with the numbers.
+    /// A description with numbers.
     pub description: String,
 }
 
 impl Alert {
-    /// Where the runbook is read, from the root of the repository.
+    /// The path of the section in the runbook, relative to the root of the repository.
     #[must_use]
     pub fn runbook(&self) -> String {
         format!("docs/runbook.md#{}", self.name.to_lowercase())

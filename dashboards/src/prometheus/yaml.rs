@@ -1,10 +1,10 @@
-//! Rules → the YAML that Prometheus reads.
+//! Formats rules as YAML for Prometheus.
 
 use std::fmt::Write;
 
 use super::rule::{Group, Rule};
 
-/// The file, with the command that makes it.
+/// Formats the rules file. `regenerate` is the command that makes it.
 pub(crate) fn yaml(groups: &[Group], regenerate: &str) -> String {
     let mut text = format!("# Generated from dashboards/src/prometheus: {regenerate}\ngroups:\n");
     for group in groups {
@@ -37,17 +37,17 @@ pub(crate) fn yaml(groups: &[Group], regenerate: &str) -> String {
 }
 
 fn line(text: &mut String, depth: usize, content: &str) {
-    // Writing to a string does not fail.
+    // A write to a string cannot fail.
     let _ = writeln!(text, "{:indent$}{content}", "", indent = depth * 2);
 }
 
-/// As a block: what is in it needs no quoting.
+/// Writes an expression as a block, which needs no quotes.
 fn expression(text: &mut String, expression: &str) {
     line(text, 4, "expr: |");
     expression.lines().for_each(|part| line(text, 5, part));
 }
 
-/// A JSON string is a double-quoted string of YAML, too.
+/// Quotes a value. A JSON string is also a double-quoted YAML string.
 fn quoted(value: &str) -> String {
     serde_json::Value::from(value).to_string()
 }
