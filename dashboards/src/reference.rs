@@ -11,16 +11,17 @@ pub(crate) fn markdown(regenerate: &str) -> String {
 
 <!-- Generated from daemon/src/observe/metrics/table.rs: {regenerate} -->
 
-The metrics address (`server.metrics`) serves these at `/metrics`, in the text format of Prometheus. Dashboards, rules
-and alerts for them are in `dashboards/`; [runbook.md](runbook.md) has a section for every alert.
+The metrics address (`server.metrics`) serves these metrics at `/metrics`, in the text format of Prometheus. Dashboards,
+rules and alerts for them are in `dashboards/`; [runbook.md](runbook.md) has a section for every alert.
 
-- Labels are bounded: no host, virtual machine or protector is ever one. Who it was is in `audit.jsonl`.
-- Counters begin at zero when the daemon starts, with all label values that can be known by then.
-- Gauges of members, sessions, queues and certificates are read when the page is asked for.
-- A histogram has the series `_bucket` (with the label `le`), `_sum` and `_count`. {SLO_SECONDS} s is an edge of what
-  callers wait for, so the share of releases within the service's objective is exact, not interpolated.
+- The number of label values is limited: no label names a host, a virtual machine or a protector. `audit.jsonl` names
+  them.
+- Counters begin at zero when the daemon starts, with all label values that are known by then.
+- Gauges of members, sessions, queues and certificates are read at each request for the page.
+- A histogram has the series `_bucket` (with the label `le`), `_sum` and `_count`. {SLO_SECONDS} s is a bucket bound
+  of the release duration, so the share of releases within the service objective is exact, not interpolated.
 
-| name | type | unit | labels | what it says |
+| name | type | unit | labels | meaning |
 |---|---|---|---|---|
 "
     );
@@ -35,7 +36,7 @@ and alerts for them are in `dashboards/`; [runbook.md](runbook.md) has a section
         // A write to a string cannot fail.
         let _ = writeln!(page, "| `{}` | {kind} | {unit} | {} | {} |", metric.name, labels.join(", "), metric.help);
     }
-    page.push_str("\n## Edges of the histograms\n\n| name | edges |\n|---|---|\n");
+    page.push_str("\n## Bucket bounds of the histograms\n\n| name | bounds |\n|---|---|\n");
     for metric in ALL {
         if let Kind::Histogram(edges) = metric.kind {
             let edges: Vec<_> = edges.iter().map(f64::to_string).collect();

@@ -71,7 +71,7 @@ fn promise() -> Vec<Alert> {
             "ticket",
             "15m",
             &burning("failed", OBJECTIVE, &TICKET),
-            "Releases fail now and then: more of the error budget goes than should",
+            "Releases fail now and then: the error budget is consumed too fast",
             failed,
         ),
         alert(
@@ -87,7 +87,7 @@ fn promise() -> Vec<Alert> {
             "ticket",
             "15m",
             &burning("slow", LATENCY_OBJECTIVE, &TICKET),
-            "Releases are slow now and then: more of the latency budget goes than should",
+            "Releases are slow now and then: the latency budget is consumed too fast",
             slow,
         ),
     ]
@@ -108,15 +108,16 @@ fn daemon() -> Vec<Alert> {
             "page",
             "5m",
             r#"absent(up{job=~"claviger.*"})"#,
-            "Prometheus knows no daemon",
-            "No target of a job whose name begins with claviger: nobody would notice if keys were not released.",
+            "Prometheus has no daemon to scrape",
+            "Prometheus has no target in a job whose name begins with claviger. A failure to release keys would not \
+             be noticed.",
         ),
         alert(
             "ClavigerRestarts",
             "ticket",
             "0m",
             "changes(process_start_time_seconds[1h]) > 2 and on (job, instance) claviger_build_info",
-            "A daemon starts again and again",
+            "A daemon restarts repeatedly",
             "{{ $labels.instance }} was started {{ $value | humanize }} times within an hour.",
         ),
     ]
@@ -137,8 +138,8 @@ fn cluster() -> Vec<Alert> {
             "page",
             "2m",
             "instance:claviger_hsm_up:sum == 1 and instance:claviger_hsm_members:count > 1",
-            "One HSM is left",
-            "Of several HSMs of {{ $labels.instance }} a single one is up. When it fails, no key is released.",
+            "Only one HSM is up",
+            "Only one of several HSMs of {{ $labels.instance }} is up. If it fails, no key is released.",
         ),
         alert(
             "ClavigerNoMember",
@@ -146,7 +147,7 @@ fn cluster() -> Vec<Alert> {
             "1m",
             "instance:claviger_hsm_up:sum == 0",
             "No HSM serves",
-            "{{ $labels.instance }} has no HSM that is up: it releases no keys and attests nobody.",
+            "{{ $labels.instance }} has no HSM that is up. It releases no keys and attests no hosts.",
         ),
         alert(
             "ClavigerCallsHung",
@@ -154,7 +155,8 @@ fn cluster() -> Vec<Alert> {
             "0m",
             "increase(claviger_hsm_stuck_calls_total[15m]) > 1.5",
             "Calls into an HSM hang",
-            "Calls into {{ $labels.hsm }} at {{ $labels.instance }} hung {{ $value | humanize }} times within a quarter of an \
+            "Calls into {{ $labels.hsm }} at {{ $labels.instance }} hung {{ $value | humanize }} times within a \
+             quarter of an \
              hour.",
         ),
         alert(
@@ -162,16 +164,16 @@ fn cluster() -> Vec<Alert> {
             "page",
             "0m",
             "increase(claviger_hsm_wrong_answers_total[15m]) > 0",
-            "An HSM calculates wrongly",
-            "{{ $labels.hsm }} at {{ $labels.instance }} gave wrong results within a quarter of an hour. None left \
-             the service.",
+            "An HSM returns wrong results",
+            "{{ $labels.hsm }} at {{ $labels.instance }} returned wrong results within a quarter of an hour. None \
+             of them left the service.",
         ),
         alert(
             "ClavigerMemberFlapping",
             "ticket",
             "0m",
             "increase(claviger_hsm_closings_total[1h]) > 3.5",
-            "An HSM comes and goes",
+            "An HSM fails repeatedly",
             "{{ $labels.hsm }} at {{ $labels.instance }} was closed for a fault {{ $value | humanize }} times within \
              an hour.",
         ),
@@ -181,17 +183,17 @@ fn cluster() -> Vec<Alert> {
             "0m",
             r#"claviger_hsm_state{state="pin_refused"} == 1"#,
             "An HSM refuses the PIN",
-            "{{ $labels.hsm }} at {{ $labels.instance }} refused its PIN. It is not tried again, since tokens count \
-             and lock.",
+            "{{ $labels.hsm }} at {{ $labels.instance }} refused its PIN. The daemon does not try it again, because \
+             tokens count wrong PINs and lock.",
         ),
         alert(
             "ClavigerRetryBudgetEmpty",
             "ticket",
             "2m",
             "claviger_hsm_retry_budget < 1",
-            "What fails at an HSM is not tried again",
-            "The retry budget of {{ $labels.instance }} is used up: so much fails that retries would only make it \
-             worse.",
+            "Failed operations are not retried at another HSM",
+            "The retry budget of {{ $labels.instance }} is used up. So many operations fail that retries would make \
+             it worse.",
         ),
     ]
 }
@@ -213,7 +215,7 @@ fn records() -> Vec<Alert> {
             "increase(claviger_audit_errors_total[5m]) > 0",
             "The audit log cannot be written",
             "{{ $value | humanize }} audit records of {{ $labels.instance }} could not be written within five minutes. \
-             What they would have recorded was refused.",
+             The operations to be recorded were refused.",
         ),
         alert(
             "ClavigerLogDropped",
@@ -222,7 +224,7 @@ fn records() -> Vec<Alert> {
             "increase(claviger_log_lines_dropped_total[15m]) > 0",
             "Lines of the log are lost",
             "{{ $value | humanize }} lines of the log of {{ $labels.instance }} were dropped within 15 minutes: its \
-             reader stands still, or it cannot be written. Keys are released all the same.",
+             reader has stopped, or it cannot be written. Keys are still released.",
         ),
         alert(
             "ClavigerAuditFileLost",
@@ -238,9 +240,8 @@ fn records() -> Vec<Alert> {
             "1m",
             "claviger_audit_reserve_missing_bytes > 0",
             "The audit log's disk is full",
-            "The disk of the audit log of {{ $labels.instance }} is full: {{ $value | humanize1024 }}B of the reserve are \
-             used, \
-             and when it is at its end nothing is released.",
+            "The disk of the audit log of {{ $labels.instance }} is full: {{ $value | humanize1024 }}B of the \
+             reserve are used. When the reserve is used up, nothing is released.",
         ),
         alert(
             "ClavigerAuditUnsigned",
@@ -248,8 +249,8 @@ fn records() -> Vec<Alert> {
             "15m",
             "claviger_audit_unsigned_seconds > 3600",
             "The audit log is not signed",
-            "The audit log of {{ $labels.instance }} has had no checkpoint for {{ $value | humanizeDuration }}. What is \
-             not signed can be changed without a trace by who has the files.",
+            "The audit log of {{ $labels.instance }} has had no checkpoint for {{ $value | humanizeDuration }}. A \
+             person with write access to the files can change unsigned lines without a trace.",
         ),
         alert(
             "ClavigerStateStale",
@@ -257,9 +258,8 @@ fn records() -> Vec<Alert> {
             "2m",
             "claviger_state_stale == 1",
             "The state file cannot be read",
-            "{{ $labels.instance }} cannot read its state: changes have no effect, and hosts that were removed may go \
-             on \
-             being served.",
+            "{{ $labels.instance }} cannot read its state: changes have no effect, and removed hosts may still be \
+             served.",
         ),
     ]
 }
@@ -287,7 +287,7 @@ fn trust() -> Vec<Alert> {
             "ticket",
             "1h",
             &format!("{LEFT}{{kind=\"attestation\"}} - time() < 21 * 86400"),
-            "The signer of attestations was not renewed",
+            "The attestation signer was not renewed",
             &format!("{WHICH} The daemon should have made a new one 30 days before the end."),
         ),
         alert(
@@ -305,7 +305,7 @@ fn trust() -> Vec<Alert> {
             "abs(timestamp(claviger_clock_timestamp_seconds) - claviger_clock_timestamp_seconds) > 10",
             "A clock is wrong",
             "The clock of {{ $labels.instance }} and that of Prometheus are {{ $value | humanizeDuration }} apart. \
-             Certificates are judged by it.",
+             The daemon uses this clock to check certificates.",
         ),
         alert(
             "ClavigerAttestationsFail",
@@ -314,9 +314,8 @@ fn trust() -> Vec<Alert> {
             "sum by (job) (rate(claviger_attestations_total{outcome=~\"ErrorReply|UnavailableErrorReply\"}[10m]))\n\
              / (sum by (job) (rate(claviger_attestations_total[10m])) > 0)\n> 0.05",
             "Hosts cannot attest",
-            "{{ $value | humanizePercentage }} of the attestations at {{ $labels.job }} fail by the service's fault. \
-             Health \
-             certificates last eight hours; then there are no keys.",
+            "{{ $value | humanizePercentage }} of the attestations at {{ $labels.job }} fail because of the \
+             service. Health certificates last eight hours; after that, hosts get no keys.",
         ),
         alert(
             "ClavigerAttestationsRefused",
@@ -325,7 +324,7 @@ fn trust() -> Vec<Alert> {
             "sum by (job, outcome) \
              (increase(claviger_attestations_total{outcome!~\"success|ErrorReply|UnavailableErrorReply\"}\
              [1h])) > 10",
-            "Hosts are refused their attestation",
+            "Attestations of hosts are refused",
             "{{ $labels.job }} refused {{ $value | humanize }} attestations within an hour with {{ $labels.outcome }}.",
         ),
         alert(
@@ -334,8 +333,9 @@ fn trust() -> Vec<Alert> {
             "0m",
             "sum by (job, policy) (increase(claviger_attestation_policies_total{result=\"fail\"}[1h])) > 0",
             "Hosts begin to fail a policy",
-            "Hosts of {{ $labels.job }} failed {{ $labels.policy }} {{ $value | humanize }} times within an hour: they booted \
-             something that no enabled baseline has, without Secure Boot, or after a sleep. They get no keys.",
+            "Hosts of {{ $labels.job }} failed {{ $labels.policy }} {{ $value | humanize }} times within an hour: \
+             they booted software that no enabled baseline has, booted without Secure Boot, or slept. They get no \
+             keys.",
         ),
         alert(
             "ClavigerHealthRefused",
@@ -356,8 +356,9 @@ fn limits() -> Vec<Alert> {
             "ticket",
             "5m",
             "sum by (job, instance) (rate(claviger_queue_dropped_total{reason=~\"full|late|deadline\"}[5m])) > 0.1",
-            "More is asked for than can be done",
-            "{{ $labels.instance }} turns away {{ $value | humanize }} releases a second, for want of room or time.",
+            "More releases are requested than the HSMs can do",
+            "{{ $labels.instance }} refuses {{ $value | humanize }} releases a second, because the queue is full or \
+             the time is too short.",
         ),
         alert(
             "ClavigerHeadroomLow",
@@ -365,14 +366,14 @@ fn limits() -> Vec<Alert> {
             "30m",
             "instance:claviger_releases_succeeded:rate5m / instance:claviger_releases:ceiling > 0.7",
             "Little headroom is left",
-            "{{ $labels.instance }} does {{ $value | humanizePercentage }} of what its HSMs can.",
+            "{{ $labels.instance }} runs at {{ $value | humanizePercentage }} of the capacity of its HSMs.",
         ),
         alert(
             "ClavigerMemoryHigh",
             "ticket",
             "15m",
             "process_resident_memory_bytes > 2 * 1024 ^ 3 and on (job, instance) claviger_build_info",
-            "A daemon uses much memory",
+            "A daemon uses a lot of memory",
             "{{ $labels.instance }} uses {{ $value | humanize1024 }}B of memory; a few hundred MiB are usual.",
         ),
         alert(
@@ -380,16 +381,17 @@ fn limits() -> Vec<Alert> {
             "ticket",
             "5m",
             "process_open_fds / process_max_fds > 0.8 and on (job, instance) claviger_build_info",
-            "A daemon has almost as many files open as it may",
-            "{{ $labels.instance }} has {{ $value | humanizePercentage }} of its files open. Every connection is one.",
+            "A daemon is near its limit of open files",
+            "{{ $labels.instance }} uses {{ $value | humanizePercentage }} of its limit of open files. Every \
+             connection is a file.",
         ),
         alert(
             "ClavigerConnectionsNearLimit",
             "page",
             "2m",
             "claviger_connections_open / claviger_connections_limit > 0.9",
-            "A daemon will soon take no more connections",
-            "{{ $labels.instance }} has {{ $value | humanizePercentage }} of the connections that it may have.",
+            "A daemon is near its limit of connections",
+            "{{ $labels.instance }} uses {{ $value | humanizePercentage }} of its limit of connections.",
         ),
         alert(
             "ClavigerCrowdedOut",
@@ -397,9 +399,9 @@ fn limits() -> Vec<Alert> {
             "5m",
             r#"sum by (job, instance) (rate(claviger_connections_cut_total{reason=~"room|address|resets|unread"}[5m]))
 + sum by (job, instance) (rate(claviger_bodies_refused_total[5m])) > 1"#,
-            "Somebody takes connections or memory without asking for keys",
-            "{{ $labels.instance }} cuts connections or refuses bodies of requests, {{ $value | humanize }} a second: \
-             to make room for others, or for what their senders do.",
+            "Clients take connections or memory without requesting keys",
+            "{{ $labels.instance }} closes connections or refuses request bodies, {{ $value | humanize }} a second: \
+             to make room for other clients, or because of a client's behaviour.",
         ),
     ]
 }
