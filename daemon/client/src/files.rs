@@ -2,22 +2,22 @@
 //! secret is read only if other users cannot read it. Text, certificates and keys all go through one parser,
 //! [`claviger_protocol::input`]. A written file is readable only by its owner, and it is either complete or absent.
 
-use std::ffi::OsString;
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, ErrorKind, Read, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::fs::{self, File};
+use std::io::{self, ErrorKind, Read};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use claviger_protocol::certificate::Certificate;
 use claviger_protocol::input::{self, InputError};
 use claviger_protocol::pem::{self, TextError};
 use claviger_protocol::rsa_key::RsaPrivateKey;
-use data_encoding::HEXLOWER;
-use ring::rand::{SecureRandom, SystemRandom};
 use zeroize::Zeroizing;
 
-/// Largest file of certificates or keys, in bytes. This is four times the size of all authorities of a Linux
-/// distribution.
+use crate::durable::{self, RealDisk};
+
+pub use crate::durable::{Existing, folder};
+
+/// Largest file of certificates or keys that is read, in bytes: what all authorities of a Linux distribution need, four times.
 pub const MAX_PEM: usize = 1024 * 1024;
 /// Buffer size for a file of unknown length, such as a pipe. No secret is longer.
 const UNKNOWN_LENGTH: usize = 64 * 1024;
@@ -215,17 +215,8 @@ fn read_open(path: &Path, file: File, limit: usize) -> Result<Zeroizing<Vec<u8>>
     Ok(octets)
 }
 
-/// What to do if the file exists.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Existing {
-    /// Keep the old file, and write nothing.
-    Keep,
-    /// Replace the old file atomically: at every moment, either the old or the new file is there, complete.
-    Replace,
-}
-
-/// Writes a file that only its owner may read, completely or not at all. After this call, the file survives a power
-/// failure.
+/// Writes a file that only its owner may read, with all its octets or not at all. After this call it is there also if the
+/// power fails.
 ///
 /// # Errors
 /// [`FileError::InTheWay`], [`FileError::Io`]. On an error the old file is still there, except if the only failure was
@@ -235,34 +226,10 @@ pub fn write(path: &Path, octets: &[u8], existing: Existing) -> Result<(), FileE
         (Existing::Keep, ErrorKind::AlreadyExists) => FileError::InTheWay(path.to_owned()),
         _ => FileError::of(path)(error),
     };
-    let name = path.file_name().ok_or_else(|| failed(io::Error::new(ErrorKind::InvalidInput, "it names no file")))?;
     if existing == Existing::Keep {
         must_be_new(path)?;
     }
-    let mut tag = [0; 8];
-    SystemRandom::new().fill(&mut tag).map_err(|_| failed(io::Error::other("no randomness")))?;
-    let mut draft = OsString::from(".");
-    draft.push(name);
-    draft.push(format!(".{}.new", HEXLOWER.encode(&tag)));
-    let draft = Draft(path.with_file_name(draft));
-    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&draft.0).map_err(failed)?;
-    file.write_all(octets).and_then(|()| file.sync_all()).map_err(failed)?;
-    match existing {
-        Existing::Replace => fs::rename(&draft.0, path),
-        // A hard link fails if the file exists; a rename would replace a file that appeared meanwhile.
-        Existing::Keep => fs::hard_link(&draft.0, path),
-    }
-    .map_err(failed)?;
-    File::open(folder(path)).and_then(|folder| folder.sync_all()).map_err(failed)
-}
-
-/// Removes the temporary file on drop. After a rename there is none.
-struct Draft(PathBuf);
-
-impl Drop for Draft {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(&self.0);
-    }
+    durable::write(&RealDisk, path, octets, existing).map_err(failed)
 }
 
 /// Fails if the file exists. Commands call this first, before they compute or write anything.
@@ -287,13 +254,7 @@ pub fn write_both(first: (&Path, &[u8]), second: (&Path, &[u8])) -> Result<(), F
     })
 }
 
-/// Returns the folder that contains a file.
-#[must_use]
-pub fn folder(path: &Path) -> &Path {
-    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
-}
-
-/// Returns `true` if both paths name the same file, or would name the same file once it exists.
+/// Whether both paths lead to one file, or would.
 #[must_use]
 pub fn same_file(one: &Path, other: &Path) -> bool {
     let file = |path: &Path| fs::metadata(path).ok().map(|found| (found.dev(), found.ino()));

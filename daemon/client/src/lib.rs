@@ -11,6 +11,7 @@
 
 mod base_url;
 mod connect;
+mod durable;
 mod endpoint;
 pub mod error;
 pub mod failover;
