@@ -5,8 +5,9 @@
 //! | connecting to a name that may have several addresses | [`Endpoint`] |
 //! | requests and replies, TLS and its errors | [`http`], [`error`], [`trust`] |
 //! | a guarded host, its files and its TPM | [`host`], [`host_files`], [`tpm`] |
-//! | several servers: failover and retries | [`failover`], [`retry`] |
-//! | files that administrators provide and that commands write | [`files`] |
+//! | several servers, asked again where that helps | [`failover`], [`retry`] |
+//! | files that people hand over and that commands write | [`files`] |
+//! | a virtual machine's protector and secrets in one file | [`vault`] |
 #![forbid(unsafe_code)]
 
 mod base_url;
@@ -24,6 +25,7 @@ pub mod retry;
 mod tls;
 pub mod tpm;
 pub mod trust;
+pub mod vault;
 
 #[cfg(test)]
 mod testing;

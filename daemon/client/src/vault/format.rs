@@ -1,0 +1,275 @@
+//! The format of a vault: sealing, opening, reading. No I/O. All numbers are little-endian.
+//!
+//! ```text
+//! offset  bytes
+//!      0      8   "CLVVAULT"
+//!      8      4   version: 1
+//!     12      4   bytes of the protector
+//!     16      4   bytes of the sealed secrets, with their tag of 16
+//!     20      4   reserved: 0
+//!     24      8   generation: 1 in a new vault, one more in each successor
+//!     32     16   id of the vault, random; all generations have it
+//!     48     32   salt, random for each sealing
+//!     80     32   SHA-256 of the protector
+//!    112          the protector; then the sealed secrets; nothing after them
+//! ```
+//! The sealing key is HKDF-SHA-256 of the transport key with the salt and the info "claviger-vault-1". It seals once, so the
+//! nonce of AES-256-GCM is zero. The first 112 bytes are the additional authenticated data.
+
+use claviger_protocol::protector::{MAX_PROTECTOR, Protector, TransportKey};
+use ring::aead::{AES_256_GCM, Aad, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
+use ring::digest::{SHA256, digest};
+use ring::hkdf::{HKDF_SHA256, Salt};
+use ring::rand::{SecureRandom, SystemRandom};
+use zeroize::Zeroizing;
+
+use super::secrets::{MAX_ENCODED, Secrets};
+
+const MAGIC: &[u8; 8] = b"CLVVAULT";
+const VERSION: u32 = 1;
+const HEADER: usize = 112;
+const TAG: usize = 16;
+const INFO: &[u8] = b"claviger-vault-1";
+
+/// Longest vault, in bytes.
+pub const MAX_VAULT: usize = HEADER + MAX_PROTECTOR + MAX_ENCODED + TAG;
+
+/// Why a vault cannot be read, opened or sealed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum VaultError {
+    /// The file is none.
+    #[error("it is no vault; claviger host vm create makes one")]
+    NoVault,
+    /// The file is of a version that is not known here.
+    #[error("it is a vault of version {0}, and this claviger knows version {VERSION}; use a newer claviger")]
+    Version(u32),
+    /// The file is damaged.
+    #[error("the vault is damaged: {0}; take it from a backup, or have its owner recover it from one")]
+    Damaged(&'static str),
+    /// The protector cannot be read.
+    #[error("the vault's protector: {0}")]
+    Protector(String),
+    /// The transport key does not open the secrets.
+    #[error("the vault does not open with the key of its protector: it was changed; take it from a backup")]
+    Sealed,
+    /// The machine has been started as often as the format can count.
+    #[error("the vault has no generation left")]
+    Exhausted,
+    /// The system gives no randomness.
+    #[error("the system has no randomness")]
+    Randomness,
+}
+
+/// A vault as it was read: its form is right, and its secrets are sealed.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Vault {
+    /// The same in all generations.
+    pub id: [u8; 16],
+    /// How often it was sealed anew, and 1.
+    pub generation: u64,
+    /// The protector of the transport key that it is sealed with.
+    pub protector: Vec<u8>,
+    header: [u8; HEADER],
+    sealed: Vec<u8>,
+}
+
+impl Vault {
+    /// A new vault of these secrets, sealed with the transport key of `protector`.
+    ///
+    /// # Errors
+    /// [`VaultError::Protector`], [`VaultError::Randomness`].
+    pub fn create(protector: &[u8], key: &TransportKey, secrets: &Secrets) -> Result<Self, VaultError> {
+        Self::seal(random()?, 1, protector, key, secrets)
+    }
+
+    /// The next generation of this vault: other secrets or the same ones, sealed with the transport key of another protector.
+    ///
+    /// # Errors
+    /// [`VaultError::Protector`], [`VaultError::Exhausted`], [`VaultError::Randomness`].
+    pub fn successor(&self, protector: &[u8], key: &TransportKey, secrets: &Secrets) -> Result<Self, VaultError> {
+        let generation = self.generation.checked_add(1).ok_or(VaultError::Exhausted)?;
+        Self::seal(self.id, generation, protector, key, secrets)
+    }
+
+    fn seal(
+        id: [u8; 16],
+        generation: u64,
+        protector: &[u8],
+        key: &TransportKey,
+        secrets: &Secrets,
+    ) -> Result<Self, VaultError> {
+        let mut content = secrets.encode();
+        let mut header = [0; HEADER];
+        header[..8].copy_from_slice(MAGIC);
+        header[8..12].copy_from_slice(&VERSION.to_le_bytes());
+        header[12..16].copy_from_slice(&(protector.len() as u32).to_le_bytes());
+        header[16..20].copy_from_slice(&((content.len() + TAG) as u32).to_le_bytes());
+        header[24..32].copy_from_slice(&generation.to_le_bytes());
+        header[32..48].copy_from_slice(&id);
+        header[48..80].copy_from_slice(&random::<32>()?);
+        header[80..].copy_from_slice(digest(&SHA256, protector).as_ref());
+        let key = sealing_key(key, &header).ok_or(VaultError::Sealed)?;
+        let tag = key.seal_in_place_separate_tag(zero_nonce(), Aad::from(&header), &mut content);
+        let mut sealed = content.to_vec();
+        sealed.extend_from_slice(tag.map_err(|_| VaultError::Sealed)?.as_ref());
+        let bytes = [&header[..], protector, &sealed].concat();
+        // What is written is read with the eyes of the next start.
+        Self::parse(&bytes)
+    }
+
+    /// Reads a vault; judges its form, the digest of its protector and the protector's form.
+    ///
+    /// # Errors
+    /// [`VaultError`].
+    pub fn parse(bytes: &[u8]) -> Result<Self, VaultError> {
+        if !bytes.starts_with(MAGIC) {
+            return Err(VaultError::NoVault);
+        }
+        let (header, rest) = bytes.split_first_chunk::<HEADER>().ok_or(VaultError::Damaged("it is cut off"))?;
+        let number = |at: usize| u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
+        if number(8) != VERSION {
+            return Err(VaultError::Version(number(8)));
+        }
+        let (protector, sealed) = (number(12) as usize, number(16) as usize);
+        let lengths = (1..=MAX_PROTECTOR).contains(&protector) && (TAG..=MAX_ENCODED + TAG).contains(&sealed);
+        if !lengths || number(20) != 0 {
+            return Err(VaultError::Damaged("its header makes no sense"));
+        }
+        let (protector, sealed) = match rest.split_at_checked(protector) {
+            Some((protector, rest)) if rest.len() == sealed => (protector, rest),
+            _ => return Err(VaultError::Damaged("its length is not what its header says")),
+        };
+        if digest(&SHA256, protector).as_ref() != &header[80..] {
+            return Err(VaultError::Damaged("its protector was changed"));
+        }
+        Protector::parse(protector).map_err(|refusal| VaultError::Protector(refusal.message))?;
+        let (mut id, mut generation) = ([0; 16], [0; 8]);
+        id.copy_from_slice(&header[32..48]);
+        generation.copy_from_slice(&header[24..32]);
+        let generation = match u64::from_le_bytes(generation) {
+            0 => return Err(VaultError::Damaged("its header makes no sense")),
+            generation => generation,
+        };
+        Ok(Self { id, generation, protector: protector.to_vec(), header: *header, sealed: sealed.to_vec() })
+    }
+
+    /// The secrets. `key` is the transport key of [`Vault::protector`].
+    ///
+    /// # Errors
+    /// [`VaultError::Sealed`].
+    pub fn open(&self, key: &TransportKey) -> Result<Secrets, VaultError> {
+        let key = sealing_key(key, &self.header).ok_or(VaultError::Sealed)?;
+        let mut content = Zeroizing::new(self.sealed.clone());
+        let opened = key.open_in_place(zero_nonce(), Aad::from(&self.header), &mut content);
+        let opened = opened.map_err(|_| VaultError::Sealed)?;
+        Secrets::decode(opened).ok_or(VaultError::Sealed)
+    }
+
+    /// The file.
+    #[must_use]
+    pub fn to_bytes(&self) -> Vec<u8> {
+        [&self.header[..], &self.protector, &self.sealed].concat()
+    }
+
+    /// SHA-256 of the protector.
+    #[must_use]
+    pub fn protector_digest(&self) -> &[u8] {
+        &self.header[80..]
+    }
+}
+
+fn sealing_key(key: &TransportKey, header: &[u8; HEADER]) -> Option<LessSafeKey> {
+    let derived = Salt::new(HKDF_SHA256, &header[48..80]).extract(&key[..]);
+    let mut octets = Zeroizing::new([0; 32]);
+    derived.expand(&[INFO], HKDF_SHA256).ok()?.fill(&mut octets[..]).ok()?;
+    UnboundKey::new(&AES_256_GCM, &octets[..]).ok().map(LessSafeKey::new)
+}
+
+fn zero_nonce() -> Nonce {
+    Nonce::assume_unique_for_key([0; NONCE_LEN])
+}
+
+fn random<const N: usize>() -> Result<[u8; N], VaultError> {
+    let mut octets = [0; N];
+    SystemRandom::new().fill(&mut octets).map_err(|_| VaultError::Randomness)?;
+    Ok(octets)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::testing::protector;
+
+    fn secrets() -> Secrets {
+        let mut secrets = Secrets::default();
+        secrets.add("state-key", Zeroizing::new(vec![7; 32]), false).unwrap();
+        secrets
+    }
+
+    #[test]
+    fn a_vault_opens_with_its_key_alone_and_says_which_generation_it_is() {
+        let (file, key) = protector();
+        let vault = Vault::create(&file, &key, &secrets()).unwrap();
+        assert_eq!((vault.generation, &vault.protector), (1, &file));
+        let read = Vault::parse(&vault.to_bytes()).unwrap();
+        assert_eq!(read.open(&key).unwrap(), secrets());
+        let (other_file, other_key) = protector();
+        assert_eq!(read.open(&other_key), Err(VaultError::Sealed));
+        let next = read.successor(&other_file, &other_key, &secrets()).unwrap();
+        assert_eq!((next.id, next.generation), (vault.id, 2));
+        assert_eq!(next.open(&other_key).unwrap(), secrets());
+        assert_eq!(next.open(&key), Err(VaultError::Sealed));
+        // Sealed twice, nothing is alike.
+        let again = read.successor(&other_file, &other_key, &secrets()).unwrap();
+        assert_ne!(again.sealed, next.sealed);
+        let mut last = again;
+        last.generation = u64::MAX;
+        assert_eq!(last.successor(&file, &key, &secrets()), Err(VaultError::Exhausted));
+    }
+
+    /// An implementation made from the description alone has to come to the same bytes: this is one.
+    #[test]
+    fn the_format_is_the_described_one() {
+        let (file, key) = protector();
+        let bytes = Vault::create(&file, &key, &secrets()).unwrap().to_bytes();
+        assert_eq!(&bytes[..12], b"CLVVAULT\x01\0\0\0");
+        assert_eq!(bytes[12..16], (file.len() as u32).to_le_bytes());
+        assert_eq!(bytes[16..32], [62, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(&bytes[80..112], digest(&SHA256, &file).as_ref());
+        assert_eq!(&bytes[112..112 + file.len()], file);
+        // HKDF by RFC 5869, with HMAC.
+        let hmac = |key: &[u8], data: &[u8]| {
+            ring::hmac::sign(&ring::hmac::Key::new(ring::hmac::HMAC_SHA256, key), data).as_ref().to_vec()
+        };
+        let derived = hmac(&hmac(&bytes[48..80], &key[..]), b"claviger-vault-1\x01");
+        let sealing = LessSafeKey::new(UnboundKey::new(&AES_256_GCM, &derived).unwrap());
+        let mut sealed = bytes[112 + file.len()..].to_vec();
+        let nonce = Nonce::assume_unique_for_key([0; 12]);
+        let opened = sealing.open_in_place(nonce, Aad::from(&bytes[..112]), &mut sealed).unwrap();
+        assert_eq!(opened, [b"\x01\0\x09state-key\x20\0", &[7; 32][..]].concat());
+    }
+
+    #[test]
+    fn no_changed_byte_goes_unnoticed() {
+        let (file, key) = protector();
+        let bytes = Vault::create(&file, &key, &secrets()).unwrap().to_bytes();
+        let opens = |bytes: &[u8]| Vault::parse(bytes).and_then(|vault| vault.open(&key)).is_ok();
+        assert!(opens(&bytes));
+        // All of the header and of the sealed secrets, and some of the protector.
+        let end = 112 + file.len();
+        for at in (0..112).chain((112..end).step_by(97)).chain(end..bytes.len()) {
+            let mut changed = bytes.clone();
+            changed[at] ^= 1;
+            assert!(!opens(&changed), "byte {at}");
+        }
+        for length in (0..112).chain((112..bytes.len()).step_by(101)) {
+            assert!(!opens(&bytes[..length]), "cut to {length}");
+        }
+        assert!(!opens(&[&bytes[..], &[0]].concat()));
+        let mut newer = bytes.clone();
+        newer[8] = 2;
+        assert_eq!(Vault::parse(&newer), Err(VaultError::Version(2)));
+        assert_eq!(Vault::parse(b"<Protector/>"), Err(VaultError::NoVault));
+    }
+}
