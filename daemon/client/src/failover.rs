@@ -111,7 +111,9 @@ impl Services {
         }
     }
 
-    fn kept(&self) -> Option<Health> {
+    /// The health certificate that is kept, if it will do.
+    #[must_use]
+    pub fn kept(&self) -> Option<Health> {
         let certificate = self.folder.health(&self.keys, unix_now())?;
         Some(Health { certificate, issued_by: None })
     }
@@ -173,6 +175,48 @@ impl Services {
         };
         let (server, (api, unwrapped)) = released?;
         Ok(Released { unwrapped, server, api, attested: health.issued_by.is_some() })
+    }
+
+    /// Exchanges many protectors in one request, or one after the other where the service knows no batches. What becomes of each
+    /// is in its own result, and is not asked again.
+    ///
+    /// # Errors
+    /// [`HostError`], where none was exchanged.
+    pub async fn unwrap_batch(
+        &mut self,
+        protectors: &[Vec<u8>],
+    ) -> Result<Vec<Result<Unwrapped, HostError>>, HostError> {
+        let health = match self.kept() {
+            Some(kept) => kept,
+            None => self.attest_to_unwrap().await?,
+        };
+        match self.roll_batch(&health.certificate, protectors).await {
+            Err(HostError::Release { refusal, .. }) if refusal.code == Code::HealthCertificate => {
+                tracing::info!(%refusal, "attesting again");
+                let health = self.attest_to_unwrap().await?;
+                self.roll_batch(&health.certificate, protectors).await
+            }
+            other => other,
+        }
+    }
+
+    async fn roll_batch(
+        &mut self,
+        health: &Certificate,
+        protectors: &[Vec<u8>],
+    ) -> Result<Vec<Result<Unwrapped, HostError>>, HostError> {
+        let exchanged = self.ask(async |host: &Host| match host.roll_batch(health.der(), protectors).await {
+            Err(HostError::Release { status: 404, .. } | HostError::Status { status: 404, .. }) => Ok(None),
+            other => other.map(Some),
+        });
+        if let (_, Some(results)) = exchanged.await? {
+            return Ok(results);
+        }
+        let mut results = Vec::with_capacity(protectors.len());
+        for protector in protectors {
+            results.push(self.roll(health, protector).await.map(|(_, (_, unwrapped))| unwrapped));
+        }
+        Ok(results)
     }
 
     async fn roll(

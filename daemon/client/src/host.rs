@@ -9,6 +9,7 @@ use std::sync::Arc;
 use claviger_protocol::algorithm::{HostAlgorithms, KeyWrapping, Oaep, Sealing, SignatureAlgorithm};
 use claviger_protocol::attestation::tpm::{first_request, parse_continue_reply, second_request};
 use claviger_protocol::attestation::{self, ReceivedError};
+use claviger_protocol::batch::{self, BatchRequest};
 use claviger_protocol::error::Refusal;
 use claviger_protocol::health::ResultType;
 use claviger_protocol::payload::{ApiVersion, Payload};
@@ -189,36 +190,70 @@ impl Host {
         health_certificate: &[u8],
         protector: &[u8],
     ) -> Result<Unwrapped, HostError> {
-        let algorithms = HostAlgorithms {
-            transfer: Oaep::SHA256,
-            wrapping: KeyWrapping::Seal(Sealing::Aes256Gcm),
-            transport: Sealing::Aes256Gcm,
-        };
         let request = RollRequest {
             ingress_protector: protector.to_vec(),
             health_certificate: health_certificate.to_vec(),
-            algorithms,
+            algorithms: ALGORITHMS,
         };
         let path = format!("/KeyProtection/service/{}/RollTransportKey", api.as_str());
         let reply = self.client.post(&path, "application/xml", request.to_xml()).await?;
-        let unreadable = |e: claviger_protocol::xml::XmlError| HostError::Answer(e.to_string());
         if reply.status != 200 {
-            let mut refusal = Refusal::parse(&reply.body).map_err(|_| self.foreign(&reply))?;
-            refusal.retry_after = reply.retry_after();
-            return Err(HostError::Release { status: reply.status.as_u16(), refusal });
+            return Err(self.refused(&reply));
         }
-        let response = RollResponse::parse(&reply.body).map_err(unreadable)?;
-        // Decryption is expensive, so it does not run on the thread that drives connections.
-        let (identity_key, ingress) = (self.identity_key.clone(), request.ingress_protector);
-        let opened = tokio::task::spawn_blocking(move || {
-            let transfer_key = identity_key.decrypt_oaep(algorithms.transfer, &response.keys.transfer_key);
-            let transfer_key = transfer_key.map_err(|e| HostError::Answer(e.to_string()))?;
-            let keys = response.keys.open(&transfer_key, algorithms.wrapping, algorithms.transport);
-            let keys = keys.map_err(|e| HostError::Answer(e.to_string()))?;
-            prove(&ingress, &keys.ingress, &response.egress_protector, &keys.egress).map_err(HostError::Answer)?;
-            Ok(Unwrapped { keys, egress_protector: response.egress_protector })
-        });
-        opened.await.map_err(|e| HostError::Answer(e.to_string()))?
+        let response = RollResponse::parse(&reply.body).map_err(|e| HostError::Answer(e.to_string()))?;
+        self.open(vec![(request.ingress_protector, Ok(response))]).await?.remove(0)
+    }
+
+    /// Exchanges many protectors in one request. One that is refused fails alone.
+    ///
+    /// # Errors
+    /// See [`HostError`]. A service that knows no batches answers with 404.
+    pub async fn roll_batch(
+        &self,
+        health_certificate: &[u8],
+        protectors: &[Vec<u8>],
+    ) -> Result<Vec<Result<Unwrapped, HostError>>, HostError> {
+        let request = BatchRequest {
+            health_certificate: health_certificate.to_vec(),
+            algorithms: ALGORITHMS,
+            ingress_protectors: protectors.to_vec(),
+        };
+        let reply = self.client.post(ROLL_BATCH, "application/xml", request.to_xml()).await?;
+        if reply.status != 200 {
+            return Err(self.refused(&reply));
+        }
+        let results = batch::parse_results(&reply.body).map_err(|e| HostError::Answer(e.to_string()))?;
+        if results.len() != protectors.len() {
+            let text = format!("{} protectors were sent, and {} answers came", protectors.len(), results.len());
+            return Err(HostError::Answer(text));
+        }
+        self.open(request.ingress_protectors.into_iter().zip(results).collect()).await
+    }
+
+    /// Opens what came for each protector that was sent. Opening is work for a processor, not for the thread that drives
+    /// connections.
+    async fn open(
+        &self,
+        exchanges: Vec<(Vec<u8>, Result<RollResponse, Refusal>)>,
+    ) -> Result<Vec<Result<Unwrapped, HostError>>, HostError> {
+        let identity_key = self.identity_key.clone();
+        let one = move |(ingress, result): (Vec<u8>, Result<RollResponse, Refusal>)| match result {
+            Ok(response) => open(&identity_key, &ingress, response),
+            Err(refusal) => Err(HostError::Release { status: refusal.code.status(), refusal }),
+        };
+        let opened = tokio::task::spawn_blocking(move || exchanges.into_iter().map(one).collect());
+        opened.await.map_err(|e| HostError::Answer(e.to_string()))
+    }
+
+    /// What a release that failed says.
+    fn refused(&self, reply: &Reply) -> HostError {
+        match Refusal::parse(&reply.body) {
+            Ok(mut refusal) => {
+                refusal.retry_after = reply.retry_after();
+                HostError::Release { status: reply.status.as_u16(), refusal }
+            }
+            Err(_) => self.foreign(reply),
+        }
     }
 
     fn foreign(&self, reply: &Reply) -> HostError {
@@ -240,7 +275,27 @@ impl<T: Send + 'static> Drop for DropBlocking<T> {
     }
 }
 
-/// The results that a host requests when it attests.
+/// Where many protectors are exchanged at once.
+const ROLL_BATCH: &str = "/KeyProtection/service/v2.0/RollTransportKeys";
+
+/// How keys travel to this host.
+const ALGORITHMS: HostAlgorithms = HostAlgorithms {
+    transfer: Oaep::SHA256,
+    wrapping: KeyWrapping::Seal(Sealing::Aes256Gcm),
+    transport: Sealing::Aes256Gcm,
+};
+
+/// The keys of an answer, if they are those of the protector that was sent and of the one that came.
+fn open(identity_key: &RsaPrivateKey, ingress: &[u8], response: RollResponse) -> Result<Unwrapped, HostError> {
+    let transfer_key = identity_key.decrypt_oaep(ALGORITHMS.transfer, &response.keys.transfer_key);
+    let transfer_key = transfer_key.map_err(|e| HostError::Answer(e.to_string()))?;
+    let keys = response.keys.open(&transfer_key, ALGORITHMS.wrapping, ALGORITHMS.transport);
+    let keys = keys.map_err(|e| HostError::Answer(e.to_string()))?;
+    prove(ingress, &keys.ingress, &response.egress_protector, &keys.egress).map_err(HostError::Answer)?;
+    Ok(Unwrapped { keys, egress_protector: response.egress_protector })
+}
+
+/// What a host asks for when it attests.
 const WANTED: [ResultType; 1] = [ResultType::EncryptionCertificate];
 
 fn unreadable(error: attestation::ReplyError) -> HostError {

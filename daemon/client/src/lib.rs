@@ -7,11 +7,13 @@
 //! | a guarded host, its files and its TPM | [`host`], [`host_files`], [`tpm`] |
 //! | several servers, asked again where that helps | [`failover`], [`retry`] |
 //! | files that people hand over and that commands write | [`files`] |
+//! | one process that asks for all machines of a host | [`agent`] |
 //! | a virtual machine's protector and secrets in one file | [`vault`] |
 #![forbid(unsafe_code)]
 
 mod base_url;
 mod connect;
+pub mod agent;
 mod durable;
 mod endpoint;
 pub mod error;

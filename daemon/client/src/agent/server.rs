@@ -1,0 +1,259 @@
+//! Being the agent of a host.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
+
+use claviger_protocol::protector::Protector;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{Semaphore, mpsc, oneshot};
+
+use super::counters::Counters;
+use super::gather::{Gathering, Pace};
+use super::wire::{self, Refused, Reply};
+use crate::failover::{Services, ServicesError, unix_now};
+use crate::host::{HostError, Unwrapped};
+use crate::host_files::Folder;
+use crate::retry::Fault;
+use crate::tpm::TpmPlace;
+
+/// How long a connection may take for its request.
+const REQUEST: Duration = Duration::from_secs(10);
+/// Most connections at a time. Each holds a protector of up to 512 KiB.
+const CONNECTIONS: usize = 1024;
+/// How often it is judged whether the health certificate has to be renewed.
+const CHECK: Duration = Duration::from_secs(60);
+/// How long a release that the service has no time for rests before it is asked for again.
+const REST: Duration = Duration::from_secs(1);
+
+/// Whom the agent asks, and for whom.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The host's keys.
+    pub folder: Folder,
+    /// What it attests by, instead of its host key.
+    pub tpm: Option<TpmPlace>,
+    /// The servers.
+    pub urls: Vec<String>,
+    /// Certificates to trust for https.
+    pub ca: Option<PathBuf>,
+    /// For each release, with all of its waits.
+    pub timeout: Duration,
+    /// The certificate is renewed so long before it ends.
+    pub renew_before: Duration,
+    /// How long releases are gathered.
+    pub pace: Pace,
+    /// Users that may ask, beside root and the agent's own.
+    pub users: Vec<u32>,
+}
+
+impl Settings {
+    /// The host and the servers, for all that is asked in [`Settings::timeout`] from now on.
+    async fn services(&self) -> Result<Services, ServicesError> {
+        let this = self.clone();
+        let made = tokio::task::spawn_blocking(move || {
+            Services::new(this.folder, this.tpm, &this.urls, this.ca.as_deref(), this.timeout)
+        });
+        made.await.unwrap_or_else(|error| Err(HostError::Answer(error.to_string()).into()))
+    }
+
+    fn may_ask(&self, user: u32) -> bool {
+        user == 0 || user == rustix::process::geteuid().as_raw() || self.users.contains(&user)
+    }
+}
+
+/// A release that somebody waits for.
+struct Job {
+    protector: Vec<u8>,
+    until: Instant,
+    reply: oneshot::Sender<Reply>,
+}
+
+/// Serves the socket. Never ends.
+pub async fn serve(listener: UnixListener, settings: Settings, counters: Arc<Counters>) {
+    let settings = Arc::new(settings);
+    let (jobs, queue) = mpsc::channel(CONNECTIONS);
+    let accepting = accept(listener, settings.clone(), counters.clone(), jobs.clone());
+    tokio::join!(accepting, release(queue, jobs, settings.clone(), counters.clone()), renew(&settings, &counters));
+}
+
+/// Attests now where no certificate is kept that lasts.
+///
+/// # Errors
+/// [`ServicesError`].
+pub async fn attest(settings: &Settings, counters: &Counters) -> Result<(), ServicesError> {
+    let attested = try_to_attest(settings, counters).await;
+    if attested.is_err() {
+        counters.not_attested.fetch_add(1, Relaxed);
+    }
+    attested
+}
+
+async fn try_to_attest(settings: &Settings, counters: &Counters) -> Result<(), ServicesError> {
+    let mut services = settings.services().await?;
+    let mut health = services.health().await?;
+    let renew_at = health.certificate.not_after() - i64::try_from(settings.renew_before.as_secs()).unwrap_or(i64::MAX);
+    if health.issued_by.is_none() && unix_now() >= renew_at {
+        health = services.attest().await?;
+    }
+    counters.certificate_ends.store(health.certificate.not_after(), Relaxed);
+    counters.attested.fetch_add(u64::from(health.issued_by.is_some()), Relaxed);
+    Ok(())
+}
+
+async fn renew(settings: &Settings, counters: &Counters) {
+    loop {
+        tokio::time::sleep(CHECK).await;
+        if let Err(error) = attest(settings, counters).await {
+            tracing::warn!(%error, "the health certificate cannot be renewed; it is tried again");
+        }
+    }
+}
+
+async fn accept(listener: UnixListener, settings: Arc<Settings>, counters: Arc<Counters>, jobs: mpsc::Sender<Job>) {
+    let room = Arc::new(Semaphore::new(CONNECTIONS));
+    loop {
+        let Ok(permit) = room.clone().acquire_owned().await else { return };
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::warn!(%error, "no connection can be taken");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let (settings, counters, jobs) = (settings.clone(), counters.clone(), jobs.clone());
+        tokio::spawn(async move {
+            if let Err(error) = answer(stream, &settings, &counters, &jobs).await {
+                tracing::info!(%error, "a connection ended before its answer");
+            }
+            drop(permit);
+        });
+    }
+}
+
+async fn answer(
+    mut stream: UnixStream,
+    settings: &Settings,
+    counters: &Counters,
+    jobs: &mpsc::Sender<Job>,
+) -> std::io::Result<()> {
+    let user = stream.peer_cred()?.uid();
+    if !settings.may_ask(user) {
+        counters.strangers.fetch_add(1, Relaxed);
+        tracing::warn!(user, "a user that may not ask this agent");
+        let text = format!("user {user} may not ask this agent; if it is to, start the agent with --allow-uid {user}");
+        return wire::write_reply(&mut stream, &Err(Refused { text, temporary: false })).await;
+    }
+    let protector = match tokio::time::timeout(REQUEST, wire::read_request(&mut stream)).await {
+        Ok(protector) => protector?,
+        Err(_) => return Err(std::io::ErrorKind::TimedOut.into()),
+    };
+    // One that the service cannot read is nobody else's concern.
+    let reply = match Protector::parse(&protector) {
+        Err(refusal) => Err(Refused { text: format!("the vault's protector: {}", refusal.message), temporary: false }),
+        Ok(_) => {
+            counters.waiting.fetch_add(1, Relaxed);
+            let (reply, answer) = oneshot::channel();
+            let job = Job { protector, until: Instant::now() + settings.timeout, reply };
+            let reply = match jobs.send(job).await {
+                Ok(()) => answer.await.ok(),
+                Err(_) => None,
+            };
+            counters.waiting.fetch_sub(1, Relaxed);
+            let stopped = || Refused { text: "the agent stops; try again".to_owned(), temporary: true };
+            reply.unwrap_or_else(|| Err(stopped()))
+        }
+    };
+    let counter = match &reply {
+        Ok(_) => &counters.released,
+        Err(refused) if refused.temporary => &counters.late,
+        Err(_) => &counters.refused,
+    };
+    counter.fetch_add(1, Relaxed);
+    wire::write_reply(&mut stream, &reply).await
+}
+
+/// Gathers releases and asks for them, one batch at a time: what comes while one is under way makes the next one.
+async fn release(
+    mut queue: mpsc::Receiver<Job>,
+    jobs: mpsc::Sender<Job>,
+    settings: Arc<Settings>,
+    counters: Arc<Counters>,
+) {
+    let mut next = None;
+    loop {
+        let Some(first) = (match next.take() {
+            Some(job) => Some(job),
+            None => queue.recv().await,
+        }) else {
+            return;
+        };
+        let bytes = first.protector.len();
+        let mut batch = Gathering::begin(settings.pace, first, bytes, Instant::now());
+        while let Ok(Some(job)) = tokio::time::timeout_at(batch.due().into(), queue.recv()).await {
+            let bytes = job.protector.len();
+            if let Err(job) = batch.add(job, bytes, Instant::now()) {
+                next = Some(job);
+                break;
+            }
+        }
+        ask(batch.into_items(), &jobs, &settings, &counters).await;
+    }
+}
+
+/// Asks for a batch and gives each its answer. A release that passes the service's limits goes into a later batch.
+async fn ask(batch: Vec<Job>, jobs: &mpsc::Sender<Job>, settings: &Settings, counters: &Counters) {
+    counters.batches.fetch_add(1, Relaxed);
+    let protectors: Vec<_> = batch.iter().map(|job| job.protector.clone()).collect();
+    let results = match settings.services().await {
+        Ok(mut services) => {
+            let results = services.unwrap_batch(&protectors).await;
+            if let Some(health) = services.kept() {
+                counters.certificate_ends.store(health.certificate.not_after(), Relaxed);
+            }
+            results.map_err(ServicesError::from)
+        }
+        Err(error) => Err(error),
+    };
+    let results = match results {
+        Ok(results) => results,
+        Err(error) => {
+            tracing::warn!(%error, machines = batch.len(), "no release");
+            let refused = Refused { text: error.to_string(), temporary: error.is_temporary() };
+            batch.into_iter().for_each(|job| _ = job.reply.send(Err(refused.clone())));
+            return;
+        }
+    };
+    for (job, result) in batch.into_iter().zip(results) {
+        give(job, result, jobs);
+    }
+}
+
+fn give(job: Job, result: Result<Unwrapped, HostError>, jobs: &mpsc::Sender<Job>) {
+    let error = match result {
+        Ok(unwrapped) => {
+            let _ = job.reply.send(Ok(unwrapped));
+            return;
+        }
+        Err(error) => error,
+    };
+    let rest = match error.fault() {
+        Fault::Lasting | Fault::Unusable => None,
+        Fault::Server(rest) | Fault::Host(rest) => Some(rest.unwrap_or_default().max(REST)),
+    };
+    match rest {
+        Some(rest) if Instant::now() + rest < job.until => {
+            let jobs = jobs.clone();
+            tokio::spawn(async move {
+                tokio::time::sleep(rest).await;
+                let _ = jobs.send(job).await;
+            });
+        }
+        rest => {
+            let refused = Refused { text: error.to_string(), temporary: rest.is_some() };
+            let _ = job.reply.send(Err(refused));
+        }
+    }
+}
