@@ -178,7 +178,12 @@ fn main() -> ExitCode {
         queue.flush();
         return status;
     }
-    let quiet = matches!(arguments.command, Command::Doctor { .. } | Command::Host(_));
+    let quiet = match arguments.command {
+        // It runs for as long as the host does.
+        Command::Host(cli::host::Command::Agent(_)) => false,
+        Command::Doctor { .. } | Command::Host(_) => true,
+        _ => false,
+    };
     install_log(if quiet { QUIET } else { USUAL }, LogFormat::Text, std::io::stderr);
     finish(arguments.command, starting)
 }

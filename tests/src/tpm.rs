@@ -126,8 +126,13 @@ impl Swtpm {
     }
 }
 
-/// Runs swtpm's tools as the maker of a TPM.
-fn manufacture(folder: &Path) {
+/// Configures swtpm's tools to play a maker of TPMs whose authority is in `folder/ca`; gives swtpm_setup's configuration.
+///
+/// # Panics
+/// When a file cannot be written.
+#[must_use]
+pub fn maker(folder: &Path) -> PathBuf {
+    std::fs::create_dir_all(folder.join("ca")).unwrap();
     let path = |name: &str| folder.join(name).display().to_string();
     let write = |name: &str, text: String| std::fs::write(folder.join(name), text).unwrap();
     write("localca.options", "--platform-manufacturer Claviger\n--platform-version 1\n--platform-model test\n".into());
@@ -147,8 +152,15 @@ fn manufacture(folder: &Path) {
             path("localca.options")
         ),
     );
+    folder.join("setup.conf")
+}
+
+/// Has swtpm's tools play the maker of a TPM.
+fn manufacture(folder: &Path) {
+    let path = |name: &str| folder.join(name).display().to_string();
+    let setup = maker(folder);
     let mut command = Command::new("swtpm_setup");
-    command.args(["--tpm2", "--create-ek-cert", "--overwrite", "--config", &path("setup.conf")]);
+    command.args(["--tpm2", "--create-ek-cert", "--overwrite", "--config"]).arg(setup);
     command.args(["--tpmstate", &format!("dir://{}", path("state"))]);
     let made = tool("swtpm-tools", &mut command);
     assert!(made.status.success(), "{}", said(&made));

@@ -1,23 +1,22 @@
 //! `claviger host …`: a guarded host's side. What it keeps and in which order it writes is in docs/host.md.
 
-use std::fs::{File, OpenOptions};
+mod agent;
+mod handover;
+mod options;
+mod vm;
+mod vtpm;
+
+use std::fs::File;
 use std::io::Write;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Duration;
 
-use claviger_client::failover::{Services, ServicesError};
-use claviger_client::files::{self, Existing, FileError};
-use claviger_client::host::HostError;
-use claviger_client::host_files::{Folder, StoreError};
-use claviger_client::http::TlsSettings;
+use claviger_client::files::{self, Existing};
 use claviger_client::tpm::{self, TpmPlace};
 use claviger_protocol::certificate::Certificate;
 use claviger_protocol::payload::Payload;
-use claviger_protocol::protector::{MAX_PROTECTOR, Protector, TRANSPORT_KEY_LEN};
+use claviger_protocol::protector::TRANSPORT_KEY_LEN;
 use data_encoding::HEXLOWER;
-use rustix::fs::OFlags;
 use serde_json::json;
 use zeroize::Zeroizing;
 
@@ -26,17 +25,10 @@ use super::target::rsa_bits;
 use crate::sys::failure::Failure;
 use crate::sys::print::say;
 
-/// Where hosts keep their keys, and where those do that attest by their TPM.
-const DIR: &str = "/var/lib/claviger-host";
-const VOLATILE_DIR: &str = "/run/claviger-host";
+use options::{FIRST_FD, Measured, Place, STATUSES, Service, TryLater, check_given, descriptor, explain, read_protector};
 
 /// `EX_TEMPFAIL` of sysexits.h.
 const TRY_LATER: u8 = 75;
-/// Standard input, output and error are no places for keys.
-const FIRST_FD: u32 = 3;
-
-const STATUSES: &str = "Exit status: 0 done, 1 refused or failed, 2 wrong usage, 75 worth trying again later.";
-
 /// `claviger host …`
 #[derive(Debug, clap::Subcommand)]
 pub enum Command {
@@ -126,6 +118,16 @@ pub enum Command {
         #[arg(long, value_name = "FORMAT", default_value = "raw")]
         format: KeyFormat,
     },
+    /// Make, open, show and change the vaults of virtual machines: protector and secrets of each in one file
+    #[command(subcommand, after_help = "Example: claviger host vm show /var/lib/claviger-host/web-1.vault")]
+    Vm(vm::Command),
+    /// Keep the health certificate fresh, and ask for the releases of all machines of this host
+    #[command(
+        after_help = "Example: claviger host agent --socket /run/claviger-host/agent.sock --url https://hgs.example --ca hgs-ca.pem\n\
+        Then: claviger host vm open web-1.vault --agent /run/claviger-host/agent.sock -- COMMAND\n\
+        Releases of machines that start together go to the service in one request."
+    )]
+    Agent(agent::Agent),
 }
 
 /// How a transport key is written.
@@ -136,67 +138,6 @@ pub enum KeyFormat {
     /// Its bytes in lower-case hexadecimal digits, and a line feed.
     Hex,
 }
-
-/// Where a host keeps its keys and its health certificate.
-#[derive(Clone, Debug, clap::Args)]
-pub struct Place {
-    /// Folder of this host's keys and its health certificate [default: /var/lib/claviger-host]
-    #[arg(long, value_name = "DIR")]
-    dir: Option<PathBuf>,
-    /// Print JSON for machines
-    #[arg(long)]
-    json: bool,
-}
-
-impl Place {
-    fn folder(&self, measured: bool) -> Folder {
-        let usual = if measured { VOLATILE_DIR } else { DIR };
-        Folder::new(self.dir.clone().unwrap_or_else(|| usual.into()))
-    }
-}
-
-/// The host's TPM.
-#[derive(Clone, Debug, clap::Args)]
-pub struct Measured {
-    /// Attest by this host's TPM instead of a host key: a device, or the socket of a TPM in software [default: /dev/tpmrm0].
-    /// --dir has to be on a tmpfs then, and is /run/claviger-host by default
-    #[arg(long, value_name = "DEVICE", num_args = 0..=1, default_missing_value = tpm::DEVICE)]
-    tpm: Option<PathBuf>,
-    /// The event log of this boot
-    #[arg(long, value_name = "FILE", requires = "tpm", default_value = tpm::EVENT_LOG)]
-    event_log: PathBuf,
-}
-
-impl Measured {
-    fn place(&self) -> Option<TpmPlace> {
-        self.tpm.clone().map(|device| TpmPlace { device, log: self.event_log.clone() })
-    }
-}
-
-/// The servers, and how long they may take.
-#[derive(Clone, Debug, clap::Args)]
-pub struct Service {
-    /// The service's URL; again for each further one, in the order in which they are to be tried
-    #[arg(long = "url", value_name = "URL", required = true)]
-    urls: Vec<String>,
-    /// How they prove themselves, and this host to them.
-    #[command(flatten)]
-    tls: TlsSettings,
-    /// Seconds for all of it, with every wait and every server
-    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=86_400))]
-    timeout: u64,
-}
-
-impl Service {
-    fn of(&self, folder: Folder, measured: &Measured) -> Result<Services, ServicesError> {
-        Services::new(folder, measured.place(), &self.urls, &self.tls, Duration::from_secs(self.timeout))
-    }
-}
-
-/// Why a command failed that may succeed later.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}; nobody could serve in time, try again later")]
-pub struct TryLater(ServicesError);
 
 /// The exit status that goes with a failure.
 #[must_use]
@@ -220,6 +161,8 @@ enum KeyTarget {
 pub struct Prepared {
     command: Command,
     keys: Option<KeyTarget>,
+    /// Where secrets of a vault go, in the order of the command line.
+    given: Vec<File>,
 }
 
 /// Opens the descriptor that the keys go to; to be called while the process has opened no other files.
@@ -235,31 +178,18 @@ pub fn prepare(command: Command) -> Result<Prepared, Failure> {
                 return Err("--ingress-fd and --egress-fd have to be different; --fd N takes both keys".into());
             }
             // Before one is opened: what that opens gets the lowest number that is free, which may be the other one's.
-            given("ingress-fd", *ingress)?;
-            given("egress-fd", *egress)?;
+            check_given("ingress-fd", *ingress)?;
+            check_given("egress-fd", *egress)?;
             let (ingress, egress) = (descriptor("ingress-fd", *ingress)?, descriptor("egress-fd", *egress)?);
             Some(KeyTarget::Each { ingress, egress })
         }
         _ => None,
     };
-    Ok(Prepared { command, keys })
-}
-
-/// The descriptor opened once more: taking it over by its number alone would take unsafe code.
-fn descriptor(option: &str, fd: u32) -> Result<File, Failure> {
-    // A pipe that nobody reads would hang here, and is an error this way.
-    let flags = OFlags::NONBLOCK.bits().cast_signed();
-    let open = OpenOptions::new().write(true).custom_flags(flags).open(format!("/proc/self/fd/{fd}"));
-    open.map_err(|e| unfit(option, fd, &e))
-}
-
-/// Complains of a descriptor that this process was not given.
-fn given(option: &str, fd: u32) -> Result<(), Failure> {
-    std::fs::symlink_metadata(format!("/proc/self/fd/{fd}")).map(drop).map_err(|error| unfit(option, fd, &error))
-}
-
-fn unfit(option: &str, fd: u32, error: &std::io::Error) -> Failure {
-    format!("--{option} {fd} cannot be written to: {error}; give a pipe that is read, or --key-file").into()
+    let given = match &command {
+        Command::Vm(command) => command.descriptors().map(|fd| descriptor("give", fd)).collect::<Result<_, _>>()?,
+        _ => Vec::new(),
+    };
+    Ok(Prepared { command, keys, given })
 }
 
 /// Runs `claviger host …`.
@@ -277,6 +207,8 @@ pub async fn run(prepared: Prepared) -> Result<(), Failure> {
                 .ok_or("say where the keys go: --fd N, --key-file FILE, or --ingress-fd N and --egress-fd N")?;
             unwrap(&place, &measured, &service, &protector, &egress, (keys, format)).await
         }
+        Command::Agent(options) => agent::run(options).await,
+        Command::Vm(command) => vm::run(command, prepared.given).await,
     }
 }
 
@@ -374,12 +306,6 @@ async fn unwrap(
     Ok(())
 }
 
-fn read_protector(path: &Path) -> Result<Vec<u8>, Failure> {
-    let bytes = files::read(path, MAX_PROTECTOR)?.to_vec();
-    Protector::parse(&bytes).map_err(|e| format!("{}: {}", path.display(), e.message))?;
-    Ok(bytes)
-}
-
 fn hand_over(keys: &Payload, target: KeyTarget, format: KeyFormat) -> Result<(), Failure> {
     let both = || Zeroizing::new([&written(&keys.ingress, format)[..], &written(&keys.egress, format)[..]].concat());
     match target {
@@ -416,28 +342,3 @@ fn write_out(mut file: File, bytes: &[u8]) -> Result<(), Failure> {
     written.map_err(|e| format!("the keys could not be handed over: {e}; run it again").into())
 }
 
-/// The error with what to do about it.
-fn explain(error: ServicesError, folder: &Folder, measured: &Measured) -> Failure {
-    match error {
-        error if error.is_temporary() => TryLater(error).into(),
-        ServicesError::Host(HostError::Attestation { status: 403, reply, retry_after }) if measured.tpm.is_some() => {
-            let how = match reply.name.as_str() {
-                "UnauthorizedErrorReply" => {
-                    "register this host where the service runs, by what claviger host ek writes"
-                }
-                _ => "where the service runs, claviger hosts check NAME says what differs",
-            };
-            format!("{}; {how}", HostError::Attestation { status: 403, reply, retry_after }).into()
-        }
-        ServicesError::Host(HostError::Attestation { status: 403, reply, retry_after }) => {
-            let public = folder.public_key_file();
-            let error = HostError::Attestation { status: 403, reply, retry_after };
-            let how = format!("claviger hosts add NAME --public-key {}", public.display());
-            format!("{error}; if this host is to be trusted, register it where the service runs: {how}").into()
-        }
-        ServicesError::Store(error @ StoreError::File(FileError::Io { .. })) => {
-            format!("{error}; this host's files have to be readable and writable for this command").into()
-        }
-        error => error.into(),
-    }
-}

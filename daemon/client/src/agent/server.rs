@@ -15,6 +15,7 @@ use super::wire::{self, Refused, Reply};
 use crate::failover::{Services, ServicesError, unix_now};
 use crate::host::{HostError, Unwrapped};
 use crate::host_files::Folder;
+use crate::http::TlsSettings;
 use crate::retry::Fault;
 use crate::tpm::TpmPlace;
 
@@ -36,8 +37,8 @@ pub struct Settings {
     pub tpm: Option<TpmPlace>,
     /// The servers.
     pub urls: Vec<String>,
-    /// Certificates to trust for https.
-    pub ca: Option<PathBuf>,
+    /// How the servers prove themselves, and this host to them.
+    pub tls: TlsSettings,
     /// For each release, with all of its waits.
     pub timeout: Duration,
     /// The certificate is renewed so long before it ends.
@@ -53,7 +54,7 @@ impl Settings {
     async fn services(&self) -> Result<Services, ServicesError> {
         let this = self.clone();
         let made = tokio::task::spawn_blocking(move || {
-            Services::new(this.folder, this.tpm, &this.urls, this.ca.as_deref(), this.timeout)
+            Services::new(this.folder, this.tpm, &this.urls, &this.tls, this.timeout)
         });
         made.await.unwrap_or_else(|error| Err(HostError::Answer(error.to_string()).into()))
     }

@@ -1,0 +1,149 @@
+//! `claviger host agent`: its socket, its page of metrics, its start and its end.
+
+use std::convert::Infallible;
+use std::fs::{self, DirBuilder, Permissions};
+use std::io::ErrorKind;
+use std::net::SocketAddr;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use claviger_client::agent::counters::Counters;
+use claviger_client::agent::gather::Pace;
+use claviger_client::agent::server::{self, Settings};
+use claviger_client::failover::ServicesError;
+use claviger_client::files;
+use http_body_util::Full;
+use hyper::header::CONTENT_TYPE;
+use hyper::service::service_fn;
+use hyper::{Request, Response, StatusCode};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use hyper_util::server::conn::auto;
+use tokio::net::{TcpListener, UnixListener, UnixStream};
+
+use super::options::{Measured, Service, explain, folder};
+use crate::sys::failure::Failure;
+use crate::sys::print::say;
+use crate::{metrics, notify, process};
+
+/// `claviger host agent`
+#[derive(Debug, clap::Args)]
+pub struct Agent {
+    /// Folder of this host's keys and its health certificate [default: /var/lib/claviger-host]
+    #[arg(long, value_name = "DIR")]
+    dir: Option<PathBuf>,
+    /// What it attests with.
+    #[command(flatten)]
+    measured: Measured,
+    /// Who is asked.
+    #[command(flatten)]
+    service: Service,
+    /// The socket to listen on; its folder is made where it is not there
+    #[arg(long, value_name = "SOCKET")]
+    socket: PathBuf,
+    /// A user, by number, that may ask, beside root and the agent's own; may be repeated. Who may ask gets keys of every vault
+    #[arg(long, value_name = "UID")]
+    allow_uid: Vec<u32>,
+    /// Serve metrics for Prometheus on this address; port 0 picks one
+    #[arg(long, value_name = "ADDR")]
+    metrics: Option<SocketAddr>,
+    /// Renew the health certificate so many seconds before it ends
+    #[arg(long, value_name = "SECONDS", default_value_t = 3600, value_parser = clap::value_parser!(u64).range(300..=25_200))]
+    renew_before: u64,
+}
+
+impl Agent {
+    fn settings(&self) -> Settings {
+        Settings {
+            folder: folder(self.dir.clone(), self.measured.tpm.is_some()),
+            tpm: self.measured.place(),
+            urls: self.service.urls.clone(),
+            tls: self.service.tls.clone(),
+            timeout: Duration::from_secs(self.service.timeout),
+            renew_before: Duration::from_secs(self.renew_before),
+            pace: Pace::default(),
+            users: self.allow_uid.clone(),
+        }
+    }
+}
+
+/// Serves until a signal tells it to stop.
+pub(super) async fn run(options: Agent) -> Result<(), Failure> {
+    let stop = process::shutdown_signal()?;
+    let (settings, counters) = (options.settings(), Arc::new(Counters::default()));
+    let page = match options.metrics {
+        Some(address) => Some(TcpListener::bind(address).await.map_err(|e| format!("--metrics {address}: {e}"))?),
+        None => None,
+    };
+    // Before anybody asks, so that a storm of starts finds a certificate.
+    match server::attest(&settings, &counters).await {
+        Ok(()) => {}
+        // What an administrator has to change on this host.
+        Err(error @ (ServicesError::Store(_) | ServicesError::Client(_))) => {
+            return Err(explain(error, &settings.folder, &options.measured));
+        }
+        Err(error) => {
+            let why = explain(error, &settings.folder, &options.measured);
+            tracing::warn!(error = %why, "no health certificate yet; it is tried again");
+        }
+    }
+    let listener = listen(&options.socket, !settings.users.is_empty()).await?;
+    say!("listening on {}", options.socket.display());
+    if let Some(page) = page {
+        say!("metrics on http://{}", page.local_addr()?);
+        tokio::spawn(serve_metrics(page, counters.clone()));
+    }
+    notify::ready().await;
+    tokio::select! {
+        () = server::serve(listener, settings, counters) => {}
+        _ = stop => {}
+    }
+    let _ = fs::remove_file(&options.socket);
+    Ok(())
+}
+
+/// The agent's socket. One that was left behind is replaced; one that somebody listens on is not.
+async fn listen(path: &Path, others: bool) -> Result<UnixListener, Failure> {
+    let failed = |error: std::io::Error| format!("--socket {}: {error}", path.display());
+    DirBuilder::new().recursive(true).mode(0o755).create(files::folder(path)).map_err(failed)?;
+    match UnixStream::connect(path).await {
+        Ok(_) => return Err(format!("another agent listens on {}; stop it first", path.display()).into()),
+        Err(error) if error.kind() == ErrorKind::ConnectionRefused => fs::remove_file(path).map_err(failed)?,
+        Err(_) => {}
+    }
+    let listener = UnixListener::bind(path).map_err(failed)?;
+    // Who may ask is judged by the peer's user; the mode keeps all others from coming that far.
+    let mode = if others { 0o666 } else { 0o600 };
+    fs::set_permissions(path, Permissions::from_mode(mode)).map_err(failed)?;
+    Ok(listener)
+}
+
+async fn serve_metrics(listener: TcpListener, counters: Arc<Counters>) {
+    loop {
+        let Ok((stream, _)) = listener.accept().await else {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            continue;
+        };
+        let counters = counters.clone();
+        tokio::spawn(async move {
+            let answer = service_fn(|request: Request<_>| std::future::ready(page(&request, &counters)));
+            let builder = auto::Builder::new(TokioExecutor::new());
+            let served = builder.serve_connection(TokioIo::new(stream), answer);
+            // A reader that goes away, or takes its time, is no concern of the agent's.
+            let _ = tokio::time::timeout(Duration::from_secs(10), served).await;
+        });
+    }
+}
+
+fn page<B>(request: &Request<B>, counters: &Counters) -> Result<Response<Full<Bytes>>, Infallible> {
+    let mut response = Response::new(Full::default());
+    if request.uri().path() == "/metrics" {
+        *response.body_mut() = Full::from(counters.page());
+        response.headers_mut().insert(CONTENT_TYPE, hyper::header::HeaderValue::from_static(metrics::CONTENT_TYPE));
+    } else {
+        *response.status_mut() = StatusCode::NOT_FOUND;
+    }
+    Ok(response)
+}
