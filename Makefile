@@ -3,7 +3,8 @@
 
 PACKAGES_DEMO = softhsm2
 PACKAGES_TEST = $(PACKAGES_DEMO) opencryptoki opensc p11-kit p11-kit-modules xmlsec1 libxml2-utils openssl curl \
-  python3-cryptography python3-jsonschema python3-lxml logrotate swtpm swtpm-tools tpm2-tools
+  python3-cryptography python3-jsonschema python3-lxml logrotate swtpm swtpm-tools tpm2-tools \
+  libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients qemu-system-x86 qemu-utils ovmf
 # Only their programs are wanted.
 PACKAGES_WATCH = prometheus prometheus-alertmanager
 # Counts instructions.
