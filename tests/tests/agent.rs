@@ -15,7 +15,7 @@ use claviger_client::agent::counters::Counters;
 use claviger_client::agent::gather::Pace;
 use claviger_client::agent::server::{self, Settings};
 use claviger_client::host_files::Folder;
-use claviger_client::http::Client;
+use claviger_client::http::{Client, TlsSettings};
 use claviger_client::vault::file;
 use claviger_client::vault::format::Vault;
 use claviger_client::vault::secrets::Secrets;
@@ -186,7 +186,7 @@ async fn a_certificate_is_renewed_in_time_and_not_before() {
         folder: Folder::new(lab.file("host")),
         tpm: None,
         urls: vec![daemon.url.clone()],
-        ca: None,
+        tls: TlsSettings::default(),
         timeout: PATIENCE,
         renew_before: Duration::from_secs(hours * 3600),
         pace: Pace::default(),

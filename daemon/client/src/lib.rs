@@ -11,9 +11,9 @@
 //! | a virtual machine's protector and secrets in one file | [`vault`] |
 #![forbid(unsafe_code)]
 
+pub mod agent;
 mod base_url;
 mod connect;
-pub mod agent;
 mod durable;
 mod endpoint;
 pub mod error;

@@ -25,7 +25,9 @@ use super::target::rsa_bits;
 use crate::sys::failure::Failure;
 use crate::sys::print::say;
 
-use options::{FIRST_FD, Measured, Place, STATUSES, Service, TryLater, check_given, descriptor, explain, read_protector};
+use options::{
+    FIRST_FD, Measured, Place, STATUSES, Service, TryLater, check_given, descriptor, explain, read_protector,
+};
 
 /// `EX_TEMPFAIL` of sysexits.h.
 const TRY_LATER: u8 = 75;
@@ -341,4 +343,3 @@ fn write_out(mut file: File, bytes: &[u8]) -> Result<(), Failure> {
     });
     written.map_err(|e| format!("the keys could not be handed over: {e}; run it again").into())
 }
-

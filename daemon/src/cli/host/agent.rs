@@ -24,9 +24,11 @@ use hyper_util::server::conn::auto;
 use tokio::net::{TcpListener, UnixListener, UnixStream};
 
 use super::options::{Measured, Service, explain, folder};
+use crate::observe::metrics;
+use crate::run::systemd;
 use crate::sys::failure::Failure;
 use crate::sys::print::say;
-use crate::{metrics, notify, process};
+use crate::sys::process;
 
 /// `claviger host agent`
 #[derive(Debug, clap::Args)]
@@ -95,7 +97,7 @@ pub(super) async fn run(options: Agent) -> Result<(), Failure> {
         say!("metrics on http://{}", page.local_addr()?);
         tokio::spawn(serve_metrics(page, counters.clone()));
     }
-    notify::ready().await;
+    systemd::ready().await;
     tokio::select! {
         () = server::serve(listener, settings, counters) => {}
         _ = stop => {}

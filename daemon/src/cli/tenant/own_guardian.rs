@@ -48,7 +48,7 @@ fn fill(dir: &Path, name: &str, bits: u32) -> Result<Owner, Failure> {
 }
 
 /// Reads an own guardian.
-pub(super) fn load(dir: &Path) -> Result<Owner, Failure> {
+pub(in crate::cli) fn load(dir: &Path) -> Result<Owner, Failure> {
     if !dir.is_dir() {
         return Err(
             format!("{} is no folder of an own guardian; make one: claviger guardian new DIR", dir.display()).into()

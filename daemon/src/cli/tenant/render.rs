@@ -40,7 +40,7 @@ pub(super) fn certificate_json(certificate: &Certificate) -> Value {
 
 /// Whether the transport-key signature holds, as far as somebody tried.
 #[derive(Clone, PartialEq, Eq)]
-pub(super) enum Opened {
+pub(in crate::cli) enum Opened {
     /// Nobody did.
     NotTried,
     /// It does, and the protector opens.
@@ -52,7 +52,7 @@ pub(super) enum Opened {
 }
 
 /// Prints a protector as a tree.
-pub(super) fn show(description: &Description, opened: &Opened) {
+pub(in crate::cli) fn show(description: &Description, opened: &Opened) {
     match (&description.verdict, opened) {
         (Ok(()), Opened::Failed(_)) => say!("protector: NOT VALID"),
         (Ok(()), _) => say!("protector of {} wrappings: valid", description.wrappings.len()),
@@ -117,7 +117,7 @@ fn signature(signature: &DescribedSignature) -> String {
 }
 
 /// A protector for machines.
-pub(super) fn to_json(description: &Description, opened: &Opened) -> Value {
+pub(in crate::cli) fn to_json(description: &Description, opened: &Opened) -> Value {
     let problem = description.verdict.as_ref().err();
     let transport = match opened {
         Opened::NotTried | Opened::NotOurs => json!({ "state": "unchecked" }),
