@@ -47,6 +47,6 @@ pub struct Bound {
 
 /// Joins the texts of conditions with commas.
 #[must_use]
-pub fn stated(bounds: &[Bound]) -> String {
+pub(crate) fn stated(bounds: &[Bound]) -> String {
     bounds.iter().map(|bound| bound.text.as_str()).collect::<Vec<_>>().join(", ")
 }

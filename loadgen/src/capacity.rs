@@ -152,7 +152,7 @@ pub struct Sure {
 impl Sure {
     /// The confidence as text.
     #[must_use]
-    pub fn stated(&self, sustainable: f64) -> String {
+    pub(crate) fn stated(&self, sustainable: f64) -> String {
         if self.held == 0 {
             return "no rate that was tried held".to_owned();
         }

@@ -186,7 +186,7 @@ pub fn open(response: &RollResponse, identity: &RsaPrivateKey) -> Result<Payload
 
 /// The code under which a refusal is counted. If the body is not an error of the protocol, the code is the status.
 #[must_use]
-pub fn error_code(reply: &Reply) -> String {
+pub(crate) fn error_code(reply: &Reply) -> String {
     let bare = |_| format!("Http{}", reply.status.as_u16());
     Refusal::parse(&reply.body).map_or_else(bare, |refusal| refusal.code.as_str().to_owned())
 }

@@ -25,7 +25,7 @@ pub fn client(url: &str, tls: &TlsSettings, timeout: Duration) -> Result<Client,
 
 /// The code under which a request without a reply is counted.
 #[must_use]
-pub fn error_code(error: &ClientError) -> &'static str {
+pub(crate) fn error_code(error: &ClientError) -> &'static str {
     match error {
         ClientError::Timeout { .. } => "Timeout",
         ClientError::Broken { .. } | ClientError::TooLarge { .. } => "BrokenConnection",

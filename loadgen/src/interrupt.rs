@@ -86,7 +86,7 @@ impl Interrupt {
     }
 
     /// Waits until the time for requests in flight is over.
-    pub async fn abandon(&self) {
+    pub(crate) async fn abandon(&self) {
         let at = self.wait().await;
         tokio::time::sleep_until(at + GRACE).await;
     }

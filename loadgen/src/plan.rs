@@ -46,7 +46,7 @@ impl Hosts {
 
     /// The assumption as text.
     #[must_use]
-    pub fn stated(&self) -> String {
+    pub(crate) fn stated(&self) -> String {
         format!(
             "hosts: assuming {} releases of each a day, and a busiest minute of {} times the mean (--releases-per-day, --peak)",
             self.releases_a_day, self.peak
@@ -141,7 +141,7 @@ pub struct Target {
 impl Target {
     /// The prediction as text.
     #[must_use]
-    pub fn stated(&self, ceiling: f64) -> String {
+    pub(crate) fn stated(&self, ceiling: f64) -> String {
         let (rate, most) = (units::per_second(self.rate), units::per_second(ceiling));
         let known = |time: Option<f64>| time.map_or("not known".to_owned(), units::seconds);
         let fails = units::percent(self.errors);
@@ -350,7 +350,7 @@ pub(crate) fn planned(model: &Model, objectives: &[Threshold], target: Option<f6
 
 /// Formats capacities as a table.
 #[must_use]
-pub fn capacity_table(titles: &[String], capacities: &[Capacity], hosts: &Hosts) -> String {
+pub(crate) fn capacity_table(titles: &[String], capacities: &[Capacity], hosts: &Hosts) -> String {
     let row = |name: &str, value: &dyn Fn(&Capacity) -> String| {
         std::iter::once(name.to_owned()).chain(capacities.iter().map(value)).collect::<Vec<_>>()
     };

@@ -125,7 +125,7 @@ impl Profile {
 
     /// The rate at the start, in releases a second.
     #[must_use]
-    pub fn first_rate(&self) -> f64 {
+    pub(crate) fn first_rate(&self) -> f64 {
         match self {
             Self::Rates(segments) => segments.first().map_or(0.0, |segment| segment.from.max(1.0)),
             Self::Storm { machines, within } => *machines as f64 / within.as_secs_f64(),
@@ -168,7 +168,7 @@ impl Profile {
     /// Number of starts in the first `seconds` of the profile. A server that keeps up has received this number of
     /// releases by then.
     #[must_use]
-    pub fn starts_by(&self, seconds: f64) -> f64 {
+    pub(crate) fn starts_by(&self, seconds: f64) -> f64 {
         match self {
             Self::Rates(segments) => {
                 let mut begins = 0.0;

@@ -348,7 +348,7 @@ impl Report {
 
     /// Share of the due releases that failed or were dropped. Percentiles above the remaining share are unknown.
     #[must_use]
-    pub fn unsuccessful(&self) -> f64 {
+    pub(crate) fn unsuccessful(&self) -> f64 {
         tally::unsuccessful(self.offered, self.failed(), self.dropped)
     }
 

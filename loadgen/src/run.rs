@@ -66,7 +66,7 @@ impl Mode {
 
     /// `true` if the rate is constant for the whole run.
     #[must_use]
-    pub fn is_constant(&self) -> bool {
+    pub(crate) fn is_constant(&self) -> bool {
         match self {
             Self::Open(Profile::Rates(segments)) => {
                 segments.iter().all(|segment| segment.from == segment.to && segment.from == segments[0].from)
@@ -77,7 +77,7 @@ impl Mode {
 
     /// `true` for a boot storm.
     #[must_use]
-    pub fn is_storm(&self) -> bool {
+    pub(crate) fn is_storm(&self) -> bool {
         matches!(self, Self::Open(Profile::Storm { .. }))
     }
 }

@@ -44,13 +44,13 @@ pub struct Model {
 impl Model {
     /// Number of operations that one HSM computes at the same time.
     #[must_use]
-    pub fn engines(&self) -> usize {
+    pub(crate) fn engines(&self) -> usize {
         ((self.hsm_rate * self.op_time).round() as usize).max(1)
     }
 
     /// Time of an operation at an engine. It is adjusted so that a whole number of engines gives exactly the rate.
     #[must_use]
-    pub fn engine_time(&self) -> f64 {
+    pub(crate) fn engine_time(&self) -> f64 {
         self.engines() as f64 / self.hsm_rate
     }
 
@@ -71,7 +71,7 @@ impl Model {
     /// Longest wait for admission when more releases arrive than are served. The wait ends when the queue is full or
     /// the deadline is near.
     #[must_use]
-    pub fn longest_wait(&self, served: f64) -> f64 {
+    pub(crate) fn longest_wait(&self, served: f64) -> f64 {
         (self.queue as f64 / served).min(self.deadline)
     }
 }

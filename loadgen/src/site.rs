@@ -139,7 +139,7 @@ impl Site {
 
     /// `true` if there is an admin socket, so that hosts can be registered and the state of the HSMs can be read.
     #[must_use]
-    pub fn has_socket(&self) -> bool {
+    pub(crate) fn has_socket(&self) -> bool {
         self.socket.is_some()
     }
 
@@ -221,7 +221,7 @@ impl Admin {
     ///
     /// # Errors
     /// The daemon refuses or does not answer.
-    pub fn add_tpm_host(&mut self, name: &str, endorsement_key: &[u8]) -> Result<(), Failure> {
+    pub(crate) fn add_tpm_host(&mut self, name: &str, endorsement_key: &[u8]) -> Result<(), Failure> {
         let key = data_encoding::BASE64.encode(endorsement_key);
         self.call(&json!({"command": "hosts.add-tpm", "name": name, "public_key": key})).map(drop)
     }
@@ -230,7 +230,7 @@ impl Admin {
     ///
     /// # Errors
     /// The daemon refuses or does not answer.
-    pub fn accept_boot(&mut self) -> Result<(), Failure> {
+    pub(crate) fn accept_boot(&mut self) -> Result<(), Failure> {
         let (name, pcrs) = (host::BASELINE, json!(host::boot_pcrs()?));
         let known = self.call(&json!({"command": "baselines.list"}))?;
         match known.as_array().into_iter().flatten().find(|row| row["name"] == name) {

@@ -9,7 +9,7 @@ use hdrhistogram::Histogram;
 use crate::profile::Arrivals;
 
 /// The error code of a reply that a check found wrong.
-pub const WRONG_REPLY: &str = "WrongReply";
+pub(crate) const WRONG_REPLY: &str = "WrongReply";
 /// Significant digits of the histograms. Three digits mean an error of at most 0.1 %.
 const DIGITS: u8 = 3;
 /// Allowed growth of the number of open releases at a rate that is carried: this share of the due releases, plus a
@@ -258,7 +258,7 @@ impl Tally {
 
     /// Share of the due releases that did not succeed.
     #[must_use]
-    pub fn unsuccessful(&self) -> f64 {
+    pub(crate) fn unsuccessful(&self) -> f64 {
         unsuccessful(self.offered, self.failed(), self.dropped)
     }
 

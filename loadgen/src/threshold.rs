@@ -143,7 +143,7 @@ pub fn stopping(text: &str) -> Result<Threshold, String> {
 /// `true` if the latency at a quantile is known when the share `unsuccessful` of all releases has no latency, because
 /// they failed or were dropped.
 #[must_use]
-pub fn is_known(quantile: f64, unsuccessful: f64) -> bool {
+pub(crate) fn is_known(quantile: f64, unsuccessful: f64) -> bool {
     unsuccessful <= 1.0 - quantile + 1e-12
 }
 
@@ -163,7 +163,7 @@ impl Threshold {
 
     /// Returns a message if the condition fails with the counters so far.
     #[must_use]
-    pub fn fails_already(&self, tally: &Tally) -> Option<String> {
+    pub(crate) fn fails_already(&self, tally: &Tally) -> Option<String> {
         let (value, measured) = self.measured(tally);
         let holds = value.is_some_and(|value| self.relation.holds(value, self.bound));
         (!holds).then(|| format!("{self} failed ({measured})"))

@@ -87,7 +87,7 @@ pub fn per_second(rate: f64) -> String {
 
 /// Formats a share in percent.
 #[must_use]
-pub fn percent(share: f64) -> String {
+pub(crate) fn percent(share: f64) -> String {
     let percent = share * 100.0;
     if percent == 0.0 {
         "0 %".to_owned()

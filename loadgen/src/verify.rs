@@ -116,7 +116,7 @@ impl Checker {
 
     /// `true` if the next reply is selected for a check.
     #[must_use]
-    pub fn draws(&self) -> bool {
+    pub(crate) fn draws(&self) -> bool {
         match self.which {
             Verify::All => true,
             Verify::Sample(share) => fastrand::f64() < share,
