@@ -20,7 +20,7 @@ use serde_json::Value;
 
 pub use grafana::dashboards;
 pub use prometheus::{Alert, Group, Recording, Rule, groups};
-pub use queries::{Query, Variable, panels, panels_of, variables, variables_of};
+pub use queries::{Query, Variable, panels, panels_of, variables};
 
 /// The command that generates the files.
 pub const REGENERATE: &str = "cargo run -p claviger-dashboards";

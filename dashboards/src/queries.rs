@@ -95,7 +95,7 @@ pub fn variables() -> Vec<Variable> {
 
 /// The variables of this dashboard whose values come from Prometheus.
 #[must_use]
-pub fn variables_of(dashboard: &Value) -> Vec<Variable> {
+fn variables_of(dashboard: &Value) -> Vec<Variable> {
     let list = dashboard["templating"]["list"].as_array().cloned().unwrap_or_default();
     list.iter()
         .filter_map(|variable| {
