@@ -85,7 +85,7 @@ impl Interrupt {
         }
     }
 
-    /// Waits until the time for requests in flight is over.
+    /// Waits for the interrupt, then for the grace period of requests in flight.
     pub(crate) async fn abandon(&self) {
         let at = self.wait().await;
         tokio::time::sleep_until(at + GRACE).await;

@@ -127,8 +127,8 @@ pub fn objectives(text: &str) -> Result<Vec<Threshold>, String> {
     }
 }
 
-/// Parses a condition that may stop a run. It is an upper bound, and not on the rate, because only the whole run shows
-/// the rate.
+/// Parses a condition that stops a run. It must be an upper bound, and not on the achieved rate, because that rate is
+/// known only after the run.
 ///
 /// # Errors
 /// A sentence that explains the syntax.
@@ -204,7 +204,7 @@ impl Threshold {
     }
 
     /// `true` if a simulated result meets the condition, given its latency at each quantile and its share of errors.
-    /// Supports the conditions that [`objectives`] accepts.
+    /// Only conditions that [`objectives`] accepts are supported.
     #[must_use]
     pub fn holds(&self, latency: impl Fn(f64) -> f64, errors: f64) -> bool {
         let value = match self.measure {

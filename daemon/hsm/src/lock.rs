@@ -1,4 +1,4 @@
-//! Locks of this crate. All data stays consistent when a thread panics under a lock, so poisoned locks are used on.
+//! Locks of this crate. A panic under a lock leaves the data consistent, so a poisoned lock is used as usual.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

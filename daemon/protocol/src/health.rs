@@ -53,11 +53,11 @@ pub fn issue(
     template(signer, host_name, host_key, identity_key, content, now)?.to_be_signed()
 }
 
-/// The same for a host that proved by its TPM what it booted: its endorsement key is in the host key's place, and the
+/// Like [`issue`], for a host that proved its boot with its TPM. The endorsement key takes the place of the host key, and the
 /// certificate names the baseline that matched.
 ///
 /// # Errors
-/// As [`issue`]; [`BuildError::Name`] for an empty baseline name, too.
+/// The errors of [`issue`], and [`BuildError::Name`] for an empty baseline name.
 pub fn issue_measured(
     signer: &Certificate,
     host_name: &str,
@@ -131,7 +131,7 @@ pub struct HealthClaims {
     pub host_key_sha256: String,
     /// The baseline that the host's measurements matched; `None` for a host that attested by a host key.
     pub baseline: Option<String>,
-    /// The host's identity key: what is released is encrypted to it.
+    /// The host's identity key. Released keys are encrypted to it.
     pub key: RsaPublicKey,
     /// SHA-256 of that key's SubjectPublicKeyInfo, lower-case hex.
     pub key_sha256: String,
@@ -168,7 +168,7 @@ pub enum HealthError {
     /// Its validity is over.
     #[error("the health certificate has expired")]
     Expired,
-    /// It lacks the system health authentication usage, or may not be encrypted to.
+    /// The certificate lacks the extended key usage system health authentication or the key usage keyEncipherment.
     #[error("the certificate is not for key release: it must have system health authentication and keyEncipherment")]
     Usage,
     /// It names no host or no host key.

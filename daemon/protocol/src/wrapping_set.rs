@@ -207,7 +207,7 @@ impl KnownSets {
         }
     }
 
-    /// The same for any protector, as if its set were not known.
+    /// Reads a protector with all checks, even if its wrapping set is known.
     ///
     /// # Errors
     /// As [`KnownSets::read`].
@@ -223,7 +223,8 @@ impl KnownSets {
         Ok(ingress)
     }
 
-    /// The same for a protector whose set is known. `None`: it is not known, or something in the file is not as it is usually written.
+    /// Reads a protector whose wrapping set is known. Returns `None` if the set is not known, or if the file is not written in
+    /// the usual form.
     pub fn read_known(&self, file: &[u8], sha256: &[u8; 32], work: &mut Work) -> Option<Result<Ingress, Refusal>> {
         let (set, values) = self.find(file, |set| set.skeleton.read(file))?;
         let Values { ciphers, transport_key_signature, guardian, guardian_signature, body } = values;

@@ -50,9 +50,9 @@ pub const PATIENCE: Duration = Duration::from_secs(10);
 const LEAST: Duration = Duration::from_millis(100);
 /// How long records may take to be written before the disk is said to hang.
 const DISK_HANGS: Duration = Duration::from_secs(2);
-/// Lines a second that refusals may have in the long run: some 1 GB a day, at 600 bytes for a line.
+/// Sustained number of refusal lines per second. At 600 bytes a line, this is about 1 GB a day.
 const REFUSALS: u32 = 20;
-/// Lines that they may have at once.
+/// Number of refusal lines that may come at once.
 const REFUSALS_AT_ONCE: u32 = 4096;
 /// How long the end of the process waits for a disk that hangs.
 const END: Duration = Duration::from_secs(5);

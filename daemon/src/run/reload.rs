@@ -25,7 +25,7 @@ use crate::tls::{SharedTls, tls_config};
 /// How long members that go wait until one of those that stay serves.
 const REPLACED_WITHIN: Duration = Duration::from_secs(10);
 
-/// Catches `SIGHUP`, which ends a process that does not, from this call on.
+/// Installs the handler for `SIGHUP`. Without a handler, `SIGHUP` ends the process.
 ///
 /// # Errors
 /// When the handler cannot be installed.
@@ -201,7 +201,8 @@ async fn serves_without(cluster: &Cluster, config: &Config, until: Instant) -> b
     }
 }
 
-/// The settings that are not the same. Members are told apart by their names; values, which may be secrets, are left out.
+/// Returns the names of the settings that differ. Members are identified by name. Values are omitted because they may be
+/// secrets.
 fn differences(wanted: &Config, is: &Config) -> BTreeSet<String> {
     let settings = |config: &Config| {
         let mut value = serde_json::to_value(config).unwrap_or_default();

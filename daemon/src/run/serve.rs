@@ -1,7 +1,7 @@
 //! `claviger serve`: start, serve, stop.
 //!
-//! Nothing here waits for something without a bound: not for a module that hangs, nor for a disk, a log or a service manager that
-//! does not answer. A signal to stop is acted on at any time.
+//! Every wait for a module, a disk, a log or the service manager has a time limit: one that hangs cannot block the daemon. A
+//! stop signal takes effect at any time.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -25,7 +25,8 @@ const OWN_THREADS: usize = 2;
 const MEMBER_THREADS: usize = 2;
 /// How long an interrupted start may take to clean up.
 const ABANDON: Duration = Duration::from_secs(1);
-/// What a stop may take beyond `server.drain_timeout_ms`: commands of administrators, sessions, the audit trail.
+/// Time that shutdown may take after `server.drain_timeout_ms`, for administrators' commands, HSM sessions and the audit
+/// trail.
 const STOP_MARGIN: Duration = Duration::from_secs(35);
 /// How long work on files may go on after the stop.
 const LAST_FILES: Duration = Duration::from_secs(2);
@@ -101,7 +102,7 @@ async fn serve(file: PathBuf, config: Config, cluster: Cluster, starting: &Start
     Ok(())
 }
 
-/// Tells the service manager that the daemon serves, and reloads the configuration when told to.
+/// Tells the service manager that the daemon is ready, and reloads the configuration on `SIGHUP`.
 fn follow(
     hangups: tokio::signal::unix::Signal,
     hangup: Hangup,

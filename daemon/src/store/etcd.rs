@@ -100,7 +100,7 @@ impl Etcd {
         StateError::Unavailable { reason }
     }
 
-    /// The connection; shortly after one was lost, the next one.
+    /// Returns the connection. If it was lost a moment ago, waits for a new one until `GRACE` after the loss.
     fn client(&self) -> Result<Client, StateError> {
         let until = self.shared.followed().lost + GRACE;
         let found = self.shared.wait(until, |followed| match &followed.link {

@@ -203,7 +203,8 @@ async fn release(
     }
 }
 
-/// Asks for a batch and gives each its answer. A release that passes the service's limits goes into a later batch.
+/// Sends a batch and returns each result to its caller. A release that the service refuses for the host's rate, or because it
+/// cannot serve now, is moved to a later batch if the caller waits long enough.
 async fn ask(batch: Vec<Job>, jobs: &mpsc::Sender<Job>, settings: &Settings, counters: &Counters) {
     counters.batches.fetch_add(1, Relaxed);
     let protectors: Vec<_> = batch.iter().map(|job| job.protector.clone()).collect();

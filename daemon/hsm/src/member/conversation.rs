@@ -41,8 +41,8 @@ pub(crate) enum Unsent<G> {
 /// Receives the result of a call; `None` if the call only waited in the socket when its worker ended.
 pub(crate) type Waiting = oneshot::Receiver<Option<CallResult>>;
 
-/// Owner of an outstanding call. `G` is a guard held while the call is outstanding: its place and its position in the
-/// queue.
+/// The caller that waits for an outstanding call. `G` is its guard (place and queue position), released when the call
+/// ends.
 struct Owner<G> {
     reply: Option<oneshot::Sender<Option<CallResult>>>,
     /// The parts of a list received so far.

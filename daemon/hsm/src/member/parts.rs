@@ -47,7 +47,7 @@ pub(super) const OWN_TIMEOUT: Duration = Duration::from_secs(10);
 pub(super) const SILENCE: Duration = Duration::from_secs(10);
 /// Time for which a member that lacked a key is not asked for that key. Replication between HSMs may lag.
 pub(super) const LACKS: Duration = Duration::from_secs(2);
-/// Maximum number of keys that are remembered as missing on a member.
+/// Maximum number of missing keys that are remembered for a member.
 pub(super) const MOST_LACKING: usize = 64;
 /// Maximum number of workers' notes that are remembered to avoid repeated log lines.
 pub(super) const MOST_NOTES: usize = 32;
@@ -88,7 +88,7 @@ pub(crate) struct Member {
     /// The connection to the worker, from the worker's start to its end, even while the member does not serve.
     pub(super) talk: Mutex<Option<Talk>>,
     pub(super) pin: Mutex<PinState>,
-    /// Notified when the machine has changed. Only the member's task waits for it.
+    /// Notified on each change of the member's state machine. Only the member's task waits for it.
     pub(super) changed: Notify,
     /// Number of attempts that have begun.
     pub(super) begun: AtomicU64,

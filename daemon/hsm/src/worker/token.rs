@@ -1,6 +1,7 @@
 //! State that the sessions of a worker share: the module, the login, the PIN, and facts about the token and its keys.
 //!
-//! Lock order: `tried_out`, `login`, `pin`. Each other lock is taken only while no lock is held.
+//! Lock order: `tried_out`, `login`, then one of `pin`, `said` and `said_oddities`. While one of these three is held, no
+//! other lock of a [`Token`] is taken.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};

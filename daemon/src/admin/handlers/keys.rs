@@ -36,7 +36,7 @@ const ASK_EVERY: Duration = Duration::from_secs(1);
 /// Fewest digits of a thumbprint that name a certificate.
 const FEWEST_DIGITS: usize = 8;
 
-/// A certificate that is to be added, as it was asked for.
+/// The parameters of a request to add a certificate.
 pub(super) struct New {
     pub(super) kind: Kind,
     pub(super) certificate: String,

@@ -28,8 +28,8 @@ const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 const HTTP1: u8 = 254;
 const HTTP2: u8 = 255;
 
-/// Bytes of answers that a connection of HTTP/2 may have unread before more of its requests are worked on: what a client of
-/// the usual window takes in two turns. HTTP/1.1 has one answer at a time.
+/// Maximum number of unread reply bytes on an HTTP/2 connection. Above it, further requests of the connection wait. It is what
+/// a client with the usual window reads in two rounds. HTTP/1.1 has one reply at a time.
 const UNREAD: usize = 128 * 1024;
 
 /// What an answer counts as at least: with it hyper keeps a stream and a task.

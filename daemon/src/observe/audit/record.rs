@@ -23,7 +23,7 @@ pub enum Class {
 /// Why a record is not in the file (or not surely). What it was to record must not happen then.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum AuditError {
-    /// The file cannot be opened, written or forced to the disk.
+    /// The file cannot be opened or written, or its data cannot be synced to the disk.
     #[error("the audit trail {} cannot be written: {source}", path.display())]
     Write {
         /// The audit file.
