@@ -195,7 +195,7 @@ pub async fn roll_protector<H: Hsm>(
     attempt.egress(sha256);
     // The host brings it next time, to this service as a rule.
     service.sets.know_file(sha256);
-    service.stock.asked(&ingress.set, 1.0);
+    service.stock.asked(&ingress.set, 1.0, in_force.config.release.stock_bytes());
 
     // 9. Both keys are encrypted to the host.
     let keys = Payload { ingress: ingress_key, egress: egress.into_key(), max_offline_unwraps };

@@ -35,6 +35,10 @@ const LONGEST: Duration = Duration::from_secs(600);
 const SPREAD: Duration = Duration::from_secs(120);
 /// Sets that have a lane; when there are more, the one that is asked for least loses its own.
 const MOST_LANES: usize = 4_096;
+/// Largest set that gets a lane, in bytes. An owner with three guardians has some 13,000.
+const LARGEST_SET: usize = 128 * 1024;
+/// Part of the stock's memory that the sets themselves may take, beside the items.
+const SETS_SHARE: usize = 4;
 /// The demand for a set is halved in this time.
 const HALF_LIFE: Duration = Duration::from_secs(7 * 24 * 3600);
 /// How long a set waits whose item could not be made.
@@ -201,8 +205,13 @@ impl Stock {
         self.depth.load(Ordering::Relaxed)
     }
 
-    /// Counts a release for `set`, which is worth stocking by that.
-    pub(crate) fn asked(&self, set: &Arc<WrappingSet>, releases: f64) {
+    /// Counts a release for `set`, which is worth stocking by that. `limit` is the stock's memory in bytes: a caller chooses the size
+    /// of a set, so sets are bounded by bytes and not by their number alone.
+    pub(crate) fn asked(&self, set: &Arc<WrappingSet>, releases: f64, limit: usize) {
+        let room = limit / SETS_SHARE;
+        if set.size() > LARGEST_SET.min(room) {
+            return;
+        }
         let now = standstill::now();
         let identity = set.identity();
         let known = self.lanes().get(&identity).map(Arc::clone);
@@ -211,13 +220,12 @@ impl Stock {
             return;
         }
         let mut lanes = self.lanes.write().unwrap_or_else(PoisonError::into_inner);
-        if lanes.len() >= MOST_LANES {
+        let mut taken: usize = lanes.values().map(|lane| lane.set.size()).sum();
+        while lanes.len() >= MOST_LANES || taken + set.size() > room {
             let least = lanes.iter().min_by(|(_, one), (_, other)| one.demand(now).total_cmp(&other.demand(now)));
-            if let Some(least) = least.map(|(identity, _)| *identity)
-                && let Some(lane) = lanes.remove(&least)
-            {
-                self.empty(&lane);
-            }
+            let Some(lane) = least.map(|(identity, _)| *identity).and_then(|least| lanes.remove(&least)) else { break };
+            taken -= lane.set.size();
+            self.empty(&lane);
         }
         let lane = lanes.entry(identity).or_insert_with(|| {
             Arc::new(Lane {
@@ -305,7 +313,10 @@ impl Stock {
             }
             if lane.demand(now) < LEAST_DEMAND {
                 let mut lanes = self.lanes.write().unwrap_or_else(PoisonError::into_inner);
-                lanes.remove(&identity);
+                // The set may have got another lane meanwhile.
+                if lanes.get(&identity).is_some_and(|current| Arc::ptr_eq(current, &lane)) {
+                    lanes.remove(&identity);
+                }
                 // Before anybody can put something into a lane that is gone.
                 self.empty(&lane);
             }

@@ -85,9 +85,10 @@ async fn fill<H: Hsm>(service: Arc<Service>, hsm: H, order: Order) {
 pub(crate) async fn recall(service: &Arc<Service>) {
     let of = Arc::clone(service);
     let recalled = tokio::task::spawn_blocking(move || {
+        let limit = of.config.load().release.stock_bytes();
         for RememberedSet { document, releases } in of.usage.sets()? {
             if let Some(set) = of.sets.restore(&document) {
-                of.stock.asked(&set, releases);
+                of.stock.asked(&set, releases, limit);
             }
         }
         Ok::<_, rusqlite::Error>(())

@@ -5,6 +5,7 @@ use std::collections::HashSet;
 
 use super::*;
 use crate::release::stocker;
+use crate::stock::Stock;
 
 /// One release, without its audit line: that is written by a thread, for which a paused clock does not wait.
 async fn served(stage: &Stage, body: &[u8]) -> Result<RollResponse, Refusal> {
@@ -186,15 +187,37 @@ async fn it_keeps_to_its_memory() {
     let (_folder, stage) = stage_with(|config| config.release.stock_mib = 0);
     asked(&stage, 2).await;
     assert_eq!(fill(&stage).await, 0, "0 makes none ahead");
+    assert!(stage.service.stock.worth(1).is_empty(), "and keeps no set");
     configure(&stage.service, |config| config.release.stock_mib = 1);
+    asked(&stage, 2).await;
     let set = stage.service.stock.worth(1).remove(0).set;
-    stage.service.stock.asked(&set, 2_000.0);
+    stage.service.stock.asked(&set, 2_000.0, 64 << 20);
     let most = fill(&stage).await;
     assert!((300..700).contains(&most), "{most} items of an owner and a guardian in a mebibyte");
     stage.service.stock.sweep(1024 * 1024 / 2);
     assert!((most * 2 / 5..=most * 3 / 5).contains(&depth(&stage)), "{}", depth(&stage));
     stage.service.stock.sweep(0);
     assert_eq!(depth(&stage), 0);
+}
+
+#[tokio::test]
+async fn sets_are_bounded_by_bytes_since_their_senders_choose_their_size() {
+    let (_folder, stage) = stage();
+    asked(&stage, 2).await;
+    let set = stage.service.stock.worth(1).remove(0).set;
+    let stock = Stock::default();
+    stock.asked(&set, 1.0, set.size() * 4 - 4);
+    assert!(stock.worth(1).is_empty(), "a set takes more than a quarter of the stock");
+    stock.asked(&set, 1.0, set.size() * 4);
+    assert_eq!(stock.worth(1).len(), 1);
+    // One with another guardian: there is room for one of both.
+    let two = stage.owner().create(&[stage.metadata(), stage.metadata()]).unwrap().0;
+    served(&stage, &stage.request(&two).to_xml()).await.unwrap();
+    let both = stage.service.stock.worth(2).into_iter().map(|worth| worth.set);
+    let larger = both.max_by_key(|set| set.size()).unwrap();
+    assert_ne!(larger.identity(), set.identity());
+    stock.asked(&larger, 1.0, larger.size() * 4);
+    assert_eq!(stock.worth(2).iter().map(|worth| worth.set.identity()).collect::<Vec<_>>(), [larger.identity()]);
 }
 
 #[tokio::test]
