@@ -251,6 +251,15 @@ pub async fn serve(service: Arc<Service>, request: Request<Incoming>) -> Result<
         present.has_closed();
     }
     let work = answer(service.clone(), request, asked, attempt).instrument(span.clone());
+    // Within the work: its end wakes the connection, which need not wait for its turn when a host has proved itself.
+    let judge = origin.clone();
+    let work = async move {
+        let answer = work.await;
+        if let (Some(origin), Some(proved)) = (judge, answer.proved) {
+            origin.judge(proved);
+        }
+        answer
+    };
     let mut work = match &origin {
         Some(origin) if !origin.is_proved() => spawn(origin.charged(work)),
         _ => spawn(work),
@@ -275,9 +284,6 @@ pub async fn serve(service: Arc<Service>, request: Request<Incoming>) -> Result<
         }
     };
     metrics::response(asked.name(), answer.status);
-    if let (Some(origin), Some(proved)) = (&origin, answer.proved) {
-        origin.judge(proved);
-    }
     if answer.status == 429 {
         // Everything that the request held is free by now.
         hold_back(&service, origin.as_ref()).await;

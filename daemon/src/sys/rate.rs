@@ -62,7 +62,6 @@ impl<K: Clone + Eq + Hash> Rate<K> {
     }
 
     /// How many tokens the bucket lacks, those that it owes included.
-    #[cfg(test)]
     pub(crate) fn missing(&self, key: &K) -> u32 {
         self.buckets.as_ref().map_or(0, |buckets| lock(buckets).missing(key, standstill::now()))
     }

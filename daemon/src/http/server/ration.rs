@@ -1,9 +1,10 @@
 //! Processor time for connections on which no host has proved itself, rationed by address.
 //!
 //! A TLS handshake, half a request, junk, a document: all take processor time before anything is known of the caller. The time
-//! that such a connection takes is charged to its address. When an address has used up its share, its connections wait, all for
-//! the same time, and then have one turn each: an honest newcomer at that address waits as long as a turn of all takes, and no
-//! connection is closed for it. When a host proves itself on a connection, what the connection took is given back, and the
+//! that such a connection takes is charged to its address. When an address has used up its share, each of its connections waits,
+//! for a second at most, and then has a turn: processor time that suffices for a handshake and a request. An honest newcomer at that
+//! address is slower by its waits, which are far below every time limit, and no connection is closed for it. When a host proves
+//! itself on a connection, what the connection took is given back, and the
 //! connection does not wait any more.
 //!
 //! [`Ration`] is what all connections of a listener share, [`Meter`] is that of one connection. Time is that of the thread, not
@@ -36,6 +37,15 @@ const BURST_SECONDS: u32 = 1;
 /// All addresses together have so many times the share of one.
 const TOGETHER: u32 = 2;
 
+/// Longest wait for a turn. Several of them fit into the time for a handshake or a header.
+const LONGEST_WAIT: Duration = Duration::from_secs(1);
+
+/// Processor time of a turn: a TLS handshake and a release.
+const TURN: Duration = Duration::from_millis(2);
+
+/// An address that has used less than this part of its burst does not answer for what all addresses use together.
+const INNOCENT_PART: u32 = 8;
+
 /// What it takes to accept a connection and to close it, apart from what is measured.
 pub(super) const ACCEPT: Duration = Duration::from_micros(30);
 
@@ -47,6 +57,8 @@ pub(super) struct Ration(Option<Shares>);
 struct Shares {
     networks: Rate<Network>,
     together: Rate<()>,
+    /// Tokens that an address may have used before it answers for all.
+    innocent: u32,
 }
 
 impl Ration {
@@ -62,13 +74,17 @@ impl Ration {
         Self((percent > 0).then(|| Shares {
             networks: Rate::new(rate, burst),
             together: Rate::new(rate.saturating_mul(TOGETHER), burst.saturating_mul(TOGETHER)),
+            innocent: burst / INNOCENT_PART,
         }))
     }
 
     /// How long the connections of an address have to wait for their next turn.
     fn wait(&self, network: &Network) -> Option<Duration> {
         let shares = self.0.as_ref()?;
-        shares.networks.look(network).err().max(shares.together.look(&()).err())
+        let own = shares.networks.look(network).err();
+        let answers_for_all = shares.networks.missing(network) > shares.innocent;
+        let all = answers_for_all.then(|| shares.together.look(&()).err()).flatten();
+        own.max(all).map(|wait| wait.min(LONGEST_WAIT))
     }
 
     fn debit(&self, network: &Network, tokens: u32) {
@@ -163,11 +179,13 @@ pub(super) struct Meter {
     activity: Arc<Activity>,
     /// Set while it waits.
     turn: Option<Pin<Box<Sleep>>>,
+    /// What the account will have spent when the turn ends, in nanoseconds.
+    turn_ends: u64,
 }
 
 impl Meter {
     pub(super) fn new(account: Arc<Account>, activity: Arc<Activity>) -> Self {
-        Self { account, activity, turn: None }
+        Self { account, activity, turn: None, turn_ends: 0 }
     }
 
     fn set_turn(&mut self, turn: Option<Pin<Box<Sleep>>>) {
@@ -184,13 +202,17 @@ impl Meter {
             return poll(cx);
         }
         // After its wait a connection has its turn, however many others took theirs before it.
-        if self.turn.is_none() {
+        let spent = self.account.spent.load(Ordering::Acquire);
+        // More than a turn is left where what was spent has been given back since: then the turn is over.
+        let has_turn = (1..=TURN.as_nanos() as u64).contains(&self.turn_ends.saturating_sub(spent));
+        if self.turn.is_none() && !has_turn {
             let wait = self.account.ration.wait(&self.account.network);
             self.set_turn(wait.map(|wait| Box::pin(tokio::time::sleep(wait))));
         }
         if let Some(turn) = &mut self.turn {
             ready!(turn.as_mut().poll(cx));
             self.set_turn(None);
+            self.turn_ends = spent.saturating_add(TURN.as_nanos() as u64);
         }
         self.account.charged(|| poll(cx))
     }
@@ -239,7 +261,7 @@ mod tests {
         let spender = Account::open(&ration, network(1));
         spender.charge(Duration::from_millis(1_100));
         let wait = ration.wait(&network(1)).unwrap();
-        assert!(wait > Duration::from_secs(9) && wait < Duration::from_secs(11), "{wait:?}");
+        assert_eq!(wait, LONGEST_WAIT, "however much the address owes");
         assert_eq!(ration.wait(&network(2)), None);
         // Each waits once, although the first that has its turn uses up more again.
         let begun = tokio::time::Instant::now();
@@ -254,13 +276,31 @@ mod tests {
         };
         let waited = tokio::join!(turn(1), turn(2), turn(3));
         for (number, waited) in [waited.0, waited.1, waited.2] {
-            assert!(waited < Duration::from_secs(12), "{number} waited {waited:?}");
+            assert!(waited < LONGEST_WAIT * 2, "{number} waited {waited:?}");
         }
         // Another address does not.
         let begun = tokio::time::Instant::now();
         let mut meter = Meter::new(Account::open(&ration, network(2)), Activity::new(false, 1));
         poll_fn(|cx| meter.poll(cx, |_| Poll::Ready(()))).await;
         assert_eq!(begun.elapsed(), Duration::ZERO);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_turn_is_enough_for_a_handshake_and_a_request_in_many_polls() {
+        let ration = ration();
+        Account::open(&ration, network(1)).charge(Duration::from_secs(2));
+        let account = Account::open(&ration, network(1));
+        let mut meter = Meter::new(account.clone(), Activity::new(false, 1));
+        let begun = tokio::time::Instant::now();
+        for _ in 0..6 {
+            poll_fn(|cx| meter.poll(cx, |_| Poll::Ready(()))).await;
+            account.charge(TURN / 6 - Duration::from_micros(1));
+        }
+        assert!(begun.elapsed() < LONGEST_WAIT * 2, "it waited {:?}", begun.elapsed());
+        // What it takes beyond that waits again.
+        account.charge(TURN);
+        poll_fn(|cx| meter.poll(cx, |_| Poll::Ready(()))).await;
+        assert!(begun.elapsed() >= LONGEST_WAIT * 2);
     }
 
     #[tokio::test(start_paused = true)]
@@ -299,7 +339,7 @@ mod tests {
         // Until something is refused on it that no host has sent.
         host.doubt();
         poll_fn(|cx| meter.poll(cx, |_| Poll::Ready(()))).await;
-        assert!(begun.elapsed() > Duration::from_secs(1));
+        assert!(begun.elapsed() >= LONGEST_WAIT);
     }
 
     #[tokio::test(start_paused = true)]
@@ -309,7 +349,7 @@ mod tests {
             Account::open(&ration, network(last)).charge(Duration::from_millis(600));
             assert_eq!(ration.wait(&network(last)).is_some(), last > 3, "{last}");
         }
-        assert!(ration.wait(&network(200)).is_some());
+        assert_eq!(ration.wait(&network(200)), None, "an address that has used nothing waits for others");
         let free = Arc::new(Ration::of(0, 1));
         Account::open(&free, network(1)).charge(Duration::from_secs(1_000));
         assert_eq!(free.wait(&network(1)), None);

@@ -75,7 +75,6 @@ impl<K: Clone + Eq + Hash> Buckets<K> {
     }
 
     /// How many tokens `key`'s bucket lacks, those that it owes included.
-    #[cfg(test)]
     pub(super) fn missing(&self, key: &K, now: Instant) -> u32 {
         let missing = self.full_at(key, now) - now;
         u32::try_from(missing.as_nanos().div_ceil(self.interval.as_nanos())).unwrap_or(u32::MAX)
