@@ -99,8 +99,11 @@ impl LockedVault {
     pub fn lock(path: &Path, patience: Duration) -> Result<Self, VaultFileError> {
         let until = Instant::now() + patience;
         let failed = FileError::of(path);
+        // The successor replaces the file, not a symbolic link to it.
+        let path = &std::fs::canonicalize(path).map_err(&failed)?;
         loop {
-            let file = File::open(path).map_err(&failed)?;
+            // Open for writing, too: network file systems lock no other descriptor.
+            let file = File::options().read(true).write(true).open(path).map_err(&failed)?;
             match flock(&file, FlockOperation::NonBlockingLockExclusive) {
                 // The one who had the lock may have put a successor in place: that is the vault now.
                 Ok(()) if same(&file, path).map_err(&failed)? => {
@@ -160,7 +163,8 @@ fn exchange(
 ) -> Result<(Vault, Secrets), VaultFileError> {
     change(&mut secrets).map_err(|source| VaultFileError::Secret { path: path.to_owned(), source })?;
     let key = &released.keys.egress;
-    let next = vault.successor(&released.egress_protector, key, &secrets).map_err(wrong(path))?;
+    let newest = seen.newest(vault).map_err(|source| VaultFileError::Seen { path: path.to_owned(), source })?;
+    let next = vault.successor_beyond(newest, &released.egress_protector, key, &secrets).map_err(wrong(path))?;
     // A successor that does not open would be the end of the machine, and the check costs some microseconds.
     if next.open(key).map_err(wrong(path))? != secrets {
         return Err(wrong(path)(VaultError::Sealed));

@@ -87,7 +87,22 @@ impl Vault {
     /// # Errors
     /// [`VaultError::Protector`], [`VaultError::Exhausted`], [`VaultError::Randomness`].
     pub fn successor(&self, protector: &[u8], key: &TransportKey, secrets: &Secrets) -> Result<Self, VaultError> {
-        let generation = self.generation.checked_add(1).ok_or(VaultError::Exhausted)?;
+        self.successor_beyond(0, protector, key, secrets)
+    }
+
+    /// The same, and newer than the generation `seen`: the successor of an old copy that is used on purpose does not pass for one
+    /// of the generations that came after that copy.
+    ///
+    /// # Errors
+    /// See [`successor`](Self::successor).
+    pub fn successor_beyond(
+        &self,
+        seen: u64,
+        protector: &[u8],
+        key: &TransportKey,
+        secrets: &Secrets,
+    ) -> Result<Self, VaultError> {
+        let generation = self.generation.max(seen).checked_add(1).ok_or(VaultError::Exhausted)?;
         Self::seal(self.id, generation, protector, key, secrets)
     }
 

@@ -52,24 +52,35 @@ impl Seen {
     /// # Errors
     /// [`SeenError`].
     pub fn check(&self, vault: &Vault) -> Result<(), SeenError> {
-        let path = self.file(vault);
-        let text = match files::read_text(&path, 32) {
-            Err(error) if error.is_missing() => return Ok(()),
-            other => other?,
-        };
-        let seen = text.trim_end().parse().map_err(|_| SeenError::Content(path))?;
+        let seen = self.newest(vault)?;
         if vault.generation < seen { Err(SeenError::Older { found: vault.generation, seen }) } else { Ok(()) }
     }
 
-    /// Keeps the vault's generation.
+    /// The newest generation of the vault that this host has seen; 0 if it has seen none.
     ///
     /// # Errors
-    /// [`SeenError::File`].
+    /// [`SeenError`].
+    pub fn newest(&self, vault: &Vault) -> Result<u64, SeenError> {
+        let path = self.file(vault);
+        match files::read_text(&path, 32) {
+            Err(error) if error.is_missing() => Ok(0),
+            Err(error) => Err(error.into()),
+            Ok(text) => text.trim_end().parse().map_err(|_| SeenError::Content(path)),
+        }
+    }
+
+    /// Keeps the vault's generation, unless a newer one is kept already.
+    ///
+    /// # Errors
+    /// [`SeenError`].
     pub fn keep(&self, vault: &Vault) -> Result<(), SeenError> {
         self.keep_on(&RealDisk, vault)
     }
 
     pub(super) fn keep_on(&self, disk: &impl Disk, vault: &Vault) -> Result<(), SeenError> {
+        if self.newest(vault)? >= vault.generation {
+            return Ok(());
+        }
         let made = DirBuilder::new().recursive(true).mode(0o700).create(&self.0);
         made.map_err(FileError::of(&self.0))?;
         let (path, number) = (self.file(vault), format!("{}\n", vault.generation));
@@ -102,6 +113,9 @@ mod tests {
         assert!(matches!(seen.check(&old), Err(SeenError::Older { found: 1, seen: 2 })));
         // Another machine's.
         seen.check(&Vault::create(&file, &key, &Secrets::default()).unwrap()).unwrap();
+        // What another command kept meanwhile stays.
+        seen.keep(&old).unwrap();
+        assert_eq!(seen.newest(&new).unwrap(), 2);
         std::fs::write(seen.file(&new), "many\n").unwrap();
         assert!(matches!(seen.check(&new), Err(SeenError::Content(_))));
     }
