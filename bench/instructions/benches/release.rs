@@ -5,11 +5,11 @@
 
 use std::hint::black_box;
 
-use claviger::attempt::Attempt;
-use claviger::attest::health_cache::HealthCache;
+use claviger::request::Attempt;
+use claviger::registry::health_cache::HealthCache;
 use claviger::release::testing::{ALGORITHMS, NullHsm, OtherKeys, Parties, Stage};
 use claviger::release::{decide, roll};
-use claviger::service::request_id;
+use claviger::sys::id::request_id;
 use claviger_instructions::{Bytes, Fixture};
 use claviger_protocol::algorithm::{Oaep, SignatureAlgorithm};
 use claviger_protocol::build::{Unsigned, fresh_transport_key};
