@@ -5,7 +5,7 @@
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 use claviger::release::testing::{self, OtherKeys};
-use claviger::service::unix_now;
+use claviger::sys::clock::unix_now;
 use claviger_instructions::{Bytes, Fixture, Pair, Pairs};
 use claviger_protocol::certificate::Certificate;
 use claviger_protocol::health::{self, ResultType, signer_template};
