@@ -2,7 +2,7 @@
 //!
 //! What fails first decides the answer. The private keys work in the HSMs, and the two operations a release needs there
 //! do not depend on each other and run at the same time: decrypt the ingress key, and sign the egress protector that was
-//! freshly built beside it. Where the [`stock`] has a ready-made egress protector, the second operation was done before, while
+//! freshly built beside it. Where the stock has a ready-made egress protector, the second operation was done before, while
 //! sessions were idle. Only when the ingress key proved right does anything leave this function, and then as a [`Grant`].
 //!
 //! A release goes by one snapshot of the settings and the registry from its start to its end. What an administrator

@@ -197,7 +197,7 @@ pub fn prepare(command: Command) -> Result<Prepared, Failure> {
 /// Runs `claviger host …`.
 ///
 /// # Errors
-/// What is wrong, and what to do; [`TryLater`] where the same may succeed later.
+/// What is wrong, and what to do; `TryLater` where the same may succeed later.
 pub async fn run(prepared: Prepared) -> Result<(), Failure> {
     match prepared.command {
         Command::NewKey { place, bits } => new_key(&place, bits),
