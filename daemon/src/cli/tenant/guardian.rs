@@ -55,8 +55,8 @@ pub enum Guardian {
     },
     /// Check a guardian's metadata document and keep it under a name
     #[command(
-        after_help = "Examples: claviger guardian import hgs --url http://hgs.example:8080 --pin 5f1c…\n          \
-        claviger guardian import hgs --url https://hgs.example --ca hgs-ca.pem --pin 5f1c…\n\
+        after_help = "Example: claviger guardian import hgs --url http://hgs.example:8080 --pin 5f1c…\n\
+        Or: claviger guardian import hgs --url https://hgs.example --ca hgs-ca.pem --pin 5f1c…\n\
         Without --pin it says which thumbprint to ask the guardian's operator for."
     )]
     Import {
