@@ -54,11 +54,9 @@ pub enum Guardian {
         certificates: bool,
     },
     /// Check a guardian's metadata document and keep it under a name
-    #[command(
-        after_help = "Example: claviger guardian import hgs --url http://hgs.example:8080 --pin 5f1c…\n\
+    #[command(after_help = "Example: claviger guardian import hgs --url http://hgs.example:8080 --pin 5f1c…\n\
         Or: claviger guardian import hgs --url https://hgs.example --ca hgs-ca.pem --pin 5f1c…\n\
-        Without --pin it says which thumbprint to ask the guardian's operator for."
-    )]
+        Without --pin it says which thumbprint to ask the guardian's operator for.")]
     Import {
         /// The name to keep it under: 1 to 64 letters, digits, '.', '-' or '_'
         name: String,
