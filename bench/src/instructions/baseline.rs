@@ -21,6 +21,9 @@ pub struct Tools {
     pub libc: String,
     /// The version of the C compiler, which compiles the cryptographic libraries.
     pub cc: String,
+    /// The model of the processor. The C library and the cryptographic ones choose their code by its features, of which valgrind hides
+    /// most, but not all.
+    pub processor: String,
 }
 
 impl Tools {
@@ -32,6 +35,7 @@ impl Tools {
             valgrind: says("valgrind", "--version"),
             libc: version(&says("ldd", "--version")),
             cc: version(&says("cc", "--version")),
+            processor: processor(),
         }
     }
 
@@ -41,9 +45,20 @@ impl Tools {
             (&self.valgrind, &other.valgrind),
             (&self.libc, &other.libc),
             (&self.cc, &other.cc),
+            (&self.processor, &other.processor),
         ];
         pairs.into_iter().filter(|(one, two)| one != two).map(|(one, two)| (one.as_str(), two.as_str()))
     }
+}
+
+/// Vendor, family and model of the first processor, as the kernel numbers them: names differ between clouds.
+fn processor() -> String {
+    let told = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let of = |field: &str| {
+        let line = told.lines().find(|line| line.split(':').next().is_some_and(|name| name.trim() == field));
+        line.and_then(|line| line.split(':').nth(1)).map_or("none", str::trim).to_owned()
+    };
+    [of("vendor_id"), of("cpu family"), of("model")].join(" ")
 }
 
 /// The first line that a program says of itself.
@@ -191,7 +206,13 @@ mod tests {
     use super::*;
 
     fn tools(rustc: &str) -> Tools {
-        Tools { rustc: rustc.to_owned(), valgrind: "v".to_owned(), libc: "l".to_owned(), cc: "c".to_owned() }
+        Tools {
+            rustc: rustc.to_owned(),
+            valgrind: "v".to_owned(),
+            libc: "l".to_owned(),
+            cc: "c".to_owned(),
+            processor: "p".to_owned(),
+        }
     }
 
     fn counts(counts: &[(&str, u64)]) -> Counts {
