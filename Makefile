@@ -4,7 +4,9 @@
 PACKAGES_DEMO = softhsm2
 PACKAGES_TEST = $(PACKAGES_DEMO) opencryptoki opensc p11-kit p11-kit-modules xmlsec1 libxml2-utils openssl curl \
   python3-cryptography python3-jsonschema python3-lxml logrotate swtpm swtpm-tools tpm2-tools \
-  libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients qemu-system-x86 qemu-utils ovmf
+  libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients qemu-system-x86 ovmf
+# Installed after qemu-system-x86, which removes another version of it.
+PACKAGES_DISKS = qemu-utils
 # Only their programs are wanted.
 PACKAGES_WATCH = prometheus prometheus-alertmanager
 # Counts instructions.
@@ -47,6 +49,7 @@ setup-demo:
 
 setup:
 	$(call install,$(PACKAGES_BUILD) $(PACKAGES_TEST))
+	$(call install,$(PACKAGES_DISKS))
 	$(call install,$(PACKAGES_WATCH),$(PACKAGES_WATCH))
 	$(call install,$(PACKAGES_NODES),etcd)
 
