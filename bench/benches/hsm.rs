@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use claviger::config::Config;
 use claviger::run::members::member;
 use claviger::sys::process;
 use claviger_bench::ceiling::{Settings, Stage, callers};
@@ -17,6 +18,7 @@ use claviger_hsm::policy::pick::{Candidate, Tiers, pick};
 use claviger_hsm::{CallTimeouts, Cluster};
 use claviger_tests::worker;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use tokio::runtime::Runtime;
 use tokio::task::JoinSet;
 
 fn choosing(c: &mut Criterion) {
@@ -40,15 +42,20 @@ fn choosing(c: &mut Criterion) {
     });
 }
 
-fn handing_over(c: &mut Criterion) {
-    let stage = Stage::set(&Settings::default());
-    let mut group = c.benchmark_group("hsm");
-    let config = stage.lab.config();
+/// A cluster of the configured members that is up. Nothing is recorded of its operations.
+fn started(config: &Config) -> (Runtime, Cluster) {
     let members = config.hsm.iter().map(|hsm| member(&config.env, hsm, 4096).unwrap()).collect();
     let timeouts = CallTimeouts { watchdog: Duration::from_secs(10) };
     let cluster = Cluster::new(members, timeouts, worker(), Arc::new(|_, _| {})).unwrap();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
     runtime.block_on(cluster.start()).unwrap();
+    (runtime, cluster)
+}
+
+fn handing_over(c: &mut Criterion) {
+    let stage = Stage::set(&Settings::default());
+    let mut group = c.benchmark_group("hsm");
+    let (runtime, cluster) = started(&stage.lab.config());
     let deadline = || Instant::now() + Duration::from_secs(10);
     group.throughput(Throughput::Elements(1));
     group.bench_function("hand_off", |b| {
@@ -78,11 +85,7 @@ fn handing_over(c: &mut Criterion) {
 fn pair(c: &mut Criterion) {
     let stage = Stage::set(&Settings::default());
     let config = stage.lab.config();
-    let members = config.hsm.iter().map(|hsm| member(&config.env, hsm, 4096).unwrap()).collect();
-    let timeouts = CallTimeouts { watchdog: Duration::from_secs(10) };
-    let cluster = Cluster::new(members, timeouts, worker(), Arc::new(|_, _| {})).unwrap();
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
-    runtime.block_on(cluster.start()).unwrap();
+    let (runtime, cluster) = started(&config);
     let work = Arc::new(stage.work.clone());
     // In seconds: all of it, and within PKCS#11 operations.
     let spent = || {

@@ -152,9 +152,7 @@ impl Order {
     pub(crate) fn max_offline_unwraps(&self) -> u32 {
         self.basis.max_offline_unwraps
     }
-}
 
-impl Order {
     /// It cannot be made now: other sets come first for a while.
     pub(crate) fn failed(&self) {
         let until = standstill::now() + REST;
