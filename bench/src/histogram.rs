@@ -10,7 +10,7 @@ pub fn nanoseconds() -> Histogram<u64> {
     Histogram::new_with_bounds(1, 60_000_000_000, 3).unwrap()
 }
 
-/// Counts a time; one that is longer than the histogram holds counts as its longest.
+/// Counts a time. A time above the maximum of the histogram counts as the maximum.
 pub fn record(histogram: &mut Histogram<u64>, time: Duration) {
     histogram.saturating_record(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX).max(1));
 }

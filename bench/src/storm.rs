@@ -80,7 +80,7 @@ pub struct Storm {
     pub raw_pairs_per_second: Figure,
     /// What the raw tokens need for a pair for each machine, in seconds.
     pub bound_seconds: Figure,
-    /// Whether the daemon keeps a stock. One that does not has only storms with none.
+    /// Whether the daemon has a stock. Without a stock, all storms are storms with an empty stock.
     pub has_stock: bool,
     /// With the stock full.
     pub full: Option<Phase>,

@@ -30,7 +30,8 @@ fn fixture() -> Fixture {
     Fixture::read().unwrap()
 }
 
-/// What a thread's first random bytes cost, which is a hundred times a release, is nobody's part.
+/// A thread's first random bytes cost a hundred times as much as a release. They are read before the count, so that no part includes
+/// them.
 fn start_randomness(key: &RsaPublicKey) {
     fresh_transport_key().unwrap();
     key.encrypt_oaep(Oaep::SHA1, &[7; 32]).unwrap();

@@ -1,4 +1,4 @@
-//! Makes the inputs of the counts anew, of fresh keys: `cargo run --release --manifest-path bench/instructions/Cargo.toml --target-dir target --example
+//! Makes new inputs for the counts, with new keys: `cargo run --release --manifest-path bench/instructions/Cargo.toml --target-dir target --example
 //! fixture`. All counts have
 //! to be accepted after it.
 

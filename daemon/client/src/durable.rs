@@ -239,7 +239,7 @@ pub(crate) mod testing {
             self.step(|state| {
                 let at = state.names.remove(from).ok_or(ErrorKind::NotFound)?;
                 state.names.insert(to.to_owned(), at);
-                // One change on the disk, too; the draft's name is nobody's concern.
+                // The step made one change on the disk, too. The draft's name does not matter.
                 state.pending.push((to.to_owned(), Some(at)));
                 Ok(())
             })

@@ -267,7 +267,7 @@ impl Services {
             }
             tracing::warn!(server = self.hosts[server].server(), %error, "asking elsewhere or again");
             self.fallback.failed(server, fault, Instant::now(), luck());
-            // An error that may pass later is more useful to the caller than one that will not.
+            // A temporary error tells the caller to try again later, so it is reported before a permanent error.
             if fault != Fault::Unusable || last.is_none() {
                 last = Some(error);
             }

@@ -204,7 +204,7 @@ impl Host {
         self.open(vec![(request.ingress_protector, Ok(response))]).await?.remove(0)
     }
 
-    /// Exchanges many protectors in one request. One that is refused fails alone.
+    /// Exchanges many protectors in one request. A refused protector does not affect the others.
     ///
     /// # Errors
     /// See [`HostError`]. A service that knows no batches answers with 404.
@@ -285,7 +285,7 @@ const ALGORITHMS: HostAlgorithms = HostAlgorithms {
     transport: Sealing::Aes256Gcm,
 };
 
-/// The keys of an answer, if they are those of the protector that was sent and of the one that came.
+/// Returns the keys of a reply, after the check that they belong to the ingress protector and to the egress protector.
 fn open(identity_key: &RsaPrivateKey, ingress: &[u8], response: RollResponse) -> Result<Unwrapped, HostError> {
     let transfer_key = identity_key.decrypt_oaep(ALGORITHMS.transfer, &response.keys.transfer_key);
     let transfer_key = transfer_key.map_err(|e| HostError::Answer(e.to_string()))?;

@@ -10,7 +10,7 @@ pub struct Counters {
     pub released: AtomicU64,
     /// Releases that were refused.
     pub refused: AtomicU64,
-    /// Releases that nobody could serve in time.
+    /// Releases that no server could serve in time.
     pub late: AtomicU64,
     /// Requests to the service for releases, each with one or many protectors.
     pub batches: AtomicU64,

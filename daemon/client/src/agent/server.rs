@@ -150,7 +150,7 @@ async fn answer(
         Ok(protector) => protector?,
         Err(_) => return Err(std::io::ErrorKind::TimedOut.into()),
     };
-    // One that the service cannot read is nobody else's concern.
+    // The service cannot read such a protector. It is refused here, so that the other protectors of the batch are served.
     let reply = match Protector::parse(&protector) {
         Err(refusal) => Err(Refused { text: format!("the vault's protector: {}", refusal.message), temporary: false }),
         Ok(_) => {
