@@ -2,7 +2,7 @@
 //! of their own, while a test runs honest load.
 
 use std::future::Future;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,7 +12,7 @@ use claviger_protocol::attestation::{self, ResultType};
 use claviger_protocol::rsa_key::{RsaPrivateKey, RsaPublicKey};
 use ring::rand::{SecureRandom, SystemRandom};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 use tokio::runtime::Runtime;
 
 use crate::daemon::Daemon;
@@ -243,6 +243,56 @@ fn post(path: &str, media_type: &str, length: usize, body: &[u8]) -> Vec<u8> {
     [head.as_bytes(), body].concat()
 }
 
+/// Number and manners of attackers.
+#[derive(Clone, Copy, Debug)]
+pub struct Crowd {
+    /// Number of attackers.
+    pub attackers: usize,
+    /// Pause between two requests of an attacker that repeats requests.
+    pub pause: Duration,
+    /// Priority of their threads. At 19 they use the processor time that others leave, as if they ran on another machine.
+    pub nice: i32,
+    /// Addresses from which they connect.
+    pub addresses: Addresses,
+}
+
+/// Addresses from which attackers connect.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Addresses {
+    /// The address of the honest hosts, as if all were behind one gateway.
+    OfHosts,
+    /// One address of their own for all attackers.
+    One,
+    /// An address of its own for each attacker.
+    Many,
+}
+
+impl Addresses {
+    fn of(self, number: usize) -> Ipv4Addr {
+        let [.., high, low] = number.to_be_bytes();
+        match self {
+            Self::OfHosts => Ipv4Addr::LOCALHOST,
+            Self::One => Ipv4Addr::new(127, 0, 0, 66),
+            Self::Many => Ipv4Addr::new(127, 66, high, low),
+        }
+    }
+}
+
+/// Address of a server, and the address from which to connect to it.
+#[derive(Clone, Copy)]
+struct Route {
+    from: Ipv4Addr,
+    to: SocketAddr,
+}
+
+impl Route {
+    async fn connect(self) -> std::io::Result<TcpStream> {
+        let socket = TcpSocket::new_v4()?;
+        socket.bind((self.from, 0).into())?;
+        socket.connect(self.to).await
+    }
+}
+
 /// Running attackers. They stop when this is dropped.
 pub struct Attack {
     runtime: Option<Runtime>,
@@ -252,13 +302,13 @@ impl Attack {
     /// What the attackers' threads are called.
     pub const THREADS: &str = "attacker";
 
-    /// Lets loose so many of a kind. Those that ask again and again pause for so long between two requests. Their threads have
-    /// this priority: at 19 they take what processor time others leave, as if they ran elsewhere.
+    /// Starts attackers of one kind.
     ///
     /// # Panics
     /// If the system cannot start threads.
     #[must_use]
-    pub fn start(kind: Kind, target: &Arc<Target>, attackers: usize, pause: Duration, nice: i32) -> Self {
+    pub fn start(kind: Kind, target: &Arc<Target>, crowd: Crowd) -> Self {
+        let Crowd { attackers, pause, nice, addresses } = crowd;
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
             .thread_name(Self::THREADS)
@@ -269,12 +319,13 @@ impl Attack {
             .enable_all()
             .build()
             .unwrap();
-        for _ in 0..attackers {
+        for number in 0..attackers {
             let target = target.clone();
+            let from = addresses.of(number);
             runtime.spawn(async move {
                 loop {
                     // The outcome does not matter: the next attempt follows.
-                    let _ = once(kind, &target, pause).await;
+                    let _ = once(kind, &target, from, pause).await;
                     tokio::time::sleep(pause.max(Duration::from_millis(20))).await;
                 }
             });
@@ -294,47 +345,49 @@ impl Drop for Attack {
 type Done<'a> = Pin<Box<dyn Future<Output = std::io::Result<()>> + Send + 'a>>;
 
 /// Performs an attacker's action once, until the server cuts it off.
-fn once(kind: Kind, target: &Target, pause: Duration) -> Done<'_> {
-    let Target { service, metrics, requests } = target;
+fn once(kind: Kind, target: &Target, from: Ipv4Addr, pause: Duration) -> Done<'_> {
+    let requests = &target.requests;
+    let service = Route { from, to: target.service };
+    let metrics = Route { from, to: target.metrics };
     let body = |path: &str, length, sent: &[u8]| post(path, "application/xml", length, sent);
     match kind {
-        Kind::Silent => Box::pin(hold(*service, HELD, Vec::new())),
-        Kind::SilentAtMetrics => Box::pin(hold(*metrics, HELD, Vec::new())),
-        Kind::Header => Box::pin(drip(*service, b"GET / HTTP/1.1\r\nHost: t\r\nX: ".to_vec(), 1, 200)),
-        Kind::Announced => Box::pin(hold(*service, HELD, body(ROLL, MIB, b"<"))),
-        Kind::AnnouncedBatch => Box::pin(hold(*service, HELD, body(BATCH, 16 * MIB, b"<"))),
-        Kind::Dripping => Box::pin(drip(*service, body(ROLL, MIB, &[b' '; 16 * 1024]), 1024, 100)),
-        Kind::LargeBatch => Box::pin(ask(*service, std::slice::from_ref(&requests.large_batch), pause)),
-        Kind::Streams => Box::pin(streams(*service)),
-        Kind::Resets => Box::pin(resets(*service, pause)),
-        Kind::Unread => Box::pin(unread(*service)),
+        Kind::Silent => Box::pin(hold(service, HELD, Vec::new())),
+        Kind::SilentAtMetrics => Box::pin(hold(metrics, HELD, Vec::new())),
+        Kind::Header => Box::pin(drip(service, b"GET / HTTP/1.1\r\nHost: t\r\nX: ".to_vec(), 1, 200)),
+        Kind::Announced => Box::pin(hold(service, HELD, body(ROLL, MIB, b"<"))),
+        Kind::AnnouncedBatch => Box::pin(hold(service, HELD, body(BATCH, 16 * MIB, b"<"))),
+        Kind::Dripping => Box::pin(drip(service, body(ROLL, MIB, &[b' '; 16 * 1024]), 1024, 100)),
+        Kind::LargeBatch => Box::pin(ask(service, std::slice::from_ref(&requests.large_batch), pause)),
+        Kind::Streams => Box::pin(streams(service)),
+        Kind::Resets => Box::pin(resets(service, pause)),
+        Kind::Unread => Box::pin(unread(service)),
         Kind::UnreadPipeline => {
             let get = format!("GET {METADATA} HTTP/1.1\r\nHost: t\r\n\r\n");
-            Box::pin(hold(*service, 1, get.repeat(400).into_bytes()))
+            Box::pin(hold(service, 1, get.repeat(400).into_bytes()))
         }
-        Kind::LargeJson => Box::pin(ask(*service, std::slice::from_ref(&requests.large_json), pause)),
-        Kind::LargeKeys => Box::pin(ask(*service, std::slice::from_ref(&requests.large_keys), pause)),
-        Kind::LargeXml => Box::pin(ask(*service, std::slice::from_ref(&requests.large_xml), pause)),
-        Kind::Replay => Box::pin(ask(*service, std::slice::from_ref(&requests.replay), pause)),
-        Kind::Junk => Box::pin(ask(*service, &requests.junk, pause)),
-        Kind::OtherMode => Box::pin(ask(*service, std::slice::from_ref(&requests.other_mode), pause)),
-        Kind::Documents => Box::pin(many(*service, |service| Box::pin(documents(service)))),
+        Kind::LargeJson => Box::pin(ask(service, std::slice::from_ref(&requests.large_json), pause)),
+        Kind::LargeKeys => Box::pin(ask(service, std::slice::from_ref(&requests.large_keys), pause)),
+        Kind::LargeXml => Box::pin(ask(service, std::slice::from_ref(&requests.large_xml), pause)),
+        Kind::Replay => Box::pin(ask(service, std::slice::from_ref(&requests.replay), pause)),
+        Kind::Junk => Box::pin(ask(service, &requests.junk, pause)),
+        Kind::OtherMode => Box::pin(ask(service, std::slice::from_ref(&requests.other_mode), pause)),
+        Kind::Documents => Box::pin(many(service, |service| Box::pin(documents(service)))),
         Kind::Reconnects => {
             let get = format!("GET {METADATA} HTTP/1.1\r\nHost: t\r\n\r\n").into_bytes();
-            Box::pin(many(*service, move |service| Box::pin(exchange(service, get.clone()))))
+            Box::pin(many(service, move |service| Box::pin(exchange(service, get.clone()))))
         }
         Kind::Handshakes => {
             let hello = requests.client_hello.clone();
-            Box::pin(many(*service, move |service| Box::pin(exchange(service, hello.clone()))))
+            Box::pin(many(service, move |service| Box::pin(exchange(service, hello.clone()))))
         }
     }
 }
 
 /// Opens connections, writes the same bytes on each, and holds them until the server closes the first one.
-async fn hold(address: SocketAddr, connections: usize, written: Vec<u8>) -> std::io::Result<()> {
+async fn hold(route: Route, connections: usize, written: Vec<u8>) -> std::io::Result<()> {
     let mut held = Vec::new();
     for _ in 0..connections {
-        let mut stream = TcpStream::connect(address).await?;
+        let mut stream = route.connect().await?;
         // Writes as much as the socket takes at once.
         let _ = tokio::time::timeout(Duration::from_millis(100), stream.write_all(&written)).await;
         held.push(stream);
@@ -356,8 +409,8 @@ async fn is_closed(stream: &TcpStream) -> bool {
 }
 
 /// Writes `begin`, and then `bytes` bytes at intervals of `milliseconds`.
-async fn drip(address: SocketAddr, begin: Vec<u8>, bytes: usize, milliseconds: u64) -> std::io::Result<()> {
-    let mut stream = TcpStream::connect(address).await?;
+async fn drip(route: Route, begin: Vec<u8>, bytes: usize, milliseconds: u64) -> std::io::Result<()> {
+    let mut stream = route.connect().await?;
     stream.write_all(&begin).await?;
     loop {
         stream.write_all(&vec![b'x'; bytes]).await?;
@@ -366,8 +419,8 @@ async fn drip(address: SocketAddr, begin: Vec<u8>, bytes: usize, milliseconds: u
 }
 
 /// Sends the requests one after the other on one connection and reads the answers.
-async fn ask(address: SocketAddr, requests: &[Vec<u8>], pause: Duration) -> std::io::Result<()> {
-    let mut stream = TcpStream::connect(address).await?;
+async fn ask(route: Route, requests: &[Vec<u8>], pause: Duration) -> std::io::Result<()> {
+    let mut stream = route.connect().await?;
     let mut read = vec![0; 64 * 1024];
     for request in requests.iter().cycle() {
         let (mut reader, mut writer) = stream.split();
@@ -424,15 +477,15 @@ async fn swallow(mut stream: TcpStream) -> std::io::Result<()> {
     Ok(())
 }
 
-async fn streams(address: SocketAddr) -> std::io::Result<()> {
-    let mut stream = TcpStream::connect(address).await?;
+async fn streams(route: Route) -> std::io::Result<()> {
+    let mut stream = route.connect().await?;
     let requests = (0..STREAMS).flat_map(|number| h2_post(2 * number + 1, BATCH));
     stream.write_all(&hello().into_iter().chain(requests).collect::<Vec<_>>()).await?;
     swallow(stream).await
 }
 
-async fn resets(address: SocketAddr, pause: Duration) -> std::io::Result<()> {
-    let stream = TcpStream::connect(address).await?;
+async fn resets(route: Route, pause: Duration) -> std::io::Result<()> {
+    let stream = route.connect().await?;
     let (mut reader, mut writer) = stream.into_split();
     let reading = tokio::spawn(async move {
         let mut read = vec![0; 64 * 1024];
@@ -453,24 +506,21 @@ async fn resets(address: SocketAddr, pause: Duration) -> std::io::Result<()> {
     Ok(())
 }
 
-async fn unread(address: SocketAddr) -> std::io::Result<()> {
+async fn unread(route: Route) -> std::io::Result<()> {
     let requests: Vec<u8> = (0..STREAMS).flat_map(|number| h2_get(2 * number + 1, METADATA)).collect();
-    hold(address, 1, [hello(), requests].concat()).await
+    hold(route, 1, [hello(), requests].concat()).await
 }
 
 type Visit = Pin<Box<dyn Future<Output = std::io::Result<()>> + Send>>;
 
 /// Some connections at the same time, each of which is opened again as soon as it was closed, until the system has no more.
-async fn many(
-    address: SocketAddr,
-    visit: impl Fn(SocketAddr) -> Visit + Clone + Send + 'static,
-) -> std::io::Result<()> {
+async fn many(route: Route, visit: impl Fn(Route) -> Visit + Clone + Send + 'static) -> std::io::Result<()> {
     let mut all = tokio::task::JoinSet::new();
     for _ in 0..HELD {
         let visit = visit.clone();
         all.spawn(async move {
             loop {
-                if let Err(error) = visit(address).await
+                if let Err(error) = visit(route).await
                     && !matches!(error.kind(), std::io::ErrorKind::ConnectionReset | std::io::ErrorKind::BrokenPipe)
                 {
                     return Err::<(), _>(error);
@@ -483,17 +533,17 @@ async fn many(
 }
 
 /// Opens a connection, sends something, and leaves when an answer begins.
-async fn exchange(address: SocketAddr, sent: Vec<u8>) -> std::io::Result<()> {
-    let mut stream = TcpStream::connect(address).await?;
+async fn exchange(route: Route, sent: Vec<u8>) -> std::io::Result<()> {
+    let mut stream = route.connect().await?;
     stream.write_all(&sent).await?;
     let _ = stream.read(&mut vec![0; 16 * 1024]).await?;
     Ok(())
 }
 
 /// Asks for as many documents as one connection may have at once, and reads until all are there or the connection is closed.
-async fn documents(address: SocketAddr) -> std::io::Result<()> {
+async fn documents(route: Route) -> std::io::Result<()> {
     const PATHS: [&str; 3] = [METADATA, "/Attestation/getinfo", "/Attestation/v2.0/signingcertificates"];
-    let mut stream = TcpStream::connect(address).await?;
+    let mut stream = route.connect().await?;
     let requests = (0..STREAMS).flat_map(|at| h2_get(2 * at + 1, PATHS[at as usize % PATHS.len()]));
     // All answers fit into the window.
     let window = frame(8, 0, 0, &(1_u32 << 30).to_be_bytes());

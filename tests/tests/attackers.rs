@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use claviger_protocol::batch::{BatchRequest, parse_results};
 use claviger_protocol::error::{Code, Refusal};
-use claviger_tests::attackers::{Attack, Kind, Target};
+use claviger_tests::attackers::{Addresses, Attack, Crowd, Kind, Target};
 use claviger_tests::{ALGORITHMS, Daemon, Lab, Options, PATIENCE, ROLL, open_release, roll_request};
 
 const ATTACKERS: usize = 100;
@@ -28,6 +28,11 @@ fn lab() -> Lab {
     lab
 }
 
+/// Attackers at the address of the honest hosts.
+fn crowd(pause: Duration) -> Crowd {
+    Crowd { attackers: ATTACKERS, pause, nice: 0, addresses: Addresses::OfHosts }
+}
+
 async fn ready(daemon: &Daemon, beside: Kind) {
     let reply = daemon.probe("/ready").await;
     assert_eq!(reply.status, 200, "beside {beside:?}: {}", String::from_utf8_lossy(&reply.body));
@@ -45,7 +50,7 @@ async fn honest_hosts_are_served_beside_a_hundred_attackers_of_each_kind() {
     let target = Target::new(&lab, &daemon);
     let idle = daemon.process.status("VmRSS") / 1024;
     for kind in Kind::ALL.into_iter().filter(|kind| !kind.needs_tls()) {
-        let attack = Attack::start(kind, &target, ATTACKERS, Duration::from_millis(100), 0);
+        let attack = Attack::start(kind, &target, crowd(Duration::from_millis(100)));
         // As many as they come to.
         tokio::time::sleep(Duration::from_millis(2500)).await;
         let kept = daemon.client();
@@ -86,7 +91,7 @@ async fn honest_hosts_are_served_beside_a_hundred_that_only_shake_hands() {
     let (protector, identity) = (lab.protector(), lab.identity());
     let key = lab.owner().open(&protector).unwrap();
     let request = roll_request(&health, &protector);
-    let attack = Attack::start(Kind::Handshakes, &Target::new(&lab, &daemon), ATTACKERS, Duration::ZERO, 0);
+    let attack = Attack::start(Kind::Handshakes, &Target::new(&lab, &daemon), crowd(Duration::ZERO));
     tokio::time::sleep(Duration::from_millis(2500)).await;
     for turn in 0..10 {
         // Each on a connection of its own, from the attackers' address.

@@ -1,9 +1,8 @@
 //! Measures the cost of anonymous attackers of each kind to honest hosts: goodput with attackers ÷ goodput without, in one
 //! run, in alternating rounds. Also checks that `/ready` stays 200, and measures the daemon's memory.
 //!
-//! Run it with `cargo run -p claviger-tests --bin attackers -- --attackers 100 --seconds 5 --rounds 3 --pause-ms 50 [--kind
-//! TEXT]`; with `CLAVIGER_BIN` it tests that binary. It ends with status 1 if a ratio is below 0.9, an answer was wrong,
-//! `/ready` was not 200, or the memory exceeded its bounds.
+//! `attackers --help` has an example. It ends with status 1 if a ratio is below 0.9, an answer was wrong, `/ready` was not 200,
+//! or the memory exceeded its bounds.
 
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
@@ -11,8 +10,9 @@
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
+use clap::{Parser, ValueEnum};
 use claviger_client::http::Client;
-use claviger_tests::attackers::{Attack, Kind, Target};
+use claviger_tests::attackers::{Addresses, Attack, Crowd, Kind, Target};
 use claviger_tests::openloop::Traffic;
 use claviger_tests::process::processor_time;
 use claviger_tests::stats::median;
@@ -25,30 +25,57 @@ const PROMISED: f64 = 0.9;
 /// Maximum growth of memory in MiB: the budget for bodies, and as much again for connections.
 const MEMORY: u64 = 1024;
 
+/// Measures how much slower honest hosts become beside anonymous attackers: in alternating rounds with and without attackers,
+/// on a daemon with one soft token.
+#[derive(Parser)]
+#[command(after_help = "\
+Example: 100 attackers from one address of their own, only the kinds of TLS:
+
+  CLAVIGER_BIN=target/release/claviger cargo run --release -p claviger-tests --bin attackers -- --kind TLS
+
+CLAVIGER_BIN names the daemon to test; without it, the debug build is tested.")]
 struct Settings {
+    /// Number of attackers.
+    #[arg(long, default_value_t = 100)]
     attackers: usize,
+    /// Number of honest callers. Each repeats its request as soon as it has an answer.
+    #[arg(long, default_value_t = 8)]
     callers: u64,
+    /// Seconds of each measurement.
+    #[arg(long, default_value_t = 5.0)]
     seconds: f64,
+    /// Rounds for each kind of attackers: one measurement without attackers and one with them.
+    #[arg(long, default_value_t = 3)]
     rounds: usize,
-    pause: Duration,
+    /// Pause in milliseconds between two requests of an attacker.
+    #[arg(long, default_value_t = 50)]
+    pause_ms: u64,
+    /// Priority of the attackers' threads. At 19 they take the processor time that others leave.
+    #[arg(long, default_value_t = 19)]
     nice: i32,
+    /// Only kinds whose description contains this text.
+    #[arg(long, default_value = "")]
     kind: String,
+    /// Addresses of the attackers: one of their own, one for each attacker, or the address of the honest hosts.
+    #[arg(long, value_enum, default_value_t = From::One)]
+    from: From,
 }
 
-fn settings() -> Settings {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let value = |name: &str, default: &str| {
-        let at = arguments.iter().position(|argument| argument == name);
-        at.map_or(default, |at| arguments[at + 1].as_str()).to_owned()
-    };
-    Settings {
-        attackers: value("--attackers", "100").parse().unwrap(),
-        callers: value("--callers", "8").parse().unwrap(),
-        seconds: value("--seconds", "5").parse().unwrap(),
-        rounds: value("--rounds", "3").parse().unwrap(),
-        pause: Duration::from_millis(value("--pause-ms", "50").parse().unwrap()),
-        nice: value("--nice", "19").parse().unwrap(),
-        kind: value("--kind", ""),
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum From {
+    One,
+    Many,
+    Hosts,
+}
+
+impl Settings {
+    fn crowd(&self) -> Crowd {
+        let addresses = match self.from {
+            From::One => Addresses::One,
+            From::Many => Addresses::Many,
+            From::Hosts => Addresses::OfHosts,
+        };
+        Crowd { attackers: self.attackers, pause: Duration::from_millis(self.pause_ms), nice: self.nice, addresses }
     }
 }
 
@@ -102,7 +129,7 @@ async fn measure(settings: &Settings, lab: &Lab, daemon: Daemon, kinds: &[Kind])
         let (mut lost, mut wrong, mut not_ready, mut memory) = (0, 0, 0, 0);
         for _ in 0..settings.rounds {
             let alone = burst().await;
-            let attack = Attack::start(*kind, &target, settings.attackers, settings.pause, settings.nice);
+            let attack = Attack::start(*kind, &target, settings.crowd());
             // As many as they come to; and what a burst is good for is used up.
             tokio::time::sleep(Duration::from_secs(3)).await;
             let before = of_daemon();
@@ -137,17 +164,15 @@ async fn measure(settings: &Settings, lab: &Lab, daemon: Daemon, kinds: &[Kind])
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    let settings = settings();
+    let settings = Settings::parse();
     let wanted = |kind: &Kind| kind.describe().contains(&settings.kind);
     let (by_tls, plain): (Vec<_>, Vec<_>) = Kind::ALL.into_iter().filter(wanted).partition(|kind| kind.needs_tls());
     println!(
-        "{} attackers at priority {}, {} callers, {} rounds of {} s, pause {:?}, {} processors",
-        settings.attackers,
-        settings.nice,
+        "{:?}, {} callers, {} rounds of {} s, {} processors",
+        settings.crowd(),
         settings.callers,
         settings.rounds,
         settings.seconds,
-        settings.pause,
         std::thread::available_parallelism().unwrap()
     );
     println!(

@@ -139,19 +139,18 @@ where
             tracing::debug!(%peer, %error, "TCP_NODELAY cannot be set");
         }
         let account = Account::open(&self.ration, Network::of(peer.ip()));
-        let mut phase = self.phase.clone();
+        let mut meter = Meter::new(account.clone(), activity.clone());
         let Some(tls) = &self.tls else {
             let (stream, returned) = Watched::new(stream, activity.clone());
             let client = Client { peer, certificate: None, account };
-            if self.drive(&self.either, stream, &activity, &mut phase, client, slot).await {
+            if self.drive(&self.either, stream, &activity, client, meter, slot).await {
                 self.linger(returned.await.ok(), &activity).await;
             }
             return;
         };
         let acceptor = TlsAcceptor::from(Arc::clone(&tls.load().config));
         let (stream, returned) = Watched::new(stream, activity.clone());
-        let mut stop = phase.clone();
-        let mut meter = Meter::new(account.clone(), activity.clone());
+        let mut stop = self.phase.clone();
         let mut handshake = pin!(acceptor.accept(stream));
         let handshake = poll_fn(|cx| meter.poll(cx, |cx| handshake.as_mut().poll(cx)));
         let stream = tokio::select! {
@@ -173,7 +172,7 @@ where
         let certificate = shown.map(|certificate| Arc::new(ClientCertificate::read(certificate)));
         let client = Client { peer, certificate, account };
         let builder = if http2 { &self.http2 } else { &self.http1 };
-        if self.drive(builder, stream, &activity, &mut phase, client, slot).await {
+        if self.drive(builder, stream, &activity, client, meter, slot).await {
             self.linger(returned.await.ok(), &activity).await;
         }
     }
@@ -184,8 +183,8 @@ where
         builder: &auto::Builder<TokioExecutor>,
         stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
         activity: &Arc<Activity>,
-        phase: &mut watch::Receiver<Phase>,
         client: Client,
+        mut meter: Meter,
         slot: &Slot,
     ) -> bool {
         enum Event {
@@ -201,9 +200,9 @@ where
             Told(Cut),
         }
 
+        let mut phase = self.phase.clone();
         let peer = client.peer;
         let account = client.account.clone();
-        let mut meter = Meter::new(account.clone(), activity.clone());
         let service = Watching {
             service: self.service.clone(),
             activity: activity.clone(),

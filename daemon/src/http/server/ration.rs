@@ -1,14 +1,16 @@
 //! Processor time for connections on which no host has proved itself, rationed by address.
 //!
 //! A TLS handshake, half a request, junk, a document: all take processor time before anything is known of the caller. The time
-//! that such a connection takes is charged to its address. When an address has used up its share, each of its connections waits,
-//! for a second at most, and then has a turn: processor time that suffices for a handshake and a request. An honest newcomer at that
-//! address is slower by its waits, which are far below every time limit, and no connection is closed for it. When a host proves
-//! itself on a connection, what the connection took is given back, and the
-//! connection does not wait any more.
+//! that such a connection takes is charged to its address. When the address has used up its share, each of its connections waits,
+//! for a second at most, and then has a turn: processor time that is enough for a handshake and a request. An honest newcomer at
+//! that address is slower by its wait, which is far below every time limit, and no connection is closed for it. When a host
+//! proves itself on a connection, the address gets back what the connection took, and the connection waits no more.
 //!
-//! [`Ration`] is what all connections of a listener share, [`Meter`] is that of one connection. Time is that of the thread, not
-//! of the clock: a machine that is busy otherwise charges nobody for that.
+//! An address has two such shares: one for the first turns of its connections, and one for what connections take beyond their
+//! first turn. So a newcomer does not wait because others at its address keep a connection busy.
+//!
+//! [`Ration`] is what all connections of a listener share, [`Account`] and [`Meter`] are those of one connection. Time is that of
+//! the thread, not of the clock: a machine that is busy otherwise charges nobody for that.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -40,8 +42,8 @@ const TOGETHER: u32 = 2;
 /// Longest wait for a turn. Several of them fit into the time for a handshake or a header.
 const LONGEST_WAIT: Duration = Duration::from_secs(1);
 
-/// Processor time of a turn: a TLS handshake and a release.
-const TURN: Duration = Duration::from_millis(2);
+/// Processor time of a turn in nanoseconds: a TLS handshake and a release.
+const TURN: u64 = 2_000_000;
 
 /// An address that has used less than this part of its burst does not answer for what all addresses use together.
 const INNOCENT_PART: u32 = 8;
@@ -55,6 +57,13 @@ pub(super) struct Ration(Option<Shares>);
 
 #[derive(Debug)]
 struct Shares {
+    first_turns: Share,
+    later_turns: Share,
+}
+
+/// The shares of all addresses in one kind of turns.
+#[derive(Debug)]
+struct Share {
     networks: Rate<Network>,
     together: Rate<()>,
     /// Tokens that an address may have used before it answers for all.
@@ -62,43 +71,73 @@ struct Shares {
 }
 
 impl Ration {
-    /// So many percent of the processors' time for each address; 0 is no limit.
+    /// So many percent of the processors' time for each address and each kind of turns; 0 is no limit.
     pub(super) fn new(percent: u32) -> Arc<Self> {
         let processors = available_parallelism().map_or(1, |number| u32::try_from(number.get()).unwrap_or(1));
         Arc::new(Self::of(percent, processors))
     }
 
     fn of(percent: u32, processors: u32) -> Self {
+        let share = || Share::new(percent, processors);
+        Self((percent > 0).then(|| Shares { first_turns: share(), later_turns: share() }))
+    }
+
+    /// How long a connection that has taken `spent` nanoseconds waits for its next turn.
+    fn wait(&self, network: &Network, spent: u64) -> Option<Duration> {
+        let shares = self.0.as_ref()?;
+        let share = if spent < TURN { &shares.first_turns } else { &shares.later_turns };
+        share.wait(network)
+    }
+
+    /// Charges what a connection took beyond the `before` nanoseconds that it had taken until then.
+    fn charge(&self, network: &Network, before: u64, after: u64) {
+        self.for_each_share(before, after, |share, tokens| share.debit(network, tokens));
+    }
+
+    /// Gives back the `spent` nanoseconds that a connection took.
+    fn give_back(&self, network: &Network, spent: u64) {
+        self.for_each_share(0, spent, |share, tokens| share.give_back(network, tokens));
+    }
+
+    /// Splits what a connection took into its first turn and the rest.
+    fn for_each_share(&self, before: u64, after: u64, act: impl Fn(&Share, u32)) {
+        let Some(shares) = &self.0 else { return };
+        let parts = [(&shares.first_turns, 0, TURN), (&shares.later_turns, TURN, u64::MAX)];
+        for (share, begin, end) in parts {
+            let tokens = tokens(after.clamp(begin, end)) - tokens(before.clamp(begin, end));
+            if tokens > 0 {
+                act(share, u32::try_from(tokens).unwrap_or(u32::MAX));
+            }
+        }
+    }
+}
+
+impl Share {
+    fn new(percent: u32, processors: u32) -> Self {
         let rate = percent.saturating_mul(processors).saturating_mul(TOKENS_FOR_A_PERCENT);
         let burst = BURST_SECONDS.saturating_mul(100).saturating_mul(processors).saturating_mul(TOKENS_FOR_A_PERCENT);
-        Self((percent > 0).then(|| Shares {
+        Self {
             networks: Rate::new(rate, burst),
             together: Rate::new(rate.saturating_mul(TOGETHER), burst.saturating_mul(TOGETHER)),
             innocent: burst / INNOCENT_PART,
-        }))
+        }
     }
 
-    /// How long the connections of an address have to wait for their next turn.
     fn wait(&self, network: &Network) -> Option<Duration> {
-        let shares = self.0.as_ref()?;
-        let own = shares.networks.look(network).err();
-        let answers_for_all = shares.networks.missing(network) > shares.innocent;
-        let all = answers_for_all.then(|| shares.together.look(&()).err()).flatten();
+        let own = self.networks.look(network).err();
+        let answers_for_all = self.networks.missing(network) > self.innocent;
+        let all = answers_for_all.then(|| self.together.look(&()).err()).flatten();
         own.max(all).map(|wait| wait.min(LONGEST_WAIT))
     }
 
     fn debit(&self, network: &Network, tokens: u32) {
-        if let Some(shares) = self.0.as_ref().filter(|_| tokens > 0) {
-            shares.networks.debit(network, tokens);
-            shares.together.debit(&(), tokens);
-        }
+        self.networks.debit(network, tokens);
+        self.together.debit(&(), tokens);
     }
 
     fn give_back(&self, network: &Network, tokens: u32) {
-        if let Some(shares) = self.0.as_ref().filter(|_| tokens > 0) {
-            shares.networks.give_back(network, tokens);
-            shares.together.give_back(&(), tokens);
-        }
+        self.networks.give_back(network, tokens);
+        self.together.give_back(&(), tokens);
     }
 }
 
@@ -125,8 +164,7 @@ impl Account {
     /// A host has proved itself.
     pub(super) fn prove(&self) {
         if !self.proved.swap(true, Ordering::AcqRel) {
-            let tokens = tokens(self.spent.swap(0, Ordering::AcqRel));
-            self.ration.give_back(&self.network, u32::try_from(tokens).unwrap_or(u32::MAX));
+            self.ration.give_back(&self.network, self.spent.swap(0, Ordering::AcqRel));
         }
     }
 
@@ -147,8 +185,7 @@ impl Account {
     fn charge(&self, time: Duration) {
         let spent = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
         let before = self.spent.fetch_add(spent, Ordering::AcqRel);
-        let due = tokens(before.saturating_add(spent)) - tokens(before);
-        self.ration.debit(&self.network, u32::try_from(due).unwrap_or(u32::MAX));
+        self.ration.charge(&self.network, before, before.saturating_add(spent));
     }
 
     /// Does `work`, and charges the time that it takes.
@@ -173,46 +210,48 @@ fn thread_time() -> Duration {
     Duration::new(time.tv_sec.try_into().unwrap_or(0), time.tv_nsec.try_into().unwrap_or(0))
 }
 
-/// Lets what one connection does wait for its turn. Meanwhile it is not the client that is waited for.
+/// Has a connection wait for its turns. Meanwhile it is not the client that is waited for.
 pub(super) struct Meter {
     account: Arc<Account>,
     activity: Arc<Activity>,
     /// Set while it waits.
-    turn: Option<Pin<Box<Sleep>>>,
+    waiting: Option<Pin<Box<Sleep>>>,
     /// What the account will have spent when the turn ends, in nanoseconds.
     turn_ends: u64,
 }
 
 impl Meter {
     pub(super) fn new(account: Arc<Account>, activity: Arc<Activity>) -> Self {
-        Self { account, activity, turn: None, turn_ends: 0 }
+        Self { account, activity, waiting: None, turn_ends: 0 }
     }
 
-    fn set_turn(&mut self, turn: Option<Pin<Box<Sleep>>>) {
-        if turn.is_some() != self.turn.is_some() {
-            self.activity.wait_for_turn(turn.is_some());
+    fn set_waiting(&mut self, waiting: Option<Pin<Box<Sleep>>>) {
+        if waiting.is_some() != self.waiting.is_some() {
+            self.activity.wait_for_turn(waiting.is_some());
         }
-        self.turn = turn;
+        self.waiting = waiting;
     }
 
     /// Polls when it is the connection's turn, and charges the time that it takes.
     pub(super) fn poll<T>(&mut self, cx: &mut Context<'_>, poll: impl FnOnce(&mut Context<'_>) -> Poll<T>) -> Poll<T> {
         if self.account.is_free() {
-            self.set_turn(None);
+            self.set_waiting(None);
             return poll(cx);
         }
-        // After its wait a connection has its turn, however many others took theirs before it.
+        // A turn that was granted lasts, however many others take theirs meanwhile.
         let spent = self.account.spent.load(Ordering::Acquire);
-        // More than a turn is left where what was spent has been given back since: then the turn is over.
-        let has_turn = (1..=TURN.as_nanos() as u64).contains(&self.turn_ends.saturating_sub(spent));
-        if self.turn.is_none() && !has_turn {
-            let wait = self.account.ration.wait(&self.account.network);
-            self.set_turn(wait.map(|wait| Box::pin(tokio::time::sleep(wait))));
-        }
-        if let Some(turn) = &mut self.turn {
-            ready!(turn.as_mut().poll(cx));
-            self.set_turn(None);
-            self.turn_ends = spent.saturating_add(TURN.as_nanos() as u64);
+        // More than a turn is left where the address got back what was spent: then the turn is over.
+        let has_turn = (1..=TURN).contains(&self.turn_ends.saturating_sub(spent));
+        if !has_turn {
+            if self.waiting.is_none() {
+                let wait = self.account.ration.wait(&self.account.network, spent);
+                self.set_waiting(wait.map(|wait| Box::pin(tokio::time::sleep(wait))));
+            }
+            if let Some(waiting) = &mut self.waiting {
+                ready!(waiting.as_mut().poll(cx));
+                self.set_waiting(None);
+            }
+            self.turn_ends = spent.saturating_add(TURN);
         }
         self.account.charged(|| poll(cx))
     }
@@ -255,14 +294,20 @@ mod tests {
         Arc::new(Ration::of(1, 1))
     }
 
+    /// New connections of this address take so much time together, in their first turns.
+    fn spend_in_first_turns(ration: &Arc<Ration>, network: Network, milliseconds: u64) {
+        for _ in 0..milliseconds / 2 {
+            // What opening it cost is a part.
+            Account::open(ration, network).charge(Duration::from_nanos(TURN) - ACCEPT);
+        }
+    }
+
     #[tokio::test(start_paused = true)]
     async fn an_address_that_used_up_its_share_waits_and_then_each_connection_has_a_turn() {
         let ration = ration();
-        let spender = Account::open(&ration, network(1));
-        spender.charge(Duration::from_millis(1_100));
-        let wait = ration.wait(&network(1)).unwrap();
-        assert_eq!(wait, LONGEST_WAIT, "however much the address owes");
-        assert_eq!(ration.wait(&network(2)), None);
+        spend_in_first_turns(&ration, network(1), 1_200);
+        assert_eq!(ration.wait(&network(1), 0), Some(LONGEST_WAIT), "however much the address owes");
+        assert_eq!(ration.wait(&network(2), 0), None);
         // Each waits once, although the first that has its turn uses up more again.
         let begun = tokio::time::Instant::now();
         let turn = |number: u64| {
@@ -286,27 +331,45 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn a_newcomer_does_not_wait_for_what_others_take_beyond_their_first_turn() {
+        let ration = ration();
+        let busy = Account::open(&ration, network(1));
+        busy.charge(Duration::from_secs(2));
+        assert_eq!(ration.wait(&network(1), 0), None);
+        assert_eq!(ration.wait(&network(1), TURN), Some(LONGEST_WAIT));
+        let begun = tokio::time::Instant::now();
+        let mut meter = Meter::new(busy, Activity::new(false, 1));
+        poll_fn(|cx| meter.poll(cx, |_| Poll::Ready(()))).await;
+        assert_eq!(begun.elapsed(), LONGEST_WAIT, "it was not its turn");
+        let mut meter = Meter::new(Account::open(&ration, network(1)), Activity::new(false, 1));
+        poll_fn(|cx| meter.poll(cx, |_| Poll::Ready(()))).await;
+        assert_eq!(begun.elapsed(), LONGEST_WAIT, "a newcomer waited");
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn a_turn_is_enough_for_a_handshake_and_a_request_in_many_polls() {
         let ration = ration();
-        Account::open(&ration, network(1)).charge(Duration::from_secs(2));
+        spend_in_first_turns(&ration, network(1), 2_000);
         let account = Account::open(&ration, network(1));
         let mut meter = Meter::new(account.clone(), Activity::new(false, 1));
         let begun = tokio::time::Instant::now();
         for _ in 0..6 {
             poll_fn(|cx| meter.poll(cx, |_| Poll::Ready(()))).await;
-            account.charge(TURN / 6 - Duration::from_micros(1));
+            account.charge(Duration::from_nanos(TURN / 6 - 1_000));
         }
         assert!(begun.elapsed() < LONGEST_WAIT * 2, "it waited {:?}", begun.elapsed());
-        // What it takes beyond that waits again.
-        account.charge(TURN);
+        // Beyond that it is the other share that decides.
+        Account::open(&ration, network(1)).charge(Duration::from_secs(2));
+        account.charge(Duration::from_nanos(TURN));
         poll_fn(|cx| meter.poll(cx, |_| Poll::Ready(()))).await;
         assert!(begun.elapsed() >= LONGEST_WAIT * 2);
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_connection_that_waits_for_its_turn_is_not_closed_for_room() {
-        let account = Account::open(&ration(), network(1));
-        account.charge(Duration::from_secs(2));
+        let ration = ration();
+        spend_in_first_turns(&ration, network(1), 2_000);
+        let account = Account::open(&ration, network(1));
         let activity = Activity::new(false, 1);
         let mut meter = Meter::new(account, activity.clone());
         assert!(activity.may_be_closed());
@@ -326,12 +389,13 @@ mod tests {
         let host = Account::open(&ration, network(1));
         let stranger = Account::open(&ration, network(1));
         host.charge(Duration::from_secs(2));
-        assert!(ration.wait(&network(1)).is_some());
+        assert!(ration.wait(&network(1), TURN).is_some());
         host.prove();
         host.prove();
-        assert_eq!(ration.wait(&network(1)), None, "the host's share was not given back");
+        assert_eq!(ration.wait(&network(1), TURN), None, "the host's share was not given back");
         stranger.charge(Duration::from_secs(2));
-        assert!(ration.wait(&network(1)).is_some());
+        spend_in_first_turns(&ration, network(1), 2_000);
+        assert!(ration.wait(&network(1), TURN).is_some());
         let begun = tokio::time::Instant::now();
         let mut meter = Meter::new(host.clone(), Activity::new(false, 1));
         poll_fn(|cx| meter.poll(cx, |_| Poll::Ready(()))).await;
@@ -347,12 +411,15 @@ mod tests {
         let ration = ration();
         for last in 1..=5 {
             Account::open(&ration, network(last)).charge(Duration::from_millis(600));
-            assert_eq!(ration.wait(&network(last)).is_some(), last > 3, "{last}");
+            spend_in_first_turns(&ration, network(last), 600);
+            for spent in [0, TURN] {
+                assert_eq!(ration.wait(&network(last), spent).is_some(), last > 3, "{last}");
+            }
         }
-        assert_eq!(ration.wait(&network(200)), None, "an address that has used nothing waits for others");
+        assert_eq!(ration.wait(&network(200), 0), None, "an address that has used nothing waits for others");
         let free = Arc::new(Ration::of(0, 1));
         Account::open(&free, network(1)).charge(Duration::from_secs(1_000));
-        assert_eq!(free.wait(&network(1)), None);
+        assert_eq!(free.wait(&network(1), TURN), None);
     }
 
     #[tokio::test]
