@@ -1,9 +1,12 @@
 //! What requests read: snapshots of the state, and what is remembered from one request to the next.
 
 pub mod baselines;
+pub mod error;
+pub mod follow;
 pub mod health_cache;
 pub mod hosts;
 pub mod issued;
 pub mod keys;
 pub mod signers;
+pub mod snapshot;
 pub mod tpm_sessions;

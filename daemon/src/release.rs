@@ -42,8 +42,9 @@ use self::ours::Ours;
 use crate::admission::strangers::{self, LARGE, apart_if_large};
 use crate::admission::{Declined, HostAt};
 use crate::observe::log_throttle::Throttle;
+use crate::registry::snapshot::Snapshot;
 use crate::request::Attempt;
-use crate::service::{Service, Snapshot};
+use crate::service::Service;
 use crate::stock::{Basis, Taken};
 use crate::sys::clock::unix_now;
 

@@ -6,7 +6,6 @@ mod verdict;
 
 use std::convert::Infallible;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::SystemTime;
 
 use bytes::Bytes;
@@ -71,8 +70,8 @@ impl Monitor {
     fn readings(&self) -> Readings {
         let service = &self.service;
         let (audit_waiting, audit_writing) = service.audit.backlog();
-        let keys = service.keys.load();
-        let signers = service.signers.load();
+        let keys = service.registry.keys();
+        let signers = service.registry.signers();
         let of = |kind, certificate: &Certificate| (kind, short_name(certificate.der()), certificate.not_after());
         let mut certificates: Vec<_> =
             keys.certificates().map(|(kind, certificate)| of(kind.as_str(), certificate)).collect();
@@ -89,8 +88,8 @@ impl Monitor {
             load: service.admission.load(),
             limits: service.admission.limits(),
             certificates,
-            hosts: service.hosts.load().enabled(),
-            state_stale: service.state_stale.load(Ordering::Relaxed),
+            hosts: service.registry.hosts().enabled(),
+            state_stale: service.registry.is_stale(),
             audit_waiting,
             audit_writing,
             audit: service.audit.head(),

@@ -279,15 +279,22 @@ impl Stock {
         }
     }
 
-    /// Goes on with these keys and settings: what was made for others is thrown away.
-    pub(crate) fn rebase(&self, basis: Basis) {
+    /// Goes on with these keys and settings: what was made for others is thrown away. `newest` reads what is in force under the
+    /// lock, so that of two calls the later one has the newer basis.
+    pub(crate) fn rebase(&self, newest: impl FnOnce() -> Basis) {
         let mut current = self.basis();
+        let basis = newest();
         if current.as_ref() == Some(&basis) {
             return;
         }
         *current = Some(basis);
         // Under the lock: what is being made for the old ones is not put in any more.
         self.lanes().values().for_each(|lane| self.empty(lane));
+    }
+
+    #[cfg(test)]
+    pub(crate) fn is_based_on(&self, basis: &Basis) -> bool {
+        self.basis().as_ref() == Some(basis)
     }
 
     /// Throws away what has waited for too long and what exceeds `limit` bytes, and forgets sets that nobody asks for any more.

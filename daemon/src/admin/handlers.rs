@@ -177,10 +177,10 @@ mod tests {
         assert!(ask(json!({"command": "hosts.label", "name": "node", "add": ["a b"]})).await.is_err());
         let fewer = ask(json!({"command": "hosts.label", "name": "NODE", "remove": ["b", "c"]})).await.unwrap();
         assert_eq!(fewer["labels"], json!(["a=1"]));
-        assert!(service.hosts.load().by_host_key(key().public().spki_der()).is_some());
+        assert!(service.registry.hosts().by_host_key(key().public().spki_der()).is_some());
         let disabled = ask(json!({"command": "hosts.enable", "name": "node", "enabled": false})).await.unwrap();
         assert_eq!(disabled["enabled"], json!(false));
-        assert!(service.hosts.load().by_host_key(key().public().spki_der()).is_none());
+        assert!(service.registry.hosts().by_host_key(key().public().spki_der()).is_none());
         let lines = trail(&service);
         let said: Vec<_> = lines.iter().map(|l| (l["event"].as_str().unwrap(), l["change"].as_str())).collect();
         let label = |change| ("hosts.label", Some(change));
@@ -196,7 +196,7 @@ mod tests {
             let new = crate::store::NewCertificate { kind, der: &der, key_id: b"id", spki: b"spki", primary: false };
             state.add_certificate(&new, 1).map(|added| added.thumbprint)
         };
-        let thumbprint = service.with_state(|state| {
+        let thumbprint = service.registry.with_state(|state| {
             add(state, Kind::Signing)?;
             add(state, Kind::Encryption)
         });
@@ -212,7 +212,9 @@ mod tests {
         let limited = ask(&thumbprint[..8].to_uppercase(), Some("signing")).await.unwrap();
         assert_eq!((&limited["kind"], &limited["labels"]), (&json!("signing"), &json!(["a"])));
         // One key, one limit.
-        assert!(service.with_state(|state| state.certificates()).unwrap().iter().all(|c| !c.labels.is_empty()));
+        assert!(
+            service.registry.with_state(|state| state.certificates()).unwrap().iter().all(|c| !c.labels.is_empty())
+        );
         let lines = trail(&service);
         assert_eq!((lines.len(), &lines[1]["certificate"]), (2, &json!(thumbprint)));
         assert_eq!(lines[0]["change"], json!("hosts with a"));
@@ -226,7 +228,7 @@ mod tests {
             let (key_id, spki) = ([at as u8], [at as u8]);
             let new =
                 NewCertificate { kind: Kind::Signing, der: &der[at], key_id: &key_id, spki: &spki, primary: false };
-            service.with_state(|state| state.add_certificate(&new, added)).unwrap().thumbprint
+            service.registry.with_state(|state| state.add_certificate(&new, added)).unwrap().thumbprint
         };
         // The service's counts began when it was made, the first key is older than that, the others are not.
         let now = crate::sys::clock::unix_now();
@@ -290,9 +292,9 @@ mod tests {
             assert!(warning.contains(&thumbprint) && warning.contains("was not found in these HSMs"), "{warning}");
             assert!(warning.contains("whoever has its key makes health certificates"), "{warning}");
         }
-        let signers = service.with_state(|state| state.signers()).unwrap();
+        let signers = service.registry.with_state(|state| state.signers()).unwrap();
         assert!(signers.len() == 1 && !signers[0].current, "{signers:?}");
         assert!(signers[0].replaced.is_some_and(|replaced| replaced >= now), "trusted like one that was replaced now");
-        assert_eq!(service.signers.load().certificates().len(), 1);
+        assert_eq!(service.registry.signers().certificates().len(), 1);
     }
 }

@@ -59,7 +59,7 @@ pub async fn attest(service: &Service, body: &[u8], attempt: &mut Attempt) -> Re
     let within_rate = service.admission.attestation_within_rate(&from);
     within_rate.inspect_err(|_| service.admission.charge_stranger(attempt, body.len(), work))?;
 
-    let signers = service.signers.load();
+    let signers = service.registry.signers();
     let signer = signers.current().ok_or_else(unavailable)?;
     let thumbprint = signer.certificate.thumbprint();
     let mut turn = None;

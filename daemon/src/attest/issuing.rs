@@ -98,16 +98,16 @@ impl Issued {
     /// # Errors
     /// The refusal of an attestation that arrived now.
     pub fn confirm(self, service: &Service) -> Result<(HealthCertificateReply, Vec<IssuedFor>), Refused> {
-        if service.hosts.load().by_name_and_key(&self.host.name, &self.host.spki_sha256).is_none() {
+        if service.registry.hosts().by_name_and_key(&self.host.name, &self.host.spki_sha256).is_none() {
             return Err(Refused::new(
                 ErrorReply::Unauthorized,
                 "the host is not registered any more, or has another key",
             ));
         }
-        if !service.signers.load().trust(&self.signer) {
+        if !service.registry.signers().trust(&self.signer) {
             return Err(unavailable());
         }
-        if self.baseline.is_some_and(|baseline| !service.baselines.load().is_enabled(&baseline)) {
+        if self.baseline.is_some_and(|baseline| !service.registry.baselines().is_enabled(&baseline)) {
             return Err(baseline_gone());
         }
         Ok((self.reply, self.unrecorded))
@@ -180,7 +180,7 @@ mod tests {
     fn stage() -> (tempfile::TempDir, Arc<Service>) {
         let folder = tempfile::tempdir().unwrap();
         let service = service_in(folder.path(), |config| config.attest.mode = AttestMode::Tpm);
-        service.with_state(|state| {
+        service.registry.with_state(|state| {
             let (der, spki) = (certificate(), key().public().spki_der());
             state.add_host_with(HostKind::EndorsementKey, "node", spki, &Labels::default(), 1).unwrap();
             state.add_signer(&NewSigner { der: &der, key_id: b"id", not_before: 1, not_after: 2 }, None, 1).unwrap();
@@ -192,8 +192,8 @@ mod tests {
     fn add_baseline(service: &Service, now: i64) {
         let mut values = PcrValues::default();
         PcrSet::ALWAYS.iter().for_each(|pcr| assert!(values.set(pcr, [7; 32])));
-        service.with_state(|state| state.add_baseline("base", &values, None, now).map(drop)).unwrap();
-        service.follow().unwrap();
+        service.registry.with_state(|state| state.add_baseline("base", &values, None, now).map(drop)).unwrap();
+        service.registry.follow().unwrap();
     }
 
     /// Certificates for `node` that rest on what is in force now.
@@ -206,8 +206,8 @@ mod tests {
     }
 
     fn change(service: &Service, work: impl FnOnce(&mut crate::store::State)) {
-        service.with_state(work);
-        service.follow().unwrap();
+        service.registry.with_state(work);
+        service.registry.follow().unwrap();
     }
 
     /// Asserts that a host is refused because it matches no enabled baseline.
@@ -240,7 +240,7 @@ mod tests {
     fn nothing_leaves_when_the_host_or_the_signer_is_gone() {
         let (_folder, service) = stage();
         let (first, second) = (issued(&service), issued(&service));
-        let thumbprint = service.signers.load().current_thumbprint().unwrap().to_owned();
+        let thumbprint = service.registry.signers().current_thumbprint().unwrap().to_owned();
         change(&service, |state| drop(state.revoke_signer(&thumbprint, true, 9).unwrap()));
         assert_eq!(first.confirm(&service).unwrap_err().reply, ErrorReply::Unavailable);
         change(&service, |state| drop(state.remove_host("node").unwrap()));

@@ -10,7 +10,8 @@ use claviger_protocol::certificate::build::BuildError;
 use claviger_protocol::health::{self, LIFETIME_SECONDS};
 use claviger_protocol::rsa_key::{KeyError, RsaPrivateKey, RsaPublicKey};
 
-use crate::service::{ChangeError, Service};
+use crate::registry::error::ChangeError;
+use crate::service::Service;
 use crate::signing::{self, OWN_DEADLINE, private_parts};
 use crate::store::{NewSigner, StateError};
 use crate::sys::clock::unix_now;
@@ -78,7 +79,7 @@ impl Keeper {
                 tokio::time::sleep(RETRY).await;
             }
             failing = result.is_err();
-            let pause = match (self.service.signers.load().current().is_some(), failing) {
+            let pause = match (self.service.registry.signers().current().is_some(), failing) {
                 (true, _) => LOOK_EVERY,
                 // The pause after a failure is above.
                 (false, true) => Duration::ZERO,
@@ -96,7 +97,7 @@ impl Keeper {
     /// # Errors
     /// See [`SignerError`]; the current signer stays as it was.
     pub async fn look(&mut self, asked: bool) -> Result<(), SignerError> {
-        let signers = self.service.signers.load_full();
+        let signers = Arc::clone(&self.service.registry.signers());
         let Some(current) = signers.current() else { return self.renew().await };
         // The unfinished signer was installed after all.
         self.unfinished.take_if(|(id, _)| *id == current.id);
@@ -113,7 +114,7 @@ impl Keeper {
         // A previous signer is trusted until the last health certificate that it can have issued has expired.
         let oldest = unix_now() - LIFETIME_SECONDS;
         if signers.first_replaced().is_some_and(|replaced| replaced < oldest) {
-            self.service.change(move |state| state.forget_signers_before(oldest)).await?;
+            self.service.registry.change(move |state| state.forget_signers_before(oldest)).await?;
         }
         Ok(())
     }
@@ -146,7 +147,7 @@ impl SignerError {
 /// The thumbprint of the current signer, hexadecimal.
 #[must_use]
 pub fn current(service: &Service) -> Option<String> {
-    service.signers.load().current_thumbprint().map(str::to_owned)
+    service.registry.signers().current_thumbprint().map(str::to_owned)
 }
 
 /// Makes a new signer with a new key, regardless of the current one.
@@ -169,6 +170,7 @@ async fn install(service: &Arc<Service>, id: &KeyRef, public: &RsaPublicKey) -> 
     let (der, id) = (to_be_signed.assemble(&signed.value), id.clone());
     let seen = current(service);
     let added = service
+        .registry
         .change(move |state| {
             state.add_signer(&NewSigner { der: &der, key_id: &id.id.0, not_before, not_after }, seen.as_deref(), now)
         })

@@ -35,8 +35,9 @@ use crate::admission::strangers;
 use crate::observe::log_throttle::Throttle;
 use crate::observe::metrics;
 use crate::registry::baselines::BaselineId;
+use crate::registry::snapshot::Snapshot;
 use crate::request::Attempt;
-use crate::service::{Service, Snapshot};
+use crate::service::Service;
 use crate::store::Host;
 use crate::store::evidence::Evidence;
 use crate::sys::clock::unix_now;
@@ -260,7 +261,7 @@ async fn issue(
     attempt: &mut Attempt,
 ) -> Result<Issued, Refused> {
     let Proven { host, endorsement_key, identity_key, requested, .. } = proven;
-    let signers = service.signers.load();
+    let signers = service.registry.signers();
     let signer = signers.current().ok_or_else(unavailable)?;
     let _turn = service.admission.attestation_turn(from, attempt).await?;
     let mut content = Vec::with_capacity(requested.len());
@@ -355,11 +356,11 @@ mod tests {
         // A boot without any event.
         PcrSet::ALWAYS.iter().for_each(|pcr| assert!(tpm.pcrs.set(pcr, [0; 32])));
         let spki = tpm.endorsement_key().public().spki_der().to_vec();
-        service.with_state(|state| {
+        service.registry.with_state(|state| {
             state.add_host_with(HostKind::EndorsementKey, "node", &spki, &Labels::default(), 1).unwrap();
             state.add_baseline("base", &tpm.pcrs, None, 1).unwrap();
         });
-        service.follow().unwrap();
+        service.registry.follow().unwrap();
         (folder, service, tpm)
     }
 
@@ -407,11 +408,11 @@ mod tests {
 
     /// Removes the baseline `base` and adds one of that name with the TPM's values.
     fn replace_baseline(service: &Service, tpm: &SoftwareTpm, now: i64) {
-        service.with_state(|state| {
+        service.registry.with_state(|state| {
             state.remove_baseline("base").unwrap();
             state.add_baseline("base", &tpm.pcrs, None, now).unwrap();
         });
-        service.follow().unwrap();
+        service.registry.follow().unwrap();
     }
 
     /// The shortest well-formed log.
@@ -461,11 +462,11 @@ mod tests {
         let judged = judge(&service, &body, &mut Work::default(), &mut attempt).unwrap();
         let Judged::Proven(proven) = judged else { panic!("step 2") };
         let baseline = proven.outcome.unwrap();
-        assert!(service.baselines.load().is_enabled(&baseline));
+        assert!(service.registry.baselines().is_enabled(&baseline));
         // While the host waits for an HSM, its baseline is replaced under its name.
         replace_baseline(&service, &tpm, 2);
-        assert!(service.baselines.load().allow("base", unix_now()), "another one of that name is enabled");
-        assert!(!service.baselines.load().is_enabled(&baseline));
+        assert!(service.registry.baselines().allow("base", unix_now()), "another one of that name is enabled");
+        assert!(!service.registry.baselines().is_enabled(&baseline));
     }
 
     #[tokio::test]

@@ -12,7 +12,7 @@ use crate::sys::clock::unix_now;
 /// Within the daemon, with its own sessions: nobody logs in anew.
 pub(super) async fn of_daemon(service: &Arc<Service>) -> Vec<Finding> {
     let of = Arc::clone(service);
-    let read = tokio::task::spawn_blocking(move || of.with_state(|state| state::read(state, unix_now())));
+    let read = tokio::task::spawn_blocking(move || of.registry.with_state(|state| state::read(state, unix_now())));
     // What is wrong with the state itself, the doctor sees with its own eyes.
     let registered = match read.await {
         Ok(Ok((_, registered))) => Arc::new(registered),

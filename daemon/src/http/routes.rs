@@ -321,11 +321,11 @@ fn quick(service: &Service, asked: Asked, request: &Request<Incoming>) -> Option
         return Some(Quick::Answer(Answer { allow: Some(method.clone()), ..answer }));
     }
     let document = match endpoint {
-        Endpoint::Metadata => match service.keys.load().signed_metadata() {
+        Endpoint::Metadata => match service.registry.keys().signed_metadata() {
             Some(document) => Answer::ok(XML, document),
             None => return Some(Quick::Unsigned),
         },
-        Endpoint::SigningCertificates => Answer::ok(PKCS7, service.signers.load().published()),
+        Endpoint::SigningCertificates => Answer::ok(PKCS7, service.registry.signers().published()),
         Endpoint::GetInfo => Answer::ok(JSON, information(mode(service))),
         _ => {
             let message = acceptable(request.headers(), family.media_types()).err()?;
@@ -508,7 +508,7 @@ fn announced(request: &Request<Incoming>) -> Option<u64> {
 
 /// The metadata document, for which HSMs may have to sign.
 async fn metadata(service: &Service) -> Answer {
-    match service.keys.load().metadata(&service.cluster).await {
+    match service.registry.keys().metadata(&service.cluster).await {
         Ok(document) => Answer::ok(XML, document),
         Err(refusal) => Answer::refused(&refusal),
     }

@@ -130,7 +130,7 @@ async fn wait_until_ready(daemon: &Daemon) -> Result<(), Failure> {
     let begun = Instant::now();
     loop {
         let reply = client.get("/ready").await?;
-        let signer = daemon.service.signers.load().current().is_some();
+        let signer = daemon.service.registry.signers().current().is_some();
         if reply.status == 200 && signer {
             return Ok(());
         }

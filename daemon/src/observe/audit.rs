@@ -156,6 +156,11 @@ impl Audit {
         self.write(body, class, None, until).await
     }
 
+    /// Records an administrator's change. `false`: it cannot be recorded, and must not be made.
+    pub async fn administration(&self, entry: &Entry) -> bool {
+        self.record(entry, Class::Administration, standstill::now() + PATIENCE).await.is_ok()
+    }
+
     /// Records how a request was decided, until the request's deadline. `false`: what was granted cannot be recorded, and
     /// must not leave.
     ///

@@ -132,14 +132,14 @@ mod tests {
         let add = json!({"command": "baselines.add", "name": "a", "pcrs": {"0": zero, "4": zero, "7": zero}});
         handlers::handle(service.clone(), add.clone(), peer).await.unwrap();
         let issued = unix_now();
-        assert!(service.baselines.load().allow("a", issued));
+        assert!(service.registry.baselines().allow("a", issued));
         // Both commands would fit into the second of the certificate.
         let remove = json!({"command": "baselines.remove", "name": "a"});
         handlers::handle(service.clone(), remove, peer).await.unwrap();
-        assert!(!service.baselines.load().allow("a", issued));
+        assert!(!service.registry.baselines().allow("a", issued));
         handlers::handle(service.clone(), add, peer).await.unwrap();
-        assert!(service.baselines.load().allow("a", unix_now()));
-        assert!(!service.baselines.load().allow("a", issued));
+        assert!(service.registry.baselines().allow("a", unix_now()));
+        assert!(!service.registry.baselines().allow("a", issued));
     }
 
     #[tokio::test]

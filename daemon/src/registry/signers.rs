@@ -1,9 +1,10 @@
 //! The attestation signers, as an immutable snapshot for requests.
 
 use bytes::Bytes;
-use claviger_protocol::certificate::{Certificate, CertificateError};
+use claviger_protocol::certificate::Certificate;
 use claviger_protocol::pkcs7;
 
+use super::error::Unreadable;
 use super::keys::Key;
 use crate::store;
 
@@ -20,16 +21,6 @@ pub struct Signers {
     published: Bytes,
     /// When the earliest of the previous signers was replaced.
     first_replaced: Option<i64>,
-}
-
-/// A certificate of the state that cannot be read.
-#[derive(Clone, Debug, thiserror::Error)]
-#[error("the certificate {thumbprint}: {error}")]
-pub struct Unreadable {
-    /// SHA-256 of the stored bytes, hexadecimal.
-    pub thumbprint: String,
-    /// The reason.
-    pub error: CertificateError,
 }
 
 impl Signers {

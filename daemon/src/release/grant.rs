@@ -10,7 +10,8 @@ use claviger_protocol::rsa_key::RsaPublicKey;
 use super::ours::{not_for_us, signing_key_missing};
 use crate::config::AttestMode;
 use crate::registry::keys::Held;
-use crate::service::{Service, Snapshot};
+use crate::registry::snapshot::Snapshot;
+use crate::service::Service;
 use crate::store::Host;
 
 /// A release that is right as far as the request goes, with the facts about host and keys that it rests on.

@@ -302,7 +302,7 @@ impl Stage {
             (Kind::Signing, &guardian.signing_key, &guardian.signing_certificate),
             (Kind::Encryption, &guardian.encryption_key, &guardian.encryption_certificate),
         ];
-        service.with_state(|state| {
+        service.registry.with_state(|state| {
             for (kind, key, certificate) in keys {
                 let (key_id, spki) = (&key_id(key.public()), key.public().spki_der());
                 // Not primary, because primary certificates cannot be disabled, which the tests do. Metadata, which needs them, is
@@ -319,7 +319,7 @@ impl Stage {
             state.add_signer(&new, None, unix_now()).unwrap();
             state.add_host(HOST, host.public().spki_der(), &Labels::default(), unix_now()).unwrap();
         });
-        service.follow().unwrap();
+        service.registry.follow().unwrap();
         let hsm = SoftwareHsm::new(keys.map(|(_, key, _)| {
             let copy = RsaPrivateKey::from_pkcs8_der(key.to_pkcs8_der()).unwrap();
             (key_ref(&key_id(key.public()), key.public()), copy)

@@ -83,8 +83,8 @@ async fn released(stage: &Stage, body: &[u8]) -> Result<RollResponse, Refusal> {
 
 /// An administrator's change, in force when it returns.
 fn change<T>(service: &Service, work: impl FnOnce(&mut State) -> Result<T, StateError>) {
-    service.with_state(work).unwrap();
-    service.follow().unwrap();
+    service.registry.with_state(work).unwrap();
+    service.registry.follow().unwrap();
 }
 
 fn configure(service: &Service, work: impl FnOnce(&mut Config)) {

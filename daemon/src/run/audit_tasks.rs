@@ -73,7 +73,7 @@ pub(super) async fn finish(service: &Arc<Service>) {
 }
 
 async fn checkpoint(service: &Service, draft: &Draft, deadline: Instant) -> Result<(), CheckpointError> {
-    let keys = service.keys.load_full();
+    let keys = Arc::clone(&service.registry.keys());
     let (_, Some(key)) = keys.primary() else { return Err(CheckpointError::NoKey) };
     let signed = signing::sign(&service.cluster, &key.id, key.certificate.key(), &draft.message(), deadline).await?;
     Ok(service.audit.checkpoint(draft, &key.certificate, &signed.value).await?)

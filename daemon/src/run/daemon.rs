@@ -3,7 +3,6 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
@@ -246,19 +245,11 @@ async fn follow_state(service: Arc<Service>) {
         let of = service.clone();
         let followed = tokio::task::spawn_blocking(move || {
             // First: a change of the registry does not wait for what is only remembered.
-            let followed = of.follow().map_err(|error| error.to_string());
+            let followed = of.registry.follow().map_err(|error| error.to_string());
             of.usage.flush(unix_now());
             of.evidence.flush();
             followed
         });
-        let result = followed.await.unwrap_or_else(|error| Err(error.to_string()));
-        let was_failing = service.state_stale.swap(result.is_err(), Ordering::Relaxed);
-        if let Err(error) = &result
-            && !was_failing
-        {
-            tracing::error!(error, "the state cannot be read; trying again every second (this is logged once)");
-        } else if result.is_ok() && was_failing {
-            tracing::info!("the state is read again");
-        }
+        service.registry.looked(&followed.await.unwrap_or_else(|error| Err(error.to_string())));
     }
 }

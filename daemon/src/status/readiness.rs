@@ -66,7 +66,7 @@ async fn probe_trail(service: &Service, look: &mut Option<JoinHandle<Option<u64>
         // Without a release nothing would be written, and nobody sends releases to a daemon that is not ready: so this is
         // tried. Where it succeeds, the trail says that there was a gap.
         let entry = Attempt::new(request_id()).entry("audit.resumed", "success");
-        let written = standstill::timeout(PATIENCE, service.record(&entry));
+        let written = standstill::timeout(PATIENCE, service.audit.administration(&entry));
         if !written.await.unwrap_or(false) {
             return Err(why);
         }
@@ -108,7 +108,7 @@ fn room_at(file: PathBuf) -> Option<u64> {
 /// Asks the members that are up, all at the same time, until one proves that it works: by a decryption and a signature with
 /// the primary keys, both checked.
 async fn probe(service: &Service) -> Result<String, String> {
-    if let (None, _) | (_, None) = service.keys.load().primary() {
+    if let (None, _) | (_, None) = service.registry.keys().primary() {
         return Err("there is no primary encryption or signing certificate".to_owned());
     }
     let mut why = Vec::new();

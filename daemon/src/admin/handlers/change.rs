@@ -6,8 +6,9 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::observe::audit::{Peer, SUCCESS};
+use crate::registry::error::ChangeError;
 use crate::request::Attempt;
-use crate::service::{ChangeError, Service};
+use crate::service::Service;
 use crate::store::{State, StateError, check_host_name};
 use crate::sys::id::request_id;
 
@@ -16,7 +17,7 @@ pub(super) async fn read<T: Send + 'static>(
     work: impl FnOnce(&mut State) -> Result<T, StateError> + Send + 'static,
 ) -> Result<T, String> {
     let service = Arc::clone(service);
-    let read = tokio::task::spawn_blocking(move || service.with_state(work));
+    let read = tokio::task::spawn_blocking(move || service.registry.with_state(work));
     read.await.map_err(|e| e.to_string())?.map_err(|e| e.to_string())
 }
 
@@ -54,7 +55,7 @@ impl Change {
         note: impl FnOnce(&mut Attempt, &T),
     ) -> Result<T, String> {
         self.requested(service).await?;
-        let made = service.change(work).await;
+        let made = service.registry.change(work).await;
         if let Ok(value) = &made {
             note(&mut self.attempt, value);
         }
@@ -75,7 +76,7 @@ impl Change {
             request = entry.request,
             "an administrator's change"
         );
-        if service.record(&entry).await {
+        if service.audit.administration(&entry).await {
             Ok(())
         } else {
             Err("the change cannot be recorded in the audit trail, so it was not made; see the daemon's log".to_owned())
@@ -90,7 +91,7 @@ impl Change {
             request = self.attempt.request,
             "an administrator's change is done"
         );
-        let _ = service.record(&self.attempt.entry(self.event, outcome)).await;
+        let _ = service.audit.administration(&self.attempt.entry(self.event, outcome)).await;
     }
 }
 

@@ -191,7 +191,7 @@ pub(super) async fn add(service: &Arc<Service>, new: New, peer: Peer) -> Result<
     let work = move |state: &mut State| {
         state.add_certificate(&NewCertificate { kind, der: &der, key_id: &id.0, spki: &spki, primary }, now)
     };
-    let added = service.change(work).await;
+    let added = service.registry.change(work).await;
     change.done(service, outcome(&added)).await;
     Ok(done(service, &added.map_err(|e| e.to_string())?, warnings).await)
 }

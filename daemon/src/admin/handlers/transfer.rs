@@ -116,7 +116,7 @@ pub(super) async fn import(
         change.attempt.change = Some(text.clone());
         change.requested(service).await?;
     }
-    let made = service.change(move |state| state.import(&import, now, true)).await;
+    let made = service.registry.change(move |state| state.import(&import, now, true)).await;
     change.attempt.change = Some(format!("{} changes", changes.len()));
     change.done(service, outcome(&made)).await;
     let Merged { changes, skipped } = made.map_err(|e| e.to_string())?;

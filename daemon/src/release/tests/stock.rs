@@ -2,10 +2,13 @@
 //! changes.
 
 use std::collections::HashSet;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc;
 
 use super::*;
+use crate::registry::keys::Keys;
 use crate::release::stocker;
-use crate::stock::Stock;
+use crate::stock::{Basis, Stock};
 
 /// One release, without its audit line: that is written by a thread, for which a paused clock does not wait.
 async fn served(stage: &Stage, body: &[u8]) -> Result<RollResponse, Refusal> {
@@ -119,6 +122,34 @@ async fn a_change_of_keys_labels_or_settings_empties_it_at_once() {
     let response = served(&stage, &stage.request(&response.egress_protector).to_xml()).await.unwrap();
     assert_eq!(Protector::parse(&response.egress_protector).unwrap().max_offline_unwraps, 3);
     assert_eq!(depth(&stage), 1);
+}
+
+/// While the first reads what is in force, the setting changes and the second begins. If the first had no lock by then, the second
+/// would come to its end, and the first would go on with what it read before.
+#[test]
+fn of_two_rebases_at_the_same_time_the_newer_basis_stays() {
+    let (stock, keys) = (&Stock::default(), Arc::new(Keys::default()));
+    let unwraps = AtomicU32::new(1);
+    let in_force = &|| {
+        let mut config = Config::default();
+        config.release.max_offline_unwraps = unwraps.load(Ordering::SeqCst);
+        Basis::new(&keys, &config)
+    };
+    std::thread::scope(|scope| {
+        stock.rebase(|| {
+            let read = in_force();
+            unwraps.store(2, Ordering::SeqCst);
+            let (done, is_done) = mpsc::channel();
+            scope.spawn(move || {
+                stock.rebase(in_force);
+                done.send(()).unwrap();
+            });
+            // It has to wait for this one: this time is all that a right stock spends here.
+            let _ = is_done.recv_timeout(Duration::from_millis(200));
+            read
+        });
+    });
+    assert!(stock.is_based_on(&in_force()));
 }
 
 #[tokio::test]

@@ -1,0 +1,333 @@
+//! The registry in force: snapshots of the state, replaced when the state changes.
+//!
+//! Hosts, baselines, keys and signers are kept as immutable snapshots, each behind an `ArcSwap`. A change is written to the state
+//! first; then the snapshots are replaced, so that the change takes effect with the next request. Changes that another process made
+//! are found by [`Registry::follow`], whatever store the state is in.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use arc_swap::{ArcSwap, Guard};
+use claviger_protocol::certificate::Certificate;
+
+use super::baselines::Baselines;
+use super::error::{ChangeError, FollowError, Unreadable};
+use super::hosts::Hosts;
+use super::keys::Keys;
+use super::signers::Signers;
+use super::snapshot::Snapshot;
+use crate::config::Config;
+use crate::store::{Contents, State, StateError};
+
+/// Called with the new keys after each change of them, while the state is locked.
+type OnKeys = Box<dyn Fn(&Arc<Keys>) + Send + Sync>;
+
+/// The state, and the snapshots of it that are in force.
+pub struct Registry {
+    keys: ArcSwap<Keys>,
+    hosts: ArcSwap<Hosts>,
+    baselines: ArcSwap<Baselines>,
+    signers: ArcSwap<Signers>,
+    on_keys: OnKeys,
+    /// Whether the last look at the state failed.
+    stale: AtomicBool,
+    /// Thumbprints of the certificates that could not be read at the last reload.
+    unreadable: Mutex<BTreeSet<String>>,
+    state: Mutex<State>,
+}
+
+impl fmt::Debug for Registry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Registry").finish_non_exhaustive()
+    }
+}
+
+impl Registry {
+    /// Takes the first snapshots of `state`. `on_keys` is called with the keys whenever they have changed, in the order of the
+    /// changes. Blocks on the store.
+    ///
+    /// # Errors
+    /// [`FollowError::State`], [`FollowError::Hosts`]. Certificates that cannot be read are logged and left out.
+    pub fn open(state: State, on_keys: impl Fn(&Arc<Keys>) + Send + Sync + 'static) -> Result<Self, FollowError> {
+        let registry = Self {
+            keys: ArcSwap::default(),
+            hosts: ArcSwap::default(),
+            baselines: ArcSwap::default(),
+            signers: ArcSwap::default(),
+            on_keys: Box::new(on_keys),
+            stale: AtomicBool::new(false),
+            unreadable: Mutex::default(),
+            state: Mutex::new(state),
+        };
+        match registry.reload() {
+            Err(error @ FollowError::Unreadable(_)) => {
+                tracing::error!(%error, "not all of the state can be used; claviger doctor says what to do");
+            }
+            other => other?,
+        }
+        Ok(registry)
+    }
+
+    /// The key-protection certificates.
+    #[must_use]
+    pub fn keys(&self) -> Guard<Arc<Keys>> {
+        self.keys.load()
+    }
+
+    /// The registered hosts.
+    #[must_use]
+    pub fn hosts(&self) -> Guard<Arc<Hosts>> {
+        self.hosts.load()
+    }
+
+    /// The enabled baselines.
+    #[must_use]
+    pub fn baselines(&self) -> Guard<Arc<Baselines>> {
+        self.baselines.load()
+    }
+
+    /// The attestation signers.
+    #[must_use]
+    pub fn signers(&self) -> Guard<Arc<Signers>> {
+        self.signers.load()
+    }
+
+    /// What is in force now, together with these settings.
+    #[must_use]
+    pub fn snapshot(&self, config: Arc<Config>) -> Snapshot {
+        Snapshot {
+            config,
+            keys: self.keys.load_full(),
+            hosts: self.hosts.load_full(),
+            baselines: self.baselines.load_full(),
+            signers: self.signers.load_full(),
+        }
+    }
+
+    /// Takes new snapshots if the state has changed since the last ones were complete, no matter which process changed it.
+    /// Blocks on the store.
+    ///
+    /// # Errors
+    /// See [`FollowError`]; what cannot be read stays as it was, and the next call tries again.
+    pub fn follow(&self) -> Result<(), FollowError> {
+        if self.with_state(|state| state.changed())? { self.reload() } else { Ok(()) }
+    }
+
+    /// Notes the result of a look at the state. The first failure and the first success after it are logged.
+    pub fn looked<E: fmt::Display>(&self, result: &Result<(), E>) {
+        let was_failing = self.stale.swap(result.is_err(), Ordering::Relaxed);
+        match result {
+            Err(error) if !was_failing => {
+                tracing::error!(%error, "the state cannot be read; trying again every second (this is logged once)");
+            }
+            Ok(()) if was_failing => tracing::info!("the state is read again"),
+            _ => {}
+        }
+    }
+
+    /// Whether the last look at the state failed, so that changes of other processes may be missing.
+    #[must_use]
+    pub fn is_stale(&self) -> bool {
+        self.stale.load(Ordering::Relaxed)
+    }
+
+    /// Works with the state. Blocks on the store: not for a thread that serves requests.
+    pub fn with_state<T>(&self, work: impl FnOnce(&mut State) -> T) -> T {
+        // A panic in the middle of a transaction rolled it back; the connection is sound.
+        work(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Changes the state on a thread that may block, and takes new snapshots.
+    ///
+    /// # Errors
+    /// Those of `work`, or that its change has no effect yet.
+    pub async fn change<T: Send + 'static>(
+        self: &Arc<Self>,
+        work: impl FnOnce(&mut State) -> Result<T, StateError> + Send + 'static,
+    ) -> Result<T, ChangeError> {
+        let registry = Arc::clone(self);
+        tokio::task::spawn_blocking(move || registry.change_now(work)).await?
+    }
+
+    fn change_now<T>(&self, work: impl FnOnce(&mut State) -> Result<T, StateError>) -> Result<T, ChangeError> {
+        // First the changes of others, so that their errors are not taken for this change's.
+        let _ = self.follow();
+        let known = self.unreadable().clone();
+        let result = self.with_state(work);
+        // Also after a failure: the change may have been made before, without an effect so far.
+        let followed = self.follow();
+        let value = result?;
+        match followed {
+            Ok(()) => Ok(value),
+            Err(FollowError::Hosts(error) | FollowError::State(error)) => Err(ChangeError::NoEffectYet(error)),
+            Err(FollowError::Unreadable(mut unreadable)) => {
+                unreadable.retain(|of| !known.contains(&of.thumbprint));
+                if unreadable.is_empty() { Ok(value) } else { Err(ChangeError::Unreadable(unreadable)) }
+            }
+        }
+    }
+
+    fn reload(&self) -> Result<(), FollowError> {
+        self.with_state(|state| {
+            state.snapshot(|contents| {
+                // Hosts and baselines first, whatever is wrong with the rest: a host that was removed, or whose baseline was
+                // disabled, must not be served any more.
+                let hosts = contents.hosts().map(|hosts| self.hosts.store(Arc::new(Hosts::new(hosts))));
+                let baselines = contents.baselines();
+                let baselines = baselines.map(|all| self.baselines.store(Arc::new(Baselines::new(all))));
+                let signers = self.reload_signers(contents);
+                let keys = self.reload_keys(contents);
+                hosts.and(baselines).map_err(FollowError::Hosts)?;
+                let unreadable: Vec<_> = signers?.into_iter().chain(keys?).collect();
+                *self.unreadable() = unreadable.iter().map(|of| of.thumbprint.clone()).collect();
+                if unreadable.is_empty() { Ok(()) } else { Err(FollowError::Unreadable(unreadable)) }
+            })
+        })
+    }
+
+    /// Returns the certificates that cannot be read.
+    fn reload_signers(&self, contents: &Contents) -> Result<Vec<Unreadable>, StateError> {
+        let (signers, unreadable) = Signers::new(&contents.signers()?);
+        self.signers.store(Arc::new(signers));
+        Ok(unreadable)
+    }
+
+    /// Returns the certificates that cannot be read; each excludes its own key only. Keys that have not changed stay the same
+    /// value, and with them the metadata document that was signed.
+    fn reload_keys(&self, contents: &Contents) -> Result<Vec<Unreadable>, StateError> {
+        let mut certificates = contents.certificates()?;
+        let mut unreadable = Vec::new();
+        certificates.retain(|entry| match Certificate::parse(&entry.der) {
+            Err(error) if entry.enabled => {
+                unreadable.push(Unreadable { thumbprint: entry.thumbprint.clone(), error });
+                false
+            }
+            _ => true,
+        });
+        if !self.keys.load().are_of(&certificates) {
+            let keys = Arc::new(Keys::new(certificates));
+            self.keys.store(Arc::clone(&keys));
+            (self.on_keys)(&keys);
+        }
+        Ok(unreadable)
+    }
+
+    fn unreadable(&self) -> MutexGuard<'_, BTreeSet<String>> {
+        self.unreadable.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::service::testing::certificate;
+    use crate::store::{Kind, Labels, NewCertificate, NewSigner};
+    use rusqlite::Connection;
+    use std::path::Path;
+    use std::sync::atomic::AtomicUsize;
+
+    fn registry(folder: &Path) -> Arc<Registry> {
+        Arc::new(Registry::open(State::open(folder).unwrap(), |_| {}).unwrap())
+    }
+
+    fn sql(folder: &Path, sql: &str) {
+        Connection::open(folder.join("state.db")).unwrap().execute_batch(sql).unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_host_that_was_removed_is_gone_whatever_else_is_wrong() {
+        let folder = tempfile::tempdir().unwrap();
+        let (registry, sql) = (registry(folder.path()), |text| sql(folder.path(), text));
+        let named = |name: &str| registry.hosts().is_registered(name);
+        registry.change(|state| state.add_host("a", b"a", &Labels::default(), 1)).await.unwrap();
+        registry.change(|state| state.add_host("b", b"b", &Labels::default(), 1)).await.unwrap();
+        let first = Arc::clone(&registry.keys());
+
+        // A certificate that cannot be read affects nothing else.
+        sql("INSERT INTO certificates (thumbprint, kind, der, key_id, spki, added)
+             VALUES ('x', 'signing', x'00', x'00', x'00', 1)");
+        registry.change(|state| state.remove_host("a")).await.unwrap();
+        assert!(!named("a"));
+        assert!(matches!(registry.follow(), Err(FollowError::Unreadable(_))), "reported each time until it is mended");
+        assert!(matches!(registry.follow(), Err(FollowError::Unreadable(_))), "reported each time until it is mended");
+        assert!(Arc::ptr_eq(&first, &registry.keys()));
+
+        // Hosts that cannot be read: the change is made, and whoever asks again does not lose it.
+        sql("ALTER TABLE hosts RENAME COLUMN added TO mislaid");
+        let error = registry.change(|state| state.forget_signers_before(1)).await.unwrap_err();
+        assert!(matches!(error, ChangeError::NoEffectYet(_)), "{error}");
+        sql("ALTER TABLE hosts RENAME COLUMN mislaid TO added; DELETE FROM hosts WHERE name = 'b'");
+        assert!(named("b"));
+        let error = registry.change(|state| state.remove_host("b")).await.unwrap_err();
+        assert!(error.to_string().contains("no host \"b\" is registered"), "{error}");
+        assert!(!named("b"), "the change that was made before takes effect");
+        sql("DELETE FROM certificates");
+        registry.follow().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_signer_that_cannot_be_read_keeps_no_other_from_being_revoked() {
+        let folder = tempfile::tempdir().unwrap();
+        let registry = registry(folder.path());
+        let [one, two] = [(); 2].map(|()| certificate());
+        let (first, second) = (Certificate::parse(&one).unwrap(), Certificate::parse(&two).unwrap());
+        let add = |der: Vec<u8>, id: &'static [u8]| {
+            let seen = registry.signers().current_thumbprint().map(str::to_owned);
+            registry.change(move |state| {
+                let new = NewSigner { der: &der, key_id: id, not_before: 1, not_after: 2 };
+                state.add_signer(&new, seen.as_deref(), 1)
+            })
+        };
+        let added = add(one, b"one").await.unwrap();
+        // A change that brings what cannot be read is no success.
+        let error = add(b"broken".to_vec(), b"two").await.unwrap_err();
+        assert!(matches!(error, ChangeError::Unreadable(_)), "{error}");
+        assert!(registry.signers().trust(&first.thumbprint()));
+        // A new signer replaces the unreadable one. A change that does not concern the unreadable one succeeds.
+        add(two, b"three").await.unwrap();
+        assert!(registry.signers().current().is_some());
+        registry.change(move |state| state.revoke_signer(&added.thumbprint, true, 9)).await.unwrap();
+        let signers = registry.signers();
+        assert!([first, second].iter().all(|of| !signers.trust(&of.thumbprint())), "they have one key");
+    }
+
+    #[tokio::test]
+    async fn keys_are_replaced_only_when_their_certificates_change() {
+        let folder = tempfile::tempdir().unwrap();
+        let told = Arc::new(AtomicUsize::new(0));
+        let counting = Arc::clone(&told);
+        let on_keys = move |_: &Arc<Keys>| _ = counting.fetch_add(1, Ordering::Relaxed);
+        let registry = Arc::new(Registry::open(State::open(folder.path()).unwrap(), on_keys).unwrap());
+        let add = |state: &mut State| {
+            let der = certificate();
+            let new = NewCertificate { kind: Kind::Signing, der: &der, key_id: b"id", spki: b"spki", primary: false };
+            state.add_certificate(&new, 1)
+        };
+        let before = Arc::clone(&registry.keys());
+        let added = registry.change(add).await.unwrap();
+        let keys = Arc::clone(&registry.keys());
+        assert!(!Arc::ptr_eq(&before, &keys));
+        registry.change(|state| state.add_host("a", b"a", &Labels::default(), 1)).await.unwrap();
+        assert!(Arc::ptr_eq(&keys, &registry.keys()));
+        assert_eq!(told.load(Ordering::Relaxed), 1);
+        assert!(!registry.with_state(|state| state.changed()).unwrap(), "a change was followed at once");
+        let thumbprint = added.thumbprint;
+        registry.change(move |state| state.enable_certificate(Kind::Signing, &thumbprint, false)).await.unwrap();
+        assert!(!Arc::ptr_eq(&keys, &registry.keys()));
+        assert_eq!(told.load(Ordering::Relaxed), 2);
+    }
+
+    #[test]
+    fn a_registry_is_stale_from_a_failed_look_to_the_next_good_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let registry = registry(folder.path());
+        assert!(!registry.is_stale());
+        registry.looked(&Err("no disk"));
+        assert!(registry.is_stale());
+        registry.looked(&registry.follow());
+        assert!(!registry.is_stale());
+    }
+}
