@@ -28,7 +28,7 @@ use data_encoding::HEXLOWER;
 use ring::rand::{SecureRandom, SystemRandom};
 
 use crate::admin::{self, AdminError};
-use crate::config::{Config, ConfigError, Hsm};
+use crate::config::{Config, ConfigError, Hsm, PinSource, TokenName};
 use crate::registry::keys::SERVER_AUTHENTICATION;
 use crate::signing::private_parts;
 use crate::store::usage_counts::{Usage, UsageError};
@@ -236,10 +236,8 @@ impl Lab {
             self.config.hsm.push(Hsm {
                 name,
                 module: module.clone(),
-                token: Some(label),
-                serial: None,
-                pin_file: Some(pin_file),
-                pin_env: None,
+                token: TokenName::Label(label),
+                pin: PinSource::File(pin_file),
                 priority: 0,
                 weight: 1,
                 sessions: SESSIONS,

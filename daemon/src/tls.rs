@@ -13,7 +13,7 @@ use rustls::pki_types::CertificateDer;
 use rustls::server::{VerifierBuilderError, WebPkiClientVerifier};
 use x509_parser::prelude::{FromDer, X509Certificate, X509Version};
 
-use crate::config::Tls;
+use crate::config::{Clients, Tls};
 use crate::registry::keys::short_name;
 
 /// What new connections are served with; it can be changed at any time.
@@ -105,7 +105,7 @@ pub enum TlsError {
 /// # Errors
 /// [`TlsError`] names the file.
 pub fn tls_config(settings: &Tls) -> Result<ServerTls, TlsError> {
-    let Tls { certificate, key, client_ca, client_required, .. } = settings;
+    let Tls { certificate, key, clients } = settings;
     let chain = trust::chain(certificate)?;
     let (name, (not_before, not_after)) = leaf(certificate, &chain)?;
     let doubts = doubts(&chain);
@@ -122,12 +122,15 @@ pub fn tls_config(settings: &Tls) -> Result<ServerTls, TlsError> {
     let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
         .with_safe_default_protocol_versions()
         .map_err(pair)?;
-    let builder = match client_ca {
-        None => builder.with_no_client_auth(),
-        Some(path) => {
+    let builder = match clients {
+        Clients::NotAsked => builder.with_no_client_auth(),
+        Clients::Asked(path) | Clients::Required(path) | Clients::Hosts(path) => {
             let roots = Arc::new(trust::authorities(path)?);
             let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider);
-            let verifier = if *client_required { verifier } else { verifier.allow_unauthenticated() };
+            let verifier = match clients {
+                Clients::Asked(_) => verifier.allow_unauthenticated(),
+                _ => verifier,
+            };
             let verifier = verifier.build().map_err(|source| TlsError::Verifier { path: path.to_owned(), source })?;
             builder.with_client_cert_verifier(verifier)
         }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use claviger::config::Hsm;
+use claviger::config::{Hsm, TokenName};
 use claviger_faulty_token::{CONTROL_VARIABLE, MODULE_FILE, MODULE_VARIABLE, check};
 use rustix::process::Pid;
 use serde_json::Value;
@@ -239,7 +239,8 @@ impl Lab {
                 hsm.module = faulty.module_file().to_owned();
                 // Added to `[env]`, which configures the real module.
                 hsm.env.extend(faulty.env());
-                members.insert(hsm.name.clone(), (faulty, hsm.token.clone().unwrap()));
+                let TokenName::Label(label) = hsm.token.clone() else { panic!("{:?} has no label", hsm.token) };
+                members.insert(hsm.name.clone(), (faulty, label));
             }
         });
         FaultyMembers(members)

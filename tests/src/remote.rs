@@ -16,6 +16,7 @@ use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::Command;
 
+use claviger::config::TokenName;
 use rustix::process::{Signal, kill_process_group};
 
 use crate::lab::Lab;
@@ -62,7 +63,7 @@ impl Lab {
                 hsm.sessions = 2;
                 hsm.env.insert(ADDRESS.to_owned(), format!("unix:path={}", socket.display()));
                 let provider = std::mem::replace(&mut hsm.module, client.clone());
-                let token = hsm.token.clone().unwrap();
+                let TokenName::Label(token) = hsm.token.clone() else { panic!("{:?} has no label", hsm.token) };
                 let mut server = Server { token, provider, env: env.clone(), socket, process: None, mute: None };
                 server.start();
                 servers.insert(hsm.name.clone(), server);

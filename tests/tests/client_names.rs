@@ -4,7 +4,7 @@
 
 use std::path::Path;
 
-use claviger::config::Tls;
+use claviger::config::{Clients, Tls};
 use claviger_client::http::{Client, TlsSettings};
 use claviger_protocol::algorithm::SignatureAlgorithm;
 use claviger_protocol::attestation::{host_key_request, signed_octets};
@@ -38,12 +38,8 @@ fn a_client_acts_only_for_the_host_that_its_certificate_names() {
     // The CN does not count if there are DNS names, and a wildcard is not a host's name.
     let others = authority.issue("others", &format!("/CN={HOST}"), "DNS:other,DNS:*");
     lab.configure(|config| {
-        config.server.tls = Some(Tls {
-            client_ca: Some(authority.certificate_file()),
-            client_required: true,
-            client_is_host: true,
-            ..Tls::new(&server.0, &server.1)
-        });
+        config.server.tls =
+            Some(Tls { clients: Clients::Hosts(authority.certificate_file()), ..Tls::new(&server.0, &server.1) });
     });
     let daemon = lab.serve();
     block(daemon.until_ready_is(200));
@@ -71,7 +67,11 @@ fn a_client_acts_only_for_the_host_that_its_certificate_names() {
     assert!(daemon.stop().success());
 
     // Clients that are bound to hosts must show a certificate.
-    lab.configure(|config| config.server.tls.as_mut().unwrap().client_required = false);
+    let file = lab.config_file();
+    let text = std::fs::read_to_string(&file).unwrap();
+    let contradiction = text.replace("client_required = true", "client_required = false");
+    assert_ne!(contradiction, text);
+    std::fs::write(&file, contradiction).unwrap();
     let refused = run(["serve", "--config", lab.config_file().to_str().unwrap()]);
     assert!(!refused.status.success());
     assert!(said(&refused).contains("server.tls.client_is_host"), "{}", said(&refused));

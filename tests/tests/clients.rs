@@ -8,7 +8,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use claviger::config::Tls;
+use claviger::config::{Clients, Tls};
 use claviger_tests::authority::{Authority, Pair};
 use claviger_tests::{Daemon, Lab, Options, Process, claviger, loadgen, said};
 use serde_json::Value;
@@ -28,8 +28,7 @@ impl Site {
         let (certificate, key) = authority.issue("server", "/CN=server", "IP:127.0.0.1");
         lab.configure(|config| {
             config.server.tls = Some(Tls {
-                client_ca: required.then(|| authority.certificate_file()),
-                client_required: required,
+                clients: if required { Clients::Required(authority.certificate_file()) } else { Clients::NotAsked },
                 ..Tls::new(certificate, key)
             });
         });

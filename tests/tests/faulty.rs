@@ -3,8 +3,10 @@
 #![allow(clippy::unwrap_used)]
 
 use std::fs;
+use std::path::Path;
 use std::process::Command;
 
+use claviger::config::PinSource;
 use claviger_faulty_token::{CONTROL_VARIABLE, MODULE_VARIABLE};
 use claviger_protocol::payload::ApiVersion;
 use claviger_tests::{Administrator, Daemon, Lab, Options, claviger, until};
@@ -63,8 +65,8 @@ async fn a_workers_environment_is_the_daemons_and_the_configurations() {
     lab.configure(|config| {
         let hsm = &mut config.hsm[0];
         real = hsm.env.remove(MODULE_VARIABLE);
-        pin = hsm.pin_file.take();
-        hsm.pin_env = Some(PIN.to_owned());
+        pin = hsm.pin.file().map(Path::to_owned);
+        hsm.pin = PinSource::Env(PIN.to_owned());
         assert!(hsm.env.contains_key(CONTROL_VARIABLE) && config.env.contains_key("SOFTHSM2_CONF"));
         config.env.insert(CONTROL_VARIABLE.to_owned(), "/nowhere".to_owned());
     });

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+use claviger::config::TokenName;
 use claviger_protocol::payload::ApiVersion;
 use claviger_tests::{ATTEST, Lab, METADATA, Options, ROLL, roll_request};
 
@@ -62,7 +63,7 @@ async fn tokens_that_go_away_are_noticed() {
 async fn one_good_token_is_enough_and_none_is_not() {
     let lab = Lab::make(Options { hsms: 2, vms: 1, ..Options::default() });
     // The first member has the higher rank.
-    lab.configure(|config| config.hsm[0].token = Some("no such token".to_owned()));
+    lab.configure(|config| config.hsm[0].token = TokenName::Label("no such token".to_owned()));
     let daemon = lab.serve();
     let ready = daemon.until_ready_is(200).await;
     assert_eq!(&ready.body[..], b"ready: hsm-b decrypts and signs\n");
@@ -76,7 +77,7 @@ async fn one_good_token_is_enough_and_none_is_not() {
     assert_eq!(metrics.count("claviger_hsm_sessions_open", &[("hsm", "hsm-a")]), 0);
     assert!(daemon.stop().success());
 
-    lab.configure(|config| config.hsm[1].token = Some("nor this one".to_owned()));
+    lab.configure(|config| config.hsm[1].token = TokenName::Label("nor this one".to_owned()));
     let daemon = lab.serve();
     let not_ready = daemon.until_ready_is(503).await;
     let text = String::from_utf8_lossy(&not_ready.body);

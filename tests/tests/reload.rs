@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use claviger::config::{Hsm, Tls};
+use claviger::config::{Clients, Hsm, Tls};
 use claviger_protocol::payload::ApiVersion;
 use claviger_tests::{
     Administrator, Daemon, Lab, Options, PATIENCE, ROLL, block, open_release, roll_request, run, said, tool, until,
@@ -266,8 +266,7 @@ fn what_is_bad_changes_nothing_and_what_needs_a_restart_is_named() {
     let mut open = runtime.block_on(Connection::open(address, &stranger)).unwrap();
     std::fs::write(lab.config_file(), &good).unwrap();
     lab.configure(|config| {
-        let client_ca = Some(client.0.clone());
-        config.server.tls = Some(Tls { client_ca, client_required: true, ..tls(&files[1]) });
+        config.server.tls = Some(Tls { clients: Clients::Required(client.0.clone()), ..tls(&files[1]) });
     });
     daemon.process.hang_up();
     until("the new member is gone", || state(&lab, "more").is_none().then_some(()));

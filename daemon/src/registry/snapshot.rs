@@ -29,7 +29,7 @@ impl Snapshot {
     /// bound to hosts. Then only with a certificate of that name.
     #[must_use]
     pub fn may_act_as(&self, host: &str, attempt: &Attempt) -> bool {
-        let bound = self.config.server.tls.as_ref().is_some_and(|tls| tls.client_is_host);
+        let bound = self.config.server.tls.as_ref().is_some_and(|tls| tls.clients.are_hosts());
         !bound || attempt.client.as_ref().is_some_and(|client| client.is_for(host))
     }
 }

@@ -38,7 +38,7 @@ pub enum ClusterError {
 /// A PIN that cannot be read, unfit names, no module at all.
 pub fn load_cluster(config: &Config, mut worker: WorkerProgram) -> Result<Cluster, ClusterError> {
     // One vendor's library has no business with another one's PIN.
-    worker.hidden.extend(config.hsm.iter().filter_map(|hsm| hsm.pin_env.clone()));
+    worker.hidden.extend(config.hsm.iter().filter_map(|hsm| hsm.pin.variable().map(str::to_owned)));
     if let Some(first) = config.hsm.first()
         && !config.hsm.iter().any(|hsm| hsm.module.exists())
     {
@@ -69,10 +69,9 @@ pub fn member(env: &BTreeMap<String, String>, hsm: &Hsm, queue: usize) -> Result
     Ok(MemberConfig {
         name: hsm.name.clone(),
         module: hsm.module.clone(),
-        token: match hsm.token_name() {
-            Some(TokenName::Serial(serial)) => TokenRef::Serial(serial.to_owned()),
-            Some(TokenName::Label(label)) => TokenRef::Label(label.to_owned()),
-            None => TokenRef::Label(hsm.name.clone()),
+        token: match &hsm.token {
+            TokenName::Serial(serial) => TokenRef::Serial(serial.clone()),
+            TokenName::Label(label) => TokenRef::Label(label.clone()),
         },
         pin: Pin::new(hsm.read_pin()?.to_string()),
         env: env.iter().chain(&hsm.env).map(|(name, value)| (name.clone(), value.clone())).collect(),

@@ -95,7 +95,7 @@ fn is_pipe(path: &Path) -> bool {
 
 /// Every member has a PIN that others cannot read.
 fn pins(config: &Config) -> Vec<Problem> {
-    let readable = config.hsm.iter().filter(|hsm| !hsm.pin_file.as_deref().is_some_and(is_pipe));
+    let readable = config.hsm.iter().filter(|hsm| !hsm.pin.file().is_some_and(is_pipe));
     let problem = |error: PinError| {
         let remedy = match &error {
             PinError::File { source: FileError::Exposed { .. }, .. } => {
@@ -111,7 +111,8 @@ fn pins(config: &Config) -> Vec<Problem> {
 /// Certificate, key and authorities of TLS can be used.
 fn tls(config: &Config) -> Vec<Problem> {
     let Some(settings) = &config.server.tls else { return Vec::new() };
-    if [&settings.certificate, &settings.key].into_iter().chain(&settings.client_ca).any(|path| is_pipe(path)) {
+    let mut files = [&*settings.certificate, &settings.key].into_iter().chain(settings.clients.authorities());
+    if files.any(is_pipe) {
         return Vec::new();
     }
     let Err(error) = tls_config(settings) else { return Vec::new() };

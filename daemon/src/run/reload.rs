@@ -106,7 +106,7 @@ async fn reload(file: &Path, service: &Arc<Service>, tls: Option<&SharedTls>) ->
 /// Brings the cluster to what `config` says, as far as that goes, and notes in `next` what it is.
 async fn members(config: &Config, next: &mut Config, service: &Arc<Service>) {
     let cluster = &service.cluster;
-    cluster.hide(config.hsm.iter().filter_map(|hsm| hsm.pin_env.clone()).collect()).await;
+    cluster.hide(config.hsm.iter().filter_map(|hsm| hsm.pin.variable().map(str::to_owned)).collect()).await;
     for hsm in &config.hsm {
         let failed = |what: &'static str| {
             move |error: String| tracing::error!(hsm = hsm.name, error, "{what}; it stays as it was")
@@ -141,7 +141,7 @@ async fn members(config: &Config, next: &mut Config, service: &Arc<Service>) {
                 Err(error) => Err(error),
             };
             match taken {
-                Ok(()) => (known.pin_file, known.pin_env) = (hsm.pin_file.clone(), hsm.pin_env.clone()),
+                Ok(()) => known.pin.clone_from(&hsm.pin),
                 Err(error) => failed("the PIN was not taken")(error),
             }
         }
@@ -184,7 +184,7 @@ async fn read_pin(hsm: &Hsm) -> Result<Pin, String> {
 
 /// Whether both name the same token of the same module.
 fn same_token(one: &Hsm, other: &Hsm) -> bool {
-    (&one.module, &one.token, &one.serial) == (&other.module, &other.token, &other.serial)
+    (&one.module, &one.token) == (&other.module, &other.token)
 }
 
 /// Waits until one of the members that stay serves: those that were taken in just now have yet to prove themselves.

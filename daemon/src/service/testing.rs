@@ -13,7 +13,7 @@ use claviger_protocol::rsa_key::RsaPrivateKey;
 use serde_json::Value;
 
 use super::Service;
-use crate::config::{Config, Hsm};
+use crate::config::{Config, Hsm, PinSource, TokenName};
 #[cfg(test)]
 use crate::observe::audit;
 
@@ -59,18 +59,15 @@ pub(crate) fn service_in(folder: &Path, configure: impl FnOnce(&mut Config)) -> 
     config.hsm.push(Hsm {
         name: member.name.clone(),
         module,
-        token: Some("gone".to_owned()),
-        serial: None,
-        pin_file: None,
-        pin_env: None,
+        token: TokenName::Label("gone".to_owned()),
+        pin: PinSource::Env("NO_PIN".to_owned()),
         priority: 0,
         weight: 1,
         sessions: 1,
         env: member.env.clone(),
     });
     let timeouts = CallTimeouts { watchdog: Duration::from_secs(1) };
-    let cluster =
-        Cluster::new(vec![member], timeouts, WorkerProgram::this_executable(), Arc::new(|_, _| {})).unwrap();
+    let cluster = Cluster::new(vec![member], timeouts, WorkerProgram::this_executable(), Arc::new(|_, _| {})).unwrap();
     Arc::new(Service::open(config, cluster).unwrap())
 }
 

@@ -35,7 +35,7 @@ pub(super) fn directly(file: &Path, config: &Config) -> Vec<Finding> {
     let mut left: Vec<&Hsm> = config.hsm.iter().collect();
     while !left.is_empty() {
         let mut tokens = HashSet::new();
-        let (now, later) = left.into_iter().partition(|hsm| tokens.insert((&hsm.module, hsm.token_name())));
+        let (now, later) = left.into_iter().partition(|hsm| tokens.insert((&hsm.module, &hsm.token)));
         findings.extend(at_once(file, config, now));
         left = later;
     }
@@ -71,9 +71,8 @@ impl Examiner {
         let findings = File::from(memfd_create("findings", MemfdFlags::CLOEXEC)?);
         let mut command = Command::new("/proc/self/exe");
         command.arg("doctor").arg("--config").arg(file).arg("--hsm").arg(&hsm.name);
-        let others =
-            config.hsm.iter().filter(|other| other.name != hsm.name).filter_map(|other| other.pin_env.as_ref());
-        others.filter(|pin| Some(*pin) != hsm.pin_env.as_ref()).for_each(|pin| {
+        let others = config.hsm.iter().filter(|other| other.name != hsm.name).filter_map(|other| other.pin.variable());
+        others.filter(|pin| Some(*pin) != hsm.pin.variable()).for_each(|pin| {
             command.env_remove(pin);
         });
         let child = command.stdin(Stdio::null()).stdout(findings.try_clone()?).process_group(0).spawn()?;

@@ -692,13 +692,7 @@ async fn tls_is_served_with_both_protocols() {
 }
 
 fn files(certificate: &Path, key: &Path) -> crate::config::Tls {
-    crate::config::Tls {
-        certificate: certificate.to_owned(),
-        key: key.to_owned(),
-        client_ca: None,
-        client_required: false,
-        client_is_host: false,
-    }
+    crate::config::Tls::new(certificate, key)
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! What fails first decides the answer, as section 2.1 of the protocol page says.
 
 use super::*;
-use crate::config::Tls;
+use crate::config::{Clients, Tls};
 use claviger_protocol::health::ResultType;
 
 /// Something that is wrong with a request, or with the service at its time.
@@ -192,7 +192,8 @@ async fn a_health_certificate_is_refused_before_the_protector_is_read() {
         }),
         ("is of another host than the client certificate", now, ResultType::EncryptionCertificate, |stage| {
             configure(&stage.service, |config| {
-                config.server.tls = Some(Tls { client_is_host: true, ..Tls::new("certificate", "key") });
+                config.server.tls =
+                    Some(Tls { clients: Clients::Hosts("ca".into()), ..Tls::new("certificate", "key") });
             });
         }),
     ];

@@ -1,0 +1,34 @@
+//! The error of a configuration file: the file, the line, the setting.
+
+use std::fmt;
+use std::path::PathBuf;
+
+/// Why a configuration cannot be used: where, which setting, what is wrong with it, and what to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConfigError {
+    /// The configuration file.
+    pub file: PathBuf,
+    /// The line in it, counted from 1, where one is to blame.
+    pub line: Option<usize>,
+    /// The setting, like `server.listen` or `hsm[1].pin_file` (members are counted from 1).
+    pub setting: Option<String>,
+    /// What is wrong.
+    pub problem: String,
+    /// What to do.
+    pub advice: String,
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.file.display())?;
+        if let Some(line) = self.line {
+            write!(f, ":{line}")?;
+        }
+        if let Some(setting) = &self.setting {
+            write!(f, ": {setting}")?;
+        }
+        write!(f, ": {}; {}", self.problem, self.advice)
+    }
+}
+
+impl std::error::Error for ConfigError {}
