@@ -1,5 +1,6 @@
 //! The head of every report: what was tested, on which machine and how.
 
+use claviger_process::clock::since_1970;
 use serde::{Deserialize, Serialize};
 
 use crate::site::Hsm;
@@ -96,7 +97,7 @@ impl About {
             title: title.map(str::to_owned),
             command: words.join(" "),
             generator: concat!("claviger-loadgen ", env!("CARGO_PKG_VERSION")).to_owned(),
-            at: std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+            at: since_1970().as_secs(),
             daemon: None,
             hsms: Vec::new(),
             machine: Machine::here(),

@@ -3,8 +3,9 @@
 
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
+use claviger_process::lock::{lock, unpoisoned};
 use claviger_protocol::metadata::Metadata;
 use claviger_protocol::owner::Owner;
 use claviger_protocol::protector::TransportKey;
@@ -281,7 +282,7 @@ fn on_all_processors<T: Send>(
         while next.fetch_add(1, Ordering::Relaxed) < count {
             let result = make();
             let failed = result.is_err();
-            made.lock().unwrap_or_else(PoisonError::into_inner).push(result);
+            lock(&made).push(result);
             progress.advance(1);
             if failed {
                 break;
@@ -297,5 +298,5 @@ fn on_all_processors<T: Send>(
         }
         work();
     });
-    made.into_inner().unwrap_or_else(PoisonError::into_inner).into_iter().collect()
+    unpoisoned(made.into_inner()).into_iter().collect()
 }

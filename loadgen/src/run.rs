@@ -8,9 +8,11 @@ use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Sender};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use claviger_process::clock::since_1970;
+use claviger_process::lock::lock;
 use claviger_protocol::batch::parse_results;
 use claviger_protocol::payload::ApiVersion;
 use claviger_protocol::request::RollResponse;
@@ -167,10 +169,6 @@ impl Source {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// State that all tasks share. When the last task drops it, the channel closes and the counting ends.
 struct Engine {
     client: Arc<Client>,
@@ -224,7 +222,7 @@ pub async fn run(client: Arc<Client>, world: &World, load: Load, interrupt: &Int
     let interrupted = interrupt.clone();
     let meter = tokio::spawn(async move {
         tokio::select! { () = tokio::time::sleep_until(zero.into()) => {}, _ = interrupted.wait() => {} }
-        let (before, began) = (cpu::seconds(None), unix_now());
+        let (before, began) = (cpu::seconds(None), since_1970().as_secs());
         tokio::select! { () = tokio::time::sleep(duration) => {}, _ = interrupted.wait() => {} }
         // If the system does not report processor time, only the lag decides.
         (cpu::seconds(None).zip(before).map_or(0.0, |(after, before)| after - before), began)
@@ -460,8 +458,4 @@ impl Engine {
         }
         answer
     }
-}
-
-fn unix_now() -> u64 {
-    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }

@@ -3,9 +3,10 @@
 use std::str::FromStr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
+use claviger_process::lock::lock;
 use claviger_protocol::metadata::Metadata;
 use claviger_protocol::protector::Protector;
 use claviger_protocol::request::RollResponse;
@@ -141,7 +142,7 @@ fn work(
     events: &Sender<Event>,
 ) {
     loop {
-        let job = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
+        let job = lock(&queue).recv();
         let Ok(job) = job else { return };
         waiting.fetch_sub(job.size(), Ordering::Relaxed);
         let event = match check(&job, &known.0, &known.1) {

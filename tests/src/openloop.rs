@@ -2,10 +2,11 @@
 //! that stops answering does not get less load meanwhile. Every answer is checked.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use claviger_client::http::{Client, Reply};
+use claviger_process::lock::lock;
 use claviger_protocol::error::{Code, Refusal};
 use claviger_protocol::owner::Owner;
 use claviger_protocol::protector::{Protector, TransportKey};
@@ -163,7 +164,7 @@ async fn drive(
         let (traffic, client, samples) = (Arc::clone(&traffic), Arc::clone(&client), Arc::clone(&samples));
         asking.spawn(async move {
             let (end, answer) = traffic.ask(&client, number).await;
-            samples.lock().unwrap_or_else(PoisonError::into_inner).push(Sample { due, end, answer });
+            lock(&samples).push(Sample { due, end, answer });
         });
         number += 1;
         while asking.try_join_next().is_some() {}
@@ -217,7 +218,7 @@ impl Load {
     /// Returns the answers since the last call.
     #[must_use]
     pub fn take(&self) -> Report {
-        Report::of(std::mem::take(&mut *self.samples.lock().unwrap_or_else(PoisonError::into_inner)))
+        Report::of(std::mem::take(&mut *lock(&self.samples)))
     }
 
     /// Stops the load and waits for the pending answers.
@@ -227,7 +228,7 @@ impl Load {
     pub async fn stop(self) -> Report {
         self.stop.store(true, Ordering::Relaxed);
         self.task.await.unwrap();
-        Report::of(std::mem::take(&mut *self.samples.lock().unwrap_or_else(PoisonError::into_inner)))
+        Report::of(std::mem::take(&mut *lock(&self.samples)))
     }
 }
 

@@ -2,9 +2,10 @@
 
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
+use claviger_process::lock::lock;
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::wait::PATIENCE;
@@ -81,7 +82,7 @@ impl Process {
     /// If the program ends without such a line or [`PATIENCE`] is over. The message contains the whole output.
     pub fn line<T>(&self, wanted: impl Fn(&str) -> Option<T>) -> T {
         let until = Instant::now() + PATIENCE;
-        let mut seen = self.output.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut seen = lock(&self.output.seen);
         loop {
             if let Some(value) = seen.lines.iter().find_map(|line| wanted(line)) {
                 return value;
@@ -95,7 +96,7 @@ impl Process {
     /// Returns the whole output so far.
     #[must_use]
     pub fn output(&self) -> String {
-        self.output.seen.lock().unwrap_or_else(PoisonError::into_inner).lines.join("\n")
+        lock(&self.output.seen).lines.join("\n")
     }
 
     /// Sends SIGTERM.
@@ -185,10 +186,10 @@ fn follow(pipe: impl Read + Send + 'static, output: &Arc<Lines>) {
         for line in BufReader::new(pipe).split(b'\n') {
             let Ok(line) = line else { break };
             let line = String::from_utf8_lossy(&line).into_owned();
-            output.seen.lock().unwrap_or_else(PoisonError::into_inner).lines.push(line);
+            lock(&output.seen).lines.push(line);
             output.changed.notify_all();
         }
-        output.seen.lock().unwrap_or_else(PoisonError::into_inner).closed += 1;
+        lock(&output.seen).closed += 1;
         output.changed.notify_all();
     });
 }

@@ -5,9 +5,10 @@ use std::fmt;
 use std::fs::File;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::Duration;
 
+use claviger_process::lock::lock;
 use rustix::io::Errno;
 use tokio::net::{TcpStream, lookup_host};
 use tokio::time::Instant;
@@ -129,7 +130,7 @@ impl Endpoint {
         }
         let addresses = {
             let now = Instant::now();
-            let mut trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut trouble = lock(&self.trouble);
             trouble.retain(|_, since| now.duration_since(*since) < TROUBLE);
             order(resolved, |address| trouble.contains_key(&address))
         };
@@ -137,7 +138,7 @@ impl Endpoint {
         let won = won.map_err(ConnectError::Refused)?;
         {
             let now = Instant::now();
-            let mut trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut trouble = lock(&self.trouble);
             trouble.remove(&won.address);
             trouble.extend(won.passed.into_iter().map(|address| (address, now)));
         }

@@ -1,8 +1,9 @@
 //! A host with several servers. It attests and unwraps; if one server cannot serve, it asks the next one, and it
 //! repeats the request if a later attempt can succeed.
 
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
+use claviger_process::clock::unix_now;
 use claviger_protocol::certificate::Certificate;
 use claviger_protocol::error::Code;
 use claviger_protocol::payload::ApiVersion;
@@ -278,12 +279,6 @@ impl Services {
         let server = self.hosts[server].server().to_owned();
         HostError::Client(ClientError::Timeout { server, step: RequestStep::FirstByte, limit: self.timeout })
     }
-}
-
-/// Seconds since 1970, from the clock of this machine.
-pub(crate) fn unix_now() -> i64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
 }
 
 /// A uniform random number from 0 to 1. If there is no randomness, it is 1: the longest pause is the safe choice.

@@ -9,7 +9,7 @@ use claviger_protocol::rsa_key::RsaPrivateKey;
 
 /// Makes a self-signed certificate for a key, valid now.
 pub(crate) fn self_signed(common_name: &str, key: &RsaPrivateKey) -> Certificate {
-    let now = crate::failover::unix_now();
+    let now = claviger_process::clock::unix_now();
     let template = Template {
         subject: DistinguishedName::new(common_name),
         issuer_der: None,

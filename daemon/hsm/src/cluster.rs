@@ -3,9 +3,10 @@
 use std::collections::BTreeSet;
 use std::fmt;
 use std::ops::Deref;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, RwLock, Weak};
 use std::time::{Duration, Instant};
 
+use claviger_process::lock::{lock, unpoisoned};
 use cryptoki::error::RvError;
 use tokio::sync::Notify;
 use tokio::task::{AbortHandle, JoinHandle, JoinSet};
@@ -21,7 +22,6 @@ use crate::identity::KeyRef;
 use crate::job::{Check, Job, KnownAnswerTest};
 use crate::keys::{NewKey, Oaep, RsaPrivateParts, RsaPublic, SignScheme, TokenKey};
 use crate::link::{Request, Value};
-use crate::lock::lock;
 use crate::member::{Limits, Member, MemberStatus, Outcome, Surroundings, WorkerProgram, launch};
 use crate::policy::breaker;
 use crate::policy::budget::{self, Budget};
@@ -218,7 +218,7 @@ impl Cluster {
     /// Sets the operations with known results that members are tested with. A member must pass the first decryption and the
     /// first signature to come up.
     pub fn set_known_answers(&self, known: Vec<KnownAnswerTest>) {
-        *self.0.surroundings.known.write().unwrap_or_else(PoisonError::into_inner) = known.into();
+        *unpoisoned(self.0.surroundings.known.write()) = known.into();
     }
 
     /// Decrypts on the best member, and on another one if that member fails for its own reasons. If `check` rejects the
@@ -330,7 +330,7 @@ impl Cluster {
     /// inherit them; running workers that have inherited one are replaced, one member after another.
     pub async fn hide(&self, variables: Vec<String>) {
         let inherited: Vec<String> = {
-            let mut hidden = self.0.surroundings.hidden.write().unwrap_or_else(PoisonError::into_inner);
+            let mut hidden = unpoisoned(self.0.surroundings.hidden.write());
             variables
                 .into_iter()
                 .filter(|name| hidden.insert(name.clone()) && std::env::var_os(name).is_some())
@@ -400,7 +400,7 @@ impl Cluster {
     }
 
     fn change(&self, change: impl FnOnce(&mut Vec<Entry>)) {
-        let mut members = self.0.members.write().unwrap_or_else(PoisonError::into_inner);
+        let mut members = unpoisoned(self.0.members.write());
         let mut all = members.to_vec();
         change(&mut all);
         *members = Snapshot::new(all);
@@ -520,7 +520,7 @@ impl Cluster {
     }
 
     fn snapshot(&self) -> Members {
-        Arc::clone(&self.0.members.read().unwrap_or_else(PoisonError::into_inner))
+        Arc::clone(&*unpoisoned(self.0.members.read()))
     }
 
     fn entry(&self, name: &str) -> Result<Entry, HsmError> {
@@ -538,7 +538,7 @@ impl Drop for Inner {
         if let Some(supervisor) = lock(&self.supervisor).take() {
             supervisor.abort();
         }
-        let members = self.members.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let members = unpoisoned(self.members.get_mut());
         members.iter().for_each(|entry| entry.member.remove());
     }
 }

@@ -34,8 +34,6 @@ mod keys;
 #[cfg(feature = "tokens")]
 mod link;
 #[cfg(feature = "tokens")]
-mod lock;
-#[cfg(feature = "tokens")]
 mod member;
 #[cfg(feature = "tokens")]
 mod operation;

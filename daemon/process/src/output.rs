@@ -10,7 +10,9 @@ use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::process::ExitCode;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
+
+use crate::lock::lock;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{FileType, fstat, fsync};
@@ -59,7 +61,7 @@ pub fn line(text: &str) {
 
 /// Writes bytes to the standard output. [`finish`] reports an error.
 pub fn bytes(bytes: &[u8]) {
-    let mut state = STDOUT.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut state = lock(&STDOUT);
     if !matches!(*state, State::Writing) {
         return;
     }
@@ -81,7 +83,7 @@ pub fn note(text: &str) {
 /// # Errors
 /// [`OutputError`], with the first error.
 pub fn finish() -> Result<(), OutputError> {
-    let mut state = STDOUT.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut state = lock(&STDOUT);
     match std::mem::replace(&mut *state, State::Left) {
         State::Failed(error) => Err(OutputError(error)),
         State::Left => Ok(()),

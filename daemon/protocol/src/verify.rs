@@ -1,7 +1,8 @@
 //! Who wrote a protector, and for whom: steps 4 and 5 of a release.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
+use claviger_process::lock::lock;
 use ring::digest;
 
 use crate::certificate::Certificate;
@@ -97,7 +98,7 @@ impl KnownCertificates {
 
     fn lock(&self) -> MutexGuard<'_, Known> {
         // A panic in there leaves tables that are whole.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 }
 

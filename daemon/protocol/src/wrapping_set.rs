@@ -16,7 +16,9 @@
 
 use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+
+use claviger_process::lock::lock;
 
 use crate::algorithm::{Oaep, SignatureAlgorithm};
 use crate::build::Unsigned;
@@ -295,10 +297,10 @@ impl KnownSets {
 
     fn sets(&self) -> MutexGuard<'_, Recent<u64, Vec<Arc<WrappingSet>>>> {
         // A panic in there leaves tables that are whole.
-        self.sets.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.sets)
     }
 
     fn files(&self) -> MutexGuard<'_, Recent<[u8; 32], ()>> {
-        self.files.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.files)
     }
 }

@@ -14,9 +14,10 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use claviger_process::lock::lock;
 use claviger_hsm::standstill;
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -279,13 +280,13 @@ struct Doing {
 
 impl Doing {
     fn waits(&self, since: Option<Instant>) {
-        *self.waiting.lock().unwrap_or_else(PoisonError::into_inner) = since;
+        *lock(&self.waiting) = since;
     }
 }
 
 impl Guest for Arc<Doing> {
     fn waiting_since(&self) -> Option<Instant> {
-        *self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+        *lock(&self.waiting)
     }
 
     fn ask_to_leave(&self) {
@@ -305,7 +306,7 @@ struct Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.places.lock().unwrap_or_else(PoisonError::into_inner).leave(self.uid, self.number);
+        lock(&self.places).leave(self.uid, self.number);
     }
 }
 
@@ -320,7 +321,7 @@ fn seat(stream: &UnixStream, places: &Arc<AdminPlaces>) -> Option<(Peer, Place)>
     };
     let now = standstill::now();
     let doing = Arc::new(Doing { waiting: Mutex::new(Some(now)), leave: Notify::new() });
-    let arrived = places.lock().unwrap_or_else(PoisonError::into_inner).arrive(peer.uid, &doing, now);
+    let arrived = lock(&places).arrive(peer.uid, &doing, now);
     let Ok((number, _)) = arrived else {
         // As far as it takes them: it is written to nobody else.
         let _ = stream.try_write(b"{\"error\":\"too many commands run at the same time; try again\"}\n");

@@ -24,11 +24,12 @@ use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
 use claviger_hsm::standstill;
+use claviger_process::lock::lock;
 use hyper::body::{Body, Incoming};
 use hyper::service::Service;
 use hyper::{Request, Response};
@@ -115,13 +116,13 @@ impl Blocked {
 }
 
 fn note(since: &Since, holds: bool) -> bool {
-    let mut at = since.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut at = lock(&since);
     *at = holds.then(|| at.unwrap_or_else(standstill::now));
     at.is_some_and(is_past)
 }
 
 fn lasts(since: &Since) -> bool {
-    since.lock().unwrap_or_else(PoisonError::into_inner).is_some_and(is_past)
+    lock(&since).is_some_and(is_past)
 }
 
 fn is_past(at: std::time::Instant) -> bool {

@@ -1,10 +1,11 @@
 //! The last hour, kept in the process: for the status page, when nobody else can be asked.
 
 use std::collections::VecDeque;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use claviger_hsm::{MemberState, MemberStatus};
+use claviger_process::lock::lock;
 use hdrhistogram::Histogram;
 
 use crate::observe::metrics::Class;
@@ -161,11 +162,6 @@ impl History {
     pub fn points(&self) -> Vec<Point> {
         lock(&self.past).iter().cloned().collect()
     }
-}
-
-/// A panic under the lock leaves nothing half-done that would do harm.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

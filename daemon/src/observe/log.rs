@@ -7,9 +7,10 @@
 use std::io::{self, Write};
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, mpsc};
 use std::time::{Duration, Instant};
 
+use claviger_process::lock::{lock, unpoisoned};
 use claviger_process::output::write_all;
 
 use crate::observe::metrics;
@@ -98,7 +99,7 @@ impl LogQueue {
             if left.is_zero() {
                 return false;
             }
-            state = self.written.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+            state = unpoisoned(self.written.wait_timeout(state, left)).0;
         }
         true
     }
@@ -108,7 +109,7 @@ impl LogQueue {
         loop {
             let mut state = self.state();
             while state.waiting.is_empty() {
-                state = self.arrived.wait(state).unwrap_or_else(PoisonError::into_inner);
+                state = unpoisoned(self.arrived.wait(state));
             }
             lines.clear();
             // One burst of lines must not hold its memory for ever.
@@ -140,7 +141,7 @@ impl LogQueue {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 }
 

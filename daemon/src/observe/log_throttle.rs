@@ -1,7 +1,9 @@
 //! Log lines that come once a second at most, however often there is a reason for them.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
+
+use claviger_process::lock::lock;
 
 const PAUSE: Duration = Duration::from_secs(1);
 
@@ -18,7 +20,7 @@ impl Throttle {
 
     /// Whether to say it now, and if so how often it was not said since it last was.
     pub fn due(&self, now: Instant) -> Option<u64> {
-        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = lock(&self.0);
         let (said, unsaid) = &mut *state;
         if said.is_some_and(|at| now.saturating_duration_since(at) < PAUSE) {
             *unsaid += 1;

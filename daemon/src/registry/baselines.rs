@@ -1,12 +1,13 @@
 //! The enabled baselines, as an immutable snapshot for requests.
 
 use std::collections::HashMap;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use claviger_protocol::tpm::pcr::PcrSet;
 use claviger_protocol::tpm::policy::{self, Baseline};
 
 use crate::store;
+use crate::sys::clock::since_1970;
 
 /// Identifies a baseline. A baseline that is removed and added again under its name is another baseline.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -82,10 +83,6 @@ pub async fn until_next_second() {
         let part = Duration::from_nanos(since_1970().subsec_nanos().into());
         tokio::time::sleep(Duration::from_secs(1).saturating_sub(part)).await;
     }
-}
-
-fn since_1970() -> Duration {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
 #[cfg(test)]

@@ -7,9 +7,10 @@
 use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use arc_swap::{ArcSwap, Guard};
+use claviger_process::lock::lock;
 use claviger_protocol::certificate::Certificate;
 
 use super::baselines::Baselines;
@@ -36,12 +37,6 @@ pub struct Registry {
     /// Thumbprints of the certificates that could not be read at the last reload.
     unreadable: Mutex<BTreeSet<String>>,
     state: Mutex<State>,
-}
-
-impl fmt::Debug for Registry {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Registry").finish_non_exhaustive()
-    }
 }
 
 impl Registry {
@@ -136,7 +131,7 @@ impl Registry {
     /// Works with the state. Blocks on the store: not for a thread that serves requests.
     pub fn with_state<T>(&self, work: impl FnOnce(&mut State) -> T) -> T {
         // A panic in the middle of a transaction rolled it back; the connection is sound.
-        work(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner))
+        work(&mut lock(&self.state))
     }
 
     /// Changes the state on a thread that may block, and takes new snapshots.
@@ -215,7 +210,7 @@ impl Registry {
     }
 
     fn unreadable(&self) -> MutexGuard<'_, BTreeSet<String>> {
-        self.unreadable.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.unreadable)
     }
 }
 

@@ -1,8 +1,9 @@
 //! A cache of verified health certificates: a host presents the same one for hours.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
+use claviger_process::lock::lock;
 use claviger_protocol::certificate::Certificate;
 use claviger_protocol::health::{self, HealthClaims, HealthError};
 use ring::digest;
@@ -50,7 +51,7 @@ impl HealthCache {
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<[u8; 32], Arc<HealthClaims>>> {
-        self.verified.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.verified)
     }
 }
 

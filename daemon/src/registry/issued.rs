@@ -5,9 +5,10 @@
 //! an HSM. A cached certificate, with both ends of its validity, is at most `AGAIN_SECONDS` older than a fresh one.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 use bytes::Bytes;
+use claviger_process::lock::lock;
 use claviger_protocol::health::ResultType;
 use claviger_protocol::rsa_key::RsaPublicKey;
 use ring::digest;
@@ -92,7 +93,7 @@ impl RecentlyIssued {
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<IssuedFor, Recent>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 }
 

@@ -8,8 +8,9 @@
 //! ```
 
 use std::collections::HashMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
+use claviger_process::lock::lock;
 use claviger_protocol::tpm::state::{StateId, StateKey};
 use ring::error::Unspecified;
 
@@ -74,7 +75,7 @@ impl Sessions {
     }
 
     fn used(&self) -> MutexGuard<'_, Used> {
-        self.used.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.used)
     }
 }
 

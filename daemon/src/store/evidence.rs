@@ -10,9 +10,10 @@ use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use claviger_process::lock::lock;
 use claviger_protocol::tpm::context::MAX_LOG;
 use claviger_protocol::tpm::pcr::{PcrSet, PcrValues};
 use rusqlite::{Connection, OptionalExtension, params};
@@ -177,11 +178,11 @@ impl EvidenceStore {
     }
 
     fn pending(&self) -> MutexGuard<'_, Pending> {
-        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.pending)
     }
 
     fn file(&self) -> MutexGuard<'_, Connection> {
-        self.file.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.file)
     }
 }
 

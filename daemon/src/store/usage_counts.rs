@@ -12,10 +12,11 @@ use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
 
 use claviger_hsm::KeyRef;
+use claviger_process::lock::lock;
 use rusqlite::{Connection, ErrorCode, TransactionBehavior, params};
 
 const DAY: i64 = 24 * 3600;
@@ -152,7 +153,7 @@ impl Usage {
     pub fn attested(&self, host: &str, identity_key: Option<&str>, now: i64) -> Option<String> {
         self.pending().note(host, |seen| seen.attestation = Some(now));
         let key = identity_key?;
-        let mut known = self.identities.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = lock(&self.identities);
         let before = match known.get_mut(&host.to_ascii_lowercase()) {
             Some(before) if before == key => return None,
             Some(before) => Some(std::mem::replace(before, key.to_owned())),
@@ -263,18 +264,18 @@ impl Usage {
         pending.hosts.retain(|pending, _| !pending.eq_ignore_ascii_case(name));
         pending.identities.retain(|pending, _| !pending.eq_ignore_ascii_case(name));
         drop(pending);
-        self.identities.lock().unwrap_or_else(PoisonError::into_inner).remove(&name.to_ascii_lowercase());
+        lock(&self.identities).remove(&name.to_ascii_lowercase());
         let file = self.file();
         file.execute("DELETE FROM identities WHERE name = ?1", [name])?;
         file.execute("DELETE FROM hosts WHERE name = ?1", [name]).map(drop)
     }
 
     fn pending(&self) -> MutexGuard<'_, Pending> {
-        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.pending)
     }
 
     fn file(&self) -> MutexGuard<'_, Connection> {
-        self.file.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.file)
     }
 }
 

@@ -3,10 +3,11 @@
 mod buckets;
 
 use std::hash::Hash;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::Mutex;
 use std::time::Duration;
 
 use claviger_hsm::standstill;
+use claviger_process::lock::{lock, unpoisoned};
 
 use self::buckets::Buckets;
 
@@ -33,7 +34,7 @@ impl<K: Clone + Eq + Hash> Rate<K> {
         if self.settings == before.settings
             && let (Some(old), Some(new)) = (&before.buckets, &mut self.buckets)
         {
-            std::mem::swap(&mut *lock(old), new.get_mut().unwrap_or_else(PoisonError::into_inner));
+            std::mem::swap(&mut *lock(old), unpoisoned(new.get_mut()));
         }
     }
 
@@ -50,7 +51,7 @@ impl<K: Clone + Eq + Hash> Rate<K> {
     /// # Errors
     /// As [`Rate::take`].
     pub(crate) fn look(&self, key: &K) -> Result<(), Duration> {
-        let look = |buckets| lock(buckets).with_one_less(key, standstill::now()).map(drop);
+        let look = |buckets: &Mutex<Buckets<K>>| lock(buckets).with_one_less(key, standstill::now()).map(drop);
         self.buckets.as_ref().map_or(Ok(()), look)
     }
 
@@ -72,8 +73,4 @@ impl<K: Clone + Eq + Hash> Rate<K> {
             lock(buckets).give_back(key, tokens, standstill::now());
         }
     }
-}
-
-fn lock<K>(buckets: &Mutex<Buckets<K>>) -> MutexGuard<'_, Buckets<K>> {
-    buckets.lock().unwrap_or_else(PoisonError::into_inner)
 }

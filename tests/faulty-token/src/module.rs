@@ -11,14 +11,15 @@ use std::path::PathBuf;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, OnceLock, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use claviger_process::lock::{lock, unpoisoned};
 use cryptoki_sys::*;
 
 use crate::faults::{Faults, Stale};
-use crate::scope::{Plan, Scope, lock};
+use crate::scope::{Plan, Scope};
 use crate::{CONTROL_VARIABLE, MODULE_FILE, MODULE_VARIABLE};
 
 /// Period in which counts are written and, without calls, control files are checked.
@@ -146,11 +147,11 @@ impl Module {
 
     /// Prevents actions that must not happen during a call of the real module, until the guard is dropped.
     pub(crate) fn pass(&self) -> RwLockReadGuard<'_, ()> {
-        self.gate.read().unwrap_or_else(PoisonError::into_inner)
+        unpoisoned(self.gate.read())
     }
 
     fn close_gate(&self) -> RwLockWriteGuard<'_, ()> {
-        self.gate.write().unwrap_or_else(PoisonError::into_inner)
+        unpoisoned(self.gate.write())
     }
 
     /// Returns the module's current faults.

@@ -6,9 +6,10 @@ use std::fs::{File, Metadata};
 use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use claviger_process::lock::lock;
 use cryptoki_sys::CK_RV;
 
 use crate::MODULE_FILE;
@@ -19,11 +20,6 @@ const POLL: Duration = Duration::from_millis(5);
 /// Calls that are counted on disk before they are made, because they begin actions that may end the process. Other calls
 /// are too frequent for that.
 const AT_ONCE: [&str; 5] = ["C_Initialize", "C_GetSlotList", "C_GetTokenInfo", "C_OpenSession", "C_Login"];
-
-/// Locks a mutex, even after a thread has panicked while it held the lock.
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// A token, or the module as a whole.
 pub(crate) struct Scope {

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
+use claviger_process::clock::unix_now;
 use claviger_protocol::protector::Protector;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, mpsc, oneshot};
@@ -11,7 +12,7 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 use super::counters::Counters;
 use super::gather::{Gathering, Pace};
 use super::wire::{self, Refused, Reply};
-use crate::failover::{Services, ServicesError, unix_now};
+use crate::failover::{Services, ServicesError};
 use crate::host::{HostError, Unwrapped};
 use crate::host_files::Folder;
 use crate::http::TlsSettings;

@@ -3,9 +3,10 @@
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use claviger_process::lock::lock;
+
 use super::parts::{LACKS, MOST_LACKING, Member};
 use crate::identity::KeyRef;
-use crate::lock::lock;
 use crate::policy::pick::Candidate;
 
 impl Member {

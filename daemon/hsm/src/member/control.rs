@@ -3,6 +3,8 @@
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use claviger_process::lock::lock;
+
 use super::parts::{Member, OWN_TIMEOUT, SILENCE, START_TIMEOUT};
 use super::places::Talk;
 use super::state::Machine;
@@ -11,7 +13,6 @@ use crate::error::{Failure, HsmError, WorkerFault};
 use crate::event::Event;
 use crate::job::Job;
 use crate::link::{Request, nanos};
-use crate::lock::lock;
 use crate::standstill;
 
 /// Handling of faults, and the regular check.

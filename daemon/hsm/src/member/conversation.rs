@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use claviger_process::lock::lock;
 use rustix::io::Errno;
 use tokio::sync::oneshot;
 use zeroize::Zeroizing;
@@ -13,7 +14,6 @@ use crate::error::{Failure, HsmError, WorkerFault};
 use crate::job::Job;
 use crate::keys::TokenKey;
 use crate::link::{Answer, Cost, DaemonEnd, FrameBuffer, Report, Value, decode_report};
-use crate::lock::lock;
 use crate::operation::Operation;
 use crate::standstill;
 

@@ -3,6 +3,7 @@
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use claviger_process::lock::lock;
 use cryptoki::error::RvError;
 use zeroize::Zeroizing;
 
@@ -16,7 +17,6 @@ use crate::fault::FaultOwner;
 use crate::identity::KeyRef;
 use crate::job::{Job, known_for, must_pass};
 use crate::link::{Cost, Request, Value, nanos};
-use crate::lock::lock;
 use crate::operation::Operation;
 use crate::standstill;
 

@@ -1,9 +1,10 @@
 //! The life of a member, as one task: start a worker, test it, let it serve until a fault, end it, and repeat.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
+use claviger_process::lock::{lock, unpoisoned};
 use tokio::sync::oneshot;
 use tracing::{error, info, warn};
 
@@ -17,7 +18,6 @@ use crate::event::Event;
 use crate::fault::FaultOwner;
 use crate::job::Job;
 use crate::link::{Cost, DaemonEnd, Level, Report, Request, Start};
-use crate::lock::lock;
 use crate::operation::Operation;
 use crate::pin_tries::PinTries;
 use crate::standstill;
@@ -153,7 +153,7 @@ impl Member {
         let not_started =
             |error: std::io::Error| Failure::new(HsmError::Worker(WorkerFault::NotStarted), error.to_string());
         let (process, socket) = {
-            let hidden = self.hidden.read().unwrap_or_else(PoisonError::into_inner);
+            let hidden = unpoisoned(self.hidden.read());
             let environment = Environment { hidden: &hidden, set: &self.config.env };
             (self.launch)(&self.name, environment).map_err(not_started)?
         };

@@ -15,9 +15,10 @@ use std::collections::{BTreeSet, HashMap};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 use std::time::{Duration, Instant};
 
+use claviger_process::lock::{lock, unpoisoned};
 use tokio::sync::{Notify, watch};
 
 use super::credibility::Credibility;
@@ -31,7 +32,6 @@ use crate::error::Failure;
 use crate::event::{Event, Observer};
 use crate::identity::KeyRef;
 use crate::job::KnownAnswerTest;
-use crate::lock::lock;
 use crate::pin_tries::PinTries;
 use crate::policy::breaker;
 use crate::standstill;
@@ -194,7 +194,7 @@ impl Member {
     }
 
     pub(super) fn known(&self) -> Arc<[KnownAnswerTest]> {
-        Arc::clone(&self.known.read().unwrap_or_else(PoisonError::into_inner))
+        Arc::clone(&*unpoisoned(self.known.read()))
     }
 
     /// Changes the machine, and updates everything that follows its state.

@@ -3,9 +3,10 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use claviger_process::lock::lock;
+
 use super::parts::Member;
 use super::state::{LastError, MemberState};
-use crate::lock::lock;
 use crate::standstill;
 
 /// Status of one member at one moment.

@@ -18,10 +18,11 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use claviger_process::lock::{lock, unpoisoned};
 use claviger_process::signals::exit_at_once;
 use cryptoki::error::RvError;
 use rustix::io::Errno;
@@ -30,7 +31,6 @@ use crate::error::{Failure, HsmError, WorkerFault};
 use crate::fault::SessionAction;
 use crate::keys::TokenKey;
 use crate::link::{Answer, Call, Cost, FrameBuffer, Level, MAX_FRAME, Report, Request, Start, Value, WorkerEnd};
-use crate::lock::lock;
 use crate::worker::process::SOCKET_FAILED;
 use crate::worker::session::OpenSession;
 use crate::worker::spread::Spread;
@@ -176,7 +176,7 @@ impl SessionThreads {
         state.ending = true;
         self.changed.notify_all();
         let waited = self.changed.wait_timeout_while(state, FAREWELL, |state| state.threads > 0);
-        let threads = waited.unwrap_or_else(PoisonError::into_inner).0.threads;
+        let threads = unpoisoned(waited).0.threads;
         let clean = threads == 0 && self.finalize();
         Finished { started: !self.failed.load(Ordering::Acquire), clean }
     }
@@ -242,7 +242,7 @@ impl SessionThreads {
         let this_time = if no_room { PAUSE_WITHOUT_ROOM } else { *pause };
         *pause = (*pause * 2).min(LONGEST_PAUSE);
         let waited = self.changed.wait_timeout_while(state, this_time, |state| !state.ending);
-        if waited.unwrap_or_else(PoisonError::into_inner).0.ending { Next::End } else { Next::TryAgain }
+        if unpoisoned(waited).0.ending { Next::End } else { Next::TryAgain }
     }
 
     fn say_few_sessions(&self) {

@@ -14,10 +14,9 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use claviger_process::lock::lock;
 use rustix::process::{Pid, getpid};
 use rustix::thread::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
-
-use crate::lock::lock;
 
 /// Time above which a move has waited for other programs. Otherwise a move takes some ten microseconds.
 const SLOW: Duration = Duration::from_micros(200);

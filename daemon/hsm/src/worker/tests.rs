@@ -6,10 +6,11 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
+use std::sync::{LazyLock, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use claviger_process::lock::lock;
 use cryptoki::context::Pkcs11;
 use cryptoki::error::RvError;
 use rsa::rand_core::OsRng;
@@ -47,7 +48,7 @@ static TOKENS: LazyLock<Mutex<tempfile::TempDir>> = LazyLock::new(|| {
 });
 
 fn softhsm(label: &str) -> MutexGuard<'static, tempfile::TempDir> {
-    let turn = TOKENS.lock().unwrap_or_else(PoisonError::into_inner);
+    let turn = lock(&TOKENS);
     init_token(SOFTHSM.as_ref(), label, &pin(SO_PIN), &pin(USER_PIN)).unwrap();
     turn
 }

@@ -6,6 +6,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
+use claviger_process::lock::lock;
 use cryptoki::error::{Error, RvError};
 use cryptoki::session::{Session, SessionState, UserType};
 use cryptoki::slot::Slot;
@@ -14,7 +15,6 @@ use crate::config::{Pin, TokenRef};
 use crate::error::{Failure, HsmError};
 use crate::keys::Oaep;
 use crate::link::{Level, Report, Start, WorkerEnd};
-use crate::lock::lock;
 use crate::pin_tries::{PinTries, Word};
 use crate::worker::module::{self, Module};
 

@@ -5,12 +5,12 @@ use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
+use claviger_process::lock::lock;
 use cryptoki::session::UserType;
 use cryptoki::slot::Slot;
 
 use crate::config::Pin;
 use crate::error::{Failure, HsmError};
-use crate::lock::lock;
 use crate::worker::ffi::TokenFacts;
 use crate::worker::module::Module;
 

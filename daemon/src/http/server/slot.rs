@@ -3,9 +3,10 @@
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use claviger_hsm::standstill;
+use claviger_process::lock::lock;
 use tokio::sync::{Notify, mpsc};
 
 use super::activity::{Activity, Cut};
@@ -21,7 +22,7 @@ pub(super) struct House {
 
 impl House {
     fn places(&self) -> MutexGuard<'_, Places<Network, Arc<Activity>>> {
-        self.places.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.places)
     }
 
     pub(super) fn arrive(self: &Arc<Self>, peer: SocketAddr, activity: &Arc<Activity>) -> Result<Place, NoPlace> {

@@ -4,10 +4,11 @@
 use std::io::{self, ErrorKind};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use claviger_hsm::standstill;
+use claviger_process::lock::lock;
 use crossbeam::channel::{Receiver, RecvTimeoutError};
 use tokio::sync::oneshot;
 
@@ -61,7 +62,7 @@ pub(super) struct Shown {
 
 impl Shown {
     pub(super) fn head(&self) -> Head {
-        *self.head.lock().unwrap_or_else(PoisonError::into_inner)
+        *lock(&self.head)
     }
 }
 
@@ -97,7 +98,7 @@ impl Writer {
                 Err(RecvTimeoutError::Timeout) => {
                     self.at_the_disk(|writer| writer.reserve.restore(standstill::now()));
                     self.head.reserve_missing = self.reserve.missing();
-                    *self.shown.head.lock().unwrap_or_else(PoisonError::into_inner) = self.head;
+                    *lock(&self.shown.head) = self.head;
                     continue;
                 }
                 Err(RecvTimeoutError::Disconnected) => return,
@@ -121,7 +122,7 @@ impl Writer {
                 let _ = reply.send(opened.map_err(|error| failed(self.trail.path(), error)));
             }
             self.head.reserve_missing = self.reserve.missing();
-            *self.shown.head.lock().unwrap_or_else(PoisonError::into_inner) = self.head;
+            *lock(&self.shown.head) = self.head;
         }
     }
 
@@ -164,7 +165,7 @@ impl Writer {
             }
         }
         // Before the callers: who is told of a line finds it there.
-        *self.shown.head.lock().unwrap_or_else(PoisonError::into_inner) = self.head;
+        *lock(&self.shown.head) = self.head;
         for line in lines {
             // A caller that stopped waiting needs no answer.
             let _ = line.reply.send(written.clone());

@@ -1,7 +1,7 @@
 //! What is looked at when somebody asks for the metrics, as Prometheus reads it.
 
 use std::fmt::{Display, Write};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use claviger_hsm::{MemberState, MemberStatus};
 
@@ -13,6 +13,7 @@ use super::table::{
     PROCESS_CPU, PROCESS_FILES, PROCESS_MAX_FILES, PROCESS_MEMORY, PROCESS_START, PROCESS_THREADS, QUEUE_LIMIT,
     QUEUE_WAITING, RELEASES_RUNNING, RELEASES_RUNNING_LIMIT, STATE_STALE, STOCK_DEPTH,
 };
+use crate::sys::clock::since_1970;
 use crate::sys::process::Usage;
 
 /// The content type of the page.
@@ -110,7 +111,7 @@ impl Readings {
         let unsigned_for = self.audit.unsigned_since.map_or(Duration::ZERO, |since| since.elapsed());
         one(page, &AUDIT_UNSIGNED_FOR, unsigned_for.as_secs_f64());
         one(page, &AUDIT_RESERVE_MISSING, self.audit.reserve_missing as f64);
-        one(page, &CLOCK, SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64());
+        one(page, &CLOCK, since_1970().as_secs_f64());
         one(page, &PROCESS_CPU, self.usage.cpu.as_secs_f64());
         one(page, &PROCESS_MEMORY, self.usage.resident as f64);
         one(page, &PROCESS_THREADS, self.usage.threads as f64);

@@ -10,9 +10,10 @@
 //!
 //! The contents stay as they were while the connection is lost; [`Followed::fresh`] says how old they may be.
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use claviger_process::lock::{lock, unpoisoned};
 use etcd_client::{Client, EventType, WatchResponse};
 use tokio::time::{MissedTickBehavior, interval};
 
@@ -91,7 +92,7 @@ impl Shared {
     }
 
     pub(super) fn followed(&self) -> MutexGuard<'_, Followed> {
-        self.followed.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.followed)
     }
 
     /// Waits until `found` finds something in what is known, or the deadline.
@@ -102,7 +103,7 @@ impl Shared {
                 return Some(value);
             }
             let left = deadline.checked_duration_since(Instant::now())?;
-            followed = self.moved.wait_timeout(followed, left).unwrap_or_else(PoisonError::into_inner).0;
+            followed = unpoisoned(self.moved.wait_timeout(followed, left)).0;
         }
     }
 

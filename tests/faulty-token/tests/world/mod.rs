@@ -4,10 +4,11 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
 use claviger_faulty_token::{CONTROL_VARIABLE, MODULE_FILE, MODULE_VARIABLE, check};
+use claviger_process::lock::lock;
 use cryptoki::context::{CInitializeArgs, CInitializeFlags, Pkcs11};
 use cryptoki::error::{Error, Result, RvError};
 use cryptoki::mechanism::Mechanism;
@@ -45,7 +46,7 @@ pub struct Open<'a> {
 pub fn worlds() -> (MutexGuard<'static, ()>, &'static World, &'static World) {
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     static WORLDS: OnceLock<(TempDir, World, World)> = OnceLock::new();
-    let guard = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    let guard = lock(&ONE_AT_A_TIME);
     let (_, first, second) = WORLDS.get_or_init(|| {
         let dir = tempfile::tempdir().unwrap();
         let conf = dir.path().join("softhsm2.conf");
