@@ -19,7 +19,7 @@ use tokio::time::MissedTickBehavior;
 use self::readiness::Readiness;
 use self::verdict::judge;
 use crate::admission::strangers;
-use crate::http::routes::Answer;
+use crate::http::answer::Answer;
 use crate::http::server::Blocked;
 use crate::observe::history::INTERVAL;
 use crate::observe::metrics::{self, Handle, Readings};

@@ -18,9 +18,8 @@ use crate::admin::{AdminError, AdminSocket, REVIEW_LIMIT};
 use crate::admission::Dropped;
 use crate::attest::signer_rotation::Keeper;
 use crate::config::Config;
-use crate::http::intake;
-use crate::http::routes;
 use crate::http::server::{self, Cut, Drained, Limits, Listener};
+use crate::http::{attestation, intake, resource, routes};
 use crate::observe::metrics;
 use crate::release;
 use crate::service::{Service, ServiceError};
@@ -101,10 +100,10 @@ impl Daemon {
             members: &members,
             release_outcomes: &release::outcomes(),
             apis: &["v1.0", "v2.0"],
-            attestation_outcomes: &routes::attestation_outcomes(),
+            attestation_outcomes: &attestation::outcomes(),
             policies: &Policy::ALL.map(Policy::name),
             drop_reasons: &Dropped::ALL.map(Dropped::as_str),
-            resources: &routes::resources(),
+            resources: &resource::resources(),
             body_refusals: &intake::refusals(),
             cut_reasons: &Cut::ALL.map(Cut::as_str),
         });

@@ -1,37 +1,29 @@
-//! The key-protection certificates, and the keys behind them.
+//! The key-protection certificates: what is done for their commands.
+
+mod import;
+mod new_key;
+mod token_keys;
 
 use std::sync::Arc;
-use std::time::Duration;
 
-use claviger_hsm::{
-    Failure, Fingerprint, HsmError, KeyId, KeyRef, KeyUsage as HsmKeyUsage, MemberState, NewKey, TokenKey, standstill,
-};
-use claviger_protocol::certificate::build::{DistinguishedName, Template, random_serial, request_to_pem};
+use claviger_hsm::{KeyId, KeyRef};
 use claviger_protocol::certificate::{Certificate, KeyUsage};
-use claviger_protocol::rsa_key::{RsaPrivateKey, RsaPublicKey};
-use data_encoding::{BASE64, HEXLOWER, HEXLOWER_PERMISSIVE};
-use ring::digest;
-use ring::rand::{SecureRandom, SystemRandom};
+use claviger_protocol::rsa_key::RsaPublicKey;
+use data_encoding::{BASE64, HEXLOWER};
 use serde_json::{Value, json};
-use zeroize::Zeroizing;
 
+use self::import::{import, imported_id, private_key};
+pub(super) use self::new_key::{generate, request, self_sign};
+pub(super) use self::token_keys::on_all_members;
+use self::token_keys::{find, key_id};
 use super::change::{Change, FAILED, outcome, read};
-use super::hsm;
 use crate::admin::message::Secret;
 use crate::observe::audit::Peer;
-use crate::registry::keys::{Key, RSA_BITS, SERVER_AUTHENTICATION, key_ref};
+use crate::registry::keys::SERVER_AUTHENTICATION;
 use crate::service::Service;
-use crate::signing::{self, OWN_DEADLINE, private_parts};
 use crate::store::usage_counts::{DAYS, Releases};
 use crate::store::{self, Kind, Labels, NewCertificate, State};
 use crate::sys::clock::unix_now;
-
-/// How long a member has to say whether it has a key.
-const PATIENCE: Duration = Duration::from_secs(5);
-
-/// How long the members' vendor has to replicate a key that was made on one of them, and how often they are asked.
-const REPLICATION: Duration = Duration::from_secs(20);
-const ASK_EVERY: Duration = Duration::from_secs(1);
 
 /// Fewest digits of a thumbprint that name a certificate.
 const FEWEST_DIGITS: usize = 8;
@@ -50,102 +42,6 @@ pub(super) async fn list(service: &Arc<Service>) -> Result<Value, String> {
     let certificates = read(service, |state| state.certificates()).await?;
     let used = releases(service).await;
     Ok(certificates.iter().map(|entry| certificate(entry, used.as_ref().ok())).collect())
-}
-
-pub(super) async fn generate(
-    service: &Arc<Service>,
-    kind: Kind,
-    bits: u32,
-    name: Option<String>,
-    member: Option<String>,
-    peer: Peer,
-) -> Result<Value, String> {
-    if !RSA_BITS.contains(&bits) {
-        return Err("an RSA key has 2048, 3072 or 4096 bits".to_owned());
-    }
-    if let Some(member) = &member {
-        hsm::known(service, member)?;
-    }
-    let label = name.unwrap_or_else(|| format!("claviger {kind}"));
-    if !(1..=64).contains(&label.len()) || label.chars().any(char::is_control) {
-        return Err("the key's name has 1 to 64 characters and no control characters".to_owned());
-    }
-    let up = service.cluster.members().into_iter().find(|member| member.state == MemberState::Up);
-    let on = member.clone().or(up.map(|member| member.name)).ok_or("no HSM is up to make a key in")?;
-    let mut id = [0; 20];
-    SystemRandom::new().fill(&mut id).map_err(|_| "no randomness".to_owned())?;
-    let id = KeyId(id.to_vec());
-    let mut change = Change::new("keys.generate", peer);
-    change.attempt.used(&on);
-    change.attempt.change = Some(format!("{kind} key {id} of {bits} bits"));
-    change.requested(service).await?;
-    // One that decrypts also signs: whoever asks for a certificate has to prove that he has the key.
-    let usage = match kind {
-        Kind::Signing => HsmKeyUsage::Sign,
-        Kind::Encryption => HsmKeyUsage::Both,
-    };
-    let spec = NewKey { id: id.clone(), label, bits, usage };
-    let made = service.cluster.generate_rsa(&on, spec).await;
-    change.done(service, if made.is_ok() { crate::observe::audit::SUCCESS } else { FAILED }).await;
-    let made = made.map_err(|error| format!("{on} made no key: {error}"))?;
-    let public = RsaPublicKey::from_components(&made.n, &made.e).map_err(|e| format!("{on} made a bad key: {e}"))?;
-
-    let until = standstill::now() + REPLICATION;
-    let key = key_ref(&id.0, &public);
-    let mut lacking = lacking(service, &key).await;
-    while member.is_none() && !lacking.is_empty() && standstill::now() < until {
-        tokio::time::sleep(ASK_EVERY).await;
-        lacking = self::lacking(service, &key).await;
-    }
-    if member.is_none() && !lacking.is_empty() {
-        return Err(format!(
-            "the key {id} was made on {on}, but not all members show it: {}. A key that an HSM made cannot be copied by \
-             claviger: replicate it with the vendor's tools and use it as --hsm-key {id}, or bring a key from outside with \
-             claviger keys add --pfx. To make one on a single member anyway, name it with --member",
-            sentence(&lacking)
-        ));
-    }
-    Ok(json!({
-        "hsm_key": id.to_string(),
-        "kind": kind,
-        "bits": bits,
-        "member": on,
-        "public_key": public.to_pem(),
-        "lacking": lacking.iter().map(|lack| &lack.member).collect::<Vec<_>>(),
-    }))
-}
-
-pub(super) async fn request(
-    service: &Arc<Service>,
-    hsm_key: &str,
-    subject: String,
-    peer: Peer,
-) -> Result<Value, String> {
-    let id = key_id(hsm_key)?;
-    let template = template(service, &id, subject, 0).await?;
-    let unsigned = template.to_be_requested().map_err(|e| e.to_string())?;
-    let der = unsigned.assemble(
-        &signed(service, "keys.csr", &key_ref(&id.0, &template.key), &template.key, unsigned.octets(), peer).await?,
-    );
-    Ok(json!({"hsm_key": id.to_string(), "pem": request_to_pem(&der)}))
-}
-
-pub(super) async fn self_sign(
-    service: &Arc<Service>,
-    hsm_key: &str,
-    subject: String,
-    days: u32,
-    peer: Peer,
-) -> Result<Value, String> {
-    let id = key_id(hsm_key)?;
-    let template = template(service, &id, subject, days).await?;
-    let unsigned = template.to_be_signed().map_err(|e| e.to_string())?;
-    let der = unsigned.assemble(
-        &signed(service, "keys.self-sign", &key_ref(&id.0, &template.key), &template.key, unsigned.octets(), peer)
-            .await?,
-    );
-    let made = Certificate::parse(&der).map_err(|e| e.to_string())?;
-    Ok(json!({"hsm_key": id.to_string(), "pem": made.to_pem(), "thumbprint": HEXLOWER.encode(&made.thumbprint())}))
 }
 
 pub(super) async fn add(service: &Arc<Service>, new: New, peer: Peer) -> Result<Value, String> {
@@ -311,306 +207,6 @@ pub(super) fn judge(certificate: &Certificate, kind: Kind) -> Result<Vec<String>
     Ok(warnings)
 }
 
-/// Refuses a key that is not on every member, or is another one there, or does not do what certificates of this kind need.
-///
-/// # Errors
-/// What is wrong; otherwise what could not be found out.
-pub(super) async fn on_all_members(
-    service: &Arc<Service>,
-    kind: Kind,
-    id: &[u8],
-    certificate: &Certificate,
-    trust_absent: bool,
-) -> Result<Vec<String>, String> {
-    let key = Key::new(certificate.clone(), id);
-    let id = &key.id.id;
-    let lacking = lacking(service, &key.id).await;
-    let (absent, wrong): (Vec<_>, Vec<_>) = lacking.into_iter().partition(|lack| lack.absent);
-    if !wrong.is_empty() {
-        return Err(format!(
-            "the certificate's key {id} is not on every member: {}. Keys are replicated with the vendor's tools, or brought \
-             in with claviger keys add --pfx",
-            sentence(&wrong)
-        ));
-    }
-    if !absent.is_empty() && !trust_absent {
-        return Err(format!(
-            "whether the key {id} is on every member cannot be found out: {}. Try again when they answer; --trust-absent \
-             takes them to have it",
-            sentence(&absent)
-        ));
-    }
-    prove(service, kind, &key).await?;
-    Ok(absent.iter().map(|lack| format!("not checked: {} {}", lack.member, lack.what)).collect())
-}
-
-/// Has the key do, on each member that is up, what it is for: a member may have it without the right to use it.
-async fn prove(service: &Arc<Service>, kind: Kind, key: &Key) -> Result<(), String> {
-    let does = match kind {
-        Kind::Signing => "sign",
-        Kind::Encryption => "decrypt",
-    };
-    let id = &key.id.id;
-    let known = key.known_answer(kind).ok_or_else(|| format!("nothing can be tried with the key {id}"))?;
-    let mut members = service.cluster.members();
-    members.retain(|member| member.state == MemberState::Up);
-    if members.is_empty() {
-        return Err(format!("no HSM is up to try the key {id} on"));
-    }
-    for member in members {
-        let proved = service.cluster.self_test(&member.name, &known).await;
-        proved.map_err(|error| format!("the key {id} does not {does} on {}: {error}", member.name))?;
-    }
-    Ok(())
-}
-
-/// A member that does not show a key.
-struct Lack {
-    member: String,
-    what: String,
-    /// Whether it could not be asked.
-    absent: bool,
-}
-
-fn sentence(lacking: &[Lack]) -> String {
-    lacking.iter().map(|lack| format!("{} {}", lack.member, lack.what)).collect::<Vec<_>>().join(", ")
-}
-
-/// Which members do not show this key. Each token is searched: another program may have made the key a moment ago.
-async fn lacking(service: &Arc<Service>, key: &KeyRef) -> Vec<Lack> {
-    let mut lacking = Vec::new();
-    for hsm in &service.config.load_full().hsm {
-        let lack = |what: String, absent| Some(Lack { member: hsm.name.clone(), what, absent });
-        let lack = match standstill::timeout(PATIENCE, service.cluster.keys_on(&hsm.name, true)).await {
-            Ok(Ok(keys)) => what_is_missing(&keys, key).and_then(|what| lack(what, false)),
-            Ok(Err(error)) => lack(format!("does not answer: {error}"), true),
-            Err(_) => lack("does not answer in time".to_owned(), true),
-        };
-        lacking.extend(lack);
-    }
-    lacking
-}
-
-/// What keeps a token with these keys from using the one that is meant; `None`: nothing.
-fn what_is_missing(keys: &[TokenKey], wanted: &KeyRef) -> Option<String> {
-    let of_id = || keys.iter().filter(|key| key.has_id(&wanted.id));
-    // A key of which the token tells no modulus proves itself by what it does.
-    if of_id().any(|key| key.is(wanted) || key.fingerprint.is_none()) {
-        return None;
-    }
-    let same = keys.iter().find(|key| key.fingerprint == Some(wanted.public));
-    Some(match same {
-        Some(TokenKey { id: Some(id), .. }) => format!("has the key, but with the CKA_ID {id}"),
-        Some(TokenKey { label, .. }) => {
-            format!("has the key (label {label:?}), but without a CKA_ID, by which keys are used")
-        }
-        None if of_id().next().is_some() => "has another key of that id".to_owned(),
-        None => "shows no such key".to_owned(),
-    })
-}
-
-/// The id of the key that a certificate is over, looked for on the members.
-async fn find(service: &Arc<Service>, kind: Kind, public: &RsaPublicKey) -> Result<KeyId, String> {
-    let mut nameless = None;
-    for hsm in &service.config.load_full().hsm {
-        let keys = standstill::timeout(PATIENCE, service.cluster.keys_on(&hsm.name, true)).await;
-        let Ok(Ok(keys)) = keys else { continue };
-        match choose(&keys, kind, public) {
-            Found::One(id) => return Ok(id),
-            Found::Several(ids) => {
-                return Err(format!(
-                    "the certificate's key is there several times; choose one with --hsm-key: {}",
-                    ids.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
-                ));
-            }
-            Found::Nameless(label) => nameless = Some((hsm.name.clone(), label)),
-            Found::Nothing => {}
-        }
-    }
-    Err(match nameless {
-        Some((member, label)) => format!(
-            "{member} has the certificate's key (label {label:?}), but without a CKA_ID, by which keys are used: give it one \
-             with the vendor's tool or with pkcs11-tool --set-id"
-        ),
-        None => "no HSM that answers has the certificate's key; bring it in with --pfx, or name it with --hsm-key"
-            .to_owned(),
-    })
-}
-
-/// Where a certificate's key is on a token.
-#[derive(Debug, PartialEq)]
-enum Found {
-    One(KeyId),
-    Several(Vec<KeyId>),
-    /// It has no `CKA_ID`, but this label.
-    Nameless(String),
-    Nothing,
-}
-
-/// The id of a certificate's key among those of a token. One key may be there with several ids, as when it was imported for
-/// both kinds: the one that may do what the kind needs is meant.
-fn choose(keys: &[TokenKey], kind: Kind, public: &RsaPublicKey) -> Found {
-    let wanted = Fingerprint::of_modulus(public.modulus());
-    let same: Vec<_> = keys.iter().filter(|key| key.fingerprint == Some(wanted)).collect();
-    let ids = |able: &dyn Fn(&TokenKey) -> bool| {
-        let mut ids: Vec<_> = same.iter().filter(|key| able(key)).filter_map(|key| key.id.clone()).collect();
-        ids.dedup();
-        ids
-    };
-    let all = ids(&|_| true);
-    let imported = imported_id(kind, public);
-    if all.contains(&imported) {
-        return Found::One(imported);
-    }
-    let able = ids(&|key| match kind {
-        Kind::Signing => key.signs,
-        Kind::Encryption => key.decrypts,
-    });
-    match (able.as_slice(), all.as_slice(), same.as_slice()) {
-        ([id], ..) | ([], [id], _) => Found::One(id.clone()),
-        ([], [], [key, ..]) => Found::Nameless(key.label.clone()),
-        ([], [], []) => Found::Nothing,
-        _ => Found::Several(all),
-    }
-}
-
-/// The private key that came with a certificate.
-fn private_key(secret: &Secret, certificate: &Certificate) -> Result<RsaPrivateKey, String> {
-    let der = BASE64.decode(secret.expose().as_bytes()).map(Zeroizing::new);
-    let der = der.map_err(|_| "the private key is not base64".to_owned())?;
-    let key = RsaPrivateKey::from_pkcs8_der(&der).map_err(|e| format!("the private key cannot be used: {e}"))?;
-    if key.public().spki_der() != certificate.key().spki_der() {
-        return Err("the private key is not the certificate's".to_owned());
-    }
-    Ok(key)
-}
-
-/// Brings a private key onto all members. One that has it already is left as it is.
-async fn import(
-    service: &Arc<Service>,
-    kind: Kind,
-    key: &RsaPrivateKey,
-    certificate: &Certificate,
-    trust_absent: bool,
-) -> Result<(), String> {
-    let id = imported_id(kind, key.public());
-    let usage = match kind {
-        Kind::Signing => HsmKeyUsage::Sign,
-        Kind::Encryption => HsmKeyUsage::Decrypt,
-    };
-    let label: String = certificate.common_name().unwrap_or("claviger").chars().take(64).collect();
-    let bits = u32::try_from(key.public().modulus_len() * 8).unwrap_or(u32::MAX);
-    let spec = NewKey { id: id.clone(), label, bits, usage };
-    // One that does not serve now would keep the administrator waiting for nothing.
-    let serves = |state| matches!(state, MemberState::Up | MemberState::Draining | MemberState::Drained);
-    let (members, absent): (Vec<_>, Vec<_>) = service.cluster.members().into_iter().partition(|m| serves(m.state));
-    if !absent.is_empty() && !trust_absent {
-        let absent: Vec<_> =
-            absent.iter().map(|member| format!("{} is {}", member.name, member.state.name())).collect();
-        return Err(format!("the key was brought to no member: {}; try again when all serve", absent.join(", ")));
-    }
-    let mut failed = Vec::new();
-    for hsm in &members {
-        match service.cluster.import_rsa(&hsm.name, spec.clone(), private_parts(key)).await {
-            Ok(()) | Err(Failure { error: HsmError::KeyExists, .. }) => {}
-            Err(error) => failed.push(format!("{} ({error})", hsm.name)),
-        }
-    }
-    if failed.is_empty() {
-        return Ok(());
-    }
-    Err(format!(
-        "the key {id} was not taken by {}; the others keep it, and the same command goes on where this one stopped",
-        failed.join(", ")
-    ))
-}
-
-/// CKA_ID of a key that was imported. One for each kind, so that a key may be there for both.
-fn imported_id(kind: Kind, public: &RsaPublicKey) -> KeyId {
-    let mut context = digest::Context::new(&digest::SHA256);
-    context.update(kind.as_str().as_bytes());
-    context.update(public.spki_der());
-    KeyId(context.finish().as_ref()[..20].to_vec())
-}
-
-fn key_id(hexadecimal: &str) -> Result<KeyId, String> {
-    match HEXLOWER_PERMISSIVE.decode(hexadecimal.as_bytes()) {
-        Ok(id) if (1..=255).contains(&id.len()) => Ok(KeyId(id)),
-        _ => Err("the id of a key in the HSMs is hexadecimal, two digits for each octet".to_owned()),
-    }
-}
-
-/// The public key of the one key with this id. A request that names only the id cannot say which of several is meant.
-fn only_of_id(keys: &[TokenKey], id: &KeyId) -> Result<Option<RsaPublicKey>, String> {
-    let of_id: Vec<_> = keys.iter().filter(|key| key.has_id(id)).collect();
-    let Some(first) = of_id.first() else { return Ok(None) };
-    if of_id.iter().any(|key| key.fingerprint != first.fingerprint) {
-        let labels: Vec<_> = of_id.iter().map(|key| format!("{:?}", key.label)).collect();
-        return Err(format!(
-            "several keys have the CKA_ID {id} (labels {}), so that it does not say which is meant; give the key an id of its \
-             own with the vendor's tool",
-            labels.join(", ")
-        ));
-    }
-    let public = of_id.iter().find_map(|key| key.public.as_ref());
-    let public = public.ok_or_else(|| format!("the token does not tell the public key of {id}"))?;
-    RsaPublicKey::from_components(&public.n, &public.e).map(Some).map_err(|e| format!("the key {id}: {e}"))
-}
-
-/// A template for a certificate of a key that some member has.
-async fn template(service: &Arc<Service>, id: &KeyId, subject: String, days: u32) -> Result<Template, String> {
-    let mut found = None;
-    for hsm in &service.config.load_full().hsm {
-        let keys = standstill::timeout(PATIENCE, service.cluster.keys_on(&hsm.name, true)).await;
-        let Ok(Ok(keys)) = keys else { continue };
-        found = only_of_id(&keys, id)?;
-        if found.is_some() {
-            break;
-        }
-    }
-    let key = found.ok_or_else(|| format!("no HSM that answers has a key {id}"))?;
-    if subject.len() > 64 || subject.chars().any(char::is_control) {
-        return Err("a common name has at most 64 octets and no control characters".to_owned());
-    }
-    let now = unix_now();
-    Ok(Template {
-        subject: DistinguishedName::new(subject),
-        issuer_der: None,
-        key,
-        serial: random_serial().map_err(|e| e.to_string())?,
-        not_before: now - 300,
-        not_after: now + i64::from(days) * 24 * 3600,
-        key_usage: KeyUsage::DIGITAL_SIGNATURE | KeyUsage::DATA_ENCIPHERMENT,
-        extended_key_usages: vec![SERVER_AUTHENTICATION],
-        ca: None,
-        subject_key_id: None,
-        authority_key_id: None,
-    })
-}
-
-/// A signature that an administrator asked for, recorded like a change.
-async fn signed(
-    service: &Arc<Service>,
-    event: &'static str,
-    key: &KeyRef,
-    public: &RsaPublicKey,
-    octets: &[u8],
-    peer: Peer,
-) -> Result<Vec<u8>, String> {
-    let mut change = Change::new(event, peer);
-    let id = &key.id;
-    change.attempt.change = Some(format!("key {id}"));
-    change.requested(service).await?;
-    let signed = signing::sign(&service.cluster, key, public, octets, standstill::now() + OWN_DEADLINE).await;
-    if let Ok(done) = &signed {
-        change.attempt.used(&done.member);
-    }
-    change.done(service, if signed.is_ok() { crate::observe::audit::SUCCESS } else { FAILED }).await;
-    signed.map(|done| done.value).map_err(|error| {
-        format!("the key {id} does not sign: {error}; a key that may only decrypt cannot prove that it is there")
-    })
-}
-
 /// The one certificate that a thumbprint, or the beginning of one, means.
 async fn named(service: &Arc<Service>, thumbprint: &str, kind: Option<Kind>) -> Result<store::Certificate, String> {
     let wanted = thumbprint.to_ascii_lowercase();
@@ -711,69 +307,7 @@ fn certificate(entry: &store::Certificate, used: Option<&Releases>) -> Value {
 mod tests {
     use super::*;
     use crate::service::testing;
-    use claviger_hsm::RsaPublic;
-
-    fn token_key(id: &[u8], label: &str, public: Option<&RsaPublicKey>, signs: bool) -> TokenKey {
-        TokenKey {
-            id: (!id.is_empty()).then(|| KeyId(id.to_vec())),
-            label: label.to_owned(),
-            public: public.map(|key| RsaPublic { n: key.modulus().to_vec(), e: key.exponent().to_vec() }),
-            decrypts: !signs,
-            signs,
-            always_authenticate: false,
-            fingerprint: public.map(|key| Fingerprint::of_modulus(key.modulus())),
-        }
-    }
-
-    #[test]
-    fn a_certificates_key_is_found_by_its_public_key() {
-        let (ours, other) = (testing::key().public(), RsaPrivateKey::generate(2048).unwrap());
-        let found = |keys: &[TokenKey], kind| choose(keys, kind, ours);
-        let one = |id: &[u8]| Found::One(KeyId(id.to_vec()));
-        let stranger = token_key(b"a", "x", Some(other.public()), true);
-        assert_eq!(found(std::slice::from_ref(&stranger), Kind::Signing), Found::Nothing);
-        let same_id = token_key(b"a", "y", Some(ours), true);
-        assert_eq!(found(&[stranger, same_id.clone()], Kind::Signing), one(b"a"));
-        // It is there twice: the one that may do what is needed.
-        let decrypts = token_key(b"b", "z", Some(ours), false);
-        assert_eq!(found(&[same_id.clone(), decrypts.clone()], Kind::Signing), one(b"a"));
-        assert_eq!(found(&[same_id.clone(), decrypts], Kind::Encryption), one(b"b"));
-        let again = token_key(b"c", "z", Some(ours), true);
-        let several = Found::Several(vec![KeyId(b"a".to_vec()), KeyId(b"c".to_vec())]);
-        assert_eq!(found(&[same_id.clone(), again.clone()], Kind::Signing), several);
-        let imported = TokenKey { id: Some(imported_id(Kind::Signing, ours)), ..again };
-        assert_eq!(found(&[same_id, imported.clone()], Kind::Signing), Found::One(imported.id.unwrap()));
-        let nameless = token_key(b"", "forgotten", Some(ours), true);
-        assert_eq!(found(&[nameless], Kind::Signing), Found::Nameless("forgotten".to_owned()));
-    }
-
-    #[test]
-    fn what_a_member_lacks_is_said() {
-        let (ours, other) = (testing::key().public(), RsaPrivateKey::generate(2048).unwrap());
-        let wanted = key_ref(b"a", ours);
-        let missing = |keys: &[TokenKey]| what_is_missing(keys, &wanted).unwrap_or_default();
-        let stranger = token_key(b"a", "x", Some(other.public()), true);
-        assert_eq!(missing(&[stranger.clone(), token_key(b"a", "x", Some(ours), true)]), "");
-        assert_eq!(missing(&[stranger.clone(), token_key(b"a", "x", None, true)]), "", "it proves itself");
-        assert_eq!(missing(&[]), "shows no such key");
-        assert_eq!(missing(std::slice::from_ref(&stranger)), "has another key of that id");
-        assert_eq!(
-            missing(&[stranger.clone(), token_key(b"b", "x", Some(ours), true)]),
-            "has the key, but with the CKA_ID 62"
-        );
-        assert!(missing(&[stranger, token_key(b"", "x", Some(ours), true)]).contains("without a CKA_ID"));
-    }
-
-    #[test]
-    fn an_id_that_means_two_keys_names_none() {
-        let (ours, other) = (testing::key().public(), RsaPrivateKey::generate(2048).unwrap());
-        let id = KeyId(b"a".to_vec());
-        let [one, two] = [ours, other.public()].map(|key| token_key(b"a", "x", Some(key), true));
-        assert_eq!(only_of_id(&[], &id), Ok(None));
-        assert_eq!(only_of_id(&[one.clone(), one.clone()], &id), Ok(Some(ours.clone())));
-        assert!(only_of_id(&[one, two], &id).unwrap_err().contains("several keys have the CKA_ID 61"));
-        assert!(only_of_id(&[token_key(b"a", "x", None, true)], &id).is_err());
-    }
+    use claviger_protocol::certificate::build::{DistinguishedName, Template, random_serial};
 
     fn template() -> Template {
         Template {
@@ -804,15 +338,5 @@ mod tests {
         let expired = Template { not_after: 2, extended_key_usages: Vec::new(), ..template() };
         let warnings = judge(&made(expired), Kind::Signing).unwrap();
         assert!(warnings[0].contains("has expired") && warnings[1].contains("serverAuth"), "{warnings:?}");
-    }
-
-    #[test]
-    fn keys_are_named_by_what_they_are() {
-        let public = testing::key().public();
-        assert_ne!(imported_id(Kind::Signing, public), imported_id(Kind::Encryption, public));
-        assert_eq!(key_id("0A0b").unwrap(), KeyId(vec![10, 11]));
-        for wrong in ["", "0", "xy", &"00".repeat(256)] {
-            assert!(key_id(wrong).is_err(), "{wrong}");
-        }
     }
 }

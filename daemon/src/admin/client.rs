@@ -1,0 +1,90 @@
+//! Asking a running daemon: one request, one answer.
+
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use claviger_hsm::standstill;
+use serde::Serialize;
+use serde_json::Value;
+use tokio::io::{AsyncWriteExt, BufReader};
+use tokio::net::UnixStream;
+use zeroize::Zeroizing;
+
+use super::error::{AdminError, check_length};
+use super::line::{Line, read_line};
+use super::socket::{COMMAND_TIMEOUT, IDLE_TIMEOUT, REQUEST_LIMIT};
+
+/// Longest answer that [`call`] reads, in octets.
+pub const ANSWER_LIMIT: usize = 64 * 1024 * 1024;
+
+/// Sends one request to the daemon behind `path` and returns what it answered.
+///
+/// # Errors
+/// [`AdminError`]; its text says what to do. [`AdminError::Refused`] is the daemon's own.
+pub async fn call<T: Serialize + ?Sized>(path: &Path, request: &T) -> Result<Value, AdminError> {
+    check_length(path)?;
+    let broken = |source| AdminError::Broken { path: path.to_owned(), source };
+    let mut stream = UnixStream::connect(path).await.map_err(|source| match source.kind() {
+        io::ErrorKind::NotFound => AdminError::Missing { path: path.to_owned() },
+        io::ErrorKind::ConnectionRefused => AdminError::Dead { path: path.to_owned() },
+        io::ErrorKind::PermissionDenied => AdminError::Denied { path: path.to_owned(), owner: owner(path) },
+        _ => broken(source),
+    })?;
+    let exchange = async {
+        // Its length is known before it is written: a private key may be in it, and a text that grows leaves copies behind.
+        let mut line = Zeroizing::new(Vec::with_capacity(octets_of(request)));
+        serde_json::to_writer(&mut *line, request).map_err(io::Error::other)?;
+        line.push(b'\n');
+        if line.len() > REQUEST_LIMIT {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "the request is too long"));
+        }
+        stream.write_all(&line).await?;
+        let malformed = |text: &str| io::Error::new(io::ErrorKind::InvalidData, text.to_owned());
+        match read_line(&mut BufReader::new(stream), ANSWER_LIMIT).await? {
+            Line::Whole(line) => {
+                serde_json::from_slice::<Value>(&line).map_err(|_| malformed("its answer is not JSON"))
+            }
+            Line::TooLong => Err(malformed("its answer is too long")),
+            Line::End => Err(io::ErrorKind::UnexpectedEof.into()),
+        }
+    };
+    // Longer than the daemon gives a command, so that its own word arrives.
+    let answer = standstill::timeout(COMMAND_TIMEOUT + IDLE_TIMEOUT, exchange)
+        .await
+        .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+        .map_err(broken)?;
+    let Value::Object(mut answer) = answer else {
+        return Err(broken(io::Error::new(io::ErrorKind::InvalidData, "its answer is not an object")));
+    };
+    match (answer.remove("ok"), answer.remove("error")) {
+        (Some(value), None) => Ok(value),
+        (None, Some(Value::String(error))) => Err(AdminError::Refused(error)),
+        _ => Err(broken(io::Error::new(io::ErrorKind::InvalidData, "its answer is neither ok nor error"))),
+    }
+}
+
+/// How long a request is as a line.
+fn octets_of<T: Serialize + ?Sized>(request: &T) -> usize {
+    struct Count(usize);
+    impl io::Write for Count {
+        fn write(&mut self, octets: &[u8]) -> io::Result<usize> {
+            self.0 += octets.len();
+            Ok(octets.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    let mut count = Count(1);
+    // Counting does not fail, and what cannot be written fails again where it is.
+    let _ = serde_json::to_writer(&mut count, request);
+    count.0
+}
+
+/// Whose the socket is, or the folder that hides it.
+fn owner(path: &Path) -> String {
+    let uid = path.ancestors().find_map(|path| path.metadata().ok()).map(|metadata| metadata.uid());
+    uid.map_or_else(|| "the daemon's user".to_owned(), |uid| format!("the user with id {uid}"))
+}

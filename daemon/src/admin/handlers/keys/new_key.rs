@@ -1,0 +1,167 @@
+//! Keys that an HSM makes, and requests for their certificates.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use claviger_hsm::{KeyId, KeyRef, KeyUsage as HsmKeyUsage, MemberState, NewKey, standstill};
+use claviger_protocol::certificate::build::{DistinguishedName, Template, random_serial, request_to_pem};
+use claviger_protocol::certificate::{Certificate, KeyUsage};
+use claviger_protocol::rsa_key::RsaPublicKey;
+use data_encoding::HEXLOWER;
+use ring::rand::{SecureRandom, SystemRandom};
+use serde_json::{Value, json};
+
+use super::token_keys::{key_id, lacking, public_of, sentence};
+use crate::admin::handlers::change::{Change, FAILED};
+use crate::admin::handlers::hsm;
+use crate::observe::audit::{Peer, SUCCESS};
+use crate::registry::keys::{RSA_BITS, SERVER_AUTHENTICATION, key_ref};
+use crate::service::Service;
+use crate::signing::{self, OWN_DEADLINE};
+use crate::store::Kind;
+use crate::sys::clock::unix_now;
+
+/// How long the members' vendor has to replicate a key that was made on one of them, and how often they are asked.
+const REPLICATION: Duration = Duration::from_secs(20);
+const ASK_EVERY: Duration = Duration::from_secs(1);
+
+pub(in crate::admin::handlers) async fn generate(
+    service: &Arc<Service>,
+    kind: Kind,
+    bits: u32,
+    name: Option<String>,
+    member: Option<String>,
+    peer: Peer,
+) -> Result<Value, String> {
+    if !RSA_BITS.contains(&bits) {
+        return Err("an RSA key has 2048, 3072 or 4096 bits".to_owned());
+    }
+    if let Some(member) = &member {
+        hsm::known(service, member)?;
+    }
+    let label = name.unwrap_or_else(|| format!("claviger {kind}"));
+    if !(1..=64).contains(&label.len()) || label.chars().any(char::is_control) {
+        return Err("the key's name has 1 to 64 characters and no control characters".to_owned());
+    }
+    let up = service.cluster.members().into_iter().find(|member| member.state == MemberState::Up);
+    let on = member.clone().or(up.map(|member| member.name)).ok_or("no HSM is up to make a key in")?;
+    let mut id = [0; 20];
+    SystemRandom::new().fill(&mut id).map_err(|_| "no randomness".to_owned())?;
+    let id = KeyId(id.to_vec());
+    let mut change = Change::new("keys.generate", peer);
+    change.attempt.used(&on);
+    change.attempt.change = Some(format!("{kind} key {id} of {bits} bits"));
+    change.requested(service).await?;
+    // One that decrypts also signs: whoever asks for a certificate has to prove that he has the key.
+    let usage = match kind {
+        Kind::Signing => HsmKeyUsage::Sign,
+        Kind::Encryption => HsmKeyUsage::Both,
+    };
+    let spec = NewKey { id: id.clone(), label, bits, usage };
+    let made = service.cluster.generate_rsa(&on, spec).await;
+    change.done(service, if made.is_ok() { SUCCESS } else { FAILED }).await;
+    let made = made.map_err(|error| format!("{on} made no key: {error}"))?;
+    let public = RsaPublicKey::from_components(&made.n, &made.e).map_err(|e| format!("{on} made a bad key: {e}"))?;
+
+    let until = standstill::now() + REPLICATION;
+    let key = key_ref(&id.0, &public);
+    let mut missing = lacking(service, &key).await;
+    while member.is_none() && !missing.is_empty() && standstill::now() < until {
+        tokio::time::sleep(ASK_EVERY).await;
+        missing = lacking(service, &key).await;
+    }
+    if member.is_none() && !missing.is_empty() {
+        return Err(format!(
+            "the key {id} was made on {on}, but not all members show it: {}. A key that an HSM made cannot be copied by \
+             claviger: replicate it with the vendor's tools and use it as --hsm-key {id}, or bring a key from outside with \
+             claviger keys add --pfx. To make one on a single member anyway, name it with --member",
+            sentence(&missing)
+        ));
+    }
+    Ok(json!({
+        "hsm_key": id.to_string(),
+        "kind": kind,
+        "bits": bits,
+        "member": on,
+        "public_key": public.to_pem(),
+        "lacking": missing.iter().map(|lack| &lack.member).collect::<Vec<_>>(),
+    }))
+}
+
+pub(in crate::admin::handlers) async fn request(
+    service: &Arc<Service>,
+    hsm_key: &str,
+    subject: String,
+    peer: Peer,
+) -> Result<Value, String> {
+    let id = key_id(hsm_key)?;
+    let template = template(service, &id, subject, 0).await?;
+    let unsigned = template.to_be_requested().map_err(|e| e.to_string())?;
+    let der = unsigned.assemble(
+        &signed(service, "keys.csr", &key_ref(&id.0, &template.key), &template.key, unsigned.octets(), peer).await?,
+    );
+    Ok(json!({"hsm_key": id.to_string(), "pem": request_to_pem(&der)}))
+}
+
+pub(in crate::admin::handlers) async fn self_sign(
+    service: &Arc<Service>,
+    hsm_key: &str,
+    subject: String,
+    days: u32,
+    peer: Peer,
+) -> Result<Value, String> {
+    let id = key_id(hsm_key)?;
+    let template = template(service, &id, subject, days).await?;
+    let unsigned = template.to_be_signed().map_err(|e| e.to_string())?;
+    let der = unsigned.assemble(
+        &signed(service, "keys.self-sign", &key_ref(&id.0, &template.key), &template.key, unsigned.octets(), peer)
+            .await?,
+    );
+    let made = Certificate::parse(&der).map_err(|e| e.to_string())?;
+    Ok(json!({"hsm_key": id.to_string(), "pem": made.to_pem(), "thumbprint": HEXLOWER.encode(&made.thumbprint())}))
+}
+
+/// A template for a certificate of a key that some member has.
+async fn template(service: &Arc<Service>, id: &KeyId, subject: String, days: u32) -> Result<Template, String> {
+    let key = public_of(service, id).await?;
+    if subject.len() > 64 || subject.chars().any(char::is_control) {
+        return Err("a common name has at most 64 octets and no control characters".to_owned());
+    }
+    let now = unix_now();
+    Ok(Template {
+        subject: DistinguishedName::new(subject),
+        issuer_der: None,
+        key,
+        serial: random_serial().map_err(|e| e.to_string())?,
+        not_before: now - 300,
+        not_after: now + i64::from(days) * 24 * 3600,
+        key_usage: KeyUsage::DIGITAL_SIGNATURE | KeyUsage::DATA_ENCIPHERMENT,
+        extended_key_usages: vec![SERVER_AUTHENTICATION],
+        ca: None,
+        subject_key_id: None,
+        authority_key_id: None,
+    })
+}
+
+/// A signature that an administrator asked for, recorded like a change.
+async fn signed(
+    service: &Arc<Service>,
+    event: &'static str,
+    key: &KeyRef,
+    public: &RsaPublicKey,
+    octets: &[u8],
+    peer: Peer,
+) -> Result<Vec<u8>, String> {
+    let mut change = Change::new(event, peer);
+    let id = &key.id;
+    change.attempt.change = Some(format!("key {id}"));
+    change.requested(service).await?;
+    let signed = signing::sign(&service.cluster, key, public, octets, standstill::now() + OWN_DEADLINE).await;
+    if let Ok(done) = &signed {
+        change.attempt.used(&done.member);
+    }
+    change.done(service, if signed.is_ok() { SUCCESS } else { FAILED }).await;
+    signed.map(|done| done.value).map_err(|error| {
+        format!("the key {id} does not sign: {error}; a key that may only decrypt cannot prove that it is there")
+    })
+}
