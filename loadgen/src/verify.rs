@@ -142,7 +142,7 @@ fn work(
     events: &Sender<Event>,
 ) {
     loop {
-        let job = lock(&queue).recv();
+        let job = lock(queue).recv();
         let Ok(job) = job else { return };
         waiting.fetch_sub(job.size(), Ordering::Relaxed);
         let event = match check(&job, &known.0, &known.1) {

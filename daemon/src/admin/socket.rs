@@ -252,7 +252,7 @@ fn seat(stream: &UnixStream, places: &Arc<AdminPlaces>) -> Option<(Peer, Place)>
     };
     let now = standstill::now();
     let doing = Arc::new(Doing { waiting: Mutex::new(Some(now)), leave: Notify::new() });
-    let arrived = lock(&places).arrive(peer.uid, &doing, now);
+    let arrived = lock(places).arrive(peer.uid, &doing, now);
     let Ok((number, _)) = arrived else {
         // As far as it takes them: it is written to nobody else.
         let _ = stream.try_write(b"{\"error\":\"too many commands run at the same time; try again\"}\n");

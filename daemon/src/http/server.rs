@@ -116,13 +116,13 @@ impl Blocked {
 }
 
 fn note(since: &Since, holds: bool) -> bool {
-    let mut at = lock(&since);
+    let mut at = lock(since);
     *at = holds.then(|| at.unwrap_or_else(standstill::now));
     at.is_some_and(is_past)
 }
 
 fn lasts(since: &Since) -> bool {
-    lock(&since).is_some_and(is_past)
+    lock(since).is_some_and(is_past)
 }
 
 fn is_past(at: std::time::Instant) -> bool {
