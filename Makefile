@@ -44,6 +44,9 @@ define install
 	fi
 endef
 
+# Tools that are used for seconds are built without optimisation, and without what debuggers know of them.
+INSTALL = CARGO_PROFILE_DEV_DEBUG=0 cargo install --locked --debug
+
 setup-demo:
 	$(call install,$(PACKAGES_BUILD) $(PACKAGES_DEMO))
 
@@ -57,17 +60,19 @@ demo: setup-demo
 	cargo build --release --locked --bin claviger
 	./target/release/claviger demo --dir target/lab
 
+# The features of dependencies follow from the targets that are built, and those of tests ask for more. Here and below, each build has
+# a test or an example in it, so that no dependency is built or checked twice.
 lint: setup deny
 	cargo fmt --all --check
 	cargo fmt --manifest-path tests/fuzz/Cargo.toml --check
 	cargo fmt --manifest-path bench/instructions/Cargo.toml --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
-	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked
+	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked --lib --bins --examples
 
 # Licences, origins and banned crates are always judged. The advisories are judged by a database that has to be fetched: where it
 # cannot be, and none was fetched before, they are skipped, and that is said.
 deny:
-	cargo deny --version >/dev/null 2>&1 || cargo install --locked cargo-deny
+	cargo deny --version >/dev/null 2>&1 || $(INSTALL) cargo-deny
 	cargo deny --locked check bans licenses sources
 	@if cargo deny --locked fetch db >/dev/null 2>&1 || cargo deny --offline fetch db >/dev/null 2>&1; then \
 	  echo "cargo deny --offline check advisories"; cargo deny --offline check advisories; \
@@ -78,7 +83,7 @@ deny:
 
 # The system tests run the program that is built here; by themselves they would build it, too.
 test: lint
-	cargo build --workspace --locked
+	cargo build --workspace --locked --lib --bins --tests --examples
 	CLAVIGER_BIN=$(CURDIR)/target/debug/claviger CLAVIGER_LOADGEN_BIN=$(CURDIR)/target/debug/claviger-loadgen \
 	  cargo test --workspace --locked
 	$(MAKE) bench-instructions
@@ -107,19 +112,19 @@ bench: setup-demo
 GUNGRAUN = $(shell sed -n 's/^gungraun = "=\(.*\)"/\1/p' bench/instructions/Cargo.toml)
 count-instructions:
 	$(call install,$(PACKAGES_BUILD) $(PACKAGES_COUNT))
-	@gungraun-runner --version 2>/dev/null | grep -qF ' $(GUNGRAUN)' || cargo install --locked gungraun-runner --version $(GUNGRAUN)
+	@gungraun-runner --version 2>/dev/null | grep -qF ' $(GUNGRAUN)' || $(INSTALL) gungraun-runner --version $(GUNGRAUN)
 	rm -rf target/gungraun/claviger-instructions
 	GUNGRAUN_HOME=$(CURDIR)/target/gungraun cargo bench --locked --manifest-path bench/instructions/Cargo.toml --target-dir target \
 	  --bench release -- --save-summary=json --nosummary
 
-# Fails when a part grew by more than 3 %. As a part of the whole workspace the comparison is built of what `make test` has built.
+# Fails when a part grew by more than 3 %. As a part of the whole workspace, with the smallest test in it, the comparison is built of
+# what `make test` has built.
+INSTRUCTIONS = cargo build --quiet --locked --workspace --bin instructions --test generated && ./target/debug/instructions
 bench-instructions: count-instructions
-	@cargo build --quiet --locked --workspace --bin instructions
-	@./target/debug/instructions
+	@$(INSTRUCTIONS)
 
 bench-instructions-accept: count-instructions
-	@cargo build --quiet --locked --workspace --bin instructions
-	@./target/debug/instructions --accept
+	@$(INSTRUCTIONS) --accept
 
 MINUTES = 30
 soak: setup-demo
