@@ -144,7 +144,8 @@ pub async fn roll_protector<H: Hsm>(
     attempt.certificate_used = Some(ours.decryption_key.certificate.clone());
     let wrapping = ours.of(&ingress.set);
 
-    // 7. In an HSM: decrypt the ingress key.
+    // 7. In an HSM: decrypt the ingress key. The stock makes way until this release ends.
+    let _running = service.stock.release_begins();
     let decrypted = hsm.decrypt(
         &ours.decryption_key.id,
         wrapping.oaep(),
@@ -156,7 +157,7 @@ pub async fn roll_protector<H: Hsm>(
     // 8. An egress protector with a fresh key: a ready-made one where the stock has it. Else, at the same time: write one and
     //    sign it in an HSM.
     let max_offline_unwraps = in_force.config.release.max_offline_unwraps;
-    let ready = service.stock.take(&ingress.set, &Basis::new(&in_force.keys, &in_force.config));
+    let ready = service.stock.take(&ingress.set, Basis::new(&in_force.keys, &in_force.config));
     let made = async {
         match &ready {
             Some(_) => Ok(None),

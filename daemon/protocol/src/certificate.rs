@@ -202,6 +202,11 @@ impl Certificate {
         &self.der
     }
 
+    /// Bytes of memory that it takes with its key, but for some short texts.
+    pub(crate) fn memory(&self) -> usize {
+        size_of::<Self>() + self.der.len() + self.key.memory()
+    }
+
     /// The certified key.
     #[must_use]
     pub fn key(&self) -> &RsaPublicKey {

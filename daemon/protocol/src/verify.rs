@@ -24,6 +24,13 @@ pub struct Party {
     pub encryption: Certificate,
 }
 
+impl Party {
+    /// Bytes of memory that it takes, whoever shares it.
+    pub(crate) fn memory(&self) -> usize {
+        self.signing.memory() + self.encryption.memory()
+    }
+}
+
 /// A protector whose guardian signature and wrappings are right. The transport key's own signature is not checked yet.
 #[derive(Clone, Debug)]
 pub struct Verified {

@@ -31,8 +31,9 @@ use crate::skeleton::{self, Ciphers, Skeleton, Values};
 use crate::verify::{self, KnownCertificates, Party, Verified, judge_wrappings, wrong_guardian_signature};
 use crate::work::Work;
 
-/// Bytes of skeletons that are remembered at least; twice as many at most. An owner with three guardians has 11 KiB.
-const SKELETONS: usize = 16 * 1024 * 1024;
+/// Bytes of sets with their certificates and keys that are remembered at least; twice as many at most. An owner with three guardians
+/// has some 40 KiB, certificates that other sets share included.
+const SETS: usize = 32 * 1024 * 1024;
 /// Longest skeleton that is remembered.
 const LONGEST: usize = 128 * 1024;
 /// Sets that look alike in the samples by which one is found: as many are kept.
@@ -48,6 +49,7 @@ pub struct WrappingSet {
     wrappings: Vec<SetWrapping>,
     owner: usize,
     identity: OnceLock<[u8; 32]>,
+    memory: usize,
 }
 
 /// A wrapping of a set.
@@ -77,7 +79,10 @@ impl WrappingSet {
             party,
             encryption: encryption.clone(),
         });
-        Self { skeleton, wrappings: wrappings.collect(), owner, identity: OnceLock::new() }
+        let wrappings: Vec<_> = wrappings.collect();
+        let each = |wrapping: &SetWrapping| size_of::<SetWrapping>() + wrapping.party.memory();
+        let memory = size_of::<Self>() + skeleton.body().len() + wrappings.iter().map(each).sum::<usize>();
+        Self { skeleton, wrappings, owner, identity: OnceLock::new(), memory }
     }
 
     /// Its wrappings, in document order.
@@ -96,6 +101,12 @@ impl WrappingSet {
     #[must_use]
     pub fn size(&self) -> usize {
         self.skeleton.body().len()
+    }
+
+    /// Bytes of memory that it takes with its certificates and keys, which other sets may share.
+    #[must_use]
+    pub fn memory(&self) -> usize {
+        self.memory
     }
 
     /// A name that no other set has.
@@ -189,10 +200,10 @@ impl KnownSets {
     /// Knows nothing yet. Remembers the certificates of so many parties at least, see [`KnownCertificates::new`].
     #[must_use]
     pub fn new(parties: usize) -> Self {
-        let weigh = |sets: &Vec<Arc<WrappingSet>>| sets.iter().map(|set| set.skeleton.body().len() + 1024).sum();
+        let weigh = |sets: &Vec<Arc<WrappingSet>>| sets.iter().map(|set| set.memory()).sum();
         Self {
             certificates: KnownCertificates::new(parties),
-            sets: Mutex::new(Recent::new(SKELETONS, weigh)),
+            sets: Mutex::new(Recent::new(SETS, weigh)),
             files: Mutex::new(Recent::new(FILES, |()| 1)),
             hasher: RandomState::new(),
         }

@@ -309,6 +309,21 @@ fn sets_differ_by_everything_but_the_keys_in_their_holes() {
 }
 
 #[test]
+fn a_set_weighs_as_much_as_its_text_its_certificates_and_their_keys() {
+    let memory = [2, 3, 4].map(|parties| {
+        let (sets, file) = known(parties);
+        let set = sets.read(&file, &sha256(&file), &mut Work::default()).unwrap().set;
+        let certificates = set.wrappings().iter().map(|wrapping| &wrapping.party);
+        let certificates = certificates
+            .map(|party| [&party.signing, &party.encryption].map(|of| of.der().len() + 2 * of.key().modulus().len()));
+        let least = set.size() + certificates.flatten().sum::<usize>();
+        assert!((least..4 * least).contains(&set.memory()), "{} of {least}", set.memory());
+        set.memory()
+    });
+    assert!(memory.is_sorted());
+}
+
+#[test]
 fn a_set_outlives_the_process_that_met_it() {
     let (sets, file) = known(3);
     let ingress = sets.read(&file, &sha256(&file), &mut Work::default()).unwrap();

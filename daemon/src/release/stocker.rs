@@ -1,4 +1,4 @@
-//! Fills the stock while sessions are idle, never when a release waits.
+//! Fills the stock while sessions are idle, in the gaps between releases.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,13 +11,15 @@ use super::hsm::Hsm;
 use super::ours::Ours;
 use crate::service::Service;
 use crate::signing::OWN_DEADLINE;
-use crate::stock::Order;
+use crate::stock::{Allowed, Order};
 use crate::store::usage_counts::RememberedSet;
 use crate::sys::clock::unix_now;
 
-/// How long to wait when nothing can or need be made.
+/// How long to wait when nothing need be made.
 const PAUSE: Duration = Duration::from_millis(50);
-/// How often the stock is looked through.
+/// How long to wait at least when nothing may be made.
+const LEAST_PAUSE: Duration = Duration::from_millis(5);
+/// From the end of a sweep through the stock to the next one.
 const SWEEP: Duration = Duration::from_secs(1);
 /// How often it is written down which sets are worth stocking.
 const REMEMBER: Duration = Duration::from_secs(60);
@@ -31,42 +33,63 @@ pub async fn run<H: Hsm>(service: Arc<Service>, hsm: H) {
     let (mut swept, mut remembered) = (standstill::now(), standstill::now());
     loop {
         while making.try_join_next().is_some() {}
-        if standstill::since(swept) >= SWEEP {
-            service.stock.sweep(service.config.load().release.stock_bytes());
+        if standstill::since(swept) >= SWEEP && service.stock.sweep(limit(&service)) {
             swept = standstill::now();
         }
         if standstill::since(remembered) >= REMEMBER {
             remember(&service).await;
             remembered = standstill::now();
         }
-        if let Some(order) = next(&service, &hsm, making.len()) {
-            making.spawn(fill(Arc::clone(&service), hsm.clone(), order));
-            continue;
-        }
+        let pause = match next(&service, &hsm, making.len()) {
+            Next::Make(order) => {
+                making.spawn(fill(hsm.clone(), order));
+                continue;
+            }
+            Next::NotFor(pause) => pause.clamp(LEAST_PAUSE, PAUSE),
+            Next::Nothing => PAUSE,
+        };
         tokio::select! {
             Some(_) = making.join_next() => {}
-            () = tokio::time::sleep(PAUSE) => {}
+            () = tokio::time::sleep(pause) => {}
         }
     }
 }
 
-/// What is to be made now, where `making` items are being made: at most half of the idle sessions work for the stock, one where
-/// a release runs, and none where one waits.
-fn next<H: Hsm>(service: &Service, hsm: &H, making: usize) -> Option<Order> {
-    let load = service.admission.load();
-    if load.waiting > 0 {
-        return None;
+/// What the stock may take, in bytes.
+fn limit(service: &Service) -> usize {
+    service.config.load().release.stock_bytes()
+}
+
+/// What to do now.
+enum Next {
+    /// Make this.
+    Make(Order),
+    /// Releases need what there is, and at least for so long.
+    NotFor(Duration),
+    /// Nothing is lacking, or no session is idle.
+    Nothing,
+}
+
+/// What is to be made now, where `making` items are being made: nothing while a release waits, and otherwise as many at a time as
+/// [`Stock::allowed`](crate::stock::Stock::allowed) says.
+fn next<H: Hsm>(service: &Service, hsm: &H, making: usize) -> Next {
+    let idle = hsm.idle();
+    if idle == 0 {
+        return Next::Nothing;
+    }
+    if service.admission.load().waiting > 0 {
+        return Next::NotFor(PAUSE);
     }
     // Those that make an item are not idle.
-    let allowed = if load.running > 0 { 1 } else { (hsm.idle() + making).div_ceil(2) };
-    if making >= allowed || hsm.idle() == 0 {
-        return None;
+    match service.stock.allowed(idle + making) {
+        Allowed::NoneFor(time) => Next::NotFor(time),
+        Allowed::Items(allowed) if making >= allowed => Next::Nothing,
+        Allowed::Items(_) => service.stock.order(limit(service)).map_or(Next::Nothing, Next::Make),
     }
-    service.stock.order(service.config.load().release.stock_bytes())
 }
 
 /// Makes what was ordered. The check that finds a lying HSM is made before it enters the stock.
-async fn fill<H: Hsm>(service: Arc<Service>, hsm: H, order: Order) {
+async fn fill<H: Hsm>(hsm: H, order: Order) {
     let made = async {
         let ours = Ours::find(order.set(), order.keys()).ok()?;
         let (deadline, unwraps) = (standstill::now() + OWN_DEADLINE, order.max_offline_unwraps());
@@ -76,7 +99,7 @@ async fn fill<H: Hsm>(service: Arc<Service>, hsm: H, order: Order) {
         Some((egress, sha256))
     };
     match made.await {
-        Some((egress, sha256)) => service.stock.put(&order, egress, sha256),
+        Some((egress, sha256)) => order.put(egress, sha256),
         None => order.failed(),
     }
 }
@@ -85,7 +108,7 @@ async fn fill<H: Hsm>(service: Arc<Service>, hsm: H, order: Order) {
 pub(crate) async fn recall(service: &Arc<Service>) {
     let of = Arc::clone(service);
     let recalled = tokio::task::spawn_blocking(move || {
-        let limit = of.config.load().release.stock_bytes();
+        let limit = limit(&of);
         for RememberedSet { document, releases } in of.usage.sets()? {
             if let Some(set) = of.sets.restore(&document) {
                 of.stock.asked(&set, releases, limit);
@@ -111,11 +134,14 @@ pub(crate) async fn remember(service: &Arc<Service>) {
     }
 }
 
-/// The stock is filled with what can be made now, for tests and benches. Returns how many items wait.
+/// The stock is filled with what can be made now that no release runs, for tests and benches. Returns how many items wait.
 #[cfg(any(test, feature = "testing"))]
 pub async fn fill_up<H: Hsm>(service: &Arc<Service>, hsm: &H) -> usize {
-    while let Some(order) = next(service, hsm, 0) {
-        fill(Arc::clone(service), hsm.clone(), order).await;
+    loop {
+        match next(service, hsm, 0) {
+            Next::Make(order) => fill(hsm.clone(), order).await,
+            Next::NotFor(time) if service.admission.load().waiting == 0 => tokio::time::sleep(time).await,
+            _ => return service.stock.depth(),
+        }
     }
-    service.stock.depth()
 }

@@ -159,6 +159,14 @@ impl RsaPublicKey {
         sha256(&self.0.spki)
     }
 
+    /// Bytes of memory that it takes, shared by all clones; the forms that the libraries make of it are estimated.
+    pub(crate) fn memory(&self) -> usize {
+        // A form has the modulus, what Montgomery's multiplication needs of it, and its bookkeeping. A key has one of them as a
+        // rule: it verifies or encrypts.
+        let form = 4 * self.0.modulus.len() + 1024;
+        size_of::<PublicKey>() + self.0.modulus.len() + self.0.exponent.len() + self.0.spki.len() + form
+    }
+
     /// The modulus, big-endian, without leading zeros.
     #[must_use]
     pub fn modulus(&self) -> &[u8] {

@@ -32,6 +32,10 @@ fn depth(stage: &Stage) -> usize {
     stage.service.stock.depth()
 }
 
+fn sweep(stage: &Stage, limit: usize) {
+    while !stage.service.stock.sweep(limit) {}
+}
+
 async fn fill(stage: &Stage) -> usize {
     stocker::fill_up(&stage.service, &stage.hsm).await
 }
@@ -182,7 +186,7 @@ async fn an_item_waits_for_ten_minutes_at_most() {
     let protector = asked(&stage, 3).await;
     assert_eq!(fill(&stage).await, 3);
     tokio::time::advance(Duration::from_secs(479)).await;
-    stage.service.stock.sweep(usize::MAX);
+    sweep(&stage, usize::MAX);
     assert_eq!(depth(&stage), 3);
     tokio::time::advance(Duration::from_secs(121)).await;
     let before = operations(&stage);
@@ -191,7 +195,7 @@ async fn an_item_waits_for_ten_minutes_at_most() {
     assert_eq!((operations(&stage), depth(&stage)), ([before[0] + 1, before[1] + 1], 0));
     assert_eq!(fill(&stage).await, 4);
     tokio::time::advance(Duration::from_secs(600)).await;
-    stage.service.stock.sweep(usize::MAX);
+    sweep(&stage, usize::MAX);
     assert_eq!(depth(&stage), 0);
 }
 
@@ -226,9 +230,9 @@ async fn it_keeps_to_its_memory() {
     stage.service.stock.asked(&set, 2_000.0, 64 << 20);
     let most = fill(&stage).await;
     assert!((300..700).contains(&most), "{most} items of an owner and a guardian in a mebibyte");
-    stage.service.stock.sweep(1024 * 1024 / 2);
+    sweep(&stage, 1024 * 1024 / 2);
     assert!((most * 2 / 5..=most * 3 / 5).contains(&depth(&stage)), "{}", depth(&stage));
-    stage.service.stock.sweep(0);
+    sweep(&stage, 0);
     assert_eq!(depth(&stage), 0);
 }
 
@@ -238,17 +242,17 @@ async fn sets_are_bounded_by_bytes_since_their_senders_choose_their_size() {
     asked(&stage, 2).await;
     let set = stage.service.stock.worth(1).remove(0).set;
     let stock = Stock::default();
-    stock.asked(&set, 1.0, set.size() * 4 - 4);
-    assert!(stock.worth(1).is_empty(), "a set takes more than a quarter of the stock");
-    stock.asked(&set, 1.0, set.size() * 4);
+    stock.asked(&set, 1.0, set.memory() * 2 - 2);
+    assert!(stock.worth(1).is_empty(), "a set takes more than half of the stock");
+    stock.asked(&set, 1.0, set.memory() * 2);
     assert_eq!(stock.worth(1).len(), 1);
     // One with another guardian: there is room for one of both.
     let two = stage.owner().create(&[stage.metadata(), stage.metadata()]).unwrap().0;
     served(&stage, &stage.request(&two).to_xml()).await.unwrap();
     let both = stage.service.stock.worth(2).into_iter().map(|worth| worth.set);
-    let larger = both.max_by_key(|set| set.size()).unwrap();
+    let larger = both.max_by_key(|set| set.memory()).unwrap();
     assert_ne!(larger.identity(), set.identity());
-    stock.asked(&larger, 1.0, larger.size() * 4);
+    stock.asked(&larger, 1.0, larger.memory() * 2);
     assert_eq!(stock.worth(2).iter().map(|worth| worth.set.identity()).collect::<Vec<_>>(), [larger.identity()]);
 }
 
