@@ -1,6 +1,6 @@
-//! What the cluster costs beside its tokens: choosing a member, handing a call to a member's worker process and back, alone and
-//! with others, where the call asks a soft token for a few random bytes, which is next to nothing; and what a decryption and a
-//! signature cost outside of the token at saturation.
+//! The cost of the cluster beyond its tokens: selecting a member and passing a call to its worker process and back,
+//! alone and with concurrent calls. The call asks a soft token for a few random bytes, which costs almost nothing. Also
+//! the cost of a decryption and a signature outside of the token at saturation.
 
 #![allow(missing_docs, clippy::unwrap_used)]
 
@@ -42,7 +42,7 @@ fn choosing(c: &mut Criterion) {
     });
 }
 
-/// A cluster of the configured members that is up. Nothing is recorded of its operations.
+/// A running cluster of the configured members. Its operations are not recorded in metrics.
 fn started(config: &Config) -> (Runtime, Cluster) {
     let members = config.hsm.iter().map(|hsm| member(&config.env, hsm, 4096).unwrap()).collect();
     let timeouts = CallTimeouts { watchdog: Duration::from_secs(10) };
@@ -61,7 +61,7 @@ fn handing_over(c: &mut Criterion) {
     group.bench_function("hand_off", |b| {
         b.iter(|| runtime.block_on(cluster.random(8, deadline())).unwrap());
     });
-    // Sixteen times the sessions: there is always something to take.
+    // Sixteen calls per session, so that there is always one to take.
     let calls = 64;
     group.throughput(Throughput::Elements(calls));
     group.bench_function(format!("{calls}_calls"), |b| {
@@ -80,14 +80,14 @@ fn handing_over(c: &mut Criterion) {
     group.finish();
 }
 
-/// Processor time of this process and of the worker processes outside of PKCS#11 operations, for a decryption and a signature
-/// at the same time, as a release asks for them. So many callers that no session is ever idle.
+/// Processor time of this process and of the worker processes outside of PKCS#11 operations, for a concurrent
+/// decryption and signature as in a release. There are enough callers to keep every session busy.
 fn pair(c: &mut Criterion) {
     let stage = Stage::set(&Settings::default());
     let config = stage.lab.config();
     let (runtime, cluster) = started(&config);
     let work = Arc::new(stage.work.clone());
-    // In seconds: all of it, and within PKCS#11 operations.
+    // In seconds: total, and within PKCS#11 operations.
     let spent = || {
         let members = cluster.members();
         let workers = members.iter().filter_map(|member| member.worker).map(cpu::seconds).sum::<f64>();
@@ -96,7 +96,7 @@ fn pair(c: &mut Criterion) {
     };
     let callers = callers(config.hsm.iter().map(|hsm| hsm.sessions).sum());
     let mut group = c.benchmark_group("hsm");
-    // What is measured is a thirtieth of the time that it takes.
+    // The measured time is a thirtieth of the elapsed time.
     group.sample_size(10).measurement_time(Duration::from_millis(500)).warm_up_time(Duration::from_secs(1));
     group.bench_function("own_cost_of_a_pair", |b| {
         b.iter_custom(|count| {
@@ -117,7 +117,7 @@ fn pair(c: &mut Criterion) {
     group.finish();
 }
 
-/// One caller: pairs, until none is left.
+/// A caller, which makes pairs until none is left.
 async fn pairs(cluster: Cluster, work: Arc<Work>, left: Arc<AtomicU64>) {
     while left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok() {
         let deadline = Instant::now() + Duration::from_secs(10);

@@ -1,6 +1,8 @@
-//! What it costs a release to be measured: alternating rounds with and without, in one process, and the recording alone.
+//! The cost of metrics for a release: alternating rounds with and without metrics in one process, and the recording
+//! alone.
 //!
-//! The rounds say what the processors notice, the recording alone what that is made of; noise is in the first only.
+//! The rounds show the total effect on the processors, including noise; the recording alone shows its own cost without
+//! noise.
 
 #![allow(missing_docs, clippy::unwrap_used, clippy::print_stdout)]
 
@@ -25,10 +27,10 @@ use criterion::{Criterion, criterion_group, criterion_main};
 
 /// Releases of a round.
 const RELEASES: usize = 200;
-/// Rounds of each kind.
+/// Rounds with metrics, and rounds without.
 const ROUNDS: usize = 40;
 
-/// All that is recorded of one release, at its end.
+/// Everything that is recorded at the end of a release.
 fn record(history: &History, attempt: &Attempt) {
     let spent = attempt.spent();
     history.released(Class::Success, spent.total, true);
@@ -36,7 +38,7 @@ fn record(history: &History, attempt: &Attempt) {
     metrics::response("release_v2", 200);
 }
 
-/// What the members tell of one release.
+/// The events of the members for a release.
 fn operations(observer: &Observer) {
     for (hsm, op) in [("hsm-a", Operation::Decrypt), ("hsm-b", Operation::Sign)] {
         let took = black_box(Duration::from_micros(800));
@@ -66,7 +68,7 @@ fn cost(c: &mut Criterion) {
     let service = Arc::new(Service::open(config, cluster).unwrap());
     runtime.block_on(service.cluster.start()).unwrap();
 
-    // The processors' time of this process less that within PKCS#11 operations, in microseconds for a release.
+    // Processor time of this process minus the time within PKCS#11 operations, in microseconds per release.
     let spent = || service.cluster.members().iter().map(|member| member.spent).sum::<Duration>();
     let round = |with: bool| {
         measured.store(with, Ordering::Relaxed);
@@ -80,7 +82,7 @@ fn cost(c: &mut Criterion) {
             }
         }
         if with {
-            // Sorting values into buckets belongs to it.
+            // Sorting values into buckets is part of the cost.
             handle.upkeep();
         }
         let own = (process::usage().cpu - before.0).saturating_sub(spent() - before.1);
@@ -89,7 +91,7 @@ fn cost(c: &mut Criterion) {
     let _ = (round(false), round(true));
     let rounds: Vec<_> = (0..ROUNDS)
         .map(|at| {
-            // Who is first alternates, too.
+            // Also alternate which one runs first.
             let (first, second) = (round(at % 2 == 0), round(at % 2 == 1));
             if at % 2 == 0 { (second, first) } else { (first, second) }
         })

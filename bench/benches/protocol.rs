@@ -1,4 +1,4 @@
-//! What a release does outside the HSMs: reading, checking, writing.
+//! The work of a release outside of the HSMs: parsing, verification, writing.
 
 #![allow(missing_docs, clippy::unwrap_used)]
 
@@ -16,7 +16,7 @@ use claviger_protocol::{c14n, xml};
 use claviger_tests::ALGORITHMS;
 use criterion::{Criterion, criterion_group, criterion_main};
 
-/// One lab for all.
+/// One lab for all benches.
 static PARTS: LazyLock<Parts> = LazyLock::new(Parts::new);
 
 fn reading(c: &mut Criterion) {

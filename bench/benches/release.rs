@@ -1,5 +1,4 @@
-//! The whole release, in this process: what it takes of the processors beside the PKCS#11 operations, and how long it takes
-//! with them.
+//! The complete release in this process: its processor time outside of PKCS#11 operations, and its duration with them.
 
 #![allow(missing_docs, clippy::unwrap_used)]
 
@@ -36,7 +35,7 @@ fn whole(c: &mut Criterion) {
     };
     let spent = || service.cluster.members().iter().map(|member| member.spent).sum::<Duration>();
     let mut group = c.benchmark_group("release");
-    // The HSMs' time taken out: the processors' time of this process less that within PKCS#11 operations.
+    // Processor time of this process minus the time within PKCS#11 operations.
     group.bench_function("without_hsm_time", |b| {
         b.iter_custom(|count| {
             let before = (process::usage().cpu, spent());
@@ -55,12 +54,12 @@ fn whole(c: &mut Criterion) {
     runtime.block_on(service.cluster.close());
 }
 
-/// Releases at a time of `null_keys`.
+/// Concurrent releases of `null_keys`.
 const AT_A_TIME: usize = 16;
-/// Releases of an iteration of `null_keys`.
+/// Releases per iteration of `null_keys`.
 const TOGETHER: usize = 256;
 
-/// On all processors, over an HSM that knows the answers: what is left of a release when the HSMs take no time.
+/// On all processors, with an HSM that knows the results: the cost of a release without the HSMs' time.
 fn null_keys(c: &mut Criterion) {
     let stage = Stage::set(&Settings::default());
     let requests = Arc::new(stage.requests());
@@ -68,7 +67,7 @@ fn null_keys(c: &mut Criterion) {
     let protectors = stage.lab.protectors();
     let hsm = NullHsm::new(protectors.iter().map(|file| (&file[..], owner.open(file).unwrap()))).unwrap();
     let config = stage.lab.config();
-    // Never started: nothing asks it.
+    // Never started, because nothing uses it.
     let cluster = load_cluster(&config, worker()).unwrap();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
     let service = runtime.block_on(async { Arc::new(Service::open(config, cluster).unwrap()) });

@@ -1,4 +1,4 @@
-//! The daemon beside the raw token: in one run, in alternating rounds.
+//! Compares the daemon with the raw token in alternating rounds of one run.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -17,29 +17,29 @@ use crate::raw::Work;
 use crate::service::{Service, Spent};
 use crate::stock::set_stock;
 
-/// Virtual machines of the lab: as many different protectors.
+/// Virtual machines of the lab, each with its own protector.
 const VMS: usize = 64;
 
-/// What is measured.
+/// The settings of a measurement.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// Soft tokens.
+    /// Number of soft tokens.
     pub hsms: usize,
-    /// Sessions of each.
+    /// Sessions per token.
     pub sessions: usize,
-    /// How long a round counts.
+    /// Duration of a round.
     pub time: Duration,
     /// Rounds of each kind.
     pub rounds: usize,
     /// Length of the guardian's keys.
     pub rsa: u32,
-    /// What every operation of a token takes longer, as if the HSM were on a network.
+    /// Delay of every token operation, as if the HSM were on a network.
     pub rtt: Duration,
-    /// Callers at saturation; `None` for as many as [`callers`] says.
+    /// Callers at saturation; `None`: the number from [`callers`].
     pub callers: Option<usize>,
-    /// Memory for the daemon's stock of egress protectors, in MiB; 0 for none. A daemon without such a setting has none.
+    /// Memory for the daemon's stock of egress protectors, in MiB; 0: none. Daemons without this setting have no stock.
     pub stock_mib: u64,
-    /// SoftHSM2's module, or one that makes and finds its tokens in the same way.
+    /// SoftHSM2's module, or one that creates and finds its tokens in the same way.
     pub module: Option<PathBuf>,
 }
 
@@ -59,19 +59,19 @@ impl Default for Settings {
     }
 }
 
-/// A median over the rounds, and its extremes.
+/// The median over the rounds, with minimum and maximum.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Figure {
     /// The median.
     pub median: f64,
-    /// The least.
+    /// The minimum.
     pub least: f64,
-    /// The most.
+    /// The maximum.
     pub most: f64,
 }
 
 impl Figure {
-    /// Of the rounds' own figures.
+    /// From the figures of the rounds.
     #[must_use]
     pub fn of(values: &[f64]) -> Self {
         let least = values.iter().copied().fold(f64::INFINITY, f64::min);
@@ -89,10 +89,11 @@ pub struct Percentiles {
     pub p99: f64,
 }
 
-/// One caller, and one session of the raw token.
+/// The results with one caller, and with one session of the raw token.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Light {
-    /// Median of a release ÷ (median of a raw decryption + of a raw signature): below 1, since the two run at once.
+    /// Median of a release ÷ (median of a raw decryption + of a raw signature): below 1, because the two run at the
+    /// same time.
     pub ratio: Figure,
     /// Median of a release, in seconds.
     pub release_seconds: f64,
@@ -102,29 +103,29 @@ pub struct Light {
     pub sign_seconds: f64,
 }
 
-/// What came out.
+/// The results.
 #[derive(Clone, Debug, Serialize)]
 pub struct Ceiling {
-    /// Where and when.
+    /// The machine and the date.
     pub machine: Machine,
-    /// Soft tokens.
+    /// Number of soft tokens.
     pub hsms: usize,
-    /// Sessions of each.
+    /// Sessions per token.
     pub sessions: usize,
     /// Length of the guardian's keys.
     pub rsa: u32,
-    /// What every operation took longer than the soft token itself, in seconds.
+    /// Delay of every operation, in seconds.
     pub rtt_seconds: f64,
-    /// How long a round counted, in seconds.
+    /// Duration of a round, in seconds.
     pub seconds: f64,
     /// Rounds of each kind.
     pub rounds: usize,
-    /// Releases ÷ raw pairs in a second, at saturation, medians of rounds beside each other. The callers take their time
-    /// from the same processors.
+    /// Releases ÷ raw pairs per second at saturation: median over neighbouring rounds. The callers use the same
+    /// processors.
     pub ratio: f64,
     /// Its spread.
     pub ratio_spread: Figure,
-    /// HSM operations in a second, for releases ÷ raw: the same as `ratio` where a release takes two of them.
+    /// HSM operations per second, for releases ÷ raw: the same as `ratio` if a release needs two operations.
     pub operations_ratio: f64,
     /// Callers at saturation.
     pub callers: usize,
@@ -132,39 +133,39 @@ pub struct Ceiling {
     pub stock_mib: u64,
     /// Processor time within PKCS#11 operations ÷ processor time of the daemon and its workers, at saturation.
     pub efficiency: f64,
-    /// The rest, for a release, ÷ the time of an RSA-2048 operation with a public key.
+    /// The remaining processor time per release ÷ the time of an RSA-2048 operation with a public key.
     pub own_cost_in_public_ops: f64,
     /// Its spread.
     pub own_cost_in_public_ops_spread: Figure,
     /// The time of an RSA-2048 operation with a public key (a verification), in microseconds.
     pub public_op_us: f64,
-    /// Processor time of daemon and workers outside PKCS#11 operations, for a release, in microseconds.
+    /// Processor time of daemon and workers outside of PKCS#11 operations, per release, in microseconds.
     pub own_cost_us: f64,
     /// The daemon's part of it.
     pub daemon_cost_us: f64,
     /// The workers' part of it.
     pub worker_cost_us: f64,
-    /// Processor time of the workers within PKCS#11 operations, for a release, in microseconds.
+    /// Processor time of the workers within PKCS#11 operations, per release, in microseconds.
     pub pkcs11_cost_us: f64,
-    /// Decryptions and signatures that the HSMs were asked for, for a release.
+    /// Decryptions and signatures that the HSMs made, per release.
     pub hsm_operations_per_release: f64,
-    /// Pairs of a decryption and a signature that the raw token does in a second.
+    /// Pairs of a decryption and a signature per second by the raw token.
     pub raw_pairs_per_second: f64,
-    /// Releases of the daemon in a second.
+    /// Releases per second by the daemon.
     pub releases_per_second: f64,
     /// A raw pair at saturation.
     pub raw_pair_seconds: Percentiles,
     /// A release at saturation.
     pub release_seconds: Percentiles,
-    /// One at a time.
+    /// With one caller.
     pub light: Light,
     /// Memory of the daemon and its workers, in bytes.
     pub resident_bytes: f64,
-    /// Replies that were opened and held the right keys; a wrong one ends the run.
+    /// Replies that were decrypted and contained the right keys; a wrong one ends the run.
     pub checked: usize,
 }
 
-/// What a round's releases cost, each, in seconds of processor time.
+/// The cost of each release in a round, in seconds of processor time.
 struct Cost {
     /// Within PKCS#11 operations ÷ all.
     efficiency: f64,
@@ -175,7 +176,7 @@ struct Cost {
     pkcs11: f64,
     /// Decryptions and signatures.
     operations: f64,
-    /// An operation with a public key, measured beside the round.
+    /// Time of an operation with a public key, measured next to the round.
     public_op: f64,
 }
 
@@ -193,19 +194,19 @@ impl Cost {
     }
 }
 
-/// A lab, and the way to its raw tokens.
+/// A lab, and access to its raw tokens.
 pub struct Stage {
     /// The lab.
     pub lab: Lab,
-    /// The bare loop on its tokens.
+    /// The bare loop on the lab's tokens.
     pub work: Work,
 }
 
 impl Stage {
-    /// Makes a lab and sets the environment that its module wants: to be called while the process has one thread.
+    /// Creates a lab and sets the environment variables of its module. Call it while the process has a single thread.
     ///
     /// # Panics
-    /// When there is no lab.
+    /// The lab cannot be created.
     #[must_use]
     pub fn set(settings: &Settings) -> Self {
         let options = Options { hsms: settings.hsms, vms: VMS, bits: settings.rsa };
@@ -233,10 +234,10 @@ impl Stage {
         Self { lab, work }
     }
 
-    /// A release of each virtual machine, by a host that has just proved its health.
+    /// A release request for each virtual machine, from a host that has just attested.
     ///
     /// # Panics
-    /// When no HSM serves.
+    /// No HSM is up.
     #[must_use]
     pub fn requests(&self) -> Vec<Vec<u8>> {
         let daemon = self.lab.serve();
@@ -246,21 +247,21 @@ impl Stage {
     }
 }
 
-/// How many callers saturate: those that are at the tokens, as many again that wait, and some for the processors.
+/// Number of callers at saturation: those at the tokens, the same number waiting, and some for the processors.
 #[must_use]
 pub fn callers(sessions: usize) -> usize {
     (2 * sessions).max(8 * processors())
 }
 
-/// Runs it; `tell` hears of every round.
+/// Runs the measurement; `tell` is called for every round.
 ///
 /// # Panics
-/// When anything goes wrong: such figures would mean nothing.
+/// On any error, because the figures would be useless.
 #[must_use]
 pub fn run(stage: &Stage, settings: &Settings, mut tell: impl FnMut(&str)) -> Ceiling {
     let service = Service::start(&stage.lab);
     let callers = settings.callers.unwrap_or_else(|| callers(settings.hsms * settings.sessions));
-    // Code, connections and caches: the first round of each is not counted.
+    // Warm up code, connections and caches: the first round of each kind is not counted.
     let _ = service.round(callers, settings.time / 4);
     let public_op = PublicOperation::new();
     let (mut ratios, mut operations, mut lights, mut costs) = (vec![], vec![], vec![], Vec::<Cost>::new());
@@ -277,7 +278,7 @@ pub fn run(stage: &Stage, settings: &Settings, mut tell: impl FnMut(&str)) -> Ce
         raw_rates.push(raw.per_second);
         rates.push(served.per_second);
         costs.push(Cost::of(&served.spent(), public_op.seconds(processors(), settings.time / 10)));
-        // A raw pair is two operations.
+        // A raw pair has two operations.
         operations.push(ratios[round - 1] * costs[round - 1].operations / 2.0);
         let alone = seconds(&raw_light.decrypts, 0.5) + seconds(&raw_light.signs, 0.5);
         lights.push(seconds(&light.releases, 0.5) / alone);

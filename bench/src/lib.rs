@@ -1,10 +1,10 @@
-//! What the daemon costs beyond its tokens.
+//! Measures the cost of the daemon beyond its tokens.
 //!
-//! [`ceiling`] holds the daemon against the raw token in one run, in alternating rounds: [`raw`] is a bare PKCS#11 loop,
-//! [`service`] is the daemon under a closed loop of callers. The criterion benches in `benches/` time what a release is made
-//! of. `docs/bench.md` says how to read the figures.
+//! [`ceiling`] compares the daemon with the raw token in alternating rounds of one run: [`raw`] is a bare PKCS#11 loop,
+//! [`service`] is the daemon under a closed loop of callers. The criterion benches in `benches/` measure the parts of a
+//! release. `docs/bench.md` explains the figures.
 #![forbid(unsafe_code)]
-// A measurement that something went wrong in is none: it ends there and then.
+// A measurement with an error is useless, so it panics at once.
 #![allow(clippy::unwrap_used)]
 
 pub mod ceiling;

@@ -1,26 +1,26 @@
-//! Where a measurement was made.
+//! The machine of a measurement.
 
 use serde::Serialize;
 use time::OffsetDateTime;
 use time::macros::format_description;
 
-/// The machine and the day: figures without them mean nothing.
+/// The machine and the date, without which figures mean nothing.
 #[derive(Clone, Debug, Serialize)]
 pub struct Machine {
-    /// Its processor, as it calls itself.
+    /// Name of the processor.
     pub processor: String,
-    /// How many processors there are for this process.
+    /// Number of processors for this process.
     pub processors: usize,
-    /// Memory, in octets.
+    /// Memory, in bytes.
     pub memory_bytes: u64,
     /// The day, in UTC: 2026-01-31.
     pub date: String,
-    /// Whether it was built with optimisation: figures from without are good for nothing but finding out that it works.
+    /// Whether the program was built with optimisation. Without it, the figures only show that the program works.
     pub optimised: bool,
 }
 
 impl Machine {
-    /// This one, today.
+    /// This machine, today.
     #[must_use]
     pub fn here() -> Self {
         let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
@@ -39,7 +39,7 @@ impl Machine {
     }
 }
 
-/// How many processors there are for this process.
+/// Number of processors for this process.
 #[must_use]
 pub fn processors() -> usize {
     std::thread::available_parallelism().map_or(1, |n| n.get())

@@ -1,4 +1,4 @@
-//! Machines of many owners: what a daemon remembers of an owner is not remembered of all.
+//! Machines of many owners, because the daemon caches data per owner.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -12,10 +12,10 @@ use std::sync::Arc;
 
 use crate::machine::processors;
 
-/// Length of owners' keys.
+/// Bits of the owners' keys.
 const BITS: u32 = 2048;
 
-/// So many owners with fresh keys.
+/// `count` owners with fresh keys.
 #[must_use]
 pub fn owners(count: usize) -> Vec<Owner> {
     on_all_processors(count, |number| {
@@ -30,7 +30,7 @@ pub fn owners(count: usize) -> Vec<Owner> {
     })
 }
 
-/// So many machines, of one owner after the other, each with a protector for the guardian.
+/// `count` machines, whose owners alternate, each with a protector for the guardian.
 #[must_use]
 pub fn machines(owners: &[Owner], guardian: &Metadata, count: usize) -> Vec<prepare::Machine> {
     on_all_processors(count, |number| {
@@ -40,7 +40,7 @@ pub fn machines(owners: &[Owner], guardian: &Metadata, count: usize) -> Vec<prep
     })
 }
 
-/// Makes `count` things, numbered from 0, in this order.
+/// Makes `count` items, numbered from 0, in this order.
 fn on_all_processors<T: Send>(count: usize, make: impl Fn(usize) -> T + Sync) -> Vec<T> {
     let (made, next) = (Mutex::new(Vec::with_capacity(count)), AtomicUsize::new(0));
     std::thread::scope(|scope| {

@@ -1,9 +1,9 @@
-//! What the benches of the protocol work on: a tenant's protector as a host sends it, made in software.
+//! The input of the protocol benches: a tenant's protector as a host sends it, made in software.
 
 use claviger_protocol::rsa_key::RsaPrivateKey;
 use claviger_tests::{Daemon, Lab, Options, block, roll_request};
 
-/// A request of an owner and one guardian, and its parts.
+/// A request with a protector for an owner and one guardian, and its parts.
 pub struct Parts {
     /// The body of the request.
     pub request: Vec<u8>,
@@ -14,10 +14,10 @@ pub struct Parts {
 }
 
 impl Parts {
-    /// Of a lab that is served for as long as it takes to attest.
+    /// From a lab whose daemon runs until the host has attested.
     ///
     /// # Panics
-    /// When there is no lab.
+    /// The lab cannot be created.
     #[must_use]
     pub fn new() -> Self {
         let (daemon, lab): (Daemon, Lab) = Lab::start(Options::default());

@@ -1,17 +1,17 @@
 //! The unit of own cost: an operation with an RSA-2048 public key.
 //!
-//! A release cannot do with fewer than five of them, and they take as much longer on a slow or busy machine as the rest of the
-//! daemon does. So a cost in this unit can be compared where a cost in microseconds cannot.
+//! A release needs at least five of them, and on a slow or busy machine their time grows like that of the rest of the
+//! daemon. So costs in this unit can be compared when costs in microseconds cannot.
 
 use std::time::{Duration, Instant};
 
 use claviger_protocol::rsa_key::{RsaPrivateKey, RsaPublicKey};
 use claviger_tests::stats::median;
 
-/// Operations that are timed together: some ten times what it takes to read the clock would be enough.
+/// Operations that are timed together, so that reading the clock costs little in comparison.
 const TOGETHER: u32 = 16;
 
-/// A signature that is verified again and again, by a key that was made ready once, as the daemon does it.
+/// A signature that is verified repeatedly with a prepared key, as in the daemon.
 pub struct PublicOperation {
     key: RsaPublicKey,
     digest: [u8; 32],
@@ -19,7 +19,7 @@ pub struct PublicOperation {
 }
 
 impl PublicOperation {
-    /// One with a fresh key.
+    /// Creates one with a fresh key.
     #[must_use]
     pub fn new() -> Self {
         let private = RsaPrivateKey::generate(2048).unwrap();
@@ -28,7 +28,7 @@ impl PublicOperation {
         Self { key: private.public().clone(), digest, signature }
     }
 
-    /// How long one takes, in seconds: the median of what `threads` of them see that do nothing else for `time`.
+    /// The time of an operation in seconds: the median over `threads` threads that do nothing else for `time`.
     #[must_use]
     pub fn seconds(&self, threads: usize, time: Duration) -> f64 {
         let end = Instant::now() + time;

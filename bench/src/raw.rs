@@ -1,4 +1,4 @@
-//! The raw token: a bare PKCS#11 loop of pairs, one decryption and one signature as in a release.
+//! The raw token: a bare PKCS#11 loop of pairs, each a decryption and a signature as in a release.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,38 +13,38 @@ use hdrhistogram::Histogram;
 
 use crate::histogram::{nanoseconds, record};
 
-/// How the transport keys of the protectors that owners make are encrypted.
+/// The encryption of transport keys in protectors by owners.
 pub const OAEP: Oaep = Oaep { hash: Hash::Sha1, mgf: Hash::Sha1 };
-/// How protectors are signed.
+/// The signature scheme of protectors.
 pub const SCHEME: SignScheme = SignScheme::Pkcs1(Hash::Sha256);
 
-/// What the loop works with.
+/// The input of the loop.
 #[derive(Clone)]
 pub struct Work {
-    /// The members, as the daemon is configured with them.
+    /// The members, configured as for the daemon.
     pub members: Vec<MemberConfig>,
-    /// The key that decrypts.
+    /// The decryption key.
     pub encryption: KeyRef,
-    /// The key that signs.
+    /// The signing key.
     pub signing: KeyRef,
-    /// Of 32 bytes, for the key that decrypts.
+    /// A ciphertext of 32 bytes for the decryption key.
     pub ciphertext: Vec<u8>,
 }
 
-/// What a round of the loop came to.
+/// The results of a round.
 pub struct Round {
-    /// Pairs in a second, of all sessions together.
+    /// Pairs per second of all sessions together.
     pub per_second: f64,
-    /// How long a pair took, in nanoseconds.
+    /// Time of a pair, in nanoseconds.
     pub pairs: Histogram<u64>,
-    /// A decryption alone.
+    /// Time of a decryption alone.
     pub decrypts: Histogram<u64>,
-    /// A signature alone.
+    /// Time of a signature alone.
     pub signs: Histogram<u64>,
 }
 
 impl Work {
-    /// Of a configuration, with the ids and the public half of its keys.
+    /// Takes the members of a configuration, with the ids and the public key.
     #[must_use]
     pub fn new(config: &Config, encryption: KeyRef, public: &RsaPublicKey, signing: KeyRef) -> Self {
         let members = config.hsm.iter().map(|hsm| member(&config.env, hsm, 1).unwrap()).collect();
@@ -60,7 +60,7 @@ impl Work {
         work
     }
 
-    /// Pairs on `sessions` sessions of each member for as long as `time`, after a moment for all to begin.
+    /// Makes pairs on `sessions` sessions of each member for `time`, after a short start.
     #[must_use]
     pub fn round(&self, sessions: usize, time: Duration) -> Round {
         let (counting, stop) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
@@ -103,7 +103,7 @@ impl Work {
             let signature = session.sign(&self.signing, SCHEME, &plaintext).unwrap();
             let both = begun.elapsed();
             assert!(plaintext.len() == 32 && !signature.is_empty(), "the token gives nonsense");
-            // Those that end after the time are not counted, nor are those that began before it.
+            // Pairs that began before the round or ended after it are not counted.
             if counting.load(Ordering::Relaxed) && !stop.load(Ordering::Relaxed) {
                 record(&mut pairs, both);
                 record(&mut decrypts, decrypted);

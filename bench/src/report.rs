@@ -1,4 +1,4 @@
-//! The figures, for people: ratios first.
+//! The figures for people, ratios first.
 
 use std::fmt::Write;
 
@@ -8,7 +8,7 @@ use crate::machine::Machine;
 use crate::scaling::Scaling;
 use crate::storm::{Phase, Storm};
 
-/// Where and when, in a line.
+/// The machine and the date in one line.
 #[must_use]
 pub fn machine(machine: &Machine) -> String {
     let Machine { processor, processors, memory_bytes, date, optimised } = machine;
@@ -16,7 +16,7 @@ pub fn machine(machine: &Machine) -> String {
     format!("{processor}, {processors} processors, {} GiB, {date}{warning}", memory_bytes >> 30)
 }
 
-/// The daemon beside the raw token.
+/// The comparison of the daemon with the raw token.
 #[must_use]
 pub fn ceiling(found: &Ceiling) -> String {
     let mut text = String::new();
@@ -81,7 +81,7 @@ pub fn ceiling(found: &Ceiling) -> String {
     text
 }
 
-/// Throughput over members.
+/// The throughput by number of members.
 #[must_use]
 pub fn scaling(found: &Scaling) -> String {
     let mut text = format!("{:>5} {:>12} {:>12} {:>18}\n", "HSMs", "of linear", "releases/s", "daemon processors");
@@ -101,7 +101,7 @@ pub fn scaling(found: &Scaling) -> String {
     text
 }
 
-/// Idle connections.
+/// The cost of idle connections.
 #[must_use]
 pub fn idle(found: &Idle) -> String {
     let mib = |octets: f64| octets / 1048576.0;

@@ -1,4 +1,4 @@
-//! Throughput over the number of members, where each is as far away as a network HSM.
+//! The throughput by number of members, with emulated network distance.
 
 use claviger_tests::stats::median;
 use serde::Serialize;
@@ -7,36 +7,36 @@ use crate::ceiling::{Settings, Stage, callers};
 use crate::machine::Machine;
 use crate::service::{Round, Service};
 
-/// A number of members.
+/// The result for a number of members.
 #[derive(Clone, Debug, Serialize)]
 pub struct Step {
-    /// How many.
+    /// Number of members.
     pub hsms: usize,
-    /// Releases in a second.
+    /// Releases per second.
     pub releases_per_second: f64,
-    /// That ÷ what as many times the first step's members would do if nothing else mattered.
+    /// Releases per second ÷ linear growth from the first step.
     pub of_linear: f64,
-    /// Processors that the daemon used, its soft tokens among it: from 1 on, a core is full.
+    /// Number of processors that the daemon used, including its soft tokens; from 1 on, a core is full.
     pub daemon_processors: f64,
 }
 
-/// What came out.
+/// The results.
 #[derive(Clone, Debug, Serialize)]
 pub struct Scaling {
-    /// Where and when.
+    /// The machine and the date.
     pub machine: Machine,
     /// Sessions of each member.
     pub sessions: usize,
-    /// What every operation took longer than the soft token itself, in seconds.
+    /// Delay of every operation, in seconds.
     pub rtt_seconds: f64,
-    /// By the number of members.
+    /// One step for each number of members.
     pub steps: Vec<Step>,
 }
 
-/// Runs it with these numbers of members; the lab has as many as the most. `tell` hears of every step.
+/// Runs the measurement with these numbers of members; the lab has the largest number. `tell` is called for every step.
 ///
 /// # Panics
-/// When anything goes wrong: such figures would mean nothing.
+/// On any error, because the figures would be useless.
 #[must_use]
 pub fn run(stage: &Stage, settings: &Settings, numbers: &[usize], mut tell: impl FnMut(&str)) -> Scaling {
     let all = stage.lab.config().hsm;

@@ -1,7 +1,7 @@
-//! The daemon, under a closed loop of callers: each asks again as soon as it has its answer.
+//! The daemon under a closed loop of callers: each sends its next request when it has its reply.
 //!
-//! Callers are cheap on purpose, since they take their time from the same processors: requests are made beforehand, a caller
-//! is a thread with a connection, and replies are opened after the clock has stopped.
+//! Callers are cheap, because they use the same processors: requests are made in advance, a caller is a thread with a
+//! connection, and replies are decrypted after the measured time.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -16,12 +16,12 @@ use hdrhistogram::Histogram;
 use crate::cpu;
 use crate::histogram::{nanoseconds, record};
 
-/// From a round's begin to the begin of its count: for everybody to be there.
+/// Time from the start of a round until its count begins, so that all callers are running.
 pub const RAMP: Duration = Duration::from_millis(300);
-/// One reply of so many is opened.
+/// One of this many replies is decrypted.
 const SAMPLE: usize = 50;
 
-/// A daemon, and what to ask it.
+/// A daemon and its requests.
 pub struct Service {
     /// The process.
     pub daemon: Daemon,
@@ -30,22 +30,22 @@ pub struct Service {
     identity: Arc<RsaPrivateKey>,
 }
 
-/// A virtual machine: the request for its keys, and the key that the reply has to give.
+/// A virtual machine: the request for its keys, and the expected key.
 struct Machine {
     request: Vec<u8>,
     key: [u8; 32],
 }
 
-/// What the daemon says of itself. Times are processor time since the start, in seconds.
+/// Values that the daemon reports. Times are processor time since the start, in seconds.
 #[derive(Clone, Copy, Debug)]
 pub struct Snapshot {
-    /// Of the daemon's own process, which makes no PKCS#11 call.
+    /// Processor time of the daemon's own process, which makes no PKCS#11 calls.
     pub daemon: f64,
-    /// Of the worker processes.
+    /// Processor time of the worker processes.
     pub workers: f64,
-    /// Of the workers' time, within PKCS#11 operations.
+    /// The workers' processor time within PKCS#11 operations.
     pub pkcs11: f64,
-    /// Decryptions and signatures that the HSMs answered, in whatever way.
+    /// Decryptions and signatures that the HSMs completed, with any result.
     pub operations: f64,
     /// Releases so far.
     pub releases: f64,
@@ -53,14 +53,14 @@ pub struct Snapshot {
     pub resident: f64,
 }
 
-/// What was spent between two [`Snapshot`]s: processor time in seconds, and what for.
+/// The differences between two [`Snapshot`]s; processor time in seconds.
 #[derive(Clone, Copy, Debug)]
 pub struct Spent {
-    /// By the daemon.
+    /// Processor time of the daemon.
     pub daemon: f64,
-    /// By the workers, outside of PKCS#11 operations.
+    /// Processor time of the workers outside of PKCS#11 operations.
     pub workers_outside_pkcs11: f64,
-    /// By the workers, within PKCS#11 operations.
+    /// Processor time of the workers within PKCS#11 operations.
     pub pkcs11: f64,
     /// Decryptions and signatures.
     pub operations: f64,
@@ -69,7 +69,7 @@ pub struct Spent {
 }
 
 impl Snapshot {
-    /// What was spent since an earlier snapshot.
+    /// The difference to an earlier snapshot.
     #[must_use]
     pub fn since(&self, before: &Self) -> Spent {
         let pkcs11 = self.pkcs11 - before.pkcs11;
@@ -84,29 +84,29 @@ impl Snapshot {
 }
 
 impl Spent {
-    /// Of daemon and workers together, in seconds.
+    /// Processor time of daemon and workers together, in seconds.
     #[must_use]
     pub fn processor_time(&self) -> f64 {
         self.daemon + self.workers_outside_pkcs11 + self.pkcs11
     }
 }
 
-/// What a round came to.
+/// The results of a round.
 pub struct Round {
-    /// Releases in a second, as the callers count them.
+    /// Releases per second, counted by the callers.
     pub per_second: f64,
-    /// How long a release took, in nanoseconds.
+    /// Time of a release, in nanoseconds.
     pub releases: Histogram<u64>,
-    /// Replies that were opened and held the owner's key.
+    /// Replies that were decrypted and contained the owner's key.
     pub checked: usize,
-    /// What the daemon said when the count began.
+    /// The daemon's values when the count began.
     pub before: Snapshot,
-    /// What it said when it ended.
+    /// The daemon's values when the count ended.
     pub after: Snapshot,
 }
 
 impl Round {
-    /// What was spent while it counted.
+    /// The differences over the round.
     #[must_use]
     pub fn spent(&self) -> Spent {
         self.after.since(&self.before)
@@ -114,7 +114,7 @@ impl Round {
 }
 
 impl Service {
-    /// Serves a lab; its host attests and gets ready to ask for every machine's keys.
+    /// Starts the daemon of a lab; its host attests and prepares the requests for all machines.
     #[must_use]
     pub fn start(lab: &Lab) -> Self {
         let daemon = lab.serve();
@@ -129,10 +129,10 @@ impl Service {
         Self { address: daemon.address(), requests, identity: lab.identity(), daemon }
     }
 
-    /// `callers` of them for as long as `time`, after a moment for all to begin.
+    /// Runs `callers` callers for `time`, after a short start.
     ///
     /// # Panics
-    /// When a request is refused, or a reply is wrong.
+    /// A request is refused, or a reply is wrong.
     #[must_use]
     pub fn round(&self, callers: usize, time: Duration) -> Round {
         let (counting, stop) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
@@ -165,17 +165,17 @@ impl Service {
         Round { per_second: releases.len() as f64 / took.as_secs_f64(), releases, checked, before, after }
     }
 
-    /// What the daemon says of itself now.
+    /// The daemon's current values.
     #[must_use]
     pub fn snapshot(&self) -> Snapshot {
         snapshot(&self.daemon)
     }
 }
 
-/// What a daemon says of itself now.
+/// The daemon's current values.
 ///
 /// # Panics
-/// When a series is missing.
+/// A metric is missing.
 #[must_use]
 pub fn snapshot(daemon: &Daemon) -> Snapshot {
     let metrics: Metrics = block(daemon.metrics());

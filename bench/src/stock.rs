@@ -1,4 +1,4 @@
-//! The daemon's stock of ready-made egress protectors, as it is configured and told.
+//! The daemon's stock of ready-made egress protectors: its setting and its metrics.
 
 use std::path::Path;
 
@@ -6,16 +6,17 @@ use claviger::config::Config;
 use claviger_tests::Lab;
 use toml::{Table, Value};
 
-/// Whether a series is the stock's.
+/// Whether a metric belongs to the stock.
 #[must_use]
 pub fn is_stock(series: &str) -> bool {
     series.starts_with("claviger_stock_")
 }
 
-/// Lets the stock take so much memory. `false` where the daemon knows no such setting; the configuration is as before then.
+/// Sets the memory of the stock. Returns `false` if the daemon does not have this setting; the configuration is then
+/// unchanged.
 ///
 /// # Panics
-/// When the lab's configuration cannot be read or written.
+/// The lab's configuration cannot be read or written.
 pub fn set_stock(lab: &Lab, mib: u64) -> bool {
     let file = lab.config_file();
     let before = std::fs::read_to_string(&file).unwrap();

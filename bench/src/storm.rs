@@ -1,8 +1,10 @@
-//! A storm: after a power cut many machines of many owners ask within a moment. How long until the last of them has its keys?
+//! A storm: after a power failure, many machines of many owners need their keys at the same time. How long does it take
+//! until the last one has them?
 //!
-//! The measure is what the raw tokens need for two operations for each machine, a decryption and a signature, in the same run.
-//! A daemon that has signed egress protectors in stock needs one operation while the storm lasts. So a round has two storms,
-//! with the stock full and with none, each of a daemon that has just been started, with hosts that have just attested.
+//! The result is compared with the raw tokens' time for two operations per machine, a decryption and a signature, in
+//! the same run. A daemon with signed egress protectors in stock needs one operation per machine during the storm. So a
+//! round has two storms, with the stock full and with the stock off, each with a newly started daemon and hosts that
+//! have just attested.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -27,98 +29,98 @@ use crate::owners::{machines, owners};
 use crate::service::snapshot;
 use crate::stock::{is_stock, set_stock};
 
-/// How long the client waits for an answer: longer than any deadline of the daemon.
+/// Time limit of the client for a reply, longer than any deadline of the daemon.
 const TIMEOUT: Duration = Duration::from_secs(30);
-/// One reply of so many is opened.
+/// Share of the replies that are decrypted.
 const SAMPLE: f64 = 0.02;
-/// The load generator's own lateness, at its 99th percentile, from which on a storm says nothing.
+/// Lag of the load generator, at its 99th percentile, above which a storm is invalid.
 const LAG: Duration = Duration::from_millis(500);
-/// The stock counts as full when its series have stood still for so long.
+/// The stock counts as full when its metrics have not changed for this time.
 const STILL: Duration = Duration::from_secs(3);
-/// The stock has to be full after so long.
+/// Time limit for filling the stock.
 const FILLING: Duration = Duration::from_secs(600);
-/// Counts what was made for the stock.
+/// Counter of items made for the stock.
 const STOCK_MADE: &str = "claviger_stock_made_total";
 
-/// What a storm is like.
+/// The settings of a storm.
 #[derive(Clone, Debug)]
 pub struct StormSettings {
-    /// Machines, each of which asks for its keys once, and again when it is told to.
+    /// Machines. Each requests its keys once, and again if it is told to wait.
     pub machines: usize,
     /// Owners of these machines.
     pub owners: usize,
-    /// Hosts that ask for them.
+    /// Hosts that send the requests.
     pub hosts: usize,
-    /// All of them ask for the first time within this.
+    /// Time within which all machines send their first request.
     pub within: Duration,
-    /// What the stock may take.
+    /// Memory of the stock in MiB.
     pub stock_mib: u64,
 }
 
-/// What came out.
+/// The results.
 #[derive(Clone, Debug, Serialize)]
 pub struct Storm {
-    /// Where and when.
+    /// The machine and the date.
     pub machine: Machine,
-    /// Soft tokens.
+    /// Number of soft tokens.
     pub hsms: usize,
-    /// Sessions of each.
+    /// Sessions per token.
     pub sessions: usize,
-    /// What every operation took longer than the soft token itself, in seconds.
+    /// Delay of every operation, in seconds.
     pub rtt_seconds: f64,
     /// Virtual machines.
     pub machines: usize,
     /// Their owners.
     pub owners: usize,
-    /// Hosts that asked for them.
+    /// Hosts that sent the requests.
     pub hosts: usize,
-    /// Time within which all of them asked for the first time, in seconds.
+    /// Time within which all machines sent their first request, in seconds.
     pub within_seconds: f64,
     /// Rounds.
     pub rounds: usize,
-    /// Pairs of a decryption and a signature that the raw tokens do in a second.
+    /// Pairs of a decryption and a signature per second by the raw tokens.
     pub raw_pairs_per_second: Figure,
-    /// What the raw tokens need for a pair for each machine, in seconds.
+    /// Time of the raw tokens for a pair per machine, in seconds.
     pub bound_seconds: Figure,
-    /// Whether the daemon has a stock. Without a stock, all storms are storms with an empty stock.
+    /// Whether the daemon has a stock. If not, all storms count as storms with an empty stock.
     pub has_stock: bool,
-    /// With the stock full.
+    /// With a full stock.
     pub full: Option<Phase>,
-    /// With no stock.
+    /// With the stock off.
     pub empty: Phase,
 }
 
 /// The storms of one kind.
 #[derive(Clone, Debug, Serialize)]
 pub struct Phase {
-    /// From the first request to the last machine's keys, in seconds.
+    /// Time from the first request to the last machine's keys, in seconds.
     pub to_last_seconds: Figure,
-    /// That ÷ the bound of the same round.
+    /// This time ÷ the bound of the same round.
     pub of_bound: Figure,
-    /// From when a machine began to ask to its keys, in seconds, over all rounds.
+    /// Time from a machine's first request to its keys, in seconds, over all rounds.
     pub wait_seconds: Percentiles,
-    /// Decryptions and signatures that the HSMs did while the storm lasted, for a release.
+    /// Decryptions and signatures of the HSMs during the storm, per release.
     pub hsm_operations_per_release: Figure,
-    /// Times that a machine was told to come again later, in all rounds.
+    /// Replies that told a machine to wait, in all rounds.
     pub refused: u64,
     /// Machines that got no keys, in all rounds.
     pub lost: u64,
-    /// What the lost ones were told, and how often.
+    /// The last replies to these machines, with their numbers.
     pub errors: BTreeMap<String, u64>,
-    /// Replies that were opened and held the owner's key; a wrong one ends the run.
+    /// Replies that were decrypted and contained the owner's key; a wrong one ends the run.
     pub checked: u64,
-    /// The series of the daemon's stock: what they were before the last storm, and after it.
+    /// The metrics of the daemon's stock before and after the last storm.
     pub stock: BTreeMap<String, BeforeAfter>,
-    /// Why a storm says nothing: the load generator was too slow. Empty when they do.
+    /// Why storms are invalid: the load generator was too slow. Empty if they are valid.
     pub invalid: Vec<String>,
 }
 
-/// A series.
+/// The values of a metric.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct BeforeAfter {
     /// Before a storm.
     pub before: f64,
-    /// After it.
+    /// After the storm.
     pub after: f64,
 }
 
@@ -135,17 +137,17 @@ struct One {
     invalid: Vec<String>,
 }
 
-/// Runs it; `tell` hears of every step.
+/// Runs the measurement; `tell` is called for every step.
 ///
 /// # Panics
-/// When anything goes wrong: such figures would mean nothing.
+/// On any error, because the figures would be useless.
 #[must_use]
 pub fn run(stage: &Stage, settings: &Settings, storm: &StormSettings, mut tell: impl FnMut(&str)) -> Storm {
     claviger::sys::process::raise_open_files().unwrap();
     let lab = &stage.lab;
     lab.configure(|config| {
         config.release.deadline_ms = Release::default().deadline_ms;
-        // Every machine has a connection, and all of them come from one address.
+        // Every machine has its own connection, and all come from one address.
         config.server.max_connections = storm.machines + 64;
         config.server.max_connections_per_address = 0;
     });
@@ -240,7 +242,7 @@ impl Phase {
     }
 }
 
-/// What all storms share.
+/// The common state of all storms.
 struct Scene<'a> {
     lab: &'a Lab,
     site: Site,
@@ -250,7 +252,8 @@ struct Scene<'a> {
 }
 
 impl Scene<'_> {
-    /// Lets the daemon see some machines of each owner, and stops it: it remembers which wrapping sets are worth a stock.
+    /// Lets the daemon serve some machines of each owner, and stops it, so that it knows which wrapping sets are worth
+    /// stocking.
     fn show_owners(&self) {
         let daemon = self.serve();
         let mut world = self.world(&daemon);
@@ -279,7 +282,7 @@ impl Scene<'_> {
         World { machines: self.machines.clone(), ..world }
     }
 
-    /// So many of the world's machines ask.
+    /// Runs a storm of `machines` machines.
     fn load(&self, daemon: &Daemon, world: &World, machines: usize, within: Duration) -> Outcome {
         let load = Load {
             mode: Mode::Open(Profile::Storm { machines, within }),
@@ -311,7 +314,7 @@ impl Scene<'_> {
         let outcome = self.load(&daemon, &world, self.storm.machines, self.storm.within);
         let after = (snapshot(&daemon), stock(&daemon));
         let spent = after.0.since(&before.0);
-        // A signature that was made for the stock meanwhile serves a later release.
+        // Signatures for the stock during the storm serve later releases.
         let made = |stock: &BTreeMap<String, f64>| stock.get(STOCK_MADE).copied().unwrap_or_default();
         let operations = spent.operations - (made(&after.1) - made(&before.1));
         let tally = outcome.tally;
@@ -341,14 +344,14 @@ fn client(daemon: &Daemon) -> Arc<Client> {
     Arc::new(Client::new(&daemon.url).unwrap().with_timeout(TIMEOUT))
 }
 
-/// The series of the daemon's stock, without their labels.
+/// The metrics of the daemon's stock, without their labels.
 fn stock(daemon: &Daemon) -> BTreeMap<String, f64> {
     let metrics = block(daemon.metrics());
     let names: Vec<_> = metrics.names().filter(|name| is_stock(name)).map(str::to_owned).collect();
     names.into_iter().map(|name| (name.clone(), metrics.sum(&name, &[]).unwrap_or_default())).collect()
 }
 
-/// Waits until the stock's series stand still.
+/// Waits until the metrics of the stock no longer change.
 fn until_still(daemon: &Daemon) {
     let begun = Instant::now();
     let (mut seen, mut since) = (stock(daemon), Instant::now());

@@ -1,11 +1,11 @@
-//! The project's targets beside what the instruments measured last.
+//! The project's targets with the last measured figures.
 
 use std::fmt::Write;
 use std::path::Path;
 
 use serde_json::Value;
 
-/// Which way is better.
+/// The direction of improvement.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Goal {
     AtMost,
@@ -28,23 +28,23 @@ impl Goal {
     }
 }
 
-/// Where a figure is.
+/// The source of a figure.
 enum Source {
-    /// A file of `ceiling --json`, and a pointer into it.
+    /// A file from `ceiling --json`, and a JSON pointer into it.
     Ceiling(&'static str, &'static str),
-    /// The same, as mebibytes.
+    /// The same, in mebibytes.
     CeilingMib(&'static str, &'static str),
-    /// The growth with so many members, in a file of `ceiling --hsms`.
+    /// The growth with this number of members, in a file from `ceiling --hsms`.
     OfLinear(&'static str, u64),
     /// The median time of a criterion bench, in microseconds.
     Micros(&'static str),
-    /// How often the work of a criterion bench is done in a second.
+    /// How often per second a criterion bench does its work.
     PerSecond(&'static str),
 }
 
 struct Target {
     what: &'static str,
-    /// Before the work on it began, on 2026-11-22; as it was told.
+    /// The value on 2026-11-22, before the optimisation began, as it was reported.
     before: &'static str,
     goal: Goal,
     target: f64,
@@ -182,7 +182,7 @@ const TARGETS: [Target; 14] = [
     },
 ];
 
-/// All targets, with what is in the files of `figures` and in criterion's folder; what was not measured says so.
+/// All targets, with the values in the files of `figures` and in criterion's folder. Missing measurements are marked.
 #[must_use]
 pub fn table(figures: &Path, criterion: &Path) -> String {
     let mut text = format!("{:<58} {:>12} {:>12} {:>12}\n", "", "before", "target", "measured");
@@ -216,7 +216,7 @@ impl Source {
     }
 }
 
-/// The median of a bench, for each of the elements of an iteration.
+/// The median of a bench per element of an iteration.
 fn nanoseconds(criterion: &Path, bench: &str) -> Option<f64> {
     let folder = criterion.join(bench).join("new");
     let elements = json(&folder.join("benchmark.json"))?["throughput"]["Elements"].as_f64().unwrap_or(1.0);

@@ -1,4 +1,4 @@
-//! The instruments work and say what they promise. What they measure is nobody's business here.
+//! Tests that the instruments work. The measured values are not judged here.
 
 #![allow(clippy::unwrap_used)]
 
@@ -76,9 +76,10 @@ fn the_daemon_beside_the_raw_token() {
     assert!(positive(&figures, "/efficiency") < 1.0, "more time inside the calls than there was: {figures:#}");
     let sum = positive(&figures, "/daemon_cost_us") + positive(&figures, "/worker_cost_us");
     let own = positive(&figures, "/own_cost_us");
-    // Medians of few rounds do not add up exactly.
+    // The medians of few rounds do not add up exactly.
     assert!((0.5..2.0).contains(&(sum / own)), "the parts are not the whole: {figures:#}");
-    // Self tests and checkpoints ask the HSMs, too; what is in flight at a round's ends counts on one side only.
+    // Known-answer tests and checkpoints also use the HSMs, and operations in flight at the ends of a round count on
+    // one side only.
     let operations = positive(&figures, "/hsm_operations_per_release");
     assert!(
         (0.9..2.6).contains(&operations),
@@ -96,8 +97,8 @@ fn throughput_over_members_that_are_far_away() {
     let (_, figures) = ceiling(&folder.path().join("scaling.json"), &arguments);
     let steps = figures["steps"].as_array().unwrap();
     assert_eq!(steps.iter().map(|step| step["hsms"].as_u64().unwrap()).collect::<Vec<_>>(), [1, 2]);
-    // Two operations of 30 ms on one session: 17 a second, and some that were begun before a short round. Without the delay
-    // it is hundreds.
+    // Two operations of 30 ms on one session: 17 per second, and some that began before the short round. Without the
+    // delay there would be hundreds.
     assert!(positive(&figures, "/steps/0/releases_per_second") < 60.0, "the delay has no effect: {figures:#}");
     assert!((positive(&figures, "/steps/0/of_linear") - 1.0).abs() < 1e-9);
     positive(&figures, "/steps/1/of_linear");
@@ -125,7 +126,7 @@ fn a_storm_of_many_owners() {
     let phases = ["full", "empty"].map(|phase| &figures[phase]);
     for phase in phases.into_iter().filter(|phase| !phase.is_null()) {
         assert_eq!(phase["lost"], 0, "{figures:#}");
-        // Self tests and checkpoints come on top.
+        // Known-answer tests and checkpoints are added.
         assert!(positive(phase, "/hsm_operations_per_release/median") >= 0.9, "{figures:#}");
     }
     assert!(positive(&figures, "/empty/hsm_operations_per_release/median") >= 1.9, "{figures:#}");

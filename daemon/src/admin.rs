@@ -1,4 +1,4 @@
-//! What administrators ask of a running daemon: the socket, and what is done for each command.
+//! The administrators' socket and the handlers of its commands.
 
 mod client;
 mod error;

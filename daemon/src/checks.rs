@@ -1,7 +1,7 @@
-//! The findings of `claviger doctor`: what is wrong, and what to do about it.
+//! The findings of `claviger doctor`: problems and their remedies.
 //!
-//! Every check is a plain function that gives findings. Files and the state are looked at from outside; the HSMs and the audit
-//! trail also from within the daemon that runs.
+//! Each check is a plain function that returns findings. Files and the state are checked by the doctor's process. HSMs
+//! and audit trail are also checked inside a running daemon.
 
 pub(crate) mod files;
 mod finding;
@@ -15,10 +15,10 @@ use crate::service::Service;
 
 pub use self::finding::{Finding, Level};
 
-/// Within the daemon: its HSMs, by its own sessions, and its audit trail.
+/// Checks inside the daemon: its HSMs, in its own sessions, and its audit trail.
 pub async fn of_daemon(service: &Arc<Service>) -> Vec<Finding> {
     let mut findings = hsm::of_daemon(service).await;
-    // Read before the file: what is written meanwhile is more.
+    // Read the position before the file, because the daemon continues to write.
     let (path, written) = (service.config.load().server.audit_file(), service.audit.head().link.n);
     let looked = tokio::task::spawn_blocking(move || trail::of_daemon(&path, written));
     findings.extend(looked.await.ok().flatten());

@@ -1,5 +1,5 @@
-//! The command line: what is asked of a running daemon, and how the answers look. [`tenant`] has the
-//! tenant's commands, which ask nobody and work on files.
+//! The commands that ask a running daemon, and the formatting of its replies. [`tenant`] has the tenant's commands,
+//! which work on files without a daemon.
 
 pub mod audit;
 mod baselines;

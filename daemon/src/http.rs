@@ -1,5 +1,5 @@
-//! HTTP: connections and their limits, TLS, bodies, and the table of the protocol's resources. What answers a request does not know
-//! that it came by HTTP.
+//! HTTP: connections and their limits, TLS, bodies, and the table of the protocol's resources. The handlers of requests
+//! do not depend on HTTP.
 
 pub(crate) mod answer;
 pub mod attestation;

@@ -1,4 +1,4 @@
-//! A laboratory on disk: soft tokens that hold the same keys, a registered host, a tenant with VMs.
+//! A laboratory on disk: soft tokens with the same keys, a registered host, a tenant with virtual machines.
 //!
 //! ```text
 //! DIR/claviger.toml     serves the lab: claviger serve --config DIR/claviger.toml
@@ -36,9 +36,9 @@ use crate::store::{Kind, Labels, NewCertificate, State, StateError};
 use crate::sys::clock::unix_now;
 use crate::sys::ownership::{self, Untrusted};
 
-/// The name of the registered host.
+/// Name of the registered host.
 pub const HOST_NAME: &str = "demo-host";
-/// Names the module where it is not in one of the usual places.
+/// Environment variable with the path of the module, if it is not in a usual place.
 pub const MODULE_VARIABLE: &str = "CLAVIGER_SOFTHSM2";
 const MODULES: [&str; 5] = [
     "/usr/lib/softhsm/libsofthsm2.so",
@@ -47,15 +47,15 @@ const MODULES: [&str; 5] = [
     "/usr/lib64/pkcs11/libsofthsm2.so",
     "/usr/local/lib/softhsm/libsofthsm2.so",
 ];
-/// Marks a folder as a lab from its first moment, so that one that was not finished can be made again.
+/// Marks a folder as a lab from the start, so that an unfinished lab can be created again.
 const MARK: &str = ".claviger-lab";
-/// Of the keys that are not the guardian's.
+/// Bits of all keys except the guardian's.
 const BITS: u32 = 2048;
-/// Sessions of each token. A soft token computes on this machine's processors; more sessions would only queue there.
+/// Sessions of each token. A soft token computes on this machine's processors, so more sessions would only queue.
 const SESSIONS: usize = 4;
 const TEN_YEARS: i64 = 10 * 365 * 24 * 3600;
 
-/// Why there is no lab.
+/// Why a lab cannot be prepared.
 #[derive(Debug, thiserror::Error)]
 pub enum LabError {
     /// SoftHSM2 is not installed.
@@ -63,56 +63,56 @@ pub enum LabError {
         "SoftHSM2 was not found; install it (Debian: apt-get install softhsm2), or name its module in {MODULE_VARIABLE}"
     )]
     NoSoftHsm,
-    /// The folder holds something else.
+    /// The folder contains other files.
     #[error("{} is not empty and holds no lab; choose another --dir", .0.display())]
     NotALab(PathBuf),
-    /// Somebody else may choose what is loaded from the folder.
+    /// Another user could change what is loaded from the folder.
     #[error("{0}; choose a --dir that only this user can write to")]
     Untrusted(#[from] Untrusted),
     /// The folder's path is too long for the sockets in it.
     #[error("{0}; choose a --dir with a shorter path")]
     Socket(#[from] AdminError),
-    /// A file of the lab.
+    /// A file of the lab cannot be read or written.
     #[error(transparent)]
     File(#[from] FileError),
-    /// The configuration of an older lab.
+    /// The configuration of an existing lab is invalid.
     #[error(transparent)]
     Config(#[from] ConfigError),
     /// The configuration cannot be written.
     #[error("the configuration cannot be written: {0}")]
     Toml(#[from] toml::ser::Error),
-    /// A token.
+    /// A soft token failed.
     #[error("the soft tokens: {0}")]
     Hsm(#[from] claviger_hsm::Failure),
-    /// The state.
+    /// The state failed.
     #[error(transparent)]
     State(#[from] StateError),
-    /// The counts.
+    /// The usage counts failed.
     #[error(transparent)]
     Usage(#[from] UsageError),
-    /// A key file of the lab, or a key that could not be made.
+    /// A key file of the lab is invalid, or a key cannot be generated.
     #[error("{what}: {source}")]
     Key {
-        /// Which.
+        /// The key.
         what: String,
-        /// What is wrong.
+        /// The problem.
         source: KeyError,
     },
-    /// A certificate of the lab.
+    /// A certificate of the lab is invalid.
     #[error("{what}: {source}")]
     Certificate {
-        /// Which.
+        /// The certificate.
         what: String,
-        /// What is wrong.
+        /// The problem.
         source: CertificateError,
     },
-    /// A certificate could not be made.
+    /// A certificate cannot be built.
     #[error(transparent)]
     Build(#[from] BuildError),
-    /// A certificate could not be signed.
+    /// A certificate cannot be signed.
     #[error(transparent)]
     Sign(#[from] SignError),
-    /// The tenant's work failed.
+    /// An operation of the tenant failed.
     #[error("the tenant: {0}")]
     Owner(#[from] OwnerError),
 }
@@ -120,34 +120,34 @@ pub enum LabError {
 /// A lab in a folder.
 pub struct Lab {
     dir: PathBuf,
-    /// How it is served.
+    /// The daemon's configuration.
     pub config: Config,
-    /// Whether its tokens are still without keys.
+    /// Whether the tokens do not have keys yet.
     fresh: bool,
-    /// Of the guardian's keys.
+    /// Bits of the guardian's keys.
     bits: u32,
 }
 
-/// What a new lab's tokens are.
+/// Settings for the soft tokens of a new lab.
 #[derive(Clone, Copy, Debug)]
 pub struct Tokens {
-    /// How many there are.
+    /// Number of tokens.
     pub hsms: usize,
-    /// The length of the guardian's RSA keys.
+    /// Bits of the guardian's RSA keys.
     pub bits: u32,
 }
 
 /// The registered host's keys.
 pub struct HostKeys {
-    /// What it is registered with.
+    /// The key with which the host is registered.
     pub host: RsaPrivateKey,
-    /// What health certificates are made over.
+    /// The identity key, which health certificates certify.
     pub identity: Arc<RsaPrivateKey>,
 }
 
 impl Lab {
-    /// Makes the folder and its tokens, or takes the lab that is there. Sets the environment that SoftHSM2 reads: to be
-    /// called while the process has one thread.
+    /// Creates the folder and its tokens, or opens an existing lab. Sets the environment for SoftHSM2, so call it while
+    /// the process has a single thread.
     ///
     /// # Errors
     /// See [`LabError`].
@@ -155,7 +155,7 @@ impl Lab {
         ownership::check_parents(dir)?;
         make_folder(dir)?;
         let dir = dir.canonicalize().map_err(FileError::of(dir))?;
-        // The configuration names a library, which this process loads.
+        // The configuration names a library that this process loads.
         ownership::check(&dir)?;
         ownership::check_entries(&dir)?;
         let mut lab = Self { config: Config::default(), fresh: true, bits: tokens.bits, dir };
@@ -164,10 +164,10 @@ impl Lab {
             lab.config = Config::load(&lab.config_file())?;
             lab.fresh = false;
         } else {
-            // Before the tokens are made, which takes a while.
+            // Check this before creating the tokens, which takes a while.
             admin::check_length(&lab.dir.join("state/review.sock"))?;
             lab.clear()?;
-            // One host plays a whole data centre here.
+            // In the demonstration, one host sends the requests of a whole data centre.
             lab.config.release.host_rate = 0;
         }
         lab.config.server.listen = listen;
@@ -180,7 +180,7 @@ impl Lab {
         Ok(lab)
     }
 
-    /// Where the configuration is.
+    /// Path of the configuration file.
     #[must_use]
     pub fn config_file(&self) -> PathBuf {
         self.dir.join("claviger.toml")
@@ -192,13 +192,13 @@ impl Lab {
         &self.dir
     }
 
-    /// Whether this lab was made just now.
+    /// Whether this call created the lab.
     #[must_use]
     pub fn is_fresh(&self) -> bool {
         self.fresh
     }
 
-    /// Removes what an interrupted run left; refuses a folder that is not a lab's.
+    /// Removes the files of an interrupted run. Fails if the folder is not a lab.
     fn clear(&self) -> Result<(), LabError> {
         let mark = self.dir.join(MARK);
         let error = FileError::of(&self.dir);
@@ -247,7 +247,7 @@ impl Lab {
         Ok(())
     }
 
-    /// Gives the tokens their keys and the state its certificates and its host, if this lab is new.
+    /// Creates the keys on the tokens, and the certificates and the host in the state, if the lab is new.
     ///
     /// # Errors
     /// See [`LabError`].
@@ -257,7 +257,7 @@ impl Lab {
         }
         cluster.start().await?;
         let mut state = State::open(&self.config.server.state)?;
-        // Before there are keys, so that all that uses them is counted.
+        // Open the counts before there are keys, so that every use of the keys is counted.
         Usage::open(&self.config.server.state, unix_now())?;
         for (kind, name, usage) in [
             (Kind::Signing, "Claviger demo guardian signing", HsmKeyUsage::Sign),
@@ -286,7 +286,7 @@ impl Lab {
             write(&file("crt"), self_signed(&name, &key)?.to_pem().as_bytes())?;
             write(&file("key"), key.to_pkcs8_pem().as_bytes())?;
         }
-        // Last: a folder with a configuration is a whole lab.
+        // Write the configuration last: a folder with a configuration is a complete lab.
         self.write_config()
     }
 
@@ -300,16 +300,16 @@ impl Lab {
     /// The registered host's private keys.
     ///
     /// # Errors
-    /// Files that are missing or hold something else.
+    /// A file is missing or invalid.
     pub fn host_keys(&self) -> Result<HostKeys, LabError> {
         let identity = Arc::new(read_key(&self.dir.join("host/identitykey.pem"))?);
         Ok(HostKeys { host: read_key(&self.dir.join("host/hostkey.pem"))?, identity })
     }
 
-    /// The tenant.
+    /// The owner, from the tenant's files.
     ///
     /// # Errors
-    /// Files that are missing or hold something else.
+    /// A file is missing or invalid.
     pub fn owner(&self) -> Result<Owner, LabError> {
         let [signing, encryption] = OWNER_ROLES.map(|role| {
             let file = |end: &str| self.dir.join(format!("tenant/owner-{role}.{end}.pem"));
@@ -319,8 +319,8 @@ impl Lab {
         Ok(Owner { signing_key, signing_certificate, encryption_key, encryption_certificate })
     }
 
-    /// The protectors of the tenant's first `vms` machines; those that are missing are made for the guardian that
-    /// `metadata` describes.
+    /// The protectors of the tenant's first `vms` machines. Missing protectors are created for the guardian in
+    /// `metadata`.
     ///
     /// # Errors
     /// See [`LabError`].
@@ -345,10 +345,10 @@ impl Lab {
     }
 }
 
-/// The two key pairs of a tenant.
+/// The purposes of a tenant's two key pairs.
 pub(crate) const OWNER_ROLES: [&str; 2] = ["signing", "encryption"];
 
-/// SoftHSM2's module.
+/// Path of SoftHSM2's module.
 pub(crate) fn softhsm() -> Result<PathBuf, LabError> {
     let module = std::env::var_os(MODULE_VARIABLE).map(PathBuf::from);
     let mut modules = module.into_iter().chain(MODULES.into_iter().map(PathBuf::from));
@@ -363,7 +363,7 @@ fn member_name(at: usize) -> String {
     }
 }
 
-/// A PIN that nobody has to remember.
+/// A random PIN for a token.
 fn random_pin() -> Result<String, LabError> {
     let mut octets = [0; 12];
     SystemRandom::new().fill(&mut octets).map_err(|_| BuildError::Random)?;
@@ -374,10 +374,10 @@ fn new_key(what: &str, bits: u32) -> Result<RsaPrivateKey, LabError> {
     RsaPrivateKey::generate(bits).map_err(|source| LabError::Key { what: what.to_owned(), source })
 }
 
-/// A certificate of a guardian's or an owner's key, by itself.
+/// A self-signed certificate for a guardian's or an owner's key.
 ///
 /// # Errors
-/// When the system has no randomness, or the key cannot sign.
+/// The system has no randomness, or the key cannot sign.
 pub fn self_signed(common_name: &str, key: &RsaPrivateKey) -> Result<Certificate, LabError> {
     let now = unix_now();
     let template = Template {
@@ -410,7 +410,7 @@ fn make_folder(path: &Path) -> Result<(), LabError> {
     Ok(made.map_err(FileError::of(path))?)
 }
 
-/// Writes a file that only its owner may read: most of a lab's are secrets.
+/// Writes a file that only its owner can read, because most files of a lab are secret.
 fn write(path: &Path, octets: &[u8]) -> Result<(), LabError> {
     Ok(files::write(path, octets, Existing::Replace)?)
 }

@@ -1,8 +1,8 @@
-//! Claviger, a key-release daemon: it releases the transport keys of shielded virtual machines to hosts that proved
-//! their health. Private keys stay in HSMs.
+//! Claviger, a key-release daemon: it releases the transport keys of shielded virtual machines to hosts that have
+//! proved their health. The private keys stay in HSMs.
 //!
-//! Start with [`release`]: one release from request to reply. [`http::routes`] leads there, [`service`] is what all requests
-//! share, [`run`] starts and stops it all.
+//! Start reading at [`release`]: one release from request to reply. [`http::routes`] calls it, [`service`] is the
+//! context that all requests share, and [`run`] starts and stops the daemon.
 #![forbid(unsafe_code)]
 
 pub mod admin;

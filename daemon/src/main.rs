@@ -1,4 +1,4 @@
-//! The `claviger` command: command line → configuration → run.
+//! The `claviger` command: parses the command line, loads the configuration, runs the command.
 
 #![forbid(unsafe_code)]
 
@@ -26,12 +26,11 @@ use tokio::runtime::Runtime;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
 
-/// What is logged unless RUST_LOG says otherwise. cryptoki has an opinion on every session of a token that went away; what
-/// follows from that the cluster says, once.
+/// Log filter if RUST_LOG is not set. cryptoki would log every session of a lost token; the cluster logs the loss once.
 const USUAL: &str = "info,cryptoki=off";
 const QUIET: &str = "warn,cryptoki=off";
 
-/// Releases the transport keys of shielded virtual machines to hosts that proved their health
+/// Releases the transport keys of shielded virtual machines to hosts that have proved their health
 #[derive(Debug, Parser)]
 #[command(version = env!("CLAVIGER_VERSION"), after_help = "Start here: claviger demo")]
 struct Arguments {
@@ -41,7 +40,7 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Serve, as the configuration says
+    /// Run the daemon with this configuration
     #[command(after_help = "Example: claviger serve --config /etc/claviger/claviger.toml\n\
         SIGTERM stops: what was accepted is answered first. SIGHUP reloads the configuration, the certificate for TLS and\n\
         the PINs, and reopens the audit trail; the log names what needs a restart.\n\
@@ -50,11 +49,11 @@ enum Command {
         /// The configuration file
         #[arg(long, value_name = "FILE")]
         config: PathBuf,
-        /// How the log looks, instead of log.format of the configuration
+        /// Format of the log; overrides log.format of the configuration
         #[arg(long, value_name = "FORMAT")]
         log: Option<LogFormat>,
     },
-    /// Look for what is wrong, whether the daemon runs or not, and say what to do about it
+    /// Find problems and print a remedy for each, whether the daemon runs or not
     #[command(after_help = "Example: claviger doctor --config /etc/claviger/claviger.toml\n\
         Exit status: 0 all is well, 1 there are warnings, 2 there are errors.\n\
         Without a daemon every PIN is tried once: tokens count wrong ones.")]
@@ -62,35 +61,35 @@ enum Command {
         /// The configuration file
         #[arg(long, value_name = "FILE")]
         config: PathBuf,
-        /// Print JSON for machines
+        /// Print JSON for programs
         #[arg(long)]
         json: bool,
-        /// Examine this HSM alone, for the doctor that has started this process
+        /// Check this HSM only; used by the doctor for the processes that it starts
         #[arg(long, hide = true, value_name = "NAME")]
         hsm: Option<String>,
     },
-    /// Make a lab with soft tokens, serve it, and release keys end to end
+    /// Create a lab with soft tokens, run it, and release keys end to end
     #[command(after_help = "Example: claviger demo --dir lab --listen 127.0.0.1:0 --exit")]
     Demo {
-        /// Folder of the lab, which only this user can write to; an existing lab is used again
+        /// Folder of the lab, writable for this user only; an existing lab is used again
         #[arg(long, value_name = "DIR", default_value = "claviger-lab")]
         dir: PathBuf,
-        /// Address to serve on; port 0 picks one
+        /// Address of the service; port 0 selects a free port
         #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8080")]
         listen: SocketAddr,
         /// Address of /metrics, /live and /ready
         #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:9464")]
         metrics: SocketAddr,
-        /// Soft tokens of a new lab
+        /// Number of soft tokens in a new lab
         #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=64))]
         hsms: u16,
-        /// Length of the guardian's RSA keys in a new lab
+        /// Bits of the guardian's RSA keys in a new lab
         #[arg(long, value_name = "BITS", default_value_t = 2048, value_parser = cli::rsa_bits)]
         rsa: u32,
-        /// Virtual machines to start
+        /// Number of virtual machines to start
         #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=10_000))]
         vms: u16,
-        /// What the host attests with; tpm starts a TPM in software and needs swtpm
+        /// How the host attests; tpm starts a software TPM and needs swtpm
         #[arg(long, value_name = "MODE", value_enum, default_value_t = AttestMode::HostKey)]
         attest: AttestMode,
         /// Stop after the checks; the exit status is 0 only if all passed
@@ -100,58 +99,58 @@ enum Command {
     /// Register, show, label, disable and remove hosts
     #[command(subcommand, after_help = "Example: claviger hosts list --config /etc/claviger/claviger.toml")]
     Hosts(cli::Hosts),
-    /// Take, add, show, enable and disable what hosts may have booted, in TPM mode
+    /// Capture, add, show, enable and disable baselines: the boot measurements that TPM mode accepts
     #[command(subcommand, after_help = "Example: claviger baselines list --config /etc/claviger/claviger.toml")]
     Baselines(cli::Baselines),
-    /// Make, add, show and choose key-protection certificates and their keys
+    /// Create, add, show and select key-protection certificates and their keys
     #[command(subcommand, after_help = "Example: claviger keys list --config /etc/claviger/claviger.toml")]
     Keys(cli::Keys),
-    /// Show, replace and revoke the keys that sign health certificates
+    /// Show, rotate and revoke the keys that sign health certificates
     #[command(subcommand, after_help = "Example: claviger signers list --config /etc/claviger/claviger.toml")]
     Signers(cli::Signers),
     /// Show, drain, resume and probe the HSMs of the cluster
     #[command(subcommand, after_help = "Example: claviger hsm list --config /etc/claviger/claviger.toml")]
     Hsm(cli::Hsm),
-    /// Check the audit trail, and show how far it has come
+    /// Verify the audit trail, and show its position
     #[command(subcommand, after_help = "Example: claviger audit verify --config /etc/claviger/claviger.toml")]
     Audit(cli::audit::Audit),
     /// Write hosts, certificates, limits and attestation signers to an encrypted file; private keys stay in the HSMs
     #[command(after_help = "Example: claviger export hgs.age --config /etc/claviger/claviger.toml")]
     Export(cli::transfer::Export),
-    /// Take in what claviger export wrote; shows first what changes
+    /// Import a file from claviger export; shows the changes first
     #[command(after_help = "Example: claviger import hgs.age --dry-run --config /etc/claviger/claviger.toml\n\
         Nothing that is only here goes away, and what is disabled or limited here stays so. The HSMs have to hold the keys\n\
         of all its certificates. A file for an age recipient is not authenticated: anyone who knows the recipient can\n\
         write one. Look at what --dry-run shows, above all at hosts and signers that you do not know.")]
     Import(cli::transfer::Import),
-    /// Be a guarded host: make its keys, attest, and get the keys of virtual machines
+    /// For guarded hosts: create keys, attest, and get the keys of virtual machines
     #[command(
         subcommand,
         after_help = "Example: claviger host attest --url http://hgs.example:8080\n\
         Exit status: 0 done, 1 refused or failed, 2 wrong usage, 75 worth trying again later."
     )]
     Host(cli::host::Command),
-    /// For tenants: make an own guardian, import those of services
+    /// For tenants: create your own guardian, and import the guardians of services
     #[command(subcommand, after_help = "Example: claviger guardian new acme --name 'Acme Ltd'")]
     Guardian(cli::tenant::guardian::Guardian),
-    /// For tenants: make, show, check, change and open key protectors
+    /// For tenants: create, show, verify, change and open key protectors
     #[command(
         subcommand,
         after_help = "Example: claviger protector new --owner acme --guardian hgs --out vm.xml --key vm.key"
     )]
     Protector(cli::tenant::protector::Protector),
-    /// Serve one HSM, as a process that the daemon starts
+    /// Run one HSM; a process that the daemon starts
     #[command(hide = true)]
     HsmWorker,
 }
 
-/// The shell's status of a process that Ctrl-C ended.
+/// Exit status of a process that Ctrl-C ended, as shells use it.
 const INTERRUPTED: u8 = 130;
-/// Incomplete output of a doctor: its other statuses say that it was read.
+/// Exit status of a doctor whose output could not be written. Its other statuses mean that the output is complete.
 const DOCTOR_UNREAD: u8 = 2;
 
 fn main() -> ExitCode {
-    // Before the command line is parsed: a signal may come at once.
+    // Install the handlers before parsing: a signal may arrive at any time.
     let starting = match install_signals() {
         Ok(starting) => starting,
         Err(error) => {
@@ -164,14 +163,14 @@ fn main() -> ExitCode {
         Err(status) => return status,
     };
     if matches!(arguments.command, Command::HsmWorker) {
-        // Before there are threads, a log or descriptors.
+        // The worker must start before there are threads, a log or open descriptors.
         return claviger_hsm::worker::run();
     }
     if let (Command::Serve { config, log }, Some(starting)) = (&arguments.command, &starting) {
         serve(config, *log, starting);
     }
     if starting.is_some() {
-        // A demonstration serves, too.
+        // The demonstration also runs a daemon.
         let queue = log_queue();
         install_log(QUIET, LogFormat::Text, queue.clone());
         let status = finish(arguments.command, starting);
@@ -179,7 +178,7 @@ fn main() -> ExitCode {
         return status;
     }
     let quiet = match arguments.command {
-        // It runs for as long as the host does.
+        // The agent runs as long as its host.
         Command::Host(cli::host::Command::Agent(_)) => false,
         Command::Doctor { .. } | Command::Host(_) => true,
         _ => false,
@@ -188,7 +187,7 @@ fn main() -> ExitCode {
     finish(arguments.command, starting)
 }
 
-/// Runs a command and reports what became of it.
+/// Runs a command and turns its result into an exit status.
 fn finish(command: Command, starting: Option<Starting>) -> ExitCode {
     let unread = if matches!(command, Command::Doctor { .. }) { DOCTOR_UNREAD } else { 1 };
     let status = run(command, starting).unwrap_or_else(|failure| {
@@ -198,7 +197,7 @@ fn finish(command: Command, starting: Option<Starting>) -> ExitCode {
     output::exit_status("claviger", status, unread)
 }
 
-/// Installs the handlers of a daemon where the command is one.
+/// Installs the signal handlers of a daemon if the command runs one.
 fn install_signals() -> std::io::Result<Option<Starting>> {
     signals::tame_signals()?;
     match std::env::args_os().nth(1).as_deref().and_then(OsStr::to_str) {
@@ -208,11 +207,11 @@ fn install_signals() -> std::io::Result<Option<Starting>> {
     }
 }
 
-/// Serves until a signal tells it to stop. The log has a thread of its own, and everything that is written to the standard error
-/// goes through it.
+/// Runs the daemon until a signal stops it. The log has its own thread, and all output to standard error goes through
+/// it.
 fn serve(config: &Path, format: Option<LogFormat>, starting: &Starting) -> ! {
     let queue = log_queue();
-    // A configuration that cannot be read is reported when it is used.
+    // If the configuration cannot be read, the error is reported later, when the configuration is used.
     let format = format.unwrap_or_else(|| Config::load(config).map_or(LogFormat::Text, |config| config.log.format));
     install_log(USUAL, format, queue.clone());
     let status = match serve::run(config.to_owned(), starting) {
@@ -226,7 +225,7 @@ fn serve(config: &Path, format: Option<LogFormat>, starting: &Starting) -> ! {
     signals::exit_at_once(status)
 }
 
-/// The log of a process that serves: neither its lines nor its panics wait for the log's reader.
+/// The log queue of a daemon: neither log lines nor panics wait for the reader of the log.
 fn log_queue() -> Arc<LogQueue> {
     let queue = LogQueue::start().unwrap_or_else(|error| {
         print::note(&format!("claviger: {}", threads::no_thread(&error)));
@@ -249,7 +248,7 @@ where
     }
 }
 
-/// What has to happen while there is one thread (environment variables, loading modules) happens before the runtime.
+/// Work that needs a single thread (environment variables, loading modules) is done before the runtime starts.
 fn run(command: Command, starting: Option<Starting>) -> Result<ExitCode, Failure> {
     match command {
         Command::Serve { .. } => Err("serve has to be the first argument".into()),
@@ -280,7 +279,7 @@ fn run(command: Command, starting: Option<Starting>) -> Result<ExitCode, Failure
                 let (daemon, passed) = demo::run(&lab, cluster, vms.into(), begun).await?;
                 if !exit {
                     next_steps(&lab, &daemon);
-                    // Until now a signal ended the demonstration at once.
+                    // Up to here, a signal ended the demonstration at once.
                     starting.iter().for_each(Starting::done);
                     stop.await;
                 }
@@ -300,7 +299,7 @@ fn run(command: Command, starting: Option<Starting>) -> Result<ExitCode, Failure
         Command::Guardian(command) => threads::small_runtime()?.block_on(cli::tenant::guardian::run(command)),
         Command::Protector(command) => cli::tenant::protector::run(command),
         Command::Keys(command) => {
-            // The private key of a PFX passes through.
+            // The private key of a PFX is in this process' memory.
             process::no_core_dumps()?;
             threads::single_thread()?.block_on(cli::keys(command)).map(|()| ExitCode::SUCCESS)
         }
@@ -312,15 +311,15 @@ fn run(command: Command, starting: Option<Starting>) -> Result<ExitCode, Failure
         }
         Command::Host(command) => {
             process::no_core_dumps()?;
-            // Before the runtime opens files of its own: a descriptor that was not given must not be one of them.
+            // The runtime opens files of its own. Open the user's descriptors first, so that they cannot be confused.
             let command = cli::host::prepare(command)?;
             threads::small_runtime()?.block_on(cli::host::run(command)).map(|()| ExitCode::SUCCESS)
         }
     }
 }
 
-/// Runs `work` and closes the sessions on the tokens after it, also when it failed: a vendor's library does not survive
-/// the end of the process with threads inside.
+/// Runs `work`, then closes the sessions on the tokens, also after a failure: a vendor's library may crash if the
+/// process ends while the library's threads run.
 fn on_tokens(
     runtime: Runtime,
     cluster: Cluster,

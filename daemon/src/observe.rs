@@ -1,4 +1,4 @@
-//! What the daemon tells of itself: metrics, the audit trail, the last hour, the log.
+//! Observation of the daemon: metrics, the audit trail, the last hour, the log.
 
 pub mod audit;
 pub mod history;

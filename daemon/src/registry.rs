@@ -1,4 +1,4 @@
-//! What requests read: snapshots of the state, and what is remembered from one request to the next.
+//! The data that requests read: snapshots of the state, and caches.
 
 pub mod baselines;
 pub mod error;

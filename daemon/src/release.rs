@@ -1,12 +1,12 @@
-//! One release, from request to reply. Reads like section 2.1 of the protocol page.
+//! One release, from request to reply. The code follows section 2.1 of the protocol page.
 //!
-//! What fails first decides the answer. The private keys work in the HSMs, and the two operations a release needs there
-//! do not depend on each other and run at the same time: decrypt the ingress key, and sign the egress protector that was
-//! freshly built beside it. Where the stock has a ready-made egress protector, the second operation was done before, while
-//! sessions were idle. Only when the ingress key proved right does anything leave this function, and then as a [`Grant`].
+//! The first failure decides the reply. The private keys are in the HSMs. A release needs two operations there, which
+//! run at the same time because they do not depend on each other: the decryption of the ingress key, and the signature
+//! over a fresh egress protector. If the stock has a ready-made egress protector, its signature was made earlier, while
+//! sessions were idle. A result leaves this function only after the ingress key was verified, as a [`Grant`].
 //!
-//! A release goes by one snapshot of the settings and the registry from its start to its end. What an administrator
-//! withdraws meanwhile is found when the decision is recorded: a grant leaves only if it still holds then.
+//! A release uses one snapshot of settings and registry from start to end. Changes in the meantime matter when the
+//! decision is recorded: a grant is sent only if it is still valid then.
 
 pub mod batch;
 mod decision;
@@ -48,11 +48,11 @@ use crate::service::Service;
 use crate::stock::{Basis, Taken};
 use crate::sys::clock::unix_now;
 
-/// A refusal in a secret step leaves at a multiple of this after the request's arrival, so that its time tells nothing
-/// of the step that failed. Honest callers do not meet it.
+/// A refusal in a secret step is sent at a multiple of this time after the request's arrival, so that its timing does
+/// not reveal which step failed. Correct clients do not get such refusals.
 const REFUSAL_GRID: Duration = Duration::from_millis(25);
 
-/// What a release works with.
+/// The context of a release.
 pub struct Release<'a, H> {
     service: &'a Service,
     hsm: &'a H,
@@ -61,21 +61,21 @@ pub struct Release<'a, H> {
 }
 
 impl<'a, H: Hsm> Release<'a, H> {
-    /// A release that begins now, whose decryptions and signatures are made by `hsm`. Its settings say until when `attempt`
-    /// is answered.
+    /// Starts a release; `hsm` makes its decryptions and signatures. The current settings determine the deadline of
+    /// `attempt`.
     pub fn begin(service: &'a Service, hsm: &'a H, api: ApiVersion, attempt: &mut Attempt) -> Self {
         let in_force = service.snapshot();
         attempt.answer_within(in_force.config.release.deadline());
         Self::with(service, hsm, api, in_force)
     }
 
-    /// A part of a release that has begun with this snapshot.
+    /// Continues a release that started with this snapshot.
     #[must_use]
     pub fn with(service: &'a Service, hsm: &'a H, api: ApiVersion, in_force: Snapshot) -> Self {
         Self { service, hsm, api, in_force }
     }
 
-    /// The settings and the registry that it goes by.
+    /// The settings and the registry of this release.
     #[must_use]
     pub fn in_force(&self) -> &Snapshot {
         &self.in_force
@@ -85,8 +85,8 @@ impl<'a, H: Hsm> Release<'a, H> {
 /// Releases the transport keys of one protector to one host.
 ///
 /// # Errors
-/// The refusals of the protocol page, section 2.1; `TooManyRequestsException` when the host asks too
-/// fast; `ServiceUnavailableException` when the service is too busy, or no HSM could serve in time.
+/// The refusals of the protocol page, section 2.1; `TooManyRequestsException` if the host exceeds its rate;
+/// `ServiceUnavailableException` if the service is too busy or no HSM could serve in time.
 pub async fn roll<H: Hsm>(
     service: &Service,
     hsm: &H,
@@ -97,7 +97,7 @@ pub async fn roll<H: Hsm>(
     let release = Release::begin(service, hsm, api, attempt);
     let sender = fast_reject(&release, body, RollRequest::peek_health_certificate, attempt)?;
 
-    // 1. The request is schema-valid and its three algorithms are known.
+    // 1. The request follows the schema and its three algorithms are supported.
     let request = sender.aside(body.len(), || RollRequest::parse(body)).await;
     let request = request.inspect_err(|_| sender.charge(service, body.len(), attempt))?;
     let protector = (&*request.ingress_protector, attempt.protector(&request.ingress_protector));
@@ -106,7 +106,7 @@ pub async fn roll<H: Hsm>(
     let host = healthy_host(service, &release.in_force, &request.health_certificate, attempt);
     let host = host.inspect_err(|_| sender.charge(service, body.len(), attempt))?;
 
-    // Its host is within its rate, and it is its turn. It is until this function ends.
+    // The host is within its rate, and it is its turn. The permit is held until this function ends.
     let asked = standstill::now();
     let admitted = service.admission.admit(&HostAt::new(&host.host_name, attempt), attempt).await;
     attempt.waited_for_turn(asked);
@@ -115,7 +115,7 @@ pub async fn roll<H: Hsm>(
     roll_protector(&release, &host, request.algorithms, protector, attempt).await
 }
 
-/// Steps 3 to 9: one protector of a host that proved its health. The protector comes with its SHA-256.
+/// Steps 3 to 9 for one protector of a host that has proved its health. The protector's SHA-256 is passed along.
 ///
 /// # Errors
 /// See [`roll`].
@@ -129,7 +129,7 @@ pub async fn roll_protector<H: Hsm>(
     let Release { service, hsm, api, in_force } = release;
     let (deadline, size) = (attempt.deadline(), protector.0.len());
 
-    // A batch may have waited for its items before this one.
+    // In a batch, this item may have waited for earlier ones.
     if standstill::now() >= deadline {
         return Err(Refusal::new(Code::ServiceUnavailable, "the service is too busy now; try again"));
     }
@@ -137,7 +137,7 @@ pub async fn roll_protector<H: Hsm>(
     let mut work = Work::default();
     let judged = judge(release, host, protector, &mut work, attempt);
     let (ingress, ours) = judged.inspect_err(|_| service.admission.failed_early(&from, size, work))?;
-    // What is encrypted for the new protector counts, too.
+    // Also charge for the encryptions of the new protector.
     ingress.set.wrappings().iter().for_each(|wrapping| work.add(wrapping.party.encryption.key()));
     service.admission.charge(&from, size, work);
     attempt.keys = vec![ours.decryption_key.id.clone(), ours.signing_key.id.clone()];
@@ -154,8 +154,8 @@ pub async fn roll_protector<H: Hsm>(
         proved_by_its_signature(&ingress),
     );
 
-    // 8. An egress protector with a fresh key: a ready-made one where the stock has it. Else, at the same time: write one and
-    //    sign it in an HSM.
+    // 8. An egress protector with a fresh key: take one from the stock. If there is none, write one and have an HSM sign
+    //    it, at the same time as step 7.
     let max_offline_unwraps = in_force.config.release.max_offline_unwraps;
     let ready = service.stock.take(&ingress.set, Basis::new(&in_force.keys, &in_force.config));
     let made = async {
@@ -167,12 +167,12 @@ pub async fn roll_protector<H: Hsm>(
         }
     };
 
-    // In this order: the decryption is under way while the egress protector is written.
+    // In this order, the decryption is in progress while the egress protector is written.
     let asked = standstill::now();
     let (decrypted, made) = tokio::join!(decrypted, made);
     attempt.waited_for_hsms(asked);
     let charge = |decryptions| service.admission.charge_decryptions(&from, decryptions);
-    // What was decrypted for a protector that cannot be written is to be paid for, too.
+    // Charge for the decryption even if the new protector cannot be written.
     let made = made.inspect_err(|_: &Refusal| charge(REJECTION_QUORUM - 1))?;
     let ingress_key = match decrypted {
         Ok(done) => {
@@ -180,26 +180,26 @@ pub async fn roll_protector<H: Hsm>(
             transport_key(&done.value).ok_or_else(Refusal::internal)?
         }
         Err(DecryptError::Rejected) => {
-            // It was decrypted again and again before it was refused.
+            // Several members decrypted it before it was refused.
             charge(REJECTION_QUORUM - 1);
             let refusal = refuse_on_the_grid(attempt.started()).await;
-            // The time on record ends on the grid, too.
+            // The recorded time also ends on the grid.
             attempt.waited_for_hsms(asked);
             return Err(refusal);
         }
         Err(DecryptError::Unavailable(error)) => return Err(unavailable(&error, "decrypt")),
     };
     let made = made.transpose().map_err(|error| unavailable(&error, "sign"))?;
-    // From here on the ready-made one belongs to this release.
+    // From here on, the ready-made protector belongs to this release.
     let egress = made.or_else(|| ready.and_then(Taken::give_out)).ok_or_else(Refusal::internal)?;
     attempt.used(egress.member());
     let (egress_protector, sha256) = egress.write()?;
     attempt.egress(sha256);
-    // The host brings it next time, to this service as a rule.
+    // The host will send this protector next time, usually to this service.
     service.sets.know_file(sha256);
     service.stock.asked(&ingress.set, 1.0, in_force.config.release.stock_bytes());
 
-    // 9. Both keys are encrypted to the host.
+    // 9. Encrypt both keys to the host.
     let keys = Payload { ingress: ingress_key, egress: egress.into_key(), max_offline_unwraps };
     let keys = keys.seal(*api, &host.key, algorithms)?;
     Ok(Grant {
@@ -210,7 +210,7 @@ pub async fn roll_protector<H: Hsm>(
     })
 }
 
-/// Steps 3 to 6: all that can be said about a protector from public facts alone, before anything is decrypted.
+/// Steps 3 to 6: all checks of a protector that use only public data, before any decryption.
 ///
 /// # Errors
 /// See [`roll`].
@@ -222,12 +222,12 @@ fn judge<'r, H: Hsm>(
     attempt: &mut Attempt,
 ) -> Result<(Arc<Ingress>, Ours<'r>), Refusal> {
     let Release { service, in_force, .. } = release;
-    // 3. The protector is schema-valid within the limits, and its algorithms are known. 4. and 5. The guardian signature is
-    // right, and every wrapping. All of it at little cost where the wrapping set is known.
+    // 3. The protector follows the schema within the limits, and its algorithms are supported. 4. and 5. The guardian
+    // signature and all wrappings are valid. This is cheap if the wrapping set is known.
     let ingress = apart_if_large(protector.len(), || service.sets.read(protector, &sha256, work))?;
     attempt.owner = Some(HEXLOWER.encode(&ingress.set.owner().signing.thumbprint()));
 
-    // 6. One wrapping is for this service, and its keys are for this host.
+    // 6. One wrapping is for this service, and this host may use its keys.
     let ours = Ours::find(&ingress.set, &in_force.keys)?;
     permitted(in_force, host, [ours.decryption_key, ours.signing_key])?;
     attempt.guardian_key = Some(HEXLOWER.encode(&ours.of(&ingress.set).party.encryption.thumbprint()));
@@ -235,7 +235,7 @@ fn judge<'r, H: Hsm>(
     Ok((Arc::new(ingress), ours))
 }
 
-/// Step 2: who asks, if it is a registered host that proved its health.
+/// Step 2: identifies the sender by its health certificate and checks that the host is registered.
 ///
 /// # Errors
 /// `HealthCertificateException`.
@@ -261,18 +261,18 @@ pub fn healthy_host(
     Ok(claims)
 }
 
-/// Who sent a request, as far as that can be said at little cost before the request is read.
+/// The sender of a request, as far as it is known before the request is parsed.
 #[derive(Debug)]
 pub(crate) enum Sender {
-    /// The host whose health certificate the request seems to bring; that was found right before.
+    /// The host of the health certificate in the request; that certificate was verified earlier.
     Host(Arc<HealthClaims>),
     /// Only the address is known.
     Stranger,
 }
 
 impl Sender {
-    /// Does what takes long when the input of so many bytes is large, apart from the other requests. Strangers have a
-    /// share of the processors.
+    /// Runs work that is slow for large inputs of `bytes` bytes apart from other requests. Unknown senders share a part
+    /// of the processors.
     pub(crate) async fn aside<T>(&self, bytes: usize, work: impl FnOnce() -> T) -> T {
         match self {
             Self::Stranger if bytes > LARGE => strangers::aside(work).await,
@@ -280,7 +280,7 @@ impl Sender {
         }
     }
 
-    /// Charges a request of so many bytes that is refused before steps 1 and 2 show who sent it.
+    /// Charges a request of `bytes` bytes that was refused before steps 1 and 2 identified its sender.
     pub(crate) fn charge(&self, service: &Service, bytes: usize, attempt: &Attempt) {
         match self {
             Self::Host(host) => service.admission.failed_unread(&HostAt::new(&host.host_name, attempt), bytes),
@@ -289,16 +289,16 @@ impl Sender {
     }
 }
 
-/// Fast path under load: refuses what [`admission`](crate::admission) would refuse after step 2, at a fraction of the cost,
-/// because refusing must not take from what gets done. `peek` finds the health certificate. Only a host whose health
-/// certificate was found right before is known at this point; any other request goes on.
+/// Fast path under load: rejects requests that [`admission`](crate::admission) would refuse after step 2, at a fraction
+/// of the cost, so that refusals do not slow down other work. `peek` finds the health certificate. Only a host whose
+/// health certificate was verified earlier is recognised here; every other request continues.
 ///
-/// An address from which too much was refused is served as far as a health certificate proves a host, so that no host pays
-/// for its neighbours behind a NAT or a load balancer.
+/// If too many requests from an address were refused, only requests with a valid health certificate are served, so that
+/// hosts behind the same NAT or load balancer do not suffer.
 ///
 /// # Errors
-/// `TooManyRequestsException`, `ServiceUnavailableException` for a host that would not be let in;
-/// `TooManyRequestsException` for an address from which too much was refused, where no host is known to have sent the request.
+/// `TooManyRequestsException` or `ServiceUnavailableException` for a host that would not be admitted;
+/// `TooManyRequestsException` for an address over its rate if the request is not from a known host.
 pub(crate) fn fast_reject<H: Hsm>(
     release: &Release<'_, H>,
     body: &[u8],
@@ -307,7 +307,7 @@ pub(crate) fn fast_reject<H: Hsm>(
 ) -> Result<Sender, Refusal> {
     let Release { service, in_force, .. } = release;
     let stranger = service.admission.stranger_may_ask(attempt);
-    // Reading a large body costs more than looking into it.
+    // Parsing a large body costs more than peeking into it.
     if stranger.is_ok() && !service.admission.is_pressed() && body.len() <= LARGE {
         return Ok(Sender::Stranger);
     }
@@ -330,11 +330,11 @@ pub(crate) fn fast_reject<H: Hsm>(
     Ok(Sender::Host(host))
 }
 
-/// Step 7: an ingress key is right when the protector's own signature says so.
+/// Step 7: an ingress key is right if the protector's transport-key signature is valid under it.
 ///
-/// The cluster asks this of whatever a member decrypted. A ciphertext that does not decrypt and a key whose signature is
-/// wrong go the same way there: known-good operations show that the member is not to blame, others are asked, and
-/// then the same refusal is given.
+/// The cluster calls this check for every plaintext. A ciphertext that does not decrypt and a key with a wrong
+/// signature are treated in the same way: known-answer tests show whether the member is at fault, other members are
+/// asked, and then the same refusal is returned.
 fn proved_by_its_signature(ingress: &Arc<Ingress>) -> Check {
     let ingress = Arc::clone(ingress);
     Arc::new(move |octets| {
@@ -343,7 +343,7 @@ fn proved_by_its_signature(ingress: &Arc<Ingress>) -> Check {
     })
 }
 
-/// The refusal of a secret step, at the next point of the grid.
+/// Waits for the next point of the grid, and returns the refusal of a secret step.
 async fn refuse_on_the_grid(started: Instant) -> Refusal {
     let passed = standstill::since(started).as_micros() / REFUSAL_GRID.as_micros();
     let points = u32::try_from(passed + 1).unwrap_or(u32::MAX);
@@ -351,7 +351,7 @@ async fn refuse_on_the_grid(started: Instant) -> Refusal {
     Refusal::protector("the transport key of the wrapping for this service is not right")
 }
 
-/// 503: the fault is on this side, and a second try may well succeed.
+/// 503: the fault is on the server's side, and a retry may succeed.
 fn unavailable(error: &Unavailable, operation: &str) -> Refusal {
     static SAID: Throttle = Throttle::new();
     if let Some(unsaid) = SAID.due(Instant::now()) {

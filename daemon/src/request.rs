@@ -1,4 +1,5 @@
-//! What is known of a request: where it came from, and what the audit trail will say of it, filled in while it is worked on.
+//! The facts about a request: its origin, its deadline, and the fields of its audit record, which are filled in during
+//! processing.
 
 mod client_certificate;
 mod network;
@@ -27,21 +28,21 @@ pub use self::network::Network;
 pub struct Attempt {
     /// The request's id.
     pub request: String,
-    /// The administrator, where it is a command.
+    /// The administrator, if it is a command.
     pub by: Option<Peer>,
-    /// The address that a release or an attestation came from, as the connection says.
+    /// The client's address, from the connection.
     pub address: Option<IpAddr>,
-    /// The certificate that the client showed in its TLS handshake.
+    /// The client's certificate in the TLS handshake.
     pub client: Option<Arc<ClientCertificate>>,
     /// The registered name of the host, once it is known.
     pub host: Option<String>,
-    /// Whether that host is registered and has proved that it is the one.
+    /// Whether the host is registered and has proved its identity.
     pub known: bool,
-    /// SHA-256 of the key of the host that a command is about, hexadecimal.
+    /// SHA-256 of the key of the host in a command, hexadecimal.
     pub key: Option<String>,
     /// SHA-256 of the host's identity key, hexadecimal.
     pub identity_key: Option<String>,
-    /// Serial number of the health certificate that was shown or issued, hexadecimal.
+    /// Serial number of the presented or issued health certificate, hexadecimal.
     pub health_serial: Option<String>,
     /// SHA-256 of the ingress protector, hexadecimal.
     pub protector: Option<String>,
@@ -51,21 +52,21 @@ pub struct Attempt {
     pub guardian_key: Option<String>,
     /// Thumbprint of the owner's signing certificate, hexadecimal.
     pub owner: Option<String>,
-    /// Thumbprint of the certificate that a command is about, hexadecimal.
+    /// Thumbprint of the certificate in a command, hexadecimal.
     pub certificate: Option<String>,
-    /// What a command changes, for people.
+    /// The change that a command makes, for people.
     pub change: Option<String>,
-    /// The baseline that the host's measurements matched.
+    /// The baseline that the host matches.
     pub baseline: Option<String>,
-    /// The policies that the host fails.
+    /// The policies that the host does not meet.
     pub failed_policies: Vec<&'static str>,
     /// The private keys that a release used.
     pub keys: Vec<KeyRef>,
-    /// The encryption certificate whose key served: the first digits of its thumbprint.
+    /// The first digits of the thumbprint of the encryption certificate that was used.
     pub certificate_used: Option<SharedString>,
-    /// How long it waited for its turn.
+    /// Time spent waiting for its turn.
     queued: Option<Duration>,
-    /// How long it waited for the HSMs.
+    /// Time spent waiting for the HSMs.
     at_hsms: Option<Duration>,
     hsm: Option<String>,
     started: Instant,
@@ -73,48 +74,48 @@ pub struct Attempt {
     caller: Caller,
 }
 
-/// Whether somebody waits for the answer. By default, nobody goes away.
+/// Tells whether the client still waits for the reply. By default it always does.
 #[derive(Clone, Debug, Default)]
 pub struct Caller(Option<watch::Receiver<bool>>);
 
-/// The caller is there for as long as this is.
+/// The client is connected while this value lives.
 #[derive(Debug)]
 pub struct Present {
     sender: watch::Sender<bool>,
 }
 
 impl Present {
-    /// Notes that the caller has closed its side of the connection, which most do that do not want the answer any more.
+    /// Records that the client has closed its side of the connection. Most such clients do not want the reply any more.
     pub fn has_closed(&self) {
         self.sender.send_replace(true);
     }
 }
 
 impl Caller {
-    /// One that is there until the second value is dropped.
+    /// Creates a caller that is connected until the second value is dropped.
     #[must_use]
     pub fn new() -> (Self, Present) {
         let (sender, receiver) = watch::channel(false);
         (Self(Some(receiver)), Present { sender })
     }
 
-    /// Whether the caller has gone away.
+    /// Whether the client has disconnected.
     #[must_use]
     pub fn is_gone(&self) -> bool {
         self.0.as_ref().is_some_and(|present| present.has_changed().is_err())
     }
 
-    /// Whether the caller has gone away, or has closed its side of the connection.
+    /// Whether the client has disconnected or closed its side of the connection.
     #[must_use]
     pub fn may_be_gone(&self) -> bool {
         self.0.as_ref().is_some_and(|present| *present.borrow() || present.has_changed().is_err())
     }
 
-    /// Ends when the caller has gone away, or has closed its side of the connection: then it may still read the answer, but
-    /// what others wait for comes first.
+    /// Completes when the client has disconnected or closed its side of the connection. In the second case it may still
+    /// read the reply, but other requests have priority.
     pub async fn left(&mut self) {
         match &mut self.0 {
-            // An error is said when the caller has gone away.
+            // An error means that the client has disconnected.
             Some(present) => drop(present.wait_for(|closed| *closed).await),
             None => std::future::pending().await,
         }
@@ -122,7 +123,7 @@ impl Caller {
 }
 
 impl Attempt {
-    /// A request that arrives now, to be answered within the default time of a release.
+    /// A request that arrives now, with the default deadline of a release.
     #[must_use]
     pub fn new(request: String) -> Self {
         let started = standstill::now();
@@ -155,30 +156,30 @@ impl Attempt {
         }
     }
 
-    /// The same, for a caller that may go away.
+    /// Sets the client.
     #[must_use]
     pub fn asked_by(self, caller: Caller) -> Self {
         Self { caller, ..self }
     }
 
-    /// The same, sent from `address`.
+    /// Sets the client's address.
     #[must_use]
     pub fn sent_from(self, address: Option<IpAddr>) -> Self {
         Self { address, ..self }
     }
 
-    /// The same, from a client with this certificate.
+    /// Sets the client's certificate.
     #[must_use]
     pub fn with_client(self, client: Option<Arc<ClientCertificate>>) -> Self {
         Self { client, ..self }
     }
 
-    /// Sets how long after its arrival the request is answered at the latest.
+    /// Sets the time from arrival to deadline.
     pub fn answer_within(&mut self, time: Duration) {
         self.deadline = self.started + time;
     }
 
-    /// An item of this request, numbered from 1, that is decided by itself.
+    /// An item of this request, numbered from 1, which is decided separately.
     #[must_use]
     pub fn item(&self, number: usize) -> Self {
         let caller = self.caller.clone();
@@ -201,7 +202,7 @@ impl Attempt {
         }
     }
 
-    /// The network that it came from.
+    /// The client's network.
     #[must_use]
     pub fn network(&self) -> Option<Network> {
         self.address.map(Network::of)
@@ -213,35 +214,35 @@ impl Attempt {
         self.started
     }
 
-    /// Until when the request is answered.
+    /// The deadline of the request.
     #[must_use]
     pub fn deadline(&self) -> Instant {
         self.deadline
     }
 
-    /// Notes that it waited for its turn since `asked`.
+    /// Adds the time since `asked` to the wait for its turn.
     pub fn waited_for_turn(&mut self, asked: Instant) {
         self.queued = Some(standstill::since(asked));
     }
 
-    /// Notes that it waited for the HSMs since `asked`.
+    /// Adds the time since `asked` to the wait for the HSMs.
     pub fn waited_for_hsms(&mut self, asked: Instant) {
         self.at_hsms = Some(standstill::since(asked));
     }
 
-    /// How long it has taken until now, and what for.
+    /// The time spent so far, by its parts.
     #[must_use]
     pub fn spent(&self) -> Spent {
         Spent { total: standstill::since(self.started), queue: self.queued, hsm: self.at_hsms }
     }
 
-    /// Who waits for the answer.
+    /// The client of the request.
     #[must_use]
     pub fn caller(&self) -> Caller {
         self.caller.clone()
     }
 
-    /// Notes the protector that came in. Returns its SHA-256.
+    /// Records the ingress protector. Returns its SHA-256.
     pub fn protector(&mut self, file: &[u8]) -> [u8; 32] {
         let mut sha256 = [0; 32];
         sha256.copy_from_slice(digest::digest(&digest::SHA256, file).as_ref());
@@ -249,12 +250,12 @@ impl Attempt {
         sha256
     }
 
-    /// Notes the protector that goes out, by its SHA-256.
+    /// Records the SHA-256 of the egress protector.
     pub fn egress(&mut self, sha256: [u8; 32]) {
         self.egress = Some(HEXLOWER.encode(&sha256));
     }
 
-    /// Notes what a health certificate says; whether its host is still registered, it does not.
+    /// Records the claims of a health certificate. Does not check that the host is still registered.
     pub fn health(&mut self, claims: &HealthClaims) {
         self.host = Some(claims.host_name.clone());
         self.identity_key = Some(claims.key_sha256.clone());
@@ -262,7 +263,7 @@ impl Attempt {
         self.baseline.clone_from(&claims.baseline);
     }
 
-    /// Notes a member that worked on the request.
+    /// Records a member that was used.
     pub fn used(&mut self, member: &str) {
         match &mut self.hsm {
             Some(used) if used.split(',').any(|m| m == member) => {}
@@ -274,7 +275,7 @@ impl Attempt {
         }
     }
 
-    /// The audit line, when the request is decided.
+    /// The audit record of the decided request.
     #[must_use]
     pub fn entry(&self, event: &str, outcome: &str) -> Entry {
         Entry {

@@ -1,4 +1,4 @@
-//! From start to stop: what keeps the daemon from starting, the daemon itself, reloads, and what systemd is told.
+//! The life of the daemon: checks before the start, the daemon itself, reloads, and messages to systemd.
 
 mod audit_tasks;
 pub mod daemon;

@@ -1,4 +1,4 @@
-//! Signatures by the HSMs for the daemon's own documents, and keys on their way to them.
+//! HSM signatures over the daemon's own documents.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -7,14 +7,14 @@ use claviger_hsm::{Check, Cluster, Done, Hash, HsmError, KeyRef, RsaPrivateParts
 use claviger_protocol::rsa_key::{RsaPrivateKey, RsaPublicKey};
 use ring::digest;
 
-/// How long the daemon's own work (the metadata document, an attestation signer) may take at the HSMs.
+/// Time limit for the daemon's own HSM operations (for the metadata document or an attestation signer).
 pub const OWN_DEADLINE: Duration = Duration::from_secs(10);
 
-/// Signs `message` with RSASSA-PKCS1-v1_5 and SHA-256 in an HSM, for the daemon's own documents. `public` is the key's
-/// other half: no signature that it does not verify leaves.
+/// Signs `message` in an HSM with RSASSA-PKCS1-v1_5 and SHA-256, for the daemon's own documents. `public` is the public
+/// key; a signature that it does not verify is never returned.
 ///
 /// # Errors
-/// What the cluster says.
+/// The error of the cluster.
 pub async fn sign(
     cluster: &Cluster,
     key: &KeyRef,
@@ -27,7 +27,7 @@ pub async fn sign(
     cluster.sign(key, SignScheme::Pkcs1(Hash::Sha256), digest.as_ref(), deadline, right).await
 }
 
-/// Whether a signature of the message with this SHA-256 is one: RSASSA-PKCS1-v1_5, by the key whose other half is `public`.
+/// A check for RSASSA-PKCS1-v1_5 signatures by the key of `public` over the message with this SHA-256.
 #[must_use]
 pub fn signed_by(public: &RsaPublicKey, digest: digest::Digest) -> Check {
     let public = public.clone();

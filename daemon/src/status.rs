@@ -1,4 +1,4 @@
-//! The metrics listener, for those who watch: a page for people at `/`, `/metrics` for Prometheus, `/live` and `/ready`.
+//! The listener of the metrics address: the status page at `/`, `/metrics` for Prometheus, `/live` and `/ready`.
 
 mod page;
 pub mod readiness;
@@ -32,10 +32,10 @@ use crate::tls::SharedTls;
 
 const TEXT: &str = "text/plain; charset=utf-8";
 const HTML: &str = "text/html; charset=utf-8";
-/// The page has its own style and nothing else: a name that is not escaped could do no harm.
+/// The page has inline styles only. With this policy, even a name that is not escaped could not run a script.
 const NOTHING_ELSE: HeaderValue = HeaderValue::from_static("default-src 'none'; style-src 'unsafe-inline'");
 
-/// What the listener answers with.
+/// The context of the metrics address.
 pub struct Monitor {
     service: Arc<Service>,
     handle: Handle,
@@ -46,7 +46,7 @@ pub struct Monitor {
 }
 
 impl Monitor {
-    /// Of a daemon that serves, to so many connections at once.
+    /// Creates the context for a daemon with this limit of connections.
     #[must_use]
     pub fn new(
         service: Arc<Service>,
@@ -66,7 +66,7 @@ impl Monitor {
         page::render(&verdict, &node, &readings, &points, SystemTime::now())
     }
 
-    /// How everything is at this moment.
+    /// The current values.
     fn readings(&self) -> Readings {
         let service = &self.service;
         let (audit_waiting, audit_writing) = service.audit.backlog();
@@ -78,7 +78,7 @@ impl Monitor {
         certificates.extend(signers.current().map(|signer| of("attestation", &signer.certificate)));
         let tls = self.tls.as_ref().map(|tls| tls.load());
         certificates.extend(tls.map(|tls| ("tls", tls.certificate.clone(), tls.not_after)));
-        // Two certificates may be one: the same text twice would be no page.
+        // Certificates may be equal. Listing the same text twice would be useless.
         certificates.sort();
         certificates.dedup();
         Readings {
@@ -97,13 +97,14 @@ impl Monitor {
             connections_limit: self.connections_limit,
             body_memory: service.bodies.used(),
             primaries: matches!(keys.primary(), (Some(_), Some(_))),
-            // Counts files: with ten thousand connections that is not for a thread that serves.
+            // This counts open files, which is slow with ten thousand connections, so it must not run on a thread that
+            // serves requests.
             usage: strangers::in_place(process::usage),
         }
     }
 }
 
-/// Answers one request to the metrics address.
+/// Answers a request to the metrics address.
 pub async fn serve(monitor: Arc<Monitor>, request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
     let plain = |status, text: String| Answer { status, ..Answer::ok(TEXT, text) };
     let answer = match (request.method(), request.uri().path()) {
@@ -128,12 +129,12 @@ pub async fn serve(monitor: Arc<Monitor>, request: Request<Incoming>) -> Result<
     Ok(answer.into_response(&request_id()))
 }
 
-/// Remembers how things are, for as long as the daemon runs.
+/// Records the history of the last hour, while the daemon runs.
 pub async fn watch(monitor: Arc<Monitor>) {
     let mut ticks = tokio::time::interval(INTERVAL);
-    // After a pause of the machine, no intervals of no time.
+    // After a pause of the machine, avoid intervals of zero length.
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    // The first is at once.
+    // The first tick is immediate.
     ticks.tick().await;
     loop {
         ticks.tick().await;
@@ -178,7 +179,7 @@ pub(crate) mod testing {
         }
     }
 
-    /// Ten seconds in which releases took 20 ms, and 100 ms at most.
+    /// An interval of ten seconds in which releases took 20 ms, at most 100 ms.
     pub(super) fn point(success: u64, failed: u64) -> Point {
         Point {
             lasted: Duration::from_secs(10),

@@ -1,14 +1,13 @@
-//! What must survive a restart: registered hosts, baselines, key-protection certificates and attestation signers.
+//! The data that survives a restart: registered hosts, baselines, key-protection certificates and attestation signers.
 //!
-//! [`Contents`] is all of it as plain values, with the rules that every change obeys. A store (`backend`) keeps them, in one SQLite
-//! file (`sqlite`) or in etcd (`etcd`), and decides every change on the newest contents. [`State`] is what the rest of the daemon
-//! sees.
+//! [`Contents`] holds all of it as plain values and has the rules for every change. A store (`backend`) keeps it in one
+//! SQLite file (`sqlite`) or in etcd (`etcd`), and decides every change on the newest contents. The rest of the daemon
+//! uses [`State`].
 //!
-//! Nothing here is on the path of a release: callers keep a snapshot in memory. All calls block on the store, so async callers
-//! use `spawn_blocking`; they bring the lock that makes it one at a time, so that a change and the reading that follows it can be
-//! one step.
+//! Releases do not use this module: they read a snapshot in memory. All calls block on the store, so async callers use
+//! `spawn_blocking`. The callers also lock the state, so that a change and the following read are one step.
 //!
-//! Times are seconds since 1970 (UTC) and come from the caller.
+//! Times are seconds since 1970 (UTC) and are passed in by the caller.
 
 mod backend;
 mod baselines;

@@ -1,4 +1,4 @@
-//! What the daemon knows of the machine it runs on, and plain values that no other room owns.
+//! Access to the machine, and general-purpose values.
 
 pub mod clock;
 pub mod failure;

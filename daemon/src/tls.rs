@@ -1,6 +1,6 @@
-//! The server's TLS configuration, from PEM files. A new one is swapped in while connections are open: they go on as they
-//! were agreed, and those that come later get the new one. Sessions of the old one are not resumed: whoever was let in by it
-//! has to show a certificate that the new one accepts.
+//! The server's TLS configuration, from PEM files. It can be replaced while connections are open: existing connections
+//! keep their parameters, new connections use the new configuration. Sessions of the old configuration are not resumed,
+//! so every client has to present a certificate that the new one accepts.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -16,35 +16,35 @@ use x509_parser::prelude::{FromDer, X509Certificate, X509Version};
 use crate::config::{Clients, Tls};
 use crate::registry::keys::short_name;
 
-/// What new connections are served with; it can be changed at any time.
+/// The configuration for new connections, which can be replaced at any time.
 pub type SharedTls = Arc<ArcSwap<ServerTls>>;
 
-/// What connections are encrypted with.
+/// A TLS configuration.
 #[derive(Clone, Debug)]
 pub struct ServerTls {
-    /// For rustls.
+    /// The configuration of rustls.
     pub config: Arc<ServerConfig>,
-    /// The first 8 digits of the thumbprint of the server's certificate.
+    /// The first 8 digits of the server certificate's thumbprint.
     pub certificate: String,
-    /// When it begins to be valid, in seconds since 1970.
+    /// Start of its validity, in seconds since 1970.
     pub not_before: i64,
-    /// When it ends, in seconds since 1970.
+    /// End of its validity, in seconds since 1970.
     pub not_after: i64,
-    /// What keeps hosts from accepting it.
+    /// Reasons why hosts would not accept it.
     pub doubts: Vec<Doubt>,
 }
 
-/// A reason for which hosts do not accept a certificate.
+/// A reason why hosts would not accept the server's certificate.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Doubt {
-    /// What is wrong with it.
+    /// The problem.
     pub what: String,
-    /// What to do.
+    /// The remedy.
     pub todo: &'static str,
 }
 
 impl ServerTls {
-    /// Logs what keeps hosts from accepting the certificate.
+    /// Logs the reasons why hosts would not accept the certificate.
     pub fn warn(&self) {
         for Doubt { what, todo } in &self.doubts {
             tracing::warn!(certificate = self.certificate, "the server's certificate for TLS: {what}; {todo}");
@@ -52,55 +52,56 @@ impl ServerTls {
     }
 }
 
-/// Why there is no TLS to serve with.
+/// Why TLS cannot be configured.
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
-    /// A file cannot be read, holds something else, or is a secret that others may read.
+    /// A file cannot be read or is invalid, or other users can read a secret file.
     #[error("TLS: {0}")]
     File(#[from] FileError),
     /// The server's certificate cannot be used.
     #[error("TLS: {}: the first certificate cannot be used: {problem}; issue it again, for this server and with a subjectAltName", path.display())]
     Certificate {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The problem.
         problem: String,
     },
-    /// The key is another one than that of the certificate.
+    /// The key does not belong to the certificate.
     #[error(
         "TLS: the certificate in {} and the key in {} cannot be used together: the key is that of another certificate; give \
          both from the same request", certificate.display(), key.display()
     )]
     Mismatch {
-        /// The certificate's file.
+        /// Path of the certificate file.
         certificate: PathBuf,
-        /// The key's file.
+        /// Path of the key file.
         key: PathBuf,
     },
     /// Certificate and key cannot be used for another reason.
     #[error("TLS: the certificate in {} and the key in {} cannot be used: {source}", certificate.display(), key.display())]
     Pair {
-        /// The certificate's file.
+        /// Path of the certificate file.
         certificate: PathBuf,
-        /// The key's file.
+        /// Path of the key file.
         key: PathBuf,
-        /// What rustls says.
+        /// The error of rustls.
         source: rustls::Error,
     },
-    /// The authorities of clients' certificates cannot be used.
+    /// The CA certificates for clients cannot be used.
     #[error("clients' certificates cannot be checked: {0}")]
     Authorities(#[from] AuthorityError),
-    /// No verifier can be made of them.
+    /// rustls cannot use the CA certificates.
     #[error("clients' certificates cannot be checked with {}: {source}", path.display())]
     Verifier {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What rustls says.
+        /// The error of rustls.
         source: VerifierBuilderError,
     },
 }
 
-/// TLS 1.2 and 1.3 with HTTP/2 and HTTP/1.1; clients show certificates where the settings say so. Blocks on the files.
+/// Builds a configuration for TLS 1.2 and 1.3 with HTTP/2 and HTTP/1.1. Clients need certificates if the settings say
+/// so. Blocks on the files.
 ///
 /// # Errors
 /// [`TlsError`] names the file.
@@ -118,7 +119,7 @@ pub fn tls_config(settings: &Tls) -> Result<ServerTls, TlsError> {
         }
     };
     let provider = Arc::new(rustls::crypto::ring::default_provider());
-    // The provider is named: the process-wide default may be missing, or another one.
+    // Name the provider explicitly: the process-wide default may be missing or different.
     let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
         .with_safe_default_protocol_versions()
         .map_err(pair)?;
@@ -140,12 +141,12 @@ pub fn tls_config(settings: &Tls) -> Result<ServerTls, TlsError> {
     Ok(ServerTls { config: Arc::new(config), certificate: name, not_before, not_after, doubts })
 }
 
-/// The name in the metrics, and the validity, of a chain's first certificate.
+/// The metrics name and the validity of the first certificate of a chain.
 fn leaf(path: &Path, chain: &[CertificateDer<'_>]) -> Result<(String, (i64, i64)), TlsError> {
     let fault = |problem: String| TlsError::Certificate { path: path.to_owned(), problem };
     let der = chain.first().ok_or_else(|| fault("there is none".to_owned()))?;
     let (_, leaf) = X509Certificate::from_der(der).map_err(|error| fault(error.to_string()))?;
-    // rustls would say so in the words of its code.
+    // rustls would report this with a less helpful error.
     if leaf.version() != X509Version::V3 {
         return Err(fault("it is of X.509 version 1, without extensions, which is not accepted".to_owned()));
     }
@@ -153,7 +154,7 @@ fn leaf(path: &Path, chain: &[CertificateDer<'_>]) -> Result<(String, (i64, i64)
     Ok((short_name(der), (validity.not_before.timestamp(), validity.not_after.timestamp())))
 }
 
-/// What keeps hosts from accepting a server's certificate, though it can be served with.
+/// Reasons why hosts would not accept a certificate that the server itself can use.
 fn doubts(chain: &[CertificateDer<'_>]) -> Vec<Doubt> {
     let Some((_, leaf)) = chain.first().and_then(|der| X509Certificate::from_der(der).ok()) else { return Vec::new() };
     let mut doubts = Vec::new();
@@ -204,7 +205,7 @@ mod tests {
             assert!(output.status.success(), "openssl {arguments}: {}", String::from_utf8_lossy(&output.stderr));
         }
 
-        /// A certificate NAME.pem that signed itself, of key.pem.
+        /// Creates a self-signed certificate NAME.pem of key.pem.
         fn certificate(&self, name: &str, options: &str) {
             self.openssl(&format!("req -x509 -key key.pem -days 30 -subj /CN=localhost -out {name}.pem {options}"));
         }
@@ -287,7 +288,7 @@ mod tests {
             ("both.pfx", "key.pem", "openssl pkcs12 -in FILE -nokeys"),
             ("none.pem", "key.pem", "none.pem: No such file"),
         ] {
-            // Certificates have no secret in them, keys do.
+            // Certificates are not secret, but keys are.
             for name in [certificate, key] {
                 let _ = fs::set_permissions(path(name), fs::Permissions::from_mode(0o600));
             }

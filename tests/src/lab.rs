@@ -302,6 +302,7 @@ pub fn until_attested(host: &Host) -> Vec<u8> {
 }
 
 /// Decrypts an answer to [`roll_request`]: returns the keys and the egress protector.
+///
 /// # Errors
 /// Returns a sentence that describes what is wrong with the answer.
 pub fn open_release(body: &[u8], identity: &RsaPrivateKey) -> Result<(Payload, Vec<u8>), String> {

@@ -1,5 +1,4 @@
-//! The parts of a release, and whole ones, each in a process of its own under valgrind. Whatever is made ready first is not
-//! counted.
+//! The parts of a release, and complete ones, each in its own process under valgrind. Preparations are not counted.
 
 #![allow(missing_docs, clippy::unwrap_used)]
 
@@ -216,8 +215,8 @@ fn attempt() -> Attempt {
     attempt
 }
 
-// All but the link to the line before, and the write, which are the writer thread's. The egress protector's hash is made as it is
-// written.
+// Everything except the link to the previous line and the write, which the writer thread does. The hash of the egress
+// protector is computed while it is written.
 #[library_benchmark]
 #[bench::usual((attempt(), protector()))]
 fn audit_line(input: (Attempt, Vec<u8>)) -> (Vec<u8>, Attempt, Vec<u8>) {
@@ -233,14 +232,14 @@ library_benchmark_group!(
     benchmarks = [egress_protector_build, egress_protector_finish, keys_encrypt_to_host, reply_write, audit_line]
 );
 
-// All of it.
+// The complete release.
 
 struct Whole {
     stage: Stage,
     hsm: NullHsm,
     body: Vec<u8>,
     runtime: Runtime,
-    /// Goes last.
+    /// Dropped last.
     _folder: TempDir,
 }
 
@@ -282,8 +281,8 @@ fn first(whole: Whole) -> (Vec<u8>, Whole) {
     (black_box(whole.release()), whole)
 }
 
-/// How many releases [`next`] counts together: what waits for another thread does not always take the same steps. The comparison,
-/// `claviger_bench::instructions::counts`, knows this number, too.
+/// Number of releases that [`next`] counts together, because work that waits for another thread varies in its steps.
+/// `claviger_bench::instructions::counts` has the same number.
 const RELEASES: usize = 10;
 
 #[library_benchmark]

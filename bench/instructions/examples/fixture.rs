@@ -1,6 +1,5 @@
-//! Makes new inputs for the counts, with new keys: `cargo run --release --manifest-path bench/instructions/Cargo.toml --target-dir target --example
-//! fixture`. All counts have
-//! to be accepted after it.
+//! Creates new inputs with new keys: `cargo run --release --manifest-path bench/instructions/Cargo.toml --target-dir
+//! target --example fixture`. Afterwards all counts have to be accepted again.
 
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 

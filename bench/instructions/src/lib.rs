@@ -1,7 +1,8 @@
-//! The inputs of the counts: the same in every run, on every machine.
+//! The inputs of the counts, which are the same in every run and on every machine.
 //!
-//! `benches/release.rs` runs each part of a release, and whole ones, under valgrind. `fixture.json` has an owner, a guardian, a host, and a protector of the owner for the guardian. Its private keys are for
-//! nothing but this. `examples/fixture.rs` makes another one.
+//! `benches/release.rs` runs each part of a release, and complete ones, under valgrind. `fixture.json` contains an
+//! owner, a guardian, a host, and a protector of the owner for the guardian. Its private keys are used only here.
+//! `examples/fixture.rs` creates another fixture.
 #![forbid(unsafe_code)]
 
 use claviger_protocol::certificate::{Certificate, CertificateError};
@@ -42,13 +43,13 @@ pub struct Pair {
 /// The two pairs of an owner, or of a guardian.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Pairs {
-    /// It signs with this one.
+    /// The pair that signs.
     pub signing: Pair,
-    /// It decrypts with this one.
+    /// The pair that decrypts.
     pub encryption: Pair,
 }
 
-/// All of it.
+/// The whole fixture.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Fixture {
     /// The owner of the protector.
@@ -57,9 +58,9 @@ pub struct Fixture {
     pub guardian: Pairs,
     /// The service's attestation signer.
     pub signer: Pair,
-    /// The private key that the host is registered with.
+    /// The private key with which the host is registered.
     pub host: Bytes,
-    /// The private key that the host gets the transport keys by.
+    /// The private key to which the host's transport keys are encrypted.
     pub identity: Bytes,
     /// The owner's protector for itself and the guardian.
     pub protector: Bytes,
@@ -67,26 +68,26 @@ pub struct Fixture {
     pub transport_key: Bytes,
     /// A health certificate (DER) of the host.
     pub health_certificate: Bytes,
-    /// When that was issued, in seconds since 1970.
+    /// Time of its issue, in seconds since 1970.
     pub issued: i64,
 }
 
-/// Why a fixture is of no use.
+/// Why a fixture cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum FixtureError {
-    /// The file is not what [`Fixture`] is.
+    /// The file does not have the form of [`Fixture`].
     #[error("fixture.json: {0}")]
     Json(#[from] serde_json::Error),
-    /// A private key.
+    /// A private key is invalid.
     #[error("fixture.json: {0}")]
     Key(#[from] KeyError),
-    /// A certificate.
+    /// A certificate is invalid.
     #[error("fixture.json: {0}")]
     Certificate(#[from] CertificateError),
 }
 
 impl Pairs {
-    /// What they are to an owner, or to a guardian.
+    /// Takes the pairs of an owner or a guardian.
     #[must_use]
     pub fn of(owner: &Owner) -> Self {
         let pair = |key: &RsaPrivateKey, certificate: &Certificate| Pair {
@@ -102,7 +103,7 @@ impl Pairs {
     /// The owner with these keys.
     ///
     /// # Errors
-    /// When a key or a certificate cannot be read.
+    /// A key or a certificate cannot be parsed.
     pub fn owner(&self) -> Result<Owner, FixtureError> {
         Ok(Owner {
             signing_key: RsaPrivateKey::from_pkcs8_der(&self.signing.key.0)?,
@@ -114,15 +115,15 @@ impl Pairs {
 }
 
 impl Fixture {
-    /// That of `fixture.json`, as it was when this was built.
+    /// The fixture in `fixture.json` at build time.
     ///
     /// # Errors
-    /// When it is not readable as such.
+    /// The file is invalid.
     pub fn read() -> Result<Self, FixtureError> {
         Ok(serde_json::from_str(FILE)?)
     }
 
-    /// The key that the guardian decrypts out of the protector.
+    /// The transport key that the guardian decrypts from the protector.
     #[must_use]
     pub fn transport_key(&self) -> Option<TransportKey> {
         transport_key(&self.transport_key.0)

@@ -1,4 +1,4 @@
-//! The daemon beside the raw token, in one run.
+//! Compares the daemon with the raw token in one run.
 
 #![forbid(unsafe_code)]
 
@@ -14,8 +14,8 @@ use claviger_loadgen::units;
 use claviger_process::{arguments, output};
 use serde_json::Value;
 
-/// Holds the daemon against the raw token: alternating rounds of a bare PKCS#11 loop and of the daemon under a closed loop,
-/// in one run on the same tokens
+/// Compares the daemon with the raw token: alternating rounds of a bare PKCS#11 loop and of the daemon under a closed
+/// loop, in one run on the same tokens
 #[derive(Debug, Parser)]
 #[command(after_help = "Examples:\n  \
     cargo run --release -p claviger-bench --bin ceiling -- --json ceiling.json\n  \
@@ -24,13 +24,13 @@ use serde_json::Value;
     cargo run --release -p claviger-bench --bin ceiling -- --storm 10000 --owners 100 --rounds 2\n\n\
     docs/bench.md says what the figures mean.")]
 struct Arguments {
-    /// Soft tokens; several numbers measure how throughput grows with them
+    /// Number of soft tokens; several numbers measure how throughput grows with them
     #[arg(long, value_name = "N[,N…]", default_value = "1", value_delimiter = ',', value_parser = hsms)]
     hsms: Vec<usize>,
     /// Sessions of each token
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=256))]
     sessions: u16,
-    /// How long a round counts
+    /// Duration of a round in seconds
     #[arg(long, value_name = "S", default_value_t = 3.0, value_parser = seconds)]
     seconds: f64,
     /// Rounds of each kind
@@ -39,42 +39,43 @@ struct Arguments {
     /// Length of the guardian's RSA keys
     #[arg(long, value_name = "BITS", default_value_t = 2048)]
     rsa: u32,
-    /// What every operation takes longer, as if the HSM were on a network; whole milliseconds
+    /// Delay of every operation, as if the HSM were on a network; whole milliseconds
     #[arg(long, value_name = "TIME", default_value = "0ms", value_parser = units::duration)]
     rtt: Duration,
-    /// SoftHSM2's module, or another that makes its tokens in the same way
+    /// SoftHSM2's module, or another module that creates its tokens in the same way
     #[arg(long, value_name = "PATH")]
     module: Option<PathBuf>,
-    /// Measure what so many idle connections cost, instead
+    /// Measure the cost of this many idle connections instead
     #[arg(long, value_name = "N")]
     idle: Option<usize>,
-    /// Measure a storm of so many machines instead: how long until the last of them has its keys, with the stock of egress
-    /// protectors full, and with none
+    /// Measure a storm of this many machines instead: the time until the last machine has its keys, with a full and an
+    /// empty stock of egress protectors
     #[arg(long, value_name = "N", conflicts_with = "idle", value_parser = clap::value_parser!(u32).range(1..=60_000))]
     storm: Option<u32>,
     /// Owners of the machines of a storm
     #[arg(long, value_name = "M", default_value_t = 100, requires = "storm",
         value_parser = clap::value_parser!(u32).range(1..=10_000))]
     owners: u32,
-    /// Hosts that ask in a storm; by default one for each hundred machines
+    /// Hosts that send the requests in a storm; by default one per hundred machines
     #[arg(long, value_name = "N", requires = "storm", value_parser = clap::value_parser!(u32).range(1..=10_000))]
     hosts: Option<u32>,
-    /// Time within which all machines of a storm ask for the first time
+    /// Time within which all machines of a storm send their first request
     #[arg(long, value_name = "TIME", default_value = "2s", requires = "storm", value_parser = units::duration)]
     within: Duration,
-    /// Memory for the daemon's stock of egress protectors, in MiB; by default none, and 256 in a storm, where a machine takes
-    /// some 10 KiB of it
+    /// Memory for the daemon's stock of egress protectors, in MiB; default: none, and 256 in a storm, where a machine
+    /// needs about 10 KiB
     #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(1..))]
     stock_mib: Option<u64>,
-    /// Callers at saturation, each with a connection; by default as many as keep every session busy, and the processors
+    /// Callers at saturation, each with its own connection; default: enough to keep every session and the processors
+    /// busy
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=4096))]
     callers: Option<u16>,
-    /// Write the figures here, for machines
+    /// Write the figures to this file, as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
 }
 
-/// Memory for the stock in a storm, where nothing else is asked for.
+/// Default memory for the stock in a storm.
 const STORM_STOCK_MIB: u64 = 256;
 
 fn hsms(text: &str) -> Result<usize, String> {

@@ -1,4 +1,4 @@
-//! What was counted, beside what was accepted.
+//! Compares the last counts with the accepted ones.
 
 #![forbid(unsafe_code)]
 
@@ -10,15 +10,15 @@ use claviger_bench::instructions::baseline::{Baseline, Comparison, Tools};
 use claviger_bench::instructions::counts;
 use claviger_process::{arguments, output};
 
-/// Prints how many instructions each part of a release took in the last count, and the change since they were accepted. Fails
-/// when a part grew by more than 3 %
+/// Prints the instructions of each part of a release in the last count, and the change since the accepted count. Fails
+/// if a part has grown by more than 3 %
 #[derive(Debug, Parser)]
 #[command(after_help = "Example: make bench-instructions\n\ndocs/bench.md says what the figures mean.")]
 struct Arguments {
-    /// Where gungraun left its counts
+    /// Folder with gungraun's counts
     #[arg(long, value_name = "DIR", default_value = "target/gungraun/claviger-instructions")]
     results: PathBuf,
-    /// What was accepted
+    /// File with the accepted counts
     #[arg(long, value_name = "FILE", default_value = "bench/instructions/baseline.json")]
     baseline: PathBuf,
     /// Accept the counts: write them to the baseline
@@ -52,7 +52,7 @@ fn run(arguments: &Arguments) -> Result<bool, String> {
     let file = &arguments.baseline;
     let compared = match read(file) {
         Ok(baseline) => Some(Comparison::new(&baseline, &here.instructions, &here.tools)),
-        // The first of all.
+        // The first baseline.
         Err(_) if arguments.accept => None,
         Err(error) => return Err(error),
     };

@@ -1,4 +1,4 @@
-//! The targets beside the last figures, and the last figures of the criterion benches.
+//! Prints the targets with the last figures, and the last figures of the criterion benches.
 
 #![forbid(unsafe_code)]
 
@@ -10,14 +10,14 @@ use claviger_bench::targets;
 use claviger_process::{arguments, output};
 use serde_json::Value;
 
-/// Prints the targets beside what was measured last, and what the criterion benches measured last
+/// Prints the targets with the last measured figures, and the last figures of the criterion benches
 #[derive(Debug, Parser)]
 #[command(after_help = "Example: cargo bench -p claviger-bench && cargo run -p claviger-bench --bin table")]
 struct Arguments {
-    /// Where criterion keeps its results
+    /// Folder with criterion's results
     #[arg(long, value_name = "DIR", default_value = "target/criterion")]
     results: PathBuf,
-    /// Where `ceiling --json` wrote its figures
+    /// Folder with the figures of `ceiling --json`
     #[arg(long, value_name = "DIR", default_value = "target/figures")]
     figures: PathBuf,
 }
@@ -45,7 +45,7 @@ fn main() -> ExitCode {
     output::exit_status("table", ExitCode::SUCCESS, 1)
 }
 
-/// Every folder with the results of a run is called `new`.
+/// Every folder with results of a run is named `new`.
 fn collect(folder: &Path, rows: &mut Vec<(String, String)>) {
     if folder.file_name().is_some_and(|name| name == "new") {
         rows.extend(row(folder));

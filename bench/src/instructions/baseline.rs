@@ -1,4 +1,4 @@
-//! What was accepted, and how far from it the last counts are.
+//! The accepted counts, and their difference from the last counts.
 
 use std::fmt::{self, Write};
 use std::process::Command;
@@ -7,27 +7,27 @@ use serde::{Deserialize, Serialize};
 
 use super::counts::Counts;
 
-/// A part that grew by more than this fails, in percent of the accepted count.
+/// A part fails if it has grown by more than this, in percent of the accepted count.
 pub const TOLERANCE_PERCENT: u64 = 3;
 
-/// What decides on a count beside this project's own code. Counts by others tell nothing.
+/// Tools that influence the counts. Counts with other tools cannot be compared.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Tools {
-    /// The compiler, as it calls itself.
+    /// Version of the Rust compiler.
     pub rustc: String,
-    /// The counter; it also decides which processor the code believes that it runs on.
+    /// Version of valgrind, which also decides which processor the code sees.
     pub valgrind: String,
     /// The version of the C library.
     pub libc: String,
     /// The version of the C compiler, which compiles the cryptographic libraries.
     pub cc: String,
-    /// The model of the processor. The C library and the cryptographic ones choose their code by its features, of which valgrind hides
-    /// most, but not all.
+    /// Model of the processor. The C library and the cryptographic libraries select code by its features, most of which
+    /// valgrind hides.
     pub processor: String,
 }
 
 impl Tools {
-    /// Those of this machine.
+    /// The tools of this machine.
     #[must_use]
     pub fn here() -> Self {
         Self {
@@ -51,7 +51,7 @@ impl Tools {
     }
 }
 
-/// Vendor, family and model of the first processor, as the kernel numbers them: names differ between clouds.
+/// Vendor, family and model of the first processor, by the kernel's numbers, because names differ between clouds.
 fn processor() -> String {
     let told = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let of = |field: &str| {
@@ -61,44 +61,44 @@ fn processor() -> String {
     [of("vendor_id"), of("cpu family"), of("model")].join(" ")
 }
 
-/// The first line that a program says of itself.
+/// The first line of a program's version output.
 fn says(program: &str, question: &str) -> String {
     let output = Command::new(program).arg(question).output().map(|output| output.stdout).unwrap_or_default();
     String::from_utf8_lossy(&output).lines().next().unwrap_or("none").to_owned()
 }
 
-/// The last word, the version: what a distribution calls its builds of it does not matter.
+/// The last word, which is the version; the names of distributions' builds do not matter.
 fn version(line: &str) -> String {
     line.split_whitespace().next_back().unwrap_or("none").to_owned()
 }
 
-/// What was accepted.
+/// The accepted counts.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Baseline {
-    /// What it was counted with.
+    /// The tools of these counts.
     pub tools: Tools,
     /// Instructions, by part.
     pub instructions: Counts,
 }
 
-/// A part, before and now.
+/// A part in the baseline and in the last counts.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Change {
     /// Counted both times.
     Both {
-        /// What was accepted.
+        /// The accepted count.
         before: u64,
-        /// What was counted last.
+        /// The last count.
         now: u64,
     },
-    /// Not in the baseline.
+    /// Only in the last counts.
     New(u64),
     /// Only in the baseline.
     Gone(u64),
 }
 
 impl Change {
-    /// By which share of what it was a part grew; less than 0 if it shrank.
+    /// Relative growth of a part; negative if it shrank.
     #[must_use]
     pub fn growth(self) -> Option<f64> {
         match self {
@@ -107,26 +107,26 @@ impl Change {
         }
     }
 
-    /// Whether it may stay as it is without being accepted.
+    /// Whether the change needs no acceptance.
     #[must_use]
     pub fn is_within_tolerance(self) -> bool {
-        // Whole numbers: a share of exactly the tolerance is within it.
+        // Computed in whole numbers, so that a change of exactly the tolerance is within it.
         let share = |count: u64, percent: u64| u128::from(count) * u128::from(percent);
         matches!(self, Self::Both { before, now } if share(now, 100) <= share(before, 100 + TOLERANCE_PERCENT))
     }
 }
 
-/// Counts beside what was accepted.
+/// The comparison of counts with the accepted ones.
 #[derive(Clone, Debug)]
 pub struct Comparison {
     /// By part.
     pub changes: Vec<(String, Change)>,
-    /// What the baseline was counted with, and what there is here instead.
+    /// Tools that differ: the baseline's, and this machine's.
     pub other_tools: Vec<(String, String)>,
 }
 
 impl Comparison {
-    /// Of `counts`, made with `tools`.
+    /// Compares `counts`, made with `tools`.
     #[must_use]
     pub fn new(baseline: &Baseline, counts: &Counts, tools: &Tools) -> Self {
         let before = |part| baseline.instructions.get(part).copied();
@@ -141,7 +141,7 @@ impl Comparison {
         Self { changes, other_tools }
     }
 
-    /// Whether nothing has to be accepted. Counts made with other tools than the baseline are not judged.
+    /// Whether no change needs acceptance. Counts with other tools than the baseline's are not judged.
     #[must_use]
     pub fn passes(&self) -> bool {
         !self.other_tools.is_empty() || self.changes.iter().all(|(_, change)| change.is_within_tolerance())
@@ -187,7 +187,7 @@ fn percent(change: Change) -> String {
     change.growth().map_or_else(String::new, |growth| format!("{:+.2} %", growth * 100.0))
 }
 
-/// 1,234,567.
+/// Formats like 1,234,567.
 fn grouped(number: u64) -> String {
     let digits = number.to_string();
     let mut text = String::new();

@@ -1,4 +1,4 @@
-//! What was counted in the last run, as gungraun left it.
+//! Reads the counts of the last run from gungraun's files.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-/// Releases that `bench/instructions` counts together in the part [`TOGETHER`]; what is told is their mean.
+/// Number of releases that `bench/instructions` counts together in the part [`TOGETHER`]; their mean is reported.
 const RELEASES: u64 = 10;
 /// See [`RELEASES`].
 const TOGETHER: &str = "whole/next/usual";
@@ -14,26 +14,26 @@ const TOGETHER: &str = "whole/next/usual";
 /// Instructions, by part: `group/function/case`.
 pub type Counts = BTreeMap<String, u64>;
 
-/// Why there are no counts.
+/// Why the counts cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub enum CountError {
     /// A file or folder cannot be read.
     #[error("{}: {source}", path.display())]
     Read {
-        /// Which.
+        /// The file or folder.
         path: PathBuf,
-        /// What the operating system says.
+        /// The operating system's error.
         source: io::Error,
     },
-    /// A summary is not what gungraun writes.
+    /// A file is not a summary of gungraun.
     #[error("{}: no summary of gungraun: {what}", path.display())]
     Summary {
-        /// Which.
+        /// The file.
         path: PathBuf,
-        /// What is missing.
+        /// The problem.
         what: String,
     },
-    /// Nothing was counted.
+    /// There are no counts.
     #[error("nothing was counted in {}; count first: make bench-instructions", .0.display())]
     Nothing(PathBuf),
 }

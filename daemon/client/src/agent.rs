@@ -1,15 +1,16 @@
-//! The agent of a host: one process that keeps the health certificate fresh and asks for releases, for all machines of the host.
+//! The agent of a host: a process that renews the health certificate and requests releases for all machines of the
+//! host.
 //!
 //! ```text
 //! claviger host vm open ──▶ socket ──▶ who asks? ──▶ gather ──▶ one RollTransportKeys ──▶ each its own keys
 //! ```
 //! | what | module |
 //! |---|---|
-//! | what goes over the socket | [`wire`] |
-//! | which releases are asked for together, and when | [`gather`] |
-//! | asking an agent | [`client`] |
-//! | being one | [`server`] |
-//! | what it counts | [`counters`] |
+//! | the messages on the socket | [`wire`] |
+//! | collecting releases into batches | [`gather`] |
+//! | the client of an agent | [`client`] |
+//! | the agent itself | [`server`] |
+//! | its counters | [`counters`] |
 
 pub mod client;
 pub mod counters;

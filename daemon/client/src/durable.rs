@@ -1,9 +1,9 @@
-//! Replacing a file so that it is the old one or the new one whenever the power fails, and never anything else.
+//! Replaces files atomically: after a power failure at any point, the file is either the old one or the new one.
 //!
 //! ```text
 //! create draft ─▶ write ─▶ fsync draft ─▶ rename (or link) to the name ─▶ fsync folder
 //! ```
-//! The steps go through [`Disk`], so that a test stops after each of them on a disk that loses what was not forced to it.
+//! All steps use [`Disk`], so that a test can stop after each step on a disk that loses unsynced data.
 
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
@@ -18,32 +18,32 @@ use ring::rand::{SecureRandom, SystemRandom};
 pub(crate) trait Disk {
     /// A file that is open for writing.
     type File;
-    /// Makes a file of mode 0600 that must not be there.
+    /// Creates a file with mode 0600, which must not exist.
     fn create(&self, path: &Path) -> io::Result<Self::File>;
-    /// Writes all bytes at the end of the file.
+    /// Appends all bytes to the file.
     fn write(&self, file: &mut Self::File, bytes: &[u8]) -> io::Result<()>;
-    /// Forces the content to the disk.
+    /// Syncs the content to the disk.
     fn sync(&self, file: &Self::File) -> io::Result<()>;
-    /// Renames over a file that may be there.
+    /// Renames a file; an existing target is replaced.
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
-    /// Gives the file one more name, which must not be there.
+    /// Gives the file an additional name, which must not exist.
     fn link(&self, from: &Path, to: &Path) -> io::Result<()>;
-    /// Forces the folder's names to the disk.
+    /// Syncs the names in a folder to the disk.
     fn sync_folder(&self, folder: &Path) -> io::Result<()>;
-    /// Takes a name away.
+    /// Removes a name.
     fn remove(&self, path: &Path) -> io::Result<()>;
 }
 
-/// What becomes of a file that is there.
+/// What happens to an existing file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Existing {
     /// It stays, and nothing is written.
     Keep,
-    /// It is the old one or the new one at every moment, whole.
+    /// It is replaced atomically.
     Replace,
 }
 
-/// The disk of this machine.
+/// The real disk.
 pub(crate) struct RealDisk;
 
 impl Disk for RealDisk {
@@ -78,8 +78,8 @@ impl Disk for RealDisk {
     }
 }
 
-/// Writes the file with all its bytes or not at all. With [`Existing::Keep`] the error is [`ErrorKind::AlreadyExists`] where a file
-/// is there.
+/// Writes the file completely or not at all. With [`Existing::Keep`], the error for an existing file is
+/// [`ErrorKind::AlreadyExists`].
 pub(crate) fn write(disk: &impl Disk, path: &Path, bytes: &[u8], existing: Existing) -> io::Result<()> {
     let name = path.file_name().ok_or_else(|| io::Error::new(ErrorKind::InvalidInput, "it names no file"))?;
     let mut tag = [0; 8];
@@ -93,19 +93,19 @@ pub(crate) fn write(disk: &impl Disk, path: &Path, bytes: &[u8], existing: Exist
     disk.sync(&file)?;
     match existing {
         Existing::Replace => disk.rename(&draft.path, path),
-        // A link, because renaming would replace a file that came up meanwhile.
+        // Link instead of rename, because renaming would replace a file that was created in the meantime.
         Existing::Keep => disk.link(&draft.path, path),
     }?;
     disk.sync_folder(folder(path))
 }
 
-/// The folder that a file is in.
+/// The folder of a file.
 #[must_use]
 pub fn folder(path: &Path) -> &Path {
     path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
-/// Removes the file's first name, whatever happens; after a renaming there is none.
+/// Removes the temporary name on drop; after a rename it no longer exists.
 struct Draft<'a, D: Disk> {
     disk: &'a D,
     path: PathBuf,
@@ -120,27 +120,27 @@ impl<D: Disk> Drop for Draft<'_, D> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 pub(crate) mod testing {
-    //! A disk in memory that stops working after some steps and loses everything that was not forced to it.
+    //! A disk in memory that stops after some steps and loses all unsynced data.
 
     use super::*;
     use std::cell::RefCell;
     use std::collections::BTreeMap;
 
-    /// One file's content: what is in memory, and what would be there after a power failure.
+    /// The content of a file: in memory, and after a power failure.
     #[derive(Clone, Default)]
     struct Content {
         written: Vec<u8>,
         synced: Vec<u8>,
     }
 
-    /// Names lead to contents. `pending` are the changes of names since the folder was last forced to the disk, in order.
+    /// Names refer to contents. `pending` are the changes of names since the folder was last synced, in order.
     #[derive(Clone, Default)]
     pub(crate) struct State {
         contents: Vec<Content>,
         names: BTreeMap<PathBuf, usize>,
         on_disk: BTreeMap<PathBuf, usize>,
         pending: Vec<(PathBuf, Option<usize>)>,
-        /// Steps done.
+        /// Number of completed steps.
         pub(crate) steps: usize,
     }
 
@@ -151,7 +151,7 @@ pub(crate) mod testing {
     }
 
     impl ModelDisk {
-        /// A disk with one file, safely there.
+        /// A disk with one synced file.
         pub(crate) fn with(path: &Path, bytes: &[u8], stop_after: usize) -> Self {
             let content = Content { written: bytes.to_vec(), synced: bytes.to_vec() };
             let names = BTreeMap::from([(path.to_owned(), 0)]);
@@ -168,14 +168,14 @@ pub(crate) mod testing {
             change(state)
         }
 
-        /// What the name leads to if only the process dies: the kernel keeps what it was told.
+        /// The content of the name if only the process ends: the kernel keeps all changes.
         pub(crate) fn after_kill(&self, path: &Path) -> Option<Vec<u8>> {
             let state = self.state.borrow();
             Some(state.contents[*state.names.get(path)?].written.clone())
         }
 
-        /// Everything that the name may lead to after a power failure. A file system may write names in order and content at
-        /// any time: any number of the pending names is there, and of content that was not forced any length.
+        /// All possible contents of the name after a power failure. A file system may write names in order and content
+        /// at any time, so any number of the pending name changes may be present, and any length of unsynced content.
         pub(crate) fn after_power_failure(&self, path: &Path) -> Vec<Option<Vec<u8>>> {
             let state = self.state.borrow();
             let mut outcomes = Vec::new();
@@ -217,7 +217,7 @@ pub(crate) mod testing {
         }
 
         fn write(&self, file: &mut usize, bytes: &[u8]) -> io::Result<()> {
-            // A write may end half-way: each half is a step.
+            // A write may stop halfway, so each half is a step.
             let (one, other) = bytes.split_at(bytes.len() / 2);
             [one, other].into_iter().try_for_each(|part| {
                 self.step(|state| {
@@ -239,7 +239,7 @@ pub(crate) mod testing {
             self.step(|state| {
                 let at = state.names.remove(from).ok_or(ErrorKind::NotFound)?;
                 state.names.insert(to.to_owned(), at);
-                // The step made one change on the disk, too. The draft's name does not matter.
+                // The step also made a change on the disk. The temporary name does not matter.
                 state.pending.push((to.to_owned(), Some(at)));
                 Ok(())
             })
@@ -283,7 +283,7 @@ mod tests {
 
     const NAME: &str = "folder/file";
 
-    /// What may be there when the writing stopped after `stop_after` steps; and whether it had finished.
+    /// The possible contents after a write that stopped after `stop_after` steps, and whether the write had finished.
     fn stopped(disk: &ModelDisk, existing: Existing) -> (Vec<Option<Vec<u8>>>, bool) {
         let path = Path::new(NAME);
         let done = write(disk, path, b"the new one", existing).is_ok();
@@ -306,7 +306,7 @@ mod tests {
             }
             seen.extend(left);
             if disk.state.borrow().steps < stop_after {
-                // Nothing was left to do.
+                // All steps were done.
                 break;
             }
         }
@@ -324,7 +324,7 @@ mod tests {
         }
     }
 
-    /// The model finds what the order of the steps is for.
+    /// The model detects a wrong order of the steps.
     #[test]
     fn a_writer_that_does_not_force_the_content_first_is_found_out() {
         let disk = ModelDisk::with(Path::new(NAME), b"old", usize::MAX);

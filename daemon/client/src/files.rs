@@ -215,7 +215,7 @@ fn read_open(path: &Path, file: File, limit: usize) -> Result<Zeroizing<Vec<u8>>
     Ok(octets)
 }
 
-/// Writes a file that only its owner may read, with all its octets or not at all. After this call it is there also if the
+/// Writes a file that only its owner may read, with all its bytes or not at all. After this call it is there also if the
 /// power fails.
 ///
 /// # Errors

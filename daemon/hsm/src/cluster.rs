@@ -279,7 +279,7 @@ impl Cluster {
         serving().filter(|member| Some(member.priority()) == first).map(|member| member.idle_sessions()).sum()
     }
 
-    /// Retries that the budget has left.
+    /// Remaining retries in the budget.
     #[must_use]
     pub fn retries_left(&self) -> f64 {
         self.budget().left(standstill::now())

@@ -10,22 +10,22 @@ const RSA_PSS_384: &str = "http://www.w3.org/2007/05/xmldsig-more#sha384-rsa-MGF
 const RSA_PSS_512: &str = "http://www.w3.org/2007/05/xmldsig-more#sha512-rsa-MGF1";
 /// RSA-OAEP with SHA-1 and MGF1-SHA-1 (XML Encryption 1.0).
 pub const OAEP_MGF1P: &str = "http://www.w3.org/2001/04/xmlenc#rsa-oaep-mgf1p";
-/// RSA-OAEP with digests of choice (XML Encryption 1.1).
+/// RSA-OAEP with selectable digests (XML Encryption 1.1).
 pub const OAEP_11: &str = "http://www.w3.org/2009/xmlenc11#rsa-oaep";
 const AES256_GCM: &str = "http://www.w3.org/2009/xmlenc11#aes256-gcm";
 const AES128_GCM: &str = "http://www.w3.org/2009/xmlenc11#aes128-gcm";
 const KW_AES256: &str = "http://www.w3.org/2001/04/xmlenc#kw-aes256";
-/// HKDF (RFC 5869) as a key derivation method.
+/// HKDF (RFC 5869) for key derivation.
 pub const HKDF: &str = "http://www.w3.org/2021/04/xmldsig-more#hkdf";
-/// HMAC-SHA-256: the transport-key signature, and HKDF's PRF.
+/// HMAC-SHA-256: for the transport-key signature, and inside HKDF.
 pub const HMAC_SHA256: &str = "http://www.w3.org/2001/04/xmldsig-more#hmac-sha256";
 
-/// Longest part of an unknown URI that a refusal names, in characters.
+/// Longest part of an unsupported URI that a refusal quotes, in characters.
 const MAX_NAMED: usize = 500;
 
-/// The refusal of an algorithm: the message names the URI.
+/// The refusal of an unsupported algorithm. The message quotes the URI.
 pub(crate) fn unsupported(uri: &str) -> Refusal {
-    // A URI may be as long as a document; a message need not.
+    // A URI can be as long as the document, so the quotation is limited.
     let named: String = uri.chars().take(MAX_NAMED).collect();
     Refusal::new(Code::UnsupportedAlgorithm, format!("the algorithm {named} is not supported here"))
 }
@@ -44,7 +44,7 @@ pub enum Digest {
 }
 
 impl Digest {
-    /// Every digest, for tables and tests.
+    /// All digests, for tables and tests.
     pub const ALL: [Self; 4] = [Self::Sha1, Self::Sha256, Self::Sha384, Self::Sha512];
 
     /// The URI of `ds:DigestMethod`.
@@ -78,7 +78,7 @@ impl Digest {
     }
 }
 
-/// A hash function that signatures may use.
+/// A digest that signatures may use.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum SignatureDigest {
     /// SHA-256.
@@ -94,15 +94,15 @@ pub enum SignatureDigest {
 pub enum SignatureAlgorithm {
     /// RSASSA-PKCS1-v1_5.
     Pkcs1(SignatureDigest),
-    /// RSASSA-PSS: MGF1 with the same digest, salt as long as the digest.
+    /// RSASSA-PSS: MGF1 with the same digest; the salt has the digest's length.
     Pss(SignatureDigest),
 }
 
 impl SignatureAlgorithm {
-    /// What this service signs with.
+    /// The algorithm of this service's signatures.
     pub const DEFAULT: Self = Self::Pkcs1(SignatureDigest::Sha256);
 
-    /// Every algorithm, for tables and tests.
+    /// All algorithms, for tables and tests.
     pub const ALL: [Self; 6] = [
         Self::Pkcs1(SignatureDigest::Sha256),
         Self::Pkcs1(SignatureDigest::Sha384),
@@ -112,7 +112,7 @@ impl SignatureAlgorithm {
         Self::Pss(SignatureDigest::Sha512),
     ];
 
-    /// The URI that names the algorithm.
+    /// The algorithm's URI.
     #[must_use]
     pub fn uri(self) -> &'static str {
         match self {
@@ -145,7 +145,7 @@ impl Oaep {
     /// SHA-256 with MGF1-SHA-256.
     pub const SHA256: Self = Self { digest: Digest::Sha256, mgf: Digest::Sha256 };
 
-    /// The URI of a request, which has no parameters.
+    /// The algorithm of a request's URI, which has no parameters.
     ///
     /// # Errors
     /// `UnsupportedAlgorithmException`.
@@ -158,7 +158,7 @@ impl Oaep {
     }
 }
 
-/// How the transport keys are encrypted under the wrapping key: AES-GCM, octets are IV (12) ‖ ciphertext ‖ tag (16).
+/// Encrypts the transport keys with the wrapping key: AES-GCM. The bytes are IV (12) ‖ ciphertext ‖ tag (16).
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Sealing {
     /// AES-128-GCM.
@@ -168,7 +168,7 @@ pub enum Sealing {
 }
 
 impl Sealing {
-    /// The URI that names the algorithm.
+    /// The algorithm's URI.
     #[must_use]
     pub fn uri(self) -> &'static str {
         match self {
@@ -177,7 +177,7 @@ impl Sealing {
         }
     }
 
-    /// Length of the key, in octets.
+    /// Length of the key, in bytes.
     #[must_use]
     pub fn key_len(self) -> usize {
         match self {
@@ -199,7 +199,7 @@ impl Sealing {
     }
 }
 
-/// How the wrapping key is encrypted under the transfer key.
+/// Encrypts the wrapping key with the transfer key.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum KeyWrapping {
     /// AES-GCM.
@@ -209,7 +209,7 @@ pub enum KeyWrapping {
 }
 
 impl KeyWrapping {
-    /// The URI that names the algorithm.
+    /// The algorithm's URI.
     #[must_use]
     pub fn uri(self) -> &'static str {
         match self {
@@ -218,7 +218,7 @@ impl KeyWrapping {
         }
     }
 
-    /// Length of the key, in octets.
+    /// Length of the key, in bytes.
     #[must_use]
     pub fn key_len(self) -> usize {
         match self {
@@ -236,13 +236,13 @@ impl KeyWrapping {
     }
 }
 
-/// The three algorithms a host asks for.
+/// The three algorithms that a host requests.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct HostAlgorithms {
-    /// The transfer key to the health certificate's key; with the URI's own digests.
+    /// Encrypts the transfer key to the health certificate's key. The URI implies the digests.
     pub transfer: Oaep,
-    /// The wrapping key under the transfer key.
+    /// Encrypts the wrapping key with the transfer key.
     pub wrapping: KeyWrapping,
-    /// The transport keys under the wrapping key.
+    /// Encrypts the transport keys with the wrapping key.
     pub transport: Sealing,
 }

@@ -1,4 +1,4 @@
-//! Attestation's messages [MS-HGSA]: JSON, for the server and for its clients, in host-key mode and in TPM mode.
+//! The messages of attestation [MS-HGSA]: JSON for servers and clients, in host-key mode and TPM mode.
 
 mod strict;
 pub mod tpm;
@@ -16,51 +16,52 @@ use crate::rsa_key::{BadSignature, RsaPublicKey};
 pub use strict::MAX_DEPTH;
 use strict::{Item, Object};
 
-/// What every `__type` ends in.
+/// Suffix of every `__type`.
 const TYPE_SUFFIX: &str = ":#Microsoft.Windows.RemoteAttestation.Core";
 const REQUEST: &str = "AttestationRequest";
 const HEALTH_CERTIFICATE_REPLY: &str = "HealthCertificateReply";
 const SERVICE_INFO_REPLY: &str = "ServiceInfoReply";
 
-/// Content types of `ProvidedContent` that are read: the first in both modes, then those of TPM mode and of host-key mode.
+/// The content types of `ProvidedContent` that this service reads. The first is used in both modes, the next ones in
+/// TPM mode, the last ones in host-key mode.
 const IDENTITY_KEY: i64 = 1;
 const RTPM_CONTEXT: i64 = 2;
 const ENDORSEMENT_KEY: i64 = 4;
 const HOST_KEY: i64 = 8;
 const HOST_KEY_SIGNATURE: i64 = 9;
 
-/// How hosts prove themselves, by its number on the wire.
+/// The modes of attestation, with their numbers on the wire.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum OperationMode {
-    /// 1: by a TPM.
+    /// 1: the host proves itself with its TPM.
     Tpm = 1,
-    /// 2: by membership in an Active Directory group. Deprecated by its maker.
+    /// 2: the host is a member of an Active Directory group. Microsoft has deprecated this mode.
     ActiveDirectory = 2,
-    /// 3: by a registered host key.
+    /// 3: the host proves itself with a registered host key.
     HostKey = 3,
 }
 
-/// A request that cannot be answered whoever sent it: what its `PayloadErrorReply` says to an honest caller.
+/// A request that is invalid for any sender. The text is the message of the `PayloadErrorReply`.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct PayloadError(pub String);
 
-/// An `AttestationRequest` in host-key mode. Its keys are of accepted strength; its signature is not checked yet.
+/// An `AttestationRequest` in host-key mode. Its keys are strong enough; its signature is not verified yet.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct HostKeyRequest {
-    /// The session's GUID, its octets as sent.
+    /// The session's GUID, the bytes exactly as sent.
     pub session_id: [u8; 16],
-    /// What is to be certified, in the order of the request, each once.
+    /// The requested certificates in the order of the request, without duplicates.
     pub requested: Vec<ResultType>,
-    /// The host key's octets as sent: they are part of what is signed.
+    /// The host key's bytes exactly as sent: the signature covers them.
     pub host_key_octets: Vec<u8>,
-    /// The identity key's octets as sent: they are part of what is signed.
+    /// The identity key's bytes exactly as sent: the signature covers them.
     pub identity_key_octets: Vec<u8>,
     /// The host key's signature.
     pub signature: Vec<u8>,
     /// The host key.
     pub host_key: RsaPublicKey,
-    /// The identity key, which is to be certified.
+    /// The identity key that the host wants certified.
     pub identity_key: RsaPublicKey,
 }
 
@@ -76,7 +77,7 @@ struct RequestBody<'a> {
     provided: Vec<Object<Tuple<'a>>>,
 }
 
-/// A tuple of a request: the type decides whether the item is looked at at all.
+/// A tuple of a request. Its type decides whether the item is read at all.
 #[derive(Deserialize)]
 struct Tuple<'a> {
     #[serde(rename = "m_Item1")]
@@ -85,11 +86,11 @@ struct Tuple<'a> {
     item: Item<'a>,
 }
 
-/// What the requests of both modes have in common: their form is right.
+/// The part that requests of both modes have in common, with a valid structure.
 struct Envelope<'a> {
     session_id: [u8; 16],
     requested: Vec<ResultType>,
-    /// By their types, each of which is there once.
+    /// One tuple for each type.
     provided: Vec<Object<Tuple<'a>>>,
 }
 
@@ -132,7 +133,7 @@ impl<'a> Envelope<'a> {
         Ok(Self { session_id, requested, provided })
     }
 
-    /// The octets of the content of this type.
+    /// The bytes of the content of this type.
     fn content(&self, content_type: i64, name: &str) -> Result<Vec<u8>, PayloadError> {
         let tuple = self.provided.iter().find(|tuple| tuple.0.content_type == content_type);
         match tuple.map(|tuple| &tuple.0.item) {
@@ -143,13 +144,13 @@ impl<'a> Envelope<'a> {
     }
 }
 
-/// A key in any of the forms that hosts send.
+/// Parses a key in any of the forms that hosts send.
 fn any_key(octets: &[u8], name: &str) -> Result<RsaPublicKey, PayloadError> {
     RsaPublicKey::from_any(octets).map_err(|e| refuse(format!("{name}: {e}")))
 }
 
 impl HostKeyRequest {
-    /// Reads the body of a request.
+    /// Parses the body of a request.
     ///
     /// # Errors
     /// [`PayloadError`].
@@ -169,13 +170,13 @@ impl HostKeyRequest {
         })
     }
 
-    /// What the host key signs: the two keys' octets as sent, host key first.
+    /// The bytes that the host key signs: host key, then identity key, exactly as sent.
     #[must_use]
     pub fn signed_octets(&self) -> Vec<u8> {
         signed_octets(&self.host_key_octets, &self.identity_key_octets)
     }
 
-    /// Checks that the host key signed both keys. Whether it is a registered one is the caller's to check.
+    /// Verifies that the host key signed both keys. The caller has to check that the host key is registered.
     ///
     /// # Errors
     /// [`BadSignature`].
@@ -185,13 +186,14 @@ impl HostKeyRequest {
     }
 }
 
-/// What a host signs with its host key (RSASSA-PKCS1-v1_5, SHA-256) before it asks: both keys' octets as it sends them.
+/// The bytes that a host signs with its host key (RSASSA-PKCS1-v1_5, SHA-256) before its request: both keys, exactly as
+/// it will send them.
 #[must_use]
 pub fn signed_octets(host_key_octets: &[u8], identity_key_octets: &[u8]) -> Vec<u8> {
     [host_key_octets, identity_key_octets].concat()
 }
 
-/// The body of a host's request in host-key mode. The keys are octets that [`RsaPublicKey::from_any`] reads.
+/// Writes the body of a host's request in host-key mode. [`RsaPublicKey::from_any`] must be able to read the keys.
 #[must_use]
 pub fn host_key_request(
     session_id: [u8; 16],
@@ -204,7 +206,7 @@ pub fn host_key_request(
     request(session_id, requested, &provided)
 }
 
-/// The body of an `AttestationRequest` with this content.
+/// Writes the body of an `AttestationRequest` with this content.
 fn request(session_id: [u8; 16], requested: &[ResultType], provided: &[(i64, &[u8])]) -> Vec<u8> {
     #[derive(Serialize)]
     #[serde(rename_all = "PascalCase")]
@@ -237,10 +239,10 @@ impl<N> TupleOut<N> {
     }
 }
 
-/// The answer to a request that was granted.
+/// The reply to a successful request.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct HealthCertificateReply {
-    /// Each certificate's DER and what it is.
+    /// The certificates in DER, with their kinds.
     pub content: Vec<(ResultType, Vec<u8>)>,
 }
 
@@ -262,12 +264,13 @@ impl HealthCertificateReply {
     }
 }
 
-/// A reply that is not what it should be.
+/// A reply that cannot be parsed.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("the attestation server's reply cannot be read: {0}")]
 pub struct ReplyError(pub String);
 
-/// Reads a `HealthCertificateReply`: result types and DER certificates, in the order of the reply. They are not judged.
+/// Parses a `HealthCertificateReply`: result types and DER certificates, in the order of the reply. The certificates
+/// are not validated.
 ///
 /// # Errors
 /// [`ReplyError`].
@@ -297,14 +300,14 @@ pub fn parse_health_certificate_reply(body: &[u8]) -> Result<Vec<(u32, Vec<u8>)>
     body.content.iter().map(decode).collect()
 }
 
-/// What `getinfo` answers.
+/// The reply of `getinfo`.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ServiceInfoReply {
     /// The version of the protocol in use.
     pub functional_level: u32,
-    /// See [`OperationMode`].
+    /// The number of the [`OperationMode`].
     pub operation_mode: u8,
-    /// The versions of the protocol that could be in use.
+    /// The protocol versions that the server supports.
     pub supported_functional_levels: Vec<u32>,
 }
 
@@ -319,7 +322,7 @@ struct ServiceInfoBody {
 }
 
 impl ServiceInfoReply {
-    /// What a server of this version answers.
+    /// The reply of this version of the server.
     #[must_use]
     pub fn new(mode: OperationMode) -> Self {
         Self { functional_level: 2, operation_mode: mode as u8, supported_functional_levels: vec![1, 2] }
@@ -336,7 +339,7 @@ impl ServiceInfoReply {
         })
     }
 
-    /// Reads the body of a reply.
+    /// Parses the body of a reply.
     ///
     /// # Errors
     /// [`ReplyError`].
@@ -353,53 +356,53 @@ impl ServiceInfoReply {
     }
 }
 
-/// One reason why a policy refused a host.
+/// A policy that refused a host.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 pub struct PolicyReason {
-    /// The policy's verdict; `false` where it refused the host.
+    /// The policy's verdict: `false` if it refused the host.
     pub result: bool,
-    /// Which policy: base64 of a GUID's 16 bytes [MS-HGSA 2.2.2.13].
+    /// The policy: base64 of a GUID's 16 bytes [MS-HGSA 2.2.2.13].
     pub reason: String,
 }
 
-/// A request that was not granted.
+/// The reply to a request that was refused.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum ErrorReply {
-    /// The request never reached attestation: no such path, a body too large, and so on.
+    /// The request did not reach attestation: for example an unknown path, or a body that is too large.
     Error {
-        /// The HTTP status that says so.
+        /// The HTTP status.
         status: u16,
     },
-    /// The host is not registered, or did not prove that it is the one it says.
+    /// The host is not registered, or did not prove its identity.
     Unauthorized,
-    /// The request cannot be understood.
+    /// The request cannot be parsed.
     Payload,
-    /// The endpoint is for another mode than the one in use.
+    /// The endpoint belongs to another mode than the current one.
     OperationMode {
-        /// The mode in use.
+        /// The current mode.
         expected: OperationMode,
     },
     /// A policy refused the host.
     PolicyEvaluation {
-        /// Which and why.
+        /// The policies that refused the host.
         reasons: Vec<PolicyReason>,
     },
     /// The host's virtual secure mode is not acceptable.
     VirtualSecureMode,
     /// The host's TPM context is not acceptable.
     Rtpm {
-        /// Whether the State is at fault: the host may begin again.
+        /// Whether the State caused the refusal: then the host may start again with step 1.
         retryable: bool,
     },
     /// The host's TCG log is not acceptable.
     TcgLogValidation,
-    /// The service cannot answer now.
+    /// The service is temporarily unable to answer.
     Unavailable,
 }
 
 impl ErrorReply {
-    /// The HTTP status to send it with.
+    /// The HTTP status of the reply.
     #[must_use]
     pub fn status(&self) -> u16 {
         match self {
@@ -415,15 +418,15 @@ impl ErrorReply {
         }
     }
 
-    /// Whether the same request may succeed later. A wrong mode counts: a client changes its mode, and asks again, only
-    /// then [MS-HGSA 3.2.5.4].
+    /// Whether the same request may succeed later. `OperationMode` counts as retryable, because only then a client
+    /// changes its mode and tries again [MS-HGSA 3.2.5.4].
     #[must_use]
     pub fn retryable(&self) -> bool {
         matches!(self, Self::OperationMode { .. } | Self::Rtpm { retryable: true })
             || matches!(self.status(), 408 | 429 | 500..)
     }
 
-    /// The name of the reply's type, without the suffix all types share.
+    /// The name of the reply's type, without the common suffix.
     #[must_use]
     pub fn name(&self) -> &'static str {
         match self {
@@ -439,7 +442,7 @@ impl ErrorReply {
         }
     }
 
-    /// The body of the reply. `message` is for people.
+    /// The body of the reply. `message` is a text for people.
     #[must_use]
     pub fn to_json(&self, message: &str) -> Vec<u8> {
         #[derive(Serialize)]
@@ -470,22 +473,22 @@ impl ErrorReply {
     }
 }
 
-/// What a client reads in an error reply.
+/// The parts of an error reply that a client reads.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ReceivedError {
-    /// The name of its type, without the suffix all types share: `UnauthorizedErrorReply` and so on.
+    /// The name of its type without the common suffix, for example `UnauthorizedErrorReply`.
     pub name: String,
     /// Whether the same request may succeed later.
     pub retryable: bool,
-    /// For people; servers other than Claviger may leave it out.
+    /// A text for people. Servers other than Claviger may omit it.
     pub message: Option<String>,
-    /// The mode in use, in an `OperationModeErrorReply`.
+    /// The server's mode, in an `OperationModeErrorReply`.
     pub expected_operation_mode: Option<u8>,
     /// The reasons in a `PolicyEvaluationErrorReply`.
     pub reasons: Vec<PolicyReason>,
 }
 
-/// Reads an error reply.
+/// Parses an error reply.
 ///
 /// # Errors
 /// [`ReplyError`].
@@ -518,12 +521,12 @@ fn type_name(name: &str) -> String {
     [name, TYPE_SUFFIX].concat()
 }
 
-/// Serialises one of the bodies above: structs of strings and numbers, which serde_json cannot fail on.
+/// Serialises a body. The bodies above consist of strings and numbers, for which serde_json cannot fail.
 fn json<T: Serialize>(body: &T) -> Vec<u8> {
     serde_json::to_vec(body).unwrap_or_default()
 }
 
-/// The text of a body, without the byte-order mark that some clients write before it.
+/// The text of a body. Some clients put a byte-order mark in front; it is removed.
 fn utf8(body: &[u8]) -> Result<&str, &'static str> {
     pem::text(body).map_err(|error| match error {
         TextError::Utf16 => "UTF-16, not UTF-8",
@@ -548,7 +551,7 @@ fn refuse_json(error: &serde_json::Error) -> PayloadError {
     PayloadError(clip(&error.to_string()))
 }
 
-/// Shortens a message that may quote what the other side sent.
+/// Shortens a message that may quote data from the other side.
 fn clip(message: &str) -> String {
     const LONGEST: usize = 200;
     match message.char_indices().nth(LONGEST) {

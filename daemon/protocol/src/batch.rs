@@ -1,4 +1,4 @@
-//! Many protectors in one request (protocol page, section 2.7; an extension of this project).
+//! Several protectors in one request (protocol page, section 2.7; an extension of this project).
 
 use memchr::{memchr, memmem};
 
@@ -7,17 +7,17 @@ use crate::error::Refusal;
 use crate::request::{AlgorithmUris, PEEKED, RollResponse, peeked};
 use crate::xml::{self, SERVICE_NS, Sequence, XmlError, write_base64};
 
-/// Largest body, in octets.
+/// Largest body, in bytes.
 pub const MAX_BATCH_BODY: usize = 16 * 1024 * 1024;
 /// Most protectors of one request.
 pub const MAX_ITEMS: usize = 256;
 
-/// A `RollTransportKeysRequest`: its shape and its algorithms are right.
+/// A `RollTransportKeysRequest` whose structure and algorithms are valid.
 #[derive(Clone, Debug)]
 pub struct BatchRequest {
-    /// DER, not judged. Good for all items, or for none.
+    /// DER, not verified yet. The certificate applies to all items.
     pub health_certificate: Vec<u8>,
-    /// How the keys shall travel.
+    /// The algorithms that encrypt the keys to the host.
     pub algorithms: HostAlgorithms,
     /// 1 to 256 protector files.
     pub ingress_protectors: Vec<Vec<u8>>,
@@ -39,12 +39,13 @@ impl BatchRequest {
         Ok(Self { health_certificate, algorithms: uris.known()?, ingress_protectors })
     }
 
-    /// What looks like the health certificate of a batch of which only the beginning is here: the content of the first element
-    /// of that name. Like [`RollRequest::peek_health_certificate`](crate::request::RollRequest::peek_health_certificate),
-    /// good for a guess at who asks, and for nothing that has to be right.
+    /// Finds the probable health certificate of a batch from the beginning of the body: the content of the first
+    /// element of that name. Like
+    /// [`RollRequest::peek_health_certificate`](crate::request::RollRequest::peek_health_certificate), the result is a
+    /// guess at the sender; never use it for a decision that has to be right.
     #[must_use]
     pub fn peek_health_certificate(beginning: &[u8]) -> Option<Vec<u8>> {
-        // "<HealthCertificate>…</", or with a prefix. An honest one is at the very beginning.
+        // The form is "<HealthCertificate>…</", possibly with a prefix. Real clients write it at the very beginning.
         let beginning = &beginning[..beginning.len().min(PEEKED)];
         let name = memmem::find(beginning, b"HealthCertificate>")?;
         let content = &beginning[name + b"HealthCertificate>".len()..];
@@ -69,7 +70,7 @@ impl BatchRequest {
         Ok((health_certificate, uris, protectors))
     }
 
-    /// The body a host sends.
+    /// The request body.
     #[must_use]
     pub fn to_xml(&self) -> Vec<u8> {
         let mut out =
@@ -84,10 +85,10 @@ impl BatchRequest {
     }
 }
 
-/// What became of each item, in the request's order.
+/// The result of each item, in the order of the request.
 pub type BatchResults = Vec<Result<RollResponse, Refusal>>;
 
-/// The body of a 200.
+/// The body of a response with status 200.
 #[must_use]
 pub fn to_xml(results: &[Result<RollResponse, Refusal>]) -> Vec<u8> {
     let mut out =
@@ -110,7 +111,7 @@ pub fn to_xml(results: &[Result<RollResponse, Refusal>]) -> Vec<u8> {
     out.into_bytes()
 }
 
-/// Reads a reply, as a host does.
+/// Parses a reply, for hosts.
 ///
 /// # Errors
 /// The document is not such a reply.

@@ -1,18 +1,18 @@
-//! A bounded reader for BER, the encoding with lengths left open and strings cut into pieces that NSS, Java libraries and older
-//! Windows programs write where others write DER.
+//! A bounded reader for BER. Unlike DER, BER allows indefinite lengths and strings in pieces; NSS, Java libraries and
+//! older Windows programs write it.
 //!
-//! The reader works on bytes that an administrator hands over (PKCS#7 and PKCS#12 files). What goes over the wire is DER
-//! and read by stricter parsers.
+//! Only files from administrators (PKCS#7 and PKCS#12) are read as BER. Data from the network is DER and has stricter
+//! parsers.
 
 use zeroize::Zeroizing;
 
-/// Deepest nesting of elements; honest PKCS#12 files have about twelve levels.
+/// Deepest nesting of elements. Usual PKCS#12 files have about twelve levels.
 const MAX_DEPTH: u8 = 32;
 
-/// The bit of an identifier byte that says that the content is elements again.
+/// The bit of an identifier byte that marks content made of elements.
 const CONSTRUCTED: u8 = 0x20;
 
-/// Identifier bytes that the readers of this workspace ask for.
+/// The identifier bytes that readers in this workspace use.
 pub mod tag {
     /// INTEGER.
     pub const INTEGER: u8 = 0x02;
@@ -28,42 +28,42 @@ pub mod tag {
     pub const SEQUENCE: u8 = 0x30;
     /// SET, SET OF.
     pub const SET: u8 = 0x31;
-    /// `[0]` around other elements.
+    /// `[0]` around other elements (explicit tag).
     pub const CONTEXT_0: u8 = 0xa0;
-    /// `[0]` in place of a primitive type's own tag.
+    /// `[0]` in place of a primitive type's own tag (implicit tag).
     pub const CONTEXT_0_PRIMITIVE: u8 = 0x80;
 }
 
-/// Octets that are not BER, or deeper than what is read.
+/// The bytes are not BER, or are nested too deeply.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum BerError {
-    /// An element says that it is longer than what is there.
+    /// An element is longer than the input.
     #[error("it is cut off")]
     CutOff,
-    /// There is something after the element.
+    /// Bytes follow the element.
     #[error("there are bytes after its end")]
     Trailing,
-    /// Nested deeper than 32 levels.
+    /// The nesting is deeper than 32 levels.
     #[error("it is nested deeper than any honest file")]
     TooDeep,
-    /// Another element than what has to stand here, or none that BER knows.
+    /// The element is not the expected one, or is not valid BER.
     #[error("its structure is damaged")]
     Structure,
 }
 
-/// One element.
+/// A parsed BER element.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Element<'a> {
-    /// The identifier byte: class, whether the content is elements, and number.
+    /// The identifier byte: class, the constructed bit, and number.
     pub tag: u8,
-    /// The content, without the two bytes that end an open length.
+    /// The content, without the two bytes that end an indefinite length.
     pub content: &'a [u8],
-    /// The whole element as it stands.
+    /// The whole element, unchanged.
     pub raw: &'a [u8],
 }
 
 impl<'a> Element<'a> {
-    /// The one element that `bytes` are.
+    /// Parses `bytes` as exactly one element.
     ///
     /// # Errors
     /// [`BerError`].
@@ -72,7 +72,7 @@ impl<'a> Element<'a> {
         if rest.is_empty() { Ok(element) } else { Err(BerError::Trailing) }
     }
 
-    /// The element itself, if its identifier byte is this one.
+    /// Returns the element if it has this identifier byte.
     ///
     /// # Errors
     /// [`BerError::Structure`].
@@ -80,10 +80,10 @@ impl<'a> Element<'a> {
         if self.tag == tag { Ok(self) } else { Err(BerError::Structure) }
     }
 
-    /// The elements inside.
+    /// Parses the elements in the content.
     ///
     /// # Errors
-    /// [`BerError`]; [`BerError::Structure`] if the content is no elements.
+    /// [`BerError`]; [`BerError::Structure`] if the content is not made of elements.
     pub fn children(&self) -> Result<Vec<Element<'a>>, BerError> {
         if self.tag & CONSTRUCTED == 0 {
             return Err(BerError::Structure);
@@ -98,10 +98,10 @@ impl<'a> Element<'a> {
         Ok(children)
     }
 
-    /// The one element inside.
+    /// Parses the content as exactly one element.
     ///
     /// # Errors
-    /// [`BerError`]; [`BerError::Structure`] if there is none, or more.
+    /// [`BerError`]; [`BerError::Structure`] if the content has no elements or several.
     pub fn only_child(&self) -> Result<Element<'a>, BerError> {
         match self.children()?[..] {
             [child] => Ok(child),
@@ -109,18 +109,19 @@ impl<'a> Element<'a> {
         }
     }
 
-    /// Whether this is an OCTET STRING by its tag, in one piece or in several.
+    /// Whether the tag is OCTET STRING, in one piece or in several.
     #[must_use]
     pub fn is_octet_string(&self) -> bool {
         self.tag & !CONSTRUCTED == tag::OCTET_STRING
     }
 
-    /// The bytes of an OCTET STRING, whatever tag stands in place of its own: in one piece, or put together from pieces.
+    /// The bytes of an OCTET STRING, with the pieces joined. The tag is not checked, because an implicit tag may
+    /// replace it.
     ///
     /// # Errors
     /// [`BerError`].
     pub fn octet_string(&self) -> Result<Zeroizing<Vec<u8>>, BerError> {
-        // The pieces cannot be longer than the whole: no growing, which would leave copies of a secret behind.
+        // The pieces cannot be longer than the whole. The vector never grows, so no copies of a secret are left behind.
         let mut whole = Zeroizing::new(Vec::with_capacity(self.content.len()));
         self.collect(&mut whole, MAX_DEPTH)?;
         Ok(whole)
@@ -141,7 +142,7 @@ impl<'a> Element<'a> {
         Ok(())
     }
 
-    /// The value of an INTEGER that is not negative and fits.
+    /// The value of a non-negative INTEGER of at most 64 bits.
     ///
     /// # Errors
     /// [`BerError::Structure`].
@@ -154,7 +155,7 @@ impl<'a> Element<'a> {
         Ok(content.iter().fold(0, |value, byte| value << 8 | u64::from(*byte)))
     }
 
-    /// The element in DER: every length is written, every OCTET STRING is in one piece.
+    /// Converts the element to DER: definite lengths, OCTET STRINGs in one piece.
     ///
     /// # Errors
     /// [`BerError`].
@@ -178,11 +179,11 @@ impl<'a> Element<'a> {
     }
 }
 
-/// The first element, and what is after it.
+/// Splits the first element from the rest.
 fn next(bytes: &[u8], depth: u8) -> Result<(Element<'_>, &[u8]), BerError> {
     let depth = depth.checked_sub(1).ok_or(BerError::TooDeep)?;
     let [tag, length, after @ ..] = bytes else { return Err(BerError::CutOff) };
-    // Numbers of 31 and more, of which these formats have none, and the end of an open length.
+    // Tag numbers of 31 and more do not occur in these formats. Tag 0 ends an indefinite length.
     if tag & 0x1f == 0x1f || *tag == 0 {
         return Err(BerError::Structure);
     }
@@ -215,7 +216,8 @@ fn next(bytes: &[u8], depth: u8) -> Result<(Element<'_>, &[u8]), BerError> {
     Ok((Element { tag: *tag, content, raw: &bytes[..bytes.len() - rest.len()] }, rest))
 }
 
-/// A DER element: tag, definite length, and the content, which is given in pieces. Unlike a general encoder it cannot fail.
+/// Encodes a DER element with a definite length. The content is given in pieces. Unlike a general encoder, this
+/// function cannot fail.
 pub(crate) fn tlv(tag: u8, content: &[&[u8]]) -> Vec<u8> {
     let length: usize = content.iter().map(|piece| piece.len()).sum();
     let mut out = Vec::with_capacity(length + 10);
@@ -240,7 +242,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// An element with an open length.
+    /// An element with an indefinite length.
     fn open(tag: u8, content: &[&[u8]]) -> Vec<u8> {
         [&[tag, 0x80], &content.concat()[..], &[0, 0]].concat()
     }
@@ -255,7 +257,7 @@ mod tests {
         let children = element.children().unwrap();
         assert_eq!(*children[1].octet_string().unwrap(), [1, 2, 3, 4]);
         assert_eq!((children[0].number(), children[2].only_child().unwrap().tag), (Ok(7), tag::NULL));
-        // DER stays as it is.
+        // DER is not changed.
         let der = element.to_der().unwrap();
         assert_eq!(Element::parse(&der).unwrap().to_der().unwrap(), der);
     }
@@ -267,7 +269,7 @@ mod tests {
             assert_eq!(Element::parse(&ber[..length]), Err(BerError::CutOff), "{length}");
         }
         assert_eq!(Element::parse(&[&ber[..], &[0]].concat()), Err(BerError::Trailing));
-        // No content can be as long as that, a primitive has no open length, and numbers are small.
+        // Errors: a length beyond the input, an indefinite length of a primitive, a large tag number.
         assert_eq!(Element::parse(&[0x30, 0x89, 1, 0, 0, 0, 0, 0, 0, 0, 0]), Err(BerError::CutOff));
         assert_eq!(Element::parse(&[4, 0x80, 0, 0]), Err(BerError::Structure));
         assert_eq!(Element::parse(&[0x3f, 1, 0]), Err(BerError::Structure));

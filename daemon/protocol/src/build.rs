@@ -1,6 +1,6 @@
-//! Writing protectors: a fresh transport key for the same parties (step 8 of a release).
+//! Creates protectors: a fresh transport key for the same parties (step 8 of a release).
 //!
-//! The document is written in canonical form from the start, so that what is signed is a part of what is sent.
+//! The document is written in canonical form, so that the signed bytes are a part of the sent bytes.
 
 use std::sync::Arc;
 
@@ -14,7 +14,7 @@ use crate::rsa_key::RsaPublicKey;
 use crate::skeleton::{Ciphers, Skeleton};
 
 impl TransportKeySignature {
-    /// Whether `key` made this signature over `signed_octets`. Takes the same time whatever the answer.
+    /// Whether `key` made this signature over `signed_octets`. Runs in constant time.
     #[must_use]
     pub fn verify(&self, key: &TransportKey, signed_octets: &[u8]) -> bool {
         hmac::verify(&self.derivation.key(key), signed_octets, &self.value).is_ok()
@@ -22,16 +22,16 @@ impl TransportKeySignature {
 }
 
 impl Hkdf {
-    /// A derivation with a fresh salt of 32 octets and no info.
+    /// A derivation with a fresh salt of 32 bytes and without `info`.
     fn fresh() -> Result<Self, Refusal> {
         Ok(Self { salt: random::octets::<32>().map_err(|_| Refusal::internal())?.to_vec(), info: Vec::new() })
     }
 
-    /// The HMAC key that the transport key gives.
+    /// Derives the HMAC key from the transport key.
     fn key(&self, transport_key: &TransportKey) -> hmac::Key {
         let info = [self.info.as_slice()];
         let prk = hkdf::Salt::new(hkdf::HKDF_SHA256, &self.salt).extract(&transport_key[..]);
-        // `expand` fails only for more than 255 blocks; HMAC-SHA-256 takes one.
+        // `expand` fails only for more than 255 blocks; HMAC-SHA-256 needs one.
         match prk.expand(&info, hmac::HMAC_SHA256) {
             Ok(okm) => hmac::Key::from(okm),
             Err(_) => hmac::Key::new(hmac::HMAC_SHA256, &[]),
@@ -39,17 +39,17 @@ impl Hkdf {
     }
 }
 
-/// A fresh transport key.
+/// Generates a transport key.
 ///
 /// # Errors
-/// `InternalErrorException` when the system has no randomness.
+/// `InternalErrorException` if the system has no randomness.
 pub fn fresh_transport_key() -> Result<TransportKey, Refusal> {
     let mut key = TransportKey::default();
     random::source().fill(&mut key[..]).map_err(|_| Refusal::internal())?;
     Ok(key)
 }
 
-/// A protector that lacks nothing but the guardian's signature.
+/// A protector that is complete except for the guardian signature.
 #[derive(Debug)]
 pub struct Unsigned {
     skeleton: Arc<Skeleton>,
@@ -59,11 +59,11 @@ pub struct Unsigned {
 }
 
 impl Unsigned {
-    /// Encrypts `key` for every wrapping by the algorithm it used before, and signs with a key derived from it.
-    /// `recipients` are the encryption keys, in the order of `wrappings`; the rest of each wrapping is kept.
+    /// Encrypts `key` for every wrapping with the wrapping's own algorithm, and signs with a key derived from `key`.
+    /// `recipients` are the encryption keys in the order of `wrappings`. All other parts of the wrappings are kept.
     ///
     /// # Errors
-    /// `InternalErrorException` when an encryption fails or the system has no randomness; `InvalidProtectorException` when
+    /// `InternalErrorException` if an encryption fails or the system has no randomness; `InvalidProtectorException` if
     /// the file would be larger than a protector may be.
     pub fn new<'a>(
         wrappings: &[Wrapping],
@@ -75,7 +75,7 @@ impl Unsigned {
         Self::with(Arc::new(Skeleton::of(wrappings)), recipients, key, max_offline_unwraps)
     }
 
-    /// The same with a skeleton, and for each of its holes a key and how it encrypts.
+    /// The same from a skeleton. `recipients` has a key and its OAEP parameters for each hole.
     pub(crate) fn with<'a>(
         skeleton: Arc<Skeleton>,
         recipients: impl IntoIterator<Item = (&'a RsaPublicKey, Oaep)>,
@@ -89,7 +89,7 @@ impl Unsigned {
         if ciphers.len() != skeleton.holes() {
             return Err(Refusal::internal());
         }
-        // What is hopeless is refused before anybody signs it.
+        // Refuse a file that is too large before an HSM signs it.
         within_limit(skeleton.signed_len(&ciphers))?;
         let derivation = Hkdf::fresh()?;
         let mut context = hmac::Context::with_key(&derivation.key(key));
@@ -98,7 +98,7 @@ impl Unsigned {
         Ok(Self { skeleton, ciphers, signature: TransportKeySignature { derivation, value }, max_offline_unwraps })
     }
 
-    /// What the guardian signs.
+    /// The bytes that the guardian signs.
     #[must_use]
     pub fn signed_octets(&self) -> Vec<u8> {
         let mut octets = Vec::with_capacity(self.skeleton.signed_len(&self.ciphers));
@@ -106,16 +106,17 @@ impl Unsigned {
         octets
     }
 
-    /// SHA-256 of what the guardian signs.
+    /// SHA-256 of the bytes that the guardian signs.
     #[must_use]
     pub fn signed_sha256(&self) -> digest::Digest {
         self.skeleton.signed_sha256(&self.ciphers)
     }
 
-    /// The protector file, with the guardian's signature `value` made by the signing key of wrapping `guardian` (an Id).
+    /// Adds the guardian signature `value`, made by the signing key of wrapping `guardian` (an Id), and returns the
+    /// protector file.
     ///
     /// # Errors
-    /// `InvalidProtectorException` when the file would be larger than a protector may be.
+    /// `InvalidProtectorException` if the file would be larger than a protector may be.
     pub fn finish(&self, guardian: u32, algorithm: SignatureAlgorithm, value: Vec<u8>) -> Result<Vec<u8>, Refusal> {
         let signature = Signature { algorithm, parameters: None, value };
         let file = self.skeleton.write(self.max_offline_unwraps, &self.ciphers, &self.signature, guardian, &signature);
@@ -123,13 +124,13 @@ impl Unsigned {
         Ok(file)
     }
 
-    /// SHA-256 of a file that [`finish`](Self::finish) gave.
+    /// SHA-256 of a file that [`finish`](Self::finish) returned.
     #[must_use]
     pub fn file_sha256(&self, file: &[u8]) -> digest::Digest {
         self.skeleton.file_sha256(file, self.max_offline_unwraps)
     }
 
-    /// Bytes of memory that it takes, without what it shares with others of its wrapping set.
+    /// Memory use in bytes, without the parts that are shared within its wrapping set.
     #[must_use]
     pub fn size(&self) -> usize {
         size_of::<Self>() + self.ciphers.size() + self.signature.derivation.salt.len() + self.signature.value.len()

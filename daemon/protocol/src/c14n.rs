@@ -1,19 +1,19 @@
 //! Exclusive XML Canonicalization 1.0 without comments (`http://www.w3.org/2001/10/xml-exc-c14n#`).
 //!
-//! The octets that signatures cover are written from the same tree the values are read from, so that what is signed
-//! and what is used cannot differ. Own code and not a library's: a hostile document can make the canonical form grow
-//! a thousandfold (one long namespace name, used by many siblings), and the writer must stop at a bound.
+//! The signed bytes are written from the same tree from which the values are read, so the signed content and the used
+//! content cannot differ. This is our own code, not a library, because a hostile document can make the canonical form
+//! grow a thousandfold (one long namespace name, used by many siblings), and the writer must stop at a limit.
 
 use roxmltree::{Document, Node, NodeId};
 
 use crate::xml::XmlError;
 
-/// Canonical octets at most; the largest honest document (512 KiB of protector) stays far below.
+/// Most bytes of a canonical form. The largest real document (a protector of 512 KiB) stays far below.
 pub const MAX_OCTETS: usize = 1024 * 1024;
 
 const XML_NS: &str = "http://www.w3.org/XML/1998/namespace";
 
-/// The canonical form of the element `node` and what it contains, as if it stood alone.
+/// The canonical form of the element `node` and its content, as if it stood alone.
 ///
 /// # Errors
 /// The canonical form would be larger than [`MAX_OCTETS`].
@@ -21,7 +21,7 @@ pub fn element(node: Node<'_, '_>) -> Result<String, XmlError> {
     element_within(node, "")
 }
 
-/// The same with the child element `left_out` left out: what the enveloped-signature transform of XML-DSig gives.
+/// The same without the child element `left_out`: the result of the enveloped-signature transform of XML-DSig.
 pub(crate) fn element_without(node: Node<'_, '_>, left_out: Node<'_, '_>) -> Result<String, XmlError> {
     let mut writer = Writer::new(node, "");
     writer.left_out = Some(left_out.id());
@@ -29,7 +29,7 @@ pub(crate) fn element_without(node: Node<'_, '_>, left_out: Node<'_, '_>) -> Res
     Ok(writer.out)
 }
 
-/// The same as [`element`], for an element that stands where the default namespace `default` was already written.
+/// The same as [`element`], at a place where the default namespace `default` is already declared.
 ///
 /// # Errors
 /// See [`element`].
@@ -39,7 +39,8 @@ pub(crate) fn element_within<'a>(node: Node<'a, '_>, default: &'a str) -> Result
     Ok(writer.out)
 }
 
-/// The canonical form of a whole document: comments beside the root are dropped with the white space around them.
+/// The canonical form of a whole document. Comments outside the root are dropped, together with the white space around
+/// them.
 ///
 /// # Errors
 /// See [`element`].
@@ -49,7 +50,7 @@ pub fn document(document: &Document<'_>) -> Result<String, XmlError> {
 
 struct Writer<'a> {
     out: String,
-    /// Namespaces written by the elements that are open now: (prefix, name). The default one starts as "none".
+    /// Namespaces that the open elements declare: (prefix, name). The default namespace starts as "none".
     rendered: Vec<(&'a str, &'a str)>,
     left_out: Option<NodeId>,
 }
@@ -87,7 +88,7 @@ impl<'a> Writer<'a> {
         Ok(())
     }
 
-    /// Declares the namespaces that the element's own name and attributes use, where no open element did.
+    /// Declares the namespaces of the element's own name and attributes that no open element declares.
     fn namespaces<'i: 'a>(&mut self, node: Node<'a, 'i>, element_prefix: &'a str) {
         let mut used: Vec<(&'a str, &'a str)> = vec![(element_prefix, node.tag_name().namespace().unwrap_or_default())];
         for attribute in node.attributes() {
@@ -129,7 +130,7 @@ impl<'a> Writer<'a> {
     }
 }
 
-/// The name of an element as it stands in the source: the tree keeps the namespace, canonical XML needs the prefix.
+/// The name of an element in the source. The tree keeps only the namespace, but canonical XML needs the prefix.
 fn qualified_name<'i>(node: Node<'_, 'i>) -> &'i str {
     let source = &source(node)[node.range().start + 1..];
     let end = source.find([' ', '\t', '\n', '\r', '/', '>']).unwrap_or(source.len());
@@ -170,9 +171,9 @@ fn attribute_escape(octet: u8) -> Option<&'static str> {
     }
 }
 
-/// Copies `text` in runs between the octets that need escaping; base64 has none.
+/// Copies `text` in runs between the bytes that need escaping; base64 has none.
 fn escape(text: &str, out: &mut String, escape: impl Fn(u8) -> Option<&'static str>) {
-    // Without a way out in the middle, which lets the compiler look at many octets at once.
+    // No early exit: then the compiler can vectorise the loop.
     if !text.bytes().fold(false, |found, octet| found | escape(octet).is_some()) {
         out.push_str(text);
         return;

@@ -1,6 +1,6 @@
-//! X.509 certificates, read leniently. [`build`] makes them.
+//! A lenient reader for X.509 certificates. [`build`] creates certificates.
 //!
-//! Reading judges one thing only, the strength of the key: what else a certificate must be depends on where it stands.
+//! The only requirement here is a strong key. All other requirements depend on the use of the certificate.
 
 pub mod build;
 
@@ -27,13 +27,13 @@ const COMMON_NAME: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.5.4.3");
 const SERIAL_NUMBER: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.5.4.5");
 const ORGANIZATIONAL_UNIT: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.5.4.11");
 
-/// Why octets are not a certificate that may be used.
+/// Why bytes are not an accepted certificate.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum CertificateError {
-    /// Not the DER (or PEM, where that is asked for) of an X.509 certificate.
+    /// The bytes are not the DER (or PEM, if PEM is expected) of an X.509 certificate.
     #[error("not an X.509 certificate")]
     NotX509,
-    /// A certificate, and then something else.
+    /// Bytes follow the certificate.
     #[error("there are octets after the certificate")]
     TrailingOctets,
     /// The certificate's public key is not accepted.
@@ -41,14 +41,14 @@ pub enum CertificateError {
     Key(#[from] KeyError),
 }
 
-/// Why an issuer's signature on a certificate is not accepted.
+/// Why an issuer's signature on a certificate is rejected.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum CertificateSignatureError {
-    /// Signed by another algorithm than RSA with SHA-256, SHA-384 or SHA-512 (PKCS#1 v1.5, or PSS with the same digest
-    /// in MGF1 and a salt as long as the digest), or the certificate names two different ones.
+    /// The algorithm is not RSA with SHA-256, SHA-384 or SHA-512 (PKCS#1 v1.5, or PSS with the same digest in MGF1 and
+    /// a salt of the digest's length), or the certificate names two different algorithms.
     #[error("the certificate is not signed by an accepted algorithm")]
     Algorithm,
-    /// The signature is not the issuer's over this certificate.
+    /// The signature is not the issuer's signature over this certificate.
     #[error("the certificate's signature is wrong")]
     Signature,
 }
@@ -58,16 +58,16 @@ pub enum CertificateSignatureError {
 pub struct KeyUsage(u16);
 
 impl KeyUsage {
-    /// Verifies signatures other than those on certificates.
+    /// For signatures other than those on certificates.
     pub const DIGITAL_SIGNATURE: Self = Self(1 << 0);
-    /// Encrypts keys.
+    /// For encrypting keys.
     pub const KEY_ENCIPHERMENT: Self = Self(1 << 2);
-    /// Encrypts data.
+    /// For encrypting data.
     pub const DATA_ENCIPHERMENT: Self = Self(1 << 3);
-    /// Verifies signatures on certificates.
+    /// For signatures on certificates.
     pub const KEY_CERT_SIGN: Self = Self(1 << 5);
 
-    /// Whether all of `other` are among these.
+    /// Whether this set contains all of `other`.
     #[must_use]
     pub fn contains(self, other: Self) -> bool {
         self.0 & other.0 == other.0
@@ -96,15 +96,15 @@ struct Outer<'a> {
     signature: BitStringRef<'a>,
 }
 
-/// A certificate that was read: its octets and what the protocol asks about them. Its key is of accepted strength.
-/// Nothing else is promised: it may have expired, and nobody checked who signed it.
+/// A parsed certificate: its bytes and the fields that the protocol uses. Its key is strong enough. Nothing else is
+/// checked: it may have expired, and its signature is not verified.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Certificate {
     der: Vec<u8>,
     thumbprint: [u8; 32],
     to_be_signed: Range<usize>,
     signature: Range<usize>,
-    /// `None`: not one of the accepted ones.
+    /// `None`: the algorithm is not accepted.
     signature_algorithm: Option<SignatureAlgorithm>,
     key: RsaPublicKey,
     subject: Range<usize>,
@@ -121,12 +121,13 @@ pub struct Certificate {
 }
 
 impl Certificate {
-    /// Reads the DER of a certificate. Expired, self-signed, with unknown or malformed extensions: all are read.
+    /// Parses the DER of a certificate. Expired and self-signed certificates are accepted, and so are unknown or
+    /// malformed extensions.
     ///
     /// # Errors
     /// [`CertificateError`].
     pub fn parse(der: &[u8]) -> Result<Self, CertificateError> {
-        // Extensions are read below, the three that matter: a malformed one that nobody asks about is no obstacle.
+        // Three extensions matter, and they are parsed below. A malformed extension of another kind is not an error.
         let (rest, parsed) = X509CertificateParser::new()
             .with_deep_parse_extensions(false)
             .parse(der)
@@ -134,8 +135,8 @@ impl Certificate {
         if !rest.is_empty() {
             return Err(CertificateError::TrailingOctets);
         }
-        // x509-parser takes any class of tag, and more elements than there should be, around what is signed. Nobody's
-        // certificate needs that, and with it the same certificate could have many thumbprints.
+        // x509-parser accepts any tag class, and additional elements, around the signed part. Real certificates do not
+        // have them, and accepting them would give one certificate many thumbprints.
         let outer = Outer::from_der(der).map_err(|_| CertificateError::NotX509)?;
         if outer.signature.unused_bits() != 0 {
             return Err(CertificateError::NotX509);
@@ -149,7 +150,7 @@ impl Certificate {
         };
         let extension = |oid: ObjectIdentifier| {
             let mut found = parsed.extensions().iter().filter(|extension| extension.oid.as_bytes() == oid.as_bytes());
-            // RFC 5280 forbids an extension twice; which of the two was meant nobody knows, so neither counts.
+            // RFC 5280 forbids duplicate extensions. If an extension occurs twice, ignore both.
             found.next().filter(|_| found.next().is_none()).map(|extension| extension.value)
         };
         let key_usage = extension(pkix::KeyUsage::OID).and_then(|value| pkix::KeyUsage::from_der(value).ok());
@@ -178,10 +179,11 @@ impl Certificate {
         })
     }
 
-    /// Reads one PEM block `CERTIFICATE`. Text around it is ignored. For files of administrators see [`crate::input`].
+    /// Reads one PEM block `CERTIFICATE`. Text around it is ignored. For files from administrators use
+    /// [`crate::input`].
     ///
     /// # Errors
-    /// [`CertificateError`]; [`CertificateError::TrailingOctets`] for a chain of several.
+    /// [`CertificateError`]; [`CertificateError::TrailingOctets`] for a chain of certificates.
     pub fn from_pem(text: &str) -> Result<Self, CertificateError> {
         match pem::only_block(text) {
             Ok(("CERTIFICATE", der)) => Self::parse(&der),
@@ -190,13 +192,13 @@ impl Certificate {
         }
     }
 
-    /// The certificate in PEM.
+    /// The certificate as PEM.
     #[must_use]
     pub fn to_pem(&self) -> String {
         std::mem::take(&mut *pem::encode("CERTIFICATE", &self.der))
     }
 
-    /// The certificate's octets, as they were read.
+    /// The certificate's bytes, unchanged.
     #[must_use]
     pub fn der(&self) -> &[u8] {
         &self.der
@@ -237,37 +239,37 @@ impl Certificate {
         self.not_after
     }
 
-    /// The serial number, as its issuer wrote it.
+    /// The serial number, as the issuer wrote it.
     #[must_use]
     pub fn serial(&self) -> &[u8] {
         &self.serial
     }
 
-    /// The subject's (first) common name, if it has one that is a UTF-8, printable, numeric or IA5 string.
+    /// The subject's first common name, if it is a UTF-8, printable, numeric or IA5 string.
     #[must_use]
     pub fn common_name(&self) -> Option<&str> {
         self.common_name.as_deref()
     }
 
-    /// The subject's (first) `serialNumber` attribute, 2.5.4.5; not to be taken for the certificate's serial number.
+    /// The subject's first `serialNumber` attribute, 2.5.4.5. Not the certificate's serial number.
     #[must_use]
     pub fn subject_serial_number(&self) -> Option<&str> {
         self.subject_serial_number.as_deref()
     }
 
-    /// The subject's (first) organizational unit, 2.5.4.11.
+    /// The subject's first organizational unit, 2.5.4.11.
     #[must_use]
     pub fn organizational_unit(&self) -> Option<&str> {
         self.organizational_unit.as_deref()
     }
 
-    /// Whether the certificate names all these usages. One without the extension names none.
+    /// Whether the certificate has all these key usages. Without the extension it has none.
     #[must_use]
     pub fn has_key_usage(&self, usage: KeyUsage) -> bool {
         self.key_usage.contains(usage)
     }
 
-    /// Whether the certificate names this extended key usage, an object identifier in dotted form.
+    /// Whether the certificate has this extended key usage, an object identifier in dotted form.
     #[must_use]
     pub fn has_extended_key_usage(&self, oid: &str) -> bool {
         ObjectIdentifier::new(oid).is_ok_and(|oid| self.extended_key_usages.contains(&oid))
@@ -279,16 +281,16 @@ impl Certificate {
         self.subject_key_id.as_deref()
     }
 
-    /// SHA-256 of the certificate's octets.
+    /// SHA-256 of the certificate's bytes.
     #[must_use]
     pub fn thumbprint(&self) -> [u8; 32] {
         self.thumbprint
     }
 
-    /// Checks the X.509 signature by the issuer's key, over the octets as they were read.
+    /// Verifies the X.509 signature with the issuer's key, over the bytes as they were read.
     ///
     /// # Errors
-    /// [`CertificateSignatureError`]; SHA-1 is refused.
+    /// [`CertificateSignatureError`]. SHA-1 is rejected.
     pub fn verify_signed_by(&self, issuer: &RsaPublicKey) -> Result<(), CertificateSignatureError> {
         let algorithm = self.signature_algorithm.ok_or(CertificateSignatureError::Algorithm)?;
         issuer
@@ -297,7 +299,7 @@ impl Certificate {
     }
 
     fn part(&self, range: &Range<usize>) -> &[u8] {
-        // Every range was found inside these octets when they were read.
+        // The parser found every range inside these bytes.
         self.der.get(range.clone()).unwrap_or_default()
     }
 }
@@ -311,7 +313,7 @@ impl fmt::Debug for Certificate {
     }
 }
 
-/// Where `part` lies in `whole`, of which it is a slice.
+/// The position of `part` in `whole`. `part` must be a slice of `whole`.
 fn range_of(whole: &[u8], part: &[u8]) -> Option<Range<usize>> {
     let start = part.as_ptr().addr().checked_sub(whole.as_ptr().addr())?;
     let range = start..start.checked_add(part.len())?;
@@ -323,10 +325,10 @@ fn attribute(name: &X509Name<'_>, oid: ObjectIdentifier) -> Option<String> {
     found.as_str().ok().map(str::to_owned)
 }
 
-/// The accepted algorithm that an X.509 AlgorithmIdentifier means.
+/// The accepted algorithm of an X.509 AlgorithmIdentifier.
 fn signature_algorithm(identifier: &ParsedAlgorithm<'_>) -> Option<SignatureAlgorithm> {
     let oid = ObjectIdentifier::from_bytes(identifier.algorithm.as_bytes()).ok()?;
-    // RFC 4055 wants NULL parameters and tells readers to take absent ones as well.
+    // RFC 4055 requires NULL parameters, and requires readers to accept absent ones as well.
     let no_parameters =
         identifier.parameters.as_ref().is_none_or(|any| any.tag() == x509_parser::der_parser::asn1_rs::Tag::Null);
     match oid.to_string().as_str() {

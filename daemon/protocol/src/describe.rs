@@ -1,7 +1,7 @@
-//! What a protector says, told as far as it can be read: for people who look at one, also at one that is refused.
+//! Describes the content of a protector for people, as far as it can be read, even if a service would refuse it.
 //!
-//! Nothing is decided by a description. It reads on where [`Protector::parse`] stops, and says of each signature whether
-//! it holds; what a service would answer is its [`Description::verdict`].
+//! Nothing is decided here. The description continues where [`Protector::parse`] stops, and says for each signature
+//! whether it is valid. [`Description::verdict`] is the result that a service would reach.
 
 use roxmltree::Node;
 
@@ -12,77 +12,77 @@ use crate::protector::{MAX_PROTECTOR, MAX_WRAPPINGS, Protector, read_signature};
 use crate::verify::{KnownCertificates, verify};
 use crate::xml::{self, KPS_NS};
 
-/// A protector, told.
+/// The description of a protector.
 #[derive(Debug)]
 pub struct Description {
-    /// Why a service would refuse it before it decrypts anything, if it would.
+    /// The refusal that a service would give before any decryption, if any.
     pub verdict: Result<(), Refusal>,
-    /// Whether it is a `Protector` at all; if not, only the verdict says something.
+    /// Whether the file is a `Protector`. If not, only the verdict is meaningful.
     pub readable: bool,
-    /// Unwraps a host may do without asking; `None`: not a number.
+    /// Number of offline unwraps; `None`: not a number.
     pub max_offline_unwraps: Option<u32>,
-    /// In document order, [`MAX_WRAPPINGS`] at most.
+    /// The wrappings in document order, at most [`MAX_WRAPPINGS`].
     pub wrappings: Vec<DescribedWrapping>,
-    /// How many there are beyond.
+    /// Number of further wrappings.
     pub wrappings_left_out: usize,
-    /// The URI by which the key of the transport-key signature is derived.
+    /// URI of the key derivation of the transport-key signature.
     pub key_derivation: Option<String>,
-    /// The URI of the transport-key signature. Only who has the transport key can check it.
+    /// URI of the transport-key signature. Verifying it needs the transport key.
     pub transport_key_signature: Option<String>,
-    /// The Id of the wrapping whose signing key is said to have made the guardian signature.
+    /// Id of the wrapping that claims the guardian signature.
     pub guardian: Option<u32>,
-    /// The last writer's signature over the wrappings.
+    /// The guardian signature: the last writer's signature over the wrappings.
     pub guardian_signature: DescribedSignature,
 }
 
-/// A wrapping, told.
+/// The description of a wrapping.
 #[derive(Debug)]
 pub struct DescribedWrapping {
-    /// Its Id.
+    /// The wrapping's Id.
     pub id: Option<u32>,
-    /// The Id of the wrapping that vouches for its signing certificate; the owner's is its own.
+    /// Id of the wrapping that vouches for this signing certificate. The owner's wrapping names itself.
     pub parent: Option<u32>,
-    /// Its signing certificate, or what is wrong with it.
+    /// The signing certificate, or why it cannot be read.
     pub signing: Result<Certificate, String>,
-    /// By the parent's signing key, over the signing certificate.
+    /// The parent's signature over the signing certificate.
     pub signing_signature: DescribedSignature,
-    /// Its encryption certificate, or what is wrong with it.
+    /// The encryption certificate, or why it cannot be read.
     pub encryption: Result<Certificate, String>,
-    /// By this wrapping's signing key, over the encryption certificate.
+    /// This wrapping's signature over the encryption certificate.
     pub encryption_signature: DescribedSignature,
-    /// The URI by which the transport key is encrypted.
+    /// URI of the encryption of the transport key.
     pub algorithm: Option<String>,
 }
 
 impl DescribedWrapping {
-    /// Whether it says that it is the owner's.
+    /// Whether the wrapping claims to be the owner's.
     #[must_use]
     pub fn is_owner(&self) -> bool {
         self.id.is_some() && self.id == self.parent
     }
 }
 
-/// A signature, told.
+/// The description of a signature.
 #[derive(Debug)]
 pub struct DescribedSignature {
-    /// The URI of its algorithm.
+    /// URI of the signature algorithm.
     pub algorithm: Option<String>,
-    /// Whether it holds.
+    /// The result of its verification.
     pub state: SignatureState,
 }
 
-/// Whether a signature holds.
+/// The result of verifying a signature.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum SignatureState {
-    /// It was checked and is right.
+    /// The signature is valid.
     Holds,
-    /// It was checked and is wrong.
+    /// The signature is wrong.
     Wrong,
-    /// It cannot be checked; says why.
+    /// The signature cannot be verified, for this reason.
     Unchecked(String),
 }
 
-/// Tells what `file` says. Takes as long as verifying it twice, at most.
+/// Describes `file`. Takes at most as long as verifying the file twice.
 #[must_use]
 pub fn describe(file: &[u8]) -> Description {
     let mut description = Description {
@@ -96,7 +96,7 @@ pub fn describe(file: &[u8]) -> Description {
         guardian: None,
         guardian_signature: unchecked(None, "there is none"),
     };
-    // The verdict says what is wrong with a file that ends here.
+    // The verdict names the problem of a file that ends here.
     if file.len() > MAX_PROTECTOR {
         return description;
     }
@@ -109,7 +109,7 @@ pub fn describe(file: &[u8]) -> Description {
     description
 }
 
-/// What stands in a wrapping, before anybody's signature is looked at.
+/// The content of a wrapping before any signature is verified.
 struct Found<'a> {
     id: Option<u32>,
     parent: Option<u32>,
@@ -218,7 +218,7 @@ fn unchecked(algorithm: Option<String>, why: &str) -> DescribedSignature {
     DescribedSignature { algorithm, state: SignatureState::Unchecked(why.to_owned()) }
 }
 
-/// A certificate, or what is wrong with it; and the octets that its signature covers.
+/// A certificate, or why it cannot be read; and the bytes that its signature covers.
 fn certificate(wrapping: Node<'_, '_>, name: &str) -> (Result<Certificate, String>, Vec<u8>) {
     let Some(element) = child(wrapping, name) else { return (Err(format!("{name} is missing")), Vec::new()) };
     match xml::base64(element) {

@@ -1,9 +1,9 @@
-//! Octets as text.
+//! Bytes as text.
 
 use data_encoding::BASE64;
 use memchr::memchr;
 
-/// Canonical base64 of one value. (The library would also take several padded values in a row.)
+/// Decodes canonical base64 of exactly one value. The library alone would also accept several padded values in a row.
 pub(crate) fn strict_base64(text: &[u8]) -> Option<Vec<u8>> {
     let padding = text.iter().rev().take_while(|byte| **byte == b'=').count();
     let data = &text[..text.len() - padding];

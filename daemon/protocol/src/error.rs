@@ -1,25 +1,25 @@
-//! What a request is refused with: a code, a message, and the body that carries both (protocol page, section 2.5).
+//! Refusals: a code, a message, and the error body that carries both (protocol page, section 2.5).
 
 use std::fmt;
 
 use crate::xml::{self, SERVICE_NS};
 
-/// The codes of the protocol. Each has one HTTP status.
+/// The error codes of the protocol. Each has one HTTP status.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Code {
-    /// 400: the request itself is not schema-valid.
+    /// 400: the request does not follow the schema.
     InvalidRequest,
-    /// 400: the protector is not schema-valid, too large, or a signature over it is wrong.
+    /// 400: the protector does not follow the schema, is too large, or has a wrong signature.
     InvalidProtector,
-    /// 400: a certificate or the chain of wrappings is wrong, or no wrapping is for this service.
+    /// 400: a certificate or the chain of wrappings is invalid, or no wrapping is for this service.
     InvalidWrapping,
-    /// 400: an algorithm or its parameters are not known here.
+    /// 400: an algorithm or its parameters are not supported.
     UnsupportedAlgorithm,
     /// 403: the host did not prove its health.
     HealthCertificate,
-    /// 404: no such resource.
+    /// 404: the resource does not exist.
     NotFound,
-    /// 405: the resource has other methods.
+    /// 405: the resource does not support this method.
     MethodNotAllowed,
     /// 408: the body did not arrive in time.
     RequestTimeout,
@@ -27,16 +27,16 @@ pub enum Code {
     RequestTooLarge,
     /// 415: the body is not XML in UTF-8.
     UnsupportedMediaType,
-    /// 429: this host asks too often.
+    /// 429: this host sends too many requests.
     TooManyRequests,
-    /// 503: no HSM could serve in time, or the decision could not be recorded.
+    /// 503: no HSM could process the request in time, or the audit trail could not record the decision.
     ServiceUnavailable,
-    /// 500: the service itself is at fault.
+    /// 500: the service has an internal error.
     Internal,
 }
 
 impl Code {
-    /// Every code, for tables that must be complete.
+    /// All codes, for tables that must be complete.
     pub const ALL: [Self; 13] = [
         Self::InvalidRequest,
         Self::InvalidProtector,
@@ -73,7 +73,7 @@ impl Code {
         }
     }
 
-    /// The HTTP status that goes with the code.
+    /// The code's HTTP status.
     #[must_use]
     pub fn status(self) -> u16 {
         match self {
@@ -91,26 +91,26 @@ impl Code {
     }
 }
 
-/// A request refused. The message helps an honest caller and never tells which secret step failed.
+/// A refused request. The message helps a correct client and never reveals which secret step failed.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Refusal {
-    /// What kind of fault it is.
+    /// The code.
     pub code: Code,
-    /// One sentence for a person.
+    /// One sentence for people.
     pub message: String,
-    /// In how many seconds the caller may come again, where that is known; for [`Code::TooManyRequests`] and
-    /// [`Code::ServiceUnavailable`]. It travels in the answer's header, not in its body.
+    /// Seconds after which the client may retry, if known; only for [`Code::TooManyRequests`] and
+    /// [`Code::ServiceUnavailable`]. It is sent as a header, not in the body.
     pub retry_after: Option<u16>,
 }
 
 impl Refusal {
-    /// A refusal with `code`, saying `message`.
+    /// Creates a refusal.
     #[must_use]
     pub fn new(code: Code, message: impl Into<String>) -> Self {
         Self { code, message: message.into(), retry_after: None }
     }
 
-    /// The same, with the seconds after which the caller may come again.
+    /// Adds the seconds after which the client may retry.
     #[must_use]
     pub fn retry_after(self, seconds: u16) -> Self {
         Self { retry_after: Some(seconds), ..self }
@@ -134,7 +134,7 @@ impl Refusal {
         Self::new(Code::InvalidWrapping, message)
     }
 
-    /// `InternalErrorException`. What went wrong belongs into the log, not into the reply.
+    /// `InternalErrorException`. The cause goes to the log, never into the reply.
     #[must_use]
     pub fn internal() -> Self {
         Self::new(Code::Internal, "the service failed to process the request; its log says why")

@@ -1,4 +1,4 @@
-//! Health certificates: what attestation issues to a healthy host and what a release asks for.
+//! Health certificates: attestation issues them to healthy hosts, and a release requires one.
 
 use data_encoding::HEXLOWER;
 
@@ -8,17 +8,17 @@ use crate::rsa_key::RsaPublicKey;
 
 /// The extended key usage of health certificates: system health authentication.
 pub const SYSTEM_HEALTH_AUTHENTICATION: &str = "1.3.6.1.4.1.311.47.1.1";
-/// Seconds that a health certificate is valid before it is issued, for hosts whose clocks are behind.
+/// Seconds by which `notBefore` precedes the time of issue, for hosts with slow clocks.
 pub const BACKDATED_SECONDS: i64 = 5 * 60;
 /// Seconds from a health certificate's notBefore to its notAfter.
 pub const LIFETIME_SECONDS: i64 = 8 * 60 * 60;
 
-/// What a host may ask to have certified, by its number on the wire.
+/// The kinds of certificate that a host may request, with their numbers on the wire.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum ResultType {
-    /// 1: a certificate to encrypt to. Releases ask for this one.
+    /// 1: a certificate for encryption to the host. Releases require this kind.
     EncryptionCertificate = 1,
-    /// 2: a certificate to verify signatures with.
+    /// 2: a certificate for signatures of the host.
     SigningCertificate = 2,
 }
 
@@ -37,8 +37,8 @@ impl ResultType {
     }
 }
 
-/// A health certificate for the host registered as `host_name` with `host_key`, over its identity key. `now` is unix
-/// time in seconds. The signer's key is to sign it.
+/// Builds a health certificate over the identity key of the host that is registered as `host_name` with `host_key`.
+/// `now` is unix time in seconds. The attestation signer's key has to sign the result.
 ///
 /// # Errors
 /// [`BuildError`], and [`BuildError::Name`] for an empty host name.
@@ -53,8 +53,8 @@ pub fn issue(
     template(signer, host_name, host_key, identity_key, content, now)?.to_be_signed()
 }
 
-/// Like [`issue`], for a host that proved its boot with its TPM. The endorsement key takes the place of the host key, and the
-/// certificate names the baseline that matched.
+/// Like [`issue`], for a host that attested with its TPM. The endorsement key takes the place of the host key, and the
+/// certificate names the matching baseline.
 ///
 /// # Errors
 /// The errors of [`issue`], and [`BuildError::Name`] for an empty baseline name.
@@ -100,8 +100,8 @@ fn template(
     })
 }
 
-/// What the attestation signer's own certificate says: self-signed, and named after its key, so that two signers never
-/// share a name. Times are unix seconds.
+/// The template of an attestation signer's own certificate: self-signed, and named after its key so that names are
+/// unique. Times are unix seconds.
 ///
 /// # Errors
 /// [`BuildError::Random`].
@@ -122,10 +122,10 @@ pub fn signer_template(key: &RsaPublicKey, not_before: i64, not_after: i64) -> R
     })
 }
 
-/// What a valid health certificate says. Whether that host is still registered is the caller's to check.
+/// The content of a valid health certificate. The caller has to check that the host is still registered.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct HealthClaims {
-    /// The name the host is registered by.
+    /// The name under which the host is registered.
     pub host_name: String,
     /// SHA-256 of the SubjectPublicKeyInfo of the host key or endorsement key, lower-case hex.
     pub host_key_sha256: String,
@@ -141,7 +141,7 @@ pub struct HealthClaims {
     pub not_before: i64,
     /// Last second of the validity, unix time.
     pub not_after: i64,
-    /// Thumbprint of the attestation signer that issued it: it is as good as that signer.
+    /// Thumbprint of the attestation signer that issued the certificate.
     pub signer: [u8; 32],
 }
 
@@ -153,37 +153,38 @@ impl HealthClaims {
     }
 }
 
-/// Why a health certificate is not accepted.
+/// Why a health certificate is rejected.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum HealthError {
-    /// It cannot be read, or its key is not accepted.
+    /// The certificate cannot be parsed, or its key is not accepted.
     #[error("the health certificate: {0}")]
     Certificate(#[from] CertificateError),
     /// None of the attestation signers issued it.
     #[error("the health certificate was not issued by this service's attestation")]
     Issuer,
-    /// Its validity has not begun.
+    /// The certificate is not valid yet.
     #[error("the health certificate is not valid yet")]
     NotYetValid,
-    /// Its validity is over.
+    /// The certificate has expired.
     #[error("the health certificate has expired")]
     Expired,
     /// The certificate lacks the extended key usage system health authentication or the key usage keyEncipherment.
     #[error("the certificate is not for key release: it must have system health authentication and keyEncipherment")]
     Usage,
-    /// It names no host or no host key.
+    /// The certificate lacks a host name or a host key.
     #[error("the health certificate names no host, or no host key")]
     Subject,
 }
 
-/// Checks the health certificate in a release request, against the current and previous attestation signers, at `now`
-/// (unix seconds).
+/// Verifies the health certificate of a release request against the current and previous attestation signers. `now` is
+/// in unix seconds.
 ///
 /// # Errors
 /// [`HealthError`].
 pub fn check(der: &[u8], signers: &[Certificate], now: i64) -> Result<HealthClaims, HealthError> {
     let certificate = Certificate::parse(der)?;
-    // A signer's own validity does not matter: it stays on the list as long as its certificates are to be accepted.
+    // The validity of the signer's own certificate is ignored: a signer stays listed for as long as its certificates
+    // are accepted.
     let issuer = signers.iter().find(|signer| {
         signer.subject_der() == certificate.issuer_der() && certificate.verify_signed_by(signer.key()).is_ok()
     });
@@ -261,7 +262,7 @@ mod tests {
         let claims = check(&der, &[signer(0)], NOW).unwrap();
         assert_eq!(claims.baseline.as_deref(), Some("fleet-2026"));
         assert_eq!((claims.host_name.as_str(), claims.issued()), ("host-1", NOW));
-        // CN, serialNumber, OU: in this order.
+        // The order has to be CN, serialNumber, OU.
         let subject = Certificate::parse(&der).unwrap().subject_der().to_vec();
         let at = |oid: &[u8]| subject.windows(oid.len()).position(|part| part == oid).unwrap();
         assert!(at(&[0x55, 4, 3]) < at(&[0x55, 4, 5]) && at(&[0x55, 4, 5]) < at(&[0x55, 4, 11]));
@@ -287,7 +288,7 @@ mod tests {
         let der = certificate(ResultType::EncryptionCertificate);
         assert_eq!(check(&der, &[], NOW), Err(HealthError::Issuer));
         assert_eq!(check(&der, &[signer(1)], NOW), Err(HealthError::Issuer));
-        // The right name, but another key's signature; the right key, but another name.
+        // First: the right name with a signature by another key. Then: the right key with another name.
         let other =
             issue(&signer(0), "host-1", key(1).public(), key(2).public(), ResultType::EncryptionCertificate, NOW);
         let forged = other.unwrap().sign_with(key(1)).unwrap();
@@ -306,7 +307,7 @@ mod tests {
         let signing = certificate(ResultType::SigningCertificate);
         assert!(Certificate::parse(&signing).unwrap().has_key_usage(KeyUsage::DIGITAL_SIGNATURE));
         assert_eq!(check(&signing, &[signer(0)], NOW), Err(HealthError::Usage));
-        // The signer's own certificate is signed by a signer too.
+        // The attestation signer's own certificate is also signed by an attestation signer.
         let mut own = signer_template(key(0).public(), NOW, NOW).unwrap();
         own.key_usage = KeyUsage::KEY_ENCIPHERMENT;
         let own = own.to_be_signed().unwrap().sign_with(key(0)).unwrap();

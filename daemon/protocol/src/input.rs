@@ -1,6 +1,7 @@
-//! Certificates and keys as administrators hand them over: PEM, DER, PKCS#7, and what else Windows and openssl write.
+//! Reads certificates and keys from files of administrators: PEM, DER, PKCS#7, and the other forms that Windows and
+//! openssl write.
 //!
-//! Nothing is passed over in silence: what is not read is named, with what to do about it.
+//! Nothing is ignored silently: if a part of a file cannot be used, the error names it and says what to do.
 
 use zeroize::Zeroizing;
 
@@ -11,48 +12,48 @@ use crate::rsa_key::{KeyError, RsaPrivateKey, RsaPublicKey};
 
 const SIGNED_DATA: &[u8] = b"\x2a\x86\x48\x86\xf7\x0d\x01\x07\x02";
 
-/// Why a file is not what was asked for. Each message is to stand after the file's name, and says what to do.
+/// Why a file cannot be used. The message follows the file's name and says what to do.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum InputError {
-    /// Nothing is there.
+    /// The file is empty.
     #[error("it is empty; give it its content again")]
     Empty,
-    /// It is no text, where it should be.
+    /// The file has to be text, and is not.
     #[error(transparent)]
     Text(#[from] TextError),
     /// A PEM block is damaged.
     #[error(transparent)]
     Pem(#[from] PemError),
-    /// It is something else.
+    /// The file holds another kind of thing.
     #[error("it is {}, and a {wanted} is needed; {}", found.name(), found.advice(*wanted))]
     Other {
-        /// What is there.
+        /// The content of the file.
         found: Found,
-        /// What is needed.
+        /// The expected content.
         wanted: Wanted,
     },
-    /// There are several.
+    /// The file holds more than one.
     #[error("it holds {count} of them, and exactly one {wanted} is needed; remove the others from it")]
     Several {
-        /// How many.
+        /// Number of items in the file.
         count: usize,
-        /// What is needed.
+        /// The expected content.
         wanted: Wanted,
     },
-    /// A certificate among others that is none. `place` says which.
+    /// One of several certificates in the file cannot be parsed.
     #[error("{place}: {source}; remove it from the file, or get it again from where it came")]
     Certificate {
-        /// Number, line and, where it can be read, subject.
+        /// The certificate's number, its line and, if it can be read, its subject.
         place: String,
-        /// What is wrong.
+        /// The reason.
         source: CertificateError,
     },
-    /// The key, or that of the certificate.
+    /// The key, or the certificate's key, is not accepted.
     #[error("{0}")]
     Key(#[from] KeyError),
 }
 
-/// What is asked for.
+/// The content that a caller expects in a file.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Wanted {
     /// An X.509 certificate.
@@ -73,12 +74,12 @@ impl std::fmt::Display for Wanted {
     }
 }
 
-/// What a file or a PEM block is.
+/// The content of a file or of a PEM block.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[allow(missing_docs)]
 pub enum Found {
     Certificate,
-    /// openssl's own form of a certificate with what it is trusted for.
+    /// An OpenSSL `TRUSTED CERTIFICATE`: a certificate with a list of the purposes that it is trusted for.
     TrustedCertificate,
     CertificateRequest,
     RevocationList,
@@ -95,7 +96,7 @@ pub enum Found {
     JavaKeystore,
     /// A text without a PEM block.
     Text,
-    /// A PEM block of another kind.
+    /// A PEM block with another label.
     OtherPem,
     Unknown,
 }
@@ -120,7 +121,7 @@ impl Found {
         }
     }
 
-    /// What bytes without PEM around them are, by their outermost structure.
+    /// Identifies bytes without PEM by their outermost structure.
     fn of_bytes(bytes: &[u8]) -> Self {
         use tag::{BIT_STRING, CONTEXT_0, INTEGER, OBJECT_IDENTIFIER, OCTET_STRING, SEQUENCE};
         if bytes.starts_with(b"\xfe\xed\xfe\xed") || bytes.starts_with(b"\xce\xce\xce\xce") {
@@ -218,20 +219,20 @@ impl Found {
     }
 }
 
-/// One certificate of a file, as DER, and where it is in it.
+/// One certificate of a file, with its position in the file.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Entry {
-    /// The DER.
+    /// The certificate in DER.
     pub der: Vec<u8>,
-    /// Its number and line, for messages.
+    /// Number and line of the certificate, for messages.
     pub place: String,
 }
 
-/// The certificates of a file, at least one: PEM (what else is in it, such as a key, is passed over), DER, or PKCS#7. They
-/// are not judged.
+/// All certificates of a PEM, DER or PKCS#7 file; at least one. Other PEM blocks, such as keys, are skipped. The
+/// certificates are not validated.
 ///
 /// # Errors
-/// [`InputError`]. Every `BEGIN CERTIFICATE` is an [`Entry`], or the file is refused.
+/// [`InputError`]. If any `BEGIN CERTIFICATE` block cannot be read, the whole file is rejected.
 pub fn certificates(bytes: &[u8]) -> Result<Vec<Entry>, InputError> {
     let wanted = Wanted::Certificate;
     let entries = |ders: Vec<(Vec<u8>, Option<usize>)>| {
@@ -292,7 +293,7 @@ pub fn certificate(bytes: &[u8]) -> Result<Certificate, InputError> {
     })
 }
 
-/// The one public key of a file: as SubjectPublicKeyInfo, PKCS#1, `RSA1` (BCRYPT) or in a certificate.
+/// The one public key of a file: SubjectPublicKeyInfo, PKCS#1, `RSA1` (BCRYPT), or the key of a certificate.
 ///
 /// # Errors
 /// [`InputError`].
@@ -331,7 +332,7 @@ pub fn public_key(bytes: &[u8]) -> Result<RsaPublicKey, InputError> {
     }
 }
 
-/// The one RSA private key of a PEM file: PKCS#8, not encrypted.
+/// The one RSA private key of a PEM file, as unencrypted PKCS#8.
 ///
 /// # Errors
 /// [`InputError`].
@@ -343,16 +344,16 @@ pub fn rsa_private_key(bytes: &[u8]) -> Result<RsaPrivateKey, InputError> {
     }
 }
 
-/// A private key of a file.
+/// A private key that was read from a file.
 pub struct PrivateKey {
-    /// Its form: [`Found::PrivateKey`] (PKCS#8), [`Found::Pkcs1PrivateKey`] or [`Found::EcPrivateKey`].
+    /// The key's form: [`Found::PrivateKey`] (PKCS#8), [`Found::Pkcs1PrivateKey`] or [`Found::EcPrivateKey`].
     pub found: Found,
-    /// Its DER.
+    /// The key in DER.
     pub bytes: Zeroizing<Vec<u8>>,
 }
 
-/// The one private key of a file, of any algorithm, not encrypted: PEM (certificates and parameters beside it are passed
-/// over) or DER.
+/// The one unencrypted private key of a file, of any algorithm, in PEM or DER. Certificates and parameters in the same
+/// PEM file are skipped.
 ///
 /// # Errors
 /// [`InputError`].
@@ -380,7 +381,7 @@ pub fn private_key(bytes: &[u8]) -> Result<PrivateKey, InputError> {
     }
 }
 
-/// The certificates of a PKCS#7 structure that signs or only carries them; none if it is not one.
+/// The certificates in a PKCS#7 `SignedData` structure; empty if the bytes are not such a structure.
 #[must_use]
 pub fn pkcs7(bytes: &[u8]) -> Vec<Vec<u8>> {
     let read = || {
@@ -399,7 +400,6 @@ pub fn pkcs7(bytes: &[u8]) -> Vec<Vec<u8>> {
 
 enum Form<'a> {
     Bytes(Found),
-    /// At least one block.
     Pem(Vec<Block<'a>>),
 }
 
@@ -407,13 +407,13 @@ fn form(bytes: &[u8]) -> Result<Form<'_>, InputError> {
     if bytes.trim_ascii().is_empty() {
         return Err(InputError::Empty);
     }
-    // A DER file of this size starts with 30 82, which is neither UTF-8 nor UTF-16.
+    // A DER file of this size starts with 30 82. These bytes are neither UTF-8 nor UTF-16.
     let text = match pem::text(bytes) {
         Ok(text) => text,
         Err(TextError::NotUtf8 | TextError::Nul) if !contains(bytes, b"-----BEGIN ") => {
             return Ok(Form::Bytes(Found::of_bytes(bytes)));
         }
-        // Words around the blocks in another encoding, or damage.
+        // The text around the blocks has another encoding, or the file is damaged.
         Err(error) => return Err(error.into()),
     };
     let blocks = pem::blocks(text)?;
@@ -423,7 +423,7 @@ fn form(bytes: &[u8]) -> Result<Form<'_>, InputError> {
     let ssh = ["ssh-", "---- BEGIN SSH2", "ecdsa-"].iter().any(|start| text.trim_start().starts_with(start));
     Ok(Form::Bytes(match Found::of_bytes(bytes) {
         _ if ssh => Found::SshPublicKey,
-        // Small DER may happen to be text.
+        // A small DER file can be valid text by chance.
         Found::Unknown => Found::Text,
         found => found,
     }))
@@ -433,7 +433,7 @@ fn contains(bytes: &[u8], pattern: &[u8]) -> bool {
     memchr::memmem::find(bytes, pattern).is_some()
 }
 
-/// What a text is that lacks what was asked for, by its first block.
+/// Identifies a text that lacks the expected block, by its first block.
 fn first(blocks: &[Block<'_>]) -> Found {
     blocks.first().map_or(Found::Text, |block| Found::of_label(block.label))
 }

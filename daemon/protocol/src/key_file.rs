@@ -1,23 +1,24 @@
-//! Keys and certificates from whatever hosts send and administrators hand over.
+//! Reads keys and certificates in all forms that hosts and administrators use.
 //!
-//! Apart from the types themselves, because the forms of one lead to the other: a public key may come as a certificate.
+//! These functions are not next to their types, because the formats depend on each other: a public key may come in a
+//! certificate.
 
 use crate::certificate::{Certificate, CertificateError};
 use crate::input::{self, InputError};
 use crate::rsa_key::{BCRYPT_MAGIC, KeyError, RsaPublicKey};
 
 impl RsaPublicKey {
-    /// A key from whatever hosts send: the DER of a SubjectPublicKeyInfo or of an X.509 certificate, or a
+    /// Reads a key in a form that hosts send: the DER of a SubjectPublicKeyInfo or of an X.509 certificate, or a
     /// `BCRYPT_RSAPUBLIC_BLOB` (`RSA1`).
     ///
     /// # Errors
-    /// [`KeyError`]; [`KeyError::Format`] if the octets are none of the three.
+    /// [`KeyError`]; [`KeyError::Format`] if the bytes have none of the three forms.
     pub fn from_any(octets: &[u8]) -> Result<Self, KeyError> {
         if octets.starts_with(BCRYPT_MAGIC) {
             return Self::from_bcrypt_blob(octets);
         }
         match Self::from_spki_der(octets) {
-            // A certificate's first element is not an algorithm identifier, so it never gets further than this.
+            // A certificate's first element is not an algorithm identifier, so `from_spki_der` returns `Format` for it.
             Err(KeyError::Format) => match Certificate::parse(octets) {
                 Ok(certificate) => Ok(certificate.key().clone()),
                 Err(CertificateError::NotX509) => Err(KeyError::Format),
@@ -28,7 +29,7 @@ impl RsaPublicKey {
         }
     }
 
-    /// A key from a file of an administrator, in any of the forms that [`input::public_key`] reads.
+    /// Reads a key from an administrator's file, in any form that [`input::public_key`] supports.
     ///
     /// # Errors
     /// [`InputError`].
@@ -38,7 +39,7 @@ impl RsaPublicKey {
 }
 
 impl Certificate {
-    /// The one certificate of a file of an administrator, in any of the forms that [`input::certificate`] reads.
+    /// Reads the one certificate of an administrator's file, in any form that [`input::certificate`] supports.
     ///
     /// # Errors
     /// [`InputError`].
@@ -77,9 +78,9 @@ mod tests {
         crate::ber::tlv(tag, &[content])
     }
 
-    /// A SubjectPublicKeyInfo with these parts of an AlgorithmIdentifier and the key of `spki`.
+    /// A SubjectPublicKeyInfo with the key of `spki` and these parts as its AlgorithmIdentifier.
     fn spki_with(algorithm: &[&[u8]], spki: &[u8]) -> Vec<u8> {
-        // 4 octets of header and 15 of AlgorithmIdentifier precede the key.
+        // The key follows 4 bytes of header and 15 bytes of AlgorithmIdentifier.
         crate::ber::tlv(0x30, &[&tlv(0x30, &algorithm.concat()), &spki[19..]])
     }
 

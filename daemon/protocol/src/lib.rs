@@ -1,21 +1,22 @@
 //! The wire protocol of Claviger: [MS-KPS] (key protection) and [MS-HGSA] (attestation).
 //!
-//! Everything here is pure: octets, keys and the time go in, values come out. There is no I/O, no clock and no HSM, so
-//! that every step of a release can be tested by itself. The steps, in the order a release takes them:
+//! All functions are pure: they take bytes, keys and the time, and return values. There is no I/O, no clock and no HSM,
+//! so each step of a release can be tested alone. The steps of a release, in order:
 //!
 //! | step | module |
 //! |---|---|
 //! | read the request and its algorithms | [`request`], [`batch`], [`algorithm`] |
 //! | judge the health certificate | [`health`] |
-//! | read the protector, canonical octets included | [`protector`], [`xml`], [`c14n`] |
+//! | read the protector and its canonical bytes | [`protector`], [`xml`], [`c14n`] |
 //! | check signatures and the chain of wrappings | [`verify`] |
-//! | the same for a protector whose wrappings are known | [`wrapping_set`] |
+//! | read a protector whose wrapping set is known | [`wrapping_set`] |
 //! | make the egress protector | [`build`] |
 //! | encrypt both keys to the host | [`payload`] |
 //!
-//! [`input`] reads the files that administrators hand over, with [`pem`] and [`ber`]. [`owner`] is the tenant's side, [`metadata`] what a tenant builds a guardian's wrapping from, [`describe`] what people
-//! are told of a protector, [`attestation`] how a host gets its health certificate, [`tpm`] what its TPM adds to that, and [`error`] what a refusal looks
-//! like.
+//! [`input`] reads files from administrators, with [`pem`] and [`ber`]. [`owner`] holds the tenant's operations.
+//! [`metadata`] is the document from which a tenant builds a guardian's wrapping. [`describe`] describes a protector
+//! for people. [`attestation`] is the exchange in which a host gets its health certificate, and [`tpm`] the part of it
+//! that uses the host's TPM. [`error`] defines refusals.
 #![forbid(unsafe_code)]
 
 pub mod algorithm;

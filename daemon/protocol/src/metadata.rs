@@ -1,4 +1,4 @@
-//! The metadata document: what a tenant builds a guardian's wrapping from (protocol page, section 2.6).
+//! The metadata document, from which a tenant builds a guardian's wrapping (protocol page, section 2.6).
 
 use data_encoding::BASE64;
 use ring::digest;
@@ -15,24 +15,24 @@ const C14N: &str = "http://www.w3.org/2001/10/xml-exc-c14n#";
 const ENVELOPED: &str = "http://www.w3.org/2000/09/xmldsig#enveloped-signature";
 const SHA256: &str = "http://www.w3.org/2001/04/xmlenc#sha256";
 
-/// What a guardian publishes of itself.
+/// The content that a guardian publishes about itself.
 #[derive(Clone, Debug)]
 pub struct GuardianInformation {
     /// The primary encryption certificate, DER.
     pub encryption_certificate: Vec<u8>,
     /// The primary signing certificate, DER.
     pub signing_certificate: Vec<u8>,
-    /// By the primary signing key, over `encryption_certificate`.
+    /// The primary signing key's signature over `encryption_certificate`.
     pub encryption_certificate_signature: Signature,
-    /// By the primary signing key, over `signing_certificate`.
+    /// The primary signing key's signature over `signing_certificate`.
     pub signing_certificate_self_signature: Signature,
-    /// Signing certificates that are enabled and not primary, DER.
+    /// The other enabled signing certificates, DER.
     pub other_signing_certificates: Vec<Vec<u8>>,
 }
 
-/// A metadata document that lacks the signature of its communications certificate.
+/// A metadata document before the communications key has signed it.
 pub struct UnsignedMetadata {
-    /// The root element's content, canonical.
+    /// Content of the root element, canonical.
     content: String,
     /// `SignedInfo`, canonical.
     signed_info: String,
@@ -40,8 +40,8 @@ pub struct UnsignedMetadata {
 }
 
 impl GuardianInformation {
-    /// The document, as far as the XML signature covers it. It is to be signed by the key of
-    /// `communications_certificate` (DER) with RSASSA-PKCS1-v1_5 and SHA-256.
+    /// Builds the part of the document that the XML signature covers. The key of `communications_certificate` (DER) has
+    /// to sign it with RSASSA-PKCS1-v1_5 and SHA-256.
     #[must_use]
     pub fn unsigned(&self, communications_certificate: &[u8]) -> UnsignedMetadata {
         let mut content = "<GuardianInformation><Version>1</Version>".to_owned();
@@ -57,7 +57,7 @@ impl GuardianInformation {
             content.push_str("</OtherSigningCertificates>");
         }
         content.push_str("</GuardianInformation>");
-        // What the reference covers: the document without its signature.
+        // The reference covers the document without its signature.
         let covered = format!("<Metadata xmlns=\"{KPS_NS}\" Version=\"1\">{content}</Metadata>");
         let covered = digest::digest(&digest::SHA256, covered.as_bytes());
         let signed_info = format!(
@@ -75,16 +75,16 @@ impl GuardianInformation {
 }
 
 impl UnsignedMetadata {
-    /// What the communications certificate's key signs.
+    /// The bytes that the communications key signs.
     #[must_use]
     pub fn signed_octets(&self) -> &[u8] {
         self.signed_info.as_bytes()
     }
 
-    /// The document.
+    /// Inserts the signature and returns the document.
     #[must_use]
     pub fn finish(&self, signature: &[u8]) -> Vec<u8> {
-        // The prefix is declared by ds:Signature already.
+        // ds:Signature already declares the prefix.
         let signed_info = self.signed_info.replacen(&format!(" xmlns:ds=\"{DSIG_NS}\""), "", 1);
         format!(
             "<?xml version=\"1.0\" encoding=\"utf-8\"?><Metadata xmlns=\"{KPS_NS}\" Version=\"1\">{}\
@@ -101,21 +101,21 @@ impl UnsignedMetadata {
 /// Why a metadata document is not accepted.
 #[derive(Debug, thiserror::Error)]
 pub enum MetadataError {
-    /// Not a document of the expected shape.
+    /// The document does not have the expected structure.
     #[error("the metadata document cannot be read: {0}")]
     Document(#[from] XmlError),
-    /// A certificate that cannot be used.
+    /// A certificate cannot be used.
     #[error("the {0} certificate of the metadata document cannot be used: {1}")]
     Certificate(&'static str, CertificateError),
-    /// A signature that is wrong, or of an algorithm that is not known.
+    /// A signature is wrong, or its algorithm is not supported.
     #[error("the {0} of the metadata document is wrong")]
     Signature(&'static str),
 }
 
-/// A metadata document whose signatures hold. It is as trustworthy as its certificates: pin their thumbprints.
+/// A metadata document with valid signatures. It is only as trustworthy as its certificates: pin their thumbprints.
 #[derive(Clone, Debug)]
 pub struct Metadata {
-    /// What the guardian says of itself.
+    /// The content about the guardian.
     pub guardian: GuardianInformation,
     /// The key of the primary encryption certificate.
     pub encryption_key: RsaPublicKey,
@@ -124,7 +124,7 @@ pub struct Metadata {
 }
 
 impl Metadata {
-    /// Reads a document and checks its three signatures.
+    /// Parses a document and verifies its three signatures.
     ///
     /// # Errors
     /// See [`MetadataError`].
@@ -132,7 +132,8 @@ impl Metadata {
         let text = xml::decode(octets)?;
         let document = xml::parse(&text)?;
         let root = xml::root(&document, KPS_NS, "Metadata")?;
-        // The published schema lets further attributes and elements follow. The signature covers them; nothing here uses them.
+        // The published schema allows further attributes and elements. The signature covers them; this code ignores
+        // them.
         if xml::unsigned_int(xml::attribute(root, "Version")?, "Version")? != 1 {
             return Err(XmlError::new("the version of the metadata is not 1").into());
         }
@@ -202,8 +203,8 @@ fn signature(element: roxmltree::Node<'_, '_>) -> Result<Signature, MetadataErro
         .map_err(|_| MetadataError::Signature("signature algorithm"))
 }
 
-/// Checks the XML signature `signature` of the document `root` and gives the certificate that made it. Only the one
-/// shape that the protocol describes is accepted: what the reference covers is the document, and nothing else.
+/// Verifies the XML signature `signature` of the document `root` and returns the certificate of its key. Only the
+/// structure in the protocol is accepted: one reference, which covers the whole document.
 fn check_document(
     root: roxmltree::Node<'_, '_>,
     signature: roxmltree::Node<'_, '_>,

@@ -1,7 +1,6 @@
-//! RSA-OAEP encryption (RFC 8017, section 7.1.1) with two different digests, which aws-lc does not have.
-//!
-//! The exponent, the modulus and every length are public, and the padding is random: a time that depends on them tells
-//! nothing. The arithmetic on the padded block itself is crypto-bigint's, which takes constant time.
+//! RSA-OAEP encryption (RFC 8017, section 7.1.1) with two different digests. aws-lc does not support this.
+//! The exponent, the modulus and all lengths are public, and the padding is random, so the timing of code that depends
+//! on them reveals nothing. crypto-bigint does the arithmetic on the padded block in constant time.
 
 use crypto_bigint::modular::{BoxedMontyForm, BoxedMontyParams};
 use crypto_bigint::{BoxedUint, Odd};
@@ -12,7 +11,7 @@ use zeroize::{Zeroize, Zeroizing};
 use crate::algorithm::{Digest, Oaep};
 use crate::random;
 
-/// A public key, ready for its bare operation.
+/// A public key, prepared for the raw RSA operation.
 #[derive(Debug)]
 pub(crate) struct PublicOperation {
     modulus: BoxedMontyParams,
@@ -22,19 +21,20 @@ pub(crate) struct PublicOperation {
 }
 
 impl PublicOperation {
-    /// `None` for an even modulus.
+    /// `None` if the modulus is even.
     pub(crate) fn new(modulus: &[u8], exponent: u64) -> Option<Self> {
         let odd = Option::<Odd<BoxedUint>>::from(Odd::new(BoxedUint::from_be_slice_vartime(modulus)))?;
         Some(Self { modulus: BoxedMontyParams::new_vartime(odd), exponent, octets: modulus.len() })
     }
 
-    /// `block` to the power of the exponent, as long as the modulus. `None` when the block is longer than that.
+    /// Raises `block` to the public exponent. The result has the modulus' length. `None` if the block is longer than
+    /// that.
     fn raise(&self, block: &[u8]) -> Option<Vec<u8>> {
         let mut base = BoxedUint::from_be_slice(block, self.modulus.bits_precision()).ok()?;
         let mut base_form = BoxedMontyForm::new(base.clone(), &self.modulus);
         base.zeroize();
         let mut power = base_form.clone();
-        // Square and multiply from the second bit on; of 65537 these are 16 squares and one product.
+        // Square and multiply, from the second-highest bit on. For 65537: 16 squarings and one multiplication.
         for bit in (0..self.exponent.checked_ilog2()?).rev() {
             power = power.square();
             if self.exponent >> bit & 1 == 1 {
@@ -43,11 +43,11 @@ impl PublicOperation {
         }
         base_form.as_montgomery_mut().zeroize();
         let octets = power.retrieve().to_be_bytes();
-        // Whole limbs: a modulus that does not fill its first one has zeros before it.
+        // The result has whole limbs: if the modulus does not fill its highest limb, zeros precede the value.
         octets.get(octets.len().checked_sub(self.octets)?..).map(<[u8]>::to_vec)
     }
 
-    /// Encrypts with an empty label. `None` when the plaintext is too long, or the system has no randomness.
+    /// Encrypts with an empty label. `None` if the plaintext is too long or the system has no randomness.
     pub(crate) fn encrypt(&self, oaep: Oaep, plaintext: &[u8]) -> Option<Vec<u8>> {
         self.raise(&pad(oaep, self.octets, plaintext)?)
     }
@@ -57,7 +57,7 @@ impl PublicOperation {
 fn pad(oaep: Oaep, octets: usize, plaintext: &[u8]) -> Option<Zeroizing<Vec<u8>>> {
     let label = digest::digest(ring_digest(oaep.digest), b"");
     let label = label.as_ref();
-    // What is left of the block for the zeros.
+    // The rest of the block is filled with zeros.
     octets.checked_sub(2 * label.len() + 2 + plaintext.len())?;
     let mut block = Zeroizing::new(vec![0; octets]);
     let (seed, data) = block.get_mut(1..)?.split_at_mut(label.len());
@@ -101,7 +101,8 @@ mod tests {
 
     #[test]
     fn the_bare_operation_is_that_of_another_library() {
-        // Moduli that fill their limbs and that do not, and the largest exponent: nobody checks that there are two primes.
+        // Moduli that fill their limbs and moduli that do not; also the largest exponent. The operation works with any
+        // odd modulus, so no primes are needed.
         for bits in [2048_usize, 2049, 3071, 7168, 8191, 8192] {
             for exponent in [65537_u64, (1 << 33) - 1] {
                 let mut modulus = vec![0xff; bits.div_ceil(8)];
@@ -129,7 +130,7 @@ mod tests {
                 let oaep = Oaep { digest, mgf };
                 let longest = vec![7; key.public().max_plaintext_len(oaep)];
                 for plaintext in [&b""[..], &[9; 32], &longest] {
-                    // Of equal digests aws-lc is the reader, of others the rsa crate.
+                    // aws-lc decrypts if both digests are equal, otherwise the rsa crate.
                     let sealed = operation.encrypt(oaep, plaintext).unwrap();
                     assert_eq!(*key.decrypt_oaep(oaep, &sealed).unwrap(), plaintext, "{oaep:?}");
                 }

@@ -1,4 +1,4 @@
-//! The tenant's side: making a protector, opening it, letting a guardian in, and keeping one out.
+//! The tenant's operations: create and open a protector, grant a guardian access, revoke a guardian.
 
 use crate::algorithm::{Oaep, SignatureAlgorithm};
 use crate::build::{Unsigned, fresh_transport_key};
@@ -9,62 +9,62 @@ use crate::protector::{Encryption, MAX_WRAPPINGS, Protector, Signature, Transpor
 use crate::rsa_key::{RsaPrivateKey, RsaPublicKey};
 use crate::verify::{self, KnownCertificates, Party, Verified};
 
-/// The owner's Id in the protectors made here.
+/// The owner's Id in new protectors.
 const OWNER_ID: u32 = 1;
 
-/// An owner: two key pairs, and a certificate for each.
+/// The owner's two key pairs and their certificates.
 pub struct Owner {
-    /// Signs guardians' certificates and protectors.
+    /// Signs guardians' certificates, and protectors.
     pub signing_key: RsaPrivateKey,
-    /// Its certificate.
+    /// The certificate of the signing key.
     pub signing_certificate: Certificate,
-    /// Opens protectors.
+    /// Decrypts the transport keys of protectors.
     pub encryption_key: RsaPrivateKey,
-    /// Its certificate.
+    /// The certificate of the encryption key.
     pub encryption_certificate: Certificate,
 }
 
 /// Why an owner's operation failed.
 #[derive(Debug, thiserror::Error)]
 pub enum OwnerError {
-    /// The protector is not acceptable, or would not be.
+    /// The protector is invalid, or the new protector would be.
     #[error(transparent)]
     Protector(#[from] Refusal),
-    /// The protector has no wrapping for this key.
+    /// The protector has no wrapping for this owner's encryption key.
     #[error("no wrapping of this protector is for this owner's encryption key")]
     NotOurs,
-    /// The owner's key does not open it, or its transport-key signature is wrong.
+    /// The owner's key does not decrypt the transport key, or the transport-key signature is wrong.
     #[error("the transport key cannot be decrypted, or its signature is wrong")]
     Decrypt,
-    /// The owner's key cannot sign.
+    /// The owner's key failed to sign.
     #[error("the owner's key cannot sign")]
     Sign,
-    /// The protector belongs to somebody else: only its owner may change who is in it.
+    /// Another owner made the protector. Only its owner may change its guardians.
     #[error("the owner of this protector is somebody else")]
     NotOwner,
-    /// The protector would have more wrappings than any service reads.
+    /// The new protector would have more wrappings than a service accepts.
     #[error("a protector has room for {MAX_WRAPPINGS} parties, the owner and {} guardians", MAX_WRAPPINGS - 1)]
     Full,
-    /// No wrapping was chosen to be revoked.
+    /// No wrapping matches the guardian to revoke.
     #[error("no wrapping of this protector is for that guardian")]
     NoSuchGuardian,
-    /// The owner's own wrapping was chosen to be revoked.
+    /// The owner's own wrapping matches the guardian to revoke.
     #[error("the owner's own wrapping cannot be revoked")]
     OwnerStays,
 }
 
-/// What [`Owner::revoke`] gives.
+/// The result of [`Owner::revoke`].
 pub struct Revoked {
     /// The new protector.
     pub file: Vec<u8>,
-    /// Its transport key, which no revoked guardian has ever seen.
+    /// The fresh transport key. Revoked guardians never had access to it.
     pub key: TransportKey,
-    /// The Ids of the wrappings that are gone.
+    /// The Ids of the removed wrappings.
     pub gone: Vec<u32>,
 }
 
 impl Owner {
-    /// A fresh transport key, and a protector of it for the owner and `guardians` (Ids 1, 2, 3 …).
+    /// Creates a transport key, and a protector of it for the owner and `guardians` (Ids 1, 2, 3 …).
     ///
     /// # Errors
     /// See [`OwnerError`].
@@ -80,7 +80,7 @@ impl Owner {
         Ok((file, key))
     }
 
-    /// The transport key of a protector that has a wrapping for this owner.
+    /// Decrypts the transport key of a protector that has a wrapping for this owner.
     ///
     /// # Errors
     /// See [`OwnerError`].
@@ -88,7 +88,7 @@ impl Owner {
         self.open_verified(&verify::verify(Protector::parse(protector)?, &KnownCertificates::default())?)
     }
 
-    /// The protector with one more guardian: same transport key, the other wrappings kept, signed by the owner.
+    /// Adds a guardian to the protector. The transport key and the other wrappings stay; the owner signs.
     ///
     /// # Errors
     /// See [`OwnerError`].
@@ -106,21 +106,21 @@ impl Owner {
         self.write(&wrappings, recipients, &key, owner)
     }
 
-    /// A protector of a *fresh* transport key for the parties of `protector` without those that `chosen` names. The wrappings
-    /// that stay keep their Ids, certificates and certificate signatures; the owner signs.
+    /// Creates a protector of a *fresh* transport key for the parties of `protector`, except those that `chosen`
+    /// selects. The remaining wrappings keep their Ids, certificates and certificate signatures; the owner signs.
     ///
-    /// With a wrapping go those that it vouches for, and those with a key of its own: a service looks for its key, so
-    /// another wrapping of the same key would let it in again.
+    /// Two kinds of wrappings are removed as well: those that a removed wrapping vouches for, and those with the same
+    /// key. A service searches for its own key, so another wrapping of the same key would still give access.
     ///
-    /// A guardian that could open the old protector still can, for ever: it is what the old key protects that has to be
-    /// protected anew, with the new key.
+    /// A revoked guardian can always open the old protector. To exclude it, encrypt the data again with the new
+    /// transport key.
     ///
     /// # Errors
     /// See [`OwnerError`].
     pub fn revoke(&self, protector: &[u8], chosen: impl Fn(u32, &Party) -> bool) -> Result<Revoked, OwnerError> {
         let verified = verify::verify(Protector::parse(protector)?, &KnownCertificates::default())?;
         self.is_owner_of(&verified)?;
-        // A protector that the owner cannot open is not one to go on from.
+        // The owner must be able to open the protector.
         self.open_verified(&verified)?;
         let (wrappings, parties) = (&verified.protector.wrappings, &verified.parties);
         let mut gone: Vec<bool> = wrappings.iter().zip(parties).map(|(w, party)| chosen(w.id, party)).collect();
@@ -130,8 +130,8 @@ impl Owner {
         if !gone.contains(&true) {
             return Err(OwnerError::NoSuchGuardian);
         }
-        // The owner is left out of the spreading: a guardian that wrote the owner's certificate into a wrapping of its own
-        // shall not become irrevocable.
+        // The rules below never remove the owner's wrapping. Otherwise a guardian that puts the owner's certificate into
+        // its own wrapping could not be revoked.
         loop {
             let follows = |at: usize| {
                 let (wrapping, party) = (&wrappings[at], &parties[at]);
@@ -156,7 +156,8 @@ impl Owner {
         Ok(Revoked { file, key, gone })
     }
 
-    /// A metadata document of this owner, for other owners to let it in: signed by its own signing key throughout.
+    /// A metadata document of this owner, signed with its own signing key, for other owners who want to grant it
+    /// access.
     ///
     /// # Errors
     /// [`OwnerError::Sign`].
@@ -236,5 +237,5 @@ impl Owner {
     }
 }
 
-/// What a new wrapping is encrypted by: understood by every client and natively by every token.
+/// The encryption of new wrappings: all clients understand it, and all tokens support it natively.
 const DEFAULT_ENCRYPTION: Encryption = Encryption { oaep: Oaep::SHA1, version_11: false };

@@ -1,4 +1,5 @@
-//! How both transport keys reach the host (protocol page, section 2.4; step 9 of a release), and how the host reads them.
+//! The encryption of both transport keys to the host (protocol page, section 2.4; step 9 of a release), and the host's
+//! decryption.
 
 use aws_lc_rs::key_wrap::{AES_256, AesKek, KeyWrap};
 use ring::aead::{AES_128_GCM, AES_256_GCM, Aad, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
@@ -10,11 +11,11 @@ use crate::protector::{TRANSPORT_KEY_LEN, TransportKey, transport_key};
 use crate::random;
 use crate::rsa_key::RsaPublicKey;
 
-/// A policy that allows a host to keep key material for a number of starts without asking.
+/// Id of the policy that allows a host to unwrap offline for a number of starts.
 const POLICY_ID: u32 = 1;
 const POLICY_TYPE_OFFLINE_UNWRAPS: u32 = 6;
 
-/// The version of the service's interface, which decides the payload's version.
+/// The version of the interface. It determines the payload's version.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum ApiVersion {
     /// `v1.0`: payload version 1.
@@ -24,7 +25,7 @@ pub enum ApiVersion {
 }
 
 impl ApiVersion {
-    /// The version as it stands in a URL.
+    /// The version in URLs.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
@@ -34,36 +35,36 @@ impl ApiVersion {
     }
 }
 
-/// What a host may learn, in the clear: two keys, and how often it may use them without asking.
+/// The plaintext for the host: two keys, and the number of offline unwraps.
 pub struct Payload {
-    /// The key the host's protector was made with.
+    /// The key of the protector that the host sent.
     pub ingress: TransportKey,
-    /// The key of the protector it gets back.
+    /// The key of the new protector.
     pub egress: TransportKey,
-    /// 0: no policy is written.
+    /// Number of offline unwraps. With 0, no policy is written.
     pub max_offline_unwraps: u32,
 }
 
 /// The three ciphertexts of a reply.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct EncryptedKeys {
-    /// The transfer key, to the health certificate's key.
+    /// The transfer key, encrypted to the health certificate's key.
     pub transfer_key: Vec<u8>,
-    /// The wrapping key, under the transfer key.
+    /// The wrapping key, encrypted with the transfer key.
     pub wrapping_key: Vec<u8>,
-    /// The payload, under the wrapping key.
+    /// The payload, encrypted with the wrapping key.
     pub transport_keys: Vec<u8>,
 }
 
-/// The host could not open a reply. Deliberately says no more.
+/// The host could not decrypt a reply. Deliberately gives no reason.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("the encrypted keys cannot be opened")]
 pub struct OpenError;
 
 impl Payload {
-    /// The octets, little-endian (u32 fields).
+    /// The bytes of the payload; u32 fields are little-endian.
     fn encode(&self, version: ApiVersion) -> Zeroizing<Vec<u8>> {
-        // Reserved at once: a vector that grows leaves copies of keys behind.
+        // Reserve enough memory: a growing vector would leave copies of keys behind.
         let mut out = Zeroizing::new(Vec::with_capacity(128));
         let number = match version {
             ApiVersion::V1 => 1,
@@ -87,7 +88,7 @@ impl Payload {
         out
     }
 
-    /// Reads what [`Payload::encode`] wrote, of either version.
+    /// Parses the result of [`Payload::encode`], of either version.
     fn decode(octets: &[u8]) -> Option<Self> {
         let field = |at: usize| octets.get(at * 4..at * 4 + 4)?.try_into().ok().map(u32::from_le_bytes);
         let shape = (field(0)? as usize, field(2)?, field(3)? as usize);
@@ -110,10 +111,10 @@ impl Payload {
         Some(Self { ingress, egress, max_offline_unwraps })
     }
 
-    /// Encrypts the payload to the host, with a fresh transfer key and a fresh wrapping key.
+    /// Encrypts the payload to the host with a fresh transfer key and a fresh wrapping key.
     ///
     /// # Errors
-    /// `InternalErrorException` when the system has no randomness or an encryption fails.
+    /// `InternalErrorException` if the system has no randomness or an encryption fails.
     pub fn seal(
         &self,
         version: ApiVersion,
@@ -134,10 +135,10 @@ impl Payload {
 }
 
 impl EncryptedKeys {
-    /// What a host does with a reply, once it decrypted [`EncryptedKeys::transfer_key`] with its own key.
+    /// Decrypts a reply for the host. The host has already decrypted [`EncryptedKeys::transfer_key`] with its own key.
     ///
     /// # Errors
-    /// [`OpenError`] whatever is wrong.
+    /// [`OpenError`] for every failure.
     pub fn open(&self, transfer_key: &[u8], wrapping: KeyWrapping, transport: Sealing) -> Result<Payload, OpenError> {
         let wrapping_key = match wrapping {
             KeyWrapping::Seal(sealing) => open(sealing, transfer_key, &self.wrapping_key)?,
@@ -163,7 +164,7 @@ fn gcm(sealing: Sealing, key: &[u8]) -> Option<LessSafeKey> {
     UnboundKey::new(algorithm, key).ok().map(LessSafeKey::new)
 }
 
-/// IV ‖ ciphertext ‖ tag. Every key here is used once, so a random IV cannot repeat.
+/// Returns IV ‖ ciphertext ‖ tag. Each key encrypts only once, so a random IV cannot repeat.
 fn seal(sealing: Sealing, key: &[u8], plaintext: &[u8]) -> Result<Vec<u8>, Refusal> {
     let key = gcm(sealing, key).ok_or_else(Refusal::internal)?;
     let iv: [u8; NONCE_LEN] = random::octets().map_err(|_| Refusal::internal())?;

@@ -1,5 +1,5 @@
-//! Text files and PEM (RFC 7468), as people and programs really write them: with a byte-order mark, with CRLF, with words
-//! around the blocks. Every `-----BEGIN` is a block that is read, or an error that says which one is not.
+//! Reads text files and PEM (RFC 7468) in all usual forms: with a byte-order mark, with CRLF, with text around the
+//! blocks. Every `-----BEGIN` gives a block, or an error that names it.
 
 use data_encoding::BASE64;
 use zeroize::Zeroizing;
@@ -8,23 +8,23 @@ const BEGIN: &str = "-----BEGIN ";
 const END: &str = "-----END ";
 const DASHES: &str = "-----";
 
-/// What a byte-order mark is in UTF-8.
+/// The byte-order mark in UTF-8.
 const MARK: &[u8] = b"\xef\xbb\xbf";
 
-/// Bytes that are not the text they should be.
+/// The bytes are not a UTF-8 text.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("it is {}; {}", self.problem(), self.advice())]
 pub enum TextError {
     /// UTF-16, with or without a byte-order mark.
     Utf16,
-    /// Some other encoding, or no text at all.
+    /// Another encoding, or not text at all.
     NotUtf8,
-    /// A NUL byte: a file that was damaged, or no text.
+    /// The text contains a NUL byte: the file was damaged, or is not text.
     Nul,
 }
 
 impl TextError {
-    /// What the bytes are instead.
+    /// Describes the content.
     #[must_use]
     pub fn problem(self) -> &'static str {
         match self {
@@ -34,7 +34,7 @@ impl TextError {
         }
     }
 
-    /// What to do.
+    /// Says how to fix the file.
     #[must_use]
     pub fn advice(self) -> &'static str {
         match self {
@@ -45,10 +45,10 @@ impl TextError {
     }
 }
 
-/// The text that `bytes` are, without a byte-order mark before it.
+/// Returns `bytes` as text, without a leading byte-order mark.
 ///
 /// # Errors
-/// [`TextError`] names the encoding where it is a known one.
+/// [`TextError`] names the encoding if it is recognised.
 pub fn text(bytes: &[u8]) -> Result<&str, TextError> {
     if is_utf16(bytes) {
         return Err(TextError::Utf16);
@@ -57,7 +57,7 @@ pub fn text(bytes: &[u8]) -> Result<&str, TextError> {
     if text.contains('\0') { Err(TextError::Nul) } else { Ok(text) }
 }
 
-/// Whether these bytes are UTF-16: they start with its mark, or every other one of the first few is zero.
+/// Whether these bytes are UTF-16: they start with its byte-order mark, or every other byte at the beginning is zero.
 pub(crate) fn is_utf16(bytes: &[u8]) -> bool {
     if bytes.starts_with(b"\xff\xfe") || bytes.starts_with(b"\xfe\xff") {
         return true;
@@ -70,46 +70,47 @@ pub(crate) fn is_utf16(bytes: &[u8]) -> bool {
     start.len() >= 2 && start.len().is_multiple_of(2) && (every_other(0) || every_other(1))
 }
 
-/// A text that has a block which cannot be read. The number of the line is that of its first one.
+/// A PEM block cannot be read. The line number is the block's first line.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum PemError {
-    /// A first line of a block, and no last one.
+    /// A block has no END line.
     #[error("the block {label} of line {line} has no -----END {label}-----; the file is cut off or damaged")]
     NoEnd {
-        /// What it says it is.
+        /// The block's label.
         label: String,
-        /// Where it begins.
+        /// Line of the BEGIN line.
         line: usize,
     },
-    /// A last line of a block without a first one.
+    /// An END line has no BEGIN line.
     #[error("line {line} ends a block that no -----BEGIN line begins; the file is damaged at its start")]
     NoBegin {
-        /// Where that line is.
+        /// Line of the END line.
         line: usize,
     },
-    /// What is between is not base64.
+    /// The content of a block is not base64.
     #[error("the block {label} of line {line} is not base64; it was damaged on its way, copy the file again")]
     NotBase64 {
-        /// What it says it is.
+        /// The block's label.
         label: String,
-        /// Where it begins.
+        /// Line of the BEGIN line.
         line: usize,
     },
 }
 
-/// A block.
+/// A PEM block.
 pub struct Block<'a> {
-    /// What it says it is, such as `CERTIFICATE`.
+    /// The label, for example `CERTIFICATE`.
     pub label: &'a str,
-    /// Where it begins; the first line of the text is 1.
+    /// Line of the BEGIN line; the first line of the text is 1.
     pub line: usize,
-    /// Whether it is encrypted in the way of old versions of openssl (`Proc-Type: 4,ENCRYPTED`); then `bytes` are not DER.
+    /// Whether the block is encrypted in the format of old OpenSSL versions (`Proc-Type: 4,ENCRYPTED`). Then `bytes` is
+    /// not DER.
     pub encrypted: bool,
-    /// Its content.
+    /// The decoded content.
     pub bytes: Zeroizing<Vec<u8>>,
 }
 
-/// All blocks of a text, in its order. Words before, between and after them are passed over.
+/// All blocks of a text, in order. Text around the blocks is skipped.
 ///
 /// # Errors
 /// [`PemError`] for the first block that cannot be read.
@@ -133,16 +134,17 @@ pub fn blocks(text: &str) -> Result<Vec<Block<'_>>, PemError> {
         let no_end = || PemError::NoEnd { label: shown(label), line };
         let body = &from[BEGIN.len() + label.len() + DASHES.len()..];
         let (body, after) = body.split_once(END).ok_or_else(no_end)?;
-        // Another block begins before this one ends: one of the two would be lost.
+        // Another block begins before this one ends. Reject the file, or one of the two blocks would be lost.
         if body.contains(BEGIN) {
             return Err(no_end());
         }
         let after = after.strip_prefix(label).and_then(|after| after.strip_prefix(DASHES)).ok_or_else(no_end)?;
-        // The capacity is enough from the start: growing would leave copies of a secret behind.
+        // Reserve enough memory: a growing vector would leave copies of a secret behind.
         let mut characters = Zeroizing::new(Vec::with_capacity(body.len()));
         let mut encrypted = false;
         for line in body.lines() {
-            // Base64 has no colon: before the data, this is a header (RFC 1421). Behind it, it is damage.
+            // Base64 has no colon. A colon before the data marks a header (RFC 1421); after the start of the data it
+            // means damage.
             if characters.is_empty() && line.contains(':') {
                 encrypted |= line.contains("ENCRYPTED");
             } else {
@@ -159,15 +161,15 @@ pub fn blocks(text: &str) -> Result<Vec<Block<'_>>, PemError> {
     }
 }
 
-/// A text that does not hold exactly one block that can be read.
+/// A text that does not contain exactly one readable block.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum NotOneBlock {
-    /// None, or one that is damaged or encrypted.
+    /// There is no block, or it is damaged or encrypted.
     Unreadable,
     Several,
 }
 
-/// The one block of a text: its label and its content.
+/// The only block of a text: its label and its content.
 pub(crate) fn only_block(text: &str) -> Result<(&str, Zeroizing<Vec<u8>>), NotOneBlock> {
     let mut blocks = blocks(text).map_err(|_| NotOneBlock::Unreadable)?;
     match &mut blocks[..] {
@@ -177,12 +179,12 @@ pub(crate) fn only_block(text: &str) -> Result<(&str, Zeroizing<Vec<u8>>), NotOn
     }
 }
 
-/// A label as it may stand in a message.
+/// Shortens a label and removes unusual characters, for messages.
 fn shown(label: &str) -> String {
     label.chars().filter(|c| c.is_ascii_graphic() || *c == ' ').take(40).collect()
 }
 
-/// One block with lines of 64 characters.
+/// Encodes a block with lines of 64 characters.
 pub(crate) fn encode(label: &str, bytes: &[u8]) -> Zeroizing<String> {
     let body = Zeroizing::new(BASE64.encode(bytes));
     let lines = body.len().div_ceil(64);

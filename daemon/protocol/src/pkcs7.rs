@@ -1,4 +1,4 @@
-//! The list of certificates that attestation publishes.
+//! The certificate list that attestation publishes.
 
 use der::asn1::ObjectIdentifier;
 
@@ -7,8 +7,8 @@ use crate::ber::tlv;
 const DATA: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.113549.1.7.1");
 const SIGNED_DATA: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.113549.1.7.2");
 
-/// A PKCS#7 `SignedData` in a `ContentInfo` (RFC 2315) that signs nothing and only carries certificates, each given as
-/// DER. They stand in the order of DER's SET OF, which is that of their octets; one given twice is carried once.
+/// A PKCS#7 `SignedData` in a `ContentInfo` (RFC 2315) that contains only these DER certificates and no signature. As
+/// DER requires for SET OF, the certificates are sorted by their bytes; duplicates are removed.
 #[must_use]
 pub fn certificates_only(ders: &[&[u8]]) -> Vec<u8> {
     let mut certificates = ders.to_vec();

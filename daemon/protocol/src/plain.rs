@@ -1,11 +1,11 @@
-//! Documents as they are usually written: fixed text with values between. What equals the text byte for byte needs no XML parser,
-//! since a value that has no `<`, `>`, `&` nor quote means what it says.
+//! A fast reader for documents in their usual form: fixed text with values in between. If the fixed text matches byte
+//! for byte, no XML parser is needed: a value without `<`, `>`, `&` and quotes stands for itself.
 
 use memchr::memchr;
 
 use crate::encoding::strict_base64;
 
-/// What is left to read of a document.
+/// The unread rest of a document.
 pub(crate) struct Rest<'d> {
     document: &'d [u8],
     at: usize,
@@ -16,7 +16,7 @@ impl<'d> Rest<'d> {
         Self { document, at: 0 }
     }
 
-    /// How many bytes were read.
+    /// Number of bytes that were read.
     pub(crate) fn at(&self) -> usize {
         self.at
     }
@@ -26,7 +26,7 @@ impl<'d> Rest<'d> {
         (there == expected.as_bytes()).then(|| self.at += expected.len())
     }
 
-    /// What stands in front of the next `mark`.
+    /// Returns the text before the next `mark`.
     pub(crate) fn until(&mut self, mark: u8) -> Option<&'d [u8]> {
         let rest = self.document.get(self.at..)?;
         let value = &rest[..memchr(mark, rest)?];
@@ -43,7 +43,7 @@ impl<'d> Rest<'d> {
     }
 }
 
-/// A base64 value that is not empty, without white space in it.
+/// Decodes a non-empty base64 value without white space.
 pub(crate) fn plain_base64(text: &[u8]) -> Option<Vec<u8>> {
     strict_base64(text).filter(|bytes| !bytes.is_empty())
 }

@@ -1,7 +1,7 @@
-//! The key protector: reading it, strictly (protocol page, section 2.2; step 3 of a release).
+//! A strict parser for key protectors (protocol page, section 2.2; step 3 of a release).
 //!
-//! Everything that is wrong with the document's shape is judged before any algorithm, and every algorithm before any
-//! signature or decryption, because a complaint that comes later than a decryption would be an oracle.
+//! The order of checks is: first the whole structure, then all algorithms, then signatures and decryption. An error
+//! about the structure after a decryption would be an oracle.
 
 use std::collections::HashSet;
 
@@ -15,72 +15,72 @@ use crate::xml::{self, DSIG_NS, KPS_NS, Sequence, XmlError};
 
 pub use crate::transport_key::{TRANSPORT_KEY_LEN, TransportKey, transport_key};
 
-/// Largest protector file, in octets.
+/// Largest protector file, in bytes.
 pub const MAX_PROTECTOR: usize = 512 * 1024;
-/// Most wrappings of a protector.
+/// Most wrappings in a protector.
 pub const MAX_WRAPPINGS: usize = 64;
-/// Longest salt of a key derivation, in octets.
+/// Longest salt of a key derivation, in bytes.
 const MAX_SALT: usize = 1024;
 
 const XENC11_NS: &str = "http://www.w3.org/2009/xmlenc11#";
 pub(crate) const HKDF_NS: &str = "http://www.w3.org/2021/04/xmldsig-more#";
 
-/// A protector as it was read: its shape and its algorithms are right, nothing else is known of it yet.
+/// A parsed protector: structure and algorithms are valid; nothing else is checked yet.
 #[derive(Clone, Debug)]
 pub struct Protector {
-    /// Unwraps a host may do without asking. No signature covers it.
+    /// Number of times that a host may unwrap offline. No signature covers this number.
     pub max_offline_unwraps: u32,
-    /// At least one, with distinct Ids, in document order.
+    /// At least one wrapping, with unique Ids, in document order.
     pub wrappings: Vec<Wrapping>,
-    /// Proves that whoever wrote the wrappings knew the transport key.
+    /// Proves that the writer of the wrappings knew the transport key.
     pub transport_key_signature: TransportKeySignature,
-    /// The wrapping whose signing key made [`Protector::guardian_signature`]: an index of [`Protector::wrappings`].
+    /// Index of the wrapping whose signing key made [`Protector::guardian_signature`].
     pub guardian: usize,
     /// The last writer's signature over the wrappings.
     pub guardian_signature: Signature,
-    /// What both signatures cover: the `Wrappings` element in exclusive canonical form.
+    /// The bytes that both signatures cover: the `Wrappings` element in exclusive canonical form.
     pub signed_octets: Vec<u8>,
 }
 
-/// The transport key, wrapped for one party, with the certificates that say who that is.
+/// The transport key, encrypted for one party, and the certificates of that party.
 #[derive(Clone, Debug)]
 pub struct Wrapping {
-    /// Names the wrapping within its protector.
+    /// Identifies the wrapping within its protector.
     pub id: u32,
-    /// DER, not judged.
+    /// DER, not verified.
     pub signing_certificate: Vec<u8>,
-    /// The Id of the wrapping whose signing key vouches for this one's signing certificate; the owner's is its own.
+    /// Id of the wrapping whose signing key vouches for this signing certificate. The owner's wrapping names itself.
     pub parent: u32,
-    /// By the parent's signing key, over `signing_certificate`.
+    /// The parent's signature over `signing_certificate`.
     pub signing_certificate_signature: Signature,
-    /// DER, not judged.
+    /// DER, not verified.
     pub encryption_certificate: Vec<u8>,
-    /// By this wrapping's signing key, over `encryption_certificate`.
+    /// This wrapping's signature over `encryption_certificate`.
     pub encryption_certificate_signature: Signature,
-    /// How `cipher_value` was encrypted.
+    /// The encryption algorithm of `cipher_value`.
     pub encryption: Encryption,
     /// The transport key, encrypted to the encryption certificate's key.
     pub cipher_value: Vec<u8>,
 }
 
-/// The encryption algorithm of a wrapping, as it has to be written again.
+/// The encryption algorithm of a wrapping, in a form that can be written back unchanged.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Encryption {
-    /// The digests.
+    /// The two digests.
     pub oaep: Oaep,
-    /// Whether the URI was that of XML Encryption 1.1.
+    /// Whether the URI is from XML Encryption 1.1.
     pub version_11: bool,
 }
 
-/// A signature value with its algorithm.
+/// A signature value and its algorithm.
 #[derive(Clone, Debug)]
 pub struct Signature {
     /// How it was made.
     pub algorithm: SignatureAlgorithm,
-    /// The inside of `Parameters` as canonical XML that may stand where `K` is the default namespace. It means nothing,
-    /// but a certificate's signature keeps it for ever.
+    /// The content of `Parameters` as canonical XML, for a place where `K` is the default namespace. It has no meaning,
+    /// but a certificate's signature keeps it.
     pub parameters: Option<String>,
-    /// The signature's octets.
+    /// The signature's bytes.
     pub value: Vec<u8>,
 }
 
@@ -93,17 +93,17 @@ pub struct TransportKeySignature {
     pub value: Vec<u8>,
 }
 
-/// HKDF-SHA-256 (RFC 5869) giving 32 octets.
+/// HKDF-SHA-256 (RFC 5869) with an output of 32 bytes.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Hkdf {
-    /// 1 to 1024 octets.
+    /// 1 to 1024 bytes.
     pub salt: Vec<u8>,
     /// May be empty.
     pub info: Vec<u8>,
 }
 
 impl Protector {
-    /// Reads a protector file: step 3 of a release, up to and including the algorithms.
+    /// Parses a protector file: step 3 of a release, including the check of algorithms.
     ///
     /// # Errors
     /// `InvalidProtectorException` for the shape, then `UnsupportedAlgorithmException`.
@@ -123,7 +123,7 @@ fn bad(e: &XmlError) -> Refusal {
     Refusal::protector(format!("protector: {e}"))
 }
 
-/// A protector whose shape is right and whose algorithms have not been looked at.
+/// A protector with a valid structure, before its algorithms are checked.
 struct Draft<'a> {
     max_offline_unwraps: u32,
     wrappings: Vec<DraftWrapping<'a>>,
@@ -152,7 +152,7 @@ pub(crate) struct Signed<'a> {
     value: Vec<u8>,
 }
 
-/// An algorithm's URI and its parameters.
+/// The URI of an algorithm, and its parameters.
 struct Algorithm<'a> {
     uri: &'a str,
     parameters: Option<Node<'a, 'a>>,
@@ -171,7 +171,7 @@ impl<'a> Draft<'a> {
         let guardian_signature = content.required("GuardianSignature")?;
         content.end()?;
 
-        // First of all, because it stops at a bound that holds for what is kept of the signatures' parameters as well.
+        // Canonicalise first: it stops at a size bound, which then also limits the stored signature parameters.
         let signed_octets = c14n::element(wrappings_element)?;
         let wrappings = read_wrappings(wrappings_element)?;
         xml::attributes(transport_key_signature, &[])?;
@@ -298,7 +298,7 @@ fn read_wrapping<'a>(element: Node<'a, 'a>) -> Result<DraftWrapping<'a>, XmlErro
     })
 }
 
-/// The one `Signature` that an element holds.
+/// The single `Signature` in an element.
 fn only_signature<'a>(element: Node<'a, 'a>) -> Result<Signed<'a>, XmlError> {
     let mut content = Sequence::of(element, KPS_NS)?;
     let signature = read_signature(content.required("Signature")?)?;
@@ -327,7 +327,7 @@ pub(crate) fn read_signature<'a>(element: Node<'a, 'a>) -> Result<Signed<'a>, Xm
     Ok(Signed { uri: algorithm.uri, parameters, value })
 }
 
-/// The `Algorithm` attribute of `element`, and the `Parameters` that come first in its content.
+/// The `Algorithm` attribute of `element`, and `Parameters` at the beginning of its content.
 fn read_algorithm<'a>(element: Node<'a, 'a>, content: &mut Sequence<'a, 'a>) -> Result<Algorithm<'a>, XmlError> {
     xml::attributes(element, &["Algorithm"])?;
     let uri = xml::token(xml::attribute(element, "Algorithm")?);
@@ -343,7 +343,7 @@ fn bad_parameters(uri: &str, why: impl std::fmt::Display) -> Refusal {
     Refusal::new(Code::UnsupportedAlgorithm, format!("the parameters of {uri} are not supported here: {why}"))
 }
 
-/// The encryption of a transport key: which OAEP.
+/// The OAEP variant that encrypts the transport key.
 fn encryption(algorithm: &Algorithm<'_>) -> Result<Encryption, Refusal> {
     match (algorithm.uri, algorithm.parameters) {
         (OAEP_MGF1P, None) => Ok(Encryption { oaep: Oaep::SHA1, version_11: false }),
@@ -401,7 +401,7 @@ fn hkdf_parameters(parameters: Node<'_, '_>) -> Result<Hkdf, XmlError> {
     Ok(Hkdf { salt, info })
 }
 
-/// An `xs:hexBinary`, in either case.
+/// Decodes an `xs:hexBinary`, upper or lower case.
 fn hex(element: Node<'_, '_>) -> Result<Vec<u8>, XmlError> {
     xml::attributes(element, &[])?;
     let text = xml::text(element)?;

@@ -1,28 +1,29 @@
-//! A bounded table that forgets what has not been asked for lately.
+//! A bounded table that drops the entries that were not used recently.
 
 use std::borrow::Borrow;
 use std::collections::HashMap;
 use std::hash::Hash;
 
-/// When the young entries weigh more than the capacity they become the old ones, and the old ones are forgotten, except those that
-/// were asked for meanwhile. So it remembers the last `capacity` at least, and twice as much at most.
+/// The table has two generations. When the young entries weigh more than the capacity, they become the old generation,
+/// and the previous old entries are dropped. Access to an old entry makes it young again. So the table keeps at least
+/// the last `capacity` of weight, and at most twice that.
 #[derive(Debug)]
 pub(crate) struct Recent<K, V> {
     young: HashMap<K, V>,
     old: HashMap<K, V>,
     capacity: usize,
-    /// Of the young ones.
+    /// Total weight of the young entries.
     weight: usize,
     weigh: fn(&V) -> usize,
 }
 
 impl<K: Eq + Hash, V: Clone> Recent<K, V> {
-    /// `weigh` says what an entry counts for.
+    /// `weigh` returns the weight of an entry.
     pub(crate) fn new(capacity: usize, weigh: fn(&V) -> usize) -> Self {
         Self { young: HashMap::new(), old: HashMap::new(), capacity, weight: 0, weigh }
     }
 
-    /// How many entries it remembers now.
+    /// Number of entries.
     pub(crate) fn len(&self) -> usize {
         self.young.len() + self.old.len()
     }

@@ -9,27 +9,27 @@ use crate::payload::EncryptedKeys;
 use crate::plain::{Rest, plain_base64};
 use crate::xml::{self, SERVICE_NS, Sequence, XmlError, write_base64};
 
-/// How a request begins that is written here.
+/// The beginning of a request that this crate writes.
 const HEAD: &str = "<?xml version=\"1.0\" encoding=\"utf-8\"?>\
     <RollTransportKeyRequest xmlns=\"http://schemas.microsoft.com/kps/2014/07/service\">";
 
-/// A `RollTransportKeyRequest`: its shape and its algorithms are right (step 1 of a release).
+/// A `RollTransportKeyRequest` whose structure and algorithms are valid (step 1 of a release).
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct RollRequest {
     /// The protector file.
     pub ingress_protector: Vec<u8>,
-    /// DER, not judged.
+    /// DER, not verified.
     pub health_certificate: Vec<u8>,
-    /// How the keys shall travel.
+    /// The algorithms that encrypt the keys to the host.
     pub algorithms: HostAlgorithms,
 }
 
-/// Longest text that may be a peeked health certificate, in bytes; also how far into a batch it is looked for.
+/// Longest base64 text of a peeked health certificate, in bytes; also the part of a batch that is searched for it.
 pub(crate) const PEEKED: usize = 64 * 1024;
 
-/// What a peeked element holds, if that looks like a certificate at all.
+/// The content of a peeked element, if it looks like a certificate.
 pub(crate) fn peeked(content: &[u8]) -> Option<Vec<u8>> {
-    // Some writers break long lines.
+    // Some clients break long lines.
     let base64: Vec<u8> = content.iter().copied().filter(|byte| !byte.is_ascii_whitespace()).collect();
     BASE64.decode(&base64).ok().filter(|der| !der.is_empty())
 }
@@ -46,8 +46,8 @@ impl RollRequest {
         }
     }
 
-    /// The same for a body that equals what [`RollRequest::to_xml`] writes byte for byte outside of its five values: it needs no XML
-    /// parser. `None` for any other, right or wrong.
+    /// The same without an XML parser: succeeds only if the body equals the output of [`RollRequest::to_xml`] byte for
+    /// byte outside of its five values. Returns `None` for every other body, valid or not.
     #[must_use]
     pub fn parse_plain(body: &[u8]) -> Option<Self> {
         let mut rest = Rest::new(body);
@@ -71,7 +71,7 @@ impl RollRequest {
         })
     }
 
-    /// The same for any body, by an XML parser.
+    /// The same for any body, with an XML parser.
     ///
     /// # Errors
     /// As [`RollRequest::parse`].
@@ -83,12 +83,12 @@ impl RollRequest {
         Ok(Self { ingress_protector, health_certificate, algorithms: uris.known()? })
     }
 
-    /// What looks like the health certificate of a request body that nobody has read yet: the content of the last element
-    /// of that name, as it is usually written. Costs next to nothing. Good for a guess at who asks, and for nothing that
-    /// has to be right.
+    /// Finds the probable health certificate of a body that was not parsed yet: the content of the last element of that
+    /// name, in its usual form. Very cheap. The result is a guess at the sender; never use it for a decision that has
+    /// to be right.
     #[must_use]
     pub fn peek_health_certificate(body: &[u8]) -> Option<Vec<u8>> {
-        // "…</HealthCertificate>", or with a prefix.
+        // The form is "…</HealthCertificate>", possibly with a prefix.
         let name = memmem::rfind(body, b"HealthCertificate>")?;
         let end = memrchr(b'<', &body[..name])?;
         let begin = memrchr(b'>', &body[..end])? + 1;
@@ -106,7 +106,7 @@ impl RollRequest {
         Ok((ingress_protector, health_certificate, uris))
     }
 
-    /// The body a host sends.
+    /// The request body.
     #[must_use]
     pub fn to_xml(&self) -> Vec<u8> {
         let mut out = HEAD.to_owned();
@@ -118,8 +118,8 @@ impl RollRequest {
     }
 }
 
-/// The three elements that say how the keys shall travel, before anybody asks whether the algorithms are known: what is
-/// wrong with a request's shape is said first.
+/// The URIs of the three algorithms, before they are checked. Errors in the structure of the request are reported
+/// before unsupported algorithms.
 pub(crate) struct AlgorithmUris {
     transfer: String,
     wrapping: String,
@@ -158,7 +158,7 @@ impl HostAlgorithms {
     }
 }
 
-/// An `xs:anyURI` that may not be empty.
+/// Reads an `xs:anyURI`, which may not be empty.
 fn uri(element: roxmltree::Node<'_, '_>) -> Result<String, XmlError> {
     xml::attributes(element, &[])?;
     let text = xml::text(element)?;
@@ -173,12 +173,12 @@ fn uri(element: roxmltree::Node<'_, '_>) -> Result<String, XmlError> {
 pub struct RollResponse {
     /// The new protector file.
     pub egress_protector: Vec<u8>,
-    /// Both transport keys, for the host alone.
+    /// Both transport keys, encrypted to the host.
     pub keys: EncryptedKeys,
 }
 
 impl RollResponse {
-    /// The body of a 200.
+    /// The body of a response with status 200.
     #[must_use]
     pub fn to_xml(&self) -> Vec<u8> {
         let size = BASE64.encode_len(self.egress_protector.len()) + 2048;
@@ -199,7 +199,7 @@ impl RollResponse {
         write_base64("EncryptedTransportKeys", &self.keys.transport_keys, out);
     }
 
-    /// Reads a reply, as a host does.
+    /// Parses a reply, for hosts.
     ///
     /// # Errors
     /// The document is not such a reply.
@@ -223,10 +223,10 @@ impl RollResponse {
 }
 
 impl Refusal {
-    /// Reads an `Error` body, as a host does.
+    /// Parses an `Error` body, for hosts.
     ///
     /// # Errors
-    /// The document is not such an error, or its code is not one of the protocol.
+    /// The document is not an error, or its code is not defined by the protocol.
     pub fn parse(body: &[u8]) -> Result<Self, XmlError> {
         let text = xml::decode(body)?;
         let document = xml::parse(&text)?;

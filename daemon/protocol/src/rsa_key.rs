@@ -1,6 +1,6 @@
-//! RSA keys: judged, in canonical form, and put to use.
+//! RSA keys: strength checks, canonical form, operations.
 //!
-//! A key that exists as an [`RsaPublicKey`] has passed the profile's judgement of strength; no caller has to repeat it.
+//! Every [`RsaPublicKey`] has passed the strength check of the protocol; callers need not repeat it.
 
 mod error;
 mod private;
@@ -14,7 +14,7 @@ pub use self::public::{MAX_EXPONENT, MAX_MODULUS_BITS, MIN_EXPONENT, MIN_MODULUS
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 pub(crate) mod testing {
-    //! Keys that the crate's unit tests share: making one takes a while.
+    //! Keys that the unit tests of this crate share, because generating a key is slow.
 
     use std::sync::OnceLock;
 

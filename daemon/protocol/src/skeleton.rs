@@ -1,7 +1,8 @@
-//! The text of a protector apart from what differs between two protectors for the same wrappings.
+//! Skeletons: the fixed text of a protector, without the values that differ between two protectors with the same
+//! wrappings.
 //!
-//! All machines of one owner with the same guardians share every byte of `Wrappings` but the `CipherValue`s. A protector as this
-//! crate writes it is
+//! All machines of one owner with the same guardians share every byte of `Wrappings` except the `CipherValue`s. This
+//! crate writes a protector as
 //!
 //! ```text
 //! <?xml …?><Protector xmlns="K" MaxOfflineUnwraps="n"><Wrappings>    head
@@ -9,7 +10,7 @@
 //! <TransportKeySignature>…</GuardianSignature></Protector>           tail: fixed bytes around five values
 //! ```
 //!
-//! and what both signatures cover is `<Wrappings xmlns="K">` and the body. Everything is written in canonical form from the start.
+//! Both signatures cover `<Wrappings xmlns="K">` and the body. All text is written in canonical form.
 
 use std::fmt;
 use std::ops::Range;
@@ -29,10 +30,11 @@ const DECLARATION: &str = "<?xml version=\"1.0\" encoding=\"utf-8\"?><Protector 
 const UNWRAPS: &str = "\" MaxOfflineUnwraps=\"";
 const WRAPPINGS: &str = "\"><Wrappings>";
 const HOLE: &str = "<CipherValue>";
-/// Inside a document the default namespace is declared by the root already; on its own, as it is signed, the element declares it.
+/// Start tag of the signed element. Inside a document, the root declares the default namespace; the signed form stands
+/// alone and declares it itself.
 static SIGNED_HEAD: LazyLock<String> = LazyLock::new(|| format!("<Wrappings xmlns=\"{KPS_NS}\">"));
 
-/// The fixed bytes behind the body.
+/// The fixed text after the body.
 struct Tail {
     before_salt: String,
     before_mac: String,
@@ -57,30 +59,30 @@ static TAIL: LazyLock<Tail> = LazyLock::new(|| Tail {
     end: "</SignatureValue></Signature></GuardianSignature></Protector>",
 });
 
-/// Bytes in front of a hole that a skeleton is found by: the last ones of the signature over an encryption certificate are
-/// among them, whatever the encryption's parameters.
+/// Bytes before a hole that serve as the key of a skeleton. They include the end of the signature over an encryption
+/// certificate, for any encryption parameters.
 const SAMPLE: usize = 512;
-/// Bytes of a salt that is written here.
+/// Bytes of the salts that this crate writes.
 const SALT: usize = 32;
 
-/// The body with its holes, which are empty.
+/// The body without the values of its holes.
 #[derive(Debug)]
 pub(crate) struct Skeleton {
     body: String,
-    /// Where the values of the holes go, in ascending order.
+    /// Positions of the holes, in ascending order.
     holes: Vec<usize>,
-    /// SHA-256 of what is signed, as far as the first hole.
+    /// Hash state after the signed text up to the first hole.
     signed_prefix: Prefix,
-    /// SHA-256 of a file without offline unwraps, as far as the first hole.
+    /// Hash state after a file without offline unwraps, up to the first hole.
     file_prefix: Prefix,
 }
 
-/// The state of a hash of bytes that many messages begin with.
+/// Hash state after bytes with which many messages begin.
 #[derive(Default)]
 struct Prefix(OnceLock<digest::Context>);
 
 impl Prefix {
-    /// A hash that has seen `parts`, which are the same in every call.
+    /// Returns the hash state after `parts`, which must be the same in every call.
     fn after(&self, parts: [&str; 2]) -> digest::Context {
         let begin = || {
             let mut context = digest::Context::new(&digest::SHA256);
@@ -97,15 +99,15 @@ impl fmt::Debug for Prefix {
     }
 }
 
-/// What a protector that has a known skeleton says in its holes, head and tail.
+/// The values of a protector that matches a known skeleton.
 pub(crate) struct Values<'f> {
     /// Base64, not decoded.
     pub(crate) ciphers: Vec<&'f [u8]>,
     pub(crate) transport_key_signature: TransportKeySignature,
-    /// The Id of the wrapping that made the guardian signature.
+    /// Id of the wrapping whose key made the guardian signature.
     pub(crate) guardian: u32,
     pub(crate) guardian_signature: Signature,
-    /// Where the body is in the file.
+    /// Position of the body in the file.
     pub(crate) body: Range<usize>,
 }
 
@@ -117,17 +119,17 @@ impl Skeleton {
         Self { body, holes, signed_prefix: Prefix::default(), file_prefix: Prefix::default() }
     }
 
-    /// The fixed bytes of the body, with all holes empty.
+    /// The fixed bytes of the body, without values.
     pub(crate) fn body(&self) -> &str {
         &self.body
     }
 
-    /// How many holes it has.
+    /// Number of holes.
     pub(crate) fn holes(&self) -> usize {
         self.holes.len()
     }
 
-    /// The body as its fixed bytes and the values of its holes, which are base64, in turns.
+    /// The body in pieces: fixed bytes and base64 values of the holes, alternating.
     fn pieces<'s>(&'s self, ciphers: &'s Ciphers) -> impl Iterator<Item = &'s str> {
         let starts = std::iter::once(0).chain(self.holes.iter().copied());
         let ends = self.holes.iter().copied().chain([self.body.len()]);
@@ -135,31 +137,31 @@ impl Skeleton {
         fixed.zip(ciphers.values().chain([""])).flat_map(|(fixed, value)| [fixed, value])
     }
 
-    /// Bytes of what both signatures cover.
+    /// Length of the bytes that both signatures cover.
     pub(crate) fn signed_len(&self, ciphers: &Ciphers) -> usize {
         SIGNED_HEAD.len() + self.body.len() + ciphers.text.len()
     }
 
-    /// What both signatures cover, in pieces.
+    /// The bytes that both signatures cover, in pieces.
     pub(crate) fn signed<'s>(&'s self, ciphers: &'s Ciphers) -> impl Iterator<Item = &'s str> {
         std::iter::once(SIGNED_HEAD.as_str()).chain(self.pieces(ciphers))
     }
 
-    /// SHA-256 of what both signatures cover.
+    /// SHA-256 of the bytes that both signatures cover.
     pub(crate) fn signed_sha256(&self, ciphers: &Ciphers) -> digest::Digest {
         let mut context = self.signed_so_far();
         self.pieces(ciphers).skip(1).for_each(|piece| context.update(piece.as_bytes()));
         context.finish()
     }
 
-    /// The same of a body that was read.
+    /// The same SHA-256 for a body that was received.
     pub(crate) fn signed_sha256_of(&self, body: &[u8]) -> digest::Digest {
         let mut context = self.signed_so_far();
         context.update(body.get(self.first_hole()..).unwrap_or_default());
         context.finish()
     }
 
-    /// What both signatures cover where the body is `body`.
+    /// The bytes that both signatures cover, for this body.
     pub(crate) fn signed_octets_of(&self, body: &[u8]) -> Vec<u8> {
         [SIGNED_HEAD.as_bytes(), body].concat()
     }
@@ -168,7 +170,7 @@ impl Skeleton {
         self.holes.first().copied().unwrap_or_default()
     }
 
-    /// The body as far as the first hole.
+    /// The body up to the first hole.
     fn beginning(&self) -> &str {
         &self.body[..self.first_hole()]
     }
@@ -177,7 +179,7 @@ impl Skeleton {
         self.signed_prefix.after([&SIGNED_HEAD, self.beginning()])
     }
 
-    /// SHA-256 of a file that was written with this skeleton.
+    /// SHA-256 of a file that this skeleton wrote.
     pub(crate) fn file_sha256(&self, file: &[u8], max_offline_unwraps: u32) -> digest::Digest {
         if max_offline_unwraps > 0 {
             return digest::digest(&digest::SHA256, file);
@@ -188,7 +190,7 @@ impl Skeleton {
         context.finish()
     }
 
-    /// The protector file.
+    /// Writes the protector file.
     pub(crate) fn write(
         &self,
         max_offline_unwraps: u32,
@@ -205,18 +207,18 @@ impl Skeleton {
         out.into_bytes()
     }
 
-    /// A file that protects nothing: with a placeholder for each signature.
+    /// Writes a file without content: each signature is a placeholder.
     pub(crate) fn write_placeholder(&self, ciphers: &Ciphers, guardian: u32) -> Vec<u8> {
         let derivation = Hkdf { salt: vec![0; SALT], info: Vec::new() };
         let signature = Signature { algorithm: SignatureAlgorithm::DEFAULT, parameters: None, value: vec![0] };
         self.write(0, ciphers, &TransportKeySignature { derivation, value: vec![0] }, guardian, &signature)
     }
 
-    /// What `file` says where it has room for it, if it equals this skeleton, with head and tail as they are written here, byte for
-    /// byte everywhere else. Every value is one that a full reading of the file takes for the same; for any other file, right
-    /// or wrong, only a full reading knows.
+    /// Returns the values of `file` if all other bytes equal this skeleton with the head and tail that this crate
+    /// writes. A full parse would return the same values. Returns `None` for every other file, valid or not; only a
+    /// full parse can judge such a file.
     pub(crate) fn read<'f>(&self, file: &'f [u8]) -> Option<Values<'f>> {
-        // The values have no other bound here.
+        // No other check here limits the size of the values.
         if file.len() > MAX_PROTECTOR {
             return None;
         }
@@ -259,22 +261,22 @@ impl Skeleton {
     }
 }
 
-/// What a document that may have a known skeleton, or a skeleton's body, is found by: the bytes in front of its holes.
+/// The keys by which the skeleton of a document is found: the bytes before each hole.
 pub(crate) fn samples(text: &[u8]) -> impl Iterator<Item = &[u8]> {
     memchr::memmem::find_iter(text, HOLE).map(|at| &text[at.saturating_sub(SAMPLE)..at])
 }
 
-/// A number as it is written here: digits, the first of which is not 0.
+/// Parses a number in the form that this crate writes: digits without a leading 0.
 fn number(digits: &[u8]) -> Option<u32> {
     let (b'1'..=b'9', true) = (digits.first()?, digits.iter().all(u8::is_ascii_digit)) else { return None };
     std::str::from_utf8(digits).ok()?.parse().ok()
 }
 
-/// The values of the holes, in base64.
+/// The encrypted values of all holes, in base64.
 #[derive(Debug)]
 pub(crate) struct Ciphers {
     text: String,
-    /// Where each ends.
+    /// End position of each value.
     ends: Vec<usize>,
 }
 
@@ -293,12 +295,12 @@ impl Ciphers {
         starts.zip(&self.ends).map(|(start, end)| &self.text[start..*end])
     }
 
-    /// How many there are.
+    /// Number of values.
     pub(crate) fn len(&self) -> usize {
         self.ends.len()
     }
 
-    /// Bytes of memory that it takes.
+    /// Memory use in bytes.
     pub(crate) fn size(&self) -> usize {
         self.text.capacity() + self.ends.capacity() * size_of::<usize>()
     }
@@ -315,7 +317,7 @@ fn head(max_offline_unwraps: u32) -> String {
     head
 }
 
-/// The part behind the body. The derivation has no info: none is written here.
+/// Writes the text after the body. The derivation has no `info`, so none is written.
 fn write_tail(signature: &TransportKeySignature, guardian: u32, by: &Signature, out: &mut String) {
     out.push_str(&TAIL.before_salt);
     HEXLOWER.encode_append(&signature.derivation.salt, out);
@@ -330,7 +332,7 @@ fn write_tail(signature: &TransportKeySignature, guardian: u32, by: &Signature, 
     out.push_str(TAIL.end);
 }
 
-/// Where the hole for the value is.
+/// Writes a wrapping and returns the position of its hole.
 fn write_wrapping(wrapping: &Wrapping, out: &mut String) -> usize {
     out.push_str(&format!("<Wrapping><Id>{}</Id>", wrapping.id));
     write_base64("SigningCertificate", &wrapping.signing_certificate, out);
@@ -348,8 +350,8 @@ fn write_wrapping(wrapping: &Wrapping, out: &mut String) -> usize {
     hole
 }
 
-/// The start of `EncryptedData`, up to its `Parameters`. XML Encryption 1.1's are written even where they are the
-/// defaults, but not where there were none: absent means SHA-1 for both.
+/// Writes the start of `EncryptedData`, up to its `Parameters`. With XML Encryption 1.1, both digests are written unless
+/// both are SHA-1: absent digests mean SHA-1.
 fn write_encryption(encryption: &Encryption, out: &mut String) {
     if !encryption.version_11 {
         out.push_str(&format!("<EncryptedData Algorithm=\"{OAEP_MGF1P}\">"));
@@ -367,7 +369,7 @@ fn write_encryption(encryption: &Encryption, out: &mut String) {
     }
 }
 
-/// A `Signature_T` under the name `element`.
+/// Writes a `Signature_T` as the element `element`.
 pub(crate) fn write_signature(element: &str, signature: &Signature, out: &mut String) {
     out.push_str(&format!("<{element} Algorithm=\"{}\">", signature.algorithm.uri()));
     if let Some(parameters) = &signature.parameters {

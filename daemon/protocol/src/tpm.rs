@@ -1,22 +1,21 @@
-//! Attestation by TPM (protocol page, section 3.1): the structures that a host and this service exchange, and the steps
-//! that judge them.
+//! Attestation by TPM (protocol page, section 3.1): the structures that a host and this service exchange, and the
+//! checks of them.
 //!
-//! Everything is read by bounded parsers of this crate: lengths are checked before they are used, nothing is allocated by
-//! a number that a host wrote, and no input makes a reader panic. TPM structures are big-endian (TCG, TPM 2.0 Part 2),
-//! Contexts and event logs little-endian.
+//! The parsers are bounded: they check each length before use, never allocate by a number from a host, and never panic.
+//! TPM structures are big-endian (TCG, TPM 2.0 Part 2); Contexts and event logs are little-endian.
 //!
 //! | what | module |
 //! |---|---|
 //! | the envelope of both steps | [`context`] |
 //! | the attestation key, its name and its signature | [`public`], [`signature`] |
 //! | the credential that only one TPM can recover | [`credential`] |
-//! | the service's memory between the steps, which the host carries | [`state`] |
+//! | the session data that the service seals and the host carries from step 1 to step 2 | [`state`] |
 //! | the quote and the PCRs that it covers | [`quote`], [`pcr`] |
 //! | the log of what was booted, and its replay | [`log`] |
 //! | policies and baselines | [`policy`] |
-//! | what differs between two boots | [`compare`] |
+//! | the differences between two boots | [`compare`] |
 //! | step 2 as a whole | [`evidence`] |
-//! | a TPM in software, for load generators and tests | [`software`] |
+//! | a software TPM for load generators and tests | [`software`] |
 
 pub mod compare;
 pub mod context;
@@ -49,7 +48,7 @@ pub(crate) mod algorithm {
 /// `TPM_ECC_NIST_P256`.
 pub(crate) const NIST_P256: u16 = 0x0003;
 
-/// Bytes that are not the structure they should be.
+/// The bytes do not have the expected structure.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct Malformed(pub &'static str);

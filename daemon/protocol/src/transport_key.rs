@@ -1,4 +1,5 @@
-//! The transport key: what a virtual machine's state is encrypted with, and what all of this is about.
+//! The transport key. It encrypts the state of a virtual machine; protecting and releasing it is the purpose of this
+//! service.
 
 use std::fmt;
 use std::ops::{Deref, DerefMut};
@@ -8,12 +9,12 @@ use zeroize::Zeroizing;
 /// Length of a transport key, in bytes.
 pub const TRANSPORT_KEY_LEN: usize = 32;
 
-/// A transport key. It has one place in memory from its making to its end: a move takes the pointer along and leaves no copy of
-/// the key behind, and dropping it wipes that place.
+/// A transport key. The key stays at one place in memory for its whole life: a move copies only the pointer, and drop
+/// wipes the place.
 #[derive(Clone, Default, PartialEq, Eq)]
 pub struct TransportKey(Box<Zeroizing<[u8; TRANSPORT_KEY_LEN]>>);
 
-/// These bytes as a transport key, if there are as many as it has.
+/// Makes a transport key from `bytes`. `None`: the length is wrong.
 #[must_use]
 pub fn transport_key(bytes: &[u8]) -> Option<TransportKey> {
     let mut key = TransportKey::default();

@@ -1,14 +1,14 @@
-//! What verifying and encrypting costs, so that its cause can be charged for it.
+//! The cost of verification and encryption, so that it can be charged to the host that caused it.
 
 use crate::rsa_key::RsaPublicKey;
 
-/// Bits of the keys that are the unit.
+/// Key size of the unit of work, in bits.
 const UNIT_BITS: u64 = 2048;
 
-/// Public-key operations that were done, or are about to be. The time of one grows with the square of the key's length.
+/// Number of public-key operations. The time of one operation grows with the square of the key's length.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
 pub struct Work {
-    /// Sum of the squares of the keys' lengths, in bits.
+    /// Sum of the squares of the key lengths, in bits.
     squares: u64,
 }
 
@@ -19,7 +19,7 @@ impl Work {
         self.squares = self.squares.saturating_add(bits * bits);
     }
 
-    /// As many operations with keys of 2048 bits take as long, rounded up.
+    /// The equivalent number of operations with 2048-bit keys, rounded up.
     #[must_use]
     pub fn operations(self) -> u32 {
         u32::try_from(self.squares.div_ceil(UNIT_BITS * UNIT_BITS)).unwrap_or(u32::MAX)
@@ -42,7 +42,7 @@ mod tests {
         assert_eq!(work.operations(), 5);
         work.add(&key(8192));
         assert_eq!(work.operations(), 21);
-        // The protector that costs as much as sixty honest ones.
+        // This protector costs as much as sixty usual ones.
         let mut heavy = Work::default();
         (0..52).for_each(|_| heavy.add(&key(7168)));
         assert_eq!(heavy.operations(), 637);

@@ -1,8 +1,8 @@
-//! XML as this protocol allows it: parsed strictly, within limits that bound the cost before anything is built.
+//! A strict XML reader for this protocol. Limits bound the cost before a tree is built.
 //!
-//! The tree comes from `roxmltree`. A cheap scan in front of it (`guard`) refuses what the protocol forbids (DTD,
-//! processing instructions, other encodings, deep nesting) and what would make a parser slow (thousands of attributes
-//! or namespace declarations in scope), so that a hostile document costs one pass over its octets.
+//! `roxmltree` builds the tree. Before that, `guard` scans the bytes once and rejects what the protocol forbids (DTDs,
+//! processing instructions, encodings other than UTF-8, deep nesting) and what would make the parser slow (thousands of
+//! attributes or of namespace declarations in scope). A hostile document therefore costs one pass over its bytes.
 
 use std::borrow::Cow;
 
@@ -19,30 +19,31 @@ pub const KPS_NS: &str = "http://schemas.microsoft.com/kps/2014/07";
 pub const SERVICE_NS: &str = "http://schemas.microsoft.com/kps/2014/07/service";
 /// Namespace `DS`: XML signatures.
 pub const DSIG_NS: &str = "http://www.w3.org/2000/09/xmldsig#";
-/// XML Schema's instance namespace; two of its attributes may stand on any element.
+/// XML Schema's instance namespace. Two of its attributes are allowed on any element.
 const XSI_NS: &str = "http://www.w3.org/2001/XMLSchema-instance";
 
 /// Deepest nesting of elements; the root counts as 1.
 pub const MAX_DEPTH: usize = 32;
-/// Most attributes (namespace declarations included) of one element. The schema needs one; what stands in
-/// `Parameters` needs a few.
+/// Most attributes of one element, including namespace declarations. The schema needs one; content of `Parameters`
+/// needs a few.
 const MAX_ATTRIBUTES: usize = 32;
-/// Longest name of an element or an attribute, in octets. (The parser keeps the length of a name in 16 bits.)
+/// Longest name of an element or an attribute, in bytes. The parser keeps the length of a name in 16 bits.
 const MAX_NAME: usize = 1024;
-/// Longest namespace name, in octets. Names are compared, and written again and again.
+/// Longest namespace name, in bytes. Each use of a name costs a comparison and a copy of this length.
 const MAX_NAMESPACE_NAME: usize = 256;
-/// Most namespace declarations in scope at one element, and in a document. Resolving names costs their product.
+/// Most namespace declarations in scope at one element, and in a document. The cost of resolving names is the product
+/// of the two.
 const MAX_NAMESPACES_IN_SCOPE: usize = 64;
 const MAX_NAMESPACES: usize = 4_096;
-/// Most elements of a document, and attributes. 64 wrappings have less than 2,000 elements with as many attributes.
+/// Most elements, and most attributes, in a document. A protector with 64 wrappings has fewer than 2,000 of each.
 const MAX_ELEMENTS: usize = 16_384;
 const MAX_ALL_ATTRIBUTES: usize = 32_768;
 /// Most nodes of a tree: elements, texts and comments.
 const MAX_NODES: u32 = 100_000;
-/// Most '<', and most '=', in a document: what a document within the other limits can need, and then some.
+/// Most '<' characters, and most '=' characters, in a document. A document within the other limits needs fewer.
 const MAX_MARKS: usize = 200_000;
 
-/// Why a document was refused: a sentence for a person.
+/// Why a document was rejected: one sentence for people.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct XmlError(pub String);
@@ -55,10 +56,10 @@ impl XmlError {
 
 type Result<T> = std::result::Result<T, XmlError>;
 
-/// The text of a document: UTF-8, without a byte order mark, line ends normalised as XML 1.0 section 2.11 says.
+/// Decodes a document: UTF-8, with the byte order mark removed and line ends normalised (XML 1.0, section 2.11).
 ///
 /// # Errors
-/// Octets that are not UTF-8.
+/// The bytes are not UTF-8.
 pub fn decode(octets: &[u8]) -> Result<Cow<'_, str>> {
     let text = std::str::from_utf8(octets).map_err(|_| {
         XmlError::new(if pem::is_utf16(octets) {
@@ -68,7 +69,7 @@ pub fn decode(octets: &[u8]) -> Result<Cow<'_, str>> {
         })
     })?;
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
-    // Done here and not left to the parser: a carriage return in front of a character reference is easy to get wrong.
+    // Normalise here, not in the parser: a carriage return before a character reference is easy to get wrong.
     if text.contains('\r') {
         Ok(Cow::Owned(text.replace("\r\n", "\n").replace('\r', "\n")))
     } else {
@@ -76,10 +77,10 @@ pub fn decode(octets: &[u8]) -> Result<Cow<'_, str>> {
     }
 }
 
-/// Parses a document that [`decode`] gave, within the limits.
+/// Parses the result of [`decode`], within the limits.
 ///
 /// # Errors
-/// Anything that is not well-formed, forbidden here, or beyond a limit.
+/// The document is not well-formed, uses a forbidden construct, or exceeds a limit.
 pub fn parse(text: &str) -> Result<Document<'_>> {
     guard(text)?;
     let options = ParsingOptions { allow_dtd: false, nodes_limit: MAX_NODES, ..ParsingOptions::default() };
@@ -87,15 +88,15 @@ pub fn parse(text: &str) -> Result<Document<'_>> {
         .map_err(|e| XmlError(format!("the document is not well-formed XML: {e}")))
 }
 
-/// One pass over the octets that refuses what is forbidden or would be expensive, and what the parser that follows
-/// takes though it is not well-formed: names that start with a colon, `p:xmlns` as a declaration, references to
-/// characters that do not exist. The rest of well-formedness is left to the parser.
+/// Rejects, in one pass, what is forbidden or expensive, and three errors that the parser accepts: names that start
+/// with a colon, `p:xmlns` as a declaration, and references to characters that do not exist. The parser checks all
+/// other rules of well-formedness.
 fn guard(text: &str) -> Result<()> {
     if text.starts_with('\u{feff}') {
         return Err(XmlError::new("the document has two byte order marks"));
     }
     let octets = text.as_bytes();
-    // The parser makes room for a node at every one of these, and for an attribute, wherever they stand.
+    // The parser allocates a node for every '<' and an attribute for every '=', wherever they occur.
     let marks = |mark| memchr_iter(mark, octets).count();
     if marks(b'<').max(marks(b'=')) > MAX_MARKS {
         return Err(XmlError::new("too many '<' or '='"));
@@ -147,10 +148,10 @@ fn guard(text: &str) -> Result<()> {
     Ok(())
 }
 
-/// Judges the inside of an XML declaration: version 1.0, and no encoding but UTF-8.
+/// Validates the content of an XML declaration: version 1.0, and no encoding except UTF-8.
 fn declaration(inside: &str) -> Result<()> {
     let broken = || XmlError::new("the XML declaration cannot be read");
-    // In this order, the first one required.
+    // The names have to come in this order. Only the first is required.
     let mut names = ["version", "encoding", "standalone"].into_iter();
     let mut rest = inside;
     loop {
@@ -177,11 +178,12 @@ fn declaration(inside: &str) -> Result<()> {
         }
         rest = after;
     }
-    // Whatever came first took "version" from the names; if nothing came, or something else, there is none.
+    // The first pseudo-attribute consumed "version" from `names`, even if it had another name; so check the text
+    // itself.
     if trim_start(inside).starts_with("version") { Ok(()) } else { Err(XmlError::new("the XML version is not 1.0")) }
 }
 
-/// Refuses references to characters that do not exist: the parser puts U+FFFD in their place.
+/// Rejects references to characters that do not exist, which the parser would replace by U+FFFD.
 fn references(text: &[u8]) -> Result<()> {
     let mut rest = text;
     while let Some(at) = memchr(b'&', rest) {
@@ -190,7 +192,7 @@ fn references(text: &[u8]) -> Result<()> {
         let (number, radix) = number.strip_prefix(b"x").map_or((number, 10), |hex| (hex, 16));
         let digits = number.iter().take_while(|b| b.is_ascii_hexdigit()).count();
         let number = std::str::from_utf8(&number[..digits]).ok().and_then(|d| u32::from_str_radix(d, radix).ok());
-        // What is no number, or no number of 32 bits, the parser refuses.
+        // The parser rejects references that are not 32-bit numbers.
         if number.is_some_and(|n| char::from_u32(n).is_none()) {
             return Err(XmlError::new("a character reference names no character"));
         }
@@ -198,7 +200,7 @@ fn references(text: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// The name that `octets` start with, judged: not too long, and no colon in front.
+/// The name at the start of `octets`. Rejects names that are too long or start with a colon.
 fn name(octets: &[u8]) -> Result<&[u8]> {
     let end = octets.iter().position(|b| is_space(*b) || matches!(b, b'/' | b'>' | b'=')).unwrap_or(octets.len());
     match &octets[..end] {
@@ -208,17 +210,17 @@ fn name(octets: &[u8]) -> Result<&[u8]> {
     }
 }
 
-/// What [`guard`] needs to know of a start tag.
+/// The facts about a start tag that [`guard`] needs.
 struct Tag {
-    /// Where the tag ends, past its `>`.
+    /// Position after the closing `>`.
     end: usize,
     empty: bool,
-    /// Namespace declarations included.
+    /// Number of attributes, including namespace declarations.
     attributes: usize,
     namespaces: usize,
 }
 
-/// Reads the start tag at `start` roughly: attributes are counted by their quoted values.
+/// Scans the start tag at `start`. Each quoted value counts as one attribute.
 fn tag(octets: &[u8], start: usize) -> Result<Tag> {
     let broken = || XmlError::new("a tag does not end");
     name(&octets[start + 1..])?;
@@ -256,7 +258,7 @@ fn tag(octets: &[u8], start: usize) -> Result<Tag> {
                         return Err(XmlError::new("a namespace prefix cannot be undeclared"));
                     }
                 }
-                // The parser takes any prefix in front of "xmlns" for a declaration of the default namespace.
+                // The parser would read "xmlns" with any prefix as a declaration of the default namespace.
                 if name.ends_with(b":xmlns") {
                     return Err(XmlError::new("xmlns is reserved"));
                 }
@@ -295,7 +297,7 @@ fn is_blank(text: &str) -> bool {
     text.bytes().all(is_space)
 }
 
-/// The child elements of an element whose content model is a sequence, taken in order.
+/// Iterates over the child elements of an element whose content model is a sequence.
 pub(crate) struct Sequence<'a, 'i> {
     parent: Node<'a, 'i>,
     elements: std::iter::Peekable<std::vec::IntoIter<Node<'a, 'i>>>,
@@ -303,12 +305,12 @@ pub(crate) struct Sequence<'a, 'i> {
 }
 
 impl<'a, 'i> Sequence<'a, 'i> {
-    /// The content of `parent`: elements, and nothing else but white space and comments.
+    /// Reads the content of `parent`: elements, white space and comments only.
     pub(crate) fn of(parent: Node<'a, 'i>, namespace: &'static str) -> Result<Self> {
         Ok(Self { parent, elements: child_elements(parent)?.into_iter().peekable(), namespace })
     }
 
-    /// The next element, which has to be `name`.
+    /// Returns the next element, which must be `name`.
     pub(crate) fn required(&mut self, name: &str) -> Result<Node<'a, 'i>> {
         self.optional(name).ok_or_else(|| {
             XmlError(match self.elements.peek() {
@@ -320,12 +322,12 @@ impl<'a, 'i> Sequence<'a, 'i> {
         })
     }
 
-    /// The next element if it is `name`.
+    /// Returns the next element if it is `name`.
     pub(crate) fn optional(&mut self, name: &str) -> Option<Node<'a, 'i>> {
         self.elements.next_if(|e| is_named(*e, self.namespace, name))
     }
 
-    /// Nothing may be left.
+    /// Fails if elements are left.
     pub(crate) fn end(mut self) -> Result<()> {
         match self.elements.next() {
             Some(extra) => Err(XmlError(format!("{}: unexpected {}", local(self.parent), local(extra)))),
@@ -334,7 +336,7 @@ impl<'a, 'i> Sequence<'a, 'i> {
     }
 }
 
-/// The child elements of `parent`, which may hold no text beside them.
+/// The child elements of `parent`, which may not contain other text.
 pub(crate) fn child_elements<'a, 'i>(parent: Node<'a, 'i>) -> Result<Vec<Node<'a, 'i>>> {
     let mut elements = Vec::new();
     for child in parent.children() {
@@ -357,14 +359,14 @@ pub(crate) fn local<'i>(node: Node<'_, 'i>) -> &'i str {
     node.tag_name().name()
 }
 
-/// The root element, which has to be `name`.
+/// The root element, which must be `name`.
 pub(crate) fn root<'a, 'i>(document: &'a Document<'i>, namespace: &str, name: &str) -> Result<Node<'a, 'i>> {
     let root = document.root_element();
     if is_named(root, namespace, name) { Ok(root) } else { Err(XmlError(format!("the document is not a {name}"))) }
 }
 
-/// Refuses attributes that are not in `allowed` (names without a namespace). XML Schema lets `xsi:schemaLocation` and
-/// `xsi:noNamespaceSchemaLocation` stand anywhere.
+/// Rejects attributes that are not in `allowed` (names without a namespace). XML Schema allows `xsi:schemaLocation` and
+/// `xsi:noNamespaceSchemaLocation` on every element.
 pub(crate) fn attributes(node: Node<'_, '_>, allowed: &[&str]) -> Result<()> {
     for attribute in node.attributes() {
         let known = match attribute.namespace() {
@@ -379,7 +381,7 @@ pub(crate) fn attributes(node: Node<'_, '_>, allowed: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// The text of an element of simple content: no elements inside; comments do not count.
+/// The text of an element with simple content. Child elements are an error; comments are skipped.
 pub(crate) fn text<'a>(node: Node<'a, '_>) -> Result<Cow<'a, str>> {
     let mut out = Cow::Borrowed("");
     for child in node.children() {
@@ -402,11 +404,11 @@ pub(crate) fn token(value: &str) -> &str {
     value.trim_matches(|c: char| c.is_ascii() && is_space(c as u8))
 }
 
-/// An `xs:base64Binary` that may not be empty.
+/// Decodes an `xs:base64Binary`, which may not be empty.
 pub(crate) fn base64(node: Node<'_, '_>) -> Result<Vec<u8>> {
     attributes(node, &[])?;
     let text = text(node)?;
-    // As it is usually written, without white space.
+    // Try the usual form first: base64 without white space.
     let octets = encoding::strict_base64(text.as_bytes()).or_else(|| {
         let dense: String = text.chars().filter(|c| !c.is_ascii() || !is_space(*c as u8)).collect();
         encoding::strict_base64(dense.as_bytes())
@@ -433,7 +435,7 @@ pub(crate) fn attribute<'a>(node: Node<'a, '_>, name: &str) -> Result<&'a str> {
     node.attribute(name).ok_or_else(|| XmlError(format!("{}: the attribute {name} is missing", local(node))))
 }
 
-/// An element that has an `Algorithm` and nothing else.
+/// The algorithm of an element that has the attribute `Algorithm` and no content.
 pub(crate) fn bare_algorithm<'a>(element: Node<'a, '_>) -> Result<&'a str> {
     attributes(element, &["Algorithm"])?;
     if let Some(child) = child_elements(element)?.first() {
@@ -450,7 +452,7 @@ pub(crate) fn escape_text(text: &str, out: &mut String) {
             '<' => out.push_str("&lt;"),
             '>' => out.push_str("&gt;"),
             '\r' => out.push_str("&#xD;"),
-            // What XML 1.0 cannot carry at all would make the reply unreadable.
+            // XML 1.0 cannot represent these characters; they would make the reply unreadable.
             '\0'..='\x08' | '\x0b' | '\x0c' | '\x0e'..='\x1f' | '\u{fffe}' | '\u{ffff}' => out.push('\u{fffd}'),
             c => out.push(c),
         }

@@ -1,5 +1,5 @@
-//! What an attacker would send: signature wrapping, forged chains, XML that is more than XML needs to be. Each with the
-//! code of its refusal.
+//! Attacks: signature wrapping, forged chains, XML features that the protocol does not need. Each test checks the code
+//! of the refusal.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod common;
@@ -15,7 +15,7 @@ fn genuine() -> String {
     String::from_utf8(Draft::new(2).build()).unwrap()
 }
 
-/// Its `Wrappings`, and forged ones: those of party 3 as the owner, whom nobody asked.
+/// The `Wrappings` element of a text.
 fn wrappings(text: &str) -> &str {
     between(text, "<Wrappings>", "</Wrappings>")
 }
@@ -33,7 +33,7 @@ fn refused(text: &str, expected: Code) {
     }
 }
 
-/// Refused for its shape, before any signature is looked at.
+/// Checks that the structure is rejected before any signature is verified.
 fn malformed(text: &str) {
     match Protector::parse(text.as_bytes()) {
         Err(refusal) => assert_eq!(refusal.code, Code::InvalidProtector, "{refusal}"),
@@ -41,7 +41,7 @@ fn malformed(text: &str) {
     }
 }
 
-/// Panics unless the document changed.
+/// Replaces text. Panics if the document does not change.
 fn replaced(text: &str, from: &str, to: &str) -> String {
     assert!(text.contains(from), "{from}");
     text.replacen(from, to, 1)
@@ -52,7 +52,7 @@ fn a_signed_element_counts_in_its_place_only() {
     let (text, forged) = (genuine(), forged().wrappings());
     let original = wrappings(&text).to_owned();
     let original_with_prefix = original.replacen("<Wrappings>", &format!("<Wrappings xmlns=\"{K}\">"), 1);
-    // The genuine element, hidden in every Parameters there may be, with a forged one in its place.
+    // The genuine element is hidden in each possible Parameters element; a forged element takes its place.
     for hiding_place in [
         format!(
             "<SignatureValue>{}",
@@ -74,11 +74,11 @@ fn a_signed_element_counts_in_its_place_only() {
             refused(&format!("{before}{forged}{after}"), Code::InvalidProtector);
         }
     }
-    // In the forged element itself.
+    // The genuine element is hidden in the forged one.
     let value = between(&forged, "<SignatureValue>", "</SignatureValue>");
     let around = forged.replacen(value, &format!("<Parameters>{original}</Parameters>{value}"), 1);
     refused(&text.replacen(&original, &around, 1), Code::InvalidProtector);
-    // And the other way round: the forged one hidden in the genuine one changes that.
+    // The forged element is hidden in the genuine one, which changes the signed content.
     let value = between(&original, "<SignatureValue>", "</SignatureValue>");
     let inside = original.replacen(value, &format!("<Parameters>{forged}</Parameters>{value}"), 1);
     refused(&text.replacen(&original, &inside, 1), Code::InvalidProtector);
@@ -92,13 +92,13 @@ fn wrappings_stand_once_and_where_they_belong() {
     instead(&format!("{forged}{original}"));
     instead(&format!("{original}{forged}"));
     instead(&format!("{original}{original}"));
-    // Nested.
+    // Nested elements.
     let content = |of: &str| of.replace("<Wrappings>", "").replace("</Wrappings>", "");
     instead(&format!("<Wrappings>{original}</Wrappings>"));
     instead(&format!("<Wrappings>{original}{}</Wrappings>", content(&forged)));
     instead(&format!("<Wrappings>{}{original}</Wrappings>", content(&forged)));
     instead(&format!("<Wrappings><Wrapping>{original}</Wrapping></Wrappings>"));
-    // Foreign.
+    // The genuine element in another namespace.
     instead(&original.replacen("<Wrappings>", "<Wrappings xmlns='urn:x'>", 1));
     instead(&original.replacen("<Wrappings>", "<Wrappings xmlns=''>", 1));
     instead(&original.replacen("<Wrappings>", &format!("<Wrappings xmlns='{K} '>"), 1));
@@ -106,7 +106,7 @@ fn wrappings_stand_once_and_where_they_belong() {
     instead(&format!("<x:Wrappings xmlns:x='urn:x'>{}</x:Wrappings>", content(&original)));
     instead(&format!("{original}<x:Wrappings xmlns:x='urn:x'>{}</x:Wrappings>", content(&forged)));
     instead(&original.replace("Wrappings>", "wrappings>"));
-    // Relocated.
+    // The genuine element in another place.
     instead(&format!("<x>{original}</x>"));
     instead("");
     let without = text.replacen(&original, "", 1);
@@ -114,14 +114,14 @@ fn wrappings_stand_once_and_where_they_belong() {
     malformed(&without.replacen("</GuardianSignature>", &format!("</GuardianSignature>{original}"), 1));
     malformed(&without.replacen("</GuardianSignature>", &format!("{original}</GuardianSignature>"), 1));
     malformed(&without.replacen("<GuardianSignature", &format!("{original}<GuardianSignature"), 1));
-    // One root, and that one is the protector.
+    // Exactly one root is allowed, and it must be the protector.
     malformed(&format!("{text}{text}"));
     malformed(&format!("{text}<x/>"));
     malformed(&format!("<x>{text}</x>"));
     malformed(&format!("{text}text"));
     malformed(&format!("text{text}"));
     malformed(&original_alone(&original));
-    // A single wrapping taken out, repeated, or put first is another set of wrappings.
+    // Removing, repeating or moving a single wrapping changes the signed set.
     let parts: Vec<&str> = content_parts(&original);
     for new in [vec![parts[0]], vec![parts[1]], vec![parts[1], parts[0]]] {
         let new = format!("<Wrappings>{}</Wrappings>", new.concat());
@@ -141,7 +141,7 @@ fn content_parts(wrappings: &str) -> Vec<&str> {
         .collect()
 }
 
-/// A comment is no part of what is signed: it must not cut a value in two for the reader either.
+/// The canonical form drops comments, so a comment must not split a value for the parser either.
 #[test]
 fn comments_do_not_cut_values() {
     let text = genuine();
@@ -164,7 +164,7 @@ fn comments_do_not_cut_values() {
             }
         }
     }
-    // An Id that two readers could take for two numbers.
+    // An Id with comments or references must not be readable as two different numbers.
     for (id, read) in [("1<!---->2", 12), ("<!--9-->3<!--9-->", 3), ("1<![CDATA[2]]>3", 123), ("1<!--x-->&#50;", 12)] {
         let mut draft = Draft::new(1);
         (draft.parts[0].id, draft.parts[0].parent, draft.guardian) =
@@ -175,12 +175,12 @@ fn comments_do_not_cut_values() {
         (draft.parts[0].parent, draft.guardian) = ("1".to_owned(), "1".to_owned());
         malformed(&draft.unsigned());
     }
-    // An element in a value is not a comment.
+    // An element inside a value is not a comment.
     malformed(&replaced(&text, "<Id>1</Id>", "<Id>1<x/></Id>"));
     malformed(&replaced(&text, "<Id>1</Id>", "<Id>1<Id>1</Id></Id>"));
 }
 
-/// A draft that is signed whatever its chain is.
+/// A protector with this chain, signed even if the chain is invalid.
 fn chain(parts: &[(&str, &str, usize, usize)]) -> Draft {
     let mut draft = Draft::new(1);
     let template = draft.parts[0].clone();
@@ -203,28 +203,28 @@ fn chain(parts: &[(&str, &str, usize, usize)]) -> Draft {
 fn every_chain_ends_at_the_one_owner() {
     let judged = |parts: &[(&str, &str, usize, usize)]| code(&chain(parts).build());
     let wrong = Some(Code::InvalidWrapping);
-    // (Id, parent, party, the party that signs for it)
+    // (Id, parent, party, party that signs the certificate)
     assert_eq!(judged(&[("1", "1", 0, 0)]), None);
     assert_eq!(judged(&[("1", "1", 0, 0), ("2", "1", 1, 0), ("3", "2", 2, 1), ("4", "3", 3, 2)]), None);
     assert_eq!(judged(&[("4", "3", 3, 2), ("3", "2", 2, 1), ("2", "1", 1, 0), ("1", "1", 0, 0)]), None);
     assert_eq!(judged(&[("1", "1", 0, 0), ("2", "1", 0, 0)]), None, "a party may stand twice");
-    // No owner.
+    // There is no owner.
     assert_eq!(judged(&[("1", "2", 0, 1), ("2", "1", 1, 0)]), wrong);
     assert_eq!(judged(&[("1", "2", 0, 1), ("2", "3", 1, 2), ("3", "1", 2, 0)]), wrong);
-    // Two owners, or more.
+    // There are two owners or more.
     assert_eq!(judged(&[("1", "1", 0, 0), ("2", "2", 1, 1)]), wrong);
     assert_eq!(judged(&[("1", "1", 0, 0), ("2", "1", 1, 0), ("3", "3", 2, 2)]), wrong);
     assert_eq!(judged(&[("1", "1", 0, 0), ("2", "2", 1, 1), ("3", "2", 2, 1)]), wrong);
     assert_eq!(judged(&[("1", "1", 0, 0), ("2", "2", 1, 1), ("3", "3", 2, 2)]), wrong);
-    // Cycles beside an owner, of two and of three, and a tail that leads into one.
+    // Beside the owner there is a cycle of two, a cycle of three, or a branch that leads into a cycle.
     assert_eq!(judged(&[("1", "1", 0, 0), ("2", "3", 1, 2), ("3", "2", 2, 1)]), wrong);
     assert_eq!(judged(&[("1", "1", 0, 0), ("2", "3", 1, 2), ("3", "4", 2, 3), ("4", "2", 3, 1)]), wrong);
     assert_eq!(judged(&[("1", "1", 0, 0), ("2", "3", 1, 2), ("3", "2", 2, 1), ("4", "2", 3, 1)]), wrong);
     assert_eq!(judged(&[("2", "3", 1, 2), ("3", "2", 2, 1), ("1", "1", 0, 0)]), wrong);
-    // Parents that are not there.
+    // The parent does not exist.
     assert_eq!(judged(&[("1", "1", 0, 0), ("2", "9", 1, 0)]), wrong);
     assert_eq!(judged(&[("1", "9", 0, 0)]), wrong);
-    // Signed by somebody else than the parent.
+    // Another party than the parent signed.
     assert_eq!(judged(&[("1", "1", 0, 1)]), wrong);
     assert_eq!(judged(&[("1", "1", 0, 0), ("2", "1", 1, 1)]), wrong);
     assert_eq!(judged(&[("1", "1", 0, 0), ("2", "1", 1, 2)]), wrong);
@@ -238,7 +238,7 @@ fn ids_are_unique() {
         let draft = chain(&[("1", "1", 0, 0), (twice.0, "1", 1, 0), (twice.1, "1", 2, 0)]);
         malformed(&draft.unsigned());
     }
-    // The guardian names one that is there, in a protector that is otherwise right.
+    // The guardian Id must exist, even if the protector is otherwise valid.
     let mut draft = Draft::new(2);
     draft.guardian = "3".to_owned();
     malformed(&draft.unsigned());
@@ -246,13 +246,14 @@ fn ids_are_unique() {
 
 #[test]
 fn signatures_are_by_the_right_keys_over_the_right_octets() {
-    // The guardian's signature by another party's key.
+    // Another party's key made the guardian signature.
     let mut draft = Draft::new(2);
     draft.guardian_party = 1;
     assert_eq!(code(&draft.build()), Some(Code::InvalidProtector));
     draft.guardian = "2".to_owned();
     assert_eq!(code(&draft.build()), None);
-    // A certificate, or a signature of one, exchanged for another party's: whoever signs the whole cannot do that either.
+    // A certificate or its signature is replaced by another party's. Even the guardian, who signs the whole, cannot do
+    // that.
     let draft = Draft::new(3);
     let text = draft.text();
     let encoded = |octets: &[u8]| data_encoding::BASE64.encode(octets);
@@ -267,11 +268,11 @@ fn signatures_are_by_the_right_keys_over_the_right_octets() {
         let signed = draft.sign(&replaced(&text, &encoded(mine), &encoded(other)));
         assert_eq!(code(&signed), Some(expected));
     }
-    // The guardian's certificate is judged before its signature, the others after it.
+    // The guardian's certificate is checked before the guardian signature, all other certificates after it.
     let broken = |party| unsigned(&replaced(&text, &encoded(signing_certificate(party)), "AAAA"));
     refused(&broken(0), Code::InvalidWrapping);
     refused(&broken(1), Code::InvalidProtector);
-    // One trailing octet in a certificate is refused although the parent signed it.
+    // A certificate with one trailing byte is rejected although the parent signed it.
     let mut longer = signing_certificate(1).to_vec();
     longer.push(0);
     let signature = |octets: &[u8]| encoded(&signing(0).sign(draft.algorithm, octets).unwrap());
@@ -295,7 +296,7 @@ fn weak_keys_are_refused() {
         for certificate in
             [signing_certificate(1), encryption_certificate(1), signing_certificate(0), encryption_certificate(0)]
         {
-            // The signature over the certificate is right where the key is known: what is wrong is the key.
+            // The signature over the certificate is valid, but the key is not accepted.
             let encoded = |octets: &[u8]| data_encoding::BASE64.encode(octets);
             let mut changed = replaced(&text, &encoded(certificate), &encoded(&weak));
             for party in 0..2 {
@@ -307,8 +308,7 @@ fn weak_keys_are_refused() {
     }
 }
 
-/// XML that no protector, request or metadata needs: refused in each of them, whatever it would mean.
-/// The parser makes room for what it might find, before it finds out.
+/// The parser allocates memory for every '<' and '=', even in text. Documents with too many must be rejected before that.
 #[test]
 fn signs_without_meaning_cost_nothing() {
     for sign in ["<", "="] {
@@ -362,7 +362,7 @@ fn forbidden_xml_is_refused_everywhere() {
         let ok = |text: String| check(text.as_bytes(), root, true);
         let bad = |text: String| check(text.as_bytes(), root, false);
         ok(document.clone());
-        // Allowed: declaration, byte order mark, comments, white space.
+        // Allowed: XML declaration, byte order mark, comments, white space.
         for head in [
             "<?xml version=\"1.0\"?>",
             "<?xml version='1.0' encoding='UTF-8'?>\n",
@@ -376,7 +376,7 @@ fn forbidden_xml_is_refused_everywhere() {
             ok(format!("{head}{document}"));
         }
         ok(format!("{document}\n<!-- x -->\n"));
-        // Document type declarations and entities.
+        // Forbidden: document type declarations and entities.
         for head in [
             format!("<!DOCTYPE {root}>"),
             format!("<!DOCTYPE {root} []>"),
@@ -412,7 +412,7 @@ fn forbidden_xml_is_refused_everywhere() {
         ] {
             bad(replaced(document, inside, &format!("{inside}{entity}")));
         }
-        // Processing instructions; a declaration that is not in front is one, too.
+        // Forbidden: processing instructions. A declaration that is not at the start is one too.
         for pi in [
             "<?x?>",
             "<?x y?>",
@@ -440,7 +440,7 @@ fn forbidden_xml_is_refused_everywhere() {
         ] {
             bad(format!("{pi}{document}"));
         }
-        // Encodings.
+        // Forbidden: other encodings.
         for encoding in [
             "utf-16",
             "UTF-16LE",
@@ -470,7 +470,7 @@ fn forbidden_xml_is_refused_everywhere() {
             check(&[b"<!--", octets, b"-->", document.as_bytes()].concat(), root, false);
         }
         bad(format!("\u{feff}\u{feff}{document}"));
-        // Other versions of XML, and declarations that are not right.
+        // Forbidden: other XML versions, malformed declarations.
         for declaration in [
             "version='1.1'",
             "version='1.10'",
@@ -492,7 +492,7 @@ fn forbidden_xml_is_refused_everywhere() {
             bad(format!("<?xml {declaration}?>{document}"));
             bad(format!("<?xml\n{declaration} ?>{document}"));
         }
-        // Names and namespaces.
+        // Invalid names and namespaces.
         let start = format!("<{element}");
         for attribute in [
             " x:y='1'",
@@ -526,7 +526,7 @@ fn forbidden_xml_is_refused_everywhere() {
         bad(replaced(document, &start, &format!("{start} xmlns='urn:x' xmlns='{declaration}'")));
         bad(replaced(document, inside, &inside.replace('<', "<u:")));
         bad(replaced(document, inside, &inside.replace('<', "<:")));
-        // Structure.
+        // Invalid structure.
         bad(document.replacen(&format!("</{root}>"), "", 1));
         bad(document.replacen(&format!("</{root}>"), &format!("</{root}x>"), 1));
         bad(document.replacen(&format!("</{root}>"), &format!("</x:{root}>"), 1));
@@ -539,7 +539,7 @@ fn forbidden_xml_is_refused_everywhere() {
         bad(String::new());
         bad(" ".to_owned());
         bad("<!-- nothing -->".to_owned());
-        // Depth.
+        // Excessive depth.
         bad(replaced(document, inside, &format!("{}{}{inside}", "<x>".repeat(40), "</x>".repeat(40))));
         bad("<x>".repeat(100_000));
     }

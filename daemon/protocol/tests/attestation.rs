@@ -1,4 +1,4 @@
-//! Attestation's JSON: what is read, what is refused and how it is said; and that no octets make a reader panic.
+//! The JSON messages of attestation: accepted and rejected input, error texts, and that no input panics.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 use std::sync::OnceLock;
@@ -41,7 +41,7 @@ fn parse(body: &Value) -> Result<HostKeyRequest, String> {
     HostKeyRequest::parse(&serde_json::to_vec(body).unwrap()).map_err(|e| e.to_string())
 }
 
-/// The good request with something changed.
+/// Parses the valid request after a change.
 fn changed(change: impl FnOnce(&mut Value)) -> Result<HostKeyRequest, String> {
     let mut body = good();
     change(&mut body);
@@ -55,7 +55,7 @@ fn refused(result: Result<HostKeyRequest, String>, because: &str) {
     assert!(message.len() < 400, "{message}");
 }
 
-/// The good request with this in place of one of its members' texts.
+/// Parses the valid request with `new` in place of the text `old`.
 fn text_with(old: &str, new: &str) -> Result<HostKeyRequest, String> {
     let text = std::str::from_utf8(good_body()).unwrap();
     assert!(text.contains(old), "{old}");
@@ -78,7 +78,7 @@ fn a_request_is_read_as_it_was_built() {
 
 #[test]
 fn the_octets_as_sent_are_what_is_signed() {
-    // The same two keys, in two other forms.
+    // The same two keys in two other encodings.
     let host = key(0).public().to_bcrypt_blob();
     let template = health::signer_template(key(1).public(), 0, 1).unwrap();
     let identity = template.to_be_signed().unwrap().sign_with(key(1)).unwrap();
@@ -88,7 +88,7 @@ fn the_octets_as_sent_are_what_is_signed() {
     assert_eq!((&request.host_key, &request.identity_key), (key(0).public(), key(1).public()));
     assert_eq!((&request.host_key_octets, &request.identity_key_octets), (&host, &identity));
     assert_eq!(request.verify_signature(), Ok(()));
-    // Signed in their canonical form, they are not these octets.
+    // A signature over the canonical encodings does not match, because other bytes were sent.
     let canonical = signed_octets(key(0).public().spki_der(), key(1).public().spki_der());
     for wrong in [sign(key(0), &canonical), sign(key(1), &[&host[..], &identity].concat()), Vec::new()] {
         let body = host_key_request([0; 16], &[ResultType::SigningCertificate], &host, &identity, &wrong);
@@ -163,7 +163,7 @@ fn base64_is_strict() {
         "VirtualSecureModeIdentityKey is not base64",
     );
     refused(changed(|body| body["ProvidedContent"][2]["m_Item2"] = json!("A")), "HostKeySignature is not base64");
-    // A character that is written with an escape is still that character.
+    // An escaped character has the same meaning.
     assert!(text_with("BwcH", "\\u0042wcH").is_ok());
 }
 
@@ -228,7 +228,7 @@ fn numbers_of_content_are_integers() {
 #[test]
 fn keys_are_judged() {
     let weak = RsaPublicKey::from_components(&[0xff; 128], &[1, 0, 1]).unwrap_err().to_string();
-    // SubjectPublicKeyInfo of a 1024-bit key.
+    // The SubjectPublicKeyInfo of a 1024-bit key.
     let spki = {
         let mut spki =
             data_encoding::HEXLOWER.decode(b"30819f300d06092a864886f70d010101050003818d0030818902818100").unwrap();
@@ -250,7 +250,7 @@ fn objects_are_objects_and_arrays_arrays() {
     for text in ["", " ", "null", "1", "\"x\"", "[]", "{", "{}", "{}{}", "[{}]", "\u{feff}{}", "{\"SessionId\":}"] {
         assert!(HostKeyRequest::parse(text.as_bytes()).is_err(), "{text}");
     }
-    // serde's structs read themselves from arrays as well; the protocol's do not.
+    // serde accepts arrays for structs; the protocol does not.
     let body = good();
     let list = json!([body["__type"], body["SessionId"], body["RequestedContent"], body["ProvidedContent"]]);
     refused(parse(&list), "expected an object");
@@ -299,7 +299,7 @@ fn a_member_twice_is_refused_at_any_level() {
     refused(extra(r#""x":[[{"y":1,"y":2}]]"#), r#"member "y" is there twice"#);
     refused(extra(r#""x":{"":{},"":{}}"#), r#"member "" is there twice"#);
     refused(text_with(r#""m_Item1":8"#, r#""m_Item1":8,"m_Item1":8"#), r#"member "m_Item1" is there twice"#);
-    // Names differ in case, and a long one is not sent back whole.
+    // Names are case-sensitive, and an error text does not repeat a long name completely.
     assert!(extra(r#""sessionid":1,"__TYPE":2"#).is_ok());
     let long = "n".repeat(10_000);
     refused(extra(&format!(r#""{long}":1,"{long}":1"#)), "nnn");
@@ -307,7 +307,7 @@ fn a_member_twice_is_refused_at_any_level() {
 
 #[test]
 fn depth_is_counted_from_the_root() {
-    // The root is 1, so a member may hold 31 more levels.
+    // The root has level 1, so a member may contain 31 more levels.
     let nested = |levels: usize| format!(r#"{{"x":{}{},"#, "[".repeat(levels), "]".repeat(levels));
     assert!(text_with("{", &nested(31)).is_ok());
     refused(text_with("{", &nested(32)), "nested deeper than 32 levels");
@@ -422,7 +422,7 @@ fn certificate() -> &'static [u8] {
     })
 }
 
-/// Every reader of octets from outside.
+/// Calls every parser of external data.
 fn read_everything(octets: &[u8]) {
     let _ = HostKeyRequest::parse(octets);
     let _ = parse_health_certificate_reply(octets);

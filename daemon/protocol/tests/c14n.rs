@@ -1,4 +1,4 @@
-//! The canonical form and the strictness of the parser, against libxml2's.
+//! Compares canonical form and strictness of the parser with libxml2.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod common;
@@ -12,7 +12,7 @@ use common::{Rng, xmllint_c14n};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 
-/// The canonical form by this crate.
+/// The canonical form that this crate writes.
 fn ours(document: &[u8]) -> Result<String, String> {
     let text = xml::decode(document).map_err(|e| e.to_string())?;
     let parsed = xml::parse(&text).map_err(|e| e.to_string())?;
@@ -26,27 +26,27 @@ fn same(document: &[u8]) {
     assert_eq!(ours, String::from_utf8(theirs).unwrap(), "{shown}");
 }
 
-/// Documents without comments, which xmllint would keep.
+/// Documents without comments, because xmllint would keep the comments.
 const DOCUMENTS: &[&str] = &[
     "<a/>",
     "<a></a>",
     "<a ></a >",
     "<a\n\t/>",
-    // Prefixes: unused, used late, redeclared with the same and with another name, shadowed.
+    // Prefixes: unused, used late, redeclared with the same or another name, shadowed.
     "<a xmlns:p='urn:p' xmlns:q='urn:q'><b><p:c/></b><p:d><p:e q:f='1'/></p:d></a>",
     "<p:a xmlns:p='urn:p'><p:b xmlns:p='urn:p'/></p:a>",
     "<p:a xmlns:p='urn:p'><p:b xmlns:p='urn:q'><p:c xmlns:p='urn:p'/></p:b><p:d/></p:a>",
     "<p:a xmlns:p='urn:p'><b xmlns:p='urn:q'><p:c/></b><p:d/></p:a>",
     "<p:a xmlns:p='urn:p' xmlns:q='urn:p'><q:b><p:c/></q:b></p:a>",
     "<a xmlns:p='urn:p'><b p:x='1'><c p:x='2'/></b><c p:x='3'/></a>",
-    // Default namespace: undeclared where there was none, undeclared and redeclared, unused.
+    // Default namespace: undeclared where there is none, undeclared and redeclared, unused.
     "<a xmlns=''><b xmlns=''/></a>",
     "<a xmlns='urn:a'><b xmlns=''><c xmlns='urn:a'/><c/></b><b/></a>",
     "<a xmlns='urn:a'><p:b xmlns:p='urn:b' xmlns=''><c/></p:b></a>",
     "<p:a xmlns:p='urn:p' xmlns='urn:a'><b/><p:c><b xmlns='urn:a'/></p:c></p:a>",
     "<p:a xmlns:p='urn:p' xmlns='urn:a'><p:b xmlns=''><p:c xmlns='urn:c'><d/></p:c></p:b></p:a>",
     "<a xmlns='urn:a' xmlns:p='urn:a' x='1' p:x='2'/>",
-    // Attributes are ordered by namespace name, then by local name; declarations by prefix.
+    // Attributes are sorted by namespace name, then by local name; declarations are sorted by prefix.
     "<a xmlns:z='urn:1' xmlns:y='urn:2' z:b='1' y:a='2' c='3' z:a='4' a='5'/>",
     "<z:a xmlns:z='urn:9' xmlns:b='urn:8' xmlns:aa='urn:7' xmlns:a='urn:6' b:a='1' aa:a='2' a:a='3'/>",
     "<a xmlns:p='urn:b' xmlns:q='urn:a' p:x='1' q:x='2' X='3' x='4' _='5' \u{e9}='6' \u{10000}='7' \u{fffd}='8'/>",
@@ -70,10 +70,10 @@ const DOCUMENTS: &[&str] = &[
     "<a>x<![CDATA[]]>y<![CDATA[&amp;]]><![CDATA[]]]]><![CDATA[>]]></a>",
     "<a>]]&gt;<b/>]]<b/>></a>",
     "<a>\r<b/>\r</a>",
-    // Beyond ASCII.
+    // Characters beyond ASCII.
     "<\u{e4}:\u{f6} xmlns:\u{e4}='urn:x' \u{e4}:\u{fc}='\u{20ac}'>\u{1f512}&#x1F512;&#128274;\u{2028}\u{85}\u{7f}</\u{e4}:\u{f6}>",
     "<a b='\u{1f512}\u{fffd}'>\u{e000}\u{d7ff}\u{10fffd}</a>",
-    // Around the root.
+    // Content around the root.
     "<?xml version='1.0'?><a/>",
     "<?xml\tversion = '1.0'\n encoding =\r\n\"uTf-8\" standalone='no' ?>\n\n<a/>\r\n \t",
     "\u{feff}<?xml version=\"1.0\" encoding=\"utf-8\"?><a>\u{feff}</a>",
@@ -100,8 +100,8 @@ fn comments_are_left_out() {
     }
 }
 
-/// libxml2 leaves an ampersand in a namespace name as it is, which gives something that is not XML. The recommendation
-/// has it written as in an attribute.
+/// libxml2 does not escape an ampersand in a namespace name, so its output is not XML. The recommendation requires the
+/// same escaping as in an attribute.
 #[test]
 fn namespace_names_are_escaped() {
     let document = "<a xmlns:p='http://example.test/?a=1&amp;b=&quot;'><p:b/></a>";
@@ -109,7 +109,7 @@ fn namespace_names_are_escaped() {
     assert_eq!(ours(document.as_bytes()).unwrap(), canonical);
 }
 
-/// The examples of the recommendation (Exclusive XML Canonicalization 1.0, section 2.2).
+/// The example in Exclusive XML Canonicalization 1.0, section 2.2.
 #[test]
 fn the_recommendations_example_comes_out() {
     let inner = "<n1:elem2 xmlns:n1=\"http://example.net\" xml:lang=\"en\">\
@@ -124,7 +124,7 @@ fn the_recommendations_example_comes_out() {
     }
 }
 
-/// A document as a tree, so that it can be written with its comments and without.
+/// A document as a tree. It can be written with or without its comments.
 #[derive(Clone, Debug)]
 enum Content {
     Element(Element),
@@ -140,14 +140,14 @@ struct Element {
     declarations: Vec<(&'static str, &'static str)>,
     attributes: Vec<(&'static str, &'static str, Vec<&'static str>)>,
     content: Vec<Content>,
-    /// Of the white space inside tags, the quotes and the form of an empty element.
+    /// Selects the white space inside tags, the quotes, and the form of an empty element.
     form: u8,
 }
 
 const PREFIXES: [&str; 5] = ["", "", "p", "q", "r\u{e9}"];
 const URIS: [&str; 5] = ["urn:a", "urn:b", "http://example.test/?x=1", "urn:&#99;", "urn:c"];
 const NAMES: [&str; 6] = ["a", "b", "A", "_a", "a-1.\u{b7}", "\u{10400}"];
-/// Pieces of text and of attribute values. A raw line end is always between others, so that leaving a comment out
+/// Pieces of text and of attribute values. A raw line end always has neighbours within its piece, so removing a comment
 /// cannot join a carriage return with a line feed.
 const PIECES: [&str; 22] = [
     "x",
@@ -257,7 +257,7 @@ impl Element {
                 Content::Text(pieces) => content.push_str(&pieces.concat()),
                 Content::Cdata(text) => write!(content, "<![CDATA[{text}]]>").unwrap(),
                 Content::Comment(text) if comments => write!(content, "<!--{text}-->").unwrap(),
-                // Stands for nothing, and keeps its neighbours apart.
+                // An empty CDATA section adds nothing and keeps its neighbours apart.
                 Content::Comment(_) => content.push_str("<![CDATA[]]>"),
             }
         }
@@ -291,14 +291,15 @@ fn random_documents_have_xmllints_canonical_form() {
             prop_assert_eq!(ours(without.as_bytes()), Ok(theirs.clone()));
             let with = tree.document(true);
             prop_assert_eq!(ours(with.as_bytes()), Ok(theirs.clone()), "{}", with);
-            // What is canonical stays as it is.
+            // Canonical documents are not changed.
             prop_assert_eq!(ours(theirs.as_bytes()), Ok(theirs.clone()));
             Ok(())
         })
         .unwrap();
 }
 
-/// Of the documents, the indices of those that libxml2 finds not well-formed, or that break Namespaces in XML.
+/// Indices and messages of the documents that libxml2 rejects as not well-formed or not conforming to Namespaces in
+/// XML.
 fn refused_by_xmllint(documents: &[Vec<u8>]) -> Vec<(usize, String)> {
     let directory = tempfile::tempdir().unwrap();
     let mut refused = Vec::new();
@@ -309,13 +310,13 @@ fn refused_by_xmllint(documents: &[Vec<u8>]) -> Vec<(usize, String)> {
         }
         let mut arguments = vec!["--noout", "--nonet"];
         arguments.extend(names.iter().map(String::as_str));
-        // Namespace errors do not change the exit status, so the messages are read.
+        // Namespace errors do not change the exit status, so read the messages.
         let output = std::process::Command::new("xmllint").args(&arguments).current_dir(directory.path()).output();
         let output = output.unwrap_or_else(|e| panic!("xmllint ({e}): install the package libxml2-utils"));
         for line in String::from_utf8_lossy(&output.stderr).lines() {
             let Some((name, message)) = line.split_once(".xml:") else { continue };
             let is_error = message.contains("parser error") || message.contains("namespace error");
-            // A namespace name is compared, never resolved: that it is no URI does not matter.
+            // Ignore the complaint that a namespace name is not a URI: names are only compared, never resolved.
             if let (Ok(index), true) = (name.parse(), is_error && !message.contains("is not a valid URI")) {
                 refused.push((index, message.to_owned()));
             }
@@ -324,7 +325,7 @@ fn refused_by_xmllint(documents: &[Vec<u8>]) -> Vec<(usize, String)> {
     refused
 }
 
-/// Whatever this crate accepts libxml2 accepts as well.
+/// Checks that libxml2 accepts every document that this crate accepts.
 fn accepted_only_if_well_formed(candidates: impl IntoIterator<Item = Vec<u8>>) -> Vec<Vec<u8>> {
     let accepted: Vec<Vec<u8>> = candidates.into_iter().filter(|d| ours(d).is_ok()).collect();
     let refused = refused_by_xmllint(&accepted);
@@ -446,7 +447,8 @@ fn nothing_is_accepted_with_a_token_where_none_may_be() {
     }
     let accepted = accepted_only_if_well_formed(candidates);
     assert!(accepted.len() > 4_000, "{}", accepted.len());
-    // They mean the same, too. (libxml2 refuses to canonicalise relative namespace names; comments it keeps.)
+    // Accepted documents also have the same canonical form. (libxml2 refuses to canonicalise relative namespace names,
+    // and keeps comments.)
     let mut compared = 0;
     for document in accepted.iter().filter(|d| !d.windows(4).any(|w| w == b"<!--")).step_by(5) {
         if let Ok(theirs) = xmllint_c14n(document) {
@@ -491,30 +493,30 @@ fn nothing_is_accepted_that_is_not_well_formed() {
     assert!(accepted.len() > 1_000, "{}", accepted.len());
 }
 
-/// The same judgement by hand, so that it does not hang on one version of libxml2.
+/// The same checks with expected results, so that they do not depend on the version of libxml2.
 #[test]
 fn leniencies_of_the_parser_underneath_are_closed() {
     for document in [
-        // Characters that do not exist.
+        // References to characters that do not exist.
         "<a>&#xD800;</a>",
         "<a>&#xDFFF;</a>",
         "<a>&#x110000;</a>",
         "<a b='&#55296;'/>",
         "<a b='&#1114112;'/>",
-        // A prefixed "xmlns" is an attribute like others, and not a declaration.
+        // A prefixed "xmlns" is an ordinary attribute, not a declaration.
         "<a xmlns:p='urn:p' p:xmlns='urn:z'/>",
         "<a :xmlns='urn:z'/>",
         "<a xml:xmlns='urn:z'/>",
-        // Reserved.
+        // Reserved names.
         "<a xmlns:xmlns='urn:z'/>",
         "<a xmlns:xml='http://www.w3.org/XML/1998/namespace' xmlns:xml='http://www.w3.org/XML/1998/namespace'/>",
-        // A colon needs something before it.
+        // A colon must follow a prefix.
         "<:a/>",
         "<a><:b></:b></a>",
         "<a :b='1'/>",
-        // One byte order mark, not two.
+        // Two byte order marks are an error.
         "\u{feff}\u{feff}<a/>",
-        // Declarations behind a tab are declarations as well.
+        // A declaration may also follow a tab.
         "<?xml\tversion='1.0'encoding='utf-8'?><a/>",
         "<?xml\tencoding='utf-8' version='1.0'?><a/>",
         "<?xml\tversion='1.0' version='1.0'?><a/>",
@@ -524,7 +526,7 @@ fn leniencies_of_the_parser_underneath_are_closed() {
     ] {
         assert!(ours(document.as_bytes()).is_err(), "{document}");
     }
-    // In CDATA and comments a reference is nothing but text.
+    // In CDATA and comments, a reference is plain text.
     assert_eq!(ours(b"<a><![CDATA[&#xD800;]]><!--&#xD800;--></a>").unwrap(), "<a>&amp;#xD800;</a>");
 }
 

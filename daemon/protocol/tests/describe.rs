@@ -1,4 +1,4 @@
-//! What people are told of protectors: of right ones, and of ones that are refused.
+//! Descriptions of valid and of rejected protectors.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod common;
@@ -10,7 +10,7 @@ use claviger_protocol::protector::MAX_PROTECTOR;
 use common::*;
 use data_encoding::BASE64;
 
-/// The states of all signatures: the guardian's, then each wrapping's two.
+/// The states of all signatures: the guardian signature, then two for each wrapping.
 fn states(description: &Description) -> Vec<&SignatureState> {
     let of = |w: usize| {
         let wrapping = &description.wrappings[w];
@@ -48,13 +48,13 @@ fn what_is_wrong_is_told_where_it_is() {
         assert!(file.contains(old), "{old}");
         describe(file.replacen(old, new, 1).as_bytes())
     };
-    // Another certificate: both signatures that cover it, and what its key should have signed.
+    // Replacing a certificate invalidates both signatures that cover it, and the signatures of its key.
     let [own, other] = [1, 2].map(|party| BASE64.encode(encryption_certificate(party)));
     let changed = told(&own, &other);
     assert_eq!(changed.verdict.as_ref().unwrap_err().code, Code::InvalidProtector);
     use SignatureState::{Holds, Wrong};
     assert_eq!(states(&changed), [&Wrong, &Holds, &Holds, &Holds, &Wrong, &Holds, &Holds]);
-    // A certificate that is none: the rest is read on.
+    // If a certificate cannot be read, the rest is still described.
     let broken = told(&BASE64.encode(signing_certificate(1)), "AAAA");
     assert!(broken.wrappings[1].signing.is_err() && broken.wrappings[2].signing.is_ok());
     assert_eq!(broken.wrappings[1].signing_signature.state, Wrong);

@@ -1,4 +1,4 @@
-//! The metadata document, against `xmlsec1` in both directions.
+//! Compares metadata documents with `xmlsec1`, in both directions.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod common;
@@ -15,7 +15,7 @@ use common::{
 use data_encoding::BASE64;
 use tempfile::TempDir;
 
-/// A directory with the key and the certificate of the communications party, and of another.
+/// A directory with the key and certificate of the communications party and of another party.
 fn directory() -> TempDir {
     let directory = tempfile::tempdir().unwrap();
     for (name, index) in [("comm", COMMUNICATIONS), ("other", 11)] {
@@ -26,7 +26,7 @@ fn directory() -> TempDir {
     directory
 }
 
-/// Verification by the given certificate's key alone: what stands in `KeyInfo`, and the clock, do not matter.
+/// Verifies with the given certificate's key only. `KeyInfo` and the clock have no influence.
 fn xmlsec_verify(directory: &Path, document: &[u8], by: &str) -> Result<(), String> {
     std::fs::write(directory.join("metadata.xml"), document).unwrap();
     let key = format!("{by}.pem");
@@ -71,7 +71,7 @@ fn xmlsec_and_the_crate_accept_the_same_document() {
     }
 }
 
-/// What the two signatures in `GuardianInformation` cover by itself is judged by itself.
+/// The two signatures in `GuardianInformation` are verified separately from the XML signature.
 #[test]
 fn the_guardians_own_signatures_are_checked() {
     let of = |key: usize, octets: &[u8]| common::signature(common::key(key), SignatureAlgorithm::DEFAULT, octets);
@@ -96,7 +96,7 @@ fn the_guardians_own_signatures_are_checked() {
     assert!(matches!(document, MetadataError::Document(_)), "{document}");
 }
 
-/// The octets of the text of `element` of the XML signature, without its tags.
+/// The position of the text of `element` in the XML signature, without its tags.
 fn value(text: &str, element: &str) -> std::ops::Range<usize> {
     let start = text.find(&format!("<ds:{element}>")).unwrap() + element.len() + 5;
     start..start + text[start..].find('<').unwrap()
@@ -116,8 +116,8 @@ fn a_changed_bit_is_refused_by_both() {
         changed[at] ^= bit;
         match Metadata::parse(&changed) {
             Err(_) => {}
-            // No XML signature covers its own KeyInfo. What comes of a changed certificate with the same key is a
-            // document by another certificate: its thumbprint is not the pinned one.
+            // An XML signature does not cover its own KeyInfo. If another certificate with the same key is put there,
+            // the document is valid, but its certificate does not have the pinned thumbprint.
             Ok(read) if embedded.contains(&at) => {
                 assert_ne!(
                     read.communications_certificate.thumbprint(),
@@ -127,7 +127,7 @@ fn a_changed_bit_is_refused_by_both() {
             }
             Ok(_) => panic!("octet {at}: {}", String::from_utf8_lossy(&changed[at - 20..at + 20])),
         }
-        // Everything that the signature covers: a sample, as each costs a process.
+        // Of the bytes that the signature covers, only a sample is changed, because each test starts a process.
         if at % 97 == 0 && !embedded.contains(&at) {
             assert!(xmlsec_verify(directory.path(), &changed, "comm").is_err(), "octet {at}");
         }
@@ -151,13 +151,13 @@ fn another_keys_signature_is_refused() {
         assert!(matches!(refusal, MetadataError::Signature("signature")), "{refusal}");
     }
     assert!(matches!(Metadata::parse(&unsigned.finish(&[])), Err(MetadataError::Document(_))));
-    // Another certificate in KeyInfo, the signature by the right key.
+    // KeyInfo has another certificate; the signature is by the right key.
     let other = information(1).unsigned(certificate(11));
     let document = other.finish(&key(COMMUNICATIONS).sign(SignatureAlgorithm::DEFAULT, other.signed_octets()).unwrap());
     assert!(matches!(Metadata::parse(&document), Err(MetadataError::Signature("signature"))));
 }
 
-/// A document for xmlsec1 to sign: pretty-printed, with `ID`.
+/// A document for xmlsec1 to sign: pretty-printed, with an `ID`.
 fn template(uri: &str, root: &str) -> String {
     let text = String::from_utf8(metadata_file(&information(1))).unwrap();
     let information = between(&text, "<GuardianInformation>", "</GuardianInformation>").replace("><", ">\n  <");
@@ -199,7 +199,7 @@ fn what_xmlsec_signs_is_accepted() {
     }
 }
 
-/// Signatures that are right but say something else than the protocol wants.
+/// Valid signatures with other references or transforms than the protocol requires.
 #[test]
 fn other_references_and_transforms_are_refused() {
     let directory = directory();
@@ -240,7 +240,8 @@ fn other_references_and_transforms_are_refused() {
             String::from_utf8_lossy(&signed)
         );
     }
-    // References that xmlsec1 would not find: changed after signing, and refused before any signature is looked at.
+    // xmlsec1 cannot resolve these references, so they are inserted after signing. The document is rejected before any
+    // signature is verified.
     let signed = String::from_utf8(xmlsec_sign(directory.path(), &template("", "ID=\"a\""))).unwrap();
     let without = String::from_utf8(xmlsec_sign(directory.path(), &sound)).unwrap();
     for uri in ["#b", "#", "a", "##a", "#A", " ", "#xpointer(/)", "http://example.test/", "metadata.xml"] {
@@ -257,7 +258,7 @@ fn other_references_and_transforms_are_refused() {
     assert!(matches!(Metadata::parse(changed.as_bytes()), Err(MetadataError::Document(_))));
 }
 
-/// The reference covers the root: a genuine document inside another one, or beside other content, proves nothing.
+/// The reference covers the root: a genuine document inside another one, or next to other content, proves nothing.
 #[test]
 fn signature_wrapping_is_refused() {
     let genuine = String::from_utf8(metadata_file(&information(1))).unwrap();
@@ -291,12 +292,12 @@ fn signature_wrapping_is_refused() {
     ] {
         assert!(Metadata::parse(root(&content).as_bytes()).is_err(), "{content:.200}");
     }
-    // Comments are not covered, and change nothing that is read.
+    // Comments are not signed and do not change the values.
     let commented = root(&format!("<!--{forged_information}-->{information}<!--x-->{signature}"));
     assert_eq!(Metadata::parse(commented.as_bytes()).unwrap().guardian.signing_certificate, signing_certificate(1));
 }
 
-/// Whatever is not of the schema's shape is refused although it is signed.
+/// Documents that do not follow the schema are rejected even if they are signed.
 #[test]
 fn the_shape_is_the_schemas() {
     let directory = directory();
@@ -318,7 +319,7 @@ fn the_shape_is_the_schemas() {
                 .is_empty()
         );
     }
-    // The published schema lets attributes and elements follow. They are signed, and change nothing that is read.
+    // The published schema allows further attributes and elements. They are signed and do not change the values.
     for text in [
         sound.replacen(" Version=\"1\"", " Version=\"1\" Id=\"x\" xmlns:y=\"urn:y\" y:z=\"1\"", 1),
         sound.replacen("</Metadata>", "<Later xmlns=\"urn:x\"><x/>text</Later><Other/></Metadata>", 1),

@@ -1,4 +1,4 @@
-//! Keys, signatures, certificates and lists of them, against the `openssl` command line.
+//! Compares keys, signatures, certificates and certificate lists with the `openssl` command line.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 use std::fs;
@@ -26,7 +26,7 @@ fn key(index: usize) -> &'static RsaPrivateKey {
     KEYS[index].get_or_init(|| RsaPrivateKey::generate(2048).unwrap())
 }
 
-/// A directory to run openssl in.
+/// A directory in which openssl runs.
 struct Openssl(TempDir);
 
 impl Openssl {
@@ -57,7 +57,7 @@ impl Openssl {
         self.try_run(command).unwrap_or_else(|text| panic!("openssl {command}: {text}"))
     }
 
-    /// A self-signed certificate and its key, `name.key` and `name.pem`.
+    /// Creates a self-signed certificate `name.pem` and its key `name.key`.
     fn certificate(&self, name: &str, arguments: &str) -> Result<Certificate, CertificateError> {
         self.run(&format!("req -x509 -nodes -keyout {name}.key -out {name}.pem -subj /CN={name} -days 30 {arguments}"));
         Certificate::from_pem(std::str::from_utf8(&self.read(&format!("{name}.pem"))).unwrap())
@@ -132,7 +132,7 @@ fn signatures_are_understood_both_ways() {
             let theirs = openssl.read("theirs");
             assert_eq!(key(0).public().verify(algorithm, b"what is signed", &theirs), Ok(()), "{algorithm:?}");
         }
-        // A salt of another length is another algorithm.
+        // A signature with another salt length counts as another algorithm.
         openssl.run(&format!(
             "dgst -{name} -sigopt rsa_padding_mode:pss -sigopt rsa_pss_saltlen:20 -sign key.pem -out theirs message"
         ));
@@ -190,7 +190,7 @@ fn certificates_made_by_openssl_are_read() {
     let thumbprint = openssl.run("x509 -in host.pem -noout -fingerprint -sha256").replace(':', "").to_lowercase();
     assert!(thumbprint.contains(&data_encoding::HEXLOWER.encode(&certificate.thumbprint())));
 
-    // Version 1, without extensions.
+    // An X.509 version 1 certificate without extensions.
     openssl.run("req -new -key host.key -subj /CN=old -out old.csr");
     openssl.run("x509 -req -in old.csr -signkey host.key -days 1 -out old.pem");
     assert!(openssl.run("x509 -in old.pem -noout -text").contains("Version: 1"));
@@ -231,7 +231,7 @@ fn signer() -> Certificate {
 fn health_certificate(content: ResultType) -> Certificate {
     let to_be_signed =
         health::issue(&signer(), "host.example", key(1).public(), key(2).public(), content, NOW).unwrap();
-    // The signature comes from elsewhere: here from openssl.
+    // Another program makes the signature: openssl.
     let openssl = Openssl::new();
     openssl.write("key.pem", key(0).to_pkcs8_pem().as_bytes());
     openssl.write("octets", to_be_signed.octets());
@@ -315,7 +315,7 @@ fn a_health_certificate_signed_with_sha1_or_by_another_is_refused() {
 #[test]
 fn far_times_are_written_as_rfc_5280_wants() {
     let openssl = Openssl::new();
-    // 2049-12-31T23:59:59Z and the second after.
+    // 2049-12-31T23:59:59Z and one second later.
     for (not_after, kind) in [(2_524_607_999, "UTCTIME"), (2_524_608_000, "GENERALIZEDTIME")] {
         let template = Template {
             subject: DistinguishedName::new("owner"),

@@ -1,4 +1,4 @@
-//! Protectors: written by the crate and by hand, read, verified, opened, rolled to a new key; hostile ones.
+//! Protectors: written by the crate and by hand, parsed, verified, opened, rolled to a new key; and hostile ones.
 #![allow(clippy::unwrap_used, clippy::print_stdout, missing_docs)]
 
 mod common;
@@ -18,7 +18,7 @@ use data_encoding::{BASE64, HEXLOWER, HEXUPPER};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 
-/// What a release makes of an ingress protector: a new key for the same parties, signed by `party`.
+/// The release of an ingress protector: a new key for the same parties, signed by `party`.
 fn egress(verified: &Verified, party: usize, unwraps: u32) -> (Vec<u8>, [u8; 32]) {
     let key = fresh_transport_key().unwrap();
     let recipients = verified.parties.iter().map(|p| p.encryption.key());
@@ -30,8 +30,8 @@ fn egress(verified: &Verified, party: usize, unwraps: u32) -> (Vec<u8>, [u8; 32]
     (unsigned.finish(id, algorithm, value).unwrap(), *key)
 }
 
-/// The canonical form of the `Wrappings` element by xmllint. `start` is the element's start tag, `declarations` what it
-/// inherits.
+/// The canonical form of the `Wrappings` element by xmllint. `name` is the element's qualified name, `declarations` are
+/// the namespace declarations that it inherits.
 fn xmllint_wrappings(file: &[u8], name: &str, declarations: &str) -> Vec<u8> {
     let text = std::str::from_utf8(file).unwrap();
     let element = between(text, &format!("<{name}"), &format!("</{name}>")).replace(COMMENT, "");
@@ -89,7 +89,7 @@ fn a_guardian_is_granted_access_from_its_metadata() {
     let ids: Vec<_> = verified.protector.wrappings.iter().map(|w| (w.id, w.parent)).collect();
     assert_eq!(ids, [(7, 7), (1, 7), (2, 7)]);
     assert_eq!(*open(&verified, 2).unwrap(), draft.key);
-    // Somebody else's protector is neither opened nor changed.
+    // An owner can neither open nor change another owner's protector.
     assert!(matches!(owner_of(3).open(&file), Err(OwnerError::NotOurs)));
     assert!(matches!(owner_of(1).grant(&file, &metadata(2)), Err(OwnerError::NotOwner)));
     assert!(matches!(owner().open(b"<a/>"), Err(OwnerError::Protector(r)) if r.code == Code::InvalidProtector));
@@ -113,7 +113,7 @@ fn a_revoked_guardian_cannot_open_and_nobody_else_notices() {
         assert_eq!(kept.signing_certificate_signature.value, new.signing_certificate_signature.value);
         assert_ne!(kept.cipher_value, new.cipher_value);
     }
-    // The freed Id is given again.
+    // The Id of a removed wrapping is used again.
     let again = accept(&owner().grant(&revoked.file, &metadata(2)).unwrap()).unwrap();
     assert_eq!(again.protector.wrappings.iter().map(|w| w.id).collect::<Vec<_>>(), [1, 2, 4, 3]);
 
@@ -125,7 +125,7 @@ fn a_revoked_guardian_cannot_open_and_nobody_else_notices() {
 
 #[test]
 fn with_a_guardian_go_those_it_let_in_and_its_other_wrappings() {
-    // 2 lets 3 in and 3 lets 4 in; 5 is 4's guardian once more, let in by the owner.
+    // 2 vouches for 3, and 3 for 4. Wrapping 5 has the same guardian as 4, but the owner vouches for it.
     let mut draft = Draft::new(4);
     draft.parts.push(Part { id: "5".to_owned(), ..draft.parts[3].clone() });
     draft.parts.push(Part { id: "6".to_owned(), party: 4, ..draft.parts[3].clone() });
@@ -137,7 +137,7 @@ fn with_a_guardian_go_those_it_let_in_and_its_other_wrappings() {
     assert_eq!(owner().revoke(&file, |id, _| id == 2).unwrap().gone, [2, 3, 4, 5]);
     assert_eq!(owner().revoke(&file, |id, _| id == 5).unwrap().gone, [4, 5]);
     assert_eq!(owner().revoke(&file, |id, _| id == 6).unwrap().gone, [6]);
-    // A guardian that put the owner's certificates under itself can be revoked all the same.
+    // A guardian that vouches for a wrapping with the owner's certificates can still be revoked.
     let mut draft = Draft::new(2);
     draft.parts.push(Part { id: "3".to_owned(), parent: "2".to_owned(), parent_party: 1, ..draft.parts[0].clone() });
     let revoked = owner().revoke(&draft.build(), |id, _| id == 2).unwrap();
@@ -215,7 +215,7 @@ fn an_egress_keeps_the_parties_and_changes_the_key() {
             }
             let canonical = xmllint_wrappings(&file, "Wrappings", &format!("xmlns='{K}'"));
             assert_eq!(canonical, verified.protector.signed_octets);
-            // No white space was added; and a second roll changes nothing but the key.
+            // No white space was added, and a second roll changes only the key.
             let written = String::from_utf8(file).unwrap().replace(kept.unwrap_or("-"), "");
             assert!(!written.contains("> ") && !written.contains('\n'), "{written}");
             let (again, key) = egress(&verified, 2, 0);
@@ -291,7 +291,7 @@ fn every_way_to_write_a_protector_is_read() {
         let declared = style.prefix.trim_end_matches(':');
         let declaration = if declared.is_empty() { format!("xmlns='{K}'") } else { format!("xmlns:{declared}='{K}'") };
         draft.style = style;
-        // Nothing in scope that is not used gets into what is signed.
+        // Unused namespaces in scope do not appear in the signed content.
         draft.root =
             " xmlns:unused='urn:unused' xmlns:xsi='http://www.w3.org/2001/XMLSchema-instance' xsi:schemaLocation='a b'"
                 .to_owned();
@@ -318,7 +318,7 @@ fn every_signature_algorithm_is_taken() {
         draft.guardian_parameters = Some("<anything xmlns='urn:x'>at all</anything>".to_owned());
         let file = draft.build();
         assert_eq!(*open(&accept(&file).unwrap(), 1).unwrap(), draft.key);
-        // By its name another algorithm does not fit.
+        // A valid signature is rejected under another algorithm's URI.
         let text = String::from_utf8(file).unwrap();
         for other in SignatureAlgorithm::ALL.into_iter().filter(|a| *a != algorithm) {
             let at = text.rfind(algorithm.uri()).unwrap();
@@ -353,7 +353,7 @@ fn unknown_algorithms_are_named() {
             }
         }
     }
-    // White space around a URI collapses. It is part of what is signed none the less.
+    // White space around a URI is ignored when it is read, but it is signed.
     let mut draft = Draft::new(1);
     draft.parts[0].oaep_uri = " \t\nhttp://www.w3.org/2001/04/xmlenc#rsa-oaep-mgf1p ";
     assert_eq!(*open(&accept(&draft.build()).unwrap(), 0).unwrap(), draft.key);
@@ -449,7 +449,7 @@ fn key_derivation_parameters_are_judged() {
     let salt = |octets: &[u8]| format!("<h:Salt>{}</h:Salt>", HEXLOWER.encode(octets));
     let (length, info) = ("<h:KeyLength>32</h:KeyLength>", "<h:Info>00fF</h:Info>");
     let sound = hkdf_params(HMAC, &(salt(&[1; 32]) + length));
-    // What is right: (parameters, salt, info).
+    // Valid parameters: (parameters, salt, info).
     let long = vec![9; 1024];
     let default = sound.replace("xmlns:h", "xmlns").replace("<h:", "<").replace("</h:", "</");
     for (parameters, salt, info) in [
@@ -540,7 +540,7 @@ fn key_derivation_parameters_are_judged() {
 
 #[test]
 fn numbers_are_read_as_xml_schema_writes_them() {
-    // The same Id in two notations is the same Id.
+    // Two notations of the same Id count as duplicates.
     let mut draft = Draft::new(2);
     draft.parts[1].id = "01".to_owned();
     let text = draft.unsigned();
@@ -576,8 +576,8 @@ fn numbers_are_read_as_xml_schema_writes_them() {
     }
 }
 
-/// Every element of the content models is required but `Parameters`, stands once and in its place, and has no other
-/// attributes; every value is base64 and not empty.
+/// All elements except `Parameters` are required. Each occurs once, in its place, without other attributes. Every value
+/// is non-empty base64.
 #[test]
 fn the_schema_is_kept_to_the_letter() {
     let draft = Draft::new(2);
@@ -669,13 +669,13 @@ fn the_schema_is_kept_to_the_letter() {
         let without = if attribute.ends_with("SignatureValue") { "><SignatureValue" } else { "" };
         refused(text.replacen(attribute, without, 1), attribute);
     }
-    // Text in Parameters, and attributes of it.
+    // Text inside Parameters, and attributes on it.
     let with = |inside: &str| {
         text.replacen("<KeyDerivationMethod", "<!---->\n<KeyDerivationMethod", 1).replacen("<Parameters>", inside, 1)
     };
     refused(with("<Parameters>text"), "text in Parameters");
     refused(with("<Parameters Id='x'>"), "an attribute of Parameters");
-    // Comments and white space change nothing where the signature does not reach.
+    // Outside of the signed content, comments and white space have no effect.
     let spaced = text.replacen("<GuardianSignature", "\n<!--x--><GuardianSignature", 1).replacen(
         "</Protector>",
         " </Protector>\n",
@@ -687,7 +687,7 @@ fn the_schema_is_kept_to_the_letter() {
 #[test]
 fn limits_are_where_the_protocol_has_them() {
     assert_eq!((MAX_WRAPPINGS, MAX_PROTECTOR), (64, 524_288));
-    // Many wrappings: the same party again and again.
+    // Many wrappings of the same party.
     let mut draft = Draft::new(1);
     draft.parts = (1..=64)
         .map(|id| Part { id: id.to_string(), party: usize::from(id > 1), ..Draft::new(1).parts[0].clone() })
@@ -702,7 +702,7 @@ fn limits_are_where_the_protocol_has_them() {
     let text = one_more.unsigned();
     assert_eq!(shape(text.as_bytes()), Some(Code::InvalidProtector));
 
-    // Depth: Parameters of a certificate's signature is the sixth element, its content the seventh.
+    // Depth: the Parameters of a certificate's signature have level 6, their content has level 7.
     let nested = |depth: usize| {
         let mut draft = Draft::new(1);
         draft.parts[0].parameters = Some(format!("{}{}", "<a>".repeat(depth - 6), "</a>".repeat(depth - 6)));
@@ -714,7 +714,7 @@ fn limits_are_where_the_protocol_has_them() {
     let text = nested(33).unsigned();
     assert_eq!(shape(text.as_bytes()), Some(Code::InvalidProtector));
 
-    // Size: white space behind the root, and inside.
+    // Size: white space after the root, and inside.
     let mut file = Draft::new(1).build();
     file.resize(MAX_PROTECTOR, b' ');
     assert_eq!(code(&file), None);
@@ -722,11 +722,11 @@ fn limits_are_where_the_protocol_has_them() {
     assert_eq!(shape(&file), Some(Code::InvalidProtector));
 }
 
-/// An egress that would be too large is refused with the same code as an ingress that is.
+/// An egress protector that would be too large gets the same code as an ingress protector that is too large.
 #[test]
 fn an_egress_stays_within_the_limit() {
     let mut draft = Draft::new(1);
-    // Each element grows from 27 octets to 53: there is an end tag.
+    // Each element grows from 27 bytes to 53, because an end tag is added.
     draft.parts[0].parameters = Some("<abcdefghijklmnopqrstuvwx/>".repeat(15_000));
     let verified = accept(&draft.build()).unwrap();
     let refusal = Unsigned::new(
@@ -739,7 +739,7 @@ fn an_egress_stays_within_the_limit() {
     assert_eq!(refusal.code, Code::InvalidProtector);
 }
 
-/// The octets of the document that one of the signatures covers, or that are one.
+/// Positions of the bytes that a signature covers, or that belong to a signature.
 fn signed_part(text: &str) -> Vec<usize> {
     let mut part = Vec::new();
     for (from, to) in [
@@ -762,7 +762,7 @@ fn a_single_changed_bit_is_refused() {
     assert!(part.len() > 7_000, "{}", part.len());
     let mut rng = Rng::new(99);
     let mut changed = file.clone();
-    // One bit of every octet; the property below tries others.
+    // Changes one bit of each byte; the property test below tries other changes.
     for at in part.iter().copied() {
         let bit = 1 << rng.below(8);
         changed[at] ^= bit;
@@ -775,8 +775,8 @@ fn a_single_changed_bit_is_refused() {
         .run(&(0..part.len(), 1..=255_u8), |(at, bits)| {
             let mut changed = file.clone();
             changed[part[at]] ^= bits;
-            // Between attributes one white space is as good as another: the canonical form is the same. (No
-            // single bit makes one of another, so that the loop above needs no exception.)
+            // Different white space between attributes has the same canonical form. (No single changed bit turns one
+            // white space character into another, so the loop above needs no exception.)
             let space = |octet: u8| matches!(octet, b' ' | b'\t' | b'\r' | b'\n');
             prop_assume!(!(space(file[part[at]]) && space(changed[part[at]])));
             let opened = accept(&changed).map_err(|e| e.to_string()).and_then(|v| open(&v, 1).map_err(str::to_owned));
@@ -794,7 +794,7 @@ fn known_certificates_are_few_and_never_wrong_ones() {
         verify(Protector::parse(&file).unwrap(), &known).unwrap();
         assert_eq!(known.len(), 2, "one for each wrapping");
     }
-    // Each of them with another signature's value, or another message: nothing is taken for known.
+    // Each signature gets another signature's value or another message: nothing may count as known.
     let protector = Protector::parse(&file).unwrap();
     for wrapping in 0..protector.wrappings.len() {
         let mut changed = protector.clone();
@@ -813,7 +813,7 @@ fn known_certificates_are_few_and_never_wrong_ones() {
             protector.wrappings[other].signing_certificate_signature.clone();
         assert!(verify(changed, &known).is_err(), "{wrapping}: the parent's signature of {other}");
     }
-    // However many come by.
+    // The number of remembered parties stays bounded.
     let small = KnownCertificates::new(2);
     for _ in 0..5 {
         verify(Protector::parse(&file).unwrap(), &small).unwrap();
@@ -852,7 +852,7 @@ fn hostile_octets_never_panic() {
         .unwrap();
 }
 
-/// Documents of the largest size, each meant to be slow in its own way.
+/// Documents of the maximum size, each slow in another way.
 fn hostile() -> Vec<(&'static str, String)> {
     let room = MAX_PROTECTOR - 20_000;
     let fill = |unit: &str| unit.repeat(room / unit.len());
@@ -982,7 +982,7 @@ fn hostile_documents_are_cheap() {
         let outcome = outcome.map_or_else(|e| e.to_string(), |_| "accepted".to_owned());
         println!("{:>9.3} ms  {:>6} octets  {name}: {outcome:.110}", took.as_secs_f64() * 1e3, document.len());
         slowest = slowest.max((took, name));
-        // Generous: this is no benchmark. Anything quadratic takes far longer.
+        // A generous limit, because this is not a benchmark. Quadratic cost would take far longer.
         assert!(took < Duration::from_secs(2), "{name}: {took:?}");
     }
     println!("slowest: {:?} ({})", slowest.0, slowest.1);

@@ -1,5 +1,5 @@
-//! Attestation by TPM: structures that tpm2-tools and swtpm made, recorded boots, and what becomes of them when they are
-//! changed. `tests/tpm/make-vectors` makes the files again.
+//! Attestation by TPM: structures from tpm2-tools and swtpm, recorded boots, and damaged copies of both.
+//! `tests/tpm/make-vectors` creates the files.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 use std::path::Path;
@@ -34,7 +34,7 @@ fn boot(name: &str) -> Vec<u8> {
     file(&format!("{name}.bin"))
 }
 
-/// The PCRs that the TPM had after that boot.
+/// The PCR values of the TPM after that boot.
 fn recorded(name: &str) -> PcrValues {
     let text = String::from_utf8(file(&format!("{name}.pcrs"))).unwrap();
     let mut values = PcrValues::default();
@@ -46,7 +46,7 @@ fn recorded(name: &str) -> PcrValues {
     values
 }
 
-/// Those of the values that a selection names.
+/// The values of the selected PCRs.
 fn some(values: &PcrValues, set: PcrSet) -> PcrValues {
     let mut some = PcrValues::default();
     set.iter().for_each(|pcr| assert!(some.set(pcr, *values.get(pcr).unwrap())));
@@ -78,7 +78,7 @@ fn a_quote_is_read_as_its_tpm_wrote_it() {
         assert_eq!(quote.selection, set.to_selection());
         assert_eq!(quote.digest, some(&recorded("ovmf-sb-uki"), set).digest());
         assert_eq!((quote.restart_count, quote.reset_count), (0, 1));
-        // A signature of another key, and by another scheme.
+        // A signature by another key, and one with another scheme.
         let other = if kind == "rsa" { "ecc" } else { "rsa" };
         let other = file(&format!("{other}.signature"));
         assert!(!key.verifies(&bytes, &Signature::parse(&other).unwrap()));
@@ -96,7 +96,7 @@ fn a_quote_is_read_as_its_tpm_wrote_it() {
         assert!(Quote::parse(&[&bytes[..], &[0]].concat()).is_err());
         assert!(Signature::parse(&[&signature[..], &[0]].concat()).is_err());
     }
-    // Several banks are read, and are not the selection.
+    // A selection with several banks is parsed, but does not match.
     let bytes = file("banks.quote");
     let quote = Quote::parse(&bytes).unwrap();
     assert_eq!(quote.selection[..4], [0, 0, 0, 2]);
@@ -152,7 +152,7 @@ fn only_restricted_signing_keys_of_the_accepted_kinds_are_attestation_keys() {
     refused(&ecc, 19, 0x20); // a key derivation
     refused(&ecc, 87, ecc[87] ^ 1); // not on the curve
 
-    // A policy, and other bits of the attributes, are the host's affair.
+    // The policy and the other attribute bits are not restricted.
     let with_policy = [&ecc[..8], &[0, 32], &[7; 32], &ecc[10..]].concat();
     assert!(AttestationKey::parse(&with_policy).is_ok());
 }
@@ -168,7 +168,7 @@ fn the_endorsement_key_of_a_tpm_is_read() {
     assert!(public::endorsement_key(&file("ak-rsa.public")).is_err());
 }
 
-/// The two parts of a file of `tpm2_makecredential`.
+/// The two parts of a file from `tpm2_makecredential`.
 fn credential_file() -> Protected {
     let bytes = file("credential");
     let (id_object, rest) = bytes[10..].split_at(usize::from(u16::from_be_bytes([bytes[8], bytes[9]])));
@@ -207,7 +207,7 @@ fn a_credential_of_ours_has_the_form_of_tpm2_tools() {
 
 // --- Logs ---
 
-/// Writes logs, well-formed or not.
+/// Writes well-formed and malformed logs.
 #[derive(Clone)]
 struct Writer {
     bytes: Vec<u8>,
@@ -234,7 +234,7 @@ impl Writer {
         Self { bytes, algorithms: algorithms.to_vec() }
     }
 
-    /// An event whose digests are all of this byte.
+    /// Adds an event whose digest bytes are all `digest`.
     fn event(mut self, pcr: u32, kind: u32, digest: u8, data: &[u8]) -> Self {
         self.bytes.extend_from_slice(&pcr.to_le_bytes());
         self.bytes.extend_from_slice(&kind.to_le_bytes());
@@ -258,7 +258,7 @@ fn extend(value: [u8; 32], digest: [u8; 32]) -> [u8; 32] {
     ring::digest::digest(&ring::digest::SHA256, &both).as_ref().try_into().unwrap()
 }
 
-/// PCR 0 as it starts at a locality.
+/// The start value of PCR 0 for a locality.
 fn started_at(locality: u8) -> [u8; 32] {
     let mut value = [0; 32];
     value[31] = locality;
@@ -312,18 +312,18 @@ fn pcr_0_starts_where_the_log_says() {
     assert_eq!(new().event(0, SEPARATOR, 1, b"").pcr_0(), one(0));
     assert_eq!(new().event(0, NO_ACTION, 0, &locality(3)).event(0, SEPARATOR, 1, b"").pcr_0(), one(3));
     assert_eq!(new().event(0, NO_ACTION, 0, &locality(3)).pcr_0(), started_at(3));
-    // After the first extension of PCR 0, but not of another, it is too late.
+    // An event after the first extension of PCR 0 is too late. The first extension of another PCR does not matter.
     assert_eq!(new().event(0, SEPARATOR, 1, b"").event(0, NO_ACTION, 0, &locality(3)).pcr_0(), one(0));
     let after_another = new().event(7, SEPARATOR, 1, b"").event(0, NO_ACTION, 0, &locality(3));
     assert_eq!(after_another.event(0, SEPARATOR, 1, b"").pcr_0(), one(3));
-    // Not PCR 0's, not 17 bytes, an event that extends.
+    // Ignored: an event of another PCR, one without 17 bytes, one that extends.
     assert_eq!(new().event(1, NO_ACTION, 0, &locality(3)).event(0, SEPARATOR, 1, b"").pcr_0(), one(0));
     let long = [&locality(3)[..], &[0]].concat();
     for data in [&long[..], &locality(3)[..16], b""] {
         assert_eq!(new().event(0, NO_ACTION, 0, data).event(0, SEPARATOR, 1, b"").pcr_0(), one(0));
     }
     assert_eq!(new().event(0, SEPARATOR, 1, &locality(3)).pcr_0(), one(0));
-    // A measurement before the CRTM starts PCR 0 at locality 4 and is its first extension.
+    // A measurement before the CRTM implies locality 4 and is the first extension of PCR 0.
     assert_eq!(new().event(0, HCRTM, 1, b"HCRTM").pcr_0(), one(4));
     assert_eq!(new().event(0, NO_ACTION, 0, &locality(3)).event(0, HCRTM, 1, b"").pcr_0(), one(4));
     assert_eq!(new().event(0, HCRTM, 1, b"").event(0, HCRTM, 1, b"").pcr_0(), extend(one(4), [1; 32]));
@@ -385,13 +385,13 @@ fn what_is_not_exactly_a_log_is_refused() {
     refused(&Writer::new(&[SHA256, (0x99, 0)]).bytes, "wrong length");
     refused(&Writer::new(&[SHA256, (0x99, 65)]).bytes, "wrong length");
     refused(&[SHA256; 17].iter().fold(Writer::new(&[SHA256; 17]), |log, _| log).bytes, "more than 16");
-    // One digest twice in place of two.
+    // The same digest twice, in place of two different digests.
     let mut twice = Writer::new(&[SHA256, (0x0d, 64)]);
     twice.algorithms = vec![SHA256, SHA256];
     refused(&twice.event(0, SEPARATOR, 1, b"").bytes, "twice");
-    // A PCR that does not exist is nothing where nothing is extended.
+    // An event that extends nothing may name a PCR that does not exist.
     assert!(Log::parse(&Writer::new(&[SHA256]).event(u32::MAX, NO_ACTION, 0, b"").bytes).is_ok());
-    // A log of the old kind, and no log at all.
+    // A log in the older format, and bytes that are no log.
     refused(&[0; 40], "header");
     refused(b"", "it ends in the middle");
 }
@@ -405,12 +405,12 @@ fn events_are_described_in_printable_words() {
     assert!(has(7, "EV_EFI_VARIABLE_DRIVER_CONFIG SecureBoot"), "{described:#?}");
     assert!(has(7, "EV_EFI_VARIABLE_AUTHORITY db"), "{described:#?}");
     assert!(has(0, "EV_SEPARATOR"), "{described:#?}");
-    // The data of a loaded image is not what was measured, and says nothing that is repeated.
+    // The data of a loaded image is not what was measured, so its text is not shown.
     assert!(has(4, "EV_EFI_BOOT_SERVICES_APPLICATION"), "{described:#?}");
     let hostile = Writer::new(&[SHA256]).event(7, 0x8000_0007, 1, b"\x1b[2J<script>\n").bytes;
     let hostile = Log::parse(&hostile).unwrap().events().next().unwrap().describe();
     assert_eq!(hostile, "EV_EFI_ACTION [2J<script> (as the log says)");
-    // An event of another type that the log relabels has the wrong digest, with data or without.
+    // An event with a forged type has the wrong digest, with data or without.
     for (kind, name) in [(SEPARATOR, "EV_SEPARATOR"), (5, "EV_ACTION"), (0x8000_0007, "EV_EFI_ACTION")] {
         let relabelled = Writer::new(&[SHA256]).event(4, kind, 1, b"").bytes;
         let described = Log::parse(&relabelled).unwrap().events().next().unwrap().describe();
@@ -433,7 +433,7 @@ fn what_differs_between_two_boots_is_told_by_events() {
     assert!(gone.len() == 1 && !gone[0].is_new, "{gone:?}");
     let all = differences(4, None, &after).events;
     assert!(all.iter().all(|of| of.is_new) && all.len() == 3, "{all:?}");
-    // The same event twice is one more than once.
+    // Comparing counts duplicates: two equal events differ from one.
     let once = Writer::new(&[SHA256]).event(4, SEPARATOR, 1, b"");
     let twice = once.clone().event(4, SEPARATOR, 1, b"");
     let (once, twice) = (Log::parse(&once.bytes).unwrap(), Log::parse(&twice.bytes).unwrap());
@@ -574,7 +574,7 @@ fn other_pcrs_than_asked_for_prove_nothing() {
     let mut longer = Sent::new(&tpm, "ovmf-sb-uki");
     longer.pcr_values.extend_from_slice(&[0; 32]);
     is_pcrs(longer.check(&good));
-    // The quote decides which of values and log is asked about first.
+    // The PCRs of the quote are checked before the values and the log.
     longer.log.clear();
     is_pcrs(longer.check(&good));
     tpm.pcrs.set(9, [0; 32]);
@@ -591,23 +591,23 @@ fn a_log_of_another_boot_proves_nothing() {
         change(&mut sent.log);
         sent.check(&state)
     };
-    // The log has only SHA-256 digests, and its header takes 65 bytes.
+    // The log has only SHA-256 digests. Its header takes 65 bytes.
     let header = Writer::new(&[SHA256]).bytes.len();
     let appended = |pcr: u32, kind: u32| Writer::new(&[SHA256]).event(pcr, kind, 1, b"").bytes[header..].to_vec();
     for pcr in [0, 2, 4, 7] {
         is_log(with(&|log| log.extend_from_slice(&appended(pcr, SEPARATOR))));
     }
-    // What extends nothing, or a PCR that the log does not have to prove, may be there.
+    // Allowed: events that extend nothing, or that extend a PCR outside of the required ones.
     assert_eq!(with(&|log| log.extend_from_slice(&appended(0, NO_ACTION))), Ok(()));
     assert_eq!(with(&|log| log.extend_from_slice(&appended(5, SEPARATOR))), Ok(()));
     is_log(with(&|log| log.truncate(log.len() - 1)));
     is_log(with(&|log| log.truncate(header)));
     is_log(with(&|log| log.push(0)));
-    // An event that is called one that extends nothing.
+    // A measured event that was relabelled as one that extends nothing.
     let bytes = boot("ovmf-sb-uki");
     let at = bytes.windows(4).position(|window| window == 0x8000_0001_u32.to_le_bytes()).unwrap();
     is_log(with(&|log| log[at..at + 4].copy_from_slice(&NO_ACTION.to_le_bytes())));
-    // Another name for an event changes nothing that is proven.
+    // Another event type does not change what is proven.
     assert_eq!(with(&|log| log[at..at + 4].copy_from_slice(&SEPARATOR.to_le_bytes())), Ok(()));
 }
 
@@ -633,16 +633,16 @@ fn policies_judge_what_was_booted() {
     assert_eq!(other, (vec![SecureBootSettings], None));
     let all = judged("ovmf-nosb", 7, std::slice::from_ref(&good));
     assert_eq!(all, (vec![SecureBootEnabled, SecureBootSettings, FullBoot], None));
-    // Secure Boot off is no secure boot, whatever the baseline says.
+    // With Secure Boot off, the policy fails even if the baseline matches.
     let off = baseline("off", "ovmf-nosb", &[0, 4, 7]);
     assert_eq!(judged("ovmf-nosb", 0, &[off]), (vec![SecureBootEnabled], Some("off".to_owned())));
 
-    // The first by name.
+    // If several baselines match, the first by name is reported.
     let wide = baseline("Wide", "ovmf-sb-uki", &[0, 2, 4, 7, 9, 11]);
     let umlaut = baseline("ä", "ovmf-sb-uki", &[0, 4, 7]);
     let (_, matched) = judged("ovmf-sb-uki", 0, &[umlaut, good.clone(), wide.clone()]);
     assert_eq!(matched.as_deref(), Some("Wide"));
-    // A value that was not quoted does not match.
+    // A baseline with a value that was not quoted does not match.
     let quoted = some(&recorded("ovmf-sb-uki"), PcrSet::ALWAYS);
     assert!(good.matches(&quoted) && !wide.matches(&quoted));
     assert_eq!(selection([&good]), PcrSet::ALWAYS);
@@ -654,7 +654,7 @@ fn secure_boot_is_the_first_extension_and_judged_by_its_digest() {
     let bytes = boot("ovmf-sb-uki");
     let genuine = Log::parse(&bytes).unwrap().first_extension(7).unwrap();
     let digest: [u8; 32] = genuine.digest(Bank::Sha256).unwrap().try_into().unwrap();
-    // The right data with another digest, and after something else.
+    // The right data with another digest, and the right event after another one.
     let forged = Writer::new(&[SHA256]).event(7, genuine.kind, 1, genuine.data);
     assert!(!Log::parse(&forged.bytes).unwrap().first_extension(7).unwrap().is_secure_boot_on());
     let mut late = forged.event(7, genuine.kind, 0, genuine.data);
@@ -663,7 +663,7 @@ fn secure_boot_is_the_first_extension_and_judged_by_its_digest() {
     let log = Log::parse(&late.bytes).unwrap();
     assert!(!log.first_extension(7).unwrap().is_secure_boot_on());
     assert!(log.events().nth(1).unwrap().is_secure_boot_on());
-    // Neither type nor data is read, as long as the digest is right.
+    // Type and data are ignored if the digest is right.
     let mut other = Writer::new(&[SHA256]).event(7, NO_ACTION, 1, b"").event(7, SEPARATOR, 0, b"forged");
     let at = other.bytes.len() - 6 - 4 - 32;
     other.bytes[at..at + 32].copy_from_slice(&digest);
@@ -682,7 +682,7 @@ fn reasons_travel_as_guids() {
 
 // --- Damage ---
 
-/// A small generator of numbers that are the same in every run.
+/// A small deterministic random number generator.
 struct Numbers(u64);
 
 impl Numbers {
@@ -692,8 +692,8 @@ impl Numbers {
     }
 }
 
-/// Calls `read` with many damaged copies of `good`: bytes changed, fields set to extremes, parts cut out, doubled and
-/// exchanged. None may panic or take long.
+/// Calls `read` with many damaged copies of `good`: changed bytes, fields with extreme values, parts removed,
+/// duplicated or exchanged. No call may panic or take long.
 fn damage(good: &[u8], rounds: usize, read: impl Fn(&[u8])) {
     let mut numbers = Numbers(good.len() as u64);
     let mut slowest = Duration::ZERO;
@@ -718,11 +718,11 @@ fn damage(good: &[u8], rounds: usize, read: impl Fn(&[u8])) {
         read(&bytes);
         slowest = slowest.max(begun.elapsed());
     }
-    // Far above what is promised, for machines that are busy.
+    // Far above the documented limit, for busy machines.
     assert!(slowest < Duration::from_secs(1), "{slowest:?}");
 }
 
-/// Damaged copies of each structure. `CLAVIGER_MUTATIONS=N` for more.
+/// Number of damaged copies of each structure. `CLAVIGER_MUTATIONS=N` for more.
 fn rounds() -> usize {
     std::env::var("CLAVIGER_MUTATIONS").map_or(5_000, |rounds| rounds.parse().unwrap())
 }
@@ -764,7 +764,7 @@ fn damaged_structures_are_refused_without_a_panic() {
 
 #[test]
 fn the_largest_log_is_read_in_time() {
-    // As many events as fit: 46 bytes each, and the smallest possible ones of a log with more algorithms.
+    // Logs with as many events as possible: 46 bytes each, and the smallest events of a log with more algorithms.
     for algorithms in [&[SHA256][..], &[SHA256, (0x04, 20), (0x0c, 48), (0x0d, 64)]] {
         let mut log = Writer::new(algorithms);
         let one = Writer::new(algorithms).event(0, SEPARATOR, 1, b"").bytes[log.bytes.len()..].to_vec();
@@ -828,7 +828,7 @@ mod messages {
         TpmRequest::parse(&serde_json::to_vec(body).unwrap()).map_err(|e| e.to_string())
     }
 
-    /// Content of this type, changed.
+    /// Parses `body` after replacing or removing the content of this type.
     fn with(mut body: Value, content_type: u32, octets: Option<&[u8]>) -> Result<TpmRequest, String> {
         let provided = body["ProvidedContent"].as_array_mut().unwrap();
         provided.retain(|tuple| tuple["m_Item1"] != content_type);
@@ -891,12 +891,12 @@ mod messages {
         }
         refused(with(step_2(), 1, None), "lacks 1");
         refused(with(step_2(), 1, Some(b"no key")), "VirtualSecureModeIdentityKey");
-        // Step 1 has no identity key, and none is read; any Context will do for now.
+        // In step 1 the identity key is not read. The Context is not checked here.
         assert!(with(step_1(), 1, Some(b"no key")).is_ok());
         for context in [&b""[..], b"no context", &context::write(&[(Kind::Log, b"x")])] {
             assert_eq!(with(step_1(), 2, Some(context)).unwrap().identity_key, None);
         }
-        // The request of the other mode.
+        // A request of the other mode.
         assert!(HostKeyRequest::parse(&serde_json::to_vec(&step_2()).unwrap()).is_err());
     }
 

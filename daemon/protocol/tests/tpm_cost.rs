@@ -1,4 +1,4 @@
-//! What a damaged event log may cost whoever reads it. A test of its own: it counts all memory of its process.
+//! Limits for parsing a damaged event log. This test has its own program because it counts all memory of its process.
 
 #![allow(clippy::unwrap_used)]
 
@@ -13,13 +13,13 @@ use rustix::time::{ClockId, clock_gettime};
 #[global_allocator]
 static ALLOCATOR: PeakAlloc = PeakAlloc;
 
-/// Memory at any moment, in bytes, beyond the log itself.
+/// Limit of allocated memory at any moment, in bytes, in addition to the log itself.
 const MEMORY: usize = 2 * 1024 * 1024;
 
-/// Processor time for the largest log. Without optimisation the same code takes many times as long.
+/// Limit of processor time for the largest log. Without optimisation the same code takes many times as long.
 const TIME: Duration = Duration::from_millis(if cfg!(debug_assertions) { 250 } else { 5 });
 
-/// Times that a slow log is tried before it counts as slow: the first try may meet cold caches.
+/// Attempts before a log counts as slow, because the first one may run with cold caches.
 const TRIES: usize = 10;
 
 fn boots() -> Vec<Vec<u8>> {
@@ -28,7 +28,7 @@ fn boots() -> Vec<Vec<u8>> {
     ["ovmf-nosb.bin", "ovmf-sb-direct-kernel.bin", "ovmf-sb-uki.bin"].map(read).into()
 }
 
-/// All that is ever done with a log.
+/// Runs every operation on logs.
 fn read(bytes: &[u8]) {
     let Ok(log) = Log::parse(bytes) else { return };
     let _ = (log.replay(), log.replay_bank(Bank::Sha1), log.replay_bank(Bank::Sha384));
@@ -58,7 +58,7 @@ fn check(what: &str, bytes: &[u8]) {
     assert!(taken <= TIME, "{what}: {} bytes took {taken:?} of processor time", bytes.len());
 }
 
-/// One test, so that nothing else allocates beside it.
+/// A single test, so that nothing else allocates at the same time.
 #[test]
 fn no_mutation_of_a_log_takes_more_than_milliseconds_and_two_mebibytes() {
     for boot in boots() {
@@ -71,7 +71,7 @@ fn no_mutation_of_a_log_takes_more_than_milliseconds_and_two_mebibytes() {
             }
             check("cut", &boot[..at]);
         }
-        // A length or a count of four bytes that says more than there is.
+        // A length or count of four bytes that exceeds the input.
         for at in 0..boot.len() - 4 {
             for number in [u32::MAX, i32::MAX as u32, MAX_LOG as u32, 1 << 16] {
                 let mut log = boot.clone();
@@ -79,7 +79,7 @@ fn no_mutation_of_a_log_takes_more_than_milliseconds_and_two_mebibytes() {
                 check("a number", &log);
             }
         }
-        // A part again and again, up to the largest log: what grows with the square of a count is found by that.
+        // Repeat a part up to the size of the largest log, to find costs that grow with the square of a count.
         for start in (0..boot.len()).step_by(97) {
             for length in [1, 2, 16, 64, 512, boot.len()] {
                 let end = (start + length).min(boot.len());
@@ -88,7 +88,7 @@ fn no_mutation_of_a_log_takes_more_than_milliseconds_and_two_mebibytes() {
                 check("a part repeated", &log);
             }
         }
-        // Events repeated exactly, so that the log stays one: everything behind the header many times over.
+        // Repeat the events after the header many times, so that the log stays well-formed.
         let events = Log::parse(&boot).unwrap().events().count();
         let whole = (1..boot.len()).filter(|end| Log::parse(&boot[..*end]).is_ok()).collect::<Vec<_>>();
         assert!(whole.len() >= events.min(2), "the log has {events} events");

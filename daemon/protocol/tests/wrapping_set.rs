@@ -1,4 +1,4 @@
-//! A protector whose wrapping set is known gets the same answer as one that is read in full, whatever is changed about it.
+//! For every change to a protector, the fast path for known wrapping sets gives the same result as the full path.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod common;
@@ -14,7 +14,7 @@ use data_encoding::BASE64;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 
-/// What a service wrote for these parties, and a memory of the set. The signature is the owner's.
+/// A protector from a service for these parties, and tables that know its set. The owner signed it.
 fn known(parties: usize) -> (KnownSets, Vec<u8>) {
     let sets = KnownSets::new(100);
     let first = Draft::new(parties).build();
@@ -40,7 +40,7 @@ fn by_skeleton(sets: &KnownSets, file: &[u8]) -> Option<Result<Ingress, Refusal>
     sets.read_known(file, &sha256(file), &mut Work::default())
 }
 
-/// Reads `file` on both paths, which have to agree. The code of the refusal, and whether the skeleton sufficed.
+/// Reads `file` on both paths, which must agree. Returns the code of the refusal, and whether the fast path was used.
 fn judged(sets: &KnownSets, file: &[u8]) -> (Option<Code>, bool) {
     let full = accept(file);
     let by_skeleton = by_skeleton(sets, file);
@@ -52,7 +52,7 @@ fn judged(sets: &KnownSets, file: &[u8]) -> (Option<Code>, bool) {
     (full.err().map(|refusal| refusal.code), sufficed)
 }
 
-/// The same, where the guardian signature is made again when the change left anything to sign.
+/// The same, but signs the changed document again if it can still be signed.
 fn judged_when_signed_again(sets: &KnownSets, text: &str) -> (Option<Code>, bool) {
     let Ok(parsed) = Protector::parse(text.as_bytes()) else { return judged(sets, text.as_bytes()) };
     let value = signing(0).sign(SignatureAlgorithm::DEFAULT, &parsed.signed_octets).unwrap();
@@ -66,12 +66,12 @@ fn every_byte_that_is_changed_is_judged_the_same() {
     let (sets, file) = known(2);
     let (mut by_skeleton, mut unchanged) = (0, 0);
     for at in 0..file.len() {
-        // Another bit at each position; what does not lie between the first certificate and the last gets two.
+        // Changes another bit at each position. Positions outside of the certificates are changed twice.
         for turn in 0..if (600..5_000).contains(&at) { 1 } else { 2 } {
             let mut changed = file.clone();
             changed[at] ^= 1 << ((at + 3 * turn) % 8);
             let (code, sufficed) = judged(&sets, &changed);
-            // Bits of white space and of what no signature covers may be changed.
+            // Changes of white space, and of bytes that no signature covers, may have no effect.
             unchanged += usize::from(code.is_none());
             by_skeleton += usize::from(sufficed);
         }
@@ -227,7 +227,7 @@ fn what_is_moved_or_spaced_out_is_judged_the_same() {
     for fewer in ["", &one, &two, &format!("{one}{two}"), &format!("{all}{two}")] {
         judged_when_signed_again(&sets, &text.replace(&all, fewer));
     }
-    // The values of two holes, changed for each other: one protector of the set is as good as another up to its signatures.
+    // The values of two holes are exchanged: the set still matches, and only the signatures detect the change.
     let hole = |of: &str| between(of, "<CipherValue>", "</CipherValue>").to_owned();
     let swapped =
         text.replacen(&hole(&one), "@", 1).replacen(&hole(&two), &hole(&one), 1).replacen('@', &hole(&two), 1);
@@ -260,7 +260,7 @@ fn a_signature_that_was_found_right_is_not_checked_again() {
         let code = sets.read_known(file, sha256, &mut work).unwrap().err().map(|refusal| refusal.code);
         (code, work.operations())
     };
-    // `known` has read it once.
+    // `known` has already read this file.
     assert_eq!(work(&file, &sha256(&file)), (None, 0));
     let ingress = sets.read(&file, &sha256(&file), &mut Work::default()).unwrap();
     let fresh = rolled(&ingress, 0);
@@ -332,10 +332,10 @@ fn a_set_outlives_the_process_that_met_it() {
     assert!(by_skeleton(&later, &file).is_none());
     assert_eq!(later.restore(&document).unwrap().identity(), ingress.set.identity());
     assert!(by_skeleton(&later, &file).is_some_and(|read| read.is_ok()));
-    // No secret and no ciphertext is in it.
+    // The document contains no secret and no ciphertext.
     let text = String::from_utf8(document.clone()).unwrap();
     assert_eq!(text.matches("<CipherValue>AA==</CipherValue>").count(), 3);
-    // A restored set is judged like one that came in.
+    // A restored set is treated like one that was received.
     let other = KnownSets::new(100);
     for at in (0..document.len()).step_by(7) {
         let mut changed = document.clone();

@@ -1,4 +1,4 @@
-//! What goes over the socket, as both ends see it.
+//! The messages on the administrators' socket, for both sides.
 
 pub(in crate::admin) mod baselines;
 mod command;

@@ -1,11 +1,12 @@
-//! Memory for the bodies of requests, rationed while nobody knows yet who sends them.
+//! Rations the memory for request bodies, whose senders are not known yet.
 //!
-//! Room is taken as bytes arrive, in steps: what a request announces costs nothing. Four bounds hold: of all bodies
-//! together, of one connection, of one network, and a share of it all that is kept for small bodies, which are what single
-//! releases and attestations have. Where room is short, bodies that are still arriving give theirs up: first those of the
-//! network, and of the connection, that holds the most, and of these the oldest. Honest bodies arrive within moments.
+//! Memory is taken in steps as bytes arrive; the announced length costs nothing. There are four limits: for all bodies
+//! together, for a connection, for a network, and a part of the total that is reserved for small bodies (single
+//! releases and attestations). If memory is short, bodies that are still arriving are dropped: first those of the
+//! network and the connection that hold most memory, and of these the oldest. Bodies of correct clients arrive within
+//! moments.
 //!
-//! `Ledger` is a plain value that is handed `now`; [`Bodies`] shares one, and [`Room`] is what a request holds.
+//! `Ledger` is a plain value that is handed `now`. [`Bodies`] shares a ledger; [`Room`] is the memory of one request.
 
 use std::cmp::Reverse;
 use std::collections::HashMap;
@@ -20,42 +21,43 @@ use crate::config::Server;
 use crate::observe::metrics;
 use crate::request::Network;
 
-/// Bytes of memory that a byte of a body costs while its request is worked on: the body, what it is decoded to, the answer.
+/// Bytes of memory for each byte of a body while its request is processed: the body, its decoded form, the reply.
 const COST: u64 = 3;
 
-/// Room is taken in multiples of this. The first step covers the request's header and its task, too.
+/// Memory is taken in multiples of this. The first step also covers the request's header and its task.
 const STEP: u64 = 32 * 1024;
 
-/// A body is small up to this cost: a release with the protector of an owner and three guardians takes a third of it.
+/// Cost up to which a body counts as small. A release with a protector of an owner and three guardians takes a third of
+/// it.
 const SMALL: u64 = 64 * 1024 * COST;
 
-/// How long a body may be arriving before it may have to give up its room: most come in one go.
+/// Time for which an arriving body is safe from being dropped. Most bodies arrive at once.
 const ARRIVES_WITHIN: Duration = Duration::from_millis(20);
 
-/// What is freed at once where room is short, as a part of all: a search looks at every body.
+/// Part of the total that is freed at once if memory is short, because each search visits every body.
 const FREED_PART: u64 = 64;
 
-/// Answers of more bytes than this keep their room until they are sent.
+/// Replies with more bytes than this keep their memory until they are sent.
 const SMALL_ANSWER: usize = 4 * 1024;
 
-/// Why there is no room.
+/// Why there is no memory for a body.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum NoRoom {
-    /// All bodies together have what there is.
+    /// The limit of all bodies is reached.
     All,
-    /// The connection has what it may.
+    /// The connection's limit is reached.
     Connection,
-    /// The network of the caller has what it may.
+    /// The network's limit is reached.
     Network,
-    /// The body arrived slowly and had to make room for others.
+    /// The body arrived slowly and was dropped in favour of others.
     GaveWay,
 }
 
 impl NoRoom {
-    /// Every reason.
+    /// All reasons.
     pub const ALL: [Self; 4] = [Self::All, Self::Connection, Self::Network, Self::GaveWay];
 
-    /// Its name in the metrics.
+    /// The reason's name in the metrics.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
@@ -67,11 +69,11 @@ impl NoRoom {
     }
 }
 
-/// The bounds, in bytes of memory.
+/// The limits, in bytes of memory.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 struct Bounds {
     all: u64,
-    /// Of these, what only small bodies may have.
+    /// The part that is reserved for small bodies.
     kept: u64,
     connection: u64,
     network: u64,
@@ -85,16 +87,16 @@ impl Bounds {
             0 => u64::MAX,
             limit => mib(limit),
         };
-        // One of the largest batches, and a connection of HTTP/2 with as many releases as it may ask for.
+        // Enough for a largest batch, and for an HTTP/2 connection with as many releases as allowed.
         Self { all, kept: all / 4, connection: all / 8, network }
     }
 }
 
-/// Who holds how much.
+/// The accounts of all bodies.
 struct Ledger<T> {
     bounds: Bounds,
     used: u64,
-    /// What bodies hold beyond what a small one may.
+    /// Memory of all bodies beyond the size of small ones.
     large: u64,
     networks: HashMap<Network, u64>,
     connections: HashMap<u64, u64>,
@@ -107,12 +109,12 @@ struct Account<T> {
     connection: u64,
     held: u64,
     since: Instant,
-    /// Whether the body is still on its way. What has arrived is never taken away.
+    /// Whether the body is still arriving. A complete body is never dropped.
     arriving: bool,
     tag: T,
 }
 
-/// What of `held` is beyond a small body.
+/// The part of `held` beyond a small body.
 fn beyond(held: u64) -> u64 {
     held.saturating_sub(SMALL)
 }
@@ -130,8 +132,8 @@ impl<T: Clone> Ledger<T> {
         }
     }
 
-    /// Opens an account with room for the first step. The tags of the bodies that gave way are added to `gave_way`, also where
-    /// that was not enough.
+    /// Opens an account with memory for the first step. The tags of dropped bodies are added to `gave_way`, even if the
+    /// memory is still not enough.
     fn open(
         &mut self,
         network: Network,
@@ -150,7 +152,7 @@ impl<T: Clone> Ledger<T> {
         grown.map(|()| id)
     }
 
-    /// Brings an account up to `wanted` bytes of memory, in whole steps; the rest as [`Ledger::open`].
+    /// Grows an account to `wanted` bytes of memory, in whole steps; otherwise like [`Ledger::open`].
     fn grow(&mut self, id: u64, wanted: u64, now: Instant, gave_way: &mut Vec<T>) -> Result<(), NoRoom> {
         let account = self.accounts.get(&id).ok_or(NoRoom::GaveWay)?;
         let wanted = wanted.next_multiple_of(STEP);
@@ -178,14 +180,14 @@ impl<T: Clone> Ledger<T> {
         Ok(())
     }
 
-    /// The body has arrived: from here its room is safe.
+    /// Marks the body as complete; from here on its memory is safe.
     fn arrived(&mut self, id: u64) -> Result<(), NoRoom> {
         let account = self.accounts.get_mut(&id).ok_or(NoRoom::GaveWay)?;
         account.arriving = false;
         Ok(())
     }
 
-    /// Gives back what is beyond `wanted`.
+    /// Gives back the memory beyond `wanted`.
     fn shrink(&mut self, id: u64, wanted: u64) {
         let wanted = wanted.next_multiple_of(STEP);
         if self.accounts.get(&id).is_some_and(|account| wanted < account.held) {
@@ -193,13 +195,13 @@ impl<T: Clone> Ledger<T> {
         }
     }
 
-    /// Closes an account, if it is open.
+    /// Closes an account if it is open.
     fn close(&mut self, id: u64) -> Option<Account<T>> {
         self.set(id, 0);
         self.accounts.remove(&id)
     }
 
-    /// Whether one more small body would find room now.
+    /// Whether another small body would get memory now.
     fn has_room(&self, now: Instant) -> bool {
         let may_give_way = |account: &&Account<T>| account.arriving && now >= account.since + ARRIVES_WITHIN;
         self.used + SMALL <= self.bounds.all || {
@@ -227,8 +229,8 @@ impl<T: Clone> Ledger<T> {
         }
     }
 
-    /// Closes accounts of bodies that are still arriving, until `short` bytes, counted by `worth`, and some more
-    /// are free. `None`, and nothing is closed, where all of them are not enough.
+    /// Closes accounts of arriving bodies until `short` bytes, counted by `worth`, and some more are free. If all of
+    /// them together are not enough, closes none and returns `None`.
     fn free(&mut self, short: u64, but: u64, now: Instant, worth: impl Fn(&Account<T>) -> u64) -> Option<Vec<T>> {
         let may_give_way = |id: &u64, account: &Account<T>| {
             *id != but && account.arriving && now >= account.since + ARRIVES_WITHIN && worth(account) > 0
@@ -261,14 +263,14 @@ impl<T: Clone> Ledger<T> {
     }
 }
 
-/// Tells a body that it has to give way.
+/// Tells a body that it was dropped.
 #[derive(Default)]
 struct Summons(Notify);
 
-/// The memory of all bodies.
+/// The memory of all request bodies.
 pub struct Bodies(Mutex<Ledger<Arc<Summons>>>);
 
-/// The room of one body. Given back when it is dropped.
+/// The memory of one body. Given back on drop.
 pub struct Room {
     bodies: Arc<Bodies>,
     id: u64,
@@ -276,18 +278,18 @@ pub struct Room {
 }
 
 impl Bodies {
-    /// As much as the settings say.
+    /// Creates the ledger with the limits of the settings.
     #[must_use]
     pub fn new(server: &Server) -> Arc<Self> {
         Arc::new(Self(Mutex::new(Ledger::new(Bounds::of(server)))))
     }
 
-    /// Takes new settings. Bodies that are here keep their room.
+    /// Applies new settings. Existing bodies keep their memory.
     pub fn change(&self, server: &Server) {
         self.ledger().bounds = Bounds::of(server);
     }
 
-    /// Room for the beginning of a body that arrives on a connection.
+    /// Takes memory for the beginning of a body.
     ///
     /// # Errors
     /// [`NoRoom`]; counted.
@@ -300,13 +302,13 @@ impl Bodies {
         Ok(Room { bodies: self.clone(), id, summons })
     }
 
-    /// Whether a request of the usual size would be taken now.
+    /// Whether a request of the usual size would get memory now.
     #[must_use]
     pub fn has_room(&self) -> bool {
         self.ledger().has_room(standstill::now())
     }
 
-    /// Bytes of memory that are taken, and that there are.
+    /// Bytes of memory in use, and the total.
     #[must_use]
     pub fn used(&self) -> (u64, u64) {
         let ledger = self.ledger();
@@ -318,7 +320,7 @@ impl Bodies {
     }
 }
 
-/// Counts a refusal. A body that gives way was counted when it was told to.
+/// Counts a refusal. A dropped body was already counted when it was dropped.
 fn count(reason: &NoRoom) {
     if *reason != NoRoom::GaveWay {
         metrics::body_refused(reason.as_str());
@@ -333,7 +335,7 @@ fn summon(bodies: Vec<Arc<Summons>>) {
 }
 
 impl Room {
-    /// Makes it large enough for a body of so many bytes.
+    /// Grows the memory for a body of this many bytes.
     ///
     /// # Errors
     /// [`NoRoom`]; counted.
@@ -344,20 +346,20 @@ impl Room {
         grown.inspect_err(count)
     }
 
-    /// The body is here as a whole.
+    /// Marks the body as complete.
     ///
     /// # Errors
-    /// [`NoRoom::GaveWay`], where it had to a moment ago.
+    /// [`NoRoom::GaveWay`] if the body was just dropped.
     pub fn arrived(&self) -> Result<(), NoRoom> {
         self.bodies.ledger().arrived(self.id)
     }
 
-    /// Ends when the body has to give way to others.
+    /// Completes when the body has been dropped in favour of others.
     pub async fn summoned(&self) {
         self.summons.0.notified().await;
     }
 
-    /// The answer to the request: it keeps as much of the room as it takes itself until the last of it is sent.
+    /// The reply to the request. A large reply keeps as much memory as it takes itself until it is sent.
     #[must_use]
     pub fn for_answer(self, answer: Bytes) -> Bytes {
         if answer.len() <= SMALL_ANSWER {
@@ -400,7 +402,7 @@ mod tests {
         (Tested(Ledger::new(BOUNDS)), Instant::now())
     }
 
-    /// A ledger that returns the bodies that gave way where there was room.
+    /// A ledger that returns the dropped bodies on success.
     struct Tested(Ledger<u64>);
 
     impl Tested {
@@ -441,7 +443,8 @@ mod tests {
         let later = now + ARRIVES_WITHIN;
         let (grows, _) = ledger.open(network(1), 3, 3, later).unwrap();
         assert_eq!(ledger.grow(grows, 6 * STEP, later), Ok(Vec::new()));
-        // Its network has room again without the slow one; what large bodies may have is taken, and none of them gives way.
+        // Dropping the slow body frees enough for its network. The memory for large bodies is full, and none of them is
+        // dropped.
         let mut gave_way = Vec::new();
         assert_eq!(ledger.0.grow(grows, 7 * STEP, later, &mut gave_way), Err(NoRoom::All));
         assert_eq!(gave_way, [1]);
@@ -487,7 +490,7 @@ mod tests {
     fn large_bodies_leave_a_share_to_small_ones() {
         let (mut ledger, now) = ledger();
         ledger.bounds.kept = 32 * STEP;
-        // Nothing of it gives way: all has arrived.
+        // None is dropped, because all are complete.
         for at in 0..3u8 {
             let (large, _) = ledger.open(network(at), at.into(), at.into(), now).unwrap();
             let most = (1..=64).take_while(|steps| ledger.grow(large, steps * STEP, now).is_ok()).last();
@@ -495,7 +498,7 @@ mod tests {
             ledger.arrived(large).unwrap();
         }
         assert_eq!(ledger.large, BOUNDS.all - 32 * STEP);
-        // They hold small ones' room as well as any other body does, and no more.
+        // Large bodies may also use the memory for small ones, like any other body, but no more.
         let free = (BOUNDS.all - ledger.used) / STEP;
         assert!(ledger.has_room(now) && free >= 8, "{free}");
         for at in 0..free {
@@ -513,13 +516,13 @@ mod tests {
         let (there, _) = ledger.open(network(2), 2, 2, now).unwrap();
         ledger.arrived(there).unwrap();
         let slow: Vec<_> = (0..55).map(|at| ledger.open(network(2), 10 + at, 10 + at, later).unwrap().0).collect();
-        // The network's own bodies go for it; those that came just now do not.
+        // Bodies of the network itself would be dropped, but not those that just arrived.
         assert_eq!(ledger.open(network(2), 3, 3, later).unwrap_err(), NoRoom::Network);
         let even_later = later + ARRIVES_WITHIN;
         let (_, gave_way) = ledger.open(network(2), 3, 3, even_later).unwrap();
         assert_eq!(gave_way.len(), 1);
         assert!((10..65).contains(&gave_way[0]), "{gave_way:?}");
-        // All is full: not the oldest of all goes, but one of those who hold most.
+        // All memory is used. The oldest body is not dropped, but one of the network that holds most.
         while ledger.used < BOUNDS.all {
             ledger.open(network(3), 4, 4, even_later).unwrap();
         }
@@ -528,7 +531,7 @@ mod tests {
         assert!(ledger.accounts.contains_key(&oldest) && ledger.accounts.contains_key(&newcomer));
         assert!(slow.iter().filter(|id| !ledger.accounts.contains_key(id)).count() >= 2);
         assert!(ledger.has_room(even_later));
-        // What has arrived stays, whatever happens.
+        // A complete body is never dropped.
         assert!(ledger.accounts.contains_key(&there));
         assert_eq!(ledger.used, ledger.accounts.values().map(|account| account.held).sum::<u64>());
     }
@@ -537,7 +540,7 @@ mod tests {
     fn of_a_network_the_connection_that_holds_most_gives_way_first() {
         let (mut ledger, now) = ledger();
         let later = now + ARRIVES_WITHIN;
-        // Two that send one body each, of which one is the oldest of all, and one with many streams.
+        // Two networks with one body each, one of them the oldest of all, and one network with many streams.
         ledger.open(network(1), 1, 1, now).unwrap();
         while ledger.open(network(1), 2, 2, later).is_ok() && ledger.used < 40 * STEP {}
         ledger.open(network(1), 3, 3, later).unwrap();
@@ -560,7 +563,7 @@ mod tests {
         bodies.ledger().accounts.get_mut(&slow.id).unwrap().since = since;
         let mut rooms = Vec::new();
         while bodies.ledger().accounts.contains_key(&slow.id) {
-            // Each of a network of its own, so that it is the slow one's that holds the most.
+            // Each body has its own network, so that the slow one's network holds most.
             rooms.push(bodies.open(Network::of(std::net::Ipv4Addr::from_bits(rooms.len() as u32).into()), 7).unwrap());
         }
         slow.summoned().await;
@@ -580,7 +583,7 @@ mod tests {
         assert!(bodies.used().0 > 0);
         drop(part);
         assert_eq!(bodies.used().0, 0);
-        // A small one does not keep the rest from anybody.
+        // A small body does not reduce the memory of others.
         let room = bodies.open(network(1), 1).unwrap();
         let _small = room.for_answer(Bytes::from_static(b"x"));
         assert_eq!(bodies.used().0, 0);

@@ -1,20 +1,20 @@
-//! Whose rate and whose turn it is.
+//! The identity to which rates and turns belong.
 
 use std::sync::Arc;
 
 use crate::request::{Attempt, Network};
 
-/// A host as it asks from one network. Its rate is that of the pair: who got hold of its health certificate and shows it
-/// elsewhere does not ask in its place.
+/// A host in connection with the network of its requests. Each pair has its own rate: an attacker who uses a host's
+/// health certificate elsewhere does not use up the host's rate.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct HostAt {
     pub(super) host: Arc<str>,
-    /// `None` where it is not known, as in a program that has no connections.
+    /// `None` if unknown, as in a program without connections.
     pub(super) network: Option<Network>,
 }
 
 impl HostAt {
-    /// The host of this name, as the sender of `attempt`.
+    /// The host with this name, at the network of `attempt`.
     #[must_use]
     pub fn new(host: &str, attempt: &Attempt) -> Self {
         Self { host: Arc::from(host), network: attempt.network() }

@@ -1,6 +1,6 @@
-//! Work for callers that have proved nothing yet: reading a mebibyte of JSON, or verifying with a key of 8192 bits that they
-//! bring, takes milliseconds, and anybody may ask for it. It leaves the threads that serve, and takes half of the processors
-//! at most.
+//! Expensive work for unknown senders. Anyone can make the service parse a mebibyte of JSON or verify with an 8192-bit
+//! key, which takes milliseconds. Such work does not block the runtime's threads, and uses at most half of the
+//! processors.
 
 use std::sync::LazyLock;
 use std::thread::available_parallelism;
@@ -11,23 +11,24 @@ use tokio::sync::Semaphore;
 static TURNS: LazyLock<Semaphore> =
     LazyLock::new(|| Semaphore::new((available_parallelism().map_or(1, usize::from) / 2).max(1)));
 
-/// Does `work` when it is its turn, without keeping a thread of the runtime from other requests.
+/// Waits for a turn, then runs `work` without blocking other requests on this runtime thread.
 pub(crate) async fn aside<T>(work: impl FnOnce() -> T) -> T {
-    // Never closed, so an error cannot come.
+    // The semaphore is never closed, so there is no error.
     let _turn = TURNS.acquire().await;
     in_place(work)
 }
 
-/// Input of more bytes than this keeps a thread busy for long. The protector of an owner and three guardians has some 13,000.
+/// Input with more bytes than this keeps a thread busy for long. The protector of an owner and three guardians has
+/// about 13,000 bytes.
 pub(crate) const LARGE: usize = 16 * 1024;
 
-/// Does what takes long when an input of so many bytes is large, without keeping a thread of the runtime from other requests.
-/// A usual protector, of a few wrappings, takes less time than it takes to make way.
+/// Runs work whose duration depends on an input of `bytes` bytes. For large input, it does not block other requests on
+/// this runtime thread. For usual protectors, moving the other tasks would take longer than the work itself.
 pub(crate) fn apart_if_large<T>(bytes: usize, work: impl FnOnce() -> T) -> T {
     if bytes > LARGE { in_place(work) } else { work() }
 }
 
-/// Does `work` at once, without keeping a thread of the runtime from other requests where it has others.
+/// Runs `work` at once. On a multi-threaded runtime, it does not block other requests on this thread.
 #[expect(clippy::disallowed_methods, reason = "the one place where it is bounded")]
 pub(crate) fn in_place<T>(work: impl FnOnce() -> T) -> T {
     match Handle::current().runtime_flavor() {

@@ -23,12 +23,12 @@ fn admission(change: impl FnOnce(&mut Release)) -> Admission {
     Admission::new(&config(release), 1)
 }
 
-/// A host as it asks from nowhere in particular.
+/// A host without a known address.
 fn at(host: &str) -> HostAt {
     HostAt::new(host, &attempt())
 }
 
-/// The same from an address.
+/// The host at an address.
 fn from(host: &str, address: &str) -> (HostAt, Attempt) {
     let attempt = attempt().sent_from(Some(address.parse().unwrap()));
     (HostAt::new(host, &attempt), attempt)
@@ -44,7 +44,7 @@ fn attempt_within(time: Duration) -> Attempt {
     attempt
 }
 
-/// Lets other tasks go on until so many wait.
+/// Lets other tasks run until this many requests wait.
 async fn until_waiting(admission: &Admission, waiting: usize) {
     while admission.load().waiting != waiting {
         yield_now().await;
@@ -103,7 +103,7 @@ async fn who_goes_away_leaves_its_place() {
     waiting.abort();
     assert!(waiting.await.unwrap_err().is_cancelled());
     assert_eq!(admission.load().waiting, 0);
-    // Its caller is gone.
+    // Its client has disconnected.
     let (caller, present) = Caller::new();
     let of = admission.clone();
     let waiting = tokio::spawn(async move { of.admit(&at("a"), &attempt().asked_by(caller)).await.map(drop) });
@@ -123,7 +123,7 @@ async fn a_permit_for_somebody_who_just_went_away_is_not_lost() {
     for future in &mut waiting {
         assert!(std::future::poll_fn(|cx| std::task::Poll::Ready(future.as_mut().poll(cx).is_pending())).await);
     }
-    // The first one has the permit in its hands when it is dropped.
+    // The first one has received the permit when it is dropped.
     drop(permit);
     assert_eq!(admission.load(), Load { running: 1, waiting: 2 });
     drop(waiting.remove(0));
@@ -163,7 +163,7 @@ async fn refusals_say_why_and_when_to_come_again() {
     assert_eq!(full.outlook(&at("a"), &attempt()).unwrap_err().code, Code::ServiceUnavailable);
     let refusal = full.admit(&at("a"), &attempt()).await.err().unwrap();
     assert_eq!((refusal.code, refusal.retry_after), (Code::ServiceUnavailable, Some(1)));
-    // The other one waits in vain, but not for ever.
+    // The other one is refused at its deadline.
     let refusal = waiting.await.unwrap().unwrap_err();
     assert_eq!((refusal.code, refusal.retry_after), (Code::ServiceUnavailable, Some(1)));
     assert!(begun.elapsed() >= Duration::from_millis(200));
@@ -171,7 +171,7 @@ async fn refusals_say_why_and_when_to_come_again() {
     drop(permit);
 }
 
-/// Counts those that run, which may end in the middle.
+/// Counts running requests, which may be cancelled at any time.
 struct Running<'a>(&'a AtomicUsize);
 
 impl<'a> Running<'a> {
@@ -205,7 +205,7 @@ async fn many_at_once_come_and_go_and_no_place_is_lost() {
                 }
             };
             if number % 3 == 0 {
-                // Goes away at any moment while it waits.
+                // The client may disconnect at any time while the request waits.
                 tokio::select! {
                     biased;
                     () = work => {}
@@ -231,7 +231,7 @@ fn limits_change_while_hosts_ask() {
     let admission = Admission::new(&config(release.clone()), 1);
     let asks = |times: usize| (0..times).filter(|_| admission.within_rate(&at("a")).is_ok()).count();
     assert_eq!(asks(3), 2);
-    // What has nothing to do with the rate leaves the buckets as they are.
+    // Changes of other settings do not affect the buckets.
     release.queue = 17;
     admission.change(&config(release.clone()));
     assert_eq!((asks(1), admission.limits().waiting), (0, 17));
@@ -255,7 +255,7 @@ fn a_host_pays_for_nothing_that_is_sent_from_elsewhere() {
     }
     let granted = (0..1000).filter(|_| admission.within_rate(&host).is_ok()).count();
     assert!((10..=12).contains(&granted), "{granted}");
-    // All addresses of one /64 are one sender.
+    // All addresses of one /64 count as one sender.
     let (neighbour, _) = from("a", "2001:db8::2");
     assert!(admission.within_rate(&neighbour).is_err());
 }
@@ -277,7 +277,7 @@ fn what_fails_before_a_decryption_is_paid_from_a_bucket_of_its_own() {
             .count()
     };
     assert_eq!(fails(100), 100);
-    // The releases are still all there; and only now junk is charged against them.
+    // The tokens for releases are all left; only now failures are charged to them.
     let granted = fails(1000);
     assert!((10..=13).contains(&granted), "{granted}");
     assert!(admission.within_rate(&at("a")).is_err());
@@ -288,14 +288,14 @@ fn a_protector_is_charged_by_its_bytes_and_its_keys() {
     let mut work = Work::default();
     assert_eq!(tokens(13_000, work), 1);
     assert_eq!(tokens(512 * 1024, work), 9);
-    // Four parties with keys of 4096 bits, whose certificates are known: the guardian's signature and four encryptions.
+    // Four parties with 4096-bit keys and known certificates: the guardian signature and four encryptions.
     let key =
         |bits: usize| claviger_protocol::rsa_key::RsaPublicKey::from_components(&vec![0xff; bits / 8], &[1, 0, 1]);
     (0..5).for_each(|_| work.add(&key(4096).unwrap()));
     assert_eq!(tokens(13_000, work), 1);
     (0..52).for_each(|_| work.add(&key(7168).unwrap()));
     assert_eq!(tokens(200_000, work), 24);
-    // Paid, also where the bucket holds less than that.
+    // The cost is charged in full, even if the bucket holds fewer tokens.
     let admission = admission(|release| (release.host_rate, release.host_burst) = (1, 20));
     admission.within_rate(&at("a")).unwrap();
     admission.charge(&at("a"), 200_000, work);
@@ -323,7 +323,7 @@ fn strangers_are_limited_by_their_address_and_attesting_hosts_by_theirs() {
     let declined = admission.stranger_may_attest(&stranger).unwrap_err();
     assert_eq!(declined, Declined { reason: Dropped::Address, retry_after: 1 });
     admission.stranger_may_ask(&other).unwrap();
-    // Without an address there is none to charge.
+    // Without an address, no bucket can be charged.
     admission.charge_stranger(&attempt(), usize::MAX, Work::default());
     admission.stranger_may_ask(&attempt()).unwrap();
 
@@ -332,7 +332,7 @@ fn strangers_are_limited_by_their_address_and_attesting_hosts_by_theirs() {
     }
     assert_eq!(admission.attestation_within_rate(&host).unwrap_err().reason, Dropped::Rate);
     admission.attestation_within_rate(&elsewhere).unwrap();
-    // Releases have a rate of their own.
+    // Releases have a separate rate.
     admission.within_rate(&host).unwrap();
 }
 
@@ -368,7 +368,7 @@ fn first_steps_have_a_bucket_of_their_own() {
     let admission = Admission::new(&config, 40);
     let (host, elsewhere) = (from("a", "192.0.2.1").0, from("a", "192.0.2.2").0);
     assert_eq!([(); 3].map(|()| admission.may_begin(&host)), [true, true, false]);
-    // Settings that stay the same give no new burst.
+    // Unchanged settings do not refill the burst.
     admission.change(&config);
     assert!(!admission.may_begin(&host));
     assert!(admission.may_begin(&elsewhere));

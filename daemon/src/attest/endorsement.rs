@@ -11,7 +11,7 @@ use webpki::{EndEntityCert, KeyUsage, anchor_from_trusted_cert};
 
 use claviger_client::files::{self, FileError};
 
-/// The extended key usage of endorsement keys' certificates: `tcg-kp-EKCertificate`.
+/// The extended key usage of endorsement key certificates: `tcg-kp-EKCertificate`.
 const EK_CERTIFICATE: &str = "2.23.133.8.1";
 /// The same object identifier, DER without tag and length.
 const EK_CERTIFICATE_DER: &[u8] = &[0x67, 0x81, 0x05, 0x08, 0x01];
@@ -30,7 +30,7 @@ static ALGORITHMS: &[&dyn SignatureVerificationAlgorithm] = &[
     webpki::ring::RSA_PSS_2048_8192_SHA512_LEGACY_KEY,
 ];
 
-/// Why an endorsement key's certificate is not accepted.
+/// Why an endorsement key certificate is rejected.
 #[derive(Debug, thiserror::Error)]
 pub enum EndorsementError {
     /// No roots are configured.
@@ -49,7 +49,7 @@ pub enum EndorsementError {
     /// A file of the folder cannot be read.
     #[error("attest.vendor_roots: {0}")]
     File(#[from] FileError),
-    /// The certificate is not one of an endorsement key.
+    /// The certificate is not an endorsement key certificate.
     #[error("this is no certificate of an endorsement key: {0}")]
     Certificate(String),
     /// No chain leads from the certificate to a root.

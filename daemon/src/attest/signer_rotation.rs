@@ -1,5 +1,5 @@
-//! The attestation signer: the key that signs health certificates. The daemon generates and renews it, and makes a new one
-//! when a member of the cluster lacks its key, so that any single member can sign.
+//! The attestation signer: the key that signs health certificates. The daemon generates and renews it. It creates a new
+//! signer if a member of the cluster lacks the key, so that any single member can sign.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use crate::signing::{self, OWN_DEADLINE, private_parts};
 use crate::store::{NewSigner, StateError};
 use crate::sys::clock::unix_now;
 
-/// How long a signer's certificate is valid, and how long before its end a new one takes over (seconds).
+/// Validity of a signer's certificate, and the time before its end at which a new signer replaces it (seconds).
 const VALIDITY: i64 = 365 * 24 * 3600;
 const RENEWAL: i64 = 30 * 24 * 3600;
 /// How often the daemon checks whether the signer is due for renewal, and whether the members have its key.
@@ -28,16 +28,16 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// Number of consecutive checks at which a member has to lack the key before a new signer is made: a vendor's replication of
 /// keys takes a moment.
 const LOOKS: u32 = 2;
-/// The first and the longest pause between signers that are made because a member lacks the previous one's key. Pauses double:
-/// a member that never accepts a key must not fill the other members with keys.
+/// The first and the longest pause between signers that are created because a member lacks the key. The pause doubles:
+/// a member that never accepts a key must not cause ever more keys on the other members.
 const FIRST_PAUSE: Duration = Duration::from_secs(60);
 const LONGEST_PAUSE: Duration = Duration::from_secs(24 * 3600);
 const BITS: u32 = 2048;
 
-/// Why no new signer was made.
+/// Why no new signer was created.
 #[derive(Debug, thiserror::Error)]
 pub enum SignerError {
-    /// The HSMs did not generate or import the key, or do not sign with it.
+    /// The HSMs cannot generate or import the key, or cannot sign with it.
     #[error("the HSMs: {0}")]
     Hsm(#[from] Failure),
     /// A generated key is invalid.
@@ -81,9 +81,10 @@ impl Keeper {
             failing = result.is_err();
             let pause = match (self.service.registry.signers().current().is_some(), failing) {
                 (true, _) => LOOK_EVERY,
-                // The pause after a failure is above.
+                // After a failure, the pause was made above.
                 (false, true) => Duration::ZERO,
-                // The state has a signer that is not loaded yet: keys on an HSM are never removed, so none is generated meanwhile.
+                // The state has a signer that is not loaded yet. Do not generate another key meanwhile, because keys on
+                // an HSM are never removed.
                 (false, false) => RETRY,
             };
             // A timeout means that no signature found the key missing.
@@ -91,15 +92,16 @@ impl Keeper {
         }
     }
 
-    /// Makes a new signer if there is none, it is due for renewal, or serving members lack its key. Deletes previous signers
-    /// whose last health certificate has expired. With `asked`, the tokens are searched, not only what is cached of them.
+    /// Creates a new signer if there is none, if the current one is due for renewal, or if members that are up lack its
+    /// key. Deletes previous signers whose last health certificate has expired. With `asked`, the tokens are searched;
+    /// otherwise the cached key lists are used.
     ///
     /// # Errors
     /// See [`SignerError`]; the current signer stays as it was.
     pub async fn look(&mut self, asked: bool) -> Result<(), SignerError> {
         let signers = Arc::clone(&self.service.registry.signers());
         let Some(current) = signers.current() else { return self.renew().await };
-        // The unfinished signer was installed after all.
+        // The unfinished signer has been installed after all.
         self.unfinished.take_if(|(id, _)| *id == current.id);
         if current.certificate.not_after() - unix_now() <= RENEWAL {
             return self.renew().await;
@@ -150,7 +152,7 @@ pub fn current(service: &Service) -> Option<String> {
     service.registry.signers().current_thumbprint().map(str::to_owned)
 }
 
-/// Makes a new signer with a new key, regardless of the current one.
+/// Creates a new signer with a new key, regardless of the current one.
 ///
 /// # Errors
 /// See [`SignerError`]; the current signer stays as it was.
@@ -177,7 +179,7 @@ async fn install(service: &Arc<Service>, id: &KeyRef, public: &RsaPublicKey) -> 
         .await;
     match added {
         Ok(_) => tracing::info!("a new attestation signer issues health certificates"),
-        // Daemons that share a state share a signer: the failed change has loaded the other daemon's.
+        // Daemons that share a state share a signer. The failed change has loaded the signer of the other daemon.
         Err(ChangeError::State(StateError::Conflict(_))) => {
             tracing::info!("another daemon has made a new attestation signer, which is used here, too");
         }
@@ -186,17 +188,17 @@ async fn install(service: &Arc<Service>, id: &KeyRef, public: &RsaPublicKey) -> 
     Ok(())
 }
 
-/// Tracks which serving members lack the current signer's key, and decides when that calls for a new signer.
+/// Tracks which members that are up lack the current signer's key, and decides when a new signer is needed.
 #[derive(Debug, Default)]
 struct Absence {
     /// Number of consecutive checks at which each member lacked the key.
     looks: HashMap<String, u32>,
-    /// When a new signer was last made for such a member, and the pause before the next one.
+    /// Time of the last new signer for such a member, and the pause before the next one.
     last: Option<(Instant, Duration)>,
 }
 
 impl Absence {
-    /// Whether to make a new signer, after a check at which `held` members had the key and `lacking` did not.
+    /// Whether to create a new signer, after a check in which `held` members had the key and `lacking` did not.
     fn calls_for_another(&mut self, held: usize, lacking: &[String], now: Instant) -> bool {
         if lacking.is_empty() {
             *self = Self::default();
@@ -206,7 +208,7 @@ impl Absence {
         for member in lacking {
             *self.looks.entry(member.clone()).or_default() += 1;
         }
-        // If no member has the key, nothing can be signed: that waits neither for replication nor for the longer pauses.
+        // If no member has the key, nothing can be signed. Do not wait for replication or for the longer pauses.
         let nobody = held == 0;
         let rested = self
             .last
@@ -220,7 +222,8 @@ impl Absence {
     }
 }
 
-/// Returns how many serving members have a key, and which lack it. Members that do not answer are in neither.
+/// Returns how many members that are up have a key, and which ones lack it. Members that do not answer are in neither
+/// group.
 async fn whereabouts(cluster: &Cluster, id: &KeyRef, search: bool) -> (usize, Vec<String>) {
     let (mut held, mut lacking) = (0, Vec::new());
     for member in cluster.members().into_iter().filter(|member| member.state == MemberState::Up) {
@@ -233,7 +236,8 @@ async fn whereabouts(cluster: &Cluster, id: &KeyRef, search: bool) -> (usize, Ve
     (held, lacking)
 }
 
-/// Whether a member has a key. A key that is not in the cached list is searched on the token: it may have been replicated.
+/// Whether a member has a key. A key that is not in the cached list is searched for on the token, because it may have
+/// been replicated.
 async fn has(cluster: &Cluster, member: &str, id: &KeyRef, search: bool) -> Result<bool, Failure> {
     if !search && cluster.keys_on(member, false).await?.iter().any(|key| key.is(id)) {
         return Ok(true);
@@ -241,8 +245,9 @@ async fn has(cluster: &Cluster, member: &str, id: &KeyRef, search: bool) -> Resu
     Ok(cluster.keys_on(member, true).await?.iter().any(|key| key.is(id)))
 }
 
-/// Makes a new signing key on every member that can accept one now. A single member generates the key itself. For several
-/// members it is unknown whether the vendor replicates keys, so the key is generated here, imported into each, and dropped.
+/// Generates a new signing key for every member that can accept one now. A single member generates the key itself. With
+/// several members, it is unknown whether the vendor replicates keys, so the key is generated here, imported into each
+/// member, and wiped.
 async fn new_key(cluster: &Cluster) -> Result<(KeyRef, RsaPublicKey), SignerError> {
     let all = cluster.members();
     let single = all.len() == 1;
@@ -270,7 +275,7 @@ async fn new_key(cluster: &Cluster) -> Result<(KeyRef, RsaPublicKey), SignerErro
     for member in &members {
         match cluster.import_rsa(member, spec.clone(), private_parts(&key)).await {
             Ok(()) => imported += 1,
-            // The cluster signs on the members that have the key.
+            // The cluster signs with the members that have the key.
             Err(error) => {
                 tracing::warn!(hsm = member, %error, "the new attestation signer's key is missing on a member");
                 failed = Some(error);
@@ -300,17 +305,17 @@ mod tests {
         let at = |seconds| start + Duration::from_secs(seconds);
         let lacking = ["b".to_owned()];
         let mut absence = Absence::default();
-        // Once may be replication; what comes and goes starts anew.
+        // A single check may be a delay of replication. If the key appears in between, counting starts again.
         assert!(!absence.calls_for_another(1, &lacking, at(0)));
         assert!(!absence.calls_for_another(2, &[], at(30)));
         assert!(!absence.calls_for_another(1, &lacking, at(60)));
         assert!(!absence.calls_for_another(1, &["c".to_owned()], at(90)));
         assert!(!absence.calls_for_another(1, &lacking, at(120)));
-        // Until it is made.
+        // Until the new signer is created.
         assert!(absence.calls_for_another(1, &lacking, at(150)));
         assert!(absence.calls_for_another(1, &lacking, at(180)));
         absence.made_another(at(180));
-        // A member that never takes one is not tried for ever.
+        // A member that never accepts a key does not cause endless attempts.
         let mut made = 0;
         for look in 1..=3 * 24 * 120 {
             if absence.calls_for_another(1, &lacking, at(180 + look * 30)) {
@@ -319,7 +324,7 @@ mod tests {
             }
         }
         assert!((8..=13).contains(&made), "{made} signers in three days");
-        // Nobody has it: soon, whatever was before.
+        // If no member has the key, the next signer follows soon, regardless of earlier pauses.
         assert!(absence.calls_for_another(0, &lacking, at(300_000)));
         absence.made_another(at(300_000));
         assert!(!absence.calls_for_another(0, &lacking, at(300_030)));

@@ -1,4 +1,4 @@
-//! Files and folders: TLS, sockets, the audit trail.
+//! Checks of files and folders: TLS, sockets, the audit trail.
 
 use std::collections::BTreeSet;
 use std::fs::{File, Metadata, OpenOptions};
@@ -16,15 +16,15 @@ use crate::config::Config;
 use crate::sys::ownership::{self, Untrusted};
 use crate::tls::{Doubt, tls_config};
 
-/// Free space on the disk below which it is time to do something, and below which it is too late.
+/// Free disk space in bytes below which the doctor warns, and below which it reports an error.
 const LITTLE_SPACE: u64 = 1024 * 1024 * 1024;
 const NO_SPACE: u64 = 64 * 1024 * 1024;
-/// The longest last line of the trail that is looked for.
+/// Longest last line of the trail that is searched for.
 const LINE: u64 = 64 * 1024;
-/// How far clocks may be apart before it is worth a word, in seconds.
+/// Clock difference in seconds above which the doctor warns.
 const SKEW: i64 = 300;
 
-/// What decides which code runs in the daemon: the configuration and the modules that it names.
+/// Checks the files that decide which code runs in the daemon: the configuration and the modules that it names.
 pub(crate) fn code(file: &Path, config: &Config) -> Vec<Finding> {
     let modules: BTreeSet<&Path> = config.hsm.iter().map(|hsm| hsm.module.as_path()).collect();
     let named = std::iter::once(("configuration", file)).chain(modules.into_iter().map(|module| ("module", module)));
@@ -33,13 +33,13 @@ pub(crate) fn code(file: &Path, config: &Config) -> Vec<Finding> {
             let todo = "anybody can have the daemon run other code: change the mode, and check what was changed";
             Some(Finding::error(check, format!("{}: {error}", path.display()), todo))
         }
-        // Whether it is there is another check's.
+        // Another check reports a missing file.
         _ => None,
     };
     named.filter_map(open).collect()
 }
 
-/// What the certificate of TLS is worth, where it can be used; that it cannot, the list of obstacles says.
+/// Checks the TLS certificate if it can be used. If it cannot, the checks before the start report that.
 pub(crate) fn tls(config: &Config, now: i64) -> Vec<Finding> {
     let Some(tls) = &config.server.tls else { return Vec::new() };
     let Ok(served) = tls_config(tls) else { return Vec::new() };
@@ -57,7 +57,7 @@ pub(crate) fn tls(config: &Config, now: i64) -> Vec<Finding> {
 pub(crate) fn folder(config: &Config) -> Vec<Finding> {
     let path = &config.server.state;
     match path.metadata() {
-        // Among the obstacles.
+        // The checks before the start report this.
         Ok(metadata) if !metadata.is_dir() => Vec::new(),
         Ok(metadata) if metadata.mode() & 0o022 != 0 => {
             let mode = metadata.mode() & 0o777;
@@ -76,7 +76,7 @@ pub(crate) fn folder(config: &Config) -> Vec<Finding> {
     }
 }
 
-/// And whether a daemon runs.
+/// Checks the sockets; also returns whether a daemon runs.
 pub(crate) fn sockets(config: &Config) -> (Vec<Finding>, bool) {
     let (admin, review) = (config.server.admin_socket(), config.server.review_socket());
     let mut findings = Vec::new();
@@ -93,7 +93,7 @@ pub(crate) fn sockets(config: &Config) -> (Vec<Finding>, bool) {
     (findings, running)
 }
 
-/// Whether somebody answers there.
+/// Whether a daemon answers at this socket.
 fn socket(path: &Path, for_group: bool, findings: &mut Vec<Finding>) -> bool {
     let name = path.display();
     let metadata = match path.symlink_metadata() {
@@ -105,7 +105,7 @@ fn socket(path: &Path, for_group: bool, findings: &mut Vec<Finding>) -> bool {
             return false;
         }
     };
-    // Among the obstacles.
+    // The checks before the start report this.
     if !metadata.file_type().is_socket() {
         return false;
     }
@@ -138,7 +138,7 @@ pub(crate) fn audit(config: &Config, now: i64) -> Vec<Finding> {
     let path = config.server.audit_file();
     let name = path.display();
     let mut findings = Vec::new();
-    // Opened as the daemon does it, and not made: the owner would be the doctor's user.
+    // Open it like the daemon does, but do not create it: the doctor's user would become its owner.
     match OpenOptions::new().append(true).read(true).open(&path) {
         Ok(mut file) => match file.metadata().and_then(|metadata| Ok((last_line(&mut file, &metadata)?, metadata))) {
             Ok((line, metadata)) => {
@@ -193,7 +193,7 @@ fn trail(path: &Path, line: &[u8], metadata: &Metadata, now: i64) -> Vec<Finding
     findings
 }
 
-/// With its line break; empty in an empty file.
+/// The last line with its line break; empty for an empty file.
 fn last_line(file: &mut File, metadata: &Metadata) -> io::Result<Vec<u8>> {
     if !metadata.is_file() {
         return Ok(Vec::new());

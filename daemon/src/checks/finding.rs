@@ -1,30 +1,30 @@
-//! What a check found, and how bad it is.
+//! The finding of a check, and its severity.
 
 use serde::{Deserialize, Serialize};
 
-/// How bad a finding is.
+/// Severity of a finding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Level {
-    /// As it should be.
+    /// No problem.
     Ok,
-    /// Keys are released, and something is to be done all the same.
+    /// Keys are released, but an administrator should act.
     Warning,
-    /// Keys are not released, not by every HSM, or not safely.
+    /// Keys are not released, or not by every HSM, or not safely.
     Error,
 }
 
-/// What a check found.
+/// The result of a check.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Finding {
-    /// The check: `configuration`, `pin`, `tls`, `folder`, `socket`, `port`, `state`, `certificate`, `audit`, `clock`, `module`, `token`,
-    /// `login`, `key`, `sessions` or `hsm`.
+    /// Name of the check: `configuration`, `pin`, `tls`, `folder`, `socket`, `port`, `state`, `certificate`, `audit`,
+    /// `clock`, `module`, `token`, `login`, `key`, `sessions` or `hsm`.
     pub check: String,
-    /// How bad it is.
+    /// Severity.
     pub level: Level,
-    /// What was found.
+    /// The finding.
     pub what: String,
-    /// What to do; nothing where all is well.
+    /// The remedy; `None` if there is no problem.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub todo: Option<String>,
 }

@@ -1,4 +1,4 @@
-//! The state: what is registered, and whether its certificates are good.
+//! Checks of the state: registered keys and the validity of certificates.
 
 use claviger_hsm::KnownAnswerTest;
 use claviger_protocol::certificate::Certificate;
@@ -9,14 +9,14 @@ use crate::config::{AttestMode, Config};
 use crate::registry::keys::{EXPIRES_SOON, Key};
 use crate::store::{self, Kind, State, StateError};
 
-/// A key that every member has to have, and an operation that shows it.
+/// A key that every member must have, and an operation that tests it.
 pub(crate) struct Registered {
-    /// For people.
+    /// Name for people.
     pub(crate) name: String,
     pub(crate) known: KnownAnswerTest,
 }
 
-/// The state of a daemon that may be running; nothing is written.
+/// Checks the state. The daemon may be running; nothing is written.
 pub(crate) fn examine(config: &Config, now: i64) -> (Vec<Finding>, Vec<Registered>) {
     let path = config.server.state_db();
     if !path.exists() {
@@ -53,10 +53,10 @@ pub(crate) fn examine(config: &Config, now: i64) -> (Vec<Finding>, Vec<Registere
     }
 }
 
-/// What attestation by TPM needs.
+/// Checks the requirements of attestation by TPM.
 ///
 /// # Errors
-/// When the state cannot be read.
+/// The state cannot be read.
 fn attestation(config: &Config, state: &State) -> Result<Vec<Finding>, StateError> {
     let mut findings = Vec::new();
     if config.attest.mode == AttestMode::Tpm && !state.baselines_without_logs()?.iter().any(|one| one.enabled) {
@@ -80,10 +80,10 @@ fn attestation(config: &Config, state: &State) -> Result<Vec<Finding>, StateErro
     Ok(findings)
 }
 
-/// The certificates, and the keys that go with those that are enabled.
+/// Checks the certificates, and returns the keys of enabled ones.
 ///
 /// # Errors
-/// When the state cannot be read.
+/// The state cannot be read.
 pub(crate) fn read(state: &State, now: i64) -> Result<(Vec<Finding>, Vec<Registered>), StateError> {
     let (mut findings, mut registered) = (Vec::new(), Vec::new());
     let certificates = state.certificates()?;
@@ -107,7 +107,7 @@ pub(crate) fn read(state: &State, now: i64) -> Result<(Vec<Finding>, Vec<Registe
     for signer in state.signers()?.iter().filter(|signer| signer.current) {
         let name = format!("the attestation signer {}", short(&signer.thumbprint));
         match judge(&name, Kind::Signing, &signer.der, &signer.key_id, now) {
-            // A running daemon makes the next one in time.
+            // A running daemon replaces the signer in time.
             Ok((_, key)) => registered.extend(key),
             Err(finding) => findings.push(finding),
         }
@@ -131,7 +131,7 @@ fn judge(
     };
     let certificate = Certificate::parse(der).map_err(|error| broken(error.to_string()))?;
     let todo = "make a new certificate for the same key and make it primary; releases are not kept from going on";
-    // Releases do not look at the validity of these; hosts and tenants may.
+    // Releases ignore the validity of these certificates, but hosts and tenants may check it.
     let validity = (certificate.not_before(), certificate.not_after());
     let findings = expiry("certificate", name, validity, now, todo, Finding::warning).into_iter().collect();
     let key = Key::new(certificate, key_id);
@@ -140,7 +140,7 @@ fn judge(
     Ok((findings, Some(Registered { name, known })))
 }
 
-/// The state says by which key a certificate is found: it has to be the certificate's.
+/// The state records the key of each certificate. It must be the key in the certificate.
 fn different_key(name: &str, entry: &store::Certificate) -> Option<Finding> {
     let certificate = Certificate::parse(&entry.der).ok()?;
     (certificate.key().spki_der() != entry.spki).then(|| {
@@ -149,7 +149,7 @@ fn different_key(name: &str, entry: &store::Certificate) -> Option<Finding> {
     })
 }
 
-/// `expired` says how bad it is when it has expired.
+/// `expired` is the severity after the certificate has expired.
 pub(crate) fn expiry(
     check: &'static str,
     name: &str,
@@ -210,7 +210,7 @@ mod tests {
             assert!(findings.iter().any(said), "{expected}: {findings:?}");
         }
         config.attest = crate::config::Attest::default();
-        // As the second version had it.
+        // Convert the state to schema version 2.
         let older = "ALTER TABLE hosts DROP COLUMN kind; DROP TABLE baselines; DROP TABLE revoked_signers; DROP TABLE limits; ALTER TABLE certificates ADD COLUMN labels TEXT NOT NULL DEFAULT '';
                      PRAGMA user_version = 2";
         of_version(&config, older, Level::Warning, "the daemon will bring it up to date when it starts");

@@ -1,4 +1,4 @@
-//! The audit trail: whether the end of it is one chain, signed, and what the daemon has written.
+//! Checks of the audit trail: the chain and signatures at its end, and the daemon's own position.
 
 use std::fs::{File, Metadata};
 use std::io::{BufRead, BufReader, Seek, SeekFrom};
@@ -11,12 +11,13 @@ use crate::observe::audit::verify::{Report, Verifier};
 use crate::store::{Kind, State};
 use claviger_protocol::certificate::Certificate;
 
-/// How much of the trail is read, from its end: a trail may have many gigabytes. `claviger audit verify` reads all.
+/// Bytes that are read from the end of the trail, which may have many gigabytes. `claviger audit verify` reads all of
+/// it.
 const WINDOW: u64 = 64 * 1024 * 1024;
-/// Records without a signature that are worth a word: some more than there are between two checkpoints.
+/// Checkpoint intervals without a signature after which the doctor warns.
 const MANY_UNSIGNED: u64 = 2;
 
-/// The chain of a trail that can be read.
+/// Checks the chain of a readable trail.
 pub(super) fn chain(config: &Config, path: &Path, metadata: &Metadata) -> Vec<Finding> {
     let name = path.display();
     if !metadata.is_file() {
@@ -53,7 +54,7 @@ fn verify(config: &Config, path: &Path, length: u64) -> std::io::Result<Report> 
         reader.seek(SeekFrom::Start(start))?;
         reader.skip_until(b'\n')?;
     }
-    // Signatures of others are no fault here: a certificate may have been removed since.
+    // Signatures by other certificates are no problem here: a certificate may have been removed.
     let mut verifier = Verifier::new(trusted(config));
     verifier.read(&path.display().to_string(), reader)?;
     Ok(verifier.finish())
@@ -65,7 +66,7 @@ fn trusted(config: &Config) -> Vec<Certificate> {
     signing.filter_map(|entry| Certificate::parse(&entry.der).ok()).collect()
 }
 
-/// Within the daemon: whether what it has written is where one looks for it.
+/// Checks inside the daemon that its last record is in the file at the configured path.
 pub(super) fn of_daemon(path: &Path, written: u64) -> Option<Finding> {
     let name = path.display();
     let there = audit::last_line(path).unwrap_or(0);

@@ -1,4 +1,4 @@
-//! `claviger audit …`: what the audit trail proves, and how far it has come.
+//! `claviger audit …`: verifies the audit trail and shows its position.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -19,16 +19,16 @@ use crate::sys::print::say;
 /// `claviger audit …`
 #[derive(Debug, clap::Subcommand)]
 pub enum Audit {
-    /// Check that files of the trail are one chain, and up to which line it is signed
+    /// Verify that the files of the trail form one chain, and up to which line it is signed
     #[command(after_help = "Example: claviger audit verify --certificate signing.pem audit.jsonl audit.jsonl-*\n\
         Exit status: 0 nothing is wrong, 1 something is, 2 wrong usage or a file that cannot be read,\n\
         3 nothing is wrong, and no signature of a given certificate proves it.\n\
         Needs no daemon. Files are read in the order of their lines, gzip is read, - is the standard input.")]
     Verify(Verify),
-    /// Show how far the trail of a running daemon has come
+    /// Show the position of a running daemon's audit trail
     #[command(after_help = "Example: claviger audit status --config /etc/claviger/claviger.toml")]
     Status {
-        /// Where the daemon is.
+        /// The daemon to contact.
         #[command(flatten)]
         target: Target,
     },
@@ -37,16 +37,16 @@ pub enum Audit {
 /// `claviger audit verify`
 #[derive(Debug, clap::Args)]
 pub struct Verify {
-    /// Files of one trail; without any, those of --config
+    /// Files of one trail; default: the files of --config
     #[arg(value_name = "FILE", required_unless_present = "config")]
     files: Vec<PathBuf>,
-    /// A signing certificate of the service, PEM or DER; may be given several times
+    /// A signing certificate of the service, PEM or DER; may be repeated
     #[arg(long = "certificate", value_name = "FILE")]
     certificates: Vec<PathBuf>,
-    /// The configuration of the daemon whose trail it is: its state has the certificates
+    /// Configuration of the daemon that wrote the trail; its state provides the certificates
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Print JSON for machines
+    /// Print JSON for programs
     #[arg(long)]
     json: bool,
 }
@@ -54,7 +54,7 @@ pub struct Verify {
 /// Runs `claviger audit …`.
 ///
 /// # Errors
-/// What is wrong, and what to do.
+/// The problem and its remedy.
 pub async fn run(command: Audit) -> Result<ExitCode, Failure> {
     match command {
         Audit::Verify(command) => Ok(match verify(&command) {
@@ -108,14 +108,14 @@ fn verify(command: &Verify) -> Result<ExitCode, Failure> {
     }))
 }
 
-/// The signing certificates of the state, disabled ones too: they have signed before.
+/// The signing certificates in the state, including disabled ones, because they made earlier signatures.
 fn signing(config: &Config) -> Result<Vec<Certificate>, Failure> {
     let view = State::view(&config.server.state)?;
     let signing = view.state.certificates()?.into_iter().filter(|entry| entry.kind == Kind::Signing);
     Ok(signing.filter_map(|entry| Certificate::parse(&entry.der).ok()).collect())
 }
 
-/// The trail, and what rotation made of it.
+/// The trail and its rotated files.
 fn all_of(trail: &Path) -> Result<Vec<PathBuf>, Failure> {
     let name = trail.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let folder = files::folder(trail);
@@ -132,7 +132,8 @@ fn all_of(trail: &Path) -> Result<Vec<PathBuf>, Failure> {
 
 const STDIN: &str = "-";
 
-/// Sorted by their first lines; those without numbers, which are older than the chain, come first, as they were given.
+/// Sorts files by their first lines. Files without line numbers are older than the chain; they come first, in the given
+/// order.
 fn in_order(files: Vec<PathBuf>) -> Result<Vec<PathBuf>, Failure> {
     if files.iter().any(|file| file.as_os_str() == STDIN) {
         return Ok(files);
@@ -141,7 +142,7 @@ fn in_order(files: Vec<PathBuf>) -> Result<Vec<PathBuf>, Failure> {
     for file in files {
         let failed = |error| format!("{}: {error}", file.display());
         let number = open(&file).and_then(first_number).map_err(failed)?;
-        // An empty one, which a rotation has just made, is the last.
+        // An empty file was just created by a rotation, so it comes last.
         let is_empty = number.is_none() && file.metadata().is_ok_and(|metadata| metadata.len() == 0);
         numbered.push((if is_empty { u64::MAX } else { number.unwrap_or(0) }, file));
     }

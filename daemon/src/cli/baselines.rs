@@ -1,4 +1,4 @@
-//! `claviger baselines …`: what hosts may have booted.
+//! `claviger baselines …`: the accepted boot measurements of hosts.
 
 use std::path::PathBuf;
 
@@ -13,13 +13,13 @@ use crate::admin::{Checked, Command, Compared, MeasuredEvent, Pcrs, ShownBaselin
 use crate::sys::failure::Failure;
 use crate::sys::print::say;
 
-/// Longest event log that is read, in bytes.
+/// Longest event log, in bytes.
 const MAX_LOG: usize = claviger_protocol::tpm::context::MAX_LOG;
 
 /// `claviger baselines …`
 #[derive(Debug, clap::Subcommand)]
 pub enum Baselines {
-    /// Take a baseline from what a host proved last
+    /// Create a baseline from the last evidence of a host
     #[command(after_help = "Example: claviger baselines capture fleet-2026-12 --host node-17 --config FILE\n\
         PCRs 0, 2, 4 and 7 are always taken. 8, 9, 11, 12 and 14 hold what boot loaders measure: kernel, initrd, command\n\
         line. See first what changed: claviger hosts check node-17. It ends with the command that captures what it showed.")]
@@ -29,21 +29,22 @@ pub enum Baselines {
         /// The reference host
         #[arg(long, value_name = "NAME")]
         host: String,
-        /// When the host proved what is captured, in seconds since 1970, as hosts check shows it; fails if the host attested
-        /// again since
+        /// Time of the evidence in seconds since 1970, as hosts check shows it; fails if the host has attested again
+        /// since then
         #[arg(long, value_name = "SECONDS")]
         at: Option<i64>,
-        /// A further PCR, 0 to 23; may be given several times
+        /// An additional PCR, 0 to 23; may be repeated
         #[arg(long = "pcr", value_name = "N", value_parser = clap::value_parser!(u8).range(0..=23))]
         pcrs: Vec<u8>,
-        /// Take PCRs that the host did not quote from its event log, which nothing proves until hosts quote them
+        /// Take values of PCRs that the host did not quote from its event log; these values are unproven until hosts
+        /// quote the PCRs
         #[arg(long)]
         from_log: bool,
-        /// Where the daemon is.
+        /// The daemon to contact.
         #[command(flatten)]
         target: Target,
     },
-    /// Add a baseline of PCR values from elsewhere
+    /// Add a baseline with given PCR values
     #[command(
         after_help = "Example: claviger baselines add fleet-1 --pcr 0=HEX --pcr 4=HEX --pcr 7=HEX --config FILE\n\
         The values are those of the SHA-256 bank, as tpm2_pcrread prints them."
@@ -51,56 +52,56 @@ pub enum Baselines {
     Add {
         /// Name of the baseline: 1 to 64 letters, digits, '.', '-' or '_'
         name: String,
-        /// A PCR and its value; at least 0, 4 and 7 are needed
+        /// A PCR and its value; 0, 4 and 7 are required
         #[arg(long = "pcr", value_name = "N=HEX", required = true, value_parser = pcr_value)]
         pcrs: Vec<(usize, String)>,
-        /// The event log behind the values, to tell later what changed
+        /// The event log that belongs to the values; used later to show what changed
         #[arg(long, value_name = "FILE")]
         log: Option<PathBuf>,
-        /// Where the daemon is.
+        /// The daemon to contact.
         #[command(flatten)]
         target: Target,
     },
     /// Show the baselines
     #[command(after_help = "Example: claviger baselines list --config /etc/claviger/claviger.toml")]
     List {
-        /// Where the daemon is.
+        /// The daemon to contact.
         #[command(flatten)]
         target: Target,
     },
-    /// Show a baseline: its values and what was measured
+    /// Show the values and the measured events of a baseline
     #[command(after_help = "Example: claviger baselines show fleet-1 --config /etc/claviger/claviger.toml")]
     Show {
         /// Name of the baseline
         name: String,
-        /// Where the daemon is.
+        /// The daemon to contact.
         #[command(flatten)]
         target: Target,
     },
-    /// Call hosts with a baseline's values healthy
+    /// Accept hosts whose PCRs match this baseline
     #[command(after_help = "Example: claviger baselines enable fleet-1 --config /etc/claviger/claviger.toml")]
     Enable {
         /// Name of the baseline
         name: String,
-        /// Where the daemon is.
+        /// The daemon to contact.
         #[command(flatten)]
         target: Target,
     },
-    /// Stop the attestations and releases of a baseline's hosts from this moment
+    /// Reject attestations and releases of a baseline's hosts, effective immediately
     #[command(after_help = "Example: claviger baselines disable fleet-1 --config /etc/claviger/claviger.toml")]
     Disable {
         /// Name of the baseline
         name: String,
-        /// Where the daemon is.
+        /// The daemon to contact.
         #[command(flatten)]
         target: Target,
     },
-    /// Remove a baseline, which stops its hosts like disabling it
+    /// Remove a baseline; like disable, this rejects its hosts immediately
     #[command(after_help = "Example: claviger baselines remove fleet-1 --config /etc/claviger/claviger.toml")]
     Remove {
         /// Name of the baseline
         name: String,
-        /// Where the daemon is.
+        /// The daemon to contact.
         #[command(flatten)]
         target: Target,
     },
@@ -114,7 +115,7 @@ fn pcr_value(text: &str) -> Result<(usize, String), String> {
 /// Runs `claviger baselines …`.
 ///
 /// # Errors
-/// What is wrong, and what to do.
+/// The problem and its remedy.
 pub async fn baselines(command: Baselines) -> Result<(), Failure> {
     match command {
         Baselines::Capture { name, host, at, pcrs, from_log, target } => {
@@ -183,7 +184,7 @@ async fn added(target: &Target, command: &Command) -> Result<(), Failure> {
     Ok(())
 }
 
-/// The PCRs of a baseline, with what its log tells of them.
+/// The PCRs of a baseline, with the events of its log.
 fn shown_lines(shown: &ShownBaseline) -> Vec<String> {
     let mut lines = Vec::new();
     for (pcr, value) in &shown.pcrs.0 {
@@ -193,21 +194,21 @@ fn shown_lines(shown: &ShownBaseline) -> Vec<String> {
             lines.push(format!("    {DISAGREES}"));
         }
         let events: Vec<_> = shown.events.iter().filter(|event| event.pcr == *pcr).map(line).collect();
-        // The reply to a change lists no events.
+        // The reply to a change contains no events.
         let omitted = replayed.filter(|_| !events.is_empty()).and_then(|replayed| omitted(replayed.omitted));
         lines.extend(events.into_iter().chain(omitted));
     }
     lines
 }
 
-/// Marks the events of a PCR whose value their replay does not give.
+/// Marks a PCR whose value differs from the replay of its events.
 const DISAGREES: &str = "the event log does not give this value: the events of this PCR prove nothing";
 
 fn omitted(events: usize) -> Option<String> {
     (events > 0).then(|| format!("          and {events} more that are not listed"))
 }
 
-/// An event on a line of its own.
+/// Formats an event as one line.
 fn line(event: &MeasuredEvent) -> String {
     let sign = match event.is_new {
         None => ' ',
@@ -218,7 +219,7 @@ fn line(event: &MeasuredEvent) -> String {
     format!("        {sign} {digest}  {}", plain(&event.event))
 }
 
-/// What `claviger hosts check` found.
+/// Prints the result of `claviger hosts check`.
 pub(super) fn say_checked(checked: &Checked, target: &Target) {
     let verdict = match &checked.baseline {
         Some(baseline) if checked.healthy => format!("would be healthy, by baseline {baseline}"),
@@ -251,7 +252,7 @@ pub(super) fn say_checked(checked: &Checked, target: &Target) {
     }
 }
 
-/// A baseline beside a host's values.
+/// Compares a baseline with a host's values.
 fn compared_lines(baseline: &Compared) -> Vec<String> {
     let state = if baseline.enabled { "" } else { " (disabled)" };
     if baseline.matches {
@@ -272,11 +273,11 @@ fn compared_lines(baseline: &Compared) -> Vec<String> {
     lines
 }
 
-/// The command that takes a baseline from exactly what was shown, with all PCRs that the host quoted.
+/// The command that creates a baseline from exactly the shown evidence, with all PCRs that the host quoted.
 fn capture_command(checked: &Checked, target: &Target) -> String {
     let mut command = format!("claviger baselines capture NAME --host {} --at {}", checked.host, checked.at);
     let further = checked.pcrs.0.iter().filter(|(pcr, value)| {
-        // Nothing was measured into a PCR that is zero, and none is captured.
+        // A PCR with the value zero was not extended; leave it out.
         !PcrSet::ALWAYS.contains(**pcr) && value.bytes().any(|digit| digit != b'0')
     });
     further.for_each(|(pcr, _)| command.push_str(&format!(" --pcr {pcr}")));

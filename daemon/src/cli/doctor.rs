@@ -1,7 +1,7 @@
-//! `claviger doctor`: what is wrong, and what to do about it, whether the daemon runs or not.
+//! `claviger doctor`: finds problems and prints a remedy for each, whether the daemon runs or not.
 //!
-//! Every check is a plain function that gives findings. Files are looked at here. The HSMs are asked through the daemon when it
-//! runs, with its own sessions; otherwise directly, each by a process of its own, and each PIN is tried once.
+//! Each check is a plain function that returns findings. The files are checked in this process. If the daemon runs, it
+//! checks the HSMs in its own sessions. Otherwise a separate process checks each HSM and tries each PIN once.
 
 mod hsm;
 
@@ -14,7 +14,7 @@ use crate::run::preflight;
 use crate::sys::clock::unix_now;
 use crate::sys::print::say;
 
-/// Looks at everything that belongs to the daemon of this configuration.
+/// Checks everything that belongs to the daemon of this configuration.
 #[must_use]
 pub fn examine(file: &Path) -> Vec<Finding> {
     let config = match Config::load(file) {
@@ -41,18 +41,18 @@ pub fn examine(file: &Path) -> Vec<Finding> {
     findings
 }
 
-/// Looks at one HSM, for [`examine`], which starts a process for each: writes the findings as JSON to standard output, and ends the
-/// process, without what the module wants to do at its end. To be called while the process has one thread: the environment that the
-/// module wants is set here.
+/// Checks one HSM and writes the findings as JSON to standard output; [`examine`] starts a process with this function
+/// for each HSM. Ends the process without running the module's exit handlers. Call it while the process has a single
+/// thread, because it sets the environment variables that the module needs.
 ///
 /// # Errors
-/// When nothing could be written.
+/// The output could not be written.
 pub fn examine_hsm(file: &Path, name: &str) -> std::io::Result<std::convert::Infallible> {
     hsm::examine_one(file, name)?;
     claviger_process::signals::exit_at_once(0)
 }
 
-/// What `claviger serve` would refuse to start with.
+/// The problems with which `claviger serve` would refuse to start.
 fn obstacles(config: &Config, running: bool) -> Vec<Finding> {
     let problems = preflight::problems(config, running);
     let findings = problems.into_iter().map(|problem| Finding::error(problem.check, problem.what, problem.remedy));
@@ -63,7 +63,7 @@ fn obstacles(config: &Config, running: bool) -> Vec<Finding> {
     findings
 }
 
-/// Prints findings, the worst last, where a person looks first.
+/// Prints findings. The worst come last, where they are seen first.
 pub fn print(findings: &[Finding], json: bool) {
     if json {
         let text = serde_json::to_string_pretty(findings).unwrap_or_default();
@@ -86,7 +86,7 @@ pub fn print(findings: &[Finding], json: bool) {
     say!("{} ok, {} warnings, {} errors", count(Level::Ok), count(Level::Warning), count(Level::Error));
 }
 
-/// The exit status: 0 all is well, 1 there are warnings, 2 there are errors.
+/// Exit status: 0 no problems, 1 warnings, 2 errors.
 #[must_use]
 pub fn status(findings: &[Finding]) -> ExitCode {
     match findings.iter().map(|finding| finding.level).max() {

@@ -1,4 +1,5 @@
-//! `claviger host …`: a guarded host's side. What it keeps and in which order it writes is in docs/host.md.
+//! `claviger host …`: commands of a guarded host. docs/host.md describes its files and the order in which they are
+//! written.
 
 mod agent;
 mod handover;
@@ -34,51 +35,51 @@ const TRY_LATER: u8 = 75;
 /// `claviger host …`
 #[derive(Debug, clap::Subcommand)]
 pub enum Command {
-    /// Make this host's keys, and the file to register it by
+    /// Create this host's keys, and the file for its registration
     #[command(after_help = "Example: claviger host new-key --dir /var/lib/claviger-host\n\
         Then, where the service runs: claviger hosts add NAME --public-key hostkey.pub.pem --config FILE")]
     NewKey {
-        /// Where the keys are kept.
+        /// Location of the keys.
         #[command(flatten)]
         place: Place,
         /// Size of the keys
         #[arg(long, default_value_t = 3072, value_parser = rsa_bits)]
         bits: u32,
     },
-    /// Write the file to register this host by in TPM mode: the certificate of its TPM's endorsement key, or the bare key
+    /// Write the file that registers this host in TPM mode: the endorsement key's certificate, or the bare key
     #[command(after_help = "Example: claviger host ek --out node-18.ek.pem\n\
         Then, where the service runs: claviger hosts add NAME --ek-certificate node-18.ek.pem --config FILE, or, for a bare\n\
         key: claviger hosts add NAME --ek-public node-18.ek.pem --trust-ek --config FILE")]
     Ek {
-        /// The TPM: a device, or the socket of a TPM in software
+        /// The TPM: a device, or the socket of a software TPM
         #[arg(long, value_name = "DEVICE", default_value = tpm::DEVICE)]
         tpm: PathBuf,
-        /// Where it goes, PEM; a file that is there is not overwritten
+        /// File to write, PEM; an existing file is not overwritten
         #[arg(long, value_name = "FILE")]
         out: PathBuf,
-        /// Print JSON for machines
+        /// Print JSON for programs
         #[arg(long)]
         json: bool,
     },
-    /// Prove to be a registered host, and keep the health certificate
+    /// Attest this host, and store the health certificate
     #[command(after_help = format!("Example: claviger host attest --url https://hgs.example --ca hgs-ca.pem\n\
         With --tpm the host proves what it booted, where the service is in TPM mode.\n\
         A certificate that is kept and still good is not asked for again.\n{STATUSES}"))]
     Attest {
-        /// Where the keys are kept.
+        /// Location of the keys.
         #[command(flatten)]
         place: Place,
-        /// What it attests with.
+        /// TPM settings.
         #[command(flatten)]
         measured: Measured,
-        /// Who is asked.
+        /// The service.
         #[command(flatten)]
         service: Service,
-        /// Attest even if the certificate that is kept is still good
+        /// Attest even if the stored certificate is still valid
         #[arg(long)]
         fresh: bool,
     },
-    /// Exchange a virtual machine's protector for its keys and a fresh protector
+    /// Exchange a virtual machine's protector for its keys and a new protector
     #[command(after_help = format!(
         "Example: claviger host unwrap --protector vm.xml --egress vm.next.xml --fd 3 --url http://hgs.example:8080\n\
         The keys are that of --protector, 32 bytes, then that of --egress, 32 bytes; with --ingress-fd and --egress-fd each \
@@ -87,43 +88,43 @@ pub enum Command {
         {STATUSES}"))]
     #[command(group = clap::ArgGroup::new("keys").required(true).args(["fd", "key_file", "ingress_fd"]))]
     Unwrap {
-        /// Where the keys are kept.
+        /// Location of the keys.
         #[command(flatten)]
         place: Place,
-        /// What it attests with.
+        /// TPM settings.
         #[command(flatten)]
         measured: Measured,
-        /// Who is asked.
+        /// The service.
         #[command(flatten)]
         service: Service,
-        /// The machine's protector; it is not changed
+        /// The machine's protector; this file is not changed
         #[arg(long, value_name = "FILE")]
         protector: PathBuf,
-        /// Where the fresh protector goes, replaced at once and whole
+        /// File for the new protector; replaced atomically
         #[arg(long, value_name = "FILE")]
         egress: PathBuf,
-        /// Write the keys to this file descriptor, 3 or higher: a pipe's, most often
+        /// File descriptor for both keys, 3 or higher; usually a pipe
         #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(i64::from(FIRST_FD)..))]
         fd: Option<u32>,
-        /// Write the keys to this file, readable by its owner alone; best on a tmpfs
+        /// File for both keys, readable for its owner only; preferably on a tmpfs
         #[arg(long, value_name = "FILE")]
         key_file: Option<PathBuf>,
-        /// Write the key of --protector alone to this file descriptor
+        /// File descriptor for the key of --protector only
         #[arg(long, value_name = "N", requires = "egress_fd",
             value_parser = clap::value_parser!(u32).range(i64::from(FIRST_FD)..))]
         ingress_fd: Option<u32>,
-        /// Write the key of --egress alone to this file descriptor, another one
+        /// File descriptor for the key of --egress only
         #[arg(long, value_name = "N", requires = "ingress_fd",
             value_parser = clap::value_parser!(u32).range(i64::from(FIRST_FD)..))]
         egress_fd: Option<u32>,
-        /// How keys are written: raw, 32 bytes each; or hex, 64 digits and a line feed each
+        /// Format of the keys: raw, 32 bytes each; or hex, 64 digits and a line feed each
         #[arg(long, value_name = "FORMAT", default_value = "raw")]
         format: KeyFormat,
     },
-    /// Make, open, show and change the vaults of virtual machines: protector and secrets of each in one file
+    /// Create, open, show and change vaults: one file with the protector and secrets of a virtual machine
     #[command(subcommand, after_help = "Example: claviger host vm show /var/lib/claviger-host/web-1.vault")]
     Vm(vm::Command),
-    /// Keep the health certificate fresh, and ask for the releases of all machines of this host
+    /// Keep the health certificate fresh, and request releases for all machines of this host
     #[command(
         after_help = "Example: claviger host agent --socket /run/claviger-host/agent.sock --url https://hgs.example --ca hgs-ca.pem\n\
         Then: claviger host vm open web-1.vault --agent /run/claviger-host/agent.sock -- COMMAND\n\
@@ -132,45 +133,45 @@ pub enum Command {
     Agent(agent::Agent),
 }
 
-/// How a transport key is written.
+/// The output format of a transport key.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
 pub enum KeyFormat {
-    /// Its bytes.
+    /// Raw bytes.
     Raw,
-    /// Its bytes in lower-case hexadecimal digits, and a line feed.
+    /// Lower-case hexadecimal digits and a line feed.
     Hex,
 }
 
-/// The exit status that goes with a failure.
+/// The exit status for a failure.
 #[must_use]
 pub fn status(failure: &Failure) -> ExitCode {
     if failure.is::<TryLater>() { ExitCode::from(TRY_LATER) } else { ExitCode::FAILURE }
 }
 
-/// Where the keys go.
+/// The destination of the keys.
 #[derive(Debug)]
 enum KeyTarget {
-    /// Both keys, one after the other. Opened before anything was asked.
+    /// A descriptor for both keys, one after the other; opened before the request.
     Open(File),
-    /// Both keys, one after the other.
+    /// A file for both keys, one after the other.
     File(PathBuf),
-    /// A descriptor for each key. Opened before anything was asked.
+    /// A descriptor for each key; opened before the request.
     Each { ingress: File, egress: File },
 }
 
-/// A command whose files are open.
+/// A command with its open descriptors.
 #[derive(Debug)]
 pub struct Prepared {
     command: Command,
     keys: Option<KeyTarget>,
-    /// Where secrets of a vault go, in the order of the command line.
+    /// Descriptors for secrets of a vault, in the order of the command line.
     given: Vec<File>,
 }
 
-/// Opens the descriptor that the keys go to; to be called while the process has opened no other files.
+/// Opens the descriptors for keys. Call it before the process opens other files.
 ///
 /// # Errors
-/// A descriptor that was not given to this process, or cannot be written to.
+/// A descriptor was not passed to this process, or is not writable.
 pub fn prepare(command: Command) -> Result<Prepared, Failure> {
     let keys = match &command {
         Command::Unwrap { fd: Some(fd), .. } => Some(KeyTarget::Open(descriptor("fd", *fd)?)),
@@ -179,7 +180,7 @@ pub fn prepare(command: Command) -> Result<Prepared, Failure> {
             if ingress == egress {
                 return Err("--ingress-fd and --egress-fd have to be different; --fd N takes both keys".into());
             }
-            // Before one is opened: what that opens gets the lowest number that is free, which may be the other one's.
+            // Check both before opening one: opening uses the lowest free number, which may be the other descriptor's.
             check_given("ingress-fd", *ingress)?;
             check_given("egress-fd", *egress)?;
             let (ingress, egress) = (descriptor("ingress-fd", *ingress)?, descriptor("egress-fd", *egress)?);
@@ -197,7 +198,7 @@ pub fn prepare(command: Command) -> Result<Prepared, Failure> {
 /// Runs `claviger host …`.
 ///
 /// # Errors
-/// What is wrong, and what to do; `TryLater` where the same may succeed later.
+/// The problem and its remedy; `TryLater` if the same command may succeed later.
 pub async fn run(prepared: Prepared) -> Result<(), Failure> {
     match prepared.command {
         Command::NewKey { place, bits } => new_key(&place, bits),
@@ -227,7 +228,7 @@ fn new_key(place: &Place, bits: u32) -> Result<(), Failure> {
     Ok(())
 }
 
-/// The endorsement key of this host's TPM, for its registration.
+/// Writes the endorsement key of this host's TPM, for its registration.
 fn ek(device: PathBuf, out: &Path, json: bool) -> Result<(), Failure> {
     files::must_be_new(out)?;
     let endorsement = tpm::endorsement(&TpmPlace { device, log: tpm::EVENT_LOG.into() })?;
@@ -265,8 +266,8 @@ async fn attest(place: &Place, measured: &Measured, service: &Service, fresh: bo
     Ok(())
 }
 
-/// The fresh protector is on the disk before anybody can use its key, and the old one is never touched: whatever is
-/// interrupted, what the machine's secrets are sealed with can be had again.
+/// The new protector is on the disk before its key is given out, and the old protector is never changed. So the key of
+/// the machine's secrets can be recovered after an interruption at any point.
 async fn unwrap(
     place: &Place,
     measured: &Measured,
@@ -320,9 +321,9 @@ fn hand_over(keys: &Payload, target: KeyTarget, format: KeyFormat) -> Result<(),
     }
 }
 
-/// A key as it is handed over.
+/// Encodes a key in the output format.
 fn written(key: &[u8; TRANSPORT_KEY_LEN], format: KeyFormat) -> Zeroizing<Vec<u8>> {
-    // The capacity is enough from the start: growing would leave copies behind.
+    // Reserve enough memory: a growing vector would leave copies of the key behind.
     let mut bytes = Zeroizing::new(Vec::with_capacity(2 * TRANSPORT_KEY_LEN + 1));
     match format {
         KeyFormat::Raw => bytes.extend_from_slice(key),
@@ -336,7 +337,7 @@ fn written(key: &[u8; TRANSPORT_KEY_LEN], format: KeyFormat) -> Zeroizing<Vec<u8
 }
 
 fn write_out(mut file: File, bytes: &[u8]) -> Result<(), Failure> {
-    // A file, unlike a pipe, may find out later that the disk is full.
+    // A file, unlike a pipe, may report a full disk only later.
     let written = file.write_all(bytes).and_then(|()| match file.metadata()?.is_file() {
         true => file.sync_all(),
         false => Ok(()),

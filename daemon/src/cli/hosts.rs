@@ -28,52 +28,52 @@ pub enum Hosts {
     Add {
         /// Name of the host: 1 to 64 letters, digits, '.', '-' or '_'
         name: String,
-        /// Its RSA public key: SubjectPublicKeyInfo, PKCS#1 or X.509 certificate (PEM or DER), .p7b, or BCRYPT_RSAPUBLIC_BLOB
+        /// RSA public key of the host: SubjectPublicKeyInfo, PKCS#1 or X.509 certificate (PEM or DER), .p7b, or
+        /// BCRYPT_RSAPUBLIC_BLOB
         #[arg(long, value_name = "FILE")]
         public_key: Option<PathBuf>,
-        /// The certificate of its TPM's endorsement key, and those that lead from it to a root in attest.vendor_roots (PEM,
-        /// DER, .p7b)
+        /// Certificate of the host's endorsement key, with the chain to a root in attest.vendor_roots (PEM, DER, .p7b)
         #[arg(long, value_name = "FILE")]
         ek_certificate: Option<PathBuf>,
-        /// The bare endorsement key of its TPM (PEM or DER), for a key that no TPM vendor has certified
+        /// Endorsement key of the host's TPM without a certificate (PEM or DER)
         #[arg(long, value_name = "FILE", requires = "trust_ek")]
         ek_public: Option<PathBuf>,
         /// Confirm that the key of --ek-public is in a real TPM of this host
         #[arg(long, requires = "ek_public")]
         trust_ek: bool,
-        /// A label, by which keys can be limited to hosts: a word, or KEY=VALUE; may be given several times
+        /// A label, to which releases of keys can be restricted: a word, or KEY=VALUE; may be repeated
         #[arg(long = "label", value_name = "LABEL")]
         labels: Vec<String>,
-        /// Where the daemon is.
+        /// The daemon to contact.
         #[command(flatten)]
         target: Target,
     },
-    /// Show the result of each policy for a host's last TPM evidence, and what differs from each baseline
+    /// Show the result of each policy for a host's last TPM evidence, and the differences from each baseline
     #[command(after_help = "Example: claviger hosts check node-18 --config /etc/claviger/claviger.toml")]
     Check {
         /// Name of the host
         name: String,
-        /// Where the daemon is.
+        /// The daemon to contact.
         #[command(flatten)]
         target: Target,
     },
     /// Show the registered hosts
     #[command(after_help = "Example: claviger hosts list --config /etc/claviger/claviger.toml")]
     List {
-        /// Where the daemon is.
+        /// The daemon to contact.
         #[command(flatten)]
         target: Target,
     },
-    /// Remove a host; it gets no keys from this moment
+    /// Remove a host and reject its requests, effective immediately
     #[command(after_help = "Example: claviger hosts remove node-17 --config /etc/claviger/claviger.toml")]
     Remove {
         /// Name of the host
         name: String,
-        /// Where the daemon is.
+        /// The daemon to contact.
         #[command(flatten)]
         target: Target,
     },
-    /// Give a host labels, besides those that it has
+    /// Add labels to a host
     #[command(after_help = "Example: claviger hosts label node-17 tenant=acme --config /etc/claviger/claviger.toml\n\
         A label is a word or KEY=VALUE, compared as a whole and with regard to case.")]
     Label {
@@ -82,11 +82,11 @@ pub enum Hosts {
         /// The labels
         #[arg(required = true, value_name = "LABEL")]
         labels: Vec<String>,
-        /// Where the daemon is.
+        /// The daemon to contact.
         #[command(flatten)]
         target: Target,
     },
-    /// Take labels from a host
+    /// Remove labels from a host
     #[command(after_help = "Example: claviger hosts unlabel node-17 tenant=acme --config /etc/claviger/claviger.toml")]
     Unlabel {
         /// Name of the host
@@ -94,25 +94,25 @@ pub enum Hosts {
         /// The labels
         #[arg(required = true, value_name = "LABEL")]
         labels: Vec<String>,
-        /// Where the daemon is.
+        /// The daemon to contact.
         #[command(flatten)]
         target: Target,
     },
-    /// Stop a host's attestations and releases from this moment, and keep it registered
+    /// Reject attestations and releases of a host, effective immediately, and keep it registered
     #[command(after_help = "Example: claviger hosts disable node-17 --config /etc/claviger/claviger.toml")]
     Disable {
         /// Name of the host
         name: String,
-        /// Where the daemon is.
+        /// The daemon to contact.
         #[command(flatten)]
         target: Target,
     },
-    /// Let a disabled host attest and have keys again
+    /// Accept attestations and releases of a disabled host again
     #[command(after_help = "Example: claviger hosts enable node-17 --config /etc/claviger/claviger.toml")]
     Enable {
         /// Name of the host
         name: String,
-        /// Where the daemon is.
+        /// The daemon to contact.
         #[command(flatten)]
         target: Target,
     },
@@ -121,12 +121,12 @@ pub enum Hosts {
 /// Runs `claviger hosts …`.
 ///
 /// # Errors
-/// What is wrong, and what to do.
+/// The problem and its remedy.
 pub async fn hosts(command: Hosts) -> Result<(), Failure> {
     match command {
         Hosts::Add { name, public_key, ek_certificate, ek_public, trust_ek: _, labels: given, target } => {
             let labels = labels(given)?;
-            // Read here, so that the complaint names the file; the daemon judges it again.
+            // Read the file here, so that the error names it; the daemon checks the key again.
             let key = |path: &PathBuf| {
                 let file = files::read(path, files::MAX_PEM)?;
                 RsaPublicKey::from_file(&file).map_err(files::content(path))

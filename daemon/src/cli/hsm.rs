@@ -15,35 +15,35 @@ pub enum Hsm {
     #[command(after_help = "Example: claviger hsm list --config /etc/claviger/claviger.toml\n\
         SESSIONS are busy/open/wanted, and +N that hang. docs/cluster.md explains the states.")]
     List {
-        /// Where the daemon is.
+        /// The daemon to contact.
         #[command(flatten)]
         target: Target,
     },
-    /// Let a member finish what it has, and give it nothing new
+    /// Give a member no new calls, and let it finish the calls in progress
     #[command(after_help = "Example: claviger hsm drain hsm-a --config /etc/claviger/claviger.toml\n\
         It is drained when `claviger hsm list` says so. It stays drained until it is resumed or the daemon restarts.")]
     Drain {
         /// The member's name
         name: String,
-        /// Where the daemon is.
+        /// The daemon to contact.
         #[command(flatten)]
         target: Target,
     },
-    /// Take a drained member back into service
+    /// Return a drained member to service
     #[command(after_help = "Example: claviger hsm resume hsm-a --config /etc/claviger/claviger.toml")]
     Resume {
         /// The member's name
         name: String,
-        /// Where the daemon is.
+        /// The daemon to contact.
         #[command(flatten)]
         target: Target,
     },
-    /// Have a member decrypt and sign something whose right result is known, whatever its state
+    /// Run the known-answer tests on a member, in any state
     #[command(after_help = "Example: claviger hsm probe hsm-a --config /etc/claviger/claviger.toml")]
     Probe {
         /// The member's name
         name: String,
-        /// Where the daemon is.
+        /// The daemon to contact.
         #[command(flatten)]
         target: Target,
     },
@@ -52,7 +52,7 @@ pub enum Hsm {
 /// Runs `claviger hsm …`.
 ///
 /// # Errors
-/// What is wrong, and what to do.
+/// The problem and its remedy.
 pub async fn hsm(command: Hsm) -> Result<(), Failure> {
     match command {
         Hsm::List { target } => {
@@ -98,7 +98,7 @@ pub async fn hsm(command: Hsm) -> Result<(), Failure> {
     Ok(())
 }
 
-/// A member as a row of a table.
+/// A member as a table row.
 fn for_people(member: &Value) -> Value {
     let mut row = member.clone();
     let sessions = &member["sessions"];

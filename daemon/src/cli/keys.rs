@@ -1,4 +1,4 @@
-//! `claviger keys …`: the key-protection certificates, and the keys behind them.
+//! `claviger keys …`: the key-protection certificates and their keys.
 
 use std::path::{Path, PathBuf};
 
@@ -18,15 +18,15 @@ use crate::sys::clock::unix_now;
 use crate::sys::failure::Failure;
 use crate::sys::print::{note, say};
 
-/// Largest certificate or PFX file that is read, in octets: what an administrator's request has room for.
+/// Largest certificate or PFX file, in bytes: the space in an administrator's request.
 const LARGEST: usize = 256 * 1024;
 
-/// The kinds of certificates, as they stand on the command line.
+/// The kinds of certificates on the command line.
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
 pub enum GivenKind {
     /// Signs protectors and the metadata document
     Signing,
-    /// Opens protectors
+    /// Decrypts the transport keys of protectors
     Encryption,
 }
 
@@ -39,16 +39,16 @@ impl From<GivenKind> for Kind {
     }
 }
 
-/// One certificate of those that the service has.
+/// Selects one of the service's certificates.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Chosen {
-    /// Its SHA-256 thumbprint as `claviger keys list` shows it, or at least the first 8 digits
+    /// SHA-256 thumbprint of the certificate, as claviger keys list shows it, or at least its first 8 digits
     #[arg(value_name = "THUMBPRINT")]
     certificate: String,
-    /// Its kind, where the same certificate is there for both
+    /// Kind of the certificate, if the service has it for both kinds
     #[arg(long)]
     kind: Option<GivenKind>,
-    /// Where the daemon is.
+    /// The daemon to contact.
     #[command(flatten)]
     target: Target,
 }
@@ -60,151 +60,151 @@ pub enum Keys {
     #[command(after_help = "Example: claviger keys list --config /etc/claviger/claviger.toml\n\
         RELEASES are those of the last 30 days that used the certificate's key.")]
     List {
-        /// Where the daemon is.
+        /// The daemon to contact.
         #[command(flatten)]
         target: Target,
     },
-    /// Make an RSA key pair inside an HSM; the private key never leaves it
+    /// Generate an RSA key pair inside an HSM; the private key never leaves it
     #[command(after_help = "Example: claviger keys generate --kind signing --config /etc/claviger/claviger.toml\n\
         A service needs two keys, one of each kind. Where there are several members, the vendor has to replicate the key:\n\
         the daemon waits until all members show it, and says so if they do not. --member makes it on that one only.\n\
         What was made is named by its id (CKA_ID) until it has a certificate.")]
     Generate {
-        /// What certificates of the key are for
+        /// Purpose of the key's certificates
         #[arg(long)]
         kind: GivenKind,
-        /// Length of the key: 2048, 3072 or 4096
+        /// Bits of the key: 2048, 3072 or 4096
         #[arg(long, value_name = "N", default_value_t = 3072)]
         bits: u32,
         /// The key's name on the token (CKA_LABEL)
         #[arg(long, value_name = "NAME")]
         name: Option<String>,
-        /// The member to make it on, though others may never have it
+        /// Generate the key on this member, even if the other members never get it
         #[arg(long, value_name = "NAME")]
         member: Option<String>,
-        /// Where the daemon is.
+        /// The daemon to contact.
         #[command(flatten)]
         target: Target,
     },
-    /// Write a certificate request (PKCS#10) for a key, signed by it in the HSM
+    /// Write a certificate request (PKCS#10) for a key; the HSM signs it with the key
     #[command(
         after_help = "Example: claviger keys csr --hsm-key 5f1c… --subject 'HGS signing' --out signing.csr --config /etc/claviger/claviger.toml\n\
         It asks for the key usages digitalSignature and dataEncipherment and the extended key usage serverAuth."
     )]
     Csr {
-        /// The key's id, as `claviger keys generate` said it
+        /// Id of the key, as claviger keys generate printed it
         #[arg(long, value_name = "ID")]
         hsm_key: String,
-        /// The common name to ask for
+        /// Common name in the request
         #[arg(long, value_name = "NAME")]
         subject: String,
-        /// File to write; without it, to the standard output
+        /// File to write; default: standard output
         #[arg(long, value_name = "FILE")]
         out: Option<PathBuf>,
-        /// Where the daemon is.
+        /// The daemon to contact.
         #[command(flatten)]
         target: Target,
     },
-    /// Write a certificate that the key signed itself; for laboratories
+    /// Write a self-signed certificate of a key; for laboratories
     #[command(
         after_help = "Example: claviger keys self-sign --hsm-key 5f1c… --subject 'lab signing' --out signing.pem --config /etc/claviger/claviger.toml\n\
         Nobody but the key itself vouches for it: tenants can only pin its thumbprint."
     )]
     SelfSign {
-        /// The key's id, as `claviger keys generate` said it
+        /// Id of the key, as claviger keys generate printed it
         #[arg(long, value_name = "ID")]
         hsm_key: String,
-        /// Its common name
+        /// Common name of the certificate
         #[arg(long, value_name = "NAME")]
         subject: String,
-        /// How many days it is valid
+        /// Validity in days
         #[arg(long, value_name = "N", default_value_t = 365, value_parser = clap::value_parser!(u32).range(1..=36_500))]
         days: u32,
-        /// File to write; without it, to the standard output
+        /// File to write; default: standard output
         #[arg(long, value_name = "FILE")]
         out: Option<PathBuf>,
-        /// Where the daemon is.
+        /// The daemon to contact.
         #[command(flatten)]
         target: Target,
     },
-    /// Add a certificate whose key is in the HSMs, or a PFX with its key
+    /// Add a certificate whose key is in the HSMs, or a PFX file with its key
     #[command(
         after_help = "Example: claviger keys add --kind signing --certificate signing.pem --config /etc/claviger/claviger.toml\n\
         The key has to be on every member. A PFX's key is brought onto all of them and cannot be taken out again; the file's\n\
         password is asked for. Without --primary the certificate serves the protectors that name it, and no new ones do."
     )]
     Add {
-        /// What the certificate is for
+        /// Purpose of the certificate
         #[arg(long)]
         kind: GivenKind,
         /// The certificate: PEM, DER or .p7b
         #[arg(long, value_name = "FILE", required_unless_present = "pfx")]
         certificate: Option<PathBuf>,
-        /// The id of its key in the HSMs; without it, the key is looked for
+        /// Id of the certificate's key in the HSMs; default: search for the key
         #[arg(long, value_name = "ID", conflicts_with = "pfx")]
         hsm_key: Option<String>,
-        /// The certificate and its private key in PKCS#12
+        /// A PKCS#12 file with the certificate and its private key
         #[arg(long, value_name = "FILE", conflicts_with = "certificate")]
         pfx: Option<PathBuf>,
-        /// File that holds the PFX's password; without it, it is asked for
+        /// File with the password of the PFX; default: prompt
         #[arg(long, value_name = "FILE", requires = "pfx")]
         password_file: Option<PathBuf>,
-        /// Make it the primary one of its kind at once
+        /// Make it the primary certificate of its kind immediately
         #[arg(long)]
         primary: bool,
-        /// Take members that do not answer now to have the key
+        /// Assume that members which do not answer now have the key
         #[arg(long)]
         trust_absent: bool,
-        /// Where the daemon is.
+        /// The daemon to contact.
         #[command(flatten)]
         target: Target,
     },
-    /// Have new protectors use a certificate; the one before goes on serving old ones
+    /// Use a certificate for new protectors; the previous one still serves existing protectors
     #[command(after_help = "Example: claviger keys set-primary 5f1c2d3e --config /etc/claviger/claviger.toml")]
     SetPrimary(Chosen),
-    /// Choose the signing certificate that signs the metadata document
+    /// Select the signing certificate that signs the metadata document
     #[command(after_help = "Example: claviger keys set-communications 5f1c2d3e --config /etc/claviger/claviger.toml")]
     SetCommunications {
-        /// Its SHA-256 thumbprint, or at least the first 8 digits
+        /// SHA-256 thumbprint, or at least its first 8 digits
         #[arg(value_name = "THUMBPRINT", required_unless_present = "default")]
         certificate: Option<String>,
-        /// The primary signing certificate, whichever that is
+        /// Use whichever signing certificate is primary
         #[arg(long, conflicts_with = "certificate")]
         default: bool,
-        /// Where the daemon is.
+        /// The daemon to contact.
         #[command(flatten)]
         target: Target,
     },
-    /// Serve protectors that name a certificate again
+    /// Serve protectors with this certificate again
     #[command(after_help = "Example: claviger keys enable 5f1c2d3e --config /etc/claviger/claviger.toml")]
     Enable(Chosen),
-    /// Serve protectors that name a certificate no more, from this moment
+    /// Stop serving protectors with this certificate, effective immediately
     #[command(after_help = "Example: claviger keys disable 5f1c2d3e --config /etc/claviger/claviger.toml")]
     Disable(Chosen),
     /// Remove a certificate; its key stays in the HSMs
     #[command(after_help = "Example: claviger keys remove 5f1c2d3e --config /etc/claviger/claviger.toml\n\
         One whose key releases used in the last 30 days goes only with --force.")]
     Remove {
-        /// Which.
+        /// The certificate.
         #[command(flatten)]
         chosen: Chosen,
-        /// Also when releases used it not long ago
+        /// Remove it even if releases used its key recently
         #[arg(long)]
         force: bool,
     },
-    /// Release what a certificate's key opens only to hosts of some labels
+    /// Restrict the releases of a certificate's key to hosts with certain labels
     #[command(
         after_help = "Example: claviger keys limit 5f1c2d3e --label tenant=acme --config /etc/claviger/claviger.toml\n\
         A host needs all of the labels. The limit belongs to the key, and holds for all certificates of it."
     )]
     Limit {
-        /// Which.
+        /// The certificate.
         #[command(flatten)]
         chosen: Chosen,
-        /// A label that a host has to have; may be given several times
+        /// A label that hosts must have; may be repeated
         #[arg(long = "label", value_name = "LABEL", required_unless_present = "none")]
         labels: Vec<String>,
-        /// Every host
+        /// Remove the restriction
         #[arg(long, conflicts_with = "labels")]
         none: bool,
     },
@@ -213,7 +213,7 @@ pub enum Keys {
 /// Runs `claviger keys …`.
 ///
 /// # Errors
-/// What is wrong, and what to do.
+/// The problem and its remedy.
 pub async fn keys(command: Keys) -> Result<(), Failure> {
     match command {
         Keys::List { target } => list(&target).await,
@@ -333,7 +333,7 @@ async fn list(target: &Target) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Asks, and says of which certificate something is done.
+/// Sends a command and prints which certificate it changed.
 async fn done(target: &Target, command: &Command, what: &str) -> Result<(), Failure> {
     let reply = ask(target, command).await?;
     warn(&reply);
@@ -343,7 +343,7 @@ async fn done(target: &Target, command: &Command, what: &str) -> Result<(), Fail
     Ok(())
 }
 
-/// Writes the PEM of an answer where it is wanted.
+/// Writes the PEM of a reply to the chosen output.
 fn write(target: &Target, reply: &Value, out: Option<&Path>) -> Result<(), Failure> {
     let pem = text(reply, "pem");
     match out {

@@ -1,8 +1,8 @@
-//! PKCS#12 (RFC 7292): a private key and its certificate in one file under a password, as Windows, openssl, Java and NSS write
-//! it, in DER or BER.
+//! Reads PKCS#12 (RFC 7292): a private key and its certificate in one password-protected file, in DER or BER, as
+//! Windows, OpenSSL, Java and NSS write it.
 //!
-//! Every layer is read here and not by a library, because the libraries that exist read DER alone and answer most of what they
-//! cannot read with the same error. What is not read is named.
+//! All layers are parsed here. Existing libraries read only DER and report most unsupported features with the same
+//! error; this parser names the part that it cannot read.
 
 mod crypt;
 mod error;
@@ -29,14 +29,14 @@ const CERTIFICATE_BAG: &str = "1.2.840.113549.1.12.10.1.3";
 const NESTED_BAG: &str = "1.2.840.113549.1.12.10.1.6";
 const X509_CERTIFICATE: &str = "1.2.840.113549.1.9.22.1";
 
-/// Deepest nesting of bags in bags; nobody nests them more than once.
+/// Deepest nesting of bags. Usual files nest them at most once.
 const MAX_NESTING: usize = 4;
 
-/// Opens a file under `password`: its one private key, and the certificate of that key. Other certificates, those that lead to
-/// a root, are left out.
+/// Decrypts a file with `password`: returns its only private key and the certificate of that key. Other certificates
+/// (the chain to a root) are ignored.
 ///
 /// # Errors
-/// [`PfxError`] names what is wrong. That it may be the password is only said where it may be.
+/// [`PfxError`] names the problem. It suggests a wrong password only if that is a possible cause.
 pub fn open(file: &[u8], password: &str) -> Result<(RsaPrivateKey, Certificate), PfxError> {
     let (pfx, content) = outer(file)?;
     let opener = Opener::new(password, pfx.get(2).is_some());
@@ -62,12 +62,12 @@ pub fn open(file: &[u8], password: &str) -> Result<(RsaPrivateKey, Certificate),
     bags.pair()
 }
 
-/// The parts of the outermost structure, and the octets that its MAC is over.
+/// The elements of the outermost structure, and the bytes that the MAC covers.
 fn outer(file: &[u8]) -> Result<(Vec<Element<'_>>, Zeroizing<Vec<u8>>), PfxError> {
     let part = "its outermost structure";
     let outer = match Element::parse(file) {
         Ok(outer) if outer.tag == tag::SEQUENCE => outer,
-        // The end may be missing of what began as a PFX.
+        // The file starts like a PFX and may be truncated.
         Err(source @ (BerError::CutOff | BerError::Trailing)) if file.first() == Some(&tag::SEQUENCE) => {
             return Err(PfxError::Damaged { part, source });
         }
@@ -86,7 +86,7 @@ fn outer(file: &[u8]) -> Result<(Vec<Element<'_>>, Zeroizing<Vec<u8>>), PfxError
     }
 }
 
-/// What a file is that is no PFX.
+/// Identifies a file that is not a PFX.
 fn other(file: &[u8]) -> PfxError {
     PfxError::Other(match input::private_key(file) {
         Ok(_) => {
@@ -105,13 +105,13 @@ fn unsupported(part: &'static str, what: &str, oid: &str) -> PfxError {
     PfxError::Unsupported { part, name: format!("{what} ({oid})") }
 }
 
-/// A `ContentInfo`: its type, and the element inside its `[0]`.
+/// Splits a `ContentInfo` into its type and the element inside its `[0]`.
 fn content_info(info: Element<'_>) -> Result<(String, Element<'_>), BerError> {
     let [kind, content] = info.expect(tag::SEQUENCE)?.children()?[..] else { return Err(BerError::Structure) };
     Ok((dotted(kind)?, content.expect(tag::CONTEXT_0)?.only_child()?))
 }
 
-/// What an `EncryptedData` holds.
+/// Decrypts an `EncryptedData`.
 fn encrypted(content: Element<'_>, opener: &Opener<'_>) -> Result<Zeroizing<Vec<u8>>, PfxError> {
     let part = "its encrypted part";
     let read = || {
@@ -119,7 +119,7 @@ fn encrypted(content: Element<'_>, opener: &Opener<'_>) -> Result<Zeroizing<Vec<
         let [_, algorithm, sealed] = info.expect(tag::SEQUENCE)?.children()?[..] else {
             return Err(BerError::Structure);
         };
-        // The tag stands in place of that of an OCTET STRING, which may be in pieces.
+        // An implicit tag replaces the OCTET STRING tag. The string may be in pieces.
         if !matches!(sealed.tag, tag::CONTEXT_0 | tag::CONTEXT_0_PRIMITIVE) {
             return Err(BerError::Structure);
         }
@@ -129,7 +129,7 @@ fn encrypted(content: Element<'_>, opener: &Opener<'_>) -> Result<Zeroizing<Vec<
     opener.decrypt(part, algorithm, &sealed)
 }
 
-/// What the bags hold.
+/// The collected content of the bags.
 #[derive(Default)]
 struct Bags {
     /// PKCS#8.
@@ -138,7 +138,7 @@ struct Bags {
 }
 
 impl Bags {
-    /// Reads a `SafeContents`.
+    /// Parses a `SafeContents`.
     fn read(&mut self, contents: &[u8], opener: &Opener<'_>, nesting: usize) -> Result<(), PfxError> {
         let damaged = damaged("one of its bags");
         let bags =
@@ -161,7 +161,7 @@ impl Bags {
                     let nesting = nesting.checked_sub(1).ok_or_else(|| damaged(BerError::TooDeep))?;
                     self.read(value.raw, opener, nesting)?;
                 }
-                // Revocation lists, secrets of other kinds, and what others made up.
+                // Revocation lists, other secrets, and vendors' own types.
                 _ => {}
             }
         }
@@ -178,7 +178,7 @@ impl Bags {
         Ok(if kind == X509_CERTIFICATE { Some(certificate.octet_string()?.to_vec()) } else { None })
     }
 
-    /// The one key, and its certificate.
+    /// The only key, and its certificate.
     fn pair(self) -> Result<(RsaPrivateKey, Certificate), PfxError> {
         let [key] = &self.keys[..] else { return Err(PfxError::Keys(self.keys.len())) };
         let key = RsaPrivateKey::from_pkcs8_der(key).map_err(PfxError::Key)?;

@@ -1,4 +1,5 @@
-//! Passwords: from the terminal, without showing them, or from a file. Never from the command line, which others can read.
+//! Reads passwords from the terminal without echo, or from a file. Never from the command line, which other users can
+//! read.
 
 use std::path::Path;
 
@@ -10,7 +11,8 @@ use crate::sys::failure::Failure;
 /// Longest password, in bytes.
 const LONGEST: usize = 1024;
 
-/// A password from `file`, without its line break, or else asked for. One that is new is asked for `twice`.
+/// Reads a password from `file`, without its line break, or asks for it. With `twice`, a new password is asked for
+/// twice.
 pub(super) fn password(
     prompt: &str,
     option: &str,

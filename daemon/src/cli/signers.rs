@@ -11,33 +11,33 @@ use crate::sys::print::say;
 /// `claviger signers …`
 #[derive(Debug, clap::Subcommand)]
 pub enum Signers {
-    /// Show the signer that issues health certificates, those before it that are still trusted, and those revoked
+    /// Show the signer that issues health certificates, previous signers that are still trusted, and revoked signers
     #[command(after_help = "Example: claviger signers list --config /etc/claviger/claviger.toml\n\
         TRUSTED UNTIL is when the last health certificate of a replaced signer expires.")]
     List {
-        /// Where the daemon is.
+        /// The daemon to contact.
         #[command(flatten)]
         target: Target,
     },
-    /// Make a new signer now; health certificates of the one before stay good until they expire
+    /// Create a new signer now; certificates from the previous signer stay valid until they expire
     #[command(after_help = "Example: claviger signers rotate --config /etc/claviger/claviger.toml\n\
         The daemon does this by itself, 30 days before a signer ends.")]
     Rotate {
-        /// Where the daemon is.
+        /// The daemon to contact.
         #[command(flatten)]
         target: Target,
     },
-    /// Refuse, from this moment, every health certificate that a signer issued
+    /// Reject all health certificates of a signer, effective immediately
     #[command(after_help = "Example: claviger signers revoke 3f9ab2c1 --config /etc/claviger/claviger.toml\n\
         When it is the one that issues, a new one is made first. Hosts attest again by themselves at their next release.\n\
         It cannot be undone: an import does not bring a revoked signer back, either.")]
     Revoke {
         /// Thumbprint of the signer's certificate, or at least its first 8 digits
         thumbprint: String,
-        /// Also when no new signer can be made: no host can attest until one is
+        /// Revoke it even if no new signer can be created: then no host can attest until one is
         #[arg(long)]
         force: bool,
-        /// Where the daemon is.
+        /// The daemon to contact.
         #[command(flatten)]
         target: Target,
     },
@@ -46,7 +46,7 @@ pub enum Signers {
 /// Runs `claviger signers …`.
 ///
 /// # Errors
-/// What is wrong, and what to do.
+/// The problem and its remedy.
 pub async fn signers(command: Signers) -> Result<(), Failure> {
     match command {
         Signers::List { target } => {

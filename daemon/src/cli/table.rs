@@ -1,4 +1,4 @@
-//! Replies as tables for people.
+//! Prints replies as tables for people.
 
 use serde_json::Value;
 
@@ -27,11 +27,11 @@ pub(super) fn date(seconds: i64) -> String {
     at.and_then(|at| at.format(format).ok()).unwrap_or_else(|| seconds.to_string())
 }
 
-/// Text of somebody else's making without what a terminal would obey.
+/// Removes control characters from text of other origin, which a terminal would interpret.
 pub(super) fn plain(text: &str) -> String {
     let tame = |c: char| match c {
         '\n' => c.to_string(),
-        // Besides controls: what turns the direction of writing, and line ends that are no '\n'.
+        // Also remove characters that change the direction of text, and line separators other than '\n'.
         c if c.is_control()
             || matches!(c, '\u{200e}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}') =>
         {
@@ -42,11 +42,11 @@ pub(super) fn plain(text: &str) -> String {
     text.chars().map(tame).collect()
 }
 
-/// Prints rows in columns as wide as their longest text.
+/// Prints rows in columns with the width of their longest text.
 pub(super) fn table(rows: &Value, columns: &[(&str, &str)]) {
     let rows = rows.as_array().map(Vec::as_slice).unwrap_or_default();
     let mut lines = vec![columns.iter().map(|(title, _)| (*title).to_owned()).collect::<Vec<_>>()];
-    // What others made, such as a certificate's subject, must not move the cursor.
+    // Text from others, for example a certificate's subject, must not move the cursor.
     let cell = |row, field| plain(&text(row, field)).replace('\n', " ");
     lines.extend(rows.iter().map(|row| columns.iter().map(|(_, field)| cell(row, field)).collect()));
     let widths: Vec<usize> =

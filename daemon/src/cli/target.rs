@@ -1,4 +1,4 @@
-//! The running daemon that a command asks, and what is read from and told of every command.
+//! The daemon that a command contacts, and options and output that commands share.
 
 use std::path::{Path, PathBuf};
 
@@ -11,10 +11,10 @@ use crate::store::{Labels, StateError};
 use crate::sys::failure::Failure;
 use crate::sys::print::{note, say};
 
-/// The length of an RSA key, from the command line.
+/// Parses the length of an RSA key.
 ///
 /// # Errors
-/// Those that there are.
+/// The text is not one of the supported lengths.
 pub fn rsa_bits(text: &str) -> Result<u32, String> {
     match text.parse() {
         Ok(bits) if RSA_BITS.contains(&bits) => Ok(bits),
@@ -22,7 +22,7 @@ pub fn rsa_bits(text: &str) -> Result<u32, String> {
     }
 }
 
-/// Where the running daemon is.
+/// The daemon to contact.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Target {
     /// The configuration file of the running daemon
@@ -31,7 +31,7 @@ pub struct Target {
     /// The daemon's admin socket, instead of --config
     #[arg(long, value_name = "PATH", conflicts_with = "config")]
     pub socket: Option<PathBuf>,
-    /// Print JSON for machines
+    /// Print JSON for programs
     #[arg(long)]
     pub json: bool,
 }
@@ -45,12 +45,12 @@ pub(super) async fn ask(target: &Target, command: &Command) -> Result<Value, Fai
     Ok(admin::call(Path::new(&socket), command).await?)
 }
 
-/// The labels of a command line.
+/// Parses the labels of a command line.
 pub(super) fn labels(given: Vec<String>) -> Result<Labels, StateError> {
     given.try_into()
 }
 
-/// Says what an administrator should know, beside the answer itself.
+/// Prints the warnings in a reply.
 pub(super) fn warn(reply: &Value) {
     for warning in reply["warnings"].as_array().into_iter().flatten().filter_map(Value::as_str) {
         note(&format!("warning: {warning}"));

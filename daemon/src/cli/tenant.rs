@@ -1,4 +1,4 @@
-//! The tenant's commands, which ask no daemon and work on files.
+//! The tenant's commands. They work on files, without a daemon.
 
 pub mod guardian;
 pub(super) mod own_guardian;

@@ -1,4 +1,4 @@
-//! `claviger export` and `claviger import`: what a service is, encrypted, from one daemon to another.
+//! `claviger export` and `claviger import`: transfer the encrypted state of a service to another daemon.
 
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
@@ -15,25 +15,25 @@ use crate::admin::{Command, Document};
 use crate::sys::failure::Failure;
 use crate::sys::print::say;
 
-/// Largest export that is read, in octets: what the administrators' socket takes.
+/// Largest export, in bytes: the size limit of the administrators' socket.
 const LARGEST: usize = crate::admin::REQUEST_LIMIT;
 
-/// Fewest characters of a passphrase: whoever finds the file may try as many as he likes.
+/// Minimum length of a passphrase in characters, because an export can be attacked offline.
 const FEWEST: usize = 12;
 
 /// `claviger export …`
 #[derive(Debug, clap::Args)]
 pub struct Export {
-    /// File to write; one that is there is not written over
+    /// File to write; an existing file is not overwritten
     file: PathBuf,
-    /// Encrypt to this age recipient (age1…) instead of under a passphrase; anyone who knows the recipient can write such a
-    /// file
+    /// Encrypt to this age recipient (age1…) instead of with a passphrase; anyone who knows the recipient can write
+    /// such a file
     #[arg(long, value_name = "RECIPIENT", conflicts_with = "passphrase_file")]
     recipient: Option<String>,
-    /// File that holds the passphrase; without it and --recipient, it is asked for
+    /// File with the passphrase; default, without --recipient: prompt
     #[arg(long, value_name = "FILE")]
     passphrase_file: Option<PathBuf>,
-    /// Where the daemon is.
+    /// The daemon to contact.
     #[command(flatten)]
     target: Target,
 }
@@ -41,27 +41,28 @@ pub struct Export {
 /// `claviger import …`
 #[derive(Debug, clap::Args)]
 pub struct Import {
-    /// What claviger export wrote
+    /// File from claviger export
     file: PathBuf,
-    /// Only show what would change
+    /// Only show the changes
     #[arg(long)]
     dry_run: bool,
-    /// Do not ask before it is changed
+    /// Do not ask for confirmation
     #[arg(long)]
     yes: bool,
-    /// File with the age identity that it was encrypted to; this does not say who wrote it
+    /// File with the age identity of the export's recipient; this does not prove who wrote the export
     #[arg(long, value_name = "FILE", conflicts_with = "passphrase_file")]
     identity: Option<PathBuf>,
-    /// File that holds the passphrase; without it and --identity, it is asked for
+    /// File with the passphrase; default, without --identity: prompt
     #[arg(long, value_name = "FILE")]
     passphrase_file: Option<PathBuf>,
-    /// Take members that do not answer now to have the keys
+    /// Assume that members which do not answer now have the keys
     #[arg(long)]
     trust_absent: bool,
-    /// Give hosts that are here the labels of the file, too; they may have more keys with them
+    /// Also add the labels in the file to hosts that are already registered; this may give these hosts access to more
+    /// keys
     #[arg(long)]
     loosen: bool,
-    /// Where the daemon is.
+    /// The daemon to contact.
     #[command(flatten)]
     target: Target,
 }
@@ -69,7 +70,7 @@ pub struct Import {
 /// Runs `claviger export`.
 ///
 /// # Errors
-/// What is wrong, and what to do.
+/// The problem and its remedy.
 pub async fn export(command: Export) -> Result<(), Failure> {
     let Export { file, recipient, passphrase_file, target } = command;
     files::must_be_new(&file)?;
@@ -111,7 +112,7 @@ pub async fn export(command: Export) -> Result<(), Failure> {
 /// Runs `claviger import`.
 ///
 /// # Errors
-/// What is wrong, and what to do.
+/// The problem and its remedy.
 pub async fn import(command: Import) -> Result<(), Failure> {
     let Import { file, dry_run, yes, identity, passphrase_file, trust_absent, loosen, target } = command;
     if !dry_run && !yes && !std::io::stdin().is_terminal() {
@@ -155,7 +156,7 @@ pub async fn import(command: Import) -> Result<(), Failure> {
     Ok(())
 }
 
-/// What a file is that no export can be.
+/// Identifies a file that cannot be an export.
 fn no_export(sealed: &[u8]) -> Option<&'static str> {
     if sealed.starts_with(b"age-encryption.org/v1\n") {
         return None;
@@ -174,7 +175,7 @@ fn no_export(sealed: &[u8]) -> Option<&'static str> {
     })
 }
 
-/// Why age does not decrypt, in words.
+/// Describes why age cannot decrypt.
 fn cause(error: &age::DecryptError) -> String {
     use age::DecryptError::{DecryptionFailed, ExcessiveWork, InvalidMac, KeyDecryptionFailed, NoMatchingKeys};
     match error {
@@ -222,7 +223,7 @@ fn seal(recipient: &dyn age::Recipient, plain: &[u8]) -> Result<Vec<u8>, Failure
     Ok(sealed)
 }
 
-/// The age identity of a file, among comments.
+/// Reads the age identity from a file with comments.
 fn read_identity(path: &Path) -> Result<age::x25519::Identity, Failure> {
     let text = files::read_secret_text(path, 64 * 1024)?;
     let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));

@@ -1,4 +1,4 @@
-//! Reading a request's body within bounds.
+//! Reads the body of a request within limits.
 
 use std::time::{Duration, Instant};
 
@@ -7,44 +7,44 @@ use claviger_hsm::standstill;
 use http_body_util::BodyExt;
 use hyper::body::Body;
 
-/// How many octets beyond the limit are read and thrown away. A client that is still writing when we answer and close
-/// gets a reset instead of our answer, so a body that is only somewhat too long is read to its end.
+/// How many bytes beyond the limit are read and discarded. If the connection is closed while the client still writes,
+/// the client gets a reset instead of the reply. So a body that is only a bit too long is read to its end.
 const DISCARD: u64 = 16 * 1024 * 1024;
 
-/// Most memory that is set aside for a body before any of it has come.
+/// Most memory that is reserved for a body before any of it has arrived.
 const AHEAD: u64 = 64 * 1024;
 
-/// Why a request has no body to work with.
+/// Why a request has no usable body.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BodyError {
-    /// It has more octets than the limit. Answer 413.
+    /// The body has more bytes than the limit. The reply is 413.
     #[error("the request's body is too large")]
     TooLarge,
-    /// It did not come to its end in time. Answer 408.
+    /// The body did not arrive in time. The reply is 408.
     #[error("the request's body did not arrive in time")]
     Timeout,
-    /// The client went away, or sent what is no HTTP body. Nobody may be there to read an answer.
+    /// The client disconnected, or sent an invalid HTTP body. It may not read a reply.
     #[error("the request's body is broken")]
     Broken,
-    /// The [`Intake`] wants no more of it, and knows why.
+    /// The [`Intake`] rejected the rest of the body and has the reason.
     #[error("the request's body is not taken")]
     NotTaken,
 }
 
-/// How fast a body has to arrive.
+/// The minimum speed of a body.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Pace {
-    /// The whole body has to be here after this time.
+    /// The whole body has to arrive within this time.
     pub within: Duration,
-    /// Bytes a second that it needs in the long run; 0 asks for nothing.
+    /// Average speed in bytes per second; 0 is no limit.
     pub least: u64,
 }
 
-/// How long a body may be as slow as it likes.
+/// Time in which the speed of a body is not checked.
 const GRACE: Duration = Duration::from_secs(5);
 
 impl Pace {
-    /// When more than `received` bytes have to be here.
+    /// The time at which more than `received` bytes must have arrived.
     fn due(self, begun: Instant, received: u64) -> Instant {
         let end = begun + self.within;
         match received.saturating_mul(1000).checked_div(self.least) {
@@ -54,17 +54,17 @@ impl Pace {
     }
 }
 
-/// What decides, while a body arrives, how much of it is taken.
+/// Decides how much of a body is accepted while it arrives.
 pub trait Intake {
-    /// Asks whether `received` bytes may be kept; `so_far` are the ones that are kept already. Returns the limit of the body,
-    /// which may be another one than before.
+    /// Asks whether `received` bytes may be kept. `so_far` are the bytes that are already kept. Returns the limit of
+    /// the body, which may change from call to call.
     ///
     /// # Errors
-    /// [`BodyError`], most often [`BodyError::NotTaken`].
+    /// [`BodyError`], usually [`BodyError::NotTaken`].
     fn more(&mut self, received: u64, so_far: &[u8]) -> Result<u64, BodyError>;
 }
 
-/// An intake of bodies up to so many bytes.
+/// Accepts bodies of up to this many bytes.
 #[derive(Clone, Copy, Debug)]
 pub struct UpTo(pub u64);
 
@@ -74,10 +74,10 @@ impl Intake for UpTo {
     }
 }
 
-/// Reads a whole body of at most `most` bytes, or fewer where `intake` says so.
+/// Reads a whole body of at most `most` bytes, or of at most the limit that `intake` returns.
 ///
-/// A longer body is discarded to its end, up to 16 MiB more and within the same time, so that the client gets to read the
-/// answer; one whose `Content-Length` announces more than that is refused at once.
+/// A longer body is discarded to its end, up to 16 MiB more and within the same time, so that the client can read the
+/// reply. If `Content-Length` announces more than that, the body is refused at once.
 ///
 /// # Errors
 /// [`BodyError`].
@@ -85,7 +85,7 @@ pub async fn read_body<B>(mut body: B, most: u64, pace: Pace, intake: &mut impl 
 where
     B: Body<Data = Bytes> + Unpin,
 {
-    // Without a Content-Length there is no exact size before the end.
+    // Without a Content-Length, the size is unknown until the end.
     let announced = body.size_hint().exact().unwrap_or(0);
     if announced > most.saturating_add(DISCARD) {
         return Err(BodyError::TooLarge);
@@ -100,7 +100,7 @@ where
         let frame = standstill::timeout_at(pace.due(begun, received), body.frame());
         let late = if too_large { BodyError::TooLarge } else { BodyError::Timeout };
         let Some(frame) = frame.await.map_err(|_| late)? else { break };
-        // Trailers mean nothing here.
+        // Trailers are ignored.
         let broken = if too_large { BodyError::TooLarge } else { BodyError::Broken };
         let Ok(data) = frame.map_err(|_| broken)?.into_data() else { continue };
         received += data.len() as u64;
@@ -115,7 +115,7 @@ where
             whole = BytesMut::new();
             first = Bytes::new();
         } else if first.is_empty() && whole.is_empty() {
-            // Most bodies come in one piece, which then need not be copied.
+            // Most bodies arrive in one piece. Keep it without a copy.
             first = data;
         } else {
             if whole.is_empty() {
@@ -143,7 +143,7 @@ mod tests {
 
     const WITHIN: Pace = Pace { within: Duration::from_millis(50), least: 0 };
 
-    /// A body in pieces; `None` never comes, an `Err` is a broken connection.
+    /// A body in pieces. `None` never arrives, an `Err` is a broken connection.
     struct Pieces {
         pieces: VecDeque<Option<Result<&'static [u8], ()>>>,
         announced: Option<u64>,
@@ -188,7 +188,7 @@ mod tests {
         let pieces = [Some(Ok(&b"01"[..])), Some(Ok(b"")), Some(Ok(b"234")), Some(Ok(b"56789"))];
         assert_eq!(read(&pieces, None).await.0, Ok(Bytes::from("0123456789")));
         assert_eq!(read(&pieces, Some(10)).await.0, Ok(Bytes::from("0123456789")));
-        // One piece is handed on, not copied.
+        // A single piece is passed on without a copy.
         let one = Bytes::from(vec![7; 10]);
         let same = read_body(Full::new(one.clone()), 10, WITHIN, &mut UpTo(10)).await.map(|body| body.as_ptr());
         assert_eq!(same, Ok(one.as_ptr()));
@@ -199,12 +199,12 @@ mod tests {
         let pieces = [Some(Ok(&b"0123456789"[..])), Some(Ok(b"x")), Some(Ok(b"y"))];
         assert_eq!(read(&pieces, None).await, (Err(BodyError::TooLarge), 4));
         assert_eq!(read(&pieces, Some(12)).await, (Err(BodyError::TooLarge), 4));
-        // Announced beyond all bounds: not a frame is read.
+        // The announced length is too large: no frame is read.
         assert_eq!(read(&pieces, Some(10 + DISCARD + 1)).await, (Err(BodyError::TooLarge), 0));
         static MIB: [u8; 1 << 20] = [0; 1 << 20];
         let endless = vec![Some(Ok(&MIB[..])); 20];
         assert_eq!(read(&endless, None).await, (Err(BodyError::TooLarge), 17));
-        // It has the whole time, but not more.
+        // It has the whole time, but no more.
         assert_eq!(read(&[Some(Ok(b"0123456789x")), None], None).await.0, Err(BodyError::TooLarge));
     }
 
@@ -222,7 +222,7 @@ mod tests {
             pace.due(begun, received).duration_since(begun).as_secs()
         };
         assert_eq!([0, 1, 1_000_000].map(|received| due(0, received)), [100; 3]);
-        // Some seconds for everybody, and then what the bytes so far are worth.
+        // A fixed time for all bodies, plus the time for the received bytes.
         assert_eq!([0, 999, 10_000, 1_000_000].map(|received| due(1000, received)), [5, 5, 15, 100]);
     }
 
@@ -230,14 +230,14 @@ mod tests {
     async fn a_body_has_to_keep_its_pace() {
         let pieces =
             || Pieces { pieces: [Some(Ok(&b"x"[..])), None].into(), announced: None, taken: std::sync::Arc::default() };
-        // One that is so fast that the first seconds do not count.
+        // This minimum speed is so low that the grace time does not matter.
         let pace = Pace { within: Duration::from_millis(50), least: 1 };
         assert_eq!(read_body(pieces(), 10, pace, &mut UpTo(10)).await, Err(BodyError::Timeout));
     }
 
     #[tokio::test]
     async fn an_intake_decides_as_the_body_arrives() {
-        /// Looks at the beginning before it takes more.
+        /// Inspects the beginning before it accepts more.
         struct Looks(Vec<(u64, Vec<u8>)>);
         impl Intake for Looks {
             fn more(&mut self, received: u64, so_far: &[u8]) -> Result<u64, BodyError> {
@@ -256,7 +256,7 @@ mod tests {
         assert_eq!(looks.0, [(4, b"".to_vec()), (5, b"good".to_vec()), (6, b"good1".to_vec())]);
         let read = read_body(body(&[b"bad!", b"1", b"2"]), 100, WITHIN, &mut Looks(Vec::new())).await;
         assert_eq!(read, Err(BodyError::NotTaken));
-        // The limit of the moment, not the largest there is.
+        // The current limit counts, not the maximum.
         assert_eq!(read_body(body(&[b"bad!", b"1"]), 100, WITHIN, &mut UpTo(4)).await, Err(BodyError::TooLarge));
     }
 }

@@ -1,4 +1,4 @@
-//! Taking in a request's body: within its room, and no more of it than its sender is trusted with so far.
+//! Accepts the body of a request within its memory, and only as much of it as its sender is trusted with so far.
 
 use claviger_protocol::batch::{BatchRequest, MAX_BATCH_BODY};
 use claviger_protocol::error::{Code, Refusal};
@@ -13,25 +13,25 @@ use crate::release::healthy_host;
 use crate::request::Attempt;
 use crate::service::Service;
 
-/// Largest body of a single request, in bytes, and of a batch whose health certificate was not found right yet.
+/// Largest body of a single request in bytes, and of a batch until its health certificate has been verified.
 pub const MAX_BODY: usize = 1024 * 1024;
 
-/// Most bytes of a batch that are taken from an address over its rate before a host is known to have sent it: the health
-/// certificate is among the first 3,000.
+/// Bytes of a batch that are accepted from an address over its rate before the health certificate has identified a
+/// host. The health certificate is within the first 3,000 bytes.
 const BEGINNING: u64 = 16 * 1024;
 
-/// Why bodies are refused in this module and where they are read; [`NoRoom::ALL`] has the other reasons.
+/// The reason for slow bodies in the metrics. [`NoRoom::ALL`] has the other reasons.
 const SLOW: &str = "slow";
 const TOO_LARGE: &str = "too_large";
 const UNPROVEN: &str = "unproven";
 
-/// Every reason why a body may not be taken, by its name in the metrics.
+/// All reasons for refusing a body, by their names in the metrics.
 #[must_use]
 pub fn refusals() -> Vec<&'static str> {
     NoRoom::ALL.iter().map(|reason| reason.as_str()).chain([SLOW, TOO_LARGE, UNPROVEN]).collect()
 }
 
-/// Counts what [`read_body`](crate::http::body::read_body) found by itself.
+/// Counts an error that [`read_body`](crate::http::body::read_body) detected.
 pub(crate) fn count(error: BodyError) {
     match error {
         BodyError::TooLarge => metrics::body_refused(TOO_LARGE),
@@ -40,7 +40,7 @@ pub(crate) fn count(error: BodyError) {
     }
 }
 
-/// How many bytes of a refused body of this size are read in the end.
+/// How many bytes of a refused body of this size are read in total.
 pub(crate) fn discarded(announced: u64) -> usize {
     usize::try_from(announced).unwrap_or(MAX_BATCH_BODY).min(MAX_BATCH_BODY)
 }
@@ -48,27 +48,28 @@ pub(crate) fn discarded(announced: u64) -> usize {
 /// The intake of one body.
 pub(crate) struct Taking<'a> {
     room: &'a Room,
-    /// What has to be known before more bytes are taken than these.
+    /// The condition for accepting more than this many bytes.
     condition: Option<(u64, Condition<'a>)>,
     most: u64,
     refusal: Option<Refusal>,
 }
 
-/// What has to be known before a large body is taken.
+/// The condition for accepting a large body.
 enum Condition<'a> {
-    /// The health certificate at the beginning of a batch is right.
+    /// The health certificate at the beginning of a batch is valid.
     Certificate(&'a Service, &'a mut Attempt),
-    /// The sender's address may still send what no host answers for.
+    /// The sender's address is within its rate for requests of unknown senders.
     Stranger(&'a Service, &'a Attempt),
 }
 
 impl<'a> Taking<'a> {
-    /// A body with one release. The health certificate comes near its end, so it is read before anything can be said.
+    /// The body of a single release. The health certificate is near its end, so the body is read before it can be
+    /// checked.
     pub(crate) fn single(room: &'a Room) -> Self {
         Self { room, condition: None, most: MAX_BODY as u64, refusal: None }
     }
 
-    /// An attestation. An honest one is short: from an address over its rate no longer one is taken.
+    /// An attestation. A usual one is short; from an address over its rate, longer ones are refused.
     pub(crate) fn attestation(room: &'a Room, service: &'a Service, attempt: &'a Attempt) -> Self {
         let small = match service.config.load().attest.mode {
             AttestMode::HostKey => host_key::LARGE as u64,
@@ -77,17 +78,17 @@ impl<'a> Taking<'a> {
         Self { condition: Some((small, Condition::Stranger(service, attempt))), ..Self::single(room) }
     }
 
-    /// A batch. From an address from which too much was refused its certificate is judged as soon as it has come.
+    /// A batch. From an address over its rate, the health certificate is checked as soon as it has arrived.
     pub(crate) fn batch(room: &'a Room, service: &'a Service, attempt: &'a mut Attempt) -> Self {
         let unjudged = if service.admission.stranger_may_ask(attempt).is_ok() { MAX_BODY as u64 } else { BEGINNING };
         let condition = Some((unjudged, Condition::Certificate(service, attempt)));
         Self { condition, most: MAX_BATCH_BODY as u64, ..Self::single(room) }
     }
 
-    /// Judges a body by the length that its header announces, before any of it is read.
+    /// Checks a body by its announced length, before it is read.
     ///
     /// # Errors
-    /// It is longer than its sender may send, whatever is in it.
+    /// The length exceeds what this sender may send.
     pub(crate) fn announced(&mut self, length: u64) -> Result<(), Refusal> {
         match self.condition.as_mut() {
             Some((unasked, condition @ Condition::Stranger(..))) if length > *unasked => {
@@ -97,12 +98,12 @@ impl<'a> Taking<'a> {
         }
     }
 
-    /// The most bytes that it may come to.
+    /// The largest possible limit of the body.
     pub(crate) fn most(&self) -> u64 {
         self.most
     }
 
-    /// Why no more was taken, after [`BodyError::NotTaken`].
+    /// The reason after [`BodyError::NotTaken`].
     pub(crate) fn refusal(self) -> Refusal {
         self.refusal.unwrap_or_else(no_room)
     }
@@ -110,7 +111,7 @@ impl<'a> Taking<'a> {
 
 impl Condition<'_> {
     /// # Errors
-    /// What the request is refused with of which this is the beginning.
+    /// The refusal of the request, judged by its beginning.
     fn holds(&mut self, beginning: &[u8]) -> Result<(), Refusal> {
         match self {
             // The certificate is the first element of a batch.
@@ -132,7 +133,7 @@ impl Condition<'_> {
     }
 }
 
-/// The refusal of a request for whose body there is no memory.
+/// The refusal if there is no memory for the body.
 pub(crate) fn no_room() -> Refusal {
     Refusal::new(Code::ServiceUnavailable, "too many large requests at the same time; try again")
 }
@@ -148,7 +149,7 @@ impl Intake for Taking<'_> {
             self.refusal = Some(refusal);
             return Err(BodyError::NotTaken);
         }
-        // What is too large is thrown away, and takes no room.
+        // Bytes beyond the limit are discarded and need no memory.
         if received <= most && self.room.grow(received).is_err() {
             return Err(BodyError::NotTaken);
         }

@@ -1,14 +1,14 @@
-//! Accepting connections and serving HTTP/1.1 and HTTP/2 on them, with limits and a graceful stop.
+//! Accepts connections and serves HTTP/1.1 and HTTP/2 on them, with limits and a graceful stop.
 //!
-//! The promise of a stop: **no request that was accepted is dropped**. When `shutdown` fires, [`run`]
+//! The guarantee of a stop: **no accepted request is dropped**. When `shutdown` fires, [`run`]
 //!
-//! 1. takes in what the kernel has accepted already and closes the listening socket;
-//! 2. goes on answering on open connections for [`Limits::grace`]; HTTP/1 answers say `Connection: close`, HTTP/2
+//! 1. accepts the connections that the kernel has already accepted, and closes the listening socket;
+//! 2. continues to answer on open connections for [`Limits::grace`]; HTTP/1 replies say `Connection: close`, HTTP/2
 //!    connections get a GOAWAY;
-//! 3. then closes every connection as soon as nothing is in progress on it and nothing waits to be read from it;
-//! 4. returns when all are closed, or cuts the rest after [`Limits::drain_timeout`].
+//! 3. then closes each connection as soon as no request is in progress on it and no data is waiting to be read;
+//! 4. returns when all connections are closed, or cuts the rest after [`Limits::drain_timeout`].
 //!
-//! [`connection`](self) is one connection's life; what it has to know of its requests is in `activity`.
+//! The module `connection` is the life of one connection; `activity` tracks its requests.
 
 mod activity;
 mod connection;
@@ -49,12 +49,12 @@ pub use self::connection::BoxError;
 pub use self::limits::Limits;
 pub use self::origin::{Origin, Peer};
 
-/// Most connections that the kernel holds for us before we accept them; it may itself allow fewer (`somaxconn`).
+/// Most connections that the kernel queues before they are accepted; `somaxconn` may limit it further.
 const BACKLOG: u32 = 4096;
 
-/// Bytes that the kernel holds of what a client sends and nobody has read yet; it may take twice as much. As much as a client
-/// of HTTP/2 may send unasked, and enough for a large batch from far away. Without a bound the kernel takes megabytes of every
-/// body that is never read.
+/// Receive buffer of a connection in the kernel, in bytes; the kernel may use twice as much. It is as large as the
+/// HTTP/2 window, and large enough for a large batch from a distant client. Without this bound, the kernel would buffer
+/// megabytes of every unread body.
 const RECEIVE_BUFFER: u32 = 256 * 1024;
 
 /// A socket that is bound to `address` and does not listen yet.
@@ -63,7 +63,7 @@ const RECEIVE_BUFFER: u32 = 256 * 1024;
 /// What the operating system says.
 pub(crate) fn bind_socket(address: SocketAddr) -> io::Result<TcpSocket> {
     let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
-    // A daemon that is started again must not wait for its former connections' TIME_WAIT.
+    // After a restart, old connections in TIME_WAIT must not block the address.
     socket.set_reuseaddr(true)?;
     socket.bind(address)?;
     Ok(socket)
@@ -78,21 +78,21 @@ pub struct Listener {
     blocked: Arc<Blocked>,
 }
 
-/// Whether a listener takes no connections, for longer than a moment.
+/// Whether a listener has been unable to accept connections for longer than a moment.
 #[derive(Debug, Default)]
 pub struct Blocked {
     full: Since,
     failing: Since,
 }
 
-/// When something that still holds began.
+/// The time since when a condition holds.
 type Since = Mutex<Option<std::time::Instant>>;
 
-/// How long no connection may be taken before it is more than a moment.
+/// Duration after which a listener that accepts nothing counts as blocked.
 const MOMENT: Duration = Duration::from_secs(2);
 
 impl Blocked {
-    /// Why no connection is taken, if so.
+    /// Why no connection is accepted, if so.
     #[must_use]
     pub fn why(&self) -> Option<&'static str> {
         if lasts(&self.failing) {
@@ -104,12 +104,13 @@ impl Blocked {
         }
     }
 
-    /// Notes whether a newcomer has to wait although all places are worked for. Returns whether that has lasted.
+    /// Records whether a new connection has to wait because all places are in use. Returns whether this has lasted
+    /// longer than a moment.
     fn is_full(&self, full: bool) -> bool {
         note(&self.full, full)
     }
 
-    /// Notes whether the last attempt to accept failed.
+    /// Records whether the last accept failed.
     fn is_failing(&self, failing: bool) {
         note(&self.failing, failing);
     }
@@ -130,14 +131,15 @@ fn is_past(at: std::time::Instant) -> bool {
 }
 
 impl Listener {
-    /// Binds `address` and starts to listen; port 0 lets the kernel choose. To be called inside a tokio runtime.
+    /// Binds `address` and starts to listen; with port 0 the kernel selects the port. Must be called inside a tokio
+    /// runtime.
     ///
     /// # Errors
     /// What the operating system says, with the address.
     pub fn bind(address: SocketAddr) -> io::Result<Self> {
         let bind = || {
             let socket = bind_socket(address)?;
-            // What is accepted inherits it.
+            // Accepted connections inherit this.
             socket.set_recv_buffer_size(RECEIVE_BUFFER)?;
             let socket = socket.listen(BACKLOG)?;
             let address = socket.local_addr()?;
@@ -146,38 +148,38 @@ impl Listener {
         bind().map_err(|error: io::Error| io::Error::new(error.kind(), format!("cannot listen on {address}: {error}")))
     }
 
-    /// Makes the connections of this listener count in `claviger_connections_open`.
+    /// Counts the connections of this listener in `claviger_connections_open`.
     #[must_use]
     pub fn counted(mut self) -> Self {
         self.counted = true;
         self
     }
 
-    /// Whether it takes no connections at the moment, for as long as it is served.
+    /// The state of this listener, kept up to date while it runs.
     #[must_use]
     pub fn blocked(&self) -> Arc<Blocked> {
         self.blocked.clone()
     }
 
-    /// The address that it listens on, with the port that the kernel chose.
+    /// The address of the listener, with the actual port.
     pub fn local_addr(&self) -> SocketAddr {
         self.address
     }
 }
 
-/// How a stop went.
+/// The result of a stop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Drained {
-    /// Connections that were still open when the stop began, with those that the kernel had accepted.
+    /// Connections that were open when the stop began, including those in the kernel's queue.
     pub open: usize,
-    /// Of these, how many were cut because [`Limits::drain_timeout`] had passed.
+    /// Number of these that were cut after [`Limits::drain_timeout`].
     pub cut: usize,
 }
 
-/// Serves `service` on every connection until `shutdown` ends, then stops as the module says.
+/// Serves `service` on every connection until `shutdown` completes, then stops as described above.
 ///
-/// The service is called for many requests at once; it answers errors, too, with a response. A connection whose
-/// service panics is closed without an answer.
+/// The service is called for many requests concurrently, and also turns errors into responses. If the service panics,
+/// its connection is closed without a reply.
 pub async fn run<S, B>(
     listener: Listener,
     tls: Option<SharedTls>,
@@ -193,7 +195,7 @@ where
 {
     let Listener { socket, address, counted, blocked } = listener;
     let (phases, phase) = watch::channel(Phase::Serving);
-    // Nothing is ever sent: the channel ends when the last connection has dropped its end.
+    // Nothing is sent: the channel closes when the last connection has dropped its sender.
     let (alive, mut all_closed) = mpsc::channel::<Infallible>(1);
     let open = Arc::new(AtomicUsize::new(0));
     let server = Arc::new(connection::Server::new(limits.clone(), tls, service, phase));
@@ -213,11 +215,11 @@ where
 
     tokio::pin!(shutdown);
     let mut backoff = Backoff::default();
-    // Accepted, and without a place so far.
+    // A connection that was accepted and waits for a place.
     let mut waiting: Option<(TcpStream, SocketAddr, Arc<Activity>)> = None;
     loop {
         if let Some((stream, peer, activity)) = waiting.take() {
-            // Before the attempt: a place that becomes free from here on is not missed.
+            // Subscribe before the attempt, so that a place that becomes free in between is not missed.
             let freed = house.freed.notified();
             match house.arrive(peer, &activity) {
                 Ok(place) => {
@@ -270,7 +272,7 @@ where
     }
 
     let begun = Instant::from_std(standstill::now());
-    // A receiver is in `server`, so this cannot fail.
+    // `server` holds a receiver, so this cannot fail.
     let _ = phases.send(Phase::Draining(begun + limits.grace));
     let take = |stream, peer| start(stream, peer, None, server.activity());
     waiting.into_iter().for_each(|(stream, peer, _)| take(stream, peer));
@@ -284,7 +286,8 @@ where
             let cut = open.load(Ordering::Relaxed);
             tracing::warn!(%address, cut, drain_timeout = ?limits.drain_timeout, "connections are cut: they took too long");
             let _ = phases.send(Phase::Cut);
-            // Their tasks only have to notice; a service that never yields must not keep the process.
+            // The tasks only have to notice the cut. Limit the wait, because a service that never yields must not block
+            // the process.
             let _ = tokio::time::timeout(Duration::from_secs(1), all_closed.recv()).await;
             cut
         }
@@ -292,8 +295,8 @@ where
     Drained { open: at_stop, cut }
 }
 
-/// Takes in the connections that the kernel has accepted for us, beyond any limit: to their clients they are open, and
-/// requests may be under way on them. Then closes the listening socket.
+/// Accepts all connections in the kernel's queue, beyond any limit: for their clients they are open, and requests may
+/// be on their way. Then closes the listening socket.
 async fn empty_backlog(
     socket: TcpListener,
     until: Instant,
@@ -301,7 +304,7 @@ async fn empty_backlog(
     address: SocketAddr,
     mut start: impl FnMut(TcpStream, SocketAddr),
 ) {
-    // tokio's own accept asks the kernel only after the reactor has reported a connection; this one asks the kernel.
+    // tokio's accept asks the kernel only after the reactor has reported a connection. Ask the kernel directly.
     let socket = match socket.into_std() {
         Ok(socket) => socket,
         Err(error) => {
@@ -319,7 +322,7 @@ async fn empty_backlog(
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
             Err(error) => {
                 let Some(pause) = backoff.failure(&error, address) else { continue };
-                // Descriptors become free as connections end.
+                // Descriptors become free when connections end.
                 if standstill::now() + pause > until.into_std() {
                     return;
                 }
@@ -339,10 +342,10 @@ fn log_full(address: SocketAddr, max_connections: usize) {
     }
 }
 
-/// How soon to look again for a connection that may be closed.
+/// Interval for checking whether a connection can be closed.
 const LOOK_FOR_PLACE: Duration = Duration::from_millis(20);
 
-/// How long to pause after an accept that failed. None of its errors ends the server.
+/// The pause after a failed accept. No error of accept ends the server.
 #[derive(Debug, Default)]
 struct Backoff {
     failures: u32,
@@ -353,7 +356,7 @@ impl Backoff {
         self.failures = 0;
     }
 
-    /// `None`: that was one connection's own fault, the next may be taken at once.
+    /// `None`: the error concerned a single connection, so the next accept may follow at once.
     fn failure(&mut self, error: &io::Error, address: SocketAddr) -> Option<Duration> {
         use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset, Interrupted};
         if matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset | Interrupted) {

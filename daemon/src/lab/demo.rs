@@ -1,4 +1,5 @@
-//! `claviger demo`: a lab, served; then what a tenant and a guarded host do, checked and told with times.
+//! `claviger demo`: runs a lab, then plays the steps of a tenant and a guarded host, and prints the checks with their
+//! times.
 
 mod checks;
 mod tpm;
@@ -22,15 +23,15 @@ use crate::run::daemon::Daemon;
 use crate::sys::failure::Failure;
 use crate::sys::print::say;
 
-/// How long the daemon may take to get ready: the attestation signer's key has to be made.
+/// Time limit for the daemon to get ready; it has to generate the attestation signer's key.
 const READY_WITHIN: Duration = Duration::from_secs(30);
-/// Where a service's metadata document is.
+/// Path of a service's metadata document.
 pub(crate) const METADATA: &str = "/KeyProtection/service/metadata/2014-07/metadata.xml";
 
-/// Serves the lab and plays the demonstration. Gives the running daemon, and whether all checks passed.
+/// Runs the lab and plays the demonstration. Returns the running daemon, and whether all checks passed.
 ///
 /// # Errors
-/// When the lab cannot be served, or a step could not be played at all.
+/// The lab cannot be run, or a step could not be played.
 pub async fn run(lab: &Lab, cluster: Cluster, vms: usize, begun: Instant) -> Result<(Daemon, bool), Failure> {
     lab.fill(&cluster).await?;
     let members = lab.config.hsm.len();
@@ -58,14 +59,14 @@ async fn play(lab: &Lab, daemon: &Daemon, vms: usize) -> Result<bool, Failure> {
     wait_until_ready(daemon).await?;
     say!("");
 
-    // The tenant.
+    // Steps of the tenant.
     let begun = Instant::now();
     let metadata = Metadata::parse(&client.get(METADATA).await?.body)?;
     let owner = Arc::new(lab.owner()?);
     let protectors = lab.protectors(vms, &owner, &metadata)?;
     say!("tenant     {vms} protectors for this guardian in {}/tenant{}", lab.dir().display(), took(begun));
 
-    // The host.
+    // Steps of the host.
     let mut checks = Checks::default();
     match lab.config.attest.mode {
         AttestMode::HostKey => play_host_key(&mut checks, lab, &url, client, &owner, &protectors).await?,
@@ -81,7 +82,7 @@ async fn play(lab: &Lab, daemon: &Daemon, vms: usize) -> Result<bool, Failure> {
     Ok(failed == 0)
 }
 
-/// The host of the lab proves its key, starts its machines, and others do not.
+/// The lab's host attests with its key and starts its machines; other hosts are refused.
 async fn play_host_key(
     checks: &mut Checks,
     lab: &Lab,
@@ -99,7 +100,7 @@ async fn play_host_key(
         release(checks, &host, &health, owner, name, protector).await;
     }
 
-    // Who must not get keys.
+    // Requests that must be refused.
     let stranger = tokio::task::spawn_blocking(|| RsaPrivateKey::generate(2048)).await??;
     let unregistered = Host::new(Client::new(url)?, stranger, keys.identity);
     let begun = Instant::now();
@@ -114,7 +115,7 @@ async fn play_host_key(
     Ok(())
 }
 
-/// The protector with one bit of its first certificate changed.
+/// A protector with one changed bit in its first certificate.
 fn tampered(protector: &[u8]) -> Vec<u8> {
     let mut copy = protector.to_vec();
     let tag = b"<SigningCertificate>";

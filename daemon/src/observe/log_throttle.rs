@@ -1,4 +1,4 @@
-//! Log lines that come once a second at most, however often there is a reason for them.
+//! Limits a log line to one per second, however often its cause occurs.
 
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -7,7 +7,7 @@ use claviger_process::lock::lock;
 
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// Says when a line is due.
+/// Decides when a line is due.
 #[derive(Debug)]
 pub struct Throttle(Mutex<(Option<Instant>, u64)>);
 
@@ -18,7 +18,7 @@ impl Throttle {
         Self(Mutex::new((None, 0)))
     }
 
-    /// Whether to say it now, and if so how often it was not said since it last was.
+    /// Whether to log now; if so, the number of lines that were suppressed since the last one.
     pub fn due(&self, now: Instant) -> Option<u64> {
         let mut state = lock(&self.0);
         let (said, unsaid) = &mut *state;

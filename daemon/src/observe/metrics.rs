@@ -1,12 +1,13 @@
-//! Every metric of the daemon, once: its name, unit, help, labels and buckets (`table.rs`), and the function that records it.
+//! All metrics of the daemon: the table `table.rs` defines name, unit, help, labels and buckets; functions here record
+//! the values.
 //!
-//! Code elsewhere calls the typed functions; a series that is not in [`ALL`] cannot be made. The recorder belongs to
-//! the process: before [`install`] the functions do nothing, so libraries and tests may call them at any time.
+//! Other code calls these typed functions, so no series outside of [`ALL`] can be created. The recorder is
+//! process-wide. Before [`install`] the functions do nothing, so libraries and tests can call them at any time.
 //!
-//! Events are recorded when they happen. What can be looked at at any time - states, sessions, expiry - is a *reading*, taken
-//! when somebody asks for the page (`gauges.rs`): it is never out of date, and the series of a member that was removed end.
+//! Events are recorded when they happen. Values that can be queried (states, sessions, expiry) are *readings*, taken
+//! when the page is rendered (`gauges.rs`): they are always current, and the series of a removed member end.
 //!
-//! Labels are bounded: no host, virtual machine or protector is ever one.
+//! Label values are bounded: hosts, virtual machines and protectors are never labels.
 
 mod gauges;
 mod hsm_series;
@@ -27,7 +28,7 @@ pub use self::gauges::{CONTENT_TYPE, Load, Readings};
 pub use self::recorder::Handle;
 pub use self::table::{ALL, Kind, Metric, SLO_SECONDS};
 
-/// Makes the process's recorder, once; later calls return the same one.
+/// Creates the process' recorder; later calls return the same one.
 pub fn install() -> Handle {
     INSTALLED
         .get_or_init(|| {
@@ -36,7 +37,7 @@ pub fn install() -> Handle {
                 if let Kind::Histogram(edges) = metric.kind {
                     builder = match builder.set_buckets_for_metric(Matcher::Full(metric.name.to_owned()), edges) {
                         Ok(builder) => builder,
-                        // Only a histogram without edges, which none in the table is.
+                        // This fails only for a histogram without bucket boundaries; the table has none.
                         Err(_) => PrometheusBuilder::new(),
                     };
                 }
@@ -44,7 +45,7 @@ pub fn install() -> Handle {
             let recorder = builder.build_recorder();
             let handle = Handle::of(recorder.handle());
             if ::metrics::set_global_recorder(recorder).is_err() {
-                // Only another user of the `metrics` crate in this process can have done that.
+                // Only another user of the crate `metrics` in this process can cause this.
                 tracing::error!("another metrics recorder is installed: /metrics will stay empty");
             }
             for metric in ALL {
@@ -74,38 +75,38 @@ pub fn install() -> Handle {
         .clone()
 }
 
-/// The label values that are known when the daemon starts.
+/// The label values that are known at the start.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Known<'a> {
-    /// The members' names.
+    /// Names of the members.
     pub members: &'a [&'a str],
-    /// The outcomes of a release.
+    /// Outcomes of a release.
     pub release_outcomes: &'a [&'static str],
-    /// The API versions of a release.
+    /// API versions of a release.
     pub apis: &'a [&'static str],
-    /// The outcomes of an attestation.
+    /// Outcomes of an attestation.
     pub attestation_outcomes: &'a [&'static str],
-    /// The policies of attestation by TPM.
+    /// Policies of attestation by TPM.
     pub policies: &'a [&'static str],
-    /// Why a release or an attestation may not be let in.
+    /// Reasons for rejecting a release or an attestation.
     pub drop_reasons: &'a [&'static str],
-    /// What can be asked for at the service address.
+    /// Resources at the service address.
     pub resources: &'a [&'static str],
-    /// Why a body may not be taken.
+    /// Reasons for refusing a body.
     pub body_refusals: &'a [&'static str],
-    /// Why a connection is closed before its client wants it.
+    /// Reasons for which the server closes a connection.
     pub cut_reasons: &'a [&'static str],
 }
 
-/// Operations that every member does; those of key management have no series before they are asked for.
+/// Operations of every member. Key management operations get a series on their first use.
 const OPERATIONS: [&str; 4] = ["decrypt", "sign", "probe", "open"];
-/// The classes of status codes.
+/// Classes of status codes.
 const CODES: [&str; 3] = ["2xx", "4xx", "5xx"];
-/// What a release spends its time on.
+/// Parts of a release's duration.
 const PARTS: [&str; 3] = ["queue", "hsm", "own"];
 
-/// Registers every series that can be known in advance at zero, so that its first event is a rise that
-/// Prometheus can see, not a new series that starts at 1.
+/// Registers all series with known labels at zero. Then Prometheus sees the first event as an increase, not as a new
+/// series that starts at 1.
 pub fn preregister(known: &Known<'_>) {
     for outcome in known.release_outcomes {
         for api in known.apis {
@@ -146,7 +147,7 @@ pub fn preregister(known: &Known<'_>) {
             }
             let _ = histogram!(HSM_SERVICE_TIME.name, "hsm" => hsm.clone(), "op" => op);
         }
-        // Opening a session waits in no queue.
+        // Opening a session does not wait in a queue.
         for op in OPERATIONS.into_iter().filter(|op| *op != "open") {
             let _ = histogram!(HSM_RESPONSE_TIME.name, "hsm" => hsm.clone(), "op" => op);
         }
@@ -168,44 +169,44 @@ pub fn preregister(known: &Known<'_>) {
     }
 }
 
-/// Counts an egress protector that was made ahead.
+/// Counts an egress protector that was made for the stock.
 pub fn stock_made() {
     counter!(STOCK_MADE.name).increment(1);
 }
 
-/// Counts one that was given out.
+/// Counts an item of the stock that was given out.
 pub fn stock_used() {
     counter!(STOCK_USED.name).increment(1);
 }
 
-/// Counts one that waited for too long.
+/// Counts an item of the stock that became too old.
 pub fn stock_aged() {
     counter!(STOCK_AGED.name).increment(1);
 }
 
-/// Counts one that was made for what is not in force any more.
+/// Counts an item of the stock whose keys or settings are no longer current.
 pub fn stock_dropped() {
     counter!(STOCK_DROPPED.name).increment(1);
 }
 
-/// Registers the releases of a key at zero.
+/// Registers the release counter of a key at zero.
 pub fn preregister_key(certificate: SharedString) {
     counter!(KEY_RELEASES.name, "certificate" => certificate).increment(0);
 }
 
-/// Who is to answer for how a release ended.
+/// Who is responsible for the outcome of a release.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Class {
-    /// Nobody has to.
+    /// It succeeded.
     Success,
-    /// The request: what is wrong with it, or that it came too fast.
+    /// The request: it was invalid or exceeded a rate.
     Refused,
-    /// The service: it was too busy, or could not.
+    /// The service: it was too busy, or had a failure.
     Failed,
 }
 
 impl Class {
-    /// Its name as a label.
+    /// The label value.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
@@ -216,19 +217,19 @@ impl Class {
     }
 }
 
-/// How long a release took, and what it spent the time on.
+/// The duration of a release and of its parts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Spent {
     /// From arrival to decision.
     pub total: Duration,
-    /// Waiting for its turn; `None` when it never asked for one.
+    /// Time waiting for its turn; `None` if it did not get that far.
     pub queue: Option<Duration>,
-    /// Waiting for the HSMs; `None` when it did not come that far.
+    /// Time waiting for the HSMs; `None` if it did not get that far.
     pub hsm: Option<Duration>,
 }
 
-/// Counts a release that was answered. `outcome` is `success` or the error's code, `api` like `v2.0`; `certificate` the one
-/// whose key served.
+/// Counts an answered release. `outcome` is `success` or the error's code, `api` for example `v2.0`, `certificate` the
+/// name of the certificate whose key was used.
 pub fn release(
     outcome: &'static str,
     api: &'static str,
@@ -248,24 +249,24 @@ pub fn release(
     }
 }
 
-/// Notes how many protectors a batch request has.
+/// Records the number of protectors in a batch request.
 pub fn batch(items: usize) {
     histogram!(BATCH_ITEMS.name).record(items as f64);
 }
 
-/// Counts an attestation that was answered.
+/// Counts an answered attestation.
 pub fn attestation(outcome: &'static str, took: Duration) {
     counter!(ATTESTATIONS.name, "outcome" => outcome).increment(1);
     histogram!(ATTESTATION_DURATION.name).record(took);
 }
 
-/// Counts what a policy said of a host.
+/// Counts the result of a policy for a host.
 pub fn attestation_policy(policy: &'static str, holds: bool) {
     let result = if holds { "pass" } else { "fail" };
     counter!(ATTESTATION_POLICIES.name, "policy" => policy, "result" => result).increment(1);
 }
 
-/// Counts an answer at the service address.
+/// Counts a response at the service address.
 pub fn response(resource: &'static str, status: u16) {
     let code = match status {
         500.. => "5xx",
@@ -275,17 +276,17 @@ pub fn response(resource: &'static str, status: u16) {
     counter!(RESPONSES.name, "resource" => resource, "code" => code).increment(1);
 }
 
-/// Counts a release that was not let in.
+/// Counts a rejected release.
 pub fn queue_dropped(reason: &'static str) {
     counter!(QUEUE_DROPPED.name, "reason" => reason).increment(1);
 }
 
-/// Counts an attestation that was not let in.
+/// Counts a rejected attestation.
 pub fn attestation_dropped(reason: &'static str) {
     counter!(ATTESTATIONS_DROPPED.name, "reason" => reason).increment(1);
 }
 
-/// Counts what happened at a member.
+/// Counts an event at a member.
 pub fn hsm(hsm: &str, event: Event<'_>) {
     let count = |metric: Metric| counter!(metric.name, "hsm" => hsm.to_owned()).increment(1);
     match event {
@@ -302,12 +303,12 @@ pub fn hsm(hsm: &str, event: Event<'_>) {
         Event::Stuck => count(HSM_STUCK_CALLS),
         Event::WrongAnswer => count(HSM_WRONG_ANSWERS),
         Event::ModuleRenewed => count(HSM_MODULES_RENEWED),
-        // How many there are is a reading.
+        // The number of sessions is a reading.
         Event::SessionOpened | Event::SessionClosed => {}
     }
 }
 
-/// Lines of the log were dropped.
+/// Counts dropped log lines.
 pub fn log_lines_dropped(lines: u64) {
     counter!(LOG_DROPPED.name).increment(lines);
 }
@@ -317,53 +318,53 @@ pub fn audit_errors(records: u64) {
     counter!(AUDIT_ERRORS.name).increment(records);
 }
 
-/// What becomes of the audit file without the daemon.
+/// Kinds of changes to the audit file by others.
 const AUDIT_FILE_CHANGED: [&str; 4] = ["deleted", "renamed", "replaced", "shortened"];
 
-/// Counts that the audit file is not what it was, by one of `AUDIT_FILE_CHANGED`.
+/// Counts a change of the audit file by others, one of `AUDIT_FILE_CHANGED`.
 pub fn audit_file_changed(how: &'static str) {
     counter!(AUDIT_FILE_CHANGES.name, "how" => how).increment(1);
 }
 
-/// Counts a refusal that has no audit line of its own.
+/// Counts a refusal without an audit line of its own.
 pub fn audit_counted() {
     counter!(AUDIT_COUNTED.name).increment(1);
 }
 
-/// Counts a host that has got another identity key.
+/// Counts a host with a new identity key.
 pub fn identity_changed() {
     counter!(IDENTITY_CHANGES.name).increment(1);
 }
 
-/// Notes how long a group of audit records took to be written.
+/// Records the duration of writing a group of audit records.
 pub fn audit_written(took: Duration) {
     histogram!(AUDIT_WRITE_DURATION.name).record(took);
 }
 
-/// Counts a body that was not taken.
+/// Counts a refused body.
 pub fn body_refused(reason: &'static str) {
     counter!(BODIES_REFUSED.name, "reason" => reason).increment(1);
 }
 
-/// Counts a connection that was closed before its client wanted it.
+/// Counts a connection that the server closed.
 pub fn connection_cut(reason: &'static str) {
     counter!(CONNECTIONS_CUT.name, "reason" => reason).increment(1);
 }
 
 static OPEN: AtomicUsize = AtomicUsize::new(0);
 
-/// Notes that a connection to the service address was opened.
+/// Counts a new connection to the service address.
 pub fn connection_opened() {
     counter!(CONNECTIONS.name).increment(1);
     OPEN.fetch_add(1, Ordering::Relaxed);
 }
 
-/// Notes that a connection to the service address was closed.
+/// Counts a closed connection to the service address.
 pub fn connection_closed() {
     OPEN.fetch_sub(1, Ordering::Relaxed);
 }
 
-/// How many connections to the service address are open.
+/// Number of open connections to the service address.
 #[must_use]
 pub fn connections_open() -> usize {
     OPEN.load(Ordering::Relaxed)

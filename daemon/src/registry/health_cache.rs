@@ -8,18 +8,19 @@ use claviger_protocol::certificate::Certificate;
 use claviger_protocol::health::{self, HealthClaims, HealthError};
 use ring::digest;
 
-/// Maximum number of entries; one takes about a kilobyte.
+/// Maximum number of entries; each takes about a kilobyte.
 const MOST: usize = 50_000;
 
-/// The claims of verified health certificates by the SHA-256 of their DER, until they expire. Only the certificate's own
-/// properties are cached; whether its signer is still trusted and its host still registered is checked each time.
+/// The claims of verified health certificates by the SHA-256 of their DER, until they expire. Only properties of the
+/// certificate itself are cached; the caller checks each time whether the signer is still trusted and the host still
+/// registered.
 #[derive(Default)]
 pub struct HealthCache {
     verified: Mutex<HashMap<[u8; 32], Arc<HealthClaims>>>,
 }
 
 impl HealthCache {
-    /// Returns the claims of a certificate that was issued by one of `signers` and is valid at `now`.
+    /// Returns the claims of a certificate from one of `signers` that is valid at `now`.
     ///
     /// # Errors
     /// As [`health::check`].
@@ -27,7 +28,7 @@ impl HealthCache {
         if let Some(claims) = self.known(der, signers, now) {
             return Ok(claims);
         }
-        // A cached certificate that has expired, or whose signer is gone, is checked again: the check gives the reason.
+        // If a cached certificate has expired or its signer was removed, a full check gives the reason.
         let claims = Arc::new(health::check(der, signers, now)?);
         let mut verified = self.lock();
         if verified.len() >= MOST {
@@ -40,7 +41,7 @@ impl HealthCache {
         Ok(claims)
     }
 
-    /// Returns the claims of a certificate that was verified before, is valid at `now`, and whose signer is one of `signers`.
+    /// Returns the claims of a certificate that was verified earlier, is valid at `now`, and is from one of `signers`.
     pub fn known(&self, der: &[u8], signers: &[Certificate], now: i64) -> Option<Arc<HealthClaims>> {
         let known = self.lock().get(&key(der)).cloned();
         let still_right = |claims: &Arc<HealthClaims>| {
@@ -72,7 +73,7 @@ mod tests {
 
     #[test]
     fn what_is_known_is_as_good_as_its_signer() {
-        // Two certificates of one key, as a signer has that was certified twice.
+        // A signer's key may be certified twice.
         let signers = [(); 2].map(|()| Certificate::parse(&certificate()).unwrap());
         let public = key().public();
         let issued = issue(&signers[0], "host", public, public, ResultType::EncryptionCertificate, NOW);
@@ -82,7 +83,7 @@ mod tests {
         assert!(Arc::ptr_eq(&first, &cache.check(&der, &signers, NOW + 1).unwrap()), "not remembered");
         assert_eq!(cache.check(&der, &[], NOW), Err(HealthError::Issuer));
         assert_eq!(cache.check(&der, &signers, NOW + 24 * 3600), Err(HealthError::Expired));
-        // One of the two is enough.
+        // One of the two certificates is sufficient.
         assert_eq!(cache.check(&der, &signers[1..], NOW).unwrap().signer, signers[1].thumbprint());
         assert!(cache.check(&der, &signers, NOW).is_ok());
     }

@@ -22,19 +22,19 @@ impl Hosts {
         all
     }
 
-    /// How many are enabled.
+    /// Number of enabled hosts.
     #[must_use]
     pub fn enabled(&self) -> usize {
         self.by_name.values().filter(|host| host.enabled).count()
     }
 
-    /// The host whose host key has this SubjectPublicKeyInfo, if it is enabled.
+    /// The enabled host whose host key has this SubjectPublicKeyInfo.
     #[must_use]
     pub fn by_host_key(&self, spki: &[u8]) -> Option<&Arc<Host>> {
         self.by_key(HostKind::HostKey, spki)
     }
 
-    /// The host whose endorsement key has this SubjectPublicKeyInfo, if it is enabled.
+    /// The enabled host whose endorsement key has this SubjectPublicKeyInfo.
     #[must_use]
     pub fn by_endorsement_key(&self, spki: &[u8]) -> Option<&Arc<Host>> {
         self.by_key(HostKind::EndorsementKey, spki)
@@ -44,13 +44,13 @@ impl Hosts {
         self.by_spki.get(spki).filter(|host| host.enabled && host.kind == kind)
     }
 
-    /// The host of this name, if it is enabled and its key is still the one with this hash.
+    /// The enabled host with this name, if the hash of its key is still the same.
     #[must_use]
     pub fn by_name_and_key(&self, name: &str, spki_sha256: &str) -> Option<&Arc<Host>> {
         self.by_name.get(name).filter(|host| host.enabled && host.spki_sha256 == spki_sha256)
     }
 
-    /// Whether a host of this name is registered, enabled or not.
+    /// Whether a host with this name is registered, enabled or not.
     #[cfg(test)]
     pub(crate) fn is_registered(&self, name: &str) -> bool {
         self.by_name.contains_key(name)

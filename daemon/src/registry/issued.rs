@@ -1,8 +1,8 @@
-//! A cache of health certificates that were issued in the last seconds. Repeated requests for the same host and identity key
-//! get the same certificate.
+//! A cache of health certificates from the last seconds. Repeated requests for the same host and identity key get the
+//! same certificate.
 //!
-//! A host whose reply was lost retries at once, and an attacker can replay a recorded request. Neither is worth an operation of
-//! an HSM. A cached certificate, with both ends of its validity, is at most `AGAIN_SECONDS` older than a fresh one.
+//! A host whose reply was lost retries at once, and an attacker can replay a recorded request. Neither should cost an
+//! HSM operation. A cached certificate is at most `AGAIN_SECONDS` older than a fresh one.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard};
@@ -15,23 +15,23 @@ use ring::digest;
 
 use crate::store::Host;
 
-/// How long a certificate is handed out again, in seconds.
+/// Time in seconds for which a certificate is reused.
 const AGAIN_SECONDS: i64 = 2;
 
-/// Maximum number of entries; one takes about a kilobyte.
+/// Maximum number of entries; each takes about a kilobyte.
 const MOST: usize = 4_096;
 
-/// The key of the cache: a digest of everything in a certificate but its serial number and its times.
+/// The key of the cache: a digest of everything in a certificate except its serial number and its times.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct IssuedFor([u8; 32]);
 
 impl IssuedFor {
-    /// The key of a certificate for `host` and `identity_key`, from the attestation signer with the thumbprint `signer`.
+    /// The key of a certificate for `host` and `identity_key` from the attestation signer with the thumbprint `signer`.
     #[must_use]
     pub fn new(signer: &[u8; 32], host: &Host, identity_key: &RsaPublicKey, result: ResultType) -> Self {
         let mut context = digest::Context::new(&digest::SHA256);
         let kind = result.number().to_le_bytes();
-        // The name comes last: all other parts have a fixed length.
+        // The name comes last, because all other parts have a fixed length.
         for part in [&signer[..], &kind, host.spki_sha256.as_bytes(), &identity_key.spki_sha256(), host.name.as_bytes()]
         {
             context.update(part);
@@ -45,7 +45,7 @@ impl IssuedFor {
 /// An entry of the cache.
 #[derive(Clone, Debug)]
 struct Recent {
-    /// When the certificate was issued, in seconds since 1970.
+    /// Time of issue in seconds since 1970.
     at: i64,
     certificate: Bytes,
     is_recorded: bool,
@@ -56,16 +56,16 @@ struct Recent {
 pub struct Again {
     /// The certificate, DER.
     pub certificate: Bytes,
-    /// Whether the audit trail has a line about it.
+    /// Whether the audit trail has recorded it.
     pub is_recorded: bool,
 }
 
-/// The cache.
+/// The cache of recently issued certificates.
 #[derive(Debug, Default)]
 pub struct RecentlyIssued(Mutex<HashMap<IssuedFor, Recent>>);
 
 impl RecentlyIssued {
-    /// Returns the certificate that was issued at most `AGAIN_SECONDS` before `now`, in seconds since 1970.
+    /// Returns a certificate that was issued at most `AGAIN_SECONDS` before `now` (seconds since 1970).
     #[must_use]
     pub fn get(&self, of: &IssuedFor, now: i64) -> Option<Again> {
         let issued = self.lock();
@@ -73,14 +73,14 @@ impl RecentlyIssued {
         Some(Again { certificate: recent.certificate.clone(), is_recorded: recent.is_recorded })
     }
 
-    /// Notes that the audit trail has a line about a certificate.
+    /// Marks a certificate as recorded in the audit trail.
     pub fn recorded(&self, of: &IssuedFor) {
         if let Some(recent) = self.lock().get_mut(of) {
             recent.is_recorded = true;
         }
     }
 
-    /// Remembers a certificate that was issued at `now`, and has no line in the audit trail so far.
+    /// Adds a certificate that was issued at `now` and is not recorded yet.
     pub fn remember(&self, of: IssuedFor, certificate: Bytes, now: i64) {
         let mut issued = self.lock();
         if issued.len() >= MOST {
@@ -98,7 +98,7 @@ impl RecentlyIssued {
 }
 
 impl Recent {
-    /// Not for a certificate from the future: after the clock was set back, it may not be valid yet.
+    /// Excludes certificates from the future: if the clock was set back, they may not be valid yet.
     fn is_recent(&self, now: i64) -> bool {
         (0..=AGAIN_SECONDS).contains(&now.saturating_sub(self.at))
     }

@@ -1,4 +1,4 @@
-//! The key-protection certificates: which keys serve, which are primary, and the metadata document made of them.
+//! The key-protection certificates: the enabled keys, the primary ones, and the metadata document.
 
 use std::collections::HashMap;
 use std::sync::OnceLock;
@@ -22,68 +22,68 @@ use zeroize::Zeroizing;
 use crate::signing::{self, OWN_DEADLINE, signed_by};
 use crate::store::{self, Kind, Labels};
 
-/// How long nobody tries again to sign the metadata document after no HSM did: in an outage, requests for it must not wait
-/// in line for one failure after the other.
+/// Pause before another attempt to sign the metadata document after no HSM signed it. During an outage, requests for it
+/// must not queue for one failure after the other.
 const FAILURE_HOLDS: Duration = Duration::from_secs(1);
 
-/// What key-protection certificates are for besides their key usage: `id-kp-serverAuth`, as the reference service demands.
+/// The extended key usage of key-protection certificates: `id-kp-serverAuth`, as the reference service requires.
 pub(crate) const SERVER_AUTHENTICATION: &str = "1.3.6.1.5.5.7.3.1";
 
-/// The lengths of RSA keys that are made.
+/// The key lengths that can be generated.
 pub(crate) const RSA_BITS: [u32; 3] = [2048, 3072, 4096];
 
-/// How long before its end a certificate is worth a word, in seconds.
+/// Time before its expiry in seconds from which a certificate is reported.
 pub(crate) const EXPIRES_SOON: i64 = 30 * 24 * 3600;
 
-/// What a certificate (DER) is called in the metrics: the first 8 digits of its thumbprint, as in the commands.
+/// The name of a certificate (DER) in the metrics: the first 8 digits of its thumbprint, as in the commands.
 #[must_use]
 pub fn short_name(der: &[u8]) -> String {
     HEXLOWER.encode(digest::digest(&digest::SHA256, der).as_ref().split_at(4).0)
 }
 
-/// A snapshot of the enabled certificates. Keys are found by SubjectPublicKeyInfo, so that a certificate that was
-/// renewed with the same key goes on working.
+/// A snapshot of the enabled certificates. Keys are found by SubjectPublicKeyInfo, so a certificate that was renewed
+/// with the same key continues to work.
 #[derive(Debug, Default)]
 pub struct Keys {
-    /// By SubjectPublicKeyInfo (DER), like `signing`.
+    /// Key: SubjectPublicKeyInfo (DER), as in `signing`.
     encryption: HashMap<Vec<u8>, Held>,
     signing: HashMap<Vec<u8>, Held>,
     primary_encryption: Option<Key>,
     primary_signing: Option<Key>,
-    /// Signs the metadata document; `None`: the primary signing one does.
+    /// Signs the metadata document; `None`: the primary signing certificate signs it.
     communications: Option<Key>,
-    /// With the primary ones first.
+    /// The primary ones first.
     all: Vec<(Kind, Key)>,
     other_signing: Vec<Vec<u8>>,
-    /// What this was read from.
+    /// The records from which this snapshot was made.
     rows: Vec<store::Certificate>,
-    /// Locked while it is signed: who comes meanwhile waits for the outcome instead of asking the HSMs, too.
+    /// Locked while it is being signed: concurrent requests wait for the result instead of using the HSMs as well.
     metadata: Mutex<Metadata>,
-    /// Once it is signed.
+    /// Set once it is signed.
     signed: OnceLock<Bytes>,
 }
 
-/// A private key that serves.
+/// An enabled private key.
 #[derive(Clone, Debug)]
 pub struct Held {
     /// The private key.
     pub id: KeyRef,
-    /// A host needs all of these to be given what the key opens.
+    /// The labels that a host needs for this key.
     pub labels: Labels,
-    /// Its first certificate, as it is called in the metrics.
+    /// Metrics name of its first certificate.
     pub certificate: SharedString,
 }
 
-/// How far the metadata document was tried.
+/// State of signing the metadata document.
 #[derive(Debug, Default)]
 enum Metadata {
     #[default]
     Untried,
-    /// No HSM signed it, at this time.
+    /// No HSM signed it at this time.
     Failed(Instant),
 }
 
-/// A certificate, and where its private key is.
+/// A certificate and its private key in the HSMs.
 #[derive(Clone, Debug)]
 pub struct Key {
     /// The certificate.
@@ -92,22 +92,22 @@ pub struct Key {
     pub id: KeyRef,
 }
 
-/// The private key of this `CKA_ID` whose other half is `public`.
+/// The private key with this `CKA_ID` and this public key.
 #[must_use]
 pub fn key_ref(id: &[u8], public: &RsaPublicKey) -> KeyRef {
     KeyRef::new(KeyId(id.to_vec()), public.modulus())
 }
 
 impl Key {
-    /// A certificate, and the private key of this `CKA_ID` that is its own.
+    /// A certificate and its private key with this `CKA_ID`.
     #[must_use]
     pub fn new(certificate: Certificate, id: &[u8]) -> Self {
         let id = key_ref(id, certificate.key());
         Self { certificate, id }
     }
 
-    /// An operation with this key whose right result is known. `None` when there is no randomness, or the key is too small
-    /// to encrypt a secret to.
+    /// A known-answer test for this key. `None` if the system has no randomness, or the key is too small to encrypt a
+    /// secret to it.
     pub(crate) fn known_answer(&self, kind: Kind) -> Option<KnownAnswerTest> {
         let mut secret = Zeroizing::new(vec![0; 32]);
         SystemRandom::new().fill(&mut secret).ok()?;
@@ -129,7 +129,7 @@ impl Key {
 }
 
 impl Keys {
-    /// Reads the certificates of the state; those that cannot be read are left out.
+    /// Reads the certificates of the state. Invalid ones are skipped.
     #[must_use]
     pub fn new(certificates: Vec<store::Certificate>) -> Self {
         let mut keys = Self::default();
@@ -145,7 +145,7 @@ impl Keys {
                 labels: Labels::default(),
                 certificate: short_name(certificate.der()).into(),
             });
-            // A key is one key, however many certificates it has: each of their limits holds.
+            // A key may have several certificates; the restrictions of all of them apply.
             held.labels = held.labels.with(&entry.labels);
             if entry.is_communications {
                 keys.communications = Some(Key { certificate: certificate.clone(), id: id.clone() });
@@ -163,57 +163,57 @@ impl Keys {
         keys
     }
 
-    /// Whether this is what [`Keys::new`] would make of `certificates`.
+    /// Whether [`Keys::new`] would give the same for `certificates`.
     #[must_use]
     pub fn are_of(&self, certificates: &[store::Certificate]) -> bool {
         self.rows == certificates
     }
 
-    /// The private key that decrypts what was encrypted to `public`.
+    /// The private key for decryption that belongs to `public`.
     #[must_use]
     pub fn encryption(&self, public: &RsaPublicKey) -> Option<&Held> {
         self.encryption.get(public.spki_der())
     }
 
-    /// The private keys that decrypt.
+    /// The private keys for decryption.
     pub fn decryption_keys(&self) -> impl Iterator<Item = &Held> {
         self.encryption.values()
     }
 
-    /// The private key that signs what `public` verifies.
+    /// The private key for signatures that belongs to `public`.
     #[must_use]
     pub fn signing(&self, public: &RsaPublicKey) -> Option<&Held> {
         self.signing.get(public.spki_der())
     }
 
-    /// The certificates that new protectors use: encryption, signing.
+    /// The certificates for new protectors: encryption, signing.
     #[must_use]
     pub fn primary(&self) -> (Option<&Key>, Option<&Key>) {
         (self.primary_encryption.as_ref(), self.primary_signing.as_ref())
     }
 
-    /// The enabled certificates, the primary ones first.
+    /// The enabled certificates, primary ones first.
     pub fn certificates(&self) -> impl Iterator<Item = (Kind, &Certificate)> {
         self.all.iter().map(|(kind, key)| (*kind, &key.certificate))
     }
 
-    /// For each key an operation whose right result is known, the primary ones first: what the HSMs are judged by.
+    /// A known-answer test for each key, primary ones first.
     #[must_use]
     pub fn known_answers(&self) -> Vec<KnownAnswerTest> {
         self.all.iter().filter_map(|(kind, key)| key.known_answer(*kind)).collect()
     }
 
-    /// The metadata document, if it is signed already.
+    /// The metadata document, if it is already signed.
     #[must_use]
     pub fn signed_metadata(&self) -> Option<Bytes> {
         self.signed.get().cloned()
     }
 
-    /// The metadata document. Its three signatures are made once for each change of the certificates, and after a failure
-    /// not before a moment has passed.
+    /// The metadata document. Its three signatures are made once after each change of the certificates. After a
+    /// failure, there is a pause before the next attempt.
     ///
     /// # Errors
-    /// 500 when there is no primary certificate, 503 when no HSM signs.
+    /// 500 if there is no primary certificate, 503 if no HSM signs.
     pub async fn metadata(&self, cluster: &Cluster) -> Result<Bytes, Refusal> {
         let missing = |kind| Refusal::new(Code::Internal, format!("Primary {kind} Certificate not found"));
         let encryption = self.primary_encryption.as_ref().ok_or_else(|| missing("Encryption"))?;

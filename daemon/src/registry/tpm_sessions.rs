@@ -1,4 +1,5 @@
-//! State kept between the two steps of an attestation by TPM: the key that seals States, and the States that are used.
+//! The service's data for attestations by TPM between their two steps: the key that seals States, and the list of used
+//! States.
 //!
 //! ```text
 //!             claim                 spend
@@ -17,7 +18,7 @@ use ring::error::Unspecified;
 /// Number of used States below which expired ones are not purged.
 const LEAST_PURGE: usize = 1_024;
 
-/// The key that seals States, and which States have served a certificate.
+/// The key that seals States, and the used States.
 #[derive(Debug)]
 pub struct Sessions {
     key: StateKey,
@@ -26,7 +27,7 @@ pub struct Sessions {
 
 #[derive(Debug, Default)]
 struct Used {
-    /// When each State expires, in seconds since 1970.
+    /// Expiry of each used State, in seconds since 1970.
     until: HashMap<StateId, i64>,
     /// Number of entries at which expired ones are purged.
     purge_at: usize,
@@ -44,7 +45,7 @@ impl Sessions {
     /// Generates the key.
     ///
     /// # Errors
-    /// When the system has no randomness.
+    /// The system has no randomness.
     pub fn new() -> Result<Self, Unspecified> {
         Ok(Self { key: StateKey::generate()?, used: Mutex::default() })
     }
@@ -54,15 +55,16 @@ impl Sessions {
         &self.key
     }
 
-    /// Whether a State has served a certificate, or is claimed.
+    /// Whether a State was used for a certificate, or is claimed.
     pub(crate) fn is_used(&self, id: &StateId) -> bool {
         self.used().until.contains_key(id)
     }
 
-    /// Claims a State that is valid up to and including `ends`. `None` if it has expired by `now`, is used, or is claimed.
+    /// Claims a State that is valid up to and including `ends`. Returns `None` if it has expired, was used, or is
+    /// claimed.
     pub(crate) fn claim(&self, id: StateId, ends: i64, now: i64) -> Option<Claim<'_>> {
         let mut used = self.used();
-        // An expired State may have been purged: its absence from the map does not mean that it was never used.
+        // The table forgets expired States, so an expired State may have been used even if it is not in the table.
         if ends < now || used.until.contains_key(&id) {
             return None;
         }

@@ -1,5 +1,5 @@
-//! Many releases in one request (protocol page, section 2.7): the health certificate is judged once, the protectors are
-//! released side by side over the cluster, and one bad protector does not fail its neighbours.
+//! Several releases in one request (protocol page, section 2.7): the health certificate is checked once, the protectors
+//! are released concurrently over the cluster, and one bad protector does not affect the others.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -20,15 +20,15 @@ use crate::release::{Grant, Release, decide, fast_reject, healthy_host, roll_pro
 use crate::request::Attempt;
 use crate::service::Service;
 
-/// Releases of one request that run, or wait for their turn, at the same time. Enough to keep a cluster busy, and few in
-/// the waiting room; the rest of the memory a request takes is bounded by its body.
+/// Most releases of one request that run or wait for their turn at the same time. Enough to keep a cluster busy, and
+/// few in the queue. The body's size limits the other memory of a request.
 const SIDE_BY_SIDE: usize = 32;
 
-/// Releases each protector of a request. Every item is decided, recorded and counted like a release of its own; its
-/// request id is the request's with the item's number.
+/// Releases each protector of a request. Every item is decided, recorded and counted like a single release. Its request
+/// id is that of the request with the item's number.
 ///
 /// # Errors
-/// What is wrong with the whole request: its shape, its algorithms, its health certificate.
+/// A problem of the whole request: its structure, its algorithms, its health certificate.
 pub async fn roll<H: Hsm>(
     service: &Arc<Service>,
     hsm: &H,
@@ -51,7 +51,7 @@ pub async fn roll<H: Hsm>(
         let (service, hsm, in_force) = (service.clone(), hsm.clone(), release.in_force().clone());
         let (host, places, from) = (host.clone(), places.clone(), from.clone());
         let mut attempt = attempt.item(at + 1);
-        // Each item counts: those beyond the host's rate are refused by themselves.
+        // Each item counts: items beyond the host's rate are refused individually.
         let within_rate = service.admission.within_rate(&from);
         let span = error_span!("item", request = attempt.request);
         let work = async move {
@@ -79,7 +79,7 @@ pub async fn roll<H: Hsm>(
         match item {
             Ok(item) => done.push(item),
             Err(error) => {
-                // What a panic took with it is the service's fault.
+                // A panic in an item is an internal error.
                 tracing::error!(%error, "an item of a batch failed");
                 if let Some(at) = numbers.get(&error.id()) {
                     done.push((*at, attempt.item(at + 1), Err(Refusal::internal())));
@@ -90,8 +90,8 @@ pub async fn roll<H: Hsm>(
     Ok(decide_all(service, done, count).await)
 }
 
-/// Decides all items together, when the last one is done: they leave together, and until then an administrator may remove
-/// the host or disable a key.
+/// Decides all items together after the last one is done, because they are sent together: in the meantime an
+/// administrator may have removed the host or disabled a key.
 async fn decide_all(
     service: &Arc<Service>,
     items: Vec<(usize, Attempt, Result<Grant, Refusal>)>,

@@ -1,4 +1,4 @@
-//! How a release ends: its decision is confirmed, recorded in the audit trail, and counted, in this order.
+//! The end of a release: its decision is confirmed, recorded in the audit trail, and counted, in this order.
 
 use claviger_protocol::error::{Code, Refusal};
 use claviger_protocol::payload::ApiVersion;
@@ -11,18 +11,19 @@ use crate::request::Attempt;
 use crate::service::Service;
 use crate::sys::clock::unix_now;
 
-/// Decides on a release: confirms it, records it, then counts it. What cannot be recorded is not released.
+/// Decides a release: confirms it, records it, then counts it. A release that cannot be recorded is refused.
 ///
 /// # Errors
-/// The refusal that `result` is, that of a grant that no longer holds, or `ServiceUnavailableException` when the decision
-/// cannot be recorded.
+/// The refusal in `result`, the refusal of a grant that is no longer valid, or `ServiceUnavailableException` if the
+/// decision cannot be recorded.
 pub async fn decide(
     service: &Service,
     api: ApiVersion,
     attempt: &Attempt,
     result: Result<Grant, Refusal>,
 ) -> Result<RollResponse, Refusal> {
-    // Nothing is awaited between this and the record: a removal that an administrator was told of precedes neither.
+    // There is no await between this check and the record. So no change that an administrator has seen completed lies
+    // between them.
     let result = result.and_then(|grant| grant.confirm(service));
     let outcome = |result: &Result<RollResponse, Refusal>| match result {
         Ok(_) => SUCCESS,
@@ -32,7 +33,7 @@ pub async fn decide(
     let mut entry = attempt.entry("release", outcome(&result));
     entry.api = Some(api.as_str());
     if result.is_err() {
-        // It may have been made for a grant that no longer holds.
+        // The digest may be from a grant that is no longer valid.
         entry.egress = None;
     }
     let decided = if service.audit.decided(&entry, what, attempt.deadline()).await {
@@ -57,7 +58,7 @@ pub async fn decide(
     decided
 }
 
-/// Every outcome a release can have, so that each has a series from the start.
+/// All possible outcomes of a release, so that each has a metric series from the start.
 #[must_use]
 pub fn outcomes() -> Vec<&'static str> {
     let refusals = [

@@ -1,4 +1,4 @@
-//! Making an egress protector.
+//! Creates egress protectors.
 
 use std::time::Instant;
 
@@ -12,11 +12,11 @@ use crate::admission::strangers::apart_if_large;
 use crate::signing::signed_by;
 use crate::stock::Egress;
 
-/// Writes a protector of a fresh key for `set`, and has it signed by `signing_key`, the private key of this service's wrapping
-/// `ours`. A signature that is not right never gets here, whatever the HSM says.
+/// Writes a protector of a fresh key for `set`, and has an HSM sign it with `signing_key`, the private key of this
+/// service's wrapping `ours`. The signature is verified before it is used.
 ///
 /// # Errors
-/// A refusal when it cannot be written; else, in the inner result, that no HSM signed in time.
+/// A refusal if the protector cannot be written; the inner error if no HSM signed in time.
 pub(super) async fn make<H: Hsm>(
     hsm: &H,
     set: &WrappingSet,

@@ -1,4 +1,4 @@
-//! What a release gives, and whether host and keys still allow it.
+//! The result of a release, and the check that host and keys still allow it.
 
 use std::sync::Arc;
 
@@ -14,24 +14,24 @@ use crate::registry::snapshot::Snapshot;
 use crate::service::Service;
 use crate::store::Host;
 
-/// A release that is right as far as the request goes, with the facts about host and keys that it rests on.
+/// The result of a successful release, with the facts about host and keys on which it depends.
 ///
-/// The HSMs may have taken seconds, in which an administrator may have removed the host or disabled a key. The answer
-/// leaves only through [`Grant::confirm`], which is called where the decision is recorded.
+/// The HSMs may have taken seconds, during which an administrator may have removed the host or disabled a key. The
+/// response is available only through [`Grant::confirm`], which is called when the decision is recorded.
 #[derive(Debug)]
 pub struct Grant {
     pub(super) response: RollResponse,
     pub(super) host: Arc<HealthClaims>,
-    /// The public halves of the two private keys of this service that were used.
+    /// The public keys of the service's two private keys that were used.
     pub(super) encryption: RsaPublicKey,
     pub(super) signing: RsaPublicKey,
 }
 
 impl Grant {
-    /// The answer, if host, keys and the keys' labels still allow it.
+    /// Returns the response if host, keys and the keys' labels still allow it.
     ///
     /// # Errors
-    /// What a release that arrived now would be refused with.
+    /// The refusal that a new release would get now.
     pub fn confirm(self, service: &Service) -> Result<RollResponse, Refusal> {
         let in_force = service.snapshot();
         let encryption = in_force.keys.encryption(&self.encryption).ok_or_else(not_for_us)?;
@@ -41,19 +41,19 @@ impl Grant {
     }
 }
 
-/// The host of a health certificate, as it is registered.
+/// The registered host of a health certificate.
 ///
 /// # Errors
-/// `HealthCertificateException` when it was removed or disabled, has another key, its certificate's signer was revoked, or the
-/// baseline that its measurements matched was disabled.
+/// `HealthCertificateException` if the host was removed or disabled or has another key, if its certificate's signer was
+/// revoked, or if its baseline was disabled.
 pub(super) fn registered<'s>(in_force: &'s Snapshot, host: &HealthClaims) -> Result<&'s Host, Refusal> {
-    // Asked again after the HSMs answered, like the rest: a signer may have been revoked meanwhile.
+    // This check also runs after the HSMs have answered: a signer may have been revoked in the meantime.
     if !in_force.signers.trust(&host.signer) {
         return Err(Refusal::new(Code::HealthCertificate, "health certificate: its signer is not trusted any more"));
     }
     let healthy = match &host.baseline {
         Some(baseline) => in_force.baselines.allow(baseline, host.issued()),
-        // In TPM mode who holds a host key proves nothing.
+        // In TPM mode, a certificate without a baseline proves nothing.
         None => in_force.config.attest.mode == AttestMode::HostKey,
     };
     if !healthy {
@@ -67,10 +67,10 @@ pub(super) fn registered<'s>(in_force: &'s Snapshot, host: &HealthClaims) -> Res
     })
 }
 
-/// Whether the host is registered and has the labels that both keys ask for.
+/// Checks that the host is registered and has the labels that both keys require.
 ///
 /// # Errors
-/// `HealthCertificateException`; for the labels `InvalidWrappingException`, like a key that is not held.
+/// `HealthCertificateException`; for missing labels `InvalidWrappingException`, as for an unknown key.
 pub(super) fn permitted(in_force: &Snapshot, host: &HealthClaims, keys: [&Held; 2]) -> Result<(), Refusal> {
     let host = registered(in_force, host)?;
     if keys.iter().all(|key| key.labels.is_empty() || host.labels.have_all(&key.labels)) {

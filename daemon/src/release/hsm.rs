@@ -1,5 +1,5 @@
-//! What a release asks of the HSMs. Everything below this trait is the cluster's business: which member works, how often an
-//! operation is tried, whose fault an error is.
+//! The operations that a release needs from the HSMs. Below this trait, the cluster decides which member works, how
+//! often an operation is tried, and who is at fault.
 
 use std::error::Error;
 use std::time::Instant;
@@ -8,9 +8,9 @@ use claviger_hsm::{Check, Cluster, Done, Hash, KeyRef, Oaep, SignScheme};
 use claviger_protocol::algorithm;
 use zeroize::Zeroizing;
 
-/// The two operations of a release. A handle: clones work with the same private keys.
+/// The two operations of a release. This is a handle: clones use the same private keys.
 pub trait Hsm: Clone + Send + Sync + 'static {
-    /// Decrypts `ciphertext` with RSA-OAEP, until `deadline`. Returns only a plaintext that `check` accepts.
+    /// Decrypts `ciphertext` with RSA-OAEP until `deadline`. Returns only a plaintext that `check` accepts.
     ///
     /// # Errors
     /// See [`DecryptError`].
@@ -23,8 +23,8 @@ pub trait Hsm: Clone + Send + Sync + 'static {
         check: Check,
     ) -> impl Future<Output = Result<Done<Zeroizing<Vec<u8>>>, DecryptError>> + Send;
 
-    /// Signs the message with this SHA-256 `digest` by RSASSA-PKCS1-v1_5, until `deadline`. Returns only a signature that
-    /// `check` accepts.
+    /// Signs with RSASSA-PKCS1-v1_5 the message that has this SHA-256 `digest`, until `deadline`. Returns only a
+    /// signature that `check` accepts.
     ///
     /// # Errors
     /// [`Unavailable`].
@@ -36,14 +36,14 @@ pub trait Hsm: Clone + Send + Sync + 'static {
         check: Check,
     ) -> impl Future<Output = Result<Done<Vec<u8>>, Unavailable>> + Send;
 
-    /// How many more operations could begin now without waiting for a session.
+    /// Number of further operations that could start now without waiting for a session.
     fn idle(&self) -> usize;
 }
 
-/// Why nothing was decrypted.
+/// Why a decryption failed.
 #[derive(Debug, thiserror::Error)]
 pub enum DecryptError {
-    /// The input is at fault: it does not decrypt, or not to a plaintext that its check accepts. Does not tell which.
+    /// The input is invalid: it cannot be decrypted, or `check` rejects the plaintext. Deliberately does not say which.
     #[error("the input is not right")]
     Rejected,
     /// The HSMs are at fault.
@@ -51,7 +51,7 @@ pub enum DecryptError {
     Unavailable(#[from] Unavailable),
 }
 
-/// No HSM gave a right result before the deadline.
+/// No HSM returned a valid result before the deadline.
 #[derive(Debug, thiserror::Error)]
 #[error(transparent)]
 pub struct Unavailable(pub(super) Box<dyn Error + Send + Sync>);

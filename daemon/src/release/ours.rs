@@ -1,4 +1,4 @@
-//! Step 6: the wrapping that is for this service, and the private keys that go with it.
+//! Step 6: finds the wrapping of this service, and the private keys that belong to it.
 
 use claviger_protocol::error::Refusal;
 use claviger_protocol::wrapping_set::{SetWrapping, WrappingSet};
@@ -8,14 +8,15 @@ use crate::registry::keys::{Held, Keys};
 /// The wrapping of this service in a set.
 #[derive(Debug)]
 pub(crate) struct Ours<'a> {
-    /// Its place in the set.
+    /// Index in the set.
     pub(crate) at: usize,
     pub(crate) decryption_key: &'a Held,
     pub(crate) signing_key: &'a Held,
 }
 
 impl<'a> Ours<'a> {
-    /// The first wrapping, in document order, whose encryption key is enabled here. Its signing key has to be, too.
+    /// Finds the first wrapping, in document order, whose encryption key is enabled here. Its signing key must be
+    /// enabled as well.
     pub(crate) fn find(set: &WrappingSet, keys: &'a Keys) -> Result<Self, Refusal> {
         let found = set.wrappings().iter().enumerate().find_map(|(at, wrapping)| {
             let decryption_key = keys.encryption(wrapping.party.encryption.key())?;
@@ -25,7 +26,7 @@ impl<'a> Ours<'a> {
         Ok(Self { at, decryption_key, signing_key: signing_key.ok_or_else(signing_key_missing)? })
     }
 
-    /// The wrapping itself, in the set that it was found in.
+    /// The wrapping in the set in which it was found.
     pub(crate) fn of<'s>(&self, set: &'s WrappingSet) -> &'s SetWrapping {
         &set.wrappings()[self.at]
     }

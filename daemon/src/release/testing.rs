@@ -1,5 +1,5 @@
-//! Releases without an HSM, for unit tests and benches: private keys in software that really decrypt and sign, a service
-//! with a registered host, and a tenant whose protectors it can open.
+//! Releases without an HSM, for unit tests and benches: software keys that really decrypt and sign, a service with a
+//! registered host, and a tenant.
 
 #![allow(clippy::unwrap_used, clippy::missing_panics_doc)]
 
@@ -32,11 +32,11 @@ use crate::service::{self, Service};
 use crate::store::{Kind, Labels, NewCertificate, NewSigner};
 use crate::sys::clock::unix_now;
 
-/// The name of the registered host.
+/// Name of the registered host.
 pub const HOST: &str = "node-1";
-/// The name under which the software keys say that they worked.
+/// Member name that the software keys report.
 pub const MEMBER: &str = "software";
-/// What the host asks for.
+/// The algorithms that the host requests.
 pub const ALGORITHMS: HostAlgorithms = HostAlgorithms {
     transfer: Oaep::SHA256,
     wrapping: KeyWrapping::Seal(Sealing::Aes256Gcm),
@@ -52,26 +52,26 @@ pub enum Operation {
     Sign,
 }
 
-/// What happens in one operation that would otherwise go right.
+/// An incident in an operation that would otherwise succeed.
 pub enum Incident {
-    /// It fails as if no member could serve.
+    /// The operation fails as if no member were up.
     Fails,
-    /// Its result is wrong by one bit.
+    /// The result has one wrong bit.
     IsWrong,
-    /// It takes so long, on tokio's clock; if its deadline passes first, it fails then.
+    /// The operation takes this long on tokio's clock; if its deadline passes first, it fails then.
     Takes(Duration),
-    /// This is done before it returns.
+    /// This function runs before the operation returns.
     Meanwhile(Box<dyn FnOnce() + Send>),
 }
 
 impl Incident {
-    /// Something else that happens while the operation runs.
+    /// Runs `happens` during the operation.
     pub fn meanwhile(happens: impl FnOnce() + Send + 'static) -> Self {
         Self::Meanwhile(Box::new(happens))
     }
 }
 
-/// Private keys in software in the place of the cluster.
+/// Software private keys in place of the cluster.
 #[derive(Clone)]
 pub struct SoftwareHsm(Arc<Inner>);
 
@@ -96,7 +96,7 @@ impl fmt::Debug for SoftwareHsm {
 }
 
 impl SoftwareHsm {
-    /// Holds these keys.
+    /// Creates an HSM with these keys.
     #[must_use]
     pub fn new(keys: impl IntoIterator<Item = (KeyRef, RsaPrivateKey)>) -> Self {
         let keys = keys.into_iter().collect();
@@ -108,18 +108,18 @@ impl SoftwareHsm {
         }))
     }
 
-    /// Lets this happen in the next operation of this kind for which nothing is planned yet.
+    /// Plans an incident for the next operation of this kind without one.
     pub fn plan(&self, operation: Operation, incident: Incident) {
         self.desk(operation).planned.lock().unwrap_or_else(PoisonError::into_inner).push_back(incident);
     }
 
-    /// How often this kind of operation was asked for.
+    /// How often this kind of operation was requested.
     #[must_use]
     pub fn asked(&self, operation: Operation) -> usize {
         self.desk(operation).asked.load(Ordering::Relaxed)
     }
 
-    /// Says from now on that so many sessions are idle; 4 at first.
+    /// Sets the number of idle sessions; initially 4.
     pub fn set_idle(&self, sessions: usize) {
         self.0.idle.store(sessions, Ordering::Relaxed);
     }
@@ -158,7 +158,7 @@ impl SoftwareHsm {
         value[0] ^= u8::from(is_wrong);
         match check(&value) {
             true => Ok(done(value)),
-            // A cluster finds out that its member is to blame.
+            // A cluster would find that its member is at fault.
             false if is_wrong => Err(unavailable("the HSM gives wrong answers").into()),
             false => Err(DecryptError::Rejected),
         }
@@ -206,10 +206,11 @@ impl Hsm for SoftwareHsm {
     }
 }
 
-/// The key pairs of all parties, of 2048 bits.
+/// The key pairs of all parties, with 2048 bits.
 pub struct Parties {
     owner: Owner,
-    /// The service's two keys and their certificates. A guardian is to its HSM what an owner is to its files.
+    /// The service's two keys and their certificates. The type `Owner` fits, because a guardian has the same kinds of
+    /// keys.
     guardian: Owner,
     signer: RsaPrivateKey,
     signer_certificate: Certificate,
@@ -223,12 +224,12 @@ pub struct OtherKeys {
     pub signer: RsaPrivateKey,
     /// The key that the host is registered with.
     pub host: RsaPrivateKey,
-    /// The key that the transport keys are encrypted to.
+    /// The transport keys are encrypted to this key.
     pub identity: RsaPrivateKey,
 }
 
 impl Parties {
-    /// These keys, and a certificate of the signer that is valid for a day.
+    /// Uses these keys, with a certificate of the signer that is valid for a day.
     #[must_use]
     pub fn new(owner: Owner, guardian: Owner, keys: OtherKeys) -> Self {
         let OtherKeys { signer, host, identity } = keys;
@@ -238,7 +239,7 @@ impl Parties {
         Self { owner, guardian, signer, signer_certificate, host, identity }
     }
 
-    /// Fresh keys.
+    /// Generates all keys.
     #[must_use]
     pub fn generate() -> Self {
         let keys = OtherKeys { signer: generate(), host: generate(), identity: generate() };
@@ -246,7 +247,7 @@ impl Parties {
     }
 }
 
-/// The parties of the unit tests, made once in a process.
+/// The parties of the unit tests, generated once per process.
 static PARTIES: LazyLock<Parties> = LazyLock::new(Parties::generate);
 
 /// The keys of the service of [`Stage::new`].
@@ -255,13 +256,13 @@ pub fn guardian() -> &'static Owner {
     &PARTIES.guardian
 }
 
-/// A fresh key.
+/// Generates a key.
 #[must_use]
 pub fn generate() -> RsaPrivateKey {
     RsaPrivateKey::generate(2048).unwrap()
 }
 
-/// Two fresh key pairs with certificates of this name, which sign themselves.
+/// Generates two key pairs with self-signed certificates of this name.
 #[must_use]
 pub fn pairs(name: &str) -> Owner {
     let [(signing_key, signing_certificate), (encryption_key, encryption_certificate)] =
@@ -277,17 +278,17 @@ fn key_id(key: &RsaPublicKey) -> Vec<u8> {
     key.spki_sha256()[..20].to_vec()
 }
 
-/// A service that serves one host, with the software keys that it decrypts and signs with.
+/// A service with one registered host, and the software keys that it uses.
 pub struct Stage {
     /// The service. Its cluster is never started.
     pub service: Arc<Service>,
-    /// What its releases work with instead.
+    /// The software keys that its releases use.
     pub hsm: SoftwareHsm,
     parties: &'static Parties,
 }
 
 impl Stage {
-    /// A service with its state in `folder`, and these changes to the default settings.
+    /// Creates a service with its state in `folder` and these changes to the default settings.
     #[must_use]
     pub fn new(folder: &Path, configure: impl FnOnce(&mut Config)) -> Self {
         Self::of(&PARTIES, folder, configure)
@@ -305,8 +306,8 @@ impl Stage {
         service.registry.with_state(|state| {
             for (kind, key, certificate) in keys {
                 let (key_id, spki) = (&key_id(key.public()), key.public().spki_der());
-                // Not primary, because primary certificates cannot be disabled, which the tests do. Metadata, which needs them, is
-                // not asked for.
+                // Not primary, because tests disable the certificates and primary ones cannot be disabled. Only
+                // metadata needs primary certificates, and it is not requested.
                 let new = NewCertificate { kind, der: certificate.der(), key_id, spki, primary: false };
                 state.add_certificate(&new, unix_now()).unwrap();
             }
@@ -327,37 +328,37 @@ impl Stage {
         Self { service, hsm, parties }
     }
 
-    /// The tenant that authorised the service.
+    /// The tenant whose protectors this service serves.
     #[must_use]
     pub fn owner(&self) -> &'static Owner {
         &self.parties.owner
     }
 
-    /// The service's own keys, as a tenant has its own.
+    /// The service's own keys, in the type of a tenant's keys.
     #[must_use]
     pub fn guardian(&self) -> &'static Owner {
         &self.parties.guardian
     }
 
-    /// What the service publishes of itself.
+    /// The content of the service's metadata document.
     #[must_use]
     pub fn metadata(&self) -> Metadata {
         Metadata::parse(&self.guardian().metadata().unwrap()).unwrap()
     }
 
-    /// A fresh protector of the tenant for this service.
+    /// Creates a protector of the tenant for this service.
     #[must_use]
     pub fn protector(&self) -> Vec<u8> {
         self.owner().create(&[self.metadata()]).unwrap().0
     }
 
-    /// A health certificate (DER) of the registered host that was issued at `now`.
+    /// Creates a health certificate (DER) for the registered host, issued at `now`.
     #[must_use]
     pub fn health_certificate(&self, now: i64) -> Vec<u8> {
         self.health_certificate_of(ResultType::EncryptionCertificate, now)
     }
 
-    /// The same with another use of the identity key.
+    /// The same for another kind of certificate.
     #[must_use]
     pub fn health_certificate_of(&self, content: ResultType, now: i64) -> Vec<u8> {
         let Parties { signer, signer_certificate, host, identity, .. } = self.parties;
@@ -365,7 +366,7 @@ impl Stage {
         issued.unwrap().sign_with(signer).unwrap()
     }
 
-    /// The same as [`Stage::health_certificate`], naming a baseline.
+    /// Like [`Stage::health_certificate`], with a baseline.
     #[must_use]
     pub fn measured_certificate(&self, baseline: &str, now: i64) -> Vec<u8> {
         let Parties { signer, signer_certificate, host, identity, .. } = self.parties;
@@ -385,7 +386,7 @@ impl Stage {
         }
     }
 
-    /// The keys of a response, as the registered host reads them.
+    /// Decrypts the keys of a response as the registered host.
     #[must_use]
     pub fn open(&self, response: &RollResponse) -> Payload {
         let transfer_key =

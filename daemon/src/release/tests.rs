@@ -1,4 +1,4 @@
-//! One release over software keys: the order of its checks, its snapshot, what it is charged and how it is recorded.
+//! Releases with software keys: order of the checks, snapshot, charges, records.
 
 #![allow(clippy::unwrap_used)]
 
@@ -33,7 +33,7 @@ mod snapshot;
 mod stock;
 mod times;
 
-/// Where the host's requests come from.
+/// Address of the host's requests.
 const ADDRESS: &str = "192.0.2.1";
 
 fn stage() -> (TempDir, Stage) {
@@ -49,7 +49,7 @@ fn stage_with(configure: impl FnOnce(&mut Config)) -> (TempDir, Stage) {
     (folder, stage)
 }
 
-/// A temporary folder, in memory where there is one: hundreds of services are opened, and each forces its state to the disk.
+/// A temporary folder, in memory if possible: hundreds of services are opened, and each syncs its state.
 fn folder() -> TempDir {
     tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
 }
@@ -59,29 +59,29 @@ fn attempt() -> Attempt {
     Attempt::new(crate::sys::id::request_id()).sent_from(Some(address))
 }
 
-/// The host as an attempt of [`attempt`] comes from it.
+/// The host at the address of [`attempt`].
 fn host() -> HostAt {
     HostAt::new(HOST, &attempt())
 }
 
-/// Lets the host owe so many tokens that none comes back while a test runs. The host's rate has to be 1.
+/// Takes so many tokens that none comes back while a test runs. The host's rate must be 1.
 fn exhaust_rate(service: &Service) {
     service.admission.charge_decryptions(&host(), usize::MAX);
 }
 
-/// One release, not decided yet.
+/// Runs a release without its decision.
 async fn asked(stage: &Stage, body: &[u8], attempt: &mut Attempt) -> Result<Grant, Refusal> {
     roll(&stage.service, &stage.hsm, ApiVersion::V2, body, attempt).await
 }
 
-/// One release from its request to its reply.
+/// Runs a release from request to reply.
 async fn released(stage: &Stage, body: &[u8]) -> Result<RollResponse, Refusal> {
     let mut attempt = attempt();
     let result = asked(stage, body, &mut attempt).await;
     decide(&stage.service, ApiVersion::V2, &attempt, result).await
 }
 
-/// An administrator's change, in force when it returns.
+/// Makes a change as an administrator; it is in effect when this returns.
 fn change<T>(service: &Service, work: impl FnOnce(&mut State) -> Result<T, StateError>) {
     service.registry.with_state(work).unwrap();
     service.registry.follow().unwrap();
@@ -97,7 +97,7 @@ fn thumbprint(certificate: &Certificate) -> String {
     HEXLOWER.encode(&certificate.thumbprint())
 }
 
-/// What an administrator may withdraw, or give back, while a release is under way.
+/// Something that an administrator may withdraw or restore during a release.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Withdrawal {
     Host,
@@ -117,7 +117,7 @@ impl Withdrawal {
         }
     }
 
-    /// Withdraws it, or gives it back.
+    /// Withdraws or restores it.
     fn set(self, service: &Service, withdrawn: bool) {
         let guardian = guardian();
         let (encryption, signing) =
@@ -143,7 +143,7 @@ impl Withdrawal {
     }
 }
 
-/// A protector of these wrappings with the owner's signature. `cipher` makes the guardian's ciphertext of the right one.
+/// A protector with these wrappings, signed by the owner. `cipher` changes the guardian's ciphertext.
 fn signed_by_owner(
     stage: &Stage,
     wrappings: &[Wrapping],
@@ -170,13 +170,13 @@ fn garbled(cipher: &[u8]) -> Vec<u8> {
     cipher
 }
 
-/// A ciphertext that decrypts to a key which signed nothing.
+/// A ciphertext that decrypts to a key with which nothing was signed.
 fn another_key(stage: &Stage) -> Vec<u8> {
     let key = fresh_transport_key().unwrap();
     stage.guardian().encryption_key.public().encrypt_oaep(Oaep::SHA1, &key[..]).unwrap()
 }
 
-/// A protector in which all is right but the transport key.
+/// A protector in which only the transport key is wrong.
 fn with_wrong_key(stage: &Stage) -> Vec<u8> {
     let (file, key) = stage.owner().create(&[stage.metadata()]).unwrap();
     let wrappings = Protector::parse(&file).unwrap().wrappings;
@@ -202,7 +202,7 @@ async fn a_release_gives_the_host_both_keys_and_its_parties_a_new_protector() {
         assert_eq!(before.encryption_certificate, after.encryption_certificate);
     }
     assert_eq!([Operation::Decrypt, Operation::Sign].map(|kind| stage.hsm.asked(kind)), [1, 1]);
-    // The next one begins with what the last one gave.
+    // The next release starts with the protector from the last one.
     let second = released(&stage, &stage.request(&response.egress_protector).to_xml()).await.unwrap();
     assert_eq!(*stage.open(&second).ingress, *keys.egress);
 }

@@ -1,30 +1,30 @@
-//! Whom a client's certificate names, where TLS asks for one.
+//! The names in a client's TLS certificate.
 
 use rustls::pki_types::CertificateDer;
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
-/// The certificate that a client showed in its TLS handshake. It leads to one of the configured authorities.
+/// The client's certificate in the TLS handshake. Its chain leads to a configured CA.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ClientCertificate {
     names: Vec<String>,
 }
 
 impl ClientCertificate {
-    /// Reads the names of a certificate; it has none where they cannot be read.
+    /// Reads the names of a certificate; if they cannot be parsed, there are none.
     #[must_use]
     pub fn read(der: &CertificateDer<'_>) -> Self {
         let names = X509Certificate::from_der(der).map(|(_, certificate)| names(&certificate));
         Self { names: names.unwrap_or_default() }
     }
 
-    /// Whether it names the host that is registered as `name`, without regard to case. A wildcard is a name like any other.
+    /// Whether it names the host that is registered as `name`, ignoring case. A wildcard has no special meaning.
     #[must_use]
     pub fn is_for(&self, name: &str) -> bool {
         self.names.iter().any(|known| known.eq_ignore_ascii_case(name))
     }
 }
 
-/// The DNS names of the subjectAltName; only where there are none, the CN, if it is the only one.
+/// The DNS names of the subjectAltName. If there are none: the CN, if there is exactly one.
 fn names(certificate: &X509Certificate<'_>) -> Vec<String> {
     let Ok(alternative) = certificate.subject_alternative_name() else { return Vec::new() };
     let mut names = Vec::new();

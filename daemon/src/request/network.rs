@@ -1,14 +1,14 @@
-//! The unit in which callers that have not proved who they are can be told apart: where they come from.
+//! The network of a sender: the unit by which unidentified senders are distinguished.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv6Addr};
 
-/// An IPv4 address, or the /64 network of an IPv6 address: within its /64 a single host may use any address it likes.
+/// An IPv4 address, or the /64 network of an IPv6 address, because a single host may use any address in its /64.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct Network(IpAddr);
 
 impl Network {
-    /// The network of `address`. An IPv4 address that is mapped into IPv6 is an IPv4 address.
+    /// The network of `address`. An IPv4 address mapped into IPv6 counts as IPv4.
     #[must_use]
     pub fn of(address: IpAddr) -> Self {
         Self(match address.to_canonical() {

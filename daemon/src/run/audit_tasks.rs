@@ -1,4 +1,4 @@
-//! What is done for the trail beside the requests: summaries are written, and checkpoints are signed. No request waits for it.
+//! Background work of the audit trail: writes summaries and has checkpoints signed. No request waits for it.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,14 +11,14 @@ use crate::observe::log_throttle::Throttle;
 use crate::service::Service;
 use crate::signing::{self, OWN_DEADLINE};
 
-/// How often refusals are summed up, and how often it is seen whether a checkpoint is due.
+/// Interval at which refusals are summed up, and at which it is checked whether a checkpoint is due.
 const EVERY: Duration = Duration::from_secs(1);
-/// How long to wait after a checkpoint that could not be made.
+/// Pause after a failed checkpoint.
 const RETRY: Duration = Duration::from_secs(10);
-/// How long the last summary of a process may take, and its last checkpoint.
+/// Time limit for the last summary and the last checkpoint of a process.
 const AT_STOP: Duration = Duration::from_secs(2);
 
-/// Why there is no checkpoint.
+/// Why a checkpoint could not be made.
 #[derive(Debug, thiserror::Error)]
 enum CheckpointError {
     #[error("there is no primary signing certificate")]
@@ -29,7 +29,7 @@ enum CheckpointError {
     Audit(#[from] AuditError),
 }
 
-/// Writes what was counted, for as long as the daemon runs.
+/// Writes summaries of the counted refusals, while the daemon runs.
 pub(super) async fn sum_up(service: Arc<Service>) {
     loop {
         tokio::time::sleep(EVERY).await;
@@ -37,7 +37,7 @@ pub(super) async fn sum_up(service: Arc<Service>) {
     }
 }
 
-/// Has the trail signed when it is due, for as long as the daemon runs.
+/// Signs a checkpoint whenever one is due, while the daemon runs.
 pub(super) async fn sign(service: Arc<Service>) {
     static SAID: Throttle = Throttle::new();
     let mut failing = false;
@@ -58,7 +58,7 @@ pub(super) async fn sign(service: Arc<Service>) {
     }
 }
 
-/// Writes and signs what there is, before the process ends; a checkpoint only if that is quick.
+/// Writes the last summary before the process ends, and a checkpoint if that is quick.
 pub(super) async fn finish(service: &Arc<Service>) {
     let _ = standstill::timeout(AT_STOP, service.audit.write_summary()).await;
     if let Some(draft) = service.audit.due_checkpoint(standstill::now(), true) {

@@ -1,7 +1,8 @@
-//! What keeps a daemon from starting and can be seen without a token: one list for `claviger serve`, which refuses to start,
-//! and for `claviger doctor`, which reports it before anybody tries.
+//! The checks before the start that need no token. `claviger serve` refuses to start if one fails; `claviger doctor`
+//! reports the same problems in advance.
 //!
-//! A check is a function that gives problems; add it to `CHECKS`. It changes nothing on the machine and does not block.
+//! Each check is a function that returns problems and is listed in `CHECKS`. It changes nothing on the machine and does
+//! not block.
 
 use std::fmt;
 use std::fs::{File, TryLockError};
@@ -18,14 +19,14 @@ use crate::http::server::bind_socket;
 use crate::sys::process;
 use crate::tls::{TlsError, tls_config};
 
-/// Something that has to be changed before the daemon can start.
+/// A problem that prevents the start.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
-    /// The name of the check, as the doctor shows it.
+    /// Name of the check in the doctor's output.
     pub check: &'static str,
-    /// What is wrong.
+    /// The problem.
     pub what: String,
-    /// What to do.
+    /// The remedy.
     pub remedy: String,
 }
 
@@ -35,7 +36,7 @@ impl fmt::Display for Problem {
     }
 }
 
-/// All problems at once: an administrator who fixes one of them should know of the others.
+/// All problems together, so that an administrator can fix them at once.
 #[derive(Debug, thiserror::Error)]
 pub struct Blocked(pub Vec<Problem>);
 
@@ -52,20 +53,20 @@ impl fmt::Display for Blocked {
 
 type Check = fn(&Config) -> Vec<Problem>;
 
-/// Checks that hold whether a daemon runs or not.
+/// Checks that are also valid while a daemon runs.
 const CHECKS: &[Check] = &[pins, tls, folder, sockets, groups];
-/// Checks that fail while a daemon runs, because it holds what they ask for.
+/// Checks that fail while a daemon runs, because the daemon uses the resources.
 const CHECKS_WHILE_STOPPED: &[Check] = &[ports];
 
-/// Everything that keeps a daemon with this configuration from starting. `running` says that one runs already, so that what
-/// it holds is no problem.
+/// All problems that prevent the start of a daemon with this configuration. `running`: a daemon already runs, so the
+/// resources that it uses are not a problem.
 #[must_use]
 pub fn problems(config: &Config, running: bool) -> Vec<Problem> {
     let stopped = if running { &[] } else { CHECKS_WHILE_STOPPED };
     CHECKS.iter().chain(stopped).flat_map(|check| check(config)).collect()
 }
 
-/// The same for the start itself. A daemon that runs already is the only problem then: it holds the ports.
+/// The same before an actual start. If a daemon already runs, that is the only problem: its ports are in use.
 ///
 /// # Errors
 /// [`Blocked`], with all problems.
@@ -77,7 +78,7 @@ pub fn pass(config: &Config) -> Result<(), Blocked> {
     if problems.is_empty() { Ok(()) } else { Err(Blocked(problems)) }
 }
 
-/// Another daemon has locked the socket. Whether it would answer does not matter, so it is not asked.
+/// Whether another daemon has locked the socket. It is not contacted, because the lock alone decides.
 fn another(config: &Config) -> Option<Problem> {
     let socket = config.server.admin_socket();
     let lock = File::open(admin::lock_file(&socket)).ok()?;
@@ -88,12 +89,12 @@ fn another(config: &Config) -> Option<Problem> {
     })
 }
 
-/// Whether this is a pipe or a device. It is left alone: what is read from it here would be gone when it is needed.
+/// Whether this is a pipe or a device. Such files are not read here, because the content could be read only once.
 fn is_pipe(path: &Path) -> bool {
     path.metadata().is_ok_and(|metadata| !metadata.is_file() && !metadata.is_dir())
 }
 
-/// Every member has a PIN that others cannot read.
+/// Every member has a PIN, and other users cannot read the file.
 fn pins(config: &Config) -> Vec<Problem> {
     let readable = config.hsm.iter().filter(|hsm| !hsm.pin.file().is_some_and(is_pipe));
     let problem = |error: PinError| {
@@ -108,7 +109,7 @@ fn pins(config: &Config) -> Vec<Problem> {
     readable.filter_map(|hsm| hsm.read_pin().err()).map(problem).collect()
 }
 
-/// Certificate, key and authorities of TLS can be used.
+/// The TLS certificate, key and CA certificates are usable.
 fn tls(config: &Config) -> Vec<Problem> {
     let Some(settings) = &config.server.tls else { return Vec::new() };
     let mut files = [&*settings.certificate, &settings.key].into_iter().chain(settings.clients.authorities());
@@ -123,7 +124,7 @@ fn tls(config: &Config) -> Vec<Problem> {
     vec![Problem { check: "tls", what: error.to_string(), remedy: remedy.to_owned() }]
 }
 
-/// The state folder is a folder, if it is there: it is made at the start.
+/// If the state folder exists, it is a folder. Otherwise it is created at the start.
 fn folder(config: &Config) -> Vec<Problem> {
     let path = &config.server.state;
     if path.metadata().map_or(true, |metadata| metadata.is_dir()) {
@@ -133,7 +134,7 @@ fn folder(config: &Config) -> Vec<Problem> {
     vec![Problem { check: "folder", what, remedy: "move it away, or change server.state".to_owned() }]
 }
 
-/// The administrators' sockets can be made.
+/// The administrators' sockets can be created.
 fn sockets(config: &Config) -> Vec<Problem> {
     let mut found = Vec::new();
     let folder = config.server.sockets();
@@ -142,13 +143,13 @@ fn sockets(config: &Config) -> Vec<Problem> {
             let remedy = "set server.sockets to a folder with a shorter path, such as /run/claviger";
             found.push(Problem { check: "socket", what: error.to_string(), remedy: remedy.to_owned() });
         }
-        // A socket that an earlier daemon left is replaced; anything else there is somebody's.
+        // A socket of an earlier daemon is replaced; any other file is an error.
         if path.symlink_metadata().is_ok_and(|metadata| !metadata.file_type().is_socket()) {
             let what = format!("{} is in the place of the socket, and is none", path.display());
             found.push(Problem { check: "socket", what, remedy: "move it away".to_owned() });
         }
     }
-    // The state folder is made at the start; this one is not.
+    // The state folder is created at the start, but this folder is not.
     if config.server.sockets.is_some() && !folder.is_dir() {
         let what = format!("the folder of the sockets {} does not exist", folder.display());
         let remedy = "create it, for the daemon's user alone, or change server.sockets".to_owned();
@@ -157,7 +158,7 @@ fn sockets(config: &Config) -> Vec<Problem> {
     found
 }
 
-/// The groups that may use the sockets exist.
+/// The groups for the sockets exist.
 fn groups(config: &Config) -> Vec<Problem> {
     let server = &config.server;
     let named = [("server.admin_group", &server.admin_group), ("server.review_group", &server.review_group)];
@@ -169,7 +170,7 @@ fn groups(config: &Config) -> Vec<Problem> {
     named.into_iter().filter_map(missing).collect()
 }
 
-/// The addresses can be listened on.
+/// The addresses are free.
 fn ports(config: &Config) -> Vec<Problem> {
     let server = &config.server;
     let named = [("server.listen", server.listen), ("server.metrics", server.metrics)];
@@ -183,8 +184,8 @@ fn ports(config: &Config) -> Vec<Problem> {
     found
 }
 
-/// Why nobody could listen on this address now. Nothing listens in this trial, so a daemon that starts at the same moment is
-/// not disturbed. Whether a port below 1024 is allowed depends on who starts the daemon, so that is left to its start.
+/// Why this address cannot be bound now, if so. The test socket does not listen, so it does not disturb a daemon that
+/// starts at the same moment. The permission for ports below 1024 depends on the user, so it is not checked here.
 fn try_bind(address: SocketAddr) -> Option<io::Error> {
     bind_socket(address).err().filter(|error| error.kind() != ErrorKind::PermissionDenied)
 }
@@ -203,7 +204,7 @@ fn port(setting: &str, address: SocketAddr, error: &io::Error) -> Problem {
 
 fn overlap(one: SocketAddr, other: SocketAddr) -> bool {
     let (a, b) = (one.ip(), other.ip());
-    // [::] takes IPv4 as well.
+    // [::] includes IPv4.
     let wide = a.is_unspecified() && (a.is_ipv6() || b.is_ipv4()) || b.is_unspecified() && (b.is_ipv6() || a.is_ipv4());
     one.port() != 0 && one.port() == other.port() && (a == b || wide)
 }
@@ -216,7 +217,7 @@ mod tests {
     use std::net::TcpListener;
     use std::os::unix::fs::PermissionsExt;
 
-    /// A configuration whose ports the kernel chooses.
+    /// A configuration in which the kernel selects the ports.
     fn config() -> (tempfile::TempDir, Config) {
         let folder = tempfile::tempdir().unwrap();
         let mut config = Config::default();
@@ -226,7 +227,7 @@ mod tests {
         (folder, config)
     }
 
-    /// The only problem has these words.
+    /// Checks that there is exactly one problem, with these words.
     fn only(config: &Config, running: bool, check: &str, words: &[&str]) {
         let found = problems(config, running);
         let texts: Vec<_> = found.iter().map(ToString::to_string).collect();

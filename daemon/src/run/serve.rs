@@ -1,7 +1,7 @@
 //! `claviger serve`: start, serve, stop.
 //!
-//! Every wait for a module, a disk, a log or the service manager has a time limit: one that hangs cannot block the daemon. A
-//! stop signal takes effect at any time.
+//! Every wait for a module, a disk, a log or the service manager has a time limit: one that hangs cannot block the
+//! daemon. A stop signal takes effect at any time.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -19,22 +19,23 @@ use crate::observe::log;
 use crate::sys::failure::Failure;
 use crate::sys::process;
 
-/// Threads of a daemon beside the runtime's and those of its members: the audit trail's, and one to announce its addresses.
+/// Threads in addition to those of the runtime and the members: one for the audit trail, and one that announces the
+/// addresses.
 const OWN_THREADS: usize = 2;
-/// Threads that a member cannot do without: its worker process has one that waits for the end, and one for a session.
+/// Minimum number of threads for a member: one waits for the end of its worker process, one runs a session.
 const MEMBER_THREADS: usize = 2;
-/// How long an interrupted start may take to clean up.
+/// Time limit for cleaning up after an interrupted start.
 const ABANDON: Duration = Duration::from_secs(1);
 /// Time that shutdown may take after `server.drain_timeout_ms`, for administrators' commands, HSM sessions and the audit
 /// trail.
 const STOP_MARGIN: Duration = Duration::from_secs(35);
-/// How long work on files may go on after the stop.
+/// Time limit for file operations after the stop.
 const LAST_FILES: Duration = Duration::from_secs(2);
 
-/// Serves until a signal tells it to stop.
+/// Runs until a signal stops it.
 ///
 /// # Errors
-/// Why it cannot start, or did not stop in time.
+/// Why the daemon cannot start, or why it did not stop in time.
 pub fn run(file: PathBuf, starting: &Starting) -> Result<(), Failure> {
     process::no_core_dumps()?;
     process::raise_open_files()?;
@@ -44,12 +45,12 @@ pub fn run(file: PathBuf, starting: &Starting) -> Result<(), Failure> {
     let cluster = load_cluster(&config, WorkerProgram::this_executable())?;
     let runtime = threads::runtime(needed_threads(&config))?;
     let result = runtime.block_on(serve(file, config, cluster, starting));
-    // A thread that hangs in a disk is left behind.
+    // A thread that hangs in a disk operation is abandoned.
     runtime.shutdown_timeout(LAST_FILES);
     result
 }
 
-/// Beside those of the runtime.
+/// Threads in addition to those of the runtime.
 #[must_use]
 pub fn needed_threads(config: &Config) -> usize {
     OWN_THREADS + MEMBER_THREADS * config.hsm.len()
@@ -62,7 +63,7 @@ async fn serve(file: PathBuf, config: Config, cluster: Cluster, starting: &Start
     starting.done();
     let drain = config.server.drain_timeout();
     let announcer = log::Announcer::start();
-    // A task of its own: whatever it waits for, the signal is heard here.
+    // A separate task: this one can then react to a signal, whatever the start waits for.
     let mut start = tokio::spawn(Daemon::start(config, cluster.clone()));
     let daemon = tokio::select! {
         biased;
@@ -78,7 +79,7 @@ async fn serve(file: PathBuf, config: Config, cluster: Cluster, starting: &Start
     let daemon = match daemon {
         Ok(Ok(daemon)) => daemon,
         failed => {
-            // A vendor's library does not survive the end of the process with threads inside.
+            // A vendor's library may crash if the process ends while the library's threads run.
             cluster.close().await;
             return Err(match failed {
                 Ok(Err(error)) => error.into(),
@@ -102,7 +103,7 @@ async fn serve(file: PathBuf, config: Config, cluster: Cluster, starting: &Start
     Ok(())
 }
 
-/// Tells the service manager that the daemon is ready, and reloads the configuration on `SIGHUP`.
+/// Reports to the service manager that the daemon is ready, and reloads the configuration on `SIGHUP`.
 fn follow(
     hangups: tokio::signal::unix::Signal,
     hangup: Hangup,

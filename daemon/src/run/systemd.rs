@@ -1,7 +1,8 @@
-//! What systemd is told: sd_notify(3). Without systemd (`NOTIFY_SOCKET` is not set) all of this does nothing.
+//! Messages to systemd: sd_notify(3). Without systemd (`NOTIFY_SOCKET` is not set) these functions do nothing.
 //!
-//! Ready means that the daemon listens, with its state and audit trail open, not that an HSM serves: a daemon that waits for an
-//! HSM has not failed, and a restart would not bring the HSM back. Whether keys can be released is what `/ready` says.
+//! "Ready" means that the daemon listens and that its state and audit trail are open. It does not mean that an HSM is
+//! up: a daemon that waits for an HSM has not failed, and a restart would not help. `/ready` says whether keys can be
+//! released.
 
 use std::io;
 use std::os::linux::net::SocketAddrExt;
@@ -12,15 +13,15 @@ use std::time::Duration;
 use sd_notify::NotifyState;
 
 const SOCKET_VARIABLE: &str = "NOTIFY_SOCKET";
-/// How long a service manager may take to accept a message.
+/// Time limit for the service manager to accept a message.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// The daemon serves, or does so with its new configuration.
+/// Reports that the daemon is running, also after a reload.
 pub async fn ready() {
     tell(&[NotifyState::Ready]).await;
 }
 
-/// The daemon reads its configuration again; [`ready`] has to follow.
+/// Reports that the daemon reloads its configuration. [`ready`] must follow.
 pub async fn reloading() {
     match NotifyState::monotonic_usec_now() {
         Ok(now) => tell(&[NotifyState::Reloading, now]).await,
@@ -28,12 +29,12 @@ pub async fn reloading() {
     }
 }
 
-/// The daemon was told to stop.
+/// Reports that the daemon is stopping.
 pub async fn stopping() {
     tell(&[NotifyState::Stopping]).await;
 }
 
-/// Tells systemd's watchdog, where it wants that, in half of its time that the runtime still runs tasks. Never ends.
+/// If systemd's watchdog is on, reports twice in its interval that the runtime still runs tasks. Never returns.
 pub async fn watchdog() {
     let Some(pause) = sd_notify::watchdog_enabled().map(|time| time / 2).filter(|pause| *pause > Duration::ZERO) else {
         return std::future::pending().await;
@@ -42,12 +43,13 @@ pub async fn watchdog() {
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
-        // Sent by a thread that may block: files, and with them the state, are read on such threads, too.
+        // Sent from a blocking thread, because file access, including the state's, uses these threads: the watchdog
+        // must notice if they all hang.
         tell(&[NotifyState::Watchdog]).await;
     }
 }
 
-/// On a thread that may block: a service manager that stands still must not stop one that serves.
+/// Sends a message from a blocking thread: a service manager that hangs must not block the daemon.
 async fn tell(state: &[NotifyState<'_>]) {
     let message: String = state.iter().map(|state| format!("{state}\n")).collect();
     let told = tokio::task::spawn_blocking(move || send(&message));

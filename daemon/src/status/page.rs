@@ -1,7 +1,7 @@
-//! The status page: one document without scripts, that loads itself anew.
+//! The status page: one document without scripts, which reloads itself.
 //!
-//! It is for the moment when everything else is down, so it needs nothing: no file, no other server, no script. The last hour
-//! comes from the process itself.
+//! The page must work when everything else is down, so it depends on nothing: no file, no other server, no script. The
+//! process itself holds the data of the last hour.
 
 use std::fmt::Write;
 use std::time::{Duration, SystemTime};
@@ -14,14 +14,14 @@ use super::verdict::{Level, Verdict};
 use crate::observe::history::{INTERVAL, MemberPoint, POINTS, Point};
 use crate::observe::metrics::{Readings, SLO_SECONDS};
 
-/// Seconds after which the page loads itself anew.
+/// Seconds between reloads of the page.
 const REFRESH: u32 = 5;
-/// Width of a graph, in its own units: one for each interval.
+/// Width of a graph in its own units: one per interval.
 const WIDTH: usize = POINTS;
 /// Height of a graph, in its own units.
 const HEIGHT: f64 = 100.0;
 
-/// Writes the page of the daemon on `node`.
+/// Renders the page of the daemon on `node`.
 pub(super) fn render(verdict: &Verdict, node: &str, readings: &Readings, points: &[Point], now: SystemTime) -> String {
     let level = match verdict.level {
         Level::Good => "good",
@@ -75,7 +75,7 @@ pub(super) fn render(verdict: &Verdict, node: &str, readings: &Readings, points:
     page
 }
 
-/// The numbers of the moment.
+/// The tiles with the current numbers.
 fn tiles(readings: &Readings, last: Option<&Point>) -> String {
     let rate = |count: fn(&Point) -> u64| last.map_or(0.0, |point| per_second(count(point), point));
     let quantile = |of: fn(&(Duration, Duration)) -> Duration| {
@@ -102,7 +102,7 @@ fn tiles(readings: &Readings, last: Option<&Point>) -> String {
     text
 }
 
-/// Releases per second: what succeeded, and on top what failed.
+/// The graph of releases per second: successful ones, with failed ones on top.
 fn releases(points: &[Point]) -> String {
     let success = |point: &Point| per_second(point.success, point);
     let all = |point: &Point| per_second(point.success + point.failed, point);
@@ -116,7 +116,7 @@ fn releases(points: &[Point]) -> String {
     graph("Releases per second", legend, &number(top), &drawing)
 }
 
-/// How long releases took.
+/// The graph of release latency.
 fn latency(points: &[Point]) -> String {
     let seconds = |of: fn(&(Duration, Duration)) -> Duration| {
         move |point: &Point| point.latency.as_ref().map(|latency| of(latency).as_secs_f64())
@@ -149,7 +149,7 @@ fn graph(title: &str, legend: &str, top: &str, drawing: &str) -> String {
 const AXIS: &str =
     "<div class=\"axis\"><span>60 min ago</span><span>45</span><span>30</span><span>15</span><span>now</span></div>";
 
-/// The place of a point on the time axis; the newest is at the right edge.
+/// Position of a point on the time axis. The newest point is at the right edge.
 fn place(points: &[Point], at: usize) -> usize {
     WIDTH - points.len().min(WIDTH) + at
 }
@@ -158,7 +158,7 @@ fn height(value: f64, top: f64) -> f64 {
     HEIGHT - (value / top).min(1.0) * HEIGHT
 }
 
-/// Filled steps from the ground.
+/// A filled step graph.
 fn area(points: &[Point], top: f64, value: impl Fn(&Point) -> f64) -> String {
     let mut path = format!("M{} {HEIGHT}", place(points, 0));
     for point in points {
@@ -169,7 +169,7 @@ fn area(points: &[Point], top: f64, value: impl Fn(&Point) -> f64) -> String {
     path
 }
 
-/// Steps, with a gap where there is no value.
+/// A step graph with gaps where there is no value.
 fn line(points: &[Point], top: f64, value: impl Fn(&Point) -> Option<f64>) -> String {
     let mut path = String::new();
     let mut drawing = false;
@@ -190,7 +190,7 @@ fn line(points: &[Point], top: f64, value: impl Fn(&Point) -> Option<f64>) -> St
     path
 }
 
-/// A member: its state, its hour, its numbers. `top` is the most operations a second that a strip shows.
+/// The card of a member: state, last hour, numbers. `top` is the operations per second at full height of the strip.
 fn card(member: &MemberStatus, points: &[Point], top: f64, now: SystemTime) -> String {
     let up = member.state == MemberState::Up;
     let mut text = format!(
@@ -206,7 +206,7 @@ fn card(member: &MemberStatus, points: &[Point], top: f64, now: SystemTime) -> S
         if up {
             facts.push(format!("{} operations/s", number(per_second(of.calls, point))));
         }
-        // A call is counted when it returns: after one that hung these would be about another time.
+        // A call is counted when it returns. After a hanging call, the numbers would belong to an earlier interval.
         let time = point.lasted.as_secs_f64() * member.sessions_limit.max(1) as f64;
         if up
             && of.worked.as_secs_f64() <= time
@@ -248,12 +248,12 @@ fn of_member<'p>(name: &str, point: &'p Point) -> Option<&'p MemberPoint> {
     point.members.iter().find(|of| of.name == name)
 }
 
-/// Operations a second of a member in an interval at whose end it served.
+/// Operations per second of a member in an interval; `None` if the member was not up at its end.
 fn served(name: &str, point: &Point) -> Option<f64> {
     of_member(name, point).filter(|of| of.state == MemberState::Up).map(|of| per_second(of.calls, point))
 }
 
-/// A member's hour: what it did where it was up, and a full band where it was not.
+/// The last hour of a member: its operations while it was up, a filled band while it was not.
 fn strip(name: &str, points: &[Point], top: f64) -> String {
     let states = points.iter().enumerate().map(|(at, point)| {
         let shade = of_member(name, point).map(|of| if of.closings > 0 { "bad" } else { shade(of.state) });
@@ -296,7 +296,7 @@ fn shade(state: MemberState) -> &'static str {
 fn words(state: MemberState) -> &'static str {
     match state {
         MemberState::PinRefused => "PIN refused",
-        // For moments only, again and again.
+        // This state lasts only for moments and occurs repeatedly.
         MemberState::Probing => MemberState::Down.name(),
         other => other.name(),
     }
@@ -306,18 +306,18 @@ fn per_second(count: u64, point: &Point) -> f64 {
     count as f64 / point.lasted.as_secs_f64().max(0.001)
 }
 
-/// The next of 1, 2, 5, 10, 20 …
+/// Rounds up to 1, 2, 5, 10, 20 …
 fn round_up(value: f64) -> f64 {
     let power = 10f64.powf(value.log10().floor());
     [1.0, 2.0, 5.0, 10.0].into_iter().map(|step| step * power).find(|edge| *edge >= value).unwrap_or(10.0 * power)
 }
 
-/// Two digits, for small numbers.
+/// Formats a number; small numbers get two digits.
 fn number(value: f64) -> String {
     if value == 0.0 || value >= 10.0 { format!("{value:.0}") } else { format!("{value:.1}") }
 }
 
-/// A time that is measured.
+/// Formats a measured duration.
 fn duration(time: Duration) -> String {
     let seconds = time.as_secs_f64();
     if seconds >= 1.0 {
@@ -329,7 +329,7 @@ fn duration(time: Duration) -> String {
     }
 }
 
-/// A time that passes.
+/// Formats an elapsed time.
 fn span(time: Duration) -> String {
     match time.as_secs() {
         seconds @ 0..120 => format!("{seconds} s"),
@@ -345,11 +345,11 @@ fn clock(time: SystemTime) -> String {
 }
 
 fn add(text: &mut String, more: std::fmt::Arguments<'_>) {
-    // Writing to a string does not fail.
+    // Writing to a string cannot fail.
     let _ = text.write_fmt(more);
 }
 
-/// Text, in a document.
+/// Escapes text for the document.
 fn escaped(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
@@ -370,7 +370,7 @@ mod tests {
         render(&judge(&readings, points, 0), "hgs-1", &readings, points, SystemTime::UNIX_EPOCH)
     }
 
-    /// xmllint takes the document for one without errors, but for elements of SVG, which it does not know.
+    /// Checks that xmllint finds no errors, apart from SVG elements, which it does not know.
     fn assert_well_formed(page: &str) {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), page).unwrap();
@@ -433,7 +433,7 @@ mod tests {
     fn graphs_show_what_was() {
         let mut points = vec![point(10, 10), point(40, 0)];
         points[0].latency = None;
-        // Two intervals of 10 s at the right edge: 1 and 4 releases a second of 5.
+        // Two intervals of 10 s at the right edge: 1 and 4 releases per second of 5.
         let success = |point: &Point| per_second(point.success, point);
         assert_eq!(area(&points, 5.0, success), "M358 100V80.0h1V20.0h1V100Z");
         let p99 = |point: &Point| point.latency.map(|(_, most)| most.as_secs_f64());

@@ -1,5 +1,5 @@
-//! Whether the daemon can release keys: some member really decrypts and signs, with the primary keys, and nothing on the way
-//! to it refuses every release: the audit trail can be written, connections are taken, and there is memory for requests.
+//! Readiness: the daemon is ready if a member really decrypts and signs with the primary keys, and nothing else blocks
+//! releases: the audit trail can be written, connections are accepted, and memory for requests is available.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -13,32 +13,32 @@ use crate::request::Attempt;
 use crate::service::Service;
 use crate::sys::id::request_id;
 
-/// An answer is good for this long; many askers cost the HSMs one probe.
+/// How long a result is reused, so that many requests cause only one probe.
 const FRESH: Duration = Duration::from_secs(1);
-/// How long one member may take, and the disk of the audit trail.
+/// Time limit for a member, and for the disk of the audit trail.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// With less room than this on its disk, in bytes, the audit trail is about to be refused.
+/// Minimum free disk space in bytes; with less, the audit trail is about to fail.
 const LEAST_ROOM: u64 = 64 * 1024;
 
-/// The last answer.
+/// The last result.
 #[derive(Debug, Default)]
 pub struct Readiness(Mutex<Last>);
 
 #[derive(Debug, Default)]
 struct Last {
     answer: Option<(Instant, Result<String, String>)>,
-    /// A look at the disk that has not come back.
+    /// A disk query that has not returned yet.
     look: Option<JoinHandle<Option<u64>>>,
 }
 
 impl Readiness {
-    /// The name of a member that just decrypted and signed, or why no release can be done. `blocked` is what is known of the
-    /// service's listener.
+    /// Returns the name of a member that just decrypted and signed, or why releases are impossible. `blocked` is the
+    /// state of the service's listener.
     ///
     /// # Errors
-    /// A sentence for a person.
+    /// One sentence for people.
     pub async fn check(&self, service: &Service, blocked: &Blocked) -> Result<String, String> {
-        // Held over the probe: a caller that comes meanwhile waits for its answer instead of probing too.
+        // Hold the lock during the probe: concurrent callers wait for its result instead of probing as well.
         let mut last = self.0.lock().await;
         if let Some((_, answer)) = last.answer.as_ref().filter(|(at, _)| standstill::since(*at) < FRESH) {
             return answer.clone();
@@ -60,11 +60,11 @@ impl Readiness {
     }
 }
 
-/// Whether the next line of the audit trail would be written.
+/// Checks that the audit trail can be written.
 async fn probe_trail(service: &Service, look: &mut Option<JoinHandle<Option<u64>>>) -> Result<(), String> {
     if let Some(why) = service.audit.refuses() {
-        // Without a release nothing would be written, and nobody sends releases to a daemon that is not ready: so this is
-        // tried. Where it succeeds, the trail says that there was a gap.
+        // A daemon that is not ready gets no releases, so nothing else would test the trail again: write a record now.
+        // If this succeeds, the trail shows that there was a gap.
         let entry = Attempt::new(request_id()).entry("audit.resumed", "success");
         let written = standstill::timeout(PATIENCE, service.audit.administration(&entry));
         if !written.await.unwrap_or(false) {
@@ -73,18 +73,18 @@ async fn probe_trail(service: &Service, look: &mut Option<JoinHandle<Option<u64>
     }
     let file = service.config.load().server.audit_file();
     match one_at_a_time(look, PATIENCE, move || room_at(file)).await {
-        // Grants have a reserve besides.
+        // Grants also have a reserve.
         Some(Some(room)) if room.saturating_add(service.audit.reserve_left()) < LEAST_ROOM => {
             Err(format!("the disk of the audit trail is full: {room} bytes are free"))
         }
-        // Not every file system says how much room it has.
+        // Some file systems do not report their free space.
         Some(_) => Ok(()),
         None => Err("the disk of the audit trail does not answer".to_owned()),
     }
 }
 
-/// Does `work` on a thread that may block, unless what was begun before has not come back: a disk that hangs is to keep one
-/// thread, and not one for each that asks. `None`: not within `patience`.
+/// Runs `work` on a blocking thread, unless the previous call has not returned: a disk that hangs may occupy only one
+/// thread. `None`: no result within `patience`.
 async fn one_at_a_time<T: Default + Send + 'static>(
     begun: &mut Option<JoinHandle<T>>,
     patience: Duration,
@@ -96,7 +96,7 @@ async fn one_at_a_time<T: Default + Send + 'static>(
     Some(done.unwrap_or_default())
 }
 
-/// How many bytes this process may still write to the file system of `file`, where that is known.
+/// Bytes that this process may still write to the file system of `file`, if known.
 fn room_at(file: PathBuf) -> Option<u64> {
     let file = file.canonicalize().ok()?;
     let metadata = file.metadata().ok()?;
@@ -105,8 +105,8 @@ fn room_at(file: PathBuf) -> Option<u64> {
     Some(blocks.saturating_mul(room.f_frsize))
 }
 
-/// Asks the members that are up, all at the same time, until one proves that it works: by a decryption and a signature with
-/// the primary keys, both checked.
+/// Probes the members that are up, all at the same time, until one succeeds: it has to decrypt and sign with the
+/// primary keys, and both results are verified.
 async fn probe(service: &Service) -> Result<String, String> {
     if let (None, _) | (_, None) = service.registry.keys().primary() {
         return Err("there is no primary encryption or signing certificate".to_owned());
@@ -114,7 +114,7 @@ async fn probe(service: &Service) -> Result<String, String> {
     let mut why = Vec::new();
     let mut asked = JoinSet::new();
     for member in service.cluster.members() {
-        // What is closed is probed as it is due, and what an administrator has drained is not to serve.
+        // Members that are down have their own probes, and drained members must not serve.
         if member.state != MemberState::Up {
             let error = member.last_error.map(|error| error.text).unwrap_or_default();
             why.push(format!("{}: {} {error}", member.name, member.state));
@@ -132,7 +132,7 @@ async fn probe(service: &Service) -> Result<String, String> {
     while let Some(answer) = asked.join_next().await {
         match answer {
             Ok(Ok(name)) => {
-                // The others go on for themselves: what they find out matters as well.
+                // Let the other probes finish, because their results update the members' states.
                 asked.detach_all();
                 return Ok(name);
             }
@@ -140,7 +140,7 @@ async fn probe(service: &Service) -> Result<String, String> {
             Err(error) => why.push(error.to_string()),
         }
     }
-    // By name, whoever answered first.
+    // Sort by name, because the members answer in any order.
     why.sort();
     Err(why.join("; "))
 }
@@ -173,7 +173,7 @@ mod tests {
         answer.send(7).unwrap();
         assert_eq!(ask(Duration::from_secs(60)).await, Some(Some(7)));
         assert_eq!(begun.load(Ordering::SeqCst), 1);
-        // Once the disk has answered, the next question is asked again.
+        // After the disk has answered, the next query runs again.
         answer.send(8).unwrap();
         assert_eq!(ask(Duration::from_secs(60)).await, Some(Some(8)));
         assert_eq!(begun.load(Ordering::SeqCst), 2);

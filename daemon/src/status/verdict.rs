@@ -1,4 +1,4 @@
-//! One sentence for those who have ten seconds: are keys released, and if not, why.
+//! The headline of the status page: whether keys are released, and if not, why.
 
 use std::time::Duration;
 
@@ -7,44 +7,44 @@ use claviger_hsm::{MemberState, MemberStatus};
 use crate::observe::history::Point;
 use crate::observe::metrics::{Readings, SLO_SECONDS};
 
-/// How long audit records may take to be written before the disk is said to hang.
+/// Duration of an audit write after which the disk counts as hanging.
 const DISK_HANGS: Duration = Duration::from_secs(2);
-/// How long before its end a certificate is worth a word, in seconds. The attestation signer renews itself earlier.
+/// Seconds before a certificate's expiry from which it is mentioned. The attestation signer is renewed earlier.
 const EXPIRES_SOON: i64 = 14 * DAY;
-/// For how many days it is said of a key's certificate that it has expired, as the alert does.
+/// Days for which the expiry of a key's certificate is mentioned, like the alert.
 const SAID_FOR: i64 = 7;
 const DAY: i64 = 24 * 3600;
-/// Share of an hour's releases that may fail before somebody should look: the promise of the alerts, 99.9 %.
+/// Share of an hour's releases that may fail without a remark: the objective of the alerts, 99.9 %.
 const MAY_FAIL: f64 = 0.001;
 
-/// How the service is.
+/// State of the service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Level {
-    /// As it should be.
+    /// No problem.
     Good,
-    /// Keys are released, and somebody should look all the same.
+    /// Keys are released, but an administrator should act.
     Degraded,
     /// Keys are not released.
     Bad,
 }
 
-/// What is to be said first.
+/// The result of the evaluation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Verdict {
-    /// How bad it is.
+    /// State of the service.
     pub(super) level: Level,
-    /// The sentence.
+    /// The headline.
     pub(super) headline: String,
-    /// What else deserves a look.
+    /// Further remarks.
     pub(super) remarks: Vec<String>,
 }
 
-/// Judges the moment; `points` are the intervals of the hour before it, `now` in seconds since 1970.
+/// Evaluates the current readings. `points` are the intervals of the last hour, `now` is in seconds since 1970.
 pub(super) fn judge(readings: &Readings, points: &[Point], now: i64) -> Verdict {
     let last = points.last();
     let members = &readings.members;
     let (up, others): (Vec<_>, Vec<_>) = members.iter().partition(|member| member.state == MemberState::Up);
-    // Who was drained is out on an administrator's word.
+    // Drained members are excluded: an administrator took them out of service.
     let wanting: Vec<_> = others.iter().filter(|member| !is_drained(member)).collect();
     let count = |of: fn(&Point) -> u64| last.map_or(0, of);
     let (success, failed, refused) =
@@ -124,13 +124,13 @@ pub(super) fn judge(readings: &Readings, points: &[Point], now: i64) -> Verdict 
     };
     let level = if remarks.is_empty() { Level::Good } else { Level::Degraded };
     if lost > failed && !many {
-        // Worth a word, and no alarm.
+        // A remark, but not a degraded state.
         remarks.push(before);
     }
     Verdict { level, headline, remarks }
 }
 
-/// What there is to say of a certificate's end. One of a key serves on when it has expired, and stays for old protectors.
+/// Describes the expiry of a certificate. A certificate of a key stays in use after its expiry, for old protectors.
 fn expiry((kind, name, end): &(&'static str, String, i64), now: i64) -> Option<String> {
     let (left, past) = ((end - now).div_euclid(DAY), (now - end).div_euclid(DAY));
     if *end >= now {

@@ -7,15 +7,15 @@ use claviger_protocol::build::Unsigned;
 use claviger_protocol::error::Refusal;
 use claviger_protocol::protector::TransportKey;
 
-/// A protector that is complete but for being written out: what it shares with others of its set is kept once for all of them.
+/// A protector that is complete but not written out yet. The parts that it shares with its set are stored once per set.
 #[derive(Debug)]
 pub(crate) struct Egress {
     pub(crate) key: TransportKey,
     pub(crate) unsigned: Unsigned,
-    /// The Id of the wrapping whose signing key made the signature.
+    /// Id of the wrapping whose signing key made the signature.
     pub(crate) guardian: u32,
     pub(crate) signature: Vec<u8>,
-    /// Who signed.
+    /// Name of the member that signed.
     pub(crate) member: Arc<str>,
 }
 
@@ -25,10 +25,10 @@ impl Egress {
         &self.member
     }
 
-    /// The protector file and its SHA-256.
+    /// Writes the protector file; returns the file and its SHA-256.
     ///
     /// # Errors
-    /// When it would be larger than a protector may be.
+    /// The file would be larger than a protector may be.
     pub(crate) fn write(&self) -> Result<(Vec<u8>, [u8; 32]), Refusal> {
         let file = self.unsigned.finish(self.guardian, SignatureAlgorithm::DEFAULT, self.signature.clone())?;
         let mut sha256 = [0; 32];
@@ -36,12 +36,12 @@ impl Egress {
         Ok((file, sha256))
     }
 
-    /// The transport key that it protects.
+    /// The transport key in the protector.
     pub(crate) fn into_key(self) -> TransportKey {
         self.key
     }
 
-    /// Bytes of memory that it takes.
+    /// Memory use in bytes.
     pub(crate) fn size(&self) -> usize {
         size_of::<Self>() + self.key.len() + self.unsigned.size() + self.signature.capacity()
     }

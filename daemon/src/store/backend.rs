@@ -1,4 +1,4 @@
-//! What every store does: `sqlite`, `etcd`.
+//! The interface of the stores `sqlite` and `etcd`.
 
 use std::fmt;
 use std::sync::Arc;
@@ -9,44 +9,44 @@ use tokio::sync::watch;
 use super::contents::Contents;
 use super::error::StateError;
 
-/// Makes a change in a copy of the contents. It may be called several times, each time with newer contents; the last outcome
-/// counts.
+/// Makes a change in a copy of the contents. It may be called several times, each time with newer contents; the last
+/// result counts.
 pub(super) type Decision<'a> = &'a mut dyn FnMut(&mut Contents) -> Result<(), StateError>;
 
-/// Where the contents are kept.
+/// A store of the contents.
 pub(super) trait Store: fmt::Debug + Send {
-    /// The contents now: the same value for as long as nothing has changed.
+    /// The current contents: the same value as long as nothing has changed.
     ///
     /// # Errors
-    /// When the store cannot be reached. Single tables that cannot be read say so themselves.
+    /// The store cannot be reached. A single unreadable table reports its own error when it is used.
     fn contents(&self) -> Result<Arc<Contents>, StateError>;
 
-    /// Makes a change, all of it or nothing, of the contents that it was decided on.
+    /// Makes a change atomically, based on the contents on which it was decided.
     ///
     /// # Errors
-    /// Those of `decide`, and then nothing is changed; or when the store cannot be written.
+    /// The error of `decide`, in which case nothing is changed; or the store cannot be written.
     fn change(&mut self, decide: Decision<'_>) -> Result<(), StateError>;
 
-    /// The log of the baseline that was added under this name at this time, if it has one.
+    /// The log of the baseline that was added under this name at this time, if any.
     ///
     /// # Errors
-    /// When the store cannot be read.
+    /// The store cannot be read.
     fn baseline_log(&self, name: &str, added: i64) -> Result<Option<Vec<u8>>, StateError>;
 
-    /// How well a store on other machines is followed; `None` for one on this machine.
+    /// The state of the connection to a remote store; `None` for a local store.
     fn condition(&self) -> Option<Condition>;
 
-    /// Tells of new contents, if the store does.
+    /// Notifies about new contents, if the store supports that.
     fn changes(&self) -> Option<watch::Receiver<()>>;
 }
 
-/// How well a store on other machines is followed.
+/// The state of the connection to a remote store.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Condition {
-    /// The endpoint that is followed; otherwise why none is.
+    /// The connected endpoint, or why there is none.
     pub link: Result<String, String>,
-    /// How old the contents may be.
+    /// Maximum age of the contents.
     pub age: Duration,
-    /// The revision of the store that they have.
+    /// The store's revision of the contents.
     pub revision: i64,
 }

@@ -8,10 +8,10 @@ use super::contents::{Contents, Delta};
 use super::error::StateError;
 use super::records::{Baseline, KeptBaseline, KeptLog};
 
-/// Most baselines of a service. Each attestation is compared with all that are enabled.
+/// Most baselines. Each attestation is compared with all enabled ones.
 pub const MAX_BASELINES: usize = 1_000;
 
-/// Longest name, which is that of an organizational unit in a certificate.
+/// Longest name: the limit of an organizational unit in a certificate.
 const MAX_NAME: usize = 64;
 
 impl Contents {
@@ -23,7 +23,7 @@ impl Contents {
         Ok(self.baselines.values()?.map(|kept| &kept.baseline))
     }
 
-    /// The baseline of a name, without regard to case, and without its log.
+    /// The baseline with this name, ignoring case, without its log.
     ///
     /// # Errors
     /// [`StateError::NotFound`], [`StateError::Unreadable`].
@@ -38,8 +38,8 @@ impl Contents {
     /// Adds a baseline, enabled.
     ///
     /// # Errors
-    /// [`StateError::Invalid`] for an invalid name, or values that lack a PCR; [`StateError::Conflict`] for a name that exists,
-    /// or one more than [`MAX_BASELINES`].
+    /// [`StateError::Invalid`] for an invalid name, or if a required PCR is missing; [`StateError::Conflict`] if the
+    /// name exists or there are already [`MAX_BASELINES`].
     pub fn add_baseline(
         &mut self,
         name: &str,
@@ -59,7 +59,7 @@ impl Contents {
         Ok(added)
     }
 
-    /// Stores a baseline under a name that is free.
+    /// Stores a baseline under an unused name.
     ///
     /// # Errors
     /// As [`Contents::add_baseline`].
@@ -93,7 +93,7 @@ impl Contents {
         removed.map(|kept| kept.baseline.clone()).ok_or_else(|| no_baseline(name))
     }
 
-    /// Forgets the logs of a change that is made: they are in the store.
+    /// After a change was stored, drops its logs from memory: they are in the store.
     pub(super) fn settle(&mut self, made: &Delta) {
         for (name, row) in &made.baselines.put {
             if matches!(row.value.log, KeptLog::New(_)) {
@@ -108,7 +108,7 @@ fn no_baseline(name: &str) -> StateError {
     StateError::NotFound(format!("there is no baseline {name:?}"))
 }
 
-/// Whether this can name a baseline.
+/// Checks that this can be the name of a baseline.
 ///
 /// # Errors
 /// [`StateError::Invalid`].
@@ -121,7 +121,7 @@ pub fn check_baseline_name(name: &str) -> Result<(), StateError> {
     Err(StateError::Invalid(format!("{shown:?} cannot name a baseline; use 1 to 64 letters, digits, '.', '-' or '_'")))
 }
 
-/// Whether these can be a baseline's values.
+/// Checks that these can be a baseline's values.
 ///
 /// # Errors
 /// [`StateError::Invalid`].
@@ -137,7 +137,7 @@ pub(super) fn values_to_text(values: &PcrValues) -> String {
     values.iter().map(|(pcr, value)| format!("{pcr}={}", HEXLOWER.encode(value))).collect::<Vec<_>>().join(" ")
 }
 
-/// Reads what [`values_to_text`] writes.
+/// Parses the format of [`values_to_text`].
 ///
 /// # Errors
 /// [`StateError::Invalid`].

@@ -9,7 +9,7 @@ use super::limits::{check_der, check_key_id};
 use super::records::{Certificate, Kind, NewCertificate, sha256_hex};
 
 impl Contents {
-    /// All key-protection certificates: by kind, the primary one first, then the newest first.
+    /// All key-protection certificates: sorted by kind, the primary one first, then the newest first.
     ///
     /// # Errors
     /// [`StateError::Unreadable`].
@@ -22,12 +22,12 @@ impl Contents {
         rows.into_iter().map(|row| self.limited(&row.value)).collect()
     }
 
-    /// A certificate with the limit of its key.
+    /// A certificate with the restriction of its key.
     fn limited(&self, certificate: &Certificate) -> Result<Certificate, StateError> {
         Ok(Certificate { labels: self.limit_of(&certificate.spki)?, ..certificate.clone() })
     }
 
-    /// What a key is limited to, whether it has certificates or not.
+    /// The restriction of a key, whether it has certificates or not.
     pub(super) fn limit_of(&self, spki: &[u8]) -> Result<Labels, StateError> {
         Ok(self.limits.rows()?.get(spki).map(|row| Labels::clone(&row.value)).unwrap_or_default())
     }
@@ -37,7 +37,7 @@ impl Contents {
         if labels.is_empty() { self.limits.remove(&key).map(drop) } else { self.limits.put(key, labels.clone()) }
     }
 
-    /// The certificate of this kind and thumbprint, without its limit.
+    /// The certificate with this kind and thumbprint, without its restriction.
     pub(super) fn certificate(&self, kind: Kind, thumbprint: &str) -> Result<Option<&Certificate>, StateError> {
         Ok(self.certificates.get(&(kind, thumbprint.to_owned()))?.map(|found| &**found))
     }
@@ -47,17 +47,18 @@ impl Contents {
         found.cloned().ok_or_else(|| StateError::NotFound(format!("there is no {kind} certificate {thumbprint}")))
     }
 
-    /// Stores a certificate in place of the one of its kind and thumbprint. Its labels are those of its key.
+    /// Stores a certificate, replacing the one with its kind and thumbprint. Its labels are those of its key.
     pub(super) fn put_certificate(&mut self, certificate: Certificate) -> Result<(), StateError> {
         let key = (certificate.kind, certificate.thumbprint.clone());
         self.certificates.put(key, Certificate { labels: Labels::default(), ..certificate })
     }
 
-    /// Adds a key-protection certificate, enabled. What its key is limited to holds for it, too: a certificate that was
-    /// renewed must not open to everybody what the one before did not.
+    /// Adds a key-protection certificate, enabled. An existing restriction of its key applies to it: a renewed
+    /// certificate must not give access to more hosts than the previous one.
     ///
     /// # Errors
-    /// [`StateError::Invalid`] for an empty field, [`StateError::Conflict`] when it is there for this kind already.
+    /// [`StateError::Invalid`] for an empty field, [`StateError::Conflict`] if the certificate already exists for this
+    /// kind.
     pub fn add_certificate(&mut self, new: &NewCertificate<'_>, now: i64) -> Result<Certificate, StateError> {
         check_der("a certificate", new.der)?;
         check_der("a certificate's public key", new.spki)?;
@@ -85,7 +86,7 @@ impl Contents {
         Ok(Certificate { is_primary: new.primary, ..added })
     }
 
-    /// Gives a role to one certificate of a kind, and to no other one of that kind.
+    /// Gives a role to one certificate of a kind and removes it from all others of that kind.
     pub(super) fn give_role(&mut self, role: Role, kind: Kind, thumbprint: Option<&str>) -> Result<(), StateError> {
         let all = self.certificates.values()?.filter(|of| of.kind == kind);
         let wrong = all.filter(|of| role.is_of(of) != (Some(&*of.thumbprint) == thumbprint));
@@ -101,10 +102,10 @@ impl Contents {
         Ok(())
     }
 
-    /// Makes a certificate the primary one of its kind; the one that was stays enabled.
+    /// Makes a certificate the primary one of its kind. The previous one stays enabled.
     ///
     /// # Errors
-    /// [`StateError::NotFound`]; [`StateError::Conflict`] when it is disabled.
+    /// [`StateError::NotFound`]; [`StateError::Conflict`] if the certificate is disabled.
     pub fn set_primary(&mut self, kind: Kind, thumbprint: &str) -> Result<(), StateError> {
         if !self.registered_certificate(kind, thumbprint)?.enabled {
             return Err(StateError::Conflict(format!(
@@ -114,10 +115,10 @@ impl Contents {
         self.give_role(Role::Primary, kind, Some(thumbprint))
     }
 
-    /// Makes an enabled signing certificate the one that signs the metadata document; `None`: the primary one does again.
+    /// Selects an enabled signing certificate to sign the metadata document; `None` selects the primary one.
     ///
     /// # Errors
-    /// [`StateError::NotFound`]; [`StateError::Conflict`] when it is disabled.
+    /// [`StateError::NotFound`]; [`StateError::Conflict`] if the certificate is disabled.
     pub fn set_communications(&mut self, thumbprint: Option<&str>) -> Result<(), StateError> {
         if let Some(thumbprint) = thumbprint
             && !self.registered_certificate(Kind::Signing, thumbprint)?.enabled
@@ -129,8 +130,8 @@ impl Contents {
         self.give_role(Role::Communications, Kind::Signing, thumbprint)
     }
 
-    /// Limits the key of a certificate to hosts that have all of `labels`; none: every host. Holds for all certificates of
-    /// that key, which are returned.
+    /// Restricts the key of a certificate to hosts with all of `labels`; without labels, removes the restriction.
+    /// Applies to all certificates of that key, which are returned.
     ///
     /// # Errors
     /// [`StateError::NotFound`]; [`StateError::Invalid`] for too many labels.
@@ -147,10 +148,11 @@ impl Contents {
         of_key.map(|certificate| self.limited(certificate)).collect()
     }
 
-    /// Enables or disables a certificate. The primary one cannot be disabled, nor the one that signs the metadata document.
+    /// Enables or disables a certificate. The primary one and the one that signs the metadata document cannot be
+    /// disabled.
     ///
     /// # Errors
-    /// [`StateError::NotFound`]; [`StateError::Conflict`] for one of those.
+    /// [`StateError::NotFound`]; [`StateError::Conflict`] for these two.
     pub fn enable_certificate(&mut self, kind: Kind, thumbprint: &str, enabled: bool) -> Result<(), StateError> {
         let certificate = self.registered_certificate(kind, thumbprint)?;
         if !enabled {
@@ -159,18 +161,18 @@ impl Contents {
         self.put_certificate(Certificate { enabled, ..certificate })
     }
 
-    /// Removes a certificate. Its key stays in the HSMs, and what that is limited to is remembered. The primary one cannot
-    /// be removed, nor the one that signs the metadata document.
+    /// Removes a certificate. Its key stays in the HSMs, and the key's restriction is kept. The primary certificate and
+    /// the one that signs the metadata document cannot be removed.
     ///
     /// # Errors
-    /// [`StateError::NotFound`]; [`StateError::Conflict`] for one of those.
+    /// [`StateError::NotFound`]; [`StateError::Conflict`] for these two.
     pub fn remove_certificate(&mut self, kind: Kind, thumbprint: &str) -> Result<(), StateError> {
         must_be_spare(&self.registered_certificate(kind, thumbprint)?)?;
         self.certificates.remove(&(kind, thumbprint.to_owned())).map(drop)
     }
 }
 
-/// What at most one certificate of a kind is.
+/// A role that at most one certificate of a kind has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Role {
     Primary,
@@ -186,7 +188,7 @@ impl Role {
     }
 }
 
-/// Refuses to take away a certificate that the service needs.
+/// Fails if the service needs this certificate.
 fn must_be_spare(certificate: &Certificate) -> Result<(), StateError> {
     let (kind, thumbprint) = (certificate.kind, &certificate.thumbprint);
     if certificate.is_primary {
@@ -260,7 +262,7 @@ mod tests {
         assert_eq!(limited(&state), [b"renewed".to_vec(), b"one".to_vec()]);
         let none = state.limit_certificate(Kind::Encryption, &renewed.thumbprint, &Labels::default()).unwrap();
         assert_eq!((none.len(), limited(&state).len()), (2, 0));
-        // It outlives the last certificate of its key.
+        // The restriction outlives the last certificate of the key.
         state.limit_certificate(Kind::Encryption, &one.thumbprint, &acme).unwrap();
         for gone in [&one, &renewed] {
             state.remove_certificate(Kind::Encryption, &gone.thumbprint).unwrap();

@@ -1,27 +1,27 @@
-//! All that is stored, as plain values: what both stores read and write, and what every change is decided on.
+//! The stored data as plain values. Both stores read and write it, and every change is decided on it.
 //!
-//! The rules of the state (names and keys are unique, one primary certificate of a kind, …) are methods of [`Contents`] beside
-//! the records that they concern. They know nothing of files and networks.
+//! The rules of the state (unique names and keys, one primary certificate of a kind, and so on) are methods of
+//! [`Contents`] in the modules of their records. They do not depend on files or networks.
 
 use super::labels::Labels;
 use super::records::{Certificate, Host, KeptBaseline, Kind, RevokedSigner, Signer};
 use super::table::{Changes, Table};
 
-/// All that is stored, at one point in time. Copies share the records.
+/// All stored data at one point in time. Copies share the records.
 #[derive(Clone, Debug, Default)]
 pub struct Contents {
-    /// By names in lower case.
+    /// Key: name in lower case.
     pub(super) hosts: Table<String, Host>,
-    /// By names in lower case.
+    /// Key: name in lower case.
     pub(super) baselines: Table<String, KeptBaseline>,
-    /// By kind and thumbprint. Their limits are in `limits`.
+    /// Key: kind and thumbprint. The restrictions are in `limits`.
     pub(super) certificates: Table<(Kind, String), Certificate>,
-    /// Labels that a host needs, by the public key that is limited to such hosts (DER SubjectPublicKeyInfo). A limit outlives
-    /// the certificates of its key.
+    /// The labels that a host needs for a restricted key. Key: public key (DER SubjectPublicKeyInfo). A restriction
+    /// outlives the certificates of its key.
     pub(super) limits: Table<Vec<u8>, Labels>,
-    /// By thumbprint.
+    /// Key: thumbprint.
     pub(super) signers: Table<String, Signer>,
-    /// By thumbprint.
+    /// Key: thumbprint.
     pub(super) revoked: Table<String, RevokedSigner>,
 }
 
@@ -37,7 +37,7 @@ pub(super) struct Delta {
 }
 
 impl Contents {
-    /// What makes this of `older`.
+    /// The changes that lead from `older` to this.
     pub(super) fn delta_since(&self, older: &Self) -> Delta {
         Delta {
             hosts: self.hosts.changes_since(&older.hosts),

@@ -1,14 +1,14 @@
-//! Why the state cannot be read or changed.
+//! Errors of reading and changing the state.
 
 use std::path::PathBuf;
 
-/// Why the state could not be read or changed.
+/// Why the state cannot be read or changed.
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
-    /// An argument cannot be stored; the text says what would be right.
+    /// An argument is invalid; the text says what is valid.
     #[error("{0}")]
     Invalid(String),
-    /// An argument contradicts a stored record; the text names it.
+    /// An argument conflicts with a stored record; the text names it.
     #[error("{0}")]
     Conflict(String),
     /// The named record does not exist.
@@ -17,57 +17,57 @@ pub enum StateError {
     /// The attestation signer, or its key, was revoked.
     #[error("{0}")]
     Revoked(String),
-    /// The file was written by a newer version of this program.
+    /// A newer version of this program wrote the file.
     #[error("{} has schema version {found}, and this program knows only up to {known}; run the version that wrote it, or a newer one", path.display())]
     TooNew {
         /// The database file.
         path: PathBuf,
         /// Its schema version.
         found: i64,
-        /// The newest schema version that this program knows.
+        /// The newest schema version that this program supports.
         known: i64,
     },
-    /// The folder or file cannot be made or opened.
+    /// The folder or file cannot be created or opened.
     #[error("{} cannot be made or opened: {source}; check that the daemon's user owns the state folder", path.display())]
     File {
         /// The folder or file.
         path: PathBuf,
-        /// What the operating system says.
+        /// The operating system's error.
         source: std::io::Error,
     },
-    /// The file was removed or replaced since it was opened: a change would be lost.
+    /// The file was removed or replaced after it was opened, so a change would be lost.
     #[error("{} is not the file that this daemon opened: it was removed or replaced; start the daemon again", path.display())]
     Replaced {
         /// The database file.
         path: PathBuf,
     },
-    /// SQLite refused a call: disk full, file damaged, or locked by another process for more than 5 seconds.
+    /// SQLite failed: the disk is full, the file is damaged, or another process locked it for more than 5 seconds.
     #[error("the state in {} cannot be used: {source}; check the disk, and that no other program holds the file", path.display())]
     Database {
         /// The database file.
         path: PathBuf,
-        /// What SQLite says.
+        /// The error of SQLite.
         source: rusqlite::Error,
     },
-    /// The records of one table cannot be read; those of the others can.
+    /// The records of one table cannot be read; the other tables are not affected.
     #[error(
         "the {table} in {place} cannot be read: {problem}; bring the state back from a backup, or correct it there"
     )]
     Unreadable {
-        /// The table's name.
+        /// Name of the table.
         table: &'static str,
-        /// The file, or the key of the store.
+        /// The file, or the key in the store.
         place: String,
         /// The cause.
         problem: String,
     },
-    /// No member of etcd that has a majority can be reached.
+    /// No etcd member with a majority can be reached.
     #[error("etcd cannot be reached, so nothing is changed: {reason}; claviger doctor checks the way to it")]
     Unavailable {
         /// The cause.
         reason: String,
     },
-    /// The connection to etcd was lost in the middle of a change.
+    /// The connection to etcd was lost during a change.
     #[error("the connection to etcd was lost, and the change may have been made or not: look before you repeat it")]
     Unknown,
 }

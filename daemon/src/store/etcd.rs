@@ -1,8 +1,8 @@
-//! The state in etcd, for many nodes.
+//! The state in etcd, shared by several nodes.
 //!
-//! A task follows etcd and keeps the contents ([`follower`]). A change is decided on them and made on condition that no other one
-//! was made since ([`calls::commit`]); otherwise it is decided again on what is new.
-//! What cannot be known for certain after a lost connection, whether a change was made, is found out before it is tried again.
+//! A task follows etcd and keeps the contents in memory ([`follower`]). A change is decided on these contents and
+//! written on condition that no other change was made since ([`calls::commit`]). Otherwise it is decided again on the
+//! new contents. If the connection is lost during a write, it is first determined whether the change was made.
 
 mod batch;
 mod calls;
@@ -32,29 +32,29 @@ use calls::{CallError, HeadAt, Outcome};
 use follower::{Link, Shared};
 pub use settings::EtcdSettings;
 
-/// How long the first reading may take.
+/// Time limit for the first read.
 const START: Duration = Duration::from_secs(30);
-/// How long a change may take, with all its attempts.
+/// Time limit for a change, including all attempts.
 const CHANGE: Duration = Duration::from_secs(10);
-/// How long a change waits for another endpoint after one was lost. Later ones are refused at once.
+/// How long a change waits for another endpoint after the connection was lost. Later changes are refused at once.
 const GRACE: Duration = Duration::from_secs(2);
-/// How long a call may take that is made of several, such as the writing of a large change.
+/// Time limit for an operation of several calls, such as writing a large change.
 const LARGE: Duration = Duration::from_secs(60);
 
-/// The state in etcd, followed by a thread of its own.
+/// The state in etcd. Its own thread follows etcd.
 #[derive(Debug)]
 pub(super) struct Etcd {
     shared: Arc<Shared>,
     runtime: Handle,
-    /// Ends the thread when it is dropped.
+    /// Dropping it ends the thread.
     _stop: oneshot::Sender<()>,
 }
 
 impl Etcd {
-    /// Connects, and reads the state.
+    /// Connects to etcd and reads the state.
     ///
     /// # Errors
-    /// [`StateError::Unavailable`] when no endpoint answers within 30 seconds.
+    /// [`StateError::Unavailable`] if no endpoint answers within 30 seconds.
     pub(super) fn open(settings: EtcdSettings) -> Result<Self, StateError> {
         let unavailable = |error: std::io::Error| StateError::Unavailable { reason: error.to_string() };
         let shared = Arc::new(Shared::new(settings));
@@ -79,7 +79,7 @@ impl Etcd {
         }
     }
 
-    /// How well etcd is followed.
+    /// The state of the connection to etcd.
     pub(super) fn condition(&self) -> Condition {
         let followed = self.shared.followed();
         Condition {
@@ -100,7 +100,7 @@ impl Etcd {
         StateError::Unavailable { reason }
     }
 
-    /// Returns the connection. If it was lost a moment ago, waits for a new one until `GRACE` after the loss.
+    /// Returns the connection. If it was just lost, waits for a new one until `GRACE` after the loss.
     fn client(&self) -> Result<Client, StateError> {
         let until = self.shared.followed().lost + GRACE;
         let found = self.shared.wait(until, |followed| match &followed.link {
@@ -110,7 +110,7 @@ impl Etcd {
         found.ok_or_else(|| self.lost())
     }
 
-    /// Makes a call on the thread that drives the connections, and waits for it.
+    /// Runs a call on the thread of the connections, and waits for it.
     fn call<T: Send + 'static>(
         &self,
         call: impl Future<Output = Result<T, CallError>> + Send + 'static,
@@ -127,7 +127,7 @@ impl Etcd {
         })
     }
 
-    /// The contents with the change whose head was written at `at`, or a newer one, and the head that they have.
+    /// The contents that include the change whose head was written at `at`, and their head.
     fn contents_since(&self, at: i64, deadline: Instant) -> Option<(Arc<Contents>, HeadAt)> {
         self.shared.wait(deadline, |followed| {
             let contents = followed.contents.as_ref().filter(|_| followed.head.at >= at)?;
@@ -140,10 +140,11 @@ impl Etcd {
         self.call(async move { calls::read_head(&client, &shared.layout).await })
     }
 
-    /// Finds out whether a change was made whose answer was lost, and makes sure that it is not made any more otherwise.
+    /// After a lost connection, finds out whether a change was made, and otherwise makes sure that it will not be made
+    /// later.
     fn was_made(&self, change: &str, before: &HeadAt, deadline: Instant) -> Option<Outcome> {
         while Instant::now() < deadline {
-            // The follower looks for an endpoint that answers.
+            // The follower searches for an endpoint that answers.
             let Some((client, newest)) = self.client().ok().and_then(|client| {
                 let newest = self.read_head(&client).ok()?;
                 Some((client, newest))
@@ -153,7 +154,7 @@ impl Etcd {
             };
             match &newest.head {
                 Some(head) if head.has(change) => return Some(Outcome::Made(newest.at)),
-                // Another change took its place, and it is known that it is not one of those before that one.
+                // Another change was made instead, and this change is not among the ones before it.
                 Some(head) if newest.at != before.at => {
                     let reaches_back = before.head.as_ref().is_none_or(|before| head.has(&before.change));
                     return reaches_back.then_some(Outcome::Conflict);
@@ -200,7 +201,7 @@ impl Store for Etcd {
             if newest.head.as_ref().is_some_and(|head| head.journal.is_some()) {
                 let cleared =
                     async move { calls::clear_journal(&client, &shared.layout, &newest, &shared.settings.node).await };
-                // When another node was faster, the head says so.
+                // If another node was faster, the head shows it.
                 let _ = self.call(cleared);
                 continue;
             }
@@ -226,7 +227,7 @@ impl Store for Etcd {
             };
             match outcome {
                 Some(Outcome::Made(at)) => {
-                    // This node is to act on it when its caller hears that it is made.
+                    // When the caller learns that the change is made, this node must already use it.
                     if self.contents_since(at, deadline).is_none() {
                         tracing::warn!("a change is made, and this node has not seen it in time");
                     }

@@ -1,9 +1,9 @@
-//! The last evidence of each host: what it proved to have booted, so that an administrator can see what changed before
-//! accepting it, and take a baseline from a host that was just updated.
+//! The last evidence of each host's boot. With it, an administrator can see what changed before accepting it, and
+//! create a baseline from a host that was just updated.
 //!
-//! Evidence is collected in memory and written once a second to a file of its own beside the state, never on the path of an
-//! attestation. There is one record for each host, with a log of bounded size; nothing in it is secret, and no decision
-//! depends on it. A damaged file is moved aside, and an empty one takes its place.
+//! Evidence is collected in memory and written once a second to its own file next to the state, never during an
+//! attestation. There is one record for each host, with a log of limited size. The records are not secret, and no
+//! decision depends on them. If the file is damaged, it is moved away and an empty one is created.
 
 use std::collections::HashMap;
 use std::fs::OpenOptions;
@@ -21,35 +21,35 @@ use rusqlite::{Connection, OptionalExtension, params};
 use super::usage_counts::{UsageError, is_damage, move_aside};
 use crate::observe::log_throttle::Throttle;
 
-/// Maximum total size, in bytes, of the logs that wait to be written. Evidence beyond it is dropped.
+/// Maximum total size of logs that wait to be written, in bytes. Further evidence is dropped.
 const MOST_PENDING: usize = 64 * 1024 * 1024;
 
-/// What a host proved in one attestation.
+/// The evidence of one attestation.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Evidence {
-    /// When, seconds since 1970.
+    /// Time of the attestation, seconds since 1970.
     pub at: i64,
-    /// SHA-256 of the endorsement key of the TPM that proved it, lower-case hexadecimal.
+    /// SHA-256 of the TPM's endorsement key, lower-case hexadecimal.
     pub endorsement_key: String,
     /// The quoted PCR values.
     pub values: PcrValues,
-    /// The event log. It replays to the values of PCRs 0, 2, 4 and 7; nothing proves its events of other PCRs.
+    /// The event log. It replays to the values of PCRs 0, 2, 4 and 7. Events of other PCRs are unproven.
     pub log: Vec<u8>,
-    /// How often the TPM was restarted since its reset.
+    /// Number of times that the TPM was restarted since its last reset.
     pub restart_count: u32,
 }
 
 /// The last evidence of each host.
 #[derive(Debug)]
 pub struct EvidenceStore {
-    /// Locked after `file` where both are held. No I/O happens under this lock.
+    /// Lock order: `file`, then this. No I/O happens under this lock.
     pending: Mutex<Pending>,
     file: Mutex<Connection>,
     /// Whether the last write failed.
     failing: AtomicBool,
 }
 
-/// Evidence that waits to be written, by the host's name in lower case. Its logs have [`MOST_PENDING`] bytes at most.
+/// Evidence that waits to be written, by the host's name in lower case. Its logs have at most [`MOST_PENDING`] bytes.
 #[derive(Debug, Default)]
 struct Pending {
     by_host: HashMap<String, Evidence>,
@@ -58,8 +58,8 @@ struct Pending {
 }
 
 impl Pending {
-    /// Keeps the evidence of a host in place of an earlier one. Returns whether there was room for it; if not, the earlier one
-    /// stays.
+    /// Stores the evidence of a host in place of an earlier one. Returns whether there was room; if not, the earlier
+    /// one stays.
     fn keep(&mut self, host: String, evidence: Evidence) -> bool {
         let replaced = self.by_host.get(&host).map_or(0, |earlier| earlier.log.len());
         let bytes = self.bytes - replaced + evidence.log.len();
@@ -71,8 +71,8 @@ impl Pending {
         true
     }
 
-    /// Takes back what could not be written, as far as there is room and no later evidence of the host came meanwhile. Returns
-    /// how many hosts' evidence is dropped for lack of room.
+    /// Takes back evidence that could not be written, if there is room and no later evidence of the host has arrived.
+    /// Returns the number of hosts whose evidence was dropped.
     fn take_back(&mut self, unwritten: Self) -> usize {
         let mut dropped = 0;
         for (host, evidence) in unwritten.by_host {
@@ -91,7 +91,8 @@ impl Pending {
 }
 
 impl EvidenceStore {
-    /// Opens `evidence.db` in `folder`, which has to exist. A damaged file is replaced by an empty one. Blocks on the file.
+    /// Opens `evidence.db` in `folder`, which must exist. A damaged file is replaced by an empty one. Blocks on the
+    /// file.
     ///
     /// # Errors
     /// See [`UsageError`].
@@ -113,7 +114,7 @@ impl EvidenceStore {
         Ok(Self { pending: Mutex::default(), file: Mutex::new(file), failing: AtomicBool::new(false) })
     }
 
-    /// Keeps the evidence of a host in place of its earlier one.
+    /// Stores the evidence of a host in place of its earlier one.
     pub fn keep(&self, host: &str, evidence: Evidence) {
         static DROPPED: Throttle = Throttle::new();
         let is_kept = self.pending().keep(host.to_ascii_lowercase(), evidence);
@@ -122,9 +123,10 @@ impl EvidenceStore {
         }
     }
 
-    /// Writes the pending evidence. Blocks on the file. What cannot be written stays pending, within the same bound.
+    /// Writes the pending evidence. Blocks on the file. Evidence that cannot be written stays pending, within the same
+    /// limit.
     pub fn flush(&self) {
-        // Locked first: evidence that was taken out of `pending` is in the file before a host can be forgotten.
+        // Lock the file first: a host can then be deleted only after its pending evidence is in the file.
         let mut file = self.file();
         let pending = std::mem::take(&mut *self.pending());
         if pending.by_host.is_empty() {
@@ -146,7 +148,7 @@ impl EvidenceStore {
     /// Returns the last evidence of a host. Blocks on the file.
     ///
     /// # Errors
-    /// When it cannot be read.
+    /// The file cannot be read.
     pub fn of(&self, host: &str) -> rusqlite::Result<Option<Evidence>> {
         self.flush();
         let file = self.file();
@@ -170,7 +172,7 @@ impl EvidenceStore {
     /// Deletes the evidence of a host that was removed. Blocks on the file.
     ///
     /// # Errors
-    /// When it cannot be written.
+    /// The file cannot be written.
     pub fn forget(&self, host: &str) -> rusqlite::Result<()> {
         let file = self.file();
         self.pending().forget(&host.to_ascii_lowercase());
@@ -193,7 +195,8 @@ impl Drop for EvidenceStore {
 }
 
 fn connect(path: &Path) -> rusqlite::Result<Connection> {
-    // SQLite would create the file with the umask's mode. Errors are ignored here: SQLite reports them when it opens the file.
+    // SQLite would create the file with the umask's mode. Ignore errors here: SQLite reports them when it opens the
+    // file.
     let _ = OpenOptions::new().create(true).append(true).mode(0o600).open(path);
     let file = Connection::open(path)?;
     file.busy_timeout(Duration::from_secs(1))?;
@@ -210,7 +213,7 @@ fn connect(path: &Path) -> rusqlite::Result<Connection> {
 fn write(file: &mut Connection, pending: &HashMap<String, Evidence>) -> rusqlite::Result<()> {
     let transaction = file.transaction()?;
     for (host, evidence) in pending {
-        // The protocol bounds a log; the file is bounded whatever the caller passes.
+        // The protocol limits the log; limit the file as well, whatever the caller passes.
         let log = evidence.log.get(..MAX_LOG).unwrap_or(&evidence.log);
         transaction.execute(
             "INSERT OR REPLACE INTO evidence (host, at, endorsement_key, selection, pcrs, log, restart_count)
@@ -268,7 +271,7 @@ mod tests {
             store.keep(&host.to_string(), Evidence { log: vec![0; MAX_LOG], ..evidence(1) });
         }
         assert_eq!(store.pending().by_host.len(), MOST_PENDING / MAX_LOG);
-        // Evidence that takes the place of as much needs no more room.
+        // Evidence that replaces other evidence of the same size needs no more room.
         store.keep("0", Evidence { log: vec![2; MAX_LOG], ..evidence(2) });
         assert_eq!(store.pending().by_host["0"].at, 2);
         store.keep("0", Evidence { log: vec![2; MAX_LOG + 1], ..evidence(3) });
@@ -286,7 +289,7 @@ mod tests {
             hosts.for_each(|host| assert!(pending.keep(host.to_string(), large(at))));
             pending
         };
-        // Meanwhile one of its hosts and half as many others attested.
+        // Meanwhile one of these hosts and half as many other hosts have attested.
         let (unwritten, mut pending) = (of(0..most, 1), of(most - 1..most + most / 2, 2));
         assert_eq!(pending.take_back(unwritten), most / 2);
         assert_eq!((pending.by_host.len(), pending.bytes), (most, MOST_PENDING));

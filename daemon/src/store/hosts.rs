@@ -17,7 +17,7 @@ impl Contents {
         self.hosts.values()
     }
 
-    /// The host of a name, without regard to case.
+    /// The host with this name, ignoring case.
     ///
     /// # Errors
     /// [`StateError::Unreadable`].
@@ -25,7 +25,7 @@ impl Contents {
         self.hosts.get(&name.to_ascii_lowercase())
     }
 
-    /// The host of a public key (DER SubjectPublicKeyInfo).
+    /// The host with this public key (DER SubjectPublicKeyInfo).
     ///
     /// # Errors
     /// [`StateError::Unreadable`].
@@ -37,15 +37,16 @@ impl Contents {
         self.host_by_name(name)?.map(|host| Host::clone(host)).ok_or_else(|| no_host(name))
     }
 
-    /// Stores a host in place of the one of its name.
+    /// Stores a host, replacing the one with its name.
     pub(super) fn put_host(&mut self, host: Host) -> Result<(), StateError> {
         self.hosts.put(host.name.to_ascii_lowercase(), host)
     }
 
-    /// Registers a host, enabled, by a key of this kind (DER SubjectPublicKeyInfo, which the caller has parsed).
+    /// Registers a host, enabled, with a key of this kind (DER SubjectPublicKeyInfo, which the caller has parsed).
     ///
     /// # Errors
-    /// [`StateError::Invalid`] for an invalid name, [`StateError::Conflict`] for a name or a key that is registered.
+    /// [`StateError::Invalid`] for an invalid name, [`StateError::Conflict`] if the name or the key is already
+    /// registered.
     pub fn add_host(
         &mut self,
         kind: HostKind,
@@ -102,10 +103,10 @@ impl Contents {
         Ok(host)
     }
 
-    /// Replaces a host's labels by those that `change` makes of them.
+    /// Replaces a host's labels by the result of `change`.
     ///
     /// # Errors
-    /// [`StateError::NotFound`]; [`StateError::Invalid`] for too many.
+    /// [`StateError::NotFound`]; [`StateError::Invalid`] for too many labels.
     pub fn label_host(&mut self, name: &str, change: impl FnOnce(&Labels) -> Labels) -> Result<Host, StateError> {
         let mut host = self.registered_host(name)?;
         host.labels = change(&host.labels);
@@ -119,7 +120,7 @@ fn no_host(name: &str) -> StateError {
     StateError::NotFound(format!("no host {name:?} is registered"))
 }
 
-/// Whether this can name a host.
+/// Checks that this can be the name of a host.
 ///
 /// # Errors
 /// [`StateError::Invalid`].
@@ -128,7 +129,7 @@ pub fn check_host_name(name: &str) -> Result<(), StateError> {
     if (1..=64).contains(&name.len()) && name.bytes().all(plain) {
         return Ok(());
     }
-    // As much of it as is needed to recognise it: names come from outside and may be of any length.
+    // Names come from outside and may have any length: quote only a part.
     let shown: String = name.chars().take(64).collect();
     Err(StateError::Invalid(format!("{shown:?} cannot name a host; use 1 to 64 letters, digits, '.', '-' or '_'")))
 }

@@ -1,4 +1,4 @@
-//! Taking in what another state holds: nothing that is only here goes away.
+//! Imports the contents of another state. Local records are never removed.
 
 use std::collections::HashMap;
 
@@ -10,37 +10,37 @@ use super::hosts::check_host_name;
 use super::limits::{check_der, check_key_id};
 use super::records::{Baseline, Certificate, Host, Signer};
 
-/// What is to be taken in.
+/// The contents to import.
 #[derive(Clone, Debug, Default)]
 pub struct Import {
-    /// Hosts, found by name and key.
+    /// Hosts, matched by name and key.
     pub hosts: Vec<Host>,
-    /// Baselines, found by name.
+    /// Baselines, matched by name.
     pub baselines: Vec<Baseline>,
-    /// Key-protection certificates, found by kind and thumbprint.
+    /// Key-protection certificates, matched by kind and thumbprint.
     pub certificates: Vec<Certificate>,
-    /// Attestation signers: their health certificates are trusted here, too.
+    /// Attestation signers whose health certificates will be trusted.
     pub signers: Vec<Signer>,
-    /// Whether the one of those that issues there is to issue here. Its key has to be here.
+    /// Whether to use the other service's current signer for issuing. Its key must be in the local HSMs.
     pub adopt_signer: bool,
-    /// Whether hosts that are here get the labels that they have there, with which they may have more keys.
+    /// Whether registered hosts also get the labels in the import, which may give them access to more keys.
     pub loosen: bool,
 }
 
-/// What an import changes, a sentence for each.
+/// The changes of an import, one sentence each.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Merged {
-    /// What becomes different here.
+    /// The changes.
     pub changes: Vec<String>,
-    /// What is different there and stays here as it is: an import lets nobody have more than he has here.
+    /// Differences that were not imported: an import never gives a registered host more access than it has.
     pub skipped: Vec<String>,
 }
 
 impl Contents {
-    /// Takes in another state's content. A refusal may come in the middle: the result is for a copy that is dropped then.
+    /// Imports another state's contents. It may fail halfway: the caller then drops the changed copy.
     ///
     /// # Errors
-    /// [`StateError::Conflict`] where the two contradict each other; [`StateError::Invalid`].
+    /// [`StateError::Conflict`] if the two states contradict each other; [`StateError::Invalid`].
     pub fn import(&mut self, import: &Import, now: i64) -> Result<Merged, StateError> {
         let mut merged = Merged::default();
         let mut names: HashMap<Vec<u8>, String> =
@@ -56,7 +56,7 @@ impl Contents {
         Ok(merged)
     }
 
-    /// `names` are those of the registered hosts, by their keys.
+    /// `names` are the names of the registered hosts, by their keys.
     fn merge_host(
         &mut self,
         new: &Host,
@@ -109,7 +109,7 @@ impl Contents {
         if changed != **old { self.put_host(changed) } else { Ok(()) }
     }
 
-    /// A baseline that is only there lets hosts be healthy here, as a host that is only there does: it is added.
+    /// A new baseline is added, because like a new host it only adds.
     fn merge_baseline(&mut self, new: &Baseline, now: i64, merged: &mut Merged) -> Result<(), StateError> {
         check_baseline_name(&new.name)?;
         check_values(&new.values)?;
@@ -163,7 +163,8 @@ impl Contents {
                     changes.push(format!("the {kind} certificate {thumbprint} is added"));
                 }
             }
-            // A host needs the labels of both. Looked up by the key: that of a certificate that is new here may be limited.
+            // A host needs the labels of both. Search by key: a new certificate may belong to a key that is restricted
+            // here.
             let ours = self.limit_of(&new.spki)?;
             let limit = ours.with(&new.labels);
             limit.check()?;
@@ -210,7 +211,7 @@ impl Contents {
 
     fn merge_signers(&mut self, import: &Import, now: i64, merged: &mut Merged) -> Result<(), StateError> {
         let Merged { changes, skipped } = merged;
-        // Only for one of them it was looked up whether its key is here.
+        // Only for one of them it was checked that its key is here.
         if import.signers.iter().filter(|signer| signer.current).count() > 1 {
             return Err(StateError::Invalid("two attestation signers issue there, and only one can".to_owned()));
         }
@@ -224,7 +225,7 @@ impl Contents {
             }
             let here = self.signers.get(thumbprint)?.map(|here| Signer::clone(here));
             if here.is_none() {
-                // Whatever is said there, it is forgotten here as soon as one that is replaced now.
+                // At most `now`: the signer is then deleted no later than one that is replaced now.
                 self.trust_signer(new, new.replaced.unwrap_or(now).min(now))?;
                 changes.push(format!("health certificates of the attestation signer {thumbprint} are trusted"));
             }
@@ -302,7 +303,7 @@ mod tests {
         assert_eq!((&of(&ids[0]).labels, &of(&ids[1]).labels), (&acme.with(&north), &north));
         assert!(!of(&ids[2]).enabled && !of(&ids[2]).is_primary);
 
-        // A limit is kept for a key that has no certificate now.
+        // The restriction is kept although the key has no certificate now.
         here.remove_certificate(encryption, &ids[1]).unwrap();
         here.import(&exported(&there), 3, true).unwrap();
         assert!(here.certificates().unwrap().iter().any(|c| c.thumbprint == ids[1] && c.labels == north));
@@ -363,7 +364,7 @@ mod tests {
         assert_eq!(here.baselines().unwrap(), []);
         let import = Import { baselines: all[1..].to_vec(), ..Import::default() };
         here.import(&import, 2, true).unwrap();
-        // Those that are here already need no room.
+        // Records that already exist need no room.
         assert_eq!(here.import(&import, 3, true).unwrap(), Merged::default());
     }
 
@@ -430,13 +431,13 @@ mod tests {
         let signers = here.signers().unwrap();
         assert_eq!((signers[0].der.as_slice(), signers[1].replaced), (&b"s"[..], Some(3)));
 
-        // Without its key here, a signer is only trusted.
+        // If its key is not here, a signer is only trusted.
         let current = signers[0].thumbprint.clone();
         here.add_signer(&signer(b"u"), Some(&current), 5).unwrap();
         assert!(here.import(&Import { adopt_signer: false, ..import.clone() }, 6, true).unwrap().changes.is_empty());
         assert_eq!(here.signers().unwrap()[0].der, b"u");
 
-        // What contradicts is refused as a whole.
+        // A contradiction refuses the whole import.
         there.add_host("d", b"d", &Labels::default(), 1).unwrap();
         there.add_host("C", b"other", &Labels::default(), 1).unwrap();
         assert!(message(here.import(&exported(&there), 7, true)).contains("with another key"));

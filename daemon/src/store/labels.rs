@@ -1,4 +1,4 @@
-//! Labels of hosts, by which certificates are limited.
+//! Labels of hosts, to which keys can be restricted.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -8,44 +8,44 @@ use serde::{Deserialize, Serialize};
 
 use super::error::StateError;
 
-/// Most labels that a host or a certificate has.
+/// Most labels of a host or a certificate.
 const MOST: usize = 32;
 
-/// Longest word of a label, before or after its `=`.
+/// Longest part of a label, before or after its `=`.
 const WORD: usize = 64;
 
-/// A set of labels, each a plain word or `key=value`. They are compared as a whole and with regard to case: `site` and
-/// `site=north` have nothing to do with each other.
+/// A set of labels, each a plain word or `key=value`. They are compared as a whole and case-sensitively: `site` and
+/// `site=north` are unrelated.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "Vec<String>", into = "Vec<String>")]
 pub struct Labels(BTreeSet<String>);
 
 impl Labels {
-    /// Whether there is none.
+    /// Whether there are no labels.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// Whether all of `others` are among these.
+    /// Whether this set contains all of `others`.
     #[must_use]
     pub fn have_all(&self, others: &Self) -> bool {
         others.0.is_subset(&self.0)
     }
 
-    /// These and `others`.
+    /// The union with `others`.
     #[must_use]
     pub fn with(&self, others: &Self) -> Self {
         Self(self.0.union(&others.0).cloned().collect())
     }
 
-    /// These without `others`.
+    /// The set without `others`.
     #[must_use]
     pub fn without(&self, others: &Self) -> Self {
         Self(self.0.difference(&others.0).cloned().collect())
     }
 
-    /// Whether so many may be stored.
+    /// Checks that the number of labels can be stored.
     ///
     /// # Errors
     /// [`StateError::Invalid`].
@@ -84,7 +84,7 @@ impl From<Labels> for Vec<String> {
     }
 }
 
-/// As it stands in the state: with a space between two, which no label has inside.
+/// The format in the state: labels separated by spaces, which no label contains.
 impl FromStr for Labels {
     type Err = StateError;
 

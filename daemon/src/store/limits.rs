@@ -1,8 +1,8 @@
-//! How long the fields of records may be.
+//! Length limits of record fields.
 
 use super::error::StateError;
 
-/// Longest public key or certificate that is stored, in bytes of DER.
+/// Longest stored public key or certificate, in bytes of DER.
 const DER_LIMIT: usize = 64 * 1024;
 
 pub(super) fn check_der(what: &str, der: &[u8]) -> Result<(), StateError> {

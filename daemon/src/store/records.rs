@@ -1,4 +1,4 @@
-//! The records that are stored, as plain values. The rules that they obey are in the module of each kind.
+//! The stored records as plain values. The module of each kind has its rules.
 
 use std::fmt;
 use std::sync::Arc;
@@ -10,19 +10,20 @@ use serde::{Deserialize, Serialize};
 use super::error::StateError;
 use super::labels::Labels;
 
-/// What a host attests with.
+/// The kind of key with which a host attests.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum HostKind {
-    /// A key of its own, in host-key mode.
+    /// A host key, in host-key mode.
     #[default]
     HostKey,
-    /// The endorsement key of its TPM, in TPM mode. A host key never passes for one: its owner could sign anything.
+    /// The endorsement key of its TPM, in TPM mode. A host key must never be accepted as one, because its owner could
+    /// sign anything.
     EndorsementKey,
 }
 
 impl HostKind {
-    /// Its name in the state and for people.
+    /// The kind's name in the state and in output.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
@@ -38,41 +39,41 @@ impl fmt::Display for HostKind {
     }
 }
 
-/// A host that may attest.
+/// A registered host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Host {
-    /// Its name, unique without regard to case, as it was given.
+    /// Name as given; unique, ignoring case.
     pub name: String,
-    /// What it attests with.
+    /// Kind of its key.
     pub kind: HostKind,
-    /// The public half of that key: DER SubjectPublicKeyInfo, unique.
+    /// Its public key: DER SubjectPublicKeyInfo, unique.
     pub spki: Vec<u8>,
     /// SHA-256 of [`Host::spki`], 64 lower-case hexadecimal digits.
     pub spki_sha256: String,
-    /// Whether it may attest and be given keys.
+    /// Whether it may attest and get keys.
     pub enabled: bool,
-    /// When it was added, seconds since 1970.
+    /// Time of its registration, seconds since 1970.
     pub added: i64,
-    /// What is said of it; certificates may be limited to hosts of some labels.
+    /// Its labels, to which keys can be restricted.
     pub labels: Labels,
 }
 
-/// PCR values that hosts may have.
+/// Accepted PCR values.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Baseline {
-    /// Its name, unique without regard to case, as it was given.
+    /// Name as given; unique, ignoring case.
     pub name: String,
-    /// The values: at least those of PCRs 0, 4 and 7.
+    /// The PCR values; at least those of PCRs 0, 4 and 7.
     pub values: PcrValues,
-    /// The event log of the host that they were taken from.
+    /// The event log of the host from which the values were taken.
     pub log: Option<Vec<u8>>,
-    /// Whether hosts with these values are healthy.
+    /// Whether hosts with these values are accepted.
     pub enabled: bool,
-    /// When it was added, seconds since 1970. Health certificates from before do not mean this one.
+    /// Time at which it was added, seconds since 1970. Earlier health certificates do not belong to this baseline.
     pub added: i64,
 }
 
-/// A baseline as [`Contents`] has it: logs may be large, and stay in the store.
+/// A baseline in [`Contents`]. Logs may be large, so they stay in the store.
 #[derive(Clone, Debug)]
 pub(super) struct KeptBaseline {
     /// Without its log.
@@ -80,14 +81,14 @@ pub(super) struct KeptBaseline {
     pub(super) log: KeptLog,
 }
 
-/// Where the log of a baseline is.
+/// Location of a baseline's log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum KeptLog {
-    /// It has none.
+    /// There is no log.
     Absent,
-    /// In the store.
+    /// The log is in the store.
     Stored,
-    /// It is to be stored with the baseline.
+    /// The log will be stored with the baseline.
     New(Arc<[u8]>),
 }
 
@@ -98,11 +99,11 @@ impl From<Baseline> for KeptBaseline {
     }
 }
 
-/// What a key-protection certificate is for.
+/// The purpose of a key-protection certificate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Kind {
-    /// It signs protectors.
+    /// Signs protectors.
     Signing,
     /// Transport keys are encrypted to it.
     Encryption,
@@ -141,9 +142,9 @@ impl std::str::FromStr for Kind {
 /// A key-protection certificate whose private key is in the HSMs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Certificate {
-    /// SHA-256 of [`Certificate::der`], 64 lower-case hexadecimal digits; names the certificate in commands.
+    /// SHA-256 of [`Certificate::der`], 64 lower-case hexadecimal digits; identifies the certificate in commands.
     pub thumbprint: String,
-    /// What it is for.
+    /// Its purpose.
     pub kind: Kind,
     /// The certificate, DER.
     pub der: Vec<u8>,
@@ -151,22 +152,22 @@ pub struct Certificate {
     pub key_id: Vec<u8>,
     /// Its public key, DER SubjectPublicKeyInfo.
     pub spki: Vec<u8>,
-    /// Whether new protectors use it; at most one of a kind is primary, and it is enabled.
+    /// Whether new protectors use it. At most one certificate of a kind is primary, and it is enabled.
     pub is_primary: bool,
-    /// Whether protectors that name it are still served.
+    /// Whether protectors with this certificate are served.
     pub enabled: bool,
-    /// When it was added, seconds since 1970.
+    /// Time at which it was added, seconds since 1970.
     pub added: i64,
-    /// Whether it signs the metadata document, in place of the primary signing certificate; at most one does.
+    /// Whether it signs the metadata document in place of the primary signing certificate; at most one does.
     pub is_communications: bool,
-    /// A host needs all of these to be given what its key opens. The same for all certificates of a key.
+    /// The labels that a host needs for its key. The same for all certificates of a key.
     pub labels: Labels,
 }
 
-/// A key-protection certificate that is to be added, enabled.
+/// A key-protection certificate to add, enabled.
 #[derive(Clone, Copy, Debug)]
 pub struct NewCertificate<'a> {
-    /// What it is for.
+    /// Its purpose.
     pub kind: Kind,
     /// The certificate, DER.
     pub der: &'a [u8],
@@ -174,11 +175,11 @@ pub struct NewCertificate<'a> {
     pub key_id: &'a [u8],
     /// Its public key, DER SubjectPublicKeyInfo.
     pub spki: &'a [u8],
-    /// Whether it becomes the primary one of its kind, in place of the one that is.
+    /// Whether it becomes the primary certificate of its kind.
     pub primary: bool,
 }
 
-/// A certificate that issues health certificates, or did.
+/// A certificate that issues, or has issued, health certificates.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Signer {
     /// SHA-256 of [`Signer::der`], 64 lower-case hexadecimal digits.
@@ -191,27 +192,27 @@ pub struct Signer {
     pub not_before: i64,
     /// End of its validity, seconds since 1970.
     pub not_after: i64,
-    /// Whether it issues now; exactly one does once there is any.
+    /// Whether it is the current signer. There is exactly one once a signer exists.
     pub current: bool,
-    /// When another one took its place, seconds since 1970; `None` for the current one.
+    /// Time at which another signer replaced it, seconds since 1970; `None` for the current one.
     pub replaced: Option<i64>,
 }
 
-/// A certificate whose health certificates are refused, though they are in date.
+/// A signer whose unexpired health certificates are rejected.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RevokedSigner {
     /// SHA-256 of its DER, 64 lower-case hexadecimal digits.
     pub thumbprint: String,
-    /// SHA-256 of its public key (DER SubjectPublicKeyInfo), 64 lower-case hexadecimal digits: other certificates of that key
-    /// are revoked, too.
+    /// SHA-256 of its public key (DER SubjectPublicKeyInfo), 64 lower-case hexadecimal digits. Other certificates of
+    /// this key are revoked as well.
     pub spki_sha256: String,
     /// End of its validity, seconds since 1970.
     pub not_after: i64,
-    /// When it was revoked, seconds since 1970.
+    /// Time of the revocation, seconds since 1970.
     pub revoked: i64,
 }
 
-/// A certificate that is to issue health certificates from now on.
+/// The new current signer.
 #[derive(Clone, Copy, Debug)]
 pub struct NewSigner<'a> {
     /// The certificate, DER.

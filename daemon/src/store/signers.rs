@@ -10,7 +10,7 @@ use super::limits::{check_der, check_key_id};
 use super::records::{NewSigner, RevokedSigner, Signer, sha256_hex};
 
 impl Contents {
-    /// All attestation signers, the current one first, then the latest replaced first.
+    /// All attestation signers: the current one, then the others, the last replaced first.
     ///
     /// # Errors
     /// [`StateError::Unreadable`].
@@ -24,7 +24,7 @@ impl Contents {
         self.signers.put(signer.thumbprint.clone(), signer)
     }
 
-    /// Makes this signer the current one, in place of the one that is, as of `now`.
+    /// Makes this signer the current one, as of `now`.
     pub(super) fn make_current(&mut self, signer: Signer, now: i64) -> Result<(), StateError> {
         let replaced: Vec<_> = self.signers.values()?.filter(|signer| signer.current).cloned().collect();
         for other in replaced {
@@ -33,12 +33,12 @@ impl Contents {
         self.put_signer(Signer { current: true, replaced: None, ..signer })
     }
 
-    /// Adds an attestation signer, which becomes the current one in place of the one that `replaces` names, as of `now`.
+    /// Adds an attestation signer as the current one, in place of the signer that `replaces` names, as of `now`.
     ///
     /// # Errors
-    /// [`StateError::Invalid`] for an empty field or validity, [`StateError::Revoked`] when it or another one of its key was
-    /// revoked, [`StateError::Conflict`] when it is there already, or the
-    /// current one is another one: somebody else has made a new one meanwhile, and that one is to be used.
+    /// [`StateError::Invalid`] for an empty field or validity; [`StateError::Revoked`] if it, or another certificate of
+    /// its key, was revoked; [`StateError::Conflict`] if it already exists or `replaces` is not the current one
+    /// (another daemon has just created a signer, which should be used).
     pub fn add_signer(&mut self, new: &NewSigner<'_>, replaces: Option<&str>, now: i64) -> Result<Signer, StateError> {
         check_der("an attestation signer's certificate", new.der)?;
         check_key_id(new.key_id)?;
@@ -71,12 +71,12 @@ impl Contents {
         Ok(added)
     }
 
-    /// Adds a signer that is only trusted, as one that was replaced at that time.
+    /// Adds a signer that is only trusted, as if it had been replaced at that time.
     pub(super) fn trust_signer(&mut self, signer: &Signer, replaced: i64) -> Result<(), StateError> {
         self.put_signer(Signer { current: false, replaced: Some(replaced), ..signer.clone() })
     }
 
-    /// The signers that were revoked, the latest first.
+    /// The revoked signers, the latest first.
     ///
     /// # Errors
     /// [`StateError::Unreadable`].
@@ -86,7 +86,8 @@ impl Contents {
         Ok(rows.into_iter().map(|row| RevokedSigner::clone(&row.value)).collect())
     }
 
-    /// All signers that have the key of the one with this thumbprint, itself included: a key may be certified several times.
+    /// All signers with the same key as the one with this thumbprint, including itself: a key may have several
+    /// certificates.
     ///
     /// # Errors
     /// [`StateError::NotFound`], [`StateError::Unreadable`].
@@ -94,11 +95,11 @@ impl Contents {
         of_key(self.signers()?, thumbprint)
     }
 
-    /// Trusts a signer no longer, and none that has its key; returns their thumbprints. With `force` also the current one,
-    /// and then there is none.
+    /// Revokes a signer and all others with its key; returns their thumbprints. With `force` it may be the current one;
+    /// then there is no current signer.
     ///
     /// # Errors
-    /// [`StateError::NotFound`]; [`StateError::Conflict`] for the current one without `force`.
+    /// [`StateError::NotFound`]; [`StateError::Conflict`] for the current signer without `force`.
     pub fn revoke_signer(&mut self, thumbprint: &str, force: bool, now: i64) -> Result<Vec<String>, StateError> {
         let revoked = self.signers_of_key(thumbprint)?;
         if !force && revoked.iter().any(|signer| signer.current) {
@@ -119,10 +120,10 @@ impl Contents {
         Ok(revoked.into_iter().map(|signer| signer.thumbprint).collect())
     }
 
-    /// Forgets the signers that were replaced before `time`, and returns how many those were.
+    /// Deletes the signers that were replaced before `time`, and returns their number.
     ///
-    /// Health certificates of a replaced signer are good until they expire: `time` is to be at least their longest
-    /// validity ago, unless they are to be refused at once.
+    /// Health certificates of a replaced signer are valid until they expire. So `time` must be at least their maximum
+    /// lifetime ago, unless they should be rejected at once.
     ///
     /// # Errors
     /// [`StateError::Unreadable`].
@@ -145,7 +146,7 @@ impl Contents {
     }
 }
 
-/// The signers that have the key of one of them: the same key of the HSMs, or the same public key.
+/// The signers with the same key as one of them: the same key in the HSMs, or the same public key.
 fn of_key(mut all: Vec<Signer>, thumbprint: &str) -> Result<Vec<Signer>, StateError> {
     let Some(named) = all.iter().find(|signer| signer.thumbprint == thumbprint).cloned() else {
         return Err(StateError::NotFound(format!("there is no attestation signer {thumbprint}")));
@@ -155,7 +156,7 @@ fn of_key(mut all: Vec<Signer>, thumbprint: &str) -> Result<Vec<Signer>, StateEr
     Ok(all)
 }
 
-/// The SHA-256 of the public key; of what is no certificate, that of all of it.
+/// SHA-256 of the public key; if the bytes are not a certificate, of all bytes.
 fn key_hash(der: &[u8]) -> String {
     Certificate::parse(der).map_or_else(|_| sha256_hex(der), |certificate| sha256_hex(certificate.key().spki_der()))
 }
@@ -211,11 +212,11 @@ mod tests {
         assert_eq!(left, [four.clone(), two]);
         assert!(message(state.revoke_signer(&one, false, 32)).contains("there is no attestation signer"));
         assert!(state.revoked_signers().unwrap().iter().all(|r| (r.revoked, r.not_after) == (31, 20)));
-        // By force also the current one, and then there is none.
+        // With `force` also the current one; then there is no current signer.
         assert_eq!(state.revoke_signer(&four, true, 33).unwrap(), std::slice::from_ref(&four));
         assert!(state.signers().unwrap().iter().all(|signer| !signer.current));
         assert_eq!(state.revoked_signers().unwrap()[0].thumbprint, four);
-        // None of them comes back, nor does another certificate of the same key.
+        // None of them can be added again, nor another certificate of the same key.
         let again = |state: &mut State, der: &[u8]| {
             state.add_signer(&NewSigner { der, key_id: b"d", not_before: 10, not_after: 20 }, None, 34)
         };

@@ -1,9 +1,9 @@
 //! The state in one SQLite file.
 //!
-//! Several daemons of one machine may have it open: an old one that has not quite ended and its successor, or
-//! two that share a state folder and have a folder of sockets each (what is locked is the socket, not the state). So every
-//! change is decided inside an IMMEDIATE transaction, on what is in the file then. The contents are kept in memory for as long as
-//! SQLite says that no other connection has written.
+//! Several daemons on one machine may open it: an old one that has not ended yet and its successor, or two that share a
+//! state folder with different sockets (the socket is locked, not the state). So every change is decided inside an
+//! IMMEDIATE transaction, on the contents of the file at that time. The contents are cached in memory until SQLite
+//! reports a write by another connection.
 
 mod rows;
 mod schema;
@@ -33,16 +33,16 @@ pub(super) struct Sqlite {
     path: PathBuf,
     connection: Connection,
     known: Known,
-    /// Device and inode of the open file; `None` where nothing is written.
+    /// Device and inode of the open file; `None` for a read-only view.
     identity: Option<(u64, u64)>,
 }
 
-/// The contents as they were read or written last, and SQLite's count of other connections' writes at that time.
+/// The contents as last read or written, and SQLite's counter of other connections' writes at that time.
 #[derive(Debug, Default)]
 struct Known(RefCell<Option<(i64, Arc<Contents>)>>);
 
 impl Sqlite {
-    /// Opens `state.db` in `folder`. A folder that is missing is made with mode 0700, the file with 0600.
+    /// Opens `state.db` in `folder`. A missing folder is created with mode 0700, a missing file with 0600.
     ///
     /// # Errors
     /// [`StateError::TooNew`], [`StateError::File`] or [`StateError::Database`].
@@ -50,7 +50,7 @@ impl Sqlite {
         let file = |path: &Path, source| StateError::File { path: path.to_owned(), source };
         DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(|error| file(folder, error))?;
         let path = folder.join("state.db");
-        // SQLite would make it with the umask's mode, and gives its journal files the mode of this one.
+        // SQLite would create it with the umask's mode. Its journal files get the mode of this file.
         let made = OpenOptions::new().create(true).append(true).mode(0o600).open(&path);
         let metadata = made.and_then(|made| made.metadata()).map_err(|error| file(&path, error))?;
         let identity = Some((metadata.dev(), metadata.ino()));
@@ -61,7 +61,7 @@ impl Sqlite {
         Ok(Self { path, connection, known: Known::default(), identity })
     }
 
-    /// SQLite goes on with a file that has no name any more, and a host that was removed there would be back after a restart.
+    /// SQLite would continue with a deleted file. Then a host that was removed there would be back after a restart.
     fn must_be_in_place(&self) -> Result<(), StateError> {
         let Some(identity) = self.identity else { return Ok(()) };
         let there = self.path.metadata().map(|metadata| (metadata.dev(), metadata.ino()));
@@ -77,9 +77,10 @@ impl Sqlite {
 }
 
 impl Known {
-    /// The contents as they are in the file. They are read only when another connection has written since the last time.
+    /// The contents of the file. They are read only if another connection has written since the last time.
     fn current(&self, connection: &Connection, path: &Path) -> rusqlite::Result<Arc<Contents>> {
-        // Before the contents: a write in between makes them newer than their count, and they are read once more.
+        // Read the counter first: after a write in between, the contents are newer than their counter and are just read
+        // again.
         let version = data_version(connection)?;
         if let Some((at, contents)) = &*self.0.borrow()
             && *at == version
@@ -103,7 +104,7 @@ impl Store for Sqlite {
         self.must_be_in_place()?;
         let Self { path, connection, known, .. } = self;
         let database = |source| StateError::Database { path: path.clone(), source };
-        // It holds the write lock from its start, so what the change is decided on stays true.
+        // This transaction holds the write lock from its start, so the basis of the decision stays valid.
         let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(database)?;
         let before = known.current(&transaction, path).map_err(database)?;
         let mut after = Contents::clone(&before);
@@ -112,7 +113,7 @@ impl Store for Sqlite {
         if delta.is_empty() {
             return Ok(());
         }
-        // If SQLite fails, it is unknown how far it came: the contents are read again.
+        // After a failure of SQLite, it is unknown what was written, so the contents are read again.
         let version = known.0.take().map(|(version, _)| version);
         rows::write(&transaction, &delta).map_err(database)?;
         transaction.commit().map_err(database)?;
@@ -140,7 +141,7 @@ impl Store for Sqlite {
 
 fn configure(connection: &Connection) -> rusqlite::Result<()> {
     connection.busy_timeout(BUSY_TIMEOUT)?;
-    // Changing the journal mode needs the file alone, and SQLite does not wait for that by its busy timeout.
+    // Changing the journal mode needs exclusive access, for which SQLite's busy timeout does not wait.
     let deadline = Instant::now() + BUSY_TIMEOUT;
     loop {
         match connection.query_row("PRAGMA journal_mode = WAL", [], |row| row.get::<_, String>(0)) {
@@ -208,7 +209,7 @@ mod tests {
         assert!(message(state.changed()).contains("was removed or replaced"));
         std::fs::copy(&aside, &file).unwrap();
         assert!(message(state.remove_host("a")).contains("was removed or replaced"));
-        // The same file in its place again.
+        // The same file is in its place again.
         std::fs::rename(&aside, &file).unwrap();
         state.remove_host("a").unwrap();
         assert!(state.changed().unwrap());
@@ -316,7 +317,7 @@ mod tests {
                 message(state.add_baseline("b", &values, None, 7)).contains("the baselines in"),
                 "nothing is decided"
             );
-            // The other tables can be read and changed.
+            // The other tables can still be read and changed.
             assert_eq!(state.hosts().unwrap().len(), 1);
             state.enable_host("a", false).unwrap();
         }

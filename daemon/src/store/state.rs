@@ -1,4 +1,4 @@
-//! The state as the rest of the daemon sees it: each call reads the newest contents, or makes one change of them.
+//! The state for the rest of the daemon: each call reads the newest contents or makes one change.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use super::labels::Labels;
 use super::records::{Baseline, Certificate, Host, HostKind, Kind, NewCertificate, NewSigner, RevokedSigner, Signer};
 use super::sqlite::Sqlite;
 
-/// The open state, used by one caller at a time. Errors of single changes are those of the methods of [`Contents`].
+/// The open state, used by one caller at a time. Errors of changes are documented at the methods of [`Contents`].
 #[derive(Debug)]
 pub struct State {
     store: Box<dyn Store>,
@@ -23,17 +23,17 @@ pub struct State {
     seen: Arc<Contents>,
 }
 
-/// The state as it is in its file, for reading only.
+/// A read-only view of the state file.
 #[derive(Debug)]
 pub struct View {
-    /// Its content. Changes to it are lost, if they do not fail.
+    /// The contents. Changes fail or are lost.
     pub state: State,
-    /// The schema version of the file, where it is older than this program's; it is brought up to date in memory only.
+    /// The schema version of the file if it is older than this program's; the view is migrated in memory only.
     pub older: Option<i64>,
 }
 
 impl State {
-    /// Opens `state.db` in `folder`. A folder that is missing is made with mode 0700, the file with 0600.
+    /// Opens `state.db` in `folder`. A missing folder is created with mode 0700, a missing file with 0600.
     ///
     /// # Errors
     /// [`StateError::TooNew`], [`StateError::File`] or [`StateError::Database`].
@@ -41,7 +41,7 @@ impl State {
         Self::of(Sqlite::open(folder)?)
     }
 
-    /// Opens `state.db` in `folder`, which exists, and writes nothing.
+    /// Opens `state.db` in `folder`, which must exist, without writing.
     ///
     /// # Errors
     /// [`StateError::TooNew`] or [`StateError::Database`].
@@ -50,7 +50,7 @@ impl State {
         Ok(View { state: Self::of(store)?, older })
     }
 
-    /// Connects to etcd, and follows it on a thread of its own until this value is dropped.
+    /// Connects to etcd. A thread follows etcd until this value is dropped.
     ///
     /// # Errors
     /// [`StateError::Unavailable`].
@@ -58,13 +58,13 @@ impl State {
         Self::of(Etcd::open(settings)?)
     }
 
-    /// How well etcd is followed; `None` for a state on this machine.
+    /// The state of the connection to etcd; `None` for a local state.
     #[must_use]
     pub fn condition(&self) -> Option<Condition> {
         self.store.condition()
     }
 
-    /// Tells of new contents, if the store does; otherwise [`State::changed`] has to be asked.
+    /// Notifies about new contents, if the store supports that; otherwise poll [`State::changed`].
     #[must_use]
     pub fn changes(&self) -> Option<watch::Receiver<()>> {
         self.store.changes()
@@ -75,15 +75,15 @@ impl State {
         Ok(Self { store: Box::new(store), seen })
     }
 
-    /// The contents now.
+    /// The current contents.
     ///
     /// # Errors
-    /// [`StateError::Replaced`], [`StateError::Database`]; what single tables say is in the contents.
+    /// [`StateError::Replaced`], [`StateError::Database`]. An unreadable table reports its own error when it is used.
     pub fn contents(&self) -> Result<Arc<Contents>, StateError> {
         self.store.contents()
     }
 
-    /// Makes a change, all of it or nothing. `decide` may be called several times, each time with newer contents.
+    /// Makes a change atomically. `decide` may be called several times, each time with newer contents.
     ///
     /// # Errors
     /// Those of `decide`; [`StateError::Replaced`], [`StateError::Database`].
@@ -102,8 +102,8 @@ impl State {
         }
     }
 
-    /// Whether the contents have changed, through this value or another one, since the last [`State::snapshot`] that succeeded
-    /// (or since the state was opened).
+    /// Whether the contents have changed, through this value or another one, since the last successful
+    /// [`State::snapshot`] (or since the state was opened).
     ///
     /// # Errors
     /// [`StateError::Replaced`], [`StateError::Database`].
@@ -111,7 +111,7 @@ impl State {
         Ok(!Arc::ptr_eq(&self.seen, &self.contents()?))
     }
 
-    /// Hands the contents to `read`; if that succeeds, they are no change any more.
+    /// Passes the contents to `read`. If that succeeds, they count as seen by [`State::changed`].
     ///
     /// # Errors
     /// Those of `read`; [`StateError::Replaced`], [`StateError::Database`].
@@ -149,7 +149,7 @@ impl State {
     /// Registers a host by its host key: see [`Contents::add_host`].
     ///
     /// # Errors
-    /// See there.
+    /// The errors of that method.
     pub fn add_host(&mut self, name: &str, spki: &[u8], labels: &Labels, now: i64) -> Result<Host, StateError> {
         self.add_host_with(HostKind::HostKey, name, spki, labels, now)
     }
@@ -157,7 +157,7 @@ impl State {
     /// See [`Contents::add_host`].
     ///
     /// # Errors
-    /// See there.
+    /// The errors of that method.
     pub fn add_host_with(
         &mut self,
         kind: HostKind,
@@ -172,7 +172,7 @@ impl State {
     /// See [`Contents::remove_host`].
     ///
     /// # Errors
-    /// See there.
+    /// The errors of that method.
     pub fn remove_host(&mut self, name: &str) -> Result<Host, StateError> {
         self.change(|contents| contents.remove_host(name))
     }
@@ -180,7 +180,7 @@ impl State {
     /// See [`Contents::enable_host`].
     ///
     /// # Errors
-    /// See there.
+    /// The errors of that method.
     pub fn enable_host(&mut self, name: &str, enabled: bool) -> Result<Host, StateError> {
         self.change(|contents| contents.enable_host(name, enabled))
     }
@@ -188,7 +188,7 @@ impl State {
     /// See [`Contents::label_host`].
     ///
     /// # Errors
-    /// See there.
+    /// The errors of that method.
     pub fn label_host(&mut self, name: &str, change: impl Fn(&Labels) -> Labels) -> Result<Host, StateError> {
         self.change(|contents| contents.label_host(name, &change))
     }
@@ -209,8 +209,8 @@ impl State {
         Ok(self.contents()?.baselines()?.cloned().collect())
     }
 
-    /// The log of the baseline that was added under this name at this time, if it has one. One at a time: all together may be
-    /// large.
+    /// The log of the baseline that was added under this name at this time, if any. Read the logs one at a time:
+    /// together they may be large.
     ///
     /// # Errors
     /// [`StateError::Database`].
@@ -223,7 +223,7 @@ impl State {
         Ok(Baseline { log, ..baseline })
     }
 
-    /// The baseline of a name, without regard to case, with its log.
+    /// The baseline with this name, ignoring case, with its log.
     ///
     /// # Errors
     /// [`StateError::NotFound`]; see [`State::contents`].
@@ -235,7 +235,7 @@ impl State {
     /// See [`Contents::add_baseline`].
     ///
     /// # Errors
-    /// See there.
+    /// The errors of that method.
     pub fn add_baseline(
         &mut self,
         name: &str,
@@ -276,7 +276,7 @@ impl State {
     /// See [`Contents::add_certificate`].
     ///
     /// # Errors
-    /// See there.
+    /// The errors of that method.
     pub fn add_certificate(&mut self, new: &NewCertificate<'_>, now: i64) -> Result<Certificate, StateError> {
         self.change(|contents| contents.add_certificate(new, now))
     }
@@ -284,7 +284,7 @@ impl State {
     /// See [`Contents::set_primary`].
     ///
     /// # Errors
-    /// See there.
+    /// The errors of that method.
     pub fn set_primary(&mut self, kind: Kind, thumbprint: &str) -> Result<(), StateError> {
         self.change(|contents| contents.set_primary(kind, thumbprint))
     }
@@ -292,7 +292,7 @@ impl State {
     /// See [`Contents::set_communications`].
     ///
     /// # Errors
-    /// See there.
+    /// The errors of that method.
     pub fn set_communications(&mut self, thumbprint: Option<&str>) -> Result<(), StateError> {
         self.change(|contents| contents.set_communications(thumbprint))
     }
@@ -300,7 +300,7 @@ impl State {
     /// See [`Contents::limit_certificate`].
     ///
     /// # Errors
-    /// See there.
+    /// The errors of that method.
     pub fn limit_certificate(
         &mut self,
         kind: Kind,
@@ -313,7 +313,7 @@ impl State {
     /// See [`Contents::enable_certificate`].
     ///
     /// # Errors
-    /// See there.
+    /// The errors of that method.
     pub fn enable_certificate(&mut self, kind: Kind, thumbprint: &str, enabled: bool) -> Result<(), StateError> {
         self.change(|contents| contents.enable_certificate(kind, thumbprint, enabled))
     }
@@ -321,7 +321,7 @@ impl State {
     /// See [`Contents::remove_certificate`].
     ///
     /// # Errors
-    /// See there.
+    /// The errors of that method.
     pub fn remove_certificate(&mut self, kind: Kind, thumbprint: &str) -> Result<(), StateError> {
         self.change(|contents| contents.remove_certificate(kind, thumbprint))
     }
@@ -337,7 +337,7 @@ impl State {
     /// See [`Contents::add_signer`].
     ///
     /// # Errors
-    /// See there.
+    /// The errors of that method.
     pub fn add_signer(&mut self, new: &NewSigner<'_>, replaces: Option<&str>, now: i64) -> Result<Signer, StateError> {
         self.change(|contents| contents.add_signer(new, replaces, now))
     }
@@ -353,7 +353,7 @@ impl State {
     /// See [`Contents::signers_of_key`].
     ///
     /// # Errors
-    /// See there.
+    /// The errors of that method.
     pub fn signers_of_key(&self, thumbprint: &str) -> Result<Vec<Signer>, StateError> {
         self.contents()?.signers_of_key(thumbprint)
     }
@@ -361,7 +361,7 @@ impl State {
     /// See [`Contents::revoke_signer`].
     ///
     /// # Errors
-    /// See there.
+    /// The errors of that method.
     pub fn revoke_signer(&mut self, thumbprint: &str, force: bool, now: i64) -> Result<Vec<String>, StateError> {
         self.change(|contents| contents.revoke_signer(thumbprint, force, now))
     }
@@ -369,12 +369,12 @@ impl State {
     /// See [`Contents::forget_signers_before`].
     ///
     /// # Errors
-    /// See there.
+    /// The errors of that method.
     pub fn forget_signers_before(&mut self, time: i64) -> Result<usize, StateError> {
         self.change(|contents| contents.forget_signers_before(time))
     }
 
-    /// Takes in another state's content, all of it or nothing. Without `apply` it only says what would change.
+    /// Imports another state's contents atomically. Without `apply` it only returns the changes.
     ///
     /// # Errors
     /// See [`Contents::import`].

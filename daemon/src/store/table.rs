@@ -10,7 +10,7 @@ use super::error::StateError;
 #[derive(Clone, Debug)]
 pub(super) struct Table<K, T> {
     rows: BTreeMap<K, Row<T>>,
-    /// One more than the last record's order.
+    /// The order of the next record.
     next: i64,
     problem: Option<Arc<Problem>>,
 }
@@ -25,16 +25,16 @@ struct Problem {
 /// One record.
 #[derive(Debug)]
 pub(super) struct Row<T> {
-    /// Increases from one record that is added to the next.
+    /// Each new record gets a larger number.
     pub(super) order: i64,
     pub(super) value: Arc<T>,
 }
 
-/// What becomes of the records of one kind by a change.
+/// The changes to the records of one kind.
 #[derive(Debug)]
 pub(super) struct Changes<K, T> {
     pub(super) removed: Vec<K>,
-    /// New records, and records with another value.
+    /// New records, and records with a new value.
     pub(super) put: Vec<(K, Row<T>)>,
 }
 
@@ -67,7 +67,7 @@ impl<K: Ord + Clone, T> Table<K, T> {
         })
     }
 
-    /// All records, by their keys.
+    /// All records by key.
     ///
     /// # Errors
     /// [`StateError::Unreadable`].
@@ -87,7 +87,7 @@ impl<K: Ord + Clone, T> Table<K, T> {
         Ok(self.rows()?.get(key).map(|row| &row.value))
     }
 
-    /// Adds a record, or replaces the one of this key, which keeps its place in the order.
+    /// Adds a record, or replaces the one with this key, which keeps its order.
     ///
     /// # Errors
     /// [`StateError::Unreadable`].
@@ -103,7 +103,7 @@ impl<K: Ord + Clone, T> Table<K, T> {
         Ok(())
     }
 
-    /// Removes the record of this key and returns it.
+    /// Removes the record with this key and returns it.
     ///
     /// # Errors
     /// [`StateError::Unreadable`].
@@ -112,18 +112,18 @@ impl<K: Ord + Clone, T> Table<K, T> {
         Ok(self.rows.remove(key).map(|row| row.value))
     }
 
-    /// Takes a record as a store has it.
+    /// Loads a record from a store.
     pub(super) fn load(&mut self, key: K, order: i64, value: T) {
         self.next = self.next.max(order.saturating_add(1));
         self.rows.insert(key, Row { order, value: Arc::new(value) });
     }
 
-    /// Removes the records whose key is `gone`, as a store has removed them.
+    /// Removes the records whose key is `gone`, which a store has removed.
     pub(super) fn unload(&mut self, gone: impl Fn(&K) -> bool) {
         self.rows.retain(|key, _| !gone(key));
     }
 
-    /// What makes this table of `older`. Records are compared by identity.
+    /// The changes that lead from `older` to this table. Records are compared by identity.
     pub(super) fn changes_since(&self, older: &Self) -> Changes<K, T> {
         let removed = older.rows.keys().filter(|key| !self.rows.contains_key(key)).cloned().collect();
         let is_new = |(key, row): &(&K, &Row<T>)| {

@@ -1,4 +1,4 @@
-//! What holds for every store. Tests of single records are beside them.
+//! Tests for every store. Tests of single records are next to them.
 #![allow(clippy::unwrap_used)]
 
 use std::fmt;
@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::etcd::testing::Server;
 use super::{Contents, Labels, State, StateError};
 
-/// Makes of functions of a [`Place`] a test for each store.
+/// Makes a test for each store from functions with a [`Place`].
 macro_rules! on_every_store {
     ($($name:ident),+ $(,)?) => {
         $(mod $name {
@@ -26,12 +26,12 @@ macro_rules! on_every_store {
 
 pub(super) use on_every_store;
 
-/// Where the state of one test is.
+/// The store of one test.
 pub(super) struct Place(Kind);
 
 enum Kind {
     Sqlite(tempfile::TempDir),
-    /// A server, and a prefix in it.
+    /// A server, and a key prefix.
     Etcd(Arc<Server>, String),
 }
 
@@ -44,7 +44,7 @@ impl Place {
         Self(Kind::Etcd(Arc::new(Server::start()), "/claviger/".to_owned()))
     }
 
-    /// The state, as one more daemon opens it.
+    /// Opens the state like another daemon.
     pub(super) fn open(&self) -> State {
         match &self.0 {
             Kind::Sqlite(folder) => State::open(&folder.path().join("a/state")).unwrap(),
@@ -52,7 +52,7 @@ impl Place {
         }
     }
 
-    /// A place of the same kind that has nothing to do with this one.
+    /// A separate store of the same kind.
     pub(super) fn another(&self) -> Self {
         match &self.0 {
             Kind::Sqlite(_) => Self::sqlite(),
@@ -61,7 +61,7 @@ impl Place {
     }
 }
 
-/// Waits until `found` is so: what another daemon has changed in etcd takes a moment.
+/// Waits until `found` returns true: changes by another daemon in etcd take a moment to arrive.
 pub(super) fn soon(mut found: impl FnMut() -> bool) {
     let start = std::time::Instant::now();
     while !found() {
@@ -84,7 +84,7 @@ fn a_change_by_anybody_is_noticed_until_it_was_read(place: &Place) {
     theirs.add_host("a", b"a", &Labels::default(), 1).unwrap();
     soon(|| ours.changed().unwrap());
     assert!(ours.changed().unwrap());
-    // A reading that fails has seen nothing.
+    // A failed read does not count as seen.
     assert!(ours.snapshot(|_| Err::<(), _>(StateError::Invalid("on purpose".to_owned()))).is_err());
     assert!(ours.changed().unwrap());
     assert_eq!((ours.snapshot(read).unwrap(), ours.changed().unwrap()), (1, false));
@@ -94,7 +94,7 @@ fn a_change_by_anybody_is_noticed_until_it_was_read(place: &Place) {
     assert!(theirs.changed().unwrap());
     assert!(ours.add_host("b", b"c", &Labels::default(), 1).is_err());
     assert!(!ours.changed().unwrap(), "a refusal is no change");
-    // What is written while it reads is a change after it.
+    // A write during the read is a change after it.
     let counted = ours.snapshot(|contents| {
         theirs.add_host("c", b"c", &Labels::default(), 1)?;
         read(contents)

@@ -1,9 +1,10 @@
-//! How much keys are used, and when hosts were last served: what an administrator asks before a key is removed.
+//! Counts the use of keys and records when hosts were last served, so that an administrator can check before removing a
+//! key.
 //!
-//! Counted in memory and written once a second, never on the path of a release. In a file of its own beside the state: a
-//! count is no change that anybody has to take in. What a crash loses is one second. A file that is damaged is moved aside and
-//! begun anew: counts keep no daemon from serving. Since when there are counts is in the file, too, so that nobody takes what
-//! was forgotten for what never was.
+//! Counts are collected in memory and written once a second, never during a release. They are in their own file next to
+//! the state, because a count is not a change that others must load. A crash loses at most one second. A damaged file
+//! is moved away and a new one started, because counts must not stop a daemon. The file also records when counting
+//! began, so that missing counts are not mistaken for zero.
 
 use std::collections::HashMap;
 use std::ffi::OsString;
@@ -21,77 +22,77 @@ use rusqlite::{Connection, ErrorCode, TransactionBehavior, params};
 
 const DAY: i64 = 24 * 3600;
 
-/// How many days a count says something about.
+/// Number of days that the reported counts cover.
 pub const DAYS: i64 = 30;
 
-/// How long counts are kept.
+/// Number of days for which counts are kept.
 const KEPT_DAYS: i64 = 400;
 
-/// When a host was last served, seconds since 1970.
+/// When a host was last served, in seconds since 1970.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Seen {
-    /// Its last health certificate.
+    /// Time of its last health certificate.
     pub attestation: Option<i64>,
-    /// Its last release.
+    /// Time of its last release.
     pub release: Option<i64>,
 }
 
 /// Why the counts cannot be kept.
 #[derive(Debug, thiserror::Error)]
 pub enum UsageError {
-    /// The file cannot be opened, though it is not known to be damaged.
+    /// The file cannot be opened, and is not known to be damaged.
     #[error("{} cannot be opened: {source}; check that the daemon's user owns it, and that no other program holds it", path.display())]
     Database {
         /// The file.
         path: PathBuf,
-        /// What SQLite says.
+        /// The error of SQLite.
         source: rusqlite::Error,
     },
-    /// The file is damaged, and in the way.
+    /// The file is damaged and cannot be moved away.
     #[error("{} is damaged and cannot be moved aside: {source}; move it away, it holds only counts", path.display())]
     Damaged {
         /// The file.
         path: PathBuf,
-        /// What the operating system says.
+        /// The operating system's error.
         source: io::Error,
     },
 }
 
-/// A wrapping set that was worth stocking. All of it is public.
+/// A wrapping set that is worth stocking. All of it is public.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RememberedSet {
-    /// What [`WrappingSet::to_document`](claviger_protocol::wrapping_set::WrappingSet::to_document) wrote.
+    /// The document from [`WrappingSet::to_document`](claviger_protocol::wrapping_set::WrappingSet::to_document).
     pub document: Vec<u8>,
-    /// How much it was asked for.
+    /// The demand for it.
     pub releases: f64,
 }
 
 /// The releases of the last [`DAYS`] days.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Releases {
-    /// By what the file calls a key.
+    /// Key: the key's name in the file.
     by_key: HashMap<Vec<u8>, u64>,
     /// When counting began, if that is less than [`DAYS`] days ago.
     pub since: Option<i64>,
 }
 
 impl Releases {
-    /// How many of them used a key.
+    /// Number of releases that used a key.
     #[must_use]
     pub fn of(&self, key: &KeyRef) -> u64 {
-        // Files of before know keys by their CKA_ID alone: what was counted so may have been any key of that id.
+        // Older files identify keys by CKA_ID only, so their counts may belong to any key with that id.
         let counted = |name: &[u8]| self.by_key.get(name).copied().unwrap_or_default();
         counted(&name_of(key)).saturating_add(counted(&key.id.0))
     }
 
-    /// Whether none of them was forgotten that used a key which is here since `added`.
+    /// Whether the counts are complete for a key that was added at `added`.
     #[must_use]
     pub fn are_all_since(&self, added: i64) -> bool {
         self.since.is_none_or(|since| since <= added)
     }
 }
 
-/// What was counted and is not written yet.
+/// Counts that are not written yet.
 #[derive(Debug, Default)]
 struct Pending {
     keys: HashMap<KeyRef, u64>,
@@ -104,14 +105,14 @@ struct Pending {
 pub struct Usage {
     pending: Mutex<Pending>,
     file: Mutex<Connection>,
-    /// The identity key that each host had certified last, by its name in lower case: SHA-256, hexadecimal.
+    /// SHA-256 (hexadecimal) of the last certified identity key of each host, by name in lower case.
     identities: Mutex<HashMap<String, String>>,
-    /// Whether the last writing failed.
+    /// Whether the last write failed.
     failing: AtomicBool,
 }
 
 impl Usage {
-    /// Opens `usage.db` in `folder`, which is there; begins it anew where it is damaged. Blocks on the file.
+    /// Opens `usage.db` in `folder`, which must exist. Replaces a damaged file. Blocks on the file.
     ///
     /// # Errors
     /// See [`UsageError`].
@@ -149,7 +150,8 @@ impl Usage {
         }
     }
 
-    /// Notes that `host` got a health certificate over this identity key. The key before it, where that was another one.
+    /// Records a health certificate of `host` over this identity key. Returns the previous identity key if it was
+    /// another one.
     pub fn attested(&self, host: &str, identity_key: Option<&str>, now: i64) -> Option<String> {
         self.pending().note(host, |seen| seen.attestation = Some(now));
         let key = identity_key?;
@@ -163,7 +165,7 @@ impl Usage {
         before
     }
 
-    /// Writes what was counted. Blocks on the file; what cannot be written is kept for the next time.
+    /// Writes the counts. Blocks on the file. Counts that cannot be written are kept for the next time.
     pub fn flush(&self, now: i64) {
         let pending = std::mem::take(&mut *self.pending());
         if pending.keys.is_empty() && pending.hosts.is_empty() && pending.identities.is_empty() {
@@ -186,7 +188,7 @@ impl Usage {
     /// Releases that used a key in the last [`DAYS`] days. Blocks on the file.
     ///
     /// # Errors
-    /// When it cannot be read.
+    /// The file cannot be read.
     pub fn releases(&self, now: i64) -> rusqlite::Result<Releases> {
         self.flush(now);
         let file = self.file();
@@ -200,10 +202,10 @@ impl Usage {
         Ok(Releases { by_key, since: Some(since).filter(|since| *since > now - DAYS * DAY) })
     }
 
-    /// When hosts were last served, by their names in lower case. Blocks on the file.
+    /// When hosts were last served, by name in lower case. Blocks on the file.
     ///
     /// # Errors
-    /// When it cannot be read.
+    /// The file cannot be read.
     pub fn hosts(&self, now: i64) -> rusqlite::Result<HashMap<String, Seen>> {
         self.flush(now);
         let file = self.file();
@@ -215,10 +217,10 @@ impl Usage {
         rows.collect()
     }
 
-    /// The wrapping sets that were remembered, those that were asked for most first. Blocks on the file.
+    /// The saved wrapping sets, by decreasing demand. Blocks on the file.
     ///
     /// # Errors
-    /// When they cannot be read.
+    /// The file cannot be read.
     pub fn sets(&self) -> rusqlite::Result<Vec<RememberedSet>> {
         let file = self.file();
         let mut statement = file.prepare("SELECT document, releases FROM sets ORDER BY releases DESC")?;
@@ -226,11 +228,10 @@ impl Usage {
         rows.collect()
     }
 
-    /// Remembers these wrapping sets and no others: the name of each, how much it was asked for, and its document. Blocks on the
-    /// file.
+    /// Replaces the saved wrapping sets: the name of each, its demand, and its document. Blocks on the file.
     ///
     /// # Errors
-    /// When they cannot be written.
+    /// The file cannot be written.
     pub fn remember_sets<D: FnOnce() -> Vec<u8>>(
         &self,
         sets: impl IntoIterator<Item = ([u8; 32], f64, D)>,
@@ -238,7 +239,7 @@ impl Usage {
     ) -> rusqlite::Result<()> {
         let mut file = self.file();
         let transaction = file.transaction()?;
-        // A writing of its own, also where the clock stands.
+        // A number that distinguishes this write, independent of the clock.
         let writing = transaction.query_row("SELECT coalesce(max(written), 0) + 1 FROM sets", [], |row| row.get(0))?;
         let writing = now.max(writing);
         for (identity, releases, document) in sets {
@@ -255,10 +256,10 @@ impl Usage {
         transaction.commit()
     }
 
-    /// Forgets a host that was removed: another one may get its name. Blocks on the file.
+    /// Deletes a removed host's record, because another host may get its name. Blocks on the file.
     ///
     /// # Errors
-    /// When it cannot be written.
+    /// The file cannot be written.
     pub fn forget_host(&self, name: &str) -> rusqlite::Result<()> {
         let mut pending = self.pending();
         pending.hosts.retain(|pending, _| !pending.eq_ignore_ascii_case(name));
@@ -286,7 +287,7 @@ impl Drop for Usage {
 }
 
 impl Pending {
-    /// A name is copied only when it is not there yet.
+    /// The name is copied only for a new entry.
     fn note(&mut self, host: &str, note: impl FnOnce(&mut Seen)) {
         match self.hosts.get_mut(host) {
             Some(seen) => note(seen),
@@ -294,7 +295,7 @@ impl Pending {
         }
     }
 
-    /// What was counted since is newer.
+    /// Newer counts take precedence.
     fn put_back(&mut self, older: Self) {
         for (key, count) in older.keys {
             *self.keys.entry(key).or_default() += count;
@@ -310,18 +311,18 @@ impl Pending {
     }
 }
 
-/// What the file calls a key: its `CKA_ID`, which alone is not unique, and what tells its public key from others.
+/// A key's name in the file: its `CKA_ID`, which is not unique, and a part that identifies its public key.
 fn name_of(key: &KeyRef) -> Vec<u8> {
     [key.id.0.as_slice(), key.public.as_bytes()].concat()
 }
 
-/// Opens the file and looks whether it can be trusted; makes it where there is none.
+/// Opens the file and checks that it is intact. Creates a missing file.
 fn connect(path: &Path, now: i64) -> rusqlite::Result<Connection> {
-    // SQLite would make it with the umask's mode. What is wrong with the file, it says itself.
+    // SQLite would create it with the umask's mode. Ignore errors here: SQLite reports them.
     let _ = OpenOptions::new().create(true).append(true).mode(0o600).open(path);
     let mut file = Connection::open(path)?;
     file.busy_timeout(Duration::from_secs(1))?;
-    // The loss of power may take some counts; a file that is damaged nobody wants.
+    // A power failure may lose some counts, but must not damage the file.
     file.execute_batch("PRAGMA synchronous = NORMAL")?;
     let found: String = file.query_row("PRAGMA quick_check(1)", [], |row| row.get(0))?;
     if found != "ok" {
@@ -345,7 +346,7 @@ fn connect(path: &Path, now: i64) -> rusqlite::Result<Connection> {
          ) STRICT;
          CREATE TABLE IF NOT EXISTS begun (at INTEGER NOT NULL) STRICT;",
     )?;
-    // A file that is older than this table has counted for long enough.
+    // A file without this table is older, so it has counted for long enough.
     if is_new {
         transaction.execute("INSERT INTO begun (at) VALUES (?1)", [now])?;
     }
@@ -353,7 +354,7 @@ fn connect(path: &Path, now: i64) -> rusqlite::Result<Connection> {
     Ok(file)
 }
 
-/// The identity keys that hosts had certified last.
+/// The last certified identity keys of hosts.
 fn identities(file: &Connection) -> rusqlite::Result<HashMap<String, String>> {
     let mut statement = file.prepare("SELECT name, sha256 FROM identities")?;
     let rows = statement.query_map([], |row| Ok((row.get::<_, String>(0)?.to_ascii_lowercase(), row.get(1)?)))?;
@@ -364,7 +365,7 @@ pub(crate) fn is_damage(error: &rusqlite::Error) -> bool {
     matches!(error.sqlite_error_code(), Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase))
 }
 
-/// Renames the file, with what SQLite keeps beside it: a journal of the old one must not be rolled into the new one.
+/// Renames the file together with SQLite's auxiliary files: the new file must not use a journal of the old one.
 pub(crate) fn move_aside(path: &Path, now: i64) -> io::Result<PathBuf> {
     let beside = |path: &Path, end: &str| {
         let mut name = OsString::from(path);
@@ -431,7 +432,7 @@ mod tests {
         usage.released(None, std::slice::from_ref(&one), 2);
         let found = usage.releases(3).unwrap();
         assert_eq!([&one, &other, &never].map(|key| found.of(key)), [2, 1, 0]);
-        // Counted by a version that knew keys by their ids alone.
+        // Counted by a version that identified keys by their ids only.
         usage.file().execute("INSERT INTO releases (key_id, day, count) VALUES (x'01', 0, 5)", []).unwrap();
         let found = usage.releases(3).unwrap();
         assert_eq!([&one, &other, &never].map(|key| found.of(key)), [7, 6, 5]);
@@ -522,13 +523,13 @@ mod tests {
             assert_eq!((found.of(&key), found.since), (1, Some(at)));
             assert!(found.are_all_since(at) && !found.are_all_since(at - 1));
             drop(usage);
-            // What began anew is as good as any other, and says for how long it has counted.
+            // The new file works like any other and says since when it counts.
             let usage = Usage::open(folder.path(), at + DAY).unwrap();
             assert_eq!(usage.releases(at + DAY).unwrap().since, Some(at));
             assert_eq!(usage.releases(at + DAYS * DAY).unwrap().since, None);
         }
         assert_eq!(names().len(), 1 + 2, "{:?}", names());
-        // Nothing is moved that only cannot be opened.
+        // A file that only cannot be opened is not moved.
         std::fs::remove_file(&path).unwrap();
         std::fs::create_dir(&path).unwrap();
         let error = Usage::open(folder.path(), now).err().unwrap().to_string();

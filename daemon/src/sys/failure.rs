@@ -1,4 +1,4 @@
-//! Why a command did not come to its end.
+//! The error type of commands.
 
-/// An error that is only told to a person: a command has no other use for it.
+/// An error that is only printed for a person.
 pub type Failure = Box<dyn std::error::Error + Send + Sync>;

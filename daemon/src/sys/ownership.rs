@@ -1,8 +1,8 @@
-//! Whether a folder or file is this user's alone: what is read from it may name a library to load, and nobody else is to choose
-//! that.
+//! Checks that only this user can change a folder or file. Files there may name a library to load, and no other user
+//! may choose that library.
 //!
-//! A path is as safe as every folder on the way to it: whoever may write to one of them can put another file in this one's place.
-//! A folder with the sticky bit, such as `/tmp`, is no danger to what is ours in it.
+//! A path is only as safe as every folder above it: a user who can write to one of them can replace the file. In a
+//! folder with the sticky bit, such as `/tmp`, other users cannot replace our files.
 
 use std::fs::{self, Metadata};
 use std::io;
@@ -13,20 +13,20 @@ const GROUP_WRITES: u32 = 0o020;
 const OTHERS_WRITE: u32 = 0o002;
 const STICKY: u32 = 0o1000;
 
-/// Why it is not.
+/// Why a path is not trusted.
 #[derive(Debug, thiserror::Error)]
 pub enum Untrusted {
-    /// Somebody else's.
+    /// It belongs to another user.
     #[error("{} belongs to the user with id {owner}, and not to this user (id {own}) or root", path.display())]
     Owner {
         /// The file or folder.
         path: PathBuf,
-        /// Whose it is.
+        /// User id of its owner.
         owner: u32,
-        /// Who this is.
+        /// User id of this process.
         own: u32,
     },
-    /// Others may change it.
+    /// Other users may change it.
     #[error("{} can be changed by others (mode {mode:04o}); run: chmod go-w {}", path.display(), path.display())]
     Writable {
         /// The file or folder.
@@ -44,7 +44,8 @@ pub enum Untrusted {
     },
 }
 
-/// Checks a folder or file, and every folder on the way to it. The path has no symbolic links: see [`fs::canonicalize`].
+/// Checks a folder or file, and every folder above it. The path must not contain symbolic links: see
+/// [`fs::canonicalize`].
 ///
 /// # Errors
 /// [`Untrusted`].
@@ -52,7 +53,7 @@ pub fn check(path: &Path) -> Result<(), Untrusted> {
     check_as(path, own())
 }
 
-/// Checks the folders on the way to something that does not exist yet, as far as they exist.
+/// Checks the existing folders above a path that does not exist yet.
 ///
 /// # Errors
 /// [`Untrusted`].
@@ -62,7 +63,8 @@ pub fn check_parents(path: &Path) -> Result<(), Untrusted> {
     existing.map_or(Ok(()), |folder| folder.ancestors().try_for_each(|folder| way(folder, own())))
 }
 
-/// Checks that everything in a folder is this user's or root's: it may have been open to others before.
+/// Checks that everything in a folder belongs to this user or root, because other users may have had access to it
+/// before.
 ///
 /// # Errors
 /// [`Untrusted`].
@@ -75,8 +77,8 @@ pub fn check_entries(folder: &Path) -> Result<(), Untrusted> {
     Ok(())
 }
 
-/// Checks only that not everybody may change a file, or replace it in one of the folders on the way to it: whose it is, and which
-/// group may write, is the administrator's choice.
+/// Checks only that not every user can change a file or replace it in one of the folders above it. The owner and the
+/// group with write access are the administrator's choice.
 ///
 /// # Errors
 /// [`Untrusted`].
@@ -84,7 +86,7 @@ pub fn check_closed(path: &Path) -> Result<(), Untrusted> {
     let path = fs::canonicalize(path).map_err(|source| Untrusted::Io { path: path.to_owned(), source })?;
     for (at, part) in path.ancestors().enumerate() {
         let found = metadata(part)?;
-        // In a folder with the sticky bit nobody replaces what others own.
+        // In a folder with the sticky bit, users cannot replace files of others.
         let kept = at > 0 && found.mode() & STICKY != 0;
         if found.mode() & OTHERS_WRITE != 0 && !kept {
             return Err(writable(part, &found));
@@ -106,14 +108,14 @@ fn check_as(path: &Path, own: u32) -> Result<(), Untrusted> {
     path.ancestors().skip(1).try_for_each(|folder| way(folder, own))
 }
 
-/// A folder on the way.
+/// Checks a folder above the path.
 fn way(folder: &Path, own: u32) -> Result<(), Untrusted> {
     let found = metadata(folder)?;
     owned(folder, &found, own)?;
     if found.mode() & STICKY != 0 {
         return Ok(());
     }
-    // Many systems give each user a group of the same number, and a umask that lets it write.
+    // Many systems give each user a private group with the same number, and a umask that allows the group to write.
     let private_group = found.gid() == 0 || found.gid() == found.uid();
     let group = found.mode() & GROUP_WRITES != 0 && !private_group;
     if group || found.mode() & OTHERS_WRITE != 0 { Err(writable(folder, &found)) } else { Ok(()) }
@@ -130,7 +132,7 @@ fn writable(path: &Path, found: &Metadata) -> Untrusted {
     Untrusted::Writable { path: path.to_owned(), mode: found.mode() & 0o7777 }
 }
 
-/// Of the path itself, not of what a symbolic link leads to.
+/// Metadata of the path itself; symbolic links are not followed.
 fn metadata(path: &Path) -> Result<Metadata, Untrusted> {
     fs::symlink_metadata(path).map_err(|source| Untrusted::Io { path: path.to_owned(), source })
 }
@@ -168,7 +170,7 @@ mod tests {
         assert!(check_closed(&inner).is_err());
         assert!(matches!(check(&inner), Err(Untrusted::Writable { path, .. }) if path == outer));
         assert!(matches!(check_parents(&inner.join("a/b")), Err(Untrusted::Writable { path, .. }) if path == outer));
-        // Nobody else can rename what is ours in there.
+        // Other users cannot rename our files in this folder.
         chmod(&outer, 0o1777);
         check(&inner).unwrap();
         check_parents(&outer.join("new/newer")).unwrap();
@@ -181,7 +183,7 @@ mod tests {
         let folder = temporary.path().canonicalize().unwrap();
         let owner = fs::metadata(&folder).unwrap().uid();
         check_as(&folder, owner).unwrap();
-        // Root's are trusted by all; as root, this folder is one.
+        // All users trust root. If this test runs as root, the folder belongs to root.
         let stranger = check_as(&folder, owner + 1);
         assert!(matches!(stranger, Err(Untrusted::Owner { .. })) || owner == 0, "{stranger:?}");
     }

@@ -1,28 +1,28 @@
-//! Places for connections: how many there are, and which connection gives up its place when there is none left.
+//! The places for connections: their number, and which connection is closed if there is none left.
 //!
-//! At the limit the connection that has waited longest for its client is closed, of the group (the address, at the
-//! administrators' sockets the user) that has the most connections. Connections that the service works for are never
-//! closed. The newcomer waits only when there is no other connection than those.
+//! At the limit, a connection of the group with the most connections is closed: the one that has waited longest for its
+//! client. A group is an address, or a user at the administrators' sockets. Connections with work in progress are never
+//! closed. A new connection waits only if all connections have work in progress.
 //!
-//! [`Places`] is a plain value; who waits and who is woken is the business of its callers.
+//! [`Places`] is a plain value; its callers wait and wake.
 
 use std::collections::HashMap;
 use std::hash::Hash;
 use std::time::{Duration, Instant};
 
-/// Most connections that were told to close and have not done so: so many more than the limit may be open for a moment.
+/// Most connections that were told to close and are still open: the limit may be exceeded by this number for a moment.
 pub(crate) const LEAVING: usize = 16;
 
-/// Victims that one search finds. A search looks at every connection, so at the limit it must not happen for each arrival.
+/// Number of victims that one search finds. A search visits every connection, so it must not run for each arrival.
 const FOUND: usize = 64;
 
-/// How long a connection has waited for its client at least before it is closed: in a flood of connections an honest one needs
-/// a moment to say what it wants.
+/// Minimum time for which a connection may wait for its client before it is closed: during a flood of connections, a
+/// correct client needs a moment to send its request.
 pub(crate) const GRACE: Duration = Duration::from_millis(100);
 
-/// A connection, as far as its place is concerned.
+/// A connection, as [`Places`] sees it.
 pub(crate) trait Guest: Clone {
-    /// Since when the connection has waited for its client; `None` while the service works for it.
+    /// Since when the connection has waited for its client; `None` while work is in progress.
     fn waiting_since(&self) -> Option<Instant>;
 
     /// Tells the connection to close.
@@ -32,11 +32,11 @@ pub(crate) trait Guest: Clone {
 /// Why there is no place.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum NoPlace {
-    /// All places are taken by connections that are worked for. One may become free at any moment.
+    /// All connections have work in progress. One of them may end at any moment.
     Full,
-    /// So many connections were told to leave that more have to wait until some have; or those that could came just now.
+    /// Too many connections that were told to close are still open, or all candidates have just arrived.
     Leaving,
-    /// The group has as many connections as it may, and all of them are worked for.
+    /// The group has reached its limit, and all of its connections have work in progress.
     Group,
 }
 
@@ -46,7 +46,7 @@ pub(crate) struct Places<K, G> {
     per_group: usize,
     grace: Duration,
     groups: HashMap<K, Group<G>>,
-    /// Connections that were not told to leave.
+    /// Number of connections that were not told to close.
     staying: usize,
     leaving: usize,
     next: u64,
@@ -63,18 +63,18 @@ struct Seat<G> {
     leaving: bool,
 }
 
-/// The result of a search, the first victim last.
+/// The result of a search; the first victim is last.
 struct Found<K> {
-    /// The group that was searched, or all of them.
+    /// The group that was searched; `None`: all groups.
     within: Option<K>,
     victims: Vec<(K, u64, Instant)>,
-    /// The victims' groups were larger than this one's, which had the next most connections.
+    /// The victims' groups had more connections than this number, which is the size of the next largest group.
     next_largest: usize,
 }
 
 impl<K: Copy + Eq + Hash, G: Guest> Places<K, G> {
-    /// At least one place in all, and `per_group` for each group; 0 is no limit. A connection is not closed before it has waited
-    /// for its client for `grace`.
+    /// Creates at least one place in total, and `per_group` places for each group; 0 is no limit. A connection is
+    /// closed only after it has waited for its client for `grace`.
     pub(crate) fn new(limit: usize, per_group: usize, grace: Duration) -> Self {
         Self {
             limit: limit.max(1),
@@ -88,13 +88,13 @@ impl<K: Copy + Eq + Hash, G: Guest> Places<K, G> {
         }
     }
 
-    /// Takes a place for a connection of `group`; another connection may have to leave for it. Returns the place's number, and
-    /// whether one had to.
+    /// Takes a place for a connection of `group`; another connection may have to close for it. Returns the place's
+    /// number, and whether one had to close.
     pub(crate) fn arrive(&mut self, group: K, guest: &G, now: Instant) -> Result<(u64, bool), NoPlace> {
         let of_group = self.groups.get(&group).map_or(0, |group| group.staying);
         let mut made_room = false;
         if of_group >= self.per_group {
-            // A group that is over its own limit never makes others wait.
+            // A group at its own limit never makes others wait.
             self.dismiss(Some(group), NoPlace::Group, now).map_err(|_| NoPlace::Group)?;
             made_room = true;
         }
@@ -126,7 +126,7 @@ impl<K: Copy + Eq + Hash, G: Guest> Places<K, G> {
         }
     }
 
-    /// A connection that was told to leave has something to do again, and stays. There may be one too many then.
+    /// A connection that was told to close has new work and stays. The limit may be exceeded by one then.
     pub(crate) fn stay(&mut self, group: K, id: u64) {
         let Some(of_group) = self.groups.get_mut(&group) else { return };
         let Some(seat) = of_group.seats.get_mut(&id) else { return };
@@ -137,7 +137,7 @@ impl<K: Copy + Eq + Hash, G: Guest> Places<K, G> {
         }
     }
 
-    /// Tells a connection to leave; `without` is the error when all are worked for.
+    /// Tells a connection to close. `without` is the error if all have work in progress.
     fn dismiss(&mut self, within: Option<K>, without: NoPlace, now: Instant) -> Result<(), NoPlace> {
         if self.leaving >= LEAVING {
             return Err(NoPlace::Leaving);
@@ -151,7 +151,7 @@ impl<K: Copy + Eq + Hash, G: Guest> Places<K, G> {
         Ok(())
     }
 
-    /// Takes the next of those that were found and still are what they were.
+    /// Takes the next victim of the last search that is still valid.
     fn dismiss_found(&mut self, within: Option<K>) -> bool {
         if self.found.within != within {
             return false;
@@ -159,7 +159,7 @@ impl<K: Copy + Eq + Hash, G: Guest> Places<K, G> {
         while let Some((group, id, since)) = self.found.victims.pop() {
             let Some(of_group) = self.groups.get_mut(&group) else { continue };
             if within.is_none() && of_group.staying <= self.found.next_largest {
-                // Another group has as many by now.
+                // Another group has the same number of connections by now.
                 self.found.victims.clear();
                 return false;
             }
@@ -177,7 +177,8 @@ impl<K: Copy + Eq + Hash, G: Guest> Places<K, G> {
         false
     }
 
-    /// Finds the next victims. Returns whether there are connections that wait for their clients and may soon be some.
+    /// Finds the next victims. Returns whether some connections are waiting for their clients and will soon be
+    /// candidates.
     fn search(&mut self, within: Option<K>, now: Instant) -> bool {
         let searched = |group: &K| within.is_none_or(|within| within == *group);
         let mut largest = 0;
@@ -236,7 +237,7 @@ mod tests {
     }
 
     impl Client {
-        /// Waits since so many milliseconds after `begun`.
+        /// A client that has waited since `since` milliseconds after `begun`.
         fn waiting(begun: Instant, since: u64) -> Self {
             Self(Rc::new((Cell::new(Some(begun + Duration::from_millis(since))), Cell::new(false))))
         }
@@ -255,7 +256,7 @@ mod tests {
         let begun = Instant::now();
         let later = begun + Duration::from_secs(60);
         let mut places = Places::new(4, 0, GRACE);
-        // The oldest is another's, which has only one.
+        // The oldest connection is the only one of its client.
         let honest = Client::waiting(begun, 0);
         places.arrive("honest", &honest, later).unwrap();
         let silent: Vec<_> = (1..=3).map(|since| Client::waiting(begun, since)).collect();
@@ -265,10 +266,10 @@ mod tests {
         assert!(places.arrive("honest", &newcomer, later).unwrap().1);
         assert_eq!([true, false, false], [0, 1, 2].map(|at: usize| silent[at].is_leaving()));
         places.leave("silent", ids[0].0);
-        // Both have two now, and those who had the most were found before.
+        // Both have two connections now; the larger groups have been reduced.
         assert!(places.arrive("third", &Client::waiting(begun, 10), later).unwrap().1);
         assert!(silent[1].is_leaving() && !honest.is_leaving());
-        // From here the honest one has the most.
+        // From here on, the honest client has the most connections.
         assert!(places.arrive("third", &Client::waiting(begun, 11), later).unwrap().1);
         assert!(honest.is_leaving() && !silent[2].is_leaving() && !newcomer.is_leaving());
     }
@@ -287,7 +288,7 @@ mod tests {
         assert_eq!(places.arrive(2, &newcomer, later), Err(NoPlace::Full));
         places.leave(1, first);
         assert!(!places.arrive(2, &newcomer, later).unwrap().1);
-        // The largest group has nothing to give, so the other does.
+        // The largest group has no candidate, so the other group loses a connection.
         let mut places = Places::new(3, 0, GRACE);
         let newcomer = Client::waiting(begun, 2);
         places.arrive(1, &one, later).unwrap();
@@ -326,7 +327,7 @@ mod tests {
         assert!(one.is_leaving());
         one.work();
         places.stay(1, first);
-        // Two of one: nobody comes in for the second's leaving alone.
+        // Two of the same group were told to close: when the second one closes, no place becomes free.
         places.leave(2, second);
         assert_eq!(places.arrive(2, &Client::waiting(begun, 2), later), Err(NoPlace::Full));
         places.leave(1, first);

@@ -1,4 +1,4 @@
-//! Printing for people: see [`claviger_process::output`], which remembers what could not be written until the command ends.
+//! Printing for people, see [`claviger_process::output`]. Write errors are reported when the command ends.
 
 pub use claviger_process::output::{line, note};
 

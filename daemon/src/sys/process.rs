@@ -1,4 +1,4 @@
-//! What the process as a whole owes to the keys in its memory, the files it may open, and the signals that end it.
+//! Process-wide settings: protection of keys in memory, open files, and stop signals.
 
 use std::future::Future;
 use std::io;
@@ -9,46 +9,46 @@ use rustix::process::{DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpabl
 use rustix::time::{ClockId, clock_gettime};
 use tokio::signal::unix::{SignalKind, signal};
 
-/// Makes sure that no core dump and no debugger of the same user gets to see keys and PINs in this process's memory.
+/// Prevents core dumps and debuggers of the same user from seeing keys and PINs in memory.
 ///
-/// To be called first in `main`, before anything secret is read. Child processes inherit the limit.
+/// Call it first in `main`, before any secret is read. Child processes inherit the limit.
 ///
 /// # Errors
-/// What the operating system says; it refuses neither step on any Linux that runs this daemon.
+/// The operating system's error. No Linux that runs this daemon refuses these calls.
 pub fn no_core_dumps() -> io::Result<()> {
     setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) })?;
-    // The limit does not hold for a core pattern that pipes to a program; not being dumpable does.
+    // The limit does not apply to a core pattern that pipes into a program; the dumpable flag does.
     set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
     Ok(())
 }
 
-/// Lets this process open as many files as the system allows it: the usual soft limit of 1024 is far below the connections
-/// that a daemon may have, and every one is a file. To be called before anything listens.
+/// Raises the number of open files to the hard limit: the usual soft limit of 1024 is far below the number of
+/// connections of a daemon. Call it before a listener is opened.
 ///
 /// # Errors
-/// What the operating system says; raising the soft limit to the hard one needs no privilege.
+/// The operating system's error. Raising the soft limit to the hard limit needs no privilege.
 pub fn raise_open_files() -> io::Result<()> {
     let maximum = getrlimit(Resource::Nofile).maximum;
     Ok(setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum })?)
 }
 
-/// How many connections there can be when that many are wished for and `reserve` files are needed for everything else: fewer
-/// than wished for, but at least one, where the limit on open files says so.
+/// Number of connections that the limit on open files allows, if `reserve` files are needed for other purposes: at most
+/// `wished`, at least one.
 #[must_use]
 pub fn affordable_connections(wished: usize, reserve: usize) -> usize {
     affordable(wished, reserve, getrlimit(Resource::Nofile).current)
 }
 
 fn affordable(wished: usize, reserve: usize, limit: Option<u64>) -> usize {
-    // No limit, or one that does not fit, is none.
+    // A missing or unrepresentable limit counts as no limit.
     let limit = limit.and_then(|limit| usize::try_from(limit).ok()).unwrap_or(usize::MAX);
     wished.min(limit.saturating_sub(reserve).max(1))
 }
 
-/// The number of a group, given by its name in `/etc/group` or as a number.
+/// The id of a group, from its name in `/etc/group` or its number.
 ///
 /// # Errors
-/// When there is no such group, or the file cannot be read.
+/// The group does not exist, or the file cannot be read.
 pub fn group_id(name: &str) -> io::Result<u32> {
     if let Ok(id) = name.parse() {
         return Ok(id);
@@ -62,24 +62,25 @@ pub fn group_id(name: &str) -> io::Result<u32> {
     found.ok_or_else(missing)
 }
 
-/// What this process uses of the machine.
+/// Resource usage of this process.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Usage {
     /// Processor time so far, user and system.
     pub cpu: Duration,
-    /// Resident memory, in octets.
+    /// Resident memory, in bytes.
     pub resident: u64,
-    /// Threads.
+    /// Number of threads.
     pub threads: u64,
-    /// Files that are open.
+    /// Number of open files.
     pub open_files: u64,
-    /// Files that may be open; infinite without a limit.
+    /// Limit of open files; infinite without a limit.
     pub max_files: f64,
-    /// When it started, in seconds since 1970.
+    /// Start time in seconds since 1970.
     pub started: f64,
 }
 
-/// Looks at it: clock_gettime(2), getrlimit(2), and proc(5) for the rest, which stays 0 where the system does not tell.
+/// Reads the usage with clock_gettime(2) and getrlimit(2), and from proc(5) for the rest; a value that is not available
+/// is 0.
 #[must_use]
 pub fn usage() -> Usage {
     let cpu = clock_gettime(ClockId::ProcessCPUTime).try_into().unwrap_or_default();
@@ -100,10 +101,10 @@ pub fn usage() -> Usage {
 
 static STARTED: LazyLock<f64> = LazyLock::new(|| started().unwrap_or_default());
 
-/// When this process started, in seconds since 1970: proc_pid_stat(5), field 22, counts ticks since the machine did.
+/// Start time of this process in seconds since 1970: field 22 of proc_pid_stat(5) counts ticks since boot.
 fn started() -> Option<f64> {
     let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
-    // The program's name is in parentheses and may have anything in it.
+    // The program's name is in parentheses and may contain any characters.
     let (_, after_name) = stat.rsplit_once(") ")?;
     let ticks: f64 = after_name.split(' ').nth(19)?.parse().ok()?;
     let boot = std::fs::read_to_string("/proc/stat").ok()?;
@@ -111,12 +112,12 @@ fn started() -> Option<f64> {
     Some(boot + ticks / rustix::param::clock_ticks_per_second() as f64)
 }
 
-/// A future that ends, with the signal's name, when the process is told to stop by `SIGTERM` or `SIGINT`.
+/// A future that completes with the signal's name when the process is told to stop by `SIGTERM` or `SIGINT`.
 ///
-/// The signals are caught from this call on, not only from the future's first poll. To be called inside a runtime.
+/// Signals are caught from this call on, even before the first poll. Must be called inside a runtime.
 ///
 /// # Errors
-/// When the handlers cannot be installed.
+/// The handlers cannot be installed.
 pub fn shutdown_signal() -> io::Result<impl Future<Output = &'static str> + Send + 'static> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;

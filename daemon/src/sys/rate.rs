@@ -1,4 +1,4 @@
-//! A rate that holds for each caller, shared by all requests; it may be no limit at all.
+//! A rate limit for each key, shared by all requests. It may also be unlimited.
 
 mod buckets;
 
@@ -11,25 +11,25 @@ use claviger_process::lock::{lock, unpoisoned};
 
 use self::buckets::Buckets;
 
-/// Most callers whose buckets are kept; some 100 bytes each.
+/// Most buckets that are kept, of about 100 bytes each.
 const MOST_BUCKETS: usize = 65_536;
 
-/// A rate and a burst, and the callers' buckets.
+/// A rate limit with the buckets of all keys.
 #[derive(Debug)]
 pub(crate) struct Rate<K> {
     settings: (u32, u32),
-    /// `None` without a limit.
+    /// `None`: unlimited.
     buckets: Option<Mutex<Buckets<K>>>,
 }
 
 impl<K: Clone + Eq + Hash> Rate<K> {
-    /// `rate` a second in the long run and `burst` at once; a rate of 0 is no limit.
+    /// `rate` tokens per second on average, `burst` at once; a rate of 0 is unlimited.
     pub(crate) fn new(rate: u32, burst: u32) -> Self {
         let buckets = (rate > 0).then(|| Mutex::new(Buckets::new(rate, burst, MOST_BUCKETS)));
         Self { settings: (rate, burst), buckets }
     }
 
-    /// Takes over what callers have used of `before`, where that has the same settings; else all start with a full burst.
+    /// Keeps the buckets of `before` if its settings are the same; otherwise all buckets start full.
     pub(crate) fn inherit(&mut self, before: &Self) {
         if self.settings == before.settings
             && let (Some(old), Some(new)) = (&before.buckets, &mut self.buckets)
@@ -41,12 +41,12 @@ impl<K: Clone + Eq + Hash> Rate<K> {
     /// Takes one token.
     ///
     /// # Errors
-    /// There is none: the time until there is.
+    /// There is no token; the value is the time until there is one.
     pub(crate) fn take(&self, key: &K) -> Result<(), Duration> {
         self.buckets.as_ref().map_or(Ok(()), |buckets| lock(buckets).take(key, standstill::now()))
     }
 
-    /// Whether a token could be taken.
+    /// Whether a token is available.
     ///
     /// # Errors
     /// As [`Rate::take`].
@@ -55,14 +55,14 @@ impl<K: Clone + Eq + Hash> Rate<K> {
         self.buckets.as_ref().map_or(Ok(()), look)
     }
 
-    /// Charges what has been spent already; the bucket may owe.
+    /// Takes tokens for work that was already done; the bucket may go into debt.
     pub(crate) fn debit(&self, key: &K, tokens: u32) {
         if let Some(buckets) = self.buckets.as_ref().filter(|_| tokens > 0) {
             lock(buckets).debit(key, tokens, standstill::now());
         }
     }
 
-    /// How many tokens the bucket lacks, those that it owes included.
+    /// Number of tokens that the bucket lacks, including debt.
     pub(crate) fn missing(&self, key: &K) -> u32 {
         self.buckets.as_ref().map_or(0, |buckets| lock(buckets).missing(key, standstill::now()))
     }

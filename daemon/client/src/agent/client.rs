@@ -1,4 +1,4 @@
-//! Asking the agent of this host.
+//! The client of this host's agent.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -14,34 +14,34 @@ pub enum AgentError {
     /// The agent cannot be reached, or the connection ended.
     #[error("the agent at {}: {source}; does claviger host agent run, and with this --socket?", path.display())]
     Io {
-        /// Its socket.
+        /// Path of its socket.
         path: PathBuf,
-        /// What the operating system says.
+        /// The operating system's error.
         source: io::Error,
     },
-    /// The socket is another user's: what answers there may be anybody.
+    /// The socket belongs to another user, so the agent there cannot be trusted.
     #[error("the agent at {} runs as user {user}, which is neither root nor the user of this command; is it the right socket?", path.display())]
     Stranger {
-        /// Its socket.
+        /// Path of its socket.
         path: PathBuf,
-        /// Who answers there.
+        /// User id of the process that answers there.
         user: u32,
     },
-    /// The time was up.
+    /// The agent did not answer in time.
     #[error("the agent at {} did not answer within {timeout:?}", path.display())]
     Timeout {
-        /// Its socket.
+        /// Path of its socket.
         path: PathBuf,
-        /// What it had.
+        /// The time limit.
         timeout: Duration,
     },
-    /// The agent says no.
+    /// The agent refused the request.
     #[error("{}", .0.text)]
     Refused(Refused),
 }
 
 impl AgentError {
-    /// Whether the same may succeed later.
+    /// Whether the same request may succeed later.
     #[must_use]
     pub fn is_temporary(&self) -> bool {
         match self {
@@ -52,7 +52,7 @@ impl AgentError {
     }
 }
 
-/// Asks the agent behind `path` for a release.
+/// Requests a release from the agent at `path`.
 ///
 /// # Errors
 /// [`AgentError`].
@@ -68,7 +68,7 @@ async fn ask(path: &Path, protector: &[u8]) -> Result<Reply, AgentError> {
     if ![0, rustix::process::geteuid().as_raw()].contains(&user) {
         return Err(AgentError::Stranger { path: path.to_owned(), user });
     }
-    // An agent that does not serve this user says so without waiting for the request.
+    // An agent refuses a user without permission before it reads the request.
     let written = wire::write_request(&mut stream, protector).await;
     let reply = wire::read_reply(&mut stream).await;
     reply.map_err(|error| failed(written.err().unwrap_or(error)))

@@ -1,33 +1,33 @@
-//! What an agent counts, as a page for Prometheus.
+//! The counters of an agent, as a page for Prometheus.
 
 use std::fmt::Write;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 
-/// The agent's counts since its start.
+/// The counters since the agent's start.
 #[derive(Debug, Default)]
 pub struct Counters {
-    /// Releases that were given to a machine.
+    /// Releases that were passed to a machine.
     pub released: AtomicU64,
     /// Releases that were refused.
     pub refused: AtomicU64,
     /// Releases that no server could serve in time.
     pub late: AtomicU64,
-    /// Requests to the service for releases, each with one or many protectors.
+    /// Release requests to the service, each with one or more protectors.
     pub batches: AtomicU64,
     /// Attestations that gave a certificate.
     pub attested: AtomicU64,
     /// Attestations that failed.
     pub not_attested: AtomicU64,
-    /// Connections of users that may not ask.
+    /// Connections of users without permission.
     pub strangers: AtomicU64,
-    /// Releases that wait for their batch or for its answer.
+    /// Releases that wait for their batch or for its reply.
     pub waiting: AtomicU64,
-    /// When the health certificate ends, in seconds since 1970; 0: there is none.
+    /// Expiry of the health certificate in seconds since 1970; 0: none.
     pub certificate_ends: AtomicI64,
 }
 
 impl Counters {
-    /// The page.
+    /// The page in Prometheus' text format.
     #[must_use]
     pub fn page(&self) -> String {
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed).to_string();

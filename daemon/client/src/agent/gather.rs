@@ -1,18 +1,19 @@
-//! Which releases are asked for together: a plain value that is handed the time.
+//! Collects releases into batches: a plain value that is handed `now`.
 
 use std::time::{Duration, Instant};
 
 use claviger_protocol::batch::MAX_ITEMS;
 
-/// Bytes of protectors in one batch: as base64 in a request they stay below the body that a service takes.
+/// Most bytes of protectors in a batch. As base64 in a request, they stay below the largest body that a service
+/// accepts.
 const MAX_BYTES: usize = 10 * 1024 * 1024;
 
-/// How long releases are gathered.
+/// How long releases are collected.
 #[derive(Clone, Copy, Debug)]
 pub struct Pace {
-    /// A batch goes when so long none came.
+    /// A batch is sent when no further release has arrived for this time.
     pub quiet: Duration,
-    /// It goes so long after its first one in any case.
+    /// A batch is sent at the latest this long after its first release.
     pub longest: Duration,
 }
 
@@ -33,16 +34,16 @@ pub struct Gathering<T> {
 }
 
 impl<T> Gathering<T> {
-    /// A batch that begins at `now` with one protector of so many bytes.
+    /// Starts a batch at `now` with one protector of `bytes` bytes.
     #[must_use]
     pub fn begin(pace: Pace, item: T, bytes: usize, now: Instant) -> Self {
         Self { pace, items: vec![item], bytes, first: now, last: now }
     }
 
-    /// One more, if there is room for it; else it is given back, and the batch is due.
+    /// Adds a release if there is room. Otherwise the release is returned, and the batch is due.
     ///
     /// # Errors
-    /// The item.
+    /// The release.
     pub fn add(&mut self, item: T, bytes: usize, now: Instant) -> Result<(), T> {
         if self.items.len() == MAX_ITEMS || self.bytes + bytes > MAX_BYTES {
             return Err(item);
@@ -53,7 +54,7 @@ impl<T> Gathering<T> {
         Ok(())
     }
 
-    /// When the batch is to go.
+    /// The time at which to send the batch.
     #[must_use]
     pub fn due(&self) -> Instant {
         if self.items.len() == MAX_ITEMS {

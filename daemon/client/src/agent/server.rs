@@ -1,4 +1,4 @@
-//! Being the agent of a host.
+//! The agent of a host.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -19,38 +19,38 @@ use crate::http::TlsSettings;
 use crate::retry::Fault;
 use crate::tpm::TpmPlace;
 
-/// How long a connection may take for its request.
+/// Time limit for reading a request.
 const REQUEST: Duration = Duration::from_secs(10);
-/// Most connections at a time. Each holds a protector of up to 512 KiB.
+/// Most connections. Each holds a protector of up to 512 KiB.
 const CONNECTIONS: usize = 1024;
-/// How often it is judged whether the health certificate has to be renewed.
+/// Interval of checking whether the health certificate must be renewed.
 const CHECK: Duration = Duration::from_secs(60);
-/// How long a release that the service has no time for rests before it is asked for again.
+/// Pause before a release is requested again after the service had no time for it.
 const REST: Duration = Duration::from_secs(1);
 
-/// Whom the agent asks, and for whom.
+/// Settings of the agent.
 #[derive(Clone, Debug)]
 pub struct Settings {
     /// The host's keys.
     pub folder: Folder,
-    /// What it attests by, instead of its host key.
+    /// The TPM, if the host attests with it instead of a host key.
     pub tpm: Option<TpmPlace>,
     /// The servers.
     pub urls: Vec<String>,
-    /// How the servers prove themselves, and this host to them.
+    /// TLS settings for servers and for this host.
     pub tls: TlsSettings,
-    /// For each release, with all of its waits.
+    /// Time limit of a release, including all waits.
     pub timeout: Duration,
-    /// The certificate is renewed so long before it ends.
+    /// The certificate is renewed this long before it expires.
     pub renew_before: Duration,
-    /// How long releases are gathered.
+    /// How long releases are collected.
     pub pace: Pace,
-    /// Users that may ask, beside root and the agent's own.
+    /// Users with permission, in addition to root and the agent's own user.
     pub users: Vec<u32>,
 }
 
 impl Settings {
-    /// The host and the servers, for all that is asked in [`Settings::timeout`] from now on.
+    /// The host and its servers, with the time limit [`Settings::timeout`] from now on.
     async fn services(&self) -> Result<Services, ServicesError> {
         let this = self.clone();
         let made = tokio::task::spawn_blocking(move || {
@@ -64,14 +64,14 @@ impl Settings {
     }
 }
 
-/// A release that somebody waits for.
+/// A release that a client waits for.
 struct Job {
     protector: Vec<u8>,
     until: Instant,
     reply: oneshot::Sender<Reply>,
 }
 
-/// Serves the socket. Never ends.
+/// Serves the socket. Never returns.
 pub async fn serve(listener: UnixListener, settings: Settings, counters: Arc<Counters>) {
     let settings = Arc::new(settings);
     let (jobs, queue) = mpsc::channel(CONNECTIONS);
@@ -79,7 +79,7 @@ pub async fn serve(listener: UnixListener, settings: Settings, counters: Arc<Cou
     tokio::join!(accepting, release(queue, jobs, settings.clone(), counters.clone()), renew(&settings, &counters));
 }
 
-/// Attests now where no certificate is kept that lasts.
+/// Attests unless a stored certificate is valid for long enough.
 ///
 /// # Errors
 /// [`ServicesError`].
@@ -176,7 +176,7 @@ async fn answer(
     wire::write_reply(&mut stream, &reply).await
 }
 
-/// Gathers releases and asks for them, one batch at a time: what comes while one is under way makes the next one.
+/// Collects releases and requests them, one batch at a time. Releases that arrive meanwhile form the next batch.
 async fn release(
     mut queue: mpsc::Receiver<Job>,
     jobs: mpsc::Sender<Job>,

@@ -1,4 +1,4 @@
-//! What goes over the agent's socket: one request and its reply, then the connection ends. Numbers are little-endian.
+//! The messages on the agent's socket: one request and its reply, then the connection ends. Numbers are little-endian.
 //!
 //! ```text
 //! request   u32 length, the protector
@@ -16,38 +16,38 @@ use zeroize::Zeroizing;
 
 use crate::host::Unwrapped;
 
-/// Longest sentence of a refusal, in bytes.
+/// Longest text of a refusal, in bytes.
 const MAX_TEXT: usize = 4096;
 
 const GRANTED: u8 = 0;
 const REFUSED: u8 = 1;
 const LATER: u8 = 2;
 
-/// Why an agent gives no keys.
+/// Why an agent refuses a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refused {
-    /// What is wrong, and what to do.
+    /// The problem and its remedy.
     pub text: String,
-    /// Whether the same may succeed later.
+    /// Whether the same request may succeed later.
     pub temporary: bool,
 }
 
-/// What an agent answers.
+/// The reply of an agent.
 pub type Reply = Result<Unwrapped, Refused>;
 
 /// Sends a request.
 ///
 /// # Errors
-/// What the socket says.
+/// The error of the socket.
 pub async fn write_request(to: &mut (impl AsyncWrite + Unpin), protector: &[u8]) -> io::Result<()> {
     to.write_u32_le(protector.len() as u32).await?;
     to.write_all(protector).await
 }
 
-/// Reads a request: a protector, not judged.
+/// Reads a request: a protector, not validated.
 ///
 /// # Errors
-/// What the socket says; [`io::ErrorKind::InvalidData`] where it is too long.
+/// The error of the socket; [`io::ErrorKind::InvalidData`] if the protector is too long.
 pub async fn read_request(from: &mut (impl AsyncRead + Unpin)) -> io::Result<Vec<u8>> {
     read_bytes(from, MAX_PROTECTOR).await
 }
@@ -55,9 +55,9 @@ pub async fn read_request(from: &mut (impl AsyncRead + Unpin)) -> io::Result<Vec
 /// Sends a reply.
 ///
 /// # Errors
-/// What the socket says.
+/// The error of the socket.
 pub async fn write_reply(to: &mut (impl AsyncWrite + Unpin), reply: &Reply) -> io::Result<()> {
-    // Written at once, from memory that is wiped.
+    // Written in one piece, from memory that is wiped.
     let mut out = Zeroizing::new(Vec::with_capacity(2 * TRANSPORT_KEY_LEN + 16 + MAX_TEXT.max(MAX_PROTECTOR)));
     match reply {
         Ok(unwrapped) => {
@@ -82,7 +82,7 @@ pub async fn write_reply(to: &mut (impl AsyncWrite + Unpin), reply: &Reply) -> i
 /// Reads a reply.
 ///
 /// # Errors
-/// What the socket says; [`io::ErrorKind::InvalidData`] where it is no reply.
+/// The error of the socket; [`io::ErrorKind::InvalidData`] if the reply is invalid.
 pub async fn read_reply(from: &mut (impl AsyncRead + Unpin)) -> io::Result<Reply> {
     let kind = from.read_u8().await?;
     match kind {

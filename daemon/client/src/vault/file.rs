@@ -1,10 +1,11 @@
-//! A vault on the disk: locked by one command at a time, and replaced by its successor in one rename.
+//! A vault on the disk. One command at a time locks it, and a single rename replaces it by its successor.
 //!
 //! ```text
 //! lock ─▶ read ─▶ (release of its protector) ─▶ open with the ingress key ─▶ seal with the egress key
 //!      ─▶ write, fsync, rename, fsync folder ─▶ keep the generation ─▶ only now the secrets are anybody's
 //! ```
-//! Whatever is interrupted, the file is the old vault or the new one, and each opens with the key of its own protector.
+//! After an interruption at any point, the file is the old vault or the new one, and each opens with the key of its own
+//! protector.
 
 use std::fs::File;
 use std::io;
@@ -23,40 +24,40 @@ use super::format::{MAX_VAULT, Vault, VaultError};
 use super::secrets::{SecretError, Secrets};
 use super::seen::{Seen, SeenError};
 
-/// How long to rest before the lock is tried again.
+/// Pause between attempts to get the lock.
 const LOCK_PAUSE: Duration = Duration::from_millis(20);
 
-/// Why a vault is not exchanged.
+/// Why a vault cannot be read or replaced.
 #[derive(Debug, thiserror::Error)]
 pub enum VaultFileError {
     /// The file cannot be read or written.
     #[error(transparent)]
     File(#[from] FileError),
-    /// What it holds is not right.
+    /// The file is not a valid vault.
     #[error("{}: {source}", path.display())]
     Vault {
-        /// The vault.
+        /// Path of the vault.
         path: PathBuf,
-        /// What is wrong.
+        /// The problem.
         source: VaultError,
     },
-    /// Another command has it.
+    /// Another command has locked it.
     #[error("{}: another command works on this vault; try again when it is done", .0.display())]
     Busy(PathBuf),
-    /// A secret is not there, or cannot be added.
+    /// A secret is missing, or cannot be added.
     #[error("{}: {source}", path.display())]
     Secret {
-        /// The vault.
+        /// Path of the vault.
         path: PathBuf,
-        /// What is wrong.
+        /// The problem.
         source: SecretError,
     },
-    /// The vault is an old copy, or it cannot be kept which one is not.
+    /// The vault is an old copy, or its generation cannot be recorded.
     #[error("{}: {source}", path.display())]
     Seen {
-        /// The vault.
+        /// Path of the vault.
         path: PathBuf,
-        /// What is wrong.
+        /// The problem.
         source: SeenError,
     },
 }
@@ -70,7 +71,7 @@ pub fn read(path: &Path) -> Result<Vault, VaultFileError> {
     Vault::parse(&bytes).map_err(wrong(path))
 }
 
-/// Writes a new vault; one that is there stays.
+/// Writes a new vault. An existing file is not overwritten.
 ///
 /// # Errors
 /// [`VaultFileError`].
@@ -82,30 +83,30 @@ fn wrong(path: &Path) -> impl Fn(VaultError) -> VaultFileError {
     |source| VaultFileError::Vault { path: path.to_owned(), source }
 }
 
-/// A vault that no other command works on, as long as this value is there.
+/// A vault that is locked while this value lives.
 #[derive(Debug)]
 pub struct LockedVault {
     path: PathBuf,
     vault: Vault,
-    /// Holds the lock, which the kernel takes away with the process.
+    /// Holds the lock, which the kernel releases when the process ends.
     _lock: File,
 }
 
 impl LockedVault {
-    /// Locks and reads the vault; waits for another command at most for `patience`. Blocks.
+    /// Locks and reads the vault. Waits at most `patience` for another command. Blocks.
     ///
     /// # Errors
     /// [`VaultFileError`].
     pub fn lock(path: &Path, patience: Duration) -> Result<Self, VaultFileError> {
         let until = Instant::now() + patience;
         let failed = FileError::of(path);
-        // The successor replaces the file, not a symbolic link to it.
+        // The successor must replace the file itself, not a symbolic link to it.
         let path = &std::fs::canonicalize(path).map_err(&failed)?;
         loop {
-            // Open for writing, too: network file systems lock no other descriptor.
+            // Also open for writing: network file systems need that for an exclusive lock.
             let file = File::options().read(true).write(true).open(path).map_err(&failed)?;
             match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-                // The one who had the lock may have put a successor in place: that is the vault now.
+                // The previous holder of the lock may have replaced the file. Then lock the new one.
                 Ok(()) if same(&file, path).map_err(&failed)? => {
                     return Ok(Self { path: path.to_owned(), vault: read(path)?, _lock: file });
                 }
@@ -126,11 +127,11 @@ impl LockedVault {
         &self.vault
     }
 
-    /// Opens the vault with the ingress key, changes its secrets, puts its successor in its place, sealed with the egress key,
-    /// and keeps its generation. The secrets are given out when all of this is on the disk.
+    /// Opens the vault with the ingress key, changes its secrets, replaces it by its successor (sealed with the egress
+    /// key), and records the generation. Returns the secrets only after all of this is on the disk.
     ///
     /// # Errors
-    /// [`VaultFileError`]. The vault on the disk is the old one or its successor.
+    /// [`VaultFileError`]. The vault on the disk is either the old one or its successor.
     pub fn exchange(
         self,
         released: &Unwrapped,
@@ -141,11 +142,11 @@ impl LockedVault {
         exchange(&RealDisk, &self.path, &self.vault, secrets, released, seen, change)
     }
 
-    /// The same where another protector takes over: `old` opens this vault, and the successor is sealed with the egress key of
-    /// `new`, which was released for the protector that the owner wants from now on.
+    /// The same with another protector: `old` opens this vault. The successor is sealed with the egress key of `new`,
+    /// the release of the protector that the owner has chosen.
     ///
     /// # Errors
-    /// [`VaultFileError`]. The vault on the disk is the old one or its successor.
+    /// [`VaultFileError`]. The vault on the disk is either the old one or its successor.
     pub fn move_to(self, old: &Unwrapped, new: &Unwrapped, seen: &Seen) -> Result<Vault, VaultFileError> {
         let secrets = self.vault.open(&old.keys.ingress).map_err(wrong(&self.path))?;
         exchange(&RealDisk, &self.path, &self.vault, secrets, new, seen, |_| Ok(())).map(|(vault, _)| vault)
@@ -165,7 +166,7 @@ fn exchange(
     let key = &released.keys.egress;
     let newest = seen.newest(vault).map_err(|source| VaultFileError::Seen { path: path.to_owned(), source })?;
     let next = vault.successor_beyond(newest, &released.egress_protector, key, &secrets).map_err(wrong(path))?;
-    // A successor that does not open would be the end of the machine, and the check costs some microseconds.
+    // If the successor could not be opened, the machine would be lost. The check takes only some microseconds.
     if next.open(key).map_err(wrong(path))? != secrets {
         return Err(wrong(path)(VaultError::Sealed));
     }
@@ -219,7 +220,7 @@ mod tests {
                 let key = if vault.generation == 1 { &key } else { &given.keys.egress };
                 assert_eq!(vault.open(key).unwrap(), secrets(), "after {stop_after} steps");
                 assert!(done.is_err() || vault.generation == 2, "secrets were given out too early");
-                // What was seen is never newer than what is there.
+                // The recorded generation is never newer than the vault on the disk.
                 let name = seen.file(&vault);
                 let mut kept = disk.after_power_failure(&name);
                 kept.push(disk.after_kill(&name));
@@ -245,7 +246,7 @@ mod tests {
         assert!(create(&path, &Vault::create(&file, &key, &secrets()).unwrap()).is_err(), "never written over");
         let locked = LockedVault::lock(&path, Duration::ZERO).unwrap();
         assert!(matches!(LockedVault::lock(&path, Duration::ZERO), Err(VaultFileError::Busy(_))));
-        // The one that waits gets the successor.
+        // The waiting command gets the successor.
         let waiting = {
             let path = path.clone();
             std::thread::spawn(move || LockedVault::lock(&path, Duration::from_secs(60)).unwrap().vault().generation)
@@ -256,11 +257,11 @@ mod tests {
         assert_eq!((next.generation, now.get("disk").unwrap()), (2, &[1][..]));
         assert_eq!(waiting.join().unwrap(), 2);
         assert_eq!(read(&path).unwrap(), next);
-        // With a wrong key nothing is changed.
+        // A wrong key changes nothing.
         let locked = LockedVault::lock(&path, Duration::ZERO).unwrap();
         assert!(locked.exchange(&released(&key), &seen, |_| Ok(())).is_err());
         assert_eq!(read(&path).unwrap(), next);
-        // Another protector takes over.
+        // Another protector replaces the first one.
         let (_, other) = protector();
         let (old, new) = (released(&given.keys.egress), released(&other));
         let moved = LockedVault::lock(&path, Duration::ZERO).unwrap().move_to(&old, &new, &seen).unwrap();

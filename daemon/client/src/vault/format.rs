@@ -1,4 +1,4 @@
-//! The format of a vault: sealing, opening, reading. No I/O. All numbers are little-endian.
+//! The format of a vault: sealing, opening and parsing, without I/O. All numbers are little-endian.
 //!
 //! ```text
 //! offset  bytes
@@ -37,44 +37,44 @@ pub const MAX_VAULT: usize = HEADER + MAX_PROTECTOR + MAX_ENCODED + TAG;
 /// Why a vault cannot be read, opened or sealed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum VaultError {
-    /// The file is none.
+    /// The file is not a vault.
     #[error("it is no vault; claviger host vm create makes one")]
     NoVault,
-    /// The file is of a version that is not known here.
+    /// The version of the file is not supported.
     #[error("it is a vault of version {0}, and this claviger knows version {VERSION}; use a newer claviger")]
     Version(u32),
     /// The file is damaged.
     #[error("the vault is damaged: {0}; take it from a backup, or have its owner recover it from one")]
     Damaged(&'static str),
-    /// The protector cannot be read.
+    /// The protector cannot be parsed.
     #[error("the vault's protector: {0}")]
     Protector(String),
     /// The transport key does not open the secrets.
     #[error("the vault does not open with the key of its protector: it was changed; take it from a backup")]
     Sealed,
-    /// The machine has been started as often as the format can count.
+    /// The generation number has reached its maximum.
     #[error("the vault has no generation left")]
     Exhausted,
-    /// The system gives no randomness.
+    /// The system has no randomness.
     #[error("the system has no randomness")]
     Randomness,
 }
 
-/// A vault as it was read: its form is right, and its secrets are sealed.
+/// A parsed vault. Its form is valid; its secrets are still sealed.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Vault {
-    /// The same in all generations.
+    /// Random id, the same in all generations.
     pub id: [u8; 16],
-    /// How often it was sealed anew, and 1.
+    /// Generation number: 1 for a new vault, increased by one at each sealing.
     pub generation: u64,
-    /// The protector of the transport key that it is sealed with.
+    /// The protector whose transport key seals the secrets.
     pub protector: Vec<u8>,
     header: [u8; HEADER],
     sealed: Vec<u8>,
 }
 
 impl Vault {
-    /// A new vault of these secrets, sealed with the transport key of `protector`.
+    /// Creates a vault with these secrets, sealed with the transport key of `protector`.
     ///
     /// # Errors
     /// [`VaultError::Protector`], [`VaultError::Randomness`].
@@ -82,7 +82,8 @@ impl Vault {
         Self::seal(random()?, 1, protector, key, secrets)
     }
 
-    /// The next generation of this vault: other secrets or the same ones, sealed with the transport key of another protector.
+    /// Creates the next generation of this vault with these secrets, sealed with the transport key of another
+    /// protector.
     ///
     /// # Errors
     /// [`VaultError::Protector`], [`VaultError::Exhausted`], [`VaultError::Randomness`].
@@ -90,8 +91,8 @@ impl Vault {
         self.successor_beyond(0, protector, key, secrets)
     }
 
-    /// The same, and newer than the generation `seen`: the successor of an old copy that is used on purpose does not pass for one
-    /// of the generations that came after that copy.
+    /// The same, with a generation number above `seen`. If an old copy is used on purpose, its successor must not have
+    /// the number of a generation that followed the copy.
     ///
     /// # Errors
     /// See [`successor`](Self::successor).
@@ -128,11 +129,11 @@ impl Vault {
         let mut sealed = content.to_vec();
         sealed.extend_from_slice(tag.map_err(|_| VaultError::Sealed)?.as_ref());
         let bytes = [&header[..], protector, &sealed].concat();
-        // What is written is read with the eyes of the next start.
+        // Parse the result like the next start will.
         Self::parse(&bytes)
     }
 
-    /// Reads a vault; judges its form, the digest of its protector and the protector's form.
+    /// Parses a vault. Checks its form, the digest of its protector, and the protector's form.
     ///
     /// # Errors
     /// [`VaultError`].
@@ -168,7 +169,7 @@ impl Vault {
         Ok(Self { id, generation, protector: protector.to_vec(), header: *header, sealed: sealed.to_vec() })
     }
 
-    /// The secrets. `key` is the transport key of [`Vault::protector`].
+    /// Opens the secrets. `key` is the transport key of [`Vault::protector`].
     ///
     /// # Errors
     /// [`VaultError::Sealed`].
@@ -180,7 +181,7 @@ impl Vault {
         Secrets::decode(opened).ok_or(VaultError::Sealed)
     }
 
-    /// The file.
+    /// The content of the file.
     #[must_use]
     pub fn to_bytes(&self) -> Vec<u8> {
         [&self.header[..], &self.protector, &self.sealed].concat()
@@ -235,7 +236,7 @@ mod tests {
         assert_eq!((next.id, next.generation), (vault.id, 2));
         assert_eq!(next.open(&other_key).unwrap(), secrets());
         assert_eq!(next.open(&key), Err(VaultError::Sealed));
-        // Sealed twice, nothing is alike.
+        // Sealing twice gives entirely different bytes.
         let again = read.successor(&other_file, &other_key, &secrets()).unwrap();
         assert_ne!(again.sealed, next.sealed);
         let mut last = again;
@@ -243,7 +244,7 @@ mod tests {
         assert_eq!(last.successor(&file, &key, &secrets()), Err(VaultError::Exhausted));
     }
 
-    /// An implementation made from the description alone has to come to the same bytes: this is one.
+    /// An independent implementation from the description alone must produce the same bytes. This is one.
     #[test]
     fn the_format_is_the_described_one() {
         let (file, key) = protector();
@@ -253,7 +254,7 @@ mod tests {
         assert_eq!(bytes[16..32], [62, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
         assert_eq!(&bytes[80..112], digest(&SHA256, &file).as_ref());
         assert_eq!(&bytes[112..112 + file.len()], file);
-        // HKDF by RFC 5869, with HMAC.
+        // HKDF according to RFC 5869, from HMAC.
         let hmac = |key: &[u8], data: &[u8]| {
             ring::hmac::sign(&ring::hmac::Key::new(ring::hmac::HMAC_SHA256, key), data).as_ref().to_vec()
         };
@@ -271,7 +272,7 @@ mod tests {
         let bytes = Vault::create(&file, &key, &secrets()).unwrap().to_bytes();
         let opens = |bytes: &[u8]| Vault::parse(bytes).and_then(|vault| vault.open(&key)).is_ok();
         assert!(opens(&bytes));
-        // All of the header and of the sealed secrets, and some of the protector.
+        // The whole header, all sealed secrets, and a part of the protector.
         let end = 112 + file.len();
         for at in (0..112).chain((112..end).step_by(97)).chain(end..bytes.len()) {
             let mut changed = bytes.clone();

@@ -4,19 +4,19 @@ use std::collections::BTreeMap;
 
 use zeroize::Zeroizing;
 
-/// Most secrets of a vault.
+/// Most secrets in a vault.
 pub const MAX_SECRETS: usize = 64;
 /// Longest name, in bytes.
 pub const MAX_NAME: usize = 64;
-/// Longest value, in bytes: it fits into the smallest pipe of Linux, so that handing it over never waits for its reader.
+/// Longest value, in bytes. It fits into the smallest pipe of Linux, so writing it to a pipe never blocks.
 pub const MAX_VALUE: usize = 4096;
 /// Longest encoding of a vault's secrets, in bytes.
 pub const MAX_ENCODED: usize = 2 + MAX_SECRETS * (1 + MAX_NAME + 2 + MAX_VALUE);
 
-/// Why a secret is not taken.
+/// Why a secret cannot be added or read.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SecretError {
-    /// The name is not of the form that names have.
+    /// The name is not valid.
     #[error(
         "{0:?} is no name of a secret: 1 to {MAX_NAME} of a-z, 0-9, '.', '_' and '-', and the first one a letter or a digit"
     )]
@@ -26,26 +26,26 @@ pub enum SecretError {
     Length {
         /// The secret's name.
         name: String,
-        /// Bytes of the value.
+        /// Length of the value in bytes.
         length: usize,
     },
-    /// There is a secret of that name.
+    /// A secret with this name exists.
     #[error("the vault has a secret {0} already; choose another name, or say --replace")]
     Exists(String),
-    /// The vault is full.
+    /// The vault has the maximum number of secrets.
     #[error("the vault is full: it has {MAX_SECRETS} secrets")]
     Full,
-    /// There is no secret of that name.
+    /// There is no secret with this name.
     #[error("the vault has no secret {name}; it has: {}", .known.join(", "))]
     Missing {
-        /// The name that was asked for.
+        /// The requested name.
         name: String,
-        /// The names that there are.
+        /// The existing names.
         known: Vec<String>,
     },
 }
 
-/// Secrets, by name. They are wiped from memory when they are dropped.
+/// Secrets by name. They are wiped from memory on drop.
 #[derive(Clone, Default, PartialEq, Eq)]
 pub struct Secrets(BTreeMap<String, Zeroizing<Vec<u8>>>);
 
@@ -55,7 +55,7 @@ impl std::fmt::Debug for Secrets {
     }
 }
 
-/// Whether this is a name for a secret.
+/// Checks that this can be the name of a secret.
 ///
 /// # Errors
 /// [`SecretError::Name`].
@@ -70,7 +70,7 @@ impl Secrets {
     /// Adds a secret.
     ///
     /// # Errors
-    /// [`SecretError`]; nothing is changed then.
+    /// [`SecretError`]; nothing is changed.
     pub fn add(&mut self, name: &str, value: Zeroizing<Vec<u8>>, replace: bool) -> Result<(), SecretError> {
         check_name(name)?;
         if !(1..=MAX_VALUE).contains(&value.len()) {
@@ -87,7 +87,7 @@ impl Secrets {
         Ok(())
     }
 
-    /// The secret of that name.
+    /// The secret with this name.
     ///
     /// # Errors
     /// [`SecretError::Missing`].
@@ -107,7 +107,7 @@ impl Secrets {
     /// The encoding: u16 count; then for each, by name: u8 length and name, u16 length and value. Numbers are little-endian.
     pub(super) fn encode(&self) -> Zeroizing<Vec<u8>> {
         let length = |(name, value): (&String, &Zeroizing<Vec<u8>>)| 3 + name.len() + value.len();
-        // Reserved at once: a vector that grows leaves copies behind.
+        // Reserve enough memory: a growing vector would leave copies of secrets behind.
         let mut out = Zeroizing::new(Vec::with_capacity(2 + self.0.iter().map(length).sum::<usize>()));
         out.extend_from_slice(&(self.0.len() as u16).to_le_bytes());
         for (name, value) in &self.0 {
@@ -119,7 +119,7 @@ impl Secrets {
         out
     }
 
-    /// Reads what [`Secrets::encode`] writes, and nothing else.
+    /// Parses exactly the output of [`Secrets::encode`].
     pub(super) fn decode(bytes: &[u8]) -> Option<Self> {
         let (count, mut rest) = take_u16(bytes)?;
         let mut secrets = Self::default();

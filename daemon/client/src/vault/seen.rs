@@ -1,7 +1,7 @@
-//! The newest generation of each vault that this host has seen, so that an old copy of a vault does not pass for the present one.
+//! Records the newest generation of each vault that this host has seen, so that an old copy is not used by mistake.
 //!
-//! `DIR/ID.generation` holds the generation as a decimal number, and a line break. It is written after the vault itself: a vault is
-//! at most newer than what is kept here, whatever is interrupted.
+//! `DIR/ID.generation` contains the generation as a decimal number and a line break. It is written after the vault
+//! itself. So after an interruption, the vault may be newer than the recorded generation, but never older.
 
 use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt;
@@ -14,13 +14,13 @@ use crate::files::{self, Existing, FileError};
 
 use super::format::Vault;
 
-/// Why a vault is not used.
+/// Why a vault is refused.
 #[derive(Debug, thiserror::Error)]
 pub enum SeenError {
     /// A file cannot be read or written.
     #[error(transparent)]
     File(#[from] FileError),
-    /// The file does not hold a generation.
+    /// The file does not contain a generation number.
     #[error("{} does not hold a number; delete it if this host has only the present vault of this machine", .0.display())]
     Content(PathBuf),
     /// The vault is an old copy.
@@ -29,25 +29,25 @@ pub enum SeenError {
          was restored from a backup on purpose, say --accept-older"
     )]
     Older {
-        /// The vault's generation.
+        /// The generation of the vault.
         found: u64,
-        /// The newest one that was seen.
+        /// The newest generation that this host has seen.
         seen: u64,
     },
 }
 
-/// The folder where the generations are kept.
+/// The folder with the recorded generations.
 #[derive(Clone, Debug)]
 pub struct Seen(PathBuf);
 
 impl Seen {
-    /// The folder `dir`, which need not exist yet.
+    /// Uses the folder `dir`, which may not exist yet.
     #[must_use]
     pub fn new(dir: impl Into<PathBuf>) -> Self {
         Self(dir.into())
     }
 
-    /// Refuses a vault that is older than one of its id that this host has seen. A host that has seen none takes any.
+    /// Checks that this host has not seen a newer vault with the same id.
     ///
     /// # Errors
     /// [`SeenError`].
@@ -56,7 +56,7 @@ impl Seen {
         if vault.generation < seen { Err(SeenError::Older { found: vault.generation, seen }) } else { Ok(()) }
     }
 
-    /// The newest generation of the vault that this host has seen; 0 if it has seen none.
+    /// The newest generation of the vault that this host has seen; 0: none.
     ///
     /// # Errors
     /// [`SeenError`].
@@ -69,7 +69,7 @@ impl Seen {
         }
     }
 
-    /// Keeps the vault's generation, unless a newer one is kept already.
+    /// Records the vault's generation, unless a newer one is recorded.
     ///
     /// # Errors
     /// [`SeenError`].
@@ -111,9 +111,9 @@ mod tests {
         seen.keep(&new).unwrap();
         seen.check(&new).unwrap();
         assert!(matches!(seen.check(&old), Err(SeenError::Older { found: 1, seen: 2 })));
-        // Another machine's.
+        // A vault of another machine.
         seen.check(&Vault::create(&file, &key, &Secrets::default()).unwrap()).unwrap();
-        // What another command kept meanwhile stays.
+        // A newer record of another command stays.
         seen.keep(&old).unwrap();
         assert_eq!(seen.newest(&new).unwrap(), 2);
         std::fs::write(seen.file(&new), "many\n").unwrap();

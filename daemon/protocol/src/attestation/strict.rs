@@ -1,4 +1,4 @@
-//! What serde_json lets pass and the protocol does not: deep nesting, a member twice, an array where an object should be.
+//! Checks that serde_json does not make: limited nesting, no duplicate members, no array in place of an object.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -9,16 +9,16 @@ use serde::de::{Deserialize, DeserializeSeed, Deserializer, Error, IgnoredAny, M
 /// Deepest nesting of arrays and objects in a message; the root counts as 1.
 pub const MAX_DEPTH: usize = 32;
 
-/// Checks that `text` is one JSON value, nested no deeper than [`MAX_DEPTH`], without a member twice in any object,
-/// and nothing after it. It keeps nothing but one object's member names at a time and level: a hostile megabyte costs a
-/// few milliseconds and a few megabytes.
+/// Checks that `text` is exactly one JSON value, nested no deeper than [`MAX_DEPTH`], without duplicate members. The
+/// only memory is one set of member names for each open object: a hostile megabyte costs a few milliseconds and a few
+/// megabytes.
 pub(super) fn check(text: &str) -> serde_json::Result<()> {
     let mut deserializer = serde_json::Deserializer::from_str(text);
     Scan { levels: MAX_DEPTH }.deserialize(&mut deserializer)?;
     deserializer.end()
 }
 
-/// A value that may hold this many more levels of arrays and objects.
+/// A value that may contain this many further levels of arrays and objects.
 struct Scan {
     levels: usize,
 }
@@ -96,7 +96,7 @@ impl<'de> Visitor<'de> for Scan {
     }
 }
 
-/// A member's name, borrowed from the text unless it is written with escapes.
+/// A member's name. It is borrowed from the text unless it contains escapes.
 struct Name;
 
 impl<'de> DeserializeSeed<'de> for Name {
@@ -123,7 +123,7 @@ impl<'de> Visitor<'de> for Name {
     }
 }
 
-/// A `T` that is written as an object. Without this an array of a struct's members, in order, would pass for the struct.
+/// A `T` that must be an object. serde alone would also accept an array of the members' values.
 pub(super) struct Object<T>(pub(super) T);
 
 impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
@@ -146,12 +146,12 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
     }
 }
 
-/// The second member of a tuple. Anything is one, since most types of content are not looked at.
+/// The second member of a tuple. Any value is allowed, because most content types are ignored.
 #[derive(Default)]
 pub(super) enum Item<'a> {
     /// A string.
     Text(Cow<'a, str>),
-    /// Something else, or nothing.
+    /// Any other value, or none.
     #[default]
     Other,
 }
@@ -210,7 +210,7 @@ impl<'de: 'a, 'a> Deserialize<'de> for Item<'a> {
     }
 }
 
-/// For a member that may be missing but not `null`.
+/// For a member that may be missing but may not be `null`.
 pub(super) fn present<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> Result<Option<T>, D::Error> {
     T::deserialize(deserializer).map(Some)
 }

@@ -15,26 +15,27 @@ const REPLY_CONTINUE: &str = "TpmReplyContinue";
 
 /// Bits of an endorsement key.
 const EK_BITS: usize = 2048;
-/// Its exponent.
+/// Public exponent of an endorsement key: 65537.
 const EK_EXPONENT: &[u8] = &[1, 0, 1];
 
-/// An `AttestationRequest` in TPM mode. Its form and its keys are right; its Context may be anything.
+/// An `AttestationRequest` in TPM mode. Its structure and its keys are valid; its Context is not checked yet.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct TpmRequest {
-    /// The session's GUID, its octets as sent.
+    /// The session's GUID, the bytes exactly as sent.
     pub session_id: [u8; 16],
-    /// What is to be certified, in the order of the request, each once.
+    /// The requested certificates in the order of the request, without duplicates.
     pub requested: Vec<ResultType>,
     /// The endorsement key.
     pub endorsement_key: RsaPublicKey,
-    /// The Context, as sent.
+    /// The Context, exactly as sent.
     pub context: Vec<u8>,
-    /// The identity key and its octets as sent, in step 2.
+    /// The identity key and its bytes exactly as sent; in step 2 only.
     pub identity_key: Option<(RsaPublicKey, Vec<u8>)>,
 }
 
 impl TpmRequest {
-    /// Reads the body of a request of either step. A Context that holds a State is of step 2, any other of step 1.
+    /// Parses the body of a request of either step. A request whose Context contains a State belongs to step 2, any
+    /// other to step 1.
     ///
     /// # Errors
     /// [`PayloadError`].
@@ -67,7 +68,7 @@ fn is_step_2(context: &[u8]) -> bool {
     Context::parse(context).is_ok_and(|context| context.get(Kind::State).is_some())
 }
 
-/// The endorsement key in its X.509 certificate or in a SubjectPublicKeyInfo: RSA of 2048 bits with exponent 65537.
+/// The endorsement key from an X.509 certificate or a SubjectPublicKeyInfo: RSA with 2048 bits and exponent 65537.
 ///
 /// # Errors
 /// [`PayloadError`].
@@ -83,7 +84,7 @@ pub fn endorsement_key_of(octets: &[u8]) -> Result<RsaPublicKey, PayloadError> {
     Ok(key)
 }
 
-/// Whether a key can be an endorsement key of TCG's default template.
+/// Whether a key fits TCG's default template for endorsement keys.
 #[must_use]
 pub fn is_endorsement_key(key: &RsaPublicKey) -> bool {
     key.modulus().len() * 8 == EK_BITS
@@ -91,7 +92,7 @@ pub fn is_endorsement_key(key: &RsaPublicKey) -> bool {
         && key.exponent() == EK_EXPONENT
 }
 
-/// The body of a host's request of step 1. `endorsement_key` is content 4.
+/// Writes the body of a host's request of step 1. `endorsement_key` is content 4.
 #[must_use]
 pub fn first_request(
     session_id: [u8; 16],
@@ -102,7 +103,7 @@ pub fn first_request(
     request(session_id, requested, &[(ENDORSEMENT_KEY, endorsement_key), (RTPM_CONTEXT, context)])
 }
 
-/// The body of a host's request of step 2. `endorsement_key` is content 4, `identity_key` content 1.
+/// Writes the body of a host's request of step 2. `endorsement_key` is content 4, `identity_key` is content 1.
 #[must_use]
 pub fn second_request(
     session_id: [u8; 16],
@@ -123,13 +124,13 @@ struct ContinueBody {
     rtpm_active_context: String,
 }
 
-/// The body of the answer to step 1.
+/// Writes the body of the reply to step 1.
 #[must_use]
 pub fn continue_reply(context: &[u8]) -> Vec<u8> {
     json(&ContinueBody { type_name: type_name(REPLY_CONTINUE), rtpm_active_context: BASE64.encode(context) })
 }
 
-/// Reads the answer to step 1: the Context in it.
+/// Parses the reply to step 1 and returns its Context.
 ///
 /// # Errors
 /// [`ReplyError`].

@@ -1,5 +1,5 @@
-//! Building certificates, in two phases: the signature is made in an HSM, asynchronously. [`Template::to_be_signed`] gives
-//! the octets to sign, [`ToBeSigned::assemble`] takes the signature.
+//! Builds certificates in two phases, because an HSM makes the signature asynchronously: [`Template::to_be_signed`]
+//! gives the bytes to sign, [`ToBeSigned::assemble`] adds the signature.
 
 use std::time::Duration;
 
@@ -25,7 +25,7 @@ const SHA256_WITH_RSA: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.
 /// Why a certificate cannot be built.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum BuildError {
-    /// An empty common name, or a serial number attribute with characters that PrintableString lacks.
+    /// The common name is empty, or the serial number attribute has characters that PrintableString lacks.
     #[error("the name cannot stand in a certificate: {0}")]
     Name(&'static str),
     /// The serial number is zero or its top bit is set.
@@ -34,10 +34,10 @@ pub enum BuildError {
     /// The times are reversed, before 1970 or after the year 9999.
     #[error("the certificate's validity is not a period that X.509 can express")]
     Validity,
-    /// The system gave no random octets.
+    /// The system has no randomness.
     #[error("no random octets")]
     Random,
-    /// A part cannot be encoded; says which in the library's words.
+    /// A part cannot be encoded; holds the library's message.
     #[error("cannot encode the certificate: {0}")]
     Encoding(String),
 }
@@ -48,8 +48,8 @@ impl From<der::Error> for BuildError {
     }
 }
 
-/// A subject's or issuer's name: a common name, and perhaps a `serialNumber` attribute and an organizational unit, in this
-/// order.
+/// The name of a subject or issuer: a common name, an optional `serialNumber` attribute and an optional organizational
+/// unit, in this order.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct DistinguishedName {
     /// 2.5.4.3, written as a UTF-8 string; not empty.
@@ -61,7 +61,7 @@ pub struct DistinguishedName {
 }
 
 impl DistinguishedName {
-    /// A name of a common name only.
+    /// A name with a common name only.
     #[must_use]
     pub fn new(common_name: impl Into<String>) -> Self {
         Self { common_name: common_name.into(), ..Self::default() }
@@ -92,37 +92,38 @@ impl DistinguishedName {
     }
 }
 
-/// A relative distinguished name of one attribute.
+/// A relative distinguished name with one attribute.
 fn single(oid: ObjectIdentifier, value: Any) -> Result<SetOfVec<AttributeTypeAndValue>, BuildError> {
     let mut set = SetOfVec::new();
     set.insert(AttributeTypeAndValue { oid, value })?;
     Ok(set)
 }
 
-/// What a certificate to be made shall say. It is signed with `sha256WithRSAEncryption`.
+/// The content of a certificate to build. The signature algorithm is `sha256WithRSAEncryption`.
 #[derive(Clone, Debug)]
 pub struct Template {
-    /// Whom it is about.
+    /// Name of the certificate's subject.
     pub subject: DistinguishedName,
-    /// DER of the issuer's name, as it stands in the issuer's certificate; `None`: the subject itself (self-signed).
+    /// DER of the issuer's name, exactly as in the issuer's certificate. `None`: self-signed.
     pub issuer_der: Option<Vec<u8>>,
     /// The certified key.
     pub key: RsaPublicKey,
-    /// Serial number, big-endian, positive with the top bit clear: see [`random_serial`].
+    /// Serial number, big-endian, positive, top bit clear; see [`random_serial`].
     pub serial: [u8; 16],
     /// First second of the validity, unix time.
     pub not_before: i64,
     /// Last second of the validity, unix time.
     pub not_after: i64,
-    /// Key usages, in a critical extension; an empty set leaves the extension out.
+    /// Key usages, in a critical extension. Without usages there is no extension.
     pub key_usage: KeyUsage,
-    /// Extended key usages as dotted object identifiers, in an extension that is not critical; none leaves it out.
+    /// Extended key usages as dotted object identifiers, in an extension that is not critical. Without usages there is
+    /// no extension.
     pub extended_key_usages: Vec<&'static str>,
-    /// Basic constraints, critical: whether it is a CA's. `None` leaves the extension out.
+    /// Basic constraints, critical: whether the subject is a CA. `None`: no extension.
     pub ca: Option<bool>,
-    /// Subject key identifier, usually [`key_id`] of the key. `None` leaves the extension out.
+    /// Subject key identifier, usually [`key_id`] of the key. `None`: no extension.
     pub subject_key_id: Option<Vec<u8>>,
-    /// Authority key identifier, the issuer's subject key identifier. `None` leaves the extension out.
+    /// Authority key identifier: the issuer's subject key identifier. `None`: no extension.
     pub authority_key_id: Option<Vec<u8>>,
 }
 
@@ -169,8 +170,8 @@ impl Template {
         Ok(ToBeSigned { octets, algorithm: signing_algorithm()?.to_der()? })
     }
 
-    /// The same as a request to an issuer (PKCS#10, RFC 2986): name, key and, as an extension request, the extensions. Serial
-    /// number, validity and issuer are for the issuer to say. It is signed by the key that is to be certified.
+    /// The same content as a certificate request (PKCS#10, RFC 2986): name, key and requested extensions. The issuer
+    /// decides serial number, validity and issuer name. The key to be certified signs the request.
     ///
     /// # Errors
     /// [`BuildError`].
@@ -213,7 +214,7 @@ impl Template {
     }
 }
 
-/// A certificate, or a request for one, without its signature.
+/// A certificate or certificate request without its signature.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ToBeSigned {
     octets: Vec<u8>,
@@ -222,21 +223,21 @@ pub struct ToBeSigned {
 }
 
 impl ToBeSigned {
-    /// The octets that the issuer signs with RSASSA-PKCS1-v1_5 and SHA-256.
+    /// The bytes to sign with RSASSA-PKCS1-v1_5 and SHA-256.
     #[must_use]
     pub fn octets(&self) -> &[u8] {
         &self.octets
     }
 
-    /// The DER of the certificate with this signature. The signature is not checked.
+    /// The DER of the certificate with this signature. The signature is not verified.
     #[must_use]
     pub fn assemble(&self, signature: &[u8]) -> Vec<u8> {
-        // A bit string's first octet counts the unused bits of its last.
+        // The first byte of a bit string is the number of unused bits in its last byte.
         let signature = tlv(0x03, &[&[0], signature]);
         tlv(0x30, &[&self.octets, &self.algorithm, &signature])
     }
 
-    /// The DER of the certificate, signed by a key in software.
+    /// Signs with a private key in software and returns the certificate in DER.
     ///
     /// # Errors
     /// [`SignError`].
@@ -252,7 +253,8 @@ pub fn request_to_pem(der: &[u8]) -> String {
     std::mem::take(&mut *pem::encode("CERTIFICATE REQUEST", der))
 }
 
-/// A random serial number: 16 octets, positive, and 16 octets in its DER as well (the top bit is 0, the next is 1).
+/// A random positive serial number of 16 bytes. Its DER also has 16 bytes, because the top bit is 0 and the next bit is
+/// 1.
 ///
 /// # Errors
 /// [`BuildError::Random`].
@@ -263,7 +265,7 @@ pub fn random_serial() -> Result<[u8; 16], BuildError> {
     Ok(serial)
 }
 
-/// A key identifier: the first 20 octets of the SHA-256 of the SubjectPublicKeyInfo (in the manner of RFC 7093).
+/// A key identifier: the first 20 bytes of the SHA-256 of the SubjectPublicKeyInfo (like RFC 7093).
 #[must_use]
 pub fn key_id(key: &RsaPublicKey) -> [u8; 20] {
     let mut id = [0; 20];
@@ -279,7 +281,7 @@ fn extension<T: AssociatedOid + Encode>(value: &T, critical: bool) -> Result<Ext
     Ok(Extension { extn_id: T::OID, critical, extn_value: OctetString::new(value.to_der()?)? })
 }
 
-/// UTCTime through 2049, then GeneralizedTime, as RFC 5280 wants.
+/// UTCTime up to 2049, then GeneralizedTime (RFC 5280).
 fn time(unix: i64) -> Result<Time, BuildError> {
     let seconds = u64::try_from(unix).map_err(|_| BuildError::Validity)?;
     let date = DateTime::from_unix_duration(Duration::from_secs(seconds)).map_err(|_| BuildError::Validity)?;

@@ -1,20 +1,20 @@
-//! Why a key is not accepted, and what goes wrong with one that is.
+//! Errors of parsing and using keys.
 
 use crate::pem::NotOneBlock;
 
-/// Why octets are not a key that may be used.
+/// Why bytes are not an accepted key.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum KeyError {
-    /// The octets are in none of the formats asked for.
+    /// The bytes have none of the expected formats.
     #[error("the key is in none of the accepted formats")]
     Format,
-    /// A key, and then something else.
+    /// Bytes follow the key.
     #[error("there are octets after the key")]
     TrailingOctets,
-    /// A key of another algorithm than plain RSA (`rsaEncryption`).
+    /// The key's algorithm is not plain RSA (`rsaEncryption`).
     #[error("the key is not an RSA key (rsaEncryption)")]
     NotRsa,
-    /// The modulus has this many bits.
+    /// The modulus has this number of bits, which is not accepted.
     #[error("the RSA modulus has {0} bits; 2048 to 8192 are accepted")]
     ModulusSize(usize),
     /// The modulus is even.
@@ -26,33 +26,33 @@ pub enum KeyError {
     /// The parts of a private key do not belong together.
     #[error("the parts of the RSA private key do not belong together")]
     Inconsistent,
-    /// A key of this many bits cannot be generated.
+    /// Keys with this number of bits cannot be generated.
     #[error("cannot generate an RSA key of {0} bits: 2048, 3072, 4096 and 8192 are possible")]
     CannotGenerate(u32),
 }
 
-/// A signature that is not this key's over this message.
+/// The signature is not valid for this key and this message.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("the signature is wrong")]
 pub struct BadSignature;
 
-/// Why nothing was encrypted.
+/// Why an encryption failed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum EncryptError {
-    /// The plaintext is longer than OAEP with these digests can carry under this key.
+    /// The plaintext is longer than OAEP allows with these digests and this key.
     #[error("the plaintext is too long for this key and these digests")]
     TooLong,
-    /// The cryptographic library failed: out of memory, or without randomness.
+    /// The cryptographic library failed: no memory or no randomness.
     #[error("RSA-OAEP encryption failed")]
     Failed,
 }
 
-/// Nothing was decrypted. Says no more than that: the reason would be an oracle.
+/// The decryption failed. There is no reason given, because it would be an oracle.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("RSA-OAEP decryption failed")]
 pub struct DecryptError;
 
-/// Nothing was signed: the cryptographic library failed (out of memory, or a fault in its arithmetic).
+/// The signature failed in the cryptographic library: no memory, or a fault in its arithmetic.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("RSA signing failed")]
 pub struct SignError;

@@ -1,4 +1,4 @@
-//! The private half of a key, in software.
+//! RSA private keys in software.
 
 use std::fmt;
 use std::sync::OnceLock;
@@ -40,8 +40,8 @@ impl fmt::Debug for PrivateParts {
     }
 }
 
-/// An RSA private key in software: for owners, hosts, laboratories, and for importing into a token. A guardian's key in
-/// service never leaves its HSM and is never one of these. Wiped from memory on drop.
+/// An RSA private key in software: for owners, hosts, laboratories, and for import into a token. A guardian's
+/// production key never leaves its HSM and never has this type. Wiped from memory on drop.
 pub struct RsaPrivateKey {
     public: RsaPublicKey,
     /// PKCS#8, two primes.
@@ -49,12 +49,12 @@ pub struct RsaPrivateKey {
     parts: PrivateParts,
     signer: aws::KeyPair,
     decrypter: aws::OaepPrivateDecryptingKey,
-    /// The key for the OAEP combinations that aws-lc lacks; made when one is first met. `None` if the rsa crate refuses it.
+    /// The key for OAEP combinations that aws-lc lacks; made on first use. `None` if the rsa crate rejects the key.
     mixed: OnceLock<Option<rsa::RsaPrivateKey>>,
 }
 
 impl RsaPrivateKey {
-    /// A fresh key with public exponent 65537. `bits` is 2048, 3072, 4096 or 8192 (which takes seconds to minutes).
+    /// Generates a key with public exponent 65537. `bits` is 2048, 3072, 4096 or 8192 (which takes seconds to minutes).
     ///
     /// # Errors
     /// [`KeyError::CannotGenerate`] for another size, or if the library failed.
@@ -69,12 +69,12 @@ impl RsaPrivateKey {
         Self::from_pair(aws::KeyPair::generate(size).map_err(|_| KeyError::CannotGenerate(bits))?)
     }
 
-    /// A key from an unencrypted PKCS#8 structure in DER; two primes only.
+    /// Reads an unencrypted PKCS#8 structure in DER; only keys with two primes.
     ///
     /// # Errors
-    /// [`KeyError`]: not PKCS#8 ([`KeyError::Format`]), not RSA, not of accepted strength, or parts that do not belong together.
+    /// [`KeyError`]: not PKCS#8 ([`KeyError::Format`]), not RSA, not strong enough, or inconsistent.
     pub fn from_pkcs8_der(der: &[u8]) -> Result<Self, KeyError> {
-        // aws-lc says only yes or no; a reading of our own first says what is wrong.
+        // aws-lc gives no reason when it rejects a key, so our own checks run first.
         let public = {
             let parts = PrivateParts::read(der)?;
             RsaPublicKey::from_components(&parts.n, &parts.e)?
@@ -86,7 +86,7 @@ impl RsaPrivateKey {
         Ok(key)
     }
 
-    /// A key from PEM: one block `PRIVATE KEY`, not encrypted.
+    /// Reads PEM: one unencrypted `PRIVATE KEY` block.
     ///
     /// # Errors
     /// As [`Self::from_pkcs8_der`]; [`KeyError::TrailingOctets`] if anything but white space follows the block.
@@ -107,25 +107,25 @@ impl RsaPrivateKey {
         Ok(Self { public, pkcs8, parts, signer, decrypter, mixed: OnceLock::new() })
     }
 
-    /// The key as PKCS#8 in DER, not encrypted.
+    /// The key as unencrypted PKCS#8 in DER.
     #[must_use]
     pub fn to_pkcs8_der(&self) -> &[u8] {
         &self.pkcs8
     }
 
-    /// The key as PKCS#8 in PEM, not encrypted.
+    /// The key as unencrypted PKCS#8 in PEM.
     #[must_use]
     pub fn to_pkcs8_pem(&self) -> Zeroizing<String> {
         pem::encode("PRIVATE KEY", &self.pkcs8)
     }
 
-    /// The public half.
+    /// The public key.
     #[must_use]
     pub fn public(&self) -> &RsaPublicKey {
         &self.public
     }
 
-    /// Signs `message`. The signature has as many octets as the modulus.
+    /// Signs `message`. The signature has as many bytes as the modulus.
     ///
     /// # Errors
     /// [`SignError`] if the library failed.
@@ -147,10 +147,10 @@ impl RsaPrivateKey {
         Ok(signature)
     }
 
-    /// Signs the message with this SHA-256, by [`SignatureAlgorithm::DEFAULT`].
+    /// Signs a message by its SHA-256, with [`SignatureAlgorithm::DEFAULT`].
     ///
     /// # Errors
-    /// [`SignError`] if `digest` is no SHA-256, or the library failed.
+    /// [`SignError`] if `digest` does not have 32 bytes, or the library failed.
     pub fn sign_digest(&self, digest: &[u8]) -> Result<Vec<u8>, SignError> {
         let digest = aws_digest::Digest::import_less_safe(digest, &aws_digest::SHA256).map_err(|_| SignError)?;
         let mut signature = vec![0; self.public.modulus_len()];
@@ -162,7 +162,7 @@ impl RsaPrivateKey {
     /// Decrypts RSA-OAEP with two equal digests and a label, as TPMs do.
     ///
     /// # Errors
-    /// [`DecryptError`], whatever was wrong.
+    /// [`DecryptError`] for every failure.
     pub(crate) fn decrypt_oaep_with_label(
         &self,
         oaep: Oaep,
@@ -185,10 +185,10 @@ impl RsaPrivateKey {
         Ok(plaintext)
     }
 
-    /// Decrypts RSA-OAEP, empty label.
+    /// Decrypts RSA-OAEP with an empty label.
     ///
     /// # Errors
-    /// [`DecryptError`], whatever was wrong.
+    /// [`DecryptError`] for every failure.
     pub fn decrypt_oaep(&self, oaep: Oaep, ciphertext: &[u8]) -> Result<Zeroizing<Vec<u8>>, DecryptError> {
         match aws_oaep(oaep) {
             Some(algorithm) => self.decrypt_by_aws(algorithm, None, ciphertext),
@@ -211,7 +211,7 @@ impl RsaPrivateKey {
         }
     }
 
-    /// The numbers of the key.
+    /// The numbers of the key, for import into a token.
     #[must_use]
     pub fn parts(&self) -> &PrivateParts {
         &self.parts
@@ -225,7 +225,7 @@ impl fmt::Debug for RsaPrivateKey {
 }
 
 impl PrivateParts {
-    /// Reads PKCS#8 in DER without judging the numbers.
+    /// Parses PKCS#8 in DER without checking the numbers.
     fn read(pkcs8: &[u8]) -> Result<Self, KeyError> {
         use rsa::pkcs1::der::ErrorKind;
         let info = rsa::pkcs8::PrivateKeyInfo::try_from(pkcs8).map_err(|e| match e {
@@ -340,7 +340,7 @@ mod tests {
         for length in [0, 1, 30, der.len() - 1] {
             assert_eq!(RsaPrivateKey::from_pkcs8_der(&der[..length]).unwrap_err(), KeyError::Format);
         }
-        // The last octet belongs to q⁻¹ mod p.
+        // The last byte belongs to q⁻¹ mod p.
         let mut wrong = der.to_vec();
         *wrong.last_mut().unwrap() ^= 1;
         assert_eq!(RsaPrivateKey::from_pkcs8_der(&wrong).unwrap_err(), KeyError::Inconsistent);

@@ -1,4 +1,4 @@
-//! The public half of a key: verifies and encrypts.
+//! RSA public keys: verification and encryption.
 
 use std::fmt;
 use std::hash::{Hash, Hasher};
@@ -24,14 +24,14 @@ pub const MIN_MODULUS_BITS: usize = 2048;
 pub const MAX_MODULUS_BITS: usize = 8192;
 /// Smallest public exponent.
 pub const MIN_EXPONENT: u64 = 65537;
-/// Largest public exponent. The protocol sets no upper bound; this is the largest that ring verifies with.
+/// Largest public exponent. The protocol sets no upper bound; this is the largest that ring supports.
 pub const MAX_EXPONENT: u64 = (1 << 33) - 1;
 
 const RSA_ENCRYPTION: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.113549.1.1.1");
 
-/// `BCRYPT_RSAPUBLIC_MAGIC`, as its four octets stand in the blob.
+/// `BCRYPT_RSAPUBLIC_MAGIC`, the first four bytes of the blob.
 pub(crate) const BCRYPT_MAGIC: &[u8; 4] = b"RSA1";
-/// Octets of `BCRYPT_RSAKEY_BLOB`: magic, bit length, and four lengths, each a little-endian u32.
+/// Bytes of the header `BCRYPT_RSAKEY_BLOB`: magic, bit length, and four lengths, each a little-endian u32.
 const BCRYPT_HEADER: usize = 24;
 
 /// `RSAPublicKey` (RFC 8017, A.1.1).
@@ -41,7 +41,7 @@ struct Pkcs1PublicKey<'a> {
     public_exponent: UintRef<'a>,
 }
 
-/// An RSA public key of accepted strength. Cheap to clone; equal to another when its SubjectPublicKeyInfo is.
+/// An RSA public key of accepted strength. Cheap to clone. Two keys are equal if their SubjectPublicKeyInfos are.
 #[derive(Clone)]
 pub struct RsaPublicKey(Arc<PublicKey>);
 
@@ -49,20 +49,20 @@ struct PublicKey {
     modulus: Vec<u8>,
     exponent: Vec<u8>,
     spki: Vec<u8>,
-    /// The key as aws-lc wants it, made at the first encryption and shared by all clones: it costs more to make than
-    /// one encryption. `None` if aws-lc refuses the key.
+    /// The key in aws-lc's form, made at the first encryption and shared by all clones, because making it costs more
+    /// than an encryption. `None` if aws-lc rejects the key.
     encrypter: OnceLock<Option<aws::OaepPublicEncryptingKey>>,
-    /// For the OAEP combinations that aws-lc lacks.
+    /// The key for OAEP combinations that aws-lc lacks.
     bare_operation: OnceLock<Option<PublicOperation>>,
-    /// The same for signatures by [`SignatureAlgorithm::DEFAULT`].
+    /// The key for verification with [`SignatureAlgorithm::DEFAULT`], also made on first use.
     verifier: OnceLock<Option<ParsedPublicKey>>,
 }
 
 impl RsaPublicKey {
-    /// A key from its modulus and public exponent, big-endian; leading zeros are allowed.
+    /// Makes a key from modulus and public exponent, big-endian; leading zeros are allowed.
     ///
     /// # Errors
-    /// [`KeyError::ModulusSize`], [`KeyError::ModulusEven`] or [`KeyError::Exponent`] if the key is not of accepted strength.
+    /// [`KeyError::ModulusSize`], [`KeyError::ModulusEven`] or [`KeyError::Exponent`] if the key is not strong enough.
     pub fn from_components(n: &[u8], e: &[u8]) -> Result<Self, KeyError> {
         let modulus = without_leading_zeros(n);
         let exponent = without_leading_zeros(e);
@@ -91,11 +91,11 @@ impl RsaPublicKey {
         })))
     }
 
-    /// A key from the DER of a SubjectPublicKeyInfo. Absent algorithm parameters are taken for NULL, which
-    /// [`Self::spki_der`] always has.
+    /// Reads the DER of a SubjectPublicKeyInfo. Absent algorithm parameters count as NULL; [`Self::spki_der`] always
+    /// writes NULL.
     ///
     /// # Errors
-    /// [`KeyError`], and [`KeyError::NotRsa`] for any algorithm but `rsaEncryption`.
+    /// [`KeyError`]; [`KeyError::NotRsa`] for any algorithm except `rsaEncryption`.
     pub fn from_spki_der(der: &[u8]) -> Result<Self, KeyError> {
         let spki = SubjectPublicKeyInfo::<AnyRef<'_>, BitStringRef<'_>>::from_der(der).map_err(|e| der_error(&e))?;
         if spki.algorithm.oid != RSA_ENCRYPTION {
@@ -107,7 +107,7 @@ impl RsaPublicKey {
         Self::from_pkcs1_der(spki.subject_public_key.as_bytes().ok_or(KeyError::Format)?)
     }
 
-    /// A key from the DER of an `RSAPublicKey` (PKCS#1), as `openssl rsa -RSAPublicKey_out` writes it.
+    /// Reads the DER of an `RSAPublicKey` (PKCS#1), as `openssl rsa -RSAPublicKey_out` writes it.
     ///
     /// # Errors
     /// [`KeyError`].
@@ -123,7 +123,7 @@ impl RsaPublicKey {
             usize::try_from(value).map_err(|_| KeyError::Format)
         };
         let (bits, exponent_len, modulus_len) = (field(1)?, field(2)?, field(3)?);
-        // A public blob has no primes.
+        // A public blob contains no primes.
         if field(4)? != 0 || field(5)? != 0 {
             return Err(KeyError::Format);
         }
@@ -147,7 +147,7 @@ impl RsaPublicKey {
         &self.0.spki
     }
 
-    /// The key in a PEM file (`PUBLIC KEY`).
+    /// The key as a PEM block `PUBLIC KEY`.
     #[must_use]
     pub fn to_pem(&self) -> String {
         pem::encode("PUBLIC KEY", self.spki_der()).to_string()
@@ -179,7 +179,7 @@ impl RsaPublicKey {
         &self.0.exponent
     }
 
-    /// Octets of the modulus, and so of every signature and ciphertext.
+    /// Bytes of the modulus, and of every signature and ciphertext.
     #[must_use]
     pub fn modulus_len(&self) -> usize {
         self.0.modulus.len()
@@ -192,7 +192,7 @@ impl RsaPublicKey {
         let mut blob = Vec::with_capacity(BCRYPT_HEADER + exponent.len() + modulus.len());
         blob.extend_from_slice(BCRYPT_MAGIC);
         for length in [bit_length(modulus), exponent.len(), modulus.len(), 0, 0] {
-            // All are at most 8192.
+            // All lengths are at most 8192.
             blob.extend_from_slice(&(length as u32).to_le_bytes());
         }
         blob.extend_from_slice(exponent);
@@ -200,10 +200,10 @@ impl RsaPublicKey {
         blob
     }
 
-    /// Checks that `signature` is this key's over `message`.
+    /// Verifies that `signature` over `message` is from this key.
     ///
     /// # Errors
-    /// [`BadSignature`] if it is not, for whatever reason.
+    /// [`BadSignature`] for every failure.
     pub fn verify(&self, algorithm: SignatureAlgorithm, message: &[u8], signature: &[u8]) -> Result<(), BadSignature> {
         use SignatureAlgorithm::{Pkcs1, Pss};
         if algorithm == SignatureAlgorithm::DEFAULT
@@ -224,10 +224,10 @@ impl RsaPublicKey {
             .map_err(|_| BadSignature)
     }
 
-    /// Checks that `signature` is this key's, by [`SignatureAlgorithm::DEFAULT`], over the message with this SHA-256.
+    /// Verifies a signature with [`SignatureAlgorithm::DEFAULT`] over the message with this SHA-256.
     ///
     /// # Errors
-    /// [`BadSignature`] if it is not, for whatever reason.
+    /// [`BadSignature`] for every failure.
     pub fn verify_digest(&self, digest: &[u8], signature: &[u8]) -> Result<(), BadSignature> {
         let digest = aws_digest::Digest::import_less_safe(digest, &aws_digest::SHA256).map_err(|_| BadSignature)?;
         let key = self.verifier().ok_or(BadSignature)?;
@@ -239,17 +239,17 @@ impl RsaPublicKey {
         self.0.verifier.get_or_init(make).as_ref()
     }
 
-    /// Most octets [`Self::encrypt_oaep`] can carry with these digests.
+    /// Longest plaintext of [`Self::encrypt_oaep`] with these digests, in bytes.
     #[must_use]
     pub fn max_plaintext_len(&self, oaep: Oaep) -> usize {
         self.modulus_len().saturating_sub(2 * digest_len(oaep.digest) + 2)
     }
 
-    /// Encrypts with RSA-OAEP, empty label. The ciphertext has [`Self::modulus_len`] octets.
+    /// Encrypts with RSA-OAEP and an empty label. The ciphertext has [`Self::modulus_len`] bytes.
     ///
     /// # Errors
-    /// [`EncryptError::TooLong`] if the plaintext is longer than [`Self::max_plaintext_len`]; [`EncryptError::Failed`] if the
-    /// library failed.
+    /// [`EncryptError::TooLong`] if the plaintext is longer than [`Self::max_plaintext_len`]; [`EncryptError::Failed`]
+    /// if the library failed.
     pub fn encrypt_oaep(&self, oaep: Oaep, plaintext: &[u8]) -> Result<Vec<u8>, EncryptError> {
         if plaintext.len() > self.max_plaintext_len(oaep) {
             return Err(EncryptError::TooLong);
@@ -330,7 +330,7 @@ impl fmt::Debug for RsaPublicKey {
     }
 }
 
-/// aws-lc's name for OAEP with two equal digests; it has no others.
+/// The OAEP algorithm of aws-lc. It supports only two equal digests.
 pub(super) fn aws_oaep(oaep: Oaep) -> Option<&'static aws::OaepAlgorithm> {
     match (oaep.digest, oaep.mgf) {
         (Digest::Sha1, Digest::Sha1) => Some(&aws::OAEP_SHA1_MGF1SHA1),
@@ -341,7 +341,7 @@ pub(super) fn aws_oaep(oaep: Oaep) -> Option<&'static aws::OaepAlgorithm> {
     }
 }
 
-/// Octets of a digest.
+/// Bytes of a digest.
 fn digest_len(digest: Digest) -> usize {
     match digest {
         Digest::Sha1 => 20,
@@ -351,7 +351,7 @@ fn digest_len(digest: Digest) -> usize {
     }
 }
 
-/// The value of at most 8 octets.
+/// The value of a big-endian number of at most 8 bytes.
 fn value_of(exponent: &[u8]) -> u64 {
     exponent.iter().fold(0, |value, octet| value << 8 | u64::from(*octet))
 }
@@ -389,7 +389,7 @@ mod tests {
 
     const F4: &[u8] = &[1, 0, 1];
 
-    /// An odd number of so many bits; nobody checks that a modulus has two prime factors.
+    /// A random odd number with this number of bits. A modulus is not checked for two prime factors.
     fn modulus(bits: usize) -> Vec<u8> {
         let mut octets = vec![0xff; bits.div_ceil(8)];
         octets[0] >>= octets.len() * 8 - bits;
@@ -425,7 +425,7 @@ mod tests {
 
     #[test]
     fn every_accepted_key_works_in_both_libraries() {
-        // The bounds of ring, aws-lc and the rsa crate differ; none may refuse what the judgement accepts.
+        // ring, aws-lc and the rsa crate have different bounds. None may reject a key that our check accepts.
         for bits in [2048, 2049, 8191, 8192] {
             for e in [F4, &[1, 0xff, 0xff, 0xff, 0xff]] {
                 let key = RsaPublicKey::from_components(&modulus(bits), e).unwrap();

@@ -1,27 +1,27 @@
-//! What differs between two boots, by the events in their logs.
+//! Compares two boots by the events in their logs.
 
 use std::collections::HashMap;
 
 use super::log::{Bank, Event, Log};
 
-/// Most differences of a PCR that are listed.
+/// Most differences that are listed for one PCR.
 const MOST: usize = 64;
 
-/// An event that only one of two boots has.
+/// An event that occurred in only one of two boots.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Difference {
-    /// Whether it is the later boot that has it.
+    /// Whether the event is from the later boot.
     pub is_new: bool,
     /// The event's SHA-256 digest.
     pub digest: Vec<u8>,
-    /// What it is, in printable characters.
+    /// Description in printable characters.
     pub description: String,
 }
 
-/// The events of a PCR that only one of two boots has.
+/// The events of one PCR that occurred in only one of two boots.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Differences {
-    /// At most 64 events, those of the later boot first.
+    /// At most 64 events. Events of the later boot come first.
     pub events: Vec<Difference>,
     /// Number of differing events that are not listed.
     pub omitted: usize,

@@ -3,7 +3,7 @@
 use super::Malformed;
 use super::reader::Reader;
 
-/// The version of a Context of this profile. Windows' own is 1.
+/// The version number of Contexts in this protocol. Windows uses 1.
 pub const VERSION: u32 = 0x434c_0001;
 /// Most blobs in a Context.
 pub const MAX_BLOBS: usize = 16;
@@ -14,15 +14,15 @@ pub const MAX_AK_PUBLIC: usize = 1024;
 /// Longest event log in bytes.
 pub const MAX_LOG: usize = 512 * 1024;
 
-/// Bytes of the Context's header: size, version, number of blobs, a reserved field.
+/// Bytes of the header: size, version, number of blobs, a reserved field.
 const HEADER: usize = 16;
-/// Bytes in front of each blob: its kind and its length.
+/// Bytes before each blob: its kind and its length.
 const BLOB_HEADER: usize = 8;
 
-/// What a blob is, by its number on the wire.
+/// The kinds of blobs, with their numbers on the wire.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Kind {
-    /// 1: what the service will need in step 2, sealed.
+    /// 1: the sealed session data that the service needs in step 2.
     State = 1,
     /// 2: `TPMT_PUBLIC` of the attestation key.
     AkPublic = 2,
@@ -42,15 +42,14 @@ pub enum Kind {
     Log = 9,
 }
 
-/// A Context that was read: its blobs by kind. Kinds that this profile does not define are kept, so that a step can refuse
-/// them.
+/// A parsed Context: blobs by kind. Unknown kinds are kept, so that each step can reject them.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Context<'a> {
     blobs: Vec<(u32, &'a [u8])>,
 }
 
 impl<'a> Context<'a> {
-    /// Reads a Context. The blobs' contents are not looked at.
+    /// Parses a Context. The contents of the blobs are not checked.
     ///
     /// # Errors
     /// [`Malformed`].
@@ -90,10 +89,10 @@ impl<'a> Context<'a> {
         self.blobs.iter().find(|(number, _)| *number == kind as u32).map(|(_, content)| *content)
     }
 
-    /// The contents of exactly these kinds, in this order.
+    /// The contents of these kinds, in this order.
     ///
     /// # Errors
-    /// [`Malformed`] when a kind is missing, another is there, or a blob is longer than its kind allows.
+    /// [`Malformed`] if a kind is missing, an additional kind is present, or a blob is longer than its kind allows.
     pub fn exactly<const N: usize>(&self, kinds: [Kind; N]) -> Result<[&'a [u8]; N], Malformed> {
         if self.blobs.iter().any(|(number, _)| kinds.iter().all(|kind| *kind as u32 != *number)) {
             return Err(Malformed("the Context holds a kind of blob that this step does not have"));
@@ -161,7 +160,7 @@ mod tests {
             assert!(Context::parse(&bytes[..length]).is_err(), "{length}");
         }
         assert!(Context::parse(&[&bytes[..], &[0]].concat()).is_err());
-        // Size, the version of Windows, the count, the reserved field, a length.
+        // Offsets of: size, version of Windows, number of blobs, reserved field, a length.
         for (at, value) in [(0, 0x58), (4, 2), (8, 2), (8, 4), (8, 17), (11, 0xff), (12, 1), (20, 4), (23, 0xff)] {
             let mut changed = bytes.clone();
             changed[at] = value;
@@ -169,7 +168,7 @@ mod tests {
         }
         let windows = [&bytes[..4], &1_u32.to_le_bytes(), &bytes[8..]].concat();
         assert_eq!(Context::parse(&windows), Err(Malformed("Version is not 0x434C0001")));
-        // A size that counts a byte too many, with that byte.
+        // The size counts one byte too many, and that byte is present.
         let mut longer = [&bytes[..], &[0]].concat();
         longer[0] += 1;
         assert!(Context::parse(&longer).is_err());

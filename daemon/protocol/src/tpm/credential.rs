@@ -1,4 +1,4 @@
-//! The credential: a secret that only the TPM which holds both the endorsement key and the attestation key can recover
+//! The credential: a secret that only the TPM with both the endorsement key and the attestation key can recover
 //! (`TPM2_MakeCredential`, `TPM2_ActivateCredential`; TPM 2.0 Part 1, section 24).
 
 use aws_lc_rs::cipher::{
@@ -17,21 +17,21 @@ use crate::rsa_key::{RsaPrivateKey, RsaPublicKey};
 /// Bytes of a credential.
 pub const LENGTH: usize = 32;
 
-/// The label of OAEP, with the zero that ends it.
+/// The OAEP label, with its final zero byte.
 const IDENTITY: &[u8] = b"IDENTITY\0";
-/// Digest of an endorsement key of TCG's default template.
+/// Digests for endorsement keys of TCG's default template.
 const SHA256: Oaep = Oaep { digest: Digest::Sha256, mgf: Digest::Sha256 };
 /// Bytes of an AES key.
 const AES_BYTES: usize = 16;
 /// Bytes of an HMAC-SHA-256.
 const HMAC_BYTES: usize = 32;
 
-/// The cryptographic library failed: out of memory, or without randomness.
+/// The cryptographic library failed: no memory or no randomness.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("the credential cannot be protected")]
 pub struct ProtectError;
 
-/// A credential under the protection of an endorsement key and an attestation key's name.
+/// A credential that is encrypted for an endorsement key and bound to the name of an attestation key.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Protected {
     /// The contents of a `TPM2B_ID_OBJECT`.
@@ -40,7 +40,7 @@ pub struct Protected {
     pub encrypted_secret: Vec<u8>,
 }
 
-/// A fresh credential.
+/// Generates a credential.
 ///
 /// # Errors
 /// [`ProtectError`].
@@ -48,7 +48,7 @@ pub fn fresh() -> Result<Zeroizing<[u8; LENGTH]>, ProtectError> {
     random::octets().map(Zeroizing::new).map_err(|_| ProtectError)
 }
 
-/// Protects a credential for the endorsement key and the object with this name, as `TPM2_MakeCredential` does.
+/// Protects a credential for this endorsement key and this object name, as `TPM2_MakeCredential` does.
 ///
 /// # Errors
 /// [`ProtectError`].
@@ -60,7 +60,7 @@ pub fn protect(
     let seed: Zeroizing<[u8; 32]> = Zeroizing::new(random::octets().map_err(|_| ProtectError)?);
     let encrypted_secret =
         endorsement_key.encrypt_oaep_with_label(SHA256, IDENTITY, &*seed).map_err(|_| ProtectError)?;
-    // A digest with its size in front.
+    // The credential with its size in front.
     let mut identity = Vec::with_capacity(2 + LENGTH);
     identity.extend_from_slice(&(LENGTH as u16).to_be_bytes());
     identity.extend_from_slice(credential);
@@ -79,10 +79,11 @@ pub fn protect(
     Ok(Protected { id_object, encrypted_secret })
 }
 
-/// Recovers a credential with an endorsement key in software, as `TPM2_ActivateCredential` does for an object with this name.
+/// Recovers a credential with an endorsement key in software, as `TPM2_ActivateCredential` does for the object with
+/// this name.
 ///
 /// # Errors
-/// [`Malformed`]: it is for another key or name, or was changed.
+/// [`Malformed`]: the credential is for another key or name, or was changed.
 pub fn activate(
     endorsement_key: &RsaPrivateKey,
     name: &[u8; 34],
@@ -108,7 +109,7 @@ pub fn activate(
     credential.try_into().map(Zeroizing::new).map_err(|_| WRONG)
 }
 
-/// The key that the identity is encrypted with.
+/// The key that encrypts the credential.
 fn storage_key(seed: &[u8; 32], name: &[u8; 34]) -> Zeroizing<[u8; AES_BYTES]> {
     let mut key = Zeroizing::new([0; AES_BYTES]);
     key.copy_from_slice(&kdfa(seed, b"STORAGE", name, 128)[..AES_BYTES]);
@@ -120,8 +121,8 @@ fn integrity_key(seed: &[u8; 32]) -> hmac::Key {
     hmac::Key::new(hmac::HMAC_SHA256, &*kdfa(seed, b"INTEGRITY", &[], 256))
 }
 
-/// The first block of `KDFa` (TPM 2.0 Part 1, section 11.4.10.2) with SHA-256: SP 800-108 in counter mode. That many bits
-/// of it, 256 at most, are the key.
+/// The first block of `KDFa` (TPM 2.0 Part 1, section 11.4.10.2) with SHA-256: SP 800-108 in counter mode. The caller
+/// uses the first `bits` bits as the key, at most 256.
 fn kdfa(key: &[u8; 32], label: &[u8], context: &[u8], bits: u32) -> Zeroizing<[u8; 32]> {
     let mut mac = hmac::Context::with_key(&hmac::Key::new(hmac::HMAC_SHA256, key));
     for part in [&1_u32.to_be_bytes()[..], label, &[0], context, &bits.to_be_bytes()] {

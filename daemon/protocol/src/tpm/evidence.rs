@@ -1,4 +1,4 @@
-//! Evidence: what a host sends in step 2, and the checks that make facts of it, in their order.
+//! Evidence: the data that a host sends in step 2, and the checks of it, in order.
 
 use ring::hmac;
 
@@ -13,39 +13,39 @@ use super::signature::Signature;
 use super::state::State;
 use crate::hash::sha256;
 
-/// What the qualifying data begins with: the purpose, and a zero that ends it.
+/// Prefix of the qualifying data: its purpose and a final zero byte.
 const PURPOSE: &[u8] = b"claviger-tpm-1\0";
 
-/// The PCRs that the log has to replay to.
+/// The PCRs whose values the log has to reproduce.
 const REPLAYED: [usize; 4] = [0, 2, 4, 7];
 
 /// The blobs of step 2.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Evidence<'a> {
-    /// The State of step 1, as it was sent.
+    /// The State of step 1, unchanged.
     pub state: &'a [u8],
     /// `TPMS_ATTEST`.
     pub quote: &'a [u8],
     /// `TPMT_SIGNATURE`.
     pub signature: &'a [u8],
-    /// The quoted PCRs' values.
+    /// The values of the quoted PCRs.
     pub pcr_values: &'a [u8],
     /// The event log.
     pub log: &'a [u8],
 }
 
 impl<'a> Evidence<'a> {
-    /// The blobs of a Context of step 2.
+    /// Takes the blobs from a Context of step 2.
     ///
     /// # Errors
-    /// [`Malformed`] when one is missing, or others are there.
+    /// [`Malformed`] if a blob is missing or an additional one is present.
     pub fn of(context: &Context<'a>) -> Result<Self, Malformed> {
         let kinds = [Kind::State, Kind::Quote, Kind::Signature, Kind::PcrValues, Kind::Log];
         let [state, quote, signature, pcr_values, log] = context.exactly(kinds)?;
         Ok(Self { state, quote, signature, pcr_values, log })
     }
 
-    /// The Context of step 2.
+    /// Writes the Context of step 2.
     #[must_use]
     pub fn to_context(&self) -> Vec<u8> {
         super::context::write(&[
@@ -58,33 +58,33 @@ impl<'a> Evidence<'a> {
     }
 }
 
-/// Why evidence proves nothing.
+/// Why evidence is rejected.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum EvidenceError {
-    /// The quote is not the attestation key's, or was made for something else.
+    /// The quote is not from the attestation key, or not for this session.
     #[error("the quote is not this session's: {0}")]
     Quote(&'static str),
-    /// The quote covers other PCRs than it should, or other values than were sent.
+    /// The quote covers other PCRs than required, or other values than the host sent.
     #[error("the quote does not cover the PCR values: {0}")]
     Pcrs(&'static str),
-    /// The log is malformed, or is not that of the quoted values.
+    /// The log is malformed, or does not reproduce the quoted values.
     #[error("the event log: {0}")]
     Log(&'static str),
 }
 
-/// What evidence proves.
+/// The facts that evidence proves.
 #[derive(Clone, Debug)]
 pub struct Proven<'a> {
-    /// The quoted values.
+    /// The quoted PCR values.
     pub values: PcrValues,
-    /// The log that replays to them.
+    /// The log that reproduces them.
     pub log: Log<'a>,
     /// The quote's restart count.
     pub restart_count: u32,
 }
 
-/// What a host's TPM is to sign along with its PCRs: it binds the quote to the credential, the session and the identity key,
-/// whose bytes are those of content 1 as sent.
+/// The data that a host's TPM signs together with its PCRs. It binds the quote to the credential, the session and the
+/// identity key. `identity_key` is content 1 exactly as sent.
 #[must_use]
 pub fn qualifying_data(credential: &[u8; credential::LENGTH], session_id: &[u8; 16], identity_key: &[u8]) -> [u8; 32] {
     let (key, message) = qualified(credential, session_id, identity_key);
@@ -93,7 +93,7 @@ pub fn qualifying_data(credential: &[u8; credential::LENGTH], session_id: &[u8; 
     out
 }
 
-/// The key of the qualifying data's HMAC, and the message.
+/// The HMAC key and the message of the qualifying data.
 fn qualified(
     credential: &[u8; credential::LENGTH],
     session_id: &[u8; 16],
@@ -103,11 +103,11 @@ fn qualified(
     (hmac::Key::new(hmac::HMAC_SHA256, credential), message)
 }
 
-/// Checks evidence against the State that it belongs to: the signature, the quote, the PCR values, the log. `identity_key`
-/// is content 1 as sent.
+/// Verifies evidence against the State of its session: signature, quote, PCR values, log. `identity_key` is content 1
+/// exactly as sent.
 ///
 /// # Errors
-/// [`EvidenceError`]; the first check that fails decides.
+/// [`EvidenceError`] of the first check that fails.
 pub fn check<'a>(evidence: &Evidence<'a>, state: &State, identity_key: &[u8]) -> Result<Proven<'a>, EvidenceError> {
     let ak = AttestationKey::parse(&state.ak_public).map_err(|Malformed(why)| EvidenceError::Quote(why))?;
     let signature = Signature::parse(evidence.signature).map_err(|Malformed(why)| EvidenceError::Quote(why))?;
@@ -116,7 +116,7 @@ pub fn check<'a>(evidence: &Evidence<'a>, state: &State, identity_key: &[u8]) ->
     }
     let quote = Quote::parse(evidence.quote).map_err(|Malformed(why)| EvidenceError::Quote(why))?;
     let (key, message) = qualified(&state.credential, &state.session_id, identity_key);
-    // Takes the same time wherever the two differ.
+    // Compare in constant time.
     if hmac::verify(&key, &message, quote.extra_data).is_err() {
         return Err(EvidenceError::Quote("its qualifying data is of another credential, session or identity key"));
     }
@@ -130,7 +130,7 @@ pub fn check<'a>(evidence: &Evidence<'a>, state: &State, identity_key: &[u8]) ->
     Ok(Proven { values, log, restart_count: quote.restart_count })
 }
 
-/// The values that the quote covers.
+/// The PCR values that the quote covers.
 fn pcr_values(quote: &Quote<'_>, selection: PcrSet, bytes: &[u8]) -> Result<PcrValues, EvidenceError> {
     if quote.selection != selection.to_selection() {
         return Err(EvidenceError::Pcrs("its selection is not the one that was asked for"));

@@ -1,8 +1,8 @@
-//! The TCG2 (crypto-agile) event log: what firmware and boot loader measured, in order (TCG PC Client Platform Firmware
-//! Profile, section 10).
+//! The TCG2 (crypto-agile) event log: the measurements of firmware and boot loader, in order (TCG PC Client Platform
+//! Firmware Profile, section 10).
 //!
-//! An event's type and data prove nothing by themselves. What the log proves is its digests, and those only because their
-//! replay gives the PCR values of a quote. Data counts only where its digest is the event's.
+//! An event's type and data prove nothing. The digests are proven only if their replay gives the PCR values of a quote.
+//! Data is proven only if its digest equals the event's digest.
 
 use std::sync::LazyLock;
 
@@ -13,7 +13,7 @@ use super::reader::Reader;
 use super::{Malformed, algorithm};
 use crate::hash::sha256;
 
-/// Event types (section 10.4.1 there).
+/// Event types (section 10.4.1 of the same document).
 mod kind {
     pub(super) const NO_ACTION: u32 = 3;
     pub(super) const SEPARATOR: u32 = 4;
@@ -28,28 +28,29 @@ mod kind {
     pub(super) const EFI_VARIABLE_AUTHORITY: u32 = 0x8000_00e0;
 }
 
-/// What the header's data begins with.
+/// Prefix of the header event's data.
 const SPEC_ID: &[u8; 16] = b"Spec ID Event03\0";
-/// What the data of a startup locality event begins with.
+/// Prefix of the data of a startup locality event.
 const STARTUP_LOCALITY: &[u8; 16] = b"StartupLocality\0";
-/// Bytes of the digest in the header event, which is always SHA-1's.
+/// Bytes of the digest in the header event, always SHA-1.
 const HEADER_DIGEST: usize = 20;
 /// Most digest algorithms of a log.
 const MAX_ALGORITHMS: u32 = 16;
-/// Longest digest of an algorithm that is not known here.
+/// Longest digest of an unknown algorithm.
 const MAX_DIGEST: u16 = 64;
-/// Locality at which a measurement before the CRTM starts PCR 0.
+/// Startup locality of PCR 0 if something was measured before the CRTM.
 const HCRTM_LOCALITY: u8 = 4;
 
-/// GUID of UEFI's global variables, 8be4df61-93ca-11d2-aa0d-00e098032b8c, as it stands in memory.
+/// GUID of UEFI's global variables, 8be4df61-93ca-11d2-aa0d-00e098032b8c, in its byte order in memory.
 const GLOBAL_VARIABLE: [u8; 16] =
     [0x61, 0xdf, 0xe4, 0x8b, 0xca, 0x93, 0xd2, 0x11, 0xaa, 0x0d, 0x00, 0xe0, 0x98, 0x03, 0x2b, 0x8c];
 
-/// Digest of `UEFI_VARIABLE_DATA` for SecureBoot with data 01: the event of a firmware with Secure Boot on.
+/// Digest of `UEFI_VARIABLE_DATA` for the variable SecureBoot with data 01: the event of a firmware with Secure Boot
+/// on.
 static SECURE_BOOT_ON: LazyLock<[u8; 32]> =
     LazyLock::new(|| sha256(&variable_data(&GLOBAL_VARIABLE, "SecureBoot", &[1])));
 
-/// A bank of PCRs whose values can be replayed.
+/// A PCR bank that can be replayed.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Bank {
     /// SHA-1.
@@ -79,14 +80,14 @@ impl Bank {
     }
 }
 
-/// One event: something that was measured into a PCR, or, for [`Event::extends`] `false`, only noted.
+/// One event. It was measured into a PCR if [`Event::extends`] is true; otherwise it is a note in the log.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Event<'a> {
     /// The PCR.
     pub pcr: u32,
     /// The event's type, as the log says.
     pub kind: u32,
-    /// What was measured, or a description of it.
+    /// The measured data, or a description of it.
     pub data: &'a [u8],
     sha1: Option<&'a [u8]>,
     sha256: Option<&'a [u8]>,
@@ -110,19 +111,19 @@ impl<'a> Event<'a> {
         self.kind != kind::NO_ACTION
     }
 
-    /// Whether the event's SHA-256 digest is that of its data, so that the data is as proven as the digest.
+    /// Whether the event's SHA-256 digest is the digest of its data. Then the data is proven if the digest is.
     #[must_use]
     pub fn proves_data(&self) -> bool {
         self.sha256.is_some_and(|digest| sha256(self.data) == digest)
     }
 
-    /// Whether this is, by its digest, the measurement of Secure Boot being on. Neither type nor data is read.
+    /// Whether the event's digest is the measurement of "Secure Boot is on". Type and data are ignored.
     #[must_use]
     pub fn is_secure_boot_on(&self) -> bool {
         self.sha256 == Some(&*SECURE_BOOT_ON)
     }
 
-    /// The locality that PCR 0 started at, if this event says it.
+    /// The startup locality of PCR 0, if the event states it.
     fn startup_locality(&self) -> Option<u8> {
         if self.extends() || self.pcr != 0 {
             return None;
@@ -133,7 +134,7 @@ impl<'a> Event<'a> {
         }
     }
 
-    /// The event in a few words for an administrator: its type and, where it is known how to read it, its data. Printable
+    /// A short description for administrators: the event's type and, if the format is known, its data. Printable
     /// characters only.
     #[must_use]
     pub fn describe(&self) -> String {
@@ -154,8 +155,8 @@ impl<'a> Event<'a> {
             .filter(|character| character.is_ascii_graphic() || *character == ' ')
             .take(80)
             .collect();
-        // The digest of an image or IPL event is not that of its data, by definition of those events: their text is never
-        // proven. The digests of separators and actions are of their data, so one that differs is an event of another type.
+        // For image and IPL events, the digest by definition does not cover the data, so their text is never proven.
+        // For separators and actions, the digest covers the data; an event with another digest has another type.
         let is_provable = !detail.is_empty() || matches!(self.kind, kind::SEPARATOR | kind::ACTION | kind::EFI_ACTION);
         let doubt = if is_provable && !self.proves_data() { " (as the log says)" } else { "" };
         let space = if detail.is_empty() { "" } else { " " };
@@ -163,7 +164,7 @@ impl<'a> Event<'a> {
     }
 }
 
-/// A log that is well-formed to its last byte and has SHA-256 digests. Nothing in it is proven yet.
+/// A well-formed log with SHA-256 digests. Nothing in it is proven yet.
 #[derive(Clone, Debug)]
 pub struct Log<'a> {
     algorithms: Algorithms,
@@ -185,7 +186,7 @@ impl Algorithms {
 }
 
 impl<'a> Log<'a> {
-    /// Reads a log. Nothing is kept but the bytes, so a hostile log costs one pass over it and no memory.
+    /// Parses a log. Only the bytes are kept: a hostile log costs one pass over it and no memory.
     ///
     /// # Errors
     /// [`Malformed`].
@@ -199,21 +200,21 @@ impl<'a> Log<'a> {
         Ok(Self { algorithms, events })
     }
 
-    /// The events after the header, in their order.
+    /// The events after the header, in order.
     pub fn events(&self) -> impl Iterator<Item = Event<'a>> {
         let algorithms = self.algorithms;
         let mut reader = Reader::new(self.events);
-        // All were read before, without an error.
+        // `parse` has already read all events without an error.
         std::iter::from_fn(move || event(&mut reader, &algorithms).ok())
     }
 
-    /// The event that extended this PCR first.
+    /// The first event that extended this PCR.
     #[must_use]
     pub fn first_extension(&self, pcr: u32) -> Option<Event<'a>> {
         self.events().find(|event| event.pcr == pcr && event.extends())
     }
 
-    /// The values that the events give the PCRs of the SHA-256 bank.
+    /// Replays the events: the resulting PCR values in the SHA-256 bank.
     #[must_use]
     pub fn replay(&self) -> PcrValues {
         let mut values = PcrValues::default();
@@ -225,7 +226,8 @@ impl<'a> Log<'a> {
         values
     }
 
-    /// The values that the events give the PCRs of a bank, of PCR 0 first. `None`: the log has no digests of that bank.
+    /// Replays the events in a bank: the resulting PCR values, starting with PCR 0. `None`: the log has no digests of
+    /// that bank.
     #[must_use]
     pub fn replay_bank(&self, bank: Bank) -> Option<Vec<Vec<u8>>> {
         self.algorithms.iter().find(|(algorithm, _)| Bank::of(*algorithm) == Some(bank))?;
@@ -247,7 +249,7 @@ impl<'a> Log<'a> {
             if !event.extends() {
                 continue;
             }
-            // Both exist: the events were read before.
+            // Both values exist: `parse` checked all events.
             let pcr = event.pcr as usize;
             let (Some(value), Some(digest)) = (values.get_mut(pcr), event.digest(bank)) else { continue };
             let mut context = digest::Context::new(bank.digest());
@@ -260,7 +262,7 @@ impl<'a> Log<'a> {
     }
 }
 
-/// Writes a log with SHA-256 digests, for TPMs in software and demonstrations.
+/// Writes a log with SHA-256 digests, for software TPMs and demonstrations.
 #[derive(Clone, Debug)]
 pub struct LogWriter(Vec<u8>);
 
@@ -278,7 +280,7 @@ impl LogWriter {
         Self(log)
     }
 
-    /// Adds an event of this type whose data is what was measured.
+    /// Adds an event of this type. Its data is the measured data.
     #[must_use]
     pub fn measured(mut self, pcr: u32, kind: u32, data: &[u8]) -> Self {
         for field in [pcr, kind, 1] {
@@ -291,7 +293,7 @@ impl LogWriter {
         self
     }
 
-    /// The log.
+    /// Returns the log.
     #[must_use]
     pub fn finish(self) -> Vec<u8> {
         self.0
@@ -304,7 +306,7 @@ impl Default for LogWriter {
     }
 }
 
-/// The log of a short boot with Secure Boot on: the firmware of this version starts a loader, which starts a kernel.
+/// A log of a short boot with Secure Boot on: firmware, boot loader, kernel.
 #[must_use]
 pub fn short_boot(firmware: &str, kernel: &str) -> Vec<u8> {
     const CRTM_VERSION: u32 = 8;
@@ -320,7 +322,7 @@ pub fn short_boot(firmware: &str, kernel: &str) -> Vec<u8> {
         .finish()
 }
 
-/// Reads the header event: which digests the log has.
+/// Reads the header event, which lists the digest algorithms of the log.
 fn header(reader: &mut Reader<'_>) -> Result<Algorithms, Malformed> {
     if reader.u32_le()? != 0 || reader.u32_le()? != kind::NO_ACTION {
         return Err(Malformed("the log's first event is not a header"));
@@ -398,7 +400,7 @@ fn event<'a>(reader: &mut Reader<'a>, algorithms: &Algorithms) -> Result<Event<'
     Ok(event)
 }
 
-/// `UEFI_VARIABLE_DATA`: what firmware measures of a variable.
+/// `UEFI_VARIABLE_DATA`: the structure that firmware measures for a variable.
 fn variable_data(guid: &[u8; 16], name: &str, data: &[u8]) -> Vec<u8> {
     let name: Vec<u8> = name.encode_utf16().flat_map(u16::to_le_bytes).collect();
     let lengths = [name.len() as u64 / 2, data.len() as u64];
@@ -414,12 +416,12 @@ fn variable_name(data: &[u8]) -> Option<Vec<u8>> {
     reader.take(characters.checked_mul(2)?).ok().map(narrowed)
 }
 
-/// Text of one or of two bytes a character, as one of one byte.
+/// Converts text with one or two bytes per character to one byte per character.
 fn narrowed(text: &[u8]) -> Vec<u8> {
     text.iter().copied().filter(|byte| *byte != 0).collect()
 }
 
-/// The name of an event type, as the profile has it.
+/// The name of an event type in the TCG profile.
 fn kind_name(kind: u32) -> &'static str {
     match kind {
         0 => "EV_PREBOOT_CERT",

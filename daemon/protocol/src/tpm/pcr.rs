@@ -1,4 +1,4 @@
-//! Platform configuration registers: which ones, and their values in the SHA-256 bank.
+//! Sets of platform configuration registers, and their values in the SHA-256 bank.
 
 use std::fmt;
 
@@ -8,10 +8,10 @@ use super::reader::Reader;
 use super::{Malformed, algorithm};
 use crate::hash::sha256;
 
-/// Number of PCRs of a TPM of a PC.
+/// Number of PCRs in the TPM of a PC.
 pub const COUNT: usize = 24;
 
-/// Bytes of a selection's bits, as this profile has it.
+/// Bytes of the bit field in a selection of this protocol.
 const SELECT_BYTES: u8 = 3;
 
 /// The value of a PCR in the SHA-256 bank.
@@ -25,7 +25,7 @@ impl PcrSet {
     /// The PCRs that every host quotes: firmware, option ROMs, boot loader, Secure Boot.
     pub const ALWAYS: Self = Self(1 << 0 | 1 << 2 | 1 << 4 | 1 << 7);
 
-    /// Adds a PCR. Those of 24 and above do not exist and are left out.
+    /// Adds a PCR. Indices of 24 and more do not exist and are ignored.
     pub fn insert(&mut self, pcr: usize) {
         if pcr < COUNT {
             self.0 |= 1 << pcr;
@@ -38,13 +38,13 @@ impl PcrSet {
         pcr < COUNT && self.0 >> pcr & 1 == 1
     }
 
-    /// Both sets' PCRs.
+    /// The PCRs of both sets.
     #[must_use]
     pub fn union(self, other: Self) -> Self {
         Self(self.0 | other.0)
     }
 
-    /// The PCRs, ascending.
+    /// The PCRs in ascending order.
     pub fn iter(self) -> impl Iterator<Item = usize> {
         (0..COUNT).filter(move |pcr| self.contains(*pcr))
     }
@@ -69,10 +69,10 @@ impl PcrSet {
         [0, 0, 0, 1, high, low, SELECT_BYTES, a, b, c]
     }
 
-    /// Reads what [`Self::to_selection`] writes.
+    /// Parses the form that [`Self::to_selection`] writes.
     ///
     /// # Errors
-    /// [`Malformed`], also for other banks than SHA-256, and several.
+    /// [`Malformed`], also if the bank is not SHA-256 or if there are several banks.
     pub fn from_selection(bytes: &[u8]) -> Result<Self, Malformed> {
         let mut reader = Reader::new(bytes);
         if reader.u32_be()? != 1 || reader.u16_be()? != algorithm::SHA256 || reader.u8()? != SELECT_BYTES {
@@ -98,20 +98,20 @@ impl fmt::Debug for PcrSet {
     }
 }
 
-/// Values of some PCRs.
+/// The values of some PCRs.
 #[derive(Clone, PartialEq, Eq, Default)]
 pub struct PcrValues {
     values: [Option<Value>; COUNT],
 }
 
 impl PcrValues {
-    /// The value of a PCR, if it is among these.
+    /// The value of a PCR, if present.
     #[must_use]
     pub fn get(&self, pcr: usize) -> Option<&Value> {
         self.values.get(pcr)?.as_ref()
     }
 
-    /// Sets the value of a PCR. `false`: there is no such PCR.
+    /// Sets the value of a PCR. Returns `false` if the PCR does not exist.
     pub fn set(&mut self, pcr: usize, value: Value) -> bool {
         match self.values.get_mut(pcr) {
             Some(slot) => {
@@ -127,7 +127,7 @@ impl PcrValues {
         self.values.get_mut(pcr)?.take()
     }
 
-    /// The PCRs that have a value, and the values, ascending.
+    /// The PCRs with their values, in ascending order.
     pub fn iter(&self) -> impl Iterator<Item = (usize, &Value)> {
         self.values.iter().enumerate().filter_map(|(pcr, value)| Some((pcr, value.as_ref()?)))
     }
@@ -138,7 +138,8 @@ impl PcrValues {
         self.iter().map(|(pcr, _)| pcr).collect()
     }
 
-    /// The values that a host sends: 32 bytes for each PCR of the selection, ascending. `None`: too few or too many bytes.
+    /// Parses the values that a host sends: 32 bytes for each PCR of the selection, in ascending order. `None`: the
+    /// number of bytes is wrong.
     #[must_use]
     pub fn read(selection: PcrSet, bytes: &[u8]) -> Option<Self> {
         let (values, rest) = bytes.as_chunks::<32>();
@@ -152,13 +153,13 @@ impl PcrValues {
         Some(read)
     }
 
-    /// The values of all PCRs that have one, ascending, as a host sends them.
+    /// All values in ascending order of the PCRs, in the form that a host sends.
     #[must_use]
     pub fn to_bytes(&self) -> Vec<u8> {
         self.iter().flat_map(|(_, value)| *value).collect()
     }
 
-    /// The digest in a quote over these values.
+    /// The digest of these values in a quote.
     #[must_use]
     pub fn digest(&self) -> [u8; 32] {
         sha256(&self.to_bytes())

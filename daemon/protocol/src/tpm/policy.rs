@@ -1,21 +1,21 @@
-//! Policies: what a host must have booted to be called healthy.
+//! Policies: the conditions that a host's boot has to meet.
 
 use super::log::Log;
 use super::pcr::{PcrSet, PcrValues};
 
-/// A policy. All are always on.
+/// A policy. All policies are always enforced.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Policy {
     /// Secure Boot was on when the firmware started.
     SecureBootEnabled,
-    /// The host booted what an administrator accepted: its PCRs are those of an enabled baseline.
+    /// The host booted an accepted configuration: its PCRs match an enabled baseline.
     SecureBootSettings,
-    /// The host neither slept nor hibernated since it was switched on.
+    /// The host has neither slept nor hibernated since it was switched on.
     FullBoot,
 }
 
 impl Policy {
-    /// Every policy, in the order in which failures are told.
+    /// All policies, in the order in which failures are reported.
     pub const ALL: [Self; 3] = [Self::SecureBootEnabled, Self::SecureBootSettings, Self::FullBoot];
 
     /// The policy's name.
@@ -28,7 +28,7 @@ impl Policy {
         }
     }
 
-    /// The policy's GUID, its 16 bytes as they travel: the first three fields little-endian.
+    /// The policy's GUID in its wire format: 16 bytes, the first three fields little-endian.
     #[must_use]
     pub fn guid(self) -> [u8; 16] {
         match self {
@@ -54,42 +54,42 @@ impl Policy {
     }
 }
 
-/// PCR values that an administrator accepted, under a name.
+/// PCR values that an administrator accepted under a name.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Baseline {
-    /// The name.
+    /// The baseline's name.
     pub name: String,
-    /// The values: at least those of [`Baseline::REQUIRED`].
+    /// The PCR values; at least those of [`Baseline::REQUIRED`].
     pub values: PcrValues,
 }
 
 impl Baseline {
-    /// The PCRs that every baseline has: firmware, boot loader, Secure Boot.
+    /// The PCRs that every baseline contains: firmware, boot loader, Secure Boot.
     pub const REQUIRED: [usize; 3] = [0, 4, 7];
 
-    /// Whether the values that a host quoted have all of this baseline's.
+    /// Whether the quoted values include all values of this baseline.
     #[must_use]
     pub fn matches(&self, quoted: &PcrValues) -> bool {
         self.values.iter().all(|(pcr, value)| quoted.get(pcr) == Some(value))
     }
 }
 
-/// What hosts are to quote while these baselines are enabled.
+/// The PCRs that hosts have to quote while these baselines are enabled.
 #[must_use]
 pub fn selection<'a>(baselines: impl IntoIterator<Item = &'a Baseline>) -> PcrSet {
     baselines.into_iter().fold(PcrSet::ALWAYS, |set, baseline| set.union(baseline.values.set_of()))
 }
 
-/// What the policies say of a host. Every policy is judged, whatever the others say.
+/// The result of all policies for one host. Each policy is judged independently.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Verdict<'a> {
-    /// The policies that fail, in the order of [`Policy::ALL`].
+    /// The failed policies, in the order of [`Policy::ALL`].
     pub failed: Vec<Policy>,
-    /// The first by name of the enabled baselines that match.
+    /// The first matching enabled baseline, by name.
     pub baseline: Option<&'a Baseline>,
 }
 
-/// Judges a host by its log, by the values it quoted and by the quote's restart count. The log must replay to the values.
+/// Judges a host by its log, its quoted values and the quote's restart count. The log must replay to the values.
 #[must_use]
 pub fn judge<'a>(
     log: &Log<'_>,

@@ -1,4 +1,4 @@
-//! `TPMT_PUBLIC`: the public area of a TPM's key. What it says decides whether a key can be an attestation key.
+//! `TPMT_PUBLIC`: the public area of a TPM's key. It decides whether the key can be an attestation key.
 
 use aws_lc_rs::signature::{ECDSA_P256_SHA256_ASN1, ParsedPublicKey};
 use ring::signature::{ECDSA_P256_SHA256_FIXED, UnparsedPublicKey};
@@ -36,7 +36,7 @@ const EK_POLICY: [u8; 32] = [
     0x6e, 0x06, 0x52, 0x0b, 0x64, 0xf2, 0xa1, 0xda, 0x1b, 0x33, 0x14, 0x69, 0xaa,
 ];
 
-/// An attestation key of accepted kind: a restricted signing key that never leaves its TPM, as its TPM describes it.
+/// An accepted attestation key: by its public area, a restricted signing key that never leaves its TPM.
 #[derive(Clone, Debug)]
 pub struct AttestationKey {
     name: [u8; 34],
@@ -51,10 +51,10 @@ enum Key {
 }
 
 impl AttestationKey {
-    /// Reads and judges the `TPMT_PUBLIC` of an attestation key.
+    /// Parses the `TPMT_PUBLIC` of an attestation key and checks its kind.
     ///
     /// # Errors
-    /// [`Malformed`], also for a key of another kind than the profile takes.
+    /// [`Malformed`], also if the protocol does not accept this kind of key.
     pub fn parse(public: &[u8]) -> Result<Self, Malformed> {
         const REQUIRED: u32 = attribute::FIXED_TPM
             | attribute::FIXED_PARENT
@@ -89,7 +89,7 @@ impl AttestationKey {
         &self.name
     }
 
-    /// Whether the signature is this key's over `message`, by this key's own scheme.
+    /// Whether the signature over `message` is from this key, with the key's own scheme.
     #[must_use]
     pub fn verifies(&self, message: &[u8], signature: &Signature<'_>) -> bool {
         match (&self.key, signature) {
@@ -145,7 +145,7 @@ fn p256(reader: &mut Reader<'_>) -> Result<[u8; 1 + 2 * P256_BYTES], Malformed> 
     }
 }
 
-/// The name of a key: the name algorithm, SHA-256, and that digest of its public area.
+/// The name of a key: the identifier of SHA-256, then the SHA-256 of its public area.
 fn name(public: &[u8]) -> [u8; 34] {
     let mut name = [0; 34];
     name[..2].copy_from_slice(&algorithm::SHA256.to_be_bytes());
@@ -156,7 +156,7 @@ fn name(public: &[u8]) -> [u8; 34] {
 /// The public key in the `TPMT_PUBLIC` of an RSA endorsement key, as `TPM2_CreatePrimary` returns it.
 ///
 /// # Errors
-/// [`Malformed`], also for a key that is not of TCG's default template.
+/// [`Malformed`], also if the key does not follow TCG's default template.
 pub fn endorsement_key(public: &[u8]) -> Result<RsaPublicKey, Malformed> {
     let template = endorsement_template();
     let modulus = template.len().checked_sub(2 + 256).and_then(|at| public.split_at_checked(at));
@@ -171,7 +171,7 @@ pub fn endorsement_key(public: &[u8]) -> Result<RsaPublicKey, Malformed> {
     }
 }
 
-/// The `TPMT_PUBLIC` that a TPM makes its RSA endorsement key from: TCG's default template (EK Credential Profile, L-1).
+/// The `TPMT_PUBLIC` template of an RSA endorsement key: TCG's default template (EK Credential Profile, L-1).
 #[must_use]
 pub fn endorsement_template() -> Vec<u8> {
     const ATTRIBUTES: u32 = attribute::FIXED_TPM
@@ -181,7 +181,7 @@ pub fn endorsement_template() -> Vec<u8> {
         | attribute::RESTRICTED
         | attribute::DECRYPT;
     let mut out = front(algorithm::RSA, ATTRIBUTES, &EK_POLICY);
-    // AES of 128 bits in CFB, no scheme, 2048 bits.
+    // AES with 128 bits in CFB, no scheme, 2048 bits.
     for field in [0x0006, 128, 0x0043, algorithm::NULL, 2048] {
         out.extend_from_slice(&u16::to_be_bytes(field));
     }
@@ -191,7 +191,7 @@ pub fn endorsement_template() -> Vec<u8> {
     out
 }
 
-/// The `TPMT_PUBLIC` that a TPM makes an attestation key on P-256 from.
+/// The `TPMT_PUBLIC` template of an attestation key on P-256.
 #[must_use]
 pub fn attestation_template() -> Vec<u8> {
     const ATTRIBUTES: u32 = attribute::FIXED_TPM
@@ -208,7 +208,7 @@ pub fn attestation_template() -> Vec<u8> {
     out
 }
 
-/// The fields that all kinds of keys begin with.
+/// The fields at the beginning of every kind of key.
 fn front(kind: u16, attributes: u32, policy: &[u8]) -> Vec<u8> {
     let mut out = Vec::with_capacity(512);
     out.extend_from_slice(&kind.to_be_bytes());

@@ -1,9 +1,9 @@
-//! `TPMS_ATTEST` of a quote: what a TPM signs about its PCRs.
+//! `TPMS_ATTEST` of a quote: the statement about PCRs that a TPM signs.
 
 use super::Malformed;
 use super::reader::Reader;
 
-/// `TPM_GENERATED_VALUE`: what only a TPM itself puts in front of what a restricted key signs.
+/// `TPM_GENERATED_VALUE`: the prefix by which a restricted key marks statements of its TPM.
 const GENERATED: u32 = 0xff54_4347;
 /// `TPM_ST_ATTEST_QUOTE`.
 const ATTEST_QUOTE: u16 = 0x8018;
@@ -12,26 +12,26 @@ const MAX_FIELD: usize = 128;
 /// Most banks in a selection.
 const MAX_BANKS: u32 = 16;
 
-/// A quote that was read. Who signed it was not checked.
+/// A parsed quote. Its signature is not verified yet.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Quote<'a> {
-    /// The nonce that the caller of `TPM2_Quote` gave.
+    /// The nonce: the qualifying data that the caller gave to `TPM2_Quote`.
     pub extra_data: &'a [u8],
-    /// Times that the TPM was reset.
+    /// Number of times that the TPM was reset.
     pub reset_count: u32,
-    /// Times that the TPM was restarted, or its state resumed, since it was reset. 0: nothing but a full boot.
+    /// Number of times that the TPM was restarted or resumed since its last reset. 0: the machine had a full boot.
     pub restart_count: u32,
-    /// `TPML_PCR_SELECTION`, the bytes as signed.
+    /// `TPML_PCR_SELECTION`, the bytes exactly as signed.
     pub selection: &'a [u8],
     /// Digest of the selected PCRs' values.
     pub digest: &'a [u8],
 }
 
 impl<'a> Quote<'a> {
-    /// Reads a `TPMS_ATTEST` that is a quote, to its last byte.
+    /// Parses a `TPMS_ATTEST` of a quote completely.
     ///
     /// # Errors
-    /// [`Malformed`], also for other attestations than a quote.
+    /// [`Malformed`], also for attestations that are not quotes.
     pub fn parse(bytes: &'a [u8]) -> Result<Self, Malformed> {
         let mut reader = Reader::new(bytes);
         if reader.u32_be()? != GENERATED {
@@ -64,7 +64,7 @@ impl<'a> Quote<'a> {
         Ok(Self { extra_data, reset_count, restart_count, selection, digest })
     }
 
-    /// A quote as a TPM would sign it, for TPMs in software.
+    /// The quote in the form that a TPM signs, for software TPMs.
     #[must_use]
     pub fn to_bytes(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(128);

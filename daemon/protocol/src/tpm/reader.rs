@@ -1,11 +1,11 @@
-//! Takes fields off the front of a byte slice.
+//! Reads fields from the front of a byte slice.
 
 use super::Malformed;
 
 /// Bytes of a coordinate on P-256, and of each number of an ECDSA signature.
 pub(super) const P256_BYTES: usize = 32;
 
-/// The part of a structure that was not read yet. Every read checks the length first.
+/// The unread part of a structure. Each read checks the length first.
 #[derive(Clone)]
 pub(super) struct Reader<'a> {
     rest: &'a [u8],
@@ -16,7 +16,7 @@ impl<'a> Reader<'a> {
         Self { rest: bytes }
     }
 
-    /// The bytes that were not read yet.
+    /// The unread bytes.
     pub(super) fn rest(&self) -> &'a [u8] {
         self.rest
     }
@@ -66,7 +66,7 @@ impl<'a> Reader<'a> {
         self.array().map(u64::from_le_bytes)
     }
 
-    /// The content of a structure with its big-endian 16-bit size in front (`TPM2B_*`), of `longest` bytes at most.
+    /// The content of a structure with a big-endian 16-bit size in front (`TPM2B_*`), at most `longest` bytes.
     pub(super) fn sized(&mut self, longest: usize) -> Result<&'a [u8], Malformed> {
         let length = usize::from(self.u16_be()?);
         if length > longest {
@@ -80,16 +80,16 @@ impl<'a> Reader<'a> {
         self.take(usize::try_from(length).map_err(|_| Malformed("a length is absurd"))?)
     }
 
-    /// Ends the reading.
+    /// Finishes reading.
     ///
     /// # Errors
-    /// [`Malformed`] when bytes are left.
+    /// [`Malformed`] if bytes are left.
     pub(super) fn finish(self) -> Result<(), Malformed> {
         if self.rest.is_empty() { Ok(()) } else { Err(Malformed("bytes are left after its last field")) }
     }
 }
 
-/// A number of at most 32 bytes, with zeros in front.
+/// Pads a number of at most 32 bytes with leading zeros.
 pub(super) fn padded(number: &[u8]) -> [u8; P256_BYTES] {
     let mut padded = [0; P256_BYTES];
     if let Some(place) = P256_BYTES.checked_sub(number.len()).and_then(|at| padded.get_mut(at..)) {

@@ -1,4 +1,4 @@
-//! `TPMT_SIGNATURE`: what an attestation key made of a quote.
+//! `TPMT_SIGNATURE`: an attestation key's signature over a quote.
 
 use super::reader::{P256_BYTES, Reader, padded};
 use super::{Malformed, algorithm};
@@ -6,7 +6,7 @@ use super::{Malformed, algorithm};
 /// Longest RSA signature.
 const MAX_RSA: usize = 512;
 
-/// A signature with SHA-256. Whose it is was not checked.
+/// A signature with SHA-256. It is not verified yet.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Signature<'a> {
     /// RSASSA-PKCS1-v1_5.
@@ -16,10 +16,10 @@ pub enum Signature<'a> {
 }
 
 impl<'a> Signature<'a> {
-    /// Reads a `TPMT_SIGNATURE`.
+    /// Parses a `TPMT_SIGNATURE`.
     ///
     /// # Errors
-    /// [`Malformed`], also for another scheme or digest.
+    /// [`Malformed`], also for other schemes or digests.
     pub fn parse(bytes: &'a [u8]) -> Result<Self, Malformed> {
         let mut reader = Reader::new(bytes);
         let scheme = reader.u16_be()?;

@@ -1,5 +1,5 @@
-//! A TPM in software, as far as attestation asks for one: for load generators and tests. It proves nothing, since whoever has
-//! it can write any PCR value.
+//! A software TPM with the functions that attestation needs, for load generators and tests. It proves nothing: its user
+//! can set any PCR value.
 
 use ring::error::Unspecified;
 use ring::signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair as _};
@@ -13,29 +13,29 @@ use super::signature::Signature;
 use crate::random;
 use crate::rsa_key::RsaPrivateKey;
 
-/// An endorsement key, an attestation key and some PCRs.
+/// An endorsement key, an attestation key and PCRs.
 pub struct SoftwareTpm {
     endorsement_key: RsaPrivateKey,
     attestation_key: EcdsaKeyPair,
     ak_public: Vec<u8>,
-    /// The PCRs, which may be set to anything.
+    /// The PCRs. The user may set any values.
     pub pcrs: PcrValues,
-    /// What quotes say of restarts.
+    /// The restart count in quotes.
     pub restart_count: u32,
 }
 
 impl SoftwareTpm {
-    /// A TPM with this endorsement key, a fresh attestation key on P-256, and no PCRs.
+    /// Creates a TPM with this endorsement key, a fresh attestation key on P-256, and no PCR values.
     ///
     /// # Errors
-    /// When the system has no randomness.
+    /// The system has no randomness.
     pub fn new(endorsement_key: RsaPrivateKey) -> Result<Self, Unspecified> {
         let pkcs8 = EcdsaKeyPair::generate_pkcs8(&ECDSA_P256_SHA256_FIXED_SIGNING, random::source())?;
         let attestation_key =
             EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_FIXED_SIGNING, pkcs8.as_ref(), random::source())
                 .map_err(|_| Unspecified)?;
         let mut ak_public = public::attestation_template();
-        // In place of the template's empty coordinates.
+        // The coordinates replace the empty ones of the template.
         ak_public.truncate(ak_public.len() - 4);
         let (coordinates, _) = attestation_key.public_key().as_ref()[1..].as_chunks::<32>();
         for coordinate in coordinates {
@@ -66,18 +66,18 @@ impl SoftwareTpm {
         credential::activate(&self.endorsement_key, key.name(), protected)
     }
 
-    /// `TPM2_Quote` over all of the PCRs that have a value: `TPMS_ATTEST` and `TPMT_SIGNATURE`.
+    /// `TPM2_Quote` over all PCRs that have a value. Returns `TPMS_ATTEST` and `TPMT_SIGNATURE`.
     ///
     /// # Errors
-    /// When the system has no randomness.
+    /// The system has no randomness.
     pub fn quote(&self, qualifying_data: &[u8]) -> Result<(Vec<u8>, Vec<u8>), Unspecified> {
         self.quote_of(qualifying_data, self.pcrs.set_of()).map(|(quote, signature, _)| (quote, signature))
     }
 
-    /// The same over these PCRs, of which those without a value are zero; with their values.
+    /// The same over these PCRs; those without a value count as zero. Also returns the values.
     ///
     /// # Errors
-    /// When the system has no randomness.
+    /// The system has no randomness.
     pub fn quote_of(&self, qualifying_data: &[u8], set: PcrSet) -> Result<(Vec<u8>, Vec<u8>, PcrValues), Unspecified> {
         let mut values = PcrValues::default();
         for pcr in set.iter() {
@@ -95,10 +95,10 @@ impl SoftwareTpm {
         Ok((quote, signature, values))
     }
 
-    /// `TPMT_SIGNATURE` of the attestation key, over anything.
+    /// `TPMT_SIGNATURE` of the attestation key over any message.
     ///
     /// # Errors
-    /// When the system has no randomness.
+    /// The system has no randomness.
     pub fn sign(&self, message: &[u8]) -> Result<Vec<u8>, Unspecified> {
         let signature = self.attestation_key.sign(random::source(), message)?;
         let both = signature.as_ref().try_into().map_err(|_| Unspecified)?;

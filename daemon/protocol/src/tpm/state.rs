@@ -1,4 +1,5 @@
-//! State: what the service needs in step 2, sealed and carried by the host, so that nothing is remembered between the steps.
+//! State: the data that the service needs in step 2. The service seals it and the host carries it, so that the service
+//! stores nothing between the steps.
 
 use ring::aead::{AES_256_GCM, Aad, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
 use ring::error::Unspecified;
@@ -9,54 +10,55 @@ use super::pcr::PcrSet;
 use super::reader::Reader;
 use crate::random;
 
-/// Seconds from when a State is made to when it ends.
+/// Seconds for which a State is valid.
 pub const LIFETIME_SECONDS: i64 = 120;
 
-/// What every sealed State is bound to.
+/// Associated data of every sealed State.
 const PURPOSE: &[u8] = b"claviger-tpm-state-1";
 
-/// A session between its two steps.
+/// The data of a session between its two steps.
 #[derive(Clone, PartialEq, Eq)]
 pub struct State {
-    /// The last second at which the State is accepted, unix time.
+    /// The last second at which the State is valid, unix time.
     pub ends: i64,
     /// The session's GUID, its 16 bytes as sent.
     pub session_id: [u8; 16],
     /// SHA-256 of the endorsement key's SubjectPublicKeyInfo.
     pub endorsement_key: [u8; 32],
-    /// What the host's TPM recovers.
+    /// The credential that the host's TPM has to recover.
     pub credential: Zeroizing<[u8; credential::LENGTH]>,
-    /// What the host is to quote.
+    /// The PCRs that the host has to quote.
     pub selection: PcrSet,
     /// `TPMT_PUBLIC` of the attestation key.
     pub ak_public: Vec<u8>,
 }
 
-/// Names one sealed State, so that it is used once.
+/// Identifies a sealed State, so that it can be used only once.
 pub type StateId = [u8; NONCE_LEN];
 
-/// A State that does not open: changed, cut, of another server or of an earlier start of it.
+/// The State cannot be opened: it was changed or truncated, or another process made it (another server, or this server
+/// before its last start).
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("the State was not made by this server since it started")]
 pub struct BadState;
 
-/// The key that States are sealed under.
+/// The key that seals States.
 pub struct StateKey(LessSafeKey);
 
 impl StateKey {
     /// A fresh key.
     ///
     /// # Errors
-    /// When the system has no randomness.
+    /// The system has no randomness.
     pub fn generate() -> Result<Self, Unspecified> {
         let key: Zeroizing<[u8; 32]> = Zeroizing::new(random::octets()?);
         Ok(Self(LessSafeKey::new(UnboundKey::new(&AES_256_GCM, &*key)?)))
     }
 
-    /// Seals a State. Nonces are random: 2^32 States under one key are safe, and no key lives long enough for that many.
+    /// Seals a State. Nonces are random: one key is safe for 2^32 States, far more than a key seals in its life.
     ///
     /// # Errors
-    /// When the system has no randomness.
+    /// The system has no randomness.
     pub fn seal(&self, state: &State) -> Result<Vec<u8>, Unspecified> {
         let nonce: StateId = random::octets()?;
         let mut plain = Zeroizing::new(Vec::with_capacity(128 + state.ak_public.len()));
@@ -74,7 +76,7 @@ impl StateKey {
         Ok([&nonce[..], &plain, tag.as_ref()].concat())
     }
 
-    /// Opens what [`Self::seal`] made. Whether it is over is the caller's to ask.
+    /// Opens a State that [`Self::seal`] made. The caller has to check whether it has expired.
     ///
     /// # Errors
     /// [`BadState`].
@@ -106,7 +108,7 @@ fn read(plain: &[u8]) -> Option<State> {
     let mut reader = Reader::new(plain);
     let ends = i64::from_be_bytes(field(&mut reader)?);
     let (session_id, endorsement_key) = (field(&mut reader)?, field(&mut reader)?);
-    // Copied straight into memory that is wiped: an array by value would leave a copy on the stack.
+    // Copy directly into memory that is wiped: an array by value would leave a copy on the stack.
     let mut credential = Zeroizing::new([0; credential::LENGTH]);
     credential.copy_from_slice(reader.take(credential::LENGTH).ok()?);
     Some(State {

@@ -1,5 +1,5 @@
-//! What the tests share: keys made once, parties with certificates, a writer of protectors that is independent of the
-//! crate's own, and the tools they are compared with.
+//! Shared parts of the tests: keys, parties with certificates, a protector writer that is independent of the crate's
+//! own, and external tools for comparison.
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used, missing_docs)]
 
 use std::io::ErrorKind;
@@ -31,7 +31,7 @@ pub const HKDF_NS: &str = "http://www.w3.org/2021/04/xmldsig-more#";
 pub const HMAC: &str = "http://www.w3.org/2001/04/xmldsig-more#hmac-sha256";
 pub const RSA_SHA256: &str = "http://www.w3.org/2001/04/xmldsig-more#rsa-sha256";
 
-/// Runs a tool; `Err` holds its output when it fails.
+/// Runs a tool. `Err` holds its output if it fails.
 pub fn run(directory: &Path, tool: &str, arguments: &[&str]) -> Result<Vec<u8>, String> {
     let package = match tool {
         "xmllint" => "libxml2-utils",
@@ -49,14 +49,14 @@ pub fn run(directory: &Path, tool: &str, arguments: &[&str]) -> Result<Vec<u8>, 
     }
 }
 
-/// The exclusive canonical form of a document by `xmllint`, which keeps comments: there may be none.
+/// The exclusive canonical form by `xmllint`. The document must not contain comments, which xmllint keeps.
 pub fn xmllint_c14n(document: &[u8]) -> Result<Vec<u8>, String> {
     let directory = tempfile::tempdir().unwrap();
     std::fs::write(directory.path().join("document.xml"), document).unwrap();
     run(directory.path(), "xmllint", &["--nonet", "--exc-c14n", "document.xml"])
 }
 
-/// Small, fast, the same in every run.
+/// A small, fast, deterministic random number generator.
 pub struct Rng(u64);
 
 impl Rng {
@@ -76,7 +76,7 @@ impl Rng {
     }
 }
 
-/// Keys of 2048 bits, made when first used.
+/// Keys with 2048 bits, generated on first use.
 pub fn key(index: usize) -> &'static RsaPrivateKey {
     static KEYS: [OnceLock<RsaPrivateKey>; 12] = [const { OnceLock::new() }; 12];
     KEYS[index].get_or_init(|| RsaPrivateKey::generate(2048).unwrap())
@@ -123,7 +123,7 @@ pub fn encryption_certificate(party: usize) -> &'static [u8] {
     certificate(2 * party + 1)
 }
 
-/// Party 0 as the crate's owner.
+/// Party 0 as an `Owner`.
 pub fn owner() -> Owner {
     owner_of(0)
 }
@@ -138,7 +138,7 @@ pub fn owner_of(party: usize) -> Owner {
     }
 }
 
-/// The key and the certificate that sign metadata.
+/// Index of the key and certificate that sign metadata.
 pub const COMMUNICATIONS: usize = 10;
 
 pub fn signature(key: &RsaPrivateKey, algorithm: SignatureAlgorithm, octets: &[u8]) -> Signature {
@@ -165,17 +165,17 @@ pub fn metadata(party: usize) -> Metadata {
     Metadata::parse(&metadata_file(&information(party))).unwrap()
 }
 
-/// How a document is written.
+/// The formatting of a document.
 #[derive(Clone)]
 pub struct Style {
-    /// In front of the root.
+    /// Text before the root.
     pub head: &'static str,
-    /// Of every K element, with its colon.
+    /// Prefix of every K element, including its colon.
     pub prefix: &'static str,
-    /// Between elements; spaces follow for each level.
+    /// Separator between elements; spaces follow for each level.
     pub line: &'static str,
     pub quote: char,
-    /// Changes the text of a value.
+    /// Changes the formatting of a value.
     pub value: fn(&str) -> String,
 }
 
@@ -209,19 +209,19 @@ pub struct Part {
     pub id: String,
     pub parent: String,
     pub party: usize,
-    /// Who signs the signing certificate.
+    /// The party that signs the signing certificate.
     pub parent_party: usize,
     pub algorithm: SignatureAlgorithm,
-    /// The inside of `Parameters` of the signing certificate's signature.
+    /// The content of `Parameters` of the signing certificate's signature.
     pub parameters: Option<String>,
-    /// How the transport key is encrypted …
+    /// The OAEP parameters that encrypt the transport key …
     pub oaep: Oaep,
-    /// … and what the document says of it.
+    /// … and the URI in the document.
     pub oaep_uri: &'static str,
     pub oaep_parameters: Option<String>,
 }
 
-/// A protector that is written as text, without the crate's builder.
+/// A protector that is written as text, without the crate's own builder.
 #[derive(Clone)]
 pub struct Draft {
     pub parts: Vec<Part>,
@@ -233,9 +233,9 @@ pub struct Draft {
     pub salt: Vec<u8>,
     pub info: Vec<u8>,
     pub hkdf_uri: &'static str,
-    /// The inside of the derivation's `Parameters`; `None` leaves the element out.
+    /// The content of the derivation's `Parameters`; `None` omits the element.
     pub hkdf_parameters: Option<String>,
-    /// Attributes of the root, beside the declaration of K.
+    /// Attributes of the root, in addition to the declaration of K.
     pub root: String,
     pub style: Style,
 }
@@ -245,7 +245,7 @@ pub fn hkdf_params(prf: &str, content: &str) -> String {
 }
 
 impl Draft {
-    /// The owner (Id 1), and guardians under it.
+    /// The owner (Id 1) and its guardians.
     pub fn new(parties: usize) -> Self {
         let parts = (0..parties).map(|party| Part {
             id: (party + 1).to_string(),
@@ -276,14 +276,14 @@ impl Draft {
         }
     }
 
-    /// The element `Wrappings`.
+    /// Writes the element `Wrappings`.
     pub fn wrappings(&self) -> String {
         let s = &self.style;
         let parts: String = self.parts.iter().map(|part| part.text(s, &self.key)).collect();
         s.element(1, "Wrappings", &[], &parts)
     }
 
-    /// The document with marks where the two signature values belong.
+    /// The document with placeholders for the two signature values.
     pub fn text(&self) -> String {
         self.text_with(&self.wrappings())
     }
@@ -307,17 +307,17 @@ impl Draft {
         format!("{}<{p}Protector{root}>{wrappings}{transport}{guardian}{}</{p}Protector>", s.head, s.line)
     }
 
-    /// The document with values in place of signatures that are no signatures.
+    /// The document with invalid values in place of the signatures.
     pub fn unsigned(&self) -> String {
         unsigned(&self.text())
     }
 
-    /// The finished protector.
+    /// The finished, signed protector.
     pub fn build(&self) -> Vec<u8> {
         self.sign(&self.text())
     }
 
-    /// Fills the signatures of a text with marks in. What they cover is what the crate says they cover.
+    /// Replaces the placeholders of a text by signatures over the content that the crate computes.
     pub fn sign(&self, text: &str) -> Vec<u8> {
         let octets =
             Protector::parse(unsigned(text).as_bytes()).unwrap_or_else(|e| panic!("{e}: {text}")).signed_octets;
@@ -332,12 +332,12 @@ impl Draft {
     }
 }
 
-/// Fills the marks of a text with values that are no signatures.
+/// Replaces the placeholders of a text by invalid signature values.
 pub fn unsigned(text: &str) -> String {
     text.replace("@HMAC@", "AAAA").replace("@GUARDIAN@", "AAAA")
 }
 
-/// HMAC-SHA-256 with a key of HKDF-SHA-256.
+/// HMAC-SHA-256 with a key that HKDF-SHA-256 derives.
 pub fn hmac_of(key: &[u8], salt: &[u8], info: &[u8], octets: &[u8]) -> Vec<u8> {
     let info = [info];
     let prk = hkdf::Salt::new(hkdf::HKDF_SHA256, salt).extract(key);
@@ -391,13 +391,13 @@ pub fn every_oaep() -> impl Iterator<Item = Oaep> {
     Digest::ALL.into_iter().flat_map(|digest| Digest::ALL.into_iter().map(move |mgf| Oaep { digest, mgf }))
 }
 
-/// Shared by all tests of a program, so that whatever is changed about a protector meets a memory of the right one.
+/// Shared by all tests of a program, so that every changed protector meets tables that know the unchanged one.
 static KNOWN: std::sync::LazyLock<KnownCertificates> = std::sync::LazyLock::new(|| KnownCertificates::new(1000));
 
-/// The same for wrapping sets.
+/// The wrapping sets, shared in the same way.
 static SETS: std::sync::LazyLock<KnownSets> = std::sync::LazyLock::new(|| KnownSets::new(1000));
 
-/// Steps 3 to 5, as a release takes them: by the full path and by what is known of the wrapping set, which has to say the same.
+/// Runs steps 3 to 5 as a release does, on the full path and on the fast path, which must agree.
 pub fn accept(file: &[u8]) -> Result<Verified, Refusal> {
     let verified = Protector::parse(file).and_then(|protector| verify(protector, &KNOWN));
     let read = SETS.read(file, &sha256(file), &mut Work::default());
@@ -410,7 +410,7 @@ pub fn accept(file: &[u8]) -> Result<Verified, Refusal> {
     verified
 }
 
-/// Fails unless both paths gave the same answer.
+/// Panics if the two paths gave different results.
 pub fn same_answer(verified: &Result<Verified, Refusal>, read: &Result<Ingress, Refusal>) {
     match (verified, read) {
         (Err(one), Err(other)) => assert_eq!(one, other),
@@ -439,7 +439,7 @@ pub fn sha256(bytes: &[u8]) -> [u8; 32] {
     ring::digest::digest(&ring::digest::SHA256, bytes).as_ref().try_into().unwrap()
 }
 
-/// Step 7 with a key in software: decryption, then the transport-key signature.
+/// Step 7 with a key in software: decryption, then verification of the transport-key signature.
 pub fn open(verified: &Verified, party: usize) -> Result<TransportKey, &'static str> {
     let at =
         verified.parties.iter().position(|p| p.encryption.key() == encryption(party).public()).ok_or("not for it")?;
@@ -455,12 +455,12 @@ pub fn open(verified: &Verified, party: usize) -> Result<TransportKey, &'static 
     if right { Ok(key) } else { Err("transport-key signature") }
 }
 
-/// The code of the refusal of step 3 alone: for documents whose signatures would be refused with the same code.
+/// The code of the refusal of step 3 alone, for documents whose signatures would give the same code.
 pub fn shape(file: &[u8]) -> Option<Code> {
     Protector::parse(file).err().map(|e| e.code)
 }
 
-/// The code of the refusal, from whichever step.
+/// The code of the refusal of any step.
 pub fn code(file: &[u8]) -> Option<Code> {
     accept(file).err().map(|e| e.code)
 }

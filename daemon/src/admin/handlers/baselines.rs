@@ -1,4 +1,4 @@
-//! Baselines, and what hosts proved last.
+//! Commands about baselines, and about the last evidence of hosts.
 
 use std::sync::Arc;
 
@@ -19,7 +19,7 @@ use crate::store::evidence::Evidence;
 use crate::store::{self, Host, State, check_baseline_name, check_host_name};
 use crate::sys::clock::unix_now;
 
-/// Reads PCR values.
+/// Parses PCR values.
 pub(super) fn pcr_values(pcrs: &Pcrs) -> Result<PcrValues, String> {
     let mut values = PcrValues::default();
     for (pcr, value) in &pcrs.0 {
@@ -70,7 +70,7 @@ pub(super) async fn show(service: &Arc<Service>, name: String) -> Result<Value, 
     reply(shown(&read(service, move |state| state.baseline_by_name(&name)).await?))
 }
 
-/// Makes a change of a baseline, on record.
+/// Changes a baseline, with records in the audit trail.
 async fn change(
     service: &Arc<Service>,
     event: &'static str,
@@ -79,7 +79,7 @@ async fn change(
     peer: Peer,
     work: impl FnOnce(&mut State) -> Result<store::Baseline, store::StateError> + Send + 'static,
 ) -> Result<Value, String> {
-    // Names in the trail are names.
+    // Validate the name, because it is written to the audit trail.
     check_baseline_name(name).map_err(|e| e.to_string())?;
     let mut change = Change::new(event, peer);
     change.attempt.baseline = Some(name.to_owned());
@@ -104,7 +104,7 @@ pub(super) async fn add(
     store(service, "baselines.add", name, values, log, None, peer).await
 }
 
-/// Checks the log of a baseline before it is stored.
+/// Checks the event log of a baseline before it is stored.
 pub(super) fn check_log(log: &[u8]) -> Result<(), String> {
     if log.len() > MAX_LOG {
         return Err(format!("the log is longer than {MAX_LOG} bytes"));
@@ -112,16 +112,16 @@ pub(super) fn check_log(log: &[u8]) -> Result<(), String> {
     Log::parse(log).map(drop).map_err(|error| format!("the log cannot be read: {error}"))
 }
 
-/// What a baseline is to be taken from.
+/// The source of a captured baseline.
 #[derive(Debug)]
 pub(super) struct Source {
     /// The reference host.
     pub(super) host: String,
-    /// When it proved what the administrator looked at, seconds since 1970.
+    /// Time of the evidence that the administrator has seen, seconds since 1970.
     pub(super) at: Option<i64>,
-    /// PCRs besides 0, 2, 4 and 7.
+    /// PCRs in addition to 0, 2, 4 and 7.
     pub(super) pcrs: Vec<usize>,
-    /// Whether PCRs that were not quoted are taken from the log.
+    /// Whether values of PCRs that were not quoted are taken from the event log.
     pub(super) from_log: bool,
 }
 
@@ -133,7 +133,7 @@ pub(super) async fn capture(service: &Arc<Service>, name: String, source: Source
 }
 
 impl Source {
-    /// The baseline's values.
+    /// Collects the baseline's values.
     fn values(&self, evidence: &Evidence) -> Result<PcrValues, String> {
         let Self { host, at, pcrs, from_log } = self;
         if let Some(at) = at
@@ -167,7 +167,7 @@ impl Source {
     }
 }
 
-/// What is accepted, for the audit trail: the PCRs, and the digest that a quote of them has.
+/// Describes accepted values for the audit trail: the PCRs, and their digest as it appears in a quote.
 fn accepted(values: &PcrValues, what: Option<String>) -> String {
     let pcrs: Vec<_> = values.iter().map(|(pcr, _)| pcr.to_string()).collect();
     let what = what.map(|what| format!("{what}; ")).unwrap_or_default();
@@ -199,17 +199,18 @@ pub(super) async fn enable(service: &Arc<Service>, name: String, enabled: bool, 
 pub(super) async fn remove(service: &Arc<Service>, name: String, peer: Peer) -> Result<Value, String> {
     let of = name.clone();
     let removed = change(service, "baselines.remove", &name, None, peer, move |state| state.remove_baseline(&of)).await;
-    // A later baseline of the name is added in a later second than any certificate that names this one was issued in.
+    // If a baseline with this name is added later, its time must differ from that of every certificate that names the
+    // removed one.
     until_next_second().await;
     removed
 }
 
-/// The evidence that this host gave. An earlier host of its name had another TPM.
+/// Returns the evidence if it is from this host. An earlier host with this name had another TPM.
 fn of_host(found: Option<Evidence>, host: &Host) -> Option<Evidence> {
     found.filter(|evidence| evidence.endorsement_key == host.spki_sha256)
 }
 
-/// What a host proved last.
+/// The last evidence of a host.
 async fn last_evidence(service: &Arc<Service>, host: &str) -> Result<Evidence, String> {
     check_host_name(host).map_err(|e| e.to_string())?;
     let (of, name) = (Arc::clone(service), host.to_owned());
@@ -223,7 +224,7 @@ async fn last_evidence(service: &Arc<Service>, host: &str) -> Result<Evidence, S
     found.ok_or_else(|| format!("host {host} has not proved by its TPM what it booted; have it attest first"))
 }
 
-/// What the policies would say of a host's last evidence now.
+/// Evaluates the policies for a host's last evidence.
 pub(super) async fn check(service: &Arc<Service>, host: String) -> Result<Value, String> {
     let evidence = Arc::new(last_evidence(service, &host).await?);
     let baselines = read(service, |state| state.baselines_without_logs()).await?;
@@ -231,7 +232,7 @@ pub(super) async fn check(service: &Arc<Service>, host: String) -> Result<Value,
     for baseline in &baselines {
         let mut with_log = baseline.clone();
         if baseline.values.iter().any(|(pcr, value)| evidence.values.get(pcr) != Some(value)) {
-            // The logs of all together may be large, and the state has other readers.
+            // Read the logs one by one: together they may be large, and others need the state as well.
             let (name, added) = (baseline.name.clone(), baseline.added);
             with_log.log = read(service, move |state| state.baseline_log(&name, added)).await?;
         }
@@ -290,7 +291,7 @@ fn compare(baseline: &store::Baseline, evidence: &Evidence) -> Result<Compared, 
     let mut differs = Vec::new();
     for (pcr, expected) in differing {
         let quoted = evidence.values.get(pcr);
-        // Events that do not lead to the baseline's value say nothing about it.
+        // If the log does not replay to the baseline's value, its events say nothing about the baseline.
         let before = before.as_ref().filter(|_| given_before.get(pcr) == Some(expected));
         let found = differences(pcr as u32, before, &log);
         differs.push(Differs {
@@ -318,7 +319,7 @@ mod tests {
 
     /// A boot that measured this initrd into PCR 9.
     fn boot(initrd: &str) -> Vec<u8> {
-        // The header is that of an empty log.
+        // The header has the length of an empty log.
         let header = LogWriter::new().finish().len();
         let measured = LogWriter::new().measured(9, IPL, initrd.as_bytes()).finish();
         [&short_boot("firmware 1", "kernel 1")[..], &measured[header..]].concat()
@@ -346,22 +347,22 @@ mod tests {
     #[test]
     fn events_that_do_not_give_the_quoted_value_are_said_to_prove_nothing() {
         let base = baseline(boot("initrd 1"));
-        // An updated host: its log tells of the new initrd.
+        // An updated host: its log shows the new initrd.
         let updated = boot("initrd 2");
         let honest = compare(&base, &evidence(updated.clone(), values(&updated))).unwrap();
         let [differs] = &honest.differs[..] else { panic!("{honest:?}") };
         assert!(differs.pcr == 9 && differs.log_agrees);
         let signs: Vec<_> = differs.events.iter().map(|event| (event.is_new, &*event.event)).collect();
         assert_eq!(signs, [(Some(true), "EV_IPL initrd 2"), (Some(false), "EV_IPL initrd 1")]);
-        // A host that booted another initrd and shows the log of the update.
+        // A host that booted another initrd, but presents the log of the update.
         let rooted = compare(&base, &evidence(updated.clone(), values(&boot("evil")))).unwrap();
         assert!(!rooted.differs[0].log_agrees, "{rooted:?}");
-        // A PCR that was not quoted is not proven either.
+        // A PCR that was not quoted is not proven.
         let mut unquoted = values(&updated);
         unquoted.remove(9);
         let unquoted = compare(&base, &evidence(updated.clone(), unquoted)).unwrap();
         assert!(!unquoted.differs[0].log_agrees && unquoted.differs[0].quoted.is_none());
-        // A baseline whose log does not give its value is no measure of the host's events.
+        // The log of this baseline does not replay to its value, so it cannot be compared with the host's events.
         let captured = store::Baseline { values: values(&boot("evil")), ..baseline(boot("initrd 1")) };
         let compared = compare(&captured, &evidence(updated.clone(), values(&updated))).unwrap();
         assert_eq!(compared.differs[0].events.iter().map(|event| event.is_new).collect::<Vec<_>>(), [None]);

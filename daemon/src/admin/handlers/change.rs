@@ -1,4 +1,4 @@
-//! What all handlers do: read the state, and make a change that the audit trail tells of before and after.
+//! Shared by all handlers: reading the state, and making a change with audit records before and after.
 
 use std::sync::Arc;
 
@@ -21,12 +21,12 @@ pub(super) async fn read<T: Send + 'static>(
     read.await.map_err(|e| e.to_string())?.map_err(|e| e.to_string())
 }
 
-/// A reply as JSON.
+/// Serialises a reply.
 pub(super) fn reply(value: impl Serialize) -> Result<Value, String> {
     serde_json::to_value(value).map_err(|e| e.to_string())
 }
 
-/// A change that an administrator asked for, in the audit trail: a line before it is made, and one with its outcome.
+/// A change by an administrator. The audit trail gets a record before the change and one with its outcome.
 pub(super) struct Change {
     event: &'static str,
     pub(super) attempt: Attempt,
@@ -39,7 +39,7 @@ impl Change {
         Self { event, attempt }
     }
 
-    /// Of a host. What cannot name one is refused here, so that it does not get into the trail.
+    /// A change of a host. An invalid name is refused here, so that it is not written to the audit trail.
     pub(super) fn of_host(event: &'static str, name: &str, peer: Peer) -> Result<Self, String> {
         check_host_name(name).map_err(|e| e.to_string())?;
         let mut change = Self::new(event, peer);
@@ -47,7 +47,7 @@ impl Change {
         Ok(change)
     }
 
-    /// Records it, makes it, and records what came of it. `note` completes the record with what was only known then.
+    /// Records the change, makes it, and records the outcome. `note` adds details that are known only afterwards.
     pub(super) async fn make<T: Send + 'static>(
         mut self,
         service: &Arc<Service>,
@@ -83,7 +83,7 @@ impl Change {
         }
     }
 
-    /// What is made or refused stays so; when that cannot be recorded, the trail itself complains in the log.
+    /// The outcome is final. If it cannot be recorded, the audit trail logs an error.
     pub(super) async fn done(&self, service: &Service, outcome: &str) {
         tracing::info!(
             event = self.event,
@@ -95,7 +95,7 @@ impl Change {
     }
 }
 
-/// What the trail says of a change that was not made.
+/// The outcome of a failed change in the audit trail.
 pub(super) const FAILED: &str = "failed";
 
 pub(super) fn outcome<T>(result: &Result<T, ChangeError>) -> &'static str {

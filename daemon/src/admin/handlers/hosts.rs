@@ -1,4 +1,4 @@
-//! The registered hosts.
+//! Commands about the registered hosts.
 
 use std::sync::Arc;
 

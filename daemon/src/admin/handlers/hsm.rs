@@ -1,4 +1,4 @@
-//! The members of the cluster.
+//! Commands about the members of the cluster.
 
 use claviger_hsm::MemberStatus;
 use serde_json::{Value, json};

@@ -1,4 +1,4 @@
-//! The attestation signers: shown, replaced, revoked.
+//! Commands about the attestation signers: show, rotate, revoke.
 
 use std::sync::Arc;
 
@@ -13,7 +13,7 @@ use crate::service::Service;
 use crate::store;
 use crate::sys::clock::unix_now;
 
-/// Fewest digits of a thumbprint that name a signer.
+/// Minimum number of thumbprint digits that identify a signer.
 const FEWEST_DIGITS: usize = 8;
 
 pub(super) async fn list(service: &Arc<Service>) -> Result<Value, String> {
@@ -28,7 +28,7 @@ pub(super) async fn rotate(service: &Arc<Service>, peer: Peer) -> Result<Value, 
     reply(Rotated { current, replaced })
 }
 
-/// Makes a new signer, on record; its thumbprint.
+/// Creates a signer, with audit records; returns its thumbprint.
 async fn make_new(service: &Arc<Service>, peer: Peer) -> Result<String, String> {
     let mut change = Change::new("signers.rotate", peer);
     let before = current(service);
@@ -53,7 +53,7 @@ pub(super) async fn revoke(service: &Arc<Service>, wanted: &str, force: bool, pe
         move |state| state.signers_of_key(&thumbprint)
     })
     .await?;
-    // Hosts have to be able to attest when what they have is refused.
+    // Create the new signer first, so that hosts can attest again when their certificates are refused.
     let mut made = false;
     if same_key.iter().any(|signer| signer.current) {
         match make_new(service, peer).await {
@@ -83,7 +83,7 @@ pub(super) async fn revoke(service: &Arc<Service>, wanted: &str, force: bool, pe
     reply(Revoked { revoked, current, made, warnings })
 }
 
-/// The one signer that a thumbprint, or the beginning of one, means.
+/// Finds the signer by its thumbprint or an unambiguous prefix of it.
 async fn named(service: &Arc<Service>, thumbprint: &str) -> Result<store::Signer, String> {
     let wanted = thumbprint.to_ascii_lowercase();
     if wanted.len() < FEWEST_DIGITS || !wanted.bytes().all(|byte| byte.is_ascii_hexdigit()) {

@@ -1,4 +1,4 @@
-//! What one service is, taken to another: hosts, certificates, limits, attestation signers. Private keys stay in the HSMs.
+//! Export and import: hosts, certificates, restrictions, attestation signers. Private keys stay in the HSMs.
 
 use std::sync::Arc;
 
@@ -18,10 +18,10 @@ use crate::service::Service;
 use crate::store::{self, HostKind, Import, Kind, Merged, State};
 use crate::sys::clock::unix_now;
 
-/// The version of the documents that are made and read.
+/// Version of the export format.
 const VERSION: u32 = 1;
 
-/// A signer that ends sooner than this is not taken over: its own service renews it.
+/// A signer that expires sooner than this (seconds) is not imported: its own service is about to renew it.
 const SIGNER_REST: i64 = 31 * 24 * 3600;
 
 pub(super) async fn export(service: &Arc<Service>, peer: Peer) -> Result<Value, String> {
@@ -95,7 +95,7 @@ pub(super) async fn import(
         let held = on_all_members(service, Kind::Signing, &signer.key_id, &certificate, false).await;
         adopt |= signer.current && held.is_ok() && signer.not_after - unix_now() > SIGNER_REST;
         if let Err(error) = held {
-            // Nothing vouches for it but the file.
+            // Only the file itself vouches for this entry.
             warnings.push(format!(
                 "the key of the attestation signer {} was not found in these HSMs: {error}. It cannot issue here; whoever \
                  has its key makes health certificates that are trusted here, for as long as those of a signer that was \
@@ -123,7 +123,7 @@ pub(super) async fn import(
     Ok(json!({"changes": changes, "skipped": skipped, "warnings": warnings, "applied": true}))
 }
 
-/// Reads what an export holds.
+/// Parses and validates an export.
 fn read_document(document: Document) -> Result<Import, String> {
     if document.version != VERSION {
         return Err(format!("this export is of version {}, and this daemon reads version {VERSION}", document.version));

@@ -1,4 +1,4 @@
-//! Baselines, and what hosts proved last.
+//! Messages about baselines and the last evidence of hosts.
 
 use std::collections::BTreeMap;
 
@@ -6,8 +6,8 @@ use claviger_protocol::tpm::pcr::PcrValues;
 use data_encoding::HEXLOWER;
 use serde::{Deserialize, Serialize};
 
-/// PCR values by their numbers, hexadecimal. The numbers are text on their way: a command's members are read through a form of
-/// serde in which the names of members are nothing else.
+/// PCR values by PCR number, hexadecimal. The numbers are text in JSON, because serde reads a command through a form
+/// that allows only text as member names.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(try_from = "BTreeMap<String, String>", into = "BTreeMap<String, String>")]
 pub struct Pcrs(pub BTreeMap<usize, String>);
@@ -36,31 +36,31 @@ impl From<&PcrValues> for Pcrs {
     }
 }
 
-/// A baseline, for people and machines.
+/// A baseline, for people and programs.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Shown {
-    /// Its name.
+    /// The baseline's name.
     pub name: String,
-    /// Whether hosts with its values are healthy.
+    /// Whether hosts with its values are accepted.
     pub enabled: bool,
-    /// When it was added, seconds since 1970.
+    /// Time at which it was added, seconds since 1970.
     pub added: i64,
-    /// Its values.
+    /// The PCR values.
     pub pcrs: Pcrs,
-    /// The events of its log for its PCRs, where it has a log and is shown alone.
+    /// The events of its PCRs, if it has a log and only this baseline is shown.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub events: Vec<MeasuredEvent>,
-    /// What its log is worth, where it has one: an entry for each of its PCRs.
+    /// Whether its log proves the values: one entry for each PCR. Empty without a log.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub replayed: Vec<Replayed>,
 }
 
-/// A PCR of a baseline beside the baseline's log.
+/// Compares a PCR of a baseline with the baseline's log.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Replayed {
-    /// The PCR's number.
+    /// Number of the PCR.
     pub pcr: usize,
-    /// Whether the replay of the log gives the baseline's value. Otherwise the events of this PCR prove nothing.
+    /// Whether the replay of the log gives the baseline's value. If not, the events of this PCR prove nothing.
     pub log_agrees: bool,
     /// Number of events that are not listed.
     pub omitted: usize,
@@ -69,78 +69,79 @@ pub struct Replayed {
 /// An event of a boot.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct MeasuredEvent {
-    /// The PCR that it was measured into.
+    /// The PCR that the event extended.
     pub pcr: usize,
-    /// Its digest, SHA-256, hexadecimal.
+    /// SHA-256 digest of the event, hexadecimal.
     pub digest: String,
-    /// What it is.
+    /// Description of the event.
     pub event: String,
-    /// Whether only the host has it, or only the baseline; `None` where nothing is compared.
+    /// `true`: only the host has the event; `false`: only the baseline has it; `None`: not compared.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub is_new: Option<bool>,
 }
 
-/// What the policies say of a host's last evidence.
+/// The result of all policies for a host's last evidence.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Checked {
-    /// The host.
+    /// Name of the host.
     pub host: String,
-    /// When it proved this, seconds since 1970.
+    /// Time of the evidence, seconds since 1970.
     pub at: i64,
-    /// SHA-256 of its endorsement key's SubjectPublicKeyInfo.
+    /// SHA-256 of the endorsement key's SubjectPublicKeyInfo.
     pub endorsement_key: String,
-    /// Times that the TPM was restarted since its reset.
+    /// Number of times that the TPM was restarted since its last reset.
     pub restart_count: u32,
-    /// Whether it would be healthy now.
+    /// Whether the evidence would be accepted now.
     pub healthy: bool,
-    /// The enabled baseline that it matches.
+    /// The enabled baseline that matches.
     pub baseline: Option<String>,
-    /// The policies.
+    /// The results of the policies.
     pub policies: Vec<PolicyShown>,
-    /// The values that were quoted.
+    /// The quoted values.
     pub pcrs: Pcrs,
-    /// What differs from each baseline, the closest first.
+    /// The differences from each baseline, the closest baseline first.
     pub baselines: Vec<Compared>,
 }
 
-/// A policy and what it says.
+/// The result of a policy.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct PolicyShown {
-    /// Its name.
+    /// Name of the policy.
     pub policy: String,
-    /// Whether it holds.
+    /// Whether it is met.
     pub holds: bool,
 }
 
-/// A baseline beside a host's values.
+/// The comparison of a baseline with a host's values.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Compared {
-    /// Its name.
+    /// Name of the baseline.
     pub name: String,
     /// Whether it is enabled.
     pub enabled: bool,
-    /// Whether all its values are the host's.
+    /// Whether the host has all of its values.
     pub matches: bool,
-    /// The PCRs that differ.
+    /// The PCRs with different values.
     pub differs: Vec<Differs>,
 }
 
-/// A PCR that differs.
+/// A PCR with different values.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Differs {
-    /// Its number.
+    /// Number of the PCR.
     pub pcr: usize,
     /// The baseline's value.
     pub expected: String,
-    /// The host's; `None`: it was not quoted.
+    /// The host's value; `None`: not quoted.
     pub quoted: Option<String>,
-    /// Whether the replay of the host's log gives the quoted value. Otherwise the events prove nothing: the log of a host
-    /// whose kernel lies may show the events that are expected.
+    /// Whether the replay of the host's log gives the quoted value. If not, the events prove nothing: a host with a
+    /// compromised kernel can present any events.
     #[serde(default)]
     pub log_agrees: bool,
-    /// The events that only one of the two logs has. Where the baseline has no log that gives its value: those of the host.
+    /// The events that only one of the two logs has. If the baseline has no log that gives its value: all events of the
+    /// host.
     pub events: Vec<MeasuredEvent>,
-    /// Number of such events that are not listed.
+    /// Number of events that are not listed.
     #[serde(default)]
     pub omitted: usize,
 }

@@ -1,4 +1,4 @@
-//! What an administrator can ask of a running daemon: requests as they stand on the socket.
+//! The requests that administrators send to a running daemon, in their form on the socket.
 
 use serde::{Deserialize, Serialize};
 
@@ -14,276 +14,277 @@ pub enum Command {
     /// Registers a host.
     #[serde(rename = "hosts.add")]
     AddHost {
-        /// Its name.
+        /// Name of the host.
         name: String,
-        /// Its public key as it stood in the file: SPKI, certificate or RSA1 blob, DER or PEM; base64.
+        /// Public key exactly as in the file: SPKI, certificate or RSA1 blob, DER or PEM; base64.
         public_key: String,
-        /// What is said of it.
+        /// Labels of the host.
         #[serde(default)]
         labels: Labels,
     },
-    /// Registers a host by the endorsement key of its TPM.
+    /// Registers a host by its TPM's endorsement key.
     #[serde(rename = "hosts.add-tpm")]
     AddTpmHost {
-        /// Its name.
+        /// Name of the host.
         name: String,
-        /// The endorsement key's certificate, and those that lead from it to a root of its maker: DER, base64.
+        /// The endorsement key's certificate and its chain to a root of the TPM vendor: DER, base64.
         #[serde(default)]
         certificates: Vec<String>,
-        /// Instead of them the bare key, which the administrator vouches for: SubjectPublicKeyInfo in DER, base64.
+        /// Instead of certificates: the bare key, for which the administrator vouches; SubjectPublicKeyInfo in DER,
+        /// base64.
         #[serde(default)]
         public_key: Option<String>,
-        /// What is said of it.
+        /// Labels of the host.
         #[serde(default)]
         labels: Labels,
     },
-    /// What the policies say of what a host proved last.
+    /// Evaluates the policies for a host's last evidence.
     #[serde(rename = "hosts.check")]
     CheckHost {
-        /// Its name.
+        /// Name of the host.
         name: String,
     },
-    /// All baselines.
+    /// Lists all baselines.
     #[serde(rename = "baselines.list")]
     ListBaselines,
-    /// One baseline, with what was measured.
+    /// Shows one baseline with its measured events.
     #[serde(rename = "baselines.show")]
     ShowBaseline {
-        /// Its name.
+        /// Name of the baseline.
         name: String,
     },
-    /// Takes a baseline from what a host proved last.
+    /// Creates a baseline from a host's last evidence.
     #[serde(rename = "baselines.capture")]
     CaptureBaseline {
-        /// Its name.
+        /// Name of the baseline.
         name: String,
-        /// The host's name.
+        /// Name of the host.
         host: String,
-        /// When the host proved what is to be captured, seconds since 1970; refused if it attested again since.
+        /// Time of the evidence to capture, seconds since 1970. Refused if the host has attested again since then.
         #[serde(default)]
         at: Option<i64>,
-        /// PCRs besides 0, 2, 4 and 7.
+        /// PCRs in addition to 0, 2, 4 and 7.
         #[serde(default)]
         pcrs: Vec<usize>,
-        /// Takes PCRs that were not quoted from the event log.
+        /// Whether values of PCRs that were not quoted are taken from the event log.
         #[serde(default)]
         from_log: bool,
     },
     /// Adds a baseline.
     #[serde(rename = "baselines.add")]
     AddBaseline {
-        /// Its name.
+        /// Name of the baseline.
         name: String,
-        /// Its values.
+        /// The PCR values.
         pcrs: Pcrs,
-        /// The event log behind them, base64.
+        /// The event log that belongs to the values, base64.
         #[serde(default)]
         log: Option<String>,
     },
-    /// Enables a baseline, or disables it, which stops its hosts at once.
+    /// Enables or disables a baseline. Disabling rejects its hosts at once.
     #[serde(rename = "baselines.enable")]
     EnableBaseline {
-        /// Its name.
+        /// Name of the baseline.
         name: String,
-        /// Which of the two.
+        /// Whether to enable or to disable it.
         enabled: bool,
     },
-    /// Removes a baseline, which stops its hosts at once.
+    /// Removes a baseline, which rejects its hosts at once.
     #[serde(rename = "baselines.remove")]
     RemoveBaseline {
-        /// Its name.
+        /// Name of the baseline.
         name: String,
     },
-    /// Removes a host, which stops its releases at once.
+    /// Removes a host, which rejects its requests at once.
     #[serde(rename = "hosts.remove")]
     RemoveHost {
-        /// Its name.
+        /// Name of the host.
         name: String,
     },
-    /// Lets a host attest and have keys, or stops both at once.
+    /// Enables or disables a host. Disabling rejects its attestations and releases at once.
     #[serde(rename = "hosts.enable")]
     EnableHost {
-        /// Its name.
+        /// Name of the host.
         name: String,
-        /// Which of the two.
+        /// Whether to enable or to disable it.
         enabled: bool,
     },
-    /// Gives a host labels.
+    /// Adds and removes labels of a host.
     #[serde(rename = "hosts.label")]
     LabelHost {
-        /// Its name.
+        /// Name of the host.
         name: String,
-        /// Those that it is to have besides its own.
+        /// Labels to add.
         #[serde(default)]
         add: Labels,
-        /// Those that it is to have no more.
+        /// Labels to remove.
         #[serde(default)]
         remove: Labels,
     },
-    /// All registered hosts.
+    /// Lists all registered hosts.
     #[serde(rename = "hosts.list")]
     ListHosts,
-    /// All key-protection certificates.
+    /// Lists all key-protection certificates.
     #[serde(rename = "keys.list")]
     ListKeys,
-    /// Makes an RSA key pair in an HSM.
+    /// Generates an RSA key pair in an HSM.
     #[serde(rename = "keys.generate")]
     GenerateKey {
-        /// What certificates of it are for.
+        /// Purpose of the key's certificates.
         kind: Kind,
-        /// The length of its modulus.
+        /// Bits of the modulus.
         bits: u32,
-        /// Its name on the token, for people.
+        /// Label of the key on the token, for people.
         #[serde(default)]
         name: Option<String>,
-        /// The member to make it in; without one, every member has to show it afterwards.
+        /// The member that generates the key. `None`: all members must have the key afterwards.
         #[serde(default)]
         member: Option<String>,
     },
-    /// A certificate request, signed in the HSM.
+    /// Writes a certificate request; an HSM signs it with the key.
     #[serde(rename = "keys.csr")]
     RequestCertificate {
         /// CKA_ID, hexadecimal.
         hsm_key: String,
-        /// The common name that is asked for.
+        /// Common name in the request.
         subject: String,
     },
-    /// A certificate that the key itself signs, in the HSM.
+    /// Writes a self-signed certificate; an HSM signs it with the key.
     #[serde(rename = "keys.self-sign")]
     SelfSign {
         /// CKA_ID, hexadecimal.
         hsm_key: String,
-        /// Its common name.
+        /// Common name of the certificate.
         subject: String,
-        /// How long it is valid.
+        /// Validity in days.
         days: u32,
     },
-    /// Adds a certificate whose key is on all members, or comes with it.
+    /// Adds a certificate. Its key is on all members, or is sent along.
     #[serde(rename = "keys.add")]
     AddKey {
-        /// What it is for.
+        /// Purpose of the certificate.
         kind: Kind,
-        /// PEM or DER as it stood in the file; base64.
+        /// PEM or DER exactly as in the file; base64.
         certificate: String,
-        /// CKA_ID of its key, hexadecimal; without it, the key is looked for.
+        /// CKA_ID of its key, hexadecimal. `None`: the daemon searches for the key.
         #[serde(default)]
         hsm_key: Option<String>,
-        /// Its private key, PKCS#8 in DER, base64: it is brought onto every member.
+        /// Its private key, PKCS#8 in DER, base64, which is imported into every member.
         #[serde(default)]
         private_key: Option<Secret>,
-        /// Whether it becomes the primary one of its kind.
+        /// Whether it becomes the primary certificate of its kind.
         #[serde(default)]
         primary: bool,
-        /// Whether members that cannot be asked now are taken to have the key.
+        /// Whether members that cannot be asked now are assumed to have the key.
         #[serde(default)]
         trust_absent: bool,
     },
-    /// Makes a certificate the primary one of its kind.
+    /// Makes a certificate the primary certificate of its kind.
     #[serde(rename = "keys.set-primary")]
     SetPrimary {
-        /// Its thumbprint, or enough of its beginning.
+        /// Thumbprint of the certificate, or an unambiguous prefix.
         certificate: String,
-        /// Its kind, where it is there for both.
+        /// Kind of the certificate, if it exists for both kinds.
         #[serde(default)]
         kind: Option<Kind>,
     },
-    /// Chooses the certificate that signs the metadata document.
+    /// Selects the certificate that signs the metadata document.
     #[serde(rename = "keys.set-communications")]
     SetCommunications {
-        /// Its thumbprint, or enough of its beginning; `None`: the primary signing one.
+        /// Thumbprint of the certificate, or an unambiguous prefix; `None`: the primary signing certificate.
         #[serde(default)]
         certificate: Option<String>,
     },
-    /// Serves protectors that name a certificate, or refuses them.
+    /// Enables or disables a certificate: protectors that name it are served or refused.
     #[serde(rename = "keys.enable")]
     EnableKey {
-        /// Its thumbprint, or enough of its beginning.
+        /// Thumbprint of the certificate, or an unambiguous prefix.
         certificate: String,
-        /// Its kind, where it is there for both.
+        /// Kind of the certificate, if it exists for both kinds.
         #[serde(default)]
         kind: Option<Kind>,
-        /// Which of the two.
+        /// Whether to enable or to disable it.
         enabled: bool,
     },
     /// Removes a certificate.
     #[serde(rename = "keys.remove")]
     RemoveKey {
-        /// Its thumbprint, or enough of its beginning.
+        /// Thumbprint of the certificate, or an unambiguous prefix.
         certificate: String,
-        /// Its kind, where it is there for both.
+        /// Kind of the certificate, if it exists for both kinds.
         #[serde(default)]
         kind: Option<Kind>,
-        /// Also when releases used it not long ago.
+        /// Whether to remove it even if releases used its key recently.
         #[serde(default)]
         force: bool,
     },
-    /// Limits the key of a certificate to hosts of some labels.
+    /// Restricts the key of a certificate to hosts with certain labels.
     #[serde(rename = "keys.limit")]
     LimitKey {
-        /// Its thumbprint, or enough of its beginning.
+        /// Thumbprint of the certificate, or an unambiguous prefix.
         certificate: String,
-        /// Its kind, where it is there for both.
+        /// Kind of the certificate, if it exists for both kinds.
         #[serde(default)]
         kind: Option<Kind>,
-        /// A host needs all of them; none: every host.
+        /// The labels, all of which a host needs. Empty: no restriction.
         labels: Labels,
     },
-    /// The attestation signers: the current one, those that are still trusted, those that were revoked.
+    /// Lists the attestation signers: the current one, those that are still trusted, and revoked ones.
     #[serde(rename = "signers.list")]
     ListSigners,
-    /// Makes a new attestation signer.
+    /// Creates a new attestation signer.
     #[serde(rename = "signers.rotate")]
     RotateSigner,
-    /// Refuses the health certificates of an attestation signer.
+    /// Rejects the health certificates of an attestation signer.
     #[serde(rename = "signers.revoke")]
     RevokeSigner {
-        /// Its thumbprint, or enough of its beginning.
+        /// Thumbprint of the signer, or an unambiguous prefix.
         certificate: String,
-        /// Also when no new one can be made in its place.
+        /// Whether to revoke it even if no new signer can be created.
         #[serde(default)]
         force: bool,
     },
-    /// How the HSMs are.
+    /// Lists the members with their states.
     #[serde(rename = "hsm.list")]
     ListHsms,
-    /// Lets a member finish what it has and gives it nothing new.
+    /// Drains a member: it gets no new calls and finishes the calls in progress.
     #[serde(rename = "hsm.drain")]
     DrainHsm {
-        /// Its name.
+        /// Name of the member.
         name: String,
     },
-    /// Takes a drained member back into service.
+    /// Returns a drained member to service.
     #[serde(rename = "hsm.resume")]
     ResumeHsm {
-        /// Its name.
+        /// Name of the member.
         name: String,
     },
-    /// Has every member use every registered key, and says what is wrong.
+    /// Tests every registered key on every member and reports problems.
     #[serde(rename = "doctor")]
     Doctor,
-    /// Has a member do operations whose right result is known.
+    /// Runs the known-answer tests on a member.
     #[serde(rename = "hsm.probe")]
     ProbeHsm {
-        /// Its name.
+        /// Name of the member.
         name: String,
     },
-    /// How far the audit trail has come.
+    /// Shows the position of the audit trail.
     #[serde(rename = "audit.status")]
     AuditStatus,
-    /// Hosts, certificates, limits and attestation signers.
+    /// Exports hosts, certificates, restrictions and attestation signers.
     #[serde(rename = "export")]
     Export,
-    /// Takes in what an export gave.
+    /// Imports an export.
     #[serde(rename = "import")]
     Import {
         /// The export.
         document: Box<Document>,
-        /// Only says what would change.
+        /// Whether to only report the changes.
         dry_run: bool,
-        /// Whether members that cannot be asked now are taken to have the keys.
+        /// Whether members that cannot be asked now are assumed to have the keys.
         #[serde(default)]
         trust_absent: bool,
-        /// Whether hosts that are here get the labels of the export.
+        /// Whether registered hosts also get the labels in the export.
         #[serde(default)]
         loosen: bool,
     },

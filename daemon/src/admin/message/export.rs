@@ -1,20 +1,20 @@
-//! What one service is, as it is taken to another.
+//! The document of an export.
 
 use serde::{Deserialize, Serialize};
 
 use super::baselines::Pcrs;
 use crate::store::{HostKind, Kind, Labels};
 
-/// An export. Encrypted by who asked for it, before it is written anywhere.
+/// An export. The command that requests it encrypts it before it is written to a file.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Document {
-    /// The version of this form.
+    /// Version of the format.
     pub(in crate::admin) version: u32,
-    /// When it was made, seconds since 1970.
+    /// Time of the export, seconds since 1970.
     pub(in crate::admin) created: i64,
     pub(in crate::admin) hosts: Vec<Host>,
-    /// Documents of older daemons have none.
+    /// Absent in documents of older daemons.
     #[serde(default)]
     pub(in crate::admin) baselines: Vec<Baseline>,
     pub(in crate::admin) certificates: Vec<KeyCertificate>,
@@ -29,7 +29,7 @@ pub(in crate::admin) struct Host {
     pub(in crate::admin) public_key: String,
     pub(in crate::admin) enabled: bool,
     pub(in crate::admin) labels: Labels,
-    /// What the key is. Documents of older daemons have only host keys.
+    /// Kind of the key. Documents of older daemons have only host keys.
     #[serde(default)]
     pub(in crate::admin) kind: HostKind,
 }
@@ -38,9 +38,9 @@ pub(in crate::admin) struct Host {
 #[serde(deny_unknown_fields)]
 pub(in crate::admin) struct Baseline {
     pub(in crate::admin) name: String,
-    /// SHA-256 values by PCR.
+    /// SHA-256 values by PCR number.
     pub(in crate::admin) pcrs: Pcrs,
-    /// The event log that they were taken from, base64.
+    /// The event log of the values, base64.
     #[serde(default)]
     pub(in crate::admin) log: Option<String>,
     pub(in crate::admin) enabled: bool,

@@ -1,15 +1,15 @@
-//! What comes with a command and must not be kept.
+//! A secret in a command.
 
 use std::fmt;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use zeroize::Zeroizing;
 
-/// A text that is wiped when it is dropped, and never shown.
+/// A text that is wiped on drop and never printed.
 pub struct Secret(Zeroizing<String>);
 
 impl Secret {
-    /// Keeps `text`.
+    /// Wraps `text`.
     #[must_use]
     pub fn new(text: Zeroizing<String>) -> Self {
         Self(text)
@@ -36,7 +36,7 @@ impl Serialize for Secret {
 
 impl<'de> Deserialize<'de> for Secret {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        // A value that owns its text gives it away without a copy.
+        // A deserialiser that owns its text hands it over without a copy.
         Ok(Self(Zeroizing::new(String::deserialize(deserializer)?)))
     }
 }

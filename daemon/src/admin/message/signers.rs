@@ -1,4 +1,4 @@
-//! The attestation signers.
+//! Messages about attestation signers.
 
 use claviger_protocol::health::LIFETIME_SECONDS;
 use data_encoding::HEXLOWER;
@@ -6,34 +6,34 @@ use serde::{Deserialize, Serialize};
 
 use crate::store::{self, RevokedSigner};
 
-/// What a signer is to this service.
+/// State of a signer.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Standing {
-    /// It issues health certificates.
+    /// The signer issues health certificates.
     Current,
-    /// Another one took its place; what it issued is trusted until it expires.
+    /// Another signer has replaced it; its certificates are trusted until they expire.
     Replaced,
-    /// What it issued is refused.
+    /// Its certificates are rejected.
     Revoked,
 }
 
-/// A signer, for people and machines. Times are in seconds since 1970.
+/// A signer, for people and programs. Times are in seconds since 1970.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Shown {
-    /// SHA-256 of its certificate, hexadecimal.
+    /// SHA-256 of the signer's certificate, hexadecimal.
     pub thumbprint: String,
-    /// What it is to this service.
+    /// State of the signer.
     pub state: Standing,
-    /// CKA_ID of its key, hexadecimal; not known of one that was revoked.
+    /// CKA_ID of its key, hexadecimal; unknown for a revoked signer.
     pub hsm_key: Option<String>,
-    /// End of its certificate's validity.
+    /// End of the validity of its certificate.
     pub not_after: i64,
-    /// When another one took its place.
+    /// Time at which another signer replaced it.
     pub replaced: Option<i64>,
-    /// When the last health certificate that it can have issued expires; of the current one, that is not known yet.
+    /// Time at which the last health certificate from it expires; unknown for the current signer.
     pub trusted_until: Option<i64>,
-    /// When it was revoked.
+    /// Time of the revocation.
     pub revoked: Option<i64>,
 }
 
@@ -65,24 +65,24 @@ impl From<RevokedSigner> for Shown {
     }
 }
 
-/// What a rotation did.
+/// The result of a rotation.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Rotated {
-    /// The signer that issues from now on.
+    /// The new current signer.
     pub current: String,
-    /// The one before.
+    /// The previous signer.
     pub replaced: Option<String>,
 }
 
-/// What a revocation did.
+/// The result of a revocation.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Revoked {
-    /// The signers whose health certificates are refused now: all certificates of one key.
+    /// The revoked signers: all certificates of one key.
     pub revoked: Vec<String>,
-    /// The signer that issues now; there is none after a forced revocation for which none could be made.
+    /// The current signer. `None` after a forced revocation if no new signer could be created.
     pub current: Option<String>,
-    /// Whether that one was made for this.
+    /// Whether the revocation created this signer.
     pub made: bool,
-    /// What else an administrator should know.
+    /// Warnings for the administrator.
     pub warnings: Vec<String>,
 }

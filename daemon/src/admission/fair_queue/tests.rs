@@ -10,20 +10,20 @@ use super::*;
 const MILLI: Duration = Duration::from_millis(1);
 const AGES: Duration = Duration::from_secs(3600);
 
-/// A caller of these tests: its host, and its number.
+/// A request in these tests: its host and its number.
 type Caller = (&'static str, usize);
 
-/// A host that asks from one place.
+/// A host with a single address.
 fn at(host: &str) -> HostAt {
     HostAt { host: Arc::from(host), network: None }
 }
 
-/// A host that asks from one of several addresses.
+/// A host with one of several addresses.
 fn from(host: &str, address: u8) -> HostAt {
     HostAt { host: Arc::from(host), network: Some(Network::of([192, 0, 2, address].into())) }
 }
 
-/// The ticket of one that has to wait and drives nobody out.
+/// Expects that the request waits and evicts none.
 fn waits(arrival: Arrival<Caller>) -> Ticket {
     match arrival {
         Arrival::Waits { ticket, evicted: None } => ticket,
@@ -38,7 +38,7 @@ fn refused(arrival: Arrival<Caller>) -> Dropped {
     }
 }
 
-/// One place to run, taken; and these callers, waiting.
+/// A queue with one place, which is in use, and these waiting requests.
 fn queue_of(limit: usize, callers: &[Caller], now: Instant) -> (Queue<Caller>, Vec<Ticket>) {
     let mut queue = Queue::new(1, limit);
     assert!(matches!(queue.arrive(&at("first"), now + AGES, ("first", 0), now), Arrival::Runs));
@@ -47,7 +47,7 @@ fn queue_of(limit: usize, callers: &[Caller], now: Instant) -> (Queue<Caller>, V
     (queue, tickets)
 }
 
-/// Who runs next, and so on, until nobody waits.
+/// The order in which all waiting requests run.
 fn order(queue: &mut Queue<Caller>, now: Instant) -> Vec<Caller> {
     std::iter::from_fn(|| {
         queue.end(None);
@@ -84,7 +84,7 @@ fn when_all_is_full_the_longest_queue_pays() {
     let now = Instant::now();
     let (mut queue, _) = queue_of(5, &[("a", 1), ("a", 2), ("a", 3), ("b", 1), ("b", 2)], now);
     assert_eq!(refused(queue.arrive(&at("a"), now + AGES, ("a", 4), now)), Dropped::Full);
-    // As long as the longest itself, with the newcomer.
+    // With the new request, its line would be as long as the longest.
     assert_eq!(refused(queue.arrive(&at("b"), now + AGES, ("b", 3), now)), Dropped::Full);
     let Arrival::Waits { evicted, .. } = queue.arrive(&at("c"), now + AGES, ("c", 1), now) else { panic!("refused") };
     assert_eq!(evicted, Some(("a", 3)), "not the newest of the longest");
@@ -105,15 +105,16 @@ fn what_cannot_be_done_in_time_is_not_begun() {
     for _ in 0..100 {
         queue.pace.ended(100 * MILLI);
     }
-    // The next place is free in about 100 ms, and the release takes as long again.
+    // The next place becomes free after about 100 ms, and the release takes as long again.
     assert_eq!(refused(queue.arrive(&at("a"), now + 150 * MILLI, ("a", 1), now)), Dropped::Late);
     waits(queue.arrive(&at("a"), now + 230 * MILLI, ("a", 1), now));
     assert_eq!(refused(queue.arrive(&at("a"), now + 300 * MILLI, ("a", 2), now)), Dropped::Late, "one is ahead of it");
-    // In fair order nobody is ahead of another host's first but one of `a`.
+    // In fair order, only one request of `a` is ahead of another host's first request.
     assert_eq!(refused(queue.arrive(&at("b"), now + 300 * MILLI, ("b", 1), now)), Dropped::Late);
     waits(queue.arrive(&at("a"), now + 500 * MILLI, ("a", 2), now));
     waits(queue.arrive(&at("b"), now + 500 * MILLI, ("b", 1), now));
-    // It took longer than expected: the first one's time is up, the second one's would be. Neither costs `a` its turn.
+    // It took longer than expected: the first request has expired, and the second one would. Neither costs `a` its
+    // turn.
     let later = now + 390 * MILLI;
     queue.end(None);
     assert_eq!(queue.next(now + 240 * MILLI), Some((("a", 1), Turn::Refused(Dropped::Deadline))));
@@ -131,12 +132,12 @@ fn bad_times_are_forgotten() {
     for _ in 0..2 {
         assert!(matches!(queue.arrive(&at("a"), now + 500 * MILLI, ("a", 0), now), Arrival::Runs));
     }
-    // The tokens hung.
+    // The tokens hung for a while.
     now += 5000 * MILLI;
     queue.end(Some(5000 * MILLI));
     queue.end(Some(5000 * MILLI));
     assert!(queue.pace.run() > 500 * MILLI);
-    // Nobody may wait, but who finds a place runs; and soon the queue knows better.
+    // No request is queued, but one that finds a free place runs; soon the estimate improves.
     for _ in 0..200 {
         while matches!(queue.arrive(&at("a"), now + 500 * MILLI, ("a", 0), now), Arrival::Runs) {}
         now += 10 * MILLI;
@@ -160,19 +161,19 @@ fn who_is_refused_is_told_when_there_will_be_room() {
     assert_eq!([0, 1, 1000, 1001, 2500].map(|millis| whole_seconds(millis * MILLI)), [1, 1, 1, 2, 3]);
 }
 
-/// Five times as many releases arrive as can be done. All that is done is done in time, and nothing of what could have
-/// been done is lost.
+/// Five times more releases arrive than can be processed. All processed releases are in time, and the capacity is fully
+/// used.
 #[test]
 fn overload_keeps_what_gets_done() {
     const CONCURRENCY: usize = 8;
-    // 8 at a time of 40 ms each are 200 a second.
+    // 8 concurrent releases of 40 ms each are 200 per second.
     const CAPACITY: usize = 200;
     const SECONDS: usize = 30;
     let deadline = 500 * MILLI;
     let begun = Instant::now();
     let mut queue = Queue::<(usize, Instant)>::new(CONCURRENCY, 4096);
     let mut running: BinaryHeap<Reverse<(Instant, Instant, Instant)>> = BinaryHeap::new();
-    // A linear congruential generator: the run is the same each time.
+    // A linear congruential generator, so that each run is the same.
     let mut noise = 7_u64;
     let mut took = || {
         noise = noise.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -216,7 +217,7 @@ fn networks_of_one_host_take_turns_for_its_turns() {
     let now = Instant::now();
     let (mut queue, _) = queue_of(100, &[], now);
     let mut arrive = |host, address, number| waits(queue.arrive(&from(host, address), now + AGES, (host, number), now));
-    // A thief's storm from one address, the host's own releases from another, and another host.
+    // A storm with a stolen certificate from one address, the host's own releases from another one, and another host.
     (10..14).for_each(|number| drop(arrive("a", 1, number)));
     drop(arrive("b", 3, 1));
     drop(arrive("a", 2, 20));
@@ -234,7 +235,7 @@ fn one_release_at_a_time_does_not_pass_a_line_by() {
     for number in 10..20 {
         waits(queue.arrive(&from("a", 1), now + AGES, ("a", number), now));
     }
-    // The other address asks again as soon as it is served: it has every second turn, not every turn.
+    // The other address sends its next request as soon as it is served: it gets every second turn, not every turn.
     let mut served = Vec::new();
     waits(queue.arrive(&from("a", 2), now + AGES, ("a", 0), now));
     for _ in 0..8 {
@@ -271,9 +272,9 @@ enum Step {
         host: usize,
         within: u64,
     },
-    /// One of those that wait goes away.
+    /// A waiting request leaves.
     Leave(prop::sample::Index),
-    /// One of those that run ends.
+    /// A running request ends.
     End,
     Pass(u64),
 }
@@ -290,15 +291,15 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     prop::collection::vec(step, 1..300)
 }
 
-/// What has to be true of a queue, kept beside it.
+/// A simple model with the required properties of the queue.
 struct Model {
     queue: Queue<Caller>,
     now: Instant,
-    /// When those that run began.
+    /// Start times of the running requests.
     running: VecDeque<Instant>,
     waiting: BTreeMap<Caller, Ticket>,
     decided: BTreeSet<Caller>,
-    /// For each host that has somebody waiting: who has been started since its own last start, or since it came.
+    /// For each host with waiting requests: the hosts that were served since its own last turn or its arrival.
     passed_by: BTreeMap<&'static str, BTreeSet<&'static str>>,
 }
 
@@ -408,7 +409,7 @@ proptest! {
         prop_assert!(model.waiting.is_empty(), "never had a turn");
     }
 
-    /// The place in the order that a newcomer is judged by is the one that it has.
+    /// The position that is predicted for a new request is its actual position.
     #[test]
     fn ahead_are_those_that_run_before(
         arrivals in prop::collection::vec((0..HOSTS.len(), 1..4_u8, any::<bool>()), 1..60),

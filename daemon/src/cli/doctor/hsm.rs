@@ -1,4 +1,4 @@
-//! The HSMs: modules, tokens, PINs, and every registered key on every member, really used.
+//! Checks the HSMs: modules, tokens, PINs, and an operation with every registered key on every member.
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -22,14 +22,16 @@ use crate::config::{Config, Hsm};
 use crate::run::members::member;
 use crate::sys::clock::unix_now;
 
-/// How long an HSM may take to be examined. A login at a network HSM takes seconds, and there may be many keys.
+/// Time limit for checking one HSM. A login at a network HSM takes seconds, and there may be many keys.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Without a daemon, with a session on every token. A PIN is tried only where the token tells of no wrong PIN before.
+/// Checks the HSMs without a daemon, in a session on each token. A PIN is tried only if the token reports no earlier
+/// wrong PIN.
 ///
-/// Each HSM is examined by a process of its own, as each is served by one: a module that crashes or hangs is named, and the others
-/// are examined all the same. All at the same time, as the daemon has them: members may be in each other's way. Only those that are
-/// one token by the configuration wait for each other, so that a wrong PIN is known before it is tried again.
+/// Each HSM is checked by its own process: if a module crashes or hangs, the finding names it, and the other HSMs are
+/// still checked. All checks run at the same time, because the daemon also uses all HSMs at once and they may disturb
+/// each other. Only members that share one token wait for each other, so that a wrong PIN is detected before it is
+/// tried again.
 pub(super) fn directly(file: &Path, config: &Config) -> Vec<Finding> {
     let mut findings = Vec::new();
     let mut left: Vec<&Hsm> = config.hsm.iter().collect();
@@ -39,13 +41,13 @@ pub(super) fn directly(file: &Path, config: &Config) -> Vec<Finding> {
         findings.extend(at_once(file, config, now));
         left = later;
     }
-    // In the order of the configuration.
+    // Sort by the order of the configuration.
     let position = |name: &str| config.hsm.iter().position(|hsm| hsm.name == name);
     findings.sort_by_key(|(name, _)| position(name));
     findings.into_iter().flat_map(|(_, findings)| findings).collect()
 }
 
-/// Examines these HSMs at the same time; what was found, by name.
+/// Checks these HSMs at the same time; returns the findings by name.
 fn at_once(file: &Path, config: &Config, members: Vec<&Hsm>) -> Vec<(String, Vec<Finding>)> {
     let until = Instant::now() + PATIENCE;
     let examiners: Vec<_> = members.into_iter().map(|hsm| (hsm, Examiner::start(file, config, hsm))).collect();
@@ -59,10 +61,10 @@ fn at_once(file: &Path, config: &Config, members: Vec<&Hsm>) -> Vec<(String, Vec
     examiners.into_iter().map(findings).collect()
 }
 
-/// A process that examines one HSM: this very program, which writes its findings as JSON.
+/// A process of this program that checks one HSM and writes its findings as JSON.
 struct Examiner {
     child: Child,
-    /// Its standard output. A file: no descendant of the process can hold up who reads it.
+    /// Standard output of the process. It is a file, because a child of the process could keep a pipe open.
     findings: File,
 }
 
@@ -84,7 +86,7 @@ impl Examiner {
         let mut written = Vec::new();
         self.findings.rewind()?;
         self.findings.read_to_end(&mut written)?;
-        // They are complete even where the module does not let its process end.
+        // The findings are complete even if the module keeps the process from ending.
         if let Ok(findings) = serde_json::from_slice(&written) {
             return Ok(findings);
         }
@@ -102,14 +104,14 @@ impl Examiner {
         }])
     }
 
-    /// How it ended; `None`: it did not in time, and was killed.
+    /// Waits until the process ends. `None`: it did not end in time and was killed.
     fn wait(&mut self, until: Instant) -> io::Result<Option<ExitStatus>> {
         loop {
             if let Some(status) = self.child.try_wait()? {
                 return Ok(Some(status));
             }
             if Instant::now() >= until {
-                // With what the library has started.
+                // Also kill the processes that the library has started.
                 kill_process_group(Pid::from_child(&self.child), Signal::KILL)?;
                 self.child.wait()?;
                 return Ok(None);
@@ -119,9 +121,10 @@ impl Examiner {
     }
 }
 
-/// Within the process for one HSM: writes what is found about it to standard output. What the module prints goes to standard error.
+/// Checks one HSM inside its process and writes the findings to standard output. Output of the module goes to standard
+/// error.
 pub(super) fn examine_one(file: &Path, name: &str) -> io::Result<()> {
-    // A doctor that is interrupted leaves no session at a token that hangs.
+    // If the doctor is interrupted, end this process too: a hanging token must not keep its session.
     set_parent_process_death_signal(Some(Signal::KILL))?;
     let mut output = File::from(rustix::io::dup(rustix::stdio::stdout())?);
     rustix::stdio::dup2_stdout(rustix::stdio::stderr())?;
@@ -134,14 +137,14 @@ pub(super) fn examine_one(file: &Path, name: &str) -> io::Result<()> {
         Err(finding) => vec![finding.clone()],
     };
     output.write_all(&serde_json::to_vec(&findings)?)
-    // C_Finalize comes after that: the module may crash or hang there.
+    // C_Finalize runs after the findings are written, because the module may crash or hang in it.
 }
 
 fn open(config: &Config, hsm: &Hsm) -> Result<RawSession, Finding> {
     let config = member(&config.env, hsm, 1).map_err(|error| {
         Finding::error("hsm", format!("{} was not asked: its PIN cannot be read", hsm.name), error.to_string())
     })?;
-    // Trying to load what is not there leaves nobody wiser than this.
+    // Loading a missing file would give a less useful error.
     if !hsm.module.exists() {
         let what = format!("the module {} of {} does not exist", hsm.module.display(), hsm.name);
         return Err(Finding::error("module", what, "install the vendor's package, or mend `module`"));
@@ -156,7 +159,7 @@ fn by_hand(hsm: &Hsm, session: &RawSession, registered: &[Registered]) -> Vec<Fi
             session.self_test(&key.known).err().map(|error| unusable(&hsm.name, &key.name, &error.into()))
         })
         .collect();
-    // One is open already.
+    // One session is already open.
     let room = session.room_for(hsm.sessions) + 1;
     if room < hsm.sessions {
         findings.push(few_sessions(&hsm.name, room, hsm.sessions));
@@ -164,7 +167,7 @@ fn by_hand(hsm: &Hsm, session: &RawSession, registered: &[Registered]) -> Vec<Fi
     well(&hsm.name, registered.len(), findings)
 }
 
-/// Asks the daemon that runs, which does [`of_daemon`](crate::checks::of_daemon).
+/// Asks the running daemon, which calls [`of_daemon`](crate::checks::of_daemon).
 pub(super) fn through_daemon(config: &Config) -> Vec<Finding> {
     let socket = config.server.admin_socket();
     let failed = |error: String| {
@@ -190,7 +193,7 @@ fn failed(member: &str, error: &Failure) -> Finding {
         HsmError::SeveralTokens => {
             Finding::error("token", format!("{member}: {error}"), error.error.remedy(member).unwrap_or_default())
         }
-        // The daemon tries the PIN once then.
+        // In this case the daemon tries the PIN once.
         HsmError::PinNotTried(tries @ PinTries::Low) => {
             Finding::warning("login", format!("{member}: {error}"), tries.remedy(member))
         }

@@ -1,4 +1,4 @@
-//! `claviger host agent`: its socket, its page of metrics, its start and its end.
+//! `claviger host agent`: its socket, its metrics page, its start and its stop.
 
 use std::convert::Infallible;
 use std::fs::{self, DirBuilder, Permissions};
@@ -36,22 +36,23 @@ pub struct Agent {
     /// Folder of this host's keys and its health certificate [default: /var/lib/claviger-host]
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
-    /// What it attests with.
+    /// TPM settings.
     #[command(flatten)]
     measured: Measured,
-    /// Who is asked.
+    /// The service.
     #[command(flatten)]
     service: Service,
-    /// The socket to listen on; its folder is made where it is not there
+    /// Socket to listen on; its folder is created if it is missing
     #[arg(long, value_name = "SOCKET")]
     socket: PathBuf,
-    /// A user, by number, that may ask, beside root and the agent's own; may be repeated. Who may ask gets keys of every vault
+    /// Numeric id of a user that may use the socket, in addition to root and the agent's own user; may be repeated.
+    /// These users can get the keys of every vault
     #[arg(long, value_name = "UID")]
     allow_uid: Vec<u32>,
-    /// Serve metrics for Prometheus on this address; port 0 picks one
+    /// Address of the metrics for Prometheus; port 0 selects a free port
     #[arg(long, value_name = "ADDR")]
     metrics: Option<SocketAddr>,
-    /// Renew the health certificate so many seconds before it ends
+    /// Renew the health certificate this many seconds before it expires
     #[arg(long, value_name = "SECONDS", default_value_t = 3600, value_parser = clap::value_parser!(u64).range(300..=25_200))]
     renew_before: u64,
 }
@@ -71,7 +72,7 @@ impl Agent {
     }
 }
 
-/// Serves until a signal tells it to stop.
+/// Runs until a signal stops it.
 pub(super) async fn run(options: Agent) -> Result<(), Failure> {
     let stop = process::shutdown_signal()?;
     let (settings, counters) = (options.settings(), Arc::new(Counters::default()));
@@ -79,10 +80,10 @@ pub(super) async fn run(options: Agent) -> Result<(), Failure> {
         Some(address) => Some(TcpListener::bind(address).await.map_err(|e| format!("--metrics {address}: {e}"))?),
         None => None,
     };
-    // Before anybody asks, so that a storm of starts finds a certificate.
+    // Attest before the first request, so that many machines can start at once.
     match server::attest(&settings, &counters).await {
         Ok(()) => {}
-        // What an administrator has to change on this host.
+        // An administrator has to fix this on the host.
         Err(error @ (ServicesError::Store(_) | ServicesError::Client(_))) => {
             return Err(explain(error, &settings.folder, &options.measured));
         }
@@ -106,7 +107,7 @@ pub(super) async fn run(options: Agent) -> Result<(), Failure> {
     Ok(())
 }
 
-/// The agent's socket. One that was left behind is replaced; one that somebody listens on is not.
+/// Creates the agent's socket. A stale socket is replaced; a socket with a listener is an error.
 async fn listen(path: &Path, others: bool) -> Result<UnixListener, Failure> {
     let failed = |error: std::io::Error| format!("--socket {}: {error}", path.display());
     DirBuilder::new().recursive(true).mode(0o755).create(files::folder(path)).map_err(failed)?;
@@ -116,7 +117,7 @@ async fn listen(path: &Path, others: bool) -> Result<UnixListener, Failure> {
         Err(_) => {}
     }
     let listener = UnixListener::bind(path).map_err(failed)?;
-    // Who may ask is judged by the peer's user; the mode keeps all others from coming that far.
+    // The agent checks the peer's user id; the mode only keeps all other users away.
     let mode = if others { 0o666 } else { 0o600 };
     fs::set_permissions(path, Permissions::from_mode(mode)).map_err(failed)?;
     Ok(listener)
@@ -133,7 +134,7 @@ async fn serve_metrics(listener: TcpListener, counters: Arc<Counters>) {
             let answer = service_fn(|request: Request<_>| std::future::ready(page(&request, &counters)));
             let builder = auto::Builder::new(TokioExecutor::new());
             let served = builder.serve_connection(TokioIo::new(stream), answer);
-            // A reader that goes away, or takes its time, is no concern of the agent's.
+            // A slow or disconnected reader of the metrics does not matter.
             let _ = tokio::time::timeout(Duration::from_secs(10), served).await;
         });
     }

@@ -1,4 +1,4 @@
-//! Secrets on their way to another program: through pipes, which are memory of the kernel, and never through a file.
+//! Passes secrets to another program through pipes, which are kernel memory, and never through a file.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -11,14 +11,14 @@ use rustix::io::{FdFlags, fcntl_setfd};
 
 use crate::sys::failure::Failure;
 
-/// A secret and the descriptor that it goes to: `NAME=FD`.
+/// A secret and its destination descriptor: `NAME=FD`.
 #[derive(Clone, Debug)]
 pub struct Give {
     pub(super) name: String,
     pub(super) fd: u32,
 }
 
-/// Reads `NAME=FD` of the command line.
+/// Parses `NAME=FD` from the command line.
 pub(super) fn parse_give(text: &str) -> Result<Give, String> {
     let (name, fd) = text.split_once('=').ok_or("write it like state-key=3")?;
     check_name(name).map_err(|error| error.to_string())?;
@@ -37,7 +37,7 @@ pub(super) fn give(secrets: &Secrets, wanted: &[Give], files: Vec<File>) -> Resu
     Ok(())
 }
 
-/// A pipe that the next program that is started inherits, with this secret in it. No secret is longer than a pipe.
+/// A pipe that contains this secret and is inherited by the next program. No secret is larger than a pipe's buffer.
 pub(super) fn inherited_pipe(secret: &[u8]) -> io::Result<PipeReader> {
     let (reader, mut writer) = io::pipe()?;
     writer.write_all(secret)?;
@@ -45,7 +45,7 @@ pub(super) fn inherited_pipe(secret: &[u8]) -> io::Result<PipeReader> {
     Ok(reader)
 }
 
-/// A program to run, with the places in its arguments where numbers of descriptors go: `{NAME}`.
+/// A program to run. Each `{NAME}` in its arguments is a placeholder for a descriptor number.
 #[derive(Debug)]
 pub(super) struct Template<'a>(pub(super) &'a [OsString]);
 
@@ -62,7 +62,7 @@ impl Template<'_> {
         names
     }
 
-    /// The arguments, with what `number` says in the place of each name.
+    /// Replaces each placeholder by the result of `number`.
     pub(super) fn fill(&self, mut number: impl FnMut(&str) -> String) -> Vec<OsString> {
         self.0.iter().map(|argument| fill(argument.as_bytes(), &mut number)).collect()
     }
@@ -80,7 +80,7 @@ fn fill(mut rest: &[u8], number: &mut impl FnMut(&str) -> String) -> OsString {
                 out.extend_from_slice(number(name).as_bytes());
                 rest = &from[close + 1..];
             }
-            // Braces of the program's own.
+            // These braces belong to the program's own arguments.
             _ => {
                 out.push(b'{');
                 rest = &from[1..];
@@ -91,7 +91,7 @@ fn fill(mut rest: &[u8], number: &mut impl FnMut(&str) -> String) -> OsString {
     OsString::from_vec(out)
 }
 
-/// Pipes for the secrets that the arguments name, and the arguments with their numbers.
+/// Creates pipes for the secrets that the arguments name, and fills in their numbers.
 pub(super) fn fill_with_pipes(
     template: &Template<'_>,
     secrets: &Secrets,
@@ -110,7 +110,7 @@ pub(super) fn fill_with_pipes(
     Ok((arguments, pipes))
 }
 
-/// Refuses a vault that lacks a secret which is wanted.
+/// Fails if the vault lacks a required secret.
 pub(super) fn has_all(secrets: &Secrets, names: &[String]) -> Result<(), SecretError> {
     names.iter().try_for_each(|name| secrets.get(name).map(|_| ()))
 }

@@ -1,5 +1,4 @@
-//! What the commands of a host have in common: where its keys are, what it attests with, whom it asks, and what to say when that
-//! fails.
+//! Options that the host commands share: location of the keys, TPM, service, and explanations of failures.
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
@@ -18,23 +17,23 @@ use rustix::fs::OFlags;
 
 use crate::sys::failure::Failure;
 
-/// Where hosts keep their keys, and where those do that attest by their TPM.
+/// Default folder of host keys, and default folder for hosts that attest with a TPM.
 const DIR: &str = "/var/lib/claviger-host";
 const VOLATILE_DIR: &str = "/run/claviger-host";
 
-/// Standard input, output and error are no places for keys.
+/// Keys never go to standard input, output or error.
 pub(super) const FIRST_FD: u32 = 3;
 
 pub(super) const STATUSES: &str =
     "Exit status: 0 done, 1 refused or failed, 2 wrong usage, 75 worth trying again later.";
 
-/// Where a host keeps its keys and its health certificate.
+/// The folder with a host's keys and health certificate.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Place {
     /// Folder of this host's keys and its health certificate [default: /var/lib/claviger-host]
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
-    /// Print JSON for machines
+    /// Print JSON for programs
     #[arg(long)]
     pub(super) json: bool,
 }
@@ -45,7 +44,7 @@ impl Place {
     }
 }
 
-/// The folder of the host's keys: the one that is said, or else the usual one.
+/// The folder of the host's keys: the given one, or the default.
 pub(super) fn folder(said: Option<PathBuf>, measured: bool) -> Folder {
     let usual = if measured { VOLATILE_DIR } else { DIR };
     Folder::new(said.unwrap_or_else(|| usual.into()))
@@ -54,11 +53,11 @@ pub(super) fn folder(said: Option<PathBuf>, measured: bool) -> Folder {
 /// The host's TPM.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Measured {
-    /// Attest by this host's TPM instead of a host key: a device, or the socket of a TPM in software [default: /dev/tpmrm0].
-    /// --dir has to be on a tmpfs then, and is /run/claviger-host by default
+    /// Attest with this host's TPM instead of a host key: a device, or the socket of a software TPM [default:
+    /// /dev/tpmrm0]. Then --dir has to be on a tmpfs and is /run/claviger-host by default
     #[arg(long, value_name = "DEVICE", num_args = 0..=1, default_missing_value = tpm::DEVICE)]
     pub(super) tpm: Option<PathBuf>,
-    /// The event log of this boot
+    /// The event log of the current boot
     #[arg(long, value_name = "FILE", requires = "tpm", default_value = tpm::EVENT_LOG)]
     event_log: PathBuf,
 }
@@ -69,16 +68,16 @@ impl Measured {
     }
 }
 
-/// The servers, and how long they may take.
+/// The servers and the time limit.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Service {
-    /// The service's URL; again for each further one, in the order in which they are to be tried
+    /// URL of the service; repeat the option for further servers, which are tried in this order
     #[arg(long = "url", value_name = "URL", required = true)]
     pub(super) urls: Vec<String>,
-    /// How they prove themselves, and this host to them.
+    /// TLS settings for servers and for this host.
     #[command(flatten)]
     pub(super) tls: TlsSettings,
-    /// Seconds for all of it, with every wait and every server
+    /// Time limit in seconds for the whole command, including all waits and all servers
     #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub(super) timeout: u64,
 }
@@ -89,19 +88,19 @@ impl Service {
     }
 }
 
-/// Who releases the key of a vault.
+/// The source of a vault's key.
 #[derive(Clone, Debug, clap::Args)]
 pub(super) struct Source {
-    /// The service's URL; again for each further one, in the order in which they are to be tried
+    /// URL of the service; repeat the option for further servers, which are tried in this order
     #[arg(long = "url", value_name = "URL")]
     urls: Vec<String>,
-    /// How the servers prove themselves, and this host to them.
+    /// TLS settings for servers and for this host.
     #[command(flatten)]
     tls: TlsSettings,
-    /// Seconds for all of it, with every wait and every server
+    /// Time limit in seconds for the whole command, including all waits and all servers
     #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     timeout: u64,
-    /// Ask the agent of this host behind this socket instead, which asks for many machines at once
+    /// Use this host's agent at this socket instead; it combines requests of many machines
     #[arg(long, value_name = "SOCKET", conflicts_with_all = ["urls", "ca"])]
     agent: Option<PathBuf>,
 }
@@ -125,16 +124,16 @@ impl Source {
     }
 }
 
-/// Where releases come from.
+/// The source of releases.
 pub(super) enum Releases {
-    /// The servers, asked by this process.
+    /// This process contacts the servers.
     Service { services: Box<Services>, folder: Folder, measured: Measured },
-    /// The agent of this host.
+    /// The agent of this host contacts them.
     Agent { socket: PathBuf, timeout: Duration },
 }
 
 impl Releases {
-    /// Both transport keys of a protector, and the fresh protector.
+    /// Releases a protector: returns both transport keys and the new protector.
     pub(super) async fn release(&mut self, protector: &[u8]) -> Result<Unwrapped, Failure> {
         match self {
             Self::Service { services, folder, measured } => {
@@ -152,20 +151,20 @@ impl Releases {
     }
 }
 
-/// Why a command failed that may succeed later.
+/// A failure after which the same command may succeed later.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}; nobody could serve in time, try again later")]
 pub(super) struct TryLater(String);
 
-/// Opens the descriptor once more: taking it over by its number alone would take unsafe code.
+/// Opens a descriptor a second time, because taking ownership of a raw number would need unsafe code.
 pub(super) fn descriptor(option: &str, fd: u32) -> Result<File, Failure> {
-    // Opening a pipe that has no reader would block; with this flag it is an error.
+    // Without this flag, opening a pipe without a reader would block; with it, this is an error.
     let flags = OFlags::NONBLOCK.bits().cast_signed();
     let open = OpenOptions::new().write(true).custom_flags(flags).open(format!("/proc/self/fd/{fd}"));
     open.map_err(|e| unfit(option, fd, &e))
 }
 
-/// Fails for a descriptor that this process was not given.
+/// Fails if this process did not get the descriptor from its parent.
 pub(super) fn check_given(option: &str, fd: u32) -> Result<(), Failure> {
     std::fs::symlink_metadata(format!("/proc/self/fd/{fd}")).map(drop).map_err(|error| unfit(option, fd, &error))
 }
@@ -180,7 +179,7 @@ pub(super) fn read_protector(path: &Path) -> Result<Vec<u8>, Failure> {
     Ok(bytes)
 }
 
-/// The error with what to do about it.
+/// Adds a remedy to the error.
 pub(super) fn explain(error: ServicesError, folder: &Folder, measured: &Measured) -> Failure {
     match error {
         error if error.is_temporary() => TryLater(error.to_string()).into(),

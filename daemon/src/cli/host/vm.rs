@@ -1,5 +1,5 @@
-//! `claviger host vm …`: the vault of a virtual machine, one file with its protector and its secrets. The format, and why a machine
-//! is never lost, is in docs/vault.md; how a machine starts with it is in docs/linux.md.
+//! `claviger host vm …`: the vault of a virtual machine, one file with its protector and its secrets. docs/vault.md
+//! describes the format and why a machine is never lost; docs/linux.md describes the start of a machine.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -27,45 +27,47 @@ use crate::cli::tenant::{own_guardian, render};
 use crate::sys::failure::Failure;
 use crate::sys::print::{note, say};
 
-/// Where a host keeps which generation of each vault it has seen. Not below /run: it has to outlive a boot.
+/// Folder in which a host records the newest generation of each vault. Not below /run, because the records must survive
+/// a reboot.
 const SEEN_DIR: &str = "/var/lib/claviger-host/vaults";
 
-/// The secret that every vault is made with: what the state of the machine's virtual TPM is encrypted with, as 64 hexadecimal
-/// digits. swtpm reads them as its key, and libvirt as its passphrase.
+/// The secret that every new vault contains: 64 hexadecimal digits that encrypt the state of the machine's virtual TPM.
+/// swtpm uses them as its key, libvirt as its passphrase.
 const STATE_KEY: &str = "state-key";
-/// Bytes of it, before they are digits.
+/// Length of this secret in bytes, before the hexadecimal encoding.
 const STATE_KEY_BYTES: usize = 32;
 
 /// `claviger host vm …`
 #[derive(Debug, clap::Subcommand)]
 pub enum Command {
-    /// Make the vault of a new machine from its protector, and its virtual TPM if wanted
+    /// Create the vault of a new machine from its protector, and optionally its virtual TPM
     #[command(after_help = format!(
         "Example: claviger host vm create --protector web-1.xml --vault web-1.vault --url https://hgs.example --ca hgs-ca.pem\n\
         The vault has a fresh secret {STATE_KEY}, for the virtual TPM. It is sealed with a fresh key that the service releases;\n\
         with --key FILE it is sealed with the protector's own key, and nobody is asked. Afterwards the vault is all that the\n\
         machine needs: keep it and its backups, and the protector and the key can go.\n{STATUSES}"))]
     Create {
-        /// What it asks with.
+        /// Options for a release.
         #[command(flatten)]
         online: Online,
-        /// The owner's protector, made by claviger protector new
+        /// The owner's protector, from claviger protector new
         #[arg(long, value_name = "FILE")]
         protector: PathBuf,
-        /// The vault to write; one that is there is not written over
+        /// File for the vault; an existing file is not overwritten
         #[arg(long, value_name = "FILE")]
         vault: PathBuf,
-        /// The protector's transport key: nobody is asked for a release then
+        /// The protector's transport key; then no release is needed
         #[arg(long, value_name = "FILE")]
         key: Option<PathBuf>,
-        /// Make the state of a virtual TPM with an endorsement certificate in this folder, which must not be there; needs swtpm_setup
+        /// Also create a virtual TPM with an endorsement certificate: its state goes to this folder, which must not
+        /// exist; needs swtpm_setup
         #[arg(long, value_name = "DIR")]
         tpm_state: Option<PathBuf>,
-        /// The configuration of swtpm_setup, which names the authority of the certificate [default: that of swtpm_setup]
+        /// Configuration of swtpm_setup, which names the authority of the certificate [default: the one of swtpm_setup]
         #[arg(long, value_name = "FILE", requires = "tpm_state")]
         tpm_setup: Option<PathBuf>,
     },
-    /// Open a vault for a start: get its secrets, and move it to a fresh key
+    /// Open a vault to start a machine: get its secrets, and seal it with a fresh key
     #[command(after_help = format!(
         "Example: claviger host vm open web-1.vault --url https://hgs.example --ca hgs-ca.pem -- \\\n    \
         swtpm socket --tpm2 --tpmstate dir=web-1.tpm --key fd={{state-key}},mode=aes-256-cbc --ctrl type=unixio,path=web-1.sock\n\
@@ -74,79 +76,79 @@ pub enum Command {
         The vault that is sealed with the fresh key is on the disk before a secret is given out.\n{STATUSES}"))]
     #[command(group = clap::ArgGroup::new("to").required(true).multiple(true).args(["give", "command"]))]
     Open {
-        /// What it asks with.
+        /// Options for a release.
         #[command(flatten)]
         online: Online,
         /// The vault
         vault: PathBuf,
-        /// Write the secret NAME to the file descriptor FD, 3 or higher: a pipe's; may be repeated
+        /// Write the secret NAME to file descriptor FD, 3 or higher, usually a pipe; may be repeated
         #[arg(long, value_name = "NAME=FD", value_parser = parse_give)]
         give: Vec<Give>,
-        /// Take a vault that is older than one that this host has seen: one that was restored from a backup
+        /// Accept a vault that is older than this host's record of it, for example from a backup
         #[arg(long)]
         accept_older: bool,
         /// The program to start with the secrets
         #[arg(last = true, value_name = "COMMAND")]
         command: Vec<OsString>,
     },
-    /// Show what a vault says without its key
+    /// Show the parts of a vault that need no key
     #[command(after_help = "Example: claviger host vm show web-1.vault\n\
         The names of its secrets are sealed, too; claviger host vm recover tells them to the owner.")]
     Show {
         /// The vault
         vault: PathBuf,
-        /// Print JSON for machines
+        /// Print JSON for programs
         #[arg(long)]
         json: bool,
     },
-    /// Move a vault to a fresh key, or to another protector of its owner, without a start
+    /// Seal a vault with a fresh key, or for another protector of its owner, without starting the machine
     #[command(after_help = format!(
         "Example: claviger host vm rekey web-1.vault --protector web-1.new.xml --url https://hgs.example --ca hgs-ca.pem\n\
         With --protector the service has to release both: the vault's protector and the new one. The owner makes it, for\n\
         instance with claviger protector revoke.\n{STATUSES}"))]
     Rekey {
-        /// What it asks with.
+        /// Options for a release.
         #[command(flatten)]
         online: Online,
         /// The vault
         vault: PathBuf,
-        /// The protector that takes over [default: the fresh one of the release]
+        /// The new protector [default: the one that the release returns]
         #[arg(long, value_name = "FILE")]
         protector: Option<PathBuf>,
-        /// Take a vault that is older than one that this host has seen
+        /// Accept a vault that is older than this host's record of it
         #[arg(long)]
         accept_older: bool,
     },
-    /// Put one more secret into a vault, such as the key of a disk
+    /// Add a secret to a vault, for example the key of a disk
     #[command(after_help = format!(
         "Example: claviger host vm add-secret web-1.vault disk-key --random 64 --url https://hgs.example --ca hgs-ca.pem\n\
         The vault moves to a fresh key, as in a start.\n{STATUSES}"))]
     #[command(group = clap::ArgGroup::new("value").required(true).args(["from", "random"]))]
     AddSecret {
-        /// What it asks with.
+        /// Options for a release.
         #[command(flatten)]
         online: Online,
         /// The vault
         vault: PathBuf,
         /// The secret's name: a-z, 0-9, '.', '_' and '-'
         name: String,
-        /// A file or pipe with the secret, for its owner alone (0600); all of its bytes are the secret
+        /// File or pipe with the secret, readable for its owner only (0600); all of its bytes are the secret
         #[arg(long, value_name = "FILE")]
         from: Option<PathBuf>,
-        /// Make it of so many random bytes
+        /// Generate this many random bytes
         #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u16).range(1..=2048))]
         random: Option<u16>,
-        /// Write the random bytes as hexadecimal digits, for programs that want text
+        /// Store the random bytes as hexadecimal digits, for programs that need text
         #[arg(long, requires = "random")]
         hex: bool,
-        /// Replace a secret of that name; the old one is lost
+        /// Replace an existing secret of this name; its old value is lost
         #[arg(long)]
         replace: bool,
-        /// Take a vault that is older than one that this host has seen
+        /// Accept a vault that is older than this host's record of it
         #[arg(long)]
         accept_older: bool,
     },
-    /// For the owner: open a vault without the service, get its secrets, or seal it for another protector
+    /// For the owner: open a vault without the service to get its secrets, or to seal it for another protector
     #[command(
         after_help = "Example: claviger host vm recover web-1.vault --owner acme --give state-key=3 3>state-key\n\
         It asks nobody and changes nothing. Without --give it tells the names of the secrets. With --protector, --key and --out it\n\
@@ -155,40 +157,40 @@ pub enum Command {
     Recover {
         /// The vault, or a backup of it
         vault: PathBuf,
-        /// Folder of the owner's own guardian
+        /// Folder of your own guardian
         #[arg(long, value_name = "DIR")]
         owner: PathBuf,
-        /// Write the secret NAME to the file descriptor FD, 3 or higher; may be repeated
+        /// Write the secret NAME to file descriptor FD, 3 or higher; may be repeated
         #[arg(long, value_name = "NAME=FD", value_parser = parse_give)]
         give: Vec<Give>,
-        /// The protector to seal it for
+        /// The protector for the new vault
         #[arg(long, value_name = "FILE", requires_all = ["key", "out"])]
         protector: Option<PathBuf>,
         /// The transport key of --protector
         #[arg(long, value_name = "FILE", requires = "protector")]
         key: Option<PathBuf>,
-        /// The vault to write; one that is there is not written over
+        /// File for the new vault; an existing file is not overwritten
         #[arg(long, value_name = "FILE", requires = "protector")]
         out: Option<PathBuf>,
-        /// Print JSON for machines
+        /// Print JSON for programs
         #[arg(long)]
         json: bool,
     },
 }
 
-/// What a command that needs a release asks with.
+/// Options of commands that need a release.
 #[derive(Debug, clap::Args)]
 pub struct Online {
-    /// Where the keys are kept.
+    /// Location of the keys.
     #[command(flatten)]
     place: Place,
-    /// What it attests with.
+    /// TPM settings.
     #[command(flatten)]
     measured: Measured,
-    /// Who is asked.
+    /// The source of the release.
     #[command(flatten)]
     source: Source,
-    /// Folder where this host keeps which generation of each vault it has seen
+    /// Folder in which this host records the newest generation of each vault
     #[arg(long, value_name = "DIR", default_value = SEEN_DIR)]
     seen: PathBuf,
 }
@@ -198,7 +200,7 @@ impl Online {
         self.source.releases(&self.place, &self.measured)
     }
 
-    /// The vault, locked; refused where this host has seen a newer one.
+    /// Locks the vault. Fails if this host has seen a newer generation.
     fn lock(&self, vault: &Path, accept_older: bool) -> Result<(LockedVault, Seen), Failure> {
         let seen = Seen::new(&self.seen);
         let locked = LockedVault::lock(vault, self.source.timeout())?;
@@ -208,7 +210,7 @@ impl Online {
         Ok((locked, seen))
     }
 
-    /// The vault's present keys and protector, from the service.
+    /// Requests the vault's current keys and protector.
     async fn unlock(&self, vault: &Path, accept_older: bool) -> Result<(LockedVault, Seen, Unwrapped), Failure> {
         let mut releases = self.releases()?;
         let (locked, seen) = self.lock(vault, accept_older)?;
@@ -218,7 +220,7 @@ impl Online {
 }
 
 impl Command {
-    /// The descriptors that secrets go to, in the order of the command line.
+    /// The descriptors for secrets, in the order of the command line.
     pub(super) fn descriptors(&self) -> impl Iterator<Item = u32> {
         let give = match self {
             Self::Open { give, .. } | Self::Recover { give, .. } => &give[..],
@@ -228,7 +230,7 @@ impl Command {
     }
 }
 
-/// Runs `claviger host vm …`. `given` are the descriptors of [`Command::descriptors`], open.
+/// Runs `claviger host vm …`. `given` are the open descriptors of [`Command::descriptors`].
 pub(super) async fn run(command: Command, given: Vec<File>) -> Result<(), Failure> {
     match command {
         Command::Create { online, protector, vault, key, tpm_state, tpm_setup } => {
@@ -285,7 +287,7 @@ async fn create(
     let mut secrets = Secrets::default();
     secrets.add(STATE_KEY, random_hex(STATE_KEY_BYTES)?, false)?;
     let made = Vault::create(&protector, &key, &secrets)?;
-    // The vault comes last: a machine that has one is whole.
+    // Write the vault last, so that a machine with a vault is complete.
     if let Some(tpm) = tpm {
         tpm.make(secrets.get(STATE_KEY)?)?;
     }
@@ -320,11 +322,11 @@ async fn open(
         report(online, vault, &next, "is open");
         return Ok(());
     }
-    // The standard output is the program's.
+    // Standard output belongs to the program.
     note(&format!("{} is open, generation {}", vault.display(), next.generation));
     let (arguments, pipes) = fill_with_pipes(&template, &secrets)?;
     drop(secrets);
-    // The pipes stay open until the program has taken this process over.
+    // Keep the pipes open until the program has replaced this process.
     let failed = Program::new(&arguments[0]).args(&arguments[1..]).exec();
     drop(pipes);
     Err(format!("{} cannot be started: {failed}; the vault is open for the next try", arguments[0].display()).into())
@@ -380,7 +382,7 @@ fn show(path: &Path, json: bool) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Where a recovered vault goes.
+/// The destination of a recovered vault.
 struct Target {
     protector: PathBuf,
     key: PathBuf,
@@ -426,7 +428,7 @@ fn recover(
     Ok(())
 }
 
-/// The transport key in `file`, if it is that of the protector.
+/// Reads the transport key in `file` and checks that it belongs to the protector.
 fn key_of(protector: &[u8], name: &Path, file: &Path) -> Result<TransportKey, Failure> {
     let bytes = files::read_secret(file, TRANSPORT_KEY_LEN)?;
     let key = transport_key(&bytes).ok_or_else(|| {

@@ -1,4 +1,4 @@
-//! The virtual TPM of a machine: swtpm's state in a folder, encrypted with a key of the machine's vault.
+//! The virtual TPM of a machine: swtpm's state in a folder, encrypted with a key from the machine's vault.
 
 use std::ffi::OsString;
 use std::fs::{self, DirBuilder};
@@ -11,20 +11,20 @@ use std::process::{Command, Stdio};
 use super::handover::inherited_pipe;
 use crate::sys::failure::Failure;
 
-/// The program that plays the maker of a TPM.
+/// The program that acts as the manufacturer of the TPM.
 const SETUP: &str = "swtpm_setup";
 
-/// A state that is to be made.
+/// A TPM state to create.
 #[derive(Debug)]
 pub(super) struct NewState {
-    /// Its folder, which must not be there.
+    /// Its folder, which must not exist.
     pub(super) folder: PathBuf,
-    /// swtpm_setup's configuration, unless it is the usual one.
+    /// Configuration of swtpm_setup, if not the default.
     pub(super) setup: Option<PathBuf>,
 }
 
 impl NewState {
-    /// Complains of a folder that is there, before anything is made.
+    /// Fails if the folder exists, before anything is created.
     pub(super) fn check(&self) -> Result<(), Failure> {
         match fs::symlink_metadata(&self.folder) {
             Ok(_) => Err(format!(
@@ -37,8 +37,8 @@ impl NewState {
         }
     }
 
-    /// Makes the state, with endorsement keys and their certificates, encrypted with `key` (64 hexadecimal digits). The key goes
-    /// through a pipe. What was begun is removed where it fails.
+    /// Creates the state with endorsement keys and their certificates, encrypted with `key` (64 hexadecimal digits).
+    /// The key is passed through a pipe. After a failure, the partial state is removed.
     pub(super) fn make(&self, key: &[u8]) -> Result<(), Failure> {
         let failed = |error: io::Error| format!("{}: {error}", self.folder.display());
         DirBuilder::new().mode(0o700).create(&self.folder).map_err(failed)?;
@@ -71,13 +71,13 @@ impl NewState {
         Err(format!("{SETUP} made no virtual TPM ({}): {last}", output.status).into())
     }
 
-    /// Removes the folder, which [`NewState::make`] made.
+    /// Removes the folder that [`NewState::make`] created.
     pub(super) fn remove(&self) {
         let _ = fs::remove_dir_all(&self.folder);
     }
 }
 
-/// swtpm wants an absolute path.
+/// swtpm requires an absolute path.
 fn location(folder: &Path) -> Result<OsString, Failure> {
     let path = folder.canonicalize().map_err(|error| format!("{}: {error}", folder.display()))?;
     let mut location = OsString::from("dir://");

@@ -1,7 +1,8 @@
-//! What PKCS#12 does with a password: MACs (RFC 7292, RFC 9579) and decryption (PKCS#12's own schemes, and PBES2 of RFC 8018).
+//! Cryptography of PKCS#12 with a password: MACs (RFC 7292, RFC 9579) and decryption (PKCS#12's own schemes, and PBES2
+//! of RFC 8018).
 //!
-//! Passwords are text, and programs differ in the bytes that they make of it. All ways that are known are tried, and the MAC, or
-//! the structure of what comes out, says which one it was.
+//! Programs encode a password into bytes in different ways. All known encodings are tried; the MAC, or the structure of
+//! the decrypted data, shows which one is right.
 
 use std::cell::Cell;
 use std::num::NonZeroU32;
@@ -21,15 +22,15 @@ use zeroize::Zeroizing;
 
 use super::error::{PfxError, damaged};
 
-/// Most rounds of hashing for a whole file: some seconds. Windows and openssl write files of 2,000 to 4,000, Java of 20,000, the
-/// most careful ones of 600,000.
+/// Limit of hash iterations for a whole file, which is some seconds. Windows and OpenSSL use 2,000 to 4,000, Java
+/// 20,000; careful settings use 600,000.
 const MAX_ROUNDS: u64 = 5_000_000;
-/// Longest key of a PBMAC1; twice the longest digest.
+/// Longest key of a PBMAC1: twice the longest digest.
 const MAX_MAC_KEY: usize = 128;
 
 const MAC: &str = "its MAC";
 
-/// What a part of a key derivation by RFC 7292, B.2, is for.
+/// The purpose of a key derived by RFC 7292, B.2.
 #[derive(Clone, Copy)]
 enum Purpose {
     Key = 1,
@@ -37,11 +38,11 @@ enum Purpose {
     Mac = 3,
 }
 
-/// A password, and what of the file's work is still allowed.
+/// A password, and the remaining budget of hash iterations for the file.
 pub(super) struct Opener<'a> {
     password: &'a str,
     rounds_left: Cell<u64>,
-    /// Whether a MAC has shown that the password is right.
+    /// Whether a MAC has proved that the password is right.
     has_mac: bool,
 }
 
@@ -78,7 +79,7 @@ fn algorithm(element: Element<'_>) -> Result<(String, Option<Element<'_>>), BerE
     }
 }
 
-/// The name of an algorithm that is known and not read, for messages.
+/// The name of a known but unsupported algorithm, for messages.
 fn unsupported(part: &'static str, what: &str, oid: &str) -> PfxError {
     let name = match oid {
         "1.2.840.113549.1.12.1.1" => "RC4 with 128 bits",
@@ -107,15 +108,15 @@ impl<'a> Opener<'a> {
         Self { password, rounds_left: Cell::new(MAX_ROUNDS), has_mac }
     }
 
-    /// Takes `rounds` of hashing, `times` times, from what is allowed.
+    /// Subtracts `rounds` iterations, `times` times, from the budget.
     fn work(&self, rounds: u64, times: u64) -> Result<NonZeroU32, PfxError> {
         let left = self.rounds_left.get().checked_sub(rounds.saturating_mul(times));
         self.rounds_left.set(left.ok_or(PfxError::TooMuchWork(rounds))?);
         u32::try_from(rounds).ok().and_then(NonZeroU32::new).ok_or(PfxError::TooMuchWork(rounds))
     }
 
-    /// The bytes that programs make of the password for PKCS#12's own derivation: UTF-16 with a NUL after it; by openssl before
-    /// 1.1, each byte of the UTF-8 as one character; and of no password, nothing at all.
+    /// The byte encodings of the password for PKCS#12's own derivation: UTF-16 with a final NUL; by OpenSSL before 1.1,
+    /// each byte of the UTF-8 as one character; and no bytes for an empty password.
     fn wide(&self) -> Vec<Zeroizing<Vec<u8>>> {
         let widen = |units: &mut dyn Iterator<Item = u16>| {
             let mut bytes = Zeroizing::new(Vec::with_capacity(2 * self.password.len() + 2));
@@ -132,7 +133,7 @@ impl<'a> Opener<'a> {
         forms
     }
 
-    /// The same for PBKDF2: UTF-8; and by NSS before 3.90, what is right for PKCS#12's own derivation.
+    /// The byte encodings for PBKDF2: UTF-8; and by NSS before 3.90, the encoding of PKCS#12's own derivation.
     fn narrow(&self) -> Vec<Zeroizing<Vec<u8>>> {
         let mut forms = vec![Zeroizing::new(self.password.as_bytes().to_vec())];
         forms.extend(self.wide());
@@ -140,10 +141,10 @@ impl<'a> Opener<'a> {
         forms
     }
 
-    /// Checks the MAC over `content`.
+    /// Verifies the MAC over `content`.
     ///
     /// # Errors
-    /// [`PfxError::Password`] if it is another one.
+    /// [`PfxError::Password`] if the MAC does not match.
     pub(super) fn check_mac(&self, mac: Element<'_>, content: &[u8]) -> Result<(), PfxError> {
         let read = || {
             let parts = mac.expect(tag::SEQUENCE)?.children()?;
@@ -182,7 +183,7 @@ impl<'a> Opener<'a> {
         let (kdf, mac) = read().map_err(damaged(MAC))?;
         let kdf = Kdf::read(MAC, kdf)?;
         let (hmac, _) = hmac_of(&mac).ok_or_else(|| unsupported(MAC, "a MAC", &mac))?;
-        // RFC 9579 wants the length to be written down.
+        // RFC 9579 requires an explicit key length.
         let length = kdf.key_length.ok_or(PfxError::Damaged { part: MAC, source: BerError::Structure })?;
         if !(1..=MAX_MAC_KEY).contains(&length) {
             return Err(PfxError::Damaged { part: MAC, source: BerError::Structure });
@@ -195,10 +196,10 @@ impl<'a> Opener<'a> {
         Ok(right)
     }
 
-    /// Decrypts what is a SEQUENCE when it is decrypted rightly.
+    /// Decrypts data that must be a SEQUENCE after decryption.
     ///
     /// # Errors
-    /// The scheme is not read, or the password gives nothing.
+    /// The scheme is not supported, or the password does not decrypt the data.
     pub(super) fn decrypt(
         &self,
         part: &'static str,
@@ -214,7 +215,7 @@ impl<'a> Opener<'a> {
         opened.ok_or(if self.has_mac { PfxError::OtherPassword { part } } else { PfxError::Unauthenticated { part } })
     }
 
-    /// PKCS#12's own schemes.
+    /// Decrypts with PKCS#12's own schemes.
     fn pbes1(
         &self,
         part: &'static str,
@@ -312,7 +313,7 @@ impl<'a> Opener<'a> {
                 hash = digest::digest(digest, hash.as_ref());
             }
             key.extend_from_slice(hash.as_ref());
-            // Each block of the input becomes itself plus the hash, repeated, plus one.
+            // Each block of the input becomes block + hash (repeated) + 1.
             for part in input.chunks_mut(block) {
                 let mut carry = 1;
                 for (at, byte) in part.iter_mut().enumerate().rev() {
@@ -354,7 +355,7 @@ impl Kdf {
                 _ => return Err(BerError::Structure),
             };
             let key_length = key_length.map(usize::try_from).transpose().map_err(|_| BerError::Structure)?;
-            // The standard would let another algorithm give the salt; there is none.
+            // The standard allows other sources of the salt, but none is defined.
             if !salt.is_octet_string() {
                 return Err(BerError::Structure);
             }
@@ -392,12 +393,12 @@ enum Cipher {
     Aes(&'static Algorithm),
     Des3,
     Des2,
-    /// With so many effective bits.
+    /// With this number of effective key bits.
     Rc2(usize),
 }
 
 impl Cipher {
-    /// `None` if the lengths do not fit, or the padding is none: another key, most often.
+    /// `None` if the lengths do not fit or the padding is invalid, usually because the key is wrong.
     fn decrypt(self, key: &[u8], iv: &[u8], sealed: &[u8]) -> Option<Zeroizing<Vec<u8>>> {
         match self {
             Self::Aes(algorithm) => {

@@ -1,49 +1,49 @@
-//! Why a file is not opened.
+//! Errors of reading a PFX file.
 
 use claviger_protocol::ber::BerError;
 use claviger_protocol::rsa_key::KeyError;
 
-/// Why a file is not opened. Each message is to stand after the file's name.
+/// Why a PFX file cannot be read. The message follows the file's name.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum PfxError {
-    /// It is something else.
+    /// The file is not a PFX.
     #[error("it is no PFX (PKCS#12): {0}")]
     Other(String),
-    /// It is damaged.
+    /// The file is damaged.
     #[error("it is a damaged PFX: {part}: {source}; copy or export it again")]
     Damaged {
-        /// Which part of it.
+        /// The damaged part.
         part: &'static str,
-        /// What is wrong with it.
+        /// The parser's error.
         source: BerError,
     },
-    /// The MAC is another one than that of this password.
+    /// The MAC does not match this password.
     #[error("the password is wrong: the MAC of the file is not that of this password (or somebody changed the file)")]
     Password,
-    /// There is no MAC, and what comes out of the decryption is nothing.
+    /// The file has no MAC, and the decrypted data is not valid.
     #[error(
         "{part} is not decrypted by this password; the file has no MAC, so it may be the password that is wrong, or the file \
          that is damaged"
     )]
     Unauthenticated {
-        /// Which part of it.
+        /// The encrypted part.
         part: &'static str,
     },
-    /// The MAC is right, and the decryption gives nothing.
+    /// The MAC matches, but the decrypted data is not valid.
     #[error(
         "the password is right for the file, but {part} is not decrypted by it: it has a password of its own, or is damaged; \
          export the file again, with one password"
     )]
     OtherPassword {
-        /// Which part of it.
+        /// The encrypted part.
         part: &'static str,
     },
-    /// An algorithm or a mode that is not read.
+    /// An algorithm or mode is not supported.
     #[error("{part} is protected by {name}, which is not read; {}", EXPORT_AGAIN)]
     Unsupported {
-        /// Which part of it.
+        /// The encrypted part.
         part: &'static str,
-        /// Name and object identifier.
+        /// Name and object identifier of the algorithm.
         name: String,
     },
     /// More work than an honest file makes.
@@ -51,25 +51,24 @@ pub enum PfxError {
         "its password is to be hashed {0} times, which is more than is done here; export it again, with fewer iterations"
     )]
     TooMuchWork(u64),
-    /// Another number of private keys than one.
     #[error("it holds {0} private keys, and exactly one is needed; export the one that is meant, with its certificate")]
     Keys(usize),
-    /// The private key.
+    /// The private key is not accepted.
     #[error("its private key: {0}")]
     Key(KeyError),
-    /// No certificate is that of the key.
+    /// No certificate in the file belongs to the key.
     #[error(
         "it holds no certificate of its private key (certificates: {found}, of which unreadable: {unreadable}); export it again, with the certificate"
     )]
     NoCertificate {
-        /// How many there are.
+        /// Number of certificates in the file.
         found: usize,
-        /// How many of them are none.
+        /// Number of certificates that cannot be parsed.
         unreadable: usize,
     },
 }
 
-/// What to do about an algorithm that is not read.
+/// The remedy for an unsupported algorithm.
 const EXPORT_AGAIN: &str = "export it again with AES: in Windows choose \"AES256-SHA256\"; with openssl: openssl pkcs12 -in FILE \
                             -nodes | openssl pkcs12 -export -out NEW";
 

@@ -1,4 +1,4 @@
-//! Files as openssl, NSS and Java write them, and in forms that these do not write any more or not yet.
+//! Files that OpenSSL, NSS and Java write, and forms that they no longer write or do not write yet.
 
 #![allow(clippy::unwrap_used)]
 
@@ -12,7 +12,7 @@ use tempfile::TempDir;
 
 use super::*;
 
-/// As `pk12util -o` of NSS 3.87 writes it (BER), and `keytool -importkeystore` of OpenJDK 17.
+/// Written by `pk12util -o` of NSS 3.87 (BER), and by `keytool -importkeystore` of OpenJDK 17.
 const OF_NSS: &[u8] = include_bytes!("testdata/nss.pfx");
 const OF_JAVA: &[u8] = include_bytes!("testdata/java.pfx");
 
@@ -39,14 +39,14 @@ impl Files {
 
     fn export(&self, password: &str, options: &str) -> Vec<u8> {
         fs::write(self.path().join("password"), password).unwrap();
-        // openssl takes no empty file for an empty password.
+        // openssl does not accept an empty file as an empty password.
         let password = if password.is_empty() { "pass:" } else { "file:password" };
         let files = format!("-inkey key.pem -in own.pem -out file.pfx -passout {password}");
         self.openssl(format!("pkcs12 -export {files} {options}").trim_end());
         fs::read(self.path().join("file.pfx")).unwrap()
     }
 
-    /// The file opens, and what is in it is the key and its certificate.
+    /// Checks that the file opens and contains the key and its certificate.
     fn opens(&self, file: &[u8], password: &str, what: &str) {
         let (key, certificate) = open(file, password).unwrap_or_else(|error| panic!("{what}: {error}"));
         let expected = fs::read(self.path().join("own.pem")).unwrap();
@@ -72,7 +72,7 @@ fn der(tag: u8, parts: &[&[u8]]) -> Vec<u8> {
     [out, content].concat()
 }
 
-/// An element whose length is left open.
+/// An element with an indefinite length.
 fn open_length(tag: u8, content: &[u8]) -> Vec<u8> {
     [&[tag, 0x80], content, &[0, 0]].concat()
 }
@@ -81,8 +81,8 @@ fn pieces(tag: u8, content: &[u8]) -> Vec<u8> {
     open_length(tag, &content.chunks(100).flat_map(|piece| der(tag::OCTET_STRING, &[piece])).collect::<Vec<_>>())
 }
 
-/// The same file in BER: every length that can be is left open, every string is in pieces. So are the structures inside of strings,
-/// `levels` deep; no MAC survives that.
+/// Converts a file to BER: indefinite lengths wherever possible, all strings in pieces. Structures inside of strings
+/// are converted too, `levels` deep, which invalidates a MAC.
 fn to_ber(file: &[u8], levels: usize) -> Vec<u8> {
     fn element(of: Element<'_>, levels: usize) -> Vec<u8> {
         match of.tag {
@@ -103,7 +103,7 @@ fn to_ber(file: &[u8], levels: usize) -> Vec<u8> {
     element(Element::parse(file).unwrap(), levels)
 }
 
-/// The same file with a PBMAC1 (RFC 9579) in place of its MAC.
+/// Replaces the MAC of a file by a PBMAC1 (RFC 9579).
 fn with_pbmac1(file: &[u8], password: &str) -> Vec<u8> {
     let (parts, content) = outer(file).unwrap();
     let oid = |hex: &str| der(tag::OBJECT_IDENTIFIER, &[&HEXLOWER.decode(hex.as_bytes()).unwrap()]);
@@ -164,7 +164,7 @@ fn ber_and_pbmac1_are_read() {
         }
     }
     for options in ["-nomac", "-nomac -keypbe NONE -certpbe NONE"] {
-        // The list of the parts, and their bags; not the certificate in one of them, which is always DER.
+        // Converts the list of parts and their bags, but not the certificate, which is always DER.
         files.opens(&to_ber(&files.export("", options), 2), "", "BER inside and outside");
     }
 }
@@ -198,13 +198,13 @@ fn what_is_wrong_is_named_and_the_password_only_where_it_may_be_that() {
     let curve = fs::read(files.path().join("ec.pfx")).unwrap();
     files.openssl("pkcs12 -export -nocerts -inkey key.pem -out alone.pfx -passout pass:secret");
     let alone = fs::read(files.path().join("alone.pfx")).unwrap();
-    // The number of iterations is written in the last bytes of the file.
+    // The last bytes of the file contain the number of iterations.
     let mut slow = file.clone();
     assert_eq!(slow[slow.len() - 4..], [2, 2, 8, 0], "2048");
     let at = slow.len() - 4;
     slow.splice(at.., [2, 4, 0x7f, 0xff, 0xff, 0xff]);
     let slow = {
-        // The lengths around it are two longer.
+        // The enclosing lengths grow by two.
         let [version, content, mac] = parts_of(&slow);
         der(0x30, &[version, content, &der(0x30, &[mac])])
     };
@@ -227,11 +227,11 @@ fn what_is_wrong_is_named_and_the_password_only_where_it_may_be_that() {
     assert!(key.public().modulus_len() == 256, "the own certificate is found among others");
 }
 
-/// The parts of a file whose outer lengths may be wrong: version, content, and what is in the MAC.
+/// The parts of a file whose outer lengths may be wrong: version, content, and the MAC's content.
 fn parts_of(file: &[u8]) -> [&[u8]; 3] {
     let content = &file[4..];
     let end = 3 + 4 + usize::from(content[5]) * 256 + usize::from(content[6]);
-    // The MAC's header is of two bytes.
+    // The MAC's header has two bytes.
     [&content[..3], &content[3..end], &content[end + 2..]]
 }
 

@@ -1,4 +1,4 @@
-//! `claviger guardian …`: a tenant's own guardian, and those of services.
+//! `claviger guardian …`: a tenant's own guardian, and imported guardians of services.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -23,94 +23,94 @@ use crate::sys::process;
 /// `claviger guardian …`
 #[derive(Debug, clap::Subcommand)]
 pub enum Guardian {
-    /// Make an own guardian: the key pairs that make a tenant the owner of its key protectors
+    /// Create your own guardian: the key pairs that make a tenant the owner of its protectors
     #[command(after_help = "Example: claviger guardian new acme --name 'Acme Ltd'\n\
         The folder gets two RSA key pairs and their self-signed certificates in PEM. Whoever has it can open all\n\
         protectors of this owner, and without it nobody can let guardians in: keep a copy where it is safe.")]
     New {
-        /// Folder to make
+        /// Folder to create
         dir: PathBuf,
-        /// What the certificates call the owner
+        /// Name of the owner in the certificates
         #[arg(long, value_name = "NAME", default_value = "Claviger tenant", value_parser = owner_name)]
         name: String,
         /// Size of the RSA keys: 2048, 3072 or 4096
         #[arg(long, value_name = "N", default_value_t = 3072, value_parser = rsa_bits)]
         bits: u32,
-        /// Print JSON for machines
+        /// Print JSON for programs
         #[arg(long)]
         json: bool,
     },
-    /// Write what others may know of an own guardian: a metadata document, or its certificates
+    /// Write the public part of your own guardian: its metadata document or its certificates
     #[command(after_help = "Example: claviger guardian export acme --out acme.metadata.xml\n\
         Others import it with claviger guardian import; tell them the thumbprint by another way.")]
     Export {
-        /// Folder of the own guardian
+        /// Folder of your own guardian
         dir: PathBuf,
-        /// File to write; without it, to the standard output
+        /// File to write; default: standard output
         #[arg(long, value_name = "FILE")]
         out: Option<PathBuf>,
-        /// The two certificates in PEM, instead of the metadata document
+        /// Write the two certificates in PEM instead of the metadata document
         #[arg(long)]
         certificates: bool,
     },
-    /// Check a guardian's metadata document and keep it under a name
+    /// Verify a guardian's metadata document and store it under a name
     #[command(after_help = "Example: claviger guardian import hgs --url http://hgs.example:8080 --pin 5f1c…\n\
         Or: claviger guardian import hgs --url https://hgs.example --ca hgs-ca.pem --pin 5f1c…\n\
         Without --pin it says which thumbprint to ask the guardian's operator for.")]
     Import {
-        /// The name to keep it under: 1 to 64 letters, digits, '.', '-' or '_'
+        /// Name of the stored guardian: 1 to 64 letters, digits, '.', '-' or '_'
         name: String,
-        /// Where the document is.
+        /// The source of the document.
         #[command(flatten)]
         source: Source,
-        /// How a service is asked.
+        /// TLS settings for the service.
         #[command(flatten)]
         tls: TlsSettings,
-        /// On what grounds it is believed.
+        /// How the document is trusted.
         #[command(flatten)]
         trust: Trust,
-        /// Where guardians are kept.
+        /// The folder of imported guardians.
         #[command(flatten)]
         guardians: Guardians,
-        /// Print JSON for machines
+        /// Print JSON for programs
         #[arg(long)]
         json: bool,
     },
     /// Show the imported guardians
     #[command(after_help = "Example: claviger guardian list")]
     List {
-        /// Where guardians are kept.
+        /// The folder of imported guardians.
         #[command(flatten)]
         guardians: Guardians,
-        /// Print JSON for machines
+        /// Print JSON for programs
         #[arg(long)]
         json: bool,
     },
-    /// Say whether a metadata document is right and the pinned guardian's: exit status 0 or 1
+    /// Verify that a metadata document is valid and belongs to the pinned guardian: exit status 0 or 1
     #[command(after_help = "Example: claviger guardian verify metadata.xml --pin 5f1c…")]
     Verify {
-        /// Where the document is.
+        /// The source of the document.
         #[command(flatten)]
         source: Source,
-        /// How a service is asked.
+        /// TLS settings for the service.
         #[command(flatten)]
         tls: TlsSettings,
         /// SHA-256 thumbprint of the guardian's signing certificate
         #[arg(long, value_name = "THUMBPRINT")]
         pin: Thumbprint,
-        /// Print JSON for machines
+        /// Print JSON for programs
         #[arg(long)]
         json: bool,
     },
 }
 
-/// Where a metadata document is.
+/// The source of a metadata document.
 #[derive(Clone, Debug, clap::Args)]
 #[group(required = true, multiple = false)]
 pub struct Source {
     /// The metadata document
     pub file: Option<PathBuf>,
-    /// A service to ask for it; the pinned thumbprint is what protects it, over plain HTTP, too
+    /// URL of a service that provides the document; the pinned thumbprint protects it, even over plain HTTP
     #[arg(long, value_name = "URL")]
     pub url: Option<String>,
 }
@@ -136,7 +136,7 @@ impl Source {
     }
 }
 
-/// X.509 allows common names of 64 characters, and what the key is for is added.
+/// X.509 limits common names to 64 characters, and the purpose of the key is appended.
 fn owner_name(text: &str) -> Result<String, String> {
     let fits = (1..=50).contains(&text.chars().count()) && !text.chars().any(char::is_control);
     if fits { Ok(text.to_owned()) } else { Err("1 to 50 characters, on one line".to_owned()) }
@@ -145,7 +145,7 @@ fn owner_name(text: &str) -> Result<String, String> {
 /// Runs `claviger guardian …`.
 ///
 /// # Errors
-/// What is wrong, and what to do.
+/// The problem and its remedy.
 pub async fn run(command: Guardian) -> Result<ExitCode, Failure> {
     execute(command).await.map_err(|failure| plain(&failure.to_string()).into())
 }
@@ -214,7 +214,7 @@ fn export(dir: &Path, out: Option<&Path>, certificates: bool) -> Result<(), Fail
 fn list(guardians: &Guardians, json: bool) -> Result<(), Failure> {
     let row = |name: &String| -> Value {
         let read = guardians.load(name).and_then(|metadata| to_json(&metadata));
-        // One that cannot be used any more must not hide the others.
+        // A guardian that can no longer be read must not hide the others.
         let mut row = read.unwrap_or_else(|failure| json!({ "problem": plain(&failure.to_string()) }));
         row["name"] = name.as_str().into();
         row
@@ -261,7 +261,7 @@ async fn verify(source: &Source, tls: &TlsSettings, pin: Thumbprint, json: bool)
     Ok(ExitCode::SUCCESS)
 }
 
-/// The certificates of a document, by what they are for.
+/// The certificates of a document, with their purposes.
 fn certificates(metadata: &Metadata) -> Result<[(&'static str, Certificate); 3], Failure> {
     Ok([
         ("signing", signing_certificate(metadata)?),

@@ -1,4 +1,4 @@
-//! An own guardian on disk: a folder with two key pairs and their certificates, in PEM that openssl reads.
+//! A tenant's own guardian on disk: a folder with two key pairs and their certificates, as PEM for OpenSSL.
 //!
 //! ```text
 //! DIR/owner-signing.key.pem      owner-signing.crt.pem
@@ -17,7 +17,7 @@ use claviger_protocol::rsa_key::RsaPrivateKey;
 use crate::lab::{OWNER_ROLES, self_signed};
 use crate::sys::failure::Failure;
 
-/// Makes the folder, which must not be there, and an own guardian in it.
+/// Creates the folder, which must not exist, and a guardian in it.
 pub(super) fn make(dir: &Path, name: &str, bits: u32) -> Result<Owner, Failure> {
     let failed = |error: std::io::Error| match error.kind() {
         std::io::ErrorKind::AlreadyExists => {
@@ -31,7 +31,7 @@ pub(super) fn make(dir: &Path, name: &str, bits: u32) -> Result<Owner, Failure> 
     fs::DirBuilder::new().mode(0o700).create(dir).map_err(failed)?;
     let made = fill(dir, name, bits);
     if made.is_err() {
-        // It was not there before: all that is in it was written just now.
+        // The folder is new, so everything in it was written by this call.
         let _ = fs::remove_dir_all(dir);
     }
     made
@@ -47,7 +47,7 @@ fn fill(dir: &Path, name: &str, bits: u32) -> Result<Owner, Failure> {
     load(dir)
 }
 
-/// Reads an own guardian.
+/// Reads a tenant's own guardian.
 pub(in crate::cli) fn load(dir: &Path) -> Result<Owner, Failure> {
     if !dir.is_dir() {
         return Err(

@@ -1,4 +1,4 @@
-//! Whom a tenant trusts: metadata documents, the thumbprints they are pinned by, and the folder of imported guardians.
+//! Trust of a tenant: metadata documents, the thumbprints that pin them, and the folder of imported guardians.
 
 use std::fs;
 use std::os::unix::fs::DirBuilderExt;
@@ -12,7 +12,7 @@ use data_encoding::{HEXLOWER, HEXLOWER_PERMISSIVE};
 
 use crate::sys::failure::Failure;
 
-/// Largest metadata document that is read, in octets; an honest one has some ten thousand.
+/// Largest accepted metadata document, in bytes; a usual one has about ten thousand.
 pub(super) const MAX_METADATA: usize = 1024 * 1024;
 
 /// SHA-256 of a certificate.
@@ -22,7 +22,7 @@ pub struct Thumbprint(Vec<u8>);
 impl FromStr for Thumbprint {
     type Err = String;
 
-    /// Hexadecimal in either case, with colons as openssl prints it, or without.
+    /// Parses hexadecimal in either case, with or without colons.
     fn from_str(text: &str) -> Result<Self, String> {
         let digits: String = text.chars().filter(|c| *c != ':').collect();
         match HEXLOWER_PERMISSIVE.decode(digits.as_bytes()) {
@@ -35,20 +35,21 @@ impl FromStr for Thumbprint {
     }
 }
 
-/// On what grounds a metadata document is believed.
+/// How a metadata document is trusted.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Trust {
-    /// SHA-256 thumbprint of the guardian's signing certificate, from its operator and by another way than the document
+    /// SHA-256 thumbprint of the guardian's signing certificate; get it from the guardian's operator over a separate
+    /// channel
     #[arg(long, value_name = "THUMBPRINT", conflicts_with = "trust_unpinned")]
     pub pin: Option<Thumbprint>,
-    /// Believe the document as it came: whoever could change it on its way gets the virtual machines' keys
+    /// Trust the document without a pin: an attacker who changes it on its way gets the keys of the virtual machines
     #[arg(long)]
     pub trust_unpinned: bool,
 }
 
 impl Trust {
-    /// Whether the signing certificate is the pinned one. It vouches for the encryption certificate: the document's
-    /// signatures were checked when it was read.
+    /// Checks that the signing certificate is the pinned one. It vouches for the encryption certificate: parsing has
+    /// verified the document's signatures.
     pub(super) fn judge(&self, metadata: &Metadata) -> Result<(), Failure> {
         let found = thumbprint(&signing_certificate(metadata)?);
         match &self.pin {
@@ -69,17 +70,17 @@ impl Trust {
     }
 }
 
-/// A certificate's thumbprint as it is printed.
+/// A certificate's thumbprint in the printed form.
 pub(super) fn thumbprint(certificate: &Certificate) -> String {
     HEXLOWER.encode(&certificate.thumbprint())
 }
 
-/// The certificate that a guardian is pinned by.
+/// The certificate whose thumbprint pins a guardian.
 pub(super) fn signing_certificate(metadata: &Metadata) -> Result<Certificate, Failure> {
     Ok(Certificate::parse(&metadata.guardian.signing_certificate)?)
 }
 
-/// Reads a metadata document and checks its signatures.
+/// Reads a metadata document and verifies its signatures.
 pub(super) fn read_metadata(path: &Path) -> Result<(Vec<u8>, Metadata), Failure> {
     let octets = files::read(path, MAX_METADATA)?.to_vec();
     let metadata = Metadata::parse(&octets).map_err(|error| format!("{}: {error}", path.display()))?;
@@ -103,12 +104,12 @@ impl Guardians {
         Ok(self.guardians.join(format!("{name}.xml")))
     }
 
-    /// Complains of a name that cannot be had.
+    /// Fails if the name is already used or not allowed.
     pub(super) fn must_be_free(&self, name: &str) -> Result<(), Failure> {
         Ok(files::must_be_new(&self.file(name)?)?)
     }
 
-    /// Keeps a guardian's document, octet for octet.
+    /// Stores a guardian's document, byte for byte.
     pub(super) fn keep(&self, name: &str, document: &[u8]) -> Result<PathBuf, Failure> {
         let file = self.file(name)?;
         let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.guardians);
@@ -117,7 +118,7 @@ impl Guardians {
         Ok(file)
     }
 
-    /// A guardian that was imported. Its signatures are checked again.
+    /// Loads an imported guardian and verifies its signatures again.
     pub(super) fn load(&self, name: &str) -> Result<Metadata, Failure> {
         let file = self.file(name)?;
         if !file.exists() {

@@ -1,4 +1,4 @@
-//! `claviger protector …`: what an owner does with key protectors.
+//! `claviger protector …`: the owner's operations on protectors.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -23,7 +23,7 @@ use crate::sys::process;
 /// `claviger protector …`
 #[derive(Debug, clap::Subcommand)]
 pub enum Protector {
-    /// Make a protector of a fresh transport key, for yourself and guardians
+    /// Create a protector of a fresh transport key for yourself and your guardians
     #[command(after_help = "Example: claviger protector new --owner acme --guardian hgs --out vm.xml --key vm.key\n\
         The key file holds 32 octets that protect the virtual machine's secrets. The protector opens to the same key,\n\
         so the key file may be destroyed once it has been used.")]
@@ -31,36 +31,36 @@ pub enum Protector {
         /// Folder of your own guardian
         #[arg(long, value_name = "DIR")]
         owner: PathBuf,
-        /// An imported guardian to let in; may be repeated
+        /// An imported guardian that gets access; may be repeated
         #[arg(long, value_name = "NAME", required = true)]
         guardian: Vec<String>,
-        /// Where guardians are kept.
+        /// The folder of imported guardians.
         #[command(flatten)]
         guardians: Guardians,
-        /// The protector to write
+        /// File for the protector
         #[arg(long, value_name = "FILE")]
         out: PathBuf,
-        /// The transport key to write
+        /// File for the transport key
         #[arg(long, value_name = "FILE")]
         key: PathBuf,
-        /// Print JSON for machines
+        /// Print JSON for programs
         #[arg(long)]
         json: bool,
     },
-    /// Show what a protector says and which of its signatures hold, also of one that is not valid
+    /// Show the content of a protector and which signatures are valid, even if the protector is invalid
     #[command(after_help = "Example: claviger protector show vm.xml\n\
         The exit status is 0 whatever it shows; claviger protector verify judges.")]
     Show {
         /// The protector
         file: PathBuf,
-        /// Folder of your own guardian: checks the transport-key signature as well
+        /// Folder of your own guardian: also verifies the transport-key signature
         #[arg(long, value_name = "DIR")]
         owner: Option<PathBuf>,
-        /// Print JSON for machines
+        /// Print JSON for programs
         #[arg(long)]
         json: bool,
     },
-    /// Let one more guardian in: the same transport key, the other wrappings kept
+    /// Give another guardian access; the transport key and the other wrappings stay the same
     #[command(
         after_help = "Example: claviger protector grant vm.xml --owner acme --guardian other-site --out vm-2.xml"
     )]
@@ -76,20 +76,20 @@ pub enum Protector {
         /// A guardian's metadata document, instead of an imported guardian; needs --pin or --trust-unpinned
         #[arg(long, value_name = "FILE")]
         metadata: Option<PathBuf>,
-        /// On what grounds the document is believed.
+        /// How the document is trusted.
         #[command(flatten)]
         trust: Trust,
-        /// Where guardians are kept.
+        /// The folder of imported guardians.
         #[command(flatten)]
         guardians: Guardians,
-        /// The protector to write
+        /// File for the new protector
         #[arg(long, value_name = "FILE")]
         out: PathBuf,
-        /// Print JSON for machines
+        /// Print JSON for programs
         #[arg(long)]
         json: bool,
     },
-    /// Keep a guardian out: a fresh transport key for the others
+    /// Revoke a guardian: the others get a fresh transport key
     #[command(
         after_help = "Example: claviger protector revoke vm.xml --owner acme --guardian hgs --out new.xml --key new\n\
         Who had the old key still has it: the guardian, and every host that got it there, can open the old protector\n\
@@ -106,23 +106,23 @@ pub enum Protector {
         /// An imported guardian; may be repeated
         #[arg(long, value_name = "NAME", required_unless_present = "wrapping")]
         guardian: Vec<String>,
-        /// The Id of a wrapping, as claviger protector show says it; may be repeated
+        /// Id of a wrapping, as claviger protector show prints it; may be repeated
         #[arg(long, value_name = "ID")]
         wrapping: Vec<u32>,
-        /// Where guardians are kept.
+        /// The folder of imported guardians.
         #[command(flatten)]
         guardians: Guardians,
-        /// The protector to write
+        /// File for the new protector
         #[arg(long, value_name = "FILE")]
         out: PathBuf,
-        /// The new transport key to write
+        /// File for the new transport key
         #[arg(long, value_name = "FILE")]
         key: PathBuf,
-        /// Print JSON for machines
+        /// Print JSON for programs
         #[arg(long)]
         json: bool,
     },
-    /// Get the transport key of a protector
+    /// Decrypt the transport key of a protector
     #[command(after_help = "Example: claviger protector open vm.xml --owner acme --out vm.key\n\
         All signatures are checked first. The key is 32 octets, not text.")]
     Open {
@@ -131,14 +131,14 @@ pub enum Protector {
         /// Folder of your own guardian
         #[arg(long, value_name = "DIR")]
         owner: PathBuf,
-        /// The transport key to write
+        /// File for the transport key
         #[arg(long, value_name = "FILE", required_unless_present = "stdout")]
         out: Option<PathBuf>,
-        /// Write the transport key to the standard output
+        /// Write the transport key to standard output
         #[arg(long, conflicts_with = "out")]
         stdout: bool,
     },
-    /// Say whether all signatures of a protector hold: exit status 0 or 1
+    /// Verify all signatures of a protector: exit status 0 or 1
     #[command(after_help = "Example: claviger protector verify vm.xml --owner acme\n\
         A protector proves itself only as far as its owner's certificate is trusted. With --owner it has to be yours,\n\
         and the transport-key signature is checked, which nobody else can.")]
@@ -148,7 +148,7 @@ pub enum Protector {
         /// Folder of your own guardian
         #[arg(long, value_name = "DIR")]
         owner: Option<PathBuf>,
-        /// Print JSON for machines
+        /// Print JSON for programs
         #[arg(long)]
         json: bool,
     },
@@ -157,7 +157,7 @@ pub enum Protector {
 /// Runs `claviger protector …`.
 ///
 /// # Errors
-/// What is wrong, and what to do.
+/// The problem and its remedy.
 pub fn run(command: Protector) -> Result<ExitCode, Failure> {
     process::no_core_dumps()?;
     execute(command).map_err(|failure| plain(&failure.to_string()).into())
@@ -219,7 +219,7 @@ fn execute(command: Protector) -> Result<ExitCode, Failure> {
                     say!("wrote {} (transport key, secret)", out.display());
                 }
                 None => {
-                    // Not buffered, which would leave a copy of the key in memory.
+                    // Unbuffered: a buffer would leave a copy of the key in memory.
                     output::write_all(rustix::stdio::stdout(), &key[..])?;
                 }
             }
@@ -233,7 +233,7 @@ fn read(file: &Path) -> Result<Vec<u8>, Failure> {
     Ok(files::read(file, MAX_PROTECTOR)?.to_vec())
 }
 
-/// Complains of files in the way before anything is made.
+/// Fails if an output file exists, before anything is created.
 fn writable(files: &[&Path]) -> Result<(), Failure> {
     if let [one, other] = files
         && one == other
@@ -243,7 +243,7 @@ fn writable(files: &[&Path]) -> Result<(), Failure> {
     Ok(files.iter().try_for_each(|file| files::must_be_new(file))?)
 }
 
-/// What was written: protectors say what they are, too.
+/// Prints which files were written, and the content of the protector.
 fn wrote(protector: &[u8], json: bool, written: &[(&str, &Path)]) {
     let description = describe(protector);
     if json {
@@ -272,7 +272,7 @@ fn explain(file: &Path, error: OwnerError) -> Failure {
     format!("{}: {error}{hint}", file.display()).into()
 }
 
-/// The guardian to let in.
+/// The guardian that gets access.
 fn newcomer(
     name: Option<&str>,
     document: Option<&Path>,
@@ -284,7 +284,7 @@ fn newcomer(
         (None, Some(file)) => read_metadata(file)?.1,
         (None, None) => return Err("say which guardian: --guardian NAME or --metadata FILE".into()),
     };
-    // An imported guardian was judged when it was imported; a pin that is given holds for it, too.
+    // An imported guardian was verified at its import. If a pin is given, it must match as well.
     if name.is_none() || trust.pin.is_some() {
         trust.judge(&metadata)?;
     }
@@ -313,7 +313,7 @@ fn revoke(
         let signing = super::pinning::signing_certificate(&metadata)?;
         chosen.push((name, signing.key().clone(), metadata.encryption_key));
     }
-    // Each is judged by itself: with several, one that is not in there would otherwise go unnoticed.
+    // Check each guardian separately. Otherwise a guardian without a wrapping would go unnoticed among several.
     let description = describe(&octets);
     let missing = ids.iter().find(|id| !description.wrappings.iter().any(|w| w.id == Some(**id)));
     if let (Ok(()), Some(id)) = (&description.verdict, missing) {

@@ -1,4 +1,4 @@
-//! How protectors and certificates look, to people and to machines.
+//! Formats protectors and certificates for people and for programs.
 
 use claviger_protocol::certificate::Certificate;
 use claviger_protocol::describe::{DescribedSignature, DescribedWrapping, Description, SignatureState};
@@ -10,12 +10,12 @@ use crate::sys::clock::unix_now;
 use crate::sys::print::say;
 
 fn subject(certificate: &Certificate) -> String {
-    // Nobody's name goes on for ever.
+    // Limit the length of names.
     let name: String = certificate.common_name().unwrap_or("(no common name)").chars().take(200).collect();
     plain(&name).replace('\n', " ")
 }
 
-/// A certificate on one line.
+/// Formats a certificate as one line.
 pub(super) fn certificate_for_people(certificate: &Certificate) -> String {
     let expired = if certificate.not_after() < unix_now() { " (EXPIRED)" } else { "" };
     format!(
@@ -27,7 +27,7 @@ pub(super) fn certificate_for_people(certificate: &Certificate) -> String {
     )
 }
 
-/// A certificate for machines.
+/// A certificate as JSON.
 pub(super) fn certificate_json(certificate: &Certificate) -> Value {
     json!({
         "subject": certificate.common_name(),
@@ -38,16 +38,16 @@ pub(super) fn certificate_json(certificate: &Certificate) -> Value {
     })
 }
 
-/// Whether the transport-key signature holds, as far as somebody tried.
+/// Result of checking the transport-key signature.
 #[derive(Clone, PartialEq, Eq)]
 pub(in crate::cli) enum Opened {
-    /// Nobody did.
+    /// It was not checked.
     NotTried,
-    /// It does, and the protector opens.
+    /// The protector can be opened and the signature is valid.
     Holds,
-    /// No wrapping is for who tried.
+    /// No wrapping belongs to the given owner.
     NotOurs,
-    /// It does not, or the protector does not open; says why.
+    /// The protector cannot be opened, or the signature is wrong; holds the reason.
     Failed(String),
 }
 
@@ -116,7 +116,7 @@ fn signature(signature: &DescribedSignature) -> String {
     }
 }
 
-/// A protector for machines.
+/// A protector as JSON.
 pub(in crate::cli) fn to_json(description: &Description, opened: &Opened) -> Value {
     let problem = description.verdict.as_ref().err();
     let transport = match opened {

@@ -1,31 +1,32 @@
-//! What connections may cost.
+//! Limits of connections.
 
 use std::time::Duration;
 
 use crate::config;
 
-/// Most requests on a connection of HTTP/2 at once.
+/// Most concurrent requests on an HTTP/2 connection.
 const STREAMS: u32 = 128;
 
-/// What connections may cost.
+/// The limits of a listener's connections.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Most connections that are open at once. For one more, the one that has waited longest for its client is closed.
+    /// Most open connections. For another one, the connection that has waited longest for its client is closed.
     pub max_connections: usize,
-    /// The same for each address, or for each /64 network of IPv6; 0 is no limit.
+    /// Most open connections for each address, or each /64 network of IPv6; 0 is no limit.
     pub per_address: usize,
-    /// Most requests on a connection of HTTP/2 at once.
+    /// Most concurrent requests on an HTTP/2 connection.
     pub streams: u32,
-    /// Longest time for a TLS handshake, for a connection's first byte, and from a request's first byte to the end of its
-    /// header.
+    /// Time limit for a TLS handshake, for the first byte of a connection, and for a header from its first byte to its
+    /// end.
     pub header_timeout: Duration,
-    /// Longest time without a request in progress, and without progress while an answer is being sent.
+    /// Time limit without a request in progress, and without progress while a reply is sent.
     pub idle_timeout: Duration,
-    /// How long a stopping server goes on taking requests from open connections.
+    /// How long a stopping server still accepts requests on open connections.
     pub grace: Duration,
-    /// How long a stopping server waits for the requests in progress before it cuts them.
+    /// How long a stopping server waits for requests in progress before it cuts them.
     pub drain_timeout: Duration,
-    /// Percent of the processors' time for the connections of one address on which no host has proved itself; 0 is no limit.
+    /// Limit of processor time, in percent of all processors, for the connections of one address on which no host has
+    /// proved itself; 0 is no limit.
     pub unproven_time_percent: u32,
 }
 

@@ -1,4 +1,4 @@
-//! What an open connection occupies: a place of its listener, and its part of the counts.
+//! The resources of an open connection: a place of its listener, and its entries in the counts.
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -14,7 +14,7 @@ use crate::observe::metrics;
 use crate::request::Network;
 use crate::sys::places::{NoPlace, Places};
 
-/// The places of a listener, and who waits for one.
+/// The places of a listener, and the connections that wait for one.
 pub(super) struct House {
     pub(super) places: Mutex<Places<Network, Arc<Activity>>>,
     pub(super) freed: Notify,
@@ -46,7 +46,7 @@ impl Drop for Place {
     }
 }
 
-/// What an open connection occupies, given back when it ends in whatever way.
+/// The resources of an open connection, released when it ends for any reason.
 pub(super) struct Slot {
     open: Arc<AtomicUsize>,
     counted: bool,
@@ -68,17 +68,17 @@ impl Slot {
         Self { open, counted, place, _alive: alive }
     }
 
-    /// The connection's number. Those that were taken in during a stop share one.
+    /// The connection's number. Connections that were accepted during a stop share one number.
     pub(super) fn connection(&self) -> u64 {
         self.place.as_ref().map_or(u64::MAX, |place| place.number)
     }
 
-    /// It was told to close, and does not.
+    /// Records that the connection was told to close but remains open.
     pub(super) fn stay(&self) {
         self.place.iter().for_each(|place| place.house.places().stay(place.network, place.number));
     }
 
-    /// Counts that it is closed for this reason.
+    /// Counts that the connection was closed for this reason.
     pub(super) fn cut(&self, reason: Cut) {
         if self.counted {
             metrics::connection_cut(reason.as_str());

@@ -1,4 +1,4 @@
-//! Real sockets, clients that speak HTTP by hand: what they see, octet by octet, is the point.
+//! Tests with real sockets and handwritten HTTP, because they check what clients see, byte by byte.
 
 #![allow(clippy::unwrap_used)]
 
@@ -16,14 +16,14 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::oneshot;
 use tokio::task::{JoinHandle, JoinSet};
 
-/// What no test waits longer for.
+/// Time limit of every wait.
 const LONG: Duration = Duration::from_secs(20);
 
 fn limits() -> Limits {
     Limits { grace: Duration::from_millis(200), drain_timeout: LONG, ..Limits::default() }
 }
 
-/// `/MILLISECONDS` is answered after that time, with the request's body; `/deaf` at once, its body unread.
+/// `/MILLISECONDS` replies after that time with the request's body; `/deaf` replies at once without reading the body.
 async fn answer(request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
     assert!(request.extensions().get::<Peer>().is_some());
     if request.uri().path() == "/deaf" {
@@ -78,7 +78,7 @@ impl Running {
     }
 }
 
-/// A client's end of an HTTP/1.1 connection.
+/// The client side of an HTTP/1.1 connection.
 struct Connection<S> {
     stream: S,
     read: Vec<u8>,
@@ -91,12 +91,12 @@ struct Answered {
     close: bool,
 }
 
-/// Why there was no answer.
+/// Why there was no reply.
 #[derive(Debug, PartialEq)]
 enum Silence {
-    /// The connection ended before the first octet of an answer.
+    /// The connection ended before the first byte of a reply.
     Nothing,
-    /// It ended in the middle of one.
+    /// The connection ended inside a reply.
     Torn,
 }
 
@@ -152,10 +152,10 @@ async fn a_connection_serves_many_requests() {
     for body in ["one", "", "three"] {
         assert_eq!(client.ask("0", body).await, ok(body, false));
     }
-    // Two at once are answered in order.
+    // Two pipelined requests are answered in order.
     client.send(&format!("{}{}", post("0", "a"), post("0", "b"))).await;
     assert_eq!((client.receive().await, client.receive().await), (ok("a", false), ok("b", false)));
-    // A client that sends no more still gets its answer.
+    // A client that has closed its side still gets its reply.
     client.send(&post("50", "last")).await;
     client.stream.shutdown().await.unwrap();
     assert_eq!(client.receive().await, ok("last", false));
@@ -164,7 +164,7 @@ async fn a_connection_serves_many_requests() {
     assert_eq!(server.drained().await.cut, 0);
 }
 
-/// The promise: many clients, a stop in their midst, and whoever wrote a whole request gets a whole answer.
+/// The guarantee of a stop: with many active clients, every complete request gets a complete reply.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_stop_under_load_drops_no_request() {
     for round in 0..3u64 {
@@ -184,7 +184,7 @@ async fn a_stop_under_load_drops_no_request() {
                     let mut connection = Connection { stream, read: Vec::new() };
                     let mut fresh = true;
                     loop {
-                        // Some clients send the next request at once, some think for a while; some requests take longer.
+                        // Some clients send the next request at once, some pause; some requests take longer.
                         number += 1;
                         let dice = (client * 7919 + number * 104_729 + round) % 100;
                         if dice < 30 {
@@ -193,7 +193,7 @@ async fn a_stop_under_load_drops_no_request() {
                         let body = format!("{client}-{number}");
                         let late = stopping.load(Ordering::SeqCst);
                         let request = post(&(dice % 20).to_string(), &body);
-                        // In two pieces, as a network may deliver it.
+                        // Send it in two pieces, as a network may deliver it.
                         let (one, two) = request.split_at(request.len() / 2);
                         let mut written = connection.stream.write_all(one.as_bytes()).await;
                         if dice > 90 && written.is_ok() {
@@ -211,7 +211,7 @@ async fn a_stop_under_load_drops_no_request() {
                                     continue 'connections;
                                 }
                             }
-                            // A connection that the closing socket never took in: not even its first octet was read.
+                            // The closing socket never accepted this connection, so not even its first byte was read.
                             Err(Silence::Nothing) if fresh => {
                                 assert!(stopping.load(Ordering::SeqCst), "dropped before the stop");
                                 continue 'connections;
@@ -263,9 +263,9 @@ async fn a_stop_finishes_what_has_begun_and_closes_what_is_idle() {
     assert_eq!(idle.receive().await, Err(Silence::Nothing));
     assert_eq!(silent.receive().await, Err(Silence::Nothing));
     assert!(begun.elapsed() >= Duration::from_millis(200), "they had the grace");
-    // The slow request did not keep them.
+    // The slow request did not delay the others.
     assert!(begun.elapsed() < Duration::from_millis(1900), "and no more: {:?}", begun.elapsed());
-    // Beyond the grace a request that has begun to arrive is still waited for.
+    // After the grace period, a request that has begun to arrive is still awaited.
     halved.send(two).await;
     assert_eq!(halved.receive().await, ok("halved", true));
     assert_eq!(slow.receive().await, ok("slow", true));
@@ -316,7 +316,7 @@ async fn at_the_limit_connections_wait_while_all_others_are_worked_for() {
         tokio::time::timeout(Duration::from_millis(200), three.receive()).await.is_err(),
         "served beyond the limit"
     );
-    // The first one has its answer, and nothing more to do here.
+    // The first connection has its reply and is idle.
     assert_eq!(one.receive().await, ok("1", false));
     assert_eq!(three.receive().await, ok("3", false));
     assert_eq!(one.receive().await, Err(Silence::Nothing));
@@ -339,7 +339,7 @@ fn a_listener_is_blocked_when_it_is_for_longer_than_a_moment() {
     assert_eq!(blocked.why(), None);
 }
 
-/// Whatever a connection waits for its client with, it gives up its place for one that has something to say.
+/// A connection that waits for its client, in any state, gives up its place for an active one.
 #[tokio::test]
 async fn at_the_limit_the_connection_that_has_waited_longest_for_its_client_is_closed() {
     let server = Running::start(Limits { max_connections: 60, ..limits() }, None);
@@ -355,7 +355,7 @@ async fn at_the_limit_the_connection_that_has_waited_longest_for_its_client_is_c
             let body = number.to_string();
             assert_eq!(server.connect().await.ask("0", &body).await, ok(&body, false), "beside {kind:?}");
         }
-        // The oldest of all went first.
+        // The oldest connection was closed first.
         assert_eq!(kept.receive().await, Err(Silence::Nothing));
         kept = server.connect().await;
         assert_eq!(kept.ask("0", "x").await, ok("x", false));
@@ -382,7 +382,7 @@ async fn an_address_has_a_limit_of_its_own() {
     let mut next = from([127, 0, 0, 1]).await;
     next.send(&post("2000", "next")).await;
     assert_eq!(first.receive().await, Err(Silence::Nothing));
-    // All that the address may have are worked for: it gets no more. Others do.
+    // All connections of this address are active: it gets no more. Other addresses do.
     assert_eq!(from([127, 0, 0, 1]).await.receive().await, Err(Silence::Nothing));
     assert_eq!(from([127, 0, 0, 2]).await.ask("0", "y").await, ok("y", false));
     for connection in &mut busy {
@@ -396,7 +396,7 @@ async fn an_address_has_a_limit_of_its_own() {
 async fn a_connection_has_as_long_for_its_first_byte_as_for_a_header() {
     let times = Limits { header_timeout: Duration::from_millis(300), idle_timeout: LONG * 10, ..limits() };
     let server = Running::start(times, None);
-    // Nothing at all; and HTTP/2 that asks for nothing.
+    // A connection without any data, and an HTTP/2 connection without a request.
     assert_eq!(server.connect().await.receive().await, Err(Silence::Nothing));
     let mut stream = server.connect().await.stream;
     stream.write_all(&h2::hello()).await.unwrap();
@@ -412,7 +412,7 @@ async fn slow_headers_and_idle_connections_are_closed() {
         idle_timeout: Duration::from_millis(idle),
         ..limits()
     };
-    // Idle: closed after its time, but not while a request is in progress, nor by the limit for headers.
+    // Idle connections are closed after their time, but not during a request, and not by the limit for headers.
     let server = Running::start(short(400, 1500), None);
     let mut client = server.connect().await;
     assert_eq!(client.ask("2000", "slow").await, ok("slow", false));
@@ -421,10 +421,10 @@ async fn slow_headers_and_idle_connections_are_closed() {
     let begun = std::time::Instant::now();
     assert_eq!(client.receive().await, Err(Silence::Nothing));
     assert!(begun.elapsed() > Duration::from_millis(1300), "{:?}", begun.elapsed());
-    // Never a request at all.
+    // A connection without any request.
     assert_eq!(server.connect().await.receive().await, Err(Silence::Nothing));
 
-    // Headers: every octet in time, and yet too slow.
+    // A header whose bytes each arrive in time, but whose end is too late.
     let server = Running::start(short(300, 60_000), None);
     let mut client = server.connect().await;
     assert_eq!(client.ask("0", "x").await, ok("x", false));
@@ -463,7 +463,7 @@ async fn an_open_connection_is_counted_only_where_asked() {
         client.ask("0", "x").await.unwrap();
         clients.push(client);
     }
-    // The tests beside this one may hold a few, too.
+    // Concurrent tests may also hold connections.
     assert!(open() >= before + 40, "{} {before}", open());
     drop(clients);
     for _ in 0..100 {
@@ -494,7 +494,7 @@ async fn an_address_in_use_is_named() {
     assert!(error.to_string().starts_with(&format!("cannot listen on {}: ", taken.local_addr())), "{error}");
 }
 
-/// HTTP/2 by hand: just enough to send requests that need no new header names, and to read frames.
+/// Handwritten HTTP/2: enough to send requests without new header names, and to read frames.
 mod h2 {
     use super::*;
 
@@ -526,7 +526,7 @@ mod h2 {
         frame(HEADERS, 0x4 | 0x1, stream, &block)
     }
 
-    /// The next frame that is not the connection's own business: kind, stream. `None` at the end.
+    /// The next frame that concerns a stream: kind and stream. `None` at the end.
     pub(super) async fn next<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S) -> Option<(u8, u32)> {
         loop {
             let mut head = [0; 9];
@@ -554,7 +554,7 @@ async fn http2_is_spoken_and_stopped_without_loss() {
     stream.write_all(&h2::hello()).await.unwrap();
     stream.write_all(&h2::get(1, "/0")).await.unwrap();
     assert_eq!(h2::next(&mut stream).await, Some((h2::HEADERS, 1)));
-    // And an idle one beside it.
+    // Add an idle connection.
     let mut idle = server.connect().await.stream;
     idle.write_all(&h2::hello()).await.unwrap();
     tokio::time::sleep(Duration::from_millis(50)).await;
@@ -671,7 +671,7 @@ async fn tls_is_served_with_both_protocols() {
     stream.write_all(&h2::hello()).await.unwrap();
     stream.write_all(&h2::get(1, "/0")).await.unwrap();
     assert_eq!(h2::next(&mut stream).await, Some((h2::HEADERS, 1)));
-    // Shaken hands and said nothing more; and not even that.
+    // One client is silent after its handshake, another one does not even start it.
     let tcp = server.connect().await.stream;
     let mut silent = connector(&[], rustls::DEFAULT_VERSIONS).connect(localhost(), tcp).await.unwrap();
     assert_eq!(server.connect().await.receive().await, Err(Silence::Nothing));

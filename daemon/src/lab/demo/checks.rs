@@ -1,4 +1,4 @@
-//! What a demonstration checks, and tells with times.
+//! Checks the results of the demonstration and prints them with times.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -9,7 +9,7 @@ use claviger_protocol::payload::ApiVersion;
 
 use crate::sys::print::say;
 
-/// Counts what was checked.
+/// Counts passed and failed checks.
 #[derive(Default)]
 pub(super) struct Checks {
     pub(super) passed: usize,
@@ -27,7 +27,7 @@ impl Checks {
         }
     }
 
-    /// A step that was to be refused in a certain way.
+    /// Checks that a step was refused with the expected error.
     pub(super) fn refused<T>(&mut self, result: Result<T, HostError>, expected: &str, what: &str, begun: Instant) {
         let said = match &result {
             Ok(_) => "granted".to_owned(),
@@ -39,7 +39,7 @@ impl Checks {
     }
 }
 
-/// One VM's start, and its next one with the protector it got back.
+/// Starts a virtual machine, and starts it again with the new protector.
 pub(super) async fn release(
     checks: &mut Checks,
     host: &Host,
@@ -58,7 +58,7 @@ pub(super) async fn release(
             Ok(unwrapped) => unwrapped,
             Err(error) => return checks.check(false, &format!("{step}{name}: {error}"), at),
         };
-        // What only the owner can say: both keys are those of its protectors.
+        // The owner can check that both keys belong to its protectors.
         let opener = owner.clone();
         let (ingress, egress) = (protector, unwrapped.egress_protector.clone());
         let opened = tokio::task::spawn_blocking(move || (opener.open(&ingress), opener.open(&egress))).await;

@@ -1,4 +1,4 @@
-//! The demonstration in TPM mode: a TPM in software boots, its boot is accepted, and another boot is refused.
+//! The demonstration in TPM mode: a software TPM boots, its baseline is accepted, and another boot is refused.
 
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -23,18 +23,18 @@ use crate::run::daemon::Daemon;
 use crate::sys::failure::Failure;
 use crate::sys::print::say;
 
-/// The host whose TPM this is.
+/// Name of the host with this TPM.
 const NAME: &str = "tpm-host";
-/// The boot that is accepted.
+/// Name of the accepted baseline.
 const BASELINE: &str = "demo";
-/// How long the TPM may take to start.
+/// Time limit for the start of the TPM.
 const STARTS_WITHIN: Duration = Duration::from_secs(10);
 
-/// A swtpm; it ends with the value.
+/// A swtpm process, which ends when the value is dropped.
 struct Swtpm(Child);
 
 impl Swtpm {
-    /// Starts one with its files in `folder`; its PCRs are those of a machine that was switched on just now.
+    /// Starts swtpm with its files in `folder`. Its PCRs are those of a machine that was just switched on.
     fn start(folder: &Path) -> Result<(Self, TpmPlace), Failure> {
         std::fs::create_dir_all(folder)?;
         let place = TpmPlace { device: folder.join("socket"), log: folder.join("event-log") };
@@ -66,7 +66,7 @@ impl Drop for Swtpm {
     }
 }
 
-/// Plays it.
+/// Plays the demonstration.
 pub(super) async fn play(
     checks: &mut Checks,
     lab: &Lab,
@@ -93,7 +93,7 @@ pub(super) async fn play(
         begun,
     );
 
-    // A lab may have been used before.
+    // An earlier run may have registered the host.
     let _ = administer(daemon, json!({"command": "hosts.remove", "name": NAME})).await;
     let _ = administer(daemon, json!({"command": "baselines.remove", "name": BASELINE})).await;
     let identity = Arc::new(tokio::task::spawn_blocking(|| RsaPrivateKey::generate(2048)).await??);
@@ -126,7 +126,7 @@ pub(super) async fn play(
     checks.refused(withdrawn, expected, &format!("{name}, while baseline {BASELINE} is disabled"), begun);
     administer(daemon, enable(true)).await?;
 
-    // The same machine, with something else in it.
+    // The same machine with a changed boot.
     let begun = Instant::now();
     tokio::task::spawn_blocking(move || {
         let of_kernel = short_boot("firmware 1.0", "kernel 1.0-rootkit");
@@ -150,7 +150,7 @@ pub(super) async fn play(
     Ok(())
 }
 
-/// An administrator's command, as the socket takes it.
+/// Sends an administrator's command.
 async fn administer(daemon: &Daemon, command: Value) -> Result<Value, Failure> {
     let uid = rustix::process::geteuid().as_raw();
     let pid = rustix::process::getpid().as_raw_nonzero().get();

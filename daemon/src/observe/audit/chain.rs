@@ -1,11 +1,11 @@
-//! The chain: every line has a running number and the SHA-256 of the line before, so that a line that is changed, removed,
-//! inserted or moved shows at the line after it.
+//! The chain: every line has a number and the SHA-256 of the previous line. A line that was changed, removed, inserted
+//! or moved is detected at the next line.
 //!
 //! ```text
 //! {"n":41,"prev":"<SHA-256 of line 40>", …}
 //! {"n":42,"prev":"<SHA-256 of line 41, without its line break>", …}
 //! ```
-//! The first line of all has `n` 1 and 64 zeros. The chain goes on over restarts and from one file to the next.
+//! The first line of the trail has `n` 1 and 64 zeros. The chain continues across restarts and files.
 
 use std::fs::File;
 use std::io;
@@ -15,45 +15,45 @@ use data_encoding::HEXLOWER;
 use ring::digest::{SHA256, digest};
 use serde::Deserialize;
 
-/// How much of a file's end is read first to find its last line, and the most that is read.
+/// Bytes at the end of a file that are first searched for the last line, and the most that are searched.
 const FIRST_WINDOW: u64 = 64 * 1024;
 const LARGEST_WINDOW: u64 = 64 * 1024 * 1024;
 
-/// The event of a line that is a checkpoint.
+/// The event of a checkpoint line.
 pub(super) const CHECKPOINT: &str = "checkpoint";
 
 /// SHA-256 of a line, without its line break.
 pub(super) type Hash = [u8; 32];
 
-/// The hash of some bytes.
+/// The hash of `bytes`.
 pub(super) fn hash(bytes: &[u8]) -> Hash {
     let mut hash = [0; 32];
     hash.copy_from_slice(digest(&SHA256, bytes).as_ref());
     hash
 }
 
-/// A line that others can follow.
+/// A position in the chain.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Link {
-    /// Its number; 0 for none, and for a line of a version that had no chain.
+    /// Number of the line; 0: none, or a line of a version without a chain.
     pub n: u64,
-    /// Its SHA-256; zeros for none.
+    /// SHA-256 of the line; zeros: none.
     pub hash: [u8; 32],
 }
 
 impl Link {
-    /// The hash as it is written.
+    /// The hash in its written form.
     #[must_use]
     pub fn hex(&self) -> String {
         HEXLOWER.encode(&self.hash)
     }
 
-    /// Appends the next line to `out`: `body`, which is a JSON object, with the links and `node` (which is JSON, too) in front.
+    /// Appends the next line to `out`: `body` (a JSON object), preceded by the links and `node` (also JSON).
     pub(super) fn extend(self, node: &str, body: &[u8], out: &mut Vec<u8>) -> Self {
         let start = out.len();
         let n = self.n + 1;
         out.extend_from_slice(format!("{{\"n\":{n},\"prev\":\"{}\",\"node\":{node},", self.hex()).as_bytes());
-        // Without its opening brace.
+        // Skip the opening brace.
         out.extend_from_slice(body.get(1..).unwrap_or_default());
         let hash = hash(&out[start..]);
         out.push(b'\n');
@@ -61,18 +61,18 @@ impl Link {
     }
 }
 
-/// What the chain needs of a line.
+/// The fields of a line that the chain uses.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct Links {
     pub(super) n: Option<u64>,
     pub(super) prev: Option<String>,
     pub(super) event: Option<String>,
-    /// Of a line with which a file begins or goes on: the hash of what a crash left of a line before it.
+    /// In the first line after a crash: the hash of the unfinished line before it.
     pub(super) torn: Option<String>,
     pub(super) time: Option<String>,
     pub(super) node: Option<String>,
-    /// Of a checkpoint: the number and hash of the line that was signed, and how.
+    /// In a checkpoint: number and hash of the signed line, and the signature.
     pub(super) line: Option<u64>,
     pub(super) hash: Option<String>,
     pub(super) signer: Option<String>,
@@ -81,9 +81,9 @@ pub(super) struct Links {
 }
 
 impl Links {
-    /// Reads a line, without its line break; `None` for what is no JSON object.
+    /// Parses a line without its line break. `None`: not a JSON object.
     pub(super) fn read(line: &[u8]) -> Option<Self> {
-        // A sequence would be taken for the fields in their order.
+        // serde would also accept an array of the fields' values.
         (line.first() == Some(&b'{')).then(|| serde_json::from_slice(line).ok()).flatten()
     }
 }
@@ -91,17 +91,17 @@ impl Links {
 /// The end of a file of the trail.
 #[derive(Debug, Default, PartialEq)]
 pub(super) struct Tail {
-    /// The last whole line.
+    /// The last complete line.
     pub(super) last: Option<Link>,
     /// Whether that line is a checkpoint.
     pub(super) signed: bool,
-    /// The hash of what follows it and is no line (see [`torn_hash`]): what a crash left.
+    /// The hash of an unfinished line after it (see [`torn_hash`]), left by a crash.
     pub(super) torn: Option<Hash>,
     /// Whether the file does not end with a line break.
     pub(super) open_line: bool,
 }
 
-/// The hash of what is no line, as the trail tells it: of its bytes with a line break at their end.
+/// The hash of an unfinished line in the trail: of its bytes with a line break at the end.
 pub(super) fn torn_hash(bytes: &[u8]) -> Hash {
     if bytes.ends_with(b"\n") { hash(bytes) } else { hash(&[bytes, b"\n"].concat()) }
 }
@@ -121,7 +121,7 @@ pub(super) fn tail(file: &File, length: u64) -> io::Result<Tail> {
     }
 }
 
-/// `None` when the last whole line begins before these bytes.
+/// `None` if the last complete line begins before these bytes.
 fn tail_of(bytes: &[u8], is_all: bool) -> Option<Tail> {
     let open_line = !bytes.is_empty() && !bytes.ends_with(b"\n");
     let mut end = bytes.len();
@@ -130,7 +130,7 @@ fn tail_of(bytes: &[u8], is_all: bool) -> Option<Tail> {
             let torn = (!bytes.is_empty()).then(|| torn_hash(bytes));
             return is_all.then_some(Tail { torn, open_line, ..Tail::default() });
         }
-        // The line that ends before `end`, which is after its line break or at the end of all.
+        // The line ends before `end`, which is after its line break or at the end of the input.
         let body_end = if bytes[end - 1] == b'\n' { end - 1 } else { end };
         let start = bytes[..body_end].iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
         if start == 0 && !is_all {
@@ -180,7 +180,7 @@ mod tests {
         let of = |bytes: &[u8]| tail_of(bytes, true).unwrap();
         assert_eq!(of(b""), Tail::default());
         assert_eq!(of(&whole), Tail { last: Some(last), ..Tail::default() });
-        // A fragment, one that was ended, two of them, and an empty line.
+        // A fragment, a fragment with a line break, two fragments, and an empty line.
         for (rest, open_line) in
             [(&b"{\"n\":3,\"pr"[..], true), (b"{\"n\"\n", false), (b"{\"n\"\n{\"", true), (b"\n", false)]
         {
@@ -189,13 +189,13 @@ mod tests {
             assert_eq!(of(&bytes), Tail { last: Some(last), torn, open_line, signed: false });
         }
         assert_eq!(torn_hash(b"x"), torn_hash(b"x\n"));
-        // Only its line break is missing.
+        // Only the line break is missing.
         let cut = &whole[..whole.len() - 1];
         assert_eq!(of(cut), Tail { last: Some(last), open_line: true, ..Tail::default() });
-        // A line of a former version is followed, and has no number.
+        // A line of an older version has a successor but no number.
         let old = b"{\"request\":\"a\"}";
         assert_eq!(of(&[old, &b"\n"[..]].concat()).last, Some(Link { n: 0, hash: hash(old) }));
-        // What does not begin in the window is not taken for a line.
+        // Text that does not begin inside the window does not count as a line.
         assert_eq!(tail_of(&whole[1..whole.len() / 3], false), None);
         assert_eq!(of(b"no line").last, None);
     }

@@ -1,5 +1,5 @@
-//! Checkpoints: now and then an HSM signs the number and hash of the last line. What a checkpoint covers cannot be written
-//! again by anyone who has the files and not the HSM.
+//! Checkpoints: from time to time, an HSM signs number and hash of the last line. An attacker with the files but
+//! without the HSM cannot rewrite lines that a checkpoint covers.
 
 use std::time::{Duration, Instant, SystemTime};
 
@@ -10,22 +10,22 @@ use serde_json::{Map, Value};
 use super::chain::{CHECKPOINT, Link};
 use super::entry::timestamp;
 
-/// The event of such a line.
+/// The event of a checkpoint line.
 pub const EVENT: &str = CHECKPOINT;
 
-/// The message that is signed, RSASSA-PKCS1-v1_5 with SHA-256: five lines of text. It begins like nothing else that the key
-/// signs, which is XML or the DER of a certificate.
+/// The message that is signed with RSASSA-PKCS1-v1_5 and SHA-256: five lines of text. Its beginning differs from
+/// everything else that the key signs (XML and DER certificates).
 #[must_use]
 pub fn message(node: &str, line: u64, hash: &str, time: &str) -> Vec<u8> {
     format!("claviger audit checkpoint 1\n{node}\n{line}\n{hash}\n{time}\n").into_bytes()
 }
 
-/// A checkpoint that is not signed yet.
+/// A checkpoint before its signature.
 #[derive(Debug)]
 pub struct Draft {
-    /// The line that it covers, with all before it.
+    /// The last line that it covers.
     pub(super) link: Link,
-    /// How many records were written up to there.
+    /// Number of records up to that line.
     pub(super) records: u64,
     node: String,
     time: String,
@@ -36,13 +36,13 @@ impl Draft {
         Self { link, records, node: node.to_owned(), time: timestamp(now).unwrap_or_default() }
     }
 
-    /// What is to be signed.
+    /// The message to sign.
     #[must_use]
     pub fn message(&self) -> Vec<u8> {
         message(&self.node, self.link.n, &self.link.hex(), &self.time)
     }
 
-    /// The line, as a JSON object.
+    /// The line as a JSON object.
     pub(super) fn line(&self, request: &str, certificate: &Certificate, signature: &[u8]) -> Value {
         let mut line = Map::new();
         line.insert("time".into(), self.time.as_str().into());
@@ -52,7 +52,8 @@ impl Draft {
         line.insert("line".into(), self.link.n.into());
         line.insert("hash".into(), self.link.hex().into());
         line.insert("signer".into(), HEXLOWER.encode(&certificate.thumbprint()).into());
-        // With every signature: the files are to be checked without the daemon, and the first one may be gone.
+        // Include the certificate in every checkpoint: the files must be verifiable without the daemon, and older files
+        // may have been deleted.
         line.insert("signer_certificate".into(), BASE64.encode(certificate.der()).into());
         line.insert("signature".into(), BASE64.encode(signature).into());
         Value::Object(line)
@@ -62,9 +63,9 @@ impl Draft {
 /// When the next checkpoint is due.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Pace {
-    /// After so many records.
+    /// After this number of records.
     pub(super) lines: u64,
-    /// And no later than so long after the first that is not covered.
+    /// And at the latest this long after the first uncovered record.
     pub(super) time: Duration,
 }
 

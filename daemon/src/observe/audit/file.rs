@@ -1,8 +1,8 @@
-//! The file of the trail: opened by its name, looked after for each group of lines, and continued where it ends.
+//! The file of the trail: opened by its name, checked before each group of lines, and continued at its end.
 //!
-//! What stands under the trail's name decides, not what is open: a file that was removed, renamed away or replaced is noticed
-//! before anything is acknowledged that is written to it. Only a file that a rotation has just renamed, in the same folder, is
-//! written to for another moment, until the new one is there.
+//! The file under the trail's name counts, not the open descriptor. If the file was deleted, renamed or replaced, this
+//! is noticed before any line in it is acknowledged. Only a file that a rotation has just renamed within the folder is
+//! still used for a moment, until the new file exists.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind, Write};
@@ -21,12 +21,12 @@ use super::entry::timestamp;
 use crate::observe::metrics;
 use crate::sys::id::request_id;
 
-/// The event of a line with which a file begins, or goes on after a fault.
+/// The event of the first line of a file, or of the first line after a fault.
 pub const EVENT: &str = "trail";
 
-/// How long a renamed file is written to while there is none under the trail's name.
+/// How long a renamed file is still used while no file has the trail's name.
 const ROTATING: Duration = Duration::from_secs(1);
-/// Longest file that keeps a link.
+/// Largest size of the file with the saved position, in bytes.
 const HEAD: usize = 4096;
 
 /// The trail's file.
@@ -38,31 +38,31 @@ pub(super) struct Trail {
     node: String,
     open: Option<Open>,
     link: Link,
-    /// Whether the last line of the file was a checkpoint when it was opened.
+    /// Whether the last line was a checkpoint when the file was opened.
     signed: bool,
     marker: Option<Marker>,
-    /// Since when there is no file under the name, while the open one is written to.
+    /// Since when no file has the trail's name, while the renamed one is used.
     renamed: Option<Instant>,
 }
 
 #[derive(Debug)]
 struct Open {
     file: File,
-    /// Pipes and devices have no end to look at.
+    /// Pipes and devices have no end that could be checked.
     is_regular: bool,
     identity: (u64, u64),
-    /// Where it ends, as far as this process knows.
+    /// End of the file, as far as this process knows.
     end: u64,
-    /// Whether the file may end in the middle of a line.
+    /// Whether the file may end inside a line.
     is_torn: bool,
 }
 
-/// What the first line says that is written next, besides the records.
+/// The content of the next `trail` line.
 #[derive(Debug)]
 struct Marker {
     outcome: &'static str,
     torn: Option<Hash>,
-    /// The file that has the line before.
+    /// Name of the file with the previous line.
     previous: Option<String>,
 }
 
@@ -84,7 +84,7 @@ impl Marker {
 }
 
 impl Trail {
-    /// Opens the file; it is made with mode 0640 where there is none.
+    /// Opens the file, or creates it with mode 0640.
     pub(super) fn open(path: &Path, sync: bool, node: &str) -> io::Result<Self> {
         let mut trail = Self {
             path: path.to_owned(),
@@ -106,12 +106,12 @@ impl Trail {
         &self.path
     }
 
-    /// The last line.
+    /// Position of the last line.
     pub(super) fn link(&self) -> Link {
         self.link
     }
 
-    /// Whether the trail was left with lines that no checkpoint covers.
+    /// Whether there are lines without a checkpoint from before the start.
     pub(super) fn is_unsigned(&self) -> bool {
         self.link.n > 0 && !self.signed
     }
@@ -129,13 +129,12 @@ impl Trail {
         Ok(())
     }
 
-    /// Appends lines, all or - as far as anybody may rely on it - none of them.
+    /// Appends all lines. After an error, none of them counts as written.
     pub(super) fn append(&mut self, bodies: &[Vec<u8>]) -> io::Result<()> {
         let _lock = self.lock();
         let written = self.append_locked(bodies);
         if written.is_err() {
-            // What is in the file all the same is part of the chain. Whatever the file's state is, the next group
-            // starts with a fresh look at it.
+            // Lines that reached the file anyway are part of the chain. So the next group checks the file again.
             if self.open.as_ref().is_some_and(|open| open.is_regular) {
                 let _ = self.catch_up();
             }
@@ -159,7 +158,7 @@ impl Trail {
             for body in bodies {
                 link = link.extend(&self.node, body, &mut lines);
             }
-            // Until all is written, the file may end anywhere.
+            // Until everything is written, the file may end anywhere.
             open.is_torn = true;
             open.file.write_all(&lines)?;
             if self.sync {
@@ -167,7 +166,7 @@ impl Trail {
             }
             open.is_torn = false;
             open.end += lines.len() as u64;
-            // Removed meanwhile: these lines are nowhere. Those of a file that a rotation renames are in it.
+            // If the file was deleted meanwhile, these lines are lost. If a rotation renamed it, they are in it.
             if open.is_regular && open.file.metadata()?.nlink() == 0 {
                 self.lose("deleted", None);
                 continue;
@@ -178,7 +177,7 @@ impl Trail {
         }
     }
 
-    /// Several daemons may share a folder: one writes at a time. Whoever may only read the trail cannot take this lock.
+    /// Locks the file, because several daemons may share a folder. A user with read access only cannot take this lock.
     fn lock(&self) -> Option<File> {
         let path = self.path.with_extension("lock");
         let lock = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(path).ok()?;
@@ -192,7 +191,7 @@ impl Trail {
         if self.open.is_none() { self.open_by_name() } else { Ok(()) }
     }
 
-    /// Sees whether the open file is still the trail's.
+    /// Checks whether the open file is still the trail's.
     fn look(&mut self) -> io::Result<()> {
         self.catch_up()?;
         let Some(open) = &self.open else { return Ok(()) };
@@ -222,7 +221,7 @@ impl Trail {
         Ok(())
     }
 
-    /// The open file is not the trail's any more.
+    /// Records that the open file is no longer the trail's.
     fn lose(&mut self, how: &'static str, name: Option<String>) {
         metrics::audit_file_changed(how);
         let (file, line) = (self.path.display(), self.link.n);
@@ -239,13 +238,13 @@ impl Trail {
         self.name_previous(name);
     }
 
-    /// Notes which file has the line before, for the first line of the next one.
+    /// Records the name of the file with the previous line, for the first line of the next file.
     fn name_previous(&mut self, name: Option<String>) {
         let own = self.path.file_name().and_then(|own| own.to_str());
         let Some(name) = name.filter(|name| own != Some(name)) else { return };
         match &mut self.marker {
             Some(marker) => marker.previous = Some(name),
-            // Of a file that goes on nothing is said.
+            // If the same file continues, nothing is recorded.
             None if self.open.is_none() => {
                 self.marker = Some(Marker { outcome: BEGINS, torn: None, previous: Some(name) });
             }
@@ -253,7 +252,8 @@ impl Trail {
         }
     }
 
-    /// The name that the open file has now, if it is one that a rotation gives: in the same folder, beginning with its own.
+    /// The current name of the open file if it looks like a rotated one: in the same folder, starting with the trail's
+    /// name.
     fn name_now(&self) -> Option<String> {
         let open = self.open.as_ref().filter(|open| open.is_regular)?;
         let now = std::fs::read_link(format!("/proc/self/fd/{}", open.file.as_raw_fd())).ok()?;
@@ -266,7 +266,7 @@ impl Trail {
         (is_there && is_here && name.starts_with(own)).then_some(name)
     }
 
-    /// Learns what was written to the open file by another daemon, or taken from it.
+    /// Finds lines that another daemon has added to the open file, and lines that were removed.
     fn catch_up(&mut self) -> io::Result<()> {
         let Some(open) = self.open.as_mut().filter(|open| open.is_regular) else { return Ok(()) };
         let length = open.file.metadata()?.len();
@@ -303,7 +303,7 @@ impl Trail {
         let is_new = tail.last.is_none();
         let mut previous = None;
         if is_new && is_first && is_regular {
-            // Rotated while no daemon ran: the line before is in the file that was renamed.
+            // The file was rotated while no daemon ran: the previous line is in the renamed file.
             if let Some((name, before)) = newest(&self.path) {
                 tail = chain::Tail { torn: tail.torn.or(before.torn), ..before };
                 previous = Some(name);
@@ -324,7 +324,7 @@ impl Trail {
             }
             (self.link, self.signed) = (known, true);
         }
-        // What a former marker knows is of use in a new file only.
+        // An earlier marker only matters for a new file.
         let former = self.marker.take().filter(|_| is_new);
         if is_new || is_behind || tail.torn.is_some() {
             let outcome = match () {
@@ -341,12 +341,13 @@ impl Trail {
     }
 }
 
-/// What a line of the event `trail` says: a file begins, goes on after what a crash left, or lines before it are missing.
+/// The reasons for a `trail` line: a file begins, continues after a crash, or lines are missing.
 const BEGINS: &str = "file-begins";
 const TORN: &str = "torn-line";
 const MISSING: &str = "lines-missing";
 
-/// The rotated file with the highest number, and its end. Compressed ones are left out: rotation compresses one turn later.
+/// The rotated file with the highest line number, and its end. Compressed files are ignored, because rotation
+/// compresses one turn later.
 fn newest(path: &Path) -> Option<(String, chain::Tail)> {
     let own = path.file_name()?.to_str()?;
     let files = std::fs::read_dir(files::folder(path)).ok()?.flatten();
@@ -361,7 +362,7 @@ fn newest(path: &Path) -> Option<(String, chain::Tail)> {
     ends.max_by_key(|(_, tail)| tail.last.map(|last| last.n))
 }
 
-/// The number of the last line that is in the file, or in one that a rotation renamed. Blocks on the disk.
+/// Number of the last line in the file, or in a file that a rotation renamed. Blocks on the disk.
 #[must_use]
 pub fn last_line(path: &Path) -> Option<u64> {
     let own = File::open(path).ok().and_then(|file| {
@@ -371,7 +372,7 @@ pub fn last_line(path: &Path) -> Option<u64> {
     own.or_else(|| newest(path)?.1.last).map(|last| last.n)
 }
 
-/// A link that is kept beside the trail: how far it is known to have come.
+/// The saved position of the trail.
 #[derive(Serialize, Deserialize)]
 struct Head {
     n: u64,
@@ -382,14 +383,14 @@ fn head_file(path: &Path) -> PathBuf {
     path.with_extension("head")
 }
 
-/// The link that [`write_head`] kept.
+/// Reads the position that [`write_head`] saved.
 pub(super) fn read_head(path: &Path) -> Option<Link> {
     let head: Head = serde_json::from_slice(&files::read(&head_file(path), HEAD).ok()?).ok()?;
     let hash = HEXLOWER.decode(head.hash.as_bytes()).ok()?.try_into().ok()?;
     Some(Link { n: head.n, hash })
 }
 
-/// Keeps a link beside the trail, so that a trail that was cut is noticed when the daemon starts.
+/// Saves the position next to the trail, so that the next start notices if the trail was truncated.
 pub(super) fn write_head(path: &Path, link: Link) -> Result<(), files::FileError> {
     let head = serde_json::to_vec(&Head { n: link.n, hash: link.hex() }).unwrap_or_default();
     files::write(&head_file(path), &head, files::Existing::Replace)

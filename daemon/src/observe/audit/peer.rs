@@ -1,13 +1,13 @@
-//! Who made a change, as the audit trail names them.
+//! Identifies an administrator in the audit trail.
 
 use serde::Serialize;
 
-/// The process at the other end of the administrators' socket, as the kernel says.
+/// The client process at the administrators' socket, as identified by the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Peer {
     /// User id.
     pub uid: u32,
-    /// Process id, where the kernel tells it.
+    /// Process id, if the kernel provides it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pid: Option<i32>,
 }

@@ -1,5 +1,5 @@
-//! Room on the disk that only grants and administration may use: a file that is allocated ahead and shortened when the disk is
-//! full. Others fill a disk as well as the trail does, so a look at the free space would not keep any.
+//! Disk space that only grants and administration may use: a preallocated file that is truncated when the disk is full.
+//! Checking the free space would not be enough, because other programs fill the disk as well.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind, Write};
@@ -9,22 +9,22 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::{FallocateFlags, fallocate, fstatvfs};
 
-/// How much is given at a time.
+/// Bytes that are given back at a time.
 const STEP: u64 = 1024 * 1024;
-/// What stays free beside the reserve when it is made whole again: filling the disk to the brim would only empty it again.
+/// Free space that must remain when the reserve is refilled; otherwise refilling would fill the disk again.
 const MARGIN: u64 = 4 * STEP;
-/// What an administrator's change needs besides its lines: the state file and its journal.
+/// Space for an administrator's change in addition to its lines: the state file and its journal.
 const ROOM_FOR_A_CHANGE: u64 = 2 * STEP;
-/// How long to wait before trying to make it whole again.
+/// Pause between attempts to refill it.
 const PAUSE: Duration = Duration::from_secs(5);
-/// How long it is worked on at a time, in steps, while lines wait for the disk; where that is not enough, it goes on after a
-/// shorter pause.
+/// Time limit of one refill, in steps, while lines wait for the disk. If it is not enough, it continues after a shorter
+/// pause.
 const AT_A_TIME: Duration = Duration::from_millis(10);
 const SHORT_PAUSE: Duration = Duration::from_millis(100);
-/// How long the start of the daemon is held up by it.
+/// Longest delay of the daemon's start by it.
 const AT_THE_START: Duration = Duration::from_secs(2);
 
-/// The reserve. All of it blocks on the disk.
+/// The reserve. All methods block on the disk.
 #[derive(Debug)]
 pub(super) struct Reserve {
     path: PathBuf,
@@ -35,11 +35,11 @@ pub(super) struct Reserve {
 }
 
 impl Reserve {
-    /// Takes `wanted` bytes of the disk that `path` is on, or what of them was taken before.
+    /// Allocates `wanted` bytes on the disk of `path`, or keeps what was allocated before.
     pub(super) fn open(path: &Path, wanted: u64, now: Instant) -> Self {
         let mut reserve = Self { path: path.to_owned(), file: None, wanted, has: 0, next_try: None };
         if wanted == 0 {
-            // A former configuration may have had one.
+            // An earlier configuration may have had a reserve.
             let _ = std::fs::remove_file(path);
             return reserve;
         }
@@ -56,17 +56,17 @@ impl Reserve {
         reserve
     }
 
-    /// How much of it is missing, in bytes.
+    /// Missing bytes.
     pub(super) fn missing(&self) -> u64 {
         self.wanted.saturating_sub(self.has)
     }
 
-    /// Whether it is whole: while it is not, the disk is full, and only grants and administration are written.
+    /// Whether it is complete. If not, the disk is full, and only grants and administration are written.
     pub(super) fn is_whole(&self) -> bool {
         self.missing() == 0
     }
 
-    /// Gives a part of it back to the disk; `false` when there is none.
+    /// Gives a part back to the disk; `false` if nothing is left.
     pub(super) fn give(&mut self, now: Instant) -> bool {
         let Some(file) = self.file.as_ref().filter(|_| self.has > 0) else { return false };
         let rest = self.has.saturating_sub(STEP);
@@ -84,12 +84,12 @@ impl Reserve {
         true
     }
 
-    /// Whether the disk is full: where it has room, what failed did not fail for want of the reserve.
+    /// Whether the disk is full. If it has free space, giving back the reserve would not help.
     pub(super) fn could_help(&self) -> bool {
         self.file.as_ref().and_then(free).is_some_and(|free| free < MARGIN)
     }
 
-    /// Sees to it that the disk has room for an administrator's change.
+    /// Makes room on the disk for an administrator's change.
     pub(super) fn make_room(&mut self, now: Instant) {
         while let Some(free) = self.file.as_ref().and_then(free)
             && free < ROOM_FOR_A_CHANGE
@@ -97,13 +97,13 @@ impl Reserve {
         {}
     }
 
-    /// When there is something to do for [`Reserve::restore`].
+    /// The time at which [`Reserve::restore`] has work to do.
     pub(super) fn due(&self) -> Option<Instant> {
         self.next_try.filter(|_| !self.is_whole())
     }
 
-    /// Takes back what was given, when the disk has room again; from time to time only, and for a moment only: grants wait
-    /// meanwhile.
+    /// Refills the reserve when the disk has free space again. Only from time to time, and only briefly, because grants
+    /// wait meanwhile.
     pub(super) fn restore(&mut self, now: Instant) {
         self.restore_within(AT_A_TIME, now);
     }
@@ -113,7 +113,7 @@ impl Reserve {
             return;
         }
         self.next_try = Some(now + PAUSE);
-        // One that was removed is made again.
+        // If the file was deleted, it is created again.
         let is_ours = |file: &File| file.metadata().is_ok_and(|metadata| metadata.nlink() > 0);
         if !self.file.as_ref().is_some_and(is_ours) {
             (self.file, self.has) = (None, 0);
@@ -130,7 +130,7 @@ impl Reserve {
         }
     }
 
-    /// Allocates step by step until it is whole or the time is over; at least one step.
+    /// Allocates in steps until it is complete or the time is over; at least one step.
     fn fill(&mut self, time: Duration) -> io::Result<()> {
         let file = match self.file.take() {
             Some(file) => file,
@@ -146,7 +146,7 @@ impl Reserve {
             if filled.is_ok() {
                 self.has += step;
             } else {
-                // What was allocated of it does not help: it is not known how much that is.
+                // Give up what was allocated beyond it: its size is unknown.
                 let _ = file.set_len(self.has);
             }
             if begun.elapsed() >= time {
@@ -163,7 +163,7 @@ fn allocate(file: &File, from: u64, bytes: u64) -> io::Result<()> {
         return Ok(());
     }
     match fallocate(file, FallocateFlags::empty(), from, bytes).map_err(io::Error::from) {
-        // A file system without it: what is written is there, too.
+        // Without support by the file system, write the bytes instead.
         Err(error) if matches!(error.kind(), ErrorKind::Unsupported | ErrorKind::InvalidInput) => {
             let (zeros, mut file, mut left) = ([0; 64 * 1024], file, bytes);
             io::Seek::seek(&mut file, io::SeekFrom::Start(from))?;
@@ -205,7 +205,7 @@ mod tests {
         assert!(!reserve.is_whole(), "too early");
         reserve.restore_within(Duration::from_secs(60), now + PAUSE);
         assert!(reserve.is_whole() && allocated() > 2 * STEP);
-        // A step at a time, where there is no time for more; grants are written between two.
+        // One step at a time if there is no time for more; grants are written in between.
         let mut now = now + PAUSE;
         while reserve.give(now) {}
         for missing in [STEP + 1, 1, 0] {

@@ -1,5 +1,5 @@
-//! Refusals and repeats that have no line of their own: anybody can cause them, as many as the network carries, and a line for
-//! each would fill the disk without which nothing is released. They are counted, and a line a second tells of them.
+//! Refusals and repeats without a line of their own: anyone can cause them without limit, and a line for each would
+//! fill the disk, so that nothing could be released. They are counted, and a line each second summarises them.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, Ipv6Addr};
@@ -11,37 +11,37 @@ use super::entry::{Entry, timestamp};
 
 /// The event of a line about refusals.
 pub const EVENT: &str = "refusals";
-/// The event of a line about health certificates that were handed out again.
+/// The event of a line about repeated health certificates.
 const REPEATS: &str = "repeats";
 
-/// Addresses that a line names; more are counted together.
+/// Most addresses in a line; further ones are counted together.
 const ADDRESSES: usize = 16;
-/// Requests that a line names.
+/// Most request ids in a line.
 const REQUESTS: usize = 8;
-/// Lines that are written at a time; the others go on counting.
+/// Most lines that are written at a time; the rest stays counted.
 const LINES: usize = 256;
-/// Hosts that are counted by themselves; what more there are, is counted with the refusals of nobody.
+/// Most hosts with their own counts; refusals of further hosts count as from unknown senders.
 const HOSTS: usize = 20_000;
 
-/// What is counted.
+/// The kind of a counted request.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub(super) enum What {
     /// Requests that were refused.
     Refused,
-    /// Requests that got once more what has its line already.
+    /// Requests that got a repeated reply, which already has its line.
     Repeated,
 }
 
-/// What a line is about: also the host; `None`: before it was known who asks.
+/// The subject of a line: the kind, and the host; `None`: unknown sender.
 pub(super) type Of = (What, Option<String>);
 
-/// What was counted since the last lines.
+/// The counts since the last lines.
 #[derive(Debug, Default)]
 pub(super) struct Summary {
     counts: HashMap<Of, Counts>,
 }
 
-/// What was counted of one host, or of callers that are not known.
+/// The counts of one host, or of unknown senders.
 #[derive(Clone, Debug)]
 pub(super) struct Counts {
     since: SystemTime,
@@ -67,7 +67,7 @@ impl Counts {
         }
     }
 
-    /// Adds what was counted before.
+    /// Adds earlier counts.
     fn merge(&mut self, older: Self) {
         self.since = self.since.min(older.since);
         for (outcome, count) in older.outcomes {
@@ -97,25 +97,25 @@ impl Summary {
         }
     }
 
-    /// What is to be written now, and is no longer counted here.
+    /// Removes and returns the counts to write now.
     pub(super) fn take(&mut self) -> Vec<(Of, Counts)> {
         if self.counts.len() <= LINES {
             return self.counts.drain().collect();
         }
-        // Those of unknown callers come first: of them there may be most.
+        // Unknown senders come first, because they may have the most.
         let mut all: Vec<_> = self.counts.keys().cloned().collect();
         all.sort_by_key(|(_, host)| host.is_some());
         all.truncate(LINES);
         all.into_iter().filter_map(|of| self.counts.remove_entry(&of)).collect()
     }
 
-    /// Takes back what could not be written.
+    /// Takes back counts that could not be written.
     pub(super) fn put_back(&mut self, of: Of, older: Counts) {
         self.counts.entry(of).or_insert_with(|| Counts::new(older.since)).merge(older);
     }
 }
 
-/// The line, as a JSON object.
+/// The line as a JSON object.
 pub(super) fn line((what, host): &Of, counts: &Counts, request: &str, now: SystemTime) -> Value {
     let (event, outcome) = match what {
         What::Refused => (EVENT, "refused"),
@@ -139,7 +139,7 @@ pub(super) fn line((what, host): &Of, counts: &Counts, request: &str, now: Syste
     Value::Object(line)
 }
 
-/// An address as it is counted: of IPv6 the network, since one machine has as many addresses in it as it likes.
+/// The form in which an address is counted: for IPv6 its network, because one machine can use all addresses in it.
 fn network(address: IpAddr) -> String {
     match address.to_canonical() {
         IpAddr::V4(address) => address.to_string(),

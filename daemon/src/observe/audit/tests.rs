@@ -1,4 +1,4 @@
-//! The trail as a whole, on real files, and disks that are full, hang or lose what they have.
+//! The whole trail on real files, including disks that are full, hang or lose data.
 
 #![allow(clippy::unwrap_used)]
 
@@ -47,7 +47,7 @@ async fn records(audit: &Audit, requests: &[&str]) {
     }
 }
 
-/// The requests of the records, without what the trail says of itself.
+/// The request ids of the records, without the trail's own lines.
 fn requests(path: &Path) -> Vec<String> {
     let text = std::fs::read_to_string(path).unwrap();
     assert!(text.ends_with('\n') || text.is_empty());
@@ -68,7 +68,7 @@ fn verify_with(files: &[&Path], trusted: Vec<Certificate>) -> Report {
     verifier.finish()
 }
 
-/// A whole chain up to this line.
+/// Expects a complete chain up to this line.
 fn whole(files: &[&Path], last: u64) -> Report {
     let report = verify(files);
     assert_eq!((&report.fault, report.first, report.last), (&None, Some(1), Some(last)), "{report:?}");
@@ -79,7 +79,7 @@ fn signer() -> Certificate {
     Certificate::parse(&certificate()).unwrap()
 }
 
-/// As an HSM would do it.
+/// Signs a checkpoint like an HSM.
 async fn sign(audit: &Audit, certificate: &Certificate) {
     let draft = audit.due_checkpoint(Instant::now(), true).unwrap();
     let signature = key().sign(SignatureAlgorithm::DEFAULT, &draft.message()).unwrap();
@@ -106,7 +106,7 @@ async fn a_record_is_one_line_of_json_that_is_there_on_return() {
     assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o640 & !umask(&folder));
 }
 
-/// What the umask of this process takes away, seen on a file that asks for everything.
+/// The umask of this process, observed on a created file.
 fn umask(folder: &tempfile::TempDir) -> u32 {
     let path = folder.path().join("umask");
     OpenOptions::new().create(true).write(true).truncate(true).mode(0o777).open(&path).unwrap();
@@ -159,7 +159,7 @@ async fn what_waits_is_written_when_the_trail_is_closed() {
         let body = serde_json::to_vec(&entry(&number.to_string())).unwrap();
         let class = if number % 2 == 0 { Class::Grant } else { Class::Administration };
         let sent = audit.send(|reply| Job::Line(Line { body, class, covers: None, reply }));
-        // What an administrator did is written whether he waits or not.
+        // An administrator's change is written even if its caller no longer waits.
         answers.extend(sent.ok().filter(|_| class == Class::Grant));
     }
     drop(audit);
@@ -173,7 +173,7 @@ async fn what_is_counted_is_told_once_also_when_the_daemon_stops_meanwhile() {
     let path = folder.path().join("audit.jsonl");
     let audit = open(&path);
     audit.count(&entry("counted"));
-    // Sent to the writer, and cancelled before the answer.
+    // Sent to the writer, and cancelled before the result.
     let mut writing = Box::pin(audit.write_summary());
     let _ = std::future::poll_fn(|context| std::task::Poll::Ready(writing.as_mut().poll(context))).await;
     drop(writing);
@@ -200,7 +200,7 @@ async fn a_full_disk_fails_the_record_and_heals() {
     record(&audit, "healed").await.unwrap();
     assert_eq!(audit.refuses(), None);
     assert_eq!(requests(&path), ["healed"]);
-    // A folder that is away is no different from a full disk.
+    // A missing folder is treated like a full disk.
     audit.reopen().await.unwrap();
     std::fs::rename(folder.path(), folder.path().with_extension("away")).unwrap();
     assert!(audit.reopen().await.is_err());
@@ -211,7 +211,7 @@ async fn a_full_disk_fails_the_record_and_heals() {
     whole(&[&path], 3);
 }
 
-/// A small disk, which only root can make.
+/// A small disk, which only root can create.
 struct Disk(tempfile::TempDir);
 
 impl Disk {
@@ -227,7 +227,7 @@ impl Disk {
         self.0.path().join(name)
     }
 
-    /// Leaves no byte of it.
+    /// Fills the disk completely.
     fn fill(&self) {
         let mut filler = std::fs::File::create(self.file("filler")).unwrap();
         while io::Write::write(&mut filler, &[1; 4096]).is_ok_and(|written| written > 0) {}
@@ -242,21 +242,21 @@ impl Drop for Disk {
 
 #[tokio::test]
 async fn on_a_full_disk_refusals_stop_first_and_grants_go_on() {
-    // Only root can make one.
+    // Only root can create one.
     let Some(disk) = Disk::mount(16) else { return };
     let path = disk.file("audit.jsonl");
     let audit = open_with(&path, |config| config.reserve_mib = 2);
     record(&audit, "first").await.unwrap();
     assert_eq!(std::fs::metadata(disk.file("audit.reserve")).unwrap().blocks() * 512, 2 << 20);
     disk.fill();
-    // Until nothing more goes into the page that the trail has.
+    // Until the page that the trail already has is full.
     let refusal = entry("refusal");
     let mut refused = 0;
     while audit.record(&refusal, Class::Refusal, later()).await.is_ok() {
         refused += 1;
         assert!(refused < 100, "the disk is not full");
     }
-    // That one found the disk full, and the reserve is not for it.
+    // This record found the disk full, and may not use the reserve.
     let error = audit.record(&refusal, Class::Refusal, later()).await.unwrap_err();
     assert!(matches!(error, AuditError::Reserved), "{error}");
     assert!(audit.decided(&refusal, Decision::Refused, later()).await, "refused all the same");
@@ -266,11 +266,11 @@ async fn on_a_full_disk_refusals_stop_first_and_grants_go_on() {
     }
     let missing = audit.head().reserve_missing;
     assert!((1..=2 << 20).contains(&missing), "{missing}");
-    // With room for what an administrator's change needs besides.
+    // There is room for an administrator's change.
     let free = rustix::fs::statvfs(disk.0.path()).unwrap().f_bavail * 4096;
     assert!(free > 0, "no room for the state");
     audit.write_summary().await;
-    // The reserve has an end, and then nothing is granted.
+    // The reserve is used up, and then nothing is granted.
     let long = Entry { change: Some("x".repeat(100_000)), ..entry("long") };
     let mut granted = 0;
     while audit.record(&long, Class::Grant, later()).await.is_ok() {
@@ -278,7 +278,7 @@ async fn on_a_full_disk_refusals_stop_first_and_grants_go_on() {
         assert!(granted < 100, "the reserve has no end");
     }
     assert!(!audit.decided(&long, Decision::Granted, later()).await);
-    // Room again: all is as it was, and what was counted is told.
+    // There is room again: normal operation, and the counted refusals are summarised.
     std::fs::remove_file(disk.file("filler")).unwrap();
     record(&audit, "again").await.unwrap();
     let begun = Instant::now();
@@ -303,7 +303,7 @@ async fn a_disk_that_hangs_is_waited_for_until_the_deadline() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("audit.jsonl");
     assert!(Command::new("mkfifo").arg(&path).status().unwrap().success());
-    // Open to read, so that what is in it can be taken out, and nobody does.
+    // Open for reading, so that its content could be read; but it is not.
     let mut reader = OpenOptions::new().read(true).write(true).open(&path).unwrap();
     let audit = open(&path);
     let begun = Instant::now();
@@ -316,11 +316,11 @@ async fn a_disk_that_hangs_is_waited_for_until_the_deadline() {
     assert!(begun.elapsed() < Duration::from_secs(30));
     let (_, since) = audit.backlog();
     assert!(since >= Duration::from_millis(200), "{since:?}");
-    // Nothing waits longer than it may, and a refusal is one.
+    // No record waits beyond its deadline, and a refusal is written as a summary.
     let error = audit.record(&entry("late"), Class::Grant, soon()).await.unwrap_err();
     assert!(matches!(error, AuditError::Late), "{error}");
     assert!(audit.decided(&entry("refused"), Decision::Refused, soon()).await);
-    // The disk answers again: what nobody waits for any more is not written, and the next record is.
+    // The disk answers again: abandoned records are not written, and the next record is.
     let reading = std::thread::spawn(move || {
         let (mut seen, mut part) = (Vec::new(), [0; 65536]);
         while !String::from_utf8_lossy(&seen).contains("\"request\":\"next\"") {
@@ -358,7 +358,7 @@ async fn what_a_crash_left_of_a_line_is_told_of() {
     drop(audit);
     let report = whole(&[&path], 5);
     assert!(!report.ends_torn && report.torn == 1, "{report:?}");
-    // And nothing else may be there instead.
+    // Nothing else may be there instead.
     let text = std::fs::read_to_string(&path).unwrap();
     for changed in [text.replace("\"prev\":\"ab\n", "\"prev\":\"ac\n"), text.replace("{\"n\":3,\"prev\":\"ab\n", "")] {
         assert_ne!(changed, text);
@@ -382,7 +382,7 @@ async fn rotation_continues_in_a_new_file() {
     whole(&[&old, &path], 5);
     let first: Value = serde_json::from_str(std::fs::read_to_string(&path).unwrap().lines().next().unwrap()).unwrap();
     assert_eq!((&first["outcome"], &first["previous_file"]), (&"file-begins".into(), &"audit.jsonl.1".into()));
-    // While no daemon runs; by the file that was renamed, and without it by what is kept beside the trail.
+    // While no daemon runs: detected by the renamed file, and without it by the saved position.
     drop(audit);
     let second = folder.path().join("audit.jsonl.2");
     std::fs::rename(&path, &second).unwrap();
@@ -401,7 +401,7 @@ async fn rotation_continues_in_a_new_file() {
     std::fs::write(&third, kept).unwrap();
     let report = verify(&[&third, &path]);
     assert_eq!((&report.fault, report.first, report.last), (&None, Some(6), Some(9)), "{report:?}");
-    // Another file out of order, or missing.
+    // Another file is out of order, or missing.
     assert!(verify(&[&path, &third]).fault.is_some());
 }
 
@@ -413,24 +413,24 @@ async fn a_file_that_is_not_the_trail_any_more_is_not_written_to() {
     let path = state.join("audit.jsonl");
     let audit = open(&path);
     records(&audit, &["1"]).await;
-    // Deleted.
+    // The file is deleted.
     std::fs::remove_file(&path).unwrap();
     records(&audit, &["2"]).await;
     assert_eq!(requests(&path), ["2"]);
     let report = verify(&[&path]);
     assert_eq!((&report.fault, report.first), (&None, Some(3)), "the chain goes on: {report:?}");
-    // Replaced, as by a rotation whose signal never comes.
+    // The file is replaced, as by a rotation whose signal never arrives.
     let old = state.join("audit.jsonl-x");
     std::fs::rename(&path, &old).unwrap();
     std::fs::write(&path, "").unwrap();
     records(&audit, &["3"]).await;
     assert_eq!((requests(&old), requests(&path)), (vec!["2".to_owned()], vec!["3".to_owned()]));
-    // Renamed to another place: nobody would look for it there.
+    // The file is moved to another folder, where no one would look for it.
     let elsewhere = folder.path().join("elsewhere");
     std::fs::rename(&path, &elsewhere).unwrap();
     records(&audit, &["4"]).await;
     assert_eq!((requests(&elsewhere), requests(&path)), (vec!["3".to_owned()], vec!["4".to_owned()]));
-    // Renamed as a rotation does it, and nothing comes after that.
+    // The file is renamed like a rotation does, but no new file appears.
     let rotated = state.join("audit.jsonl-y");
     std::fs::rename(&path, &rotated).unwrap();
     let begun = Instant::now();
@@ -439,7 +439,7 @@ async fn a_file_that_is_not_the_trail_any_more_is_not_written_to() {
         records(&audit, &["5"]).await;
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    // The folder is replaced, and removed.
+    // The folder is replaced, and deleted.
     let away = folder.path().join("away");
     std::fs::rename(&state, &away).unwrap();
     std::fs::create_dir(&state).unwrap();
@@ -496,7 +496,7 @@ async fn every_kind_of_tampering_is_found() {
             let at = l[5].find("signature\":\"").unwrap() + 20;
             let other = if l[5].as_bytes()[at] == b'A' { "B" } else { "A" };
             l[5].replace_range(at..=at, other);
-            // And the rest of the chain is made again after it.
+            // The rest of the chain is recomputed after the change.
             remake(l, 6);
         }),
     ];
@@ -506,19 +506,19 @@ async fn every_kind_of_tampering_is_found() {
         let (at, said) = fault(&changed).unwrap_or_else(|| panic!("{kind} is not found"));
         assert!(at == line && said.contains(what), "{kind}: line {at}: {said}");
     }
-    // A chain that was made again as a whole: the checkpoint signs another line.
+    // The whole chain was recomputed: the checkpoint signs another line.
     let mut forged = all.clone();
     forged[2] = forged[2].replace("success", "refused");
     remake(&mut forged, 3);
     let (at, said) = fault(&forged).unwrap();
     assert!(at == 6 && said.contains("signs another line 5"), "{at}: {said}");
-    // One that somebody else signed is whole, and proves nothing to who knows the certificate.
+    // With another signer, the chain is complete, but it proves nothing to a reader who knows the certificate.
     let report = {
         std::fs::write(&path, &text).unwrap();
         verify_with(&[&path], vec![signer()])
     };
     assert_eq!((&report.fault, &report.signed, report.unsigned), (&None, &None, 7), "{report:?}");
-    // Cut at its end: what was there before shows that it was, here and when the daemon starts.
+    // Truncated at its end: the saved position shows it, here and at the daemon's start.
     std::fs::write(&path, all[..4].join("\n") + "\n").unwrap();
     assert_eq!(whole(&[&path], 4).signed, None);
     let audit = open(&path);
@@ -535,7 +535,7 @@ async fn no_byte_that_is_signed_can_be_changed() {
     let certificate = signer();
     let audit = open(&path);
     records(&audit, &["1", "2"]).await;
-    // In the middle of a line that a crash left, too.
+    // Truncated inside a line that a crash left.
     drop(audit);
     let text = std::fs::read(&path).unwrap();
     std::fs::write(&path, [&text[..], b"{\"n\":4,\"pr"].concat()).unwrap();
@@ -564,13 +564,13 @@ async fn no_byte_that_is_signed_can_be_changed() {
         shorter.remove(at);
         assert!(verify(&shorter).fault.is_some(), "without byte {at}");
     }
-    // Whatever is read, it is judged.
+    // A truncation at any position gives a verdict.
     for at in 0..text.len() {
         let _ = verify(&text[at..]);
     }
 }
 
-/// Makes the chain again from the line `from` (counted from 0) on, as one could who has only the files.
+/// Recomputes the chain from line `from` (counted from 0), as an attacker with the files could.
 fn remake(lines: &mut [String], from: usize) {
     for at in from..lines.len() {
         let prev = data_encoding::HEXLOWER.encode(&chain::hash(lines[at - 1].as_bytes()));
@@ -608,7 +608,7 @@ async fn checkpoints_cover_what_there_is_and_none_follows_itself() {
     assert!(!is_due(&audit));
     records(&audit, &["3"]).await;
     assert!(is_due(&audit));
-    // Others are written while it is signed.
+    // Other records are written while the checkpoint is being signed.
     let draft = audit.due_checkpoint(Instant::now(), false).unwrap();
     records(&audit, &["4"]).await;
     let signature = key().sign(SignatureAlgorithm::DEFAULT, &draft.message()).unwrap();
@@ -618,7 +618,7 @@ async fn checkpoints_cover_what_there_is_and_none_follows_itself() {
     assert!(audit.due_checkpoint(Instant::now() + Duration::from_secs(1000), true).is_none());
     let report = verify_with(&[&path], vec![certificate.clone()]);
     assert_eq!((&report.fault, report.unsigned, report.checkpoints.values().sum::<u64>()), (&None, 0, 2), "{report:?}");
-    // A process that was killed leaves lines that the next one has signed.
+    // A killed process leaves unsigned lines, which the next process has signed.
     drop(audit);
     assert!(!is_due(&open(&path)));
     records(&open(&path), &["5"]).await;

@@ -1,6 +1,7 @@
-//! Reads a trail again and says what it proves: that its lines are one chain, and up to which of them an HSM has signed.
+//! Verifies a trail: its lines must form a chain, and signatures show up to which line an HSM has signed it.
 //!
-//! Needs nothing but the files, and for the signatures the certificates that the reader trusts. Stops at the first fault.
+//! It needs only the files, and for the signatures the certificates that the reader trusts. It stops at the first
+//! fault.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
@@ -16,100 +17,100 @@ use serde::Serialize;
 use super::chain::{Hash, Links, hash, torn_hash};
 use super::{checkpoint, file};
 
-/// Longest line that is read. Far more than any that is written.
+/// Longest line that is read, far above the longest that is written.
 const LONGEST: u64 = 16 * 1024 * 1024;
-/// Lines back that a checkpoint may sign: it is made while others are written.
+/// Maximum distance between a checkpoint and the line that it signs: other lines are written in the meantime.
 const REMEMBERED: usize = 256 * 1024;
 
-/// What is wrong, and where.
+/// A fault and its position.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Fault {
-    /// The file.
+    /// Name of the file.
     pub file: String,
-    /// The line in it, counted from 1.
+    /// Line in the file, counted from 1.
     pub line: u64,
-    /// What is wrong with it.
+    /// The problem.
     pub what: String,
 }
 
-/// The last checkpoint that holds.
+/// The last valid checkpoint.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Signed {
-    /// The number of the line that it covers, with all before it.
+    /// Number of the last line that it covers.
     pub line: u64,
-    /// When it was made.
+    /// Its time.
     pub time: String,
     /// Thumbprint of the signer's certificate.
     pub signer: String,
-    /// Whether that certificate is one that was given.
+    /// Whether that certificate is one of the given ones.
     pub trusted: bool,
 }
 
-/// What was found.
+/// The result.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Report {
-    /// The files, in the order in which they were read.
+    /// The files in the order in which they were read.
     pub files: Vec<String>,
     /// Number of the first line of the chain.
     pub first: Option<u64>,
-    /// Number of its last line.
+    /// Number of the last line of the chain.
     pub last: Option<u64>,
-    /// SHA-256 of that line.
+    /// SHA-256 of the last line.
     pub last_hash: Option<String>,
     /// The machines that wrote it.
     pub nodes: Vec<String>,
-    /// Lines before the chain, of a version that had none: nothing is proven of them.
+    /// Lines before the chain, from a version without one: they are unproven.
     pub unchained: u64,
-    /// Checkpoints that hold, by the thumbprint of their signer.
+    /// Number of valid checkpoints, by the thumbprint of the signer.
     pub checkpoints: BTreeMap<String, u64>,
-    /// The last checkpoint that holds, of a given certificate where any were given.
+    /// The last valid checkpoint; if certificates were given, of one of them.
     pub signed: Option<Signed>,
-    /// Records after the line that it covers.
+    /// Number of records after the line that it covers.
     pub unsigned: u64,
-    /// Lines that a crash or a full disk left unfinished, and that the trail tells of.
+    /// Number of lines that a crash or a full disk left unfinished, and that the trail reports.
     pub torn: u64,
-    /// Whether the last file ends in an unfinished line, which the next record will tell of.
+    /// Whether the last file ends with an unfinished line, which the next record will report.
     pub ends_torn: bool,
     /// The first fault.
     pub fault: Option<Fault>,
 }
 
-/// Where in the files the reader is.
+/// The position of the reader.
 #[derive(Clone, Debug, Default)]
 struct Place {
     file: String,
     line: u64,
 }
 
-/// Reads files of a trail, one after the other.
+/// Reads the files of a trail one after the other.
 #[derive(Debug, Default)]
 pub struct Verifier {
     trusted: BTreeMap<String, Certificate>,
-    /// Those that checkpoints bring along.
+    /// Certificates that checkpoints contain.
     brought: BTreeMap<String, Certificate>,
     report: Report,
     last: Option<(u64, Hash)>,
     /// The last line before the chain.
     before: Option<Hash>,
-    /// What is no line, and waits for the line that tells of it.
+    /// An unfinished line that the next line has to report.
     torn: Vec<u8>,
     torn_at: Place,
-    /// Hashes of the last lines, and whether they are records.
+    /// Hashes of the latest lines, and whether they are records.
     recent: VecDeque<(Hash, bool)>,
 }
 
 impl Verifier {
-    /// Trusts signatures of these certificates. Without any, a signature shows only that somebody made it.
+    /// Trusts signatures of these certificates. Without any, a signature only proves that its signer signed.
     #[must_use]
     pub fn new(trusted: Vec<Certificate>) -> Self {
         let named = |certificate: Certificate| (HEXLOWER.encode(&certificate.thumbprint()), certificate);
         Self { trusted: trusted.into_iter().map(named).collect(), ..Self::default() }
     }
 
-    /// Reads one file, which follows the one before.
+    /// Reads a file that follows the previous one.
     ///
     /// # Errors
-    /// What the operating system says. What is wrong with the trail is no error, and will be in the report.
+    /// The operating system's error. A fault of the trail is not an error; it is in the report.
     pub fn read(&mut self, name: &str, mut reader: impl BufRead) -> io::Result<()> {
         if self.report.fault.is_some() {
             return Ok(());
@@ -137,11 +138,11 @@ impl Verifier {
         Ok(())
     }
 
-    /// What was found in all of them.
+    /// The result for all files.
     #[must_use]
     pub fn finish(mut self) -> Report {
         if !self.torn.is_empty() {
-            // The end of the last file: of a daemon that is writing, or of a crash that nothing was written after.
+            // At the end of the last file, a daemon may be writing, or a crash was the last event.
             if self.torn.ends_with(b"\n") && self.last.is_some() {
                 let place = self.torn_at.clone();
                 self.fault(&place, "is no record".to_owned());
@@ -203,11 +204,11 @@ impl Verifier {
         Ok(())
     }
 
-    /// What is no line has to be told of by the next one.
+    /// The next line has to report an unfinished line.
     fn torn(&mut self, links: &Links) -> Result<(), String> {
         let torn = std::mem::take(&mut self.torn);
         let told = links.torn.as_deref().filter(|_| links.event.as_deref() == Some(file::EVENT));
-        // What is before the chain is not proven at all, and of what is before these files nothing is known.
+        // Lines before the chain are not proven anyway, and nothing is known about lines before these files.
         let is_before = self.last.is_none() && (links.n == Some(1) || torn.is_empty());
         if is_before || torn.is_empty() && told.is_none() {
             return Ok(());
@@ -261,11 +262,12 @@ impl Verifier {
             Some(seen) if *signed != HEXLOWER.encode(&seen) => {
                 return Err(format!("the checkpoint signs another line {line} than the one that is here"));
             }
-            // A daemon signs what it wrote seconds before. A line that cannot be compared any more is not proven by it.
+            // A daemon signs lines that are seconds old. A line that can no longer be compared is not proven by the
+            // checkpoint.
             None if self.report.first.is_some_and(|first| line >= first) => {
                 return Err(format!("the checkpoint covers line {line}, too far back to be compared with it"));
             }
-            // Of a file before these.
+            // The signed line is in an earlier file.
             Some(_) | None => {}
         }
         if let Some(der) = &links.signer_certificate {
@@ -285,7 +287,7 @@ impl Verifier {
         }
         *self.report.checkpoints.entry(signer.clone()).or_default() += 1;
         let is_trusted = trusted.is_some();
-        // What is signed by others does not replace what is proven.
+        // A checkpoint of another signer does not replace a proven one.
         if (is_trusted || self.trusted.is_empty())
             && self.report.signed.as_ref().is_none_or(|known| known.line < line)
             && self.report.first.is_some_and(|first| line >= first)
@@ -296,7 +298,7 @@ impl Verifier {
         Ok(())
     }
 
-    /// The hash of a line that was read not long ago.
+    /// The hash of a recent line.
     fn recent(&self, n: u64) -> Option<Hash> {
         let (last, _) = self.last?;
         let back = usize::try_from(last.checked_sub(n)?).ok()?;
@@ -307,27 +309,27 @@ impl Verifier {
         let after = self.last.map_or(0, |(last, _)| last.saturating_sub(n));
         let after = usize::try_from(after).unwrap_or(usize::MAX);
         if after > self.recent.len() {
-            // Longer ago than is remembered.
+            // The line is older than the remembered ones.
             return after as u64;
         }
         self.recent.iter().rev().take(after).filter(|(_, is_record)| *is_record).count() as u64
     }
 }
 
-/// Opens a file of the trail; one that rotation has compressed with gzip, too.
+/// Opens a file of the trail; it may be compressed with gzip.
 ///
 /// # Errors
-/// What the operating system says.
+/// The operating system's error.
 pub fn open(path: &Path) -> io::Result<Box<dyn BufRead>> {
     let mut reader = BufReader::with_capacity(256 * 1024, File::open(path)?);
     let is_compressed = reader.fill_buf()?.starts_with(&[0x1f, 0x8b]);
     Ok(if is_compressed { Box::new(BufReader::new(MultiGzDecoder::new(reader))) } else { Box::new(reader) })
 }
 
-/// The number of a file's first line in the chain: files are read in the order of these. `None` where it has none.
+/// Number of a file's first line, by which files are sorted. `None` if it has none.
 ///
 /// # Errors
-/// What the operating system says.
+/// The operating system's error.
 pub fn first_number(mut reader: impl BufRead) -> io::Result<Option<u64>> {
     let mut line = Vec::new();
     loop {
@@ -351,7 +353,7 @@ mod tests {
     use crate::service::testing::{certificate, key};
     use std::time::SystemTime;
 
-    /// A trail of so many records, with the links of its lines.
+    /// A trail with this number of records, and the links of its lines.
     fn trail(records: usize) -> (Vec<u8>, Vec<Link>) {
         let (mut lines, mut link) = (Vec::new(), Link::default());
         let links = (0..records).map(|_| {
@@ -362,7 +364,7 @@ mod tests {
         (lines, links)
     }
 
-    /// What is found when a checkpoint follows that covers the line `covered`.
+    /// The result if a checkpoint follows that covers line `covered`.
     fn report((lines, links): &(Vec<u8>, Vec<Link>), covered: u64, certificate: &Certificate) -> Report {
         let draft = Draft::new(links[covered as usize - 1], covered, "node", SystemTime::now());
         let signature = key().sign(SignatureAlgorithm::DEFAULT, &draft.message()).unwrap();
@@ -376,7 +378,7 @@ mod tests {
     #[test]
     fn a_checkpoint_covers_a_line_as_far_back_as_is_remembered_and_no_further() {
         let certificate = Certificate::parse(&certificate()).unwrap();
-        // The checkpoint itself is remembered, too.
+        // The checkpoint itself is remembered as well.
         let records = REMEMBERED + 9;
         let oldest = (records + 2 - REMEMBERED) as u64;
         let trail = trail(records);
@@ -385,7 +387,7 @@ mod tests {
         assert_eq!(found.signed.unwrap().line, oldest);
         assert_eq!(found.unsigned, records as u64 - oldest);
 
-        // One line before that cannot be compared with what was signed: it is not proven, and that is said.
+        // A line earlier, the signed line can no longer be compared: the result says that it is not proven.
         let found = report(&trail, oldest - 1, &certificate);
         let fault = found.fault.unwrap();
         assert!(fault.what.contains("too far back"), "{fault:?}");

@@ -1,4 +1,4 @@
-//! What is looked at when somebody asks for the metrics, as Prometheus reads it.
+//! The readings: values that are taken when Prometheus requests the metrics.
 
 use std::fmt::{Display, Write};
 use std::time::Duration;
@@ -19,54 +19,54 @@ use crate::sys::process::Usage;
 /// The content type of the page.
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// How many releases there are, or may be.
+/// The number of releases, or its limit.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
 pub struct Load {
-    /// Releases that run.
+    /// Running releases.
     pub running: usize,
     /// Releases that wait for their turn.
     pub waiting: usize,
 }
 
-/// How everything is at this moment.
+/// The current values.
 #[derive(Clone, Debug, Default)]
 pub struct Readings {
     /// The members.
     pub members: Vec<MemberStatus>,
-    /// Retries that the budget has left.
+    /// Remaining retries in the budget.
     pub retry_budget: f64,
-    /// How much is going on.
+    /// Current number of releases.
     pub load: Load,
-    /// How much may.
+    /// Limits of this number.
     pub limits: Load,
-    /// Egress protectors that were made ahead and wait.
+    /// Number of egress protectors in stock.
     pub stock_depth: usize,
-    /// Kind, short thumbprint, and end in seconds since 1970 of every certificate.
+    /// Kind, short thumbprint and expiry (seconds since 1970) of every certificate.
     pub certificates: Vec<(&'static str, String, i64)>,
-    /// Hosts that are registered and enabled.
+    /// Number of registered and enabled hosts.
     pub hosts: usize,
     /// Whether the state file cannot be read.
     pub state_stale: bool,
-    /// Audit records that wait for the disk.
+    /// Number of audit records that wait for the disk.
     pub audit_waiting: usize,
-    /// For how long those that are being written have been.
+    /// Duration of the current audit write.
     pub audit_writing: Duration,
-    /// How far the audit trail has come.
+    /// Position of the audit trail.
     pub audit: crate::observe::audit::head::Head,
-    /// Connections to the service that are open.
+    /// Number of open connections to the service.
     pub connections_open: usize,
-    /// Connections to the service that may be open.
+    /// Limit of connections to the service.
     pub connections_limit: usize,
-    /// Memory for bodies of requests that is taken, and that there is, in bytes.
+    /// Used and total memory for request bodies, in bytes.
     pub body_memory: (u64, u64),
-    /// Whether there are a primary encryption and a primary signing certificate.
+    /// Whether both primary certificates exist: encryption and signing.
     pub primaries: bool,
-    /// What the process uses.
+    /// Resource usage of the process.
     pub usage: Usage,
 }
 
 impl Readings {
-    /// Appends them to a page.
+    /// Appends the readings to a page.
     pub(super) fn write(&self, page: &mut String) {
         let members =
             |value: fn(&MemberStatus) -> f64| self.members.iter().map(move |m| ([("hsm", &*m.name)], value(m)));
@@ -127,7 +127,7 @@ fn one(page: &mut String, metric: &Metric, value: f64) {
     write(page, metric, [([], value)]);
 }
 
-/// One metric with its series, in the Prometheus text format.
+/// Writes a metric and its series in the Prometheus text format.
 fn write<'a, const N: usize>(
     page: &mut String,
     metric: &Metric,
@@ -156,11 +156,11 @@ fn write<'a, const N: usize>(
 }
 
 fn line(page: &mut String, text: impl Display) {
-    // Writing to a string does not fail.
+    // Writing to a string cannot fail.
     let _ = writeln!(page, "{text}");
 }
 
-/// A label's value as the text format wants it.
+/// Escapes a label value for the text format.
 fn escaped(value: &str) -> String {
     value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
 }

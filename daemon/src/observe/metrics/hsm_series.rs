@@ -1,5 +1,5 @@
-//! What every operation at a token records, at a fraction of the price: looking a series up by its labels costs more than
-//! recording does, and the thread of a session works for one member.
+//! Caches the series of token operations per thread: finding a series by its labels costs more than recording a value,
+//! and each session thread works for one member.
 
 use std::cell::RefCell;
 use std::sync::Arc;
@@ -14,7 +14,7 @@ thread_local! {
     static MEMBERS: RefCell<Vec<Member>> = const { RefCell::new(Vec::new()) };
 }
 
-/// The series of a member that this thread has found.
+/// The cached series of a member.
 struct Member {
     /// Cheap to clone.
     hsm: Arc<str>,
@@ -25,11 +25,11 @@ struct Member {
 struct Operation {
     ok: Counter,
     service_time: Histogram,
-    /// Not every operation waits in a queue.
+    /// Some operations do not wait in a queue.
     response_time: Option<Histogram>,
 }
 
-/// Counts a call that returned.
+/// Counts a completed call.
 pub(super) fn call(hsm: &str, op: &'static str, rv: &'static str, took: Duration) {
     of(hsm, |member| {
         let operation = member.op(op);
@@ -42,7 +42,7 @@ pub(super) fn call(hsm: &str, op: &'static str, rv: &'static str, took: Duration
     });
 }
 
-/// Notes how long an operation took, with queueing.
+/// Records the duration of an operation, including its time in the queue.
 pub(super) fn answered(hsm: &str, op: &'static str, took: Duration) {
     of(hsm, |member| {
         let hsm = member.hsm.clone();
@@ -51,13 +51,13 @@ pub(super) fn answered(hsm: &str, op: &'static str, took: Duration) {
     });
 }
 
-/// Notes how many jobs a session took at once.
+/// Records how many jobs a session took at once.
 pub(super) fn batch(hsm: &str, jobs: usize) {
     of(hsm, |member| member.batch_jobs.record(jobs as f64));
 }
 
 fn of(hsm: &str, record: impl FnOnce(&mut Member)) {
-    // Series that are looked up before there is a recorder would be nowhere, for ever.
+    // Do not cache series before a recorder is installed: they would stay empty for ever.
     if INSTALLED.get().is_none() {
         return;
     }

@@ -1,4 +1,4 @@
-//! What the process records, and the page made of it.
+//! The recorder of the process, and the page of its values.
 
 use std::sync::OnceLock;
 
@@ -6,7 +6,7 @@ use metrics_exporter_prometheus::PrometheusHandle;
 
 use super::gauges::Readings;
 
-/// Access to what the process recorded.
+/// Handle of the recorder.
 #[derive(Clone)]
 pub struct Handle(PrometheusHandle);
 
@@ -29,8 +29,8 @@ impl Handle {
         page
     }
 
-    /// Sorts what histograms were told since the last time into their buckets. Until then every value takes memory, also when
-    /// nobody ever asks for the page.
+    /// Sorts recorded values into the histogram buckets. Until then each value takes memory, even if no one requests
+    /// the page.
     pub fn upkeep(&self) {
         self.0.run_upkeep();
     }

@@ -1,14 +1,14 @@
-//! The table of metrics. A new one is a line here, a function in `metrics.rs` that records it, and a panel or a rule in the
-//! dashboards, whose tests look for it.
+//! The table of metrics. A new metric needs a line here, a recording function in `metrics.rs`, and a panel or rule in
+//! the dashboards, whose tests check that.
 
 use ::metrics::Unit;
 
-/// What kind of number a metric is.
+/// The kind of a metric.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Kind {
-    /// Only ever grows, from zero at the start of the process.
+    /// Counts up from zero at the start of the process.
     Counter,
-    /// How many were at most so large, for each of these edges, in ascending order; with sum and count.
+    /// The number of values up to each of these bucket boundaries (ascending), with sum and count.
     Histogram(&'static [f64]),
     /// A counter that is read when the page is rendered.
     CounterReading,
@@ -16,33 +16,34 @@ pub enum Kind {
     GaugeReading,
 }
 
-/// One metric, as `/metrics` and the documentation show it.
+/// A metric as `/metrics` and the documentation show it.
 #[derive(Clone, Copy, Debug)]
 pub struct Metric {
-    /// The name, with the unit or `_total` at its end as Prometheus wants it.
+    /// The name, with the suffix for its unit or `_total`, following Prometheus' conventions.
     pub name: &'static str,
-    /// What kind of number it is.
+    /// The kind.
     pub kind: Kind,
     /// The unit of its values.
     pub unit: Unit,
-    /// One line that says what is counted.
+    /// One line that describes the value.
     pub help: &'static str,
     /// The names of its labels.
     pub labels: &'static [&'static str],
 }
 
-/// What the service promises: of the releases that succeed, 99 in 100 take no longer than this, in seconds. An edge of
-/// the histogram of releases, so that the share is exact.
+/// The service level objective: 99 of 100 successful releases take at most this time, in seconds. It is a bucket
+/// boundary of the release histogram, so that the share is exact.
 pub const SLO_SECONDS: f64 = 0.5;
 
-/// Edges for what a caller waits for.
+/// Bucket boundaries for times that clients wait.
 const RELEASE_SECONDS: &[f64] = &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, SLO_SECONDS, 1.0, 2.5, 5.0, 10.0];
-/// Edges for an operation at a token: soft tokens take less than a millisecond, network HSMs up to tens of them.
+/// Bucket boundaries for an operation at a token: soft tokens take less than a millisecond, network HSMs up to tens of
+/// milliseconds.
 const HSM_SECONDS: &[f64] =
     &[0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
-/// Edges for writing to the disk.
+/// Bucket boundaries for disk writes.
 const DISK_SECONDS: &[f64] = &[0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0];
-/// Edges for how many come together.
+/// Bucket boundaries for group sizes.
 const SIZES: &[f64] = &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0];
 
 macro_rules! metrics {
@@ -50,7 +51,7 @@ macro_rules! metrics {
         $(pub(super) const $id: Metric = Metric {
             name: $name, kind: Kind::$kind $(($edges))?, unit: Unit::$unit, help: $help, labels: &[$($label),*],
         };)*
-        /// Every metric that there is.
+        /// All metrics.
         pub const ALL: &[Metric] = &[$($id),*];
     };
 }

@@ -1,4 +1,4 @@
-//! What the page shows, and that every function records its metric.
+//! Tests of the page's content, and that every function records its metric.
 
 #![allow(clippy::unwrap_used)]
 
@@ -53,7 +53,7 @@ fn readings() -> Readings {
     }
 }
 
-/// The names of a series' labels, without the edge of a bucket.
+/// The label names of a series, without the bucket boundary.
 fn labels(line: &str) -> BTreeSet<&str> {
     let Some((_, rest)) = line.split_once('{') else { return BTreeSet::new() };
     let names = rest.split_once('}').unwrap().0.split(',').map(|label| label.split_once('=').unwrap().0);
@@ -101,7 +101,7 @@ fn the_page_shows_every_metric_with_help_and_only_declared_labels() {
             }
         }
     }
-    // Nothing else is on it.
+    // The page contains nothing else.
     let described: BTreeSet<_> = page.lines().filter_map(|line| line.strip_prefix("# HELP ")).collect();
     assert_eq!(described.len(), ALL.len());
     let names: BTreeSet<_> = ALL.iter().map(|metric| metric.name).collect();
@@ -206,12 +206,12 @@ fn every_function_records_its_metric() {
     let value = |series: &str| value(&page, series);
     assert_eq!(value("claviger_releases_total{outcome=\"recorded\",api=\"v1.0\"}"), 2.0);
     assert_eq!(value("claviger_key_releases_total{certificate=\"recorded\"}"), 1.0, "of a refusal no key is used");
-    // Other tests of this process release nothing.
+    // Other tests in this process release nothing.
     assert_eq!(value("claviger_release_duration_seconds_bucket{class=\"success\",le=\"0.5\"}"), 1.0);
     assert_eq!(value("claviger_release_duration_seconds_bucket{class=\"success\",le=\"0.25\"}"), 0.0);
     for (part, sum) in [("queue", 0.1), ("hsm", 0.3), ("own", 0.101)] {
         let found = value(&format!("claviger_release_part_duration_seconds_sum{{part=\"{part}\"}}"));
-        // Other tests of this process have releases, too.
+        // Other tests in this process run releases as well.
         assert!(found - sum > -1e-9, "{part}: {found}");
     }
     assert_eq!(value("claviger_batch_items_sum"), 7.0);
@@ -239,7 +239,7 @@ fn every_function_records_its_metric() {
         assert_eq!(value(&format!("claviger_hsm_{name}{{hsm=\"recorded\"}}")), 1.0, "{name}");
     }
     assert!(value("claviger_audit_write_duration_seconds_count") >= 1.0);
-    // Other tests of this process move these: they are only sure to rise.
+    // Other tests in this process change these values, so only an increase is certain.
     let before = value("claviger_audit_errors_total");
     let connections = value("claviger_connections_total");
     audit_errors(2);

@@ -1,4 +1,4 @@
-//! An HSM that takes no time: it knows the answers.
+//! An HSM that takes no time, because it knows the results.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -13,13 +13,13 @@ use zeroize::Zeroizing;
 use super::done;
 use crate::release::hsm::{DecryptError, Hsm, Unavailable};
 
-/// The length of a signature by an RSA-2048 key.
+/// Length of a signature by a 2048-bit key.
 const SIGNATURE: usize = 256;
 
-/// In the place of the cluster: it answers at once, so that what a release costs is what it costs outside of the HSMs.
+/// Takes the place of the cluster and returns at once, so that a benchmark measures only the cost outside of the HSMs.
 ///
-/// It decrypts what it was told of beforehand. Its signatures are wrong. They are checked all the same, because a release
-/// has to, at the same cost as right ones; then they are given out.
+/// It decrypts the ciphertexts that it was given in advance. Its signatures are wrong. A release verifies them at the
+/// same cost as valid ones; then they are accepted.
 #[derive(Clone, Default)]
 pub struct NullHsm(Arc<HashMap<Vec<u8>, TransportKey>>);
 
@@ -27,7 +27,7 @@ impl NullHsm {
     /// Knows the transport keys of these protectors.
     ///
     /// # Errors
-    /// When one of them is no protector.
+    /// One of them is not a protector.
     pub fn new<'p>(protectors: impl IntoIterator<Item = (&'p [u8], TransportKey)>) -> Result<Self, Refusal> {
         let mut answers = HashMap::new();
         for (file, key) in protectors {
@@ -64,7 +64,7 @@ impl Hsm for NullHsm {
         Ok(done(signature))
     }
 
-    /// None: every release makes its own egress protector.
+    /// None, so every release makes its own egress protector.
     fn idle(&self) -> usize {
         0
     }

@@ -1,16 +1,16 @@
-//! What a release costs its sender, in tokens: of the host's own bucket, of its bucket for what fails early, and of its
-//! address's bucket for strangers.
+//! The tokens that a release costs: from the host's own bucket, from its bucket for early failures, and from its
+//! address's bucket for unknown senders.
 
 use super::*;
 use crate::release::batch;
 use claviger_protocol::batch::BatchRequest;
 use claviger_protocol::protector::MAX_PROTECTOR;
 
-/// Decryptions of a wrong transport key beyond the first one.
+/// Decryptions of a wrong transport key after the first one.
 const REPEATED: u32 = REJECTION_QUORUM as u32 - 1;
 const BYTES_FOR_A_TOKEN: usize = 64 * 1024;
 
-/// No token comes back on paused time.
+/// Time is paused, so no token comes back.
 fn metered() -> (TempDir, Stage) {
     metered_with(|_| {})
 }
@@ -25,7 +25,7 @@ fn metered_with(configure: impl FnOnce(&mut Config)) -> (TempDir, Stage) {
     })
 }
 
-/// The answer to this request, and what the buckets lack afterwards.
+/// The result of this request, and the tokens that are missing in the buckets afterwards.
 async fn costs(stage: &Stage, body: &[u8]) -> (Option<Code>, [u32; 3]) {
     let mut attempt = attempt();
     let result = asked(stage, body, &mut attempt).await;
@@ -78,7 +78,7 @@ async fn what_fails_before_a_decryption_is_charged_apart_as_long_as_it_may() {
     assert_eq!(costs(&stage, &body(&unsigned)).await, (Some(Code::InvalidProtector), early(3)));
     Withdrawal::EncryptionKey.set(&stage.service, true);
     assert_eq!(costs(&stage, &body(&right)).await, (Some(Code::InvalidWrapping), early(4)));
-    // That bucket is empty: from now on it costs what a release costs.
+    // That bucket is empty: from now on, a failure costs as much as a release.
     assert_eq!(costs(&stage, &body(&right)).await, (Some(Code::InvalidWrapping), [1, 4, 0]));
     assert_eq!(costs(&stage, &body(&unshaped)).await, (Some(Code::InvalidProtector), [2, 4, 0]));
     assert_eq!(stage.hsm.asked(Operation::Decrypt), 0);
@@ -93,7 +93,7 @@ async fn a_wrong_transport_key_costs_all_its_decryptions_and_a_failing_hsm_only_
         (false, &[Operation::Decrypt, Operation::Sign], Code::ServiceUnavailable, 1),
         (true, &[], Code::InvalidProtector, wrong),
         (true, &[Operation::Sign], Code::InvalidProtector, wrong),
-        // It was not found out.
+        // The wrong result was not detected.
         (true, &[Operation::Decrypt], Code::ServiceUnavailable, 1),
     ];
     for (wrong_key, failing, code, tokens) in cases {
@@ -131,8 +131,8 @@ async fn what_is_not_let_in_costs_no_more_than_its_place_in_the_queue() {
 #[tokio::test(start_paused = true)]
 async fn a_protector_costs_by_its_size_and_by_its_rsa_operations() {
     const GUARDIANS: u32 = 20;
-    // The guardian signature; of the owner and of the guardian, which is the same one each time, a signature over the
-    // signing certificate; over each encryption certificate one; and one encryption for each party.
+    // The guardian signature; one signature over the guardian's signing certificate, which is the same each time, and
+    // one over the owner's; one signature over each encryption certificate; and one encryption for each party.
     const FIRST: u32 = 1 + 2 + (1 + GUARDIANS) + (1 + GUARDIANS);
     // The certificates are known.
     const AGAIN: u32 = 1 + (1 + GUARDIANS);
@@ -148,7 +148,7 @@ async fn a_protector_costs_by_its_size_and_by_its_rsa_operations() {
     assert_eq!(costs(&stage, &request).await, (None, [first, 0, 0]));
     let again = AGAIN.div_ceil(OPERATIONS_FOR_A_TOKEN) + bytes;
     assert_eq!(costs(&stage, &request).await, (None, [first + again, 0, 0]));
-    // What is refused early is not encrypted.
+    // A request that is refused early causes no encryption.
     Withdrawal::SigningKey.set(&stage.service, true);
     let early = [first + again, 1 + bytes, 0];
     assert_eq!(costs(&stage, &request).await, (Some(Code::InvalidWrapping), early));
@@ -165,7 +165,7 @@ async fn a_protector_that_cannot_be_written_again_is_decrypted_at_its_senders_co
     assert_eq!([Operation::Decrypt, Operation::Sign].map(|operation| stage.hsm.asked(operation)), [1, 0]);
 }
 
-/// A protector within the limit whose canonical form is beyond it.
+/// A protector within the size limit whose canonical form exceeds it.
 fn that_grows_beyond_the_limit(stage: &Stage) -> Vec<u8> {
     const EMPTY: usize = 8_000;
     let (owner, algorithm) = (stage.owner(), SignatureAlgorithm::DEFAULT);
@@ -191,7 +191,7 @@ async fn each_item_of_a_batch_costs_as_a_release_of_its_own() {
     let items = [stage.protector(), broken, with_wrong_key(&stage)];
     let ingress_protectors: Vec<_> = items.iter().cycle().take(9).cloned().collect();
     let body = BatchRequest { health_certificate, algorithms, ingress_protectors }.to_xml();
-    // The audit trail writes on a thread of its own, which paused time does not wait for. A token comes back each second.
+    // The audit trail writes on its own thread, which paused time does not wait for. One token comes back each second.
     tokio::time::resume();
     let begun = standstill::now();
     let items = batch::roll(&stage.service, &stage.hsm, &body, &mut attempt()).await.unwrap();
@@ -199,7 +199,7 @@ async fn each_item_of_a_batch_costs_as_a_release_of_its_own() {
     let usual = [None, Some(Code::InvalidProtector), Some(Code::InvalidProtector)];
     assert_eq!(codes[..8], usual.iter().cycle().take(8).copied().collect::<Vec<_>>()[..]);
     assert_eq!(codes[8], Some(Code::TooManyRequests), "one more than the host may ask for");
-    // Eight were let in; the three broken ones gave their token back, the two wrong ones cost more.
+    // Eight were admitted. The three malformed ones gave their token back; the two with wrong keys cost more.
     let [hosts, early, strangers] = stage.service.admission.charged(&host());
     let back = u32::try_from(standstill::since(begun).as_secs()).unwrap() + 1;
     let (due, due_early) = (5 + 2 * REPEATED, 3);

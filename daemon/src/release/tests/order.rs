@@ -1,25 +1,25 @@
-//! What fails first decides the answer, as section 2.1 of the protocol page says.
+//! The first failure decides the reply, as section 2.1 of the protocol page says.
 
 use super::*;
 use crate::config::{Clients, Tls};
 use claviger_protocol::health::ResultType;
 
-/// Something that is wrong with a request, or with the service at its time.
+/// A defect of a request, or of the service at that time.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Defect {
     /// An element of the request is missing.
     RequestShape,
-    /// An algorithm of the request is not known.
+    /// An algorithm of the request is not supported.
     RequestAlgorithm,
-    /// The health certificate is out of date.
+    /// The health certificate has expired.
     Expired,
     /// The host is disabled.
     Disabled,
-    /// The host asked too often.
+    /// The host exceeds its rate.
     Rate,
-    /// The protector's signature is by a wrapping that it does not have.
+    /// The guardian signature names a wrapping that does not exist.
     ProtectorShape,
-    /// An algorithm of the protector is not known.
+    /// An algorithm of the protector is not supported.
     ProtectorAlgorithm,
     /// The guardian signature is wrong.
     GuardianSignature,
@@ -29,23 +29,23 @@ enum Defect {
     NotForUs,
     /// The signing key is not enabled.
     SigningKeyMissing,
-    /// The key is limited to other hosts.
+    /// The key is restricted to other hosts.
     Limited,
-    /// No HSM decrypts.
+    /// No HSM can decrypt.
     NotDecrypted,
     /// The ciphertext does not decrypt.
     Garbled,
     /// The ciphertext decrypts to a key that did not sign the protector.
     WrongKey,
-    /// No HSM signs.
+    /// No HSM can sign.
     NotSigned,
-    /// The host is disabled while the HSMs work.
+    /// The host is disabled during the HSM operations.
     Withdrawn,
 }
 
 use Defect::*;
 
-/// All defects with their answers, in the order of the page. Those in one row are found in the same step.
+/// All defects with their codes, in the order of the page. Defects in one row are found in the same step.
 const PAGE: [&[(Defect, Code)]; 12] = [
     // Step 1.
     &[(RequestShape, Code::InvalidRequest)],
@@ -67,10 +67,10 @@ const PAGE: [&[(Defect, Code)]; 12] = [
     &[(Withdrawn, Code::HealthCertificate)],
 ];
 
-/// The first row whose defects are found by the HSMs.
+/// The first row with defects that the HSMs find.
 const AT_THE_HSMS: usize = 9;
 
-/// The refusal of a request with these defects, and how often the HSMs were asked to decrypt and to sign.
+/// The refusal of a request with these defects, and the number of decryptions and signatures.
 async fn refusal(defects: &[Defect]) -> (Refusal, [usize; 2]) {
     let has = |defect| defects.contains(&defect);
     let (_folder, stage) = stage_with(|config| config.release.host_rate = 1);
@@ -215,7 +215,7 @@ async fn a_known_host_is_refused_for_its_rate_before_a_large_request_is_read() {
     let request = stage.request(&stage.protector()).to_xml();
     assert!(released(&stage, &request).await.is_ok(), "the host is not known");
     exhaust_rate(&stage.service);
-    // What is not read may be anything, as long as the health certificate can be found.
+    // The unread parts may have any content, as long as the health certificate can be found.
     let unread = "junk ".repeat(4_000) + std::str::from_utf8(&request).unwrap();
     let charged = stage.service.admission.charged(&host());
     let mut attempt = attempt();

@@ -1,4 +1,4 @@
-//! What the audit trail, the metrics and the counts of used keys say of a release.
+//! Records of a release: the audit trail, the metrics and the counts of used keys.
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::symlink;
@@ -15,18 +15,18 @@ fn sha256(bytes: &[u8]) -> Value {
     HEXLOWER.encode(digest::digest(&digest::SHA256, bytes).as_ref()).into()
 }
 
-/// The values of a line that are there, by name.
+/// The non-null values of a line, by name.
 fn values(line: &Value) -> BTreeMap<&str, &Value> {
     line.as_object().unwrap().iter().map(|(name, value)| (name.as_str(), value)).collect()
 }
 
-/// Everything that the trail says, as it stands in the file.
+/// The whole content of the audit file.
 async fn text(stage: &Stage) -> String {
     stage.service.audit.write_summary().await;
     std::fs::read_to_string(stage.service.config.load().server.audit_file()).unwrap()
 }
 
-/// How often the service's two keys were counted as used: for decryptions, for signatures.
+/// How often the service's two keys were counted: for decryptions, for signatures.
 fn used(stage: &Stage) -> [u64; 2] {
     let releases = stage.service.usage.releases(unix_now()).unwrap();
     [&stage.guardian().encryption_key, &stage.guardian().signing_key].map(|key| {
@@ -35,7 +35,7 @@ fn used(stage: &Stage) -> [u64; 2] {
     })
 }
 
-/// One release, and its attempt.
+/// Runs one release; returns its result and its attempt.
 async fn decided(stage: &Stage, body: &[u8]) -> (Result<RollResponse, Refusal>, Attempt) {
     let mut attempt = attempt();
     let result = asked(stage, body, &mut attempt).await;
@@ -73,7 +73,7 @@ async fn a_grant_has_one_line_that_says_what_was_released_to_whom() {
     assert_eq!(others, ["health_serial", "identity_key", "ms", "n", "node", "prev", "time"]);
     assert_eq!(used(&stage), [1, 1]);
 
-    // Neither transport key is in it, nor any text in which it could stand.
+    // Neither transport key is in the line, nor any text long enough to contain one.
     let keys = stage.open(&response);
     let text = text(&stage).await;
     for key in [&keys.ingress, &keys.egress] {
@@ -84,7 +84,7 @@ async fn a_grant_has_one_line_that_says_what_was_released_to_whom() {
     assert_eq!(text.matches(&attempt.request).count(), 1, "recorded twice: {text}");
 }
 
-/// The names of what the line says of the request, after a release that is refused with `code` and recorded once.
+/// The names of the fields of the line after a release that was refused with `code` and recorded once.
 async fn refused(stage: &Stage, protector: &[u8], code: Code) -> Vec<String> {
     const ALWAYS: [&str; 8] = ["event", "ms", "n", "node", "outcome", "prev", "request", "time"];
     let (result, attempt) = decided(stage, &stage.request(protector).to_xml()).await;
@@ -118,7 +118,7 @@ async fn a_refusal_to_a_host_has_one_line_that_says_how_far_it_came() {
     let names = refused(&wrong, &with_wrong_key(&wrong), Code::InvalidProtector).await;
     assert_eq!(names, expected(&["owner", "guardian_key"]));
 
-    // Nothing was given out, although it was made.
+    // A protector was made, but not given out.
     let (_folder, withdrawn) = stage();
     let service = Arc::clone(&withdrawn.service);
     withdrawn.hsm.plan(Operation::Sign, Incident::meanwhile(move || Withdrawal::Host.set(&service, true)));
@@ -176,7 +176,7 @@ async fn what_cannot_be_recorded_does_not_leave() {
     assert_eq!(used(&stage), [0, 0]);
 }
 
-/// The series of the releases that are not zero, with their values.
+/// The non-zero series of the releases, with their values.
 fn counters(handle: &PrometheusHandle, name: &str) -> BTreeMap<String, String> {
     let page = handle.render();
     let series = page.lines().filter_map(|line| line.strip_prefix(name)).filter(|rest| rest.starts_with('{'));

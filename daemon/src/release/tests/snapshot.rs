@@ -1,4 +1,4 @@
-//! A release goes by what was in force when it began; only what was withdrawn meanwhile keeps its answer from leaving.
+//! A release uses the settings and registry from its start; only a withdrawal in the meantime stops its reply.
 
 use super::*;
 use crate::config::AttestMode;
@@ -7,7 +7,7 @@ use claviger_protocol::batch::BatchRequest;
 use claviger_protocol::tpm::pcr::PcrValues;
 use tokio::task::yield_now;
 
-/// Withdraws this in the middle of a decryption; gives how the release went, and the attempt.
+/// Withdraws something in the middle of a decryption; returns the result and the attempt.
 async fn withdrawn_at_the_hsm(stage: &Stage, withdrawal: Withdrawal) -> (Result<Grant, Refusal>, Attempt) {
     let service = Arc::clone(&stage.service);
     stage.hsm.plan(Operation::Decrypt, Incident::meanwhile(move || withdrawal.set(&service, true)));
@@ -42,7 +42,7 @@ async fn what_was_withdrawn_and_given_back_leaves() {
 async fn a_host_that_was_replaced_meanwhile_gets_nothing() {
     let (_folder, stage) = stage();
     let service = Arc::clone(&stage.service);
-    // The same name, another machine.
+    // Another machine with the same name.
     stage.hsm.plan(
         Operation::Sign,
         Incident::meanwhile(move || {
@@ -62,7 +62,7 @@ async fn settings_that_change_at_the_hsm_are_for_the_next_release() {
         configure(&service, |config| (config.release.max_offline_unwraps, config.release.deadline_ms) = (7, 1));
     };
     stage.hsm.plan(Operation::Decrypt, Incident::meanwhile(reload));
-    // Within the old deadline, and not within the new one.
+    // This time is within the old deadline and beyond the new one.
     stage.hsm.plan(Operation::Sign, Incident::Takes(Duration::from_secs(1)));
     let mut attempt = attempt();
     let request = stage.request(&stage.protector()).to_xml();
@@ -79,7 +79,7 @@ async fn settings_that_change_at_the_hsm_are_for_the_next_release() {
     assert_eq!(stage.open(&response).max_offline_unwraps, 7);
 }
 
-/// Runs a release of which another one is ahead, and does `meanwhile` while it waits.
+/// Runs a release that waits for another one, and runs `meanwhile` while it waits.
 async fn after_waiting(stage: &Stage, request: Vec<u8>, meanwhile: impl FnOnce()) -> Result<Grant, Refusal> {
     let permit = stage.service.admission.admit(&HostAt::new("another", &attempt()), &attempt()).await.unwrap();
     let (service, hsm) = (Arc::clone(&stage.service), stage.hsm.clone());
@@ -102,7 +102,7 @@ async fn a_release_that_waits_for_its_turn_goes_on_with_what_it_began_with() {
         let grant = after_waiting(&stage, request.clone(), || withdrawal.set(service, true)).await;
         assert_eq!(stage.hsm.asked(Operation::Decrypt), asked + 1, "{withdrawal:?}");
         assert_eq!(grant.unwrap().confirm(service).unwrap_err().code, withdrawal.code());
-        // What comes to be in force meanwhile is for the next release, too.
+        // Something that is added in the meantime also counts only for the next release.
         let refused = async |code: Code| {
             let result = roll(service, &stage.hsm, ApiVersion::V2, &request, &mut attempt()).await;
             assert_eq!(result.unwrap_err().code, code, "{withdrawal:?}");
@@ -133,7 +133,7 @@ async fn a_baseline_that_is_disabled_stops_its_hosts_releases_at_once() {
     let request = of(stage.measured_certificate("base", added));
     assert!(released(&stage, &request).await.is_ok());
 
-    // While a release waits for its turn, and while it is at the HSM.
+    // While a release waits for its turn, and while it waits for the HSM.
     let grant = after_waiting(&stage, request.clone(), || {
         change(service, |state| state.enable_baseline("base", false));
     });
@@ -147,7 +147,7 @@ async fn a_baseline_that_is_disabled_stops_its_hosts_releases_at_once() {
     change(service, |state| state.enable_baseline("base", true));
     assert!(released(&stage, &request).await.is_ok());
 
-    // A certificate of another baseline, from before this one was added, and of host-key mode.
+    // A certificate of another baseline, one from before this baseline was added, and one of host-key mode.
     for certificate in [
         stage.measured_certificate("other", added),
         stage.measured_certificate("base", added - 1),
@@ -174,7 +174,7 @@ async fn all_items_of_a_batch_go_by_one_snapshot() {
     assert_eq!(unwraps(batch().await), [0; ITEMS]);
     assert_eq!(unwraps(batch().await), [7; ITEMS]);
 
-    // Withdrawn at the last item: none of them leaves.
+    // Withdrawn during the last item: no item is released.
     let service = Arc::clone(&stage.service);
     let withdraw = Incident::meanwhile(move || Withdrawal::Host.set(&service, true));
     for _ in 1..ITEMS {

@@ -1,5 +1,5 @@
-//! Releases with a stock: they take one operation, each item serves once, and nothing is left of it when what it depends on
-//! changes.
+//! Releases with a stock: they need one operation, each item is used once, and all items are dropped when something
+//! they depend on changes.
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -10,12 +10,12 @@ use crate::registry::keys::Keys;
 use crate::release::stocker;
 use crate::stock::{Basis, Stock};
 
-/// One release, without its audit line: that is written by a thread, for which a paused clock does not wait.
+/// Runs a release without its audit record, which a thread writes that a paused clock does not wait for.
 async fn served(stage: &Stage, body: &[u8]) -> Result<RollResponse, Refusal> {
     super::asked(stage, body, &mut attempt()).await.and_then(|grant| grant.confirm(&stage.service))
 }
 
-/// A protector whose set had so many releases.
+/// A protector whose set had this many releases.
 async fn asked(stage: &Stage, releases: usize) -> Vec<u8> {
     let mut protector = stage.protector();
     for _ in 0..releases {
@@ -57,7 +57,7 @@ async fn with_a_stock_a_release_takes_one_operation_and_gives_as_much() {
         }
         assert!(given.insert(*keys.egress), "each is given out once");
         assert_eq!(depth(&stage), 3_usize.saturating_sub(round));
-        // The fourth finds it empty.
+        // The fourth release finds the stock empty.
         assert_eq!(operations(&stage), [3 + round, 6 + round / 4]);
         protector = response.egress_protector;
     }
@@ -68,7 +68,7 @@ async fn machines_of_one_owner_share_a_stock_and_other_owners_do_not() {
     let (_folder, stage) = stage();
     asked(&stage, 2).await;
     fill(&stage).await;
-    // The same parties, and another transport key.
+    // The same parties with another transport key.
     served(&stage, &stage.request(&stage.protector()).to_xml()).await.unwrap();
     assert_eq!((operations(&stage), depth(&stage)), ([3, 4], 1));
     let two = stage.owner().create(&[stage.metadata(), stage.metadata()]).unwrap().0;
@@ -91,7 +91,7 @@ async fn a_refused_release_leaves_the_stock_as_it_was_and_takes_as_long() {
     let before = operations(&stage);
     assert_eq!(refused().await, without);
     assert_eq!((operations(&stage), depth(&stage)), ([before[0] + 1, before[1]], 2));
-    // An HSM that fails costs no item either.
+    // A failing HSM does not use up an item.
     stage.hsm.plan(Operation::Decrypt, Incident::Fails);
     assert!(served(&stage, &stage.request(&stage.protector()).to_xml()).await.is_err());
     assert_eq!(depth(&stage), 2);
@@ -116,7 +116,7 @@ async fn a_change_of_keys_labels_or_settings_empties_it_at_once() {
     let protector = asked(&stage, 1).await;
     assert_eq!(fill(&stage).await, 1);
     configure(&stage.service, |config| config.release.max_offline_unwraps = 3);
-    // A release that begins before the stock knows of the change has its own settings, and leaves the stock alone.
+    // A release that starts before the stock knows about the change has its own settings and does not use the stock.
     let response = served(&stage, &stage.request(&protector).to_xml()).await.unwrap();
     assert_eq!(Protector::parse(&response.egress_protector).unwrap().max_offline_unwraps, 3);
     assert_eq!(depth(&stage), 1);
@@ -246,7 +246,7 @@ async fn sets_are_bounded_by_bytes_since_their_senders_choose_their_size() {
     assert!(stock.worth(1).is_empty(), "a set takes more than half of the stock");
     stock.asked(&set, 1.0, set.memory() * 2);
     assert_eq!(stock.worth(1).len(), 1);
-    // One with another guardian: there is room for one of both.
+    // A set with another guardian: the limit allows one item of each.
     let two = stage.owner().create(&[stage.metadata(), stage.metadata()]).unwrap().0;
     served(&stage, &stage.request(&two).to_xml()).await.unwrap();
     let both = stage.service.stock.worth(2).into_iter().map(|worth| worth.set);
@@ -277,7 +277,7 @@ async fn a_service_that_is_started_anew_fills_it_before_the_machines_ask() {
     assert_eq!(operations(&started), [1, 5]);
     assert_eq!(*started.owner().open(&response.egress_protector).unwrap(), *started.open(&response).egress);
 
-    // What is damaged is passed over, and what is not asked for any more is forgotten.
+    // Damaged sets are skipped, and sets that are no longer requested are dropped.
     started.service.usage.remember_sets(damaged, 1).unwrap();
     assert_eq!(started.service.usage.sets().unwrap().len(), 1);
     stocker::recall(&started.service).await;

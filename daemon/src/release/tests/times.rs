@@ -1,4 +1,4 @@
-//! Deadlines and the times at which refusals leave, on paused time.
+//! Deadlines and the times of refusals, on paused time.
 
 use super::*;
 

@@ -1,7 +1,7 @@
-//! Changes as transactions of etcd, which takes 128 operations and 1.5 MiB in one.
+//! Changes as etcd transactions. One transaction allows 128 operations and 1.5 MiB.
 //!
-//! A change that is larger is written in parts to a journal first. The transaction that names the journal in the head makes the
-//! change, all of it at once: whoever reads the state adds what the journal says. Then any node copies the parts to their places
+//! A larger change is first written to a journal in parts. The transaction that names the journal in the head makes the
+//! change, all at once: every reader adds the contents of the journal. Then any node copies the parts to their places
 //! and clears the journal.
 
 use serde::{Deserialize, Serialize};
@@ -9,11 +9,11 @@ use serde_json::Value;
 
 use super::layout::Write;
 
-/// Most writes of one transaction. Others of it are the head's and the conditions.
+/// Most writes in one transaction. The head and the conditions need the remaining operations.
 const MOST_WRITES: usize = 100;
 /// Most bytes of one transaction.
 const MOST_BYTES: usize = 900 * 1024;
-/// Number of earlier changes that a head names.
+/// Number of earlier changes that a head lists.
 const RECENT: usize = 64;
 
 /// The last change.
@@ -21,13 +21,14 @@ const RECENT: usize = 64;
 #[serde(deny_unknown_fields)]
 pub(super) struct Head {
     pub(super) v: u32,
-    /// Its id.
+    /// Id of the change.
     pub(super) change: String,
     /// The node that made it.
     pub(super) node: String,
-    /// Ids of the changes before it, the last one first: after a lost connection, a node finds here whether its change was made.
+    /// Ids of earlier changes, the latest first. After a lost connection, a node looks here to see whether its change
+    /// was made.
     pub(super) before: Vec<String>,
-    /// Number of its parts in the journal, while they are not all in their places.
+    /// Number of its parts in the journal, until all are in their places.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) journal: Option<usize>,
 }
@@ -40,7 +41,7 @@ impl Head {
         Self { v: 1, change: change.to_owned(), node: node.to_owned(), before, journal }
     }
 
-    /// Whether a change is this one or one of those before it.
+    /// Whether `change` is this one or an earlier one in the list.
     pub(super) fn has(&self, change: &str) -> bool {
         self.change == change || self.before.iter().any(|id| id == change)
     }
@@ -54,7 +55,7 @@ pub(super) struct Part {
     pub(super) writes: Vec<Write>,
 }
 
-/// Writes in groups, each of which fits into one transaction. A single value of more than that is a group of its own.
+/// Splits writes into groups that each fit into one transaction. A single larger value is a group of its own.
 pub(super) fn groups(writes: Vec<Write>) -> Vec<Vec<Write>> {
     let (mut groups, mut bytes) = (Vec::<Vec<Write>>::new(), 0);
     for write in writes {
@@ -73,7 +74,7 @@ pub(super) fn groups(writes: Vec<Write>) -> Vec<Vec<Write>> {
     groups
 }
 
-/// About as many bytes as a write takes.
+/// Approximate size of a write in bytes.
 fn size(write: &Write) -> usize {
     fn of(value: &Value) -> usize {
         match value {

@@ -1,4 +1,4 @@
-//! The calls of etcd that a store is made of. None of them waits for longer than [`CALL`] for one answer.
+//! The etcd calls that the store uses. Each answer has the time limit [`CALL`].
 
 use std::future::Future;
 
@@ -11,17 +11,17 @@ use super::layout::{self, Layout, LogJson, Write};
 use super::settings::{CALL, reason};
 use crate::store::contents::Contents;
 
-/// Records in one answer.
+/// Records per answer.
 const PAGE: i64 = 1_000;
-/// Longest answer, in bytes: a page of the largest records, or the events of one transaction.
+/// Largest answer in bytes: a page of the largest records, or the events of one transaction.
 const LONGEST: usize = 128 * 1024 * 1024;
 
-/// Why a call failed, for people. Whether it had an effect is not known.
+/// Why a call failed, for people. The call may still have had an effect.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("{0}")]
 pub(super) struct CallError(pub(super) String);
 
-/// The head, as it was at one revision.
+/// The head at one revision.
 #[derive(Clone, Debug, Default)]
 pub(super) struct HeadAt {
     /// The revision at which it was written; 0: never.
@@ -37,12 +37,12 @@ pub(super) struct Loaded {
     pub(super) revision: i64,
 }
 
-/// What became of a change.
+/// The result of a change.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Outcome {
-    /// It was made, with this revision of the head.
+    /// The change was made; this is the revision of its head.
     Made(i64),
-    /// Another one was made before it.
+    /// Another change was made before it.
     Conflict,
 }
 
@@ -68,12 +68,12 @@ fn head_of(response: &GetResponse) -> Result<HeadAt, CallError> {
     Ok(HeadAt { at: found.mod_revision(), head: Some(head) })
 }
 
-/// The head as a majority of etcd has it.
+/// Reads the head with the consent of a majority.
 pub(super) async fn read_head(client: &Client, layout: &Layout) -> Result<HeadAt, CallError> {
     head_of(&in_time(client.kv_client().get(layout.head(), None)).await?)
 }
 
-/// All key-value pairs of a folder, at `revision`, or at the newest one. Returns that, too.
+/// All key-value pairs of a folder at `revision`, or at the newest one; also returns the revision.
 async fn folder(
     client: &Client,
     folder: &str,
@@ -107,7 +107,7 @@ fn end_of(folder: &str) -> Vec<u8> {
     end
 }
 
-/// The whole state, with what is in the journal and not in its place yet.
+/// Reads the whole state, including the parts in the journal that are not in their places yet.
 pub(super) async fn load(client: &Client, layout: &Layout) -> Result<Loaded, CallError> {
     let mut contents = Contents::default();
     let mut bad = Vec::new();
@@ -175,10 +175,10 @@ fn json(value: &impl serde::Serialize) -> Result<String, CallError> {
     serde_json::to_string(value).map_err(|error| CallError(error.to_string()))
 }
 
-/// Makes a change that was decided on the state of `before`.
+/// Writes a change that was decided on the state of `before`.
 ///
 /// # Errors
-/// [`CallError`]: it may have been made.
+/// [`CallError`]: the change may have been made.
 pub(super) async fn commit(
     client: &Client,
     layout: &Layout,
@@ -197,7 +197,7 @@ pub(super) async fn commit(
             let key = layout.chunk(change, number);
             let part = json(&Part { v: 1, writes })?;
             in_time(kv.put(key.clone(), part, None)).await?;
-            // Another node may have cleared the journal of what it took for remains.
+            // Another node may have cleared this journal as a leftover.
             conditions.push(Compare::version(key, CompareOp::Greater, 0));
         }
     } else {
@@ -213,12 +213,12 @@ pub(super) async fn commit(
     if journal.is_none() {
         return Ok(Outcome::Made(at));
     }
-    // The change is made. Its writes come to their places now, or before the next change.
+    // The change is made. Its parts are copied to their places now, or before the next change.
     let mine = HeadAt { at, head: Some(head) };
     Ok(Outcome::Made(clear_journal(client, layout, &mine, node).await.unwrap_or(at)))
 }
 
-/// Brings the writes of a change in the journal to their places, and returns the revision of the head then. Several nodes may do
+/// Copies a change from the journal to its place, and returns the resulting revision of the head. Several nodes may do
 /// this at the same time.
 pub(super) async fn clear_journal(
     client: &Client,
@@ -236,7 +236,7 @@ pub(super) async fn clear_journal(
         }
     }
     let cleared = Head { node: node.to_owned(), journal: None, ..of.clone() };
-    // Remains of changes that were not made, too.
+    // This also deletes leftovers of changes that were not made.
     let all = DeleteOptions::new().with_range(end_of(&layout.journal()));
     let operations = [TxnOp::put(layout.head(), json(&cleared)?, None), TxnOp::delete(layout.journal(), Some(all))];
     let done = in_time(kv.txn(Txn::new().when([unchanged(layout, head)]).and_then(operations))).await?;
@@ -246,7 +246,7 @@ pub(super) async fn clear_journal(
     Ok(done.header().map_or(head.at, |header| header.revision()))
 }
 
-/// Writes a head that changes nothing, so that no change which was decided on `before` and is still on its way can be made.
+/// Writes a head without a change. Then no change that was decided on `before` and is still in progress can be made.
 pub(super) async fn fence(
     client: &Client,
     layout: &Layout,
@@ -257,7 +257,7 @@ pub(super) async fn fence(
     commit(client, layout, before, change, node, Vec::new()).await
 }
 
-/// The log of the baseline of this name that was added at this time.
+/// The log of the baseline that was added under this name at this time.
 pub(super) async fn log(
     client: &Client,
     layout: &Layout,
@@ -270,7 +270,7 @@ pub(super) async fn log(
     Ok((log.added == added).then_some(log.log))
 }
 
-/// What happens to the state after `revision`.
+/// Watches the changes after `revision`.
 pub(super) async fn watch(client: &Client, layout: &Layout, revision: i64) -> Result<WatchStream, CallError> {
     let options = WatchOptions::new().with_prefix().with_start_revision(revision + 1);
     let mut watch = client.watch_client().max_decoding_message_size(LONGEST);

@@ -1,4 +1,4 @@
-//! One task keeps the contents as etcd has them: it reads the whole state, then what changes.
+//! A task that keeps the contents in memory up to date with etcd: it reads the whole state, then the changes.
 //!
 //! ```text
 //!                  connected, loaded
@@ -8,7 +8,7 @@
 //!     └── watch cancelled, compacted or behind; no answer: the next endpoint is tried at once, and all is read again
 //! ```
 //!
-//! The contents stay as they were while the connection is lost; [`Followed::fresh`] says how old they may be.
+//! While the connection is lost, the contents stay as they are; [`Followed::fresh`] limits their age.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -23,43 +23,43 @@ use super::layout::{self, Layout};
 use super::settings::{EtcdSettings, Unreachable, reason};
 use crate::store::contents::Contents;
 
-/// How often a majority of etcd is asked whether the contents are the newest.
+/// Interval at which a majority of etcd is asked whether the contents are current.
 const BEAT: Duration = Duration::from_millis(250);
-/// How long that answer may take before another endpoint is tried.
+/// Time limit of that answer before another endpoint is tried.
 const BEAT_ANSWER: Duration = Duration::from_millis(750);
-/// Number of beats after which events that a majority has and the watch does not bring count as lost.
+/// Number of beats after which events that a majority has, but the watch has not delivered, count as lost.
 const LATE: u32 = 2;
-/// The pause after no endpoint has answered.
+/// Pause after no endpoint has answered.
 const PAUSE: Duration = Duration::from_millis(200);
 
-/// What the task and the callers share.
+/// The data that the task and the callers share.
 #[derive(Debug)]
 pub(super) struct Shared {
     pub(super) settings: EtcdSettings,
     pub(super) layout: Layout,
     followed: Mutex<Followed>,
-    /// Notified of every change of `followed`.
+    /// Notifies about every change of `followed`.
     moved: Condvar,
-    /// Notified of new contents.
+    /// Notifies about new contents.
     pub(super) changed: tokio::sync::watch::Sender<()>,
 }
 
-/// What is known of etcd.
+/// The known state of etcd.
 pub(super) struct Followed {
-    /// `None` until they were read once.
+    /// `None` until they were read for the first time.
     pub(super) contents: Option<Arc<Contents>>,
     /// The last change in them.
     pub(super) head: HeadAt,
-    /// The revision of etcd at which they were read, or changed last.
+    /// etcd's revision at which they were read or last changed.
     pub(super) revision: i64,
-    /// A time at which a majority of etcd had nothing newer.
+    /// A time at which the contents were current, confirmed by a majority.
     pub(super) fresh: Option<Instant>,
     pub(super) link: Link,
-    /// When the connection was lost, or first looked for.
+    /// When the connection was lost, or the first attempt to connect.
     pub(super) lost: Instant,
 }
 
-/// Whether there is a connection.
+/// State of the connection.
 #[derive(Clone)]
 pub(super) enum Link {
     Following { client: Box<Client>, endpoint: String },
@@ -95,7 +95,7 @@ impl Shared {
         lock(&self.followed)
     }
 
-    /// Waits until `found` finds something in what is known, or the deadline.
+    /// Waits until `found` returns a value, or until the deadline.
     pub(super) fn wait<T>(&self, deadline: Instant, mut found: impl FnMut(&Followed) -> Option<T>) -> Option<T> {
         let mut followed = self.followed();
         loop {
@@ -122,7 +122,7 @@ impl Shared {
     }
 }
 
-/// Follows etcd for as long as the task runs.
+/// Follows etcd while the task runs.
 pub(super) async fn follow(shared: Arc<Shared>) {
     let endpoints = &shared.settings.endpoints;
     let mut failed = 0;
@@ -148,7 +148,7 @@ pub(super) async fn follow(shared: Arc<Shared>) {
 
 /// Why following ended.
 enum Ended {
-    /// The state is to be read again.
+    /// The state must be read again.
     Again,
     Lost(String),
 }
@@ -159,7 +159,7 @@ impl From<CallError> for Ended {
     }
 }
 
-/// Follows one endpoint, until it is lost. Returns the reason.
+/// Follows one endpoint until it is lost. Returns the reason.
 async fn session(shared: &Shared, endpoint: &str, was_following: &mut bool) -> String {
     let client = match shared.settings.connect(endpoint).await {
         Ok(client) => client,
@@ -173,7 +173,7 @@ async fn session(shared: &Shared, endpoint: &str, was_following: &mut bool) -> S
     }
 }
 
-/// Reads the whole state, and follows it from there.
+/// Reads the whole state, and then follows its changes.
 async fn reading(shared: &Shared, client: &Client, endpoint: &str, was_following: &mut bool) -> Ended {
     let asked = Instant::now();
     let Loaded { contents, head, revision } = match calls::load(client, &shared.layout).await {
@@ -199,7 +199,7 @@ async fn reading(shared: &Shared, client: &Client, endpoint: &str, was_following
             (Instant::now(), tokio::time::timeout(BEAT_ANSWER, calls::read_head(client, &shared.layout)).await)
         };
         tokio::pin!(beat);
-        // Events are taken while the beat is under way, which must not be dropped for them.
+        // Process events while the beat is in progress; the beat must not be cancelled by them.
         let (asked, confirmed) = loop {
             tokio::select! {
                 message = stream.message() => {
@@ -234,7 +234,7 @@ async fn reading(shared: &Shared, client: &Client, endpoint: &str, was_following
     }
 }
 
-/// Takes what the watch has brought.
+/// Applies the events of a watch.
 fn take(shared: &Shared, response: &WatchResponse) -> Option<Ended> {
     if response.canceled() || response.compact_revision() > 0 {
         tracing::info!(reason = response.cancel_reason(), "etcd has cancelled the watch; the state is read again");
@@ -247,7 +247,7 @@ fn take(shared: &Shared, response: &WatchResponse) -> Option<Ended> {
         let followed = shared.followed();
         (followed.contents.clone()?, followed.head.clone(), followed.revision)
     };
-    // An event may make what cannot be read readable.
+    // An event may repair a record that cannot be read.
     if !known.is_whole() {
         return Some(Ended::Again);
     }
@@ -257,7 +257,7 @@ fn take(shared: &Shared, response: &WatchResponse) -> Option<Ended> {
         revision = revision.max(pair.mod_revision());
         let value = (event.event_type() == EventType::Put).then(|| pair.value());
         if pair.key() == shared.layout.head().as_bytes() {
-            // Without a head, or with one that is not understood, nothing is known.
+            // Without a valid head, nothing is known.
             let Some(found) = value.and_then(|value| layout::decode::<Head>(value).ok()) else {
                 return Some(Ended::Again);
             };

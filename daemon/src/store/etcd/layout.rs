@@ -1,4 +1,4 @@
-//! Keys and values in etcd. `docs/nodes.md` describes them; values are JSON with the version of their form.
+//! Keys and values in etcd. `docs/nodes.md` describes them; values are JSON with a format version.
 
 use data_encoding::HEXLOWER_PERMISSIVE;
 use serde::de::DeserializeOwned;
@@ -14,10 +14,10 @@ use super::super::records::{
 };
 use super::super::table::{Changes, Row, Table};
 
-/// The version of values that this program writes, and the newest that it reads.
+/// The format version that this program writes, and the newest that it reads.
 const VERSION: u32 = 1;
 
-/// Folder of the records below the prefix, with the version of the key layout.
+/// Folder of the records below the prefix, including the version of the key layout.
 const STATE: &str = "v1/state/";
 
 /// The keys below a prefix.
@@ -30,9 +30,9 @@ pub(super) struct Layout {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Write {
-    /// A key without the prefix, and its value.
+    /// A key without the prefix, and its new value.
     Put(String, Value),
-    /// A key without the prefix.
+    /// A key without the prefix, which is deleted.
     Delete(String),
 }
 
@@ -40,7 +40,7 @@ pub(super) enum Write {
 #[derive(Debug, thiserror::Error)]
 #[error("{key}: {problem}")]
 pub(super) struct BadValue {
-    /// The name of the table.
+    /// Name of the table.
     pub(super) table: &'static str,
     pub(super) key: String,
     pub(super) problem: String,
@@ -51,22 +51,22 @@ impl Layout {
         Self { prefix: prefix.to_owned() }
     }
 
-    /// A key with the prefix.
+    /// Adds the prefix to a key.
     pub(super) fn key(&self, key: &str) -> String {
         format!("{}{key}", self.prefix)
     }
 
-    /// The folder of all records and of the head: what nodes watch.
+    /// The folder of all records and the head, which nodes watch.
     pub(super) fn state(&self) -> String {
         self.key(STATE)
     }
 
-    /// Which change was the last: every change writes this key, on condition that it is as it was when the change was decided.
+    /// The key of the last change: every change writes it, on condition that it has not changed since the decision.
     pub(super) fn head(&self) -> String {
         format!("{}head", self.state())
     }
 
-    /// The folder of the parts of changes that are too large for one transaction.
+    /// The folder for parts of changes that are too large for one transaction.
     pub(super) fn journal(&self) -> String {
         self.key("v1/journal/")
     }
@@ -75,7 +75,7 @@ impl Layout {
         format!("{}{change}/{number:06}", self.journal())
     }
 
-    /// The log of a baseline. Not in the folder that nodes watch: it may be large.
+    /// The log of a baseline. It may be large, so it is outside of the watched folder.
     pub(super) fn log(&self, name: &str) -> String {
         self.key(&log_key(name))
     }
@@ -90,20 +90,20 @@ fn log_key(name: &str) -> String {
     format!("v1/baseline-logs/{}", name.to_ascii_lowercase())
 }
 
-/// A value as it is stored.
+/// A stored value.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Stored<T> {
     v: u32,
-    /// Increases from one record of a kind that is added to the next.
+    /// Each new record of a kind gets a larger number.
     order: i64,
     record: T,
 }
 
-/// Reads a value of any kind.
+/// Parses a value of any kind.
 ///
 /// # Errors
-/// What is wrong with it.
+/// The problem.
 pub(super) fn decode<T: DeserializeOwned>(value: &[u8]) -> Result<T, String> {
     #[derive(Deserialize)]
     struct Version {
@@ -121,13 +121,13 @@ trait Record: Sized {
     type Key: Ord + Clone;
     type Value: Clone;
     type Json: Serialize + DeserializeOwned;
-    /// The folder below `v1/state/`, which is the name of the table, too.
+    /// The folder below `v1/state/`, also the name of the table.
     const FOLDER: &'static str;
 
     fn name(key: &Self::Key) -> String;
     fn to_json(key: &Self::Key, value: &Self::Value) -> Self::Json;
     /// # Errors
-    /// What is wrong with it.
+    /// The problem.
     fn from_json(json: Self::Json) -> Result<(Self::Key, Self::Value), String>;
     fn table(contents: &mut Contents) -> &mut Table<Self::Key, Self::Value>;
 }
@@ -196,7 +196,7 @@ struct Baselines;
 #[serde(deny_unknown_fields)]
 struct BaselineJson {
     name: String,
-    /// As `0=<hexadecimal> 4=…`.
+    /// Format: `0=<hexadecimal> 4=…`.
     pcrs: String,
     has_log: bool,
     enabled: bool,
@@ -444,16 +444,16 @@ fn writes<R: Record>(changes: &Changes<R::Key, R::Value>, to: &mut Vec<Write>) -
 #[serde(deny_unknown_fields)]
 pub(super) struct LogJson {
     v: u32,
-    /// When its baseline was added: a later one of the name is another one.
+    /// When its baseline was added. A later baseline with the same name is another one.
     pub(super) added: i64,
     #[serde(with = "base64")]
     pub(super) log: Vec<u8>,
 }
 
-/// What a difference writes.
+/// The writes for a difference.
 ///
 /// # Errors
-/// When a record is no JSON.
+/// A record cannot be written as JSON.
 pub(super) fn writes_of(delta: &Delta) -> serde_json::Result<Vec<Write>> {
     let mut all = Vec::new();
     writes::<Hosts>(&delta.hosts, &mut all)?;
@@ -469,7 +469,7 @@ pub(super) fn writes_of(delta: &Delta) -> serde_json::Result<Vec<Write>> {
                 let log = LogJson { v: VERSION, added: row.value.baseline.added, log: log.to_vec() };
                 all.push(Write::Put(log_key(name), serde_json::to_value(log)?));
             }
-            // Of an earlier baseline of the name.
+            // Delete the log of an earlier baseline with this name.
             KeptLog::Absent => all.push(Write::Delete(log_key(name))),
             KeptLog::Stored => {}
         }
@@ -477,8 +477,7 @@ pub(super) fn writes_of(delta: &Delta) -> serde_json::Result<Vec<Write>> {
     Ok(all)
 }
 
-/// Takes a record that etcd has under a key without the prefix, or its absence, into the contents. Keys of no record are passed
-/// over.
+/// Loads a record from etcd into the contents, or removes it. `key` is without the prefix; unknown keys are ignored.
 ///
 /// # Errors
 /// [`BadValue`].
@@ -509,7 +508,7 @@ fn take_record<R: Record>(
     };
     let stored: Stored<R::Json> = decode(value).map_err(bad)?;
     let (key_inside, record) = R::from_json(stored.record).map_err(bad)?;
-    // A record under another key than its own would be out of the reach of a change.
+    // A record under a wrong key could not be changed.
     if R::name(&key_inside) != name {
         return Err(bad(format!("the record inside belongs under {}", key_of::<R>(&key_inside))));
     }
@@ -517,7 +516,7 @@ fn take_record<R: Record>(
     Ok(())
 }
 
-/// Makes the table of a bad value unreadable.
+/// Marks the table of an invalid value as unreadable.
 pub(super) fn mark_unreadable(contents: &mut Contents, bad: &BadValue) {
     fn mark<R: Record>(contents: &mut Contents, bad: &BadValue) {
         *R::table(contents) = Table::unreadable(R::FOLDER, format!("etcd (key {})", bad.key), bad.problem.clone());

@@ -1,4 +1,4 @@
-//! How to reach etcd.
+//! Settings of the connection to etcd.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -6,26 +6,26 @@ use std::time::Duration;
 use claviger_client::files;
 use etcd_client::{Certificate, Client, ConnectOptions, Identity, TlsOptions};
 
-/// How long one call may take before another endpoint is tried.
+/// Time limit of one call before another endpoint is tried.
 pub(super) const CALL: Duration = Duration::from_secs(3);
 
-/// Longest file with a key or a password, in bytes.
+/// Largest file with a key or a password, in bytes.
 const LONGEST_FILE: usize = 64 * 1024;
 
-/// How to reach etcd, and what to tell it.
+/// Settings of the connection to etcd.
 #[derive(Clone, Debug)]
 pub struct EtcdSettings {
-    /// URLs of its members, `https://…` or, on loopback only, `http://…`.
+    /// URLs of its members: `https://…`, or `http://…` on loopback only.
     pub endpoints: Vec<String>,
-    /// What all keys begin with.
+    /// Prefix of all keys.
     pub prefix: String,
-    /// Certificates that vouch for the members (PEM).
+    /// CA certificates for the members (PEM).
     pub ca: Option<PathBuf>,
-    /// This node's certificate and its private key (PEM).
+    /// This node's certificate and private key (PEM).
     pub identity: Option<(PathBuf, PathBuf)>,
-    /// A user, and the file with the password.
+    /// A user, and the file with its password.
     pub user: Option<(String, PathBuf)>,
-    /// The name of this node.
+    /// Name of this node.
     pub node: String,
 }
 
@@ -38,14 +38,15 @@ pub(super) struct Unreachable {
 }
 
 impl EtcdSettings {
-    /// A connection to one endpoint. Files are read each time: certificates and passwords change while the daemon runs.
+    /// Connects to one endpoint. The files are read each time, because certificates and passwords change while the
+    /// daemon runs.
     ///
     /// # Errors
     /// [`Unreachable`].
     pub(super) async fn connect(&self, endpoint: &str) -> Result<Client, Unreachable> {
         let failed = |problem: String| Unreachable { endpoint: endpoint.to_owned(), problem };
         let secret = |path: &Path| files::read_secret(path, LONGEST_FILE).map_err(|error| failed(error.to_string()));
-        // The server refuses pings that come more often than every five seconds.
+        // The server rejects pings that come more often than every five seconds.
         let mut options = ConnectOptions::new()
             .with_connect_timeout(CALL)
             .with_keep_alive(Duration::from_secs(6), Duration::from_secs(3))
@@ -77,7 +78,7 @@ fn read(path: &Path) -> Result<Vec<u8>, String> {
     std::fs::read(path).map_err(|error| format!("{}: {error}", path.display()))
 }
 
-/// An error with its causes, which its text leaves out.
+/// An error with its causes, which its own text omits.
 pub(super) fn reason(error: &etcd_client::Error) -> String {
     use std::error::Error;
     let (mut text, mut cause) = (

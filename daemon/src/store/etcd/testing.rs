@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 
 use super::settings::EtcdSettings;
 
-/// Servers of one cluster, in a folder of their own, on loopback. They end with this value.
+/// The members of one cluster in their own folder, on loopback. They end when this value is dropped.
 pub(in crate::store) struct Server {
     folder: tempfile::TempDir,
     members: Vec<Member>,
-    /// Further arguments, of all.
+    /// Additional arguments of all members.
     arguments: Vec<String>,
     scheme: &'static str,
 }
@@ -22,7 +22,7 @@ struct Member {
     peer: u16,
 }
 
-/// Ports that nobody listens at. Another program may take one of them before the server does; then the server says so.
+/// Unused ports. If another program takes one before the server does, the server reports it.
 fn free_ports<const N: usize>() -> [u16; N] {
     let listeners = [(); N].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
     listeners.map(|listener| listener.local_addr().unwrap().port())
@@ -33,12 +33,12 @@ impl Server {
         Self::of(1, Vec::new(), "http")
     }
 
-    /// A cluster of so many members.
+    /// Starts a cluster with this number of members.
     pub(super) fn cluster(members: usize) -> Self {
         Self::of(members, Vec::new(), "http")
     }
 
-    /// One member with further arguments, that clients reach over TLS.
+    /// Starts one member with TLS and additional arguments.
     pub(super) fn with_tls(arguments: Vec<String>) -> Self {
         Self::of(1, arguments, "https")
     }
@@ -56,7 +56,7 @@ impl Server {
         server
     }
 
-    /// Starts a member, or starts it again with what it has stored.
+    /// Starts a member, or restarts it with its data.
     pub(super) fn begin(&mut self, member: usize) {
         let peers = self.members.iter().enumerate();
         let peers: Vec<_> = peers.map(|(at, of)| format!("m{at}=http://127.0.0.1:{}", of.peer)).collect();
@@ -89,7 +89,7 @@ impl Server {
         }
     }
 
-    /// How to reach it.
+    /// The settings for connecting to it.
     pub(in crate::store) fn settings(&self, prefix: &str) -> EtcdSettings {
         let endpoint = |member: &Member| format!("{}://127.0.0.1:{}", self.scheme, member.client);
         EtcdSettings {
@@ -102,7 +102,7 @@ impl Server {
         }
     }
 
-    /// Ends a member at once.
+    /// Kills a member.
     pub(super) fn kill(&mut self, member: usize) {
         if let Some(mut child) = self.members[member].child.take() {
             let _ = child.kill();
@@ -110,7 +110,7 @@ impl Server {
         }
     }
 
-    /// Stops a member, which keeps its connections and answers nothing, or lets it go on.
+    /// Stops a member, so that it keeps its connections but does not answer, or continues it.
     pub(super) fn stop(&self, member: usize, stop: bool) {
         let signal = if stop { rustix::process::Signal::STOP } else { rustix::process::Signal::CONT };
         let id = self.members[member].child.as_ref().unwrap().id();

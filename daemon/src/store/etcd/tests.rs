@@ -1,4 +1,4 @@
-//! What only a store on many nodes has to stand. The rules of the state are tested with both stores, beside the records.
+//! Tests of the distributed store. The rules of the state are tested with both stores, next to the records.
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 use std::time::{Duration, Instant};
@@ -38,7 +38,7 @@ fn hosts(number: usize) -> Vec<Host> {
     (0..number).map(host).collect()
 }
 
-/// A client for what no store does.
+/// A client for operations that the store does not have.
 fn by_hand<T: Send + 'static>(server: &Server, call: impl AsyncFnOnce(&mut etcd_client::Client) -> T) -> T {
     let runtime = Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
@@ -81,7 +81,7 @@ fn a_change_is_seen_by_other_nodes_soon() {
         assert!(told.has_changed().unwrap());
     }
     all.sort();
-    // A watch brings it; a quarter of a second is the time of a beat, which would find it, too.
+    // The watch delivers it. A beat would also find it, but only after a quarter of a second.
     assert!(all[10] < Duration::from_millis(200), "{all:?}");
 }
 
@@ -112,7 +112,7 @@ fn without_etcd_nothing_is_changed_and_the_last_contents_stay() {
 #[test]
 fn after_a_gap_all_is_read_again_also_when_it_was_compacted() {
     let server = Server::cluster(3);
-    // One node knows one member only, and is cut off with it; the other one goes on at another member.
+    // One node knows only one member and is cut off with it; the other node continues at another member.
     let mut settings = server.settings(PREFIX);
     settings.endpoints.truncate(1);
     let (one, mut two) = (State::etcd(settings).unwrap(), open(&server));
@@ -188,7 +188,7 @@ fn a_large_change_is_made_as_a_whole() {
         numbers.join().unwrap()
     });
     assert_eq!(seen, [0, 2_000], "nobody sees a part of it");
-    // Where the answer to that came too late, the next change clears the journal.
+    // If that answer came too late, the next change clears the journal.
     add(&mut one, "next").unwrap();
     let left = by_hand(&server, async |client| {
         let options = etcd_client::GetOptions::new().with_prefix().with_count_only();
@@ -220,7 +220,7 @@ fn a_large_change_whose_node_died_is_finished_by_the_next_one() {
         let next = batch::Head::next(Some(&last), "large", "dead", Some(count));
         client.put(head, serde_json::to_string(&next).unwrap(), None).await.unwrap();
     });
-    // It is made: also for a node that starts now.
+    // The change is made, also for a node that starts now.
     soon(|| names(&state).len() == 500);
     let mut other = open(&server);
     assert_eq!(names(&other).len(), 500);
@@ -252,14 +252,14 @@ fn a_value_that_cannot_be_read_costs_its_own_table_only() {
     by_hand(&server, async |client| client.delete(format!("{PREFIX}v1/state/baselines/b"), None).await.map(drop))
         .unwrap();
     soon(|| state.baselines().is_ok());
-    // A host under another one's name would stay when that one is removed.
+    // A host stored under another host's name would stay when that host is removed.
     let a = r#"{"v":1,"order":9,"record":{"name":"a","kind":"host-key","spki":"YQ==","enabled":true,"added":1,"labels":[]}}"#;
     put("hosts/b", a);
     soon(|| state.hosts().is_err());
     assert!(message(state.hosts()).contains("belongs under v1/state/hosts/a"));
 }
 
-/// A measurement, for a release build: `cargo test --release -p claviger --lib -- --ignored --nocapture measured`.
+/// A measurement for a release build: `cargo test --release -p claviger --lib -- --ignored --nocapture measured`.
 #[test]
 #[ignore = "takes long without optimisation"]
 fn measured_with_ten_thousand_hosts_and_five_hundred_certificates() {
@@ -366,7 +366,7 @@ fn tls_with_certificates_of_both_sides() {
     assert!(!problem.is_empty());
     let problem = refused(EtcdSettings { ca: Some(of("node.pem")), ..settings.clone() });
     assert!(problem.contains("UnknownIssuer"), "{problem}");
-    // A key that others may read is not used.
+    // A key file that other users can read is not used.
     std::fs::set_permissions(of("node.key"), std::fs::Permissions::from_mode(0o644)).unwrap();
     let problem = refused(settings);
     assert!(problem.contains("node.key"), "{problem}");

@@ -1,4 +1,4 @@
-//! Rows of the tables as records, and back.
+//! Converts rows to records and back.
 
 use std::path::Path;
 
@@ -14,12 +14,12 @@ use super::super::records::{
 };
 use super::super::table::Table;
 
-/// Reads everything, as it is at one point in time. A table that cannot be read keeps none of the others from being read.
+/// Reads all tables at one point in time. An unreadable table does not affect the others.
 ///
 /// # Errors
-/// When no transaction can be begun.
+/// The transaction cannot be started.
 pub(super) fn read(connection: &Connection, path: &Path) -> rusqlite::Result<Contents> {
-    // Unless this is in the middle of one.
+    // Unless a transaction is already open.
     let _at_one_time = connection.is_autocommit().then(|| connection.unchecked_transaction()).transpose()?;
     Ok(Contents {
         hosts: table(
@@ -68,7 +68,7 @@ pub(super) fn read(connection: &Connection, path: &Path) -> rusqlite::Result<Con
     })
 }
 
-/// A table of rows whose first column is the row's number.
+/// Reads a table whose first column is the row's number.
 fn table<K: Ord + Clone, T>(
     connection: &Connection,
     path: &Path,
@@ -144,7 +144,7 @@ fn signer(row: &Row<'_>) -> rusqlite::Result<Signer> {
     })
 }
 
-/// The text of the column at `index` as a value.
+/// Parses the text of the column at `index`.
 fn parsed<T: std::str::FromStr<Err = StateError>>(row: &Row<'_>, index: usize) -> rusqlite::Result<T> {
     String::column_result(row.get_ref(index)?)
         .map_err(rusqlite::Error::from)?
@@ -156,8 +156,8 @@ fn invalid(index: usize, error: StateError) -> rusqlite::Error {
     rusqlite::Error::FromSqlConversionFailure(index, Type::Text, Box::new(error))
 }
 
-/// Writes a difference. Rows that get another value are deleted first: indexes that keep names, keys and roles unique are checked
-/// row by row, and only the outcome is to satisfy them.
+/// Writes a difference. Rows with a new value are deleted first: the unique indexes are checked row by row, but only
+/// the result has to satisfy them.
 pub(super) fn write(transaction: &Transaction<'_>, delta: &Delta) -> rusqlite::Result<()> {
     let Delta { hosts, baselines, certificates, limits, signers, revoked } = delta;
 
@@ -176,7 +176,7 @@ pub(super) fn write(transaction: &Transaction<'_>, delta: &Delta) -> rusqlite::R
     }
 
     let mut delete = transaction.prepare_cached("DELETE FROM baselines WHERE name = ?1")?;
-    // The log of a stored baseline is nowhere else.
+    // The log of a stored baseline is only in the table.
     let is_whole = |kept: &KeptBaseline| kept.log != KeptLog::Stored;
     let rewritten = baselines.put.iter().filter(|(_, row)| is_whole(&row.value)).map(|(name, _)| name);
     for name in baselines.removed.iter().chain(rewritten) {

@@ -1,4 +1,4 @@
-//! The tables, and how older files come to have them.
+//! The tables, and the migration of older files.
 
 use std::path::Path;
 
@@ -6,7 +6,7 @@ use rusqlite::{Connection, TransactionBehavior};
 
 use super::super::error::StateError;
 
-/// Each step brings the schema from the version of its index to the next one. Steps are never changed, only added.
+/// Each step migrates the schema from the version of its index to the next one. Existing steps are never changed.
 pub(super) const MIGRATIONS: &[&str] = &[
     "
     CREATE TABLE hosts (
@@ -41,8 +41,8 @@ pub(super) const MIGRATIONS: &[&str] = &[
     ) STRICT;
     CREATE UNIQUE INDEX one_current ON attestation_signers (current) WHERE current;
 ",
-    // What certificates are limited to, and what hosts are; a space between two labels. The communications certificate
-    // signs the metadata document; without one the primary signing certificate does.
+    // Restrictions of certificates and labels of hosts, separated by spaces. The communications certificate signs the
+    // metadata document; without one, the primary signing certificate does.
     "
     ALTER TABLE hosts ADD COLUMN labels TEXT NOT NULL DEFAULT '';
     ALTER TABLE certificates ADD COLUMN labels TEXT NOT NULL DEFAULT '';
@@ -50,7 +50,7 @@ pub(super) const MIGRATIONS: &[&str] = &[
         CHECK (NOT is_communications OR (enabled AND kind = 'signing'));
     CREATE UNIQUE INDEX one_communications ON certificates (is_communications) WHERE is_communications;
 ",
-    // What keys are limited to, by their public keys: a limit outlives the certificates of its key.
+    // Restrictions of keys, by public key: a restriction outlives the certificates of its key.
     "
     CREATE TABLE limits (
         spki BLOB NOT NULL UNIQUE,
@@ -59,8 +59,8 @@ pub(super) const MIGRATIONS: &[&str] = &[
     INSERT INTO limits (spki, labels) SELECT spki, max(labels) FROM certificates WHERE labels <> '' GROUP BY spki;
     ALTER TABLE certificates DROP COLUMN labels;
 ",
-    // Attestation signers that were revoked. They stay here: an import must not bring them back. By the key, too: what it
-    // signs is refused whatever certificate it has.
+    // Revoked attestation signers. They are kept, so that an import does not add them again. The key is also recorded,
+    // because all certificates of a revoked key are rejected.
     "
     CREATE TABLE revoked_signers (
         thumbprint TEXT NOT NULL UNIQUE,
@@ -69,8 +69,8 @@ pub(super) const MIGRATIONS: &[&str] = &[
         revoked INTEGER NOT NULL
     ) STRICT;
 ",
-    // What a host's key is: its own, or the endorsement key of its TPM, which alone counts in TPM mode. And what hosts may
-    // have booted: PCR values, with the event log that they were taken from.
+    // The kind of a host's key: a host key, or the endorsement key of its TPM, which TPM mode requires. And baselines:
+    // accepted PCR values, with the event log from which they were taken.
     "
     ALTER TABLE hosts ADD COLUMN kind TEXT NOT NULL DEFAULT 'host-key' CHECK (kind IN ('host-key', 'endorsement-key'));
     CREATE TABLE baselines (
@@ -85,7 +85,7 @@ pub(super) const MIGRATIONS: &[&str] = &[
 
 pub(super) fn migrate(connection: &mut Connection, path: &Path, migrations: &[&str]) -> Result<(), StateError> {
     let database = |source| StateError::Database { path: path.to_owned(), source };
-    // The version is read inside the transaction: two daemons may start on a new file at the same time.
+    // Read the version inside the transaction: two daemons may start on a new file at the same time.
     let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(database)?;
     let found: i64 = transaction.query_row("PRAGMA user_version", [], |row| row.get(0)).map_err(database)?;
     let known = i64::try_from(migrations.len()).unwrap_or(i64::MAX);
@@ -93,7 +93,7 @@ pub(super) fn migrate(connection: &mut Connection, path: &Path, migrations: &[&s
         return Err(StateError::TooNew { path: path.to_owned(), found, known });
     }
     if found == known {
-        // Nothing is written: the other daemons would take it for a change.
+        // Write nothing: other daemons would notice a change.
         return Ok(());
     }
     for (version, step) in (0..).zip(migrations) {

@@ -1,4 +1,5 @@
-//! Read-only view of the state file: nothing is written, whatever version made the file and whatever process has it open.
+//! A read-only view of the state file. It writes nothing, whatever version wrote the file and whatever process has it
+//! open.
 
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
@@ -12,8 +13,8 @@ use super::schema::{MIGRATIONS, migrate};
 use super::{BUSY_TIMEOUT, Known, Sqlite};
 
 impl Sqlite {
-    /// Opens `state.db` in `folder`, which exists, for reading only. Returns the schema version of the file, too, where it is
-    /// older than this program's: it is brought up to date in memory only.
+    /// Opens `state.db` in `folder`, which must exist, read-only. Also returns the schema version of the file if it is
+    /// older than this program's; the view is migrated in memory only.
     ///
     /// # Errors
     /// [`StateError::TooNew`] or [`StateError::Database`].
@@ -43,8 +44,7 @@ fn read_only(path: &Path) -> rusqlite::Result<(Connection, i64)> {
     Ok((connection, version))
 }
 
-/// Also who only reads would make the files that connections share, and could not take them away again: they belong to
-/// writers.
+/// Even a reader would create SQLite's shared files and could not remove them again. Only writers should create them.
 fn uri(path: &Path) -> PathBuf {
     let beside = |end: &str| {
         let mut name = path.as_os_str().to_owned();
@@ -52,9 +52,9 @@ fn uri(path: &Path) -> PathBuf {
         std::fs::metadata(name).map_or(0, |metadata| metadata.len())
     };
     let how = match (beside("-shm"), beside("-wal")) {
-        // Nobody has it open, and all there is stands in the file itself.
+        // No process has it open, and all data is in the file itself.
         (0, 0) => "immutable=1",
-        // What stands in the log alone can be read with its index only, which is made once more.
+        // Data in the write-ahead log can be read only with its index, which must be created again.
         (0, _) => "mode=ro",
         _ => "readonly_shm=1",
     };
@@ -81,7 +81,7 @@ mod tests {
     use super::*;
     use crate::store::{Labels, State};
 
-    /// What is in a folder, octet by octet.
+    /// All files of a folder, byte by byte.
     fn files(folder: &Path) -> Vec<(String, Vec<u8>)> {
         let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
         let mut files: Vec<_> =
@@ -96,7 +96,7 @@ mod tests {
         let folder = temporary.path().join("a?b#c%d");
         let mut writer = State::open(&folder).unwrap();
         writer.add_host("a", b"a", &Labels::default(), 1).unwrap();
-        // The log's index is one for the process: what is only seen through it is noted in there all the same.
+        // The index of the write-ahead log is shared by the process: even a reader writes to it.
         let without_index =
             || files(&folder).into_iter().filter(|(name, _)| !name.ends_with("-shm")).collect::<Vec<_>>();
         let before = without_index();

@@ -1,39 +1,40 @@
-//! How fast each caller may ask: token buckets, a plain value that is handed `now`.
+//! Token buckets: a plain value that is handed `now`.
 
 use std::collections::HashMap;
 use std::hash::Hash;
 use std::time::{Duration, Instant};
 
-/// A token bucket for each caller.
+/// A token bucket for each key.
 ///
-/// A bucket is written as the time at which it will be full again, which a token taken puts off by the time that one
-/// takes to come back. A bucket that is full is no different from one that was never there, and is forgotten.
+/// A bucket is stored as the time at which it will be full again. Taking a token moves this time by the interval in
+/// which a token comes back. A full bucket is the same as a new one, so it is dropped.
 ///
-/// A bucket may owe: what has been spent already is charged also where there is too little in the bucket, and nothing more
-/// is taken from it until that came back. It owes at most what a full one holds, or [`LEAST_CREDIT`] where that is more.
+/// A bucket may go into debt: work that was already done is charged even if the bucket has too few tokens. No token can
+/// be taken until the debt is paid back. The maximum debt is a full bucket, or [`LEAST_CREDIT`] if that is more.
 ///
-/// The number of buckets is bounded, whatever callers there are. Where it would be exceeded, the fullest buckets are
-/// forgotten: their callers may ask for a burst too many, and no caller is refused for it.
+/// The number of buckets is bounded, whatever keys arrive. If it would be exceeded, the fullest buckets are dropped:
+/// their owners may get an additional burst, but none is refused because of it.
 #[derive(Debug)]
 pub(super) struct Buckets<K> {
-    /// In which time one token comes back.
+    /// Time in which one token comes back.
     interval: Duration,
-    /// In which time an empty bucket is full again.
+    /// Time in which an empty bucket becomes full.
     capacity: Duration,
     most: usize,
     full_at: HashMap<K, Instant>,
-    /// When full buckets were last forgotten.
+    /// Time at which full buckets were last dropped.
     swept: Option<Instant>,
 }
 
-/// Tokens that any bucket may owe: as many as the releases that run at the same time on a small cluster may come to cost.
+/// Minimum of the maximum debt, in tokens: the possible cost of all releases that run at the same time on a small
+/// cluster.
 const LEAST_CREDIT: u32 = 256;
 
-/// Shortest time between two looks at all buckets.
+/// Minimum time between two passes over all buckets.
 const SWEEP_EVERY: Duration = Duration::from_secs(1);
 
 impl<K: Clone + Eq + Hash> Buckets<K> {
-    /// At most `most` buckets of `burst` tokens, of which `rate` come back each second. All are at least 1.
+    /// At most `most` buckets of `burst` tokens; `rate` tokens per second come back. All numbers are at least 1.
     pub(super) fn new(rate: u32, burst: u32, most: usize) -> Self {
         let interval = Duration::from_secs(1) / rate.max(1);
         let (capacity, most) = (interval * burst.max(1), most.max(1));
@@ -43,14 +44,14 @@ impl<K: Clone + Eq + Hash> Buckets<K> {
     /// Takes one token of `key`'s bucket.
     ///
     /// # Errors
-    /// The bucket is empty: the time until there is one in it.
+    /// The bucket is empty; the value is the time until a token is available.
     pub(super) fn take(&mut self, key: &K, now: Instant) -> Result<(), Duration> {
         let full_at = self.with_one_less(key, now)?;
         self.set(key, full_at, now);
         Ok(())
     }
 
-    /// When `key`'s bucket would be full again if one token were taken now.
+    /// The time at which `key`'s bucket would be full again if one token were taken now.
     ///
     /// # Errors
     /// See [`Buckets::take`].
@@ -60,7 +61,7 @@ impl<K: Clone + Eq + Hash> Buckets<K> {
         if missing.is_zero() { Ok(full_at) } else { Err(missing) }
     }
 
-    /// Charges `tokens` to `key`'s bucket, which may owe.
+    /// Takes tokens from `key`'s bucket, which may go into debt.
     pub(super) fn debit(&mut self, key: &K, tokens: u32, now: Instant) {
         let full_at = self.full_at(key, now) + self.interval.saturating_mul(tokens);
         let credit = self.capacity.max(self.interval.saturating_mul(LEAST_CREDIT));
@@ -74,7 +75,7 @@ impl<K: Clone + Eq + Hash> Buckets<K> {
         }
     }
 
-    /// How many tokens `key`'s bucket lacks, those that it owes included.
+    /// Number of tokens that `key`'s bucket lacks, including debt.
     pub(super) fn missing(&self, key: &K, now: Instant) -> u32 {
         let missing = self.full_at(key, now) - now;
         u32::try_from(missing.as_nanos().div_ceil(self.interval.as_nanos())).unwrap_or(u32::MAX)
@@ -96,7 +97,7 @@ impl<K: Clone + Eq + Hash> Buckets<K> {
         self.full_at.insert(key.clone(), full_at);
     }
 
-    /// Forgets what is full. Not more often than a bucket takes to fill, so that it costs each call next to nothing.
+    /// Drops full buckets. Runs at most once in the time in which a bucket fills, so its cost per call is negligible.
     fn sweep(&mut self, now: Instant) {
         let swept = *self.swept.get_or_insert(now);
         if now.saturating_duration_since(swept) >= self.capacity.max(SWEEP_EVERY) {
@@ -105,7 +106,7 @@ impl<K: Clone + Eq + Hash> Buckets<K> {
         }
     }
 
-    /// Forgets at least half of the buckets, the fullest ones: seldom enough to cost each call next to nothing.
+    /// Drops at least half of the buckets, the fullest ones. Runs rarely, so its cost per call is negligible.
     fn make_room(&mut self, now: Instant) {
         self.full_at.retain(|_, full_at| *full_at > now);
         if self.full_at.len() <= self.most / 2 {
@@ -140,12 +141,12 @@ mod tests {
         }
         assert_eq!(buckets.take(&"a", begun), Err(SECOND / 10));
         buckets.take(&"b", begun).unwrap();
-        // Neither a look nor a refusal takes anything.
+        // Neither a look nor a refusal takes a token.
         assert_eq!(buckets.with_one_less(&"a", begun), Err(SECOND / 10));
         assert_eq!(buckets.take(&"a", begun + SECOND / 20), Err(SECOND / 20));
         buckets.take(&"a", begun + SECOND / 10).unwrap();
         assert_eq!(buckets.take(&"a", begun + SECOND / 10), Err(SECOND / 10));
-        // It fills up to the burst and no further.
+        // The bucket fills up to the burst and no further.
         let later = begun + 60 * SECOND;
         for _ in 0..5 {
             buckets.take(&"a", later).unwrap();
@@ -158,7 +159,7 @@ mod tests {
         let mut buckets = buckets(10, 5);
         let begun = Instant::now();
         buckets.debit(&"a", 7, begun);
-        // Two are owed, and one has to be there.
+        // Two tokens are owed, and one must be available.
         assert_eq!(buckets.take(&"a", begun), Err(3 * SECOND / 10));
         buckets.take(&"a", begun + 3 * SECOND / 10).unwrap();
         buckets.debit(&"a", u32::MAX, begun + SECOND);
@@ -182,7 +183,7 @@ mod tests {
         buckets.take(&"a", begun).unwrap();
         buckets.take(&"a", begun).unwrap();
         assert!(buckets.take(&"a", begun).is_err());
-        // Not above the burst, however much is given back.
+        // The burst is the maximum, however many tokens are given back.
         for _ in 0..10 {
             buckets.give_back(&"a", 1, begun);
         }
@@ -241,7 +242,7 @@ mod tests {
                 taken += 1;
                 let most = f64::from(burst) + (now - begun).as_secs_f64() * f64::from(rate) * 1.001;
                 prop_assert!(f64::from(taken) <= most + 1e-6, "{} taken, {} allowed", taken, most);
-                // What is charged counts as long as no more is owed than a bucket holds.
+                // Charges count fully as long as the debt is at most a full bucket.
                 if charged <= burst {
                     buckets.debit(&"a", charged, now);
                     taken += charged;
