@@ -1,7 +1,7 @@
-//! Every setting of the daemon: its name, unit, bounds and safe default.
+//! All settings of the daemon: name, unit, limits and default.
 //!
-//! The configuration is one TOML file. An unknown setting is an error, because a misspelt one would silently leave a
-//! default in force. Relative paths are relative to the folder of the file that names them, so a lab can be moved.
+//! The configuration is one TOML file. An unknown setting is an error, because a misspelt setting would silently keep
+//! its default. Relative paths are relative to the folder of the configuration file, so a lab can be moved.
 //!
 //! The file is parsed into types that have no value for settings that contradict each other (`schema`, `hsm`, `tls`, `pin`); `bounds`
 //! checks the numbers. Errors name the line of the setting (`fault`, `line`).

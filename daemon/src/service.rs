@@ -1,4 +1,4 @@
-//! What all requests share: settings, the HSM cluster, the registry, the audit trail.
+//! What all requests share: settings, the HSM cluster, the registry, and the audit trail.
 
 use std::sync::Arc;
 
@@ -26,11 +26,11 @@ use crate::store::usage_counts::{Usage, UsageError};
 use crate::store::{State, StateError};
 use crate::sys::clock::unix_now;
 
-/// Least number of protector parties that are remembered: a tenant has one of its own, and guardians with others. This number
-/// takes some 25 MiB.
+/// Minimum number of protector parties that are remembered. Each tenant has one owner, and its guardians are further
+/// parties. This number takes about 25 MiB.
 const KNOWN_PARTIES: usize = 4096;
 
-/// Everything a request needs.
+/// The context of all requests.
 pub struct Service {
     /// The settings in force.
     pub config: Arc<ArcSwap<Config>>,
@@ -42,21 +42,21 @@ pub struct Service {
     pub audit: Audit,
     /// Verified health certificates.
     pub health: HealthCache,
-    /// Health certificates that were issued a moment ago.
+    /// Health certificates of the last seconds.
     pub issued: RecentlyIssued,
     /// Memory for the bodies of requests.
     pub bodies: Arc<Bodies>,
     /// Verified wrapping sets and certificates of protectors.
     pub sets: KnownSets,
-    /// Egress protectors that were made while sessions were idle.
+    /// Egress protectors that were made in advance.
     pub stock: Arc<Stock>,
     /// Hosts, baselines, keys and signers.
     pub registry: Arc<Registry>,
-    /// Attestations by TPM between their two steps.
+    /// Data of attestations by TPM between their two steps.
     pub tpm: Sessions,
     /// The last evidence of each host in TPM mode.
     pub evidence: EvidenceStore,
-    /// How much keys are used, and when hosts were last served.
+    /// Usage counts of keys, and when hosts were last served.
     pub usage: Usage,
     /// The last hour, for the status page.
     pub history: History,
@@ -73,13 +73,13 @@ pub enum ServiceError {
     /// The state cannot be read.
     #[error(transparent)]
     Registry(#[from] FollowError),
-    /// The counts of use cannot be kept.
+    /// The usage counts cannot be stored.
     #[error(transparent)]
     Usage(#[from] UsageError),
     /// The audit trail cannot be opened.
     #[error(transparent)]
     Audit(#[from] AuditError),
-    /// The system gives no random bytes.
+    /// The system has no randomness.
     #[error("the system has no randomness")]
     Randomness,
 }
@@ -129,13 +129,13 @@ impl Service {
         Ok(service)
     }
 
-    /// The settings and the registry that are in force now.
+    /// The current settings and registry.
     #[must_use]
     pub fn snapshot(&self) -> Snapshot {
         self.registry.snapshot(self.config.load_full())
     }
 
-    /// Drops stock items that were made for other keys or settings than those in force now.
+    /// Drops stock items that were made for keys or settings that are no longer in use.
     pub fn rebase_stock(&self) {
         self.stock.rebase(|| Basis::new(&self.registry.keys(), &self.config.load()));
     }

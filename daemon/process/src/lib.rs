@@ -1,7 +1,8 @@
-//! What every program of the project shares. Output that could not be written is an error, signals do not end the process at
-//! the wrong moment, and a limit on threads causes an error message instead of a panic.
+//! Functions that all programs of the project share. They treat output that could not be written as an error, keep
+//! signals from ending the process at a wrong moment, and turn a limit on threads into an error message instead of a
+//! panic.
 //!
-//! Locks and the time of day are for libraries, too: they are built without the feature `programs`.
+//! Locks and the time of day are also for libraries. They are built without the feature `programs`.
 
 #![forbid(unsafe_code)]
 

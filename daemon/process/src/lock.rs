@@ -8,7 +8,8 @@ pub fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     unpoisoned(mutex.lock())
 }
 
-/// The value of any other operation on a lock, such as `RwLock::read` or `Condvar::wait`, even after such a panic.
+/// Returns the value of any other operation on a lock, such as `RwLock::read` or `Condvar::wait`, even after a panic
+/// under the lock.
 pub fn unpoisoned<T>(result: LockResult<T>) -> T {
     result.unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,4 +1,4 @@
-//! Asking a running daemon: one request, one answer.
+//! Sends one request to a running daemon, and reads the answer.
 
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -18,10 +18,10 @@ use super::socket::{COMMAND_TIMEOUT, IDLE_TIMEOUT, REQUEST_LIMIT};
 /// Longest answer that [`call`] reads, in octets.
 pub const ANSWER_LIMIT: usize = 64 * 1024 * 1024;
 
-/// Sends one request to the daemon behind `path` and returns what it answered.
+/// Sends a request to the daemon at `path` and returns its reply.
 ///
 /// # Errors
-/// [`AdminError`]; its text says what to do. [`AdminError::Refused`] is the daemon's own.
+/// [`AdminError`]; its text says what to do. [`AdminError::Refused`] is the daemon's own text.
 pub async fn call<T: Serialize + ?Sized>(path: &Path, request: &T) -> Result<Value, AdminError> {
     check_length(path)?;
     let broken = |source| AdminError::Broken { path: path.to_owned(), source };
@@ -32,7 +32,8 @@ pub async fn call<T: Serialize + ?Sized>(path: &Path, request: &T) -> Result<Val
         _ => broken(source),
     })?;
     let exchange = async {
-        // Its length is known before it is written: a private key may be in it, and a text that grows leaves copies behind.
+        // Compute the length first: the request may contain a private key, and a growing buffer would leave copies
+        // behind.
         let mut line = Zeroizing::new(Vec::with_capacity(octets_of(request)));
         serde_json::to_writer(&mut *line, request).map_err(io::Error::other)?;
         line.push(b'\n');
@@ -49,7 +50,7 @@ pub async fn call<T: Serialize + ?Sized>(path: &Path, request: &T) -> Result<Val
             Line::End => Err(io::ErrorKind::UnexpectedEof.into()),
         }
     };
-    // Longer than the daemon gives a command, so that its own word arrives.
+    // Longer than the daemon's own time limit, so that its message arrives.
     let answer = standstill::timeout(COMMAND_TIMEOUT + IDLE_TIMEOUT, exchange)
         .await
         .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
@@ -64,7 +65,7 @@ pub async fn call<T: Serialize + ?Sized>(path: &Path, request: &T) -> Result<Val
     }
 }
 
-/// How long a request is as a line.
+/// Length of a request as a line, in bytes.
 fn octets_of<T: Serialize + ?Sized>(request: &T) -> usize {
     struct Count(usize);
     impl io::Write for Count {
@@ -78,12 +79,12 @@ fn octets_of<T: Serialize + ?Sized>(request: &T) -> usize {
         }
     }
     let mut count = Count(1);
-    // Counting does not fail, and what cannot be written fails again where it is.
+    // Counting cannot fail; a request that cannot be written fails again below.
     let _ = serde_json::to_writer(&mut count, request);
     count.0
 }
 
-/// Whose the socket is, or the folder that hides it.
+/// The owner of the socket, or of the folder that hides it.
 fn owner(path: &Path) -> String {
     let uid = path.ancestors().find_map(|path| path.metadata().ok()).map(|metadata| metadata.uid());
     uid.map_or_else(|| "the daemon's user".to_owned(), |uid| format!("the user with id {uid}"))

@@ -1,48 +1,48 @@
-//! Errors of the administrators' socket, on both sides of it.
+//! Errors of the administrators' socket, for the daemon and for its clients.
 
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-/// Longest path of a Unix socket: `sun_path` less its NUL.
+/// Longest path of a Unix socket: `sun_path` without its NUL.
 pub(super) const PATH_LIMIT: usize = 107;
 
-/// Why the socket could not be served or asked.
+/// Errors of serving or using the socket.
 #[derive(Debug, thiserror::Error)]
 pub enum AdminError {
-    /// The operating system takes no path of this length for a socket.
+    /// The path is too long for a Unix socket.
     #[error("the path of the socket {} is too long: {} bytes, and the system takes {PATH_LIMIT} at most", path.display(), path.as_os_str().len())]
     PathTooLong {
         /// The socket.
         path: PathBuf,
     },
-    /// Another daemon is running with this folder of sockets.
+    /// Another daemon is using this folder of sockets.
     #[error("another claviger runs here: it holds {}; stop it first", path.display())]
     Taken {
         /// The socket.
         path: PathBuf,
     },
-    /// There is something else where the socket should be.
+    /// The path exists and is not a socket.
     #[error("{} is not a socket; move it away", path.display())]
     NotASocket {
         /// The socket.
         path: PathBuf,
     },
-    /// The socket cannot be made.
+    /// The socket cannot be created.
     #[error("the administrators' socket {} cannot be made: {source}", path.display())]
     Bind {
         /// The socket.
         path: PathBuf,
-        /// What the operating system says.
+        /// The operating system's error.
         source: io::Error,
     },
-    /// There is no socket.
+    /// The socket does not exist.
     #[error("there is no administrators' socket at {}; is the daemon running, and with this --config?", path.display())]
     Missing {
         /// The socket.
         path: PathBuf,
     },
-    /// There is a socket, but nobody behind it.
+    /// The socket exists, but no daemon listens on it.
     #[error("nobody answers at {}: the daemon that made it has ended; start it again", path.display())]
     Dead {
         /// The socket.
@@ -53,18 +53,18 @@ pub enum AdminError {
     Denied {
         /// The socket.
         path: PathBuf,
-        /// Whose it is.
+        /// The user who owns it.
         owner: String,
     },
-    /// The conversation broke.
+    /// The connection failed.
     #[error("the daemon behind {} did not answer: {source}; its log may say why", path.display())]
     Broken {
         /// The socket.
         path: PathBuf,
-        /// What happened.
+        /// The error.
         source: io::Error,
     },
-    /// The daemon answered that it did not do it; the text is its own.
+    /// The daemon refused the command; the text is the daemon's.
     #[error("{0}")]
     Refused(String),
 }

@@ -1,17 +1,17 @@
-//! Lines of the administrators' socket, bounded.
+//! Reads lines from the administrators' socket, up to a maximum length.
 
 use std::io;
 
 use tokio::io::{AsyncBufRead, AsyncBufReadExt};
 use zeroize::Zeroizing;
 
-/// What came from the other side.
+/// Input from the client.
 pub(super) enum Line {
-    /// A line without its line break. The last one may lack it. It may carry a private key.
+    /// A line without its line break, which the last line may lack. It may contain a private key.
     Whole(Zeroizing<Vec<u8>>),
     /// More octets than allowed.
     TooLong,
-    /// Nothing more.
+    /// End of the input.
     End,
 }
 
@@ -29,7 +29,7 @@ pub(super) async fn read_line(reader: &mut (impl AsyncBufRead + Unpin), limit: u
             return Ok(Line::TooLong);
         }
         if line.capacity() - line.len() < taken {
-            // A vector that grows by itself leaves a copy behind.
+            // Copy explicitly: a vector that grows by itself leaves a copy behind.
             let mut wider = Zeroizing::new(Vec::with_capacity(2 * (line.len() + taken)));
             wider.extend_from_slice(&line);
             line = wider;

@@ -1,11 +1,12 @@
-//! The administrators' socket: how `claviger hosts …` and its like reach the daemon that is running.
+//! The administrators' socket, through which commands like `claviger hosts …` reach the running daemon.
 //!
 //! A Unix stream socket in the state folder. A request is one JSON object on a line, `{"command": "hosts.list", …}`;
-//! the answer is one, too: `{"ok": …}` or `{"error": "…"}`. A connection carries any number of them, one after the other.
-//! Only root and the daemon's own user may connect: the file's mode says so, and the kernel's word on the peer is checked.
-//! With a group its members may, too, by the file's mode alone: the kernel names but one of a peer's groups.
+//! so is the reply: `{"ok": …}` or `{"error": "…"}`. A connection carries any number of requests, one after the
+//! other. Only root and the daemon's own user may connect; the file's mode and the peer's credentials from the kernel
+//! ensure this. If a group is configured, only the file's mode admits its members, because the kernel reports just
+//! one of a peer's groups.
 //!
-//! There are two of them: `admin.sock`, and `review.sock` where only that is answered which changes nothing.
+//! There are two sockets: `admin.sock` for all commands, and `review.sock` for commands that change nothing.
 
 use std::convert::Infallible;
 use std::fs::{File, OpenOptions, Permissions};
@@ -32,20 +33,21 @@ use crate::sys::places::{Guest, Places};
 /// Longest request, in octets, with its line break. An import of some ten thousand hosts is the longest there is.
 pub const REQUEST_LIMIT: usize = 16 * 1024 * 1024;
 
-/// The same where nothing is changed: those requests are short.
+/// The same for read-only requests, which are short.
 pub const REVIEW_LIMIT: usize = 64 * 1024;
 
-/// How long a connection may be silent between requests, and how long the writing of an answer may take.
+/// How long a connection may be silent between requests, and time limit for writing a reply.
 pub(super) const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How long an administrator waits for a command; it goes on after that. An HSM may take two minutes for a key, each member
-/// takes an imported one after the other, and all have to show it afterwards.
+/// How long an administrator waits for a command; the command continues after that. An HSM may need two minutes for a
+/// key, an imported key is written to one member after the other, and then all members must show it.
 pub(super) const COMMAND_TIMEOUT: Duration = Duration::from_secs(600);
 
-/// How long commands in progress may take when the daemon stops.
+/// Time limit for commands in progress when the daemon stops.
 const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Most connections at once. For one more, the one that has been silent longest is closed, of the user who has the most.
+/// Most connections. For another one, the connection of the user with the most connections that has been silent
+/// longest is closed.
 const MAX_CONNECTIONS: usize = 64;
 
 /// The socket of a running daemon. While it exists, no other daemon can bind the same path.
@@ -53,19 +55,19 @@ const MAX_CONNECTIONS: usize = 64;
 pub struct AdminSocket {
     listener: UnixListener,
     name: SocketName,
-    /// Whoever could connect is allowed to.
+    /// Whether every user who can connect is allowed.
     for_group: bool,
     /// Longest request, in octets, with its line break.
     longest: usize,
-    /// How long a command is waited for.
+    /// Time limit for a command's reply.
     patience: Duration,
 }
 
-/// The socket's file. It goes with the value, so that a daemon that ends before it serves leaves none behind.
+/// The socket's file. It is removed on drop, so that a daemon that fails during its start leaves no file behind.
 #[derive(Debug)]
 struct SocketName {
     path: PathBuf,
-    /// Locked for as long as it is open. The file stays: removing it would race with the next daemon.
+    /// Locked while it is open. The file is never removed, because that would race with the next daemon.
     _lock: File,
 }
 
@@ -77,19 +79,19 @@ impl Drop for SocketName {
 }
 
 impl AdminSocket {
-    /// Makes the socket, mode 0600, or 0660 for a group, in place of one that a dead daemon left. To be called inside a tokio
-    /// runtime.
+    /// Creates the socket with mode 0600, or 0660 for a group, and replaces one that a dead daemon left. Must be
+    /// called inside a tokio runtime.
     ///
     /// # Errors
-    /// [`AdminError::Taken`] when a daemon is alive on this path; [`AdminError::PathTooLong`],
-    /// [`AdminError::NotASocket`], [`AdminError::Bind`].
+    /// [`AdminError::Taken`] if a daemon is using this path; [`AdminError::PathTooLong`], [`AdminError::NotASocket`],
+    /// [`AdminError::Bind`].
     pub fn bind(path: &Path, group: Option<u32>) -> Result<Self, AdminError> {
         check_length(path)?;
         let failed = |source| AdminError::Bind { path: path.to_owned(), source };
         let taken = || AdminError::Taken { path: path.to_owned() };
         let lock = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(lock_file(path));
         let lock = lock.map_err(failed)?;
-        // The lock dies with its process, whatever else is left of it.
+        // The lock ends with its process, even if the socket's file stays.
         match lock.try_lock() {
             Ok(()) => {}
             Err(std::fs::TryLockError::WouldBlock) => return Err(taken()),
@@ -112,7 +114,7 @@ impl AdminSocket {
         let mode = if group.is_some() { 0o660 } else { 0o600 };
         std::os::unix::fs::chown(path, None, group).map_err(failed)?;
         std::fs::set_permissions(path, Permissions::from_mode(mode)).map_err(failed)?;
-        // Who came in before the mode was set may be anybody.
+        // Any user may have connected before the mode was set.
         listener.set_nonblocking(true).map_err(failed)?;
         while listener.accept().is_ok() {}
         let listener = UnixListener::from_std(listener).map_err(failed)?;
@@ -131,10 +133,12 @@ impl AdminSocket {
         Self { longest, ..self }
     }
 
-    /// Answers requests with `handler` until `shutdown` ends and the commands in progress are done. Removes the socket.
+    /// Answers requests with `handler` until `shutdown` completes and the commands in progress are done. Removes the
+    /// socket.
     ///
-    /// The handler gets the whole request object; `Err` is a text for the administrator. A command that was begun is done to
-    /// its end, whether the administrator waits for it or not: half of a change, without its outcome on record, helps nobody.
+    /// The handler gets the whole request object; `Err` is a text for the administrator. A started command is
+    /// completed even if the administrator no longer waits, because half of a change without a recorded outcome would
+    /// be worse.
     pub async fn serve<H, F>(self, handler: H, shutdown: impl Future<Output = ()>)
     where
         H: Fn(Value, Peer) -> F + Send + Sync + 'static,
@@ -142,7 +146,7 @@ impl AdminSocket {
     {
         let handler = Arc::new(handler);
         let (stop, stopping) = watch::channel(false);
-        // Every command holds the other end.
+        // Every command holds a sender.
         let (running, mut all_done) = mpsc::channel::<Infallible>(1);
         let places = Arc::new(Mutex::new(Places::new(MAX_CONNECTIONS, 0, Duration::ZERO)));
         let mut connections = JoinSet::new();
@@ -171,7 +175,7 @@ impl AdminSocket {
                 },
             }
         }
-        // No new connections: the lock still keeps other daemons away from the path.
+        // No new connections. The lock still keeps other daemons away from the path.
         if let Err(error) = tokio::fs::remove_file(&self.name.path).await {
             tracing::warn!(path = %self.name.path.display(), %error, "the administrators' socket cannot be removed");
         }
@@ -202,9 +206,9 @@ fn log_panic(ended: Result<(), tokio::task::JoinError>) {
     }
 }
 
-/// What a connection is doing, as far as its place is concerned.
+/// The activity of a connection, which decides about its place.
 struct Doing {
-    /// Since when it waits for its administrator; `None` while a command runs.
+    /// Since when it has waited for its administrator; `None` while a command runs.
     waiting: Mutex<Option<Instant>>,
     leave: Notify,
 }
@@ -241,7 +245,7 @@ impl Drop for Place {
     }
 }
 
-/// Finds out who has connected, and takes a place for the connection.
+/// Identifies the user of a connection and takes a place for it.
 fn seat(stream: &UnixStream, places: &Arc<AdminPlaces>) -> Option<(Peer, Place)> {
     let peer = match stream.peer_cred() {
         Ok(credentials) => Peer { uid: credentials.uid(), pid: credentials.pid() },
@@ -254,24 +258,24 @@ fn seat(stream: &UnixStream, places: &Arc<AdminPlaces>) -> Option<(Peer, Place)>
     let doing = Arc::new(Doing { waiting: Mutex::new(Some(now)), leave: Notify::new() });
     let arrived = lock(places).arrive(peer.uid, &doing, now);
     let Ok((number, _)) = arrived else {
-        // As far as it takes them: it is written to nobody else.
+        // Without waiting: the client may not read.
         let _ = stream.try_write(b"{\"error\":\"too many commands run at the same time; try again\"}\n");
         return None;
     };
     Some((peer, Place { places: places.clone(), uid: peer.uid, number, doing }))
 }
 
-/// What holds for a connection.
+/// The terms of a connection.
 struct Terms {
     for_group: bool,
     longest: usize,
     patience: Duration,
     place: Place,
-    /// Held by commands for as long as they run.
+    /// Held by commands while they run.
     running: mpsc::Sender<Infallible>,
 }
 
-/// One administrator's connection.
+/// Handles an administrator's connection.
 async fn converse<H, F>(
     mut stream: UnixStream,
     peer: Peer,
@@ -305,7 +309,7 @@ async fn converse<H, F>(
             Ok(Ok(Line::Whole(line))) => match serde_json::from_slice(&line) {
                 Ok(request @ Value::Object(_)) => {
                     let (work, running) = (handler(request, peer), running.clone());
-                    // A task of its own: it does not end with this connection.
+                    // A separate task, which does not end with this connection.
                     let mut command = tokio::spawn(async move {
                         let result = work.await;
                         drop(running);
@@ -338,7 +342,7 @@ async fn converse<H, F>(
     }
 }
 
-/// The file that a daemon keeps locked while it has the socket.
+/// The file that a daemon locks while it uses the socket.
 pub(crate) fn lock_file(socket: &Path) -> PathBuf {
     let mut path = socket.as_os_str().to_owned();
     path.push(".lock");

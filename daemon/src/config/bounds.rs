@@ -1,4 +1,4 @@
-//! Bounds of settings, and rules that their types do not express.
+//! Checks the limits of settings, and the rules that their types do not express.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -7,7 +7,7 @@ use super::hsm::Hsm;
 use super::pin::PinSource;
 use super::schema::Config;
 
-/// Checks what the types do not: bounds of numbers, names, and what concerns several sections.
+/// Checks what the types do not: limits of numbers, names, and rules across several sections.
 pub(super) fn check(config: &Config) -> Result<(), Fault> {
     let server = &config.server;
     let in_server = |key| setting("server", key);

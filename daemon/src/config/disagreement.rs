@@ -5,7 +5,7 @@ use std::fmt;
 /// Settings of one section that contradict each other. The types of the configuration have no value for them.
 #[derive(Debug)]
 pub(super) struct Disagreement {
-    /// The setting to blame.
+    /// The setting that is named in the error.
     pub(super) key: &'static str,
     pub(super) problem: String,
     pub(super) advice: String,
@@ -17,7 +17,7 @@ impl fmt::Display for Disagreement {
     }
 }
 
-/// The value of the one of two settings that is set.
+/// Returns the value of the one setting that is set, if exactly one of two settings is.
 pub(super) fn one_of<T>(
     (first, one): (&'static str, Option<T>),
     (second, other): (&'static str, Option<T>),

@@ -3,18 +3,18 @@
 use std::fmt;
 use std::path::PathBuf;
 
-/// Why a configuration cannot be used: where, which setting, what is wrong with it, and what to do.
+/// Why a configuration cannot be used: position, setting, problem and remedy.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConfigError {
     /// The configuration file.
     pub file: PathBuf,
-    /// The line in it, counted from 1, where one is to blame.
+    /// The line in it, counted from 1, if known.
     pub line: Option<usize>,
     /// The setting, like `server.listen` or `hsm[1].pin_file` (members are counted from 1).
     pub setting: Option<String>,
-    /// What is wrong.
+    /// The problem.
     pub problem: String,
-    /// What to do.
+    /// The remedy.
     pub advice: String,
 }
 

@@ -1,4 +1,4 @@
-//! A setting that is wrong, by the steps that lead to it in the document.
+//! A wrong setting, with the path to it in the document.
 
 use std::borrow::Cow;
 use std::path::Path;
@@ -9,10 +9,10 @@ use super::disagreement::Disagreement;
 use super::error::ConfigError;
 use super::line::line_at;
 
-/// A step into the document, to find the line of a setting again.
+/// A step from the document's root to a setting, used to find its line.
 #[derive(Clone, Debug)]
 pub(super) enum Step {
-    /// A setting, or a name that the file chose, like that of an environment variable.
+    /// A setting, or a name from the file, for example of an environment variable.
     Key(Cow<'static, str>),
     Index(usize),
 }
@@ -32,7 +32,7 @@ pub(super) fn in_hsm(index: usize, key: &'static str) -> Vec<Step> {
     vec![Step::Key("hsm".into()), Step::Index(index), Step::Key(key.into())]
 }
 
-/// What validation found, before file and line are known.
+/// A validation error before its file and line are known.
 pub(super) struct Fault {
     pub(super) steps: Vec<Step>,
     pub(super) problem: String,
@@ -44,13 +44,13 @@ impl Fault {
         Self { steps, problem, advice: advice.to_owned() }
     }
 
-    /// A disagreement in the section whose settings `at` finds.
+    /// A contradiction in a section. `at` returns the path of one of its settings.
     pub(super) fn of(disagreement: Disagreement, at: impl Fn(&'static str) -> Vec<Step>) -> Self {
         let Disagreement { key, problem, advice } = disagreement;
         Self { steps: at(key), problem, advice }
     }
 
-    /// The error of the file `path`, which has this text.
+    /// Turns this into an error for the file `path` with the content `text`.
     pub(super) fn locate(self, text: &str, path: &Path) -> ConfigError {
         ConfigError {
             file: path.to_owned(),
@@ -74,7 +74,7 @@ fn name_of(steps: &[Step]) -> String {
     name
 }
 
-/// The line of a setting; where it is not written, that of the section it belongs to.
+/// The line of a setting; if the setting is not in the file, the line of its section.
 fn line_of(text: &str, steps: &[Step]) -> Option<usize> {
     let document = DeTable::parse(text).ok()?;
     let (mut table, mut array) = (Some(document.get_ref()), None::<&DeArray<'_>>);

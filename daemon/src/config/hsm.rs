@@ -21,13 +21,13 @@ pub struct Hsm {
     pub token: TokenName,
     /// The place of the user PIN.
     pub pin: PinSource,
-    /// Tier: members of the smallest number that can serve are used.
+    /// Tier. Only members with the smallest number among the usable ones get calls.
     pub priority: u32,
     /// Share of the load within its tier.
     pub weight: u32,
-    /// Sessions that are opened on the token.
+    /// Number of sessions opened on the token.
     pub sessions: usize,
-    /// Environment variables of this member's module instance, beside the file's `[env]`.
+    /// Environment variables of this member's module, in addition to the file's `[env]`.
     pub env: BTreeMap<String, String>,
 }
 
@@ -57,13 +57,13 @@ impl Hsm {
     }
 }
 
-/// The section as it is written.
+/// The section as it is written in the file.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct HsmSection {
     /// The member's name in logs, metrics and commands: 1 to 64 letters, digits, `.`, `-` or `_`; unique.
     name: String,
-    /// The vendor's PKCS#11 library. A bare file name, too, is relative to this file's folder.
+    /// The vendor's PKCS#11 library. Even a bare file name is relative to the folder of the configuration file.
     module: PathBuf,
     /// The token's label. Exactly one of `token` and `serial` is needed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -71,22 +71,22 @@ pub(super) struct HsmSection {
     /// The token's serial number. Exactly one of `token` and `serial` is needed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     serial: Option<String>,
-    /// File that holds the user PIN; one trailing newline is not part of it. Exactly one of `pin_file` and `pin_env`.
+    /// File with the user PIN; one trailing newline is ignored. Exactly one of `pin_file` and `pin_env` is needed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pin_file: Option<PathBuf>,
-    /// Environment variable that holds the user PIN. Exactly one of `pin_file` and `pin_env`.
+    /// Environment variable with the user PIN. Exactly one of `pin_file` and `pin_env` is needed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pin_env: Option<String>,
-    /// Tier: members of the smallest number that can serve are used. Default: 0.
+    /// Priority: of the members that are up, those with the smallest number are used. Default: 0.
     #[serde(default)]
     priority: u32,
-    /// Share of the load within its tier, 1 to 1,000. Default: 1.
+    /// Share of the load within its priority, 1 to 1,000. Default: 1.
     #[serde(default = "one")]
     weight: u32,
-    /// Sessions that are opened on the token, and with them its threads, 1 to 1,024. Default: 8.
+    /// Number of sessions on the token, each with its own thread, 1 to 1,024. Default: 8.
     #[serde(default = "eight")]
     sessions: usize,
-    /// Like the file's `[env]`, for this member's module instance. Default: none.
+    /// Like the file's `[env]`, for this member's worker process only. Default: none.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     env: BTreeMap<String, String>,
 }

@@ -1,4 +1,4 @@
-//! The line and the setting of what the TOML parser refuses.
+//! Finds the line and the setting that the TOML parser refuses.
 
 use std::path::Path;
 
@@ -10,7 +10,7 @@ pub(super) fn line_at(text: &str, offset: usize) -> usize {
     text.bytes().take(offset).filter(|byte| *byte == b'\n').count() + 1
 }
 
-/// The setting that stands at an offset, such as `hsm[2].token`.
+/// The setting at an offset, for example `hsm[2].token`.
 fn setting_at(table: &DeTable<'_>, offset: usize, prefix: &str) -> Option<String> {
     let mut best: Option<(usize, String)> = None;
     for (name, value) in table {
@@ -29,7 +29,8 @@ fn setting_at(table: &DeTable<'_>, offset: usize, prefix: &str) -> Option<String
         }
         let (key, value) = (name.span(), value.span());
         for span in [key, value] {
-            // The narrowest span that holds the offset: the span of a section may hold all that follows its header.
+            // Use the shortest span that contains the offset: the span of a section may contain everything after its
+            // header.
             if span.contains(&offset) && best.as_ref().is_none_or(|(length, _)| span.len() < *length) {
                 best = Some((span.len(), path.clone()));
             }

@@ -14,7 +14,7 @@ use super::pin::PinSource;
 use super::schema::Config;
 use super::tls::{Tls, TlsSection};
 
-/// Longest configuration file that is read, in bytes.
+/// Largest configuration file, in bytes.
 const CONFIG_LIMIT: usize = 1024 * 1024;
 
 impl Config {
@@ -38,7 +38,8 @@ impl Config {
         Self::parse(&text, path)
     }
 
-    /// Like [`Config::load`], of text that is already here; `path` gives the folder and the name for errors.
+    /// Like [`Config::load`], for a text that was already read; `path` gives the folder for relative paths, and the
+    /// name for errors.
     ///
     /// # Errors
     /// As [`Config::load`].
@@ -47,17 +48,18 @@ impl Config {
             Some(fault) => fault.locate(text, path),
             None => from_toml(&error, text, path),
         })?;
-        // An absolute base: a daemon that changes its folder later must not change what the paths mean.
+        // Make the path absolute now: if the daemon changes its working directory later, the paths must not change.
         let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
         config.resolve(absolute.parent().unwrap_or(Path::new("/")));
         bounds::check(&config).map_err(|fault| fault.locate(text, path))?;
         Ok(config)
     }
 
-    /// The configuration as a TOML document; what [`Config::load`] makes of it equals `self` when paths are absolute.
+    /// The configuration as a TOML document. If its paths are absolute, [`Config::load`] gives an equal
+    /// configuration.
     ///
     /// # Errors
-    /// When a value cannot be written as TOML, such as a path that is not UTF-8.
+    /// A value cannot be written as TOML, for example a path that is not UTF-8.
     pub fn to_toml(&self) -> Result<String, toml::ser::Error> {
         toml::to_string(self)
     }
@@ -81,7 +83,7 @@ impl Config {
     }
 }
 
-/// The sections whose settings have to agree with each other, as they are written.
+/// The sections in which settings must agree with each other, as they are written in the file.
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct Outline {
@@ -95,7 +97,7 @@ struct ServerOutline {
     tls: Option<TlsSection>,
 }
 
-/// The settings of a refused file that contradict each other. The parser's error names their section only.
+/// Finds the settings of a refused file that contradict each other. The parser's error only names their section.
 fn disagreement(text: &str) -> Option<Fault> {
     let Outline { server, hsm } = toml::from_str(text).ok()?;
     let tls = server.tls.and_then(|section| Some(Fault::of(Tls::try_from(section).err()?, in_tls)));

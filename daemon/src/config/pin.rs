@@ -6,27 +6,27 @@ use claviger_client::files::{self, FileError};
 use claviger_protocol::pem::{self, TextError};
 use zeroize::Zeroizing;
 
-/// Longest PIN file that is read, in bytes; a longer file is certainly not a PIN.
+/// Largest PIN file, in bytes; a larger file cannot be a PIN.
 const PIN_LIMIT: usize = 4096;
 
 /// The place of a member's user PIN.
 #[derive(Clone, Debug, PartialEq)]
 pub enum PinSource {
-    /// A file, which one trailing newline may end.
+    /// A file. It may end with one line break.
     File(PathBuf),
     /// An environment variable of the daemon.
     Env(String),
 }
 
-/// Why a member's PIN could not be read. No variant carries any part of the PIN.
+/// Why a member's PIN cannot be read. No variant contains any part of the PIN.
 #[derive(Debug, thiserror::Error)]
 pub enum PinError {
-    /// The PIN file cannot be read, or others may read it.
+    /// The PIN file cannot be read, or other users can read it.
     #[error("the PIN of HSM {hsm:?} cannot be read from {source}")]
     File {
         /// The member's name.
         hsm: String,
-        /// What is wrong with its `pin_file`.
+        /// The problem of its `pin_file`.
         source: FileError,
     },
     /// The environment variable is not set.
@@ -37,7 +37,7 @@ pub enum PinError {
         /// Its `pin_env`.
         variable: String,
     },
-    /// The place holds no PIN.
+    /// The file or variable is empty.
     #[error("the PIN of HSM {hsm:?} in {place} is empty; put the user PIN there")]
     Empty {
         /// The member's name.
@@ -45,17 +45,17 @@ pub enum PinError {
         /// The file or variable.
         place: String,
     },
-    /// What is there is no text.
+    /// The content is not text.
     #[error("the PIN of HSM {hsm:?} in {place} is {}, and is not tried; {}", source.problem(), source.advice())]
     NotText {
         /// The member's name.
         hsm: String,
         /// The file or variable.
         place: String,
-        /// What it is instead.
+        /// The kind of content.
         source: TextError,
     },
-    /// What is there is more than a PIN.
+    /// The content has several lines.
     #[error("the PIN of HSM {hsm:?} in {place} has several lines, and is not tried; put only the user PIN there")]
     Lines {
         /// The member's name.
@@ -91,11 +91,11 @@ impl PinSource {
         }
     }
 
-    /// Reads the PIN of the member `hsm`, without a byte-order mark and its line break. Whatever else cannot belong to a PIN
-    /// is an error, because a token counts every wrong one. Blocks on the file.
+    /// Reads the PIN of the member `hsm`, without a byte-order mark and the line break at the end. Anything else that
+    /// cannot be a part of a PIN is an error, because a token counts every wrong PIN. Blocks on the file.
     ///
     /// # Errors
-    /// [`PinError`] when it cannot be read, may be read by others, or is not one line of text.
+    /// [`PinError`] if the PIN cannot be read, other users can read it, or it is not one line of text.
     pub fn read(&self, hsm: &str) -> Result<Zeroizing<String>, PinError> {
         let name = || hsm.to_owned();
         let (bytes, place) = match self {
@@ -159,7 +159,7 @@ mod tests {
         assert!(matches!(read(), Err(PinError::Empty { .. })));
         write(&[0xff]);
         assert!(matches!(read(), Err(PinError::NotText { source: TextError::NotUtf8, .. })));
-        // Tried, each would be counted as a wrong PIN.
+        // If the daemon tried them, each would count as a wrong PIN.
         write(b"\xff\xfe1\x002\x00");
         let said = read().unwrap_err().to_string();
         assert!(said.contains("UTF-16") && said.contains("is not tried"), "{said}");
@@ -175,7 +175,7 @@ mod tests {
         assert!(matches!(read(), Err(PinError::File { .. })));
         let variable = |name: &str| PinSource::Env(name.to_owned()).read("hsm-a");
         assert!(matches!(variable("CLAVIGER_TEST_NO_SUCH_PIN"), Err(PinError::Unset { .. })));
-        // Cargo sets this one for every test.
+        // Cargo sets this variable for every test.
         assert_eq!(*variable("CARGO_PKG_NAME").unwrap(), env!("CARGO_PKG_NAME"));
     }
 }

@@ -14,95 +14,96 @@ use super::tls::Tls;
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
-    /// Environment variables that are set before any PKCS#11 module is loaded (vendors' libraries read theirs when
-    /// they are loaded). Values are taken as they stand: paths in them are not resolved. Default: none.
+    /// Environment variables that are set before any PKCS#11 module is loaded, because vendors' libraries read them
+    /// when they are loaded. Values are used unchanged: paths in them are not resolved. Default: none.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub env: BTreeMap<String, String>,
-    /// Addresses, the state folder, and what connections may cost.
+    /// Addresses, the state folder, and limits of connections.
     pub server: Server,
-    /// The members: one token of one module each. At least one; all hold the same keys.
+    /// The members: one token of one module each. At least one; all have the same keys.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub hsm: Vec<Hsm>,
-    /// How releases are queued and timed.
+    /// Queueing and time limits of releases.
     pub release: Release,
-    /// How hosts prove themselves, and what that may cost.
+    /// The mode of attestation and its limits.
     pub attest: Attest,
-    /// How the audit trail is written.
+    /// The audit trail.
     pub audit: Audit,
-    /// How the log is written.
+    /// The log.
     pub log: Log,
 }
 
-/// `[server]`: addresses, the state folder, and what connections may cost.
+/// `[server]`: addresses, the state folder, and limits of connections.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Server {
     /// Address and port of `/KeyProtection` and `/Attestation`. Default: `127.0.0.1:8080`.
     pub listen: SocketAddr,
-    /// Address and port of `/metrics`, `/live` and `/ready`. To be closed to hosts and tenants: it asks for no password.
-    /// Default: `127.0.0.1:9464`.
+    /// Address and port of `/metrics`, `/live` and `/ready`. It needs no password, so hosts and tenants must not
+    /// reach it. Default: `127.0.0.1:9464`.
     pub metrics: SocketAddr,
-    /// Folder of `state.db`, `audit.jsonl` and the administrators' socket; made when missing, with mode 0700.
+    /// Folder of `state.db`, `audit.jsonl` and the administrators' sockets; created with mode 0700 if it is missing.
     /// Default: `/var/lib/claviger`.
     pub state: PathBuf,
-    /// Folder of `admin.sock` and `review.sock`; it has to be there. Default: none, the state folder.
+    /// Folder of `admin.sock` and `review.sock`; it must exist. Default: the state folder.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sockets: Option<PathBuf>,
-    /// Group, by its name in `/etc/group` or its number, that may use `admin.sock` beside root and the daemon's own user.
-    /// Default: none.
+    /// Group (name in `/etc/group`, or number) that may use `admin.sock` in addition to root and the daemon's own
+    /// user. Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub admin_group: Option<String>,
-    /// The same for `review.sock`, where nothing can be changed. Default: none.
+    /// The same for `review.sock`, which allows no changes. Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub review_group: Option<String>,
-    /// Name of this machine in the audit trail: 1 to 64 printable characters of ASCII. Default: none, the host name.
+    /// Name of this machine in the audit trail: 1 to 64 printable ASCII characters. Default: the host name.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub node: Option<String>,
-    /// Most connections that are open at once, 1 to 1,000,000. For one more, the connection that has waited longest for its
-    /// client is closed, of the address that has the most. Default: 10,000.
+    /// Most open connections, 1 to 1,000,000. For another one, a connection of the address with the most connections
+    /// is closed: the one that has waited longest for its client. Default: 10,000.
     pub max_connections: usize,
-    /// Most connections of one address, or of one /64 network of IPv6, 0 to 1,000,000; 0 is no limit. Beyond, that address's
-    /// longest-waiting connection is closed for the new one; only where the service works for all of them the new one is.
-    /// Default: 4,096, as many as releases may wait for their turn: hosts behind a load balancer or a NAT, which share an
-    /// address, do not come near it, and no address can take all places.
+    /// Most connections of one address (IPv6: of one /64 network), 0 to 1,000,000; 0 is no limit. For another one,
+    /// the connection of that address that has waited longest for its client is closed; if all have work in progress,
+    /// the new one is closed. Default: 4,096, the number of releases that may wait for their turn: hosts that share
+    /// an address behind a load balancer or NAT stay below it, and no address can take all places.
     pub max_connections_per_address: usize,
-    /// Milliseconds for a TLS handshake, to the first byte of a new connection, and from a request's first byte to the end of
-    /// its header; 1 to 600,000. Default: 10,000.
+    /// Time limit in milliseconds for a TLS handshake, for the first byte of a new connection, and from a request's
+    /// first byte to the end of its header; 1 to 600,000. Default: 10,000.
     pub header_timeout_ms: u64,
-    /// Milliseconds in which a request's whole body has to arrive, 1 to 600,000. Default: 15,000.
+    /// Time limit in milliseconds for a request's whole body, 1 to 600,000. Default: 15,000.
     pub body_timeout_ms: u64,
-    /// Bytes a second that a request's body has to arrive with, from its sixth second on, 0 to 1,000,000,000; 0 asks for
-    /// nothing. Default: 4,096.
+    /// Minimum speed of a request's body in bytes per second, from its sixth second on, 0 to 1,000,000,000; 0 is no
+    /// minimum. Default: 4,096.
     pub body_rate: u64,
-    /// MiB of memory for the bodies of requests and the work on them, three bytes for each byte of a body, 64 to 1,048,576.
-    /// A quarter is kept for bodies up to 64 KiB, an eighth is all that one connection gets. Default: 512.
+    /// Memory in MiB for request bodies and their processing (three bytes for each byte of a body), 64 to 1,048,576.
+    /// A quarter is reserved for bodies up to 64 KiB; one connection gets at most an eighth. Default: 512.
     pub body_memory_mib: u64,
-    /// The same for all connections of one address, or of one /64 network of IPv6; 0 is no limit. Default: 384, three
-    /// quarters: enough for as many releases as may wait where all hosts share the address of a load balancer or a NAT, and
-    /// a quarter that no address can take from the others.
+    /// The same for all connections of one address (IPv6: of one /64 network); 0 is no limit. Default: 384, three
+    /// quarters: enough for all waiting releases if all hosts share the address of a load balancer or NAT, and one
+    /// address cannot use the last quarter.
     pub body_memory_per_address_mib: u64,
-    /// Milliseconds that a connection may stay open with no request in progress, 1 to 3,600,000. Default: 75,000.
+    /// Milliseconds that a connection may stay open without a request in progress, 1 to 3,600,000. Default: 75,000.
     pub idle_timeout_ms: u64,
-    /// Milliseconds that a stopping daemon waits for the requests in progress, 1 to 600,000. Default: 30,000.
+    /// Milliseconds that a stopping daemon waits for requests in progress, 1 to 600,000. Default: 30,000.
     pub drain_timeout_ms: u64,
-    /// Requests a second of one address (IPv6: of one /64 network) that may be refused before their sender is known as a
-    /// host, 0 to 1,000,000: with a broken body, without a valid health certificate, with an unknown host key or a wrong
-    /// signature. Large ones count several times. Beyond, the address is served only as far as a valid health certificate
-    /// or the signature of an attestation proves a host. What hosts do right is not charged, so any number of them may share the
-    /// address of a load balancer or a NAT. 0 is no limit. Default: 500.
+    /// Requests per second of one address (IPv6: of one /64 network) that may be refused before their sender is
+    /// identified as a host, 0 to 1,000,000: with an invalid body, without a valid health certificate, with an
+    /// unknown host key or a wrong signature. Large requests count several times. Beyond this rate, the address is
+    /// served only if a valid health certificate or the signature of an attestation identifies a host. Successful
+    /// requests are not charged, so any number of hosts may share the address of a load balancer or NAT. 0 is no
+    /// limit. Default: 500.
     pub stranger_rate: u32,
-    /// As many at once, above that rate, 1 to 1,000,000. Default: 10,000.
+    /// Burst above that rate, 1 to 1,000,000. Default: 10,000.
     pub stranger_burst: u32,
-    /// Documents a second that one address (IPv6: one /64 network) may ask for, 0 to 1,000,000: the metadata, the signing
-    /// certificates, and whatever else is answered without a look at who asks. Beyond, they get 429, and `GetInfo` is answered
-    /// a moment later. 0 is no limit. Default: 200.
+    /// Documents per second for one address (IPv6: for one /64 network), 0 to 1,000,000: the metadata, the signing
+    /// certificates, and all other replies that do not depend on the sender. Beyond this rate, requests get 429, and
+    /// the reply of `GetInfo` is delayed. 0 is no limit. Default: 200.
     pub document_rate: u32,
-    /// As many at once, above that rate, 1 to 1,000,000. Default: 4,096.
+    /// Burst above that rate, 1 to 1,000,000. Default: 4,096.
     pub document_burst: u32,
-    /// Percent of the processors' time that connections of one address (IPv6: one /64 network) may take on which no host has
-    /// proved itself, 0 to 100; all addresses together may take twice as much. Beyond, these connections wait, and take turns.
-    /// A second of all processors is free, and what a connection took is given back when a host proves itself on it. 0 is no
-    /// limit. Default: 5.
+    /// Limit of processor time, in percent of all processors, for connections of one address (IPv6: of one /64
+    /// network) on which no host has proved itself, 0 to 100; all addresses together may use twice as much. Beyond
+    /// this limit, these connections wait and take turns. There is a burst of one second of all processors, and when
+    /// a host proves itself on a connection, the connection's time is given back. 0 is no limit. Default: 5.
     pub unproven_time_percent: u32,
     /// Certificate and key for TLS on `listen`. Default: none, plain HTTP.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -165,22 +166,22 @@ impl Server {
         self.node.clone().unwrap_or_else(host_name)
     }
 
-    /// Where the database of hosts, certificates and attestation signers is.
+    /// Path of the database of hosts, certificates and attestation signers.
     pub fn state_db(&self) -> PathBuf {
         self.state.join("state.db")
     }
 
-    /// Where the audit trail is.
+    /// Path of the audit trail.
     pub fn audit_file(&self) -> PathBuf {
         self.state.join("audit.jsonl")
     }
 
-    /// Where the administrators' socket is.
+    /// Path of the administrators' socket.
     pub fn admin_socket(&self) -> PathBuf {
         self.sockets().join("admin.sock")
     }
 
-    /// Where the socket is that only reads.
+    /// Path of the read-only socket.
     pub fn review_socket(&self) -> PathBuf {
         self.sockets().join("review.sock")
     }
@@ -191,42 +192,43 @@ impl Server {
     }
 }
 
-/// `[release]`: how releases are queued and timed.
+/// `[release]`: queueing and time limits of releases.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Release {
-    /// Milliseconds within which a release is answered, one way or the other; 1 to 600,000. Default: 5,000.
+    /// Time limit in milliseconds for answering a release, with keys or an error; 1 to 600,000. Default: 5,000.
     pub deadline_ms: u64,
-    /// Milliseconds after which a call into an HSM counts as hung: its member is closed, and what waited there goes
-    /// elsewhere; 10 to 60,000. Well above what the slowest HSM takes under load. Default: 1,000.
+    /// Milliseconds after which an HSM call counts as hanging: its member goes down, and the calls that wait there go
+    /// to other members; 10 to 60,000. It should be well above the time of the slowest HSM under load. Default:
+    /// 1,000.
     pub watchdog_ms: u64,
     /// Most operations that a free session takes from its member's queue at once, 1 to 1,024; never more than its fair
     /// share of what waits. Default: 16.
     pub batch: usize,
-    /// Most releases that wait for their turn, of all hosts together, 1 to 1,000,000. When they are that many, the host
-    /// with the most of them is refused. Default: 4,096.
+    /// Most releases that wait for their turn, of all hosts together, 1 to 1,000,000. If the queue is full, the host
+    /// with the most waiting releases loses one. Default: 4,096.
     pub queue: usize,
-    /// Most releases that run at the same time, 0 to 100,000; the others wait. Default: 0, which is twice the sessions of
-    /// all members, and at least 16.
+    /// Most releases that run at the same time, 0 to 100,000; the others wait. Default: 0, which means twice the
+    /// sessions of all members, and at least 16.
     pub concurrency: usize,
-    /// Releases a second that one host may ask for from one address (IPv6: from one /64 network) in the long run, 0 to
-    /// 1,000,000; more are refused at once. A protector that takes much more work than usual, or was decrypted again and
-    /// again before it was refused, counts as several; a host may come to owe them. 0 is no limit. Default: 100.
+    /// Average releases per second of one host at one address (IPv6: at one /64 network), 0 to 1,000,000; further
+    /// ones are refused at once. A protector that needs much more work than usual, or was decrypted repeatedly before
+    /// it was refused, counts as several; a host may go into debt for them. 0 is no limit. Default: 100.
     pub host_rate: u32,
-    /// Releases that one host may ask for at once, above its rate, 1 to 1,000,000. Default: 2,048. Hyper-V runs at most
-    /// 1,024 virtual machines on a host: after a power cut each may start, and start once more.
+    /// Burst of releases of one host above its rate, 1 to 1,000,000. Default: 2,048. Hyper-V runs at most 1,024
+    /// virtual machines on a host: after a power failure each may start, and start once more.
     pub host_burst: u32,
-    /// Releases a second, of one host from one address, that may fail before anything is decrypted without being counted
-    /// against `host_rate`, 0 to 1,000,000: they cost no HSM. 0 is no limit. Default: 500.
+    /// Releases per second of one host at one address that may fail before any decryption without counting against
+    /// `host_rate`, 0 to 1,000,000: they cost no HSM time. 0 is no limit. Default: 500.
     pub refused_rate: u32,
-    /// As many at once, above that rate, 1 to 1,000,000. Default: 2,048.
+    /// Burst above that rate, 1 to 1,000,000. Default: 2,048.
     pub refused_burst: u32,
-    /// Starts of a machine for which a host may keep what a release gave it, without asking again, 0 to 1,000. As long as
-    /// they last, disabling the host has no effect on that machine. Default: 0, a host asks every time.
+    /// Number of starts of a machine for which a host may keep the keys of a release without a new release, 0 to
+    /// 1,000. Until then, disabling the host has no effect on that machine. Default: 0, a release for every start.
     pub max_offline_unwraps: u32,
-    /// Mebibytes of memory for egress protectors that are made ahead while sessions of the HSMs are idle, so that a release in a
-    /// storm takes one operation of an HSM instead of two; 0 to 65,536. An item takes some 2.5 KiB and is made anew every 8 to 10
-    /// minutes. 0 makes none ahead. Default: 64.
+    /// Memory in MiB for egress protectors that are made in advance while HSM sessions are idle, so that a release in
+    /// a storm needs one HSM operation instead of two; 0 to 65,536. An item has about 2.5 KiB and is replaced every 8
+    /// to 10 minutes. 0 is off. Default: 64.
     pub stock_mib: u64,
 }
 
@@ -265,38 +267,37 @@ impl Release {
     }
 }
 
-/// How hosts prove themselves.
+/// The mode of attestation.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum AttestMode {
-    /// By a registered host key.
+    /// Hosts prove possession of a registered host key.
     #[default]
     HostKey,
-    /// By their TPM: what they booted.
+    /// Hosts prove their boot with their TPM.
     Tpm,
 }
 
-/// `[attest]`: how hosts prove themselves, and what that may cost.
+/// `[attest]`: the mode of attestation and its limits.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Attest {
-    /// What hosts attest with: `"host-key"`, or `"tpm"`, where they prove by their TPM that they booted what an administrator
-    /// accepted as a baseline. In TPM mode the health certificates of host-key mode open nothing. Default: `"host-key"`.
+    /// How hosts attest: `"host-key"`, or `"tpm"`, in which hosts prove with their TPM that their boot matches an
+    /// accepted baseline. In TPM mode, health certificates of host-key mode are rejected. Default: `"host-key"`.
     pub mode: AttestMode,
-    /// Folder with the root certificates of TPM makers, PEM or DER, which the certificates of endorsement keys have to lead
-    /// to when hosts are registered by them. Every certificate in it is trusted. Default: none, and no host can be registered
-    /// by such a certificate.
+    /// Folder with the root certificates of TPM vendors, PEM or DER. A host can be registered by its endorsement key
+    /// certificate only if a chain leads to one of them. Every certificate in the folder is trusted. Default: none,
+    /// so no host can be registered by such a certificate.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vendor_roots: Option<PathBuf>,
-    /// Attestations a second that one host may ask for from one address (IPv6: from one /64 network) in the long run, 0 to
-    /// 1,000,000; more are refused at once. A host attests when it starts, and once in eight hours. 0 is no limit.
-    /// Default: 5.
+    /// Average attestations per second of one host at one address (IPv6: at one /64 network), 0 to 1,000,000; further
+    /// ones are refused at once. A host attests when it starts, and every eight hours. 0 is no limit. Default: 5.
     pub host_rate: u32,
-    /// Attestations that one host may ask for at once, above its rate, 1 to 1,000,000. Default: 1,000.
+    /// Burst of attestations of one host above its rate, 1 to 1,000,000. Default: 1,000.
     pub host_burst: u32,
-    /// Most health certificates that are signed at the same time, 0 to 100,000; the others wait, hosts taking turns, so
-    /// that attestations never take the HSMs from releases. Default: 0, which is one for each eight sessions of all members,
-    /// and at least 1.
+    /// Most concurrent signatures of health certificates, 0 to 100,000. Further attestations wait, and hosts take
+    /// turns, so that attestations never take the HSMs away from releases. Default: 0, which means one for each eight
+    /// sessions of all members, and at least 1.
     pub concurrency: usize,
 }
 
@@ -306,20 +307,20 @@ impl Default for Attest {
     }
 }
 
-/// `[audit]`: how the audit trail is written.
+/// `[audit]`: the audit trail.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Audit {
-    /// Whether every group of lines is forced to the disk (`fdatasync`) before its releases are answered. Without
-    /// it a line survives the end of the process but not the loss of power. Default: false.
+    /// Whether every group of lines is synced to the disk (`fdatasync`) before its releases are answered. Without it,
+    /// a line survives the end of the process, but not a power failure. Default: false.
     pub sync: bool,
-    /// MiB of the disk that are allocated ahead, in `audit.reserve` beside the trail, 0 to 65,536: when the disk is full,
-    /// they are given to the lines of grants and of administrators' changes, and refusals have none. 0: no reserve.
-    /// Default: 16.
+    /// MiB of disk space that are preallocated in `audit.reserve` next to the trail, 0 to 65,536. When the disk is
+    /// full, this space is used for the lines of grants and of administrators' changes; refusals then have no lines.
+    /// 0: no reserve. Default: 16.
     pub reserve_mib: u64,
     /// Lines after which an HSM signs the trail, with the primary signing key, 1 to 10,000,000. Default: 10,000.
     pub checkpoint_lines: u64,
-    /// Seconds after the first line that is not signed until an HSM signs it, 1 to 86,400. 0: the trail is never signed.
+    /// Seconds after the first unsigned line until an HSM signs the trail, 1 to 86,400. 0: the trail is never signed.
     /// Default: 60.
     pub checkpoint_seconds: u64,
 }
@@ -336,27 +337,27 @@ impl Audit {
         self.reserve_mib * 1024 * 1024
     }
 
-    /// After how many lines, and after how long, the trail is signed; `None`: never.
+    /// The number of lines and the time after which the trail is signed; `None`: never.
     pub fn checkpoints(&self) -> Option<(u64, Duration)> {
         (self.checkpoint_seconds > 0).then(|| (self.checkpoint_lines, Duration::from_secs(self.checkpoint_seconds)))
     }
 }
 
-/// `[log]`: how the log is written, which goes to the standard error.
+/// `[log]`: the log, which goes to standard error.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Log {
-    /// `text`, or `json`: an object on a line. Default: `text`.
+    /// `text`, or `json`: one object per line. Default: `text`.
     pub format: LogFormat,
 }
 
-/// How a line of the log looks.
+/// The format of log lines.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum LogFormat {
-    /// For people.
+    /// Text for people.
     #[default]
     Text,
-    /// For machines: a JSON object on a line.
+    /// JSON for programs: one object per line.
     Json,
 }

@@ -1,4 +1,4 @@
-//! `[server.tls]`: certificate and key of the server, and what clients have to show.
+//! `[server.tls]`: the certificate and key of the server, and whether clients need a certificate.
 
 use std::path::{Path, PathBuf};
 
@@ -10,24 +10,25 @@ use super::disagreement::Disagreement;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "TlsSection", into = "TlsSection")]
 pub struct Tls {
-    /// The server's certificate, then the certificates that lead to a root, in one file.
+    /// The server's certificate, followed by the certificates up to a root, in one file.
     pub certificate: PathBuf,
     /// The certificate's private key (PKCS#8, PKCS#1 or SEC1).
     pub key: PathBuf,
-    /// Which certificates clients have to show.
+    /// Whether clients need a certificate.
     pub clients: Clients,
 }
 
-/// Which certificates clients have to show.
+/// Whether clients need a certificate.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Clients {
-    /// Clients are not asked for certificates.
+    /// The server does not ask clients for a certificate.
     NotAsked,
-    /// A client may show a certificate, which has to lead to one of the authorities in this file.
+    /// A client may send a certificate. If it does, the certificate must be issued under one of the authorities in
+    /// this file.
     Asked(PathBuf),
-    /// A client has to show a certificate that leads to one of the authorities in this file.
+    /// A client must send a certificate that is issued under one of the authorities in this file.
     Required(PathBuf),
-    /// The same, and the client acts only for the host that its certificate names.
+    /// As [`Clients::Required`]. In addition, the client may only act for the host that its certificate names.
     Hosts(PathBuf),
 }
 
@@ -48,7 +49,7 @@ impl Clients {
         }
     }
 
-    /// Whether a client acts only for the host that its certificate names.
+    /// Returns `true` if a client may only act for the host that its certificate names.
     #[must_use]
     pub fn are_hosts(&self) -> bool {
         matches!(self, Self::Hosts(_))
@@ -56,30 +57,30 @@ impl Clients {
 }
 
 impl Tls {
-    /// With this certificate and key, and clients that are not asked for certificates.
+    /// Uses this certificate and key, without client certificates.
     pub fn new(certificate: impl Into<PathBuf>, key: impl Into<PathBuf>) -> Self {
         Self { certificate: certificate.into(), key: key.into(), clients: Clients::NotAsked }
     }
 }
 
-/// The section as it is written.
+/// The section as it is written in the file.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct TlsSection {
-    /// The server's certificate, then the certificates that lead to a root, in one PEM file.
+    /// The server's certificate and its chain, in one PEM file.
     certificate: PathBuf,
     /// The certificate's private key, PEM (PKCS#8, PKCS#1 or SEC1).
     key: PathBuf,
-    /// The authorities of clients' certificates, PEM. A certificate that a client shows has to lead to one of them.
-    /// Default: none, clients are not asked for certificates.
+    /// CA certificates for clients, PEM. A client's certificate must have a chain to one of them. Default: none,
+    /// clients need no certificate.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     client_ca: Option<PathBuf>,
-    /// Whether a client without a certificate is turned away; needs `client_ca`. Default: false.
+    /// Whether clients without a certificate are refused; needs `client_ca`. Default: false.
     #[serde(default)]
     client_required: bool,
-    /// Whether a client acts only for the host that its certificate names: a DNS name of its subjectAltName, or where it
-    /// has none its CN, has to be the host's registered name, without regard to case. With any other health certificate or
-    /// host key the client is refused. Needs `client_required`. Default: false.
+    /// Whether a client may act only for the host in its certificate: a DNS name of the subjectAltName (or the CN, if
+    /// there is no DNS name) must be the registered name of the host, ignoring case. With the health certificate or
+    /// host key of another host, the client is refused. Needs `client_required`. Default: false.
     #[serde(default)]
     client_is_host: bool,
 }

@@ -1,4 +1,4 @@
-//! What a handler gives back, and the response that it becomes.
+//! The result of a handler, and its conversion into a response.
 
 use bytes::Bytes;
 use claviger_protocol::attestation::ErrorReply;
@@ -8,7 +8,7 @@ use http_body_util::Full;
 use hyper::header::{ALLOW, CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER};
 use hyper::{Method, Response, StatusCode};
 
-/// Seconds after which a caller that was told 429 or 503 may come again, where nothing better is known.
+/// Default `Retry-After` in seconds for replies with 429 or 503.
 const RETRY_AFTER_SECONDS: u16 = 1;
 
 /// The header that carries the request's id.
@@ -18,7 +18,7 @@ pub(super) const XML: &str = "application/xml; charset=utf-8";
 pub(super) const JSON: &str = "application/json; charset=utf-8";
 pub(super) const PKCS7: &str = "application/x-pkcs7-certificates";
 
-/// What a handler gives back.
+/// The result of a handler.
 pub(crate) struct Answer {
     pub(crate) status: u16,
     pub(crate) media_type: &'static str,
@@ -26,7 +26,8 @@ pub(crate) struct Answer {
     pub(crate) allow: Option<Method>,
     /// Seconds, for 429 and 503.
     pub(crate) retry_after: u16,
-    /// Whether it shows that a host has sent the request, or that nobody knows who did; `None`: neither.
+    /// Whether the reply proves that a host sent the request (`true`), or that the sender is unknown (`false`);
+    /// `None`: neither.
     pub(crate) proved: Option<bool>,
 }
 
@@ -51,12 +52,12 @@ impl Answer {
         Self { status: reply.status(), ..Self::ok(JSON, reply.to_json(message)) }
     }
 
-    /// The same, as the answer to a request whose sender is `known` as a host or not.
+    /// The same for a request whose sender is, or is not, `known` as a host.
     pub(super) fn for_sender(self, known: bool) -> Self {
         let proved = match (known, self.status) {
             (true, 200) => Some(true),
             (true, _) => None,
-            // No room, or no HSM: that says nothing of the sender.
+            // The service had no memory or no HSM, which says nothing about the sender.
             (false, 503) => None,
             (false, _) => Some(false),
         };

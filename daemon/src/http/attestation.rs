@@ -1,4 +1,4 @@
-//! Attestations: the one of the configured mode, its decision and its answer.
+//! Handles attestations: runs the configured mode, records the decision and builds the answer.
 
 use std::time::Instant;
 
@@ -19,7 +19,7 @@ use crate::request::Attempt;
 use crate::service::Service;
 use crate::sys::clock::unix_now;
 
-/// How hosts are to prove themselves now.
+/// The current mode of attestation.
 pub(super) fn mode(service: &Service) -> OperationMode {
     match service.config.load().attest.mode {
         AttestMode::HostKey => OperationMode::HostKey,
@@ -27,8 +27,8 @@ pub(super) fn mode(service: &Service) -> OperationMode {
     }
 }
 
-/// What an attestation is refused with whatever its body says: its endpoint is not that of the configured mode. The mode is
-/// judged before the payload, so the body is not read.
+/// The refusal of an attestation at an endpoint of another mode. The mode is checked before the payload, so the body
+/// is not read.
 pub(super) fn refused_unread(service: &Service, endpoint: Endpoint) -> Option<Refused> {
     let expected = mode(service);
     match (expected, endpoint) {
@@ -47,7 +47,7 @@ pub(super) fn refused_unread(service: &Service, endpoint: Endpoint) -> Option<Re
     }
 }
 
-/// Refuses such an attestation. It is charged to its sender's address like a body that was read.
+/// Refuses such an attestation, and charges its sender's address as if the body had been read.
 pub(super) async fn refuse_unread(
     service: &Service,
     announced: Option<u64>,
@@ -60,20 +60,21 @@ pub(super) async fn refuse_unread(
     finish(service, attempt, Err(refused)).await
 }
 
-/// An attestation in the configured mode: decided, recorded, counted, answered.
+/// Handles an attestation in the configured mode: decides, records, counts and answers it.
 pub(super) async fn attest(service: &Service, endpoint: Endpoint, body: &[u8], mut attempt: Attempt) -> Answer {
     let result = match endpoint {
         Endpoint::TpmAttest => match tpm::attest(service, body, &mut attempt).await {
             Ok(tpm::Progress::Issued(issued)) => Ok((issued, false)),
             Ok(tpm::Progress::Continue(reply)) => {
-                // Nothing was decided yet, and anybody may begin: it is neither recorded nor counted as an attestation.
+                // Nothing has been decided yet, and anyone can start an attestation, so it is neither recorded nor
+                // counted.
                 return Answer::ok(JSON, reply);
             }
             Err(refused) => Err(refused),
         },
         _ => host_key::attest(service, body, &mut attempt).await.map(|issued| (issued, true)),
     };
-    // Nothing is awaited between this and the record, as in `decide`.
+    // As in `decide`, there is no await between this check and the record.
     let granted = result.and_then(|(issued, may_repeat)| {
         let (reply, unrecorded) = issued.confirm(service)?;
         let repeated = may_repeat && unrecorded.is_empty();
@@ -82,12 +83,12 @@ pub(super) async fn attest(service: &Service, endpoint: Endpoint, body: &[u8], m
     finish(service, &attempt, granted).await
 }
 
-/// An attestation that is granted.
+/// A granted attestation.
 struct Granted {
     answer: Answer,
-    /// Those of its certificates that may be asked for again, and that the audit trail does not tell of yet.
+    /// Its certificates that may be sent again and that the audit trail has not recorded yet.
     unrecorded: Vec<IssuedFor>,
-    /// Whether the audit trail tells of all of them.
+    /// Whether the audit trail has recorded all of them.
     repeated: bool,
 }
 
@@ -100,7 +101,7 @@ async fn finish(service: &Service, attempt: &Attempt, result: Result<Granted, Re
     };
     let mut entry = attempt.entry("attest", outcome);
     if result.is_err() {
-        // It may have been issued for a host that is not registered any more.
+        // The certificate may be for a host that is no longer registered.
         entry.health_serial = None;
     }
     let recorded = service.audit.decided(&entry, what, attempt.deadline()).await;
@@ -125,12 +126,12 @@ async fn finish(service: &Service, attempt: &Attempt, result: Result<Granted, Re
     answer.for_sender(attempt.known)
 }
 
-/// Refuses an attestation of which nothing was read.
+/// Refuses an attestation whose content was not read.
 pub(super) async fn refuse(service: &Service, attempt: &Attempt, refused: Refused) -> Answer {
     finish(service, attempt, Err(refused)).await
 }
 
-/// Remembers which identity key a host got certified, and says when it is another one than before.
+/// Records the certified identity key of a host, and logs if it differs from the previous one.
 fn note_identity(service: &Service, attempt: &Attempt) {
     static SAID: Throttle = Throttle::new();
     let Some(host) = &attempt.host else { return };
@@ -149,7 +150,7 @@ fn note_identity(service: &Service, attempt: &Attempt) {
     }
 }
 
-/// Every outcome an attestation can have.
+/// All possible outcomes of an attestation.
 #[must_use]
 pub fn outcomes() -> Vec<&'static str> {
     let refusals = [

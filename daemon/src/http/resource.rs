@@ -1,4 +1,4 @@
-//! The protocol's resources in one table, and what a URL asks for.
+//! The protocol's resources in one table, and the resource that a URL requests.
 
 use claviger_protocol::attestation::ErrorReply;
 use claviger_protocol::error::{Code, Refusal};
@@ -8,7 +8,7 @@ use hyper::header::{CONTENT_TYPE, HeaderMap};
 
 use super::answer::Answer;
 
-/// What a resource does.
+/// The function of a resource.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Endpoint {
     Roll(ApiVersion),
@@ -16,15 +16,15 @@ pub(super) enum Endpoint {
     Metadata,
     HostKeyAttest,
     TpmAttest,
-    /// TPM mode with the first version of the protocol, whose Context is not published.
+    /// TPM mode with the first version of the protocol, whose Context format is not published.
     FirstTpmAttest,
-    /// Attestation by Active Directory, which is not served.
+    /// Attestation by Active Directory, which is not supported.
     DomainAttest,
     GetInfo,
     SigningCertificates,
 }
 
-/// Every resource, in lower case: paths are matched without regard to case.
+/// All resources in lower case: paths are case-insensitive.
 static RESOURCES: [(&str, Method, Endpoint); 10] = [
     ("/keyprotection/service/v1.0/rolltransportkey", Method::POST, Endpoint::Roll(ApiVersion::V1)),
     ("/keyprotection/service/v2.0/rolltransportkey", Method::POST, Endpoint::Roll(ApiVersion::V2)),
@@ -39,7 +39,7 @@ static RESOURCES: [(&str, Method, Endpoint); 10] = [
 ];
 
 impl Endpoint {
-    /// What it is called in the metrics.
+    /// The name in the metrics.
     fn name(self) -> &'static str {
         match self {
             Self::Roll(ApiVersion::V1) => "release_v1",
@@ -53,11 +53,11 @@ impl Endpoint {
     }
 }
 
-/// What a path asks for.
+/// The target of a request.
 #[derive(Clone, Copy)]
 pub(super) struct Asked {
     pub(super) family: Family,
-    /// The resource and its method, if there is one.
+    /// The resource and its method, if the path names one.
     pub(super) resource: Option<(&'static Method, Endpoint)>,
 }
 
@@ -72,16 +72,16 @@ impl Asked {
         self.resource.is_some_and(|(_, resource)| resource == endpoint)
     }
 
-    /// What it is called in the metrics.
+    /// The name in the metrics.
     pub(super) fn name(self) -> &'static str {
         self.resource.map_or(NO_RESOURCE, |(_, endpoint)| endpoint.name())
     }
 }
 
-/// What a path is called in the metrics that names no resource.
+/// The metrics name for paths without a resource.
 const NO_RESOURCE: &str = "none";
 
-/// What everything is called that can be asked for.
+/// All resource names in the metrics.
 #[must_use]
 pub fn resources() -> Vec<&'static str> {
     let mut names: Vec<_> = RESOURCES.iter().map(|(.., endpoint)| endpoint.name()).chain([NO_RESOURCE]).collect();
@@ -90,7 +90,7 @@ pub fn resources() -> Vec<&'static str> {
     names
 }
 
-/// The two families of resources; each has its own form of errors.
+/// The two families of resources. Each has its own error format.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Family {
     KeyProtection,
@@ -113,7 +113,7 @@ impl Family {
         }
     }
 
-    /// An error that is about HTTP and not yet about the protocol.
+    /// An HTTP-level error, before the protocol is involved.
     pub(super) fn error(self, code: Code, message: &str) -> Answer {
         match self {
             Self::KeyProtection => Answer::refused(&Refusal::new(code, message)),
@@ -122,7 +122,7 @@ impl Family {
     }
 }
 
-/// Judges the Content-Type of a body.
+/// Checks the Content-Type of a body.
 pub(super) fn acceptable(headers: &HeaderMap, media_types: &[&str]) -> Result<(), String> {
     let expected = || format!("the body has to be {} in UTF-8", media_types.join(" or "));
     let mut values = headers.get_all(CONTENT_TYPE).iter();

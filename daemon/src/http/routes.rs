@@ -1,4 +1,4 @@
-//! From a request to its handler, and from what the handler gives back to the response.
+//! Passes a request to its handler, and converts the handler's result into the response.
 
 use std::convert::Infallible;
 use std::net::{IpAddr, Ipv4Addr};
@@ -30,10 +30,11 @@ use crate::request::{Attempt, Caller, ClientCertificate, Network};
 use crate::service::Service;
 use crate::sys::id::request_id;
 
-/// Answers one request to the service address.
+/// Answers a request to the service address.
 ///
-/// The work is a task of its own: a caller that goes away does not stop a release between its decision and its audit
-/// line, and a panic costs one request. A release that still waits for its turn notices, and leaves the queue.
+/// The work runs in a separate task: a client that disconnects does not stop a release between its decision and its
+/// audit line, and a panic affects only one request. A release that still waits for its turn notices the
+/// disconnection and leaves the queue.
 pub async fn serve(service: Arc<Service>, request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
     let id = request_id();
     let asked = Asked::of(request.uri().path());
@@ -51,13 +52,14 @@ pub async fn serve(service: Arc<Service>, request: Request<Incoming>) -> Result<
     let (caller, present) = Caller::new();
     let mut attempt = Attempt::new(id.clone()).sent_from(address).asked_by(caller).with_client(client);
     attempt.answer_within(service.config.load().release.deadline());
-    // What is logged of the request has its id, wherever it is logged.
+    // All log lines of the request contain its id.
     let span = error_span!("request", request = id);
     if origin.as_ref().is_some_and(Origin::client_has_closed) {
         present.has_closed();
     }
     let work = answer(service.clone(), request, asked, attempt).instrument(span.clone());
-    // Within the work: its end wakes the connection, which need not wait for its turn when a host has proved itself.
+    // This runs inside the work: its end wakes the connection, which need not wait for its turn if a host has proved
+    // itself.
     let judge = origin.clone();
     let work = async move {
         let answer = work.await;
@@ -91,13 +93,13 @@ pub async fn serve(service: Arc<Service>, request: Request<Incoming>) -> Result<
     };
     metrics::response(asked.name(), answer.status);
     if answer.status == 429 {
-        // Everything that the request held is free by now.
+        // All resources of the request are free by now.
         hold_back(&service, origin.as_ref()).await;
     }
     Ok(answer.into_response(&id))
 }
 
-/// Holds back the answer to a caller that asks too fast. Meanwhile its connection may be closed to make room.
+/// Delays the reply to a sender that exceeds its rate. The connection may be closed meanwhile to make room.
 async fn hold_back(service: &Service, origin: Option<&Origin>) {
     let _waits = origin.map(Origin::reading);
     if let Some(origin) = origin.filter(|origin| !origin.is_proved()) {
@@ -106,21 +108,22 @@ async fn hold_back(service: &Service, origin: Option<&Origin>) {
     service.admission.hold_back().await;
 }
 
-/// A request that needs no look at who asks.
+/// A request that is answered without identifying its sender.
 enum Quick {
-    /// Its answer costs next to nothing.
+    /// The reply is nearly free.
     Answer(Answer),
     /// The metadata document has to be signed first.
     Unsigned,
 }
 
-/// What is answered without a task of its own: documents, and what is wrong with a request before its body. `None`: it is work.
+/// Handles requests that need no separate task: documents, and errors that are found before the body. `None`: the
+/// request needs a task.
 fn quick(service: &Service, asked: Asked, request: &Request<Incoming>) -> Option<Quick> {
     let family = asked.family;
     let Some((method, endpoint)) = asked.resource else {
         return Some(Quick::Answer(family.error(Code::NotFound, "there is no such resource")));
     };
-    // HEAD is GET without the body, which hyper leaves out.
+    // HEAD is GET without the body, which hyper omits.
     let with = if request.method() == Method::HEAD { &Method::GET } else { request.method() };
     if with != method {
         let answer = family.error(Code::MethodNotAllowed, &format!("this resource has only {method}"));
@@ -141,8 +144,8 @@ fn quick(service: &Service, asked: Asked, request: &Request<Incoming>) -> Option
     Some(Quick::Answer(document))
 }
 
-/// The answer to such a request, as far as its address may have it. `None`: it may, and there is work to do for it. Beyond the
-/// rate, information, which load balancers ask for, comes a moment later, and anything else is refused.
+/// The reply to such a request, limited by the rate of its address. `None`: within the rate, and more work is needed.
+/// Beyond the rate, `GetInfo`, which load balancers use, is delayed, and everything else is refused.
 async fn rationed(
     service: &Service,
     asked: Asked,
@@ -167,7 +170,7 @@ async fn rationed(
     }
 }
 
-/// What the service is, as it is told to everybody.
+/// The service information, which is public.
 fn information(mode: OperationMode) -> Bytes {
     static BY_HOST_KEY: LazyLock<Bytes> =
         LazyLock::new(|| ServiceInfoReply::new(OperationMode::HostKey).to_json().into());
@@ -178,14 +181,14 @@ fn information(mode: OperationMode) -> Bytes {
     }
 }
 
-/// Makes a task of the work on a request. The future is never part of the one that waits for the task, which there may be
-/// thousands of.
+/// Starts a task for the work on a request. The waiting future does not contain the work's future, because there may
+/// be thousands of waiting ones.
 fn spawn(work: impl Future<Output = Answer> + Send + 'static) -> JoinHandle<Answer> {
     tokio::spawn(work)
 }
 
-/// The answer to a request that the service could not even read, recorded and counted like any other decision: a task that
-/// panicked (500), no room (503).
+/// The reply to a request that failed before it was read, recorded and counted like any other decision: its task
+/// panicked (500), or there was no memory (503).
 async fn refuse(service: &Service, asked: Asked, attempt: &Attempt, refusal: Refusal) -> Answer {
     match asked.resource.map(|(_, endpoint)| endpoint) {
         Some(Endpoint::Roll(api)) => Answer::release(decide(service, api, attempt, Err(refusal)).await),
@@ -205,24 +208,24 @@ async fn refuse(service: &Service, asked: Asked, attempt: &Attempt, refusal: Ref
 async fn answer(service: Arc<Service>, request: Request<Incoming>, asked: Asked, mut attempt: Attempt) -> Answer {
     let family = asked.family;
     if attempt.caller().is_gone() || service.admission.is_pressed() && attempt.caller().may_be_gone() {
-        // Most likely nobody will read it: what a client takes back is not to cost more than that.
+        // The client probably reads no reply, so do not spend work on it.
         metrics::queue_dropped(Dropped::Left.as_str());
         return family.error(Code::ServiceUnavailable, "the caller went away");
     }
     let endpoint = match asked.resource {
         Some((_, Endpoint::Metadata)) => return metadata(&service).await,
         Some((_, endpoint)) => endpoint,
-        // Answered before.
+        // Already answered above.
         None => return family.error(Code::NotFound, "there is no such resource"),
     };
     if let Some(refused) = attestation::refused_unread(&service, endpoint) {
         return attestation::refuse_unread(&service, announced(&request), refused, &attempt).await;
     }
-    // Held until the request is answered, whether its client waits for that or not.
+    // Held until the work for the request is done, even if the client no longer waits.
     let origin = request.extensions().get::<Origin>().cloned();
     let room = match room_for(&service, &request, origin.as_ref()) {
         Ok(room) => room,
-        // The service's own doing, so it counts like any other release or attestation that failed.
+        // The service is the cause, so it counts like other failed releases or attestations.
         Err(_) => return refuse(&service, asked, &attempt, intake::no_room()).await,
     };
     let body = match body_of(&service, request, endpoint, origin.as_ref(), &room, &mut attempt).await {
@@ -245,17 +248,17 @@ async fn answer(service: Arc<Service>, request: Request<Incoming>, asked: Asked,
     Answer { body: room.for_answer(answer.body), ..answer }
 }
 
-/// Room for the beginning of a request's body.
+/// Memory for the beginning of a request's body.
 fn room_for(service: &Service, request: &Request<Incoming>, origin: Option<&Origin>) -> Result<Room, NoRoom> {
     let address = request.extensions().get::<Peer>().map(|peer| peer.0.ip());
     let network = Network::of(address.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED)));
     service.bodies.open(network, origin.map_or(0, Origin::connection))
 }
 
-/// Reads a request's body, for which there is room as far as it has come.
+/// Reads a request's body within its memory.
 ///
 /// # Errors
-/// What a request is refused with whose body is too large, too slow or broken, or finds no room.
+/// The refusal if the body is too large, too slow or invalid, or if there is no memory.
 async fn body_of(
     service: &Service,
     request: Request<Incoming>,
@@ -297,7 +300,7 @@ async fn body_of(
         Err(error) => {
             let refusal = refused(error, taking);
             if !attempt.known && refusal.code != Code::ServiceUnavailable {
-                // Also for what is read and thrown away, so that its sender gets to read the answer.
+                // Also charge for discarded bytes, which are read so that the sender gets the reply.
                 service.admission.charge_stranger(attempt, intake::discarded(announced), Work::default());
             }
             return Err(refusal);
@@ -307,12 +310,12 @@ async fn body_of(
     Ok(body)
 }
 
-/// The length of a body, where its header says it.
+/// The length of a body, from its header.
 fn announced(request: &Request<Incoming>) -> Option<u64> {
     request.body().size_hint().exact()
 }
 
-/// The metadata document, for which HSMs may have to sign.
+/// The metadata document, which HSMs may have to sign first.
 async fn metadata(service: &Service) -> Answer {
     match service.registry.keys().metadata(&service.cluster).await {
         Ok(document) => Answer::ok(XML, document),
@@ -320,13 +323,13 @@ async fn metadata(service: &Service) -> Answer {
     }
 }
 
-/// A release, answered.
+/// Handles a release.
 async fn roll(service: &Service, api: ApiVersion, body: &[u8], mut attempt: Attempt) -> Answer {
     let result = release::roll(service, &service.cluster, api, body, &mut attempt).await;
     Answer::release(decide(service, api, &attempt, result).await).for_sender(attempt.known)
 }
 
-/// Many releases, answered. The items were decided one by one; a refusal of the whole request is decided here.
+/// Handles several releases. Each item was decided separately; a refusal of the whole request is decided here.
 async fn roll_batch(service: &Arc<Service>, body: &[u8], mut attempt: Attempt) -> Answer {
     let answer = match batch::roll(service, &service.cluster, body, &mut attempt).await {
         Ok(results) => Answer::ok(XML, claviger_protocol::batch::to_xml(&results)),
@@ -365,7 +368,7 @@ mod tests {
             let answer = refuse(&service, Asked::of(path), &Attempt::new("x".to_owned()), no_room()).await;
             assert_eq!(answer.status, 503, "{path}");
         }
-        // Nobody knows who asked: they are counted together.
+        // The senders are unknown, so they are counted together.
         assert!(crate::service::testing::trail(&service).is_empty());
         service.audit.write_summary().await;
         let line = crate::service::testing::trail(&service).pop().unwrap();

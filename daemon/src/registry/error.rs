@@ -1,4 +1,4 @@
-//! Errors of following the state and of changing it.
+//! Errors of reading the state and of changing it.
 
 use claviger_protocol::certificate::CertificateError;
 use tokio::task::JoinError;
@@ -19,7 +19,7 @@ fn list(unreadable: &[Unreadable]) -> String {
     unreadable.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
 }
 
-/// Why not all of the state is in force.
+/// Why a part of the state is not in effect.
 #[derive(Debug, thiserror::Error)]
 pub enum FollowError {
     /// The state cannot be read.
@@ -29,21 +29,21 @@ pub enum FollowError {
     /// still be served.
     #[error("the registered hosts or the baselines cannot be read: {0}")]
     Hosts(StateError),
-    /// Certificates of the state that cannot be read. Everything else in it is in force.
+    /// The state contains certificates that cannot be read. All other records are in effect.
     #[error("the state holds certificates that cannot be read: {}", list(.0))]
     Unreadable(Vec<Unreadable>),
 }
 
-/// Why a change is not made, or has no effect yet.
+/// Why a change was not made, or is not in effect yet.
 #[derive(Debug, thiserror::Error)]
 pub enum ChangeError {
     /// It was not made.
     #[error(transparent)]
     State(#[from] StateError),
-    /// It was made.
+    /// It is stored but not in effect yet.
     #[error("the change is stored but has no effect yet, and the daemon tries every second to take it in: {0}")]
     NoEffectYet(StateError),
-    /// It was made, and brought certificates that cannot be read.
+    /// It is stored, but it contains certificates that cannot be parsed.
     #[error("the change is stored, but what it brought cannot be read and has no effect: {}", list(.0))]
     Unreadable(Vec<Unreadable>),
     /// It may have been made.

@@ -1,8 +1,8 @@
-//! The registry in force: snapshots of the state, replaced when the state changes.
+//! The current registry: snapshots of the state, replaced when the state changes.
 //!
-//! Hosts, baselines, keys and signers are kept as immutable snapshots, each behind an `ArcSwap`. A change is written to the state
-//! first; then the snapshots are replaced, so that the change takes effect with the next request. Changes that another process made
-//! are found by [`Registry::follow`], whatever store the state is in.
+//! Hosts, baselines, keys and signers are kept as immutable snapshots, each behind an `ArcSwap`. A change is first
+//! written to the state. Then the snapshots are replaced, so the change takes effect with the next request. Changes
+//! by other processes are found by [`Registry::follow`], with every kind of store.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -25,14 +25,14 @@ use crate::store::{Contents, State, StateError};
 /// Called with the new keys after each change of them, while the state is locked.
 type OnKeys = Box<dyn Fn(&Arc<Keys>) + Send + Sync>;
 
-/// The state, and the snapshots of it that are in force.
+/// The state and its current snapshots.
 pub struct Registry {
     keys: ArcSwap<Keys>,
     hosts: ArcSwap<Hosts>,
     baselines: ArcSwap<Baselines>,
     signers: ArcSwap<Signers>,
     on_keys: OnKeys,
-    /// Whether the last look at the state failed.
+    /// Whether the last check of the state failed.
     stale: AtomicBool,
     /// Thumbprints of the certificates that could not be read at the last reload.
     unreadable: Mutex<BTreeSet<String>>,
@@ -89,7 +89,7 @@ impl Registry {
         self.signers.load()
     }
 
-    /// What is in force now, together with these settings.
+    /// The current snapshots, together with these settings.
     #[must_use]
     pub fn snapshot(&self, config: Arc<Config>) -> Snapshot {
         Snapshot {
@@ -101,16 +101,16 @@ impl Registry {
         }
     }
 
-    /// Takes new snapshots if the state has changed since the last ones were complete, no matter which process changed it.
-    /// Blocks on the store.
+    /// Takes new snapshots if the state has changed since the last complete ones. It does not matter which process
+    /// changed the state. Blocks on the store.
     ///
     /// # Errors
-    /// See [`FollowError`]; what cannot be read stays as it was, and the next call tries again.
+    /// See [`FollowError`]. Snapshots whose records cannot be read remain unchanged, and the next call tries again.
     pub fn follow(&self) -> Result<(), FollowError> {
         if self.with_state(|state| state.changed())? { self.reload() } else { Ok(()) }
     }
 
-    /// Notes the result of a look at the state. The first failure and the first success after it are logged.
+    /// Records the result of a check of the state. Logs the first failure, and the first success after failures.
     pub fn looked<E: fmt::Display>(&self, result: &Result<(), E>) {
         let was_failing = self.stale.swap(result.is_err(), Ordering::Relaxed);
         match result {
@@ -122,22 +122,22 @@ impl Registry {
         }
     }
 
-    /// Whether the last look at the state failed, so that changes of other processes may be missing.
+    /// Returns `true` if the last check of the state failed. Then changes by other processes may be missing.
     #[must_use]
     pub fn is_stale(&self) -> bool {
         self.stale.load(Ordering::Relaxed)
     }
 
-    /// Works with the state. Blocks on the store: not for a thread that serves requests.
+    /// Runs `work` on the state. Blocks on the store, so it must not be called in a thread that serves requests.
     pub fn with_state<T>(&self, work: impl FnOnce(&mut State) -> T) -> T {
-        // A panic in the middle of a transaction rolled it back; the connection is sound.
+        // A panic inside a transaction has rolled it back; the connection is intact.
         work(&mut lock(&self.state))
     }
 
     /// Changes the state on a thread that may block, and takes new snapshots.
     ///
     /// # Errors
-    /// Those of `work`, or that its change has no effect yet.
+    /// The errors of `work`, or an error which says that the change is not in effect yet.
     pub async fn change<T: Send + 'static>(
         self: &Arc<Self>,
         work: impl FnOnce(&mut State) -> Result<T, StateError> + Send + 'static,
@@ -147,11 +147,11 @@ impl Registry {
     }
 
     fn change_now<T>(&self, work: impl FnOnce(&mut State) -> Result<T, StateError>) -> Result<T, ChangeError> {
-        // First the changes of others, so that their errors are not taken for this change's.
+        // Load the changes of other processes first, so that their errors are not attributed to this change.
         let _ = self.follow();
         let known = self.unreadable().clone();
         let result = self.with_state(work);
-        // Also after a failure: the change may have been made before, without an effect so far.
+        // Also after a failure: `work` may have made a part of its change.
         let followed = self.follow();
         let value = result?;
         match followed {
@@ -167,8 +167,8 @@ impl Registry {
     fn reload(&self) -> Result<(), FollowError> {
         self.with_state(|state| {
             state.snapshot(|contents| {
-                // Hosts and baselines first, whatever is wrong with the rest: a host that was removed, or whose baseline was
-                // disabled, must not be served any more.
+                // Hosts and baselines come first, even if other records cannot be read. A host must not be served
+                // after it was removed or its baseline was disabled.
                 let hosts = contents.hosts().map(|hosts| self.hosts.store(Arc::new(Hosts::new(hosts))));
                 let baselines = contents.baselines();
                 let baselines = baselines.map(|all| self.baselines.store(Arc::new(Baselines::new(all))));
@@ -182,15 +182,15 @@ impl Registry {
         })
     }
 
-    /// Returns the certificates that cannot be read.
+    /// Returns the certificates that cannot be parsed.
     fn reload_signers(&self, contents: &Contents) -> Result<Vec<Unreadable>, StateError> {
         let (signers, unreadable) = Signers::new(&contents.signers()?);
         self.signers.store(Arc::new(signers));
         Ok(unreadable)
     }
 
-    /// Returns the certificates that cannot be read; each excludes its own key only. Keys that have not changed stay the same
-    /// value, and with them the metadata document that was signed.
+    /// Returns the certificates that cannot be read. Each of them excludes only its own key. Unchanged keys remain
+    /// the same value, so the signed metadata document remains valid.
     fn reload_keys(&self, contents: &Contents) -> Result<Vec<Unreadable>, StateError> {
         let mut certificates = contents.certificates()?;
         let mut unreadable = Vec::new();
@@ -250,7 +250,7 @@ mod tests {
         assert!(matches!(registry.follow(), Err(FollowError::Unreadable(_))), "reported each time until it is mended");
         assert!(Arc::ptr_eq(&first, &registry.keys()));
 
-        // Hosts that cannot be read: the change is made, and whoever asks again does not lose it.
+        // The hosts cannot be read: the change is stored, and repeating the command does not lose it.
         sql("ALTER TABLE hosts RENAME COLUMN added TO mislaid");
         let error = registry.change(|state| state.forget_signers_before(1)).await.unwrap_err();
         assert!(matches!(error, ChangeError::NoEffectYet(_)), "{error}");
@@ -277,7 +277,7 @@ mod tests {
             })
         };
         let added = add(one, b"one").await.unwrap();
-        // A change that brings what cannot be read is no success.
+        // A change with a certificate that cannot be parsed is not a success.
         let error = add(b"broken".to_vec(), b"two").await.unwrap_err();
         assert!(matches!(error, ChangeError::Unreadable(_)), "{error}");
         assert!(registry.signers().trust(&first.thumbprint()));

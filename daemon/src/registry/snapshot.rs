@@ -9,7 +9,7 @@ use super::signers::Signers;
 use crate::config::Config;
 use crate::request::Attempt;
 
-/// The settings and the registry as one request sees them from its start to its end, whatever changes meanwhile.
+/// The settings and the registry for one request, unchanged from its start to its end.
 #[derive(Clone, Debug)]
 pub struct Snapshot {
     /// The settings.
@@ -25,8 +25,8 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
-    /// Whether the sender of `attempt` may act as the host of this name: always, unless the client certificates of TLS are
-    /// bound to hosts. Then only with a certificate of that name.
+    /// Whether the sender of `attempt` may act as the host with this name. Always true, unless TLS client
+    /// certificates are bound to hosts: then the certificate must have this name.
     #[must_use]
     pub fn may_act_as(&self, host: &str, attempt: &Attempt) -> bool {
         let bound = self.config.server.tls.as_ref().is_some_and(|tls| tls.clients.are_hosts());

@@ -17,21 +17,21 @@ use crate::config::{Config, Hsm, PinSource, TokenName};
 #[cfg(test)]
 use crate::observe::audit;
 
-/// The key of all unit tests: making one takes a while.
+/// The key of all unit tests, because generating one is slow.
 #[cfg(test)]
 pub(crate) fn key() -> &'static RsaPrivateKey {
     static KEY: OnceLock<RsaPrivateKey> = OnceLock::new();
     KEY.get_or_init(|| RsaPrivateKey::generate(2048).unwrap())
 }
 
-/// A certificate of that key (DER); no two are the same.
+/// A certificate of that key (DER); each call returns a different one.
 #[cfg(test)]
 pub(crate) fn certificate() -> Vec<u8> {
     let template = claviger_protocol::health::signer_template(key().public(), 1, 2).unwrap();
     template.to_be_signed().unwrap().sign_with(key()).unwrap()
 }
 
-/// A service with a folder of its own, and the default settings.
+/// A service with its own folder and the default settings.
 #[cfg(test)]
 pub(crate) fn service() -> (tempfile::TempDir, Arc<Service>) {
     let folder = tempfile::tempdir().unwrap();
@@ -39,7 +39,7 @@ pub(crate) fn service() -> (tempfile::TempDir, Arc<Service>) {
     (folder, service)
 }
 
-/// A service whose only member, `gone`, is never started: no HSM works for it.
+/// A service whose only member, `gone`, is never started, so it has no HSM.
 pub(crate) fn service_in(folder: &Path, configure: impl FnOnce(&mut Config)) -> Arc<Service> {
     let mut config = Config::default();
     config.server.state = folder.join("state");
@@ -71,7 +71,7 @@ pub(crate) fn service_in(folder: &Path, configure: impl FnOnce(&mut Config)) -> 
     Arc::new(Service::open(config, cluster).unwrap())
 }
 
-/// The lines of its audit trail, without those that it says of itself.
+/// The lines of its audit trail, without the trail's own lines.
 #[cfg(test)]
 pub(crate) fn trail(service: &Service) -> Vec<Value> {
     let text = std::fs::read_to_string(service.config.load().server.audit_file()).unwrap();

@@ -1,3 +1,3 @@
-//! The time of day, as all crates read it.
+//! The time of day, read in the same way in all crates.
 
 pub use claviger_process::clock::{since_1970, unix, unix_now};

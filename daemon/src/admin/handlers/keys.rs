@@ -1,4 +1,4 @@
-//! The key-protection certificates: what is done for their commands.
+//! Handlers of the commands for key-protection certificates.
 
 mod import;
 mod new_key;
@@ -25,7 +25,7 @@ use crate::store::usage_counts::{DAYS, Releases};
 use crate::store::{self, Kind, Labels, NewCertificate, State};
 use crate::sys::clock::unix_now;
 
-/// Fewest digits of a thumbprint that name a certificate.
+/// Minimum number of thumbprint digits that identify a certificate.
 const FEWEST_DIGITS: usize = 8;
 
 /// The parameters of a request to add a certificate.
@@ -60,7 +60,7 @@ pub(super) async fn add(service: &Arc<Service>, new: New, peer: Peer) -> Result<
     let id = match (&new.private_key, &new.hsm_key) {
         (Some(secret), None) => {
             let key = private_key(secret, &certificate)?;
-            // Before the tokens are changed.
+            // Record the request before the tokens are changed.
             change.requested(service).await?;
             if let Err(error) = import(service, new.kind, &key, &certificate, new.trust_absent).await {
                 change.done(service, FAILED).await;
@@ -140,7 +140,7 @@ pub(super) async fn enable(
     let warning = if enabled {
         None
     } else {
-        // It is disabled all the same.
+        // The certificate is disabled anyway.
         let unknown = |error| Some(format!("what is not released without it is not known: {error}"));
         missed(service, &entry).await.unwrap_or_else(unknown)
     };
@@ -156,7 +156,7 @@ pub(super) async fn remove(
 ) -> Result<Value, String> {
     let entry = named(service, certificate, kind).await?;
     let missed = missed(service, &entry).await?;
-    // The primary one is refused for that reason, whatever else there is to say.
+    // A primary certificate is refused for that reason first.
     if let Some(missed) = missed.as_ref().filter(|_| !force && !entry.is_primary && !entry.is_communications) {
         return Err(format!("{missed}; it was not removed. If it is to go all the same: --force"));
     }
@@ -183,10 +183,10 @@ pub(super) async fn limit(
     Ok(done(service, &store::Certificate { labels, ..entry }, Vec::new()).await)
 }
 
-/// What of a certificate is wrong for its use, and what an administrator should know of it.
+/// Checks that a certificate fits its kind, and returns warnings for the administrator.
 ///
 /// # Errors
-/// What is wrong.
+/// Why the certificate cannot be used.
 pub(super) fn judge(certificate: &Certificate, kind: Kind) -> Result<Vec<String>, String> {
     let (usage, name) = match kind {
         Kind::Signing => (KeyUsage::DIGITAL_SIGNATURE, "digitalSignature"),
@@ -207,7 +207,7 @@ pub(super) fn judge(certificate: &Certificate, kind: Kind) -> Result<Vec<String>
     Ok(warnings)
 }
 
-/// The one certificate that a thumbprint, or the beginning of one, means.
+/// Finds the certificate by its thumbprint or an unambiguous prefix of it.
 async fn named(service: &Arc<Service>, thumbprint: &str, kind: Option<Kind>) -> Result<store::Certificate, String> {
     let wanted = thumbprint.to_ascii_lowercase();
     if wanted.len() < FEWEST_DIGITS || !wanted.bytes().all(|byte| byte.is_ascii_hexdigit()) {
@@ -225,7 +225,7 @@ async fn named(service: &Arc<Service>, thumbprint: &str, kind: Option<Kind>) -> 
     }
 }
 
-/// A change that is about one certificate.
+/// A change of one certificate.
 fn about(event: &'static str, entry: &store::Certificate, peer: Peer) -> Change {
     let mut change = Change::new(event, peer);
     change.attempt.certificate = Some(entry.thumbprint.clone());
@@ -233,7 +233,7 @@ fn about(event: &'static str, entry: &store::Certificate, peer: Peer) -> Change 
     change
 }
 
-/// What is not released any more without a certificate, judged by what was released not long ago.
+/// Describes the releases that would be refused without a certificate, judged by recent releases.
 async fn missed(service: &Arc<Service>, entry: &store::Certificate) -> Result<Option<String>, String> {
     let (kind, spki, thumbprint) = (entry.kind, entry.spki.clone(), entry.thumbprint.clone());
     let others = read(service, |state| state.certificates()).await?;
@@ -262,7 +262,7 @@ async fn releases(service: &Arc<Service>) -> Result<Releases, String> {
     counted.inspect_err(|error| tracing::warn!(error, "how much keys are used cannot be read"))
 }
 
-/// The answer to a change that was made: whatever else cannot be said of the certificate is no failure of the change.
+/// The reply to a completed change. Errors while collecting the details of the certificate do not fail the change.
 async fn done(service: &Arc<Service>, entry: &store::Certificate, mut warnings: Vec<String>) -> Value {
     let used = releases(service).await;
     if let Err(error) = &used
@@ -277,12 +277,12 @@ async fn done(service: &Arc<Service>, entry: &store::Certificate, mut warnings: 
 
 /// The private key of a certificate.
 fn key_of(entry: &store::Certificate) -> KeyRef {
-    // Only a state that was damaged has a public key that is none; no key is counted for that.
+    // Only in a damaged state is the public key invalid; then no key is counted.
     let public = RsaPublicKey::from_spki_der(&entry.spki);
     KeyRef::new(KeyId(entry.key_id.clone()), public.as_ref().map_or(&[], RsaPublicKey::modulus))
 }
 
-/// A certificate for people and machines. Where it is not known how much keys are used, nothing is said of it.
+/// A certificate for people and programs. If the usage counts are unknown, they are omitted.
 fn certificate(entry: &store::Certificate, used: Option<&Releases>) -> Value {
     let parsed = Certificate::parse(&entry.der).ok();
     json!({

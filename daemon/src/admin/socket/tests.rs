@@ -1,4 +1,4 @@
-//! Both sides of the socket.
+//! Tests of both sides of the socket.
 
 #![allow(clippy::unwrap_used)]
 
@@ -54,7 +54,7 @@ async fn commands_are_answered_and_refusals_are_the_handlers_own() {
     assert_eq!(fault(&path, json!({ "command": "none" })).await, "no command Some(\"none\")");
     assert_eq!(fault(&path, json!([1])).await, "a request is a JSON object");
     assert!(fault(&path, json!("x".repeat(REQUEST_LIMIT))).await.contains("the request is too long"));
-    // A panic hurts nobody else.
+    // A panic affects only its own command.
     assert!(fault(&path, json!({ "command": "panic" })).await.contains("its log may say why"));
     assert_eq!(call(&path, &json!({ "command": "echo", "value": 1 })).await.unwrap(), json!(1));
     stop(running).await;
@@ -74,7 +74,7 @@ async fn a_connection_carries_many_requests_and_bounds_each() {
         reader.read_line(&mut line).await.unwrap();
         assert!(line.starts_with(expected), "{line}");
     }
-    // Written as far as the other side takes it.
+    // The daemon reads only a part of it.
     let _ = stream.write_all(&vec![b'x'; REQUEST_LIMIT + 1]).await;
     let mut rest = String::new();
     let _ = stream.read_to_string(&mut rest).await;
@@ -95,7 +95,7 @@ async fn a_dead_socket_is_replaced_and_a_live_one_is_not() {
     assert_eq!(call(&path, &json!({ "command": "echo", "value": 1 })).await.unwrap(), json!(1));
     stop(running).await;
     stop(start(&path)).await;
-    // One that listens without the lock is alive, too.
+    // A listener without the lock also counts as alive.
     let other = std::os::unix::net::UnixListener::bind(&path).unwrap();
     assert!(matches!(AdminSocket::bind(&path, None), Err(AdminError::Taken { .. })));
     drop(other);
@@ -119,7 +119,7 @@ async fn connections_that_say_nothing_keep_nobody_out() {
         let answer = tokio::time::timeout(IDLE_TIMEOUT / 2, call(&path, &request)).await.expect("kept out");
         assert_eq!(answer.unwrap(), json!(value));
     }
-    // The first ones were closed for it.
+    // The oldest connections were closed.
     assert_eq!(silent[0].read(&mut [0]).await.unwrap(), 0);
     stop(running).await;
 }
@@ -164,7 +164,7 @@ async fn a_command_is_done_to_its_end_whoever_waits_for_it() {
     let serving = tokio::spawn(socket.serve(handler, async {
         let _ = stopped.await;
     }));
-    // One waits in vain, one leaves at once, one is cut by the stop.
+    // One client waits until its time limit, one leaves at once, one is aborted by the stop.
     assert!(fault(&path, json!({})).await.contains("it goes on"));
     let mut stream = UnixStream::connect(&path).await.unwrap();
     stream.write_all(b"{}\n").await.unwrap();
@@ -185,7 +185,7 @@ async fn a_path_that_is_too_long_is_said_to_be() {
     let path = Path::new("/tmp").join("x".repeat(120));
     assert!(fault(&path, json!({})).await.contains("125 bytes, and the system takes 107 at most"));
     assert!(matches!(AdminSocket::bind(&path, None), Err(AdminError::PathTooLong { .. })));
-    // The longest one that is allowed works.
+    // The longest allowed path works.
     let folder = tempfile::tempdir().unwrap();
     let room = PATH_LIMIT - folder.path().as_os_str().len() - 1;
     stop(start(&folder.path().join("x".repeat(room)))).await;

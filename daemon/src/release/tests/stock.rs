@@ -128,8 +128,8 @@ async fn a_change_of_keys_labels_or_settings_empties_it_at_once() {
     assert_eq!(depth(&stage), 1);
 }
 
-/// While the first reads what is in force, the setting changes and the second begins. If the first had no lock by then, the second
-/// would come to its end, and the first would go on with what it read before.
+/// While the first call reads the current settings, they change and a second call begins. If the first call did not
+/// hold the lock by then, the second call would end first, and the first one would then use the old settings.
 #[test]
 fn of_two_rebases_at_the_same_time_the_newer_basis_stays() {
     let (stock, keys) = (&Stock::default(), Arc::new(Keys::default()));
@@ -149,7 +149,7 @@ fn of_two_rebases_at_the_same_time_the_newer_basis_stays() {
                 // Nobody listens any more where this had to wait, as it should.
                 let _ = done.send(());
             });
-            // It has to wait for this one: this time is all that a right stock spends here.
+            // The second call must wait for the first one. A correct stock waits here for the whole of this time.
             let _ = is_done.recv_timeout(Duration::from_millis(200));
             read
         });

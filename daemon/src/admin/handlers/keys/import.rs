@@ -1,4 +1,4 @@
-//! Bringing a private key from outside onto the tokens.
+//! Imports a private key into the tokens.
 
 use std::sync::Arc;
 
@@ -14,7 +14,7 @@ use crate::service::Service;
 use crate::signing::private_parts;
 use crate::store::Kind;
 
-/// The private key that came with a certificate.
+/// The private key that was sent with a certificate.
 pub(super) fn private_key(secret: &Secret, certificate: &Certificate) -> Result<RsaPrivateKey, String> {
     let der = BASE64.decode(secret.expose().as_bytes()).map(Zeroizing::new);
     let der = der.map_err(|_| "the private key is not base64".to_owned())?;
@@ -25,7 +25,7 @@ pub(super) fn private_key(secret: &Secret, certificate: &Certificate) -> Result<
     Ok(key)
 }
 
-/// Brings a private key onto all members. One that has it already is left as it is.
+/// Imports a private key into all members. Members that already have it are skipped.
 pub(super) async fn import(
     service: &Arc<Service>,
     kind: Kind,
@@ -41,7 +41,7 @@ pub(super) async fn import(
     let label: String = certificate.common_name().unwrap_or("claviger").chars().take(64).collect();
     let bits = u32::try_from(key.public().modulus_len() * 8).unwrap_or(u32::MAX);
     let spec = NewKey { id: id.clone(), label, bits, usage };
-    // One that does not serve now would keep the administrator waiting for nothing.
+    // A member that is not up would only delay the command.
     let serves = |state| matches!(state, MemberState::Up | MemberState::Draining | MemberState::Drained);
     let (members, absent): (Vec<_>, Vec<_>) = service.cluster.members().into_iter().partition(|m| serves(m.state));
     if !absent.is_empty() && !trust_absent {
@@ -65,7 +65,7 @@ pub(super) async fn import(
     ))
 }
 
-/// CKA_ID of a key that was imported. One for each kind, so that a key may be there for both.
+/// The CKA_ID of an imported key. It depends on the kind, so that a key can be imported for both kinds.
 pub(super) fn imported_id(kind: Kind, public: &RsaPublicKey) -> KeyId {
     let mut context = digest::Context::new(&digest::SHA256);
     context.update(kind.as_str().as_bytes());

@@ -1,4 +1,4 @@
-//! Keys that an HSM makes, and requests for their certificates.
+//! Creates keys in an HSM, and requests for their certificates.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,7 +21,7 @@ use crate::signing::{self, OWN_DEADLINE};
 use crate::store::Kind;
 use crate::sys::clock::unix_now;
 
-/// How long the members' vendor has to replicate a key that was made on one of them, and how often they are asked.
+/// Time limit for the vendor's replication of a key that one member generated, and the interval of the checks.
 const REPLICATION: Duration = Duration::from_secs(20);
 const ASK_EVERY: Duration = Duration::from_secs(1);
 
@@ -52,7 +52,7 @@ pub(in crate::admin::handlers) async fn generate(
     change.attempt.used(&on);
     change.attempt.change = Some(format!("{kind} key {id} of {bits} bits"));
     change.requested(service).await?;
-    // One that decrypts also signs: whoever asks for a certificate has to prove that he has the key.
+    // A decryption key must also sign: the certificate request proves possession of the key with a signature.
     let usage = match kind {
         Kind::Signing => HsmKeyUsage::Sign,
         Kind::Encryption => HsmKeyUsage::Both,
@@ -121,7 +121,7 @@ pub(in crate::admin::handlers) async fn self_sign(
     Ok(json!({"hsm_key": id.to_string(), "pem": made.to_pem(), "thumbprint": HEXLOWER.encode(&made.thumbprint())}))
 }
 
-/// A template for a certificate of a key that some member has.
+/// The template of a certificate for a key that a member has.
 async fn template(service: &Arc<Service>, id: &KeyId, subject: String, days: u32) -> Result<Template, String> {
     let key = public_of(service, id).await?;
     if subject.len() > 64 || subject.chars().any(char::is_control) {
@@ -143,7 +143,7 @@ async fn template(service: &Arc<Service>, id: &KeyId, subject: String, days: u32
     })
 }
 
-/// A signature that an administrator asked for, recorded like a change.
+/// Makes a signature that an administrator requested, with audit records like a change.
 async fn signed(
     service: &Arc<Service>,
     event: &'static str,

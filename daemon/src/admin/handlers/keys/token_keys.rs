@@ -13,13 +13,13 @@ use crate::registry::keys::Key;
 use crate::service::Service;
 use crate::store::Kind;
 
-/// How long a member has to say whether it has a key.
+/// Time limit for asking a member whether it has a key.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Refuses a key that is not on every member, or is another one there, or does not do what certificates of this kind need.
+/// Checks that every member has the right key and can use it for this kind of certificate.
 ///
 /// # Errors
-/// What is wrong; otherwise what could not be found out.
+/// What is wrong, or which members could not be checked.
 pub(in crate::admin::handlers) async fn on_all_members(
     service: &Arc<Service>,
     kind: Kind,
@@ -49,7 +49,7 @@ pub(in crate::admin::handlers) async fn on_all_members(
     Ok(absent.iter().map(|lack| format!("not checked: {} {}", lack.member, lack.what)).collect())
 }
 
-/// Has the key do, on each member that is up, what it is for: a member may have it without the right to use it.
+/// Has each member that is up use the key for its purpose: a member may have the key without the right to use it.
 async fn prove(service: &Arc<Service>, kind: Kind, key: &Key) -> Result<(), String> {
     let does = match kind {
         Kind::Signing => "sign",
@@ -69,11 +69,11 @@ async fn prove(service: &Arc<Service>, kind: Kind, key: &Key) -> Result<(), Stri
     Ok(())
 }
 
-/// A member that does not show a key.
+/// A member without a key.
 pub(super) struct Lack {
     pub(super) member: String,
     what: String,
-    /// Whether it could not be asked.
+    /// Whether the member could not be asked.
     absent: bool,
 }
 
@@ -81,7 +81,7 @@ pub(super) fn sentence(lacking: &[Lack]) -> String {
     lacking.iter().map(|lack| format!("{} {}", lack.member, lack.what)).collect::<Vec<_>>().join(", ")
 }
 
-/// Which members do not show this key. Each token is searched: another program may have made the key a moment ago.
+/// The members without this key. Each token is searched, because another program may have just created the key.
 pub(super) async fn lacking(service: &Arc<Service>, key: &KeyRef) -> Vec<Lack> {
     let mut lacking = Vec::new();
     for hsm in &service.config.load_full().hsm {
@@ -96,10 +96,10 @@ pub(super) async fn lacking(service: &Arc<Service>, key: &KeyRef) -> Vec<Lack> {
     lacking
 }
 
-/// What keeps a token with these keys from using the one that is meant; `None`: nothing.
+/// What prevents a token with these keys from using the wanted one; `None`: nothing.
 fn what_is_missing(keys: &[TokenKey], wanted: &KeyRef) -> Option<String> {
     let of_id = || keys.iter().filter(|key| key.has_id(&wanted.id));
-    // A key of which the token tells no modulus proves itself by what it does.
+    // If the token does not show the modulus of a key, only using the key can prove that it is the right one.
     if of_id().any(|key| key.is(wanted) || key.fingerprint.is_none()) {
         return None;
     }
@@ -114,7 +114,7 @@ fn what_is_missing(keys: &[TokenKey], wanted: &KeyRef) -> Option<String> {
     })
 }
 
-/// The id of the key that a certificate is over, looked for on the members.
+/// Searches the members for the key of a certificate, and returns its id.
 pub(super) async fn find(service: &Arc<Service>, kind: Kind, public: &RsaPublicKey) -> Result<KeyId, String> {
     let mut nameless = None;
     for hsm in &service.config.load_full().hsm {
@@ -142,18 +142,18 @@ pub(super) async fn find(service: &Arc<Service>, kind: Kind, public: &RsaPublicK
     })
 }
 
-/// Where a certificate's key is on a token.
+/// The location of a certificate's key on a token.
 #[derive(Debug, PartialEq)]
 enum Found {
     One(KeyId),
     Several(Vec<KeyId>),
-    /// It has no `CKA_ID`, but this label.
+    /// The key has no `CKA_ID`, but this label.
     Nameless(String),
     Nothing,
 }
 
-/// The id of a certificate's key among those of a token. One key may be there with several ids, as when it was imported for
-/// both kinds: the one that may do what the kind needs is meant.
+/// Selects the id of a certificate's key among the keys of a token. A key may be there with several ids, for example
+/// if it was imported for both kinds: the one with the right permissions is selected.
 fn choose(keys: &[TokenKey], kind: Kind, public: &RsaPublicKey) -> Found {
     let wanted = Fingerprint::of_modulus(public.modulus());
     let same: Vec<_> = keys.iter().filter(|key| key.fingerprint == Some(wanted)).collect();
@@ -191,7 +191,7 @@ pub(super) async fn public_of(service: &Arc<Service>, id: &KeyId) -> Result<RsaP
     Err(format!("no HSM that answers has a key {id}"))
 }
 
-/// The public key of the one key with this id. A request that names only the id cannot say which of several is meant.
+/// The public key of the only key with this id. If there are several, the id alone does not identify the key.
 fn only_of_id(keys: &[TokenKey], id: &KeyId) -> Result<Option<RsaPublicKey>, String> {
     let of_id: Vec<_> = keys.iter().filter(|key| key.has_id(id)).collect();
     let Some(first) = of_id.first() else { return Ok(None) };
@@ -245,7 +245,7 @@ mod tests {
         assert_eq!(found(std::slice::from_ref(&stranger), Kind::Signing), Found::Nothing);
         let same_id = token_key(b"a", "y", Some(ours), true);
         assert_eq!(found(&[stranger, same_id.clone()], Kind::Signing), one(b"a"));
-        // It is there twice: the one that may do what is needed.
+        // The key exists twice: the one with the required permission is selected.
         let decrypts = token_key(b"b", "z", Some(ours), false);
         assert_eq!(found(&[same_id.clone(), decrypts.clone()], Kind::Signing), one(b"a"));
         assert_eq!(found(&[same_id.clone(), decrypts], Kind::Encryption), one(b"b"));
