@@ -1,8 +1,9 @@
-//! The stock: egress protectors that were made and signed while sessions were idle, so that a release in a storm costs one HSM
-//! operation instead of two.
+//! The stock contains egress protectors that were created and signed while sessions were idle. A release that uses
+//! one of them needs one HSM operation instead of two.
 //!
-//! An egress protector depends on the wrapping set of the ingress protector, not on the machine. One lane holds those of one set.
-//! An item leaves its lane in one of four ways, and is wiped from memory when it is dropped:
+//! An egress protector depends on the wrapping set of the ingress protector, not on the machine. Each wrapping set
+//! has one lane, which contains its items. An item leaves its lane in one of four ways. Its memory is wiped when it
+//! is dropped:
 //!
 //! ```text
 //!            ┌── taken ──► given out, once                                           used
@@ -12,8 +13,8 @@
 //!                share of the memory
 //! ```
 //!
-//! `shelf` says which lane gets the next item, `gaps` when one may be made. Everything is in memory. What is remembered over restarts
-//! is public: which sets are worth it ([`Stock::worth`]).
+//! `shelf` decides which lane gets the next item, and `gaps` decides when an item may be made. Everything is in
+//! memory. Only public data is stored across restarts: the list of sets that are worth stocking ([`Stock::worth`]).
 
 mod egress;
 mod gaps;
@@ -34,18 +35,21 @@ use crate::config::Config;
 use crate::observe::metrics;
 use crate::registry::keys::Keys;
 
-/// How long an item may wait at most.
+/// Maximum time for which an item may wait.
 const LONGEST: Duration = Duration::from_secs(600);
-/// Part of [`LONGEST`] by which lifetimes differ, so that items that were made together do not all end together.
+/// Part of [`LONGEST`] by which the lifetimes vary, so that items made at the same time do not all expire at the same
+/// time.
 const SPREAD: Duration = Duration::from_secs(120);
-/// Largest set that gets a lane, in bytes. An owner with three guardians has some 40,000, its certificates read and unread.
+/// Largest set that gets a lane, in bytes. The set of an owner with three guardians takes about 40,000, with its
+/// certificates both parsed and unparsed.
 const LARGEST_SET: usize = 512 * 1024;
-/// Part of the stock's memory that the sets themselves may take, beside the items: a half.
+/// Part of the stock's memory that the sets themselves may take, in addition to the items: one half.
 const SETS_SHARE: usize = 2;
-/// Lanes and items that a part of a sweep looks at: some 50 µs.
+/// Number of lanes and items that one part of a sweep examines. It takes about 50 µs.
 const SWEEP_STEPS: usize = 256;
 
-/// What items depend on beside their set: the keys with their labels, and the settings that are written into a protector.
+/// What the items depend on besides their set: the keys with their labels, and the settings that are written into a
+/// protector.
 #[derive(Clone, Debug)]
 pub(crate) struct Basis {
     keys: Arc<Keys>,
@@ -60,12 +64,12 @@ impl Basis {
 
 impl PartialEq for Basis {
     fn eq(&self, other: &Self) -> bool {
-        // Keys that have not changed stay the same value.
+        // An unchanged key remains the same value.
         Arc::ptr_eq(&self.keys, &other.keys) && self.max_offline_unwraps == other.max_offline_unwraps
     }
 }
 
-/// Egress protectors for the sets in use. A handle: clones are of the same stock.
+/// Egress protectors for the sets in use. This is a handle: its clones refer to the same stock.
 #[derive(Clone)]
 pub struct Stock(Arc<Shared>);
 
@@ -80,14 +84,14 @@ struct Items {
     shelf: Shelf<Arc<WrappingSet>, Box<Egress>>,
 }
 
-/// A set that is worth stocking: what is remembered of it. All of it is public.
+/// A set that is worth stocking, in the form that is stored across restarts. All of its data is public.
 #[derive(Debug)]
 pub(crate) struct Worth {
     pub(crate) set: Arc<WrappingSet>,
     pub(crate) releases: f64,
 }
 
-/// An item that is to be made.
+/// An item to make.
 pub(crate) struct Order {
     stock: Stock,
     ticket: Ticket,
@@ -110,12 +114,13 @@ impl Order {
         self.basis.max_offline_unwraps
     }
 
-    /// It cannot be made now: other sets come first for a while.
+    /// The item cannot be made now: for a while, other sets are preferred.
     pub(crate) fn failed(mut self) {
         self.failed = true;
     }
 
-    /// Puts in what was ordered, unless it was made for keys or settings that are not in force any more. `sha256` is that of its file.
+    /// Adds an item that was ordered, unless it was made for keys or settings that are no longer in use. `sha256` is
+    /// the hash of its file.
     pub(crate) fn put(self, egress: Egress, sha256: [u8; 32]) {
         metrics::stock_made();
         self.stock.gaps().made(standstill::since(self.begun));
@@ -141,7 +146,7 @@ impl Drop for Order {
     }
 }
 
-/// An item on its way out. Dropped without having been given out, it goes back.
+/// An item that was taken from the stock. If it is dropped without being given out, it returns to the stock.
 pub(crate) struct Taken<'s> {
     stock: &'s Stock,
     picked: Option<Picked<Box<Egress>>>,
@@ -149,7 +154,7 @@ pub(crate) struct Taken<'s> {
 }
 
 impl Taken<'_> {
-    /// The item, which is gone from the stock with this.
+    /// Returns the item. It then no longer belongs to the stock.
     pub(crate) fn give_out(mut self) -> Option<Egress> {
         let picked = self.picked.take()?;
         metrics::stock_used();
@@ -174,7 +179,7 @@ impl Drop for Taken<'_> {
     }
 }
 
-/// A release that runs: until it is dropped, the stock makes way for it.
+/// A running release. Until this value is dropped, the stock leaves the HSMs to releases.
 pub(crate) struct Running<'s>(&'s Stock);
 
 impl Drop for Running<'_> {
@@ -198,25 +203,26 @@ impl fmt::Debug for Stock {
 }
 
 impl Stock {
-    /// Items that wait.
+    /// The number of waiting items.
     #[must_use]
     pub fn depth(&self) -> usize {
         self.items().shelf.depth()
     }
 
-    /// A release begins to work at the HSMs.
+    /// A release starts to use the HSMs.
     pub(crate) fn release_begins(&self) -> Running<'_> {
         self.gaps().begins(standstill::now());
         Running(self)
     }
 
-    /// How many items may be in the making, where `sessions` are idle or make one.
+    /// The number of items that may be made at the same time. `sessions` is the number of sessions that are idle or
+    /// make an item.
     pub(crate) fn allowed(&self, sessions: usize) -> Allowed {
         self.gaps().allowed(standstill::now(), sessions)
     }
 
-    /// Counts releases for `set`, which is worth stocking by that. `limit` is the stock's memory in bytes: a caller chooses the size
-    /// of a set, so sets are bounded by bytes and not by their number alone.
+    /// Counts releases for `set`, which makes the set more worth stocking. `limit` is the stock's memory in bytes. A
+    /// caller chooses the size of a set; so the sets are limited by their bytes and not only by their number.
     pub(crate) fn asked(&self, set: &Arc<WrappingSet>, releases: f64, limit: usize) {
         let (size, room) = (set.memory(), limit / SETS_SHARE);
         if size <= LARGEST_SET.min(room) {
@@ -225,7 +231,8 @@ impl Stock {
         }
     }
 
-    /// An item of `set` that was made for `basis`, which has to be what is in force: a release that began before a change does without.
+    /// Returns an item of `set` that was made for `basis`. `basis` must be in use now: a release that began before a
+    /// change gets no item.
     pub(crate) fn take(&self, set: &WrappingSet, basis: Basis) -> Option<Taken<'_>> {
         let identity = set.identity();
         let picked = self.with(|items| {
@@ -235,7 +242,8 @@ impl Stock {
         Some(Taken { stock: self, picked: Some(picked), basis })
     }
 
-    /// Goes on with these keys and settings: what was made for others is thrown away, and what is being made for them is not put in.
+    /// Changes to these keys and settings. Items that were made for other ones are dropped, and items that are being
+    /// made for other ones will not be added.
     /// `newest` reads what is in force under the lock, so that of two calls the later one has the newer basis.
     pub(crate) fn rebase(&self, newest: impl FnOnce() -> Basis) {
         self.with(|items| {
@@ -252,13 +260,13 @@ impl Stock {
         self.items().basis.as_ref() == Some(basis)
     }
 
-    /// A part of a sweep: throws away what has waited for too long and what exceeds `limit` bytes, and forgets sets that nobody asks
-    /// for any more. `true` when the sweep is through.
+    /// Does a part of a sweep: drops items that have waited too long or exceed `limit` bytes, and forgets sets that
+    /// no caller requests any more. Returns `true` when the sweep is complete.
     pub(crate) fn sweep(&self, limit: usize) -> bool {
         self.with(|items| items.shelf.sweep(limit, SWEEP_STEPS, clock()))
     }
 
-    /// The item that is lacked most, as far as `limit` bytes go. See [`shelf`].
+    /// The item that is needed most and fits into `limit` bytes. See [`shelf`].
     pub(crate) fn order(&self, limit: usize) -> Option<Order> {
         let (ticket, set, basis) = self.with(|items| {
             let basis = items.basis.clone()?;
@@ -269,7 +277,7 @@ impl Stock {
         Some(Order { stock: self.clone(), ticket, set, basis, begun: standstill::now(), failed: false })
     }
 
-    /// The sets that are asked for most, first of all those.
+    /// The sets with the most releases, in descending order.
     pub(crate) fn worth(&self, most: usize) -> Vec<Worth> {
         self.with(|items| {
             let demands = items.shelf.demands(most, clock()).into_iter();
@@ -277,7 +285,7 @@ impl Stock {
         })
     }
 
-    /// Does something with the items. What leaves the shelf by it is wiped after the lock was given back.
+    /// Runs a function on the items. The items that it removes from the shelf are wiped after the lock is released.
     fn with<T>(&self, work: impl FnOnce(&mut Items) -> T) -> T {
         let mut items = self.items();
         let result = work(&mut items);
@@ -297,10 +305,10 @@ impl Stock {
     }
 }
 
-/// The clock by which items age. Other than [`standstill`]'s it goes on while the process stands still: a deadline leaves that time
-/// out because nobody could do anything in it, but a secret lies in memory for all of it, and in every copy of that memory. The
-/// age of an item bounds how long that is.
+/// The clock that measures the age of items. Unlike the clock of [`standstill`], it also counts the time for which
+/// the process was paused. A deadline leaves that time out, because nothing could be done in it. But a secret is in
+/// memory during all of that time, and in every copy of that memory. The limit on an item's age limits this time.
 fn clock() -> Instant {
-    // Tokio's, because tests pause and set it.
+    // Tokio's clock, because tests can pause and set it.
     tokio::time::Instant::now().into_std()
 }

@@ -1,4 +1,4 @@
-//! Fills the stock while sessions are idle, in the gaps between releases.
+//! Fills the stock in the gaps between releases, while sessions are idle.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,18 +15,18 @@ use crate::stock::{Allowed, Order};
 use crate::store::usage_counts::RememberedSet;
 use crate::sys::clock::unix_now;
 
-/// How long to wait when nothing need be made.
+/// Time to wait if no item is needed.
 const PAUSE: Duration = Duration::from_millis(50);
-/// How long to wait at least when nothing may be made.
+/// Minimum time to wait if no item may be made.
 const LEAST_PAUSE: Duration = Duration::from_millis(5);
-/// From the end of a sweep through the stock to the next one.
+/// Time from the end of one sweep through the stock to the next sweep.
 const SWEEP: Duration = Duration::from_secs(1);
-/// How often it is written down which sets are worth stocking.
+/// Interval at which the list of sets that are worth stocking is stored.
 const REMEMBER: Duration = Duration::from_secs(60);
-/// As many sets are remembered, of 8 to 16 KiB each.
+/// Maximum number of stored sets, 8 to 16 KiB each.
 const MOST_REMEMBERED: usize = 1_024;
 
-/// Keeps the stock for as long as the daemon runs.
+/// Fills the stock for as long as the daemon runs.
 pub async fn run<H: Hsm>(service: Arc<Service>, hsm: H) {
     recall(&service).await;
     let mut making = JoinSet::new();
@@ -55,23 +55,23 @@ pub async fn run<H: Hsm>(service: Arc<Service>, hsm: H) {
     }
 }
 
-/// What the stock may take, in bytes.
+/// The stock's memory limit in bytes.
 fn limit(service: &Service) -> usize {
     service.config.load().release.stock_bytes()
 }
 
 /// What to do now.
 enum Next {
-    /// Make this.
+    /// Make this item.
     Make(Order),
-    /// Releases need what there is, and at least for so long.
+    /// The releases need the sessions, at least for this time.
     NotFor(Duration),
-    /// Nothing is lacking, or no session is idle.
+    /// No item is needed, or no session is idle.
     Nothing,
 }
 
-/// What is to be made now, where `making` items are being made: nothing while a release waits, and otherwise as many at a time as
-/// [`Stock::allowed`](crate::stock::Stock::allowed) says.
+/// What to do now, if `making` items are already being made. No item is made while a release waits. Otherwise,
+/// [`Stock::allowed`](crate::stock::Stock::allowed) gives the number of items that may be made at the same time.
 fn next<H: Hsm>(service: &Service, hsm: &H, making: usize) -> Next {
     let idle = hsm.idle();
     if idle == 0 {
@@ -80,7 +80,7 @@ fn next<H: Hsm>(service: &Service, hsm: &H, making: usize) -> Next {
     if service.admission.load().waiting > 0 {
         return Next::NotFor(PAUSE);
     }
-    // Those that make an item are not idle.
+    // Sessions that make an item are not idle.
     match service.stock.allowed(idle + making) {
         Allowed::NoneFor(time) => Next::NotFor(time),
         Allowed::Items(allowed) if making >= allowed => Next::Nothing,
@@ -88,7 +88,7 @@ fn next<H: Hsm>(service: &Service, hsm: &H, making: usize) -> Next {
     }
 }
 
-/// Makes what was ordered. The check that finds a lying HSM is made before it enters the stock.
+/// Makes an ordered item. The check for wrong results of an HSM is done before the item enters the stock.
 async fn fill<H: Hsm>(hsm: H, order: Order) {
     let made = async {
         let ours = Ours::find(order.set(), order.keys()).ok()?;
@@ -104,7 +104,7 @@ async fn fill<H: Hsm>(hsm: H, order: Order) {
     }
 }
 
-/// Takes in the sets that were worth stocking before the daemon was started.
+/// Loads the sets that were worth stocking before the daemon was started.
 pub(crate) async fn recall(service: &Arc<Service>) {
     let of = Arc::clone(service);
     let recalled = tokio::task::spawn_blocking(move || {
@@ -121,7 +121,7 @@ pub(crate) async fn recall(service: &Arc<Service>) {
     }
 }
 
-/// Writes down which sets are worth stocking.
+/// Stores the list of sets that are worth stocking.
 pub(crate) async fn remember(service: &Arc<Service>) {
     let of = Arc::clone(service);
     let written = tokio::task::spawn_blocking(move || {
@@ -134,7 +134,8 @@ pub(crate) async fn remember(service: &Arc<Service>) {
     }
 }
 
-/// The stock is filled with what can be made now that no release runs, for tests and benches. Returns how many items wait.
+/// Fills the stock with everything that may be made while no release runs, for tests and benches. Returns the number
+/// of waiting items.
 #[cfg(any(test, feature = "testing"))]
 pub async fn fill_up<H: Hsm>(service: &Arc<Service>, hsm: &H) -> usize {
     loop {

@@ -1,53 +1,56 @@
-//! When the stock may be filled: in the gaps between releases, as far as releases leave any.
+//! Decides when the stock may be filled: in the gaps between releases, if the releases leave any.
 //!
-//! An item that is being made takes a session and a processor from a release that arrives meanwhile. So a rest follows each
-//! release, and the busier the service was lately, the longer it is:
+//! Making an item uses a session and a processor that a release may need meanwhile. So after each release, no item is
+//! made for a time called the rest. The busier the service was lately, the longer the rest:
 //!
 //! ```text
 //! release │ rest │ 1 item at a time │ 2 at a time │ … │ half of the idle sessions        until the next release
 //! ```
 //!
-//! Beside a caller that asks again as soon as it is answered, no gap is as long as the rest, and nothing is made. Where
-//! releases take a tenth of the time, the rest is as long as one item takes, and most of each gap is used. A service with so
-//! many sessions that a release always runs has no gaps; there, items are made by sessions that releases do not need.
+//! If a caller sends its next request as soon as it gets an answer, no gap is as long as the rest, and no items are
+//! made. If releases take a tenth of the time, the rest is as long as the making of one item, and most of each gap is
+//! used. A service with so many sessions that a release is always running has no gaps. There, items are made in
+//! sessions that the releases do not need.
 //!
-//! A plain value that is handed `now`.
+//! This is a plain value; its methods get `now` as an argument.
 
 use std::time::{Duration, Instant};
 
-/// In this time, what was seen loses half of its weight in the share of busy time.
+/// After this time, an observation has half of its weight in the share of busy time.
 const HALF_LIFE: Duration = Duration::from_secs(2);
-/// What an item takes, until one was made.
+/// Assumed time for making an item, until the first one was made.
 const FIRST_GUESS: Duration = Duration::from_millis(5);
-/// Weight of the last item in the estimate of the time that one takes.
+/// Weight of the latest item in the estimate of the time for making one.
 const WEIGHT: f64 = 0.125;
-/// The rest, in items, where releases took half of the time lately. It grows with busy ÷ idle time.
+/// The length of the rest, in items, if releases took half of the time lately. The rest grows with the ratio of busy
+/// time to idle time.
 const ITEMS_AT_HALF: f64 = 4.0;
 /// The longest rest, in items.
 const MOST_ITEMS: f64 = 400.0;
-/// Idle sessions that stay idle while a release runs, besides one for each release. Of the others a quarter make items.
+/// Number of idle sessions that stay idle while a release runs, in addition to one for each release. A quarter of the
+/// others make items.
 const RESERVED: usize = 8;
 const SHARE: usize = 4;
 
-/// The releases that run, and the share of the time in which any did.
+/// The running releases, and the share of the time in which at least one ran.
 #[derive(Debug)]
 pub(super) struct Gaps {
     running: usize,
-    /// Share of the time in which a release ran, as of `at`.
+    /// Share of the time in which a release ran, calculated at `at`.
     busy: f64,
     at: Instant,
-    /// Since when no release has run; of use while none runs.
+    /// The time since which no release has run. It is only valid while none runs.
     quiet_since: Instant,
-    /// What an item takes, from its order until it is in the stock.
+    /// Time for making an item, from its order until it is in the stock.
     item: Duration,
 }
 
-/// How many items may be in the making.
+/// The number of items that may be made at the same time.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Allowed {
-    /// So many, at least one.
+    /// This number, at least one.
     Items(usize),
-    /// None for so long, if no release begins in this time.
+    /// No item may be made for this time, if no release begins in it.
     NoneFor(Duration),
 }
 
@@ -62,7 +65,7 @@ impl Gaps {
         self.running += 1;
     }
 
-    /// A release ends, in whatever way.
+    /// A release ends, successfully or not.
     pub(super) fn ends(&mut self, now: Instant) {
         self.advance(now);
         self.running = self.running.saturating_sub(1);
@@ -74,7 +77,8 @@ impl Gaps {
         self.item = self.item.mul_f64(1.0 - WEIGHT) + took.mul_f64(WEIGHT);
     }
 
-    /// How many items may be in the making, where `sessions` are idle or make one.
+    /// The number of items that may be made at the same time. `sessions` is the number of sessions that are idle or
+    /// make an item.
     pub(super) fn allowed(&mut self, now: Instant, sessions: usize) -> Allowed {
         self.advance(now);
         let rest = self.rest();
@@ -91,7 +95,7 @@ impl Gaps {
         if items == 0 { Allowed::NoneFor(rest) } else { Allowed::Items(items) }
     }
 
-    /// How long nothing is made after a release.
+    /// The length of the rest: the time after a release in which no item is made.
     fn rest(&self) -> Duration {
         let busy_for_idle = self.busy / (1.0 - self.busy).max(f64::EPSILON);
         self.item.mul_f64((ITEMS_AT_HALF * busy_for_idle).clamp(1.0, MOST_ITEMS))
@@ -113,8 +117,9 @@ mod tests {
     const ITEM: Duration = FIRST_GUESS;
     const SESSIONS: usize = 4;
 
-    /// A caller whose releases take `runs`, with `pauses` between them, for a minute. What is allowed is used: an item takes
-    /// [`ITEM`]. Returns how many items were made for each release, once the share of busy time was known.
+    /// Simulates a caller for a minute. Its releases take `runs`, with `pauses` between them. Items are made whenever
+    /// that is allowed, and each takes [`ITEM`]. Returns the number of items per release, counted from the time when
+    /// the share of busy time is known.
     fn items_for_a_release(runs: Duration, pauses: Duration) -> f64 {
         let begun = Instant::now();
         let (mut now, mut gaps) = (begun, Gaps::new(begun));
@@ -177,7 +182,7 @@ mod tests {
                     allowed.push(items);
                     now += ITEM;
                 }
-                // Looked at more often: the rest shrinks meanwhile.
+                // The simulation looks more often, because the rest becomes shorter meanwhile.
                 Allowed::NoneFor(time) => now += time.min(Duration::from_millis(50)),
             }
         }

@@ -1,8 +1,10 @@
-//! The lanes of the stock, and which of them gets the next item: a plain value that is handed `now`.
+//! The lanes of the stock. The shelf decides which lane gets the next item. It is a plain value; its methods get
+//! `now` as an argument.
 //!
-//! A lane may have as many items as its set had releases lately, and memory is shared max-min fairly: each lane gets an equal share
-//! of the bytes, or less where it wants less. The poorest lane that lacks items is always next. Where memory is full, the
-//! richest one loses an item to it, as long as that does not make it the poorer one.
+//! A lane may have as many items as its set had releases lately. The lanes share the memory by max-min fairness: each
+//! lane gets an equal share of the bytes, or less if it wants less. The next item always goes to the lane with the
+//! fewest bytes that needs items. If the memory is full, the lane with the most bytes loses an item to it, unless
+//! that would leave this lane with fewer bytes than the other.
 //!
 //! ```text
 //!  bytes │ ▒▒                 wanted, but beyond the share
@@ -13,58 +15,58 @@
 //!        └────────────────── lanes
 //! ```
 //!
-//! Every step takes time that grows with the logarithm of the number of lanes at most; what looks at all lanes is done in parts.
+//! The time of each step grows at most with the logarithm of the number of lanes. Work on all lanes is done in parts.
 
 use std::cmp::Ordering;
 use std::collections::{BTreeSet, BinaryHeap, HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
-/// Most lanes; when there are more, the one that is asked for least goes.
+/// Maximum number of lanes. If there are more, the lane with the smallest demand is removed.
 const MOST_LANES: usize = 4_096;
-/// The demand for a lane is halved in this time.
+/// The demand for a lane falls to one half in this time.
 const HALF_LIFE: Duration = Duration::from_secs(7 * 24 * 3600);
-/// How long a lane waits whose item could not be made.
+/// Time for which a lane gets no new order after making its item failed.
 const REST: Duration = Duration::from_secs(5);
-/// Lanes whose demand fell below this are forgotten.
+/// A lane is forgotten when its demand is less than this.
 const LEAST_DEMAND: f64 = 0.25;
-/// What an item takes, before any was made: that of an owner with three guardians.
+/// Assumed size of an item until the first one was made: the size for an owner with three guardians.
 const FIRST_GUESS: usize = 4_096;
 
-/// The name of a lane: its set's identity.
+/// The name of a lane: the identity of its set.
 pub(super) type Id = [u8; 32];
 
-/// Lanes with a label `L` each, and items `T`.
+/// Lanes, each with a label `L` and with items `T`.
 #[derive(Debug)]
 pub(super) struct Shelf<L, T> {
     lanes: HashMap<Id, Lane<L, T>>,
     epoch: Instant,
     lanes_made: u64,
-    /// Bytes that the labels take.
+    /// Bytes of all labels.
     labels: usize,
     depth: usize,
-    /// Bytes of the items.
+    /// Bytes of all items.
     size: usize,
-    /// Bytes of those that are being made, as far as they are known.
+    /// Bytes of the items that are being made, as far as their size is known.
     ordered: usize,
-    /// Lanes that lack items and do not rest, the poorest first: bytes that they have or get.
+    /// Lanes that need items and do not rest, ordered by the bytes that they have or get; the fewest first.
     lacking: BTreeSet<(usize, Id)>,
-    /// Lanes that have items, the richest last: bytes that they have.
+    /// Lanes that have items, ordered by the bytes that they have; the most last.
     holding: BTreeSet<(usize, Id)>,
     by_demand: BTreeSet<(Demand, Id)>,
-    /// Lanes that rest, and until when, the first first.
+    /// Lanes that rest, and the end of each rest; the earliest end first.
     resting: VecDeque<(Instant, Id)>,
-    /// Lanes that the sweep under way has not seen yet.
+    /// Lanes that the current sweep has not examined yet.
     unswept: Vec<Id>,
-    /// What left without having been given out.
+    /// Items that left without being given out.
     gone: Gone<T>,
 }
 
-/// Items that are to be dropped, and counted.
+/// Items that the caller must drop and count.
 #[derive(Debug)]
 pub(super) struct Gone<T> {
-    /// They waited for too long.
+    /// Items that waited too long.
     pub(super) aged: Vec<T>,
-    /// There was no room, or what they were made for is not in force any more.
+    /// Items for which there was no room, or that were made for keys or settings no longer in use.
     pub(super) dropped: Vec<T>,
 }
 
@@ -78,21 +80,21 @@ impl<T> Default for Gone<T> {
 struct Lane<L, T> {
     label: L,
     label_size: usize,
-    /// Tells a lane from a later one of the same set.
+    /// Distinguishes a lane from a later lane of the same set.
     number: u64,
     ready: BinaryHeap<Item<T>>,
     held: usize,
     coming: usize,
-    /// What its last item took; 0 before the first.
+    /// Size of the latest item of this lane; 0 before the first one.
     item_size: usize,
     demand: Demand,
     rests_until: Option<Instant>,
-    /// The places in `lacking` and `holding`.
+    /// The positions in `lacking` and `holding`.
     lacks: Option<usize>,
     holds: Option<usize>,
 }
 
-/// An item that waits. The one that ends first is the greatest.
+/// A waiting item. The one that expires first is the greatest.
 #[derive(Debug)]
 pub(super) struct Item<T> {
     pub(super) value: T,
@@ -120,15 +122,16 @@ impl<T> PartialEq for Item<T> {
 
 impl<T> Eq for Item<T> {}
 
-/// How much a lane is asked for: the logarithm (base 2) of its releases, of which each counts half as much after [`HALF_LIFE`], as
-/// they would count at the epoch. All demands fall alike, so their order stays as it is.
+/// The demand for a lane: the logarithm (base 2) of its releases. Each release counts half as much after every
+/// [`HALF_LIFE`]. The value is converted to the epoch. All demands fall at the same rate, so their order does not
+/// change.
 #[derive(Clone, Copy, Debug)]
 struct Demand(f64);
 
 impl Demand {
     const NONE: Self = Self(f64::NEG_INFINITY);
 
-    /// Releases at a moment so many half-lives after the epoch.
+    /// The number of releases at a moment, given as half-lives after the epoch.
     fn releases(self, half_lives: f64) -> f64 {
         (self.0 - half_lives).exp2()
     }
@@ -158,7 +161,7 @@ impl PartialEq for Demand {
 
 impl Eq for Demand {}
 
-/// An item that is being made. To be handed back by [`Shelf::finished`], whatever becomes of it.
+/// An item that is being made. The caller must pass it to [`Shelf::finished`], whether making it succeeds or fails.
 #[derive(Debug)]
 pub(super) struct Ticket {
     pub(super) id: Id,
@@ -193,23 +196,23 @@ impl<L, T> Shelf<L, T> {
         }
     }
 
-    /// Items that wait.
+    /// The number of waiting items.
     pub(super) fn depth(&self) -> usize {
         self.depth
     }
 
-    /// What left since the last call.
+    /// The items that left since the last call.
     pub(super) fn gone(&mut self) -> Gone<T> {
         std::mem::take(&mut self.gone)
     }
 
-    /// The label of a lane that an item is made for; `None` when the lane is gone.
+    /// The label of the lane for which an item is made; `None` if the lane no longer exists.
     pub(super) fn label(&self, ticket: &Ticket) -> Option<&L> {
         self.lanes.get(&ticket.id).filter(|lane| lane.number == ticket.number).map(|lane| &lane.label)
     }
 
-    /// Counts releases for a lane. One that is not there is made, with a label of `size` bytes; the labels take `room` bytes at most,
-    /// so lanes that are asked for less may have to go.
+    /// Counts releases for a lane. A missing lane is created, with a label of `size` bytes. All labels together may
+    /// take `room` bytes; so lanes with less demand may be removed.
     pub(super) fn asked(
         &mut self,
         id: Id,
@@ -249,7 +252,7 @@ impl<L, T> Shelf<L, T> {
         self.place(&id, now);
     }
 
-    /// The item of a lane that ends first.
+    /// The item of a lane that expires first.
     pub(super) fn take(&mut self, id: &Id, now: Instant) -> Option<Picked<T>> {
         self.age(id, now, usize::MAX);
         let lane = self.lanes.get_mut(id)?;
@@ -262,13 +265,13 @@ impl<L, T> Shelf<L, T> {
         Some(Picked { item, id: *id, number })
     }
 
-    /// Puts an item back that was taken.
+    /// Puts back an item that was taken.
     pub(super) fn put_back(&mut self, picked: Picked<T>, now: Instant) {
         let Picked { item, id, number } = picked;
         self.put_in(&id, number, item, now);
     }
 
-    /// The item that is to be made next, if there is room for it within `limit` bytes.
+    /// The next item to make, if there is room for it within `limit` bytes.
     pub(super) fn order(&mut self, limit: usize, now: Instant) -> Option<Ticket> {
         while let Some((until, id)) = self.resting.front().copied() {
             if now < until {
@@ -286,7 +289,7 @@ impl<L, T> Shelf<L, T> {
             let guess = self.size.checked_div(self.depth).unwrap_or(FIRST_GUESS.min(limit));
             let reserved = if lane.item_size > 0 { lane.item_size } else { guess };
             if reserved > limit {
-                // The others may have smaller ones.
+                // The items of other lanes may be smaller.
                 self.rest(&id, now);
                 continue;
             }
@@ -307,7 +310,7 @@ impl<L, T> Shelf<L, T> {
         }
     }
 
-    /// Puts in what was ordered: `size` bytes that may be given out until `ends`.
+    /// Adds an item that was ordered. It has `size` bytes and may be given out until `ends`.
     pub(super) fn put(&mut self, ticket: &Ticket, value: T, size: usize, ends: Instant, now: Instant) {
         if let Some(lane) = self.lanes.get_mut(&ticket.id) {
             lane.item_size = size;
@@ -315,7 +318,7 @@ impl<L, T> Shelf<L, T> {
         self.put_in(&ticket.id, ticket.number, Item { value, size, ends }, now);
     }
 
-    /// An order is over. With `failed`, its lane rests for a while.
+    /// Ends an order. If it failed, its lane rests for a while.
     pub(super) fn finished(&mut self, ticket: &Ticket, failed: bool, now: Instant) {
         self.ordered -= ticket.reserved;
         let Some(lane) = self.lanes.get_mut(&ticket.id).filter(|lane| lane.number == ticket.number) else { return };
@@ -327,7 +330,7 @@ impl<L, T> Shelf<L, T> {
         }
     }
 
-    /// Throws all items away.
+    /// Drops all items.
     pub(super) fn clear(&mut self, now: Instant) {
         for id in self.lanes.keys().copied().collect::<Vec<_>>() {
             self.empty(&id);
@@ -335,9 +338,9 @@ impl<L, T> Shelf<L, T> {
         }
     }
 
-    /// Looks through a part of the lanes: throws away what has waited for too long and what exceeds `limit` bytes, and forgets lanes
-    /// that nobody asks for any more. Does as many steps as `steps` at most; the next call goes on. `true` when all lanes were
-    /// looked through.
+    /// Examines a part of the lanes: drops items that have waited too long or exceed `limit` bytes, and forgets lanes
+    /// without demand. Does at most `steps` steps; the next call continues. Returns `true` when all lanes were
+    /// examined.
     pub(super) fn sweep(&mut self, limit: usize, mut steps: usize, now: Instant) -> bool {
         while self.size > limit && steps > 0 {
             let Some((_, richest)) = self.holding.last().copied() else { break };
@@ -353,22 +356,22 @@ impl<L, T> Shelf<L, T> {
         {
             steps -= self.age(&id, now, steps);
             if steps == 0 {
-                // The lane may have more.
+                // The lane may have more such items.
                 return false;
             }
             steps -= 1;
             self.unswept.pop();
-            // The lane may be gone.
+            // The lane may no longer exist.
             match self.lanes.get(&id) {
                 Some(lane) if lane.demand.releases(half_lives) < LEAST_DEMAND => self.forget(&id),
-                // What it wants falls with the demand.
+                // The number of items that the lane wants falls with its demand.
                 _ => self.place(&id, now),
             }
         }
         self.unswept.is_empty()
     }
 
-    /// The labels of all lanes and their releases, those that are asked for most first.
+    /// The labels of all lanes and their releases, in descending order of the releases.
     pub(super) fn demands(&self, most: usize, now: Instant) -> Vec<(&L, f64)> {
         let half_lives = self.half_lives(now);
         let lanes = self.by_demand.iter().rev().take(most).filter_map(|(_, id)| self.lanes.get(id));
@@ -391,7 +394,7 @@ impl<L, T> Shelf<L, T> {
         self.place(id, now);
     }
 
-    /// Throws away up to `most` items of a lane that have waited for too long. Returns how many.
+    /// Drops up to `most` items of a lane that have waited too long. Returns their number.
     fn age(&mut self, id: &Id, now: Instant, most: usize) -> usize {
         let Some(lane) = self.lanes.get_mut(id) else { return 0 };
         let mut aged = 0;
@@ -447,11 +450,11 @@ impl<L, T> Shelf<L, T> {
         }
     }
 
-    /// Puts a lane in its place among the others, after anything about it has changed.
+    /// Puts a lane into its position in the ordered lists. To be called after any change to the lane.
     fn place(&mut self, id: &Id, now: Instant) {
         let half_lives = self.half_lives(now);
         let Some(lane) = self.lanes.get_mut(id) else { return };
-        // Of three releases the logarithm may make a trifle more than three.
+        // For three releases, the logarithm may give slightly more than three.
         let wanted = (lane.demand.releases(half_lives) - 1e-6).ceil();
         let rests = lane.rests_until.is_some_and(|until| now < until);
         let lacks = !rests && ((lane.ready.len() + lane.coming) as f64) < wanted;
@@ -501,7 +504,7 @@ mod tests {
             self.shelf.asked(id(lane), releases, (100, ROOM), || lane, self.now);
         }
 
-        /// Makes what is ordered until nothing is, of items that take `size` bytes. Returns how many were made.
+        /// Makes items of `size` bytes until none is ordered. Returns the number of items made.
         fn fill(&mut self, limit: usize, size: impl Fn(u8) -> usize) -> u32 {
             let before = self.made;
             while let Some(ticket) = self.shelf.order(limit, self.now) {
@@ -525,7 +528,7 @@ mod tests {
             lanes.map(|lane| self.shelf.lanes.get(&id(lane)).map_or(0, |lane| lane.ready.len()))
         }
 
-        /// What is kept beside the lanes is what the lanes say.
+        /// Checks that the ordered lists and sums agree with the lanes.
         fn check(&self) {
             let shelf = &self.shelf;
             let sum = |of: fn(&Lane<u8, u32>) -> usize| shelf.lanes.values().map(of).sum::<usize>();
@@ -593,7 +596,7 @@ mod tests {
         scene.fill(400 * SIZE, size);
         let [large, small] = scene.items([1, 2]);
         assert!((19..=20).contains(&large) && (190..=210).contains(&small), "{large} and {small}");
-        // One that does not fit at all keeps no other from having its own.
+        // A lane whose item does not fit does not keep the other lanes from getting items.
         let mut scene = Scene::new();
         scene.asked(1, 1e6);
         scene.asked(2, 3.0);
@@ -669,7 +672,7 @@ mod tests {
         assert!(sweep(&mut scene, ROOM) > 10);
         assert_eq!((scene.shelf.depth, scene.aged), (0, 101));
         scene.check();
-        // A set that is not asked for is forgotten.
+        // A set without demand is forgotten.
         scene.now += HALF_LIFE;
         sweep(&mut scene, ROOM);
         assert_eq!(scene.shelf.lanes.len(), 50);
@@ -691,7 +694,7 @@ mod tests {
         assert_eq!(scene.shelf.lanes.len(), MOST_LANES);
         assert!(!scene.shelf.lanes.keys().any(|id| id[..8] == 7_usize.to_be_bytes()));
         scene.check();
-        // By bytes: there is room for two labels.
+        // The limit is in bytes: there is room for two labels.
         let mut scene = Scene::new();
         for (lane, releases) in [(1, 5.0), (2, 1.0), (3, 3.0)] {
             scene.shelf.asked(id(lane), releases, (100, 200), || lane, scene.now);

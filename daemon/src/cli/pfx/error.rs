@@ -51,6 +51,7 @@ pub enum PfxError {
         "its password is to be hashed {0} times, which is more than is done here; export it again, with fewer iterations"
     )]
     TooMuchWork(u64),
+    /// The file contains no private key, or several.
     #[error("it holds {0} private keys, and exactly one is needed; export the one that is meant, with its certificate")]
     Keys(usize),
     /// The private key is not accepted.
