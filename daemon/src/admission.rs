@@ -18,12 +18,15 @@
 //! A release may be refused early, before it is read, when it is clear already that it would not be let in: most of what a
 //! storm costs is the refusing.
 //!
-//! Every refusal says when to come again. `fair_queue` and the rates decide, as plain values; `turns` waits and wakes.
+//! Every refusal says when to come again: callers are spread over the time that the backlog takes (`returns`). `fair_queue` and
+//! the rates decide, as plain values; `turns` waits and wakes.
 
 pub mod bodies;
 mod declined;
 mod fair_queue;
 mod host_at;
+mod lengths;
+mod returns;
 pub(crate) mod strangers;
 mod turns;
 mod wait_estimate;
@@ -146,11 +149,16 @@ impl Admission {
     /// For these settings, and members with `sessions` sessions in all.
     #[must_use]
     pub fn new(config: &Config, sessions: usize) -> Self {
-        let queue = config.release.queue;
+        let (queue, patience) = (config.release.queue, config.release.deadline());
         Self {
             limits: ArcSwap::from_pointee(Limits::new(config)),
-            releases: Turns::new(concurrency(config, sessions), queue, metrics::queue_dropped),
-            attestations: Turns::new(attestation_share(config, sessions), queue, metrics::attestation_dropped),
+            releases: Turns::new(concurrency(config, sessions), queue, patience, metrics::queue_dropped),
+            attestations: Turns::new(
+                attestation_share(config, sessions),
+                queue,
+                patience,
+                metrics::attestation_dropped,
+            ),
             refused: AtomicU64::new(0),
             began: Instant::now(),
             held_back: Semaphore::new(MOST_HELD_BACK),
@@ -169,8 +177,9 @@ impl Admission {
         limits.strangers.inherit(&before.strangers);
         limits.documents.inherit(&before.documents);
         self.limits.store(Arc::new(limits));
-        self.releases.set_limit(config.release.queue);
-        self.attestations.set_limit(config.release.queue);
+        for turns in [&self.releases, &self.attestations] {
+            turns.set_limit(config.release.queue, config.release.deadline());
+        }
     }
 
     /// Takes note of members with `sessions` sessions in all. Those who run go on; who has a turn by this runs at once.
@@ -179,13 +188,14 @@ impl Admission {
         self.attestations.set_concurrency(attestation_share(config, sessions));
     }
 
-    /// Lets a release in: within its host's rate, and when it is its turn.
+    /// Lets a release in: within its host's rate, and when it is its turn. `asked` is what its caller sends, and sends again
+    /// when it comes again.
     ///
     /// # Errors
     /// `TooManyRequestsException`, `ServiceUnavailableException`.
-    pub async fn admit(&self, from: &HostAt, attempt: &Attempt) -> Result<Permit, Refusal> {
+    pub async fn admit(&self, from: &HostAt, attempt: &Attempt, asked: &[u8]) -> Result<Permit, Refusal> {
         self.within_rate(from)?;
-        self.turn(from, attempt).await
+        self.turn(from, attempt, asked).await
     }
 
     /// Whether a host may ask for one more release now; it counts against its rate.
@@ -250,12 +260,12 @@ impl Admission {
         }
     }
 
-    /// Waits until it is a release's turn. A future that is dropped leaves the queue.
+    /// Waits until it is a release's turn. A future that is dropped leaves the queue. `asked`: see [`Admission::admit`].
     ///
     /// # Errors
     /// `ServiceUnavailableException`.
-    pub async fn turn(&self, from: &HostAt, attempt: &Attempt) -> Result<Permit, Refusal> {
-        self.releases.turn(from, attempt.deadline(), attempt.caller()).await.map_err(Declined::release)
+    pub async fn turn(&self, from: &HostAt, attempt: &Attempt, asked: &[u8]) -> Result<Permit, Refusal> {
+        self.releases.turn(from, attempt.deadline(), attempt.caller(), asked).await.map_err(Declined::release)
     }
 
     /// Lets an attestation in: within the rate of its host's key, without a turn at the HSMs.
@@ -282,12 +292,12 @@ impl Admission {
         self.stranger_may_ask(attempt).map_err(Declined::attestation)
     }
 
-    /// Waits until it is an attestation's turn at its share of the HSMs.
+    /// Waits until it is an attestation's turn at its share of the HSMs. `asked`: see [`Admission::admit`].
     ///
     /// # Errors
     /// There is none in time; counted.
-    pub async fn attestation_turn(&self, from: &HostAt, attempt: &Attempt) -> Result<Permit, Declined> {
-        self.attestations.turn(from, attempt.deadline(), attempt.caller()).await.map_err(Declined::attestation)
+    pub async fn attestation_turn(&self, from: &HostAt, attempt: &Attempt, asked: &[u8]) -> Result<Permit, Declined> {
+        self.attestations.turn(from, attempt.deadline(), attempt.caller(), asked).await.map_err(Declined::attestation)
     }
 
     /// Takes a token for one more document at an address.
@@ -321,13 +331,14 @@ impl Admission {
         (refused > 0 && self.began.elapsed() < Duration::from_millis(refused) + ALERT) || self.load().waiting > 0
     }
 
-    /// Whether a release would be let in, as far as can be said now. It does not count against its host's rate.
+    /// Whether a release would be let in, as far as can be said now. It does not count against its host's rate. `asked`: see
+    /// [`Admission::admit`].
     ///
     /// # Errors
     /// As [`Admission::admit`].
-    pub fn outlook(&self, from: &HostAt, attempt: &Attempt) -> Result<(), Refusal> {
+    pub fn outlook(&self, from: &HostAt, attempt: &Attempt, asked: &[u8]) -> Result<(), Refusal> {
         self.limits.load().hosts.look(from).map_err(|wait| self.too_fast(wait))?;
-        self.releases.outlook(from, attempt.deadline()).map_err(Declined::release)
+        self.releases.outlook(from, attempt.deadline(), asked).map_err(Declined::release)
     }
 
     /// How much is going on now.
@@ -343,5 +354,7 @@ impl Admission {
     }
 }
 
+#[cfg(test)]
+mod storms;
 #[cfg(test)]
 mod tests;

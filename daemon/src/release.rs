@@ -108,7 +108,7 @@ pub async fn roll<H: Hsm>(
 
     // The host is within its rate, and it is its turn. The permit is held until this function ends.
     let asked = standstill::now();
-    let admitted = service.admission.admit(&HostAt::new(&host.host_name, attempt), attempt).await;
+    let admitted = service.admission.admit(&HostAt::new(&host.host_name, attempt), attempt, body).await;
     attempt.waited_for_turn(asked);
     let _permit = admitted?;
 
@@ -322,7 +322,7 @@ pub(crate) fn fast_reject<H: Hsm>(
     let Some(host) = claims.filter(is_host) else {
         return stranger.map(|()| Sender::Stranger).map_err(Declined::release);
     };
-    let outlook = service.admission.outlook(&HostAt::new(&host.host_name, attempt), attempt);
+    let outlook = service.admission.outlook(&HostAt::new(&host.host_name, attempt), attempt, body);
     outlook.inspect_err(|_| {
         attempt.health(&host);
         attempt.known = true;

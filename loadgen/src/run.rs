@@ -11,6 +11,7 @@ use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use claviger_client::retry::pause;
 use claviger_process::clock::since_1970;
 use claviger_process::lock::lock;
 use claviger_protocol::batch::parse_results;
@@ -33,8 +34,6 @@ use crate::verify::{Checker, Job, Reply, Verify};
 const HEARTBEAT: Duration = Duration::from_millis(5);
 /// Time for which a machine of a storm repeats its request, from when it was due.
 const PATIENCE: Duration = Duration::from_secs(120);
-/// Pause after a refusal without `Retry-After`.
-const RETRY_AFTER: Duration = Duration::from_secs(1);
 /// Pause of a closed-loop caller that found no free file or port.
 const LACK_PAUSE: Duration = Duration::from_millis(10);
 /// Longest sleep of the pacing thread. It bounds the delay until the thread notices an interruption.
@@ -360,7 +359,7 @@ impl Engine {
         let (path, body) = host.request(self.load.api, self.load.batch.is_some(), &protectors);
         let mut begun = Instant::now();
         let lag = begun.saturating_duration_since(due).as_secs_f64();
-        let mut retries = Codes::new();
+        let (mut retries, mut refusals) = (Codes::new(), 0);
         let (reply, ended) = loop {
             let asked = self.client.post(&path, "application/xml", body.clone());
             let reply = tokio::select! { reply = asked => reply, () = self.interrupt.abandon() => return self.abandon(machines) };
@@ -372,12 +371,12 @@ impl Engine {
                         && ended.duration_since(due) < PATIENCE =>
                 {
                     retries.push((host::error_code(reply).into(), 1));
-                    // A machine that waits is not in flight. The pauses are spread, so that not all machines return at
-                    // the same moment.
+                    // A machine that waits is not in flight. It comes again as claviger's own client does.
                     self.in_flight.fetch_sub(1, Ordering::Relaxed);
-                    let pause = reply.retry_after().map_or(RETRY_AFTER, |seconds| Duration::from_secs(seconds.into()));
-                    let pause = tokio::time::sleep(pause.mul_f64(1.0 + fastrand::f64()));
-                    let go_on = tokio::select! { () = pause => true, _ = self.interrupt.wait() => false };
+                    let asked = reply.retry_after().map(|seconds| Duration::from_secs(seconds.into()));
+                    let rest = tokio::time::sleep(pause(asked, refusals, fastrand::f64()));
+                    refusals += 1;
+                    let go_on = tokio::select! { () = rest => true, _ = self.interrupt.wait() => false };
                     self.in_flight.fetch_add(1, Ordering::Relaxed);
                     if !go_on {
                         return self.abandon(machines);

@@ -7,10 +7,22 @@ use crate::host::HostError;
 use crate::http::ClientError;
 
 /// Longest pause after the first failure of a server. The pause is a random part of this; the limit doubles with each
-/// failure in a row.
+/// failure in a row, see [`pause`].
 const FIRST_REST: Duration = Duration::from_millis(200);
 /// The doubling stops here.
 const LONGEST_REST: Duration = Duration::from_secs(10);
+
+/// The pause after a failure: the time that the server asked for (`Retry-After`), and a random part of a limit. `failures` is
+/// the number of failures before this one in a row, `luck` a uniform random number from 0 to 1. A server that asks for a time
+/// spreads its callers itself, so the limit doubles with each failure only where it asked for none.
+#[must_use]
+pub fn pause(asked: Option<Duration>, failures: u32, luck: f64) -> Duration {
+    let longest = match asked {
+        Some(_) => FIRST_REST,
+        None => FIRST_REST.saturating_mul(2u32.saturating_pow(failures)).min(LONGEST_REST),
+    };
+    asked.unwrap_or_default() + longest.mul_f64(luck.clamp(0.0, 1.0))
+}
 
 /// What an error means for the next attempt.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -139,12 +151,10 @@ impl Fallback {
                 self.servers[server].unusable = true;
                 return;
             }
-            Fault::Server(asked) | Fault::Host(asked) => asked.unwrap_or_default(),
+            Fault::Server(asked) | Fault::Host(asked) => asked,
         };
         let failures = self.servers[server].failures;
-        let longest = FIRST_REST.saturating_mul(2u32.saturating_pow(failures)).min(LONGEST_REST);
-        // The random pause comes on top of the time that the server asked for.
-        let until = Some(now + asked + longest.mul_f64(luck.clamp(0.0, 1.0)));
+        let until = Some(now + pause(asked, failures, luck));
         self.servers[server] = Server { rests_until: until, failures: failures + 1, unusable: false };
         if matches!(fault, Fault::Host(_)) {
             for other in &mut self.servers {
@@ -209,6 +219,14 @@ mod tests {
         fallback.failed(1, Fault::Server(Some(3 * SECOND)), now, 1.0);
         assert_eq!(fallback.next(now), Step::Wait(3 * SECOND + FIRST_REST));
         assert_eq!(fallback.next(now + 4 * SECOND), Step::Ask(1));
+        for _ in 0..10 {
+            fallback.failed(1, Fault::Server(Some(3 * SECOND)), now, 1.0);
+            assert_eq!(
+                fallback.next(now),
+                Step::Wait(3 * SECOND + FIRST_REST),
+                "no more is added however often it asks"
+            );
+        }
     }
 
     #[test]

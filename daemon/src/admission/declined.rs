@@ -6,8 +6,8 @@ use claviger_protocol::error::{Code, Refusal};
 
 use crate::observe::metrics;
 
-/// Bounds of what a caller is told to wait before it comes again, in seconds.
-const RETRY_AFTER: (u64, u64) = (1, 30);
+/// The longest time that a caller is told to wait before it comes again, in seconds. The shortest is one second.
+pub(super) const LONGEST: u64 = 30;
 
 /// Why a request was not let in.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -90,5 +90,5 @@ impl Declined {
 /// A time as `Retry-After` tells it.
 pub(super) fn whole_seconds(time: Duration) -> u16 {
     let seconds = time.as_secs() + u64::from(time.subsec_nanos() > 0);
-    seconds.clamp(RETRY_AFTER.0, RETRY_AFTER.1) as u16
+    seconds.clamp(1, LONGEST) as u16
 }

@@ -7,8 +7,10 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::declined::{Dropped, whole_seconds};
+use super::declined::Dropped;
 use super::host_at::HostAt;
+use super::lengths::Lengths;
+use super::returns::{Backlog, Returns};
 use super::wait_estimate::Pace;
 use crate::request::Network;
 
@@ -20,6 +22,8 @@ use crate::request::Network;
 pub(super) struct Queue<T> {
     concurrency: usize,
     limit: usize,
+    /// For how long a caller waits at most.
+    patience: Duration,
     running: usize,
     waiting: usize,
     /// The tickets so far.
@@ -28,7 +32,10 @@ pub(super) struct Queue<T> {
     hosts: HashMap<Arc<str>, Line<T>>,
     /// Each host of `hosts` once; the first one has the next turn.
     turns: VecDeque<Arc<str>>,
+    /// The lengths of all lines.
+    lengths: Lengths,
     pace: Pace,
+    returns: Returns,
 }
 
 /// Those of one host that wait, in the order of their places.
@@ -105,22 +112,26 @@ pub(super) enum Turn {
 }
 
 impl<T> Queue<T> {
-    pub(super) fn new(concurrency: usize, limit: usize) -> Self {
+    /// At most `concurrency` run, at most `limit` wait, each for `patience` at most.
+    pub(super) fn new(concurrency: usize, limit: usize, patience: Duration) -> Self {
         Self {
             concurrency: concurrency.max(1),
             limit,
+            patience,
             running: 0,
             waiting: 0,
             tickets: 0,
             hosts: HashMap::new(),
             turns: VecDeque::new(),
+            lengths: Lengths::default(),
             pace: Pace::default(),
+            returns: Returns::default(),
         }
     }
 
-    /// How many may wait from now on; nobody who waits has to leave for it.
-    pub(super) fn set_limit(&mut self, limit: usize) {
-        self.limit = limit;
+    /// How many may wait from now on, and for how long; nobody who waits has to leave for it.
+    pub(super) fn set_limit(&mut self, limit: usize, patience: Duration) {
+        (self.limit, self.patience) = (limit, patience);
     }
 
     /// How many run at the same time from now on. Who waits may have a turn by this: see [`Queue::next`].
@@ -152,6 +163,7 @@ impl<T> Queue<T> {
         if let Err(reason) = self.outlook(from, deadline, now) {
             return Arrival::Refused(reason);
         }
+        self.returns.let_in(&from.host);
         if self.running < self.concurrency {
             self.running += 1;
             return Arrival::Runs;
@@ -167,6 +179,7 @@ impl<T> Queue<T> {
         self.tickets += 1;
         self.waiting += 1;
         let line = self.hosts.entry(Arc::clone(&host)).or_insert_with(Line::new);
+        self.lengths.grow(line.waiting.len());
         let round = line.round(from.network);
         let place = (round, self.tickets);
         line.waiting.insert(line.ahead_of(round), Waiting { place, network: from.network, deadline, caller });
@@ -179,13 +192,31 @@ impl<T> Queue<T> {
             Err(Dropped::Deadline)
         } else if self.running < self.concurrency {
             Ok(())
-        } else if now + self.pace.wait(self.ahead(from), self.concurrency) + self.pace.run() > deadline {
+        } else if self.is_too_late(from, deadline, now) {
             Err(Dropped::Late)
         } else if self.waiting >= self.limit && self.line_to_shorten(from).is_none() {
             Err(Dropped::Full)
         } else {
             Ok(())
         }
+    }
+
+    /// Whether a newcomer that would have to wait cannot expect to be done by `deadline`.
+    fn is_too_late(&self, from: &HostAt, deadline: Instant, now: Instant) -> bool {
+        let left = deadline.saturating_duration_since(now).saturating_sub(self.pace.run());
+        let late = |ahead| self.pace.wait(ahead, self.concurrency) > left;
+        // To count those ahead takes a look at each line, which is left out where a bound is enough.
+        let (least, most) = self.least_and_most_ahead(from);
+        late(least) || late(most) && late(self.ahead(from))
+    }
+
+    /// Bounds of how many would run before a newcomer: other hosts have as many turns before it as it has to wait for of its
+    /// own host, or one more.
+    fn least_and_most_ahead(&self, from: &HostAt) -> (usize, usize) {
+        let Some(line) = self.hosts.get(&from.host) else { return (self.turns.len(), self.turns.len()) };
+        let own = line.ahead_of(line.round(from.network));
+        let most = self.lengths.up_to(own + 1) - line.waiting.len().min(own + 1) + own;
+        (self.lengths.up_to(own), most)
     }
 
     /// How many of those that wait now would run before a newcomer.
@@ -215,9 +246,9 @@ impl<T> Queue<T> {
     /// The line that makes room for a newcomer: the longest one, unless the newcomer's would then be the longest; of
     /// several the one that was joined last. Else its own, where a network has more in it than the newcomer's.
     fn line_to_shorten(&self, from: &HostAt) -> Option<Arc<str>> {
-        let (longest, line) =
-            self.hosts.iter().max_by_key(|(_, line)| (line.waiting.len(), line.last().map(|(_, ticket)| ticket)))?;
-        if line.waiting.len() > self.length(&from.host) + 1 {
+        if self.lengths.longest() > self.length(&from.host) + 1 {
+            let joined = |line: &Line<T>| (line.waiting.len(), line.last().map(|(_, ticket)| ticket));
+            let (longest, _) = self.hosts.iter().max_by_key(|(_, line)| joined(line))?;
             return Some(Arc::clone(longest));
         }
         let (host, own) = self.hosts.get_key_value(&from.host)?;
@@ -227,7 +258,9 @@ impl<T> Queue<T> {
     /// The last of that line makes room. A line that becomes empty is the newcomer's own, which keeps its turn.
     fn evict_for(&mut self, from: &HostAt) -> Option<T> {
         let shortened = self.line_to_shorten(from)?;
-        let evicted = self.hosts.get_mut(&shortened)?.waiting.pop_back()?;
+        let line = self.hosts.get_mut(&shortened)?;
+        let evicted = line.waiting.pop_back()?;
+        self.lengths.shrink(line.waiting.len() + 1);
         self.waiting -= 1;
         Some(evicted.caller)
     }
@@ -236,6 +269,7 @@ impl<T> Queue<T> {
     pub(super) fn leave(&mut self, ticket: &Ticket) -> bool {
         let Some(line) = self.hosts.get_mut(&ticket.host) else { return false };
         let Ok(at) = line.waiting.binary_search_by_key(&ticket.place, |waiting| waiting.place) else { return false };
+        self.lengths.shrink(line.waiting.len());
         line.waiting.remove(at);
         self.waiting -= 1;
         if line.waiting.is_empty() {
@@ -250,7 +284,7 @@ impl<T> Queue<T> {
     pub(super) fn end(&mut self, held: Option<Duration>) {
         self.running = self.running.saturating_sub(1);
         if let Some(held) = held {
-            self.pace.ended(held);
+            self.pace.ended(held, self.waiting);
         }
     }
 
@@ -263,6 +297,7 @@ impl<T> Queue<T> {
         let host = self.turns.pop_front()?;
         let line = self.hosts.get_mut(&host)?;
         let Waiting { place, deadline, caller, .. } = line.waiting.pop_front()?;
+        self.lengths.shrink(line.waiting.len() + 1);
         line.served = place.0;
         self.waiting -= 1;
         let turn = if deadline <= now {
@@ -283,9 +318,13 @@ impl<T> Queue<T> {
         Some((caller, turn))
     }
 
-    /// After how many seconds there should be room for one that was refused now: when those that wait have run.
-    pub(super) fn retry_after(&self) -> u16 {
-        whole_seconds(self.pace.drain(self.waiting + 1, self.concurrency))
+    /// After how many seconds the caller of a request that is refused now may come again. `request` tells it from others of
+    /// its host.
+    pub(super) fn come_again(&mut self, from: &HostAt, request: u64, now: Instant) -> u16 {
+        let interval = self.pace.drain(1, self.concurrency);
+        let room = self.patience.min(self.pace.drain(self.limit, self.concurrency));
+        let (ahead, _) = self.least_and_most_ahead(from);
+        self.returns.tell(&from.host, request, Backlog { ahead, interval, room }, now)
     }
 }
 

@@ -13,6 +13,9 @@ use super::*;
 use crate::config::{Attest, Release, Server};
 use crate::request::Caller;
 
+/// What the callers of these tests ask for.
+const ASKED: &[u8] = b"a request";
+
 fn config(release: Release) -> Config {
     Config { release, ..Config::default() }
 }
@@ -68,9 +71,9 @@ fn concurrency_follows_the_sessions() {
 #[tokio::test]
 async fn more_sessions_let_more_run_at_once() {
     let admission = Arc::new(admission(|_| {}));
-    let _first = admission.admit(&at("a"), &attempt()).await.unwrap();
+    let _first = admission.admit(&at("a"), &attempt(), ASKED).await.unwrap();
     let of = admission.clone();
-    let second = tokio::spawn(async move { of.admit(&at("b"), &attempt()).await });
+    let second = tokio::spawn(async move { of.admit(&at("b"), &attempt(), ASKED).await });
     until_waiting(&admission, 1).await;
     admission.resize(&config(Release { concurrency: 0, ..Release::default() }), 20);
     let _second = second.await.unwrap().unwrap();
@@ -80,9 +83,9 @@ async fn more_sessions_let_more_run_at_once() {
 #[tokio::test]
 async fn a_permit_goes_to_the_next_one() {
     let admission = Arc::new(admission(|_| {}));
-    let first = admission.admit(&at("a"), &attempt()).await.unwrap();
+    let first = admission.admit(&at("a"), &attempt(), ASKED).await.unwrap();
     let of = admission.clone();
-    let second = tokio::spawn(async move { of.admit(&at("b"), &attempt()).await });
+    let second = tokio::spawn(async move { of.admit(&at("b"), &attempt(), ASKED).await });
     until_waiting(&admission, 1).await;
     assert_eq!(admission.load(), Load { running: 1, waiting: 1 });
     drop(first);
@@ -95,10 +98,10 @@ async fn a_permit_goes_to_the_next_one() {
 #[tokio::test]
 async fn who_goes_away_leaves_its_place() {
     let admission = Arc::new(admission(|_| {}));
-    let permit = admission.admit(&at("a"), &attempt()).await.unwrap();
+    let permit = admission.admit(&at("a"), &attempt(), ASKED).await.unwrap();
     // Its future is dropped.
     let of = admission.clone();
-    let waiting = tokio::spawn(async move { of.admit(&at("a"), &attempt()).await.map(drop) });
+    let waiting = tokio::spawn(async move { of.admit(&at("a"), &attempt(), ASKED).await.map(drop) });
     until_waiting(&admission, 1).await;
     waiting.abort();
     assert!(waiting.await.unwrap_err().is_cancelled());
@@ -106,7 +109,7 @@ async fn who_goes_away_leaves_its_place() {
     // Its client has disconnected.
     let (caller, present) = Caller::new();
     let of = admission.clone();
-    let waiting = tokio::spawn(async move { of.admit(&at("a"), &attempt().asked_by(caller)).await.map(drop) });
+    let waiting = tokio::spawn(async move { of.admit(&at("a"), &attempt().asked_by(caller), ASKED).await.map(drop) });
     until_waiting(&admission, 1).await;
     drop(present);
     assert_eq!(waiting.await.unwrap().unwrap_err().code, Code::ServiceUnavailable);
@@ -118,7 +121,7 @@ async fn who_goes_away_leaves_its_place() {
 #[tokio::test]
 async fn a_permit_for_somebody_who_just_went_away_is_not_lost() {
     let admission = Arc::new(admission(|_| {}));
-    let permit = admission.admit(&at("a"), &attempt()).await.unwrap();
+    let permit = admission.admit(&at("a"), &attempt(), ASKED).await.unwrap();
     let mut waiting: Vec<_> = (0..3).map(|_| Box::pin(attempt_in(&admission))).collect();
     for future in &mut waiting {
         assert!(std::future::poll_fn(|cx| std::task::Poll::Ready(future.as_mut().poll(cx).is_pending())).await);
@@ -136,7 +139,7 @@ async fn a_permit_for_somebody_who_just_went_away_is_not_lost() {
 }
 
 async fn attempt_in(admission: &Admission) -> Result<Permit, Refusal> {
-    admission.admit(&at("a"), &attempt()).await
+    admission.admit(&at("a"), &attempt(), ASKED).await
 }
 
 #[tokio::test]
@@ -147,21 +150,21 @@ async fn refusals_say_why_and_when_to_come_again() {
     }
     let refusal = limited.within_rate(&at("a")).unwrap_err();
     assert_eq!((refusal.code, refusal.retry_after), (Code::TooManyRequests, Some(1)));
-    assert_eq!(limited.outlook(&at("a"), &attempt()).unwrap_err().code, Code::TooManyRequests);
+    assert_eq!(limited.outlook(&at("a"), &attempt(), ASKED).unwrap_err().code, Code::TooManyRequests);
     for _ in 0..2 {
-        limited.outlook(&at("b"), &attempt()).unwrap();
+        limited.outlook(&at("b"), &attempt(), ASKED).unwrap();
         limited.within_rate(&at("b")).unwrap();
     }
 
     let full = Arc::new(admission(|release| release.queue = 1));
-    let permit = full.admit(&at("a"), &attempt()).await.unwrap();
+    let permit = full.admit(&at("a"), &attempt(), ASKED).await.unwrap();
     let begun = Instant::now();
     let of = full.clone();
     let short = attempt_within(Duration::from_millis(300));
-    let waiting = tokio::spawn(async move { of.admit(&at("a"), &short).await.map(drop) });
+    let waiting = tokio::spawn(async move { of.admit(&at("a"), &short, ASKED).await.map(drop) });
     until_waiting(&full, 1).await;
-    assert_eq!(full.outlook(&at("a"), &attempt()).unwrap_err().code, Code::ServiceUnavailable);
-    let refusal = full.admit(&at("a"), &attempt()).await.err().unwrap();
+    assert_eq!(full.outlook(&at("a"), &attempt(), ASKED).unwrap_err().code, Code::ServiceUnavailable);
+    let refusal = full.admit(&at("a"), &attempt(), ASKED).await.err().unwrap();
     assert_eq!((refusal.code, refusal.retry_after), (Code::ServiceUnavailable, Some(1)));
     // The other one is refused at its deadline.
     let refusal = waiting.await.unwrap().unwrap_err();
@@ -198,7 +201,7 @@ async fn many_at_once_come_and_go_and_no_place_is_lost() {
             let host = format!("host-{}", number % 7);
             let attempt = attempt();
             let work = async {
-                let Ok(_permit) = admission.admit(&at(&host), &attempt).await else { return };
+                let Ok(_permit) = admission.admit(&at(&host), &attempt, ASKED).await else { return };
                 let _running = Running::new(&running);
                 for _ in 0..number % 5 {
                     yield_now().await;
@@ -339,13 +342,13 @@ fn strangers_are_limited_by_their_address_and_attesting_hosts_by_theirs() {
 #[tokio::test]
 async fn attestations_wait_for_their_share_and_keep_no_release_waiting() {
     let admission = Arc::new(admission(|release| release.concurrency = 1));
-    let first = admission.attestation_turn(&at("a"), &attempt()).await.unwrap();
+    let first = admission.attestation_turn(&at("a"), &attempt(), ASKED).await.unwrap();
     let of = admission.clone();
-    let second = tokio::spawn(async move { of.attestation_turn(&at("b"), &attempt()).await });
+    let second = tokio::spawn(async move { of.attestation_turn(&at("b"), &attempt(), ASKED).await });
     while admission.attestations.load().waiting != 1 {
         yield_now().await;
     }
-    let _release = admission.admit(&at("c"), &attempt()).await.unwrap();
+    let _release = admission.admit(&at("c"), &attempt(), ASKED).await.unwrap();
     assert!(!second.is_finished());
     drop(first);
     let _second = second.await.unwrap().unwrap();

@@ -1,5 +1,6 @@
 //! Where releases and attestations wait for their turn: the waiting and the waking around [`Queue`].
 
+use std::hash::{BuildHasher, RandomState};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -13,7 +14,7 @@ use crate::observe::metrics::Load;
 use crate::request::Caller;
 
 /// How a waiting request hears that it is its turn.
-pub(super) type Waiter = oneshot::Sender<Result<Permit, Declined>>;
+pub(super) type Waiter = oneshot::Sender<Result<Permit, Dropped>>;
 
 /// A queue for one kind of work. Clones of the inner part are what permits share.
 pub(super) struct Turns(pub(super) Arc<Room>);
@@ -22,19 +23,33 @@ pub(super) struct Room {
     queue: Mutex<Queue<Waiter>>,
     /// Counts a request that left the queue without an answer.
     left: fn(&'static str),
+    /// Tells requests apart.
+    hasher: RandomState,
 }
 
 impl Turns {
-    /// At most `concurrency` run, and at most `limit` wait. `left` counts those that went away.
-    pub(super) fn new(concurrency: usize, limit: usize, left: fn(&'static str)) -> Self {
-        Self(Arc::new(Room { queue: Mutex::new(Queue::new(concurrency, limit)), left }))
+    /// At most `concurrency` run, and at most `limit` wait, for `patience` at most. `left` counts those that went away.
+    pub(super) fn new(concurrency: usize, limit: usize, patience: Duration, left: fn(&'static str)) -> Self {
+        let queue = Mutex::new(Queue::new(concurrency, limit, patience));
+        Self(Arc::new(Room { queue, left, hasher: RandomState::new() }))
     }
 
-    /// Waits until it is a request's turn. A future that is dropped leaves the queue.
+    /// Waits until it is a request's turn. A future that is dropped leaves the queue. `asked` is what its caller sends again
+    /// when it comes again.
     ///
     /// # Errors
-    /// Why the request has no turn.
-    pub(super) async fn turn(&self, from: &HostAt, deadline: Instant, mut caller: Caller) -> Result<Permit, Declined> {
+    /// Why the request has no turn, and when its caller may come again.
+    pub(super) async fn turn(
+        &self,
+        from: &HostAt,
+        deadline: Instant,
+        caller: Caller,
+        asked: &[u8],
+    ) -> Result<Permit, Declined> {
+        self.wait(from, deadline, caller).await.map_err(|reason| self.decline(from, reason, asked))
+    }
+
+    async fn wait(&self, from: &HostAt, deadline: Instant, mut caller: Caller) -> Result<Permit, Dropped> {
         let (waiter, answer) = oneshot::channel();
         let place = match self.0.arrive(from, deadline, waiter)? {
             Entry::Permit(permit) => return Ok(permit),
@@ -43,13 +58,19 @@ impl Turns {
         let answer = tokio::select! {
             biased;
             // First: a turn that comes at the same moment goes to the next one.
-            () = caller.left() => return Err(place.leave(Dropped::Left)),
+            () = caller.left() => {
+                place.leave();
+                return Err(Dropped::Left);
+            }
             answer = answer => answer,
-            () = standstill::sleep_until(deadline) => return Err(place.leave(Dropped::Deadline)),
+            () = standstill::sleep_until(deadline) => {
+                place.leave();
+                return Err(Dropped::Deadline);
+            }
         };
         place.answered();
         // No waiter is thrown away without an answer.
-        let mut permit = answer.unwrap_or(Err(Declined { reason: Dropped::Left, retry_after: 1 }))?;
+        let mut permit = answer.unwrap_or(Err(Dropped::Left))?;
         permit.used = true;
         Ok(permit)
     }
@@ -57,18 +78,27 @@ impl Turns {
     /// Whether a request that arrived now would run or wait.
     ///
     /// # Errors
-    /// Why it would not.
-    pub(super) fn outlook(&self, from: &HostAt, deadline: Instant) -> Result<(), Declined> {
-        let queue = self.0.lock();
-        let outlook = queue.outlook(from, deadline, standstill::now());
-        let retry_after = queue.retry_after();
-        drop(queue);
-        outlook.map_err(|reason| Declined { reason, retry_after })
+    /// Why it would not, and when its caller may come again.
+    pub(super) fn outlook(&self, from: &HostAt, deadline: Instant, asked: &[u8]) -> Result<(), Declined> {
+        let outlook = self.0.lock().outlook(from, deadline, standstill::now());
+        outlook.map_err(|reason| self.decline(from, reason, asked))
     }
 
-    /// How many may wait from now on; those that wait stay.
-    pub(super) fn set_limit(&self, limit: usize) {
-        self.0.lock().set_limit(limit);
+    fn decline(&self, from: &HostAt, reason: Dropped, asked: &[u8]) -> Declined {
+        let retry_after = match reason {
+            // Nobody hears of it.
+            Dropped::Left => 1,
+            _ => {
+                let request = self.0.hasher.hash_one(asked);
+                self.0.lock().come_again(from, request, standstill::now())
+            }
+        };
+        Declined { reason, retry_after }
+    }
+
+    /// How many may wait from now on, and for how long; those that wait stay.
+    pub(super) fn set_limit(&self, limit: usize, patience: Duration) {
+        self.0.lock().set_limit(limit, patience);
     }
 
     /// How many may run from now on. Those that run go on; those that have a turn by this run at once.
@@ -102,22 +132,19 @@ impl Room {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn arrive(self: &Arc<Self>, from: &HostAt, deadline: Instant, waiter: Waiter) -> Result<Entry, Declined> {
+    fn arrive(self: &Arc<Self>, from: &HostAt, deadline: Instant, waiter: Waiter) -> Result<Entry, Dropped> {
         let now = standstill::now();
-        let mut queue = self.lock();
-        let arrival = queue.arrive(from, deadline, waiter, now);
-        let retry_after = queue.retry_after();
-        drop(queue);
+        let arrival = self.lock().arrive(from, deadline, waiter, now);
         match arrival {
             Arrival::Runs => Ok(Entry::Permit(Permit { room: Arc::clone(self), since: now, used: true })),
             Arrival::Waits { ticket, evicted } => {
                 if let Some(evicted) = evicted {
                     // It may have gone away at this moment; nothing was kept for it.
-                    let _ = evicted.send(Err(Declined { reason: Dropped::Full, retry_after }));
+                    let _ = evicted.send(Err(Dropped::Full));
                 }
                 Ok(Entry::Place(Place { room: Arc::clone(self), ticket: Some(ticket) }))
             }
-            Arrival::Refused(reason) => Err(Declined { reason, retry_after }),
+            Arrival::Refused(reason) => Err(reason),
         }
     }
 
@@ -132,13 +159,12 @@ impl Room {
     fn hand_out(self: &Arc<Self>, mut queue: MutexGuard<'_, Queue<Waiter>>) {
         let now = standstill::now();
         let turns: Vec<_> = std::iter::from_fn(|| queue.next(now)).collect();
-        let retry_after = queue.retry_after();
         // A permit that cannot be handed over comes back here: the queue must be free by then.
         drop(queue);
         for (waiter, turn) in turns {
             let answer = match turn {
                 Turn::Runs => Ok(Permit { room: Arc::clone(self), since: now, used: false }),
-                Turn::Refused(reason) => Err(Declined { reason, retry_after }),
+                Turn::Refused(reason) => Err(reason),
             };
             // A caller that went away at this moment does not take its permit: dropped, it goes to the next one.
             let _ = waiter.send(answer);
@@ -158,14 +184,10 @@ impl Place {
         self.ticket = None;
     }
 
-    /// Gives it up, and says what to tell the caller.
-    fn leave(mut self, reason: Dropped) -> Declined {
-        let mut queue = self.room.lock();
+    /// Gives it up.
+    fn leave(mut self) {
         // When it does not wait any more, it was let in at this moment: its permit goes back with its receiver.
-        let _ = self.ticket.take().is_some_and(|ticket| queue.leave(&ticket));
-        let retry_after = queue.retry_after();
-        drop(queue);
-        Declined { reason, retry_after }
+        let _ = self.ticket.take().is_some_and(|ticket| self.room.lock().leave(&ticket));
     }
 }
 

@@ -2,15 +2,19 @@
 
 use std::time::Duration;
 
-/// Share of one observation in the mean, and in the deviation.
-const MEAN_GAIN: f64 = 1.0 / 16.0;
+/// Share of one observation in the deviation.
 const DEVIATION_GAIN: f64 = 1.0 / 8.0;
+
+/// The mean is that of a quarter as many releases as wait, and of these numbers at least and at most. So it follows the load
+/// at once when few wait, and a moment in which the HSMs or the processors stutter does not count for a backlog of seconds.
+const OF_THOSE_THAT_WAIT: f64 = 1.0 / 4.0;
+const MEAN_OF: (f64, f64) = (16.0, 1024.0);
 
 /// Deviations above the mean within which nearly every release ends; the figure of TCP's retransmission timer (RFC 6298).
 const DEVIATIONS: f64 = 4.0;
 
 /// What is added to an expected wait: who is let wait and then refused has waited for nothing.
-const CAUTION: f64 = 1.25;
+const CAUTION: f64 = 1.2;
 
 /// Moving mean of the time that releases hold their permits, and of its distance from the mean; in seconds. Before the
 /// first one has ended both are zero, and nothing is refused for being late.
@@ -22,12 +26,12 @@ pub(super) struct Pace {
 }
 
 impl Pace {
-    /// A release ended that held its permit for this long.
-    pub(super) fn ended(&mut self, held: Duration) {
+    /// A release ended that held its permit for this long, while so many waited.
+    pub(super) fn ended(&mut self, held: Duration, waiting: usize) {
         let held = held.as_secs_f64();
         if std::mem::replace(&mut self.begun, true) {
             self.deviation += ((held - self.mean).abs() - self.deviation) * DEVIATION_GAIN;
-            self.mean += (held - self.mean) * MEAN_GAIN;
+            self.mean += (held - self.mean) / (waiting as f64 * OF_THOSE_THAT_WAIT).clamp(MEAN_OF.0, MEAN_OF.1);
         } else {
             (self.mean, self.deviation) = (held, held / 2.0);
         }
@@ -59,23 +63,36 @@ mod tests {
     fn estimates_follow_what_happens() {
         let mut pace = Pace::default();
         assert_eq!((pace.run(), pace.wait(1000, 4)), (Duration::ZERO, Duration::ZERO));
-        pace.ended(Duration::from_millis(100));
+        pace.ended(Duration::from_millis(100), 0);
         assert_eq!(pace.run(), Duration::from_millis(300));
         for _ in 0..200 {
-            pace.ended(Duration::from_millis(100));
+            pace.ended(Duration::from_millis(100), 0);
         }
         assert!(pace.run() < Duration::from_millis(101), "{:?}", pace.run());
         assert_eq!(pace.drain(8, 4).as_millis(), 200);
-        assert_eq!(pace.wait(7, 4).as_millis(), 250);
+        assert_eq!(pace.wait(7, 4).as_millis(), 240);
         // Twice as slow: known after a few dozen.
         for _ in 0..64 {
-            pace.ended(Duration::from_millis(200));
+            pace.ended(Duration::from_millis(200), 0);
         }
         assert!(pace.drain(1, 1) > Duration::from_millis(195), "{:?}", pace.drain(1, 1));
         // Times that vary are covered: nine of ten take 100 ms, one takes 200.
         for at in 0..1000 {
-            pace.ended(Duration::from_millis(if at % 10 == 0 { 200 } else { 100 }));
+            pace.ended(Duration::from_millis(if at % 10 == 0 { 200 } else { 100 }), 0);
         }
         assert!(pace.run() > Duration::from_millis(150), "{:?}", pace.run());
+    }
+
+    #[test]
+    fn a_stutter_does_not_count_for_a_long_backlog() {
+        let mut pace = Pace::default();
+        (0..2_000).for_each(|_| pace.ended(Duration::from_millis(30), 2_000));
+        // 24 releases at a time, and all of them take 150 ms longer once.
+        (0..24).for_each(|_| pace.ended(Duration::from_millis(180), 2_000));
+        let wait = pace.drain(2_000, 24);
+        assert!(wait < Duration::from_secs_f64(2.5 * 1.3), "{wait:?}");
+        // What lasts is known within the time in which half of the backlog is done.
+        (0..1_000).for_each(|_| pace.ended(Duration::from_millis(180), 2_000));
+        assert!(pace.drain(2_000, 24) > Duration::from_secs(12), "{:?}", pace.drain(2_000, 24));
     }
 }

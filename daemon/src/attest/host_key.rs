@@ -69,7 +69,7 @@ pub async fn attest(service: &Service, body: &[u8], attempt: &mut Attempt) -> Re
         let of = IssuedFor::new(&thumbprint, &host, &request.identity_key, *result);
         let mut issued = service.issued.get(&of, unix_now());
         if issued.is_none() && turn.is_none() {
-            turn = Some(service.admission.attestation_turn(&from, attempt).await?);
+            turn = Some(service.admission.attestation_turn(&from, attempt, &request.identity_key.spki_sha256()).await?);
             // An earlier request may have been served with the same certificate while this one waited.
             issued = service.issued.get(&of, unix_now());
         }

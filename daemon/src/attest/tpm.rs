@@ -263,7 +263,7 @@ async fn issue(
     let Proven { host, endorsement_key, identity_key, requested, .. } = proven;
     let signers = service.registry.signers();
     let signer = signers.current().ok_or_else(unavailable)?;
-    let _turn = service.admission.attestation_turn(from, attempt).await?;
+    let _turn = service.admission.attestation_turn(from, attempt, &identity_key.spki_sha256()).await?;
     let mut content = Vec::with_capacity(requested.len());
     for result in requested {
         let now = unix_now();

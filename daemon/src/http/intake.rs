@@ -118,7 +118,7 @@ impl Condition<'_> {
             Self::Certificate(service, attempt) => match BatchRequest::peek_health_certificate(beginning) {
                 Some(certificate) => {
                     let host = healthy_host(service, &service.snapshot(), &certificate, attempt)?;
-                    service.admission.outlook(&HostAt::new(&host.host_name, attempt), attempt)
+                    service.admission.outlook(&HostAt::new(&host.host_name, attempt), attempt, beginning)
                 }
                 None => {
                     service.admission.stranger_may_ask(attempt).map_err(Declined::release)?;

@@ -61,7 +61,7 @@ pub async fn roll<H: Hsm>(
             let sha256 = attempt.protector(&protector);
             let result = async {
                 within_rate?;
-                let admitted = service.admission.turn(&from, &attempt).await;
+                let admitted = service.admission.turn(&from, &attempt, &sha256).await;
                 attempt.waited_for_turn(asked);
                 let _permit = admitted?;
                 let algorithms = request.algorithms;

@@ -61,6 +61,8 @@ pub enum Load {
     Open(f64),
     /// This many callers; each makes its next request as soon as it has its reply.
     Closed(usize),
+    /// The caller hands in each request with [`Simulation::submit`], and finds its end in [`Simulation::ended`].
+    Handed,
 }
 
 /// Settings of the daemon.
@@ -303,6 +305,8 @@ pub struct Simulation {
     pub succeeded: u64,
     /// Total busy time of processors.
     pub processors_busy: Duration,
+    /// With [`Load::Handed`]: the requests that ended, in this order, and whether each succeeded. The caller takes them out.
+    pub ended: Vec<(usize, bool)>,
 }
 
 impl Simulation {
@@ -334,8 +338,14 @@ impl Simulation {
             lost: 0,
             succeeded: 0,
             processors_busy: Duration::ZERO,
+            ended: Vec::new(),
         };
-        for _ in 0..if let Load::Closed(callers) = settings.load { callers } else { 1 } {
+        let arrivals = match settings.load {
+            Load::Open(_) => 1,
+            Load::Closed(callers) => callers,
+            Load::Handed => 0,
+        };
+        for _ in 0..arrivals {
             simulation.after(Duration::ZERO, Event::Arrives);
         }
         simulation.after(TICK, Event::Tick);
@@ -354,6 +364,20 @@ impl Simulation {
         for member in &mut self.members {
             member.note_idle(end);
         }
+    }
+
+    /// Hands in a request now, and returns its number.
+    pub fn submit(&mut self) -> usize {
+        let number = self.requests.len();
+        self.arrives();
+        number
+    }
+
+    /// Returns the time of the next event. The caller of [`Simulation::submit`] lets no more time pass at once.
+    #[must_use]
+    pub fn next_at(&self) -> Instant {
+        let at = self.events.peek().map_or(self.now, |Reverse((at, ..))| *at);
+        self.start + Duration::from_nanos(at)
     }
 
     /// Resets all counts. Requests that arrived earlier are not counted any more.
@@ -427,7 +451,9 @@ impl Simulation {
         format!("{done} done, {lost} lost, mean {mean:?}{}", each.collect::<String>())
     }
 
-    fn time(&self) -> Instant {
+    /// Returns the simulated time.
+    #[must_use]
+    pub fn time(&self) -> Instant {
         self.start + Duration::from_nanos(self.now)
     }
 
@@ -563,6 +589,9 @@ impl Simulation {
             *mean += (ran - *mean) * RUN_GAIN;
             self.running -= 1;
             self.succeeded += u64::from(!failed);
+            if matches!(self.settings.load, Load::Handed) {
+                self.ended.push((operation.request, !failed));
+            }
             self.again(failed);
             self.take_turns();
         }

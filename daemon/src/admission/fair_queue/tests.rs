@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 use proptest::prelude::*;
 
 use super::*;
+use crate::admission::declined::whole_seconds;
 
 const MILLI: Duration = Duration::from_millis(1);
 const AGES: Duration = Duration::from_secs(3600);
@@ -40,7 +41,7 @@ fn refused(arrival: Arrival<Caller>) -> Dropped {
 
 /// A queue with one place, which is in use, and these waiting requests.
 fn queue_of(limit: usize, callers: &[Caller], now: Instant) -> (Queue<Caller>, Vec<Ticket>) {
-    let mut queue = Queue::new(1, limit);
+    let mut queue = Queue::new(1, limit, AGES);
     assert!(matches!(queue.arrive(&at("first"), now + AGES, ("first", 0), now), Arrival::Runs));
     let tickets =
         callers.iter().map(|caller| waits(queue.arrive(&at(caller.0), now + AGES, *caller, now))).collect::<Vec<_>>();
@@ -99,11 +100,11 @@ fn when_all_is_full_the_longest_queue_pays() {
 #[test]
 fn what_cannot_be_done_in_time_is_not_begun() {
     let now = Instant::now();
-    let mut queue = Queue::new(1, 100);
+    let mut queue = Queue::new(1, 100, AGES);
     assert_eq!(refused(queue.arrive(&at("a"), now, ("a", 0), now)), Dropped::Deadline);
     assert!(matches!(queue.arrive(&at("a"), now + AGES, ("a", 0), now), Arrival::Runs));
     for _ in 0..100 {
-        queue.pace.ended(100 * MILLI);
+        queue.pace.ended(100 * MILLI, 0);
     }
     // The next place becomes free after about 100 ms, and the release takes as long again.
     assert_eq!(refused(queue.arrive(&at("a"), now + 150 * MILLI, ("a", 1), now)), Dropped::Late);
@@ -128,7 +129,7 @@ fn what_cannot_be_done_in_time_is_not_begun() {
 #[test]
 fn bad_times_are_forgotten() {
     let mut now = Instant::now();
-    let mut queue = Queue::new(2, 100);
+    let mut queue = Queue::new(2, 100, AGES);
     for _ in 0..2 {
         assert!(matches!(queue.arrive(&at("a"), now + 500 * MILLI, ("a", 0), now), Arrival::Runs));
     }
@@ -151,13 +152,18 @@ fn bad_times_are_forgotten() {
 fn who_is_refused_is_told_when_there_will_be_room() {
     let now = Instant::now();
     let (mut queue, _) = queue_of(100, &[("a", 1), ("a", 2), ("a", 3)], now);
-    assert_eq!(queue.retry_after(), 1, "nothing is known yet");
-    for (held, expected) in [(100, 1), (250, 1), (600, 3), (20_000, 30)] {
-        for _ in 0..200 {
-            queue.pace.ended(held * MILLI);
-        }
-        assert_eq!(queue.retry_after(), expected, "{held} ms");
+    queue.set_limit(100, 4000 * MILLI);
+    assert_eq!(queue.come_again(&at("a"), 0, now), 1, "nothing is known yet");
+    // Three wait before it, and it may come two seconds before its turn. A quarter more are promised than can be served.
+    for (request, held, expected) in [(1, 100, 1), (2, 1300, 2), (3, 2600, 6), (4, 60_000, 29)] {
+        queue.pace = Pace::default();
+        queue.pace.ended(held * MILLI, 0);
+        assert_eq!(queue.come_again(&at("a"), request, now), expected, "{held} ms");
     }
+    // A host that nobody waits for comes after one of `a`.
+    queue.pace = Pace::default();
+    queue.pace.ended(2600 * MILLI, 0);
+    assert_eq!(queue.come_again(&at("b"), 5, now), 2);
     assert_eq!([0, 1, 1000, 1001, 2500].map(|millis| whole_seconds(millis * MILLI)), [1, 1, 1, 2, 3]);
 }
 
@@ -171,7 +177,7 @@ fn overload_keeps_what_gets_done() {
     const SECONDS: usize = 30;
     let deadline = 500 * MILLI;
     let begun = Instant::now();
-    let mut queue = Queue::<(usize, Instant)>::new(CONCURRENCY, 4096);
+    let mut queue = Queue::<(usize, Instant)>::new(CONCURRENCY, 4096, deadline);
     let mut running: BinaryHeap<Reverse<(Instant, Instant, Instant)>> = BinaryHeap::new();
     // A linear congruential generator, so that each run is the same.
     let mut noise = 7_u64;
@@ -368,6 +374,9 @@ impl Model {
         let hosts: BTreeSet<_> = self.waiting.keys().map(|(host, _)| *host).collect();
         assert!(queue.turns.iter().map(|host| &**host).collect::<BTreeSet<_>>() == hosts);
         assert_eq!((queue.turns.len(), queue.hosts.len()), (hosts.len(), hosts.len()));
+        for most in 0..4 {
+            assert_eq!(queue.lengths.up_to(most), HOSTS.iter().map(|host| queue.length(host).min(most)).sum::<usize>());
+        }
         self.passed_by.retain(|host, _| hosts.contains(host));
     }
 }
@@ -376,7 +385,7 @@ proptest! {
     #[test]
     fn whatever_happens(steps in steps(), concurrency in 1..5_usize, limit in 1..12_usize) {
         let mut model = Model {
-            queue: Queue::new(concurrency, limit),
+            queue: Queue::new(concurrency, limit, AGES),
             now: Instant::now(),
             running: VecDeque::new(),
             waiting: BTreeMap::new(),
@@ -426,6 +435,8 @@ proptest! {
         }
         let newcomer = from(HOSTS[newcomer.0], newcomer.1);
         let ahead = queue.ahead(&newcomer);
+        let (least, most) = queue.least_and_most_ahead(&newcomer);
+        prop_assert!(least <= ahead && ahead <= most, "{} to {}, not {}", least, most, ahead);
         waits(queue.arrive(&newcomer, now + AGES, ("newcomer", 0), now));
         let place = order(&mut queue, now).into_iter().position(|caller| caller.0 == "newcomer");
         prop_assert_eq!(place, Some(ahead));

@@ -118,7 +118,8 @@ async fn what_is_withdrawn_meanwhile_costs_what_was_done() {
 async fn what_is_not_let_in_costs_no_more_than_its_place_in_the_queue() {
     let (_folder, stage) = metered_with(|config| (config.release.host_burst, config.release.concurrency) = (2, 1));
     let request = stage.request(&stage.protector()).to_xml();
-    let permit = stage.service.admission.admit(&HostAt::new("another", &attempt()), &attempt()).await.unwrap();
+    let permit =
+        stage.service.admission.admit(&HostAt::new("another", &attempt()), &attempt(), b"a request").await.unwrap();
     let begun = standstill::now();
     assert_eq!(costs(&stage, &request).await, (Some(Code::ServiceUnavailable), [0, 0, 0]));
     assert_eq!(standstill::since(begun), Duration::from_secs(5), "the token came back while it waited");

@@ -81,7 +81,8 @@ async fn settings_that_change_at_the_hsm_are_for_the_next_release() {
 
 /// Runs a release that waits for another one, and runs `meanwhile` while it waits.
 async fn after_waiting(stage: &Stage, request: Vec<u8>, meanwhile: impl FnOnce()) -> Result<Grant, Refusal> {
-    let permit = stage.service.admission.admit(&HostAt::new("another", &attempt()), &attempt()).await.unwrap();
+    let permit =
+        stage.service.admission.admit(&HostAt::new("another", &attempt()), &attempt(), b"a request").await.unwrap();
     let (service, hsm) = (Arc::clone(&stage.service), stage.hsm.clone());
     let waiting = tokio::spawn(async move { roll(&service, &hsm, ApiVersion::V2, &request, &mut attempt()).await });
     while stage.service.admission.load().waiting == 0 {

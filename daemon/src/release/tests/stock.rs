@@ -206,9 +206,9 @@ async fn it_is_filled_while_sessions_are_idle_and_no_release_waits() {
     stage.hsm.set_idle(0);
     assert_eq!(fill(&stage).await, 0);
     stage.hsm.set_idle(1);
-    let runs = stage.service.admission.turn(&host(), &attempt()).await.unwrap();
+    let runs = stage.service.admission.turn(&host(), &attempt(), b"a request").await.unwrap();
     let service = Arc::clone(&stage.service);
-    let waits = tokio::spawn(async move { service.admission.turn(&host(), &attempt()).await.map(drop) });
+    let waits = tokio::spawn(async move { service.admission.turn(&host(), &attempt(), b"a request").await.map(drop) });
     while stage.service.admission.load().waiting == 0 {
         tokio::task::yield_now().await;
     }

@@ -32,7 +32,8 @@ async fn the_two_operations_run_at_the_same_time() {
 #[tokio::test(start_paused = true)]
 async fn a_release_whose_turn_does_not_come_is_refused_at_the_deadline() {
     let (_folder, stage) = stage_with(|config| config.release.concurrency = 1);
-    let _permit = stage.service.admission.admit(&HostAt::new("another", &attempt()), &attempt()).await.unwrap();
+    let _permit =
+        stage.service.admission.admit(&HostAt::new("another", &attempt()), &attempt(), b"a request").await.unwrap();
     let mut attempt = attempt();
     let request = stage.request(&stage.protector()).to_xml();
     let refusal = asked(&stage, &request, &mut attempt).await.unwrap_err();
