@@ -1,19 +1,23 @@
 //! Connections that idle: what they take of memory, and what others notice of them.
 
-use std::net::SocketAddr;
+use std::collections::BTreeMap;
+use std::net::{SocketAddr, TcpStream};
+use std::time::Duration;
 
-use claviger_tests::METADATA;
-use claviger_tests::raw::{Connection, get};
+use claviger_tests::idle::{Opener, Speaks};
 use claviger_tests::stats::median;
+use claviger_tests::{METADATA, block};
 use serde::Serialize;
 
 use crate::ceiling::{Figure, Settings, Stage};
 use crate::histogram::seconds;
 use crate::machine::Machine;
-use crate::service::Service;
+use crate::service::{Service, snapshot};
 
 /// Callers beside the idle connections: enough to keep the processors busy, without a queue.
 const CALLERS: usize = 2;
+/// From the last connection to the measurement: for the daemon to give back what an idle one does not need.
+const REST: Duration = Duration::from_secs(2);
 
 /// What came out.
 #[derive(Clone, Debug, Serialize)]
@@ -22,8 +26,10 @@ pub struct Idle {
     pub machine: Machine,
     /// Keep-alive connections that had one answer each and then said nothing.
     pub connections: usize,
-    /// Memory of the daemon with them, in octets.
+    /// Memory of the daemon with them, in bytes. They speak HTTP/1.1, and come and go in every round.
     pub resident_bytes: f64,
+    /// Memory of a fresh daemon with as many that speak something else, by what they speak, in bytes.
+    pub resident_bytes_of: BTreeMap<String, f64>,
     /// Before there was the first of them.
     pub resident_bytes_without: f64,
     /// 99th percentile of a release beside them, in seconds.
@@ -55,7 +61,7 @@ pub fn run(stage: &Stage, settings: &Settings, connections: usize, mut tell: imp
     for round in 1..=settings.rounds {
         let p99 = || seconds(&service.round(CALLERS, settings.time).releases, 0.99);
         let alone = p99();
-        let idle = open(service.daemon.address(), connections);
+        let idle = open(service.daemon.address(), Speaks::Http1, connections);
         let beside = p99();
         let resident = service.snapshot().resident;
         resident_bytes = resident_bytes.max(resident);
@@ -71,10 +77,21 @@ pub fn run(stage: &Stage, settings: &Settings, connections: usize, mut tell: imp
             resident / 1048576.0
         ));
     }
+    drop(service);
+    let resident_bytes_of = Speaks::ALL.map(|speaks| {
+        let daemon = if speaks.is_encrypted() { stage.lab.serve_tls() } else { stage.lab.serve() };
+        block(daemon.until_ready_is(200));
+        let idle = open(daemon.address(), speaks, connections);
+        std::thread::sleep(REST);
+        let resident = snapshot(&daemon).resident;
+        tell(&format!("{} connections of {speaks}: {:.0} MiB", idle.len(), resident / 1048576.0));
+        (speaks.to_string(), resident)
+    });
     Idle {
         machine: Machine::here(),
         connections,
         resident_bytes,
+        resident_bytes_of: resident_bytes_of.into(),
         resident_bytes_without,
         p99_seconds: median(&with),
         p99_seconds_without: median(&without),
@@ -82,14 +99,7 @@ pub fn run(stage: &Stage, settings: &Settings, connections: usize, mut tell: imp
     }
 }
 
-fn open(address: SocketAddr, connections: usize) -> Vec<Connection> {
-    let request = get(METADATA);
-    (0..connections)
-        .map(|_| {
-            let mut connection = Connection::open(address).unwrap();
-            let answer = connection.exchange(&request).unwrap();
-            assert!(answer.status == 200 && !answer.closes(), "{} {}", answer.status, answer.text());
-            connection
-        })
-        .collect()
+fn open(address: SocketAddr, speaks: Speaks, connections: usize) -> Vec<TcpStream> {
+    let opener = Opener::new(address, speaks);
+    (0..connections).map(|_| opener.open(METADATA)).collect()
 }

@@ -105,9 +105,10 @@ pub fn scaling(found: &Scaling) -> String {
 #[must_use]
 pub fn idle(found: &Idle) -> String {
     let mib = |octets: f64| octets / 1048576.0;
+    let each = found.resident_bytes_of.iter().map(|(speaks, bytes)| format!("{speaks}: {:.0} MiB", mib(*bytes)));
     format!(
         "p99 beside {} idle connections ÷ without: {:.2} ({:.2} to {:.2} in the rounds; {:.2} ms, {:.2} ms)\n\
-         memory of the daemon: {:.0} MiB, {:.0} MiB without\n{}\n",
+         memory of the daemon: {:.0} MiB, {:.0} MiB without; of a fresh one with as many of {}\n{}\n",
         found.connections,
         found.p99_ratio.median,
         found.p99_ratio.least,
@@ -116,6 +117,7 @@ pub fn idle(found: &Idle) -> String {
         found.p99_seconds_without * 1e3,
         mib(found.resident_bytes),
         mib(found.resident_bytes_without),
+        each.collect::<Vec<_>>().join(", "),
         machine(&found.machine)
     )
 }

@@ -12,6 +12,7 @@
 
 mod activity;
 mod connection;
+mod dozing;
 mod limits;
 mod origin;
 mod ration;
@@ -45,7 +46,7 @@ use crate::sys::places::{self, NoPlace, Places};
 use crate::tls::SharedTls;
 
 pub(crate) use self::activity::Cut;
-pub use self::connection::BoxError;
+pub use self::dozing::BoxError;
 pub use self::limits::Limits;
 pub use self::origin::{Origin, Peer};
 

@@ -23,9 +23,16 @@ use super::limits::Limits;
 use crate::sys::places::Guest;
 
 /// What an HTTP/2 client sends first.
-const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+pub(super) const PREFACE: [u8; 24] = *b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
-/// Values of [`Activity::protocol`]; smaller ones count how many octets of the preface were seen.
+/// What a client speaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Protocol {
+    Http1,
+    Http2,
+}
+
+/// Values of the field `protocol` of [`Activity`]; smaller ones count how many octets of the preface were seen.
 const HTTP1: u8 = 254;
 const HTTP2: u8 = 255;
 
@@ -71,6 +78,8 @@ pub(super) struct Activity {
     last_end: AtomicU64,
     /// When octets were last written.
     last_write: AtomicU64,
+    /// Whether the client has to read before more can be written.
+    blocked: AtomicBool,
     protocol: AtomicU8,
     /// Whether a read that finds nothing shall ask the kernel whether that is so.
     ask_kernel: AtomicBool,
@@ -156,6 +165,7 @@ impl Activity {
             head_since: AtomicU64::new(0),
             last_end: AtomicU64::new(1),
             last_write: AtomicU64::new(1),
+            blocked: AtomicBool::new(false),
             protocol: AtomicU8::new(protocol),
             ask_kernel: AtomicBool::new(false),
             unread: AtomicBool::new(false),
@@ -205,7 +215,26 @@ impl Activity {
     }
 
     pub(super) fn is_http2(&self) -> bool {
-        self.protocol.load(Ordering::Relaxed) == HTTP2
+        self.protocol() == Some(Protocol::Http2)
+    }
+
+    /// What the client speaks, if that is known.
+    pub(super) fn protocol(&self) -> Option<Protocol> {
+        match self.protocol.load(Ordering::Relaxed) {
+            HTTP1 => Some(Protocol::Http1),
+            HTTP2 => Some(Protocol::Http2),
+            _ => None,
+        }
+    }
+
+    /// Whether something waits to be written until the client reads.
+    pub(super) fn is_blocked(&self) -> bool {
+        self.blocked.load(Ordering::Relaxed)
+    }
+
+    /// When the last request ended, or the connection began.
+    pub(super) fn last_end(&self) -> Instant {
+        self.at(&self.last_end)
     }
 
     /// No request is in progress, nor has one begun to arrive.
@@ -321,7 +350,8 @@ impl Activity {
         self.epoch + Duration::from_micros(time.load(Ordering::Relaxed).saturating_sub(1))
     }
 
-    fn has_read(&self, octets: &[u8]) {
+    /// Bytes have come.
+    pub(super) fn has_read(&self, octets: &[u8]) {
         let seen = self.protocol.load(Ordering::Relaxed);
         if usize::from(seen) < PREFACE.len() {
             let rest = &PREFACE[usize::from(seen)..];
@@ -514,8 +544,9 @@ impl Watched {
         }
     }
 
-    fn wrote(&self, written: usize) -> usize {
-        if written > 0 {
+    fn wrote(&self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        self.activity.blocked.store(written.is_pending(), Ordering::Relaxed);
+        if let Poll::Ready(Ok(1..)) = written {
             self.activity.last_write.store(self.activity.now(), Ordering::Relaxed);
         }
         written
@@ -557,8 +588,7 @@ impl AsyncRead for Watched {
 
 impl AsyncWrite for Watched {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        let written = ready!(self.with(|stream| stream.poll_write(cx, buf)))?;
-        Poll::Ready(Ok(self.wrote(written)))
+        self.wrote(self.with(|stream| stream.poll_write(cx, buf)))
     }
 
     fn poll_write_vectored(
@@ -566,8 +596,7 @@ impl AsyncWrite for Watched {
         cx: &mut Context<'_>,
         bufs: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        let written = ready!(self.with(|stream| stream.poll_write_vectored(cx, bufs)))?;
-        Poll::Ready(Ok(self.wrote(written)))
+        self.wrote(self.with(|stream| stream.poll_write_vectored(cx, bufs)))
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -607,7 +636,7 @@ mod tests {
         let activity = Activity::new(false, 8);
         activity.has_read(b"P");
         activity.has_read(b"OST / HTTP/1.1");
-        activity.has_read(PREFACE);
+        activity.has_read(&PREFACE);
         assert!(!activity.is_http2() && !activity.is_idle());
     }
 
@@ -690,7 +719,7 @@ mod tests {
     #[tokio::test]
     async fn a_client_that_gives_up_all_it_asks_for_is_cut() {
         let activity = Activity::new(false, 8);
-        activity.has_read(PREFACE);
+        activity.has_read(&PREFACE);
         for _ in 0..10 {
             InProgress::new(activity.clone()).answered();
         }

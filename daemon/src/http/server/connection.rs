@@ -12,10 +12,10 @@ use bytes::Bytes;
 use claviger_hsm::standstill;
 use hyper::body::{Body, Incoming};
 use hyper::header::{CONNECTION, HeaderValue};
+use hyper::server::conn::{http1, http2};
 use hyper::service::Service;
 use hyper::{Request, Response, Version};
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use hyper_util::server::conn::auto;
+use hyper_util::rt::{TokioExecutor, TokioTimer};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::{Semaphore, watch};
@@ -23,15 +23,13 @@ use tokio::time::Instant;
 use tokio_rustls::TlsAcceptor;
 
 use super::activity::{Activity, Answer, Cut, Due, InProgress, Watched, unread};
+use super::dozing::{BoxError, Builders, Dozing};
 use super::limits::Limits;
 use super::origin::{Origin, Peer};
 use super::ration::{Account, Meter, Ration};
 use super::slot::Slot;
 use crate::request::{ClientCertificate, Network};
 use crate::tls::SharedTls;
-
-/// The error type that hyper allows bodies to have.
-pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 /// What the connections are told about a stop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,6 +59,10 @@ const RESETS_UNSEEN: usize = 20;
 /// The same for streams that are reset here, for what their client did wrong.
 const RESETS_HERE: usize = 64;
 
+/// How long a connection has to be idle before its memory is given back. Shorter than most pauses of a client that says
+/// something at times, and longer than those of one that is busy.
+const DOZE: Duration = Duration::from_millis(200);
+
 /// How soon to look again at octets that the kernel has and the reactor has not reported.
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
@@ -74,10 +76,7 @@ const LINGER_OCTETS: u64 = 16 * 1024 * 1024;
 pub(super) struct Server<S> {
     limits: Limits,
     tls: Option<SharedTls>,
-    /// Tells the protocol from the first octets.
-    either: auto::Builder<TokioExecutor>,
-    http1: auto::Builder<TokioExecutor>,
-    http2: auto::Builder<TokioExecutor>,
+    builders: Builders,
     service: Arc<S>,
     phase: watch::Receiver<Phase>,
     congested: Arc<Semaphore>,
@@ -92,17 +91,16 @@ where
     B::Error: Into<BoxError>,
 {
     pub(super) fn new(limits: Limits, tls: Option<SharedTls>, service: S, phase: watch::Receiver<Phase>) -> Self {
-        let mut either = auto::Builder::new(TokioExecutor::new());
-        either
-            .http1()
+        let mut http1 = http1::Builder::new();
+        http1
             .timer(TokioTimer::new())
             // hyper's own limit runs while a connection is idle, too; `Activity` tells the two apart.
             .header_read_timeout(None)
             // A client that has sent its request and closed its side still gets its answer.
             .half_close(true)
             .max_buf_size(BUFFER);
-        either
-            .http2()
+        let mut http2 = http2::Builder::new(TokioExecutor::new());
+        http2
             .timer(TokioTimer::new())
             .max_concurrent_streams(limits.streams)
             .max_pending_accept_reset_streams(RESETS_UNSEEN)
@@ -118,9 +116,7 @@ where
             limits,
             ration,
             tls,
-            http1: either.clone().http1_only(),
-            http2: either.clone().http2_only(),
-            either,
+            builders: Builders { http1, http2 },
             service: Arc::new(service),
             phase,
             congested: Arc::new(Semaphore::new(CONGESTED)),
@@ -143,7 +139,7 @@ where
         let Some(tls) = &self.tls else {
             let (stream, returned) = Watched::new(stream, activity.clone());
             let client = Client { peer, certificate: None, account };
-            if self.drive(&self.either, stream, &activity, client, meter, slot).await {
+            if self.drive(stream, &activity, client, meter, slot).await {
                 self.linger(returned.await.ok(), &activity).await;
             }
             return;
@@ -171,8 +167,7 @@ where
         let shown = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);
         let certificate = shown.map(|certificate| Arc::new(ClientCertificate::read(certificate)));
         let client = Client { peer, certificate, account };
-        let builder = if http2 { &self.http2 } else { &self.http1 };
-        if self.drive(builder, stream, &activity, client, meter, slot).await {
+        if self.drive(stream, &activity, client, meter, slot).await {
             self.linger(returned.await.ok(), &activity).await;
         }
     }
@@ -180,7 +175,6 @@ where
     /// Drives hyper's connection, its time limits and its part of a stop. Returns whether hyper ended it, not we.
     async fn drive(
         &self,
-        builder: &auto::Builder<TokioExecutor>,
         stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
         activity: &Arc<Activity>,
         client: Client,
@@ -211,7 +205,7 @@ where
             client,
             connection: slot.connection(),
         };
-        let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), service));
+        let mut connection = Dozing::new(&self.builders, activity.clone(), stream, service);
         let mut timer = pin!(tokio::time::sleep(self.limits.header_timeout));
         // Set by a stop: until when requests are taken.
         let mut grace: Option<Instant> = None;
@@ -227,7 +221,7 @@ where
             }
             if grace.is_some() && closing.is_none() && activity.is_http2() {
                 // GOAWAY is safe at any time: HTTP/2 tells the client which requests were taken.
-                connection.as_mut().graceful_shutdown();
+                connection.graceful_shutdown();
                 closing = Some(clock());
             }
             if last_call && grace.is_none() && !activity.is_idle() {
@@ -243,18 +237,22 @@ where
                 (None, Some(grace)) if !last_call => due.min(grace),
                 (None, _) => due,
             };
+            let wake = match closing {
+                None if connection.may_doze() => wake.min(activity.last_end() + DOZE),
+                _ => wake,
+            };
             // The timer's clock is the system's.
             timer.as_mut().reset(Instant::now() + wake.saturating_duration_since(now));
 
             // What decides whether a connection may be closed has to be seen at once.
             let at_once = last_call || grace.is_some();
-            let mut poll = |cx: &mut Context<'_>| match at_once {
-                true => account.charged(|| connection.as_mut().poll(cx)),
-                false => meter.poll(cx, |cx| connection.as_mut().poll(cx)),
+            let mut poll = |connection: &mut Dozing<'_, _, _>, cx: &mut Context<'_>| match at_once {
+                true => account.charged(|| connection.poll(cx)),
+                false => meter.poll(cx, |cx| connection.poll(cx)),
             };
             let event = tokio::select! {
                 biased;
-                event = poll_fn(|cx| match poll(cx) {
+                event = poll_fn(|cx| match poll(&mut connection, cx) {
                     Poll::Ready(ended) => Poll::Ready(Event::Ended(ended)),
                     Poll::Pending if closing.is_some() => Poll::Pending,
                     Poll::Pending if last_call && activity.is_quiet() => Poll::Ready(Event::Quiet),
@@ -264,6 +262,9 @@ where
                     Poll::Pending
                         if !(last_call && activity.is_idle()) && activity.due(&self.limits, now).0 < wake =>
                     {
+                        Poll::Ready(Event::Changed)
+                    }
+                    Poll::Pending if connection.may_doze() && activity.last_end() + DOZE < wake => {
                         Poll::Ready(Event::Changed)
                     }
                     Poll::Pending => Poll::Pending,
@@ -280,7 +281,7 @@ where
                     return true;
                 }
                 Event::Quiet => {
-                    connection.as_mut().graceful_shutdown();
+                    connection.graceful_shutdown();
                     closing = Some(clock());
                 }
                 Event::Changed => {}
@@ -288,8 +289,7 @@ where
                     if reason == Cut::Room {
                         // It may be the server that is behind: what the kernel has is asked for once more.
                         activity.ask_kernel(true);
-                        let poll =
-                            poll_fn(|cx| Poll::Ready(account.charged(|| connection.as_mut().poll(cx)).is_ready()));
+                        let poll = poll_fn(|cx| Poll::Ready(account.charged(|| connection.poll(cx)).is_ready()));
                         let polled = poll.await;
                         let stays = !activity.may_be_closed() || activity.has_unread();
                         activity.ask_kernel(last_call);
@@ -315,6 +315,9 @@ where
                 }
                 Event::Time => {
                     let now = clock();
+                    if connection.may_doze() && activity.last_end() + DOZE <= now {
+                        connection.doze();
+                    }
                     let (due, why) = activity.due(&self.limits, now);
                     match why {
                         Due::Header | Due::Stalled if due <= now => {
