@@ -18,8 +18,8 @@
 //! A release may be refused early, before it is read, when it is clear already that it would not be let in: most of what a
 //! storm costs is the refusing.
 //!
-//! Every refusal says when to come again: callers are spread over the time that the backlog takes (`returns`). `fair_queue` and
-//! the rates decide, as plain values; `turns` waits and wakes.
+//! Every refusal says when to try again. The callers are spread over the time that the backlog takes (`returns`).
+//! `fair_queue` and the rates decide, as plain values; `turns` does the waiting and the waking.
 
 pub mod bodies;
 mod declined;

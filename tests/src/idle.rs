@@ -1,4 +1,4 @@
-//! Connections that had one answer each and then say nothing.
+//! Connections on which one request was answered and which are idle since then.
 
 use std::fmt;
 use std::io::{Read, Write};
@@ -13,7 +13,7 @@ use rustls::{ClientConfig, ClientConnection, DigitallySignedStruct, Error, Signa
 use crate::attackers::{h2_get, hello};
 use crate::wait::PATIENCE;
 
-/// What is spoken on a connection.
+/// The protocol of a connection.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Speaks {
     /// HTTP/1.1.
@@ -27,10 +27,10 @@ pub enum Speaks {
 }
 
 impl Speaks {
-    /// All of them, those with TLS last.
+    /// All protocols; those with TLS last.
     pub const ALL: [Self; 4] = [Self::Http1, Self::Http2, Self::Https1, Self::Https2];
 
-    /// Returns true with TLS.
+    /// Returns true for a protocol over TLS.
     #[must_use]
     pub fn is_encrypted(self) -> bool {
         matches!(self, Self::Https1 | Self::Https2)
@@ -52,7 +52,7 @@ impl fmt::Display for Speaks {
     }
 }
 
-/// Opens idle connections. Of each only the socket is kept, so that nearly all memory is the server's.
+/// Opens idle connections. Only the socket of each connection is kept, so that nearly all memory is the server's.
 pub struct Opener {
     address: SocketAddr,
     speaks: Speaks,
@@ -63,7 +63,7 @@ impl Opener {
     /// Opens connections to `address`. The server's certificate is not checked.
     ///
     /// # Panics
-    /// Never: the versions of TLS are the default ones.
+    /// Never: the TLS versions are the default ones.
     #[must_use]
     pub fn new(address: SocketAddr, speaks: Speaks) -> Self {
         let provider = Arc::new(rustls::crypto::ring::default_provider());
@@ -74,7 +74,7 @@ impl Opener {
         Self { address, speaks, tls: Arc::new(config) }
     }
 
-    /// Opens one connection, and gets `path` on it.
+    /// Opens one connection, and requests `path` on it.
     ///
     /// # Panics
     /// If there is no answer.
@@ -132,7 +132,7 @@ fn read_stream_to_its_end(stream: &mut impl Read) {
     }
 }
 
-/// Takes any certificate for the right one: the tests are about something else.
+/// Accepts any certificate, because these tests do not test certificates.
 #[derive(Debug)]
 struct Anybody(Arc<CryptoProvider>);
 

@@ -1,4 +1,5 @@
-//! What the server keeps for a connection on which nothing is said. A test of its own: it counts all memory of its process.
+//! Measures the server's memory for an idle connection. This is a test of its own, because it counts the memory of
+//! the whole process.
 
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
@@ -27,7 +28,7 @@ static ALLOCATOR: PeakAlloc = PeakAlloc;
 
 const CONNECTIONS: usize = 300;
 
-/// Memory for a connection, in bytes: twice what it was when this was written.
+/// Limit of the memory for a connection, in bytes: twice the value that was measured when this test was written.
 fn bound(speaks: Speaks) -> usize {
     match speaks {
         Speaks::Http1 => 6 * 1024,
@@ -64,12 +65,12 @@ fn an_idle_connection_takes_little_memory() {
     let mut passed = true;
     for speaks in Speaks::ALL {
         let opener = Opener::new(serve(&runtime, speaks), speaks);
-        // What is made once.
+        // Memory that is allocated only once.
         let first = opener.open("/");
         let before = ALLOCATOR.current_usage();
         let idle: Vec<_> = (0..CONNECTIONS).map(|_| opener.open("/")).collect();
         let each = || ALLOCATOR.current_usage().saturating_sub(before) / CONNECTIONS;
-        // Memory is given back when a connection has been idle for a moment.
+        // The memory is released when a connection has been idle for a moment.
         let begun = Instant::now();
         let mut taken = each();
         while taken > bound(speaks) && begun.elapsed() < PATIENCE {

@@ -6,7 +6,7 @@ use claviger_protocol::error::{Code, Refusal};
 
 use crate::observe::metrics;
 
-/// The longest time that a caller is told to wait before it comes again, in seconds. The shortest is one second.
+/// Maximum time that a caller is told to wait before its next attempt, in seconds. The minimum is one second.
 pub(super) const LONGEST: u64 = 30;
 
 /// Why a request was not let in.

@@ -22,7 +22,7 @@ use crate::request::Network;
 pub(super) struct Queue<T> {
     concurrency: usize,
     limit: usize,
-    /// For how long a caller waits at most.
+    /// Maximum time for which a caller waits.
     patience: Duration,
     running: usize,
     waiting: usize,
@@ -112,7 +112,7 @@ pub(super) enum Turn {
 }
 
 impl<T> Queue<T> {
-    /// At most `concurrency` run, at most `limit` wait, each for `patience` at most.
+    /// At most `concurrency` requests run. At most `limit` requests wait, each for at most `patience`.
     pub(super) fn new(concurrency: usize, limit: usize, patience: Duration) -> Self {
         Self {
             concurrency: concurrency.max(1),
@@ -129,7 +129,7 @@ impl<T> Queue<T> {
         }
     }
 
-    /// How many may wait from now on, and for how long; nobody who waits has to leave for it.
+    /// Sets how many requests may wait, and for how long. Requests that already wait stay in the queue.
     pub(super) fn set_limit(&mut self, limit: usize, patience: Duration) {
         (self.limit, self.patience) = (limit, patience);
     }
@@ -186,7 +186,7 @@ impl<T> Queue<T> {
         Arrival::Waits { ticket: Ticket { host, place }, evicted }
     }
 
-    /// Whether a release that arrived now, to be done by `deadline`, would run or wait.
+    /// Returns whether a release that arrived now, with this deadline, would run or wait.
     pub(super) fn outlook(&self, from: &HostAt, deadline: Instant, now: Instant) -> Result<(), Dropped> {
         if deadline <= now {
             Err(Dropped::Deadline)
@@ -201,17 +201,18 @@ impl<T> Queue<T> {
         }
     }
 
-    /// Whether a newcomer that would have to wait cannot expect to be done by `deadline`.
+    /// Returns `true` if a newcomer that has to wait would probably not be finished by `deadline`.
     fn is_too_late(&self, from: &HostAt, deadline: Instant, now: Instant) -> bool {
         let left = deadline.saturating_duration_since(now).saturating_sub(self.pace.run());
         let late = |ahead| self.pace.wait(ahead, self.concurrency) > left;
-        // To count those ahead takes a look at each line, which is left out where a bound is enough.
+        // The exact number of requests ahead needs a look at each line. If a limit is enough for the decision, the
+        // lines are not read.
         let (least, most) = self.least_and_most_ahead(from);
         late(least) || late(most) && late(self.ahead(from))
     }
 
-    /// Bounds of how many would run before a newcomer: other hosts have as many turns before it as it has to wait for of its
-    /// own host, or one more.
+    /// Lower and upper limit of the number of requests that would run before a newcomer. Before it runs, each other
+    /// host gets as many turns as requests of the newcomer's own host run before it, or one more.
     fn least_and_most_ahead(&self, from: &HostAt) -> (usize, usize) {
         let Some(line) = self.hosts.get(&from.host) else { return (self.turns.len(), self.turns.len()) };
         let own = line.ahead_of(line.round(from.network));
@@ -318,8 +319,8 @@ impl<T> Queue<T> {
         Some((caller, turn))
     }
 
-    /// After how many seconds the caller of a request that is refused now may come again. `request` tells it from others of
-    /// its host.
+    /// The number of seconds after which the caller of a request that is refused now should try again. `request`
+    /// distinguishes the request from others of its host.
     pub(super) fn come_again(&mut self, from: &HostAt, request: u64, now: Instant) -> u16 {
         let interval = self.pace.drain(1, self.concurrency);
         let room = self.patience.min(self.pace.drain(self.limit, self.concurrency));

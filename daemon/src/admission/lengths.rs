@@ -1,11 +1,11 @@
-//! Lines counted by their length, so that sums over all lines do not need a look at each.
+//! Counts lines by their length, so that sums over all lines can be calculated without reading each line.
 
-/// At index `k`, the number of lines with more than `k` in them.
+/// At index `k`: the number of lines with more than `k` requests.
 #[derive(Debug, Default)]
 pub(super) struct Lengths(Vec<usize>);
 
 impl Lengths {
-    /// A line of this length gets one more.
+    /// A line of this length becomes longer by one.
     pub(super) fn grow(&mut self, length: usize) {
         if self.0.len() <= length {
             self.0.resize(length + 1, 0);
@@ -13,7 +13,7 @@ impl Lengths {
         self.0[length] += 1;
     }
 
-    /// A line of this length, which is not 0, gets one less.
+    /// A line of this length becomes shorter by one. The length is not 0.
     pub(super) fn shrink(&mut self, length: usize) {
         if let Some(longer) = self.0.get_mut(length - 1) {
             *longer -= 1;
@@ -28,7 +28,7 @@ impl Lengths {
         self.0.len()
     }
 
-    /// How many there are in all lines together, when at most `most` of each line count.
+    /// The number of requests in all lines, if at most `most` of each line are counted.
     pub(super) fn up_to(&self, most: usize) -> usize {
         self.0.iter().take(most).sum()
     }

@@ -1,9 +1,10 @@
-//! When the callers that were refused come again: places in time, each of which is promised once.
+//! Decides when refused callers should try again. Each of them is promised a place in time, and each place is
+//! promised once.
 //!
-//! A caller that is refused is promised a place behind everybody who waits and behind those who were promised a place
-//! before, in the order in which hosts take turns. It comes as far ahead of its place as the queue can hold others, so that
-//! the HSMs have work when it is late or the estimate of the pace was too low. A caller that asks again before its time
-//! keeps its place, however often it asks.
+//! A refused caller gets a place behind all waiting requests and behind all places promised before, in the order in
+//! which the hosts take turns. It is told to come earlier than its place by the time that the queue can cover. So the
+//! HSMs have work even if the caller is late or the estimated rate was too low. A caller that asks again before its
+//! time keeps its place, however often it asks.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -12,8 +13,9 @@ use std::time::{Duration, Instant};
 use super::declined::LONGEST;
 use super::lengths::Lengths;
 
-/// So many times as many callers are promised a second as are served at the estimated pace. Who comes and finds no room
-/// comes again, which costs little; an HSM that has nothing to do because too few were asked to come is lost.
+/// The number of callers that are promised a place per second, divided by the estimated number of releases per
+/// second. A caller that finds no room tries again, which costs little. If too few callers are told to come, the HSMs
+/// are idle, and that time is lost.
 const OVERBOOKED: f64 = 1.25;
 
 /// Seconds after which a place may begin that is promised: longer than that nobody knows the pace. Callers that would get a
@@ -24,36 +26,36 @@ const FARTHEST: u64 = 2 * LONGEST;
 /// long as they are told, so that they do not all come at once. A caller that comes early is told half of what is left.
 const EXACT: u64 = 2;
 
-/// How often places are forgotten whose time has come.
+/// Interval at which places in the past are forgotten.
 const SWEEP: Duration = Duration::from_millis(500);
 
-/// Most places that are remembered, some 24 bytes each.
+/// Maximum number of remembered places, of about 24 bytes each.
 const MOST: usize = 262_144;
 
-/// What lies before a caller that is refused now.
+/// What is ahead of a caller that is refused now.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Backlog {
-    /// How many of those that wait run before it.
+    /// The number of waiting requests that run before its request.
     pub(super) ahead: usize,
-    /// The time between two that begin to run.
+    /// The time between the starts of two requests.
     pub(super) interval: Duration,
-    /// For how long callers may wait in the queue before their turn.
+    /// The maximum time that a request may wait in the queue.
     pub(super) room: Duration,
 }
 
-/// The places that are promised. `host` tells whose, and a hash of the request tells which caller's.
+/// The promised places. The key is the host and a hash of the request, which identifies the caller.
 #[derive(Debug, Default)]
 pub(super) struct Returns {
     hosts: HashMap<Arc<str>, HashMap<u64, Instant>>,
     lengths: Lengths,
     count: usize,
     swept: Option<Instant>,
-    /// How many were asked to come again without a place.
+    /// The number of callers that were told to try again without getting a place.
     unpromised: u64,
 }
 
 impl Returns {
-    /// After how many seconds a caller that is refused at `now` may come again.
+    /// Returns the number of seconds after which a caller that is refused at `now` should try again.
     pub(super) fn tell(&mut self, host: &Arc<str>, request: u64, backlog: Backlog, now: Instant) -> u16 {
         self.sweep(now);
         let places = self.hosts.get(host);
@@ -61,7 +63,7 @@ impl Returns {
             return told((*due - now).as_secs() + 1);
         }
         let own = places.map_or(0, HashMap::len);
-        // Each host with places has as many turns before this caller as its own host, at most.
+        // Each host with places has at most as many turns before this caller as the caller's own host.
         let place = backlog.ahead + self.lengths.up_to(own + 1) + 1;
         let begins = backlog.interval.mul_f64(place as f64 / OVERBOOKED);
         let comes = begins.saturating_sub(backlog.room / 2).as_secs();
@@ -101,7 +103,7 @@ impl Returns {
         }
     }
 
-    /// Forgets places whose time has come.
+    /// Forgets places in the past.
     fn sweep(&mut self, now: Instant) {
         if self.swept.is_some_and(|swept| now.saturating_duration_since(swept) < SWEEP) {
             return;
@@ -131,7 +133,7 @@ mod tests {
     const SECOND: Duration = Duration::from_secs(1);
 
     fn backlog(ahead: usize) -> Backlog {
-        // 100 are served a second, and 2 seconds of them may wait.
+        // 100 requests are served per second, and requests for 2 seconds may wait.
         Backlog { ahead, interval: Duration::from_millis(10), room: 2 * SECOND }
     }
 
@@ -150,7 +152,7 @@ mod tests {
         let told: Vec<_> = (0..2_000).map(|request| returns.tell(&host("a"), request, backlog(200), now)).collect();
         let places: Vec<_> = (0..2_000).map(|request| place(&returns, request, now)).collect();
         let at = |second| places.iter().filter(|place| **place == second).count();
-        // In a second come a quarter more than are served.
+        // The promised places per second are a quarter more than the requests served per second.
         assert!((2..14).all(|second| (124..=126).contains(&at(second))), "{places:?}");
         assert!(places.is_sorted() && told.is_sorted(), "{places:?}");
         // 200 wait and 2,000 were promised a place: 2,200 ÷ 125 − 1 s. A client that waits for twice as long as it is told comes

@@ -1,5 +1,6 @@
-//! Storms in simulated time: after a power cut all machines ask within two seconds. The queue is the daemon's, the clients that
-//! obey `Retry-After` have claviger's own rule, and the HSMs are those of [`claviger_hsm::policy::simulation`].
+//! Storms in simulated time: after a power failure, all machines send requests within two seconds. The queue is the
+//! daemon's own. The clients that obey `Retry-After` use the rule of claviger's client. The HSMs are those of
+//! [`claviger_hsm::policy::simulation`].
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -15,24 +16,24 @@ use super::host_at::HostAt;
 use crate::config::Release;
 
 const SECOND: Duration = Duration::from_secs(1);
-/// All machines ask for the first time within this time.
+/// All machines send their first request within this time.
 const WITHIN: Duration = Duration::from_secs(2);
 const MACHINES_OF_A_HOST: usize = 100;
 const SESSIONS: usize = 4;
 /// Time of an operation. A member with four engines does 250 or 100 releases a second.
 const FAST: Duration = Duration::from_millis(8);
 const SLOW: Duration = Duration::from_millis(20);
-/// A storm ends within so many times the time that the HSMs need for its machines.
+/// A storm must end within this multiple of the time that the HSMs need for all machines.
 const OF_BOUND: f64 = 1.1;
 
-/// What a machine does when it is told to come again.
+/// What a machine does after it is told to try again later.
 #[derive(Clone, Copy, Debug)]
 enum Kind {
     /// It obeys, as claviger's own client does.
     Obeys,
     /// It obeys, and spreads itself over as much time again.
     Spreads,
-    /// It asks again after this time, whatever it is told.
+    /// It tries again after this time and ignores the given time.
     Every(Duration),
 }
 
@@ -52,10 +53,10 @@ struct Machine {
     host: HostAt,
     kind: Kind,
     fallback: Fallback,
-    /// How often it asked.
+    /// The number of requests that it has sent.
     asked: u32,
     deadline: Instant,
-    /// While it waits.
+    /// Its ticket while it waits.
     ticket: Option<Ticket>,
     began: Instant,
     done: Option<Instant>,
@@ -64,18 +65,18 @@ struct Machine {
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Event {
     Asks,
-    /// The time of a request is up, the machine's so many-th one.
+    /// A request of this machine reaches its time limit; the number counts the machine's requests.
     Deadline(u32),
 }
 
-/// A storm, and what came out.
+/// A storm and its results.
 struct Storm {
     hsms: Simulation,
     queue: Queue<usize>,
     machines: Vec<Machine>,
-    /// What machines do later.
+    /// The future actions of the machines.
     events: BinaryHeap<Reverse<(Instant, usize, Event)>>,
-    /// The machine of each request at the HSMs.
+    /// The machine of each request that the HSMs work on.
     requests: Vec<usize>,
     rng: Rng,
     open: usize,
@@ -116,7 +117,7 @@ impl Storm {
         }
     }
 
-    /// Runs until every machine has its keys, and returns how long that took.
+    /// Runs until every machine has its keys, and returns the time that this took.
     fn run(&mut self) -> Duration {
         let begun = self.hsms.time();
         self.until(|storm| storm.open == 0);
@@ -192,7 +193,7 @@ impl Storm {
 
     fn take_ended(&mut self) {
         let now = self.hsms.time();
-        // What begins here may end at once.
+        // A request that begins here may end at the same moment.
         while !self.hsms.ended.is_empty() {
             for (request, good) in std::mem::take(&mut self.hsms.ended) {
                 let number = self.requests[request];
@@ -215,7 +216,7 @@ impl Storm {
     }
 }
 
-/// Runs storms over 1, 3 and 16 members. All of them are reported where one takes too long.
+/// Runs storms with 1, 3 and 16 members. If one takes too long, the test reports all of them.
 fn end_in_time(machines: usize, shapes: &[(usize, Duration)]) {
     let mut report = String::new();
     let mut worst: f64 = 0.0;

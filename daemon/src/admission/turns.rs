@@ -23,22 +23,23 @@ pub(super) struct Room {
     queue: Mutex<Queue<Waiter>>,
     /// Counts a request that left the queue without an answer.
     left: fn(&'static str),
-    /// Tells requests apart.
+    /// Hashes requests to distinguish them.
     hasher: RandomState,
 }
 
 impl Turns {
-    /// At most `concurrency` run, and at most `limit` wait, for `patience` at most. `left` counts those that went away.
+    /// At most `concurrency` requests run, and at most `limit` wait, each for at most `patience`. `left` counts those
+    /// that were abandoned.
     pub(super) fn new(concurrency: usize, limit: usize, patience: Duration, left: fn(&'static str)) -> Self {
         let queue = Mutex::new(Queue::new(concurrency, limit, patience));
         Self(Arc::new(Room { queue, left, hasher: RandomState::new() }))
     }
 
-    /// Waits until it is a request's turn. A future that is dropped leaves the queue. `asked` is what its caller sends again
-    /// when it comes again.
+    /// Waits until it is a request's turn. If the future is dropped, the request leaves the queue. `asked` is the
+    /// content of the request, which is the same when its caller tries again.
     ///
     /// # Errors
-    /// Why the request has no turn, and when its caller may come again.
+    /// The reason why the request is refused, and when its caller should try again.
     pub(super) async fn turn(
         &self,
         from: &HostAt,
@@ -78,7 +79,7 @@ impl Turns {
     /// Whether a request that arrived now would run or wait.
     ///
     /// # Errors
-    /// Why it would not, and when its caller may come again.
+    /// The reason why it would be refused, and when its caller should try again.
     pub(super) fn outlook(&self, from: &HostAt, deadline: Instant, asked: &[u8]) -> Result<(), Declined> {
         let outlook = self.0.lock().outlook(from, deadline, standstill::now());
         outlook.map_err(|reason| self.decline(from, reason, asked))
@@ -86,7 +87,7 @@ impl Turns {
 
     fn decline(&self, from: &HostAt, reason: Dropped, asked: &[u8]) -> Declined {
         let retry_after = match reason {
-            // Nobody hears of it.
+            // The answer is not sent to anyone.
             Dropped::Left => 1,
             _ => {
                 let request = self.0.hasher.hash_one(asked);
@@ -96,7 +97,7 @@ impl Turns {
         Declined { reason, retry_after }
     }
 
-    /// How many may wait from now on, and for how long; those that wait stay.
+    /// Sets how many requests may wait, and for how long. Requests that already wait stay in the queue.
     pub(super) fn set_limit(&self, limit: usize, patience: Duration) {
         self.0.lock().set_limit(limit, patience);
     }
@@ -184,7 +185,7 @@ impl Place {
         self.ticket = None;
     }
 
-    /// Gives it up.
+    /// Leaves the queue.
     fn leave(mut self) {
         // When it does not wait any more, it was let in at this moment: its permit goes back with its receiver.
         let _ = self.ticket.take().is_some_and(|ticket| self.room.lock().leave(&ticket));

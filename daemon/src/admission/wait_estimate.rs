@@ -2,11 +2,12 @@
 
 use std::time::Duration;
 
-/// Share of one observation in the deviation.
+/// Weight of one observation in the mean deviation.
 const DEVIATION_GAIN: f64 = 1.0 / 8.0;
 
-/// The mean is that of a quarter as many releases as wait, and of these numbers at least and at most. So it follows the load
-/// at once when few wait, and a moment in which the HSMs or the processors stutter does not count for a backlog of seconds.
+/// The mean covers the latest releases: a quarter of the number of waiting ones, but within these limits. If few
+/// wait, the mean follows the load at once. If many wait, a short pause of the HSMs or the processors does not count
+/// as a backlog of seconds.
 const OF_THOSE_THAT_WAIT: f64 = 1.0 / 4.0;
 const MEAN_OF: (f64, f64) = (16.0, 1024.0);
 
@@ -26,7 +27,7 @@ pub(super) struct Pace {
 }
 
 impl Pace {
-    /// A release ended that held its permit for this long, while so many waited.
+    /// A release ended. It held its permit for this time, and this number of requests waited.
     pub(super) fn ended(&mut self, held: Duration, waiting: usize) {
         let held = held.as_secs_f64();
         if std::mem::replace(&mut self.begun, true) {
@@ -87,11 +88,11 @@ mod tests {
     fn a_stutter_does_not_count_for_a_long_backlog() {
         let mut pace = Pace::default();
         (0..2_000).for_each(|_| pace.ended(Duration::from_millis(30), 2_000));
-        // 24 releases at a time, and all of them take 150 ms longer once.
+        // 24 releases run at a time, and once all of them take 150 ms longer.
         (0..24).for_each(|_| pace.ended(Duration::from_millis(180), 2_000));
         let wait = pace.drain(2_000, 24);
         assert!(wait < Duration::from_secs_f64(2.5 * 1.3), "{wait:?}");
-        // What lasts is known within the time in which half of the backlog is done.
+        // A lasting change is known before half of the backlog is finished.
         (0..1_000).for_each(|_| pace.ended(Duration::from_millis(180), 2_000));
         assert!(pace.drain(2_000, 24) > Duration::from_secs(12), "{:?}", pace.drain(2_000, 24));
     }

@@ -25,14 +25,14 @@ use crate::sys::places::Guest;
 /// What an HTTP/2 client sends first.
 pub(super) const PREFACE: [u8; 24] = *b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
-/// What a client speaks.
+/// The protocol of a client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Protocol {
     Http1,
     Http2,
 }
 
-/// Values of the field `protocol` of [`Activity`]; smaller ones count how many octets of the preface were seen.
+/// Values of the field `protocol` of [`Activity`]. Smaller values count the received bytes of the preface.
 const HTTP1: u8 = 254;
 const HTTP2: u8 = 255;
 
@@ -78,7 +78,7 @@ pub(super) struct Activity {
     last_end: AtomicU64,
     /// When octets were last written.
     last_write: AtomicU64,
-    /// Whether the client has to read before more can be written.
+    /// Whether the client must read before more can be written.
     blocked: AtomicBool,
     protocol: AtomicU8,
     /// Whether a read that finds nothing shall ask the kernel whether that is so.
@@ -218,7 +218,7 @@ impl Activity {
         self.protocol() == Some(Protocol::Http2)
     }
 
-    /// What the client speaks, if that is known.
+    /// The client's protocol, if it is known.
     pub(super) fn protocol(&self) -> Option<Protocol> {
         match self.protocol.load(Ordering::Relaxed) {
             HTTP1 => Some(Protocol::Http1),
@@ -227,7 +227,7 @@ impl Activity {
         }
     }
 
-    /// Whether something waits to be written until the client reads.
+    /// Returns whether data waits to be written until the client reads.
     pub(super) fn is_blocked(&self) -> bool {
         self.blocked.load(Ordering::Relaxed)
     }
@@ -350,7 +350,7 @@ impl Activity {
         self.epoch + Duration::from_micros(time.load(Ordering::Relaxed).saturating_sub(1))
     }
 
-    /// Bytes have come.
+    /// Bytes have arrived.
     pub(super) fn has_read(&self, octets: &[u8]) {
         let seen = self.protocol.load(Ordering::Relaxed);
         if usize::from(seen) < PREFACE.len() {

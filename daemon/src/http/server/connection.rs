@@ -59,8 +59,8 @@ const RESETS_UNSEEN: usize = 20;
 /// The same for streams that are reset here, for what their client did wrong.
 const RESETS_HERE: usize = 64;
 
-/// How long a connection has to be idle before its memory is given back. Shorter than most pauses of a client that says
-/// something at times, and longer than those of one that is busy.
+/// Time for which a connection must be idle before its memory is released. It is shorter than most pauses of a client
+/// that sends requests occasionally, and longer than the pauses of a busy client.
 const DOZE: Duration = Duration::from_millis(200);
 
 /// How soon to look again at octets that the kernel has and the reactor has not reported.

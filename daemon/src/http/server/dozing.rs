@@ -1,7 +1,7 @@
-//! A connection that is put away while its client says nothing.
+//! A connection that releases its buffers while its client sends nothing.
 //!
-//! hyper keeps 16 KiB of buffers for each connection of HTTP/1.1 as long as it lives. A connection on which nothing happens
-//! needs none of it: hyper's part is dropped, and made again when the next byte comes.
+//! hyper keeps 16 KiB of buffers for each HTTP/1.1 connection for as long as the connection exists. An idle
+//! connection needs no buffers. So hyper's part is dropped, and created again when the next byte arrives.
 //!
 //! ```text
 //!           first bytes                     stop, too idle
@@ -26,17 +26,17 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::activity::{Activity, PREFACE, Protocol};
 
-/// The error type that hyper allows bodies to have.
+/// The error type that hyper allows for bodies.
 pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
-/// How hyper serves the two protocols.
+/// The settings of hyper for the two protocols.
 #[derive(Clone)]
 pub(super) struct Builders {
     pub(super) http1: http1::Builder,
     pub(super) http2: http2::Builder<TokioExecutor>,
 }
 
-/// One connection: bytes come and go over `I`, requests are answered by `S`.
+/// One connection. `I` transports the bytes, and `S` answers the requests.
 pub(super) struct Dozing<'a, I, S>
 where
     S: HttpService<Incoming>,
@@ -52,7 +52,7 @@ enum State<I, S>
 where
     S: HttpService<Incoming>,
 {
-    /// Nothing is said, or not enough to know the protocol.
+    /// The client has sent nothing, or too little to detect its protocol.
     Asleep(Begun<I>, S),
     Http1(Box<http1::Connection<Stream<I>, S>>),
     Http2(Pin<Box<http2::Connection<Stream<I>, S, TokioExecutor>>>),
@@ -69,12 +69,12 @@ where
     B: Body<Data = Bytes> + Send + 'static,
     B::Error: Into<BoxError>,
 {
-    /// `activity` knows the protocol, or learns it from what is read.
+    /// `activity` knows the protocol already, or detects it from the bytes that are read.
     pub(super) fn new(builders: &'a Builders, activity: Arc<Activity>, stream: I, service: S) -> Self {
         let state = State::Asleep(Begun { beginning: Bytes::new(), stream }, service);
         let mut connection = Self { builders, activity, state };
         if connection.activity.is_http2() {
-            // The server speaks as soon as the client.
+            // In HTTP/2, the server sends its first frame without waiting for the client.
             connection.wake(Protocol::Http2);
         }
         connection
@@ -105,12 +105,12 @@ where
         }
     }
 
-    /// Whether hyper's part can be dropped as soon as the connection has been idle for a while.
+    /// Returns whether hyper's part can be dropped once the connection has been idle for a while.
     pub(super) fn may_doze(&self) -> bool {
         matches!(self.state, State::Http1(_)) && self.activity.is_idle() && !self.activity.is_blocked()
     }
 
-    /// Drops hyper's part if nothing goes on. The connection has to be polled after this.
+    /// Drops hyper's part if the connection is idle. The connection must be polled afterwards.
     pub(super) fn doze(&mut self) {
         if !self.may_doze() {
             return;
@@ -120,7 +120,7 @@ where
         let mut stream = parts.io.into_inner();
         let begun = !parts.read_buf.is_empty();
         if begun {
-            // The beginning of another request came with the last one.
+            // The start of another request arrived together with the last one.
             self.activity.has_read(&parts.read_buf);
             let mut beginning = BytesMut::from(&parts.read_buf[..]);
             beginning.extend_from_slice(&stream.beginning);
@@ -132,7 +132,7 @@ where
         }
     }
 
-    /// Closes the connection when the requests that were taken are answered.
+    /// Closes the connection after the accepted requests are answered.
     pub(super) fn graceful_shutdown(&mut self) {
         match &mut self.state {
             State::Http1(connection) => Pin::new(&mut **connection).graceful_shutdown(),
@@ -157,7 +157,7 @@ where
     }
 }
 
-/// Reads until it is clear which protocol is spoken. `None` when the client ends the connection before.
+/// Reads until the protocol is known. `None` if the client ends the connection before that.
 fn listen<I: AsyncRead + Unpin>(
     begun: &mut Begun<I>,
     activity: &Activity,
@@ -179,7 +179,7 @@ fn listen<I: AsyncRead + Unpin>(
     }
 }
 
-/// A stream of which the beginning was read before.
+/// A stream whose first bytes were already read.
 struct Begun<I> {
     beginning: Bytes,
     stream: I,
@@ -194,7 +194,7 @@ impl<I: AsyncRead + Unpin> AsyncRead for Begun<I> {
         buf.put_slice(&self.beginning[..read]);
         self.beginning.advance(read);
         if self.beginning.is_empty() {
-            // Its memory is not kept.
+            // Releases the memory of these bytes.
             self.beginning = Bytes::new();
         }
         Poll::Ready(Ok(()))
