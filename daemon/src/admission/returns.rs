@@ -166,7 +166,9 @@ mod tests {
     #[test]
     fn who_asks_before_its_time_keeps_its_place_and_takes_no_other() {
         let (mut returns, now) = (Returns::default(), Instant::now());
-        (0..500).for_each(|request| drop(returns.tell(&host("a"), request, backlog(200), now)));
+        (0..500).for_each(|request| {
+            returns.tell(&host("a"), request, backlog(200), now);
+        });
         returns.tell(&host("a"), 500, backlog(200), now);
         let last = place(&returns, 500, now);
         for _ in 0..1_000 {
@@ -183,7 +185,9 @@ mod tests {
     #[test]
     fn who_is_let_in_leaves_its_place_to_others() {
         let (mut returns, now) = (Returns::default(), Instant::now());
-        (0..500).for_each(|request| drop(returns.tell(&host("a"), request, backlog(200), now)));
+        (0..500).for_each(|request| {
+            returns.tell(&host("a"), request, backlog(200), now);
+        });
         let before = place(&returns, 499, now);
         (0..250).for_each(|_| returns.let_in(&host("a")));
         returns.let_in(&host("b"));
@@ -197,7 +201,9 @@ mod tests {
     #[test]
     fn a_host_waits_for_its_own_callers_and_not_for_those_of_others() {
         let (mut returns, now) = (Returns::default(), Instant::now());
-        (0..3_000).for_each(|request| drop(returns.tell(&host("many"), request, backlog(100), now)));
+        (0..3_000).for_each(|request| {
+            returns.tell(&host("many"), request, backlog(100), now);
+        });
         assert_eq!(returns.tell(&host("few"), 0, backlog(100), now), 1);
         assert!(returns.tell(&host("many"), 3_000, backlog(100), now) > 10);
     }

@@ -232,7 +232,6 @@ fn end_in_time(machines: usize, shapes: &[(usize, Duration)]) {
              refusals for each"
         );
     }
-    println!("{report}");
     assert!(worst <= OF_BOUND, "{report}");
 }
 
