@@ -66,16 +66,14 @@ fn changes_of_many_nodes_at_the_same_time_are_all_made() {
 }
 
 #[test]
-fn a_change_is_seen_by_other_nodes_soon() {
+fn a_change_is_seen_by_other_nodes() {
     let server = Server::start();
     let (mut one, two) = (open(&server), open(&server));
     let mut told = two.changes().unwrap();
-    let mut all = Vec::new();
     for number in 0..20 {
         let name = format!("host-{number}");
         told.mark_unchanged();
         add(&mut one, &name).unwrap();
-        let made = Instant::now();
         soon(|| names(&two).contains(&name));
         all.push(made.elapsed());
         assert!(told.has_changed().unwrap());
