@@ -33,8 +33,8 @@ const TOKEN: Duration = Duration::from_micros(10);
 /// Tokens that one percent of a processor yields in a second.
 const TOKENS_FOR_A_PERCENT: u32 = 1_000;
 
-/// Seconds of all processors' time that may be used at once.
-const BURST_SECONDS: u32 = 1;
+/// Percent of a second of all processors' time that may be used at once in each kind of turns.
+const BURST_PERCENT: u32 = 50;
 
 /// All addresses together have so many times the share of one.
 const TOGETHER: u32 = 2;
@@ -46,7 +46,7 @@ const LONGEST_WAIT: Duration = Duration::from_secs(1);
 const TURN: u64 = 2_000_000;
 
 /// An address that has used less than this part of its burst does not answer for what all addresses use together.
-const INNOCENT_PART: u32 = 8;
+const INNOCENT_PART: u32 = 4;
 
 /// What it takes to accept a connection and to close it, apart from what is measured.
 pub(super) const ACCEPT: Duration = Duration::from_micros(30);
@@ -115,7 +115,7 @@ impl Ration {
 impl Share {
     fn new(percent: u32, processors: u32) -> Self {
         let rate = percent.saturating_mul(processors).saturating_mul(TOKENS_FOR_A_PERCENT);
-        let burst = BURST_SECONDS.saturating_mul(100).saturating_mul(processors).saturating_mul(TOKENS_FOR_A_PERCENT);
+        let burst = BURST_PERCENT.saturating_mul(processors).saturating_mul(TOKENS_FOR_A_PERCENT);
         Self {
             networks: Rate::new(rate, burst),
             together: Rate::new(rate.saturating_mul(TOGETHER), burst.saturating_mul(TOGETHER)),
@@ -289,9 +289,9 @@ mod tests {
         Network::of(std::net::IpAddr::from([192, 0, 2, last]))
     }
 
-    /// One percent of one processor: ten milliseconds a second, and a second at once.
+    /// One percent of two processors: twenty milliseconds a second, and a second at once.
     fn ration() -> Arc<Ration> {
-        Arc::new(Ration::of(1, 1))
+        Arc::new(Ration::of(1, 2))
     }
 
     /// New connections of this address take so much time together, in their first turns.
