@@ -50,8 +50,10 @@ pub fn run(stage: &Stage, settings: &Settings, connections: usize, mut tell: imp
     claviger::sys::process::raise_open_files().unwrap();
     stage.lab.configure(|config| {
         config.server.max_connections = connections + 16 + CALLERS;
-        // All of them come from one address, and the first are to live as long as the last.
+        // All of them come from one address, and the first are to live as long as the last. Each asks for a document.
         config.server.max_connections_per_address = 0;
+        config.server.document_rate = 0;
+        config.server.unproven_time_percent = 0;
     });
     let service = Service::start(&stage.lab);
     let _ = service.round(CALLERS, settings.time);
