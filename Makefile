@@ -67,7 +67,7 @@ lint: setup deny
 	cargo fmt --manifest-path tests/fuzz/Cargo.toml --check
 	cargo fmt --manifest-path bench/instructions/Cargo.toml --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
-	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked --lib --bins --examples
+	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked --lib --examples
 
 # Licences, origins and banned crates are always judged. The advisories are judged by a database that has to be fetched: where it
 # cannot be, and none was fetched before, they are skipped, and that is said.

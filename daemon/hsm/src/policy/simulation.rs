@@ -61,7 +61,8 @@ pub enum Load {
     Open(f64),
     /// This many callers; each makes its next request as soon as it has its reply.
     Closed(usize),
-    /// The caller hands in each request with [`Simulation::submit`], and finds its end in [`Simulation::ended`].
+    /// The caller hands in each request with [`Simulation::submit`], and takes its end out of
+    /// [`Simulation::ended`](field@Simulation::ended).
     Handed,
 }
 
