@@ -11,6 +11,7 @@ use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::{ClientConfig, ClientConnection, DigitallySignedStruct, Error, SignatureScheme, StreamOwned};
 
 use crate::attackers::{h2_get, hello};
+use crate::raw::{get, read_answer};
 use crate::wait::PATIENCE;
 
 /// The protocol of a connection.
@@ -99,23 +100,11 @@ impl Opener {
             stream.write_all(&[hello(), h2_get(1, path)].concat()).unwrap();
             read_stream_to_its_end(stream);
         } else {
-            stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: t\r\n\r\n").as_bytes()).unwrap();
-            read_answer(stream);
+            stream.write_all(&get(path)).unwrap();
+            let answer = read_answer(stream, &mut Vec::new()).unwrap();
+            assert!(answer.status == 200 && !answer.closes(), "{} {}", answer.status, answer.text());
         }
     }
-}
-
-fn read_answer(stream: &mut impl Read) {
-    let mut head = Vec::new();
-    while !head.ends_with(b"\r\n\r\n") {
-        let mut byte = [0];
-        stream.read_exact(&mut byte).unwrap();
-        head.extend(byte);
-    }
-    let head = String::from_utf8(head).unwrap().to_ascii_lowercase();
-    assert!(head.starts_with("http/1.1 200 ") && !head.contains("connection: close"), "{head}");
-    let length = head.lines().find_map(|line| line.strip_prefix("content-length: ")).unwrap();
-    stream.read_exact(&mut vec![0; length.parse().unwrap()]).unwrap();
 }
 
 /// Reads frames up to the end of stream 1.

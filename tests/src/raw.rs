@@ -99,28 +99,7 @@ impl Connection {
     /// # Errors
     /// See [`Silence`].
     pub fn answer(&mut self) -> Result<Answer, Silence> {
-        loop {
-            if let Some((answer, used)) = parse(&self.read).map_err(Silence::Torn)? {
-                self.read.drain(..used);
-                return Ok(answer);
-            }
-            let mut octets = [0; 16 * 1024];
-            match self.stream.read(&mut octets) {
-                Ok(0) => return Err(self.end("the end".to_owned())),
-                Ok(read) => self.read.extend_from_slice(&octets[..read]),
-                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
-                    return Err(if self.read.is_empty() { Silence::Nothing } else { self.end(error.to_string()) });
-                }
-                Err(error) => return Err(self.end(error.to_string())),
-            }
-        }
-    }
-
-    fn end(&self, why: String) -> Silence {
-        if self.read.is_empty() {
-            return Silence::Closed;
-        }
-        Silence::Torn(format!("{why} after {}", String::from_utf8_lossy(&self.read)))
+        read_answer(&mut self.stream, &mut self.read)
     }
 
     /// Sends a request and reads its answer.
@@ -132,6 +111,35 @@ impl Connection {
         let _ = self.send(request);
         self.answer()
     }
+}
+
+/// Reads one answer from a stream. `read` holds the bytes that were read and do not belong to an answer yet.
+///
+/// # Errors
+/// See [`Silence`].
+pub(crate) fn read_answer(stream: &mut impl Read, read: &mut Vec<u8>) -> Result<Answer, Silence> {
+    loop {
+        if let Some((answer, used)) = parse(read).map_err(Silence::Torn)? {
+            read.drain(..used);
+            return Ok(answer);
+        }
+        let mut bytes = [0; 16 * 1024];
+        match stream.read(&mut bytes) {
+            Ok(0) => return Err(end(read, "the end")),
+            Ok(count) => read.extend_from_slice(&bytes[..count]),
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) && read.is_empty() => {
+                return Err(Silence::Nothing);
+            }
+            Err(error) => return Err(end(read, &error.to_string())),
+        }
+    }
+}
+
+fn end(read: &[u8], why: &str) -> Silence {
+    if read.is_empty() {
+        return Silence::Closed;
+    }
+    Silence::Torn(format!("{why} after {}", String::from_utf8_lossy(read)))
 }
 
 /// Parses an answer; `None` while it is incomplete.
