@@ -21,10 +21,11 @@ mod gaps;
 mod shelf;
 
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use claviger_hsm::standstill;
+use claviger_process::lock::lock;
 use claviger_protocol::wrapping_set::WrappingSet;
 
 pub(crate) use self::egress::Egress;
@@ -243,8 +244,8 @@ impl Stock {
     }
 
     /// Changes to these keys and settings. Items that were made for other ones are dropped, and items that are being
-    /// made for other ones will not be added.
-    /// `newest` reads what is in force under the lock, so that of two calls the later one has the newer basis.
+    /// made for other ones will not be added. `newest` is called under the lock, so that of two calls the later one has
+    /// the newer basis.
     pub(crate) fn rebase(&self, newest: impl FnOnce() -> Basis) {
         self.with(|items| {
             let basis = newest();
@@ -297,11 +298,11 @@ impl Stock {
     }
 
     fn items(&self) -> MutexGuard<'_, Items> {
-        self.0.items.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0.items)
     }
 
     fn gaps(&self) -> MutexGuard<'_, Gaps> {
-        self.0.gaps.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0.gaps)
     }
 }
 

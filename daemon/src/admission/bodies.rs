@@ -10,11 +10,12 @@
 
 use std::cmp::Reverse;
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use claviger_hsm::standstill;
+use claviger_process::lock::lock;
 use tokio::sync::Notify;
 
 use crate::config::Server;
@@ -316,7 +317,7 @@ impl Bodies {
     }
 
     fn ledger(&self) -> MutexGuard<'_, Ledger<Arc<Summons>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 }
 

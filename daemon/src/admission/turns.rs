@@ -1,10 +1,11 @@
 //! Where releases and attestations wait for their turn: the waiting and the waking around [`Queue`].
 
 use std::hash::{BuildHasher, RandomState};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use claviger_hsm::standstill;
+use claviger_process::lock::lock;
 use tokio::sync::oneshot;
 
 use super::declined::{Declined, Dropped};
@@ -130,7 +131,7 @@ enum Entry {
 
 impl Room {
     pub(super) fn lock(&self) -> MutexGuard<'_, Queue<Waiter>> {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.queue)
     }
 
     fn arrive(self: &Arc<Self>, from: &HostAt, deadline: Instant, waiter: Waiter) -> Result<Entry, Dropped> {

@@ -9,10 +9,11 @@ use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, LazyLock, Mutex, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex};
 use std::time::{Duration, Instant};
 
 use claviger_hsm::{Check, Done, KeyRef, standstill};
+use claviger_process::lock::lock;
 use claviger_protocol::algorithm::{HostAlgorithms, KeyWrapping, Oaep, Sealing};
 use claviger_protocol::certificate::Certificate;
 use claviger_protocol::health::{self, ResultType, signer_template};
@@ -110,7 +111,7 @@ impl SoftwareHsm {
 
     /// Plans an incident for the next operation of this kind without one.
     pub fn plan(&self, operation: Operation, incident: Incident) {
-        self.desk(operation).planned.lock().unwrap_or_else(PoisonError::into_inner).push_back(incident);
+        lock(&self.desk(operation).planned).push_back(incident);
     }
 
     /// How often this kind of operation was requested.
@@ -141,7 +142,7 @@ impl SoftwareHsm {
     ) -> Result<Done<Zeroizing<Vec<u8>>>, DecryptError> {
         let desk = self.desk(operation);
         desk.asked.fetch_add(1, Ordering::Relaxed);
-        let incident = desk.planned.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+        let incident = lock(&desk.planned).pop_front();
         let key = self.0.keys.get(key).ok_or_else(|| unavailable("there is no such key"))?;
         let mut is_wrong = false;
         match incident {
