@@ -124,8 +124,7 @@ impl Kind {
         }
     }
 
-    /// Returns true if attackers of this kind send requests as fast as answers arrive, less a pause, and so mainly cost
-    /// processor time.
+    /// Returns true if this kind attacks only a daemon that speaks TLS.
     #[must_use]
     pub fn needs_tls(self) -> bool {
         self == Self::Handshakes
