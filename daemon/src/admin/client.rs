@@ -15,7 +15,7 @@ use super::error::{AdminError, check_length};
 use super::line::{Line, read_line};
 use super::socket::{COMMAND_TIMEOUT, IDLE_TIMEOUT, REQUEST_LIMIT};
 
-/// Longest answer that [`call`] reads, in octets.
+/// Longest answer that [`call`] reads, in bytes.
 pub const ANSWER_LIMIT: usize = 64 * 1024 * 1024;
 
 /// Sends a request to the daemon at `path` and returns its reply.

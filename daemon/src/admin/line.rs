@@ -9,7 +9,7 @@ use zeroize::Zeroizing;
 pub(super) enum Line {
     /// A line without its line break, which the last line may lack. It may contain a private key.
     Whole(Zeroizing<Vec<u8>>),
-    /// More octets than allowed.
+    /// More bytes than allowed.
     TooLong,
     /// End of the input.
     End,

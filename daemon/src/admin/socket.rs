@@ -30,7 +30,7 @@ use super::line::{Line, read_line};
 use crate::observe::audit::Peer;
 use crate::sys::places::{Guest, Places};
 
-/// Longest request, in octets, with its line break. An import of some ten thousand hosts is the longest there is.
+/// Longest request, in bytes, with its line break. An import of some ten thousand hosts is the longest there is.
 pub const REQUEST_LIMIT: usize = 16 * 1024 * 1024;
 
 /// The same for read-only requests, which are short.
@@ -57,7 +57,7 @@ pub struct AdminSocket {
     name: SocketName,
     /// Whether every user who can connect is allowed.
     for_group: bool,
-    /// Longest request, in octets, with its line break.
+    /// Longest request, in bytes, with its line break.
     longest: usize,
     /// Time limit for a command's reply.
     patience: Duration,
@@ -127,7 +127,7 @@ impl AdminSocket {
         })
     }
 
-    /// Takes no request that has more octets than this, with its line break.
+    /// Takes no request that has more bytes than this, with its line break.
     #[must_use]
     pub fn with_longest(self, longest: usize) -> Self {
         Self { longest, ..self }

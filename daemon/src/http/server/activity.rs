@@ -1,7 +1,7 @@
-//! What is going on on one connection: requests in progress, octets that no request has claimed, when it last moved.
+//! What is going on on one connection: requests in progress, bytes that no request has claimed, when it last moved.
 //!
 //! hyper does not tell whether a request is half read or a connection really idle, and a stop that drops nothing depends
-//! on just that. So the socket reports octets, and the service and the answers' bodies report requests.
+//! on just that. So the socket reports bytes, and the service and the answers' bodies report requests.
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
@@ -76,14 +76,14 @@ pub(super) struct Activity {
     head_since: AtomicU64,
     /// When the last request ended, or the connection began.
     last_end: AtomicU64,
-    /// When octets were last written.
+    /// When bytes were last written.
     last_write: AtomicU64,
     /// Whether the client must read before more can be written.
     blocked: AtomicBool,
     protocol: AtomicU8,
     /// Whether a read that finds nothing shall ask the kernel whether that is so.
     ask_kernel: AtomicBool,
-    /// What the kernel said: octets wait that the reactor has not reported yet.
+    /// What the kernel said: bytes wait that the reactor has not reported yet.
     unread: AtomicBool,
     /// The connection's socket, while it is read and written.
     socket: Mutex<Option<TcpStream>>,
@@ -207,7 +207,7 @@ impl Activity {
         self.dismissed.load(Ordering::Relaxed)
     }
 
-    /// The TLS handshake is over: its octets are no request's.
+    /// The TLS handshake is over: its bytes are no request's.
     pub(super) fn handshake_done(&self, http2: bool) {
         self.protocol.store(if http2 { HTTP2 } else { HTTP1 }, Ordering::Relaxed);
         self.head_since.store(0, Ordering::Relaxed);
@@ -612,7 +612,7 @@ impl AsyncWrite for Watched {
     }
 }
 
-/// How many octets the kernel holds that were not read yet. An error counts as none: the next read will tell.
+/// How many bytes the kernel holds that were not read yet. An error counts as none: the next read will tell.
 pub(super) fn unread(stream: &TcpStream) -> u64 {
     rustix::io::ioctl_fionread(stream).unwrap_or(0)
 }

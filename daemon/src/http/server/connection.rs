@@ -63,13 +63,13 @@ const RESETS_HERE: usize = 64;
 /// that sends requests occasionally, and longer than the pauses of a busy client.
 const DOZE: Duration = Duration::from_millis(200);
 
-/// How soon to look again at octets that the kernel has and the reactor has not reported.
+/// How soon to look again at bytes that the kernel has and the reactor has not reported.
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
 /// How long a client may take to read an answer that was sent before its request was read to the end.
 const LINGER: Duration = Duration::from_secs(1);
 
-/// How many octets of such a request are read and thrown away.
+/// How many bytes of such a request are read and thrown away.
 const LINGER_OCTETS: u64 = 16 * 1024 * 1024;
 
 /// What all connections of a listener have in common.
@@ -354,7 +354,7 @@ where
         }
     }
 
-    /// Lets the client read our last answer. Closing a socket with unread octets in it resets the connection, and a
+    /// Lets the client read our last answer. Closing a socket with unread bytes in it resets the connection, and a
     /// reset makes the client's kernel throw away what we sent. A connection that has to make room does not linger.
     async fn linger(&self, stream: Option<TcpStream>, activity: &Activity) {
         let Some(mut stream) = stream else { return };
