@@ -46,6 +46,9 @@ const SPREAD: Duration = Duration::from_secs(120);
 const LARGEST_SET: usize = 512 * 1024;
 /// Part of the stock's memory that the sets themselves may take, in addition to the items: one half.
 const SETS_SHARE: usize = 2;
+/// Machines that one release of a set stands for. Machines run for a long time: the releases that count are those of about
+/// ten days (a release counts half after a week), and a machine that is restarted once a year is in one of 37 such times.
+pub(crate) const MACHINES_FOR_A_RELEASE: f64 = 40.0;
 /// Number of lanes and items that one part of a sweep examines. It takes about 50 µs.
 const SWEEP_STEPS: usize = 256;
 
@@ -228,7 +231,8 @@ impl Stock {
         let (size, room) = (set.memory(), limit / SETS_SHARE);
         if size <= LARGEST_SET.min(room) {
             let identity = set.identity();
-            self.with(|items| items.shelf.asked(identity, releases, (size, room), || Arc::clone(set), clock()));
+            let machines = releases * MACHINES_FOR_A_RELEASE;
+            self.with(|items| items.shelf.asked(identity, machines, (size, room), || Arc::clone(set), clock()));
         }
     }
 
@@ -282,7 +286,8 @@ impl Stock {
     pub(crate) fn worth(&self, most: usize) -> Vec<Worth> {
         self.with(|items| {
             let demands = items.shelf.demands(most, clock()).into_iter();
-            demands.map(|(set, releases)| Worth { set: Arc::clone(set), releases }).collect()
+            let worth = |(set, machines)| Worth { set: Arc::clone(set), releases: machines / MACHINES_FOR_A_RELEASE };
+            demands.map(worth).collect()
         })
     }
 

@@ -1,10 +1,10 @@
 //! The lanes of the stock. The shelf decides which lane gets the next item. It is a plain value; its methods get
 //! `now` as an argument.
 //!
-//! A lane may have as many items as its set had releases lately. The lanes share the memory by max-min fairness: each
-//! lane gets an equal share of the bytes, or less if it wants less. The next item always goes to the lane with the
-//! fewest bytes that needs items. If the memory is full, the lane with the most bytes loses an item to it, unless
-//! that would leave this lane with fewer bytes than the other.
+//! A lane may have as many items as its set has machines, which are estimated from its releases. The lanes share the
+//! memory by max-min fairness: each lane gets an equal share of the bytes, or less if it wants less. The next item
+//! always goes to the lane with the fewest bytes that needs items. If the memory is full, the lane with the most bytes
+//! loses an item to it, unless that would leave this lane with fewer bytes than the other.
 //!
 //! ```text
 //!  bytes │ ▒▒                 wanted, but beyond the share
@@ -122,7 +122,7 @@ impl<T> PartialEq for Item<T> {
 
 impl<T> Eq for Item<T> {}
 
-/// The demand for a lane: the logarithm (base 2) of its releases. Each release counts half as much after every
+/// The demand for a lane: the logarithm (base 2) of its machines. Each of them counts half as much after every
 /// [`HALF_LIFE`]. The value is converted to the epoch. All demands fall at the same rate, so their order does not
 /// change.
 #[derive(Clone, Copy, Debug)]
@@ -131,13 +131,13 @@ struct Demand(f64);
 impl Demand {
     const NONE: Self = Self(f64::NEG_INFINITY);
 
-    /// The number of releases at a moment, given as half-lives after the epoch.
-    fn releases(self, half_lives: f64) -> f64 {
+    /// The number of machines at a moment, given as half-lives after the epoch.
+    fn machines(self, half_lives: f64) -> f64 {
         (self.0 - half_lives).exp2()
     }
 
-    fn plus(self, releases: f64, half_lives: f64) -> Self {
-        Self((self.releases(half_lives) + releases.max(0.0)).log2() + half_lives)
+    fn plus(self, machines: f64, half_lives: f64) -> Self {
+        Self((self.machines(half_lives) + machines.max(0.0)).log2() + half_lives)
     }
 }
 
@@ -211,12 +211,12 @@ impl<L, T> Shelf<L, T> {
         self.lanes.get(&ticket.id).filter(|lane| lane.number == ticket.number).map(|lane| &lane.label)
     }
 
-    /// Counts releases for a lane. A missing lane is created, with a label of `size` bytes. All labels together may
+    /// Counts machines for a lane. A missing lane is created, with a label of `size` bytes. All labels together may
     /// take `room` bytes; so lanes with less demand may be removed.
     pub(super) fn asked(
         &mut self,
         id: Id,
-        releases: f64,
+        machines: f64,
         (size, room): (usize, usize),
         label: impl FnOnce() -> L,
         now: Instant,
@@ -247,7 +247,7 @@ impl<L, T> Shelf<L, T> {
         }
         let Some(lane) = self.lanes.get_mut(&id) else { return };
         self.by_demand.remove(&(lane.demand, id));
-        lane.demand = lane.demand.plus(releases, half_lives);
+        lane.demand = lane.demand.plus(machines, half_lives);
         self.by_demand.insert((lane.demand, id));
         self.place(&id, now);
     }
@@ -363,7 +363,7 @@ impl<L, T> Shelf<L, T> {
             self.unswept.pop();
             // The lane may no longer exist.
             match self.lanes.get(&id) {
-                Some(lane) if lane.demand.releases(half_lives) < LEAST_DEMAND => self.forget(&id),
+                Some(lane) if lane.demand.machines(half_lives) < LEAST_DEMAND => self.forget(&id),
                 // The number of items that the lane wants falls with its demand.
                 _ => self.place(&id, now),
             }
@@ -371,11 +371,11 @@ impl<L, T> Shelf<L, T> {
         self.unswept.is_empty()
     }
 
-    /// The labels of all lanes and their releases, in descending order of the releases.
+    /// The labels of all lanes and their machines, in descending order of the machines.
     pub(super) fn demands(&self, most: usize, now: Instant) -> Vec<(&L, f64)> {
         let half_lives = self.half_lives(now);
         let lanes = self.by_demand.iter().rev().take(most).filter_map(|(_, id)| self.lanes.get(id));
-        lanes.map(|lane| (&lane.label, lane.demand.releases(half_lives))).collect()
+        lanes.map(|lane| (&lane.label, lane.demand.machines(half_lives))).collect()
     }
 
     fn half_lives(&self, now: Instant) -> f64 {
@@ -454,8 +454,8 @@ impl<L, T> Shelf<L, T> {
     fn place(&mut self, id: &Id, now: Instant) {
         let half_lives = self.half_lives(now);
         let Some(lane) = self.lanes.get_mut(id) else { return };
-        // For three releases, the logarithm may give slightly more than three.
-        let wanted = (lane.demand.releases(half_lives) - 1e-6).ceil();
+        // For three machines, the logarithm may give slightly more than three.
+        let wanted = (lane.demand.machines(half_lives) - 1e-6).ceil();
         let rests = lane.rests_until.is_some_and(|until| now < until);
         let lacks = !rests && ((lane.ready.len() + lane.coming) as f64) < wanted;
         let lacks = lacks.then(|| lane.held + lane.coming * lane.item_size);
@@ -500,8 +500,8 @@ mod tests {
             Self { shelf: Shelf::new(now), now, made: 0, dropped: 0, aged: 0 }
         }
 
-        fn asked(&mut self, lane: u8, releases: f64) {
-            self.shelf.asked(id(lane), releases, (100, ROOM), || lane, self.now);
+        fn asked(&mut self, lane: u8, machines: f64) {
+            self.shelf.asked(id(lane), machines, (100, ROOM), || lane, self.now);
         }
 
         /// Makes items of `size` bytes until none is ordered. Returns the number of items made.
@@ -546,8 +546,8 @@ mod tests {
     #[test]
     fn memory_is_shared_equally_up_to_what_each_set_can_use() {
         let mut scene = Scene::new();
-        for (lane, releases) in [(1, 100_000.0), (2, 60.0), (3, 5.0), (4, 20.0)] {
-            scene.asked(lane, releases);
+        for (lane, machines) in [(1, 100_000.0), (2, 60.0), (3, 5.0), (4, 20.0)] {
+            scene.asked(lane, machines);
         }
         scene.fill(100 * SIZE, |_| SIZE);
         let [one, two, three, four] = scene.items([1, 2, 3, 4]);
@@ -688,16 +688,16 @@ mod tests {
         for lane in 0..MOST_LANES + 1 {
             let mut id = [0; 32];
             id[..8].copy_from_slice(&lane.to_be_bytes());
-            let releases = if lane == 7 { 1.0 } else { 2.0 };
-            scene.shelf.asked(id, releases, (1, ROOM), || 0, scene.now);
+            let machines = if lane == 7 { 1.0 } else { 2.0 };
+            scene.shelf.asked(id, machines, (1, ROOM), || 0, scene.now);
         }
         assert_eq!(scene.shelf.lanes.len(), MOST_LANES);
         assert!(!scene.shelf.lanes.keys().any(|id| id[..8] == 7_usize.to_be_bytes()));
         scene.check();
         // The limit is in bytes: there is room for two labels.
         let mut scene = Scene::new();
-        for (lane, releases) in [(1, 5.0), (2, 1.0), (3, 3.0)] {
-            scene.shelf.asked(id(lane), releases, (100, 200), || lane, scene.now);
+        for (lane, machines) in [(1, 5.0), (2, 1.0), (3, 3.0)] {
+            scene.shelf.asked(id(lane), machines, (100, 200), || lane, scene.now);
         }
         let demands = scene.shelf.demands(9, scene.now);
         assert_eq!(demands.iter().map(|(label, _)| **label).collect::<Vec<_>>(), [1, 3]);

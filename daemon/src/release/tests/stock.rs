@@ -8,7 +8,10 @@ use std::sync::mpsc;
 use super::*;
 use crate::registry::keys::Keys;
 use crate::release::stocker;
-use crate::stock::{Basis, Stock};
+use crate::stock::{Basis, MACHINES_FOR_A_RELEASE, Stock};
+
+/// Items for a set that had one release.
+const ITEMS: usize = MACHINES_FOR_A_RELEASE as usize;
 
 /// Runs a release without its audit record, which a thread writes that a paused clock does not wait for.
 async fn served(stage: &Stage, body: &[u8]) -> Result<RollResponse, Refusal> {
@@ -43,12 +46,12 @@ async fn fill(stage: &Stage) -> usize {
 #[tokio::test]
 async fn with_a_stock_a_release_takes_one_operation_and_gives_as_much() {
     let (_folder, stage) = stage();
-    let mut protector = asked(&stage, 3).await;
-    assert_eq!(operations(&stage), [3, 3]);
-    assert_eq!(fill(&stage).await, 3, "as many as the set had releases");
-    assert_eq!(operations(&stage), [3, 6]);
+    let mut protector = asked(&stage, 1).await;
+    assert_eq!(operations(&stage), [1, 1]);
+    assert_eq!(fill(&stage).await, ITEMS, "one for each machine that the release stands for");
+    assert_eq!(operations(&stage), [1, 1 + ITEMS]);
     let mut given = HashSet::new();
-    for round in 1..=4 {
+    for round in 1..=ITEMS + 1 {
         let response = served(&stage, &stage.request(&protector).to_xml()).await.unwrap();
         let keys = stage.open(&response);
         for party in [stage.owner(), stage.guardian()] {
@@ -56,9 +59,9 @@ async fn with_a_stock_a_release_takes_one_operation_and_gives_as_much() {
             assert_eq!(*party.open(&response.egress_protector).unwrap(), *keys.egress);
         }
         assert!(given.insert(*keys.egress), "each is given out once");
-        assert_eq!(depth(&stage), 3_usize.saturating_sub(round));
-        // The fourth release finds the stock empty.
-        assert_eq!(operations(&stage), [3 + round, 6 + round / 4]);
+        assert_eq!(depth(&stage), ITEMS.saturating_sub(round));
+        // The last release finds the stock empty.
+        assert_eq!(operations(&stage), [1 + round, 1 + ITEMS + round / (ITEMS + 1)]);
         protector = response.egress_protector;
     }
 }
@@ -66,20 +69,20 @@ async fn with_a_stock_a_release_takes_one_operation_and_gives_as_much() {
 #[tokio::test]
 async fn machines_of_one_owner_share_a_stock_and_other_owners_do_not() {
     let (_folder, stage) = stage();
-    asked(&stage, 2).await;
+    asked(&stage, 1).await;
     fill(&stage).await;
     // The same parties with another transport key.
     served(&stage, &stage.request(&stage.protector()).to_xml()).await.unwrap();
-    assert_eq!((operations(&stage), depth(&stage)), ([3, 4], 1));
+    assert_eq!((operations(&stage), depth(&stage)), ([2, 1 + ITEMS], ITEMS - 1));
     let two = stage.owner().create(&[stage.metadata(), stage.metadata()]).unwrap().0;
     served(&stage, &stage.request(&two).to_xml()).await.unwrap();
-    assert_eq!((operations(&stage), depth(&stage)), ([4, 5], 1));
+    assert_eq!((operations(&stage), depth(&stage)), ([3, 2 + ITEMS], ITEMS - 1));
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_refused_release_leaves_the_stock_as_it_was_and_takes_as_long() {
     let (_folder, stage) = stage();
-    asked(&stage, 2).await;
+    asked(&stage, 1).await;
     let wrong = stage.request(&with_wrong_key(&stage)).to_xml();
     let refused = async || {
         let begun = standstill::now();
@@ -87,25 +90,25 @@ async fn a_refused_release_leaves_the_stock_as_it_was_and_takes_as_long() {
         (refusal.code, refusal.message, standstill::since(begun))
     };
     let without = refused().await;
-    assert_eq!(fill(&stage).await, 2);
+    assert_eq!(fill(&stage).await, ITEMS);
     let before = operations(&stage);
     assert_eq!(refused().await, without);
-    assert_eq!((operations(&stage), depth(&stage)), ([before[0] + 1, before[1]], 2));
+    assert_eq!((operations(&stage), depth(&stage)), ([before[0] + 1, before[1]], ITEMS));
     // A failing HSM does not use up an item.
     stage.hsm.plan(Operation::Decrypt, Incident::Fails);
     assert!(served(&stage, &stage.request(&stage.protector()).to_xml()).await.is_err());
-    assert_eq!(depth(&stage), 2);
+    assert_eq!(depth(&stage), ITEMS);
 }
 
 #[tokio::test]
 async fn a_change_of_keys_labels_or_settings_empties_it_at_once() {
     for withdrawal in Withdrawal::ALL {
         let (_folder, stage) = stage();
-        let protector = asked(&stage, 2).await;
-        assert_eq!(fill(&stage).await, 2);
+        let protector = asked(&stage, 1).await;
+        assert_eq!(fill(&stage).await, ITEMS);
         withdrawal.set(&stage.service, true);
         let kept = matches!(withdrawal, Withdrawal::Host | Withdrawal::Signer);
-        assert_eq!(depth(&stage), if kept { 2 } else { 0 }, "{withdrawal:?}");
+        assert_eq!(depth(&stage), if kept { ITEMS } else { 0 }, "{withdrawal:?}");
         let refusal = served(&stage, &stage.request(&protector).to_xml()).await.unwrap_err();
         assert_eq!(refusal.code, withdrawal.code());
         if matches!(withdrawal, Withdrawal::EncryptionKey | Withdrawal::SigningKey) {
@@ -114,18 +117,18 @@ async fn a_change_of_keys_labels_or_settings_empties_it_at_once() {
     }
     let (_folder, stage) = stage();
     let protector = asked(&stage, 1).await;
-    assert_eq!(fill(&stage).await, 1);
+    assert_eq!(fill(&stage).await, ITEMS);
     configure(&stage.service, |config| config.release.max_offline_unwraps = 3);
     // A release that starts before the stock knows about the change has its own settings and does not use the stock.
     let response = served(&stage, &stage.request(&protector).to_xml()).await.unwrap();
     assert_eq!(Protector::parse(&response.egress_protector).unwrap().max_offline_unwraps, 3);
-    assert_eq!(depth(&stage), 1);
+    assert_eq!(depth(&stage), ITEMS);
     stage.service.rebase_stock();
     assert_eq!(depth(&stage), 0);
-    assert_eq!(fill(&stage).await, 2);
+    assert_eq!(fill(&stage).await, 2 * ITEMS);
     let response = served(&stage, &stage.request(&response.egress_protector).to_xml()).await.unwrap();
     assert_eq!(Protector::parse(&response.egress_protector).unwrap().max_offline_unwraps, 3);
-    assert_eq!(depth(&stage), 1);
+    assert_eq!(depth(&stage), 2 * ITEMS - 1);
 }
 
 /// While the first call reads the current settings, they change and a second call begins. If the first call did not
@@ -171,29 +174,29 @@ async fn a_key_that_is_withdrawn_while_an_item_is_made_keeps_it_out() {
 #[tokio::test(start_paused = true)]
 async fn what_an_hsm_signs_wrong_never_enters() {
     let (_folder, stage) = stage();
-    asked(&stage, 2).await;
+    asked(&stage, 1).await;
     for incident in [Incident::IsWrong, Incident::Fails] {
         stage.hsm.plan(Operation::Sign, incident);
         assert_eq!(fill(&stage).await, 0, "the set rests");
         tokio::time::advance(Duration::from_secs(6)).await;
     }
-    assert_eq!(fill(&stage).await, 2);
+    assert_eq!(fill(&stage).await, ITEMS);
 }
 
 #[tokio::test(start_paused = true)]
 async fn an_item_waits_for_ten_minutes_at_most() {
     let (_folder, stage) = stage();
-    let protector = asked(&stage, 3).await;
-    assert_eq!(fill(&stage).await, 3);
+    let protector = asked(&stage, 1).await;
+    assert_eq!(fill(&stage).await, ITEMS);
     tokio::time::advance(Duration::from_secs(479)).await;
     sweep(&stage, usize::MAX);
-    assert_eq!(depth(&stage), 3);
+    assert_eq!(depth(&stage), ITEMS);
     tokio::time::advance(Duration::from_secs(121)).await;
     let before = operations(&stage);
     let request = RollRequest { health_certificate: stage.health_certificate(unix_now()), ..stage.request(&protector) };
     served(&stage, &request.to_xml()).await.unwrap();
     assert_eq!((operations(&stage), depth(&stage)), ([before[0] + 1, before[1] + 1], 0));
-    assert_eq!(fill(&stage).await, 4);
+    assert_eq!(fill(&stage).await, 2 * ITEMS);
     tokio::time::advance(Duration::from_secs(600)).await;
     sweep(&stage, usize::MAX);
     assert_eq!(depth(&stage), 0);
@@ -202,7 +205,7 @@ async fn an_item_waits_for_ten_minutes_at_most() {
 #[tokio::test]
 async fn it_is_filled_while_sessions_are_idle_and_no_release_waits() {
     let (_folder, stage) = stage_with(|config| config.release.concurrency = 1);
-    asked(&stage, 2).await;
+    asked(&stage, 1).await;
     stage.hsm.set_idle(0);
     assert_eq!(fill(&stage).await, 0);
     stage.hsm.set_idle(1);
@@ -215,7 +218,7 @@ async fn it_is_filled_while_sessions_are_idle_and_no_release_waits() {
     assert_eq!(fill(&stage).await, 0);
     drop(runs);
     waits.await.unwrap().unwrap();
-    assert_eq!(fill(&stage).await, 2);
+    assert_eq!(fill(&stage).await, ITEMS);
 }
 
 #[tokio::test]
@@ -272,9 +275,9 @@ async fn a_service_that_is_started_anew_fills_it_before_the_machines_ask() {
     started.service.usage.remember_sets(sets, 1).unwrap();
     let damaged = std::iter::once(([8; 32], 9.0, || b"<Protector/>".to_vec()));
     stocker::recall(&started.service).await;
-    assert_eq!(fill(&started).await, 5);
+    assert_eq!(fill(&started).await, 5 * ITEMS);
     let response = served(&started, &started.request(&protector).to_xml()).await.unwrap();
-    assert_eq!(operations(&started), [1, 5]);
+    assert_eq!(operations(&started), [1, 5 * ITEMS]);
     assert_eq!(*started.owner().open(&response.egress_protector).unwrap(), *started.open(&response).egress);
 
     // Damaged sets are skipped, and sets that are no longer requested are dropped.
