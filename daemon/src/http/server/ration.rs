@@ -2,8 +2,8 @@
 //!
 //! A TLS handshake, half a request, junk, a document: all take processor time before anything is known of the caller. The time
 //! that such a connection takes is charged to its address. When the address has used up its share, each of its connections waits,
-//! for a second at most, and then has a turn: processor time that is enough for a handshake and a request. An honest newcomer at
-//! that address is slower by its wait, which is far below every time limit, and no connection is closed for it. When a host
+//! for five seconds at most, and then has a turn: processor time that is enough for a handshake and a request. An honest
+//! newcomer at that address is slower by its wait, which is below every time limit, and no connection is closed for it. When a host
 //! proves itself on a connection, the address gets back what the connection took, and the connection waits no more.
 //!
 //! An address has two such shares: one for the first turns of its connections, and one for what connections take beyond their
@@ -39,8 +39,9 @@ const BURST_PERCENT: u32 = 50;
 /// All addresses together have so many times the share of one.
 const TOGETHER: u32 = 2;
 
-/// Longest wait for a turn. Several of them fit into the time for a handshake or a header.
-const LONGEST_WAIT: Duration = Duration::from_secs(1);
+/// Longest wait for a turn. It bounds what the connections of an address take together, however many they are: 500 of them
+/// take 200 ms of processor time a second. It is below the time that clients wait for a connection, ten seconds and more.
+const LONGEST_WAIT: Duration = Duration::from_secs(5);
 
 /// Processor time of a turn in nanoseconds: a TLS handshake and a release.
 const TURN: u64 = 2_000_000;
