@@ -1,9 +1,14 @@
-"""Holds what was said on the wire against the schemas in docs/wire."""
+"""Holds what was said on the wire against the schemas in docs/wire.
+
+As a program it reads exchanges of attestation from standard input, one in each line as JSON: `method`, `path`, `status`, `type`,
+`retry_after`, and in base64 `request` and `reply`.
+"""
 
 import base64
 import json
 import os
 import re
+import sys
 
 import jsonschema
 from lxml import etree
@@ -109,3 +114,21 @@ class Wire:
             schema = response["content"][reply.type()]["schema"]
             kps.check(re.search(schema.get("pattern", ""), reply.body.decode()), "%s does not fit its pattern" % path)
             self.note(path)
+
+
+def main():
+    wire = Wire()
+    for line in sys.stdin:
+        said = json.loads(line)
+        headers = {"Content-Type": said["type"], "Retry-After": said["retry_after"]}
+        reply = kps.Reply(said["status"], headers, base64.b64decode(said["reply"]))
+        try:
+            wire.exchange(said["method"], said["path"], base64.b64decode(said["request"]), reply)
+        except (AssertionError, jsonschema.ValidationError) as error:
+            sys.exit("%s %s: %s: %s" % (said["method"], said["path"], reply, error))
+    for what, times in sorted(wire.checked.items()):
+        print("%s %d" % (what, times))
+
+
+if __name__ == "__main__":
+    main()

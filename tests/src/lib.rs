@@ -31,6 +31,7 @@ pub mod protector;
 pub mod raw;
 pub mod stats;
 pub mod tpm;
+pub mod wire;
 
 pub use administrator::Administrator;
 pub use binary::{claviger, loadgen, run, worker};

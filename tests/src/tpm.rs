@@ -20,6 +20,7 @@ use crate::daemon::Daemon;
 use crate::process::Process;
 use crate::tool::{said, tool};
 use crate::wait::{block, until};
+use crate::wire;
 
 /// Path of TPM attestation.
 pub const TPM_ATTEST: &str = "/Attestation/v2.0/attest";
@@ -262,7 +263,8 @@ impl Second {
 /// # Panics
 /// If the answer violates the protocol.
 pub fn post(daemon: &Daemon, request: Vec<u8>) -> Result<Vec<u8>, ReceivedError> {
-    let reply = block(daemon.client().post(TPM_ATTEST, "application/json", request)).unwrap();
+    let reply = block(daemon.client().post(TPM_ATTEST, "application/json", request.clone())).unwrap();
+    wire::note(TPM_ATTEST, &request, &reply);
     if reply.status == 200 {
         return Ok(reply.body.to_vec());
     }
