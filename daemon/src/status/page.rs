@@ -66,7 +66,7 @@ pub(super) fn render(verdict: &Verdict, node: &str, readings: &Readings, points:
     add(
         &mut page,
         format_args!(
-            "<footer>{} UTC · loads itself anew every {REFRESH} s · \
+            "<footer>{} UTC · reloads every {REFRESH} s · \
              <a href=\"/metrics\">metrics</a> · <a href=\"/ready\">ready</a> · <a href=\"/live\">live</a></footer>\n\
              </body></html>\n",
             clock(now),
@@ -396,6 +396,17 @@ mod tests {
                 assert_eq!(page.matches(open).count(), page.matches(close).count(), "{open}");
             }
         }
+    }
+
+    #[test]
+    fn the_page_is_as_accepted() {
+        let mut down = member("hsm-b", MemberState::Down);
+        let remedy = Some("restart the appliance".to_owned());
+        down.last_error = Some(LastError { text: "CKR_DEVICE_ERROR".to_owned(), at: SystemTime::UNIX_EPOCH, remedy });
+        let page = page(vec![member("hsm-a", MemberState::Up), down], &[point(40, 2), point(60, 0)]);
+        // A new release is no change of the page.
+        let page = page.replace(env!("CARGO_PKG_VERSION"), "VERSION").replace(STYLE, "STYLE");
+        expect_test::expect_file!["page.accepted.html"].assert_eq(&page);
     }
 
     #[test]
