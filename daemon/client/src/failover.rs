@@ -134,7 +134,7 @@ impl Services {
     async fn attest_to_unwrap(&mut self) -> Result<Health, HostError> {
         let health = self.attested().await?;
         if let Err(error) = self.folder.keep_health(&health.certificate) {
-            tracing::warn!(%error, "the health certificate cannot be kept: every start has to attest");
+            tracing::warn!(%error, "the health certificate cannot be stored; every start has to attest");
         }
         Ok(health)
     }
@@ -266,7 +266,7 @@ impl Services {
                 self.fallback.answered(server);
                 return Err(error);
             }
-            tracing::warn!(server = self.hosts[server].server(), %error, "asking elsewhere or again");
+            tracing::warn!(server = self.hosts[server].server(), %error, "asking another server, or this one again");
             self.fallback.failed(server, fault, Instant::now(), luck());
             // A temporary error tells the caller to try again later, so it is reported before a permanent error.
             if fault != Fault::Unusable || last.is_none() {

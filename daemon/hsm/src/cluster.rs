@@ -206,7 +206,7 @@ impl Cluster {
         let task = tokio::spawn(async move {
             // Each check runs in a task of its own, so that a panic in one check does not end the later ones.
             while tokio::spawn(look_at_members(Weak::clone(&inner))).await.is_err_and(|error| error.is_panic()) {
-                tracing::error!("the task that looks at the members panicked; it is started again");
+                tracing::error!("the task that watches the members panicked; it is restarted");
                 tokio::time::sleep(TICK).await;
             }
         });

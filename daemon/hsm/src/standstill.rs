@@ -92,7 +92,7 @@ pub fn watch() {
             }
         };
         if let Err(error) = thread::Builder::new().name("standstill".to_owned()).spawn(beat) {
-            warn!(%error, "no thread to notice standstills: deadlines count them");
+            warn!(%error, "no thread can be started that notices standstills; deadlines count them");
         }
     });
 }

@@ -169,7 +169,7 @@ impl AdminSocket {
                         connections.spawn(converse(stream, peer, terms, handler.clone(), stopping.clone()));
                     }
                     Err(error) => {
-                        tracing::error!(%error, "the administrators' socket cannot accept; trying again");
+                        tracing::error!(%error, "the administrators' socket cannot accept connections; trying again");
                         tokio::time::sleep(Duration::from_millis(500)).await;
                     }
                 },
@@ -188,7 +188,7 @@ impl AdminSocket {
             all_done.recv().await;
         };
         if standstill::timeout(STOP_TIMEOUT, finish).await.is_err() {
-            tracing::warn!("an administrator's command is cut: it took too long");
+            tracing::warn!("an administrator's command was stopped because it took too long");
         }
     }
 }
@@ -250,7 +250,7 @@ fn seat(stream: &UnixStream, places: &Arc<AdminPlaces>) -> Option<(Peer, Place)>
     let peer = match stream.peer_cred() {
         Ok(credentials) => Peer { uid: credentials.uid(), pid: credentials.pid() },
         Err(error) => {
-            tracing::warn!(%error, "the kernel does not say who uses the administrators' socket: refused");
+            tracing::warn!(%error, "the kernel does not identify the caller of the administrators' socket; the caller is refused");
             return None;
         }
     };
@@ -303,7 +303,7 @@ async fn converse<H, F>(
             Err(_) | Ok(Ok(Line::End) | Err(_)) => return,
             Ok(Ok(Line::TooLong)) => (Err(format!("a request has at most {longest} octets")), false),
             Ok(Ok(Line::Whole(_))) if !allowed => {
-                tracing::warn!(?peer, "refused at the administrators' socket");
+                tracing::warn!(?peer, "the administrators' socket refused a caller");
                 (Err("only root and the daemon's own user may use this socket".to_owned()), false)
             }
             Ok(Ok(Line::Whole(line))) => match serde_json::from_slice(&line) {

@@ -108,7 +108,7 @@ impl Keeper {
         }
         let (held, lacking) = whereabouts(&self.service.cluster, &current.id, asked).await;
         if self.absence.calls_for_another(held, &lacking, standstill::now()) {
-            tracing::warn!(?lacking, "members lack the attestation signer's key: another signer takes over");
+            tracing::warn!(?lacking, "members lack the attestation signer's key; a new signer replaces it");
             self.renew().await?;
             self.absence.made_another(standstill::now());
             return Ok(());
@@ -181,7 +181,7 @@ async fn install(service: &Arc<Service>, id: &KeyRef, public: &RsaPublicKey) -> 
         Ok(_) => tracing::info!("a new attestation signer issues health certificates"),
         // Daemons that share a state share a signer. The failed change has loaded the signer of the other daemon.
         Err(ChangeError::State(StateError::Conflict(_))) => {
-            tracing::info!("another daemon has made a new attestation signer, which is used here, too");
+            tracing::info!("another daemon has made a new attestation signer; this daemon uses it too");
         }
         Err(error) => return Err(error.into()),
     }

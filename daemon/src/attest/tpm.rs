@@ -295,7 +295,7 @@ fn unhealthy(failed: &[Policy], attempt: &mut Attempt) -> Refused {
             host = attempt.host,
             policies = names.join(" "),
             unsaid,
-            "a host fails policies; claviger hosts check says why"
+            "a host fails policies; claviger hosts check shows the reasons"
         );
     }
     let message = format!("policies fail: {}", names.join(", "));

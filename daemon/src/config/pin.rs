@@ -124,7 +124,7 @@ fn pin_from(bytes: &[u8], hsm: &str, place: &str) -> Result<Zeroizing<String>, P
         tracing::warn!(
             hsm = hsm(),
             place = place(),
-            "the PIN begins or ends with white space, which is taken as a part of it"
+            "the PIN begins or ends with white space, which counts as a part of the PIN"
         );
     }
     Ok(Zeroizing::new(pin.to_owned()))

@@ -139,13 +139,7 @@ fn note_identity(service: &Service, attempt: &Attempt) {
     if let Some(before) = before {
         metrics::identity_changed();
         if let Some(unsaid) = SAID.due(Instant::now()) {
-            tracing::warn!(
-                host,
-                before,
-                now = attempt.identity_key,
-                unsaid,
-                "a host has another identity key than before"
-            );
+            tracing::warn!(host, before, now = attempt.identity_key, unsaid, "a host's identity key has changed");
         }
     }
 }

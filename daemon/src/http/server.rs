@@ -99,7 +99,7 @@ impl Blocked {
         if lasts(&self.failing) {
             Some("connections cannot be accepted: the log says why")
         } else if lasts(&self.full) {
-            Some("as many connections are open as may be, and all are worked for")
+            Some("the limit of open connections is reached, and all of them are busy")
         } else {
             None
         }
@@ -231,7 +231,7 @@ where
                     if counted {
                         crate::observe::metrics::connection_cut(Cut::Address.as_str());
                     }
-                    tracing::debug!(%peer, "a connection is not taken: its address has too many, and all are worked for");
+                    tracing::debug!(%peer, "a connection is not accepted: its address has too many, and all of them are busy");
                 }
                 Err(why @ (NoPlace::Full | NoPlace::Leaving)) => {
                     if why == NoPlace::Full && blocked.is_full(true) {
@@ -279,13 +279,13 @@ where
     waiting.into_iter().for_each(|(stream, peer, _)| take(stream, peer));
     empty_backlog(socket, begun + limits.grace, &mut backoff, address, take).await;
     let at_stop = open.load(Ordering::Relaxed);
-    tracing::info!(%address, connections = at_stop, "no more connections are accepted; finishing what is open");
+    tracing::info!(%address, connections = at_stop, "no new connections are accepted; open requests are finished");
     drop(alive);
     let cut = match standstill::timeout_at((begun + limits.drain_timeout).into_std(), all_closed.recv()).await {
         Ok(_) => 0,
         Err(_) => {
             let cut = open.load(Ordering::Relaxed);
-            tracing::warn!(%address, cut, drain_timeout = ?limits.drain_timeout, "connections are cut: they took too long");
+            tracing::warn!(%address, cut, drain_timeout = ?limits.drain_timeout, "connections were closed because they took too long");
             let _ = phases.send(Phase::Cut);
             // The tasks only have to notice the cut. Limit the wait, because a service that never yields must not block
             // the process.
@@ -338,7 +338,7 @@ fn log_full(address: SocketAddr, max_connections: usize) {
     if let Some(unsaid) = SAID.due(standstill::now()) {
         tracing::warn!(
             %address, max_connections, unsaid,
-            "as many connections are open as may be, and all are worked for: more wait"
+            "the limit of open connections is reached and all of them are busy; new connections wait"
         );
     }
 }

@@ -252,7 +252,7 @@ impl Audit {
         let kept = tokio::task::spawn_blocking(move || file::write_head(&path, link));
         match standstill::timeout(PATIENCE, kept).await {
             Ok(Ok(Ok(()))) => {}
-            failed => tracing::warn!(?failed, "how far the audit trail has come cannot be kept beside it"),
+            failed => tracing::warn!(?failed, "the position in the audit trail cannot be stored beside it"),
         }
     }
 
@@ -351,7 +351,7 @@ impl Drop for Audit {
         drop(self.jobs.take());
         // Nothing is ever sent: it ends with the writer, also with one that panicked.
         if self.ended.recv_timeout(END) == Err(crossbeam::channel::RecvTimeoutError::Timeout) {
-            tracing::error!(file = %self.path.display(), "the audit trail's disk hangs: what waits for it is not written");
+            tracing::error!(file = %self.path.display(), "the audit trail's disk does not respond; waiting lines are not written");
         }
     }
 }

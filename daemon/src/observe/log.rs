@@ -130,7 +130,7 @@ impl LogQueue {
             drop(state);
             self.written.notify_all();
             if untold > 0 {
-                tracing::warn!(dropped = untold, "the log's reader stood still: these lines were dropped");
+                tracing::warn!(dropped = untold, "log lines were dropped because nothing read the log");
             }
         }
     }
@@ -193,7 +193,7 @@ impl Announcer {
         match std::thread::Builder::new().name("stdout".to_owned()).spawn(print) {
             Ok(_) => Announcer(Some(announcer)),
             Err(error) => {
-                tracing::warn!(%error, "no thread to write to the standard output");
+                tracing::warn!(%error, "no thread can be started that writes to standard output");
                 Announcer(None)
             }
         }

@@ -58,7 +58,7 @@ impl Registry {
         };
         match registry.reload() {
             Err(error @ FollowError::Unreadable(_)) => {
-                tracing::error!(%error, "not all of the state can be used; claviger doctor says what to do");
+                tracing::error!(%error, "a part of the state cannot be used; claviger doctor says what to do");
             }
             other => other?,
         }

@@ -80,7 +80,7 @@ pub async fn roll<H: Hsm>(
             Ok(item) => done.push(item),
             Err(error) => {
                 // A panic in an item is an internal error.
-                tracing::error!(%error, "an item of a batch failed");
+                tracing::error!(%error, "a batch item failed");
                 if let Some(at) = numbers.get(&error.id()) {
                     done.push((*at, attempt.item(at + 1), Err(Refusal::internal())));
                 }
@@ -108,7 +108,7 @@ async fn decide_all(
     while let Some(decided) = deciding.join_next().await {
         match decided {
             Ok((at, result)) => results[at] = result,
-            Err(error) => tracing::error!(%error, "an item of a batch could not be decided"),
+            Err(error) => tracing::error!(%error, "a batch item could not be decided"),
         }
     }
     results

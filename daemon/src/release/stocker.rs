@@ -117,7 +117,7 @@ pub(crate) async fn recall(service: &Arc<Service>) {
         Ok::<_, rusqlite::Error>(())
     });
     if let Ok(Err(error)) = recalled.await {
-        tracing::warn!(%error, "it cannot be read which wrapping sets were worth stocking; the stock begins with those that are asked for");
+        tracing::warn!(%error, "the list of wrapping sets to stock cannot be read; the stock starts with the sets of new requests");
     }
 }
 
@@ -130,7 +130,7 @@ pub(crate) async fn remember(service: &Arc<Service>) {
         of.usage.remember_sets(sets, unix_now())
     });
     if let Ok(Err(error)) = written.await {
-        tracing::warn!(%error, "it cannot be written which wrapping sets are worth stocking; trying again in a minute");
+        tracing::warn!(%error, "the list of wrapping sets to stock cannot be written; trying again in a minute");
     }
 }
 

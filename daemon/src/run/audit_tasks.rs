@@ -64,7 +64,7 @@ pub(super) async fn finish(service: &Arc<Service>) {
     if let Some(draft) = service.audit.due_checkpoint(standstill::now(), true) {
         let signing = checkpoint(service, &draft, standstill::now() + AT_STOP);
         if !matches!(standstill::timeout(AT_STOP, signing).await, Ok(Ok(()))) {
-            tracing::info!("the last lines of the audit trail are not signed; the next start does it");
+            tracing::info!("the last lines of the audit trail are not signed; the next start signs them");
         }
     }
     if service.audit.head().records > 0 {

@@ -130,7 +130,7 @@ impl Daemon {
         let admin = AdminSocket::bind(&admin_path, admin_group)?;
         let review = AdminSocket::bind(&review_path, review_group)?.with_longest(REVIEW_LIMIT);
         if let Err(error) = service.cluster.start().await {
-            tracing::error!(%error, "no HSM serves yet; the daemon goes on trying");
+            tracing::error!(%error, "no HSM serves yet; the daemon keeps trying");
         }
 
         let (stop, stopped) = watch::channel(false);
@@ -179,7 +179,9 @@ impl Daemon {
     pub async fn stop(self) {
         let _ = self.stop.send(true);
         match self.serving.await {
-            Ok(drained) => tracing::info!(open = drained.open, cut = drained.cut, "all requests are answered"),
+            Ok(drained) => {
+                tracing::info!(open = drained.open, cut = drained.cut, "all open requests have been answered")
+            }
             Err(error) => tracing::error!(%error, "serving failed"),
         }
         // They end by themselves, and soon: when the commands in progress are done.
@@ -229,7 +231,7 @@ fn affordable(mut limits: Limits, config: &Config) -> Limits {
         tracing::warn!(
             wished = limits.max_connections,
             most,
-            "the limit on open files is too small for server.max_connections: fewer connections are taken; raise it \
+            "the limit on open files is too small for server.max_connections: fewer connections are accepted; raise it \
              (LimitNOFILE= of systemd, ulimit -n)"
         );
         limits.max_connections = most;

@@ -45,7 +45,7 @@ pub async fn follow(mut hangups: Signal, hangup: Hangup, file: PathBuf, service:
         }
         systemd::reloading().await;
         if let Err(error) = service.audit.reopen().await {
-            tracing::error!(%error, "the audit trail cannot be opened again");
+            tracing::error!(%error, "the audit trail cannot be reopened");
         }
         if let Err(error) = reload(&file, &service, tls.as_ref()).await {
             tracing::error!(error, "the configuration was not reloaded; the daemon goes on with the old one");
@@ -113,7 +113,7 @@ async fn members(config: &Config, next: &mut Config, service: &Arc<Service>) {
         };
         let Some(known) = next.hsm.iter_mut().find(|known| known.name == hsm.name) else {
             if config.env != next.env {
-                failed("the HSM is not taken in")("[env] has changed, which needs a restart".to_owned());
+                failed("the HSM cannot be added")("[env] has changed; restart the daemon to apply it".to_owned());
                 continue;
             }
             // With the others: each may come to do what another one failed at.
@@ -127,10 +127,10 @@ async fn members(config: &Config, next: &mut Config, service: &Arc<Service>) {
             });
             match added.await.unwrap_or_else(|error| Err(error.to_string())) {
                 Ok(()) => {
-                    tracing::info!(hsm = hsm.name, "HSM taken in");
+                    tracing::info!(hsm = hsm.name, "HSM added");
                     next.hsm.push(hsm.clone());
                 }
-                Err(error) => failed("the HSM is not taken in")(error),
+                Err(error) => failed("the HSM cannot be added")(error),
             }
             continue;
         };
@@ -159,16 +159,16 @@ async fn members(config: &Config, next: &mut Config, service: &Arc<Service>) {
         if !serves_without(cluster, config, until).await {
             tracing::warn!(
                 hsm = name,
-                "the HSM is not taken out: none of those that stay serves; the next reload tries again"
+                "the HSM is not removed, because none of the remaining HSMs serves; the next reload tries again"
             );
             continue;
         }
         match cluster.remove(&name).await {
             Ok(()) => {
-                tracing::info!(hsm = name, "HSM taken out: it finished what it had, and is closed");
+                tracing::info!(hsm = name, "HSM removed; its running operations have ended");
                 next.hsm.retain(|hsm| hsm.name != name);
             }
-            Err(error) => tracing::error!(hsm = name, %error, "the HSM is not taken out"),
+            Err(error) => tracing::error!(hsm = name, %error, "the HSM cannot be removed"),
         }
     }
 }

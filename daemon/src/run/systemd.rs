@@ -25,7 +25,7 @@ pub async fn ready() {
 pub async fn reloading() {
     match NotifyState::monotonic_usec_now() {
         Ok(now) => tell(&[NotifyState::Reloading, now]).await,
-        Err(error) => tracing::warn!(%error, "systemd is not told of the reload"),
+        Err(error) => tracing::warn!(%error, "systemd cannot be notified of the reload"),
     }
 }
 
@@ -54,7 +54,7 @@ async fn tell(state: &[NotifyState<'_>]) {
     let message: String = state.iter().map(|state| format!("{state}\n")).collect();
     let told = tokio::task::spawn_blocking(move || send(&message));
     if let Err(error) = told.await.unwrap_or_else(|error| Err(io::Error::other(error))) {
-        tracing::warn!(%error, "systemd cannot be told how the daemon is ({SOCKET_VARIABLE})");
+        tracing::warn!(%error, "systemd cannot be notified ({SOCKET_VARIABLE})");
     }
 }
 

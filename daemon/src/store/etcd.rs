@@ -221,7 +221,10 @@ impl Store for Etcd {
             let outcome = match made {
                 Ok(outcome) => Some(outcome),
                 Err(error) => {
-                    tracing::warn!(error = error.0, "the answer to a change was lost; looking whether it was made");
+                    tracing::warn!(
+                        error = error.0,
+                        "the reply to a change was lost; checking whether the change was made"
+                    );
                     self.was_made(&change, &before, deadline)
                 }
             };
@@ -229,7 +232,7 @@ impl Store for Etcd {
                 Some(Outcome::Made(at)) => {
                     // When the caller learns that the change is made, this node must already use it.
                     if self.contents_since(at, deadline).is_none() {
-                        tracing::warn!("a change is made, and this node has not seen it in time");
+                        tracing::warn!("a change was made, but this node has not seen it in time");
                     }
                     return Ok(());
                 }

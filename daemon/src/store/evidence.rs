@@ -104,7 +104,7 @@ impl EvidenceStore {
                     move_aside(&path, now).map_err(|source| UsageError::Damaged { path: path.clone(), source })?;
                 tracing::warn!(
                     file = %path.display(), moved_to = %aside.display(), error = %source,
-                    "the hosts' last evidence was damaged and is moved aside; each host's next attestation brings new evidence"
+                    "the hosts' last evidence was damaged and has been moved aside; each host's next attestation brings new evidence"
                 );
                 connect(&path)
             }
@@ -119,7 +119,7 @@ impl EvidenceStore {
         static DROPPED: Throttle = Throttle::new();
         let is_kept = self.pending().keep(host.to_ascii_lowercase(), evidence);
         if !is_kept && let Some(unsaid) = DROPPED.due(Instant::now()) {
-            tracing::warn!(host, unsaid, "the evidence of a host is dropped: too much waits to be written");
+            tracing::warn!(host, unsaid, "a host's evidence is dropped because too much evidence waits to be written");
         }
     }
 
@@ -140,7 +140,7 @@ impl EvidenceStore {
             }
             let dropped = self.pending().take_back(pending);
             if dropped > 0 {
-                tracing::warn!(dropped, "the evidence of hosts is dropped: too much waits to be written");
+                tracing::warn!(dropped, "hosts' evidence is dropped because too much evidence waits to be written");
             }
         }
     }

@@ -124,7 +124,7 @@ impl Usage {
                     move_aside(&path, now).map_err(|source| UsageError::Damaged { path: path.clone(), source })?;
                 tracing::warn!(
                     file = %path.display(), moved_to = %aside.display(), error = %source,
-                    "the counts of releases were damaged and begin anew: how much keys were used before is not known"
+                    "the usage counts of keys were damaged and start again at zero; earlier usage is unknown"
                 );
                 connect(&path, now)
             }
@@ -177,8 +177,8 @@ impl Usage {
             if !failed {
                 tracing::warn!(
                     %error,
-                    "how much keys are used cannot be written; trying again, and a restart begins a damaged file anew \
-                     (this is logged once)"
+                    "the usage counts of keys cannot be written; trying again; a restart replaces a damaged file (this is \
+                     logged once)"
                 );
             }
             self.pending().put_back(pending);

@@ -107,7 +107,7 @@ async fn renew(settings: &Settings, counters: &Counters) {
     loop {
         tokio::time::sleep(CHECK).await;
         if let Err(error) = attest(settings, counters).await {
-            tracing::warn!(%error, "the health certificate cannot be renewed; it is tried again");
+            tracing::warn!(%error, "the health certificate cannot be renewed; trying again");
         }
     }
 }
@@ -119,7 +119,7 @@ async fn accept(listener: UnixListener, settings: Arc<Settings>, counters: Arc<C
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
             Err(error) => {
-                tracing::warn!(%error, "no connection can be taken");
+                tracing::warn!(%error, "no connection can be accepted");
                 tokio::time::sleep(Duration::from_millis(100)).await;
                 continue;
             }
@@ -127,7 +127,7 @@ async fn accept(listener: UnixListener, settings: Arc<Settings>, counters: Arc<C
         let (settings, counters, jobs) = (settings.clone(), counters.clone(), jobs.clone());
         tokio::spawn(async move {
             if let Err(error) = answer(stream, &settings, &counters, &jobs).await {
-                tracing::info!(%error, "a connection ended before its answer");
+                tracing::info!(%error, "a connection was closed before its reply was sent");
             }
             drop(permit);
         });
@@ -143,7 +143,7 @@ async fn answer(
     let user = stream.peer_cred()?.uid();
     if !settings.may_ask(user) {
         counters.strangers.fetch_add(1, Relaxed);
-        tracing::warn!(user, "a user that may not ask this agent");
+        tracing::warn!(user, "a user without permission asked this agent");
         let text = format!("user {user} may not ask this agent; if it is to, start the agent with --allow-uid {user}");
         return wire::write_reply(&mut stream, &Err(Refused { text, temporary: false })).await;
     }

@@ -206,7 +206,7 @@ impl Member {
             End::Removed => {
                 talk.finish();
                 if process.wait(END_TIMEOUT).await.is_none() {
-                    warn!(member = &*self.name, "the worker process does not end, it is killed");
+                    warn!(member = &*self.name, "the worker process does not end; it is killed");
                 }
                 End::Removed
             }
@@ -408,7 +408,7 @@ impl Member {
                         member = &*self.name,
                         sessions = given,
                         wanted = self.config.sessions,
-                        "the token gives fewer sessions than wanted, going on with those"
+                        "the token gives fewer sessions than configured; continuing with fewer"
                     );
                 }
             }

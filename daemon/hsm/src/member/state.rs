@@ -436,7 +436,7 @@ impl Machine {
             // Later attempts usually fail for the same reason, so they are not logged here.
             warn!(
                 member = self.member, state = %MemberState::Down, error = %failure,
-                "member does not come up; it is tried again and again"
+                "member does not come up; trying again"
             );
         }
         self.blame(failure);
@@ -487,7 +487,7 @@ impl Machine {
     /// Records that nothing is in flight: a draining member is then drained.
     pub(crate) fn idle(&mut self) {
         if self.step(Event::Idle) {
-            info!(member = self.member, state = %MemberState::Drained, "member has finished what it had");
+            info!(member = self.member, state = %MemberState::Drained, "member's running operations have ended");
         }
     }
 

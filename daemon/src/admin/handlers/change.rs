@@ -89,7 +89,7 @@ impl Change {
             event = self.event,
             outcome,
             request = self.attempt.request,
-            "an administrator's change is done"
+            "an administrator has made a change"
         );
         let _ = service.audit.administration(&self.attempt.entry(self.event, outcome)).await;
     }

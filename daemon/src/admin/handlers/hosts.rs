@@ -83,7 +83,7 @@ pub(super) async fn remove(service: &Arc<Service>, name: String, peer: Peer) -> 
     });
     let forgotten = forgotten.await;
     if !matches!(forgotten, Ok(Ok(()))) {
-        tracing::warn!(host = removed.name, "what is known of a host that was removed is still remembered");
+        tracing::warn!(host = removed.name, "stored data of a removed host cannot be deleted");
     }
     Ok(host(&removed, Seen::default()))
 }

@@ -259,7 +259,7 @@ async fn releases(service: &Arc<Service>) -> Result<Releases, String> {
     let of = Arc::clone(service);
     let counted = tokio::task::spawn_blocking(move || of.usage.releases(unix_now())).await;
     let counted = counted.map_err(|e| e.to_string()).and_then(|counted| counted.map_err(|e| e.to_string()));
-    counted.inspect_err(|error| tracing::warn!(error, "how much keys are used cannot be read"))
+    counted.inspect_err(|error| tracing::warn!(error, "the usage counts of keys cannot be read"))
 }
 
 /// The reply to a completed change. Errors while collecting the details of the certificate do not fail the change.

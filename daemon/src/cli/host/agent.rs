@@ -89,7 +89,7 @@ pub(super) async fn run(options: Agent) -> Result<(), Failure> {
         }
         Err(error) => {
             let why = explain(error, &settings.folder, &options.measured);
-            tracing::warn!(error = %why, "no health certificate yet; it is tried again");
+            tracing::warn!(error = %why, "no health certificate yet; trying again");
         }
     }
     let listener = listen(&options.socket, !settings.users.is_empty()).await?;

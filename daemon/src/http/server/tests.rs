@@ -330,7 +330,7 @@ fn a_listener_is_blocked_when_it_is_for_longer_than_a_moment() {
     let blocked = Blocked::default();
     assert!(!blocked.is_full(true) && blocked.why().is_none());
     *blocked.full.lock().unwrap() = standstill::now().checked_sub(MOMENT);
-    assert!(blocked.is_full(true) && blocked.why().unwrap().contains("all are worked for"));
+    assert!(blocked.is_full(true) && blocked.why().unwrap().contains("all of them are busy"));
     blocked.is_full(false);
     assert_eq!(blocked.why(), None);
     *blocked.failing.lock().unwrap() = standstill::now().checked_sub(MOMENT);

@@ -228,10 +228,10 @@ impl Trail {
         if how == "deleted" {
             tracing::error!(
                 %file, line,
-                "the audit trail was deleted while it was written: its lines up to this number are lost, a new file begins"
+                "the audit trail was deleted while it was in use: its lines up to this number are lost; a new file begins"
             );
         } else {
-            tracing::warn!(%file, line, how, "another file stands in the audit trail's place; the trail goes on there");
+            tracing::warn!(%file, line, how, "another file has replaced the audit trail's file; the trail continues there");
         }
         self.open = None;
         self.renamed = None;
@@ -278,7 +278,7 @@ impl Trail {
             metrics::audit_file_changed("shortened");
             tracing::error!(
                 file = %self.path.display(), line = self.link.n,
-                "the audit trail was shortened while it was written: lines before this number are missing"
+                "the audit trail was shortened while it was in use: lines before this number are missing"
             );
         }
         (open.end, open.is_torn) = (length, tail.open_line);
@@ -319,7 +319,7 @@ impl Trail {
                 metrics::audit_file_changed("shortened");
                 tracing::error!(
                     file = %self.path.display(), last = self.link.n, known = known.n,
-                    "the audit trail ends before a line that was there: lines were removed, or lost with the machine's power"
+                    "the audit trail ends before a line that was written: lines were removed, or were lost in a power failure"
                 );
             }
             (self.link, self.signed) = (known, true);

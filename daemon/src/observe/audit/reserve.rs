@@ -76,7 +76,7 @@ impl Reserve {
         if self.is_whole() {
             tracing::error!(
                 file = %self.path.display(),
-                "the audit trail's disk is full: its reserve is used for grants and administration; make room"
+                "the audit trail's disk is full; grants and administration use the reserve; free disk space"
             );
         }
         self.has = rest;
@@ -123,7 +123,7 @@ impl Reserve {
         }
         match self.fill(time) {
             Ok(()) if self.is_whole() => {
-                tracing::info!(file = %self.path.display(), "the reserve of the audit trail is whole again");
+                tracing::info!(file = %self.path.display(), "the reserve of the audit trail is allocated again");
             }
             Ok(()) => self.next_try = Some(now + SHORT_PAUSE),
             Err(_) => {}

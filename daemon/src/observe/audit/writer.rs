@@ -146,7 +146,7 @@ impl Writer {
         match &written {
             Ok(()) => {
                 if self.lost > 0 {
-                    tracing::warn!(file = %self.trail.path().display(), lost = self.lost, "the audit trail is written again");
+                    tracing::warn!(file = %self.trail.path().display(), lost = self.lost, "the audit trail can be written again");
                     self.lost = 0;
                 }
                 self.note(&lines, began);
@@ -157,7 +157,7 @@ impl Writer {
                 if self.lost == 0 && records > 0 {
                     tracing::error!(
                         file = %self.trail.path().display(), %error,
-                        "the audit trail cannot be written; nothing is released until it can: check the disk"
+                        "the audit trail cannot be written, so nothing is released; check the disk"
                     );
                 }
                 self.lost += records;

@@ -178,7 +178,7 @@ metrics! {
     AUDIT_WRITING: GaugeReading Seconds "claviger_audit_writing_seconds" []
         "For how long the audit records that are being written now have been: more than a moment is a disk that hangs.";
     LOG_DROPPED: Counter Count "claviger_log_lines_dropped_total" []
-        "Lines of the log that were dropped, because its reader stood still or it could not be written.";
+        "Lines of the log that were dropped, because nothing read the log or it could not be written.";
     AUDIT_COUNTED: Counter Count "claviger_audit_counted_refusals_total" []
         "Refusals that have no audit line of their own: they are counted in a summary, a line a second.";
     AUDIT_FILE_CHANGES: Counter Count "claviger_audit_file_changes_total" ["how"]
