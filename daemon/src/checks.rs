@@ -6,6 +6,7 @@
 pub(crate) mod files;
 mod finding;
 pub(crate) mod hsm;
+pub(crate) mod nodes;
 pub(crate) mod state;
 mod trail;
 

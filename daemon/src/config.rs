@@ -9,6 +9,7 @@
 mod bounds;
 mod disagreement;
 mod error;
+mod etcd;
 mod fault;
 mod hsm;
 mod line;
@@ -18,6 +19,7 @@ mod schema;
 mod tls;
 
 pub use error::ConfigError;
+pub use etcd::{Etcd, Link};
 pub use hsm::{Hsm, TokenName};
 pub use pin::{PinError, PinSource};
 pub use schema::{Attest, AttestMode, Audit, Config, Log, LogFormat, Release, Server};

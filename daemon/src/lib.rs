@@ -13,6 +13,7 @@ pub mod cli;
 pub mod config;
 pub mod http;
 pub mod lab;
+pub mod nodes;
 pub mod observe;
 pub mod registry;
 pub mod release;

@@ -111,6 +111,9 @@ enum Command {
     /// Show, drain, resume and probe the HSMs of the cluster
     #[command(subcommand, after_help = "Example: claviger hsm list --config /etc/claviger/claviger.toml")]
     Hsm(cli::Hsm),
+    /// Show the nodes that share a state in etcd
+    #[command(subcommand, after_help = "Example: claviger nodes list --config /etc/claviger/claviger.toml")]
+    Nodes(cli::Nodes),
     /// Verify the audit trail, and show its position
     #[command(subcommand, after_help = "Example: claviger audit verify --config /etc/claviger/claviger.toml")]
     Audit(cli::audit::Audit),
@@ -123,6 +126,10 @@ enum Command {
         of all its certificates. A file for an age recipient is not authenticated: anyone who knows the recipient can\n\
         write one. Look at what --dry-run shows, above all at hosts and signers that you do not know.")]
     Import(cli::transfer::Import),
+    /// Move the state from the state folder to etcd or back, while no daemon runs
+    #[command(after_help = "Example: claviger migrate --to-etcd --dry-run --config /etc/claviger/claviger.toml\n\
+        The destination has to be empty. Counts of use, evidence and the audit trail stay in the state folder.")]
+    Migrate(cli::migrate::Migrate),
     /// For guarded hosts: create keys, attest, and get the keys of virtual machines
     #[command(
         subcommand,
@@ -295,6 +302,8 @@ fn run(command: Command, starting: Option<Starting>) -> Result<ExitCode, Failure
             threads::single_thread()?.block_on(cli::signers(command)).map(|()| ExitCode::SUCCESS)
         }
         Command::Hsm(command) => threads::single_thread()?.block_on(cli::hsm(command)).map(|()| ExitCode::SUCCESS),
+        Command::Nodes(command) => threads::single_thread()?.block_on(cli::nodes(command)).map(|()| ExitCode::SUCCESS),
+        Command::Migrate(command) => cli::migrate::migrate(&command).map(|()| ExitCode::SUCCESS),
         Command::Audit(command) => threads::single_thread()?.block_on(cli::audit::run(command)),
         Command::Guardian(command) => threads::small_runtime()?.block_on(cli::tenant::guardian::run(command)),
         Command::Protector(command) => cli::tenant::protector::run(command),

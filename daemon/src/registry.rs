@@ -1,6 +1,7 @@
 //! The data that requests read: snapshots of the state, and caches.
 
 pub mod baselines;
+pub mod currency;
 pub mod error;
 pub mod follow;
 pub mod health_cache;

@@ -1,6 +1,7 @@
 //! What all requests share: settings, the HSM cluster, the registry, and the audit trail.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use claviger_hsm::Cluster;
@@ -9,7 +10,7 @@ use tokio::sync::Notify;
 
 use crate::admission::Admission;
 use crate::admission::bodies::Bodies;
-use crate::config::Config;
+use crate::config::{Config, Etcd};
 use crate::observe::audit::{Audit, AuditError};
 use crate::observe::history::History;
 use crate::observe::metrics;
@@ -23,7 +24,7 @@ use crate::registry::tpm_sessions::Sessions;
 use crate::stock::{Basis, Stock};
 use crate::store::evidence::EvidenceStore;
 use crate::store::usage_counts::{Usage, UsageError};
-use crate::store::{State, StateError};
+use crate::store::{Board, State, StateError};
 use crate::sys::clock::unix_now;
 
 /// Minimum number of protector parties that are remembered. Each tenant has one owner, and its guardians are further
@@ -52,6 +53,8 @@ pub struct Service {
     pub stock: Arc<Stock>,
     /// Hosts, baselines, keys and signers.
     pub registry: Arc<Registry>,
+    /// What the nodes tell each other, if the state is in etcd.
+    pub board: Option<Board>,
     /// Data of attestations by TPM between their two steps.
     pub tpm: Sessions,
     /// The last evidence of each host in TPM mode.
@@ -91,7 +94,9 @@ impl Service {
     /// See [`ServiceError`].
     pub fn open(config: Config, cluster: Cluster) -> Result<Self, ServiceError> {
         let folder = config.server.state.clone();
-        let state = State::open(&folder)?;
+        let state = State::of(&config)?;
+        let board = state.board();
+        let limit = config.etcd.as_ref().map_or(Duration::MAX, Etcd::max_staleness);
         let audit = Audit::open(&config.server.audit_file(), &config.audit, &config.server.node())?;
         let usage = Usage::open(&folder, unix_now())?;
         let evidence = EvidenceStore::open(&folder, unix_now())?;
@@ -118,7 +123,8 @@ impl Service {
             bodies,
             sets: KnownSets::new(KNOWN_PARTIES),
             stock,
-            registry: Arc::new(Registry::open(state, on_keys)?),
+            registry: Arc::new(Registry::open(state, limit, on_keys)?),
+            board,
             tpm,
             evidence,
             usage,

@@ -19,10 +19,12 @@ use tokio::time::MissedTickBehavior;
 use self::readiness::Readiness;
 use self::verdict::judge;
 use crate::admission::strangers;
+use crate::config::Etcd;
 use crate::http::answer::Answer;
 use crate::http::server::Blocked;
 use crate::observe::history::INTERVAL;
-use crate::observe::metrics::{self, Handle, Readings};
+use crate::observe::metrics::{self, Handle, Readings, SharedState};
+use crate::registry::currency::Currency;
 use crate::registry::keys::short_name;
 use crate::service::Service;
 use crate::sys::clock::unix_now;
@@ -66,6 +68,16 @@ impl Monitor {
         page::render(&verdict, &node, &readings, &points, SystemTime::now())
     }
 
+    /// The state in etcd.
+    fn shared(&self) -> Option<SharedState> {
+        let (board, registry) = (self.service.board.as_ref()?, &self.service.registry);
+        let limit = self.service.config.load().etcd.as_ref().map(Etcd::max_staleness).unwrap_or_default();
+        let currency = registry.currency();
+        let confirmed = matches!(currency, Currency::Confirmed { .. });
+        let why = if confirmed { None } else { registry.why_lost() };
+        Some(SharedState { confirmed, age: currency.age(), limit, revision: board.revision(), why })
+    }
+
     /// The current values.
     fn readings(&self) -> Readings {
         let service = &self.service;
@@ -90,6 +102,7 @@ impl Monitor {
             certificates,
             hosts: service.registry.hosts().enabled(),
             state_stale: service.registry.is_stale(),
+            shared: self.shared(),
             audit_waiting,
             audit_writing,
             audit: service.audit.head(),
@@ -119,7 +132,7 @@ pub async fn serve(monitor: Arc<Monitor>, request: Request<Incoming>) -> Result<
         (&Method::GET | &Method::HEAD, "/live") => plain(200, "live\n".to_owned()),
         (&Method::GET | &Method::HEAD, "/ready") => {
             match monitor.readiness.check(&monitor.service, &monitor.blocked).await {
-                Ok(member) => plain(200, format!("ready: {member} decrypts and signs\n")),
+                Ok(what) => plain(200, format!("ready: {what}\n")),
                 Err(why) => plain(503, format!("not ready: {why}\n")),
             }
         }

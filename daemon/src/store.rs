@@ -25,18 +25,20 @@ mod signers;
 mod sqlite;
 mod state;
 mod table;
+mod transfer;
 pub mod usage_counts;
 
 pub use backend::Condition;
 pub use baselines::{MAX_BASELINES, check_baseline_name};
 pub use contents::Contents;
 pub use error::StateError;
-pub use etcd::EtcdSettings;
+pub use etcd::{Board, BoardError, EndpointAnswer, Entry, EtcdSettings, Lease, probe};
 pub use hosts::check_host_name;
 pub use import::{Import, Merged};
 pub use labels::Labels;
 pub use records::{Baseline, Certificate, Host, HostKind, Kind, NewCertificate, NewSigner, RevokedSigner, Signer};
 pub use state::{State, View};
+pub use transfer::Records;
 
 #[cfg(test)]
 mod tests;

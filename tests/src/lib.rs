@@ -23,6 +23,7 @@ mod wait;
 
 pub mod attackers;
 pub mod authority;
+pub mod etcd;
 pub mod idle;
 pub mod imports;
 pub mod openloop;

@@ -119,6 +119,12 @@ impl Process {
         let _ = kill_process(self.pid(), Signal::CONT);
     }
 
+    /// Kills the process (SIGKILL) and waits for its end.
+    pub fn kill(mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
     /// Waits for the process to end.
     ///
     /// # Panics

@@ -5,6 +5,7 @@ mod change;
 mod hosts;
 mod hsm;
 mod keys;
+mod nodes;
 mod signers;
 mod transfer;
 
@@ -73,6 +74,8 @@ pub async fn handle(service: Arc<Service>, request: Value, peer: Peer) -> Result
         Command::DrainHsm { name } => hsm::drain(service, &name, true, peer).await,
         Command::ResumeHsm { name } => hsm::drain(service, &name, false, peer).await,
         Command::ProbeHsm { name } => hsm::probe(service, &name).await,
+        Command::ListNodes => nodes::list(service).await,
+        Command::ForgetNode { name } => nodes::forget(service, name, peer).await,
         Command::AuditStatus => Ok(audit_status(service)),
         Command::Export => transfer::export(service, peer).await,
         Command::Import { document, dry_run, trust_absent, loosen } => {

@@ -92,12 +92,15 @@ impl Issued {
     }
 
     /// Returns the reply if the host is still registered with this name and key, the signer is still trusted, and the baseline
-    /// that the host was judged by is still enabled; and with it the certificates that may be handed out again and have no
-    /// line in the audit trail yet.
+    /// that the host was judged by is still enabled, and the state is known well enough; and with it the certificates that may
+    /// be handed out again and have no line in the audit trail yet.
     ///
     /// # Errors
     /// The refusal of an attestation that arrived now.
     pub fn confirm(self, service: &Service) -> Result<(HealthCertificateReply, Vec<IssuedFor>), Refused> {
+        if let Some(why) = service.registry.currency().why_expired() {
+            return Err(Refused::new(ErrorReply::Unavailable, why));
+        }
         if service.registry.hosts().by_name_and_key(&self.host.name, &self.host.spki_sha256).is_none() {
             return Err(Refused::new(
                 ErrorReply::Unauthorized,

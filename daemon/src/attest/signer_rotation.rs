@@ -10,10 +10,11 @@ use claviger_protocol::certificate::build::BuildError;
 use claviger_protocol::health::{self, LIFETIME_SECONDS};
 use claviger_protocol::rsa_key::{KeyError, RsaPrivateKey, RsaPublicKey};
 
+use crate::nodes::turn::Turn;
 use crate::registry::error::ChangeError;
 use crate::service::Service;
 use crate::signing::{self, OWN_DEADLINE, private_parts};
-use crate::store::{NewSigner, StateError};
+use crate::store::{BoardError, NewSigner, StateError};
 use crate::sys::clock::unix_now;
 
 /// Validity of a signer's certificate, and the time before its end at which a new signer replaces it (seconds).
@@ -32,6 +33,8 @@ const LOOKS: u32 = 2;
 /// a member that never accepts a key must not cause ever more keys on the other members.
 const FIRST_PAUSE: Duration = Duration::from_secs(60);
 const LONGEST_PAUSE: Duration = Duration::from_secs(24 * 3600);
+/// Time for which a node may be the only one that makes a signer.
+const TURN: Duration = Duration::from_secs(60);
 const BITS: u32 = 2048;
 
 /// Why no new signer was created.
@@ -49,6 +52,12 @@ pub enum SignerError {
     /// The state cannot be written.
     #[error("the state: {0}")]
     State(#[from] ChangeError),
+    /// It is not known whether another node makes a signer.
+    #[error(transparent)]
+    Board(#[from] BoardError),
+    /// Another node makes a signer.
+    #[error("another node makes an attestation signer now; try again")]
+    OthersTurn,
 }
 
 /// Renews the attestation signer in the background while the daemon runs.
@@ -121,12 +130,22 @@ impl Keeper {
         Ok(())
     }
 
+    /// Makes a signer in place of the one that was current when this was decided. Does nothing if another node makes one
+    /// at this time, or has made one since: the next check sees it.
     async fn renew(&mut self) -> Result<(), SignerError> {
+        let seen = current(&self.service);
+        let Some(turn) = Makers::turn(&self.service).await? else { return Ok(()) };
+        let made = if current(&self.service) == seen { self.make(seen).await } else { Ok(()) };
+        turn.end().await;
+        made
+    }
+
+    async fn make(&mut self, replaces: Option<String>) -> Result<(), SignerError> {
         let (id, public) = match self.unfinished.take() {
             Some(key) => key,
             None => new_key(&self.service.cluster).await?,
         };
-        let result = install(&self.service, &id, &public).await;
+        let result = install(&self.service, &id, &public, replaces).await;
         if result.as_ref().is_err_and(SignerError::leaves_the_key_good) {
             self.unfinished = Some((id, public));
         }
@@ -141,7 +160,7 @@ impl SignerError {
             // No member has the key.
             Self::Hsm(Failure { error: HsmError::NoSuchKey, .. }) => false,
             Self::State(ChangeError::State(StateError::Revoked(_))) => false,
-            Self::Hsm(_) | Self::Key(_) | Self::Build(_) | Self::State(_) => true,
+            Self::Hsm(_) | Self::Key(_) | Self::Build(_) | Self::State(_) | Self::Board(_) | Self::OthersTurn => true,
         }
     }
 }
@@ -157,12 +176,56 @@ pub fn current(service: &Service) -> Option<String> {
 /// # Errors
 /// See [`SignerError`]; the current signer stays as it was.
 pub async fn replace(service: &Arc<Service>) -> Result<(), SignerError> {
-    let (id, public) = new_key(&service.cluster).await?;
-    install(service, &id, &public).await
+    let turn = Makers::turn(service).await?.ok_or(SignerError::OthersTurn)?;
+    let replaces = current(service);
+    let made = async {
+        let (id, public) = new_key(&service.cluster).await?;
+        install(service, &id, &public, replaces).await
+    };
+    let made = made.await;
+    turn.end().await;
+    made
 }
 
-/// Has a key sign its own certificate, and makes it the current signer.
-async fn install(service: &Arc<Service>, id: &KeyRef, public: &RsaPublicKey) -> Result<(), SignerError> {
+/// The nodes that may make a signer. A key that was made in vain stays on the HSMs, so one node makes one at a time.
+enum Makers {
+    /// The state is local: this daemon is the only node.
+    Alone,
+    /// It is this node's turn.
+    Turn(Turn),
+}
+
+impl Makers {
+    /// Takes the turn, and loads what the node that had it before may have made. `None`: another node has it.
+    async fn turn(service: &Arc<Service>) -> Result<Option<Self>, SignerError> {
+        let Some(board) = &service.board else { return Ok(Some(Self::Alone)) };
+        let node = service.config.load().server.node();
+        let Some(turn) = Turn::take(board, "attestation-signer", &node, TURN).await? else { return Ok(None) };
+        // An empty change reads the newest state.
+        match service.registry.change(|state| state.change(|_| Ok(()))).await {
+            Ok(()) => Ok(Some(Self::Turn(turn))),
+            Err(error) => {
+                turn.end().await;
+                Err(error.into())
+            }
+        }
+    }
+
+    async fn end(self) {
+        match self {
+            Self::Alone => {}
+            Self::Turn(turn) => turn.end().await,
+        }
+    }
+}
+
+/// Has a key sign its own certificate, and makes it the current signer in place of `replaces`.
+async fn install(
+    service: &Arc<Service>,
+    id: &KeyRef,
+    public: &RsaPublicKey,
+    replaces: Option<String>,
+) -> Result<(), SignerError> {
     let now = unix_now();
     let (not_before, not_after) = (now - health::BACKDATED_SECONDS, now + VALIDITY);
     let to_be_signed = health::signer_template(public, not_before, not_after)?.to_be_signed()?;
@@ -170,11 +233,14 @@ async fn install(service: &Arc<Service>, id: &KeyRef, public: &RsaPublicKey) -> 
         signing::sign(&service.cluster, id, public, to_be_signed.octets(), standstill::now() + OWN_DEADLINE).await;
     let signed = signed.map_err(Failure::from)?;
     let (der, id) = (to_be_signed.assemble(&signed.value), id.clone());
-    let seen = current(service);
     let added = service
         .registry
         .change(move |state| {
-            state.add_signer(&NewSigner { der: &der, key_id: &id.id.0, not_before, not_after }, seen.as_deref(), now)
+            state.add_signer(
+                &NewSigner { der: &der, key_id: &id.id.0, not_before, not_after },
+                replaces.as_deref(),
+                now,
+            )
         })
         .await;
     match added {

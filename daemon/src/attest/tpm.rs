@@ -175,7 +175,7 @@ fn begin(
         selection,
         ak_public: ak_public.to_vec(),
     };
-    let sealed = service.tpm.key().seal(&state).map_err(|error| internal(&error))?;
+    let sealed = service.tpm.seal(&state).map_err(|error| internal(&error))?;
     let reply = continue_reply(&context::write(&[
         (Kind::State, &sealed),
         (Kind::IdObject, &protected.id_object),
@@ -197,7 +197,7 @@ fn prove(
     let context = Context::parse(&request.context).map_err(rtpm)?;
     let evidence = evidence::Evidence::of(&context).map_err(rtpm)?;
     let now = unix_now();
-    let (id, state) = service.tpm.key().open(evidence.state).map_err(|error| begin_again(error.to_string()))?;
+    let (id, state) = service.tpm.open(evidence.state).map_err(|error| begin_again(error.to_string()))?;
     if state.ends < now {
         return Err(begin_again("the State has expired"));
     }
@@ -384,7 +384,7 @@ mod tests {
         };
         let data = evidence::qualifying_data(&state.credential, &session_id, identity.spki_der());
         let (quote, signature) = tpm.quote(&data).unwrap();
-        let sealed = service.tpm.key().seal(&state).unwrap();
+        let sealed = service.tpm.seal(&state).unwrap();
         let pcr_values = tpm.pcrs.to_bytes();
         let evidence =
             evidence::Evidence { state: &sealed, quote: &quote, signature: &signature, pcr_values: &pcr_values, log };

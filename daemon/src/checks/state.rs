@@ -7,7 +7,7 @@ use super::finding::Finding;
 use crate::attest::endorsement::vendor_roots;
 use crate::config::{AttestMode, Config};
 use crate::registry::keys::{EXPIRES_SOON, Key};
-use crate::store::{self, Kind, State, StateError};
+use crate::store::{self, Kind, State, StateError, View};
 
 /// A key that every member must have, and an operation that tests it.
 pub(crate) struct Registered {
@@ -19,6 +19,9 @@ pub(crate) struct Registered {
 /// Checks the state. The daemon may be running; nothing is written.
 pub(crate) fn examine(config: &Config, now: i64) -> (Vec<Finding>, Vec<Registered>) {
     let path = config.server.state_db();
+    if config.etcd.is_some() {
+        return in_etcd(config, now);
+    }
     if !path.exists() {
         let what = format!("there is no state {} yet", path.display());
         let todo = "register keys and hosts once the daemon runs; check server.state if that was done";
@@ -51,6 +54,34 @@ pub(crate) fn examine(config: &Config, now: i64) -> (Vec<Finding>, Vec<Registere
             (vec![Finding::error("state", what, todo)], Vec::new())
         }
     }
+}
+
+/// Checks the state in etcd.
+fn in_etcd(config: &Config, now: i64) -> (Vec<Finding>, Vec<Registered>) {
+    let viewed = State::view_of(config).and_then(|View { state, .. }| {
+        let measured = attestation(config, &state)?;
+        Ok((read(&state, now)?, measured, state.hosts()?.len()))
+    });
+    let (mut findings, registered) = match viewed {
+        Ok(((mut findings, registered), measured, hosts)) => {
+            findings.extend(measured);
+            findings.push(Finding::ok("state", format!("the state in etcd is read, hosts: {hosts}")));
+            (findings, registered)
+        }
+        Err(error) => {
+            let what = format!("the state in etcd cannot be read: {error}");
+            let todo = "a daemon does not start without it, and one that runs serves for etcd.max_staleness_ms";
+            (vec![Finding::error("state", what, todo)], Vec::new())
+        }
+    };
+    let path = config.server.state_db();
+    if path.exists() {
+        let what = format!("{} is not used, because [etcd] is set", path.display());
+        let todo =
+            "claviger migrate --to-etcd moves what is in it to etcd, if etcd is empty; otherwise move the file away";
+        findings.push(Finding::warning("state", what, todo));
+    }
+    (findings, registered)
 }
 
 /// Checks the requirements of attestation by TPM.

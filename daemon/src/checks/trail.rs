@@ -61,7 +61,7 @@ fn verify(config: &Config, path: &Path, length: u64) -> std::io::Result<Report> 
 }
 
 fn trusted(config: &Config) -> Vec<Certificate> {
-    let certificates = State::view(&config.server.state).and_then(|view| view.state.certificates()).unwrap_or_default();
+    let certificates = State::view_of(config).and_then(|view| view.state.certificates()).unwrap_or_default();
     let signing = certificates.iter().filter(|entry| entry.kind == Kind::Signing);
     signing.filter_map(|entry| Certificate::parse(&entry.der).ok()).collect()
 }

@@ -23,6 +23,7 @@ pub enum Audit {
     #[command(after_help = "Example: claviger audit verify --certificate signing.pem audit.jsonl audit.jsonl-*\n\
         Exit status: 0 nothing is wrong, 1 something is, 2 wrong usage or a file that cannot be read,\n\
         3 nothing is wrong, and no signature of a given certificate proves it.\n\
+        Several nodes: claviger audit verify --certificate signing.pem hgs-1 hgs-2 hgs-3\n\
         Needs no daemon. Files are read in the order of their lines, gzip is read, - is the standard input.")]
     Verify(Verify),
     /// Show the position of a running daemon's audit trail
@@ -37,8 +38,8 @@ pub enum Audit {
 /// `claviger audit verify`
 #[derive(Debug, clap::Args)]
 pub struct Verify {
-    /// Files of one trail; default: the files of --config
-    #[arg(value_name = "FILE", required_unless_present = "config")]
+    /// Files of one trail, or folders with the trail of one node each; default: the files of --config
+    #[arg(value_name = "FILE|DIR", required_unless_present = "config")]
     files: Vec<PathBuf>,
     /// A signing certificate of the service, PEM or DER; may be repeated
     #[arg(long = "certificate", value_name = "FILE")]
@@ -89,28 +90,69 @@ fn verify(command: &Verify) -> Result<ExitCode, Failure> {
     if let Some(config) = &config {
         trusted.extend(signing(config)?);
     }
+    let are_given = !trusted.is_empty();
+    if command.files.iter().any(|path| path.is_dir()) {
+        return verify_nodes(command, &trusted);
+    }
     let files = match (&command.files, &config) {
         (files, Some(config)) if files.is_empty() => all_of(&config.server.audit_file())?,
         (files, _) => files.clone(),
     };
-    let are_given = !trusted.is_empty();
     let report = read(&in_order(files)?, trusted)?;
     if command.json {
         say!("{:#}", json!(report));
     } else {
         tell(&report, are_given);
     }
-    Ok(ExitCode::from(match (&report.fault, &report.signed) {
+    Ok(ExitCode::from(status(&report, are_given)))
+}
+
+/// The exit status for a trail.
+fn status(report: &Report, are_given: bool) -> u8 {
+    match (&report.fault, &report.signed) {
         (Some(_), _) => 1,
         (None, Some(_)) => 0,
         (None, None) if !are_given => 0,
         (None, None) => 3,
-    }))
+    }
+}
+
+/// Verifies the trails of several nodes, each in a folder. The exit status is that of the worst.
+fn verify_nodes(command: &Verify, trusted: &[Certificate]) -> Result<ExitCode, Failure> {
+    if let Some(file) = command.files.iter().find(|path| !path.is_dir()) {
+        let file = file.display();
+        return Err(format!("{file} is no folder, and others are; give files of one trail, or folders").into());
+    }
+    let are_given = !trusted.is_empty();
+    let mut reports = Vec::with_capacity(command.files.len());
+    for folder in &command.files {
+        let files = in_order(all_of(&folder.join(TRAIL))?)?;
+        reports.push((folder, read(&files, trusted.to_vec())?));
+    }
+    for (at, (folder, report)) in reports.iter().enumerate() {
+        let same = |other: &&(&PathBuf, Report)| other.1.nodes.iter().any(|node| report.nodes.contains(node));
+        if let Some((other, _)) = reports[..at].iter().find(same) {
+            let (one, two, node) = (other.display(), folder.display(), report.nodes.join(", "));
+            return Err(format!("{one} and {two} both have the trail of {node}; give each node once").into());
+        }
+    }
+    if command.json {
+        let named = |(folder, report): &(&PathBuf, Report)| json!({"folder": folder, "report": report});
+        say!("{:#}", reports.iter().map(named).collect::<serde_json::Value>());
+    } else {
+        for (folder, report) in &reports {
+            say!("{}:", folder.display());
+            tell(report, are_given);
+        }
+    }
+    let statuses: Vec<_> = reports.iter().map(|(_, report)| status(report, are_given)).collect();
+    // A fault is worse than a missing proof.
+    Ok(ExitCode::from([1, 3].into_iter().find(|status| statuses.contains(status)).unwrap_or(0)))
 }
 
 /// The signing certificates in the state, including disabled ones, because they made earlier signatures.
 fn signing(config: &Config) -> Result<Vec<Certificate>, Failure> {
-    let view = State::view(&config.server.state)?;
+    let view = State::view_of(config)?;
     let signing = view.state.certificates()?.into_iter().filter(|entry| entry.kind == Kind::Signing);
     Ok(signing.filter_map(|entry| Certificate::parse(&entry.der).ok()).collect())
 }
@@ -131,6 +173,8 @@ fn all_of(trail: &Path) -> Result<Vec<PathBuf>, Failure> {
 }
 
 const STDIN: &str = "-";
+/// Name of the trail in a state folder.
+const TRAIL: &str = "audit.jsonl";
 
 /// Sorts files by their first lines. Files without line numbers are older than the chain; they come first, in the given
 /// order.

@@ -8,7 +8,7 @@ mod hsm;
 use std::path::Path;
 use std::process::ExitCode;
 
-use crate::checks::{Finding, Level, files, state};
+use crate::checks::{Finding, Level, files, nodes, state};
 use crate::config::Config;
 use crate::run::preflight;
 use crate::sys::clock::unix_now;
@@ -37,6 +37,7 @@ pub fn examine(file: &Path) -> Vec<Finding> {
     findings.extend(obstacles(&config, running));
     findings.extend(files::audit(&config, now));
     findings.extend(state::examine(&config, now).0);
+    findings.extend(nodes::examine(&config));
     findings.extend(if running { hsm::through_daemon(&config) } else { hsm::directly(file, &config) });
     findings
 }

@@ -61,6 +61,13 @@ pub(super) fn check(config: &Config) -> Result<(), Fault> {
             "use 1 to 64 printable characters of ASCII without spaces",
         ));
     }
+    if config.etcd.is_some() && server.node().contains('/') {
+        return Err(Fault::new(
+            in_server("node"),
+            format!("{:?} has a '/', and names this node in etcd", server.node()),
+            "use a name without it",
+        ));
+    }
     environment(&config.env, &[Step::Key("env".into())])?;
     if config.hsm.is_empty() {
         return Err(Fault::new(

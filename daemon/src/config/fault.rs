@@ -27,6 +27,11 @@ pub(super) fn in_tls(key: &'static str) -> Vec<Step> {
     vec![Step::Key("server".into()), Step::Key("tls".into()), Step::Key(key.into())]
 }
 
+/// A setting of `[etcd]`.
+pub(super) fn in_etcd(key: &'static str) -> Vec<Step> {
+    setting("etcd", key)
+}
+
 /// A setting of the `index`-th member.
 pub(super) fn in_hsm(index: usize, key: &'static str) -> Vec<Step> {
     vec![Step::Key("hsm".into()), Step::Index(index), Step::Key(key.into())]

@@ -7,7 +7,8 @@ use serde::Deserialize;
 
 use super::bounds;
 use super::error::ConfigError;
-use super::fault::{Fault, in_hsm, in_tls};
+use super::etcd::{Etcd, EtcdSection};
+use super::fault::{Fault, in_etcd, in_hsm, in_tls};
 use super::hsm::{Hsm, HsmSection};
 use super::line::from_toml;
 use super::pin::PinSource;
@@ -74,6 +75,7 @@ impl Config {
         }
         self.server.sockets.as_mut().map(absolute);
         self.attest.vendor_roots.as_mut().map(absolute);
+        self.etcd.iter_mut().flat_map(Etcd::paths_mut).for_each(absolute);
         for hsm in &mut self.hsm {
             absolute(&mut hsm.module);
             if let PinSource::File(path) = &mut hsm.pin {
@@ -89,6 +91,7 @@ impl Config {
 struct Outline {
     server: ServerOutline,
     hsm: Vec<HsmSection>,
+    etcd: Option<EtcdSection>,
 }
 
 #[derive(Default, Deserialize)]
@@ -99,13 +102,14 @@ struct ServerOutline {
 
 /// Finds the settings of a refused file that contradict each other. The parser's error only names their section.
 fn disagreement(text: &str) -> Option<Fault> {
-    let Outline { server, hsm } = toml::from_str(text).ok()?;
+    let Outline { server, hsm, etcd } = toml::from_str(text).ok()?;
     let tls = server.tls.and_then(|section| Some(Fault::of(Tls::try_from(section).err()?, in_tls)));
     let mut members = hsm.into_iter().enumerate();
     let member = |(index, section): (usize, HsmSection)| {
         Some(Fault::of(Hsm::try_from(section).err()?, |key| in_hsm(index, key)))
     };
-    tls.or_else(|| members.find_map(member))
+    let etcd = etcd.and_then(|section| Some(Fault::of(Etcd::try_from(section).err()?, in_etcd)));
+    tls.or(etcd).or_else(|| members.find_map(member))
 }
 
 #[cfg(test)]

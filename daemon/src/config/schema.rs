@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::etcd::Etcd;
 use super::hsm::Hsm;
 use super::tls::Tls;
 
@@ -27,6 +28,9 @@ pub struct Config {
     pub release: Release,
     /// The mode of attestation and its limits.
     pub attest: Attest,
+    /// The state that several nodes share. Default: none, the state is in `server.state`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub etcd: Option<Etcd>,
     /// The audit trail.
     pub audit: Audit,
     /// The log.
@@ -55,7 +59,8 @@ pub struct Server {
     /// The same for `review.sock`, which allows no changes. Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub review_group: Option<String>,
-    /// Name of this machine in the audit trail: 1 to 64 printable ASCII characters. Default: the host name.
+    /// Name of this machine in the audit trail, and of this node in etcd: 1 to 64 printable ASCII characters. Default:
+    /// the host name.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub node: Option<String>,
     /// Most open connections, 1 to 1,000,000. For another one, a connection of the address with the most connections

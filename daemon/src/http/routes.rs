@@ -30,6 +30,9 @@ use crate::request::{Attempt, Caller, ClientCertificate, Network};
 use crate::service::Service;
 use crate::sys::id::request_id;
 
+/// Seconds after which the sender of a refused request asks again, while the state of this node is too old.
+const EXPIRED_RETRY: u16 = 5;
+
 /// Answers a request to the service address.
 ///
 /// The work runs in a separate task: a client that disconnects does not stop a release between its decision and its
@@ -220,6 +223,10 @@ async fn answer(service: Arc<Service>, request: Request<Incoming>, asked: Asked,
     };
     if let Some(refused) = attestation::refused_unread(&service, endpoint) {
         return attestation::refuse_unread(&service, announced(&request), refused, &attempt).await;
+    }
+    if let Some(why) = service.registry.currency().why_expired() {
+        let refusal = Refusal { retry_after: Some(EXPIRED_RETRY), ..Refusal::new(Code::ServiceUnavailable, why) };
+        return refuse(&service, asked, &attempt, refusal).await;
     }
     // Held until the work for the request is done, even if the client no longer waits.
     let origin = request.extensions().get::<Origin>().cloned();

@@ -24,7 +24,7 @@ use metrics_exporter_prometheus::{Matcher, PrometheusBuilder};
 use self::recorder::INSTALLED;
 use self::table::*;
 
-pub use self::gauges::{CONTENT_TYPE, Load, Readings};
+pub use self::gauges::{CONTENT_TYPE, Load, Readings, SharedState};
 pub use self::recorder::Handle;
 pub use self::table::{ALL, Kind, Metric, SLO_SECONDS};
 

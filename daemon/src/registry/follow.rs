@@ -2,18 +2,21 @@
 //!
 //! Hosts, baselines, keys and signers are kept as immutable snapshots, each behind an `ArcSwap`. A change is first
 //! written to the state. Then the snapshots are replaced, so the change takes effect with the next request. Changes
-//! by other processes are found by [`Registry::follow`], with every kind of store.
+//! by other processes are found by [`Registry::follow`], with every kind of store. [`Currency`] says whether a state that
+//! other nodes share is known well enough to release anything.
 
 use std::collections::BTreeSet;
 use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
 
 use arc_swap::{ArcSwap, Guard};
 use claviger_process::lock::lock;
 use claviger_protocol::certificate::Certificate;
 
 use super::baselines::Baselines;
+use super::currency::Currency;
 use super::error::{ChangeError, FollowError, Unreadable};
 use super::hosts::Hosts;
 use super::keys::Keys;
@@ -37,15 +40,45 @@ pub struct Registry {
     /// Thumbprints of the certificates that could not be read at the last reload.
     unreadable: Mutex<BTreeSet<String>>,
     state: Mutex<State>,
+    /// A second handle to a state in etcd: following does not wait for a change that this node makes.
+    followed: Option<Mutex<State>>,
+    shared: Option<Shared>,
+}
+
+/// How well a state in etcd is known.
+#[derive(Debug)]
+struct Shared {
+    opened: Instant,
+    /// The last confirmation that the snapshots are the newest, in milliseconds after `opened`.
+    confirmed: AtomicU64,
+    /// How long snapshots may be used without a confirmation.
+    limit: Duration,
+}
+
+impl Shared {
+    fn confirm(&self, at: Instant) {
+        let after = at.saturating_duration_since(self.opened).as_millis();
+        self.confirmed.fetch_max(u64::try_from(after).unwrap_or(u64::MAX), Ordering::Relaxed);
+    }
+
+    fn currency(&self, now: Instant) -> Currency {
+        let confirmed = self.opened + Duration::from_millis(self.confirmed.load(Ordering::Relaxed));
+        Currency::of(confirmed, self.limit, now)
+    }
 }
 
 impl Registry {
     /// Takes the first snapshots of `state`. `on_keys` is called with the keys whenever they have changed, in the order of the
-    /// changes. Blocks on the store.
+    /// changes. `limit`: how long snapshots of a state in etcd may be used without a confirmation. Blocks on the store.
     ///
     /// # Errors
     /// [`FollowError::State`], [`FollowError::Hosts`]. Certificates that cannot be read are logged and left out.
-    pub fn open(state: State, on_keys: impl Fn(&Arc<Keys>) + Send + Sync + 'static) -> Result<Self, FollowError> {
+    pub fn open(
+        state: State,
+        limit: Duration,
+        on_keys: impl Fn(&Arc<Keys>) + Send + Sync + 'static,
+    ) -> Result<Self, FollowError> {
+        let shared = state.confirmed().map(|opened| Shared { opened, confirmed: AtomicU64::new(0), limit });
         let registry = Self {
             keys: ArcSwap::default(),
             hosts: ArcSwap::default(),
@@ -54,9 +87,11 @@ impl Registry {
             on_keys: Box::new(on_keys),
             stale: AtomicBool::new(false),
             unreadable: Mutex::default(),
+            followed: state.another().map(Mutex::new),
+            shared,
             state: Mutex::new(state),
         };
-        match registry.reload() {
+        match registry.with_followed(|state| registry.reload(state)) {
             Err(error @ FollowError::Unreadable(_)) => {
                 tracing::error!(%error, "a part of the state cannot be used; claviger doctor says what to do");
             }
@@ -107,7 +142,41 @@ impl Registry {
     /// # Errors
     /// See [`FollowError`]. Snapshots whose records cannot be read remain unchanged, and the next call tries again.
     pub fn follow(&self) -> Result<(), FollowError> {
-        if self.with_state(|state| state.changed())? { self.reload() } else { Ok(()) }
+        self.with_followed(|state| {
+            // Asked first: the contents that are looked at afterwards are at least as new.
+            let confirmed = state.confirmed();
+            let followed = if state.changed()? { self.reload(state) } else { Ok(()) };
+            // Certificates that cannot be read keep nobody from being removed.
+            if let (Some(shared), Some(confirmed), Ok(()) | Err(FollowError::Unreadable(_))) =
+                (&self.shared, confirmed, &followed)
+            {
+                shared.confirm(confirmed);
+            }
+            followed
+        })
+    }
+
+    /// How current the snapshots are.
+    #[must_use]
+    pub fn currency(&self) -> Currency {
+        self.shared.as_ref().map_or(Currency::Local, |shared| shared.currency(Instant::now()))
+    }
+
+    /// Why a state in etcd is not confirmed now, for people; `None` for a local state, or if it is connected.
+    #[must_use]
+    pub fn why_lost(&self) -> Option<String> {
+        let state = lock(self.followed.as_ref()?);
+        state.condition()?.link.err()
+    }
+
+    /// Notifies when [`Registry::follow`] has something to do, if the store supports that.
+    #[must_use]
+    pub fn changes(&self) -> Option<tokio::sync::watch::Receiver<()>> {
+        self.with_followed(|state| state.changes())
+    }
+
+    fn with_followed<T>(&self, work: impl FnOnce(&mut State) -> T) -> T {
+        work(&mut lock(self.followed.as_ref().unwrap_or(&self.state)))
     }
 
     /// Records the result of a check of the state. Logs the first failure, and the first success after failures.
@@ -164,21 +233,19 @@ impl Registry {
         }
     }
 
-    fn reload(&self) -> Result<(), FollowError> {
-        self.with_state(|state| {
-            state.snapshot(|contents| {
-                // Hosts and baselines come first, even if other records cannot be read. A host must not be served
-                // after it was removed or its baseline was disabled.
-                let hosts = contents.hosts().map(|hosts| self.hosts.store(Arc::new(Hosts::new(hosts))));
-                let baselines = contents.baselines();
-                let baselines = baselines.map(|all| self.baselines.store(Arc::new(Baselines::new(all))));
-                let signers = self.reload_signers(contents);
-                let keys = self.reload_keys(contents);
-                hosts.and(baselines).map_err(FollowError::Hosts)?;
-                let unreadable: Vec<_> = signers?.into_iter().chain(keys?).collect();
-                *self.unreadable() = unreadable.iter().map(|of| of.thumbprint.clone()).collect();
-                if unreadable.is_empty() { Ok(()) } else { Err(FollowError::Unreadable(unreadable)) }
-            })
+    fn reload(&self, state: &mut State) -> Result<(), FollowError> {
+        state.snapshot(|contents| {
+            // Hosts and baselines come first, even if other records cannot be read. A host must not be served
+            // after it was removed or its baseline was disabled.
+            let hosts = contents.hosts().map(|hosts| self.hosts.store(Arc::new(Hosts::new(hosts))));
+            let baselines = contents.baselines();
+            let baselines = baselines.map(|all| self.baselines.store(Arc::new(Baselines::new(all))));
+            let signers = self.reload_signers(contents);
+            let keys = self.reload_keys(contents);
+            hosts.and(baselines).map_err(FollowError::Hosts)?;
+            let unreadable: Vec<_> = signers?.into_iter().chain(keys?).collect();
+            *self.unreadable() = unreadable.iter().map(|of| of.thumbprint.clone()).collect();
+            if unreadable.is_empty() { Ok(()) } else { Err(FollowError::Unreadable(unreadable)) }
         })
     }
 
@@ -225,7 +292,7 @@ mod tests {
     use std::sync::atomic::AtomicUsize;
 
     fn registry(folder: &Path) -> Arc<Registry> {
-        Arc::new(Registry::open(State::open(folder).unwrap(), |_| {}).unwrap())
+        Arc::new(Registry::open(State::open(folder).unwrap(), Duration::ZERO, |_| {}).unwrap())
     }
 
     fn sql(folder: &Path, sql: &str) {
@@ -295,7 +362,7 @@ mod tests {
         let told = Arc::new(AtomicUsize::new(0));
         let counting = Arc::clone(&told);
         let on_keys = move |_: &Arc<Keys>| _ = counting.fetch_add(1, Ordering::Relaxed);
-        let registry = Arc::new(Registry::open(State::open(folder.path()).unwrap(), on_keys).unwrap());
+        let registry = Arc::new(Registry::open(State::open(folder.path()).unwrap(), Duration::ZERO, on_keys).unwrap());
         let add = |state: &mut State| {
             let der = certificate();
             let new = NewCertificate { kind: Kind::Signing, der: &der, key_id: b"id", spki: b"spki", primary: false };

@@ -197,6 +197,11 @@ impl Keys {
         self.all.iter().map(|(kind, key)| (*kind, &key.certificate))
     }
 
+    /// The enabled certificates with their private keys, primary ones first.
+    pub(crate) fn all(&self) -> impl Iterator<Item = (Kind, &Key)> {
+        self.all.iter().map(|(kind, key)| (*kind, key))
+    }
+
     /// A known-answer test for each key, primary ones first.
     #[must_use]
     pub fn known_answers(&self) -> Vec<KnownAnswerTest> {

@@ -9,10 +9,11 @@
 //! ```
 
 use std::collections::HashMap;
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 
+use arc_swap::ArcSwap;
 use claviger_process::lock::lock;
-use claviger_protocol::tpm::state::{StateId, StateKey};
+use claviger_protocol::tpm::state::{BadState, State, StateId, StateKey};
 use ring::error::Unspecified;
 
 /// Number of used States below which expired ones are not purged.
@@ -21,8 +22,16 @@ const LEAST_PURGE: usize = 1_024;
 /// The key that seals States, and the used States.
 #[derive(Debug)]
 pub struct Sessions {
-    key: StateKey,
+    keys: ArcSwap<SealingKeys>,
     used: Mutex<Used>,
+}
+
+#[derive(Debug)]
+struct SealingKeys {
+    /// Seals and opens States.
+    current: Arc<StateKey>,
+    /// Opens the States that it has sealed.
+    previous: Option<Arc<StateKey>>,
 }
 
 #[derive(Debug, Default)]
@@ -47,12 +56,32 @@ impl Sessions {
     /// # Errors
     /// The system has no randomness.
     pub fn new() -> Result<Self, Unspecified> {
-        Ok(Self { key: StateKey::generate()?, used: Mutex::default() })
+        let keys = SealingKeys { current: Arc::new(StateKey::generate()?), previous: None };
+        Ok(Self { keys: ArcSwap::from_pointee(keys), used: Mutex::default() })
     }
 
-    /// The key that seals States.
-    pub(crate) fn key(&self) -> &StateKey {
-        &self.key
+    /// Seals a State.
+    ///
+    /// # Errors
+    /// The system has no randomness.
+    pub(crate) fn seal(&self, state: &State) -> Result<Vec<u8>, Unspecified> {
+        self.keys.load().current.seal(state)
+    }
+
+    /// Opens a State that the current or the previous key has sealed.
+    ///
+    /// # Errors
+    /// [`BadState`].
+    pub(crate) fn open(&self, sealed: &[u8]) -> Result<(StateId, State), BadState> {
+        let keys = self.keys.load();
+        let opened = keys.current.open(sealed);
+        opened.or_else(|error| keys.previous.as_ref().map_or(Err(error), |previous| previous.open(sealed)))
+    }
+
+    /// Seals with another key from now on.
+    pub(crate) fn replace_key(&self, key: StateKey) {
+        let previous = Some(Arc::clone(&self.keys.load().current));
+        self.keys.store(Arc::new(SealingKeys { current: Arc::new(key), previous }));
     }
 
     /// Whether a State was used for a certificate, or is claimed.
@@ -112,6 +141,30 @@ mod tests {
         sessions.claim(one, 120, 0).unwrap().spend();
         assert!(sessions.is_used(&one) && sessions.claim(one, 120, 0).is_none());
         assert!(sessions.claim(two, 120, 0).is_some());
+    }
+
+    #[test]
+    fn the_previous_key_opens_what_it_has_sealed() {
+        let state = State {
+            ends: 120,
+            session_id: [1; 16],
+            endorsement_key: [2; 32],
+            credential: zeroize::Zeroizing::new([3; 32]),
+            selection: claviger_protocol::tpm::pcr::PcrSet::ALWAYS,
+            ak_public: vec![4; 40],
+        };
+        let (here, there) = (Sessions::new().unwrap(), Sessions::new().unwrap());
+        let sealed = here.seal(&state).unwrap();
+        assert!(there.open(&sealed).is_err());
+        let seed = claviger_protocol::tpm::state::StateSeed::generate().unwrap();
+        for sessions in [&here, &there] {
+            sessions.replace_key(StateKey::from_seed(&seed).unwrap());
+        }
+        assert!(here.open(&sealed).unwrap().1 == state);
+        let common = here.seal(&state).unwrap();
+        assert!(there.open(&common).unwrap().1 == state, "both nodes have the key");
+        here.replace_key(StateKey::generate().unwrap());
+        assert!(here.open(&sealed).is_err() && here.open(&common).is_ok(), "one before the current one");
     }
 
     #[test]

@@ -28,11 +28,14 @@ pub struct Grant {
 }
 
 impl Grant {
-    /// Returns the response if host, keys and the keys' labels still allow it.
+    /// Returns the response if host, keys and the keys' labels still allow it, and the state is known well enough.
     ///
     /// # Errors
     /// The refusal that a new release would get now.
     pub fn confirm(self, service: &Service) -> Result<RollResponse, Refusal> {
+        if let Some(why) = service.registry.currency().why_expired() {
+            return Err(Refusal::new(Code::ServiceUnavailable, why));
+        }
         let in_force = service.snapshot();
         let encryption = in_force.keys.encryption(&self.encryption).ok_or_else(not_for_us)?;
         let signing = in_force.keys.signing(&self.signing).ok_or_else(signing_key_missing)?;

@@ -20,6 +20,7 @@ use crate::attest::signer_rotation::Keeper;
 use crate::config::Config;
 use crate::http::server::{self, Cut, Drained, Limits, Listener};
 use crate::http::{attestation, intake, resource, routes};
+use crate::nodes;
 use crate::observe::metrics;
 use crate::release;
 use crate::service::{Service, ServiceError};
@@ -29,8 +30,10 @@ use crate::sys::places::LEAVING;
 use crate::sys::process;
 use crate::tls::{SharedTls, TlsError, tls_config};
 
-/// How often the state is looked at for changes that another daemon made.
+/// How often the state is looked at for changes that another daemon made, if its store does not tell of them at once.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// How often counts and evidence are written.
+const WRITE_EVERY: Duration = Duration::from_secs(1);
 
 /// Most connections to the metrics address, a 64th of the open files between these bounds. Scrapers need a few: the others are
 /// for whoever only holds them, so that there is time to ask before the next one is closed.
@@ -151,9 +154,10 @@ impl Daemon {
         let of = service.clone();
         let commands = move |request, peer| handlers::review(of.clone(), request, peer);
         let review = tokio::spawn(review.serve(commands, wait(stopped)));
-        let others = vec![
+        let mut others = vec![
             tokio::spawn(Keeper::new(service.clone()).run()),
             tokio::spawn(follow_state(service.clone())),
+            tokio::spawn(write_counts(service.clone())),
             tokio::spawn(audit_tasks::sum_up(service.clone())),
             tokio::spawn(audit_tasks::sign(service.clone())),
             tokio::spawn(release::stocker::run(service.clone(), service.cluster.clone())),
@@ -165,6 +169,7 @@ impl Daemon {
                 server::run(metrics_listener, None, limits, handler, std::future::pending()).await;
             }),
         ];
+        others.extend(nodes::start(&service));
         Ok(Self { service, address, metrics_address, tls, stop, serving, admin: [admin, review], others })
     }
 
@@ -194,6 +199,7 @@ impl Daemon {
             task.abort();
             let _ = task.await;
         }
+        nodes::leave(&self.service).await;
         release::stocker::remember(&self.service).await;
         audit_tasks::finish(&self.service).await;
         self.service.cluster.close().await;
@@ -241,16 +247,33 @@ fn affordable(mut limits: Limits, config: &Config) -> Limits {
 
 /// Takes fresh snapshots when another process has changed the state, and tries again where that failed.
 async fn follow_state(service: Arc<Service>) {
+    let mut changes = service.registry.changes();
     loop {
-        tokio::time::sleep(LOOK_EVERY).await;
+        let told = async {
+            // An error means that the store is gone, which the next look reports.
+            match &mut changes {
+                Some(changes) => changes.changed().await.unwrap_or(()),
+                None => std::future::pending().await,
+            }
+        };
+        let _ = tokio::time::timeout(LOOK_EVERY, told).await;
         let of = service.clone();
-        let followed = tokio::task::spawn_blocking(move || {
-            // First: a change of the registry does not wait for what is only remembered.
-            let followed = of.registry.follow().map_err(|error| error.to_string());
+        let followed = tokio::task::spawn_blocking(move || of.registry.follow().map_err(|error| error.to_string()));
+        service.registry.looked(&followed.await.unwrap_or_else(|error| Err(error.to_string())));
+    }
+}
+
+/// Writes what is only remembered: usage counts and evidence.
+async fn write_counts(service: Arc<Service>) {
+    loop {
+        tokio::time::sleep(WRITE_EVERY).await;
+        let of = service.clone();
+        let written = tokio::task::spawn_blocking(move || {
             of.usage.flush(unix_now());
             of.evidence.flush();
-            followed
         });
-        service.registry.looked(&followed.await.unwrap_or_else(|error| Err(error.to_string())));
+        if let Err(error) = written.await {
+            tracing::error!(%error, "counts and evidence are not written");
+        }
     }
 }

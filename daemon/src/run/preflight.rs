@@ -11,13 +11,16 @@ use std::net::SocketAddr;
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
-use claviger_client::files::FileError;
+use claviger_client::files::{self, FileError};
 
 use crate::admin;
 use crate::config::{Config, PinError};
 use crate::http::server::bind_socket;
 use crate::sys::process;
 use crate::tls::{TlsError, tls_config};
+
+/// Largest file that is named in `[etcd]`, in bytes.
+const ETCD_FILE: usize = 64 * 1024;
 
 /// A problem that prevents the start.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -54,7 +57,7 @@ impl fmt::Display for Blocked {
 type Check = fn(&Config) -> Vec<Problem>;
 
 /// Checks that are also valid while a daemon runs.
-const CHECKS: &[Check] = &[pins, tls, folder, sockets, groups];
+const CHECKS: &[Check] = &[pins, tls, etcd, folder, sockets, groups];
 /// Checks that fail while a daemon runs, because the daemon uses the resources.
 const CHECKS_WHILE_STOPPED: &[Check] = &[ports];
 
@@ -79,7 +82,7 @@ pub fn pass(config: &Config) -> Result<(), Blocked> {
 }
 
 /// Whether another daemon has locked the socket. It is not contacted, because the lock alone decides.
-fn another(config: &Config) -> Option<Problem> {
+pub(crate) fn another(config: &Config) -> Option<Problem> {
     let socket = config.server.admin_socket();
     let lock = File::open(admin::lock_file(&socket)).ok()?;
     let held = matches!(lock.try_lock_shared(), Err(TryLockError::WouldBlock));
@@ -122,6 +125,19 @@ fn tls(config: &Config) -> Vec<Problem> {
         _ => "a daemon that runs already goes on with the files that it has read",
     };
     vec![Problem { check: "tls", what: error.to_string(), remedy: remedy.to_owned() }]
+}
+
+/// The files for etcd can be read, and others cannot read the secrets.
+fn etcd(config: &Config) -> Vec<Problem> {
+    let Some(etcd) = &config.etcd else { return Vec::new() };
+    let secrets = etcd.secret_files().into_iter().filter(|path| !is_pipe(path));
+    let secrets = secrets.filter_map(|path| files::read_secret(path, ETCD_FILE).err()).map(|error| error.to_string());
+    let public = etcd.public_files().into_iter().filter(|path| !is_pipe(path)).filter_map(|path| {
+        let error = files::read(path, ETCD_FILE).err()?;
+        Some(error.to_string())
+    });
+    let problem = |what| Problem { check: "etcd", what, remedy: "see [etcd] in the configuration".to_owned() };
+    secrets.chain(public).map(problem).collect()
 }
 
 /// If the state folder exists, it is a folder. Otherwise it is created at the start.

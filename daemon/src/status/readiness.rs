@@ -1,5 +1,6 @@
 //! Readiness: the daemon is ready if a member really decrypts and signs with the primary keys, and nothing else blocks
-//! releases: the audit trail can be written, connections are accepted, and memory for requests is available.
+//! releases: the audit trail can be written, connections are accepted, memory for requests is available, and etcd has
+//! confirmed the state recently enough.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -9,6 +10,7 @@ use tokio::sync::Mutex;
 use tokio::task::{JoinHandle, JoinSet};
 
 use crate::http::server::Blocked;
+use crate::registry::currency::Currency;
 use crate::request::Attempt;
 use crate::service::Service;
 use crate::sys::id::request_id;
@@ -32,7 +34,7 @@ struct Last {
 }
 
 impl Readiness {
-    /// Returns the name of a member that just decrypted and signed, or why releases are impossible. `blocked` is the
+    /// Returns what makes releases possible (a member just decrypted and signed), or why they are impossible. `blocked` is the
     /// state of the service's listener.
     ///
     /// # Errors
@@ -45,18 +47,43 @@ impl Readiness {
         }
         let (hsms, trail) = tokio::join!(probe(service), probe_trail(service, &mut last.look));
         let no_memory = || "there is no memory for the bodies of requests".to_owned();
-        let others = [trail.err(), blocked.why().map(str::to_owned), (!service.bodies.has_room()).then(no_memory)];
+        let state = probe_state(service);
+        let others = [
+            trail.err(),
+            blocked.why().map(str::to_owned),
+            (!service.bodies.has_room()).then(no_memory),
+            state.as_ref().err().cloned(),
+        ];
         let (member, why) = match hsms {
             Ok(member) => (Some(member), None),
             Err(why) => (None, Some(why)),
         };
         let reasons: Vec<String> = why.into_iter().chain(others.into_iter().flatten()).collect();
         let answer = match (member, reasons.as_slice()) {
-            (Some(member), []) => Ok(member),
+            (Some(member), []) => {
+                let remark = state.ok().flatten().map(|remark| format!("; {remark}")).unwrap_or_default();
+                Ok(format!("{member} decrypts and signs{remark}"))
+            }
             _ => Err(reasons.join("; ")),
         };
         last.answer = Some((standstill::now(), answer.clone()));
         answer
+    }
+}
+
+/// Checks that etcd confirmed the state recently enough. Returns a remark if it does not do so now.
+fn probe_state(service: &Service) -> Result<Option<String>, String> {
+    let registry = &service.registry;
+    let because = || registry.why_lost().map(|why| format!(" ({why})")).unwrap_or_default();
+    match registry.currency() {
+        Currency::Local | Currency::Confirmed { .. } => Ok(None),
+        Currency::Stale { age, left } => {
+            let (age, left) = (age.as_secs(), left.as_secs());
+            Ok(Some(format!("etcd has not confirmed the state for {age} s{}, it serves {left} s more", because())))
+        }
+        Currency::Expired { age } => {
+            Err(format!("etcd has not confirmed the state for {} s{}", age.as_secs(), because()))
+        }
     }
 }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 use claviger_hsm::{MemberState, MemberStatus};
 
 use crate::observe::history::Point;
-use crate::observe::metrics::{Readings, SLO_SECONDS};
+use crate::observe::metrics::{Readings, SLO_SECONDS, SharedState};
 
 /// Duration of an audit write after which the disk counts as hanging.
 const DISK_HANGS: Duration = Duration::from_secs(2);
@@ -59,6 +59,15 @@ pub(super) fn judge(readings: &Readings, points: &[Point], now: i64) -> Verdict 
     if readings.state_stale {
         remarks.push("The state file cannot be read: hosts that were removed may go on being served.".to_owned());
     }
+    let unconfirmed = readings.shared.as_ref().filter(|shared| !shared.confirmed);
+    if let Some(shared) = unconfirmed.filter(|shared| shared.age <= shared.limit) {
+        let (age, left) = (shared.age.as_secs(), (shared.limit - shared.age).as_secs());
+        remarks.push(format!(
+            "etcd has not confirmed the state for {age} s{}: nothing can be changed, hosts that were removed elsewhere may go \
+             on being served, and nothing is released {left} s from now.",
+            because(shared)
+        ));
+    }
     if readings.audit.reserve_missing > 0 {
         let used = readings.audit.reserve_missing.div_ceil(1024 * 1024);
         remarks.push(format!("The audit log's disk is full: {used} MiB of its reserve are used."));
@@ -97,6 +106,13 @@ pub(super) fn judge(readings: &Readings, points: &[Point], now: i64) -> Verdict 
     if readings.audit_writing >= DISK_HANGS {
         let since = readings.audit_writing.as_secs();
         return bad(format!("No keys are released: the audit log's disk has not answered for {since} s"), remarks);
+    }
+    if let Some(shared) = unconfirmed.filter(|shared| shared.age > shared.limit) {
+        let since = shared.age.as_secs();
+        return bad(
+            format!("No keys are released: etcd has not confirmed the state for {since} s{}", because(shared)),
+            remarks,
+        );
     }
     if up.is_empty() {
         return bad(format!("No keys are released: {}", none_of(members.len())), remarks);
@@ -138,6 +154,10 @@ fn expiry((kind, name, end): &(&'static str, String, i64), now: i64) -> Option<S
     }
     let serves_on = matches!(*kind, "signing" | "encryption");
     (!serves_on || past < SAID_FOR).then(|| format!("The {kind} certificate {name} has expired."))
+}
+
+fn because(shared: &SharedState) -> String {
+    shared.why.as_ref().map(|why| format!(" ({why})")).unwrap_or_default()
 }
 
 fn is_drained(member: &MemberStatus) -> bool {
@@ -217,6 +237,29 @@ mod tests {
         let failing = verdict(&[Up], Some((0, 8)), |_| ());
         assert_eq!(failing.headline, "No keys are released: all 8 releases of the last 10 s failed");
         assert_eq!(failing.level, Level::Bad);
+    }
+
+    #[test]
+    fn a_state_that_etcd_does_not_confirm_is_said_and_then_ends_the_releases() {
+        let after = |seconds: u64, confirmed: bool| {
+            verdict(&[MemberState::Up], Some((5, 0)), |readings| {
+                readings.shared = Some(SharedState {
+                    confirmed,
+                    age: Duration::from_secs(seconds),
+                    limit: Duration::from_secs(300),
+                    revision: 7,
+                    why: Some("https://e:1: no answer".to_owned()),
+                });
+            })
+        };
+        assert_eq!(after(1, true).level, Level::Good);
+        let stale = after(20, false);
+        assert_eq!((stale.level, &*stale.headline), (Level::Degraded, "Keys are being released"));
+        assert!(stale.remarks[0].starts_with("etcd has not confirmed the state for 20 s (https://e:1: no answer)"));
+        assert!(stale.remarks[0].ends_with("nothing is released 280 s from now."), "{stale:?}");
+        let expired = after(301, false);
+        let headline = "No keys are released: etcd has not confirmed the state for 301 s (https://e:1: no answer)";
+        assert_eq!((expired.level, &*expired.headline), (Level::Bad, headline));
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
@@ -36,7 +36,14 @@ pub(super) trait Store: fmt::Debug + Send {
     /// The state of the connection to a remote store; `None` for a local store.
     fn condition(&self) -> Option<Condition>;
 
-    /// Notifies about new contents, if the store supports that.
+    /// The latest time at which the contents are known to have been the newest ones; `None` for a local store, whose
+    /// contents always are.
+    fn confirmed(&self) -> Option<Instant>;
+
+    /// Another handle to a remote store, which does not wait for a change that this one makes.
+    fn another(&self) -> Option<Box<dyn Store>>;
+
+    /// Notifies about new contents and about each confirmation that they are the newest, if the store supports that.
     fn changes(&self) -> Option<watch::Receiver<()>>;
 }
 

@@ -5,9 +5,11 @@
 //! new contents. If the connection is lost during a write, it is first determined whether the change was made.
 
 mod batch;
+mod board;
 mod calls;
 mod follower;
 mod layout;
+mod probe;
 mod settings;
 #[cfg(test)]
 pub(super) mod testing;
@@ -28,12 +30,12 @@ use tokio::sync::oneshot;
 use super::backend::{Condition, Decision, Store};
 use super::contents::Contents;
 use super::error::StateError;
+pub use board::{Board, BoardError, Entry, Lease};
 use calls::{CallError, HeadAt, Outcome};
 use follower::{Link, Shared};
+pub use probe::{EndpointAnswer, probe};
 pub use settings::EtcdSettings;
 
-/// Time limit for the first read.
-const START: Duration = Duration::from_secs(30);
 /// Time limit for a change, including all attempts.
 const CHANGE: Duration = Duration::from_secs(10);
 /// How long a change waits for another endpoint after the connection was lost. Later changes are refused at once.
@@ -41,21 +43,21 @@ const GRACE: Duration = Duration::from_secs(2);
 /// Time limit for an operation of several calls, such as writing a large change.
 const LARGE: Duration = Duration::from_secs(60);
 
-/// The state in etcd. Its own thread follows etcd.
-#[derive(Debug)]
+/// The state in etcd. Its own thread follows etcd until the last copy is dropped.
+#[derive(Clone, Debug)]
 pub(super) struct Etcd {
     shared: Arc<Shared>,
     runtime: Handle,
     /// Dropping it ends the thread.
-    _stop: oneshot::Sender<()>,
+    stop: Arc<oneshot::Sender<()>>,
 }
 
 impl Etcd {
     /// Connects to etcd and reads the state.
     ///
     /// # Errors
-    /// [`StateError::Unavailable`] if no endpoint answers within 30 seconds.
-    pub(super) fn open(settings: EtcdSettings) -> Result<Self, StateError> {
+    /// [`StateError::Unavailable`] if no endpoint answers in this time.
+    pub(super) fn open(settings: EtcdSettings, patience: Duration) -> Result<Self, StateError> {
         let unavailable = |error: std::io::Error| StateError::Unavailable { reason: error.to_string() };
         let shared = Arc::new(Shared::new(settings));
         let (stop, mut stopped) = oneshot::channel::<()>();
@@ -71,12 +73,17 @@ impl Etcd {
             });
         };
         std::thread::Builder::new().name("etcd".to_owned()).spawn(thread).map_err(unavailable)?;
-        let store = Self { shared, runtime: handle, _stop: stop };
-        let loaded = store.shared.wait(Instant::now() + START, |followed| followed.contents.as_ref().map(drop));
+        let store = Self { shared, runtime: handle, stop: Arc::new(stop) };
+        let loaded = store.shared.wait(Instant::now() + patience, |followed| followed.contents.as_ref().map(drop));
         match loaded {
             Some(()) => Ok(store),
             None => Err(store.lost()),
         }
+    }
+
+    /// Values that nodes tell each other, through the same connection.
+    pub(super) fn board(&self) -> Board {
+        Board::new(Arc::clone(&self.shared), Arc::clone(&self.stop))
     }
 
     /// The state of the connection to etcd.
@@ -251,6 +258,14 @@ impl Store for Etcd {
 
     fn condition(&self) -> Option<Condition> {
         Some(Self::condition(self))
+    }
+
+    fn confirmed(&self) -> Option<Instant> {
+        self.shared.followed().fresh
+    }
+
+    fn another(&self) -> Option<Box<dyn Store>> {
+        Some(Box::new(self.clone()))
     }
 
     fn changes(&self) -> Option<tokio::sync::watch::Receiver<()>> {

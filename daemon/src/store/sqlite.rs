@@ -41,6 +41,15 @@ pub(super) struct Sqlite {
 #[derive(Debug, Default)]
 struct Known(RefCell<Option<(i64, Arc<Contents>)>>);
 
+/// Creates the state folder with mode 0700 if it is missing.
+///
+/// # Errors
+/// [`StateError::File`].
+pub(super) fn make_folder(folder: &Path) -> Result<(), StateError> {
+    let made = DirBuilder::new().recursive(true).mode(0o700).create(folder);
+    made.map_err(|source| StateError::File { path: folder.to_owned(), source })
+}
+
 impl Sqlite {
     /// Opens `state.db` in `folder`. A missing folder is created with mode 0700, a missing file with 0600.
     ///
@@ -48,7 +57,7 @@ impl Sqlite {
     /// [`StateError::TooNew`], [`StateError::File`] or [`StateError::Database`].
     pub(super) fn open(folder: &Path) -> Result<Self, StateError> {
         let file = |path: &Path, source| StateError::File { path: path.to_owned(), source };
-        DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(|error| file(folder, error))?;
+        make_folder(folder)?;
         let path = folder.join("state.db");
         // SQLite would create it with the umask's mode. Its journal files get the mode of this file.
         let made = OpenOptions::new().create(true).append(true).mode(0o600).open(&path);
@@ -128,6 +137,14 @@ impl Store for Sqlite {
             .prepare_cached("SELECT log FROM baselines WHERE name = ?1 AND added = ?2")
             .and_then(|mut statement| statement.query_row(params![name, added], |row| row.get(0)).optional());
         Ok(found.map_err(|error| self.database(error))?.flatten())
+    }
+
+    fn confirmed(&self) -> Option<Instant> {
+        None
+    }
+
+    fn another(&self) -> Option<Box<dyn Store>> {
+        None
     }
 
     fn condition(&self) -> Option<Condition> {

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use claviger_protocol::tpm::pcr::PcrValues;
 use tokio::sync::watch;
@@ -9,16 +10,23 @@ use tokio::sync::watch;
 use super::backend::{Condition, Store};
 use super::contents::Contents;
 use super::error::StateError;
-use super::etcd::{Etcd, EtcdSettings};
+use super::etcd::{Board, Etcd, EtcdSettings};
 use super::import::{Import, Merged};
 use super::labels::Labels;
 use super::records::{Baseline, Certificate, Host, HostKind, Kind, NewCertificate, NewSigner, RevokedSigner, Signer};
-use super::sqlite::Sqlite;
+use super::sqlite::{Sqlite, make_folder};
+use crate::config::Config;
+
+/// How long the start waits for etcd.
+const START: Duration = Duration::from_secs(30);
+/// How long a command that only reads waits for etcd.
+const LOOK: Duration = Duration::from_secs(8);
 
 /// The open state, used by one caller at a time. Errors of changes are documented at the methods of [`Contents`].
 #[derive(Debug)]
 pub struct State {
     store: Box<dyn Store>,
+    board: Option<Board>,
     /// The contents at the last snapshot.
     seen: Arc<Contents>,
 }
@@ -33,12 +41,40 @@ pub struct View {
 }
 
 impl State {
+    /// Opens the state of a daemon: etcd if the configuration names it, otherwise `state.db` in the state folder. Waits
+    /// for etcd up to 30 seconds. A missing state folder is created with mode 0700.
+    ///
+    /// # Errors
+    /// [`StateError::Unavailable`]; those of [`State::open`].
+    pub fn of(config: &Config) -> Result<Self, StateError> {
+        let folder = &config.server.state;
+        let Some(settings) = EtcdSettings::of(config) else { return Self::open(folder) };
+        make_folder(folder)?;
+        tracing::info!(
+            endpoints = settings.endpoints.join(", "),
+            "reading the state from etcd, for which the start waits {} seconds at most",
+            START.as_secs()
+        );
+        Self::etcd(settings)
+    }
+
+    /// Opens the state of a daemon for reading. Waits for etcd up to 8 seconds.
+    ///
+    /// # Errors
+    /// [`StateError::Unavailable`]; those of [`State::view`].
+    pub fn view_of(config: &Config) -> Result<View, StateError> {
+        match EtcdSettings::of(config) {
+            None => Self::view(&config.server.state),
+            Some(settings) => Ok(View { state: Self::in_etcd(Etcd::open(settings, LOOK)?)?, older: None }),
+        }
+    }
+
     /// Opens `state.db` in `folder`. A missing folder is created with mode 0700, a missing file with 0600.
     ///
     /// # Errors
     /// [`StateError::TooNew`], [`StateError::File`] or [`StateError::Database`].
     pub fn open(folder: &Path) -> Result<Self, StateError> {
-        Self::of(Sqlite::open(folder)?)
+        Self::with(Sqlite::open(folder)?)
     }
 
     /// Opens `state.db` in `folder`, which must exist, without writing.
@@ -47,7 +83,7 @@ impl State {
     /// [`StateError::TooNew`] or [`StateError::Database`].
     pub fn view(folder: &Path) -> Result<View, StateError> {
         let (store, older) = Sqlite::view(folder)?;
-        Ok(View { state: Self::of(store)?, older })
+        Ok(View { state: Self::with(store)?, older })
     }
 
     /// Connects to etcd. A thread follows etcd until this value is dropped.
@@ -55,7 +91,7 @@ impl State {
     /// # Errors
     /// [`StateError::Unavailable`].
     pub fn etcd(settings: EtcdSettings) -> Result<Self, StateError> {
-        Self::of(Etcd::open(settings)?)
+        Self::in_etcd(Etcd::open(settings, START)?)
     }
 
     /// The state of the connection to etcd; `None` for a local state.
@@ -64,15 +100,41 @@ impl State {
         self.store.condition()
     }
 
-    /// Notifies about new contents, if the store supports that; otherwise poll [`State::changed`].
+    /// Notifies about new contents and about each confirmation that they are the newest, if the store supports that;
+    /// otherwise poll [`State::changed`].
     #[must_use]
     pub fn changes(&self) -> Option<watch::Receiver<()>> {
         self.store.changes()
     }
 
-    fn of(store: impl Store + 'static) -> Result<Self, StateError> {
+    /// The latest time at which the contents are known to have been the newest ones; `None` for a local state, whose
+    /// contents always are.
+    #[must_use]
+    pub fn confirmed(&self) -> Option<Instant> {
+        self.store.confirmed()
+    }
+
+    /// Another handle to a state in etcd, which does not wait for a change that this one makes. `None`: the state is
+    /// local.
+    #[must_use]
+    pub fn another(&self) -> Option<Self> {
+        Some(Self { store: self.store.another()?, board: self.board.clone(), seen: Arc::clone(&self.seen) })
+    }
+
+    /// What the nodes of a state in etcd tell each other; `None` for a local state.
+    #[must_use]
+    pub fn board(&self) -> Option<Board> {
+        self.board.clone()
+    }
+
+    fn in_etcd(store: Etcd) -> Result<Self, StateError> {
+        let board = Some(store.board());
+        Ok(Self { board, ..Self::with(store)? })
+    }
+
+    fn with(store: impl Store + 'static) -> Result<Self, StateError> {
         let seen = store.contents()?;
-        Ok(Self { store: Box::new(store), seen })
+        Ok(Self { store: Box::new(store), board: None, seen })
     }
 
     /// The current contents.

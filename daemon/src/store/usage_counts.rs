@@ -85,6 +85,20 @@ impl Releases {
         counted(&name_of(key)).saturating_add(counted(&key.id.0))
     }
 
+    /// The counts by the keys' names in the file.
+    pub(crate) fn by_key(&self) -> impl Iterator<Item = (&[u8], u64)> {
+        self.by_key.iter().map(|(name, count)| (name.as_slice(), *count))
+    }
+
+    /// Adds the counts of another node, which are complete since `since`.
+    pub(crate) fn add(&mut self, keys: impl IntoIterator<Item = (Vec<u8>, u64)>, since: Option<i64>) {
+        for (name, count) in keys {
+            let sum = self.by_key.entry(name).or_default();
+            *sum = sum.saturating_add(count);
+        }
+        self.since = self.since.max(since);
+    }
+
     /// Whether the counts are complete for a key that was added at `added`.
     #[must_use]
     pub fn are_all_since(&self, added: i64) -> bool {

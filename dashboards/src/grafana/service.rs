@@ -206,6 +206,20 @@ fn surface() -> Vec<Panel> {
         .ask("max by (instance) (claviger_state_stale{@})", "{{instance}}")
         .colours(GREEN, &[(1.0, RED)])
         .up_to(1.0),
+        Panel::lines(
+            "Age of the state in etcd",
+            "s",
+            "Time since etcd confirmed the state of a node. At its limit (300 s by default) a node releases nothing.",
+        )
+        .ask("max by (instance) (claviger_state_age_seconds{@})", "{{instance}}")
+        .ask("max by (instance) (claviger_state_age_limit_seconds{@})", "limit of {{instance}}")
+        .colours(GREEN, &[(5.0, YELLOW), (300.0, RED)]),
+        Panel::lines(
+            "Revision of the state in etcd",
+            "short",
+            "The newest change that a node has. A node that stays behind the others does not follow etcd.",
+        )
+        .ask("max by (instance) (claviger_state_revision{@})", "{{instance}}"),
     ]
 }
 

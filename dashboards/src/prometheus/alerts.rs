@@ -261,6 +261,34 @@ fn records() -> Vec<Alert> {
             "{{ $labels.instance }} cannot read its state: changes have no effect, and removed hosts may still be \
              served.",
         ),
+        alert(
+            "ClavigerEtcdLost",
+            "page",
+            "1m",
+            "claviger_etcd_connected == 0",
+            "A node has lost etcd",
+            "{{ $labels.instance }} has no connection to etcd: nothing can be changed there, hosts that are removed \
+             elsewhere may still be served, and at the limit of `etcd.max_staleness_ms` it stops to release keys.",
+        ),
+        alert(
+            "ClavigerStateExpired",
+            "page",
+            "0m",
+            "claviger_state_age_seconds > on (instance, job) claviger_state_age_limit_seconds",
+            "A node releases nothing, because it has lost etcd for too long",
+            "{{ $labels.instance }} has not heard from etcd for {{ $value | humanizeDuration }}: it answers releases \
+             and attestations with 503 until it has read the state again.",
+        ),
+        alert(
+            "ClavigerNodeBehind",
+            "page",
+            "1m",
+            "claviger_state_revision < on (job) group_left () max by (job) (claviger_state_revision) \
+             and on (instance, job) claviger_etcd_connected == 1",
+            "A node does not follow the state in etcd",
+            "{{ $labels.instance }} has an older revision of the state than another node: changes have no effect there, \
+             and removed hosts may still be served.",
+        ),
     ]
 }
 

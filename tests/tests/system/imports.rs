@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use claviger_tests::imports::Imports;
 
 /// The rooms of the daemon from top to bottom, as in `docs/ARCHITECTURE.md`. Each imports rooms below it only.
-const ROOMS: [&str; 20] = [
+const ROOMS: [&str; 21] = [
     "cli",
     "lab",
     "run",
@@ -15,6 +15,7 @@ const ROOMS: [&str; 20] = [
     "http",
     "release",
     "attest",
+    "nodes",
     "service",
     "admission",
     "stock",

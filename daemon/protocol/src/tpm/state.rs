@@ -3,6 +3,7 @@
 
 use ring::aead::{AES_256_GCM, Aad, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
 use ring::error::Unspecified;
+use ring::hkdf::{HKDF_SHA256, Salt};
 use zeroize::Zeroizing;
 
 use super::credential;
@@ -36,14 +37,56 @@ pub struct State {
 /// Identifies a sealed State, so that it can be used only once.
 pub type StateId = [u8; NONCE_LEN];
 
-/// The State cannot be opened: it was changed or truncated, or another process made it (another server, or this server
-/// before its last start).
+/// The State cannot be opened: it was changed or truncated, or a server without this key made it (another service, or this
+/// server before its last start).
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("the State was not made by this server since it started")]
 pub struct BadState;
 
 /// The key that seals States.
 pub struct StateKey(LessSafeKey);
+
+/// Random bytes from which several servers derive the same key. Wiped when dropped.
+pub struct StateSeed(Zeroizing<[u8; SEED_LENGTH]>);
+
+/// Length of a seed in bytes. It differs from that of a transport key and of a credential.
+const SEED_LENGTH: usize = 48;
+
+/// What the key is derived for.
+const DERIVED_FOR: &[u8] = b"claviger-tpm-state-key-1";
+
+impl StateSeed {
+    /// A fresh seed.
+    ///
+    /// # Errors
+    /// The system has no randomness.
+    pub fn generate() -> Result<Self, Unspecified> {
+        Ok(Self(Zeroizing::new(random::octets()?)))
+    }
+
+    /// The seed with these bytes; `None` if they have another length.
+    #[must_use]
+    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let mut seed = Zeroizing::new([0; SEED_LENGTH]);
+        if bytes.len() != SEED_LENGTH {
+            return None;
+        }
+        seed.copy_from_slice(bytes);
+        Some(Self(seed))
+    }
+
+    /// The bytes of the seed, which are secret.
+    #[must_use]
+    pub fn as_bytes(&self) -> &[u8] {
+        &*self.0
+    }
+}
+
+impl std::fmt::Debug for StateSeed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("StateSeed").finish_non_exhaustive()
+    }
+}
 
 impl StateKey {
     /// A fresh key.
@@ -53,6 +96,16 @@ impl StateKey {
     pub fn generate() -> Result<Self, Unspecified> {
         let key: Zeroizing<[u8; 32]> = Zeroizing::new(random::octets()?);
         Ok(Self(LessSafeKey::new(UnboundKey::new(&AES_256_GCM, &*key)?)))
+    }
+
+    /// The key that is derived from a seed (HKDF, RFC 5869, with SHA-256).
+    ///
+    /// # Errors
+    /// Never with the lengths used here.
+    pub fn from_seed(seed: &StateSeed) -> Result<Self, Unspecified> {
+        let derived = Salt::new(HKDF_SHA256, &[]).extract(seed.as_bytes());
+        let key = derived.expand(&[DERIVED_FOR], &AES_256_GCM)?;
+        Ok(Self(LessSafeKey::new(UnboundKey::from(key))))
     }
 
     /// Seals a State. Nonces are random: one key is safe for 2^32 States, far more than a key seals in its life.
@@ -153,5 +206,17 @@ mod tests {
         }
         assert_eq!(StateKey::generate().unwrap().open(&sealed), Err(BadState));
         assert!(!format!("{:?} {key:?}", state()).contains("3, 3"));
+    }
+
+    #[test]
+    fn servers_with_one_seed_open_each_others_states() {
+        let seed = StateSeed::generate().unwrap();
+        let copy = StateSeed::from_bytes(seed.as_bytes()).unwrap();
+        let sealed = StateKey::from_seed(&seed).unwrap().seal(&state()).unwrap();
+        assert_eq!(StateKey::from_seed(&copy).unwrap().open(&sealed).unwrap().1, state());
+        let other = StateKey::from_seed(&StateSeed::generate().unwrap()).unwrap();
+        assert_eq!(other.open(&sealed), Err(BadState));
+        assert!(StateSeed::from_bytes(&seed.as_bytes()[1..]).is_none());
+        assert_ne!(SEED_LENGTH, crate::protector::TransportKey::default().len());
     }
 }

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 
 use super::change::{Change, read};
 use crate::attest::endorsement;
+use crate::nodes::usage;
 use crate::observe::audit::Peer;
 use crate::request::Attempt;
 use crate::service::Service;
@@ -112,10 +113,14 @@ pub(super) async fn label(
 
 pub(super) async fn list(service: &Arc<Service>) -> Result<Value, String> {
     let hosts = read(service, |state| state.hosts()).await?;
-    let of = Arc::clone(service);
-    let seen = tokio::task::spawn_blocking(move || of.usage.hosts(unix_now())).await.map_err(|e| e.to_string())?;
+    let seen = usage::hosts(service).await;
     let seen = seen.map_err(|e| format!("when hosts were last served cannot be read: {e}"))?;
-    let of = |host: &Host| seen.get(&host.name.to_ascii_lowercase()).copied().unwrap_or_default();
+    let of = |host: &Host| {
+        let seen = seen.get(&host.name.to_ascii_lowercase()).copied().unwrap_or_default();
+        // Another node may still tell of a host that had this name before.
+        let since = |at: Option<i64>| at.filter(|at| *at >= host.added);
+        Seen { attestation: since(seen.attestation), release: since(seen.release) }
+    };
     Ok(hosts.iter().map(|entry| host(entry, of(entry))).collect())
 }
 

@@ -18,6 +18,7 @@ pub(super) use self::token_keys::on_all_members;
 use self::token_keys::{find, key_id};
 use super::change::{Change, FAILED, outcome, read};
 use crate::admin::message::Secret;
+use crate::nodes::usage;
 use crate::observe::audit::Peer;
 use crate::registry::keys::SERVER_AUTHENTICATION;
 use crate::service::Service;
@@ -256,9 +257,7 @@ async fn missed(service: &Arc<Service>, entry: &store::Certificate) -> Result<Op
 }
 
 async fn releases(service: &Arc<Service>) -> Result<Releases, String> {
-    let of = Arc::clone(service);
-    let counted = tokio::task::spawn_blocking(move || of.usage.releases(unix_now())).await;
-    let counted = counted.map_err(|e| e.to_string()).and_then(|counted| counted.map_err(|e| e.to_string()));
+    let counted = usage::releases(service).await.map_err(|error| error.to_string());
     counted.inspect_err(|error| tracing::warn!(error, "the usage counts of keys cannot be read"))
 }
 

@@ -268,6 +268,15 @@ pub enum Command {
         /// Name of the member.
         name: String,
     },
+    /// Lists the nodes that share the state.
+    #[serde(rename = "nodes.list")]
+    ListNodes,
+    /// Deletes the record of a node that does not run.
+    #[serde(rename = "nodes.forget")]
+    ForgetNode {
+        /// Name of the node.
+        name: String,
+    },
     /// Shows the position of the audit trail.
     #[serde(rename = "audit.status")]
     AuditStatus,

@@ -7,11 +7,12 @@ use claviger_hsm::{MemberState, MemberStatus};
 
 use super::table::{
     AUDIT_LINE, AUDIT_RESERVE_MISSING, AUDIT_UNSIGNED, AUDIT_UNSIGNED_FOR, AUDIT_WAITING, AUDIT_WRITING, BODY_MEMORY,
-    BODY_MEMORY_LIMIT, BUILD_INFO, CERTIFICATE_EXPIRY, CLOCK, CONNECTIONS_LIMIT, CONNECTIONS_OPEN, HOSTS_REGISTERED,
-    HSM_CPU, HSM_IN_FLIGHT, HSM_PRIORITY, HSM_RETRY_BUDGET, HSM_SESSIONS_BUSY, HSM_SESSIONS_LIMIT, HSM_SESSIONS_OPEN,
-    HSM_SESSIONS_STUCK, HSM_SESSIONS_WANTED, HSM_STATE, HSM_WAITING, HSM_WORKER_CPU, HSM_WORKER_MEMORY, Kind, Metric,
-    PROCESS_CPU, PROCESS_FILES, PROCESS_MAX_FILES, PROCESS_MEMORY, PROCESS_START, PROCESS_THREADS, QUEUE_LIMIT,
-    QUEUE_WAITING, RELEASES_RUNNING, RELEASES_RUNNING_LIMIT, STATE_STALE, STOCK_DEPTH,
+    BODY_MEMORY_LIMIT, BUILD_INFO, CERTIFICATE_EXPIRY, CLOCK, CONNECTIONS_LIMIT, CONNECTIONS_OPEN, ETCD_CONNECTED,
+    HOSTS_REGISTERED, HSM_CPU, HSM_IN_FLIGHT, HSM_PRIORITY, HSM_RETRY_BUDGET, HSM_SESSIONS_BUSY, HSM_SESSIONS_LIMIT,
+    HSM_SESSIONS_OPEN, HSM_SESSIONS_STUCK, HSM_SESSIONS_WANTED, HSM_STATE, HSM_WAITING, HSM_WORKER_CPU,
+    HSM_WORKER_MEMORY, Kind, Metric, PROCESS_CPU, PROCESS_FILES, PROCESS_MAX_FILES, PROCESS_MEMORY, PROCESS_START,
+    PROCESS_THREADS, QUEUE_LIMIT, QUEUE_WAITING, RELEASES_RUNNING, RELEASES_RUNNING_LIMIT, STATE_AGE, STATE_AGE_LIMIT,
+    STATE_REVISION, STATE_STALE, STOCK_DEPTH,
 };
 use crate::sys::clock::since_1970;
 use crate::sys::process::Usage;
@@ -26,6 +27,21 @@ pub struct Load {
     pub running: usize,
     /// Releases that wait for their turn.
     pub waiting: usize,
+}
+
+/// How current a state in etcd is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SharedState {
+    /// Whether etcd confirms it now.
+    pub confirmed: bool,
+    /// Time since the last confirmation.
+    pub age: Duration,
+    /// The age beyond which nothing is released.
+    pub limit: Duration,
+    /// etcd's revision of it.
+    pub revision: i64,
+    /// Why it is not confirmed, if known.
+    pub why: Option<String>,
 }
 
 /// The current values.
@@ -47,6 +63,8 @@ pub struct Readings {
     pub hosts: usize,
     /// Whether the state file cannot be read.
     pub state_stale: bool,
+    /// The state in etcd; `None`: the state is on this machine.
+    pub shared: Option<SharedState>,
     /// Number of audit records that wait for the disk.
     pub audit_waiting: usize,
     /// Duration of the current audit write.
@@ -104,6 +122,12 @@ impl Readings {
         write(page, &CERTIFICATE_EXPIRY, expiry);
         one(page, &HOSTS_REGISTERED, self.hosts as f64);
         one(page, &STATE_STALE, f64::from(self.state_stale));
+        let shared =
+            |value: fn(&SharedState) -> f64| self.shared.iter().map(move |shared| ([("", ""); 0], value(shared)));
+        write(page, &ETCD_CONNECTED, shared(|of| f64::from(of.confirmed)));
+        write(page, &STATE_AGE, shared(|of| of.age.as_secs_f64()));
+        write(page, &STATE_AGE_LIMIT, shared(|of| of.limit.as_secs_f64()));
+        write(page, &STATE_REVISION, shared(|of| of.revision as f64));
         one(page, &AUDIT_WAITING, self.audit_waiting as f64);
         one(page, &AUDIT_WRITING, self.audit_writing.as_secs_f64());
         one(page, &AUDIT_LINE, self.audit.link.n as f64);

@@ -169,6 +169,14 @@ metrics! {
         "Hosts that are registered and enabled.";
     STATE_STALE: GaugeReading Count "claviger_state_stale" []
         "1 while the state file cannot be read: changes have no effect, and hosts that were removed may go on being served.";
+    ETCD_CONNECTED: GaugeReading Count "claviger_etcd_connected" []
+        "1 while etcd confirms the state of this node, 0 otherwise: then nothing can be changed. Only with [etcd].";
+    STATE_AGE: GaugeReading Seconds "claviger_state_age_seconds" []
+        "Time since etcd last confirmed the state of this node. Only with [etcd].";
+    STATE_AGE_LIMIT: GaugeReading Seconds "claviger_state_age_limit_seconds" []
+        "Age of the state beyond which this node releases nothing (etcd.max_staleness_ms). Only with [etcd].";
+    STATE_REVISION: GaugeReading Count "claviger_state_revision" []
+        "etcd's revision of the state that this node has. Only with [etcd].";
     AUDIT_ERRORS: Counter Count "claviger_audit_errors_total" []
         "Audit records that could not be written; what they would have recorded was refused.";
     AUDIT_WRITE_DURATION: Histogram(DISK_SECONDS) Seconds "claviger_audit_write_duration_seconds" []

@@ -46,7 +46,7 @@ pub(super) enum Outcome {
     Conflict,
 }
 
-async fn in_time<T>(call: impl Future<Output = Result<T, etcd_client::Error>>) -> Result<T, CallError> {
+pub(super) async fn in_time<T>(call: impl Future<Output = Result<T, etcd_client::Error>>) -> Result<T, CallError> {
     match tokio::time::timeout(CALL, call).await {
         Ok(Ok(value)) => Ok(value),
         Ok(Err(error)) => Err(CallError(reason(&error))),
@@ -99,7 +99,7 @@ async fn folder(
 }
 
 /// The first key after a folder, whose name ends with `/`.
-fn end_of(folder: &str) -> Vec<u8> {
+pub(super) fn end_of(folder: &str) -> Vec<u8> {
     let mut end = folder.as_bytes().to_vec();
     if let Some(last) = end.last_mut() {
         *last += 1;
@@ -255,6 +255,11 @@ pub(super) async fn fence(
     node: &str,
 ) -> Result<Outcome, CallError> {
     commit(client, layout, before, change, node, Vec::new()).await
+}
+
+/// The version of the member.
+pub(super) async fn version(client: &Client) -> Result<String, CallError> {
+    Ok(in_time(client.maintenance_client().status()).await?.version().to_owned())
 }
 
 /// The log of the baseline that was added under this name at this time.

@@ -40,7 +40,7 @@ pub(super) struct Shared {
     followed: Mutex<Followed>,
     /// Notifies about every change of `followed`.
     moved: Condvar,
-    /// Notifies about new contents.
+    /// Notifies about new contents, and about each confirmation that they are the newest.
     pub(super) changed: tokio::sync::watch::Sender<()>,
 }
 
@@ -227,6 +227,9 @@ async fn reading(shared: &Shared, client: &Client, endpoint: &str, was_following
             }
             is_newest
         });
+        if is_newest {
+            shared.changed.send_replace(());
+        }
         late = if is_newest { 0 } else { late + 1 };
         if late > LATE {
             return Ended::Again;

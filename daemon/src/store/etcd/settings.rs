@@ -6,6 +6,8 @@ use std::time::Duration;
 use claviger_client::files;
 use etcd_client::{Certificate, Client, ConnectOptions, Identity, TlsOptions};
 
+use crate::config::{Config, Link};
+
 /// Time limit of one call before another endpoint is tried.
 pub(super) const CALL: Duration = Duration::from_secs(3);
 
@@ -38,6 +40,24 @@ pub(super) struct Unreachable {
 }
 
 impl EtcdSettings {
+    /// The settings of a daemon; `None`: its state is in its state folder.
+    #[must_use]
+    pub fn of(config: &Config) -> Option<Self> {
+        let etcd = config.etcd.as_ref()?;
+        let (ca, identity) = match etcd.link.clone() {
+            Link::Loopback => (None, None),
+            Link::Tls { ca, identity } => (Some(ca), identity),
+        };
+        Some(Self {
+            endpoints: etcd.endpoints.clone(),
+            prefix: etcd.prefix.clone(),
+            ca,
+            identity,
+            user: etcd.login.clone(),
+            node: config.server.node(),
+        })
+    }
+
     /// Connects to one endpoint. The files are read each time, because certificates and passwords change while the
     /// daemon runs.
     ///

@@ -1,0 +1,162 @@
+//! Checks of etcd and of the nodes that share a state in it.
+
+use std::collections::BTreeMap;
+
+use super::finding::Finding;
+use crate::config::Config;
+use crate::nodes::record::{self, ListedNode};
+use crate::store::{BoardError, EtcdSettings, State, probe};
+
+/// Checks each endpoint of etcd, and the nodes. Blocks on etcd.
+pub(crate) fn examine(config: &Config) -> Vec<Finding> {
+    let Some(settings) = EtcdSettings::of(config) else { return Vec::new() };
+    let answers = match probe(&settings) {
+        Ok(answers) => answers,
+        Err(error) => {
+            return vec![Finding::error(
+                "etcd",
+                format!("etcd cannot be asked: {error}"),
+                "see that this user may open connections",
+            )];
+        }
+    };
+    let reachable = answers.iter().filter(|answer| answer.version.is_ok()).count();
+    let mut findings = Vec::new();
+    for answer in &answers {
+        match &answer.version {
+            Ok(_) => {}
+            Err(problem) => {
+                let what = format!("{}: {problem}", answer.endpoint);
+                let todo =
+                    "see that this member of etcd runs and has a majority, and to the network and the files of [etcd]";
+                let level = if reachable == 0 { Finding::error } else { Finding::warning };
+                findings.push(level("etcd", what, todo.to_owned()));
+            }
+        }
+    }
+    if reachable == 0 {
+        return findings;
+    }
+    if answers.len() == 1 {
+        let what = "only one endpoint of etcd is named: when it is away, nothing can be changed".to_owned();
+        findings.push(Finding::warning("etcd", what, "name all members of etcd in etcd.endpoints"));
+    }
+    if findings.is_empty() {
+        let versions: Vec<_> = answers.iter().filter_map(|answer| answer.version.as_deref().ok()).collect();
+        findings.push(Finding::ok(
+            "etcd",
+            format!("all {} endpoints answer, versions: {}", answers.len(), versions.join(", ")),
+        ));
+    }
+    match listed(config) {
+        Ok(nodes) => findings.extend(of_nodes(&nodes)),
+        Err(error) => {
+            let what = format!("the nodes cannot be listed: {error}");
+            findings.push(Finding::warning("nodes", what, "see the check of etcd"));
+        }
+    }
+    findings
+}
+
+fn listed(config: &Config) -> Result<Vec<ListedNode>, BoardError> {
+    let unreachable = |error: String| BoardError::Unreachable(error);
+    let view = State::view_of(config).map_err(|error| unreachable(error.to_string()))?;
+    let Some(board) = view.state.board() else { return Ok(Vec::new()) };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.map_err(|error| unreachable(error.to_string()))?.block_on(record::list(&board))
+}
+
+/// Checks that the nodes have one version, the newest state, and all keys.
+fn of_nodes(nodes: &[ListedNode]) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    let running: Vec<_> = nodes.iter().filter(|node| node.running).map(|node| &node.record).collect();
+    let mut versions: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for node in &running {
+        versions.entry(&node.version).or_default().push(&node.name);
+    }
+    if versions.len() > 1 {
+        let all: Vec<_> = versions.iter().map(|(version, nodes)| format!("{version} ({})", nodes.join(", "))).collect();
+        let what = format!("the nodes have different versions: {}", all.join("; "));
+        findings.push(Finding::warning("nodes", what, "that is right while they are updated one after the other only"));
+    }
+    let newest = running.iter().map(|node| node.revision).max().unwrap_or_default();
+    for node in &running {
+        // A node writes its record some seconds after a change.
+        if node.revision < newest {
+            let what = format!(
+                "{} has told revision {} of the state, and the newest one is {newest}",
+                node.name, node.revision
+            );
+            findings.push(Finding::warning(
+                "nodes",
+                what,
+                "ask again in ten seconds; if it stays so, see its status page",
+            ));
+        }
+        for missing in &node.missing {
+            let what = format!("{}, at {missing} is missing", node.name);
+            let todo = "replicate the key to this token with the vendor's tools, or take the certificate out";
+            findings.push(Finding::error("key", what, todo));
+        }
+    }
+    for node in nodes.iter().filter(|node| !node.running) {
+        let what = format!("{} does not run, or does not reach etcd", node.record.name);
+        let todo = format!("see to it, or claviger nodes forget {}", node.record.name);
+        findings.push(Finding::warning("nodes", what, todo));
+    }
+    if findings.is_empty() {
+        findings.push(Finding::ok("nodes", format!("{} nodes run, with one version and all keys", running.len())));
+    }
+    findings
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checks::Level;
+    use crate::nodes::record::NodeRecord;
+
+    fn node(name: &str, running: bool, change: impl FnOnce(&mut NodeRecord)) -> ListedNode {
+        let mut record = NodeRecord {
+            v: 1,
+            name: name.to_owned(),
+            version: "1.0".to_owned(),
+            joined: 1,
+            since: 1,
+            written: 1,
+            revision: 7,
+            members: 3,
+            members_up: 3,
+            keys: 3,
+            missing: Vec::new(),
+        };
+        change(&mut record);
+        ListedNode { record, running }
+    }
+
+    #[test]
+    fn what_differs_between_nodes_is_named() {
+        let good = [node("a", true, |_| ()), node("b", true, |_| ())];
+        let found = of_nodes(&good);
+        assert!(
+            found.len() == 1 && found[0].level == Level::Ok && found[0].what.starts_with("2 nodes run"),
+            "{found:?}"
+        );
+        let bad = [
+            node("a", true, |_| ()),
+            node("b", true, |of| (of.version, of.revision) = ("1.1".to_owned(), 5)),
+            node("c", true, |of| of.missing = vec!["hsm-a: the signing key 07".to_owned()]),
+            node("d", false, |of| of.version = "0.9".to_owned()),
+        ];
+        let found: Vec<_> = of_nodes(&bad).into_iter().map(|finding| (finding.level, finding.what)).collect();
+        for (level, expected) in [
+            (Level::Warning, "different versions: 1.0 (a, c); 1.1 (b)"),
+            (Level::Warning, "b has told revision 5"),
+            (Level::Error, "c, at hsm-a: the signing key 07 is missing"),
+            (Level::Warning, "d does not run"),
+        ] {
+            assert!(found.iter().any(|(of, what)| *of == level && what.contains(expected)), "{expected}: {found:?}");
+        }
+        assert_eq!(found.len(), 4);
+    }
+}
