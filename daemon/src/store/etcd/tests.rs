@@ -1,10 +1,10 @@
 //! Tests of the distributed store. The rules of the state are tested with both stores, next to the records.
-#![allow(clippy::unwrap_used, clippy::print_stdout)]
+#![allow(clippy::unwrap_used)]
 
 use std::time::{Duration, Instant};
 
 use super::super::tests::{message, soon};
-use super::super::{Certificate, Host, HostKind, Import, Kind, Labels, State, StateError};
+use super::super::{Host, HostKind, Import, Labels, State, StateError};
 use super::testing::Server;
 use super::*;
 
@@ -251,61 +251,6 @@ fn a_value_that_cannot_be_read_costs_its_own_table_only() {
     put("hosts/b", a);
     soon(|| state.hosts().is_err());
     assert!(message(state.hosts()).contains("belongs under v1/state/hosts/a"));
-}
-
-/// A measurement for a release build: `cargo test --release -p claviger --lib -- --ignored --nocapture measured`.
-#[test]
-#[ignore = "takes long without optimisation"]
-fn measured_with_ten_thousand_hosts_and_five_hundred_certificates() {
-    let server = Server::start();
-    let mut state = open(&server);
-    let certificate = |number: usize| {
-        let der = [b"a certificate of 1000 bytes ".repeat(35), number.to_be_bytes().to_vec()].concat();
-        Certificate {
-            thumbprint: super::super::records::sha256_hex(&der),
-            kind: Kind::Encryption,
-            key_id: number.to_be_bytes().to_vec(),
-            spki: der.iter().rev().take(294).copied().collect(),
-            der,
-            is_primary: false,
-            enabled: true,
-            added: 1,
-            is_communications: false,
-            labels: Labels::default(),
-        }
-    };
-    let certificates = (0..500).map(certificate).collect();
-    let start = Instant::now();
-    state.import(&Import { hosts: hosts(10_000), certificates, ..Import::default() }, 1, true).unwrap();
-    println!("the import takes {:?}", start.elapsed());
-    let start = Instant::now();
-    let others = [open(&server), open(&server)];
-    println!("a node reads all in {:?}", start.elapsed() / 2);
-    assert!(others.iter().all(|other| other.hosts().unwrap().len() == 10_000));
-    let processor = || {
-        let now = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
-        Duration::from_secs(now.tv_sec.unsigned_abs()) + Duration::from_nanos(now.tv_nsec.unsigned_abs())
-    };
-    let (mut made, mut seen) = (Vec::new(), Vec::new());
-    let before = processor();
-    for number in 0..100 {
-        let name = format!("host-{number}");
-        let start = Instant::now();
-        state.remove_host(&name).unwrap();
-        made.push(start.elapsed());
-        let start = Instant::now();
-        let gone = |other: &State| other.contents().unwrap().host_by_name(&name).unwrap().is_none();
-        while !others.iter().all(gone) {
-            std::thread::sleep(Duration::from_micros(200));
-        }
-        seen.push(start.elapsed());
-    }
-    let spent = processor() - before;
-    made.sort();
-    seen.sort();
-    println!("a change is made in {:?} (median), {:?} (p99)", made[50], made[98]);
-    println!("and is seen by two other nodes after {:?} (median), {:?} (p99)", seen[50], seen[98]);
-    println!("processor time of three nodes for a change: {:?}", spent / 100);
 }
 
 /// Runs openssl in a folder.
