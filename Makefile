@@ -3,7 +3,7 @@
 
 PACKAGES_DEMO = softhsm2
 PACKAGES_TEST = $(PACKAGES_DEMO) opencryptoki opensc p11-kit p11-kit-modules xmlsec1 libxml2-utils openssl curl \
-  python3-cryptography python3-jsonschema python3-lxml python3-yaml logrotate swtpm swtpm-tools tpm2-tools \
+  python3-cryptography python3-jsonschema python3-lxml python3-yaml logrotate strace swtpm swtpm-tools tpm2-tools \
   libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients qemu-system-x86 ovmf systemd
 # Installed after qemu-system-x86, which removes another version of it.
 PACKAGES_DISKS = qemu-utils

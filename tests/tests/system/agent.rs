@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::Write;
+use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -12,14 +13,17 @@ use std::time::Duration;
 use claviger_client::agent::counters::Counters;
 use claviger_client::agent::gather::Pace;
 use claviger_client::agent::server::{self, Settings};
+use claviger_client::agent::wire;
+use claviger_client::host::Unwrapped;
 use claviger_client::host_files::Folder;
 use claviger_client::http::{Client, TlsSettings};
 use claviger_client::vault::file;
 use claviger_client::vault::format::Vault;
 use claviger_client::vault::secrets::Secrets;
 use claviger_protocol::metadata::Metadata;
+use claviger_protocol::payload::Payload;
 use claviger_tests::{
-    Daemon, HOST, Lab, Metrics, Options, PATIENCE, Process, block, claviger, metadata, run, said, tool,
+    Daemon, HOST, Lab, Metrics, Options, PATIENCE, Process, block, claviger, metadata, run, said, tool, until,
 };
 
 /// Machines that start at once.
@@ -40,8 +44,12 @@ impl Host {
     }
 
     fn agent(&self, options: &[&str]) -> Process {
+        self.agent_of(&self.daemon.url, options)
+    }
+
+    fn agent_of(&self, url: &str, options: &[&str]) -> Process {
         let mut command = Command::new(claviger());
-        command.args(["host", "agent", "--url", &self.daemon.url, "--metrics", "127.0.0.1:0", "--socket"]);
+        command.args(["host", "agent", "--url", url, "--metrics", "127.0.0.1:0", "--socket"]);
         command.arg(&self.socket).arg("--dir").arg(self.lab.file("host")).args(options).env("RUST_LOG", "info");
         let agent = Process::start(&mut command);
         agent.line(|line| line.starts_with("metrics on ").then_some(()));
@@ -54,13 +62,18 @@ impl Host {
         let mut secrets = Secrets::default();
         secrets.add("state-key", name.as_bytes().to_vec().into(), false).unwrap();
         let path = self.lab.file(&format!("{name}.vault"));
-        file::create(&path, &Vault::create(&protector, &key, &secrets).unwrap()).unwrap();
+        file::create(&path, &Vault::create(name, &protector, &key, &secrets).unwrap()).unwrap();
         (path, secrets)
     }
 
     fn open(&self, vault: &Path) -> Command {
+        self.open_within(vault, PATIENCE.as_secs())
+    }
+
+    fn open_within(&self, vault: &Path, seconds: u64) -> Command {
         let mut command = Command::new(claviger());
         command.args(["host", "vm", "open"]).arg(vault).arg("--seen").arg(self.lab.file("seen"));
+        command.args(["--timeout", &seconds.to_string()]);
         command.arg("--agent").arg(&self.socket).args(["--", "sh", "-c", "cat /dev/fd/{state-key}"]);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command
@@ -137,7 +150,8 @@ fn an_agent_minds_who_asks_and_what() {
     let second = second.arg("--dir").arg(host.lab.file("host")).output().unwrap();
     assert!(said(&second).contains("another agent listens"), "{}", said(&second));
     // Bad input, cut-off input, and nothing at all, on connections that stay open.
-    let garbage: [&[u8]; 4] = [b"", b"\xff\xff\xff\xff", b"\x05\0\0\0hello", b"\x05\0\0\0he"];
+    let garbage: [&[u8]; 4] =
+        [b"", b"\0\0\x01\0\xff\xff\xff\xff", b"\0\0\x01\0\x05\0\0\0hello", b"\0\0\x01\0\x05\0\0\0he"];
     let open: Vec<_> = garbage
         .into_iter()
         .map(|bytes| {
@@ -160,7 +174,7 @@ fn an_agent_minds_who_asks_and_what() {
         let agent = host.agent(&["--allow-uid", "12345"]);
         // An agent that refuses a user does not wait for the request.
         let script = format!(
-            "import socket\ns = socket.socket(socket.AF_UNIX)\ns.connect({:?})\ntry: s.sendall(b'\\x05\\0\\0\\0hello')\n\
+            "import socket\ns = socket.socket(socket.AF_UNIX)\ns.connect({:?})\ntry: s.sendall(b'\\0\\0\\x01\\0\\x05\\0\\0\\0hello')\n\
              except OSError: pass\nprint(s.recv(9999))",
             host.socket.to_str().unwrap()
         );
@@ -174,6 +188,78 @@ fn an_agent_minds_who_asks_and_what() {
         let judged = asked_by("12345");
         assert!(judged.contains("the vault's protector"), "{judged}");
         assert_eq!(metrics_of(&agent).count("claviger_agent_strangers_total", &[]), 1);
+    }
+}
+
+#[test]
+fn a_service_that_hangs_costs_a_machine_its_own_time_and_the_reason_is_readable() {
+    let host = Host::new();
+    let (vault, secrets) = host.vault("vm", &[host.guardian()]);
+    // Connections are made, and nobody answers them.
+    let hanging = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", hanging.local_addr().unwrap());
+    let agent = host.agent_of(&url, &["--timeout", "2"]);
+    let before = fs::read(&vault).unwrap();
+    // One goes while it waits, one never reads its answer.
+    let mut gone = host.open_within(&vault, 3600).spawn().unwrap();
+    until("a machine that waits", || (metrics_of(&agent).count("claviger_agent_waiting", &[]) == 1).then_some(()));
+    gone.kill().unwrap();
+    gone.wait().unwrap();
+    until("it is noticed", || (metrics_of(&agent).count("claviger_agent_waiting", &[]) == 0).then_some(()));
+    let mut deaf = UnixStream::connect(&host.socket).unwrap();
+    block(async {
+        let mut request = Vec::new();
+        wire::write_request(&mut request, Duration::from_secs(3), &file::read(&vault).unwrap().protector)
+            .await
+            .unwrap();
+        deaf.write_all(&request).unwrap();
+    });
+    let late = host.open_within(&vault, 6).output().unwrap();
+    assert_eq!(late.status.code(), Some(75), "{}", said(&late));
+    assert!(said(&late).contains("try again later") && !said(&late).contains("the agent at"), "{}", said(&late));
+    assert!(fs::read(&vault).unwrap() == before);
+    // It has tried more than once, as long as the machine waits longer than a request of the agent.
+    let metrics = metrics_of(&agent);
+    assert!(metrics.count("claviger_agent_batches_total", &[]) >= 2);
+    assert!(metrics.count("claviger_agent_releases_total", &[("outcome", "late")]) >= 1);
+    until("no machine waits", || (metrics_of(&agent).count("claviger_agent_waiting", &[]) == 0).then_some(()));
+    drop(agent);
+    let _agent = host.agent(&[]);
+    let opened = host.open(&vault).output().unwrap();
+    assert!(opened.status.success() && opened.stdout == secrets.get("state-key").unwrap(), "{}", said(&opened));
+}
+
+/// An agent, or what stands in its place, is root. Still a mistake of it must not cost a machine.
+#[test]
+fn keys_that_do_not_belong_together_leave_the_vault_as_it_was() {
+    let host = Host::new();
+    let guardian = host.guardian();
+    let owner = host.lab.owner();
+    let (vault, _) = host.vault("vm", std::slice::from_ref(&guardian));
+    let before = file::read(&vault).unwrap();
+    let ingress = owner.open(&before.protector).unwrap();
+    let (egress_protector, egress) = owner.create(std::slice::from_ref(&guardian)).unwrap();
+    let (_, foreign) = owner.create(&[guardian]).unwrap();
+    fs::create_dir_all(host.socket.parent().unwrap()).unwrap();
+    let listener = std::os::unix::net::UnixListener::bind(&host.socket).unwrap();
+    for (ingress, egress, protector, words) in [
+        (&ingress, &foreign, &egress_protector[..], "not that of the protector that came with it"),
+        (&ingress, &egress, b"<Protector/>", "the vault's protector"),
+        (&foreign, &egress, &egress_protector, "does not open with the key of its protector"),
+    ] {
+        let child = host.open(&vault).spawn().unwrap();
+        let (mut stream, _) = listener.accept().unwrap();
+        let keys = Payload { ingress: ingress.clone(), egress: egress.clone(), max_offline_unwraps: 0 };
+        let reply = Ok(Unwrapped { keys, egress_protector: protector.to_vec() });
+        let mut bytes = Vec::new();
+        block(wire::write_reply(&mut bytes, &reply)).unwrap();
+        stream.write_all(&bytes).unwrap();
+        // The request is read after the reply was sent, so that neither waits for the other.
+        std::io::copy(&mut stream, &mut std::io::sink()).unwrap();
+        let refused = child.wait_with_output().unwrap();
+        assert_eq!(refused.status.code(), Some(1), "{}", said(&refused));
+        assert!(refused.stdout.is_empty() && said(&refused).contains(words), "{words}: {}", said(&refused));
+        assert!(file::read(&vault).unwrap() == before, "{words}");
     }
 }
 

@@ -10,7 +10,7 @@ use std::process::{Command, Output};
 use claviger_client::vault::file;
 use claviger_client::vault::format::Vault;
 use claviger_client::vault::secrets::Secrets;
-use claviger_tests::{Lab, Options, Process, block, claviger, metadata, said, tool};
+use claviger_tests::{Daemon, Lab, Options, Process, block, claviger, metadata, run, said, tool};
 use tempfile::TempDir;
 
 const PACKAGES: &str =
@@ -63,12 +63,17 @@ impl Session {
         let folder = tempfile::Builder::new().prefix("claviger-libvirt-").tempdir().unwrap();
         let user = rustix::process::geteuid().is_root().then_some(NOBODY);
         let session = Self { folder, user };
-        for name in ["home", "run", "vaults", "seen"] {
+        for name in ["home", "home/.config", "home/.config/libvirt", "run", "vaults", "seen"] {
             fs::create_dir(session.file(name)).unwrap();
             fs::set_permissions(session.file(name), fs::Permissions::from_mode(0o700)).unwrap();
             session.give(&session.file(name));
         }
         fs::set_permissions(session.folder.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        // Each session is a host of its own for libvirt.
+        let uuid = fs::read_to_string("/proc/sys/kernel/random/uuid").unwrap();
+        let config = format!("host_uuid = \"{}\"\n", uuid.trim());
+        fs::write(session.file("home/.config/libvirt/libvirtd.conf"), config).unwrap();
+        session.done("swtpm_setup", &["--create-config-files"]);
         session
     }
 
@@ -133,50 +138,86 @@ fn claviger_for_all(session: &Session) -> PathBuf {
     copy
 }
 
+/// The example, without KVM, with its disk in this folder.
+fn domain(disks: &Path) -> String {
+    let domain = fs::read_to_string(shipped("domain.example.xml")).unwrap();
+    let domain = domain.replace("type='kvm'", "type='qemu'").replace("'MiB'>2048<", "'MiB'>256<");
+    domain.replace("/var/lib/libvirt/images", text(disks))
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+impl Session {
+    /// The agent of a host with these keys.
+    fn agent(&self, daemon: &Daemon, keys: &Path) -> Process {
+        let mut agent = Command::new(claviger());
+        agent.args(["host", "agent", "--url", &daemon.url, "--dir"]).arg(keys);
+        agent.arg("--socket").arg(self.file("agent.sock")).args(["--allow-uid", &NOBODY.to_string()]);
+        let agent = Process::start(&mut agent);
+        agent.line(|line| line.starts_with("listening on ").then_some(()));
+        agent
+    }
+
+    /// The vault of the machine, and the list of its secrets for libvirt.
+    fn make_vault(&self, lab: &Lab, daemon: &Daemon) {
+        let (protector, key) = lab.owner().create(&[block(metadata(&daemon.client()))]).unwrap();
+        let mut secrets = Secrets::default();
+        for (name, digits) in [("state-key", "5a"), ("disk-key", "c3")] {
+            secrets.add(name, digits.repeat(32).into_bytes().into(), false).unwrap();
+        }
+        file::create(&self.vault(), &Vault::create("web-1", &protector, &key, &secrets).unwrap()).unwrap();
+        self.give(&self.vault());
+        let list = self.file("vaults/web-1.secrets");
+        fs::copy(shipped("web-1.secrets"), &list).unwrap();
+        self.give(&list);
+    }
+
+    fn vault(&self) -> PathBuf {
+        self.file("vaults/web-1.vault")
+    }
+
+    /// `claviger-vm`, where the user may run it.
+    fn script(&self) -> PathBuf {
+        let script = self.file("claviger-vm");
+        if !script.exists() {
+            fs::copy(shipped("claviger-vm"), &script).unwrap();
+        }
+        script
+    }
+
+    /// Defines the machine, with a disk that the vault's secret encrypts.
+    fn define(&self) {
+        let disk = self.file("home/web-1.qcow2");
+        let object = "secret,id=k,file=/dev/fd/{disk-key}";
+        let options = "encrypt.format=luks,encrypt.key-secret=k,encrypt.iter-time=10";
+        let (vault, socket, seen) = (self.vault(), self.file("agent.sock"), self.file("seen"));
+        let opened = ["host", "vm", "open", text(&vault), "--agent", text(&socket), "--seen", text(&seen)];
+        let image = ["--", "qemu-img", "create", "-q", "-f", "qcow2", "--object", object, "-o", options];
+        let claviger = claviger_for_all(self);
+        self.done(text(&claviger), &[&opened[..], &image, &[text(&disk), "64M"]].concat());
+        fs::write(self.file("web-1.xml"), domain(&self.file("home"))).unwrap();
+        let defined = self.virsh(&["define", "web-1.xml"]);
+        assert!(defined.status.success(), "{}", said(&defined));
+    }
+
+    /// The session, for the libvirt of another one.
+    fn uri(&self) -> String {
+        format!("qemu+unix:///session?socket={}", self.file("run/libvirt/libvirt-sock").display())
+    }
+}
+
 #[test]
 fn a_machine_of_libvirt_starts_with_the_secrets_of_its_vault_alone() {
     let (daemon, lab) = Lab::start(Options::default());
     let session = Session::new();
-    let vault = session.file("vaults/web-1.vault");
-    let (protector, key) = lab.owner().create(&[block(metadata(&daemon.client()))]).unwrap();
-    let mut secrets = Secrets::default();
-    for (name, digits) in [("state-key", "5a"), ("disk-key", "c3")] {
-        secrets.add(name, digits.repeat(32).into_bytes().into(), false).unwrap();
-    }
-    file::create(&vault, &Vault::create(&protector, &key, &secrets).unwrap()).unwrap();
-    session.give(&vault);
-    let list = session.file("vaults/web-1.secrets");
-    fs::copy(shipped("web-1.secrets"), &list).unwrap();
-    session.give(&list);
-    let script = session.file("claviger-vm");
-    fs::copy(shipped("claviger-vm"), &script).unwrap();
-    let script = script.to_str().unwrap();
-
-    let mut agent = Command::new(claviger());
-    agent.args(["host", "agent", "--url", &daemon.url, "--dir"]).arg(lab.file("host"));
-    agent.arg("--socket").arg(session.file("agent.sock")).args(["--allow-uid", &NOBODY.to_string()]);
-    let agent = Process::start(&mut agent);
-    agent.line(|line| line.starts_with("listening on ").then_some(()));
-
-    // A disk that the vault's secret encrypts.
-    let disk = session.file("home/web-1.qcow2");
-    let object = "secret,id=k,file=/dev/fd/{disk-key}";
-    let options = "encrypt.format=luks,encrypt.key-secret=k,encrypt.iter-time=10";
-    let (vault_text, socket, seen) = (vault.to_str().unwrap(), session.file("agent.sock"), session.file("seen"));
-    let opened =
-        ["host", "vm", "open", vault_text, "--agent", socket.to_str().unwrap(), "--seen", seen.to_str().unwrap()];
-    let image = ["--", "qemu-img", "create", "-q", "-f", "qcow2", "--object", object, "-o", options];
-    let claviger = claviger_for_all(&session);
-    let claviger = claviger.to_str().unwrap();
-    session.done(claviger, &[&opened[..], &image, &[disk.to_str().unwrap(), "64M"]].concat());
-    session.done("swtpm_setup", &["--create-config-files"]);
-    // The example, without KVM.
-    let domain = fs::read_to_string(shipped("domain.example.xml")).unwrap();
-    let domain = domain.replace("type='kvm'", "type='qemu'").replace("'MiB'>2048<", "'MiB'>256<");
-    let domain = domain.replace("/var/lib/libvirt/images", session.file("home").to_str().unwrap());
-    fs::write(session.file("web-1.xml"), domain).unwrap();
-    let defined = session.virsh(&["define", "web-1.xml"]);
-    assert!(defined.status.success(), "{}", said(&defined));
+    session.make_vault(&lab, &daemon);
+    let vault = session.vault();
+    let script = session.script();
+    let script = text(&script);
+    let _agent = session.agent(&daemon, &lab.file("host"));
+    session.define();
 
     // Without the secrets it does not start.
     let refused = session.virsh(&["start", "web-1"]);
@@ -210,7 +251,7 @@ fn a_machine_of_libvirt_starts_with_the_secrets_of_its_vault_alone() {
     }
     // On a host that the service does not trust any more it does not start, and the reason is readable.
     let config = lab.config_file();
-    let removed = claviger_tests::run(["hosts", "remove", claviger_tests::HOST, "--config", config.to_str().unwrap()]);
+    let removed = run(["hosts", "remove", claviger_tests::HOST, "--config", text(&config)]);
     assert!(removed.status.success(), "{}", said(&removed));
     let refused = session.run(script, ["start", "web-1"]);
     assert!(!refused.status.success() && said(&refused).contains("UnauthorizedErrorReply"), "{}", said(&refused));
@@ -218,4 +259,56 @@ fn a_machine_of_libvirt_starts_with_the_secrets_of_its_vault_alone() {
         let wrong = session.run(script, arguments);
         assert!(wrong.status.code() == Some(2) && said(&wrong).contains(words), "{}", said(&wrong));
     }
+}
+
+#[test]
+fn a_machine_moves_while_it_runs_to_a_host_that_has_its_own_release() {
+    let (daemon, lab) = Lab::start(Options::default());
+    let (source, target) = (Session::new(), Session::new());
+    // The other host has keys of its own.
+    let (keys, config) = (lab.file("node-18"), lab.config_file());
+    let public = keys.join("hostkey.pub.pem");
+    for command in [
+        &["host", "new-key", "--dir", text(&keys)][..],
+        &["hosts", "add", "node-18", "--public-key", text(&public), "--config", text(&config)],
+    ] {
+        let done = run(command);
+        assert!(done.status.success(), "{command:?}: {}", said(&done));
+    }
+    let _agents = [source.agent(&daemon, &lab.file("host")), target.agent(&daemon, &keys)];
+    source.make_vault(&lab, &daemon);
+    source.define();
+    source.done(text(&source.script()), &["start", "web-1"]);
+    let script = target.script();
+    let runs = |session: &Session| said(&session.virsh(&["list", "--name"])).contains("web-1");
+    assert!(runs(&source) && !runs(&target));
+    let migrate = || {
+        let (from, to) = (source.uri(), target.uri());
+        let options = ["migrate", "--live", "--persistent", "--undefinesource", "--unsafe", "web-1"];
+        source.run("virsh", ["--quiet", "--connect", &from].iter().chain(&options).chain(&[&to[..], "tcp://127.0.0.1"]))
+    };
+
+    // Without its own release the other host does not get it, and the machine keeps running where it is.
+    let refused = migrate();
+    assert!(said(&refused).contains("Secret not found"), "{}", said(&refused));
+    assert!(runs(&source) && !runs(&target));
+
+    for name in ["web-1.vault", "web-1.secrets"] {
+        let moved = target.file("vaults").join(name);
+        fs::rename(source.file("vaults").join(name), &moved).unwrap();
+        target.give(&moved);
+    }
+    let before = file::read(&target.vault()).unwrap();
+    target.done(text(&script), &["prepare", "web-1"]);
+    assert_eq!(file::read(&target.vault()).unwrap().generation, before.generation + 1);
+    let moved = migrate();
+    assert!(moved.status.success(), "{}", said(&moved));
+    target.done(text(&script), &["clear", "web-1"]);
+    assert_eq!(said(&target.virsh(&["secret-list"])).trim(), "");
+    assert!(!runs(&source) && runs(&target));
+    assert_eq!(said(&source.virsh(&["list", "--all", "--name"])).trim(), "");
+    // The state of its virtual TPM came with it, and opens with the vault's secret at the next start.
+    assert!(target.virsh(&["destroy", "web-1"]).status.success());
+    target.done(text(&script), &["start", "web-1"]);
+    assert!(runs(&target));
 }

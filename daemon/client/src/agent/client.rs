@@ -57,11 +57,11 @@ impl AgentError {
 /// # Errors
 /// [`AgentError`].
 pub async fn release(path: &Path, protector: &[u8], timeout: Duration) -> Result<crate::host::Unwrapped, AgentError> {
-    let reply = tokio::time::timeout(timeout, ask(path, protector)).await;
+    let reply = tokio::time::timeout(timeout, ask(path, wire::shorter(timeout), protector)).await;
     reply.unwrap_or_else(|_| Err(AgentError::Timeout { path: path.to_owned(), timeout }))?.map_err(AgentError::Refused)
 }
 
-async fn ask(path: &Path, protector: &[u8]) -> Result<Reply, AgentError> {
+async fn ask(path: &Path, patience: Duration, protector: &[u8]) -> Result<Reply, AgentError> {
     let failed = |source| AgentError::Io { path: path.to_owned(), source };
     let mut stream = UnixStream::connect(path).await.map_err(failed)?;
     let user = stream.peer_cred().map_err(failed)?.uid();
@@ -69,7 +69,7 @@ async fn ask(path: &Path, protector: &[u8]) -> Result<Reply, AgentError> {
         return Err(AgentError::Stranger { path: path.to_owned(), user });
     }
     // An agent refuses a user without permission before it reads the request.
-    let written = wire::write_request(&mut stream, protector).await;
+    let written = wire::write_request(&mut stream, patience, protector).await;
     let reply = wire::read_reply(&mut stream).await;
     reply.map_err(|error| failed(written.err().unwrap_or(error)))
 }

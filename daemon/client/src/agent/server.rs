@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use claviger_process::clock::unix_now;
 use claviger_protocol::protector::Protector;
+use tokio::io::AsyncReadExt;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
@@ -19,8 +20,10 @@ use crate::http::TlsSettings;
 use crate::retry::Fault;
 use crate::tpm::TpmPlace;
 
-/// Time limit for reading a request.
-const REQUEST: Duration = Duration::from_secs(10);
+/// Time limit for reading a request, and for writing a reply.
+const EXCHANGE: Duration = Duration::from_secs(10);
+/// Longest time that a client can wait. It is that of a command, see its `--timeout`.
+const LONGEST: Duration = Duration::from_secs(86_400);
 /// Most connections. Each holds a protector of up to 512 KiB.
 const CONNECTIONS: usize = 1024;
 /// Interval of checking whether the health certificate must be renewed.
@@ -39,7 +42,8 @@ pub struct Settings {
     pub urls: Vec<String>,
     /// TLS settings for servers and for this host.
     pub tls: TlsSettings,
-    /// Time limit of a release, including all waits.
+    /// Time limit of a request to the service, including all waits and all servers. How long a release may take, its
+    /// client says.
     pub timeout: Duration,
     /// The certificate is renewed this long before it expires.
     pub renew_before: Duration,
@@ -50,12 +54,11 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// The host and its servers, with the time limit [`Settings::timeout`] from now on.
-    async fn services(&self) -> Result<Services, ServicesError> {
+    /// The host and its servers, with this time limit from now on.
+    async fn services(&self, limit: Duration) -> Result<Services, ServicesError> {
         let this = self.clone();
-        let made = tokio::task::spawn_blocking(move || {
-            Services::new(this.folder, this.tpm, &this.urls, &this.tls, this.timeout)
-        });
+        let made =
+            tokio::task::spawn_blocking(move || Services::new(this.folder, this.tpm, &this.urls, &this.tls, limit));
         made.await.unwrap_or_else(|error| Err(HostError::Answer(error.to_string()).into()))
     }
 
@@ -69,6 +72,13 @@ struct Job {
     protector: Vec<u8>,
     until: Instant,
     reply: oneshot::Sender<Reply>,
+}
+
+impl Job {
+    /// Time that the client still waits; 0 if it has gone.
+    fn left(&self) -> Duration {
+        if self.reply.is_closed() { Duration::ZERO } else { self.until.saturating_duration_since(Instant::now()) }
+    }
 }
 
 /// Serves the socket. Never returns.
@@ -92,7 +102,7 @@ pub async fn attest(settings: &Settings, counters: &Counters) -> Result<(), Serv
 }
 
 async fn try_to_attest(settings: &Settings, counters: &Counters) -> Result<(), ServicesError> {
-    let mut services = settings.services().await?;
+    let mut services = settings.services(settings.timeout).await?;
     let mut health = services.health().await?;
     let renew_at = health.certificate.not_after() - i64::try_from(settings.renew_before.as_secs()).unwrap_or(i64::MAX);
     if health.issued_by.is_none() && unix_now() >= renew_at {
@@ -147,25 +157,12 @@ async fn answer(
         let text = format!("user {user} may not ask this agent; if it is to, start the agent with --allow-uid {user}");
         return wire::write_reply(&mut stream, &Err(Refused { text, temporary: false })).await;
     }
-    let protector = match tokio::time::timeout(REQUEST, wire::read_request(&mut stream)).await {
-        Ok(protector) => protector?,
-        Err(_) => return Err(std::io::ErrorKind::TimedOut.into()),
-    };
-    // The service cannot read such a protector. It is refused here, so that the other protectors of the batch are served.
-    let reply = match Protector::parse(&protector) {
-        Err(refusal) => Err(Refused { text: format!("the vault's protector: {}", refusal.message), temporary: false }),
-        Ok(_) => {
-            counters.waiting.fetch_add(1, Relaxed);
-            let (reply, answer) = oneshot::channel();
-            let job = Job { protector, until: Instant::now() + settings.timeout, reply };
-            let reply = match jobs.send(job).await {
-                Ok(()) => answer.await.ok(),
-                Err(_) => None,
-            };
-            counters.waiting.fetch_sub(1, Relaxed);
-            let stopped = || Refused { text: "the agent stops; try again".to_owned(), temporary: true };
-            reply.unwrap_or_else(|| Err(stopped()))
-        }
+    // The client may go, or not read. Neither keeps its place for long.
+    let request = tokio::time::timeout(EXCHANGE, wire::read_request(&mut stream)).await??;
+    let reply = tokio::select! {
+        reply = reply_to(request, counters, jobs) => reply,
+        // The client sends nothing after its request, so this is its end.
+        _ = stream.read_u8() => return Err(std::io::ErrorKind::UnexpectedEof.into()),
     };
     let counter = match &reply {
         Ok(_) => &counters.released,
@@ -173,7 +170,46 @@ async fn answer(
         Err(_) => &counters.refused,
     };
     counter.fetch_add(1, Relaxed);
-    wire::write_reply(&mut stream, &reply).await
+    tokio::time::timeout(EXCHANGE, wire::write_reply(&mut stream, &reply)).await?
+}
+
+/// Counts a release that waits, until it is dropped.
+struct Waiting<'a>(&'a Counters);
+
+impl<'a> Waiting<'a> {
+    fn count(counters: &'a Counters) -> Self {
+        counters.waiting.fetch_add(1, Relaxed);
+        Self(counters)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.waiting.fetch_sub(1, Relaxed);
+    }
+}
+
+async fn reply_to(request: wire::Request, counters: &Counters, jobs: &mpsc::Sender<Job>) -> Reply {
+    let wire::Request { patience, protector } = request;
+    // The service cannot read such a protector. It is refused here, so that the other protectors of the batch are served.
+    if let Err(refusal) = Protector::parse(&protector) {
+        return Err(Refused { text: format!("the vault's protector: {}", refusal.message), temporary: false });
+    }
+    let _waiting = Waiting::count(counters);
+    let until = Instant::now() + patience.min(LONGEST);
+    let (reply, answer) = oneshot::channel();
+    let waited = tokio::time::timeout_at(until.into(), async {
+        jobs.send(Job { protector, until, reply }).await.ok()?;
+        answer.await.ok()
+    });
+    match waited.await {
+        Ok(Some(reply)) => reply,
+        Ok(None) => Err(Refused { text: "the agent stops; try again".to_owned(), temporary: true }),
+        Err(_) => {
+            let text = format!("the service did not answer the agent within {patience:?}");
+            Err(Refused { text, temporary: true })
+        }
+    }
 }
 
 /// Collects releases and requests them, one batch at a time. Releases that arrive meanwhile form the next batch.
@@ -204,12 +240,16 @@ async fn release(
     }
 }
 
-/// Sends a batch and returns each result to its caller. A release that the service refuses for the host's rate, or because it
-/// cannot serve now, is moved to a later batch if the caller waits long enough.
-async fn ask(batch: Vec<Job>, jobs: &mpsc::Sender<Job>, settings: &Settings, counters: &Counters) {
+/// Sends a batch and returns each result to its client. A release that the service refuses for the host's rate, or because
+/// it cannot serve now, is moved to a later batch if the client waits long enough.
+async fn ask(mut batch: Vec<Job>, jobs: &mpsc::Sender<Job>, settings: &Settings, counters: &Counters) {
+    batch.retain(|job| !job.left().is_zero());
+    // The next batch waits for this one, so a client with much patience gets no more time than the others.
+    let Some(longest) = batch.iter().map(Job::left).max() else { return };
+    let limit = wire::shorter(longest).min(settings.timeout);
     counters.batches.fetch_add(1, Relaxed);
     let protectors: Vec<_> = batch.iter().map(|job| job.protector.clone()).collect();
-    let results = match settings.services().await {
+    let results = match settings.services(limit).await {
         Ok(mut services) => {
             let results = services.unwrap_batch(&protectors).await;
             if let Some(health) = services.kept() {
@@ -219,17 +259,14 @@ async fn ask(batch: Vec<Job>, jobs: &mpsc::Sender<Job>, settings: &Settings, cou
         }
         Err(error) => Err(error),
     };
-    let results = match results {
-        Ok(results) => results,
+    match results {
+        Ok(results) => batch.into_iter().zip(results).for_each(|(job, result)| give(job, result, jobs)),
         Err(error) => {
             tracing::warn!(%error, machines = batch.len(), "no release");
             let refused = Refused { text: error.to_string(), temporary: error.is_temporary() };
-            batch.into_iter().for_each(|job| _ = job.reply.send(Err(refused.clone())));
-            return;
+            let rest = refused.temporary.then_some(REST);
+            batch.into_iter().for_each(|job| refuse(job, refused.clone(), rest, jobs));
         }
-    };
-    for (job, result) in batch.into_iter().zip(results) {
-        give(job, result, jobs);
     }
 }
 
@@ -245,17 +282,19 @@ fn give(job: Job, result: Result<Unwrapped, HostError>, jobs: &mpsc::Sender<Job>
         Fault::Lasting | Fault::Unusable => None,
         Fault::Server(rest) | Fault::Host(rest) => Some(rest.unwrap_or_default().max(REST)),
     };
+    refuse(job, Refused { text: error.to_string(), temporary: rest.is_some() }, rest, jobs);
+}
+
+/// Refuses a release, or moves it to a batch after `rest` if its client waits longer than that.
+fn refuse(job: Job, refused: Refused, rest: Option<Duration>, jobs: &mpsc::Sender<Job>) {
     match rest {
-        Some(rest) if Instant::now() + rest < job.until => {
+        Some(rest) if rest < job.left() => {
             let jobs = jobs.clone();
             tokio::spawn(async move {
                 tokio::time::sleep(rest).await;
                 let _ = jobs.send(job).await;
             });
         }
-        rest => {
-            let refused = Refused { text: error.to_string(), temporary: rest.is_some() };
-            let _ = job.reply.send(Err(refused));
-        }
+        _ => _ = job.reply.send(Err(refused)),
     }
 }

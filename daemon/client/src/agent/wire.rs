@@ -1,13 +1,14 @@
 //! The messages on the agent's socket: one request and its reply, then the connection ends. Numbers are little-endian.
 //!
 //! ```text
-//! request   u32 length, the protector
+//! request   u32 milliseconds that the client waits, u32 length, the protector
 //! reply     u8 0: granted    32 bytes ingress key, 32 bytes egress key, u32 offline unwraps, u32 length, the egress protector
 //!           u8 1: refused    u32 length, a sentence in UTF-8
 //!           u8 2: later      the same; the same request may succeed later
 //! ```
 
 use std::io;
+use std::time::Duration;
 
 use claviger_protocol::payload::Payload;
 use claviger_protocol::protector::{MAX_PROTECTOR, TRANSPORT_KEY_LEN, TransportKey};
@@ -23,6 +24,12 @@ const GRANTED: u8 = 0;
 const REFUSED: u8 = 1;
 const LATER: u8 = 2;
 
+/// The time limit of a step inside another one with this limit. It ends a little earlier, so that its reason still arrives.
+#[must_use]
+pub fn shorter(limit: Duration) -> Duration {
+    limit - Duration::from_secs(1).min(limit / 4)
+}
+
 /// Why an agent refuses a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refused {
@@ -35,21 +42,32 @@ pub struct Refused {
 /// The reply of an agent.
 pub type Reply = Result<Unwrapped, Refused>;
 
+/// A request to an agent.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Request {
+    /// Time that the client waits for the reply.
+    pub patience: Duration,
+    /// The protector to release, not validated.
+    pub protector: Vec<u8>,
+}
+
 /// Sends a request.
 ///
 /// # Errors
 /// The error of the socket.
-pub async fn write_request(to: &mut (impl AsyncWrite + Unpin), protector: &[u8]) -> io::Result<()> {
+pub async fn write_request(to: &mut (impl AsyncWrite + Unpin), patience: Duration, protector: &[u8]) -> io::Result<()> {
+    to.write_u32_le(u32::try_from(patience.as_millis()).unwrap_or(u32::MAX)).await?;
     to.write_u32_le(protector.len() as u32).await?;
     to.write_all(protector).await
 }
 
-/// Reads a request: a protector, not validated.
+/// Reads a request.
 ///
 /// # Errors
 /// The error of the socket; [`io::ErrorKind::InvalidData`] if the protector is too long.
-pub async fn read_request(from: &mut (impl AsyncRead + Unpin)) -> io::Result<Vec<u8>> {
-    read_bytes(from, MAX_PROTECTOR).await
+pub async fn read_request(from: &mut (impl AsyncRead + Unpin)) -> io::Result<Request> {
+    let patience = Duration::from_millis(from.read_u32_le().await?.into());
+    Ok(Request { patience, protector: read_bytes(from, MAX_PROTECTOR).await? })
 }
 
 /// Sends a reply.
@@ -135,8 +153,10 @@ mod tests {
     #[tokio::test]
     async fn requests_and_replies_arrive_as_they_were_sent() {
         let mut bytes = Vec::new();
-        write_request(&mut bytes, b"<Protector/>").await.unwrap();
-        assert_eq!(read_request(&mut &bytes[..]).await.unwrap(), b"<Protector/>");
+        let patience = Duration::from_millis(2500);
+        write_request(&mut bytes, patience, b"<Protector/>").await.unwrap();
+        let request = Request { patience, protector: b"<Protector/>".to_vec() };
+        assert_eq!(read_request(&mut &bytes[..]).await.unwrap(), request);
         let key = |byte| transport_key(&[byte; 32]).unwrap();
         let keys = Payload { ingress: key(1), egress: key(2), max_offline_unwraps: 3 };
         let got = carried(Ok(Unwrapped { keys, egress_protector: b"<Next/>".to_vec() })).await.ok().unwrap();
@@ -152,7 +172,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_is_too_long_is_refused_before_it_is_read() {
-        let huge = (MAX_PROTECTOR as u32 + 1).to_le_bytes();
+        let huge = [[0; 4], (MAX_PROTECTOR as u32 + 1).to_le_bytes()].concat();
         assert_eq!(read_request(&mut &huge[..]).await.unwrap_err().kind(), io::ErrorKind::InvalidData);
         assert!(read_reply(&mut &[9][..]).await.is_err());
     }

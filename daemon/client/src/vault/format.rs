@@ -6,15 +6,15 @@
 //!      8      4   version: 1
 //!     12      4   bytes of the protector
 //!     16      4   bytes of the sealed secrets, with their tag of 16
-//!     20      4   reserved: 0
+//!     20      4   bytes of the machine's name, 1 to 64
 //!     24      8   generation: 1 in a new vault, one more in each successor
 //!     32     16   id of the vault, random; all generations have it
 //!     48     32   salt, random for each sealing
 //!     80     32   SHA-256 of the protector
-//!    112          the protector; then the sealed secrets; nothing after them
+//!    112          the machine's name; the protector; the sealed secrets; nothing after them
 //! ```
 //! The sealing key is HKDF-SHA-256 of the transport key with the salt and the info "claviger-vault-1". It seals once, so the
-//! nonce of AES-256-GCM is zero. The first 112 bytes are the additional authenticated data.
+//! nonce of AES-256-GCM is zero. The first 112 bytes and the name are the additional authenticated data.
 
 use claviger_protocol::protector::{MAX_PROTECTOR, Protector, TransportKey};
 use ring::aead::{AES_256_GCM, Aad, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
@@ -28,11 +28,13 @@ use super::secrets::{MAX_ENCODED, Secrets};
 const MAGIC: &[u8; 8] = b"CLVVAULT";
 const VERSION: u32 = 1;
 const HEADER: usize = 112;
+/// Longest name of a machine, in bytes.
+const MAX_MACHINE: usize = 64;
 const TAG: usize = 16;
 const INFO: &[u8] = b"claviger-vault-1";
 
 /// Longest vault, in bytes.
-pub const MAX_VAULT: usize = HEADER + MAX_PROTECTOR + MAX_ENCODED + TAG;
+pub const MAX_VAULT: usize = HEADER + MAX_MACHINE + MAX_PROTECTOR + MAX_ENCODED + TAG;
 
 /// Why a vault cannot be read, opened or sealed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -49,6 +51,14 @@ pub enum VaultError {
     /// The protector cannot be parsed.
     #[error("the vault's protector: {0}")]
     Protector(String),
+    /// The machine's name is not valid.
+    #[error(
+        "{0:?} is no name of a machine: 1 to {MAX_MACHINE} of A-Z, a-z, 0-9, '.', '_', '+' and '-', and no '.' first"
+    )]
+    Machine(String),
+    /// The key to seal with is not the transport key of the protector.
+    #[error("the key that came is not that of the protector that came with it; nothing is changed")]
+    ForeignKey,
     /// The transport key does not open the secrets.
     #[error("the vault does not open with the key of its protector: it was changed; take it from a backup")]
     Sealed,
@@ -65,6 +75,8 @@ pub enum VaultError {
 pub struct Vault {
     /// Random id, the same in all generations.
     pub id: [u8; 16],
+    /// Name of the machine, the same in all generations.
+    pub machine: String,
     /// Generation number: 1 for a new vault, increased by one at each sealing.
     pub generation: u64,
     /// The protector whose transport key seals the secrets.
@@ -74,19 +86,20 @@ pub struct Vault {
 }
 
 impl Vault {
-    /// Creates a vault with these secrets, sealed with the transport key of `protector`.
+    /// Creates the vault of a machine with these secrets, sealed with the transport key of `protector`.
     ///
     /// # Errors
-    /// [`VaultError::Protector`], [`VaultError::Randomness`].
-    pub fn create(protector: &[u8], key: &TransportKey, secrets: &Secrets) -> Result<Self, VaultError> {
-        Self::seal(random()?, 1, protector, key, secrets)
+    /// [`VaultError::Machine`], [`VaultError::Protector`], [`VaultError::ForeignKey`], [`VaultError::Randomness`].
+    pub fn create(machine: &str, protector: &[u8], key: &TransportKey, secrets: &Secrets) -> Result<Self, VaultError> {
+        check_machine(machine)?;
+        Self::seal(machine, random()?, 1, protector, key, secrets)
     }
 
     /// Creates the next generation of this vault with these secrets, sealed with the transport key of another
     /// protector.
     ///
     /// # Errors
-    /// [`VaultError::Protector`], [`VaultError::Exhausted`], [`VaultError::Randomness`].
+    /// [`VaultError::Protector`], [`VaultError::ForeignKey`], [`VaultError::Exhausted`], [`VaultError::Randomness`].
     pub fn successor(&self, protector: &[u8], key: &TransportKey, secrets: &Secrets) -> Result<Self, VaultError> {
         self.successor_beyond(0, protector, key, secrets)
     }
@@ -104,31 +117,39 @@ impl Vault {
         secrets: &Secrets,
     ) -> Result<Self, VaultError> {
         let generation = self.generation.max(seen).checked_add(1).ok_or(VaultError::Exhausted)?;
-        Self::seal(self.id, generation, protector, key, secrets)
+        Self::seal(&self.machine, self.id, generation, protector, key, secrets)
     }
 
     fn seal(
+        machine: &str,
         id: [u8; 16],
         generation: u64,
         protector: &[u8],
         key: &TransportKey,
         secrets: &Secrets,
     ) -> Result<Self, VaultError> {
+        // The next start asks for the key of this protector. If another key sealed the vault, the machine would be lost.
+        let parsed = Protector::parse(protector).map_err(|refusal| VaultError::Protector(refusal.message))?;
+        if !parsed.transport_key_signature.verify(key, &parsed.signed_octets) {
+            return Err(VaultError::ForeignKey);
+        }
         let mut content = secrets.encode();
         let mut header = [0; HEADER];
         header[..8].copy_from_slice(MAGIC);
         header[8..12].copy_from_slice(&VERSION.to_le_bytes());
         header[12..16].copy_from_slice(&(protector.len() as u32).to_le_bytes());
         header[16..20].copy_from_slice(&((content.len() + TAG) as u32).to_le_bytes());
+        header[20..24].copy_from_slice(&(machine.len() as u32).to_le_bytes());
         header[24..32].copy_from_slice(&generation.to_le_bytes());
         header[32..48].copy_from_slice(&id);
         header[48..80].copy_from_slice(&random::<32>()?);
         header[80..].copy_from_slice(digest(&SHA256, protector).as_ref());
         let key = sealing_key(key, &header).ok_or(VaultError::Sealed)?;
-        let tag = key.seal_in_place_separate_tag(zero_nonce(), Aad::from(&header), &mut content);
+        let clear = [&header[..], machine.as_bytes()].concat();
+        let tag = key.seal_in_place_separate_tag(zero_nonce(), Aad::from(&clear), &mut content);
         let mut sealed = content.to_vec();
         sealed.extend_from_slice(tag.map_err(|_| VaultError::Sealed)?.as_ref());
-        let bytes = [&header[..], protector, &sealed].concat();
+        let bytes = [&clear, protector, &sealed].concat();
         // Parse the result like the next start will.
         Self::parse(&bytes)
     }
@@ -148,13 +169,17 @@ impl Vault {
         }
         let (protector, sealed) = (number(12) as usize, number(16) as usize);
         let lengths = (1..=MAX_PROTECTOR).contains(&protector) && (TAG..=MAX_ENCODED + TAG).contains(&sealed);
-        if !lengths || number(20) != 0 {
+        let machine = number(20) as usize;
+        if !lengths || !(1..=MAX_MACHINE).contains(&machine) {
             return Err(VaultError::Damaged("its header makes no sense"));
         }
-        let (protector, sealed) = match rest.split_at_checked(protector) {
-            Some((protector, rest)) if rest.len() == sealed => (protector, rest),
-            _ => return Err(VaultError::Damaged("its length is not what its header says")),
-        };
+        if rest.len() != machine + protector + sealed {
+            return Err(VaultError::Damaged("its length is not what its header says"));
+        }
+        let (machine, rest) = rest.split_at(machine);
+        let (protector, sealed) = rest.split_at(protector);
+        let machine = std::str::from_utf8(machine).ok().filter(|name| check_machine(name).is_ok());
+        let machine = machine.ok_or(VaultError::Damaged("the name of its machine is not valid"))?.to_owned();
         if digest(&SHA256, protector).as_ref() != &header[80..] {
             return Err(VaultError::Damaged("its protector was changed"));
         }
@@ -166,7 +191,7 @@ impl Vault {
             0 => return Err(VaultError::Damaged("its header makes no sense")),
             generation => generation,
         };
-        Ok(Self { id, generation, protector: protector.to_vec(), header: *header, sealed: sealed.to_vec() })
+        Ok(Self { id, machine, generation, protector: protector.to_vec(), header: *header, sealed: sealed.to_vec() })
     }
 
     /// Opens the secrets. `key` is the transport key of [`Vault::protector`].
@@ -176,7 +201,7 @@ impl Vault {
     pub fn open(&self, key: &TransportKey) -> Result<Secrets, VaultError> {
         let key = sealing_key(key, &self.header).ok_or(VaultError::Sealed)?;
         let mut content = Zeroizing::new(self.sealed.clone());
-        let opened = key.open_in_place(zero_nonce(), Aad::from(&self.header), &mut content);
+        let opened = key.open_in_place(zero_nonce(), Aad::from(self.clear()), &mut content);
         let opened = opened.map_err(|_| VaultError::Sealed)?;
         Secrets::decode(opened).ok_or(VaultError::Sealed)
     }
@@ -184,7 +209,20 @@ impl Vault {
     /// The content of the file.
     #[must_use]
     pub fn to_bytes(&self) -> Vec<u8> {
-        [&self.header[..], &self.protector, &self.sealed].concat()
+        [&self.clear(), &self.protector[..], &self.sealed].concat()
+    }
+
+    /// Digest of everything but the secrets. Each sealing has another salt, so no two vaults have the same one.
+    #[must_use]
+    pub fn fingerprint(&self) -> [u8; 32] {
+        let mut fingerprint = [0; 32];
+        fingerprint.copy_from_slice(digest(&SHA256, &self.clear()).as_ref());
+        fingerprint
+    }
+
+    /// The additional authenticated data.
+    fn clear(&self) -> Vec<u8> {
+        [&self.header[..], self.machine.as_bytes()].concat()
     }
 
     /// SHA-256 of the protector.
@@ -192,6 +230,18 @@ impl Vault {
     pub fn protector_digest(&self) -> &[u8] {
         &self.header[80..]
     }
+}
+
+/// Checks that this can be the name of a machine.
+///
+/// # Errors
+/// [`VaultError::Machine`].
+pub fn check_machine(name: &str) -> Result<(), VaultError> {
+    let right = |c: u8| c.is_ascii_alphanumeric() || b"._+-".contains(&c);
+    if (1..=MAX_MACHINE).contains(&name.len()) && !name.starts_with('.') && name.bytes().all(right) {
+        return Ok(());
+    }
+    Err(VaultError::Machine(name.chars().take(2 * MAX_MACHINE).collect()))
 }
 
 fn sealing_key(key: &TransportKey, header: &[u8; HEADER]) -> Option<LessSafeKey> {
@@ -226,7 +276,7 @@ mod tests {
     #[test]
     fn a_vault_opens_with_its_key_alone_and_says_which_generation_it_is() {
         let (file, key) = protector();
-        let vault = Vault::create(&file, &key, &secrets()).unwrap();
+        let vault = Vault::create("web-1", &file, &key, &secrets()).unwrap();
         assert_eq!((vault.generation, &vault.protector), (1, &file));
         let read = Vault::parse(&vault.to_bytes()).unwrap();
         assert_eq!(read.open(&key).unwrap(), secrets());
@@ -239,6 +289,8 @@ mod tests {
         // Sealing twice gives entirely different bytes.
         let again = read.successor(&other_file, &other_key, &secrets()).unwrap();
         assert_ne!(again.sealed, next.sealed);
+        assert_ne!(again.fingerprint(), next.fingerprint());
+        assert_eq!(Vault::parse(&next.to_bytes()).unwrap().fingerprint(), next.fingerprint());
         let mut last = again;
         last.generation = u64::MAX;
         assert_eq!(last.successor(&file, &key, &secrets()), Err(VaultError::Exhausted));
@@ -248,33 +300,34 @@ mod tests {
     #[test]
     fn the_format_is_the_described_one() {
         let (file, key) = protector();
-        let bytes = Vault::create(&file, &key, &secrets()).unwrap().to_bytes();
+        let bytes = Vault::create("web-1", &file, &key, &secrets()).unwrap().to_bytes();
         assert_eq!(&bytes[..12], b"CLVVAULT\x01\0\0\0");
         assert_eq!(bytes[12..16], (file.len() as u32).to_le_bytes());
-        assert_eq!(bytes[16..32], [62, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(bytes[16..32], [62, 0, 0, 0, 5, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
         assert_eq!(&bytes[80..112], digest(&SHA256, &file).as_ref());
-        assert_eq!(&bytes[112..112 + file.len()], file);
+        assert_eq!(&bytes[112..117], b"web-1");
+        assert_eq!(&bytes[117..117 + file.len()], file);
         // HKDF according to RFC 5869, from HMAC.
         let hmac = |key: &[u8], data: &[u8]| {
             ring::hmac::sign(&ring::hmac::Key::new(ring::hmac::HMAC_SHA256, key), data).as_ref().to_vec()
         };
         let derived = hmac(&hmac(&bytes[48..80], &key[..]), b"claviger-vault-1\x01");
         let sealing = LessSafeKey::new(UnboundKey::new(&AES_256_GCM, &derived).unwrap());
-        let mut sealed = bytes[112 + file.len()..].to_vec();
+        let mut sealed = bytes[117 + file.len()..].to_vec();
         let nonce = Nonce::assume_unique_for_key([0; 12]);
-        let opened = sealing.open_in_place(nonce, Aad::from(&bytes[..112]), &mut sealed).unwrap();
+        let opened = sealing.open_in_place(nonce, Aad::from(&bytes[..117]), &mut sealed).unwrap();
         assert_eq!(opened, [b"\x01\0\x09state-key\x20\0", &[7; 32][..]].concat());
     }
 
     #[test]
     fn no_changed_byte_goes_unnoticed() {
         let (file, key) = protector();
-        let bytes = Vault::create(&file, &key, &secrets()).unwrap().to_bytes();
+        let bytes = Vault::create("web-1", &file, &key, &secrets()).unwrap().to_bytes();
         let opens = |bytes: &[u8]| Vault::parse(bytes).and_then(|vault| vault.open(&key)).is_ok();
         assert!(opens(&bytes));
-        // The whole header, all sealed secrets, and a part of the protector.
-        let end = 112 + file.len();
-        for at in (0..112).chain((112..end).step_by(97)).chain(end..bytes.len()) {
+        // The whole header, the machine's name, all sealed secrets, and a part of the protector.
+        let end = 117 + file.len();
+        for at in (0..117).chain((117..end).step_by(97)).chain(end..bytes.len()) {
             let mut changed = bytes.clone();
             changed[at] ^= 1;
             assert!(!opens(&changed), "byte {at}");
@@ -287,5 +340,20 @@ mod tests {
         newer[8] = 2;
         assert_eq!(Vault::parse(&newer), Err(VaultError::Version(2)));
         assert_eq!(Vault::parse(b"<Protector/>"), Err(VaultError::NoVault));
+    }
+
+    #[test]
+    fn a_vault_is_sealed_with_the_key_of_its_protector_alone_and_has_a_name() {
+        let ((file, key), (_, other)) = (protector(), protector());
+        assert_eq!(Vault::create("web-1", &file, &other, &secrets()), Err(VaultError::ForeignKey));
+        let vault = Vault::create("web-1", &file, &key, &secrets()).unwrap();
+        assert_eq!(vault.successor(&file, &other, &secrets()), Err(VaultError::ForeignKey));
+        assert_eq!(vault.successor(&file, &key, &secrets()).unwrap().machine, "web-1");
+        for name in ["a", "Web_1.example+x", &"x".repeat(64)] {
+            assert_eq!(Vault::create(name, &file, &key, &secrets()).unwrap().machine, name);
+        }
+        for name in ["", ".a", "a/b", "a b", "\u{e4}", &"x".repeat(65)] {
+            assert!(matches!(Vault::create(name, &file, &key, &secrets()), Err(VaultError::Machine(_))), "{name}");
+        }
     }
 }

@@ -87,6 +87,22 @@ impl Secrets {
         Ok(())
     }
 
+    /// Adds the secrets of `other` that are missing here. Returns the names whose values differ; they are not changed.
+    ///
+    /// # Errors
+    /// [`SecretError::Full`].
+    pub fn merge(&mut self, other: &Self) -> Result<Vec<String>, SecretError> {
+        let mut differ = Vec::new();
+        for (name, value) in &other.0 {
+            match self.0.get(name) {
+                None => self.add(name, value.clone(), false)?,
+                Some(own) if own != value => differ.push(name.clone()),
+                Some(_) => {}
+            }
+        }
+        Ok(differ)
+    }
+
     /// The secret with this name.
     ///
     /// # Errors
@@ -173,6 +189,18 @@ mod tests {
         ] {
             assert_eq!(Secrets::decode(wrong), None, "{wrong:?}");
         }
+    }
+
+    #[test]
+    fn missing_secrets_are_taken_and_others_stay() {
+        let of = |pairs: &[(&str, &str)]| {
+            let mut secrets = Secrets::default();
+            pairs.iter().for_each(|(name, text)| secrets.add(name, value(text.as_bytes()), false).unwrap());
+            secrets
+        };
+        let mut one = of(&[("a", "1"), ("b", "2")]);
+        assert_eq!(one.merge(&of(&[("a", "1"), ("b", "3"), ("c", "4")])), Ok(vec!["b".to_owned()]));
+        assert_eq!(one, of(&[("a", "1"), ("b", "2"), ("c", "4")]));
     }
 
     #[test]

@@ -10,10 +10,11 @@ use std::process::Command as Program;
 use claviger_client::files::{self, Existing};
 use claviger_client::host::Unwrapped;
 use claviger_client::vault::file::{self, LockedVault};
-use claviger_client::vault::format::{MAX_VAULT, Vault};
+use claviger_client::vault::format::{MAX_VAULT, Vault, check_machine};
 use claviger_client::vault::secrets::{MAX_VALUE, Secrets, check_name};
 use claviger_client::vault::seen::Seen;
 use claviger_protocol::describe::describe;
+use claviger_protocol::owner::Owner;
 use claviger_protocol::protector::{MAX_PROTECTOR, Protector, TRANSPORT_KEY_LEN, TransportKey, transport_key};
 use data_encoding::HEXLOWER;
 use ring::rand::{SecureRandom, SystemRandom};
@@ -152,11 +153,15 @@ pub enum Command {
     #[command(
         after_help = "Example: claviger host vm recover web-1.vault --owner acme --give state-key=3 3>state-key\n\
         It asks nobody and changes nothing. Without --give it tells the names of the secrets. With --protector, --key and --out it\n\
-        writes a vault for that protector: for another guardian, when the service or its keys are lost."
+        writes a vault for that protector: for another guardian, when the service or its keys are lost. With --also it brings\n\
+        two copies together again that were both opened."
     )]
     Recover {
         /// The vault, or a backup of it
         vault: PathBuf,
+        /// Another copy of the vault: secrets that only this copy has are taken, too
+        #[arg(long, value_name = "VAULT")]
+        also: Option<PathBuf>,
         /// Folder of your own guardian
         #[arg(long, value_name = "DIR")]
         owner: PathBuf,
@@ -193,6 +198,9 @@ pub struct Online {
     /// Folder in which this host records the newest generation of each vault
     #[arg(long, value_name = "DIR", default_value = SEEN_DIR)]
     seen: PathBuf,
+    /// Name of the machine. The vault of another machine is refused [default: the vault's file name without .vault]
+    #[arg(long, value_name = "NAME")]
+    machine: Option<String>,
 }
 
 impl Online {
@@ -200,10 +208,31 @@ impl Online {
         self.source.releases(&self.place, &self.measured)
     }
 
-    /// Locks the vault. Fails if this host has seen a newer generation.
+    /// The name of the machine: the given one, or that of the vault's file.
+    fn machine(&self, vault: &Path) -> Result<String, Failure> {
+        if let Some(name) = &self.machine {
+            check_machine(name)?;
+            return Ok(name.clone());
+        }
+        let file = vault.file_name().unwrap_or_default().to_string_lossy();
+        let name = file.strip_suffix(".vault").unwrap_or(&file);
+        check_machine(name).map_err(|e| format!("{}: {e}; say --machine NAME", vault.display()))?;
+        Ok(name.to_owned())
+    }
+
+    /// Locks the vault. Fails if it is that of another machine, or if this host has seen a newer generation.
     fn lock(&self, vault: &Path, accept_older: bool) -> Result<(LockedVault, Seen), Failure> {
         let seen = Seen::new(&self.seen);
         let locked = LockedVault::lock(vault, self.source.timeout())?;
+        let (machine, wanted) = (&locked.vault().machine, self.machine(vault)?);
+        if *machine != wanted {
+            return Err(format!(
+                "{}: it is the vault of the machine {machine}, not of {wanted}. Has it been put in the wrong place? If {machine} is to \
+                 start, say --machine {machine}",
+                vault.display()
+            )
+            .into());
+        }
         if !accept_older {
             seen.check(locked.vault()).map_err(|e| format!("{}: {e}", vault.display()))?;
         }
@@ -257,9 +286,9 @@ pub(super) async fn run(command: Command, given: Vec<File>) -> Result<(), Failur
             report(&online, &vault, &next, &format!("has the secret {name} now"));
             Ok(())
         }
-        Command::Recover { vault, owner, give, protector, key, out, json } => {
+        Command::Recover { vault, also, owner, give, protector, key, out, json } => {
             let target = protector.zip(key).zip(out).map(|((protector, key), out)| Target { protector, key, out });
-            recover(&vault, &owner, &give, given, target.as_ref(), json)
+            recover(&vault, also.as_deref(), &owner, &give, given, target.as_ref(), json)
         }
     }
 }
@@ -272,6 +301,7 @@ async fn create(
     tpm: Option<&vtpm::NewState>,
 ) -> Result<(), Failure> {
     files::must_be_new(vault)?;
+    let machine = online.machine(vault)?;
     tpm.map_or(Ok(()), vtpm::NewState::check)?;
     let file = read_protector(protector)?;
     let (protector, key) = match key {
@@ -286,7 +316,7 @@ async fn create(
     };
     let mut secrets = Secrets::default();
     secrets.add(STATE_KEY, random_hex(STATE_KEY_BYTES)?, false)?;
-    let made = Vault::create(&protector, &key, &secrets)?;
+    let made = Vault::create(&machine, &protector, &key, &secrets)?;
     // Write the vault last, so that a machine with a vault is complete.
     if let Some(tpm) = tpm {
         tpm.make(secrets.get(STATE_KEY)?)?;
@@ -361,6 +391,7 @@ fn about(path: &Path, vault: &Vault) -> Value {
     json!({
         "vault": path.display().to_string(),
         "id": HEXLOWER.encode(&vault.id),
+        "machine": vault.machine,
         "generation": vault.generation,
         "protector_sha256": HEXLOWER.encode(vault.protector_digest()),
     })
@@ -374,6 +405,7 @@ fn show(path: &Path, json: bool) -> Result<(), Failure> {
         shown["protector"] = render::to_json(&description, &render::Opened::NotTried);
         say!("{shown:#}");
     } else {
+        say!("machine     {}", vault.machine);
         say!("vault       {}", HEXLOWER.encode(&vault.id));
         say!("generation  {}", vault.generation);
         say!("protector   SHA-256 {}", HEXLOWER.encode(vault.protector_digest()));
@@ -391,6 +423,7 @@ struct Target {
 
 fn recover(
     path: &Path,
+    also: Option<&Path>,
     owner: &Path,
     wanted: &[Give],
     given: Vec<File>,
@@ -398,17 +431,26 @@ fn recover(
     json: bool,
 ) -> Result<(), Failure> {
     let owner = own_guardian::load(owner)?;
-    let vault = Vault::parse(&files::read(path, MAX_VAULT)?).map_err(|e| format!("{}: {e}", path.display()))?;
-    let key = owner.open(&vault.protector);
-    let key = key.map_err(|e| format!("{}: {e}; is --owner the right folder?", path.display()))?;
-    let secrets = vault.open(&key).map_err(|e| format!("{}: {e}", path.display()))?;
+    let (vault, mut secrets) = open_as_owner(path, &owner)?;
+    let mut newest = vault.generation;
+    if let Some(also) = also {
+        let (other, more) = open_as_owner(also, &owner)?;
+        if other.id != vault.id {
+            let text = format!("{} is the vault of the machine {}, and no copy of", also.display(), other.machine);
+            return Err(format!("{text} {}", path.display()).into());
+        }
+        newest = newest.max(other.generation);
+        for name in secrets.merge(&more)? {
+            note(&format!("both have a secret {name}, and not the same; that of {} is taken", path.display()));
+        }
+    }
     let names: Vec<_> = wanted.iter().map(|give| give.name.clone()).collect();
     has_all(&secrets, &names)?;
     let mut sealed = None;
     if let Some(target) = target {
         let file = files::read(&target.protector, MAX_PROTECTOR)?;
         let key = key_of(&file, &target.protector, &target.key)?;
-        let next = vault.successor(&file, &key, &secrets)?;
+        let next = vault.successor_beyond(newest, &file, &key, &secrets)?;
         files::write(&target.out, &next.to_bytes(), Existing::Keep)?;
         sealed = Some((&target.out, next));
     }
@@ -426,6 +468,14 @@ fn recover(
         }
     }
     Ok(())
+}
+
+fn open_as_owner(path: &Path, owner: &Owner) -> Result<(Vault, Secrets), Failure> {
+    let vault = Vault::parse(&files::read(path, MAX_VAULT)?).map_err(|e| format!("{}: {e}", path.display()))?;
+    let key = owner.open(&vault.protector);
+    let key = key.map_err(|e| format!("{}: {e}; is --owner the right folder?", path.display()))?;
+    let secrets = vault.open(&key).map_err(|e| format!("{}: {e}", path.display()))?;
+    Ok((vault, secrets))
 }
 
 /// Reads the transport key in `file` and checks that it belongs to the protector.
