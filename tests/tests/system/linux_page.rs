@@ -12,9 +12,10 @@ fn commands(page: &str) -> String {
     page.split("```sh\n").skip(1).map(|rest| rest.split_once("```").unwrap().0).collect()
 }
 
-/// Waits for a socket of a program in the background, and ends the programs with the shell.
+/// Waits for a socket of a program in the background, and for the firmware that looks for something to boot; ends the programs with the shell.
 const PROLOGUE: &str = "set -euo pipefail\n\
     trap 'kill $(jobs -p) 2>/dev/null; wait' EXIT\n\
+    boots() { for i in $(seq 1800); do if grep -q BdsDxe \"$1\"; then return; fi; sleep 0.1; done; echo \"no boot\"; exit 9; }\n\
     ready() { for i in $(seq 600); do if [ -S \"$1\" ]; then return; fi; sleep 0.1; done; echo \"no $1\"; exit 9; }\n";
 
 #[test]
@@ -36,6 +37,8 @@ fn every_command_of_the_page_does_what_it_says() {
         ("--tpm-state", format!("--tpm-setup {} --tpm-state", setup.display())),
         (agent, format!("{agent} --seen {}", path("seen"))),
         ("/etc/claviger/claviger.toml", lab.config_file().display().to_string()),
+        (" -accel kvm -m 2048", " -m 256".to_owned()),
+        ("web-1.qcow2 &\n", format!("web-1.qcow2 &\nboots {}\n", path("run/web-1.console"))),
         ("/var/lib/claviger-host", path("node-17")),
         ("agent.sock --dir", "agent.sock --metrics 127.0.0.1:0 --dir".to_owned()),
         ("--terminate &\n", "--terminate &\nready /run/claviger-host/web-1.tpm.sock\n".to_owned()),
@@ -50,7 +53,7 @@ fn every_command_of_the_page_does_what_it_says() {
     let folders = [claviger().parent().unwrap().display().to_string(), std::env::var("PATH").unwrap()];
     let mut shell = Command::new("bash");
     shell.arg("-c").arg(format!("{PROLOGUE}{script}")).current_dir(lab.file("owner"));
-    let ran = tool("bash swtpm swtpm-tools", shell.env("PATH", folders.join(":")));
+    let ran = tool("bash swtpm swtpm-tools qemu-system-x86 qemu-utils ovmf", shell.env("PATH", folders.join(":")));
     let said = said(&ran);
     assert!(ran.status.success(), "{said}\n--- of ---\n{script}");
     for expected in [
@@ -59,10 +62,11 @@ fn every_command_of_the_page_does_what_it_says() {
         "web-1.vault is made, generation 1",
         "has the secret disk-key now, generation 2",
         "web-1.vault is open, generation 3",
+        "web-1.vault is open, generation 5",
         "\n64\n",
-        "generation  4",
-        "has a fresh key, generation 5",
-        "web-1.vault opens, generation 5; its secrets:\n  disk-key\n  state-key",
+        "generation  6",
+        "has a fresh key, generation 7",
+        "web-1.vault opens, generation 7; its secrets:\n  disk-key\n  state-key",
     ] {
         assert!(said.contains(expected), "no {expected:?} in\n{said}");
     }
