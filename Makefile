@@ -1,10 +1,12 @@
 # Each target does its own set-up and is safe to repeat.
-.PHONY: demo test bench bench-instructions bench-instructions-accept count-instructions soak fuzz lint deny deb setup setup-demo help
+.PHONY: demo demo-vm test bench bench-instructions bench-instructions-accept count-instructions soak fuzz lint deny deb setup setup-demo help
 
 PACKAGES_DEMO = softhsm2
+# A machine with Secure Boot and a TPM, all in software, and what it boots. The kernel is downloaded, and not installed.
+PACKAGES_VM = swtpm swtpm-tools tpm2-tools qemu-system-x86 ovmf sbsigntool systemd-boot-efi busybox-static binutils cpio openssl
 PACKAGES_TEST = $(PACKAGES_DEMO) opencryptoki opensc p11-kit p11-kit-modules xmlsec1 libxml2-utils openssl curl \
-  python3-cryptography python3-jsonschema python3-lxml python3-yaml logrotate strace swtpm swtpm-tools tpm2-tools \
-  libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients qemu-system-x86 ovmf systemd
+  python3-cryptography python3-jsonschema python3-lxml python3-yaml logrotate strace systemd \
+  libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients $(PACKAGES_VM)
 # Installed after qemu-system-x86, which removes another version of it.
 PACKAGES_DISKS = qemu-utils
 # Only their programs are wanted.
@@ -17,6 +19,7 @@ PACKAGES_BUILD = gcc libc6-dev make protobuf-compiler
 
 help:
 	@echo "make demo   build, make a lab with soft tokens, release keys end to end, keep serving"
+	@echo "make demo-vm  a virtual machine starts with its key: QEMU without KVM, Secure Boot, a virtual TPM; some minutes"
 	@echo "make test   format check, clippy, documentation and every test"
 	@echo "make bench  what a release costs, and the daemon beside the raw token, in one table; best on an idle machine"
 	@echo "make bench-instructions         instructions of each part of a release, and the change since they were accepted"
@@ -59,6 +62,11 @@ setup:
 demo: setup-demo
 	cargo build --release --locked --bin claviger
 	./target/release/claviger demo --dir target/lab
+
+demo-vm: setup-demo
+	$(call install,$(PACKAGES_VM))
+	cargo build --release --locked --bin claviger
+	CLAVIGER=target/release/claviger tests/demo-vm/run --dir target/demo-vm
 
 # The features of dependencies follow from the targets that are built, and those of tests ask for more. Here and below, each build has
 # a test or an example in it, so that no dependency is built or checked twice.

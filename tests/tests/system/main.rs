@@ -10,6 +10,7 @@ mod audit;
 mod client_names;
 mod clients;
 mod demo;
+mod demo_vm;
 mod doctor;
 mod faults;
 mod faulty;
