@@ -492,13 +492,21 @@ fn nodes_that_start_together_make_one_signer_and_share_everything() {
     assert!(said(&migrate(&service.nodes[0])).contains("stop the daemon first"));
     let first = service.nodes[0].daemon.take().unwrap();
     assert!(first.stop().success());
-    let refused = said(&migrate(&service.nodes[0]));
-    assert!(refused.contains("node-2") && refused.contains("node-3") && !refused.contains("node-1"), "{refused}");
+    // On a busy machine the last word of a node may be late: then its lease has to end.
+    let refused = until("the first node counts as gone", || {
+        let refused = said(&migrate(&service.nodes[0]));
+        (!refused.contains("node-1")).then_some(refused)
+    });
+    assert!(refused.contains("node-2") && refused.contains("node-3"), "{refused}");
     for node in &mut service.nodes[1..] {
         assert!(node.daemon.take().unwrap().stop().success());
     }
-    let moved = migrate(&service.nodes[0]);
-    assert!(moved.status.success(), "{}", said(&moved));
+    until("the other nodes count as gone, and the state is moved", || {
+        let moved = migrate(&service.nodes[0]);
+        let waits = said(&moved).contains("these nodes run");
+        assert!(moved.status.success() || waits, "{}", said(&moved));
+        (!waits).then_some(())
+    });
     let mut config = Config::load(&service.nodes[0].config).unwrap();
     config.etcd = None;
     std::fs::write(&service.nodes[0].config, config.to_toml().unwrap()).unwrap();
