@@ -5,7 +5,7 @@ PACKAGES_DEMO = softhsm2
 # A machine with Secure Boot and a TPM, all in software, and what it boots. The kernel is downloaded, and not installed.
 PACKAGES_VM = swtpm swtpm-tools tpm2-tools qemu-system-x86 ovmf sbsigntool systemd-boot-efi busybox-static binutils cpio openssl
 PACKAGES_TEST = $(PACKAGES_DEMO) opencryptoki opensc p11-kit p11-kit-modules xmlsec1 libxml2-utils openssl curl \
-  python3-cryptography python3-jsonschema python3-lxml python3-yaml logrotate strace systemd \
+  python3-cryptography python3-jsonschema python3-lxml python3-yaml logrotate strace systemd iproute2 jq \
   libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients $(PACKAGES_VM)
 # Installed after qemu-system-x86, which removes another version of it.
 PACKAGES_DISKS = qemu-utils

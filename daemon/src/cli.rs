@@ -3,14 +3,20 @@
 
 pub mod audit;
 mod baselines;
+pub mod configuration;
+mod confirm;
 pub mod doctor;
 pub mod host;
 mod hosts;
 mod hsm;
+pub mod init;
 mod keys;
 pub mod migrate;
 mod nodes;
 pub mod pfx;
+pub mod place;
+mod progress;
+mod reload;
 mod secret;
 mod signers;
 mod table;
@@ -24,5 +30,6 @@ pub use hosts::{Hosts, hosts};
 pub use hsm::{Hsm, hsm};
 pub use keys::{Keys, keys};
 pub use nodes::{Nodes, nodes};
+pub use reload::{Reload, reload};
 pub use signers::{Signers, signers};
 pub use target::{Target, rsa_bits};

@@ -15,6 +15,7 @@ mod hsm;
 mod line;
 mod load;
 mod pin;
+pub mod reference;
 mod schema;
 mod tls;
 

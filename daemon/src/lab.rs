@@ -217,33 +217,8 @@ impl Lab {
     }
 
     fn make_tokens(&mut self, hsms: usize) -> Result<(), LabError> {
-        let module = softhsm()?;
-        let softhsm2_conf = self.dir.join("softhsm2.conf");
-        let tokens = self.dir.join("tokens");
-        let text =
-            format!("directories.tokendir = {}\nobjectstore.backend = file\nlog.level = ERROR\n", tokens.display());
-        write(&softhsm2_conf, text.as_bytes())?;
-        self.config.env = BTreeMap::from([("SOFTHSM2_CONF".to_owned(), softhsm2_conf.to_string_lossy().into_owned())]);
-        set_env(&self.config.env);
+        (self.config.env, self.config.hsm) = soft_tokens(&self.dir, hsms)?;
         self.config.server.state = self.dir.join("state");
-        for at in 0..hsms {
-            let name = member_name(at);
-            let pin = random_pin()?;
-            let pin_file = self.dir.join("pins").join(format!("{name}.pin"));
-            write(&pin_file, pin.as_bytes())?;
-            let label = format!("claviger-{}", name.trim_start_matches("hsm-"));
-            init_token(&module, &label, &Pin::new(random_pin()?), &Pin::new(pin))?;
-            self.config.hsm.push(Hsm {
-                name,
-                module: module.clone(),
-                token: TokenName::Label(label),
-                pin: PinSource::File(pin_file),
-                priority: 0,
-                weight: 1,
-                sessions: SESSIONS,
-                env: BTreeMap::new(),
-            });
-        }
         Ok(())
     }
 
@@ -348,6 +323,42 @@ impl Lab {
 /// The purposes of a tenant's two key pairs.
 pub(crate) const OWNER_ROLES: [&str; 2] = ["signing", "encryption"];
 
+/// Creates soft tokens with their PIN files in a folder. Returns the environment of their module, which is then set, and
+/// the members of a cluster of them. Call it while the process has a single thread.
+///
+/// # Errors
+/// SoftHSM2 is missing or fails, or a file cannot be written.
+pub fn soft_tokens(dir: &Path, hsms: usize) -> Result<(BTreeMap<String, String>, Vec<Hsm>), LabError> {
+    let module = softhsm()?;
+    let (softhsm2_conf, tokens, pins) = (dir.join("softhsm2.conf"), dir.join("tokens"), dir.join("pins"));
+    make_folder(&tokens)?;
+    make_folder(&pins)?;
+    let text = format!("directories.tokendir = {}\nobjectstore.backend = file\nlog.level = ERROR\n", tokens.display());
+    write(&softhsm2_conf, text.as_bytes())?;
+    let env = BTreeMap::from([("SOFTHSM2_CONF".to_owned(), softhsm2_conf.to_string_lossy().into_owned())]);
+    set_env(&env);
+    let mut members = Vec::with_capacity(hsms);
+    for at in 0..hsms {
+        let name = member_name(at);
+        let pin = random_pin()?;
+        let pin_file = pins.join(format!("{name}.pin"));
+        write(&pin_file, pin.as_bytes())?;
+        let label = format!("claviger-{}", name.trim_start_matches("hsm-"));
+        init_token(&module, &label, &Pin::new(random_pin()?), &Pin::new(pin))?;
+        members.push(Hsm {
+            name,
+            module: module.clone(),
+            token: TokenName::Label(label),
+            pin: PinSource::File(pin_file),
+            priority: 0,
+            weight: 1,
+            sessions: SESSIONS,
+            env: BTreeMap::new(),
+        });
+    }
+    Ok((env, members))
+}
+
 /// Path of SoftHSM2's module.
 pub(crate) fn softhsm() -> Result<PathBuf, LabError> {
     let module = std::env::var_os(MODULE_VARIABLE).map(PathBuf::from);
@@ -356,7 +367,7 @@ pub(crate) fn softhsm() -> Result<PathBuf, LabError> {
 }
 
 /// `hsm-a` … `hsm-z`, `hsm-27` …
-fn member_name(at: usize) -> String {
+pub(crate) fn member_name(at: usize) -> String {
     match u8::try_from(at) {
         Ok(at @ 0..26) => format!("hsm-{}", char::from(b'a' + at)),
         _ => format!("hsm-{}", at + 1),
@@ -392,6 +403,7 @@ pub fn self_signed(common_name: &str, key: &RsaPrivateKey) -> Result<Certificate
         ca: None,
         subject_key_id: None,
         authority_key_id: None,
+        dns_names: Vec::new(),
     };
     let der = template.to_be_signed()?.sign_with(key)?;
     Certificate::parse(&der).map_err(|source| LabError::Certificate { what: common_name.to_owned(), source })

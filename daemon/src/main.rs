@@ -10,18 +10,19 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
 
-use clap::{Parser, Subcommand};
-use claviger::cli::{self, Failure, doctor};
-use claviger::config::{AttestMode, Config, LogFormat};
+use clap::{CommandFactory, Parser, Subcommand};
+use claviger::cli::{self, Failure, doctor, place};
+use claviger::config::{AttestMode, Config, ConfigError, LogFormat};
 use claviger::lab::{Lab, Tokens, demo};
-use claviger::observe::log::{self, LogQueue};
+use claviger::observe::log::{self, LogQueue, WithPriority};
 use claviger::run::daemon::Daemon;
 use claviger::run::members::load_cluster;
 use claviger::run::{preflight, serve};
 use claviger::sys::{print, process};
 use claviger_hsm::{Cluster, WorkerProgram};
+use claviger_process::manual::Shell;
 use claviger_process::signals::{self, Starting};
-use claviger_process::{arguments, output, threads};
+use claviger_process::{arguments, manual, output, threads};
 use tokio::runtime::Runtime;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
@@ -41,26 +42,26 @@ struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Run the daemon with this configuration
-    #[command(after_help = "Example: claviger serve --config /etc/claviger/claviger.toml\n\
+    #[command(after_help = "Example: claviger serve\n\
         SIGTERM stops: what was accepted is answered first. SIGHUP reloads the configuration, the certificate for TLS and\n\
         the PINs, and reopens the audit trail; the log names what needs a restart.\n\
         RUST_LOG=debug says more.")]
     Serve {
-        /// The configuration file
+        /// The configuration file [default: $CLAVIGER_CONFIG, or /etc/claviger/claviger.toml]
         #[arg(long, value_name = "FILE")]
-        config: PathBuf,
+        config: Option<PathBuf>,
         /// Format of the log; overrides log.format of the configuration
         #[arg(long, value_name = "FORMAT")]
         log: Option<LogFormat>,
     },
     /// Find problems and print a remedy for each, whether the daemon runs or not
-    #[command(after_help = "Example: claviger doctor --config /etc/claviger/claviger.toml\n\
+    #[command(after_help = "Example: claviger doctor\n\
         Exit status: 0 all is well, 1 there are warnings, 2 there are errors.\n\
         Without a daemon every PIN is tried once: tokens count wrong ones.")]
     Doctor {
-        /// The configuration file
+        /// The configuration file [default: $CLAVIGER_CONFIG, or /etc/claviger/claviger.toml]
         #[arg(long, value_name = "FILE")]
-        config: PathBuf,
+        config: Option<PathBuf>,
         /// Print JSON for programs
         #[arg(long)]
         json: bool,
@@ -97,37 +98,37 @@ enum Command {
         exit: bool,
     },
     /// Register, show, label, disable and remove hosts
-    #[command(subcommand, after_help = "Example: claviger hosts list --config /etc/claviger/claviger.toml")]
+    #[command(subcommand, after_help = "Example: claviger hosts list")]
     Hosts(cli::Hosts),
     /// Capture, add, show, enable and disable baselines: the boot measurements that TPM mode accepts
-    #[command(subcommand, after_help = "Example: claviger baselines list --config /etc/claviger/claviger.toml")]
+    #[command(subcommand, after_help = "Example: claviger baselines list")]
     Baselines(cli::Baselines),
     /// Create, add, show and select key-protection certificates and their keys
-    #[command(subcommand, after_help = "Example: claviger keys list --config /etc/claviger/claviger.toml")]
+    #[command(subcommand, after_help = "Example: claviger keys list")]
     Keys(cli::Keys),
     /// Show, rotate and revoke the keys that sign health certificates
-    #[command(subcommand, after_help = "Example: claviger signers list --config /etc/claviger/claviger.toml")]
+    #[command(subcommand, after_help = "Example: claviger signers list")]
     Signers(cli::Signers),
     /// Show, drain, resume and probe the HSMs of the cluster
-    #[command(subcommand, after_help = "Example: claviger hsm list --config /etc/claviger/claviger.toml")]
+    #[command(subcommand, after_help = "Example: claviger hsm list")]
     Hsm(cli::Hsm),
     /// Show the nodes that share a state in etcd
-    #[command(subcommand, after_help = "Example: claviger nodes list --config /etc/claviger/claviger.toml")]
+    #[command(subcommand, after_help = "Example: claviger nodes list")]
     Nodes(cli::Nodes),
     /// Verify the audit trail, and show its position
-    #[command(subcommand, after_help = "Example: claviger audit verify --config /etc/claviger/claviger.toml")]
+    #[command(subcommand, after_help = "Example: claviger audit verify")]
     Audit(cli::audit::Audit),
     /// Write hosts, certificates, limits and attestation signers to an encrypted file; private keys stay in the HSMs
-    #[command(after_help = "Example: claviger export hgs.age --config /etc/claviger/claviger.toml")]
+    #[command(after_help = "Example: claviger export hgs.age")]
     Export(cli::transfer::Export),
     /// Import a file from claviger export; shows the changes first
-    #[command(after_help = "Example: claviger import hgs.age --dry-run --config /etc/claviger/claviger.toml\n\
+    #[command(after_help = "Example: claviger import hgs.age --dry-run\n\
         Nothing that is only here goes away, and what is disabled or limited here stays so. The HSMs have to hold the keys\n\
         of all its certificates. A file for an age recipient is not authenticated: anyone who knows the recipient can\n\
         write one. Look at what --dry-run shows, above all at hosts and signers that you do not know.")]
     Import(cli::transfer::Import),
     /// Move the state from the state folder to etcd or back, while no daemon runs
-    #[command(after_help = "Example: claviger migrate --to-etcd --dry-run --config /etc/claviger/claviger.toml\n\
+    #[command(after_help = "Example: claviger migrate --to-etcd --dry-run\n\
         The destination has to be empty. Counts of use, evidence and the audit trail stay in the state folder.")]
     Migrate(cli::migrate::Migrate),
     /// For guarded hosts: create keys, attest, and get the keys of virtual machines
@@ -146,6 +147,31 @@ enum Command {
         after_help = "Example: claviger protector new --owner acme --guardian hgs --out vm.xml --key vm.key"
     )]
     Protector(cli::tenant::protector::Protector),
+    /// Set up a service step by step: configuration, PINs, keys and certificates; run it again to go on
+    #[command(after_help = "Examples:\n  \
+        claviger init --module /usr/lib/softhsm/libsofthsm2.so --token claviger-a --token claviger-b --certificates request\n  \
+        claviger init --soft-tokens 2 --certificates lab      (a laboratory)\n\
+        It asks for what the options do not say, changes nothing that is there already, and says what is next.")]
+    Init(Box<cli::init::Init>),
+    /// Have the daemon read its configuration, certificates and PINs again, and say what came of it
+    #[command(after_help = "Example: claviger reload\n\
+        Exit status: 0 it is reloaded, 1 the daemon goes on with the old configuration. SIGHUP does the same without an answer.")]
+    Reload(cli::Reload),
+    /// Check and show the configuration file, and print its reference
+    #[command(subcommand, after_help = "Example: claviger config check")]
+    Config(cli::configuration::Configuration),
+    /// Print the script with which a shell completes commands and options
+    #[command(after_help = "Example: claviger completions bash >/etc/bash_completion.d/claviger")]
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
+    /// Write the manual pages and the completions of all shells; for packages
+    #[command(hide = true)]
+    Manual {
+        /// Folder for `man` and `completions`
+        dir: PathBuf,
+    },
     /// Run one HSM; a process that the daemon starts
     #[command(hide = true)]
     HsmWorker,
@@ -165,7 +191,7 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let arguments: Arguments = match arguments::parse() {
+    let arguments: Arguments = match arguments::parse_with(mixed_up) {
         Ok(arguments) => arguments,
         Err(status) => return status,
     };
@@ -174,7 +200,7 @@ fn main() -> ExitCode {
         return claviger_hsm::worker::run();
     }
     if let (Command::Serve { config, log }, Some(starting)) = (&arguments.command, &starting) {
-        serve(config, *log, starting);
+        serve(&place::configuration(config.clone()), *log, starting);
     }
     if starting.is_some() {
         // The demonstration also runs a daemon.
@@ -192,6 +218,18 @@ fn main() -> ExitCode {
     };
     install_log(if quiet { QUIET } else { USUAL }, LogFormat::Text, std::io::stderr);
     finish(arguments.command, starting)
+}
+
+/// Tip for a command of `host` that is one of `hosts`, and the other way round.
+fn mixed_up(wrong: &str) -> Option<String> {
+    let said = std::env::args().nth(1)?;
+    let (other, meaning) = match said.as_str() {
+        "host" => ("hosts", "`hosts` is for the registered hosts, where the service runs"),
+        "hosts" => ("host", "`host` is for a guarded host itself"),
+        _ => return None,
+    };
+    Arguments::command().find_subcommand(other)?.find_subcommand(wrong)?;
+    Some(format!("claviger {other} {wrong} exists: {meaning}"))
 }
 
 /// Runs a command and turns its result into an exit status.
@@ -214,18 +252,36 @@ fn install_signals() -> std::io::Result<Option<Starting>> {
     }
 }
 
+/// Exit status of a daemon whose configuration is invalid (`EX_CONFIG` of sysexits.h): a restart would not help.
+const BAD_CONFIGURATION: u8 = 78;
+
 /// Runs the daemon until a signal stops it. The log has its own thread, and all output to standard error goes through
 /// it.
 fn serve(config: &Path, format: Option<LogFormat>, starting: &Starting) -> ! {
     let queue = log_queue();
     // If the configuration cannot be read, the error is reported later, when the configuration is used.
     let format = format.unwrap_or_else(|| Config::load(config).map_or(LogFormat::Text, |config| config.log.format));
-    install_log(USUAL, format, queue.clone());
-    let status = match serve::run(config.to_owned(), starting) {
+    let is_journal = log::is_journal();
+    if is_journal {
+        install_log(USUAL, format, WithPriority(queue.clone()));
+    } else {
+        install_log(USUAL, format, queue.clone());
+    }
+    let announced = match format {
+        LogFormat::Text => serve::Announced::Printed,
+        LogFormat::Json => serve::Announced::Logged,
+    };
+    let status = match serve::run(config.to_owned(), starting, announced) {
         Ok(()) => 0,
         Err(failure) => {
-            queue.push(format!("claviger: {failure}\n").as_bytes());
-            1
+            match format {
+                LogFormat::Json => tracing::error!(error = %failure, "the daemon ends"),
+                LogFormat::Text => {
+                    let priority = if is_journal { log::priority(&tracing::Level::ERROR) } else { b"" };
+                    queue.push(&[priority, format!("claviger: {failure}\n").as_bytes()].concat());
+                }
+            }
+            if failure.is::<ConfigError>() { BAD_CONFIGURATION } else { 1 }
         }
     };
     queue.flush();
@@ -262,11 +318,11 @@ fn run(command: Command, starting: Option<Starting>) -> Result<ExitCode, Failure
         Command::HsmWorker => Err("hsm-worker is started by the daemon".into()),
         Command::Doctor { config, hsm: Some(name), .. } => {
             process::no_core_dumps()?;
-            match doctor::examine_hsm(&config, &name)? {}
+            match doctor::examine_hsm(&place::configuration(config), &name)? {}
         }
         Command::Doctor { config, json, hsm: None } => {
             process::no_core_dumps()?;
-            let findings = doctor::examine(&config);
+            let findings = doctor::examine_as_daemon(&place::configuration(config));
             doctor::print(&findings, json);
             Ok(doctor::status(&findings))
         }
@@ -311,6 +367,25 @@ fn run(command: Command, starting: Option<Starting>) -> Result<ExitCode, Failure
             // The private key of a PFX is in this process' memory.
             process::no_core_dumps()?;
             threads::single_thread()?.block_on(cli::keys(command)).map(|()| ExitCode::SUCCESS)
+        }
+        Command::Init(command) => {
+            process::no_core_dumps()?;
+            cli::init::run(*command)
+        }
+        Command::Reload(command) => {
+            threads::single_thread()?.block_on(cli::reload(command)).map(|()| ExitCode::SUCCESS)
+        }
+        Command::Config(command) => cli::configuration::run(command).map(|()| ExitCode::SUCCESS),
+        Command::Completions { shell } => {
+            manual::completions(Arguments::command(), shell);
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Manual { dir } => {
+            let page = dir.join("man/claviger.toml.5");
+            let written = manual::write_all(Arguments::command(), &dir)
+                .and_then(|()| std::fs::write(page, cli::configuration::manual_page()));
+            written.map_err(|error| format!("{}: {error}", dir.display()))?;
+            Ok(ExitCode::SUCCESS)
         }
         Command::Export(command) => {
             threads::single_thread()?.block_on(cli::transfer::export(command)).map(|()| ExitCode::SUCCESS)

@@ -1,5 +1,7 @@
 //! What all requests share: settings, the HSM cluster, the registry, and the audit trail.
 
+pub mod reloads;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,6 +10,7 @@ use claviger_hsm::Cluster;
 use claviger_protocol::wrapping_set::KnownSets;
 use tokio::sync::Notify;
 
+use self::reloads::Reloads;
 use crate::admission::Admission;
 use crate::admission::bodies::Bodies;
 use crate::config::{Config, Etcd};
@@ -63,6 +66,8 @@ pub struct Service {
     pub usage: Usage,
     /// The last hour, for the status page.
     pub history: History,
+    /// Requests to read the configuration again.
+    pub reloads: Reloads,
     /// Wakes the rotation of the attestation signer: no HSM has the key of the current one.
     pub signer_missing: Notify,
 }
@@ -129,6 +134,7 @@ impl Service {
             evidence,
             usage,
             history: History::default(),
+            reloads: Reloads::default(),
             signer_missing: Notify::new(),
         };
         service.rebase_stock();

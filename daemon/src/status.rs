@@ -129,17 +129,34 @@ pub async fn serve(monitor: Arc<Monitor>, request: Request<Incoming>) -> Result<
         (&Method::GET | &Method::HEAD, "/metrics") => {
             Answer::ok(metrics::CONTENT_TYPE, monitor.handle.render(&monitor.readings()))
         }
-        (&Method::GET | &Method::HEAD, "/live") => plain(200, "live\n".to_owned()),
-        (&Method::GET | &Method::HEAD, "/ready") => {
-            match monitor.readiness.check(&monitor.service, &monitor.blocked).await {
-                Ok(what) => plain(200, format!("ready: {what}\n")),
-                Err(why) => plain(503, format!("not ready: {why}\n")),
-            }
-        }
+        (&Method::GET | &Method::HEAD, path @ ("/live" | "/ready")) => probe(&monitor, path).await,
         (&Method::GET | &Method::HEAD, _) => plain(404, "there are /, /metrics, /live and /ready\n".to_owned()),
         _ => Answer { allow: Some(Method::GET), ..plain(405, "only GET\n".to_owned()) },
     };
     Ok(answer.into_response(&request_id()))
+}
+
+/// Answers `/live` or `/ready`.
+async fn probe(monitor: &Monitor, path: &str) -> Answer {
+    let plain = |status, text: String| Answer { status, ..Answer::ok(TEXT, text) };
+    if path == "/live" {
+        return plain(200, "live\n".to_owned());
+    }
+    match monitor.readiness.check(&monitor.service, &monitor.blocked).await {
+        Ok(what) => plain(200, format!("ready: {what}\n")),
+        Err(why) => plain(503, format!("not ready: {why}\n")),
+    }
+}
+
+/// Answers `/live` and `/ready` at the service address: only the status, because names of HSMs are not for callers.
+/// `None`: the request is another one.
+pub async fn probe_for_callers(monitor: &Monitor, method: &Method, path: &str) -> Option<Response<Full<Bytes>>> {
+    if !matches!((method, path), (&Method::GET | &Method::HEAD, "/live" | "/ready")) {
+        return None;
+    }
+    let answer = probe(monitor, path).await;
+    let text = if answer.status == 200 { "yes\n" } else { "no\n" };
+    Some(Answer { body: Bytes::from_static(text.as_bytes()), ..answer }.into_response(&request_id()))
 }
 
 /// Records the history of the last hour, while the daemon runs.

@@ -25,6 +25,9 @@ pub use queries::{Query, Variable, panels, panels_of, variables};
 /// The command that generates the files.
 pub const REGENERATE: &str = "cargo run -p claviger-dashboards";
 
+/// The runbook in the repository.
+pub const RUNBOOK: &str = "docs/runbook.md";
+
 /// A generated file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct File {
@@ -41,10 +44,15 @@ pub fn files() -> Vec<File> {
         .into_iter()
         .map(|(path, dashboard)| File { path, text: format!("{:#}\n", sorted(dashboard)) })
         .collect();
-    files
-        .push(File { path: "dashboards/prometheus/claviger.rules.yml", text: prometheus::yaml(&groups(), REGENERATE) });
+    files.push(File { path: "dashboards/prometheus/claviger.rules.yml", text: rules(RUNBOOK) });
     files.push(File { path: "docs/metrics.md", text: reference::markdown(REGENERATE) });
     files
+}
+
+/// Generates the rules, whose `runbook_url`s begin with the address `runbook`.
+#[must_use]
+pub fn rules(runbook: &str) -> String {
+    prometheus::yaml(&groups(), REGENERATE, runbook)
 }
 
 /// The root of the repository that this crate was built in.

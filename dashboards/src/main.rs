@@ -1,4 +1,5 @@
-//! Writes the generated files into the repository: dashboards, rules and the metric reference.
+//! Writes the generated files into the repository: dashboards, rules and the metric reference. With `--runbook-url URL`, prints
+//! the rules with the address of a runbook instead.
 
 #![forbid(unsafe_code)]
 
@@ -7,6 +8,21 @@ use std::process::ExitCode;
 use claviger_process::output;
 
 fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    match arguments.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
+        [] => write_all(),
+        ["--runbook-url", url] => {
+            output::line(claviger_dashboards::rules(url).trim_end());
+            output::exit_status("dashboards", ExitCode::SUCCESS, 1)
+        }
+        _ => {
+            output::note("usage: dashboards [--runbook-url URL]");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn write_all() -> ExitCode {
     let root = claviger_dashboards::root();
     for file in claviger_dashboards::files() {
         let path = root.join(file.path);

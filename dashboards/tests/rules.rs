@@ -44,7 +44,7 @@ fn promtool_accepts_the_configuration() {
 #[test]
 fn amtool_accepts_the_configuration() {
     content("amtool", &["check-config", "alertmanager/alertmanager.yml"]);
-    for (severity, receiver) in [("page", "on-call"), ("ticket", "tickets")] {
+    for (severity, receiver) in [("critical", "on-call"), ("warning", "tickets")] {
         let severity = format!("severity={severity}");
         let receiver = format!("--verify.receivers={receiver}");
         let route = ["config", "routes", "test", "--config.file=alertmanager/alertmanager.yml", &receiver, &severity];
@@ -86,7 +86,7 @@ fn every_alert_says_how_urgent_it_is_and_what_to_do() {
     let mut names = BTreeSet::new();
     for alert in alerts() {
         assert!(names.insert(alert.name), "{} twice", alert.name);
-        assert!(["page", "ticket"].contains(&alert.severity), "{}", alert.name);
+        assert!(["critical", "warning"].contains(&alert.severity), "{}", alert.name);
         assert!(!alert.summary.is_empty() && alert.description.ends_with('.'), "{}", alert.name);
         // A number without a format is hard to read: it must be a share, a time, or rounded.
         let text = &alert.description;
@@ -123,6 +123,10 @@ fn the_runbook_has_a_section_for_every_alert_and_no_other() {
         }
     }
     for alert in alerts() {
-        assert_eq!(alert.runbook(), format!("docs/runbook.md#{}", alert.name.to_lowercase()));
+        assert_eq!(alert.runbook("docs/runbook.md"), format!("docs/runbook.md#{}", alert.name.to_lowercase()));
+        assert!(
+            claviger_dashboards::rules("https://wiki/runbook")
+                .contains(&format!("runbook_url: https://wiki/runbook#{}\n", alert.name.to_lowercase()))
+        );
     }
 }

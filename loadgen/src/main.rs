@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::builder::ArgPredicate;
-use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgGroup, Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use claviger_loadgen::about::{About, Member};
 use claviger_loadgen::attest::{self, Storm};
 use claviger_loadgen::capacity::{self, Question};
@@ -28,7 +28,8 @@ use claviger_loadgen::threshold::{self, Threshold};
 use claviger_loadgen::units;
 use claviger_loadgen::verify::Verify;
 use claviger_loadgen::{Failure, compare, host, html, prepare, print, run};
-use claviger_process::{arguments, output, signals, threads};
+use claviger_process::manual::Shell;
+use claviger_process::{arguments, manual, output, signals, threads};
 use claviger_protocol::payload::ApiVersion;
 use claviger_protocol::pem;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -56,6 +57,18 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Print the script with which a shell completes commands and options
+    #[command(after_help = "Example: claviger-loadgen completions bash >/etc/bash_completion.d/claviger-loadgen")]
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
+    /// Write the manual pages and the completions of all shells; for packages
+    #[command(hide = true)]
+    Manual {
+        /// Folder for `man` and `completions`
+        dir: PathBuf,
+    },
     /// Make load, and tell how the service bore it
     #[command(after_help = "Examples:\n  \
         claviger-loadgen run --url http://127.0.0.1:8080 --lab target/lab --profile 10s@100,30s@100..500 --html run.html\n  \
@@ -505,6 +518,14 @@ fn main() -> ExitCode {
     };
     raise_open_files();
     let result = match arguments.command {
+        Command::Completions { shell } => {
+            manual::completions(Arguments::command(), shell);
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Manual { dir } => match manual::write_all(Arguments::command(), &dir) {
+            Ok(()) => Ok(ExitCode::SUCCESS),
+            Err(error) => Err(format!("{}: {error}", dir.display()).into()),
+        },
         Command::Run(arguments) => runtime().and_then(|runtime| runtime.block_on(load(&arguments))),
         Command::Attest(arguments) => runtime().and_then(|runtime| runtime.block_on(attested(&arguments))),
         Command::Compare(arguments) => compared(&arguments),

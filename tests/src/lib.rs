@@ -17,6 +17,7 @@ mod lab;
 mod paths;
 pub mod process;
 mod remote;
+pub mod sandbox;
 mod scrape;
 mod tool;
 mod wait;

@@ -22,6 +22,7 @@ pub(crate) fn self_signed(common_name: &str, key: &RsaPrivateKey) -> Certificate
         ca: None,
         subject_key_id: None,
         authority_key_id: None,
+        dns_names: Vec::new(),
     };
     Certificate::parse(&template.to_be_signed().unwrap().sign_with(key).unwrap()).unwrap()
 }

@@ -445,6 +445,19 @@ impl Cluster {
         }
     }
 
+    /// Destroys a key pair on a member's token. Keys whose public key the token does not reveal are left alone, because
+    /// their id alone does not say which key they are.
+    ///
+    /// # Errors
+    /// [`HsmError::NoSuchKey`] if the token has no such key; otherwise the token's refusal. A failed call is not repeated.
+    pub async fn destroy(&self, member: &str, key: &KeyRef) -> Result<(), Failure> {
+        let request = Request::Destroy { id: &key.id.0, public: key.public };
+        match self.manage(member, &Job::new(&request)?).await? {
+            Value::Done => Ok(()),
+            _ => Err(HsmError::UnexpectedReply.into()),
+        }
+    }
+
     /// Ends all workers. Calls that run at a token may finish first, for at most two seconds.
     pub async fn close(&self) {
         if let Some(supervisor) = lock(&self.0.supervisor).take() {

@@ -66,6 +66,12 @@ pub(crate) enum Request<'a> {
     Generate(NewKey),
     /// Imports a private key into the token.
     Import(NewKey, RsaPrivateParts),
+    /// Destroys the private key with this id and public key, and its public key objects.
+    Destroy {
+        #[serde(borrow)]
+        id: &'a [u8],
+        public: Fingerprint,
+    },
 }
 
 impl Request<'_> {
@@ -79,6 +85,7 @@ impl Request<'_> {
             Request::Keys { .. } => Operation::Keys,
             Request::Generate(_) => Operation::Generate,
             Request::Import(..) => Operation::Import,
+            Request::Destroy { .. } => Operation::Destroy,
         }
     }
 }

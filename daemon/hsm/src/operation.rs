@@ -21,6 +21,8 @@ pub enum Operation {
     Generate,
     /// Imports a private key.
     Import,
+    /// Destroys a key pair.
+    Destroy,
 }
 
 impl Operation {
@@ -36,11 +38,12 @@ impl Operation {
             Operation::Keys => "keys",
             Operation::Generate => "generate",
             Operation::Import => "import",
+            Operation::Destroy => "destroy",
         }
     }
 
     /// Returns true if the operation may safely be done twice.
     pub(crate) fn may_repeat(self) -> bool {
-        !matches!(self, Operation::Generate | Operation::Import)
+        !matches!(self, Operation::Generate | Operation::Import | Operation::Destroy)
     }
 }

@@ -4,6 +4,7 @@ use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use clap::Parser;
+use clap::error::{ContextKind, ContextValue};
 
 use crate::output;
 
@@ -13,7 +14,20 @@ use crate::output;
 /// # Errors
 /// The exit status of the process. The text has already been printed.
 pub fn parse<A: Parser>() -> Result<A, ExitCode> {
-    A::try_parse().map_err(|error| {
+    parse_with(|_| None)
+}
+
+/// As [`parse`]. `tip` may add a tip to the error of a command that does not exist.
+///
+/// # Errors
+/// As [`parse`].
+pub fn parse_with<A: Parser>(tip: impl Fn(&str) -> Option<String>) -> Result<A, ExitCode> {
+    A::try_parse().map_err(|mut error| {
+        if let Some(ContextValue::String(wrong)) = error.get(ContextKind::InvalidSubcommand)
+            && let Some(tip) = tip(wrong)
+        {
+            error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![tip.into()]));
+        }
         let text = error.render();
         let styled = |terminal: bool| if terminal { text.ansi().to_string() } else { text.to_string() };
         let status = ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));

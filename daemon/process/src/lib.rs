@@ -11,6 +11,8 @@ pub mod arguments;
 pub mod clock;
 pub mod lock;
 #[cfg(feature = "programs")]
+pub mod manual;
+#[cfg(feature = "programs")]
 pub mod output;
 #[cfg(feature = "programs")]
 pub mod signals;

@@ -85,6 +85,7 @@ fn template(
     let not_before = now.saturating_sub(BACKDATED_SECONDS);
     Ok(Template {
         subject: DistinguishedName {
+            above: Vec::new(),
             common_name: host_name.to_owned(),
             serial_number: Some(HEXLOWER.encode(&host_key.spki_sha256())),
             organizational_unit: None,
@@ -99,6 +100,7 @@ fn template(
         ca: None,
         subject_key_id: None,
         authority_key_id: signer.subject_key_id().map(<[u8]>::to_vec),
+        dns_names: Vec::new(),
     })
 }
 
@@ -121,6 +123,7 @@ pub fn signer_template(key: &RsaPublicKey, not_before: i64, not_after: i64) -> R
         ca: Some(true),
         subject_key_id: Some(id.to_vec()),
         authority_key_id: None,
+        dns_names: Vec::new(),
     })
 }
 

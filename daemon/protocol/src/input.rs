@@ -461,6 +461,7 @@ mod tests {
             ca: None,
             subject_key_id: None,
             authority_key_id: None,
+            dns_names: Vec::new(),
         };
         Certificate::parse(&template.to_be_signed().unwrap().sign_with(key(at)).unwrap()).unwrap()
     }

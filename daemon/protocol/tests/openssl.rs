@@ -329,6 +329,7 @@ fn far_times_are_written_as_rfc_5280_wants() {
             ca: None,
             subject_key_id: Some(key_id(key(0).public()).to_vec()),
             authority_key_id: None,
+            dns_names: Vec::new(),
         };
         let certificate = Certificate::parse(&template.to_be_signed().unwrap().sign_with(key(0)).unwrap()).unwrap();
         assert_eq!((certificate.not_before(), certificate.not_after()), (0, not_after));

@@ -915,6 +915,7 @@ mod messages {
             ca: Some(false),
             subject_key_id: None,
             authority_key_id: None,
+            dns_names: Vec::new(),
         };
         let der = template.to_be_signed().unwrap().sign_with(&ek()).unwrap();
         assert_eq!(&endorsement_key_of(&der).unwrap(), ek().public());

@@ -1,7 +1,7 @@
 //! Sends one request to a running daemon, and reads the answer.
 
 use std::io;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
 use claviger_hsm::standstill;
@@ -14,6 +14,10 @@ use zeroize::Zeroizing;
 use super::error::{AdminError, check_length};
 use super::line::{Line, read_line};
 use super::socket::{COMMAND_TIMEOUT, IDLE_TIMEOUT, REQUEST_LIMIT};
+use crate::sys::process;
+
+/// Whoever may write to a socket may connect to it.
+const GROUP_WRITES: u32 = 0o020;
 
 /// Longest answer that [`call`] reads, in bytes.
 pub const ANSWER_LIMIT: usize = 64 * 1024 * 1024;
@@ -28,7 +32,10 @@ pub async fn call<T: Serialize + ?Sized>(path: &Path, request: &T) -> Result<Val
     let mut stream = UnixStream::connect(path).await.map_err(|source| match source.kind() {
         io::ErrorKind::NotFound => AdminError::Missing { path: path.to_owned() },
         io::ErrorKind::ConnectionRefused => AdminError::Dead { path: path.to_owned() },
-        io::ErrorKind::PermissionDenied => AdminError::Denied { path: path.to_owned(), owner: owner(path) },
+        io::ErrorKind::PermissionDenied => {
+            let (owner, group) = allowed(path);
+            AdminError::Denied { path: path.to_owned(), owner, group }
+        }
         _ => broken(source),
     })?;
     let exchange = async {
@@ -84,8 +91,14 @@ fn octets_of<T: Serialize + ?Sized>(request: &T) -> usize {
     count.0
 }
 
-/// The owner of the socket, or of the folder that hides it.
-fn owner(path: &Path) -> String {
-    let uid = path.ancestors().find_map(|path| path.metadata().ok()).map(|metadata| metadata.uid());
-    uid.map_or_else(|| "the daemon's user".to_owned(), |uid| format!("the user with id {uid}"))
+/// The owner of the socket, or of the folder that hides it; and the group that may use it.
+fn allowed(path: &Path) -> (String, Option<String>) {
+    let Some(metadata) = path.ancestors().find_map(|path| path.metadata().ok()) else {
+        return ("the daemon's user".to_owned(), None);
+    };
+    let user = process::name_of_user(metadata.uid());
+    let owner = user.unwrap_or_else(|| format!("the user with id {}", metadata.uid()));
+    let is_for_group = metadata.file_type().is_socket() && metadata.mode() & GROUP_WRITES != 0;
+    let group = || process::name_of_group(metadata.gid()).unwrap_or_else(|| metadata.gid().to_string());
+    (owner, is_for_group.then(group))
 }

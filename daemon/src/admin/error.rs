@@ -49,12 +49,14 @@ pub enum AdminError {
         path: PathBuf,
     },
     /// This user may not use the socket.
-    #[error("{} may not be used by this user; run this as root or as {owner}", path.display())]
+    #[error("{} may not be used by this user; run this as root{}", path.display(), others(owner, group.as_deref()))]
     Denied {
         /// The socket.
         path: PathBuf,
         /// The user who owns it.
         owner: String,
+        /// The group that may use it, if there is one.
+        group: Option<String>,
     },
     /// The connection failed.
     #[error("the daemon behind {} did not answer: {source}; its log may say why", path.display())]
@@ -67,6 +69,16 @@ pub enum AdminError {
     /// The daemon refused the command; the text is the daemon's.
     #[error("{0}")]
     Refused(String),
+}
+
+/// Who may use the socket beside root.
+fn others(owner: &str, group: Option<&str>) -> String {
+    match group {
+        Some(group) => {
+            format!(", as {owner} or as a member of the group {group} (after a new login: usermod -aG {group} USER)")
+        }
+        None => format!(" or as {owner}"),
+    }
 }
 
 /// Checks the length of a socket's path, which the kernel limits.

@@ -11,12 +11,18 @@ mod transfer;
 
 use std::sync::Arc;
 
+use claviger_hsm::standstill;
 use serde::Deserialize;
 use serde_json::Value;
 
+use self::change::{Change, FAILED};
 use super::message::Command;
-use crate::observe::audit::Peer;
+use crate::observe::audit::{Peer, SUCCESS};
+use crate::observe::log_throttle::Throttle;
 use crate::service::Service;
+
+/// Most characters of a command's name in the audit trail.
+const LONGEST_NAME: usize = 64;
 
 /// Answers a request. A change is recorded before it is made.
 ///
@@ -26,9 +32,12 @@ pub async fn handle(service: Arc<Service>, request: Value, peer: Peer) -> Result
     let command = Command::deserialize(request).map_err(|e| format!("the daemon does not know this command: {e}"))?;
     let service = &service;
     match command {
-        Command::AddHost { name, public_key, labels } => hosts::add(service, name, &public_key, labels, peer).await,
-        Command::AddTpmHost { name, certificates, public_key, labels } => {
-            hosts::add_tpm(service, name, &certificates, public_key.as_deref(), labels, peer).await
+        Command::AddHost { name, public_key, labels, if_absent } => {
+            hosts::add(service, hosts::New { name, labels, if_absent }, &public_key, peer).await
+        }
+        Command::AddTpmHost { name, certificates, public_key, labels, if_absent } => {
+            let new = hosts::New { name, labels, if_absent };
+            hosts::add_tpm(service, new, &certificates, public_key.as_deref(), peer).await
         }
         Command::CheckHost { name } => baselines::check(service, name).await,
         Command::ListBaselines => baselines::list(service).await,
@@ -48,12 +57,16 @@ pub async fn handle(service: Arc<Service>, request: Value, peer: Peer) -> Result
         Command::GenerateKey { kind, bits, name, member } => {
             keys::generate(service, kind, bits, name, member, peer).await
         }
-        Command::RequestCertificate { hsm_key, subject } => keys::request(service, &hsm_key, subject, peer).await,
-        Command::SelfSign { hsm_key, subject, days } => keys::self_sign(service, &hsm_key, subject, days, peer).await,
-        Command::AddKey { kind, certificate, hsm_key, private_key, primary, trust_absent } => {
-            let new = keys::New { kind, certificate, hsm_key, private_key, primary, trust_absent };
+        Command::RequestCertificate { hsm_key, subject, dns_names } => {
+            keys::request(service, &hsm_key, &subject, dns_names, peer).await
+        }
+        Command::SelfSign { hsm_key, subject, days } => keys::self_sign(service, &hsm_key, &subject, days, peer).await,
+        Command::AddKey { kind, certificate, hsm_key, private_key, primary, trust_absent, labels } => {
+            let new = keys::New { kind, certificate, hsm_key, private_key, primary, trust_absent, labels };
             keys::add(service, new, peer).await
         }
+        Command::ListTokenKeys => keys::on_tokens(service).await,
+        Command::DestroyKey { hsm_key, member } => keys::destroy(service, &hsm_key, member, peer).await,
         Command::SetPrimary { certificate, kind } => keys::set_primary(service, &certificate, kind, peer).await,
         Command::SetCommunications { certificate } => {
             keys::set_communications(service, certificate.as_deref(), peer).await
@@ -63,6 +76,7 @@ pub async fn handle(service: Arc<Service>, request: Value, peer: Peer) -> Result
         }
         Command::RemoveKey { certificate, kind, force } => keys::remove(service, &certificate, kind, force, peer).await,
         Command::LimitKey { certificate, kind, labels } => keys::limit(service, &certificate, kind, labels, peer).await,
+        Command::Reload => reload(service, peer).await,
         Command::Doctor => {
             let findings = crate::checks::of_daemon(service).await;
             serde_json::to_value(findings).map_err(|e| e.to_string())
@@ -71,8 +85,8 @@ pub async fn handle(service: Arc<Service>, request: Value, peer: Peer) -> Result
         Command::RotateSigner => signers::rotate(service, peer).await,
         Command::RevokeSigner { certificate, force } => signers::revoke(service, &certificate, force, peer).await,
         Command::ListHsms => Ok(hsm::list(service)),
-        Command::DrainHsm { name } => hsm::drain(service, &name, true, peer).await,
-        Command::ResumeHsm { name } => hsm::drain(service, &name, false, peer).await,
+        Command::DrainHsm { name, force } => hsm::drain(service, &name, force, peer).await,
+        Command::ResumeHsm { name } => hsm::resume(service, &name, peer).await,
         Command::ProbeHsm { name } => hsm::probe(service, &name).await,
         Command::ListNodes => nodes::list(service).await,
         Command::ForgetNode { name } => nodes::forget(service, name, peer).await,
@@ -91,9 +105,33 @@ pub async fn handle(service: Arc<Service>, request: Value, peer: Peer) -> Result
 pub async fn review(service: Arc<Service>, request: Value, peer: Peer) -> Result<Value, String> {
     let reads = |name: &str| [".list", ".show", ".status", ".check"].iter().any(|end| name.ends_with(end));
     if !request["command"].as_str().is_some_and(reads) {
+        refused(&service, &request, peer).await;
         return Err("this socket only answers what changes nothing; use admin.sock for this".to_owned());
     }
     handle(service, request, peer).await
+}
+
+/// Has the daemon read its configuration again.
+async fn reload(service: &Service, peer: Peer) -> Result<Value, String> {
+    let change = Change::new("reload", peer);
+    change.requested(service).await?;
+    let reloaded = service.reloads.ask().await;
+    change.done(service, if reloaded.is_ok() { SUCCESS } else { FAILED }).await;
+    Ok(serde_json::json!({ "needs_restart": reloaded? }))
+}
+
+/// Records an attempt that is not allowed. One record a second, with the number of those that have none: an attempt costs
+/// its user nothing.
+async fn refused(service: &Service, request: &Value, peer: Peer) {
+    static RECORDS: Throttle = Throttle::new();
+    let Some(others) = RECORDS.due(standstill::now()) else { return };
+    let command = request["command"].as_str().unwrap_or("no command");
+    let command: String = command.chars().filter(|c| c.is_ascii_graphic()).take(LONGEST_NAME).collect();
+    tracing::warn!(uid = peer.uid, command, others, "an attempt at review.sock to change something is refused");
+    let mut change = Change::new("admin.refused", peer);
+    let also = if others > 0 { format!(", and {others} attempts before it") } else { String::new() };
+    change.attempt.change = Some(format!("{command} at review.sock{also}"));
+    let _ = service.audit.administration(&change.attempt.entry("admin.refused", "refused")).await;
 }
 
 fn audit_status(service: &Service) -> Value {

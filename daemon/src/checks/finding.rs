@@ -18,7 +18,7 @@ pub enum Level {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Finding {
     /// Name of the check: `configuration`, `pin`, `tls`, `folder`, `socket`, `port`, `state`, `certificate`, `audit`,
-    /// `clock`, `module`, `token`, `login`, `key`, `sessions`, `hsm`, `etcd` or `nodes`.
+    /// `clock`, `module`, `token`, `login`, `key`, `sessions`, `hsm`, `etcd`, `nodes` or `user`.
     pub check: String,
     /// Severity.
     pub level: Level,

@@ -1,16 +1,21 @@
 //! `claviger audit …`: verifies the audit trail and shows its position.
 
+use std::io::BufRead;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::{Duration, SystemTime};
 
 use claviger_client::files;
 use claviger_protocol::certificate::Certificate;
 use serde_json::json;
+use time::OffsetDateTime;
 
+use super::place;
 use super::table::text;
 use super::target::{Target, ask, print};
 use crate::admin::Command;
 use crate::config::Config;
+use crate::observe::audit::cef;
 use crate::observe::audit::verify::{Report, Verifier, first_number, open};
 use crate::store::{Kind, State};
 use crate::sys::failure::Failure;
@@ -26,8 +31,13 @@ pub enum Audit {
         Several nodes: claviger audit verify --certificate signing.pem hgs-1 hgs-2 hgs-3\n\
         Needs no daemon. Files are read in the order of their lines, gzip is read, - is the standard input.")]
     Verify(Verify),
+    /// Print the lines of the trail for a SIEM, as JSON or in the Common Event Format
+    #[command(after_help = "Example: claviger audit export --format cef --since 24h\n\
+        Needs no daemon. Files are read in the order of their lines, gzip is read, - is the standard input. The chain is not\n\
+        checked: claviger audit verify does that.")]
+    Export(Export),
     /// Show the position of a running daemon's audit trail
-    #[command(after_help = "Example: claviger audit status --config /etc/claviger/claviger.toml")]
+    #[command(after_help = "Example: claviger audit status")]
     Status {
         /// The daemon to contact.
         #[command(flatten)]
@@ -38,18 +48,45 @@ pub enum Audit {
 /// `claviger audit verify`
 #[derive(Debug, clap::Args)]
 pub struct Verify {
-    /// Files of one trail, or folders with the trail of one node each; default: the files of --config
-    #[arg(value_name = "FILE|DIR", required_unless_present = "config")]
+    /// Files of one trail, or folders with the trail of one node each; default: the files of the configured daemon
+    #[arg(value_name = "FILE|DIR")]
     files: Vec<PathBuf>,
     /// A signing certificate of the service, PEM or DER; may be repeated
     #[arg(long = "certificate", value_name = "FILE")]
     certificates: Vec<PathBuf>,
-    /// Configuration of the daemon that wrote the trail; its state provides the certificates
+    /// Configuration of the daemon that wrote the trail; its state provides the certificates [default, without files:
+    /// $CLAVIGER_CONFIG, or /etc/claviger/claviger.toml]
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Print JSON for programs
     #[arg(long)]
     json: bool,
+}
+
+/// `claviger audit export`
+#[derive(Debug, clap::Args)]
+pub struct Export {
+    /// Files of one trail; default: the files of the configured daemon
+    #[arg(value_name = "FILE")]
+    files: Vec<PathBuf>,
+    /// json: the lines as they are; cef: Common Event Format
+    #[arg(long, value_name = "FORMAT", default_value = "json")]
+    format: ExportFormat,
+    /// Only lines from this time on: a time like 2026-11-28 or 2026-11-28T20:00:00Z, or 90m, 24h, 7d ago
+    #[arg(long, value_name = "TIME", value_parser = since)]
+    since: Option<String>,
+    /// Configuration of the daemon that wrote the trail [default: $CLAVIGER_CONFIG, or /etc/claviger/claviger.toml]
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+}
+
+/// The formats of an export.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum ExportFormat {
+    /// The lines as they are.
+    Json,
+    /// Common Event Format.
+    Cef,
 }
 
 /// Runs `claviger audit …`.
@@ -65,6 +102,7 @@ pub async fn run(command: Audit) -> Result<ExitCode, Failure> {
                 ExitCode::from(2)
             }
         }),
+        Audit::Export(command) => export(&command).map(|()| ExitCode::SUCCESS),
         Audit::Status { target } => {
             let reply = ask(&target, &Command::AuditStatus).await?;
             print(&target, &reply, || {
@@ -83,8 +121,58 @@ pub async fn run(command: Audit) -> Result<ExitCode, Failure> {
     }
 }
 
+/// Prints the lines from the given time on.
+fn export(command: &Export) -> Result<(), Failure> {
+    let files = if command.files.is_empty() {
+        let file = place::configuration(command.config.clone());
+        all_of(&Config::load(&file)?.server.audit_file())?
+    } else {
+        command.files.clone()
+    };
+    for file in in_order(files)? {
+        let failed = |error: std::io::Error| format!("{}: {error}", file.display());
+        let reader: Box<dyn BufRead> =
+            if file.as_os_str() == STDIN { Box::new(std::io::stdin().lock()) } else { open(&file).map_err(failed)? };
+        for line in reader.lines() {
+            let line = line.map_err(failed)?;
+            // A daemon may be writing the last line.
+            let Ok(event) = serde_json::from_str::<serde_json::Value>(&line) else { continue };
+            let time = event["time"].as_str().unwrap_or_default();
+            // The times of the trail are in UTC and of one form, so they compare as text.
+            if command.since.as_deref().is_some_and(|since| time < since) {
+                continue;
+            }
+            match command.format {
+                ExportFormat::Json => say!("{line}"),
+                ExportFormat::Cef => say!("{}", cef::event(&event)),
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Reads a time, or how long ago it is, as the beginning of a time in the trail.
+fn since(text: &str) -> Result<String, String> {
+    let wrong = || "write it like 2026-11-28, 2026-11-28T20:00:00Z, 90m, 24h or 7d".to_owned();
+    let ago = |unit: char, seconds: u64| {
+        let count = text.strip_suffix(unit)?.parse::<u64>().ok()?;
+        Some(Duration::from_secs(count.checked_mul(seconds)?))
+    };
+    if let Some(ago) = ago('m', 60).or_else(|| ago('h', 3600)).or_else(|| ago('d', 86_400)) {
+        let then = SystemTime::now().checked_sub(ago).ok_or_else(wrong)?;
+        let format = time::macros::format_description!("[year]-[month]-[day]T[hour]:[minute]:[second]");
+        return OffsetDateTime::from(then).format(&format).map_err(|_| wrong());
+    }
+    let plain = text.trim_end_matches('Z');
+    let form = |c: char| c.is_ascii_digit() || matches!(c, '-' | ':' | 'T' | '.');
+    let is_date = plain.len() >= 10 && plain.as_bytes()[4] == b'-' && plain.as_bytes()[7] == b'-';
+    if is_date && plain.chars().all(form) { Ok(plain.to_owned()) } else { Err(wrong()) }
+}
+
 fn verify(command: &Verify) -> Result<ExitCode, Failure> {
-    let config = command.config.as_deref().map(Config::load).transpose()?;
+    let named = command.config.clone();
+    let file = if command.files.is_empty() { Some(place::configuration(named)) } else { named };
+    let config = file.as_deref().map(Config::load).transpose()?;
     let given = command.certificates.iter().map(|path| files::read_certificate(path));
     let mut trusted = given.collect::<Result<Vec<_>, _>>()?;
     if let Some(config) = &config {
@@ -251,5 +339,22 @@ fn tell(report: &Report, are_given: bool) {
     }
     if let Some(hash) = &report.last_hash {
         say!("hash of the last line: {hash}");
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_time_is_a_date_or_how_long_ago_it_is() {
+        assert_eq!(since("2026-11-28").unwrap(), "2026-11-28");
+        assert_eq!(since("2026-11-28T20:00:00Z").unwrap(), "2026-11-28T20:00:00");
+        let (hour, week) = (since("1h").unwrap(), since("7d").unwrap());
+        assert!(week < hour && hour.len() == "2026-11-28T20:00:00".len(), "{week} {hour}");
+        for wrong in ["yesterday", "1y", "2026", "26-11-28xx", "h"] {
+            assert!(since(wrong).is_err(), "{wrong}");
+        }
     }
 }

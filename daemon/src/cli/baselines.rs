@@ -63,14 +63,14 @@ pub enum Baselines {
         target: Target,
     },
     /// Show the baselines
-    #[command(after_help = "Example: claviger baselines list --config /etc/claviger/claviger.toml")]
+    #[command(after_help = "Example: claviger baselines list")]
     List {
         /// The daemon to contact.
         #[command(flatten)]
         target: Target,
     },
     /// Show the values and the measured events of a baseline
-    #[command(after_help = "Example: claviger baselines show fleet-1 --config /etc/claviger/claviger.toml")]
+    #[command(after_help = "Example: claviger baselines show fleet-1")]
     Show {
         /// Name of the baseline
         name: String,
@@ -79,7 +79,7 @@ pub enum Baselines {
         target: Target,
     },
     /// Accept hosts whose PCRs match this baseline
-    #[command(after_help = "Example: claviger baselines enable fleet-1 --config /etc/claviger/claviger.toml")]
+    #[command(after_help = "Example: claviger baselines enable fleet-1")]
     Enable {
         /// Name of the baseline
         name: String,
@@ -88,7 +88,7 @@ pub enum Baselines {
         target: Target,
     },
     /// Reject attestations and releases of a baseline's hosts, effective immediately
-    #[command(after_help = "Example: claviger baselines disable fleet-1 --config /etc/claviger/claviger.toml")]
+    #[command(after_help = "Example: claviger baselines disable fleet-1")]
     Disable {
         /// Name of the baseline
         name: String,
@@ -97,7 +97,7 @@ pub enum Baselines {
         target: Target,
     },
     /// Remove a baseline; like disable, this rejects its hosts immediately
-    #[command(after_help = "Example: claviger baselines remove fleet-1 --config /etc/claviger/claviger.toml")]
+    #[command(after_help = "Example: claviger baselines remove fleet-1")]
     Remove {
         /// Name of the baseline
         name: String,
@@ -281,6 +281,7 @@ fn capture_command(checked: &Checked, target: &Target) -> String {
         !PcrSet::ALWAYS.contains(**pcr) && value.bytes().any(|digit| digit != b'0')
     });
     further.for_each(|(pcr, _)| command.push_str(&format!(" --pcr {pcr}")));
+    // The command says what this one was told; what both find by themselves they find again.
     if let Some(config) = &target.config {
         command.push_str(&format!(" --config {}", config.display()));
     }

@@ -5,6 +5,7 @@
 
 mod hsm;
 
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -12,6 +13,7 @@ use crate::checks::{Finding, Level, files, nodes, state};
 use crate::config::Config;
 use crate::run::preflight;
 use crate::sys::clock::unix_now;
+use crate::sys::failure::Failure;
 use crate::sys::print::say;
 
 /// Checks everything that belongs to the daemon of this configuration.
@@ -40,6 +42,35 @@ pub fn examine(file: &Path) -> Vec<Finding> {
     findings.extend(nodes::examine(&config));
     findings.extend(if running { hsm::through_daemon(&config) } else { hsm::directly(file, &config) });
     findings
+}
+
+/// As [`examine`], as the user of the daemon: root may read files that the daemon may not. The user is the owner of the
+/// state folder. If this is not root, or that user is root, this is [`examine`].
+#[must_use]
+pub fn examine_as_daemon(file: &Path) -> Vec<Finding> {
+    let owner = || {
+        if !rustix::process::geteuid().is_root() {
+            return None;
+        }
+        let state = Config::load(file).ok()?.server.state.metadata().ok()?;
+        (state.uid() != 0).then(|| (state.uid(), state.gid()))
+    };
+    let Some((uid, gid)) = owner() else { return examine(file) };
+    as_user(uid, gid, file).unwrap_or_else(|error| {
+        let mut findings = examine(file);
+        let what = format!("the checks ran as root, not as the daemon's user (id {uid}): {error}");
+        findings.push(Finding::warning("user", what, "install setpriv (util-linux), or run the doctor as that user"));
+        findings
+    })
+}
+
+/// Runs this program as another user, with all groups of that user.
+fn as_user(uid: u32, gid: u32, file: &Path) -> Result<Vec<Finding>, Failure> {
+    let mut command = std::process::Command::new("setpriv");
+    command.args([format!("--reuid={uid}"), format!("--regid={gid}"), "--init-groups".to_owned(), "--".to_owned()]);
+    command.arg(std::env::current_exe()?).args(["doctor", "--json", "--config"]).arg(file);
+    let output = command.stdin(std::process::Stdio::null()).output()?;
+    serde_json::from_slice(&output.stdout).map_err(|_| String::from_utf8_lossy(&output.stderr).trim().to_owned().into())
 }
 
 /// Checks one HSM and writes the findings as JSON to standard output; [`examine`] starts a process with this function

@@ -2,6 +2,7 @@
 //! written.
 
 mod agent;
+mod defaults;
 mod handover;
 mod options;
 mod vm;
@@ -37,7 +38,7 @@ const TRY_LATER: u8 = 75;
 pub enum Command {
     /// Create this host's keys, and the file for its registration
     #[command(after_help = "Example: claviger host new-key --dir /var/lib/claviger-host\n\
-        Then, where the service runs: claviger hosts add NAME --public-key hostkey.pub.pem --config FILE")]
+        Then, where the service runs: claviger hosts add NAME --public-key hostkey.pub.pem")]
     NewKey {
         /// Location of the keys.
         #[command(flatten)]
@@ -48,8 +49,8 @@ pub enum Command {
     },
     /// Write the file that registers this host in TPM mode: the endorsement key's certificate, or the bare key
     #[command(after_help = "Example: claviger host ek --out node-18.ek.pem\n\
-        Then, where the service runs: claviger hosts add NAME --ek-certificate node-18.ek.pem --config FILE, or, for a bare\n\
-        key: claviger hosts add NAME --ek-public node-18.ek.pem --trust-ek --config FILE")]
+        Then, where the service runs: claviger hosts add NAME --ek-certificate node-18.ek.pem, or, for a bare\n\
+        key: claviger hosts add NAME --ek-public node-18.ek.pem --trust-ek")]
     Ek {
         /// The TPM: a device, or the socket of a software TPM
         #[arg(long, value_name = "DEVICE", default_value = tpm::DEVICE)]

@@ -12,7 +12,7 @@ use crate::sys::print::say;
 #[derive(Debug, clap::Subcommand)]
 pub enum Hsm {
     /// Show the members of the cluster: state, latency, sessions, last error
-    #[command(after_help = "Example: claviger hsm list --config /etc/claviger/claviger.toml\n\
+    #[command(after_help = "Example: claviger hsm list\n\
         SESSIONS are busy/open/wanted, and +N that hang. docs/cluster.md explains the states.")]
     List {
         /// The daemon to contact.
@@ -20,17 +20,21 @@ pub enum Hsm {
         target: Target,
     },
     /// Give a member no new calls, and let it finish the calls in progress
-    #[command(after_help = "Example: claviger hsm drain hsm-a --config /etc/claviger/claviger.toml\n\
-        It is drained when `claviger hsm list` says so. It stays drained until it is resumed or the daemon restarts.")]
+    #[command(after_help = "Example: claviger hsm drain hsm-a\n\
+        It is drained when `claviger hsm list` says so. It stays drained until it is resumed or the daemon restarts.\n\
+        The last member that serves is drained only with --force.")]
     Drain {
         /// The member's name
         name: String,
+        /// Drain it even if no other member serves: no machine gets its keys then
+        #[arg(long)]
+        force: bool,
         /// The daemon to contact.
         #[command(flatten)]
         target: Target,
     },
     /// Return a drained member to service
-    #[command(after_help = "Example: claviger hsm resume hsm-a --config /etc/claviger/claviger.toml")]
+    #[command(after_help = "Example: claviger hsm resume hsm-a")]
     Resume {
         /// The member's name
         name: String,
@@ -39,7 +43,7 @@ pub enum Hsm {
         target: Target,
     },
     /// Run the known-answer tests on a member, in any state
-    #[command(after_help = "Example: claviger hsm probe hsm-a --config /etc/claviger/claviger.toml")]
+    #[command(after_help = "Example: claviger hsm probe hsm-a")]
     Probe {
         /// The member's name
         name: String,
@@ -77,8 +81,8 @@ pub async fn hsm(command: Hsm) -> Result<(), Failure> {
                 }
             });
         }
-        Hsm::Drain { name, target } => {
-            let reply = ask(&target, &Command::DrainHsm { name }).await?;
+        Hsm::Drain { name, force, target } => {
+            let reply = ask(&target, &Command::DrainHsm { name, force }).await?;
             print(&target, &reply, || {
                 say!("{} is {}, {} calls in flight", text(&reply, "name"), text(&reply, "state"), reply["in_flight"]);
             });

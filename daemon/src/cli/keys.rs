@@ -10,7 +10,7 @@ use zeroize::Zeroizing;
 
 use super::table::{table, text};
 use super::target::{Target, ask, labels, print, warn};
-use super::{pfx, secret};
+use super::{confirm, pfx, progress, secret};
 use crate::admin::{Command, Secret};
 use crate::registry::keys::EXPIRES_SOON;
 use crate::store::{Kind, Labels};
@@ -57,15 +57,19 @@ pub struct Chosen {
 #[derive(Debug, clap::Subcommand)]
 pub enum Keys {
     /// Show the key-protection certificates
-    #[command(after_help = "Example: claviger keys list --config /etc/claviger/claviger.toml\n\
-        RELEASES are those of the last 30 days that used the certificate's key.")]
+    #[command(after_help = "Example: claviger keys list\n\
+        RELEASES are those of the last 30 days that used the certificate's key.\n\
+        claviger keys list --hsm shows the private keys on the tokens instead, also those that nothing needs.")]
     List {
+        /// Show the private keys on the tokens, and what needs each of them
+        #[arg(long)]
+        hsm: bool,
         /// The daemon to contact.
         #[command(flatten)]
         target: Target,
     },
     /// Generate an RSA key pair inside an HSM; the private key never leaves it
-    #[command(after_help = "Example: claviger keys generate --kind signing --config /etc/claviger/claviger.toml\n\
+    #[command(after_help = "Example: claviger keys generate --kind signing\n\
         A service needs two keys, one of each kind. Where there are several members, the vendor has to replicate the key:\n\
         the daemon waits until all members show it, and says so if they do not. --member makes it on that one only.\n\
         What was made is named by its id (CKA_ID) until it has a certificate.")]
@@ -88,16 +92,19 @@ pub enum Keys {
     },
     /// Write a certificate request (PKCS#10) for a key; the HSM signs it with the key
     #[command(
-        after_help = "Example: claviger keys csr --hsm-key 5f1c… --subject 'HGS signing' --out signing.csr --config /etc/claviger/claviger.toml\n\
+        after_help = "Example: claviger keys csr --hsm-key 5f1c… --subject 'CN=HGS signing,O=Acme' --out signing.csr\n\
         It asks for the key usages digitalSignature and dataEncipherment and the extended key usage serverAuth."
     )]
     Csr {
         /// Id of the key, as claviger keys generate printed it
         #[arg(long, value_name = "ID")]
         hsm_key: String,
-        /// Common name in the request
+        /// Common name in the request, or a whole name: CN=…,OU=…,O=…,L=…,ST=…,C=…
         #[arg(long, value_name = "NAME")]
         subject: String,
+        /// A DNS name for the subjectAltName of the request; may be repeated
+        #[arg(long = "dns", value_name = "NAME")]
+        dns_names: Vec<String>,
         /// File to write; default: standard output
         #[arg(long, value_name = "FILE")]
         out: Option<PathBuf>,
@@ -107,14 +114,14 @@ pub enum Keys {
     },
     /// Write a self-signed certificate of a key; for laboratories
     #[command(
-        after_help = "Example: claviger keys self-sign --hsm-key 5f1c… --subject 'lab signing' --out signing.pem --config /etc/claviger/claviger.toml\n\
+        after_help = "Example: claviger keys self-sign --hsm-key 5f1c… --subject 'lab signing' --out signing.pem\n\
         Nobody but the key itself vouches for it: tenants can only pin its thumbprint."
     )]
     SelfSign {
         /// Id of the key, as claviger keys generate printed it
         #[arg(long, value_name = "ID")]
         hsm_key: String,
-        /// Common name of the certificate
+        /// Common name of the certificate, or a whole name: CN=…,OU=…,O=…,L=…,ST=…,C=…
         #[arg(long, value_name = "NAME")]
         subject: String,
         /// Validity in days
@@ -128,11 +135,9 @@ pub enum Keys {
         target: Target,
     },
     /// Add a certificate whose key is in the HSMs, or a PFX file with its key
-    #[command(
-        after_help = "Example: claviger keys add --kind signing --certificate signing.pem --config /etc/claviger/claviger.toml\n\
+    #[command(after_help = "Example: claviger keys add --kind signing --certificate signing.pem\n\
         The key has to be on every member. A PFX's key is brought onto all of them and cannot be taken out again; the file's\n\
-        password is asked for. Without --primary the certificate serves the protectors that name it, and no new ones do."
-    )]
+        password is asked for. Without --primary the certificate serves the protectors that name it, and no new ones do.")]
     Add {
         /// Purpose of the certificate
         #[arg(long)]
@@ -155,15 +160,18 @@ pub enum Keys {
         /// Assume that members which do not answer now have the key
         #[arg(long)]
         trust_absent: bool,
+        /// Restrict the key to hosts with this label from its first moment on; may be repeated
+        #[arg(long = "label", value_name = "LABEL")]
+        labels: Vec<String>,
         /// The daemon to contact.
         #[command(flatten)]
         target: Target,
     },
     /// Use a certificate for new protectors; the previous one still serves existing protectors
-    #[command(after_help = "Example: claviger keys set-primary 5f1c2d3e --config /etc/claviger/claviger.toml")]
+    #[command(after_help = "Example: claviger keys set-primary 5f1c2d3e")]
     SetPrimary(Chosen),
     /// Select the signing certificate that signs the metadata document
-    #[command(after_help = "Example: claviger keys set-communications 5f1c2d3e --config /etc/claviger/claviger.toml")]
+    #[command(after_help = "Example: claviger keys set-communications 5f1c2d3e")]
     SetCommunications {
         /// SHA-256 thumbprint, or at least its first 8 digits
         #[arg(value_name = "THUMBPRINT", required_unless_present = "default")]
@@ -176,13 +184,21 @@ pub enum Keys {
         target: Target,
     },
     /// Serve protectors with this certificate again
-    #[command(after_help = "Example: claviger keys enable 5f1c2d3e --config /etc/claviger/claviger.toml")]
+    #[command(after_help = "Example: claviger keys enable 5f1c2d3e")]
     Enable(Chosen),
     /// Stop serving protectors with this certificate, effective immediately
-    #[command(after_help = "Example: claviger keys disable 5f1c2d3e --config /etc/claviger/claviger.toml")]
-    Disable(Chosen),
+    #[command(after_help = "Example: claviger keys disable 5f1c2d3e\n\
+        At a terminal it asks first, because machines whose protectors name the certificate do not start any more.")]
+    Disable {
+        /// The certificate.
+        #[command(flatten)]
+        chosen: Chosen,
+        /// Do not ask
+        #[arg(long)]
+        yes: bool,
+    },
     /// Remove a certificate; its key stays in the HSMs
-    #[command(after_help = "Example: claviger keys remove 5f1c2d3e --config /etc/claviger/claviger.toml\n\
+    #[command(after_help = "Example: claviger keys remove 5f1c2d3e\n\
         One whose key releases used in the last 30 days goes only with --force.")]
     Remove {
         /// The certificate.
@@ -192,11 +208,26 @@ pub enum Keys {
         #[arg(long)]
         force: bool,
     },
+    /// Destroy a key on the tokens that no certificate and no attestation signer needs
+    #[command(after_help = "Example: claviger keys destroy 5f1c2d3e…\n\
+        claviger keys list --hsm shows the keys and what needs them. It cannot be undone.")]
+    Destroy {
+        /// Id of the key (CKA_ID), as claviger keys list --hsm shows it
+        #[arg(value_name = "ID")]
+        hsm_key: String,
+        /// Destroy it on this member only
+        #[arg(long, value_name = "NAME")]
+        member: Option<String>,
+        /// Do not ask
+        #[arg(long)]
+        yes: bool,
+        /// The daemon to contact.
+        #[command(flatten)]
+        target: Target,
+    },
     /// Restrict the releases of a certificate's key to hosts with certain labels
-    #[command(
-        after_help = "Example: claviger keys limit 5f1c2d3e --label tenant=acme --config /etc/claviger/claviger.toml\n\
-        A host needs all of the labels. The limit belongs to the key, and holds for all certificates of it."
-    )]
+    #[command(after_help = "Example: claviger keys limit 5f1c2d3e --label tenant=acme\n\
+        A host needs all of the labels. The limit belongs to the key, and holds for all certificates of it.")]
     Limit {
         /// The certificate.
         #[command(flatten)]
@@ -216,9 +247,11 @@ pub enum Keys {
 /// The problem and its remedy.
 pub async fn keys(command: Keys) -> Result<(), Failure> {
     match command {
-        Keys::List { target } => list(&target).await,
+        Keys::List { hsm: true, target } => list_on_tokens(&target).await,
+        Keys::List { hsm: false, target } => list(&target).await,
         Keys::Generate { kind, bits, name, member, target } => {
-            let reply = ask(&target, &Command::GenerateKey { kind: kind.into(), bits, name, member }).await?;
+            let command = Command::GenerateKey { kind: kind.into(), bits, name, member };
+            let reply = progress::during("the HSM searches for primes", ask(&target, &command)).await?;
             print(&target, &reply, || {
                 say!("made the {} key {} on {}", text(&reply, "kind"), text(&reply, "hsm_key"), text(&reply, "member"));
             });
@@ -230,8 +263,8 @@ pub async fn keys(command: Keys) -> Result<(), Failure> {
             }
             Ok(())
         }
-        Keys::Csr { hsm_key, subject, out, target } => {
-            let reply = ask(&target, &Command::RequestCertificate { hsm_key, subject }).await?;
+        Keys::Csr { hsm_key, subject, dns_names, out, target } => {
+            let reply = ask(&target, &Command::RequestCertificate { hsm_key, subject, dns_names }).await?;
             write(&target, &reply, out.as_deref())
         }
         Keys::SelfSign { hsm_key, subject, days, out, target } => {
@@ -239,7 +272,8 @@ pub async fn keys(command: Keys) -> Result<(), Failure> {
             note("warning: this certificate is self-signed: nobody vouches for it, it is for laboratories");
             write(&target, &reply, out.as_deref())
         }
-        Keys::Add { kind, certificate, hsm_key, pfx, password_file, primary, trust_absent, target } => {
+        Keys::Add { kind, certificate, hsm_key, pfx, password_file, primary, trust_absent, labels: given, target } => {
+            let labels = if given.is_empty() { None } else { Some(labels(given)?) };
             let (certificate, private_key) = match (certificate, pfx) {
                 (Some(file), _) => (files::read_certificate(&file)?, None),
                 (None, Some(file)) => {
@@ -255,6 +289,7 @@ pub async fn keys(command: Keys) -> Result<(), Failure> {
                 private_key,
                 primary,
                 trust_absent,
+                labels,
             };
             done(&target, &command, "added").await
         }
@@ -274,13 +309,22 @@ pub async fn keys(command: Keys) -> Result<(), Failure> {
             let command = Command::EnableKey { certificate, kind: kind.map(Into::into), enabled: true };
             done(&target, &command, "enabled").await
         }
-        Keys::Disable(Chosen { certificate, kind, target }) => {
+        Keys::Disable { chosen: Chosen { certificate, kind, target }, yes } => {
+            confirm::at_terminal(&format!("disable {certificate}: machines that need it get no keys any more"), yes)?;
             let command = Command::EnableKey { certificate, kind: kind.map(Into::into), enabled: false };
             done(&target, &command, "disabled").await
         }
         Keys::Remove { chosen: Chosen { certificate, kind, target }, force } => {
             let command = Command::RemoveKey { certificate, kind: kind.map(Into::into), force };
             done(&target, &command, "removed").await
+        }
+        Keys::Destroy { hsm_key, member, yes, target } => {
+            confirm::at_terminal(&format!("destroy the key {hsm_key} for ever"), yes)?;
+            let reply = ask(&target, &Command::DestroyKey { hsm_key, member }).await?;
+            print(&target, &reply, || {
+                say!("destroyed the key {} on {}", text(&reply, "hsm_key"), text(&reply, "members"))
+            });
+            Ok(())
         }
         Keys::Limit { chosen: Chosen { certificate, kind, target }, labels: given, none } => {
             let labels = if none { Labels::default() } else { labels(given)? };
@@ -297,6 +341,23 @@ pub async fn keys(command: Keys) -> Result<(), Failure> {
             Ok(())
         }
     }
+}
+
+async fn list_on_tokens(target: &Target) -> Result<(), Failure> {
+    let reply = ask(target, &Command::ListTokenKeys).await?;
+    warn(&reply);
+    print(target, &reply["keys"], || {
+        let columns = [
+            ("HSM KEY (CKA_ID)", "hsm_key"),
+            ("NAME", "name"),
+            ("BITS", "bits"),
+            ("USAGE", "usage"),
+            ("ON", "members"),
+            ("NEEDED BY", "needed_by"),
+        ];
+        table(&reply["keys"], &columns);
+    });
+    Ok(())
 }
 
 async fn list(target: &Target) -> Result<(), Failure> {

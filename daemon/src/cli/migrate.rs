@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
+use super::place;
 use crate::config::Config;
 use crate::nodes::record;
 use crate::run::preflight;
@@ -27,9 +28,9 @@ pub struct Migrate {
     /// Only show what would be copied
     #[arg(long)]
     dry_run: bool,
-    /// The configuration file, with [etcd]
+    /// The configuration file [default: $CLAVIGER_CONFIG, or /etc/claviger/claviger.toml]
     #[arg(long, value_name = "FILE")]
-    config: PathBuf,
+    config: Option<PathBuf>,
     /// Print JSON for programs
     #[arg(long)]
     json: bool,
@@ -40,7 +41,7 @@ pub struct Migrate {
 /// # Errors
 /// The problem and its remedy.
 pub fn migrate(command: &Migrate) -> Result<(), Failure> {
-    let config = Config::load(&command.config)?;
+    let config = Config::load(&place::configuration(command.config.clone()))?;
     if config.etcd.is_none() {
         return Err("the configuration has no [etcd]; add it, also for a migration from etcd".into());
     }

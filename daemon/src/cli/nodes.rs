@@ -12,7 +12,7 @@ use crate::sys::print::say;
 #[derive(Debug, clap::Subcommand)]
 pub enum Nodes {
     /// Show the nodes: version, start, last revision of the state, members that are up
-    #[command(after_help = "Example: claviger nodes list --config /etc/claviger/claviger.toml\n\
+    #[command(after_help = "Example: claviger nodes list\n\
         REVISION is the last change of the state that the node has; nodes that are connected have the same one.")]
     List {
         /// The daemon to contact.
@@ -20,7 +20,7 @@ pub enum Nodes {
         target: Target,
     },
     /// Delete the record and the counts of a node that does not run any more
-    #[command(after_help = "Example: claviger nodes forget hgs-3 --config /etc/claviger/claviger.toml")]
+    #[command(after_help = "Example: claviger nodes forget hgs-3")]
     Forget {
         /// The node's name
         name: String,

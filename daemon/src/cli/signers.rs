@@ -12,7 +12,7 @@ use crate::sys::print::say;
 #[derive(Debug, clap::Subcommand)]
 pub enum Signers {
     /// Show the signer that issues health certificates, previous signers that are still trusted, and revoked signers
-    #[command(after_help = "Example: claviger signers list --config /etc/claviger/claviger.toml\n\
+    #[command(after_help = "Example: claviger signers list\n\
         TRUSTED UNTIL is when the last health certificate of a replaced signer expires.")]
     List {
         /// The daemon to contact.
@@ -20,7 +20,7 @@ pub enum Signers {
         target: Target,
     },
     /// Create a new signer now; certificates from the previous signer stay valid until they expire
-    #[command(after_help = "Example: claviger signers rotate --config /etc/claviger/claviger.toml\n\
+    #[command(after_help = "Example: claviger signers rotate\n\
         The daemon does this by itself, 30 days before a signer ends.")]
     Rotate {
         /// The daemon to contact.
@@ -28,7 +28,7 @@ pub enum Signers {
         target: Target,
     },
     /// Reject all health certificates of a signer, effective immediately
-    #[command(after_help = "Example: claviger signers revoke 3f9ab2c1 --config /etc/claviger/claviger.toml\n\
+    #[command(after_help = "Example: claviger signers revoke 3f9ab2c1\n\
         When it is the one that issues, a new one is made first. Hosts attest again by themselves at their next release.\n\
         It cannot be undone: an import does not bring a revoked signer back, either.")]
     Revoke {

@@ -1,11 +1,11 @@
 //! The daemon that a command contacts, and options and output that commands share.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde_json::Value;
 
+use super::place;
 use crate::admin::{self, Command};
-use crate::config::Config;
 use crate::registry::keys::RSA_BITS;
 use crate::store::{Labels, StateError};
 use crate::sys::failure::Failure;
@@ -25,11 +25,11 @@ pub fn rsa_bits(text: &str) -> Result<u32, String> {
 /// The daemon to contact.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Target {
-    /// The configuration file of the running daemon
-    #[arg(long, value_name = "FILE", required_unless_present = "socket")]
+    /// The configuration file of the running daemon [default: $CLAVIGER_CONFIG, or /etc/claviger/claviger.toml]
+    #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// The daemon's admin socket, instead of --config
-    #[arg(long, value_name = "PATH", conflicts_with = "config")]
+    /// The daemon's admin socket; comes before --config [default: $CLAVIGER_SOCKET, or /run/claviger/admin.sock]
+    #[arg(long, value_name = "PATH")]
     pub socket: Option<PathBuf>,
     /// Print JSON for programs
     #[arg(long)]
@@ -37,12 +37,8 @@ pub struct Target {
 }
 
 pub(super) async fn ask(target: &Target, command: &Command) -> Result<Value, Failure> {
-    let socket = match (&target.socket, &target.config) {
-        (Some(socket), _) => socket.clone(),
-        (None, Some(config)) => Config::load(config)?.server.admin_socket(),
-        (None, None) => return Err("say which daemon: --config FILE or --socket PATH".into()),
-    };
-    Ok(admin::call(Path::new(&socket), command).await?)
+    let socket = place::socket(target.socket.as_deref(), target.config.as_deref())?;
+    Ok(admin::call(&socket, command).await?)
 }
 
 /// Parses the labels of a command line.

@@ -9,8 +9,8 @@ use claviger_protocol::pem;
 use serde_json::Value;
 use zeroize::Zeroizing;
 
-use super::secret;
 use super::target::{Target, ask, print, warn};
+use super::{confirm, secret};
 use crate::admin::{Command, Document};
 use crate::sys::failure::Failure;
 use crate::sys::print::say;
@@ -148,7 +148,7 @@ pub async fn import(command: Import) -> Result<(), Failure> {
         print(&target, &planned, || say!("{}", if nothing { "nothing to change" } else { "nothing was changed" }));
         return Ok(());
     }
-    if !yes && !agreed()? {
+    if !yes && !confirm::agreed("Change this?")? {
         return Err("nothing was changed".into());
     }
     let reply = ask(&target, &command(false)?).await?;
@@ -200,15 +200,6 @@ fn show(planned: &Value) {
     for skipped in planned["skipped"].as_array().into_iter().flatten().filter_map(Value::as_str) {
         say!("not changed: {skipped}");
     }
-}
-
-fn agreed() -> Result<bool, Failure> {
-    let mut out = std::io::stderr();
-    write!(out, "Change this? [y/N] ")?;
-    out.flush()?;
-    let mut answer = String::new();
-    std::io::stdin().read_line(&mut answer)?;
-    Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
 }
 
 fn passphrase(prompt: &str, file: Option<&Path>, twice: bool) -> Result<Zeroizing<String>, Failure> {

@@ -4,13 +4,15 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::disagreement::Disagreement;
 
 /// `[etcd]`: where the shared state is, and how long a node serves without it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(try_from = "EtcdSection", into = "EtcdSection")]
+#[schemars(with = "EtcdSection")]
 pub struct Etcd {
     /// Base URLs of etcd's members, at least one. All of them are of the kind that `link` says.
     pub endpoints: Vec<String>,
@@ -78,8 +80,8 @@ impl Etcd {
     }
 }
 
-/// The section as it is written in the file.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+/// The state that several nodes share.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct EtcdSection {
     /// URLs of etcd's members: `https://HOST:PORT`, or `http://…` if all of them are on loopback.

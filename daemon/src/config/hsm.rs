@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
@@ -10,8 +11,9 @@ use super::disagreement::{Disagreement, one_of};
 use super::pin::{PinError, PinSource};
 
 /// `[[hsm]]`: one member, which is one token of one PKCS#11 module.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(try_from = "HsmSection", into = "HsmSection")]
+#[schemars(with = "HsmSection")]
 pub struct Hsm {
     /// The member's name in logs, metrics and commands.
     pub name: String,
@@ -57,8 +59,8 @@ impl Hsm {
     }
 }
 
-/// The section as it is written in the file.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+/// One token of one PKCS#11 module. All members hold the same keys.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct HsmSection {
     /// The member's name in logs, metrics and commands: 1 to 64 letters, digits, `.`, `-` or `_`; unique.
@@ -77,7 +79,7 @@ pub(super) struct HsmSection {
     /// Environment variable with the user PIN. Exactly one of `pin_file` and `pin_env` is needed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pin_env: Option<String>,
-    /// Priority: of the members that are up, those with the smallest number are used. Default: 0.
+    /// Priority, 0 to 4,294,967,295: of the members that are up, those with the smallest number are used. Default: 0.
     #[serde(default)]
     priority: u32,
     /// Share of the load within its priority, 1 to 1,000. Default: 1.

@@ -76,6 +76,7 @@ impl Config {
         self.server.sockets.as_mut().map(absolute);
         self.attest.vendor_roots.as_mut().map(absolute);
         self.etcd.iter_mut().flat_map(Etcd::paths_mut).for_each(absolute);
+        self.audit.syslog.as_mut().map(absolute);
         for hsm in &mut self.hsm {
             absolute(&mut hsm.module);
             if let PinSource::File(path) = &mut hsm.pin {

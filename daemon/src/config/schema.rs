@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::etcd::Etcd;
@@ -12,7 +13,7 @@ use super::hsm::Hsm;
 use super::tls::Tls;
 
 /// The whole configuration file.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
     /// Environment variables that are set before any PKCS#11 module is loaded, because vendors' libraries read them
@@ -38,7 +39,7 @@ pub struct Config {
 }
 
 /// `[server]`: addresses, the state folder, and limits of connections.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Server {
     /// Address and port of `/KeyProtection` and `/Attestation`. Default: `127.0.0.1:8080`.
@@ -46,6 +47,9 @@ pub struct Server {
     /// Address and port of `/metrics`, `/live` and `/ready`. It needs no password, so hosts and tenants must not
     /// reach it. Default: `127.0.0.1:9464`.
     pub metrics: SocketAddr,
+    /// Whether `/live` and `/ready` are also answered on `listen`, for load balancers that cannot reach `metrics`.
+    /// Default: false.
+    pub probes: bool,
     /// Folder of `state.db`, `audit.jsonl` and the administrators' sockets; created with mode 0700 if it is missing.
     /// Default: `/var/lib/claviger`.
     pub state: PathBuf,
@@ -82,7 +86,7 @@ pub struct Server {
     /// Memory in MiB for request bodies and their processing (three bytes for each byte of a body), 64 to 1,048,576.
     /// A quarter is reserved for bodies up to 64 KiB; one connection gets at most an eighth. Default: 512.
     pub body_memory_mib: u64,
-    /// The same for all connections of one address (IPv6: of one /64 network); 0 is no limit. Default: 384, three
+    /// The same for all connections of one address (IPv6: of one /64 network), 0 to 1,048,576; 0 is no limit. Default: 384, three
     /// quarters: enough for all waiting releases if all hosts share the address of a load balancer or NAT, and one
     /// address cannot use the last quarter.
     pub body_memory_per_address_mib: u64,
@@ -120,6 +124,7 @@ impl Default for Server {
         Self {
             listen: SocketAddr::from(([127, 0, 0, 1], 8080)),
             metrics: SocketAddr::from(([127, 0, 0, 1], 9464)),
+            probes: false,
             state: PathBuf::from("/var/lib/claviger"),
             sockets: None,
             admin_group: None,
@@ -198,7 +203,7 @@ impl Server {
 }
 
 /// `[release]`: queueing and time limits of releases.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Release {
     /// Time limit in milliseconds for answering a release, with keys or an error; 1 to 600,000. Default: 5,000.
@@ -273,7 +278,7 @@ impl Release {
 }
 
 /// The mode of attestation.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum AttestMode {
     /// Hosts prove possession of a registered host key.
@@ -284,7 +289,7 @@ pub enum AttestMode {
 }
 
 /// `[attest]`: the mode of attestation and its limits.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Attest {
     /// How hosts attest: `"host-key"`, or `"tpm"`, in which hosts prove with their TPM that their boot matches an
@@ -313,7 +318,7 @@ impl Default for Attest {
 }
 
 /// `[audit]`: the audit trail.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Audit {
     /// Whether every group of lines is synced to the disk (`fdatasync`) before its releases are answered. Without it,
@@ -323,6 +328,10 @@ pub struct Audit {
     /// full, this space is used for the lines of grants and of administrators' changes; refusals then have no lines.
     /// 0: no reserve. Default: 16.
     pub reserve_mib: u64,
+    /// Socket of a syslog daemon or of the journal that gets a copy of each line, such as `/dev/log`. Lines that it does
+    /// not take at once are dropped; the file has them. Default: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub syslog: Option<PathBuf>,
     /// Lines after which an HSM signs the trail, with the primary signing key, 1 to 10,000,000. Default: 10,000.
     pub checkpoint_lines: u64,
     /// Seconds after the first unsigned line until an HSM signs the trail, 1 to 86,400. 0: the trail is never signed.
@@ -332,7 +341,7 @@ pub struct Audit {
 
 impl Default for Audit {
     fn default() -> Self {
-        Self { sync: false, reserve_mib: 16, checkpoint_lines: 10_000, checkpoint_seconds: 60 }
+        Self { sync: false, reserve_mib: 16, syslog: None, checkpoint_lines: 10_000, checkpoint_seconds: 60 }
     }
 }
 
@@ -349,7 +358,7 @@ impl Audit {
 }
 
 /// `[log]`: the log, which goes to standard error.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Log {
     /// `text`, or `json`: one object per line. Default: `text`.
@@ -357,7 +366,7 @@ pub struct Log {
 }
 
 /// The format of log lines.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum LogFormat {
     /// Text for people.

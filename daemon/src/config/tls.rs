@@ -2,13 +2,15 @@
 
 use std::path::{Path, PathBuf};
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::disagreement::Disagreement;
 
 /// `[server.tls]`: all files are PEM.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(try_from = "TlsSection", into = "TlsSection")]
+#[schemars(with = "TlsSection")]
 pub struct Tls {
     /// The server's certificate, followed by the certificates up to a root, in one file.
     pub certificate: PathBuf,
@@ -63,8 +65,8 @@ impl Tls {
     }
 }
 
-/// The section as it is written in the file.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+/// Certificate and key for TLS. All files are PEM.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct TlsSection {
     /// The server's certificate and its chain, in one PEM file.

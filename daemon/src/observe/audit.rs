@@ -4,6 +4,7 @@
 //! line its place in a chain of hashes (`chain`) that an HSM signs now and then (`checkpoint`). What anybody can cause without
 //! being known is counted, and told in a line a second (`summary`). [`verify`] reads all of it again.
 
+pub mod cef;
 mod chain;
 pub mod checkpoint;
 mod entry;
@@ -12,6 +13,7 @@ pub mod head;
 mod peer;
 mod record;
 mod reserve;
+mod sink;
 pub mod summary;
 pub mod verify;
 mod writer;
@@ -38,6 +40,7 @@ use self::checkpoint::{Draft, Pace};
 use self::file::Trail;
 use self::record::WAITING;
 use self::reserve::Reserve;
+use self::sink::Sink;
 use self::summary::{Summary, What};
 use self::writer::{Job, Line, Reply, Shown, Writer};
 use crate::config;
@@ -119,7 +122,8 @@ impl Audit {
     /// [`AuditError::Write`] when the file cannot be opened now: a daemon should not start without its trail.
     pub fn open(path: &Path, config: &config::Audit, node: &str) -> Result<Self, AuditError> {
         let error = |source| AuditError::Write { path: path.to_owned(), source: Arc::new(source) };
-        let trail = Trail::open(path, config.sync, node).map_err(error)?;
+        let sink = config.syslog.clone().map(Sink::new);
+        let trail = Trail::open(path, config.sync, node).map_err(error)?.with_sink(sink);
         let reserve = Reserve::open(&path.with_extension("reserve"), config.reserve(), standstill::now());
         let (writer, shown) = Writer::new(trail, reserve);
         let (jobs, waiting) = bounded(WAITING);

@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 
 use claviger_process::lock::{lock, unpoisoned};
 use claviger_process::output::write_all;
+use tracing::{Level, Metadata};
+use tracing_subscriber::fmt::MakeWriter;
 
 use crate::observe::metrics;
 
@@ -157,6 +159,67 @@ impl Write for &LogQueue {
     }
 }
 
+/// Whether the standard error is a stream of systemd's journal (`JOURNAL_STREAM`, systemd.exec(5)).
+#[must_use]
+pub fn is_journal() -> bool {
+    let Some(stream) = std::env::var_os("JOURNAL_STREAM").and_then(|stream| stream.into_string().ok()) else {
+        return false;
+    };
+    let own = rustix::fs::fstat(rustix::stdio::stderr());
+    own.is_ok_and(|own| stream == format!("{}:{}", own.st_dev, own.st_ino))
+}
+
+/// Precedes each line with its priority, as the journal reads it (sd-daemon(3)), so that `journalctl -p warning` works.
+#[derive(Clone, Debug)]
+pub struct WithPriority<W>(pub W);
+
+/// A writer for the lines of one event.
+#[derive(Debug)]
+pub struct Prioritised<W> {
+    priority: &'static [u8],
+    writer: W,
+}
+
+impl<'a, W: MakeWriter<'a>> MakeWriter<'a> for WithPriority<W> {
+    type Writer = Prioritised<W::Writer>;
+
+    fn make_writer(&'a self) -> Self::Writer {
+        Prioritised { priority: priority(&Level::INFO), writer: self.0.make_writer() }
+    }
+
+    fn make_writer_for(&'a self, event: &Metadata<'_>) -> Self::Writer {
+        Prioritised { priority: priority(event.level()), writer: self.0.make_writer_for(event) }
+    }
+}
+
+/// The beginning of a line of this level.
+#[must_use]
+pub fn priority(level: &Level) -> &'static [u8] {
+    match *level {
+        Level::ERROR => b"<3>",
+        Level::WARN => b"<4>",
+        Level::INFO => b"<6>",
+        _ => b"<7>",
+    }
+}
+
+impl<W: Write> Write for Prioritised<W> {
+    fn write(&mut self, lines: &[u8]) -> io::Result<usize> {
+        let mut out = Vec::with_capacity(lines.len() + self.priority.len());
+        for line in lines.split_inclusive(|byte| *byte == b'\n') {
+            out.extend_from_slice(self.priority);
+            out.extend_from_slice(line);
+        }
+        // With one call, as the queue wants it.
+        self.writer.write_all(&out)?;
+        Ok(lines.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.writer.flush()
+    }
+}
+
 /// Makes panics lines of the log. The standard library's own hook writes to the standard error itself, and would hang the thread
 /// that panics, with its lock held, where the reader stands still.
 pub fn log_panics(queue: Arc<LogQueue>) {
@@ -267,6 +330,16 @@ mod tests {
         drop(go);
         assert!(queue.flush_within(LONG));
         assert!(!queue.state().stalled);
+    }
+
+    #[test]
+    fn each_line_of_an_event_has_its_priority_for_the_journal() {
+        let mut written = Vec::new();
+        let mut writer = Prioritised { priority: priority(&Level::WARN), writer: &mut written };
+        writer.write_all(b"one\ntwo\n").unwrap();
+        assert_eq!(written, b"<4>one\n<4>two\n");
+        assert_eq!((priority(&Level::ERROR), priority(&Level::TRACE)), (&b"<3>"[..], &b"<7>"[..]));
+        assert!(!is_journal(), "the standard error of a test is no stream of the journal");
     }
 
     #[test]

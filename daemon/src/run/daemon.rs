@@ -8,6 +8,8 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use claviger_hsm::{Cluster, standstill};
 use claviger_protocol::tpm::policy::Policy;
+use hyper::Request;
+use hyper::body::Incoming;
 use hyper::service::service_fn;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -120,6 +122,7 @@ impl Daemon {
         let metrics_listener = Listener::bind(config.server.metrics)?;
         let (address, metrics_address) = (listener.local_addr(), metrics_listener.local_addr());
         let limits = affordable(Limits::from(&config.server), &config);
+        let probes = config.server.probes;
         let admin_path = config.server.admin_socket();
         let review_path = config.server.review_socket();
         let group = |name: &Option<String>| name.as_deref().map(process::group_id).transpose();
@@ -141,11 +144,22 @@ impl Daemon {
             // An error means that the daemon is gone, which is a stop too.
             let _ = stopped.wait_for(|stop| *stop).await;
         };
-        let of = service.clone();
-        let handler = service_fn(move |request| routes::serve(of.clone(), request));
+        let monitor = Arc::new(Monitor::new(service.clone(), handle, tls.clone(), limits.max_connections, blocked));
+        let (of, probed) = (service.clone(), probes.then(|| monitor.clone()));
+        let handler = service_fn(move |request: Request<Incoming>| {
+            let (of, probed) = (of.clone(), probed.clone());
+            async move {
+                if let Some(monitor) = probed
+                    && let Some(answer) =
+                        status::probe_for_callers(&monitor, request.method(), request.uri().path()).await
+                {
+                    return Ok(answer);
+                }
+                routes::serve(of, request).await
+            }
+        });
         let serving = tokio::spawn(server::run(listener, tls.clone(), limits.clone(), handler, wait(stopped.clone())));
 
-        let monitor = Arc::new(Monitor::new(service.clone(), handle, tls.clone(), limits.max_connections, blocked));
         let of = monitor.clone();
         let handler = service_fn(move |request| status::serve(of.clone(), request));
         let of = service.clone();

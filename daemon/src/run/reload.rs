@@ -36,25 +36,35 @@ pub fn hangups() -> io::Result<Signal> {
 /// Reloads `file` at every hangup, for as long as the daemon runs: `hangup` tells of one, also of one that came while the daemon
 /// started, and `hangups` wakes this task.
 pub async fn follow(mut hangups: Signal, hangup: Hangup, file: PathBuf, service: Arc<Service>, tls: Option<SharedTls>) {
+    let mut requests = service.reloads.requests();
     loop {
+        let mut reply = None;
         if !hangup.take() {
-            match hangups.recv().await {
-                Some(()) => continue,
-                None => return,
+            tokio::select! {
+                hung_up = hangups.recv() => match hung_up {
+                    Some(()) => continue,
+                    None => return,
+                },
+                Some(asked) = requests.recv() => reply = Some(asked),
             }
         }
         systemd::reloading().await;
         if let Err(error) = service.audit.reopen().await {
             tracing::error!(%error, "the audit trail cannot be reopened");
         }
-        if let Err(error) = reload(&file, &service, tls.as_ref()).await {
+        let reloaded = reload(&file, &service, tls.as_ref()).await;
+        if let Err(error) = &reloaded {
             tracing::error!(error, "the configuration was not reloaded; the daemon goes on with the old one");
         }
         systemd::ready().await;
+        if let Some(reply) = reply {
+            // An administrator who no longer waits reads the log.
+            let _ = reply.send(reloaded);
+        }
     }
 }
 
-async fn reload(file: &Path, service: &Arc<Service>, tls: Option<&SharedTls>) -> Result<(), String> {
+async fn reload(file: &Path, service: &Arc<Service>, tls: Option<&SharedTls>) -> Result<Vec<String>, String> {
     let path = file.to_owned();
     let read = tokio::task::spawn_blocking(move || {
         let config = Config::load(&path).map_err(|error| error.to_string())?;
@@ -94,13 +104,14 @@ async fn reload(file: &Path, service: &Arc<Service>, tls: Option<&SharedTls>) ->
     let waiting = differences(&config, &next);
     service.config.store(Arc::new(next));
     service.rebase_stock();
+    let waiting: Vec<String> = waiting.into_iter().collect();
     if waiting.is_empty() {
         tracing::info!("configuration reloaded");
     } else {
-        let settings = waiting.into_iter().collect::<Vec<_>>().join(", ");
+        let settings = waiting.join(", ");
         tracing::warn!(settings, "configuration reloaded; these settings have changed and need a restart");
     }
-    Ok(())
+    Ok(waiting)
 }
 
 /// Brings the cluster to what `config` says, as far as that goes, and notes in `next` what it is.

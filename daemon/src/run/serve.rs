@@ -32,11 +32,20 @@ const STOP_MARGIN: Duration = Duration::from_secs(35);
 /// Time limit for file operations after the stop.
 const LAST_FILES: Duration = Duration::from_secs(2);
 
+/// Where the addresses of the daemon are told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Announced {
+    /// As text on the standard output.
+    Printed,
+    /// In the log. A reader of JSON gets no other lines then.
+    Logged,
+}
+
 /// Runs until a signal stops it.
 ///
 /// # Errors
 /// Why the daemon cannot start, or why it did not stop in time.
-pub fn run(file: PathBuf, starting: &Starting) -> Result<(), Failure> {
+pub fn run(file: PathBuf, starting: &Starting, announced: Announced) -> Result<(), Failure> {
     process::no_core_dumps()?;
     process::raise_open_files()?;
     let config = Config::load(&file)?;
@@ -44,7 +53,7 @@ pub fn run(file: PathBuf, starting: &Starting) -> Result<(), Failure> {
     threads::ensure_runtime(needed_threads(&config))?;
     let cluster = load_cluster(&config, WorkerProgram::this_executable())?;
     let runtime = threads::runtime(needed_threads(&config))?;
-    let result = runtime.block_on(serve(file, config, cluster, starting));
+    let result = runtime.block_on(serve(file, config, cluster, starting, announced));
     // A thread that hangs in a disk operation is abandoned.
     runtime.shutdown_timeout(LAST_FILES);
     result
@@ -56,7 +65,13 @@ pub fn needed_threads(config: &Config) -> usize {
     OWN_THREADS + MEMBER_THREADS * config.hsm.len()
 }
 
-async fn serve(file: PathBuf, config: Config, cluster: Cluster, starting: &Starting) -> Result<(), Failure> {
+async fn serve(
+    file: PathBuf,
+    config: Config,
+    cluster: Cluster,
+    starting: &Starting,
+    announced: Announced,
+) -> Result<(), Failure> {
     let stop = process::shutdown_signal()?;
     tokio::pin!(stop);
     let hangups = reload::hangups()?;
@@ -88,10 +103,16 @@ async fn serve(file: PathBuf, config: Config, cluster: Cluster, starting: &Start
             });
         }
     };
-    announcer.announce(vec![
-        format!("listening on {}", daemon.url()),
-        format!("metrics on http://{}", daemon.metrics_address),
-    ]);
+    match announced {
+        Announced::Printed => announcer.announce(vec![
+            format!("listening on {}", daemon.url()),
+            format!("metrics on http://{}", daemon.metrics_address),
+        ]),
+        Announced::Logged => {
+            tracing::info!(url = daemon.url(), "listening");
+            tracing::info!(url = format!("http://{}", daemon.metrics_address), "metrics");
+        }
+    }
     let reloading = tokio::spawn(follow(hangups, starting.hangup(), file, &daemon));
     let signal = stop.await;
     reloading.abort();

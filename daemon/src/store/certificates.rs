@@ -86,6 +86,23 @@ impl Contents {
         Ok(Certificate { is_primary: new.primary, ..added })
     }
 
+    /// As [`Contents::add_certificate`], and restricts the certificate's key to hosts with these labels in the same
+    /// change, so that there is no moment in which the key is released to every host.
+    ///
+    /// # Errors
+    /// As that method; [`StateError::Invalid`] for too many labels.
+    pub fn add_limited_certificate(
+        &mut self,
+        new: &NewCertificate<'_>,
+        labels: &Labels,
+        now: i64,
+    ) -> Result<Certificate, StateError> {
+        labels.check()?;
+        let added = self.add_certificate(new, now)?;
+        self.set_limit(new.spki, labels)?;
+        Ok(Certificate { labels: labels.clone(), ..added })
+    }
+
     /// Gives a role to one certificate of a kind and removes it from all others of that kind.
     pub(super) fn give_role(&mut self, role: Role, kind: Kind, thumbprint: Option<&str>) -> Result<(), StateError> {
         let all = self.certificates.values()?.filter(|of| of.kind == kind);

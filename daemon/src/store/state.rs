@@ -343,6 +343,19 @@ impl State {
         self.change(|contents| contents.add_certificate(new, now))
     }
 
+    /// See [`Contents::add_limited_certificate`].
+    ///
+    /// # Errors
+    /// The errors of that method.
+    pub fn add_limited_certificate(
+        &mut self,
+        new: &NewCertificate<'_>,
+        labels: &Labels,
+        now: i64,
+    ) -> Result<Certificate, StateError> {
+        self.change(|contents| contents.add_limited_certificate(new, labels, now))
+    }
+
     /// See [`Contents::set_primary`].
     ///
     /// # Errors

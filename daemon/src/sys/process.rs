@@ -62,6 +62,37 @@ pub fn group_id(name: &str) -> io::Result<u32> {
     found.ok_or_else(missing)
 }
 
+/// User id and group id of a user in `/etc/passwd`; `None` if there is no such user.
+#[must_use]
+pub fn user_ids(name: &str) -> Option<(u32, u32)> {
+    let users = std::fs::read_to_string("/etc/passwd").ok()?;
+    users.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        (fields.next() == Some(name))
+            .then(|| Some((fields.nth(1)?.parse().ok()?, fields.next()?.parse().ok()?)))
+            .flatten()
+    })
+}
+
+/// Name of a user in `/etc/passwd`.
+#[must_use]
+pub fn name_of_user(id: u32) -> Option<String> {
+    name_of("/etc/passwd", id)
+}
+
+/// Name of a group in `/etc/group`.
+#[must_use]
+pub fn name_of_group(id: u32) -> Option<String> {
+    name_of("/etc/group", id)
+}
+
+/// Both files have the name in the first field and the id in the third.
+fn name_of(file: &str, id: u32) -> Option<String> {
+    let text = std::fs::read_to_string(file).ok()?;
+    let line = text.lines().find(|line| line.split(':').nth(2).and_then(|field| field.parse().ok()) == Some(id))?;
+    line.split(':').next().map(str::to_owned)
+}
+
 /// Resource usage of this process.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Usage {

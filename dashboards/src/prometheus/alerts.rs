@@ -1,4 +1,4 @@
-//! Alerts. A page is for a fault that callers feel now or will feel within the hour. Everything else is a ticket.
+//! Alerts. `critical` is for a fault that callers feel now or will feel within the hour. Everything else is a `warning`.
 
 use super::rule::{Alert, Group, LATENCY_OBJECTIVE, OBJECTIVE, Rule};
 
@@ -60,7 +60,7 @@ fn promise() -> Vec<Alert> {
     vec![
         alert(
             "ClavigerReleasesFailFast",
-            "page",
+            "critical",
             "2m",
             &burning("failed", OBJECTIVE, &PAGE),
             "Releases fail: the month's error budget will not last",
@@ -68,7 +68,7 @@ fn promise() -> Vec<Alert> {
         ),
         alert(
             "ClavigerReleasesFailSlowly",
-            "ticket",
+            "warning",
             "15m",
             &burning("failed", OBJECTIVE, &TICKET),
             "Releases fail now and then: the error budget is consumed too fast",
@@ -76,7 +76,7 @@ fn promise() -> Vec<Alert> {
         ),
         alert(
             "ClavigerReleasesSlowFast",
-            "page",
+            "critical",
             "2m",
             &burning("slow", LATENCY_OBJECTIVE, &PAGE),
             "Releases are slow: the month's latency budget will not last",
@@ -84,7 +84,7 @@ fn promise() -> Vec<Alert> {
         ),
         alert(
             "ClavigerReleasesSlowSlowly",
-            "ticket",
+            "warning",
             "15m",
             &burning("slow", LATENCY_OBJECTIVE, &TICKET),
             "Releases are slow now and then: the latency budget is consumed too fast",
@@ -97,7 +97,7 @@ fn daemon() -> Vec<Alert> {
     vec![
         alert(
             "ClavigerDown",
-            "page",
+            "critical",
             "2m",
             r#"up{job=~"claviger.*"} == 0"#,
             "A daemon does not answer",
@@ -105,7 +105,7 @@ fn daemon() -> Vec<Alert> {
         ),
         alert(
             "ClavigerAbsent",
-            "page",
+            "critical",
             "5m",
             r#"absent(up{job=~"claviger.*"})"#,
             "Prometheus has no daemon to scrape",
@@ -114,7 +114,7 @@ fn daemon() -> Vec<Alert> {
         ),
         alert(
             "ClavigerRestarts",
-            "ticket",
+            "warning",
             "0m",
             "changes(process_start_time_seconds[1h]) > 2 and on (job, instance) claviger_build_info",
             "A daemon restarts repeatedly",
@@ -127,7 +127,7 @@ fn cluster() -> Vec<Alert> {
     vec![
         alert(
             "ClavigerMemberDown",
-            "ticket",
+            "warning",
             "5m",
             r#"sum by (job, instance, hsm) (claviger_hsm_state{state=~"down|probing|hung"}) > 0"#,
             "An HSM does not serve",
@@ -135,7 +135,7 @@ fn cluster() -> Vec<Alert> {
         ),
         alert(
             "ClavigerLastMember",
-            "page",
+            "critical",
             "2m",
             "instance:claviger_hsm_up:sum == 1 and instance:claviger_hsm_members:count > 1",
             "Only one HSM is up",
@@ -143,7 +143,7 @@ fn cluster() -> Vec<Alert> {
         ),
         alert(
             "ClavigerNoMember",
-            "page",
+            "critical",
             "1m",
             "instance:claviger_hsm_up:sum == 0",
             "No HSM serves",
@@ -151,7 +151,7 @@ fn cluster() -> Vec<Alert> {
         ),
         alert(
             "ClavigerCallsHung",
-            "ticket",
+            "warning",
             "0m",
             "increase(claviger_hsm_stuck_calls_total[15m]) > 1.5",
             "Calls into an HSM hang",
@@ -161,7 +161,7 @@ fn cluster() -> Vec<Alert> {
         ),
         alert(
             "ClavigerWrongAnswer",
-            "page",
+            "critical",
             "0m",
             "increase(claviger_hsm_wrong_answers_total[15m]) > 0",
             "An HSM returns wrong results",
@@ -170,7 +170,7 @@ fn cluster() -> Vec<Alert> {
         ),
         alert(
             "ClavigerMemberFlapping",
-            "ticket",
+            "warning",
             "0m",
             "increase(claviger_hsm_closings_total[1h]) > 3.5",
             "An HSM fails repeatedly",
@@ -179,7 +179,7 @@ fn cluster() -> Vec<Alert> {
         ),
         alert(
             "ClavigerPinRefused",
-            "ticket",
+            "warning",
             "0m",
             r#"claviger_hsm_state{state="pin_refused"} == 1"#,
             "An HSM refuses the PIN",
@@ -188,7 +188,7 @@ fn cluster() -> Vec<Alert> {
         ),
         alert(
             "ClavigerRetryBudgetEmpty",
-            "ticket",
+            "warning",
             "2m",
             "claviger_hsm_retry_budget < 1",
             "Failed operations are not retried at another HSM",
@@ -202,7 +202,7 @@ fn records() -> Vec<Alert> {
     vec![
         alert(
             "ClavigerAuditStuck",
-            "page",
+            "critical",
             "1m",
             "claviger_audit_writing_seconds > 5 or claviger_audit_waiting > 4096",
             "The audit log's disk hangs",
@@ -210,7 +210,7 @@ fn records() -> Vec<Alert> {
         ),
         alert(
             "ClavigerAuditFailing",
-            "page",
+            "critical",
             "0m",
             "increase(claviger_audit_errors_total[5m]) > 0",
             "The audit log cannot be written",
@@ -219,7 +219,7 @@ fn records() -> Vec<Alert> {
         ),
         alert(
             "ClavigerLogDropped",
-            "ticket",
+            "warning",
             "0m",
             "increase(claviger_log_lines_dropped_total[15m]) > 0",
             "Lines of the log are lost",
@@ -228,7 +228,7 @@ fn records() -> Vec<Alert> {
         ),
         alert(
             "ClavigerAuditFileLost",
-            "page",
+            "critical",
             "0m",
             "increase(claviger_audit_file_changes_total{how=~\"deleted|shortened\"}[15m]) > 0",
             "The audit log was deleted or cut",
@@ -236,7 +236,7 @@ fn records() -> Vec<Alert> {
         ),
         alert(
             "ClavigerAuditDiskFull",
-            "page",
+            "critical",
             "1m",
             "claviger_audit_reserve_missing_bytes > 0",
             "The audit log's disk is full",
@@ -245,7 +245,7 @@ fn records() -> Vec<Alert> {
         ),
         alert(
             "ClavigerAuditUnsigned",
-            "ticket",
+            "warning",
             "15m",
             "claviger_audit_unsigned_seconds > 3600",
             "The audit log is not signed",
@@ -254,7 +254,7 @@ fn records() -> Vec<Alert> {
         ),
         alert(
             "ClavigerStateStale",
-            "page",
+            "critical",
             "2m",
             "claviger_state_stale == 1",
             "The state file cannot be read",
@@ -263,7 +263,7 @@ fn records() -> Vec<Alert> {
         ),
         alert(
             "ClavigerEtcdLost",
-            "page",
+            "critical",
             "1m",
             "claviger_etcd_connected == 0",
             "A node has lost etcd",
@@ -272,7 +272,7 @@ fn records() -> Vec<Alert> {
         ),
         alert(
             "ClavigerStateExpired",
-            "page",
+            "critical",
             "0m",
             "claviger_state_age_seconds > on (instance, job) claviger_state_age_limit_seconds",
             "A node releases nothing, because it has lost etcd for too long",
@@ -281,7 +281,7 @@ fn records() -> Vec<Alert> {
         ),
         alert(
             "ClavigerNodeBehind",
-            "page",
+            "critical",
             "1m",
             "claviger_state_revision < on (job) group_left () max by (job) (claviger_state_revision) \
              and on (instance, job) claviger_etcd_connected == 1",
@@ -304,7 +304,7 @@ fn trust() -> Vec<Alert> {
     vec![
         alert(
             "ClavigerCertificateExpiring",
-            "ticket",
+            "warning",
             "1h",
             &format!("({LEFT}{{kind=~\"signing|encryption|tls\"}} - time() < 30 * 86400) > -7 * 86400"),
             "A certificate ends within 30 days, or has just ended",
@@ -312,7 +312,7 @@ fn trust() -> Vec<Alert> {
         ),
         alert(
             "ClavigerSignerExpiring",
-            "ticket",
+            "warning",
             "1h",
             &format!("{LEFT}{{kind=\"attestation\"}} - time() < 21 * 86400"),
             "The attestation signer was not renewed",
@@ -320,7 +320,7 @@ fn trust() -> Vec<Alert> {
         ),
         alert(
             "ClavigerCertificateEnds",
-            "page",
+            "critical",
             "15m",
             &format!("{LEFT}{{kind=~\"tls|attestation\"}} - time() < 3 * 86400"),
             "A certificate that hosts check ends within three days",
@@ -328,7 +328,7 @@ fn trust() -> Vec<Alert> {
         ),
         alert(
             "ClavigerClockSkew",
-            "ticket",
+            "warning",
             "5m",
             "abs(timestamp(claviger_clock_timestamp_seconds) - claviger_clock_timestamp_seconds) > 10",
             "A clock is wrong",
@@ -337,7 +337,7 @@ fn trust() -> Vec<Alert> {
         ),
         alert(
             "ClavigerAttestationsFail",
-            "page",
+            "critical",
             "5m",
             "sum by (job) (rate(claviger_attestations_total{outcome=~\"ErrorReply|UnavailableErrorReply\"}[10m]))\n\
              / (sum by (job) (rate(claviger_attestations_total[10m])) > 0)\n> 0.05",
@@ -347,7 +347,7 @@ fn trust() -> Vec<Alert> {
         ),
         alert(
             "ClavigerAttestationsRefused",
-            "ticket",
+            "warning",
             "0m",
             "sum by (job, outcome) \
              (increase(claviger_attestations_total{outcome!~\"success|ErrorReply|UnavailableErrorReply\"}\
@@ -357,7 +357,7 @@ fn trust() -> Vec<Alert> {
         ),
         alert(
             "ClavigerHostsFailPolicies",
-            "ticket",
+            "warning",
             "0m",
             "sum by (job, policy) (increase(claviger_attestation_policies_total{result=\"fail\"}[1h])) > 0",
             "Hosts begin to fail a policy",
@@ -367,7 +367,7 @@ fn trust() -> Vec<Alert> {
         ),
         alert(
             "ClavigerHealthRefused",
-            "ticket",
+            "warning",
             "0m",
             "sum by (job) (increase(claviger_releases_total{outcome=\"HealthCertificateException\"}[1h])) > 10",
             "Releases without a valid health certificate",
@@ -381,7 +381,7 @@ fn limits() -> Vec<Alert> {
     vec![
         alert(
             "ClavigerQueueDropping",
-            "ticket",
+            "warning",
             "5m",
             "sum by (job, instance) (rate(claviger_queue_dropped_total{reason=~\"full|late|deadline\"}[5m])) > 0.1",
             "More releases are requested than the HSMs can do",
@@ -390,7 +390,7 @@ fn limits() -> Vec<Alert> {
         ),
         alert(
             "ClavigerHeadroomLow",
-            "ticket",
+            "warning",
             "30m",
             "instance:claviger_releases_succeeded:rate5m / instance:claviger_releases:ceiling > 0.7",
             "Little headroom is left",
@@ -398,7 +398,7 @@ fn limits() -> Vec<Alert> {
         ),
         alert(
             "ClavigerMemoryHigh",
-            "ticket",
+            "warning",
             "15m",
             "process_resident_memory_bytes > 2 * 1024 ^ 3 and on (job, instance) claviger_build_info",
             "A daemon uses a lot of memory",
@@ -406,7 +406,7 @@ fn limits() -> Vec<Alert> {
         ),
         alert(
             "ClavigerFilesNearLimit",
-            "ticket",
+            "warning",
             "5m",
             "process_open_fds / process_max_fds > 0.8 and on (job, instance) claviger_build_info",
             "A daemon is near its limit of open files",
@@ -415,7 +415,7 @@ fn limits() -> Vec<Alert> {
         ),
         alert(
             "ClavigerConnectionsNearLimit",
-            "page",
+            "critical",
             "2m",
             "claviger_connections_open / claviger_connections_limit > 0.9",
             "A daemon is near its limit of connections",
@@ -423,7 +423,7 @@ fn limits() -> Vec<Alert> {
         ),
         alert(
             "ClavigerCrowdedOut",
-            "ticket",
+            "warning",
             "5m",
             r#"sum by (job, instance) (rate(claviger_connections_cut_total{reason=~"room|address|resets|unread"}[5m]))
 + sum by (job, instance) (rate(claviger_bodies_refused_total[5m])) > 1"#,

@@ -43,7 +43,7 @@ pub struct Recording {
 pub struct Alert {
     /// The name, which is also the heading of its section in the runbook.
     pub name: &'static str,
-    /// `page` (somebody must act at once) or `ticket` (somebody acts on the next working day).
+    /// `critical` (somebody must act at once) or `warning` (somebody acts on the next working day).
     pub severity: &'static str,
     /// Time for which the expression must hold.
     pub wait: &'static str,
@@ -56,9 +56,9 @@ pub struct Alert {
 }
 
 impl Alert {
-    /// The path of the section in the runbook, relative to the root of the repository.
+    /// The section in the runbook, which is at `base`.
     #[must_use]
-    pub fn runbook(&self) -> String {
-        format!("docs/runbook.md#{}", self.name.to_lowercase())
+    pub fn runbook(&self, base: &str) -> String {
+        format!("{base}#{}", self.name.to_lowercase())
     }
 }

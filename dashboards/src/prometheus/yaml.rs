@@ -4,8 +4,8 @@ use std::fmt::Write;
 
 use super::rule::{Group, Rule};
 
-/// Formats the rules file. `regenerate` is the command that makes it.
-pub(crate) fn yaml(groups: &[Group], regenerate: &str) -> String {
+/// Formats the rules file. `regenerate` is the command that makes it, `runbook` the address of the runbook.
+pub(crate) fn yaml(groups: &[Group], regenerate: &str, runbook: &str) -> String {
     let mut text = format!("# Generated from dashboards/src/prometheus: {regenerate}\ngroups:\n");
     for group in groups {
         line(&mut text, 1, &format!("- name: {}", group.name));
@@ -28,7 +28,7 @@ pub(crate) fn yaml(groups: &[Group], regenerate: &str) -> String {
                     line(&mut text, 4, "annotations:");
                     line(&mut text, 5, &format!("summary: {}", quoted(rule.summary)));
                     line(&mut text, 5, &format!("description: {}", quoted(&rule.description)));
-                    line(&mut text, 5, &format!("runbook_url: {}", rule.runbook()));
+                    line(&mut text, 5, &format!("runbook_url: {}", rule.runbook(runbook)));
                 }
             }
         }

@@ -36,7 +36,6 @@ fn every_command_of_the_page_does_what_it_says() {
         ("5f1c…", data_encoding::HEXLOWER.encode(pin.as_ref())),
         ("--tpm-state", format!("--tpm-setup {} --tpm-state", setup.display())),
         (agent, format!("{agent} --seen {}", path("seen"))),
-        ("/etc/claviger/claviger.toml", lab.config_file().display().to_string()),
         (" -accel kvm -m 2048", " -m 256".to_owned()),
         ("web-1.qcow2 &\n", format!("web-1.qcow2 &\nboots {}\n", path("run/web-1.console"))),
         ("/var/lib/claviger-host", path("node-17")),
@@ -53,7 +52,8 @@ fn every_command_of_the_page_does_what_it_says() {
     let folders = [claviger().parent().unwrap().display().to_string(), std::env::var("PATH").unwrap()];
     let mut shell = Command::new("bash");
     shell.arg("-c").arg(format!("{PROLOGUE}{script}")).current_dir(lab.file("owner"));
-    let ran = tool("bash swtpm swtpm-tools qemu-system-x86 qemu-utils ovmf", shell.env("PATH", folders.join(":")));
+    shell.env("PATH", folders.join(":")).env("CLAVIGER_CONFIG", lab.config_file());
+    let ran = tool("bash swtpm swtpm-tools qemu-system-x86 qemu-utils ovmf", &mut shell);
     let said = said(&ran);
     assert!(ran.status.success(), "{said}\n--- of ---\n{script}");
     for expected in [

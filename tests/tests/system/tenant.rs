@@ -60,7 +60,7 @@ impl Tenant {
 
     /// Runs the script of the documentation page, as a tenant does.
     fn recipe(&self, pin: &str) -> Output {
-        let (_, script) = PAGE.split_once("```sh\n").unwrap();
+        let (_, script) = PAGE.split_once("```sh\nset -eu\n").unwrap();
         let (script, _) = script.split_once("```").unwrap();
         let mut command = Command::new("sh");
         let output = command.arg("-c").arg(script).env("PIN", pin).current_dir(self.0.path()).output().unwrap();

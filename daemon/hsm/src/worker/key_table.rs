@@ -129,6 +129,12 @@ impl<H: Copy> KeyTable<H> {
         self.by_id.get(&id.0).is_some_and(|keys| keys.iter().any(|key| key.public == public))
     }
 
+    /// Returns the handles of all private keys with this id and public key.
+    pub(crate) fn handles_of(&self, id: &[u8], public: Fingerprint) -> Vec<H> {
+        let of_id = self.by_id.get(id).map(Vec::as_slice).unwrap_or_default();
+        of_id.iter().filter(|key| key.public == Some(public)).map(|key| key.handle).collect()
+    }
+
     /// Returns true if the table has a key with this id.
     pub(crate) fn has_id(&self, id: &KeyId) -> bool {
         self.by_id.contains_key(&id.0)

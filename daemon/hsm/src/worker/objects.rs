@@ -7,7 +7,7 @@ use zeroize::Zeroize;
 
 use crate::code::Function;
 use crate::error::HsmError;
-use crate::identity::{KeyId, without_leading_zeros};
+use crate::identity::{Fingerprint, KeyId, without_leading_zeros};
 use crate::keys::{NewKey, RsaPublic};
 use crate::worker::key_table::{self, FoundKey, FoundPublic, KeyTable};
 
@@ -88,6 +88,19 @@ fn public_keys(session: &Session) -> Result<Vec<FoundPublic>, HsmError> {
             }
         }
         found.push(public);
+    }
+    Ok(found)
+}
+
+/// Returns the public key objects with this id and modulus.
+pub(crate) fn public_objects(session: &Session, id: &[u8], public: Fingerprint) -> Result<Vec<ObjectHandle>, HsmError> {
+    let wanted =
+        [Attribute::Class(ObjectClass::PUBLIC_KEY), Attribute::KeyType(KeyType::RSA), Attribute::Id(id.to_vec())];
+    let mut found = Vec::new();
+    for handle in session.find_objects(&wanted)? {
+        if read_public(session, handle)?.is_some_and(|key| Fingerprint::of_modulus(&key.n) == public) {
+            found.push(handle);
+        }
     }
     Ok(found)
 }

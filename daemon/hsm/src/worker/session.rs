@@ -23,7 +23,7 @@ use crate::worker::clock::thread_time;
 use crate::worker::key_table::{FoundKey, KeyTable, Purpose};
 use crate::worker::module::OwnLogin;
 use crate::worker::objects::{
-    Key, SecretTemplate, expect_id, private_keys, private_template, public_template, read_public,
+    Key, SecretTemplate, expect_id, private_keys, private_template, public_objects, public_template, read_public,
 };
 use crate::worker::token::{Scheme, Token};
 use crate::worker::{mechanism, oaep};
@@ -103,6 +103,7 @@ impl OpenSession {
             }
             Request::Generate(spec) => self.generate(spec).map(Value::Public),
             Request::Import(spec, parts) => self.import(spec, parts).map(|()| Value::Done),
+            Request::Destroy { id, public } => self.destroy(id, *public).map(|()| Value::Done),
             // The worker handles these before any session.
             Request::Start(_) | Request::SetPin(..) => Err(HsmError::UnexpectedReply),
         }
@@ -287,6 +288,25 @@ impl OpenSession {
         }
         self.add(spec, private, &RsaPublic { n: parts.n.clone(), e: parts.e.clone() });
         Ok(())
+    }
+
+    /// Destroys all objects of a key. The private ones go first: without them the key is useless, and a public object
+    /// that is left does no harm.
+    fn destroy(&mut self, id: &[u8], public: Fingerprint) -> Result<(), HsmError> {
+        self.search()?;
+        let handles = self.keys.handles_of(id, public);
+        if handles.is_empty() {
+            return Err(HsmError::NoSuchKey);
+        }
+        for handle in handles {
+            self.timed(|| self.session.destroy_object(handle))?;
+        }
+        // The tables of all sessions name a handle that is gone.
+        self.token.key_made();
+        for handle in public_objects(&self.session, id, public)? {
+            self.timed(|| self.session.destroy_object(handle))?;
+        }
+        self.search()
     }
 
     /// A new key gets an id that no other key has.

@@ -327,7 +327,7 @@ impl SessionThreads {
         session: &mut Option<OpenSession>,
         request: &Request<'_>,
     ) -> (Result<Value, HsmError>, Cost) {
-        let may_repeat = !matches!(request, Request::Generate(_) | Request::Import(..));
+        let may_repeat = !matches!(request, Request::Generate(_) | Request::Import(..) | Request::Destroy { .. });
         let mut renewed = false;
         loop {
             let open = match session {

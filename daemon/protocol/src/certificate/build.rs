@@ -1,9 +1,10 @@
 //! Builds certificates in two phases, because an HSM makes the signature asynchronously: [`Template::to_be_signed`]
 //! gives the bytes to sign, [`ToBeSigned::assemble`] adds the signature.
 
+use std::fmt;
 use std::time::Duration;
 
-use der::asn1::{Any, Null, ObjectIdentifier, OctetString, PrintableString, SetOfVec, Uint};
+use der::asn1::{Any, Ia5String, Null, ObjectIdentifier, OctetString, PrintableString, SetOfVec, Uint};
 use der::oid::AssociatedOid;
 use der::{DateTime, Decode, Encode, Sequence, Tag};
 use ring::rand::SecureRandom as _;
@@ -48,10 +49,12 @@ impl From<der::Error> for BuildError {
     }
 }
 
-/// The name of a subject or issuer: a common name, an optional `serialNumber` attribute and an optional organizational
-/// unit, in this order.
+/// The name of a subject or issuer: parts like country and organization, a common name, an optional `serialNumber`
+/// attribute and an optional organizational unit, in this order.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct DistinguishedName {
+    /// The parts above the common name, the outermost first.
+    pub above: Vec<(NamePart, String)>,
     /// 2.5.4.3, written as a UTF-8 string; not empty.
     pub common_name: String,
     /// 2.5.4.5, written as a printable string.
@@ -67,6 +70,39 @@ impl DistinguishedName {
         Self { common_name: common_name.into(), ..Self::default() }
     }
 
+    /// Reads a name as people write it: `CN=…,OU=…,O=…,L=…,ST=…,C=…,DC=…` in any order, or a bare common name. A comma
+    /// or a backslash in a value is preceded by a backslash.
+    ///
+    /// # Errors
+    /// [`BuildError::Name`] for an unknown part, an empty value, or no common name.
+    pub fn parse(text: &str) -> Result<Self, BuildError> {
+        let parts = unescaped_parts(text);
+        let is_name = parts.iter().all(|part| part.split_once('=').is_some_and(|(key, _)| NamePart::is_key(key)));
+        if !is_name {
+            return match parts.as_slice() {
+                [common_name] if !common_name.contains('=') => Ok(Self::new(common_name.trim())),
+                _ => Err(BuildError::Name("write it as a common name, or like CN=…,OU=…,O=…,L=…,ST=…,C=…,DC=…")),
+            };
+        }
+        let mut name = Self::default();
+        for part in &parts {
+            let (key, value) = part.split_once('=').unwrap_or_default();
+            let value = value.trim().to_owned();
+            match NamePart::of_key(key) {
+                _ if value.is_empty() => return Err(BuildError::Name("a part of the name is empty")),
+                Some(part) => name.above.push((part, value)),
+                None if name.common_name.is_empty() => name.common_name = value,
+                None => return Err(BuildError::Name("there are two common names")),
+            }
+        }
+        // Stable: several parts of one kind keep their order.
+        name.above.sort_by_key(|(part, _)| *part);
+        if name.common_name.is_empty() {
+            return Err(BuildError::Name("the common name (CN=…) is missing"));
+        }
+        Ok(name)
+    }
+
     /// The DER of the name.
     ///
     /// # Errors
@@ -75,7 +111,10 @@ impl DistinguishedName {
         if self.common_name.is_empty() {
             return Err(BuildError::Name("the common name is empty"));
         }
-        let mut names = Vec::with_capacity(3);
+        let mut names = Vec::with_capacity(3 + self.above.len());
+        for (part, value) in &self.above {
+            names.push(single(part.oid(), part.encode(value)?)?);
+        }
         names.push(single(COMMON_NAME, Any::new(Tag::Utf8String, self.common_name.as_bytes())?)?);
         if let Some(serial) = &self.serial_number {
             let serial = PrintableString::new(serial)
@@ -90,6 +129,108 @@ impl DistinguishedName {
         }
         Ok(names.to_der()?)
     }
+}
+
+/// As [`DistinguishedName::parse`] reads it, without `serialNumber`.
+impl fmt::Display for DistinguishedName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let escaped = |value: &str| value.replace('\\', "\\\\").replace(',', "\\,");
+        write!(f, "CN={}", escaped(&self.common_name))?;
+        if let Some(unit) = &self.organizational_unit {
+            write!(f, ",OU={}", escaped(unit))?;
+        }
+        self.above.iter().rev().try_for_each(|(part, value)| write!(f, ",{}={}", part.key(), escaped(value)))
+    }
+}
+
+/// A part of a name above the common name, the outermost first.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum NamePart {
+    /// `C`, two letters.
+    Country,
+    /// `DC`.
+    DomainComponent,
+    /// `ST`.
+    State,
+    /// `L`.
+    Locality,
+    /// `O`.
+    Organization,
+    /// `OU`.
+    OrganizationalUnit,
+}
+
+impl NamePart {
+    fn of_key(key: &str) -> Option<Self> {
+        match key.trim().to_ascii_uppercase().as_str() {
+            "C" => Some(Self::Country),
+            "DC" => Some(Self::DomainComponent),
+            "ST" | "S" => Some(Self::State),
+            "L" => Some(Self::Locality),
+            "O" => Some(Self::Organization),
+            "OU" => Some(Self::OrganizationalUnit),
+            _ => None,
+        }
+    }
+
+    fn key(self) -> &'static str {
+        match self {
+            Self::Country => "C",
+            Self::DomainComponent => "DC",
+            Self::State => "ST",
+            Self::Locality => "L",
+            Self::Organization => "O",
+            Self::OrganizationalUnit => "OU",
+        }
+    }
+
+    fn is_key(key: &str) -> bool {
+        key.trim().eq_ignore_ascii_case("CN") || Self::of_key(key).is_some()
+    }
+
+    fn oid(self) -> ObjectIdentifier {
+        ObjectIdentifier::new_unwrap(match self {
+            Self::Country => "2.5.4.6",
+            Self::DomainComponent => "0.9.2342.19200300.100.1.25",
+            Self::State => "2.5.4.8",
+            Self::Locality => "2.5.4.7",
+            Self::Organization => "2.5.4.10",
+            Self::OrganizationalUnit => "2.5.4.11",
+        })
+    }
+
+    fn encode(self, value: &str) -> Result<Any, BuildError> {
+        match self {
+            Self::Country if value.len() == 2 => {
+                let country = PrintableString::new(value).map_err(|_| BuildError::Name("a country has two letters"))?;
+                Ok(Any::encode_from(&country)?)
+            }
+            Self::Country => Err(BuildError::Name("a country has two letters")),
+            Self::DomainComponent => {
+                let part = Ia5String::new(value).map_err(|_| BuildError::Name("a domain component is not ASCII"))?;
+                Ok(Any::encode_from(&part)?)
+            }
+            _ => Ok(Any::new(Tag::Utf8String, value.as_bytes())?),
+        }
+    }
+}
+
+/// Splits at commas that no backslash precedes, and removes the backslashes.
+fn unescaped_parts(text: &str) -> Vec<String> {
+    let (mut parts, mut part, mut escaped) = (Vec::new(), String::new(), false);
+    for c in text.chars() {
+        match c {
+            '\\' if !escaped => {
+                escaped = true;
+                continue;
+            }
+            ',' if !escaped => parts.push(std::mem::take(&mut part)),
+            c => part.push(c),
+        }
+        escaped = false;
+    }
+    parts.push(part);
+    parts
 }
 
 /// A relative distinguished name with one attribute.
@@ -125,6 +266,8 @@ pub struct Template {
     pub subject_key_id: Option<Vec<u8>>,
     /// Authority key identifier: the issuer's subject key identifier. `None`: no extension.
     pub authority_key_id: Option<Vec<u8>>,
+    /// DNS names of the subject, in a subjectAltName extension. Without names there is no extension.
+    pub dns_names: Vec<String>,
 }
 
 /// `TBSCertificate` (RFC 5280, 4.1), version 3.
@@ -198,6 +341,12 @@ impl Template {
             let usages = self.extended_key_usages.iter().map(|oid| ObjectIdentifier::new(oid));
             let usages = usages.collect::<Result<Vec<_>, _>>().map_err(der::Error::from)?;
             extensions.push(extension(&pkix::ExtendedKeyUsage(usages), false)?);
+        }
+        if !self.dns_names.is_empty() {
+            let name = |name: &String| Ia5String::new(name).map(pkix::name::GeneralName::DnsName);
+            let names = self.dns_names.iter().map(name).collect::<Result<Vec<_>, _>>();
+            let names = names.map_err(|_| BuildError::Name("a DNS name has characters that are not ASCII"))?;
+            extensions.push(extension(&pkix::SubjectAltName(names), false)?);
         }
         if let Some(id) = &self.subject_key_id {
             let id = pkix::SubjectKeyIdentifier(OctetString::new(id.as_slice())?);
@@ -300,6 +449,7 @@ mod tests {
     fn template() -> Template {
         Template {
             subject: DistinguishedName {
+                above: Vec::new(),
                 common_name: "Näme".to_owned(),
                 serial_number: Some("00ff".to_owned()),
                 organizational_unit: Some("ünit".to_owned()),
@@ -314,7 +464,27 @@ mod tests {
             ca: Some(false),
             subject_key_id: Some(key_id(key(0).public()).to_vec()),
             authority_key_id: None,
+            dns_names: Vec::new(),
         }
+    }
+
+    #[test]
+    fn a_name_is_read_as_people_write_it() {
+        let parsed = DistinguishedName::parse("CN=HGS\\, north,O=Acme Ltd, C=de,OU=Keys").unwrap();
+        assert_eq!(parsed.common_name, "HGS, north");
+        let above: Vec<_> = parsed.above.iter().map(|(part, value)| (*part, value.as_str())).collect();
+        assert_eq!(
+            above,
+            [(NamePart::Country, "de"), (NamePart::Organization, "Acme Ltd"), (NamePart::OrganizationalUnit, "Keys")]
+        );
+        assert!(parsed.to_der().is_ok());
+        assert_eq!(parsed.to_string(), "CN=HGS\\, north,OU=Keys,O=Acme Ltd,C=de");
+        assert_eq!(DistinguishedName::parse(&parsed.to_string()).unwrap(), parsed);
+        assert_eq!(DistinguishedName::parse("HGS signing").unwrap(), DistinguishedName::new("HGS signing"));
+        for wrong in ["O=Acme", "CN=a,CN=b", "CN=", "CN=a,X=b", "a,b", "X=b"] {
+            assert!(DistinguishedName::parse(wrong).is_err(), "{wrong}");
+        }
+        assert!(DistinguishedName::parse("CN=a,C=Germany").unwrap().to_der().is_err());
     }
 
     #[test]

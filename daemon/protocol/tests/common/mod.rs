@@ -100,6 +100,7 @@ pub fn certificate(index: usize) -> &'static [u8] {
             ca: None,
             subject_key_id: None,
             authority_key_id: None,
+            dns_names: Vec::new(),
         };
         template.to_be_signed().unwrap().sign_with(key(index)).unwrap()
     })

@@ -17,15 +17,21 @@ use crate::store::usage_counts::Seen;
 use crate::store::{Host, HostKind, Labels, State};
 use crate::sys::clock::unix_now;
 
-pub(super) async fn add(
-    service: &Arc<Service>,
-    name: String,
-    public_key: &str,
-    labels: Labels,
-    peer: Peer,
-) -> Result<Value, String> {
+/// A host to register.
+pub(super) struct New {
+    pub(super) name: String,
+    pub(super) labels: Labels,
+    /// Whether a host that is registered already with this key is no error.
+    pub(super) if_absent: bool,
+}
+
+pub(super) async fn add(service: &Arc<Service>, new: New, public_key: &str, peer: Peer) -> Result<Value, String> {
     let key = BASE64.decode(public_key.as_bytes()).map_err(|_| "the key is not base64".to_owned())?;
     let key = RsaPublicKey::from_file(&key).map_err(|e| format!("this is no host key that can be used: {e}"))?;
+    if let Some(known) = registered(service, &new, HostKind::HostKey, key.spki_der()).await? {
+        return Ok(known);
+    }
+    let New { name, labels, .. } = new;
     let mut change = Change::of_host("hosts.add", &name, peer)?;
     change.attempt.key = Some(HEXLOWER.encode(&key.spki_sha256()));
     change.attempt.change = (!labels.is_empty()).then(|| format!("labels {labels}"));
@@ -36,10 +42,9 @@ pub(super) async fn add(
 
 pub(super) async fn add_tpm(
     service: &Arc<Service>,
-    name: String,
+    new: New,
     certificates: &[String],
     public_key: Option<&str>,
-    labels: Labels,
     peer: Peer,
 ) -> Result<Value, String> {
     let bytes = |base64: &str| BASE64.decode(base64.as_bytes()).map_err(|_| "the key is not base64".to_owned());
@@ -58,6 +63,10 @@ pub(super) async fn add_tpm(
         }
         _ => return Err("either the endorsement key's certificate is needed, or the bare key".to_owned()),
     };
+    if let Some(known) = registered(service, &new, HostKind::EndorsementKey, key.spki_der()).await? {
+        return Ok(known);
+    }
+    let New { name, labels, .. } = new;
     let mut change = Change::of_host("hosts.add-tpm", &name, peer)?;
     change.attempt.key = Some(HEXLOWER.encode(&key.spki_sha256()));
     let labelled = if labels.is_empty() { String::new() } else { format!("; labels {labels}") };
@@ -66,6 +75,29 @@ pub(super) async fn add_tpm(
     let kind = HostKind::EndorsementKey;
     let work = move |state: &mut State| state.add_host_with(kind, &name, key.spki_der(), &labels, now);
     Ok(host(&change.make(service, work, |_, _| ()).await?, Seen::default()))
+}
+
+/// The registered host with this name, kind and key, if the administrator said that it may exist.
+async fn registered(service: &Arc<Service>, new: &New, kind: HostKind, spki: &[u8]) -> Result<Option<Value>, String> {
+    if !new.if_absent {
+        return Ok(None);
+    }
+    let hosts = read(service, |state| state.hosts()).await?;
+    let Some(known) = hosts.into_iter().find(|known| known.name.eq_ignore_ascii_case(&new.name)) else {
+        return Ok(None);
+    };
+    if (known.kind, known.spki.as_slice()) != (kind, spki) {
+        return Err(format!("the host {} is registered with another key; nothing was changed", known.name));
+    }
+    if !known.labels.have_all(&new.labels) {
+        return Err(format!(
+            "the host {} is registered without all of these labels; nothing was changed; claviger hosts label adds labels",
+            known.name
+        ));
+    }
+    let mut reply = host(&known, Seen::default());
+    reply["was_registered"] = true.into();
+    Ok(Some(reply))
 }
 
 pub(super) async fn remove(service: &Arc<Service>, name: String, peer: Peer) -> Result<Value, String> {

@@ -1,6 +1,6 @@
 //! Commands about the members of the cluster.
 
-use claviger_hsm::MemberStatus;
+use claviger_hsm::{MemberState, MemberStatus};
 use serde_json::{Value, json};
 
 use super::change::{Change, FAILED};
@@ -19,8 +19,24 @@ pub(super) async fn probe(service: &Service, name: &str) -> Result<Value, String
     Ok(json!({"name": name, "seconds": took.as_secs_f64()}))
 }
 
-pub(super) async fn drain(service: &Service, name: &str, drain: bool, peer: Peer) -> Result<Value, String> {
+pub(super) async fn drain(service: &Service, name: &str, force: bool, peer: Peer) -> Result<Value, String> {
     known(service, name)?;
+    let others = service.cluster.members().into_iter().filter(|member| member.name != name);
+    if !force && !others.into_iter().any(|member| member.state == MemberState::Up) {
+        return Err(format!(
+            "no other HSM serves, so no machine would get its keys while {name} is drained; if it is to be drained all the \
+             same: --force"
+        ));
+    }
+    set_drained(service, name, true, peer).await
+}
+
+pub(super) async fn resume(service: &Service, name: &str, peer: Peer) -> Result<Value, String> {
+    known(service, name)?;
+    set_drained(service, name, false, peer).await
+}
+
+async fn set_drained(service: &Service, name: &str, drain: bool, peer: Peer) -> Result<Value, String> {
     let mut change = Change::new(if drain { "hsm.drain" } else { "hsm.resume" }, peer);
     change.attempt.used(name);
     change.requested(service).await?;

@@ -2,6 +2,7 @@
 
 mod import;
 mod new_key;
+mod spare_keys;
 mod token_keys;
 
 use std::sync::Arc;
@@ -14,6 +15,7 @@ use serde_json::{Value, json};
 
 use self::import::{import, imported_id, private_key};
 pub(super) use self::new_key::{generate, request, self_sign};
+pub(super) use self::spare_keys::{destroy, on_tokens};
 pub(super) use self::token_keys::on_all_members;
 use self::token_keys::{find, key_id};
 use super::change::{Change, FAILED, outcome, read};
@@ -37,6 +39,8 @@ pub(super) struct New {
     pub(super) private_key: Option<Secret>,
     pub(super) primary: bool,
     pub(super) trust_absent: bool,
+    /// Restricts the key to hosts with these labels; `None` leaves its restriction as it is.
+    pub(super) labels: Option<Labels>,
 }
 
 pub(super) async fn list(service: &Arc<Service>) -> Result<Value, String> {
@@ -57,7 +61,8 @@ pub(super) async fn add(service: &Arc<Service>, new: New, peer: Peer) -> Result<
         (Some(_), false) => ", key imported",
         (Some(_), true) => ", key imported, primary",
     };
-    change.attempt.change = Some(format!("{} certificate{with}", new.kind));
+    let limited = new.labels.as_ref().map_or(String::new(), |labels| format!(", hosts with {labels}"));
+    change.attempt.change = Some(format!("{} certificate{with}{limited}", new.kind));
     let id = match (&new.private_key, &new.hsm_key) {
         (Some(secret), None) => {
             let key = private_key(secret, &certificate)?;
@@ -86,7 +91,11 @@ pub(super) async fn add(service: &Arc<Service>, new: New, peer: Peer) -> Result<
     let (kind, primary, now) = (new.kind, new.primary, unix_now());
     let (der, spki) = (certificate.der().to_vec(), certificate.key().spki_der().to_vec());
     let work = move |state: &mut State| {
-        state.add_certificate(&NewCertificate { kind, der: &der, key_id: &id.0, spki: &spki, primary }, now)
+        let certificate = NewCertificate { kind, der: &der, key_id: &id.0, spki: &spki, primary };
+        match &new.labels {
+            Some(labels) => state.add_limited_certificate(&certificate, labels, now),
+            None => state.add_certificate(&certificate, now),
+        }
     };
     let added = service.registry.change(work).await;
     change.done(service, outcome(&added)).await;
@@ -210,7 +219,7 @@ pub(super) fn judge(certificate: &Certificate, kind: Kind) -> Result<Vec<String>
 
 /// Finds the certificate by its thumbprint or an unambiguous prefix of it.
 async fn named(service: &Arc<Service>, thumbprint: &str, kind: Option<Kind>) -> Result<store::Certificate, String> {
-    let wanted = thumbprint.to_ascii_lowercase();
+    let wanted = digits(thumbprint);
     if wanted.len() < FEWEST_DIGITS || !wanted.bytes().all(|byte| byte.is_ascii_hexdigit()) {
         return Err(format!("a certificate is named by its thumbprint, or at least its first {FEWEST_DIGITS} digits"));
     }
@@ -224,6 +233,11 @@ async fn named(service: &Arc<Service>, thumbprint: &str, kind: Option<Kind>) -> 
         }
         _ => Err(format!("{wanted} is not one certificate alone; give more digits, or --kind")),
     }
+}
+
+/// The digits of a thumbprint as programs of others show it: upper case, with colons or spaces.
+pub(super) fn digits(thumbprint: &str) -> String {
+    thumbprint.chars().filter(|c| !matches!(c, ':' | ' ')).map(|c| c.to_ascii_lowercase()).collect()
 }
 
 /// A change of one certificate.
@@ -321,6 +335,7 @@ mod tests {
             ca: None,
             subject_key_id: None,
             authority_key_id: None,
+            dns_names: Vec::new(),
         }
     }
 

@@ -85,7 +85,7 @@ pub(super) async fn revoke(service: &Arc<Service>, wanted: &str, force: bool, pe
 
 /// Finds the signer by its thumbprint or an unambiguous prefix of it.
 async fn named(service: &Arc<Service>, thumbprint: &str) -> Result<store::Signer, String> {
-    let wanted = thumbprint.to_ascii_lowercase();
+    let wanted = super::keys::digits(thumbprint);
     if wanted.len() < FEWEST_DIGITS || !wanted.bytes().all(|byte| byte.is_ascii_hexdigit()) {
         return Err(format!("a signer is named by its thumbprint, or at least its first {FEWEST_DIGITS} digits"));
     }

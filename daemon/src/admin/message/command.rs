@@ -21,6 +21,9 @@ pub enum Command {
         /// Labels of the host.
         #[serde(default)]
         labels: Labels,
+        /// Whether a host that is registered already with this key is no error.
+        #[serde(default)]
+        if_absent: bool,
     },
     /// Registers a host by its TPM's endorsement key.
     #[serde(rename = "hosts.add-tpm")]
@@ -37,6 +40,9 @@ pub enum Command {
         /// Labels of the host.
         #[serde(default)]
         labels: Labels,
+        /// Whether a host that is registered already with this key is no error.
+        #[serde(default)]
+        if_absent: bool,
     },
     /// Evaluates the policies for a host's last evidence.
     #[serde(rename = "hosts.check")]
@@ -146,8 +152,11 @@ pub enum Command {
     RequestCertificate {
         /// CKA_ID, hexadecimal.
         hsm_key: String,
-        /// Common name in the request.
+        /// Common name in the request, or a distinguished name like `CN=…,O=…`.
         subject: String,
+        /// DNS names in the request's subjectAltName.
+        #[serde(default)]
+        dns_names: Vec<String>,
     },
     /// Writes a self-signed certificate; an HSM signs it with the key.
     #[serde(rename = "keys.self-sign")]
@@ -178,6 +187,22 @@ pub enum Command {
         /// Whether members that cannot be asked now are assumed to have the key.
         #[serde(default)]
         trust_absent: bool,
+        /// Restricts the key to hosts with all of these labels, from its first moment on. `None`: a restriction that the
+        /// key has already stays.
+        #[serde(default)]
+        labels: Option<Labels>,
+    },
+    /// Lists the RSA private keys on the tokens of all members, and what each is used for.
+    #[serde(rename = "keys.on-tokens")]
+    ListTokenKeys,
+    /// Destroys a key on the tokens of all members. Refused for a key that a certificate or an attestation signer needs.
+    #[serde(rename = "keys.destroy")]
+    DestroyKey {
+        /// CKA_ID, hexadecimal.
+        hsm_key: String,
+        /// Only on this member.
+        #[serde(default)]
+        member: Option<String>,
     },
     /// Makes a certificate the primary certificate of its kind.
     #[serde(rename = "keys.set-primary")]
@@ -252,6 +277,9 @@ pub enum Command {
     DrainHsm {
         /// Name of the member.
         name: String,
+        /// Whether to drain it even if no other member serves.
+        #[serde(default)]
+        force: bool,
     },
     /// Returns a drained member to service.
     #[serde(rename = "hsm.resume")]
@@ -259,6 +287,9 @@ pub enum Command {
         /// Name of the member.
         name: String,
     },
+    /// Reads the configuration again.
+    #[serde(rename = "reload")]
+    Reload,
     /// Tests every registered key on every member and reports problems.
     #[serde(rename = "doctor")]
     Doctor,

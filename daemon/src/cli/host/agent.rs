@@ -23,6 +23,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::server::conn::auto;
 use tokio::net::{TcpListener, UnixListener, UnixStream};
 
+use super::defaults;
 use super::options::{Measured, Service, explain, folder};
 use crate::observe::metrics;
 use crate::run::systemd;
@@ -58,24 +59,25 @@ pub struct Agent {
 }
 
 impl Agent {
-    fn settings(&self) -> Settings {
-        Settings {
+    fn settings(&self) -> Result<Settings, Failure> {
+        let (urls, tls) = defaults::complete(&self.service.urls, &self.service.tls)?;
+        Ok(Settings {
             folder: folder(self.dir.clone(), self.measured.tpm.is_some()),
             tpm: self.measured.place(),
-            urls: self.service.urls.clone(),
-            tls: self.service.tls.clone(),
+            urls,
+            tls,
             timeout: Duration::from_secs(self.service.timeout),
             renew_before: Duration::from_secs(self.renew_before),
             pace: Pace::default(),
             users: self.allow_uid.clone(),
-        }
+        })
     }
 }
 
 /// Runs until a signal stops it.
 pub(super) async fn run(options: Agent) -> Result<(), Failure> {
     let stop = process::shutdown_signal()?;
-    let (settings, counters) = (options.settings(), Arc::new(Counters::default()));
+    let (settings, counters) = (options.settings()?, Arc::new(Counters::default()));
     let page = match options.metrics {
         Some(address) => Some(TcpListener::bind(address).await.map_err(|e| format!("--metrics {address}: {e}"))?),
         None => None,

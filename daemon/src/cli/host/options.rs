@@ -15,6 +15,7 @@ use claviger_client::tpm::{self, TpmPlace};
 use claviger_protocol::protector::{MAX_PROTECTOR, Protector};
 use rustix::fs::OFlags;
 
+use super::defaults;
 use crate::sys::failure::Failure;
 
 /// Default folder of host keys, and default folder for hosts that attest with a TPM.
@@ -71,8 +72,9 @@ impl Measured {
 /// The servers and the time limit.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Service {
-    /// URL of the service; repeat the option for further servers, which are tried in this order
-    #[arg(long = "url", value_name = "URL", required = true)]
+    /// URL of the service; repeat the option for further servers, which are tried in this order [default: $CLAVIGER_URL,
+    /// or those of /etc/claviger-host/host.toml]
+    #[arg(long = "url", value_name = "URL")]
     pub(super) urls: Vec<String>,
     /// TLS settings for servers and for this host.
     #[command(flatten)]
@@ -83,15 +85,18 @@ pub struct Service {
 }
 
 impl Service {
-    pub(super) fn of(&self, folder: Folder, measured: &Measured) -> Result<Services, ServicesError> {
-        Services::new(folder, measured.place(), &self.urls, &self.tls, Duration::from_secs(self.timeout))
+    pub(super) fn of(&self, folder: Folder, measured: &Measured) -> Result<Services, Failure> {
+        let (urls, tls) = defaults::complete(&self.urls, &self.tls)?;
+        let services = Services::new(folder.clone(), measured.place(), &urls, &tls, Duration::from_secs(self.timeout));
+        services.map_err(|error| explain(error, &folder, measured))
     }
 }
 
 /// The source of a vault's key.
 #[derive(Clone, Debug, clap::Args)]
 pub(super) struct Source {
-    /// URL of the service; repeat the option for further servers, which are tried in this order
+    /// URL of the service; repeat the option for further servers, which are tried in this order [default: $CLAVIGER_URL,
+    /// or those of /etc/claviger-host/host.toml]
     #[arg(long = "url", value_name = "URL")]
     urls: Vec<String>,
     /// TLS settings for servers and for this host.
@@ -114,11 +119,9 @@ impl Source {
         if let Some(socket) = &self.agent {
             return Ok(Releases::Agent { socket: socket.clone(), timeout: self.timeout() });
         }
-        if self.urls.is_empty() {
-            return Err("say whom to ask: --url URL, or --agent SOCKET".into());
-        }
+        let (urls, tls) = defaults::complete(&self.urls, &self.tls)?;
         let folder = place.folder(measured.tpm.is_some());
-        let services = Services::new(folder.clone(), measured.place(), &self.urls, &self.tls, self.timeout());
+        let services = Services::new(folder.clone(), measured.place(), &urls, &tls, self.timeout());
         let services = Box::new(services.map_err(|error| explain(error, &folder, measured))?);
         Ok(Releases::Service { services, folder, measured: measured.clone() })
     }

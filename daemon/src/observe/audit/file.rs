@@ -18,6 +18,7 @@ use serde_json::{Map, Value};
 
 use super::chain::{self, Hash, Link};
 use super::entry::timestamp;
+use super::sink::Sink;
 use crate::observe::metrics;
 use crate::sys::id::request_id;
 
@@ -41,6 +42,8 @@ pub(super) struct Trail {
     /// Whether the last line was a checkpoint when the file was opened.
     signed: bool,
     marker: Option<Marker>,
+    /// Gets a copy of each line.
+    sink: Option<Sink>,
     /// Since when no file has the trail's name, while the renamed one is used.
     renamed: Option<Instant>,
 }
@@ -94,12 +97,18 @@ impl Trail {
             link: Link::default(),
             signed: false,
             marker: None,
+            sink: None,
             renamed: None,
         };
         let lock = trail.lock();
         trail.open_by_name()?;
         drop(lock);
         Ok(trail)
+    }
+
+    /// Copies each line to a syslog daemon or the journal.
+    pub(super) fn with_sink(self, sink: Option<Sink>) -> Self {
+        Self { sink, ..self }
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -173,6 +182,9 @@ impl Trail {
             }
             self.link = link;
             self.marker = None;
+            if let Some(sink) = &mut self.sink {
+                sink.send(&lines);
+            }
             return Ok(());
         }
     }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use claviger_hsm::{KeyId, KeyRef, KeyUsage as HsmKeyUsage, MemberState, NewKey, standstill};
+use claviger_hsm::{HsmError, KeyId, KeyRef, KeyUsage as HsmKeyUsage, MemberState, NewKey, standstill};
 use claviger_protocol::certificate::build::{DistinguishedName, Template, random_serial, request_to_pem};
 use claviger_protocol::certificate::{Certificate, KeyUsage};
 use claviger_protocol::rsa_key::RsaPublicKey;
@@ -20,6 +20,11 @@ use crate::service::Service;
 use crate::signing::{self, OWN_DEADLINE};
 use crate::store::Kind;
 use crate::sys::clock::unix_now;
+
+/// Outcomes in the audit trail beside success and failure: the key was made, and not all members have it; the HSM did not
+/// say in time whether it made the key.
+const INCOMPLETE: &str = "incomplete";
+const UNKNOWN: &str = "unknown";
 
 /// Time limit for the vendor's replication of a key that one member generated, and the interval of the checks.
 const REPLICATION: Duration = Duration::from_secs(20);
@@ -58,10 +63,24 @@ pub(in crate::admin::handlers) async fn generate(
         Kind::Encryption => HsmKeyUsage::Both,
     };
     let spec = NewKey { id: id.clone(), label, bits, usage };
-    let made = service.cluster.generate_rsa(&on, spec).await;
-    change.done(service, if made.is_ok() { SUCCESS } else { FAILED }).await;
-    let made = made.map_err(|error| format!("{on} made no key: {error}"))?;
-    let public = RsaPublicKey::from_components(&made.n, &made.e).map_err(|e| format!("{on} made a bad key: {e}"))?;
+    let made = match service.cluster.generate_rsa(&on, spec).await {
+        Ok(made) => made,
+        Err(failure) => {
+            // A call that was given up may still end with a key.
+            let outcome = if is_given_up(&failure.error) { UNKNOWN } else { FAILED };
+            change.done(service, outcome).await;
+            let unknown = "; whether the key was made is not known, `claviger keys list --hsm` will show it";
+            let hint = if outcome == UNKNOWN { unknown } else { "" };
+            return Err(format!("{on} made no key: {failure}{hint}"));
+        }
+    };
+    let public = match RsaPublicKey::from_components(&made.n, &made.e) {
+        Ok(public) => public,
+        Err(error) => {
+            change.done(service, FAILED).await;
+            return Err(format!("{on} made a bad key: {error}"));
+        }
+    };
 
     let until = standstill::now() + REPLICATION;
     let key = key_ref(&id.0, &public);
@@ -70,7 +89,9 @@ pub(in crate::admin::handlers) async fn generate(
         tokio::time::sleep(ASK_EVERY).await;
         missing = lacking(service, &key).await;
     }
-    if member.is_none() && !missing.is_empty() {
+    let is_incomplete = member.is_none() && !missing.is_empty();
+    change.done(service, if is_incomplete { INCOMPLETE } else { SUCCESS }).await;
+    if is_incomplete {
         return Err(format!(
             "the key {id} was made on {on}, but not all members show it: {}. A key that an HSM made cannot be copied by \
              claviger: replicate it with the vendor's tools and use it as --hsm-key {id}, or bring a key from outside with \
@@ -91,11 +112,15 @@ pub(in crate::admin::handlers) async fn generate(
 pub(in crate::admin::handlers) async fn request(
     service: &Arc<Service>,
     hsm_key: &str,
-    subject: String,
+    subject: &str,
+    dns_names: Vec<String>,
     peer: Peer,
 ) -> Result<Value, String> {
     let id = key_id(hsm_key)?;
-    let template = template(service, &id, subject, 0).await?;
+    if let Some(wrong) = dns_names.iter().find(|name| !is_dns_name(name)) {
+        return Err(format!("{wrong:?} is not a DNS name"));
+    }
+    let template = Template { dns_names, ..template(service, &id, subject, 0).await? };
     let unsigned = template.to_be_requested().map_err(|e| e.to_string())?;
     let der = unsigned.assemble(
         &signed(service, "keys.csr", &key_ref(&id.0, &template.key), &template.key, unsigned.octets(), peer).await?,
@@ -106,7 +131,7 @@ pub(in crate::admin::handlers) async fn request(
 pub(in crate::admin::handlers) async fn self_sign(
     service: &Arc<Service>,
     hsm_key: &str,
-    subject: String,
+    subject: &str,
     days: u32,
     peer: Peer,
 ) -> Result<Value, String> {
@@ -121,15 +146,32 @@ pub(in crate::admin::handlers) async fn self_sign(
     Ok(json!({"hsm_key": id.to_string(), "pem": made.to_pem(), "thumbprint": HEXLOWER.encode(&made.thumbprint())}))
 }
 
+/// Whether the call may still have an effect at the token.
+fn is_given_up(error: &HsmError) -> bool {
+    matches!(error, HsmError::Hung(_) | HsmError::Deadline | HsmError::Worker(_))
+}
+
+/// Letters, digits and hyphens between dots; the first label may be `*`.
+fn is_dns_name(name: &str) -> bool {
+    let label = |label: &str| {
+        (1..=63).contains(&label.len()) && label.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
+    };
+    name.len() <= 253 && name.strip_prefix("*.").unwrap_or(name).split('.').all(label)
+}
+
 /// The template of a certificate for a key that a member has.
-async fn template(service: &Arc<Service>, id: &KeyId, subject: String, days: u32) -> Result<Template, String> {
+async fn template(service: &Arc<Service>, id: &KeyId, subject: &str, days: u32) -> Result<Template, String> {
     let key = public_of(service, id).await?;
-    if subject.len() > 64 || subject.chars().any(char::is_control) {
-        return Err("a common name has at most 64 octets and no control characters".to_owned());
+    if subject.len() > 1024 || subject.chars().any(char::is_control) {
+        return Err("a name has at most 1024 bytes and no control characters".to_owned());
+    }
+    let subject = DistinguishedName::parse(subject).map_err(|e| e.to_string())?;
+    if subject.common_name.len() > 64 {
+        return Err("a common name has at most 64 bytes".to_owned());
     }
     let now = unix_now();
     Ok(Template {
-        subject: DistinguishedName::new(subject),
+        subject,
         issuer_der: None,
         key,
         serial: random_serial().map_err(|e| e.to_string())?,
@@ -140,6 +182,7 @@ async fn template(service: &Arc<Service>, id: &KeyId, subject: String, days: u32
         ca: None,
         subject_key_id: None,
         authority_key_id: None,
+        dns_names: Vec::new(),
     })
 }
 

@@ -14,7 +14,7 @@ use crate::service::Service;
 use crate::store::Kind;
 
 /// Time limit for asking a member whether it has a key.
-const PATIENCE: Duration = Duration::from_secs(5);
+pub(super) const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Checks that every member has the right key and can use it for this kind of certificate.
 ///
@@ -209,9 +209,9 @@ fn only_of_id(keys: &[TokenKey], id: &KeyId) -> Result<Option<RsaPublicKey>, Str
 }
 
 pub(super) fn key_id(hexadecimal: &str) -> Result<KeyId, String> {
-    match HEXLOWER_PERMISSIVE.decode(hexadecimal.as_bytes()) {
+    match HEXLOWER_PERMISSIVE.decode(super::digits(hexadecimal).as_bytes()) {
         Ok(id) if (1..=255).contains(&id.len()) => Ok(KeyId(id)),
-        _ => Err("the id of a key in the HSMs is hexadecimal, two digits for each octet".to_owned()),
+        _ => Err("the id of a key in the HSMs is hexadecimal, two digits for each byte".to_owned()),
     }
 }
 
