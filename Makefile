@@ -150,5 +150,8 @@ fuzz:
 deb:
 	$(call install,$(PACKAGES_BUILD))
 	command -v cargo-deb >/dev/null || cargo install --locked cargo-deb
-	cargo deb --locked -p claviger
-	cargo deb --locked -p claviger-loadgen
+	cargo build --release --locked -p claviger -p claviger-loadgen --bins
+	rm -rf target/manual
+	for program in claviger claviger-loadgen; do ./target/release/$$program manual target/manual/$$program || exit 1; done
+	cargo deb --locked --no-build -p claviger
+	cargo deb --locked --no-build -p claviger-loadgen

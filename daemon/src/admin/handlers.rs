@@ -178,7 +178,7 @@ mod tests {
         assert!(ask(add("node")).await.is_err());
         ask(name("hosts.remove", "NODE")).await.unwrap();
         assert!(ask(name("hosts.remove", "node")).await.is_err());
-        ask(name("hsm.drain", "gone")).await.unwrap();
+        ask(json!({"command": "hsm.drain", "name": "gone", "force": true})).await.unwrap();
         let lines = trail(&service);
         let expected = [
             ("hosts.add", "node", Some(&hash), "requested"),

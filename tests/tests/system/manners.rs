@@ -64,7 +64,7 @@ fn a_reload_answers_and_load_balancers_may_ask() {
     let probe = |url: &str, path: &str| {
         let client = Client::new(url).unwrap().with_timeout(PATIENCE);
         let reply = block(client.get(path)).unwrap();
-        (reply.status, String::from_utf8_lossy(&reply.body).into_owned())
+        (reply.status.as_u16(), String::from_utf8_lossy(&reply.body).into_owned())
     };
     assert_eq!(probe(&daemon.url, "/ready").0, 404, "only if it is configured");
     let good = std::fs::read_to_string(lab.config_file()).unwrap();
