@@ -103,7 +103,7 @@ pub fn run(command: Init) -> Result<ExitCode, Failure> {
     let config = Config::load(&file)?;
     let checked = check(&file, false)?;
     if checked == Level::Error {
-        say!("next      remedy the errors, then run again: {}", again(&file));
+        say!("next      remedy the errors, then run again: {}", files::again(&file));
         return Ok(ExitCode::FAILURE);
     }
     let steps = keys::Steps {
@@ -115,14 +115,14 @@ pub fn run(command: Init) -> Result<ExitCode, Failure> {
     };
     if !steps.runs() {
         say!("next      start the service: {}", files::start_command(&file));
-        say!("          then run again, to make the keys: {}", again(&file));
+        say!("          then run again, to make the keys: {}", files::again(&file));
         return Ok(ExitCode::SUCCESS);
     }
     if !threads::single_thread()?.block_on(steps.make())? {
         return Ok(ExitCode::SUCCESS);
     }
     if check(&file, true)? == Level::Error {
-        say!("next      remedy the errors, then run again: {}", again(&file));
+        say!("next      remedy the errors, then run again: {}", files::again(&file));
         return Ok(ExitCode::FAILURE);
     }
     say!("ready     keys are released to registered hosts: http://{}/ready says so", config.server.metrics);
@@ -157,13 +157,4 @@ fn check(file: &Path, has_keys: bool) -> Result<Level, Failure> {
     }
     say!("doctor    {} ok, {} warnings, {} errors", count[0], count[1], count[2]);
     Ok(worst)
-}
-
-/// The command that continues.
-fn again(file: &Path) -> String {
-    if file == Path::new(place::CONFIGURATION) {
-        "claviger init".to_owned()
-    } else {
-        format!("claviger init --config {}", file.display())
-    }
 }

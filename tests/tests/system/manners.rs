@@ -153,8 +153,8 @@ fn what_a_reviewer_may_not_do_is_on_record_and_lines_are_copied_and_exported() {
 /// In a sandbox, where there are other users.
 const USERS: &str = r#"
 export PATH=/tmp/claviger-bin:$PATH
-systemd-sysusers daemon/packaging/sysusers.d/claviger.conf
-systemd-tmpfiles --create daemon/packaging/tmpfiles.d/claviger.conf
+systemd-sysusers "$PWD"/daemon/packaging/sysusers.d/claviger.conf
+systemd-tmpfiles --create "$PWD"/daemon/packaging/tmpfiles.d/claviger.conf
 install -D -m 0644 daemon/packaging/systemd/claviger.service /usr/lib/systemd/system/claviger.service
 install -m 0755 /tmp/claviger-bin/claviger /usr/bin/claviger
 useradd --groups claviger-admin alice

@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use self::import::{import, imported_id, private_key};
 pub(super) use self::new_key::{generate, request, self_sign};
 pub(super) use self::spare_keys::{destroy, on_tokens};
-pub(super) use self::token_keys::on_all_members;
+pub(super) use self::token_keys::{digits, on_all_members};
 use self::token_keys::{find, key_id};
 use super::change::{Change, FAILED, outcome, read};
 use crate::admin::message::Secret;
@@ -233,11 +233,6 @@ async fn named(service: &Arc<Service>, thumbprint: &str, kind: Option<Kind>) -> 
         }
         _ => Err(format!("{wanted} is not one certificate alone; give more digits, or --kind")),
     }
-}
-
-/// The digits of a thumbprint as programs of others show it: upper case, with colons or spaces.
-pub(super) fn digits(thumbprint: &str) -> String {
-    thumbprint.chars().filter(|c| !matches!(c, ':' | ' ')).map(|c| c.to_ascii_lowercase()).collect()
 }
 
 /// A change of one certificate.

@@ -195,6 +195,15 @@ pub(super) fn start_command(file: &Path) -> String {
     }
 }
 
+/// The command that continues.
+pub(super) fn again(file: &Path) -> String {
+    if file == Path::new(place::CONFIGURATION) {
+        "claviger init".to_owned()
+    } else {
+        format!("claviger init --config {}", file.display())
+    }
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {

@@ -10,6 +10,7 @@ use serde_json::Value;
 use zeroize::Zeroizing;
 
 use super::answers::Certificates;
+use super::files::again;
 use crate::admin::{self, Command, Secret};
 use crate::cli::progress;
 use crate::cli::table::text;
@@ -125,11 +126,7 @@ impl Steps<'_> {
 
     fn wait_for(&self, request: &Path, certificate: &Path) {
         say!("next      have your authority certify {}", request.display());
-        say!(
-            "          and put the certificate into {}, then run again: {}",
-            certificate.display(),
-            super::again(self.file)
-        );
+        say!("          and put the certificate into {}, then run again: {}", certificate.display(), again(self.file));
     }
 
     /// A file beside the configuration: `signing.csr`, `encryption.pem` …

@@ -208,8 +208,13 @@ fn only_of_id(keys: &[TokenKey], id: &KeyId) -> Result<Option<RsaPublicKey>, Str
     RsaPublicKey::from_components(&public.n, &public.e).map(Some).map_err(|e| format!("the key {id}: {e}"))
 }
 
+/// The digits of a thumbprint as programs of others show it: upper case, with colons or spaces.
+pub(in crate::admin::handlers) fn digits(thumbprint: &str) -> String {
+    thumbprint.chars().filter(|c| !matches!(c, ':' | ' ')).map(|c| c.to_ascii_lowercase()).collect()
+}
+
 pub(super) fn key_id(hexadecimal: &str) -> Result<KeyId, String> {
-    match HEXLOWER_PERMISSIVE.decode(super::digits(hexadecimal).as_bytes()) {
+    match HEXLOWER_PERMISSIVE.decode(digits(hexadecimal).as_bytes()) {
         Ok(id) if (1..=255).contains(&id.len()) => Ok(KeyId(id)),
         _ => Err("the id of a key in the HSMs is hexadecimal, two digits for each byte".to_owned()),
     }
