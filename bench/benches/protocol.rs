@@ -8,7 +8,7 @@ use std::sync::LazyLock;
 use claviger_bench::parts::Parts;
 use claviger_protocol::algorithm::{Oaep, SignatureAlgorithm};
 use claviger_protocol::build::{self, Unsigned};
-use claviger_protocol::payload::{ApiVersion, Payload};
+use claviger_protocol::payload::{ApiVersion, HostKeys, Payload};
 use claviger_protocol::protector::Protector;
 use claviger_protocol::request::{RollRequest, RollResponse};
 use claviger_protocol::verify::{KnownCertificates, verify};
@@ -78,8 +78,10 @@ fn writing(c: &mut Criterion) {
         b.iter(|| ready.finish(1, SignatureAlgorithm::DEFAULT, black_box(vec![7; 256])).unwrap());
     });
     let payload = Payload { ingress: key.clone(), egress: key.clone(), max_offline_unwraps: 0 };
-    group.bench_function("seal", |b| b.iter(|| payload.seal(ApiVersion::V2, public, ALGORITHMS).unwrap()));
-    let keys = payload.seal(ApiVersion::V2, public, ALGORITHMS).unwrap();
+    group.bench_function("seal", |b| {
+        b.iter(|| payload.seal(ApiVersion::V2, HostKeys::fresh(public, ALGORITHMS).unwrap()).unwrap())
+    });
+    let keys = payload.seal(ApiVersion::V2, HostKeys::fresh(public, ALGORITHMS).unwrap()).unwrap();
     let response = RollResponse { egress_protector: parts.protector.clone(), keys };
     group.bench_function("reply", |b| b.iter(|| black_box(&response).to_xml()));
     group.finish();

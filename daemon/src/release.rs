@@ -27,7 +27,7 @@ use claviger_hsm::{Check, REJECTION_QUORUM, standstill};
 use claviger_protocol::algorithm::HostAlgorithms;
 use claviger_protocol::error::{Code, Refusal};
 use claviger_protocol::health::HealthClaims;
-use claviger_protocol::payload::{ApiVersion, Payload};
+use claviger_protocol::payload::{ApiVersion, HostKeys, Payload};
 use claviger_protocol::protector::transport_key;
 use claviger_protocol::request::{RollRequest, RollResponse};
 use claviger_protocol::work::Work;
@@ -167,9 +167,11 @@ pub async fn roll_protector<H: Hsm>(
         }
     };
 
-    // In this order, the decryption is in progress while the egress protector is written.
+    // In this order, the decryption is in progress while the egress protector is written, and both operations are in
+    // progress while the keys are made that encrypt the reply to the host.
     let asked = standstill::now();
-    let (decrypted, made) = tokio::join!(decrypted, made);
+    let host_keys = async { HostKeys::fresh(&host.key, algorithms) };
+    let (decrypted, made, host_keys) = tokio::join!(decrypted, made, host_keys);
     attempt.waited_for_hsms(asked);
     let charge = |decryptions| service.admission.charge_decryptions(&from, decryptions);
     // Charge for the decryption even if the new protector cannot be written.
@@ -201,7 +203,7 @@ pub async fn roll_protector<H: Hsm>(
 
     // 9. Encrypt both keys to the host.
     let keys = Payload { ingress: ingress_key, egress: egress.into_key(), max_offline_unwraps };
-    let keys = keys.seal(*api, &host.key, algorithms)?;
+    let keys = keys.seal(*api, host_keys?)?;
     Ok(Grant {
         response: RollResponse { egress_protector, keys },
         host: Arc::clone(host),

@@ -13,7 +13,7 @@ use claviger_instructions::{Bytes, Fixture};
 use claviger_protocol::algorithm::{Oaep, SignatureAlgorithm};
 use claviger_protocol::build::{Unsigned, fresh_transport_key};
 use claviger_protocol::certificate::Certificate;
-use claviger_protocol::payload::{ApiVersion, EncryptedKeys, Payload};
+use claviger_protocol::payload::{ApiVersion, EncryptedKeys, HostKeys, Payload};
 use claviger_protocol::protector::{Protector, TransportKey};
 use claviger_protocol::request::{RollRequest, RollResponse};
 use claviger_protocol::rsa_key::{RsaPrivateKey, RsaPublicKey};
@@ -189,12 +189,12 @@ fn payload() -> (Payload, RsaPublicKey) {
 #[library_benchmark]
 #[bench::usual(payload())]
 fn keys_encrypt_to_host(input: (Payload, RsaPublicKey)) -> (EncryptedKeys, (Payload, RsaPublicKey)) {
-    (black_box(input.0.seal(ApiVersion::V2, black_box(&input.1), ALGORITHMS).unwrap()), input)
+    (black_box(input.0.seal(ApiVersion::V2, HostKeys::fresh(black_box(&input.1), ALGORITHMS).unwrap()).unwrap()), input)
 }
 
 fn response() -> RollResponse {
     let (payload, public) = payload();
-    let keys = payload.seal(ApiVersion::V2, &public, ALGORITHMS).unwrap();
+    let keys = payload.seal(ApiVersion::V2, HostKeys::fresh(&public, ALGORITHMS).unwrap()).unwrap();
     RollResponse { egress_protector: protector(), keys }
 }
 

@@ -111,25 +111,44 @@ impl Payload {
         Some(Self { ingress, egress, max_offline_unwraps })
     }
 
-    /// Encrypts the payload to the host with a fresh transfer key and a fresh wrapping key.
+    /// Encrypts the payload to the host for which `keys` were made.
     ///
     /// # Errors
     /// `InternalErrorException` if the system has no randomness or an encryption fails.
-    pub fn seal(
-        &self,
-        version: ApiVersion,
-        host: &RsaPublicKey,
-        algorithms: HostAlgorithms,
-    ) -> Result<EncryptedKeys, Refusal> {
-        let transfer_key = fresh_key(algorithms.wrapping.key_len())?;
-        let wrapping_key = fresh_key(algorithms.transport.key_len())?;
-        Ok(EncryptedKeys {
-            transfer_key: host.encrypt_oaep(algorithms.transfer, &transfer_key).map_err(|_| Refusal::internal())?,
+    pub fn seal(&self, version: ApiVersion, keys: HostKeys) -> Result<EncryptedKeys, Refusal> {
+        let transport_keys = seal(keys.transport, &keys.plain_wrapping_key, &self.encode(version))?;
+        Ok(EncryptedKeys { transfer_key: keys.transfer_key, wrapping_key: keys.wrapping_key, transport_keys })
+    }
+}
+
+/// The fresh keys that encrypt one payload to a host. They do not depend on the payload, so they can be made while the
+/// payload is awaited.
+pub struct HostKeys {
+    /// See [`EncryptedKeys::transfer_key`].
+    transfer_key: Vec<u8>,
+    /// See [`EncryptedKeys::wrapping_key`].
+    wrapping_key: Vec<u8>,
+    plain_wrapping_key: Zeroizing<Vec<u8>>,
+    transport: Sealing,
+}
+
+impl HostKeys {
+    /// Makes a transfer key and a wrapping key, and encrypts them to the host.
+    ///
+    /// # Errors
+    /// `InternalErrorException` if the system has no randomness or an encryption fails.
+    pub fn fresh(host: &RsaPublicKey, algorithms: HostAlgorithms) -> Result<Self, Refusal> {
+        let plain_transfer_key = fresh_key(algorithms.wrapping.key_len())?;
+        let plain_wrapping_key = fresh_key(algorithms.transport.key_len())?;
+        let transfer_key = host.encrypt_oaep(algorithms.transfer, &plain_transfer_key);
+        Ok(Self {
+            transfer_key: transfer_key.map_err(|_| Refusal::internal())?,
             wrapping_key: match algorithms.wrapping {
-                KeyWrapping::Seal(sealing) => seal(sealing, &transfer_key, &wrapping_key)?,
-                KeyWrapping::Aes256Kw => wrap(&transfer_key, &wrapping_key)?,
+                KeyWrapping::Seal(sealing) => seal(sealing, &plain_transfer_key, &plain_wrapping_key)?,
+                KeyWrapping::Aes256Kw => wrap(&plain_transfer_key, &plain_wrapping_key)?,
             },
-            transport_keys: seal(algorithms.transport, &wrapping_key, &self.encode(version))?,
+            plain_wrapping_key,
+            transport: algorithms.transport,
         })
     }
 }

@@ -5,7 +5,7 @@ mod common;
 
 use claviger_protocol::algorithm::{HostAlgorithms, KeyWrapping, Oaep, Sealing};
 use claviger_protocol::error::{Code, Refusal};
-use claviger_protocol::payload::{ApiVersion, EncryptedKeys, OpenError, Payload};
+use claviger_protocol::payload::{ApiVersion, EncryptedKeys, HostKeys, OpenError, Payload};
 use claviger_protocol::protector::transport_key;
 use claviger_protocol::request::{RollRequest, RollResponse};
 use common::{S, key, run};
@@ -391,7 +391,7 @@ fn every_combination_of_algorithms_opens() {
         for (version, unwraps, len) in
             [(ApiVersion::V1, 0, 80), (ApiVersion::V1, 7, 80), (ApiVersion::V2, 0, 84), (ApiVersion::V2, 7, 100)]
         {
-            let keys = payload(unwraps).seal(version, host.public(), algorithms).unwrap();
+            let keys = payload(unwraps).seal(version, HostKeys::fresh(host.public(), algorithms).unwrap()).unwrap();
             assert_eq!(keys.transfer_key.len(), 256);
             // Keys are as long as the algorithm that they are used with.
             let transfer_key = host.decrypt_oaep(algorithms.transfer, &keys.transfer_key).unwrap();
@@ -446,7 +446,7 @@ fn every_combination_of_algorithms_opens() {
 #[test]
 fn keys_are_fresh_every_time() {
     let (host, algorithms) = (key(0), combinations()[3]);
-    let seal = || payload(0).seal(ApiVersion::V2, host.public(), algorithms).unwrap();
+    let seal = || payload(0).seal(ApiVersion::V2, HostKeys::fresh(host.public(), algorithms).unwrap()).unwrap();
     let (one, two) = (seal(), seal());
     let open = |keys: &EncryptedKeys| host.decrypt_oaep(algorithms.transfer, &keys.transfer_key).unwrap();
     assert_ne!(*open(&one), *open(&two));
@@ -461,7 +461,7 @@ fn the_octets_are_iv_ciphertext_and_tag() {
     use ring::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
     let host = key(0);
     let algorithms = HostAlgorithms { transfer: Oaep::SHA256, wrapping: WRAPPINGS[1], transport: Sealing::Aes256Gcm };
-    let keys = payload(3).seal(ApiVersion::V2, host.public(), algorithms).unwrap();
+    let keys = payload(3).seal(ApiVersion::V2, HostKeys::fresh(host.public(), algorithms).unwrap()).unwrap();
     let open = |key: &[u8], sealed: &[u8]| {
         let key = LessSafeKey::new(UnboundKey::new(&AES_256_GCM, key).unwrap());
         let mut rest = sealed[12..].to_vec();
