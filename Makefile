@@ -91,9 +91,10 @@ deny:
 
 # The system tests run the program that is built here; by themselves they would build it, too.
 test: lint
+	cargo nextest --version >/dev/null 2>&1 || $(INSTALL) cargo-nextest
 	cargo build --workspace --locked --lib --bins --tests --examples
 	CLAVIGER_BIN=$(CURDIR)/target/debug/claviger CLAVIGER_LOADGEN_BIN=$(CURDIR)/target/debug/claviger-loadgen \
-	  cargo test --workspace --locked
+	  cargo nextest run --workspace --locked
 	$(MAKE) bench-instructions
 
 # In one go, so that the benches run the very program that is built here. MODULE=FILE measures on another token than SoftHSM2. The
