@@ -10,8 +10,6 @@ use crate::rsa_key::RsaPublicKey;
 pub const SYSTEM_HEALTH_AUTHENTICATION: &str = "1.3.6.1.4.1.311.47.1.1";
 /// Seconds by which `notBefore` precedes the time of issue, for hosts with slow clocks.
 pub const BACKDATED_SECONDS: i64 = 5 * 60;
-/// Seconds before `notBefore` from which a certificate is accepted: the clocks of the nodes of a service may differ.
-pub const CLOCK_SKEW_SECONDS: i64 = 10 * 60;
 /// Seconds from a health certificate's notBefore to its notAfter.
 pub const LIFETIME_SECONDS: i64 = 8 * 60 * 60;
 
@@ -151,12 +149,6 @@ pub struct HealthClaims {
 }
 
 impl HealthClaims {
-    /// Whether the certificate is valid at `now`, unix time. It may have been issued by a node whose clock is ahead.
-    #[must_use]
-    pub fn are_valid_at(&self, now: i64) -> bool {
-        (self.not_before.saturating_sub(CLOCK_SKEW_SECONDS)..=self.not_after).contains(&now)
-    }
-
     /// When the certificate was issued, unix time.
     #[must_use]
     pub fn issued(&self) -> i64 {
@@ -200,7 +192,7 @@ pub fn check(der: &[u8], signers: &[Certificate], now: i64) -> Result<HealthClai
         signer.subject_der() == certificate.issuer_der() && certificate.verify_signed_by(signer.key()).is_ok()
     });
     let issuer = issuer.ok_or(HealthError::Issuer)?;
-    if now < certificate.not_before().saturating_sub(CLOCK_SKEW_SECONDS) {
+    if now < certificate.not_before() {
         return Err(HealthError::NotYetValid);
     }
     if now > certificate.not_after() {
@@ -286,8 +278,8 @@ mod tests {
     fn the_validity_includes_both_ends() {
         let der = certificate(ResultType::EncryptionCertificate);
         let at = |now| check(&der, &[signer(0)], now).err();
-        assert_eq!(at(NOW - 901), Some(HealthError::NotYetValid));
-        assert_eq!(at(NOW - 900), None, "by a node whose clock is ahead");
+        assert_eq!(at(NOW - 301), Some(HealthError::NotYetValid));
+        assert_eq!(at(NOW - 300), None);
         assert_eq!(at(NOW - 300 + 8 * 3600), None);
         assert_eq!(at(NOW - 300 + 8 * 3600 + 1), Some(HealthError::Expired));
         assert_eq!(at(i64::MIN), Some(HealthError::NotYetValid));
