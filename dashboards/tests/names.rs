@@ -133,7 +133,9 @@ fn pages_name_what_there_is() {
         for (at, _) in text.match_indices("claviger_") {
             let end = text[at..].find(|c: char| !c.is_ascii_alphanumeric() && c != '_').map_or(text.len(), |n| at + n);
             let name = &text[at..end];
-            if crates.contains(name) || (name.starts_with("claviger_agent_") && agent.contains(name)) {
+            // The file of a package has its version after the name.
+            let is_package = name.trim_start_matches("claviger_").starts_with(|c: char| c.is_ascii_digit());
+            if is_package || crates.contains(name) || (name.starts_with("claviger_agent_") && agent.contains(name)) {
                 continue;
             }
             if text[..at].ends_with(':') {

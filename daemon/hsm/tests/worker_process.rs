@@ -307,6 +307,8 @@ fn ambient_capabilities_are_dropped() {
         eprintln!("SKIPPED: run as root to give a worker capabilities");
         return;
     }
+    // The worker inherits where they are.
+    LazyLock::force(&TOKENS);
     let (daemon, worker) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
     let child = Command::new("setpriv")
         .args(["--inh-caps", "+net_bind_service", "--ambient-caps", "+net_bind_service"])
@@ -315,7 +317,6 @@ fn ambient_capabilities_are_dropped() {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    LazyLock::force(&TOKENS);
     send(&daemon, &start_frame("process", 1), SendFlags::NOSIGNAL).unwrap();
     await_reply(&daemon, 1);
     let tasks = fs::read_dir(format!("/proc/{}/task", child.id())).unwrap();
