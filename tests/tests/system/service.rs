@@ -113,17 +113,17 @@ fn the_log_is_for_people_or_for_machines() {
         let mut command = Command::new(claviger());
         command.arg("serve").arg("--config").arg(lab.config_file()).args(arguments).env("RUST_LOG", "info");
         let mut process = Process::start(&mut command);
-        process.line(|line| line.starts_with("listening on ").then_some(()));
+        process.line(|line| (line.starts_with("listening on ") || line.contains("\"listening\"")).then_some(()));
         process.terminate();
         assert!(process.wait().success());
         let output = process.output();
-        let log = output.lines().filter(|line| line.contains("no more connections are accepted"));
+        let log = output.lines().filter(|line| line.contains("no new connections are accepted"));
         log.map(str::to_owned).collect::<Vec<_>>()
     };
     let json = |line: &str| serde_json::from_str::<Value>(line).ok();
     assert_eq!(json(&lines(&[])[0]), None);
     assert_eq!(json(&lines(&["--log", "json"])[0]).unwrap()["level"], "INFO");
     lab.configure(|config| config.log.format = LogFormat::Json);
-    assert!(json(&lines(&[])[0]).unwrap()["message"].as_str().unwrap().starts_with("no more"));
+    assert!(json(&lines(&[])[0]).unwrap()["message"].as_str().unwrap().starts_with("no new"));
     assert_eq!(json(&lines(&["--log", "text"])[0]), None);
 }

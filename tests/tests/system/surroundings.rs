@@ -99,7 +99,7 @@ fn a_log_that_nobody_reads_stops_nothing() {
         }
     });
     let has = |words: &str| String::from_utf8_lossy(&text.lock().unwrap()).contains(words);
-    until("the missing lines are reported", || (has("these lines were dropped") && dropped > 0).then_some(()));
+    until("the missing lines are reported", || (has("log lines were dropped") && dropped > 0).then_some(()));
     signal(&child.0, Signal::TERM);
     assert_eq!(ended(&mut child.0), Some(0));
     reading.join().unwrap();

@@ -104,7 +104,7 @@ fn a_line_says_who_got_what() {
     let identity = Arc::new(RsaPrivateKey::generate(2048).unwrap());
     block(Host::new(daemon.client(), lab.key("host/hostkey.pem"), identity.clone()).attest()).unwrap();
     assert_eq!(block(daemon.metrics()).count("claviger_host_identity_changes_total", &[]), 1);
-    daemon.process.line(|line| (line.contains("another identity key") && line.contains(HOST)).then_some(()));
+    daemon.process.line(|line| (line.contains("identity key has changed") && line.contains(HOST)).then_some(()));
     assert!(daemon.stop().success());
 
     let trail = lab.audit();
@@ -309,7 +309,7 @@ fn what_is_changed_is_found_by_the_command_and_by_the_doctor() {
     fs::write(&trail, lines[..at].join("\n") + "\n").unwrap();
     assert_eq!(verify(&[], &[&trail]).1, 0, "the end of a file proves nothing of what came after it");
     let daemon = lab.serve();
-    daemon.process.line(|line| line.contains("ends before a line that was there").then_some(()));
+    daemon.process.line(|line| line.contains("ends before a line that was written").then_some(()));
     assert_eq!(release(&lab, &daemon, &health), 200);
     assert!(daemon.stop().success());
     let (report, status) = verify(&[], &[&trail]);
