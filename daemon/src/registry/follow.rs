@@ -260,6 +260,11 @@ impl Registry {
     /// the same value, so the signed metadata document remains valid.
     fn reload_keys(&self, contents: &Contents) -> Result<Vec<Unreadable>, StateError> {
         let mut certificates = contents.certificates()?;
+        // The current keys were made of certificates that can be read. With hundreds of them, parsing costs more than
+        // all else of a change.
+        if self.keys.load().are_of(&certificates) {
+            return Ok(Vec::new());
+        }
         let mut unreadable = Vec::new();
         certificates.retain(|entry| match Certificate::parse(&entry.der) {
             Err(error) if entry.enabled => {
