@@ -1,6 +1,7 @@
 //! TPMs for tests: swtpm with a boot of its own, and a TPM in software whose evidence a test can change.
 
 use std::ffi::OsStr;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -54,7 +55,7 @@ impl Swtpm {
         }
         let process = Self::process(folder.path());
         let tpm = Self { folder, process };
-        until("a TPM that answers", || tpm.socket().exists().then_some(()));
+        until("a TPM that answers", || UnixStream::connect(tpm.socket()).ok().map(drop));
         tpm
     }
 
@@ -77,7 +78,7 @@ impl Swtpm {
         self.process.wait();
         let _ = std::fs::remove_file(self.socket());
         self.process = Self::process(self.folder.path());
-        until("a TPM that answers", || self.socket().exists().then_some(()));
+        until("a TPM that answers", || UnixStream::connect(self.socket()).ok().map(drop));
     }
 
     /// Returns the path of its socket.

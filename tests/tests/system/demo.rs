@@ -137,7 +137,7 @@ fn what_stands_in_the_way_is_said() {
     assert!(!refused.status.success() && text.contains("no-such-module.so"), "{text}");
 
     // Options out of range, and a missing configuration.
-    for arguments in [&["demo", "--hsms", "0"][..], &["demo", "--vms", "0"], &["serve"]] {
+    for arguments in [&["demo", "--hsms", "0"][..], &["demo", "--vms", "0"]] {
         let output = Command::new(claviger()).args(arguments).current_dir(lab.path()).output().unwrap();
         assert_eq!(output.status.code(), Some(2), "{}", said(&output));
     }

@@ -1,5 +1,6 @@
 //! The demonstration in TPM mode: a software TPM boots, its baseline is accepted, and another boot is refused.
 
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -49,7 +50,8 @@ impl Swtpm {
         })?;
         let started = Self(child);
         let begun = Instant::now();
-        while !place.device.exists() {
+        // The file exists a moment before swtpm listens.
+        while UnixStream::connect(&place.device).is_err() {
             if begun.elapsed() > STARTS_WITHIN {
                 return Err("swtpm does not start".into());
             }

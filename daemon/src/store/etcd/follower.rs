@@ -113,10 +113,12 @@ impl Shared {
         value
     }
 
-    fn publish(&self, contents: Contents, head: HeadAt, revision: i64) {
+    /// Publishes new contents together with what `more` changes: who sees one, sees the other.
+    fn publish(&self, contents: Contents, head: HeadAt, revision: i64, more: impl FnOnce(&mut Followed)) {
         self.update(|followed| {
             followed.contents = Some(Arc::new(contents));
             (followed.head, followed.revision) = (head, revision);
+            more(followed);
         });
         self.changed.send_replace(());
     }
@@ -185,8 +187,7 @@ async fn reading(shared: &Shared, client: &Client, endpoint: &str, was_following
         Err(error) => return error.into(),
     };
     *was_following = true;
-    shared.publish(contents, head, revision);
-    shared.update(|followed| {
+    shared.publish(contents, head, revision, |followed| {
         followed.fresh = Some(asked);
         followed.link = Link::Following { client: Box::new(client.clone()), endpoint: endpoint.to_owned() };
     });
@@ -274,6 +275,6 @@ fn take(shared: &Shared, response: &WatchResponse) -> Option<Ended> {
             return Some(Ended::Again);
         }
     }
-    shared.publish(contents, head, revision);
+    shared.publish(contents, head, revision, |_| {});
     None
 }
