@@ -549,6 +549,7 @@ fn a_node_that_is_cut_off_serves_for_its_time_and_then_not_before_it_has_caught_
     }
     until("ready", || (apart.ready().0 == 200).then_some(()));
     assert_eq!((apart.metric("claviger_etcd_connected"), apart.metric("claviger_state_age_limit_seconds")), (1.0, 6.0));
+    assert!(apart.metric("claviger_state_revision") > 0.0);
 
     // Cut off: it serves on, but changes nothing. The time counts from the last confirmation, before the cut.
     proxy.cut();
