@@ -1,7 +1,7 @@
 //! What each node has counted, for all: how often keys were used, and when hosts were last served.
 //!
 //! A node writes its own counts, and adds those of the others to them when it is asked. Counts of another node are at most
-//! [`KEYS_EVERY`] old, times of hosts [`HOSTS_EVERY`].
+//! `KEYS_EVERY` old, times of hosts `HOSTS_EVERY`.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
