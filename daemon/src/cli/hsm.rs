@@ -1,5 +1,7 @@
 //! `claviger hsm …`: the members of the cluster.
 
+use std::io::IsTerminal;
+
 use serde_json::Value;
 
 use super::table::{date, table, text};
@@ -22,7 +24,7 @@ pub enum Hsm {
     /// Give a member no new calls, and let it finish the calls in progress
     #[command(after_help = "Example: claviger hsm drain hsm-a\n\
         It is drained when `claviger hsm list` says so. It stays drained until it is resumed or the daemon restarts.\n\
-        The last member that serves is drained only with --force.")]
+        At a terminal, the last member that serves is drained only with --force; a script is taken at its word.")]
     Drain {
         /// The member's name
         name: String,
@@ -82,6 +84,8 @@ pub async fn hsm(command: Hsm) -> Result<(), Failure> {
             });
         }
         Hsm::Drain { name, force, target } => {
+            // Nobody can be asked where there is no terminal.
+            let force = force || !std::io::stdin().is_terminal();
             let reply = ask(&target, &Command::DrainHsm { name, force }).await?;
             print(&target, &reply, || {
                 say!("{} is {}, {} calls in flight", text(&reply, "name"), text(&reply, "state"), reply["in_flight"]);

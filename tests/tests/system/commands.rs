@@ -168,13 +168,20 @@ fn a_key_is_limited_from_its_first_moment_and_spare_keys_go() {
 }
 
 #[test]
-fn the_last_member_that_serves_is_drained_by_force_only() {
+fn the_last_member_that_serves_is_drained_at_a_terminal_by_force_only() {
     let (_daemon, lab) = Lab::start(Options { hsms: 2, ..Options::default() });
     let administrator = Administrator(&lab);
     administrator.json(&["hsm", "drain", "hsm-a"]);
-    let refused = administrator.fault(&["hsm", "drain", "hsm-b"]);
-    assert!(refused.contains("no other HSM serves") && refused.contains("--force"), "{refused}");
-    let drained = administrator.json(&["hsm", "drain", "hsm-b", "--force"]);
+    // `script` gives the command a terminal.
+    let drain =
+        format!("{} hsm drain hsm-b --config {}", claviger_tests::claviger().display(), lab.config_file().display());
+    let mut command = std::process::Command::new("script");
+    command.args(["-qec", &drain, "/dev/null"]).stdin(std::process::Stdio::null());
+    let refused = claviger_tests::tool("bsdutils", &mut command);
+    let text = claviger_tests::said(&refused);
+    assert!(!refused.status.success() && text.contains("no other HSM serves") && text.contains("--force"), "{text}");
+    // A script is taken at its word.
+    let drained = administrator.json(&["hsm", "drain", "hsm-b"]);
     assert!(drained["state"].as_str().unwrap().starts_with("drain"), "{drained}");
     administrator.json(&["hsm", "resume", "hsm-a"]);
 }
