@@ -345,16 +345,8 @@ pub fn soft_tokens(dir: &Path, hsms: usize) -> Result<(BTreeMap<String, String>,
         write(&pin_file, pin.as_bytes())?;
         let label = format!("claviger-{}", name.trim_start_matches("hsm-"));
         init_token(&module, &label, &Pin::new(random_pin()?), &Pin::new(pin))?;
-        members.push(Hsm {
-            name,
-            module: module.clone(),
-            token: TokenName::Label(label),
-            pin: PinSource::File(pin_file),
-            priority: 0,
-            weight: 1,
-            sessions: SESSIONS,
-            env: BTreeMap::new(),
-        });
+        let member = Hsm::new(name, module.clone(), TokenName::Label(label), PinSource::File(pin_file));
+        members.push(Hsm { sessions: SESSIONS, ..member });
     }
     Ok((env, members))
 }

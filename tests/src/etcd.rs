@@ -7,10 +7,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use claviger_client::http::Client;
 use tempfile::TempDir;
 
 use crate::process::Process;
-use crate::wait::until;
+use crate::wait::{block, until};
 
 /// The members of one cluster in their own folder, on loopback. They end when this is dropped.
 pub struct Etcd {
@@ -89,8 +90,9 @@ impl Etcd {
     #[must_use]
     pub fn leader(&self) -> Option<usize> {
         (0..self.members.len()).find(|member| {
-            let page = get(self.address(*member), "/metrics").unwrap_or_default();
-            page.lines().any(|line| line == "etcd_server_is_leader 1")
+            let client = Client::new(&self.endpoint(*member)).unwrap().with_timeout(Duration::from_secs(2));
+            let page = block(client.get("/metrics"));
+            page.is_ok_and(|page| page.body.split(|byte| *byte == b'\n').any(|line| line == b"etcd_server_is_leader 1"))
         })
     }
 
@@ -117,16 +119,6 @@ impl Etcd {
     pub fn thaw(&self, member: usize) {
         self.members[member].process.as_ref().unwrap().thaw();
     }
-}
-
-/// The body of a page, by HTTP/1.0.
-fn get(address: SocketAddr, path: &str) -> std::io::Result<String> {
-    let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(2))?;
-    stream.set_read_timeout(Some(Duration::from_secs(2)))?;
-    stream.write_all(format!("GET {path} HTTP/1.0\r\n\r\n").as_bytes())?;
-    let mut text = String::new();
-    stream.read_to_string(&mut text)?;
-    Ok(text)
 }
 
 /// A TCP proxy on loopback that can be cut: then connections stay, and nothing passes.

@@ -16,7 +16,7 @@ use super::line::{Line, read_line};
 use super::socket::{COMMAND_TIMEOUT, IDLE_TIMEOUT, REQUEST_LIMIT};
 use crate::sys::process;
 
-/// Whoever may write to a socket may connect to it.
+/// The bit of a socket's mode that lets its group connect: a connection needs the right to write.
 const GROUP_WRITES: u32 = 0o020;
 
 /// Longest answer that [`call`] reads, in bytes.

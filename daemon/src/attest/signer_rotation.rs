@@ -33,7 +33,7 @@ const LOOKS: u32 = 2;
 /// a member that never accepts a key must not cause ever more keys on the other members.
 const FIRST_PAUSE: Duration = Duration::from_secs(60);
 const LONGEST_PAUSE: Duration = Duration::from_secs(24 * 3600);
-/// Time for which a node may be the only one that makes a signer.
+/// Longest time for which one node keeps the others from making a signer.
 const TURN: Duration = Duration::from_secs(60);
 const BITS: u32 = 2048;
 

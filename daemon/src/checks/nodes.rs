@@ -59,11 +59,8 @@ pub(crate) fn examine(config: &Config) -> Vec<Finding> {
 }
 
 fn listed(config: &Config) -> Result<Vec<ListedNode>, BoardError> {
-    let unreachable = |error: String| BoardError::Unreachable(error);
-    let view = State::view_of(config).map_err(|error| unreachable(error.to_string()))?;
-    let Some(board) = view.state.board() else { return Ok(Vec::new()) };
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    runtime.map_err(|error| unreachable(error.to_string()))?.block_on(record::list(&board))
+    let view = State::view_of(config).map_err(|error| BoardError::Unreachable(error.to_string()))?;
+    record::list_of(&view.state)
 }
 
 /// Checks that the nodes have one version, the newest state, and all keys.

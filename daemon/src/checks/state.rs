@@ -70,7 +70,7 @@ fn in_etcd(config: &Config, now: i64) -> (Vec<Finding>, Vec<Registered>) {
         }
         Err(error) => {
             let what = format!("the state in etcd cannot be read: {error}");
-            let todo = "a daemon does not start without it, and one that runs serves for etcd.max_staleness_ms";
+            let todo = "a daemon cannot start without etcd; one that is running serves for etcd.max_staleness_ms";
             (vec![Finding::error("state", what, todo)], Vec::new())
         }
     };

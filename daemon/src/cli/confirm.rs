@@ -4,12 +4,17 @@ use std::io::{IsTerminal, Write};
 
 use crate::sys::failure::Failure;
 
+/// Whether somebody can be asked: there is a terminal.
+pub(super) fn can_ask() -> bool {
+    std::io::stdin().is_terminal()
+}
+
 /// Asks at a terminal whether to go on. Without a terminal nobody can be asked, and a script means what it says.
 ///
 /// # Errors
 /// The answer is no.
 pub(super) fn at_terminal(what: &str, yes: bool) -> Result<(), Failure> {
-    if yes || !std::io::stdin().is_terminal() {
+    if yes || !can_ask() {
         return Ok(());
     }
     if agreed(&format!("This will {what}. Go on?"))? { Ok(()) } else { Err("nothing was changed".into()) }

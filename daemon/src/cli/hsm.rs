@@ -1,9 +1,8 @@
 //! `claviger hsm …`: the members of the cluster.
 
-use std::io::IsTerminal;
-
 use serde_json::Value;
 
+use super::confirm;
 use super::table::{date, table, text};
 use super::target::{Target, ask, print};
 use crate::admin::Command;
@@ -85,7 +84,7 @@ pub async fn hsm(command: Hsm) -> Result<(), Failure> {
         }
         Hsm::Drain { name, force, target } => {
             // Nobody can be asked where there is no terminal.
-            let force = force || !std::io::stdin().is_terminal();
+            let force = force || !confirm::can_ask();
             let reply = ask(&target, &Command::DrainHsm { name, force }).await?;
             print(&target, &reply, || {
                 say!("{} is {}, {} calls in flight", text(&reply, "name"), text(&reply, "state"), reply["in_flight"]);

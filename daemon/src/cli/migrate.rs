@@ -126,10 +126,6 @@ fn must_be_empty(to: &State, place: &str) -> Result<(), Failure> {
 
 /// The names of the nodes that run.
 fn running(state: &State) -> Result<Vec<String>, Failure> {
-    let Some(board) = state.board() else { return Ok(Vec::new()) };
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let nodes = runtime
-        .block_on(record::list(&board))
-        .map_err(|error| StateError::Unavailable { reason: error.to_string() })?;
+    let nodes = record::list_of(state).map_err(|error| StateError::Unavailable { reason: error.to_string() })?;
     Ok(nodes.into_iter().filter(|node| node.running).map(|node| node.record.name).collect())
 }

@@ -54,8 +54,8 @@ pub(super) fn socket(socket: Option<&Path>, config: Option<&Path>) -> Result<Pat
     let said = Said {
         socket: socket.map(Path::to_owned),
         config: config.map(Path::to_owned),
-        socket_variable: variable(SOCKET_VARIABLE),
-        config_variable: variable(CONFIGURATION_VARIABLE),
+        socket_variable: path_variable(SOCKET_VARIABLE),
+        config_variable: path_variable(CONFIGURATION_VARIABLE),
     };
     // A folder that this user may not enter hides its files.
     match said.place(|path| path.symlink_metadata().is_ok()) {
@@ -72,12 +72,17 @@ pub(super) fn socket(socket: Option<&Path>, config: Option<&Path>) -> Result<Pat
 /// The configuration file that is meant: the given one, that of the environment, or that of the package.
 #[must_use]
 pub fn configuration(given: Option<PathBuf>) -> PathBuf {
-    given.or_else(|| variable(CONFIGURATION_VARIABLE)).unwrap_or_else(|| CONFIGURATION.into())
+    given.or_else(|| path_variable(CONFIGURATION_VARIABLE)).unwrap_or_else(|| CONFIGURATION.into())
 }
 
-/// A variable that is empty counts as not set.
-fn variable(name: &str) -> Option<PathBuf> {
-    std::env::var_os(name).filter(|value: &OsString| !value.is_empty()).map(PathBuf::from)
+/// An environment variable. One that is empty counts as not set.
+pub(super) fn variable(name: &str) -> Option<OsString> {
+    std::env::var_os(name).filter(|value| !value.is_empty())
+}
+
+/// An environment variable with a path.
+pub(super) fn path_variable(name: &str) -> Option<PathBuf> {
+    variable(name).map(PathBuf::from)
 }
 
 #[cfg(test)]

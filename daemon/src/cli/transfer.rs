@@ -1,6 +1,6 @@
 //! `claviger export` and `claviger import`: transfer the encrypted state of a service to another daemon.
 
-use std::io::{IsTerminal, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use age::secrecy::SecretString;
@@ -115,7 +115,7 @@ pub async fn export(command: Export) -> Result<(), Failure> {
 /// The problem and its remedy.
 pub async fn import(command: Import) -> Result<(), Failure> {
     let Import { file, dry_run, yes, identity, passphrase_file, trust_absent, loosen, target } = command;
-    if !dry_run && !yes && !std::io::stdin().is_terminal() {
+    if !dry_run && !yes && !confirm::can_ask() {
         return Err("there is no terminal to ask at; use --dry-run to see what would change, or --yes".into());
     }
     let sealed = files::read(&file, LARGEST)?;

@@ -50,6 +50,12 @@ impl TokenName {
 }
 
 impl Hsm {
+    /// A member with the default priority, weight and number of sessions, and no environment of its own.
+    #[must_use]
+    pub fn new(name: String, module: PathBuf, token: TokenName, pin: PinSource) -> Self {
+        Self { name, module, token, pin, priority: 0, weight: one(), sessions: eight(), env: BTreeMap::new() }
+    }
+
     /// Reads the user PIN; see [`PinSource::read`]. Blocks on the file.
     ///
     /// # Errors

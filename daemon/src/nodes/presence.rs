@@ -86,15 +86,8 @@ async fn step(
         Presence::Taken => true,
         Presence::Absent => false,
     };
-    let begin = async {
-        let lease = board.lease(LEASE).await?;
-        if board.put_if(&alive_key(node), instance.to_owned(), 0, Some(lease)).await? {
-            return Ok(Presence::Announced(lease));
-        }
-        board.release(lease).await?;
-        Ok(Presence::Taken)
-    };
-    let begun = begin.await.map_err(|error| (error, Presence::Absent))?;
+    let claimed = board.claim(&alive_key(node), instance.to_owned(), LEASE).await;
+    let begun = claimed.map_err(|error| (error, Presence::Absent))?.map_or(Presence::Taken, Presence::Announced);
     match (&begun, was_taken) {
         (Presence::Taken, false) => {
             tracing::warn!(

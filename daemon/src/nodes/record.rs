@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::store::{Board, BoardError, Entry};
+use crate::store::{Board, BoardError, Entry, State};
 
 /// Folder of the records of all nodes that ever ran.
 const RECORDS: &str = "v1/nodes/";
@@ -103,6 +103,16 @@ pub async fn list(board: &Board) -> Result<Vec<ListedNode>, BoardError> {
         }
     }
     Ok(nodes)
+}
+
+/// All nodes that share a state, by name; none if it is not in etcd. Blocks on etcd.
+///
+/// # Errors
+/// etcd cannot be read.
+pub fn list_of(state: &State) -> Result<Vec<ListedNode>, BoardError> {
+    let Some(board) = state.board() else { return Ok(Vec::new()) };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.map_err(|error| BoardError::Unreachable(error.to_string()))?.block_on(list(&board))
 }
 
 /// The record of one node.

@@ -21,12 +21,8 @@ impl Turn {
     /// # Errors
     /// etcd cannot be reached.
     pub async fn take(board: &Board, work: &str, node: &str, time: Duration) -> Result<Option<Self>, BoardError> {
-        let lease = board.lease(time).await?;
-        if board.put_if(&format!("v1/turns/{work}"), node.to_owned(), 0, Some(lease)).await? {
-            return Ok(Some(Self { board: board.clone(), lease }));
-        }
-        board.release(lease).await?;
-        Ok(None)
+        let lease = board.claim(&format!("v1/turns/{work}"), node.to_owned(), time).await?;
+        Ok(lease.map(|lease| Self { board: board.clone(), lease }))
     }
 
     /// Gives the turn to other nodes.

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::record::{self, VERSION, json, parse};
 use crate::service::Service;
-use crate::store::usage_counts::{Releases, Seen};
+use crate::store::usage_counts::{Releases, Seen, Usage};
 use crate::store::{Board, BoardError};
 use crate::sys::clock::unix_now;
 
@@ -91,13 +91,13 @@ async fn publish(
     let node = service.config.load().server.node();
     // Only a node that the others know has counts.
     let Some(known) = record::of(board, &node).await? else { return Ok(()) };
-    let (releases, hosts) = own(service).await?;
+    let releases = own(service, Usage::releases).await?;
     let keys = releases.by_key().map(|(name, count)| (HEXLOWER.encode(name), count)).collect();
     let counts = KeyCounts { v: VERSION, node: node.clone(), joined: known.joined, since: releases.since, keys };
     let mut values = vec![(format!("{KEYS}{node}"), json(&counts)?)];
     if with_hosts {
         let mut parts: [BTreeMap<_, _>; PARTS] = std::array::from_fn(|_| BTreeMap::new());
-        for (name, seen) in hosts {
+        for (name, seen) in own(service, Usage::hosts).await? {
             let part = name.bytes().fold(0_usize, |sum, byte| sum.wrapping_mul(31).wrapping_add(byte.into())) % PARTS;
             parts[part].insert(name, (seen.attestation, seen.release));
         }
@@ -115,13 +115,13 @@ async fn publish(
     Ok(())
 }
 
-async fn own(service: &Arc<Service>) -> Result<(Releases, HashMap<String, Seen>), CountsError> {
-    let of = Arc::clone(service);
-    let read = tokio::task::spawn_blocking(move || {
-        let now = unix_now();
-        Ok::<_, rusqlite::Error>((of.usage.releases(now)?, of.usage.hosts(now)?))
-    });
-    Ok(read.await??)
+/// What this node has counted, as `read` reads it from its file.
+async fn own<T: Send + 'static>(
+    service: &Arc<Service>,
+    read: fn(&Usage, i64) -> rusqlite::Result<T>,
+) -> Result<T, CountsError> {
+    let service = Arc::clone(service);
+    Ok(tokio::task::spawn_blocking(move || read(&service.usage, unix_now())).await??)
 }
 
 /// When a node's counts begin to be complete. A node that began to count when it joined has counted everything.
@@ -134,7 +134,7 @@ fn complete_since(joined: i64, since: Option<i64>) -> Option<i64> {
 /// # Errors
 /// See [`CountsError`].
 pub async fn releases(service: &Arc<Service>) -> Result<Releases, CountsError> {
-    let (mut all, _) = own(service).await?;
+    let mut all = own(service, Usage::releases).await?;
     let Some(board) = &service.board else { return Ok(all) };
     let node = service.config.load().server.node();
     if let Some(known) = record::of(board, &node).await? {
@@ -156,7 +156,7 @@ pub async fn releases(service: &Arc<Service>) -> Result<Releases, CountsError> {
 /// # Errors
 /// See [`CountsError`].
 pub async fn hosts(service: &Arc<Service>) -> Result<HashMap<String, Seen>, CountsError> {
-    let (_, mut all) = own(service).await?;
+    let mut all = own(service, Usage::hosts).await?;
     let Some(board) = &service.board else { return Ok(all) };
     let node = service.config.load().server.node();
     let others = board.list(HOSTS).await.unwrap_or_else(|error| {

@@ -54,10 +54,7 @@ pub fn group_id(name: &str) -> io::Result<u32> {
         return Ok(id);
     }
     let groups = std::fs::read_to_string("/etc/group")?;
-    let found = groups.lines().find_map(|line| {
-        let mut fields = line.split(':');
-        (fields.next() == Some(name)).then(|| fields.nth(1)?.parse().ok()).flatten()
-    });
+    let found = lines_of(&groups, name).find_map(|line| number(line, 2));
     let missing = || io::Error::new(io::ErrorKind::NotFound, format!("/etc/group has no group {name:?}"));
     found.ok_or_else(missing)
 }
@@ -66,12 +63,17 @@ pub fn group_id(name: &str) -> io::Result<u32> {
 #[must_use]
 pub fn user_ids(name: &str) -> Option<(u32, u32)> {
     let users = std::fs::read_to_string("/etc/passwd").ok()?;
-    users.lines().find_map(|line| {
-        let mut fields = line.split(':');
-        (fields.next() == Some(name))
-            .then(|| Some((fields.nth(1)?.parse().ok()?, fields.next()?.parse().ok()?)))
-            .flatten()
-    })
+    lines_of(&users, name).find_map(|line| Some((number(line, 2)?, number(line, 3)?)))
+}
+
+/// The lines of `/etc/passwd` or `/etc/group` whose first field is this name.
+fn lines_of<'t>(text: &'t str, name: &str) -> impl Iterator<Item = &'t str> {
+    text.lines().filter(move |line| line.split(':').next() == Some(name))
+}
+
+/// A field of such a line, counted from 0.
+fn number(line: &str, field: usize) -> Option<u32> {
+    line.split(':').nth(field)?.parse().ok()
 }
 
 /// Name of a user in `/etc/passwd`.
@@ -89,7 +91,7 @@ pub fn name_of_group(id: u32) -> Option<String> {
 /// Both files have the name in the first field and the id in the third.
 fn name_of(file: &str, id: u32) -> Option<String> {
     let text = std::fs::read_to_string(file).ok()?;
-    let line = text.lines().find(|line| line.split(':').nth(2).and_then(|field| field.parse().ok()) == Some(id))?;
+    let line = text.lines().find(|line| number(line, 2) == Some(id))?;
     line.split(':').next().map(str::to_owned)
 }
 

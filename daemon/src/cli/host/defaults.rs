@@ -1,13 +1,13 @@
 //! The service that a host asks, if the command line does not say it: `CLAVIGER_URL` and `CLAVIGER_CA`, then the file
 //! `/etc/claviger-host/host.toml`.
 
-use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use claviger_client::files::{self, FileError};
 use claviger_client::http::TlsSettings;
 use serde::Deserialize;
 
+use crate::cli::place::{path_variable, variable};
 use crate::sys::failure::Failure;
 
 /// The file of the packaged host client.
@@ -35,7 +35,7 @@ struct HostFile {
 
 impl HostFile {
     fn load() -> Result<Self, Failure> {
-        let said = variable(FILE_VARIABLE).map(PathBuf::from);
+        let said = path_variable(FILE_VARIABLE);
         let path = said.clone().unwrap_or_else(|| FILE.into());
         match files::read_text(&path, LIMIT) {
             Ok(text) => Self::parse(&text, &path),
@@ -65,7 +65,7 @@ impl HostFile {
 pub(super) fn complete(urls: &[String], tls: &TlsSettings) -> Result<(Vec<String>, TlsSettings), Failure> {
     let said = variable(URL_VARIABLE).and_then(|urls| urls.into_string().ok());
     let said = said.map(|urls| urls.split_whitespace().map(str::to_owned).collect());
-    fill(urls, tls, said.unwrap_or_default(), variable(CA_VARIABLE).map(PathBuf::from), HostFile::load()?)
+    fill(urls, tls, said.unwrap_or_default(), path_variable(CA_VARIABLE), HostFile::load()?)
 }
 
 fn fill(
@@ -92,11 +92,6 @@ fn fill(
         (tls.client_certificate, tls.client_key) = (file.client_certificate, file.client_key);
     }
     Ok((urls, tls))
-}
-
-/// A variable that is empty counts as not set.
-fn variable(name: &str) -> Option<OsString> {
-    std::env::var_os(name).filter(|value| !value.is_empty())
 }
 
 #[cfg(test)]

@@ -1,12 +1,12 @@
 //! What only the administrator knows: from flags, or asked at the terminal.
 
-use std::io::{IsTerminal, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use claviger_client::files;
 use zeroize::Zeroizing;
 
-use crate::cli::secret;
+use crate::cli::{confirm, secret};
 use crate::sys::failure::Failure;
 use crate::sys::print::note;
 
@@ -37,14 +37,14 @@ pub(super) enum Certificates {
 impl Certificates {
     /// Asks at the terminal.
     pub(super) fn ask() -> Result<Self, Failure> {
-        if !std::io::stdin().is_terminal() {
+        if !confirm::can_ask() {
             return Err(
                 "say how keys are certified: --certificates request, or, for a laboratory, --certificates lab".into()
             );
         }
         note("Who certifies the guardian's keys?");
         note("  request  your certification authority; the keys are made in the HSMs");
-        note("  lab      nobody: self-signed, for a laboratory");
+        note("  lab      no authority: the certificates sign themselves; for a laboratory");
         loop {
             match line("request or lab", "request")?.as_str() {
                 "request" => return Ok(Self::Request),
@@ -81,7 +81,7 @@ impl Tokens {
         if let Some(soft) = soft {
             return Ok(Self::Soft(soft));
         }
-        let can_ask = std::io::stdin().is_terminal();
+        let can_ask = confirm::can_ask();
         let module = match module {
             Some(module) => module,
             None if can_ask => ask_module()?,

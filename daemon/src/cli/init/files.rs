@@ -1,6 +1,5 @@
 //! The files of a new service: configuration, PINs, state folder; readable for the daemon's user.
 
-use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, Permissions};
 use std::net::SocketAddr;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt, chown};
@@ -44,18 +43,18 @@ impl Owner {
 
     /// Lets the daemon read a file, and nobody but root write it.
     fn lets_read(&self, path: &Path) -> Result<(), Failure> {
-        if let Self::Other { gid, .. } = self {
-            chown(path, Some(0), Some(*gid)).map_err(FileError::of(path))?;
-            fs::set_permissions(path, Permissions::from_mode(0o640)).map_err(FileError::of(path))?;
-        }
-        Ok(())
+        self.shares(path, 0o640)
     }
 
     /// Lets the daemon enter a folder, and nobody but root write to it.
     fn lets_enter(&self, path: &Path) -> Result<(), Failure> {
+        self.shares(path, 0o750)
+    }
+
+    fn shares(&self, path: &Path, mode: u32) -> Result<(), Failure> {
         if let Self::Other { gid, .. } = self {
             chown(path, Some(0), Some(*gid)).map_err(FileError::of(path))?;
-            fs::set_permissions(path, Permissions::from_mode(0o750)).map_err(FileError::of(path))?;
+            fs::set_permissions(path, Permissions::from_mode(mode)).map_err(FileError::of(path))?;
         }
         Ok(())
     }
@@ -112,16 +111,7 @@ pub(super) fn write(file: &Path, settings: Settings, tokens: Tokens, owner: &Own
                 files::write(&pin_file, token.pin.as_bytes(), Existing::Replace)?;
                 owner.lets_read(&pin_file)?;
                 say!("written   {}", pin_file.display());
-                members.push(Hsm {
-                    name,
-                    module: module.clone(),
-                    token: TokenName::Label(token.label),
-                    pin: PinSource::File(pin_file),
-                    priority: 0,
-                    weight: 1,
-                    sessions: 8,
-                    env: BTreeMap::new(),
-                });
+                members.push(Hsm::new(name, module.clone(), TokenName::Label(token.label), PinSource::File(pin_file)));
             }
             (env.into_iter().collect(), members)
         }

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use claviger_client::files::{self, Existing};
+use claviger_protocol::certificate::Certificate;
 use claviger_protocol::certificate::build::DistinguishedName;
 use claviger_protocol::rsa_key::RsaPrivateKey;
 use data_encoding::BASE64;
@@ -14,10 +15,11 @@ use super::files::again;
 use crate::admin::{self, Command, Secret};
 use crate::cli::progress;
 use crate::cli::table::text;
+use crate::cli::target::warn;
 use crate::lab;
 use crate::store::Kind;
 use crate::sys::failure::Failure;
-use crate::sys::print::{note, say};
+use crate::sys::print::say;
 
 /// What the keys are made with.
 pub(super) struct Steps<'a> {
@@ -89,7 +91,27 @@ impl Steps<'_> {
     async fn certify_oneself(&self, kind: Kind, name: &str) -> Result<(), Failure> {
         let key = RsaPrivateKey::generate(self.bits)?;
         let certificate = lab::self_signed(name, &key)?;
-        let private_key = Some(Secret::new(Zeroizing::new(BASE64.encode(key.to_pkcs8_der()))));
+        let private_key = Secret::new(Zeroizing::new(BASE64.encode(key.to_pkcs8_der())));
+        let thumbprint = self.add_key(kind, &certificate, Some(private_key)).await?;
+        say!("added     {kind} certificate {thumbprint}, self-signed: for laboratories");
+        Ok(())
+    }
+
+    /// The certificate that the authority issued.
+    async fn add(&self, kind: Kind, file: &Path) -> Result<(), Failure> {
+        let certificate = files::read_certificate(file)?;
+        let added = self.add_key(kind, &certificate, None).await;
+        say!("added     {kind} certificate {}", added.map_err(|error| format!("{}: {error}", file.display()))?);
+        Ok(())
+    }
+
+    /// Adds the primary certificate of a kind. Returns its thumbprint.
+    async fn add_key(
+        &self,
+        kind: Kind,
+        certificate: &Certificate,
+        private_key: Option<Secret>,
+    ) -> Result<String, Failure> {
         let add = Command::AddKey {
             kind,
             certificate: BASE64.encode(certificate.der()),
@@ -100,28 +122,8 @@ impl Steps<'_> {
             labels: None,
         };
         let added = self.ask(&add).await?;
-        say!("added     {kind} certificate {}, self-signed: for laboratories", text(&added, "thumbprint"));
-        Ok(())
-    }
-
-    /// The certificate that the authority issued.
-    async fn add(&self, kind: Kind, file: &Path) -> Result<(), Failure> {
-        let certificate = files::read_certificate(file)?;
-        let add = Command::AddKey {
-            kind,
-            certificate: BASE64.encode(certificate.der()),
-            hsm_key: None,
-            private_key: None,
-            primary: true,
-            trust_absent: false,
-            labels: None,
-        };
-        let added = self.ask(&add).await.map_err(|error| format!("{}: {error}", file.display()))?;
-        for warning in added["warnings"].as_array().into_iter().flatten().filter_map(Value::as_str) {
-            note(&format!("warning: {warning}"));
-        }
-        say!("added     {kind} certificate {}", text(&added, "thumbprint"));
-        Ok(())
+        warn(&added);
+        Ok(text(&added, "thumbprint"))
     }
 
     fn wait_for(&self, request: &Path, certificate: &Path) {

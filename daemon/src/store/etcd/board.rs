@@ -143,11 +143,22 @@ impl Board {
         Ok(())
     }
 
-    /// Begins a lease that ends when it is not renewed for this time.
+    /// Writes a key that nobody has yet, with a new lease that ends when it is not renewed for this time. `None`: somebody
+    /// has the key.
     ///
     /// # Errors
     /// See [`BoardError`].
-    pub async fn lease(&self, time: Duration) -> Result<Lease, BoardError> {
+    pub async fn claim(&self, key: &str, value: String, time: Duration) -> Result<Option<Lease>, BoardError> {
+        let lease = self.lease(time).await?;
+        if self.put_if(key, value, 0, Some(lease)).await? {
+            return Ok(Some(lease));
+        }
+        self.release(lease).await?;
+        Ok(None)
+    }
+
+    /// Begins a lease that ends when it is not renewed for this time.
+    async fn lease(&self, time: Duration) -> Result<Lease, BoardError> {
         let seconds = i64::try_from(time.as_secs()).unwrap_or(i64::MAX);
         Ok(Lease(in_time(self.client()?.lease_client().grant(seconds, None)).await?.id()))
     }

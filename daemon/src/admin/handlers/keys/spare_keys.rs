@@ -137,11 +137,11 @@ fn spare(keys: &[TokenKey], id: &KeyId, needs: &Needs) -> Result<Option<KeyRef>,
         return Err(format!("the key {id} is needed by the {need}; remove that first, if it is to go"));
     }
     if of_id.iter().any(|key| key.fingerprint != first.fingerprint) {
-        return Err(format!("several keys have the id {id}; remove the one that is meant with the vendor's tool"));
+        return Err(format!("several keys have the id {id}; use the vendor's tool to remove the one you mean"));
     }
     match &first.public {
         Some(public) => Ok(Some(KeyRef::new(id.clone(), &public.n))),
-        None => Err(format!("the token does not tell the public key of {id}; remove it with the vendor's tool")),
+        None => Err(format!("the token does not tell the public key of {id}; use the vendor's tool to remove it")),
     }
 }
 
