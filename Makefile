@@ -107,7 +107,7 @@ bench: setup-demo
 	rm -rf target/figures && mkdir -p target/figures
 	cargo build --release --locked -p claviger -p claviger-bench --bins
 	CLAVIGER_BIN=$(CURDIR)/target/release/claviger $(if $(MODULE),CLAVIGER_SOFTHSM2=$(MODULE)) \
-	  cargo bench --locked -p claviger-bench --benches -- --warm-up-time 1 --measurement-time 3
+	  cargo bench --locked -p claviger-bench --bench '*' -- --warm-up-time 1 --measurement-time 3
 	$(ceiling) --json target/figures/ceiling.json > target/figures/ceiling.txt
 	$(ceiling) --callers 64 --rounds 3 --json target/figures/ceiling-64.json > target/figures/ceiling-64.txt
 	$(ceiling) --stock-mib 64 --rounds 3 --json target/figures/ceiling-stock.json > target/figures/ceiling-stock.txt

@@ -87,12 +87,12 @@ fn pair(c: &mut Criterion) {
     let config = stage.lab.config();
     let (runtime, cluster) = started(&config);
     let work = Arc::new(stage.work.clone());
-    // In seconds: total, and within PKCS#11 operations.
+    // Total, and within PKCS#11 operations.
     let spent = || {
         let members = cluster.members();
-        let workers = members.iter().filter_map(|member| member.worker).map(cpu::seconds).sum::<f64>();
+        let workers = members.iter().filter_map(|member| member.worker).map(cpu::of_process).sum::<Duration>();
         let inside = members.iter().map(|member| member.spent).sum::<Duration>();
-        (process::usage().cpu.as_secs_f64() + workers, inside.as_secs_f64())
+        (process::usage().cpu + workers, inside)
     };
     let callers = callers(config.hsm.iter().map(|hsm| hsm.sessions).sum());
     let mut group = c.benchmark_group("hsm");
@@ -110,7 +110,7 @@ fn pair(c: &mut Criterion) {
                 running.join_all().await
             });
             let after = spent();
-            Duration::from_secs_f64(((after.0 - before.0) - (after.1 - before.1)).max(0.0))
+            (after.0 - before.0).saturating_sub(after.1 - before.1)
         });
     });
     runtime.block_on(cluster.close());

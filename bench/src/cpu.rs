@@ -4,21 +4,18 @@
 //! quarter of a second late. This is too old for the cost of a round outside of PKCS#11.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
-/// Clock ticks in `/proc/PID/stat`: USER_HZ, which is 100 on every supported Linux.
-const TICKS_PER_SECOND: f64 = 100.0;
+use claviger_tests::process::processor_time;
+use rustix::process::Pid;
 
-/// Processor time of a process so far, including ended threads, in seconds with a resolution of 20 ms
-/// (proc_pid_stat(5)).
+/// Processor time of a process so far.
 ///
 /// # Panics
 /// The process does not run.
 #[must_use]
-pub fn seconds(pid: u32) -> f64 {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-    // The second field is the program's name in parentheses, with any characters; utime and stime are fields 14 and 15.
-    let (_, fields) = stat.rsplit_once(") ").unwrap();
-    fields.split(' ').skip(11).take(2).map(|ticks| ticks.parse::<f64>().unwrap()).sum::<f64>() / TICKS_PER_SECOND
+pub fn of_process(pid: u32) -> Duration {
+    processor_time(Pid::from_raw(pid.cast_signed()).unwrap())
 }
 
 /// The running child processes of a process.

@@ -183,7 +183,7 @@ pub fn snapshot(daemon: &Daemon) -> Snapshot {
     let sum = |name, labels: &[_]| metrics.sum(name, labels).unwrap_or_else(|| panic!("the daemon has no {name}"));
     Snapshot {
         daemon: sum("process_cpu_seconds_total", &[]),
-        workers: workers.into_iter().map(cpu::seconds).sum(),
+        workers: workers.into_iter().map(cpu::of_process).sum::<Duration>().as_secs_f64(),
         pkcs11: sum("claviger_hsm_cpu_seconds_total", &[]),
         operations: ["decrypt", "sign"].map(|op| sum("claviger_hsm_calls_total", &[("op", op)])).iter().sum(),
         releases: sum("claviger_releases_total", &[("outcome", "success")]),

@@ -6,6 +6,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use claviger_process::lock::lock;
+use nix::time::clock_getcpuclockid;
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::wait::PATIENCE;
@@ -21,27 +22,33 @@ pub fn lives(pid: Pid) -> bool {
     stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
 }
 
-/// Processor time that a process has taken until now; with a name, only that of its threads of this name.
+/// Processor time of a process so far, including ended threads (clock_getcpuclockid(3)): exact, also within milliseconds.
 ///
 /// # Panics
-/// When there is no such process.
+/// There is no such process.
 #[must_use]
-pub fn processor_time(pid: Pid, thread: Option<&str>) -> Duration {
-    let of_process = format!("/proc/{}", pid.as_raw_nonzero());
+pub fn processor_time(pid: Pid) -> Duration {
+    let clock = clock_getcpuclockid(nix::unistd::Pid::from_raw(pid.as_raw_nonzero().get())).unwrap();
+    clock.now().unwrap().into()
+}
+
+/// Processor time of the running threads of a process that have this name, with a resolution of 20 ms for each.
+///
+/// # Panics
+/// There is no such process.
+#[must_use]
+pub fn processor_time_of_threads(pid: Pid, name: &str) -> Duration {
+    let threads = std::fs::read_dir(format!("/proc/{}/task", pid.as_raw_nonzero())).unwrap();
     // proc(5): ticks in user mode and in the kernel are the 14th and the 15th field.
     let ticks = |stat: &str| -> u64 {
         let fields = stat.rsplit_once(") ").map_or("", |(_, rest)| rest).split(' ').skip(11).take(2);
         fields.filter_map(|field| field.parse::<u64>().ok()).sum()
     };
-    let sum: u64 = match thread {
-        None => ticks(&std::fs::read_to_string(format!("{of_process}/stat")).unwrap()),
-        Some(name) => std::fs::read_dir(format!("{of_process}/task"))
-            .unwrap()
-            .filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("stat")).ok())
-            .filter(|stat| stat.contains(&format!("({name})")))
-            .map(|stat| ticks(&stat))
-            .sum(),
-    };
+    let sum: u64 = threads
+        .filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("stat")).ok())
+        .filter(|stat| stat.contains(&format!("({name})")))
+        .map(|stat| ticks(&stat))
+        .sum();
     Duration::from_millis(sum * 1000 / rustix::param::clock_ticks_per_second())
 }
 

@@ -37,7 +37,7 @@ fn hexadecimal(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// A public key whose private key nobody has. Nothing is decrypted with it here.
+/// A public key that has no private key: nothing is decrypted here, and such a key is made in no time.
 fn public_key() -> RsaPublicKey {
     let mut modulus = vec![0; 256];
     SystemRandom::new().fill(&mut modulus).unwrap();
@@ -124,7 +124,7 @@ fn main() {
     let hosts = |node: &Daemon| block(node.metrics()).sum("claviger_hosts_registered", &[]).unwrap();
     // The keys are looked for on the HSMs, and the counts written, in the first minute.
     std::thread::sleep(Duration::from_secs(20));
-    let spent = || -> Vec<Duration> { nodes.iter().map(|node| processor_time(node.process.pid(), None)).collect() };
+    let spent = || -> Vec<Duration> { nodes.iter().map(|node| processor_time(node.process.pid())).collect() };
     let measured = |work: &dyn Fn()| {
         let (before, begun) = (spent(), Instant::now());
         work();
