@@ -121,8 +121,12 @@ pub(crate) async fn recall(service: &Arc<Service>) {
     }
 }
 
-/// Stores the list of sets that are worth stocking.
+/// Stores the list of sets that are worth stocking. A stock that is off knows no set, and keeps the list as it was, for
+/// the day on which it is on again.
 pub(crate) async fn remember(service: &Arc<Service>) {
+    if limit(service) == 0 {
+        return;
+    }
     let of = Arc::clone(service);
     let written = tokio::task::spawn_blocking(move || {
         let worth = of.stock.worth(MOST_REMEMBERED);

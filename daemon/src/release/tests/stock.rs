@@ -269,6 +269,11 @@ async fn a_service_that_is_started_anew_fills_it_before_the_machines_ask() {
     assert!(remembered[0].releases > 4.9 && remembered[0].releases <= 5.0, "{}", remembered[0].releases);
     stocker::remember(&stage.service).await;
     assert_eq!(stage.service.usage.sets().unwrap()[0].document, remembered[0].document);
+    // A stock that is switched off forgets its sets, but not the list.
+    configure(&stage.service, |config| config.release.stock_mib = 0);
+    sweep(&stage, 0);
+    stocker::remember(&stage.service).await;
+    assert_eq!(stage.service.usage.sets().unwrap().len(), 1);
 
     let (_folder, started) = self::stage();
     let sets = remembered.iter().map(|set| ([7; 32], set.releases, || set.document.clone()));
