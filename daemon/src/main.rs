@@ -335,9 +335,9 @@ fn run(command: Command, starting: Option<Starting>) -> Result<ExitCode, Failure
             lab.config.attest.mode = attest;
             preflight::pass(&lab.config)?;
             let others = serve::needed_threads(&lab.config);
-            threads::ensure_runtime(others)?;
+            threads::ensure_runtime(serve::PROCESSORS, others)?;
             let cluster = load_cluster(&lab.config, WorkerProgram::this_executable())?;
-            on_tokens(threads::runtime(others)?, cluster, async |cluster| {
+            on_tokens(threads::runtime(serve::PROCESSORS, others)?, cluster, async |cluster| {
                 let stop = process::shutdown_signal()?;
                 let (daemon, passed) = demo::run(&lab, cluster, vms.into(), begun).await?;
                 if !exit {

@@ -29,6 +29,7 @@ use claviger_loadgen::units;
 use claviger_loadgen::verify::Verify;
 use claviger_loadgen::{Failure, compare, host, html, prepare, print, run};
 use claviger_process::manual::Shell;
+use claviger_process::threads::Processors;
 use claviger_process::{arguments, manual, output, signals, threads};
 use claviger_protocol::payload::ApiVersion;
 use claviger_protocol::pem;
@@ -551,7 +552,7 @@ fn raise_open_files() {
 fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
     // These threads run beside the runtime: for pacing, for counting, and for checking replies.
     let checks = std::thread::available_parallelism().map_or(1, |n| n.get().div_ceil(2));
-    Ok(threads::runtime(2 + checks)?)
+    Ok(threads::runtime(Processors::All, 2 + checks)?)
 }
 
 async fn load(arguments: &RunArguments) -> Result<ExitCode, Failure> {

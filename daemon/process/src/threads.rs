@@ -59,27 +59,44 @@ pub fn ensure(needed: usize) -> Result<(), TooFewThreads> {
     result
 }
 
-/// The number of worker threads: `TOKIO_WORKER_THREADS`, or else one for each processor.
-fn workers() -> usize {
-    let wished = std::env::var(WORKERS_VARIABLE).ok().and_then(|text| text.parse().ok()).filter(|wished| *wished > 0);
-    wished.unwrap_or_else(|| thread::available_parallelism().map_or(1, usize::from))
+/// The processors for which a runtime has worker threads, unless `TOKIO_WORKER_THREADS` says another number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Processors {
+    /// All.
+    All,
+    /// Half of them, at least one: other processes of the program need the rest.
+    Half,
+}
+
+impl Processors {
+    /// The number of worker threads.
+    fn workers(self) -> usize {
+        let wished = std::env::var(WORKERS_VARIABLE).ok().and_then(|text| text.parse().ok());
+        wished.filter(|wished| *wished > 0).unwrap_or_else(|| {
+            let all = thread::available_parallelism().map_or(1, usize::from);
+            match self {
+                Self::All => all,
+                Self::Half => (all / 2).max(1),
+            }
+        })
+    }
 }
 
 /// Checks that [`runtime`] will get its threads. Programs call this before any step that takes time.
 ///
 /// # Errors
 /// [`TooFewThreads`].
-pub fn ensure_runtime(others: usize) -> Result<(), TooFewThreads> {
-    ensure(workers() + 1 + others)
+pub fn ensure_runtime(processors: Processors, others: usize) -> Result<(), TooFewThreads> {
+    ensure(processors.workers() + 1 + others)
 }
 
-/// Builds a runtime with one worker thread for each processor. `others` is the number of other threads that the program
-/// needs.
+/// Builds a runtime with a worker thread for each of these processors. `others` is the number of other threads that the
+/// program needs.
 ///
 /// # Errors
 /// [`TooFewThreads`], or the error of the operating system.
-pub fn runtime(others: usize) -> io::Result<Runtime> {
-    build(Builder::new_multi_thread().worker_threads(workers()), workers(), others)
+pub fn runtime(processors: Processors, others: usize) -> io::Result<Runtime> {
+    build(processors.workers(), others)
 }
 
 /// Builds a runtime with one worker thread, for a command that mostly waits for replies.
@@ -87,7 +104,7 @@ pub fn runtime(others: usize) -> io::Result<Runtime> {
 /// # Errors
 /// [`TooFewThreads`], or the error of the operating system.
 pub fn small_runtime() -> io::Result<Runtime> {
-    build(Builder::new_multi_thread().worker_threads(1), 1, 0)
+    build(1, 0)
 }
 
 /// Builds a runtime on the calling thread alone, for a command that asks one question over a Unix socket.
@@ -98,10 +115,11 @@ pub fn single_thread() -> io::Result<Runtime> {
     Builder::new_current_thread().enable_all().build()
 }
 
-fn build(builder: &mut Builder, workers: usize, others: usize) -> io::Result<Runtime> {
+fn build(workers: usize, others: usize) -> io::Result<Runtime> {
     // One more thread for blocking tasks.
     ensure(workers + 1 + others).map_err(io::Error::other)?;
-    let runtime = builder.enable_all().thread_keep_alive(KEEP_BLOCKING).build()?;
+    let runtime =
+        Builder::new_multi_thread().worker_threads(workers).enable_all().thread_keep_alive(KEEP_BLOCKING).build()?;
     // This starts a blocking thread now. If no more threads can be started later, blocking tasks run on this thread one
     // after the other.
     drop(runtime.spawn_blocking(|| ()));
@@ -121,7 +139,7 @@ mod tests {
             std::fs::read_to_string(task.unwrap().path().join("comm")).ok().filter(|name| name.trim() == "trial")
         });
         assert_eq!(left.count(), 0);
-        assert_eq!(runtime(1).unwrap().block_on(async { 7 }), 7);
+        assert_eq!(runtime(Processors::Half, 1).unwrap().block_on(async { 7 }), 7);
         assert_eq!(small_runtime().unwrap().block_on(async { 7 }), 7);
     }
 }

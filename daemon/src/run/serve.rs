@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use claviger_hsm::{Cluster, WorkerProgram};
 use claviger_process::signals::{Hangup, Starting};
-use claviger_process::threads;
+use claviger_process::threads::{self, Processors};
 use tokio::time::timeout;
 
 use super::daemon::Daemon;
@@ -22,6 +22,9 @@ use crate::sys::process;
 /// Threads in addition to those of the runtime and the members: one for the audit trail, and one that announces the
 /// addresses.
 const OWN_THREADS: usize = 2;
+/// The workers of the HSMs need the other half of the processors, or wait for HSMs on the network; and threads that sleep
+/// less often are woken less often.
+pub const PROCESSORS: Processors = Processors::Half;
 /// Minimum number of threads for a member: one waits for the end of its worker process, one runs a session.
 const MEMBER_THREADS: usize = 2;
 /// Time limit for cleaning up after an interrupted start.
@@ -50,9 +53,9 @@ pub fn run(file: PathBuf, starting: &Starting, announced: Announced) -> Result<(
     process::raise_open_files()?;
     let config = Config::load(&file)?;
     preflight::pass(&config)?;
-    threads::ensure_runtime(needed_threads(&config))?;
+    threads::ensure_runtime(PROCESSORS, needed_threads(&config))?;
     let cluster = load_cluster(&config, WorkerProgram::this_executable())?;
-    let runtime = threads::runtime(needed_threads(&config))?;
+    let runtime = threads::runtime(PROCESSORS, needed_threads(&config))?;
     let result = runtime.block_on(serve(file, config, cluster, starting, announced));
     // A thread that hangs in a disk operation is abandoned.
     runtime.shutdown_timeout(LAST_FILES);
