@@ -104,6 +104,7 @@ STORM = 10000
 IDLE = 10000
 ceiling = CLAVIGER_BIN=$(CURDIR)/target/release/claviger ./target/release/ceiling $(if $(MODULE),--module $(MODULE))
 bench: setup-demo
+	$(call install,$(PACKAGES_NODES),etcd)
 	rm -rf target/figures && mkdir -p target/figures
 	cargo build --release --locked -p claviger -p claviger-bench --bins
 	CLAVIGER_BIN=$(CURDIR)/target/release/claviger $(if $(MODULE),CLAVIGER_SOFTHSM2=$(MODULE)) \
@@ -114,7 +115,8 @@ bench: setup-demo
 	$(ceiling) --storm $(STORM) --owners 100 --rounds 2 --json target/figures/storm.json > target/figures/storm.txt
 	$(ceiling) --rtt 20ms --sessions 1 --hsms 1,4,16 --rounds 3 --json target/figures/scaling.json > target/figures/scaling.txt
 	$(ceiling) --idle $(IDLE) --rounds 3 --json target/figures/idle.json > target/figures/idle.txt
-	@echo; ./target/release/table; for f in ceiling ceiling-64 ceiling-stock storm scaling idle; do cat target/figures/$$f.txt; done
+	CLAVIGER_BIN=$(CURDIR)/target/release/claviger ./target/release/nodes --json target/figures/nodes.json > target/figures/nodes.txt
+	@echo; ./target/release/table; for f in ceiling ceiling-64 ceiling-stock storm scaling idle nodes; do cat target/figures/$$f.txt; done
 
 # Counts instructions with the version of gungraun that bench/instructions/Cargo.toml asks for. What was counted before goes first, so
 # that a part that is gone is seen to be gone.

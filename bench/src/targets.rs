@@ -30,7 +30,7 @@ impl Goal {
 
 /// The source of a figure.
 enum Source {
-    /// A file from `ceiling --json`, and a JSON pointer into it.
+    /// A file from `ceiling --json` or `nodes --json`, and a JSON pointer into it.
     Ceiling(&'static str, &'static str),
     /// The same, in mebibytes.
     CeilingMib(&'static str, &'static str),
@@ -53,7 +53,7 @@ struct Target {
     from: Source,
 }
 
-const TARGETS: [Target; 14] = [
+const TARGETS: [Target; 16] = [
     Target {
         what: "own cost of a release, in RSA-2048 public operations",
         before: "22",
@@ -179,6 +179,24 @@ const TARGETS: [Target; 14] = [
         unit: " µs",
         digits: 1,
         from: Source::Micros("hsm/own_cost_of_a_pair"),
+    },
+    Target {
+        what: "start of a node, 10,000 hosts and 500 keys in etcd",
+        before: "-",
+        goal: Goal::AtMost,
+        target: 2.0,
+        unit: " s",
+        digits: 2,
+        from: Source::Ceiling("nodes.json", "/start_seconds"),
+    },
+    Target {
+        what: "its processor time for a change at any node",
+        before: "-",
+        goal: Goal::AtMost,
+        target: 20.0,
+        unit: " ms",
+        digits: 1,
+        from: Source::Ceiling("nodes.json", "/change_ms"),
     },
 ];
 
