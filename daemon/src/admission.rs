@@ -4,8 +4,8 @@
 //!
 //! 1. What was found wrong before its sender was known as a host is charged to the address it came from
 //!    (`server.stranger_rate`). Beyond that, an address is served only as far as a health certificate proves a host: 429.
-//! 2. A host asks at most as fast as `release.host_rate` and `release.host_burst` say, from each address: 429. Who has seen
-//!    a host's health certificate uses up the rate of its own address with it, not that of the host's. What fails before
+//! 2. A host asks at most as fast as `release.host_rate` and `release.host_burst` say, from each address: 429. So a
+//!    stranger who has copied a host's health certificate uses up the rate of its own address only. What fails before
 //!    anything is decrypted costs no HSM, and is charged to a bucket of its own first (`release.refused_rate`).
 //! 3. At most `release.concurrency` releases run. At most `release.queue` others wait, in one line for each host. Hosts take
 //!    turns, and so do the addresses of one host: a host's storm is its own to wait out. In a full queue the longest line
@@ -15,8 +15,8 @@
 //!
 //! Attestations have rates of their own (`[attest]`), and a queue with a small share of the HSMs' sessions.
 //!
-//! A release may be refused early, before it is read, when it is clear already that it would not be let in: most of what a
-//! storm costs is the refusing.
+//! A release may be refused early, before it is read, when it is clear already that it would not be let in: refusing
+//! is most of what a storm costs.
 //!
 //! Every refusal says when to try again. The callers are spread over the time that the backlog takes (`returns`).
 //! `fair_queue` and the rates decide, as plain values; `turns` does the waiting and the waking.
@@ -246,7 +246,7 @@ impl Admission {
     /// Whether anybody at the sender's address may still ask without being known as a host.
     ///
     /// # Errors
-    /// Too much that came from there was refused.
+    /// The bucket of the address (`server.stranger_rate`) is empty.
     pub fn stranger_may_ask(&self, attempt: &Attempt) -> Result<(), Declined> {
         let look = |network| self.limits.load().strangers.look(&network);
         attempt.network().map_or(Ok(()), look).map_err(|wait| Declined::rate(Dropped::Address, wait))
@@ -287,7 +287,7 @@ impl Admission {
     /// As [`Admission::stranger_may_ask`], for an attestation; counted.
     ///
     /// # Errors
-    /// Too much that came from there was refused.
+    /// The bucket of the address (`server.stranger_rate`) is empty.
     pub fn stranger_may_attest(&self, attempt: &Attempt) -> Result<(), Declined> {
         self.stranger_may_ask(attempt).map_err(Declined::attestation)
     }

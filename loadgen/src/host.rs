@@ -163,7 +163,7 @@ async fn ask(client: &Client, path: &str, request: Vec<u8>) -> Result<Reply, Fai
     let error = attestation::parse_error_reply(&reply.body)?;
     let message = error.message.unwrap_or_default();
     let advice = match (error.expected_operation_mode, error.name.as_str()) {
-        (Some(1), _) => "the service is in TPM mode: say --tpm",
+        (Some(1), _) => "the service is in TPM mode: use --tpm",
         (Some(_), _) => "the service is not in TPM mode: leave out --tpm",
         (None, "PolicyEvaluationErrorReply") => {
             "is the baseline loadgen enabled there (claviger-loadgen prepare --tpm)?"

@@ -117,16 +117,16 @@ struct CompareArguments {
     before: PathBuf,
     /// The second run
     after: PathBuf,
-    /// Exit status 99 when something is worse beyond noise, 98 when a run is invalid
+    /// Exit status 99 when a value is significantly worse, 98 when a run is invalid
     #[arg(long, value_name = "WHAT")]
     fail_on: Option<FailOn>,
-    /// What the page is called
+    /// Title of the page
     #[arg(long, value_name = "TEXT")]
     title: Option<String>,
-    /// Write a page with pictures
+    /// Write a page with charts (HTML)
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
-    /// Print JSON for machines
+    /// Print JSON for programs
     #[arg(long)]
     json: bool,
 }
@@ -191,7 +191,7 @@ struct CapacityArguments {
     /// Write the whole result as JSON; - is the standard output
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Write a page with pictures
+    /// Write a page with charts (HTML)
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
 }
@@ -208,7 +208,7 @@ struct AttestArguments {
     /// Attestations at a time
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..))]
     at_a_time: u16,
-    /// Print JSON for machines
+    /// Print JSON for programs
     #[arg(long)]
     json: bool,
 }
@@ -253,13 +253,13 @@ struct PlanArguments {
     deadline: Duration,
     #[command(flatten)]
     assumption: Assumption,
-    /// What the page is called
+    /// Title of the page
     #[arg(long, value_name = "TEXT")]
     title: Option<String>,
-    /// Write a page with pictures
+    /// Write a page with charts (HTML)
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
-    /// Print JSON for machines
+    /// Print JSON for programs
     #[arg(long)]
     json: bool,
 }
@@ -498,7 +498,7 @@ struct RunArguments {
     /// Write the distribution of latency, in milliseconds, for HdrHistogram's plotter (.hgrm)
     #[arg(long, value_name = "FILE")]
     hgrm: Option<PathBuf>,
-    /// Write a page with pictures
+    /// Write a page with charts (HTML)
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
 }

@@ -66,7 +66,7 @@ impl Site {
         if !file.is_file() {
             let dir = dir.display();
             return Err(format!(
-                "{dir} holds no lab; make one with: claviger demo --dir {dir}; for another service, give --tenant"
+                "{dir} holds no lab; make one with: claviger demo --dir {dir}; for another service, use --tenant"
             )
             .into());
         }

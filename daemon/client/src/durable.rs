@@ -83,7 +83,7 @@ impl Disk for RealDisk {
 pub(crate) fn write(disk: &impl Disk, path: &Path, bytes: &[u8], existing: Existing) -> io::Result<()> {
     let name = path.file_name().ok_or_else(|| io::Error::new(ErrorKind::InvalidInput, "it names no file"))?;
     let mut tag = [0; 8];
-    SystemRandom::new().fill(&mut tag).map_err(|_| io::Error::other("no randomness"))?;
+    SystemRandom::new().fill(&mut tag).map_err(|_| io::Error::other("the system has no randomness"))?;
     let mut draft = OsString::from(".");
     draft.push(name);
     draft.push(format!(".{}.new", HEXLOWER.encode(&tag)));

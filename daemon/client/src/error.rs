@@ -44,7 +44,7 @@ pub enum ClientError {
         problem: String,
     },
     /// The URL asks for TLS, and no certificate authority is trusted.
-    #[error("{url} asks for TLS, which needs to know whom to trust: say --ca FILE or --system-ca")]
+    #[error("{url} uses TLS, and no certificate authority is trusted: use --ca FILE or --system-ca")]
     NoTrust {
         /// The URL as given by the caller.
         url: String,
@@ -54,7 +54,7 @@ pub enum ClientError {
     Ca(#[from] AuthorityError),
     /// The trust store of this machine is unusable.
     #[error(
-        "--system-ca: this machine has no certificate authorities that can be used{problem}; install its package of them (ca-certificates), or give --ca FILE"
+        "--system-ca: this machine has no certificate authorities that can be used{problem}; install the package ca-certificates, or use --ca FILE"
     )]
     SystemCa {
         /// The errors while loading, after a colon. Empty if there were none.

@@ -128,7 +128,9 @@ impl Host {
     /// See [`HostError`].
     pub async fn attest(&self) -> Result<Vec<u8>, HostError> {
         let mut session = [0; 16];
-        SystemRandom::new().fill(&mut session).map_err(|_| HostError::Key("no randomness".to_owned()))?;
+        SystemRandom::new()
+            .fill(&mut session)
+            .map_err(|_| HostError::Key("the system has no randomness".to_owned()))?;
         let reply = match &self.proof {
             Proof::HostKey(key) => self.attest_with(key, session).await?,
             Proof::Tpm(place) => self.attest_by(place.clone(), session).await?,

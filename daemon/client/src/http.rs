@@ -432,7 +432,7 @@ mod tests {
     #[tokio::test]
     async fn failures_say_what_to_do() {
         let untrusting = Client::new("https://host").unwrap_err().to_string();
-        assert!(untrusting.contains("say --ca FILE or --system-ca"), "{untrusting}");
+        assert!(untrusting.contains("use --ca FILE or --system-ca"), "{untrusting}");
         let nowhere = Client::with_tls("https://host", &TlsSettings::trusting("/nowhere.pem")).unwrap_err().to_string();
         assert!(nowhere.starts_with("--ca: /nowhere.pem: No such file"), "{nowhere}");
         let address = start(DEFAULT_TIMEOUT).await;

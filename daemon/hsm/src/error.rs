@@ -60,10 +60,12 @@ pub enum HsmError {
     #[error("no HSM can serve: all members are down or drained")]
     NoneServing,
     /// This member is down, drained or removed.
-    #[error("the member does not serve now")]
+    #[error("this HSM does not serve now")]
     NotServing,
     /// The members that rejected the input were proved wrong a short time ago, so their rejection is not trusted.
-    #[error("no HSM can serve: the members that answered have given wrong answers not long ago")]
+    #[error(
+        "no HSM can serve: the HSMs that rejected the input gave wrong results a moment ago, so they are not believed"
+    )]
     NotCredible,
     /// A cluster needs at least one member.
     #[error("no HSM is configured")]

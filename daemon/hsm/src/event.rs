@@ -17,7 +17,7 @@ pub enum Event<'a> {
     /// A session for operations was closed.
     SessionClosed,
     /// A fault took the member down.
-    Closed,
+    Down,
     /// A call hangs; its worker process will be killed.
     Stuck,
     /// An operation that failed at this member was retried at another one, at the cost of the retry budget.

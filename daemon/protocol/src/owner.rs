@@ -40,13 +40,13 @@ pub enum OwnerError {
     #[error("the owner's key cannot sign")]
     Sign,
     /// Another owner made the protector. Only its owner may change its guardians.
-    #[error("the owner of this protector is somebody else")]
+    #[error("this owner key does not own the protector; use that of the owner who made it")]
     NotOwner,
     /// The new protector would have more wrappings than a service accepts.
     #[error("a protector has room for {MAX_WRAPPINGS} parties, the owner and {} guardians", MAX_WRAPPINGS - 1)]
     Full,
     /// No wrapping matches the guardian to revoke.
-    #[error("no wrapping of this protector is for that guardian")]
+    #[error("the protector has no wrapping for that guardian")]
     NoSuchGuardian,
     /// The owner's own wrapping matches the guardian to revoke.
     #[error("the owner's own wrapping cannot be revoked")]

@@ -83,7 +83,7 @@ impl Keeper {
             let result = self.look(asked).await;
             if let Err(error) = &result {
                 if !failing {
-                    tracing::error!(%error, "no new attestation signer can be made; trying again (this is logged once)");
+                    tracing::error!(%error, "the check of the attestation signer failed; trying again (this is logged once)");
                 }
                 tokio::time::sleep(RETRY).await;
             }

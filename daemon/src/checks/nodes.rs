@@ -91,8 +91,8 @@ fn of_nodes(nodes: &[ListedNode]) -> Vec<Finding> {
             ));
         }
         for missing in &node.missing {
-            let what = format!("{}, at {missing} is missing", node.name);
-            let todo = "replicate the key to this token with the vendor's tools, or take the certificate out";
+            let what = format!("node {} misses a key on an HSM: {missing}", node.name);
+            let todo = "replicate the key to this token with the vendor's tools, or remove the certificate";
             findings.push(Finding::error("key", what, todo));
         }
     }
@@ -149,7 +149,7 @@ mod tests {
         for (level, expected) in [
             (Level::Warning, "different versions: 1.0 (a, c); 1.1 (b)"),
             (Level::Warning, "b has told revision 5"),
-            (Level::Error, "c, at hsm-a: the signing key 07 is missing"),
+            (Level::Error, "node c misses a key on an HSM: hsm-a: the signing key 07"),
             (Level::Warning, "d does not run"),
         ] {
             assert!(found.iter().any(|(of, what)| *of == level && what.contains(expected)), "{expected}: {found:?}");

@@ -11,9 +11,9 @@ use super::schema::Config;
 pub struct Section {
     /// The section's header, such as `[server.tls]` or `[[hsm]]`.
     pub header: String,
-    /// Its path for the names of settings, such as `server.tls`.
+    /// The first part of its settings' names, such as `server.tls`.
     pub path: String,
-    /// What it is about.
+    /// The documentation of the section's type.
     pub about: String,
     /// Its settings in alphabetical order.
     pub settings: Vec<Setting>,
@@ -22,9 +22,9 @@ pub struct Section {
 /// A setting of a section.
 #[derive(Debug)]
 pub struct Setting {
-    /// Its key.
+    /// The name within its section.
     pub name: String,
-    /// What a value looks like: its type, and its unit.
+    /// Type and unit of its value.
     pub kind: String,
     /// The smallest and the largest number.
     pub bounds: Option<(u64, u64)>,
@@ -32,7 +32,7 @@ pub struct Setting {
     pub default: Option<String>,
     /// Whether a section without it is refused.
     pub required: bool,
-    /// What it does.
+    /// The documentation of the setting.
     pub meaning: String,
 }
 

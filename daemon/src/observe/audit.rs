@@ -256,7 +256,10 @@ impl Audit {
         let kept = tokio::task::spawn_blocking(move || file::write_head(&path, link));
         match standstill::timeout(PATIENCE, kept).await {
             Ok(Ok(Ok(()))) => {}
-            failed => tracing::warn!(?failed, "the position in the audit trail cannot be stored beside it"),
+            failed => tracing::warn!(
+                ?failed,
+                "the number and the hash of the last audit line cannot be stored; the next start may not notice that the trail was cut"
+            ),
         }
     }
 

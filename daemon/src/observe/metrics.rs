@@ -298,7 +298,7 @@ pub fn hsm(hsm: &str, event: Event<'_>) {
         }
         Event::Login => count(HSM_LOGINS),
         Event::KeySearch => count(HSM_KEY_SEARCHES),
-        Event::Closed => count(HSM_CLOSINGS),
+        Event::Down => count(HSM_CLOSINGS),
         Event::Retry => count(HSM_RETRIES),
         Event::Stuck => count(HSM_STUCK_CALLS),
         Event::WrongAnswer => count(HSM_WRONG_ANSWERS),

@@ -44,9 +44,9 @@ pub enum ChangeError {
     #[error("the change is stored but has no effect yet, and the daemon tries every second to take it in: {0}")]
     NoEffectYet(StateError),
     /// It is stored, but it contains certificates that cannot be parsed.
-    #[error("the change is stored, but what it brought cannot be read and has no effect: {}", list(.0))]
+    #[error("the change is stored, but these certificates cannot be parsed and have no effect: {}", list(.0))]
     Unreadable(Vec<Unreadable>),
     /// It may have been made.
-    #[error("the change failed: {0}")]
+    #[error("it is not known whether the change was made ({0}); look before you repeat it")]
     Task(#[from] JoinError),
 }

@@ -198,8 +198,13 @@ impl Daemon {
     pub async fn stop(self) {
         let _ = self.stop.send(true);
         match self.serving.await {
-            Ok(drained) => {
-                tracing::info!(open = drained.open, cut = drained.cut, "all open requests have been answered")
+            Ok(Drained { open, cut: 0 }) => tracing::info!(open, "all open requests have been answered"),
+            Ok(Drained { open, cut }) => {
+                tracing::warn!(
+                    open,
+                    cut,
+                    "connections were cut after server.drain_timeout_ms; other requests have been answered"
+                )
             }
             Err(error) => tracing::error!(%error, "serving failed"),
         }

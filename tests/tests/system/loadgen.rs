@@ -89,7 +89,7 @@ fn hosts_attest_by_their_tpms_and_ask_for_keys() {
     let (status, report) = storm(&[]);
     assert_eq!((status, &report["granted"], &report["latency_p50"]), (1, &json!(0), &Value::Null), "{report:#}");
     let (error, count) = report["refused"].as_object().unwrap().iter().next().unwrap();
-    assert!(error.contains("the service is in TPM mode: say --tpm") && *count == json!(5), "{error}");
+    assert!(error.contains("the service is in TPM mode: use --tpm") && *count == json!(5), "{error}");
     let (status, report) =
         run(&lab, &daemon.url, &[&PATIENT[..], &["--tpm", "--hosts", "2", "--profile", "1s@20"]].concat());
     assert_eq!((status, &report["errors"]), (0, &json!({})), "{report:#}");
@@ -267,7 +267,7 @@ fn tls_is_spoken_to_who_is_trusted() {
     let (status, report) = run(&lab, &daemon.url, &[&PATIENT[..], &short, &["--ca", &ca]].concat());
     assert_eq!((status, number(&report, "/verify/right")), (0, 10.0), "{report:#}");
     let output = command(&lab, &daemon.url, &short).output().unwrap();
-    assert!(said(&output).contains("say --ca FILE"), "{}", said(&output));
+    assert!(said(&output).contains("use --ca FILE"), "{}", said(&output));
 }
 
 #[test]

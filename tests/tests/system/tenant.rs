@@ -233,7 +233,7 @@ fn protectors_that_are_not_right_are_shown_all_the_same() {
     tenant.refused("protector new --owner acme --guardian other --out a --key a", &["two files"]);
     tenant.refused("protector new --owner acme --guardian other --out no/a --key b", &["no/a: "]);
     assert!(!tenant.file("b").exists(), "a key without its protector");
-    tenant.refused("protector verify vm.xml --owner other", &["somebody else"]);
+    tenant.refused("protector verify vm.xml --owner other", &["does not own the protector"]);
     tenant.done("guardian new third --bits 2048");
     tenant.refused("protector open vm.xml --owner third --out a", &["no wrapping", "--owner"]);
     assert!(tenant.recipe(&pin).status.success());

@@ -236,7 +236,7 @@ fn the_vault_of_one_machine_does_not_pass_for_that_of_another() {
     assert!(refused.contains("it is the vault of the machine web-1, not of vm"), "{refused}");
     for (command, arguments) in [("rekey", &[][..]), ("add-secret", &["disk-key", "--random", "8"])] {
         let refused = vm.refused(command, &[&[vault], arguments].concat(), &[]);
-        assert!(refused.contains("say --machine web-1"), "{refused}");
+        assert!(refused.contains("use --machine web-1"), "{refused}");
     }
     vm.done("open", &[vault, "--machine", "web-1"], &["--", "true"]);
     // The name is in the header, and part of what is sealed.

@@ -30,7 +30,7 @@ pub enum SecretError {
         length: usize,
     },
     /// A secret with this name exists.
-    #[error("the vault has a secret {0} already; choose another name, or say --replace")]
+    #[error("the vault has a secret {0} already; choose another name, or use --replace")]
     Exists(String),
     /// The vault has the maximum number of secrets.
     #[error("the vault is full: it has {MAX_SECRETS} secrets")]

@@ -32,7 +32,7 @@ pub enum SeenError {
     /// The vault is an old copy.
     #[error(
         "the vault is an old copy: it is generation {found}, and this host has seen generation {seen}. Use the present one; if it \
-         was restored from a backup on purpose, say --accept-older"
+         was restored from a backup on purpose, use --accept-older"
     )]
     Older {
         /// The generation of the vault.
@@ -43,7 +43,7 @@ pub enum SeenError {
     /// The vault has the generation that this host has seen, and is another one.
     #[error(
         "the vault is not the generation {0} that this host has seen: two copies of an older vault were both opened, here and \
-         elsewhere. Both have the secrets of that time. Decide which one goes on; if it is this one, say --accept-older"
+         elsewhere. Both have the secrets of that time. Decide which one goes on; if it is this one, use --accept-older"
     )]
     Fork(u64),
 }

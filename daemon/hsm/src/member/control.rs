@@ -20,14 +20,14 @@ impl Member {
     /// Counts a failure that is the member's fault as evidence.
     pub(super) fn failed(&self, error: HsmError, took: Duration, now: Instant) {
         if self.change(|machine| machine.failed(error, took, now)) {
-            self.observe(Event::Closed);
+            self.observe(Event::Down);
         }
     }
 
     /// Takes the member down at once.
     pub(super) fn fault(&self, failure: &Failure) {
         if self.change(|machine| machine.fault(failure, standstill::now())) {
-            self.observe(Event::Closed);
+            self.observe(Event::Down);
         }
     }
 
@@ -38,7 +38,7 @@ impl Member {
             return;
         }
         if self.change(|machine| machine.pin_refused(error)) {
-            self.observe(Event::Closed);
+            self.observe(Event::Down);
         }
         // Checked again: if a new PIN was set in between, it found no refusal that it could lift.
         if lock(&self.pin).number != number {

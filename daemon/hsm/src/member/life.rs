@@ -80,7 +80,7 @@ impl Member {
 
     fn give_up_worker(&self) {
         if self.change(|machine| machine.give_up_worker(standstill::now())) {
-            self.observe(Event::Closed);
+            self.observe(Event::Down);
         }
     }
 
@@ -231,7 +231,7 @@ impl Member {
     /// caller that picks again finds this member restarting.
     pub(crate) fn lost_worker(&self, number: u64) {
         if self.change(|machine| number == self.generation() && machine.lost_worker(standstill::now())) {
-            self.observe(Event::Closed);
+            self.observe(Event::Down);
         }
     }
 

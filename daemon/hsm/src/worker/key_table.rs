@@ -26,9 +26,9 @@ pub(crate) struct FoundKey<H> {
     /// Empty if the token does not reveal it; the same holds for `e`.
     pub(crate) n: Vec<u8>,
     pub(crate) e: Vec<u8>,
-    /// True if the token does not reveal it.
+    /// `CKA_DECRYPT`. A token that does not show the attribute counts as if it were true.
     pub(crate) decrypts: bool,
-    /// True if the token does not reveal it.
+    /// `CKA_SIGN`, in the same way.
     pub(crate) signs: bool,
     /// True if every operation requires a login of its own (`CKA_ALWAYS_AUTHENTICATE`).
     pub(crate) always_authenticate: bool,

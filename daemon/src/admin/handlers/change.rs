@@ -74,7 +74,7 @@ impl Change {
             hsm = entry.hsm,
             by,
             request = entry.request,
-            "an administrator's change"
+            "an administrator has requested a change"
         );
         if service.audit.administration(&entry).await {
             Ok(())
@@ -89,7 +89,7 @@ impl Change {
             event = self.event,
             outcome,
             request = self.attempt.request,
-            "an administrator has made a change"
+            "the change that an administrator requested has ended"
         );
         let _ = service.audit.administration(&self.attempt.entry(self.event, outcome)).await;
     }

@@ -216,7 +216,7 @@ impl Online {
         }
         let file = vault.file_name().unwrap_or_default().to_string_lossy();
         let name = file.strip_suffix(".vault").unwrap_or(&file);
-        check_machine(name).map_err(|e| format!("{}: {e}; say --machine NAME", vault.display()))?;
+        check_machine(name).map_err(|e| format!("{}: {e}; use --machine NAME", vault.display()))?;
         Ok(name.to_owned())
     }
 
@@ -228,7 +228,7 @@ impl Online {
         if *machine != wanted {
             return Err(format!(
                 "{}: it is the vault of the machine {machine}, not of {wanted}. Has it been put in the wrong place? If {machine} is to \
-                 start, say --machine {machine}",
+                 start, use --machine {machine}",
                 vault.display()
             )
             .into());

@@ -184,13 +184,13 @@ where
         enum Event {
             /// hyper is done with it.
             Ended(Result<(), BoxError>),
-            /// Asked with the kernel: no request is in progress or on its way.
+            /// No request is in progress, and the kernel has no unread bytes of one.
             Quiet,
-            /// What this waits for has changed.
+            /// The connection's state, or the time limit for it, has changed.
             Changed,
             /// A time limit is reached.
             Time,
-            /// It was told to close.
+            /// The server told this connection to close.
             Told(Cut),
         }
 

@@ -240,10 +240,10 @@ impl Trail {
         if how == "deleted" {
             tracing::error!(
                 %file, line,
-                "the audit trail was deleted while it was in use: its lines up to this number are lost; a new file begins"
+                "the audit trail's file was deleted while it was in use: its lines up to this number are lost, but for those in rotated files; a new file begins"
             );
         } else {
-            tracing::warn!(%file, line, how, "another file has replaced the audit trail's file; the trail continues there");
+            tracing::warn!(%file, line, how, "the audit trail's file was renamed or replaced; the trail continues in the file of that name");
         }
         self.open = None;
         self.renamed = None;
@@ -290,7 +290,7 @@ impl Trail {
             metrics::audit_file_changed("shortened");
             tracing::error!(
                 file = %self.path.display(), line = self.link.n,
-                "the audit trail was shortened while it was in use: lines before this number are missing"
+                "the audit trail was shortened while it was in use: lines up to this number are missing"
             );
         }
         (open.end, open.is_torn) = (length, tail.open_line);

@@ -202,7 +202,7 @@ fn every_function_records_its_metric() {
         Event::FailedOver { to: "second" },
         Event::Login,
         Event::KeySearch,
-        Event::Closed,
+        Event::Down,
         Event::Retry,
         Event::Stuck,
         Event::WrongAnswer,

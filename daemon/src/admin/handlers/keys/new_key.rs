@@ -95,7 +95,7 @@ pub(in crate::admin::handlers) async fn generate(
         return Err(format!(
             "the key {id} was made on {on}, but not all members show it: {}. A key that an HSM made cannot be copied by \
              claviger: replicate it with the vendor's tools and use it as --hsm-key {id}, or bring a key from outside with \
-             claviger keys add --pfx. To make one on a single member anyway, name it with --member",
+             claviger keys add --pfx. To make one on a single member anyway, use --member",
             sentence(&missing)
         ));
     }

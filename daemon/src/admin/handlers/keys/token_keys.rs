@@ -137,7 +137,7 @@ pub(super) async fn find(service: &Arc<Service>, kind: Kind, public: &RsaPublicK
             "{member} has the certificate's key (label {label:?}), but without a CKA_ID, by which keys are used: give it one \
              with the vendor's tool or with pkcs11-tool --set-id"
         ),
-        None => "no HSM that answers has the certificate's key; bring it in with --pfx, or name it with --hsm-key"
+        None => "no HSM that answers has the certificate's key; import it with --pfx, or tell its id with --hsm-key"
             .to_owned(),
     })
 }
