@@ -5,6 +5,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use super::declined::Dropped;
@@ -31,17 +32,27 @@ pub(super) struct Queue<T> {
     /// No line in it is empty.
     hosts: HashMap<Arc<str>, Line<T>>,
     /// Each host of `hosts` once; the first one has the next turn.
-    turns: VecDeque<Arc<str>>,
+    turns: VecDeque<InTurn>,
     /// The lengths of all lines.
     lengths: Lengths,
     pace: Pace,
     returns: Returns,
 }
 
+/// A host in the order of turns, with the length of its line. [`Queue::ahead`] reads the lengths of many hosts, and a look
+/// into the map for each of them would cost most of what a refusal costs.
+#[derive(Debug)]
+struct InTurn {
+    host: Arc<str>,
+    length: Arc<AtomicUsize>,
+}
+
 /// Those of one host that wait, in the order of their places.
 #[derive(Debug)]
 struct Line<T> {
     waiting: VecDeque<Waiting<T>>,
+    /// The number of `waiting`, shared with the host's [`InTurn`].
+    length: Arc<AtomicUsize>,
     /// The round that was served last.
     served: u64,
 }
@@ -59,7 +70,7 @@ struct Waiting<T> {
 
 impl<T> Line<T> {
     fn new() -> Self {
-        Self { waiting: VecDeque::new(), served: 0 }
+        Self { waiting: VecDeque::new(), length: Arc::default(), served: 0 }
     }
 
     /// The round of a newcomer from `network`: after all of the same network, and not before any round that has begun.
@@ -72,6 +83,11 @@ impl<T> Line<T> {
     /// How many stay ahead of a newcomer with this round.
     fn ahead_of(&self, round: u64) -> usize {
         self.waiting.partition_point(|waiting| waiting.place.0 <= round)
+    }
+
+    /// Publishes the length after a change of the line.
+    fn note_length(&self) {
+        self.length.store(self.waiting.len(), Ordering::Relaxed);
     }
 
     fn last(&self) -> Option<Place> {
@@ -169,20 +185,20 @@ impl<T> Queue<T> {
             return Arrival::Runs;
         }
         let evicted = if self.waiting < self.limit { None } else { self.evict_for(from) };
-        let host = match self.hosts.get_key_value(&from.host) {
-            Some((host, _)) => Arc::clone(host),
-            None => {
-                self.turns.push_back(Arc::clone(&from.host));
-                Arc::clone(&from.host)
-            }
-        };
+        let entry = self.hosts.entry(Arc::clone(&from.host));
+        let host = Arc::clone(entry.key());
+        let line = entry.or_insert_with_key(|host| {
+            let line = Line::new();
+            self.turns.push_back(InTurn { host: Arc::clone(host), length: Arc::clone(&line.length) });
+            line
+        });
         self.tickets += 1;
         self.waiting += 1;
-        let line = self.hosts.entry(Arc::clone(&host)).or_insert_with(Line::new);
         self.lengths.grow(line.waiting.len());
         let round = line.round(from.network);
         let place = (round, self.tickets);
         line.waiting.insert(line.ahead_of(round), Waiting { place, network: from.network, deadline, caller });
+        line.note_length();
         Arrival::Waits { ticket: Ticket { host, place }, evicted }
     }
 
@@ -228,16 +244,9 @@ impl<T> Queue<T> {
         };
         let own = line.ahead_of(line.round(from.network));
         // Each round serves one of every host that still has one. Hosts with an earlier turn are a round ahead.
-        let mut rounds = own + 1;
-        let mut ahead = own;
-        for other in &self.turns {
-            if *other == from.host {
-                rounds = own;
-            } else {
-                ahead += self.length(other).min(rounds);
-            }
-        }
-        ahead
+        let earlier = self.turns.iter().take_while(|turn| turn.host != from.host);
+        let a_round_more = earlier.filter(|turn| turn.length.load(Ordering::Relaxed) > own).count();
+        self.lengths.up_to(own) + a_round_more
     }
 
     fn length(&self, host: &str) -> usize {
@@ -261,6 +270,7 @@ impl<T> Queue<T> {
         let shortened = self.line_to_shorten(from)?;
         let line = self.hosts.get_mut(&shortened)?;
         let evicted = line.waiting.pop_back()?;
+        line.note_length();
         self.lengths.shrink(line.waiting.len() + 1);
         self.waiting -= 1;
         Some(evicted.caller)
@@ -272,10 +282,11 @@ impl<T> Queue<T> {
         let Ok(at) = line.waiting.binary_search_by_key(&ticket.place, |waiting| waiting.place) else { return false };
         self.lengths.shrink(line.waiting.len());
         line.waiting.remove(at);
+        line.note_length();
         self.waiting -= 1;
         if line.waiting.is_empty() {
             self.hosts.remove(&ticket.host);
-            self.turns.retain(|host| *host != ticket.host);
+            self.turns.retain(|turn| turn.host != ticket.host);
         }
         true
     }
@@ -295,9 +306,10 @@ impl<T> Queue<T> {
         if self.running >= self.concurrency {
             return None;
         }
-        let host = self.turns.pop_front()?;
-        let line = self.hosts.get_mut(&host)?;
+        let first = self.turns.pop_front()?;
+        let line = self.hosts.get_mut(&first.host)?;
         let Waiting { place, deadline, caller, .. } = line.waiting.pop_front()?;
+        line.note_length();
         self.lengths.shrink(line.waiting.len() + 1);
         line.served = place.0;
         self.waiting -= 1;
@@ -310,11 +322,11 @@ impl<T> Queue<T> {
             Turn::Runs
         };
         if line.waiting.is_empty() {
-            self.hosts.remove(&host);
+            self.hosts.remove(&first.host);
         } else if turn == Turn::Runs {
-            self.turns.push_back(host);
+            self.turns.push_back(first);
         } else {
-            self.turns.push_front(host);
+            self.turns.push_front(first);
         }
         Some((caller, turn))
     }

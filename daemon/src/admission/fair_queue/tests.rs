@@ -372,7 +372,7 @@ impl Model {
         assert!(queue.waiting() == 0 || queue.running() == concurrency, "a free place while somebody waits");
         assert_eq!(self.decided.len() + self.waiting.len(), arrived, "somebody is lost");
         let hosts: BTreeSet<_> = self.waiting.keys().map(|(host, _)| *host).collect();
-        assert!(queue.turns.iter().map(|host| &**host).collect::<BTreeSet<_>>() == hosts);
+        assert!(queue.turns.iter().map(|turn| &*turn.host).collect::<BTreeSet<_>>() == hosts);
         assert_eq!((queue.turns.len(), queue.hosts.len()), (hosts.len(), hosts.len()));
         for most in 0..4 {
             assert_eq!(queue.lengths.up_to(most), HOSTS.iter().map(|host| queue.length(host).min(most)).sum::<usize>());
