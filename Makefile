@@ -49,6 +49,8 @@ endef
 
 # Tools that are used for seconds are built without optimisation, and without what debuggers know of them.
 INSTALL = CARGO_PROFILE_DEV_DEBUG=0 cargo install --locked --debug
+# Without its own updates, for which another cryptographic library in C would be built.
+NEXTEST = cargo nextest --version >/dev/null 2>&1 || $(INSTALL) cargo-nextest --no-default-features --features default-no-update
 
 setup-demo:
 	$(call install,$(PACKAGES_BUILD) $(PACKAGES_DEMO))
@@ -91,7 +93,7 @@ deny:
 
 # The system tests run the program that is built here; by themselves they would build it, too.
 test: lint
-	cargo nextest --version >/dev/null 2>&1 || $(INSTALL) cargo-nextest
+	$(NEXTEST)
 	cargo build --workspace --locked --lib --bins --tests --examples
 	CLAVIGER_BIN=$(CURDIR)/target/debug/claviger CLAVIGER_LOADGEN_BIN=$(CURDIR)/target/debug/claviger-loadgen \
 	  cargo nextest run --workspace --locked
