@@ -74,7 +74,7 @@ impl Monitor {
         let limit = self.service.config.load().etcd.as_ref().map(Etcd::max_staleness).unwrap_or_default();
         let currency = registry.currency();
         let confirmed = matches!(currency, Currency::Confirmed { .. });
-        let why = if confirmed { None } else { registry.why_lost() };
+        let why = if confirmed { None } else { registry.why_unconfirmed() };
         Some(SharedState { confirmed, age: currency.age(), limit, revision: board.revision(), why })
     }
 

@@ -63,7 +63,7 @@ impl Currency {
         let Self::Expired { age } = self else { return None };
         let seconds = age.as_secs();
         Some(format!(
-            "this node has not heard from etcd for {seconds} s, so it does not know which hosts still may; ask another node"
+            "this node could not confirm the state in etcd for {seconds} s, so it does not know which hosts still may; ask another node"
         ))
     }
 

@@ -7,7 +7,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -35,8 +35,8 @@ pub struct Registry {
     baselines: ArcSwap<Baselines>,
     signers: ArcSwap<Signers>,
     on_keys: OnKeys,
-    /// Whether the last check of the state failed.
-    stale: AtomicBool,
+    /// Why the last check of the state failed, if it did.
+    trouble: Mutex<Option<String>>,
     /// Thumbprints of the certificates that could not be read at the last reload.
     unreadable: Mutex<BTreeSet<String>>,
     state: Mutex<State>,
@@ -85,7 +85,7 @@ impl Registry {
             baselines: ArcSwap::default(),
             signers: ArcSwap::default(),
             on_keys: Box::new(on_keys),
-            stale: AtomicBool::new(false),
+            trouble: Mutex::default(),
             unreadable: Mutex::default(),
             followed: state.another().map(Mutex::new),
             shared,
@@ -162,11 +162,12 @@ impl Registry {
         self.shared.as_ref().map_or(Currency::Local, |shared| shared.currency(Instant::now()))
     }
 
-    /// Why a state in etcd is not confirmed now, for people; `None` for a local state, or if it is connected.
+    /// Why a state in etcd is not confirmed now, for people: the connection is lost, or records cannot be read. `None` for
+    /// a local state.
     #[must_use]
-    pub fn why_lost(&self) -> Option<String> {
-        let state = lock(self.followed.as_ref()?);
-        state.condition()?.link.err()
+    pub fn why_unconfirmed(&self) -> Option<String> {
+        let condition = lock(self.followed.as_ref()?).condition()?;
+        condition.link.err().or_else(|| lock(&self.trouble).clone())
     }
 
     /// Notifies when [`Registry::follow`] has something to do, if the store supports that.
@@ -181,10 +182,11 @@ impl Registry {
 
     /// Records the result of a check of the state. Logs the first failure, and the first success after failures.
     pub fn looked<E: fmt::Display>(&self, result: &Result<(), E>) {
-        let was_failing = self.stale.swap(result.is_err(), Ordering::Relaxed);
+        let trouble = result.as_ref().err().map(ToString::to_string);
+        let was_failing = std::mem::replace(&mut *lock(&self.trouble), trouble).is_some();
         match result {
             Err(error) if !was_failing => {
-                tracing::error!(%error, "the state cannot be read; trying again every second (this is logged once)");
+                tracing::error!(%error, "the state, or a part of it, cannot be read; trying again every second (this is logged once)");
             }
             Ok(()) if was_failing => tracing::info!("the state is read again"),
             _ => {}
@@ -194,7 +196,7 @@ impl Registry {
     /// Returns `true` if the last check of the state failed. Then changes by other processes may be missing.
     #[must_use]
     pub fn is_stale(&self) -> bool {
-        self.stale.load(Ordering::Relaxed)
+        lock(&self.trouble).is_some()
     }
 
     /// Runs `work` on the state. Blocks on the store, so it must not be called in a thread that serves requests.
@@ -222,7 +224,11 @@ impl Registry {
         let result = self.with_state(work);
         // Also after a failure: `work` may have made a part of its change.
         let followed = self.follow();
-        let value = result?;
+        let value = match result {
+            Ok(value) => value,
+            Err(error @ StateError::NotSeen) => return Err(ChangeError::NoEffectYet(error)),
+            Err(error) => return Err(error.into()),
+        };
         match followed {
             Ok(()) => Ok(value),
             Err(FollowError::Hosts(error) | FollowError::State(error)) => Err(ChangeError::NoEffectYet(error)),
@@ -385,6 +391,14 @@ mod tests {
         registry.change(move |state| state.enable_certificate(Kind::Signing, &thumbprint, false)).await.unwrap();
         assert!(!Arc::ptr_eq(&keys, &registry.keys()));
         assert_eq!(told.load(Ordering::Relaxed), 2);
+    }
+
+    #[tokio::test]
+    async fn a_change_that_is_made_and_not_seen_yet_is_no_success() {
+        let folder = tempfile::tempdir().unwrap();
+        let registry = registry(folder.path());
+        let error = registry.change(|_| Err::<(), _>(StateError::NotSeen)).await.unwrap_err();
+        assert!(matches!(error, ChangeError::NoEffectYet(_)), "{error}");
     }
 
     #[test]

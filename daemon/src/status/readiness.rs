@@ -74,7 +74,7 @@ impl Readiness {
 /// Checks that etcd confirmed the state recently enough. Returns a remark if it does not do so now.
 fn probe_state(service: &Service) -> Result<Option<String>, String> {
     let registry = &service.registry;
-    let because = || registry.why_lost().map(|why| format!(" ({why})")).unwrap_or_default();
+    let because = || registry.why_unconfirmed().map(|why| format!(" ({why})")).unwrap_or_default();
     match registry.currency() {
         Currency::Local | Currency::Confirmed { .. } => Ok(None),
         Currency::Stale { age, left } => {

@@ -67,6 +67,17 @@ pub enum StateError {
         /// The cause.
         reason: String,
     },
+    /// etcd does not take the change: it is too large, or this user may not write it.
+    #[error(
+        "etcd has refused the change, and nothing is changed: {reason}; docs/nodes.md says which rights and limits etcd needs"
+    )]
+    Refused {
+        /// etcd's answer.
+        reason: String,
+    },
+    /// The change was made in etcd, and this node has not read it from there in time.
+    #[error("the change is made, and this node has not read it from etcd yet")]
+    NotSeen,
     /// The connection to etcd was lost during a change.
     #[error("the connection to etcd was lost, and the change may have been made or not: look before you repeat it")]
     Unknown,

@@ -127,7 +127,7 @@ impl Etcd {
             let _ = answer.send(call.await);
         });
         answered.recv_timeout(LARGE).unwrap_or_else(|error| {
-            Err(CallError(match error {
+            Err(CallError::Failed(match error {
                 RecvTimeoutError::Timeout => "no answer".to_owned(),
                 RecvTimeoutError::Disconnected => "the connection was closed".to_owned(),
             }))
@@ -145,6 +145,16 @@ impl Etcd {
     fn read_head(&self, client: &Client) -> Result<HeadAt, CallError> {
         let (client, shared) = (client.clone(), Arc::clone(&self.shared));
         self.call(async move { calls::read_head(&client, &shared.layout).await })
+    }
+
+    /// Deletes what a change that was not made has left.
+    fn discard_journal(&self, change: String) {
+        let Ok(client) = self.client() else { return };
+        let shared = Arc::clone(&self.shared);
+        let _ = self.call(async move {
+            calls::discard_journal(&client, &shared.layout, &change).await;
+            Ok(())
+        });
     }
 
     /// After a lost connection, finds out whether a change was made, and otherwise makes sure that it will not be made
@@ -203,9 +213,9 @@ impl Store for Etcd {
                     std::thread::sleep(Duration::from_millis(20));
                     continue;
                 }
-                Err(error) => return Err(StateError::Unavailable { reason: error.0 }),
+                Err(error) => return Err(StateError::Unavailable { reason: error.to_string() }),
             };
-            if newest.head.as_ref().is_some_and(|head| head.journal.is_some()) {
+            if newest.has_journal() {
                 let cleared =
                     async move { calls::clear_journal(&client, &shared.layout, &newest, &shared.settings.node).await };
                 // If another node was faster, the head shows it.
@@ -213,6 +223,10 @@ impl Store for Etcd {
                 continue;
             }
             let Some((contents, before)) = self.contents_since(newest.at, deadline) else { break };
+            // Another node has made a large change since.
+            if before.has_journal() {
+                continue;
+            }
             let mut after = Contents::clone(&contents);
             decide(&mut after)?;
             let delta = after.delta_since(&contents);
@@ -227,21 +241,20 @@ impl Store for Etcd {
             });
             let outcome = match made {
                 Ok(outcome) => Some(outcome),
+                Err(CallError::Refused(reason)) => return Err(StateError::Refused { reason }),
                 Err(error) => {
-                    tracing::warn!(
-                        error = error.0,
-                        "the reply to a change was lost; checking whether the change was made"
-                    );
-                    self.was_made(&change, &before, deadline)
+                    tracing::warn!(%error, "the reply to a change was lost; checking whether the change was made");
+                    let outcome = self.was_made(&change, &before, deadline);
+                    if outcome == Some(Outcome::Conflict) {
+                        self.discard_journal(change);
+                    }
+                    outcome
                 }
             };
             match outcome {
                 Some(Outcome::Made(at)) => {
                     // When the caller learns that the change is made, this node must already use it.
-                    if self.contents_since(at, deadline).is_none() {
-                        tracing::warn!("a change was made, but this node has not seen it in time");
-                    }
-                    return Ok(());
+                    return self.contents_since(at, deadline).map(drop).ok_or(StateError::NotSeen);
                 }
                 Some(Outcome::Conflict) => {}
                 None => return Err(StateError::Unknown),
@@ -253,7 +266,7 @@ impl Store for Etcd {
     fn baseline_log(&self, name: &str, added: i64) -> Result<Option<Vec<u8>>, StateError> {
         let (client, shared, name) = (self.client()?, Arc::clone(&self.shared), name.to_owned());
         let log = self.call(async move { calls::log(&client, &shared.layout, &name, added).await });
-        log.map_err(|error| StateError::Unavailable { reason: error.0 })
+        log.map_err(|error| StateError::Unavailable { reason: error.to_string() })
     }
 
     fn condition(&self) -> Option<Condition> {

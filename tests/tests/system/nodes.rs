@@ -575,7 +575,8 @@ fn a_node_that_is_cut_off_serves_for_its_time_and_then_not_before_it_has_caught_
         assert!(answer.is_some() || sent < cut + LIMIT, "a removed host was served {:?} after the cut", sent - cut);
         let answer = refused(&stays, &health)?;
         assert!(
-            answer.contains("503 ServiceUnavailableException") && answer.contains("has not heard from etcd"),
+            answer.contains("503 ServiceUnavailableException")
+                && answer.contains("could not confirm the state in etcd"),
             "{answer}"
         );
         Some(())

@@ -54,7 +54,7 @@ pub struct Lease(i64);
 
 impl From<CallError> for BoardError {
     fn from(error: CallError) -> Self {
-        Self::Call(error.0)
+        Self::Call(error.to_string())
     }
 }
 

@@ -16,10 +16,19 @@ const PAGE: i64 = 1_000;
 /// Largest answer in bytes: a page of the largest records, or the events of one transaction.
 const LONGEST: usize = 128 * 1024 * 1024;
 
-/// Why a call failed, for people. The call may still have had an effect.
+/// gRPC status codes of a call that etcd has refused: INVALID_ARGUMENT and PERMISSION_DENIED.
+const REFUSED: [i32; 2] = [3, 7];
+
+/// Why a call failed, for people.
 #[derive(Clone, Debug, thiserror::Error)]
-#[error("{0}")]
-pub(super) struct CallError(pub(super) String);
+pub(super) enum CallError {
+    /// etcd has refused the call, which had no effect. The same call will be refused again.
+    #[error("{0}")]
+    Refused(String),
+    /// The call may have had an effect.
+    #[error("{0}")]
+    Failed(String),
+}
 
 /// The head at one revision.
 #[derive(Clone, Debug, Default)]
@@ -27,6 +36,13 @@ pub(super) struct HeadAt {
     /// The revision at which it was written; 0: never.
     pub(super) at: i64,
     pub(super) head: Option<Head>,
+}
+
+impl HeadAt {
+    /// Whether parts of the last change may not be in their places yet.
+    pub(super) fn has_journal(&self) -> bool {
+        self.head.as_ref().is_some_and(|head| head.journal.is_some())
+    }
 }
 
 /// The whole state at one revision.
@@ -49,13 +65,18 @@ pub(super) enum Outcome {
 pub(super) async fn in_time<T>(call: impl Future<Output = Result<T, etcd_client::Error>>) -> Result<T, CallError> {
     match tokio::time::timeout(CALL, call).await {
         Ok(Ok(value)) => Ok(value),
-        Ok(Err(error)) => Err(CallError(reason(&error))),
-        Err(_) => Err(CallError(format!("no answer in {} seconds", CALL.as_secs()))),
+        Ok(Err(error)) => Err(match &error {
+            etcd_client::Error::GRpcStatus(status) if REFUSED.contains(&i32::from(status.code())) => {
+                CallError::Refused(reason(&error))
+            }
+            _ => CallError::Failed(reason(&error)),
+        }),
+        Err(_) => Err(CallError::Failed(format!("no answer in {} seconds", CALL.as_secs()))),
     }
 }
 
 fn unreadable(what: &str, error: impl std::fmt::Display) -> CallError {
-    CallError(format!("{what} cannot be read: {error}"))
+    CallError::Failed(format!("{what} cannot be read: {error}"))
 }
 
 fn revision_of(response: &GetResponse) -> i64 {
@@ -144,8 +165,7 @@ async fn journal(
 ) -> Result<Vec<Write>, CallError> {
     let (mut writes, mut found) = (Vec::new(), 0);
     let mut bad = None;
-    let of = format!("{}{change}/", layout.journal());
-    folder(client, &of, revision, |_, value| match layout::decode::<Part>(value) {
+    folder(client, &layout.parts(change), revision, |_, value| match layout::decode::<Part>(value) {
         Ok(part) => {
             writes.extend(part.writes);
             found += 1;
@@ -155,7 +175,7 @@ async fn journal(
     .await?;
     match bad {
         Some(error) => Err(error),
-        None if found != parts => Err(CallError(format!("the journal has {found} of {parts} parts"))),
+        None if found != parts => Err(CallError::Failed(format!("the journal has {found} of {parts} parts"))),
         None => Ok(writes),
     }
 }
@@ -172,13 +192,13 @@ fn unchanged(layout: &Layout, head: &HeadAt) -> Compare {
 }
 
 fn json(value: &impl serde::Serialize) -> Result<String, CallError> {
-    serde_json::to_string(value).map_err(|error| CallError(error.to_string()))
+    serde_json::to_string(value).map_err(|error| CallError::Failed(error.to_string()))
 }
 
 /// Writes a change that was decided on the state of `before`.
 ///
 /// # Errors
-/// [`CallError`]: the change may have been made.
+/// [`CallError`]: unless etcd has refused it, the change may have been made.
 pub(super) async fn commit(
     client: &Client,
     layout: &Layout,
@@ -187,35 +207,80 @@ pub(super) async fn commit(
     node: &str,
     writes: Vec<Write>,
 ) -> Result<Outcome, CallError> {
-    let mut kv = client.kv_client();
-    let mut groups = groups(writes);
-    let mut conditions = vec![unchanged(layout, before)];
-    let mut operations = Vec::new();
-    let journal = (groups.len() > 1).then_some(groups.len());
-    if journal.is_some() {
-        for (number, writes) in groups.into_iter().enumerate() {
-            let key = layout.chunk(change, number);
-            let part = json(&Part { v: 1, writes })?;
-            in_time(kv.put(key.clone(), part, None)).await?;
-            // Another node may have cleared this journal as a leftover.
-            conditions.push(Compare::version(key, CompareOp::Greater, 0));
-        }
-    } else {
-        operations.extend(groups.pop().unwrap_or_default().into_iter().map(|write| operation(layout, write)));
-    }
-    let head = Head::next(before.head.as_ref(), change, node, journal);
-    operations.push(TxnOp::put(layout.head(), json(&head)?, None));
-    let done = in_time(kv.txn(Txn::new().when(conditions).and_then(operations))).await?;
-    if !done.succeeded() {
+    // A new head would hide the journal, whose parts may not be in their places yet.
+    if before.has_journal() {
         return Ok(Outcome::Conflict);
     }
-    let at = done.header().map_or(0, |header| header.revision());
+    let mut groups = groups(writes);
+    let journal = (groups.len() > 1).then_some(groups.len());
+    let head = Head::next(before.head.as_ref(), change, node, journal);
     if journal.is_none() {
-        return Ok(Outcome::Made(at));
+        let operations = groups.pop().unwrap_or_default().into_iter().map(|write| operation(layout, write)).collect();
+        let made = replace_head(client, layout, before, &head, Vec::new(), operations).await?;
+        return Ok(made.map_or(Outcome::Conflict, Outcome::Made));
     }
-    // The change is made. Its parts are copied to their places now, or before the next change.
-    let mine = HeadAt { at, head: Some(head) };
-    Ok(Outcome::Made(clear_journal(client, layout, &mine, node).await.unwrap_or(at)))
+    let written = async {
+        write_journal(client, layout, change, groups).await?;
+        // Another node may have cleared this journal as a leftover. It clears all of it, so the first part stands for all.
+        let whole = Compare::version(layout.part(change, 0), CompareOp::Greater, 0);
+        replace_head(client, layout, before, &head, vec![whole], Vec::new()).await
+    };
+    match written.await {
+        // The change is made. Its parts are copied to their places now, or before the next change.
+        Ok(Some(at)) => {
+            let mine = HeadAt { at, head: Some(head) };
+            Ok(Outcome::Made(clear_journal(client, layout, &mine, node).await.unwrap_or(at)))
+        }
+        Ok(None) => {
+            discard_journal(client, layout, change).await;
+            Ok(Outcome::Conflict)
+        }
+        Err(error) => {
+            if matches!(error, CallError::Refused(_)) {
+                discard_journal(client, layout, change).await;
+            }
+            Err(error)
+        }
+    }
+}
+
+/// Replaces the head `before` if it is still in place and the other conditions hold, together with these operations.
+/// Returns the revision of the new head.
+async fn replace_head(
+    client: &Client,
+    layout: &Layout,
+    before: &HeadAt,
+    head: &Head,
+    mut conditions: Vec<Compare>,
+    mut operations: Vec<TxnOp>,
+) -> Result<Option<i64>, CallError> {
+    conditions.push(unchanged(layout, before));
+    operations.push(TxnOp::put(layout.head(), json(head)?, None));
+    let done = in_time(client.kv_client().txn(Txn::new().when(conditions).and_then(operations))).await?;
+    Ok(done.succeeded().then(|| done.header().map_or(0, |header| header.revision())))
+}
+
+/// Writes the parts of a change to the journal. The first one comes first.
+async fn write_journal(
+    client: &Client,
+    layout: &Layout,
+    change: &str,
+    groups: Vec<Vec<Write>>,
+) -> Result<(), CallError> {
+    let mut kv = client.kv_client();
+    for (number, writes) in groups.into_iter().enumerate() {
+        in_time(kv.put(layout.part(change, number), json(&Part { v: 1, writes })?, None)).await?;
+    }
+    Ok(())
+}
+
+/// Deletes the parts of a change that was not made. If that fails, the next large change deletes them.
+pub(super) async fn discard_journal(client: &Client, layout: &Layout, change: &str) {
+    let folder = layout.parts(change);
+    let options = DeleteOptions::new().with_range(end_of(&folder));
+    if let Err(error) = in_time(client.kv_client().delete(folder, Some(options))).await {
+        tracing::debug!(%error, "the parts of a change that was not made stay in etcd for now");
+    }
 }
 
 /// Copies a change from the journal to its place, and returns the resulting revision of the head. Several nodes may do
@@ -232,7 +297,7 @@ pub(super) async fn clear_journal(
         let operations: Vec<_> = writes.into_iter().map(|write| operation(layout, write)).collect();
         let done = in_time(kv.txn(Txn::new().when([unchanged(layout, head)]).and_then(operations))).await?;
         if !done.succeeded() {
-            return Err(CallError("another node clears the journal".to_owned()));
+            return Err(CallError::Failed("another node clears the journal".to_owned()));
         }
     }
     let cleared = Head { node: node.to_owned(), journal: None, ..of.clone() };
@@ -241,7 +306,7 @@ pub(super) async fn clear_journal(
     let operations = [TxnOp::put(layout.head(), json(&cleared)?, None), TxnOp::delete(layout.journal(), Some(all))];
     let done = in_time(kv.txn(Txn::new().when([unchanged(layout, head)]).and_then(operations))).await?;
     if !done.succeeded() {
-        return Err(CallError("another node clears the journal".to_owned()));
+        return Err(CallError::Failed("another node clears the journal".to_owned()));
     }
     Ok(done.header().map_or(head.at, |header| header.revision()))
 }

@@ -157,7 +157,7 @@ enum Ended {
 
 impl From<CallError> for Ended {
     fn from(error: CallError) -> Self {
-        Self::Lost(error.0)
+        Self::Lost(error.to_string())
     }
 }
 

@@ -71,8 +71,14 @@ impl Layout {
         self.key("v1/journal/")
     }
 
-    pub(super) fn chunk(&self, change: &str, number: usize) -> String {
-        format!("{}{change}/{number:06}", self.journal())
+    /// The folder for the parts of one change.
+    pub(super) fn parts(&self, change: &str) -> String {
+        format!("{}{change}/", self.journal())
+    }
+
+    /// The key of one part.
+    pub(super) fn part(&self, change: &str, number: usize) -> String {
+        format!("{}{number:06}", self.parts(change))
     }
 
     /// The log of a baseline. It may be large, so it is outside of the watched folder.

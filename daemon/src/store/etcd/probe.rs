@@ -41,6 +41,6 @@ pub fn probe(settings: &EtcdSettings) -> std::io::Result<Vec<EndpointAnswer>> {
 async fn ask(settings: &EtcdSettings, endpoint: &str) -> Result<String, String> {
     let client = settings.connect(endpoint).await.map_err(|error| error.problem)?;
     let layout = Layout::new(&settings.prefix);
-    calls::read_head(&client, &layout).await.map_err(|error| error.0)?;
-    calls::version(&client).await.map_err(|error| error.0)
+    calls::read_head(&client, &layout).await.map_err(|error| error.to_string())?;
+    calls::version(&client).await.map_err(|error| error.to_string())
 }

@@ -9,6 +9,8 @@ use super::testing::Server;
 use super::*;
 
 const PREFIX: &str = "/claviger/";
+/// Patience with an etcd that will not answer.
+const SHORT: Duration = Duration::from_secs(3);
 
 fn open(server: &Server) -> State {
     State::etcd(server.settings(PREFIX)).unwrap()
@@ -45,6 +47,24 @@ fn by_hand<T: Send + 'static>(server: &Server, call: impl AsyncFnOnce(&mut etcd_
         let endpoints = server.settings(PREFIX).endpoints;
         call(&mut Client::connect(endpoints, None).await.unwrap()).await
     })
+}
+
+/// Number of values in a folder below the prefix.
+fn values_in(server: &Server, folder: &str) -> i64 {
+    let folder = format!("{PREFIX}{folder}");
+    by_hand(server, async |client| {
+        let options = etcd_client::GetOptions::new().with_prefix().with_count_only();
+        client.get(folder, Some(options)).await.unwrap().count()
+    })
+}
+
+/// The settings with the user `node`, whose password is in a file in this folder.
+fn with_password(server: &Server, folder: &std::path::Path) -> EtcdSettings {
+    use std::os::unix::fs::PermissionsExt;
+    let file = folder.join("password");
+    std::fs::write(&file, "a password\n").unwrap();
+    std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o600)).unwrap();
+    EtcdSettings { user: Some(("node".to_owned(), file)), ..server.settings(PREFIX) }
 }
 
 #[test]
@@ -100,7 +120,7 @@ fn without_etcd_nothing_is_changed_and_the_last_contents_stay() {
     add(&mut state, "b").unwrap();
     assert_eq!(names(&state), ["a", "b"]);
     server.kill(0);
-    assert!(message(State::etcd(server.settings(PREFIX))).contains("cannot be reached"));
+    assert!(message(Etcd::open(server.settings(PREFIX), SHORT)).contains("cannot be reached"));
 }
 
 #[test]
@@ -184,19 +204,48 @@ fn a_large_change_is_made_as_a_whole() {
     assert_eq!(seen, [0, 2_000], "nobody sees a part of it");
     // If that answer came too late, the next change clears the journal.
     add(&mut one, "next").unwrap();
-    let left = by_hand(&server, async |client| {
-        let options = etcd_client::GetOptions::new().with_prefix().with_count_only();
-        client.get(format!("{PREFIX}v1/journal/"), Some(options)).await.unwrap().count()
-    });
-    assert_eq!(left, 0);
+    assert_eq!(values_in(&server, "v1/journal/"), 0);
     assert_eq!(names(&open(&server)).len(), 2_001);
 }
 
+/// etcd counts conditions, too, and takes 128 of them.
 #[test]
-fn a_large_change_whose_node_died_is_finished_by_the_next_one() {
+fn a_change_may_have_more_parts_than_a_transaction_may_have_conditions() {
     let server = Server::start();
     let mut state = open(&server);
-    add(&mut state, "before").unwrap();
+    state.import(&Import { hosts: hosts(13_000), ..Import::default() }, 1, true).unwrap();
+    add(&mut state, "next").unwrap();
+    assert_eq!(names(&open(&server)).len(), 13_001);
+    assert_eq!((values_in(&server, "v1/state/hosts/"), values_in(&server, "v1/journal/")), (13_001, 0));
+}
+
+#[test]
+fn a_change_that_etcd_refuses_is_told_at_once() {
+    let server = Server::start();
+    by_hand(&server, async |client| {
+        client.role_add("reader").await.unwrap();
+        let all = etcd_client::Permission::read(PREFIX).with_prefix();
+        client.role_grant_permission("reader", all).await.unwrap();
+        client.role_add("root").await.unwrap();
+        for (user, role) in [("root", "root"), ("node", "reader")] {
+            client.user_add(user, "a password", None).await.unwrap();
+            client.user_grant_role(user, role).await.unwrap();
+        }
+        client.auth_enable().await.unwrap();
+    });
+    let folder = tempfile::tempdir().unwrap();
+    let mut state = State::etcd(with_password(&server, folder.path())).unwrap();
+    for change in [1, 300] {
+        let asked = Instant::now();
+        let refused = message(state.import(&Import { hosts: hosts(change), ..Import::default() }, 1, true));
+        assert!(refused.contains("etcd has refused the change") && refused.contains("permission denied"), "{refused}");
+        assert!(asked.elapsed() < CHANGE / 2, "{:?}", asked.elapsed());
+    }
+    assert!(names(&state).is_empty());
+}
+
+/// A node writes a large change and dies before the parts are in their places. Removes the host `before`, and adds 500.
+fn die_in_a_large_change(server: &Server, state: &State) {
     let mut after = Contents::clone(&state.contents().unwrap());
     let before = Contents::clone(&after);
     after.import(&Import { hosts: hosts(500), ..Import::default() }, 1).unwrap();
@@ -204,27 +253,48 @@ fn a_large_change_whose_node_died_is_finished_by_the_next_one() {
     let parts = batch::groups(layout::writes_of(&after.delta_since(&before)).unwrap());
     let layout = layout::Layout::new(PREFIX);
     let (head, count) = (layout.head(), parts.len());
-    by_hand(&server, async |client| {
+    by_hand(server, async |client| {
         for (number, writes) in parts.into_iter().enumerate() {
             let part = serde_json::to_string(&batch::Part { v: 1, writes }).unwrap();
-            client.put(layout.chunk("large", number), part, None).await.unwrap();
+            client.put(layout.part("large", number), part, None).await.unwrap();
         }
         let found = client.get(head.clone(), None).await.unwrap();
         let last = layout::decode(found.kvs()[0].value()).unwrap();
         let next = batch::Head::next(Some(&last), "large", "dead", Some(count));
         client.put(head, serde_json::to_string(&next).unwrap(), None).await.unwrap();
     });
+}
+
+#[test]
+fn a_large_change_whose_node_died_is_finished_by_the_next_one() {
+    let server = Server::start();
+    let mut state = open(&server);
+    add(&mut state, "before").unwrap();
+    die_in_a_large_change(&server, &state);
     // The change is made, also for a node that starts now.
     soon(|| names(&state).len() == 500);
     let mut other = open(&server);
     assert_eq!(names(&other).len(), 500);
     add(&mut other, "next").unwrap();
     soon(|| names(&state).len() == 501);
-    let written = by_hand(&server, async |client| {
-        let options = etcd_client::GetOptions::new().with_prefix().with_count_only();
-        client.get(format!("{PREFIX}v1/state/hosts/"), Some(options)).await.unwrap().count()
+    assert_eq!(values_in(&server, "v1/state/hosts/"), 501);
+}
+
+/// A head without the journal would hide parts that are not in their places yet.
+#[test]
+fn no_change_is_made_on_a_large_one_before_that_is_in_its_place() {
+    let server = Server::start();
+    let mut state = open(&server);
+    add(&mut state, "before").unwrap();
+    die_in_a_large_change(&server, &state);
+    let outcome = by_hand(&server, async |client| {
+        let layout = layout::Layout::new(PREFIX);
+        let newest = calls::read_head(client, &layout).await.unwrap();
+        assert!(newest.has_journal());
+        calls::fence(client, &layout, &newest, "another", "other").await.unwrap()
     });
-    assert_eq!(written, 501);
+    assert_eq!(outcome, Outcome::Conflict);
+    assert_eq!(names(&open(&server)).len(), 500, "the change is still there for a node that starts now");
 }
 
 #[test]
@@ -297,7 +367,7 @@ fn tls_with_certificates_of_both_sides() {
             let endpoint = &shared.settings.endpoints[0];
             match shared.settings.connect(endpoint).await {
                 Err(error) => error.problem,
-                Ok(client) => calls::read_head(&client, &shared.layout).await.unwrap_err().0,
+                Ok(client) => calls::read_head(&client, &shared.layout).await.unwrap_err().to_string(),
             }
         })
     };
@@ -313,7 +383,6 @@ fn tls_with_certificates_of_both_sides() {
 
 #[test]
 fn a_user_with_a_password_needs_rights_below_the_prefix_only() {
-    use std::os::unix::fs::PermissionsExt;
     let server = Server::start();
     by_hand(&server, async |client| {
         client.role_add("claviger").await.unwrap();
@@ -328,16 +397,13 @@ fn a_user_with_a_password_needs_rights_below_the_prefix_only() {
         client.auth_enable().await.unwrap();
     });
     let folder = tempfile::tempdir().unwrap();
-    let file = folder.path().join("password");
-    std::fs::write(&file, "a password\n").unwrap();
-    std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o600)).unwrap();
-    let settings = EtcdSettings { user: Some(("node".to_owned(), file.clone())), ..server.settings(PREFIX) };
+    let settings = with_password(&server, folder.path());
     let mut state = State::etcd(settings.clone()).unwrap();
     state.import(&Import { hosts: hosts(300), ..Import::default() }, 1, true).unwrap();
     add(&mut state, "a").unwrap();
     assert_eq!(names(&State::etcd(settings.clone()).unwrap()).len(), 301);
     let elsewhere = EtcdSettings { prefix: "/other/".to_owned(), ..settings.clone() };
-    assert!(message(State::etcd(elsewhere)).contains("permission denied"));
-    std::fs::write(&file, "another one\n").unwrap();
-    assert!(message(State::etcd(settings)).contains("authentication failed"));
+    assert!(message(Etcd::open(elsewhere, SHORT)).contains("permission denied"));
+    std::fs::write(folder.path().join("password"), "another one\n").unwrap();
+    assert!(message(Etcd::open(settings, SHORT)).contains("authentication failed"));
 }
