@@ -3,5 +3,4 @@
 pub mod audit;
 pub mod history;
 pub mod log;
-pub mod log_throttle;
 pub mod metrics;

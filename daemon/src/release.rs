@@ -24,6 +24,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use claviger_hsm::{Check, REJECTION_QUORUM, standstill};
+use claviger_process::throttle::Throttle;
 use claviger_protocol::algorithm::HostAlgorithms;
 use claviger_protocol::error::{Code, Refusal};
 use claviger_protocol::health::HealthClaims;
@@ -41,7 +42,6 @@ use self::hsm::{DecryptError, Hsm, Unavailable};
 use self::ours::Ours;
 use crate::admission::strangers::{self, LARGE, apart_if_large};
 use crate::admission::{Declined, HostAt};
-use crate::observe::log_throttle::Throttle;
 use crate::registry::snapshot::Snapshot;
 use crate::request::Attempt;
 use crate::service::Service;

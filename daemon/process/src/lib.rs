@@ -2,7 +2,7 @@
 //! signals from ending the process at a wrong moment, and turn a limit on threads into an error message instead of a
 //! panic.
 //!
-//! Locks and the time of day are also for libraries. They are built without the feature `programs`.
+//! Locks, the time of day and the throttle of log lines are also for libraries. They are built without the feature `programs`.
 
 #![forbid(unsafe_code)]
 
@@ -18,3 +18,4 @@ pub mod output;
 pub mod signals;
 #[cfg(feature = "programs")]
 pub mod threads;
+pub mod throttle;

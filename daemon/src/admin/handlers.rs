@@ -12,13 +12,13 @@ mod transfer;
 use std::sync::Arc;
 
 use claviger_hsm::standstill;
+use claviger_process::throttle::Throttle;
 use serde::Deserialize;
 use serde_json::Value;
 
 use self::change::{Change, FAILED};
 use super::message::Command;
 use crate::observe::audit::{Peer, SUCCESS};
-use crate::observe::log_throttle::Throttle;
 use crate::service::Service;
 
 /// Most characters of a command's name in the audit trail.

@@ -5,13 +5,13 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use claviger_hsm::HsmError;
+use claviger_process::throttle::Throttle;
 use claviger_protocol::attestation::{ErrorReply, HealthCertificateReply, PolicyReason};
 use claviger_protocol::certificate::build::{BuildError, ToBeSigned};
 use claviger_protocol::tpm::policy::Policy;
 use data_encoding::BASE64;
 
 use crate::admission::{Declined, Dropped};
-use crate::observe::log_throttle::Throttle;
 use crate::registry::baselines::BaselineId;
 use crate::registry::issued::IssuedFor;
 use crate::registry::keys::Key;

@@ -14,6 +14,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use claviger_process::throttle::Throttle;
 use claviger_protocol::attestation::tpm::{TpmRequest, continue_reply};
 use claviger_protocol::attestation::{ErrorReply, HealthCertificateReply, PolicyReason};
 use claviger_protocol::certificate::Certificate;
@@ -32,7 +33,6 @@ use data_encoding::{BASE64, HEXLOWER};
 use super::issuing::{Issued, Refused, signed, unavailable};
 use crate::admission::HostAt;
 use crate::admission::strangers;
-use crate::observe::log_throttle::Throttle;
 use crate::observe::metrics;
 use crate::registry::baselines::BaselineId;
 use crate::registry::snapshot::Snapshot;

@@ -1,5 +1,6 @@
 //! `claviger migrate`: moves the state between the state folder and etcd, while no daemon uses it.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use serde_json::json;
@@ -10,10 +11,14 @@ use crate::nodes::record;
 use crate::run::preflight;
 use crate::store::{Records, State, StateError};
 use crate::sys::failure::Failure;
+use crate::sys::ownership;
 use crate::sys::print::say;
 
 /// Appended to the name of a state file whose records are in etcd now, so that no daemon uses it by mistake.
 const MOVED: &str = "moved-to-etcd";
+
+/// The state in the state folder, with what SQLite keeps beside it.
+const STATE_FILES: [&str; 3] = ["state.db", "state.db-wal", "state.db-shm"];
 
 /// `claviger migrate`
 #[derive(Debug, clap::Args)]
@@ -113,7 +118,26 @@ fn to_sqlite(config: &Config, folder: &Path, dry_run: bool) -> Result<Records, F
     if dry_run {
         return Ok(from.contents()?.records()?);
     }
-    Ok(State::open(folder)?.copy_from(&from)?)
+    let owner = owner(folder)?;
+    let copied = State::open(folder)?.copy_from(&from)?;
+    if let Some((user, group)) = owner {
+        // What root makes there, the daemon could not open.
+        for name in STATE_FILES.map(|name| folder.join(name)).iter().filter(|name| name.exists()) {
+            ownership::give(name, user, group).map_err(|error| format!("{}: {error}", name.display()))?;
+        }
+    }
+    Ok(copied)
+}
+
+/// The owner of the state folder, if this is root, who makes files for the daemon's user.
+fn owner(folder: &Path) -> Result<Option<(u32, u32)>, Failure> {
+    if !rustix::process::geteuid().is_root() {
+        return Ok(None);
+    }
+    match folder.metadata() {
+        Ok(found) => Ok(Some((found.uid(), found.gid()))),
+        Err(error) => Err(format!("{}: {error}; make the folder for the daemon's user first", folder.display()).into()),
+    }
 }
 
 fn must_be_empty(to: &State, place: &str) -> Result<(), Failure> {

@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use claviger_process::throttle::Throttle;
 use claviger_protocol::attestation::{ErrorReply, OperationMode};
 use claviger_protocol::work::Work;
 
@@ -12,7 +13,6 @@ use crate::attest::issuing::Refused;
 use crate::attest::{host_key, tpm};
 use crate::config::AttestMode;
 use crate::observe::audit::{Decision, NOT_RECORDED, SUCCESS};
-use crate::observe::log_throttle::Throttle;
 use crate::observe::metrics;
 use crate::registry::issued::IssuedFor;
 use crate::request::Attempt;

@@ -31,6 +31,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use claviger_hsm::standstill;
 use claviger_process::lock::lock;
+use claviger_process::throttle::Throttle;
 use hyper::body::{Body, Incoming};
 use hyper::service::Service;
 use hyper::{Request, Response};
@@ -41,7 +42,6 @@ use tokio::time::Instant;
 use self::activity::Activity;
 use self::connection::Phase;
 use self::slot::{House, Place, Slot};
-use crate::observe::log_throttle::Throttle;
 use crate::sys::places::{self, NoPlace, Places};
 use crate::tls::SharedTls;
 

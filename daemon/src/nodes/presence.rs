@@ -8,7 +8,7 @@
 //!     └── Taken: another daemon runs under this name; tried again
 //! ```
 
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use claviger_hsm::MemberState;
@@ -32,6 +32,9 @@ const KEYS_WITHIN: Duration = Duration::from_secs(10);
 /// Time limit for the last word to the other nodes.
 const LEAVE: Duration = Duration::from_secs(2);
 
+/// Tells this daemon from another one with its name.
+static INSTANCE: LazyLock<String> = LazyLock::new(request_id);
+
 /// Whether the other nodes know that this one runs.
 enum Presence {
     Absent,
@@ -42,13 +45,13 @@ enum Presence {
 
 /// Announces the node while the daemon runs.
 pub(super) async fn run(service: Arc<Service>, board: Board) {
-    let (instance, since) = (request_id(), unix_now());
+    let since = unix_now();
     let node = service.config.load().server.node();
     let mut presence = Presence::Absent;
     let mut written: Option<NodeRecord> = None;
     let (mut keys, mut asked) = ((0, Vec::new()), None::<Instant>);
     loop {
-        presence = match step(&board, &node, &instance, presence).await {
+        presence = match step(&board, &node, presence).await {
             Ok(next) => next,
             // The lease may still run. If it has ended, the next renewal says so.
             Err((error, last)) => {
@@ -71,14 +74,9 @@ pub(super) async fn run(service: Arc<Service>, board: Board) {
 }
 
 /// Renews the lease, or begins one.
-async fn step(
-    board: &Board,
-    node: &str,
-    instance: &str,
-    presence: Presence,
-) -> Result<Presence, (BoardError, Presence)> {
+async fn step(board: &Board, node: &str, presence: Presence) -> Result<Presence, (BoardError, Presence)> {
     let was_taken = match presence {
-        Presence::Announced(lease) => match board.renew(lease).await {
+        Presence::Announced(lease) => match renewed(board, node, lease).await {
             Ok(true) => return Ok(presence),
             Ok(false) => false,
             Err(error) => return Err((error, presence)),
@@ -86,7 +84,7 @@ async fn step(
         Presence::Taken => true,
         Presence::Absent => false,
     };
-    let claimed = board.claim(&alive_key(node), instance.to_owned(), LEASE).await;
+    let claimed = board.claim(&alive_key(node), INSTANCE.clone(), LEASE).await;
     let begun = claimed.map_err(|error| (error, Presence::Absent))?.map_or(Presence::Taken, Presence::Announced);
     match (&begun, was_taken) {
         (Presence::Taken, false) => {
@@ -101,6 +99,19 @@ async fn step(
         _ => {}
     }
     Ok(begun)
+}
+
+/// Renews the lease. Returns whether this daemon is still announced: somebody may have deleted its key.
+async fn renewed(board: &Board, node: &str, lease: Lease) -> Result<bool, BoardError> {
+    if !board.renew(lease).await? {
+        return Ok(false);
+    }
+    let found = board.get(&alive_key(node)).await?;
+    if found.is_some_and(|found| found.value == INSTANCE.as_bytes()) {
+        return Ok(true);
+    }
+    board.release(lease).await?;
+    Ok(false)
 }
 
 /// Writes the record if it has changed.
@@ -157,7 +168,7 @@ async fn missing_keys(service: &Service) -> (usize, Vec<String>) {
     (wanted.len(), missing)
 }
 
-/// Tells the other nodes that this one stops.
+/// Tells the other nodes that this one stops. If another daemon has its name, that one stays announced.
 pub(super) async fn leave(board: &Board, node: &str) {
-    let _ = tokio::time::timeout(LEAVE, board.delete(&alive_key(node))).await;
+    let _ = tokio::time::timeout(LEAVE, board.delete_if(&alive_key(node), &INSTANCE)).await;
 }

@@ -4,10 +4,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use claviger_hsm::{HsmError, standstill};
+use claviger_process::throttle::Throttle;
 
 use crate::observe::audit::AuditError;
 use crate::observe::audit::checkpoint::Draft;
-use crate::observe::log_throttle::Throttle;
 use crate::service::Service;
 use crate::signing::{self, OWN_DEADLINE};
 

@@ -14,12 +14,12 @@ use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use claviger_process::lock::lock;
+use claviger_process::throttle::Throttle;
 use claviger_protocol::tpm::context::MAX_LOG;
 use claviger_protocol::tpm::pcr::{PcrSet, PcrValues};
 use rusqlite::{Connection, OptionalExtension, params};
 
 use super::usage_counts::{UsageError, is_damage, move_aside};
-use crate::observe::log_throttle::Throttle;
 
 /// Maximum total size of logs that wait to be written, in bytes. Further evidence is dropped.
 const MOST_PENDING: usize = 64 * 1024 * 1024;

@@ -3,15 +3,51 @@
 //!
 //! A path is only as safe as every folder above it: a user who can write to one of them can replace the file. In a
 //! folder with the sticky bit, such as `/tmp`, other users cannot replace our files.
+//!
+//! [`give`] is for root, who makes files for the daemon's user.
 
 use std::fs::{self, Metadata};
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, CWD, Dir, Gid, Mode, OFlags, Uid, chownat, fchown, openat};
+use rustix::io::Errno;
 
 const GROUP_WRITES: u32 = 0o020;
 const OTHERS_WRITE: u32 = 0o002;
 const STICKY: u32 = 0o1000;
+
+/// Gives a user a file, or a folder with everything in it. No symbolic link is followed: that user may already be able to
+/// write there.
+///
+/// # Errors
+/// The operating system's error. Only root may give files away.
+pub fn give(path: &Path, user: u32, group: u32) -> io::Result<()> {
+    give_at(CWD, path.as_os_str().as_encoded_bytes(), (Uid::from_raw(user), Gid::from_raw(group)))
+}
+
+fn give_at(folder: impl AsFd, name: &[u8], owner: (Uid, Gid)) -> io::Result<()> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let opened = match openat(&folder, name, flags, Mode::empty()) {
+        Ok(opened) => opened,
+        // No folder.
+        Err(Errno::NOTDIR | Errno::LOOP) => {
+            chownat(&folder, name, Some(owner.0), Some(owner.1), AtFlags::SYMLINK_NOFOLLOW)?;
+            return Ok(());
+        }
+        Err(error) => return Err(error.into()),
+    };
+    for entry in Dir::read_from(&opened)? {
+        let entry = entry?;
+        let name = entry.file_name().to_bytes();
+        if name != b"." && name != b".." {
+            give_at(&opened, name, owner)?;
+        }
+    }
+    Ok(fchown(&opened, Some(owner.0), Some(owner.1))?)
+}
 
 /// Why a path is not trusted.
 #[derive(Debug, thiserror::Error)]
@@ -145,6 +181,29 @@ mod tests {
 
     fn chmod(path: &Path, mode: u32) {
         fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    }
+
+    #[test]
+    fn what_is_given_is_the_folder_and_not_what_links_in_it_name() {
+        let temporary = tempfile::tempdir().unwrap();
+        let base = temporary.path();
+        let (folder, outside) = (base.join("folder"), base.join("outside"));
+        fs::create_dir_all(folder.join("inner")).unwrap();
+        fs::create_dir(&outside).unwrap();
+        for file in [folder.join("inner/file"), outside.join("file")] {
+            fs::write(file, "").unwrap();
+        }
+        std::os::unix::fs::symlink(&outside, folder.join("link")).unwrap();
+        let own = rustix::process::geteuid();
+        // Others than root can only give to themselves.
+        let user = if own.is_root() { 4711 } else { own.as_raw() };
+        give(&folder, user, rustix::process::getegid().as_raw()).unwrap();
+        let owner = |path: &Path| fs::symlink_metadata(path).unwrap().uid();
+        for name in ["", "inner", "inner/file", "link"] {
+            assert_eq!(owner(&folder.join(name)), user, "{name}");
+        }
+        assert_eq!((owner(&outside), owner(&outside.join("file"))), (own.as_raw(), own.as_raw()));
+        assert_eq!(give(&base.join("none"), user, 0).unwrap_err().kind(), io::ErrorKind::NotFound);
     }
 
     #[test]

@@ -402,6 +402,14 @@ fn nodes_that_start_together_make_one_signer_and_share_everything() {
     });
     let told = service.nodes[0].done(&["nodes", "list"]);
     assert!(told.contains("node-3") && told.contains("1/1"), "{told}");
+    // Whoever deletes the key of a node that runs, its announcement comes back.
+    etcdctl(&service.etcd, &["del", &format!("{PREFIX}v1/alive/node-2")]);
+    let runs = |name: &str| {
+        let nodes = service.nodes[0].json(&["nodes", "list"]);
+        nodes.as_array().unwrap().iter().any(|node| node["name"] == name && node["running"] == true)
+    };
+    assert!(!runs("node-2"));
+    until("the node is announced again", || runs("node-2").then_some(()));
     let findings: Vec<Value> = serde_json::from_slice(&service.nodes[0].run(&["doctor", "--json"]).stdout).unwrap();
     let found = |check: &str, level: &str| findings.iter().any(|of| of["check"] == check && of["level"] == level);
     assert!(found("nodes", "ok") && found("state", "ok"), "{findings:#?}");

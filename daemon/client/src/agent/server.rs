@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use claviger_process::clock::unix_now;
+use claviger_process::throttle::Throttle;
 use claviger_protocol::protector::Protector;
 use tokio::io::AsyncReadExt;
 use tokio::net::{UnixListener, UnixStream};
@@ -153,7 +154,10 @@ async fn answer(
     let user = stream.peer_cred()?.uid();
     if !settings.may_ask(user) {
         counters.strangers.fetch_add(1, Relaxed);
-        tracing::warn!(user, "a user without permission asked this agent");
+        static SAID: Throttle = Throttle::new();
+        if let Some(unsaid) = SAID.due(Instant::now()) {
+            tracing::warn!(user, unsaid, "a user without permission asked this agent");
+        }
         let text = format!("user {user} may not ask this agent; if it is to, start the agent with --allow-uid {user}");
         return wire::write_reply(&mut stream, &Err(Refused { text, temporary: false })).await;
     }

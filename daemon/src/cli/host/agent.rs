@@ -22,6 +22,7 @@ use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::server::conn::auto;
 use tokio::net::{TcpListener, UnixListener, UnixStream};
+use tokio::sync::Semaphore;
 
 use super::defaults;
 use super::options::{Measured, Service, explain, folder};
@@ -30,6 +31,11 @@ use crate::run::systemd;
 use crate::sys::failure::Failure;
 use crate::sys::print::say;
 use crate::sys::process;
+
+/// Connections to the metrics page at a time.
+const METRICS_CONNECTIONS: usize = 16;
+/// Time limit for a connection to the metrics page.
+const METRICS_WITHIN: Duration = Duration::from_secs(10);
 
 /// `claviger host agent`
 #[derive(Debug, clap::Args)]
@@ -77,6 +83,7 @@ impl Agent {
 /// Runs until a signal stops it.
 pub(super) async fn run(options: Agent) -> Result<(), Failure> {
     let stop = process::shutdown_signal()?;
+    process::raise_open_files()?;
     let (settings, counters) = (options.settings()?, Arc::new(Counters::default()));
     let page = match options.metrics {
         Some(address) => Some(TcpListener::bind(address).await.map_err(|e| format!("--metrics {address}: {e}"))?),
@@ -125,19 +132,24 @@ async fn listen(path: &Path, others: bool) -> Result<UnixListener, Failure> {
     Ok(listener)
 }
 
+/// Serves the metrics on a few connections at a time: files that strangers keep open are files that machines lack.
 async fn serve_metrics(listener: TcpListener, counters: Arc<Counters>) {
+    let places = Arc::new(Semaphore::new(METRICS_CONNECTIONS));
     loop {
+        // The semaphore is never closed, so there is no error.
+        let place = places.clone().acquire_owned().await;
         let Ok((stream, _)) = listener.accept().await else {
             tokio::time::sleep(Duration::from_millis(100)).await;
             continue;
         };
         let counters = counters.clone();
         tokio::spawn(async move {
+            let _place = place;
             let answer = service_fn(|request: Request<_>| std::future::ready(page(&request, &counters)));
             let builder = auto::Builder::new(TokioExecutor::new());
             let served = builder.serve_connection(TokioIo::new(stream), answer);
             // A slow or disconnected reader of the metrics does not matter.
-            let _ = tokio::time::timeout(Duration::from_secs(10), served).await;
+            let _ = tokio::time::timeout(METRICS_WITHIN, served).await;
         });
     }
 }

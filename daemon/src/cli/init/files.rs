@@ -14,7 +14,7 @@ use crate::config::{Config, Hsm, PinSource, Tls, TokenName};
 use crate::lab;
 use crate::sys::failure::Failure;
 use crate::sys::print::say;
-use crate::sys::process;
+use crate::sys::{ownership, process};
 
 /// The user of the package.
 const USER: &str = "claviger";
@@ -62,13 +62,7 @@ impl Owner {
     /// Gives the daemon a folder with everything in it.
     fn owns(&self, path: &Path) -> Result<(), Failure> {
         let Self::Other { uid, gid } = self else { return Ok(()) };
-        chown(path, Some(*uid), Some(*gid)).map_err(FileError::of(path))?;
-        if path.is_dir() {
-            for entry in fs::read_dir(path).map_err(FileError::of(path))? {
-                self.owns(&entry.map_err(FileError::of(path))?.path())?;
-            }
-        }
-        Ok(())
+        Ok(ownership::give(path, *uid, *gid).map_err(FileError::of(path))?)
     }
 }
 

@@ -6,8 +6,7 @@ use std::os::unix::net::UnixDatagram;
 use std::path::PathBuf;
 
 use claviger_hsm::standstill;
-
-use crate::observe::log_throttle::Throttle;
+use claviger_process::throttle::Throttle;
 
 /// Facility `authpriv` (10) and severity `notice` (5) of syslog(3), and the name of the sender.
 const HEADER: &[u8] = b"<85>claviger-audit: ";

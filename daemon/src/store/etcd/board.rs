@@ -143,6 +143,18 @@ impl Board {
         Ok(())
     }
 
+    /// Deletes a key if it has this value.
+    ///
+    /// # Errors
+    /// See [`BoardError`].
+    pub async fn delete_if(&self, key: &str, value: &str) -> Result<(), BoardError> {
+        let key = self.key(key);
+        let condition = Compare::value(key.clone(), CompareOp::Equal, value);
+        let transaction = Txn::new().when([condition]).and_then([TxnOp::delete(key, None)]);
+        in_time(self.client()?.kv_client().txn(transaction)).await?;
+        Ok(())
+    }
+
     /// Writes a key that nobody has yet, with a new lease that ends when it is not renewed for this time. `None`: somebody
     /// has the key.
     ///

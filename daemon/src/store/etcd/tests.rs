@@ -298,6 +298,25 @@ fn no_change_is_made_on_a_large_one_before_that_is_in_its_place() {
 }
 
 #[test]
+fn a_key_is_claimed_once_and_deleted_by_whoever_has_it() {
+    let server = Server::start();
+    let state = open(&server);
+    let board = state.board().unwrap();
+    Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
+        let claim = |value: &str| board.claim("v1/alive/a", value.to_owned(), Duration::from_secs(60));
+        let lease = claim("one").await.unwrap().unwrap();
+        assert_eq!(claim("two").await.unwrap(), None);
+        board.delete_if("v1/alive/a", "two").await.unwrap();
+        assert_eq!(board.get("v1/alive/a").await.unwrap().unwrap().value, b"one");
+        board.delete_if("v1/alive/a", "one").await.unwrap();
+        assert_eq!(board.get("v1/alive/a").await.unwrap(), None);
+        assert!(board.renew(lease).await.unwrap(), "the lease goes on without its key");
+        board.release(lease).await.unwrap();
+        assert!(!board.renew(lease).await.unwrap());
+    });
+}
+
+#[test]
 fn a_value_that_cannot_be_read_costs_its_own_table_only() {
     let server = Server::start();
     let mut state = open(&server);

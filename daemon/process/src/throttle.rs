@@ -3,7 +3,7 @@
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use claviger_process::lock::lock;
+use crate::lock::lock;
 
 const PAUSE: Duration = Duration::from_secs(1);
 
