@@ -1,5 +1,5 @@
 # Each target does its own set-up and is safe to repeat.
-.PHONY: demo demo-vm test bench bench-instructions bench-instructions-accept count-instructions soak fuzz lint deny deb setup setup-demo help
+.PHONY: demo demo-vm test bench bench-instructions bench-instructions-accept count-instructions soak fuzz lint deny deb sbom lint-deb setup setup-demo help
 
 PACKAGES_DEMO = softhsm2
 # A machine with Secure Boot and a TPM, all in software, and what it boots. The kernel is downloaded, and not installed.
@@ -28,7 +28,9 @@ help:
 	@echo "make fuzz   a minute of each fuzz target; SECONDS=N for another time, FUZZ_JOBS=N at a time, FUZZ_TARGETS=… for some"
 	@echo "make lint   the checks without the tests"
 	@echo "make deny   licences, origins and known advisories of the dependencies; a part of make lint"
-	@echo "make deb    Debian packages of the daemon and of the load generator, in target/debian"
+	@echo "make deb    Debian packages of the program, the service, a host and the load generator, in target/debian"
+	@echo "make lint-deb  checks these packages with lintian"
+	@echo "make sbom   lists what the programs contain, in target/release/sbom; a part of make deb"
 
 # Says no to every service that a package wants to start (Debian's policy-rc.d).
 POLICY = /usr/sbin/policy-rc.d
@@ -94,6 +96,7 @@ deny:
 # The system tests run the program that is built here; by themselves they would build it, too.
 test: lint
 	$(NEXTEST)
+	cargo deb --version >/dev/null 2>&1 || $(INSTALL) cargo-deb
 	cargo build --workspace --locked --lib --bins --tests --examples
 	CLAVIGER_BIN=$(CURDIR)/target/debug/claviger CLAVIGER_LOADGEN_BIN=$(CURDIR)/target/debug/claviger-loadgen \
 	  cargo nextest run --workspace --locked
@@ -152,11 +155,32 @@ fuzz:
 	$(call install,$(PACKAGES_BUILD) g++)
 	tests/fuzz/run --seconds $(SECONDS) --jobs $(FUZZ_JOBS) $(FUZZ_TARGETS)
 
-deb:
+# The packages have the time of the last commit, so that the same sources make the same packages.
+export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null)
+VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml)
+deb: sbom
 	$(call install,$(PACKAGES_BUILD))
-	command -v cargo-deb >/dev/null || cargo install --locked cargo-deb
+	command -v cargo-deb >/dev/null || $(INSTALL) cargo-deb
 	cargo build --release --locked -p claviger -p claviger-loadgen --bins
-	rm -rf target/manual
-	for program in claviger claviger-loadgen; do ./target/release/$$program manual target/manual/$$program || exit 1; done
+	rm -rf target/release/manual target/debian
+	for program in claviger claviger-loadgen; do ./target/release/$$program manual target/release/manual/$$program || exit 1; done
+	gzip -9n target/release/manual/*/man/*
 	cargo deb --locked --no-build -p claviger
+	cargo deb --locked --no-build -p claviger --variant server
+	cargo deb --locked --no-build -p claviger --variant host
 	cargo deb --locked --no-build -p claviger-loadgen
+
+# What the programs contain, as CycloneDX documents. The tool writes one for each program of the workspace, beside its Cargo.toml.
+sbom:
+	command -v cargo-cyclonedx >/dev/null || $(INSTALL) cargo-cyclonedx
+	rm -rf target/release/sbom && mkdir -p target/release/sbom
+	cargo cyclonedx --quiet --format json --spec-version 1.5 --describe binaries --no-build-deps
+	for program in daemon/claviger loadgen/claviger-loadgen; do \
+	  sed 's,file://$(CURDIR)/,file:///,g' $${program}_bin.cdx.json >target/release/sbom/$${program#*/}.cdx.json || exit 1; \
+	done
+	find . -path ./target -prune -o -name '*.cdx.json' -exec rm {} +
+
+# Debian's own checks of the packages that `make deb` made. Nobody has asked Debian to take them, so they close no bug there.
+lint-deb:
+	$(call install,lintian)
+	lintian --fail-on error,warning --suppress-tags initial-upload-closes-no-bugs --allow-root --tag-display-limit 0 target/debian/*_$(VERSION)-1_*.deb

@@ -23,6 +23,8 @@ pub fn completions(mut command: clap::Command, shell: Shell) {
 /// A file cannot be written.
 pub fn write_all(mut command: clap::Command, folder: &Path) -> io::Result<()> {
     let name = command.get_name().to_owned();
+    // The completions add the command `help` to it, at each level.
+    let described = without_help(command.clone());
     let completions = folder.join("completions");
     std::fs::create_dir_all(&completions)?;
     for (shell, file) in
@@ -34,8 +36,12 @@ pub fn write_all(mut command: clap::Command, folder: &Path) -> io::Result<()> {
     }
     let pages = folder.join("man");
     std::fs::create_dir_all(&pages)?;
-    // A page for each command is enough; that of its help would say the same.
-    clap_mangen::generate_to(command.disable_help_subcommand(true), pages)
+    clap_mangen::generate_to(described, pages)
+}
+
+/// Leaves out the commands `help` at each level: their pages would say what those of the commands say.
+fn without_help(command: clap::Command) -> clap::Command {
+    command.disable_help_subcommand(true).mut_subcommands(without_help)
 }
 
 #[cfg(test)]
@@ -47,11 +53,15 @@ mod tests {
     fn every_command_gets_a_page_and_is_completed() {
         let folder = tempfile::tempdir().unwrap();
         let sub = clap::Command::new("list").about("Show them").after_help("Example: tool list");
+        let sub = sub.subcommand(clap::Command::new("all"));
         let hidden = clap::Command::new("inner").hide(true);
         write_all(clap::Command::new("tool").subcommands([sub, hidden]), folder.path()).unwrap();
         let page = std::fs::read_to_string(folder.path().join("man/tool-list.1")).unwrap();
         assert!(page.contains("Show them") && page.contains("Example: tool list"), "{page}");
-        assert!(!folder.path().join("man/tool-inner.1").exists());
+        assert!(folder.path().join("man/tool-list-all.1").exists());
+        for absent in ["tool-inner.1", "tool-help.1", "tool-list-help.1", "tool-list-help-all.1"] {
+            assert!(!folder.path().join("man").join(absent).exists(), "{absent}");
+        }
         for file in ["tool", "_tool", "tool.fish"] {
             assert!(std::fs::read_to_string(folder.path().join("completions").join(file)).unwrap().contains("list"));
         }

@@ -1,10 +1,11 @@
-//! What is packaged for containers: objects of Kubernetes by its own schemas, and a configuration that the daemon accepts.
+//! What is packaged: Debian packages that are installed, upgraded and removed, and for containers the objects of Kubernetes, by its
+//! own schemas, and a configuration that the daemon accepts.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use claviger::config::Config;
-use claviger_tests::{said, tool};
+use claviger_tests::{claviger, said, sandbox, tool};
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
@@ -60,5 +61,144 @@ fn the_configuration_for_kubernetes_is_one_that_the_daemon_takes() {
     for file in files.chain(pins).chain([&*tls.certificate, &*tls.key, &*config.server.state]) {
         let folder = file.parent().unwrap().display().to_string();
         assert!(pod.contains(&format!("mountPath: {folder}\n")), "{}", file.display());
+    }
+}
+
+/// Makes the Debian packages of the program, the service and a host with `cargo deb`, of the program that the tests run.
+fn packages(folder: &Path, revision: &str) {
+    let built = folder.join("release");
+    std::fs::create_dir_all(built.join("sbom")).unwrap();
+    if !built.join("claviger").exists() {
+        std::fs::copy(claviger(), built.join("claviger")).unwrap();
+        // `make deb` fills it.
+        std::fs::write(built.join("sbom/claviger.cdx.json"), "{}").unwrap();
+        let manual = built.join("manual/claviger");
+        assert!(Command::new(claviger()).arg("manual").arg(&manual).status().unwrap().success());
+        let pages = std::fs::read_dir(manual.join("man")).unwrap().map(|page| page.unwrap().path());
+        assert!(Command::new("gzip").arg("-9n").args(pages).status().unwrap().success());
+    }
+    for variant in [None, Some("server"), Some("host")] {
+        let mut command = Command::new("cargo");
+        command.args([
+            "deb",
+            "--locked",
+            "--offline",
+            "--no-build",
+            "--fast",
+            "-p",
+            "claviger",
+            "--deb-revision",
+            revision,
+        ]);
+        command.args(variant.map(|variant| format!("--variant={variant}"))).arg("--output").arg(folder);
+        let made = command.current_dir(root()).env("CARGO_TARGET_DIR", folder).output().unwrap();
+        assert!(made.status.success(), "install cargo-deb, or see: {}", said(&made));
+    }
+}
+
+/// The blocks of a page that follow a heading, or all of it: those that are executed.
+fn blocks_after(page: &str, heading: &str) -> String {
+    let text = std::fs::read_to_string(root().join(page)).unwrap();
+    let (_, rest) = text.split_once(heading).unwrap();
+    let mut script = String::new();
+    let mut above = "";
+    let mut lines = rest.lines();
+    while let Some(line) = lines.next() {
+        if line == "```sh" {
+            let block: Vec<&str> = lines.by_ref().take_while(|line| *line != "```").collect();
+            if !above.starts_with("<!-- not executed") {
+                script += &(block.join("\n") + "\n");
+            }
+        }
+        above = line;
+    }
+    script
+}
+
+#[test]
+fn the_packages_lead_to_a_release_and_are_upgraded_removed_and_purged() {
+    if !sandbox::is_possible() {
+        return;
+    }
+    // Below the folder of the build, which the sandbox sees.
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    packages(folder.path(), "1");
+    packages(folder.path(), "2");
+    let first = blocks_after("docs/install.md", "## 2. The service");
+    let script = format!(
+        r#"
+set -x
+export DEBIAN_FRONTEND=noninteractive
+trap 'status=$?; [ $status = 0 ] || cat /tmp/journal || true; exit $status' EXIT
+mkdir /tmp/debs /tmp/work
+cp {debian}/*.deb /tmp/debs
+pushd /tmp/debs
+dpkg -i claviger_*-1_*.deb claviger-server_*-1_*.deb claviger-host_*-1_*.deb
+popd
+test ! -e /usr/share/man/man1/claviger-help.1.gz
+zcat /usr/share/man/man1/claviger-init.1.gz | grep -q 'TH claviger-init'
+for place in $(sed -n 's/^Documentation=//p' /usr/lib/systemd/system/claviger*.service); do
+  case $place in
+  man:*) page=${{place#man:}} section=${{place##*(}} && zcat "/usr/share/man/man${{section%)}}/${{page%(*}}.${{section%)}}.gz" >/dev/null ;;
+  file://*) test -s "${{place#file://}}" ;;
+  *) exit 8 ;;
+  esac
+done
+stat -c 'folder %n %U:%G %a' /etc/claviger /var/lib/claviger /etc/claviger-host /var/lib/claviger-host
+cd /tmp/work
+{first}
+pid=$(cat /run/claviger.pid)
+echo '# changed here' >>/etc/logrotate.d/claviger
+dpkg -i /tmp/debs/claviger_*-2_*.deb /tmp/debs/claviger-server_*-2_*.deb /tmp/debs/claviger-host_*-2_*.deb
+kill -0 "$pid"
+grep -q 'changed here' /etc/logrotate.d/claviger
+curl --fail --silent http://127.0.0.1:9464/ready
+claviger hosts list
+systemctl stop claviger
+systemctl start claviger
+claviger host unwrap --protector vm.next.xml --egress vm.last.xml --key-file vm.next.keys --url http://127.0.0.1:8080
+systemctl stop claviger
+# The program is needed by the others.
+if dpkg -r claviger; then exit 9; fi
+dpkg -r claviger-server claviger-host
+test ! -e /usr/lib/systemd/system/claviger.service
+test -e /etc/logrotate.d/claviger
+dpkg -P claviger-server claviger-host claviger
+test ! -e /etc/logrotate.d/claviger
+test ! -e /usr/bin/claviger
+ls /etc/claviger/claviger.toml /var/lib/claviger/audit.jsonl /var/lib/claviger-host/hostkey.pem
+dpkg -l | grep claviger | grep -v loadgen || echo nothing is left
+"#,
+        debian = folder.path().display()
+    );
+    let ran = sandbox::run(&script);
+    let said = said(&ran);
+    assert!(ran.status.success(), "{said}");
+    for expected in [
+        "folder /etc/claviger root:claviger 750",
+        "folder /var/lib/claviger claviger:claviger 750",
+        "folder /etc/claviger-host root:root 755",
+        "folder /var/lib/claviger-host root:root 700",
+        "ready     keys are released",
+        "were kept; remove them by hand",
+        "nothing is left",
+    ] {
+        assert!(said.contains(expected), "no {expected:?} in\n{said}");
+    }
+}
+
+#[test]
+fn the_packages_ask_for_the_version_that_is_built_and_enable_nothing() {
+    let manifest: toml::Table = std::fs::read_to_string(root().join("daemon/Cargo.toml")).unwrap().parse().unwrap();
+    let workspace: toml::Table = std::fs::read_to_string(root().join("Cargo.toml")).unwrap().parse().unwrap();
+    let version = workspace["workspace"]["package"]["version"].as_str().unwrap();
+    let changelog = std::fs::read_to_string(root().join("daemon/packaging/debian/changelog")).unwrap();
+    assert!(changelog.starts_with(&format!("claviger ({version}-1)")), "{changelog}");
+    for (name, package) in manifest["package"]["metadata"]["deb"]["variants"].as_table().unwrap() {
+        let depends = package["depends"].as_str().unwrap();
+        assert!(depends.contains(&format!("claviger (>= {version})")), "{name}: {depends}");
+        for setting in ["enable", "start", "restart-after-upgrade", "stop-on-upgrade"] {
+            assert_eq!(package["systemd-units"][setting].as_bool(), Some(false), "{name}: {setting}");
+        }
     }
 }
