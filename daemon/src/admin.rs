@@ -2,7 +2,7 @@
 
 mod client;
 mod error;
-pub mod handlers;
+pub(crate) mod handlers;
 mod line;
 mod message;
 mod socket;

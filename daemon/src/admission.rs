@@ -21,7 +21,7 @@
 //! Every refusal says when to try again. The callers are spread over the time that the backlog takes (`returns`).
 //! `fair_queue` and the rates decide, as plain values; `turns` does the waiting and the waking.
 
-pub mod bodies;
+pub(crate) mod bodies;
 mod declined;
 mod fair_queue;
 mod host_at;
@@ -41,9 +41,9 @@ use claviger_protocol::work::Work;
 use tokio::sync::Semaphore;
 
 use self::declined::whole_seconds;
-pub use self::declined::{Declined, Dropped};
-pub use self::host_at::HostAt;
-pub use self::turns::Permit;
+pub(crate) use self::declined::{Declined, Dropped};
+pub(crate) use self::host_at::HostAt;
+pub(crate) use self::turns::Permit;
 use self::turns::Turns;
 use crate::config::Config;
 use crate::observe::metrics::{self, Load};
@@ -118,7 +118,7 @@ impl Limits {
 
 /// How many releases run at the same time, given the sessions of all members.
 #[must_use]
-pub fn concurrency(config: &Config, sessions: usize) -> usize {
+pub(crate) fn concurrency(config: &Config, sessions: usize) -> usize {
     match config.release.concurrency {
         // A release has two operations at the tokens at the same time, so this keeps every session's next one ready.
         0 => sessions.saturating_mul(2).max(LEAST_CONCURRENCY),

@@ -14,10 +14,10 @@ use std::sync::Arc;
 
 use crate::service::Service;
 
-pub use self::finding::{Finding, Level};
+pub(crate) use self::finding::{Finding, Level};
 
 /// Checks inside the daemon: its HSMs, in its own sessions, and its audit trail.
-pub async fn of_daemon(service: &Arc<Service>) -> Vec<Finding> {
+pub(crate) async fn of_daemon(service: &Arc<Service>) -> Vec<Finding> {
     let mut findings = hsm::of_daemon(service).await;
     // Read the position before the file, because the daemon continues to write.
     let (path, written) = (service.config.load().server.audit_file(), service.audit.head().link.n);

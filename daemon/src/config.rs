@@ -15,7 +15,7 @@ mod hsm;
 mod line;
 mod load;
 mod pin;
-pub mod reference;
+pub(crate) mod reference;
 mod schema;
 mod tls;
 

@@ -2,9 +2,9 @@
 //! do not depend on HTTP.
 
 pub(crate) mod answer;
-pub mod attestation;
-pub mod body;
-pub mod intake;
-pub mod resource;
-pub mod routes;
+pub(crate) mod attestation;
+pub(crate) mod body;
+pub(crate) mod intake;
+pub(crate) mod resource;
+pub(crate) mod routes;
 pub mod server;

@@ -1,27 +1,27 @@
 //! Claviger, a key-release daemon: it releases the transport keys of shielded virtual machines to hosts that have
 //! proved their health. The private keys stay in HSMs.
 //!
-//! Start reading at [`release`]: one release from request to reply. [`http::routes`] calls it, [`service`] is the
+//! Start reading at [`release`]: one release from request to reply. `http::routes` calls it, [`service`] is the
 //! context that all requests share, and [`run`] starts and stops the daemon.
 #![forbid(unsafe_code)]
 
 pub mod admin;
-pub mod admission;
-pub mod attest;
-pub mod checks;
+mod admission;
+mod attest;
+mod checks;
 pub mod cli;
 pub mod config;
 pub mod http;
 pub mod lab;
-pub mod nodes;
+mod nodes;
 pub mod observe;
 pub mod registry;
 pub mod release;
 pub mod request;
 pub mod run;
 pub mod service;
-pub mod signing;
-pub mod status;
+mod signing;
+mod status;
 mod stock;
 pub mod store;
 pub mod sys;

@@ -1,11 +1,11 @@
 //! Several nodes that share a state in etcd: who they are, whose turn it is to make an attestation signer, the key of TPM
 //! attestations, and what each has counted. Without etcd, none of this runs.
 
-pub mod presence;
-pub mod record;
-pub mod state_key;
-pub mod turn;
-pub mod usage;
+pub(crate) mod presence;
+pub(crate) mod record;
+pub(crate) mod state_key;
+pub(crate) mod turn;
+pub(crate) mod usage;
 
 use std::sync::Arc;
 
@@ -16,7 +16,7 @@ use crate::store::{Board, BoardError};
 
 /// Starts the background work of a node. Nothing is started if the state is local.
 #[must_use]
-pub fn start(service: &Arc<Service>) -> Vec<JoinHandle<()>> {
+pub(crate) fn start(service: &Arc<Service>) -> Vec<JoinHandle<()>> {
     let Some(board) = service.board.clone() else { return Vec::new() };
     vec![
         tokio::spawn(presence::run(Arc::clone(service), board.clone())),
@@ -29,13 +29,13 @@ pub fn start(service: &Arc<Service>) -> Vec<JoinHandle<()>> {
 ///
 /// # Errors
 /// etcd cannot be written.
-pub async fn forget(board: &Board, node: &str) -> Result<(), BoardError> {
+pub(crate) async fn forget(board: &Board, node: &str) -> Result<(), BoardError> {
     board.delete(&record::record_key(node)).await?;
     usage::forget(board, node).await
 }
 
 /// Tells the other nodes that this one stops.
-pub async fn leave(service: &Service) {
+pub(crate) async fn leave(service: &Service) {
     if let Some(board) = &service.board {
         presence::leave(board, &service.config.load().server.node()).await;
     }

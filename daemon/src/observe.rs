@@ -1,6 +1,6 @@
 //! Observation of the daemon: metrics, the audit trail, the last hour, the log.
 
-pub mod audit;
+pub(crate) mod audit;
 pub mod history;
 pub mod log;
 pub mod metrics;

@@ -1,13 +1,13 @@
 //! The data that requests read: snapshots of the state, and caches.
 
-pub mod baselines;
-pub mod currency;
-pub mod error;
-pub mod follow;
+pub(crate) mod baselines;
+pub(crate) mod currency;
+pub(crate) mod error;
+pub(crate) mod follow;
 pub mod health_cache;
-pub mod hosts;
-pub mod issued;
+pub(crate) mod hosts;
+pub(crate) mod issued;
 pub mod keys;
-pub mod signers;
-pub mod snapshot;
-pub mod tpm_sessions;
+pub(crate) mod signers;
+pub(crate) mod snapshot;
+pub(crate) mod tpm_sessions;

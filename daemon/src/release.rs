@@ -8,13 +8,13 @@
 //! A release uses one snapshot of settings and registry from start to end. Changes in the meantime matter when the
 //! decision is recorded: a grant is sent only if it is still valid then.
 
-pub mod batch;
+pub(crate) mod batch;
 mod decision;
 mod egress;
 mod grant;
 pub mod hsm;
 mod ours;
-pub mod stocker;
+pub(crate) mod stocker;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 #[cfg(test)]

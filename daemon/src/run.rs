@@ -4,6 +4,6 @@ mod audit_tasks;
 pub mod daemon;
 pub mod members;
 pub mod preflight;
-pub mod reload;
+pub(crate) mod reload;
 pub mod serve;
-pub mod systemd;
+pub(crate) mod systemd;

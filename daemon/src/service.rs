@@ -1,6 +1,6 @@
 //! What all requests share: settings, the HSM cluster, the registry, and the audit trail.
 
-pub mod reloads;
+pub(crate) mod reloads;
 
 use std::sync::Arc;
 use std::time::Duration;

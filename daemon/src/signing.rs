@@ -8,14 +8,14 @@ use claviger_protocol::rsa_key::{RsaPrivateKey, RsaPublicKey};
 use ring::digest;
 
 /// Time limit for the daemon's own HSM operations (for the metadata document or an attestation signer).
-pub const OWN_DEADLINE: Duration = Duration::from_secs(10);
+pub(crate) const OWN_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Signs `message` in an HSM with RSASSA-PKCS1-v1_5 and SHA-256, for the daemon's own documents. `public` is the public
 /// key; a signature that it does not verify is never returned.
 ///
 /// # Errors
 /// The error of the cluster.
-pub async fn sign(
+pub(crate) async fn sign(
     cluster: &Cluster,
     key: &KeyRef,
     public: &RsaPublicKey,
@@ -29,14 +29,14 @@ pub async fn sign(
 
 /// A check for RSASSA-PKCS1-v1_5 signatures by the key of `public` over the message with this SHA-256.
 #[must_use]
-pub fn signed_by(public: &RsaPublicKey, digest: digest::Digest) -> Check {
+pub(crate) fn signed_by(public: &RsaPublicKey, digest: digest::Digest) -> Check {
     let public = public.clone();
     Arc::new(move |signature| public.verify_digest(digest.as_ref(), signature).is_ok())
 }
 
 /// Converts a software key to the HSM crate's form.
 #[must_use]
-pub fn private_parts(key: &RsaPrivateKey) -> RsaPrivateParts {
+pub(crate) fn private_parts(key: &RsaPrivateKey) -> RsaPrivateParts {
     let p = key.parts();
     let copy = |part: &[u8]| part.to_vec();
     RsaPrivateParts {

@@ -1,7 +1,7 @@
 //! The listener of the metrics address: the status page at `/`, `/metrics` for Prometheus, `/live` and `/ready`.
 
 mod page;
-pub mod readiness;
+pub(crate) mod readiness;
 mod verdict;
 
 use std::convert::Infallible;
@@ -38,7 +38,7 @@ const HTML: &str = "text/html; charset=utf-8";
 const NOTHING_ELSE: HeaderValue = HeaderValue::from_static("default-src 'none'; style-src 'unsafe-inline'");
 
 /// The context of the metrics address.
-pub struct Monitor {
+pub(crate) struct Monitor {
     service: Arc<Service>,
     handle: Handle,
     tls: Option<SharedTls>,
@@ -50,7 +50,7 @@ pub struct Monitor {
 impl Monitor {
     /// Creates the context for a daemon with this limit of connections.
     #[must_use]
-    pub fn new(
+    pub(crate) fn new(
         service: Arc<Service>,
         handle: Handle,
         tls: Option<SharedTls>,
@@ -118,7 +118,10 @@ impl Monitor {
 }
 
 /// Answers a request to the metrics address.
-pub async fn serve(monitor: Arc<Monitor>, request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
+pub(crate) async fn serve(
+    monitor: Arc<Monitor>,
+    request: Request<Incoming>,
+) -> Result<Response<Full<Bytes>>, Infallible> {
     let plain = |status, text: String| Answer { status, ..Answer::ok(TEXT, text) };
     let answer = match (request.method(), request.uri().path()) {
         (&Method::GET | &Method::HEAD, "/") => {
@@ -150,7 +153,7 @@ async fn probe(monitor: &Monitor, path: &str) -> Answer {
 
 /// Answers `/live` and `/ready` at the service address: only the status, because names of HSMs are not for callers.
 /// `None`: the request is another one.
-pub async fn probe_for_callers(monitor: &Monitor, method: &Method, path: &str) -> Option<Response<Full<Bytes>>> {
+pub(crate) async fn probe_for_callers(monitor: &Monitor, method: &Method, path: &str) -> Option<Response<Full<Bytes>>> {
     if !matches!((method, path), (&Method::GET | &Method::HEAD, "/live" | "/ready")) {
         return None;
     }
@@ -160,7 +163,7 @@ pub async fn probe_for_callers(monitor: &Monitor, method: &Method, path: &str) -
 }
 
 /// Records the history of the last hour, while the daemon runs.
-pub async fn watch(monitor: Arc<Monitor>) {
+pub(crate) async fn watch(monitor: Arc<Monitor>) {
     let mut ticks = tokio::time::interval(INTERVAL);
     // After a pause of the machine, avoid intervals of zero length.
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);

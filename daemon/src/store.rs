@@ -15,7 +15,7 @@ mod certificates;
 mod contents;
 mod error;
 mod etcd;
-pub mod evidence;
+pub(crate) mod evidence;
 mod hosts;
 mod import;
 mod labels;
@@ -26,7 +26,7 @@ mod sqlite;
 mod state;
 mod table;
 mod transfer;
-pub mod usage_counts;
+pub(crate) mod usage_counts;
 
 pub use backend::Condition;
 pub use baselines::{MAX_BASELINES, check_baseline_name};

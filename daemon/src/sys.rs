@@ -1,9 +1,9 @@
 //! Access to the machine, and general-purpose values.
 
 pub mod clock;
-pub mod failure;
+pub(crate) mod failure;
 pub mod id;
-pub mod ownership;
+pub(crate) mod ownership;
 pub(crate) mod places;
 pub mod print;
 pub mod process;

@@ -28,7 +28,7 @@ const LONGEST_NAME: usize = 64;
 ///
 /// # Errors
 /// A sentence for a person.
-pub async fn handle(service: Arc<Service>, request: Value, peer: Peer) -> Result<Value, String> {
+pub(crate) async fn handle(service: Arc<Service>, request: Value, peer: Peer) -> Result<Value, String> {
     let command = Command::deserialize(request).map_err(|e| format!("the daemon does not know this command: {e}"))?;
     let service = &service;
     match command {
@@ -102,7 +102,7 @@ pub async fn handle(service: Arc<Service>, request: Value, peer: Peer) -> Result
 ///
 /// # Errors
 /// A sentence for a person.
-pub async fn review(service: Arc<Service>, request: Value, peer: Peer) -> Result<Value, String> {
+pub(crate) async fn review(service: Arc<Service>, request: Value, peer: Peer) -> Result<Value, String> {
     let reads = |name: &str| [".list", ".show", ".status", ".check"].iter().any(|end| name.ends_with(end));
     if !request["command"].as_str().is_some_and(reads) {
         refused(&service, &request, peer).await;

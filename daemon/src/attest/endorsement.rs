@@ -32,7 +32,7 @@ static ALGORITHMS: &[&dyn SignatureVerificationAlgorithm] = &[
 
 /// Why an endorsement key certificate is rejected.
 #[derive(Debug, thiserror::Error)]
-pub enum EndorsementError {
+pub(crate) enum EndorsementError {
     /// No roots are configured.
     #[error(
         "attest.vendor_roots names no folder, so no TPM maker is trusted; set it, or register the bare key with --ek-public FILE --trust-ek"
@@ -68,7 +68,11 @@ pub enum EndorsementError {
 ///
 /// # Errors
 /// [`EndorsementError`].
-pub fn vouched_for(certificates: &[Vec<u8>], roots: Option<&Path>, now: i64) -> Result<RsaPublicKey, EndorsementError> {
+pub(crate) fn vouched_for(
+    certificates: &[Vec<u8>],
+    roots: Option<&Path>,
+    now: i64,
+) -> Result<RsaPublicKey, EndorsementError> {
     let wrong = |problem: &str| EndorsementError::Certificate(problem.to_owned());
     let (leaf, others) = certificates.split_first().ok_or_else(|| wrong("the file holds none"))?;
     let parsed = Certificate::parse(leaf).map_err(|error| EndorsementError::Certificate(error.to_string()))?;
@@ -98,7 +102,7 @@ pub fn vouched_for(certificates: &[Vec<u8>], roots: Option<&Path>, now: i64) -> 
 ///
 /// # Errors
 /// [`EndorsementError::Folder`], [`EndorsementError::File`].
-pub fn vendor_roots(path: &Path) -> Result<Vec<CertificateDer<'static>>, EndorsementError> {
+pub(crate) fn vendor_roots(path: &Path) -> Result<Vec<CertificateDer<'static>>, EndorsementError> {
     let failed = |source| EndorsementError::Folder { path: path.to_owned(), source };
     let mut all = Vec::new();
     for entry in std::fs::read_dir(path).map_err(failed)? {

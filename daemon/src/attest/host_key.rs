@@ -33,7 +33,7 @@ fn unauthorized() -> Refused {
 /// # Errors
 /// `PayloadErrorReply` for a malformed request, `UnauthorizedErrorReply` for an unknown key or a wrong signature (the two look
 /// the same), `UnavailableErrorReply` when no HSM signs; 429 for a host or an address over its rate.
-pub async fn attest(service: &Service, body: &[u8], attempt: &mut Attempt) -> Result<Issued, Refused> {
+pub(crate) async fn attest(service: &Service, body: &[u8], attempt: &mut Attempt) -> Result<Issued, Refused> {
     // An address is over its rate when too many of its requests were refused. An attestation from it is still served if its
     // signature proves a registered host, so that no host pays for its neighbours. Every other one gets the same 429,
     // whatever is wrong with it.

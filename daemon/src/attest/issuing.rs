@@ -25,7 +25,7 @@ const TOO_MANY: ErrorReply = ErrorReply::Error { status: 429 };
 
 /// A refused attestation.
 #[derive(Clone, Debug)]
-pub struct Refused {
+pub(crate) struct Refused {
     /// The reply.
     pub reply: ErrorReply,
     /// The reason, as a sentence for an administrator.
@@ -37,7 +37,7 @@ pub struct Refused {
 impl Refused {
     /// A refusal without `retry_after`.
     #[must_use]
-    pub fn new(reply: ErrorReply, message: impl Into<String>) -> Self {
+    pub(crate) fn new(reply: ErrorReply, message: impl Into<String>) -> Self {
         Self { reply, message: message.into(), retry_after: None }
     }
 }
@@ -59,7 +59,7 @@ impl From<Declined> for Refused {
 /// administrator may have removed the host or the baseline: the certificates leave only through [`Issued::confirm`], which is
 /// called where the decision is recorded.
 #[derive(Debug)]
-pub struct Issued {
+pub(crate) struct Issued {
     reply: HealthCertificateReply,
     /// The certificates that have no line in the audit trail yet.
     unrecorded: Vec<IssuedFor>,
@@ -97,7 +97,7 @@ impl Issued {
     ///
     /// # Errors
     /// The refusal of an attestation that arrived now.
-    pub fn confirm(self, service: &Service) -> Result<(HealthCertificateReply, Vec<IssuedFor>), Refused> {
+    pub(crate) fn confirm(self, service: &Service) -> Result<(HealthCertificateReply, Vec<IssuedFor>), Refused> {
         if let Some(why) = service.registry.currency().why_expired() {
             return Err(Refused::new(ErrorReply::Unavailable, why));
         }

@@ -39,7 +39,7 @@ const BITS: u32 = 2048;
 
 /// Why no new signer was created.
 #[derive(Debug, thiserror::Error)]
-pub enum SignerError {
+pub(crate) enum SignerError {
     /// The HSMs cannot generate or import the key, or cannot sign with it.
     #[error("the HSMs: {0}")]
     Hsm(#[from] Failure),
@@ -61,7 +61,7 @@ pub enum SignerError {
 }
 
 /// Renews the attestation signer in the background while the daemon runs.
-pub struct Keeper {
+pub(crate) struct Keeper {
     service: Arc<Service>,
     /// The key of an unfinished signer. The next attempt uses it, since keys on an HSM are never removed.
     unfinished: Option<(KeyRef, RsaPublicKey)>,
@@ -71,12 +71,12 @@ pub struct Keeper {
 impl Keeper {
     /// Creates the keeper of the service's signer.
     #[must_use]
-    pub fn new(service: Arc<Service>) -> Self {
+    pub(crate) fn new(service: Arc<Service>) -> Self {
         Self { service, unfinished: None, absence: Absence::default() }
     }
 
     /// Checks the signer periodically, and whenever a signature found its key missing.
-    pub async fn run(mut self) {
+    pub(crate) async fn run(mut self) {
         let mut asked = false;
         let mut failing = false;
         loop {
@@ -107,7 +107,7 @@ impl Keeper {
     ///
     /// # Errors
     /// See [`SignerError`]; the current signer stays as it was.
-    pub async fn look(&mut self, asked: bool) -> Result<(), SignerError> {
+    pub(crate) async fn look(&mut self, asked: bool) -> Result<(), SignerError> {
         let signers = Arc::clone(&self.service.registry.signers());
         let Some(current) = signers.current() else { return self.renew().await };
         // The unfinished signer has been installed after all.
@@ -167,7 +167,7 @@ impl SignerError {
 
 /// The thumbprint of the current signer, hexadecimal.
 #[must_use]
-pub fn current(service: &Service) -> Option<String> {
+pub(crate) fn current(service: &Service) -> Option<String> {
     service.registry.signers().current_thumbprint().map(str::to_owned)
 }
 
@@ -175,7 +175,7 @@ pub fn current(service: &Service) -> Option<String> {
 ///
 /// # Errors
 /// See [`SignerError`]; the current signer stays as it was.
-pub async fn replace(service: &Arc<Service>) -> Result<(), SignerError> {
+pub(crate) async fn replace(service: &Arc<Service>) -> Result<(), SignerError> {
     let turn = Makers::turn(service).await?.ok_or(SignerError::OthersTurn)?;
     let replaces = current(service);
     let made = async {

@@ -48,7 +48,7 @@ pub(crate) const LARGE: usize = 256 * 1024;
 const LARGE_FIRST_STEP: usize = 16 * 1024;
 
 /// The result of a request that was not refused.
-pub enum Progress {
+pub(crate) enum Progress {
     /// The body of the reply to step 1.
     Continue(Vec<u8>),
     /// The certificates of step 2.
@@ -81,7 +81,7 @@ struct Proven {
 /// # Errors
 /// Those of the protocol page, section 3.1; `UnavailableErrorReply` when no HSM signs; 429 for a host or an address over its
 /// rate.
-pub async fn attest(service: &Service, body: &[u8], attempt: &mut Attempt) -> Result<Progress, Refused> {
+pub(crate) async fn attest(service: &Service, body: &[u8], attempt: &mut Attempt) -> Result<Progress, Refused> {
     // As in host-key mode, step 2 from an address over its rate is served if it proves a registered host. Step 1 proves
     // nothing, so each registered host has a bucket for it at each address.
     let over_rate = service.admission.stranger_may_ask(attempt).err();

@@ -8,7 +8,7 @@ use super::schema::Config;
 
 /// A section of the file, such as `[server]`.
 #[derive(Debug)]
-pub struct Section {
+pub(crate) struct Section {
     /// The section's header, such as `[server.tls]` or `[[hsm]]`.
     pub header: String,
     /// The first part of its settings' names, such as `server.tls`.
@@ -21,7 +21,7 @@ pub struct Section {
 
 /// A setting of a section.
 #[derive(Debug)]
-pub struct Setting {
+pub(crate) struct Setting {
     /// The name within its section.
     pub name: String,
     /// Type and unit of its value.
@@ -38,7 +38,7 @@ pub struct Setting {
 
 /// All sections: first those whose settings a file has most often.
 #[must_use]
-pub fn sections() -> Vec<Section> {
+pub(crate) fn sections() -> Vec<Section> {
     let mut found = Vec::new();
     collect(&schema(), "", false, &mut found);
     found.retain(|section| !section.settings.is_empty());
@@ -54,7 +54,7 @@ pub fn sections() -> Vec<Section> {
 
 /// The JSON Schema of the file, for editors.
 #[must_use]
-pub fn schema() -> Value {
+pub(crate) fn schema() -> Value {
     let settings = SchemaSettings::draft2020_12().with(|settings| settings.inline_subschemas = true);
     settings.into_generator().into_root_schema_for::<Config>().to_value()
 }
@@ -209,7 +209,7 @@ fn grouped(number: u64) -> String {
 impl Setting {
     /// Type, unit and bounds in words.
     #[must_use]
-    pub fn value(&self) -> String {
+    pub(crate) fn value(&self) -> String {
         match self.bounds {
             Some((least, most)) => format!("{}, {} to {}", self.kind, grouped(least), grouped(most)),
             None => self.kind.clone(),
@@ -218,7 +218,7 @@ impl Setting {
 
     /// The default in words.
     #[must_use]
-    pub fn default_in_words(&self) -> String {
+    pub(crate) fn default_in_words(&self) -> String {
         match &self.default {
             Some(default) => default.clone(),
             None if self.required => "required".to_owned(),
@@ -233,13 +233,13 @@ with all defaults, `claviger config schema` prints a JSON Schema for editors, an
 
 /// What the file is.
 #[must_use]
-pub fn introduction() -> &'static str {
+pub(crate) fn introduction() -> &'static str {
     INTRODUCTION
 }
 
 /// The reference as a page in Markdown.
 #[must_use]
-pub fn markdown() -> String {
+pub(crate) fn markdown() -> String {
     let mut page = format!(
         "# Configuration\n\n<!-- Generated from the types in daemon/src/config: claviger config reference >docs/configuration.md -->\n\n\
          {INTRODUCTION}\n\n[service.md](service.md#reload) says which settings a reload changes, and the manual page \

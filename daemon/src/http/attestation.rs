@@ -146,7 +146,7 @@ fn note_identity(service: &Service, attempt: &Attempt) {
 
 /// All possible outcomes of an attestation.
 #[must_use]
-pub fn outcomes() -> Vec<&'static str> {
+pub(crate) fn outcomes() -> Vec<&'static str> {
     let refusals = [
         ErrorReply::Error { status: 500 },
         ErrorReply::Payload,

@@ -16,7 +16,7 @@ const AHEAD: u64 = 64 * 1024;
 
 /// Why a request has no usable body.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum BodyError {
+pub(crate) enum BodyError {
     /// The body has more bytes than the limit. The reply is 413.
     #[error("the request's body is too large")]
     TooLarge,
@@ -33,7 +33,7 @@ pub enum BodyError {
 
 /// The minimum speed of a body.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Pace {
+pub(crate) struct Pace {
     /// The whole body has to arrive within this time.
     pub within: Duration,
     /// Average speed in bytes per second; 0 is no limit.
@@ -55,7 +55,7 @@ impl Pace {
 }
 
 /// Decides how much of a body is accepted while it arrives.
-pub trait Intake {
+pub(crate) trait Intake {
     /// Asks whether `received` bytes may be kept. `so_far` are the bytes that are already kept. Returns the limit of
     /// the body, which may change from call to call.
     ///
@@ -65,9 +65,11 @@ pub trait Intake {
 }
 
 /// Accepts bodies of up to this many bytes.
+#[cfg(test)]
 #[derive(Clone, Copy, Debug)]
-pub struct UpTo(pub u64);
+pub(crate) struct UpTo(pub u64);
 
+#[cfg(test)]
 impl Intake for UpTo {
     fn more(&mut self, _: u64, _: &[u8]) -> Result<u64, BodyError> {
         Ok(self.0)
@@ -81,7 +83,12 @@ impl Intake for UpTo {
 ///
 /// # Errors
 /// [`BodyError`].
-pub async fn read_body<B>(mut body: B, most: u64, pace: Pace, intake: &mut impl Intake) -> Result<Bytes, BodyError>
+pub(crate) async fn read_body<B>(
+    mut body: B,
+    most: u64,
+    pace: Pace,
+    intake: &mut impl Intake,
+) -> Result<Bytes, BodyError>
 where
     B: Body<Data = Bytes> + Unpin,
 {

@@ -14,7 +14,7 @@ use crate::request::Attempt;
 use crate::service::Service;
 
 /// Largest body of a single request in bytes, and of a batch until its health certificate has been verified.
-pub const MAX_BODY: usize = 1024 * 1024;
+pub(crate) const MAX_BODY: usize = 1024 * 1024;
 
 /// Bytes of a batch that are accepted from an address over its rate before the health certificate has identified a
 /// host. The health certificate is within the first 3,000 bytes.
@@ -27,7 +27,7 @@ const UNPROVEN: &str = "unproven";
 
 /// All reasons for refusing a body, by their names in the metrics.
 #[must_use]
-pub fn refusals() -> Vec<&'static str> {
+pub(crate) fn refusals() -> Vec<&'static str> {
     NoRoom::ALL.iter().map(|reason| reason.as_str()).chain([SLOW, TOO_LARGE, UNPROVEN]).collect()
 }
 

@@ -83,7 +83,7 @@ const NO_RESOURCE: &str = "none";
 
 /// All resource names in the metrics.
 #[must_use]
-pub fn resources() -> Vec<&'static str> {
+pub(crate) fn resources() -> Vec<&'static str> {
     let mut names: Vec<_> = RESOURCES.iter().map(|(.., endpoint)| endpoint.name()).chain([NO_RESOURCE]).collect();
     names.sort_unstable();
     names.dedup();

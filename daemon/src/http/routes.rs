@@ -38,7 +38,10 @@ const EXPIRED_RETRY: u16 = 5;
 /// The work runs in a separate task: a client that disconnects does not stop a release between its decision and its
 /// audit line, and a panic affects only one request. A release that still waits for its turn notices the
 /// disconnection and leaves the queue.
-pub async fn serve(service: Arc<Service>, request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
+pub(crate) async fn serve(
+    service: Arc<Service>,
+    request: Request<Incoming>,
+) -> Result<Response<Full<Bytes>>, Infallible> {
     let id = request_id();
     let asked = Asked::of(request.uri().path());
     let address = request.extensions().get::<Peer>().map(|peer| peer.0.ip());

@@ -16,7 +16,7 @@ pub(super) const VERSION: u32 = 1;
 
 /// A node.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct NodeRecord {
+pub(crate) struct NodeRecord {
     /// Format version.
     pub v: u32,
     /// The name: `server.node`.
@@ -43,7 +43,7 @@ pub struct NodeRecord {
 
 /// A node, and whether it runs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ListedNode {
+pub(crate) struct ListedNode {
     /// What the node has told.
     #[serde(flatten)]
     pub record: NodeRecord,
@@ -53,13 +53,13 @@ pub struct ListedNode {
 
 /// The key of a node's record.
 #[must_use]
-pub fn record_key(node: &str) -> String {
+pub(crate) fn record_key(node: &str) -> String {
     format!("{RECORDS}{node}")
 }
 
 /// The key that exists while a node runs.
 #[must_use]
-pub fn alive_key(node: &str) -> String {
+pub(crate) fn alive_key(node: &str) -> String {
     format!("{ALIVE}{node}")
 }
 
@@ -92,7 +92,7 @@ pub(super) fn json(value: &impl Serialize) -> Result<String, BoardError> {
 ///
 /// # Errors
 /// etcd cannot be read.
-pub async fn list(board: &Board) -> Result<Vec<ListedNode>, BoardError> {
+pub(crate) async fn list(board: &Board) -> Result<Vec<ListedNode>, BoardError> {
     let alive = board.list(ALIVE).await?;
     let alive: BTreeSet<_> = alive.iter().filter_map(|entry| entry.key.strip_prefix(ALIVE)).collect();
     let mut nodes = Vec::new();
@@ -109,7 +109,7 @@ pub async fn list(board: &Board) -> Result<Vec<ListedNode>, BoardError> {
 ///
 /// # Errors
 /// etcd cannot be read.
-pub fn list_of(state: &State) -> Result<Vec<ListedNode>, BoardError> {
+pub(crate) fn list_of(state: &State) -> Result<Vec<ListedNode>, BoardError> {
     let Some(board) = state.board() else { return Ok(Vec::new()) };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     runtime.map_err(|error| BoardError::Unreachable(error.to_string()))?.block_on(list(&board))

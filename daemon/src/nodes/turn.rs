@@ -10,7 +10,7 @@ use crate::store::{Board, BoardError, Lease};
 
 /// The right to do some work. It ends by [`Turn::end`], or with its time.
 #[derive(Debug)]
-pub struct Turn {
+pub(crate) struct Turn {
     board: Board,
     lease: Lease,
 }
@@ -20,13 +20,18 @@ impl Turn {
     ///
     /// # Errors
     /// etcd cannot be reached.
-    pub async fn take(board: &Board, work: &str, node: &str, time: Duration) -> Result<Option<Self>, BoardError> {
+    pub(crate) async fn take(
+        board: &Board,
+        work: &str,
+        node: &str,
+        time: Duration,
+    ) -> Result<Option<Self>, BoardError> {
         let lease = board.claim(&format!("v1/turns/{work}"), node.to_owned(), time).await?;
         Ok(lease.map(|lease| Self { board: board.clone(), lease }))
     }
 
     /// Gives the turn to other nodes.
-    pub async fn end(self) {
+    pub(crate) async fn end(self) {
         if let Err(error) = self.board.release(self.lease).await {
             tracing::debug!(%error, "a turn is not given back; it ends by itself");
         }

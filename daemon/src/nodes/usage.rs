@@ -54,7 +54,7 @@ struct HostTimes {
 
 /// Why the counts of all nodes are not known.
 #[derive(Debug, thiserror::Error)]
-pub enum CountsError {
+pub(crate) enum CountsError {
     /// The own counts cannot be read.
     #[error(transparent)]
     Own(#[from] rusqlite::Error),
@@ -133,7 +133,7 @@ fn complete_since(joined: i64, since: Option<i64>) -> Option<i64> {
 ///
 /// # Errors
 /// See [`CountsError`].
-pub async fn releases(service: &Arc<Service>) -> Result<Releases, CountsError> {
+pub(crate) async fn releases(service: &Arc<Service>) -> Result<Releases, CountsError> {
     let mut all = own(service, Usage::releases).await?;
     let Some(board) = &service.board else { return Ok(all) };
     let node = service.config.load().server.node();
@@ -155,7 +155,7 @@ pub async fn releases(service: &Arc<Service>) -> Result<Releases, CountsError> {
 ///
 /// # Errors
 /// See [`CountsError`].
-pub async fn hosts(service: &Arc<Service>) -> Result<HashMap<String, Seen>, CountsError> {
+pub(crate) async fn hosts(service: &Arc<Service>) -> Result<HashMap<String, Seen>, CountsError> {
     let mut all = own(service, Usage::hosts).await?;
     let Some(board) = &service.board else { return Ok(all) };
     let node = service.config.load().server.node();
@@ -181,7 +181,7 @@ pub async fn hosts(service: &Arc<Service>) -> Result<HashMap<String, Seen>, Coun
 ///
 /// # Errors
 /// etcd cannot be written.
-pub async fn forget(board: &Board, node: &str) -> Result<(), BoardError> {
+pub(crate) async fn forget(board: &Board, node: &str) -> Result<(), BoardError> {
     board.delete(&format!("{KEYS}{node}")).await?;
     for part in 0..PARTS {
         board.delete(&format!("{HOSTS}{node}/{part}")).await?;

@@ -4,18 +4,18 @@
 //! line its place in a chain of hashes (`chain`) that an HSM signs now and then (`checkpoint`). What anybody can cause without
 //! being known is counted, and told in a line a second (`summary`). [`verify`] reads all of it again.
 
-pub mod cef;
+pub(crate) mod cef;
 mod chain;
-pub mod checkpoint;
+pub(crate) mod checkpoint;
 mod entry;
 mod file;
-pub mod head;
+pub(crate) mod head;
 mod peer;
 mod record;
 mod reserve;
 mod sink;
-pub mod summary;
-pub mod verify;
+pub(crate) mod summary;
+pub(crate) mod verify;
 mod writer;
 
 use std::path::{Path, PathBuf};
@@ -29,12 +29,15 @@ use claviger_protocol::certificate::Certificate;
 use crossbeam::channel::{Receiver, Sender, TrySendError, bounded};
 use tokio::sync::oneshot;
 
-pub use self::chain::Link;
-pub use self::entry::Entry;
-pub use self::file::{EVENT as TRAIL_EVENT, last_line};
-pub use self::head::Head;
-pub use self::peer::Peer;
-pub use self::record::{AuditError, Class};
+#[cfg(test)]
+pub(crate) use self::chain::Link;
+pub(crate) use self::entry::Entry;
+#[cfg(test)]
+pub(crate) use self::file::EVENT as TRAIL_EVENT;
+pub(crate) use self::file::last_line;
+pub(crate) use self::head::Head;
+pub(crate) use self::peer::Peer;
+pub(crate) use self::record::{AuditError, Class};
 
 use self::checkpoint::{Draft, Pace};
 use self::file::Trail;
@@ -49,7 +52,7 @@ use crate::sys::id::request_id;
 use crate::sys::rate::Rate;
 
 /// How long the trail may take for what has no deadline of its own: an administrator's change, opening it again.
-pub const PATIENCE: Duration = Duration::from_secs(10);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
 /// The least time that a record gets, whatever is left until the deadline of its request.
 const LEAST: Duration = Duration::from_millis(100);
 /// How long records may take to be written before the disk is said to hang.
@@ -90,7 +93,7 @@ impl Decision {
 }
 
 /// The outcome in a line of what was granted or done.
-pub const SUCCESS: &str = "success";
+pub(crate) const SUCCESS: &str = "success";
 
 /// What a caller is told whose request was not recorded.
 pub(crate) const NOT_RECORDED: &str = "the decision cannot be recorded now; try again";

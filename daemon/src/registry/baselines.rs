@@ -75,7 +75,7 @@ impl Baselines {
 }
 
 /// Waits until the system clock shows a later second than when this was called.
-pub async fn until_next_second() {
+pub(crate) async fn until_next_second() {
     let seconds = || since_1970().as_secs();
     let called = seconds();
     // A clock that is set back does not prolong the wait.

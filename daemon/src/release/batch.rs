@@ -29,7 +29,7 @@ const SIDE_BY_SIDE: usize = 32;
 ///
 /// # Errors
 /// A problem of the whole request: its structure, its algorithms, its health certificate.
-pub async fn roll<H: Hsm>(
+pub(crate) async fn roll<H: Hsm>(
     service: &Arc<Service>,
     hsm: &H,
     body: &[u8],

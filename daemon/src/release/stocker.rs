@@ -27,7 +27,7 @@ const REMEMBER: Duration = Duration::from_secs(60);
 const MOST_REMEMBERED: usize = 1_024;
 
 /// Fills the stock for as long as the daemon runs.
-pub async fn run<H: Hsm>(service: Arc<Service>, hsm: H) {
+pub(crate) async fn run<H: Hsm>(service: Arc<Service>, hsm: H) {
     recall(&service).await;
     let mut making = JoinSet::new();
     let (mut swept, mut remembered) = (standstill::now(), standstill::now());
@@ -138,10 +138,10 @@ pub(crate) async fn remember(service: &Arc<Service>) {
     }
 }
 
-/// Fills the stock with everything that may be made while no release runs, for tests and benches. Returns the number
-/// of waiting items.
-#[cfg(any(test, feature = "testing"))]
-pub async fn fill_up<H: Hsm>(service: &Arc<Service>, hsm: &H) -> usize {
+/// Fills the stock with everything that may be made while no release runs, for tests. Returns the number of waiting
+/// items.
+#[cfg(test)]
+pub(crate) async fn fill_up<H: Hsm>(service: &Arc<Service>, hsm: &H) -> usize {
     loop {
         match next(service, hsm, 0) {
             Next::Make(order) => fill(hsm.clone(), order).await,

@@ -29,13 +29,19 @@ const REPLACED_WITHIN: Duration = Duration::from_secs(10);
 ///
 /// # Errors
 /// When the handler cannot be installed.
-pub fn hangups() -> io::Result<Signal> {
+pub(crate) fn hangups() -> io::Result<Signal> {
     signal(SignalKind::hangup())
 }
 
 /// Reloads `file` at every hangup, for as long as the daemon runs: `hangup` tells of one, also of one that came while the daemon
 /// started, and `hangups` wakes this task.
-pub async fn follow(mut hangups: Signal, hangup: Hangup, file: PathBuf, service: Arc<Service>, tls: Option<SharedTls>) {
+pub(crate) async fn follow(
+    mut hangups: Signal,
+    hangup: Hangup,
+    file: PathBuf,
+    service: Arc<Service>,
+    tls: Option<SharedTls>,
+) {
     let mut requests = service.reloads.requests();
     loop {
         let mut reply = None;

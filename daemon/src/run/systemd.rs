@@ -17,12 +17,12 @@ const SOCKET_VARIABLE: &str = "NOTIFY_SOCKET";
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Reports that the daemon is running, also after a reload.
-pub async fn ready() {
+pub(crate) async fn ready() {
     tell(&[NotifyState::Ready]).await;
 }
 
 /// Reports that the daemon reloads its configuration. [`ready`] must follow.
-pub async fn reloading() {
+pub(crate) async fn reloading() {
     match NotifyState::monotonic_usec_now() {
         Ok(now) => tell(&[NotifyState::Reloading, now]).await,
         Err(error) => tracing::warn!(%error, "systemd cannot be notified of the reload"),
@@ -30,12 +30,12 @@ pub async fn reloading() {
 }
 
 /// Reports that the daemon is stopping.
-pub async fn stopping() {
+pub(crate) async fn stopping() {
     tell(&[NotifyState::Stopping]).await;
 }
 
 /// If systemd's watchdog is on, reports twice in its interval that the runtime still runs tasks. Never returns.
-pub async fn watchdog() {
+pub(crate) async fn watchdog() {
     let Some(pause) = sd_notify::watchdog_enabled().map(|time| time / 2).filter(|pause| *pause > Duration::ZERO) else {
         return std::future::pending().await;
     };

@@ -10,7 +10,7 @@ use tokio::sync::{mpsc, oneshot};
 const WAITING: usize = 16;
 
 /// Where the result of a reload goes: the settings that need a restart, or why nothing was changed.
-pub type Reply = oneshot::Sender<Result<Vec<String>, String>>;
+pub(crate) type Reply = oneshot::Sender<Result<Vec<String>, String>>;
 
 /// The way from administrators to the task that reloads.
 #[derive(Debug)]

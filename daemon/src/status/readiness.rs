@@ -24,7 +24,7 @@ const LEAST_ROOM: u64 = 64 * 1024;
 
 /// The last result.
 #[derive(Debug, Default)]
-pub struct Readiness(Mutex<Last>);
+pub(crate) struct Readiness(Mutex<Last>);
 
 #[derive(Debug, Default)]
 struct Last {
@@ -39,7 +39,7 @@ impl Readiness {
     ///
     /// # Errors
     /// One sentence for people.
-    pub async fn check(&self, service: &Service, blocked: &Blocked) -> Result<String, String> {
+    pub(crate) async fn check(&self, service: &Service, blocked: &Blocked) -> Result<String, String> {
         // Hold the lock during the probe: concurrent callers wait for its result instead of probing as well.
         let mut last = self.0.lock().await;
         if let Some((_, answer)) = last.answer.as_ref().filter(|(at, _)| standstill::since(*at) < FRESH) {

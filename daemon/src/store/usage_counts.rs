@@ -23,7 +23,7 @@ use rusqlite::{Connection, ErrorCode, TransactionBehavior, params};
 const DAY: i64 = 24 * 3600;
 
 /// Number of days that the reported counts cover.
-pub const DAYS: i64 = 30;
+pub(crate) const DAYS: i64 = 30;
 
 /// Number of days for which counts are kept.
 const KEPT_DAYS: i64 = 400;

@@ -24,7 +24,7 @@ const STICKY: u32 = 0o1000;
 ///
 /// # Errors
 /// The operating system's error. Only root may give files away.
-pub fn give(path: &Path, user: u32, group: u32) -> io::Result<()> {
+pub(crate) fn give(path: &Path, user: u32, group: u32) -> io::Result<()> {
     give_at(CWD, path.as_os_str().as_encoded_bytes(), (Uid::from_raw(user), Gid::from_raw(group)))
 }
 
@@ -85,7 +85,7 @@ pub enum Untrusted {
 ///
 /// # Errors
 /// [`Untrusted`].
-pub fn check(path: &Path) -> Result<(), Untrusted> {
+pub(crate) fn check(path: &Path) -> Result<(), Untrusted> {
     check_as(path, own())
 }
 
@@ -93,7 +93,7 @@ pub fn check(path: &Path) -> Result<(), Untrusted> {
 ///
 /// # Errors
 /// [`Untrusted`].
-pub fn check_parents(path: &Path) -> Result<(), Untrusted> {
+pub(crate) fn check_parents(path: &Path) -> Result<(), Untrusted> {
     let absolute = std::path::absolute(path).map_err(|source| Untrusted::Io { path: path.to_owned(), source })?;
     let existing = absolute.ancestors().skip(1).find_map(|folder| fs::canonicalize(folder).ok());
     existing.map_or(Ok(()), |folder| folder.ancestors().try_for_each(|folder| way(folder, own())))
@@ -104,7 +104,7 @@ pub fn check_parents(path: &Path) -> Result<(), Untrusted> {
 ///
 /// # Errors
 /// [`Untrusted`].
-pub fn check_entries(folder: &Path) -> Result<(), Untrusted> {
+pub(crate) fn check_entries(folder: &Path) -> Result<(), Untrusted> {
     let failed = |source| Untrusted::Io { path: folder.to_owned(), source };
     for entry in fs::read_dir(folder).map_err(failed)? {
         let path = entry.map_err(failed)?.path();
@@ -118,7 +118,7 @@ pub fn check_entries(folder: &Path) -> Result<(), Untrusted> {
 ///
 /// # Errors
 /// [`Untrusted`].
-pub fn check_closed(path: &Path) -> Result<(), Untrusted> {
+pub(crate) fn check_closed(path: &Path) -> Result<(), Untrusted> {
     let path = fs::canonicalize(path).map_err(|source| Untrusted::Io { path: path.to_owned(), source })?;
     for (at, part) in path.ancestors().enumerate() {
         let found = metadata(part)?;

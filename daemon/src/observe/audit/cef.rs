@@ -21,7 +21,7 @@ const CUSTOM: [(&str, &str); 6] = [
 
 /// A line as an event.
 #[must_use]
-pub fn event(line: &Value) -> String {
+pub(crate) fn event(line: &Value) -> String {
     let text = |field: &str| line[field].as_str().unwrap_or_default();
     let (event, outcome) = (text("event"), text("outcome"));
     let mut out = format!(

@@ -11,12 +11,12 @@ use super::chain::{CHECKPOINT, Link};
 use super::entry::timestamp;
 
 /// The event of a checkpoint line.
-pub const EVENT: &str = CHECKPOINT;
+pub(crate) const EVENT: &str = CHECKPOINT;
 
 /// The message that is signed with RSASSA-PKCS1-v1_5 and SHA-256: five lines of text. Its beginning differs from
 /// everything else that the key signs (XML and DER certificates).
 #[must_use]
-pub fn message(node: &str, line: u64, hash: &str, time: &str) -> Vec<u8> {
+pub(crate) fn message(node: &str, line: u64, hash: &str, time: &str) -> Vec<u8> {
     format!("claviger audit checkpoint 1\n{node}\n{line}\n{hash}\n{time}\n").into_bytes()
 }
 

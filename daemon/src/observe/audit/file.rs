@@ -23,7 +23,7 @@ use crate::observe::metrics;
 use crate::sys::id::request_id;
 
 /// The event of the first line of a file, or of the first line after a fault.
-pub const EVENT: &str = "trail";
+pub(crate) const EVENT: &str = "trail";
 
 /// How long a renamed file is still used while no file has the trail's name.
 const ROTATING: Duration = Duration::from_secs(1);
@@ -376,7 +376,7 @@ fn newest(path: &Path) -> Option<(String, chain::Tail)> {
 
 /// Number of the last line in the file, or in a file that a rotation renamed. Blocks on the disk.
 #[must_use]
-pub fn last_line(path: &Path) -> Option<u64> {
+pub(crate) fn last_line(path: &Path) -> Option<u64> {
     let own = File::open(path).ok().and_then(|file| {
         let metadata = file.metadata().ok().filter(|metadata| metadata.is_file())?;
         chain::tail(&file, metadata.len()).ok()?.last

@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 use super::entry::{Entry, timestamp};
 
 /// The event of a line about refusals.
-pub const EVENT: &str = "refusals";
+pub(crate) const EVENT: &str = "refusals";
 /// The event of a line about repeated health certificates.
 const REPEATS: &str = "repeats";
 

@@ -24,7 +24,7 @@ const REMEMBERED: usize = 256 * 1024;
 
 /// A fault and its position.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Fault {
+pub(crate) struct Fault {
     /// Name of the file.
     pub file: String,
     /// Line in the file, counted from 1.
@@ -35,7 +35,7 @@ pub struct Fault {
 
 /// The last valid checkpoint.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Signed {
+pub(crate) struct Signed {
     /// Number of the last line that it covers.
     pub line: u64,
     /// Its time.
@@ -48,7 +48,7 @@ pub struct Signed {
 
 /// The result.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct Report {
+pub(crate) struct Report {
     /// The files in the order in which they were read.
     pub files: Vec<String>,
     /// Number of the first line of the chain.
@@ -84,7 +84,7 @@ struct Place {
 
 /// Reads the files of a trail one after the other.
 #[derive(Debug, Default)]
-pub struct Verifier {
+pub(crate) struct Verifier {
     trusted: BTreeMap<String, Certificate>,
     /// Certificates that checkpoints contain.
     brought: BTreeMap<String, Certificate>,
@@ -102,7 +102,7 @@ pub struct Verifier {
 impl Verifier {
     /// Trusts signatures of these certificates. Without any, a signature only proves that its signer signed.
     #[must_use]
-    pub fn new(trusted: Vec<Certificate>) -> Self {
+    pub(crate) fn new(trusted: Vec<Certificate>) -> Self {
         let named = |certificate: Certificate| (HEXLOWER.encode(&certificate.thumbprint()), certificate);
         Self { trusted: trusted.into_iter().map(named).collect(), ..Self::default() }
     }
@@ -111,7 +111,7 @@ impl Verifier {
     ///
     /// # Errors
     /// The operating system's error. A fault of the trail is not an error; it is in the report.
-    pub fn read(&mut self, name: &str, mut reader: impl BufRead) -> io::Result<()> {
+    pub(crate) fn read(&mut self, name: &str, mut reader: impl BufRead) -> io::Result<()> {
         if self.report.fault.is_some() {
             return Ok(());
         }
@@ -140,7 +140,7 @@ impl Verifier {
 
     /// The result for all files.
     #[must_use]
-    pub fn finish(mut self) -> Report {
+    pub(crate) fn finish(mut self) -> Report {
         if !self.torn.is_empty() {
             // At the end of the last file, a daemon may be writing, or a crash was the last event.
             if self.torn.ends_with(b"\n") && self.last.is_some() {
@@ -320,7 +320,7 @@ impl Verifier {
 ///
 /// # Errors
 /// The operating system's error.
-pub fn open(path: &Path) -> io::Result<Box<dyn BufRead>> {
+pub(crate) fn open(path: &Path) -> io::Result<Box<dyn BufRead>> {
     let mut reader = BufReader::with_capacity(256 * 1024, File::open(path)?);
     let is_compressed = reader.fill_buf()?.starts_with(&[0x1f, 0x8b]);
     Ok(if is_compressed { Box::new(BufReader::new(MultiGzDecoder::new(reader))) } else { Box::new(reader) })
@@ -330,7 +330,7 @@ pub fn open(path: &Path) -> io::Result<Box<dyn BufRead>> {
 ///
 /// # Errors
 /// The operating system's error.
-pub fn first_number(mut reader: impl BufRead) -> io::Result<Option<u64>> {
+pub(crate) fn first_number(mut reader: impl BufRead) -> io::Result<Option<u64>> {
     let mut line = Vec::new();
     loop {
         line.clear();
