@@ -1,5 +1,5 @@
 # Each target does its own set-up and is safe to repeat.
-.PHONY: demo demo-vm test bench bench-instructions bench-instructions-accept count-instructions soak fuzz lint deny deb sbom lint-deb setup setup-demo help
+.PHONY: demo demo-vm test coverage bench bench-instructions bench-instructions-accept count-instructions soak fuzz lint deny deb sbom lint-deb setup setup-demo help
 
 PACKAGES_DEMO = softhsm2
 # A machine with Secure Boot and a TPM, all in software, and what it boots. The kernel is downloaded, and not installed.
@@ -21,6 +21,7 @@ help:
 	@echo "make demo   build, make a lab with soft tokens, release keys end to end, keep serving"
 	@echo "make demo-vm  a virtual machine starts with its key: QEMU without KVM, Secure Boot, a virtual TPM; some minutes"
 	@echo "make test   format check, clippy, documentation and every test"
+	@echo "make coverage  the share of lines that the tests run, for each crate; TESTS='…' for some, as cargo nextest takes them"
 	@echo "make bench  what a release costs, and the daemon beside the raw token, in one table; best on an idle machine"
 	@echo "make bench-instructions         instructions of each part of a release, and the change since they were accepted"
 	@echo "make bench-instructions-accept  accepts them as they are now"
@@ -101,6 +102,14 @@ test: lint
 	CLAVIGER_BIN=$(CURDIR)/target/debug/claviger CLAVIGER_LOADGEN_BIN=$(CURDIR)/target/debug/claviger-loadgen \
 	  cargo nextest run --workspace --locked
 	$(MAKE) bench-instructions
+
+# Reads the counts by the LLVM of the compiler's version.
+LLVM = $(shell rustc -vV | sed -n 's/^LLVM version: \([0-9]*\).*/\1/p')
+TESTS =
+coverage: setup
+	$(call install,llvm-$(LLVM))
+	$(NEXTEST)
+	tests/coverage/run $(TESTS)
 
 # In one go, so that the benches run the very program that is built here. MODULE=FILE measures on another token than SoftHSM2. The
 # targets are of RSA-2048 and the default numbers; STORM=N and IDLE=N measure less in less time.
