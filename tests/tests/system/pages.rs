@@ -154,7 +154,7 @@ printf '\n[audit]\ncheckpoint_seconds = 1\n' >>/etc/claviger/claviger.toml
 systemctl enable --now claviger
 claviger init --certificates lab --bits 2048
 cd "$(mktemp -d)"
-openssl req -x509 -newkey rsa:2048 -nodes -days 30 -subj /CN=CA -keyout ca.key -out ca.pem
+openssl req -x509 -newkey rsa:2048 -nodes -days 900 -subj /CN=CA -keyout ca.key -out ca.pem
 for node in 17 18; do
   openssl genrsa -out key.pem 2048
   openssl rsa -in key.pem -pubout -out node-$node.pub.pem
@@ -163,18 +163,28 @@ umask 077
 echo a-password >pfx.password
 echo a-long-passphrase >export.passphrase
 for name in tenant acme-signing acme-encryption; do
-  openssl req -x509 -newkey rsa:2048 -nodes -days 30 -subj /CN=$name -addext keyUsage=digitalSignature,dataEncipherment \
+  openssl req -x509 -newkey rsa:2048 -nodes -days 900 -subj /CN=$name -addext keyUsage=digitalSignature,dataEncipherment \
     -keyout key.pem -out crt.pem
   openssl pkcs12 -export -inkey key.pem -in crt.pem -passout file:pfx.password -out $name.pfx
 done
 "#;
+
+const LOSS: &str = "systemctl stop claviger\n\
+    rm /var/lib/claviger/*.db*\n\
+    systemctl start claviger\n\
+    if claviger hosts list | grep node-18; then exit 9; fi\n\
+    systemctl stop claviger\n";
 
 #[test]
 fn the_commands_of_the_page_on_operations_work() {
     if !sandbox::is_possible() {
         return;
     }
-    let ran = sandbox::run(&format!("{ON_FAILURE}{SERVICE}{}", script("docs/operations.md")));
+    let page = script("docs/operations.md");
+    // Before the restore, the state is lost. Tokens and configuration stay.
+    let (before, restore) = page.split_once("systemctl enable --now claviger\n").unwrap();
+    let page = format!("{before}{LOSS}systemctl enable --now claviger\n{restore}");
+    let ran = sandbox::run(&format!("{ON_FAILURE}{SERVICE}{page}"));
     let said = said(&ran);
     assert!(ran.status.success(), "{said}");
     for expected in [
@@ -183,6 +193,8 @@ fn the_commands_of_the_page_on_operations_work() {
         "removed host node-17",
         "revoked: health certificates",
         "nothing to change",
+        "host node-18 is added, labels tenant=acme",
+        "becomes the primary one",
         "are one chain",
     ] {
         assert!(said.contains(expected), "no {expected:?} in\n{said}");
