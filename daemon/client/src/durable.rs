@@ -43,7 +43,6 @@ pub enum Existing {
     Replace,
 }
 
-/// The real disk.
 pub(crate) struct RealDisk;
 
 impl Disk for RealDisk {

@@ -26,7 +26,6 @@ const TOO_MANY: ErrorReply = ErrorReply::Error { status: 429 };
 /// A refused attestation.
 #[derive(Clone, Debug)]
 pub(crate) struct Refused {
-    /// The reply.
     pub reply: ErrorReply,
     /// The reason, as a sentence for an administrator.
     pub message: String,

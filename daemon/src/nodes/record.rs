@@ -14,7 +14,6 @@ const ALIVE: &str = "v1/alive/";
 /// The format version that this program writes and reads.
 pub(super) const VERSION: u32 = 1;
 
-/// A node.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct NodeRecord {
     /// Format version.

@@ -12,7 +12,6 @@ use crate::sys::clock::since_1970;
 /// Identifies a baseline. A baseline that is removed and added again under its name is another baseline.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct BaselineId {
-    /// Its name.
     pub name: String,
     /// When it was added, seconds since 1970.
     added: i64,

@@ -33,7 +33,6 @@ pub(super) enum Level {
 pub(super) struct Verdict {
     /// State of the service.
     pub(super) level: Level,
-    /// The headline.
     pub(super) headline: String,
     /// Further remarks.
     pub(super) remarks: Vec<String>,

@@ -67,7 +67,6 @@ pub enum Untrusted {
     Writable {
         /// The file or folder.
         path: PathBuf,
-        /// Its mode.
         mode: u32,
     },
     /// It cannot be examined.

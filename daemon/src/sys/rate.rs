@@ -67,7 +67,6 @@ impl<K: Clone + Eq + Hash> Rate<K> {
         self.buckets.as_ref().map_or(0, |buckets| lock(buckets).missing(key, standstill::now()))
     }
 
-    /// Gives tokens back.
     pub(crate) fn give_back(&self, key: &K, tokens: u32) {
         if let Some(buckets) = &self.buckets {
             lock(buckets).give_back(key, tokens, standstill::now());

@@ -245,7 +245,6 @@ impl Scope {
     }
 }
 
-/// Returns `FILE.SUFFIX`.
 fn with_suffix(file: &Path, suffix: &str) -> PathBuf {
     let mut name = file.as_os_str().to_owned();
     name.push(".");

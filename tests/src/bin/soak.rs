@@ -30,7 +30,6 @@ const SLACK: f64 = 1.25;
 /// Maximum growth in threads and in open files.
 const FEW: f64 = 4.0;
 
-/// Faults of a token.
 const TOKEN_FAULTS: [&[&str]; 34] = [
     &["call=* rv=CKR_DEVICE_ERROR"],
     &["call=* rv=CKR_DEVICE_REMOVED"],
@@ -69,7 +68,6 @@ const TOKEN_FAULTS: [&[&str]; 34] = [
     &["call=C_OpenSession deed=abort", "stale=sessions"],
 ];
 
-/// Faults of a module.
 const MODULE_FAULTS: [&[&str]; 2] = [&["dead"], &["call=* rv=CKR_CRYPTOKI_NOT_INITIALIZED"]];
 
 /// A fault of a member.

@@ -210,7 +210,6 @@ fn of_host(found: Option<Evidence>, host: &Host) -> Option<Evidence> {
     found.filter(|evidence| evidence.endorsement_key == host.spki_sha256)
 }
 
-/// The last evidence of a host.
 async fn last_evidence(service: &Arc<Service>, host: &str) -> Result<Evidence, String> {
     check_host_name(host).map_err(|e| e.to_string())?;
     let (of, name) = (Arc::clone(service), host.to_owned());

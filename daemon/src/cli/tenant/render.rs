@@ -27,7 +27,6 @@ pub(super) fn certificate_for_people(certificate: &Certificate) -> String {
     )
 }
 
-/// A certificate as JSON.
 pub(super) fn certificate_json(certificate: &Certificate) -> Value {
     json!({
         "subject": certificate.common_name(),

@@ -19,7 +19,6 @@ const CUSTOM: [(&str, &str); 6] = [
     ("baseline", "baseline"),
 ];
 
-/// A line as an event.
 #[must_use]
 pub(crate) fn event(line: &Value) -> String {
     let text = |field: &str| line[field].as_str().unwrap_or_default();

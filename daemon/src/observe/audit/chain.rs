@@ -25,7 +25,6 @@ pub(super) const CHECKPOINT: &str = "checkpoint";
 /// SHA-256 of a line, without its line break.
 pub(super) type Hash = [u8; 32];
 
-/// The hash of `bytes`.
 pub(super) fn hash(bytes: &[u8]) -> Hash {
     let mut hash = [0; 32];
     hash.copy_from_slice(digest(&SHA256, bytes).as_ref());

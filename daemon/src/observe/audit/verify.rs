@@ -38,7 +38,6 @@ pub(crate) struct Fault {
 pub(crate) struct Signed {
     /// Number of the last line that it covers.
     pub line: u64,
-    /// Its time.
     pub time: String,
     /// Thumbprint of the signer's certificate.
     pub signer: String,

@@ -26,7 +26,6 @@ pub(super) struct Layout {
     prefix: String,
 }
 
-/// One write.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Write {

@@ -104,7 +104,6 @@ impl Server {
         }
     }
 
-    /// Kills a member.
     pub(super) fn kill(&mut self, member: usize) {
         if let Some(mut child) = self.members[member].child.take() {
             let _ = child.kill();
