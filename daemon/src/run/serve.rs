@@ -19,14 +19,15 @@ use crate::observe::log;
 use crate::sys::failure::Failure;
 use crate::sys::process;
 
-/// Threads in addition to those of the runtime and the members: one for the audit trail, and one that announces the
-/// addresses.
-const OWN_THREADS: usize = 2;
+/// Threads in addition to those of the runtime and the members: one for the audit trail, one that notices standstills,
+/// and one that announces the addresses.
+const OWN_THREADS: usize = 3;
 /// The workers of the HSMs need the other half of the processors, or wait for HSMs on the network; and threads that sleep
 /// less often are woken less often.
 pub const PROCESSORS: Processors = Processors::Half;
-/// Minimum number of threads for a member: one waits for the end of its worker process, one runs a session.
-const MEMBER_THREADS: usize = 2;
+/// Minimum number of threads for a member: one waits for the end of its worker process, which has a main thread and one
+/// for a session.
+const MEMBER_THREADS: usize = 3;
 /// Time limit for cleaning up after an interrupted start.
 const ABANDON: Duration = Duration::from_secs(1);
 /// Time that shutdown may take after `server.drain_timeout_ms`, for administrators' commands, HSM sessions and the audit
@@ -65,7 +66,8 @@ pub fn run(file: PathBuf, starting: &Starting, announced: Announced) -> Result<(
 /// Threads in addition to those of the runtime.
 #[must_use]
 pub fn needed_threads(config: &Config) -> usize {
-    OWN_THREADS + MEMBER_THREADS * config.hsm.len()
+    // One follows etcd.
+    OWN_THREADS + usize::from(config.etcd.is_some()) + MEMBER_THREADS * config.hsm.len()
 }
 
 async fn serve(

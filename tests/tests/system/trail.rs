@@ -277,7 +277,7 @@ fn what_is_changed_is_found_by_the_command_and_by_the_doctor() {
     assert_eq!(release(&lab, &daemon, &health), 200);
     assert!(fs::read_to_string(&trail).unwrap().contains("\"event\":\"release\""));
     assert_eq!(block(daemon.metrics()).count("claviger_audit_file_changes_total", &[("how", "deleted")]), 1);
-    daemon.process.line(|line| line.contains("the audit trail was deleted").then_some(()));
+    daemon.process.line(|line| line.contains("the audit trail's file was deleted").then_some(()));
     assert!(daemon.stop().success());
     let rest = fs::read(&trail).unwrap();
     fs::write(&trail, [&kept[..], &rest].concat()).unwrap();
