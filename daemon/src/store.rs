@@ -32,6 +32,8 @@ pub use backend::Condition;
 pub use baselines::{MAX_BASELINES, check_baseline_name};
 pub use contents::Contents;
 pub use error::StateError;
+#[cfg(test)]
+pub(crate) use etcd::testing::Server as EtcdServer;
 pub use etcd::{Board, BoardError, EndpointAnswer, Entry, EtcdSettings, Lease, probe};
 pub use hosts::check_host_name;
 pub use import::{Import, Merged};

@@ -232,7 +232,7 @@ mod tests {
     fn nothing_leaves_when_the_baseline_was_replaced_under_its_name_meanwhile() {
         let (_folder, service) = stage();
         let meanwhile = issued(&service);
-        change(&service, |state| drop(state.remove_baseline("base").unwrap()));
+        change(&service, |state| drop(state.remove_baseline("base", 150).unwrap()));
         add_baseline(&service, 200);
         assert_matches_no_baseline(meanwhile.confirm(&service));
         assert!(issued(&service).confirm(&service).is_ok(), "a host that was judged by the new one");

@@ -409,7 +409,8 @@ mod tests {
     /// Removes the baseline `base` and adds one of that name with the TPM's values.
     fn replace_baseline(service: &Service, tpm: &SoftwareTpm, now: i64) {
         service.registry.with_state(|state| {
-            state.remove_baseline("base").unwrap();
+            // Long enough ago that its name is free.
+            state.remove_baseline("base", now - 60).unwrap();
             state.add_baseline("base", &tpm.pcrs, None, now).unwrap();
         });
         service.registry.follow().unwrap();

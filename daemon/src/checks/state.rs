@@ -242,7 +242,7 @@ mod tests {
         }
         config.attest = crate::config::Attest::default();
         // Convert the state to schema version 2.
-        let older = "ALTER TABLE hosts DROP COLUMN kind; DROP TABLE baselines; DROP TABLE revoked_signers; DROP TABLE limits; ALTER TABLE certificates ADD COLUMN labels TEXT NOT NULL DEFAULT '';
+        let older = "ALTER TABLE hosts DROP COLUMN kind; DROP TABLE baselines; DROP TABLE removed_baselines; DROP TABLE revoked_signers; DROP TABLE limits; ALTER TABLE certificates ADD COLUMN labels TEXT NOT NULL DEFAULT '';
                      PRAGMA user_version = 2";
         of_version(&config, older, Level::Warning, "the daemon will bring it up to date when it starts");
         of_version(&config, "PRAGMA user_version = 99", Level::Error, "made by a newer version");

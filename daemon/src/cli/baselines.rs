@@ -97,7 +97,8 @@ pub enum Baselines {
         target: Target,
     },
     /// Remove a baseline; like disable, this rejects its hosts immediately
-    #[command(after_help = "Example: claviger baselines remove fleet-1")]
+    #[command(after_help = "Example: claviger baselines remove fleet-1\n\
+        With [etcd], a baseline with other values cannot have this name for about eight hours.")]
     Remove {
         /// Name of the baseline
         name: String,

@@ -64,10 +64,12 @@ pub fn migrate(command: &Migrate) -> Result<(), Failure> {
         say!("{:#}", json!({"records": copied, "applied": !command.dry_run}));
         return Ok(());
     }
-    let Records { hosts, baselines, certificates, limits, signers, revoked_signers } = copied;
+    let Records { hosts, baselines, removed_baselines, certificates, limits, signers, revoked_signers } = copied;
     let what = if command.dry_run { "would be copied" } else { "are copied" };
     say!("{what}: {hosts} hosts, {baselines} baselines, {certificates} certificates, {limits} limits of keys,");
-    say!("{signers} attestation signers, {revoked_signers} revoked ones");
+    say!(
+        "{signers} attestation signers, {revoked_signers} revoked ones, {removed_baselines} names of removed baselines"
+    );
     match (command.dry_run, command.to_etcd) {
         (true, _) => say!("nothing is changed; run it without --dry-run"),
         (false, true) => {

@@ -1,13 +1,11 @@
 //! The enabled baselines, as an immutable snapshot for requests.
 
 use std::collections::HashMap;
-use std::time::Duration;
 
 use claviger_protocol::tpm::pcr::PcrSet;
 use claviger_protocol::tpm::policy::{self, Baseline};
 
 use crate::store;
-use crate::sys::clock::since_1970;
 
 /// Identifies a baseline. A baseline that is removed and added again under its name is another baseline.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -64,23 +62,12 @@ impl Baselines {
     /// Whether a health certificate that names this baseline and was issued at `issued`, in seconds since 1970, is still
     /// accepted. A certificate that was issued before the baseline was added belongs to an earlier baseline of that name.
     ///
-    /// Both times are whole seconds. That is enough because removing a baseline takes until the next second
-    /// ([`until_next_second`]): every certificate that names the removed baseline has an earlier time than the next baseline of
-    /// that name.
+    /// That is enough because the name of a removed baseline is reserved ([`store::Contents::reserved_until`]): when a baseline
+    /// with other values gets it, every certificate that names the removed one has an earlier time or has ended, also one that
+    /// was issued by a node which did not know of the removal yet, or whose clock is ahead.
     #[must_use]
     pub fn allow(&self, name: &str, issued: i64) -> bool {
         self.added.get(name).is_some_and(|added| issued >= *added)
-    }
-}
-
-/// Waits until the system clock shows a later second than when this was called.
-pub(crate) async fn until_next_second() {
-    let seconds = || since_1970().as_secs();
-    let called = seconds();
-    // A clock that is set back does not prolong the wait.
-    while seconds() == called {
-        let part = Duration::from_nanos(since_1970().subsec_nanos().into());
-        tokio::time::sleep(Duration::from_secs(1).saturating_sub(part)).await;
     }
 }
 
@@ -88,11 +75,7 @@ pub(crate) async fn until_next_second() {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::admin::handlers;
-    use crate::observe::audit::Peer;
-    use crate::sys::clock::unix_now;
     use claviger_protocol::tpm::pcr::PcrValues;
-    use serde_json::json;
 
     fn baseline(name: &str, pcr: usize, enabled: bool, added: i64) -> store::Baseline {
         let mut values = PcrValues::default();
@@ -118,30 +101,5 @@ mod tests {
         assert!(!of(100, false).is_enabled(&id) && !Baselines::default().is_enabled(&id));
         assert_eq!(of(100, false).identify("a"), None);
         assert_eq!(of(100, true).identify("b"), None);
-    }
-
-    #[tokio::test]
-    async fn a_certificate_does_not_outlive_the_removal_of_its_baseline() {
-        let (_folder, service) = crate::service::testing::service();
-        let peer = Peer { uid: 0, pid: None };
-        let zero = "0".repeat(64);
-        let add = json!({"command": "baselines.add", "name": "a", "pcrs": {"0": zero, "4": zero, "7": zero}});
-        handlers::handle(service.clone(), add.clone(), peer).await.unwrap();
-        let issued = unix_now();
-        assert!(service.registry.baselines().allow("a", issued));
-        // Both commands would fit into the second of the certificate.
-        let remove = json!({"command": "baselines.remove", "name": "a"});
-        handlers::handle(service.clone(), remove, peer).await.unwrap();
-        assert!(!service.registry.baselines().allow("a", issued));
-        handlers::handle(service.clone(), add, peer).await.unwrap();
-        assert!(service.registry.baselines().allow("a", unix_now()));
-        assert!(!service.registry.baselines().allow("a", issued));
-    }
-
-    #[tokio::test]
-    async fn the_next_second_is_a_later_one() {
-        let before = unix_now();
-        until_next_second().await;
-        assert!(unix_now() > before);
     }
 }

@@ -297,7 +297,8 @@ impl Registry {
 mod tests {
     use super::*;
     use crate::service::testing::certificate;
-    use crate::store::{Kind, Labels, NewCertificate, NewSigner};
+    use crate::store::{EtcdServer, Kind, Labels, NewCertificate, NewSigner};
+    use claviger_protocol::tpm::pcr::PcrValues;
     use rusqlite::Connection;
     use std::path::Path;
     use std::sync::atomic::AtomicUsize;
@@ -399,6 +400,53 @@ mod tests {
         let registry = registry(folder.path());
         let error = registry.change(|_| Err::<(), _>(StateError::NotSeen)).await.unwrap_err();
         assert!(matches!(error, ChangeError::NoEffectYet(_)), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_certificate_by_a_node_that_is_cut_off_does_not_fit_a_later_baseline_of_its_name() {
+        const T: i64 = 1_800_000_000;
+        let server = EtcdServer::start();
+        let node = || {
+            let state = State::etcd(server.settings("/claviger/")).unwrap();
+            Arc::new(Registry::open(state, Duration::from_secs(300), |_| {}).unwrap())
+        };
+        let values = |kernel: u8| {
+            let mut values = PcrValues::default();
+            [0, 4, 7].into_iter().for_each(|pcr| assert!(values.set(pcr, [kernel; 32])));
+            values
+        };
+        let (vulnerable, mended) = (values(1), values(2));
+        let a = node();
+        let of = vulnerable.clone();
+        a.change(move |state| state.add_baseline("web", &of, None, T - 1_000)).await.unwrap();
+        // From here on, this node takes no new snapshot: it is cut off.
+        let b = node();
+        let add = |name: &'static str, now: i64| {
+            let values = mended.clone();
+            a.change(move |state| state.add_baseline(name, &values, None, now))
+        };
+        a.change(|state| state.remove_baseline("web", T + 10)).await.unwrap();
+        let refused = add("web", T + 20).await.unwrap_err().to_string();
+        assert!(refused.contains("choose another name, or wait until"), "{refused}");
+        add("web-2", T + 20).await.unwrap();
+        // It issues certificates that name the removed baseline until its state is too old. Its clock may be ahead.
+        let last = T + 10 + 300 + 300;
+        for issued in [T + 60, last] {
+            assert!(b.baselines().allow("web", issued), "where it was issued");
+            assert!(!a.baselines().allow("web", issued), "where it is presented");
+        }
+        assert!(a.baselines().allow("web-2", T + 60));
+        // The name is free when the last certificate has ended: notBefore is five minutes earlier.
+        let ended = last - 300 + 8 * 3_600;
+        assert!(add("web", ended).await.is_err());
+        let free = a.with_state(|state| state.reserved_until("web", &mended, ended)).unwrap().unwrap();
+        add("web", free).await.unwrap();
+        assert!(a.baselines().allow("web", free));
+        assert!(!a.baselines().allow("web", T + 60) && !a.baselines().allow("web", last));
+        // Nothing is gained by a removed baseline that comes back with the same values.
+        a.change(move |state| state.remove_baseline("web", free + 10)).await.unwrap();
+        add("web", free + 20).await.unwrap();
+        assert!(!a.baselines().allow("web", last) && a.baselines().allow("web", free + 20));
     }
 
     #[test]

@@ -33,6 +33,10 @@ pub(super) trait Store: fmt::Debug + Send {
     /// The store cannot be read.
     fn baseline_log(&self, name: &str, added: i64) -> Result<Option<Vec<u8>>, StateError>;
 
+    /// How long the name of a removed baseline is reserved, in seconds: until the time of every health certificate that
+    /// names it is before that of a baseline which is added afterwards.
+    fn reservation(&self) -> i64;
+
     /// The state of the connection to a remote store; `None` for a local store.
     fn condition(&self) -> Option<Condition>;
 

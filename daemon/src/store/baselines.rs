@@ -1,18 +1,45 @@
 //! Baselines: PCR values that an administrator accepted.
 
+use std::time::Duration;
+
+use claviger_protocol::health;
 use claviger_protocol::tpm::pcr::PcrValues;
 use claviger_protocol::tpm::policy;
 use data_encoding::{HEXLOWER, HEXLOWER_PERMISSIVE};
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
 
 use super::contents::{Contents, Delta};
 use super::error::StateError;
-use super::records::{Baseline, KeptBaseline, KeptLog};
+use super::records::{Baseline, KeptBaseline, KeptLog, RemovedBaseline};
 
 /// Most baselines. Each attestation is compared with all enabled ones.
 pub const MAX_BASELINES: usize = 1_000;
 
 /// Longest name: the limit of an organizational unit in a certificate.
 const MAX_NAME: usize = 64;
+
+/// How long the name of a removed baseline is reserved on one machine, in seconds.
+///
+/// There is one clock, but several daemons may share the file. A removal takes up to 5 seconds after its time was read,
+/// because it waits for other writers. Another daemon takes the new contents a second later, and issues health certificates
+/// that name the removed baseline until then. The rest is for a daemon that is busy.
+pub(super) const RESERVATION_ON_ONE_MACHINE: i64 = 10;
+
+/// Most seconds by which the clocks of two nodes may differ: health certificates are backdated so much.
+const CLOCKS_DIFFER: i64 = health::BACKDATED_SECONDS;
+
+/// Time until a health certificate has ended at all nodes, in seconds after its issue.
+const CERTIFICATE_ENDS: i64 = health::LIFETIME_SECONDS + CLOCKS_DIFFER;
+
+/// How long the name of a removed baseline is reserved if several nodes share the state, in seconds.
+///
+/// A node that is cut off issues health certificates that name the removed baseline until its state is too old. When the
+/// name is free, all of them have ended.
+pub(super) fn reservation_of_nodes(max_staleness: Duration) -> i64 {
+    let staleness = i64::try_from(max_staleness.as_secs()).unwrap_or(i64::MAX);
+    CERTIFICATE_ENDS.saturating_add(staleness).saturating_add(1)
+}
 
 impl Contents {
     /// All baselines by name, without their logs.
@@ -35,17 +62,38 @@ impl Contents {
         Ok(self.baselines.get(&name.to_ascii_lowercase())?.map(|kept| &**kept))
     }
 
-    /// Adds a baseline, enabled.
+    /// Time until which the name is reserved for other values than these, because a baseline of this name was removed;
+    /// `None` if it is free for them. `reservation` is the store's (seconds).
+    ///
+    /// Health certificates hold the name of a baseline, not its values. So a certificate that names the removed baseline
+    /// must not fit the next baseline of that name. With the same values it means the same.
+    ///
+    /// # Errors
+    /// [`StateError::Unreadable`].
+    pub fn reserved_until(
+        &self,
+        name: &str,
+        values: &PcrValues,
+        now: i64,
+        reservation: i64,
+    ) -> Result<Option<i64>, StateError> {
+        let removed = self.removed_baselines.get(&name.to_ascii_lowercase())?;
+        let until = removed.filter(|removed| removed.values != *values).map(|removed| removed.free_from(reservation));
+        Ok(until.filter(|until| now < *until))
+    }
+
+    /// Adds a baseline, enabled. `reservation` is the store's (seconds).
     ///
     /// # Errors
     /// [`StateError::Invalid`] for an invalid name, or if a required PCR is missing; [`StateError::Conflict`] if the
-    /// name exists or there are already [`MAX_BASELINES`].
+    /// name exists or is reserved, or there are already [`MAX_BASELINES`].
     pub fn add_baseline(
         &mut self,
         name: &str,
         values: &PcrValues,
         log: Option<&[u8]>,
         now: i64,
+        reservation: i64,
     ) -> Result<Baseline, StateError> {
         if let Some(other) = self.kept_baseline(name)? {
             return Err(StateError::Conflict(format!(
@@ -54,22 +102,48 @@ impl Contents {
             )));
         }
         let (name, values, log) = (name.to_owned(), values.clone(), log.map(<[u8]>::to_vec));
-        let added = Baseline { name, values, log, enabled: true, added: now };
-        self.put_new_baseline(added.clone())?;
-        Ok(added)
+        self.put_new_baseline(Baseline { name, values, log, enabled: true, added: now }, reservation)
     }
 
-    /// Stores a baseline under an unused name.
+    /// Stores a baseline under an unused name, and returns it.
     ///
     /// # Errors
     /// As [`Contents::add_baseline`].
-    pub(super) fn put_new_baseline(&mut self, baseline: Baseline) -> Result<(), StateError> {
+    pub(super) fn put_new_baseline(
+        &mut self,
+        mut baseline: Baseline,
+        reservation: i64,
+    ) -> Result<Baseline, StateError> {
         check_baseline_name(&baseline.name)?;
         check_values(&baseline.values)?;
         if self.baselines.rows()?.len() >= MAX_BASELINES {
             return Err(StateError::Conflict(format!("there are {MAX_BASELINES} baselines already; remove some")));
         }
-        self.baselines.put(baseline.name.to_ascii_lowercase(), baseline.into())
+        let (key, now) = (baseline.name.to_ascii_lowercase(), baseline.added);
+        if let Some(until) = self.reserved_until(&baseline.name, &baseline.values, now, reservation)? {
+            return Err(StateError::Conflict(why_reserved(until)));
+        }
+        if let Some(removed) = self.removed_baselines.remove(&key)?
+            && removed.values == baseline.values
+        {
+            // Also where this node's clock is behind: earlier certificates belong to a baseline before the removed one.
+            baseline.added = now.max(removed.added);
+        }
+        self.forget_removed_baselines(now, reservation)?;
+        self.baselines.put(key, baseline.clone().into())?;
+        Ok(baseline)
+    }
+
+    /// Drops the removed baselines whose names are free.
+    fn forget_removed_baselines(&mut self, now: i64, reservation: i64) -> Result<(), StateError> {
+        // On one machine the names are free earlier, but the state may be moved to a store of several nodes.
+        let reservation = reservation.max(CERTIFICATE_ENDS);
+        let removed = self.removed_baselines.rows()?.iter();
+        let over = removed.filter(|(_, row)| row.value.free_from(reservation) <= now);
+        for name in over.map(|(name, _)| name.clone()).collect::<Vec<_>>() {
+            self.removed_baselines.remove(&name)?;
+        }
+        Ok(())
     }
 
     /// Enables or disables a baseline.
@@ -84,13 +158,18 @@ impl Contents {
         Ok(changed)
     }
 
-    /// Removes a baseline and returns it.
+    /// Removes a baseline and returns it. Its name stays reserved for `reservation` seconds.
     ///
     /// # Errors
     /// [`StateError::NotFound`].
-    pub fn remove_baseline(&mut self, name: &str) -> Result<Baseline, StateError> {
-        let removed = self.baselines.remove(&name.to_ascii_lowercase())?;
-        removed.map(|kept| kept.baseline.clone()).ok_or_else(|| no_baseline(name))
+    pub fn remove_baseline(&mut self, name: &str, now: i64, reservation: i64) -> Result<Baseline, StateError> {
+        let key = name.to_ascii_lowercase();
+        let removed = self.baselines.remove(&key)?.ok_or_else(|| no_baseline(name))?.baseline.clone();
+        self.forget_removed_baselines(now, reservation)?;
+        let Baseline { name, values, added, .. } = removed.clone();
+        let reserved_until = now.saturating_add(reservation);
+        self.removed_baselines.put(key, RemovedBaseline { name, values, added, removed: now, reserved_until })?;
+        Ok(removed)
     }
 
     /// After a change was stored, drops its logs from memory: they are in the store.
@@ -102,6 +181,24 @@ impl Contents {
             }
         }
     }
+}
+
+impl RemovedBaseline {
+    /// Time from which the name is free for other values, by the store in which the baseline was removed and by one with
+    /// this reservation (seconds).
+    fn free_from(&self, reservation: i64) -> i64 {
+        self.removed.saturating_add(reservation).max(self.reserved_until)
+    }
+}
+
+/// Why a baseline cannot be added until this time, for people.
+pub(super) fn why_reserved(until: i64) -> String {
+    let at = OffsetDateTime::from_unix_timestamp(until).ok().and_then(|at| at.format(&Rfc3339).ok());
+    format!(
+        "a baseline of that name with other values was removed, and hosts may still hold health certificates that name it; \
+         choose another name, or wait until {}",
+        at.unwrap_or_else(|| until.to_string())
+    )
 }
 
 fn no_baseline(name: &str) -> StateError {
@@ -159,9 +256,15 @@ pub(super) fn values_from_text(text: &str) -> Result<PcrValues, StateError> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::store::tests::{Place, message, on_every_store};
+    use crate::store::State;
+    use crate::store::tests::{Place, message, on_every_store, soon};
 
-    on_every_store!(baselines_are_kept_by_name, a_log_is_read_by_name_and_time);
+    on_every_store!(
+        baselines_are_kept_by_name,
+        a_log_is_read_by_name_and_time,
+        the_name_of_a_removed_baseline_is_reserved_for_its_values,
+        a_reservation_outlives_the_daemon_and_ends,
+    );
 
     fn values(pcrs: &[usize]) -> PcrValues {
         let mut values = PcrValues::default();
@@ -185,8 +288,8 @@ mod tests {
         }
         assert!(!state.enable_baseline("fleet-1", false).unwrap().enabled);
         assert!(message(state.enable_baseline("b", true)).contains("no baseline \"b\""));
-        assert_eq!(state.remove_baseline("fleet-1").unwrap().name, "Fleet-1");
-        assert!(message(state.remove_baseline("fleet-1")).contains("no baseline"));
+        assert_eq!(state.remove_baseline("fleet-1", 9).unwrap().name, "Fleet-1");
+        assert!(message(state.remove_baseline("fleet-1", 9)).contains("no baseline"));
         assert!(message(state.baseline_by_name("fleet-1")).contains("no baseline"));
     }
 
@@ -198,6 +301,59 @@ mod tests {
         for (name, added) in [("a", 8), ("b", 7), ("c", 7)] {
             assert_eq!(state.baseline_log(name, added).unwrap(), None);
         }
+    }
+
+    fn the_name_of_a_removed_baseline_is_reserved_for_its_values(place: &Place) {
+        let (mut state, other) = (place.open(), place.open());
+        let (one, two) = (values(&[0, 4, 7]), values(&[0, 4, 7, 9]));
+        state.add_baseline("Fleet", &one, None, 1_000).unwrap();
+        assert_eq!(state.reserved_until("fleet", &two, 1_000).unwrap(), None, "it is in use");
+        state.remove_baseline("fleet", 2_000).unwrap();
+        let until = state.reserved_until("FLEET", &two, 2_000).unwrap().unwrap();
+        soon(|| other.reserved_until("fleet", &two, until - 1).unwrap() == Some(until));
+        let refused = message(state.add_baseline("fleet", &two, None, until - 1));
+        assert!(refused.contains("choose another name, or wait until 1970-01-01T"), "{refused}");
+        assert_eq!(state.baselines().unwrap(), []);
+        state.add_baseline("another", &two, None, 2_000).unwrap();
+
+        // The same values may have the name. Certificates from before the removed baseline was added are not theirs, also
+        // if the clock of this node is behind.
+        assert_eq!(state.reserved_until("fleet", &one, 2_000).unwrap(), None);
+        assert_eq!(state.add_baseline("fleet", &one, None, 900).unwrap().added, 1_000);
+        // Removed again: reserved from then on.
+        state.remove_baseline("fleet", 3_000).unwrap();
+        assert_eq!(state.reserved_until("fleet", &two, until).unwrap(), Some(until + 1_000));
+        assert_eq!(state.add_baseline("fleet", &two, None, until + 1_000).unwrap().added, until + 1_000);
+        assert_eq!(state.contents().unwrap().records().unwrap().removed_baselines, 0);
+    }
+
+    fn a_reservation_outlives_the_daemon_and_ends(place: &Place) {
+        let mut state = place.open();
+        let (one, two) = (values(&[0, 4, 7]), values(&[0, 4, 7, 9]));
+        for name in ["a", "b"] {
+            state.add_baseline(name, &one, None, 1).unwrap();
+        }
+        state.remove_baseline("a", 1_000).unwrap();
+        drop(state);
+        let mut state = place.open();
+        assert!(state.reserved_until("a", &two, 1_000).unwrap().is_some());
+        // It is kept for as long as another store may need it, and dropped by the next removal.
+        let kept = |state: &State| state.contents().unwrap().records().unwrap().removed_baselines;
+        state.remove_baseline("b", 1_000 + CERTIFICATE_ENDS - 1).unwrap();
+        assert_eq!(kept(&state), 2);
+        state.add_baseline("c", &one, None, 2 * CERTIFICATE_ENDS).unwrap();
+        assert_eq!(kept(&state), 1);
+    }
+
+    #[test]
+    fn every_certificate_of_a_removed_baseline_has_ended_when_nodes_free_its_name() {
+        let staleness = 300;
+        let free = reservation_of_nodes(Duration::from_secs(300));
+        // Issued at the last moment by a node whose clock is ahead, and checked by one whose clock is behind.
+        let ends = staleness + CLOCKS_DIFFER - health::BACKDATED_SECONDS + health::LIFETIME_SECONDS;
+        assert!(free > ends + CLOCKS_DIFFER);
+        assert_eq!(free, 8 * 3_600 + 601);
+        assert_eq!(reservation_of_nodes(Duration::MAX), i64::MAX);
     }
 
     #[test]

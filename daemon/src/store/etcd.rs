@@ -12,7 +12,7 @@ mod layout;
 mod probe;
 mod settings;
 #[cfg(test)]
-pub(super) mod testing;
+pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
 
@@ -28,6 +28,7 @@ use tokio::runtime::{Builder, Handle};
 use tokio::sync::oneshot;
 
 use super::backend::{Condition, Decision, Store};
+use super::baselines::reservation_of_nodes;
 use super::contents::Contents;
 use super::error::StateError;
 pub use board::{Board, BoardError, Entry, Lease};
@@ -267,6 +268,10 @@ impl Store for Etcd {
         let (client, shared, name) = (self.client()?, Arc::clone(&self.shared), name.to_owned());
         let log = self.call(async move { calls::log(&client, &shared.layout, &name, added).await });
         log.map_err(|error| StateError::Unavailable { reason: error.to_string() })
+    }
+
+    fn reservation(&self) -> i64 {
+        reservation_of_nodes(self.shared.settings.max_staleness)
     }
 
     fn condition(&self) -> Option<Condition> {

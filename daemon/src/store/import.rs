@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use super::baselines::{check_baseline_name, check_values};
+use super::baselines::{check_baseline_name, check_values, why_reserved};
 use super::certificates::Role;
 use super::contents::Contents;
 use super::error::StateError;
@@ -37,11 +37,11 @@ pub struct Merged {
 }
 
 impl Contents {
-    /// Imports another state's contents. It may fail halfway: the caller then drops the changed copy.
+    /// Imports another state's contents. `reservation` is the store's (seconds). It may fail halfway: the caller then drops the changed copy.
     ///
     /// # Errors
     /// [`StateError::Conflict`] if the two states contradict each other; [`StateError::Invalid`].
-    pub fn import(&mut self, import: &Import, now: i64) -> Result<Merged, StateError> {
+    pub fn import(&mut self, import: &Import, now: i64, reservation: i64) -> Result<Merged, StateError> {
         let mut merged = Merged::default();
         let mut names: HashMap<Vec<u8>, String> =
             self.hosts()?.map(|host| (host.spki.clone(), host.name.clone())).collect();
@@ -49,7 +49,7 @@ impl Contents {
             self.merge_host(host, &mut names, import.loosen, now, &mut merged)?;
         }
         for baseline in &import.baselines {
-            self.merge_baseline(baseline, now, &mut merged)?;
+            self.merge_baseline(baseline, now, reservation, &mut merged)?;
         }
         self.merge_certificates(&import.certificates, now, &mut merged)?;
         self.merge_signers(import, now, &mut merged)?;
@@ -110,12 +110,22 @@ impl Contents {
     }
 
     /// A new baseline is added, because like a new host it only adds.
-    fn merge_baseline(&mut self, new: &Baseline, now: i64, merged: &mut Merged) -> Result<(), StateError> {
+    fn merge_baseline(
+        &mut self,
+        new: &Baseline,
+        now: i64,
+        reservation: i64,
+        merged: &mut Merged,
+    ) -> Result<(), StateError> {
         check_baseline_name(&new.name)?;
         check_values(&new.values)?;
         let name = &new.name;
         let Some(old) = self.kept_baseline(name)? else {
-            self.put_new_baseline(Baseline { added: now, ..new.clone() })?;
+            if let Some(until) = self.reserved_until(name, &new.values, now, reservation)? {
+                merged.skipped.push(format!("baseline {name} is not added: {}", why_reserved(until)));
+                return Ok(());
+            }
+            self.put_new_baseline(Baseline { added: now, ..new.clone() }, reservation)?;
             merged.changes.push(format!("baseline {name} is added{}", if new.enabled { "" } else { ", disabled" }));
             return Ok(());
         };
@@ -337,11 +347,17 @@ mod tests {
         assert_eq!(enabled, [("new", true, 5), ("off-here", false, 1), ("off-there", false, 1)]);
         assert_eq!(here.hosts().unwrap()[0].kind, crate::store::HostKind::EndorsementKey);
 
-        there.remove_baseline("new").unwrap();
+        there.remove_baseline("new", 2).unwrap();
         values.set(9, [9; 32]);
-        there.add_baseline("new", &values, None, 1).unwrap();
+        there.add_baseline("new", &values, None, 1_000_000).unwrap();
         assert!(message(here.import(&exported(&there), 6, true)).contains("other values here"));
-        here.remove_baseline("new").unwrap();
+        here.remove_baseline("new", 6).unwrap();
+        // Its name is reserved: the import leaves the baseline out.
+        let merged = here.import(&exported(&there), 6, true).unwrap();
+        assert_eq!((merged.changes.len(), merged.skipped.len()), (0, 2), "{merged:?}");
+        assert!(merged.skipped[0].starts_with("baseline new is not added: a baseline of that name"), "{merged:?}");
+        let merged = here.import(&exported(&there), 1_000_000, true).unwrap();
+        assert_eq!(merged.changes, ["baseline new is added"]);
         here.remove_host("tpm").unwrap();
         here.add_host("tpm", b"ek", &Labels::default(), 1).unwrap();
         assert!(message(here.import(&exported(&there), 6, true)).contains("is a host-key here"));

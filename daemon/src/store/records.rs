@@ -73,6 +73,21 @@ pub struct Baseline {
     pub added: i64,
 }
 
+/// A baseline that was removed. Health certificates that name it may still be in use, so its name is reserved for a time.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct RemovedBaseline {
+    /// Its name as given.
+    pub(super) name: String,
+    /// Its PCR values. A baseline with the same values may have its name at once.
+    pub(super) values: PcrValues,
+    /// Time at which it was added, seconds since 1970.
+    pub(super) added: i64,
+    /// Time of its removal, seconds since 1970.
+    pub(super) removed: i64,
+    /// Earliest time at which a baseline with other values may have its name, by the store in which it was removed.
+    pub(super) reserved_until: i64,
+}
+
 /// A baseline in [`Contents`]. Logs may be large, so they stay in the store.
 #[derive(Clone, Debug)]
 pub(super) struct KeptBaseline {

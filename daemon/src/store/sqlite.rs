@@ -20,6 +20,7 @@ use rusqlite::{Connection, ErrorCode, OptionalExtension, TransactionBehavior, pa
 use tokio::sync::watch;
 
 use super::backend::{Condition, Decision, Store};
+use super::baselines::RESERVATION_ON_ONE_MACHINE;
 use super::contents::Contents;
 use super::error::StateError;
 use schema::{MIGRATIONS, migrate};
@@ -137,6 +138,10 @@ impl Store for Sqlite {
             .prepare_cached("SELECT log FROM baselines WHERE name = ?1 AND added = ?2")
             .and_then(|mut statement| statement.query_row(params![name, added], |row| row.get(0)).optional());
         Ok(found.map_err(|error| self.database(error))?.flatten())
+    }
+
+    fn reservation(&self) -> i64 {
+        RESERVATION_ON_ONE_MACHINE
     }
 
     fn confirmed(&self) -> Option<Instant> {
@@ -310,6 +315,31 @@ mod tests {
     }
 
     #[test]
+    fn baselines_of_the_fifth_version_stay_and_reserve_their_names_from_then_on() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("state.db");
+        let mut old = Connection::open(&path).unwrap();
+        migrate(&mut old, &path, &MIGRATIONS[..5]).unwrap();
+        let mut values = PcrValues::default();
+        [0, 4, 7].into_iter().for_each(|pcr| assert!(values.set(pcr, [1; 32])));
+        let pcrs = super::super::baselines::values_to_text(&values);
+        old.execute("INSERT INTO baselines (name, pcrs, log, added) VALUES ('a', ?1, x'07', 1)", [pcrs]).unwrap();
+        drop(old);
+        let mut state = State::open(folder.path()).unwrap();
+        assert_eq!(state.baselines().unwrap()[0].log.as_deref(), Some(&[7][..]));
+        state.remove_baseline("a", 100).unwrap();
+        values.set(9, [1; 32]);
+        assert_eq!(state.reserved_until("a", &values, 100).unwrap(), Some(100 + RESERVATION_ON_ONE_MACHINE));
+        let by_hand = Connection::open(&path).unwrap();
+        let found: (i64, String) = by_hand
+            .query_row("SELECT user_version, name FROM pragma_user_version, removed_baselines", [], |row| {
+                Ok((row.get(0)?, row.get(1)?))
+            })
+            .unwrap();
+        assert_eq!(found, (6, "a".to_owned()));
+    }
+
+    #[test]
     fn a_folder_that_cannot_be_made_is_named() {
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join("file"), "").unwrap();
@@ -352,7 +382,7 @@ mod tests {
         let mut state = State::open(folder.path()).unwrap();
         state.enable_baseline("A", true).unwrap();
         assert_eq!(state.baseline_log("a", 7).unwrap().as_deref(), Some(&b"log"[..]));
-        assert_eq!(state.remove_baseline("a").unwrap().log.as_deref(), Some(&b"log"[..]));
+        assert_eq!(state.remove_baseline("a", 8).unwrap().log.as_deref(), Some(&b"log"[..]));
         assert_eq!(state.baseline_log("a", 7).unwrap(), None);
     }
 }

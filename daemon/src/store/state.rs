@@ -305,7 +305,8 @@ impl State {
         log: Option<&[u8]>,
         now: i64,
     ) -> Result<Baseline, StateError> {
-        self.change(|contents| contents.add_baseline(name, values, log, now))
+        let reservation = self.store.reservation();
+        self.change(|contents| contents.add_baseline(name, values, log, now, reservation))
     }
 
     /// Enables or disables a baseline and returns it with its log.
@@ -317,13 +318,22 @@ impl State {
         self.with_log(changed)
     }
 
+    /// See [`Contents::reserved_until`].
+    ///
+    /// # Errors
+    /// See [`State::contents`].
+    pub fn reserved_until(&self, name: &str, values: &PcrValues, now: i64) -> Result<Option<i64>, StateError> {
+        self.contents()?.reserved_until(name, values, now, self.store.reservation())
+    }
+
     /// Removes a baseline and returns it with its log.
     ///
     /// # Errors
     /// See [`Contents::remove_baseline`].
-    pub fn remove_baseline(&mut self, name: &str) -> Result<Baseline, StateError> {
+    pub fn remove_baseline(&mut self, name: &str, now: i64) -> Result<Baseline, StateError> {
         let log = self.baseline_by_name(name)?.log;
-        let removed = self.change(|contents| contents.remove_baseline(name))?;
+        let reservation = self.store.reservation();
+        let removed = self.change(|contents| contents.remove_baseline(name, now, reservation))?;
         Ok(Baseline { log, ..removed })
     }
 
@@ -454,9 +464,10 @@ impl State {
     /// # Errors
     /// See [`Contents::import`].
     pub fn import(&mut self, import: &Import, now: i64, apply: bool) -> Result<Merged, StateError> {
+        let reservation = self.store.reservation();
         if apply {
-            return self.change(|contents| contents.import(import, now));
+            return self.change(|contents| contents.import(import, now, reservation));
         }
-        Contents::clone(&*self.contents()?).import(import, now)
+        Contents::clone(&*self.contents()?).import(import, now, reservation)
     }
 }

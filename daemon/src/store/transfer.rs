@@ -12,6 +12,8 @@ pub struct Records {
     pub hosts: usize,
     /// Baselines.
     pub baselines: usize,
+    /// Removed baselines whose names are reserved.
+    pub removed_baselines: usize,
     /// Key-protection certificates.
     pub certificates: usize,
     /// Keys that are limited to hosts with labels.
@@ -36,10 +38,11 @@ impl Contents {
     /// # Errors
     /// [`StateError::Unreadable`].
     pub fn records(&self) -> Result<Records, StateError> {
-        let Self { hosts, baselines, certificates, limits, signers, revoked } = self;
+        let Self { hosts, baselines, removed_baselines, certificates, limits, signers, revoked } = self;
         Ok(Records {
             hosts: hosts.rows()?.len(),
             baselines: baselines.rows()?.len(),
+            removed_baselines: removed_baselines.rows()?.len(),
             certificates: certificates.rows()?.len(),
             limits: limits.rows()?.len(),
             signers: signers.rows()?.len(),
@@ -80,16 +83,14 @@ impl State {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use crate::store::tests::{Place, message, on_every_store};
-    use crate::store::{Kind, Labels, NewCertificate, NewSigner};
+    use crate::store::{Kind, Labels, NewCertificate, NewSigner, State};
     use claviger_protocol::tpm::pcr::PcrValues;
 
     on_every_store!(everything_is_copied_into_an_empty_state_and_only_there);
 
     fn everything_is_copied_into_an_empty_state_and_only_there(place: &Place) {
         // From each kind of store to each kind.
-        for (elsewhere, here) in
-            [(Place::sqlite(), place.another()), (place.another().another(), place.another().another().another())]
-        {
+        for (elsewhere, here) in [(Place::sqlite(), place.another()), (Place::etcd(), place.another().another())] {
             let (mut from, mut to) = (elsewhere.open(), here.open());
             let labels: Labels = "tenant=acme".parse().unwrap();
             for number in 0..300 {
@@ -100,6 +101,10 @@ mod tests {
             [0, 4, 7].into_iter().for_each(|pcr| assert!(values.set(pcr, [1; 32])));
             from.add_baseline("with", &values, Some(&[7; 100_000]), 1).unwrap();
             from.add_baseline("without", &values, None, 1).unwrap();
+            from.add_baseline("removed", &values, Some(b"log"), 1).unwrap();
+            from.remove_baseline("removed", 2).unwrap();
+            let mut other = values.clone();
+            other.set(9, [1; 32]);
             for der in [&b"one"[..], b"two"] {
                 let new = NewCertificate { kind: Kind::Signing, der, key_id: b"id", spki: der, primary: false };
                 let added = from.add_certificate(&new, 1).unwrap();
@@ -112,11 +117,15 @@ mod tests {
 
             let copied = to.copy_from(&from).unwrap();
             assert_eq!((copied.hosts, copied.baselines, copied.certificates, copied.limits), (300, 2, 2, 2));
+            assert_eq!(copied.removed_baselines, 1);
             assert_eq!(copied, to.contents().unwrap().records().unwrap());
             assert_eq!(
                 (to.hosts().unwrap(), to.baselines().unwrap()),
                 (from.hosts().unwrap(), from.baselines().unwrap())
             );
+            // In the new place, the name is reserved for as long as either store needs.
+            let until = |state: &State| state.reserved_until("REMOVED", &other, 3).unwrap();
+            assert!(until(&from).is_some() && until(&to) >= until(&from));
             assert_eq!(to.certificates().unwrap(), from.certificates().unwrap());
             assert_eq!(to.signers().unwrap(), from.signers().unwrap());
             assert_eq!(to.revoked_signers().unwrap(), from.revoked_signers().unwrap());

@@ -1,6 +1,7 @@
 //! Commands about baselines, and about the last evidence of hosts.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use claviger_protocol::tpm::compare::{Difference, differences};
 use claviger_protocol::tpm::context::MAX_LOG;
@@ -13,11 +14,13 @@ use serde_json::Value;
 use super::change::{Change, read, reply};
 use crate::admin::message::baselines::{Checked, Compared, Differs, MeasuredEvent, Pcrs, PolicyShown, Replayed, Shown};
 use crate::observe::audit::Peer;
-use crate::registry::baselines::until_next_second;
 use crate::service::Service;
 use crate::store::evidence::Evidence;
 use crate::store::{self, Host, State, check_baseline_name, check_host_name};
 use crate::sys::clock::unix_now;
+
+/// Longest reservation of a name for which a command waits.
+const SHORT_RESERVATION: Duration = Duration::from_secs(15);
 
 /// Parses PCR values.
 pub(super) fn pcr_values(pcrs: &Pcrs) -> Result<PcrValues, String> {
@@ -183,11 +186,24 @@ async fn store(
     what: Option<String>,
     peer: Peer,
 ) -> Result<Value, String> {
+    name_is_free(service, &name, &values).await?;
     let now = unix_now();
     let of = name.clone();
     let what = accepted(&values, what);
     let work = move |state: &mut State| state.add_baseline(&of, &values, log.as_deref(), now);
     change(service, event, &name, Some(what), peer, work).await
+}
+
+/// If the name is reserved for a few seconds only, waits until it is free. On one machine it never takes longer, so
+/// administrators need not know of it. A longer reservation is refused when the change is made.
+async fn name_is_free(service: &Arc<Service>, name: &str, values: &PcrValues) -> Result<(), String> {
+    loop {
+        let (of, with, now) = (name.to_owned(), values.clone(), unix_now());
+        let until = read(service, move |state| state.reserved_until(&of, &with, now)).await?;
+        let wait = until.and_then(|until| u64::try_from(until.saturating_sub(now)).ok()).map(Duration::from_secs);
+        let Some(wait) = wait.filter(|wait| *wait <= SHORT_RESERVATION) else { return Ok(()) };
+        tokio::time::sleep(wait).await;
+    }
 }
 
 pub(super) async fn enable(service: &Arc<Service>, name: String, enabled: bool, peer: Peer) -> Result<Value, String> {
@@ -198,11 +214,8 @@ pub(super) async fn enable(service: &Arc<Service>, name: String, enabled: bool, 
 
 pub(super) async fn remove(service: &Arc<Service>, name: String, peer: Peer) -> Result<Value, String> {
     let of = name.clone();
-    let removed = change(service, "baselines.remove", &name, None, peer, move |state| state.remove_baseline(&of)).await;
-    // If a baseline with this name is added later, its time must differ from that of every certificate that names the
-    // removed one.
-    until_next_second().await;
-    removed
+    let work = move |state: &mut State| state.remove_baseline(&of, unix_now());
+    change(service, "baselines.remove", &name, None, peer, work).await
 }
 
 /// Returns the evidence if it is from this host. An earlier host with this name had another TPM.
@@ -341,6 +354,30 @@ mod tests {
 
     fn source(at: Option<i64>, pcrs: Vec<usize>) -> Source {
         Source { host: "node".to_owned(), at, pcrs, from_log: false }
+    }
+
+    #[tokio::test]
+    async fn a_name_with_other_values_is_free_after_a_few_seconds() {
+        let (_folder, service) = crate::service::testing::service();
+        let peer = Peer { uid: 0, pid: None };
+        let pcrs = |initrd: &str| Pcrs::from(&values(&boot(initrd)));
+        add(&service, "a".to_owned(), &pcrs("1"), None, peer).await.unwrap();
+        let issued = unix_now();
+        let allow = |at: i64| service.registry.baselines().allow("a", at);
+        assert!(allow(issued));
+        // Most of the ten seconds are over.
+        service.registry.change(move |state| state.remove_baseline("a", issued - 8)).await.unwrap();
+        assert!(!allow(issued));
+        add(&service, "a".to_owned(), &pcrs("2"), None, peer).await.unwrap();
+        // Another daemon with the same file may have noticed the removal a second late.
+        assert!(allow(unix_now()) && !allow(issued) && !allow(issued + 1));
+        // The same values have the name at once, and nothing waits for a free name.
+        remove(&service, "a".to_owned(), peer).await.unwrap();
+        add(&service, "b".to_owned(), &pcrs("3"), None, peer).await.unwrap();
+        add(&service, "a".to_owned(), &pcrs("2"), None, peer).await.unwrap();
+        let other = values(&boot("3"));
+        let reserved = service.registry.with_state(|state| state.reserved_until("a", &other, unix_now()));
+        assert_eq!(reserved.unwrap(), None, "it is in use");
     }
 
     #[test]

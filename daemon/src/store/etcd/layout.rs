@@ -10,7 +10,8 @@ use super::super::contents::{Contents, Delta};
 use super::super::error::StateError;
 use super::super::labels::Labels;
 use super::super::records::{
-    Baseline, Certificate, Host, HostKind, KeptBaseline, KeptLog, Kind, RevokedSigner, Signer, sha256_hex,
+    Baseline, Certificate, Host, HostKind, KeptBaseline, KeptLog, Kind, RemovedBaseline, RevokedSigner, Signer,
+    sha256_hex,
 };
 use super::super::table::{Changes, Row, Table};
 
@@ -243,6 +244,45 @@ impl Record for Baselines {
     }
 }
 
+struct RemovedBaselines;
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RemovedBaselineJson {
+    name: String,
+    /// Format: `0=<hexadecimal> 4=…`.
+    pcrs: String,
+    added: i64,
+    removed: i64,
+    reserved_until: i64,
+}
+
+impl Record for RemovedBaselines {
+    type Key = String;
+    type Value = RemovedBaseline;
+    type Json = RemovedBaselineJson;
+    const FOLDER: &'static str = "removed-baselines";
+
+    fn name(key: &String) -> String {
+        key.clone()
+    }
+
+    fn to_json(_: &String, of: &RemovedBaseline) -> RemovedBaselineJson {
+        let RemovedBaseline { name, values, added, removed, reserved_until } = of.clone();
+        RemovedBaselineJson { name, pcrs: values_to_text(&values), added, removed, reserved_until }
+    }
+
+    fn from_json(json: RemovedBaselineJson) -> Result<(String, RemovedBaseline), String> {
+        let RemovedBaselineJson { name, pcrs, added, removed, reserved_until } = json;
+        let values = values_from_text(&pcrs).map_err(|error| error.to_string())?;
+        Ok((name.to_ascii_lowercase(), RemovedBaseline { name, values, added, removed, reserved_until }))
+    }
+
+    fn table(contents: &mut Contents) -> &mut Table<String, RemovedBaseline> {
+        &mut contents.removed_baselines
+    }
+}
+
 struct Certificates;
 
 #[derive(Serialize, Deserialize)]
@@ -463,6 +503,7 @@ pub(super) fn writes_of(delta: &Delta) -> serde_json::Result<Vec<Write>> {
     let mut all = Vec::new();
     writes::<Hosts>(&delta.hosts, &mut all)?;
     writes::<Baselines>(&delta.baselines, &mut all)?;
+    writes::<RemovedBaselines>(&delta.removed_baselines, &mut all)?;
     writes::<Certificates>(&delta.certificates, &mut all)?;
     writes::<Limits>(&delta.limits, &mut all)?;
     writes::<Signers>(&delta.signers, &mut all)?;
@@ -491,6 +532,7 @@ pub(super) fn take(contents: &mut Contents, key: &str, value: Option<&[u8]>) -> 
     match folder {
         Hosts::FOLDER => take_record::<Hosts>(contents, key, name, value),
         Baselines::FOLDER => take_record::<Baselines>(contents, key, name, value),
+        RemovedBaselines::FOLDER => take_record::<RemovedBaselines>(contents, key, name, value),
         Certificates::FOLDER => take_record::<Certificates>(contents, key, name, value),
         Limits::FOLDER => take_record::<Limits>(contents, key, name, value),
         Signers::FOLDER => take_record::<Signers>(contents, key, name, value),
@@ -529,6 +571,7 @@ pub(super) fn mark_unreadable(contents: &mut Contents, bad: &BadValue) {
     match bad.table {
         Hosts::FOLDER => mark::<Hosts>(contents, bad),
         Baselines::FOLDER => mark::<Baselines>(contents, bad),
+        RemovedBaselines::FOLDER => mark::<RemovedBaselines>(contents, bad),
         Certificates::FOLDER => mark::<Certificates>(contents, bad),
         Limits::FOLDER => mark::<Limits>(contents, bad),
         Signers::FOLDER => mark::<Signers>(contents, bad),

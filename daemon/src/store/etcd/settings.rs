@@ -29,6 +29,8 @@ pub struct EtcdSettings {
     pub user: Option<(String, PathBuf)>,
     /// Name of this node.
     pub node: String,
+    /// How long nodes serve without etcd.
+    pub max_staleness: Duration,
 }
 
 /// Why there is no connection.
@@ -55,6 +57,7 @@ impl EtcdSettings {
             identity,
             user: etcd.login.clone(),
             node: config.server.node(),
+            max_staleness: etcd.max_staleness(),
         })
     }
 

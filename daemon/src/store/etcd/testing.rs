@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use super::settings::EtcdSettings;
 
 /// The members of one cluster in their own folder, on loopback. They end when this value is dropped.
-pub(in crate::store) struct Server {
+pub(crate) struct Server {
     folder: tempfile::TempDir,
     members: Vec<Member>,
     /// Additional arguments of all members.
@@ -29,7 +29,7 @@ fn free_ports<const N: usize>() -> [u16; N] {
 }
 
 impl Server {
-    pub(in crate::store) fn start() -> Self {
+    pub(crate) fn start() -> Self {
         Self::of(1, Vec::new(), "http")
     }
 
@@ -92,7 +92,7 @@ impl Server {
     }
 
     /// The settings for connecting to it.
-    pub(in crate::store) fn settings(&self, prefix: &str) -> EtcdSettings {
+    pub(crate) fn settings(&self, prefix: &str) -> EtcdSettings {
         let endpoint = |member: &Member| format!("{}://127.0.0.1:{}", self.scheme, member.client);
         EtcdSettings {
             endpoints: self.members.iter().map(endpoint).collect(),
@@ -101,6 +101,7 @@ impl Server {
             identity: None,
             user: None,
             node: "test".to_owned(),
+            max_staleness: Duration::from_secs(300),
         }
     }
 

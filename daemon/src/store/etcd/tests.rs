@@ -248,7 +248,7 @@ fn a_change_that_etcd_refuses_is_told_at_once() {
 fn die_in_a_large_change(server: &Server, state: &State) {
     let mut after = Contents::clone(&state.contents().unwrap());
     let before = Contents::clone(&after);
-    after.import(&Import { hosts: hosts(500), ..Import::default() }, 1).unwrap();
+    after.import(&Import { hosts: hosts(500), ..Import::default() }, 1, 0).unwrap();
     after.remove_host("before").unwrap();
     let parts = batch::groups(layout::writes_of(&after.delta_since(&before)).unwrap());
     let layout = layout::Layout::new(PREFIX);
@@ -340,6 +340,32 @@ fn a_value_that_cannot_be_read_costs_its_own_table_only() {
     put("hosts/b", a);
     soon(|| state.hosts().is_err());
     assert!(message(state.hosts()).contains("belongs under v1/state/hosts/a"));
+}
+
+#[test]
+fn a_removed_baseline_has_the_form_that_is_documented() {
+    let server = Server::start();
+    let mut state = open(&server);
+    let mut values = claviger_protocol::tpm::pcr::PcrValues::default();
+    [0, 4, 7].into_iter().for_each(|pcr| assert!(values.set(pcr, [1; 32])));
+    state.add_baseline("Fleet", &values, None, 1).unwrap();
+    state.remove_baseline("fleet", 100).unwrap();
+    let key = format!("{PREFIX}v1/state/removed-baselines/fleet");
+    let get = |key: String| {
+        by_hand(&server, async |client| client.get(key, None).await.unwrap().kvs()[0].value_str().unwrap().to_owned())
+    };
+    let value: serde_json::Value = serde_json::from_str(&get(key.clone())).unwrap();
+    let hex = "01".repeat(32);
+    let pcrs = format!("0={hex} 4={hex} 7={hex}");
+    let record =
+        serde_json::json!({"name": "Fleet", "pcrs": pcrs, "added": 1, "removed": 100, "reserved_until": 100 + 29_401});
+    assert_eq!(value, serde_json::json!({"v": 1, "order": 1, "record": record}));
+    // One that cannot be read refuses every change of baselines, which could depend on it, and nothing else.
+    by_hand(&server, async |client| client.put(key.clone(), "{}", None).await.map(drop)).unwrap();
+    soon(|| state.reserved_until("b", &values, 1).is_err());
+    assert!(message(state.add_baseline("b", &values, None, 1)).contains("removed-baselines/fleet"));
+    assert_eq!(state.baselines().unwrap(), []);
+    add(&mut state, "a").unwrap();
 }
 
 /// Runs openssl in a folder.

@@ -10,7 +10,7 @@ use super::super::contents::{Contents, Delta};
 use super::super::error::StateError;
 use super::super::labels::Labels;
 use super::super::records::{
-    Baseline, Certificate, Host, HostKind, KeptBaseline, KeptLog, Kind, RevokedSigner, Signer,
+    Baseline, Certificate, Host, HostKind, KeptBaseline, KeptLog, Kind, RemovedBaseline, RevokedSigner, Signer,
 };
 use super::super::table::Table;
 
@@ -35,6 +35,13 @@ pub(super) fn read(connection: &Connection, path: &Path) -> rusqlite::Result<Con
             "baselines",
             "SELECT rowid, name, pcrs, log IS NOT NULL, enabled, added FROM baselines",
             |row| baseline(row).map(|kept| (kept.baseline.name.to_ascii_lowercase(), kept)),
+        ),
+        removed_baselines: table(
+            connection,
+            path,
+            "removed_baselines",
+            "SELECT rowid, name, pcrs, added, removed, reserved_until FROM removed_baselines",
+            |row| removed_baseline(row).map(|removed| (removed.name.to_ascii_lowercase(), removed)),
         ),
         certificates: table(
             connection,
@@ -116,6 +123,13 @@ fn baseline(row: &Row<'_>) -> rusqlite::Result<KeptBaseline> {
     Ok(KeptBaseline { baseline, log })
 }
 
+fn removed_baseline(row: &Row<'_>) -> rusqlite::Result<RemovedBaseline> {
+    let pcrs: String = row.get(2)?;
+    let values = values_from_text(&pcrs).map_err(|error| invalid(2, error))?;
+    let (added, removed, reserved_until) = (row.get(3)?, row.get(4)?, row.get(5)?);
+    Ok(RemovedBaseline { name: row.get(1)?, values, added, removed, reserved_until })
+}
+
 fn certificate(row: &Row<'_>) -> rusqlite::Result<Certificate> {
     let kind: Kind = parsed(row, 2)?;
     Ok(Certificate {
@@ -159,7 +173,7 @@ fn invalid(index: usize, error: StateError) -> rusqlite::Error {
 /// Writes a difference. Rows with a new value are deleted first: the unique indexes are checked row by row, but only
 /// the result has to satisfy them.
 pub(super) fn write(transaction: &Transaction<'_>, delta: &Delta) -> rusqlite::Result<()> {
-    let Delta { hosts, baselines, certificates, limits, signers, revoked } = delta;
+    let Delta { hosts, baselines, removed_baselines, certificates, limits, signers, revoked } = delta;
 
     let mut delete = transaction.prepare_cached("DELETE FROM hosts WHERE name = ?1")?;
     for name in hosts.removed.iter().chain(hosts.put.iter().map(|(name, _)| name)) {
@@ -198,6 +212,20 @@ pub(super) fn write(transaction: &Transaction<'_>, delta: &Delta) -> rusqlite::R
             KeptLog::Absent => None,
         };
         insert.execute(params![row.order, of.name, pcrs, log, of.enabled, of.added])?;
+    }
+
+    let mut delete = transaction.prepare_cached("DELETE FROM removed_baselines WHERE name = ?1")?;
+    for name in removed_baselines.removed.iter().chain(removed_baselines.put.iter().map(|(name, _)| name)) {
+        delete.execute([name])?;
+    }
+    let mut insert = transaction.prepare_cached(
+        "INSERT INTO removed_baselines (rowid, name, pcrs, added, removed, reserved_until)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+    )?;
+    for (_, row) in &removed_baselines.put {
+        let of = &*row.value;
+        let pcrs = values_to_text(&of.values);
+        insert.execute(params![row.order, of.name, pcrs, of.added, of.removed, of.reserved_until])?;
     }
 
     let mut delete = transaction.prepare_cached("DELETE FROM certificates WHERE kind = ?1 AND thumbprint = ?2")?;

@@ -81,6 +81,16 @@ pub(super) const MIGRATIONS: &[&str] = &[
         added INTEGER NOT NULL
     ) STRICT;
 ",
+    // Names of removed baselines, which are reserved for a time.
+    "
+    CREATE TABLE removed_baselines (
+        name TEXT NOT NULL UNIQUE COLLATE NOCASE,
+        pcrs TEXT NOT NULL,
+        added INTEGER NOT NULL,
+        removed INTEGER NOT NULL,
+        reserved_until INTEGER NOT NULL
+    ) STRICT;
+",
 ];
 
 pub(super) fn migrate(connection: &mut Connection, path: &Path, migrations: &[&str]) -> Result<(), StateError> {
