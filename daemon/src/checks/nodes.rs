@@ -4,8 +4,15 @@ use std::collections::BTreeMap;
 
 use super::finding::Finding;
 use crate::config::Config;
-use crate::nodes::record::{self, ListedNode};
+use crate::nodes::presence::REWRITTEN;
+use crate::nodes::record::{self, ListedNode, NodeRecord};
 use crate::store::{BoardError, EtcdSettings, State, probe};
+use crate::sys::clock::unix_now;
+
+/// Difference of clocks in seconds that is named.
+const CLOCKS_DIFFER: i64 = 60;
+/// Difference in seconds from which on nodes refuse each other's health certificates, which begin this long before they are issued.
+const CLOCKS_REFUSE: i64 = 300;
 
 /// Checks each endpoint of etcd, and the nodes. Blocks on etcd.
 pub(crate) fn examine(config: &Config) -> Vec<Finding> {
@@ -49,7 +56,7 @@ pub(crate) fn examine(config: &Config) -> Vec<Finding> {
         ));
     }
     match listed(config) {
-        Ok(nodes) => findings.extend(of_nodes(&nodes)),
+        Ok(nodes) => findings.extend(of_nodes(&nodes, unix_now())),
         Err(error) => {
             let what = format!("the nodes cannot be listed: {error}");
             findings.push(Finding::warning("nodes", what, "see the check of etcd"));
@@ -63,8 +70,24 @@ fn listed(config: &Config) -> Result<Vec<ListedNode>, BoardError> {
     record::list_of(&view.state)
 }
 
-/// Checks that the nodes have one version, the newest state, and all keys.
-fn of_nodes(nodes: &[ListedNode]) -> Vec<Finding> {
+/// Compares the clock of a running node with `now`, by the time at which it last wrote its record.
+fn of_clock(node: &NodeRecord, now: i64) -> Option<Finding> {
+    let ahead = node.written.saturating_sub(now);
+    // The record may be this old. Writing takes some seconds, too, which are below what is named.
+    let behind = now.saturating_sub(node.written).saturating_sub(REWRITTEN.as_secs().cast_signed());
+    let (by, way) = if ahead > behind { (ahead, "ahead of") } else { (behind, "behind") };
+    if by < CLOCKS_DIFFER {
+        return None;
+    }
+    let level = if by < CLOCKS_REFUSE { Finding::warning } else { Finding::error };
+    let what = format!("the clock of {} is at least {by} seconds {way} this machine's", node.name);
+    let todo =
+        "synchronise the clocks of all nodes: beyond five minutes, nodes refuse each other's health certificates";
+    Some(level("clock", what, todo.to_owned()))
+}
+
+/// Checks that the nodes have one version, the newest state, all keys, and the time `now`.
+fn of_nodes(nodes: &[ListedNode], now: i64) -> Vec<Finding> {
     let mut findings = Vec::new();
     let running: Vec<_> = nodes.iter().filter(|node| node.running).map(|node| &node.record).collect();
     let mut versions: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
@@ -90,6 +113,7 @@ fn of_nodes(nodes: &[ListedNode]) -> Vec<Finding> {
                 "ask again in ten seconds; if it stays so, see its status page",
             ));
         }
+        findings.extend(of_clock(node, now));
         for missing in &node.missing {
             let what = format!("node {} misses a key on an HSM: {missing}", node.name);
             let todo = "replicate the key to this token with the vendor's tools, or remove the certificate";
@@ -102,7 +126,10 @@ fn of_nodes(nodes: &[ListedNode]) -> Vec<Finding> {
         findings.push(Finding::warning("nodes", what, todo));
     }
     if findings.is_empty() {
-        findings.push(Finding::ok("nodes", format!("{} nodes run, with one version and all keys", running.len())));
+        findings.push(Finding::ok(
+            "nodes",
+            format!("{} nodes run, with one version, one time and all keys", running.len()),
+        ));
     }
     findings
 }
@@ -111,7 +138,6 @@ fn of_nodes(nodes: &[ListedNode]) -> Vec<Finding> {
 mod tests {
     use super::*;
     use crate::checks::Level;
-    use crate::nodes::record::NodeRecord;
 
     fn node(name: &str, running: bool, change: impl FnOnce(&mut NodeRecord)) -> ListedNode {
         let mut record = NodeRecord {
@@ -134,7 +160,7 @@ mod tests {
     #[test]
     fn what_differs_between_nodes_is_named() {
         let good = [node("a", true, |_| ()), node("b", true, |_| ())];
-        let found = of_nodes(&good);
+        let found = of_nodes(&good, 1);
         assert!(
             found.len() == 1 && found[0].level == Level::Ok && found[0].what.starts_with("2 nodes run"),
             "{found:?}"
@@ -145,7 +171,7 @@ mod tests {
             node("c", true, |of| of.missing = vec!["hsm-a: the signing key 07".to_owned()]),
             node("d", false, |of| of.version = "0.9".to_owned()),
         ];
-        let found: Vec<_> = of_nodes(&bad).into_iter().map(|finding| (finding.level, finding.what)).collect();
+        let found: Vec<_> = of_nodes(&bad, 1).into_iter().map(|finding| (finding.level, finding.what)).collect();
         for (level, expected) in [
             (Level::Warning, "different versions: 1.0 (a, c); 1.1 (b)"),
             (Level::Warning, "b has told revision 5"),
@@ -155,5 +181,31 @@ mod tests {
             assert!(found.iter().any(|(of, what)| *of == level && what.contains(expected)), "{expected}: {found:?}");
         }
         assert_eq!(found.len(), 4);
+    }
+
+    #[test]
+    fn a_clock_that_differs_is_named_and_an_old_record_is_not() {
+        let clock = |written: i64| {
+            let found = of_nodes(&[node("a", true, |of| of.written = written)], 10_000);
+            (found[0].level, found[0].what.clone())
+        };
+        // Written now, and as long ago as the record of a node may be, and some seconds that writing took.
+        for written in [10_000, 9_970, 9_960, 10_020] {
+            assert_eq!(clock(written).0, Level::Ok, "{written}");
+        }
+        for (written, level, expected) in [
+            (10_060, Level::Warning, "a is at least 60 seconds ahead"),
+            (9_910, Level::Warning, "a is at least 60 seconds behind"),
+            (10_600, Level::Error, "a is at least 600 seconds ahead"),
+            (9_000, Level::Error, "a is at least 970 seconds behind"),
+            (i64::MIN, Level::Error, "behind"),
+            (i64::MAX, Level::Error, "ahead"),
+        ] {
+            let (of, what) = clock(written);
+            assert!(of == level && what.contains(expected), "{written}: {of:?} {what}");
+        }
+        // A node that does not run wrote its record at any time.
+        let stopped = of_nodes(&[node("a", false, |_| ())], 10_000);
+        assert!(stopped.len() == 1 && stopped[0].what.contains("does not run"), "{stopped:?}");
     }
 }

@@ -1,7 +1,7 @@
 //! Announces this node to the others while it runs.
 //!
 //! ```text
-//!   Absent ──► Announced ⇄ (the record is written again when something has changed)
+//!   Absent ──► Announced ⇄ (the record is written again when something has changed, and twice a minute)
 //!     ▲   ╲        │ the lease has ended: no renewal reached etcd in time
 //!     │    ╲       ▼
 //!     │     ╲───► Absent
@@ -25,6 +25,8 @@ use crate::sys::id::request_id;
 const EVERY: Duration = Duration::from_secs(3);
 /// Time after which a node that has stopped without a word counts as gone.
 const LEASE: Duration = Duration::from_secs(12);
+/// Time after which the record is written again though it has not changed: `written` tells the node's clock.
+pub(crate) const REWRITTEN: Duration = Duration::from_secs(30);
 /// How often the HSMs are asked for their keys.
 const KEYS_EVERY: Duration = Duration::from_secs(60);
 /// Time limit for the list of one HSM's keys.
@@ -114,7 +116,7 @@ async fn renewed(board: &Board, node: &str, lease: Lease) -> Result<bool, BoardE
     Ok(false)
 }
 
-/// Writes the record if it has changed.
+/// Writes the record if it has changed, or is old.
 async fn tell(
     service: &Service,
     board: &Board,
@@ -142,7 +144,9 @@ async fn tell(
         missing: missing.clone(),
     };
     let same = written.as_ref().is_some_and(|last| NodeRecord { written: last.written, ..next.clone() } == *last);
-    if !same {
+    // Also when the clock was put back.
+    let is_old = written.as_ref().is_none_or(|last| last.written.abs_diff(next.written) >= REWRITTEN.as_secs());
+    if !same || is_old {
         board.put(&record_key(node), json(&next)?, None).await?;
         *written = Some(next);
     }
