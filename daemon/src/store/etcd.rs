@@ -39,7 +39,8 @@ pub use settings::EtcdSettings;
 
 /// Time limit for a change, including all attempts.
 const CHANGE: Duration = Duration::from_secs(10);
-/// How long a change waits for another endpoint after the connection was lost. Later changes are refused at once.
+/// How long a change waits for another endpoint after the connection was lost, later changes are refused at once; and how
+/// long a change that was made waits at least until this node has it.
 const GRACE: Duration = Duration::from_secs(2);
 /// Time limit for an operation of several calls, such as writing a large change.
 const LARGE: Duration = Duration::from_secs(60);
@@ -255,7 +256,8 @@ impl Store for Etcd {
             match outcome {
                 Some(Outcome::Made(at)) => {
                     // When the caller learns that the change is made, this node must already use it.
-                    return self.contents_since(at, deadline).map(drop).ok_or(StateError::NotSeen);
+                    let until = deadline.max(Instant::now() + GRACE);
+                    return self.contents_since(at, until).map(drop).ok_or(StateError::NotSeen);
                 }
                 Some(Outcome::Conflict) => {}
                 None => return Err(StateError::Unknown),

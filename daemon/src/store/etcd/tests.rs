@@ -212,11 +212,15 @@ fn a_large_change_is_made_as_a_whole() {
 #[test]
 fn a_change_may_have_more_parts_than_a_transaction_may_have_conditions() {
     let server = Server::start();
-    let mut state = open(&server);
-    state.import(&Import { hosts: hosts(13_000), ..Import::default() }, 1, true).unwrap();
-    add(&mut state, "next").unwrap();
-    assert_eq!(names(&open(&server)).len(), 13_001);
-    assert_eq!((values_in(&server, "v1/state/hosts/"), values_in(&server, "v1/journal/")), (13_001, 0));
+    let writes: Vec<_> = (0..13_000).map(|number| layout::Write::Delete(format!("v1/state/none/{number}"))).collect();
+    assert!(batch::groups(writes.clone()).len() > 128);
+    let outcome = by_hand(&server, async |client| {
+        let layout = layout::Layout::new(PREFIX);
+        let newest = calls::read_head(client, &layout).await.unwrap();
+        calls::commit(client, &layout, &newest, "large", "node", writes).await.unwrap()
+    });
+    assert!(matches!(outcome, Outcome::Made(_)), "{outcome:?}");
+    assert_eq!(values_in(&server, "v1/journal/"), 0);
 }
 
 #[test]
