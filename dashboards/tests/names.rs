@@ -133,8 +133,9 @@ fn pages_name_what_there_is() {
         for (at, _) in text.match_indices("claviger_") {
             let end = text[at..].find(|c: char| !c.is_ascii_alphanumeric() && c != '_').map_or(text.len(), |n| at + n);
             let name = &text[at..end];
-            // The file of a package has its version after the name.
-            let is_package = name.trim_start_matches("claviger_").starts_with(|c: char| c.is_ascii_digit());
+            // The file of a package has its version, or a pattern of the shell, after the name.
+            let version = &text[at + "claviger_".len()..];
+            let is_package = version.starts_with(|c: char| c.is_ascii_digit() || c == '*');
             if is_package || crates.contains(name) || (name.starts_with("claviger_agent_") && agent.contains(name)) {
                 continue;
             }

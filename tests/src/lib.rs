@@ -30,6 +30,7 @@ pub mod imports;
 pub mod openloop;
 pub mod prometheus;
 pub mod protector;
+pub mod qemu;
 pub mod raw;
 pub mod stats;
 pub mod tpm;

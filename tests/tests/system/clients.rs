@@ -80,7 +80,7 @@ fn hosts_tenants_and_the_load_generator_show_their_certificates() {
     works(&import("hgs", &shown));
     assert!(fs::read(guardians.join("hgs.xml")).unwrap().starts_with(b"<"));
     is_wrong(&import("none", &["--ca", text(&ca)]), "requires a certificate of its clients");
-    is_wrong(&import("none", &[]), "say --ca FILE or --system-ca");
+    is_wrong(&import("none", &[]), "use --ca FILE or --system-ca");
     assert!(!guardians.join("none.xml").exists());
 
     let load = |more: &[&str]| {
@@ -142,7 +142,7 @@ fn the_systems_authorities_are_trusted_where_that_is_said() {
         command.args(more).output().unwrap()
     };
     works(&attest(&ca, &["--system-ca"]));
-    is_wrong(&attest(&ca, &[]), "say --ca FILE or --system-ca");
+    is_wrong(&attest(&ca, &[]), "use --ca FILE or --system-ca");
     let other = Authority::new(site.lab.path(), "other").certificate_file();
     is_wrong(&attest(&other, &["--system-ca"]), "none that --ca or --system-ca vouches for");
     works(&attest(&other, &["--system-ca", "--ca", text(&ca)]));

@@ -10,6 +10,7 @@ use std::process::{Command, Output};
 use claviger_client::vault::file;
 use claviger_client::vault::format::Vault;
 use claviger_client::vault::secrets::Secrets;
+use claviger_tests::qemu::qemu_img;
 use claviger_tests::{Daemon, Lab, Options, Process, block, claviger, metadata, run, said, tool};
 use tempfile::TempDir;
 
@@ -194,7 +195,8 @@ impl Session {
         let options = "encrypt.format=luks,encrypt.key-secret=k,encrypt.iter-time=10";
         let (vault, socket, seen) = (self.vault(), self.file("agent.sock"), self.file("seen"));
         let opened = ["host", "vm", "open", text(&vault), "--agent", text(&socket), "--seen", text(&seen)];
-        let image = ["--", "qemu-img", "create", "-q", "-f", "qcow2", "--object", object, "-o", options];
+        let qemu_img = qemu_img(&self.file("."));
+        let image = ["--", text(&qemu_img), "create", "-q", "-f", "qcow2", "--object", object, "-o", options];
         let claviger = claviger_for_all(self);
         self.done(text(&claviger), &[&opened[..], &image, &[text(&disk), "64M"]].concat());
         fs::write(self.file("web-1.xml"), domain(&self.file("home"))).unwrap();

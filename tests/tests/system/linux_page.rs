@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
+use claviger_tests::qemu::qemu_img;
 use claviger_tests::tpm::maker;
 use claviger_tests::{Lab, Options, block, claviger, metadata, said, tool};
 
@@ -49,10 +50,13 @@ fn every_command_of_the_page_does_what_it_says() {
     let agent_line = script.lines().find(|line| line.starts_with("claviger host agent ")).unwrap().to_owned();
     script = script.replace(&agent_line, &format!("{agent_line}\nready {}", path("run/agent.sock")));
     fs::create_dir(lab.file("owner")).unwrap();
-    let folders = [claviger().parent().unwrap().display().to_string(), std::env::var("PATH").unwrap()];
+    let qemu_img = qemu_img(&lab.file("."));
+    let folders = [qemu_img.parent(), claviger().parent()].map(|folder| folder.unwrap().display().to_string());
     let mut shell = Command::new("bash");
     shell.arg("-c").arg(format!("{PROLOGUE}{script}")).current_dir(lab.file("owner"));
-    shell.env("PATH", folders.join(":")).env("CLAVIGER_CONFIG", lab.config_file());
+    shell
+        .env("PATH", format!("{}:{}", folders.join(":"), std::env::var("PATH").unwrap()))
+        .env("CLAVIGER_CONFIG", lab.config_file());
     let ran = tool("bash swtpm swtpm-tools qemu-system-x86 qemu-utils ovmf", &mut shell);
     let said = said(&ran);
     assert!(ran.status.success(), "{said}\n--- of ---\n{script}");
