@@ -7,9 +7,7 @@ use std::process::{Command, Output};
 use claviger::config::Config;
 use claviger_tests::{claviger, said, sandbox, tool};
 
-fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
-}
+use super::pages::{ON_FAILURE, root, script_after};
 
 /// Checks a folder of objects.
 fn check(folder: &Path) -> Output {
@@ -96,25 +94,6 @@ fn packages(folder: &Path, revision: &str) {
     }
 }
 
-/// The blocks of a page that follow a heading, or all of it: those that are executed.
-fn blocks_after(page: &str, heading: &str) -> String {
-    let text = std::fs::read_to_string(root().join(page)).unwrap();
-    let (_, rest) = text.split_once(heading).unwrap();
-    let mut script = String::new();
-    let mut above = "";
-    let mut lines = rest.lines();
-    while let Some(line) = lines.next() {
-        if line == "```sh" {
-            let block: Vec<&str> = lines.by_ref().take_while(|line| *line != "```").collect();
-            if !above.starts_with("<!-- not executed") {
-                script += &(block.join("\n") + "\n");
-            }
-        }
-        above = line;
-    }
-    script
-}
-
 #[test]
 fn the_packages_lead_to_a_release_and_are_upgraded_removed_and_purged() {
     if !sandbox::is_possible() {
@@ -124,12 +103,10 @@ fn the_packages_lead_to_a_release_and_are_upgraded_removed_and_purged() {
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     packages(folder.path(), "1");
     packages(folder.path(), "2");
-    let first = blocks_after("docs/install.md", "## 2. The service");
+    let first = script_after("docs/install.md", "## 2. The service");
     let script = format!(
         r#"
-set -x
 export DEBIAN_FRONTEND=noninteractive
-trap 'status=$?; [ $status = 0 ] || cat /tmp/journal || true; exit $status' EXIT
 mkdir /tmp/debs /tmp/work
 cp {debian}/*.deb /tmp/debs
 pushd /tmp/debs
@@ -171,7 +148,7 @@ dpkg -l | grep claviger | grep -v loadgen || echo nothing is left
 "#,
         debian = folder.path().display()
     );
-    let ran = sandbox::run(&script);
+    let ran = sandbox::run(&format!("{ON_FAILURE}{script}"));
     let said = said(&ran);
     assert!(ran.status.success(), "{said}");
     for expected in [

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use claviger_tests::{said, sandbox};
 
 /// The root of the sources.
-fn root() -> PathBuf {
+pub(super) fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
 }
 
@@ -21,6 +21,12 @@ struct Block {
     /// Why it is not executed.
     reason: Option<String>,
     text: String,
+}
+
+impl Block {
+    fn is_executed(&self) -> bool {
+        self.language == "sh" && self.reason.is_none()
+    }
 }
 
 /// The blocks of a page, in order.
@@ -50,8 +56,19 @@ fn blocks(page: &str) -> Vec<Block> {
 
 /// The commands of a page that are executed.
 fn script(page: &str) -> String {
-    let executed = blocks(page).into_iter().filter(|block| block.language == "sh" && block.reason.is_none());
-    executed.map(|block| block.text).collect()
+    blocks(page).into_iter().filter(Block::is_executed).map(|block| block.text).collect()
+}
+
+/// The commands of a page that are executed, from a heading on.
+pub(super) fn script_after(page: &str, heading: &str) -> String {
+    let text = std::fs::read_to_string(root().join(page)).unwrap();
+    let from = text.lines().position(|line| line == heading).unwrap();
+    blocks(page)
+        .into_iter()
+        .filter(|block| block.line > from)
+        .filter(Block::is_executed)
+        .map(|block| block.text)
+        .collect()
 }
 
 /// All pages for users.
@@ -98,11 +115,10 @@ fn every_block_of_commands_is_executed_or_says_why_not() {
         let place = format!("{}:{}", block.page, block.line);
         let first = |line: &str| line.trim_start_matches("$ ").split_whitespace().next().unwrap_or_default().to_owned();
         let has_commands = block.text.lines().any(|line| PROGRAMS.contains(&first(line).as_str()));
-        let is_executed = block.language == "sh" && block.reason.is_none();
         if has_commands && !["sh", "text"].contains(&block.language.as_str()) {
             faults.push(format!("{place}: commands in a block that is not sh"));
         }
-        if is_executed && !EXECUTED.iter().any(|(page, _)| *page == block.page) {
+        if block.is_executed() && !EXECUTED.iter().any(|(page, _)| *page == block.page) {
             faults.push(format!("{place}: no test executes this page, and the block does not say why"));
         }
         if block.reason.as_ref().is_some_and(|reason| reason.split(' ').count() < 3) {
@@ -119,7 +135,8 @@ fn every_block_of_commands_is_executed_or_says_why_not() {
 /// The release build of which the page speaks.
 const BUILT: &str = "mkdir -p target/release\ncp /tmp/claviger-bin/claviger target/release/\n";
 /// What a person would do who sees a failure.
-const ON_FAILURE: &str = "trap 'status=$?; [ $status = 0 ] || cat /tmp/journal || true; exit $status' EXIT\nset -x\n";
+pub(super) const ON_FAILURE: &str =
+    "trap 'status=$?; [ $status = 0 ] || cat /tmp/journal || true; exit $status' EXIT\nset -x\n";
 
 #[test]
 fn the_install_page_leads_from_nothing_to_a_release() {
