@@ -42,14 +42,14 @@ pub enum FileError {
         limit: usize,
     },
     /// The file is secret, and other users can read or change it.
-    #[error("{file}: it is secret, and others may read or change it (mode {mode:04o}); run: chmod {mend} {file}", file = path.display())]
+    #[error("{file}: it is secret, and others may read or change it (mode {mode:04o}); run: chmod {safe} {file}", file = path.display())]
     Exposed {
         /// The file.
         path: PathBuf,
         /// The permission bits of the file.
         mode: u32,
-        /// The permission bits that mend it: a file that root shares with a group stays readable for it.
-        mend: &'static str,
+        /// The mode to set. A file that root shares with a group stays readable for the group.
+        safe: &'static str,
     },
     /// The file is not UTF-8 text.
     #[error("{}: {source}", path.display())]
@@ -114,8 +114,8 @@ pub fn read_secret(path: &Path, limit: usize) -> Result<Zeroizing<Vec<u8>>, File
         let (path, mode) = (path.to_owned(), metadata.mode() & 0o777);
         // A group of its own shows that root means to share it.
         let is_shared = metadata.uid() == 0 && metadata.gid() != 0 && mode & 0o040 != 0;
-        let mend = if is_shared { "640" } else { "600" };
-        return Err(FileError::Exposed { path, mode, mend });
+        let safe = if is_shared { "640" } else { "600" };
+        return Err(FileError::Exposed { path, mode, safe });
     }
     read_open(path, file, limit)
 }

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use claviger_protocol::health::BACKDATED_SECONDS;
+
 use super::finding::Finding;
 use crate::config::Config;
 use crate::nodes::presence::REWRITTEN;
@@ -9,10 +11,8 @@ use crate::nodes::record::{self, ListedNode, NodeRecord};
 use crate::store::{BoardError, EtcdSettings, State, probe};
 use crate::sys::clock::unix_now;
 
-/// Difference of clocks in seconds that is named.
+/// Difference of clocks in seconds that is named. From [`BACKDATED_SECONDS`] on, nodes refuse each other's health certificates.
 const CLOCKS_DIFFER: i64 = 60;
-/// Difference in seconds from which on nodes refuse each other's health certificates, which begin this long before they are issued.
-const CLOCKS_REFUSE: i64 = 300;
 
 /// Checks each endpoint of etcd, and the nodes. Blocks on etcd.
 pub(crate) fn examine(config: &Config) -> Vec<Finding> {
@@ -79,7 +79,7 @@ fn of_clock(node: &NodeRecord, now: i64) -> Option<Finding> {
     if by < CLOCKS_DIFFER {
         return None;
     }
-    let level = if by < CLOCKS_REFUSE { Finding::warning } else { Finding::error };
+    let level = if by < BACKDATED_SECONDS { Finding::warning } else { Finding::error };
     let what = format!("the clock of {} is at least {by} seconds {way} this machine's", node.name);
     let todo =
         "synchronise the clocks of all nodes: beyond five minutes, nodes refuse each other's health certificates";

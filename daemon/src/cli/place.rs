@@ -75,7 +75,7 @@ pub fn configuration(given: Option<PathBuf>) -> PathBuf {
     given.or_else(|| path_variable(CONFIGURATION_VARIABLE)).unwrap_or_else(|| CONFIGURATION.into())
 }
 
-/// An environment variable. One that is empty counts as not set.
+/// The value of an environment variable. An empty value counts as not set.
 pub(super) fn variable(name: &str) -> Option<OsString> {
     std::env::var_os(name).filter(|value| !value.is_empty())
 }

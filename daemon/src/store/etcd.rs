@@ -39,9 +39,10 @@ pub use settings::EtcdSettings;
 
 /// Time limit for a change, including all attempts.
 const CHANGE: Duration = Duration::from_secs(10);
-/// How long a change waits for another endpoint after the connection was lost, later changes are refused at once; and how
-/// long a change that was made waits at least until this node has it.
+/// How long a change waits for another endpoint after the connection was lost. Later changes are refused at once.
 const GRACE: Duration = Duration::from_secs(2);
+/// Shortest time for which a change that was made waits until this node has read it back.
+const READ_BACK: Duration = Duration::from_secs(2);
 /// Time limit for an operation of several calls, such as writing a large change.
 const LARGE: Duration = Duration::from_secs(60);
 
@@ -256,7 +257,7 @@ impl Store for Etcd {
             match outcome {
                 Some(Outcome::Made(at)) => {
                     // When the caller learns that the change is made, this node must already use it.
-                    let until = deadline.max(Instant::now() + GRACE);
+                    let until = deadline.max(Instant::now() + READ_BACK);
                     return self.contents_since(at, until).map(drop).ok_or(StateError::NotSeen);
                 }
                 Some(Outcome::Conflict) => {}

@@ -155,8 +155,8 @@ impl Board {
         Ok(())
     }
 
-    /// Writes a key that nobody has yet, with a new lease that ends when it is not renewed for this time. `None`: somebody
-    /// has the key.
+    /// Writes a key if it does not exist, with a new lease that ends when it is not renewed for this time. `None`: the key
+    /// exists.
     ///
     /// # Errors
     /// See [`BoardError`].

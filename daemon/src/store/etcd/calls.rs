@@ -257,7 +257,7 @@ async fn replace_head(
     conditions.push(unchanged(layout, before));
     operations.push(TxnOp::put(layout.head(), json(head)?, None));
     let done = in_time(client.kv_client().txn(Txn::new().when(conditions).and_then(operations))).await?;
-    Ok(done.succeeded().then(|| done.header().map_or(0, |header| header.revision())))
+    Ok(done.succeeded().then(|| done.header().map_or(before.at, |header| header.revision())))
 }
 
 /// Writes the parts of a change to the journal. The first one comes first.
@@ -297,18 +297,19 @@ pub(super) async fn clear_journal(
         let operations: Vec<_> = writes.into_iter().map(|write| operation(layout, write)).collect();
         let done = in_time(kv.txn(Txn::new().when([unchanged(layout, head)]).and_then(operations))).await?;
         if !done.succeeded() {
-            return Err(CallError::Failed("another node clears the journal".to_owned()));
+            return Err(others_turn());
         }
     }
     let cleared = Head { node: node.to_owned(), journal: None, ..of.clone() };
     // This also deletes leftovers of changes that were not made.
     let all = DeleteOptions::new().with_range(end_of(&layout.journal()));
-    let operations = [TxnOp::put(layout.head(), json(&cleared)?, None), TxnOp::delete(layout.journal(), Some(all))];
-    let done = in_time(kv.txn(Txn::new().when([unchanged(layout, head)]).and_then(operations))).await?;
-    if !done.succeeded() {
-        return Err(CallError::Failed("another node clears the journal".to_owned()));
-    }
-    Ok(done.header().map_or(head.at, |header| header.revision()))
+    let delete = TxnOp::delete(layout.journal(), Some(all));
+    let done = replace_head(client, layout, head, &cleared, Vec::new(), vec![delete]).await?;
+    done.ok_or_else(others_turn)
+}
+
+fn others_turn() -> CallError {
+    CallError::Failed("another node clears the journal".to_owned())
 }
 
 /// Writes a head without a change. Then no change that was decided on `before` and is still in progress can be made.
