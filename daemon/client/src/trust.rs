@@ -131,7 +131,7 @@ fn alert_fault(alert: AlertDescription, identified: bool) -> TlsFault {
             if identified =>
         {
             lasting(format!(
-                "it does not accept this client's certificate ({alert:?}): use --client-certificate one that is in date and \
+                "it does not accept this client's certificate ({alert:?}): use one with --client-certificate that is in date and \
                  comes from an authority which the server trusts for clients (server.tls.client_ca there)"
             ))
         }
@@ -171,7 +171,7 @@ fn certificate_fault(error: &CertificateError) -> TlsFault {
         // A bad signature means that an authority has the right name and another key, for example after its key was
         // changed.
         (CertificateError::UnknownIssuer | CertificateError::BadSignature, _) => lasting(
-            "its certificate is none that --ca or --system-ca vouches for: give to --ca the authority that issued it, and see that \
+            "its certificate is none that --ca or --system-ca vouches for: name the authority that issued it with --ca, and see that \
              the server sends the certificates in between",
         ),
         (CertificateError::Expired | CertificateError::ExpiredContext { .. }, _) => {
