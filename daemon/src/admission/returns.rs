@@ -6,7 +6,7 @@
 //! HSMs have work even if the caller is late or the estimated rate was too low. A caller that asks again before its
 //! time keeps its place, however often it asks.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -29,8 +29,11 @@ const EXACT: u64 = 2;
 /// Interval at which places in the past are forgotten.
 const SWEEP: Duration = Duration::from_millis(500);
 
-/// Maximum number of remembered places, of about 24 bytes each.
+/// Maximum number of remembered places, of about 60 bytes each.
 const MOST: usize = 262_144;
+
+/// Maximum number of places of one host. A host may ask with ever other requests, and each of them would be another caller.
+const MOST_OF_HOST: usize = 4_096;
 
 /// What is ahead of a caller that is refused now.
 #[derive(Clone, Copy, Debug)]
@@ -46,7 +49,7 @@ pub(super) struct Backlog {
 /// The promised places. The key is the host and a hash of the request, which identifies the caller.
 #[derive(Debug, Default)]
 pub(super) struct Returns {
-    hosts: HashMap<Arc<str>, HashMap<u64, Instant>>,
+    hosts: HashMap<Arc<str>, Places>,
     lengths: Lengths,
     count: usize,
     swept: Option<Instant>,
@@ -54,36 +57,72 @@ pub(super) struct Returns {
     unpromised: u64,
 }
 
+/// The places of one host.
+#[derive(Debug, Default)]
+struct Places {
+    due: HashMap<u64, Instant>,
+    /// The same, the next one first.
+    in_order: BTreeSet<(Instant, u64)>,
+}
+
+impl Places {
+    fn len(&self) -> usize {
+        self.due.len()
+    }
+
+    /// Sets the time of a caller's place. Returns whether it is a new one.
+    fn set(&mut self, request: u64, due: Instant) -> bool {
+        let before = self.due.insert(request, due);
+        if let Some(before) = before {
+            self.in_order.remove(&(before, request));
+        }
+        self.in_order.insert((due, request));
+        before.is_none()
+    }
+
+    /// Takes the next place. Returns whether there was one.
+    fn take_next(&mut self) -> bool {
+        self.in_order.pop_first().is_some_and(|(_, request)| self.due.remove(&request).is_some())
+    }
+
+    /// Takes the next place if its time has come.
+    fn take_past(&mut self, now: Instant) -> bool {
+        self.in_order.first().is_some_and(|(due, _)| *due <= now) && self.take_next()
+    }
+}
+
 impl Returns {
     /// Returns the number of seconds after which a caller that is refused at `now` should try again.
     pub(super) fn tell(&mut self, host: &Arc<str>, request: u64, backlog: Backlog, now: Instant) -> u16 {
         self.sweep(now);
         let places = self.hosts.get(host);
-        if let Some(due) = places.and_then(|places| places.get(&request)).filter(|due| **due > now) {
+        let known = places.and_then(|places| places.due.get(&request));
+        if let Some(due) = known.filter(|due| **due > now) {
             return told((*due - now).as_secs() + 1);
         }
-        let own = places.map_or(0, HashMap::len);
+        let own = places.map_or(0, Places::len);
+        // Without a place of its own it is spread as well.
+        let may_have_place = known.is_some() || own < MOST_OF_HOST && self.count < MOST;
         // Each host with places has at most as many turns before this caller as the caller's own host.
         let place = backlog.ahead + self.lengths.up_to(own + 1) + 1;
         let begins = backlog.interval.mul_f64(place as f64 / OVERBOOKED);
         let comes = begins.saturating_sub(backlog.room / 2).as_secs();
-        if comes <= FARTHEST {
+        if may_have_place && comes <= FARTHEST {
             self.promise(host, request, now + Duration::from_secs(comes.max(1)));
             return told(comes);
         }
         self.unpromised += 1;
         let seconds = LONGEST - self.unpromised % (LONGEST / 2);
-        self.promise(host, request, now + Duration::from_secs(seconds));
+        if may_have_place {
+            self.promise(host, request, now + Duration::from_secs(seconds));
+        }
         seconds as u16
     }
 
     fn promise(&mut self, host: &Arc<str>, request: u64, due: Instant) {
-        if self.count >= MOST {
-            return;
-        }
         let places = self.hosts.entry(Arc::clone(host)).or_default();
         let length = places.len();
-        if places.insert(request, due).is_none() {
+        if places.set(request, due) {
             self.lengths.grow(length);
             self.count += 1;
         }
@@ -93,12 +132,11 @@ impl Returns {
     /// is taken as its own.
     pub(super) fn let_in(&mut self, host: &Arc<str>) {
         let Some(places) = self.hosts.get_mut(host) else { return };
-        let next = places.iter().min_by_key(|(_, due)| **due).map(|(request, _)| *request);
-        if next.is_some_and(|next| places.remove(&next).is_some()) {
+        if places.take_next() {
             self.lengths.shrink(places.len() + 1);
             self.count -= 1;
         }
-        if places.is_empty() {
+        if places.len() == 0 {
             self.hosts.remove(host);
         }
     }
@@ -111,11 +149,11 @@ impl Returns {
         self.swept = Some(now);
         let Self { hosts, lengths, count, .. } = self;
         hosts.retain(|_, places| {
-            let before = places.len();
-            places.retain(|_, due| *due > now);
-            (places.len()..before).rev().for_each(|length| lengths.shrink(length + 1));
-            *count -= before - places.len();
-            !places.is_empty()
+            while places.take_past(now) {
+                lengths.shrink(places.len() + 1);
+                *count -= 1;
+            }
+            places.len() > 0
         });
     }
 }
@@ -143,7 +181,7 @@ mod tests {
 
     /// The seconds after which a caller's place begins.
     fn place(returns: &Returns, request: u64, now: Instant) -> u64 {
-        (returns.hosts["a"][&request] - now).as_secs()
+        (returns.hosts["a"].due[&request] - now).as_secs()
     }
 
     #[test]
@@ -226,8 +264,38 @@ mod tests {
         assert_eq!((returns.count, returns.lengths.up_to(usize::MAX)), (1_000, 1_000));
         returns.tell(&host("d"), 0, backlog(0), now + 60 * SECOND);
         assert_eq!((returns.count, returns.lengths.up_to(usize::MAX), returns.hosts.len()), (1, 1, 1));
-        let host = host("e");
-        (0..MOST as u64 + 10).for_each(|request| returns.promise(&host, request, now + 90 * SECOND));
+    }
+
+    #[test]
+    fn a_host_with_ever_other_requests_has_so_many_places_and_is_spread_beyond_them() {
+        let (mut returns, now) = (Returns::default(), Instant::now());
+        let told: Vec<_> = (0..20_000).map(|request| returns.tell(&host("a"), request, backlog(0), now)).collect();
+        assert_eq!((returns.count, returns.lengths.longest()), (MOST_OF_HOST, MOST_OF_HOST));
+        let spread = &told[MOST_OF_HOST..];
+        for seconds in LONGEST as u16 / 2 + 1..=LONGEST as u16 {
+            let share = spread.iter().filter(|told| **told == seconds).count() * LONGEST as usize / 2;
+            assert!(share.abs_diff(spread.len()) < 100, "{seconds} s");
+        }
+        // Its places do not hide those of others.
+        let others: Vec<_> = (0..1_000).map(|request| returns.tell(&host("b"), request, backlog(0), now)).collect();
+        assert!(others[0] == 1 && others[999] > 2 && others.is_sorted());
+        // One that has a place keeps it.
+        let last = place(&returns, MOST_OF_HOST as u64 - 1, now);
+        returns.tell(&host("a"), MOST_OF_HOST as u64 - 1, backlog(0), now);
+        assert_eq!(place(&returns, MOST_OF_HOST as u64 - 1, now), last);
+    }
+
+    #[test]
+    fn beyond_the_places_of_all_callers_are_spread_as_well() {
+        let (mut returns, now) = (Returns::default(), Instant::now());
+        let hosts: Vec<_> = (0..MOST / MOST_OF_HOST + 1).map(|number| host(&number.to_string())).collect();
+        for (number, host) in hosts.iter().enumerate().take(MOST / MOST_OF_HOST) {
+            (0..MOST_OF_HOST as u64)
+                .for_each(|request| returns.promise(host, request, now + (number as u32 + 9) * SECOND));
+        }
         assert_eq!(returns.count, MOST);
+        let told: HashMap<u16, ()> =
+            (0..100).map(|request| (returns.tell(&hosts[MOST / MOST_OF_HOST], request, backlog(0), now), ())).collect();
+        assert_eq!((returns.count, told.len()), (MOST, LONGEST as usize / 2));
     }
 }
