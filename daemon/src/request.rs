@@ -286,6 +286,7 @@ impl Attempt {
             by: self.by,
             address: self.address.map(|address| address.to_canonical()),
             host: self.host.clone(),
+            proved: self.known,
             key: self.key.clone(),
             identity_key: self.identity_key.clone(),
             health_serial: self.health_serial.clone(),

@@ -31,6 +31,9 @@ pub struct Entry {
     /// Registered name of the host that sent the request, if known; or of the host in a command.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub host: Option<String>,
+    /// Whether this host has proved itself; not written. A summary names few others.
+    #[serde(skip)]
+    pub proved: bool,
     /// SHA-256 of the SubjectPublicKeyInfo of the host key or endorsement key, lower-case hexadecimal; for commands
     /// about a host, and for attestations by TPM.
     #[serde(skip_serializing_if = "Option::is_none")]

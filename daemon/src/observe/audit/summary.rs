@@ -20,8 +20,12 @@ const ADDRESSES: usize = 16;
 const REQUESTS: usize = 8;
 /// Most lines that are written at a time; the rest stays counted.
 const LINES: usize = 256;
-/// Most hosts with their own counts; refusals of further hosts count as from unknown senders.
+/// Most hosts with their own counts; requests of further hosts count as from unknown senders.
 const HOSTS: usize = 20_000;
+
+/// Most hosts with their own counts that senders only claim to be: one sender may claim to be any host whose public key it has
+/// seen, and is not to have a line a second for each.
+const CLAIMED: usize = 8;
 
 /// The kind of a counted request.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -39,6 +43,8 @@ pub(super) type Of = (What, Option<String>);
 #[derive(Debug, Default)]
 pub(super) struct Summary {
     counts: HashMap<Of, Counts>,
+    /// How many of these are of hosts that senders only claim to be.
+    claimed: usize,
 }
 
 /// The counts of one host, or of unknown senders.
@@ -86,8 +92,13 @@ impl Summary {
     /// Counts a request.
     pub(super) fn add(&mut self, what: What, entry: &Entry) {
         let mut of = (what, entry.host.clone());
-        if self.counts.len() >= HOSTS && !self.counts.contains_key(&of) {
-            of.1 = None;
+        if of.1.is_some() && !self.counts.contains_key(&of) {
+            let is_claimed = !entry.proved;
+            if self.counts.len() >= HOSTS || is_claimed && self.claimed >= CLAIMED {
+                of.1 = None;
+            } else {
+                self.claimed += usize::from(is_claimed);
+            }
         }
         let counts = self.counts.entry(of).or_insert_with(|| Counts::new(entry.time));
         *counts.outcomes.entry(entry.outcome.clone()).or_default() += 1;
@@ -99,6 +110,7 @@ impl Summary {
 
     /// Removes and returns the counts to write now.
     pub(super) fn take(&mut self) -> Vec<(Of, Counts)> {
+        self.claimed = 0;
         if self.counts.len() <= LINES {
             return self.counts.drain().collect();
         }
@@ -159,6 +171,7 @@ mod tests {
     fn refusal(host: Option<&str>, address: &str, outcome: &str, request: usize) -> Entry {
         let mut attempt = Attempt::new(request.to_string()).sent_from(Some(address.parse().unwrap()));
         attempt.host = host.map(str::to_owned);
+        attempt.known = host.is_some();
         attempt.entry("release", outcome)
     }
 
@@ -182,6 +195,25 @@ mod tests {
         assert_eq!(line["requests"].as_array().unwrap().len(), REQUESTS);
         assert!(line["host"].is_null() && line.to_string().len() < 1000, "{line}");
         assert!(written(&mut summary).is_empty());
+    }
+
+    #[test]
+    fn names_that_are_not_proved_have_few_lines() {
+        let mut summary = Summary::default();
+        for host in 0..300 {
+            let entry = Entry { proved: false, ..refusal(Some(&format!("node-{host}")), "10.0.0.1", "A", host) };
+            summary.add(What::Refused, &entry);
+        }
+        for host in 0..2 {
+            summary.add(What::Refused, &refusal(Some(&format!("known-{host}")), "10.0.0.2", "A", host));
+        }
+        let lines = written(&mut summary);
+        assert_eq!(lines.len(), CLAIMED + 2 + 1);
+        let nobody = lines.iter().find(|line| line["host"].is_null()).unwrap();
+        assert_eq!(nobody["count"], json!(300 - CLAIMED));
+        // Each second anew.
+        summary.add(What::Refused, &Entry { proved: false, ..refusal(Some("node-9"), "10.0.0.1", "A", 9) });
+        assert_eq!(written(&mut summary)[0]["host"], "node-9");
     }
 
     #[test]
