@@ -191,7 +191,8 @@ fn main() {
         let mut state = State::of(config).unwrap();
         state.copy_from(&State::view(&lab.file("state")).unwrap().state).unwrap();
         let begun = Instant::now();
-        state.import(&import, 1, true).unwrap();
+        let planned = state.plan_import(&import, 1).unwrap();
+        state.import(&import, 1, &planned.changes).unwrap();
         let (took, Arguments { hosts, keys, .. }) = (begun.elapsed(), &arguments);
         println!("an import of {hosts} hosts and {keys} keys into {place}: {took:.1?}");
     }

@@ -249,7 +249,7 @@ impl Contents {
     }
 }
 
-fn conflict(text: String) -> StateError {
+pub(super) fn conflict(text: String) -> StateError {
     StateError::Conflict(text)
 }
 
@@ -257,7 +257,7 @@ fn conflict(text: String) -> StateError {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::store::tests::{Place, message, on_every_store};
+    use crate::store::tests::{Place, message, on_every_store, plan_and_import};
     use crate::store::{Kind, Labels, MAX_BASELINES, NewCertificate, NewSigner, State};
 
     on_every_store!(
@@ -265,7 +265,8 @@ mod tests {
         an_import_enables_no_baseline_and_changes_none,
         an_import_adds_no_more_baselines_than_there_may_be,
         a_signer_is_trusted_for_no_longer_than_one_that_is_replaced_now,
-        what_was_exported_is_taken_in_once
+        what_was_exported_is_taken_in_once,
+        only_what_was_planned_is_imported
     );
 
     fn exported(state: &State) -> Import {
@@ -304,7 +305,7 @@ mod tests {
         here.enable_certificate(encryption, &ids[2], false).unwrap();
         there.set_primary(encryption, &ids[2]).unwrap();
 
-        let merged = here.import(&exported(&there), 2, true).unwrap();
+        let merged = plan_and_import(&mut here, &exported(&there), 2).unwrap();
         assert_eq!((merged.changes.len(), merged.skipped.len()), (1, 6), "{merged:#?}");
         let host = here.host_by_name("a").unwrap().unwrap();
         assert!(!host.enabled && host.labels.is_empty());
@@ -315,10 +316,10 @@ mod tests {
 
         // The restriction is kept although the key has no certificate now.
         here.remove_certificate(encryption, &ids[1]).unwrap();
-        here.import(&exported(&there), 3, true).unwrap();
+        plan_and_import(&mut here, &exported(&there), 3).unwrap();
         assert!(here.certificates().unwrap().iter().any(|c| c.thumbprint == ids[1] && c.labels == north));
 
-        let loosened = here.import(&Import { loosen: true, ..exported(&there) }, 4, true).unwrap();
+        let loosened = plan_and_import(&mut here, &Import { loosen: true, ..exported(&there) }, 4).unwrap();
         assert_eq!((loosened.changes.len(), loosened.skipped.len()), (1, 5), "{loosened:#?}");
         let host = here.host_by_name("a").unwrap().unwrap();
         assert!(!host.enabled && host.labels == acme);
@@ -338,7 +339,7 @@ mod tests {
         here.add_baseline("off-here", &values, None, 1).unwrap();
         here.enable_baseline("off-here", false).unwrap();
         there.add_host_with(crate::store::HostKind::EndorsementKey, "tpm", b"ek", &Labels::default(), 1).unwrap();
-        let merged = here.import(&exported(&there), 5, true).unwrap();
+        let merged = plan_and_import(&mut here, &exported(&there), 5).unwrap();
         let changes = ["host tpm is added", "baseline new is added", "baseline off-there is disabled"];
         assert_eq!(merged.changes, changes);
         assert_eq!(merged.skipped, ["baseline off-here stays disabled; there it is enabled"]);
@@ -350,17 +351,17 @@ mod tests {
         there.remove_baseline("new", 2).unwrap();
         values.set(9, [9; 32]);
         there.add_baseline("new", &values, None, 1_000_000).unwrap();
-        assert!(message(here.import(&exported(&there), 6, true)).contains("other values here"));
+        assert!(message(plan_and_import(&mut here, &exported(&there), 6)).contains("other values here"));
         here.remove_baseline("new", 6).unwrap();
         // Its name is reserved: the import leaves the baseline out.
-        let merged = here.import(&exported(&there), 6, true).unwrap();
+        let merged = plan_and_import(&mut here, &exported(&there), 6).unwrap();
         assert_eq!((merged.changes.len(), merged.skipped.len()), (0, 2), "{merged:?}");
         assert!(merged.skipped[0].starts_with("baseline new is not added: a baseline of that name"), "{merged:?}");
-        let merged = here.import(&exported(&there), 1_000_000, true).unwrap();
+        let merged = plan_and_import(&mut here, &exported(&there), 1_000_000).unwrap();
         assert_eq!(merged.changes, ["baseline new is added"]);
         here.remove_host("tpm").unwrap();
         here.add_host("tpm", b"ek", &Labels::default(), 1).unwrap();
-        assert!(message(here.import(&exported(&there), 6, true)).contains("is a host-key here"));
+        assert!(message(plan_and_import(&mut here, &exported(&there), 6)).contains("is a host-key here"));
     }
 
     fn an_import_adds_no_more_baselines_than_there_may_be(place: &Place) {
@@ -376,12 +377,12 @@ mod tests {
         };
         let all: Vec<_> = (0..=MAX_BASELINES).map(named).collect();
         let import = Import { baselines: all.clone(), ..Import::default() };
-        assert!(message(here.import(&import, 2, true)).contains("1000 baselines already"));
+        assert!(message(plan_and_import(&mut here, &import, 2)).contains("1000 baselines already"));
         assert_eq!(here.baselines().unwrap(), []);
         let import = Import { baselines: all[1..].to_vec(), ..Import::default() };
-        here.import(&import, 2, true).unwrap();
+        plan_and_import(&mut here, &import, 2).unwrap();
         // Records that already exist need no room.
-        assert_eq!(here.import(&import, 3, true).unwrap(), Merged::default());
+        assert_eq!(plan_and_import(&mut here, &import, 3).unwrap(), Merged::default());
     }
 
     fn a_signer_is_trusted_for_no_longer_than_one_that_is_replaced_now(place: &Place) {
@@ -397,9 +398,9 @@ mod tests {
         };
         let import = |signers| Import { signers, adopt_signer: true, ..Import::default() };
         let two = import(vec![signer(b"a", true, None), signer(b"b", true, None)]);
-        assert!(message(here.import(&two, 5, true)).contains("two attestation signers"));
+        assert!(message(plan_and_import(&mut here, &two, 5)).contains("two attestation signers"));
         let old = [signer(b"c", false, Some(9_000_000_000_000_000_000)), signer(b"d", false, Some(3))];
-        here.import(&import(old.to_vec()), 5, true).unwrap();
+        plan_and_import(&mut here, &import(old.to_vec()), 5).unwrap();
         let replaced: Vec<_> = here.signers().unwrap().into_iter().map(|signer| signer.replaced).collect();
         assert_eq!(replaced, [Some(5), Some(3)]);
     }
@@ -427,11 +428,11 @@ mod tests {
         here.add_certificate(&new(Kind::Signing, b"five", true), 2).unwrap();
 
         let import = exported(&there);
-        let planned = here.import(&import, 3, false).unwrap();
+        let planned = here.plan_import(&import, 3).unwrap();
         assert_eq!((here.hosts().unwrap().len(), here.certificates().unwrap().len()), (1, 1), "only said");
-        assert_eq!(here.import(&import, 3, true).unwrap(), planned);
+        assert_eq!(plan_and_import(&mut here, &import, 3).unwrap(), planned);
         assert_eq!((planned.changes.len(), planned.skipped.len()), (13, 0), "{planned:#?}");
-        assert_eq!(here.import(&import, 4, true).unwrap(), Merged::default());
+        assert_eq!(plan_and_import(&mut here, &import, 4).unwrap(), Merged::default());
         let mut hosts = here.hosts().unwrap();
         assert_eq!(hosts.pop().unwrap().name, "c");
         let plain = |hosts: Vec<Host>| hosts.into_iter().map(|h| (h.name, h.enabled, h.labels)).collect::<Vec<_>>();
@@ -450,13 +451,37 @@ mod tests {
         // If its key is not here, a signer is only trusted.
         let current = signers[0].thumbprint.clone();
         here.add_signer(&signer(b"u"), Some(&current), 5).unwrap();
-        assert!(here.import(&Import { adopt_signer: false, ..import.clone() }, 6, true).unwrap().changes.is_empty());
+        assert!(
+            plan_and_import(&mut here, &Import { adopt_signer: false, ..import.clone() }, 6)
+                .unwrap()
+                .changes
+                .is_empty()
+        );
         assert_eq!(here.signers().unwrap()[0].der, b"u");
 
         // A contradiction refuses the whole import.
         there.add_host("d", b"d", &Labels::default(), 1).unwrap();
         there.add_host("C", b"other", &Labels::default(), 1).unwrap();
-        assert!(message(here.import(&exported(&there), 7, true)).contains("with another key"));
+        assert!(message(plan_and_import(&mut here, &exported(&there), 7)).contains("with another key"));
         assert!(here.host_by_name("d").unwrap().is_none());
+    }
+
+    fn only_what_was_planned_is_imported(place: &Place) {
+        let elsewhere = place.another();
+        let (mut there, mut here) = (elsewhere.open(), place.open());
+        for state in [&mut there, &mut here] {
+            state.add_host("a", b"a", &Labels::default(), 1).unwrap();
+        }
+        there.add_host("b", b"b", &Labels::default(), 1).unwrap();
+        let wanted = exported(&there);
+        let planned = here.plan_import(&wanted, 2).unwrap();
+        // Removed after the plan: the import would add it again, and nothing on record says so.
+        here.remove_host("a").unwrap();
+        let refused = here.import(&wanted, 2, &planned.changes);
+        assert!(message(refused).contains("has changed since the import began"));
+        assert_eq!(here.hosts().unwrap(), []);
+        let planned = here.plan_import(&wanted, 2).unwrap();
+        assert_eq!(here.import(&wanted, 2, &planned.changes).unwrap(), planned);
+        assert_eq!(here.hosts().unwrap().len(), 2);
     }
 }

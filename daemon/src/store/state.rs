@@ -11,7 +11,7 @@ use super::backend::{Condition, Store};
 use super::contents::Contents;
 use super::error::StateError;
 use super::etcd::{Board, Etcd, EtcdSettings};
-use super::import::{Import, Merged};
+use super::import::{Import, Merged, conflict};
 use super::labels::Labels;
 use super::records::{Baseline, Certificate, Host, HostKind, Kind, NewCertificate, NewSigner, RevokedSigner, Signer};
 use super::sqlite::{Sqlite, make_folder};
@@ -459,15 +459,27 @@ impl State {
         self.change(|contents| contents.forget_signers_before(time))
     }
 
-    /// Imports another state's contents atomically. Without `apply` it only returns the changes.
+    /// Returns what an import of another state's contents would change.
     ///
     /// # Errors
     /// See [`Contents::import`].
-    pub fn import(&mut self, import: &Import, now: i64, apply: bool) -> Result<Merged, StateError> {
+    pub fn plan_import(&mut self, import: &Import, now: i64) -> Result<Merged, StateError> {
         let reservation = self.store.reservation();
-        if apply {
-            return self.change(|contents| contents.import(import, now, reservation));
-        }
         Contents::clone(&*self.contents()?).import(import, now, reservation)
+    }
+
+    /// Imports another state's contents atomically, if this makes the `planned` changes and no others: those are on record.
+    ///
+    /// # Errors
+    /// See [`Contents::import`]; and a conflict if the state has changed since the plan.
+    pub fn import(&mut self, import: &Import, now: i64, planned: &[String]) -> Result<Merged, StateError> {
+        let reservation = self.store.reservation();
+        self.change(|contents| {
+            let merged = contents.import(import, now, reservation)?;
+            if merged.changes == planned {
+                return Ok(merged);
+            }
+            Err(conflict("the state has changed since the import began; nothing was imported; import again".to_owned()))
+        })
     }
 }

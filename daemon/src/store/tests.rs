@@ -5,6 +5,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use super::etcd::testing::Server;
+use super::import::{Import, Merged};
 use super::{Contents, Labels, State, StateError};
 
 /// Makes a test for each store from functions with a [`Place`].
@@ -68,6 +69,12 @@ pub(super) fn soon(mut found: impl FnMut() -> bool) {
         assert!(start.elapsed() < std::time::Duration::from_secs(20), "not within 20 seconds");
         std::thread::sleep(std::time::Duration::from_millis(5));
     }
+}
+
+/// Plans an import, and makes it if that is possible.
+pub(super) fn plan_and_import(state: &mut State, import: &Import, now: i64) -> Result<Merged, StateError> {
+    let planned = state.plan_import(import, now)?;
+    state.import(import, now, &planned.changes)
 }
 
 pub(super) fn message<T: fmt::Debug>(result: Result<T, StateError>) -> String {

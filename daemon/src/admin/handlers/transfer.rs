@@ -107,7 +107,7 @@ pub(super) async fn import(
     import.adopt_signer = adopt;
     let (import, now) = (Arc::new(import), unix_now());
     let of = Arc::clone(&import);
-    let Merged { changes, skipped } = read(service, move |state| state.import(&of, now, false)).await?;
+    let Merged { changes, skipped } = read(service, move |state| state.plan_import(&of, now)).await?;
     if dry_run || changes.is_empty() {
         return Ok(json!({"changes": changes, "skipped": skipped, "warnings": warnings, "applied": false}));
     }
@@ -116,8 +116,8 @@ pub(super) async fn import(
         change.attempt.change = Some(text.clone());
         change.requested(service).await?;
     }
-    let made = service.registry.change(move |state| state.import(&import, now, true)).await;
     change.attempt.change = Some(format!("{} changes", changes.len()));
+    let made = service.registry.change(move |state| state.import(&import, now, &changes)).await;
     change.done(service, outcome(&made)).await;
     let Merged { changes, skipped } = made.map_err(|e| e.to_string())?;
     Ok(json!({"changes": changes, "skipped": skipped, "warnings": warnings, "applied": true}))

@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::super::tests::{message, soon};
+use super::super::tests::{message, plan_and_import, soon};
 use super::super::{Host, HostKind, Import, Labels, State, StateError};
 use super::testing::Server;
 use super::*;
@@ -198,7 +198,7 @@ fn a_large_change_is_made_as_a_whole() {
             numbers.dedup();
             numbers
         });
-        one.import(&import, 1, true).unwrap();
+        plan_and_import(&mut one, &import, 1).unwrap();
         numbers.join().unwrap()
     });
     assert_eq!(seen, [0, 2_000], "nobody sees a part of it");
@@ -241,7 +241,7 @@ fn a_change_that_etcd_refuses_is_told_at_once() {
     let mut state = State::etcd(with_password(&server, folder.path())).unwrap();
     for change in [1, 300] {
         let asked = Instant::now();
-        let refused = message(state.import(&Import { hosts: hosts(change), ..Import::default() }, 1, true));
+        let refused = message(plan_and_import(&mut state, &Import { hosts: hosts(change), ..Import::default() }, 1));
         assert!(refused.contains("etcd has refused the change") && refused.contains("permission denied"), "{refused}");
         assert!(asked.elapsed() < CHANGE / 2, "{:?}", asked.elapsed());
     }
@@ -448,7 +448,7 @@ fn a_user_with_a_password_needs_rights_below_the_prefix_only() {
     let folder = tempfile::tempdir().unwrap();
     let settings = with_password(&server, folder.path());
     let mut state = State::etcd(settings.clone()).unwrap();
-    state.import(&Import { hosts: hosts(300), ..Import::default() }, 1, true).unwrap();
+    plan_and_import(&mut state, &Import { hosts: hosts(300), ..Import::default() }, 1).unwrap();
     add(&mut state, "a").unwrap();
     assert_eq!(names(&State::etcd(settings.clone()).unwrap()).len(), 301);
     let elsewhere = EtcdSettings { prefix: "/other/".to_owned(), ..settings.clone() };
