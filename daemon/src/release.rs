@@ -209,6 +209,7 @@ pub async fn roll_protector<H: Hsm>(
         host: Arc::clone(host),
         encryption: wrapping.party.encryption.key().clone(),
         signing: wrapping.party.signing.key().clone(),
+        max_offline_unwraps,
     })
 }
 

@@ -25,10 +25,12 @@ pub struct Grant {
     /// The public keys of the service's two private keys that were used.
     pub(super) encryption: RsaPublicKey,
     pub(super) signing: RsaPublicKey,
+    /// The number in the response that the host may start the machine without this service.
+    pub(super) max_offline_unwraps: u32,
 }
 
 impl Grant {
-    /// Returns the response if host, keys and the keys' labels still allow it, and the state is known well enough.
+    /// Returns the response if host, keys, the keys' labels and the settings still allow it, and the state is known well enough.
     ///
     /// # Errors
     /// The refusal that a new release would get now.
@@ -40,6 +42,10 @@ impl Grant {
         let encryption = in_force.keys.encryption(&self.encryption).ok_or_else(not_for_us)?;
         let signing = in_force.keys.signing(&self.signing).ok_or_else(signing_key_missing)?;
         permitted(&in_force, &self.host, [encryption, signing])?;
+        if self.max_offline_unwraps > in_force.config.release.max_offline_unwraps {
+            let why = "the number of starts without this service was reduced; try again";
+            return Err(Refusal::new(Code::ServiceUnavailable, why));
+        }
         Ok(self.response)
     }
 }

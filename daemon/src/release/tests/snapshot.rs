@@ -79,6 +79,23 @@ async fn settings_that_change_at_the_hsm_are_for_the_next_release() {
     assert_eq!(stage.open(&response).max_offline_unwraps, 7);
 }
 
+#[tokio::test]
+async fn starts_without_the_service_that_are_withdrawn_at_the_hsm_do_not_leave() {
+    let (_folder, stage) = stage_with(|config| config.release.max_offline_unwraps = 3);
+    let request = stage.request(&stage.protector()).to_xml();
+    for (reduced, leaves) in [(0, false), (2, false), (3, true), (9, true)] {
+        configure(&stage.service, |config| config.release.max_offline_unwraps = 3);
+        let service = Arc::clone(&stage.service);
+        let reload = move || configure(&service, |config| config.release.max_offline_unwraps = reduced);
+        stage.hsm.plan(Operation::Decrypt, Incident::meanwhile(reload));
+        let grant = asked(&stage, &request, &mut attempt()).await.unwrap();
+        match grant.confirm(&stage.service) {
+            Ok(response) => assert!(leaves && stage.open(&response).max_offline_unwraps == 3),
+            Err(refusal) => assert!(!leaves && refusal.code == Code::ServiceUnavailable, "{refusal}"),
+        }
+    }
+}
+
 /// Runs a release that waits for another one, and runs `meanwhile` while it waits.
 async fn after_waiting(stage: &Stage, request: Vec<u8>, meanwhile: impl FnOnce()) -> Result<Grant, Refusal> {
     let permit =
