@@ -2,6 +2,7 @@
 
 pub(crate) mod baselines;
 pub(crate) mod currency;
+pub(crate) mod decisions;
 pub(crate) mod error;
 pub(crate) mod follow;
 pub mod health_cache;

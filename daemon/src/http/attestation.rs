@@ -9,7 +9,7 @@ use claviger_protocol::work::Work;
 use super::answer::{Answer, JSON};
 use super::intake::MAX_BODY;
 use super::resource::Endpoint;
-use crate::attest::issuing::Refused;
+use crate::attest::issuing::{Issued, Refused};
 use crate::attest::{host_key, tpm};
 use crate::config::AttestMode;
 use crate::observe::audit::{Decision, NOT_RECORDED, SUCCESS};
@@ -57,7 +57,7 @@ pub(super) async fn refuse_unread(
     let refused = service.admission.stranger_may_attest(attempt).map_or_else(Refused::from, |()| refused);
     let length = announced.and_then(|length| usize::try_from(length).ok()).unwrap_or(MAX_BODY);
     service.admission.charge_stranger(attempt, length.min(MAX_BODY), Work::default());
-    finish(service, attempt, Err(refused)).await
+    finish(service, attempt, || Err(refused)).await
 }
 
 /// Handles an attestation in the configured mode: decides, records, counts and answers it.
@@ -74,13 +74,12 @@ pub(super) async fn attest(service: &Service, endpoint: Endpoint, body: &[u8], m
         },
         _ => host_key::attest(service, body, &mut attempt).await.map(|issued| (issued, true)),
     };
-    // As in `decide`, there is no await between this check and the record.
-    let granted = result.and_then(|(issued, may_repeat)| {
+    let confirm = |(issued, may_repeat): (Issued, bool)| {
         let (reply, unrecorded) = issued.confirm(service)?;
         let repeated = may_repeat && unrecorded.is_empty();
         Ok(Granted { answer: Answer::ok(JSON, reply.to_json()), unrecorded, repeated })
-    });
-    finish(service, &attempt, granted).await
+    };
+    finish(service, &attempt, || result.and_then(confirm)).await
 }
 
 /// A granted attestation.
@@ -92,8 +91,11 @@ struct Granted {
     repeated: bool,
 }
 
-/// The decision on an attestation: recorded, counted, answered.
-async fn finish(service: &Service, attempt: &Attempt, result: Result<Granted, Refused>) -> Answer {
+/// The decision on an attestation: confirmed, recorded, counted, answered.
+async fn finish(service: &Service, attempt: &Attempt, confirmed: impl FnOnce() -> Result<Granted, Refused>) -> Answer {
+    // As in the decision of a release, no completed change lies between the confirmation and the record.
+    let deciding = service.registry.decisions().deciding();
+    let result = confirmed();
     let outcome = result.as_ref().map_or_else(|refused| refused.reply.name(), |_| SUCCESS);
     let what = match &result {
         Ok(granted) if granted.repeated => Decision::Repeated,
@@ -104,7 +106,9 @@ async fn finish(service: &Service, attempt: &Attempt, result: Result<Granted, Re
         // The certificate may be for a host that is no longer registered.
         entry.health_serial = None;
     }
-    let recorded = service.audit.decided(&entry, what, attempt.deadline()).await;
+    let recorded = service.audit.decided(&entry, what, attempt.deadline());
+    drop(deciding);
+    let recorded = recorded.await;
     let (outcome, answer) = match result {
         _ if !recorded => {
             let reply = ErrorReply::Unavailable;
@@ -128,7 +132,7 @@ async fn finish(service: &Service, attempt: &Attempt, result: Result<Granted, Re
 
 /// Refuses an attestation whose content was not read.
 pub(super) async fn refuse(service: &Service, attempt: &Attempt, refused: Refused) -> Answer {
-    finish(service, attempt, Err(refused)).await
+    finish(service, attempt, || Err(refused)).await
 }
 
 /// Records the certified identity key of a host, and logs if it differs from the previous one.

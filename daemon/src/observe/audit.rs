@@ -159,9 +159,13 @@ impl Audit {
     /// # Errors
     /// [`AuditError`]; the next record tries again.
     pub async fn record(&self, entry: &Entry, class: Class, until: Instant) -> Result<(), AuditError> {
+        wait(self.send_entry(entry, class), until).await
+    }
+
+    fn send_entry(&self, entry: &Entry, class: Class) -> Sent {
         // JSON escapes line breaks inside strings, so the only one is the one that ends the record.
         let body = serde_json::to_vec(entry).map_err(|error| AuditError::Unserialisable(error.to_string()))?;
-        self.write(body, class, None, until).await
+        self.send(|reply| Job::Line(Line { body, class, covers: None, reply }))
     }
 
     /// Records an administrator's change. `false`: it cannot be recorded, and must not be made.
@@ -169,30 +173,38 @@ impl Audit {
         self.record(entry, Class::Administration, standstill::now() + PATIENCE).await.is_ok()
     }
 
-    /// Records how a request was decided, until the request's deadline. `false`: what was granted cannot be recorded, and
-    /// must not leave.
+    /// Records how a request was decided. When this returns, the writer has the line; the future waits until it is written, or for
+    /// the request's deadline. `false`: what was granted cannot be recorded, and must not leave.
     ///
     /// Nothing is given out with a refusal, so it does not fail for want of its line: it is counted then, and so are refusals
     /// that come faster than they may have lines.
-    pub async fn decided(&self, entry: &Entry, decision: Decision, deadline: Instant) -> bool {
+    pub fn decided<'a>(
+        &'a self,
+        entry: &'a Entry,
+        decision: Decision,
+        deadline: Instant,
+    ) -> impl Future<Output = bool> + Send + 'a {
         let until = deadline.max(standstill::now() + LEAST);
-        match decision {
-            Decision::Granted => self.record(entry, Class::Grant, until).await.is_ok(),
-            Decision::Refused => {
-                if self.refusals.take(&()).is_err() || self.record(entry, Class::Refusal, until).await.is_err() {
-                    self.count(entry);
-                }
-                true
-            }
-            Decision::Counted => {
+        let sent = match decision {
+            Decision::Granted => Some(self.send_entry(entry, Class::Grant)),
+            Decision::Refused if self.refusals.take(&()).is_ok() => Some(self.send_entry(entry, Class::Refusal)),
+            Decision::Refused | Decision::Counted => {
                 self.count(entry);
-                true
+                None
             }
             Decision::Repeated => {
                 metrics::audit_counted();
                 self.summary().add(What::Repeated, entry);
-                true
+                None
             }
+        };
+        async move {
+            let Some(sent) = sent else { return true };
+            let is_written = wait(sent, until).await.is_ok();
+            if !is_written && decision == Decision::Refused {
+                self.count(entry);
+            }
+            is_written || decision == Decision::Refused
         }
     }
 
@@ -248,7 +260,8 @@ impl Audit {
     ) -> Result<(), AuditError> {
         let line = draft.line(&request_id(), certificate, signature).to_string().into_bytes();
         let covers = Some((draft.records, draft.link.n));
-        self.write(line, Class::Own, covers, standstill::now() + PATIENCE).await?;
+        let job = |reply| Job::Line(Line { body: line, class: Class::Own, covers, reply });
+        self.submit(job, standstill::now() + PATIENCE).await?;
         self.keep_head().await;
         Ok(())
     }
@@ -309,16 +322,6 @@ impl Audit {
     #[must_use]
     pub fn head(&self) -> Head {
         self.shown.head()
-    }
-
-    async fn write(
-        &self,
-        body: Vec<u8>,
-        class: Class,
-        covers: Option<(u64, u64)>,
-        until: Instant,
-    ) -> Result<(), AuditError> {
-        self.submit(|reply| Job::Line(Line { body, class, covers, reply }), until).await
     }
 
     async fn submit(&self, job: impl FnOnce(Reply) -> Job, until: Instant) -> Result<(), AuditError> {

@@ -17,6 +17,7 @@ use claviger_protocol::certificate::Certificate;
 
 use super::baselines::Baselines;
 use super::currency::Currency;
+use super::decisions::Decisions;
 use super::error::{ChangeError, FollowError, Unreadable};
 use super::hosts::Hosts;
 use super::keys::Keys;
@@ -39,6 +40,7 @@ pub struct Registry {
     trouble: Mutex<Option<String>>,
     /// Thumbprints of the certificates that could not be read at the last reload.
     unreadable: Mutex<BTreeSet<String>>,
+    decisions: Decisions,
     state: Mutex<State>,
     /// A second handle to a state in etcd: following does not wait for a change that this node makes.
     followed: Option<Mutex<State>>,
@@ -87,6 +89,7 @@ impl Registry {
             on_keys: Box::new(on_keys),
             trouble: Mutex::default(),
             unreadable: Mutex::default(),
+            decisions: Decisions::default(),
             followed: state.another().map(Mutex::new),
             shared,
             state: Mutex::new(state),
@@ -136,6 +139,12 @@ impl Registry {
         }
     }
 
+    /// The order of decisions and changes.
+    #[must_use]
+    pub(crate) fn decisions(&self) -> &Decisions {
+        &self.decisions
+    }
+
     /// Takes new snapshots if the state has changed since the last complete ones. It does not matter which process
     /// changed the state. Blocks on the store.
     ///
@@ -146,6 +155,7 @@ impl Registry {
             // Asked first: the contents that are looked at afterwards are at least as new.
             let confirmed = state.confirmed();
             let followed = if state.changed()? { self.reload(state) } else { Ok(()) };
+            self.decisions.settle();
             // Certificates that cannot be read keep nobody from being removed.
             if let (Some(shared), Some(confirmed), Ok(()) | Err(FollowError::Unreadable(_))) =
                 (&self.shared, confirmed, &followed)

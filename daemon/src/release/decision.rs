@@ -22,8 +22,8 @@ pub async fn decide(
     attempt: &Attempt,
     result: Result<Grant, Refusal>,
 ) -> Result<RollResponse, Refusal> {
-    // There is no await between this check and the record. So no change that an administrator has seen completed lies
-    // between them.
+    // No change that an administrator has seen completed lies between this check and the record.
+    let deciding = service.registry.decisions().deciding();
     let result = result.and_then(|grant| grant.confirm(service));
     let outcome = |result: &Result<RollResponse, Refusal>| match result {
         Ok(_) => SUCCESS,
@@ -36,7 +36,9 @@ pub async fn decide(
         // The digest may be from a grant that is no longer valid.
         entry.egress = None;
     }
-    let decided = if service.audit.decided(&entry, what, attempt.deadline()).await {
+    let recorded = service.audit.decided(&entry, what, attempt.deadline());
+    drop(deciding);
+    let decided = if recorded.await {
         result
     } else {
         let refusal = Refusal::new(Code::ServiceUnavailable, NOT_RECORDED);

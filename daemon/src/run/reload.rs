@@ -109,6 +109,7 @@ async fn reload(file: &Path, service: &Arc<Service>, tls: Option<&SharedTls>) ->
     service.admission.resize(&next, next.hsm.iter().map(|hsm| hsm.sessions).sum());
     let waiting = differences(&config, &next);
     service.config.store(Arc::new(next));
+    service.registry.decisions().settle();
     service.rebase_stock();
     let waiting: Vec<String> = waiting.into_iter().collect();
     if waiting.is_empty() {
