@@ -14,6 +14,7 @@ mod activity;
 mod connection;
 mod dozing;
 mod limits;
+mod line;
 mod origin;
 mod ration;
 mod slot;
@@ -24,7 +25,7 @@ use std::convert::Infallible;
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -37,17 +38,18 @@ use hyper::service::Service;
 use hyper::{Request, Response};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::{Notify, mpsc, watch};
-use tokio::time::Instant;
+use tokio::time::{Instant, MissedTickBehavior};
 
-use self::activity::Activity;
 use self::connection::Phase;
+use self::line::{Arrival, Line, Outcome};
 use self::slot::{House, Place, Slot};
-use crate::sys::places::{self, NoPlace, Places};
+use crate::sys::places::{self, Places};
 use crate::tls::SharedTls;
 
 pub(crate) use self::activity::Cut;
 pub use self::dozing::BoxError;
 pub use self::limits::Limits;
+pub(crate) use self::line::IN_DEBT;
 pub use self::origin::{Origin, Peer};
 
 /// Most connections that the kernel queues before they are accepted; `somaxconn` may limit it further.
@@ -79,11 +81,12 @@ pub struct Listener {
     blocked: Arc<Blocked>,
 }
 
-/// Whether a listener has been unable to accept connections for longer than a moment.
+/// Whether a listener has been unable to accept connections for longer than a moment, or has been told to stop.
 #[derive(Debug, Default)]
 pub struct Blocked {
     full: Since,
     failing: Since,
+    stopping: AtomicBool,
 }
 
 /// The time since when a condition holds.
@@ -96,13 +99,21 @@ impl Blocked {
     /// Why no connection is accepted, if so.
     #[must_use]
     pub fn why(&self) -> Option<&'static str> {
-        if lasts(&self.failing) {
+        if self.is_stopping() {
+            Some("the daemon is stopping")
+        } else if lasts(&self.failing) {
             Some("connections cannot be accepted: the log says why")
         } else if lasts(&self.full) {
             Some("the limit of open connections is reached, and all of them are busy")
         } else {
             None
         }
+    }
+
+    /// Whether the listener accepts nothing more, for ever.
+    #[must_use]
+    pub fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Acquire)
     }
 
     /// Records whether a new connection has to wait because all places are in use. Returns whether this has lasted
@@ -205,7 +216,8 @@ where
         freed: Notify::new(),
     });
 
-    let start = |stream: TcpStream, peer: SocketAddr, place: Option<Place>, activity: Arc<Activity>| {
+    let start = |arrival: Arrival, place: Option<Place>| {
+        let Arrival { stream, peer, activity } = arrival;
         let slot = Slot::new(open.clone(), counted, place, alive.clone());
         let server = server.clone();
         tokio::spawn(async move {
@@ -216,67 +228,63 @@ where
 
     tokio::pin!(shutdown);
     let mut backoff = Backoff::default();
-    // A connection that was accepted and waits for a place.
-    let mut waiting: Option<(TcpStream, SocketAddr, Arc<Activity>)> = None;
+    let mut line = Line::default();
+    let mut look = tokio::time::interval(LOOK_FOR_PLACE);
+    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
-        if let Some((stream, peer, activity)) = waiting.take() {
-            // Subscribe before the attempt, so that a place that becomes free in between is not missed.
-            let freed = house.freed.notified();
-            match house.arrive(peer, &activity) {
-                Ok(place) => {
-                    blocked.is_full(false);
-                    start(stream, peer, Some(place), activity);
+        // Subscribe before the attempt, so that a place that becomes free in between is not missed.
+        let freed = house.freed.notified();
+        let outcome = tokio::select! {
+            biased;
+            () = &mut shutdown => break,
+            () = freed, if !line.is_empty() => line.advance(&house, |peer| server.is_in_debt(peer)),
+            accepted = socket.accept(), if line.is_open() => match accepted {
+                Ok((stream, peer)) => {
+                    backoff.success();
+                    blocked.is_failing(false);
+                    let arrival = Arrival { stream, peer, activity: server.activity() };
+                    line.arrive(arrival, &house, server.is_in_debt(peer))
                 }
-                Err(NoPlace::Group) => {
-                    if counted {
-                        crate::observe::metrics::connection_cut(Cut::Address.as_str());
-                    }
-                    tracing::debug!(%peer, "a connection is not accepted: its address has too many, and all of them are busy");
-                }
-                Err(why @ (NoPlace::Full | NoPlace::Leaving)) => {
-                    if why == NoPlace::Full && blocked.is_full(true) {
-                        log_full(address, limits.max_connections);
-                    }
-                    waiting = Some((stream, peer, activity));
+                Err(error) => {
+                    let Some(pause) = backoff.failure(&error, address) else { continue };
+                    blocked.is_failing(true);
                     tokio::select! {
                         biased;
                         () = &mut shutdown => break,
-                        () = freed => {}
-                        // A connection may have become idle.
-                        () = tokio::time::sleep(LOOK_FOR_PLACE) => {}
+                        () = tokio::time::sleep(pause) => continue,
                     }
                 }
-            }
-            continue;
-        }
-        let accepted = tokio::select! {
-            biased;
-            () = &mut shutdown => break,
-            accepted = socket.accept() => accepted,
+            },
+            // A connection may have become idle.
+            _ = look.tick(), if !line.is_empty() => line.advance(&house, |peer| server.is_in_debt(peer)),
         };
-        match accepted {
-            Ok((stream, peer)) => {
-                backoff.success();
-                blocked.is_failing(false);
-                waiting = Some((stream, peer, server.activity()));
-            }
-            Err(error) => {
-                let Some(pause) = backoff.failure(&error, address) else { continue };
-                blocked.is_failing(true);
-                tokio::select! {
-                    biased;
-                    () = &mut shutdown => break,
-                    () = tokio::time::sleep(pause) => {}
+        match outcome {
+            Outcome::Seated(arrival, place) => {
+                blocked.is_full(false);
+                start(arrival, Some(place));
+                // Several places may have become free at once.
+                if !line.is_empty() {
+                    house.freed.notify_one();
                 }
             }
+            Outcome::TurnedAway(Arrival { peer, .. }) => {
+                server.charge_for_accepting(peer);
+                if counted {
+                    crate::observe::metrics::connection_cut(Cut::Address.as_str());
+                }
+                tracing::debug!(%peer, "a connection is not accepted: its address has too many, and all of them are busy");
+            }
+            Outcome::Waits { full: true } if blocked.is_full(true) => log_full(address, limits.max_connections),
+            Outcome::Waits { .. } | Outcome::Empty => {}
         }
     }
 
+    blocked.stopping.store(true, Ordering::Release);
     let begun = Instant::from_std(standstill::now());
     // `server` holds a receiver, so this cannot fail.
     let _ = phases.send(Phase::Draining(begun + limits.grace));
-    let take = |stream, peer| start(stream, peer, None, server.activity());
-    waiting.into_iter().for_each(|(stream, peer, _)| take(stream, peer));
+    line.end().for_each(|arrival| start(arrival, None));
+    let take = |stream, peer| start(Arrival { stream, peer, activity: server.activity() }, None);
     empty_backlog(socket, begun + limits.grace, &mut backoff, address, take).await;
     let at_stop = open.load(Ordering::Relaxed);
     tracing::info!(%address, connections = at_stop, "no new connections are accepted; open requests are finished");
@@ -313,7 +321,11 @@ async fn empty_backlog(
             return;
         }
     };
-    loop {
+    // Not more than the queue can have held: others may come as fast as these are accepted.
+    for number in 1..=BACKLOG {
+        if number.is_multiple_of(64) {
+            tokio::task::yield_now().await;
+        }
         let taken = socket.accept().and_then(|(stream, peer)| {
             stream.set_nonblocking(true)?;
             Ok((TcpStream::from_std(stream)?, peer))

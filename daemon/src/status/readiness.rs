@@ -40,6 +40,10 @@ impl Readiness {
     /// # Errors
     /// One sentence for people.
     pub(crate) async fn check(&self, service: &Service, blocked: &Blocked) -> Result<String, String> {
+        // A balancer is to stop sending callers here at once.
+        if let Some(why) = blocked.why().filter(|_| blocked.is_stopping()) {
+            return Err(why.to_owned());
+        }
         // Hold the lock during the probe: concurrent callers wait for its result instead of probing as well.
         let mut last = self.0.lock().await;
         if let Some((_, answer)) = last.answer.as_ref().filter(|(at, _)| standstill::since(*at) < FRESH) {

@@ -1,8 +1,11 @@
 //! The places for connections: their number, and which connection is closed if there is none left.
 //!
-//! At the limit, a connection of the group with the most connections is closed: the one that has waited longest for its
-//! client. A group is an address, or a user at the administrators' sockets. Connections with work in progress are never
-//! closed. A new connection waits only if all connections have work in progress.
+//! At the limit, a connection of the group with the most connections is closed: the one that has waited longest, for its
+//! client or for its turn. A group is an address, or a user at the administrators' sockets. Connections with work in progress are
+//! never closed. A new connection waits only if all connections have work in progress.
+//!
+//! A connection waits for its turn when its group has used up its share of processor time. Then a new connection of its own group
+//! does not take its place: whoever comes back the fastest would be the only one that ever has a turn.
 //!
 //! [`Places`] is a plain value; its callers wait and wake.
 
@@ -16,6 +19,9 @@ pub(crate) const LEAVING: usize = 16;
 /// Number of victims that one search finds. A search visits every connection, so it must not run for each arrival.
 const FOUND: usize = 64;
 
+/// How long after a search in vain a group is not searched again.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
+
 /// Minimum time for which a connection may wait for its client before it is closed: during a flood of connections, a
 /// correct client needs a moment to send its request.
 pub(crate) const GRACE: Duration = Duration::from_millis(100);
@@ -24,6 +30,11 @@ pub(crate) const GRACE: Duration = Duration::from_millis(100);
 pub(crate) trait Guest: Clone {
     /// Since when the connection has waited for its client; `None` while work is in progress.
     fn waiting_since(&self) -> Option<Instant>;
+
+    /// Since when the connection has waited for its turn, because its group has used up its share.
+    fn in_line_since(&self) -> Option<Instant> {
+        None
+    }
 
     /// Tells the connection to close.
     fn ask_to_leave(&self);
@@ -50,12 +61,15 @@ pub(crate) struct Places<K, G> {
     staying: usize,
     leaving: usize,
     next: u64,
-    found: Found<K>,
+    /// Of the last search of each kind, so that none spoils what another found.
+    found: [Found<K>; 3],
 }
 
 struct Group<G> {
     seats: HashMap<u64, Seat<G>>,
     staying: usize,
+    /// When nobody was found in it who may have to close.
+    searched_in_vain: Option<Instant>,
 }
 
 struct Seat<G> {
@@ -63,10 +77,41 @@ struct Seat<G> {
     leaving: bool,
 }
 
+/// Which connections may have to close for a new one.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Among<K> {
+    /// Those of this group that wait for their client.
+    Group(K),
+    /// Those that wait for their client.
+    Waiting,
+    /// Those that wait for their client or for their turn.
+    WaitingOrInLine,
+}
+
+impl<K: Eq> Among<K> {
+    /// Which of the searches it is.
+    fn kind(&self) -> usize {
+        match self {
+            Self::Group(_) => 0,
+            Self::Waiting => 1,
+            Self::WaitingOrInLine => 2,
+        }
+    }
+
+    fn is_searched(&self, group: &K) -> bool {
+        !matches!(self, Self::Group(only) if only != group)
+    }
+
+    /// Since when a connection has waited, if it may have to close.
+    fn since(&self, guest: &impl Guest) -> Option<Instant> {
+        let in_line = || matches!(self, Self::WaitingOrInLine).then(|| guest.in_line_since()).flatten();
+        guest.waiting_since().or_else(in_line)
+    }
+}
+
 /// The result of a search; the first victim is last.
 struct Found<K> {
-    /// The group that was searched; `None`: all groups.
-    within: Option<K>,
+    among: Among<K>,
     victims: Vec<(K, u64, Instant)>,
     /// The victims' groups had more connections than this number, which is the size of the next largest group.
     next_largest: usize,
@@ -84,27 +129,44 @@ impl<K: Copy + Eq + Hash, G: Guest> Places<K, G> {
             staying: 0,
             leaving: 0,
             next: 0,
-            found: Found { within: None, victims: Vec::new(), next_largest: 0 },
+            found: std::array::from_fn(|_| Found { among: Among::Waiting, victims: Vec::new(), next_largest: 0 }),
         }
     }
 
     /// Takes a place for a connection of `group`; another connection may have to close for it. Returns the place's
     /// number, and whether one had to close.
     pub(crate) fn arrive(&mut self, group: K, guest: &G, now: Instant) -> Result<(u64, bool), NoPlace> {
+        self.take(group, guest, Among::WaitingOrInLine, now)
+    }
+
+    /// The same for a group that has used up its share of processor time.
+    pub(crate) fn arrive_in_debt(&mut self, group: K, guest: &G, now: Instant) -> Result<(u64, bool), NoPlace> {
+        self.take(group, guest, Among::Waiting, now)
+    }
+
+    fn take(&mut self, group: K, guest: &G, among: Among<K>, now: Instant) -> Result<(u64, bool), NoPlace> {
         let of_group = self.groups.get(&group).map_or(0, |group| group.staying);
         let mut made_room = false;
         if of_group >= self.per_group {
-            // A group at its own limit never makes others wait.
-            self.dismiss(Some(group), NoPlace::Group, now).map_err(|_| NoPlace::Group)?;
+            // A group at its own limit never makes others wait, nor does it have all its connections looked at each time.
+            let vain = self.groups.get(&group).and_then(|group| group.searched_in_vain);
+            if vain.is_some_and(|at| now < at + LOOK_AGAIN) {
+                return Err(NoPlace::Group);
+            }
+            self.dismiss(Among::Group(group), NoPlace::Group, now).map_err(|_| NoPlace::Group)?;
             made_room = true;
         }
         if self.staying >= self.limit {
-            self.dismiss(None, NoPlace::Full, now)?;
+            self.dismiss(among, NoPlace::Full, now)?;
             made_room = true;
         }
         let id = self.next;
         self.next += 1;
-        let of_group = self.groups.entry(group).or_insert_with(|| Group { seats: HashMap::new(), staying: 0 });
+        let of_group = self.groups.entry(group).or_insert_with(|| Group {
+            seats: HashMap::new(),
+            staying: 0,
+            searched_in_vain: None,
+        });
         of_group.seats.insert(id, Seat { guest: guest.clone(), leaving: false });
         of_group.staying += 1;
         self.staying += 1;
@@ -138,13 +200,13 @@ impl<K: Copy + Eq + Hash, G: Guest> Places<K, G> {
     }
 
     /// Tells a connection to close. `without` is the error if all have work in progress.
-    fn dismiss(&mut self, within: Option<K>, without: NoPlace, now: Instant) -> Result<(), NoPlace> {
+    fn dismiss(&mut self, among: Among<K>, without: NoPlace, now: Instant) -> Result<(), NoPlace> {
         if self.leaving >= LEAVING {
             return Err(NoPlace::Leaving);
         }
-        if !self.dismiss_found(within) {
-            let waits = self.search(within, now);
-            if !self.dismiss_found(within) {
+        if !self.dismiss_found(among) {
+            let waits = self.search(among, now);
+            if !self.dismiss_found(among) {
                 return Err(if waits { NoPlace::Leaving } else { without });
             }
         }
@@ -152,19 +214,20 @@ impl<K: Copy + Eq + Hash, G: Guest> Places<K, G> {
     }
 
     /// Takes the next victim of the last search that is still valid.
-    fn dismiss_found(&mut self, within: Option<K>) -> bool {
-        if self.found.within != within {
+    fn dismiss_found(&mut self, among: Among<K>) -> bool {
+        let found = &mut self.found[among.kind()];
+        if found.among != among {
             return false;
         }
-        while let Some((group, id, since)) = self.found.victims.pop() {
+        while let Some((group, id, since)) = found.victims.pop() {
             let Some(of_group) = self.groups.get_mut(&group) else { continue };
-            if within.is_none() && of_group.staying <= self.found.next_largest {
+            if !matches!(among, Among::Group(_)) && of_group.staying <= found.next_largest {
                 // Another group has the same number of connections by now.
-                self.found.victims.clear();
+                found.victims.clear();
                 return false;
             }
             let Some(seat) = of_group.seats.get_mut(&id) else { continue };
-            if seat.leaving || seat.guest.waiting_since() != Some(since) {
+            if seat.leaving || among.since(&seat.guest) != Some(since) {
                 continue;
             }
             seat.leaving = true;
@@ -179,13 +242,12 @@ impl<K: Copy + Eq + Hash, G: Guest> Places<K, G> {
 
     /// Finds the next victims. Returns whether some connections are waiting for their clients and will soon be
     /// candidates.
-    fn search(&mut self, within: Option<K>, now: Instant) -> bool {
-        let searched = |group: &K| within.is_none_or(|within| within == *group);
+    fn search(&mut self, among: Among<K>, now: Instant) -> bool {
         let mut largest = 0;
         let mut next_largest = 0;
         let mut victims = Vec::new();
         let mut others_wait = false;
-        for (group, of_group) in self.groups.iter().filter(|(group, _)| searched(group)) {
+        for (group, of_group) in self.groups.iter().filter(|(group, _)| among.is_searched(group)) {
             if of_group.staying < largest {
                 next_largest = next_largest.max(of_group.staying);
                 continue;
@@ -193,7 +255,7 @@ impl<K: Copy + Eq + Hash, G: Guest> Places<K, G> {
             let waiting = of_group.seats.iter().filter(|(_, seat)| !seat.leaving);
             let before = victims.len();
             for (id, seat) in waiting {
-                match seat.guest.waiting_since() {
+                match among.since(&seat.guest) {
                     Some(since) if since + self.grace <= now => victims.push((*group, *id, since)),
                     Some(_) => others_wait = true,
                     None => {}
@@ -210,7 +272,12 @@ impl<K: Copy + Eq + Hash, G: Guest> Places<K, G> {
             victims.truncate(FOUND);
         }
         victims.sort_unstable_by_key(|(.., since)| std::cmp::Reverse(*since));
-        self.found = Found { within, victims, next_largest };
+        if let Among::Group(group) = among
+            && let Some(group) = self.groups.get_mut(&group)
+        {
+            group.searched_in_vain = victims.is_empty().then_some(now);
+        }
+        self.found[among.kind()] = Found { among, victims, next_largest };
         others_wait
     }
 }
@@ -224,30 +291,48 @@ mod tests {
     use std::time::Duration;
 
     #[derive(Clone)]
-    struct Client(Rc<(Cell<Option<Instant>>, Cell<bool>)>);
+    struct Client(Rc<State>);
+
+    #[derive(Default)]
+    struct State {
+        waiting: Cell<Option<Instant>>,
+        in_line: Cell<Option<Instant>>,
+        told: Cell<bool>,
+        looked_at: Cell<usize>,
+    }
 
     impl Guest for Client {
         fn waiting_since(&self) -> Option<Instant> {
-            self.0.0.get()
+            self.0.looked_at.update(|times| times + 1);
+            self.0.waiting.get()
+        }
+
+        fn in_line_since(&self) -> Option<Instant> {
+            self.0.in_line.get()
         }
 
         fn ask_to_leave(&self) {
-            self.0.1.set(true);
+            self.0.told.set(true);
         }
     }
 
     impl Client {
         /// A client that has waited since `since` milliseconds after `begun`.
         fn waiting(begun: Instant, since: u64) -> Self {
-            Self(Rc::new((Cell::new(Some(begun + Duration::from_millis(since))), Cell::new(false))))
+            let waiting = Cell::new(Some(begun + Duration::from_millis(since)));
+            Self(Rc::new(State { waiting, ..State::default() }))
         }
 
         fn is_leaving(&self) -> bool {
-            self.0.1.get()
+            self.0.told.get()
         }
 
         fn work(&self) {
-            self.0.0.set(None);
+            self.0.waiting.set(None);
+        }
+
+        fn stand_in_line(&self) {
+            self.0.in_line.set(self.0.waiting.take());
         }
     }
 
@@ -314,6 +399,58 @@ mod tests {
         places.arrive(1, &one, later).unwrap();
         assert_eq!(places.arrive(1, &two, later), Err(NoPlace::Group));
         assert!(places.arrive(2, &two, later).is_ok());
+    }
+
+    #[test]
+    fn who_waits_for_a_turn_gives_way_to_others_and_not_to_a_group_in_debt() {
+        let begun = Instant::now();
+        let later = begun + Duration::from_secs(60);
+        let mut places = Places::new(2, 0, GRACE);
+        let (one, two) = (Client::waiting(begun, 0), Client::waiting(begun, 1));
+        places.arrive(1, &one, later).unwrap();
+        places.arrive(1, &two, later).unwrap();
+        one.stand_in_line();
+        two.stand_in_line();
+        let newcomer = Client::waiting(begun, 2);
+        assert_eq!(places.arrive_in_debt(1, &newcomer, later), Err(NoPlace::Full));
+        assert!(places.arrive(2, &newcomer, later).unwrap().1);
+        assert!(one.is_leaving() && !two.is_leaving());
+        // Nor does it at the limit of its group.
+        let mut places = Places::new(100, 1, GRACE);
+        places.arrive(1, &two, later).unwrap();
+        assert_eq!(places.arrive(1, &newcomer, later), Err(NoPlace::Group));
+    }
+
+    #[test]
+    fn newcomers_that_are_refused_cost_no_search_each() {
+        let begun = Instant::now();
+        let later = begun + Duration::from_secs(60);
+        let newcomer = || Client::waiting(begun, 1);
+        let mut places = Places::new(100, 50, GRACE);
+        let groups = [1, 2].map(|group| {
+            let clients: Vec<_> = (0..50).map(|since| Client::waiting(begun, since)).collect();
+            for client in &clients {
+                client.stand_in_line();
+                places.arrive(group, client, later).unwrap();
+            }
+            clients
+        });
+        let looked_at = || groups.iter().flatten().map(|client| client.0.looked_at.get()).sum::<usize>();
+        places.arrive(3, &newcomer(), later).unwrap();
+        // The other group is still at its limit.
+        let full = if groups[0].iter().any(Client::is_leaving) { 2 } else { 1 };
+        let before = looked_at();
+        for _ in 0..1_000 {
+            assert_eq!(places.arrive(full, &newcomer(), later), Err(NoPlace::Group));
+        }
+        assert!(looked_at() <= before + 50, "{}", looked_at() - before);
+        let before = looked_at();
+        assert_eq!(places.arrive(full, &newcomer(), later + LOOK_AGAIN), Err(NoPlace::Group));
+        assert_eq!(looked_at(), before + 50, "after a while they are looked at again");
+        // What was found for all groups remains found.
+        let before = looked_at();
+        assert!(places.arrive(3, &newcomer(), later).unwrap().1);
+        assert!(looked_at() <= before + 2, "{}", looked_at() - before);
     }
 
     #[test]

@@ -95,7 +95,9 @@ fn every_request_that_was_taken_is_answered() {
     daemon.process.terminate();
     let told: Vec<Told> = clients.into_iter().map(|client| client.join().unwrap()).collect();
 
-    // All other connections are closed; this one gets its time.
+    // All other connections are closed; this one gets its time. Meanwhile a load balancer is told to send nobody here.
+    let ready = block(daemon.until_ready_is(503));
+    assert!(String::from_utf8_lossy(&ready.body).contains("is stopping"), "{ready:?}");
     std::thread::sleep(Duration::from_secs(1));
     slow.send(&request[request.len() / 2..]).unwrap();
     let answer = slow.answer().unwrap();

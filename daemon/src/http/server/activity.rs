@@ -87,8 +87,8 @@ pub(super) struct Activity {
     unread: AtomicBool,
     /// The connection's socket, while it is read and written.
     socket: Mutex<Option<TcpStream>>,
-    /// Whether it waits for its turn to be worked for.
-    waits_for_turn: AtomicBool,
+    /// Since when it has waited for its turn to be worked for; 0 if it does not.
+    in_line_since: AtomicU64,
     /// Whether what the client still sends is not worth reading, so that it gets to read the last answer.
     dismissed: AtomicBool,
 }
@@ -170,7 +170,7 @@ impl Activity {
             ask_kernel: AtomicBool::new(false),
             unread: AtomicBool::new(false),
             socket: Mutex::new(None),
-            waits_for_turn: AtomicBool::new(false),
+            in_line_since: AtomicU64::new(0),
             dismissed: AtomicBool::new(false),
         })
     }
@@ -194,7 +194,21 @@ impl Activity {
 
     /// Says whether it waits for its turn to be worked for.
     pub(super) fn wait_for_turn(&self, waits: bool) {
-        self.waits_for_turn.store(waits, Ordering::Release);
+        self.in_line_since.store(if waits { self.now() } else { 0 }, Ordering::Release);
+    }
+
+    fn waits_for_turn(&self) -> bool {
+        self.in_line_since.load(Ordering::Acquire) > 0
+    }
+
+    /// Whether the service works on a request.
+    fn is_worked_for(&self) -> bool {
+        self.in_service.load(Ordering::Acquire) > self.reading.load(Ordering::Acquire)
+    }
+
+    /// Since when it has waited for its turn, while the service works on nothing for it.
+    pub(super) fn in_line_since(&self) -> Option<Instant> {
+        (self.waits_for_turn() && !self.is_worked_for()).then(|| self.at(&self.in_line_since))
     }
 
     /// Says whether what the client still sends after an answer is not worth reading.
@@ -281,11 +295,9 @@ impl Activity {
 
     /// Since when the service has had nothing to do for it but wait for its client.
     fn waiting_since(&self) -> Option<Instant> {
-        let reading = self.reading.load(Ordering::Acquire);
-        let works = self.in_service.load(Ordering::Acquire) > reading;
-        if works || self.waits_for_turn.load(Ordering::Acquire) {
+        if self.is_worked_for() || self.waits_for_turn() {
             None
-        } else if reading > 0 {
+        } else if self.reading.load(Ordering::Acquire) > 0 {
             Some(self.at(&self.reading_since))
         } else if self.in_progress.load(Ordering::Acquire) > 0 {
             Some(self.at(&self.last_write))
@@ -311,6 +323,12 @@ impl Activity {
                 return reason;
             }
         }
+    }
+
+    /// Whether it has been told to close and has not looked yet.
+    #[cfg(test)]
+    pub(super) fn is_told_to_close(&self) -> bool {
+        self.cut.load(Ordering::Acquire) > 0
     }
 
     /// Whether it may be closed to make room.
@@ -379,6 +397,10 @@ impl Activity {
 impl Guest for Arc<Activity> {
     fn waiting_since(&self) -> Option<std::time::Instant> {
         Activity::waiting_since(self).map(Instant::into_std)
+    }
+
+    fn in_line_since(&self) -> Option<std::time::Instant> {
+        Activity::in_line_since(self).map(Instant::into_std)
     }
 
     fn ask_to_leave(&self) {

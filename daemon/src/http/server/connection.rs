@@ -128,6 +128,16 @@ where
         Activity::new(self.tls.is_some(), self.limits.streams)
     }
 
+    /// Whether new connections of this address would have to wait for their turn.
+    pub(super) fn is_in_debt(&self, peer: SocketAddr) -> bool {
+        self.ration.is_in_debt(&Network::of(peer.ip()))
+    }
+
+    /// Charges an address for a connection that was accepted and is not served.
+    pub(super) fn charge_for_accepting(&self, peer: SocketAddr) {
+        Account::open(&self.ration, Network::of(peer.ip()));
+    }
+
     /// Serves one connection until it is closed.
     pub(super) async fn serve(&self, stream: TcpStream, peer: SocketAddr, activity: Arc<Activity>, slot: &Slot) {
         // Answers are written whole: waiting for more to send would only delay them.
@@ -286,7 +296,8 @@ where
                 }
                 Event::Changed => {}
                 Event::Told(reason) => {
-                    if reason == Cut::Room {
+                    // While it waits for its turn, nothing is done for it, whatever it has sent.
+                    if reason == Cut::Room && activity.in_line_since().is_none() {
                         // It may be the server that is behind: what the kernel has is asked for once more.
                         activity.ask_kernel(true);
                         let poll = poll_fn(|cx| Poll::Ready(account.charged(|| connection.poll(cx)).is_ready()));

@@ -90,6 +90,11 @@ impl Ration {
         share.wait(network)
     }
 
+    /// Whether a new connection of this address would have to wait for its turn.
+    pub(super) fn is_in_debt(&self, network: &Network) -> bool {
+        self.wait(network, 0).is_some()
+    }
+
     /// Charges what a connection took beyond the `before` nanoseconds that it had taken until then.
     fn charge(&self, network: &Network, before: u64, after: u64) {
         self.for_each_share(before, after, |share, tokens| share.debit(network, tokens));

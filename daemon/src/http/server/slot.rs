@@ -25,9 +25,18 @@ impl House {
         lock(&self.places)
     }
 
-    pub(super) fn arrive(self: &Arc<Self>, peer: SocketAddr, activity: &Arc<Activity>) -> Result<Place, NoPlace> {
-        let network = Network::of(peer.ip());
-        let (number, _) = self.places().arrive(network, activity, standstill::now())?;
+    /// Takes a place. `in_debt`: the address has used up its share of processor time.
+    pub(super) fn arrive(
+        self: &Arc<Self>,
+        peer: SocketAddr,
+        activity: &Arc<Activity>,
+        in_debt: bool,
+    ) -> Result<Place, NoPlace> {
+        let (network, now) = (Network::of(peer.ip()), standstill::now());
+        let (number, _) = match in_debt {
+            true => self.places().arrive_in_debt(network, activity, now),
+            false => self.places().arrive(network, activity, now),
+        }?;
         Ok(Place { house: self.clone(), network, number })
     }
 }
