@@ -111,8 +111,9 @@ pub struct Server {
     pub document_burst: u32,
     /// Limit of processor time, in percent of all processors, for connections of one address (IPv6: of one /64
     /// network) on which no host has proved itself, 0 to 100; all addresses together may use twice as much. Beyond
-    /// this limit, these connections wait and take turns. There is a burst of one second of all processors, and when
-    /// a host proves itself on a connection, the connection's time is given back. 0 is no limit. Default: 5.
+    /// this limit, these connections wait and take turns, and at most four requests of HTTP/2 begin in a turn. There is
+    /// a burst of one second of all processors, and when a host proves itself on a connection, the connection's time
+    /// is given back. 0 is no limit. Default: 5.
     pub unproven_time_percent: u32,
     /// Certificate and key for TLS on `listen`. Default: none, plain HTTP.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -22,11 +22,11 @@ use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
 use tokio_rustls::TlsAcceptor;
 
-use super::activity::{Activity, Answer, Cut, Due, InProgress, Watched, unread};
+use super::activity::{Activity, Answer, Cut, Due, InProgress, Reading, Watched, unread};
 use super::dozing::{BoxError, Builders, Dozing};
 use super::limits::Limits;
 use super::origin::{Origin, Peer};
-use super::ration::{Account, Meter, Ration};
+use super::ration::{Account, Charged, Meter, Ration};
 use super::slot::Slot;
 use crate::request::{ClientCertificate, Network};
 use crate::tls::SharedTls;
@@ -121,6 +121,12 @@ where
             phase,
             congested: Arc::new(Semaphore::new(CONGESTED)),
         }
+    }
+
+    /// The processor time of all connections.
+    #[cfg(test)]
+    pub(super) fn ration(&self) -> &Ration {
+        &self.ration
     }
 
     /// What is to be known of a connection that begins now.
@@ -457,14 +463,26 @@ where
             }
             let work = activity.room_to_work().await;
             in_progress.begin();
+            let http1 = request.version() <= Version::HTTP_11;
+            let account = client.account.clone();
+            // A request of HTTP/1.1 was read within the turn that its connection waited for, and there is one at a time.
+            if !http1 && !account.may_begin() {
+                // Meanwhile nothing is done for it.
+                let _waits = Reading::new(activity.clone());
+                account.turn_to_begin().await;
+            }
             request.extensions_mut().insert(Peer(client.peer));
             if let Some(certificate) = client.certificate {
                 request.extensions_mut().insert(certificate);
             }
             request.extensions_mut().insert(Origin::new(connection, activity, client.account, work));
-            let http1 = request.version() <= Version::HTTP_11;
             // On the heap: as long as a request waits here, it is not to take what the work on it will.
-            let mut response = Box::pin(service.call(request)).await?;
+            let answering = Box::pin(service.call(request));
+            let mut response = match http1 {
+                // The connection itself is charged, which does this work.
+                true => answering.await?,
+                false => Charged::new(answering, account).await?,
+            };
             in_progress.answered();
             if http1 && *phase.borrow() != Phase::Serving {
                 // hyper closes the connection after an answer that says so.

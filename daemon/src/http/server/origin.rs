@@ -64,7 +64,7 @@ impl Origin {
 
     /// Charges the processor time of `work` to the connection's address until a host proves itself.
     pub fn charged<F: Future>(&self, work: F) -> impl Future<Output = F::Output> + use<F> {
-        Charged::new(work, Arc::clone(&self.0.account))
+        Charged::new(Box::pin(work), Arc::clone(&self.0.account))
     }
 
     /// Whether the client of an HTTP/1.1 connection has closed its side. It may still read a reply, but most clients

@@ -9,19 +9,25 @@
 //! An address has two such shares: one for the first turns of its connections, and one for what connections take beyond their
 //! first turn. So a newcomer does not wait because others at its address keep a connection busy.
 //!
+//! HTTP/2 lets a client send many requests in one turn, and the work on them is done beside the connection. So a request begins only
+//! within a turn of its connection, and a turn is enough for few of them to begin: the others wait in line for the next turn.
+//! Work that has begun is charged and does not wait, because it may hold what others need.
+//!
 //! [`Ration`] is what all connections of a listener share, [`Account`] and [`Meter`] are those of one connection. Time is that of
 //! the thread, not of the clock: a machine that is busy otherwise charges nobody for that.
 
 use std::future::Future;
-use std::pin::Pin;
-use std::sync::Arc;
+use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, ready};
 use std::thread::available_parallelism;
 use std::time::Duration;
 
+use claviger_process::lock::lock;
 use rustix::time::{ClockId, clock_gettime};
-use tokio::time::Sleep;
+use tokio::sync::Notify;
+use tokio::time::{Instant, Sleep};
 
 use super::activity::Activity;
 use crate::request::Network;
@@ -46,6 +52,10 @@ const LONGEST_WAIT: Duration = Duration::from_secs(5);
 /// Processor time of a turn in nanoseconds: a TLS handshake and a release.
 const TURN: u64 = 2_000_000;
 
+/// Processor time of a turn that is set aside for a request when it begins, in nanoseconds. What it takes is known only later, when
+/// many others may have begun: so no more than four begin in a turn.
+const REQUEST: u64 = TURN / 4;
+
 /// An address that has used less than this part of its burst does not answer for what all addresses use together.
 const INNOCENT_PART: u32 = 4;
 
@@ -54,7 +64,9 @@ pub(super) const ACCEPT: Duration = Duration::from_micros(30);
 
 /// The shares of a listener's addresses. `None` without a limit.
 #[derive(Debug)]
-pub(super) struct Ration(Option<Shares>);
+pub(super) struct Ration {
+    shares: Option<Shares>,
+}
 
 #[derive(Debug)]
 struct Shares {
@@ -80,12 +92,20 @@ impl Ration {
 
     fn of(percent: u32, processors: u32) -> Self {
         let share = || Share::new(percent, processors);
-        Self((percent > 0).then(|| Shares { first_turns: share(), later_turns: share() }))
+        Self { shares: (percent > 0).then(|| Shares { first_turns: share(), later_turns: share() }) }
+    }
+
+    /// Uses up all shares of an address for good.
+    #[cfg(test)]
+    pub(super) fn use_up(&self, network: &Network) {
+        for share in self.shares.iter().flat_map(|shares| [&shares.first_turns, &shares.later_turns]) {
+            share.debit(network, u32::MAX / 2);
+        }
     }
 
     /// How long a connection that has taken `spent` nanoseconds waits for its next turn.
     fn wait(&self, network: &Network, spent: u64) -> Option<Duration> {
-        let shares = self.0.as_ref()?;
+        let shares = self.shares.as_ref()?;
         let share = if spent < TURN { &shares.first_turns } else { &shares.later_turns };
         share.wait(network)
     }
@@ -107,7 +127,7 @@ impl Ration {
 
     /// Splits what a connection took into its first turn and the rest.
     fn for_each_share(&self, before: u64, after: u64, act: impl Fn(&Share, u32)) {
-        let Some(shares) = &self.0 else { return };
+        let Some(shares) = &self.shares else { return };
         let parts = [(&shares.first_turns, 0, TURN), (&shares.later_turns, TURN, u64::MAX)];
         for (share, begin, end) in parts {
             let tokens = tokens(after.clamp(begin, end)) - tokens(before.clamp(begin, end));
@@ -147,6 +167,38 @@ impl Share {
     }
 }
 
+/// The turns of a connection on which no host has proved itself.
+///
+/// ```text
+///           in debt              the wait is over
+///  Unasked ─────────▶ Waiting ─────────────────────▶ Running ──┐ used up,
+///     │                  ▲                           │ ▲   ▲   │ not in debt
+///     │                  └───── used up, in debt ────┘ │   └───┘
+///     └─────────────────── not in debt ────────────────┘
+/// ```
+#[derive(Clone, Copy, Debug)]
+enum Turn {
+    Unasked,
+    Waiting {
+        until: Instant,
+    },
+    Running {
+        /// What the account will have spent when the turn ends, in nanoseconds.
+        ends: u64,
+        /// Nanoseconds that are set aside for the requests that have begun in this turn.
+        set_aside: u64,
+    },
+}
+
+/// Who wants to go on in a turn.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Wants {
+    /// The connection, to read and write.
+    ToGoOn,
+    /// A request that was read, to begin.
+    ToBegin,
+}
+
 /// The account of one connection.
 #[derive(Debug)]
 pub(super) struct Account {
@@ -154,15 +206,27 @@ pub(super) struct Account {
     network: Network,
     /// Whether a host has proved itself on the connection.
     proved: AtomicBool,
+    /// Told when it does.
+    has_proved: Notify,
     /// Nanoseconds that the connection took and that were not given back.
     spent: AtomicU64,
+    turn: Mutex<Turn>,
+    /// Held by the request that begins next; the others are in line for it.
+    begins_next: tokio::sync::Mutex<()>,
 }
 
 impl Account {
     /// A connection of an address, which has cost what every connection costs.
     pub(super) fn open(ration: &Arc<Ration>, network: Network) -> Arc<Self> {
-        let account =
-            Self { ration: Arc::clone(ration), network, proved: AtomicBool::new(false), spent: AtomicU64::new(0) };
+        let account = Self {
+            ration: Arc::clone(ration),
+            network,
+            proved: AtomicBool::new(false),
+            has_proved: Notify::new(),
+            spent: AtomicU64::new(0),
+            turn: Mutex::new(Turn::Unasked),
+            begins_next: tokio::sync::Mutex::new(()),
+        };
         account.charge(ACCEPT);
         Arc::new(account)
     }
@@ -171,6 +235,7 @@ impl Account {
     pub(super) fn prove(&self) {
         if !self.proved.swap(true, Ordering::AcqRel) {
             self.ration.give_back(&self.network, self.spent.swap(0, Ordering::AcqRel));
+            self.has_proved.notify_waiters();
         }
     }
 
@@ -185,7 +250,63 @@ impl Account {
     }
 
     fn is_free(&self) -> bool {
-        self.ration.0.is_none() || self.is_proved()
+        self.ration.shares.is_none() || self.is_proved()
+    }
+
+    /// Whether it is the connection's turn, which begins here if there is nothing to wait for.
+    ///
+    /// # Errors
+    /// It is not; the value is when the next one begins.
+    fn turn(&self, wants: Wants) -> Result<(), Instant> {
+        let spent = self.spent.load(Ordering::Acquire);
+        let reserve = if wants == Wants::ToBegin { REQUEST } else { 0 };
+        let mut turn = lock(&self.turn);
+        let wait = match &mut *turn {
+            Turn::Waiting { until } if Instant::now() < *until => return Err(*until),
+            Turn::Waiting { .. } => None,
+            Turn::Running { ends, set_aside } => {
+                // A turn that was granted lasts, however many others take theirs meanwhile.
+                let left = ends.saturating_sub(spent);
+                let taken = if wants == Wants::ToBegin { *set_aside } else { 0 };
+                // More than a turn is left where the address got back what was spent: then the turn is over.
+                if left <= TURN && taken < left {
+                    *set_aside += reserve;
+                    return Ok(());
+                }
+                self.ration.wait(&self.network, spent)
+            }
+            Turn::Unasked => self.ration.wait(&self.network, spent),
+        };
+        if let Some(wait) = wait {
+            let until = Instant::now() + wait;
+            *turn = Turn::Waiting { until };
+            return Err(until);
+        }
+        *turn = Turn::Running { ends: spent.saturating_add(TURN), set_aside: reserve };
+        Ok(())
+    }
+
+    /// Whether a request that was read may begin at once.
+    pub(super) fn may_begin(&self) -> bool {
+        self.is_free() || (self.begins_next.try_lock().is_ok() && self.turn(Wants::ToBegin).is_ok())
+    }
+
+    /// Waits until a request that was read may begin: within a turn of its connection, or when a host has proved itself.
+    pub(super) async fn turn_to_begin(&self) {
+        let _first = self.begins_next.lock().await;
+        loop {
+            let mut proved = pin!(self.has_proved.notified());
+            // What is proved from here on is not missed.
+            proved.as_mut().enable();
+            if self.is_free() {
+                return;
+            }
+            let Err(until) = self.turn(Wants::ToBegin) else { return };
+            tokio::select! {
+                () = tokio::time::sleep_until(until) => {}
+                () = proved => {}
+            }
+        }
     }
 
     fn charge(&self, time: Duration) {
@@ -222,20 +343,18 @@ pub(super) struct Meter {
     activity: Arc<Activity>,
     /// Set while it waits.
     waiting: Option<Pin<Box<Sleep>>>,
-    /// What the account will have spent when the turn ends, in nanoseconds.
-    turn_ends: u64,
 }
 
 impl Meter {
     pub(super) fn new(account: Arc<Account>, activity: Arc<Activity>) -> Self {
-        Self { account, activity, waiting: None, turn_ends: 0 }
+        Self { account, activity, waiting: None }
     }
 
-    fn set_waiting(&mut self, waiting: Option<Pin<Box<Sleep>>>) {
-        if waiting.is_some() != self.waiting.is_some() {
-            self.activity.wait_for_turn(waiting.is_some());
+    fn set_waiting(&mut self, until: Option<Instant>) {
+        if until.is_some() != self.waiting.is_some() {
+            self.activity.wait_for_turn(until.is_some());
         }
-        self.waiting = waiting;
+        self.waiting = until.map(|until| Box::pin(tokio::time::sleep_until(until)));
     }
 
     /// Polls when it is the connection's turn, and charges the time that it takes.
@@ -244,20 +363,16 @@ impl Meter {
             self.set_waiting(None);
             return poll(cx);
         }
-        // A turn that was granted lasts, however many others take theirs meanwhile.
-        let spent = self.account.spent.load(Ordering::Acquire);
-        // More than a turn is left where the address got back what was spent: then the turn is over.
-        let has_turn = (1..=TURN).contains(&self.turn_ends.saturating_sub(spent));
-        if !has_turn {
-            if self.waiting.is_none() {
-                let wait = self.account.ration.wait(&self.account.network, spent);
-                self.set_waiting(wait.map(|wait| Box::pin(tokio::time::sleep(wait))));
-            }
-            if let Some(waiting) = &mut self.waiting {
-                ready!(waiting.as_mut().poll(cx));
-                self.set_waiting(None);
-            }
-            self.turn_ends = spent.saturating_add(TURN);
+        if self.waiting.is_none()
+            && let Err(until) = self.account.turn(Wants::ToGoOn)
+        {
+            self.set_waiting(Some(until));
+        }
+        if let Some(waiting) = &mut self.waiting {
+            ready!(waiting.as_mut().poll(cx));
+            self.set_waiting(None);
+            // It has waited, and is polled even if requests that waited as well have used up this turn.
+            let _ = self.account.turn(Wants::ToGoOn);
         }
         self.account.charged(|| poll(cx))
     }
@@ -270,8 +385,8 @@ pub(super) struct Charged<F> {
 }
 
 impl<F> Charged<F> {
-    pub(super) fn new(work: F, account: Arc<Account>) -> Self {
-        Self { work: Box::pin(work), account }
+    pub(super) fn new(work: Pin<Box<F>>, account: Arc<Account>) -> Self {
+        Self { work, account }
     }
 }
 
@@ -289,7 +404,6 @@ impl<F: Future> Future for Charged<F> {
 mod tests {
     use super::*;
     use std::future::poll_fn;
-    use std::time::Instant;
 
     fn network(last: u8) -> Network {
         Network::of(std::net::IpAddr::from([192, 0, 2, last]))
@@ -315,14 +429,14 @@ mod tests {
         assert_eq!(ration.wait(&network(1), 0), Some(LONGEST_WAIT), "however much the address owes");
         assert_eq!(ration.wait(&network(2), 0), None);
         // Each waits once, although the first that has its turn uses up more again.
-        let begun = tokio::time::Instant::now();
+        let begun = Instant::now();
         let turn = |number: u64| {
             let account = Account::open(&ration, network(1));
             async move {
                 let mut meter = Meter::new(account.clone(), Activity::new(false, 1));
                 poll_fn(|cx| meter.poll(cx, |_| Poll::Ready(()))).await;
                 account.charge(Duration::from_millis(100));
-                (number, tokio::time::Instant::now() - begun)
+                (number, Instant::now() - begun)
             }
         };
         let waited = tokio::join!(turn(1), turn(2), turn(3));
@@ -330,7 +444,7 @@ mod tests {
             assert!(waited < LONGEST_WAIT * 2, "{number} waited {waited:?}");
         }
         // Another address does not.
-        let begun = tokio::time::Instant::now();
+        let begun = Instant::now();
         let mut meter = Meter::new(Account::open(&ration, network(2)), Activity::new(false, 1));
         poll_fn(|cx| meter.poll(cx, |_| Poll::Ready(()))).await;
         assert_eq!(begun.elapsed(), Duration::ZERO);
@@ -343,7 +457,7 @@ mod tests {
         busy.charge(Duration::from_secs(2));
         assert_eq!(ration.wait(&network(1), 0), None);
         assert_eq!(ration.wait(&network(1), TURN), Some(LONGEST_WAIT));
-        let begun = tokio::time::Instant::now();
+        let begun = Instant::now();
         let mut meter = Meter::new(busy, Activity::new(false, 1));
         poll_fn(|cx| meter.poll(cx, |_| Poll::Ready(()))).await;
         assert_eq!(begun.elapsed(), LONGEST_WAIT, "it was not its turn");
@@ -358,7 +472,7 @@ mod tests {
         spend_in_first_turns(&ration, network(1), 2_000);
         let account = Account::open(&ration, network(1));
         let mut meter = Meter::new(account.clone(), Activity::new(false, 1));
-        let begun = tokio::time::Instant::now();
+        let begun = Instant::now();
         for _ in 0..6 {
             poll_fn(|cx| meter.poll(cx, |_| Poll::Ready(()))).await;
             account.charge(Duration::from_nanos(TURN / 6 - 1_000));
@@ -402,7 +516,7 @@ mod tests {
         stranger.charge(Duration::from_secs(2));
         spend_in_first_turns(&ration, network(1), 2_000);
         assert!(ration.wait(&network(1), TURN).is_some());
-        let begun = tokio::time::Instant::now();
+        let begun = Instant::now();
         let mut meter = Meter::new(host.clone(), Activity::new(false, 1));
         poll_fn(|cx| meter.poll(cx, |_| Poll::Ready(()))).await;
         assert_eq!(begun.elapsed(), Duration::ZERO);
@@ -439,8 +553,66 @@ mod tests {
             while thread_time() - begun < Duration::from_millis(5) {}
         };
         let begun = Instant::now();
-        Charged::new(work, account.clone()).await;
+        Charged::new(Box::pin(work), account.clone()).await;
         let worked = account.spent.load(Ordering::Relaxed) - slept;
         assert!(worked >= 5_000_000, "{worked} ns charged in {:?}", begun.elapsed());
+    }
+
+    /// A request of a connection: it begins when it may, and takes a millisecond.
+    async fn request(account: Arc<Account>, begun: Arc<Mutex<Vec<Instant>>>) {
+        if !account.may_begin() {
+            account.turn_to_begin().await;
+        }
+        lock(&begun).push(Instant::now());
+        tokio::task::yield_now().await;
+        account.charge(Duration::from_millis(1));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn of_the_requests_of_a_connection_few_begin_in_a_turn_until_a_host_proves_itself() {
+        let ration = ration();
+        ration.use_up(&network(1));
+        let account = Account::open(&ration, network(1));
+        let begun = Arc::new(Mutex::new(Vec::new()));
+        let first = Instant::now();
+        let mut all = tokio::task::JoinSet::new();
+        for _ in 0..128 {
+            all.spawn(request(account.clone(), begun.clone()));
+        }
+        for turn in 0..4_u32 {
+            tokio::time::sleep_until(first + LONGEST_WAIT * turn + LONGEST_WAIT / 2).await;
+            let begun = lock(&begun).len() as u64;
+            assert!(begun <= u64::from(turn) * TURN / REQUEST, "{begun} have begun after {turn} waits");
+            assert!(begun >= u64::from(turn), "{begun} have begun after {turn} waits");
+        }
+        // The connection itself has its turns, however many requests wait for theirs.
+        let mut meter = Meter::new(account.clone(), Activity::new(false, 1));
+        let waits = Instant::now();
+        poll_fn(|cx| meter.poll(cx, |_| Poll::Ready(()))).await;
+        assert!(waits.elapsed() <= LONGEST_WAIT);
+        let proved = Instant::now();
+        account.prove();
+        all.join_all().await;
+        assert_eq!((lock(&begun).len(), proved.elapsed()), (128, Duration::ZERO));
+        // From here on, all of them begin at once.
+        let mut all = tokio::task::JoinSet::new();
+        for _ in 0..128 {
+            all.spawn(request(account.clone(), begun.clone()));
+        }
+        all.join_all().await;
+        assert_eq!((lock(&begun).len(), proved.elapsed()), (256, Duration::ZERO));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_requests_of_an_address_that_has_its_share_begin_at_once() {
+        let account = Account::open(&ration(), network(1));
+        let begun = Arc::new(Mutex::new(Vec::new()));
+        let first = Instant::now();
+        let mut all = tokio::task::JoinSet::new();
+        for _ in 0..128 {
+            all.spawn(request(account.clone(), begun.clone()));
+        }
+        all.join_all().await;
+        assert_eq!(first.elapsed(), Duration::ZERO);
     }
 }

@@ -4,6 +4,7 @@
 
 use super::*;
 use crate::http::body::{Pace, UpTo, read_body};
+use crate::request::Network;
 use crate::tls::{ServerTls, tls_config};
 use arc_swap::ArcSwap;
 use http_body_util::Full;
@@ -76,6 +77,31 @@ impl Running {
     async fn connect(&self) -> Connection<TcpStream> {
         Connection { stream: TcpStream::connect(self.address).await.unwrap(), read: Vec::new() }
     }
+}
+
+/// Serves clients at this machine, whose address has used up its processor time.
+async fn serve_in_debt<S>(limits: Limits, tls: Option<ServerTls>, service: S) -> SocketAddr
+where
+    S: Service<Request<Incoming>, Response = Response<Full<Bytes>>, Error = Infallible> + Send + Sync + 'static,
+    S::Future: Send + 'static,
+{
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (phases, phase) = watch::channel(Phase::Serving);
+    let tls = tls.map(|tls| Arc::new(ArcSwap::from_pointee(tls)));
+    let limits = Limits { unproven_time_percent: 1, ..limits };
+    let server = Arc::new(connection::Server::new(limits, tls, service, phase));
+    server.ration().use_up(&Network::of(address.ip()));
+    tokio::spawn(async move {
+        let _serving = phases;
+        let (alive, _all) = mpsc::channel(1);
+        loop {
+            let (stream, peer) = listener.accept().await.unwrap();
+            let (server, slot) = (server.clone(), Slot::new(Arc::default(), false, None, alive.clone()));
+            tokio::spawn(async move { server.serve(stream, peer, server.activity(), &slot).await });
+        }
+    });
+    address
 }
 
 /// The client side of an HTTP/1.1 connection.
@@ -575,6 +601,37 @@ async fn http2_is_spoken_and_stopped_without_loss() {
     }
     assert!(seen.contains(&(h2::GOAWAY, 0)), "{seen:?}");
     assert_eq!(server.drained().await, Drained { open: 2, cut: 0 });
+}
+
+/// HTTP/2 lets a client send as many requests as it has streams within one turn.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn of_the_requests_that_strangers_send_in_a_turn_few_are_worked_on() {
+    let begun = Arc::new(Mutex::new(Vec::new()));
+    let service = service_fn({
+        let begun = begun.clone();
+        move |_| {
+            let begun = begun.clone();
+            async move {
+                lock(&begun).push(Instant::now());
+                let works = std::time::Instant::now();
+                while works.elapsed() < Duration::from_millis(1) {}
+                Ok(Response::new(Full::from("")))
+            }
+        }
+    });
+    // The waits for turns are half as long as this limit.
+    let limits = Limits { header_timeout: Duration::from_secs(2), ..limits() };
+    let address = serve_in_debt(limits, None, service).await;
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    let requests: Vec<_> = (0..128).flat_map(|number| h2::get(2 * number + 1, "/")).collect();
+    stream.write_all(&[h2::hello(), requests].concat()).await.unwrap();
+    while lock(&begun).len() < 5 {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    // Each turn that follows begins after a wait.
+    let begun = lock(&begun);
+    let in_a_turn = begun.iter().filter(|at| at.duration_since(begun[0]) < Duration::from_millis(900)).count();
+    assert!(in_a_turn <= 4, "{in_a_turn} requests began in one turn");
 }
 
 #[tokio::test]
