@@ -111,7 +111,7 @@ where
             // Batches are large, and hosts may be far away. A client may send so much that nobody asked for.
             .initial_stream_window_size(256 * 1024)
             .initial_connection_window_size(256 * 1024);
-        let ration = Ration::new(limits.unproven_time_percent);
+        let ration = Ration::new(limits.unproven_time_percent, limits.shortest());
         Self {
             limits,
             ration,
@@ -166,7 +166,7 @@ where
         let mut handshake = pin!(acceptor.accept(stream));
         let handshake = poll_fn(|cx| meter.poll(cx, |cx| handshake.as_mut().poll(cx)));
         let stream = tokio::select! {
-            shaken = standstill::timeout(self.limits.header_timeout, handshake) => match shaken {
+            shaken = in_time(self.limits.header_timeout, &account, handshake) => match shaken {
                 Ok(Ok(stream)) => stream,
                 Ok(Err(error)) => return tracing::debug!(%peer, %error, "the TLS handshake failed"),
                 Err(_) => {
@@ -399,6 +399,24 @@ where
         tokio::select! {
             _ = standstill::timeout(LINGER, discard) => {}
             _ = activity.told_to_close() => {}
+        }
+    }
+}
+
+/// Waits for a client's part for as long as the client has for it. What it waits for its turns does not count.
+async fn in_time<T>(
+    time: Duration,
+    account: &Account,
+    part: impl Future<Output = T>,
+) -> Result<T, standstill::Elapsed> {
+    let begun = standstill::now();
+    let mut part = pin!(part);
+    loop {
+        let waits = account.waits();
+        match standstill::timeout_at(begun + time + waits, part.as_mut()).await {
+            // It has come to wait for another turn.
+            Err(_) if account.waits() > waits => {}
+            done => return done,
         }
     }
 }

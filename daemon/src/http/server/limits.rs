@@ -19,6 +19,8 @@ pub struct Limits {
     /// Time limit for a TLS handshake, for the first byte of a connection, and for a header from its first byte to its
     /// end.
     pub header_timeout: Duration,
+    /// Time limit for a request's body, which the service sets.
+    pub body_timeout: Duration,
     /// Time limit without a request in progress, and without progress while a reply is sent.
     pub idle_timeout: Duration,
     /// How long a stopping server still accepts requests on open connections.
@@ -28,6 +30,13 @@ pub struct Limits {
     /// Limit of processor time, in percent of all processors, for the connections of one address on which no host has
     /// proved itself; 0 is no limit.
     pub unproven_time_percent: u32,
+}
+
+impl Limits {
+    /// The shortest time that a client has for its part.
+    pub(super) fn shortest(&self) -> Duration {
+        self.header_timeout.min(self.body_timeout).min(self.idle_timeout)
+    }
 }
 
 impl Default for Limits {
@@ -43,6 +52,7 @@ impl From<&config::Server> for Limits {
             per_address: server.max_connections_per_address,
             streams: STREAMS,
             header_timeout: server.header_timeout(),
+            body_timeout: server.body_timeout(),
             idle_timeout: server.idle_timeout(),
             grace: Duration::from_millis(500),
             drain_timeout: server.drain_timeout(),

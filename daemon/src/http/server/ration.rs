@@ -46,7 +46,8 @@ const BURST_PERCENT: u32 = 50;
 const TOGETHER: u32 = 2;
 
 /// Longest wait for a turn. It bounds what the connections of an address take together, however many they are: 500 of them
-/// take 200 ms of processor time a second. It is below the time that clients wait for a connection, ten seconds and more.
+/// take 200 ms of processor time a second. It is below the time that clients wait for a connection, ten seconds and more, and
+/// where the server's own time limits are short, it is shorter.
 const LONGEST_WAIT: Duration = Duration::from_secs(5);
 
 /// Processor time of a turn in nanoseconds: a TLS handshake and a release.
@@ -66,6 +67,7 @@ pub(super) const ACCEPT: Duration = Duration::from_micros(30);
 #[derive(Debug)]
 pub(super) struct Ration {
     shares: Option<Shares>,
+    longest_wait: Duration,
 }
 
 #[derive(Debug)]
@@ -84,15 +86,17 @@ struct Share {
 }
 
 impl Ration {
-    /// So many percent of the processors' time for each address and each kind of turns; 0 is no limit.
-    pub(super) fn new(percent: u32) -> Arc<Self> {
+    /// So many percent of the processors' time for each address and each kind of turns; 0 is no limit. `shortest` is the
+    /// shortest of the time limits that go on while a client waits for its turn: half of it is left to the client.
+    pub(super) fn new(percent: u32, shortest: Duration) -> Arc<Self> {
         let processors = available_parallelism().map_or(1, |number| u32::try_from(number.get()).unwrap_or(1));
-        Arc::new(Self::of(percent, processors))
+        Arc::new(Self { longest_wait: LONGEST_WAIT.min(shortest / 2), ..Self::of(percent, processors) })
     }
 
     fn of(percent: u32, processors: u32) -> Self {
         let share = || Share::new(percent, processors);
-        Self { shares: (percent > 0).then(|| Shares { first_turns: share(), later_turns: share() }) }
+        let shares = (percent > 0).then(|| Shares { first_turns: share(), later_turns: share() });
+        Self { shares, longest_wait: LONGEST_WAIT }
     }
 
     /// Uses up all shares of an address for good.
@@ -107,7 +111,7 @@ impl Ration {
     fn wait(&self, network: &Network, spent: u64) -> Option<Duration> {
         let shares = self.shares.as_ref()?;
         let share = if spent < TURN { &shares.first_turns } else { &shares.later_turns };
-        share.wait(network)
+        share.wait(network).map(|wait| wait.min(self.longest_wait))
     }
 
     /// Whether a new connection of this address would have to wait for its turn.
@@ -153,7 +157,7 @@ impl Share {
         let own = self.networks.look(network).err();
         let answers_for_all = self.networks.missing(network) > self.innocent;
         let all = answers_for_all.then(|| self.together.look(&()).err()).flatten();
-        own.max(all).map(|wait| wait.min(LONGEST_WAIT))
+        own.max(all)
     }
 
     fn debit(&self, network: &Network, tokens: u32) {
@@ -211,6 +215,8 @@ pub(super) struct Account {
     /// Nanoseconds that the connection took and that were not given back.
     spent: AtomicU64,
     turn: Mutex<Turn>,
+    /// Nanoseconds that the connection has had to wait, and those that it still has to.
+    waits: AtomicU64,
     /// Held by the request that begins next; the others are in line for it.
     begins_next: tokio::sync::Mutex<()>,
 }
@@ -225,6 +231,7 @@ impl Account {
             has_proved: Notify::new(),
             spent: AtomicU64::new(0),
             turn: Mutex::new(Turn::Unasked),
+            waits: AtomicU64::new(0),
             begins_next: tokio::sync::Mutex::new(()),
         };
         account.charge(ACCEPT);
@@ -284,6 +291,11 @@ impl Account {
         }
         *turn = Turn::Running { ends: spent.saturating_add(TURN), set_aside: reserve };
         Ok(())
+    }
+
+    /// How long the connection has had to wait for its turns, and still has to. It counts in no time limit of its client.
+    pub(super) fn waits(&self) -> Duration {
+        Duration::from_nanos(self.waits.load(Ordering::Relaxed))
     }
 
     /// Whether a request that was read may begin at once.
@@ -353,6 +365,10 @@ impl Meter {
     fn set_waiting(&mut self, until: Option<Instant>) {
         if until.is_some() != self.waiting.is_some() {
             self.activity.wait_for_turn(until.is_some());
+        }
+        if let Some(until) = until {
+            let wait = until.saturating_duration_since(Instant::now());
+            self.account.waits.fetch_add(u64::try_from(wait.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
         }
         self.waiting = until.map(|until| Box::pin(tokio::time::sleep_until(until)));
     }

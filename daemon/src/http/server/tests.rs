@@ -691,24 +691,50 @@ fn certificate() -> (String, String, Vec<u8>) {
     (pem("CERTIFICATE", &der), pem("PRIVATE KEY", key.as_ref()), der)
 }
 
-#[tokio::test]
-async fn tls_is_served_with_both_protocols() {
+/// A configuration for `localhost`, and the certificate that its clients trust.
+fn tls() -> (ServerTls, Vec<u8>) {
     let folder = tempfile::tempdir().unwrap();
     let (certificate, key, der) = certificate();
     let [certificate_path, key_path] = ["tls.pem", "tls.key"].map(|name| folder.path().join(name));
     std::fs::write(&certificate_path, &certificate).unwrap();
     std::fs::write(&key_path, &key).unwrap();
     std::fs::set_permissions(&key_path, std::fs::Permissions::from_mode(0o600)).unwrap();
-    let config = tls_config(&files(&certificate_path, &key_path)).unwrap();
+    (tls_config(&files(&certificate_path, &key_path)).unwrap(), der)
+}
+
+/// A client that trusts this certificate.
+fn connector(
+    trusted: &[u8],
+    protocols: &[&[u8]],
+    versions: &[&'static rustls::SupportedProtocolVersion],
+) -> tokio_rustls::TlsConnector {
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(trusted.to_vec().into()).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = rustls::ClientConfig::builder_with_provider(provider).with_protocol_versions(versions).unwrap();
+    let mut config = config.with_root_certificates(roots).with_no_client_auth();
+    config.alpn_protocols = protocols.iter().map(|protocol| protocol.to_vec()).collect();
+    tokio_rustls::TlsConnector::from(Arc::new(config))
+}
+
+#[tokio::test]
+async fn a_wait_for_a_turn_is_no_part_of_the_time_for_a_handshake() {
+    let (config, der) = tls();
+    let limits = Limits { header_timeout: Duration::from_secs(1), ..limits() };
+    let address = serve_in_debt(limits, Some(config), service_fn(answer)).await;
+    let tcp = TcpStream::connect(address).await.unwrap();
+    let connector = connector(&der, &[], rustls::DEFAULT_VERSIONS);
+    let stream = connector.connect("localhost".try_into().unwrap(), tcp).await.unwrap();
+    let mut client = Connection { stream, read: Vec::new() };
+    assert_eq!(client.ask("0", "served").await, ok("served", false));
+}
+
+#[tokio::test]
+async fn tls_is_served_with_both_protocols() {
+    let (config, der) = tls();
     let mut server = Running::start(Limits { header_timeout: Duration::from_millis(1500), ..limits() }, Some(config));
     let connector = |protocols: &[&[u8]], versions: &[&'static rustls::SupportedProtocolVersion]| {
-        let mut roots = rustls::RootCertStore::empty();
-        roots.add(der.clone().into()).unwrap();
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let config = rustls::ClientConfig::builder_with_provider(provider).with_protocol_versions(versions).unwrap();
-        let mut config = config.with_root_certificates(roots).with_no_client_auth();
-        config.alpn_protocols = protocols.iter().map(|protocol| protocol.to_vec()).collect();
-        tokio_rustls::TlsConnector::from(Arc::new(config))
+        connector(&der, protocols, versions)
     };
     let localhost = || "localhost".try_into().unwrap();
 
