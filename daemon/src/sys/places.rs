@@ -62,7 +62,7 @@ pub(crate) struct Places<K, G> {
     leaving: usize,
     next: u64,
     /// Of the last search of each kind, so that none spoils what another found.
-    found: [Found<K>; 3],
+    found: [Found<K>; 2],
 }
 
 struct Group<G> {
@@ -82,10 +82,8 @@ struct Seat<G> {
 enum Among<K> {
     /// Those of this group that wait for their client.
     Group(K),
-    /// Those that wait for their client.
-    Waiting,
     /// Those that wait for their client or for their turn.
-    WaitingOrInLine,
+    All,
 }
 
 impl<K: Eq> Among<K> {
@@ -93,8 +91,7 @@ impl<K: Eq> Among<K> {
     fn kind(&self) -> usize {
         match self {
             Self::Group(_) => 0,
-            Self::Waiting => 1,
-            Self::WaitingOrInLine => 2,
+            Self::All => 1,
         }
     }
 
@@ -104,7 +101,7 @@ impl<K: Eq> Among<K> {
 
     /// Since when a connection has waited, if it may have to close.
     fn since(&self, guest: &impl Guest) -> Option<Instant> {
-        let in_line = || matches!(self, Self::WaitingOrInLine).then(|| guest.in_line_since()).flatten();
+        let in_line = || matches!(self, Self::All).then(|| guest.in_line_since()).flatten();
         guest.waiting_since().or_else(in_line)
     }
 }
@@ -129,30 +126,26 @@ impl<K: Copy + Eq + Hash, G: Guest> Places<K, G> {
             staying: 0,
             leaving: 0,
             next: 0,
-            found: std::array::from_fn(|_| Found { among: Among::Waiting, victims: Vec::new(), next_largest: 0 }),
+            found: std::array::from_fn(|_| Found { among: Among::All, victims: Vec::new(), next_largest: 0 }),
         }
     }
 
     /// Takes a place for a connection of `group`; another connection may have to close for it. Returns the place's
     /// number, and whether one had to close.
     pub(crate) fn arrive(&mut self, group: K, guest: &G, now: Instant) -> Result<(u64, bool), NoPlace> {
-        self.take(group, guest, Among::WaitingOrInLine, now)
+        self.take(group, guest, Among::All, now)
     }
 
-    /// The same for a group that has used up its share of processor time.
+    /// The same for a group that has used up its share of processor time: only a connection of its own has to close.
     pub(crate) fn arrive_in_debt(&mut self, group: K, guest: &G, now: Instant) -> Result<(u64, bool), NoPlace> {
-        self.take(group, guest, Among::Waiting, now)
+        self.take(group, guest, Among::Group(group), now)
     }
 
     fn take(&mut self, group: K, guest: &G, among: Among<K>, now: Instant) -> Result<(u64, bool), NoPlace> {
         let of_group = self.groups.get(&group).map_or(0, |group| group.staying);
         let mut made_room = false;
         if of_group >= self.per_group {
-            // A group at its own limit never makes others wait, nor does it have all its connections looked at each time.
-            let vain = self.groups.get(&group).and_then(|group| group.searched_in_vain);
-            if vain.is_some_and(|at| now < at + LOOK_AGAIN) {
-                return Err(NoPlace::Group);
-            }
+            // A group at its own limit never makes others wait.
             self.dismiss(Among::Group(group), NoPlace::Group, now).map_err(|_| NoPlace::Group)?;
             made_room = true;
         }
@@ -204,6 +197,13 @@ impl<K: Copy + Eq + Hash, G: Guest> Places<K, G> {
         if self.leaving >= LEAVING {
             return Err(NoPlace::Leaving);
         }
+        // Newcomers that are refused do not have all connections of their group looked at each time.
+        if let Among::Group(group) = among {
+            let vain = self.groups.get(&group).and_then(|group| group.searched_in_vain);
+            if vain.is_some_and(|at| now < at + LOOK_AGAIN) {
+                return Err(without);
+            }
+        }
         if !self.dismiss_found(among) {
             let waits = self.search(among, now);
             if !self.dismiss_found(among) {
@@ -221,7 +221,7 @@ impl<K: Copy + Eq + Hash, G: Guest> Places<K, G> {
         }
         while let Some((group, id, since)) = found.victims.pop() {
             let Some(of_group) = self.groups.get_mut(&group) else { continue };
-            if !matches!(among, Among::Group(_)) && of_group.staying <= found.next_largest {
+            if among == Among::All && of_group.staying <= found.next_largest {
                 // Another group has the same number of connections by now.
                 found.victims.clear();
                 return false;
@@ -405,16 +405,17 @@ mod tests {
     fn who_waits_for_a_turn_gives_way_to_others_and_not_to_a_group_in_debt() {
         let begun = Instant::now();
         let later = begun + Duration::from_secs(60);
-        let mut places = Places::new(2, 0, GRACE);
-        let (one, two) = (Client::waiting(begun, 0), Client::waiting(begun, 1));
+        let mut places = Places::new(3, 0, GRACE);
+        let [one, two, other] = [0, 1, 0].map(|since| Client::waiting(begun, since));
         places.arrive(1, &one, later).unwrap();
         places.arrive(1, &two, later).unwrap();
+        places.arrive(9, &other, later).unwrap();
         one.stand_in_line();
         two.stand_in_line();
         let newcomer = Client::waiting(begun, 2);
         assert_eq!(places.arrive_in_debt(1, &newcomer, later), Err(NoPlace::Full));
         assert!(places.arrive(2, &newcomer, later).unwrap().1);
-        assert!(one.is_leaving() && !two.is_leaving());
+        assert!(one.is_leaving() && !two.is_leaving() && !other.is_leaving());
         // Nor does it at the limit of its group.
         let mut places = Places::new(100, 1, GRACE);
         places.arrive(1, &two, later).unwrap();
