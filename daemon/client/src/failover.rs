@@ -183,7 +183,7 @@ impl Services {
     ///
     /// # Errors
     /// [`HostError`], where none was exchanged.
-    pub async fn unwrap_batch(
+    pub(crate) async fn unwrap_batch(
         &mut self,
         protectors: &[Vec<u8>],
     ) -> Result<Vec<Result<Unwrapped, HostError>>, HostError> {

@@ -88,7 +88,7 @@ impl FileError {
 
     /// `true` if the file does not exist.
     #[must_use]
-    pub fn is_missing(&self) -> bool {
+    pub(crate) fn is_missing(&self) -> bool {
         matches!(self, Self::Io { source, .. } if source.kind() == ErrorKind::NotFound)
     }
 }
@@ -124,7 +124,7 @@ pub fn read_secret(path: &Path, limit: usize) -> Result<Zeroizing<Vec<u8>>, File
 /// be readable by its group, because root gives secrets to services of other users in this way (for example systemd's
 /// credentials and Debian's `ssl-cert`).
 #[must_use]
-pub fn is_exposed(metadata: &fs::Metadata) -> bool {
+pub(crate) fn is_exposed(metadata: &fs::Metadata) -> bool {
     let allowed = if metadata.uid() == 0 { 0o740 } else { 0o700 };
     // The mode of a pipe does not limit who reads the data in it.
     metadata.is_file() && metadata.mode() & 0o777 & !allowed != 0
@@ -186,7 +186,7 @@ pub fn read_certificate(path: &Path) -> Result<Certificate, FileError> {
 ///
 /// # Errors
 /// [`FileError::Content`], and those of [`read_secret`].
-pub fn read_private_key(path: &Path) -> Result<input::PrivateKey, FileError> {
+pub(crate) fn read_private_key(path: &Path) -> Result<input::PrivateKey, FileError> {
     input::private_key(&read_secret(path, MAX_PEM)?).map_err(content(path))
 }
 

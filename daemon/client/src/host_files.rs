@@ -117,7 +117,7 @@ impl Folder {
     ///
     /// # Errors
     /// [`StoreError`].
-    pub fn volatile_keys(&self) -> Result<Keys, StoreError> {
+    pub(crate) fn volatile_keys(&self) -> Result<Keys, StoreError> {
         let made = DirBuilder::new().recursive(true).mode(0o700).create(&self.0);
         made.map_err(FileError::of(&self.0))?;
         let file_system = rustix::fs::statfs(&self.0).map_err(|error| FileError::of(&self.0)(error.into()))?;
@@ -172,7 +172,7 @@ impl Folder {
     ///
     /// # Errors
     /// [`StoreError::File`].
-    pub fn keep_health(&self, certificate: &Certificate) -> Result<(), StoreError> {
+    pub(crate) fn keep_health(&self, certificate: &Certificate) -> Result<(), StoreError> {
         Ok(files::write(&self.health_file(), certificate.to_pem().as_bytes(), Existing::Replace)?)
     }
 }

@@ -22,7 +22,7 @@ pub use crate::error::ClientError;
 pub use crate::tls::TlsSettings;
 
 /// Longest time for a request and its reply, unless [`Client::with_deadlines`] sets another.
-pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
+pub(crate) const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Largest reply in bytes, unless [`Client::reading`] sets another limit.
 pub const REPLY_LIMIT: usize = 32 * 1024 * 1024;

@@ -147,7 +147,7 @@ impl Session {
 
     /// The Context of step 1.
     #[must_use]
-    pub fn first_context(&self) -> Vec<u8> {
+    pub(crate) fn first_context(&self) -> Vec<u8> {
         context::write(&[(Kind::AkPublic, &self.ak_public)])
     }
 
@@ -156,7 +156,7 @@ impl Session {
     ///
     /// # Errors
     /// [`TpmError`].
-    pub fn second_context(
+    pub(crate) fn second_context(
         &mut self,
         received: &[u8],
         session_id: &[u8; 16],

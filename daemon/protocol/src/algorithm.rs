@@ -149,7 +149,7 @@ impl Oaep {
     ///
     /// # Errors
     /// `UnsupportedAlgorithmException`.
-    pub fn from_request_uri(uri: &str) -> Result<Self, Refusal> {
+    pub(crate) fn from_request_uri(uri: &str) -> Result<Self, Refusal> {
         match uri {
             OAEP_MGF1P => Ok(Self::SHA1),
             OAEP_11 => Ok(Self::SHA256),
@@ -179,7 +179,7 @@ impl Sealing {
 
     /// Length of the key, in bytes.
     #[must_use]
-    pub fn key_len(self) -> usize {
+    pub(crate) fn key_len(self) -> usize {
         match self {
             Self::Aes128Gcm => 16,
             Self::Aes256Gcm => 32,
@@ -190,7 +190,7 @@ impl Sealing {
     ///
     /// # Errors
     /// `UnsupportedAlgorithmException`.
-    pub fn from_uri(uri: &str) -> Result<Self, Refusal> {
+    pub(crate) fn from_uri(uri: &str) -> Result<Self, Refusal> {
         match uri {
             AES128_GCM => Ok(Self::Aes128Gcm),
             AES256_GCM => Ok(Self::Aes256Gcm),
@@ -220,7 +220,7 @@ impl KeyWrapping {
 
     /// Length of the key, in bytes.
     #[must_use]
-    pub fn key_len(self) -> usize {
+    pub(crate) fn key_len(self) -> usize {
         match self {
             Self::Seal(sealing) => sealing.key_len(),
             Self::Aes256Kw => 32,
@@ -231,7 +231,7 @@ impl KeyWrapping {
     ///
     /// # Errors
     /// `UnsupportedAlgorithmException`.
-    pub fn from_uri(uri: &str) -> Result<Self, Refusal> {
+    pub(crate) fn from_uri(uri: &str) -> Result<Self, Refusal> {
         if uri == KW_AES256 { Ok(Self::Aes256Kw) } else { Sealing::from_uri(uri).map(Self::Seal) }
     }
 }

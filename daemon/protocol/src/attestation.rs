@@ -13,7 +13,6 @@ use crate::encoding;
 pub use crate::health::ResultType;
 use crate::pem::{self, TextError};
 use crate::rsa_key::{BadSignature, RsaPublicKey};
-pub use strict::MAX_DEPTH;
 use strict::{Item, Object};
 
 /// Suffix of every `__type`.

@@ -65,7 +65,7 @@ impl KeyUsage {
     /// For encrypting data.
     pub const DATA_ENCIPHERMENT: Self = Self(1 << 3);
     /// For signatures on certificates.
-    pub const KEY_CERT_SIGN: Self = Self(1 << 5);
+    pub(crate) const KEY_CERT_SIGN: Self = Self(1 << 5);
 
     /// Whether this set contains all of `other`.
     #[must_use]

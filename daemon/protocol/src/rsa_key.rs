@@ -9,7 +9,7 @@ mod public;
 pub use self::error::{BadSignature, DecryptError, EncryptError, KeyError, SignError};
 pub use self::private::{PrivateParts, RsaPrivateKey};
 pub(crate) use self::public::BCRYPT_MAGIC;
-pub use self::public::{MAX_EXPONENT, MAX_MODULUS_BITS, MIN_EXPONENT, MIN_MODULUS_BITS, RsaPublicKey};
+pub use self::public::RsaPublicKey;
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]

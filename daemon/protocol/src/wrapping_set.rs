@@ -224,7 +224,7 @@ impl KnownSets {
     ///
     /// # Errors
     /// As [`KnownSets::read`].
-    pub fn read_in_full(&self, file: &[u8], sha256: &[u8; 32], work: &mut Work) -> Result<Ingress, Refusal> {
+    pub(crate) fn read_in_full(&self, file: &[u8], sha256: &[u8; 32], work: &mut Work) -> Result<Ingress, Refusal> {
         let protector = Protector::parse(file)?;
         let mut ingress = Ingress::of(verify::verify_counting(protector, &self.certificates, work)?);
         self.know_file(*sha256);

@@ -14,16 +14,16 @@ use crate::encoding;
 use crate::pem;
 
 /// Namespace `K`: protectors, metadata, crypto types.
-pub const KPS_NS: &str = "http://schemas.microsoft.com/kps/2014/07";
+pub(crate) const KPS_NS: &str = "http://schemas.microsoft.com/kps/2014/07";
 /// Namespace `S`: requests, replies, errors.
-pub const SERVICE_NS: &str = "http://schemas.microsoft.com/kps/2014/07/service";
+pub(crate) const SERVICE_NS: &str = "http://schemas.microsoft.com/kps/2014/07/service";
 /// Namespace `DS`: XML signatures.
-pub const DSIG_NS: &str = "http://www.w3.org/2000/09/xmldsig#";
+pub(crate) const DSIG_NS: &str = "http://www.w3.org/2000/09/xmldsig#";
 /// XML Schema's instance namespace. Two of its attributes are allowed on any element.
 const XSI_NS: &str = "http://www.w3.org/2001/XMLSchema-instance";
 
 /// Deepest nesting of elements; the root counts as 1.
-pub const MAX_DEPTH: usize = 32;
+pub(crate) const MAX_DEPTH: usize = 32;
 /// Most attributes of one element, including namespace declarations. The schema needs one; content of `Parameters`
 /// needs a few.
 const MAX_ATTRIBUTES: usize = 32;

@@ -65,7 +65,7 @@ impl<T> Gathering<T> {
 
     /// The releases.
     #[must_use]
-    pub fn into_items(self) -> Vec<T> {
+    pub(crate) fn into_items(self) -> Vec<T> {
         self.items
     }
 }

@@ -101,7 +101,7 @@ pub async fn write_reply(to: &mut (impl AsyncWrite + Unpin), reply: &Reply) -> i
 ///
 /// # Errors
 /// The error of the socket; [`io::ErrorKind::InvalidData`] if the reply is invalid.
-pub async fn read_reply(from: &mut (impl AsyncRead + Unpin)) -> io::Result<Reply> {
+pub(crate) async fn read_reply(from: &mut (impl AsyncRead + Unpin)) -> io::Result<Reply> {
     let kind = from.read_u8().await?;
     match kind {
         GRANTED => {

@@ -5,13 +5,13 @@ use std::collections::BTreeMap;
 use zeroize::Zeroizing;
 
 /// Most secrets in a vault.
-pub const MAX_SECRETS: usize = 64;
+pub(crate) const MAX_SECRETS: usize = 64;
 /// Longest name, in bytes.
 pub const MAX_NAME: usize = 64;
 /// Longest value, in bytes. It fits into the smallest pipe of Linux, so writing it to a pipe never blocks.
 pub const MAX_VALUE: usize = 4096;
 /// Longest encoding of a vault's secrets, in bytes.
-pub const MAX_ENCODED: usize = 2 + MAX_SECRETS * (1 + MAX_NAME + 2 + MAX_VALUE);
+pub(crate) const MAX_ENCODED: usize = 2 + MAX_SECRETS * (1 + MAX_NAME + 2 + MAX_VALUE);
 
 /// Why a secret cannot be added or read.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

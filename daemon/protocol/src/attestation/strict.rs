@@ -7,7 +7,7 @@ use serde::de::value::MapAccessDeserializer;
 use serde::de::{Deserialize, DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
 /// Deepest nesting of arrays and objects in a message; the root counts as 1.
-pub const MAX_DEPTH: usize = 32;
+pub(crate) const MAX_DEPTH: usize = 32;
 
 /// Checks that `text` is exactly one JSON value, nested no deeper than [`MAX_DEPTH`], without duplicate members. The
 /// only memory is one set of member names for each open object: a hostile megabyte costs a few milliseconds and a few

@@ -19,13 +19,13 @@ use crate::oaep::PublicOperation;
 use crate::pem;
 
 /// Fewest bits a modulus may have.
-pub const MIN_MODULUS_BITS: usize = 2048;
+pub(crate) const MIN_MODULUS_BITS: usize = 2048;
 /// Most bits a modulus may have.
-pub const MAX_MODULUS_BITS: usize = 8192;
+pub(crate) const MAX_MODULUS_BITS: usize = 8192;
 /// Smallest public exponent.
-pub const MIN_EXPONENT: u64 = 65537;
+pub(crate) const MIN_EXPONENT: u64 = 65537;
 /// Largest public exponent. The protocol sets no upper bound; this is the largest that ring supports.
-pub const MAX_EXPONENT: u64 = (1 << 33) - 1;
+pub(crate) const MAX_EXPONENT: u64 = (1 << 33) - 1;
 
 const RSA_ENCRYPTION: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.113549.1.1.1");
 
@@ -111,7 +111,7 @@ impl RsaPublicKey {
     ///
     /// # Errors
     /// [`KeyError`].
-    pub fn from_pkcs1_der(der: &[u8]) -> Result<Self, KeyError> {
+    pub(crate) fn from_pkcs1_der(der: &[u8]) -> Result<Self, KeyError> {
         let key = Pkcs1PublicKey::from_der(der).map_err(|e| der_error(&e))?;
         Self::from_components(key.modulus.as_bytes(), key.public_exponent.as_bytes())
     }
@@ -241,7 +241,7 @@ impl RsaPublicKey {
 
     /// Longest plaintext of [`Self::encrypt_oaep`] with these digests, in bytes.
     #[must_use]
-    pub fn max_plaintext_len(&self, oaep: Oaep) -> usize {
+    pub(crate) fn max_plaintext_len(&self, oaep: Oaep) -> usize {
         self.modulus_len().saturating_sub(2 * digest_len(oaep.digest) + 2)
     }
 

@@ -6,11 +6,11 @@ use super::reader::Reader;
 /// The version number of Contexts in this protocol. Windows uses 1.
 pub const VERSION: u32 = 0x434c_0001;
 /// Most blobs in a Context.
-pub const MAX_BLOBS: usize = 16;
+pub(crate) const MAX_BLOBS: usize = 16;
 /// Longest State in bytes.
-pub const MAX_STATE: usize = 4 * 1024;
+pub(crate) const MAX_STATE: usize = 4 * 1024;
 /// Longest public area of an attestation key in bytes.
-pub const MAX_AK_PUBLIC: usize = 1024;
+pub(crate) const MAX_AK_PUBLIC: usize = 1024;
 /// Longest event log in bytes.
 pub const MAX_LOG: usize = 512 * 1024;
 

@@ -15,7 +15,7 @@ use crate::random;
 use crate::rsa_key::{RsaPrivateKey, RsaPublicKey};
 
 /// Bytes of a credential.
-pub const LENGTH: usize = 32;
+pub(crate) const LENGTH: usize = 32;
 
 /// The OAEP label, with its final zero byte.
 const IDENTITY: &[u8] = b"IDENTITY\0";
