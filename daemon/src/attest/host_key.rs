@@ -25,13 +25,16 @@ pub(crate) const LARGE: usize = 16 * 1024;
 const LONGEST_KEY: usize = 4096 / 8;
 
 fn unauthorized() -> Refused {
-    Refused::new(ErrorReply::Unauthorized, "the host key is not registered, or did not sign")
+    Refused::new(
+        ErrorReply::Unauthorized,
+        "the host key is not registered, its host is disabled, or the signature is wrong",
+    )
 }
 
 /// Answers an `AttestationRequest` in host-key mode.
 ///
 /// # Errors
-/// `PayloadErrorReply` for a malformed request, `UnauthorizedErrorReply` for an unknown key or a wrong signature (the two look
+/// `PayloadErrorReply` for a malformed request, `UnauthorizedErrorReply` for an unknown key, a disabled host or a wrong signature (they look
 /// the same), `UnavailableErrorReply` when no HSM signs; 429 for a host or an address over its rate.
 pub(crate) async fn attest(service: &Service, body: &[u8], attempt: &mut Attempt) -> Result<Issued, Refused> {
     // An address is over its rate when too many of its requests were refused. An attestation from it is still served if its

@@ -100,14 +100,18 @@ pub fn run(command: Init) -> Result<ExitCode, Failure> {
         };
         files::write(&file, settings, tokens, &owner)?;
     }
+    // The command that continues, with the answer that is still to be used.
+    let how = command.certificates.map(|how| format!(" --certificates {}", how.as_str())).unwrap_or_default();
+    let again = files::with_config("claviger init", &file) + &how;
     let config = Config::load(&file)?;
     let checked = check(&file, false)?;
     if checked == Level::Error {
-        say!("next      remedy the errors, then run again: {}", files::again(&file));
+        say!("next      remedy the errors, then run again: {}", again);
         return Ok(ExitCode::FAILURE);
     }
     let steps = keys::Steps {
         file: &file,
+        again: &again,
         how: command.certificates,
         subject: &command.subject,
         bits: command.bits,
@@ -115,18 +119,18 @@ pub fn run(command: Init) -> Result<ExitCode, Failure> {
     };
     if !steps.runs() {
         say!("next      start the service: {}", files::start_command(&file));
-        say!("          then run again, to make the keys: {}", files::again(&file));
+        say!("          then run again, to make the keys: {}", again);
         return Ok(ExitCode::SUCCESS);
     }
     if !threads::single_thread()?.block_on(steps.make())? {
         return Ok(ExitCode::SUCCESS);
     }
     if check(&file, true)? == Level::Error {
-        say!("next      remedy the errors, then run again: {}", files::again(&file));
+        say!("next      remedy the errors, then run again: {}", again);
         return Ok(ExitCode::FAILURE);
     }
     say!("ready     keys are released to registered hosts: http://{}/ready says so", config.server.metrics);
-    say!("next      register a host: claviger hosts add NAME --public-key FILE");
+    say!("next      register a host: {}", files::with_config("claviger hosts add NAME --public-key FILE", &file));
     Ok(ExitCode::SUCCESS)
 }
 

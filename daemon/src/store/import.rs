@@ -167,7 +167,8 @@ impl Contents {
                         is_primary: false,
                         is_communications: false,
                         enabled: true,
-                        added: now,
+                        // The key was used before, and not counted here.
+                        added: new.added.min(now),
                         ..new.clone()
                     })?;
                     changes.push(format!("the {kind} certificate {thumbprint} is added"));
@@ -431,6 +432,10 @@ mod tests {
         let planned = here.plan_import(&import, 3).unwrap();
         assert_eq!((here.hosts().unwrap().len(), here.certificates().unwrap().len()), (1, 1), "only said");
         assert_eq!(plan_and_import(&mut here, &import, 3).unwrap(), planned);
+        // They were used before this import, without being counted here.
+        let added =
+            here.certificates().unwrap().into_iter().filter(|of| of.kind == Kind::Encryption).map(|of| of.added);
+        assert_eq!(added.collect::<Vec<_>>(), [1, 1]);
         assert_eq!((planned.changes.len(), planned.skipped.len()), (13, 0), "{planned:#?}");
         assert_eq!(plan_and_import(&mut here, &import, 4).unwrap(), Merged::default());
         let mut hosts = here.hosts().unwrap();

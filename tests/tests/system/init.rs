@@ -62,6 +62,8 @@ fn from_the_binary_to_the_first_release_it_takes_eleven_commands() {
         said.contains("made      2 soft tokens") && said.contains("next      start the service: claviger serve"),
         "{said}"
     );
+    // The answer that was given is in the command that continues.
+    assert!(said.lines().any(|line| line.contains("init") && line.ends_with("--certificates lab")), "{said}");
     let daemon = machine.serve();
     let said = done("init --certificates lab --bits 2048");
     assert!(said.contains("added     signing certificate") && said.contains("ready     keys are released"), "{said}");

@@ -203,7 +203,7 @@ pub(super) fn judge(certificate: &Certificate, kind: Kind) -> Result<Vec<String>
         Kind::Encryption => (KeyUsage::DATA_ENCIPHERMENT, "dataEncipherment"),
     };
     if !certificate.has_key_usage(usage) {
-        return Err(format!("the certificate lacks the key usage {name}, which a {kind} certificate needs"));
+        return Err(format!("the certificate lacks the key usage {name}, which {kind} certificates need"));
     }
     let mut warnings = Vec::new();
     if certificate.not_after() < unix_now() {

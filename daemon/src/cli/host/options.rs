@@ -199,7 +199,11 @@ pub(super) fn explain(error: ServicesError, folder: &Folder, measured: &Measured
             let public = folder.public_key_file();
             let error = HostError::Attestation { status: 403, reply, retry_after };
             let how = format!("claviger hosts add NAME --public-key {}", public.display());
-            format!("{error}; if this host is to be trusted, register it where the service runs: {how}").into()
+            format!(
+                "{error}; where the service runs, claviger hosts list shows registered and disabled hosts; a host that is to be \
+                 trusted is registered there: {how}"
+            )
+            .into()
         }
         ServicesError::Store(error @ StoreError::File(FileError::Io { .. })) => {
             format!("{error}; this host's files have to be readable and writable for this command").into()

@@ -35,6 +35,14 @@ pub(super) enum Certificates {
 }
 
 impl Certificates {
+    /// Its name on the command line.
+    pub(super) fn as_str(self) -> &'static str {
+        match self {
+            Self::Request => "request",
+            Self::Lab => "lab",
+        }
+    }
+
     /// Asks at the terminal.
     pub(super) fn ask() -> Result<Self, Failure> {
         if !confirm::can_ask() {

@@ -179,12 +179,12 @@ pub(super) fn start_command(file: &Path) -> String {
     }
 }
 
-/// The command that continues.
-pub(super) fn again(file: &Path) -> String {
+/// A command with the option that names the configuration, where it is needed.
+pub(super) fn with_config(command: &str, file: &Path) -> String {
     if file == Path::new(place::CONFIGURATION) {
-        "claviger init".to_owned()
+        command.to_owned()
     } else {
-        format!("claviger init --config {}", file.display())
+        format!("{command} --config {}", file.display())
     }
 }
 

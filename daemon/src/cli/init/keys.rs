@@ -11,7 +11,6 @@ use serde_json::Value;
 use zeroize::Zeroizing;
 
 use super::answers::Certificates;
-use super::files::again;
 use crate::admin::{self, Command, Secret};
 use crate::cli::progress;
 use crate::cli::table::text;
@@ -24,6 +23,8 @@ use crate::sys::print::say;
 /// What the keys are made with.
 pub(super) struct Steps<'a> {
     pub(super) file: &'a Path,
+    /// The command that continues.
+    pub(super) again: &'a str,
     pub(super) how: Option<Certificates>,
     pub(super) subject: &'a str,
     pub(super) bits: u32,
@@ -128,7 +129,7 @@ impl Steps<'_> {
 
     fn wait_for(&self, request: &Path, certificate: &Path) {
         say!("next      have your authority certify {}", request.display());
-        say!("          and put the certificate into {}, then run again: {}", certificate.display(), again(self.file));
+        say!("          and put the certificate into {}, then run again: {}", certificate.display(), self.again);
     }
 
     /// A file beside the configuration: `signing.csr`, `encryption.pem` …
