@@ -13,7 +13,9 @@
 //! 4. A release that cannot expect to be done within `release.deadline_ms` is not let wait, and one that waited for too long
 //!    is not started: 503.
 //!
-//! Attestations have rates of their own (`[attest]`), and a queue with a small share of the HSMs' sessions.
+//! Attestations have rates of their own (`[attest]`), and a queue with a small share of the HSMs' sessions. Before a sender is known
+//! as a host, expensive work for it waits in a third queue, in which addresses take turns; until then its body gives way where
+//! memory is short.
 //!
 //! A release may be refused early, before it is read, when it is clear already that it would not be let in: refusing
 //! is most of what a storm costs.
@@ -78,11 +80,15 @@ const BYTES_FOR_A_TOKEN: usize = 64 * 1024;
 /// The same of strangers: XML that is made to cost takes as long for so many bytes as a signature takes to verify.
 const BYTES_FOR_A_STRANGERS_TOKEN: usize = 16 * 1024;
 
+/// Bytes at the beginning of a stranger's body by which it is recognised when it comes again.
+const TELLING: usize = 4 * 1024;
+
 /// Lets releases and attestations in.
 pub struct Admission {
     limits: ArcSwap<Limits>,
     releases: Turns,
     attestations: Turns,
+    strangers: Turns,
     /// When a release was last refused for its rate, in milliseconds since `began`; 0 is never.
     refused: AtomicU64,
     began: Instant,
@@ -159,6 +165,8 @@ impl Admission {
                 patience,
                 metrics::attestation_dropped,
             ),
+            // Counted as what they ask for, where they are refused.
+            strangers: Turns::new(strangers::concurrency(), queue, patience, |_| {}),
             refused: AtomicU64::new(0),
             began: Instant::now(),
             held_back: Semaphore::new(MOST_HELD_BACK),
@@ -177,7 +185,7 @@ impl Admission {
         limits.strangers.inherit(&before.strangers);
         limits.documents.inherit(&before.documents);
         self.limits.store(Arc::new(limits));
-        for turns in [&self.releases, &self.attestations] {
+        for turns in [&self.releases, &self.attestations, &self.strangers] {
             turns.set_limit(config.release.queue, config.release.deadline());
         }
     }
@@ -258,6 +266,28 @@ impl Admission {
             let tokens = tokens_of(bytes / BYTES_FOR_A_STRANGERS_TOKEN, work);
             self.limits.load().strangers.debit(&network, tokens);
         }
+    }
+
+    /// Waits for the turn of a sender that is not known as a host, for work that is expensive before it is. Its body gives way
+    /// while it waits.
+    ///
+    /// # Errors
+    /// There is no turn in time, or the memory of the body is taken away.
+    pub(crate) async fn strangers_turn(&self, attempt: &Attempt, body: &[u8]) -> Result<Permit, Declined> {
+        let asked = &body[..body.len().min(TELLING)];
+        let from = HostAt::stranger(attempt);
+        tokio::select! {
+            turn = self.strangers.turn(&from, attempt.deadline(), attempt.caller(), asked) => turn,
+            () = attempt.body_is_gone() => Err(Declined::no_memory()),
+        }
+    }
+
+    /// Has the body of a request stay in memory from now on, because its sender is known or the work for it is cheap.
+    ///
+    /// # Errors
+    /// The memory was taken away.
+    pub(crate) fn keep_body(attempt: &Attempt) -> Result<(), Declined> {
+        if attempt.keep_body() { Ok(()) } else { Err(Declined::no_memory()) }
     }
 
     /// Waits until it is a release's turn. A future that is dropped leaves the queue. `asked`: see [`Admission::admit`].

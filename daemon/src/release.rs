@@ -40,8 +40,8 @@ pub use self::grant::Grant;
 use self::grant::{permitted, registered};
 use self::hsm::{DecryptError, Hsm, Unavailable};
 use self::ours::Ours;
-use crate::admission::strangers::{self, LARGE, apart_if_large};
-use crate::admission::{Declined, HostAt};
+use crate::admission::strangers::{LARGE, apart_if_large};
+use crate::admission::{Admission, Declined, HostAt};
 use crate::registry::snapshot::Snapshot;
 use crate::request::Attempt;
 use crate::service::Service;
@@ -98,8 +98,7 @@ pub async fn roll<H: Hsm>(
     let sender = fast_reject(&release, body, RollRequest::peek_health_certificate, attempt)?;
 
     // 1. The request follows the schema and its three algorithms are supported.
-    let request = sender.aside(body.len(), || RollRequest::parse(body)).await;
-    let request = request.inspect_err(|_| sender.charge(service, body.len(), attempt))?;
+    let request = sender.read(service, body, RollRequest::parse, attempt).await?;
     let protector = (&*request.ingress_protector, attempt.protector(&request.ingress_protector));
 
     // 2. The health certificate is valid.
@@ -274,13 +273,31 @@ pub(crate) enum Sender {
 }
 
 impl Sender {
-    /// Runs work that is slow for large inputs of `bytes` bytes apart from other requests. Unknown senders share a part
-    /// of the processors.
-    pub(crate) async fn aside<T>(&self, bytes: usize, work: impl FnOnce() -> T) -> T {
-        match self {
-            Self::Stranger if bytes > LARGE => strangers::aside(work).await,
-            _ => apart_if_large(bytes, work),
-        }
+    /// Parses a request, a large one apart from other requests. Unknown senders of large ones take turns at a part of the
+    /// processors, and their bodies give way meanwhile.
+    ///
+    /// # Errors
+    /// Those of `parse`, which are charged; `ServiceUnavailableException` if there is no turn in time, or no memory any more;
+    /// `TooManyRequestsException` if the address has gone over its rate meanwhile.
+    pub(crate) async fn read<'b, T>(
+        &self,
+        service: &Service,
+        body: &'b [u8],
+        parse: impl FnOnce(&'b [u8]) -> Result<T, Refusal>,
+        attempt: &Attempt,
+    ) -> Result<T, Refusal> {
+        let _turn = match self {
+            Self::Stranger if body.len() > LARGE => {
+                let turn = service.admission.strangers_turn(attempt, body).await.map_err(Declined::release)?;
+                service.admission.stranger_may_ask(attempt).map_err(Declined::release)?;
+                Some(turn)
+            }
+            _ => None,
+        };
+        let request = apart_if_large(body.len(), || parse(body));
+        let request = request.inspect_err(|_| self.charge(service, body.len(), attempt))?;
+        Admission::keep_body(attempt).map_err(Declined::release)?;
+        Ok(request)
     }
 
     /// Charges a request of `bytes` bytes that was refused before steps 1 and 2 identified its sender.
@@ -293,8 +310,8 @@ impl Sender {
 }
 
 /// Fast path under load: rejects requests that [`admission`](crate::admission) would refuse after step 2, at a fraction
-/// of the cost, so that refusals do not slow down other work. `peek` finds the health certificate. Only a host whose
-/// health certificate was verified earlier is recognised here; every other request continues.
+/// of the cost, so that refusals do not slow down other work. `peek` finds the health certificate. Of small requests, only
+/// a host whose health certificate was verified earlier is recognised here; every other request continues.
 ///
 /// If too many requests from an address were refused, only requests with a valid health certificate are served, so that
 /// hosts behind the same NAT or load balancer do not suffer.
@@ -316,8 +333,9 @@ pub(crate) fn fast_reject<H: Hsm>(
     }
     let signers = in_force.signers.certificates();
     let claims = peek(body).and_then(|certificate| match stranger {
-        Ok(()) => service.health.known(&certificate, signers, unix_now()),
-        Err(_) => service.health.check(&certificate, signers, unix_now()).ok(),
+        Ok(()) if body.len() <= LARGE => service.health.known(&certificate, signers, unix_now()),
+        // A large request of a host does not wait for its turn among those of strangers.
+        _ => service.health.check(&certificate, signers, unix_now()).ok(),
     });
     let is_host = |claims: &Arc<HealthClaims>| {
         registered(in_force, claims).is_ok() && in_force.may_act_as(&claims.host_name, attempt)

@@ -4,7 +4,10 @@
 mod client_certificate;
 mod network;
 
+use std::fmt;
+use std::future::Future;
 use std::net::IpAddr;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -72,6 +75,17 @@ pub struct Attempt {
     started: Instant,
     deadline: Instant,
     caller: Caller,
+    /// The memory of its body, if that can be taken away.
+    body: Option<Arc<dyn BodyMemory>>,
+}
+
+/// The memory of a request's body, which is taken away where memory is short, until it is kept.
+pub trait BodyMemory: fmt::Debug + Send + Sync {
+    /// Has the memory stay until the request is answered. Returns `false` if it was taken away before.
+    fn keep(&self) -> bool;
+
+    /// Completes when the memory is taken away.
+    fn taken_away(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>>;
 }
 
 /// Tells whether the client still waits for the reply. By default it always does.
@@ -153,6 +167,7 @@ impl Attempt {
             started,
             deadline: started + Release::default().deadline(),
             caller: Caller::default(),
+            body: None,
         }
     }
 
@@ -160,6 +175,25 @@ impl Attempt {
     #[must_use]
     pub fn asked_by(self, caller: Caller) -> Self {
         Self { caller, ..self }
+    }
+
+    /// Sets the memory of its body.
+    pub fn hold_body_in(&mut self, memory: Arc<dyn BodyMemory>) {
+        self.body = Some(memory);
+    }
+
+    /// Has the body stay in memory from now on. Returns `false` if its memory was taken away before.
+    #[must_use]
+    pub fn keep_body(&self) -> bool {
+        self.body.as_ref().is_none_or(|memory| memory.keep())
+    }
+
+    /// Completes when the memory of the body is taken away.
+    pub async fn body_is_gone(&self) {
+        match &self.body {
+            Some(memory) => memory.taken_away().await,
+            None => std::future::pending().await,
+        }
     }
 
     /// Sets the client's address.

@@ -2,14 +2,17 @@
 //!
 //! Memory is taken in steps as bytes arrive; the announced length costs nothing. There are four limits: for all bodies
 //! together, for a connection, for a network, and a part of the total that is reserved for small bodies (single
-//! releases and attestations). If memory is short, bodies that are still arriving are dropped: first those of the
-//! network and the connection that hold most memory, and of these the oldest. Bodies of correct clients arrive within
-//! moments.
+//! releases and attestations). If memory is short, bodies are dropped that are still arriving, or whose senders are not
+//! known yet: first those of the network and the connection that hold most memory, and of these the oldest. Bodies of correct
+//! clients arrive within moments.
 //!
 //! `Ledger` is a plain value that is handed `now`. [`Bodies`] shares a ledger; [`Room`] is the memory of one request.
 
 use std::cmp::Reverse;
 use std::collections::HashMap;
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -20,7 +23,7 @@ use tokio::sync::Notify;
 
 use crate::config::Server;
 use crate::observe::metrics;
-use crate::request::Network;
+use crate::request::{BodyMemory, Network};
 
 /// Bytes of memory for each byte of a body while its request is processed: the body, its decoded form, the reply.
 const COST: u64 = 3;
@@ -50,7 +53,7 @@ pub enum NoRoom {
     Connection,
     /// The network's limit is reached.
     Network,
-    /// The body arrived slowly and was dropped in favour of others.
+    /// The body was dropped in favour of others: it arrived slowly, or its sender was not known yet.
     GaveWay,
 }
 
@@ -110,8 +113,8 @@ struct Account<T> {
     connection: u64,
     held: u64,
     since: Instant,
-    /// Whether the body is still arriving. A complete body is never dropped.
-    arriving: bool,
+    /// Whether the body may be dropped: while it arrives, and then until it is kept.
+    may_go: bool,
     tag: T,
 }
 
@@ -145,7 +148,7 @@ impl<T: Clone> Ledger<T> {
     ) -> Result<u64, NoRoom> {
         let id = self.next;
         self.next += 1;
-        self.accounts.insert(id, Account { network, connection, held: 0, since: now, arriving: true, tag });
+        self.accounts.insert(id, Account { network, connection, held: 0, since: now, may_go: true, tag });
         let grown = self.grow(id, STEP, now, gave_way);
         if grown.is_err() {
             self.accounts.remove(&id);
@@ -181,11 +184,9 @@ impl<T: Clone> Ledger<T> {
         Ok(())
     }
 
-    /// Marks the body as complete; from here on its memory is safe.
-    fn arrived(&mut self, id: u64) -> Result<(), NoRoom> {
-        let account = self.accounts.get_mut(&id).ok_or(NoRoom::GaveWay)?;
-        account.arriving = false;
-        Ok(())
+    /// Keeps a complete body: from here on its memory is safe. Returns `false` if it was dropped before.
+    fn keep(&mut self, id: u64) -> bool {
+        self.accounts.get_mut(&id).map(|account| account.may_go = false).is_some()
     }
 
     /// Gives back the memory beyond `wanted`.
@@ -204,7 +205,7 @@ impl<T: Clone> Ledger<T> {
 
     /// Whether another small body would get memory now.
     fn has_room(&self, now: Instant) -> bool {
-        let may_give_way = |account: &&Account<T>| account.arriving && now >= account.since + ARRIVES_WITHIN;
+        let may_give_way = |account: &&Account<T>| account.may_go && now >= account.since + ARRIVES_WITHIN;
         self.used + SMALL <= self.bounds.all || {
             let free: u64 = self.accounts.values().filter(may_give_way).map(|account| account.held).sum();
             self.used + SMALL - free.min(self.used) <= self.bounds.all
@@ -230,11 +231,11 @@ impl<T: Clone> Ledger<T> {
         }
     }
 
-    /// Closes accounts of arriving bodies until `short` bytes, counted by `worth`, and some more are free. If all of
+    /// Closes accounts of bodies that may be dropped until `short` bytes, counted by `worth`, and some more are free. If all of
     /// them together are not enough, closes none and returns `None`.
     fn free(&mut self, short: u64, but: u64, now: Instant, worth: impl Fn(&Account<T>) -> u64) -> Option<Vec<T>> {
         let may_give_way = |id: &u64, account: &Account<T>| {
-            *id != but && account.arriving && now >= account.since + ARRIVES_WITHIN && worth(account) > 0
+            *id != but && account.may_go && now >= account.since + ARRIVES_WITHIN && worth(account) > 0
         };
         let mut candidates: Vec<_> = self
             .accounts
@@ -347,14 +348,6 @@ impl Room {
         grown.inspect_err(count)
     }
 
-    /// Marks the body as complete.
-    ///
-    /// # Errors
-    /// [`NoRoom::GaveWay`] if the body was just dropped.
-    pub fn arrived(&self) -> Result<(), NoRoom> {
-        self.bodies.ledger().arrived(self.id)
-    }
-
     /// Completes when the body has been dropped in favour of others.
     pub async fn summoned(&self) {
         self.summons.0.notified().await;
@@ -362,12 +355,28 @@ impl Room {
 
     /// The reply to the request. A large reply keeps as much memory as it takes itself until it is sent.
     #[must_use]
-    pub fn for_answer(self, answer: Bytes) -> Bytes {
+    pub fn for_answer(self: Arc<Self>, answer: Bytes) -> Bytes {
         if answer.len() <= SMALL_ANSWER {
             return answer;
         }
         self.bodies.ledger().shrink(self.id, answer.len() as u64);
         Bytes::from_owner(Held { answer, _room: self })
+    }
+}
+
+impl BodyMemory for Room {
+    fn keep(&self) -> bool {
+        self.bodies.ledger().keep(self.id)
+    }
+
+    fn taken_away(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
+        Box::pin(self.summoned())
+    }
+}
+
+impl fmt::Debug for Room {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Room").field("id", &self.id).finish_non_exhaustive()
     }
 }
 
@@ -379,7 +388,7 @@ impl Drop for Room {
 
 struct Held {
     answer: Bytes,
-    _room: Room,
+    _room: Arc<Room>,
 }
 
 impl AsRef<[u8]> for Held {
@@ -438,7 +447,7 @@ mod tests {
         ledger.bounds.kept = 44 * STEP;
         let (large, _) = ledger.open(network(2), 2, 2, now).unwrap();
         ledger.grow(large, 26 * STEP, now).unwrap();
-        ledger.arrived(large).unwrap();
+        assert!(ledger.keep(large));
         ledger.bounds.network = 7 * STEP;
         ledger.open(network(1), 1, 1, now).unwrap();
         let later = now + ARRIVES_WITHIN;
@@ -496,7 +505,7 @@ mod tests {
             let (large, _) = ledger.open(network(at), at.into(), at.into(), now).unwrap();
             let most = (1..=64).take_while(|steps| ledger.grow(large, steps * STEP, now).is_ok()).last();
             assert!(most.is_some());
-            ledger.arrived(large).unwrap();
+            assert!(ledger.keep(large));
         }
         assert_eq!(ledger.large, BOUNDS.all - 32 * STEP);
         // Large bodies may also use the memory for small ones, like any other body, but no more.
@@ -515,7 +524,7 @@ mod tests {
         let later = now + ARRIVES_WITHIN;
         let (oldest, _) = ledger.open(network(1), 1, 1, now).unwrap();
         let (there, _) = ledger.open(network(2), 2, 2, now).unwrap();
-        ledger.arrived(there).unwrap();
+        assert!(ledger.keep(there));
         let slow: Vec<_> = (0..55).map(|at| ledger.open(network(2), 10 + at, 10 + at, later).unwrap().0).collect();
         // Bodies of the network itself would be dropped, but not those that just arrived.
         assert_eq!(ledger.open(network(2), 3, 3, later).unwrap_err(), NoRoom::Network);
@@ -568,7 +577,7 @@ mod tests {
             rooms.push(bodies.open(Network::of(std::net::Ipv4Addr::from_bits(rooms.len() as u32).into()), 7).unwrap());
         }
         slow.summoned().await;
-        assert_eq!(slow.arrived(), Err(NoRoom::GaveWay));
+        assert!(!slow.keep());
         assert_eq!(slow.grow(2 * 1024 * 1024), Err(NoRoom::GaveWay));
         drop(slow);
         drop(rooms);
@@ -576,8 +585,8 @@ mod tests {
 
         let room = bodies.open(network(1), 1).unwrap();
         room.grow(1024 * 1024).unwrap();
-        room.arrived().unwrap();
-        let answer = room.for_answer(Bytes::from(vec![7; 100_000]));
+        assert!(room.keep());
+        let answer = Arc::new(room).for_answer(Bytes::from(vec![7; 100_000]));
         assert_eq!(bodies.used().0, 100_000u64.next_multiple_of(STEP));
         let part = answer.slice(99_999..);
         drop(answer);
@@ -586,7 +595,7 @@ mod tests {
         assert_eq!(bodies.used().0, 0);
         // A small body does not reduce the memory of others.
         let room = bodies.open(network(1), 1).unwrap();
-        let _small = room.for_answer(Bytes::from_static(b"x"));
+        let _small = Arc::new(room).for_answer(Bytes::from_static(b"x"));
         assert_eq!(bodies.used().0, 0);
     }
 }

@@ -58,6 +58,11 @@ impl Declined {
         Self { reason, retry_after: whole_seconds(wait) }
     }
 
+    /// The body of the request gave way for others.
+    pub(super) fn no_memory() -> Self {
+        Self { reason: Dropped::Full, retry_after: 1 }
+    }
+
     /// The refusal of a release. Counts it.
     #[must_use]
     pub fn release(self) -> Refusal {

@@ -19,4 +19,10 @@ impl HostAt {
     pub fn new(host: &str, attempt: &Attempt) -> Self {
         Self { host: Arc::from(host), network: attempt.network() }
     }
+
+    /// A sender that is not known as a host: its network stands for the host.
+    pub(super) fn stranger(attempt: &Attempt) -> Self {
+        let network = attempt.network();
+        Self { host: network.map_or_else(|| Arc::from(""), |network| Arc::from(network.to_string())), network }
+    }
 }

@@ -377,3 +377,41 @@ fn first_steps_have_a_bucket_of_their_own() {
     assert!(admission.may_begin(&elsewhere));
     admission.attestation_within_rate(&host).unwrap();
 }
+
+#[tokio::test]
+async fn strangers_take_turns_by_address_and_none_waits_for_longer_than_it_may() {
+    let admission = Arc::new(admission(|release| release.queue = 100));
+    assert_eq!(admission.strangers.limits().running, strangers::concurrency());
+    admission.strangers.set_concurrency(1);
+    let first = admission.strangers_turn(&attempt(), ASKED).await.unwrap();
+    let order = Arc::new(std::sync::Mutex::new(Vec::new()));
+    let mut all = JoinSet::new();
+    let mut arrive = |address: &'static str| {
+        let (admission, order) = (admission.clone(), order.clone());
+        let (_, attempt) = from("", address);
+        all.spawn(async move {
+            let turn = admission.strangers_turn(&attempt, ASKED).await;
+            let _turn = turn.map_err(|declined| declined.reason)?;
+            order.lock().unwrap().push(address);
+            Ok::<_, Dropped>(())
+        });
+    };
+    // One address sends more than the queue takes.
+    (0..150).for_each(|_| arrive("192.0.2.1"));
+    while admission.strangers.load().waiting != 100 {
+        yield_now().await;
+    }
+    arrive("192.0.2.2");
+    for _ in 0..10 {
+        yield_now().await;
+    }
+    // Nor does anybody wait for longer than a request may.
+    let late = admission.strangers_turn(&attempt_within(Duration::from_millis(1)), ASKED).await;
+    assert_eq!(late.err().unwrap().reason, Dropped::Deadline);
+    drop(first);
+    let refused: Vec<_> = all.join_all().await.into_iter().filter_map(Result::err).collect();
+    let order = order.lock().unwrap();
+    assert!(order[..2].contains(&"192.0.2.2"), "another address was served after many of the first");
+    assert_eq!(refused.len() + order.len(), 151);
+    assert!(refused.len() >= 51 && refused.iter().all(|reason| *reason == Dropped::Full), "{refused:?}");
+}

@@ -9,9 +9,9 @@ use claviger_protocol::health::{self, ResultType};
 use claviger_protocol::work::Work;
 use data_encoding::HEXLOWER;
 
-use super::issuing::{Issued, Refused, signed, unavailable};
-use crate::admission::HostAt;
+use super::issuing::{Issued, Refused, over_rate, signed, unavailable};
 use crate::admission::strangers;
+use crate::admission::{Admission, Declined, HostAt};
 use crate::registry::issued::IssuedFor;
 use crate::registry::keys::Key;
 use crate::request::Attempt;
@@ -40,13 +40,14 @@ pub(crate) async fn attest(service: &Service, body: &[u8], attempt: &mut Attempt
     // An address is over its rate when too many of its requests were refused. An attestation from it is still served if its
     // signature proves a registered host, so that no host pays for its neighbours. Every other one gets the same 429,
     // whatever is wrong with it.
-    let over_rate = service.admission.stranger_may_ask(attempt).err();
-    if let Some(declined) = over_rate.filter(|_| body.len() > LARGE) {
-        return Err(declined.attestation().into());
-    }
+    over_rate(service, body, LARGE, attempt)?;
+    let turn = service.admission.strangers_turn(attempt, body).await.map_err(Declined::attestation)?;
+    // Others of the address may have been refused meanwhile.
+    let over_rate = over_rate(service, body, LARGE, attempt)?;
     let mut work = Work::default();
     let longest = if over_rate.is_some() { LONGEST_KEY } else { usize::MAX };
-    let proved = strangers::aside(|| proved(service, body, longest, &mut work, attempt)).await;
+    let proved = strangers::in_place(|| proved(service, body, longest, &mut work, attempt));
+    drop(turn);
     let (host, request) = proved.map_err(|refused| {
         service.admission.charge_stranger(attempt, body.len(), work);
         over_rate.map_or(refused, |declined| {
@@ -55,6 +56,7 @@ pub(crate) async fn attest(service: &Service, body: &[u8], attempt: &mut Attempt
         })
     })?;
 
+    Admission::keep_body(attempt).map_err(Declined::attestation)?;
     attempt.known = true;
     attempt.identity_key = Some(HEXLOWER.encode(&request.identity_key.spki_sha256()));
     let from = HostAt::new(&host.name, attempt);

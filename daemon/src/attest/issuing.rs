@@ -47,10 +47,26 @@ impl From<Declined> for Refused {
             Dropped::Rate => Self::new(TOO_MANY, "this host asks for more attestations than it may; try again"),
             Dropped::Address => Self::new(TOO_MANY, "too many requests from this address were refused; try again"),
             Dropped::Full | Dropped::Deadline | Dropped::Late | Dropped::Left => {
-                Self::new(ErrorReply::Unavailable, "too many attestations wait for an HSM; try again")
+                Self::new(ErrorReply::Unavailable, "too many attestations are waiting; try again")
             }
         };
         Self { retry_after: Some(declined.retry_after), ..refused }
+    }
+}
+
+/// Whether the sender's address is over its rate. If it is, a body of more than `large` bytes is not parsed.
+///
+/// # Errors
+/// 429 for such a body.
+pub(super) fn over_rate(
+    service: &Service,
+    body: &[u8],
+    large: usize,
+    attempt: &Attempt,
+) -> Result<Option<Declined>, Refused> {
+    match service.admission.stranger_may_ask(attempt).err() {
+        Some(declined) if body.len() > large => Err(declined.attestation().into()),
+        declined => Ok(declined),
     }
 }
 

@@ -30,9 +30,9 @@ use claviger_protocol::tpm::state::{LIFETIME_SECONDS, State, StateId};
 use claviger_protocol::work::Work;
 use data_encoding::{BASE64, HEXLOWER};
 
-use super::issuing::{Issued, Refused, signed, unavailable};
-use crate::admission::HostAt;
+use super::issuing::{Issued, Refused, over_rate, signed, unavailable};
 use crate::admission::strangers;
+use crate::admission::{Admission, Declined, HostAt};
 use crate::observe::metrics;
 use crate::registry::baselines::BaselineId;
 use crate::registry::snapshot::Snapshot;
@@ -84,12 +84,13 @@ struct Proven {
 pub(crate) async fn attest(service: &Service, body: &[u8], attempt: &mut Attempt) -> Result<Progress, Refused> {
     // As in host-key mode, step 2 from an address over its rate is served if it proves a registered host. Step 1 proves
     // nothing, so each registered host has a bucket for it at each address.
-    let over_rate = service.admission.stranger_may_ask(attempt).err();
-    if let Some(declined) = over_rate.filter(|_| body.len() > LARGE) {
-        return Err(declined.attestation().into());
-    }
+    over_rate(service, body, LARGE, attempt)?;
+    let turn = service.admission.strangers_turn(attempt, body).await.map_err(Declined::attestation)?;
+    // Others of the address may have been refused meanwhile.
+    let over_rate = over_rate(service, body, LARGE, attempt)?;
     let mut work = Work::default();
-    let judged = strangers::aside(|| judge(service, body, &mut work, attempt)).await;
+    let judged = strangers::in_place(|| judge(service, body, &mut work, attempt));
+    drop(turn);
     let proven = match judged {
         Ok(Judged::Proven(proven)) => proven,
         Ok(Judged::Continue(reply, host)) => {
@@ -112,6 +113,7 @@ pub(crate) async fn attest(service: &Service, body: &[u8], attempt: &mut Attempt
         }
     };
 
+    Admission::keep_body(attempt).map_err(Declined::attestation)?;
     // From here on the sender is proven to be the host: the request is charged to the host, whatever else is wrong.
     attempt.known = true;
     attempt.identity_key = Some(HEXLOWER.encode(&proven.identity_key.spki_sha256()));

@@ -217,7 +217,8 @@ pub struct Release {
     /// share of what waits. Default: 16.
     pub batch: usize,
     /// Most releases that wait for their turn, of all hosts together, 1 to 1,000,000. If the queue is full, the host
-    /// with the most waiting releases loses one. Default: 4,096.
+    /// with the most waiting releases loses one. Attestations, and senders that are not known yet, have queues of the
+    /// same length. Default: 4,096.
     pub queue: usize,
     /// Most releases that run at the same time, 0 to 100,000; the others wait. Default: 0, which means twice the
     /// sessions of all members, and at least 16.

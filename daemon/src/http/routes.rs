@@ -234,10 +234,11 @@ async fn answer(service: Arc<Service>, request: Request<Incoming>, asked: Asked,
     // Held until the work for the request is done, even if the client no longer waits.
     let origin = request.extensions().get::<Origin>().cloned();
     let room = match room_for(&service, &request, origin.as_ref()) {
-        Ok(room) => room,
+        Ok(room) => Arc::new(room),
         // The service is the cause, so it counts like other failed releases or attestations.
         Err(_) => return refuse(&service, asked, &attempt, intake::no_room()).await,
     };
+    attempt.hold_body_in(room.clone());
     let body = match body_of(&service, request, endpoint, origin.as_ref(), &room, &mut attempt).await {
         Ok(body) => body,
         Err(refusal) => {
@@ -316,7 +317,6 @@ async fn body_of(
             return Err(refusal);
         }
     };
-    room.arrived().map_err(|_| intake::no_room())?;
     Ok(body)
 }
 
@@ -352,6 +352,88 @@ async fn roll_batch(service: &Arc<Service>, body: &[u8], mut attempt: Attempt) -
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::http::server::{Limits, Listener, run};
+    use hyper::service::service_fn;
+    use std::net::SocketAddr;
+    use std::time::Duration;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::{TcpSocket, TcpStream};
+
+    /// Time limit of every wait.
+    const LONG: Duration = Duration::from_secs(60);
+    const ATTEST: &str = "/attestation/v2.0/hostkeyattest";
+    const ROLL: &str = "/keyprotection/service/v2.0/rolltransportkey";
+
+    /// Serves on a port of its own.
+    fn served(service: Arc<Service>) -> SocketAddr {
+        let listener = Listener::bind(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
+        let address = listener.local_addr();
+        let limits = Limits::from(&service.config.load().server);
+        let handler = service_fn(move |request| serve(service.clone(), request));
+        tokio::spawn(run(listener, None, limits, handler, std::future::pending()));
+        address
+    }
+
+    /// Sends a request from an address of this machine.
+    async fn send(from: [u8; 4], to: SocketAddr, path: &str, media_type: &str, body: &str) -> TcpStream {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind(SocketAddr::from((from, 0))).unwrap();
+        let mut stream = socket.connect(to).await.unwrap();
+        let length = body.len();
+        let head = format!("Host: t\r\nContent-Type: {media_type}\r\nContent-Length: {length}");
+        stream.write_all(format!("POST {path} HTTP/1.1\r\n{head}\r\n\r\n{body}").as_bytes()).await.unwrap();
+        stream
+    }
+
+    /// The status of a reply.
+    async fn status(mut stream: TcpStream) -> String {
+        let mut head = [0; 12];
+        tokio::time::timeout(LONG, stream.read_exact(&mut head)).await.unwrap().unwrap();
+        String::from_utf8_lossy(&head[9..]).into_owned()
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn strangers_who_wait_for_their_turn_keep_neither_memory_nor_turns_from_others() {
+        let folder = tempfile::tempdir().unwrap();
+        let service = crate::service::testing::service_in(folder.path(), |config| {
+            (config.server.body_memory_mib, config.server.body_memory_per_address_mib) = (1, 0);
+            config.release.deadline_ms = LONG.as_millis() as u64;
+        });
+        let address = served(service.clone());
+        // All turns of strangers are taken.
+        let mut turns = Vec::new();
+        let elsewhere = Attempt::new(String::new());
+        while let Ok(turn) =
+            tokio::time::timeout(Duration::from_millis(100), service.admission.strangers_turn(&elsewhere, b"")).await
+        {
+            turns.push(turn.unwrap());
+        }
+        let mut waiting = Vec::new();
+        for number in 0..40 {
+            waiting.push(send([127, 0, 0, 2 + number % 2], address, ATTEST, JSON, "{}").await);
+        }
+        let full = async {
+            while service.bodies.used().0 < service.bodies.used().1 {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::time::timeout(LONG, full).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        // The release of another address is read, and so is its attestation, before all those that came earlier.
+        assert!(service.bodies.has_room());
+        assert_eq!(status(send([127, 0, 0, 4], address, ROLL, XML, "<x/>").await).await, "400");
+        let attestation = send([127, 0, 0, 4], address, ATTEST, JSON, "{}").await;
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        drop(turns);
+        assert_eq!(status(attestation).await, "400");
+        let mut gave_way = 0;
+        for stream in waiting {
+            let status = status(stream).await;
+            gave_way += usize::from(status == "503");
+            assert!(["400", "503"].contains(&&*status), "{status}");
+        }
+        assert!(gave_way > 0);
+    }
 
     #[tokio::test]
     async fn a_request_that_panicked_is_on_record() {

@@ -37,8 +37,7 @@ pub(crate) async fn roll<H: Hsm>(
 ) -> Result<Vec<Result<RollResponse, Refusal>>, Refusal> {
     let release = Release::begin(service, hsm, ApiVersion::V2, attempt);
     let sender = fast_reject(&release, body, BatchRequest::peek_health_certificate, attempt)?;
-    let request = sender.aside(body.len(), || BatchRequest::parse(body)).await;
-    let request = request.inspect_err(|_| sender.charge(service, body.len(), attempt))?;
+    let request = sender.read(service, body, BatchRequest::parse, attempt).await?;
     let host = healthy_host(service, release.in_force(), &request.health_certificate, attempt);
     let host = host.inspect_err(|_| sender.charge(service, body.len(), attempt))?;
     let from = HostAt::new(&host.host_name, attempt);
