@@ -496,7 +496,8 @@ impl Cluster {
                     if why == HsmError::NoneServing {
                         members.probe_now();
                     }
-                    return Err(if let GaveUp::Error(error) = gave_up { error } else { why });
+                    let GaveUp::Error(error) = gave_up else { return Err(why) };
+                    return Err(believed(error, &members, failover.rejections()));
                 }
             };
             let member = &members[index].member;
@@ -512,11 +513,12 @@ impl Cluster {
                     }
                     return Ok(Done { value, member: Arc::clone(&member.name), retries: success.retries });
                 }
-                Outcome::Ran(Err(error)) => reply(error, generation, member.is_doubtful(standstill::now())),
+                Outcome::Ran(Err(error)) => reply(error, generation, member),
                 Outcome::NotRun(error) => Reply::NotRun(error),
             };
             let failed = matches!(reply, Reply::Failed(_));
-            failover.replied(reply, &mut self.budget(), standstill::now())?;
+            let replied = failover.replied(reply, &mut self.budget(), standstill::now());
+            replied.map_err(|error| believed(error, &members, failover.rejections()))?;
             if failed {
                 member.observe_retry();
             }
@@ -577,14 +579,14 @@ fn is_fit(name: &str) -> bool {
 }
 
 fn standing(member: &Member, job: &Job, now: Instant) -> Standing {
-    match member.candidate(job.key.as_ref(), now) {
+    match member.candidate(job.need.as_ref(), now) {
         Some(candidate) => Standing::Able(candidate),
         None => member.returning_since().map_or(Standing::Unable, |since| Standing::Returning { since }),
     }
 }
 
 /// Maps an error to a reply for [`Failover`], as the fault table says.
-fn reply(error: HsmError, generation: u64, doubtful: bool) -> Reply<HsmError> {
+fn reply(error: HsmError, generation: u64, member: &Member) -> Reply<HsmError> {
     let fault = error.fault();
     if !fault.elsewhere {
         return Reply::Final(error);
@@ -595,15 +597,25 @@ fn reply(error: HsmError, generation: u64, doubtful: bool) -> Reply<HsmError> {
     let rejection = Rejection { wrong: matches!(error, HsmError::Refused { wrong: true }), generation };
     // The opinion of a member that was proved wrong a short time ago does not count, whatever it was wrong about. An honest
     // caller may try again; an attacker learns nothing.
-    let error = if doubtful { HsmError::NotCredible } else { error };
+    let credible = member.is_believed(generation, standstill::now());
+    let error = if credible { error } else { HsmError::NotCredible };
     Reply::Rejected { credible: error.is_data(), error, rejection }
+}
+
+/// Returns the error for the caller. The input is called invalid only while every member that rejected it is still
+/// believed: a member that has failed since may have been wrong before it was found out.
+fn believed(error: HsmError, members: &[Entry], rejections: &[(usize, Rejection)]) -> HsmError {
+    let now = standstill::now();
+    let mut rejections = rejections.iter();
+    let all = rejections.all(|(member, rejection)| members[*member].member.is_believed(rejection.generation, now));
+    if error.is_data() && !all { HsmError::NotCredible } else { error }
 }
 
 /// Returns the reason why no member can be asked.
 fn no_candidate_error(members: &[Entry], job: &Job) -> HsmError {
     let now = standstill::now();
-    if let Some(key) = &job.key
-        && members.iter().any(|entry| entry.member.only_lacks(key, now))
+    if let Some(need) = &job.need
+        && members.iter().any(|entry| entry.member.only_lacks(need, now))
     {
         return HsmError::NoSuchKey;
     }

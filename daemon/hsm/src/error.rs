@@ -47,6 +47,9 @@ pub enum HsmError {
     /// The token holds no key with this id and public key, even after a fresh search.
     #[error("no such key on the token")]
     NoSuchKey,
+    /// The key does not work on this token, although the token works with another key or in another way.
+    #[error("the key does not work on the token")]
+    FaultyKey,
     /// The token already holds a key with this id.
     #[error("the token already has a key with this id")]
     KeyExists,
@@ -62,9 +65,10 @@ pub enum HsmError {
     /// This member is down, drained or removed.
     #[error("this HSM does not serve now")]
     NotServing,
-    /// The members that rejected the input were proved wrong a short time ago, so their rejection is not trusted.
+    /// A member that rejected the input did not prove that it works, or was proved wrong a short time ago, so its rejection
+    /// is not trusted.
     #[error(
-        "no HSM can serve: the HSMs that rejected the input gave wrong results a moment ago, so they are not believed"
+        "no HSM can serve: the HSMs that rejected the input did not prove that they work, so they are not believed"
     )]
     NotCredible,
     /// A cluster needs at least one member.
@@ -162,7 +166,9 @@ impl HsmError {
                 Fault { owner: FaultOwner::Caller, elsewhere: true, session: SessionAction::Keep }
             }
             // Members hold the same keys, but replication may lag.
-            HsmError::NoSuchKey | HsmError::QueueFull | HsmError::LoginPerOperation => nobody(true),
+            HsmError::NoSuchKey | HsmError::FaultyKey | HsmError::QueueFull | HsmError::LoginPerOperation => {
+                nobody(true)
+            }
             HsmError::KeyExists
             | HsmError::Deadline
             | HsmError::NoMembers

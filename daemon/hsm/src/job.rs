@@ -20,11 +20,24 @@ pub type Check = Arc<dyn Fn(&[u8]) -> bool + Send + Sync>;
 /// Maximum length in bytes of a ciphertext sent to a token: that of a key of 16384 bits.
 const LONGEST_CIPHERTEXT: usize = 2048;
 
+/// A private key, and a way to use it: what an operation needs of a token.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub(crate) struct Need {
+    pub(crate) key: KeyRef,
+    scheme: Scheme,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+enum Scheme {
+    Decrypt(Oaep),
+    Sign(SignScheme),
+}
+
 /// A request to a worker. It has no `Debug`, like its result: neither may reach a log.
 pub(crate) struct Job {
     pub(crate) operation: Operation,
-    /// The private key that the operation uses.
-    pub(crate) key: Option<KeyRef>,
+    /// `None` if the operation uses no private key.
+    pub(crate) need: Option<Need>,
     check: Option<Check>,
     /// The encoded request. It may contain a PIN or a private key.
     pub(crate) request: Zeroizing<Vec<u8>>,
@@ -37,7 +50,7 @@ impl Job {
         if bytes.len() > MAX_REQUEST {
             return Err(HsmError::new(Function::Other, RvError::DataLenRange));
         }
-        Ok(Job { operation: request.operation(), key: None, check: None, request: bytes })
+        Ok(Job { operation: request.operation(), need: None, check: None, request: bytes })
     }
 
     pub(crate) fn decrypt(key: &KeyRef, oaep: Oaep, ciphertext: &[u8], check: Option<Check>) -> Result<Self, HsmError> {
@@ -45,7 +58,7 @@ impl Job {
             return Err(HsmError::new(Function::Decrypt, RvError::EncryptedDataLenRange));
         }
         let request = Request::Decrypt { id: &key.id.0, public: key.public, oaep, ciphertext };
-        Ok(Job { key: Some(key.clone()), check, ..Job::new(&request)? })
+        Ok(Job { need: Some(Need { key: key.clone(), scheme: Scheme::Decrypt(oaep) }), check, ..Job::new(&request)? })
     }
 
     pub(crate) fn sign(
@@ -55,7 +68,11 @@ impl Job {
         check: Option<Check>,
     ) -> Result<Self, HsmError> {
         let request = Request::Sign { id: &key.id.0, public: key.public, scheme, digest };
-        Ok(Job { key: Some(key.clone()), check, ..Job::new(&request)? })
+        Ok(Job { need: Some(Need { key: key.clone(), scheme: Scheme::Sign(scheme) }), check, ..Job::new(&request)? })
+    }
+
+    fn key(&self) -> Option<&KeyRef> {
+        self.need.as_ref().map(|need| &need.key)
     }
 
     /// Returns true if the operation's own check accepts these bytes as its result.
@@ -97,20 +114,58 @@ impl fmt::Debug for KnownAnswerTest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("KnownAnswerTest")
             .field("operation", &self.0.operation)
-            .field("key", &self.0.key)
+            .field("need", &self.0.need)
             .finish_non_exhaustive()
     }
 }
 
-/// Returns the known-answer test for an operation like `job`: with the same key if there is one, else with the first key.
-pub(crate) fn known_for<'a>(known: &'a [KnownAnswerTest], job: &Job) -> Option<&'a Job> {
-    let alike = || known.iter().map(|known| &*known.0).filter(|known| known.operation == job.operation);
-    alike().find(|known| known.key == job.key).or_else(|| alike().next())
+/// Known-answer tests that decide who is at fault for a result of a job.
+#[derive(Clone)]
+pub(crate) struct Exam {
+    /// Test with the job's key. `None` if it is already known that the key does not work.
+    pub(crate) key: Option<Arc<Job>>,
+    /// Test of the operation that every member must pass. `None` if that is the test with the job's key.
+    pub(crate) token: Option<Arc<Job>>,
+}
+
+impl Exam {
+    /// Returns the exam for a result that may be due to the input, the key or the token; `None` if there is no test of the
+    /// operation.
+    pub(crate) fn of(known: &[KnownAnswerTest], job: &Job) -> Option<Exam> {
+        let (key, token) = (known_for(known, job)?, first(known, job.operation));
+        let token = token.filter(|token| !Arc::ptr_eq(token, key));
+        Some(Exam { key: Some(Arc::clone(key)), token: token.cloned() })
+    }
+
+    /// Returns the exam for a wrong result that no input can cause.
+    pub(crate) fn of_wrong_result(known: &[KnownAnswerTest], job: &Job) -> Exam {
+        Exam { key: None, token: first(known, job.operation).filter(|test| test.key() != job.key()).cloned() }
+    }
+
+    /// Returns true if both are made of the same tests.
+    pub(crate) fn is(&self, other: &Exam) -> bool {
+        let same = |one: &Option<Arc<Job>>, other: &Option<Arc<Job>>| match (one, other) {
+            (Some(one), Some(other)) => Arc::ptr_eq(one, other),
+            (None, None) => true,
+            _ => false,
+        };
+        same(&self.key, &other.key) && same(&self.token, &other.token)
+    }
+}
+
+/// Returns the known-answer test for an operation like `job`: with the same key in the same way if there is one, else with
+/// the same key, else the first one.
+fn known_for<'a>(known: &'a [KnownAnswerTest], job: &Job) -> Option<&'a Arc<Job>> {
+    let alike = || known.iter().map(|known| &known.0).filter(|known| known.operation == job.operation);
+    let of_need = alike().find(|known| known.need == job.need);
+    of_need.or_else(|| alike().find(|known| known.key() == job.key())).or_else(|| alike().next())
 }
 
 /// Returns the tests that every member must pass: the first decryption and the first signature.
-pub(crate) fn must_pass(known: &[KnownAnswerTest]) -> impl Iterator<Item = &Job> {
-    [Operation::Decrypt, Operation::Sign]
-        .into_iter()
-        .filter_map(|operation| known.iter().map(|known| &*known.0).find(|known| known.operation == operation))
+pub(crate) fn must_pass(known: &[KnownAnswerTest]) -> impl Iterator<Item = &Arc<Job>> {
+    [Operation::Decrypt, Operation::Sign].into_iter().filter_map(|operation| first(known, operation))
+}
+
+fn first(known: &[KnownAnswerTest], operation: Operation) -> Option<&Arc<Job>> {
+    known.iter().map(|known| &known.0).find(|known| known.operation == operation)
 }

@@ -2,7 +2,8 @@
 //!
 //! A member has a queue: calls wait for a *place*, the right to have one call at the member's worker. There are two places
 //! for each session, so that a session finds its next call already in the socket. A call is one send; the task that reads
-//! the worker's reports wakes the caller (`calls.rs`). `judge.rs` decides whether a result is right and who is at fault.
+//! the worker's reports wakes the caller (`calls.rs`). `judge.rs` decides whether a result is right and who is at fault;
+//! `exam.rs` has the known-answer tests for that.
 //! One task runs the member's life (`life.rs`); `control.rs` has the state changes that come from outside that task.
 //! `parts.rs` defines the fields of a member, their invariants and the order of locks.
 
@@ -10,7 +11,8 @@ mod balance;
 mod calls;
 mod control;
 mod conversation;
-mod credibility;
+mod exam;
+mod exam_queue;
 mod gauges;
 mod judge;
 mod life;

@@ -4,6 +4,7 @@
 
 pub mod breaker;
 pub mod budget;
+pub mod credibility;
 pub mod failover;
 pub mod pick;
 pub mod simulation;

@@ -86,7 +86,7 @@ pub(crate) fn unusable(member: &str, key: &str, error: &Failure) -> Finding {
             format!("{member} does not have {key}"),
             "replicate the key to this token with the vendor's tools, or take the certificate out",
         ),
-        HsmError::WrongAnswer | HsmError::Refused { .. } => Finding::error(
+        HsmError::WrongAnswer | HsmError::FaultyKey | HsmError::Refused { .. } => Finding::error(
             "key",
             format!(
                 "{member} gives wrong answers with {key}: the token is broken, or holds another key and does not tell which"

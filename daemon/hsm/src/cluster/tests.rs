@@ -14,18 +14,37 @@ use rustix::net::{RecvFlags, SendFlags, recv, send};
 use super::*;
 use crate::config::TokenRef;
 use crate::error::WorkerFault;
+use crate::identity::KeyId;
+use crate::keys::Hash;
 use crate::link::{Answer, Call, Cost, MAX_FRAME, Report, encode, pair};
 use crate::member::{Environment, HiddenVariables, MemberState};
 
 /// Kinds of requests that a script distinguishes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Asked {
-    Start { pin: u64 },
-    SetPin { pin: u64 },
+    Start {
+        pin: u64,
+    },
+    SetPin {
+        pin: u64,
+    },
     Ping,
     Random,
+    /// The key's id, and the first byte of the ciphertext.
+    Decrypt(u8, u8),
+    /// The key's id.
+    Sign(u8),
     Other,
 }
+
+/// First byte of the ciphertexts of known-answer tests.
+const TEST: u8 = 1;
+/// First byte of a caller's ciphertext.
+const CALLER: u8 = 2;
+/// The right result of every decryption.
+const PLAINTEXT: &[u8] = b"plain";
+/// The right result of every signature.
+const SIGNATURE: &[u8] = b"signed";
 
 /// The worker's end of a socket.
 struct Peer {
@@ -45,6 +64,8 @@ impl Peer {
             Request::SetPin(pin, _) => Asked::SetPin { pin },
             Request::Ping => Asked::Ping,
             Request::Random(_) => Asked::Random,
+            Request::Decrypt { id: &[key], ciphertext: &[input, ..], .. } => Asked::Decrypt(key, input),
+            Request::Sign { id: &[key], .. } => Asked::Sign(key),
             _ => Asked::Other,
         };
         Some((call.id, asked))
@@ -63,12 +84,28 @@ impl Peer {
         if matches!(asked, Asked::Start { .. }) {
             self.say(&Report::SessionOpened { took: Duration::from_nanos(1), result: Ok(()) });
         }
-        self.reply(id, Ok(if asked == Asked::Random { Answer::Bytes(b"rand") } else { Answer::Done }));
+        let answer = match asked {
+            Asked::Random => Answer::Bytes(b"rand"),
+            Asked::Decrypt(..) => Answer::Bytes(PLAINTEXT),
+            Asked::Sign(_) => Answer::Bytes(SIGNATURE),
+            _ => Answer::Done,
+        };
+        self.reply(id, Ok(answer));
     }
 
     /// Serves calls until the daemon ends the conversation.
     fn serve(&self) {
         self.serve_until(|_| false);
+    }
+
+    /// Serves calls, except those for which `fault` returns an error.
+    fn serve_with(&self, mut fault: impl FnMut(Asked) -> Option<HsmError>) {
+        while let Some((id, asked)) = self.next() {
+            match fault(asked) {
+                Some(error) => self.reply(id, Err(error)),
+                None => self.answer(id, asked),
+            }
+        }
     }
 
     /// Serves calls until `enough` accepts one, which is returned unanswered.
@@ -158,6 +195,40 @@ impl Stage {
         self.cluster.random(4, standstill::now() + Duration::from_secs(10)).await
     }
 
+    /// Starts the cluster with known-answer tests of these keys, the primary one first.
+    async fn start_with_keys(&self, keys: &[u8]) {
+        let decrypt = |key: &u8| {
+            KnownAnswerTest::decrypt(&key_of(*key), OAEP, &[TEST], Zeroizing::new(PLAINTEXT.to_vec())).unwrap()
+        };
+        let sign = |key: &u8| {
+            let check: Check = Arc::new(|signature| signature == SIGNATURE);
+            KnownAnswerTest::sign(&key_of(*key), SignScheme::Pkcs1(Hash::Sha256), &[0; 32], check).unwrap()
+        };
+        self.cluster.set_known_answers(keys.iter().map(decrypt).chain(keys.iter().map(sign)).collect());
+        self.cluster.start().await.unwrap();
+    }
+
+    async fn decrypt(&self, key: u8) -> Result<(), HsmError> {
+        self.decrypt_within(key, LONG).await
+    }
+
+    async fn decrypt_within(&self, key: u8, time: Duration) -> Result<(), HsmError> {
+        let check: Check = Arc::new(|plaintext| plaintext == PLAINTEXT);
+        let deadline = standstill::now() + time;
+        self.cluster.decrypt(&key_of(key), OAEP, &[CALLER], deadline, Some(check)).await.map(drop)
+    }
+
+    async fn sign(&self, key: u8) -> Result<(), HsmError> {
+        let check: Check = Arc::new(|signature| signature == SIGNATURE);
+        let deadline = standstill::now() + LONG;
+        let scheme = SignScheme::Pkcs1(Hash::Sha256);
+        self.cluster.sign(&key_of(key), scheme, &[0; 32], deadline, Some(check)).await.map(drop)
+    }
+
+    fn closings(&self) -> u64 {
+        self.cluster.members()[0].closings
+    }
+
     async fn until(&self, what: &str, holds: impl Fn(&Self) -> bool) {
         let patience = standstill::now() + Duration::from_secs(20);
         while !holds(self) {
@@ -174,6 +245,17 @@ fn the_first_ends_in_a_call(number: usize, peer: Peer) {
     } else {
         peer.serve();
     }
+}
+
+const OAEP: Oaep = Oaep { hash: Hash::Sha256, mgf: Hash::Sha256 };
+
+fn key_of(id: u8) -> KeyRef {
+    KeyRef::new(KeyId(vec![id]), &[id])
+}
+
+/// The error that tokens return for a bad ciphertext, and others when they are broken or have no room.
+fn unclear(code: RvError) -> HsmError {
+    HsmError::new(Function::Decrypt, code)
 }
 
 const LONG: Duration = Duration::from_secs(10);
@@ -446,11 +528,9 @@ async fn few_sessions_are_no_fault() {
 async fn a_ciphertext_that_fits_into_no_frame_is_its_callers_fault() {
     let stage = Stage::set(LONG, |_, peer| peer.serve());
     stage.cluster.start().await.unwrap();
-    let key = KeyRef { id: crate::identity::KeyId(vec![1]), public: crate::identity::Fingerprint::of_modulus(&[7]) };
-    let oaep = Oaep { hash: crate::keys::Hash::Sha256, mgf: crate::keys::Hash::Sha256 };
     for len in [2_049, MAX_FRAME - 100, MAX_FRAME, 10 * MAX_FRAME] {
         let deadline = standstill::now() + LONG;
-        let error = stage.cluster.decrypt(&key, oaep, &vec![7; len], deadline, None).await.unwrap_err();
+        let error = stage.cluster.decrypt(&key_of(1), OAEP, &vec![7; len], deadline, None).await.unwrap_err();
         assert!(error.is_data(), "{len}: {error}");
     }
     assert_eq!((stage.state(), stage.cluster.members()[0].faults), (MemberState::Up, 0));
@@ -491,4 +571,221 @@ async fn what_a_worker_costs_is_summed_over_all_of_them() {
     assert_eq!((status.worker_processor, status.worker_resident), (Duration::from_millis(4), 4096));
     stage.cluster.close().await;
     assert_eq!(stage.cluster.members()[0].worker_resident, 0);
+}
+
+// Doubtful results: the input, a key or the member may be at fault.
+
+/// The script of a token that works, but for bad input.
+fn rejects_bad_input(peer: &Peer) {
+    peer.serve_with(|asked| matches!(asked, Asked::Decrypt(_, CALLER)).then(|| unclear(RvError::EncryptedDataInvalid)));
+}
+
+#[tokio::test]
+async fn bad_input_is_its_callers_fault() {
+    let stage = Stage::set(LONG, |_, peer| rejects_bad_input(&peer));
+    stage.start_with_keys(&[1]).await;
+    for _ in 0..20 {
+        assert_eq!(stage.decrypt(1).await, Err(HsmError::Refused { wrong: false }));
+    }
+    assert_eq!((stage.state(), stage.closings()), (MemberState::Up, 0));
+    stage.cluster.close().await;
+}
+
+#[tokio::test]
+async fn a_token_that_is_throttled_now_and_then_stays_up_and_serves() {
+    let stage = Stage::set(LONG, |_, peer| {
+        let (mut decryptions, mut tests) = (0, 0);
+        peer.serve_with(|asked| {
+            let throttled = match asked {
+                Asked::Decrypt(_, TEST) => {
+                    tests += 1;
+                    // The first one is that of the start.
+                    tests % 2 == 0
+                }
+                Asked::Decrypt(..) => {
+                    decryptions += 1;
+                    decryptions % 3 == 0
+                }
+                _ => false,
+            };
+            throttled.then(|| unclear(RvError::FunctionFailed))
+        });
+    });
+    stage.start_with_keys(&[1]).await;
+    let mut callers = JoinSet::new();
+    let stage = Arc::new(stage);
+    for _ in 0..8 {
+        let stage = Arc::clone(&stage);
+        callers.spawn(async move {
+            let mut outcomes = Vec::new();
+            for _ in 0..10 {
+                outcomes.push(stage.decrypt(1).await);
+            }
+            outcomes
+        });
+    }
+    let outcomes = callers.join_all().await.concat();
+    let served = outcomes.iter().filter(|outcome| outcome.is_ok()).count();
+    assert!(served > outcomes.len() / 2, "{served} {outcomes:?}");
+    assert!(!outcomes.iter().any(|outcome| outcome.is_err_and(HsmError::is_data)), "valid input is refused");
+    assert_eq!(stage.closings(), 0, "{}", stage.last_error());
+    stage.cluster.close().await;
+}
+
+#[tokio::test]
+async fn a_token_that_decrypts_nothing_goes_down_although_it_signs() {
+    let stage = Stage::set(LONG, |number, peer| {
+        let mut tests = 0;
+        peer.serve_with(|asked| {
+            tests += usize::from(matches!(asked, Asked::Decrypt(_, TEST)));
+            let fails = number == 0 && (matches!(asked, Asked::Decrypt(_, CALLER)) || tests > 1);
+            (fails && matches!(asked, Asked::Decrypt(..))).then(|| unclear(RvError::GeneralError))
+        });
+    });
+    stage.start_with_keys(&[1]).await;
+    let patience = standstill::now() + Duration::from_secs(60);
+    while stage.closings() == 0 {
+        assert!(standstill::now() < patience, "{:?}", stage.cluster.members());
+        let _ = stage.decrypt(1).await;
+        let _ = stage.sign(1).await;
+    }
+    stage.until("a fresh worker", |stage| stage.state() == MemberState::Up).await;
+    assert_eq!(stage.decrypt(1).await, Ok(()));
+    stage.cluster.close().await;
+}
+
+#[tokio::test]
+async fn a_rejection_is_not_believed_because_of_a_test_that_began_before() {
+    let stage = Stage::set(LONG, |number, peer| {
+        let mut tests = 0;
+        peer.serve_with(|asked| match asked {
+            Asked::Decrypt(_, CALLER) => Some(unclear(RvError::FunctionFailed)),
+            // The tests of the start and of the first rejection pass; then the token has no room.
+            Asked::Decrypt(_, TEST) => {
+                tests += 1;
+                (number > 0 || tests > 2).then(|| unclear(RvError::FunctionFailed))
+            }
+            _ => None,
+        });
+    });
+    stage.start_with_keys(&[1]).await;
+    let error = stage.decrypt(1).await.unwrap_err();
+    assert!(!error.is_data(), "{error}");
+    stage.cluster.close().await;
+}
+
+#[tokio::test]
+async fn a_member_that_fails_while_it_rejects_an_input_is_not_believed() {
+    let (tell, told) = std::sync::mpsc::channel();
+    let tell = Mutex::new(tell);
+    let stage = Stage::set(LONG, move |number, peer| {
+        if number > 0 {
+            return peer.serve_with(|_| Some(HsmError::new(Function::OpenSession, RvError::DeviceError)));
+        }
+        let mut tests = Vec::new();
+        let mut callers = 0;
+        while let Some((id, asked)) = peer.next() {
+            match asked {
+                Asked::Decrypt(_, CALLER) => {
+                    callers += 1;
+                    peer.reply(id, Ok(Answer::Bytes(b"wrong")));
+                    if callers == 1 {
+                        let _ = tell.lock().unwrap().send(());
+                    }
+                }
+                // The answers of all tests after the first are held until the second caller has its result.
+                Asked::Decrypt(_, TEST) if callers > 0 => tests.push(id),
+                _ => peer.answer(id, asked),
+            }
+            if callers > 1 {
+                thread::sleep(Duration::from_millis(50));
+                tests.drain(..).for_each(|id| peer.reply(id, Ok(Answer::Bytes(b"wrong"))));
+            }
+        }
+    });
+    stage.start_with_keys(&[1]).await;
+    let stage = Arc::new(stage);
+    let first = tokio::spawn({
+        let stage = Arc::clone(&stage);
+        async move { stage.decrypt(1).await }
+    });
+    tokio::task::spawn_blocking(move || told.recv()).await.unwrap().unwrap();
+    // The first result is doubted, and its test is on its way.
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    let second = stage.decrypt(1).await.unwrap_err();
+    let first = first.await.unwrap().unwrap_err();
+    assert!(!first.is_data() && !second.is_data(), "{first}, {second}");
+    assert_eq!(stage.closings(), 1);
+    stage.cluster.close().await;
+}
+
+#[tokio::test]
+async fn a_key_that_fails_takes_no_member_down() {
+    for (how, code) in
+        [("error", Some(RvError::GeneralError)), ("refusal", Some(RvError::DataInvalid)), ("wrong", None)]
+    {
+        let stage = Stage::set(LONG, move |_, peer| {
+            while let Some((id, asked)) = peer.next() {
+                match (asked, code) {
+                    (Asked::Decrypt(2, _), Some(code)) => peer.reply(id, Err(unclear(code))),
+                    (Asked::Decrypt(2, _), None) | (Asked::Sign(2), _) => peer.reply(id, Ok(Answer::Bytes(b"wrong"))),
+                    _ => peer.answer(id, asked),
+                }
+            }
+        });
+        stage.start_with_keys(&[1, 2]).await;
+        for _ in 0..3 {
+            let error = stage.decrypt(2).await.unwrap_err();
+            assert!(!error.is_data(), "{how}: {error}");
+            let error = stage.sign(2).await.unwrap_err();
+            assert!(!error.is_data(), "{how}: {error}");
+            assert_eq!((stage.decrypt(1).await, stage.sign(1).await), (Ok(()), Ok(())), "{how}");
+        }
+        assert_eq!((stage.state(), stage.closings(), stage.started()), (MemberState::Up, 0, 1), "{how}");
+        stage.cluster.close().await;
+    }
+}
+
+#[tokio::test]
+async fn a_wrong_signature_of_the_primary_key_takes_its_member_down() {
+    let stage = Stage::set(LONG, |number, peer| {
+        let mut signatures = 0;
+        while let Some((id, asked)) = peer.next() {
+            signatures += usize::from(asked == Asked::Sign(1));
+            if number == 0 && asked == Asked::Sign(1) && signatures == 2 {
+                peer.reply(id, Ok(Answer::Bytes(b"wrong")));
+            } else {
+                peer.answer(id, asked);
+            }
+        }
+    });
+    stage.start_with_keys(&[1]).await;
+    assert_eq!(stage.sign(1).await, Ok(()), "the next worker signs");
+    assert_eq!((stage.closings(), stage.started()), (1, 2));
+    stage.cluster.close().await;
+}
+
+#[tokio::test]
+async fn a_test_that_hangs_delays_no_answer_beyond_its_deadline() {
+    let stage = Stage::set(LONG, |_, peer| {
+        let mut doubtful = false;
+        while let Some((id, asked)) = peer.next() {
+            match asked {
+                Asked::Decrypt(_, CALLER) => {
+                    doubtful = true;
+                    peer.reply(id, Err(unclear(RvError::GeneralError)));
+                }
+                Asked::Decrypt(_, TEST) if doubtful => {}
+                _ => peer.answer(id, asked),
+            }
+        }
+    });
+    stage.start_with_keys(&[1]).await;
+    let begun = standstill::now();
+    let error = stage.decrypt_within(1, SHORT).await.unwrap_err();
+    let took = standstill::since(begun);
+    assert!(took < LONG / 2, "{took:?}");
+    assert!(!error.is_data(), "{error}");
+    assert_eq!(stage.closings(), 0, "the test may still pass");
+    stage.cluster.close().await;
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use claviger_process::lock::lock;
 
 use super::parts::{LACKS, MOST_LACKING, Member};
-use crate::identity::KeyRef;
+use crate::job::{Job, Need};
 use crate::policy::pick::Candidate;
 
 impl Member {
@@ -16,13 +16,13 @@ impl Member {
 
     /// Returns the member's data for [`pick`](crate::policy::pick::pick); `None` if it cannot take a call now. Reads only
     /// atomics, unless the member lacks keys.
-    pub(crate) fn candidate(&self, key: Option<&KeyRef>, now: Instant) -> Option<Candidate> {
+    pub(crate) fn candidate(&self, need: Option<&Need>, now: Instant) -> Option<Candidate> {
         let gauges = &self.gauges;
         let in_flight = gauges.in_flight.load(Ordering::Acquire);
         let oldest = Duration::from_nanos(gauges.oldest.load(Ordering::Relaxed));
         let able = gauges.serving.load(Ordering::Acquire)
             && in_flight < self.config.queue.max(1)
-            && !key.is_some_and(|key| self.lacks(key, now));
+            && !need.is_some_and(|need| self.lacks(need, now));
         able.then(|| Candidate {
             weight: gauges.weight.load(Ordering::Relaxed),
             latency: Duration::from_nanos(gauges.latency.load(Ordering::Relaxed)),
@@ -36,9 +36,9 @@ impl Member {
         self.gauges.serving.load(Ordering::Acquire)
     }
 
-    /// Returns true if the member would serve if it had the key.
-    pub(crate) fn only_lacks(&self, key: &KeyRef, now: Instant) -> bool {
-        self.is_serving() && self.lacks(key, now)
+    /// Returns true if the member would serve if it had the key and could use it.
+    pub(crate) fn only_lacks(&self, need: &Need, now: Instant) -> bool {
+        self.is_serving() && self.lacks(need, now)
     }
 
     pub(crate) fn is_full(&self) -> bool {
@@ -51,9 +51,9 @@ impl Member {
         self.machine().returning_since()
     }
 
-    /// Returns true if the member was proved wrong a short time ago.
-    pub(crate) fn is_doubtful(&self, now: Instant) -> bool {
-        lock(&self.credibility).is_doubtful(now)
+    /// Returns true if a rejection by the worker of this number counts.
+    pub(crate) fn is_believed(&self, number: u64, now: Instant) -> bool {
+        number == self.generation() && lock(&self.credibility).is_believed(now)
     }
 
     /// Returns the number of the current worker.
@@ -61,15 +61,18 @@ impl Member {
         self.workers.load(Ordering::Acquire)
     }
 
-    fn lacks(&self, key: &KeyRef, now: Instant) -> bool {
-        self.gauges.lacks_keys.load(Ordering::Acquire) && lock(&self.lacking).get(key).is_some_and(|until| now < *until)
+    fn lacks(&self, need: &Need, now: Instant) -> bool {
+        self.gauges.lacks_keys.load(Ordering::Acquire)
+            && lock(&self.lacking).get(need).is_some_and(|until| now < *until)
     }
 
-    pub(super) fn remember_lack(&self, key: &KeyRef, now: Instant) {
+    /// Remembers that the token cannot do this job, for lack of the key or because the key does not work in this way.
+    pub(super) fn remember_lack(&self, job: &Job, now: Instant) {
+        let Some(need) = &job.need else { return };
         let mut lacking = lock(&self.lacking);
         lacking.retain(|_, until| now < *until);
         if lacking.len() < MOST_LACKING {
-            lacking.insert(key.clone(), now + LACKS);
+            lacking.insert(need.clone(), now + LACKS);
             self.gauges.lacks_keys.store(true, Ordering::Release);
         }
     }

@@ -28,7 +28,7 @@ pub(crate) enum Outcome {
 
 impl Member {
     /// Runs one operation of a caller and judges its result.
-    pub(crate) async fn call(&self, job: &Job, deadline: Instant, limits: Limits) -> Outcome {
+    pub(crate) async fn call(self: &Arc<Self>, job: &Job, deadline: Instant, limits: Limits) -> Outcome {
         let submitted = standstill::now();
         let Some(queue) = self.queue() else { return Outcome::NotRun(HsmError::NotServing) };
         let held = match self.hold(&queue.places, deadline).await {
@@ -40,7 +40,8 @@ impl Member {
             Ok(reply) => reply,
             Err(error) => return Outcome::NotRun(error),
         };
-        let result = self.judge(talk, job, reply, submitted).await;
+        let until = deadline.min(standstill::now() + limits.share);
+        let result = self.judge(talk, job, reply, submitted, until).await;
         self.learn(job, result.as_ref().err().copied(), submitted, talk.number);
         Outcome::Ran(result)
     }
@@ -124,7 +125,7 @@ impl Member {
 
     /// Runs one operation on this member, whatever its state: key management and tests. A member without a worker starts
     /// one first.
-    pub(crate) async fn direct(&self, job: &Job, timeout: Duration) -> Result<Value, Failure> {
+    pub(crate) async fn direct(self: &Arc<Self>, job: &Job, timeout: Duration) -> Result<Value, Failure> {
         let deadline = standstill::now() + timeout;
         if self.machine().is_pin_refused() {
             return Err(HsmError::PinRefused.into());
@@ -134,7 +135,7 @@ impl Member {
         let submitted = standstill::now();
         let limits = Limits { share: timeout, watchdog: timeout };
         let reply = self.exchange(&talk, job, held, deadline, limits).await?;
-        let result = self.judge(&talk, job, reply, submitted).await;
+        let result = self.judge(&talk, job, reply, submitted, deadline).await;
         if result.is_ok() && !job.operation.may_repeat() {
             self.forget_lacks();
         }

@@ -1,5 +1,6 @@
 //! Judges results: decides whether the caller or the member is at fault, and updates the member's state.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -8,15 +9,14 @@ use cryptoki::error::RvError;
 use zeroize::Zeroizing;
 
 use super::conversation::CallResult;
-use super::outstanding::Limits;
-use super::parts::{Member, OWN_TIMEOUT};
+use super::exam_queue::Verdict;
+use super::parts::Member;
 use super::places::Talk;
-use crate::error::{Failure, HsmError, class};
+use crate::error::{HsmError, class};
 use crate::event::Event;
 use crate::fault::FaultOwner;
-use crate::identity::KeyRef;
-use crate::job::{Job, known_for, must_pass};
-use crate::link::{Cost, Request, Value, nanos};
+use crate::job::{Exam, Job, must_pass};
+use crate::link::{Cost, Value, nanos};
 use crate::operation::Operation;
 use crate::standstill;
 
@@ -55,15 +55,16 @@ fn is_about_input(error: HsmError) -> bool {
 }
 
 impl Member {
-    /// Judges a result. A result that its own check accepts is right, whichever member made it. All other outcomes that may
-    /// be due to the input, errors and wrong results alike, are treated and reported the same from here on, so that a
-    /// caller does not learn which one occurred.
+    /// Judges a result, until `until` at the latest. A result that its own check accepts is right, whichever member made it.
+    /// All other outcomes that may be due to the input, errors and wrong results alike, are treated and reported the same
+    /// from here on, so that a caller does not learn which one occurred.
     pub(super) async fn judge(
-        &self,
+        self: &Arc<Self>,
         talk: &Talk,
         job: &Job,
         reply: CallResult,
         submitted: Instant,
+        until: Instant,
     ) -> Result<Value, HsmError> {
         if !matches!(job.operation, Operation::Decrypt | Operation::Sign) {
             self.book_call(job.operation, class(&reply.result), reply.cost);
@@ -79,32 +80,27 @@ impl Member {
             Finding::Failed(error) => return Err(error),
             Finding::Doubtful { wrong } => wrong,
         };
-        let blamed = if wrong && job.operation == Operation::Sign {
-            // No input of a caller can make a signature wrong.
-            true
-        } else if lock(&self.credibility).wants_test(standstill::now()) {
-            let known = self.known();
-            let tested = match known_for(&known, job) {
-                Some(known) => self.test_one(talk, known).await,
-                // Without a known-answer test the member cannot be blamed.
-                None => Ok(()),
-            };
-            let blamed = tested == Err(HsmError::WrongAnswer);
-            lock(&self.credibility).tested(!blamed);
-            if !blamed {
-                tested?;
-            }
-            blamed
+        let known = self.known();
+        let exam = if wrong && job.operation == Operation::Sign {
+            Some(Exam::of_wrong_result(&known, job))
         } else {
-            !lock(&self.credibility).passed()
+            Exam::of(&known, job)
         };
-        if !blamed {
-            return Err(HsmError::Refused { wrong });
-        }
-        if wrong {
+        let verdict = match exam {
+            Some(exam) => self.verdict(talk, exam, until).await,
+            // Without a known-answer test the member cannot be blamed.
+            None => Some(Verdict::Input),
+        };
+        let error = match verdict {
+            Some(Verdict::Input) => HsmError::Refused { wrong },
+            Some(Verdict::Key) => HsmError::FaultyKey,
+            Some(Verdict::Member(HsmError::WrongAnswer)) => HsmError::WrongAnswer,
+            Some(Verdict::Member(_)) | None => HsmError::NotCredible,
+        };
+        if wrong && matches!(error, HsmError::FaultyKey | HsmError::WrongAnswer) {
             self.observe_wrong_answer();
         }
-        Err(HsmError::WrongAnswer)
+        Err(error)
     }
 
     /// Records an operation once. All decryptions that may be the caller's fault get the same class and the same time, so
@@ -132,7 +128,7 @@ impl Member {
     }
 
     /// Records a wrong plaintext or signature that is the member's fault.
-    fn observe_wrong_answer(&self) {
+    pub(super) fn observe_wrong_answer(&self) {
         self.stats.faults.fetch_add(1, Ordering::Relaxed);
         self.observe(Event::WrongAnswer);
     }
@@ -147,28 +143,34 @@ impl Member {
         *lock(&self.heard) = now;
         let took = now.saturating_duration_since(submitted);
         match error {
-            None => self.machine().succeeded(took, now),
+            None => {
+                if job.operation == Operation::Decrypt {
+                    lock(&self.credibility).proved_right();
+                }
+                self.machine().succeeded(took, now);
+            }
             // The worker has already reported the refusal.
             Some(error) if error.refuses_pin() => {}
-            Some(HsmError::NoSuchKey) => match &job.key {
-                Some(key) if self.tests_need(key) => self.fault(&HsmError::NoSuchKey.into()),
-                Some(key) => self.remember_lack(key, now),
-                None => {}
-            },
+            Some(HsmError::NoSuchKey) if self.tests_need(job) => self.fault(&HsmError::NoSuchKey.into()),
+            Some(HsmError::NoSuchKey | HsmError::FaultyKey) => self.remember_lack(job, now),
             // The task that reads from the worker judges its end.
             Some(HsmError::Worker(_)) => {}
             Some(error) if error.is_code(RvError::CryptokiNotInitialized) => self.fault(&error.into()),
             // Counted when the call was found to hang.
             Some(HsmError::Hung(_)) => {}
+            // The exam has counted it.
+            Some(HsmError::WrongAnswer) => {}
+            Some(HsmError::NotCredible) => self.machine().latency.observe_failure(took, now),
             Some(error) if error.fault().owner == FaultOwner::Member => self.failed(error, took, now),
             // The member answered. Only accepted operations update its latency: see `usual_cost`.
             Some(_) => self.machine().answered(now),
         }
     }
 
-    /// Returns true if a member without this key fails the known-answer tests.
-    fn tests_need(&self, key: &KeyRef) -> bool {
-        must_pass(&self.known()).any(|test| test.key.as_ref() == Some(key))
+    /// Returns true if a member without the job's key fails the known-answer tests.
+    fn tests_need(&self, job: &Job) -> bool {
+        let key = |job: &Job| job.need.as_ref().map(|need| need.key.clone());
+        must_pass(&self.known()).any(|test| key(test) == key(job))
     }
 
     /// Another member's result proved that this member was wrong to reject an input, by a `wrong` result or by an error.
@@ -185,56 +187,5 @@ impl Member {
         } else {
             self.failed(HsmError::Nonsense, Duration::ZERO, now);
         }
-    }
-
-    /// Runs the known-answer tests, or without such tests checks that a session is alive, and returns the time this took.
-    /// Takes the member down if they fail.
-    pub(crate) async fn test(&self) -> Result<Duration, Failure> {
-        let talk = self.talk().ok_or(HsmError::NotServing)?;
-        let tested = self.test_all(&talk).await;
-        if let Err(error) = tested
-            && error.condemns()
-            && talk.number == self.generation()
-        {
-            self.fault(&error.into());
-        }
-        Ok(tested?)
-    }
-
-    pub(super) async fn test_all(&self, talk: &Talk) -> Result<Duration, HsmError> {
-        let begun = standstill::now();
-        let known = self.known();
-        let mut tested = 0;
-        for test in must_pass(&known) {
-            tested += 1;
-            self.test_one(talk, test).await?;
-        }
-        if tested == 0 {
-            self.own_call(talk, &Job::new(&Request::Ping)?).await?.result?;
-        }
-        *lock(&self.heard) = standstill::now();
-        Ok(standstill::since(begun))
-    }
-
-    /// Runs one known-answer test. Every failure is the member's fault.
-    async fn test_one(&self, talk: &Talk, test: &Job) -> Result<(), HsmError> {
-        let reply = self.own_call(talk, test).await?;
-        // The input is valid, so a member that rejects it is faulty.
-        let rv = Some(class(&reply.result)).filter(|rv| *rv != "refused").unwrap_or("broken");
-        self.book_call(Operation::Probe, rv, reply.cost);
-        match reply.result {
-            Ok(Value::Bytes(bytes)) if test.accepts(&bytes) => Ok(()),
-            Ok(_) => {
-                self.observe_wrong_answer();
-                Err(HsmError::WrongAnswer)
-            }
-            Err(error) if is_about_input(error) => Err(HsmError::WrongAnswer),
-            Err(error) => Err(error),
-        }
-    }
-
-    pub(super) async fn own_call(&self, talk: &Talk, job: &Job) -> Result<CallResult, HsmError> {
-        let limits = Limits { share: self.watchdog, watchdog: self.watchdog };
-        self.exchange(talk, job, self.hold_directly(), standstill::now() + OWN_TIMEOUT, limits).await
     }
 }

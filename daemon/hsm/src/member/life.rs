@@ -162,6 +162,7 @@ impl Member {
             // The number changes under the lock, so that no fault of the last worker is counted against this one.
             let mut machine = self.machine();
             machine.fresh_worker();
+            lock(&self.credibility).fresh_worker();
             self.workers.fetch_add(1, Ordering::AcqRel) + 1
         };
         Ok((process, Arc::new(Conversation::new(end, number))))

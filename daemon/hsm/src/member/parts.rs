@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 use claviger_process::lock::{lock, unpoisoned};
 use tokio::sync::{Notify, watch};
 
-use super::credibility::Credibility;
+use super::exam_queue::ExamQueue;
 use super::gauges::Gauges;
 use super::places::{CallQueue, Talk};
 use super::process::{Environment, Process, Usage, WorkerProgram};
@@ -30,10 +30,10 @@ use super::usual_cost::UsualCost;
 use crate::config::{MemberConfig, Pin};
 use crate::error::Failure;
 use crate::event::{Event, Observer};
-use crate::identity::KeyRef;
-use crate::job::KnownAnswerTest;
+use crate::job::{KnownAnswerTest, Need};
 use crate::pin_tries::PinTries;
 use crate::policy::breaker;
+use crate::policy::credibility::Credibility;
 use crate::standstill;
 
 /// Time limit for a worker to load its module, log in and open its first session. It is generous because a network HSM may
@@ -45,9 +45,10 @@ pub(super) const END_TIMEOUT: Duration = Duration::from_secs(10);
 pub(super) const OWN_TIMEOUT: Duration = Duration::from_secs(10);
 /// Time without a result after which a member that is up is tested: a spare member must work when it is needed.
 pub(super) const SILENCE: Duration = Duration::from_secs(10);
-/// Time for which a member that lacked a key is not asked for that key. Replication between HSMs may lag.
+/// Time for which a member that lacked a key, or could not use it, is not asked for that again. Replication between HSMs may
+/// lag.
 pub(super) const LACKS: Duration = Duration::from_secs(2);
-/// Maximum number of missing keys that are remembered for a member.
+/// Maximum number of such lacks that are remembered for a member.
 pub(super) const MOST_LACKING: usize = 64;
 /// Maximum number of workers' notes that are remembered to avoid repeated log lines.
 pub(super) const MOST_NOTES: usize = 32;
@@ -95,7 +96,10 @@ pub(crate) struct Member {
     /// Number of attempts that have ended, and the failure of the last one.
     pub(super) attempts: watch::Sender<(u64, Option<Failure>)>,
     pub(super) credibility: Mutex<Credibility>,
-    pub(super) lacking: Mutex<HashMap<KeyRef, Instant>>,
+    /// Known-answer tests that doubtful results wait for.
+    pub(super) exams: ExamQueue,
+    /// What the token lacked or could not do, and until when it is not asked for that.
+    pub(super) lacking: Mutex<HashMap<Need, Instant>>,
     pub(super) notes: Mutex<Vec<String>>,
     /// Time of the last result, good or bad.
     pub(super) heard: Mutex<Instant>,
@@ -158,6 +162,7 @@ impl Member {
             begun: AtomicU64::new(0),
             attempts: watch::Sender::new((0, None)),
             credibility: Mutex::default(),
+            exams: ExamQueue::default(),
             lacking: Mutex::default(),
             notes: Mutex::default(),
             heard: Mutex::new(now),

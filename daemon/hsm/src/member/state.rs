@@ -243,6 +243,11 @@ impl Machine {
         (self.has_been_up && self.is_on_its_way() && !self.attempted_in_vain).then_some(self.down_since)
     }
 
+    /// Returns true if the member has a worker that passed the known-answer tests and has not ended since.
+    pub(crate) fn has_proven_worker(&self) -> bool {
+        self.worker
+    }
+
     /// Applies an event; returns true if it changed the state.
     fn step(&mut self, event: Event) -> bool {
         let next = next(self.state, event);

@@ -271,6 +271,12 @@ impl<E> Failover<E> {
         }
     }
 
+    /// Returns the members that rejected the input so far.
+    #[must_use]
+    pub fn rejections(&self) -> &[(usize, Rejection)] {
+        &self.rejections
+    }
+
     fn pick(
         &self,
         tiers: &Tiers,
