@@ -191,10 +191,22 @@ impl HsmError {
         }
     }
 
+    /// Returns true if the key or the token does not support the use of a private key that was asked for.
+    pub(crate) fn is_inability(self) -> bool {
+        match self {
+            HsmError::Pkcs11(Function::DecryptInit | Function::Decrypt | Function::SignInit | Function::Sign, _) => {
+                self.fault().owner == FaultOwner::Nobody
+            }
+            error => error == HsmError::LoginPerOperation,
+        }
+    }
+
     /// Returns true if a known-answer test that fails with this error proves the member faulty, not merely late or busy.
     pub(crate) fn condemns(self) -> bool {
         let fault = self.fault();
-        self == HsmError::NoSuchKey || (fault.owner == FaultOwner::Member && fault.session != SessionAction::Keep)
+        self == HsmError::NoSuchKey
+            || self.is_inability()
+            || (fault.owner == FaultOwner::Member && fault.session != SessionAction::Keep)
     }
 
     pub(crate) fn class(self) -> &'static str {

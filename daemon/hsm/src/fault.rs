@@ -4,8 +4,7 @@
 //! |---|---|---|---|---|---|
 //! | ENCRYPTED_DATA_INVALID, ENCRYPTED_DATA_LEN_RANGE, DATA_INVALID, DATA_LEN_RANGE | any | caller | for a second opinion | keep | - |
 //! | GENERAL_ERROR, FUNCTION_FAILED, ARGUMENTS_BAD, vendor codes | C_Decrypt | unclear: some tokens return them for a bad ciphertext; a known-answer test decides | for a second opinion | keep | - |
-//! | KEY_FUNCTION_NOT_PERMITTED, KEY_TYPE_INCONSISTENT, KEY_SIZE_RANGE, ATTRIBUTE_*, TEMPLATE_* | any | nobody: the key does not support the operation | no | keep | - |
-//! | MECHANISM_INVALID, MECHANISM_PARAM_INVALID, FUNCTION_NOT_SUPPORTED | any | nobody: another vendor's token may support it | yes | keep | - |
+//! | KEY_FUNCTION_NOT_PERMITTED, KEY_TYPE_INCONSISTENT, KEY_SIZE_RANGE, ATTRIBUTE_*, TEMPLATE_*, MECHANISM_INVALID, MECHANISM_PARAM_INVALID, FUNCTION_NOT_SUPPORTED | any | nobody: the key or the token does not support the operation; attributes of a key and mechanisms differ between tokens | yes | keep | not asked for the same for a while; a known-answer test that fails with it takes the member down |
 //! | SESSION_HANDLE_INVALID, SESSION_CLOSED, USER_NOT_LOGGED_IN, KEY_HANDLE_INVALID, OBJECT_HANDLE_INVALID, OPERATION_NOT_INITIALIZED | any | member: a stale handle | if renewal does not help | renew in place | evidence, if renewal does not help |
 //! | FUNCTION_FAILED, HOST_MEMORY, DEVICE_MEMORY, FUNCTION_CANCELED, CANCEL, SESSION_COUNT, SESSION_EXISTS | any other | member: busy (AWS CloudHSM throttles this way) | yes | keep | evidence |
 //! | PIN_INCORRECT, PIN_LOCKED, PIN_EXPIRED, PIN_INVALID, PIN_LEN_RANGE | C_Login | member | yes | end | out of service until a new PIN is set or an administrator asks for a try |
@@ -59,7 +58,6 @@ pub struct Fault {
 
 const BAD_INPUT: Fault = Fault { owner: FaultOwner::Caller, elsewhere: true, session: SessionAction::Keep };
 const PERHAPS_INPUT: Fault = Fault { owner: FaultOwner::Unclear, elsewhere: true, session: SessionAction::Keep };
-const WRONG_KEY: Fault = Fault { owner: FaultOwner::Nobody, elsewhere: false, session: SessionAction::Keep };
 const CANNOT: Fault = Fault { owner: FaultOwner::Nobody, elsewhere: true, session: SessionAction::Keep };
 const STALE: Fault = Fault { owner: FaultOwner::Member, elsewhere: true, session: SessionAction::Renew };
 const BUSY: Fault = Fault { owner: FaultOwner::Member, elsewhere: true, session: SessionAction::Keep };
@@ -84,10 +82,12 @@ impl Fault {
                 | AttributeTypeInvalid
                 | AttributeValueInvalid
                 | TemplateIncomplete
-                | TemplateInconsistent,
+                | TemplateInconsistent
+                | MechanismInvalid
+                | MechanismParamInvalid
+                | FunctionNotSupported,
                 _,
-            ) => WRONG_KEY,
-            (MechanismInvalid | MechanismParamInvalid | FunctionNotSupported, _) => CANNOT,
+            ) => CANNOT,
             (
                 SessionHandleInvalid
                 | SessionClosed

@@ -218,6 +218,14 @@ impl Stage {
         self.cluster.decrypt(&key_of(key), OAEP, &[CALLER], deadline, Some(check)).await.map(drop)
     }
 
+    async fn until_decrypts(&self, key: u8) {
+        let patience = standstill::now() + Duration::from_secs(20);
+        while self.decrypt(key).await.is_err() {
+            assert!(standstill::now() < patience, "{:?}", self.cluster.members());
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
     async fn sign(&self, key: u8) -> Result<(), HsmError> {
         let check: Check = Arc::new(|signature| signature == SIGNATURE);
         let deadline = standstill::now() + LONG;
@@ -787,5 +795,70 @@ async fn a_test_that_hangs_delays_no_answer_beyond_its_deadline() {
     assert!(took < LONG / 2, "{took:?}");
     assert!(!error.is_data(), "{error}");
     assert_eq!(stage.closings(), 0, "the test may still pass");
+    stage.cluster.close().await;
+}
+
+// What a key or a token does not support.
+
+fn unable(function: Function) -> HsmError {
+    HsmError::new(function, RvError::KeyFunctionNotPermitted)
+}
+
+#[tokio::test]
+async fn a_member_that_cannot_use_its_primary_key_goes_down() {
+    for code in [RvError::KeyFunctionNotPermitted, RvError::MechanismInvalid] {
+        for (function, signs) in [(Function::DecryptInit, false), (Function::SignInit, true)] {
+            let stage = Stage::set(LONG, move |number, peer| {
+                let mut started = false;
+                peer.serve_with(|asked| {
+                    started |=
+                        matches!(asked, Asked::Decrypt(_, CALLER)) || (started && matches!(asked, Asked::Sign(_)));
+                    let affected = if signs { asked == Asked::Sign(1) } else { matches!(asked, Asked::Decrypt(..)) };
+                    (number == 0 && started && affected).then(|| HsmError::new(function, code))
+                });
+            });
+            stage.start_with_keys(&[1]).await;
+            // The first decryption begins the fault.
+            let _ = stage.decrypt(1).await;
+            let _ = stage.sign(1).await;
+            stage.until("a fresh worker", |stage| stage.closings() == 1 && stage.state() == MemberState::Up).await;
+            assert_eq!((stage.decrypt(1).await, stage.sign(1).await), (Ok(()), Ok(())));
+            stage.cluster.close().await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_member_that_could_not_use_a_key_once_is_asked_for_it_again() {
+    let stage = Stage::set(LONG, |_, peer| {
+        let mut calls = 0;
+        peer.serve_with(|asked| {
+            calls += usize::from(matches!(asked, Asked::Decrypt(_, CALLER)));
+            (matches!(asked, Asked::Decrypt(_, CALLER)) && calls == 1).then(|| unable(Function::DecryptInit))
+        });
+    });
+    stage.start_with_keys(&[1]).await;
+    let _ = stage.decrypt(1).await;
+    stage.until_decrypts(1).await;
+    assert_eq!(stage.closings(), 0);
+    stage.cluster.close().await;
+}
+
+#[tokio::test]
+async fn a_member_that_cannot_use_another_key_stays_up() {
+    let stage = Stage::set(LONG, |_, peer| {
+        peer.serve_with(|asked| match asked {
+            Asked::Decrypt(2, _) => Some(unable(Function::DecryptInit)),
+            Asked::Sign(2) => Some(unable(Function::SignInit)),
+            _ => None,
+        });
+    });
+    stage.start_with_keys(&[1, 2]).await;
+    for _ in 0..3 {
+        assert!(!stage.decrypt(2).await.unwrap_err().is_data());
+        assert!(!stage.sign(2).await.unwrap_err().is_data());
+        assert_eq!((stage.decrypt(1).await, stage.sign(1).await), (Ok(()), Ok(())));
+    }
+    assert_eq!((stage.state(), stage.closings()), (MemberState::Up, 0));
     stage.cluster.close().await;
 }

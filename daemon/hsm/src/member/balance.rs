@@ -77,6 +77,13 @@ impl Member {
         }
     }
 
+    /// Forgets that the token could not do this job, since it has done it.
+    pub(super) fn forget_lack(&self, job: &Job) {
+        if let Some(need) = &job.need {
+            lock(&self.lacking).remove(need);
+        }
+    }
+
     pub(super) fn forget_lacks(&self) {
         lock(&self.lacking).clear();
         self.gauges.lacks_keys.store(false, Ordering::Release);

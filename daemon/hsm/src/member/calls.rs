@@ -42,7 +42,7 @@ impl Member {
         };
         let until = deadline.min(standstill::now() + limits.share);
         let result = self.judge(talk, job, reply, submitted, until).await;
-        self.learn(job, result.as_ref().err().copied(), submitted, talk.number);
+        self.learn(talk, job, result.as_ref().err().copied(), submitted);
         Outcome::Ran(result)
     }
 

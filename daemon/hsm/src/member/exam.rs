@@ -134,7 +134,10 @@ impl Member {
         let rv = Some(class(&reply.result)).filter(|rv| *rv != "refused").unwrap_or("broken");
         self.book_call(Operation::Probe, rv, reply.cost);
         match reply.result {
-            Ok(Value::Bytes(bytes)) if test.accepts(&bytes) => Ok(()),
+            Ok(Value::Bytes(bytes)) if test.accepts(&bytes) => {
+                self.forget_lack(test);
+                Ok(())
+            }
             Ok(_) => {
                 self.observe_wrong_answer();
                 Err(HsmError::WrongAnswer)

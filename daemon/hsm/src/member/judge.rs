@@ -134,9 +134,9 @@ impl Member {
     }
 
     /// Updates the member's state after a caller's operation. Enough evidence takes the member down.
-    pub(super) fn learn(&self, job: &Job, error: Option<HsmError>, submitted: Instant, number: u64) {
+    pub(super) fn learn(self: &Arc<Self>, talk: &Talk, job: &Job, error: Option<HsmError>, submitted: Instant) {
         // Results of an earlier worker say nothing about the current one. Key management may take any time.
-        if number != self.generation() || !job.operation.may_repeat() {
+        if talk.number != self.generation() || !job.operation.may_repeat() {
             return;
         }
         let now = standstill::now();
@@ -153,6 +153,14 @@ impl Member {
             Some(error) if error.refuses_pin() => {}
             Some(HsmError::NoSuchKey) if self.tests_need(job) => self.fault(&HsmError::NoSuchKey.into()),
             Some(HsmError::NoSuchKey | HsmError::FaultyKey) => self.remember_lack(job, now),
+            // The member must not attract calls because it refuses them fast. Whether it can do what every member must do is
+            // found out beside this call, which goes to another member at once.
+            Some(error) if error.is_inability() => {
+                self.remember_lack(job, now);
+                if let Some(exam) = Exam::of(&self.known(), job) {
+                    drop(self.schedule(talk, exam));
+                }
+            }
             // The task that reads from the worker judges its end.
             Some(HsmError::Worker(_)) => {}
             Some(error) if error.is_code(RvError::CryptokiNotInitialized) => self.fault(&error.into()),

@@ -78,6 +78,26 @@ async fn one_operation_fails() {
     stage.end("one operation fails", load).await.assert_all_right();
 }
 
+/// The keys or mechanisms of one token do not permit what the others do: the member must not attract the traffic because it
+/// fails fast.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_member_cannot_use_its_keys() {
+    let faults: [&[&str]; 2] = [
+        &["call=C_DecryptInit,C_SignInit rv=CKR_KEY_FUNCTION_NOT_PERMITTED"],
+        &["call=C_DecryptInit,C_SignInit rv=CKR_MECHANISM_INVALID"],
+    ];
+    let stage = Stage::open(USUAL).await;
+    let load = stage.load();
+    for (fault, member) in faults.iter().zip(MEMBERS) {
+        stage.faulty.set(member, fault);
+        stage.until_closed(member, 1).await;
+        seconds(2.0).await;
+        stage.faulty.clear(member);
+        stage.until_serves(member).await;
+    }
+    stage.end("one cannot use its keys", load).await.assert_all_right();
+}
+
 /// The number of failures stays below the limit that takes a member down: each is retried on another member.
 async fn now_and_then(name: &str, fault: &str) {
     let stage = Stage::open(USUAL).await;
