@@ -15,7 +15,7 @@ use super::slot::{House, Place};
 use crate::sys::places::NoPlace;
 
 /// Most connections of addresses in debt that wait. Further ones are closed.
-pub(crate) const IN_DEBT: usize = 256;
+pub(crate) const IN_DEBT: usize = 64;
 
 /// An accepted connection.
 pub(super) struct Arrival {
