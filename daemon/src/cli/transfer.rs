@@ -58,8 +58,8 @@ pub struct Import {
     /// Assume that members which do not answer now have the keys
     #[arg(long)]
     trust_absent: bool,
-    /// Also add the labels in the file to hosts that are already registered; this may give these hosts access to more
-    /// keys
+    /// Replace the labels of hosts that are already registered by those in the file; this may give these hosts access to
+    /// more keys
     #[arg(long)]
     loosen: bool,
     /// The daemon to contact.
