@@ -3,8 +3,8 @@
 //! Memory is taken in steps as bytes arrive; the announced length costs nothing. There are four limits: for all bodies
 //! together, for a connection, for a network, and a part of the total that is reserved for small bodies (single
 //! releases and attestations). If memory is short, bodies are dropped that are still arriving, or whose senders are not
-//! known yet: first those of the network and the connection that hold most memory, and of these the oldest. Bodies of correct
-//! clients arrive within moments.
+//! known yet, and replies that their clients have not read for some seconds: first those of the network and the connection that
+//! hold most memory, and of these the oldest. Bodies of correct clients arrive within moments.
 //!
 //! `Ledger` is a plain value that is handed `now`. [`Bodies`] shares a ledger; [`Room`] is the memory of one request.
 
@@ -13,7 +13,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -38,6 +38,10 @@ const SMALL: u64 = 64 * 1024 * COST;
 /// Time for which an arriving body is safe from being dropped. Most bodies arrive at once.
 const ARRIVES_WITHIN: Duration = Duration::from_millis(20);
 
+/// Time for which a reply is safe from being dropped. A client on a slow line needs longer for a large one, but loses it only where
+/// memory is short.
+const READ_WITHIN: Duration = Duration::from_secs(5);
+
 /// Part of the total that is freed at once if memory is short, because each search visits every body.
 const FREED_PART: u64 = 64;
 
@@ -53,7 +57,7 @@ pub enum NoRoom {
     Connection,
     /// The network's limit is reached.
     Network,
-    /// The body was dropped in favour of others: it arrived slowly, or its sender was not known yet.
+    /// The memory was taken for others: the body arrived slowly, its sender was not known yet, or its reply was not read.
     GaveWay,
 }
 
@@ -112,10 +116,36 @@ struct Account<T> {
     network: Network,
     connection: u64,
     held: u64,
+    /// When its stage began; of a body, when it began to arrive.
     since: Instant,
-    /// Whether the body may be dropped: while it arrives, and then until it is kept.
-    may_go: bool,
+    stage: Stage,
     tag: T,
+}
+
+/// What the memory of an account is used for.
+///
+/// ```text
+///  Body ──▶ Kept ──▶ Answer
+/// ```
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Stage {
+    /// A body that arrives, or whose sender is not known yet.
+    Body,
+    /// A body that is worked on.
+    Kept,
+    /// A reply that its client reads.
+    Answer,
+}
+
+impl<T> Account<T> {
+    /// Whether it gives way to others.
+    fn may_give_way(&self, now: Instant) -> bool {
+        match self.stage {
+            Stage::Body => now >= self.since + ARRIVES_WITHIN,
+            Stage::Kept => false,
+            Stage::Answer => now >= self.since + READ_WITHIN,
+        }
+    }
 }
 
 /// The part of `held` beyond a small body.
@@ -148,7 +178,7 @@ impl<T: Clone> Ledger<T> {
     ) -> Result<u64, NoRoom> {
         let id = self.next;
         self.next += 1;
-        self.accounts.insert(id, Account { network, connection, held: 0, since: now, may_go: true, tag });
+        self.accounts.insert(id, Account { network, connection, held: 0, since: now, stage: Stage::Body, tag });
         let grown = self.grow(id, STEP, now, gave_way);
         if grown.is_err() {
             self.accounts.remove(&id);
@@ -186,7 +216,15 @@ impl<T: Clone> Ledger<T> {
 
     /// Keeps a complete body: from here on its memory is safe. Returns `false` if it was dropped before.
     fn keep(&mut self, id: u64) -> bool {
-        self.accounts.get_mut(&id).map(|account| account.may_go = false).is_some()
+        self.accounts.get_mut(&id).map(|account| account.stage = Stage::Kept).is_some()
+    }
+
+    /// The request is answered: from here on the account holds the reply, of `length` bytes.
+    fn answer(&mut self, id: u64, length: u64, now: Instant) {
+        self.shrink(id, length);
+        if let Some(account) = self.accounts.get_mut(&id) {
+            (account.stage, account.since) = (Stage::Answer, now);
+        }
     }
 
     /// Gives back the memory beyond `wanted`.
@@ -205,9 +243,9 @@ impl<T: Clone> Ledger<T> {
 
     /// Whether another small body would get memory now.
     fn has_room(&self, now: Instant) -> bool {
-        let may_give_way = |account: &&Account<T>| account.may_go && now >= account.since + ARRIVES_WITHIN;
         self.used + SMALL <= self.bounds.all || {
-            let free: u64 = self.accounts.values().filter(may_give_way).map(|account| account.held).sum();
+            let free: u64 =
+                self.accounts.values().filter(|account| account.may_give_way(now)).map(|account| account.held).sum();
             self.used + SMALL - free.min(self.used) <= self.bounds.all
         }
     }
@@ -231,12 +269,11 @@ impl<T: Clone> Ledger<T> {
         }
     }
 
-    /// Closes accounts of bodies that may be dropped until `short` bytes, counted by `worth`, and some more are free. If all of
+    /// Closes accounts that may give way until `short` bytes, counted by `worth`, and some more are free. If all of
     /// them together are not enough, closes none and returns `None`.
     fn free(&mut self, short: u64, but: u64, now: Instant, worth: impl Fn(&Account<T>) -> u64) -> Option<Vec<T>> {
-        let may_give_way = |id: &u64, account: &Account<T>| {
-            *id != but && account.may_go && now >= account.since + ARRIVES_WITHIN && worth(account) > 0
-        };
+        let may_give_way =
+            |id: &u64, account: &Account<T>| *id != but && account.may_give_way(now) && worth(account) > 0;
         let mut candidates: Vec<_> = self
             .accounts
             .iter()
@@ -265,9 +302,13 @@ impl<T: Clone> Ledger<T> {
     }
 }
 
-/// Tells a body that it was dropped.
+/// Tells the holder of memory that it was taken away.
 #[derive(Default)]
-struct Summons(Notify);
+struct Summons {
+    body: Notify,
+    /// Cuts the connection that reads the reply.
+    answer: OnceLock<Box<dyn Fn() + Send + Sync>>,
+}
 
 /// The memory of all request bodies.
 pub struct Bodies(Mutex<Ledger<Arc<Summons>>>);
@@ -332,7 +373,8 @@ fn count(reason: &NoRoom) {
 fn summon(bodies: Vec<Arc<Summons>>) {
     for summons in bodies {
         metrics::body_refused(NoRoom::GaveWay.as_str());
-        summons.0.notify_one();
+        summons.body.notify_one();
+        summons.answer.get().into_iter().for_each(|cut| cut());
     }
 }
 
@@ -350,16 +392,19 @@ impl Room {
 
     /// Completes when the body has been dropped in favour of others.
     pub async fn summoned(&self) {
-        self.summons.0.notified().await;
+        self.summons.body.notified().await;
     }
 
-    /// The reply to the request. A large reply keeps as much memory as it takes itself until it is sent.
+    /// The reply to the request. A large reply keeps as much memory as it takes itself until it is sent. A client has a moment
+    /// to read it; then it gives way where memory is short: `cut` is called, which ends the connection.
     #[must_use]
-    pub fn for_answer(self: Arc<Self>, answer: Bytes) -> Bytes {
+    pub fn for_answer(self: Arc<Self>, answer: Bytes, cut: impl Fn() + Send + Sync + 'static) -> Bytes {
         if answer.len() <= SMALL_ANSWER {
             return answer;
         }
-        self.bodies.ledger().shrink(self.id, answer.len() as u64);
+        // It is set once, because a request has one reply.
+        let _ = self.summons.answer.set(Box::new(cut));
+        self.bodies.ledger().answer(self.id, answer.len() as u64, standstill::now());
         Bytes::from_owner(Held { answer, _room: self })
     }
 }
@@ -586,7 +631,7 @@ mod tests {
         let room = bodies.open(network(1), 1).unwrap();
         room.grow(1024 * 1024).unwrap();
         assert!(room.keep());
-        let answer = Arc::new(room).for_answer(Bytes::from(vec![7; 100_000]));
+        let answer = Arc::new(room).for_answer(Bytes::from(vec![7; 100_000]), || ());
         assert_eq!(bodies.used().0, 100_000u64.next_multiple_of(STEP));
         let part = answer.slice(99_999..);
         drop(answer);
@@ -595,7 +640,37 @@ mod tests {
         assert_eq!(bodies.used().0, 0);
         // A small body does not reduce the memory of others.
         let room = bodies.open(network(1), 1).unwrap();
-        let _small = Arc::new(room).for_answer(Bytes::from_static(b"x"));
+        let _small = Arc::new(room).for_answer(Bytes::from_static(b"x"), || ());
         assert_eq!(bodies.used().0, 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn replies_that_are_not_read_give_way_to_new_requests() {
+        let reply = Bytes::from(vec![7; 1024 * 1024]);
+        let memory = Bodies::new(&Server { body_memory_mib: 16, body_memory_per_address_mib: 0, ..Server::default() });
+        let cut = Arc::new(std::sync::Mutex::new(Vec::new()));
+        let mut replies = Vec::new();
+        for connection in 0.. {
+            let Ok(room) = memory.open(network(connection as u8 / 2), connection) else { break };
+            if room.grow(reply.len() as u64 / COST).is_err() {
+                break;
+            }
+            assert!(room.keep());
+            let cut = cut.clone();
+            replies.push(Arc::new(room).for_answer(reply.clone(), move || lock(&cut).push(connection)));
+        }
+        // For a moment they are safe.
+        assert!(memory.open(network(200), 200).and_then(|room| room.grow(reply.len() as u64)).is_err());
+        assert!(lock(&cut).is_empty());
+        tokio::time::advance(READ_WITHIN).await;
+        assert!(memory.has_room());
+        let room = memory.open(network(200), 200).unwrap();
+        room.grow(reply.len() as u64 / COST).unwrap();
+        let cut = lock(&cut).clone();
+        assert!(!cut.is_empty() && cut.len() < replies.len(), "{cut:?} of {}", replies.len());
+        // Nothing is taken from a request that is worked on.
+        assert!(room.keep());
+        tokio::time::advance(READ_WITHIN).await;
+        assert!(!room.bodies.ledger().accounts[&room.id].may_give_way(standstill::now()));
     }
 }

@@ -80,8 +80,8 @@ pub struct Server {
     pub header_timeout_ms: u64,
     /// Time limit in milliseconds for a request's whole body, 1 to 600,000. Default: 15,000.
     pub body_timeout_ms: u64,
-    /// Minimum speed of a request's body in bytes per second, from its sixth second on, 0 to 1,000,000,000; 0 is no
-    /// minimum. Default: 4,096.
+    /// Minimum speed of a request's body in bytes per second, from its sixth second on, and of its reply, beyond
+    /// `idle_timeout_ms`; 0 to 1,000,000,000; 0 is no minimum. Default: 4,096.
     pub body_rate: u64,
     /// Memory in MiB for request bodies and their processing (three bytes for each byte of a body), 64 to 1,048,576.
     /// A quarter is reserved for bodies up to 64 KiB; one connection gets at most an eighth. Default: 512.
@@ -90,7 +90,8 @@ pub struct Server {
     /// quarters: enough for all waiting releases if all hosts share the address of a load balancer or NAT, and one
     /// address cannot use the last quarter.
     pub body_memory_per_address_mib: u64,
-    /// Milliseconds that a connection may stay open without a request in progress, 1 to 3,600,000. Default: 75,000.
+    /// Milliseconds that a connection may stay open without a request in progress, or while its client reads nothing of
+    /// its reply; 1 to 3,600,000. Default: 75,000.
     pub idle_timeout_ms: u64,
     /// Milliseconds that a stopping daemon waits for requests in progress, 1 to 600,000. Default: 30,000.
     pub drain_timeout_ms: u64,

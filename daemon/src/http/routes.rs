@@ -256,7 +256,8 @@ async fn answer(service: Arc<Service>, request: Request<Incoming>, asked: Asked,
         _ => attestation::attest(&service, endpoint, &body, attempt).await,
     };
     drop(body);
-    Answer { body: room.for_answer(answer.body), ..answer }
+    let cut = origin.map(|origin| origin.cutter());
+    Answer { body: room.for_answer(answer.body, move || cut.iter().for_each(|cut| cut())), ..answer }
 }
 
 /// Memory for the beginning of a request's body.

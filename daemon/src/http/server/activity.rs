@@ -3,6 +3,7 @@
 //! hyper does not tell whether a request is half read or a connection really idle, and a stop that drops nothing depends
 //! on just that. So the socket reports bytes, and the service and the answers' bodies report requests.
 
+use std::collections::BTreeSet;
 use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
@@ -43,9 +44,15 @@ const UNREAD: usize = 128 * 1024;
 /// What an answer counts as at least: with it hyper keeps a stream and a task.
 const LEAST_ANSWER: usize = 4 * 1024;
 
+/// An answer is handed to hyper in parts of so many bytes, a frame of HTTP/2: when hyper lets go of one, the client has taken it.
+const PART: usize = 16 * 1024;
+
 /// Requests of a connection that were given up by their client, beyond those that it let be answered, before the connection
 /// is closed: a client that resets what it asks for costs more than it pays.
 const ABANDONED: usize = 256;
+
+/// The end of an answer that may take as long as its client likes, in microseconds: centuries.
+const FOR_EVER: u64 = 1 << 53;
 
 /// The record of one connection. Times are microseconds since `epoch`, plus one; zero is "not".
 #[derive(Debug)]
@@ -76,8 +83,10 @@ pub(super) struct Activity {
     head_since: AtomicU64,
     /// When the last request ended, or the connection began.
     last_end: AtomicU64,
-    /// When bytes were last written.
-    last_write: AtomicU64,
+    /// When the client last took a part of an answer, or was to take the first one. Other bytes that are written, such as the
+    /// answers to its PING frames, do not count.
+    last_taken: AtomicU64,
+    unsent: Mutex<Unsent>,
     /// Whether the client must read before more can be written.
     blocked: AtomicBool,
     protocol: AtomicU8,
@@ -164,7 +173,8 @@ impl Activity {
             told: Notify::new(),
             head_since: AtomicU64::new(0),
             last_end: AtomicU64::new(1),
-            last_write: AtomicU64::new(1),
+            last_taken: AtomicU64::new(1),
+            unsent: Mutex::default(),
             blocked: AtomicBool::new(false),
             protocol: AtomicU8::new(protocol),
             ask_kernel: AtomicBool::new(false),
@@ -274,11 +284,18 @@ impl Activity {
 
     /// When the connection's time is up if nothing happens until then, and why.
     pub(super) fn due(&self, limits: &Limits, now: Instant) -> (Instant, Due) {
+        let due = self.due_next(limits, now);
+        let unsent = lock(&self.unsent).first().map(|end| self.time(end));
+        // The other requests of a connection, whatever becomes of them, win no time for an answer that is not read.
+        unsent.filter(|end| *end < due.0).map_or(due, |end| (end, Due::Stalled))
+    }
+
+    fn due_next(&self, limits: &Limits, now: Instant) -> (Instant, Due) {
         let head_since = self.head_since.load(Ordering::Relaxed);
         if self.in_service.load(Ordering::Acquire) > 0 {
             (now + limits.idle_timeout, Due::Nothing)
         } else if self.in_progress.load(Ordering::Acquire) > 0 {
-            (self.at(&self.last_write) + limits.idle_timeout, Due::Stalled)
+            (self.at(&self.last_taken) + limits.idle_timeout, Due::Stalled)
         } else if head_since > 0 {
             (self.at(&self.head_since) + limits.header_timeout, Due::Header)
         } else if self.fresh.load(Ordering::Relaxed) {
@@ -290,7 +307,7 @@ impl Activity {
 
     /// When something last moved.
     pub(super) fn last_progress(&self) -> Instant {
-        self.at(&self.last_end).max(self.at(&self.last_write))
+        self.at(&self.last_end).max(self.at(&self.last_taken))
     }
 
     /// Since when the service has had nothing to do for it but wait for its client.
@@ -300,7 +317,7 @@ impl Activity {
         } else if self.reading.load(Ordering::Acquire) > 0 {
             Some(self.at(&self.reading_since))
         } else if self.in_progress.load(Ordering::Acquire) > 0 {
-            Some(self.at(&self.last_write))
+            Some(self.at(&self.last_taken))
         } else if self.head_since.load(Ordering::Relaxed) > 0 {
             Some(self.at(&self.head_since))
         } else {
@@ -365,7 +382,11 @@ impl Activity {
     }
 
     fn at(&self, time: &AtomicU64) -> Instant {
-        self.epoch + Duration::from_micros(time.load(Ordering::Relaxed).saturating_sub(1))
+        self.time(time.load(Ordering::Relaxed))
+    }
+
+    fn time(&self, time: u64) -> Instant {
+        self.epoch + Duration::from_micros(time.saturating_sub(1))
     }
 
     /// Bytes have arrived.
@@ -440,7 +461,7 @@ impl InProgress {
     pub(super) fn new(activity: Arc<Activity>) -> Self {
         if activity.in_progress.fetch_add(1, Ordering::AcqRel) == 0 {
             // From here, what was written before says nothing about how long the client has been waited for.
-            activity.last_write.store(activity.now(), Ordering::Relaxed);
+            activity.last_taken.store(activity.now(), Ordering::Relaxed);
         }
         activity.fresh.store(false, Ordering::Relaxed);
         activity.head_since.store(0, Ordering::Relaxed);
@@ -462,7 +483,7 @@ impl InProgress {
 
     fn end_service(&mut self) {
         if std::mem::take(&mut self.in_service) {
-            self.activity.last_write.store(self.activity.now(), Ordering::Relaxed);
+            self.activity.last_taken.store(self.activity.now(), Ordering::Relaxed);
             self.activity.in_service.fetch_sub(1, Ordering::AcqRel);
         }
     }
@@ -485,18 +506,72 @@ impl Drop for InProgress {
     }
 }
 
+/// The answers of a connection that were not sent to their ends.
+#[derive(Debug, Default)]
+struct Unsent {
+    /// When each of them has to be, with its number.
+    ends: BTreeSet<(u64, u64)>,
+    bytes: u64,
+    answers: u64,
+}
+
+impl Unsent {
+    /// Adds an answer, which has to be sent in `idle_timeout` and the time that all of them take at `rate` bytes a second.
+    fn add(&mut self, length: u64, now: u64, idle_timeout: Duration, rate: u64) -> (u64, u64) {
+        self.bytes += length;
+        self.answers += 1;
+        let idle_timeout = u64::try_from(idle_timeout.as_micros()).unwrap_or(u64::MAX);
+        let end = match self.bytes.saturating_mul(1_000_000).checked_div(rate) {
+            Some(at_this_rate) => now.saturating_add(idle_timeout).saturating_add(at_this_rate),
+            None => FOR_EVER,
+        };
+        self.ends.insert((end.min(FOR_EVER), self.answers));
+        (end.min(FOR_EVER), self.answers)
+    }
+
+    fn remove(&mut self, end: (u64, u64), length: u64) {
+        self.ends.remove(&end);
+        self.bytes -= length;
+    }
+
+    fn first(&self) -> Option<u64> {
+        self.ends.first().map(|(end, _)| *end)
+    }
+}
+
+/// The entry of an answer until all its parts were sent, or are not going to be.
+#[derive(Debug)]
+struct Sending {
+    activity: Arc<Activity>,
+    end: (u64, u64),
+    length: u64,
+}
+
+impl Sending {
+    fn new(activity: &Arc<Activity>, length: u64, limits: &Limits) -> Arc<Self> {
+        let end = lock(&activity.unsent).add(length, activity.now(), limits.idle_timeout, limits.body_rate);
+        Arc::new(Self { activity: activity.clone(), end, length })
+    }
+}
+
+impl Drop for Sending {
+    fn drop(&mut self) {
+        lock(&self.activity.unsent).remove(self.end, self.length);
+    }
+}
+
 /// A part of an answer that was not sent yet. hyper lets go of it when it is.
 struct Unread {
     part: Bytes,
     counted: usize,
-    activity: Arc<Activity>,
+    answer: Arc<Sending>,
 }
 
 impl Unread {
-    fn bytes(part: Bytes, activity: &Arc<Activity>) -> Bytes {
+    fn bytes(part: Bytes, answer: &Arc<Sending>) -> Bytes {
         let counted = part.len().max(LEAST_ANSWER);
-        activity.unread_answers.fetch_add(counted, Ordering::AcqRel);
-        Bytes::from_owner(Self { part, counted, activity: activity.clone() })
+        answer.activity.unread_answers.fetch_add(counted, Ordering::AcqRel);
+        Bytes::from_owner(Self { part, counted, answer: answer.clone() })
     }
 }
 
@@ -508,16 +583,28 @@ impl AsRef<[u8]> for Unread {
 
 impl Drop for Unread {
     fn drop(&mut self) {
-        self.activity.unread_answers.fetch_sub(self.counted, Ordering::AcqRel);
-        self.activity.answers_read.notify_waiters();
+        let activity = &self.answer.activity;
+        activity.last_taken.store(activity.now(), Ordering::Relaxed);
+        activity.unread_answers.fetch_sub(self.counted, Ordering::AcqRel);
+        activity.answers_read.notify_waiters();
     }
 }
 
-/// An answer's body that keeps its request in progress.
+/// An answer's body, in parts, that keeps its request in progress.
 #[derive(Debug)]
 pub(super) struct Answer<B> {
-    pub(super) body: B,
-    pub(super) request: InProgress,
+    body: B,
+    /// What is left of a frame of the body.
+    rest: Bytes,
+    sending: Arc<Sending>,
+    _request: InProgress,
+}
+
+impl<B: Body<Data = Bytes>> Answer<B> {
+    pub(super) fn new(body: B, request: InProgress, limits: &Limits) -> Self {
+        let sending = Sending::new(&request.activity, body.size_hint().lower(), limits);
+        Self { body, rest: Bytes::new(), sending, _request: request }
+    }
 }
 
 impl<B: Body<Data = Bytes> + Unpin> Body for Answer<B> {
@@ -525,20 +612,30 @@ impl<B: Body<Data = Bytes> + Unpin> Body for Answer<B> {
     type Error = B::Error;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
-        let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
-        let activity = &self.request.activity;
-        if !activity.is_http2() {
-            return Poll::Ready(frame);
+        if self.rest.is_empty() {
+            let Some(frame) = ready!(Pin::new(&mut self.body).poll_frame(cx)) else { return Poll::Ready(None) };
+            match frame?.into_data() {
+                Ok(data) => self.rest = data,
+                Err(trailers) => return Poll::Ready(Some(Ok(trailers))),
+            }
         }
-        Poll::Ready(frame.map(|frame| frame.map(|frame| frame.map_data(|part| Unread::bytes(part, activity)))))
+        let part = self.rest.len().min(PART);
+        let part = self.rest.split_to(part);
+        Poll::Ready(Some(Ok(Frame::data(Unread::bytes(part, &self.sending)))))
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
+        self.rest.is_empty() && self.body.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
+        let (body, rest) = (self.body.size_hint(), self.rest.len() as u64);
+        let mut hint = SizeHint::new();
+        hint.set_lower(body.lower() + rest);
+        if let Some(upper) = body.upper() {
+            hint.set_upper(upper + rest);
+        }
+        hint
     }
 }
 
@@ -568,9 +665,6 @@ impl Watched {
 
     fn wrote(&self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
         self.activity.blocked.store(written.is_pending(), Ordering::Relaxed);
-        if let Poll::Ready(Ok(1..)) = written {
-            self.activity.last_write.store(self.activity.now(), Ordering::Relaxed);
-        }
         written
     }
 }
@@ -722,7 +816,8 @@ mod tests {
     #[tokio::test]
     async fn answers_that_are_not_read_are_counted_until_they_are_sent() {
         let activity = Activity::new(false, 8);
-        let mut parts: Vec<_> = (0..100).map(|_| Unread::bytes(Bytes::from_static(b"small"), &activity)).collect();
+        let answer = Sending::new(&activity, 5, &Limits::default());
+        let mut parts: Vec<_> = (0..100).map(|_| Unread::bytes(Bytes::from_static(b"small"), &answer)).collect();
         assert!(activity.reads_too_little());
         let waiting = tokio::spawn({
             let activity = activity.clone();

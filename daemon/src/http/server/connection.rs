@@ -214,6 +214,7 @@ where
         let peer = client.peer;
         let account = client.account.clone();
         let service = Watching {
+            limits: self.limits.clone(),
             service: self.service.clone(),
             activity: activity.clone(),
             phase: phase.clone(),
@@ -442,6 +443,7 @@ struct Client {
 
 /// The service as one connection sees it: what it is doing shows in the connection's activity.
 struct Watching<S> {
+    limits: Limits,
     service: Arc<S>,
     activity: Arc<Activity>,
     phase: watch::Receiver<Phase>,
@@ -465,7 +467,7 @@ where
         let mut in_progress = InProgress::new(self.activity.clone());
         let activity = self.activity.clone();
         let (service, congested, phase) = (self.service.clone(), self.congested.clone(), self.phase.clone());
-        let (client, connection) = (self.client.clone(), self.connection);
+        let (client, connection, limits) = (self.client.clone(), self.connection, self.limits.clone());
         Box::pin(async move {
             if activity.reads_too_little() {
                 // More answers would only take memory. Nor may too many connections come to this.
@@ -506,7 +508,7 @@ where
                 // hyper closes the connection after an answer that says so.
                 response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
             }
-            Ok(response.map(|body| Answer { body, request: in_progress }))
+            Ok(response.map(|body| Answer::new(body, in_progress, &limits)))
         })
     }
 }

@@ -23,6 +23,8 @@ pub struct Limits {
     pub body_timeout: Duration,
     /// Time limit without a request in progress, and without progress while a reply is sent.
     pub idle_timeout: Duration,
+    /// Bytes of its answers that a client has to take in a second, on average, beyond [`Limits::idle_timeout`]; 0 is no limit.
+    pub body_rate: u64,
     /// How long a stopping server still accepts requests on open connections.
     pub grace: Duration,
     /// How long a stopping server waits for requests in progress before it cuts them.
@@ -54,6 +56,7 @@ impl From<&config::Server> for Limits {
             header_timeout: server.header_timeout(),
             body_timeout: server.body_timeout(),
             idle_timeout: server.idle_timeout(),
+            body_rate: server.body_rate,
             grace: Duration::from_millis(500),
             drain_timeout: server.drain_timeout(),
             unproven_time_percent: server.unproven_time_percent,

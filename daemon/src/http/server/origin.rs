@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::sync::OwnedSemaphorePermit;
 
-use super::activity::{Activity, Reading};
+use super::activity::{Activity, Cut, Reading};
 use super::ration::{Account, Charged};
 
 /// The address of the client. [`run`](super::run) adds it to the extensions of every request.
@@ -60,6 +60,12 @@ impl Origin {
     /// Discards further input, so that the client can read its reply.
     pub fn dismiss(&self) {
         self.0.activity.dismiss(true);
+    }
+
+    /// Cuts the connection when it is called, because its client does not read an answer that takes memory.
+    pub fn cutter(&self) -> impl Fn() + Send + Sync + use<> {
+        let activity = self.0.activity.clone();
+        move || activity.cut(Cut::Unread)
     }
 
     /// Charges the processor time of `work` to the connection's address until a host proves itself.

@@ -20,17 +20,23 @@ use tokio::task::{JoinHandle, JoinSet};
 /// Time limit of every wait.
 const LONG: Duration = Duration::from_secs(20);
 
+const LARGE: usize = 64 * 1024;
+
 fn limits() -> Limits {
     Limits { grace: Duration::from_millis(200), drain_timeout: LONG, ..Limits::default() }
 }
 
-/// `/MILLISECONDS` replies after that time with the request's body; `/deaf` replies at once without reading the body.
+/// `/MILLISECONDS` replies after that time with the request's body; `/deaf` replies at once without reading the body; `/large`
+/// replies with [`LARGE`] bytes.
 async fn answer(request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
     assert!(request.extensions().get::<Peer>().is_some());
     if request.uri().path() == "/deaf" {
         let mut response = Response::new(Full::from("I heard nothing"));
         *response.status_mut() = StatusCode::PAYLOAD_TOO_LARGE;
         return Ok(response);
+    }
+    if request.uri().path() == "/large" {
+        return Ok(Response::new(Full::from(vec![7; LARGE])));
     }
     let pause = request.uri().path()[1..].parse().unwrap();
     let reading = request.extensions().get::<Origin>().unwrap().reading();
@@ -540,7 +546,20 @@ mod h2 {
     }
 
     pub(super) fn hello() -> Vec<u8> {
-        [&b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"[..], &frame(SETTINGS, 0, 0, &[])].concat()
+        hello_with(&[])
+    }
+
+    /// A client that reads nothing of any answer's body.
+    pub(super) fn hello_without_window() -> Vec<u8> {
+        hello_with(&[0, 4, 0, 0, 0, 0])
+    }
+
+    fn hello_with(settings: &[u8]) -> Vec<u8> {
+        [&b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"[..], &frame(SETTINGS, 0, 0, settings)].concat()
+    }
+
+    pub(super) fn ping() -> Vec<u8> {
+        frame(PING, 0, 0, &[7; 8])
     }
 
     pub(super) fn get(stream: u32, path: &str) -> Vec<u8> {
@@ -601,6 +620,57 @@ async fn http2_is_spoken_and_stopped_without_loss() {
     }
     assert!(seen.contains(&(h2::GOAWAY, 0)), "{seen:?}");
     assert_eq!(server.drained().await, Drained { open: 2, cut: 0 });
+}
+
+/// Sends frames again and again on a connection whose client does not read an answer. Returns when it is cut.
+async fn until_cut(server: &Running, mut frames: impl FnMut(u32) -> Vec<u8>) {
+    let mut stream = server.connect().await.stream;
+    stream.write_all(&h2::hello_without_window()).await.unwrap();
+    stream.write_all(&h2::get(1, "/large")).await.unwrap();
+    let (mut reads, mut writes) = stream.into_split();
+    let cut = async {
+        let mut all = Vec::new();
+        let _ = reads.read_to_end(&mut all).await;
+    };
+    let sends = async {
+        for number in 1.. {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            if writes.write_all(&frames(2 * number + 1)).await.is_err() {
+                break;
+            }
+        }
+    };
+    let ended = async { tokio::join!(cut, sends) };
+    tokio::time::timeout(LONG, ended).await.expect("the connection stays");
+}
+
+#[tokio::test]
+async fn a_client_that_does_not_read_an_answer_is_cut_whatever_else_it_sends_and_reads() {
+    // Each beat of the client comes well within the time limits.
+    let limits = Limits { idle_timeout: Duration::from_millis(500), body_rate: 1 << 20, ..limits() };
+    let server = Running::start(limits, None);
+    until_cut(&server, |_| h2::ping()).await;
+    // Answers without a body are sent even if nothing is read.
+    until_cut(&server, |stream| h2::get(stream, "/0")).await;
+}
+
+#[tokio::test]
+async fn a_client_that_reads_its_answers_has_the_time_that_they_take() {
+    let limits = Limits { idle_timeout: Duration::from_secs(2), body_rate: 64 * 1024, ..limits() };
+    let server = Running::start(limits, None);
+    let mut client = server.connect().await;
+    for _ in 0..3 {
+        client.send("GET /large HTTP/1.1\r\nHost: test\r\n\r\n").await;
+        assert_eq!(client.receive().await.unwrap().body.len(), LARGE);
+    }
+    let mut stream = server.connect().await.stream;
+    stream.write_all(&[h2::hello(), h2::get(1, "/large")].concat()).await.unwrap();
+    // The usual window is one byte smaller than this answer.
+    let mut parts = 0;
+    while parts < 4 {
+        let frame = h2::next(&mut stream).await.unwrap();
+        parts += usize::from(frame == (h2::DATA, 1));
+    }
 }
 
 /// HTTP/2 lets a client send as many requests as it has streams within one turn.

@@ -106,7 +106,7 @@ metrics! {
     CONNECTIONS_CUT: Counter Count "claviger_connections_cut_total" ["reason"]
         "Connections to the service address that were closed before their client wanted it: its place was needed (room), its address has too many (address), no request (silent), a slow header or handshake (header), answers not read (unread), requests given up (resets).";
     BODIES_REFUSED: Counter Count "claviger_bodies_refused_total" ["reason"]
-        "Bodies of requests that were not taken: no memory (all), too much of one connection or address (connection, address), gave way to others while it arrived slowly or its sender was not known yet (gave_way), too slow (slow), too long (too_large), a batch beyond the size of a single release before its health certificate was found right (unproven).";
+        "Bodies of requests that were not taken: no memory (all), too much of one connection or address (connection, address), gave way to others while it arrived slowly, its sender was not known yet, or its reply was not read (gave_way), too slow (slow), too long (too_large), a batch beyond the size of a single release before its health certificate was found right (unproven).";
     BODY_MEMORY: GaugeReading Bytes "claviger_body_memory_bytes" []
         "Memory that is set aside for bodies of requests and the work on them.";
     BODY_MEMORY_LIMIT: GaugeReading Bytes "claviger_body_memory_limit_bytes" []
