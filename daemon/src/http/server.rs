@@ -49,7 +49,6 @@ use crate::tls::SharedTls;
 pub(crate) use self::activity::Cut;
 pub use self::dozing::BoxError;
 pub use self::limits::Limits;
-pub(crate) use self::line::IN_DEBT;
 pub use self::origin::{Origin, Peer};
 
 /// Most connections that the kernel queues before they are accepted; `somaxconn` may limit it further.
@@ -228,7 +227,7 @@ where
 
     tokio::pin!(shutdown);
     let mut backoff = Backoff::default();
-    let mut line = Line::default();
+    let mut line = Line::new(limits.in_debt);
     let mut look = tokio::time::interval(LOOK_FOR_PLACE);
     look.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {

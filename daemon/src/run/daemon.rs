@@ -250,7 +250,7 @@ fn affordable(mut limits: Limits, config: &Config) -> Limits {
     // A vendor's library may have a file of its own for each session.
     let sessions: usize = config.hsm.iter().map(|hsm| hsm.sessions).sum();
     // Of each listener, as many again may be about to close.
-    let others = OTHER_FILES + metrics_connections() + 2 * LEAVING + server::IN_DEBT + sessions;
+    let others = OTHER_FILES + metrics_connections() + 2 * LEAVING + sessions;
     let most = process::affordable_connections(limits.max_connections, others);
     if most < limits.max_connections {
         tracing::warn!(
@@ -261,6 +261,7 @@ fn affordable(mut limits: Limits, config: &Config) -> Limits {
         );
         limits.max_connections = most;
     }
+    limits.in_debt = process::affordable_connections(limits.in_debt, others + limits.max_connections);
     limits
 }
 

@@ -7,6 +7,9 @@ use crate::config;
 /// Most concurrent requests on an HTTP/2 connection.
 const STREAMS: u32 = 128;
 
+/// Most connections of addresses that have used up their shares that wait for a place.
+const IN_DEBT: usize = 1_024;
+
 /// The limits of a listener's connections.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Limits {
@@ -14,6 +17,9 @@ pub struct Limits {
     pub max_connections: usize,
     /// Most open connections for each address, or each /64 network of IPv6; 0 is no limit.
     pub per_address: usize,
+    /// Most connections that wait for a place beside others, because their addresses have used up their shares of processor
+    /// time.
+    pub in_debt: usize,
     /// Most concurrent requests on an HTTP/2 connection.
     pub streams: u32,
     /// Time limit for a TLS handshake, for the first byte of a connection, and for a header from its first byte to its
@@ -52,6 +58,7 @@ impl From<&config::Server> for Limits {
         Self {
             max_connections: server.max_connections,
             per_address: server.max_connections_per_address,
+            in_debt: IN_DEBT,
             streams: STREAMS,
             header_timeout: server.header_timeout(),
             body_timeout: server.body_timeout(),

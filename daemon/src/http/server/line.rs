@@ -1,8 +1,9 @@
 //! The line of accepted connections that wait for a place.
 //!
 //! Connections of addresses in debt (see `ration`) wait in a line of their own: there may be hundreds of them, and none of them
-//! would have its turn soon. Any other connection finds a place at once, unless all places are in use for work; then nothing
-//! more is accepted, and the rest waits in the kernel's queue.
+//! would have its turn soon. Any other connection finds a place at once, unless all places are in use for work. Then nothing
+//! more is accepted, and the rest waits in the kernel's queue; so it is when too many of addresses in debt wait. None is closed:
+//! an honest host may be at the address of others that are not.
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
@@ -13,9 +14,6 @@ use tokio::net::TcpStream;
 use super::activity::Activity;
 use super::slot::{House, Place};
 use crate::sys::places::NoPlace;
-
-/// Most connections of addresses in debt that wait. Further ones are closed.
-pub(crate) const IN_DEBT: usize = 64;
 
 /// An accepted connection.
 pub(super) struct Arrival {
@@ -40,16 +38,21 @@ pub(super) enum Outcome {
 }
 
 /// The accepted connections that wait for a place.
-#[derive(Default)]
 pub(super) struct Line {
     first: Option<Arrival>,
     in_debt: VecDeque<Arrival>,
+    most_in_debt: usize,
 }
 
 impl Line {
+    /// At most so many connections of addresses in debt wait in it.
+    pub(super) fn new(most_in_debt: usize) -> Self {
+        Self { first: None, in_debt: VecDeque::new(), most_in_debt: most_in_debt.max(1) }
+    }
+
     /// Whether another connection can be accepted.
     pub(super) fn is_open(&self) -> bool {
-        self.first.is_none()
+        self.first.is_none() && self.in_debt.len() < self.most_in_debt
     }
 
     /// Whether anybody is in the line.
@@ -61,7 +64,8 @@ impl Line {
     pub(super) fn arrive(&mut self, arrival: Arrival, house: &Arc<House>, owes: bool) -> Outcome {
         // Those of addresses in debt have places one after another. It also spares the search for a place.
         if owes && !self.in_debt.is_empty() {
-            return self.wait_in_debt(arrival, VecDeque::push_back);
+            self.in_debt.push_back(arrival);
+            return Outcome::Waits { full: false };
         }
         self.seat(arrival, house, owes)
     }
@@ -82,20 +86,15 @@ impl Line {
         match house.arrive(arrival.peer, &arrival.activity, owes) {
             Ok(place) => Outcome::Seated(arrival, place),
             Err(NoPlace::Group) => Outcome::TurnedAway(arrival),
-            Err(NoPlace::Full | NoPlace::Leaving) if owes => self.wait_in_debt(arrival, VecDeque::push_front),
+            Err(NoPlace::Full | NoPlace::Leaving) if owes => {
+                self.in_debt.push_front(arrival);
+                Outcome::Waits { full: false }
+            }
             Err(why @ (NoPlace::Full | NoPlace::Leaving)) => {
                 self.first = Some(arrival);
                 Outcome::Waits { full: why == NoPlace::Full }
             }
         }
-    }
-
-    fn wait_in_debt(&mut self, arrival: Arrival, add: impl FnOnce(&mut VecDeque<Arrival>, Arrival)) -> Outcome {
-        if self.in_debt.len() >= IN_DEBT {
-            return Outcome::TurnedAway(arrival);
-        }
-        add(&mut self.in_debt, arrival);
-        Outcome::Waits { full: false }
     }
 }
 
@@ -126,7 +125,7 @@ mod tests {
 
     #[tokio::test]
     async fn nobody_waits_for_an_address_in_debt() {
-        let (house, mut line) = (house(2), Line::default());
+        let (house, mut line) = (house(2), Line::new(10));
         // All places are taken by connections that wait for their turn, and more of them come.
         let mut seated = Vec::new();
         for _ in 0..2 {
@@ -134,10 +133,9 @@ mod tests {
             arrival.activity.wait_for_turn(true);
             seated.push((arrival, place));
         }
-        for _ in 0..IN_DEBT {
+        for _ in 0..9 {
             assert!(matches!(line.arrive(from(GREEDY).await, &house, true), Outcome::Waits { full: false }));
         }
-        assert!(matches!(line.arrive(from(GREEDY).await, &house, true), Outcome::TurnedAway(_)));
         assert!(line.is_open() && !line.is_empty());
         let Outcome::Seated(honest, _place) = line.arrive(from(HONEST).await, &house, false) else { panic!() };
         assert_eq!(seated.iter().filter(|(arrival, _)| arrival.activity.is_told_to_close()).count(), 1);
@@ -145,14 +143,19 @@ mod tests {
         let next = line.in_debt[0].peer;
         drop(seated);
         let Outcome::Seated(arrival, _place) = line.advance(&house, |peer| peer.ip() == next.ip()) else { panic!() };
-        assert_eq!((arrival.peer, line.in_debt.len()), (next, IN_DEBT - 1));
+        assert_eq!((arrival.peer, line.in_debt.len()), (next, 8));
+        for _ in 0..2 {
+            assert!(line.is_open());
+            line.arrive(from(GREEDY).await, &house, true);
+        }
+        assert!(!line.is_open(), "more of them wait in the kernel");
         drop(honest);
-        assert_eq!(line.end().count(), IN_DEBT - 1);
+        assert_eq!(line.end().count(), 10);
     }
 
     #[tokio::test]
     async fn while_all_places_are_in_use_for_work_nothing_is_accepted() {
-        let (house, mut line) = (house(1), Line::default());
+        let (house, mut line) = (house(1), Line::new(10));
         let Outcome::Seated(busy, place) = line.arrive(from(HONEST).await, &house, false) else { panic!() };
         busy.activity.wait_for_turn(true);
         let mut request = InProgress::new(busy.activity.clone());
