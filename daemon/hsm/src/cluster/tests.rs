@@ -195,8 +195,13 @@ impl Stage {
         self.cluster.random(4, standstill::now() + Duration::from_secs(10)).await
     }
 
-    /// Starts the cluster with known-answer tests of these keys, the primary one first.
     async fn start_with_keys(&self, keys: &[u8]) {
+        self.set_keys(keys);
+        self.cluster.start().await.unwrap();
+    }
+
+    /// Sets known-answer tests of these keys, the primary one first.
+    fn set_keys(&self, keys: &[u8]) {
         let decrypt = |key: &u8| {
             KnownAnswerTest::decrypt(&key_of(*key), OAEP, &[TEST], Zeroizing::new(PLAINTEXT.to_vec())).unwrap()
         };
@@ -205,7 +210,6 @@ impl Stage {
             KnownAnswerTest::sign(&key_of(*key), SignScheme::Pkcs1(Hash::Sha256), &[0; 32], check).unwrap()
         };
         self.cluster.set_known_answers(keys.iter().map(decrypt).chain(keys.iter().map(sign)).collect());
-        self.cluster.start().await.unwrap();
     }
 
     async fn decrypt(&self, key: u8) -> Result<(), HsmError> {
@@ -860,5 +864,49 @@ async fn a_member_that_cannot_use_another_key_stays_up() {
         assert_eq!((stage.decrypt(1).await, stage.sign(1).await), (Ok(()), Ok(())));
     }
     assert_eq!((stage.state(), stage.closings()), (MemberState::Up, 0));
+    stage.cluster.close().await;
+}
+
+// A worker that is kept although its tests failed.
+
+/// The script of a token that lacks every key.
+fn lacks_its_keys(peer: &Peer) {
+    peer.serve_with(|asked| matches!(asked, Asked::Decrypt(..) | Asked::Sign(_)).then_some(HsmError::NoSuchKey));
+}
+
+#[tokio::test]
+async fn a_drained_member_that_lacks_a_key_ends_with_its_cluster() {
+    for _ in 0..30 {
+        let stage = Stage::set(LONG, |_, peer| lacks_its_keys(&peer));
+        stage.set_keys(&[1]);
+        assert_eq!(stage.cluster.start().await.unwrap_err().error, HsmError::NoSuchKey);
+        stage.cluster.drain("m", true).unwrap();
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        standstill::timeout(LONG, stage.cluster.close()).await.unwrap();
+        assert_eq!(stage.state(), MemberState::Off);
+    }
+}
+
+#[tokio::test]
+async fn a_worker_that_hangs_is_not_kept_for_its_missing_key() {
+    let stage = Stage::set(SHORT, |number, peer| {
+        if number > 0 {
+            return peer.serve();
+        }
+        while let Some((id, asked)) = peer.next() {
+            match asked {
+                Asked::Decrypt(..) | Asked::Sign(_) => peer.reply(id, Err(HsmError::NoSuchKey)),
+                // The list of keys hangs.
+                Asked::Other => {}
+                _ => peer.answer(id, asked),
+            }
+        }
+    });
+    stage.set_keys(&[1]);
+    assert_eq!(stage.cluster.start().await.unwrap_err().error, HsmError::NoSuchKey);
+    let member = stage.cluster.member("m").unwrap();
+    let list = Job::new(&Request::Keys { search: true }).unwrap();
+    assert!(member.direct(&list, SHORT / 4).await.is_err());
+    stage.until("a fresh worker", |stage| stage.started() > 1 && stage.state() == MemberState::Up).await;
     stage.cluster.close().await;
 }

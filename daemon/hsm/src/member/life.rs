@@ -34,6 +34,17 @@ fn lost(read: Result<Failure, oneshot::error::RecvError>) -> Failure {
     read.unwrap_or_else(|_| HsmError::Worker(WorkerFault::Gone).into())
 }
 
+/// What ends the wait for the next attempt.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Turn {
+    /// An attempt has begun.
+    Attempt,
+    /// The member's worker must be ended: a fault condemned it, or the token refused the PIN.
+    Unwanted,
+    /// The member was removed from the cluster.
+    Removed,
+}
+
 /// The way in which the service of a worker ended.
 enum End {
     /// The attempt failed before the worker served.
@@ -49,7 +60,7 @@ enum End {
 impl Member {
     /// Starts and ends workers until the member is removed.
     pub(crate) async fn live(self: Arc<Self>) {
-        while self.until_attempt_is_due().await {
+        while self.next_turn(false).await == Turn::Attempt {
             // Each worker is served in a task of its own, so that a panic costs the worker, not the member.
             let member = Arc::clone(&self);
             let attempt = tokio::spawn(async move { member.attempt().await });
@@ -84,17 +95,22 @@ impl Member {
         }
     }
 
-    /// Waits until an attempt is due; returns false if the member is removed.
-    async fn until_attempt_is_due(&self) -> bool {
+    /// Waits until the member has to do something. `has_worker`: true if a worker that did not pass the tests is kept. This
+    /// is one function, because a change of the state wakes one waiter only.
+    async fn next_turn(&self, has_worker: bool) -> Turn {
         loop {
             let due = {
                 let mut machine = self.machine();
                 if machine.is_removed() {
-                    return false;
+                    return Turn::Removed;
+                }
+                // Checked before an attempt begins, which makes the machine forget that the worker was condemned.
+                if has_worker && (machine.is_condemned() || machine.is_pin_refused()) {
+                    return Turn::Unwanted;
                 }
                 if machine.begin_attempt(standstill::now()) {
                     self.begun.fetch_add(1, Ordering::AcqRel);
-                    return true;
+                    return Turn::Attempt;
                 }
                 machine.attempt_due()
             };
@@ -140,12 +156,6 @@ impl Member {
             if standstill::timeout_at(by, self.changed.notified()).await.is_err() {
                 return End::Broken(HsmError::Worker(WorkerFault::Gone).into());
             }
-        }
-    }
-
-    async fn until_pin_refused(&self) {
-        while !self.machine().is_pin_refused() {
-            self.changed.notified().await;
         }
     }
 
@@ -283,8 +293,11 @@ impl Member {
             }
             tokio::select! {
                 failure = self.until_lost(talk, process, ended) => return End::Broken(failure),
-                () = self.until_pin_refused() => return End::Unwanted,
-                due = self.until_attempt_is_due() => if !due { return End::Removed },
+                turn = self.next_turn(true) => match turn {
+                    Turn::Attempt => {}
+                    Turn::Unwanted => return End::Unwanted,
+                    Turn::Removed => return End::Removed,
+                },
             }
         }
         tokio::select! {

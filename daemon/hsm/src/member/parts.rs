@@ -89,7 +89,8 @@ pub(crate) struct Member {
     /// The connection to the worker, from the worker's start to its end, even while the member does not serve.
     pub(super) talk: Mutex<Option<Talk>>,
     pub(super) pin: Mutex<PinState>,
-    /// Notified on each change of the member's state machine. Only the member's task waits for it.
+    /// Notified on each change of the member's state machine. Only the member's task waits for it, in one place at a time: a
+    /// change wakes one waiter.
     pub(super) changed: Notify,
     /// Number of attempts that have begun.
     pub(super) begun: AtomicU64,

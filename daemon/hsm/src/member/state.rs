@@ -228,6 +228,11 @@ impl Machine {
         self.state == State::Removed
     }
 
+    /// Returns true if a fault requires that the worker is ended.
+    pub(crate) fn is_condemned(&self) -> bool {
+        self.condemned
+    }
+
     pub(crate) fn is_pin_refused(&self) -> bool {
         self.state == State::PinRefused
     }
