@@ -910,3 +910,27 @@ async fn a_worker_that_hangs_is_not_kept_for_its_missing_key() {
     stage.until("a fresh worker", |stage| stage.started() > 1 && stage.state() == MemberState::Up).await;
     stage.cluster.close().await;
 }
+
+#[tokio::test]
+async fn a_member_without_traffic_whose_tests_fail_does_not_stay_up() {
+    let broken = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let stage = Stage::set(LONG, {
+        let broken = Arc::clone(&broken);
+        move |_, peer| {
+            peer.serve_with(|asked| {
+                let fails = broken.load(Ordering::Acquire) && matches!(asked, Asked::Decrypt(..));
+                fails.then(|| HsmError::new(Function::DecryptInit, RvError::DeviceMemory))
+            });
+        }
+    });
+    stage.start_with_keys(&[1]).await;
+    broken.store(true, Ordering::Release);
+    // What /ready does, and the regular test of a member that is silent.
+    assert!(stage.cluster.check("m").await.is_err());
+    assert_eq!(stage.state(), MemberState::Up, "one such failure may be a busy token");
+    assert_eq!(stage.last_error(), "C_DecryptInit: CKR_DEVICE_MEMORY");
+    stage.until("it goes down", |stage| stage.closings() == 1).await;
+    broken.store(false, Ordering::Release);
+    stage.until("it comes back", |stage| stage.state() == MemberState::Up).await;
+    stage.cluster.close().await;
+}
