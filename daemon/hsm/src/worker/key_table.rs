@@ -6,6 +6,7 @@
 
 use std::collections::HashMap;
 
+use crate::error::HsmError;
 use crate::identity::{Fingerprint, KeyId, without_leading_zeros};
 use crate::keys::{RsaPublic, TokenKey};
 
@@ -69,25 +70,27 @@ pub(crate) struct KeyTable<H> {
     by_id: HashMap<Vec<u8>, Vec<Key<H>>>,
     /// All keys, including those without an id, in the order in which the token listed them.
     found: Vec<FoundKey<H>>,
+    /// Errors of private keys whose attributes cannot be read.
+    unreadable: Vec<HsmError>,
 }
 
 impl<H> Default for KeyTable<H> {
     fn default() -> Self {
-        KeyTable { by_id: HashMap::new(), found: Vec::new() }
+        KeyTable { by_id: HashMap::new(), found: Vec::new(), unreadable: Vec::new() }
     }
 }
 
 impl<H: Copy> KeyTable<H> {
     /// Builds the table from the private keys of a token. The public key objects are used only for private keys that do not
-    /// reveal their modulus.
-    pub(crate) fn new(mut found: Vec<FoundKey<H>>, publics: &[FoundPublic]) -> Self {
+    /// reveal their modulus. `unreadable`: errors of private keys whose attributes cannot be read.
+    pub(crate) fn new(mut found: Vec<FoundKey<H>>, publics: &[FoundPublic], unreadable: &[HsmError]) -> Self {
         let halves: Vec<_> = found.iter().map(|key| public_half(key, &found, publics).cloned()).collect();
         for (key, half) in found.iter_mut().zip(halves) {
             if let Some(half) = half {
                 (key.n, key.e) = (half.n, half.e);
             }
         }
-        let mut table = KeyTable::default();
+        let mut table = KeyTable { unreadable: unreadable.to_vec(), ..KeyTable::default() };
         found.into_iter().for_each(|key| table.insert(key));
         table
     }
@@ -167,7 +170,8 @@ impl<H: Copy> KeyTable<H> {
 
     /// Describes, in sentences, the facts about these keys that an administrator should know.
     pub(crate) fn oddities(&self) -> Vec<String> {
-        let mut said = Vec::new();
+        let unreadable = |error| format!("a private key cannot be read and is not used: {error}");
+        let mut said: Vec<_> = self.unreadable.iter().map(unreadable).collect();
         for key in self.found.iter().filter(|key| key.id.is_empty()) {
             said.push(format!("the private key labelled {:?} has no CKA_ID and is not used", key.label));
         }
@@ -251,7 +255,7 @@ mod tests {
 
     #[test]
     fn the_public_key_decides_between_keys_of_one_id() {
-        let table = KeyTable::new(vec![key(1, b"id", "a", b"one"), key(2, b"id", "b", b"\0two")], &[]);
+        let table = KeyTable::new(vec![key(1, b"id", "a", b"one"), key(2, b"id", "b", b"\0two")], &[], &[]);
         assert_eq!(handle(&table, b"id", b"one"), Some(1));
         assert_eq!(handle(&table, b"id", b"two"), Some(2));
         assert_eq!(handle(&table, b"id", b"three"), None, "another key of that id is not it");
@@ -265,48 +269,57 @@ mod tests {
         let signs = FoundKey { decrypts: false, ..key(1, b"id", "a", b"n") };
         let decrypts = FoundKey { signs: false, ..key(2, b"id", "a", b"n") };
         for order in [[signs.clone(), decrypts.clone()], [decrypts, signs.clone()]] {
-            let table = KeyTable::new(order.to_vec(), &[]);
+            let table = KeyTable::new(order.to_vec(), &[], &[]);
             let public = Fingerprint::of_modulus(b"n");
             assert_eq!(table.find(b"id", public, Purpose::Sign).unwrap().handle, 1);
             assert_eq!(table.find(b"id", public, Purpose::Decrypt).unwrap().handle, 2);
         }
         // The token then refuses, with its own code.
-        let table = KeyTable::new(vec![signs], &[]);
+        let table = KeyTable::new(vec![signs], &[], &[]);
         assert!(table.find(b"id", Fingerprint::of_modulus(b"n"), Purpose::Decrypt).is_some());
     }
 
     #[test]
     fn a_modulus_that_the_private_key_does_not_tell_comes_from_the_public_key() {
         let publics = [public(b"id", "a", b"one"), public(b"id", "b", b"two"), public(b"alone", "x", b"three")];
-        let table =
-            KeyTable::new(vec![key(1, b"id", "a", b""), key(2, b"id", "b", b""), key(3, b"alone", "y", b"")], &publics);
+        let table = KeyTable::new(
+            vec![key(1, b"id", "a", b""), key(2, b"id", "b", b""), key(3, b"alone", "y", b"")],
+            &publics,
+            &[],
+        );
         assert_eq!(handle(&table, b"id", b"one"), Some(1));
         assert_eq!(handle(&table, b"id", b"two"), Some(2));
         assert_eq!(handle(&table, b"alone", b"three"), Some(3));
         assert_eq!(table.list().iter().filter(|key| key.public.is_some()).count(), 3);
         // The private key lacks only the exponent.
-        let table = KeyTable::new(vec![FoundKey { e: Vec::new(), ..key(1, b"id", "z", b"\0one") }], &publics);
+        let table = KeyTable::new(vec![FoundKey { e: Vec::new(), ..key(1, b"id", "z", b"\0one") }], &publics, &[]);
         assert_eq!(table.list()[0].public, Some(RsaPublic { n: b"one".to_vec(), e: vec![3] }));
     }
 
     #[test]
     fn keys_that_cannot_be_told_apart_are_not_guessed_at() {
         let table =
-            KeyTable::new(vec![key(1, b"id", "a", b""), key(2, b"id", "a", b"")], &[public(b"id", "a", b"one")]);
+            KeyTable::new(vec![key(1, b"id", "a", b""), key(2, b"id", "a", b"")], &[public(b"id", "a", b"one")], &[]);
         assert_eq!(handle(&table, b"id", b"one"), None);
         assert!(table.oddities()[0].contains("2 private keys have the CKA_ID 6964"), "{:?}", table.oddities());
         // The only key of an id is used, and its results are checked.
-        let table = KeyTable::new(vec![key(1, b"id", "a", b""), key(2, b"id", "b", b"two")], &[]);
+        let table = KeyTable::new(vec![key(1, b"id", "a", b""), key(2, b"id", "b", b"two")], &[], &[]);
         assert_eq!(handle(&table, b"id", b"one"), Some(1));
         assert_eq!(handle(&table, b"id", b"two"), Some(2));
     }
 
     #[test]
     fn a_key_without_an_id_is_named() {
-        let table = KeyTable::new(vec![key(1, b"", "forgotten", b"n"), key(2, b"id", "b", b"m")], &[]);
+        let table = KeyTable::new(vec![key(1, b"", "forgotten", b"n"), key(2, b"id", "b", b"m")], &[], &[]);
         assert_eq!(table.oddities(), ["the private key labelled \"forgotten\" has no CKA_ID and is not used"]);
         let listed = table.list();
         assert_eq!((listed[0].id.as_ref(), listed[1].id.as_ref()), (Some(&KeyId(b"id".to_vec())), None));
         assert_eq!(handle(&table, b"", b"n"), None);
+    }
+
+    #[test]
+    fn a_key_that_cannot_be_read_is_mentioned() {
+        let table = KeyTable::new(vec![key(1, b"id", "b", b"m")], &[], &[HsmError::Nonsense]);
+        assert!(table.oddities()[0].starts_with("a private key cannot be read and is not used: the module gave"));
     }
 }

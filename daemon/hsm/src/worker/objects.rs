@@ -7,6 +7,7 @@ use zeroize::Zeroize;
 
 use crate::code::Function;
 use crate::error::HsmError;
+use crate::fault::SessionAction;
 use crate::identity::{Fingerprint, KeyId, without_leading_zeros};
 use crate::keys::{NewKey, RsaPublic};
 use crate::worker::key_table::{self, FoundKey, FoundPublic, KeyTable};
@@ -29,56 +30,55 @@ impl Key {
 pub(crate) fn private_keys(session: &Session) -> Result<KeyTable<ObjectHandle>, HsmError> {
     let handles =
         session.find_objects(&[Attribute::Class(ObjectClass::PRIVATE_KEY), Attribute::KeyType(KeyType::RSA)])?;
-    let mut found = Vec::with_capacity(handles.len());
-    for handle in handles {
-        let wanted = [
-            AttributeType::Id,
-            AttributeType::Label,
-            AttributeType::Modulus,
-            AttributeType::PublicExponent,
-            AttributeType::Decrypt,
-            AttributeType::Sign,
-            AttributeType::AlwaysAuthenticate,
-        ];
-        let Some(attributes) = attributes_of(session, handle, &wanted)? else { continue };
-        let mut key = FoundKey {
-            handle,
-            id: Vec::new(),
-            label: String::new(),
-            n: Vec::new(),
-            e: Vec::new(),
-            decrypts: true,
-            signs: true,
-            always_authenticate: false,
-        };
-        for attribute in attributes {
-            match attribute {
-                Attribute::Id(id) => key.id = id,
-                Attribute::Label(label) => key.label = String::from_utf8_lossy(&label).into_owned(),
-                Attribute::Modulus(n) => key.n = n,
-                Attribute::PublicExponent(e) => key.e = e,
-                Attribute::Decrypt(decrypts) => key.decrypts = decrypts,
-                Attribute::Sign(signs) => key.signs = signs,
-                Attribute::AlwaysAuthenticate(always) => key.always_authenticate = always,
-                _ => {}
-            }
-        }
-        found.push(key);
-    }
+    let (found, unreadable) = read_each(handles, |handle| private_key(session, handle))?;
     let publics =
         if found.iter().any(|key| key.n.is_empty() || key.e.is_empty()) { public_keys(session)? } else { Vec::new() };
-    Ok(KeyTable::new(found, &publics))
+    Ok(KeyTable::new(found, &publics, &unreadable))
+}
+
+fn private_key(session: &Session, handle: ObjectHandle) -> Result<Option<FoundKey<ObjectHandle>>, HsmError> {
+    let wanted = [
+        AttributeType::Id,
+        AttributeType::Label,
+        AttributeType::Modulus,
+        AttributeType::PublicExponent,
+        AttributeType::Decrypt,
+        AttributeType::Sign,
+        AttributeType::AlwaysAuthenticate,
+    ];
+    let Some(attributes) = attributes_of(session, handle, &wanted)? else { return Ok(None) };
+    let mut key = FoundKey {
+        handle,
+        id: Vec::new(),
+        label: String::new(),
+        n: Vec::new(),
+        e: Vec::new(),
+        decrypts: true,
+        signs: true,
+        always_authenticate: false,
+    };
+    for attribute in attributes {
+        match attribute {
+            Attribute::Id(id) => key.id = id,
+            Attribute::Label(label) => key.label = String::from_utf8_lossy(&label).into_owned(),
+            Attribute::Modulus(n) => key.n = n,
+            Attribute::PublicExponent(e) => key.e = e,
+            Attribute::Decrypt(decrypts) => key.decrypts = decrypts,
+            Attribute::Sign(signs) => key.signs = signs,
+            Attribute::AlwaysAuthenticate(always) => key.always_authenticate = always,
+            _ => {}
+        }
+    }
+    Ok(Some(key))
 }
 
 fn public_keys(session: &Session) -> Result<Vec<FoundPublic>, HsmError> {
     let handles =
         session.find_objects(&[Attribute::Class(ObjectClass::PUBLIC_KEY), Attribute::KeyType(KeyType::RSA)])?;
-    let mut found = Vec::with_capacity(handles.len());
-    for handle in handles {
-        let Some(attributes) = attributes_of(session, handle, &[AttributeType::Id, AttributeType::Label])? else {
-            continue;
-        };
-        let Some(key) = read_public(session, handle)? else { continue };
+    let (found, _) = read_each(handles, |handle| {
+        let wanted = [AttributeType::Id, AttributeType::Label];
+        let Some(attributes) = attributes_of(session, handle, &wanted)? else { return Ok(None) };
+        let Some(key) = read_public(session, handle)? else { return Ok(None) };
         let mut public = FoundPublic { id: Vec::new(), label: String::new(), key };
         for attribute in attributes {
             match attribute {
@@ -87,21 +87,51 @@ fn public_keys(session: &Session) -> Result<Vec<FoundPublic>, HsmError> {
                 _ => {}
             }
         }
-        found.push(public);
-    }
+        Ok(Some(public))
+    })?;
     Ok(found)
+}
+
+/// Reads objects; returns those that `read` returns, and the errors of those that cannot be read. One odd object, perhaps of
+/// another application, must not make the token unusable.
+///
+/// # Errors
+/// Returns an error that is not about one object, or the first error if no object can be read.
+fn read_each<H: Copy, T>(
+    objects: Vec<H>,
+    read: impl Fn(H) -> Result<Option<T>, HsmError>,
+) -> Result<(Vec<T>, Vec<HsmError>), HsmError> {
+    let (mut found, mut unreadable) = (Vec::with_capacity(objects.len()), Vec::new());
+    for object in objects {
+        let read_once = read(object);
+        // A token that is busy for a moment must not seem to lack a key.
+        let read = if read_once.as_ref().is_err_and(is_about_one_object) { read(object) } else { read_once };
+        match read {
+            Ok(object) => found.extend(object),
+            Err(error) if is_about_one_object(&error) => unreadable.push(error),
+            Err(error) => return Err(error),
+        }
+    }
+    match unreadable.first() {
+        Some(error) if found.is_empty() => Err(*error),
+        _ => Ok((found, unreadable)),
+    }
+}
+
+/// Returns false if the error says that the session, the token or the module is lost.
+fn is_about_one_object(error: &HsmError) -> bool {
+    let lost = [RvError::DeviceRemoved, RvError::TokenNotPresent, RvError::CryptokiNotInitialized];
+    error.fault().session != SessionAction::Renew && !lost.into_iter().any(|code| error.is_code(code))
 }
 
 /// Returns the public key objects with this id and modulus.
 pub(crate) fn public_objects(session: &Session, id: &[u8], public: Fingerprint) -> Result<Vec<ObjectHandle>, HsmError> {
     let wanted =
         [Attribute::Class(ObjectClass::PUBLIC_KEY), Attribute::KeyType(KeyType::RSA), Attribute::Id(id.to_vec())];
-    let mut found = Vec::new();
-    for handle in session.find_objects(&wanted)? {
-        if read_public(session, handle)?.is_some_and(|key| Fingerprint::of_modulus(&key.n) == public) {
-            found.push(handle);
-        }
-    }
+    let (found, _) = read_each(session.find_objects(&wanted)?, |handle| {
+        let key = read_public(session, handle)?;
+        Ok(key.filter(|key| Fingerprint::of_modulus(&key.n) == public).map(|_| handle))
+    })?;
     Ok(found)
 }
 
@@ -178,5 +208,42 @@ impl Drop for SecretTemplate {
                 bytes.zeroize();
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn error(code: RvError) -> HsmError {
+        HsmError::new(Function::GetAttributeValue, code)
+    }
+
+    #[test]
+    fn an_odd_object_is_left_out() {
+        for odd in [error(RvError::GeneralError), error(RvError::DeviceError), HsmError::Nonsense] {
+            let read = |object| if object == 2 { Err(odd) } else { Ok(Some(object).filter(|object| *object != 3)) };
+            assert_eq!(read_each(vec![1, 2, 3, 4], read), Ok((vec![1, 4], vec![odd])));
+            assert_eq!(read_each(vec![2, 3], read), Err(odd), "nothing can be read");
+        }
+        assert_eq!(read_each(Vec::new(), |object: u8| Ok(Some(object))), Ok((vec![], vec![])));
+    }
+
+    #[test]
+    fn what_ends_the_session_is_not_about_one_object() {
+        for lost in [RvError::SessionHandleInvalid, RvError::DeviceRemoved, RvError::CryptokiNotInitialized] {
+            let read = |object| if object == 2 { Err(error(lost)) } else { Ok(Some(object)) };
+            assert_eq!(read_each(vec![1, 2, 3], read), Err(error(lost)));
+        }
+    }
+
+    #[test]
+    fn an_object_that_cannot_be_read_once_is_read_again() {
+        let reads = std::cell::Cell::new(0);
+        let read = |object| {
+            reads.set(reads.get() + 1);
+            if reads.get() == 2 { Err(error(RvError::FunctionFailed)) } else { Ok(Some(object)) }
+        };
+        assert_eq!(read_each(vec![1, 2, 3], read), Ok((vec![1, 2, 3], vec![])));
     }
 }
