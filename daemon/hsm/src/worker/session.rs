@@ -44,7 +44,7 @@ pub(crate) struct OpenSession {
 }
 
 impl OpenSession {
-    /// Logs in if necessary, opens a session and searches for the keys.
+    /// Logs in if necessary and opens a session, which is to be [prepared](Self::prepare) before its first operation.
     pub(crate) fn open(token: &Arc<Token>) -> Result<Self, Failure> {
         let slot = token.ensure_login()?;
         let pkcs11 = token.module.pkcs11();
@@ -53,17 +53,21 @@ impl OpenSession {
             Err(Error::Pkcs11(RvError::TokenWriteProtected, _)) => pkcs11.open_ro_session(slot),
             session => session,
         }?;
-        let mut open = OpenSession {
+        Ok(OpenSession {
             token: Arc::clone(token),
             session,
             keys: KeyTable::default(),
             keys_made: 0,
             searched_again: None,
             cost: Cell::default(),
-        };
-        open.search()?;
-        token.try_out(|| open.find_schemes());
-        Ok(open)
+        })
+    }
+
+    /// Searches for the keys.
+    pub(crate) fn prepare(&mut self) -> Result<(), HsmError> {
+        self.search()?;
+        self.token.try_out(|| self.find_schemes());
+        Ok(())
     }
 
     /// Performs a request, and returns the result and the cost of the token's part.

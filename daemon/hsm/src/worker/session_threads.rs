@@ -54,7 +54,8 @@ const LONGEST_LABEL: usize = 1024;
 pub(crate) struct SessionThreads {
     daemon: Arc<WorkerEnd>,
     token: OnceLock<Arc<Token>>,
-    /// Held by the thread that opens a session.
+    /// Held by the thread that logs in and opens a session. It is not held during the search for keys: after a reset of the
+    /// connection, all sessions are renewed while calls wait for them.
     opening: Mutex<()>,
     state: Mutex<State>,
     /// Notified when the state's `ending` or `threads` has changed.
@@ -264,9 +265,11 @@ impl SessionThreads {
     }
 
     fn open(&self, token: &Arc<Token>) -> Result<OpenSession, Failure> {
-        let _one_at_a_time = lock(&self.opening);
         let started = Instant::now();
-        let opened = OpenSession::open(token);
+        let opened = self.open_one_at_a_time(token).and_then(|mut session| {
+            session.prepare()?;
+            Ok(session)
+        });
         let took = started.elapsed();
         if opened.is_ok() {
             let mut state = self.state();
@@ -278,6 +281,11 @@ impl SessionThreads {
         let result = opened.as_ref().map(drop).map_err(|failure| failure.error);
         token.report(&Report::SessionOpened { took, result });
         opened
+    }
+
+    fn open_one_at_a_time(&self, token: &Arc<Token>) -> Result<OpenSession, Failure> {
+        let _one_at_a_time = lock(&self.opening);
+        OpenSession::open(token)
     }
 
     fn close(&self, session: &mut Option<OpenSession>) {

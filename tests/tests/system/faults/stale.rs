@@ -1,6 +1,8 @@
 //! Tests of state that a token loses: the worker renews it in place, callers see no error, and no member goes down.
 
-use super::{MEMBERS, Stage, USUAL, seconds};
+use claviger_tests::openloop::Answer;
+
+use super::{MEMBERS, Setup, Stage, USUAL, seconds};
 
 const KINDS: [&str; 4] = ["stale=sessions", "stale=one-session", "stale=login", "stale=objects"];
 
@@ -40,4 +42,27 @@ async fn one_member_goes_stale() {
 #[tokio::test(flavor = "multi_thread")]
 async fn all_members_go_stale_at_once() {
     go_stale(&MEMBERS, "all go stale").await;
+}
+
+/// The token answers slowly while all sessions are renewed: their searches for keys run at the same time, so no call takes
+/// longer than the watchdog allows.
+#[tokio::test(flavor = "multi_thread")]
+async fn all_sessions_of_a_slow_token_go_stale_at_once() {
+    let stage = Stage::open(Setup { members: 1, sessions: 8, ..USUAL }).await;
+    let load = stage.load();
+    seconds(0.5).await;
+    let before = stage.faulty.stats("hsm-a").calls("C_GetAttributeValue");
+    stage.faulty.set("hsm-a", &["stale=sessions", "call=C_GetAttributeValue delay_ms=250"]);
+    stage.until_faults("hsm-a", "stale", 1).await;
+    seconds(7.0).await;
+    let back = stage.until_serves("hsm-a").await;
+    let calls = stage.faulty.stats("hsm-a").calls("C_GetAttributeValue") - before;
+    println!("all sessions of a slow token: {calls} slow calls, serves after {back:.0?}");
+    stage.faulty.clear("hsm-a");
+    seconds(0.5).await;
+    assert_eq!(stage.faulty.stats("hsm-a").processes(), 1, "a fresh worker");
+    assert_eq!(stage.closings("hsm-a").await, 0);
+    // Releases may be refused meanwhile, since they would wait for long.
+    let report = stage.end("all sessions of a slow token", load).await;
+    assert_eq!(report.wrong(), [&Answer::Right; 0]);
 }
