@@ -41,6 +41,10 @@ const OTHERS_TIMEOUT: Duration = Duration::from_secs(3);
 /// Period of the regular check of all members. A hung call is found at most this much later than the watchdog's time.
 const TICK: Duration = Duration::from_millis(20);
 
+/// A check that is later than this after the last one shows that the daemon stood still, or that something kept its threads
+/// from running: nobody read the answers of tokens.
+const LATE_TICK: Duration = TICK.saturating_mul(5);
+
 /// A result, with the member and the retries that led to it. `Debug` leaves out the result, which may be a secret.
 #[derive(Clone)]
 pub struct Done<T> {
@@ -562,16 +566,24 @@ impl Drop for Inner {
 async fn look_at_members(cluster: Weak<Inner>) {
     let mut ticks = tokio::time::interval(TICK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut last = standstill::now();
     loop {
         ticks.tick().await;
+        let now = standstill::now();
+        let unread = unread_time(now.saturating_duration_since(std::mem::replace(&mut last, now)));
         let Some(cluster) = cluster.upgrade().map(Cluster) else { return };
         for Entry { member, .. } in cluster.snapshot().iter() {
-            if member.tick(standstill::now()) {
+            if member.tick(now, unread) {
                 let member = Arc::clone(member);
                 tokio::spawn(async move { member.test().await });
             }
         }
     }
+}
+
+/// Returns the time in which the daemon could not read answers, given the time between two checks.
+fn unread_time(between: Duration) -> Duration {
+    if between >= LATE_TICK { between - TICK } else { Duration::ZERO }
 }
 
 fn is_fit(name: &str) -> bool {

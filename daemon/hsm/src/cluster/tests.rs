@@ -934,3 +934,40 @@ async fn a_member_without_traffic_whose_tests_fail_does_not_stay_up() {
     stage.until("it comes back", |stage| stage.state() == MemberState::Up).await;
     stage.cluster.close().await;
 }
+
+#[tokio::test]
+async fn a_call_whose_answer_nobody_read_does_not_hang() {
+    let (answer, wait) = std::sync::mpsc::channel::<()>();
+    let wait = Mutex::new(wait);
+    let stage = Stage::set(SHORT, move |_, peer| {
+        while let Some((id, asked)) = peer.next() {
+            if asked == Asked::Random {
+                let _ = wait.lock().unwrap().recv();
+                thread::sleep(SHORT / 2);
+            }
+            peer.answer(id, asked);
+        }
+    });
+    stage.cluster.start().await.unwrap();
+    let stage = Arc::new(stage);
+    for _ in 0..5 {
+        let call = tokio::spawn({
+            let stage = Arc::clone(&stage);
+            async move { stage.random().await }
+        });
+        stage.until("the call runs", |stage| stage.cluster.members()[0].sessions_busy == 1).await;
+        // The only thread of the runtime is kept from running: for a moment, so that the regular check is due, and then by a
+        // task that runs before the check. Meanwhile the answer comes.
+        let blocker = tokio::spawn(async {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+            thread::sleep(SHORT * 2);
+        });
+        tokio::task::yield_now().await;
+        answer.send(()).unwrap();
+        thread::sleep(SHORT / 4);
+        blocker.await.unwrap();
+        assert_eq!(call.await.unwrap().unwrap(), b"rand");
+    }
+    assert_eq!((stage.closings(), stage.started()), (0, 1));
+    stage.cluster.close().await;
+}

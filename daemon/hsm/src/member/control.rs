@@ -47,10 +47,14 @@ impl Member {
     }
 
     /// Finds calls that take too long and refreshes the balancer's data. Returns true if the member should be tested: it
-    /// has given no result for long, or its last result was a failure.
-    pub(crate) fn tick(&self, now: Instant) -> bool {
+    /// has given no result for long, or its last result was a failure. `unread`: time since the last check in which the
+    /// daemon could not read answers.
+    pub(crate) fn tick(&self, now: Instant, unread: Duration) -> bool {
         let mut oldest = None;
         if let Some(talk) = self.talk() {
+            if !unread.is_zero() {
+                talk.forgive(unread, now);
+            }
             self.look_for_late_calls(&talk, now);
             oldest = talk.oldest(now);
         }

@@ -271,6 +271,11 @@ impl<G: Send> Conversation<G> {
         (late, hung)
     }
 
+    /// Leaves this time, which has just passed, out of the time that calls have run.
+    pub(crate) fn forgive(&self, unread: Duration, now: Instant) {
+        self.outstanding().forgive(unread, now);
+    }
+
     pub(crate) fn oldest(&self, now: Instant) -> Option<Duration> {
         self.outstanding().oldest(now)
     }

@@ -100,6 +100,13 @@ impl<T> Outstanding<T> {
         }
     }
 
+    /// Leaves this time, which has just passed, out of the time that calls have run: nobody read their answers.
+    pub(crate) fn forgive(&mut self, unread: Duration, now: Instant) {
+        for since in self.entries.iter_mut().filter_map(|entry| entry.running_since.as_mut()) {
+            *since = (*since + unread).min(now);
+        }
+    }
+
     /// Finds calls that take too long. `late` is called once for each call whose caller must be sent to another member.
     /// Returns the operation that hangs, if any; each hang is returned once.
     pub(crate) fn look(&mut self, now: Instant, mut late: impl FnMut(Operation, Limits, &mut T)) -> Option<Operation> {
@@ -204,6 +211,19 @@ mod tests {
         assert_eq!(calls.running(), 2);
         assert_eq!(late(&mut calls, start + 50 * MS).0, vec![0, 1]);
         assert_eq!(calls.late(), calls.running(), "nothing more is to be waited for");
+    }
+
+    #[test]
+    fn time_in_which_no_answer_was_read_is_not_counted() {
+        let start = Instant::now();
+        let mut calls = Outstanding::new();
+        calls.set_sessions(2, start);
+        calls.add(Operation::Sign, LIMITS, 0, start);
+        calls.add(Operation::Sign, LIMITS, 1, start + 1_005 * MS);
+        calls.forgive(1_000 * MS, start + 1_010 * MS);
+        assert_eq!(late(&mut calls, start + 1_010 * MS), (vec![], None));
+        assert_eq!(late(&mut calls, start + 1_050 * MS), (vec![0], None));
+        assert_eq!(late(&mut calls, start + 1_060 * MS), (vec![1], None), "it began meanwhile");
     }
 
     #[test]
