@@ -26,6 +26,9 @@ const LOOK_AGAIN: Duration = Duration::from_millis(20);
 /// correct client needs a moment to send its request.
 pub(crate) const GRACE: Duration = Duration::from_millis(100);
 
+/// The same for a connection of a group that has used up its share of processor time.
+const GRACE_IN_DEBT: Duration = Duration::from_secs(1);
+
 /// A connection, as [`Places`] sees it.
 pub(crate) trait Guest: Clone {
     /// Since when the connection has waited for its client; `None` while work is in progress.
@@ -62,7 +65,7 @@ pub(crate) struct Places<K, G> {
     leaving: usize,
     next: u64,
     /// Of the last search of each kind, so that none spoils what another found.
-    found: [Found<K>; 2],
+    found: [Found<K>; 3],
 }
 
 struct Group<G> {
@@ -82,6 +85,9 @@ struct Seat<G> {
 enum Among<K> {
     /// Those of this group that wait for their client.
     Group(K),
+    /// Those of this group that have waited for their client for long. It has used up its share of processor time, so they have
+    /// waited for a turn, and others of the group have to wait anyway.
+    GroupInDebt(K),
     /// Those that wait for their client or for their turn.
     All,
 }
@@ -91,12 +97,16 @@ impl<K: Eq> Among<K> {
     fn kind(&self) -> usize {
         match self {
             Self::Group(_) => 0,
-            Self::All => 1,
+            Self::GroupInDebt(_) => 1,
+            Self::All => 2,
         }
     }
 
     fn is_searched(&self, group: &K) -> bool {
-        !matches!(self, Self::Group(only) if only != group)
+        match self {
+            Self::Group(only) | Self::GroupInDebt(only) => only == group,
+            Self::All => true,
+        }
     }
 
     /// Since when a connection has waited, if it may have to close.
@@ -138,7 +148,7 @@ impl<K: Copy + Eq + Hash, G: Guest> Places<K, G> {
 
     /// The same for a group that has used up its share of processor time: only a connection of its own has to close.
     pub(crate) fn arrive_in_debt(&mut self, group: K, guest: &G, now: Instant) -> Result<(u64, bool), NoPlace> {
-        self.take(group, guest, Among::Group(group), now)
+        self.take(group, guest, Among::GroupInDebt(group), now)
     }
 
     fn take(&mut self, group: K, guest: &G, among: Among<K>, now: Instant) -> Result<(u64, bool), NoPlace> {
@@ -198,7 +208,7 @@ impl<K: Copy + Eq + Hash, G: Guest> Places<K, G> {
             return Err(NoPlace::Leaving);
         }
         // Newcomers that are refused do not have all connections of their group looked at each time.
-        if let Among::Group(group) = among {
+        if let Among::Group(group) | Among::GroupInDebt(group) = among {
             let vain = self.groups.get(&group).and_then(|group| group.searched_in_vain);
             if vain.is_some_and(|at| now < at + LOOK_AGAIN) {
                 return Err(without);
@@ -247,6 +257,7 @@ impl<K: Copy + Eq + Hash, G: Guest> Places<K, G> {
         let mut next_largest = 0;
         let mut victims = Vec::new();
         let mut others_wait = false;
+        let grace = if matches!(among, Among::GroupInDebt(_)) { GRACE_IN_DEBT } else { self.grace };
         for (group, of_group) in self.groups.iter().filter(|(group, _)| among.is_searched(group)) {
             if of_group.staying < largest {
                 next_largest = next_largest.max(of_group.staying);
@@ -256,7 +267,7 @@ impl<K: Copy + Eq + Hash, G: Guest> Places<K, G> {
             let before = victims.len();
             for (id, seat) in waiting {
                 match among.since(&seat.guest) {
-                    Some(since) if since + self.grace <= now => victims.push((*group, *id, since)),
+                    Some(since) if since + grace <= now => victims.push((*group, *id, since)),
                     Some(_) => others_wait = true,
                     None => {}
                 }
@@ -272,7 +283,7 @@ impl<K: Copy + Eq + Hash, G: Guest> Places<K, G> {
             victims.truncate(FOUND);
         }
         victims.sort_unstable_by_key(|(.., since)| std::cmp::Reverse(*since));
-        if let Among::Group(group) = among
+        if let Among::Group(group) | Among::GroupInDebt(group) = among
             && let Some(group) = self.groups.get_mut(&group)
         {
             group.searched_in_vain = victims.is_empty().then_some(now);

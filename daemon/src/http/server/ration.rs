@@ -16,6 +16,7 @@
 //! [`Ration`] is what all connections of a listener share, [`Account`] and [`Meter`] are those of one connection. Time is that of
 //! the thread, not of the clock: a machine that is busy otherwise charges nobody for that.
 
+use std::collections::HashMap;
 use std::future::Future;
 use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -68,6 +69,8 @@ pub(super) const ACCEPT: Duration = Duration::from_micros(30);
 pub(super) struct Ration {
     shares: Option<Shares>,
     longest_wait: Duration,
+    /// Number of connections that wait for their turn, of each address that has any.
+    in_line: Mutex<HashMap<Network, usize>>,
 }
 
 #[derive(Debug)]
@@ -96,7 +99,7 @@ impl Ration {
     fn of(percent: u32, processors: u32) -> Self {
         let share = || Share::new(percent, processors);
         let shares = (percent > 0).then(|| Shares { first_turns: share(), later_turns: share() });
-        Self { shares, longest_wait: LONGEST_WAIT }
+        Self { shares, longest_wait: LONGEST_WAIT, in_line: Mutex::default() }
     }
 
     /// Uses up all shares of an address for good.
@@ -114,9 +117,9 @@ impl Ration {
         share.wait(network).map(|wait| wait.min(self.longest_wait))
     }
 
-    /// Whether a new connection of this address would have to wait for its turn.
+    /// Whether connections of this address wait for their turn, or a new one would have to.
     pub(super) fn is_in_debt(&self, network: &Network) -> bool {
-        self.wait(network, 0).is_some()
+        self.wait(network, 0).is_some() || lock(&self.in_line).contains_key(network)
     }
 
     /// Charges what a connection took beyond the `before` nanoseconds that it had taken until then.
@@ -354,7 +357,29 @@ pub(super) struct Meter {
     account: Arc<Account>,
     activity: Arc<Activity>,
     /// Set while it waits.
-    waiting: Option<Pin<Box<Sleep>>>,
+    waiting: Option<(Pin<Box<Sleep>>, InLine)>,
+}
+
+/// A connection that waits for its turn, among those of its address.
+struct InLine(Arc<Account>);
+
+impl InLine {
+    fn stand(account: &Arc<Account>) -> Self {
+        *lock(&account.ration.in_line).entry(account.network).or_default() += 1;
+        Self(account.clone())
+    }
+}
+
+impl Drop for InLine {
+    fn drop(&mut self) {
+        let mut in_line = lock(&self.0.ration.in_line);
+        if let Some(number) = in_line.get_mut(&self.0.network) {
+            *number -= 1;
+            if *number == 0 {
+                in_line.remove(&self.0.network);
+            }
+        }
+    }
 }
 
 impl Meter {
@@ -370,7 +395,7 @@ impl Meter {
             let wait = until.saturating_duration_since(Instant::now());
             self.account.waits.fetch_add(u64::try_from(wait.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
         }
-        self.waiting = until.map(|until| Box::pin(tokio::time::sleep_until(until)));
+        self.waiting = until.map(|until| (Box::pin(tokio::time::sleep_until(until)), InLine::stand(&self.account)));
     }
 
     /// Polls when it is the connection's turn, and charges the time that it takes.
@@ -384,7 +409,7 @@ impl Meter {
         {
             self.set_waiting(Some(until));
         }
-        if let Some(waiting) = &mut self.waiting {
+        if let Some((waiting, _)) = &mut self.waiting {
             ready!(waiting.as_mut().poll(cx));
             self.set_waiting(None);
             // It has waited, and is polled even if requests that waited as well have used up this turn.
@@ -436,6 +461,21 @@ mod tests {
             // What opening it cost is a part.
             Account::open(ration, network).charge(Duration::from_nanos(TURN) - ACCEPT);
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_address_is_in_debt_while_one_of_its_connections_waits() {
+        let ration = ration();
+        spend_in_first_turns(&ration, network(1), 1_200);
+        let mut meter = Meter::new(Account::open(&ration, network(1)), Activity::new(false, 1));
+        let polled = poll_fn(|cx| Poll::Ready(meter.poll(cx, |_| Poll::Ready(())).is_ready())).await;
+        assert!(!polled && ration.is_in_debt(&network(1)) && !ration.is_in_debt(&network(2)));
+        // What others of the address used is given back, and the connection still waits.
+        (0..700).for_each(|_| ration.give_back(&network(1), TURN));
+        assert_eq!(ration.wait(&network(1), 0), None);
+        assert!(ration.is_in_debt(&network(1)));
+        drop(meter);
+        assert!(!ration.is_in_debt(&network(1)));
     }
 
     #[tokio::test(start_paused = true)]
