@@ -15,7 +15,7 @@ use zeroize::Zeroizing;
 
 use crate::code::Function;
 use crate::error::{Failure, HsmError};
-use crate::fault::{PARAMETER_REFUSALS, SessionAction};
+use crate::fault::{FaultOwner, PARAMETER_REFUSALS};
 use crate::identity::{Fingerprint, KeyId};
 use crate::keys::{NewKey, Oaep, RsaPrivateParts, RsaPublic};
 use crate::link::{Cost, Level, Report, Request, Value};
@@ -178,6 +178,31 @@ impl OpenSession {
             return Err(HsmError::new(Function::Decrypt, RvError::EncryptedDataLenRange));
         }
         let scheme = self.scheme(key, oaep)?;
+        let decrypted = self.decrypt_as(scheme, key, oaep, ciphertext);
+        match &decrypted {
+            // A success is an answer, if no trial gave one.
+            Ok(_) => self.token.remember_scheme(oaep, Some(scheme)),
+            // The scheme was found out with another key, and this key may permit another mechanism.
+            Err(error @ HsmError::Pkcs11(..)) if error.is_inability() => {
+                self.token.remember_scheme(oaep, None);
+                let of_this_key = self.scheme(key, oaep)?;
+                if of_this_key != scheme {
+                    return self.decrypt_as(of_this_key, key, oaep, ciphertext);
+                }
+            }
+            Err(_) => {}
+        }
+        decrypted
+    }
+
+    fn decrypt_as(
+        &self,
+        scheme: Scheme,
+        key: Key,
+        oaep: Oaep,
+        ciphertext: &[u8],
+    ) -> Result<Zeroizing<Vec<u8>>, HsmError> {
+        let room = key.modulus_len.unwrap_or(ciphertext.len());
         let mechanism = match scheme {
             Scheme::Native => mechanism::decryption(oaep),
             Scheme::Raw => Mechanism::RsaX509,
@@ -202,14 +227,14 @@ impl OpenSession {
     }
 
     /// Returns how this token decrypts with these parameters: the known scheme, or else the result of a trial with this
-    /// key.
+    /// key. If the trial gives no answer, the token is assumed to remove the padding.
     fn scheme(&self, key: Key, oaep: Oaep) -> Result<Scheme, HsmError> {
         if let Some(scheme) = self.token.scheme(oaep) {
             return Ok(scheme);
         }
-        let scheme = self.find_scheme(key, oaep)?;
-        self.token.remember_scheme(oaep, scheme);
-        Ok(scheme)
+        let found = self.find_scheme(key, oaep)?;
+        self.token.remember_scheme(oaep, found);
+        Ok(found.unwrap_or(Scheme::Native))
     }
 
     /// Tries every combination with some key that may decrypt. Without such a key, the first decryption runs the trials.
@@ -219,30 +244,19 @@ impl OpenSession {
         Oaep::all().all(|oaep| self.scheme(key, oaep).is_ok())
     }
 
-    /// Decrypts a meaningless block with the native mechanism. For parameters that they do not support, some tokens return
-    /// an error from `C_DecryptInit` and others from `C_Decrypt`; any other answer is about the block. No operation stays
-    /// open in either case.
-    fn find_scheme(&self, key: Key, oaep: Oaep) -> Result<Scheme, HsmError> {
+    /// Decrypts a meaningless block with the native mechanism; `None` if that gives no answer. No operation stays open.
+    fn find_scheme(&self, key: Key, oaep: Oaep) -> Result<Option<Scheme>, HsmError> {
         let room = key.room();
         // The number is smaller than any modulus of its length, because the first bit of a modulus is set.
         let mut nonsense = vec![0x55; room];
         if let Some(first) = nonsense.first_mut() {
             *first = 0;
         }
-        let refused = |error: &HsmError| PARAMETER_REFUSALS.iter().any(|code| error.is_code(*code));
         let login = |session: &Session| self.token.login_for_operation(session);
         let own_login = self.own_login(key, &login)?;
         let (module, mechanism) = (&self.token.module, mechanism::decryption(oaep));
         let tried = self.timed(|| module.decrypt(&self.session, &mechanism, key.handle, own_login, &nonsense, room));
-        match tried {
-            Err(error) if refused(&error) => Ok(Scheme::Raw),
-            Err(error) if error.fault().session != SessionAction::Keep => Err(error),
-            // The key may not decrypt, so the parameters stay unknown.
-            Err(error @ HsmError::Pkcs11(function, _)) if function != Function::Decrypt => Err(error),
-            // The module has no call for a login in between, so the parameters stay unknown.
-            Err(error @ HsmError::LoginPerOperation) => Err(error),
-            _ => Ok(Scheme::Native),
-        }
+        scheme_of_trial(tried.map(drop))
     }
 
     fn generate(&mut self, spec: &NewKey) -> Result<RsaPublic, HsmError> {
@@ -347,6 +361,56 @@ impl OpenSession {
         });
         if up_to_date {
             self.keys_made = made;
+        }
+    }
+}
+
+/// Returns what the decryption of a meaningless block with the native mechanism shows; `None` if it shows nothing. For
+/// parameters that they do not support, some tokens return an error from `C_DecryptInit` and others from `C_Decrypt`; any
+/// other answer is about the block.
+fn scheme_of_trial(tried: Result<(), HsmError>) -> Result<Option<Scheme>, HsmError> {
+    let refused = |error: &HsmError| PARAMETER_REFUSALS.iter().any(|code| error.is_code(*code));
+    match tried {
+        Err(error) if refused(&error) => Ok(Some(Scheme::Raw)),
+        // The token is busy or broken and gave no answer.
+        Err(error) if error.fault().owner == FaultOwner::Member => Err(error),
+        // The key may not decrypt, so the parameters stay unknown.
+        Err(error @ HsmError::Pkcs11(function, _)) if function != Function::Decrypt => Err(error),
+        // The module has no call for a login in between, so the parameters stay unknown.
+        Err(error @ HsmError::LoginPerOperation) => Err(error),
+        // Some tokens return this for a meaningless block, and others if they have no room.
+        Err(error) if error.is_code(RvError::FunctionFailed) => Ok(None),
+        _ => Ok(Some(Scheme::Native)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_trial_without_an_answer_decides_nothing() {
+        let error = |function, code| HsmError::new(function, code);
+        let (init, decrypt) = (Function::DecryptInit, Function::Decrypt);
+        for (tried, expected) in [
+            (Ok(()), Some(Scheme::Native)),
+            (Err(error(decrypt, RvError::EncryptedDataInvalid)), Some(Scheme::Native)),
+            (Err(error(decrypt, RvError::GeneralError)), Some(Scheme::Native)),
+            (Err(error(init, RvError::MechanismParamInvalid)), Some(Scheme::Raw)),
+            (Err(error(decrypt, RvError::ArgumentsBad)), Some(Scheme::Raw)),
+            (Err(error(decrypt, RvError::FunctionFailed)), None),
+        ] {
+            assert_eq!(scheme_of_trial(tried), Ok(expected), "{tried:?}");
+        }
+        for busy in [
+            error(decrypt, RvError::DeviceMemory),
+            error(decrypt, RvError::HostMemory),
+            error(decrypt, RvError::FunctionCanceled),
+            error(init, RvError::FunctionFailed),
+            error(init, RvError::KeyFunctionNotPermitted),
+            error(decrypt, RvError::DeviceError),
+        ] {
+            assert_eq!(scheme_of_trial(Err(busy)), Err(busy));
         }
     }
 }

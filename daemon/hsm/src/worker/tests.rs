@@ -13,6 +13,8 @@ use std::time::Duration;
 use claviger_process::lock::lock;
 use cryptoki::context::Pkcs11;
 use cryptoki::error::RvError;
+use cryptoki::mechanism::MechanismType;
+use cryptoki::object::{Attribute, KeyType, ObjectClass};
 use rsa::rand_core::OsRng;
 use rsa::traits::PublicKeyParts;
 use rsa::{Pkcs1v15Sign, RsaPrivateKey, RsaPublicKey, sha2};
@@ -216,6 +218,31 @@ fn decrypt(ciphertext: &[u8]) -> Request<'_> {
     Request::Decrypt { id: ID, public: public(), oaep: OAEP, ciphertext }
 }
 
+/// Imports a private key that permits only these mechanisms, without the worker's knowledge. The worker has logged in.
+fn import_restricted(label: &str, id: &[u8], key: &RsaPrivateKey, mechanisms: &[MechanismType]) {
+    let module = Pkcs11::new(SOFTHSM).unwrap();
+    let slots = module.get_slots_with_token().unwrap();
+    let slot = slots.into_iter().find(|slot| module.get_token_info(*slot).unwrap().label() == label).unwrap();
+    let parts = software_rsa::parts(key);
+    let template = [
+        Attribute::Class(ObjectClass::PRIVATE_KEY),
+        Attribute::KeyType(KeyType::RSA),
+        Attribute::Token(true),
+        Attribute::Id(id.to_vec()),
+        Attribute::Decrypt(true),
+        Attribute::AllowedMechanisms(mechanisms.to_vec()),
+        Attribute::Modulus(parts.n.clone()),
+        Attribute::PublicExponent(parts.e.clone()),
+        Attribute::PrivateExponent(parts.d.clone()),
+        Attribute::Prime1(parts.p.clone()),
+        Attribute::Prime2(parts.q.clone()),
+        Attribute::Exponent1(parts.dp.clone()),
+        Attribute::Exponent2(parts.dq.clone()),
+        Attribute::Coefficient(parts.qinv.clone()),
+    ];
+    module.open_rw_session(slot).unwrap().create_object(&template).unwrap();
+}
+
 /// Closes all sessions of a token without the worker's knowledge: test and worker share the module's instance.
 fn close_all_sessions(label: &str) {
     let module = Pkcs11::new(SOFTHSM).unwrap();
@@ -301,6 +328,31 @@ fn stale_sessions_are_renewed_before_the_daemon_hears_of_it() {
     let (seen, finished) = daemon.finish();
     assert_eq!((seen.opened, finished), (seen.closed, CLEAN));
     assert!((3..=4).contains(&seen.opened), "each stale session once: {}", seen.opened);
+}
+
+#[test]
+fn a_key_of_another_application_does_not_decide_how_ours_decrypts() {
+    let _turn = softhsm("foreign");
+    let foreign = RsaPrivateKey::new(&mut OsRng, 2048).unwrap();
+    let daemon = Daemon::started(start("foreign", 1));
+    import_restricted("foreign", b"foreign", &foreign, &[MechanismType::RSA_PKCS]);
+    daemon.finish();
+    // At its start, the worker tries OAEP with the only key that there is.
+    let mut daemon = Daemon::started(start("foreign", 1));
+    import_restricted("foreign", ID, &KEY, &[MechanismType::RSA_PKCS_OAEP]);
+    let oaep = Oaep { hash: Hash::Sha1, mgf: Hash::Sha1 };
+    let padding = rsa::Oaep::new::<sha1::Sha1>();
+    let ciphertext = RsaPublicKey::from(&*KEY).encrypt(&mut OsRng, padding, b"secret").unwrap();
+    let decrypt = Request::Decrypt { id: ID, public: public(), oaep, ciphertext: &ciphertext };
+    for _ in 0..2 {
+        assert_eq!(daemon.call(&decrypt), Ok(Got::Bytes(b"secret".to_vec())));
+    }
+    let theirs = RsaPublicKey::from(&foreign).encrypt(&mut OsRng, rsa::Oaep::new::<sha1::Sha1>(), b"x").unwrap();
+    let public = Fingerprint::of_modulus(&foreign.n().to_bytes_be());
+    let decrypt_theirs = Request::Decrypt { id: b"foreign", public, oaep, ciphertext: &theirs };
+    assert!(daemon.call(&decrypt_theirs).unwrap_err().is_inability());
+    assert_eq!(daemon.call(&decrypt), Ok(Got::Bytes(b"secret".to_vec())));
+    assert_eq!(daemon.finish().1, CLEAN);
 }
 
 #[test]

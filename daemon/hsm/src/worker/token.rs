@@ -245,7 +245,7 @@ impl Token {
             *tried_out = trials();
             if *tried_out {
                 let native: Vec<_> = Oaep::all()
-                    .filter(|oaep| self.scheme(*oaep) == Some(Scheme::Native))
+                    .filter(|oaep| self.scheme(*oaep) != Some(Scheme::Raw))
                     .map(|oaep| format!("{:?}/{:?}", oaep.hash, oaep.mgf))
                     .collect();
                 let native = native.join(", ");
@@ -265,9 +265,15 @@ impl Token {
         }
     }
 
-    pub(crate) fn remember_scheme(&self, oaep: Oaep, scheme: Scheme) {
+    /// Sets the scheme for these parameters; `None` if it is unknown.
+    pub(crate) fn remember_scheme(&self, oaep: Oaep, scheme: Option<Scheme>) {
         if let Some(entry) = self.schemes.get(oaep.index()) {
-            entry.store(if scheme == Scheme::Native { 1 } else { 2 }, Ordering::Relaxed);
+            let number = match scheme {
+                None => 0,
+                Some(Scheme::Native) => 1,
+                Some(Scheme::Raw) => 2,
+            };
+            entry.store(number, Ordering::Relaxed);
         }
     }
 }
