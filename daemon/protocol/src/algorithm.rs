@@ -145,6 +145,11 @@ impl Oaep {
     /// SHA-256 with MGF1-SHA-256.
     pub const SHA256: Self = Self { digest: Digest::Sha256, mgf: Digest::Sha256 };
 
+    /// All parameters that a protector may name.
+    pub fn all() -> impl Iterator<Item = Self> {
+        Digest::ALL.into_iter().flat_map(|digest| Digest::ALL.into_iter().map(move |mgf| Self { digest, mgf }))
+    }
+
     /// The algorithm of a request's URI, which has no parameters.
     ///
     /// # Errors

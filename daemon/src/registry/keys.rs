@@ -106,26 +106,50 @@ impl Key {
         Self { certificate, id }
     }
 
-    /// A known-answer test for this key. `None` if the system has no randomness, or the key is too small to encrypt a
-    /// secret to it.
+    /// The known-answer test for this key that every HSM must pass. `None` if the system has no randomness, or the key is too
+    /// small to encrypt a secret to it.
     pub(crate) fn known_answer(&self, kind: Kind) -> Option<KnownAnswerTest> {
-        let mut secret = Zeroizing::new(vec![0; 32]);
-        SystemRandom::new().fill(&mut secret).ok()?;
-        let public = self.certificate.key();
-        let known = match kind {
-            Kind::Encryption => {
-                let ciphertext = public.encrypt_oaep(algorithm::Oaep::SHA1, &secret).ok()?;
-                let oaep = Oaep { hash: Hash::Sha1, mgf: Hash::Sha1 };
-                KnownAnswerTest::decrypt(&self.id, oaep, &ciphertext, secret)
-            }
-            Kind::Signing => {
-                let digest = digest::digest(&digest::SHA256, &secret);
-                let scheme = SignScheme::Pkcs1(Hash::Sha256);
-                KnownAnswerTest::sign(&self.id, scheme, digest.as_ref(), signed_by(public, digest))
-            }
-        };
-        known.ok()
+        match kind {
+            Kind::Encryption => self.known_decryption(algorithm::Oaep::SHA1),
+            Kind::Signing => self.known_signature(),
+        }
     }
+
+    /// The known-answer tests for this key in each way in which it is used, beginning with the one that every HSM must pass.
+    fn known_answers(&self, kind: Kind) -> Vec<KnownAnswerTest> {
+        let others = algorithm::Oaep::all().filter(|oaep| kind == Kind::Encryption && *oaep != algorithm::Oaep::SHA1);
+        self.known_answer(kind).into_iter().chain(others.filter_map(|oaep| self.known_decryption(oaep))).collect()
+    }
+
+    fn known_decryption(&self, oaep: algorithm::Oaep) -> Option<KnownAnswerTest> {
+        let secret = secret()?;
+        let ciphertext = self.certificate.key().encrypt_oaep(oaep, &secret).ok()?;
+        KnownAnswerTest::decrypt(&self.id, pkcs11_oaep(oaep), &ciphertext, secret).ok()
+    }
+
+    fn known_signature(&self) -> Option<KnownAnswerTest> {
+        let digest = digest::digest(&digest::SHA256, &secret()?);
+        let scheme = SignScheme::Pkcs1(Hash::Sha256);
+        let public = self.certificate.key();
+        KnownAnswerTest::sign(&self.id, scheme, digest.as_ref(), signed_by(public, digest)).ok()
+    }
+}
+
+fn secret() -> Option<Zeroizing<Vec<u8>>> {
+    let mut secret = Zeroizing::new(vec![0; 32]);
+    SystemRandom::new().fill(&mut secret).ok()?;
+    Some(secret)
+}
+
+/// The OAEP parameters as the HSMs take them.
+pub(crate) fn pkcs11_oaep(oaep: algorithm::Oaep) -> Oaep {
+    let hash = |digest| match digest {
+        algorithm::Digest::Sha1 => Hash::Sha1,
+        algorithm::Digest::Sha256 => Hash::Sha256,
+        algorithm::Digest::Sha384 => Hash::Sha384,
+        algorithm::Digest::Sha512 => Hash::Sha512,
+    };
+    Oaep { hash: hash(oaep.digest), mgf: hash(oaep.mgf) }
 }
 
 impl Keys {
@@ -202,10 +226,10 @@ impl Keys {
         self.all.iter().map(|(kind, key)| (*kind, key))
     }
 
-    /// A known-answer test for each key, primary ones first.
+    /// The known-answer tests for all keys, primary keys first.
     #[must_use]
     pub fn known_answers(&self) -> Vec<KnownAnswerTest> {
-        self.all.iter().filter_map(|(kind, key)| key.known_answer(*kind)).collect()
+        self.all.iter().flat_map(|(kind, key)| key.known_answers(*kind)).collect()
     }
 
     /// The metadata document, if it is already signed.
@@ -267,6 +291,22 @@ impl Keys {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn each_way_to_use_a_key_has_a_known_answer() {
+        let certificate = Certificate::parse(&crate::service::testing::certificate()).unwrap();
+        let key = Key::new(certificate, b"id");
+        let told = |tests: Vec<KnownAnswerTest>| tests.iter().map(|test| format!("{test:?}")).collect::<Vec<_>>();
+        let mut decryptions = told(key.known_answers(Kind::Encryption));
+        assert!(
+            decryptions[0].contains("Oaep { hash: Sha1, mgf: Sha1 }"),
+            "every HSM must pass this one: {decryptions:?}"
+        );
+        decryptions.sort_unstable();
+        decryptions.dedup();
+        assert_eq!(decryptions.len(), algorithm::Oaep::all().count());
+        assert_eq!(told(key.known_answers(Kind::Signing)).len(), 1);
+    }
 
     #[tokio::test]
     async fn in_an_outage_the_first_failure_answers_all() {

@@ -4,9 +4,11 @@
 use std::error::Error;
 use std::time::Instant;
 
-use claviger_hsm::{Check, Cluster, Done, Hash, KeyRef, Oaep, SignScheme};
+use claviger_hsm::{Check, Cluster, Done, Hash, KeyRef, SignScheme};
 use claviger_protocol::algorithm;
 use zeroize::Zeroizing;
+
+use crate::registry::keys::pkcs11_oaep;
 
 /// The two operations of a release. This is a handle: clones use the same private keys.
 pub trait Hsm: Clone + Send + Sync + 'static {
@@ -83,14 +85,4 @@ impl Hsm for Cluster {
     fn idle(&self) -> usize {
         self.idle_sessions()
     }
-}
-
-fn pkcs11_oaep(oaep: algorithm::Oaep) -> Oaep {
-    let hash = |digest| match digest {
-        algorithm::Digest::Sha1 => Hash::Sha1,
-        algorithm::Digest::Sha256 => Hash::Sha256,
-        algorithm::Digest::Sha384 => Hash::Sha384,
-        algorithm::Digest::Sha512 => Hash::Sha512,
-    };
-    Oaep { hash: hash(oaep.digest), mgf: hash(oaep.mgf) }
 }

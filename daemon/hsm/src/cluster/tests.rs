@@ -759,6 +759,31 @@ async fn a_key_that_fails_takes_no_member_down() {
 }
 
 #[tokio::test]
+async fn a_token_that_fails_with_some_parameters_is_not_believed_about_them() {
+    let sha1 = Oaep { hash: Hash::Sha1, mgf: Hash::Sha1 };
+    // First byte of the ciphertext of the test with the parameters that the token mistakes.
+    const OTHER_TEST: u8 = 3;
+    let stage = Stage::set(LONG, |_, peer| {
+        peer.serve_with(|asked| {
+            let mistaken = matches!(asked, Asked::Decrypt(_, CALLER | OTHER_TEST));
+            mistaken.then(|| unclear(RvError::EncryptedDataInvalid))
+        });
+    });
+    let test =
+        |oaep, input| KnownAnswerTest::decrypt(&key_of(1), oaep, &[input], Zeroizing::new(PLAINTEXT.to_vec())).unwrap();
+    stage.cluster.set_known_answers(vec![test(sha1, TEST), test(OAEP, OTHER_TEST)]);
+    stage.cluster.start().await.unwrap();
+    for _ in 0..3 {
+        let error = stage.decrypt(1).await.unwrap_err();
+        assert!(!error.is_data(), "{error}");
+    }
+    let deadline = standstill::now() + LONG;
+    stage.cluster.decrypt(&key_of(1), sha1, &[TEST], deadline, None).await.unwrap();
+    assert_eq!((stage.state(), stage.closings()), (MemberState::Up, 0));
+    stage.cluster.close().await;
+}
+
+#[tokio::test]
 async fn a_wrong_signature_of_the_primary_key_takes_its_member_down() {
     let stage = Stage::set(LONG, |number, peer| {
         let mut signatures = 0;
