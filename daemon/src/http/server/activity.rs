@@ -68,6 +68,10 @@ pub(super) struct Activity {
     in_progress: AtomicUsize,
     /// Whether no request has come yet.
     fresh: AtomicBool,
+    /// Whether the server has looked for bytes of its client.
+    looked: AtomicBool,
+    /// When bytes last came.
+    last_read: AtomicU64,
     /// Requests that were answered, and that were given up before.
     answered: AtomicUsize,
     abandoned: AtomicUsize,
@@ -164,6 +168,8 @@ impl Activity {
             reading_since: AtomicU64::new(1),
             in_progress: AtomicUsize::new(0),
             fresh: AtomicBool::new(true),
+            looked: AtomicBool::new(false),
+            last_read: AtomicU64::new(0),
             answered: AtomicUsize::new(0),
             abandoned: AtomicUsize::new(0),
             unread_answers: AtomicUsize::new(0),
@@ -312,7 +318,9 @@ impl Activity {
 
     /// Since when the service has had nothing to do for it but wait for its client.
     fn waiting_since(&self) -> Option<Instant> {
-        if self.is_worked_for() || self.waits_for_turn() {
+        // A server that is behind has new connections that it has not looked at.
+        let is_new = !self.looked.load(Ordering::Relaxed);
+        if is_new || self.is_worked_for() || self.waits_for_turn() {
             None
         } else if self.reading.load(Ordering::Acquire) > 0 {
             Some(self.at(&self.reading_since))
@@ -346,6 +354,17 @@ impl Activity {
     #[cfg(test)]
     pub(super) fn is_told_to_close(&self) -> bool {
         self.cut.load(Ordering::Acquire) > 0
+    }
+
+    /// Whether bytes have come within a time.
+    pub(super) fn has_read_within(&self, time: Duration) -> bool {
+        let last = self.last_read.load(Ordering::Relaxed);
+        last > 0 && self.time(last) + time > self.time(self.now())
+    }
+
+    /// The server looks for bytes of its client.
+    pub(super) fn look(&self) {
+        self.looked.store(true, Ordering::Relaxed);
     }
 
     /// Whether it may be closed to make room.
@@ -391,6 +410,8 @@ impl Activity {
 
     /// Bytes have arrived.
     pub(super) fn has_read(&self, octets: &[u8]) {
+        let now = self.now();
+        self.last_read.store(now, Ordering::Relaxed);
         let seen = self.protocol.load(Ordering::Relaxed);
         if usize::from(seen) < PREFACE.len() {
             let rest = &PREFACE[usize::from(seen)..];
@@ -409,7 +430,6 @@ impl Activity {
             // Frames other than requests come and go; hyper limits those of requests by itself.
             self.head_since.store(0, Ordering::Relaxed);
         } else {
-            let now = self.now();
             let _ = self.head_since.compare_exchange(0, now, Ordering::Relaxed, Ordering::Relaxed);
         }
     }
@@ -682,6 +702,7 @@ impl Drop for Watched {
 impl AsyncRead for Watched {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let before = buf.filled().len();
+        self.activity.look();
         match self.with(|stream| stream.poll_read(cx, buf)) {
             Poll::Pending => {
                 if self.activity.ask_kernel.load(Ordering::Relaxed) {
@@ -792,6 +813,8 @@ mod tests {
     #[test]
     fn a_connection_waits_for_its_client_unless_the_service_works() {
         let activity = Activity::new(false, 8);
+        assert!(!activity.may_be_closed(), "the server has not looked at it");
+        activity.look();
         assert!(activity.may_be_closed());
         activity.has_read(b"POST / HTTP/1.1\r\n\r\n");
         assert!(activity.may_be_closed());

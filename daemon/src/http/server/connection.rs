@@ -29,6 +29,7 @@ use super::origin::{Origin, Peer};
 use super::ration::{Account, Charged, Meter, Ration};
 use super::slot::Slot;
 use crate::request::{ClientCertificate, Network};
+use crate::sys::places;
 use crate::tls::SharedTls;
 
 /// What the connections are told about a stop.
@@ -164,19 +165,32 @@ where
         let (stream, returned) = Watched::new(stream, activity.clone());
         let mut stop = self.phase.clone();
         let mut handshake = pin!(acceptor.accept(stream));
-        let handshake = poll_fn(|cx| meter.poll(cx, |cx| handshake.as_mut().poll(cx)));
-        let stream = tokio::select! {
-            shaken = in_time(self.limits.header_timeout, &account, handshake) => match shaken {
-                Ok(Ok(stream)) => stream,
-                Ok(Err(error)) => return tracing::debug!(%peer, %error, "the TLS handshake failed"),
-                Err(_) => {
-                    slot.cut(Cut::Header);
-                    return tracing::debug!(%peer, "the TLS handshake took too long");
+        let shaken = {
+            let handshake = poll_fn(|cx| meter.poll(cx, |cx| handshake.as_mut().poll(cx)));
+            let mut handshake = pin!(in_time(self.limits.header_timeout, &account, handshake));
+            loop {
+                tokio::select! {
+                    biased;
+                    shaken = &mut handshake => break shaken,
+                    () = cut(&mut stop) => return,
+                    reason = activity.told_to_close() => {
+                        // What came too late for the server, and not for the client, was read by now.
+                        if reason == Cut::Room && activity.has_read_within(places::GRACE) {
+                            slot.stay();
+                            continue;
+                        }
+                        return slot.cut(reason);
+                    }
                 }
-            },
-            () = cut(&mut stop) => return,
-            // During the handshake it is always the client that is waited for.
-            reason = activity.told_to_close() => return slot.cut(reason),
+            }
+        };
+        let stream = match shaken {
+            Ok(Ok(stream)) => stream,
+            Ok(Err(error)) => return tracing::debug!(%peer, %error, "the TLS handshake failed"),
+            Err(_) => {
+                slot.cut(Cut::Header);
+                return tracing::debug!(%peer, "the TLS handshake took too long");
+            }
         };
         let http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
         activity.handshake_done(http2);
