@@ -74,6 +74,8 @@ pub struct Attempt {
     hsm: Option<String>,
     started: Instant,
     deadline: Instant,
+    /// How long its connection had to wait for its turn while the body arrived.
+    kept_waiting: Duration,
     caller: Caller,
     /// The memory of its body, if that can be taken away.
     body: Option<Arc<dyn BodyMemory>>,
@@ -166,6 +168,7 @@ impl Attempt {
             hsm: None,
             started,
             deadline: started + Release::default().deadline(),
+            kept_waiting: Duration::ZERO,
             caller: Caller::default(),
             body: None,
         }
@@ -208,9 +211,15 @@ impl Attempt {
         Self { client, ..self }
     }
 
-    /// Sets the time from arrival to deadline.
+    /// Sets the time from arrival to deadline, without the time for which it was kept waiting.
     pub fn answer_within(&mut self, time: Duration) {
-        self.deadline = self.started + time;
+        self.deadline = self.started + time + self.kept_waiting;
+    }
+
+    /// Its connection had to wait for its turn for this long while the body arrived. That is no part of the time to the deadline.
+    pub fn was_kept_waiting(&mut self, time: Duration) {
+        self.kept_waiting += time;
+        self.deadline += time;
     }
 
     /// An item of this request, numbered from 1, which is decided separately.

@@ -62,6 +62,11 @@ pub(crate) trait Intake {
     /// # Errors
     /// [`BodyError`], usually [`BodyError::NotTaken`].
     fn more(&mut self, received: u64, so_far: &[u8]) -> Result<u64, BodyError>;
+
+    /// How long the server has kept the client waiting so far, and is going to. That time counts in no limit of the client.
+    fn kept_waiting(&self) -> Duration {
+        Duration::ZERO
+    }
 }
 
 /// Accepts bodies of up to this many bytes.
@@ -97,16 +102,25 @@ where
     if announced > most.saturating_add(DISCARD) {
         return Err(BodyError::TooLarge);
     }
-    let begun = standstill::now();
+    let (begun, kept_before) = (standstill::now(), intake.kept_waiting());
     let mut received = 0u64;
     let mut too_large = announced > most;
     let mut limit = most;
     let mut first = Bytes::new();
     let mut whole = BytesMut::new();
     loop {
-        let frame = standstill::timeout_at(pace.due(begun, received), body.frame());
+        let due = || pace.due(begun, received) + intake.kept_waiting().saturating_sub(kept_before);
+        let mut frame = body.frame();
+        let frame = loop {
+            let until = due();
+            match standstill::timeout_at(until, &mut frame).await {
+                // The client was kept waiting meanwhile.
+                Err(_) if due() > until => {}
+                frame => break frame,
+            }
+        };
         let late = if too_large { BodyError::TooLarge } else { BodyError::Timeout };
-        let Some(frame) = frame.await.map_err(|_| late)? else { break };
+        let Some(frame) = frame.map_err(|_| late)? else { break };
         // Trailers are ignored.
         let broken = if too_large { BodyError::TooLarge } else { BodyError::Broken };
         let Ok(data) = frame.map_err(|_| broken)?.into_data() else { continue };
@@ -240,6 +254,28 @@ mod tests {
         // This minimum speed is so low that the grace time does not matter.
         let pace = Pace { within: Duration::from_millis(50), least: 1 };
         assert_eq!(read_body(pieces(), 10, pace, &mut UpTo(10)).await, Err(BodyError::Timeout));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_time_for_which_a_client_is_kept_waiting_is_no_part_of_its_own() {
+        /// The connection of this body has waited for this long since another body, and waits again a moment later.
+        struct Waits(Instant);
+        const BEFORE: Duration = Duration::from_secs(100);
+        const AGAIN: Duration = Duration::from_secs(5);
+        impl Intake for Waits {
+            fn more(&mut self, _: u64, _: &[u8]) -> Result<u64, BodyError> {
+                Ok(10)
+            }
+
+            fn kept_waiting(&self) -> Duration {
+                if standstill::since(self.0) < WITHIN.within / 2 { BEFORE } else { BEFORE + AGAIN }
+            }
+        }
+        let body = Pieces { pieces: [Some(Ok(&b"x"[..])), None].into(), announced: None, taken: Default::default() };
+        let begun = standstill::now();
+        assert_eq!(read_body(body, 10, WITHIN, &mut Waits(begun)).await, Err(BodyError::Timeout));
+        let took = standstill::since(begun);
+        assert!(took >= WITHIN.within + AGAIN && took < WITHIN.within + AGAIN * 2, "{took:?}");
     }
 
     #[tokio::test]

@@ -1,5 +1,7 @@
 //! Accepts the body of a request within its memory, and only as much of it as its sender is trusted with so far.
 
+use std::time::Duration;
+
 use claviger_protocol::batch::{BatchRequest, MAX_BATCH_BODY};
 use claviger_protocol::error::{Code, Refusal};
 
@@ -8,6 +10,7 @@ use crate::admission::{Declined, HostAt};
 use crate::attest::{host_key, tpm};
 use crate::config::AttestMode;
 use crate::http::body::{BodyError, Intake};
+use crate::http::server::Origin;
 use crate::observe::metrics;
 use crate::release::healthy_host;
 use crate::request::Attempt;
@@ -52,6 +55,8 @@ pub(crate) struct Taking<'a> {
     condition: Option<(u64, Condition<'a>)>,
     most: u64,
     refusal: Option<Refusal>,
+    /// The connection that it comes on.
+    origin: Option<&'a Origin>,
 }
 
 /// The condition for accepting a large body.
@@ -66,7 +71,12 @@ impl<'a> Taking<'a> {
     /// The body of a single release. The health certificate is near its end, so the body is read before it can be
     /// checked.
     pub(crate) fn single(room: &'a Room) -> Self {
-        Self { room, condition: None, most: MAX_BODY as u64, refusal: None }
+        Self { room, condition: None, most: MAX_BODY as u64, refusal: None, origin: None }
+    }
+
+    /// The same for a body that comes on this connection.
+    pub(crate) fn sent_on(self, origin: Option<&'a Origin>) -> Self {
+        Self { origin, ..self }
     }
 
     /// An attestation. A usual one is short; from an address over its rate, longer ones are refused.
@@ -154,5 +164,9 @@ impl Intake for Taking<'_> {
             return Err(BodyError::NotTaken);
         }
         Ok(most)
+    }
+
+    fn kept_waiting(&self) -> Duration {
+        self.origin.map_or(Duration::ZERO, Origin::waits)
     }
 }

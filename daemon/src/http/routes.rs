@@ -3,6 +3,7 @@
 use std::convert::Infallible;
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::{Arc, LazyLock};
+use std::time::Duration;
 
 use bytes::Bytes;
 use claviger_protocol::attestation::{ErrorReply, OperationMode, ServiceInfoReply};
@@ -282,11 +283,14 @@ async fn body_of(
     let _reading = origin.map(Origin::reading);
     let config = service.config.load();
     let pace = Pace { within: config.server.body_timeout(), least: config.server.body_rate };
-    let mut taking = match endpoint {
+    let waits = || origin.map_or(Duration::ZERO, Origin::waits);
+    let waited = waits();
+    let taking = match endpoint {
         Endpoint::RollBatch => Taking::batch(room, service, attempt),
         Endpoint::Roll(_) => Taking::single(room),
         _ => Taking::attestation(room, service, attempt),
     };
+    let mut taking = taking.sent_on(origin);
     let most = taking.most();
     let announced = announced(&request).unwrap_or(most);
     if let Err(refusal) = taking.announced(announced) {
@@ -318,6 +322,7 @@ async fn body_of(
             return Err(refusal);
         }
     };
+    attempt.was_kept_waiting(waits().saturating_sub(waited));
     Ok(body)
 }
 
@@ -356,7 +361,6 @@ mod tests {
     use crate::http::server::{Limits, Listener, run};
     use hyper::service::service_fn;
     use std::net::SocketAddr;
-    use std::time::Duration;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::{TcpSocket, TcpStream};
 

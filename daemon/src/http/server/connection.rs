@@ -501,9 +501,13 @@ where
             let account = client.account.clone();
             // A request of HTTP/1.1 was read within the turn that its connection waited for, and there is one at a time.
             if !http1 && !account.may_begin() {
-                // Meanwhile nothing is done for it.
+                // Meanwhile nothing is done for it. A stop answers what was accepted before its time is up.
                 let _waits = Reading::new(activity.clone());
-                account.turn_to_begin().await;
+                let mut phase = phase.clone();
+                tokio::select! {
+                    () = account.turn_to_begin() => {}
+                    _ = phase.wait_for(|phase| *phase != Phase::Serving) => {}
+                }
             }
             request.extensions_mut().insert(Peer(client.peer));
             if let Some(certificate) = client.certificate {

@@ -93,6 +93,12 @@ impl Origin {
         }
     }
 
+    /// How long the connection has had to wait for its turns, and still has to: time that counts in no limit of its client.
+    #[must_use]
+    pub fn waits(&self) -> Duration {
+        self.0.account.waits()
+    }
+
     /// A number that is unique among open connections.
     #[must_use]
     pub fn connection(&self) -> u64 {
