@@ -102,6 +102,8 @@ pub(super) struct Activity {
     socket: Mutex<Option<TcpStream>>,
     /// Since when it has waited for its turn to be worked for; 0 if it does not.
     in_line_since: AtomicU64,
+    /// When it last came to its turn, or to its place.
+    turn_since: AtomicU64,
     /// Whether what the client still sends is not worth reading, so that it gets to read the last answer.
     dismissed: AtomicBool,
 }
@@ -187,6 +189,7 @@ impl Activity {
             unread: AtomicBool::new(false),
             socket: Mutex::new(None),
             in_line_since: AtomicU64::new(0),
+            turn_since: AtomicU64::new(1),
             dismissed: AtomicBool::new(false),
         })
     }
@@ -210,7 +213,11 @@ impl Activity {
 
     /// Says whether it waits for its turn to be worked for.
     pub(super) fn wait_for_turn(&self, waits: bool) {
-        self.in_line_since.store(if waits { self.now() } else { 0 }, Ordering::Release);
+        let now = self.now();
+        if !waits {
+            self.turn_since.store(now, Ordering::Release);
+        }
+        self.in_line_since.store(if waits { now } else { 0 }, Ordering::Release);
     }
 
     fn waits_for_turn(&self) -> bool {
@@ -321,16 +328,19 @@ impl Activity {
         // A server that is behind has new connections that it has not looked at.
         let is_new = !self.looked.load(Ordering::Relaxed);
         if is_new || self.is_worked_for() || self.waits_for_turn() {
-            None
-        } else if self.reading.load(Ordering::Acquire) > 0 {
-            Some(self.at(&self.reading_since))
-        } else if self.in_progress.load(Ordering::Acquire) > 0 {
-            Some(self.at(&self.last_taken))
-        } else if self.head_since.load(Ordering::Relaxed) > 0 {
-            Some(self.at(&self.head_since))
-        } else {
-            Some(self.at(&self.last_end))
+            return None;
         }
+        let since = if self.reading.load(Ordering::Acquire) > 0 {
+            &self.reading_since
+        } else if self.in_progress.load(Ordering::Acquire) > 0 {
+            &self.last_taken
+        } else if self.head_since.load(Ordering::Relaxed) > 0 {
+            &self.head_since
+        } else {
+            &self.last_end
+        };
+        // Before its turn it was not the client that was waited for.
+        Some(self.at(since).max(self.at(&self.turn_since)))
     }
 
     /// Closes the connection. A reason that was given before stands.
@@ -834,6 +844,19 @@ mod tests {
         assert!(!activity.may_be_closed());
         request.answered();
         assert!(activity.may_be_closed());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_a_connection_waited_for_its_turn_is_no_wait_for_its_client() {
+        let activity = Activity::new(false, 8);
+        activity.look();
+        activity.has_read(b"POST / HTTP/1.1\r\n");
+        activity.wait_for_turn(true);
+        tokio::time::advance(Duration::from_secs(5)).await;
+        assert_eq!(Activity::waiting_since(&activity), None);
+        activity.wait_for_turn(false);
+        // It has the moment that every newcomer has.
+        assert_eq!(Activity::waiting_since(&activity), Some(Instant::now()), "it has no time of its own");
     }
 
     #[tokio::test]

@@ -37,6 +37,8 @@ impl House {
             true => self.places().arrive_in_debt(network, activity, now),
             false => self.places().arrive(network, activity, now),
         }?;
+        // It may have been in the line for a place until now, in which it was not the client that was waited for.
+        activity.wait_for_turn(false);
         Ok(Place { house: self.clone(), network, number })
     }
 }
