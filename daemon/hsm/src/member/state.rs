@@ -9,7 +9,8 @@
 //!    │ resume, without a worker                                 Draining ── nothing in flight ──▶ Drained
 //!    └──────────────────────────────────────────────────────────────┴──────── resume ───────────────┘ ──▶ Up
 //!
-//!    any but Removed ── the token refuses the PIN ──▶ PinRefused ── another PIN, or a try on request ──▶ Down
+//!    any but Removed ── the token refuses the PIN ──▶ PinRefused ── another PIN, or a try on request ──▶ Down, or Drained if
+//!                                                                                                        it was drained
 //!    Down, Starting ── drain ──▶ Drained                 any ── remove ──▶ Removed
 //! ```
 //!
@@ -108,7 +109,10 @@ pub(crate) enum State {
     Up,
     Draining,
     Drained,
-    PinRefused,
+    /// `drained`: true if the member was drained before.
+    PinRefused {
+        drained: bool,
+    },
     Removed,
 }
 
@@ -149,8 +153,11 @@ pub(crate) fn next(state: State, event: Event) -> Option<State> {
         (S::Starting, E::AttemptFailed) => Some(S::Down { hung: false }),
         (S::Starting | S::Up, E::Fault { hung }) => Some(S::Down { hung }),
         (S::Draining, E::Fault { .. }) => Some(S::Drained),
-        (S::Down { .. } | S::Starting | S::Up | S::Draining | S::Drained, E::PinRefused) => Some(S::PinRefused),
-        (S::PinRefused, E::PinAllowed) => Some(S::Down { hung: false }),
+        (S::Down { .. } | S::Starting | S::Up, E::PinRefused) => Some(S::PinRefused { drained: false }),
+        (S::Draining | S::Drained, E::PinRefused) => Some(S::PinRefused { drained: true }),
+        (S::PinRefused { drained: false }, E::PinAllowed) => Some(S::Down { hung: false }),
+        (S::PinRefused { drained: true }, E::PinAllowed) => Some(S::Drained),
+        (S::PinRefused { drained: true }, E::Resume { .. }) => Some(S::PinRefused { drained: false }),
         (S::Up, E::Drain) => Some(S::Draining),
         (S::Down { .. } | S::Starting, E::Drain) => Some(S::Drained),
         (S::Draining, E::Resume { .. }) | (S::Drained, E::Resume { worker: true }) => Some(S::Up),
@@ -234,7 +241,7 @@ impl Machine {
     }
 
     pub(crate) fn is_pin_refused(&self) -> bool {
-        self.state == State::PinRefused
+        matches!(self.state, State::PinRefused { .. })
     }
 
     /// Returns true if the worker is to be kept: the member serves, or would serve if an administrator resumed it.
@@ -473,7 +480,7 @@ impl Machine {
     /// Allows one try of the PIN: a different PIN was set, or an administrator asks for it.
     pub(crate) fn allow_pin(&mut self, now: Instant) -> bool {
         let changed = self.step(Event::PinAllowed);
-        if changed {
+        if changed && self.is_on_its_way() {
             info!(member = self.member, state = %MemberState::Down, "the PIN is tried again, once");
             self.breaker.force_open(now, 0.0);
             self.breaker.probe_now(now);
@@ -531,7 +538,7 @@ impl Machine {
             State::Up => MemberState::Up,
             State::Draining => MemberState::Draining,
             State::Drained => MemberState::Drained,
-            State::PinRefused => MemberState::PinRefused,
+            State::PinRefused { .. } => MemberState::PinRefused,
             State::Removed => MemberState::Off,
         }
     }
@@ -554,51 +561,29 @@ mod tests {
             S::Up,
             S::Draining,
             S::Drained,
-            S::PinRefused,
+            S::PinRefused { drained: false },
+            S::PinRefused { drained: true },
             S::Removed,
         ];
-        let down = Some(S::Down { hung: false });
+        let (down, hung) = (Some(S::Down { hung: false }), Some(S::Down { hung: true }));
         let removed = Some(S::Removed);
-        let table: [(Event, [Option<State>; 8]); 12] = [
-            (Event::AttemptDue, [Some(S::Starting), Some(S::Starting), None, None, None, None, None, None]),
-            (Event::Passed, [None, None, Some(S::Up), None, None, None, None, None]),
-            (Event::AttemptFailed, [None, None, down, None, None, None, None, None]),
-            (Event::Fault { hung: false }, [None, None, down, down, Some(S::Drained), None, None, None]),
-            (
-                Event::Fault { hung: true },
-                [
-                    None,
-                    None,
-                    Some(S::Down { hung: true }),
-                    Some(S::Down { hung: true }),
-                    Some(S::Drained),
-                    None,
-                    None,
-                    None,
-                ],
-            ),
-            (
-                Event::PinRefused,
-                [
-                    Some(S::PinRefused),
-                    Some(S::PinRefused),
-                    Some(S::PinRefused),
-                    Some(S::PinRefused),
-                    Some(S::PinRefused),
-                    Some(S::PinRefused),
-                    None,
-                    None,
-                ],
-            ),
-            (Event::PinAllowed, [None, None, None, None, None, None, down, None]),
+        let (refused, drained) = (Some(S::PinRefused { drained: false }), Some(S::PinRefused { drained: true }));
+        let table: [(Event, [Option<State>; 9]); 12] = [
+            (Event::AttemptDue, [Some(S::Starting), Some(S::Starting), None, None, None, None, None, None, None]),
+            (Event::Passed, [None, None, Some(S::Up), None, None, None, None, None, None]),
+            (Event::AttemptFailed, [None, None, down, None, None, None, None, None, None]),
+            (Event::Fault { hung: false }, [None, None, down, down, Some(S::Drained), None, None, None, None]),
+            (Event::Fault { hung: true }, [None, None, hung, hung, Some(S::Drained), None, None, None, None]),
+            (Event::PinRefused, [refused, refused, refused, refused, drained, drained, None, None, None]),
+            (Event::PinAllowed, [None, None, None, None, None, None, down, Some(S::Drained), None]),
             (
                 Event::Drain,
-                [Some(S::Drained), Some(S::Drained), Some(S::Drained), Some(S::Draining), None, None, None, None],
+                [Some(S::Drained), Some(S::Drained), Some(S::Drained), Some(S::Draining), None, None, None, None, None],
             ),
-            (Event::Resume { worker: true }, [None, None, None, None, Some(S::Up), Some(S::Up), None, None]),
-            (Event::Resume { worker: false }, [None, None, None, None, Some(S::Up), down, None, None]),
-            (Event::Idle, [None, None, None, None, Some(S::Drained), None, None, None]),
-            (Event::Remove, [removed, removed, removed, removed, removed, removed, removed, None]),
+            (Event::Resume { worker: true }, [None, None, None, None, Some(S::Up), Some(S::Up), None, refused, None]),
+            (Event::Resume { worker: false }, [None, None, None, None, Some(S::Up), down, None, refused, None]),
+            (Event::Idle, [None, None, None, None, Some(S::Drained), None, None, None, None]),
+            (Event::Remove, [removed, removed, removed, removed, removed, removed, removed, removed, None]),
         ];
         for (event, expected) in table {
             for (state, expected) in states.into_iter().zip(expected) {
@@ -643,6 +628,19 @@ mod tests {
         assert!(machine.attempt_due().is_none() && !machine.begin_attempt(later));
         assert!(!machine.drain(true, later), "draining does not make it forget");
         assert!(machine.allow_pin(later) && machine.begin_attempt(later));
+    }
+
+    #[test]
+    fn a_drained_member_whose_pin_was_refused_stays_drained() {
+        let now = Instant::now();
+        let mut machine = up(now);
+        assert!(machine.drain(true, now));
+        machine.idle();
+        assert!(machine.pin_refused(HsmError::new(Function::Login, RvError::PinIncorrect)));
+        assert!(machine.allow_pin(now));
+        assert_eq!((machine.state(0), machine.attempt_due()), (MemberState::Drained, None));
+        machine.give_up_worker(now);
+        assert!(machine.drain(false, now) && machine.begin_attempt(now + Duration::from_millis(50)));
     }
 
     #[test]
