@@ -27,6 +27,7 @@ use claviger_process::signals::exit_at_once;
 use cryptoki::error::RvError;
 use rustix::io::Errno;
 
+use crate::code::Function;
 use crate::error::{Failure, HsmError, WorkerFault};
 use crate::fault::SessionAction;
 use crate::keys::TokenKey;
@@ -349,7 +350,7 @@ impl SessionThreads {
                 },
             };
             let (result, cost) = open.perform(request);
-            let action = result.as_ref().err().map_or(SessionAction::Keep, |error| error.fault().session);
+            let action = result.as_ref().err().map_or(SessionAction::Keep, |error| action_after(*error));
             if action != SessionAction::Keep {
                 self.close(session);
             }
@@ -380,6 +381,15 @@ impl SessionThreads {
 
     fn state(&self) -> MutexGuard<'_, State> {
         lock(&self.state)
+    }
+}
+
+/// Returns the action on a session in which an operation failed.
+fn action_after(error: HsmError) -> SessionAction {
+    match (error, error.fault().session) {
+        // A key with `CKA_ALWAYS_AUTHENTICATE`: the operation that the login was for stays open, and blocks the next one.
+        (HsmError::Pkcs11(Function::Login, _), SessionAction::Keep) => SessionAction::End,
+        (_, action) => action,
     }
 }
 
@@ -418,7 +428,6 @@ fn into_parts(keys: Vec<TokenKey>, room: usize) -> (Vec<Vec<TokenKey>>, usize) {
 #[allow(clippy::unwrap_used)]
 mod unit {
     use super::*;
-    use crate::code::Function;
     use crate::identity::KeyId;
     use crate::link;
 
@@ -459,6 +468,14 @@ mod unit {
         assert!(threads.stays_lone(false));
         threads.state().live = 1;
         assert!(!threads.stays_lone(false) && !threads.stays_lone(true));
+    }
+
+    #[test]
+    fn a_session_whose_operation_stays_open_is_not_used_again() {
+        let busy = |function| action_after(HsmError::new(function, RvError::FunctionFailed));
+        assert_eq!((busy(Function::DecryptInit), busy(Function::Login)), (SessionAction::Keep, SessionAction::End));
+        let stale = HsmError::new(Function::Login, RvError::SessionHandleInvalid);
+        assert_eq!(action_after(stale), SessionAction::Renew);
     }
 
     fn key(label: String) -> TokenKey {
