@@ -548,6 +548,7 @@ mod tests {
         let account = Account::open(&ration, network(1));
         let activity = Activity::new(false, 1);
         let mut meter = Meter::new(account, activity.clone());
+        activity.look();
         assert!(activity.may_be_closed());
         let mut first = true;
         poll_fn(|cx| {
