@@ -168,7 +168,8 @@ impl Member {
             Some(HsmError::Hung(_)) => {}
             // The exam has counted it.
             Some(HsmError::WrongAnswer) => {}
-            Some(HsmError::NotCredible) => self.machine().latency.observe_failure(took, now),
+            // The wait for an exam is not the token's time.
+            Some(HsmError::NotCredible) => self.machine().latency.observe_failure(Duration::ZERO, now),
             Some(error) if error.fault().owner == FaultOwner::Member => self.failed(error, took, now),
             // The member answered. Only accepted operations update its latency: see `usual_cost`.
             Some(_) => self.machine().answered(now),
