@@ -7,7 +7,7 @@ use zeroize::Zeroize;
 
 use crate::code::Function;
 use crate::error::HsmError;
-use crate::fault::SessionAction;
+use crate::fault::{FaultOwner, SessionAction};
 use crate::identity::{Fingerprint, KeyId, without_leading_zeros};
 use crate::keys::{NewKey, RsaPublic};
 use crate::worker::key_table::{self, FoundKey, FoundPublic, KeyTable};
@@ -96,7 +96,7 @@ fn public_keys(session: &Session) -> Result<Vec<FoundPublic>, HsmError> {
 /// another application, must not make the token unusable.
 ///
 /// # Errors
-/// Returns an error that is not about one object, or the first error if no object can be read.
+/// Returns an error that is not about one object, that of a busy token, or the first error if no object can be read.
 fn read_each<H: Copy, T>(
     objects: Vec<H>,
     read: impl Fn(H) -> Result<Option<T>, HsmError>,
@@ -108,6 +108,7 @@ fn read_each<H: Copy, T>(
         let read = if read_once.as_ref().is_err_and(is_about_one_object) { read(object) } else { read_once };
         match read {
             Ok(object) => found.extend(object),
+            Err(error) if is_busy(&error) => return Err(error),
             Err(error) if is_about_one_object(&error) => unreadable.push(error),
             Err(error) => return Err(error),
         }
@@ -116,6 +117,12 @@ fn read_each<H: Copy, T>(
         Some(error) if found.is_empty() => Err(*error),
         _ => Ok((found, unreadable)),
     }
+}
+
+/// Returns true if the token may answer the same call a moment later.
+fn is_busy(error: &HsmError) -> bool {
+    let fault = error.fault();
+    fault.owner == FaultOwner::Member && fault.session == SessionAction::Keep
 }
 
 /// Returns false if the error says that the session, the token or the module is lost.
