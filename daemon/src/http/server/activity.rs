@@ -102,6 +102,9 @@ pub(super) struct Activity {
     socket: Mutex<Option<TcpStream>>,
     /// Since when it has waited for its turn to be worked for; 0 if it does not.
     in_line_since: AtomicU64,
+    /// Requests of HTTP/2 that wait for a turn of their connection, and since when there are any.
+    requests_in_line: AtomicUsize,
+    requests_in_line_since: AtomicU64,
     /// When it last came to its turn, or to its place.
     turn_since: AtomicU64,
     /// Whether what the client still sends is not worth reading, so that it gets to read the last answer.
@@ -189,6 +192,8 @@ impl Activity {
             unread: AtomicBool::new(false),
             socket: Mutex::new(None),
             in_line_since: AtomicU64::new(0),
+            requests_in_line: AtomicUsize::new(0),
+            requests_in_line_since: AtomicU64::new(1),
             turn_since: AtomicU64::new(1),
             dismissed: AtomicBool::new(false),
         })
@@ -221,7 +226,7 @@ impl Activity {
     }
 
     fn waits_for_turn(&self) -> bool {
-        self.in_line_since.load(Ordering::Acquire) > 0
+        self.in_line_since.load(Ordering::Acquire) > 0 || self.requests_in_line.load(Ordering::Acquire) > 0
     }
 
     /// Whether the service works on a request.
@@ -231,7 +236,11 @@ impl Activity {
 
     /// Since when it has waited for its turn, while the service works on nothing for it.
     pub(super) fn in_line_since(&self) -> Option<Instant> {
-        (self.waits_for_turn() && !self.is_worked_for()).then(|| self.at(&self.in_line_since))
+        let since = match self.in_line_since.load(Ordering::Acquire) {
+            0 => &self.requests_in_line_since,
+            _ => &self.in_line_since,
+        };
+        (self.waits_for_turn() && !self.is_worked_for()).then(|| self.at(since))
     }
 
     /// Says whether what the client still sends after an answer is not worth reading.
@@ -475,6 +484,27 @@ impl Reading {
 impl Drop for Reading {
     fn drop(&mut self) {
         self.0.reading.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// A request of HTTP/2 that waits for a turn of its connection.
+#[derive(Debug)]
+pub(super) struct RequestInLine(Arc<Activity>);
+
+impl RequestInLine {
+    pub(super) fn new(activity: Arc<Activity>) -> Self {
+        if activity.requests_in_line.fetch_add(1, Ordering::AcqRel) == 0 {
+            activity.requests_in_line_since.store(activity.now(), Ordering::Relaxed);
+        }
+        Self(activity)
+    }
+}
+
+impl Drop for RequestInLine {
+    fn drop(&mut self) {
+        if self.0.requests_in_line.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.0.turn_since.store(self.0.now(), Ordering::Release);
+        }
     }
 }
 
@@ -857,6 +887,18 @@ mod tests {
         activity.wait_for_turn(false);
         // It has the moment that every newcomer has.
         assert_eq!(Activity::waiting_since(&activity), Some(Instant::now()), "it has no time of its own");
+        // The same for requests of HTTP/2, which wait apart from their connection.
+        let mut request = InProgress::new(activity.clone());
+        request.begin();
+        let waits = (Reading::new(activity.clone()), RequestInLine::new(activity.clone()));
+        let begun = Instant::now();
+        tokio::time::advance(Duration::from_secs(5)).await;
+        let state = || (Activity::waiting_since(&activity), Activity::in_line_since(&activity));
+        assert_eq!(state(), (None, Some(begun)));
+        drop(waits);
+        assert_eq!(state(), (None, None), "it is worked for");
+        request.answered();
+        assert_eq!(state(), (Some(Instant::now()), None));
     }
 
     #[tokio::test]

@@ -22,7 +22,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
 use tokio_rustls::TlsAcceptor;
 
-use super::activity::{Activity, Answer, Cut, Due, InProgress, Reading, Watched, unread};
+use super::activity::{Activity, Answer, Cut, Due, InProgress, Reading, RequestInLine, Watched, unread};
 use super::dozing::{BoxError, Builders, Dozing};
 use super::limits::Limits;
 use super::origin::{Origin, Peer};
@@ -168,14 +168,17 @@ where
         let shaken = {
             let handshake = poll_fn(|cx| meter.poll(cx, |cx| handshake.as_mut().poll(cx)));
             let mut handshake = pin!(in_time(self.limits.header_timeout, &account, handshake));
+            let mut has_stayed = false;
             loop {
                 tokio::select! {
                     biased;
                     shaken = &mut handshake => break shaken,
                     () = cut(&mut stop) => return,
                     reason = activity.told_to_close() => {
-                        // What came too late for the server, and not for the client, was read by now.
-                        if reason == Cut::Room && activity.has_read_within(places::GRACE) {
+                        // What came too late for the server, and not for the client, was read by now. Once: a client that
+                        // sends a byte now and then is not to stay for ever.
+                        if reason == Cut::Room && !has_stayed && activity.has_read_within(places::GRACE) {
+                            has_stayed = true;
                             slot.stay();
                             continue;
                         }
@@ -502,7 +505,7 @@ where
             // A request of HTTP/1.1 was read within the turn that its connection waited for, and there is one at a time.
             if !http1 && !account.may_begin() {
                 // Meanwhile nothing is done for it. A stop answers what was accepted before its time is up.
-                let _waits = Reading::new(activity.clone());
+                let (_waits, _in_line) = (Reading::new(activity.clone()), RequestInLine::new(activity.clone()));
                 let mut phase = phase.clone();
                 tokio::select! {
                     () = account.turn_to_begin() => {}

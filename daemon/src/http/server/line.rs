@@ -72,7 +72,9 @@ impl Line {
 
     /// Finds a place for the first in the line.
     pub(super) fn advance(&mut self, house: &Arc<House>, owes: impl Fn(SocketAddr) -> bool) -> Outcome {
-        let Some(arrival) = self.first.take().or_else(|| self.in_debt.pop_front()) else { return Outcome::Empty };
+        // Those whose addresses owe nothing any more do not wait for the others.
+        let next = self.in_debt.iter().position(|arrival| !owes(arrival.peer)).unwrap_or(0);
+        let Some(arrival) = self.first.take().or_else(|| self.in_debt.remove(next)) else { return Outcome::Empty };
         let owes = owes(arrival.peer);
         self.seat(arrival, house, owes)
     }
