@@ -102,7 +102,7 @@ pub fn read(path: &Path, limit: usize) -> Result<Zeroizing<Vec<u8>>, FileError> 
     read_open(path, file, limit)
 }
 
-/// Reads a secret of at most `limit` bytes: a private key, a PIN or a password. One policy, [`is_exposed`], applies to
+/// Reads a secret of at most `limit` bytes: a private key, a PIN or a password. One policy, `is_exposed`, applies to
 /// all secrets.
 ///
 /// # Errors

@@ -62,7 +62,7 @@ pub fn chain(path: &Path) -> Result<Vec<CertificateDer<'static>>, FileError> {
 /// Reads the private key of a file. Blocks on the file.
 ///
 /// # Errors
-/// Those of [`files::read_private_key`].
+/// Those of `files::read_private_key`.
 pub fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, FileError> {
     let PrivateKey { found, bytes } = files::read_private_key(path)?;
     // rustls does not zeroise its copy. It keeps the copy as long as the configuration exists.

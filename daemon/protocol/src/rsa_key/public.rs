@@ -248,7 +248,7 @@ impl RsaPublicKey {
     /// Encrypts with RSA-OAEP and an empty label. The ciphertext has [`Self::modulus_len`] bytes.
     ///
     /// # Errors
-    /// [`EncryptError::TooLong`] if the plaintext is longer than [`Self::max_plaintext_len`]; [`EncryptError::Failed`]
+    /// [`EncryptError::TooLong`] if the plaintext is longer than `Self::max_plaintext_len`; [`EncryptError::Failed`]
     /// if the library failed.
     pub fn encrypt_oaep(&self, oaep: Oaep, plaintext: &[u8]) -> Result<Vec<u8>, EncryptError> {
         if plaintext.len() > self.max_plaintext_len(oaep) {
