@@ -141,11 +141,19 @@ pub struct Elapsed;
 /// # Errors
 /// Returns an error if the deadline passes first.
 pub async fn timeout_at<F: Future>(deadline: Instant, future: F) -> Result<F::Output, Elapsed> {
+    timeout_by(|| deadline, future).await
+}
+
+/// Waits for `future`, at most until an instant of this clock that may move to a later one meanwhile.
+///
+/// # Errors
+/// Returns an error if the deadline passes first.
+pub async fn timeout_by<F: Future>(deadline: impl Fn() -> Instant, future: F) -> Result<F::Output, Elapsed> {
     let mut future = pin!(future);
     loop {
-        match tokio::time::timeout_at(on_system_clock(deadline), &mut future).await {
+        match tokio::time::timeout_at(on_system_clock(deadline()), &mut future).await {
             Ok(output) => return Ok(output),
-            Err(_) if now() >= deadline => return Err(Elapsed),
+            Err(_) if now() >= deadline() => return Err(Elapsed),
             Err(_) => {}
         }
     }

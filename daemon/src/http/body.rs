@@ -109,16 +109,9 @@ where
     let mut first = Bytes::new();
     let mut whole = BytesMut::new();
     loop {
+        // It moves when the client is kept waiting meanwhile.
         let due = || pace.due(begun, received) + intake.kept_waiting().saturating_sub(kept_before);
-        let mut frame = body.frame();
-        let frame = loop {
-            let until = due();
-            match standstill::timeout_at(until, &mut frame).await {
-                // The client was kept waiting meanwhile.
-                Err(_) if due() > until => {}
-                frame => break frame,
-            }
-        };
+        let frame = standstill::timeout_by(due, body.frame()).await;
         let late = if too_large { BodyError::TooLarge } else { BodyError::Timeout };
         let Some(frame) = frame.map_err(|_| late)? else { break };
         // Trailers are ignored.

@@ -167,7 +167,10 @@ where
         let mut handshake = pin!(acceptor.accept(stream));
         let shaken = {
             let handshake = poll_fn(|cx| meter.poll(cx, |cx| handshake.as_mut().poll(cx)));
-            let mut handshake = pin!(in_time(self.limits.header_timeout, &account, handshake));
+            // What the client waits for its turns does not count in its time.
+            let begun = standstill::now();
+            let due = || begun + self.limits.header_timeout + account.waits();
+            let mut handshake = pin!(standstill::timeout_by(due, handshake));
             let mut has_stayed = false;
             loop {
                 tokio::select! {
@@ -417,24 +420,6 @@ where
         tokio::select! {
             _ = standstill::timeout(LINGER, discard) => {}
             _ = activity.told_to_close() => {}
-        }
-    }
-}
-
-/// Waits for a client's part for as long as the client has for it. What it waits for its turns does not count.
-async fn in_time<T>(
-    time: Duration,
-    account: &Account,
-    part: impl Future<Output = T>,
-) -> Result<T, standstill::Elapsed> {
-    let begun = standstill::now();
-    let mut part = pin!(part);
-    loop {
-        let waits = account.waits();
-        match standstill::timeout_at(begun + time + waits, part.as_mut()).await {
-            // It has come to wait for another turn.
-            Err(_) if account.waits() > waits => {}
-            done => return done,
         }
     }
 }
