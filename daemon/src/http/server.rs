@@ -227,6 +227,7 @@ where
 
     tokio::pin!(shutdown);
     let mut backoff = Backoff::default();
+    let owes = |peer| server.is_in_debt(peer);
     let mut line = Line::new(limits.in_debt);
     let mut look = tokio::time::interval(LOOK_FOR_PLACE);
     look.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -236,13 +237,13 @@ where
         let outcome = tokio::select! {
             biased;
             () = &mut shutdown => break,
-            () = freed, if !line.is_empty() => line.advance(&house, |peer| server.is_in_debt(peer)),
+            () = freed, if !line.is_empty() => line.advance(&house, owes),
             accepted = socket.accept(), if line.is_open() => match accepted {
                 Ok((stream, peer)) => {
                     backoff.success();
                     blocked.is_failing(false);
                     let arrival = Arrival { stream, peer, activity: server.activity() };
-                    line.arrive(arrival, &house, server.is_in_debt(peer))
+                    line.arrive(arrival, &house, owes(peer))
                 }
                 Err(error) => {
                     let Some(pause) = backoff.failure(&error, address) else { continue };
@@ -255,7 +256,7 @@ where
                 }
             },
             // A connection may have become idle.
-            _ = look.tick(), if !line.is_empty() => line.advance(&house, |peer| server.is_in_debt(peer)),
+            _ = look.tick(), if !line.is_empty() => line.advance(&house, owes),
         };
         match outcome {
             Outcome::Seated(arrival, place) => {

@@ -72,11 +72,16 @@ impl Line {
 
     /// Finds a place for the first in the line.
     pub(super) fn advance(&mut self, house: &Arc<House>, owes: impl Fn(SocketAddr) -> bool) -> Outcome {
+        if let Some(arrival) = self.first.take() {
+            let owes = owes(arrival.peer);
+            return self.seat(arrival, house, owes);
+        }
         // Those whose addresses owe nothing any more do not wait for the others.
-        let next = self.in_debt.iter().position(|arrival| !owes(arrival.peer)).unwrap_or(0);
-        let Some(arrival) = self.first.take().or_else(|| self.in_debt.remove(next)) else { return Outcome::Empty };
-        let owes = owes(arrival.peer);
-        self.seat(arrival, house, owes)
+        let free = self.in_debt.iter().position(|arrival| !owes(arrival.peer));
+        match self.in_debt.remove(free.unwrap_or(0)) {
+            Some(arrival) => self.seat(arrival, house, free.is_none()),
+            None => Outcome::Empty,
+        }
     }
 
     /// Gives up the line, and returns who is in it.
