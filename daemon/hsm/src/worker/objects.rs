@@ -9,7 +9,7 @@ use crate::code::Function;
 use crate::error::HsmError;
 use crate::fault::{FaultOwner, SessionAction};
 use crate::identity::{Fingerprint, KeyId, without_leading_zeros};
-use crate::keys::{NewKey, RsaPublic};
+use crate::keys::{NewKey, RsaPrivateParts, RsaPublic};
 use crate::worker::key_table::{self, FoundKey, FoundPublic, KeyTable};
 
 /// Buffer size for a signature if a token does not reveal the modulus: enough for 16384 bits.
@@ -196,6 +196,20 @@ pub(crate) fn private_template(spec: &NewKey) -> Vec<Attribute> {
         Attribute::Label(spec.label.clone().into_bytes()),
         Attribute::Sign(spec.usage.signs()),
         Attribute::Decrypt(spec.usage.decrypts()),
+    ]
+}
+
+/// The numbers of a private key as attributes of its object.
+pub(crate) fn private_numbers(parts: &RsaPrivateParts) -> [Attribute; 8] {
+    [
+        Attribute::Modulus(parts.n.clone()),
+        Attribute::PublicExponent(parts.e.clone()),
+        Attribute::PrivateExponent(parts.d.clone()),
+        Attribute::Prime1(parts.p.clone()),
+        Attribute::Prime2(parts.q.clone()),
+        Attribute::Exponent1(parts.dp.clone()),
+        Attribute::Exponent2(parts.dq.clone()),
+        Attribute::Coefficient(parts.qinv.clone()),
     ]
 }
 

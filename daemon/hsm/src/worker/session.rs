@@ -23,7 +23,8 @@ use crate::worker::clock::thread_time;
 use crate::worker::key_table::{FoundKey, KeyTable, Purpose};
 use crate::worker::module::OwnLogin;
 use crate::worker::objects::{
-    Key, SecretTemplate, expect_id, private_keys, private_template, public_objects, public_template, read_public,
+    Key, SecretTemplate, expect_id, private_keys, private_numbers, private_template, public_objects, public_template,
+    read_public,
 };
 use crate::worker::token::{Scheme, Token};
 use crate::worker::{mechanism, oaep};
@@ -283,18 +284,8 @@ impl OpenSession {
             Attribute::PublicExponent(parts.e.clone()),
         ]);
         let mut private = SecretTemplate(private_template(spec));
-        private.0.extend([
-            Attribute::Class(ObjectClass::PRIVATE_KEY),
-            Attribute::KeyType(KeyType::RSA),
-            Attribute::Modulus(parts.n.clone()),
-            Attribute::PublicExponent(parts.e.clone()),
-            Attribute::PrivateExponent(parts.d.clone()),
-            Attribute::Prime1(parts.p.clone()),
-            Attribute::Prime2(parts.q.clone()),
-            Attribute::Exponent1(parts.dp.clone()),
-            Attribute::Exponent2(parts.dq.clone()),
-            Attribute::Coefficient(parts.qinv.clone()),
-        ]);
+        private.0.extend([Attribute::Class(ObjectClass::PRIVATE_KEY), Attribute::KeyType(KeyType::RSA)]);
+        private.0.extend(private_numbers(parts));
         let private = self.timed(|| self.session.create_object(&private.0))?;
         if let Err(error) = self.timed(|| self.session.create_object(&public)) {
             // Half a key would block the next attempt.

@@ -15,11 +15,13 @@ use cryptoki::context::Pkcs11;
 use cryptoki::error::RvError;
 use cryptoki::mechanism::MechanismType;
 use cryptoki::object::{Attribute, KeyType, ObjectClass};
+use cryptoki::slot::Slot;
 use rsa::rand_core::OsRng;
 use rsa::traits::PublicKeyParts;
 use rsa::{Pkcs1v15Sign, RsaPrivateKey, RsaPublicKey, sha2};
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 
+use super::objects::private_numbers;
 use super::session_threads::Finished;
 use super::{ServeError, init_token, serve, set_env};
 use crate::code::Function;
@@ -218,12 +220,17 @@ fn decrypt(ciphertext: &[u8]) -> Request<'_> {
     Request::Decrypt { id: ID, public: public(), oaep: OAEP, ciphertext }
 }
 
-/// Imports a private key that permits only these mechanisms, without the worker's knowledge. The worker has logged in.
-fn import_restricted(label: &str, id: &[u8], key: &RsaPrivateKey, mechanisms: &[MechanismType]) {
+/// The module, in the worker's instance, and the slot of a token.
+fn token(label: &str) -> (Pkcs11, Slot) {
     let module = Pkcs11::new(SOFTHSM).unwrap();
     let slots = module.get_slots_with_token().unwrap();
     let slot = slots.into_iter().find(|slot| module.get_token_info(*slot).unwrap().label() == label).unwrap();
-    let parts = software_rsa::parts(key);
+    (module, slot)
+}
+
+/// Imports a private key that permits only these mechanisms, without the worker's knowledge. The worker has logged in.
+fn import_restricted(label: &str, id: &[u8], key: &RsaPrivateKey, mechanisms: &[MechanismType]) {
+    let (module, slot) = token(label);
     let template = [
         Attribute::Class(ObjectClass::PRIVATE_KEY),
         Attribute::KeyType(KeyType::RSA),
@@ -231,23 +238,14 @@ fn import_restricted(label: &str, id: &[u8], key: &RsaPrivateKey, mechanisms: &[
         Attribute::Id(id.to_vec()),
         Attribute::Decrypt(true),
         Attribute::AllowedMechanisms(mechanisms.to_vec()),
-        Attribute::Modulus(parts.n.clone()),
-        Attribute::PublicExponent(parts.e.clone()),
-        Attribute::PrivateExponent(parts.d.clone()),
-        Attribute::Prime1(parts.p.clone()),
-        Attribute::Prime2(parts.q.clone()),
-        Attribute::Exponent1(parts.dp.clone()),
-        Attribute::Exponent2(parts.dq.clone()),
-        Attribute::Coefficient(parts.qinv.clone()),
     ];
+    let template: Vec<_> = template.into_iter().chain(private_numbers(&software_rsa::parts(key))).collect();
     module.open_rw_session(slot).unwrap().create_object(&template).unwrap();
 }
 
 /// Closes all sessions of a token without the worker's knowledge: test and worker share the module's instance.
 fn close_all_sessions(label: &str) {
-    let module = Pkcs11::new(SOFTHSM).unwrap();
-    let slots = module.get_slots_with_token().unwrap();
-    let slot = slots.into_iter().find(|slot| module.get_token_info(*slot).unwrap().label() == label).unwrap();
+    let (_module, slot) = token(label);
     assert!(super::ffi::close_all_sessions(SOFTHSM.as_ref(), slot));
 }
 
