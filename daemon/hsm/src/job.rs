@@ -71,7 +71,8 @@ impl Job {
         Ok(Job { need: Some(Need { key: key.clone(), scheme: Scheme::Sign(scheme) }), check, ..Job::new(&request)? })
     }
 
-    fn key(&self) -> Option<&KeyRef> {
+    /// The private key that the operation uses.
+    pub(crate) fn key(&self) -> Option<&KeyRef> {
         self.need.as_ref().map(|need| &need.key)
     }
 

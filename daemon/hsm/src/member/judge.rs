@@ -178,8 +178,7 @@ impl Member {
 
     /// Returns true if a member without the job's key fails the known-answer tests.
     fn tests_need(&self, job: &Job) -> bool {
-        let key = |job: &Job| job.need.as_ref().map(|need| need.key.clone());
-        must_pass(&self.known()).any(|test| key(test) == key(job))
+        must_pass(&self.known()).any(|test| test.key() == job.key())
     }
 
     /// Another member's result proved that this member was wrong to reject an input, by a `wrong` result or by an error.
