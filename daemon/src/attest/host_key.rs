@@ -34,8 +34,8 @@ fn unauthorized() -> Refused {
 /// Answers an `AttestationRequest` in host-key mode.
 ///
 /// # Errors
-/// `PayloadErrorReply` for a malformed request, `UnauthorizedErrorReply` for an unknown key, a disabled host or a wrong signature (they look
-/// the same), `UnavailableErrorReply` when no HSM signs; 429 for a host or an address over its rate.
+/// `PayloadErrorReply` for a malformed request, `UnauthorizedErrorReply` for an unknown key, a disabled host or a wrong
+/// signature (they look the same), `UnavailableErrorReply` when no HSM signs; 429 for a host or an address over its rate.
 pub(crate) async fn attest(service: &Service, body: &[u8], attempt: &mut Attempt) -> Result<Issued, Refused> {
     // An address is over its rate when too many of its requests were refused. An attestation from it is still served if its
     // signature proves a registered host, so that no host pays for its neighbours. Every other one gets the same 429,
